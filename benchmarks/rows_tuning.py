@@ -21,7 +21,7 @@ from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry
 from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
-from eg3d_rlhf.tuning.flow.families.trellis.files import return_freed_memory
+from eg3d_rlhf.tuning.flow.families.folder import return_freed_memory
 from eg3d_rlhf.tuning.flow.families.trellis.random_flows import RandomConditions, Size, build_stage, make_pairs
 from eg3d_rlhf.tuning.flow.reference import AdapterOff
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, Updates

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,19 +131,29 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
         yield file, content
 
 
-def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], who: str) -> None:
-    """Copy tensors into a module, name by name.
+def check_fit(
+    own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], who: str, names: tuple[Sequence[str], Sequence[str]] | None = None
+) -> None:
+    """Raise ValueError listing missing, unexpected and misshapen names of `tensors` for a module whose state dict is `own`.
 
-    Raises: ValueError listing missing, unexpected and misshapen names.
+    Args: names: those missing and unexpected, where the module itself has said which.
     """
-    own = module.state_dict()
-    misshapen = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
-    shapes = [f"{k} {list(tensors[k].shape)} instead of {list(own[k].shape)}" for k in misshapen]
-    fitting = {k: v for k, v in tensors.items() if k not in misshapen}
-    missing, unexpected = (sorted(set(names) - set(misshapen)) for names in module.load_state_dict(fitting, strict=False))
+    odd = [k for k in own if k in tensors and tensors[k].shape != own[k].shape]
+    shapes = {k: f"{k} {list(tensors[k].shape)} instead of {list(own[k].shape)}" for k in odd}
+    missing, unexpected = names or (own.keys() - tensors.keys(), tensors.keys() - own.keys())
     problems = [  # names out of a file are made fit for a terminal: cut, control characters escaped
-        f"{title}: {', '.join(n[:120].encode('unicode_escape').decode() for n in names[:8])}{' ...' if len(names) > 8 else ''}"
-        for title, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes)) if names
+        f"{title}: {', '.join(n[:120].encode('unicode_escape').decode() for n in listed[:8])}{' ...' if len(listed) > 8 else ''}"
+        for title, listed in (
+            ("missing", sorted(set(missing) - set(shapes))), ("unexpected", sorted(unexpected)), ("misshapen", sorted(shapes.values())),
+        ) if listed
     ]
     if problems:
         raise ValueError(f"{who}: expected the network's own tensors, got {'; '.join(problems)}. Use a file of the same architecture.")
+
+
+def load_strict(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], who: str) -> None:
+    """Copy tensors into a module, name by name; it may supply some itself. Raises: ValueError as `check_fit`."""
+    own = module.state_dict()
+    fitting = {name: tensor for name, tensor in tensors.items() if name not in own or own[name].shape == tensor.shape}
+    missing, unexpected = module.load_state_dict(fitting, strict=False)
+    check_fit(own, tensors, who, (missing, unexpected))

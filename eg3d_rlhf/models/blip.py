@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eg3d_rlhf.models.local_files import count, shape_of
+from eg3d_rlhf.models.attention import attend, tree
+from eg3d_rlhf.models.vit import VisionTransformer
+from eg3d_rlhf.models.weights import count, shape_of
 
 HEAD_WIDTH = 64  # numbers of an attention head, of both networks in all published sizes
 
@@ -50,55 +52,21 @@ class BlipSizes:
         )
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Attention with heads of HEAD_WIDTH numbers. query [B, T, D], key and value [B, P, D]; mask [B, P] bool, True for tokens."""
     heads = max(query.shape[-1] // HEAD_WIDTH, 1)
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))  # [B, heads, T, D / heads]
-    return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None]).transpose(1, 2).flatten(2)
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))  # [B, T, heads, D / heads]
+    return attend(q, k, v, None if mask is None else mask[:, None, None]).flatten(2)
 
 
-def tree(**modules: nn.Module) -> Any:
-    """A module that only holds others by name, for the published names' sake."""
-    holder = nn.Module()
-    for name, module in modules.items():
-        holder.add_module(name, module)
-    return holder
-
-
-class VisionBlock(nn.Module):
-    """One pre-norm layer of the ViT."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = tree(qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width))
-        self.mlp = tree(fc1=nn.Linear(width, 4 * width), fc2=nn.Linear(4 * width, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, P, E] -> [B, P, E]."""
-        x = x + self.attn.proj(attend(*self.attn.qkv(self.norm1(x)).chunk(3, -1)))
-        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
-
-
-class VisionEncoder(nn.Module):
-    """The ViT."""
+class VisionEncoder(VisionTransformer):
+    """The ViT: normalised pictures [B, 3, S, S] -> features [B, P, E]; the class token comes first."""
 
     def __init__(self, sizes: BlipSizes):
-        super().__init__()
-        self.side, width = sizes.image, sizes.vision_width
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, (sizes.image // sizes.patch) ** 2 + 1, width))
-        self.patch_embed = tree(proj=nn.Conv2d(3, width, sizes.patch, sizes.patch))
-        self.blocks = nn.ModuleList(VisionBlock(width) for _ in range(sizes.vision_layers))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features [B, P, E] of normalised pictures [B, 3, S, S]; the class token comes first."""
-        x = self.patch_embed.proj(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        width = sizes.vision_width
+        heads = max(width // HEAD_WIDTH, 1)
+        super().__init__(width, sizes.vision_layers, heads, 4 * width, sizes.patch, sizes.image // sizes.patch)
+        self.side = sizes.image
 
 
 class TextAttention(nn.Module):
@@ -112,7 +80,7 @@ class TextAttention(nn.Module):
     def forward(self, x: torch.Tensor, seen: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, T, D], seen [B, P, key width], mask [B, P] -> [B, T, D]."""
         projections: Any = self.get_submodule("self")
-        attended = attend(projections.query(x), projections.key(seen), projections.value(seen), mask)
+        attended = _attention(projections.query(x), projections.key(seen), projections.value(seen), mask)
         return self.output.LayerNorm(self.output.dense(attended) + x)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.models.local_files import below, count, shape_of
+from eg3d_rlhf.models.weights import below, count, shape_of
 
 State = dict[str, torch.Tensor]
 UNET = {
@@ -114,12 +114,12 @@ def unet_config(state: Mapping[str, torch.Tensor], who: str, image_size: int) ->
     first = shape_of(state, "input_blocks.0.0.weight", who, 4)
     names, channels, attention, layers = unet_names(state), {}, {}, 0
     for block, target in names.items():
-        found = re.match(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)", target)
-        if found and found[2] == "resnets":
-            channels[int(found[1])] = shape_of(state, f"{block}in_layers.2.weight", who, 4)[0]
-            layers = max(layers, int(found[3]) + 1)
-        elif found and f"{block}proj_in.weight" in state:
-            attention[int(found[1])] = block
+        match = re.match(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)", target)
+        if match and match[2] == "resnets":
+            channels[int(match[1])] = shape_of(state, f"{block}in_layers.2.weight", who, 4)[0]
+            layers = max(layers, int(match[3]) + 1)
+        elif match and f"{block}proj_in.weight" in state:
+            attention[int(match[1])] = block
     if not channels or 0 not in attention and not attention:
         raise ValueError(f"{who}: expected a U-Net with attention, got no such blocks. Is it another network's file?")
     block = next(iter(attention.values()))

@@ -9,27 +9,22 @@ The name that PEFT gives an adapter ("default") may be any one name, or none. Th
 A folder of a tuned network also has policy.json.
 """
 
-import contextlib
 import copy
 import json
 import math
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
 from eg3d_rlhf.models.lora import BASE, adapted_layers, adapter_state, attach, matches, merged_state
-from eg3d_rlhf.rewards.reward import check_state
-from eg3d_rlhf.tuning.flow.stage import Pipeline, stage_of
-from training.storage import write_atomic
+from eg3d_rlhf.models.weights import check_finite, read, write
+from training.storage import check_fit, write_atomic
 
 PREFIX = "base_model.model."
 ADAPTER, CONFIG, MODEL = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
@@ -64,14 +59,16 @@ def read_weights(path: str | Path, alpha: float | None = None) -> Weights:
     """
     file = Path(path)
     if not file.is_file():
-        found = [file / name for name in FILES if (file / name).is_file()]
-        if not found:
+        files = [file / name for name in FILES if (file / name).is_file()]
+        if not files:
             raise FileNotFoundError(f"{path}: expected weights or a folder with {', '.join(FILES)}, got none. Check the path.")
-        if len(found) > 1:
-            names = " and ".join(f.name for f in found)
+        if len(files) > 1:
+            names = " and ".join(f.name for f in files)
             raise ValueError(f"{path}: expected one file of weights, got {names}. Name the file instead of its folder.")
-        file = found[0]
-    plain, adapters = split_state(read_state(file), file.name)
+        file = files[0]
+    state = read(file, "weights")
+    check_finite(state, file.name)
+    plain, adapters = split_state(state, file.name)
     if not adapters:
         return Weights(source=file.name, plain=plain, adapters={}, alpha=None)
     config = _read_config(file.with_name(CONFIG))
@@ -87,43 +84,26 @@ def read_weights(path: str | Path, alpha: float | None = None) -> Weights:
     return Weights(source=file.name, plain=plain, adapters=adapters, alpha=float(stated), dropout=float(config.get("lora_dropout", 0.0)))
 
 
-def read_state(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name of a .safetensors or torch file; nothing in it is run. Raises: ValueError."""
-    try:
-        safe = file.suffix == ".safetensors"
-        state = safetensors.torch.load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file.name}: expected tensors by name, got: {reason}. Truncated or foreign? Copy it again.") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{file.name}: expected a dict of tensors, got {type(state).__name__}. Export the weights alone.")
-    bad = [k for k, v in state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
-    if bad:
-        raise ValueError(f"{file.name}: expected finite numbers, got others in {', '.join(bad[:4])}. Use an earlier checkpoint.")
-    return dict(state)
-
-
 def split_state(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, torch.Tensor], Adapters]:
     """The network's own tensors and the adapters of a state dict in any layout -> (by plain name, by layer)."""
     wrapper = "module." if all(key.startswith("module.") for key in state) else ""  # of distributed training
     names = {key: key.removeprefix(wrapper).removeprefix(PREFIX) for key in state}
-    found = {key: match for key, name in names.items() if (match := _PART.fullmatch(name))}
-    called = sorted({match["adapter"] or "" for match in found.values()})
+    adapter_keys = {key: match for key, name in names.items() if (match := _PART.fullmatch(name))}
+    called = sorted({match["adapter"] or "" for match in adapter_keys.values()})
     if len(called) > 1:
         raise ValueError(f"{who}: expected one adapter, got those named {', '.join(called)}. Save the one to use alone.")
-    foreign = [key for key in state if key not in found and _FOREIGN.search(names[key])]
+    foreign = [key for key in state if key not in adapter_keys and _FOREIGN.search(names[key])]
     if foreign:
         raise ValueError(f"{who}: expected A and B of linear layers, got {', '.join(foreign[:4])}. Only plain LoRA is read.")
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    for key, match in found.items():
+    for key, match in adapter_keys.items():
         parts.setdefault(match["layer"], {})[match["part"]] = state[key]
     single = [layer for layer, both in parts.items() if len(both) < 2]
     if single:
         raise ValueError(f"{who}: expected A and B of every layer, got one of them at {', '.join(single[:4])}. Copy the file again.")
     plain = {}
     for key, value in state.items():
-        if key not in found:
+        if key not in adapter_keys:
             stem, _, leaf = names[key].rpartition(f"{BASE}.")
             plain[f"{stem}.{leaf}" if stem in parts else names[key]] = value
     return plain, {layer: (both["A"], both["B"]) for layer, both in parts.items()}
@@ -158,12 +138,15 @@ def load_weights(model: nn.Module, weights: Weights) -> nn.Module:
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, (A, B) in weights.adapters.items():
         layer, got = modules.get(name), f"[{len(B)}, {A.shape[1]}]"
-        own = f"[{layer.out_features}, {layer.in_features}]" if isinstance(layer, nn.Linear) else "no linear layer of that name"
-        if own != got:
-            raise ValueError(f"{weights.source}: expected adapters of this network, whose {name} is {own}, got {got}. Give their own base.")
+        expected = f"[{layer.out_features}, {layer.in_features}]" if isinstance(layer, nn.Linear) else "no linear layer of that name"
+        if expected != got:
+            raise ValueError(
+                f"{weights.source}: expected adapters of this network, whose {name} is {expected}, got {got}. Give their own base."
+            )
     if weights.plain:
         replace_state(model, weights.plain, weights.source)
     if weights.adapters:
+        assert weights.alpha is not None
         rank = len(next(iter(weights.adapters.values()))[0])  # all alike
         with torch.no_grad():
             for name, layer in attach(model, weights.adapters, rank, weights.alpha, weights.dropout).items():
@@ -175,7 +158,7 @@ def load_weights(model: nn.Module, weights: Weights) -> nn.Module:
 def replace_state(model: nn.Module, state: Mapping[str, torch.Tensor], who: str) -> None:
     """Put a state dict in place of a network's own; equal ones keep the memory they had."""
     own = model.state_dict()
-    check_state(who, model, state)
+    check_fit(own, state, who)
     new = {name: state[name].to(old) for name, old in own.items()}  # onto its device, in its type
     model.load_state_dict({k: own[k] if torch.equal(own[k], new[k]) else new[k] for k in own}, assign=True)
 
@@ -196,7 +179,7 @@ def write_adapter(model: nn.Module, folder: str | Path, base: str | None = None)
         "lora_alpha": int(alpha) if math.floor(alpha) == alpha else alpha, "lora_dropout": dropout, "target_modules": targets_of(model),
         "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
     }  # fmt: skip
-    _write_tensors(folder / ADAPTER, {f"{PREFIX}{name}": value for name, value in adapter_state(model).items()})
+    write(folder / ADAPTER, {f"{PREFIX}{name}": value for name, value in adapter_state(model).items()})
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return folder
 
@@ -212,13 +195,8 @@ def targets_of(model: nn.Module) -> list[str]:
 
 def write_merged(model: nn.Module, path: str | Path) -> Path:
     """Write a network as a plain state dict, adapters merged, in the base's types; returns the path. See lora.merge_rounding."""
-    _write_tensors(Path(path), merged_state(model))
+    write(Path(path), merged_state(model))
     return Path(path)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}  # safetensors refuses shared storage
-    write_atomic(path, safetensors.torch.save(plain, metadata={"format": "pt"}))
 
 
 META = "policy.json"
@@ -283,17 +261,3 @@ def link(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-@contextlib.contextmanager
-def with_models(pipeline: Pipeline, models: Mapping[str, nn.Module]) -> Iterator[Pipeline]:
-    """Within it these stages have these networks; afterwards their own again. Raises: ValueError for a stage that is not there."""
-    stages = {name: stage_of(pipeline, name) for name in models}
-    own = {name: stage.model for name, stage in stages.items()}
-    try:
-        for name, stage in stages.items():
-            stage.model = models[name]
-        yield pipeline
-    finally:
-        for name, stage in stages.items():
-            stage.model = own[name]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from eg3d_rlhf.models.weights import fill, read
 from training.networks import state_hash
 
 FEATURES = 2048  # channels of the last stage
@@ -63,18 +64,12 @@ def load_backbone(path: str | Path, sha256: str | None = None) -> ResNet50:
     Args: sha256: of the backbone that a reward was trained on (`state_hash` of it); None accepts any.
     Raises: FileNotFoundError; ValueError for another network's weights, and for those of another backbone than `sha256`.
     """
-    from eg3d_rlhf.rewards.reward import check_state, read_state  # which know the networks
-
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"--backbone: expected a file of ResNet-50's weights, got none at {path}. Check the path.")
-    state, network = read_state(path), ResNet50()
-    state = {name: value for name, value in state.items() if name not in _CLASSIFIER}
-    check_state(f"--backbone={path}", network, state)
-    network.load_state_dict(state)
-    if sha256 is not None and (found := state_hash(network)) != sha256:
+    state = {name: value for name, value in read(path, "--backbone").items() if name not in _CLASSIFIER}
+    network = fill(ResNet50(), state, f"--backbone={path}")
+    if sha256 is not None and (digest := state_hash(network)) != sha256:
         raise ValueError(
-            f"--backbone={path}: expected the backbone {sha256[:12]}... that the reward was trained on, got {found[:12]}... "
+            f"--backbone={path}: expected the backbone {sha256[:12]}... that the reward was trained on, got {digest[:12]}... "
             "Its scores would mean nothing; name the right file."
         )
     return network.eval().requires_grad_(False)

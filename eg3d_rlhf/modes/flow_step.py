@@ -18,7 +18,7 @@ import torch
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, versions
 from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
 from eg3d_rlhf.models.trellis.sparse_conv import BACKENDS
-from eg3d_rlhf.tuning.flow.families.trellis.files import return_freed_memory
+from eg3d_rlhf.tuning.flow.families.folder import return_freed_memory
 from eg3d_rlhf.tuning.flow.families.trellis.random_flows import DTYPES, HEAD, STAGES, RandomConditions, Size, build_stage, make_pairs
 from eg3d_rlhf.tuning.flow.reference import AdapterOff
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, Updates

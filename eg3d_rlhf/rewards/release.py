@@ -27,9 +27,10 @@ import torch
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.spec import LATTICES, SlabSpec
 from eg3d_rlhf.generators import Generator, ws_of_seeds
+from eg3d_rlhf.models.weights import read
 from eg3d_rlhf.rewards.model import PAPER, RewardArch, RewardModel
 from eg3d_rlhf.rewards.observations import SigmaSlab
-from eg3d_rlhf.rewards.reward import Reward, check_state, read_state
+from eg3d_rlhf.rewards.reward import Reward, fill_published
 
 WEIGHTS = "best_model.pt"
 CONFIG_NAMES = ("release_config.yaml", "run_config.yaml")
@@ -89,7 +90,7 @@ def import_release(
     """
     source = Path(source)
     file = source / weights if source.is_dir() else source
-    state = read_state(file)
+    state = read(file, "import_release")
     names = [name for name in CONFIG_NAMES if (file.parent / name).is_file()]
     if config is None and not names:
         found = f"got neither in {file.parent}. Name it with --config."
@@ -100,9 +101,7 @@ def import_release(
     config = file.parent / names[0] if config is None else Path(config)
     settings = read_config(config, transform)
     arch = arch_from_state(state, settings)
-    model = RewardModel(arch)
-    check_state(f"import_release({file.name})", model, state)
-    model.load_state_dict(state)
+    model = fill_published(RewardModel(arch), state, f"import_release({file.name})")
     spec = SlabSpec(resolution=settings.resolution, value_max=settings.value_max, lattice=lattice)
     if min(spec.shape) < arch.smallest_side:
         raise ValueError(

@@ -5,20 +5,19 @@ beside `<name>.json` (observation, network, provenance). Published `.pt` state d
 """
 
 import json
-import pickle
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.generators import Generator
+from eg3d_rlhf.models.weights import Module, fill, read
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble, build_network
 from eg3d_rlhf.rewards.model import PAPER
@@ -119,13 +118,13 @@ def load_reward(path: str | Path, device: str | torch.device = "cpu") -> Reward:
         observation, description, provenance = _read_description(path.with_suffix(".json"))
     else:
         observation, description, provenance = SigmaSlab(), PAPER.to_dict(), {}
-    state = read_state(path)
+    who = f"load_reward({path.name})"
+    state = read(path, "load_reward")
     try:
         reward = Reward(observation, build_network(observation.kind, description), provenance)
     except ValueError as error:
-        raise ValueError(f"load_reward({path.name}): {error}") from error
-    check_state(f"load_reward({path.name})", reward.network, state)
-    reward.network.load_state_dict(state)
+        raise ValueError(f"{who}: {error}") from error
+    fill_published(reward.network, state, who)
     return reward.to(device).eval().requires_grad_(False)
 
 
@@ -151,8 +150,8 @@ def check_reward(reward: Reward, generator: Generator, who: str = "reward") -> N
         )
 
 
-def check_state(who: str, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError naming every missing, unexpected and misshapen entry of `state` for `model` (the first eight of each)."""
+def fill_published(model: Module, state: Mapping[str, torch.Tensor], who: str) -> Module:
+    """A network with the weights of a file, strictly; returns it. Raises: ValueError for entries that do not fit."""
     old = next((name for name in state if name.endswith("upsampling.upsample.weight")), None)
     if old is not None:
         raise ValueError(
@@ -160,17 +159,7 @@ def check_state(who: str, model: nn.Module, state: Mapping[str, torch.Tensor]) -
             "or older, whose upsampling computes other numbers; renaming the key would change the scores. Use weights trained with 1.8.2 "
             "or later."
         )
-    own = model.state_dict()
-    shapes = [(k, list(own[k].shape), list(state[k].shape)) for k in own if k in state and own[k].shape != state[k].shape]
-    wrong = {
-        "missing": [k for k in own if k not in state],
-        "unexpected": [k for k in state if k not in own],
-        "misshapen": [f"{k} (expected {a}, got {b})" for k, a, b in shapes],
-    }
-    found = [f"{len(v)} {k}: {', '.join(v[:8])}{', ...' if len(v) > 8 else ''}" for k, v in wrong.items() if v]
-    if found:
-        listed = "; ".join(found)
-        raise ValueError(f"{who}: expected the {len(own)} entries of this architecture, got {listed}. Is it another network's file?")
+    return fill(model, state, who)
 
 
 def _read_description(path: Path) -> tuple[Observation, dict[str, Any], dict[str, Any]]:
@@ -194,22 +183,3 @@ def _read_description(path: Path) -> tuple[Observation, dict[str, Any], dict[str
         return observations.from_dict(values["observation"]), dict(values["network"]), dict(values["provenance"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{who}: expected observation, network and provenance, got no such {error}. Copy the file again.") from error
-
-
-def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file, or a published state dict of any other; nothing in it is executed.
-
-    Raises: FileNotFoundError, ValueError.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"load_reward: expected a file, got none at {path}. Check the path.")
-    own = path.suffix == ".safetensors"
-    try:
-        state = safetensors.torch.load_file(path) if own else torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        kind, reason = "safetensors" if own else "a state dict", next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"load_reward({path.name}): expected {kind}, got: {reason}. Truncated or foreign? Copy it again.") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"load_reward({path.name}): expected a dict of tensors, got {type(state).__name__}. Export the weights alone.")
-    return dict(state)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.ldm_names import to_diffusers_unet, unet_config
-from eg3d_rlhf.models.local_files import build_on_meta, load_strict
+from eg3d_rlhf.models.weights import adopt, empty
 from eg3d_rlhf.tuning.distill.priors.latent_diffusion import join_views
 from tests.compat.distill_reference import cases, close, filled, needs, recipe, under
 
@@ -28,8 +28,8 @@ def original(case: str, side: int):
     config["attention_head_dim"] = tuple(w // per_head for w in widths) if per_head else heads["num_heads"]
     from diffusers import UNet2DConditionModel
 
-    unet = build_on_meta(lambda: UNet2DConditionModel(**config))
-    load_strict(unet, to_diffusers_unet(state), "test")
+    unet = empty(lambda: UNet2DConditionModel(**config))
+    adopt(unet, to_diffusers_unet(state), "test")
     return unet.eval()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eg3d_rlhf.models.preprocess import CLIP_MEAN, CLIP_STD, clip_preprocess, normalise, pad_preprocess
+from eg3d_rlhf.models.clip_inputs import CLIP_MEAN, CLIP_STD, clip_preprocess, normalise, pad_preprocess
 from tests.compat.distill_reference import cases, needs, recipe, under
 
 NAME = "preprocess"

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.blip import BlipSizes
-from eg3d_rlhf.models.clip_like import Clip, ClipSizes
+from eg3d_rlhf.models.clip import Clip, ClipSizes
 from eg3d_rlhf.models.ldm_names import to_transformers_text
-from eg3d_rlhf.models.local_files import below, build_on_meta, load_strict
+from eg3d_rlhf.models.weights import adopt, below, empty
 from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork
 from tests.compat.reference import ROOT
 
@@ -38,7 +38,7 @@ def shapes(module: torch.nn.Module) -> dict[str, list[int]]:
 def test_reward3d(kind):
     wanted = published(f"Reward3D_{kind}")
     assert wanted.pop("blip.text_encoder.embeddings.position_ids") == [1, 512]  # a buffer of old transformers
-    assert shapes(build_on_meta(lambda: Reward3dNetwork(kind, BlipSizes()))) == wanted
+    assert shapes(empty(lambda: Reward3dNetwork(kind, BlipSizes()))) == wanted
     network = Reward3dNetwork.of(on_meta(f"Reward3D_{kind}"), "test")  # sizes as the file tells
     assert network.kind == kind and shapes(network) == wanted
 
@@ -51,9 +51,9 @@ def test_image_reward_is_the_trunk_and_the_mlp():
 
 def test_hpsv2():
     wanted = published("hpsv2_open_clip_vit_h14")
-    assert shapes(build_on_meta(lambda: Clip(ClipSizes()))) == wanted
+    assert shapes(empty(lambda: Clip(ClipSizes()))) == wanted
     sizes = ClipSizes.of(on_meta("hpsv2_open_clip_vit_h14"), "test")
-    assert sizes == ClipSizes() and sum(t.numel() for t in build_on_meta(lambda: Clip(sizes)).parameters()) == 986_109_441
+    assert sizes == ClipSizes() and sum(t.numel() for t in empty(lambda: Clip(sizes)).parameters()) == 986_109_441
 
 
 def test_open_clips_text_half_is_that_of_stable_diffusion_2():
@@ -114,7 +114,7 @@ def test_mvdream_files(form):
         state |= {f"{OPEN_CLIP}{n}": t for n, t in text.items()}
     networks, states = mvdream_networks(state, "test")
     for name, weights in states.items():
-        load_strict(getattr(networks, name), weights, name)  # every entry fits
+        adopt(getattr(networks, name), weights, name)  # every entry fits
     assert len(states["unet"]) == len(below(state, "model.diffusion_model."))
     plain = {n: s for n, s in shapes(networks.unet).items() if not n.startswith("class_embedding.")}
     assert plain == published({"sd15": "sd15_unet", "sd21_base": "sd21_unet"}[form])
@@ -132,4 +132,4 @@ def test_clip():
         "patch_size": 14,
     }
     config = CLIPConfig(text_config=text_config("sd15"), vision_config=vision, projection_dim=768)
-    assert shapes(build_on_meta(lambda: CLIPModel(config))) == published("clip_vit_l14")
+    assert shapes(empty(lambda: CLIPModel(config))) == published("clip_vit_l14")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from eg3d_rlhf.models.trellis.autoencoders import StructureDecoder, StructureEncoder, StructureVAEConfig, grid_of, voxels_of
 from eg3d_rlhf.models.trellis.flows import StructureFlow, StructureFlowConfig, from_patches, to_patches
-from eg3d_rlhf.models.trellis.structure_vae import StructureDecoder, StructureEncoder, StructureVAEConfig, grid_of, voxels_of
 from eg3d_rlhf.tuning.flow.generate import trajectory
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, Sampling
 from tests.compat.trellis_reference import GRADIENT, assert_like_table, close, config_of, read, state_of

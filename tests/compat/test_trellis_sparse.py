@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.sparse import SparseBatch
+from eg3d_rlhf.models.trellis.autoencoders import GaussianDecoder, GaussianDecoderConfig, LatentEncoder, LatentEncoderConfig
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig
-from eg3d_rlhf.models.trellis.latent_autoencoder import GaussianDecoder, GaussianDecoderConfig, LatentEncoder, LatentEncoderConfig
 from eg3d_rlhf.models.trellis.sparse_conv import downsample
 from eg3d_rlhf.tuning.flow.generate import trajectory
 from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, SparseVoxels

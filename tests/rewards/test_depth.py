@@ -142,7 +142,7 @@ def test_the_backbone_stays_out_of_files_and_in_eval_mode(backbone, tmp_path, mo
     with torch.no_grad():
         torch.testing.assert_close(again.eval().score(maps), network.eval().score(maps), rtol=0, atol=0)
     moved = backbone.rename(tmp_path / "moved.pth")
-    with pytest.raises(FileNotFoundError, match="--backbone: expected a file of ResNet-50's weights, got none at"):
+    with pytest.raises(FileNotFoundError, match="--backbone: expected a local file or folder, got none at"):
         build(network.describe())
     monkeypatch.setenv("EG3D_RLHF_BACKBONE", str(moved))
     assert build(network.describe()).describe() == network.describe()
@@ -157,8 +157,8 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(labels, tiny_networks, t
     torch.save({"conv1.weight": torch.zeros(64, 3, 3, 3)}, weights)
     for flags, text in (
         (["--preset=resnet50"], "--backbone: expected a file of ResNet-50's weights"),
-        (["--preset=resnet50", f"--backbone={tmp_path / 'none.pth'}"], "--backbone: expected a file of ResNet-50's weights, got none at"),
-        (["--preset=resnet50", f"--backbone={weights}"], "other.pth: expected the 318 entries of this architecture, got 317 missing"),
+        (["--preset=resnet50", f"--backbone={tmp_path / 'none.pth'}"], "--backbone: expected a local file or folder, got none at"),
+        (["--preset=resnet50", f"--backbone={weights}"], "other.pth: expected the network's own tensors, got missing"),
         ([f"--backbone={weights}"], "--backbone: expected none for preset small of depth"),
         (["--resolution=32"], "expected maps of [1, 2, 64, 64], got [1, 2, 32, 32]"),
         (["--crop", *[0.1] * 6], "--crop: expected nothing for observation depth"),

@@ -155,10 +155,10 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="trained with pytorch-3dunet 1.8.1 or older"):
         import_release(folder)
     torch.save({k: v for k, v in state.items() if not k.startswith("MLP.")}, folder / "best_model.pt")
-    with pytest.raises(ValueError, match="got .*missing: MLP.input_layer.weight"):
+    with pytest.raises(ValueError, match="got missing: "):
         import_release(folder)
     torch.save({**state, "more": torch.zeros(1)}, folder / "best_model.pt")
-    with pytest.raises(ValueError, match="1 unexpected: more"):
+    with pytest.raises(ValueError, match="unexpected: more"):
         import_release(folder)
     torch.save(state, folder / "best_model.pt")
     text = (folder / "release_config.yaml").read_text()
@@ -183,14 +183,14 @@ def test_hostile_and_damaged_weights_end_in_one_line(tmp_path, monkeypatch):
     folder = write_example(tmp_path / "r")
     whole = (folder / "best_model.pt").read_bytes()
     torch.save({"MLP.input_layer.weight": Hostile()}, folder / "best_model.pt")
-    with pytest.raises(ValueError, match="expected a state dict") as caught:
+    with pytest.raises(ValueError, match="to hold weights alone") as caught:
         import_release(folder)
     assert not (tmp_path / "ran").exists() and "\n" not in str(caught.value)
     (folder / "best_model.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="Truncated or foreign"):
         import_release(folder)
     (folder / "best_model.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="expected a file, got none"):
+    with pytest.raises(FileNotFoundError, match="expected a local file or folder, got none"):
         import_release(folder)
 
 

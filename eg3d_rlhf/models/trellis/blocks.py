@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from eg3d_rlhf.models.attention import attend
 from eg3d_rlhf.models.sparse import SparseBatch
 from torch_utils.ops.linear import Linear
 from torch_utils.ops.transformer import feed_forward, self_attention, tiled
@@ -70,12 +71,6 @@ class Layout(Protocol):
 
     def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention from tokens [..., H, D] to their sample's condition, k and v [N, L, H, D]."""
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v: q [N, T, H, D], k and v [N, L, H, D] -> [N, T, H, D]; keep [N, 1, 1, L]. Differentiable in: q, k, v."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, H, T, D]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).transpose(1, 2)
 
 
 class DenseLayout:

@@ -68,8 +68,8 @@ def run_blocks(
         for i, part in enumerate(parts):
             keep = part.shape[1] >= LONG and place < KEPT * len(modules)
             passes = blocks.Passes(keep) if recompute and torch.is_grad_enabled() else None
-            own = blocks.DenseLayout(passes=passes)
-            parts[i] = blocks.run_block(block, part, time[i : i + 1], cond[i : i + 1], own, recompute=recompute)
+            single = blocks.DenseLayout(passes=passes)
+            parts[i] = blocks.run_block(block, part, time[i : i + 1], cond[i : i + 1], single, recompute=recompute)
             if passes is not None:
                 passes.second = True
     return torch.cat([part[0] for part in parts]).view_as(x)
@@ -167,13 +167,13 @@ class LatentFlow(nn.Module):
         block = functools.partial(SparseResBlock, time_channels=channels, backend=config.sparse_conv)
         kept, width = config.num_io_res_blocks - 1, 2 if config.use_skip_connection else 1
         self.input_blocks = nn.ModuleList()  # per resolution, finest first: blocks that keep it, then one that halves it
-        for own, coarser in itertools.pairwise((*config.io_channels, channels)):
-            self.input_blocks.extend([block(own, own) for _ in range(kept)] + [block(own, coarser, resample="down")])
+        for finer, coarser in itertools.pairwise((*config.io_channels, channels)):
+            self.input_blocks.extend([block(finer, finer) for _ in range(kept)] + [block(finer, coarser, resample="down")])
         self.blocks = config.blocks()
         self.out_blocks = nn.ModuleList()  # coarsest first: one block that doubles it, then blocks that keep it
-        for coarser, own in itertools.pairwise((channels, *reversed(config.io_channels))):
-            self.out_blocks.append(block(width * coarser, own, resample="up"))
-            self.out_blocks.extend([block(width * own, own) for _ in range(kept)])
+        for coarser, finer in itertools.pairwise((channels, *reversed(config.io_channels))):
+            self.out_blocks.append(block(width * coarser, finer, resample="up"))
+            self.out_blocks.extend([block(width * finer, finer) for _ in range(kept)])
         self.out_layer = nn.Linear(outer, config.out_channels)
         if config.use_fp16:
             blocks.convert_torso((self.input_blocks, self.blocks, self.out_blocks), torch.float16, (nn.Linear, Kernel))

@@ -104,15 +104,15 @@ def neighbours(x: SparseBatch) -> list[Pairs]:
     known, rows = codes.sort()
     if bool((known[1:] == known[:-1]).any()) or bool((places < 0).any()):
         raise ValueError("sparse convolution: expected every voxel once and no negative index, got others. Remove the repeated rows.")
-    found = []
+    before = []
     for tap in range(TAPS // 2):
         i, j, k = tap // 9 - 1, tap // 3 % 3 - 1, tap % 3 - 1
         wanted = codes + (i * strides[1] + j * strides[2] + k)
         at = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
         written = (known[at] == wanted).nonzero().squeeze(1)
-        found.append((written, rows[at[written]]))
+        before.append((written, rows[at[written]]))
     itself = torch.arange(len(codes), device=places.device)
-    x.cache["neighbours"] = [*found, (itself, itself), *((read, written) for written, read in reversed(found))]
+    x.cache["neighbours"] = [*before, (itself, itself), *((read, written) for written, read in reversed(before))]
     return x.cache["neighbours"]
 
 
@@ -121,11 +121,11 @@ def _taps(pairs: list[Pairs], weight: torch.Tensor, rows: int) -> Iterator[tuple
     time as NUMBERS allows."""
     most = max(NUMBERS // max(len(weight), weight.shape[2]), 1)
     for tap, (written, read) in enumerate(pairs):
-        own, many = weight[:, tap].contiguous(), len(read) >= rows
+        kernel, many = weight[:, tap].contiguous(), len(read) >= rows
         count = max(len(read), 1) if many else most
         for pair in zip(written.split(count), read.split(count), strict=True):
             if len(pair[0]):
-                yield tap, own, pair, many
+                yield tap, kernel, pair, many
 
 
 def _sums(rows: int, channels: int, like: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 
 from eg3d_rlhf.core.interfaces import Patches
 from eg3d_rlhf.core.shapes import check_shape
+from eg3d_rlhf.models.vit import Block
 from eg3d_rlhf.rewards.meshes.patches import PatchOptions
 from training.storage import read_tensors, write_atomic, write_tensors
 
@@ -42,50 +43,6 @@ class EncoderOptions:
             raise ValueError(f"EncoderOptions: expected positive numbers and a width that the heads divide, got {self}. Correct it.")
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with a key mask."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """[A, P, C], keep [A, 1, 1, P] bool -> [A, P, C]."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [A, H, P, C / H]
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=keep).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """Two layers with GELU."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., C] -> [..., C]."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width)
-
-    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """[A, P, C], keep [A, 1, 1, P] -> [A, P, C]."""
-        x = x + self.attn(self.norm1(x), keep)
-        return x + self.mlp(self.norm2(x))
-
-
 class MeshEncoder(nn.Module):
     """Patches to tokens [A, P, C]. Differentiable in features and centres."""
 
@@ -95,7 +52,7 @@ class MeshEncoder(nn.Module):
         self.options = options
         self.to_patch_embedding = nn.Sequential(nn.Flatten(2), nn.Linear(NUMBERS * options.faces, width), nn.LayerNorm(width))
         self.pos_embedding = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, width))
-        self.blocks = nn.ModuleList(Block(width, options.heads) for _ in range(options.depth))
+        self.blocks = nn.ModuleList(Block(width, options.heads, 4 * width) for _ in range(options.depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, patches: Patches) -> torch.Tensor:

@@ -13,8 +13,8 @@ import torch
 
 from eg3d_rlhf.core.interfaces import SLACK, Modality, RewardModel, check_finite, check_pictures, check_views
 from eg3d_rlhf.core.memory import Costs, peak_bytes, weight_row
-from eg3d_rlhf.models.clip_like import FLAG, Clip, ClipSizes, load_clip_score, load_hpsv2
-from eg3d_rlhf.models.local_files import build_on_meta, existing, only_file, read_state, require_extra
+from eg3d_rlhf.models.clip import FLAG, Clip, ClipSizes, load_clip_score, load_hpsv2
+from eg3d_rlhf.models.weights import empty, existing, only_file, read, require_extra
 from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork, load_blip_reward
 
 WEIGHTS = (".pt", ".pth", ".safetensors")
@@ -74,7 +74,7 @@ def load_reward(path: str | Path, device: str | torch.device = "cpu") -> Checked
     if (path / "config.json").is_file():
         return CheckedReward(load_clip_score(_clip_folder(path), device))
     file = weights_of(path)
-    state = read_state(file, FLAG)
+    state = read(file, FLAG)
     loaded: RewardModel = (load_blip_reward if _is_blip(state, file) else load_hpsv2)(file, state, device)
     return CheckedReward(loaded)
 
@@ -92,15 +92,15 @@ def reward_costs(path: str | Path, pictures: int, noises: int = 1) -> Costs:
         from transformers import CLIPConfig, CLIPModel
 
         config = CLIPConfig(**json.loads((_clip_folder(path) / "config.json").read_text()))
-        clip = build_on_meta(lambda: CLIPModel(config))
+        clip = empty(lambda: CLIPModel(config))
         return _costs(clip, lambda x: clip.get_image_features(pixel_values=x), pictures, noises, config.vision_config.image_size)
     file = weights_of(path)
-    state = read_state(file, FLAG)
+    state = read(file, FLAG)
     if _is_blip(state, file):
         blip = Reward3dNetwork.of(state, f"{FLAG}: {file.name}")
         return _costs(blip, blip.blip.visual_encoder, pictures, noises, blip.blip.visual_encoder.side)
     sizes = ClipSizes.of(state, f"{FLAG}: {file.name}")
-    hps = build_on_meta(lambda: Clip(sizes))
+    hps = empty(lambda: Clip(sizes))
     return _costs(hps, hps.visual, pictures, noises, sizes.image)
 
 

@@ -15,9 +15,8 @@ from torch import nn
 
 from eg3d_rlhf.core.interfaces import Modality
 from eg3d_rlhf.models.blip import Blip, BlipSizes
-from eg3d_rlhf.models.local_files import build_on_meta, frozen, load_strict, read_state
-from eg3d_rlhf.models.preprocess import clip_preprocess
-from eg3d_rlhf.models.tokens import Tokenize, bert_tokenizer
+from eg3d_rlhf.models.clip_inputs import Tokenize, bert_tokenizer, clip_preprocess
+from eg3d_rlhf.models.weights import adopt, empty, frozen, read
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of raw scores; CrossViewFusion is published with 5 for the deviation
 FUSION_STD = 5.0
@@ -104,7 +103,7 @@ class Reward3dNetwork(nn.Module):
             kind = "CrossViewFusion"
             if sizes.text_width % 12:
                 raise ValueError(f"{who}: expected a text width that is a multiple of 12, got {sizes.text_width}. Use the published file.")
-        return build_on_meta(lambda: cls(kind, sizes))
+        return empty(lambda: cls(kind, sizes))
 
 
 class BlipReward:
@@ -139,8 +138,8 @@ def load_blip_reward(path: Path, state: Mapping[str, torch.Tensor] | None = None
     Raises: FileNotFoundError, ValueError.
     """
     who = f"--reward: {path.name}"
-    state = read_state(path, "--reward") if state is None else state
+    state = read(path, "--reward") if state is None else state
     network = Reward3dNetwork.of(state, who)
-    load_strict(network, state, who)
+    adopt(network, state, who)
     words = network.blip.text_encoder.vocabulary
     return BlipReward(network, bert_tokenizer(path.parent / "tokenizer", "--reward", TOKENS[network.kind], words), device)

@@ -11,8 +11,9 @@ Papers that put data at t = 1 (Circular-DPO, equations 1-4; Lipman et al. 2023) 
 Shape letters as in sparse.py; T tokens of a condition, E their size.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -374,6 +375,20 @@ def stage_of(pipeline: Pipeline, name: str) -> FlowStage:
             return stage
     names = ", ".join(s.name for s in pipeline.stages)
     raise ValueError(f"stage: expected one of {names}, got {name!r}. Name a stage of this pipeline.")
+
+
+@contextlib.contextmanager
+def with_models(pipeline: Pipeline, models: Mapping[str, torch.nn.Module]) -> Iterator[Pipeline]:
+    """Within it these stages have these networks; afterwards their own again. Raises: ValueError for a stage that is not there."""
+    stages = {name: stage_of(pipeline, name) for name in models}
+    kept = {name: stage.model for name, stage in stages.items()}
+    try:
+        for name, stage in stages.items():
+            stage.model = models[name]
+        yield pipeline
+    finally:
+        for name, stage in stages.items():
+            stage.model = kept[name]
 
 
 @torch.no_grad()

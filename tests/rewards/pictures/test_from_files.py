@@ -9,7 +9,7 @@ import torch
 from eg3d_rlhf.core.interfaces import CheckedPrior, RewardModel, check_pictures, check_views
 from eg3d_rlhf.core.memory import Costs
 from eg3d_rlhf.models.blip import BlipSizes
-from eg3d_rlhf.models.preprocess import clip_preprocess, pad_preprocess
+from eg3d_rlhf.models.clip_inputs import clip_preprocess, pad_preprocess
 from eg3d_rlhf.rewards.pictures.from_files import CheckedReward, ImscoreReward, load_reward, reward_costs
 from eg3d_rlhf.rewards.pictures.reward3d import BlipReward, Reward3dNetwork
 from eg3d_rlhf.tuning.distill.priors.latent_diffusion import load_prior, prior_costs
@@ -189,10 +189,10 @@ def tiny_state():
     ("change", "message"),
     [
         (lambda s: s.update(more=Hostile()), "a pickle that asks for more"),
-        (lambda s: s.update({"Scorer.fc3.bias": torch.zeros(3)}), r"got of other shapes: Scorer.fc3.bias \[3\] for \[1\]"),
+        (lambda s: s.update({"Scorer.fc3.bias": torch.zeros(3)}), r"misshapen: Scorer.fc3.bias \[3\] instead of \[1\]"),
         (lambda s: s.pop("mlp.layers.4.weight"), "got missing: mlp.layers.4.weight"),
-        (lambda s: s.update({"blip.text_encoder.more": torch.zeros(1)}), "got unknown: blip.text_encoder.more"),
-        (lambda s: s["mlp.layers.0.bias"].fill_(torch.inf), "got not finite: mlp.layers.0.bias"),
+        (lambda s: s.update({"blip.text_encoder.more": torch.zeros(1)}), "unexpected: blip.text_encoder.more"),
+        (lambda s: s["mlp.layers.0.bias"].fill_(torch.inf), "finite numbers, got others in mlp.layers.0.bias"),
         (lambda s: s.pop("blip.visual_encoder.pos_embed"), "expected blip.visual_encoder.pos_embed with 3 axes, got no such entry"),
         (lambda s: s.update({"mlp.layers.0.bias": "text"}), "expected tensors by name"),
         (lambda s: [s.pop(n) for n in list(s) if n.startswith("blip.")], "Is it another network's file"),

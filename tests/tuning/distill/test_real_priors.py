@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior  # noqa: E402
 from eg3d_rlhf.generators.assets.views import evenly_around, network_cameras  # noqa: E402
-from eg3d_rlhf.models.local_files import tell_once  # noqa: E402
+from eg3d_rlhf.models.weights import tell_once  # noqa: E402
 from eg3d_rlhf.tuning.distill.gradients import (  # noqa: E402
     guided,
     sds,

@@ -173,7 +173,7 @@ ONE = f"{PREFIX}blocks.0.to_q.lora_A.weight"
         (changed_tensors(lambda t: t.__setitem__(ONE, t[ONE][:, :-1].clone())), r"whose blocks.0.to_q is \[8, 8\], got \[8, 7\]"),
         (changed_tensors(lambda t: [t.__setitem__(k.replace("to_q.", "to_v."), t.pop(k)) for k in list(t) if "1.to_q." in k]),
          "whose blocks.1.to_v is no linear layer of that name"),
-        (lambda f, m: (f / ADAPTER).write_bytes((f / ADAPTER).read_bytes()[:-9]), "expected tensors by name, got.*Truncated or foreign"),
+        (lambda f, m: (f / ADAPTER).write_bytes((f / ADAPTER).read_bytes()[:-9]), "Truncated or foreign"),
         (lambda f, m: write_merged(m, f / "model.safetensors"), "expected one file of weights, got adapter_model.safetensors and model"),
     ],
 )  # fmt: skip
@@ -197,7 +197,7 @@ def test_more_refusals(model, tmp_path):
     state = AdaptableFlow().state_dict()
     state["extra"] = state.pop("pos_emb")
     save_file(state, tmp_path / "plain.safetensors")
-    with pytest.raises(ValueError, match="plain.safetensors: expected the .* got 1 missing: pos_emb; 1 unexpected: extra"):
+    with pytest.raises(ValueError, match="plain.safetensors: .* missing: pos_emb; unexpected: extra"):
         load_weights(AdaptableFlow(), read_weights(tmp_path / "plain.safetensors"))
 
 
@@ -208,7 +208,7 @@ class Bomb:
 
 def test_nothing_in_a_file_is_run(tmp_path, capfd):
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"a": Bomb()}, 2))
-    with pytest.raises(ValueError, match="adapter_model.bin: expected tensors by name"):
+    with pytest.raises(ValueError, match="expected adapter_model.bin to hold weights alone"):
         read_weights(tmp_path)
     assert "ran" not in capfd.readouterr().out
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.lora import LoraConfig
-from eg3d_rlhf.models.policies import read_state, tuned_model
+from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import (
     NamedBatch,
     NamedSample,
@@ -21,6 +21,7 @@ from eg3d_rlhf.models.sparse import (
     spread,
     with_feats,
 )
+from eg3d_rlhf.models.weights import read
 from eg3d_rlhf.tuning.flow import stage as stages
 from eg3d_rlhf.tuning.flow.conditions import Conditions, each, expanded, read_conditions, rows, where, write_conditions
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
@@ -369,7 +370,7 @@ def test_one_stage_is_trained_its_adapter_kept_under_its_own_names_and_sampled(n
     config = tiny_config(steps=2, log_every=1, dpo=DpoConfig(beta=20.0, condition_dropout=0.5), lora=lora)
     result = train_stage(pipeline, "only", pairs(name), config, tmp_path / "run", say=lambda text: None)
     assert result.stats[0]["loss"] == pytest.approx(math.log(2), abs=1e-3) and result.stats[-1]["grad_norm"] > 0
-    names = {key for key in read_state(result.weights / "adapter_model.safetensors")}
+    names = {key for key in read(result.weights / "adapter_model.safetensors", "test")}
     assert names == {f"base_model.model.to_out.lora_{part}.weight" for part in "AB"}
     tuned = tuned_model(pipeline.stages[0].model, result.weights, merge=True)
     assert set(tuned.state_dict()) == {"to_out.weight", "to_out.bias"}

@@ -19,22 +19,22 @@ from torch.utils.checkpoint import checkpoint
 from eg3d_rlhf.core.interfaces import CheckedPrior, check_views
 from eg3d_rlhf.core.memory import Costs, peak_bytes, weight_row
 from eg3d_rlhf.generators.assets.views import network_cameras
+from eg3d_rlhf.models.clip_inputs import CLIP_TOKENS, Tokenize, clip_tokenizer
 from eg3d_rlhf.models.ldm_names import to_diffusers_unet, to_diffusers_vae, to_transformers_text, unet_config
-from eg3d_rlhf.models.local_files import (
+from eg3d_rlhf.models.weights import (
+    adopt,
     below,
-    build_on_meta,
     count,
+    empty,
     existing,
     from_folder,
-    load_strict,
     one_line,
     only_file,
-    read_state,
+    read,
     require_extra,
     shape_of,
     tell_once,
 )
-from eg3d_rlhf.models.tokens import CLIP_TOKENS, Tokenize, clip_tokenizer
 
 FLAG = "--prior"
 LICENCES = {
@@ -167,7 +167,7 @@ def meta_prior(folder: Path, options: PriorOptions) -> LatentPrior:
             lambda: UNet2DConditionModel.from_config(configs[0]), lambda: AutoencoderKL.from_config(configs[1]),
             lambda: CLIPTextModel(CLIPTextConfig(**configs[2])),
         ]
-        unet, vae, text = (build_on_meta(make) for make in makers)
+        unet, vae, text = (empty(make) for make in makers)
     return LatentPrior(LatentNetworks(unet=unet, vae=vae, text=text), None, torch.empty(1000, device="meta"), "epsilon", options.on_meta())
 
 
@@ -275,13 +275,13 @@ def mvdream_networks(state: Mapping[str, torch.Tensor], who: str) -> tuple[Laten
     widths = tuple(shape_of(vae_state, f"encoder.down.{i}.block.0.conv1.weight", who, 4)[0] for i in levels)
     text_config, text_state = _text(state, who)
     networks = LatentNetworks(
-        unet=join_views(build_on_meta(lambda: UNet2DConditionModel(**config))),
-        vae=build_on_meta(lambda: AutoencoderKL(
+        unet=join_views(empty(lambda: UNet2DConditionModel(**config))),
+        vae=empty(lambda: AutoencoderKL(
             latent_channels=first // 2, block_out_channels=widths, layers_per_block=count(vae_state, "encoder.down.0.block."),
             down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
             scaling_factor=SCALING, sample_size=LATENT_SIDE * 2 ** (len(widths) - 1),
         )),
-        text=build_on_meta(lambda: CLIPTextModel(CLIPTextConfig(**text_config))),
+        text=empty(lambda: CLIPTextModel(CLIPTextConfig(**text_config))),
     )
     return networks, {"unet": to_diffusers_unet(unet_state), "vae": to_diffusers_vae(vae_state), "text": text_state}
 
@@ -317,10 +317,10 @@ def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
     """
     who = f"{FLAG}: {path.name}"
     require_extra(FLAG, "diffusers", "transformers")
-    state = read_state(path, FLAG)
+    state = read(path, FLAG)
     networks, states = mvdream_networks(state, who)
     for name, weights in states.items():
-        load_strict(getattr(networks, name), weights, who)
+        adopt(getattr(networks, name), weights, who)
     (steps,) = shape_of(state, "alphas_cumprod", who, 1)
     if steps != 1000:
         raise ValueError(f"{who}: expected alphas_cumprod of 1000 steps, got {steps}. Use the published file.")
@@ -333,7 +333,7 @@ def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
 def meta_mvdream(path: Path, options: PriorOptions) -> MVDream:
     """The prior that a file's shapes describe, on the meta device. Raises: as `load_mvdream`."""
     require_extra(FLAG, "diffusers", "transformers")
-    networks, _ = mvdream_networks(read_state(path, FLAG), f"{FLAG}: {path.name}")
+    networks, _ = mvdream_networks(read(path, FLAG), f"{FLAG}: {path.name}")
     return MVDream(networks, None, torch.empty(1000, device="meta"), "epsilon", options.on_meta())
 
 

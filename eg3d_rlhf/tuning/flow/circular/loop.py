@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.experiments.store import Artefact, Store
-from eg3d_rlhf.models.policies import tuned_model, with_models
+from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import (
     ANCHOR,
     PAIRS,
@@ -30,7 +30,7 @@ from eg3d_rlhf.tuning.flow.circular.loop_pairs import (
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.tuning.flow.problem import Choosing, Judging, Problem, judged
-from eg3d_rlhf.tuning.flow.stage import FlowStage, stage_of
+from eg3d_rlhf.tuning.flow.stage import FlowStage, stage_of, with_models
 from eg3d_rlhf.tuning.flow.train import FREE
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, train_stage
 from training.distributed import SINGLE, Ranks

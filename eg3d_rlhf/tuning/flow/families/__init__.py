@@ -1,6 +1,6 @@
 """The registry of families of flow generators: what tells a family's folder, and what is done with it.
 
-A family is one folder of this package with a `family.py`, or a plugin's file (docs/extending.md): it registers a `FlowFamily`, and
+A family is a module of this package that FAMILIES names, or a plugin's file (docs/extending.md): it registers a `FlowFamily`, and
 `train.py --mode=circular-dpo --pipeline=ROOT` and `eg3d-rlhf flow files` then know its folders by what lies in them.
 """
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.registry import Registry, load_plugins
@@ -65,9 +64,9 @@ class FlowFamily:
 FAMILIES: Registry[FlowFamily] = Registry("flow family", {
     "toy": "eg3d_rlhf.tuning.flow.toy.bundled",
     "trellis": "eg3d_rlhf.tuning.flow.families.trellis.family",
-    "trellis2": "eg3d_rlhf.tuning.flow.families.trellis2.family",
-    "hunyuan3d": "eg3d_rlhf.tuning.flow.families.hunyuan3d.family",
-    "sam3d": "eg3d_rlhf.tuning.flow.families.sam3d.family",
+    "trellis2": "eg3d_rlhf.tuning.flow.families.trellis2.pipeline",
+    "hunyuan3d": "eg3d_rlhf.tuning.flow.families.hunyuan3d",
+    "sam3d": "eg3d_rlhf.tuning.flow.families.sam3d.pipeline",
 })  # fmt: skip
 _told: set[str] = set()
 
@@ -179,67 +178,3 @@ def check_stages(who: str, family: FlowFamily, names: Sequence[str]) -> None:
     unknown = sorted(set(names) - set(family.stages))
     if unknown:
         raise ValueError(f"{who}: expected stages among {', '.join(family.stages)}, got {', '.join(unknown)}. Name a stage.")
-
-
-# What the families' opened folders share: embeddings by stage, normalised latents, and networks that are loaded when they are needed.
-
-
-class OpenedFolder:
-    """Of networks in a published layout.
-
-    Args: conditions: None where nothing is sampled; parts: reads a network, such as a decoder, by its name.
-    """
-
-    def __init__(self, conditions: Conditions | None, parts: Callable[[str], nn.Module], device: str | torch.device):
-        self.tokens, self.device = conditions, device
-        self._parts, self._loaded = parts, dict[str, nn.Module]()
-
-    def part(self, name: str) -> nn.Module:
-        """A decoder or encoder."""
-        if name not in self._loaded:
-            self._loaded[name] = self._parts(name).eval().requires_grad_(False).to(self.device)
-        return self._loaded[name]
-
-    def embedded(self, of: Sequence[str] | int, name: str | None = None) -> torch.Tensor:
-        """Embeddings [N, L, E] of names, or so many empty ones. Args: name: of the tensor, where a condition has several.
-
-        Raises: ValueError without embeddings, or for names without one.
-        """
-        if self.tokens is None:
-            raise ValueError("conditions: expected embeddings, got none. Open the pipeline with some.")
-        embedded = self.tokens.null(of) if isinstance(of, int) else self.tokens.of(of)
-        tensor = embedded if name is None else embedded[name]  # type: ignore[index]  # the form was looked at when the folder was opened
-        assert isinstance(tensor, torch.Tensor)
-        return tensor.to(self.device)
-
-
-def normalised(feats: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Latents [v, C] as decoders read them -> as flows see them."""
-    return (feats - feats.new_tensor(mean)) / feats.new_tensor(std)
-
-
-def unnormalised(feats: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Inverse of `normalised`."""
-    return feats * feats.new_tensor(std) + feats.new_tensor(mean)
-
-
-# Small YAML files of other programs, as plain values.
-
-LARGEST, ALIASES = 1 << 16, 16  # bytes of a file, and repetitions in it
-
-
-def read_yaml(path: Path) -> dict:
-    """A mapping from a file; no object of any other kind is built. Raises: ValueError."""
-    import yaml  # only here: nothing else needs it
-
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path}: expected at most {LARGEST >> 10} KiB, got {path.stat().st_size >> 10}. Is it another file?")
-    text = path.read_text()
-    try:
-        repeated = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
-        content = yaml.safe_load(text) if repeated <= ALIASES else None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got: {' '.join(str(error).split())[:120]}. Restore the file.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping, got another value or many repetitions. Restore the file.")
-    return content

@@ -14,7 +14,7 @@ import train
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families import family_of
-from eg3d_rlhf.tuning.flow.families.hunyuan3d import family, files
+from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
 from eg3d_rlhf.tuning.flow.generate import generate
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
 from eg3d_rlhf.tuning.flow.stage import CONVENTION, check_convention
@@ -51,9 +51,9 @@ def run(tmp_path):
 def test_it_is_known_by_its_config_also_within_its_repository_and_says_its_licence(root, tmp_path):
     assert family_of(root).name == "hunyuan3d" and "European Union" in family_of(root).notice
     (tmp_path / "REPO").mkdir()
-    root.rename(tmp_path / "REPO" / files.FOLDER)
+    root.rename(tmp_path / "REPO" / family.FOLDER)
     assert family_of(tmp_path / "REPO").name == "hunyuan3d"
-    assert files.read_files(tmp_path / "REPO").tokens == [L, E]
+    assert family.read_files(tmp_path / "REPO").tokens == [L, E]
 
 
 def test_one_stage_is_tuned_kept_merged_and_sampled(root, tmp_path):
@@ -67,7 +67,7 @@ def test_one_stage_is_tuned_kept_merged_and_sampled(root, tmp_path):
     assert after.shape == (LATENTS, C) and not torch.equal(before, after)
     report = family.export(root, tmp_path / "TUNED", {"shape": out / "shape"})["tuned"]["shape"]
     assert report["file"] == "model.fp16.ckpt" and 0 < report["rounding"] < 0.5
-    old, new = (files.read_sections(path / "model.fp16.ckpt") for path in (root, tmp_path / "TUNED"))
+    old, new = (family.read_sections(path / "model.fp16.ckpt") for path in (root, tmp_path / "TUNED"))
     assert all(torch.equal(old[s][n], new[s][n]) for s in ("vae", "conditioner") for n in old[s])
     changed = {name for name in old["model"] if not torch.equal(old["model"][name], new["model"][name])}
     assert changed and {name.split(".")[-2] for name in changed} == {"to_q", "to_k", "to_v", "out_proj"}
@@ -88,7 +88,7 @@ def test_a_network_with_its_data_at_the_other_end_is_refused(root):
 
 def test_tensors_that_do_not_fit_are_refused_in_one_line(root, tmp_path):
     make_pairs(tmp_path)
-    sections = files.read_sections(root / "model.fp16.ckpt")
+    sections = family.read_sections(root / "model.fp16.ckpt")
     sections = {section: {name: tensor.clone() for name, tensor in own.items()} for section, own in sections.items()}
     for section, name in (("model", "blocks.4.moe.gate.weight"), ("vae", "post_kl.bias")):
         lacking = {**sections, section: {n: x for n, x in sections[section].items() if n != name}}
@@ -104,7 +104,7 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(root, tmp_path):
     write(root, {**sections, "model": {n: x / 0 for n, x in sections["model"].items()}})
     assert "expected finite numbers, got others in " in run(tmp_path).output
     (root / "model.fp16.ckpt").write_bytes(b"PK")
-    assert "expected a checkpoint, got" in run(tmp_path).output
+    assert "checkpoint: expected weights in model.fp16.ckpt" in run(tmp_path).output
     assert not (tmp_path / "runs").exists()
 
 
@@ -123,9 +123,9 @@ def test_configs_of_other_networks_are_refused(root):
         entry = {**CONTENT[section], **changes}
         if "params" in changes:
             entry["params"] = {**CONTENT[section]["params"], **changes["params"]}
-        (root / files.CONFIG).write_text(yaml.safe_dump({**CONTENT, section: entry}))
+        (root / family.CONFIG).write_text(yaml.safe_dump({**CONTENT, section: entry}))
         with pytest.raises(ValueError, match=message):
-            files.read_files(root)
+            family.read_files(root)
 
     refused("model", "expected model of target HunYuanDiTPlain with params, got Other", target="a.Other")
     refused("model", "expected Hunyuan3D-2.1's form, got use_pos_emb=True", params={"use_pos_emb": True})
@@ -133,12 +133,12 @@ def test_configs_of_other_networks_are_refused(root):
     refused("vae", "one size in model, vae and conditioner", params={"embed_dim": 5})
     refused("vae", "geo_decoder_downsample_ratio 1", params={"geo_decoder_downsample_ratio": 2})
     refused("conditioner", "expected one DinoImageEncoder as conditioner", params={"main_image_encoder": {"type": "Clip"}})
-    (root / files.CONFIG).write_text("a: [")
+    (root / family.CONFIG).write_text("a: [")
     with pytest.raises(ValueError, match="expected YAML, got"):
-        files.read_files(root)
-    (root / files.CONFIG).unlink()
+        family.read_files(root)
+    (root / family.CONFIG).unlink()
     with pytest.raises(FileNotFoundError, match="expected config.yaml and model.fp16.ckpt or"):
-        files.read_files(root)
+        family.read_files(root)
 
 
 def picture(path, box=(20, 10, 60, 50)):

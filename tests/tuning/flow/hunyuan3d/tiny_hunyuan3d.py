@@ -1,12 +1,14 @@
 """A Hunyuan3D-2.1 of random weights in its own files, small enough for a test: sets of 7 latents of 4 channels, pictures of 28 pixels."""
 
+import re
+
 import torch
 import yaml
 
-from eg3d_rlhf.models.hunyuan3d.autoencoder import ShapeDecoder
-from eg3d_rlhf.models.hunyuan3d.denoiser import Denoiser
+from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder
+from eg3d_rlhf.models.vit import Dino
 from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.families.hunyuan3d import files
+from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
 
 LATENTS, C, L, E = 7, 4, 5, 8
 NAMES = ("chair", "lamp", "tree", "boat")
@@ -42,16 +44,34 @@ CONTENT = {
 }  # fmt: skip
 
 
+def transformers_names(dino):
+    """The state dict of a DINOv2 as transformers has it."""
+    names = (
+        (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"), (r"^pos_embed$", "embeddings.position_embeddings"),
+        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."), (r"^blocks\.", "encoder.layer."),
+        (r"^norm\.", "layernorm."), (r"\.attn\.proj\.", ".attention.output.dense."), (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+    )  # fmt: skip
+    state = {}
+    for name, tensor in dino.state_dict().items():
+        for ours, theirs in names:
+            name = re.sub(ours, theirs, name)
+        stem, fused, leaf = name.partition(".attn.qkv.")
+        parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+        state |= {f"{stem}.attention.attention.{kind}.{leaf}": part for kind, part in parts} if fused else {name: tensor}
+    return state
+
+
 def write_hunyuan3d(root):
     """Both files, the checkpoint in float16 and with parts of the autoencoder that are not read here; returns the folder."""
     root.mkdir(parents=True)
-    (root / files.CONFIG).write_text(yaml.safe_dump(CONTENT))
+    (root / family.CONFIG).write_text(yaml.safe_dump(CONTENT))
     (root / "model.fp16.ckpt").write_bytes(b"")
-    found = files.read_files(root)
+    found = family.read_files(root)
     torch.manual_seed(0)
+    dino = transformers_names(Dino(found.encoder))
     sections = {
         "model": Denoiser(found.model).state_dict(), "vae": ShapeDecoder(found.vae).state_dict(),
-        "conditioner": {files.ENCODER + name: 0.1 * torch.randn_like(x) + x for name, x in files.Dino(found.encoder).state_dict().items()},
+        "conditioner": {family.ENCODER + name: 0.1 * torch.randn_like(x) + x for name, x in dino.items()},
     }
     sections["vae"] |= {"encoder.input_proj.weight": torch.ones(2, 2), "pre_kl.weight": torch.ones(8, 8)}
     sections = {section: {name: tensor.half() for name, tensor in own.items()} for section, own in sections.items()}

@@ -13,9 +13,9 @@ from eg3d_rlhf.models.policies import read_weights, save_policy, tuned_model
 from eg3d_rlhf.models.sparse import NamedSample
 from eg3d_rlhf.tuning.flow.conditions import read_conditions
 from eg3d_rlhf.tuning.flow.families import family_of
-from eg3d_rlhf.tuning.flow.families.sam3d import family, files
-from eg3d_rlhf.tuning.flow.families.sam3d.conditions import cut, inputs_of, squared
-from eg3d_rlhf.tuning.flow.families.sam3d.pipeline import load_pipeline
+from eg3d_rlhf.tuning.flow.families.sam3d import files
+from eg3d_rlhf.tuning.flow.families.sam3d import pipeline as family
+from eg3d_rlhf.tuning.flow.families.sam3d.pipeline import cut, inputs_of, load_pipeline, squared
 from eg3d_rlhf.tuning.flow.generate import generate, sample
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
 from tests.tuning.flow.documented_commands import run_section
@@ -143,7 +143,7 @@ def test_what_train_refuses(sam3d_root, tmp_path):
     both = [NamedSample({n: torch.randn(shape, generator=g) for n, shape in shapes.items()}) for _ in range(2)]
     people = write_people(tmp_path / "a", "structure", *both, tokens())
     others = write_people(tmp_path / "b", "structure", *both, tokens(size=7))
-    assert "expected tokens [L, 6] named 'structure', got {'latent': [3, 7], 'structure': [4, 7]} of random." in refusal(
+    assert "got {'latent': [3, 7], 'structure': [4, 7]} of random." in refusal(
         root, others, "structure", tmp_path
     )
     grids = write_people(tmp_path / "c", "structure", torch.zeros(2, 4, 4, 4), torch.ones(2, 4, 4, 4), tokens())

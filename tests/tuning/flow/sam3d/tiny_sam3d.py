@@ -5,9 +5,18 @@ import copy
 import torch
 import yaml
 
-from eg3d_rlhf.models.sam3d.embedder import Backbone, Embedder, PointConfig, PointPatches, VisionConfig
-from eg3d_rlhf.models.sam3d.mixture import LatentConfig, MixtureConfig, MixtureFlow
-from eg3d_rlhf.models.sam3d.voxel_flow import VoxelFlow, VoxelFlowConfig
+from eg3d_rlhf.models.sam3d import (
+    Embedder,
+    LatentConfig,
+    MixtureConfig,
+    MixtureFlow,
+    Pictures,
+    PointConfig,
+    PointPatches,
+    VoxelFlow,
+    VoxelFlowConfig,
+)
+from eg3d_rlhf.models.vit import DinoConfig
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families.trellis.files import build_model
 from tests.tuning.flow.trellis.tiny_trellis import GAUSSIANS
@@ -25,7 +34,9 @@ VOXELS = dict(
     resolution=8, in_channels=4, out_channels=4, model_channels=24, cond_channels=W, num_blocks=1, num_heads=2, mlp_ratio=2, patch_size=2,
     num_io_res_blocks=1, io_block_channels=[8], pe_mode="ape", qk_rms_norm=True, use_fp16=True, is_shortcut_model=True,
 )
-VISION = VisionConfig(channels=64, depth=1, hidden=64, patch=4, places=5, registers=2, input_size=8, prenorm_features=True)
+VISION = DinoConfig(
+    hidden_size=64, num_hidden_layers=1, num_attention_heads=1, mlp_ratio=1, image_size=8, patch_size=4, num_register_tokens=2
+)
 POINTS = dict(input_size=8, patch_size=4, embed_dim=8, num_heads=2, remap_output="exp")
 FRAMES = ("cropped", "full")
 ENCODERS = {  # of a stage: what goes through each
@@ -85,7 +96,7 @@ FILES = {
 def _embedder(stage):
     encoders = []
     for kind, names in ENCODERS[stage]:
-        module, size = (Backbone(VISION), 64) if kind == "Dino" else (PointPatches(PointConfig(**POINTS)), 8)
+        module, size = (Pictures(VISION, 8, before_norm=True), 64) if kind == "Dino" else (PointPatches(PointConfig(**POINTS)), 8)
         encoders.append((module, size, list(zip(names, FRAMES, strict=True))))
     return Embedder(encoders, [16] * len(encoders), W, True)
 

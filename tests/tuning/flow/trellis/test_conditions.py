@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from eg3d_rlhf.models.dinov2 import MEAN, STD
+from eg3d_rlhf.models.vit import MEAN, STD
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_array, read_conditions, write_conditions
-from eg3d_rlhf.tuning.flow.families.trellis import conditions as encoders
+from eg3d_rlhf.tuning.flow.families.trellis import encoders
 from tests.tuning.flow.trellis.tiny_trellis import write_hub
 
 TOKENS = torch.arange(12.0).view(3, 4)
@@ -92,7 +92,7 @@ def test_image_tokens_are_normalised_without_parameters_and_patches_are_not(imag
     torch.testing.assert_close(tokens, (before - before.mean(2, True)) / (before.var(2, correction=0, keepdim=True) + 1e-5).sqrt())
     assert torch.equal(image_encoder.patches(images)[0, :, 1, 0], before[0, 7])
     model = image_encoder.model
-    torch.testing.assert_close(model(images), model.layernorm(before))  # what is read is before the last norm
+    torch.testing.assert_close(model(images), model.norm(before))  # what is read is before the last norm
 
 
 def test_images_are_cut_out_over_black(image_encoder):
@@ -175,7 +175,7 @@ def test_dinov2s_files_that_do_not_fit(tmp_path):
     path = write_hub(tmp_path / "dinov2.pth")
     state = torch.load(path, weights_only=True)
     torch.save({name: x for name, x in state.items() if name != "blocks.1.norm1.bias"}, path)
-    with pytest.raises(ValueError, match="missing: encoder.layer.1.norm1.bias"):
+    with pytest.raises(ValueError, match="missing: blocks.1.norm1.bias"):
         encoders.ImageEncoder(str(path))
     torch.save({"blocks.0.mlp.w12.weight": torch.ones(2, 2)}, path)
     with pytest.raises(ValueError, match="expected a DINOv2 with blocks of two layers"):

@@ -133,7 +133,7 @@ def test_training_checkpoints(trellis_root, tmp_path):
     torch.save(masters, path)
     assert all(torch.equal(t, masters[f"module.{name}"]) for name, t in load_model(stem, weights=path).state_dict().items())
     torch.save({"optimizer": {"lr": 1.0}, "step": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="denoiser_ema0.9999_step0000100.pt: expected a dict of tensors"):
+    with pytest.raises(ValueError, match="denoiser_ema0.9999_step0000100.pt.*Export the weights alone"):
         load_model(stem, weights=path)
 
 
@@ -148,7 +148,7 @@ def test_models_that_are_refused(copied):
     with pytest.raises(ValueError, match="expected finite numbers, got others in out_layer.bias"):
         load_model(stem)
     stem.with_name("ss_flow.safetensors").write_bytes(b"truncated")
-    with pytest.raises(ValueError, match="expected tensors by name, got"):
+    with pytest.raises(ValueError, match="expected weights in ss_flow.safetensors"):
         load_model(stem)
     stem.with_name("ss_flow.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="ss_flow: expected .*ss_flow.json and weights beside it"):

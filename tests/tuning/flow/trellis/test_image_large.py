@@ -55,7 +55,7 @@ def test_settings_conditions_and_the_null_are_those_of_image_large(root):
     other = Conditions(tokens={name: torch.zeros(9, 32) for name in NAMES}, encoder="CLIP", zero_null=True)
     write_conditions(Path("OTHER") / "conditions.safetensors", other)
     done = tool("draw", f"--pipeline={root}", "--out=OTHER")
-    assert done.exit_code == 2 and f"expected embeddings of size {DINO} for stage 'structure', got 32 of CLIP" in done.output, done.output
+    assert done.exit_code == 2 and f"expected tokens [L, {DINO}] for stage 'structure'" in done.output, done.output
 
 
 @pytest.mark.parametrize("stem", ["ss_flow", "slat_flow", "ss_dec", "slat_dec_gs"])

@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
 from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.models.sparse import SparseSample
-from eg3d_rlhf.models.trellis2.voxel_decoder import VoxelAsset
+from eg3d_rlhf.models.trellis2 import VoxelAsset
 from eg3d_rlhf.tuning.flow.conditions import read_conditions
 from eg3d_rlhf.tuning.flow.families import family_of
-from eg3d_rlhf.tuning.flow.families.trellis2 import family
-from eg3d_rlhf.tuning.flow.families.trellis2.pipeline import load_pipeline
-from eg3d_rlhf.tuning.flow.families.trellis2.surface import surface_of
+from eg3d_rlhf.tuning.flow.families.trellis2 import pipeline as family
+from eg3d_rlhf.tuning.flow.families.trellis2.pipeline import load_pipeline, surface_of
 from eg3d_rlhf.tuning.flow.generate import generate
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
 from tests.tuning.flow.documented_commands import run_section

@@ -6,7 +6,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from eg3d_rlhf.models.trellis2.voxel_decoder import BLOCK, SPLIT
+from eg3d_rlhf.models.trellis2 import BLOCK, SPLIT
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families.trellis.files import build_model
 from eg3d_rlhf.tuning.flow.families.trellis2.files import ARCHITECTURES

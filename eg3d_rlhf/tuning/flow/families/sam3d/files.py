@@ -19,13 +19,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from eg3d_rlhf.models.policies import read_state
-from eg3d_rlhf.models.sam3d.embedder import Backbone, Embedder, PointConfig, PointPatches, VisionConfig
-from eg3d_rlhf.models.sam3d.mixture import LatentConfig, MixtureConfig, MixtureFlow
-from eg3d_rlhf.models.sam3d.voxel_flow import VoxelFlow, VoxelFlowConfig
-from eg3d_rlhf.models.trellis.latent_autoencoder import GaussianDecoder, GaussianDecoderConfig
-from eg3d_rlhf.models.trellis.structure_vae import StructureDecoder, StructureVAEConfig
-from eg3d_rlhf.tuning.flow.families import LARGEST, read_yaml
+from eg3d_rlhf.models.sam3d import (
+    Embedder,
+    LatentConfig,
+    MixtureConfig,
+    MixtureFlow,
+    Pictures,
+    PointConfig,
+    PointPatches,
+    VoxelFlow,
+    VoxelFlowConfig,
+)
+from eg3d_rlhf.models.trellis.autoencoders import GaussianDecoder, GaussianDecoderConfig, StructureDecoder, StructureVAEConfig
+from eg3d_rlhf.models.vit import DinoConfig
+from eg3d_rlhf.models.weights import below, empty, read
+from eg3d_rlhf.tuning.flow.families.folder import mentions, read_yaml
 from eg3d_rlhf.tuning.flow.families.trellis.files import filled
 from eg3d_rlhf.tuning.flow.stage import Sampling
 
@@ -67,8 +75,7 @@ class PipelineFile:
 
 def recognises(root: Path) -> bool:
     """Whether pipeline.yaml is SAM 3D's."""
-    path = root / PIPELINE
-    return path.is_file() and path.stat().st_size <= LARGEST and PACKAGE in path.read_text(errors="replace")
+    return mentions(root / PIPELINE, PACKAGE)
 
 
 def read_pipeline(root: Path) -> PipelineFile:
@@ -79,15 +86,15 @@ def read_pipeline(root: Path) -> PipelineFile:
     root, path = Path(root), Path(root) / PIPELINE
     if not path.is_file():
         raise FileNotFoundError(f"pipeline: expected SAM 3D's {PIPELINE}, got none in {root}. Name the folder of its checkpoints.")
-    content, found = read_yaml(path), {PIPELINE: path}
+    content, paths = read_yaml(path), {PIPELINE: path}
     for part in PARTS.values():
         for kind in ("config", "ckpt"):
             name = content.get(f"{part}_{kind}_path")
             file = root / str(name)
             if not name or not file.is_file():
                 raise FileNotFoundError(f"{path}: expected {part}_{kind}_path to name a file, got {name!r}. Restore it.")
-            found[f"{part}.{kind}"] = file
-    generators = {stage: _generator(stage, found[f"{PARTS[stage]}.config"], found[f"{PARTS[stage]}.ckpt"]) for stage in STAGES}
+            paths[f"{part}.{kind}"] = file
+    generators = {stage: _generator(stage, paths[f"{PARTS[stage]}.config"], paths[f"{PARTS[stage]}.ckpt"]) for stage in STAGES}
     try:
         mean, std = (tuple(map(float, content[f"slat_{name}"])) for name in ("mean", "std"))
         prune = int(content.get("downsample_ss_dist") or 0)
@@ -97,7 +104,7 @@ def read_pipeline(root: Path) -> PipelineFile:
         raise ValueError(f"{path}: expected slat_mean and slat_std per channel, finite and > 0, and downsample_ss_dist >= 0, got others.")
     scales = {stage: generators[stage].config.time_scale for stage in STAGES}
     sampling = {stage: _sampling(path, content, stage, scales[stage]) for stage in STAGES}
-    return PipelineFile(root=root, generators=generators, sampling=sampling, mean=mean, std=std, prune=prune, files=found)
+    return PipelineFile(root=root, generators=generators, sampling=sampling, mean=mean, std=std, prune=prune, files=paths)
 
 
 def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
@@ -145,15 +152,15 @@ def _made(kind: Any, content: Mapping, **more: Any) -> Any:
 
 def _latents(network: Mapping) -> dict[str, LatentConfig]:
     """The first stage's dictionary."""
-    found = {}
-    for name, one in network["latent_mapping"].items():
-        places = one.get("pos_embedder") or {}
+    latents = {}
+    for name, entry in network["latent_mapping"].items():
+        places = entry.get("pos_embedder") or {}
         resolution = places.get("resolution")
         if places.get("patch_size", 1) != 1:
             raise ValueError(f"latent_mapping.{name}: expected patch_size 1, got {places['patch_size']}. Others are not read.")
         tokens = int(resolution) ** 3 if resolution else int(places.get("token_len", 1))
-        found[name] = LatentConfig(in_channels=int(one["in_channels"]), tokens=tokens, resolution=resolution)
-    return found
+        latents[name] = LatentConfig(in_channels=int(entry["in_channels"]), tokens=tokens, resolution=resolution)
+    return latents
 
 
 def _sampling(path: Path, content: Mapping, stage: str, time_scale: float) -> Sampling:
@@ -176,20 +183,17 @@ def _sampling(path: Path, content: Mapping, stage: str, time_scale: float) -> Sa
 def load_flow(file: GeneratorFile, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """A stage's network, strictly by name and shape; dtype as in trellis.files.load_model."""
     state = {name: tensor for name, tensor in _under(file.checkpoint, (FLOW,)).items() if not name.startswith("condition_embedder.")}
-    make = MixtureFlow if isinstance(file.config, MixtureConfig) else VoxelFlow
-    with torch.device("meta"):
-        config: Any = file.config
-        model, half = make(config), make(dataclasses.replace(config, use_fp16=True))
+    make: Any = MixtureFlow if isinstance(file.config, MixtureConfig) else VoxelFlow
+    model, half = empty(lambda: (make(file.config), make(dataclasses.replace(file.config, use_fp16=True))))
     return filled(model, state, str(file.checkpoint), half, dtype, device)
 
 
 def _under(checkpoint: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Tensors under the first prefix that has some, without it."""
-    state = read_state(checkpoint)
+    state = read(checkpoint, "weights")
     for prefix in prefixes:
-        found = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        if found:
-            return found
+        if part := below(state, prefix):
+            return part
     got = ", ".join(sorted(state)[:8])
     raise ValueError(f"{checkpoint}: expected tensors under {' or '.join(prefixes)}, got {got}. Use the released checkpoint.")
 
@@ -217,10 +221,9 @@ def _encoder(number: int, entry: Any, state: Mapping[str, torch.Tensor]) -> tupl
     kind, names = str(content["_target_"]).rpartition(".")[2], [(str(name), str(frame)) for name, frame in inputs]
     with torch.device("meta"):
         if kind == "Dino":
-            prefix = f"module_list.{number}.backbone."
-            own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-            config = VisionConfig.of(own, int(content.get("input_size", 518)), bool(content.get("prenorm_features", False)))
-            return Backbone(config), config.channels, names
+            config = DinoConfig.of_state(below(state, f"module_list.{number}.backbone."), "embedder")
+            size, before_norm = int(content.get("input_size", 518)), bool(content.get("prenorm_features", False))
+            return Pictures(config, size, before_norm), config.hidden_size, names
         if kind == "PointPatchEmbed":
             known = {field.name for field in dataclasses.fields(PointConfig)}
             points = PointConfig(**{name: value for name, value in content.items() if name in known})
@@ -239,8 +242,7 @@ def load_decoder(file: PipelineFile, part: str, device: str | torch.device = "cp
     known = {field.name for field in dataclasses.fields(kind)}
     try:
         config = _made(kind, content, **{name: content[name] for name in known & PASSED & set(content)})
-        with torch.device("meta"):
-            model = make(config)
+        model = empty(lambda: make(config))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_file}: {error}") from None
-    return filled(model, read_state(checkpoint), str(checkpoint), model, torch.float32, device)
+    return filled(model, read(checkpoint, "weights"), str(checkpoint), model, torch.float32, device)

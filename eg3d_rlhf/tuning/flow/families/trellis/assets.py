@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.core.shapes import check_shape
-from eg3d_rlhf.tuning.flow.families.trellis.conditions import ImageEncoder
+from eg3d_rlhf.models.trellis.autoencoders import Gaussians
+from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder
 from training.storage import write_atomic
 
 SH_C0 = 0.28209479177387814  # value of the constant spherical harmonic
@@ -37,6 +38,14 @@ class SplatAsset:
     scales: torch.Tensor  # [G, 3], standard deviations along their axes, > 0
     rotations: torch.Tensor  # [G, 4], unit quaternions, real part first
     opacities: torch.Tensor  # [G], 0..1
+
+    @classmethod
+    def of(cls, gaussians: Gaussians) -> "SplatAsset":
+        """As decoded."""
+        return cls(
+            means=gaussians.means, features_dc=gaussians.features_dc[:, 0], scales=gaussians.scales, rotations=gaussians.rotations,
+            opacities=gaussians.opacities[:, 0],
+        )
 
     def __post_init__(self):
         for name, shape in SHAPES.items():
@@ -172,7 +181,7 @@ class View:
 
 def views_around(count: int, radius: float = 2.0, fov: float = 40.0) -> list[View]:
     """Cameras spread evenly over a sphere, looking at its centre, z up; fov in degrees."""
-    found = []
+    views = []
     for i in range(count):
         height, turn = 1 - (2 * i + 1) / count, i * math.pi * (3 - math.sqrt(5))
         ring = math.sqrt(1 - height**2)
@@ -181,8 +190,8 @@ def views_around(count: int, radius: float = 2.0, fov: float = 40.0) -> list[Vie
         up = torch.tensor([0.0, 0.0, 1.0]) if abs(height) < 0.999 else torch.tensor([0.0, 1.0, 0.0])
         right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=0)
         rotation = torch.stack([right, torch.linalg.cross(forward, right), forward])
-        found.append(View(rotation, radius * position, 0.5 / math.tan(math.radians(fov) / 2)))
-    return found
+        views.append(View(rotation, radius * position, 0.5 / math.tan(math.radians(fov) / 2)))
+    return views
 
 
 @torch.no_grad()

@@ -2,19 +2,20 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save
 
-from eg3d_rlhf.models.lora import merge_rounding, merged_state
-from eg3d_rlhf.models.policies import link, tuned_model
+from eg3d_rlhf.models.policies import link
+from eg3d_rlhf.models.weights import in_types_of, write
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
+from eg3d_rlhf.tuning.flow.families.folder import merged
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, write_ply
-from eg3d_rlhf.tuning.flow.families.trellis.conditions import ImageEncoder, TextEncoder
+from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder, TextEncoder
 from eg3d_rlhf.tuning.flow.families.trellis.files import (
     FLOWS,
     KINDS,
@@ -68,7 +69,7 @@ def encoder(root: Path, share: float, views: int, **options: Any) -> TrellisPipe
     return load_pipeline(root, None, encoding=Encoding(share=share, views=views), whole=False, sampled=False, **options)
 
 
-def files(root: Path, also: Sequence[Path] = ()) -> dict[str, Path]:
+def model_files(root: Path, also: Sequence[Path] = ()) -> dict[str, Path]:
     """Of the flows, and of what else is there."""
     file = read_pipeline(root)
     paths = {"pipeline.json": root / "pipeline.json"}
@@ -137,12 +138,9 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path], also: Sequence[Path
         base = find_weights(stem)
         assert base is not None  # or there were no such model
         if name in stages:
-            weights, merged = tuned[stages[name]], with_ending(target, ".safetensors")  # in the base's types
-            types = {name: tensor.dtype for name, tensor in base_state(base).items()}
-            state = merged_state(tuned_model(load_model(stem, dtype=torch.float32), weights))
-            state = {name: tensor.detach().cpu().to(types[name]).contiguous().clone() for name, tensor in state.items()}
-            write_atomic(merged, save(state, metadata={"format": "pt"}))
-            done[stages[name]] = {"file": merged.name, "rounding": merge_rounding(tuned_model(load_model(stem), weights))}
+            state, rounding = merged(partial(load_model, stem), tuned[stages[name]])
+            write(with_ending(target, ".safetensors"), in_types_of(base_state(base), state))
+            done[stages[name]] = {"file": f"{stem.name}.safetensors", "rounding": rounding}
         else:
             link(base, with_ending(target, base.suffix))
             kept.append(name)
@@ -155,8 +153,8 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path], also: Sequence[Path
 
 register(FlowFamily(
     name="trellis", layout="pipeline.json of TrellisTextTo3DPipeline or TrellisImageTo3DPipeline", recognises=recognises,
-    stages=tuple(FLOWS), load=load, files=files, judge=RewardOfPairs, open=open_problem, embed=embed, embed_texts=embed_texts, show=show,
-    export=export, encoder=encoder, candidate=candidate, write_latent=write_latent,
+    stages=tuple(FLOWS), load=load, files=model_files, judge=RewardOfPairs, open=open_problem, embed=embed, embed_texts=embed_texts,
+    show=show, export=export, encoder=encoder, candidate=candidate, write_latent=write_latent,
     pair_meta=lambda pipeline, stage, report: {"normalization": normalization(pipeline.file, stage), "report": report},
     options=("also", "flow_weights", "voxel_share", "views"),
 ))

@@ -1,8 +1,6 @@
 """TRELLIS's files: pipeline.json, and per model a JSON file of its architecture beside its weights. Nothing is downloaded or run."""
 
-import ctypes
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,12 +11,20 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from eg3d_rlhf.models.policies import read_state, split_state
+from eg3d_rlhf.models.policies import split_state
+from eg3d_rlhf.models.trellis.autoencoders import (
+    GaussianDecoder,
+    GaussianDecoderConfig,
+    LatentEncoder,
+    LatentEncoderConfig,
+    StructureDecoder,
+    StructureEncoder,
+    StructureVAEConfig,
+)
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
-from eg3d_rlhf.models.trellis.latent_autoencoder import GaussianDecoder, GaussianDecoderConfig, LatentEncoder, LatentEncoderConfig
-from eg3d_rlhf.models.trellis.structure_vae import StructureDecoder, StructureEncoder, StructureVAEConfig
+from eg3d_rlhf.models.weights import empty, fill, read
+from eg3d_rlhf.tuning.flow.families.folder import read_json
 from eg3d_rlhf.tuning.flow.stage import Sampling
-from training.storage import load_strict
 
 STRUCTURE, LATENT = "structure", "latent"  # names of the stages
 FLOWS = {STRUCTURE: "sparse_structure_flow_model", LATENT: "slat_flow_model"}  # their names in pipeline.json
@@ -84,17 +90,6 @@ def read_pipeline(root: Path) -> PipelineFile:
         sigma_min={stage: sigma_min for stage, (_, sigma_min) in samplers.items()},
         mean=tuple(map(float, norm["mean"])), std=tuple(map(float, norm["std"])),
     )
-
-
-def read_json(path: Path) -> dict:
-    """An object from a JSON file. Raises: ValueError with the path."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}. Restore the file.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}. Restore the file.")
-    return content
 
 
 def _sampler(path: Path, content: dict | None, key: str, default: Sampling) -> tuple[Sampling, float]:
@@ -206,7 +201,7 @@ def build_model(content: Mapping, who: str, architectures: Architectures = ARCHI
 
 
 def load_model(
-    stem: Path, *, weights: Path | None = None, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    stem: Path, dtype: torch.dtype | None = None, *, weights: Path | None = None, device: str | torch.device = "cpu"
 ) -> nn.Module:
     """A model from <stem>.json and its weights, in evaluation mode.
 
@@ -236,16 +231,11 @@ def filled(
             of the file.
     Raises: ValueError in the name of `who` for missing, unexpected or misshapen tensors.
     """
-    types = {name: tensor.dtype for name, tensor in state.items()}
+    types: dict[str, torch.dtype] = {}
     if dtype is not None:
         halved = {name for name, tensor in half.state_dict().items() if tensor.dtype in (torch.float16, torch.bfloat16)}
-        types = {name: dtype if name in halved else torch.float32 for name in types}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name in types and tensor.is_floating_point():
-            tensor.data = tensor.data.to(types[name])
-    model = model.to_empty(device=device)
-    load_strict(model, state, who)
-    return model.eval()
+        types = {name: dtype if name in halved else torch.float32 for name in state}
+    return fill(model, state, who, types=types, device=device).eval()
 
 
 def base_state(path: Path) -> dict[str, torch.Tensor]:
@@ -253,9 +243,7 @@ def base_state(path: Path) -> dict[str, torch.Tensor]:
 
     Raises: FileNotFoundError; ValueError for a damaged file, adapters, or weights that are not finite.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"weights: expected a file, got none at {path}. Check the path.")
-    state, adapters = split_state(read_state(Path(path)), Path(path).name)
+    state, adapters = split_state(read(path, "weights"), path.name)
     if adapters:
         raise ValueError(f"{path}: expected the weights of a model, got adapters. Give them as tuned weights of their base.")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -263,19 +251,4 @@ def base_state(path: Path) -> dict[str, torch.Tensor]:
 
 def empty_model(content: Mapping, who: str, architectures: Architectures = ARCHITECTURES) -> nn.Module:
     """`build_model` without memory for weights, on the meta device."""
-    with torch.device("meta"):
-        return build_model(content, who, architectures)
-
-
-def return_freed_memory() -> bool:
-    """Have glibc return every freed tensor of 8 MiB or more to the system, from now on in this process. False where there is no glibc.
-
-    By itself glibc comes to keep freed blocks of up to 32 MiB for later, in a heap that the few tensors kept between a network's blocks
-    then break into pieces too small to use: a pass over TRELLIS's flows grew by 15 times what it keeps. Smaller ones, such as tiles of
-    attention, are made by the thousand, and up to 64 MiB of free memory stay at hand for them.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
-    return bool(mallopt(-3, 8 << 20) and mallopt(-1, 64 << 20))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of glibc's malloc.h; bytes
+    return empty(lambda: build_model(content, who, architectures))

@@ -15,7 +15,6 @@ What `flow_files.py draw` writes has per condition and seed a .ply, the latents 
 """
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,8 @@ def candidate(record: dict, name: str, folder: Path, pipeline: TrellisPipeline, 
 
 def read_structure(path: Path) -> torch.Tensor:
     """A structure's latent [C, R, R, R] from a file."""
-    found = read_array(path, "mean").float()
-    return found[0] if found.ndim == 5 and len(found) == 1 else found
+    grid = read_array(path, "mean").float()
+    return grid[0] if grid.ndim == 5 and len(grid) == 1 else grid
 
 
 def read_dso(root: Path, pipeline: TrellisPipeline, stands: float = STANDS, limit: int | None = None, seed: int = 0) -> Imported:
@@ -95,7 +94,9 @@ def read_dso(root: Path, pipeline: TrellisPipeline, stands: float = STANDS, limi
     tables = sorted(Path(root).rglob("model_info.npz"))
     if not tables:
         raise FileNotFoundError(f"DSO samples: expected model_info.npz at or below {root}, got none. Name the folder of the samples.")
-    candidates, tokens, left_out = [], {}, 0
+    candidates: list[Candidate] = []
+    tokens: dict[str, torch.Tensor] = {}
+    left_out = 0
     for table in tables:
         try:
             with np.load(table) as file:
@@ -109,7 +110,7 @@ def read_dso(root: Path, pipeline: TrellisPipeline, stands: float = STANDS, limi
         tilt = {(_plain(image), _plain(sample)): float(angle) for image, sample, angle in zip(*columns, strict=True)}
         prefix = "" if table.parent == Path(root) else f"{table.parent.relative_to(root).as_posix()}/"
         for path in sorted(table.parent.glob("*_sparse_sample_*.pt")):
-            image, sample = re.fullmatch(r"(.+)_sparse_sample_(.+)\.pt", path.name).groups()
+            image, _, sample = path.stem.rpartition("_sparse_sample_")
             angle = tilt.get((_plain(image), _plain(sample)), math.nan)
             if not math.isfinite(angle):
                 left_out += 1

@@ -6,20 +6,19 @@ Shape letters: N samples, C channels, R grid points per axis, L tokens of a cond
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample, feats_of
-from eg3d_rlhf.models.trellis.structure_vae import grid_of, voxels_of
+from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
+from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.families import OpenedFolder, normalised, unnormalised
+from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, spare_memory
 from eg3d_rlhf.tuning.flow.families.trellis import files
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, voxel_features, voxels_filled
-from eg3d_rlhf.tuning.flow.families.trellis.conditions import ImageEncoder
+from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, SparseVoxels, Voxels
-
-LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +41,11 @@ class TrellisPipeline(OpenedFolder):
     """
 
     def __init__(
-        self, file: files.PipelineFile, flows: Mapping[str, nn.Module], conditions: Conditions | None, parts: Callable[[str], nn.Module],
+        self, file: files.PipelineFile, flows: Mapping[str, Any], conditions: Conditions | None, parts: Callable[[str], nn.Module],
         device: str | torch.device = "cpu", encoding: Encoding | None = None,
     ):
         """Args: flows by stage name; conditions: None where nothing is sampled; parts: decoders and encoders by TRELLIS's names of them."""
-        super().__init__(conditions, parts, device)
+        super().__init__(conditions, parts, device, {files.LATENT: (file.mean, file.std)})
         self.file, self.encoding = file, encoding or Encoding()
         self._image_encoder: ImageEncoder | None = None
         self.stages = [self._stage(name, flows[name]) for name in (files.STRUCTURE, files.LATENT)]
@@ -54,26 +53,14 @@ class TrellisPipeline(OpenedFolder):
         if len(file.mean) != channels:
             raise ValueError(f"pipeline.json: expected slat_normalization of {channels} channels, got {len(file.mean)}. Correct it.")
 
-    def _stage(self, name: str, model: nn.Module) -> FlowStage:
+    def _stage(self, name: str, model: Any) -> FlowStage:
         config = model.config
-        if self.tokens is not None and config.cond_channels != self.tokens.size:
-            raise ValueError(
-                f"conditions: expected embeddings of size {config.cond_channels} for stage {name!r}, got {self.tokens.size}"
-                f"{f' of {self.tokens.encoder}' if self.tokens.encoder else ''}. Embed them with {self.file.encoder}."
-            )
-        kind = SparseVoxels if name == files.LATENT else DenseGrid
+        self.check_tokens(name, config.cond_channels, f"Embed them with {self.file.encoder}.")
+        kind: Any = SparseVoxels if name == files.LATENT else DenseGrid
         return FlowStage(
             name=name, model=model, latents=kind(channels=config.in_channels, resolution=config.resolution),
             path=FlowPath(sigma_min=self.file.sigma_min[name]), sampling=self.file.sampling[name],
         )
-
-    def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
-        """[N, L, E]; the same for both stages."""
-        return self.embedded(names)
-
-    def no_condition(self, n: int, stage: str) -> torch.Tensor:
-        """[n, L, E]."""
-        return self.embedded(n)
 
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
@@ -81,26 +68,24 @@ class TrellisPipeline(OpenedFolder):
         if stage != files.STRUCTURE:
             raise ValueError(f"advance: expected stage {files.STRUCTURE!r}, got {stage!r}. Nothing comes after the last stage.")
         check_finite("advance", x_0)
+        assert isinstance(x_0, torch.Tensor)
         decoder = self.part(files.STRUCTURE_DECODER)
-        found = []
-        for one in x_0:  # one by one: 64^3 x 128 floats each
-            logits = decoder(one[None].to(self.device, torch.float32))
-            found += voxels_of(logits.where(logits != logits.amax(), 1.0))
-        return found
+        voxels: list[Voxels] = []
+        for latent in x_0:  # one by one: 64^3 x 128 floats each
+            logits = decoder(latent[None].to(self.device, torch.float32))
+            voxels += voxels_of(logits.where(logits != logits.amax(), 1.0))
+        return voxels
 
     @torch.no_grad()
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
         """Latents of the last stage -> assets."""
         check_finite("decode", x_0)
-        decoder = self.part(files.GAUSSIAN_DECODER)
-        found = []
+        decoder, assets = self.part(files.GAUSSIAN_DECODER), []
         for sample in x_0.samples():
             latent = SparseSample(sample.coords, self.unnormalised(sample.feats.float()))
-            (g,) = decoder(SparseBatch.join([latent]).to(self.device))
-            found.append(SplatAsset(
-                means=g.means, features_dc=g.features_dc[:, 0], scales=g.scales, rotations=g.rotations, opacities=g.opacities[:, 0]
-            ))
-        return found
+            (gaussians,) = decoder(SparseBatch.join([latent]).to(self.device))
+            assets.append(SplatAsset.of(gaussians))
+        return assets
 
     def encode(self, assets: Sequence[SplatAsset]) -> list["AssetLatents"]:
         """Per asset the latents of both stages, each computed when it is asked for."""
@@ -126,20 +111,13 @@ class TrellisPipeline(OpenedFolder):
         """Those that an asset fills, [v, 3]."""
         return voxels_filled(asset, self.resolution, self.encoding.share)
 
-    def normalised(self, feats: torch.Tensor) -> torch.Tensor:
-        """Latents [v, C] as encoders write them -> as the flow sees them."""
-        return normalised(feats, self.file.mean, self.file.std)
-
-    def unnormalised(self, feats: torch.Tensor) -> torch.Tensor:
-        """Inverse of `normalised`."""
-        return unnormalised(feats, self.file.mean, self.file.std)
-
 
 class AssetLatents(Mapping[str, Latent]):
     """The latents of an asset by stage, computed once, when asked for: the second stage's needs DINOv2."""
 
     def __init__(self, pipeline: TrellisPipeline, asset: SplatAsset):
-        self._pipeline, self._asset, self._found = pipeline, asset, {}
+        self._pipeline, self._asset = pipeline, asset
+        self._found: dict[str, Latent] = {}
 
     def __getitem__(self, stage: str) -> Latent:
         if stage not in (files.STRUCTURE, files.LATENT):
@@ -182,18 +160,8 @@ def load_pipeline(
         else files.empty_model(files.read_json(path := files.with_ending(stem, ".json")), str(path))
         for stage, stem in stems.items()
     }
-    if torch.device(device).type == "cpu" and max(sum(p.numel() for p in flow.parameters()) for flow in flows.values()) > LARGE:
-        files.return_freed_memory()
-
+    spare_memory(flows.values(), device)
     return TrellisPipeline(
         file, flows, conditions, lambda name: files.load_model(files.find_model(file, name, also), dtype=torch.float32, device=device),
         device, encoding,
     )
-
-
-def check_finite(who: str, x_0: Batch) -> None:
-    """Raise ValueError, in the name of `who`, for latents that are not finite."""
-    values = feats_of(x_0)
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
-        raise ValueError(f"{who}: expected finite latents, got {bad} of {values.numel()} NaN or infinite. Use an earlier checkpoint.")

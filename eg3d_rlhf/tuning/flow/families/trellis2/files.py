@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eg3d_rlhf.models.trellis.structure_vae import StructureDecoder, StructureVAEConfig
-from eg3d_rlhf.models.trellis2.flows import Flow, FlowConfig, StructureFlow, VoxelFlow
-from eg3d_rlhf.models.trellis2.voxel_decoder import VoxelDecoder, VoxelDecoderConfig
+from eg3d_rlhf.models.trellis.autoencoders import StructureDecoder, StructureVAEConfig
+from eg3d_rlhf.models.trellis2 import Flow, FlowConfig, StructureFlow, VoxelDecoder, VoxelDecoderConfig, VoxelFlow
 from eg3d_rlhf.tuning.flow.families.trellis import files
 from eg3d_rlhf.tuning.flow.stage import Sampling
 
@@ -127,7 +126,7 @@ def _normalization(path: Path, args: Mapping, key: str) -> tuple[tuple[float, ..
 
 
 def load_model(
-    stem: Path, *, weights: Path | None = None, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    stem: Path, dtype: torch.dtype | None = None, *, weights: Path | None = None, device: str | torch.device = "cpu"
 ) -> nn.Module:
     """A model from <stem>.json and its weights, as trellis.files.load_model.
 
@@ -150,16 +149,16 @@ def load_model(
 def _check_phases(model: StructureFlow, stored: torch.Tensor, who: str) -> None:
     """Angles are computed; where a file has them, as complex numbers of length 1, they must be the same."""
     angles = model.config.angles(model.places())
-    own = torch.polar(torch.ones_like(angles), angles)
-    if not stored.is_complex() or stored.shape != own.shape or not torch.allclose(stored.to(own), own, atol=1e-2):
-        got = f"{stored.dtype} {list(stored.shape)}"
-        raise ValueError(f"{who}: expected rope_phases of its rope_freq, complex {list(own.shape)}, got {got} of others. Correct its JSON.")
+    expected = torch.polar(torch.ones_like(angles), angles)
+    if not stored.is_complex() or stored.shape != expected.shape or not torch.allclose(stored.to(expected), expected, atol=1e-2):
+        form, got = f"complex {list(expected.shape)}", f"{stored.dtype} {list(stored.shape)}"
+        raise ValueError(f"{who}: expected rope_phases of its rope_freq, {form}, got {got} of others. Correct its JSON.")
 
 
 def model_files(file: PipelineFile, also: Sequence[Path] = ()) -> dict[str, Path]:
     """All files that the pipeline is read from, by name. Raises: FileNotFoundError."""
-    found = {"pipeline.json": file.root / "pipeline.json"}
+    paths = {"pipeline.json": file.root / "pipeline.json"}
     for name in (*file.flows.values(), *DECODERS):
         stem = files.find_model(file, name, also)
-        found |= {f"{name}.json": files.with_ending(stem, ".json"), name: files.find_weights(stem) or stem}
-    return found
+        paths |= {f"{name}.json": files.with_ending(stem, ".json"), name: files.find_weights(stem) or stem}
+    return paths

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.core.interfaces import Modality
-from eg3d_rlhf.models.blip import tree
-from eg3d_rlhf.models.local_files import build_on_meta, count, from_folder, frozen, load_strict, read_state, require_extra, shape_of
-from eg3d_rlhf.models.preprocess import clip_preprocess, pad_preprocess
-from eg3d_rlhf.models.tokens import CLIP_TOKENS, Tokenize, clip_tokenizer
+from eg3d_rlhf.models.attention import Mlp
+from eg3d_rlhf.models.clip_inputs import CLIP_TOKENS, Tokenize, clip_preprocess, clip_tokenizer, pad_preprocess
+from eg3d_rlhf.models.weights import adopt, count, empty, from_folder, frozen, read, require_extra, shape_of
 
 FLAG = "--reward"
 
@@ -55,13 +54,13 @@ class ClipBlock(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = tree(c_fc=nn.Linear(width, 4 * width), c_proj=nn.Linear(4 * width, width))
+        self.mlp = Mlp(width, 4 * width, ("c_fc", "c_proj"))
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """[B, T, E] -> [B, T, E]; mask [T, T] is added to the attention's logits."""
         normed = self.ln_1(x)
         x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
-        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x))))
+        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
@@ -152,11 +151,9 @@ def load_hpsv2(path: Path, state: Mapping[str, torch.Tensor] | None = None, devi
     Raises: FileNotFoundError, ValueError.
     """
     who = f"{FLAG}: {path.name}"
-    state = read_state(path, FLAG) if state is None else state
+    state = read(path, FLAG) if state is None else state
     sizes = ClipSizes.of(state, who)
-    network = build_on_meta(lambda: Clip(sizes))
-    load_strict(network, state, who)
-    frozen(network, device)
+    network = frozen(adopt(empty(lambda: Clip(sizes)), state, who), device)
     tokenize = clip_tokenizer(path.parent / "tokenizer", FLAG, sizes.vocabulary, pad=0)
     return CosineReward(network.visual, network.encode_text, lambda x: pad_preprocess(x, sizes.image), tokenize, device)
 

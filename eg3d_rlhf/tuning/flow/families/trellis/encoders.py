@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from eg3d_rlhf.models.dino_files import read_dino
+from eg3d_rlhf.models.vit import read_dino
 from eg3d_rlhf.tuning.flow.conditions import NULL, Conditions
 
 IMAGE_SIZE = 518  # pixels; 37 patches of 14
@@ -65,7 +65,7 @@ class ImageEncoder:
     @torch.no_grad()
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, 518, 518] of 0..1 -> [N, L, E] float32, before the last norm."""
-        return self.model(images.to(self.model.layernorm.weight.device), normed=False)
+        return self.model(images.to(self.model.norm.weight.device), normed=False)
 
     def patches(self, images: torch.Tensor) -> torch.Tensor:
         """[N, E, 37, 37] of the patches alone."""

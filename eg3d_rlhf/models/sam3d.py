@@ -1,14 +1,16 @@
-"""SAM 3D's first flow: the shape's tokens and those of the pose go through a transformer with layers for each (a mixture of transformers).
+"""SAM 3D's networks: the flow of shape and pose, the flow on the shape's voxels, and what both are told of a picture.
 
-The latent is a dictionary of tensors. Each has an input layer, positions and an output layer of its own; those that share a transformer are
-one group of tokens. Self-attention is over the tokens of all groups, but a protected group sees itself alone: the shape does not depend on
-the pose, the pose on the shape (Chen et al. 2025, SAM 3D; Liang et al. 2024, Mixture-of-Transformers). The step size d of a shortcut model
-(Frans et al. 2024) is embedded as the time is, and added to it; d = 0 is the plain flow.
+In the first, the shape's tokens and those of the pose go through a transformer with layers for each (a mixture of transformers). Its latent
+is a dictionary of tensors. Each has an input layer, positions and an output layer of its own; those that share a transformer are one group
+of tokens. Self-attention is over the tokens of all groups, but a protected group sees itself alone: the shape does not depend on the pose,
+the pose on the shape (Chen et al. 2025, SAM 3D; Liang et al. 2024, Mixture-of-Transformers). The step size d of a shortcut model (Frans et
+al. 2024) is embedded as the time is, and added to it; d = 0 is the plain flow.
 
-Shape letters as in trellis/blocks.py; T_g tokens of a group g, S tokens of a tensor of the dictionary, A its channels.
+Shape letters as in trellis/blocks.py; T_g tokens of a group g, S tokens of a tensor of the dictionary, A its channels; of the embedder
+N samples, E channels of an encoder, W of the condition, p patch edge in pixels, h patches per side, L tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.core.shapes import check_shape
+from eg3d_rlhf.models.attention import attend
 from eg3d_rlhf.models.trellis import blocks
+from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig
+from eg3d_rlhf.models.vit import Block, Dino, DinoConfig
 
 Tokens = dict[str, torch.Tensor]  # by group [N, T_g, C], or by name of the dictionary [N, S, A]
 
@@ -76,11 +81,11 @@ class MixtureConfig:
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Names of the dictionary by group, in order."""
         shared = {name: group for group, names in self.latent_share_transformer.items() for name in names}
-        found: dict[str, tuple[str, ...]] = {}
+        groups: dict[str, tuple[str, ...]] = {}
         for name in self.latents:
             group = shared.get(name, name)
-            found.setdefault(group, tuple(self.latent_share_transformer.get(group, (name,))))
-        return found
+            groups.setdefault(group, tuple(self.latent_share_transformer.get(group, (name,))))
+        return groups
 
 
 class Positions(nn.Module):
@@ -133,7 +138,7 @@ class MixedAttention(nn.Module):
             if self.qk_rms_norm:
                 q[g], k[g] = self.q_rms_norm[g](q[g]), self.k_rms_norm[g](k[g])
         every = [torch.cat([*part.values()], 1) for part in (k, v)]
-        seen = {g: blocks.attend(q[g], *((k[g], v[g]) if g in self.protected else every)) for g in x}
+        seen = {g: attend(q[g], *((k[g], v[g]) if g in self.protected else every)) for g in x}
         return {g: self.to_out[g](h.flatten(-2)) for g, h in seen.items()}
 
 
@@ -224,3 +229,165 @@ def embedded_time(flow: Any, t: torch.Tensor, step: torch.Tensor | None, scale: 
         raise ValueError(f"{type(flow).__name__}: expected no step size, since this model reads none, got {step.tolist()}. Leave it out.")
     time = flow.t_embedder(factor * t)
     return time + flow.d_embedder(factor * (torch.zeros_like(t) if step is None else step)) if shortcut else time
+
+
+# The second flow: TRELLIS's over the latents on voxels, which may read a step size.
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoxelFlowConfig(LatentFlowConfig):
+    """What its file says of its network."""
+
+    is_shortcut_model: bool = False  # whether it reads a step size
+    time_scale: float = 1000.0  # by which times and step sizes are multiplied before they are embedded
+
+
+class VoxelFlow(LatentFlow):
+    """model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E], step [N] in 0..1) -> velocity on the same voxels.
+
+    Times are the network's own: t = 1 is data. Differentiable in: everything but t and step.
+    """
+
+    config: VoxelFlowConfig
+
+    def __init__(self, config: VoxelFlowConfig):
+        super().__init__(config)
+        if config.is_shortcut_model:
+            self.d_embedder = blocks.TimeEmbedder(config.model_channels)
+
+    def time(self, t: torch.Tensor, step: torch.Tensor | None = None) -> torch.Tensor:
+        return embedded_time(self, t, step, self.config.time_scale)
+
+
+# What SAM 3D is told: tokens of a picture, of the object's mask and of a point map, each cut out about the object and whole. Pictures and
+# masks go through a DINOv2 each, points through a small transformer over the points of a patch. Every kind has a gated feed-forward to the
+# flow's width, and an offset that says whether it is of the cutting or the whole; all tokens stand behind each other.
+
+
+REMAPS = ("linear", "sinh", "exp")
+
+
+class Pictures(nn.Module):
+    """A DINOv2 under the name that the files give it: pictures, or masks of one channel, [N, ., ., .] of 0..1 -> tokens [N, L, E].
+
+    Args: size: pixels per side, to which pictures are brought; before_norm: tokens before the last norm, normalised without parameters;
+        else the last norm's, without registers.
+    """
+
+    def __init__(self, config: DinoConfig, size: int, before_norm: bool = False):
+        super().__init__()
+        if size % config.patch_size:
+            raise ValueError(f"embedder: expected patches of {config.patch_size} that divide pictures, got pictures of {size}. Correct it.")
+        self.size, self.before_norm = size, before_norm
+        self.backbone = Dino(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        x = self.backbone.tokens(self.backbone.normalised(x.expand(-1, 3, -1, -1)))  # a mask is a grey picture
+        if self.before_norm:
+            return F.layer_norm(x, x.shape[-1:])
+        x = self.backbone.norm(x)
+        return torch.cat([x[:, :1], x[:, 1 + self.backbone.registers :]], 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointConfig:
+    """What the file says of the points' network."""
+
+    input_size: int = 256  # points per side, to which maps are brought
+    patch_size: int = 8  # p
+    embed_dim: int = 768  # E
+    num_heads: int = 16
+    mlp_ratio: float = 2.0
+    depth: int = 1
+    remap_output: str = "linear"  # what is done to coordinates first; see remapped
+
+    def __post_init__(self):
+        if self.remap_output not in REMAPS or self.input_size % self.patch_size or self.embed_dim % self.num_heads:
+            raise ValueError(f"PointConfig: expected remap_output {', '.join(REMAPS)} and sizes that divide, got {self}. Correct the file.")
+
+
+class PointPatches(nn.Module):
+    """Point maps [N, 3, ., .], not finite where there is no point -> tokens [N, h^2, E], one for the points of each patch."""
+
+    def __init__(self, config: PointConfig):
+        super().__init__()
+        self.config, channels, p = config, config.embed_dim, config.patch_size
+        side = config.input_size // p
+        self.point_proj = nn.Linear(3, channels)
+        self.invalid_xyz_token = nn.Parameter(torch.zeros(channels))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, channels))
+        self.pos_embed_window = nn.Parameter(torch.zeros(1, 1 + p * p, channels))
+        self.pos_embed = nn.Parameter(torch.zeros(1, channels, side, side))
+        hidden = int(config.mlp_ratio * channels)
+        self.blocks = nn.ModuleList(Block(channels, config.num_heads, hidden) for _ in range(config.depth))
+
+    def forward(self, points: torch.Tensor) -> torch.Tensor:
+        size, p = self.config.input_size, self.config.patch_size
+        points = F.interpolate(points, (size, size), mode="nearest") if points.shape[2:] != (size, size) else points
+        there = points.isfinite().all(1)  # [N, s, s]
+        places = remapped(points.where(there[:, None], 1.0), self.config.remap_output).movedim(1, -1)  # [N, s, s, 3]
+        h = torch.where(there[..., None], self.point_proj(places.to(self.point_proj.weight.dtype)), self.invalid_xyz_token)
+        h = h.unflatten(2, (-1, p)).unflatten(1, (-1, p)).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # [N, h^2, p^2, E]
+        patches, h = h.shape[1], h.flatten(0, 1)
+        h = torch.cat([self.cls_token.expand(len(h), -1, -1), h], 1) + self.pos_embed_window
+        for block in self.blocks:
+            h = block(h)
+        return h[:, 0].unflatten(0, (-1, patches)) + self.pos_embed.flatten(2).transpose(1, 2)
+
+
+def remapped(points: torch.Tensor, how: str) -> torch.Tensor:
+    """Coordinates [N, 3, ...]: as they are; their inverse hyperbolic sines; or x / z, y / z and log z ("exp": what undoes it)."""
+    if how == "linear":
+        return points
+    if how == "sinh":
+        return points.asinh()
+    z = points[:, 2:].clamp_min(1e-6)
+    return torch.cat([points[:, :2] / z, z.log()], 1)
+
+
+class GatedFeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, channels: int, hidden: int, out_channels: int):
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(channels, hidden, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(hidden, out_channels, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+Inputs = Sequence[tuple[str, str]]  # (name of an input, whether it is of the cutting or the whole), in order
+
+
+class Embedder(nn.Module):
+    """Pictures, masks and point maps by name [N, ., ., .] -> condition tokens [N, L, W]."""
+
+    def __init__(self, encoders: Sequence[tuple[nn.Module, int, Inputs]], hidden: Sequence[int], channels: int, pre_norm: bool):
+        """Args: encoders: with their channels and what goes through each; hidden: of their feed-forwards; channels: W."""
+        super().__init__()
+        self.inputs = [inputs for _, _, inputs in encoders]
+        self.frames = list(dict.fromkeys(frame for inputs in self.inputs for _, frame in inputs))
+        self.module_list = nn.ModuleList(encoder for encoder, _, _ in encoders)
+        self.projection_nets = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(size) if pre_norm else nn.Identity(), GatedFeedForward(size, width, channels))
+            for (_, size, _), width in zip(encoders, hidden, strict=True)
+        )
+        self.idx_emb = nn.Parameter(torch.zeros(len(self.frames), channels))
+
+    @property
+    def names(self) -> list[str]:
+        """Of what it is told."""
+        return [name for inputs in self.inputs for name, _ in inputs]
+
+    def forward(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        missing = [name for name in self.names if name not in given]
+        if missing:
+            raise ValueError(f"conditions: expected {', '.join(self.names)}, got no {', '.join(missing)}. Give them all.")
+        found = []
+        for encoder, project, inputs in zip(self.module_list, self.projection_nets, self.inputs, strict=True):
+            for name, frame in inputs:
+                found.append(project(encoder(given[name])) + self.idx_emb[self.frames.index(frame)])
+        return torch.cat(found, 1)

@@ -1,12 +1,25 @@
-"""SAM 3D's flows: names, who sees whom, the step size."""
+"""SAM 3D's networks: names, who sees whom, the step size; the embedder: points, and how tokens are put together."""
 
 import pytest
 import torch
 
-from eg3d_rlhf.models.sam3d.mixture import LatentConfig, MixtureConfig, MixtureFlow
-from eg3d_rlhf.models.sam3d.voxel_flow import VoxelFlow, VoxelFlowConfig
+from eg3d_rlhf.models.sam3d import (
+    Embedder,
+    LatentConfig,
+    MixtureConfig,
+    MixtureFlow,
+    Pictures,
+    PointConfig,
+    PointPatches,
+    VoxelFlow,
+    VoxelFlowConfig,
+    remapped,
+)
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig
-from tests.tuning.flow.trellis.test_sparse_flow import SMALL, inputs
+from tests.models.test_trellis_flows import SMALL, inputs
+from tests.models.test_vit import NAMES as DINO
+from tests.models.test_vit import SMALL as DINO_SIZES
+from tests.models.test_vit import randomised
 
 POSE = {"6drotation_normalized": 6, "translation": 3, "scale": 3, "translation_scale": 1}
 SHARED = {"6drotation_normalized": tuple(POSE)}
@@ -162,3 +175,78 @@ def test_the_second_flow_is_trellis_and_may_read_a_step_size():
     assert not torch.equal(short(x, t, cond).feats, short(x, t, cond, torch.full([2], 0.25)).feats)
     with pytest.raises(ValueError, match="VoxelFlow: expected no step size"):
         plain(x, t, cond, torch.zeros(2))
+
+
+# SAM 3D's embedder: names, points, and how tokens are put together.
+
+
+POINTS = PointConfig(input_size=8, patch_size=4, embed_dim=8, num_heads=2)
+
+
+def embedder():
+    frames = [("image", "cropped"), ("rgb_image", "full")], [("mask", "cropped"), ("rgb_image_mask", "full")]
+    points = [("pointmap", "cropped"), ("rgb_pointmap", "full")]
+    encoders = [(Pictures(DINO_SIZES, 8), 64, frames[0]), (Pictures(DINO_SIZES, 8), 64, frames[1]), (PointPatches(POINTS), 8, points)]
+    return randomised(Embedder(encoders, [16, 16, 16], 5, True))
+
+
+def test_names_and_shapes_of_the_embedder():
+    names = shapes(embedder())
+    assert {f"module_list.1.backbone.{name}": shape for name, shape in DINO.items()}.items() <= names.items()
+    encoders = ("module_list.0.", "module_list.1.", "module_list.2.blocks")
+    rest = {name: shape for name, shape in names.items() if not name.startswith(encoders)}
+    assert rest == {
+        "idx_emb": [2, 5], "module_list.2.point_proj.weight": [8, 3], "module_list.2.point_proj.bias": [8],
+        "module_list.2.invalid_xyz_token": [8], "module_list.2.cls_token": [1, 1, 8], "module_list.2.pos_embed_window": [1, 17, 8],
+        "module_list.2.pos_embed": [1, 8, 2, 2],
+        **{f"projection_nets.{i}.0.{part}": [size] for i, size in enumerate((64, 64, 8)) for part in ("weight", "bias")},
+        **{f"projection_nets.{i}.1.w{k}.weight": [16, size] for i, size in enumerate((64, 64, 8)) for k in (1, 3)},
+        **{f"projection_nets.{i}.1.w2.weight": [5, 16] for i in range(3)},
+    }  # fmt: skip
+
+
+def test_tokens_are_the_last_norms_without_registers_or_those_before_it():
+    x = torch.rand(1, 3, 8, 8)
+    after, before = (randomised(Pictures(DINO_SIZES, 8, flag)) for flag in (False, True))
+    tokens = after.backbone(x)
+    assert torch.equal(after(x), torch.cat([tokens[:, :1], tokens[:, 3:]], 1))
+    assert before(x).shape == (1, 1 + 2 + 4, 64)
+    torch.testing.assert_close(before(x).mean(-1), torch.zeros(1, 7), rtol=0, atol=1e-5)
+    grey = torch.rand(1, 1, 20, 20)
+    assert randomised(Pictures(DINO_SIZES, 16))(grey).shape == (1, 17, 64)
+
+
+def test_points_that_are_not_there_and_patches_by_themselves():
+    model = randomised(PointPatches(POINTS))
+    points = torch.rand(1, 3, 8, 8) + 1
+    tokens = model(points)
+    assert tokens.shape == (1, 4, 8)
+    changed = points.clone()
+    changed[:, 0, 1, 6] += 1  # row 1, column 6: of the second patch
+    assert (model(changed) - tokens).abs().amax((0, 2)).gt(1e-5).tolist() == [False, True, False, False]
+    one, other = points.clone(), points.clone()
+    one[:, 0, 1, 6], other[:, :, 1, 6] = float("nan"), float("inf")  # whichever coordinate is missing
+    assert torch.equal(model(one), model(other)) and model(one).isfinite().all() and not torch.equal(model(one), tokens)
+
+
+def test_remapped():
+    points = torch.tensor([[1.0, -2.0, 2.0]])
+    assert torch.equal(remapped(points, "linear"), points) and torch.equal(remapped(points, "sinh"), points.asinh())
+    torch.testing.assert_close(remapped(points, "exp"), torch.tensor([[0.5, -1.0, 0.6931472]]))
+
+
+def test_tokens_stand_behind_each_other_with_their_frame():
+    model = embedder()
+    given = {name: torch.rand(2, 3 if "map" in name else 1 if "mask" in name else 3, 8, 8) for name in model.names}
+    tokens = model(given)
+    assert tokens.shape == (2, 2 * 5 + 2 * 5 + 2 * 4, 5) and model.frames == ["cropped", "full"]
+    same = model(given | {"rgb_image": given["image"]})
+    torch.testing.assert_close(same[:, 5:10] - same[:, :5], (model.idx_emb[1] - model.idx_emb[0]).expand(2, 5, 5))
+    with pytest.raises(ValueError, match="conditions: expected image, rgb_image, .* got no pointmap. Give them all"):
+        model({name: x for name, x in given.items() if name != "pointmap"})
+
+
+def test_sizes_that_are_refused():
+    for make in (lambda: Pictures(DINO_SIZES, 9), lambda: PointConfig(remap_output="cube")):
+        with pytest.raises(ValueError, match="expected"):
+            make()

@@ -10,7 +10,7 @@ from eg3d_rlhf.models.sparse import SparseBatch, collate
 from eg3d_rlhf.models.trellis.blocks import convert_torso
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig
 from eg3d_rlhf.models.trellis.sparse_conv import Kernel
-from tests.tuning.flow.trellis.test_sparse_conv import R, random_batch
+from tests.models.test_sparse_conv import R, random_batch
 
 SMALL = dict(
     resolution=R, in_channels=3, out_channels=3, model_channels=24, cond_channels=5, num_blocks=2, num_heads=2, io_block_channels=(12,),

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.models.dinov2 import MEAN, STD, Dino, DinoConfig
-from eg3d_rlhf.models.hunyuan3d.autoencoder import ShapeDecoder
-from eg3d_rlhf.models.hunyuan3d.denoiser import Attention, Denoiser, DenoiserConfig, Mixture
-from eg3d_rlhf.tuning.flow.families.hunyuan3d import family, files
+from eg3d_rlhf.models.hunyuan3d import Attention, Denoiser, DenoiserConfig, Mixture, ShapeDecoder
+from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
 from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import CONTENT, LATENTS, C, E, L, write_hunyuan3d
 
 NORMS = [f"norm{i}.{p}" for i in (1, 2, 3) for p in ("weight", "bias")]
@@ -34,25 +32,16 @@ DECODER = [
     *(f"transformer.resblocks.{i}.{name}" for i in range(2) for name in SELF),
     *(f"geo_decoder.cross_attn_decoder.{name}" for name in CROSS),
 ]
-LAYER = [
-    *pair("norm1", "norm2", "mlp.fc1", "mlp.fc2", "attention.output.dense"),
-    *pair(*(f"attention.attention.{part}" for part in ("query", "key", "value"))), "layer_scale1.lambda1", "layer_scale2.lambda1",
-]  # fmt: skip
-DINO = [
-    *(f"embeddings.{name}" for name in ("cls_token", "mask_token", "position_embeddings")), *pair("embeddings.patch_embeddings.projection"),
-    *(f"encoder.layer.{i}.{name}" for i in range(2) for name in LAYER), *pair("layernorm"),
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return files.read_files(write_hunyuan3d(tmp_path_factory.mktemp("made") / "ROOT"))
+    return family.read_files(write_hunyuan3d(tmp_path_factory.mktemp("made") / "ROOT"))
 
 
 def test_names_are_the_published_ones(found):
     assert set(Denoiser(found.model).state_dict()) == set(DENOISER)
     assert set(ShapeDecoder(found.vae).state_dict()) == set(DECODER)
-    assert set(Dino(found.encoder).state_dict()) == set(DINO)
 
 
 def test_the_full_size_has_its_mixtures_and_skips_where_they_belong():
@@ -135,29 +124,3 @@ def test_the_sampler_is_the_published_one():
         made, sigma = family.sampling(shift), np.linspace(0, 1, 50)
         np.testing.assert_allclose(1 - np.array(times(made)), shift * sigma / (1 + (shift - 1) * sigma), atol=1e-12)
         assert (1 + made.cfg_strength, made.cfg_interval) == (5.0, (0.0, 1.0))
-
-
-def test_dino_is_its_formula():
-    """Of one layer and one head, step by step; registers stand behind the first token."""
-    torch.manual_seed(5)
-    model = Dino(DinoConfig(hidden_size=4, num_hidden_layers=1, num_attention_heads=1, mlp_ratio=2, image_size=4, patch_size=2,
-                            num_register_tokens=2)).double()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.5)
-    picture, e = torch.rand(1, 3, 4, 4, dtype=torch.float64), model.embeddings
-    x = (picture[0] - picture.new_tensor(MEAN)[:, None, None]) / picture.new_tensor(STD)[:, None, None]
-    weight, bias = e.patch_embeddings.projection.weight, e.patch_embeddings.projection.bias
-    patches = [(weight * x[None, :, i : i + 2, j : j + 2]).sum((1, 2, 3)) + bias for i in (0, 2) for j in (0, 2)]
-    tokens = torch.stack([e.cls_token[0, 0], *patches]) + e.position_embeddings[0]
-    tokens = torch.cat([tokens[:1], e.register_tokens[0], tokens[1:]])
-    (layer,) = model.encoder.layer
-    h, a = layer.norm1(tokens), layer.attention.attention
-    tokens = tokens + layer.layer_scale1.lambda1 * layer.attention.output.dense(
-        torch.softmax(a.query(h) @ a.key(h).T / 2, -1) @ a.value(h)
-    )
-    h = layer.mlp.fc1(layer.norm2(tokens))
-    h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
-    tokens = tokens + layer.layer_scale2.lambda1 * layer.mlp.fc2(h)
-    torch.testing.assert_close(model(picture, normed=False)[0], tokens)
-    torch.testing.assert_close(model(picture)[0], model.layernorm(tokens))
-    assert model.config.tokens == 7

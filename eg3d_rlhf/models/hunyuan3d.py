@@ -1,14 +1,16 @@
-"""Hunyuan3D-2.1's flow of shapes: a transformer over a set of latent vectors, with skips between its halves, and mixtures of experts in its
-last blocks. Its data lie at t = 1.
+"""Hunyuan3D-2.1's networks: the flow of shapes, a transformer over a set of latent vectors with skips between its halves and mixtures of
+experts in its last blocks; and the decoder, a transformer over the set, then cross-attention from points to it, which says what is inside.
 
-Written from the architecture as it is published (technical report arXiv:2506.15442; names of parameters and settings as its checkpoints and
-config.yaml have them); nothing here was checked against a released file.
+Data lie at t = 1. Written from the architecture as it is published (technical report arXiv:2506.15442; names of parameters and settings as
+its checkpoints and config.yaml have them); nothing here was checked against a released file. The encoder, which wants points sampled on a
+watertight mesh, is left out.
 
 Shape letters: N samples, T latent tokens, S = T + 1 with the token of the time, C channels of a latent, W width, L tokens of a condition,
-E their size, H heads, D width of a head, X experts, k of them per token.
+E their size, H heads, D width of a head, X experts, k of them per token, P points, R points per axis of a grid.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from eg3d_rlhf.core.shapes import check_shape
+from eg3d_rlhf.models.attention import Mlp, attend
 
 EPS = 1e-6
 
@@ -74,12 +77,11 @@ class TimeEmbedder(nn.Module):
 
 
 def interleaved(heads: int, *projected: torch.Tensor) -> list[torch.Tensor]:
-    """Projections [N, S, W] each, side by side, dealt to the heads in turn -> [N, H, S, D] each.
+    """Projections [N, S, W] each, side by side, dealt to the heads in turn -> [N, S, H, D] each.
 
     Head h takes channels h m D to (h + 1) m D of the m projections in a row, so that its keys may come from what is called to_v.
     """
-    rows = torch.cat(projected, -1)  # [N, S, m W]
-    return [part.transpose(1, 2) for part in rows.unflatten(-1, (heads, -1)).chunk(len(projected), -1)]
+    return list(torch.cat(projected, -1).unflatten(-1, (heads, -1)).chunk(len(projected), -1))
 
 
 class Attention(nn.Module):
@@ -101,19 +103,7 @@ class Attention(nn.Module):
             (q,), (k, v) = interleaved(self.heads, self.to_q(x)), interleaved(self.heads, self.to_k(y), self.to_v(y))
         else:
             q, k, v = interleaved(self.heads, self.to_q(x), self.to_k(y), self.to_v(y))
-        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """Two layers."""
-
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.out_proj(attend(self.q_norm(q), self.k_norm(k), v).flatten(2))
 
 
 class Projected(nn.Module):
@@ -239,3 +229,160 @@ class Denoiser(nn.Module):
             if number < half:
                 kept.append(h)
         return self.final_layer(h).to(x.dtype)
+
+
+BOUND = 1.01  # half the edge of the cube that shapes lie in
+CHUNK = 8192  # points at once
+_MLP = ("c_fc", "c_proj")  # names of its layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """What config.yaml calls vae.params, as far as the decoder reads it; defaults of ShapeVAE."""
+
+    num_latents: int  # T
+    embed_dim: int  # C
+    width: int
+    heads: int
+    num_decoder_layers: int
+    num_freqs: int = 8
+    include_pi: bool = True
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    geo_decoder_mlp_expand_ratio: int = 4
+    geo_decoder_downsample_ratio: int = 1
+    geo_decoder_ln_post: bool = True
+    scale_factor: float = 1.0  # latents are multiplied by it before the flow sees them
+
+    def __post_init__(self):
+        if self.geo_decoder_downsample_ratio != 1 or not self.geo_decoder_ln_post:
+            raise ValueError("config.yaml, vae: expected geo_decoder_downsample_ratio 1 and geo_decoder_ln_post, got others.")
+        least = min(self.num_latents, self.embed_dim, self.heads, self.num_decoder_layers)
+        if least < 1 or self.width % self.heads or self.scale_factor <= 0:
+            raise ValueError(f"config.yaml, vae: expected sizes >= 1 and heads that divide the width, got {self}. Restore the file.")
+
+
+class Heads(nn.Module):
+    """Norms of queries and keys, head by head."""
+
+    def __init__(self, size: int, norm: bool):
+        super().__init__()
+        self.q_norm, self.k_norm = (nn.LayerNorm(size, eps=1e-6) if norm else nn.Identity() for _ in range(2))
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """[N, S, H, D] each -> [N, S, W]."""
+        return attend(self.q_norm(q), self.k_norm(k), v).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """One layer makes queries, keys and values, head by head."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.heads, width = config.heads, config.width
+        self.c_qkv, self.c_proj = nn.Linear(width, 3 * width, bias=config.qkv_bias), nn.Linear(width, width)
+        self.attention = Heads(width // config.heads, config.qk_norm)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(self.attention(*self.c_qkv(x).unflatten(-1, (self.heads, -1)).chunk(3, -1)))
+
+
+class CrossAttention(nn.Module):
+    """From points to latents."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.heads, width = config.heads, config.width
+        self.c_q, self.c_kv = nn.Linear(width, width, bias=config.qkv_bias), nn.Linear(width, 2 * width, bias=config.qkv_bias)
+        self.c_proj, self.attention = nn.Linear(width, width), Heads(width // config.heads, config.qk_norm)
+
+    def forward(self, x: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+        q, kv = (y.unflatten(-1, (self.heads, -1)) for y in (self.c_q(x), self.c_kv(data)))
+        return self.c_proj(self.attention(q, *kv.chunk(2, -1)))
+
+
+class ResidualBlock(nn.Module):
+    """Attention, mlp."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.attn, self.mlp = SelfAttention(config), Mlp(config.width, 4 * config.width, _MLP)
+        self.ln_1, self.ln_2 = (nn.LayerNorm(config.width, eps=1e-6) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class CrossBlock(nn.Module):
+    """Cross-attention, mlp."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.attn, self.mlp = CrossAttention(config), Mlp(config.width, config.geo_decoder_mlp_expand_ratio * config.width, _MLP)
+        self.ln_1, self.ln_2, self.ln_3 = (nn.LayerNorm(config.width, eps=1e-6) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), self.ln_2(data))
+        return x + self.mlp(self.ln_3(x))
+
+
+class PointDecoder(nn.Module):
+    """Points and latents -> a number, positive inside."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.freqs, self.pi = config.num_freqs, config.include_pi
+        self.query_proj = nn.Linear(3 * (2 * config.num_freqs + 1), config.width)
+        self.cross_attn_decoder = CrossBlock(config)
+        self.ln_post, self.output_proj = nn.LayerNorm(config.width), nn.Linear(config.width, 1)
+
+    def forward(self, points: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """[N, P, 3], [N, T, W] -> [N, P]."""
+        rates = 2.0 ** torch.arange(self.freqs, dtype=torch.float32, device=points.device) * (torch.pi if self.pi else 1)
+        angles = (points[..., None] * rates).flatten(-2)  # [N, P, 3 F]
+        seen = torch.cat([points, angles.sin(), angles.cos()], -1).to(latents.dtype)
+        x = self.cross_attn_decoder(self.query_proj(seen), latents)
+        return self.output_proj(self.ln_post(x))[..., 0]
+
+
+class Transformer(nn.Module):
+    """Blocks in turn."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.resblocks = nn.ModuleList(ResidualBlock(config) for _ in range(config.num_decoder_layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class ShapeDecoder(nn.Module):
+    """The half of the autoencoder that makes shapes of latents."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        self.post_kl = nn.Linear(config.embed_dim, config.width)
+        self.transformer, self.geo_decoder = Transformer(config), PointDecoder(config)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the flow sees them, [N, T, C] -> what points are asked of, [N, T, W]."""
+        return self.transformer(self.post_kl(latents / self.config.scale_factor))
+
+    @torch.no_grad()
+    def volume(self, latents: torch.Tensor, resolution: int) -> torch.Tensor:
+        """Latents of one shape [T, C] -> its numbers on a grid over the cube, [R, R, R] over x, y, z, on the CPU."""
+        decoded = self(latents[None])
+        found = [self.geo_decoder(points[None], decoded)[0].float().cpu() for points in _grid(resolution, latents.device)]
+        return torch.cat(found).view(resolution, resolution, resolution)
+
+
+def _grid(resolution: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Points [P, 3] of the grid, some at a time."""
+    axis = torch.linspace(-BOUND, BOUND, resolution, device=device)
+    for start in range(0, resolution**3, CHUNK):
+        number = torch.arange(start, min(start + CHUNK, resolution**3), device=device)
+        yield torch.stack([axis[number // resolution**2], axis[number // resolution % resolution], axis[number % resolution]], 1)

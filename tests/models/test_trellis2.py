@@ -6,9 +6,18 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.models.trellis2.flows import FlowConfig, StructureFlow, VoxelFlow
-from eg3d_rlhf.models.trellis2.rotary import angles_of, rotate
-from eg3d_rlhf.models.trellis2.voxel_decoder import BLOCK, SPLIT, VoxelDecoder, VoxelDecoderConfig, split
+from eg3d_rlhf.models.trellis2 import (
+    BLOCK,
+    SPLIT,
+    FlowConfig,
+    StructureFlow,
+    VoxelDecoder,
+    VoxelDecoderConfig,
+    VoxelFlow,
+    angles_of,
+    rotate,
+    split,
+)
 
 FLOW = dict(
     resolution=4, in_channels=3, out_channels=3, model_channels=24, cond_channels=5, num_blocks=1, num_heads=2, mlp_ratio=2, share_mod=True,

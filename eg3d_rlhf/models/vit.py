@@ -1,0 +1,261 @@
+"""Vision transformers: DINOv2, with its files in all layouts, BLIP's, and the blocks that others are built of.
+
+Sources: Dosovitskiy et al. 2021; Oquab et al. 2023 for DINOv2; Darcet et al. 2023 for registers. Parameters have the authors' names, which
+are those of torch hub. Files in the names of transformers are renamed where they are read. Nothing is downloaded.
+
+Shape letters: N pictures, S pixels per side, p pixels per side of a patch, G = S / p, L = 1 + registers + G^2 tokens, E their size.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eg3d_rlhf.core.shapes import check_shape
+from eg3d_rlhf.models.attention import Mlp, SelfAttention, tree
+from eg3d_rlhf.models.weights import State, empty, fill, read
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pictures in 0..1
+
+
+class Scale(nn.Module):
+    """A factor for each channel."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """x + attn(norm1(x)), then x + mlp(norm2(x)); in DINOv2 each branch has a factor per channel."""
+
+    def __init__(self, width: int, heads: int, hidden: int, *, scaled: bool = False, eps: float = 1e-5, qkv_bias: bool = True):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = SelfAttention(width, heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, hidden)
+        if scaled:
+            self.ls1, self.ls2 = Scale(width), Scale(width)
+        self.scaled = scaled
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, L, E] -> [N, L, E]; keep [N, 1, 1, L]: which tokens are there."""
+        attended = self.attn(self.norm1(x), keep)
+        x = x + (self.ls1(attended) if self.scaled else attended)
+        fed = self.mlp(self.norm2(x))
+        return x + (self.ls2(fed) if self.scaled else fed)
+
+
+class VisionTransformer(nn.Module):
+    """Pictures [N, 3, S, S], normalised -> tokens [N, L, E] behind the last norm; the token of the whole comes first, then registers.
+
+    Args: side: G of the positions; registers: their number; scaled: as DINOv2, which also has a token for masked patches.
+    """
+
+    def __init__(
+        self, width: int, depth: int, heads: int, hidden: int, patch: int, side: int, *, registers: int = 0, scaled: bool = False,
+        eps: float = 1e-6, qkv_bias: bool = True,
+    ):
+        super().__init__()
+        self.registers = registers
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if scaled:
+            self.mask_token = nn.Parameter(torch.zeros(1, width))
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side**2, width))
+        self.patch_embed = tree(proj=nn.Conv2d(3, width, patch, patch))
+        self.blocks = nn.ModuleList(Block(width, heads, hidden, scaled=scaled, eps=eps, qkv_bias=qkv_bias) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=eps)
+
+    def positions(self, side: int) -> torch.Tensor:
+        """Of the whole and of side^2 patches, [1, 1 + side^2, E]; other numbers of patches than learnt by bicubic interpolation."""
+        whole, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        learnt = math.isqrt(grid.shape[1])
+        if side == learnt:
+            return self.pos_embed
+        grid = F.interpolate(grid.transpose(1, 2).unflatten(2, (learnt, learnt)), (side, side), mode="bicubic", antialias=True)
+        return torch.cat([whole, grid.flatten(2).transpose(1, 2)], 1)
+
+    def tokens(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Before the last norm."""
+        x = self.patch_embed.proj(pictures)  # [N, E, G, G]
+        side, x = x.shape[-1], x.flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.positions(side)
+        if self.registers:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.tokens(pictures))
+
+
+HEAD = 64  # channels of a head, of all that are published
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoConfig:
+    """What a config of transformers says of a DINOv2; the defaults are those of the large one."""
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    mlp_ratio: float = 4
+    image_size: int = 518  # of the position embeddings
+    patch_size: int = 14
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu"
+    qkv_bias: bool = True
+    use_swiglu_ffn: bool = False
+    num_register_tokens: int = 0
+
+    def __post_init__(self):
+        if self.hidden_act != "gelu" or self.use_swiglu_ffn or self.num_channels != 3:
+            got = f"{self.hidden_act!r}, {self.use_swiglu_ffn} and {self.num_channels}"
+            raise ValueError(f"DinoConfig: expected gelu, no swiglu and 3 channels, got {got}. Not read here.")
+        if self.image_size % self.patch_size or self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"DinoConfig: expected patches and heads that divide picture and size, got {self}. Correct it.")
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "DinoConfig":
+        """From a config; settings that say nothing of the network, such as dropout, are passed over."""
+        return cls(**{field.name: content[field.name] for field in fields(cls) if content.get(field.name) is not None})
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, torch.Tensor], who: str) -> "DinoConfig":
+        """By the shapes of a state dict in torch hub's names. Raises: ValueError for what is no DINOv2."""
+        try:
+            size, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+            grid, hidden = math.isqrt(state["pos_embed"].shape[1] - 1), len(state["blocks.0.mlp.fc1.weight"])
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"{who}: expected a DINOv2 with blocks of two layers, got none of {error}. Name another checkpoint.") from None
+        return cls(
+            hidden_size=size, num_hidden_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+            num_attention_heads=max(1, size // HEAD), mlp_ratio=hidden / size, image_size=patch * grid, patch_size=patch,
+            num_register_tokens=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """L at its own size of pictures."""
+        return 1 + self.num_register_tokens + (self.image_size // self.patch_size) ** 2
+
+
+class Dino(VisionTransformer):
+    """Pictures [N, 3, S, S] of 0..1 -> tokens [N, L, E], before the last norm or after it. S is the size it was made for."""
+
+    def __init__(self, config: DinoConfig):
+        size, hidden = config.hidden_size, int(config.hidden_size * config.mlp_ratio + 1e-6)
+        super().__init__(
+            size, config.num_hidden_layers, config.num_attention_heads, hidden, config.patch_size, config.image_size // config.patch_size,
+            registers=config.num_register_tokens, scaled=True, eps=config.layer_norm_eps, qkv_bias=config.qkv_bias,
+        )
+        self.config = config
+
+    def normalised(self, pictures: torch.Tensor) -> torch.Tensor:
+        """As the network sees them."""
+        pictures = pictures.to(self.norm.weight)
+        mean, std = (pictures.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        return (pictures - mean) / std
+
+    def forward(self, pictures: torch.Tensor, normed: bool = True) -> torch.Tensor:
+        size = self.config.image_size
+        check_shape("Dino.pictures", pictures, ["N", 3, size, size], "Scale them to its size.")
+        x = self.tokens(self.normalised(pictures))
+        return self.norm(x) if normed else x
+
+
+HUB = {  # torch hub's name -> that of transformers' weights
+    f"dinov2_vit{letter}14{reg}": f"facebook/dinov2{'-with-registers' if reg else ''}-{size}"
+    for letter, size in (("s", "small"), ("b", "base"), ("l", "large")) for reg in ("", "_reg")
+}
+RENAMED = (  # transformers -> torch hub, in turn
+    (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"), (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."), (r"^encoder\.layer\.", "blocks."), (r"^layernorm\.", "norm."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."), (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+)  # fmt: skip
+_PART = re.compile(r"(.+)\.attention\.attention\.(query|key|value)\.(weight|bias)")
+
+
+def hub_names(state: Mapping[str, torch.Tensor]) -> State:
+    """A DINOv2 of transformers under the names of torch hub; queries, keys and values in one. Where one of them is missing they stay."""
+    renamed: State = {}
+    for name, tensor in state.items():
+        part = _PART.fullmatch(name)
+        parts = [f"{part[1]}.attention.attention.{which}.{part[3]}" for which in ("query", "key", "value")] if part else [name]
+        if part is not None and all(other in state for other in parts):
+            name, tensor = f"{part[1]}.attn.qkv.{part[3]}", torch.cat([state[other] for other in parts])
+        for theirs, ours in RENAMED:
+            name = re.sub(theirs, ours, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
+    """The network of torch hub's name, of a folder of transformers, or of a checkpoint of torch hub; frozen, in float32.
+
+    Raises: FileNotFoundError naming the places; ValueError for weights that do not fit.
+    """
+    places = list(_places(name))
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        looked = ", ".join(map(str, places))
+        raise FileNotFoundError(
+            f"{name}: expected its weights on this machine, got none at {looked}. Fetch them once yourself, or give embeddings in files."
+        )
+    state = read(path, name)
+    beside = path.with_name("config.json")
+    if path.suffix == ".pth":
+        config = DinoConfig.of_state(state, str(path))
+    elif beside.is_file():
+        state, config = hub_names(state), _read_config(beside)
+    else:
+        raise FileNotFoundError(f"{name}: expected config.json beside {path.name}, got none. Restore the folder.")
+    return load_dino(config, state, str(path), device)
+
+
+def load_dino(config: DinoConfig, state: Mapping[str, torch.Tensor], who: str, device: str | torch.device = "cpu") -> Dino:
+    """The network of a state dict in torch hub's names, strictly; frozen, in float32."""
+    types = dict.fromkeys(state, torch.float32)
+    return fill(empty(lambda: Dino(config)), state, who, types=types, device=device).eval().requires_grad_(False)
+
+
+def _places(name: str) -> Iterator[Path]:
+    """Where weights of that name may lie, in order."""
+    path = Path(name)
+    if path.suffix == ".pth":
+        yield path
+        return
+    folders = [path] if path.is_dir() else []
+    if name in HUB:
+        home = Path(os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch")
+        yield home / "hub" / "checkpoints" / f"{name.removesuffix('_reg')}{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub")
+    folders += sorted((cache / f"models--{HUB.get(name, name).replace('/', '--')}" / "snapshots").glob("*"))
+    yield from (folder / "model.safetensors" for folder in folders)
+
+
+def _read_config(path: Path) -> DinoConfig:
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or not str(content.get("model_type")).startswith("dinov2"):
+            raise ValueError("its model_type is not dinov2")
+        registers = content.get("num_register_tokens", 4 if content["model_type"] == "dinov2_with_registers" else 0)
+        return DinoConfig.of({**content, "num_register_tokens": registers})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected the settings of a DINOv2, got: {error}. Restore the file.") from None

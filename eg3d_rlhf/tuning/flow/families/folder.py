@@ -1,0 +1,156 @@
+"""What the families of flow generators share: half of their pipelines, small files, tuned weights worked in, memory."""
+
+import ctypes
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eg3d_rlhf.models.lora import merge_rounding, merged_state
+from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.models.sparse import Batch, Latent, feats_of
+from eg3d_rlhf.models.weights import State
+from eg3d_rlhf.tuning.flow.conditions import Conditions
+
+LARGEST, ALIASES = 1 << 16, 16  # bytes of a YAML file, and repetitions in it
+LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once
+
+
+class OpenedFolder:
+    """Half of a `Pipeline` whose networks lie in a folder of a published layout: what it is told, latents' scales, decoders by name.
+
+    Args:
+        conditions: None where nothing is sampled; parts: reads a network, such as a decoder, by its name.
+        scales: mean and std per channel of the latents of stages that are normalised.
+    """
+
+    def __init__(
+        self, conditions: Conditions | None, parts: Callable[[str], nn.Module], device: str | torch.device,
+        scales: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    ):
+        self.tokens, self.device, self.scales = conditions, device, scales
+        self._parts, self._loaded = parts, dict[str, nn.Module]()
+
+    def part(self, name: str) -> Any:
+        """A decoder or encoder."""
+        if name not in self._loaded:
+            self._loaded[name] = self._parts(name).eval().requires_grad_(False).to(self.device)
+        return self._loaded[name]
+
+    def told(self, stage: str) -> str | None:
+        """The tensor of a condition that a stage is told; None: conditions are one tensor."""
+        return None
+
+    def check_tokens(self, stage: str, channels: int, remedy: str) -> None:
+        """Raise ValueError for conditions without tokens [L, channels] for a stage."""
+        if self.tokens is None:
+            return
+        form, name = self.tokens.form, self.told(stage)
+        shape = form if name is None else form.get(name) if isinstance(form, Mapping) else None
+        if not isinstance(shape, list) or len(shape) != 2 or shape[-1] != channels:
+            expected = f"tokens [L, {channels}]{f' named {name!r}' if name else ''} for stage {stage!r}"
+            source = f" of {self.tokens.encoder}" if self.tokens.encoder else ""
+            raise ValueError(f"conditions: expected {expected}, got {form}{source}. {remedy}")
+
+    def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
+        """[N, L, E]. Raises: ValueError without embeddings, or for names without one."""
+        return self._embedded(names, stage)
+
+    def no_condition(self, n: int, stage: str) -> torch.Tensor:
+        """[n, L, E], the empty condition."""
+        return self._embedded(n, stage)
+
+    def _embedded(self, of: Sequence[str] | int, stage: str) -> torch.Tensor:
+        if self.tokens is None:
+            raise ValueError("conditions: expected embeddings, got none. Open the pipeline with some.")
+        condition, name = self.tokens.null(of) if isinstance(of, int) else self.tokens.of(of), self.told(stage)
+        tensor = condition if name is None else condition[name]  # type: ignore[index]  # the form was looked at when the folder was opened
+        assert isinstance(tensor, torch.Tensor)
+        return tensor.to(self.device)
+
+    def encode(self, assets: Sequence[Any]) -> Sequence[Mapping[str, Latent]]:
+        """Not there, where encoders are not read. Raises: ValueError."""
+        raise ValueError("encode: expected no assets to encode, got some. This generator's stages are tuned one by one, without the loop.")
+
+    def normalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
+        """Latents [v, C] as decoders read them -> as the flow of a stage sees them."""
+        mean, std = (feats.new_tensor(values) for values in self.scales[stage])
+        return (feats - mean) / std
+
+    def unnormalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
+        """Inverse of `normalised`."""
+        mean, std = (feats.new_tensor(values) for values in self.scales[stage])
+        return feats * std + mean
+
+
+def read_yaml(path: Path) -> dict:
+    """A mapping from a file; no object of any other kind is built. Raises: ValueError."""
+    import yaml  # only here, as in reward/release.py: nothing else needs it
+
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path}: expected at most {LARGEST >> 10} KiB, got {path.stat().st_size >> 10}. Is it another file?")
+    text = path.read_text()
+    try:
+        repeated = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
+        content = yaml.safe_load(text) if repeated <= ALIASES else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, got: {' '.join(str(error).split())[:120]}. Restore the file.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping, got another value or many repetitions. Restore the file.")
+    return content
+
+
+def mentions(path: Path, word: str) -> bool:
+    """Whether a small text file is there and has a word in it."""
+    return path.is_file() and path.stat().st_size <= LARGEST and word in path.read_text(errors="replace")
+
+
+def read_json(path: Path) -> dict:
+    """An object from a JSON file. Raises: ValueError with the path."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}. Restore the file.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}. Restore the file.")
+    return content
+
+
+def merged(load: Callable[[torch.dtype | None], nn.Module], weights: Path) -> tuple[State, float]:
+    """A network with tuned weights worked in, and the share of the update that rounding to the types of its file loses.
+
+    Args: load: the network that was tuned, in a type, or in those of its file (None).
+    """
+    state = merged_state(tuned_model(load(torch.float32), weights))
+    return state, merge_rounding(tuned_model(load(None), weights))
+
+
+def check_finite(who: str, x_0: Batch) -> None:
+    """Raise ValueError, in the name of `who`, for latents that are not finite."""
+    values = feats_of(x_0)
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ValueError(f"{who}: expected finite latents, got {bad} of {values.numel()} NaN or infinite. Use an earlier checkpoint.")
+
+
+def spare_memory(flows: Iterable[nn.Module], device: str | torch.device) -> None:
+    """On a CPU have the memory that a large flow frees go back to the system at once."""
+    if torch.device(device).type == "cpu" and max(sum(p.numel() for p in flow.parameters()) for flow in flows) > LARGE:
+        return_freed_memory()
+
+
+def return_freed_memory() -> bool:
+    """Have glibc return every freed tensor of 8 MiB or more to the system, from now on in this process. False where there is no glibc.
+
+    By itself glibc comes to keep freed blocks of up to 32 MiB for later, in a heap that the few tensors kept between a network's blocks
+    then break into pieces too small to use: a pass over TRELLIS's flows grew by 15 times what it keeps. Smaller ones, such as tiles of
+    attention, are made by the thousand, and up to 64 MiB of free memory stay at hand for them.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(mallopt(-3, 8 << 20) and mallopt(-1, 64 << 20))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of glibc's malloc.h; bytes
