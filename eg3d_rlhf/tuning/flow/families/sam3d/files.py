@@ -32,7 +32,7 @@ from eg3d_rlhf.models.sam3d import (
 )
 from eg3d_rlhf.models.trellis.autoencoders import GaussianDecoder, GaussianDecoderConfig, StructureDecoder, StructureVAEConfig
 from eg3d_rlhf.models.vit import DinoConfig
-from eg3d_rlhf.models.weights import below, empty, read
+from eg3d_rlhf.models.weights import below, empty, fill, read
 from eg3d_rlhf.tuning.flow.families.folder import mentions, read_yaml
 from eg3d_rlhf.tuning.flow.families.trellis.files import filled
 from eg3d_rlhf.tuning.flow.stage import Sampling
@@ -181,11 +181,10 @@ def _sampling(path: Path, content: Mapping, stage: str, time_scale: float) -> Sa
 
 
 def load_flow(file: GeneratorFile, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
-    """A stage's network, strictly by name and shape; dtype as in trellis.files.load_model."""
+    """A stage's network, strictly by name and shape; dtype as in trellis.files.filled."""
     state = {name: tensor for name, tensor in _under(file.checkpoint, (FLOW,)).items() if not name.startswith("condition_embedder.")}
     make: Any = MixtureFlow if isinstance(file.config, MixtureConfig) else VoxelFlow
-    model, half = empty(lambda: (make(file.config), make(dataclasses.replace(file.config, use_fp16=True))))
-    return filled(model, state, str(file.checkpoint), half, dtype, device)
+    return filled(make, file.config, state, str(file.checkpoint), dtype, device)
 
 
 def _under(checkpoint: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -211,8 +210,8 @@ def load_embedder(file: GeneratorFile, device: str | torch.device = "cpu") -> Em
             embedder = Embedder(encoders, hidden, len(state[f"{nets[0]}.1.w2.weight"]), f"{nets[0]}.0.weight" in state)
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{who}: expected the embedder of SAM 3D, got none fit for {error}. Name its files.") from None
-    loaded: Any = filled(embedder, state, who, embedder, torch.float32, device)
-    return loaded.requires_grad_(False)
+    types = dict.fromkeys(state, torch.float32)
+    return fill(embedder, state, who, types=types, device=device).eval().requires_grad_(False)
 
 
 def _encoder(number: int, entry: Any, state: Mapping[str, torch.Tensor]) -> tuple[nn.Module, int, list[tuple[str, str]]]:
@@ -242,7 +241,7 @@ def load_decoder(file: PipelineFile, part: str, device: str | torch.device = "cp
     known = {field.name for field in dataclasses.fields(kind)}
     try:
         config = _made(kind, content, **{name: content[name] for name in known & PASSED & set(content)})
-        model = empty(lambda: make(config))
+        empty(lambda: make(config))  # whose sizes may not fit
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_file}: {error}") from None
-    return filled(model, read(checkpoint, "weights"), str(checkpoint), model, torch.float32, device)
+    return filled(make, config, read(checkpoint, "weights"), str(checkpoint), torch.float32, device)

@@ -3,10 +3,10 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from eg3d_rlhf.models.trellis.autoencoders import (
     StructureVAEConfig,
 )
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
-from eg3d_rlhf.models.weights import empty, fill, read
+from eg3d_rlhf.models.weights import State, empty, fill, read
 from eg3d_rlhf.tuning.flow.families.folder import read_json
 from eg3d_rlhf.tuning.flow.stage import Sampling
 
@@ -182,8 +182,8 @@ ARCHITECTURES = {  # TRELLIS's names of classes; it also writes them with "Elast
 Architectures = Mapping[str, tuple[type[nn.Module], type]]  # name of a class -> model and its configuration
 
 
-def build_model(content: Mapping, who: str, architectures: Architectures = ARCHITECTURES) -> nn.Module:
-    """An untrained model of what a JSON file describes: {"name": class, "args": {...}}.
+def architecture(content: Mapping, who: str, architectures: Architectures = ARCHITECTURES) -> tuple[type[nn.Module], Any]:
+    """Class and configuration of what a JSON file describes: {"name": class, "args": {...}}.
 
     Raises: ValueError for another class, or arguments that it does not have.
     """
@@ -197,17 +197,30 @@ def build_model(content: Mapping, who: str, architectures: Architectures = ARCHI
     needed = sorted(f.name for f in fields if f.default is missing and f.default_factory is missing and f.name not in args)
     if foreign or needed:
         raise ValueError(f"{who}: expected the args of {name}, got unknown {foreign}, missing {needed}. Name a file of TRELLIS.")
-    return model(config(**args))
+    return model, config(**args)
+
+
+def build_model(content: Mapping, who: str, architectures: Architectures = ARCHITECTURES) -> nn.Module:
+    """An untrained model of `architecture`."""
+    model, config = architecture(content, who, architectures)
+    return model(config)
+
+
+def read_model(stem: Path) -> nn.Module:
+    """The untrained model of <stem>.json."""
+    path = with_ending(stem, ".json")
+    return build_model(read_json(path), str(path))
 
 
 def load_model(
-    stem: Path, dtype: torch.dtype | None = None, *, weights: Path | None = None, device: str | torch.device = "cpu"
+    stem: Path, dtype: torch.dtype | None = None, *, weights: Path | None = None, device: str | torch.device = "cpu",
+    architectures: Architectures = ARCHITECTURES, prepare: Callable[[Any, Any, State, str], State] | None = None,
 ) -> nn.Module:
     """A model from <stem>.json and its weights, in evaluation mode.
 
     Args:
-        stem: path without ending; weights: another file for them, as a training checkpoint (.pt).
-        dtype: of the layers that TRELLIS has in half precision, others are float32; None keeps the types of the file.
+        stem: path without ending; weights: another file for them, as a training checkpoint (.pt); dtype: see `filled`.
+        prepare: (class, configuration, tensors of the file, its name) -> tensors of the model.
 
     Raises: FileNotFoundError; ValueError for files that do not fit each other, and for weights that are not finite.
     """
@@ -215,30 +228,31 @@ def load_model(
     weights = weights or find_weights(stem)
     if not json_file.is_file() or weights is None:
         raise FileNotFoundError(f"{stem.name}: expected {json_file} and weights beside it, got one of them or neither. Restore the files.")
-    state, content = base_state(weights), read_json(json_file)
-    model = empty_model(content, str(json_file))
-    half = empty_model({**content, "args": {**content["args"], "use_fp16": True}}, str(json_file))
-    return filled(model, state, str(weights), half, dtype, device)
+    state = base_state(weights)
+    model, config = architecture(read_json(json_file), str(json_file), architectures)
+    if prepare is not None:
+        state = prepare(model, config, state, str(weights))
+    return filled(model, config, state, str(weights), dtype, device)
 
 
 def filled(
-    model: nn.Module, state: dict[str, torch.Tensor], who: str, half: nn.Module, dtype: torch.dtype | None, device: str | torch.device
+    make: Callable[[Any], nn.Module], config: Any, state: State, who: str, dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """An empty model with the tensors of a file, strictly by name and shape, in evaluation mode.
+    """A model with the tensors of a file, strictly by name and shape, in evaluation mode.
 
-    Args:
-        half: the same as it is built in half precision, whose layers of that kind are given `dtype`, others float32; None keeps the types
-            of the file.
+    Args: dtype: of the layers that are in half precision where it is built so, others are float32; None keeps the types of the file.
     Raises: ValueError in the name of `who` for missing, unexpected or misshapen tensors.
     """
     types: dict[str, torch.dtype] = {}
     if dtype is not None:
-        halved = {name for name, tensor in half.state_dict().items() if tensor.dtype in (torch.float16, torch.bfloat16)}
-        types = {name: dtype if name in halved else torch.float32 for name in state}
-    return fill(model, state, who, types=types, device=device).eval()
+        halves = {"dtype": "float16"} if hasattr(config, "dtype") else {"use_fp16": True}
+        half = empty(lambda: make(dataclasses.replace(config, **halves))).state_dict()
+        types = {n: dtype if n in half and half[n].dtype in (torch.float16, torch.bfloat16) else torch.float32 for n in state}
+    return fill(empty(lambda: make(config)), state, who, types=types, device=device).eval()
 
 
-def base_state(path: Path) -> dict[str, torch.Tensor]:
+def base_state(path: Path) -> State:
     """Named tensors of a model by itself, from a safetensors file or a training checkpoint.
 
     Raises: FileNotFoundError; ValueError for a damaged file, adapters, or weights that are not finite.
@@ -247,8 +261,3 @@ def base_state(path: Path) -> dict[str, torch.Tensor]:
     if adapters:
         raise ValueError(f"{path}: expected the weights of a model, got adapters. Give them as tuned weights of their base.")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def empty_model(content: Mapping, who: str, architectures: Architectures = ARCHITECTURES) -> nn.Module:
-    """`build_model` without memory for weights, on the meta device."""
-    return empty(lambda: build_model(content, who, architectures))

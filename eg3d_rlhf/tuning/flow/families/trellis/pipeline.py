@@ -5,6 +5,7 @@ Shape letters: N samples, C channels, R grid points per axis, L tokens of a cond
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
+from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, spare_memory
 from eg3d_rlhf.tuning.flow.families.trellis import files
@@ -157,7 +159,7 @@ def load_pipeline(
         files.find_model(file, name, also)
     flows = {
         stage: files.load_model(stem, weights=(weights or {}).get(stage), dtype=dtype, device=device) if sampled
-        else files.empty_model(files.read_json(path := files.with_ending(stem, ".json")), str(path))
+        else empty(partial(files.read_model, stem))
         for stage, stem in stems.items()
     }
     spare_memory(flows.values(), device)

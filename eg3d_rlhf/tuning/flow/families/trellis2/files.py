@@ -8,12 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from eg3d_rlhf.models.trellis.autoencoders import StructureDecoder, StructureVAEConfig
-from eg3d_rlhf.models.trellis2 import Flow, FlowConfig, StructureFlow, VoxelDecoder, VoxelDecoderConfig, VoxelFlow
+from eg3d_rlhf.models.trellis2 import FlowConfig, StructureFlow, VoxelDecoder, VoxelDecoderConfig, VoxelFlow
+from eg3d_rlhf.models.weights import State
 from eg3d_rlhf.tuning.flow.families.trellis import files
 from eg3d_rlhf.tuning.flow.stage import Sampling
 
@@ -132,27 +134,21 @@ def load_model(
 
     Raises: ValueError also for a file with the angles of other rotary positions (`rope_phases`) than its JSON file speaks of.
     """
-    json_file, weights = files.with_ending(stem, ".json"), weights or files.find_weights(stem)
-    if not json_file.is_file() or weights is None:
-        raise FileNotFoundError(f"{stem.name}: expected {json_file} and weights beside it, got one of them or neither. Restore the files.")
-    state, content = files.base_state(weights), files.read_json(json_file)
-    model = files.empty_model(content, str(json_file), ARCHITECTURES)
-    args = {**content["args"], **({"dtype": "float16"} if isinstance(model, Flow) else {"use_fp16": True})}
-    half = files.empty_model({**content, "args": args}, str(json_file), ARCHITECTURES)
-    if isinstance(model, VoxelDecoder):
-        state = {_NESTED.sub(r".\1.\2", name): tensor for name, tensor in state.items()}
-    if isinstance(model, StructureFlow) and "rope_phases" in state:
-        _check_phases(model, state.pop("rope_phases"), str(weights))
-    return files.filled(model, state, str(weights), half, dtype, device)
+    return files.load_model(stem, dtype, weights=weights, device=device, architectures=ARCHITECTURES, prepare=_prepared)
 
 
-def _check_phases(model: StructureFlow, stored: torch.Tensor, who: str) -> None:
-    """Angles are computed; where a file has them, as complex numbers of length 1, they must be the same."""
-    angles = model.config.angles(model.places())
-    expected = torch.polar(torch.ones_like(angles), angles)
-    if not stored.is_complex() or stored.shape != expected.shape or not torch.allclose(stored.to(expected), expected, atol=1e-2):
-        form, got = f"complex {list(expected.shape)}", f"{stored.dtype} {list(stored.shape)}"
-        raise ValueError(f"{who}: expected rope_phases of its rope_freq, {form}, got {got} of others. Correct its JSON.")
+def _prepared(model: Any, config: Any, state: State, who: str) -> State:
+    """Convolutions in one spelling. Angles are computed; where a file has them, as complex numbers of length 1, they must be the same."""
+    if model is VoxelDecoder:
+        return {_NESTED.sub(r".\1.\2", name): tensor for name, tensor in state.items()}
+    if model is StructureFlow and "rope_phases" in state:
+        stored = state.pop("rope_phases")
+        angles = config.angles(torch.cartesian_prod(*[torch.arange(config.resolution)] * 3))
+        expected = torch.polar(torch.ones_like(angles), angles)
+        if not stored.is_complex() or stored.shape != expected.shape or not torch.allclose(stored.to(expected), expected, atol=1e-2):
+            form, got = f"complex {list(expected.shape)}", f"{stored.dtype} {list(stored.shape)}"
+            raise ValueError(f"{who}: expected rope_phases of its rope_freq, {form}, got {got} of others. Correct its JSON.")
+    return state
 
 
 def model_files(file: PipelineFile, also: Sequence[Path] = ()) -> dict[str, Path]:
