@@ -21,6 +21,19 @@ def discover(pattern: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "eg3d").glob(f"{pattern}.json"))
 
 
+def read_json(path: Path) -> dict:
+    """Its content; {} where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def array_names(path: Path) -> list[str]:
+    """Names of the arrays of an .npz; none where there is no file."""
+    if not path.is_file():
+        return []
+    with np.load(path) as arrays:
+        return list(arrays.files)
+
+
 def crc_random(name: str, shape) -> np.ndarray:
     """RandomState(crc32(name)).standard_normal(shape)."""
     return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)

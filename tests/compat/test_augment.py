@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from tests.compat.reference import ROOT, array_names, read_json
 from training.augment import AugmentPipe
 
 RELATIVE_ERROR = 1e-4
-CASES = ["aug/0", "aug/1", "aug/2"]
+MISC = ROOT / "eg3d" / "misc"
+CASES = [name for name in read_json(MISC.with_suffix(".json")) if name.startswith("aug/")]
+PERCENTILES = [  # (case, percentile) of the arrays aug/<n>/debug_percentile_<p>
+    (name.rpartition("/")[0], float(name.rpartition("_")[2]))
+    for name in array_names(MISC.with_suffix(".npz")) if "debug_percentile" in name
+]
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +76,7 @@ def test_same_draws_give_the_same_images(name, attributes, values, inject):
     assert_close(out, values[f"{name}/out"])
 
 
-@pytest.mark.parametrize("name", CASES[:2])
-@pytest.mark.parametrize("percentile", [0.3, 0.8])
+@pytest.mark.parametrize(("name", "percentile"), PERCENTILES)
 def test_debug_percentile(name, percentile, attributes, values, inject):
     case = attributes[name]
     pipe, images = build(case)

@@ -31,7 +31,7 @@ def gan_config(case: dict, rendering_kwargs: dict) -> GanConfig:
 
 def batch_of(case: dict, ref, prefix: str, resolution: int) -> Batch:
     n = case["batch"]
-    real = np.random.RandomState(654).randint(0, 256, (n, 3, resolution, resolution))
+    real = np.random.RandomState(case.get("real_seed", 654)).randint(0, 256, (n, 3, resolution, resolution))
     tensors = [torch.as_tensor(ref[f"{prefix}/in_{k}"]) for k in ("real_c", "gen_z", "gen_c")]
     return Batch(torch.as_tensor(real.astype(np.float32)) / 127.5 - 1, *tensors, case["cur_nimg"])
 

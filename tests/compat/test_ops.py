@@ -72,10 +72,6 @@ def assert_close(name: str, actual: torch.Tensor, expected: np.ndarray):
     assert error <= RELATIVE_ERROR * max(np.abs(expected).max(initial=0), 1e-12), f"{name}: {error}"
 
 
-def test_all_cases_are_found(fixtures_dir):
-    assert len(CASES) == 107
-
-
 @pytest.mark.parametrize("case", sorted(CASES) or [pytest.param("", marks=pytest.mark.skip(reason=f"no reference values at {ROOT}"))])
 def test_result_and_derivatives(case, values):
     own = {k.removeprefix(f"{case}/"): torch.from_numpy(v) for k, v in values.items() if k.startswith(f"{case}/")}

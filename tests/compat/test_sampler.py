@@ -1,10 +1,12 @@
 """The sampler's order against EG3D's (misc.npz), and its exact continuation."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 
+from tests.compat.reference import ROOT, array_names, read_json
 from training.dataset import InfiniteSampler
 
 
@@ -12,11 +14,14 @@ def _first(count, n=17, **options):
     return list(itertools.islice(InfiniteSampler(range(n), **options), count))
 
 
-@pytest.mark.parametrize("key, options", [("replicas1_rank0", {}), ("replicas2_rank1", {"num_replicas": 2, "rank": 1})])
-def test_order_matches_reference(fixtures_dir, key, options):
-    with np.load(fixtures_dir / "eg3d" / "misc.npz") as data:
-        expected = data[f"sampler/{key}"]
-    assert _first(len(expected), seed=5, **options) == expected.tolist()
+@pytest.mark.parametrize("key", [name for name in array_names(ROOT / "eg3d" / "misc.npz") if name.startswith("sampler/")])
+def test_order_matches_reference(key):
+    replicas, rank = map(int, re.fullmatch(r"sampler/replicas(\d+)_rank(\d+)", key).groups())
+    recipe = read_json(ROOT / "eg3d" / "misc.json").get("sampler", {})
+    with np.load(ROOT / "eg3d" / "misc.npz") as data:
+        expected = data[key]
+    drawn = _first(len(expected), recipe.get("n", 17), seed=recipe.get("seed", 5), num_replicas=replicas, rank=rank)
+    assert drawn == expected.tolist()
 
 
 @pytest.mark.parametrize("start", [0, 1, 16, 17, 90, 70_000])
