@@ -95,7 +95,7 @@ class _Batch(NamedTuple):
 class MeshReader:
     """Fields to patches. Call it with steps in order; `state_dict` and `load_state_dict` carry on where a run was cut off.
 
-    Args: lattice: a `cube`; every: steps between rebuilds; isovalue: as `tetrahedra.extract` has it. A vertex takes longer than
+    Args: lattice: a `cube`; every: steps between rebuilds; isovalue: as `surfaces.extract` has it. A vertex takes longer than
     20 steps to leave its edge at the default learning rate.
     """
 

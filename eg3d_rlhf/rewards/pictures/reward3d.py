@@ -124,7 +124,7 @@ class BlipReward:
         self.view_prompts = self.views > 1  # Reward3D was trained with the side in the prompt
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Scores [B] of pictures [B, 3, h, w] in 0..1, a prompt each; see `directions.told`."""
+        """Scores [B] of pictures [B, 3, h, w] in 0..1, a prompt each; see `denoiser.told`."""
         tokens, mask = (x.to(self.device) for x in self.tokenize(prompts))
         pictures = clip_preprocess(pixels.to(self.device).float(), self.network.blip.visual_encoder.side)
         features = self.network.blip(pictures, tokens, mask)

@@ -121,11 +121,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
 
 
 def test_terms_without_weight_leave_the_base_as_it_is():
+    """Those of the methods: test_methods.py."""
     base = after(SETTINGS, "sds")
-    assert same(after(replace(SETTINGS, guidance={"noises": 1}), "rewardsds"), base)
     assert same(after(replace(SETTINGS, guidance={"weight": "0"}), "dreamreward"), base)
-    twice = after(replace(SETTINGS, guidance={"samples": 2}), "sds")
-    assert same(after(replace(SETTINGS, guidance={"eta": 0.0, "negative_update": "none"}), "psd"), twice)
     shaped = replace(SETTINGS, scene=replace(SETTINGS.scene, geometry_reward="one-nose"), guidance={"geometry_weight": 0.0})
     assert same(after(shaped, "sds+geometry"), base)
     assert not same(after(SETTINGS, "dreamdpo"), base)

@@ -1,4 +1,4 @@
-"""Preference score distillation on the analytic prior: P2 to P6. P1 is in test_identity.py."""
+"""Preference score distillation on the analytic prior: P2 to P6. P1 is in test_methods.py."""
 
 import functools
 import itertools
