@@ -30,11 +30,15 @@ def nearer_first(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     return apart / (first - second).square().flatten(1).sum(1)
 
 
-class ModeDistance:
-    """Each view alone: how near the prompt's first mode. Of heads that is a face in every view: the bias of 2D rewards towards Janus."""
+class _EachPicture:
+    """Scores each picture alone, with a gradient."""
 
     modality: ClassVar[Modality] = "image"
     views, differentiable = 1, True
+
+
+class ModeDistance(_EachPicture):
+    """Each view alone: how near the prompt's first mode. Of heads that is a face in every view: the bias of 2D rewards towards Janus."""
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """See `RewardModel`."""
@@ -59,11 +63,8 @@ class OneFace:
         return torch.where(heads, of_heads, near.mean(dim=1)).repeat_interleave(self.views)
 
 
-class Symmetry:
+class Symmetry(_EachPicture):
     """Minus the mean absolute difference of a picture and its mirror image."""
-
-    modality: ClassVar[Modality] = "image"
-    views, differentiable = 1, True
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """See `RewardModel`."""
@@ -71,11 +72,8 @@ class Symmetry:
         return -(pixels - pixels.flip(3)).abs().flatten(1).mean(dim=1)
 
 
-class MeanPixel:
+class MeanPixel(_EachPicture):
     """The mean of a picture: the smoke test of any guidance."""
-
-    modality: ClassVar[Modality] = "image"
-    views, differentiable = 1, True
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """See `RewardModel`."""
