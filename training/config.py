@@ -47,28 +47,28 @@ def knob(default: object, help: str, group: str, **more) -> typing.Any:
 
 def knobs_of(kind: type) -> list[tuple[dataclasses.Field, type, Knob]]:
     """The knobs of a settings dataclass, those of nested ones in their places: (field, type without None, knob)."""
-    found, hints = [], typing.get_type_hints(kind)
+    knobs, hints = [], typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         if isinstance(hint, types.UnionType):
             hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
         if dataclasses.is_dataclass(hint):
-            found += knobs_of(typing.cast(type, hint))
+            knobs += knobs_of(typing.cast(type, hint))
         elif "knob" in field.metadata:
-            found.append((field, hint, field.metadata["knob"]))
-    return found
+            knobs.append((field, hint, field.metadata["knob"]))
+    return knobs
 
 
 def values_of(settings: object) -> dict[str, typing.Any]:
     """Every knob of a settings object by name, those of nested ones among them: JSON."""
-    found: dict[str, typing.Any] = {}
+    values: dict[str, typing.Any] = {}
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            found |= values_of(value)
+            values |= values_of(value)
         elif "knob" in field.metadata:
-            found[field.name] = value
-    return found
+            values[field.name] = value
+    return values
 
 
 def built(kind: type, values: Mapping) -> typing.Any:
@@ -79,9 +79,9 @@ def built(kind: type, values: Mapping) -> typing.Any:
 def _given(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
     given: dict[str, typing.Any] = {}
     for field in dataclasses.fields(kind):
-        own = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if dataclasses.is_dataclass(own) and not isinstance(values.get(field.name), type(own)):
-            given[field.name] = dataclasses.replace(own, **_given(own, values))  # type: ignore[type-var]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if dataclasses.is_dataclass(default) and not isinstance(values.get(field.name), type(default)):
+            given[field.name] = dataclasses.replace(default, **_given(default, values))  # type: ignore[type-var]
         elif field.name in values:
             given[field.name] = values[field.name]
     return given

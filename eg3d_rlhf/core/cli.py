@@ -167,14 +167,14 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults):
     Args: everywhere: what stands for the fields' defaults where these are not what applies; defaults: by flag, words to add to its default.
     """
     made: dict[str, Any] = {}
-    for field, hint, knob in (found for kind in kinds for found in knobs_of(kind) if found[2].flag):
+    for field, hint, knob in (triple for kind in kinds for triple in knobs_of(kind) if triple[2].flag):
         name = knob.name or field.name
         if name in made:
             continue
         names = (f"--{_with_dashes(name)}", *knob.flags, name)
-        own = next((one for one in (knob.shown, everywhere) if one is not None), field.default)
-        own = f"{own:g}" if isinstance(own, float) else own
-        shown = "; ".join(str(one) for one in (own, defaults.get(name) if knob.shown is None else None) if one is not None)
+        default = next((words for words in (knob.shown, everywhere) if words is not None), field.default)
+        default = f"{default:g}" if isinstance(default, float) else default
+        shown = "; ".join(str(part) for part in (default, defaults.get(name) if knob.shown is None else None) if part is not None)
         text = f"{knob.help}  [default: {shown}]" if shown else knob.help
         kind: click.ParamType | type = click.Path(path_type=Path) if hint is Path else hint
         low, high = knob.low if knob.above is None else knob.above, knob.high if knob.below is None else knob.below

@@ -247,10 +247,10 @@ def claim(folder: Path, ranks: Ranks = SINGLE) -> Path:
             folder.mkdir(parents=True)
             break
         except FileExistsError:
-            found = _NUMBERED.fullmatch(folder.name)
-            if found is None or launch is not None and _launch_of(folder) == launch:
+            numbered = _NUMBERED.fullmatch(folder.name)
+            if numbered is None or launch is not None and _launch_of(folder) == launch:
                 break
-            folder = next_free(folder.parent, found.group(2))
+            folder = next_free(folder.parent, numbered.group(2))
         except OSError as error:
             reason = error.strerror or error
             raise OSError(f"--outdir: expected to make {folder}, got: {reason}. Choose a folder that can be written.") from error
@@ -261,12 +261,12 @@ def begun_by_this_launch(outdir: Path, ranks: Ranks = SINGLE) -> Path | None:
     """After a restart by torchrun, the newest run in `outdir` that this launch (see training.distributed.launch_identity) has begun."""
     if not ranks.restarts:
         return None
-    launch, found = launch_identity(), ""
+    launch, begun = launch_identity(), ""
     if ranks.main and launch is not None:
         numbered = (p for p in sorted(outdir.glob("*"), reverse=True) if _NUMBERED.fullmatch(p.name))
-        found = next((str(p) for p in numbered if _launch_of(p) == launch), "")
-    found = ranks.broadcast(found)
-    return Path(found) if found else None
+        begun = next((str(p) for p in numbered if _launch_of(p) == launch), "")
+    begun = ranks.broadcast(begun)
+    return Path(begun) if begun else None
 
 
 def _launch_of(folder: Path) -> str | None:
@@ -278,7 +278,7 @@ def _launch_of(folder: Path) -> str | None:
 
 def _flat(values: Mapping, name: str = "") -> dict[str, object]:
     """Nested values by dotted name."""
-    found: dict[str, object] = {}
+    flat: dict[str, object] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{name}{key}.") if isinstance(value, dict) else {f"{name}{key}": value}
-    return found
+        flat |= _flat(value, f"{name}{key}.") if isinstance(value, dict) else {f"{name}{key}": value}
+    return flat

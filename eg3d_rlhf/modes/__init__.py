@@ -15,12 +15,6 @@ MODES: Registry[Mode] = Registry("--mode", {
 })  # fmt: skip
 
 
-def command_of(mode: str) -> GroupedCommand:
-    """The command of a mode. Raises: ValueError naming those that are known."""
-    command = MODES[mode]
-    return command.command if isinstance(command, Mode) else command
-
-
 class ModeCommand(click.Command):
     """Hands over to the command of the mode that --mode names; a flag of another mode is refused by name."""
 
@@ -29,12 +23,12 @@ class ModeCommand(click.Command):
         with user_errors():
             load_plugins()
             mode, args = mode_of(list(args))
-            command = command_of(mode)
+            command = MODES[mode].command
         try:
             return command.make_context(info_name, args, parent, **extra)
         except click.NoSuchOption as error:
             name = error.option_name.replace("_", "-")
-            others = [other for other in MODES if other != mode and name in flags_of(command_of(other))]
+            others = [other for other in MODES if other != mode and name in flags_of(MODES[other].command)]
             if not others:
                 raise
             with user_errors():

@@ -233,11 +233,11 @@ ENDS = {  # what happens after iteration 6: the exit code, what is said
 }
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_workers_end_with_a_run_that_is_broken_off(tiny_data, tiny_networks, tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (RuntimeError, 1)])
+def test_workers_end_with_a_run_that_is_broken_off(tiny_data, tiny_networks, tmp_path, monkeypatch, error, code):
     at_iteration(monkeypatch, 6, Mock(side_effect=error))
     result = run(*train_flags(tiny_data, tiny_networks, tmp_path, *RUN, "--workers=2"))
-    assert result.exit_code == 1 and multiprocessing.active_children() == []
+    assert result.exit_code == code and multiprocessing.active_children() == []
 
 
 @pytest.mark.long

@@ -46,13 +46,13 @@ def replaces(config: EarlyStopConfig, distance: float, kept: float, gain: np.nda
 @torch.no_grad()
 def consistency(G: torch.nn.Module, G_ref: torch.nn.Module, resolution: int, seeds=WATCH.all, batch: int = 8) -> np.ndarray:
     """Density-consistency distance [N] of seeds at the watch's truncation, on a grid of `resolution` points per edge of the whole cube."""
-    found = []
+    distances = []
     for part in (list(seeds)[i : i + batch] for i in range(0, len(seeds), batch)):
         here, there = (
             g.field(ws_of_seeds(g, part, truncation_psi=PSI)).density_grid(SlabSpec.of(g.bounds, resolution)) for g in (of(G), of(G_ref))
         )
-        found.append(density_l1(here, there).double().cpu())
-    return torch.cat(found).numpy()
+        distances.append(density_l1(here, there).double().cpu())
+    return torch.cat(distances).numpy()
 
 
 class EarlyStop(torch.nn.Module):
@@ -87,17 +87,17 @@ class EarlyStop(torch.nn.Module):
         Args: second [N]: the second reward's changes since the untuned generator, on the watch's latents.
         """
         nets = loop.subject.nets
-        found = consistency(nets.G_ema, self._reference[0], self.resolution)
+        distances = consistency(nets.G_ema, self._reference[0], self.resolution)
         first = int(self.at) < 0
         gain = second - self.second.cpu().numpy()
-        if first or replaces(self.config, float(found.mean()), float(self.distance), gain):
-            self._keep(nets, loop.cur_nimg, second, float(found.mean()))
+        if first or replaces(self.config, float(distances.mean()), float(self.distance), gain):
+            self._keep(nets, loop.cur_nimg, second, float(distances.mean()))
             networks.save(loop.files.folder / KEPT, self.networks(nets))
-        stats["Watch/distance"] = {"num": len(found), "mean": float(found.mean()), "std": float(found.std())}
+        stats["Watch/distance"] = {"num": len(distances), "mean": float(distances.mean()), "std": float(distances.std())}
         stats["EarlyStop/images"] = {"num": 1, "mean": float(self.at), "std": 0.0}
         stats["EarlyStop/gain"] = {"num": len(gain), "mean": float(gain.mean()), "std": float(gain.std())}
         self._note(loop.cur_nimg, stats)
-        return {"distance": f"{found.mean():.3f}", "kept": f"{int(self.at) / 1000:g}"}
+        return {"distance": f"{distances.mean():.3f}", "kept": f"{int(self.at) / 1000:g}"}
 
     def _keep(self, nets: Networks, cur_nimg: int, second: np.ndarray, distance: float) -> None:
         for name, part in self.kept.items():

@@ -89,9 +89,9 @@ class Ledger:
     def _digest(rounds: list[dict]) -> str:
         return hashlib.sha256(json.dumps(rounds, sort_keys=True).encode()).hexdigest()
 
-    def note(self, entry: dict, step: str, found: dict, files: list[Path]) -> None:
+    def note(self, entry: dict, step: str, figures: dict, files: list[Path]) -> None:
         """Write down a step of the last round. Args: files: that it has written and later steps read, inside the run's folder."""
-        entry[step] = {**found, "files": [[path.relative_to(self.folder).as_posix(), file_hash(path)] for path in files]}
+        entry[step] = {**figures, "files": [[path.relative_to(self.folder).as_posix(), file_hash(path)] for path in files]}
         text = json.dumps({"rounds": self.rounds, "sha256": self._digest(self.rounds)}, indent=2, sort_keys=True)
         storage.write_atomic(self.path, (text + "\n").encode())
 
@@ -224,8 +224,10 @@ class Rounds:
         options = pairing(self.s, number, bool(rewards), rewards)
         generator = load_generator(self.networks(number, ledger)[-1], self.device)
         label = self._ask if self.s.rounds.round_labels == PEOPLE else self._annotate
-        found = label(number, ledger, generator, options)
-        return None if found is None else ({"by": self.s.rounds.round_labels, "generator": generator.hash, **found[0]}, found[1])
+        if (done := label(number, ledger, generator, options)) is None:
+            return None
+        figures, files = done
+        return {"by": self.s.rounds.round_labels, "generator": generator.hash, **figures}, files
 
     def _doubters(self, number: int, ledger: Ledger) -> tuple[str, ...]:
         """File of the rewards whose disagreement chooses pairs; none in the first round, and where there is but one reward."""
@@ -239,14 +241,15 @@ class Rounds:
         asked = AnnotationOptions(pairs=len(pairs), psi=options.psi, seed=options.seed)
         known = ledger.rounds[0].get("labels", {}).get("temperature")
         with tqdm(total=2 * len(pairs), unit="seed", desc=f"round {number}: judging") as bar:
-            found = annotate(
+            annotation = annotate(
                 generator.generator, asked, lambda result: bar.update() and None, pairs=pairs, temperature=known,
                 calibration=annotator_calibration(),
             )
-        path = write_labels(self.of(number) / "labels.jsonl", found.preferences(generator.hash))
+        path = write_labels(self.of(number) / "labels.jsonl", annotation.preferences(generator.hash))
         figures = {
-            "count": len(pairs), "noise": sum(not label.clean for label in found.labels) / len(pairs), "temperature": found.temperature,
-            "utility": float(found.utilities.mean()), "chosen_by_doubt": len(planned.report.get("why", ())),
+            "count": len(pairs), "noise": sum(not label.clean for label in annotation.labels) / len(pairs),
+            "temperature": annotation.temperature,
+            "utility": float(annotation.utilities.mean()), "chosen_by_doubt": len(planned.report.get("why", ())),
             "disagreement": planned.report.get("disagreement_chosen"),
         }  # fmt: skip
         return figures, [path]
@@ -297,11 +300,11 @@ class Rounds:
 
     def tuned(self, number: int, ledger: Ledger) -> Done | None:
         """Tune with the round's rewards, from the pretrained network or the last, held to the pretrained one in either case."""
-        folder, own = self.of(number) / "tuning", self.settings(number, ledger)
+        folder, settings = self.of(number) / "tuning", self.settings(number, ledger)
         print(f"Round {number}: tuning.", flush=True)
-        self.tune(own, folder)
+        self.tune(settings, folder)
         ticks = [json.loads(line) for line in (folder / STATS).read_text().splitlines()] if (folder / STATS).is_file() else []
-        if not ticks or ticks[-1]["nimg"] < round(own.loop.kimg * 1000):
+        if not ticks or ticks[-1]["nimg"] < round(settings.loop.kimg * 1000):
             print(f"Continue with --resume={self.folder}", flush=True)
             return None
         path = find_network(folder)
@@ -309,7 +312,7 @@ class Rounds:
         tick = next((tick for tick in ticks if tick["nimg"] == after.nets.cur_nimg), ticks[-1])
         watched = {name.removeprefix("Watch/"): value["mean"] for name, value in tick.items() if name.startswith("Watch/")}
         watched.pop("distance", None)  # stated apart, whether an early stop took it or not
-        distance = consistency(after.G, before.G, own.reward.terms.anchor_resolution)
+        distance = consistency(after.G, before.G, settings.reward.terms.anchor_resolution)
         figures = {
             "generator": after.hash, "images": after.nets.cur_nimg, "distance": float(distance.mean()), "watch": watched,
             "start": self.s.rounds.round_start,

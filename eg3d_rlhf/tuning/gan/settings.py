@@ -208,6 +208,6 @@ def control_differs(settings: dict, record: dict) -> list[str]:
     names = sorted((settings.keys() & record.keys()) - _NOT_THE_CONTROLS)
     pairs = {name: (record[name], settings[name]) for name in names}
     pairs["lambda_r"] = record.get("lambda_r", 0), 0
-    of_control, own = record.get("hashes", {}), settings.get("hashes", {})
-    pairs |= {f"{name} (bytes)": (of_control[name][:8], own[name][:8]) for name in ("init", "reward") if name in own and name in of_control}
-    return [f"{name} {theirs} instead of {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    theirs, ours = record.get("hashes", {}), settings.get("hashes", {})
+    pairs |= {f"{name} (bytes)": (theirs[name][:8], ours[name][:8]) for name in ("init", "reward") if name in ours and name in theirs}
+    return [f"{name} {got} instead of {expected}" for name, (got, expected) in pairs.items() if got != expected]

@@ -100,7 +100,7 @@ def utilities(G: Any, ws: torch.Tensor, calibration: Calibration, batch: int = 8
 def make_watch(settings: dict, reward: Reward, G_ref: torch.nn.Module, second: Reward | None) -> Watch:
     """Watch of a run: the reward itself, the second reward if any, and the utility for synthetic heads."""
     named = {"reward": reward, "second": second}
-    measures: dict[str, Measure] = {name: partial(rewards, reward=one) for name, one in named.items() if one is not None}
+    measures: dict[str, Measure] = {name: partial(rewards, reward=scorer) for name, scorer in named.items() if scorer is not None}
     if settings["data"].startswith("synthetic:"):
         measures["utility"] = partial(utilities, calibration=annotator_calibration())
     return Watch(measures, G_ref)

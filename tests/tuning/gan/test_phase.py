@@ -76,11 +76,11 @@ def test_lambda_zero_reports_the_watch_but_trains_no_reward(runs):
 def test_the_reference_never_changes(runs, tiny_networks):
     original = tiny_runs.networks.load(tiny_networks).G_ema
     for name in ("zero", "ten"):
-        assert state_hash(runs[name][0].evaluation.before.module) == state_hash(original)
+        assert state_hash(runs[name][0].before) == state_hash(original)
     phase_state = runs["ten"][0].loop.phases[-1].state
     assert state_hash(phase_state.G_ref) == state_hash(original)
     assert all(p.grad is None and not p.requires_grad for p in phase_state.parameters())
-    assert all(p.grad is None and not p.requires_grad for p in runs["ten"][0].evaluation.reward.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in runs["ten"][0].reward.parameters())
 
 
 def test_the_reward_phase_moves_g_alone(settings, tmp_path):
