@@ -18,8 +18,7 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import load_generator, of
 from eg3d_rlhf.geometry.mesh import extract_mesh, largest_part, vertex_normals
 from eg3d_rlhf.geometry.mesh_export import Mesh, MeshOptions, check_mesh, export_mesh
-from eg3d_rlhf.geometry.slab import DecoderWeights, plane_features, sigma_from_planes
-from eg3d_rlhf.geometry.tri_grid import tri_grid_density
+from eg3d_rlhf.geometry.slab import DecoderWeights, plane_features, sigma_from_planes, tri_grid_density
 from training.fullhead import sample_tri_grid
 from training.rendering.renderer import generate_planes
 from training.triplane import TriPlaneGenerator

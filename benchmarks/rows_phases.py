@@ -18,9 +18,9 @@ from eg3d_rlhf.evaluation.attribution.shapley import CoalitionValues, marginals
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import Generator, of
 from eg3d_rlhf.preferences.losses import PreferenceLoss
-from eg3d_rlhf.rewards.model import PAPER, PRESETS, RewardArch, RewardModel
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import load_reward
+from eg3d_rlhf.rewards.slab_network import PAPER, PRESETS, RewardArch, RewardModel
 from eg3d_rlhf.tuning.gan import run as gan_run
 from eg3d_rlhf.tuning.gan.phase import CUTOFF, RewardConfig, RewardTerms, clip_bounds, density_l1, reward_phase
 from torch_utils.training_stats import Collector

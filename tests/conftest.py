@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.rewards.model import RewardArch, RewardModel
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward
+from eg3d_rlhf.rewards.slab_network import RewardArch, RewardModel
 from tests import tiny_runs
 from training import networks
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from eg3d_rlhf.rewards import run as reward_run
+from eg3d_rlhf.rewards import training_run
 from eg3d_rlhf.tuning.gan import rounds, watch
 from tests import tiny_runs
 from training import networks
@@ -42,7 +42,7 @@ def ledger_of(folder: Path) -> list[dict]:
 
 def coarse(setattr=setattr) -> None:
     """Let annotator and rewards look at coarse grids, which is quick. Args: setattr: such as a monkeypatch's."""
-    small = dataclasses.replace(reward_run.preset("tiny"), observe={"resolution": 24})
-    setattr(reward_run, "preset", lambda *_: small)
+    small = dataclasses.replace(training_run.preset("tiny"), observe={"resolution": 24})
+    setattr(training_run, "preset", lambda *_: small)
     setattr(rounds, "AnnotationOptions", functools.partial(rounds.AnnotationOptions, resolution=16))
     setattr(watch, "JUDGE_RESOLUTION", 16)

@@ -14,14 +14,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, LookAtPoseSampler, intrinsics_matrix, pack_label
+from training.rendering.cameras import (
+    FFHQ_FOCAL,
+    FFHQ_RADIUS,
+    LookAtPoseSampler,
+    RaySampler,
+    intrinsics_matrix,
+    pack_label,
+    ray_limits_box,
+    unpack_label,
+)
+from training.rendering.renderer import MipRayMarcher2
 
 if TYPE_CHECKING:
-    from eg3d_rlhf.core.separable import SeparableDensity
     from eg3d_rlhf.core.spec import SlabSpec
 
 LEVEL = 10.0  # raw density of the surface, as EG3D's shape extraction has it
+EMPTY = LEVEL - 1000.0  # raw density where certainly nothing is
 NOISE_MODES = ("const", "random", "none")
 
 
@@ -82,7 +93,10 @@ class Rendering(NamedTuple):
 
 @runtime_checkable
 class Field(Protocol):
-    """N shapes. Differentiable in whatever made them, where the family says so."""
+    """N shapes. Differentiable in whatever made them, where the family says so.
+
+    A class that names this one as its base has only bounds, level, len, density and colour to write: grids and pictures come from them.
+    """
 
     @property
     def bounds(self) -> Bounds:
@@ -100,20 +114,14 @@ class Field(Protocol):
 
     def density_grid(self, grid: "SlabSpec") -> torch.Tensor:
         """Raw density [N, D, H, W] at the points of a grid; z, y, x rise with the index."""
+        return self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
 
     def colour(self, points: torch.Tensor) -> torch.Tensor:
-        """Colour [N, P, 3] in 0..1 at world points [P, 3]."""
+        """Colour [N, P, 3] in 0..1 at world points [P, 3], the same for all shapes, or [N, P, 3]."""
 
     def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
         """What cameras [N or 1, 25] see. Ray jitter is drawn from torch's global generator."""
-
-
-@runtime_checkable
-class SeparableField(Field, Protocol):
-    """A field of axis-aligned planes: its density on a grid is a sum of maps of two coordinates each, which meshing exploits."""
-
-    def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> "SeparableDensity | None":
-        """The maps of one shape (N = 1) at the product of world coordinates x [X], y [Y], z [Z]; None where there is no such form."""
+        return march(self, cameras, options)
 
 
 @runtime_checkable
@@ -122,6 +130,52 @@ class ProductField(Field, Protocol):
 
     def density_product(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Raw density [N, X, Y, Z] at the product of world coordinates x [X], y [Y], z [Z]."""
+
+
+@runtime_checkable
+class DecodedField(Protocol):
+    """A field that gives density and colour in one pass."""
+
+    def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw density [N, P] and colour [N, P, 3] in 0..1 at world points [N, P, 3] inside the bounds."""
+
+
+_SAMPLES_AT_ONCE = 1 << 20  # samples of all shapes that `march` decodes together
+
+
+def march(field: Field, cameras: torch.Tensor, options: RenderOptions = OWN, resolution: int = 64, samples: int = 64) -> Rendering:
+    """What cameras [N or 1, 25] see of any field: its density and colour at even steps through its bounds, black where nothing is.
+
+    Args: resolution, samples: pixels per edge and samples per ray where the options do not say.
+    Without jitter; differentiable in whatever the field is. Where there are many rays they go in parts, and the backward pass computes
+    each part once more.
+    """
+    cam2world, intrinsics = unpack_label(cameras.expand(len(field), -1))
+    r, samples = options.resolution or resolution, max(2, round((options.samples or samples) * options.sample_mult))
+    origins, directions = RaySampler()(cam2world, intrinsics, r)  # [N, M, 3]
+    near, far = ray_limits_box(origins - origins.new_tensor(field.bounds.centre), directions, field.bounds.side)  # [N, M, 1]
+    rays = torch.cat([origins, directions, near, far], dim=-1)  # [N, M, 8]
+    parts = rays.split(max(1, _SAMPLES_AT_ONCE // (len(field) * samples)), dim=1)
+    if len(parts) > 1 and torch.is_grad_enabled():
+        marched = [checkpoint(_march_rays, field, part, samples, use_reentrant=False) for part in parts]
+    else:
+        marched = [_march_rays(field, part, samples) for part in parts]
+    rgb, depth, opacity = (torch.cat(part, dim=1).transpose(1, 2).unflatten(2, (r, r)) for part in zip(*marched, strict=True))
+    hit = (far > near).transpose(1, 2).unflatten(2, (r, r))
+    depth = torch.where(hit, depth, far.amax())  # as empty rays: the farthest
+    return Rendering(rgb * 2 - 1, rgb * 2 - 1, depth, opacity)
+
+
+def _march_rays(field: Field, rays: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Colour [N, M, 3] in 0..1, depth [N, M, 1] and opacity [N, M, 1] of rays [N, M, 8] (origin, direction, near, far)."""
+    origins, directions, near, far = rays[..., :3], rays[..., 3:6], rays[..., 6:7], rays[..., 7:]
+    depths = (near + torch.linspace(0, 1, samples).to(rays) * (far - near)).unsqueeze(-1)  # [N, M, S, 1]
+    points = (origins.unsqueeze(2) + depths * directions.unsqueeze(2)).flatten(1, 2)  # [N, M S, 3]
+    raw, colour = field.decode(points) if isinstance(field, DecodedField) else (field.density(points), field.colour(points))
+    raw = torch.where(far > near, raw.unflatten(1, depths.shape[1:3]), EMPTY)  # [N, M, S]; a ray that misses sees nothing
+    marcher = MipRayMarcher2(symmetric=False)
+    rgb, depth, weights = marcher(colour.unflatten(1, depths.shape[1:3]), raw.unsqueeze(-1), depths, {})
+    return rgb, depth, weights.sum(dim=2)
 
 
 @contextlib.contextmanager

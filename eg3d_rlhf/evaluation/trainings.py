@@ -25,7 +25,7 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.evaluation.comparison import snapshots
 from eg3d_rlhf.experiments.process import sigterm_interrupts
 from eg3d_rlhf.experiments.run import recorded
-from eg3d_rlhf.rewards.run import BUNDLED_LABELS
+from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
 from training import checkpoint
 from training.storage import write_atomic
 
@@ -96,7 +96,7 @@ class Part:
         """The command that goes on with what an interrupted one left; the same where there is nothing to go on with."""
         if self.record():
             if self.script == TRAIN_REWARD and (self.folder / "state.pt").is_file():
-                return [*self.command(), "--resume"]
+                return [TRAIN_REWARD, f"--resume={self.folder}"]
             if self.script == TRAIN and (run := self.run) is not None and checkpoint.available(run):
                 return [TRAIN, f"--resume={run}", "--resume-previous"]
         return self.command()

@@ -28,7 +28,7 @@ from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, she
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
 from eg3d_rlhf.generators import LoadedGenerator, camera, ws_of_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
-from eg3d_rlhf.rewards.run import BUNDLED_LABELS
+from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
 from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 from training.progress import tqdm
 from training.storage import write_atomic
@@ -51,7 +51,7 @@ class Entry:
 
 
 UNPAIRED = (  # the pairs choose the epoch and make the test, no more; the divergence as published, beside the error in units of the score
-    "--pairs=0", "--scalar=0", "--bradley-terry=0", "--anchors=0", "--regression=25", "--divergence=1",
+    "--set=pairs=0", "--set=scalar=0", "--set=bradley_terry=0", "--anchors=0", "--regression=25", "--divergence=1",
 )  # fmt: skip
 ENTRIES = {
     "sigma": Entry(words="density slab, bundled", minutes=1, train=None, tune=("--reward=sigma", "--lambda-r=10")),

@@ -97,9 +97,9 @@ class Family:
 
 FAMILIES: Registry[Family] = Registry("generator family", {
     "eg3d": "eg3d_rlhf.generators.eg3d",
-    "hyplanehead": "eg3d_rlhf.generators.hyplanehead",
-    "panohead": "eg3d_rlhf.generators.panohead",
-    "spherehead": "eg3d_rlhf.generators.spherehead",
+    "hyplanehead": "eg3d_rlhf.generators.full_heads",
+    "panohead": "eg3d_rlhf.generators.full_heads",
+    "spherehead": "eg3d_rlhf.generators.full_heads",
     "assets": "eg3d_rlhf.generators.assets.asset",
 })  # fmt: skip
 KEPT = "network-kept.safetensors"  # in a run folder: the snapshot that an early stop chose (eg3d_rlhf.tuning.gan.early_stop)

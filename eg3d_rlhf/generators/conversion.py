@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.core.separable import interpolation
 from eg3d_rlhf.generators import FAMILIES, load_networks
+from eg3d_rlhf.geometry.slab import interpolation
 from training import networks, storage
 from training.superresolution import SuperresolutionHybrid, module_by_name
 from training.triplane import TriPlaneGenerator
@@ -95,17 +95,17 @@ def foreign_sizes(nets: networks.Networks) -> list[str]:
     """What of a generator EG3D hard-wires differently, as 'name = value'; empty where a checkout of EG3D can build it."""
     defaults = {k: p.default for k, p in inspect.signature(TriPlaneGenerator).parameters.items()}
     sizes = ("plane_resolution", "plane_channels", "decoder_hidden_dim", "decoder_features")
-    found = [] if nets.architecture == networks.EG3D else [f"architecture = {nets.architecture}"]
-    found += [f"{k} = {nets.G_kwargs[k]}" for k in sizes if nets.G_kwargs.get(k, defaults[k]) != defaults[k]]
+    unsupported = [] if nets.architecture == networks.EG3D else [f"architecture = {nets.architecture}"]
+    unsupported += [f"{k} = {nets.G_kwargs[k]}" for k in sizes if nets.G_kwargs.get(k, defaults[k]) != defaults[k]]
     sr, module = nets.G_kwargs.get("sr_kwargs") or {}, module_by_name(nets.G_kwargs["rendering_kwargs"]["superresolution_module"])
     if not issubclass(module, SuperresolutionHybrid):
-        found.append(f"superresolution_module = {module.__name__}")
+        unsupported.append(f"superresolution_module = {module.__name__}")
     else:
         built_in = {"input_resolution": module.default_input_resolution, "block_channels": list(module.default_block_channels)}
-        found += [f"sr_kwargs.{k} = {sr[k]}" for k, v in built_in.items() if k in sr and sr[k] not in (None, v)]
+        unsupported += [f"sr_kwargs.{k} = {sr[k]}" for k, v in built_in.items() if k in sr and sr[k] not in (None, v)]
     if nets.G_kwargs["w_dim"] != 512:
-        found.append(f"w_dim = {nets.G_kwargs['w_dim']}")
-    return found
+        unsupported.append(f"w_dim = {nets.G_kwargs['w_dim']}")
+    return unsupported
 
 
 def stock_content(nets: networks.Networks, only_ema: bool = False) -> dict:

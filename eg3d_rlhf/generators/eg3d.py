@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.core.field import LEVEL, OWN, Bounds, CameraFamily, Rendering, RenderOptions
-from eg3d_rlhf.core.separable import SeparableDensity, pair_maps
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Family, register
-from eg3d_rlhf.geometry.slab import DecoderWeights, sigma_at, sigma_from_planes
+from eg3d_rlhf.geometry.slab import DecoderWeights, SeparableDensity, pair_maps, sigma_at, sigma_from_planes
 from torch_utils.ops import implementations
 from torch_utils.ops.triplane_decode import MergedPlanes, merge_planes, projection_axes, triplane_decode
 from training.discriminator import DualDiscriminator
@@ -67,7 +66,7 @@ class PlaneField:
 
     def colour(self, points: torch.Tensor) -> torch.Tensor:
         """See `Field`: the decoder's first three outputs, before super-resolution."""
-        parts = [self._colours(chunk.to(self.planes).expand(len(self), -1, -1)).clamp(0, 1) for chunk in points.split(_POINT_CHUNK)]
+        parts = [self._colours(chunk.to(self.planes).expand(len(self), -1, -1)).clamp(0, 1) for chunk in points.split(_POINT_CHUNK, dim=-2)]
         return torch.cat(parts, dim=1) if parts else self.planes.new_zeros(len(self), 0, 3)
 
     def _colours(self, points: torch.Tensor) -> torch.Tensor:
@@ -97,8 +96,7 @@ class PlaneField:
 
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> SeparableDensity | None:
         """See `SeparableField`."""
-        if len(self) != 1:
-            raise ValueError(f"separable: expected a field of one shape, got {len(self)}. Take them one by one.")
+        assert len(self) == 1
         if self._pairs is None:
             return None
         planes = self._wide(self.planes)

@@ -81,8 +81,8 @@ class PlacedField:
     def density(self, points: torch.Tensor) -> torch.Tensor:
         """See `Field`; far below the level outside the generator's own cube."""
         moved = self._place.similarity.apply(self._flipped(points))
-        found = self._place.density(self._inner.density(moved))
-        return torch.where(self._within(moved).to(found.device), found, self.level - _FAR_BELOW)
+        sigma = self._place.density(self._inner.density(moved))
+        return torch.where(self._within(moved).to(sigma.device), sigma, self.level - _FAR_BELOW)
 
     def density_grid(self, grid: SlabSpec) -> torch.Tensor:
         """See `Field`; outside the generator's own cube the least density of that shape inside, so that self-normalised slabs keep it."""

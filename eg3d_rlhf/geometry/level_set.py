@@ -35,15 +35,14 @@ class LevelSet:
     @classmethod
     def of(cls, field: Field, resolution: int) -> "LevelSet":
         """The surface of a field of one shape, looked for on a grid of its whole cube with so many points per edge."""
-        if len(field) != 1:
-            raise ValueError(f"LevelSet.of: expected a field of one shape, got {len(field)}. Take them one by one.")
+        assert len(field) == 1
         spec = SlabSpec.of(field.bounds, resolution)
         return cls(cube=field.density_grid(spec)[0], spec=spec, level=field.level, density=lambda points: field.density(points)[0])
 
     def inside(self, points: Tensor) -> Tensor:
         """How far [...] the density at world points [..., 3] lies above the level, by trilinear interpolation; far below outside."""
-        found = sample(self._maps[:1], self.spec, points)[0]
-        return found.where(self._within(points), -_FAR_BELOW)
+        values = sample(self._maps[:1], self.spec, points)[0]
+        return values.where(self._within(points), -_FAR_BELOW)
 
     def exactly_inside(self, points: Tensor) -> Tensor:
         """The same [P] at points [P, 3] by the density itself."""
@@ -120,8 +119,8 @@ def sample(values: Tensor, spec: SlabSpec, points: Tensor) -> Tensor:
     if points.numel() == 0:
         return points.new_zeros(len(values), *points.shape[:-1])
     grid = (points - points.new_tensor(spec.centre)) * (2 / spec.box_warp)
-    found = F.grid_sample(values[None], grid.reshape(1, 1, 1, -1, 3), align_corners=True, padding_mode="border")
-    return found.reshape(len(values), *points.shape[:-1])
+    sampled = F.grid_sample(values[None], grid.reshape(1, 1, 1, -1, 3), align_corners=True, padding_mode="border")
+    return sampled.reshape(len(values), *points.shape[:-1])
 
 
 def between(t0: Tensor, t1: Tensor, v0: Tensor, v1: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ MODES: Registry[Mode] = Registry("--mode", {
     "circular-dpo": "eg3d_rlhf.modes.circular_dpo",
     "grpo": "eg3d_rlhf.modes.grpo",
     "distill": "eg3d_rlhf.modes.distill",
+    "reward": "eg3d_rlhf.modes.reward_training",
     "mesh-reward": "eg3d_rlhf.modes.mesh_reward",
 })  # fmt: skip
 

@@ -104,7 +104,7 @@ def build_rewards() -> None:
     for name, seed, source in (("reward", 0, ASSETS / "labels.jsonl"), ("reward-watch", 1, WATCH_LABELS)):
         out = RUNS / name
         shutil.rmtree(out, ignore_errors=True)
-        given = (f"--labels={source}", f"--seed={seed}", f"--split-seed={seed}", f"--out={out}", f"--cache={RUNS / 'slabs'}")
+        given = (f"--labels={source}", f"--seed={seed}", f"--set=split_seed={seed}", f"--out={out}", f"--cache={RUNS / 'slabs'}")
         run("reward", "train", *given)
         for suffix in (".safetensors", ".json"):
             shutil.copyfile(out / f"reward{suffix}", ASSETS / f"{name}{suffix}")

@@ -11,7 +11,7 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.run import Run, recorded, recorded_by
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.rewards.amounts import auc_interval, too_few_shapes
+from eg3d_rlhf.rewards.evaluation import auc_interval, too_few_shapes
 from eg3d_rlhf.rewards.meshes.train import REWARD, TABLE, MeshRewardTraining, MeshTraining, run_table, run_training
 from training.progress import tqdm
 

@@ -11,8 +11,7 @@ from eg3d_rlhf.core.cli import GroupedCommand, file_hash, option
 from eg3d_rlhf.generators import find_network, load_networks, of, ws_of_seeds
 from eg3d_rlhf.generators.conversion import check_suffix, foreign_sizes, to_tri_grid, write
 from eg3d_rlhf.generators.pickles.machine import brief_text
-from eg3d_rlhf.generators.pickles.records import admitted
-from eg3d_rlhf.generators.pickles.snapshot import survey
+from eg3d_rlhf.generators.pickles.snapshot import admitted, survey
 from training import networks
 
 

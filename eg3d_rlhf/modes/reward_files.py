@@ -14,9 +14,9 @@ from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.rewards.ensembles import CHOICES
-from eg3d_rlhf.rewards.join import join as joined
 from eg3d_rlhf.rewards.release import WEIGHTS, compare_lattices, import_release, write_example
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
+from eg3d_rlhf.rewards.reward import join as joined
 from training.progress import tqdm
 
 _written = option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True,

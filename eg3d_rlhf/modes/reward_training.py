@@ -1,42 +1,81 @@
-"""Training a reward on labels of a generator's shapes. That of meshes is mesh_reward.py."""
+"""Training a reward on labels of a generator's shapes, `train.py --mode=reward`, too. That of meshes is mesh_reward.py.
 
-import json
-import sys
-from dataclasses import replace
+With no flags: the bundled labels of the bundled generator, slabs of its density at 64 points per axis, the 'heads' network, the
+epoch chosen on 15 % of the labels and judged on another 15 %; a few minutes on two cores, into runs/NNNNN-reward-labels-heads-s0.
+"""
+
 from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of
-from eg3d_rlhf.experiments.process import StoppedError
+from eg3d_rlhf.core.cli import option, options_of, together
+from eg3d_rlhf.experiments.mode import Flags, Mode
+from eg3d_rlhf.experiments.run import recorded
+from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source, source_stem
+from eg3d_rlhf.preferences.labels import LabelSource
 from eg3d_rlhf.preferences.unpaired import source_of_unpaired
 from eg3d_rlhf.rewards.networks import preset as find_preset
-from eg3d_rlhf.rewards.run import BUNDLED_LABELS, Listener, RewardRun, run_reward_training
 from eg3d_rlhf.rewards.train import default_options, with_changes
-from training.distributed import process_group
-from training.progress import tqdm
+from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS, STATE, TRAINING, RewardRun
+from training.distributed import SINGLE, Ranks, launch_identity
 
+HELP = """Train a reward network from labelled pairs of seeds, from labels of single seeds, or from both, and the generator that drew them.
+
+With no options: the bundled generator and labels, a small network, a few minutes on two cores. Writes the reward, its accuracy on held-out
+pairs with a 95 % interval, and its learning curves into a run folder.
+
+\b
+Example:
+    python tools/train_reward.py --labels=runs/example/labels.jsonl --preset=tiny --epochs=2 --out=runs/example/reward
+"""
 BY_PRESET = "by preset"
 STORE = "Labels of a store"
+FOLDER = click.Path(path_type=Path, file_okay=False)
 
-
-def print_epoch(record: dict) -> None:
-    """One fixed-width status line."""
-    tqdm.write(
-        f"member {record['member']}  epoch {record['epoch'] + 1:3d}  train {record['train_accuracy']:6.3f}  "
-        f"val {record['val_accuracy']:6.3f}  val log loss {record['val_log_loss']:7.4f}  lr {record['lr']:.2e}  {record['seconds']:6.1f} s"
-    )
-
-
-def print_warning(text: str) -> None:
-    """On stderr, before what takes time."""
-    tqdm.write(f"Warning: {text}", file=sys.stderr)
-
-
-def open_bar(total: int, what: str):
-    """A progress bar with remaining time on stderr; returns its advance."""
-    return tqdm(total=total, desc=what, unit="step" if what == "training" else "shape", dynamic_ncols=True).update
+flags_of_rewards = together(
+    option("--labels", group="Data", metavar="FILE|URL", type=labels_source, default=None,
+           show_default="the bundled labels, or --unpaired alone",
+           help="Labels of pairs, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db."),
+    option("--observation", group="Data", metavar="KIND", default="sigma",
+           help="What the reward reads of a shape: sigma, its density slab; points, a cloud on its surface; lifted-points or "
+           "published-points, a cloud lifted from depth."),
+    option("--crop", group="Data", metavar="X X Y Y Z Z", type=click.FloatRange(0, 0.9), nargs=6, default=None,
+           show_default="of a slab, a head's for heads, else the paper's", help="Shares trimmed from each face of the cube."),
+    option("--any-generator", group="Data", is_flag=True, help="Accept labels that name another generator."),
+    option("--wrong-faces", group="Data", is_flag=True,
+           help="A control: read other shapes than those that were labelled. Accuracy must then be near one half."),
+    option("--more-network", "more_networks", group="Data", metavar="FILE", type=click.Path(path_type=Path), multiple=True,
+           show_default="none", help="A further generator that labels name; may be given again."),
+    option("--fractions", group="Data", metavar="TRAIN VAL TEST", type=click.FloatRange(0, 1), nargs=3, default=(0.7, 0.15, 0.15),
+           help="Shares of the labels per split."),
+    option("--campaign", group=STORE, metavar="NAME", default=None, show_default="all that collect preferences", help="Campaign."),
+    option("--annotator", "annotators", group=STORE, metavar="NAME", multiple=True, help="Annotator; may be given several times.",
+           show_default="all"),
+    option("--least-gold-accuracy", group=STORE, metavar="0..1", type=click.FloatRange(0, 1), default=None, show_default="any",
+           help="Leave out annotators who got fewer gold checks right, or answered none."),
+    option("--drop-repeats", group=STORE, is_flag=True, help="Keep each annotator's first answer to a pair alone."),
+    option("--min-milliseconds", group=STORE, metavar="MS", type=click.IntRange(min=0), default=0, help="Leave out faster answers."),
+    option("--since", group=STORE, metavar="TIME", default=None, show_default="the beginning",
+           help="Received from then on: ISO 8601, or seconds since 1970."),
+    option("--question", group=STORE, metavar="NAME", default=None, show_default="which is better",
+           help="Take the votes on this question."),
+    option("--preset", group="Network", metavar="NAME", default=None, show_default="heads for sigma, else the observation's first",
+           help="Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma; pointnet, pointnet2 or curvenet "
+           "for points; small, coarse or resnet50 for depth, with -3 for three views."),
+    options_of(RewardRun, everywhere=BY_PRESET),
+    option("--bootstrap/--no-bootstrap", group="Network", default=None, show_default="with several members",
+           help="Draw the training pairs with replacement, for each member by its own seed."),
+    option("--shared-start", group="Network", is_flag=True,
+           help="Train one network first, from which all members go on; --aggregate=warm does so anyway."),
+    option("--cosine/--no-cosine", group="Training", default=None, show_default=BY_PRESET, help="Let the learning rate fall to 0."),
+    option("--mirror/--no-mirror", group="Training", default=None, show_default=BY_PRESET,
+           help="Augment what is read at random: slabs are flipped left-right."),
+    option("--out", group="Run", metavar="FOLDER", type=FOLDER, default=None, show_default="a numbered one in --outdir",
+           help="The run's folder itself."),
+    option("--cache", group="Run", metavar="FOLDER", type=FOLDER, default=None, show_default="RAM alone",
+           help="Keep what is drawn here between runs."),
+)  # fmt: skip
 
 
 def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict:
@@ -53,106 +92,60 @@ def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict
     return {name: value for name, value in changed.items() if options[name] is None}
 
 
-def resolve(out, labels, observation, preset, device, options: dict) -> RewardRun:
+def resolve(flags: Flags) -> RewardRun:
     """Command-line values -> the run, with the preset's defaults for what was not given."""
-    names = set(RewardRun.__dataclass_fields__)
-    unpaired = options["unpaired"]
-    options |= unpaired_settings(unpaired, labels is None, options)
-    labels = labels or unpaired or BUNDLED_LABELS
-    source = label_source(labels, LabelFilters(**{k: options.pop(k) for k in LabelFilters.__dataclass_fields__}))
-    if labels is unpaired:
-        source = source_of_unpaired(unpaired, options["split_seed"] or 0)
+    apart = ("labels", "observation", "preset", "outdir", "out", "desc", "device", "resume", "dry_run", "timeout")
+    options = {name: value for name, value in flags.items() if name not in apart}
+    names, unpaired, observation = set(RewardRun.__dataclass_fields__), flags["unpaired"], flags["observation"]
+    options |= unpaired_settings(unpaired, flags["labels"] is None, options)
+    labels = flags["labels"] or unpaired or BUNDLED_LABELS
+    source = source_named(labels, unpaired, options["split_seed"] or 0, {k: options.pop(k) for k in LabelFilters.__dataclass_fields__})
     given = {k: v for k, v in options.items() if k in names and v is not None}
-    given = {**{k: v for k, v in find_preset(preset, observation).observe.items() if k in names}, **given}
-    defaults = default_options(preset, observation)
+    given = {**{k: v for k, v in find_preset(flags["preset"], observation).observe.items() if k in names}, **given}
+    defaults = default_options(flags["preset"], observation)
     if options["bootstrap"] is None:
         options["bootstrap"] = given.get("members", 1) > 1
-    train = with_changes(defaults, **{k: v for k, v in options.items() if k not in names})
-    out = out or Path("runs") / f"reward-{source_stem(labels)}-{train.preset}-s{train.seed}"
-    return RewardRun(out=out, labels=source, observation=observation, device=str(choose_device(device)), train=train, **given)
+    trained = with_changes(defaults, **{k: v for k, v in options.items() if k not in names})
+    return RewardRun(labels=source, observation=observation, train=trained, **given)
 
 
-@click.command("train", cls=GroupedCommand)
-@option("--labels", group="Data", metavar="FILE|URL", type=labels_source, default=None,
-        show_default="the bundled labels, or --unpaired alone", help="Labels of pairs, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db.")
-@option("--observation", group="Data", metavar="KIND", default="sigma",
-        help="What the reward reads of a shape: sigma, its density slab; points, a cloud on its surface; lifted-points or "
-        "published-points, a cloud lifted from depth.")
-@option("--crop", group="Data", metavar="X X Y Y Z Z", type=click.FloatRange(0, 0.9), nargs=6, default=None,
-        show_default="of a slab, a head's for heads, else the paper's", help="Shares trimmed from each face of the cube.")
-@option("--any-generator", group="Data", is_flag=True, help="Accept labels that name another generator.")
-@option("--wrong-faces", group="Data", is_flag=True,
-        help="A control: read other shapes than those that were labelled. Accuracy must then be near one half.")
-@option("--more-network", "more_networks", group="Data", metavar="FILE", type=click.Path(path_type=Path), multiple=True,
-        show_default="none", help="A further generator that labels name; may be given again.")
-@option("--fractions", group="Data", metavar="TRAIN VAL TEST", type=click.FloatRange(0, 1), nargs=3, default=(0.7, 0.15, 0.15),
-        help="Shares of the labels per split.")
-@option("--campaign", group=STORE, metavar="NAME", default=None, show_default="all that collect preferences", help="Campaign.")
-@option("--annotator", "annotators", group=STORE, metavar="NAME", multiple=True, help="Annotator; may be given several times.",
-        show_default="all")
-@option("--least-gold-accuracy", group=STORE, metavar="0..1", type=click.FloatRange(0, 1), default=None, show_default="any",
-        help="Leave out annotators who got fewer gold checks right, or answered none.")
-@option("--drop-repeats", group=STORE, is_flag=True, help="Keep each annotator's first answer to a pair alone.")
-@option("--min-milliseconds", group=STORE, metavar="MS", type=click.IntRange(min=0), default=0, help="Leave out faster answers.")
-@option("--since", group=STORE, metavar="TIME", default=None, show_default="the beginning",
-        help="Received from then on: ISO 8601, or seconds since 1970.")
-@option("--question", group=STORE, metavar="NAME", default=None, show_default="which is better", help="Take the votes on this question.")
-@option("--preset", group="Network", metavar="NAME", default=None, show_default="heads for sigma, else the observation's first",
-        help="Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma; pointnet, pointnet2 or curvenet "
-        "for points; small, coarse or resnet50 for depth, with -3 for three views.")
-@options_of(RewardRun, everywhere=BY_PRESET)
-@option("--bootstrap/--no-bootstrap", group="Network", default=None, show_default="with several members",
-        help="Draw the training pairs with replacement, for each member by its own seed.")
-@option("--shared-start", group="Network", is_flag=True,
-        help="Train one network first, from which all members go on; --aggregate=warm does so anyway.")
-@option("--cosine/--no-cosine", group="Training", default=None, show_default=BY_PRESET, help="Let the learning rate fall to 0.")
-@option("--mirror/--no-mirror", group="Training", default=None, show_default=BY_PRESET,
-        help="Augment what is read at random: slabs are flipped left-right.")
-@option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=None,
-        show_default="runs/reward-<labels>-<preset>-s<seed>", help="Folder to write.")
-@option("--cache", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=None,
-        show_default="RAM alone", help="Keep what is drawn here between runs.")
-@option("--resume", group="Run", is_flag=True, help="Continue the run in --out.")
-@option("--device", group="Run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
-@option("--timeout", group="Run", metavar="MINUTES", type=click.FloatRange(min=0, min_open=True), default=30,
-        help="With torchrun: how long processes wait for each other before the run ends with an error.")
-@option("--dry-run", group="Run", is_flag=True, help="Print the resolved settings as JSON and stop.")
-def train(out, labels, observation, preset, device, timeout, dry_run, **options) -> None:
-    """Train a reward network from labelled pairs of seeds, from labels of single seeds, or from both, and the generator that drew them.
+def source_named(labels: str | Path, unpaired: Path | None, split_seed: int, filters: dict | None) -> LabelSource:
+    """Labels by the name of their file or store; of single shapes alone, the pairs that they make. Raises: ValueError."""
+    source = label_source(labels, LabelFilters(**(filters or {})))
+    return source_of_unpaired(Path(labels), split_seed) if unpaired is not None and Path(labels) == unpaired else source
 
-    With no options: the bundled generator and labels, a small network, a few minutes on two cores. Writes the reward, its accuracy on
-    held-out pairs with a 95 % interval, and its learning curves into a run folder.
 
-    \b
-    Example:
-        python tools/train_reward.py --labels=runs/example/labels.jsonl --preset=tiny --epochs=2 --out=runs/example/reward
-    """
-    run = resolve(out, labels, observation, preset, device, options)
-    if dry_run:
-        click.echo(json.dumps(run.to_dict(), indent=1))
-        return
-    with process_group(choose_device(device), timeout) as ranks:
-        run = replace(run, device=str(ranks.device)) if ranks.world > 1 else run
-        if ranks.main:
-            click.echo(f"training reward '{run.train.preset}' on {run.labels.name} into {run.out}", err=True)
-        try:
-            report = run_reward_training(run, Listener(bar=open_bar, epoch=print_epoch, warn=print_warning) if ranks.main else None, ranks)
-        except StoppedError as stopped:
-            if ranks.main:
-                click.echo(f"{str(stopped).capitalize()}; whole epochs are kept. Continue with --resume --out={run.out}")
-            return
-    if report is None:
-        return
-    for name, title in (("labels", "test pairs ordered as labelled"), ("clean", "test pairs ordered as without label noise")):
-        if name in report["test"]:
-            r = report["test"][name]
-            low, high = r["interval_95"]
-            click.echo(f"{title}: {r['correct']}/{r['n']} = {r['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}")
-    if "unpaired" in report:
-        test = report["unpaired"]["test"]
-        (good, others), (low, high) = test["n"], test["auc_interval_95"]
-        kinds = f"{good} preferred, {others} others"
-        click.echo(f"unpaired test labels: AUC {test['auc']:.3f} ({kinds}), 95 % interval {low:.3f} to {high:.3f}")
-    if report["too_few"]:
-        click.echo(report["too_few"].replace("below", "above"))
-    click.echo(f"expected calibration error {report['test']['calibration_error']:.3f}; reward written to {run.out / 'reward.safetensors'}")
+def settings_of(folder: Path, flags: Flags, ranks: Ranks) -> RewardRun:
+    """Settings of a run's folder. Raises: FileNotFoundError, ValueError for another folder."""
+    del flags
+    values = ranks.broadcast(recorded(folder) if ranks.main else None)
+    if not values:
+        raise FileNotFoundError(f"--resume: expected the folder of a reward's training, got {folder}. Check the path.")
+    if "train" not in values or "labels" not in values:
+        raise ValueError(f"--resume: expected the folder of a reward's training, got another run's, {folder}. Name another.")
+    unpaired = None if values["unpaired"] is None else Path(values["unpaired"])
+    filters = values["filters"] and {**values["filters"], "annotators": tuple(values["filters"]["annotators"])}
+    return RewardRun.from_dict(values, source_named(labels_source(values["labels"]), unpaired, values["split_seed"], filters))
+
+
+class RewardMode(Mode[RewardRun]):
+    """A mode whose run may have a folder of its own name, `--out`."""
+
+    def start(self, settings: RewardRun, outdir: Path, flags: Flags | None = None, ranks: Ranks | None = None) -> Path:
+        """As `Mode.start`. Raises: ValueError where --out is taken."""
+        folder, ranks = (flags or Flags()).get("out"), ranks or SINGLE
+        if folder is None:
+            return super().start(settings, outdir, flags, ranks)
+        launched = ranks.restarts and ranks.broadcast(recorded(folder).get("launch") == launch_identity() if ranks.main else None)
+        if taken := ranks.broadcast((folder / STATE).exists() if ranks.main else None):
+            if not launched:
+                raise ValueError(f"--out: expected a new folder, got {folder} with a run in it. Pass --resume={folder}, or another --out.")
+        return self.go_on(settings, folder, flags, ranks) if taken else self.begin(settings, folder, flags, ranks)
+
+
+MODES.add("reward", RewardMode(
+    name=TRAINING.name, help=HELP, settings=RewardRun, open=TRAINING.open, work=TRAINING.work, flags=flags_of_rewards, resolve=resolve,
+    title=lambda settings, _: f"reward-{source_stem(settings.labels.settings['labels'])}-{settings.train.preset}-s{settings.train.seed}",
+    record=TRAINING.record, recorded=settings_of, shown=TRAINING.shown, changes=None,
+))  # fmt: skip
+train = MODES["reward"].command

@@ -36,10 +36,7 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable], confidenc
     differing units, spread evenly over the table's cells; up to 1 where all agree; none below LEAST_UNITS. n - 1 units' weight is given to
     the data. Large-sample variances (Fleiss, Cohen and Everitt 1969) and bootstraps have no width where all agree.
     Undefined (None) where both gave one and the same answer throughout: then chance agrees always.
-    Raises: ValueError for lists of different lengths.
     """
-    if len(first) != len(second):
-        raise ValueError(f"cohen_kappa: expected as many answers of both annotators, got {len(first)} and {len(second)}. Align by unit.")
     n = len(first)
     index = {answer: i for i, answer in enumerate(dict.fromkeys([*first, *second]))}
     k = len(index)

@@ -12,7 +12,7 @@ from scipy.stats import binom
 
 from eg3d_rlhf.core.statistics import wilson_interval
 from eg3d_rlhf.preferences.agreement import Agreement, cohen_kappa, krippendorff_alpha
-from eg3d_rlhf.preferences.clustered_strengths import FEW, Design, fit, strengths
+from eg3d_rlhf.preferences.strengths import FEW, Design, fit, strengths
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(60)
@@ -32,8 +32,8 @@ class Answers:
     @property
     def shares(self) -> np.ndarray:
         """[K] of the units' answers."""
-        found = [self.prevalence * (1 - self.ties), (1 - self.prevalence) * (1 - self.ties)]
-        return np.array([*found, self.ties] if self.ties else found)
+        shares = [self.prevalence * (1 - self.ties), (1 - self.prevalence) * (1 - self.ties)]
+        return np.array([*shares, self.ties] if self.ties else shares)
 
     @property
     def right(self) -> float:
@@ -57,11 +57,11 @@ class Answers:
 
 def agreement_coverage(kind: Answers, studies: int, seed: int = 0) -> dict:
     """Share of studies whose interval holds the truth; those without a figure (all answers alike) are counted aside."""
-    rng, found = np.random.default_rng(seed), []
+    rng, figures = np.random.default_rng(seed), []
     for _ in range(studies):
         answers = kind.draw(rng)
-        found.append(_kappa(answers) if kind.annotators == 2 else krippendorff_alpha([dict(enumerate(row)) for row in answers.tolist()]))
-    shown = [(f.lo, f.hi) for f in found if f.lo is not None and f.hi is not None]
+        figures.append(_kappa(answers) if kind.annotators == 2 else krippendorff_alpha([dict(enumerate(row)) for row in answers.tolist()]))
+    shown = [(f.lo, f.hi) for f in figures if f.lo is not None and f.hi is not None]
     held = [lo <= kind.truth <= hi for lo, hi in shown]
     covered = float(np.mean(held)) if held else None
     return {"truth": kind.truth, "n": kind.units, "studies": studies, "shown": len(shown), "coverage": covered}

@@ -119,7 +119,7 @@ def on_wrong_faces(labels: Sequence[Preference], seed: int = 0) -> list[Preferen
     """The labels with each seed replaced by another labelled one, the same throughout: a control in which every judgement is about other
     shapes than those it names. Published depth and point rewards were trained so, by a slip (see docs/zoo.md).
     """
-    known = np.array(sorted({one for label in labels for one in (label.winner, label.loser)}))
+    known = np.array(sorted({shape for label in labels for shape in (label.winner, label.loser)}))
     drawn = np.random.default_rng([seed, len(known)]).permutation(known)
     other = {int(a): int(b) for a, b in zip(drawn, np.roll(drawn, 1), strict=True)}  # one cycle: nobody keeps its own
     return [

@@ -15,8 +15,41 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from eg3d_rlhf.preferences.divergence import cs_divergence
 from training.config import check_knobs, knob
+
+# How far two sets of embeddings lie apart. Letters: m, n members of the two sets, N samples, M entries of an embedding.
+
+
+ESTIMATORS = ("V", "U")
+
+
+def cs_divergence(x: torch.Tensor, y: torch.Tensor, bandwidth: torch.Tensor | float, estimator: str = "V") -> torch.Tensor:
+    """log mean k(x, x') + log mean k(y, y') - 2 log mean k(x, y), k(a, b) = exp(-|a - b|^2 / (2 bandwidth^2)).
+
+    It says how far apart the sets are and not which one is better: exchanging them changes nothing.
+
+    Args: x [m, M], y [n, M]; bandwidth: > 0, in the embeddings' units; estimator: 'V' takes every pair, a member with itself included, is
+    at least 0 and too large in many dimensions (by about log((1/m + (1 - 1/m) A) / A) of each set, A = mean k of different members); 'U'
+    leaves those pairs out of the first two means, has less bias and may be below 0: for measuring, not for training.
+    Returns: []. Differentiable in: x, y, bandwidth. Identical sets have gradient 0.
+    """
+    assert estimator in ESTIMATORS and x.ndim == y.ndim == 2 and min(len(x), len(y)) >= {"V": 1, "U": 2}[estimator]
+
+    def log_mean(a: torch.Tensor, b: torch.Tensor, within: bool = False) -> torch.Tensor:
+        squares = (a[:, None] - b[None]).square().sum(2)  # [m, n]; exact for near points, unlike the expanded form
+        exponents, count = -squares / (2 * bandwidth**2), squares.numel()
+        if within and estimator == "U":
+            exponents, count = exponents[~torch.eye(len(a), dtype=torch.bool, device=a.device)], count - len(a)
+        return torch.logsumexp(exponents.flatten(), 0) - math.log(count)
+
+    between = log_mean(x, y) + log_mean(y, x)  # both ways, so that exchanging the sets keeps the last bit
+    return log_mean(x, x, within=True) + log_mean(y, y, within=True) - between
+
+
+def median_distance(points: torch.Tensor) -> torch.Tensor:
+    """Median distance [] between different members of [N, M]; the mean of the two middle ones of an even number. Without gradient."""
+    return F.pdist(points.detach()).quantile(0.5)
+
 
 TERMS = "Loss weights"  # title of their flags
 KINDS = ("sigmoid", "hinge", "ipo", "robust")
@@ -46,9 +79,7 @@ def preference_loss(
     Raises: ValueError for an unknown kind or mode, or numbers that do not fit the kind.
     """
     check_options("preference_loss", kind, beta, weight_mode, label_smoothing, margin)
-    if weight is not None and weight.shape != delta.shape:
-        got = f"{list(delta.shape)}, got {list(weight.shape)}"
-        raise ValueError(f"preference_loss: expected a weight per pair, {got}. Give one each.")
+    assert weight is None or weight.shape == delta.shape
     inside = weight is not None and weight_mode == "inside"
     scaled = weight * delta if weight is not None and inside else delta
     z = beta * scaled - margin if margin else beta * scaled
@@ -71,9 +102,7 @@ def aggregate(losses: torch.Tensor, kind: str = "mean", beta: float = 1.0) -> to
     "mean"; or "drdpo": -beta log mean exp(-loss / beta), which listens less to pairs that the policy finds hard, as wrong labels are
     (Wu et al. 2024, Dr. DPO, equation 10); beta -> infinity is the mean.
     """
-    if kind not in AGGREGATIONS or not (math.isfinite(beta) and beta > 0):
-        got = f"{kind!r} and {beta}"
-        raise ValueError(f"aggregate: expected one of {', '.join(AGGREGATIONS)} and beta > 0, got {got}. Correct them.")
+    assert kind in AGGREGATIONS and math.isfinite(beta) and beta > 0
     if kind == "mean":
         return losses.mean()
     return -beta * (torch.logsumexp(-losses / beta, 0) - math.log(len(losses)))
@@ -141,11 +170,11 @@ def reconstruction_loss(reconstruction: torch.Tensor, slab: torch.Tensor) -> tor
 class LossWeights:
     """Weights of the terms, defaults the paper's; 0 leaves the term out."""
 
-    pairs: float = knob(1.0, "Cross-entropy of the pair head.", TERMS, low=0)
-    scalar: float = knob(1e-3, "Margin of the reward itself.", TERMS, low=0)
-    bradley_terry: float = knob(1e-3, "Strengths.", TERMS, low=0)
+    pairs: float = knob(1.0, "Cross-entropy of the pair head.", TERMS, low=0, rare=True)
+    scalar: float = knob(1e-3, "Margin of the reward itself.", TERMS, low=0, rare=True)
+    bradley_terry: float = knob(1e-3, "Strengths.", TERMS, low=0, rare=True)
     strength: float = knob(1e-8, "Norm of the strengths, without gradient.", TERMS, low=0, flag=False)
-    reconstruction: float = knob(1e-2, "L1 between what is read and its reconstruction.", TERMS, low=0)
+    reconstruction: float = knob(1e-2, "L1 between what is read and its reconstruction.", TERMS, low=0, rare=True)
     regression: float = knob(0.0, "Squared error of the reward on unpaired labels.", TERMS, low=0)
     divergence: float = knob(0.0, "Cauchy-Schwarz divergence between embeddings of preferred and other unpaired shapes.", TERMS, low=0)
     drawn_from_epoch: int = knob(3, "Epoch (0-based) from which one presentation order is drawn per pair.", TERMS, low=0, flag=False)

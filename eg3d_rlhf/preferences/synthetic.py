@@ -97,13 +97,13 @@ class Annotation:
         given, clean = (np.interp(q, [0, SHARE, 1 - SHARE, 1], [0, BAD, GOOD, SCALE]) for q in quantile)
         given = rng.permutation(given) if shuffled else given
         common: dict[str, Any] = {"generator": generator, "psi": self.options.psi, "annotator": ANNOTATOR + ("-shuffled" * shuffled)}
-        found = [
+        labels = [
             UnpairedPreference(seed=seed, score=round(float(score), 3), clean=bool(true >= (GOOD + BAD) / 2), **common)
             for seed, score, true in zip(seeds, given, clean, strict=True)
         ]
         if self.options.kind == "scores":
-            return found
-        return [replace(label, score=None, label=label.preferred) for label in found if label.preferred is not None]
+            return labels
+        return [replace(label, score=None, label=label.preferred) for label in labels if label.preferred is not None]
 
     def summary(self) -> dict:
         """Settings and outcome as JSON values."""

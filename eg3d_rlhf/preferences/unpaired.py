@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
+from eg3d_rlhf.preferences import BAD, GOOD
 from eg3d_rlhf.preferences.dataset import SPLITS, Splits
-from eg3d_rlhf.preferences.good import BAD, GOOD
 from eg3d_rlhf.preferences.labels import MAX_SEED, LabelSource, Preference, jsonl_records, load_labels, parse_seed, parse_time
+from eg3d_rlhf.preferences.strengths import Comparison, bradley_terry
 from training.storage import write_atomic
 
 FIELDS = ("seed", "label", "score", "generator", "psi", "annotator", "time", "clean")
@@ -83,7 +83,7 @@ def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
     Raises: FileNotFoundError; ValueError with file, line and remedy.
     """
     path = Path(path)
-    if path.suffix == ".csv" or (path.is_file() and "winner" in next((found for _, found in jsonl_records(path, "")), {})):
+    if path.suffix == ".csv" or (path.is_file() and "winner" in next((record for _, record in jsonl_records(path, "")), {})):
         return from_pairs(load_labels(path))
     if path.suffix not in (".jsonl", ".ndjson"):
         raise ValueError(f"load_unpaired: expected a .jsonl or .csv file, got {path.name}. Rename or convert it.")
@@ -147,12 +147,12 @@ def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
         for seed, won in ((label.winner, True), (label.loser, False)):
             first.setdefault(key := (label.generator or "", seed), label)
             roles[key] |= set() if label.tie else {won}
-    both = [key for key, found in roles.items() if len(found) == 2]
-    preferred = {key: next(iter(found)) for key, found in roles.items() if len(found) == 1}
+    both = [key for key, won in roles.items() if len(won) == 2]
+    preferred = {key: next(iter(won)) for key, won in roles.items() if len(won) == 1}
     if both:
         compared = [Comparison((p.generator or "", p.winner), (p.generator or "", p.loser), p.tie) for p in labels]
-        found = bradley_terry(compared)
-        strength = dict(zip(found.items, found.strength, strict=True))
+        fitted = bradley_terry(compared)
+        strength = dict(zip(fitted.items, fitted.strength, strict=True))
         low, high = np.quantile([strength[key] for key in both], [0.5 - MIDDLE / 2, 0.5 + MIDDLE / 2])
         preferred |= {key: strength[key] > high for key in both if not low <= strength[key] <= high}
     return [
@@ -214,11 +214,11 @@ def batches_of(labels: Sequence[UnpairedPreference], size: int, rng: np.random.G
     """Endless batches of `size` labels, the preferred half first; each kind comes in a new order whenever it has run out."""
     kinds = [[label for label in labels if label.preferred is kind] for kind in (True, False)]
 
-    def endless(own: list[UnpairedPreference]) -> Iterator[UnpairedPreference]:
+    def endless(shapes: list[UnpairedPreference]) -> Iterator[UnpairedPreference]:
         while True:
-            yield from (own[i] for i in rng.permutation(len(own)))
+            yield from (shapes[i] for i in rng.permutation(len(shapes)))
 
-    draws = [endless(own) for own in kinds]
+    draws = [endless(shapes) for shapes in kinds]
     while True:
         yield [next(draw) for draw in draws for _ in range(size // 2)]
 
@@ -226,4 +226,4 @@ def batches_of(labels: Sequence[UnpairedPreference], size: int, rng: np.random.G
 def redrawn(labels: Sequence[UnpairedPreference], rng: np.random.Generator) -> list[UnpairedPreference]:
     """As many labels of each kind, drawn with replacement."""
     kinds = [[label for label in labels if label.preferred is kind] for kind in (True, False)]
-    return [own[i] for own in kinds for i in rng.integers(max(len(own), 1), size=len(own))]
+    return [shapes[i] for shapes in kinds for i in rng.integers(max(len(shapes), 1), size=len(shapes))]

@@ -144,11 +144,11 @@ class RewardEnsemble(nn.Module):
     def describe(self) -> dict[str, Any]:
         """See `RewardNetwork`."""
         each = [member.describe() for member in self.members]
-        same = all(one == each[0] for one in each)
-        found: dict[str, Any] = {**each[0], "members": len(each)} if same else {"members": each}
+        same = all(member == each[0] for member in each)
+        described: dict[str, Any] = {**each[0], "members": len(each)} if same else {"members": each}
         if self.aggregate == Aggregate() and self.standard is None:
-            return found  # as files have been from the first
-        return {**found, "ensemble": {**asdict(self.aggregate), **({} if self.standard is None else asdict(self.standard))}}
+            return described  # as files have been from the first
+        return {**described, "ensemble": {**asdict(self.aggregate), **({} if self.standard is None else asdict(self.standard))}}
 
     def check(self, shape: Sequence[int]) -> None:
         """See `RewardNetwork`."""
@@ -241,7 +241,7 @@ def build_network(kind: str, description: Mapping[str, Any]) -> RewardNetwork | 
     members, joined = values.pop("members", 1), values.pop("ensemble", None)
     if joined is None and members == 1:
         return build(values)
-    networks = [build(one) for one in members] if isinstance(members, list) else [build(values) for _ in range(members)]
+    networks = [build(member) for member in members] if isinstance(members, list) else [build(values) for _ in range(members)]
     if joined is None:
         return RewardEnsemble(networks)
     try:

@@ -10,20 +10,64 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from scipy.spatial.distance import cdist
-from scipy.special import expit
+from scipy.special import expit, ndtri
 from scipy.stats import rankdata
 
 from eg3d_rlhf.core.statistics import wilson_interval
-from eg3d_rlhf.preferences.divergence import cs_divergence, median_distance
 from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.preferences.losses import cs_divergence, median_distance
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference
-from eg3d_rlhf.rewards.amounts import auc_interval
 from eg3d_rlhf.rewards.cache import ObservationCache
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble
 from eg3d_rlhf.rewards.networks import RewardNetwork
 from training.distributed import SINGLE, Ranks
+
+# How many labels it takes to learn from and to say anything of the result.
+LEAST_TRAIN = 200  # pairs; a network that reads a slab remembers fewer by heart
+LEAST_TEST = 54  # pairs; from then on the exact test tells a true accuracy of 0.7 from chance in four cases of five
+LEAST_KIND = 27  # held-out single shapes of either kind
+
+
+def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
+    """A line to print where pairs are too few to train or to judge the result, else ''.
+
+    Args: counts: pairs by split; fractions: the splits' shares.
+    """
+    train, val, test = (counts[name] for name in ("train", "val", "test"))
+    if train >= LEAST_TRAIN and val >= LEAST_TEST and test >= LEAST_TEST:
+        return ""
+    shares = zip((LEAST_TRAIN, LEAST_TEST, LEAST_TEST), fractions, strict=True)
+    wanted = max(math.ceil(least / share) for least, share in shares if share)
+    return (
+        f"too few labels: {train} pairs to train, {val} to choose the epoch by and {test} to test; some {wanted} labels are wanted "
+        f"({LEAST_TRAIN} to train, {LEAST_TEST} and {LEAST_TEST} held out). The figures below say little."
+    )
+
+
+def too_few_shapes(good: int, others: int) -> str:
+    """The same for held-out labels of single shapes."""
+    if min(good, others) >= LEAST_KIND:
+        return ""
+    return f"too few labels: {good} preferred and {others} other shapes are held out; {LEAST_KIND} of either are wanted."
+
+
+def auc_interval(value: float, good: int, others: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of an AUC from so many of either kind, inside 0..1 and for values of 0 and 1, too.
+
+    Newcombe (2006), method 5: where |AUC - value| = z sqrt(V), V the variance of Hanley and McNeil (1982) at that AUC with equal numbers
+    of both kinds: V = AUC (1 - AUC) (1 + N ((1 - AUC) / (2 - AUC) + AUC / (1 + AUC))) / (good others), N = (good + others) / 2 - 1.
+    """
+    z, n = float(ndtri(0.5 + confidence / 2)), (good + others) / 2 - 1
+
+    def beyond(at: float) -> float:
+        variance = at * (1 - at) * (1 + n * ((1 - at) / (2 - at) + at / (1 + at))) / (good * others)
+        return (at - value) ** 2 - z * z * variance
+
+    inside = min(max(value, 1e-9), 1 - 1e-9)  # at 0 and 1 themselves the variance is 0
+    return (0.0 if value <= 0 else brentq(beyond, 0.0, inside), 1.0 if value >= 1 else brentq(beyond, inside, 1.0))
+
 
 Network = RewardNetwork | RewardEnsemble
 
@@ -69,8 +113,8 @@ def calibration_error(margin: np.ndarray, bins: int = 10) -> float:
 
 def fit_temperature(margin: np.ndarray) -> float:
     """Divisor T of margins that minimises the log loss of sigmoid(margin / T), within 0.01 ... 100. Fit on validation pairs only."""
-    found = minimize_scalar(lambda log_t: log_loss(margin * math.exp(-log_t)), bounds=(math.log(0.01), math.log(100)), method="bounded")
-    return float(math.exp(found.x))
+    fit = minimize_scalar(lambda log_t: log_loss(margin * math.exp(-log_t)), bounds=(math.log(0.01), math.log(100)), method="bounded")
+    return float(math.exp(fit.x))
 
 
 def rate(correct: int, n: int) -> dict:
@@ -97,9 +141,9 @@ def silhouette(points: np.ndarray, kind: np.ndarray) -> float:
     each.
     """
     distance = cdist(points, points)
-    sums, own = np.stack([distance[:, ~kind].sum(1), distance[:, kind].sum(1)]), kind.astype(int)  # [2, N]
+    sums, mine = np.stack([distance[:, ~kind].sum(1), distance[:, kind].sum(1)]), kind.astype(int)  # [2, N]
     count, each = np.array([(~kind).sum(), kind.sum()]), np.arange(len(kind))
-    a, b = sums[own, each] / (count[own] - 1), sums[1 - own, each] / count[1 - own]
+    a, b = sums[mine, each] / (count[mine] - 1), sums[1 - mine, each] / count[1 - mine]
     return float(((b - a) / np.maximum(np.maximum(a, b), np.finfo(float).tiny)).mean())
 
 
@@ -116,9 +160,9 @@ def evaluate_unpaired(model: Network, embed: RewardNetwork, store: ObservationCa
     points = torch.nn.functional.normalize(torch.cat(parts))
     apart = cs_divergence(points[kind], points[~kind], median_distance(points), "U")
     values = np.array([scores[seed] for seed in seeds])
-    n, found = [int(kind.sum()), int((~kind).sum())], auc(values[kind], values[~kind])
+    n, area = [int(kind.sum()), int((~kind).sum())], auc(values[kind], values[~kind])
     return {
-        "n": n, "auc": found, "auc_interval_95": list(auc_interval(found, *n)),
+        "n": n, "auc": area, "auc_interval_95": list(auc_interval(area, *n)),
         "divergence": float(apart), "silhouette": silhouette(points.numpy(), kind),
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ lies between its convolutions and what its gates read, and no normalised, activa
 Letters: N slabs, C channels, M features, R responses, D, H, W = z, y, x.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -16,14 +16,102 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eg3d_rlhf.rewards.fused_weights import WeightGradients
-from eg3d_rlhf.rewards.group_sums import group_affine, group_gradient
-from eg3d_rlhf.rewards.pooling import grid_feature, slice_windows
+from eg3d_rlhf.rewards.unet3d import grid_feature, slice_windows
 from torch_utils.ops import volume_block as ops
 from torch_utils.ops.implementations import once
 
 if TYPE_CHECKING:
-    from eg3d_rlhf.rewards.model import RewardModel
+    from eg3d_rlhf.rewards.slab_network import RewardModel
+
+# Gradients of a U-Net's weights from the volumes that the backward pass reads and writes.
+
+class WeightGradients:
+    """What a backward pass found, by parameter: the 3x3x3 kernels' where wanted, for they cost most, and all others'."""
+
+    def __init__(self, wanted: Iterable[torch.Tensor]):
+        self._wanted = set(wanted)
+        self.gradients: dict[torch.Tensor, torch.Tensor] = {}
+
+    def convolution(
+        self, layer: Any, arrived: tuple[torch.Tensor, torch.Tensor, torch.Tensor], x: torch.Tensor, mix: torch.Tensor | None,
+        sums: torch.Tensor, behind: torch.Tensor,
+    ) -> None:
+        """Of a normalised convolution (NormConv).
+
+        Args: arrived: g, h and factors as `volume_conv_gradient` takes them; x: its input, or with mix [C, 2] the channel of which it is
+        made; sums: of the input and its square; behind: what `volume_conv_gradient` returned.
+        """
+        norm, kernel, voxels = layer.groupnorm, layer.conv.weight, x[0, 0].numel()
+        if kernel in self._wanted:
+            scale, shift = group_affine(norm, sums, voxels)
+            if mix is not None:
+                scale, shift = scale * mix[:, 0], scale * mix[:, 1] + shift
+            self.gradients[kernel] = ops.volume_conv_weight(*arrived, x, scale, shift)
+        self.gradients[norm.weight], self.gradients[norm.bias] = group_weights(norm, sums, behind, voxels)
+
+    def gates(self, module: Any, linear: list[torch.Tensor], gates: torch.Tensor) -> None:
+        """Of both gates (ScSE): linear: those of cSE, in its order; gates: the sums of `volume_gate_gradient`."""
+        self.gradients.update(zip(module.cSE.parameters(), linear, strict=True))
+        layer, channels = module.sSE.conv, len(linear[0])
+        whole = gates[:, channels:].sum(dim=0).float()
+        self.gradients[layer.weight], self.gradients[layer.bias] = whole[:channels].view_as(layer.weight), whole[channels:]
+
+    def pointwise(self, layer: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
+        """Of a 1x1x1 convolution of x, from the gradient of its result."""
+        self.gradients[layer.weight] = torch.einsum("nov,ncv->oc", grad.flatten(2), x.flatten(2)).view_as(layer.weight)
+        self.gradients[layer.bias] = grad.sum(dim=(0, 2, 3, 4))
+
+    def upsampling(self, layer: nn.ConvTranspose3d, x: torch.Tensor, grad: torch.Tensor) -> None:
+        """Of a transposed convolution of x, from the gradient of its result resampled."""
+        if layer.weight in self._wanted:
+            fine = [2 * n - 1 for n in x.shape[2:]]
+            grad = torch.ops.aten.upsample_nearest3d_backward(grad, grad.shape[2:], [*grad.shape[:2], *fine])
+            grad, x = (t.contiguous(memory_format=torch.channels_last_3d) for t in (grad, x))  # faster by more than it takes
+            self.gradients[layer.weight] = torch.ops.aten.convolution_backward(
+                grad, x, layer.weight, None, [2] * 3, [1] * 3, [1] * 3, True, [0] * 3, 1, [False, True, False]
+            )[1]
+
+
+# Group normalisation from sums over each channel's voxels: as a scale and a shift, and its gradients. G groups.
+
+def statistics(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and inverse deviation [N, C] of each channel's group."""
+    each = sums.shape[1] // norm.num_groups
+    grouped = sums.unflatten(1, (norm.num_groups, -1)).sum(dim=2) / (voxels * each)  # [N, G, 2]
+    mean = grouped[..., 0]
+    inverse = (grouped[..., 1] - mean.square()).clamp_min(0).add(norm.eps).rsqrt()
+    return mean.repeat_interleave(each, dim=1), inverse.repeat_interleave(each, dim=1)
+
+
+def group_affine(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Group normalisation as scale and shift [N, C] from sums [N, C, 2] float64 of values and squares over `voxels` per channel."""
+    mean, inverse = statistics(norm, sums, voxels)
+    scale = norm.weight.double() * inverse
+    return scale.float(), (norm.bias.double() - mean * scale).float()
+
+
+def group_gradient(norm: nn.GroupNorm, sums: torch.Tensor, arrived: torch.Tensor, voxels: int) -> torch.Tensor:
+    """Its gradient as f0 g + f1 x + f2, [N, C, 3] float64; arrived: sums [N, C, 2] float64 of g and g x, g being the gradient that arrives.
+
+    With x' = (x - mean) inverse and the means over a group: inverse (w g - mean(w g) - x' mean(w g x')).
+    """
+    mean, inverse = statistics(norm, sums, voxels)
+    w, each = norm.weight.double(), sums.shape[1] // norm.num_groups
+
+    def over_group(values: torch.Tensor) -> torch.Tensor:
+        return values.unflatten(1, (norm.num_groups, -1)).mean(dim=2).repeat_interleave(each, dim=1) / voxels
+
+    plain = over_group(w * arrived[..., 0])
+    along = over_group(w * (arrived[..., 1] - mean * arrived[..., 0]) * inverse)
+    slope = -inverse.square() * along
+    return torch.stack([(w * inverse).expand_as(slope), slope, -inverse * plain - slope * mean], dim=2)
+
+
+def group_weights(norm: nn.GroupNorm, sums: torch.Tensor, arrived: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of its weight and bias [C]; arguments as above."""
+    mean, inverse = statistics(norm, sums, voxels)
+    return ((arrived[..., 1] - mean * arrived[..., 0]) * inverse).sum(dim=0).float(), arrived[..., 0].sum(dim=0).float()
+
 
 _LANES = 8  # channels that the ops take at a time
 _VOXELS = 1 << 21  # of slabs that are read at once without gradients; more only take memory
@@ -90,9 +178,9 @@ class _Maps(torch.autograd.Function):
     @once("reward")
     def backward(ctx, whole, coarsest):
         weights, needed = ctx.saved_tensors, ctx.needs_input_grad
-        gathered = WeightGradients(w for w, one in zip(weights, needed[3:], strict=True) if one)
+        gathered = WeightGradients(w for w, asked in zip(weights, needed[3:], strict=True) if asked)
         slab = ctx.run.gradient_of_maps(whole, coarsest, gathered)
-        return slab if needed[0] else None, None, None, *(gathered.found.get(w) for w in weights)
+        return slab if needed[0] else None, None, None, *(gathered.gradients.get(w) for w in weights)
 
 
 @dataclass

@@ -60,10 +60,10 @@ class RewardOutput:
 
     def rows(self, first: int, last: int) -> "RewardOutput":
         """That of samples first .. last - 1."""
-        own, read = slice(first, last), self.reconstruction
+        some, read = slice(first, last), self.reconstruction
         return RewardOutput(
-            embedding=self.embedding[own], scalar=self.scalar[own], log_strength=self.log_strength[own],
-            reconstruction=None if read is None else read[own],
+            embedding=self.embedding[some], scalar=self.scalar[some], log_strength=self.log_strength[some],
+            reconstruction=None if read is None else read[some],
         )
 
 
@@ -118,7 +118,7 @@ class RewardNetwork(nn.Module, ABC):
 
     def reconstruct(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`features` and what is read, as a decoder makes it of them. Raises: ValueError where there is none."""
-        raise ValueError("reward network: expected a U-Net to reconstruct, got one that has no decoder. Use --reconstruction=0.")
+        raise ValueError("reward network: expected a U-Net to reconstruct, got one that has no decoder. Use --set reconstruction=0.")
 
     def forward(self, observed: torch.Tensor, reconstruct: bool = False) -> RewardOutput:
         """Everything the training losses read: [N, ...] -> RewardOutput. Raises: ValueError where it cannot reconstruct."""
@@ -147,13 +147,8 @@ class Readers:
     presets: Mapping[str, Preset]  # the first is the default
 
 
-READERS: Registry[Readers] = Registry("network of an observation", {
-    "sigma": "eg3d_rlhf.rewards.model",
-    "depth": "eg3d_rlhf.rewards.depth",
-    "points": "eg3d_rlhf.rewards.points",
-    "lifted-points": "eg3d_rlhf.rewards.points",
-    "published-points": "eg3d_rlhf.rewards.points",
-})  # fmt: skip
+# an observation's file registers its networks, too; the slab's class stands elsewhere, since much reads it that trains nothing
+READERS: Registry[Readers] = Registry("network of an observation", {"sigma": "eg3d_rlhf.rewards.slab_network"})
 
 
 def register(kind: str, build: Callable[[Mapping[str, Any]], RewardNetwork], presets: Mapping[str, Preset]) -> None:
@@ -163,7 +158,7 @@ def register(kind: str, build: Callable[[Mapping[str, Any]], RewardNetwork], pre
 
 def readers_of(kind: str) -> Readers:
     """The networks that read a kind. Raises: ValueError for an unknown kind, and one that no network reads."""
-    observations.OBSERVATIONS[kind]  # says which are known, where there is none of this name
+    observations.OBSERVATIONS[kind]  # imports its file; says which are known, where there is none of this name
     return READERS[kind]
 
 

@@ -28,9 +28,9 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.spec import LATTICES, SlabSpec
 from eg3d_rlhf.generators import Generator, ws_of_seeds
 from eg3d_rlhf.models.weights import read
-from eg3d_rlhf.rewards.model import PAPER, RewardArch, RewardModel
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, fill_published
+from eg3d_rlhf.rewards.slab_network import PAPER, RewardArch, RewardModel
 
 WEIGHTS = "best_model.pt"
 CONFIG_NAMES = ("release_config.yaml", "run_config.yaml")
@@ -93,11 +93,11 @@ def import_release(
     state = read(file, "import_release")
     names = [name for name in CONFIG_NAMES if (file.parent / name).is_file()]
     if config is None and not names:
-        found = f"got neither in {file.parent}. Name it with --config."
-        raise FileNotFoundError(f"import_release: expected {' or '.join(CONFIG_NAMES)} beside the weights, {found}")
+        got = f"got neither in {file.parent}. Name it with --config."
+        raise FileNotFoundError(f"import_release: expected {' or '.join(CONFIG_NAMES)} beside the weights, {got}")
     if config is None and len({read_config(file.parent / name) for name in names}) == 2:  # both may be there if they say the same
-        found = f"got two that disagree ({' and '.join(names)}). Name one with --config."
-        raise ValueError(f"import_release: expected one configuration, {found}")
+        got = f"got two that disagree ({' and '.join(names)}). Name one with --config."
+        raise ValueError(f"import_release: expected one configuration, {got}")
     config = file.parent / names[0] if config is None else Path(config)
     settings = read_config(config, transform)
     arch = arch_from_state(state, settings)
@@ -248,21 +248,21 @@ def resolve(root: Mapping, value: Any, where: str) -> Any:
     Raises: ValueError for a reference to nothing, an unknown resolver, or references that do not end.
     """
     for _ in range(_MAX_STEPS):
-        found = _REFERENCE.search(value) if isinstance(value, str) else None
-        if found is None:
+        reference = _REFERENCE.search(value) if isinstance(value, str) else None
+        if reference is None:
             if isinstance(value, str) and "${" in value:
                 raise ValueError(f"{where}: expected whole references, got {value[:80]!r}. Write the value out.")
             return value
-        name, colon, rest = (inside := found[1].strip()).partition(":")
+        name, colon, rest = (inside := reference[1].strip()).partition(":")
         if colon and name == "multiply":
             target = math.prod(_number(factor, f"{where}: ${{{inside}}}") for factor in rest.split(","))
         elif colon or (target := lookup(root, inside)) is None:
             accepted = "${a field of this file} or ${multiply:x,y}"
             raise ValueError(f"{where}: expected {accepted}, got ${{{inside[:80]}}}. Write the value out.")
-        if found[0] == value.strip():
+        if reference[0] == value.strip():
             value = target  # keeps its type
         elif isinstance(target, (str, int, float)):
-            value = value[: found.start()] + str(target) + value[found.end() :]
+            value = value[: reference.start()] + str(target) + value[reference.end() :]
         else:
             raise ValueError(f"{where}: expected a scalar inside {value[:80]!r}, got {type(target).__name__}. Write the value out.")
         if isinstance(value, str) and len(value) > 4096:
@@ -284,10 +284,10 @@ def _number(value: Any, what: str) -> int | float:
 def _value_max(root: Mapping, where: str) -> float:
     """Upper end of the range that `data.augmentations.tune` normalises to."""
     what, bounds = f"{where}: data.augmentations.tune", {}
-    found = list(_leaves(root, lookup(root, "data.augmentations.tune"), what))
-    if len(found) > 1:
-        raise ValueError(f"{what}: expected one self-normalisation, got {len(found)}. {_REMEDY}")
-    for key, value in found[0].items() if found else ():
+    transforms = list(_leaves(root, lookup(root, "data.augmentations.tune"), what))
+    if len(transforms) > 1:
+        raise ValueError(f"{what}: expected one self-normalisation, got {len(transforms)}. {_REMEDY}")
+    for key, value in transforms[0].items() if transforms else ():
         if key in _ENDS:
             bounds[_ENDS[key]] = _number(resolve(root, value, what), f"{what}.{key}")
         elif key not in _NEUTRAL:

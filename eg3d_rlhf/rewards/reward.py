@@ -5,28 +5,28 @@ beside `<name>.json` (observation, network, provenance). Published `.pt` state d
 """
 
 import json
-import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
 from torch import nn
 
 from eg3d_rlhf.core.field import Field
-from eg3d_rlhf.generators import Generator
+from eg3d_rlhf.generators import Generator, LoadedGenerator
 from eg3d_rlhf.models.weights import Module, fill, read
 from eg3d_rlhf.rewards import observations
-from eg3d_rlhf.rewards.ensembles import RewardEnsemble, build_network
-from eg3d_rlhf.rewards.model import PAPER
+from eg3d_rlhf.rewards.cache import untuned
+from eg3d_rlhf.rewards.ensembles import AVERAGE, RewardEnsemble, build_network, check_joining, combine
 from eg3d_rlhf.rewards.networks import RewardNetwork
 from eg3d_rlhf.rewards.observations import Observation, SigmaSlab
+from eg3d_rlhf.rewards.slab_network import PAPER
 from training.networks import state_hash
 from training.storage import write_atomic
 
-_FORMAT, _VERSION = "eg3d-rlhf reward", 2  # files of version 1 read slabs, and say 'arch', 'spec' and 'meta'
+_FORMAT = "eg3d-rlhf reward 2"
 
 
 class Reward(nn.Module):
@@ -71,8 +71,8 @@ class Reward(nn.Module):
         """Whether it is, or shares, a member of an ensemble."""
         if not isinstance(other.network, RewardEnsemble):
             return False
-        own, others = ({state_hash(one.network) for one in reward.members()} for reward in (self, other))
-        return bool(own & others)
+        mine, theirs = ({state_hash(member.network) for member in reward.members()} for reward in (self, other))
+        return bool(mine & theirs)
 
     def arranged(self) -> "Reward":
         """Itself, with the weights of 3-D convolutions as they run fastest: a tenth faster, the same values."""
@@ -93,13 +93,12 @@ class Reward(nn.Module):
         path = Path(path)
         if path.suffix != ".safetensors":
             raise ValueError(f"Reward.save: expected a name ending in .safetensors, got {path.name}. Rename it.")
-        tag = f"{_FORMAT} {_VERSION}"
         try:
-            text = json.dumps({"format": tag, **self.describe()}, indent=2)
+            text = json.dumps({"format": _FORMAT, **self.describe()}, indent=2)
         except TypeError as error:
             raise ValueError(f"Reward.save: expected plain JSON values, got: {error}. Convert tensors and paths first.") from error
         state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
-        write_atomic(path, safetensors.torch.save(state, metadata={"format": tag}))
+        write_atomic(path, safetensors.torch.save(state, metadata={"format": _FORMAT}))
         write_atomic(path.with_suffix(".json"), (text + "\n").encode())
         return path
 
@@ -171,15 +170,106 @@ def _read_description(path: Path) -> tuple[Observation, dict[str, Any], dict[str
         values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{who}: expected JSON, got: {error}. Was the file cut short? Copy it again.") from error
-    found = re.fullmatch(rf"{_FORMAT} (\d+)", str(values.get("format"))) if isinstance(values, dict) else None
-    if found is None:
-        raise ValueError(f"{who}: expected format '{_FORMAT} {_VERSION}', got another file. Use a reward of this package.")
-    if int(found[1]) > _VERSION:
-        raise ValueError(f"{who}: expected format '{_FORMAT} {_VERSION}' or earlier, got {found[0]!r}. Use a later package.")
-    if int(found[1]) == 1:
-        spec, network = values.get("spec", {}), values.get("arch", {})
-        values = {"observation": {"kind": "sigma", **spec}, "network": network, "provenance": values.get("meta", {})}
+    stated = values.get("format") if isinstance(values, dict) else None
+    if stated != _FORMAT:
+        got = repr(stated) if str(stated).startswith(_FORMAT[:-1]) else "another file"
+        raise ValueError(f"{who}: expected format {_FORMAT!r}, got {got}. Use a reward of this version of the package.")
     try:
         return observations.from_dict(values["observation"]), dict(values["network"]), dict(values["provenance"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{who}: expected observation, network and provenance, got no such {error}. Copy the file again.") from error
+
+
+# Rewards joined into one ensemble, or into the average of their weights.
+
+PSI, CUTOFF = 1.0, 14  # where no reward states them
+
+
+def join(
+    rewards: Mapping[str, Reward], generator: LoadedGenerator, aggregate: str, strength: float | None = None, batch: int = 16,
+    on_batch: Callable[[int], None] | None = None,
+) -> Reward:
+    """One reward of all members of the rewards; an ensemble among them gives its members, not its aggregate.
+
+    Members are standardised on untuned samples of the generator under the truncation that the rewards state.
+
+    Args: rewards: by name, such as the file's; aggregate: one of ensembles.CHOICES; on_batch: hears how many samples were drawn.
+    Raises: ValueError for fewer than two members, the same one twice, and members with different observations, generators or truncations,
+    or of another generator; and for `warm` where members do not share a start.
+    """
+    check_joining(aggregate, strength)
+    members = {
+        name if len(parts) == 1 else f"{name}[{i}]": member
+        for name, parts in ((name, reward.members()) for name, reward in rewards.items()) for i, member in enumerate(parts)
+    }
+    first = next(iter(rewards.values()))
+    _check(rewards, members, generator)
+    if aggregate == AVERAGE:
+        starts = {reward.provenance.get("start") for reward in rewards.values()}
+        if len(starts) > 1 or None in starts:
+            raise ValueError(
+                f"--aggregate={AVERAGE}: expected members that went on from one trained start, got others. "
+                "Train them with tools/train_reward.py --members=5 --shared-start, or use softmin."
+            )
+    psi, cutoff = _common(rewards, "psi") or PSI, _common(rewards, "truncation_cutoff") or CUTOFF
+    seen: list[torch.Tensor] = []
+
+    def observed():
+        for part in untuned(generator.generator, first.observation, psi, cutoff, batch):
+            seen.append(part)
+            if on_batch is not None:
+                on_batch(len(part))
+            yield part
+
+    network = combine([cast(RewardNetwork, member.network) for member in members.values()], aggregate, strength, observed())
+    with torch.no_grad():
+        scores = torch.cat([network.score(part) for part in (seen or observed())]).double()
+    temperatures = [member.temperature for member in members.values()]
+    provenance = {
+        "generator": generator.hash, "architecture": generator.generator.architecture, "psi": psi, "truncation_cutoff": cutoff,
+        "labels": _labels(rewards), "temperature": sum(temperatures) / len(temperatures), "start": _common(rewards, "start"),
+        "score_mean": float(scores.mean()), "score_std": float(scores.std()),
+        "joined": [{"name": name, "network": state_hash(member.network)} for name, member in members.items()],
+    }  # fmt: skip
+    return Reward(first.observation, network, provenance).eval().requires_grad_(False)
+
+
+def _check(rewards: Mapping[str, Reward], members: Mapping[str, Reward], generator: LoadedGenerator) -> None:
+    if len(members) < 2:
+        raise ValueError(f"rewards: expected two members or more, got {len(members)}. Name another reward.")
+    first, observation = next((name, reward.observation) for name, reward in rewards.items())
+    for name, reward in rewards.items():
+        if reward.observation != observation:
+            raise ValueError(
+                f"rewards: expected one observation, got {observation.to_dict()} in {first}, {reward.observation.to_dict()} in {name}. "
+                "Join rewards that were trained with the same --observation, --resolution and --crop."
+            )
+    known: dict[str, str] = {}
+    for name, member in members.items():
+        other = known.setdefault(state_hash(member.network), name)
+        if other != name:
+            raise ValueError(f"rewards: expected different members, got the weights of {other} in {name} again. Leave one out.")
+    made_for = _common(rewards, "generator")
+    if made_for not in (None, generator.hash):
+        raise ValueError(
+            f"--network: expected the generator of the rewards, {made_for[:12]}..., got {generator.hash[:12]}... in {generator.path.name}. "
+            "Name the network that their labels were drawn from."
+        )
+    misfits = observation.misfits(generator.generator)
+    if misfits:
+        raise ValueError(f"--network: expected a generator with {'; with '.join(misfits)}. Name the rewards' own.")
+
+
+def _common(rewards: Mapping[str, Reward], name: str):
+    """The one value of a record over all rewards that state it, or None. Raises: ValueError where they disagree."""
+    stated = {label: reward.provenance[name] for label, reward in rewards.items() if reward.provenance.get(name) is not None}
+    if len(set(stated.values())) > 1:
+        listed = ", ".join(f"{value[:12] if isinstance(value, str) else value} in {label}" for label, value in stated.items())
+        raise ValueError(f"rewards: expected one {name}, got {listed}. Join rewards of one {name}.")
+    return next(iter(stated.values()), None)
+
+
+def _labels(rewards: Mapping[str, Reward]) -> str | None:
+    """Hashes of all label sets, with + between them; None where one is not recorded."""
+    sets: Sequence[frozenset[str]] = [reward.labels for reward in rewards.values()]
+    return "+".join(sorted(frozenset[str]().union(*sets))) if all(sets) else None

@@ -5,10 +5,14 @@ Source: arXiv 2606.27305 (2026), reward training. The test split is never read h
 Letters: N observations (winners, losers, anchors in blocks), P pairs, B blocks, W ranks.
 """
 
+import contextlib
+import io
+import json
 import math
+import pickle
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -16,18 +20,133 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.experiments.process import StoppedError, StopRequest
-from eg3d_rlhf.preferences.divergence import median_distance
 from eg3d_rlhf.preferences.labels import Preference
-from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss, UnpairedOutput, reconstruction_loss
+from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss, UnpairedOutput, median_distance, reconstruction_loss
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, batches_of, redrawn
 from eg3d_rlhf.rewards.cache import ObservationCache
 from eg3d_rlhf.rewards.evaluation import auc, log_loss, margins, score_seeds
 from eg3d_rlhf.rewards.networks import RewardNetwork, RewardOutput, preset, readers_of
 from eg3d_rlhf.rewards.observations import Observation, SigmaSlab
-from eg3d_rlhf.rewards.shares import Share, Step
-from eg3d_rlhf.rewards.state_file import load_state, save_state
 from training.config import check_knobs, knob
 from training.distributed import SINGLE, Ranks
+from training.phases import RowDraws, sum_over_ranks
+from training.storage import checksum, write_atomic
+
+# The file that a reward training goes on from: everything that changes while it trains, with the options that it was begun with.
+
+
+def save_state(path: Path, state: "TrainState", options: "TrainOptions") -> None:
+    """Write all that a resume needs, whole or not at all."""
+    plain = {"epoch": state.epoch, "history": state.history, "best_epoch": state.best_epoch, "options": asdict(options)}
+    plain |= {} if state.bandwidth is None else {"bandwidth": state.bandwidth}
+    tensors = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict(), "best": state.best}
+    buffer = io.BytesIO()
+    torch.save({**tensors, "plain": json.dumps(plain), "sha256": checksum(_flat(tensors), plain)}, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def _flat(value, name: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of nested dictionaries and lists, by path."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    tensors = {name: value} if isinstance(value, torch.Tensor) else {}
+    for key, part in items:
+        tensors.update(_flat(part, f"{name}/{key}"))
+    return tensors
+
+
+def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None:
+    """Read on rank 0; every rank continues from the same bytes. Raises: ValueError for a foreign file, and for other options."""
+    held = {"file": torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())} if state.ranks.main else None
+    data = state.ranks.broadcast_named(held)["file"]
+    try:
+        stored = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+        plain = json.loads(stored["plain"])
+        if stored.pop("sha256") != checksum(_flat(stored), plain):
+            raise ValueError("other bytes than were written")
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
+        what = type(error).__name__
+        raise ValueError(f"train_reward({path.name}): expected a training state, got {what}. Delete it to start over.") from error
+    wanted = json.loads(json.dumps(asdict(options)))
+    changed = sorted(name for name, value in wanted.items() if plain["options"].get(name) != value)
+    if changed:
+        raise ValueError(f"train_reward({path.name}): expected the options it was begun with, got other {', '.join(changed)}. Use those.")
+    state.model.load_state_dict(stored["model"])
+    state.optimizer.load_state_dict(stored["optimizer"])
+    state.epoch, state.history, state.best_epoch = plain["epoch"], plain["history"], plain["best_epoch"]
+    state.best, state.bandwidth = stored["best"], plain.get("bandwidth")
+
+
+# How the ranks of a reward training divide a step: which items each takes, what they exchange, and the same random numbers as of one rank.
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's items of a step: every W-th; where a short last step leaves none, the first item with weight 0."""
+
+    count: int  # items of the step, over all ranks
+    ranks: Ranks = SINGLE
+
+    @property
+    def rows(self) -> list[int]:
+        """Places in the step."""
+        return list(range(self.count))[self.ranks.rank :: self.ranks.world] or [0][: self.count]
+
+    @property
+    def weight(self) -> float:
+        """Share of the step's mean that a mean over `rows` contributes."""
+        return len(range(self.ranks.rank, self.count, self.ranks.world)) / max(self.count, 1)
+
+    def of_blocks(self, drawn: np.ndarray) -> np.ndarray:
+        """The entries of these items among values drawn for B blocks of `count` items, [B * count] -> [B * len(rows)]."""
+        return drawn.reshape(-1, self.count)[:, self.rows].reshape(-1)
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Values [len(rows), ...] of every rank as those of the whole step, [count, ...]. Differentiable in this rank's own."""
+        if self.ranks.world == 1:
+            return values
+        whole, rows = values.new_zeros(self.count, *values.shape[1:]), torch.tensor(self.rows, device=values.device)
+        if not self.weight:
+            return self.ranks.sum_(whole, "exchange embeddings")
+        whole[rows] = values.detach()
+        return self.ranks.sum_(whole, "exchange embeddings").index_copy(0, rows, values)
+
+    def update(
+        self, model: torch.nn.Module, figures: dict[str, float], stop: bool, weights: Mapping[str, float]
+    ) -> tuple[dict[str, float], bool]:
+        """Sum gradients over ranks; returns the step's mean figures and whether any rank was asked to stop.
+
+        The figure 'strength' is a norm over samples, its squares add up; the others are means, of this rank's `weights`, else `weight`.
+        """
+        if self.ranks.world == 1:
+            return figures, stop
+        real = float(self.weight > 0)
+        parts = [value**2 * real if name == "strength" else value * weights.get(name, self.weight) for name, value in figures.items()]
+        sums = torch.tensor([*parts, float(stop)], dtype=torch.float32, device=next(model.parameters()).device)
+        sum_over_ranks(self.ranks, model.parameters(), [sums])
+        *totals, stops = sums.tolist()
+        return {k: v**0.5 if k == "strength" else v for k, v in zip(figures, totals, strict=True)}, stops > 0
+
+
+class Step:
+    """The pairs and the unpaired labels of a step, and this rank's shares of them."""
+
+    def __init__(self, items: Sequence[Preference], shapes: Sequence[UnpairedPreference], ranks: Ranks):
+        self.items, self.shapes, self.ranks = items, shapes, ranks
+        self.of_items, self.of_shapes = Share(len(items), ranks), Share(len(shapes), ranks)
+
+    def draws(self, rows: int) -> contextlib.AbstractContextManager:
+        """Inside: random numbers of the whole step, for a forward pass over `rows` of pairs, block by block, and then the shapes."""
+        if self.ranks.world == 1:
+            return contextlib.nullcontext()
+        blocks = rows // max(len(self.of_items.rows), 1)
+        places = [block * len(self.items) + row for block in range(blocks) for row in self.of_items.rows]
+        return RowDraws([*places, *(blocks * len(self.items) + row for row in self.of_shapes.rows)],
+                        blocks * len(self.items) + len(self.shapes))
+
+    def block_draws(self) -> contextlib.AbstractContextManager:
+        """Inside: those of blocks of pairs."""
+        return contextlib.nullcontext() if self.ranks.world == 1 else RowDraws(self.of_items.rows, len(self.items), blocks=True)
+
 
 TRAINING = "Training"  # title of its flags
 MOMENTUM = 0.9  # of the divergence's bandwidth over steps
@@ -41,24 +160,24 @@ class TrainOptions:
     preset: str = "small"  # architecture, see eg3d_rlhf.rewards.networks.preset
     backbone: str = knob("", "Weights of a frozen part that the preset has, such as resnet50.pth.", "Network", metavar="FILE", shown="none")
     epochs: int = knob(10, "Passes, at most.", TRAINING, low=1)
-    patience: int = knob(5, "Stop after so many epochs without a better validation accuracy.", TRAINING, metavar="EPOCHS", low=1)
+    patience: int = knob(5, "Stop after so many epochs without a better validation accuracy.", TRAINING, metavar="EPOCHS", low=1, rare=True)
     batch: int = knob(16, "Pairs per step.", TRAINING, metavar="PAIRS", low=1)
-    unpaired_batch: int = knob(64, "Unpaired labels per step, half of them preferred.", TRAINING, metavar="SHAPES", low=2)
+    unpaired_batch: int = knob(64, "Unpaired labels per step, half of them preferred.", TRAINING, metavar="SHAPES", low=2, rare=True)
     lr: float = knob(2e-3, "Adam's learning rate at the start.", TRAINING, above=0, high=1)
     cosine: bool = True  # learning rate falls to 0 along a half cosine over `epochs`; False keeps it
-    weight_decay: float = knob(1e-4, "L2 inside Adam.", TRAINING, low=0)
+    weight_decay: float = knob(1e-4, "L2 inside Adam.", TRAINING, low=0, rare=True)
     decoupled: bool = False  # AdamW: decay apart from the gradient
     anchors: int = knob(0, "High-quality anchors (psi 0.25) that should beat every labelled shape.", TRAINING, metavar="SEEDS", low=0)
     mirror: bool = True  # augment what is observed, see Observation.augment; slabs are flipped along x with probability one half
     weights: LossWeights = field(default_factory=lambda: LossWeights(scalar=1.0, bradley_terry=0.1, reconstruction=0.0))
-    seed: int = knob(0, "Initialisation, order, anchors, flips, bootstrap.", "Run", low=0, shown="0")
+    seed: int = 0  # of initialisation, order, anchors, flips, bootstrap
     bootstrap: bool = False  # train on as many pairs, drawn with replacement by the seed
     start: str = ""  # SHA-256 of the network that training goes on from; '' begins anew
 
     def __post_init__(self):
         check_knobs(self)
         if self.unpaired_batch % 2:
-            raise ValueError(f"--unpaired-batch: expected an even number, got {self.unpaired_batch}. Half of them are preferred.")
+            raise ValueError(f"unpaired_batch: expected an even number, got {self.unpaired_batch}. Half of them are preferred.")
         if self.anchors and not self.weights.on_pairs:
             raise ValueError(f"--anchors: expected 0 where nothing is learnt from pairs, got {self.anchors}. Leave it out.")
 
@@ -156,7 +275,7 @@ def train_reward(
             record = _epoch(state, data, options, on_step)
         state.history.append(record)
         state.epoch += 1
-        if record is max(state.history, key=lambda one: (one["val_accuracy"], -one["val_log_loss"])):  # the first of equal ones
+        if record is max(state.history, key=lambda epoch: (epoch["val_accuracy"], -epoch["val_log_loss"])):  # the first of equal ones
             state.best_epoch = record["epoch"]
             state.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
         if state_file is not None and ranks.main:
@@ -210,8 +329,8 @@ def _epoch(state: TrainState, data: TrainData, options: TrainOptions, on_step: C
         "train_accuracy": correct, "val_accuracy": float((margin > 0).mean()), "val_log_loss": log_loss(margin),
     }  # fmt: skip
     if data.unpaired_val:
-        found = score_seeds(state.model, data.store, [label.seed for label in data.unpaired_val], state.ranks)
-        record["val_auc"] = auc(*([found[label.seed] for label in data.unpaired_val if label.preferred is kind] for kind in (True, False)))
+        scores = score_seeds(state.model, data.store, [label.seed for label in data.unpaired_val], state.ranks)
+        record["val_auc"] = auc(*([scores[label.seed] for label in data.unpaired_val if label.preferred is kind] for kind in (True, False)))
     return record
 
 
@@ -230,13 +349,15 @@ def _step(
     with batch.draws(rows):
         out = state.model(shown[0] if len(shown) == 1 else torch.cat(shown), reconstruct=weights.reconstruction > 0)
     if paired is not None:
-        count, own = len(batch.of_items.rows), out.rows(0, rows)
+        count, of_pairs = len(batch.of_items.rows), out.rows(0, rows)
         with batch.block_draws():
-            terms = loss(own, *paired[1:], pair_logits=state.model.pair_logits, observed=paired[0], epoch=state.epoch, generator=generator)
-        figures["correct"] = float((own.scalar[:count] > own.scalar[count : 2 * count]).float().mean())
+            terms = loss(
+                of_pairs, *paired[1:], pair_logits=state.model.pair_logits, observed=paired[0], epoch=state.epoch, generator=generator,
+            )
+        figures["correct"] = float((of_pairs.scalar[:count] > of_pairs.scalar[count : 2 * count]).float().mean())
     if batch.shapes:
-        found, correct = _unpaired(out.rows(rows, len(out.scalar)), batch, state)
-        terms |= loss.unpaired(found)
+        unpaired, correct = _unpaired(out.rows(rows, len(out.scalar)), batch, state)
+        terms |= loss.unpaired(unpaired)
         if paired is None:
             figures["correct"] = correct
             if out.reconstruction is not None:
@@ -269,8 +390,10 @@ def _unpaired(out: RewardOutput, batch: Step, state: TrainState) -> tuple[Unpair
     state.bandwidth = now if state.bandwidth is None else MOMENTUM * state.bandwidth + (1 - MOMENTUM) * now
     scores = whole[:, -1].detach()
     correct = float((scores[preferred][:, None] > scores[~preferred]).float().mean())
-    found = UnpairedOutput(scalar=out.scalar, target=target, embedding=whole[:, :-1], preferred=preferred, bandwidth=state.bandwidth)
-    return found, correct
+    embedding = whole[:, :-1]
+    return UnpairedOutput(
+        scalar=out.scalar, target=target, embedding=embedding, preferred=preferred, bandwidth=state.bandwidth
+    ), correct
 
 
 def _shapes(labels: Sequence[UnpairedPreference], share: Share, data: TrainData, options: TrainOptions, draws: np.random.Generator, device):

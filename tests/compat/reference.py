@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
 from training.discriminator import DualDiscriminator
@@ -45,6 +47,35 @@ def relative_error(value, reference) -> float:
     b = np.asarray(reference, dtype=np.float64)
     assert a.shape == b.shape, f"expected shape {b.shape}, got {a.shape}"
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+
+
+def existing(path: Path) -> Path:
+    """The file; skips the test where a set has left it out."""
+    if not path.is_file():
+        pytest.skip(f"this set has no {path}")
+    return path
+
+
+def arrays(path: Path):
+    """Arrays of a file; skips the test where a set has left it out."""
+    return np.load(existing(path))
+
+
+def hold(reference: Mapping[str, np.ndarray], computed: Mapping[str, Callable[[np.ndarray], None]]) -> None:
+    """Run the check of every value that a set has, with the value; skips the test where it has none of them."""
+    present = [key for key in computed if key in reference]
+    if not present:
+        pytest.skip(f"this set has no {', '.join(computed)}")
+    for key in present:
+        computed[key](reference[key])
+
+
+def of_set(reference: Mapping[str, np.ndarray], *keys: str) -> list[np.ndarray]:
+    """The values of keys; skips the test where a set has left one out."""
+    absent = [key for key in keys if key not in reference]
+    if absent:
+        pytest.skip(f"this set has no {', '.join(absent)}")
+    return [reference[key] for key in keys]
 
 
 class Draws:

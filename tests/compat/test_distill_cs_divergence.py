@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from eg3d_rlhf.preferences.divergence import cs_divergence, median_distance
+from eg3d_rlhf.preferences.losses import cs_divergence, median_distance
 from tests.compat.distill_reference import members, needs, under
 
 NAME = "cs_divergence"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eg3d_rlhf.preferences.elo import Judgement, elo
+from eg3d_rlhf.preferences.strengths import Judgement, elo
 from tests.compat.distill_reference import needs, recipe, under
 
 NAME = "gpteval3d_elo"

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.preferences import losses
-from eg3d_rlhf.rewards.model import PAPER, RewardArch, RewardModel
 from eg3d_rlhf.rewards.networks import MLP, RewardOutput
-from eg3d_rlhf.rewards.pooling import slice_max_feature
+from eg3d_rlhf.rewards.slab_network import PAPER, RewardArch, RewardModel
+from eg3d_rlhf.rewards.unet3d import slice_max_feature
+from tests.compat.reference import arrays, existing
 
 OUTPUT_TOLERANCE = 2e-5  # relative; observed float32 deviation at most 4e-6
 GRADIENT_TOLERANCE = 3e-4  # of (norm + 1e-6 * largest norm)
@@ -74,14 +75,14 @@ def collect(model, slab=None):
 
 def reduced(folder, dtype=torch.float32):
     model = RewardModel(REDUCED)
-    with np.load(folder / "red_state.npz") as state:
+    with arrays(folder / "red_state.npz") as state:
         model.load_state_dict({k: torch.from_numpy(state[k]) for k in state.files})
     return model.to(dtype)
 
 
 @pytest.mark.parametrize(("file", "arch", "count"), [("full", PAPER, 12_686_699), ("reduced", REDUCED, None)])
 def test_state_dict_has_the_published_names_order_and_shapes(folder, file, arch, count):
-    lines = (folder / f"state_dict_{file}.tsv").read_text().splitlines()[1:]
+    lines = existing(folder / f"state_dict_{file}.tsv").read_text().splitlines()[1:]
     want = [tuple(line.split("\t")[1:3]) for line in lines]
     model = RewardModel(arch)
     assert [(k, "x".join(map(str, v.shape))) for k, v in model.state_dict().items()] == want
@@ -97,7 +98,7 @@ def test_weight_recipe_gives_the_stored_reduced_weights(folder):
 
 @pytest.mark.parametrize("name", ["mlp2", "mlp3"])
 def test_mlp_matches_reference(folder, name):
-    with np.load(folder / f"{name}.npz") as d:
+    with arrays(folder / f"{name}.npz") as d:
         hidden = [len(d[k]) for k in d.files if k.endswith("bias") and not k.startswith("output")]
         mlp = MLP(d["x"].shape[1], hidden, d["y"].shape[1])
         mlp.load_state_dict({k: torch.from_numpy(d[k]) for k in d.files if "layer" in k})
@@ -105,7 +106,7 @@ def test_mlp_matches_reference(folder, name):
 
 
 def test_nearest_resampling_picks_the_reference_indices(folder):
-    with np.load(folder / "nearest_index.npz") as d:
+    with arrays(folder / "nearest_index.npz") as d:
         for key in d.files:
             n_in, n_out = map(int, key[1:].split("_"))
             ramp = torch.arange(n_in, dtype=torch.float32)[None, None, :, None, None].expand(1, 1, n_in, 2, 2)
@@ -124,7 +125,7 @@ def test_reduced_network_stages_and_outputs_match(folder, file, dtype):
         for i, module in enumerate(modules):
             module.register_forward_hook(lambda _m, _i, out, key=f"{kind}{i}": stages.__setitem__(key, out))
     unet.final_conv.register_forward_hook(lambda _m, _i, out: stages.__setitem__("final_conv", out))
-    with np.load(folder / f"{file}.npz") as d, torch.no_grad():
+    with arrays(folder / f"{file}.npz") as d, torch.no_grad():
         for item in "ab":
             slab = torch.from_numpy(d[f"slab_{item}"]).to(dtype)[None, None]
             out = model(slab, reconstruct=True)
@@ -156,7 +157,7 @@ def test_reduced_network_stages_and_outputs_match(folder, file, dtype):
 def test_reduced_scalar_gradients_match(folder, file, dtype, source):
     model, prefix = reduced(folder, dtype), "" if dtype is torch.float32 else "f64_"
     tolerance = GRADIENT_TOLERANCE if dtype is torch.float32 else 1e-8
-    with np.load(folder / f"{file}.npz") as d:
+    with arrays(folder / f"{file}.npz") as d:
         start = d["slab_a"] if source == "scalar_a" else d["raw"]
         slab = torch.from_numpy(start).to(dtype)[None, None].requires_grad_()
         fed = slab if source == "scalar_a" else (slab - slab.min()) / (slab.max() - slab.min()) * 100
@@ -183,7 +184,7 @@ def combined(model, slabs, reconstruct, epoch=0, seed=0):
 def test_reduced_losses_and_their_gradients_match(folder, file, dtype, variant):
     model, key = reduced(folder, dtype), ("" if dtype is torch.float32 else "f64_") + variant
     single = dtype is torch.float32
-    with np.load(folder / f"{file}.npz") as d:
+    with arrays(folder / f"{file}.npz") as d:
         slabs = torch.from_numpy(np.stack([d["slab_a"], d["slab_b"]])).to(dtype)[:, None]
         terms = combined(model, slabs, reconstruct=variant == "loss")
         peers = {"pairs": "paired_loss", "scalar": "scalar_rwd_loss", "bradley_terry": "BT_rwd_loss"}
@@ -205,7 +206,7 @@ def test_reduced_losses_and_their_gradients_match(folder, file, dtype, variant):
 @pytest.mark.parametrize("file", ["red_odd", "red_even"])
 def test_from_epoch_three_one_order_is_drawn(folder, file):
     model = reduced(folder)
-    with np.load(folder / f"{file}.npz") as d, torch.no_grad():
+    with arrays(folder / f"{file}.npz") as d, torch.no_grad():
         slabs = torch.from_numpy(np.stack([d["slab_a"], d["slab_b"]]))[:, None]
         seen = {round(float(combined(model, slabs, False, epoch=3, seed=s)["pairs"]), 4) for s in range(12)}
         assert seen == {round(float(d["ce_ab_t0"]), 4), round(float(d["ce_ba_t1"]), 4)}
@@ -220,7 +221,7 @@ def full_size(dtype=torch.float32):
 
 def test_full_size_network_matches(folder):
     model, slab_a, slab_b = full_size()
-    with np.load(folder / "full_fwd.npz") as d, torch.no_grad():
+    with arrays(folder / "full_fwd.npz") as d, torch.no_grad():
         for name, first in zip(d["weight_check_names"], d["weight_check_first4"], strict=True):
             flat = model.state_dict()[str(name)].flatten()
             np.testing.assert_array_equal(flat[:4].numpy(), first[: flat.numel()])
@@ -258,7 +259,7 @@ def test_full_size_scalar_gradients_match(folder):
     slab.requires_grad_()
     score = model.score(slab)
     score.sum().backward()
-    with np.load(folder / "full_grad.npz") as d:
+    with arrays(folder / "full_grad.npz") as d:
         close(score, d["scalar"])
         check_gradients(collect(model, slab), d["grad_names"], d["grad_norm"], d["grad_proj"], GRADIENT_TOLERANCE)
         close(slab.grad[0, 0, ::8, ::8, ::8], d["input_grad_sub"], GRADIENT_TOLERANCE)
@@ -267,7 +268,7 @@ def test_full_size_scalar_gradients_match(folder):
 @pytest.mark.long
 def test_full_size_network_matches_in_double_precision(folder):
     model, slab_a, slab_b = full_size(torch.float64)
-    with np.load(folder / "full_f64.npz") as d:
+    with arrays(folder / "full_f64.npz") as d:
         slab_a.requires_grad_()
         feature = model.features(slab_a)
         close(feature, d["a_global"], 1e-7)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.preferences.divergence import cs_divergence, median_distance
+from eg3d_rlhf.preferences.losses import cs_divergence, median_distance
 from tests.compat.reference import ROOT
 
 MISC = ROOT / "reward_zoo" / "misc.npz"
@@ -23,10 +23,10 @@ def case(request):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_values_and_gradients(case, dtype, tolerance):
     x, y = (torch.as_tensor(case[name], dtype=dtype).requires_grad_(True) for name in "xy")
-    found = cs_divergence(x, y, float(case["sigma"]))
-    found.backward()
+    divergence = cs_divergence(x, y, float(case["sigma"]))
+    divergence.backward()
     scale = max(abs(float(case["v"])), 1.0)
-    assert abs(float(found.detach()) - case["v"]) <= tolerance * scale
+    assert abs(float(divergence.detach()) - case["v"]) <= tolerance * scale
     np.testing.assert_allclose(x.grad, case["dv_dx"], rtol=0, atol=tolerance)
     np.testing.assert_allclose(y.grad, case["dv_dy"], rtol=0, atol=tolerance)
     assert abs(float(cs_divergence(x, y, float(case["sigma"]), "U").detach()) - case["u"]) <= tolerance * scale

@@ -12,7 +12,7 @@ from eg3d_rlhf.modes.labels import synthetic
 from eg3d_rlhf.preferences.dataset import anchor_seeds
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, load_labels, write_labels
 from eg3d_rlhf.preferences.synthetic import AnnotationOptions
-from eg3d_rlhf.rewards.run import BUNDLED_LABELS, RewardRun, run_reward_training
+from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS, TRAINING, RewardRun
 
 
 def test_ranges_do_not_overlap():
@@ -68,4 +68,4 @@ def test_reward_training_refuses_labels_of_held_out_seeds(tmp_path):
     path = tmp_path / "labels.jsonl"
     write_labels(path, [Preference(winner=1, loser=2), Preference(winner=3, loser=300_007), Preference(winner=210_000, loser=5)])
     with pytest.raises(ValueError, match=r"labels.jsonl: expected seeds that are not held out, got 300007 \(watch"):
-        run_reward_training(RewardRun(out=tmp_path / "out", labels=LabelSource.of_file(path)))
+        TRAINING.begin(RewardRun(labels=LabelSource.of_file(path)), tmp_path / "out")

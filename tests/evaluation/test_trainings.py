@@ -89,7 +89,7 @@ def test_an_interrupted_reward_goes_on(tmp_path, monkeypatch):
         make([[part]])
     assert part.continued() == part.command()
     (part.folder / "state.pt").touch()
-    assert part.continued() == [*part.command(), "--resume"] and not part.finished()
+    assert part.continued() == [part.script, f"--resume={part.folder}"] and not part.finished()
 
 
 MEETS = """

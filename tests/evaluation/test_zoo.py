@@ -61,7 +61,7 @@ def test_commands(tmp_path):
     assert list(plan) == list(ENTRIES)
     assert list(plan["sigma"]) == ["seed0", "seed4"]  # bundled: nothing to train
     assert list(plan["thumbs"]) == ["label", "reward", "seed0", "seed4"]
-    assert "--pairs=0" in plan["thumbs"]["reward"]  # the bundled pairs teach it nothing
+    assert "--set=pairs=0" in plan["thumbs"]["reward"]  # the bundled pairs teach it nothing
     for name, parts in plan.items():
         assert all(flag in parts["seed4"] for flag in (*ENTRIES[name].tune, "--seed=4", "--no-summary"))
     short = ENTRIES["depth"].short[0]

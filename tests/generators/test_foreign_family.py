@@ -1,6 +1,5 @@
 """A generator family that the package has never heard of goes through the public tools: labelled, scored, exported, evaluated."""
 
-import gzip
 import json
 import sys
 from pathlib import Path
@@ -19,15 +18,10 @@ from eg3d_rlhf.evaluation.foreign_scores import main as score
 from eg3d_rlhf.experiments.media.rendering import camera
 from eg3d_rlhf.generators import load_generator, load_networks, ws_of_seeds
 from eg3d_rlhf.modes import labels, reports, samples
-from eg3d_rlhf.people.label.drawing import ShapeDrawer
-from eg3d_rlhf.people.label.pairing import PairingOptions, plan
-from eg3d_rlhf.people.label.preparation import prepare
-from eg3d_rlhf.people.label.shape_files import ShapeCache
-from eg3d_rlhf.rewards.model import RewardArch, RewardModel
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
+from eg3d_rlhf.rewards.slab_network import RewardArch, RewardModel
 from tests import tiny_runs
-from tests.people.label.plans import decode_mesh
 from training import networks, storage
 from training.rendering.cameras import mirror_label
 
@@ -130,25 +124,6 @@ def test_its_mesh_lies_in_its_bounds_mirrored_and_watertight(foreign, tmp_path):
     assert (np.abs(mesh.bounds - CENTRE) <= SCALE / 2 + 1e-3).all()
     assert mesh.volume == pytest.approx(own.volume * SCALE**3, rel=1e-2)
 
-
-def test_its_pictures_and_shapes_are_written(foreign, tmp_path):
-    flags = ["--seeds=1", "--shapes=1", "--shape-res=24", "--shape-format=.glb"]
-    run(samples.images, f"--network={foreign[0]}", f"--outdir={tmp_path}", *flags)
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".glb", ".png"]
-
-
-def test_its_shapes_are_prepared_for_labelling(foreign, tmp_path):
-    """Meshes, pictures, and shapes that were broken on purpose."""
-    path, _ = foreign
-    loaded, cache = load_generator(path), ShapeCache(tmp_path)
-    pairs = plan(PairingOptions(pairs=1, gold=1, training=0, resolution=40, triangles=600), loaded).pairs
-    shapes = [side for p in pairs for side in (p.first, p.second)]
-    prepare(shapes, cache, ShapeDrawer(), renders=True)
-    assert [cache.failure(shape) for shape in shapes] == [None] * 4
-    for shape in shapes:
-        vertices, _ = decode_mesh(gzip.decompress(cache.mesh(shape).read_bytes()))
-        assert (np.abs(vertices - CENTRE) <= SCALE / 2 + 1e-3).all() and np.ptp(vertices, axis=0).min() > 0.3
-        assert cache.render(shape) is not None
 
 def test_pairs_of_it_are_labelled(foreign, tmp_path):
     out = tmp_path / "labels.jsonl"

@@ -10,10 +10,18 @@ from scipy.spatial import cKDTree
 
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators.eg3d import PlaneField as Field
-from eg3d_rlhf.geometry.chunked_mesh import extract_mesh_blockwise
-from eg3d_rlhf.geometry.field_mesh import OUTSIDE, FieldGrid
-from eg3d_rlhf.geometry.mesh import compact, count_edges, decimate, extract_mesh, face_volumes, largest_part, parts, vertex_normals
-from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh, save_mesh, write_mrc
+from eg3d_rlhf.geometry.mesh import (
+    compact,
+    count_edges,
+    decimate,
+    extract_mesh,
+    extract_mesh_blockwise,
+    face_volumes,
+    largest_part,
+    parts,
+    vertex_normals,
+)
+from eg3d_rlhf.geometry.mesh_export import OUTSIDE, FieldGrid, MeshOptions, export_mesh, save_mesh, write_mrc
 from tests.geometry.stand_in import StandIn, sigma_grid
 
 CENTRE, RADIUS, POINTS = np.array([0.05, -0.1, 0.02]), 0.3, 48
@@ -180,8 +188,6 @@ def test_a_border_is_cleared(field):
     inside[4:16, 4:16, 4:16] = True
     torch.testing.assert_close(got[inside], whole[inside], rtol=1e-5, atol=1e-5)
     assert (got[~inside] == OUTSIDE).all()
-    with pytest.raises(ValueError, match="0 <= border < 0.5, got 0.5"):
-        FieldGrid(field, 20, border=0.5)
 
 
 def test_mrc_volume_reads_back_in_eg3ds_order(field, tmp_path):

@@ -5,12 +5,21 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from eg3d_rlhf.core.separable import SeparableDensity
 from eg3d_rlhf.generators.eg3d import PlaneField as Field
-from eg3d_rlhf.geometry import field_mesh
-from eg3d_rlhf.geometry.chunked_mesh import BRICK, bricks_along, extract_mesh_blockwise, padded, touched_bricks
-from eg3d_rlhf.geometry.field_mesh import FieldGrid, bound_bricks, bounds_of_size, extract_field_mesh
-from eg3d_rlhf.geometry.mesh import count_edges, extract_mesh, parts, vertex_normals
+from eg3d_rlhf.geometry import mesh_export
+from eg3d_rlhf.geometry.mesh import (
+    BRICK,
+    bricks_along,
+    count_edges,
+    extract_mesh,
+    extract_mesh_blockwise,
+    padded,
+    parts,
+    touched_bricks,
+    vertex_normals,
+)
+from eg3d_rlhf.geometry.mesh_export import FieldGrid, bound_bricks, bounds_of_size, extract_field_mesh
+from eg3d_rlhf.geometry.slab import SeparableDensity
 from tests.geometry.stand_in import StandIn, random_planes
 from tests.geometry.test_chunked_mesh import assert_same_surface
 
@@ -50,8 +59,8 @@ def test_the_surface_is_that_of_the_whole_volume(layout, resolution, border, sha
 @pytest.mark.parametrize(("refine", "dense"), [(-1.0, 2.0), (2.0, 2.0), (2.0, -1.0)], ids=["finer bounds", "single bricks", "whole layers"])
 @pytest.mark.parametrize("scale", [0.5, 40.0])
 def test_every_way_of_evaluating_gives_the_same_surface(monkeypatch, refine, dense, scale):
-    monkeypatch.setattr(field_mesh, "_REFINE_SHARE", refine)
-    monkeypatch.setattr(field_mesh, "_DENSE_SHARE", dense)
+    monkeypatch.setattr(mesh_export, "_REFINE_SHARE", refine)
+    monkeypatch.setattr(mesh_export, "_DENSE_SHARE", dense)
     grid = FieldGrid(smooth_field(texels=12, scale=scale), 41)
     level = level_of(grid, 0.8)
     mesh = extract_field_mesh(grid, level)
@@ -86,7 +95,7 @@ def test_bounds_hold_and_decide(layout, size, scale):
 def test_finer_bounds_leave_less_undecided(monkeypatch):
     density = FieldGrid(smooth_field(texels=9), 67).separable()
     coarse = bounds_of_size(density, 3.0, BRICK)
-    monkeypatch.setattr(field_mesh, "_REFINE_SHARE", 0.0)
+    monkeypatch.setattr(mesh_export, "_REFINE_SHARE", 0.0)
     fine = bound_bricks(density, 3.0)
     assert not (fine.undecided & ~coarse.undecided).any() and 0 < fine.undecided.sum() < coarse.undecided.sum()
 

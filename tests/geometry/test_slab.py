@@ -68,15 +68,6 @@ def test_oblique_planes_fall_back_with_one_warning(stand_in):
         sigma_grid(stand_in, latents(), SPEC, impl="separable")
 
 
-def test_user_errors(stand_in):
-    with pytest.raises(ValueError, match="density_grid: expected impl in .* got 'fast'"):
-        sigma_grid(stand_in, latents(), SPEC, impl="fast")
-    with pytest.raises(ValueError, match=r"field\(ws\): expected"):
-        sigma_grid(stand_in, latents()[0], SPEC)
-    with pytest.raises(ValueError, match="normalise_slab: expected non-empty samples"):
-        normalise_slab(torch.zeros(5))
-
-
 def test_sample_slab_spans_the_range(stand_in):
     slab = sample_slab(stand_in, latents(), SlabSpec(resolution=20, value_max=7.0))
     assert slab.shape == (2, 1, *SPEC.shape)

@@ -2,12 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.geometry.mesh import extract_mesh
+from eg3d_rlhf.geometry.slab import sigma_at
+from tests.geometry.stand_in import StandIn, sample_slab, sigma_grid
 
 fraction = st.floats(0, 0.45)
 
@@ -77,3 +81,95 @@ def test_from_dict_refuses_missing_and_unknown_fields():
         SlabSpec.from_dict(values)
     with pytest.raises(ValueError, match="got list"):
         SlabSpec.from_dict([1, 2])
+
+
+# The skewed lattice of the published reward's training data: its points, its densities, and what it refuses.
+
+
+SMALL = {"resolution": 20, "crop": (0.25, 0.25, 0.25, 0.20, 0.40, 0.10)}
+
+
+def loop_points(resolution: int, ranges, box_warp: float = 1.0) -> np.ndarray:
+    """Points [D, H, W, 3] by the authors' rule: one running number over the cube, divided without rounding down."""
+    n, ((x0, x1), (y0, y1), (z0, z1)) = resolution, ranges
+    out = np.empty((z1 - z0, y1 - y0, x1 - x0, 3))
+    for i in range(x0, x1):
+        for j in range(y0, y1):
+            for k in range(z0, z1):
+                number = (i * n + j) * n + k
+                index = np.array([number / n / n % n, number / n % n, number % n])
+                out[k - z0, j - y0, i - x0] = index * (box_warp / (n - 1)) - box_warp / 2
+    return out
+
+
+@pytest.mark.parametrize(("resolution", "box_warp"), [(20, 1.0), (33, 1.6)])
+def test_points_follow_the_authors_rule(resolution, box_warp):
+    spec = SlabSpec(resolution=resolution, box_warp=box_warp, lattice="skewed")
+    points = spec.points()
+    assert points.dtype == torch.float32 and points.shape == (*spec.shape, 3)
+    np.testing.assert_allclose(points.numpy(), loop_points(resolution, spec.index_ranges, box_warp), rtol=0, atol=2e-7 * box_warp)
+
+
+def test_published_slab_has_the_reference_coordinates_to_the_last_bit(fixtures_dir):
+    reference = np.load(fixtures_dir / "reward" / "slab_axes.npz")
+    points = SlabSpec(lattice="skewed").points().numpy()
+    x, y, z = reference["idx_xyz"].T
+    np.testing.assert_array_equal(points[z, y, x], reference["coords_xyz"])
+
+
+def test_published_slab_drifts_by_up_to_nine_tenths_of_a_voxel():
+    straight, skewed = SlabSpec(), SlabSpec(lattice="skewed")
+    offset = (skewed.points() - straight.points()).amax(dim=(0, 1, 2)) / straight.voxel
+    assert offset[0] == pytest.approx(204 / 256 + 230 / 65536, abs=1e-4)
+    assert offset[1] == pytest.approx(230 / 256, abs=1e-4)
+    assert offset[2] == pytest.approx(0, abs=1e-4)
+
+
+def test_straight_points_are_the_axes():
+    spec = SlabSpec(**SMALL)
+    x, y, z = spec.axes()
+    points = spec.points()
+    assert torch.equal(points[3, 2, 1], torch.stack([x[1], y[2], z[3]]))
+    assert points.shape == (*spec.shape, 3)
+
+
+def test_densities_are_those_of_the_loops_points(stand_in):
+    spec = SlabSpec(**SMALL, lattice="skewed")
+    ws = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(7))
+    points = torch.from_numpy(loop_points(20, spec.index_ranges)).reshape(-1, 3).float()
+    expected = sigma_at(stand_in.planes(ws, "const"), stand_in.renderer.plane_axes, stand_in.weights, points)
+    sigma = sigma_grid(stand_in, ws, spec)
+    torch.testing.assert_close(sigma.flatten(1), expected, rtol=1e-4, atol=2e-4)  # coordinates differ by rounding
+    straight = sigma_grid(stand_in, ws, SlabSpec(**SMALL))
+    assert sigma.shape == straight.shape and (sigma - straight).abs().max() > 0.01
+    slab = sample_slab(stand_in, ws, spec)
+    assert slab.shape == (2, 1, *spec.shape) and slab.amin() == 0 and slab.amax() == pytest.approx(100)
+
+
+def test_gradient_reaches_the_latents():
+    spec = SlabSpec(**SMALL, lattice="skewed")
+    ws = torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(7)).requires_grad_()
+    (grad,) = torch.autograd.grad(sample_slab(StandIn(), ws, spec).square().mean(), ws)
+    assert grad.isfinite().all() and grad.abs().max() > 0
+
+
+def test_what_needs_axes_refuses_it():
+    spec, ws = SlabSpec(**SMALL, lattice="skewed"), torch.zeros(1, 2, 3)
+    with pytest.raises(ValueError, match=r"axes: expected a straight lattice, got 'skewed'. Use points\(\)"):
+        spec.axes()
+    with pytest.raises(ValueError, match="expected a straight lattice for impl='separable'"):
+        sigma_grid(StandIn(), ws, spec, impl="separable")
+    with pytest.raises(ValueError, match="expected a straight lattice"):
+        extract_mesh(torch.zeros(spec.shape), spec)
+    with pytest.raises(ValueError, match="expected a lattice of straight, skewed, got 'bent'. Use 'straight'"):
+        SlabSpec(lattice="bent")
+
+
+def test_descriptions_of_straight_slabs_stay_as_they_were():
+    straight, skewed = SlabSpec(**SMALL), SlabSpec(**SMALL, lattice="skewed")
+    assert set(straight.to_dict()) == {"resolution", "crop", "box_warp", "value_max"}
+    assert skewed.to_dict()["lattice"] == "skewed" and straight.digest() != skewed.digest()
+    for spec in (straight, skewed):
+        assert SlabSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    with pytest.raises(ValueError, match="expected a lattice"):
+        SlabSpec.from_dict({**straight.to_dict(), "lattice": 1})

@@ -1,6 +1,7 @@
-"""The loss of a margin against closed forms in float64, and the reward's losses, which are its special case to the last bit."""
+"""Preference losses of margins, the reward network's terms, and the divergence of two sets, against closed forms."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eg3d_rlhf.preferences.losses import AGGREGATIONS, KINDS, aggregate, margin_loss, preference_loss
+from eg3d_rlhf.preferences import losses
+from eg3d_rlhf.preferences.losses import KINDS, aggregate, cs_divergence, margin_loss, median_distance, preference_loss
 
 OPTIONS = {"sigmoid": {"label_smoothing": 0.1, "margin": 0.3}, "robust": {"label_smoothing": 0.2}, "hinge": {"margin": -0.2}, "ipo": {}}
 
@@ -141,7 +143,6 @@ def test_huge_margins_stay_finite():
         ({"kind": "hinge", "label_smoothing": 0.1}, "expected label_smoothing 0 with hinge, got 0.1"),
         ({"kind": "ipo", "margin": 1.0}, "expected margin 0 with ipo, got 1.0"),
         ({"margin": math.nan}, "expected a finite margin, got nan"),
-        ({"weight": torch.ones(3)}, r"expected a weight per pair, \[2\], got \[3\]"),
     ],
 )
 def test_errors_name_the_values(arguments, message):
@@ -149,8 +150,137 @@ def test_errors_name_the_values(arguments, message):
         preference_loss(torch.zeros(2), **arguments)
 
 
-def test_aggregation_errors_name_the_values():
-    with pytest.raises(ValueError, match=f"aggregate: expected one of {', '.join(AGGREGATIONS)} and beta > 0, got 'sum' and 1.0"):
-        aggregate(torch.zeros(2), "sum")
-    with pytest.raises(ValueError, match="beta > 0, got 'drdpo' and 0"):
-        aggregate(torch.zeros(2), "drdpo", 0)
+# Loss terms against closed forms, and how they react to swaps and constants.
+
+
+def test_terms_at_indifference_are_log_two_and_unreduced():
+    zero = torch.zeros(5)
+    torch.testing.assert_close(losses.margin_loss(zero, zero), torch.full((5,), math.log(2)))
+    torch.testing.assert_close(losses.pair_loss_both_orders(torch.zeros(5, 2), torch.zeros(5, 2)), torch.full((5,), math.log(2)))
+
+
+def test_margin_and_strength_match_their_definitions():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(9, generator=g, dtype=torch.float64), torch.randn(9, generator=g, dtype=torch.float64)
+    torch.testing.assert_close(losses.margin_loss(a, b), -torch.log(torch.sigmoid(a - b)))
+    torch.testing.assert_close(losses.margin_loss(a, b), -torch.log(a.exp() / (a.exp() + b.exp())))
+    torch.testing.assert_close(losses.margin_loss(a, b) - losses.margin_loss(b, a), b - a)  # swapping turns p into 1 - p
+
+
+def test_drawn_order_uses_one_of_both_per_pair_and_repeats_by_generator():
+    g = torch.Generator().manual_seed(0)
+    first, second = torch.randn(200, 2, generator=g), torch.randn(200, 2, generator=g)
+    drawn = losses.pair_loss_drawn_order(first, second, torch.Generator().manual_seed(3))
+    options = torch.stack([-first.log_softmax(1)[:, 0], -second.log_softmax(1)[:, 1]])
+    chosen = (drawn == options).float().mean(1)
+    assert ((drawn == options).any(0)).all() and 0.4 < chosen[0] < 0.6
+    torch.testing.assert_close(drawn, losses.pair_loss_drawn_order(first, second, torch.Generator().manual_seed(3)))
+
+
+def test_strength_norm_carries_no_gradient():
+    x = torch.ones(3, requires_grad=True)
+    alone = losses.PreferenceLoss(losses.LossWeights(pairs=0, scalar=0, bradley_terry=0, strength=1, reconstruction=0))
+    output = SimpleNamespace(log_strength=x)
+    value = alone(output, x, x, pair_logits=None, observed=None, epoch=0, generator=None)["strength"]
+    assert not value.requires_grad
+    assert float(value) == pytest.approx(math.e * math.sqrt(3))
+
+
+def test_reconstruction_ignores_affine_maps_and_survives_a_constant():
+    o = torch.rand(2, 1, 3, 4, 5) * 100
+    torch.testing.assert_close(losses.reconstruction_loss(o * 0.3 - 7, o), torch.zeros(2), atol=1e-3, rtol=0)
+    flat = losses.reconstruction_loss(torch.zeros_like(o), o)
+    torch.testing.assert_close(flat, (o - o.amin((1, 2, 3, 4), keepdim=True)).mean((1, 2, 3, 4)))
+
+
+def test_negative_weights_are_refused():
+    with pytest.raises(ValueError, match="scalar must be >= 0, got -1"):
+        losses.LossWeights(scalar=-1)
+
+
+# The Cauchy-Schwarz divergence: closed forms, bounds, what it is blind to, and how its bias falls with the number of members.
+
+
+def points(count, size, seed=0, mean=0.0):
+    found = torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return found + torch.tensor([mean] + [0.0] * (size - 1), dtype=torch.float64)
+
+
+def test_two_repeated_points_have_the_closed_form_and_share_its_gradient():
+    a, b, s = torch.tensor([0.3, -1.0], dtype=torch.float64), torch.tensor([1.1, 0.4], dtype=torch.float64), 0.7
+    x, y = a.repeat(5, 1).requires_grad_(True), b.repeat(3, 1)
+    found = cs_divergence(x, y, s)
+    found.backward()
+    assert float(found.detach()) == pytest.approx(float((a - b).square().sum()) / s**2, abs=1e-12)
+    torch.testing.assert_close(x.grad, (2 * (a - b) / s**2 / 5).repeat(5, 1))
+
+
+def test_identical_sets_have_neither_divergence_nor_gradient():
+    x = points(6, 3).requires_grad_(True)
+    y = x.detach().clone().requires_grad_(True)
+    found = cs_divergence(x, y, 0.8)
+    found.backward()
+    assert abs(float(found.detach())) < 1e-12
+    assert float(x.grad.abs().max()) < 1e-12 and float(y.grad.abs().max()) < 1e-12
+
+
+def test_order_rotation_shift_and_which_set_is_which_do_not_matter():
+    x, y = points(7, 3), points(9, 3, 1, 0.5)
+    known = float(cs_divergence(x, y, 0.9))
+    assert known > 0
+    turn = torch.linalg.qr(points(3, 3, 2)).Q
+    for a, b in ((x.flip(0), y), (x @ turn, y @ turn), (x + 3, y + 3)):
+        assert float(cs_divergence(a, b, 0.9)) == pytest.approx(known, abs=1e-12)
+    one_dimensional = x[:, :1], y[:, :1]
+    assert torch.equal(cs_divergence(*one_dimensional, 0.9), cs_divergence(*one_dimensional[::-1], 0.9)), "labels turned over"
+
+
+def test_embeddings_of_length_one_are_bounded():
+    for seed in range(20):
+        x, y = (torch.nn.functional.normalize(points(4 + seed % 3, 2 + seed % 5, seed + 50 * k)) for k in (0, 1))
+        for s in (0.2, 1.0, 3.0):
+            assert -1e-12 <= float(cs_divergence(x, y, s)) <= 4 / s**2 + 1e-9
+    opposite = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    assert float(cs_divergence(opposite, -opposite, 0.5)) == pytest.approx(16)
+
+
+@pytest.mark.parametrize("estimator", ["V", "U"])
+def test_gradients_are_those_of_differences(estimator):
+    x, y = points(4, 3).requires_grad_(True), points(5, 3, 1).requires_grad_(True)
+    s = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *inputs: cs_divergence(*inputs, estimator), (x, y, s))
+
+
+def test_far_sets_do_not_overflow():
+    x, y = points(4, 2).float().requires_grad_(True), points(4, 2, 1, 1e3).float()
+    found = cs_divergence(x, y, 0.1)
+    found.backward()
+    assert math.isfinite(float(found.detach())) and bool(x.grad.isfinite().all())
+
+
+@pytest.mark.long
+def test_gaussians_come_to_the_population_value_with_the_square_root_of_their_number():
+    """|gap|^2 / (s^2 + 2 tau^2); the error of V falls as m^-1/2."""
+    tau, s, gap, size, sizes = 0.5, 1.0, 1.0, 4, (32, 64, 128, 256, 512, 1024)
+    truth = gap**2 / (s**2 + 2 * tau**2)
+    errors = []
+    for m in sizes:
+        draws = [(tau * points(m, size, 100 * m + k), tau * points(m, size, 100 * m + k + 50)) for k in range(40)]
+        shift = torch.tensor([gap, 0, 0, 0], dtype=torch.float64)
+        errors.append(np.mean([abs(float(cs_divergence(x, y + shift, s)) - truth) for x, y in draws]))
+    slope = np.polyfit(np.log(sizes), np.log(errors), 1)[0]
+    assert abs(slope + 0.5) <= 0.2, errors
+    assert truth == pytest.approx(0.667, abs=1e-3) and errors[-1] < 0.05
+
+
+def test_v_is_too_large_in_many_dimensions_and_u_is_not():
+    v, u = ([float(cs_divergence(points(8, 16, k), points(8, 16, k + 100), 2.0, e)) for k in range(40)] for e in ("V", "U"))
+    a = (2.0**2 / (2.0**2 + 2)) ** 8
+    assert np.mean(v) == pytest.approx(2 * math.log((1 / 8 + (1 - 1 / 8) * a) / a), rel=0.15)
+    assert abs(np.mean(u)) < 0.1 * np.mean(v)
+
+
+def test_medians_are_of_different_members_and_carry_no_gradient():
+    x = torch.tensor([[0.0], [1.0], [3.0]], requires_grad=True)
+    found = median_distance(x)
+    assert float(found) == 2 and not found.requires_grad

@@ -6,9 +6,10 @@ import weakref
 import pytest
 import torch
 
-from eg3d_rlhf.rewards import fused, group_sums
+from eg3d_rlhf.rewards import fused
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble
-from eg3d_rlhf.rewards.model import PAPER, PRESETS, RewardArch, RewardModel
+from eg3d_rlhf.rewards.fused import group_affine, group_gradient, group_weights
+from eg3d_rlhf.rewards.slab_network import PAPER, PRESETS, RewardArch, RewardModel
 from eg3d_rlhf.rewards.train import TrainData, train_reward, with_changes
 from tests.rewards.test_train import OPTIONS, filled, toy_labels
 from tests.torch_utils.compilers import needs_cpp
@@ -214,11 +215,11 @@ def test_group_normalisation_and_its_gradient():
     def spread(values):
         return values[..., None, None, None]
 
-    scale, shift = group_sums.group_affine(norm, sums(x.detach()), 60)
+    scale, shift = group_affine(norm, sums(x.detach()), 60)
     torch.testing.assert_close(x * spread(scale) + spread(shift), norm(x), atol=1e-5, rtol=1e-5)
-    f = group_sums.group_gradient(norm, sums(x.detach()), sums(g), 60)
+    f = group_gradient(norm, sums(x.detach()), sums(g), 60)
     torch.testing.assert_close(spread(f[..., 0]) * g + spread(f[..., 1]) * x.detach() + spread(f[..., 2]), truth)
-    for value, expected in zip(group_sums.group_weights(norm, sums(x.detach()), sums(g), 60), weights, strict=True):
+    for value, expected in zip(group_weights(norm, sums(x.detach()), sums(g), 60), weights, strict=True):
         torch.testing.assert_close(value, expected.float())
 
 

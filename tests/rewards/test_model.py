@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.rewards import model as networks_of_slabs
-from eg3d_rlhf.rewards.model import RewardArch, RewardModel
+from eg3d_rlhf.rewards import slab_network
 from eg3d_rlhf.rewards.observations import SigmaSlab
-from eg3d_rlhf.rewards.pooling import slice_max_feature, slice_windows
 from eg3d_rlhf.rewards.reward import Reward, fill_published, load_reward
+from eg3d_rlhf.rewards.slab_network import RewardArch, RewardModel
+from eg3d_rlhf.rewards.unet3d import slice_max_feature, slice_windows
 
-PRESETS = {name: RewardArch.from_dict(found.network) for name, found in networks_of_slabs.PRESETS.items()}
+PRESETS = {name: RewardArch.from_dict(found.network) for name, found in slab_network.PRESETS.items()}
 SMALL_PRESETS = [name for name in PRESETS if name != "paper"]
 SPEC = SlabSpec(resolution=32, crop=(0.25, 0.25, 0.2, 0.25, 0.3, 0.33))
 SHAPE = SPEC.shape  # odd and even sides

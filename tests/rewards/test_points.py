@@ -1,21 +1,24 @@
 """Properties of the networks on clouds of points, and a reward of each kind from labels to tuning."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
+from eg3d_rlhf.core.field import LEVEL, Bounds, CameraFamily, Rendering
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.modes import reward_training
 from eg3d_rlhf.modes.labels import synthetic
+from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.networks import preset, readers_of
-from eg3d_rlhf.rewards.observations.clouds import self_scaled
-from eg3d_rlhf.rewards.observations.points import LevelSetPoints
-from eg3d_rlhf.rewards.points import CurveNetArch, PointNetArch, build
-from eg3d_rlhf.rewards.points.curves import onward
-from eg3d_rlhf.rewards.points.neighbours import ball, farthest_points, nearest
+from eg3d_rlhf.rewards.point_layers import ball, farthest_points, nearest
+from eg3d_rlhf.rewards.point_networks import CurveNetArch, PointNetArch, build, onward
+from eg3d_rlhf.rewards.points import LevelSetPoints, LiftedPoints, PublishedPoints, draw, evenly, level_set, lift, mirror, self_scaled
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from tests import tiny_runs
 
@@ -183,3 +186,210 @@ def test_it_trains_and_tunes(kind, name, labels, tmp_path):
 def test_bad_flags_are_one_line(flags, text, tmp_path):
     result = CliRunner().invoke(reward_training.train, [*(str(f) for f in flags), f"--out={tmp_path / 'run'}"])
     assert result.exit_code == 2 and text in result.stderr and "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
+# Clouds on known shapes, where every point and its derivative has a closed form; and what rewards' files say of them.
+
+
+GRID = SlabSpec.cube(24)
+RADIUS, STEEPNESS = 0.31, 50.0
+
+
+@dataclass
+class Ball:
+    """Spheres of radius r [N] about `at`: density level + steepness (r - |p - at|); seen from the front on an empty background."""
+
+    r: torch.Tensor
+    at: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    bounds: Bounds = Bounds()
+    level: float = LEVEL
+    far: float = 3.3
+
+    def __len__(self):
+        return len(self.r)
+
+    def density_grid(self, grid):
+        distance = (grid.points().to(self.r) - torch.tensor(self.at).to(self.r)).norm(dim=-1)
+        return self.level + STEEPNESS * (self.r[:, None, None, None] - distance)
+
+    def render(self, cameras, options):
+        """Exact depth; rays that miss report the far end, fully transparent."""
+        from training.rendering.cameras import RaySampler, unpack_label
+
+        origins, directions = RaySampler()(*unpack_label(cameras.to(self.r)), options.resolution)
+        from_centre = origins - torch.tensor(self.at).to(self.r)
+        along = (from_centre * directions).sum(dim=2)
+        inside = along**2 - (from_centre**2).sum(dim=2) + self.r[:, None] ** 2  # [N, M]
+        depth = torch.where(inside > 0, -along - inside.clamp_min(1e-12).sqrt(), torch.full_like(inside, self.far))
+        shape = (len(self), 1, options.resolution, options.resolution)
+        nothing = depth.new_zeros(0)
+        return Rendering(nothing, nothing, depth.reshape(shape), (inside > 0).to(depth).reshape(shape))
+
+
+def sphere(*radii):
+    return Ball(torch.tensor(radii, dtype=torch.float64, requires_grad=True))
+
+
+def test_points_of_a_sphere_lie_on_it_and_move_with_it():
+    field, grid = sphere(RADIUS, 0.2), SlabSpec.cube(96)
+    points, normals, found = level_set(field.density_grid(grid), LEVEL, grid, 300, seed=0)
+    radius = points.norm(dim=2)
+    assert found.all() and (radius - field.r[:, None]).abs().max() <= grid.voxel**2 / (8 * 0.2)
+    index = points / grid.voxel + 47.5
+    assert (index - index.round()).abs().gt(1e-5).sum(dim=2).max() == 1, "each lies on an edge of the grid"
+    assert (normals * points / radius[..., None]).sum(dim=2).min() > 0.99
+    torch.testing.assert_close(normals.norm(dim=2), torch.ones_like(radius))
+    (moved,) = torch.autograd.grad(radius.mean(dim=1).sum(), field.r, retain_graph=True)
+    torch.testing.assert_close(moved, torch.ones_like(moved), rtol=0, atol=0.02)
+    (each,) = torch.autograd.grad(radius[0, 0], field.r)
+    assert each[1] == 0, "shapes do not touch each other"
+
+
+def test_points_of_a_plane_are_exact():
+    x, y, z = GRID.points().double().unbind(-1)
+    points, normals, _ = level_set((3 + 2 * x - 5 * y + 4 * z)[None], 3.0, GRID, 100, seed=1)
+    x, y, z = points.unbind(-1)
+    torch.testing.assert_close(2 * x - 5 * y + 4 * z, torch.zeros_like(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(normals[0], -torch.tensor([[2.0, -5.0, 4.0]]).double().expand(100, 3) / 45**0.5, rtol=0, atol=1e-6)
+
+
+def test_the_derivative_of_a_point():
+    small = SlabSpec.cube(3)
+    density = torch.rand(1, 3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda d: level_set(d, 0.5, small, 6, seed=0)[:2], density)
+    along_x = SlabSpec(resolution=2, crop=(0,) * 6)
+    s_a, s_b, level = 0.2, 0.9, 0.4
+    pair = torch.tensor([s_a, s_b], dtype=torch.float64).expand(2, 2, 2)[None].clone().requires_grad_()
+    points = level_set(pair, level, along_x, 4, seed=0)[0]
+    torch.testing.assert_close(points[..., 0], torch.full_like(points[..., 0], -0.5 + (level - s_a) / (s_b - s_a)))
+    points[..., 0].sum().backward()
+    torch.testing.assert_close(pair.grad[0, 0, 0, 0], torch.tensor(-(s_b - level) / (s_b - s_a) ** 2).double())
+
+
+def test_edges_without_slope_give_finite_gradients():
+    flat = torch.full((1, 3, 3, 3), 0.5, dtype=torch.float64)
+    flat[..., 0] -= 1e-9
+    flat.requires_grad_()
+    points, normals, found = level_set(flat, 0.5, SlabSpec.cube(3), 9, seed=0)
+    (points.sum() + normals.sum()).backward()
+    assert found.all() and flat.grad.isfinite().all()
+
+
+def test_the_draw_is_the_same_and_changes_one_point_at_a_time():
+    usable = torch.rand(1, 500, generator=torch.Generator().manual_seed(0)) < 0.4
+    chosen, _ = draw(usable, 60, seed=3)
+    assert usable[0, chosen[0]].all() and len(chosen[0].unique()) == 60
+    assert torch.equal(chosen, draw(usable, 60, seed=3)[0]) and not torch.equal(chosen, draw(usable, 60, seed=4)[0])
+    usable[0, chosen[0, 7]] = False
+    assert len(set(chosen[0].tolist()) ^ set(draw(usable, 60, seed=3)[0][0].tolist())) == 2
+    few = torch.zeros(2, 100, dtype=torch.bool)
+    few[0, [5, 8, 13]] = True
+    chosen, found = draw(few, 7, seed=0)
+    assert found[:, 0].tolist() == [True, False]
+    assert sorted(chosen[0].bincount(minlength=100)[[5, 8, 13]].tolist()) == [2, 2, 3]
+
+
+def test_a_shape_without_surface_is_zeros_without_gradient():
+    for observation in (LevelSetPoints(spec=GRID, points=50), LiftedPoints(resolution=16, points=50, centre=(0.1, 0.0, 0.0))):
+        field = sphere(RADIUS, -2.0)
+        if isinstance(observation, LiftedPoints):
+            field = Ball(field.r.clamp_min(1e-9) * 1.0)
+            field.r.retain_grad()
+        cloud = observation.observe(field)
+        cloud.sum().backward()
+        gradient = field.r.grad
+        assert cloud[1].abs().max() == 0 and gradient[1] == 0 and gradient.isfinite().all() and cloud[0].abs().max() > 0.3
+
+
+def test_size_and_place_stay_in_ours_and_not_in_the_published_cloud():
+    ours, published = LevelSetPoints(spec=GRID, points=200), PublishedPoints(resolution=32, points=200)
+    radius = ours.observe(sphere(0.2, 0.3))[:, :3].norm(dim=1).mean(dim=1)
+    torch.testing.assert_close(radius, torch.tensor([0.4, 0.6]).double(), rtol=0, atol=0.01)
+    cloud = torch.rand(2, 40, 3, dtype=torch.float64)
+    torch.testing.assert_close(self_scaled(cloud * 3 + torch.tensor([1.0, -2.0, 0.5])), self_scaled(cloud))
+    seen = published.observe(sphere(0.2)).detach()
+    assert seen.shape == (1, *published.shape) and float(seen.abs().max()) == pytest.approx(0.999999)
+
+
+def test_the_background_moves_the_published_cloud_alone():
+    near, far = sphere(0.2), sphere(0.2)
+    near.far = 3.0
+    lifted, published = LiftedPoints(resolution=32, points=200), PublishedPoints(resolution=32, points=200)
+    assert torch.equal(lifted.observe(near), lifted.observe(far))
+    middle = 103  # of the points: pixel 529, row 16 of 32
+    moved = published.observe(near)[0, :, middle] - published.observe(far)[0, :, middle]
+    assert moved.norm() > 0.02, "the same face point"
+
+
+def test_lifted_points_leave_the_background_out():
+    observation = LiftedPoints(resolution=48, points=300)
+    field = Ball(torch.tensor([RADIUS], dtype=torch.float64), at=(0.05, 0.1, 0.0))
+    cloud = observation.observe(field)[0] / 2  # world units
+    torch.testing.assert_close((cloud - torch.tensor([[0.05], [0.1], [0.0]])).norm(dim=0), torch.full((300,), RADIUS).double())
+    columns = lift(torch.ones(1, 1, 48, 48), CameraFamily().label())[0, :, 0].unique()
+    assert len(columns) > 0 and len((cloud[0] * 1e4).round().unique()) > 100, "all columns of the picture are drawn from"
+
+
+def test_depth_moves_points_along_their_rays():
+    camera = CameraFamily().label().double()
+    depth = torch.full((1, 1, 5, 5), 2.5, dtype=torch.float64)
+    moved = lift(depth + 0.1, camera) - lift(depth, camera)
+    torch.testing.assert_close(moved.norm(dim=2), torch.full((1, 25), 0.1).double())
+    torch.testing.assert_close(moved[0, 12], torch.tensor([0.0, 0.0, -0.1]).double(), rtol=0, atol=1e-7)
+    assert lift(depth, camera)[0, 0, 1] > lift(depth, camera)[0, -1, 1], "rows run from the top"
+
+
+def test_published_pixels_are_few_columns():
+    rows, columns = np.divmod(evenly(128 * 128, 2048).numpy(), 128)
+    assert all(len(set(columns[rows == row])) == 16 for row in range(128))
+    assert set(columns[rows < 8]) <= set(range(0, 128, 8)) | set(range(1, 128, 8)), "rows near each other show the same ones"
+
+
+def test_mirror_changes_x_of_positions_and_normals_alone():
+    cloud = torch.rand(2, 6, 10)
+    turned = mirror(cloud, np.array([0.4, 0.6]))
+    assert torch.equal(turned[1], cloud[1]) and torch.equal(turned[0, [1, 2, 4, 5]], cloud[0, [1, 2, 4, 5]])
+    assert torch.equal(turned[0, [0, 3]], -cloud[0, [0, 3]])
+    assert torch.equal(mirror(turned, np.array([0.4, 0.6])), cloud)
+
+
+def test_published_augmentation_is_small_and_the_same_for_the_same_number():
+    observation, cloud = PublishedPoints(), torch.rand(2, 3, 10) + 0.5
+    once = observation.augment(cloud, np.array([0.25, 0.75]))
+    assert torch.equal(once, observation.augment(cloud, np.array([0.25, 0.75])))
+    scale = (once / cloud).mean(dim=2)
+    assert (scale - 1).abs().max() < 0.053 and len(scale.flatten().unique()) == 6 and not torch.equal(once, cloud * scale[..., None])
+
+
+@pytest.mark.parametrize(
+    "observation", [LevelSetPoints(spec=GRID, points=9), LiftedPoints(resolution=20, points=9), PublishedPoints(points=100, seed=2)]
+)
+def test_a_file_gives_it_back(observation):
+    again = observations.from_dict(json.loads(json.dumps(observation.to_dict())))
+    assert again == observation and type(again) is type(observation)
+
+
+def test_another_generator_is_named():
+    @dataclass
+    class Other:
+        bounds: Bounds = Bounds(2.0)
+        cameras: CameraFamily = CameraFamily(radius=1.5)
+
+    assert LevelSetPoints().misfits(Other()) == ["box_warp 1.0, got 2.0"]
+    assert LiftedPoints().misfits(Other()) == ["radius 2.7, got 1.5", "box_side 1.0, got 2.0"]
+    assert LiftedPoints.of(Other()).misfits(Other()) == [] and LevelSetPoints.of(Other()).misfits(Other()) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: LiftedPoints(resolution=16, points=257), "--points: expected at most the 256 pixels"),
+        (lambda: LevelSetPoints(points=0), "LevelSetPoints.points: expected an integer of at least 1, got 0"),
+        (lambda: LevelSetPoints(spec=replace(GRID, lattice="skewed")), "expected a straight lattice, got 'skewed'"),
+        (lambda: LevelSetPoints(spec=SlabSpec.cube(4), points=999).observe(sphere(0.3)), "expected at least 999 places, got 144"),
+        (lambda: observations.from_dict({"kind": "points"}), "expected the fields"),
+    ],
+)
+def test_observations_that_do_not_fit_are_refused(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()

@@ -11,10 +11,10 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes import reward_files
 from eg3d_rlhf.rewards.cache import observe_seeds
-from eg3d_rlhf.rewards.model import PAPER, RewardModel
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.release import EXAMPLE_ARCH, ReleaseConfig, compare_lattices, import_release, read_config, resolve, write_example
 from eg3d_rlhf.rewards.reward import load_reward
+from eg3d_rlhf.rewards.slab_network import PAPER, RewardModel
 from tests.compat.test_reward import recipe_slab, recipe_state
 from tests.tools.examples import run_example
 

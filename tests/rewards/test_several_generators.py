@@ -11,11 +11,10 @@ from eg3d_rlhf.preferences.dataset import SPLITS, numbered, split_by_seed
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
 from eg3d_rlhf.rewards.cache import observe_seeds
 from eg3d_rlhf.rewards.reward import load_reward
-from eg3d_rlhf.rewards.run import Listener, RewardRun, collect_observations, open_generators, run_reward_training, what_is_read
 from eg3d_rlhf.rewards.train import default_options, with_changes
+from eg3d_rlhf.rewards.training_run import REPORT, TRAINING, Opened, RewardRun, collect_observations, open_generators, what_is_read
 from tests import tiny_runs
 from training import networks
-from training.distributed import SINGLE
 
 
 def labels_of(generator: str, count: int, first: int = 0) -> list[Preference]:
@@ -61,7 +60,12 @@ def run_of(two: list[Path], labels: list[Preference], folder: Path, **more) -> R
     source = LabelSource.of_file(write_labels(folder / "labels.jsonl", labels))
     options = with_changes(default_options("tiny"), epochs=1)
     values = {"network": two[0], "more_networks": tuple(two[1:]), "labels": source, "resolution": 24, "train": options, **more}
-    return RewardRun(out=folder / "reward", **values)
+    return RewardRun(**values)
+
+
+def train(settings: RewardRun, folder: Path) -> dict:
+    TRAINING.begin(settings, folder / "reward")
+    return json.loads((folder / "reward" / REPORT).read_text())
 
 
 def test_every_shape_is_drawn_from_its_own_generator(two, tmp_path):
@@ -71,7 +75,8 @@ def test_every_shape_is_drawn_from_its_own_generator(two, tmp_path):
     generators = open_generators(run, labels)
     splits, shapes = numbered(split_by_seed(labels))
     observation = what_is_read(run, generators)
-    data = collect_observations(run, splits, dict.fromkeys(SPLITS, ()), shapes, generators, observation, 1.0, Listener(), SINGLE)
+    opened = Opened(labels=labels, unpaired=[], splits=splits, generators=generators, observation=observation, psi=1.0)
+    data = collect_observations(run, opened, splits, dict.fromkeys(SPLITS, ()), shapes)
     by_hash = {g.hash: observe_seeds(g.generator, observation) for g in generators}
     for number, (name, seed) in enumerate(shapes):
         torch.testing.assert_close(data.store.take([number]), by_hash[name]([seed]).half().float(), rtol=0, atol=0.1)
@@ -82,7 +87,7 @@ def test_every_shape_is_drawn_from_its_own_generator(two, tmp_path):
 
 def test_training_on_both_and_its_provenance(two, tmp_path):
     hashes = [load_generator(path).hash for path in two]
-    report = run_reward_training(run_of(two, [*labels_of(hashes[0], 12), *labels_of(hashes[1], 12)], tmp_path))
+    report = train(run_of(two, [*labels_of(hashes[0], 12), *labels_of(hashes[1], 12)], tmp_path), tmp_path)
     assert sum(report["splits"].values()) == 24 and report["generator"] == hashes[0]
     known = load_reward(tmp_path / "reward" / "reward.safetensors").provenance
     assert known["generators"] == hashes and known["generator"] == hashes[0]
@@ -94,18 +99,18 @@ def test_strangers_and_nameless_labels_are_refused(two, tmp_path):
     first, second = (load_generator(path).hash for path in two)
     stranger = [*labels_of(first, 12), *labels_of("f" * 64, 12, first=50)]
     with pytest.raises(ValueError, match=f"generator {first[:12]}..., {second[:12]}..., got 12 labels of ffffffffffff"):
-        run_reward_training(run_of(two, stranger, tmp_path))
+        train(run_of(two, stranger, tmp_path), tmp_path)
     with pytest.raises(ValueError, match="got 12 labels that name no generator"):
-        run_reward_training(run_of(two, [*labels_of(first, 12), *labels_of(None, 12, first=50)], tmp_path))
+        train(run_of(two, [*labels_of(first, 12), *labels_of(None, 12, first=50)], tmp_path), tmp_path)
     with pytest.raises(ValueError, match=f"judgements of generator {first[:12]}..., got 12 labels of {second[:12]}"):
-        run_reward_training(run_of(two[:1], [*labels_of(first, 12), *labels_of(second, 12, first=50)], tmp_path))
+        train(run_of(two[:1], [*labels_of(first, 12), *labels_of(second, 12, first=50)], tmp_path), tmp_path)
     with pytest.raises(ValueError, match="--any-generator: expected one --network"):
-        run_reward_training(run_of(two, labels_of(first, 12), tmp_path, any_generator=True))
+        train(run_of(two, labels_of(first, 12), tmp_path, any_generator=True), tmp_path)
     assert not (tmp_path / "reward").exists()
 
 
 def test_too_few_labels_for_a_split_are_one_line(two, tmp_path):
     first = load_generator(two[0]).hash
     with pytest.raises(ValueError, match="expected labels in every split, got none in .* from 2 usable labels") as caught:
-        run_reward_training(run_of(two[:1], labels_of(first, 2), tmp_path))
+        train(run_of(two[:1], labels_of(first, 2), tmp_path), tmp_path)
     assert "\n" not in str(caught.value) and not (tmp_path / "reward").exists()

@@ -8,14 +8,25 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes.reward_training import train as main
+from eg3d_rlhf.people.study.power import decided_trials
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.rewards.cache import ObservationCache
-from eg3d_rlhf.rewards.evaluation import calibration_error, evaluate, fit_temperature, log_loss, margins
+from eg3d_rlhf.rewards.evaluation import (
+    LEAST_TEST,
+    auc,
+    auc_interval,
+    calibration_error,
+    evaluate,
+    fit_temperature,
+    log_loss,
+    margins,
+    too_few,
+    too_few_shapes,
+)
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.rewards.train import TrainData, TrainOptions, default_options, train_reward, with_changes
-from training import networks
-from training.triplane import TriPlaneGenerator
 
 SHAPE = (12, 14, 12)
 
@@ -164,22 +175,9 @@ def test_a_place_in_a_batch_does_not_tell_winners_from_losers():
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    """A tiny untrained generator as a network file, with its hash."""
-    torch.manual_seed(0)
-    rendering = {
-        "superresolution_module": "training.superresolution.SuperresolutionHybrid2X", "sr_antialias": True, "box_warp": 1.0,
-        "c_gen_conditioning_zero": False, "c_scale": 1, "superresolution_noise_mode": "none", "density_noise": 0,
-    }  # fmt: skip
-    kwargs = dict(
-        z_dim=16, c_dim=25, w_dim=32, img_resolution=128, img_channels=3, rendering_kwargs=rendering, mapping_kwargs={"num_layers": 2},
-        plane_resolution=16, plane_channels=8, channel_base=256, channel_max=16, decoder_hidden_dim=16,
-        sr_kwargs={"channel_base": 1024, "channel_max": 16, "fused_modconv_default": "inference_only"},
-    )  # fmt: skip
-    G = TriPlaneGenerator(**kwargs).eval()
-    path = tmp_path_factory.mktemp("network") / "network.safetensors"
-    networks.save(path, networks.Networks(None, None, G, kwargs, None, {}), only_ema=True)
-    return path, networks.state_hash(G)
+def network(tiny_networks):
+    """A tiny untrained generator's file, with its hash."""
+    return tiny_networks, load_generator(tiny_networks).hash
 
 
 def invoke(*arguments):
@@ -211,7 +209,11 @@ def test_command_trains_and_writes_everything(network, tmp_path):
     assert len((tmp_path / "run" / "stats.jsonl").read_text().splitlines()) == 2
     again = invoke(*run, "--anchors", 10)
     assert again.exit_code == 2 and "--resume" in again.output
-    assert invoke(*run, "--anchors", 10, "--resume").exit_code == 0
+    before = (tmp_path / "run" / "reward.safetensors").read_bytes()
+    assert invoke("--resume", tmp_path / "run").exit_code == 0
+    assert (tmp_path / "run" / "reward.safetensors").read_bytes() == before
+    numbered = invoke(*run[:4], "--preset=tiny", "--epochs=1", "--resolution=32", "--outdir", tmp_path / "runs", "--desc=again")
+    assert numbered.exit_code == 0 and [p.name for p in (tmp_path / "runs").iterdir()] == ["00000-reward-labels-tiny-s0-again"]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_missing_labels_are_reported(tmp_path):
 
 
 def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
-    result = invoke("--dry-run", "--preset", "paper", "--lr", "0.5", "--scalar", "2", "--out", tmp_path / "run")
+    result = invoke("--dry-run", "--preset", "paper", "--lr", "0.5", "--set=scalar=2", "--out", tmp_path / "run")
     settings = json.loads(result.stdout)
     assert settings["train"]["lr"] == 0.5 and settings["train"]["weights"]["scalar"] == 2 and settings["resolution"] == 256
     assert settings["train"]["anchors"] == 1000 and not (tmp_path / "run").exists()
@@ -243,11 +245,45 @@ def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
 
 def test_flags_of_the_command_are_frozen():
     assert sorted(name for p in main.params for name in (*p.opts, *p.secondary_opts)) == sorted(
-        "--network --labels --observation --resolution --crop --psi --cutoff "
+        "--network --labels --observation --resolution --crop --psi --set --settings "
         "--campaign --annotator --least-gold-accuracy --drop-repeats --min-milliseconds --since --question "
-        "--any-generator --more-network --points --fractions --split-seed --preset --members --aggregate --strength "
-        "--bootstrap --no-bootstrap --shared-start --epochs --patience --batch --lr "
-        "--cosine --no-cosine --weight-decay --anchors --mirror --no-mirror --pairs --scalar --bradley-terry --reconstruction "
-        "--unpaired --unpaired-batch --regression --divergence --out --backbone --wrong-faces "
-        "--cache --slab-batch --resume --device --timeout --seed --dry-run".split()
+        "--any-generator --more-network --points --fractions --preset --members --aggregate --strength "
+        "--bootstrap --no-bootstrap --shared-start --epochs --batch --lr "
+        "--cosine --no-cosine --anchors --mirror --no-mirror "
+        "--unpaired --regression --divergence --out --backbone --wrong-faces "
+        "--cache --resume --device --timeout --seed --dry-run -n --mode --outdir --desc".split()
     )
+
+
+# Too few labels are said to be so, and an AUC's interval holds.
+
+
+FRACTIONS = (0.7, 0.15, 0.15)
+
+
+def test_too_few_pairs_are_told_with_how_many_are_wanted():
+    said = too_few({"train": 17, "val": 4, "test": 3}, FRACTIONS)
+    assert said.startswith("too few labels: 17 pairs to train, 4 to choose the epoch by and 3 to test; some 360 labels are wanted")
+    assert too_few({"train": 252, "val": 54, "test": 54}, FRACTIONS) == ""
+    assert "too few" in too_few({"train": 252, "val": 54, "test": 53}, FRACTIONS) and "too few" in too_few_shapes(26, 60)
+    assert too_few_shapes(27, 27) == ""
+
+
+def test_the_least_test_pairs_tell_seven_in_ten_from_chance():
+    assert decided_trials(0.7) == LEAST_TEST
+
+
+def test_an_auc_of_one_has_room_for_doubt():
+    low, high = auc_interval(1.0, 5, 5)
+    assert 0.4 < low < 0.8 and high == 1 and auc_interval(0.0, 5, 5) == pytest.approx((0, 1 - low))
+    assert auc_interval(0.7, 50, 50) == pytest.approx((0.59, 0.79), abs=0.02)
+
+
+@pytest.mark.parametrize(("good", "others", "apart"), [(10, 10, 0.0), (10, 10, 1.5), (25, 25, 0.8), (8, 30, 1.0)])
+def test_the_interval_of_an_auc_holds_the_truth(good, others, apart):
+    rng, truth = np.random.default_rng(0), 0.5 * (1 + math.erf(apart / 2))
+    held = []
+    for _ in range(600):
+        low, high = auc_interval(auc(rng.normal(apart, 1, good), rng.normal(0, 1, others)), good, others)
+        held.append(low <= truth <= high)
+    assert 0.92 <= np.mean(held) <= 0.98

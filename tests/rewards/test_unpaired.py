@@ -122,7 +122,7 @@ def test_the_command_takes_unpaired_labels_alone_and_with_pairs(network, tmp_pat
     path, generator = network
     labels = [UnpairedPreference(seed=i, score=4.5 if i % 2 else 1, generator=generator, psi=0.7) for i in range(60)]
     single = write_unpaired(tmp_path / "single.jsonl", labels)
-    common = ["--network", path, "--preset", "tiny", "--epochs", 2, "--resolution", 32, "--unpaired", single, "--unpaired-batch", 8]
+    common = ["--network", path, "--preset", "tiny", "--epochs", 2, "--resolution", 32, "--unpaired", single, "--set", "unpaired_batch=8"]
     alone = invoke(*common, "--out", tmp_path / "alone")
     assert alone.exit_code == 0, alone.output
     assert "AUC" in alone.output
@@ -145,7 +145,7 @@ def test_the_command_takes_unpaired_labels_alone_and_with_pairs(network, tmp_pat
     [
         ('{"seed": 1, "score": 7}', [], "labels.jsonl, line 1: expected a score from 0 to 5, got 7. Rescale the scores."),
         ('{"seed": 200000, "score": 5}', [], "expected"),
-        ('{"seed": 1, "label": 1}', ["--unpaired-batch", 7], "--unpaired-batch: expected an even number, got 7"),
+        ('{"seed": 1, "label": 1}', ["--set", "unpaired_batch=7"], "unpaired_batch: expected an even number, got 7"),
         ('{"seed": 1, "label": 1}', ["--more-network", "x"], "--unpaired: expected labels of one generator"),
     ],
 )

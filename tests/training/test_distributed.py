@@ -229,8 +229,8 @@ def reward_training(ranks: Ranks) -> dict[str, torch.Tensor]:
     """Two epochs of five steps on toy slabs, the last step of an epoch with one pair; with anchors, dropped features and flips."""
     from dataclasses import replace
 
-    from eg3d_rlhf.rewards.model import HEADS, PRESETS
     from eg3d_rlhf.rewards.networks import Preset
+    from eg3d_rlhf.rewards.slab_network import HEADS, PRESETS
     from eg3d_rlhf.rewards.train import TrainData, TrainOptions, train_reward, with_changes
     from tests.rewards.test_train import SHAPE, filled, toy_labels
 
@@ -275,7 +275,7 @@ def test_the_reward_tool_on_two_ranks_draws_the_same_slabs_stops_and_resumes(tin
 
     labels = write_labels(tmp_path / "labels.jsonl", [Preference(winner=2 * i, loser=2 * i + 1) for i in range(24)])
     flags = [f"--network={tiny_networks}", f"--labels={labels}", "--preset=tiny", "--epochs=2", "--batch=4", "--resolution=32"]
-    flags.append("--slab-batch=5")
+    flags.append("--set=slab_batch=5")
 
     def cached(folder: str) -> list[str]:
         return [*flags, f"--out={tmp_path / folder}", f"--cache={tmp_path / folder}-cache"]
@@ -285,9 +285,9 @@ def test_the_reward_tool_on_two_ranks_draws_the_same_slabs_stops_and_resumes(tin
     assert "test pairs ordered as labelled" in first and second == "" and "epoch" not in quiet
     slabs = [next((tmp_path / f"{name}-cache").iterdir()).read_bytes() for name in ("one", "two")]
     assert slabs[0] == slabs[1]
-    (said, _), _ = finish(start(REWARD_STOPPED, *cached("stopped")))
-    assert "Stopped in epoch 2; whole epochs are kept" in said
-    finish(start(REWARD_TOOL, *cached("stopped"), "--resume"))
+    (_, said), _ = finish(start(REWARD_STOPPED, *cached("stopped")), (130, 130))
+    assert "--resume=RUN goes on from there" in said
+    finish(start(REWARD_TOOL, f"--resume={tmp_path / 'stopped'}"))
     assert (tmp_path / "stopped" / "reward.safetensors").read_bytes() == (tmp_path / "two" / "reward.safetensors").read_bytes()
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.preferences.unpaired import from_pairs
-from eg3d_rlhf.rewards.model import HEADS, PRESETS
 from eg3d_rlhf.rewards.networks import Preset
+from eg3d_rlhf.rewards.slab_network import HEADS, PRESETS
 from eg3d_rlhf.rewards.train import TrainData, TrainOptions, train_reward, with_changes
 from tests.rewards.test_train import SHAPE, filled, toy_labels
 from tests.training.test_distributed import REWARD, UNDECIDED, finish, largest_difference, start

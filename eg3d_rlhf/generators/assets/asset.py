@@ -12,21 +12,16 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from eg3d_rlhf.core.field import LEVEL, OWN, Bounds, CameraFamily, Rendering, RenderOptions
+from eg3d_rlhf.core.field import EMPTY, LEVEL, OWN, Bounds, CameraFamily, Rendering, RenderOptions, march
 from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Family, Generator, latents, register
 from training import networks
-from training.rendering.cameras import RaySampler, ray_limits_box, unpack_label
-from training.rendering.renderer import MipRayMarcher2
 from training.storage import load_strict, read_tensors
 
 ARCHITECTURE = "assets"  # as network files name their family
-EMPTY = LEVEL - 1000.0  # raw density outside the bounds
 RESOLUTION = 64  # pixels per edge of a rendering that does not say
-_SAMPLES_AT_ONCE = 1 << 20  # samples of all assets that are decoded together
 _EDGE = 1e-4  # share of half a side by which a point may lie outside: rays end on the bounds
 KINDS: Registry[type["Asset"]] = Registry("kind of asset", {
     "voxels": "eg3d_rlhf.generators.assets.grids",
@@ -93,30 +88,8 @@ class Asset(torch.nn.Module, abc.ABC):
         return points.to(next(self.parameters())).expand(len(self), -1, -1)
 
     def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
-        """See `Field`. Where there are many rays they go in parts, and the backward pass computes each part once more."""
-        cam2world, intrinsics = unpack_label(cameras.to(next(self.parameters())).expand(len(self), -1))
-        r, samples = options.resolution or RESOLUTION, max(2, round((options.samples or self.samples) * options.sample_mult))
-        origins, directions = RaySampler()(cam2world, intrinsics, r)  # [A, M, 3]
-        near, far = ray_limits_box(origins, directions, self.bounds.side)  # [A, M, 1]
-        rays = torch.cat([origins, directions, near, far], dim=-1)  # [A, M, 8]
-        parts = rays.split(max(1, _SAMPLES_AT_ONCE // (len(self) * samples)), dim=1)
-        recompute = len(parts) > 1 and torch.is_grad_enabled()
-        seen = [checkpoint(self._march, part, samples, use_reentrant=False) if recompute else self._march(part, samples) for part in parts]
-        rgb, depth, opacity = (torch.cat(each, dim=1).transpose(1, 2).unflatten(2, (r, r)) for each in zip(*seen, strict=True))
-        hit = (far > near).transpose(1, 2).unflatten(2, (r, r))
-        depth = torch.where(hit, depth, far.amax())  # as empty rays: the farthest
-        return Rendering(rgb * 2 - 1, rgb * 2 - 1, depth, opacity)
-
-    def _march(self, rays: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Colour [A, M, 3] in 0..1, depth [A, M, 1] and opacity [A, M, 1] of rays [A, M, 8]."""
-        origins, directions, near, far = rays[..., :3], rays[..., 3:6], rays[..., 6:7], rays[..., 7:]
-        depths = (near + torch.linspace(0, 1, samples).to(rays) * (far - near)).unsqueeze(-1)  # [A, M, S, 1]
-        points = origins.unsqueeze(2) + depths * directions.unsqueeze(2)  # [A, M, S, 3]
-        raw, colour = self.decode(points.flatten(1, 2))
-        raw = torch.where(far > near, raw.unflatten(1, depths.shape[1:3]), EMPTY)  # [A, M, S]
-        marcher = MipRayMarcher2(symmetric=False)
-        rgb, depth, weights = marcher(colour.unflatten(1, depths.shape[1:3]), raw.unsqueeze(-1), depths, {})
-        return rgb, depth, weights.sum(dim=2)
+        """See `Field`."""
+        return march(self, cameras.to(next(self.parameters())), options, RESOLUTION, self.samples)
 
     def pick(self, indices: list[int]) -> Self:
         """A copy of some of the assets, as meshes want one."""

@@ -3,20 +3,178 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eg3d_rlhf.generators.pickles.families import Kind, check_class, kind_of
 from eg3d_rlhf.generators.pickles.machine import Refusal, brief, brief_text
-from eg3d_rlhf.generators.pickles.options import BUILT_IN_ACTIVATION, D_OPTIONS, FIXED, G_OPTIONS, OPTIONAL_RENDERING, RENDERING, check
-from eg3d_rlhf.generators.pickles.records import ModuleRecord, TensorRecord
-from eg3d_rlhf.generators.pickles.snapshot import Snapshot, plain, read, refusing, tensors
+from eg3d_rlhf.generators.pickles.snapshot import ModuleRecord, Snapshot, TensorRecord, plain, read, refusing, tensors
 from training import networks, storage
 from training.discriminator import DualDiscriminator
+from training.fullhead import ACTIVATIONS, HyPlaneHeadGenerator, PanoHeadGenerator, SphereHeadGenerator
 from training.rendering.renderer import generate_planes
+from training.superresolution import MODULES
+from training.triplane import TriPlaneGenerator
+
+# Which constructor arguments and rendering options a network of a pickle may state, and their plausible values.
+
+Check = tuple[Callable[[Any], bool], str]  # whether a value is admitted; what is, in words
+
+
+def whole(low: int, high: int) -> Check:
+    """Whole numbers of a range."""
+    return lambda v: type(v) is int and low <= v <= high, f"a whole number of {low} to {high}"
+
+
+def maybe(check: Check) -> Check:
+    """None, too."""
+    return lambda v: v is None or check[0](v), f"{check[1]} or None"
+
+
+def one_of(*values: Any) -> Check:
+    """These alone."""
+    return lambda v: any(type(v) is type(w) and v == w for w in values), " or ".join(repr(v) for v in values)
+
+
+NUMBER = (lambda v: type(v) in (int, float) and abs(v) < 1e9, "a number")
+FLAG = one_of(True, False)
+SIZE, CHANNELS = whole(1, 1 << 16), whole(1, 1 << 24)
+MODCONV = one_of(True, False, "inference_only")
+FILTER = (lambda v: v == [1, 3, 3, 1], "[1, 3, 3, 1]")
+HALF = whole(0, 32)
+MAPPING = {
+    "num_layers": whole(1, 64), "embed_features": maybe(SIZE), "layer_features": maybe(SIZE), "lr_multiplier": NUMBER,
+    "w_avg_beta": maybe(NUMBER), "activation": one_of("lrelu", "relu", "linear", "swish"),
+}
+BLOCK: dict[str, Any] = {
+    "fused_modconv_default": MODCONV, "use_noise": FLAG, "fp16_channels_last": FLAG, "architecture": one_of("skip"),
+    "resample_filter": FILTER, "activation": one_of("lrelu"),
+}
+SYNTHESIS = {"channel_base": CHANNELS, "channel_max": SIZE, "num_fp16_res": HALF, "conv_clamp": maybe(NUMBER), **BLOCK}
+G_OPTIONS = {
+    "z_dim": SIZE, "c_dim": whole(0, 1 << 16), "w_dim": SIZE, "img_resolution": whole(4, 8192), "img_channels": one_of(3),
+    "sr_num_fp16_res": HALF, "mapping_kwargs": {**MAPPING, "w_avg_beta": NUMBER}, "sr_kwargs": SYNTHESIS, **SYNTHESIS,
+}
+D_OPTIONS = {
+    "c_dim": whole(0, 1 << 16), "img_resolution": whole(4, 8192), "img_channels": one_of(3), "channel_base": CHANNELS,
+    "channel_max": SIZE, "num_fp16_res": HALF, "conv_clamp": maybe(NUMBER), "cmap_dim": maybe(SIZE), "disc_c_noise": NUMBER,
+    "architecture": one_of("resnet"), "mapping_kwargs": MAPPING,
+    "block_kwargs": {
+        "freeze_layers": whole(0, 64), "fp16_channels_last": FLAG, "activation": one_of("lrelu"), "resample_filter": FILTER,
+    },
+    "epilogue_kwargs": {"mbstd_group_size": maybe(SIZE), "mbstd_num_channels": whole(0, 64), "activation": one_of("lrelu")},
+}
+FIXED = ("architecture", "resample_filter")  # one value is admitted, ours is built in
+BUILT_IN_ACTIVATION = ("sr_kwargs", "block_kwargs", "epilogue_kwargs", "")  # where ours takes no `activation`
+
+RAY_LIMIT = (lambda v: v == "auto" or NUMBER[0](v), "a number or 'auto'")
+POSITIVE = (lambda v: type(v) in (int, float) and 0 < v < 1e6, "a number above 0")
+RENDERING = {  # needed to render; others are kept as they are
+    "c_gen_conditioning_zero": FLAG, "superresolution_noise_mode": one_of("none", "random", "const"), "sr_antialias": FLAG,
+    "box_warp": POSITIVE, "depth_resolution": whole(1, 4096), "clamp_mode": one_of("softplus"),
+    "ray_start": RAY_LIMIT, "ray_end": RAY_LIMIT,
+    "superresolution_module": (lambda v: isinstance(v, str) and v.rpartition(".")[2] in MODULES, f"one of {', '.join(MODULES)}"),
+}
+OPTIONAL_RENDERING = {
+    "depth_resolution_importance": whole(0, 4096), "decoder_lr_mul": POSITIVE, "c_scale": NUMBER, "disparity_space_sampling": FLAG,
+    "white_back": FLAG, "density_noise": NUMBER, "avg_camera_radius": POSITIVE,
+    "avg_camera_pivot": (lambda v: isinstance(v, list) and len(v) == 3 and all(NUMBER[0](x) for x in v), "three numbers"),
+}
+
+
+def check(values: dict, table: dict, where: str) -> None:
+    """Every name known, every value plausible. Raises: Refusal naming the first that is not."""
+    for name, value in values.items():
+        title = f"{where}{brief_text(name)}"
+        if name not in table:
+            raise Refusal(f"the unknown constructor argument {title}")
+        rule = table[name]
+        if isinstance(rule, dict):
+            if not isinstance(value, dict):
+                raise Refusal(f"{title} = {brief(value)} instead of a dictionary")
+            check(value, rule, f"{title}.")
+        elif not rule[0](value):
+            raise Refusal(f"{title} = {brief(value)} instead of {rule[1]}")
+
+
+# Which family a generator's pickle belongs to, by the names and shapes of its tensors; classes and options follow from that. The released
+# files of all families carry the same few class names, so that these decide nothing; nor is any text in a file consulted.
+
+RENDER_MODE = "TriPlane_SingSph_flatten"
+_PLANES, _CHANNELS = 3, 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A family as its pickles show it."""
+
+    architecture: str  # as our network files name it
+    cls: Any  # of the network
+    class_names: tuple[str, ...]  # of the pickled generator
+    layouts: tuple[str, ...]  # of the planes, that the renderer may carry
+    rendering: dict  # options that it needs beyond EG3D's
+    optional: dict = dataclasses.field(default_factory=dict)  # checked where they are stated
+
+
+_HEAD = {
+    "triplane_size": whole(4, 4096), "triplane_depth": whole(1, 64), "decoder_activation": one_of(*ACTIVATIONS), "use_torgb_raw": FLAG,
+    "use_background": FLAG,
+}
+_OURS = {"triplane_extent": POSITIVE, "side_margin": maybe(NUMBER)}
+EG3D = Kind(architecture="eg3d", cls=TriPlaneGenerator, class_names=("TriPlaneGenerator",), layouts=("eg3d", "fixed"), rendering={})
+PANOHEAD = Kind(
+    architecture="panohead", cls=PanoHeadGenerator, class_names=("TriPlaneGenerator", "TriGridGenerator"), layouts=("panohead",),
+    rendering=_HEAD, optional=_OURS,
+)
+SPHEREHEAD = Kind(
+    architecture="spherehead", cls=SphereHeadGenerator, class_names=("TriPlaneGenerator",), layouts=(),
+    rendering={**_HEAD, "triplane_depth": one_of(3)}, optional={**_OURS, "parsing_flag": one_of(False)},
+)
+HYPLANEHEAD = Kind(
+    architecture="hyplanehead", cls=HyPlaneHeadGenerator, class_names=("TriPlaneSingSphGenerator_flatten",), layouts=("panohead",),
+    rendering={
+        **_HEAD, "triplane_depth": one_of(1), "multiplane_num": one_of(1), "render_mode": one_of(RENDER_MODE), "sph2cir_flag": FLAG,
+        "cir2squ_flag": FLAG,
+    },
+    optional=_OURS,
+)
+KINDS = EG3D, PANOHEAD, SPHEREHEAD, HYPLANEHEAD
+
+
+def check_class(class_name: str) -> None:
+    """Raise Refusal for a generator of no known class."""
+    known = tuple(dict.fromkeys(name for kind in KINDS for name in kind.class_names))
+    if class_name not in known:
+        raise Refusal(f"a generator of class {brief(class_name)} instead of {' or '.join(map(repr, known))}")
+
+
+def kind_of(class_name: str, shapes: dict[str, tuple[int, ...]], rendering: dict) -> Kind:
+    """The family of a generator by its state dict's names and shapes.
+
+    Two stacks of convolutions: SphereHead. Else a network for the camera and one map of 32 channels: HyPlaneHead; or 96 to a slice:
+    PanoHead. Without that network: EG3D. Raises: Refusal for a class of another family, other channels, or an unknown render_mode.
+    """
+    heads = [name for name in shapes if name.startswith("backbone.synthesis.b") and name.endswith(".torgb.weight")]
+    last = max(heads, key=lambda name: (len(name), name), default="")
+    channels = shapes[last][0] if last and shapes[last] else 0
+    if "ConvA.0.weight" in shapes:
+        kind = SPHEREHEAD
+    elif not any(name.startswith("t_mapping.") for name in shapes):
+        kind = EG3D
+    elif "render_mode" in rendering and rendering["render_mode"] != RENDER_MODE:
+        raise Refusal(f"render_mode = {brief(rendering['render_mode'])} instead of {RENDER_MODE!r}")
+    elif channels == _CHANNELS and "render_mode" in rendering:
+        kind = HYPLANEHEAD
+    elif channels and channels % (_PLANES * _CHANNELS) == 0:
+        kind = PANOHEAD
+    else:
+        raise Refusal(f"a full-head generator whose backbone gives {channels} channels")
+    if class_name not in kind.class_names:
+        raise Refusal(f"a generator of class {brief(class_name)} with the tensors of {kind.architecture}")
+    return kind
+
 
 G_NAMES = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")  # by position
 D_NAMES = ("c_dim", "img_resolution", "img_channels")
@@ -49,21 +207,21 @@ def generator_plan(module: ModuleRecord, name: str) -> "Plan":
     Raises: Refusal for another class, unknown names, implausible values, foreign plane axes.
     """
     check_class(module.class_name)
-    found = tensors(module, name)
-    found.pop("dataset_label_std", None)
+    records = tensors(module, name)
+    records.pop("dataset_label_std", None)
     kwargs = _arguments(module, G_NAMES, "a generator")
     stated = kwargs.pop("rendering_kwargs", {})
     rendering = plain(module.state.get("rendering_kwargs", stated))
     check(kwargs, G_OPTIONS, "")
     if not isinstance(rendering, dict):
         raise Refusal(f"rendering_kwargs that are {brief(rendering)}")
-    kind = kind_of(module.class_name, {key: value.shape for key, value in found.items()}, rendering)
+    kind = kind_of(module.class_name, {key: value.shape for key, value in records.items()}, rendering)
     needed = {**RENDERING, **kind.rendering}
     _with(rendering, [k for k in needed if k != "clamp_mode"], "rendering_kwargs")
     known = {**needed, **OPTIONAL_RENDERING, **kind.optional}
     check({k: v for k, v in rendering.items() if k in known}, known, "rendering_kwargs.")
     layout = {"plane_layout": plane_layout(module, kind)} if kind.layouts else {}
-    return Plan(kind.cls, {**_ours(kwargs), "rendering_kwargs": rendering, **layout}, found, kind.architecture)
+    return Plan(kind.cls, {**_ours(kwargs), "rendering_kwargs": rendering, **layout}, records, kind.architecture)
 
 
 def _inside(module: ModuleRecord, part: str, name: str) -> Any:
@@ -169,32 +327,32 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
         total = sum(t.nbytes for p in plans.values() for t in p.tensors.values())
         if total > snapshot.size + SLACK:
             raise Refusal(f"tensors of {total} bytes in a file of {snapshot.size}")
-    for name, one in plans.items():
-        _check_shapes(one, f"{snapshot.who} ({name})")
+    for name, planned in plans.items():
+        _check_shapes(planned, f"{snapshot.who} ({name})")
     return plans
 
 
-def _check_shapes(one: Plan, who: str) -> None:
+def _check_shapes(planned: Plan, who: str) -> None:
     """Build on the meta device, where nothing is allocated, and compare names and shapes.
 
     Raises: ValueError where the arguments make no network, or another one than the tensors belong to.
     """
     try:
         with torch.device("meta"):
-            module = one.cls(**one.kwargs)
+            module = planned.cls(**planned.kwargs)
     except (RuntimeError, ZeroDivisionError) as error:  # sizes beyond what torch can count, or layers without channels
         reason = brief_text(str(error))
         raise ValueError(f"{who}: expected a network of possible size, got {reason}. Get the file again from its source.") from None
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
-    kinds = sorted({str(t.storage.dtype) for t in one.tensors.values() if not t.storage.dtype.is_floating_point})
+    kinds = sorted({str(t.storage.dtype) for t in planned.tensors.values() if not t.storage.dtype.is_floating_point})
     if kinds:
         raise ValueError(f"{who}: expected tensors of floating-point numbers, got {', '.join(kinds)}. Get the file again from its source.")
-    if any(math.prod(t.shape) > 1 << 40 for t in one.tensors.values()):
+    if any(math.prod(t.shape) > 1 << 40 for t in planned.tensors.values()):
         raise ValueError(f"{who}: expected tensors of possible size, got one above 2^40 elements. Get the file again from its source.")
-    own = {k: (v.shape, v.device) for k, v in module.state_dict().items()}  # filters are real: a few numbers
-    like = {k: own[k][1] if k in own and own[k][0] == t.shape else "meta" for k, t in one.tensors.items()}
-    storage.load_strict(module, {k: torch.empty(t.shape, device=like[k]) for k, t in one.tensors.items()}, who)
+    state = {k: (v.shape, v.device) for k, v in module.state_dict().items()}  # filters are real: a few numbers
+    like = {k: state[k][1] if k in state and state[k][0] == t.shape else "meta" for k, t in planned.tensors.items()}
+    storage.load_strict(module, {k: torch.empty(t.shape, device=like[k]) for k, t in planned.tensors.items()}, who)
 
 
 def _training_set(snapshot: Snapshot) -> dict:

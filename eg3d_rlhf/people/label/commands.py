@@ -20,7 +20,7 @@ from eg3d_rlhf.people.label.store import DATABASE, DB, Store, database, open_sto
 from eg3d_rlhf.people.label.store_labels import export_assets, export_labels, export_unpaired, without_password
 from eg3d_rlhf.preferences import coverage
 from eg3d_rlhf.preferences.agreement import LEAST_UNITS
-from eg3d_rlhf.preferences.leaderboard import LEAST_GAMES, LEAST_PROMPTS
+from eg3d_rlhf.preferences.strengths import LEAST_GAMES, LEAST_PROMPTS
 
 MAKE = "python tools/label.py add-annotator NAME"
 KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of exports: the files' suffixes, and what writes them

@@ -17,9 +17,8 @@ from scipy.spatial import cKDTree
 
 from eg3d_rlhf.experiments.media.rendering import camera, cameras_of, png, render
 from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, ws_of_seeds
-from eg3d_rlhf.geometry.chunked_mesh import extract_mesh_blockwise
-from eg3d_rlhf.geometry.field_mesh import FieldGrid, extract_field_mesh
-from eg3d_rlhf.geometry.mesh import compact, decimate, face_volumes, parts
+from eg3d_rlhf.geometry.mesh import compact, decimate, extract_mesh_blockwise, face_volumes, parts
+from eg3d_rlhf.geometry.mesh_export import FieldGrid, extract_field_mesh
 from eg3d_rlhf.people.label.entities import DAMAGES, Shape
 from eg3d_rlhf.people.label.shape_files import compress, encode_mesh
 from torch_utils.ops.implementations import implementation

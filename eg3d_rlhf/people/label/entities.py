@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from eg3d_rlhf.preferences.good import GOOD
+from eg3d_rlhf.preferences import GOOD
 from training.config import check_knobs, knob
 
 

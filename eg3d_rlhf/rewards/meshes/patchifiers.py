@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from eg3d_rlhf.core.interfaces import Mesh, Patches
 from eg3d_rlhf.geometry.mesh import compact, decimate, parts
-from eg3d_rlhf.rewards.points.neighbours import farthest_points
+from eg3d_rlhf.rewards.point_layers import farthest_points
 
 AREAS = ("share", "raw")
 PLACES = ("centre", "box", "world")

@@ -16,8 +16,7 @@ import torch
 
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
-from eg3d_rlhf.preferences.divergence import cs_divergence, median_distance
-from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss, UnpairedOutput
+from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss, UnpairedOutput, cs_divergence, median_distance
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, batches_of
 from eg3d_rlhf.rewards.evaluation import auc, silhouette
 from eg3d_rlhf.rewards.meshes.dataset import SOURCES, MeshSet, OnShape, area_only, dealt, drawn, read, shuffled, turned

@@ -13,7 +13,7 @@ import torch
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval, wilson_interval
 from eg3d_rlhf.experiments.table import markdown_rows, with_interval
 from eg3d_rlhf.generators.assets.asset import Asset
-from eg3d_rlhf.preferences.elo import Judgement, elo
+from eg3d_rlhf.preferences.strengths import Judgement, elo
 
 BASE = "sds"
 SHAPE_JUDGES: dict[str, Callable[[Asset], torch.Tensor]] = {}  # by name: scores [A] of finished shapes, higher is better. Handed in from

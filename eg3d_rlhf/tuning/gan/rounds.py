@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from eg3d_rlhf.core.cli import choose_device, file_hash, naming
+from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import OPTIONS, STATS, Run
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator
@@ -31,8 +32,8 @@ from eg3d_rlhf.preferences.dataset import split_by_seed
 from eg3d_rlhf.preferences.labels import MAX_SEED, LabelSource, Preference, load_labels, write_labels
 from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
-from eg3d_rlhf.rewards.run import Listener, RewardRun, run_reward_training
 from eg3d_rlhf.rewards.train import default_options, with_changes
+from eg3d_rlhf.rewards.training_run import REPORT, TRAINING, RewardRun
 from eg3d_rlhf.tuning.gan import run as gan
 from eg3d_rlhf.tuning.gan.early_stop import consistency
 from eg3d_rlhf.tuning.gan.settings import LAST, PEOPLE, RoundConfig, Settings
@@ -164,7 +165,7 @@ def check(s: Settings, ranks: Ranks) -> None:
     with naming("--round-preset"):
         default_options(config.round_preset, kind)
     with naming("--round-aggregate"):
-        RewardRun(out=Path(), members=config.round_members, aggregate=config.round_aggregate)
+        RewardRun(members=config.round_members, aggregate=config.round_aggregate)
     if config.round_labels == PEOPLE:
         people()
     nets = gan.open_networks(s, gan.open_dataset(s).resolution, warm_start=False)
@@ -277,21 +278,22 @@ class Rounds:
         labels = [label for path in ledger.files("labels") for label in load_labels(path)]
         pooled, out = write_labels(self.of(number) / "pooled.jsonl", labels), self.of(number) / "reward"
         config, kind, (network, *others) = self.s.rounds, self.s.reward.reward, self.networks(number, ledger)
-        run = RewardRun(
-            out=out, network=network, more_networks=tuple(others), labels=LabelSource.of_file(pooled), observation=kind,
-            members=config.round_members, aggregate=config.round_aggregate, resume=(out / OPTIONS).is_file(), device=str(self.device),
+        settings = RewardRun(
+            network=network, more_networks=tuple(others), labels=LabelSource.of_file(pooled), observation=kind,
+            members=config.round_members, aggregate=config.round_aggregate,
             train=with_changes(default_options(config.round_preset, kind), seed=self.s.loop.seed),
         )
-        print(f"Round {number}: training {run.members} rewards on {len(labels)} labels.", flush=True)
+        print(f"Round {number}: training {settings.members} rewards on {len(labels)} labels.", flush=True)
+        begin_or_go_on = TRAINING.go_on if (out / OPTIONS).is_file() else TRAINING.begin
         try:
-            report = run_reward_training(run, Listener(bar=partial(_bar, number)))
+            begin_or_go_on(settings, out, Flags({"device": self.device.type}))
         except StoppedError as stopped:
             print(f"{str(stopped).capitalize()}. Continue with --resume={self.folder}", flush=True)
             return None
-        assert report is not None
+        report = json.loads((out / REPORT).read_text())
         test, clean = report["test"]["labels"], report["test"].get("clean")
         figures = {
-            "pooled": len(labels), "labels": report["labels_sha256"], "splits": report["splits"], "members": run.members,
+            "pooled": len(labels), "labels": report["labels_sha256"], "splits": report["splits"], "members": settings.members,
             "test_accuracy": (clean or test)["accuracy"], "test_against": "noise-free order" if clean else "labels",
         }  # fmt: skip
         return figures, [out / "reward.safetensors", out / "reward.json", pooled]
@@ -327,11 +329,6 @@ class Rounds:
         no_summary = s.run.no_summary or number < s.rounds.rounds
         changed = s.changed(reward_ckpt=str(ledger.files("reward")[number - 1]), no_summary=no_summary, **more)
         return dataclasses.replace(changed, rounds=RoundConfig())
-
-
-def _bar(number: int, total: int, what: str) -> Callable[[int], None]:
-    bar = tqdm(total=total, desc=f"round {number}: {what}", dynamic_ncols=True)
-    return lambda done: bar.update(done) and None
 
 
 def work(s: Settings, run: Run, tune: Tune) -> None:

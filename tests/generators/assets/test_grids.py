@@ -11,9 +11,9 @@ from eg3d_rlhf.generators.assets.asset import ARCHITECTURE, load_assets, sparsit
 from eg3d_rlhf.generators.assets.grids import GAIN, TriPlanes, Voxels
 from eg3d_rlhf.generators.assets.views import PerspectiveViews
 from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
+from eg3d_rlhf.rewards.depth import Depth
 from eg3d_rlhf.rewards.observations import SigmaSlab
-from eg3d_rlhf.rewards.observations.depth import Depth
-from eg3d_rlhf.rewards.observations.points import LevelSetPoints, LiftedPoints
+from eg3d_rlhf.rewards.points import LevelSetPoints, LiftedPoints
 from training.rendering.renderer import ImportanceRenderer
 from training.storage import write_tensors
 from training.triplane import OSGDecoder
@@ -125,7 +125,7 @@ def test_rendering_in_parts_is_the_same(monkeypatch):
         return seen.raw.detach(), field.shape.grad.clone()
 
     whole = gradient()
-    monkeypatch.setattr("eg3d_rlhf.generators.assets.asset._SAMPLES_AT_ONCE", 2 * 12 * 50)
+    monkeypatch.setattr("eg3d_rlhf.core.field._SAMPLES_AT_ONCE", 2 * 12 * 50)
     parts = gradient()
     assert torch.allclose(whole[0], parts[0]) and torch.allclose(whole[1], parts[1], atol=1e-5)
 

@@ -26,8 +26,8 @@ from eg3d_rlhf.people.label.pairing import (
     select,
 )
 from eg3d_rlhf.rewards.cache import observe_seeds
-from eg3d_rlhf.rewards.model import RewardModel
 from eg3d_rlhf.rewards.reward import Reward, load_reward
+from eg3d_rlhf.rewards.slab_network import RewardModel
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.rewards.depth import Depth
 from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions
 from eg3d_rlhf.rewards.meshes.surfaces import cube
-from eg3d_rlhf.rewards.observations.depth import Depth
-from eg3d_rlhf.rewards.observations.points import LevelSetPoints
 from eg3d_rlhf.rewards.pictures.analytic import OneNose
+from eg3d_rlhf.rewards.points import LevelSetPoints
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.distill.guidance.geometry import (
     GeometryReward,

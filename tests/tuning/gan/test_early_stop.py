@@ -11,8 +11,8 @@ import torch
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import summary
 from eg3d_rlhf.generators import KEPT, find_network, of, ws_of_seeds
-from eg3d_rlhf.rewards.model import RewardModel
 from eg3d_rlhf.rewards.reward import Reward, load_reward
+from eg3d_rlhf.rewards.slab_network import RewardModel
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop, EarlyStopConfig, consistency, gain_in_errors, replaces
 from eg3d_rlhf.tuning.gan.watch import PSI
 from tests import tiny_runs

@@ -6,8 +6,7 @@ import torch
 from eg3d_rlhf.core.seeds import STANDARDISATION
 from eg3d_rlhf.generators import of, ws_of_seeds
 from eg3d_rlhf.modes.gan import resolve
-from eg3d_rlhf.rewards.depth import SmallDepth
-from eg3d_rlhf.rewards.observations.depth import Depth
+from eg3d_rlhf.rewards.depth import Depth, SmallDepth
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.tuning.gan import nose
 from eg3d_rlhf.tuning.gan.phase import RewardConfig, RewardTerms, Standardised

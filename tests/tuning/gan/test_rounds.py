@@ -169,7 +169,7 @@ CUTS = {  # where, function, after its work, at which call
     "before tuning": (gan_run, "build", False, 1), "in tuning": ("training.loop.TrainingLoop", "step", True, 2),
     "after tuning": (Ledger, "note", False, 3), "tuning is noted": (Ledger, "note", True, 3),
     "second round's labels": (Ledger, "note", False, 4),
-    "second round's rewards": ("eg3d_rlhf.rewards.run", "assess", True, 2), "all but the summary": (rounds, "table", False, 1),
+    "second round's rewards": ("eg3d_rlhf.rewards.training_run", "assess", True, 2), "all but the summary": (rounds, "table", False, 1),
 }  # fmt: skip
 
 

@@ -70,10 +70,10 @@ class Observation(abc.ABC):
 
 OBSERVATIONS: Registry[type[Observation]] = Registry("observation", {
     "sigma": "eg3d_rlhf.rewards.observations",
-    "depth": "eg3d_rlhf.rewards.observations.depth",
-    "points": "eg3d_rlhf.rewards.observations.points",
-    "lifted-points": "eg3d_rlhf.rewards.observations.points",
-    "published-points": "eg3d_rlhf.rewards.observations.points",
+    "depth": "eg3d_rlhf.rewards.depth",
+    "points": "eg3d_rlhf.rewards.points",
+    "lifted-points": "eg3d_rlhf.rewards.points",
+    "published-points": "eg3d_rlhf.rewards.points",
 })  # fmt: skip
 Kind = TypeVar("Kind", bound=type[Observation])
 

@@ -16,8 +16,7 @@ from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.preferences.losses import LossWeights
 from eg3d_rlhf.rewards import fused
 from eg3d_rlhf.rewards.networks import Preset, RewardNetwork, register
-from eg3d_rlhf.rewards.pooling import grid_feature, slice_max_feature
-from eg3d_rlhf.rewards.unet3d import UNet3d
+from eg3d_rlhf.rewards.unet3d import UNet3d, grid_feature, slice_max_feature
 
 _FLOOR = 0.3  # smallest voxel deviation, as a share of the mean one: keeps empty voxels from being blown up
 
@@ -82,8 +81,8 @@ class RewardArch:
         names = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - names)
         if unknown or "feature_maps" not in values:
-            found = f"unknown fields {unknown}" if unknown else "no feature_maps"
-            raise ValueError(f"RewardArch.from_dict: expected fields {sorted(names)}, got {found}. Is the file from a later version?")
+            got = f"unknown fields {unknown}" if unknown else "no feature_maps"
+            raise ValueError(f"RewardArch.from_dict: expected fields {sorted(names)}, got {got}. Is the file from a later version?")
         kwargs: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**kwargs)
 

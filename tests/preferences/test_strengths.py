@@ -1,0 +1,348 @@
+"""Strengths behind comparisons: closed forms and a published table, Elo, leaderboards, cycles; intervals that cover a known truth."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf.core.statistics import wilson_interval
+from eg3d_rlhf.modes import labels
+from eg3d_rlhf.preferences.coverage import Games, leaderboard_coverage, leaderboard_grid
+from eg3d_rlhf.preferences.strengths import (
+    SCALE,
+    Comparison,
+    Design,
+    Game,
+    Judgement,
+    bradley_terry,
+    cycles,
+    elo,
+    leaderboard,
+    read_judgements,
+    strengths,
+)
+
+
+def games(first: str, second: str, wins: int, losses: int, ties: int = 0, start: int = 0) -> list[Game]:
+    """Each over a prompt of its own, before one annotator."""
+    winners = [first] * wins + [second] * losses + [None] * ties
+    return [Game(first, second, winner, "ann", start + i) for i, winner in enumerate(winners)]
+
+
+def two(scores, annotator=None, prompt=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    n = len(scores)
+    design = Design(
+        cells=np.array([[0, 1]]), cell=np.zeros(n, dtype=int), annotator=np.zeros(n, dtype=int) if annotator is None else annotator,
+        prompt=np.arange(n) if prompt is None else prompt,
+    )  # fmt: skip
+    return strengths(np.array(scores, dtype=float)[None], design)
+
+
+def test_of_two_generators_and_independent_games_the_interval_is_wilsons():
+    found, lo, hi = two([1] * 700 + [0] * 300)
+    share = 1 / (1 + np.exp(-2 * np.array([lo[0, 0], found[0, 0], hi[0, 0]])))
+    wilson = wilson_interval(700, 1000)
+    assert share == pytest.approx([wilson.lo, 700.5 / 1001, wilson.hi], abs=1e-3) and found.sum() == pytest.approx(0)
+
+
+def test_a_hundred_points_ahead_win_64_per_cent():
+    (first, second), = leaderboard(games("a", "b", 640, 360)).groups
+    assert first.name == "a" and first.points - second.points == pytest.approx(100, abs=1)
+    assert first.points + second.points == pytest.approx(2000)
+    assert first.lo < first.points < first.hi and first.score == 0.64
+
+
+def test_one_who_always_wins_has_finite_points_and_a_bound_on_one_side_alone():
+    board = leaderboard([*games("best", "a", 30, 0), *games("best", "b", 30, 0, start=30), *games("a", "b", 15, 15, start=60)])
+    rows = {s.name: s for s in board.groups[0]}
+    assert math.isfinite(rows["best"].points) and rows["best"].hi is None and 1000 < rows["best"].lo < rows["best"].points
+    assert rows["a"].hi is not None and "best has never lost: nothing tells how far ahead" in " ".join(board.notes())
+    json.dumps(board.to_dict(), allow_nan=False)
+
+
+def test_ties_count_half_and_both_bad_is_one():
+    even = [g._replace(bad=True) for g in games("a", "b", 0, 0, ties=40)]
+    a, b = leaderboard(even).groups[0]
+    assert (a.points, b.points) == pytest.approx((1000, 1000)) and (a.ties, a.both_bad, a.wins, a.score) == (40, 40, 0, 0.5)
+    (a, _), = leaderboard(games("a", "b", 30, 10, ties=40)).groups
+    (same, _), = leaderboard(games("a", "b", 50, 30)).groups
+    assert a.points == pytest.approx(same.points) and a.hi - a.lo < same.hi - same.lo  # half the variance
+
+
+def test_groups_that_never_met_are_not_compared():
+    board = leaderboard([*games("a", "b", 20, 10), *games("x", "y", 5, 25, start=90)])
+    assert [[s.name for s in group] for group in board.groups] == [["a", "b"], ["y", "x"]]
+    assert any("cannot be compared" in note for note in board.notes())
+
+
+def test_too_few_games_or_prompts_have_no_points_and_the_sentence_what_is_missing():
+    board = leaderboard([*games("a", "b", 12, 7)])
+    assert board.groups == () and board.few[0].points is None and board.notes()[-1] == "b: 19 comparisons over 19; needs 1 more comparison."
+    same = [g._replace(prompt=i % 9, annotator=str(i)) for i, g in enumerate(games("a", "b", 30, 15))]
+    assert "needs 1 more prompt" in leaderboard(same).notes()[-1]
+    board = leaderboard([*games("a", "b", 20, 10), *games("b", "late", 3, 2, start=90)])
+    assert [s.name for s in board.groups[0]] == ["a", "b"] and [s.games for s in board.groups[0]] == [30, 30]
+    assert [s.name for s in board.few] == ["late"] and "late: 5 comparisons" in " ".join(board.notes())
+    assert leaderboard([]).to_dict()["groups"] == [] and leaderboard([]).notes() == []
+
+
+def test_annotators_who_disagree_widen_the_interval():
+    people = np.repeat(np.arange(6), 10)
+    mixed = [i % 10 < 6 for i in range(60)]
+    apart = [i < 36 for i in range(60)]  # the same share of wins, but each annotator gives always the same answer
+    even, by_person = (two(scores, people) for scores in (mixed, apart))
+    assert even[0] == pytest.approx(by_person[0]) and (by_person[2] - by_person[1])[0, 0] > 1.5 * (even[2] - even[1])[0, 0]
+
+
+def test_order_and_names_change_nothing():
+    some = [*games("a", "b", 20, 10, 3), *games("b", "c", 18, 12, start=50), *games("c", "a", 9, 16, start=90)]
+    turned = [Game(g.second, g.first, *g[2:]) for g in reversed(some)]
+    there, back = ({s.name: (s.points, s.lo, s.hi) for s in leaderboard(x).groups[0]} for x in (some, turned))
+    assert all(there[name] == pytest.approx(back[name], abs=0.1) for name in there)
+
+
+def test_the_scale_is_elos():
+    assert pytest.approx(173.7, abs=0.1) == SCALE
+
+
+def check_coverage(prompts: int, studies: int, full: bool, least: float, most: float) -> None:
+    kinds = [kind for kind in leaderboard_grid(prompts, full) if kind.games >= 20]
+    found = [leaderboard_coverage(kind, studies, seed=1)["coverage"] for kind in kinds]
+    assert 0.93 <= np.mean(found) <= 0.97 and min(found) >= least and max(found) <= most, list(zip(found, kinds, strict=True))
+
+
+def test_intervals_hold_the_truth_at_the_fewest_prompts_that_are_shown():
+    check_coverage(10, 60, full=False, least=0.85, most=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("prompts", [10, 20])
+def test_intervals_hold_the_truth_over_the_whole_grid(prompts):
+    check_coverage(prompts, 400, full=True, least=0.9, most=0.995)
+
+
+def test_one_who_nearly_always_wins_is_covered_too():
+    kind = Games(generators=3, strength=2.5, prompts=10, annotators=1)
+    assert leaderboard_coverage(kind, 200, seed=3)["coverage"] > 0.93
+
+
+# Ratings from closed forms; intervals by simulation; the tool from the outside.
+
+
+def of(wins: int, losses: int, ties: int = 0) -> list[Judgement]:
+    return [Judgement("x", "y", w) for w, n in (("a", wins), ("b", losses), ("tie", ties)) for _ in range(n)]
+
+
+def gap(found) -> float:
+    return found.ratings["x"].elo - found.ratings["y"].elo
+
+
+def test_two_methods_have_the_log_odds_in_elo():
+    assert gap(elo(of(30, 10), resamples=0)) == pytest.approx(400 * math.log10(3))
+    assert gap(elo(of(30, 10, 20), resamples=0)) == pytest.approx(400 * math.log10(50 / 30))  # draws win for both
+    assert gap(elo(of(30, 10, 20), draws="davidson", resamples=0)) == pytest.approx(400 * math.log10(3))
+    assert sum(r.elo for r in elo(of(30, 10), resamples=0, mean=1200).ratings.values()) == pytest.approx(2400)
+
+
+def test_swapping_the_sides_changes_nothing():
+    swapped = [Judgement(j.b, j.a, {"a": "b", "b": "a"}.get(j.winner, j.winner)) for j in of(9, 4, 3)]
+    assert gap(elo(swapped, resamples=0)) == pytest.approx(gap(elo(of(9, 4, 3), resamples=0)))
+
+
+def test_held_ratings_stay_and_the_new_one_is_measured_against_them():
+    found = elo(of(30, 10), held={"y": 1270.0}, resamples=50)
+    assert found.ratings["y"].elo == 1270.0 and found.ratings["y"].lo == found.ratings["y"].hi == 1270.0
+    assert found.ratings["x"].elo == pytest.approx(1270 + 400 * math.log10(3))
+    assert found.ratings["x"].lo < found.ratings["x"].elo < found.ratings["x"].hi
+    with pytest.raises(ValueError, match="Hold fewer"):
+        elo(of(3, 1), held={"x": 1.0, "y": 2.0})
+
+
+def test_a_method_that_never_lost_is_held_by_a_prior_that_says_so():
+    found = elo(of(20, 0), resamples=20)
+    assert found.regularised and 0 < gap(found) < 2000
+    against = elo(of(20, 0), held={"y": 1000.0}, resamples=0)
+    assert against.regularised and 0 < gap(against) < 2000
+
+
+def test_intervals_cover_the_truth():
+    rng, inside, truth = np.random.default_rng(0), 0, 400 * math.log10(0.65 / 0.35)
+    for _ in range(16):
+        prompts = [str(k) for k in range(40) for _ in range(3)]
+        won = rng.random(120) < 0.65
+        judgements = [Judgement("x", "y", "a" if w else "b", prompt) for w, prompt in zip(won, prompts, strict=True)]
+        found = elo(judgements, resamples=40)
+        half = truth / 2
+        inside += found.ratings["x"].lo <= 1000 + half <= found.ratings["x"].hi
+    assert 13 <= inside <= 16
+
+
+def write(path: Path, records) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def records(wins: int, losses: int, criterion: str = "overall"):
+    return [{**j._asdict(), "prompt": str(k), "criterion": criterion, "more": 1} for k, j in enumerate(of(wins, losses))]
+
+
+def call(*arguments):
+    return CliRunner().invoke(labels.elo, [str(a) for a in arguments])
+
+
+def test_the_tool_rates_each_criterion_and_goes_on_from_its_own_file(tmp_path):
+    source, out = write(tmp_path / "j.jsonl", records(30, 10) + records(10, 30, "texture")), tmp_path / "elo.json"
+    done = call(source, f"--out={out}", "--resamples=40")
+    assert done.exit_code == 0, done.output
+    tables = json.loads(out.read_text())
+    assert list(tables) == ["overall", "texture"] and list(tables["overall"]["ratings"]) == ["x", "y"]
+    assert list(tables["texture"]["ratings"]) == ["y", "x"] and tables["overall"]["prompts"] == 40
+    assert f"| x | {tables['overall']['ratings']['x']['elo']:.1f} |" in done.output
+    new = write(tmp_path / "new.jsonl", [{"a": "new", "b": "x", "winner": w} for w in "ab"])
+    again = call(source, new, f"--held={out}", "--resamples=40")
+    assert "texture: left out" in again.stderr
+    assert again.exit_code == 0 and f"| new | {tables['overall']['ratings']['x']['elo']:.1f} |" in again.output
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ('{"a": "x"', "line 1: expected one JSON"), ('{"a": "x", "b": "y"}', "two methods"),
+    ('{"a": "x", "b": "x", "winner": "a"}', "two methods"), ('{"a": "x", "b": "y", "winner": "z"}', "two methods"), ("", "got none"),
+])  # fmt: skip
+def test_damaged_files_are_refused_in_one_line(tmp_path, text, says):
+    path = tmp_path / "j.jsonl"
+    path.write_text(text + "\n")
+    with pytest.raises(ValueError, match=says):
+        read_judgements(path)
+    done = call(path, f"--out={tmp_path / 'o.json'}")
+    assert done.exit_code == 2 and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_held_needs_a_file_of_the_tool(tmp_path):
+    source = write(tmp_path / "j.jsonl", records(3, 1))
+    done = call(source, f"--held={source}")
+    assert done.exit_code == 2 and "--held" in done.stderr and done.stderr.count("\n") == 1
+
+
+# Strengths against closed forms and a published table; cycles against counting by hand.
+
+
+def drawn_games(wins: dict) -> list[Comparison]:
+    """{(winner, loser): times}."""
+    return [Comparison(a, b) for (a, b), n in wins.items() for _ in range(n)]
+
+
+def strength(result, item) -> float:
+    return float(result.strength[result.items.index(item)])
+
+
+def test_two_items_have_the_log_odds_and_its_variance():
+    result = bradley_terry(drawn_games({("a", "b"): 30, ("b", "a"): 10}))
+    assert strength(result, "a") - strength(result, "b") == pytest.approx(math.log(3))
+    contrast = np.array([1.0, -1.0])
+    assert contrast @ result.covariance @ contrast == pytest.approx(1 / 30 + 1 / 10)
+    assert result.strength.sum() == pytest.approx(0) and not result.regularised and result.tie_weight == 0
+
+
+def test_two_items_with_ties_have_davidsons_closed_form():
+    ties = [Comparison("a", "b", True)] * 5 + [Comparison("b", "a", True)] * 7
+    result = bradley_terry(drawn_games({("a", "b"): 18, ("b", "a"): 8}) + ties)
+    assert strength(result, "a") - strength(result, "b") == pytest.approx(math.log(18 / 8))
+    assert result.tie_weight == pytest.approx(12 / math.sqrt(18 * 8))
+
+
+def test_the_american_league_of_1987():
+    teams = ("Milwaukee", "Detroit", "Toronto", "New York", "Boston", "Cleveland", "Baltimore")  # Agresti, Categorical Data Analysis
+    rows = ([0, 7, 9, 7, 7, 9, 11], [6, 0, 7, 5, 11, 9, 9], [4, 6, 0, 7, 7, 8, 12], [6, 8, 6, 0, 6, 7, 10], [6, 2, 6, 7, 0, 7, 12],
+            [4, 4, 5, 6, 6, 0, 6], [2, 4, 1, 3, 1, 7, 0])  # fmt: skip
+    result = bradley_terry(drawn_games({(teams[i], teams[j]): n for i, row in enumerate(rows) for j, n in enumerate(row)}))
+    over_baltimore = [strength(result, team) - strength(result, "Baltimore") for team in teams]
+    assert over_baltimore == pytest.approx([1.58, 1.44, 1.29, 1.25, 1.11, 0.68, 0.0], abs=6e-3)
+    i, j = result.items.index("Milwaukee"), result.items.index("Baltimore")
+    error = math.sqrt(result.covariance[i, i] + result.covariance[j, j] - 2 * result.covariance[i, j])
+    assert error == pytest.approx(0.343, abs=2e-3)
+
+
+def test_the_score_equations_hold_at_the_maximum():
+    rng = np.random.default_rng(0)
+    pairs = [Comparison(*rng.choice(8, 2, replace=False).tolist(), tie=bool(rng.random() < 0.2)) for _ in range(300)]
+    result = bradley_terry(pairs)
+    points, expected, draws = np.zeros(8), np.zeros(8), 0.0
+    s = {item: math.exp(strength(result, item)) for item in range(8)}
+    for a, b, tie in pairs:
+        points[a] += 0.5 if tie else 1
+        points[b] += 0.5 if tie else 0
+        root = result.tie_weight * math.sqrt(s[a] * s[b])
+        total = s[a] + s[b] + root
+        expected[a] += (s[a] + root / 2) / total
+        expected[b] += (s[b] + root / 2) / total
+        draws += root / total
+    assert expected == pytest.approx(points, abs=1e-6) and draws == pytest.approx(sum(p.tie for p in pairs), abs=1e-6)
+
+
+def test_an_unbeaten_item_is_held_by_the_prior_and_reported():
+    result = bradley_terry(drawn_games({("a", "b"): 5, ("b", "c"): 3, ("c", "b"): 2}))
+    assert result.regularised and np.isfinite(result.strength).all() and result.strength.argmax() == result.items.index("a")
+    separate = bradley_terry(drawn_games({("a", "b"): 5, ("b", "a"): 2, ("c", "d"): 4, ("d", "c"): 4}))
+    assert separate.regularised and strength(separate, "c") == pytest.approx(strength(separate, "d"), abs=1e-9)
+
+
+def test_a_wider_prior_lets_the_strengths_go_further():
+    wins = drawn_games({("a", "b"): 5})
+    narrow, wide = (bradley_terry(wins, prior_sd=sd) for sd in (0.5, 5.0))
+    assert 0 < strength(narrow, "a") < strength(wide, "a")
+
+
+def test_ties_alone_make_equals():
+    result = bradley_terry([Comparison("a", "b", True)] * 4)
+    assert result.strength == pytest.approx([0, 0], abs=1e-9) and not result.regularised and result.tie_weight > 1000
+
+
+def test_exchanging_winner_and_loser_negates_the_strengths():
+    rng = np.random.default_rng(3)
+    pairs = [Comparison(*rng.choice(6, 2, replace=False).tolist()) for _ in range(120)]
+    forward, backward = bradley_terry(pairs), bradley_terry([Comparison(b, a) for a, b, _ in pairs])
+    for item in range(6):
+        assert strength(forward, item) == pytest.approx(-strength(backward, item), abs=1e-7)
+
+
+def test_the_intervals_cover_known_strengths():
+    rng = np.random.default_rng(5)
+    truth = np.array([-1.0, -0.3, 0.2, 1.1])
+    covered = []
+    for _ in range(150):
+        pairs = []
+        for a, b in itertools.combinations(range(4), 2):
+            wins = rng.binomial(25, 1 / (1 + math.exp(truth[b] - truth[a])))
+            pairs += drawn_games({(a, b): wins, (b, a): 25 - wins})
+        result = bradley_terry(pairs)
+        where = [result.items.index(k) for k in range(4)]
+        covered.append((result.lo[where] <= truth) & (truth <= result.hi[where]))
+    assert 0.92 <= np.mean(covered) <= 0.98
+
+
+def test_cycles_by_hand():
+    circle = drawn_games({("a", "b"): 1, ("b", "c"): 1, ("c", "a"): 1})
+    assert cycles(circle).to_dict() == {"triples": 1, "cyclic": 1, "share": 1.0, "share_by_chance": 0.25, "largest_knot": 3}
+    assert cycles(drawn_games({("a", "b"): 1, ("b", "c"): 1, ("a", "c"): 1})).cyclic == 0
+    outvoted = cycles(circle + drawn_games({("a", "c"): 2}))  # a : c is 2 : 1 now
+    assert (outvoted.triples, outvoted.cyclic) == (1, 0)
+    undecided = cycles(circle + drawn_games({("a", "c"): 1}))
+    assert (undecided.triples, undecided.cyclic, undecided.share) == (0, 0, None)
+    assert cycles([Comparison("a", "b", True)]).knot == 0
+
+
+def test_cycles_agree_with_a_loop():
+    rng = np.random.default_rng(2)
+    beats = {(a, b) if rng.random() < 0.5 else (b, a) for a, b in itertools.combinations(range(12), 2) if rng.random() < 0.8}
+    triples = cyclic = 0
+    for trio in itertools.combinations(range(12), 3):
+        edges = [e for e in itertools.permutations(trio, 2) if e in beats]
+        triples += len(edges) == 3
+        cyclic += len(edges) == 3 and len({winner for winner, _ in edges}) == 3
+    found = cycles([Comparison(*e) for e in beats])
+    assert (found.triples, found.cyclic) == (triples, cyclic) and cyclic > 0
