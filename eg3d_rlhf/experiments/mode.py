@@ -24,7 +24,7 @@ from click.core import ParameterSource
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, together
 from eg3d_rlhf.experiments.process import StoppedError, sigterm_interrupts
-from training.config import built
+from training.config import built, from_dict
 
 if TYPE_CHECKING:  # they bring torch, which --help is spared
     from eg3d_rlhf.experiments.run import Run
@@ -129,12 +129,12 @@ class Mode(Generic[S]):
 
     def read(self, source: Path, flags: Flags | None = None, ranks: "Ranks | None" = None) -> S:
         """Settings of a run. Raises: FileNotFoundError; ValueError for a folder of another mode."""
-        from eg3d_rlhf.experiments.run import recorded_by
+        from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
         from training.distributed import SINGLE
 
         if self.recorded is not None:
             return self.recorded(source, flags or Flags(), ranks or SINGLE)
-        return built(self.settings, recorded_by(source, self.name)["settings"])
+        return from_dict(self.settings, recorded_by(source, self.name)["settings"], str(source / OPTIONS))
 
     def _run(self, folder: Path, settings: S, flags: Flags | None, ranks: "Ranks | None") -> "Run":
         from eg3d_rlhf.experiments.run import Run

@@ -12,7 +12,9 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf.core import registry
+from eg3d_rlhf.experiments.mode import Mode
 from eg3d_rlhf.modes import MODES
+from training.config import knob
 
 REPO = Path(__file__).parents[2]
 
@@ -59,6 +61,31 @@ def test_what_is_shown_and_what_is_refused(count, tmp_path):
     count("--steps=1", f"--outdir={tmp_path / 'runs'}")
     assert refused(count(f"--resume={tmp_path / 'runs' / '00000-count'}", "--steps=5"), "--steps", "--resume")
     assert refused(CliRunner().invoke(train.main, ["--mode=grpo", f"--resume={tmp_path / 'runs' / '00000-count'}"]), "--mode=count")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner:
+    size: int = knob(3, "Of what is inside.", "Inside", low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer:
+    inner: Inner = Inner()
+    names: tuple[str, ...] = ("a",)
+
+
+def test_nested_settings_are_read_as_they_were_written(tmp_path):
+    seen = []
+
+    def work(settings, opened, run):
+        seen.append(settings)
+
+    mode = Mode(name="nested", help="", settings=Outer, open=lambda settings, run: None, work=work)
+    settings = Outer(inner=Inner(size=5), names=("b", "c"))
+    folder = mode.start(settings, tmp_path)
+    assert mode.read(folder) == settings and mode.go_on(mode.read(folder), folder) == folder and seen == [settings, settings]
+    with pytest.raises(ValueError, match="inner.size"):
+        mode.go_on(Outer(), folder)
 
 
 @pytest.mark.parametrize("how", ["noted", "raised"])
