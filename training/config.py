@@ -297,7 +297,7 @@ def from_dict(kind: type[Settings], values: Mapping, who: str = "") -> Settings:
     made = dict(values)
     for name, value in values.items():
         for option in (hints[name], *typing.get_args(hints[name])) if value is not None else ():
-            if dataclasses.is_dataclass(option):
+            if isinstance(option, type) and dataclasses.is_dataclass(option):
                 if not isinstance(value, Mapping):
                     raise ValueError(f"{who}.{name}: expected settings by name, got {value!r}. Start a new run.")
                 made[name] = from_dict(option, value, f"{who}.{name}")

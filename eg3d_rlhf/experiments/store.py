@@ -96,7 +96,7 @@ class Store:
             self.ranks.barrier()
             with run_lock(folder, enabled=self.ranks.main and self._hashed):
                 if self.ranks.main:
-                    write_atomic(folder / INPUTS, _text(inputs))
+                    write_atomic(folder / INPUTS, _text(inputs, sort_keys=True))
                 products, record = maker(folder)
                 self.ranks.barrier()
                 if self.ranks.main:
@@ -130,5 +130,6 @@ class Store:
         return done
 
 
-def _text(values: Mapping) -> bytes:
-    return (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+def _text(values: Mapping, sort_keys: bool = False) -> bytes:
+    """A record keeps its order, so that what is made from one that was found equals what is made from a fresh one."""
+    return (json.dumps(values, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n").encode()

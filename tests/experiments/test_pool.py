@@ -60,13 +60,6 @@ def test_a_worker_that_dies_is_no_bug(tmp_path):
         run_tasks({"death": []}, recording, [tmp_path], 2, tmp_path / "logs")
 
 
-def test_needs_must_be_tasks_without_circles(tmp_path):
-    with pytest.raises(ValueError, match="got needs without a task: z"):
-        run_tasks({"a": ["z"]}, recording, [tmp_path], 1, tmp_path)
-    with pytest.raises(ValueError, match="got a circle among a, b"):
-        run_tasks({"a": ["b"], "b": ["a"], "c": []}, recording, [tmp_path], 1, tmp_path)
-
-
 SCRIPT = """
 import sys, time
 from pathlib import Path

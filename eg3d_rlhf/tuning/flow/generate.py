@@ -147,15 +147,11 @@ def generate(
     Raises: ValueError for lengths or stage names that do not fit, or a structure without a voxel.
     """
     names, stages_given = [stage.name for stage in pipeline.stages], stages_given or {}
-    if len(conditions) != len(seeds):
-        raise ValueError(f"generate: expected a seed per condition, got {len(seeds)} for {len(conditions)}. Give one each.")
+    assert len(conditions) == len(seeds) and len(stages_given) <= 1
     for name in (*(models or {}), *stages_given):
         stage_of(pipeline, name)
-    if len(stages_given) > 1:
-        raise ValueError(f"generate: expected one stage to begin at, got {', '.join(stages_given)}. Name the later one alone.")
     first, given = next(iter(stages_given.items()), (names[0], [None] * len(seeds)))
-    if len(given) != len(seeds):
-        raise ValueError(f"generate({first}): expected what the stage before leaves to {len(seeds)} assets, got {len(given)}.")
+    assert len(given) == len(seeds)
     *before, last = _stages(pipeline, models)[names.index(first) :]
     assets: list[Asset] = []
     for i in range(0, len(seeds), batch):

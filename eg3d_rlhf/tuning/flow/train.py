@@ -355,8 +355,7 @@ class _Training:
             finally:
                 self._load(before)
         rate = self.ranks.broadcast(rate)
-        if not 0 <= rate <= 1:
-            raise ValueError(f"train_stage({self.stage.name}): expected a held-out win rate from 0 to 1, got {rate}. Correct the judge.")
+        assert 0 <= rate <= 1
         if self.progress.judged(rate, self.config) and self.ranks.main:
             write_tensors(self._kept(self.progress.step), KEPT, self._values(), {"step": self.progress.step})
         return rate

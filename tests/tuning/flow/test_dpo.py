@@ -93,8 +93,6 @@ def test_conditions_are_dropped_for_both_of_a_pair_in_their_share():
     _, draw = drawn(False, pairs, replace(CONFIG, condition_dropout=0.1), no_cond=torch.zeros(1, 2, 3))
     dropped = (draw.cond == 0).flatten(1).all(1)
     assert torch.equal(dropped[:300], dropped[300:]) and 0.05 < dropped.float().mean() < 0.16
-    with pytest.raises(ValueError, match=r"draw_pairs\(no_cond\): expected the empty condition's tokens with condition_dropout, got None"):
-        drawn(False, config=replace(CONFIG, condition_dropout=0.1))
 
 
 @KINDS
@@ -160,8 +158,6 @@ def test_losses_against_their_formulas():
     torch.testing.assert_close(aggregate(z, CONFIG.aggregation, CONFIG.drdpo_beta), z.mean())
     soft = replace(CONFIG, aggregation="drdpo", drdpo_beta=0.7)
     torch.testing.assert_close(aggregate(z, soft.aggregation, soft.drdpo_beta), -0.7 * (torch.exp(-z / 0.7).mean()).log())
-    with pytest.raises(ValueError, match="PairErrors.delta: expected the reference's errors, got none"):
-        pair_loss(alone, CONFIG)
 
 
 def test_gradients_are_the_derivatives_and_the_reference_gets_none():
@@ -185,14 +181,6 @@ def test_weights_come_with_the_pairs_all_or_none():
     assert drawn(False, by_batch)[1].weight.tolist() == pytest.approx([0.4, 0.8, 1.2, 1.6])
     with pytest.raises(ValueError, match="draw_pairs: expected w2 on all pairs or on none, got none on pair-1"):
         drawn(False, [pairs[0], replace(pairs[1], w2=None)])
-
-
-def test_pairs_of_another_stage_are_refused():
-    with pytest.raises(ValueError, match="draw_pairs: expected pairs of stage 'voxels', got pair-0 of 'structure'"):
-        drawn(True, [pair_of(0)])
-    stage = stage_of(PerChannel())
-    with pytest.raises(ValueError, match=r"draw_pairs\(cond\): expected tokens for each of 2 pairs, got 3"):
-        draw_pairs(stage, [pair_of(0), pair_of(1)], tokens(3), None, CONFIG, 0, 0)
 
 
 def test_statistics_of_a_batch():

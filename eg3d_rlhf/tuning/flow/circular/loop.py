@@ -65,14 +65,6 @@ class CircularSettings:
     rounds: int = 1  # of the whole loop; each starts from the networks of the one before, which are then the reference
     seed: int = 0  # of everything drawn; also the trainings'
 
-    def __post_init__(self):
-        if self.rounds < 1:
-            raise ValueError(f"CircularSettings.rounds: expected at least 1, got {self.rounds}. Raise it.")
-        if self.sft.dpo.kind != "sft":
-            raise ValueError(f"CircularSettings.sft: expected a loss of kind 'sft', got {self.sft.dpo.kind!r}. Use supervised().")
-        if not self.loop.dpo.needs_reference:
-            raise ValueError(f"CircularSettings.loop: expected a loss of two sides, got {self.loop.dpo.kind!r}. Use sigmoid, say.")
-
     def training(self, config: TrainConfig, stage: FlowStage) -> TrainConfig:
         """A step's training at a stage: this run's seed, and adapters on the stage's own layers unless others were asked for."""
         lora = config.lora

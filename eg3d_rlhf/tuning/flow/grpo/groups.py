@@ -17,7 +17,6 @@ from eg3d_rlhf.models.sparse import Batch, feats_of, with_feats
 from eg3d_rlhf.tuning.flow.conditions import Condition, to_device
 from eg3d_rlhf.tuning.flow.generate import Models, evaluating, generate, guided, stage_noise, voxels_for
 from eg3d_rlhf.tuning.flow.grpo.objective import (
-    USES,
     SdeStep,
     advantages,
     as_used,
@@ -62,8 +61,6 @@ class GrpoConfig(StageTraining):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.use not in USES:
-            raise ValueError(f"GrpoConfig.use: expected one of {', '.join(USES)}, got {self.use!r}. Choose one.")
         if self.lora is not None and self.lora.dropout:
             got = f"got {self.lora.dropout}"
             raise ValueError(f"GrpoConfig.lora: expected adapters without dropout, {got}: densities would be those of another network.")

@@ -50,10 +50,6 @@ class Width:
     heads: int = 2
     condition: int = len(SHAPES) + len(COLOURS)  # E, entries of a condition's token
 
-    def __post_init__(self):
-        if min(self.width, self.blocks, self.heads, self.condition) < 1 or self.width % self.heads:
-            raise ValueError(f"Width: expected positive numbers and a width that the heads divide, got {self}. Correct it.")
-
 
 @dataclass(frozen=True)
 class Packing:
@@ -205,10 +201,6 @@ class BaseTraining:
     no_condition: float = 0.1  # share of samples that are drawn without their condition
     seed: int = 0
 
-    def __post_init__(self):
-        if min(self.steps, self.batch, self.warm_up) < 1 or not (self.lr > 0 and 0 <= self.ema < 1 and 0 <= self.no_condition < 1):
-            raise ValueError(f"BaseTraining: expected positive numbers and shares below 1, got {self}. Correct them.")
-
 
 BASES = {STRUCTURE: BaseTraining(steps=7000, batch=64), VOXELS: BaseTraining(steps=4000)}  # of the bundled ones
 
@@ -296,8 +288,6 @@ def toy_problem(
     Of 192 conditions 64 are for training, 32 for choosing checkpoints and settings, 96 for the table: colours that a shape has not been
     tuned on.
     """
-    if pairs_per_condition < 1:
-        raise ValueError(f"toy_problem: expected pairs_per_condition >= 1, got {pairs_per_condition}. Ask for one at least.")
     return Problem(
         pipeline=ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
         human_pairs=lambda stage: human_pairs(stage, TRAINED, pairs_per_condition, seed, DEFECTS[labelled]),

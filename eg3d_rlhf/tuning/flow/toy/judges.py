@@ -39,8 +39,7 @@ class _Views:
 
     @classmethod
     def of(cls, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> "_Views":
-        if len(assets) != len(conditions) or not assets:
-            raise ValueError(f"oracle: expected as many conditions as assets, got {len(conditions)} and {len(assets)}. Give one each.")
+        assert len(assets) == len(conditions) > 0
         shapes, colours = toy.targets(conditions)
         filled = torch.stack([asset.occupancy for asset in assets]).flatten(1).float()
         painted = torch.stack([asset.colours for asset in assets])
@@ -238,10 +237,6 @@ class RewardTraining:
     batch: int = 64
     lr: float = 3e-3  # of AdamW, falling to 0 along a cosine
     seed: int = 0
-
-    def __post_init__(self):
-        if min(self.pairs, self.held_out, self.epochs, self.batch) < 1 or not self.lr > 0:
-            raise ValueError(f"RewardTraining: expected positive numbers, got {self}. Correct them.")
 
 
 def train_reward(training: RewardTraining, on_step: Callable[[int, int, float], None] | None = None) -> tuple[LearnedReward, dict]:

@@ -14,6 +14,7 @@ from eg3d_rlhf.tuning.flow.circular import loop_pairs
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import (
     SAME,
     LoopPairsConfig,
+    Weighing,
     figures,
     make_in_chunks,
     make_loop_pairs,
@@ -142,8 +143,6 @@ def test_roles(made):
     assert all(p.reward_preferred >= p.reward_rejected for p in turned) and with_roles(made, "op") == list(made)
     swapped = [(a, b) for a, b in zip(made, turned, strict=True) if b.provenance.get("turned")]
     assert swapped and all(torch.equal(a.preferred, b.rejected) and torch.equal(a.rejected, b.preferred) for a, b in swapped)
-    with pytest.raises(ValueError, match="expected op, reward, extremes, got 'winner'"):
-        with_roles(made, "winner")
 
 
 def test_an_interrupted_making_keeps_its_chunks(problem, op, made, tmp_path, monkeypatch):
@@ -181,9 +180,6 @@ def test_win_shares_count_wins_and_sum_to_one():
     wins = [sum(1.0 if a > b else 0.5 for j, b in enumerate(rewards) if j != i and a >= b) for i, a in enumerate(rewards)]
     torch.testing.assert_close(win_shares(rewards), 2 * torch.tensor(wins, dtype=torch.float64) / 20)
     assert win_shares(rewards).sum().item() == pytest.approx(1)
-    for bad in (torch.tensor([1.0]), torch.tensor([1.0, float("nan")])):
-        with pytest.raises(ValueError, match="win_shares: expected finite rewards of two candidates or more"):
-            win_shares(bad)
 
 
 @given(st.lists(st.sampled_from([-2.0, -0.5, 0.0, 1e-7, 0.25, 3.0, 1e6]), min_size=2, max_size=9))
@@ -223,8 +219,6 @@ def test_w2_is_normalised_over_the_kept_alone():
     weights = w2(gaps, keep)
     assert weights[keep].mean().item() == pytest.approx(1)
     assert weights[1] == pytest.approx(torch.sigmoid(gaps[1]) / torch.sigmoid(gaps)[keep].mean())
-    with pytest.raises(ValueError, match="w2: expected norm one of dataset, batch, none, got 'mean'"):
-        w2(gaps, keep, "mean")
 
 
 def test_ablations_switch_one_column_each():
@@ -272,5 +266,5 @@ def test_pairs_without_rewards_or_with_one_name_are_refused():
         weigh([*scored([(1.0, 0.0)]), pair_of(1)])
     with pytest.raises(ValueError, match="weigh: expected every id once, got 1 repeated, such as 'pair-0'"):
         weigh(scored([(1.0, 0.0)]) * 2)
-    with pytest.raises(ValueError, match="weigh: expected a finite tau, got nan"):
-        weigh(scored([(1.0, 0.0)]), tau=float("nan"))
+    with pytest.raises(ValueError, match="tau: expected a finite number"):
+        Weighing(tau=float("nan"))

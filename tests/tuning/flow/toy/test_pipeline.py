@@ -110,13 +110,6 @@ def test_conditions_are_tokens_of_both_classes(pipeline):
     assert pipeline.no_condition(3, "structure").shape == (3, 2, 28) and not pipeline.no_condition(3, "structure").any()
 
 
-def test_mistakes_are_refused(pipeline):
-    with pytest.raises(ValueError, match="advance: expected a stage with another behind it, 'structure', got 'voxels'"):
-        pipeline.advance("voxels", torch.zeros(1, 1, R, R, R))
-    with pytest.raises(ValueError, match="stage: expected one of structure, voxels, got 'mesh'"):
-        pipeline.conditions(["red ball"], "mesh")
-
-
 # Shapes, colours and conditions of the toy.
 
 
@@ -214,8 +207,3 @@ def test_neighbours_by_hand():
     inner = slice(1, -1)
     expected = sum(np.roll(padded, step, axis)[:, inner, inner, inner] for axis in (1, 2, 3) for step in (-1, 1))
     np.testing.assert_array_equal(neighbours(torch.from_numpy(grid)).numpy(), expected)
-
-
-def test_impossible_strengths_are_refused():
-    with pytest.raises(ValueError, match=r"Defects.holes: expected 0 to 1, got 1.5. Set it."):
-        Defects(holes=1.5)
