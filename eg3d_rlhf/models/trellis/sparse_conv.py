@@ -254,6 +254,7 @@ class SparseResBlock(nn.Module):
         scale, shift = self.emb_layers(time).chunk(2, -1)
         h, skip = F.silu(self.norm1(x.feats)), self.skip_connection(x.feats)
         if self.resample == "up":  # what is done row by row is done before rows are repeated
+            assert fine is not None
             x, coarse = upsample(x.with_feats(skip), fine), h
             h, skip = self.conv1(x, coarse).feats, x.feats
         else:

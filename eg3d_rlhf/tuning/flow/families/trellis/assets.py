@@ -263,4 +263,5 @@ def voxel_features(asset: SplatAsset, voxels: torch.Tensor, encoder: ImageEncode
         places = (2 * view.project(centres) - 1).to(patches)[None, :, None]  # [1, v, 1, 2]
         seen = F.grid_sample(patches, places, mode="bilinear", align_corners=False)[0, :, :, 0].T
         total = seen if total is None else total + seen
+    assert total is not None  # there is a view
     return total / views

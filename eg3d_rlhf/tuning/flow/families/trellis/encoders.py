@@ -92,7 +92,7 @@ def cut_out(image: Image.Image, size: int = IMAGE_SIZE, margin: float = MARGIN) 
     Lanczos, its colours are multiplied by opacity and cut down, not rounded, to 8 bits.
     Raises: ValueError for an image without transparency: backgrounds are removed elsewhere; or one that shows a pixel or two.
     """
-    if image.mode != "RGBA" or image.getextrema()[3][0] == 255:
+    if image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255:
         raise ValueError(f"image: expected a transparent background (RGBA), got {image.mode} without. Remove the background first.")
     box = image.getchannel("A").point(lambda a: 255 if a > 0.8 * 255 else 0).getbbox()
     if box is None:
