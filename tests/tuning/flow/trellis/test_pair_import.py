@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from eg3d_rlhf.tuning.flow.conditions import read_conditions
 from eg3d_rlhf.tuning.flow.families.trellis import pair_import
 from eg3d_rlhf.tuning.flow.families.trellis.assets import write_ply
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE
-from eg3d_rlhf.tuning.flow.families.trellis.pair_import import read_dso, read_ranking, write_import
+from eg3d_rlhf.tuning.flow.families.trellis.pair_import import read_dso, write_import
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.ranking import Candidate, Judged, pair_up, votes_of
+from eg3d_rlhf.tuning.flow.ranking import read_ranking as read_any_ranking
 from tests.tuning.flow.trellis.tiny_trellis import E, voxels
+
+read_ranking = partial(read_any_ranking, candidate=pair_import.candidate)
 
 
 def candidates(*ranks, condition="c"):

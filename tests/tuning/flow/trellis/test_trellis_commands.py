@@ -10,12 +10,11 @@ from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes.flow_files import main
 from eg3d_rlhf.tuning.flow.conditions import read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families.trellis.assets import read_ply
-from eg3d_rlhf.tuning.flow.families.trellis.pair_import import read_ranking
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.generate import generate
 from eg3d_rlhf.tuning.flow.ranking import RANKING, draw
 from tests.tuning.flow.trellis.test_export import adapted
-from tests.tuning.flow.trellis.test_pair_import import ranked, samples, write_list  # noqa: F401 (fixtures)
+from tests.tuning.flow.trellis.test_pair_import import ranked, read_ranking, samples, write_list  # noqa: F401 (fixtures)
 from tests.tuning.flow.trellis.tiny_trellis import E, tokens
 
 

@@ -16,7 +16,6 @@ What `flow_files.py draw` writes has per condition and seed a .ply, the latents 
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,11 +44,6 @@ def write_import(folder: Path, imported: Imported, file: PipelineFile) -> dict[s
 def normalization(file: PipelineFile, stage: str) -> dict | None:
     """How a stage's latents are normalised, in JSON types; None: not at all."""
     return {"mean": list(file.mean), "std": list(file.std)} if stage == LATENT else None
-
-
-def read_ranking(path: Path, pipeline: TrellisPipeline, *options: Any, **more: Any) -> Imported:
-    """Pairs of a ranked list, or of a list whose pairs are judged; see the module, and ranking.read_ranking for the options."""
-    return ranking.read_ranking(path, pipeline, *options, **more, candidate=candidate)
 
 
 def candidate(record: dict, name: str, folder: Path, pipeline: TrellisPipeline, ranked: bool) -> Candidate:
@@ -141,5 +135,6 @@ def write_latent(path: Path, pipeline: TrellisPipeline, stage: str, latent: Late
     if isinstance(latent, SparseSample):
         tensors = {"coords": latent.coords, "feats": pipeline.unnormalised(latent.feats)}
     else:
+        assert isinstance(latent, torch.Tensor)
         tensors = {"mean": latent}
     write_atomic(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))

@@ -56,7 +56,7 @@ def trellis_problem(
     both = set(folders) == set(files.FLOWS)
     pipeline = load_pipeline(root, tokens, also=also, weights=weights, dtype=dtype, device=device, encoding=encoding, whole=both)
     for stage in pipeline.stages:
-        stage.model.recompute = recompute
+        stage.model.recompute = recompute  # type: ignore[assignment]  # a plain attribute of every flow
     return folder_problem(
         pipeline, folders, tokens, seed=seed, held_out=held_out, judge=RewardOfPairs, check=partial(_check_origin, pipeline),
         identity={
@@ -81,7 +81,7 @@ def file_hashes(file: files.PipelineFile, also: Sequence[Path], weights: Mapping
     models = {name: files.find_model(file, model, also) for name, model in names.items()}
     paths = {"pipeline.json": file.root / "pipeline.json"}
     for name, stem in models.items():
-        paths |= {f"{name}.json": files.with_ending(stem, ".json"), name: weights.get(name) or files.find_weights(stem)}
+        paths |= {f"{name}.json": files.with_ending(stem, ".json"), name: weights.get(name) or files.find_weights(stem) or stem}
     return {name: file_hash(path) for name, path in tqdm(paths.items(), desc="reading weights", unit="file", leave=False, disable=None)}
 
 
