@@ -4,7 +4,7 @@ A reward reads slabs on each sample's own scale, so the density's raw scale is f
 Letters: N latents, D, H, W grid points, V vertices, F faces, R pixels per edge.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -91,12 +91,10 @@ def view_consistency(c: Comparison, _folder: Path) -> Finding:
     return compare(c, seeds, seen, VIEW_MEASURES, [meaning, *([NO_CONTROL] if c.control is None else [])])
 
 
-def view_measures(
-    c: Comparison, generator: LoadedGenerator, seeds: Sequence[int], on_batch: Callable[[int], None] | None = None
-) -> MultiViewMeasures:
+def view_measures(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]) -> MultiViewMeasures:
     """How well neighbouring views of each latent agree."""
     views = spec_for(generator.generator, **VIEWS)
-    return multi_view_measures(generator.generator, c.ws(generator, seeds), views, batch=max(1, c.batch // 2), on_batch=on_batch)
+    return multi_view_measures(generator.generator, c.ws(generator, seeds), views, batch=max(1, c.batch // 2))
 
 
 def surfaces(c: Comparison, _folder: Path) -> Finding:

@@ -4,11 +4,19 @@ measures of geometry that share nothing with the annotator.
 Every change gets a verdict from its 95 % interval. Letters: N latents, K true heads.
 """
 
+import functools
+import hashlib
+import json
+from collections.abc import Callable
 from operator import attrgetter
+from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
 
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import ASSETS, file_hash
 from eg3d_rlhf.core.field import Bounds, Field
 from eg3d_rlhf.core.seeds import GEOMETRY, IMAGES, JUDGE, SHAPES
 from eg3d_rlhf.core.spec import SlabSpec
@@ -26,9 +34,12 @@ from eg3d_rlhf.measures.resampling import frechet_change_interval
 from eg3d_rlhf.measures.shape_critic import maps_of
 from eg3d_rlhf.measures.surface import ALIKE, Relief, relief
 from eg3d_rlhf.measures.true_heads import RAMPS, head_distances, nearest_head_measures, ramped, true_shapes
-from eg3d_rlhf.preferences.annotator import Calibration, utility
+from eg3d_rlhf.preferences.annotator import utility
+from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.gan.watch import JUDGE_RESOLUTION, annotator_calibration, utilities
-from training.progress import tqdm
+from torch_utils import build
+from training import storage
+from training.synthetic_heads import resolve_dataset
 
 FAKES = 1600  # images per Fréchet distance
 TRUE_HEADS = 32  # whose utility says how far there is to go
@@ -36,7 +47,8 @@ RESAMPLES = 60  # of a Fréchet distance's change
 BOOTSTRAP = 10_000
 FITTED = 20  # heads fitted together
 RELIEF_RESOLUTION = 64  # grid points per edge of the cube that relief is read from
-
+REALS_AT_ONCE = 64  # images of the data that the features' network reads
+ROLES = ("before", "after")
 
 VIEWS = (  # of MultiViewMeasures
     Measure("photometric reprojection error", attrgetter("photometric"), "lower", "L1 of 0..2"),
@@ -57,14 +69,139 @@ def measured(measure: Measure, before: float, after: float, change: dict) -> dic
             "paired": change, "verdict": measure.verdict(change["mean_lo"], change["mean_hi"])}
 
 
-def true_utilities(c: Comparison, calibration: Calibration) -> np.ndarray:
+# What is seen of one network: arrays, from which the figures follow. Each is computed once, wherever it is asked for (`seen`).
+
+Seen = dict[str, np.ndarray]
+
+
+@torch.no_grad()
+def _utilities(c: Comparison, generator: LoadedGenerator) -> Seen:
+    return {"utility": utilities(generator.generator, c.ws(generator, JUDGE.all), annotator_calibration())}
+
+
+def _true_utilities(c: Comparison, generator: LoadedGenerator) -> Seen:
     """Noise-free utilities [K] of true heads, each the mean over RAMPS, by the path that a generator's shapes take."""
-    spec, level = SlabSpec.of(c.before.generator.bounds, JUDGE_RESOLUTION), c.before.generator.level
+    spec, level, calibration = SlabSpec.of(generator.generator.bounds, JUDGE_RESOLUTION), generator.generator.level, annotator_calibration()
     values = [
         [utility(ramped(distance, ramp, level).numpy(), calibration=calibration, box_warp=spec.box_warp).total for ramp in RAMPS]
         for shape in true_shapes(TRUE_HEADS).split(1) for distance in head_distances(shape, spec)
     ]
-    return np.mean(values, axis=1)
+    return {"utility": np.mean(values, axis=1)}
+
+
+def _images(c: Comparison, generator: LoadedGenerator) -> Seen:
+    """Features of fakes, under cameras of the data."""
+    network, dataset = load_features(c.inception, c.device), open_data(c)
+    chosen, cameras = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES), dataset.get_labels()
+    return {"features": collect(network, images_of(c, generator, cameras, IMAGES.take(FAKES), chosen))[1]}
+
+
+def _data(c: Comparison, _generator: LoadedGenerator) -> Seen:
+    network = load_features(c.inception, c.device)
+    return {"features": collect(network, (images.to(c.device) for images in real_batches(open_data(c), REALS_AT_ONCE)))[1]}
+
+
+@torch.no_grad()
+def _relief(c: Comparison, generator: LoadedGenerator) -> Seen:
+    """Correlations of the frontal relief of the comparison's latents with their nearest true heads', which are fitted together: 5 times as
+    fast as eight by eight."""
+    spec = SlabSpec.of(generator.generator.bounds, RELIEF_RESOLUTION)
+    cubes = torch.cat([field.density_grid(spec) for field in c.fields(generator, c.seeds())])
+    return relief(cubes, spec, generator.generator.level)._asdict()
+
+
+def _views(c: Comparison, generator: LoadedGenerator) -> Seen:
+    views = view_measures(c, generator, GEOMETRY.all)
+    return {measure.name: measure.values(views) for measure in VIEWS}
+
+
+def _nearest_heads(c: Comparison, generator: LoadedGenerator) -> Seen:
+    fitted = nearest_head_measures(generator.generator, c.ws(generator, GEOMETRY.all), batch=FITTED)
+    return {NEAREST.name: NEAREST.values(fitted)}
+
+
+@torch.no_grad()
+def _normal_maps(c: Comparison, generator: LoadedGenerator) -> Seen:
+    """The shape critic's logits and features of normal maps."""
+    critic, parts = shape_critic.ShapeCritic.load(shape_critic.DEFAULT_ASSET).to(c.device), []
+    for field in c.fields(generator, SHAPES.all, psi=1.0):
+        maps = maps_of(field)
+        parts.append((critic.logits(maps).cpu(), critic.features(maps).cpu()))
+    logits, features = (torch.cat(both).double().numpy() for both in zip(*parts, strict=True))
+    return {"logits": logits, "features": features}
+
+
+PARTS: dict[str, Callable[[Comparison, LoadedGenerator], Seen]] = {  # those that take longest first
+    "images": _images, "normal maps": _normal_maps, "data": _data, "nearest heads": _nearest_heads, "utilities": _utilities,
+    "relief": _relief, "views": _views, "true heads": _true_utilities,
+}
+_OF_TRUE_FAMILY = ("images", "data", "nearest heads", "utilities", "relief", "true heads")
+_OF_NO_NETWORK = ("data", "true heads")
+
+
+def parts_of(c: Comparison) -> list[tuple[str, str]]:
+    """(part, network's role) of everything that the judges of a comparison see."""
+    missing = {*(() if c.synthetic else _OF_TRUE_FAMILY), *(("normal maps",) if no_critic(c) else ())}
+    return [(part, role) for part in PARTS if part not in missing for role in ("before", *(() if part in _OF_NO_NETWORK else ("after",)))]
+
+
+def seen(c: Comparison, part: str, role: str = "before") -> Seen:
+    """What a part sees of the network before or after tuning; kept in the comparison, and of the bundled network on the disk."""
+    case = ("judges", part, role)
+    if case not in c.memory:
+        path = _cache_path(c, part) if role == "before" else None
+        found = None if path is None else _read(path)
+        if found is None:
+            found = PARTS[part](c, c.generators()[role])
+            if path is not None:
+                storage.write_atomic(path, safetensors.numpy.save(found))
+        c.memory[case] = found
+    return c.memory[case]
+
+
+def _cache_path(c: Comparison, part: str) -> Path | None:
+    """A file in the user's cache, named by all that the part depends on; None for networks and data that are not the bundled ones."""
+    if c.before.hash != _bundled_hash() or c.data != "synthetic:heads64" or c.inception is not None or c.device.type != "cpu":
+        return None
+    settings = [part, c.before.hash, c.n, c.seed, c.psi, c.batch, c.mirror, file_hash(resolve_dataset(c.data)), _sources()]
+    numerics = [torch.__version__, np.__version__, torch.backends.cpu.get_cpu_capability(), build.available("triplane_decode", "cpu")]
+    name = hashlib.sha256(json.dumps([*settings, *numerics]).encode()).hexdigest()[:16]
+    return build.cache_dir().parent / "judges" / f"{part.replace(' ', '-')}-{name}.safetensors"
+
+
+@functools.cache
+def _bundled_hash() -> str:
+    return load_reward(bundled.REWARD).provenance["generator"]
+
+
+@functools.cache
+def _sources() -> str:
+    """Hash of our code and assets: whatever changes in them may change a value."""
+    root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
+    for path in sorted(path for room in ("eg3d_rlhf", "training", "torch_utils") for path in (root / room).rglob("*.*")):
+        if path.suffix in (".py", ".cpp", ".h"):
+            digest.update(path.read_bytes())
+    for path in sorted(ASSETS.glob("*.safetensors")):
+        digest.update(file_hash(path).encode())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Seen | None:
+    try:
+        return safetensors.numpy.load_file(path)
+    except (OSError, safetensors.SafetensorError):
+        return None
+
+
+# Figures of before against after.
+
+
+def _statistics(features: np.ndarray, batch: int) -> FeatureStatistics:
+    """Of features in the batches in which they were made, so that rounding does not depend on who made them."""
+    found = FeatureStatistics(features.shape[1])
+    for start in range(0, len(features), batch):
+        found.update(features[start : start + batch])
+    return found
 
 
 def gap_closed(before: np.ndarray, after: np.ndarray, true: np.ndarray, seed: int = 0) -> tuple[float | None, list[float] | None]:
@@ -83,11 +220,10 @@ def gap_closed(before: np.ndarray, after: np.ndarray, true: np.ndarray, seed: in
 
 def blind_pairs(c: Comparison) -> dict:
     """Share of held-out latents whose tuned shape the noise-free judge prefers, an exact tie counts half; how far it is to true heads."""
-    calibration, pair = annotator_calibration(), (c.before, c.after)
-    before, tuned = (utilities(generator.generator, c.ws(generator, JUDGE.all), calibration) for generator in pair)
+    before, tuned = (seen(c, "utilities", role)["utility"] for role in ROLES)
     wins, ties = int((tuned > before).sum()), int((tuned == before).sum())
     low, high = wilson_interval(wins + ties // 2, len(before))
-    true = true_utilities(c, calibration)
+    true = seen(c, "true heads")["utility"]
     closed, ends = gap_closed(before, tuned, true)
     return {
         "win_rate": (wins + 0.5 * ties) / len(before), "win_rate_ci95": [low, high], "win_rate_n": len(before), "win_rate_ties": ties,
@@ -99,56 +235,36 @@ def blind_pairs(c: Comparison) -> dict:
 
 def frechet(c: Comparison) -> dict:
     """Fréchet distance to the data before and after."""
-    network, dataset = load_features(c.inception, c.device), open_data(c)
-    real, real_features = collect(network, (images.to(c.device) for images in real_batches(dataset, 64)))
-    chosen, cameras = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES), dataset.get_labels()
-    with tqdm(total=2 * FAKES, desc="images for the Fréchet distance", unit="image") as bar:
-        fakes = [collect(network, images_of(c, generator, cameras, IMAGES.take(FAKES), chosen), bar.update)
-                 for generator in (c.before, c.after)]
-    before, tuned = (statistics.distance(real) for statistics, _ in fakes)
+    network, real = load_features(c.inception, c.device), seen(c, "data")["features"]
+    fakes = [seen(c, "images", role)["features"] for role in ROLES]
+    of_data = _statistics(real, REALS_AT_ONCE)
+    before, tuned = (_statistics(features, c.batch).distance(of_data) for features in fakes)
     record = {
         "frechet_before": before, "frechet_after": tuned, "frechet_ratio": tuned / before, "frechet_features": network.name,
         "frechet_images": FAKES,
     }
-    if min(FAKES, len(real_features)) > network.dim:  # an Inception's 2048 features ask for more images
-        found = frechet_change_interval(fakes[0][1], fakes[1][1], real_features, RESAMPLES)
+    if min(FAKES, len(real)) > network.dim:  # an Inception's 2048 features ask for more images
+        found = frechet_change_interval(*fakes, real, RESAMPLES)
         record |= {"frechet_change_ci95": [found.lo, found.hi], "frechet_verdict": FRECHET.verdict(found.lo, found.hi)}
     return record
 
 
 def geometry(c: Comparison) -> dict:
     """Measures that the annotator never used; 'better' compares means, the verdict is that of the paired interval beside it."""
-    values: dict[Measure, list[np.ndarray]] = {}
-    with tqdm(total=(4 if c.synthetic else 2) * GEOMETRY.count, desc="independent geometry measures", unit="shape") as bar:
-        for generator in (c.before, c.after):
-            views = view_measures(c, generator, GEOMETRY.all, bar.update)
-            found = {measure: measure.values(views) for measure in VIEWS}
-            if c.synthetic:
-                fitted = nearest_head_measures(generator.generator, c.ws(generator, GEOMETRY.all), batch=FITTED, on_batch=bar.update)
-                found[NEAREST] = NEAREST.values(fitted)
-            for measure, value in found.items():
-                values.setdefault(measure, []).append(value)
-    rows = [measured(measure, old.mean(), new.mean(), paired_summary(old, new)._asdict()) for measure, (old, new) in values.items()]
+    table = [(measure, "views") for measure in VIEWS] + ([(NEAREST, "nearest heads")] if c.synthetic else [])
+    rows = []
+    for measure, part in table:
+        old, new = (seen(c, part, role)[measure.name] for role in ROLES)
+        rows.append(measured(measure, old.mean(), new.mean(), paired_summary(old, new)._asdict()))
     return {"geometry_n": GEOMETRY.count, "geometry": rows}
 
 
 def shapes(c: Comparison) -> dict:
     """The shape critic's logits and the Fréchet distance of shapes to true heads, both of normal maps; where there is no critic, why."""
-    path, bounds = shape_critic.DEFAULT_ASSET, c.before.generator.bounds
-    if not path.is_file() or bounds != Bounds():
-        why = f"no {path.name}; run eg3d-rlhf assets critic" if bounds == Bounds() else f"it knows the unit cube alone, not {bounds}"
+    if why := no_critic(c):
         return {"critic": None, "critic_missing": why, "geometry": []}
-    critic, logits, features = shape_critic.ShapeCritic.load(path).to(c.device), [], []
-    with tqdm(total=2 * SHAPES.count, desc="normal maps for the shape critic", unit="shape") as bar:
-        for generator in (c.before, c.after):
-            found = []
-            for field in c.fields(generator, SHAPES.all, psi=1.0):
-                maps = maps_of(field)
-                found.append((critic.logits(maps).cpu(), critic.features(maps).cpu()))
-                bar.update(len(maps))
-            both = [torch.cat(parts).double().numpy() for parts in zip(*found, strict=True)]
-            logits.append(both[0])
-            features.append(both[1])
+    critic, both = shape_critic.ShapeCritic.load(shape_critic.DEFAULT_ASSET), [seen(c, "normal maps", role) for role in ROLES]
+    logits, features = ([found[name] for found in both] for name in ("logits", "features"))
     true, dim = critic.true.double().numpy(), critic.true.shape[1]
     distances = [FeatureStatistics(dim).update(part).distance(FeatureStatistics(dim).update(true)) for part in features]
     change = frechet_change_interval(features[0], features[1], true, RESAMPLES)
@@ -160,24 +276,23 @@ def shapes(c: Comparison) -> dict:
     ]}
 
 
+def no_critic(c: Comparison) -> str:
+    """Why there is no shape critic for these networks; '' where there is one."""
+    path, bounds = shape_critic.DEFAULT_ASSET, c.before.generator.bounds
+    if bounds != Bounds():
+        return f"it knows the unit cube alone, not {bounds}"
+    return "" if path.is_file() else f"no {path.name}; run eg3d-rlhf assets critic"
+
+
 def critic_logits(field: Field) -> torch.Tensor:
     """The shape critic's logit [N] that each shape of a field in the unit cube is a true head; higher is better."""
     critic = shape_critic.ShapeCritic.load()
     return critic.logits(maps_of(field)).double()
 
 
-@torch.no_grad()
-def reliefs(c: Comparison, generator: LoadedGenerator) -> Relief:
-    """Correlations of the frontal relief of the comparison's latents with their nearest true heads', which are fitted together: 5 times as
-    fast as eight by eight."""
-    spec = SlabSpec.of(generator.generator.bounds, RELIEF_RESOLUTION)
-    return relief(torch.cat([field.density_grid(spec) for field in c.fields(generator, c.seeds())]), spec, generator.generator.level)
-
-
 def relief_shares(c: Comparison) -> dict:
     """Share of latents whose face has the relief of the nearest true head, before and after."""
-    print("Fitting true heads to the faces of both (half a minute).", flush=True)
-    before, tuned = (reliefs(c, generator) for generator in (c.before, c.after))
+    before, tuned = (Relief(**seen(c, "relief", role)) for role in ROLES)
     record: dict = {"relief_n": len(c.seeds()), "relief_least": ALIKE, "relief_share": float((tuned.plane >= ALIKE).mean())}
     for name, found in (("before", before), ("after", tuned)):
         record |= {f"relief_share_{name}": float((found.plane >= ALIKE).mean()), f"relief_mean_{name}": float(found.plane.mean()),

@@ -4,24 +4,34 @@ Letters: N latents.
 """
 
 import json
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
+
+import torch
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import versions
+from eg3d_rlhf.core.cli import aligned, versions
 from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.evaluation import judges
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.judges import blind_pairs, frechet, geometry, relief_shares, shapes
 from eg3d_rlhf.evaluation.paired import span
 from eg3d_rlhf.evaluation.pictures import CHANGED, surface_change, write_pictures
-from eg3d_rlhf.generators import Generator, LoadedGenerator, of
+from eg3d_rlhf.experiments.pool import run_tasks
+from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, of
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
 from eg3d_rlhf.tuning.gan.settings import control_differs
 from eg3d_rlhf.tuning.gan.watch import Watch
-from training import storage
+from training import networks, storage
 from training.networks import state_hash
+from training.progress import tqdm
+
+MOST_PROCESSES = 4  # each holds both networks
 
 
 @dataclass
@@ -74,7 +84,7 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
     if c.synthetic:
         record |= blind_pairs(c) | frechet(c) | relief_shares(c)
     measures, judged = geometry(c), shapes(c) if c.synthetic else {"geometry": []}
-    record |= surface_change(c, JUDGE.take(CHANGED))
+    record |= once(c, CHANGE, lambda: surface_change(c, JUDGE.take(CHANGED)))
     record |= {**measures, **judged, "geometry": measures["geometry"] + judged["geometry"], "reward_test_accuracy": None}
     clean = e.reward.provenance.get("test_accuracy_clean")  # against the noise-free order, where the labels held one
     if (found := clean or e.reward.provenance.get("test_accuracy")) is not None:
@@ -87,22 +97,62 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
     }
 
 
+# The work of it, on as many processes as this one has threads: a small network keeps one core busy, and no more.
+
+CHANGE, PICTURES = "change of the surface", "pictures"
+
+
+def once(c: Comparison, task: str, make: Callable[[], Any]) -> Any:
+    """What a task came to; it is done now where it was not."""
+    if task not in c.memory:
+        c.memory[task] = make()
+    return c.memory[task]
+
+
+def work(c: Comparison, folder: Path, processes: int) -> None:
+    """Do all that takes time, so that the figures and pictures find it in `c.memory` and in the run's folder.
+
+    Every number is the same in one process and in several: a part is one network's, and what joins them is computed here.
+    """
+    parts = {f"{part}, {role}": (part, role) for part, role in judges.parts_of(c)}
+    tasks = [PICTURES, *parts, CHANGE]
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=len(tasks), desc="before and after", unit="part") as bar:
+        paths = {role: Path(temporary) / f"{role}.safetensors" for role in judges.ROLES}
+        for role, generator in c.generators().items():
+            networks.save(paths[role], replace(generator.nets, G=None, D=None, G_ema=generator.G), only_ema=True)
+        sampling = {name: getattr(c, name) for name in ("data", "mirror", "psi", "n", "seed", "batch", "inception", "run")}
+
+        def done(task: str, result: Any) -> None:
+            c.memory[("judges", *parts[task]) if task in parts else task] = result
+            bar.update()
+
+        run_tasks(dict.fromkeys(tasks, ()), _worker, (paths, sampling, folder), processes, Path(temporary), done)
+
+
+def _worker(paths: dict[str, Path], sampling: dict, folder: Path) -> Callable[[str], Any]:
+    """A process that judges: what it does of a task."""
+    torch.set_num_threads(1)
+    before, after = (load_generator(paths[role]) for role in judges.ROLES)
+    c = Comparison(before=before, after=after, reward=cast(Reward, None), **sampling)
+    others = {CHANGE: lambda: surface_change(c, JUDGE.take(CHANGED)), PICTURES: lambda: write_pictures(c, folder)}
+    return lambda task: others[task]() if task in others else judges.seen(c, *task.split(", "))
+
+
 def finish(e: Evaluation, loop, started: float) -> dict:
     """Evaluate the finished loop and write summary.json, pictures and meshes into its folder; prints the table."""
-    print("Comparing before and after on held-out latents (about a minute on 2 cores).", flush=True)
+    print("Comparing before and after on held-out latents, and drawing them (about a minute on 2 cores).", flush=True)
     folder, nets, early = loop.files.folder, loop.subject.nets, e.early_stop
     nets = nets if early is None else early.networks(nets)
     before, after = (LoadedGenerator(g, state_hash(g.module), folder, nets) for g in (e.before, of(nets.G_ema)))
     c = Comparison(before=before, after=after, reward=e.reward, run=folder, data=e.settings["data"], mirror=e.settings["mirror"],
                    device=next(nets.G_ema.parameters()).device)
+    if c.device.type == "cpu" and torch.get_num_threads() > 1:
+        work(c, folder, min(torch.get_num_threads(), MOST_PROCESSES))
     record = {**summarise(c, e), "images": loop.cur_nimg, "early_stop": None if early is None else early.record()}
     record["seconds"] = time.time() - started
     storage.write_atomic(folder / "summary.json", json.dumps(record, indent=2, sort_keys=True).encode())
-    print("Drawing the pictures (about half a minute on 2 cores).", flush=True)
-    written = write_pictures(c, folder)
-    lines = [("what", "figure", "goal"), *rows(record)]
-    widths = [max(len(line[i]) for line in lines) for i in range(2)]
-    print("\n" + "\n".join(f"{what:<{widths[0]}}  {figure:<{widths[1]}}  {goal}" for what, figure, goal in lines))
+    written = once(c, PICTURES, lambda: write_pictures(c, folder))
+    print(f"\n{aligned([('what', 'figure', 'goal'), *rows(record)])}")
     print(f"\nWritten to {folder}: {', '.join(['summary.json', *written])}")
     return record
 

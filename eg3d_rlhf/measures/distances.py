@@ -5,9 +5,9 @@ Gretton 2018) averages over random subsets of 1000, which keeps the Gram matrice
 Shape letters: N, M = samples, F = feature dimensions, S = subset size. All arithmetic is float64 numpy.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -121,12 +121,9 @@ def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def collect(
-    network: FeatureNetwork, batches: Iterable[Tensor], on_batch: Callable[[int], Any] | None = None
-) -> tuple[FeatureStatistics, np.ndarray]:
+def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[FeatureStatistics, np.ndarray]:
     """Run a network over batches of images [N, 3, H, W] in [-1, 1].
 
-    Args: `on_batch` is told the number of images after each batch, for a progress bar.
     Returns the statistics and all features, float32 [total, F].
     """
     statistics, kept = FeatureStatistics(network.dim), []
@@ -134,8 +131,6 @@ def collect(
         features = network(images)
         statistics.update(features)
         kept.append(features.cpu().numpy())
-        if on_batch is not None:
-            on_batch(len(images))
     return statistics, np.concatenate(kept) if kept else np.zeros((0, network.dim), dtype=np.float32)
 
 

@@ -6,7 +6,6 @@ Letters: N heads or shapes, K starts, P surface points, S shape parameters, D, H
 R pixels.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -258,8 +257,7 @@ def distance_to_heads(sigma: Tensor, spec: SlabSpec, shape: Tensor, level: float
 
 
 def nearest_head_measures(
-    generator: Any, ws: Tensor, resolution: int = 64, options: FitOptions | None = None, batch: int = 8,
-    on_batch: Callable[[int], None] | None = None,
+    generator: Any, ws: Tensor, resolution: int = 64, options: FitOptions | None = None, batch: int = 8
 ) -> HeadFit:
     """`nearest_heads` of a generator's latents ws [N, L, Wd], on its whole cube at `resolution`, with constant noise."""
     if len(ws) == 0:
@@ -271,6 +269,4 @@ def nearest_head_measures(
         with torch.no_grad():
             sigma = generator.field(chunk).density_grid(spec)
         parts.append(nearest_heads(sigma, spec, options, generator.level))
-        if on_batch is not None:
-            on_batch(len(chunk))
     return HeadFit(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in HeadFit.__dataclass_fields__})

@@ -6,7 +6,6 @@ World: x right, y up, z to the camera; cameras are OpenCV's (x right, y down, z 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -227,12 +226,10 @@ def compare_views(views: Views, spec: ViewSpec) -> MultiViewMeasures:
 
 
 @torch.no_grad()
-def multi_view_measures(
-    generator: Any, ws: Tensor, spec: ViewSpec | None = None, batch: int = 8, on_batch: Callable[[int], None] | None = None
-) -> MultiViewMeasures:
+def multi_view_measures(generator: Any, ws: Tensor, spec: ViewSpec | None = None, batch: int = 8) -> MultiViewMeasures:
     """Render a generator's latents ws [N, L, Wd] from the cameras of `spec` and compare neighbouring views.
 
-    Args: `batch` latents are rendered at once; `on_batch` is told how many after each, for a progress bar.
+    Args: `batch` latents are rendered at once.
     Returns one value per latent and measure. Deterministic: constant noise, fixed ray jitter.
     """
     generator = of(generator)
@@ -242,7 +239,5 @@ def multi_view_measures(
     parts = []
     for chunk in ws.split(batch):
         parts.append(compare_views(render_views(generator.field(chunk), spec, device=ws.device), spec))
-        if on_batch is not None:
-            on_batch(len(chunk))
     names = MultiViewMeasures.__dataclass_fields__
     return MultiViewMeasures(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})

@@ -1,5 +1,7 @@
 """The judges of a run's end: verdicts, the way to true heads, relief; a network against itself and true heads in a network's place."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -54,7 +56,7 @@ def healed(unchanged, monkeypatch):
     monkeypatch.setattr(judges, "TRUE_HEADS", 4)
     monkeypatch.setattr(Comparison, "synthetic", True)
     after = replaced(unchanged.after, field=true_heads)
-    return Comparison(**{**vars(unchanged), "after": after, "n": 4, "batch": 4})
+    return Comparison(**{**vars(unchanged), "after": after, "n": 4, "batch": 4, "memory": {}})
 
 
 def test_a_generator_of_true_heads_closes_the_gap(healed):
@@ -100,6 +102,27 @@ def test_without_a_critic_the_summary_says_so(unchanged, monkeypatch, tmp_path):
 def test_a_network_against_itself_changes_nothing_clearly(unchanged, monkeypatch):
     monkeypatch.setattr(judges, "GEOMETRY", HeldOut("geometry", 220_000, 4, ""))
     monkeypatch.setattr(judges, "FAKES", 80)
-    found = judges.geometry(unchanged)["geometry"]
+    found = judges.geometry(Comparison(**{**vars(unchanged), "memory": {}}))["geometry"]
     assert len(found) == 3 and {row["verdict"] for row in found} == {"no clear change"}
     assert all(row["before"] == row["after"] for row in found)
+
+
+def test_what_depends_on_bundled_files_alone_is_kept_on_the_disk(unchanged, monkeypatch, tmp_path):
+    monkeypatch.setenv("EG3D_RLHF_CACHE", str(tmp_path))
+    monkeypatch.setattr(judges, "GEOMETRY", HeldOut("geometry", 220_000, 3, ""))
+    monkeypatch.setattr(judges, "resolve_dataset", lambda name: Path(__file__))
+    made, views = [], judges.PARTS["views"]
+    monkeypatch.setitem(judges.PARTS, "views", lambda *what: made.append(what) or views(*what))
+
+    def seen(role="before", **change):
+        bundled = {"data": "synthetic:heads64", "memory": {}, **change}
+        return judges.seen(Comparison(**{**vars(unchanged), **bundled}), "views", role)["depth disagreement"].tolist()
+
+    first = seen()
+    assert not list(tmp_path.rglob("*.safetensors"))  # another network than the bundled one
+    monkeypatch.setattr(judges, "_bundled_hash", lambda: unchanged.before.hash)
+    assert seen() == seen() == first and len(made) == 2
+    (path,) = tmp_path.rglob("views-*.safetensors")
+    path.write_bytes(b"damaged")
+    assert seen() == first and len(made) == 3
+    assert seen("after") == first and seen(psi=0.5) != first and len(made) == 5

@@ -1,10 +1,14 @@
 """The table that ends a reward run, and the geometry-only pictures."""
 
+import pytest
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.evaluation import judges
+from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.judges import measured
-from eg3d_rlhf.evaluation.summary import rows
+from eg3d_rlhf.evaluation.pictures import write_pictures
+from eg3d_rlhf.evaluation.summary import PICTURES, rows, work
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.measures.measure import Measure
 
@@ -60,3 +64,17 @@ def test_shading_shows_a_sphere_of_the_right_size():
 
 def test_shading_of_an_empty_cube_is_white():
     assert shade(torch.full((1, 16, 16, 16), -5.0), resolution=16).eq(1).all()
+
+
+@pytest.mark.long
+def test_several_processes_come_to_the_same(unchanged, tmp_path):
+    alone, several = (Comparison(**{**vars(unchanged), "memory": {}}) for _ in range(2))
+    (tmp_path / "several").mkdir()
+    (tmp_path / "alone").mkdir()
+    work(several, tmp_path / "several", 2)
+    assert set(several.memory[PICTURES]) == set(write_pictures(alone, tmp_path / "alone"))
+    for name in ("comparison.png", "meshes/seed210000-before.ply"):
+        assert (tmp_path / "several" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    known = set(several.memory)
+    assert judges.geometry(several) == judges.geometry(alone) and judges.shapes(several) == judges.shapes(alone)
+    assert set(several.memory) == known  # nothing was computed again

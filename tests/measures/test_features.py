@@ -125,7 +125,7 @@ def test_a_users_torchscript_detector(tmp_path):
 
 
 def test_mistakes_are_named(tmp_path, heads):
-    with pytest.raises(ValueError, match="train_features"):
+    with pytest.raises(ValueError, match="assets features"):
         HeadFactorFeatures.load(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="safetensors"):
