@@ -1,11 +1,31 @@
-"""Curvature and topology of surfaces that are known: spheres, a torus, an open half-sphere, a hollow ball, sheets that touch."""
+"""Surfaces that are known: their curvature and topology, how far they moved, and the relief of faces."""
+
+import math
 
 import numpy as np
 import pytest
+import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.geometry.mesh import count_edges, extract_mesh
-from eg3d_rlhf.measures.surface import main_surface, mean_curvature, topology
+from eg3d_rlhf.measures.surface import (
+    ALIKE,
+    REACH,
+    change_summary,
+    correlation,
+    displacement,
+    front_heights,
+    head_heights,
+    in_head,
+    main_surface,
+    mean_curvature,
+    median_change,
+    relief,
+    topology,
+    voxel,
+)
+from eg3d_rlhf.measures.true_heads import HeadPose, head_distances, ramped, true_shapes
+from tests.geometry.test_level_set import SPEC, body, sphere
 
 
 def grid_faces(rows, columns, wrap_rows, wrap_columns):
@@ -125,3 +145,106 @@ def test_refused(vertices, faces, says):
     for function in (topology, mean_curvature, main_surface):
         with pytest.raises(ValueError, match=says):
             function(vertices, faces)
+
+
+UNIT = voxel(SPEC)
+POINTS = torch.nn.functional.normalize(torch.randn(500, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+
+
+def test_identical_shapes_have_not_moved():
+    assert displacement(sphere(0.3), 0.3 * POINTS, POINTS).abs().max() < 0.02
+    assert median_change(sphere(0.2), sphere(0.2)) < 0.02
+
+
+@pytest.mark.parametrize("voxels", [1.0, -1.0, 0.25, -2.5])
+def test_a_sphere_that_grew_has_moved_by_so_much_everywhere(voxels):
+    radius = 0.25 + voxels * UNIT
+    moved = displacement(sphere(0.25), radius * POINTS, POINTS)
+    assert (moved - voxels).abs().max() < 0.03
+    assert median_change(sphere(0.22), sphere(0.22 + voxels * UNIT)) == pytest.approx(abs(voxels), abs=0.03)
+
+
+def test_the_change_is_the_same_both_ways():
+    one, other = sphere(0.2), sphere(0.22, (0.01, 0.0, 0.02))
+    assert median_change(one, other) == pytest.approx(median_change(other, one), rel=0.05)
+
+
+def test_what_is_new_or_gone_altogether_is_at_the_end_of_the_scale():
+    points = 0.03 * POINTS + torch.tensor([0.0, 0.4, 0.0])
+    assert displacement(sphere(0.1), points, POINTS).eq(REACH).all()  # a floater that was not there
+    full = body(lambda points: points[..., 0] * 0 - 1)
+    assert displacement(full, 0.1 * POINTS, POINTS).eq(-REACH).all()  # a hollow cut into what was full
+
+
+def test_the_nearest_surface_counts_and_only_where_matter_ends():
+    shell = body(lambda points: (points.norm(dim=-1) - 0.25).abs() - 0.02)  # from .23 to .27
+    moved = displacement(shell, 0.26 * POINTS, POINTS)
+    assert moved * UNIT == pytest.approx(torch.full((500,), -0.01), abs=0.001)
+
+
+def test_no_points_and_no_surface():
+    assert displacement(sphere(0.3), torch.zeros(0, 3), torch.zeros(0, 3)).shape == (0,)
+    empty = body(lambda points: points[..., 0] * 0 + 1)
+    assert math.isnan(median_change(empty, empty))
+    assert change_summary([float("nan")]) == {"median": None, "quartiles": [None, None], "n": 0}
+
+
+def test_the_head_is_the_box_of_the_published_slab():
+    points = torch.tensor([[0.0, 0.0, 0.2], [0.0, -0.3, 0.2], [0.3, 0.0, 0.2], [0.0, 0.0, -0.2]])
+    assert in_head(points, SPEC).tolist() == [True, False, False, False]
+    assert in_head(2 * points + 1, SlabSpec(resolution=48, crop=(0.0,) * 6, box_warp=2.0, centre=(1.0, 1.0, 1.0))).tolist() == [
+        True, False, False, False
+    ]
+
+
+def test_the_summary_leaves_out_what_has_no_surface():
+    assert change_summary([1.0, 2.0, float("nan"), 3.0]) == {"median": 2.0, "quartiles": [1.5, 2.5], "n": 3}
+
+
+CUBE = SlabSpec.cube(64)
+
+
+def half_space(height):
+    """Raw density [D, H, W] of the half space behind z = height(x, y)."""
+    x, y, z = CUBE.points().unbind(-1)
+    return 10 - 500 * (z - height(x, y))
+
+
+@pytest.fixture(scope="module")
+def distances():
+    return head_distances(true_shapes(3), CUBE)
+
+
+def test_front_heights_are_those_of_the_surface():
+    x, y, _ = CUBE.axes()
+    found = front_heights(half_space(lambda x, y: 0.1 + 0.3 * x - 0.2 * y), CUBE)
+    torch.testing.assert_close(found, (0.1 + 0.3 * x[None] - 0.2 * y[:, None]), atol=1e-5, rtol=0)
+    assert front_heights(torch.full(CUBE.shape, -1.0), CUBE).isnan().all()
+
+
+def test_a_fitted_head_has_the_heights_of_its_cube(distances):
+    pose = HeadPose(true_shapes(3), torch.zeros(3, 3), torch.zeros(3, 1))
+    x, y, z = CUBE.axes()
+    traced = head_heights(pose, x[24:40], y[26:38], float(z[-1]))
+    read = torch.stack([front_heights(cube, CUBE) for cube in ramped(distances)])[:, 26:38, 24:40]
+    assert (traced - read).abs().median() < 5e-4 and (traced - read).abs().mean() < 1e-3  # edges, such as the nose's, differ
+
+
+@pytest.mark.parametrize(("quadratic", "ignored"), [(False, lambda x, y: 3 + 2 * x - y), (True, lambda x, y: x - 5 * x * y + 4 * y * y)])
+def test_correlation_of_maps(quadratic, ignored):
+    y, x = np.meshgrid(np.linspace(-1, 1, 9), np.linspace(-1, 1, 7), indexing="ij")
+    wave = np.sin(5 * x) * np.cos(4 * y)
+    assert correlation(wave, 2 * wave + ignored(x, y), quadratic) == pytest.approx(1)
+    assert correlation(wave, ignored(x, y) - wave, quadratic) == pytest.approx(-1)
+    assert correlation(wave, ignored(x, y), quadratic) == pytest.approx(0, abs=0.2) and correlation(0 * wave, wave, quadratic) == 0
+
+
+def test_true_heads_have_the_relief_of_their_nearest_head_and_lose_it(distances):
+    heads = relief(ramped(distances), CUBE)
+    assert heads.plane.min() > 0.98 and heads.detail.min() > 0.95
+    x, y, z = CUBE.points().unbind(-1)
+    pressed = torch.maximum(distances, z - 0.13)  # the face cut off flat
+    flat = relief(ramped(pressed), CUBE)
+    assert (flat.detail < ALIKE).all() and (flat.plane < heads.plane).all()
+    empty = relief(torch.cat([torch.full_like(distances[:1], -5.0), ramped(distances[:1])]), CUBE)
+    assert empty.plane[0] == empty.detail[0] == 0 and empty.plane[1] == pytest.approx(heads.plane[0], abs=5e-3)

@@ -1,27 +1,24 @@
-"""The command that inverts: from flags to a setup, a run of inversions, pictures and a page."""
+"""Inversion as a mode: from flags to what they open, a run of many inversions, pictures and a page."""
 
-import json
 import math
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, options_of
+from eg3d_rlhf.core.cli import naming, option, options_of, together
 from eg3d_rlhf.evaluation.comparison import judged_by_annotator
 from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.inversion import report
 from eg3d_rlhf.evaluation.inversion.projector import PUBLISHED, Guidance, InversionConfig, load_perceptual, prior_of
-from eg3d_rlhf.evaluation.inversion.report import draw
 from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup, write_json
 from eg3d_rlhf.evaluation.inversion.targets import Judges, annotator_judge, of_file, of_seed, parse_camera, reward_judge
 from eg3d_rlhf.experiments import pages
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.experiments.media.video import check_mp4
-from eg3d_rlhf.experiments.pages import write_page
-from eg3d_rlhf.experiments.process import StoppedError
-from eg3d_rlhf.experiments.run import OPTIONS, Run, claim, next_free
+from eg3d_rlhf.experiments.mode import Flags, Mode
+from eg3d_rlhf.experiments.run import Run, recorded_by
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
 
@@ -41,138 +38,107 @@ def parse_weights(text: str) -> list[float]:
     return weights
 
 
-def resolve(image, mask, camera, seeds, psi, start, network, reward_ckpt, reward_watch, data, perceptual, weights, shown, preset, device,
-            **flags) -> tuple[Setup, dict[str, Path]]:  # fmt: skip
-    """Load and check what the flags name; files by the names under which a run records them. Raises: ValueError naming the flag."""
-    if (image is None) == (seeds is None):
-        got = "none. Name a target." if image is None else "both. Leave one out."
-        raise ValueError(f"--image, --seeds: expected one of them, got {got}")
-    if seeds is not None and mask is not None:
-        raise ValueError("--mask: expected none with --seeds, got one. Leave it out.")
-    if image is not None and start == "truth":
-        raise ValueError("--start: expected mean with --image, whose truth is not known, got truth. Leave it out.")
-    config = InversionConfig(**{**PRESETS[preset], **{name: value for name, value in flags.items() if value is not None}})
+@dataclass(frozen=True, kw_only=True)
+class InversionRun:
+    """What is inverted with what, and what is drawn of it; files by their paths."""
+
+    image: str | None = None  # or `latents`
+    mask: str | None = None
+    camera: str | None = None  # as `parse_camera` reads it
+    latents: str | None = None
+    psi: float = 1.0
+    start: str = "mean"  # or "truth"
+    network: str | None = None  # None: the bundled one
+    reward_ckpt: str | None = None  # None: the bundled one, where a weight is above 0
+    reward_watch: str | None = None
+    data: str | None = None
+    perceptual: str | None = None
+    weights: tuple[float, ...]
+    shown: int = 1
+    shape_res: int = 128
+    turns: int = 12
+    config: InversionConfig
+
+    def __post_init__(self) -> None:
+        if (self.image is None) == (self.latents is None):
+            got = "none. Name a target." if self.image is None else "both. Leave one out."
+            raise ValueError(f"--image, --latents: expected one of them, got {got}")
+        if self.latents is not None and self.mask is not None:
+            raise ValueError("--mask: expected none with --latents, got one. Leave it out.")
+        if self.image is not None and self.start == "truth":
+            raise ValueError("--start: expected mean with --image, whose truth is not known, got truth. Leave it out.")
+        if 0 < self.shape_res < 16 or self.turns == 1:
+            raise ValueError("--shape-res, --turns: expected 0, or at least 16 points and 2 views. Correct them.")
+
+
+def resolve(flags: Flags) -> InversionRun:
+    """The run that the flags describe. Raises: ValueError naming the flag."""
     with naming("--weights"):
-        lambdas = parse_weights(weights)
-    where = choose_device(device)
+        weights = tuple(parse_weights(flags["weights"]))
+    config = InversionConfig(**{**PRESETS[flags["preset"]], **flags.of(InversionConfig)})
+    names = [name for name in InversionRun.__dataclass_fields__ if name not in ("weights", "config")]
+    given = {name: str(flags[name]) if isinstance(flags[name], Path) else flags[name] for name in names}
+    return InversionRun(**given, weights=weights, config=config)
+
+
+def recorded(folder: Path, *_: object) -> InversionRun:
+    """Settings of a run folder. Raises: FileNotFoundError, ValueError for another folder."""
+    settings = recorded_by(folder, "inversion")["settings"]
+    return InversionRun(**{**settings, "weights": tuple(settings["weights"]), "config": InversionConfig(**settings["config"])})
+
+
+def open_setup(s: InversionRun, run: Run) -> Setup:
+    """Load and check what the settings name; files by the names under which a run records them. Raises: ValueError naming the flag."""
+    if s.turns:
+        check_mp4("orbit.mp4")
     with naming("--network"):
-        loaded = load_generator(network, where)
-    generator, inputs = loaded.generator, {"network": loaded.path}
+        loaded = load_generator(s.network, run.device)
+    generator = loaded.generator
     with naming("--camera"):
-        label = parse_camera(generator, camera)
+        label = parse_camera(generator, s.camera)
     with naming("--perceptual"):
-        features = load_perceptual(perceptual, generator.img_resolution, where)
-    found = {}
-    guided = reward_ckpt is not None or max(lambdas) > 0
-    for flag, path in (("--reward-ckpt", (reward_ckpt or bundled.REWARD) if guided else None), ("--reward-watch", reward_watch)):
+        features = load_perceptual(None if s.perceptual is None else Path(s.perceptual), generator.img_resolution, run.device)
+    guided = s.reward_ckpt is not None or max(s.weights) > 0
+    files = {"reward-ckpt": (s.reward_ckpt or bundled.REWARD) if guided else None, "reward-watch": s.reward_watch}
+    rewards = {}
+    for flag, path in files.items():
         if path is not None:
-            with naming(flag):
-                found[flag] = load_reward(path, where)
-            check_reward(found[flag], generator, flag)
-            inputs[flag.removeprefix("--")] = path
-    reward, watch = found.get("--reward-ckpt"), found.get("--reward-watch")
+            with naming(f"--{flag}"):
+                rewards[flag] = load_reward(path, run.device)
+            check_reward(rewards[flag], generator, f"--{flag}")
+    reward, watch = rewards.get("reward-ckpt"), rewards.get("reward-watch")
     judges = Judges(reward=reward)
     if watch is not None:
-        judges = Judges(reward=reward, judge=reward_judge(watch), name=f"reward {reward_watch.stem}")
-    elif judged_by_annotator(loaded, data):
+        judges = Judges(reward=reward, judge=reward_judge(watch), name=f"reward {Path(s.reward_watch or '').stem}")
+    elif judged_by_annotator(loaded, s.data):
         judges = Judges(reward=reward, judge=annotator_judge(), name="the annotator without noise")
-    if image is not None:
-        cases = [of_file(generator, image, mask, label)]
-        inputs |= {"image": image, **({} if mask is None else {"mask": mask})}
+    if s.image is not None:
+        cases = [of_file(generator, Path(s.image), None if s.mask is None else Path(s.mask), label)]
     else:
-        with naming("--seeds"):
-            numbers = list(dict.fromkeys(parse_seeds(seeds)))
-        cases = [of_seed(generator, seed, label, psi) for seed in numbers]
-    if perceptual is not None:
-        inputs["perceptual"] = perceptual
-    setup = Setup(
+        with naming("--latents"):
+            seeds = dict.fromkeys(parse_seeds(s.latents or ""))
+        cases = [of_seed(generator, seed, label, s.psi) for seed in seeds]
+    files |= {"network": loaded.path, "image": s.image, "mask": s.mask, "perceptual": s.perceptual}
+    run.inputs |= {name: path for name, path in files.items() if path is not None}
+    return Setup(
         loaded=loaded, perceptual=features, prior=prior_of(generator), guidance=None if reward is None else Guidance(generator, reward),
-        judges=judges, cases=cases, weights=lambdas, config=config, from_truth=start == "truth", shown=min(shown, len(cases)),
+        judges=judges, cases=cases, weights=s.weights, config=s.config, from_truth=s.start == "truth", shown=min(s.shown, len(cases)),
     )
-    return setup, inputs
 
 
-def open_run(out: Path | None, resume: bool, settings: dict, inputs: dict[str, Path]) -> Run:
-    """The run of --out, new or to go on. Raises: ValueError, OSError."""
-    if resume and (out is None or not (out / OPTIONS).is_file()):
-        raise ValueError(f"--resume: expected a run in --out, got {'no --out' if out is None else f'none in {out}'}. Name its folder.")
-    if not resume and out is not None and (out / OPTIONS).exists():
-        raise ValueError(f"--out: expected a folder without a run, got {out}. Add --resume to go on with it, or name another.")
-    if out is not None and resume:
-        return Run(out, settings, inputs)
-    return Run(claim(out or next_free(Path("runs"), "invert")), settings, inputs)
-
-
-@click.command(cls=GroupedCommand)
-@option("--image", group="Target", metavar="FILE", type=FILE, default=None, help="Image of the generator's size.")
-@option("--mask", group="Target", metavar="FILE", type=FILE, default=None, show_default="all counts", help="Grey image: white counts.")
-@option("--camera", group="Target", metavar="YAW,PITCH|25 NUMBERS|JSON", default=None, show_default="frontal",
-        help="Radians from frontal, or 16 numbers of cam2world and 9 of the intrinsics.")
-@option("--seeds", group="Target", metavar="LIST", default=None, help="Samples of the generator as targets, such as 0,2-5.")
-@option("--psi", group="Target", metavar="FLOAT", type=click.FloatRange(min=0), default=1.0, help="Their truncation.")
-@option("--start", group="Target", metavar="mean|truth", type=click.Choice(["mean", "truth"]), default="mean", help="First latent.")
-@option("--network", group="What", metavar="FILE|RUN", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
-        help="Generator.")
-@shared("reward-ckpt reward-watch data",
-        reward_ckpt={"show_default": "bundled, where a weight is above 0", "help": "Reward that guides."},
-        reward_watch={"show_default": "the annotator, for synthetic heads", "help": "Second reward as the judge."},
-        data={"show_default": "the run's own", "help": "What the generator was trained on."})
-@option("--perceptual", group="What", metavar="FILE", type=FILE, default=None, show_default="the bundled head-factor network",
-        help="TorchScript network (the projectors' VGG16) or .safetensors of ours.")
-@option("--weights", group="What", metavar="LIST", default=WEIGHTS, help="Weights of the reward.")
-@option("--preset", group="Stages", metavar="NAME", type=click.Choice(list(PRESETS)), default="small",
-        help="small, or published: the projectors' own; flags below go before it.")
-@options_of(InversionConfig)
-@option("--shown", group="Pictures", metavar="TARGETS", type=click.IntRange(min=0), default=1,
-        help="Targets with strip, orbit, meshes and kept generators.")
-@option("--shape-res", group="Pictures", metavar="POINTS", type=click.IntRange(0, 1024), default=128, help="Of meshes, per axis; 0: none.")
-@option("--turns", group="Pictures", metavar="VIEWS", type=click.IntRange(min=0), default=12, help="Of the orbit; 0: none.")
-@option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=None,
-        show_default="runs/NNNNN-invert", help="Folder to write.")
-@option("--resume", group="Run", is_flag=True, help="Go on with the run in --out, with the same flags.")
-@shared("device dry-run")
-def main(out, resume, shape_res, turns, dry_run, **flags) -> None:
-    """From one image to a shape, with a reward on geometry: a latent for the image, then the generator tuned around it, once per weight.
-
-    Give an image with its camera, or --seeds: samples of the generator itself, of which the truth is known and all errors can be measured.
-    Writes a run folder: per target a strip, an orbit, a mesh and a generator for each weight; index.html with curves; inversion.json.
-
-    \b
-    Example:
-        eg3d-rlhf generator invert --seeds=3 --weights=0,0.1 --w-steps=8 --pivot-steps=4 --turns=0 --shape-res=32 --out=runs/inversion
-    """
-    if 0 < shape_res < 16 or turns == 1:
-        raise ValueError("--shape-res, --turns: expected 0, or at least 16 points and 2 views. Correct them.")
-    if turns:
-        check_mp4("orbit.mp4")
-    setup, inputs = resolve(**flags)
-    case = setup.cases[0]
-    settings = {
-        "targets": [one.name for one in setup.cases], "weights": list(setup.weights), "camera": case.target.camera[0].tolist(),
-        "psi": flags["psi"], "start": flags["start"], "shown": setup.shown, "perceptual": setup.perceptual.name,
-        "judge": setup.judges.name, **asdict(setup.config),
-    }
-    if dry_run:
-        click.echo(json.dumps({**settings, "steps": setup.steps, "inputs": {k: str(v) for k, v in inputs.items()}}, indent=1))
-        return
-    with open_run(out, resume, settings, inputs) as run:
-        if resume:
-            run.resume()
-        inversions = Inversions(run, setup)
-        click.echo(f"{len(setup.cases)} target(s), weights {flags['weights']}, perceptual features {setup.perceptual.name}: {run.folder}")
-        try:
-            inversions.go()
-        except StoppedError as stopped:
-            click.echo(f"{str(stopped).capitalize()}. Go on with the same flags, --out={run.folder} and --resume.")
-            return
-        finish(inversions, shape_res, turns)
+def work(s: InversionRun, setup: Setup, run: Run) -> None:
+    """What is left to do of a run."""
+    inversions, weights = Inversions(run, setup), ",".join(f"{weight:g}" for weight in s.weights)
+    click.echo(f"{len(setup.cases)} target(s), weights {weights}, perceptual features {setup.perceptual.name}")
+    inversions.go()
+    finish(inversions, s.shape_res, s.turns)
 
 
 def finish(inversions: Inversions, shape_res: int, turns: int) -> None:
     """Pictures, inversion.json and the page of a run that is done."""
     setup, folder = inversions.setup, inversions.run.folder
     for case in setup.cases[: setup.shown]:
-        draw(inversions, case, shape_res, turns)
+        report.draw(inversions, case, shape_res, turns)
     records = inversions.records()
     summary = report.summarise(records, setup.weights)
     said = {"perceptual": setup.perceptual.name, "judge": setup.judges.name, "targets": len(setup.cases)}
@@ -185,7 +151,47 @@ def finish(inversions: Inversions, shape_res: int, turns: int) -> None:
         f"{count} under {setup.loaded.path.name}: {setup.config.w_steps} steps on a latent, then "
         f"{setup.config.pivot_steps} on a copy of the generator for every weight of the reward. At weight 0 it is the plain projector."
     )
-    page = write_page(folder / "index.html", report.TITLE, introduction, parts, findings, says)
+    page = pages.write_page(folder / "index.html", report.TITLE, introduction, parts, findings, says)
     click.echo("\n".join(says))
     click.echo(f"\nWritten to {folder}: {page.name} (open it in a browser), inversion.json, targets/")
 
+
+_FLAGS = together(
+    option("--image", group="Target", metavar="FILE", type=FILE, default=None, help="Image of the generator's size."),
+    option("--mask", group="Target", metavar="FILE", type=FILE, default=None, show_default="all counts", help="Grey image: white counts."),
+    option("--camera", group="Target", metavar="YAW,PITCH|25 NUMBERS|JSON", default=None, show_default="frontal",
+           help="Radians from frontal, or 16 numbers of cam2world and 9 of the intrinsics."),
+    option("--latents", "--seeds", "latents", group="Target", metavar="LIST", default=None,
+           help="Samples of the generator as targets, such as 0,2-5."),
+    option("--psi", group="Target", metavar="FLOAT", type=click.FloatRange(min=0), default=1.0, help="Their truncation."),
+    option("--start", group="Target", metavar="mean|truth", type=click.Choice(["mean", "truth"]), default="mean", help="First latent."),
+    shared("network reward-ckpt reward-watch data", network={"group": "What"},
+           reward_ckpt={"show_default": "bundled, where a weight is above 0", "help": "Reward that guides."},
+           reward_watch={"show_default": "the annotator, for synthetic heads", "help": "Second reward as the judge."},
+           data={"show_default": "the run's own", "help": "What the generator was trained on."}),
+    option("--perceptual", group="What", metavar="FILE", type=FILE, default=None, show_default="the bundled head-factor network",
+           help="TorchScript network (the projectors' VGG16) or .safetensors of ours."),
+    option("--weights", group="What", metavar="LIST", default=WEIGHTS, help="Weights of the reward."),
+    option("--preset", group="Stages", metavar="NAME", type=click.Choice(list(PRESETS)), default="small",
+           help="small, or published: the projectors' own; flags below go before it."),
+    options_of(InversionConfig),
+    option("--shown", group="Pictures", metavar="TARGETS", type=click.IntRange(min=0), default=1,
+           help="Targets with strip, orbit, meshes and kept generators."),
+    option("--shape-res", group="Pictures", metavar="POINTS", type=click.IntRange(0, 1024), default=128,
+           help="Of meshes, per axis; 0: none."),
+    option("--turns", group="Pictures", metavar="VIEWS", type=click.IntRange(min=0), default=12, help="Of the orbit; 0: none."),
+)
+INVERSION = Mode(
+    name="inversion", settings=InversionRun, open=open_setup, work=work, flags=_FLAGS, resolve=resolve, recorded=recorded,
+    help="""From one image to a shape, with a reward on geometry: a latent for the image, then a generator around it for each weight.
+
+    Give an image with its camera, or --latents: samples of the generator itself, of which the truth is known and all errors can be
+    measured. Writes a run folder: per target a strip, an orbit, a mesh and a generator for each weight; index.html with curves;
+    inversion.json.
+
+    \b
+    Example:
+        eg3d-rlhf generator invert --latents=3 --weights=0,0.1 --w-steps=8 --pivot-steps=4 --turns=0 --shape-res=32 --outdir=runs/inversion
+    """,
+)
+main = INVERSION.command

@@ -164,7 +164,7 @@ class InversionConfig:
     noise: float = knob(0.01, "First noise on the latent, in deviations of w.", STAGES, low=0, rare=True)
     fresh_rays: bool = knob(False, "Draw other ray samples in every step.", STAGES, rare=True)
     sample_mult: float = knob(2.0, "Times the network's samples per ray.", STAGES, above=0, rare=True)
-    seed: int = knob(0, "Of noise and ray samples.", STAGES, low=0)
+    seed: int = knob(0, "Of noise and ray samples.", STAGES, low=0, flag=False)  # that of the run
     lambda_mse: float = knob(10.0, "Weight of the mean squared error, images in [-1, 1].", LOSS, low=0, rare=True)
     lambda_w: float = knob(0.03, "Weight of the mean squared distance to the mean latent.", LOSS, low=0, rare=True)
     lambda_sigma: float = knob(

@@ -171,9 +171,9 @@ def test_an_image_from_start_to_page(tool, picture, tmp_path, monkeypatch):
     for name, value in {"CELL": 32, "FILM": 16, "GRID": 32, "RAYS": 16, "SAMPLES": 6}.items():
         monkeypatch.setattr(report, name, value)
     Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
-    out = tmp_path / "run"
-    result = tool(f"--image={picture}", f"--mask={tmp_path / 'mask.png'}", "--camera=0.1,0", "--weights=0,0.5", f"--out={out}")
+    result = tool(f"--image={picture}", f"--mask={tmp_path / 'mask.png'}", "--camera=0.1,0", "--weights=0,0.5", f"--outdir={tmp_path}/runs")
     assert result.exit_code == 0, result.output
+    out = tmp_path / "runs" / "00000-inversion"
     found = json.loads((out / "inversion.json").read_text())
     assert found["perceptual"].startswith("head-factors-") and found["perceptual"] in result.stdout and found["judge"] == "none"
     assert {record["arm"] for record in found["records"]} == {"truth", "w", "0", "0.5"} and "psnr" in found["measures"]
@@ -183,18 +183,18 @@ def test_an_image_from_start_to_page(tool, picture, tmp_path, monkeypatch):
         assert (out / "targets" / "head" / name).stat().st_size > 0
     before, finished = contents(out), []
     monkeypatch.setattr(invert, "finish", lambda *how: finished.append(how))
-    again = tool(f"--image={picture}", f"--mask={tmp_path / 'mask.png'}", "--camera=0.1,0", "--weights=0,0.5", f"--out={out}", "--resume")
+    again = CliRunner().invoke(invert.main, [f"--resume={out}"])
     assert again.exit_code == 0 and len(finished) == 1 and contents(out) == before
-    other = tool(f"--image={picture}", f"--mask={tmp_path / 'mask.png'}", "--camera=0.2,0", "--weights=0,0.5", f"--out={out}", "--resume")
-    assert_one_line(other, "expected the settings that it was begun with, got camera")
-    assert_one_line(tool("--seeds=1", f"--out={out}"), "--out: expected a folder without a run", "--resume")
+    assert_one_line(CliRunner().invoke(invert.main, [f"--resume={out}", "--camera=0.2,0"]), "--camera", "Leave out")
+    Image.new("RGB", (32, 32)).save(picture)
+    assert_one_line(CliRunner().invoke(invert.main, [f"--resume={out}"]), "image", "Restore the file")
 
 
 MISTAKES = {
-    "no target": ([], "--image, --seeds: expected one of them, got none"),
+    "no target": ([], "--image, --latents: expected one of them, got none"),
     "weights": (["--seeds=1", "--weights=0,-1"], "--weights: expected different numbers >= 0"),
     "weights twice": (["--seeds=1", "--weights=1,1.0"], "--weights: expected different numbers >= 0"),
-    "seeds": (["--seeds=3-1"], "--seeds: "),
+    "latents": (["--latents=3-1"], "--latents: "),
     "camera": (["--seeds=1", "--camera=1,2,3"], "--camera: camera: entry 'camera': expected a label of 25 numbers, got 3"),
     "camera words": (["--seeds=1", "--camera=left"], "--camera: expected YAW,PITCH, 25 numbers or a .json file"),
     "camera file": (["--seeds=1", "--camera={tmp}/none.json"], "--camera: expected YAW,PITCH, 25 numbers or a .json file"),
@@ -204,11 +204,11 @@ MISTAKES = {
     "large mask": (["--image={tmp}/fit.png", "--mask={tmp}/large.png"], "--mask: expected 32 x 32 pixels, the generator's, got 40 x 32"),
     "empty mask": (["--image={tmp}/fit.png", "--mask={tmp}/fit.png"], "--mask: expected some white"),
     "no image": (["--image={tmp}/text.png"], "--image: expected an image file"),
-    "mask of a seed": (["--seeds=1", "--mask={tmp}/fit.png"], "--mask: expected none with --seeds"),
+    "mask of a seed": (["--seeds=1", "--mask={tmp}/fit.png"], "--mask: expected none with --latents"),
     "start": (["--image={tmp}/fit.png", "--start=truth"], "--start: expected mean with --image"),
     "features": (["--seeds=1", "--perceptual={tmp}/text.png"], "--perceptual: expected a TorchScript file"),
     "another box": (["--seeds=1", "--reward-ckpt={tmp}/wide.safetensors"], "--reward-ckpt: expected a generator with box_warp 2.0, got 1"),
-    "nothing to resume": (["--seeds=1", "--out={tmp}/runs", "--resume"], "--resume: expected a run in --out"),
+    "nothing to resume": (["--resume={tmp}"], "--resume: expected a run folder"),
     "one view": (["--seeds=1", "--turns=1"], "--shape-res, --turns: expected 0, or at least"),
 }
 
@@ -221,16 +221,18 @@ def test_mistakes_are_one_line_and_leave_nothing(case, tool, reward, tmp_path):
     Reward(SigmaSlab(SlabSpec(resolution=24, box_warp=2.0)), reward.network).save(tmp_path / "wide.safetensors")
     before = sorted(tmp_path.iterdir())
     flags, text = MISTAKES[case]
-    assert_one_line(tool(f"--out={tmp_path / 'runs'}", *(flag.format(tmp=tmp_path) for flag in flags)), text)
+    more = [flag.format(tmp=tmp_path) for flag in flags]
+    found = CliRunner().invoke(invert.main, more) if "--resume" in more[0] else tool(f"--outdir={tmp_path / 'runs'}", *more)
+    assert_one_line(found, text)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_dry_run_says_what_would_be_done(tool, tmp_path):
-    result = tool("--seeds=1-2", "--weights=1,0", "--preset=published", f"--out={tmp_path / 'runs'}", "--dry-run")
+    result = tool("--seeds=1-2", "--weights=1,0", "--preset=published", f"--outdir={tmp_path / 'runs'}", "--dry-run")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["weights"] == [0, 1] and found["w_steps"] == 3 and found["steps"] == 2 * (3 + 2 * 2) and not (tmp_path / "runs").exists()
-    assert found["fresh_rays"] is True and found["lambda_mse"] == 0.1
+    assert found["weights"] == [0, 1] and found["config"]["w_steps"] == 3 and not (tmp_path / "runs").exists()
+    assert found["config"]["fresh_rays"] is True and found["config"]["lambda_mse"] == 0.1
 
 
 @pytest.fixture
@@ -251,11 +253,11 @@ def foreign(loaded, tmp_path, monkeypatch):
 @pytest.mark.long
 def test_a_generator_of_another_family_is_inverted_by_a_reward_of_its_own(foreign, reward, tool, tmp_path, monkeypatch):
     monkeypatch.setattr(invert.pages, "draw", lambda job, out: None)
-    monkeypatch.setattr(invert, "write_page", lambda path, *what: path)
+    monkeypatch.setattr(invert.pages, "write_page", lambda path, *what: path)
     own = SigmaSlab.of(load_generator(foreign).generator, resolution=24, crop=SlabSpec.crop)
     mine = Reward(own, reward.network).save(tmp_path / "own.safetensors")
-    result = tool(f"--network={foreign}", f"--reward-ckpt={mine}", "--seeds=2", "--weights=0,0.5", "--turns=0", f"--out={tmp_path / 'run'}")
+    result = tool(f"--network={foreign}", f"--reward-ckpt={mine}", "--seeds=2", "--weights=0,0.5", "--turns=0", f"--outdir={tmp_path}/runs")
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "run" / "inversion.json").read_text())
+    found = json.loads((tmp_path / "runs/00000-inversion/inversion.json").read_text())
     assert [record["arm"] for record in found["records"]] == ["truth", "w", "0", "0.5"] and found["records"][3]["depth"] > 0
-    assert load_generator(tmp_path / "run" / "targets" / "seed2" / "0.5.safetensors").generator.architecture == "mirrored"
+    assert load_generator(tmp_path / "runs/00000-inversion/targets/seed2" / "0.5.safetensors").generator.architecture == "mirrored"
