@@ -172,7 +172,7 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
     """Every latent's scores by all single arms, and the judge's value, in one pass."""
     generator, (single, _) = trial.generator.generator, arms(trial)
     spec, calibration = SlabSpec.of(generator.bounds, JUDGE_RESOLUTION), annotator_calibration()
-    found: dict[str, list[float]] = {name: [] for name in single}
+    scores: dict[str, list[float]] = {name: [] for name in single}
     judged: list[float] = []
     ws = ws_of_seeds(generator, trial.seeds, truncation_psi=trial.psi, truncation_cutoff=CUTOFF)
     with tqdm(total=trial.n, desc="latents", unit="latent", disable=quiet, leave=False, dynamic_ncols=True) as bar:
@@ -182,14 +182,14 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
                 kind = reward.observation
                 if kind not in seen:
                     seen[kind] = kind.observe(field)
-                (found[name] if name else judged).extend(reward.score_observed(seen[kind]).tolist())
+                (scores[name] if name else judged).extend(reward.score_observed(seen[kind]).tolist())
             if trial.judge is None:
                 cubes = field.density_grid(spec).cpu().numpy()
                 judged += [utility(cube, calibration=calibration, box_warp=spec.box_warp).total for cube in cubes]
             bar.update(len(part))
-    columns = {**found, "judge": judged}
+    columns = {**scores, "judge": judged}
     rows = [{"seed": seed, **{name: column[i] for name, column in columns.items()}} for i, seed in enumerate(trial.seeds)]
-    return Finding(facts=trial.facts(), data={"scores": found, "judge": judged}, rows=rows)
+    return Finding(facts=trial.facts(), data={"scores": scores, "judge": judged}, rows=rows)
 
 
 def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
@@ -227,16 +227,16 @@ def _finite(value: float) -> float | None:
 
 def _against(last: Mapping[str, tuple[float, np.ndarray]], single: Mapping, joined: Mapping) -> list[dict]:
     """What each aggregate's last gain is above that of the best member, which the judge itself has picked, and of the mean member."""
-    found = []
+    rows = []
     for name in joined if single else ():
         before = name.rpartition(": ")[0]
-        members = [one for one in single if one.rpartition(": ")[0] == before and "member" in one]
-        best = max(members, key=lambda one: last[one][0])
+        members = [member for member in single if member.rpartition(": ")[0] == before and "member" in member]
+        best = max(members, key=lambda member: last[member][0])
         for title, others in (("best member", [best]), ("mean member", members)):
-            value = last[name][0] - np.mean([last[one][0] for one in others])
-            low, high = np.quantile(last[name][1] - np.mean([last[one][1] for one in others], axis=0), [0.025, 0.975])
-            found.append({"arm": name, "against": title, "mean": float(value), "lo": float(low), "hi": float(high)})
-    return found
+            value = last[name][0] - np.mean([last[member][0] for member in others])
+            low, high = np.quantile(last[name][1] - np.mean([last[member][1] for member in others], axis=0), [0.025, 0.975])
+            rows.append({"arm": name, "against": title, "mean": float(value), "lo": float(low), "hi": float(high)})
+    return rows
 
 
 def _says(trial: Trial, data: Mapping) -> list[str]:

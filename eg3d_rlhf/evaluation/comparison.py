@@ -89,8 +89,8 @@ class Comparison(Sampling):
 
     def generators(self) -> dict[str, LoadedGenerator]:
         """'before', 'after', and 'control' where there is one."""
-        found = {"before": self.before, "after": self.after}
-        return found if self.control is None else {**found, "control": self.control}
+        pair = {"before": self.before, "after": self.after}
+        return pair if self.control is None else {**pair, "control": self.control}
 
     def networks(self, *roles: str) -> dict[str, str]:
         """Role -> hash, of `roles` or of all generators and the reward."""
@@ -142,15 +142,15 @@ class Comparison(Sampling):
         asked = (self.held_out_hash if held_out else self.reward_hash, *case)
         if asked not in self.memory:
             rewards = {self.reward_hash: self.reward} | ({} if self.held_out is None else {self.held_out_hash: self.held_out})
-            found: dict[str, list[torch.Tensor]] = {digest: [] for digest in rewards}
+            parts_by_reward: dict[str, list[torch.Tensor]] = {digest: [] for digest in rewards}
             for field in self.fields(generator, seeds, psi):
                 seen: dict[Observation, torch.Tensor] = {}  # what both rewards read is observed once
                 for digest, reward in rewards.items():
                     kind = reward.observation
                     if kind not in seen:
                         seen[kind] = kind.observe(field)
-                    found[digest].append(reward.score_observed(seen[kind]).cpu())
-            self.memory.update({(digest, *case): torch.cat(parts) for digest, parts in found.items()})
+                    parts_by_reward[digest].append(reward.score_observed(seen[kind]).cpu())
+            self.memory.update({(digest, *case): torch.cat(parts) for digest, parts in parts_by_reward.items()})
         return self.memory[asked]
 
     def facts(self, seeds: Sequence[int], roles: Sequence[str] = (), interval: str = "", **more) -> Facts:
@@ -235,31 +235,32 @@ def _run(s: Sources, before: Path) -> Path | None:
     if s.after is not None:
         return _folder(s.after)
     known, init = ((run, recorded(run)) for run in _runs(s.runs_folder)), file_hash(before)
-    found = next((run for run, own in known if own["lambda_r"] > 0 and own.get("hashes", {}).get("init") == init), None)
-    if found is None:
+    newest = next((run for run, settings in known if settings["lambda_r"] > 0 and settings.get("hashes", {}).get("init") == init), None)
+    if newest is None:
         raise ValueError(
             f"--after: expected a tuned network, got none, and no run in {s.runs_folder}/ began from {before.name}. "
             "Run `make demo` first, or name --after=FILE or --run=DIR."
         )
-    return found
+    return newest
 
 
 def _check_pair(before: LoadedGenerator, other: LoadedGenerator) -> None:
     """Raise ValueError where the same latent or cube would not mean the same in both."""
-    one, two = (
+    expected, got = (
         {"z_dim": g.z_dim, "images": g.img_resolution, "side": g.bounds.side, "centre": g.bounds.centre}
         for g in (before.generator, other.generator)
     )
-    if one != two:
-        raise ValueError(f"expected a generator like {before.path.name} {one}, got {other.path.name} {two}. Compare runs of one generator.")
+    if expected != got:
+        text = f"expected a generator like {before.path.name} {expected}, got {other.path.name} {got}"
+        raise ValueError(f"{text}. Compare runs of one generator.")
 
 
 def _reward_path(s: Sources, run: Path | None, before: LoadedGenerator) -> Path:
     """The named reward, the run's own where its file is still the one it used, or the bundled one, for the bundled generator alone."""
     if s.reward_ckpt is not None:
         return s.reward_ckpt
-    own = settings_of(run)
-    used, digest = own.get("reward_ckpt"), own.get("hashes", {}).get("reward")
+    settings = settings_of(run)
+    used, digest = settings.get("reward_ckpt"), settings.get("hashes", {}).get("reward")
     if digest == file_hash(bundled.REWARD):
         return bundled.REWARD
     if used is None or digest is None:
@@ -275,19 +276,19 @@ def _reward_path(s: Sources, run: Path | None, before: LoadedGenerator) -> Path:
 
 def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[Reward | None, str]:
     """The second reward with its hash: the named one, the one that watched the run, or the bundled one beside the bundled reward."""
-    path, digest, own = s.reward_watch, file_hash(reward), settings_of(run)
-    used = own.get("reward_watch")
-    if path is None and used and Path(used).is_file() and file_hash(used) == own.get("hashes", {}).get("watch"):
+    path, digest, settings = s.reward_watch, file_hash(reward), settings_of(run)
+    used = settings.get("reward_watch")
+    if path is None and used and Path(used).is_file() and file_hash(used) == settings.get("hashes", {}).get("watch"):
         path = Path(used)
     elif path is None and digest == file_hash(bundled.REWARD) and bundled.WATCH.exists():
         path = bundled.WATCH
     if path is None:
         return None, ""
     with naming("--reward-watch"):
-        found = load_reward(path, s.device)
+        second = load_reward(path, s.device)
         if file_hash(path) == digest:
             raise ValueError(f"expected another reward than the one that tuned, got the same file {path}. Train one on other labels.")
-    return found, file_hash(path)
+    return second, file_hash(path)
 
 
 
@@ -321,8 +322,8 @@ def snapshots(run: Path | None) -> list[tuple[float, Path]]:
 
 def _runs(folder: Path) -> list[Path]:
     """Run folders with a snapshot and a recorded reward, newest first."""
-    found = [run for run in folder.glob("*") if recorded(run).get("reward") == "sigma" and any(run.glob("network-snapshot-*"))]
-    return sorted(found, key=lambda run: (run / OPTIONS).stat().st_mtime, reverse=True)
+    runs = [run for run in folder.glob("*") if recorded(run).get("reward") == "sigma" and any(run.glob("network-snapshot-*"))]
+    return sorted(runs, key=lambda run: (run / OPTIONS).stat().st_mtime, reverse=True)
 
 
 def newest_control(folder: Path, tuned: Path | None) -> Path | None:

@@ -342,15 +342,15 @@ def says(data: Mapping) -> list[str]:
 
 def compare(trial: Trial, findings: Mapping[str, Finding], _folder: Path) -> Finding:
     """All generators side by side."""
-    data = {name: {**found.data["summary"]["calibrated"], **found.data["summary"]} for name, found in findings.items()}
+    data = {name: {**finding.data["summary"]["calibrated"], **finding.data["summary"]} for name, finding in findings.items()}
     rows = [
         {
-            "network": name, "stage": stage, **found.data["summary"][stage], "outside": found.data["outside"][stage],
-            "correlation with the reference's": (found.data["reference"][stage] or {}).get("mean"),
+            "network": name, "stage": stage, **finding.data["summary"][stage], "outside": finding.data["outside"][stage],
+            "correlation with the reference's": (finding.data["reference"][stage] or {}).get("mean"),
         }
-        for name, found in findings.items() for stage in STAGES
+        for name, finding in findings.items() for stage in STAGES
     ]  # fmt: skip
-    lines = [f"{name}: {line}" for name, found in findings.items() for line in found.says[:1]]
+    lines = [f"{name}: {line}" for name, finding in findings.items() for line in finding.says[:1]]
     lines.append(
         "A latent means another shape to another network, unless one descends from the other: compare medians and spreads, not seeds. To "
         "compare ranks within a network: the paper's reward kept 0.84 (EG3D) and 0.91 (HyPlaneHead) under mirroring, and 0.67 where "
@@ -366,10 +366,10 @@ def plot_scores(axes, data: dict):
     axes.axhspan(own["low"], own["high"], color=style.colour("noise"), alpha=0.2, label="reference, quartiles")
     for j, stage in enumerate(STAGES):
         for i, name in enumerate(names):
-            one, x = data["networks"][name][stage], i + 0.22 * (j - 1)
-            axes.plot([x, x], [one["min"], one["max"]], color=style.CYCLE[j], linewidth=1)
-            axes.bar([x], [one["high"] - one["low"]], 0.16, bottom=one["low"], color=style.CYCLE[j], label=None if i else stage)
-            axes.plot([x], [one["median"]], "_", color="white", markersize=9)
+            row, x = data["networks"][name][stage], i + 0.22 * (j - 1)
+            axes.plot([x, x], [row["min"], row["max"]], color=style.CYCLE[j], linewidth=1)
+            axes.bar([x], [row["high"] - row["low"]], 0.16, bottom=row["low"], color=style.CYCLE[j], label=None if i else stage)
+            axes.plot([x], [row["median"]], "_", color="white", markersize=9)
     axes.set_xticks(range(len(names)), names)
 
 
@@ -395,11 +395,11 @@ def jobs(trial: Trial) -> tuple[list[Job], Job]:
 
 
 
-def named(found: list[LoadedGenerator]) -> dict[str, LoadedGenerator]:
+def named(loaded: list[LoadedGenerator]) -> dict[str, LoadedGenerator]:
     """Generators by a short name: the file's, else its folder's with it, else the path."""
     for name in (lambda path: path.stem, lambda path: f"{path.parent.name}/{path.stem}", str):
-        names = {name(one.path): one for one in found}
-        if len(names) == len(found):
+        names = {name(generator.path): generator for generator in loaded}
+        if len(names) == len(loaded):
             break
     return names
 

@@ -124,12 +124,12 @@ def surfaces(c: Comparison, _folder: Path) -> Finding:
 def surface_values(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]) -> list[dict[str, float] | None]:
     """SURFACE_MEASURES of each seed's mesh; None where the density does not cross the level."""
     spec, level = SlabSpec.of(generator.generator.bounds, RESOLUTION), generator.generator.level
-    found: list[dict[str, float] | None] = []
+    meshes: list[dict[str, float] | None] = []
     for field in c.fields(generator, seeds, batch=max(1, c.batch // 4)):
         for sigma in field.density_grid(spec).cpu():
             crossed = float(sigma.min()) < level < float(sigma.max())
-            found.append(mesh_values(*extract_mesh(sigma, spec, level), spec) if crossed else None)
-    return found
+            meshes.append(mesh_values(*extract_mesh(sigma, spec, level), spec) if crossed else None)
+    return meshes
 
 
 def mesh_values(vertices: np.ndarray, faces: np.ndarray, spec: SlabSpec) -> dict[str, float]:
@@ -264,8 +264,8 @@ def measures(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
     takes the roundness of a head out, so that a flat or a balloon-like face has none. Nose prominence: 98th percentile of z in the nose's
     window less the mean of the cheeks' 80th percentiles. Windows are fixed places of the cube where aligned heads have these parts.
     """
-    found = {m.name: np.full(len(maps.valid), np.nan) for m in DEPTH_MEASURES}
-    found["valid pixels"] = maps.valid.mean(axis=(1, 2))
+    values = {m.name: np.full(len(maps.valid), np.nan) for m in DEPTH_MEASURES}
+    values["valid pixels"] = maps.valid.mean(axis=(1, 2))
     for i, (points, valid) in enumerate(zip(maps.points, maps.valid, strict=True)):
         face = points[valid & _window(points, FACE, bounds)]
         if len(face) >= LEAST_PIXELS:
@@ -273,11 +273,11 @@ def measures(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
             x, y, z = (face / bounds.side).T
             terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
             bent = float(np.sqrt(np.mean((z - terms @ np.linalg.lstsq(terms, z, rcond=None)[0]) ** 2)))
-            found["depth range of the face"][i], found["face relief"][i] = high - low, bent * bounds.side
+            values["depth range of the face"][i], values["face relief"][i] = high - low, bent * bounds.side
         nose, *cheeks = (points[valid & _window(points, box, bounds)][:, 2] for box in (NOSE, *CHEEKS))
         if min(len(part) for part in (nose, *cheeks)) >= LEAST_PIXELS:
-            found["nose prominence"][i] = np.quantile(nose, 0.98) - np.mean([np.quantile(cheek, 0.8) for cheek in cheeks])
-    return found
+            values["nose prominence"][i] = np.quantile(nose, 0.98) - np.mean([np.quantile(cheek, 0.8) for cheek in cheeks])
+    return values
 
 
 def _window(points: np.ndarray, box: tuple[float, float, float, float], bounds: Bounds) -> np.ndarray:

@@ -11,10 +11,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
+from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.core.statistics import t_mean_interval
 from eg3d_rlhf.evaluation.trainings import Part, line_of, make
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
+from eg3d_rlhf.experiments.table import text_rows
 from training import storage
 
 DEMO = ("--reward=sigma", "--lambda-r=10")
@@ -40,19 +41,19 @@ def spread(values: Mapping[str, float]) -> dict:
 
 def over_seeds(records: Mapping[str, dict]) -> dict:
     """What `make seeds` writes: every figure that all summaries hold, and a row of `geometry` for each measure that all hold."""
-    found: dict = {"seeds": [int(seed) for seed in records]}
+    figures: dict = {"seeds": [int(seed) for seed in records]}
     for name, (interval, _, _) in FIGURES.items():
         if all(record.get(name) is not None for record in records.values()):
-            found[name] = spread({seed: float(record[name]) for seed, record in records.items()})
+            figures[name] = spread({seed: float(record[name]) for seed, record in records.items()})
             if interval is not None:
-                found[name]["ci95_by_seed"] = {seed: record[interval] for seed, record in records.items()}
+                figures[name]["ci95_by_seed"] = {seed: record[interval] for seed, record in records.items()}
     if all("frechet_verdict" in record for record in records.values()):
-        found["frechet_ratio"]["verdicts"] = {seed: record["frechet_verdict"] for seed, record in records.items()}
+        figures["frechet_ratio"]["verdicts"] = {seed: record["frechet_verdict"] for seed, record in records.items()}
     rows = {seed: {row["name"]: row for row in record["geometry"]} for seed, record in records.items()}
-    shared = [name for name in next(iter(rows.values())) if all(name in own for own in rows.values())]
-    found["geometry"] = [measure(name, {seed: own[name] for seed, own in rows.items()}) for name in shared]
-    found["over_optimisation"] = {seed: len(record["over_optimisation"]) for seed, record in records.items()}
-    return found
+    shared = [name for name in next(iter(rows.values())) if all(name in by_name for by_name in rows.values())]
+    figures["geometry"] = [measure(name, {seed: by_name[name] for seed, by_name in rows.items()}) for name in shared]
+    figures["over_optimisation"] = {seed: len(record["over_optimisation"]) for seed, record in records.items()}
+    return figures
 
 
 def measure(name: str, rows: Mapping[str, dict]) -> dict:
@@ -65,22 +66,22 @@ def measure(name: str, rows: Mapping[str, dict]) -> dict:
             "verdicts": {seed: row["verdict"] for seed, row in rows.items()}}
 
 
-def table(found: dict) -> list[list[str]]:
+def table(figures: dict) -> list[list[str]]:
     """Rows of cells: a figure's words, its value by seed, mean ± deviation over seeds."""
-    names = [str(seed) for seed in found["seeds"]]
+    names = [str(seed) for seed in figures["seeds"]]
     rows = [["what", *(f"seed {name}" for name in names), "mean ± sd"]]
     for name, (_, words, form) in FIGURES.items():
-        if name in found:
-            one = found[name]
-            verdicts = one.get("verdicts", {})
-            cells = [f"{one['by_seed'][seed]:{form}} {verdicts.get(seed, '')}".strip() for seed in names]
-            rows.append([words, *cells, f"{one['mean']:{form}} ± {one['std']:{form.lstrip('+')}}"])
-    for row in found["geometry"]:
+        if name in figures:
+            figure = figures[name]
+            verdicts = figure.get("verdicts", {})
+            cells = [f"{figure['by_seed'][seed]:{form}} {verdicts.get(seed, '')}".strip() for seed in names]
+            rows.append([words, *cells, f"{figure['mean']:{form}} ± {figure['std']:{form.lstrip('+')}}"])
+    for row in figures["geometry"]:
         change = row["change"]
         words = f"{row['name']}, change" + (" (higher is better)" if row["higher_is_better"] else "")
         cells = [f"{change['by_seed'][seed]:+.3g} {row['verdicts'][seed]}" for seed in names]
         rows.append([words, *cells, f"{change['mean']:+.3g} ± {change['std']:.2g}"])
-    alarms = found["over_optimisation"]
+    alarms = figures["over_optimisation"]
     return [*rows, ["alarms of the watch", *(str(alarms[seed]) for seed in names), ""]]
 
 
@@ -120,4 +121,5 @@ def main(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
     figures = {**over_seeds({seed: json.loads((out / run / SUMMARY).read_text()) for seed, run in runs.items()}), "runs": runs,
                "flags": [*DEMO, *more]}
     storage.write_atomic(out / SUMMARY, (json.dumps(figures, indent=1, sort_keys=True) + "\n").encode())
-    click.echo(f"\n{aligned(table(figures))}\n\nWritten to {out / SUMMARY}")
+    head, *lines = table(figures)
+    click.echo(f"\n{text_rows(head, lines)}\n\nWritten to {out / SUMMARY}")

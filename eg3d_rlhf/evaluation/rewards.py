@@ -51,7 +51,7 @@ def trajectories_job(c: Comparison) -> Job:
         where = f" in {c.run.name}" if c.run is not None else " (no run folder was named)"
         return c.absent(key, title, f"A trajectory needs {FEWEST - 1} snapshots of the tuned run; {len(kept['after'])} found{where}. Train "
                         "with --snap=1, which keeps a snapshot per tick, and name the run with --run.")
-    files = {role: {f"{kimg:g}": file_hash(path) for kimg, path in found} for role, found in kept.items()}
+    files = {role: {f"{kimg:g}": file_hash(path) for kimg, path in snapshots} for role, snapshots in kept.items()}
     plots = {"trajectories": plot_trajectories, "slopes": plot_slopes}
     return c.job(key, title, trajectories, plots, ("before", "reward"), n=c.n, files=files)
 
@@ -109,28 +109,28 @@ def over_psi(c: Comparison, _folder: Path) -> Finding:
 
 def ranks(c: Comparison, _folder: Path) -> Finding:
     """Spearman's rho of the rewards at two truncations of the same latents."""
-    seeds, found, scores = c.seeds(), {}, {}
+    seeds, rho, scores = c.seeds(), {}, {}
     for role in ("before", "after"):
         high_scores, low_scores = (c.scores(c.generators()[role], seeds, psi).double().numpy() for psi in RANK_PSIS)
         scores[role] = [high_scores.tolist(), low_scores.tolist()]
-        found[role] = statistics.spearman(high_scores, low_scores)._asdict()
+        rho[role] = statistics.spearman(high_scores, low_scores)._asdict()
     high, low = RANK_PSIS
-    rows = [{"role": role, "spearman": r["mean"], "lo": r["lo"], "hi": r["hi"]} for role, r in found.items()]
-    before, after = (span(r["mean"], r["lo"], r["hi"], ".3f") for r in (found["before"], found["after"]))
+    rows = [{"role": role, "spearman": r["mean"], "lo": r["lo"], "hi": r["hi"]} for role, r in rho.items()]
+    before, after = (span(r["mean"], r["lo"], r["hi"], ".3f") for r in (rho["before"], rho["after"]))
     says = [
         f"Spearman's rho between the rewards at ψ = {high:g} and {low:g}: before {before}, after {after}.",
         "Both share the latent, so agreement is expected; what is missing to 1 is order that truncation changes.",
     ]
-    data = {"scores": scores, "rho": found, "psis": RANK_PSIS}
+    data = {"scores": scores, "rho": rho, "psis": RANK_PSIS}
     return Finding(facts=c.facts(seeds, ROLES, statistics.RANK_INTERVAL, psi=None), data=data, rows=rows, says=says)
 
 
 def slope_summary(times: np.ndarray, values: np.ndarray) -> dict:
     """Slopes per kimg of values [N, T]: their mean with bootstrap interval, and the range of the middle 95 %."""
-    found = statistics.slopes(times, values)
-    mean, lo, hi = bootstrap_mean_interval(found)
-    low, high = np.quantile(found, [0.025, 0.975])
-    return {"slopes": found.tolist(), "mean": mean, "mean_lo": lo, "mean_hi": hi, "spread_lo": float(low), "spread_hi": float(high)}
+    slopes = statistics.slopes(times, values)
+    mean, lo, hi = bootstrap_mean_interval(slopes)
+    low, high = np.quantile(slopes, [0.025, 0.975])
+    return {"slopes": slopes.tolist(), "mean": mean, "mean_lo": lo, "mean_hi": hi, "spread_lo": float(low), "spread_hi": float(high)}
 
 
 def trajectories(c: Comparison, _folder: Path) -> Finding:

@@ -98,10 +98,10 @@ def cell_jobs(c: Comparison, networks: Mapping[Cell, Path]) -> list[Job]:
 
 def front_job(c: Comparison, cells: Sequence[Cell], findings: Mapping[str, Finding]) -> Job:
     """The front over the findings of `cell_jobs`."""
-    found = {cell: findings[f"cell-{cell.name}"] for cell in cells}
+    by_cell = {cell: findings[f"cell-{cell.name}"] for cell in cells}
     plots = {"reward-distance-geometry": plot_front, "other-measures": plot_others}
-    return Job(key=KEY, title="Reward, distance and geometry", compute=partial(front, c, found), plots=plots,
-               inputs={cell.name: one.data for cell, one in found.items()})
+    return Job(key=KEY, title="Reward, distance and geometry", compute=partial(front, c, by_cell), plots=plots,
+               inputs={cell.name: finding.data for cell, finding in by_cell.items()})
 
 
 def _kept(c: Comparison, name: str, make):
@@ -130,8 +130,8 @@ def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Findin
         real, dataset = _kept(c, "reals", lambda: images.real_features(c, network))
         fakes = partial(images.fake_features, c, cameras=dataset.get_labels(), network=network)
         pair = _kept(c, "images", lambda: fakes(c.before)), fakes(after)
-        found = kernel_change_interval(*pair, real, images.RESAMPLES, c.seed)
-        steps[IMAGES] = {"mean": found.mean, "lo": found.lo, "hi": found.hi}
+        change = kernel_change_interval(*pair, real, images.RESAMPLES, c.seed)
+        steps[IMAGES] = {"mean": change.mean, "lo": change.lo, "hi": change.hi}
     facts = c.facts(seeds, interval=BOOTSTRAP, networks={"before": c.before.hash, "cell": after.hash, "reward": c.reward_hash})
     rows = [{"seed": seed, **{name: float(v[i]) for name, v in values.items() if i < len(v)}} for i, seed in enumerate(seeds)]
     return Finding(facts=facts, data={"cell": vars(cell), "network": after.hash, "measures": steps}, rows=rows)
@@ -149,35 +149,36 @@ def pareto(values: np.ndarray) -> np.ndarray:
     return ~np.any(at_least & better, axis=1)
 
 
-def gather(found: Mapping[Cell, Finding]) -> list[dict]:
+def gather(by_cell: Mapping[Cell, Finding]) -> list[dict]:
     """One entry for each setting: mean over seeds with interval, and the seeds' values."""
     rows: list[dict] = []
-    for setting in dict.fromkeys(cell.setting for cell in found):
-        own = {cell: one for cell, one in found.items() if cell.setting == setting}
-        cell, first = next(iter(own.items()))
+    for setting in dict.fromkeys(cell.setting for cell in by_cell):
+        of_setting = {cell: finding for cell, finding in by_cell.items() if cell.setting == setting}
+        cell, first = next(iter(of_setting.items()))
         measures = {}
         for name, step in first.data["measures"].items():
-            each = [one.data["measures"][name]["mean"] for one in own.values()]
+            each = [finding.data["measures"][name]["mean"] for finding in of_setting.values()]
             measures[name] = {**(t_mean_interval(each)._asdict() if len(each) > 1 else step), "each": each}
         rows.append({"setting": setting, "lambda_r": cell.lambda_r, "lambda_sigma": cell.lambda_sigma if cell.lambda_r else None,
-                     "seeds": [cell.seed for cell in own], "measures": measures})
+                     "seeds": [cell.seed for cell in of_setting], "measures": measures})
     means = np.array([[sign * row["measures"][name]["mean"] for name, sign in GOALS.items()] for row in rows])
     for row, kept in zip(rows, pareto(means), strict=True):
         row["on_front"] = bool(kept)
     return rows
 
 
-def front(c: Comparison, found: Mapping[Cell, Finding], _folder: Path) -> Finding:
+def front(c: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Finding:
     """All settings with their measures; those that no other setting beats are on the front."""
-    rows = gather(found)
+    rows = gather(by_cell)
     columns = {"": "mean", " lo": "lo", " hi": "hi"}
     table = [
         {"setting": row["setting"], "front": "on the front" if row["on_front"] else "", "training seeds": " ".join(map(str, row["seeds"])),
          **{f"{name}{end}": m[key] for name, m in row["measures"].items() for end, key in columns.items()}}
         for row in rows
     ]
-    networks = {"before": c.before.hash, "reward": c.reward_hash} | {cell.name: one.data["network"] for cell, one in found.items()}
-    facts = c.facts(c.seeds(), interval=SEEDS_INTERVAL, unit=f"latents for each of {len(found)} runs", networks=networks)
+    networks = {"before": c.before.hash, "reward": c.reward_hash}
+    networks |= {cell.name: finding.data["network"] for cell, finding in by_cell.items()}
+    facts = c.facts(c.seeds(), interval=SEEDS_INTERVAL, unit=f"latents for each of {len(by_cell)} runs", networks=networks)
     kept = [row for row in rows if row["on_front"]]
     says = [
         f"On the front, by means ({len(kept)} of {len(rows)} settings): " + "; ".join(row["setting"] for row in kept) + ".",

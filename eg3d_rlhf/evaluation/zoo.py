@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
+from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.judges import blind_pairs
@@ -26,6 +26,7 @@ from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.media.rendering import parse_seeds, png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
+from eg3d_rlhf.experiments.table import text_rows
 from eg3d_rlhf.generators import LoadedGenerator, camera, ws_of_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
@@ -97,25 +98,25 @@ def tuned(c: Comparison) -> dict:
     return reward_shift(c) | blind_pairs(c)
 
 
-def record(reward: Reward, found: Sequence[Mapping], seconds: Mapping[str, float], megabytes: float) -> dict:
+def record(reward: Reward, tunings: Sequence[Mapping], seconds: Mapping[str, float], megabytes: float) -> dict:
     """One reward's line in zoo.json.
 
-    Args: found: what tuning did, for each training seed; seconds: of 'train' and 'tune'; megabytes: the largest peak of its processes.
+    Args: tunings: what tuning did, for each training seed; seconds: of 'train' and 'tune'; megabytes: the largest peak of its processes.
     """
     clean, labels = (reward.provenance.get(name) for name in ("test_accuracy_clean", "test_accuracy"))
     test = clean or labels
     if test is None:
         raise ValueError("zoo: expected a reward that states its accuracy on held-out pairs, got none. Use tools/train_reward.py.")
-    wins, n = sum(one["win_rate"] for one in found) / len(found), found[0]["win_rate_n"]
-    ends = [found[0]["win_rate_ci95"][0], found[0]["win_rate_ci95"][1]] if len(found) == 1 else \
-        [min(one["win_rate"] for one in found), max(one["win_rate"] for one in found)]
-    closed = [one["gap_closed"] for one in found if one["gap_closed"] is not None]
+    wins, n = sum(tuning["win_rate"] for tuning in tunings) / len(tunings), tunings[0]["win_rate_n"]
+    ends = [tunings[0]["win_rate_ci95"][0], tunings[0]["win_rate_ci95"][1]] if len(tunings) == 1 else \
+        [min(tuning["win_rate"] for tuning in tunings), max(tuning["win_rate"] for tuning in tunings)]
+    closed = [tuning["gap_closed"] for tuning in tunings if tuning["gap_closed"] is not None]
     return {
         "accuracy": test["accuracy"], "ci95": test["interval_95"], "n": test["n"], "against": "noise-free order" if clean else "labels",
         "accuracy_labels": labels and labels["accuracy"], "judge_rate": wins, "judge_range": ends, "judge_n": n,
         "gap_closed": float(np.mean(closed)) if closed else None, "gap_closed_by_seed": closed,
-        "rewards_up": [one["reward_delta_positive"] for one in found], "rewards_n": found[0]["reward_delta_n"],
-        "seconds": sum(seconds.values()), "seconds_by_part": dict(seconds), "memory_mb": megabytes, "seeds": len(found),
+        "rewards_up": [tuning["reward_delta_positive"] for tuning in tunings], "rewards_n": tunings[0]["reward_delta_n"],
+        "seconds": sum(seconds.values()), "seconds_by_part": dict(seconds), "memory_mb": megabytes, "seeds": len(tunings),
     }
 
 
@@ -135,7 +136,7 @@ def plot_rates(axes, data: dict) -> None:
     axes.set_title("blue: accuracy on held-out pairs; orange: judge prefers the tuned shape", fontsize="small")
 
 
-def rows(found: Mapping[str, Mapping]) -> list[dict]:
+def rows(rewards: Mapping[str, Mapping]) -> list[dict]:
     """The table, a mapping a line."""
     return [
         {
@@ -146,7 +147,7 @@ def rows(found: Mapping[str, Mapping]) -> list[dict]:
             "way to true heads": "-" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}",
             "seconds": f"{row['seconds']:.0f}", "memory, MB": f"{row['memory_mb']:.0f}",
         }
-        for name, row in found.items()
+        for name, row in rewards.items()
     ]
 
 
@@ -258,5 +259,5 @@ def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool)
     page = write_page(out / "index.html", "Every reward on the bundled heads", "Each learnt from the same labels, and tuned the same "
                       "generator.", [part], findings, findings[part.key].says)
     table = rows(lines)
-    click.echo(f"\n{aligned([list(table[0]), *([str(cell) for cell in row.values()] for row in table)])}")
+    click.echo(f"\n{text_rows(list(table[0]), [list(row.values()) for row in table])}")
     click.echo(f"\nWritten to {out}: zoo.json, {page.name} (open it in a browser)")
