@@ -222,7 +222,7 @@ def test_mistakes_are_one_line_and_leave_nothing(case, tool, reward, tmp_path):
     before = sorted(tmp_path.iterdir())
     flags, text = MISTAKES[case]
     more = [flag.format(tmp=tmp_path) for flag in flags]
-    found = CliRunner().invoke(invert.main, more) if "--resume" in more[0] else tool(f"--outdir={tmp_path / 'runs'}", *more)
+    found = CliRunner().invoke(invert.main, more) if case == "nothing to resume" else tool(f"--outdir={tmp_path / 'runs'}", *more)
     assert_one_line(found, text)
     assert sorted(tmp_path.iterdir()) == before
 
