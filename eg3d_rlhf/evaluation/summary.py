@@ -15,6 +15,7 @@ import torch
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import versions
+from eg3d_rlhf.core.plugins import load_plugins
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation import judges
 from eg3d_rlhf.evaluation.comparison import Comparison
@@ -133,6 +134,7 @@ def work(c: Comparison, folder: Path, processes: int) -> None:
 def _worker(paths: dict[str, Path], sampling: dict, folder: Path) -> Callable[[str], Any]:
     """A process that judges: what it does of a task."""
     torch.set_num_threads(1)
+    load_plugins()  # a family may be one's
     before, after = (load_generator(paths[role]) for role in judges.ROLES)
     c = Comparison(before=before, after=after, reward=cast(Reward, None), **sampling)
     others = {CHANGE: lambda: surface_change(c, JUDGE.take(CHANGED)), PICTURES: lambda: write_pictures(c, folder)}
