@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +188,12 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults):
             *names, group=knob.group, rare=knob.rare, metavar=metavar, type=kind, default=None, show_default=False, help=text
         )
     return together(*made.values())
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, the columns one below another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def choose_device(name: str) -> "torch.device":

@@ -103,7 +103,7 @@ def bootstrap_mean_interval(values: ArrayLike, confidence: float = 0.95, resampl
     """Percentile bootstrap interval of the mean (Efron 1979): resample N of N with replacement, take the quantiles of the means.
 
     Too narrow for small samples: of normal values a 95 % interval holds the mean in about 89 % of cases at N = 10, 92 % at N = 20, 93.4 %
-    at N = 32 and 95 % at N = 100 (tests/measures/test_coverage.py); with fewer than 30 values prefer `t_mean_interval`.
+    at N = 32 and 95 % at N = 100 (tests/measures/test_statistics.py); with fewer than 30 values prefer `t_mean_interval`.
 
     Args: `values` [N] finite, any unit; `confidence` in (0, 1); `resamples` >= 100; `seed` fixes the draw.
     Returns (mean, lo, hi) in the unit of `values`; a single value has a zero-width interval.

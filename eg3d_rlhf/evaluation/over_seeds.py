@@ -11,11 +11,10 @@ from pathlib import Path
 import click
 import numpy as np
 
-from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
 from eg3d_rlhf.core.statistics import t_mean_interval
 from eg3d_rlhf.evaluation.trainings import Part, line_of, make
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
-from eg3d_rlhf.experiments.table import text_rows
 from training import storage
 
 DEMO = ("--reward=sigma", "--lambda-r=10")
@@ -121,5 +120,4 @@ def main(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
     figures = {**over_seeds({seed: json.loads((out / run / SUMMARY).read_text()) for seed, run in runs.items()}), "runs": runs,
                "flags": [*DEMO, *more]}
     storage.write_atomic(out / SUMMARY, (json.dumps(figures, indent=1, sort_keys=True) + "\n").encode())
-    head, *lines = table(figures)
-    click.echo(f"\n{text_rows(head, lines)}\n\nWritten to {out / SUMMARY}")
+    click.echo(f"\n{aligned(table(figures))}\n\nWritten to {out / SUMMARY}")

@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import versions
-from eg3d_rlhf.core.plugins import load_plugins
+from eg3d_rlhf.core.cli import aligned, versions
+from eg3d_rlhf.core.registry import load_plugins
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation import judges
 from eg3d_rlhf.evaluation.comparison import Comparison
@@ -23,7 +23,6 @@ from eg3d_rlhf.evaluation.judges import blind_pairs, frechet, geometry, relief_s
 from eg3d_rlhf.evaluation.paired import span
 from eg3d_rlhf.evaluation.pictures import CHANGED, surface_change, write_pictures
 from eg3d_rlhf.experiments.pool import run_tasks
-from eg3d_rlhf.experiments.table import text_rows
 from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, of
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
@@ -155,7 +154,7 @@ def finish(e: Evaluation, loop, started: float) -> dict:
     record["seconds"] = time.time() - started
     storage.write_atomic(folder / "summary.json", json.dumps(record, indent=2, sort_keys=True).encode())
     written = once(c, PICTURES, lambda: write_pictures(c, folder))
-    print(f"\n{text_rows(('what', 'figure', 'goal'), rows(record))}")
+    print(f"\n{aligned([('what', 'figure', 'goal'), *rows(record)])}")
     print(f"\nWritten to {folder}: {', '.join(['summary.json', *written])}")
     return record
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.judges import blind_pairs
@@ -26,7 +26,6 @@ from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.media.rendering import parse_seeds, png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
-from eg3d_rlhf.experiments.table import text_rows
 from eg3d_rlhf.generators import LoadedGenerator, camera, ws_of_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
@@ -259,5 +258,5 @@ def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool)
     page = write_page(out / "index.html", "Every reward on the bundled heads", "Each learnt from the same labels, and tuned the same "
                       "generator.", [part], findings, findings[part.key].says)
     table = rows(lines)
-    click.echo(f"\n{text_rows(list(table[0]), [list(row.values()) for row in table])}")
+    click.echo(f"\n{aligned([list(table[0]), *(list(map(str, row.values())) for row in table)])}")
     click.echo(f"\nWritten to {out}: zoo.json, {page.name} (open it in a browser)")
