@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import stat
 import zipfile
 
@@ -175,21 +176,21 @@ def rows_with(index, value):
 
 
 ROWS = rows_with(0, camera(0))
-MISTAKES = {  # entries, labels, flags, message
-    "resolution": (entries_with("1.png", png(pixels(1))), ROWS, ["--resolution=64"], "--resolution: expected WxH such as .* got '64'"),
-    "no size": (entries_with("1.png", png(pixels(1))), ROWS, ["--transform=center-crop"], "expected --resolution=WxH with it"),
-    "tall": (entries_with("1.png", png(pixels(1))), ROWS, ["--transform=center-crop-wide", "--resolution=8x16"], "expected W >= H"),
-    "not square": (entries_with("0.png", png(pixels(0, 16, 8))), ROWS, [], "'0.png': expected a square image .* got 16x8"),
-    "no power": (entries_with("1.png", png(pixels(1))), ROWS, ["--resolution=12x12"], "a power of two, got 12x12"),
-    "sizes": (entries_with("2.png", png(pixels(2, 32, 32))), ROWS, [], r"'2.png': expected \[3, 16, 16\] .* as the first image, got"),
-    "kinds": (entries_with("2.png", png(pixels(2)[..., 0])), ROWS, [], r"'2.png': expected \[3, 16, 16\] .* got \[1, 16, 16\]"),
-    "mode": (entries_with("1.png", png(np.zeros((16, 16, 4), np.uint8))), ROWS, [], "'1.png': expected an 8-bit RGB .* got mode RGBA"),
-    "cut": (entries_with("1.png", png(pixels(1))[:80]), ROWS, [], "'1.png': expected a whole image, got 80 bytes"),
-    "cut, in a worker": (entries_with("1.png", png(pixels(1))[:80]), ROWS, ["--workers=2"], "'1.png': expected a whole image"),
-    "one label missing": (entries_with("1.png", png(pixels(1))), ROWS[:2], [], "got none for 1 of them, the first being '2.png'"),
-    "rotation": (entries_with("1.png", png(pixels(1))), rows_with(1, [2 * v for v in camera(1)]), [], "'1.png': expected a rotation"),
-    "other labels": (entries_with("1.png", png(pixels(1))), [[f"{i}.png", [1.0]] for i in range(3)], ["--mirror"], "25 numbers to mirror"),
-    "no images": ({"a.txt": b""}, ROWS, [], "--source: dataset .* expected images"),
+MISTAKES = {  # entries, labels, flags, what the message names
+    "resolution": (entries_with("1.png", png(pixels(1))), ROWS, ["--resolution=64"], "--resolution"),
+    "no size": (entries_with("1.png", png(pixels(1))), ROWS, ["--transform=center-crop"], "--resolution"),
+    "tall": (entries_with("1.png", png(pixels(1))), ROWS, ["--transform=center-crop-wide", "--resolution=8x16"], "--resolution"),
+    "not square": (entries_with("0.png", png(pixels(0, 16, 8))), ROWS, [], "'0.png'.*16x8"),
+    "no power": (entries_with("1.png", png(pixels(1))), ROWS, ["--resolution=12x12"], "12x12"),
+    "sizes": (entries_with("2.png", png(pixels(2, 32, 32))), ROWS, [], "'2.png'.*--resolution"),
+    "kinds": (entries_with("2.png", png(pixels(2)[..., 0])), ROWS, [], "'2.png'.*RGB"),
+    "mode": (entries_with("1.png", png(np.zeros((16, 16, 4), np.uint8))), ROWS, [], "'1.png'.*RGBA"),
+    "cut": (entries_with("1.png", png(pixels(1))[:80]), ROWS, [], "'1.png'.*80 bytes"),
+    "cut, in a worker": (entries_with("1.png", png(pixels(1))[:80]), ROWS, ["--workers=2"], "'1.png'"),
+    "one label missing": (entries_with("1.png", png(pixels(1))), ROWS[:2], [], "'2.png'"),
+    "rotation": (entries_with("1.png", png(pixels(1))), rows_with(1, [2 * v for v in camera(1)]), [], "'1.png'.*rotation"),
+    "other labels": (entries_with("1.png", png(pixels(1))), [[f"{i}.png", [1.0]] for i in range(3)], ["--mirror"], "--mirror"),
+    "no images": ({"a.txt": b""}, ROWS, [], "--source"),
 }
 
 
@@ -199,10 +200,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(case, tmp_path):
     src = write_zip(tmp_path / "source.zip", entries, labels)
     result = run(src, tmp_path / "out.zip", *flags)
     assert result.exit_code == 2, result.output
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("Error: ")
-    with pytest.raises(ValueError, match=message):
-        raise ValueError(last)
+    assert re.match(f"Error: .*{message}", result.stderr.splitlines()[-1]), result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["source.zip"]
 
 
@@ -211,10 +209,7 @@ def test_targets_that_exist_are_safe(tmp_path):
     dest.write_bytes(b"old")
     full.mkdir()
     (full / "a").write_bytes(b"")
-    for target, message in (
-        (dest, "--dest: expected a new zip (or --overwrite), got the file"), (full, "expected an empty folder, got a folder at"),
-        (src, "expected another place than --source"), (tmp_path / "x.tar", "expected a .zip or a folder"), (tmp_path, "another place"),
-    ):
+    for target, message in ((dest, "--overwrite"), (full, "empty"), (src, "--source"), (tmp_path / "x.tar", ".zip"), (tmp_path, "than")):
         result = run(src, target)
         assert result.exit_code == 2 and message in result.stderr, result.stderr
     assert dest.read_bytes() == b"old" and [p.name for p in full.iterdir()] == ["a"]
