@@ -300,7 +300,7 @@ def from_dict(kind: type[Settings], values: Mapping, who: str = "") -> Settings:
             if isinstance(option, type) and dataclasses.is_dataclass(option):
                 if not isinstance(value, Mapping):
                     raise ValueError(f"{who}.{name}: expected settings by name, got {value!r}. Start a new run.")
-                made[name] = from_dict(option, value, f"{who}.{name}")
+                made[name] = from_dict(typing.cast(type, option), value, f"{who}.{name}")
             elif typing.get_origin(option) is tuple:
                 made[name] = tuple(value)
     return kind(**made)

@@ -186,7 +186,7 @@ def embed(out, fresh, dry_run, device, **sources) -> None:
 
 
 @click.command("pictures", cls=GroupedCommand)
-@shared("before after run data psi out device dry-run", out={"show_default": "the run folder"})
+@shared("before after run reward-ckpt data psi out device dry-run", out={"show_default": "the run folder"})
 def pictures(out, device, dry_run, **sources) -> None:
     """Draw the pictures of a finished reward run again, without evaluating it: comparison.png, turntable.mp4 and meshes.
 

@@ -162,7 +162,7 @@ def test_mistakes_are_one_line(small, tmp_path):
         ([f"--reward={tmp_path / 'none.safetensors'}"], "--reward: load_reward: expected the description"),
         ([f"--network={tmp_path / 'none'}"], "--network: "),
         ([f"--reference={tmp_path / 'none'}"], "--reference: "),
-        (["--set=fit=4"], "--fit"),
+        (["--set=fit=4"], "fit"),
     ):
         done = run(*small, *flags)
         assert done.exit_code == 2 and text in done.stderr and not (tmp_path / "page").exists(), done.output

@@ -169,8 +169,8 @@ def test_the_tool_that_draws_contact_sheets(tiny_networks, tiny_data, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_the_tool_that_draws_a_run_again_states_what_it_compares(tiny_networks, tiny_pair, tmp_path):
-    named = [f"--before={tiny_networks}", f"--run={tiny_pair[0]}"]
+def test_the_tool_that_draws_a_run_again_states_what_it_compares(tiny_networks, tiny_reward, tiny_pair, tmp_path):
+    named = [f"--before={tiny_networks}", f"--run={tiny_pair[0]}", f"--reward-ckpt={tiny_reward}"]
     found = run(reports.pictures, *named, "--dry-run")
     assert found.exit_code == 0 and json.loads(found.stdout)["out"] == str(tiny_pair[0])
     missing = run(reports.pictures, f"--run={tmp_path}/none")
