@@ -1,7 +1,5 @@
 """What train.py can train, by the name that --mode has: one file each, with its flags, its settings and what they compose."""
 
-from typing import Any
-
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, user_errors

@@ -274,7 +274,8 @@ def open_gan(s: Settings, run: "Run") -> "Objects | None":
 
     run.inputs = dict(gan.input_files(s))
     if s.rounds.rounds:
-        return rounds.check(s, run.ranks)
+        rounds.check(s, run.ranks)
+        return None
     if run.resumed is None:
         return gan.build(s, run)
     run.resume(free=None)  # before what has changed is loaded
@@ -300,13 +301,13 @@ def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
     return None
 
 
-def tune(s: Settings, folder: Path, flags: Flags) -> None:
+def tune(s: Settings, folder: Path, flags: Mapping) -> None:
     """A tuning inside a run of rounds: begin it, or go on where it was."""
     from training import checkpoint
 
     if checkpoint.available(folder):
-        flags = Flags({"resume_previous": flags.get("resume_previous", False), "workers": s.run.workers})
-        GAN.go_on(GAN.read(folder, flags), folder, flags)
+        again = Flags({"resume_previous": flags.get("resume_previous", False), "workers": s.run.workers})
+        GAN.go_on(GAN.read(folder, again), folder, again)
     else:
         GAN.begin(s, folder)
 

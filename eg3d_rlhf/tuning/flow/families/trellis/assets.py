@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -257,7 +258,7 @@ def _rotations(quaternions: torch.Tensor) -> torch.Tensor:
 def voxel_features(asset: SplatAsset, voxels: torch.Tensor, encoder: ImageEncoder, resolution: int = 64, views: int = 150) -> torch.Tensor:
     """[v, E] float32: features of the patches that a voxel's centre falls on, interpolated, mean over views, hidden or not."""
     centres = (voxels.float() + 0.5) / resolution - 0.5  # [v, 3]
-    total: torch.Tensor | None = None
+    total: Any = None
     for view in views_around(views):
         patches = encoder.patches(render(asset, view, encoder.size)[None])  # [1, E, 37, 37]
         places = (2 * view.project(centres) - 1).to(patches)[None, :, None]  # [1, v, 1, 2]

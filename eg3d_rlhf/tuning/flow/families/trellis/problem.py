@@ -79,7 +79,7 @@ def file_hashes(file: files.PipelineFile, also: Sequence[Path], weights: Mapping
     """SHA-256 of pipeline.json and of every model's files, by name."""
     names = files.FLOWS | {name: name for name in files.NEEDED if whole}
     models = {name: files.find_model(file, model, also) for name, model in names.items()}
-    paths = {"pipeline.json": file.root / "pipeline.json"}
+    paths: dict[str, Path] = {"pipeline.json": file.root / "pipeline.json"}
     for name, stem in models.items():
         paths |= {f"{name}.json": files.with_ending(stem, ".json"), name: weights.get(name) or files.find_weights(stem) or stem}
     return {name: file_hash(path) for name, path in tqdm(paths.items(), desc="reading weights", unit="file", leave=False, disable=None)}
