@@ -4,16 +4,16 @@ that keep them: ours, or those of other programs, one file per condition.
 Shape letters: N samples, L tokens, E their size.
 """
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
+from eg3d_rlhf.models import weights
 from training.storage import read_tensors, write_tensors
 
 # What a flow is told: one tensor of tokens, or several tensors by name, a row per sample.
@@ -199,7 +199,7 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
         content = _READERS[path.suffix](path)
     except KeyError:
         raise ValueError(f"{path}: expected one of {', '.join(SUFFIXES)}. Convert it.") from None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ValueError(f"{path}: expected an array, got a damaged or foreign file ({reason}). Restore it.") from None
     if isinstance(content, Mapping):
@@ -218,10 +218,8 @@ def _npz(path: Path) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
-_READERS = {
-    ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True), ".npz": _npz,
-    ".npy": lambda path: torch.from_numpy(np.load(path)), ".safetensors": load_file,
-}
+_tensors = partial(weights.content, who="array")
+_READERS = {".pt": _tensors, ".safetensors": _tensors, ".npz": _npz, ".npy": lambda path: torch.from_numpy(np.load(path))}
 
 
 def _listed(names: Sequence[str]) -> str:
