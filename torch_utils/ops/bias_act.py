@@ -139,8 +139,9 @@ def _gradients(ctx, grad):
         if clamp >= 0:
             grad = grad * (value * gain).detach().abs().le(clamp)
         return grad, None if b is None else grad.sum([i for i in range(x.ndim) if i != dim]), *[None] * 5
-    grad = like_layout(grad, ctx.saved_tensors[0]) if ctx.saved_tensors else dense(grad)
-    out = ctx.saved_tensors[0] if ctx.saved_tensors else grad.detach()
+    saved = ctx.saved_tensors  # once: torch's checkpoint unpacks a tensor a single time
+    grad = like_layout(grad, saved[0]) if saved else dense(grad)
+    out = saved[0] if saved else grad.detach()
     grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(grad, out, *ctx.rest, ctx.has_bias and need_b)
     return grad_x if need_x else None, grad_b if ctx.has_bias and need_b else None, *[None] * 5
 
