@@ -244,7 +244,7 @@ def frechet(c: Comparison) -> dict:
         "frechet_images": FAKES,
     }
     if min(FAKES, len(real)) > network.dim:  # an Inception's 2048 features ask for more images
-        found = frechet_change_interval(*fakes, real, RESAMPLES)
+        found = frechet_change_interval(fakes[0], fakes[1], real, RESAMPLES)
         record |= {"frechet_change_ci95": [found.lo, found.hi], "frechet_verdict": FRECHET.verdict(found.lo, found.hi)}
     return record
 

@@ -7,7 +7,7 @@ Shape letters: N images, C channels, R resolution, K camera numbers (25).
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,13 @@ def fake_batches(generator: Generator, cameras: np.ndarray, options: MetricOptio
         yield images.expand(-1, 3, -1, -1)
 
 
+def _told(batches: Iterable[torch.Tensor], tell: Callable[[int], object]) -> Iterator[torch.Tensor]:
+    """The batches, of which a bar is told when they are done."""
+    for batch in batches:
+        yield batch
+        tell(len(batch))
+
+
 def evaluate(
     generator: LoadedGenerator, dataset: ImageFolderDataset, network: Network, options: MetricOptions, bar: Callable[[int, str], Any]
 ) -> list[dict]:
@@ -98,8 +105,9 @@ def evaluate(
         )
     started = time.time()
     cameras = dataset.get_labels()
-    real = collect(network, real_batches(dataset, options.batch), bar(len(dataset), "features of the real images"))
-    fake = collect(network, fake_batches(generator.generator, cameras, options), bar(options.images, "features of generated images"))
+    real = collect(network, _told(real_batches(dataset, options.batch), bar(len(dataset), "features of the real images")))
+    made = fake_batches(generator.generator, cameras, options)
+    fake = collect(network, _told(made, bar(options.images, "features of generated images")))
     records = []
     for metric in options.metrics:
         formula, name = METRICS[metric][0], metric

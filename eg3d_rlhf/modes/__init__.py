@@ -1,8 +1,10 @@
 """What train.py can train, by the name that --mode has: one file each, with its flags, its settings and what they compose."""
 
+from typing import Any
+
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, user_errors
+from eg3d_rlhf.core.cli import user_errors
 from eg3d_rlhf.core.registry import Registry, load_plugins
 from eg3d_rlhf.experiments.mode import Mode
 
@@ -55,6 +57,6 @@ def mode_of(args: list[str]) -> tuple[str, list[str]]:
     return mode.replace("_", "-"), rest + args[i:]
 
 
-def flags_of(command: GroupedCommand) -> set[str]:
+def flags_of(command: Any) -> set[str]:
     """All spellings of a command's settings, rare ones as if they were flags."""
     return {name for option in [*command.params, *command.rare.values()] for name in option.opts + option.secondary_opts}

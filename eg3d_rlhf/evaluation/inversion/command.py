@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -77,7 +78,7 @@ def resolve(flags: Flags) -> InversionRun:
         weights = tuple(parse_weights(flags["weights"]))
     config = InversionConfig(**{**PRESETS[flags["preset"]], **flags.of(InversionConfig)})
     names = [name for name in InversionRun.__dataclass_fields__ if name not in ("weights", "config")]
-    given = {name: str(flags[name]) if isinstance(flags[name], Path) else flags[name] for name in names}
+    given: dict[str, Any] = {name: str(flags[name]) if isinstance(flags[name], Path) else flags[name] for name in names}
     return InversionRun(**given, weights=weights, config=config)
 
 
