@@ -161,7 +161,7 @@ class Mode(Generic[S]):
         self.work(settings, opened, run)
 
     @functools.cached_property
-    def command(self) -> click.Command:
+    def command(self) -> GroupedCommand:
         """The click command: the common flags and the mode's own."""
         mode, of_run = self, {"outdir", "desc", "resume", "dry_run", "timeout"}
 
