@@ -219,7 +219,9 @@ def _npz(path: Path) -> dict[str, torch.Tensor]:
 
 
 _tensors = partial(weights.content, who="array")
-_READERS = {".pt": _tensors, ".safetensors": _tensors, ".npz": _npz, ".npy": lambda path: torch.from_numpy(np.load(path))}
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".pt": _tensors, ".safetensors": _tensors, ".npz": _npz, ".npy": lambda path: torch.from_numpy(np.load(path)),
+}
 
 
 def _listed(names: Sequence[str]) -> str:
