@@ -22,7 +22,8 @@ from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.rewards.slab_network import PAPER, PRESETS, RewardArch, RewardModel
 from eg3d_rlhf.tuning.gan import run as gan_run
-from eg3d_rlhf.tuning.gan.phase import CUTOFF, RewardConfig, RewardTerms, clip_bounds, density_l1, reward_phase
+from eg3d_rlhf.tuning.gan.phase import CUTOFF, RewardTerms, density_l1, reward_phase
+from eg3d_rlhf.tuning.gan.settings import RewardConfig, clip_range
 from torch_utils.training_stats import Collector
 from training.gan import Gan
 from training.gan_phases import GanPhases
@@ -143,7 +144,7 @@ def published_iteration(device: str, tiny: bool) -> Case:
     def run() -> Outcome:
         ws = generator.mapping(batch.gen_z, batch.gen_c, truncation_psi=config.truncation_psi, truncation_cutoff=CUTOFF)
         score = network.score(slab.observe(generator.field(ws)))
-        (-config.lambda_r * score.clamp(*clip_bounds(config.reward_clip))).mean().backward()
+        (-config.lambda_r * score.clamp(*clip_range(config.reward_clip))).mean().backward()
         z = torch.randn_like(batch.gen_z)
         with torch.no_grad():
             before = density(reference, z)
