@@ -37,7 +37,7 @@ def no_png():
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory, tiny_comparison, tiny_pair, no_png):  # noqa: F811
+def written(tmp_path_factory, tiny_comparison, tiny_pair, no_png):  # noqa: F811
     """Folder with a page for each report, from tiny networks."""
     root, c = tmp_path_factory.mktemp("reports"), tiny_comparison
     parts = report.select(c, PARTS)
@@ -68,8 +68,8 @@ def reading(browser, path, **context):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["evaluate", "attribute", "embed", "sweep"])
-def test_pages_open_without_errors_or_requests(browser, pages, name, scheme):
-    with reading(browser, pages / name / "index.html", color_scheme=scheme) as reader:
+def test_pages_open_without_errors_or_requests(browser, written, name, scheme):
+    with reading(browser, written / name / "index.html", color_scheme=scheme) as reader:
         page = reader.page
         assert (sum(reader.background()) < 150) is (scheme == "dark")
         other = "light" if scheme == "dark" else "dark"
@@ -85,18 +85,18 @@ def test_pages_open_without_errors_or_requests(browser, pages, name, scheme):
         assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
 
 
-def test_pages_fit_a_phone_and_print(browser, pages):
+def test_pages_fit_a_phone_and_print(browser, written):
     for name in ("evaluate", "embed", "sweep"):
-        with reading(browser, pages / name / "index.html", **PHONE) as reader:
+        with reading(browser, written / name / "index.html", **PHONE) as reader:
             assert reader.page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth + 1"), name
-        with reading(browser, pages / name / "index.html", color_scheme="dark") as reader:
+        with reading(browser, written / name / "index.html", color_scheme="dark") as reader:
             assert len(reader.page.pdf()) > 10_000
             reader.page.emulate_media(media="print", color_scheme="dark")
             assert reader.page.locator("main .light svg").first.is_visible()
 
 
-def test_the_map_obeys_the_keyboard(browser, pages):
-    with reading(browser, pages / "embed/index.html") as reader:
+def test_the_map_obeys_the_keyboard(browser, written):
+    with reading(browser, written / "embed/index.html") as reader:
         page, plot = reader.page, reader.page.locator("#points svg")
         lowest = reader.chosen()
         plot.press("End")
@@ -121,8 +121,8 @@ def test_the_map_obeys_the_keyboard(browser, pages):
         assert plot.locator(".chosen").get_attribute("cx") != before or plot.locator(".chosen").get_attribute("cy")
 
 
-def test_the_map_obeys_mouse_and_touch(browser, pages):
-    with reading(browser, pages / "embed/index.html") as reader:
+def test_the_map_obeys_mouse_and_touch(browser, written):
+    with reading(browser, written / "embed/index.html") as reader:
         dots = reader.page.locator("#points .dot")
         dots.first.scroll_into_view_if_needed()
         for i in (3, 7):
@@ -131,7 +131,7 @@ def test_the_map_obeys_mouse_and_touch(browser, pages):
             x, y = re.findall(r"[\d.]+", place)
             ring = reader.page.locator("#points .chosen")
             assert (float(ring.get_attribute("cx")), float(ring.get_attribute("cy"))) == pytest.approx((float(x), float(y)), abs=8)
-    with reading(browser, pages / "embed/index.html", **PHONE) as reader:
+    with reading(browser, written / "embed/index.html", **PHONE) as reader:
         crosses, seen = reader.page.locator("#points .cross"), {reader.chosen()}
         for i in (2, 9):
             crosses.nth(i).tap(force=True)
@@ -142,8 +142,8 @@ def test_the_map_obeys_mouse_and_touch(browser, pages):
         assert all(box["height"] >= 44 for box in (b.bounding_box() for b in reader.page.locator("#points button").all()))
 
 
-def test_the_map_shows_each_shape_where_it_lies_on_the_sheet(browser, pages):
-    with reading(browser, pages / "embed/index.html") as reader:
+def test_the_map_shows_each_shape_where_it_lies_on_the_sheet(browser, written):
+    with reading(browser, written / "embed/index.html") as reader:
         place = reader.page.evaluate("""() => {
             const shape = document.querySelector('#points [data-role="after"] .shape'), style = getComputedStyle(shape);
             return [style.backgroundPosition, style.backgroundSize, shape.getAttribute("aria-label")];
@@ -154,7 +154,7 @@ def test_the_map_shows_each_shape_where_it_lies_on_the_sheet(browser, pages):
         assert (x, y) == pytest.approx((100 * (number % 20) / 19, 100 * (number // 20)), abs=0.1) and place[1] == "2000% 200%"
 
 
-def test_pictures_for_the_documentation_are_small(browser, pages, tmp_path):
+def test_pictures_for_the_documentation_are_small(browser, written, tmp_path):
     for name in ("report-evaluate", "report-embed", "report-sweep"):
-        page_pictures.take(browser, pages, name, tmp_path)
+        page_pictures.take(browser, written, name, tmp_path)
         assert 5_000 < (tmp_path / f"{name}.png").stat().st_size <= page_pictures.LIMIT
