@@ -58,7 +58,9 @@ class Recipe:
 
     def folder(self) -> Path:
         """Where library and log lie; its name changes with whatever the result depends on."""
-        depends = (self.commands, torch.__version__, _compiler_version(self.commands[0][0]), _processor())
+        roots = (str(SOURCES), str(Path(torch.__file__).parent))  # a library is the same wherever checkout and torch lie
+        told = [[functools.reduce(lambda word, root: word.replace(root, ""), roots, word) for word in command] for command in self.commands]
+        depends = (told, torch.__version__, _compiler_version(self.commands[0][0]), _processor())
         return cache_dir() / f"{self.op}-{self.device_type}-{_digest(self.op, self.device_type, depends)}"
 
 

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -159,8 +160,8 @@ def test_the_folder_changes_with_source_compiler_and_flags(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.99")
         names.add(build.recipe("slab_density", "cpu").folder().name)
-    monkeypatch.setattr(build, "SOURCES", tmp_path / "sources")
-    (tmp_path / "sources").mkdir()
+    monkeypatch.setattr(build, "SOURCES", shutil.copytree(build.SOURCES, tmp_path / "sources"))
+    assert build.recipe("slab_density", "cpu").folder().name in names  # wherever the checkout lies
     for text in ("// one", "// two"):
         (tmp_path / "sources" / "slab_density.cpp").write_text(text)
         names.add(build.recipe("slab_density", "cpu").folder().name)
