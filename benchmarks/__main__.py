@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.rows import all_rows
-from benchmarks.session import Options, Session, select
+from benchmarks.session import Options, run, select
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,9 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 @option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", group="How", help="Where both paths run.")
 @option("--threads", metavar="INT", type=click.IntRange(1, 256), default=2, group="How", help="CPU threads; the targets hold for 2.")
 @option("--repeats", metavar="ROUNDS", type=click.IntRange(1, 1000), default=None, group="How",
-        show_default="what fits into --budget, at least 2", help="Rounds of every row; both paths run in each.")
-@option("--budget", metavar="SECONDS", type=click.FloatRange(min=0), default=15, group="How",
-        help="Timed rounds of a row, without --repeats.")
+        show_default="what fits into 15 s, at least 2", help="Rounds of every row; both paths run in each.")
 @option("--quick", is_flag=True, group="How",
         help="Tiny inputs and two rounds: shows that every row works. Writes quick.json and quick.md.")
 @option("--memory/--no-memory", default=None, group="How", show_default="on; off with --quick",
@@ -59,15 +57,14 @@ def main(
     old = None if compare is None else report.read(compare)  # before anything is written over it
     measured = not how["quick"] if memory is None else memory
     options = Options(device=device, out=out, **how, **({} if measured else {"meter": None}))
-    session = Session(rows, options)
-    results = session.run()
+    results, failures = run(rows, options)
     click.echo(report.markdown(results))
     worse = report.regressions(old, results) if old is not None else []
     for line in worse:
         click.echo(f"Regression: {line}", err=True)
-    for line in session.failures:
+    for line in failures:
         click.echo(f"Error: {line}", err=True)
-    if worse or session.failures:
+    if worse or failures:
         raise SystemExit(1)
 
 

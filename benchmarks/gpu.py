@@ -10,9 +10,8 @@ a short run of training, and the benchmark with torch.compile beside it. The pag
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
@@ -22,11 +21,10 @@ from training.storage import write_atomic
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/torch_utils/cuda", "tests/torch_utils/test_cuda_check.py", "tests/training/test_batches.py")
-_SHOWN = 30  # last lines of a part that failed
+_SHOWN = 30  # last lines of a part
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """What a part did."""
 
     name: str
@@ -42,7 +40,7 @@ def commands(device: str, quick: bool, out: Path) -> dict[str, list[str]]:
     train = ["train.py", "--reward=sigma", "--lambda-r=10", f"--device={device}", f"--outdir={out / 'training'}", "--no-summary"]
     return {
         "compilation": [*python, "-m", "torch_utils.build"],
-        "tests": [*python, "-m", "pytest", "-q", f"--junitxml={out / 'tests.xml'}", *TESTS],
+        "tests": [*python, "-m", "pytest", "-q", "-rs", *TESTS],
         "training": [*python, *train, "--kimg=0.032" if quick else "--kimg=0.4"],
         "benchmark": [*python, *bench],
     }
@@ -54,21 +52,11 @@ def run(name: str, command: list[str], out: Path, quick: bool) -> Part:
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     seconds, text = time.monotonic() - started, done.stdout.decode(errors="replace").replace("\r", "\n")
     write_atomic(out / f"{name}.log", text.encode())
-    lines = [line for line in text.splitlines() if line.strip()]
-    said = "\n".join(["```", *lines[-_SHOWN:], "```"]) if done.returncode else _summary(name, lines, out, quick)
+    if name == "benchmark" and not done.returncode:
+        said = (out / ("quick.md" if quick else "latest.md")).read_text()
+    else:
+        said = "\n".join(["```", *[line for line in text.splitlines() if line.strip()][-_SHOWN:], "```"])
     return Part(name, done.returncode == 0, seconds, said)
-
-
-def _summary(name: str, lines: list[str], out: Path, quick: bool) -> str:
-    if name == "benchmark":
-        return (out / ("quick.md" if quick else "latest.md")).read_text()
-    if name == "tests":
-        suite = ElementTree.parse(out / "tests.xml").getroot().find("testsuite")
-        assert suite is not None
-        skipped = sorted({s.get("message", "") for s in suite.iter("skipped")})
-        found = f"{suite.get('tests')} tests, {suite.get('skipped')} skipped, none failed."
-        return "\n".join([found, *(f"- skipped: {reason}" for reason in skipped)])
-    return "\n".join(["```", *lines[-5:], "```"])
 
 
 def page(parts: list[Part], device: str) -> str:

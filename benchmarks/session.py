@@ -3,13 +3,13 @@
     python -m benchmarks.session NAME SIZE DEVICE PATH THREADS TINY          prints the bytes that one path needs, alone in its process
 """
 
+import contextlib
 import fnmatch
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 
@@ -22,60 +22,35 @@ from training.progress import tqdm
 
 LONG = 3.0  # seconds of a reference pass from which on it is not warmed up at its real size
 MOST_ROUNDS = 11
+BUDGET = 15.0  # seconds of timed rounds of a row, where their number is not given
 Meter = Callable[[Row, str, str, bool], int]  # (row, device, path, tiny) -> bytes
 
 
 # Peak memory that one path needs on top of its inputs, in a process of its own.
 
 REPO = Path(__file__).resolve().parents[1]
-LOOKS_APART_S = 0.001
-SLACK = 8 * 2**20  # bytes between a mark just restarted and the resident memory read after it
 
 
 class PeakMeter:
-    """High-water mark since its making: resident memory on a CPU, allocated memory on a GPU.
-
-    Linux restarts a process's mark on request; where that is not allowed (some containers), a thread looks at the resident memory every
-    millisecond instead, which may miss a shorter peak.
-    """
+    """High-water mark since its making: resident memory on a CPU, allocated memory on a GPU."""
 
     def __init__(self, device: str):
         self._device = device
-        self._watch: threading.Thread | None = None
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
             return
-        self._before = self._peak = resident_bytes("VmRSS")
-        if not restart_mark():
-            self._done = threading.Event()
-            self._watch = threading.Thread(target=self._look, daemon=True)
-            self._watch.start()
-
-    def _look(self) -> None:
-        while not self._done.wait(LOOKS_APART_S):
-            self._peak = max(self._peak, resident_bytes("VmRSS"))
+        with contextlib.suppress(OSError):  # some containers do not restart the mark: then it is that since the process began
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = resident_bytes("VmRSS")
 
     def extra_bytes(self) -> int:
-        """Bytes at the peak beyond those at the beginning, >= 1. Ends the measurement."""
+        """Bytes at the peak beyond those at the beginning, >= 1."""
         if self._device == "cuda":
             torch.cuda.synchronize()
             return max(torch.cuda.max_memory_allocated() - self._before, 1)
-        if self._watch is None:
-            return max(resident_bytes("VmHWM") - self._before, 1)
-        self._done.set()
-        self._watch.join()
-        return max(self._peak - self._before, resident_bytes("VmRSS") - self._before, 1)
-
-
-def restart_mark() -> bool:
-    """Set this process's high-water mark back to its present size; returns whether that was done."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return resident_bytes("VmHWM") <= resident_bytes("VmRSS") + SLACK
+        return max(resident_bytes("VmHWM") - self._before, 1)
 
 
 def resident_bytes(field: str) -> int:
@@ -112,8 +87,7 @@ class Options:
 
     device: str = "cpu"
     quick: bool = False  # tiny inputs, two rounds
-    repeats: int | None = None  # rounds of every row; None: as many as fit into `budget`, at least 2
-    budget: float = 15.0  # seconds of timed rounds per row
+    repeats: int | None = None  # rounds of every row; None: as many as fit into BUDGET, at least 2
     torch_compile: bool = False  # the further columns of the op rows
     out: Path = Path("benchmarks/results")
     resume: bool = False
@@ -125,55 +99,42 @@ class Options:
         return "quick" if self.quick else "latest"
 
 
-@dataclass
-class Session:
-    """The rows of one run."""
+def run(rows: Sequence[Row], options: Options) -> tuple[dict, list[str]]:
+    """All rows: the report, which is on disk as well, and a line on each row whose paths disagree.
 
-    rows: Sequence[Row]
-    options: Options
-    failures: list[str] = field(default_factory=list)  # one line per row whose paths disagree
+    Raises: ValueError where --resume meets results of another machine, thread count, version, mode or code.
+    """
+    failures, results = [], _begin(options)
+    done = {report.key(record) for record in results["rows"]}
+    todo = [row for row in rows if (row.name, row.size, options.device) not in done]
+    with tqdm(total=len(todo)) as bar:
+        for i, row in enumerate(todo):
+            what = f"{row.name} ({row.size}, {options.device})"
+            bar.set_description_str(what)
+            try:
+                results["rows"].append(run_row(row, options))
+                report.write(options.out, options.stem, results)
+                outcome = f"{results['rows'][-1]['ratio']:.2f}x"
+            except DisagreementError as error:
+                failures.append(f"{what}: the paths disagree: {error}")
+                outcome = "DISAGREES"
+            bar.write(f"[{i + 1}/{len(todo)}] {what}: {outcome}", file=sys.stderr)
+            bar.update()
+    report.write(options.out, options.stem, results)
+    return results, failures
 
-    def run(self) -> dict:
-        """All rows; returns the report, which is on disk as well.
 
-        Raises: ValueError where --resume meets results of another machine, thread count, version, mode or code.
-        """
-        options = self.options
-        results = self._begin()
-        done = {report.key(record) for record in results["rows"]}
-        todo = [row for row in self.rows if (row.name, row.size, options.device) not in done]
-        planned = [planned_seconds(row, options) for row in todo]
-        if len(todo) < len(self.rows):
-            print(f"{len(self.rows) - len(todo)} rows are finished already.", file=sys.stderr)
-        with tqdm(total=round(sum(planned)), bar_format="{desc} [{elapsed}, {remaining} left]") as bar:
-            for i, row in enumerate(todo):
-                what = f"[{i + 1}/{len(todo)}] {row.name} ({row.size}, {options.device})"
-                bar.set_description_str(what)
-                try:
-                    results["rows"].append(run_row(row, options))
-                    report.write(options.out, options.stem, results)
-                    outcome = f"{results['rows'][-1]['ratio']:.2f}x"
-                except DisagreementError as error:
-                    self.failures.append(f"{row.name} ({row.size}, {options.device}): the paths disagree: {error}")
-                    outcome = "DISAGREES"
-                bar.write(f"{what}: {outcome}", file=sys.stderr)
-                bar.update(round(planned[i]))
-        report.write(options.out, options.stem, results)
-        return results
-
-    def _begin(self) -> dict:
-        """An empty report, or the one on disk to go on with."""
-        options, head = self.options, report.header(self.options.device, self.options.quick)
-        path = options.out / f"{options.stem}.json"
-        if not (options.resume and path.exists()):
-            return head
-        old = report.read(path)
-        for name in ("machine", "threads", "versions", "compiled_ops", "sources"):
-            if old.get(name) != head[name]:
-                raise ValueError(
-                    f"--resume: expected {path} with {name} {head[name]}, got {old.get(name)}. Leave --resume out to start anew."
-                )
-        return old
+def _begin(options: Options) -> dict:
+    """An empty report, or the one on disk to go on with."""
+    head = report.header(options.device, options.quick)
+    path = options.out / f"{options.stem}.json"
+    if not (options.resume and path.exists()):
+        return head
+    old = report.read(path)
+    other = [name for name in head if name != "rows" and old.get(name) != head[name]]
+    if other:
+        raise ValueError(f"--resume: expected {path} with this {other[0]}, got another. Leave --resume out to start anew.")
+    return old
 
 
 def select(rows: Sequence[Row], patterns: Sequence[str], size: str) -> list[Row]:
@@ -203,6 +164,7 @@ def run_row(row: Row, options: Options) -> dict:
     if options.torch_compile:
         torch.compiler.reset()  # rows share code objects, and torch gives up on one after eight compilations
     case = _warm(row, options)
+    measured = options.meter is not None and not options.quick
     names = [*PATHS, *(case.others if options.torch_compile else ())]
     times: dict[str, dict[str, list[float]]] = {}
     memory_used: dict[str, int] = {}
@@ -212,7 +174,7 @@ def run_row(row: Row, options: Options) -> dict:
     while len(agreements) < count:
         outcomes: dict[str, Outcome] = {}
         for name in [name for name in names if name not in errors]:
-            meter = PeakMeter(device) if not agreements and name == REFERENCE and _meters_first_round(row, options) else None
+            meter = PeakMeter(device) if row.meter_in_round and measured and not agreements and name == REFERENCE else None
             _timed(case, name, times, outcomes, errors)
             if meter is not None:
                 memory_used[REFERENCE] = meter.extra_bytes()
@@ -224,16 +186,15 @@ def run_row(row: Row, options: Options) -> dict:
                 errors[name] = f"disagrees: {error}"
         if len(agreements) == 1 and options.repeats is None:
             taken = sum(values["wall"][0] for values in times.values())
-            count = 2 if options.quick else rounds(taken, options.budget, MOST_ROUNDS)
+            count = 2 if options.quick else rounds(taken)
     del outcomes
     if options.meter is not None:
         for path in PATHS:
             if path not in memory_used:
                 memory_used[path] = options.meter(row, device, path, options.quick)
-    measured = {name: times[name] for name in PATHS}
     deviations = {entry.name: [getattr(agreement, entry.name) for agreement in agreements] for entry in fields(Agreement)}
     worst = Agreement(**{name: None if None in values else max(values) for name, values in deviations.items()})
-    record = report.row_record(row, device, measured, worst, memory_used, judged=not options.quick)
+    record = report.row_record(row, device, {name: times[name] for name in PATHS}, worst, memory_used, judged=not options.quick)
     if options.torch_compile and len(names) > len(PATHS):
         record["others"] = {n: errors[n] if n in errors else median(times[n]["wall"]) for n in case.others}
         record["others_processor"] = {n: median(times[n]["processor"]) for n in case.others if n not in errors}
@@ -289,25 +250,9 @@ def _agree(row: Row, case: Case, outcomes: dict[str, Outcome], name: str, device
     return agreement
 
 
-def _meters_first_round(row: Row, options: Options) -> bool:
-    return options.meter is not None and not options.quick and row.meter_in_round
-
-
-def rounds(pair_seconds: float, budget: float, most: int) -> int:
-    """How often both paths run so that a row stays within `budget` seconds: 2 to `most` times."""
-    return max(2, min(most, int(budget / max(pair_seconds, 1e-9))))
-
-
-def planned_seconds(row: Row, options: Options) -> float:
-    """Roughly what a row takes: set-up, warm-up, rounds, memory; the fast path guessed from its target."""
-    if options.quick:
-        return 2.0
-    seconds = row.seconds_on(options.device)
-    pair = seconds * (1 + 1 / (row.target.at_least if row.target is not None else 2))
-    passes = options.repeats or rounds(pair, options.budget, MOST_ROUNDS)
-    passes += seconds < LONG
-    passes += options.meter is not None and not _meters_first_round(row, options)
-    return 10.0 + pair * passes
+def rounds(pair_seconds: float) -> int:
+    """How often both paths run so that a row stays within its budget: 2 to MOST_ROUNDS times."""
+    return max(2, min(MOST_ROUNDS, int(BUDGET / max(pair_seconds, 1e-9))))
 
 
 def main(name: str, size: str, device: str, path: str, threads: str, tiny: str) -> None:

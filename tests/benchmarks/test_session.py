@@ -1,15 +1,16 @@
 """Running rows: what is recorded, what is an error, what is skipped after an interruption."""
 
 import json
+import platform
 import time
 import types
 
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import report, session
 from benchmarks.rows import Case, DisagreementError, Outcome, Row
-from benchmarks.session import Options, Session, run_row, select
+from benchmarks.session import Options, run, run_row, select
 from tests.benchmarks import fake
 from torch_utils.ops import implementations
 
@@ -29,10 +30,14 @@ def saved(options: Options) -> dict:
     return json.loads((options.out / f"{options.stem}.json").read_text())
 
 
-def test_a_faster_path_gets_its_ratio_and_all_fields(options):
+def row_of(case: Case) -> Row:
+    return Row(name="x", size="full", make=lambda device, tiny: case, seconds=0.01)
+
+
+def test_a_faster_path_gets_its_ratio_and_all_fields(options, repo):
     sizes = {"fast": 3_000_000, "reference": 90_000_000}
     settings = options(meter=lambda row, device, path, tiny: sizes[path])
-    Session([fake.row(fast=0.01, slow=0.05)], settings).run()
+    run([fake.row(fast=0.01, slow=0.05)], settings)
     result = saved(settings)
     assert {"machine", "threads", "versions", "rows", "compiled_ops"} <= result.keys()
     (record,) = result["rows"]
@@ -44,28 +49,18 @@ def test_a_faster_path_gets_its_ratio_and_all_fields(options):
     assert record["fast_min_s"] <= record["fast_s"] <= record["fast_max_s"] and len(record["fast_all_s"]) == 3
     assert record["met"] is True and record["target"] == {"at_least": 1.5, "aim": 3}
     assert record["max_abs_error"] == 0 and record["gradient_error"] == 0
-
-
-def test_a_slower_path_misses_its_target(options):
-    record = run_row(fake.row(fast=0.01, slow=0.005), options())
-    assert record["ratio"] < 1 and record["met"] is False
-
-
-def test_memory_over_its_limit_misses_the_target():
-    target = fake.Target(at_least=2, aim=4, memory_mb_below=200)
-    assert [target.met(3, m) for m in (100, 300, None)] == [True, False, None] and target.met(1, 100) is False
-
-
-def test_the_table_names_machine_threads_and_versions_but_no_host_or_path(options, repo):
-    settings = options()
-    Session([fake.row()], settings).run()
     table = (settings.out / "latest.md").read_text()
     assert f"torch {torch.__version__}" in table and f"{torch.get_num_threads()} threads" in table and "| sleep | full | cpu |" in table
-    import platform
-
-    text = table + (settings.out / "latest.json").read_text()
+    text = table + (settings.out / "latest.json").read_text()  # names no host and no path
     assert str(repo) not in text and str(settings.out) not in text
     assert platform.node() not in text.replace(report.machine("cpu")["processor"], "") or len(platform.node()) < 4
+
+
+def test_a_target_is_missed_by_speed_or_memory(options):
+    record = run_row(fake.row(fast=0.01, slow=0.005), options())
+    assert record["ratio"] < 1 and record["met"] is False
+    target = fake.Target(at_least=2, aim=4, memory_mb_below=200)
+    assert [target.met(3, m) for m in (100, 300, None)] == [True, False, None] and target.met(1, 100) is False
 
 
 @pytest.mark.parametrize(
@@ -74,14 +69,6 @@ def test_the_table_names_machine_threads_and_versions_but_no_host_or_path(option
 def test_paths_that_disagree_are_an_error(options, errors, word):
     with pytest.raises(DisagreementError, match=word):
         run_row(fake.row(**errors), options())
-
-
-def test_disagreement_is_reported_and_the_other_rows_go_on(options):
-    settings = options()
-    session = Session([fake.row("wrong", error=1.0), fake.row("right")], settings)
-    session.run()
-    assert [r["name"] for r in saved(settings)["rows"]] == ["right"]
-    assert len(session.failures) == 1 and session.failures[0].startswith("wrong (full, cpu): the paths disagree")
 
 
 def test_small_errors_are_recorded(options):
@@ -93,29 +80,23 @@ def test_resume_skips_finished_rows_and_keeps_them(options):
     calls = []
     first, second = fake.row("first", calls=calls), fake.row("second", calls=calls)
     settings = options(resume=True)
-    Session([first], settings).run()
+    run([first], settings)
     before = saved(settings)["rows"][0]
-    Session([first, second], settings).run()
+    run([first, second], settings)
     assert calls == ["first", "second"]
     rows = saved(settings)["rows"]
     assert [r["name"] for r in rows] == ["first", "second"] and rows[0] == before
-
-
-def test_without_resume_everything_runs_again(options):
-    calls = []
-    one = fake.row(calls=calls)
-    Session([one], options()).run()
-    Session([one], options()).run()
-    assert len(calls) == 2
+    run([first, second], options())  # everything again
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize(("name", "value"), [("versions", {"torch": "1.0"}), ("sources", "0" * 12)])
 def test_resume_refuses_results_of_other_versions_and_code(options, name, value):
     settings = options(resume=True)
-    Session([fake.row()], settings).run()
+    run([fake.row()], settings)
     report.write(settings.out, settings.stem, saved(settings) | {name: value})
-    with pytest.raises(ValueError, match=f"--resume: expected .* with {name}"):
-        Session([fake.row()], settings).run()
+    with pytest.raises(ValueError, match=f"--resume: .*{name}"):
+        run([fake.row()], settings)
 
 
 def test_rows_are_saved_one_by_one(options):
@@ -125,26 +106,25 @@ def test_rows_are_saved_one_by_one(options):
         assert [r["name"] for r in saved(settings)["rows"]] == ["first"]
         raise RuntimeError("out of memory")
 
-    rows = [fake.row("first"), Row(name="second", size="full", make=broken, seconds=1)]
     with pytest.raises(RuntimeError, match="out of memory"):
-        Session(rows, settings).run()
+        run([fake.row("first"), Row(name="second", size="full", make=broken, seconds=1)], settings)
     assert [r["name"] for r in saved(settings)["rows"]] == ["first"]
 
 
-def test_the_budget_sets_the_rounds(options):
-    count = run_row(fake.row(fast=0.01, slow=0.03), options(repeats=None, budget=0.2))["repeats"]
-    assert 2 <= count <= 5
-    assert run_row(fake.row(fast=0.01, slow=0.03), options(repeats=None, budget=0.0))["repeats"] == 2
+def test_the_budget_sets_the_rounds(options, monkeypatch):
+    assert [session.rounds(s) for s in (1e-9, 1, 5, 100)] == [11, 11, 3, 2]
+    monkeypatch.setattr(session, "BUDGET", 0.0)
+    assert run_row(fake.row(fast=0.01, slow=0.03), options(repeats=None))["repeats"] == 2
 
 
 def test_the_reference_is_the_ref_implementation_and_both_paths_draw_the_same(options):
     seen = {}
 
-    def run() -> Outcome:
+    def path() -> Outcome:
         seen.setdefault(implementations.current(), []).append(torch.rand(1).item())
         return Outcome({"y": torch.zeros(1)})
 
-    run_row(Row(name="x", size="full", make=lambda device, tiny: Case(fast=run), seconds=0.01), options())
+    run_row(row_of(Case(fast=path)), options())
     assert seen.keys() == {"auto", "ref"} and seen["auto"][-3:] == seen["ref"][-3:]
 
 
@@ -155,12 +135,11 @@ def test_every_call_starts_from_the_prepared_state_outside_the_clock(options):
         time.sleep(0.05)
         state.value = 0
 
-    def run() -> Outcome:
+    def path() -> Outcome:
         state.value += 1
         return Outcome({"value": torch.tensor(state.value)})
 
-    case = Case(fast=run, prepare=prepare)
-    record = run_row(Row(name="x", size="full", make=lambda device, tiny: case, seconds=0.01), options())
+    record = run_row(row_of(Case(fast=path, prepare=prepare)), options())
     assert record["fast_max_s"] < 0.05 and record["max_abs_error"] == 0
 
 
@@ -171,10 +150,9 @@ def test_further_columns_are_timed_and_their_failures_named(options):
     base = fake.case(0.001, 0.002)
     wrong = fake.case(0.001, 0.002, error=1.0).fast
     others = {"torch": base.reference, "compiled_torch": fails, "compiled_reference": wrong}
-    case = Case(fast=base.fast, reference=base.reference, others=others)
-    one = Row(name="x", size="full", make=lambda device, tiny: case, seconds=0.01)
-    assert "others" not in run_row(one, options())
-    record = run_row(one, options(torch_compile=True))
+    row = row_of(Case(fast=base.fast, reference=base.reference, others=others))
+    assert "others" not in run_row(row, options())
+    record = run_row(row, options(torch_compile=True))
     assert record["others"]["torch"] >= 0.002 and record["others"]["compiled_torch"] == "RuntimeError: no compiler"
     assert record["others"]["compiled_reference"].startswith("disagrees: expected outputs within")
     assert record["others_processor"].keys() == {"torch"}
