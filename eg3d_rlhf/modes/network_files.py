@@ -8,26 +8,23 @@ import click
 import torch
 
 from eg3d_rlhf.core.cli import GroupedCommand, file_hash, option
-from eg3d_rlhf.generators import find_network, load_networks, of, ws_of_seeds
+from eg3d_rlhf.generators import find_network, load_networks, of, pickles, ws_of_seeds
 from eg3d_rlhf.generators.conversion import check_suffix, foreign_sizes, to_tri_grid, write
-from eg3d_rlhf.generators.pickles.machine import brief_text
-from eg3d_rlhf.generators.pickles.snapshot import admitted, survey
 from training import networks
 
 
 def describe_file(source: str | Path | None) -> dict[str, Any]:
-    """The file alone: path, bytes, SHA-256, and for a pickle its protocol and every global that it asks for, admitted or not."""
+    """The file alone: path, bytes, SHA-256, and for a pickle its protocol and every global that it asks for.
+
+    Raises: FileNotFoundError; ValueError for a pickle that is refused, naming what it asks for.
+    """
     path = find_network(source)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a network file, got nothing there. Check the path.")
     found: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size, "sha256": file_hash(path)}
     if path.suffix.lower() == ".pkl":
-        asked = survey(path)
-        found["protocol"] = asked.protocol
-        found["globals"] = {brief_text(name, 200): count for name, count in sorted(asked.asked.items())}
-        found["refused"] = [brief_text(name, 200) for name in sorted(asked.asked) if not admitted(name)]
-        if asked.stopped is not None:
-            found["listing_stopped"] = asked.stopped
+        snapshot = pickles.read(path)
+        found |= {"protocol": snapshot.protocol, "globals": dict(sorted(snapshot.asked.items()))}
     return found
 
 
@@ -92,8 +89,7 @@ def lines(description: dict[str, Any], indent: int = 0) -> list[str]:
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @option("--n", metavar="LATENTS", type=click.IntRange(2, 100_000), default=256, help="Latents for the statistics of w.")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
-@option("--globals-only", is_flag=True, help="Print the file's facts and the names it asks for; build no network.")
-def inspect_network(file: Path | None, n: int, as_json: bool, globals_only: bool) -> None:
+def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
     """Show what a network file holds: architecture, sizes, plane layout, truncation statistics, SHA-256, and every global it asks for.
 
     FILE is a network file of ours, a pickle of EG3D (.pkl; nothing in it is run), a run folder, or nothing for the bundled generator.
@@ -103,15 +99,8 @@ def inspect_network(file: Path | None, n: int, as_json: bool, globals_only: bool
         eg3d-rlhf generator inspect assets/generator.safetensors
     """
     description = describe_file(file)
-    if not as_json:
-        click.echo("\n".join(lines(description)))
-    if not globals_only:
-        networks_in_it = describe_networks(file, n)
-        description.update(networks_in_it)
-        if not as_json:
-            click.echo("\n".join(lines(networks_in_it)))
-    if as_json:
-        click.echo(json.dumps(description, indent=1))
+    description.update(describe_networks(file, n))
+    click.echo(json.dumps(description, indent=1) if as_json else "\n".join(lines(description)))
 
 
 @click.command("convert", cls=GroupedCommand)

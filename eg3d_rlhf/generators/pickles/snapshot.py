@@ -273,43 +273,6 @@ class SnapshotRules(Rules):
         return set(members(items))
 
 
-class SurveyRules(SnapshotRules):
-    """Admits every name, call and state as an opaque record: to list what a file asks for, not to read it."""
-
-    def find(self, name: Global) -> Global:
-        """Any name."""
-        return name
-
-    def reduce(self, function: Any, args: tuple) -> Any:
-        """As a snapshot's where that is possible."""
-        with contextlib.suppress(Refusal):
-            return super().reduce(function, args)
-        return ModuleRecord("?", None)
-
-    def new(self, cls: Any, args: tuple) -> Any:
-        """As a snapshot's where that is possible."""
-        with contextlib.suppress(Refusal):
-            return super().new(cls, args)
-        return ModuleRecord("?", None)
-
-    def build(self, record: Any, state: Any) -> None:
-        """Ignored."""
-
-    def persistent(self, pid: Any) -> Any:
-        """Opaque."""
-        return ModuleRecord("?", None)
-
-
-def admitted(path: str) -> bool:
-    """Whether a global is one that snapshots, or the tensor streams in them, may use."""
-    module, _, name = path.rpartition(".")
-    if module in ("torch", "torch.cuda"):
-        return name in DTYPES
-    with contextlib.suppress(Refusal):
-        return bool(SnapshotRules(Budget(0), Counter()).find(Global(module, name)))
-    return False
-
-
 def _only(args: tuple, kind: type, what: str) -> Any:
     if len(args) != 1 or not isinstance(args[0], kind):
         raise Refusal(f"a {what} of {brief(args[0]) if len(args) == 1 else f'{len(args)} arguments'}")
@@ -332,7 +295,7 @@ class Snapshot:
     networks: dict[str, ModuleRecord]  # of G, D, G_ema those that are there
     augment_pipe: ModuleRecord | None
     training_set: dict[str, Any]  # training_set_kwargs
-    asked: dict[str, int]  # global -> how often
+    asked: dict[str, int]  # name that the file asks for -> how often
 
 
 def read(path: str | Path) -> Snapshot:
@@ -359,31 +322,6 @@ def parse(data: memoryview, who: str) -> Snapshot:
         if not isinstance(training_set, dict):
             raise Refusal("training_set_kwargs that are not a dictionary")
         return Snapshot(who, len(data), machine.protocol, modules, augment, training_set, dict(asked))
-
-
-@dataclasses.dataclass(frozen=True)
-class Survey:
-    """What a file asks for, whether or not it can be read."""
-
-    protocol: int
-    asked: dict[str, int]  # global -> how often
-    stopped: str | None  # why the listing ended early
-
-
-def survey(source: str | Path | memoryview) -> Survey:
-    """List every global of a pickle, a path or bytes, admitted or not, without looking any up.
-
-    Raises: FileNotFoundError, ValueError for an empty file.
-    """
-    data = source if isinstance(source, memoryview) else _mapped(source)
-    asked: Counter = Counter()
-    machine = Machine(data, 0, SurveyRules(Budget(decoded=len(data)), asked))
-    stopped = None
-    try:
-        machine.run()
-    except Refusal as refusal:
-        stopped = f"{refusal} (byte {machine.position})"
-    return Survey(machine.protocol, dict(asked), stopped)
 
 
 @contextlib.contextmanager

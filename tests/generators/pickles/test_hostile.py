@@ -72,16 +72,6 @@ def test_the_refused_name_is_told(report):
     assert "Nothing in it was run" in report["outcomes"]["eval, protocol 2"][0]
 
 
-def test_a_hostile_file_can_be_surveyed(tmp_path):
-    path = tmp_path / "x.pkl"
-    for name, data in hostile.calls(str(tmp_path / "marker")):
-        path.write_bytes(data)
-        found = pickles.survey(path)
-        if name == "getattr chain, protocol 4":
-            assert found.asked == {"builtins.getattr": 1, "builtins.__import__": 1} and found.stopped is None
-    assert not (tmp_path / "marker").exists()
-
-
 @pytest.fixture(scope="module")
 def files() -> dict[str, bytes]:
     """Honest files to damage."""

@@ -135,7 +135,7 @@ def test_protocols_and_numpy_names(protocol, numpy, marker, tmp_path):
     assert not found.G_ema.training and not any(p.requires_grad for p in found.G_ema.parameters())
     assert found.training_set["name"] == "b" and torch.equal(torch.tensor(found.training_set["label_std"]), STD)
     assert not marker.exists()
-    assert pickles.survey(path).protocol == protocol and f"{numpy}.multiarray.scalar" in pickles.survey(path).asked
+    assert pickles.read(path).protocol == protocol and f"{numpy}.multiarray.scalar" in pickles.read(path).asked
 
 
 def test_a_generator_by_itself_and_the_augmentation(tmp_path):
