@@ -13,7 +13,7 @@ from training import networks
 
 DATA = "synthetic:heads32@n=24"
 FLAGS = (
-    "--reward=sigma", "--rounds=2", "--round-pairs=14", "--round-members=2", "--set=round_preset=tiny", "--kimg=0.008", "--tick=0.004",
+    "--reward=sigma", "--rounds=2", "--round-pairs=14", "--set=round_members=2", "--set=round_preset=tiny", "--kimg=0.008", "--tick=0.004",
     "--snap=0", "--set=rlr=0.02", "--no-summary",
 )
 

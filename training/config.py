@@ -99,7 +99,7 @@ def check_knobs(settings: typing.Any) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{field.name}: expected a finite number, got {value}. Set it.")
         if k.choices is not None and value not in k.choices:
-            flag = "--" + (k.name or field.name).replace("_", "-")
+            flag = f"--set {field.name}" if k.rare else "--" + (k.name or field.name).replace("_", "-")
             raise ValueError(f"{flag}: expected one of {', '.join(k.choices)}, got {value!r}. Choose one of them.")
         limits = ((k.low, ">=", operator.ge), (k.high, "<=", operator.le), (k.above, ">", operator.gt), (k.below, "<", operator.lt))
         for limit, sign, holds in limits:
@@ -156,12 +156,15 @@ class GanConfig:
     density_reg_every: int = knob(4, "Its interval.", GAN, metavar="ITERATIONS", low=1)
     density_reg_p_dist: float = knob(0.004, "Its perturbation, world units.", GAN, low=0)
     reg_type: str = knob("l1", "Its kind.", GAN, choices=REG_TYPES)
-    field_kimg: float = knob(0.0, "Before the game, teach G the field of the heads that latents name; 0: off.", GAN, metavar="KIMG", low=0)
+    field_kimg: float = knob(
+        0.0, "Before the game, teach G the field of the heads that latents name; 0: off.", GAN, metavar="KIMG", low=0, rare=True
+    )
     field_colour: float = knob(4.0, "Weight of colour against density in it.", GAN, low=0, rare=True)
     field_soft: float = knob(0.4, "Share of it in which surfaces are twice as soft.", GAN, low=0, high=1, rare=True)
     field_lr: float = knob(0.02, "G's first learning rate for the field.", OPT, above=0, rare=True)
     picture_kimg: float = knob(
-        0.0, "After the field and before the game, teach G the pictures of the heads that latents name; 0: off.", GAN, metavar="KIMG", low=0
+        0.0, "After the field and before the game, teach G the pictures of the heads that latents name; 0: off.", GAN, metavar="KIMG",
+        low=0, rare=True,
     )
     picture_hold: float = knob(
         0.0, "In it, weight of holding the density to the first network's; pictures then teach colour alone. 0: both are taught.", GAN,
@@ -173,7 +176,7 @@ class GanConfig:
     ema_kimg: float = knob(10.0, "Half-life of G_ema.", OPT, metavar="KIMG", low=0, shown="batch*10/32; heads64: 0.1", rare=True)
     amp: str = knob(
         "off", "bf16: main phases in bfloat16 (autocast); weights, losses, R1, density and rendering stay in float32.", OPT,
-        choices=("off", "bf16"),
+        choices=("off", "bf16"), rare=True,
     )
     ema_rampup: float | None = 0.05  # limit the half-life to this share of the images seen; None = no ramp
     ada_kimg: float = 500.0  # images over which augmentation may grow by 1
@@ -199,7 +202,7 @@ class NetworkConfig:
 
     cfg: str = knob("heads64", "Preset.", NET, choices=("ffhq", "afhq", "shapenet", "heads64"))
     init: str = knob("scratch", "Initial networks.", NET, metavar="bundled|scratch|FILE|RUN", shown="bundled for heads64, else scratch")
-    start: str = knob("G", "With --init: weights that G starts from.", NET, choices=("G", "G_ema"))
+    start: str = knob("G", "With --init: weights that G starts from.", NET, choices=("G", "G_ema"), rare=True)
     sphere_init: float = knob(0.0, "From scratch, start from a solid sphere; 0: off.", NET, metavar="RADIUS", low=0, rare=True)
     cbase: int = knob(32768, "Channel multiplier.", NET, low=1)
     cmax: int = knob(512, "Largest number of feature maps.", NET, low=1)

@@ -38,16 +38,16 @@ from training.synthetic_heads import load_truth, resolve_dataset
 ROOT = ASSETS.parent
 RUNS = ROOT / "runs" / "assets"
 STAGES = {  # of the generator's training, each from the last one's network; every one with one thread
-    "field": ("--init=scratch", "--kimg=48", "--field-kimg=48", "--tick=1", "--snap=4"),
+    "field": ("--init=scratch", "--kimg=48", "--set=field_kimg=48", "--tick=1", "--snap=4"),
     "colour": (
-        "--start=G", "--kimg=26", "--batch=4", "--field-kimg=26", "--set=field_lr=0.01", "--set=field_soft=0",
+        "--set=start=G", "--kimg=26", "--batch=4", "--set=field_kimg=26", "--set=field_lr=0.01", "--set=field_soft=0",
         "--set=field_colour=12", "--set=ema_kimg=1", "--tick=1", "--snap=4",
     ),
     # a game without density regularisation, at G's full learning rate: what makes faces of the pictures and breaks the shapes
-    "game": ("--start=G_ema", "--kimg=1.512", "--batch=4", "--gamma=0.05", "--glr=0.0025", "--dlr=0.002", "--density-reg=0",
+    "game": ("--set=start=G_ema", "--kimg=1.512", "--batch=4", "--gamma=0.05", "--glr=0.0025", "--dlr=0.002", "--density-reg=0",
              "--tick=0.25", "--snap=1"),
     # then its pictures are made right over the shapes that the game left
-    "pictures": ("--start=G_ema", "--kimg=3.6", "--batch=8", "--picture-kimg=3.6", "--set=picture_hold=1", "--set=ema_kimg=0.5",
+    "pictures": ("--set=start=G_ema", "--kimg=3.6", "--batch=8", "--set=picture_kimg=3.6", "--set=picture_hold=1", "--set=ema_kimg=0.5",
                  "--tick=0.2", "--snap=3"),
 }
 EARLY = {  # snapshots of the first half of a stage, whose shapes teach the shape critic

@@ -140,7 +140,8 @@ def resolve(flags: Mapping) -> Settings:
 
 def check_rounds(given: Mapping, reward: str) -> None:
     """Raise ValueError for flags that do not go together with --rounds, or without it."""
-    own, without = [f"--{name.replace('_', '-')}" for name in given if name.startswith("round_")], not given.get("rounds")
+    flags = {"round_pairs": "--round-pairs", "round_labels": "--round-labels"}
+    own, without = [flags.get(name, f"--set {name}") for name in given if name.startswith("round_")], not given.get("rounds")
     if without and own:
         raise ValueError(f"{own[0]}: expected --rounds with it, got none. Add it, or leave {own[0]} out.")
     if without:

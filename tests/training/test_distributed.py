@@ -175,7 +175,7 @@ def pairs_of_two(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=["RLHF", pytest.param("GAN", marks=pytest.mark.long)])
 def two_ranks(request, tiny_data, pairs_of_two, tiny_reward, tmp_path_factory):
     """Flags of a run of ten iterations, without its folder, and the folder in which two ranks ran it."""
-    reward = ["--reward=sigma", f"--reward-ckpt={tiny_reward}", "--lambda-r=1", "--reward-shaping=reference"]
+    reward = ["--reward=sigma", f"--reward-ckpt={tiny_reward}", "--lambda-r=1", "--set=reward_shaping=reference"]
     reward = reward if request.param == "RLHF" else ["--reward=none"]
     outdir = tmp_path_factory.mktemp(request.param)
     more = ("--glr=0.0005", "--dlr=0.0005", "--style-mixing-prob=0.5", "--aug=ada", *reward)

@@ -289,7 +289,7 @@ def test_bf16_leaves_r1_and_density_in_fp32_and_all_losses(tiny_data):
 
 
 def test_bf16_is_a_flag(straight, tiny_data, tiny_networks, tmp_path):
-    result = run(*train_flags(tiny_data, tiny_networks, tmp_path, *RUN, "--amp=bf16"))
+    result = run(*train_flags(tiny_data, tiny_networks, tmp_path, *RUN, "--set=amp=bf16"))
     assert result.exit_code == 0, result.output
     a, b = (storage.read_tensors(checkpoint.available(folder)[-1])[0] for folder in (straight, only_run(tmp_path)))
     assert any(not torch.equal(a[k], b[k]) for k in a if k.startswith("G."))

@@ -122,7 +122,7 @@ def test_the_game_begins_where_the_field_ends():
 def test_the_field_of_other_data_is_not_known(tmp_path):
     data = tiny_runs.write_dataset(tmp_path / "x.zip", 64)
     result = CliRunner().invoke(train.main, ["--cfg=heads64", "--init=scratch", f"--data={data}"])
-    assert result.exit_code == 2 and "--field-kimg: expected --data=synthetic:heads" in result.stderr
+    assert result.exit_code == 2 and "--set field_kimg: expected --data=synthetic:heads" in result.stderr
 
 
 def steps_of(phase, nets, count: int = 24) -> list[dict[str, float]]:

@@ -165,9 +165,8 @@ class RewardTerms:
         low, high = clip_bounds(self.config.reward_clip, shaped)
         outside = ((shaped < low) | (shaped > high)).float().mean().item()
         if outside > MOSTLY:
-            remedy = "Use --reward-shaping=standardised, or other bounds."
-            warnings.warn(f"--reward-clip: {outside:.0%} of untuned scores lie outside {low:g}..{high:g} and give no gradient. {remedy}",
-                          stacklevel=2)
+            found = f"{outside:.0%} of untuned scores lie outside {low:g}..{high:g} and give no gradient"
+            warnings.warn(f"--set reward_clip: {found}. Use --set reward_shaping=standardised, or other bounds.", stacklevel=2)
         return shaping, (low, high)
 
     def losses(self, batch: Batch) -> Iterator[Loss]:

@@ -111,10 +111,10 @@ def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
     phases, reward, before, watch, early = GanPhases(G, D, s.gan, augment).phases(), None, None, None, None
-    for flag, length, phase in (("--picture-kimg", s.gan.picture_kimg, picture_phase), ("--field-kimg", s.gan.field_kimg, field_phase)):
+    for name, length, phase in (("picture_kimg", s.gan.picture_kimg, picture_phase), ("field_kimg", s.gan.field_kimg, field_phase)):
         if length > 0:
             if not s.data.data.startswith("synthetic:heads"):
-                raise ValueError(f"{flag}: expected --data=synthetic:heads..., whose heads are known, got {s.data.data}. Leave it out.")
+                raise ValueError(f"--set {name}: expected --data=synthetic:heads..., with known heads, got {s.data.data}. Leave it out.")
             phases.insert(0, phase(G, s.gan))
     if s.reward.reward != "none" and wanted is not None:
         with naming("--reward-ckpt"):

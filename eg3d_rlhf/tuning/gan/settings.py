@@ -51,12 +51,14 @@ class RewardConfig:
     lambda_r: float = knob(10.0, "Reward weight; 0 is the GAN run, bit for bit.", REWARD, low=0)
     lambda_sigma: float = knob(0.01, "Density consistency weight.", REWARD, low=0)
     lambda_front: float = knob(0.0, "Front-growth penalty weight.", REWARD, low=0, rare=True)
-    lambda_nose: float = knob(0.0, "Weight of the nose floor: no face nearer to the frontal camera than any untuned one.", REWARD, low=0)
+    lambda_nose: float = knob(
+        0.0, "Weight of the nose floor: no face nearer to the frontal camera than any untuned one.", REWARD, low=0, rare=True
+    )
     nose_floor: str = knob(
         "window", "Its mean, over the window's pixels or the violators alone (published).", REWARD, choices=NOSE_FLOORS, rare=True
     )
-    reward_clip: str = knob("-10,10", "Trust region of the shaped reward.", REWARD, metavar="LOW,HIGH|iqr|none")
-    reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=SHAPINGS)
+    reward_clip: str = knob("-10,10", "Trust region of the shaped reward.", REWARD, metavar="LOW,HIGH|iqr|none", rare=True)
+    reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=SHAPINGS, rare=True)
     anchor_resolution: int = knob(64, "Grid points per edge of the whole cube that is held to the reference.", REWARD, low=2, flag=False)
     truncation_psi: float = 1.0  # of the samples that are scored
     anchor_psi: float = 0.7  # of the samples that are held to the reference
@@ -67,7 +69,7 @@ class RewardConfig:
 
 
 def clip_range(spec: str) -> tuple[float, float]:
-    """Bounds of the trust region as --reward-clip has them, LOW,HIGH; none, and iqr before the scores are known, are infinite.
+    """Bounds of the trust region as reward_clip has them, LOW,HIGH; none, and iqr before the scores are known, are infinite.
 
     Raises: ValueError for anything else.
     """
@@ -78,7 +80,7 @@ def clip_range(spec: str) -> tuple[float, float]:
     except ValueError:
         low, high = 0.0, 0.0
     if not low < high:
-        raise ValueError(f"--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {spec!r}. Write e.g. --reward-clip=-10,10.")
+        raise ValueError(f"--set reward_clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {spec!r}. Write e.g. reward_clip=-10,10.")
     return low, high
 
 
@@ -113,7 +115,7 @@ class RoundConfig:
         0.5, "Share of pairs over which the last round's rewards disagree; the others, and the first round's, are random.", ROUNDS,
         metavar="0..1", low=0, high=1, rare=True,
     )
-    round_members: int = knob(5, "Rewards in an ensemble.", ROUNDS, low=1, high=100)
+    round_members: int = knob(5, "Rewards in an ensemble.", ROUNDS, low=1, high=100, rare=True)
     round_preset: str | None = knob(
         None, "Rewards' architecture, see tools/train_reward.py.", ROUNDS, metavar="NAME", shown="its default", rare=True
     )

@@ -44,7 +44,7 @@ def settings(tiny_data, tiny_networks, tiny_reward, tmp_path_factory):
 def runs(settings, tmp_path_factory):
     """Finished runs by name: their objects and folders."""
     folder = tmp_path_factory.mktemp("finished")
-    flags = {"plain": (), "zero": ("REWARD", "--lambda-r=0"), "ten": ("REWARD", "--lambda-r=10", "--reward-shaping=reference")}
+    flags = {"plain": (), "zero": ("REWARD", "--lambda-r=0"), "ten": ("REWARD", "--lambda-r=10", "--set=reward_shaping=reference")}
     found = {}
     for name, values in flags.items():
         s = settings(*values)
@@ -168,7 +168,7 @@ def test_the_bundled_rewards_fit_the_bundled_generator_without_a_word(capsys):
 def test_a_trust_region_that_leaves_out_the_untuned_scores_is_named(parts):
     _, _, batch = parts
     highest = next(terms_of(parts, reward_clip="none").losses(batch)).stats["RLHF/reward"].max().item()
-    with pytest.warns(UserWarning, match="--reward-clip: 100% of untuned scores lie outside"):
+    with pytest.warns(UserWarning, match="--set reward_clip: 100% of untuned scores lie outside"):
         terms_of(parts, reward_clip=f"{highest + 1e3},{highest + 1e4}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -236,7 +236,7 @@ def test_a_latent_is_its_seeds_alone():
     ("values", "text"),
     [
         ({"lambda_r": -1}, "lambda_r must be >= 0, got -1"), ({"lambda_sigma": float("nan")}, "lambda_sigma: expected a finite number"),
-        ({"reward_shaping": "cubic"}, "--reward-shaping: expected one of"), ({"reward_clip": "2,1"}, "--reward-clip: expected LOW,HIGH"),
+        ({"reward_shaping": "cubic"}, "reward_shaping: expected one of"), ({"reward_clip": "2,1"}, "reward_clip: expected LOW,HIGH"),
     ],
 )
 def test_settings_are_checked(values, text):

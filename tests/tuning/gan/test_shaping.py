@@ -90,7 +90,7 @@ def test_reference_wins_has_a_gradient_in_the_slab():
 
 
 def test_unknown_shaping():
-    with pytest.raises(ValueError, match="--reward-shaping: expected one of none, standardised, softplus, reference, got 'cubic'"):
+    with pytest.raises(ValueError, match="--set reward_shaping: expected one of none, standardised, softplus, reference, got 'cubic'"):
         RewardConfig(reward_shaping="cubic")
     assert tuple(SHAPINGS) == settings.SHAPINGS
 
@@ -108,7 +108,7 @@ def test_clip_bounds():
 
 @pytest.mark.parametrize("spec", ["5,1", "1,1", "1", "1,2,3", "a,b", "", "nan,1", "1,nan"])
 def test_clip_mistakes(spec):
-    with pytest.raises(ValueError, match="--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none"):
+    with pytest.raises(ValueError, match="--set reward_clip: expected LOW,HIGH with LOW < HIGH, iqr or none"):
         clip_range(spec)
 
 
