@@ -6,8 +6,9 @@ import functools
 import hashlib
 import json
 import platform
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,9 @@ class GroupedCommand(click.Command):
         try:
             rest = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            name = error.option_name.lstrip("-").replace("-", "_")
-            if name not in self.rare:
+            typed = _with_dashes(error.option_name)
+            name = next((name for name, setting in self.rare.items() if typed in map(_with_dashes, setting.opts)), None)
+            if name is None:
                 raise
             with user_errors():
                 raise ValueError(f"{error.option_name}: expected --set {name}=VALUE for a rare setting, got a flag. Write that.") from None
@@ -75,7 +77,7 @@ class GroupedCommand(click.Command):
         """Put what --settings and --set say among the parameters. Raises: ValueError for an unknown name or a wrong value."""
         written, file = ctx.params.pop("set_"), ctx.params.pop("settings")
         options: dict[str, Any] = {parameter.name: parameter for parameter in self.params if parameter.name in ctx.params} | self.rare
-        ctx.params |= {name: () if option.multiple else None for name, option in self.rare.items()}
+        ctx.params |= {name: () if option.multiple else option.default for name, option in self.rare.items()}
         values: dict[str, Any] = {}
         if file is not None:
             try:
@@ -119,17 +121,25 @@ class GroupedCommand(click.Command):
 
     def invoke(self, ctx: click.Context):
         """Run the command; see the class."""
-        with user_errors():
+        with user_errors(self._as_typed):
             return super().invoke(ctx)
+
+    def _as_typed(self, text: str) -> str:
+        """Code names every setting by its flag; rare ones are typed otherwise."""
+        for name, setting in self.rare.items():
+            for flag in setting.opts:
+                text = re.sub(rf"(?<![\w-]){flag}(?==\S)", f"--set {name}", text)
+                text = re.sub(rf"(?<![\w-]){flag}(?![\w-])", f"--set {name}=VALUE", text)
+        return text
 
 
 @contextlib.contextmanager
-def user_errors():
+def user_errors(words: Callable[[str], str] = str):
     """Translate ValueError and OSError into one line on stderr and exit code 2; assertions and bugs keep their traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
-        click.echo(f"Error: {str(error).strip()}", err=True)
+        click.echo(f"Error: {words(str(error).strip())}", err=True)
         sys.exit(2)
 
 
@@ -144,7 +154,7 @@ def naming(flag: str):
 
 def option(*names: str, group: str = "General", rare: bool = False, **kwargs):
     """`click.option` in a group, with the default shown; a rare one is no flag, see `GroupedCommand`."""
-    kwargs.setdefault("show_default", True)
+    kwargs = {"show_default": True, "default": None, **kwargs}
     if not rare:
         return click.option(*names, cls=GroupedOption, group=group, **kwargs)
 

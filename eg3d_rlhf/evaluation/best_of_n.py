@@ -353,15 +353,14 @@ def trial_of(before, rewards, reward_watch, data, device, **sampling) -> Trial:
 
 
 @click.command(cls=GroupedCommand)
-@shared("before reward-ckpt reward-watch data", before="Generator, untuned.",
+@shared("before reward-ckpt reward-watch n", before="Generator, untuned.", n={"default": 4096, "help": "Latents that are scored."},
               reward_ckpt={"multiple": True, "default": (), "show_default": "the bundled one",
                            "help": "Reward or ensemble on trial; may be given again."},
-              reward_watch={"show_default": "the annotator, for synthetic heads", "help": "Second reward as the judge."},
-              data={"show_default": "the run's own", "help": "What the generator was trained on."})
-@shared("psi n seed", psi={"default": 1.0}, n={"default": 4096, "help": "Latents that are scored."})
+              reward_watch={"show_default": "the annotator, for synthetic heads", "help": "Second reward as the judge."})
 @option("--most", group="Samples", metavar="INT", type=click.IntRange(min=2), default=512, help="Largest number to choose among.")
-@shared("out fresh batch device dry-run", out={"default": "runs/reports/best-of-n"})
-def main(before, reward_ckpt, reward_watch, data, out, fresh, device, dry_run, **sampling) -> None:
+@shared("out device dry-run", "data psi seed batch", out={"default": "runs/reports/best-of-n"}, psi={"default": 1.0},
+        data="What the generator was trained on; else the run's own.")
+def main(before, reward_ckpt, reward_watch, data, out, device, dry_run, **sampling) -> None:
     """How far can a reward be trusted, before any tuning? Lets rewards choose the best of n latents, and a judge say what that is worth.
 
     A curve that falls before the largest n shows where the reward's mistakes take over. Of an ensemble, its members and all its aggregates
@@ -378,9 +377,9 @@ def main(before, reward_ckpt, reward_watch, data, out, fresh, device, dry_run, *
         click.echo(json.dumps({**known, "numbers": trial.numbers, **sampling, "device": device, "out": str(out)}, indent=1))
         return
     first, second = jobs(trial)
-    scores = pages.run([first], out, fresh=fresh)[SCORES]
+    scores = pages.run([first], out)[SCORES]
     last = second(scores)
-    findings = pages.run([last], out, fresh=fresh, quiet=True)
+    findings = pages.run([last], out, quiet=True)
     finding = findings[CURVES]
     introduction = (
         f"{trial.n:,} latents of {trial.generator.path.name}, untuned; nothing was trained on them. Each point is the exact mean, over all "

@@ -209,10 +209,10 @@ def plot_test(axes, data: dict):
     axes.set(xlabel=f"share of the {next(iter(data.values()))['k']} nearest neighbours from the own network")
 
 
-def write(c: Comparison, out: Path, fresh: bool = False, quiet: bool = False) -> dict:
+def write(c: Comparison, out: Path, quiet: bool = False) -> dict:
     """Compute what is missing and write the page; returns the findings."""
     parts = jobs(c)
-    findings = pages.run(parts, out, fresh=fresh, quiet=quiet)
+    findings = pages.run(parts, out, quiet=quiet)
     drawn, sheet = findings[MAP].data, findings[SHAPES].data
     sprite = {**sheet, "uri": data_uri((out / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
     titles = {"umap": "UMAP", "principal": "principal axes"}

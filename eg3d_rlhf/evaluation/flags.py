@@ -29,7 +29,6 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "images": {**_SAMPLES, "metavar": "INT", "type": click.IntRange(min=16), "default": Sources.images, "help": "Images per distance."},
     "out": {**_RUN, "metavar": "FOLDER", "type": click.Path(path_type=Path, file_okay=False), "help": "Folder to write."},
     "outdir": {**_RUN, "metavar": "FOLDER", "type": click.Path(path_type=Path, file_okay=False), "help": "Folder to write into."},
-    "fresh": {**_RUN, "is_flag": True, "default": False, "help": "Compute everything again."},
     "batch": {**_RUN, "metavar": "INT", "type": click.IntRange(min=1), "default": Sources.batch, "help": "Samples at once; bounds memory."},
     "device": {**_RUN, "type": click.Choice(["auto", "cpu", "cuda"]), "default": "auto", "help": "Where to compute."},
     "dry-run": {**_RUN, "is_flag": True, "default": False, "help": "Print the resolved settings as JSON and stop."},
@@ -39,12 +38,16 @@ _SPELLINGS = {  # further ones; the flag's own name stays the parameter's
 }
 
 
-def shared(names: str, **changes: str | dict):
-    """The flags of these names, in this order, as a decorator. Args: changes: by flag, its help text or further arguments of its option."""
+def shared(names: str, rare: str = "", **changes: str | dict):
+    """The flags of these names, in this order, as a decorator.
+
+    Args: rare: names of further ones, which are rare settings; changes: by flag, its help text or further arguments of its option.
+    """
     made = []
-    for name in names.split():
+    for name in (*names.split(), *rare.split()):
         parameter = name.replace("-", "_")
         change = changes.get(parameter, {})
         spellings = (f"--{name}", *_SPELLINGS.get(name, ()), parameter)
-        made.append(option(*spellings, **{**_FLAGS[name], **({"help": change} if isinstance(change, str) else change)}))
+        words = {**_FLAGS[name], **({"help": change} if isinstance(change, str) else change)}
+        made.append(option(*spellings, rare=name in rare.split(), **words))
     return together(*made)

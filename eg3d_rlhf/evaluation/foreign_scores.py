@@ -154,7 +154,7 @@ class ScoreOptions:
     n: int = knob(100, "Latents that are scored.", "Samples", metavar="LATENTS", low=16, high=LATENTS.count)
     psi: float = knob(0.7, "Truncation.", "Samples", above=0, high=2)
     cutoff: int = knob(14, "Layers that truncation reaches.", "Samples", low=0, rare=True)
-    seed: int = knob(0, "Other held-out latents per seed.", "Samples", low=0)
+    seed: int = knob(0, "Other held-out latents per seed.", "Samples", low=0, rare=True)
     fit: int = knob(
         64, "Further latents behind alignment and calibration.", "Samples", metavar="LATENTS", low=8, high=ALIGNMENT.count, rare=True
     )
@@ -430,8 +430,8 @@ def trial_of(networks, reward, reference, device: str, options: ScoreOptions) ->
 @option("--reference", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the bundled generator",
         help="Generator whose shapes the reward knows.")
 @options_of(ScoreOptions)
-@shared("out fresh device dry-run", out={"default": Path("runs/scores")})
-def main(networks, reward, reference, out: Path, fresh: bool, device: str, dry_run: bool, **settings) -> None:
+@shared("out device dry-run", out={"default": Path("runs/scores")})
+def main(networks, reward, reference, out: Path, device: str, dry_run: bool, **settings) -> None:
     """Score generators by a reward that knows one of them: rewards raw, aligned to where it looks, calibrated to densities that it knows.
 
     Says for each how many of its shapes lie outside what the reward knows, and how steady its ranks are. Writes a page with strips of
@@ -448,8 +448,8 @@ def main(networks, reward, reference, out: Path, fresh: bool, device: str, dry_r
         click.echo(json.dumps({"networks": shown, "reference": str(trial.reference.path), "out": str(out), **asdict(options)}, indent=1))
         return
     parts, last = jobs(trial)
-    findings = pages.run(parts, out, fresh=fresh)
-    findings |= pages.run([last], out, fresh=fresh or not (out / "scores.json").is_file(), quiet=True)
+    findings = pages.run(parts, out)
+    findings |= pages.run([last], out, fresh=not (out / "scores.json").is_file(), quiet=True)
     introduction = (
         f"{options.n} latents each. The reward learnt from shapes of {trial.reference.path.name}. Raw: its crop as a share of each "
         "generator's own cube. Aligned: each generator's typical surface is laid on the reference's by scale and shift. Calibrated: "

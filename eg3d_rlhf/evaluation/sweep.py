@@ -234,11 +234,11 @@ def plot_others(data: dict):
     return drawn
 
 
-def write(c: Comparison, networks: Mapping[Cell, Path], out: Path, fresh: bool = False, quiet: bool = False) -> Finding:
+def write(c: Comparison, networks: Mapping[Cell, Path], out: Path, quiet: bool = False) -> Finding:
     """Measure the cells, draw the front, write the page; returns the finding of the front."""
-    findings = pages.run(cell_jobs(c, networks), out, fresh=fresh, quiet=quiet)
+    findings = pages.run(cell_jobs(c, networks), out, quiet=quiet)
     job = front_job(c, list(networks), findings)
-    fronts = pages.run([job], out, fresh=fresh, quiet=True)
+    fronts = pages.run([job], out, quiet=True)
     introduction = (
         f"{len(networks)} runs of train.py from {c.before.path.name}, compared with it on the same {c.n} held-out latents. The data of "
         "every run lies in data/cell-*.json."
@@ -256,22 +256,17 @@ def numbers(flag: str, text: str, kind: type = float) -> list:
 
 
 @click.command(cls=GroupedCommand)
-@shared("before reward-ckpt data", before="Initial networks.", reward_ckpt={"help": "Reward that tunes.", "show_default": "bundled"},
-              data={"help": "Images.", "show_default": "train.py's default"})
+@shared("before reward-ckpt", before="Initial networks.", reward_ckpt={"help": "Reward that tunes.", "show_default": "bundled"})
 @option("--lambda-r", group="Grid", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control.")
 @option("--lambda-sigma", group="Grid", metavar="LIST", default="0,0.01,10", help="Density-consistency weights; 0 leaves the term out.")
 @option("--seeds", group="Grid", metavar="LIST", default="0", help="Training seeds of every cell; two or more give intervals over runs.")
 @option("--kimg", group="Grid", metavar="KIMG", type=click.FloatRange(min=0, min_open=True), default=0.24, help="Length of a cell.")
-@option("--train-flags", group="Grid", metavar="FLAGS", default="", show_default="none",
-        help="More flags of train.py, in one quoted string.")
-@option("--workers", group="Grid", metavar="INT", type=click.IntRange(min=1), default=2, help="Cells trained at the same time.")
-@shared("psi n seed images out fresh batch device dry-run", n={"default": 32}, images={"default": 128},
+@option("--train-flags", rare=True, default="", help="More flags of train.py, in one quoted string.")
+@option("--jobs", group="Grid", metavar="INT", type=click.IntRange(min=1), default=2, help="Cells trained at the same time.")
+@shared("n out device dry-run", "data psi seed images batch", n={"default": 32}, images={"default": 128}, data="Images.",
               out={"default": "runs/reports/sweep", "help": "Folder to write; holds the cells' runs too."},
-              fresh="Measure again; finished cells are not trained again.",
               dry_run="Print the cells and what is left to train as JSON and stop.")
-def main(
-    before, reward_ckpt, data, lambda_r, lambda_sigma, seeds, kimg, train_flags, workers, out, fresh, device, dry_run, **sampling
-) -> None:
+def main(before, reward_ckpt, data, lambda_r, lambda_sigma, seeds, kimg, train_flags, jobs, out, device, dry_run, **sampling) -> None:
     """What do the weights buy? Trains a grid of lambda_r and lambda_sigma, and draws reward against distance and geometry.
 
     Every cell is a run of train.py. A finished cell is not run again, an interrupted one goes on from its checkpoint: give the same
@@ -290,14 +285,14 @@ def main(
     states = {cell.name: part.state() for cell, part in parts.items()}
     if dry_run:
         hashes = {"init": file_hash(network), "reward": file_hash(reward_ckpt or bundled.REWARD)}
-        shared = {"kimg": kimg, "train_flags": words, "hashes": hashes, "workers": workers, "device": str(where), **sampling}
+        shared = {"kimg": kimg, "train_flags": words, "hashes": hashes, "jobs": jobs, "device": str(where), **sampling}
         click.echo(json.dumps({**shared, "out": str(out), "cells": states}, indent=1))
         return
     click.echo(f"{len(parts)} cells of {kimg:g} thousand images, {sum(s != 'finished' for s in states.values())} to train.", err=True)
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
     try:
         with tqdm(total=len(parts), desc="training", unit="cell", dynamic_ncols=True) as bar:
-            make([[part] for part in parts.values()], workers, threads, tell=lambda part: bar.update())
+            make([[part] for part in parts.values()], jobs, threads, tell=lambda part: bar.update())
     except KeyboardInterrupt:
         click.echo("Stopped; begun cells keep a checkpoint. The same command goes on from there.", err=True)
         sys.exit(130)
@@ -306,7 +301,7 @@ def main(
     c = load_comparison(Sources(
         before=before, after=first, reward_ckpt=reward_ckpt, data=data, device=where, runs_folder=out / "cells", **sampling
     ))
-    finding = write(c, networks, out, fresh)
+    finding = write(c, networks, out)
     click.echo(f"{'setting':<26} " + " ".join(f"{name:>28}" for name in GOALS) + "  front")
     for row in finding.data["rows"]:
         texts = [f"{m['mean']:.3g} [{m['lo']:.3g}, {m['hi']:.3g}]" for m in (row["measures"][name] for name in GOALS)]

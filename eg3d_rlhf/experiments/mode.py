@@ -225,7 +225,7 @@ def run_flags(mode: Mode):
         option("--resume", group=RUN, metavar="RUN", type=click.Path(path_type=Path),
                help="Go on with a run where it was, with its own flags."),
         option("-n", "--dry-run", group=RUN, is_flag=True, help="Print the resolved settings as JSON and stop."),
-        option("--timeout", group=RUN, metavar="MINUTES", type=click.FloatRange(min=0, min_open=True), default=30,
+        option("--timeout", group=RUN, rare=True, metavar="MINUTES", type=click.FloatRange(min=0, min_open=True), default=30,
                help="With torchrun: longest wait for another process."),
     ]  # fmt: skip
     if mode.jobs:

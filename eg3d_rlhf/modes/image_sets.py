@@ -74,18 +74,17 @@ def convert(source, dest, max_images, transform, resolution, jobs, dry_run) -> N
 
 @click.command("metrics", cls=GroupedCommand)
 @shared("network data", data={"help": "Folder, zip or synthetic:heads<R>@n=..."})
-@option("--mirror", metavar="BOOL", type=bool, default=None, show_default="the run's own", group="What",
-        help="Count every real image mirrored as well, with mirrored poses.")
+@option("--mirror", rare=True, type=bool, help="Count every real image mirrored as well, with mirrored poses; else as the run did.")
 @option("--inception", metavar="FILE", type=click.Path(path_type=Path), default=None, show_default="the bundled features", group="What",
         help="TorchScript detector: net(uint8 images, return_features=True).")
 @option("--metrics", metavar="LIST", default="fid,kid", group="What", help="Comma-separated; see above.")
-@shared("n seed", n={"type": click.IntRange(min=2), "default": None, "show_default": "50000", "help": "Generated images for fid and kid."},
+@shared("n", "seed",
+        n={"type": click.IntRange(min=2), "default": None, "show_default": "50000", "help": "Generated images for fid and kid."},
         seed="Seed of latents, cameras, noise and subsets.")
-@shared("outdir batch", outdir={"show_default": "the network's run folder", "help": "Append the lines to metric-<name>.jsonl there."},
+@shared("outdir", "batch", outdir={"show_default": "the network's run folder", "help": "Append the lines to metric-<name>.jsonl there."},
         batch={"default": 8})
-@option("--verbose", metavar="BOOL", type=bool, default=True, group="Run", help="Show progress.")
 @shared("device dry-run")
-def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, verbose, device, dry_run) -> None:
+def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, device, dry_run) -> None:
     """Distances between a generator's images and a dataset's, printed as JSON lines.
 
     With --inception=FILE (a TorchScript detector of yours, as FID pipelines use it) they are FID and KID. Without it the bundled feature
@@ -119,10 +118,10 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, v
     with naming("--inception"):
         features = load_features(inception, target)
     with naming("--data"):
-        dataset = ImageFolderDataset(resolve_dataset(data, progress=verbose), c_dim=25, xflip=mirror)
+        dataset = ImageFolderDataset(resolve_dataset(data), c_dim=25, xflip=mirror)
 
     def bar(total: int, title: str):
-        return tqdm(total=total, desc=title, unit="image", disable=not verbose).update
+        return tqdm(total=total, desc=title, unit="image").update
 
     records = evaluate(generator, dataset, features, options, bar)
     for record in records:

@@ -36,19 +36,15 @@ def _keep_summary(out: Path, words: list[str]) -> None:
 
 
 @click.command("evaluate", cls=GroupedCommand)
-@shared("before after run control reward-ckpt reward-watch data", run="Run folder with snapshots, for trajectories.",
+@shared("before after run control reward-ckpt reward-watch data n", run="Run folder with snapshots, for trajectories.",
               reward_ckpt="Reward that tuned.", data="Images to measure distances to.")
-@option("--inception", group="Networks of yours", metavar="FILE", type=PATH, default=None, show_default="the bundled features",
-        help="TorchScript detector: net(uint8 images, return_features=True).")
-@option("--lpips", group="Networks of yours", metavar="FILE", type=PATH, default=None, show_default="LPIPS is left out",
-        help="TorchScript distance f(a, b) of image batches in [-1, 1].")
-@option("--identity", group="Networks of yours", metavar="FILE", type=PATH, default=None, show_default="identity is left out",
-        help="TorchScript embedding of image batches in [-1, 1].")
-@shared("psi n seed images")
+@option("--inception", rare=True, type=PATH, help="TorchScript detector: net(uint8 images, return_features=True).")
+@option("--lpips", rare=True, type=PATH, help="TorchScript distance f(a, b) of image batches in [-1, 1]; without it LPIPS is left out.")
+@option("--identity", rare=True, type=PATH, help="TorchScript embedding of image batches in [-1, 1]; without it identity is left out.")
 @option("--only", group="Run", metavar="KEYS", default=None, show_default="all", help="Parts to make, comma-separated; see --dry-run.")
-@shared("out fresh batch device dry-run", out={"default": "runs/reports/evaluate"},
+@shared("out device dry-run", "psi seed images batch", out={"default": "runs/reports/evaluate"},
               dry_run="Print the resolved settings and parts as JSON and stop.")
-def evaluate(out, only, fresh, dry_run, device, **sources) -> None:
+def evaluate(out, only, dry_run, device, **sources) -> None:
     """What did tuning change, and did it get better? Compares a generator before and after tuning on held-out latents.
 
     With no options: the bundled generator against the newest tuned run in runs/, with the lambda_r = 0 run of the same settings where there
@@ -66,7 +62,7 @@ def evaluate(out, only, fresh, dry_run, device, **sources) -> None:
         click.echo(json.dumps({**c.resolved(), **more, "parts": [job.key for job in parts]}, indent=1))
         return
     report.check_files(c)
-    findings = pages.run(parts, out, fresh=fresh)
+    findings = pages.run(parts, out)
     words = report.summary(c, findings)
     _keep_summary(out, words)
     page = write_page(out / "index.html", report.TITLE, report.introduction(c), parts, findings, words)
@@ -105,8 +101,7 @@ def viewer(out: Path) -> str:
         show_default="landmarks for procedural heads or with --landmarks, else boxes",
         help="Fixed boxes, boxes about landmarks, the whole head in eight parts about landmarks, or a label volume (.npy, .npz; names in "
              "the .json beside it).")
-@option("--landmarks", group="Regions", metavar="FILE", type=PATH, default=None, show_default="those of the procedural heads",
-        help="JSON of 98 WFLW points in the frontal view.")
+@option("--landmarks", rare=True, type=PATH, help="JSON of 98 WFLW points in the frontal view; procedural heads have their own.")
 @option("--method", group="How", type=click.Choice(METHODS), default="exact", help="How Shapley values are computed.")
 @option("--permutations", rare=True, group="How", type=click.IntRange(min=2), help="Orders of the sampled methods.")
 @option("--steps", rare=True, group="How", type=click.IntRange(min=2), help="Of Integrated Gradients at first; they double.")
@@ -114,9 +109,9 @@ def viewer(out: Path) -> str:
 @option("--gap-bound", rare=True, group="How", type=click.FloatRange(min=0, min_open=True), help="Largest efficiency gap, as a share.")
 @option("--draws", rare=True, group="How", type=click.IntRange(min=2), help="Rewards with re-drawn weights.")
 @option("--checked", rare=True, group="How", type=click.IntRange(min=1), help="Latents that those rewards see.")
-@shared("psi n seed out fresh batch device dry-run", n={"default": 6, "type": click.IntRange(min=2)},
+@shared("n out device dry-run", "psi seed batch", n={"default": 6, "type": click.IntRange(min=2)},
         out={"default": "runs/reports/attribute"}, batch="Slabs at once; bounds memory.")
-def attribute(out, fresh, dry_run, device, regions, landmarks, method, **flags) -> None:
+def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None:
     """Why does the reward like the tuned shapes? Divides the change of the reward among the regions of the face.
 
     With no options: the bundled generator against the newest tuned run in runs/. The value of a set of regions is the reward of the
@@ -140,10 +135,10 @@ def attribute(out, fresh, dry_run, device, regions, landmarks, method, **flags) 
         click.echo(json.dumps({**c.resolved(), **vars(chosen), **paths}, indent=1))
         return
     parts = attribution.jobs(study)
-    findings = pages.run(parts[:1], out, fresh=fresh)
+    findings = pages.run(parts[:1], out)
     for name in findings["regions"].pictures.values():
         click.echo(f"The regions are drawn in {out / 'data' / name}; the attribution follows.")
-    findings |= pages.run(parts[1:], out, fresh=fresh)
+    findings |= pages.run(parts[1:], out)
     words = attribution_summary(findings)
     _keep_summary(out, words)
     page = write_page(out / "index.html", attribution.TITLE, attribution_introduction(study), parts, findings, words, viewer(out))
@@ -158,11 +153,11 @@ def attribute(out, fresh, dry_run, device, regions, landmarks, method, **flags) 
 
 
 @click.command("embed", cls=GroupedCommand)
-@shared("before after control reward-ckpt psi n seed out fresh batch device dry-run", out={"default": "runs/reports/embed"},
+@shared("before after control reward-ckpt n out device dry-run", "psi seed batch", out={"default": "runs/reports/embed"},
         after={"show_default": "the newest tuned run in runs/"}, reward_ckpt="Reward whose feature is mapped.",
         control="The same run with --lambda-r=0, for the test of separability.",
         n="Latents, each in both networks.", seed="Other held-out latents, and UMAP, per seed.")
-def embed(out, fresh, dry_run, device, **sources) -> None:
+def embed(out, dry_run, device, **sources) -> None:
     """Where does the reward see tuned samples? Maps its global feature before and after tuning, with the shape behind every point.
 
     With no options: the bundled generator against the newest tuned run in runs/. Writes one self-contained page: UMAP and principal axes,
@@ -176,7 +171,7 @@ def embed(out, fresh, dry_run, device, **sources) -> None:
     if dry_run:
         click.echo(json.dumps({**c.resolved(), "umap": embedding.umap_version(), "out": str(out)}, indent=1))
         return
-    findings = embedding.write(c, out, fresh)
+    findings = embedding.write(c, out)
     for row in findings[embedding.MAP].data["ranks"]:
         rho = "none: constant" if row["spearman"] is None else f"{row['spearman']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
         click.echo(f"reward with the {row['axis']:<36}  {rho}")
@@ -186,8 +181,8 @@ def embed(out, fresh, dry_run, device, **sources) -> None:
 
 
 @click.command("pictures", cls=GroupedCommand)
-@shared("before after run reward-ckpt data psi out device dry-run", out={"show_default": "the run folder"})
-def pictures(out, device, dry_run, **sources) -> None:
+@shared("run out device dry-run", out={"show_default": "the run folder"})
+def pictures(run, out, device, dry_run) -> None:
     """Draw the pictures of a finished reward run again, without evaluating it: comparison.png, turntable.mp4 and meshes.
 
     Prints the median change of the surface, too, which summary.json holds.
@@ -196,10 +191,9 @@ def pictures(out, device, dry_run, **sources) -> None:
     Example:
         eg3d-rlhf report pictures --run=runs/00000-heads64-synthetic-heads64-batch8-gamma0.3-sigma-lambda10
     """
-    c = load_comparison(Sources(device=choose_device(device), **sources))
+    c = load_comparison(Sources(device=choose_device(device), run=run))
     folder = out or c.run
-    if folder is None:
-        raise ValueError("--out: expected a folder, got none, and --after lies in no run folder. Name one.")
+    assert folder is not None
     if dry_run:
         click.echo(json.dumps({**c.resolved(), "out": str(folder)}, indent=1))
         return

@@ -63,14 +63,13 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
 @click.command("import", cls=GroupedCommand)
 @click.argument("source", metavar="SOURCE")
 @_written
-@option("--config", metavar="FILE", type=click.Path(path_type=Path), default=None, show_default="the one beside the weights",
-        help="Configuration of the release (YAML).", group="Release")
+@option("--config", rare=True, type=click.Path(path_type=Path), help="Configuration of the release (YAML); else beside the weights.")
 @option("--weights", metavar="NAME", default=WEIGHTS, help="Weights file inside a folder.", group="Release")
 @option("--transform", type=click.Choice(["config", "published"]), default="config", group="Release",
         help="Grid and value range from the configuration, or the published 256 points and [0, 100].")
-@option("--lattice", type=click.Choice(LATTICES), default="straight", group="Release",
+@option("--lattice", rare=True, type=click.Choice(LATTICES), default="straight",
         help="Lattice that the written reward reads; skewed is the one it was trained on, and several times slower.")
-@shared("network latents psi cutoff device dry-run", network="Generator whose samples are scored.",
+@shared("network latents device dry-run", "psi cutoff", network="Generator whose samples are scored.",
         latents={"default": "0-3", "help": "Seeds to score, such as 0,2-5, or none."}, psi={"default": 1.0},
         dry_run="Read and check everything, print what was found as JSON, write and score nothing.")
 def release(source, out, config, weights, transform, lattice, network, latents, psi, cutoff, device, dry_run) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, together
-from eg3d_rlhf.core.field import RenderOptions
+from eg3d_rlhf.core.field import NOISE_MODES, RenderOptions
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.pictures import image_sheet, shape_sheet
@@ -38,8 +38,8 @@ YAWS, PITCH = (0.4, 0.0, -0.4), -0.2  # radians, of the three views
 SURFACE = MeshOptions()
 _PSI = {"default": 1.0, "type": click.FloatRange(min=0)}
 _sampling = together(
-    shared("outdir network latents psi cutoff", outdir={"required": True}, latents={"required": True}, psi=_PSI),
-    option("--noise-mode", metavar="NAME", type=click.Choice(["const", "random", "none"]), default="const", group="Samples",
+    shared("outdir network latents psi", "cutoff", outdir={"required": True}, latents={"required": True}, psi=_PSI),
+    option("--noise-mode", rare=True, type=click.Choice(NOISE_MODES), default="const",
            help="Noise of the synthesis; random is drawn from the (first) seed."),
 )
 _shapes = together(
@@ -48,14 +48,6 @@ _shapes = together(
     option("--shape-res", metavar="POINTS", type=click.IntRange(16, 1024), default=512, help="Grid points per axis.", group="Shapes"),
     option("--shape-format", metavar="NAME", default=".mrc", help=".mrc (density), .ply, .obj or .glb (surface).", group="Shapes"),
 )
-_reload_modules = option("--reload_modules", "reload_modules", metavar="BOOL", type=bool, default=None, show_default=False,
-                         help="Accepted for EG3D's sake, without effect.")
-
-
-def _without_effect(**given) -> None:
-    for flag, value in given.items():
-        if value is not None:
-            click.echo(f"Warning: --{flag} has no effect here, as in EG3D for these networks.", err=True)
 
 
 @click.command("images", cls=GroupedCommand)
@@ -63,15 +55,12 @@ def _without_effect(**given) -> None:
 @option("--fov-deg", metavar="DEGREES", type=click.FloatRange(0, 180, min_open=True, max_open=True), default=FFHQ_FOV, group="Samples",
         help="Field of view over the image's diagonal; the default of EG3D's tool is 18.")
 @_shapes
-@option("--shape-level", metavar="FLOAT", type=float, default=None, show_default="the generator's own", group="Shapes",
-        help="Raw density of the surface.")
-@option("--shape-border", metavar="0..0.5", type=click.FloatRange(0, 0.5, max_open=True), default=None, group="Shapes",
-        show_default="the generator's, 30/256 of EG3D's", help="Share of the cube to clear along each face.")
-@option("--class", "class_idx", metavar="INT", type=int, default=None, show_default=False, help="Accepted, without effect.")
-@_reload_modules
+@option("--shape-level", rare=True, type=float, help="Raw density of the surface; else the generator's own.")
+@option("--shape-border", rare=True, type=click.FloatRange(0, 0.5, max_open=True),
+        help="Share of the cube to clear along each face; else the generator's, 30/256 of EG3D's.")
 @shared("device dry-run")
 def images(outdir, network, latents, psi, cutoff, noise_mode, fov_deg, shapes, shape_res, shape_format, shape_level, shape_border,
-           class_idx, reload_modules, device, dry_run) -> None:
+           device, dry_run) -> None:
     """Render samples of a generator: three views per seed side by side, and their shapes on request.
 
     Writes seedXXXX.png into the output folder, seen from yaw +0.4, 0 and -0.4 at pitch -0.2; --shapes adds seedXXXX.ply (.obj, .glb, .mrc).
@@ -84,7 +73,6 @@ def images(outdir, network, latents, psi, cutoff, noise_mode, fov_deg, shapes, s
         seeds = parse_seeds(latents)
     with naming("--shape-format"):
         suffix = shape_suffix(shape_format)
-    _without_effect(**{"class": class_idx, "reload_modules": reload_modules})
     if dry_run:
         settings = {
             "outdir": str(outdir), "network": str(network or "bundled"), "seeds": seeds, "trunc": psi, "trunc_cutoff": cutoff,
@@ -113,26 +101,23 @@ def images(outdir, network, latents, psi, cutoff, noise_mode, fov_deg, shapes, s
 @_sampling
 @option("--interpolate", metavar="BOOL", type=bool, default=True, help="Walk through the seeds, or film each on its own.", group="Film")
 @option("--grid", metavar="WxH", default="1x1", help="Cells across and down.", group="Film")
-@option("--num-keyframes", "keyframes", metavar="INT", type=click.IntRange(min=1), default=None, show_default="seeds / cells",
-        help="Latents that a cell walks through.", group="Film")
+@option("--num-keyframes", "keyframes", rare=True, type=click.IntRange(min=1),
+        help="Latents that a cell walks through; else seeds / cells.")
 @option("--w-frames", "frames", metavar="INT", type=click.IntRange(min=1), default=120, help="Frames between two keyframes.", group="Film")
-@option("--shuffle-seed", metavar="INT", type=click.IntRange(0, 2**32 - 1), default=None, show_default="as given", group="Film",
-        help="Seed of the order of the seeds.")
+@option("--shuffle-seed", rare=True, type=click.IntRange(0, 2**32 - 1), help="Seed of the order of the seeds; else as given.")
 @option("--image_mode", "--image-mode", "mode", metavar="NAME", type=click.Choice(MODES), default="image", group="Film",
         help="image, image_depth or image_raw.")
 @option("--cfg", metavar="NAME", type=click.Choice(list(CAMERAS), case_sensitive=False), default=None, group="Film",
         show_default="the network's own camera", help="Pivot and field of view of FFHQ, AFHQ or Shapenet.")
-@option("--sample_mult", "--sample-mult", "sample_mult", metavar="FLOAT", type=click.FloatRange(0, min_open=True), default=2.0,
-        help="Times the samples per ray.", group="Film")
-@option("--nrr", metavar="PIXELS", type=click.IntRange(min=1), default=None, show_default="the network's own", group="Film",
-        help="Rendered pixels per edge.")
-@option("--fps", metavar="FLOAT", type=click.FloatRange(1, 240), default=60.0, help="Frames per second.", group="Film")
-@option("--bitrate", metavar="BITS", default="10M", help="Of the mp4, in ffmpeg's notation.", group="Film")
+@option("--sample_mult", "--sample-mult", "sample_mult", rare=True, type=click.FloatRange(0, min_open=True), default=2.0,
+        help="Times the samples per ray.")
+@option("--nrr", rare=True, type=click.IntRange(min=1), help="Rendered pixels per edge; else the network's own.")
+@option("--fps", rare=True, type=click.FloatRange(1, 240), default=60.0, help="Frames per second.")
+@option("--bitrate", rare=True, default="10M", help="Of the mp4, in ffmpeg's notation.")
 @_shapes
-@_reload_modules
 @shared("device dry-run")
 def videos(outdir, network, latents, interpolate, grid, cfg, sample_mult, nrr, fps, bitrate, shapes, shape_res, shape_format,
-           reload_modules, device, dry_run, **film) -> None:
+           device, dry_run, **film) -> None:
     """Film a generator: the camera swings about each sample while the latent walks through the seeds.
 
     Writes interpolation.mp4, or with --interpolate=False one SEED.mp4 per seed in which the latent stands still. The frames are
@@ -151,7 +136,6 @@ def videos(outdir, network, latents, interpolate, grid, cfg, sample_mult, nrr, f
         options = FilmOptions(grid=(int(cells[1]), int(cells[2])), **film)
     with naming("--shape-format"):
         suffix = shape_suffix(shape_format)
-    _without_effect(reload_modules=reload_modules)
     groups = {"interpolation": seeds} if interpolate else {str(seed): [seed] for seed in seeds}
     if not interpolate and options.keyframes is None:
         options = replace(options, keyframes=1)
@@ -182,18 +166,17 @@ def videos(outdir, network, latents, interpolate, grid, cfg, sample_mult, nrr, f
 
 @click.command("mesh", cls=GroupedCommand)
 @option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Mesh to write (.ply, .obj, .glb).")
-@shared("network seed psi cutoff", seed={"type": click.IntRange(0, 2**32 - 1), "help": "Seed of the latent."}, psi=_PSI)
+@shared("network seed psi", "cutoff", seed={"type": click.IntRange(0, 2**32 - 1), "help": "Seed of the latent."}, psi=_PSI)
 @option("--resolution", "--shape-res", "resolution", metavar="POINTS", type=click.IntRange(16, 1024), default=SURFACE.resolution,
         help="Grid points per axis.", group="Surface")
-@option("--level", metavar="FLOAT", type=float, default=None, show_default="the generator's own", help="Raw density of the surface.",
-        group="Surface")
-@option("--border", metavar="0..0.5", type=click.FloatRange(0, 0.5, max_open=True), default=SURFACE.border, group="Surface",
+@option("--level", rare=True, type=float, help="Raw density of the surface; else the generator's own.")
+@option("--border", rare=True, type=click.FloatRange(0, 0.5, max_open=True), default=SURFACE.border,
         help="Share of the cube to trim from each face.")
-@option("--component", metavar="NAME", type=click.Choice(["largest", "all"]), default=SURFACE.component, group="Surface",
+@option("--component", rare=True, type=click.Choice(["largest", "all"]), default=SURFACE.component,
         help="Parts to keep: the one of largest volume, or all.")
 @option("--faces", metavar="INT", type=click.IntRange(min=4), default=None, help="Decimate to about so many faces.", group="Surface",
         show_default="all")
-@option("--colors/--no-colors", default=SURFACE.colors, help="Vertex colours from the radiance field.", group="Surface")
+@option("--colors", rare=True, type=bool, default=SURFACE.colors, help="Vertex colours from the radiance field.")
 @shared("device dry-run")
 def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     """Turn one sample of a generator into a closed triangle mesh, and check it.

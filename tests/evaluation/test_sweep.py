@@ -85,7 +85,7 @@ def test_cells_are_measured_against_before(tiny_comparison, tiny_pair):
 def flags_of(tmp_path, data, networks, reward):
     train = "--batch=4 --nrr-initial=8 --glr=0.002 --dlr=0.002 --set=ema_kimg=0.02 --gen-pose-cond=True --tick=0.008"
     return [f"--before={networks}", f"--reward-ckpt={reward}", f"--data={data}", "--lambda-r=10", "--lambda-sigma=0", "--kimg=0.008",
-            f"--train-flags={train}", "--n=16", "--images=16", "--device=cpu", f"--out={tmp_path / 'sweep'}"]
+            f"--set=train_flags={train}", "--n=16", "--set=images=16", "--device=cpu", f"--out={tmp_path / 'sweep'}"]
 
 
 def test_mistakes_are_named_and_nothing_is_trained(tmp_path, tiny_data, tiny_networks, tiny_reward):

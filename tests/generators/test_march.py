@@ -109,7 +109,7 @@ def test_sheets_and_meshes(balls, pair, tmp_path):
     _, _, radii = pair
     for command, flags in (
         (samples.images, ["--seeds=1", "--shapes=1", "--shape-res=24", "--shape-format=.glb", f"--outdir={tmp_path}"]),
-        (samples.mesh, ["--seed=1", "--trunc=1", "--resolution=96", "--component=all", f"--out={tmp_path / 'balls.ply'}"]),
+        (samples.mesh, ["--seed=1", "--trunc=1", "--resolution=96", "--set=component=all", f"--out={tmp_path / 'balls.ply'}"]),
     ):
         done = CliRunner().invoke(command, [f"--network={balls}", *flags])
         assert done.exit_code == 0, (done.output, done.exception)

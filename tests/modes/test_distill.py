@@ -93,7 +93,7 @@ def test_dry_run_resolves_and_writes_nothing(tmp_path):
     (["--method=dreamdpo", "--samples=2"], "--samples: belongs to --method=sds"),
     (["--set", "nothing=1"], "--settings: expected a setting"), (["--set", "sparsity"], "--set: expected NAME=VALUE"),
     (["--set", "checkpoint_ticks=0"], "checkpoint_ticks: "), (["--settings=nowhere.json"], "--settings"),
-    (["--method=psd", "--set", "image_loss=1"], "--image-loss: belongs to --method=sds"),
+    (["--method=psd", "--set", "image_loss=1"], "--set image_loss=VALUE: belongs to --method=sds"),
     (["--prior=heads", "--compare=sds+geometry", "--geometry-reward=one-nose"], "--geometry-reward: one-nose belongs to --prior=bundled"),
     (["--views=4"], "--views: belongs to a --prior from files"),
     (["--geometry-weight=1"], "--geometry-weight: belongs to a --geometry-reward"),

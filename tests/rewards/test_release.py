@@ -229,7 +229,7 @@ def run(*flags):
 
 def test_tool_writes_the_reward_and_prints_both_scores(tiny_networks, tmp_path):
     out = tmp_path / "out" / "r.safetensors"
-    result = run(write_example(tmp_path / "r"), f"--out={out}", f"--network={tiny_networks}", "--seeds=1,3-4", "--lattice=skewed")
+    result = run(write_example(tmp_path / "r"), f"--out={out}", f"--network={tiny_networks}", "--seeds=1,3-4", "--set=lattice=skewed")
     assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.stdout.splitlines()[1:]]
     assert rows[0] == ["seed", "straight", "skewed", "difference"] and [row[0] for row in rows[1:]] == ["1", "3", "4", "mean"]

@@ -251,7 +251,7 @@ def test_flags_of_the_command_are_frozen():
         "--bootstrap --no-bootstrap --shared-start --epochs --batch --lr "
         "--cosine --no-cosine --anchors --mirror --no-mirror "
         "--unpaired --regression --divergence --out --backbone --wrong-faces "
-        "--cache --resume --device --timeout --seed --dry-run -n --mode --outdir --desc".split()
+        "--cache --resume --device --seed --dry-run -n --mode --outdir --desc".split()
     )
 
 

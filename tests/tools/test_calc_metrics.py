@@ -38,7 +38,7 @@ def inception(tmp_path_factory):
 
 
 def run(*flags):
-    return CliRunner().invoke(image_sets.metrics, ["--verbose=False", *(str(f) for f in flags)])
+    return CliRunner().invoke(image_sets.metrics, [str(f) for f in flags])
 
 
 def records(result):
@@ -65,8 +65,8 @@ def as_bytes(images):
 
 def test_fid_and_kid_equal_torchmetrics_with_the_same_detector(tiny_networks, tiny_data, inception):
     fid_module, kid_module = pytest.importorskip("torchmetrics.image.fid"), pytest.importorskip("torchmetrics.image.kid")
-    flags = (f"--network={tiny_networks}", f"--data={tiny_data}", f"--inception={inception}", "--n=48", "--batch=8", "--seed=2")
-    found = {record["metric"]: record for record in records(run(*flags, "--metrics=fid,kid", "--mirror=True"))}
+    flags = (f"--network={tiny_networks}", f"--data={tiny_data}", f"--inception={inception}", "--n=48", "--set=batch=8", "--set=seed=2")
+    found = {record["metric"]: record for record in records(run(*flags, "--metrics=fid,kid", "--set=mirror=True"))}
     data = ImageFolderDataset(tiny_data, c_dim=25, xflip=True)
     real = torch.from_numpy(np.stack([data[i][0] for i in range(len(data))]))
     options = MetricOptions(n=48, batch=8, seed=2)
@@ -93,7 +93,7 @@ def test_without_inception_the_names_say_so(tiny_networks, tiny_data):
 
 def test_runs_repeat_and_seeds_differ(tiny_networks, tiny_data):
     flags = (f"--network={tiny_networks}", f"--data={tiny_data}", "--n=6", "--metrics=fid")
-    first, again, other = (records(run(*flags, f"--seed={seed}"))[0]["results"] for seed in (0, 0, 1))
+    first, again, other = (records(run(*flags, f"--set=seed={seed}"))[0]["results"] for seed in (0, 0, 1))
     assert first == again != other
 
 
@@ -107,7 +107,7 @@ def test_the_run_folder_names_data_and_gets_the_records(tiny_networks, tiny_data
     assert record["reals"] == 48 and record["snapshot"] == "network-snapshot-000001.safetensors"
     lines = (folder / "metric-frechet_offline.jsonl").read_text().splitlines()
     assert len(lines) == 2 and json.loads(lines[1])["results"] == record["results"]
-    (record,) = records(run(f"--network={folder}", "--n=4", "--metrics=fid", "--mirror=False", f"--outdir={tmp_path / 'other'}"))
+    (record,) = records(run(f"--network={folder}", "--n=4", "--metrics=fid", "--set=mirror=False", f"--outdir={tmp_path / 'other'}"))
     assert record["reals"] == 24 and (tmp_path / "other" / "metric-frechet_offline.jsonl").is_file()
 
 
@@ -153,6 +153,6 @@ def test_mistakes_end_in_one_line_that_names_the_flag(flags, flag, tiny_networks
 
 @pytest.mark.long
 def test_example_of_the_help_runs(tmp_path):
-    first, second = (json.loads(line) for line in run_example(image_sets.metrics, tmp_path, "--verbose=False").splitlines())
+    first, second = (json.loads(line) for line in run_example(image_sets.metrics, tmp_path).splitlines())
     assert first["metric"] == "frechet_offline" and second["metric"] == "kernel_offline" and first["images"] == 64
     assert 0 < first["results"]["frechet_offline"] < 1000

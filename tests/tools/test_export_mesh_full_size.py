@@ -34,7 +34,7 @@ def full_size(tmp_path_factory):
 def test_a_512_cubed_mesh_of_the_full_size_generator(full_size, repo, tmp_path):
     out = tmp_path / "full.ply"
     command = [sys.executable, "-m", "eg3d_rlhf", "samples", "mesh", f"--network={full_size}",
-               "--resolution=512", f"--level={LEVEL}", f"--out={out}"]
+               "--resolution=512", f"--set=level={LEVEL}", f"--out={out}"]
     log = tmp_path / "log.txt"
     with open(log, "w") as file:
         child = subprocess.Popen([*command, "--device=cpu"], cwd=repo, stdout=file, stderr=file)

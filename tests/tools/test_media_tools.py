@@ -16,8 +16,8 @@ from eg3d_rlhf.modes import samples
 from tests.tools.examples import arguments_of, example_of
 
 EG3DS = {  # flags of EG3D's scripts of the same names
-    samples.images: "network seeds trunc trunc-cutoff class outdir shapes shape-res fov-deg shape-format reload_modules",
-    samples.videos: "network seeds shuffle-seed grid num-keyframes w-frames trunc trunc-cutoff outdir reload_modules cfg image_mode "
+    samples.images: "network seeds trunc trunc-cutoff outdir shapes shape-res fov-deg shape-format",
+    samples.videos: "network seeds shuffle-seed grid num-keyframes w-frames trunc trunc-cutoff outdir cfg image_mode "
                     "sample_mult nrr shapes interpolate",
 }
 
@@ -43,7 +43,7 @@ def execute(command, repo):
 
 @pytest.mark.parametrize("tool", EG3DS)
 def test_eg3ds_flags_are_known(tool):
-    assert {f"--{name}" for name in EG3DS[tool].split()} <= {name for p in tool.params for name in p.opts}
+    assert {f"--{name}" for name in EG3DS[tool].split()} <= {name for p in (*tool.params, *tool.rare.values()) for name in p.opts}
 
 
 def test_the_example_of_gen_samples(repo, tmp_path):
@@ -95,8 +95,8 @@ def test_density_of_gen_samples(tmp_path):
 
 
 def test_films_of_single_seeds_with_shapes(tmp_path):
-    flags = ["--seeds=3,5", "--interpolate=False", "--w-frames=2", "--image_mode=image_raw", "--nrr=10", "--cfg=shapenet", "--shapes=1",
-             "--shape-res=16", f"--outdir={tmp_path}", "--sample_mult=0.5"]
+    flags = ["--seeds=3,5", "--interpolate=False", "--w-frames=2", "--image_mode=image_raw", "--set=nrr=10", "--cfg=shapenet", "--shapes=1",
+             "--shape-res=16", f"--outdir={tmp_path}", "--set=sample_mult=0.5"]
     result = run(samples.videos, *flags)
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["3.mp4", "3_shapes", "5.mp4", "5_shapes"]
@@ -108,7 +108,7 @@ def test_films_of_single_seeds_with_shapes(tmp_path):
 
 def test_decimation_colours_and_parts(tmp_path):
     out = tmp_path / "a.ply"
-    result = run(samples.mesh, "--seed=2", "--resolution=48", "--faces=800", "--no-colors", "--component=all", f"--out={out}")
+    result = run(samples.mesh, "--seed=2", "--resolution=48", "--faces=800", "--set=colors=false", "--set=component=all", f"--out={out}")
     assert result.exit_code == 0, result.output
     report, mesh = json.loads(out.with_name("a.ply.json").read_text()), trimesh.load(out)
     assert 700 <= report["faces"] <= 1300 and len(mesh.faces) == report["faces"] < report["faces_extracted"]
@@ -139,24 +139,18 @@ def test_dry_runs_print_json_and_write_nothing(tool, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_options_without_effect_warn(tmp_path):
-    result = run(samples.images, "-n", "--seeds=0", "--class=3", "--reload_modules=1", f"--outdir={tmp_path}")
-    assert "--class has no effect" in result.stderr and "--reload_modules has no effect" in result.stderr
-    assert "--reload_modules has no effect" in run(samples.videos, "-n", "--seeds=0", "--reload_modules=1", f"--outdir={tmp_path}").stderr
-
-
 MISTAKES = {
     "seeds": (samples.images, ["--seeds=5-2", "--outdir={tmp}"], "--seeds: "),
     "format": (samples.images, ["--seeds=1", "--shape-format=.stl", "--outdir={tmp}"], "--shape-format: "),
     "network": (samples.images, ["--seeds=1", "--network={tmp}/no.safetensors", "--outdir={tmp}"], "--network: "),
-    "level": (samples.images, ["--seeds=1", "--shapes=1", "--shape-res=16", "--shape-format=ply", "--shape-level=1e9", "--outdir={tmp}"],
+    "level": (samples.images, "--seeds=1 --shapes=1 --shape-res=16 --shape-format=ply --set=shape_level=1e9 --outdir={tmp}".split(),
               "level 1e+09"),
     "grid": (samples.videos, ["--seeds=1", "--grid=2", "--outdir={tmp}"], "--grid: "),
     "cells": (samples.videos, ["--seeds=1-3", "--grid=2x2", "--outdir={tmp}"], "--seeds: "),
     "video network": (samples.videos, ["--seeds=1", "--network={tmp}", "--outdir={tmp}"], "--network: "),
     "suffix": (samples.mesh, ["--out={tmp}/a.stl"], "--out: "),
-    "surface": (samples.mesh, ["--out={tmp}/a.ply", "--resolution=16", "--level=-1e9"], "level -1e+09"),
-    "not finite": (samples.mesh, ["--out={tmp}/a.ply", "--level=nan"], "level, got nan"),
+    "surface": (samples.mesh, ["--out={tmp}/a.ply", "--resolution=16", "--set=level=-1e9"], "level -1e+09"),
+    "not finite": (samples.mesh, ["--out={tmp}/a.ply", "--set=level=nan"], "level, got nan"),
 }
 
 
@@ -172,13 +166,13 @@ def test_mistakes_are_one_line(name, tmp_path):
 
 
 def test_a_field_above_the_level_everywhere_names_levels_that_do(tmp_path):
-    flags = ["--resolution=24", "--border=0.3", "--no-colors", "--component=all", f"--out={tmp_path / 'a.ply'}"]
-    result = run(samples.mesh, "--level=-500", *flags)
+    flags = ["--resolution=24", "--set=border=0.3", "--set=colors=false", "--set=component=all", f"--out={tmp_path / 'a.ply'}"]
+    result = run(samples.mesh, "--set=level=-500", *flags)
     assert result.exit_code == 2
     message = result.stderr.rstrip().splitlines()[-1]
     assert "on both sides of level -500, got [" in message and "-1000" not in message
     level = message.rsplit(" ", 1)[1].rstrip(".")
-    assert run(samples.mesh, f"--level={level}", *flags).exit_code == 0
+    assert run(samples.mesh, f"--set=level={level}", *flags).exit_code == 0
 
 
 def test_eg3ds_own_field_of_view_is_accepted(tmp_path):

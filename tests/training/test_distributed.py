@@ -328,7 +328,7 @@ def assert_equal(first: Path, second: Path) -> None:
 @pytest.mark.long
 def test_a_killed_rank_ends_the_others_with_one_line(two_ranks, tmp_path):
     flags, straight, _ = two_ranks
-    started = start(PAUSING.format(rank=1, signal="SIGKILL"), *flags(tmp_path), "--timeout=0.5", "--workers=1")
+    started = start(PAUSING.format(rank=1, signal="SIGKILL"), *flags(tmp_path), "--set=timeout=0.5", "--workers=1")
     output = finish(started, (2, -signal.SIGKILL))
     errors = [line for line in output[0][1].splitlines() if line.startswith("Error:")]
     assert len(errors) == 1 and "rank 0 of 2: expected every rank to" in errors[0] and "--resume" in errors[0]

@@ -164,23 +164,20 @@ _FLAGS = together(
            help="Radians from frontal, or 16 numbers of cam2world and 9 of the intrinsics."),
     option("--latents", "--seeds", "latents", group="Target", metavar="LIST", default=None,
            help="Samples of the generator as targets, such as 0,2-5."),
-    option("--psi", group="Target", metavar="FLOAT", type=click.FloatRange(min=0), default=1.0, help="Their truncation."),
-    option("--start", group="Target", metavar="mean|truth", type=click.Choice(["mean", "truth"]), default="mean", help="First latent."),
-    shared("network reward-ckpt reward-watch data", network={"group": "What"},
+    option("--psi", rare=True, type=click.FloatRange(min=0), default=1.0, help="Their truncation."),
+    option("--start", rare=True, type=click.Choice(["mean", "truth"]), default="mean", help="First latent."),
+    shared("network reward-ckpt reward-watch", "data", network={"group": "What"},
            reward_ckpt={"show_default": "bundled, where a weight is above 0", "help": "Reward that guides."},
            reward_watch={"show_default": "the annotator, for synthetic heads", "help": "Second reward as the judge."},
-           data={"show_default": "the run's own", "help": "What the generator was trained on."}),
-    option("--perceptual", group="What", metavar="FILE", type=FILE, default=None, show_default="the bundled head-factor network",
-           help="TorchScript network (the projectors' VGG16) or .safetensors of ours."),
+           data="What the generator was trained on; else the run's own."),
+    option("--perceptual", rare=True, type=FILE, help="TorchScript network (the projectors' VGG16) or .safetensors of ours."),
     option("--weights", group="What", metavar="LIST", default=WEIGHTS, help="Weights of the reward."),
     option("--preset", group="Stages", metavar="NAME", type=click.Choice(list(PRESETS)), default="small",
            help="small, or published: the projectors' own; flags below go before it."),
     options_of(InversionConfig),
-    option("--shown", group="Pictures", metavar="TARGETS", type=click.IntRange(min=0), default=1,
-           help="Targets with strip, orbit, meshes and kept generators."),
-    option("--shape-res", group="Pictures", metavar="POINTS", type=click.IntRange(0, 1024), default=128,
-           help="Of meshes, per axis; 0: none."),
-    option("--turns", group="Pictures", metavar="VIEWS", type=click.IntRange(min=0), default=12, help="Of the orbit; 0: none."),
+    option("--shown", rare=True, type=click.IntRange(min=0), default=1, help="Targets with strip, orbit, meshes and kept generators."),
+    option("--shape-res", rare=True, type=click.IntRange(0, 1024), default=128, help="Of meshes, per axis; 0: none."),
+    option("--turns", rare=True, type=click.IntRange(min=0), default=12, help="Views of the orbit; 0: none."),
 )
 INVERSION = Mode(
     name="inversion", settings=InversionRun, open=open_setup, work=work, flags=_FLAGS, resolve=resolve, recorded=recorded,
@@ -192,7 +189,7 @@ INVERSION = Mode(
 
     \b
     Example:
-        eg3d-rlhf generator invert --latents=3 --weights=0,0.1 --w-steps=8 --pivot-steps=4 --turns=0 --shape-res=32 --outdir=runs/inversion
+        eg3d-rlhf generator invert --latents=3 --weights=0,0.1 --set=w_steps=8 --set=pivot_steps=4 --set=turns=0 --outdir=runs/inversion
     """,
 )
 main = INVERSION.command

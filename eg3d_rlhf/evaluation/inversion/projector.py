@@ -157,8 +157,8 @@ FADED, RISING, FALLING = 0.75, 0.05, 0.25  # shares of the steps: noise, and the
 class InversionConfig:
     """Settings of both stages; the defaults are those of the small bundled generator, `PUBLISHED` the projectors' own."""
 
-    w_steps: int = knob(128, "Steps on the latent.", STAGES, low=1)
-    pivot_steps: int = knob(64, "Steps on the generator.", STAGES, low=0)
+    w_steps: int = knob(128, "Steps on the latent.", STAGES, low=1, rare=True)
+    pivot_steps: int = knob(64, "Steps on the generator.", STAGES, low=0, rare=True)
     w_lr: float = knob(0.1, "Largest learning rate of the latent.", STAGES, above=0, rare=True)
     pivot_lr: float = knob(3e-4, "Learning rate of the generator.", STAGES, above=0, rare=True)
     noise: float = knob(0.01, "First noise on the latent, in deviations of w.", STAGES, low=0, rare=True)

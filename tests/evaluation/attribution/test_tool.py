@@ -35,8 +35,8 @@ def test_dry_run_is_json(tmp_path):
     ("arguments", "text"),
     [(["--method=antithetic", "--set=permutations=5"], "permutations"), (["--regions=none.npy"], "--regions"),
      (["--set=steps=99999"], "steps"), (["--set=step=4"], "--set"), (["--settings=nowhere.json"], "nowhere.json"),
-     (["--landmarks=none.json"], "--landmarks"),
-     (["--landmarks=x.json", "--regions=boxes"], "--regions=landmarks")],
+     (["--set=landmarks=none.json"], "--set landmarks="),
+     (["--set=landmarks=x.json", "--regions=boxes"], "--regions=landmarks")],
 )  # fmt: skip
 def test_wrong_settings(tmp_path, arguments, text):
     result = call(*arguments, "--n=2", f"--out={tmp_path / 'out'}")

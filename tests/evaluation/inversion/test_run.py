@@ -148,7 +148,7 @@ def test_legs():
 
 # The tool.
 
-SHORT = ("--w-steps=3", "--pivot-steps=2", "--device=cpu", "--turns=2", "--shape-res=16")
+SHORT = ("--set=w_steps=3", "--set=pivot_steps=2", "--device=cpu", "--set=turns=2", "--set=shape_res=16")
 
 
 @pytest.fixture
@@ -205,11 +205,11 @@ MISTAKES = {
     "empty mask": (["--image={tmp}/fit.png", "--mask={tmp}/fit.png"], "--mask: expected some white"),
     "no image": (["--image={tmp}/text.png"], "--image: expected an image file"),
     "mask of a seed": (["--seeds=1", "--mask={tmp}/fit.png"], "--mask: expected none with --latents"),
-    "start": (["--image={tmp}/fit.png", "--start=truth"], "--start: expected mean with --image"),
-    "features": (["--seeds=1", "--perceptual={tmp}/text.png"], "--perceptual: expected a TorchScript file"),
+    "start": (["--image={tmp}/fit.png", "--set=start=truth"], "--set start=VALUE: expected mean with --image"),
+    "features": (["--seeds=1", "--set=perceptual={tmp}/text.png"], "--set perceptual=VALUE: expected a TorchScript file"),
     "another box": (["--seeds=1", "--reward-ckpt={tmp}/wide.safetensors"], "--reward-ckpt: expected a generator with box_warp 2.0, got 1"),
     "nothing to resume": (["--resume={tmp}"], "--resume: expected a run folder"),
-    "one view": (["--seeds=1", "--turns=1"], "--shape-res, --turns: expected 0, or at least"),
+    "one view": (["--seeds=1", "--set=turns=1"], "--set shape_res=VALUE, --set turns=VALUE: expected 0, or at least"),
 }
 
 
@@ -256,7 +256,8 @@ def test_a_generator_of_another_family_is_inverted_by_a_reward_of_its_own(foreig
     monkeypatch.setattr(invert.pages, "write_page", lambda path, *what: path)
     own = SigmaSlab.of(load_generator(foreign).generator, resolution=24, crop=SlabSpec.crop)
     mine = Reward(own, reward.network).save(tmp_path / "own.safetensors")
-    result = tool(f"--network={foreign}", f"--reward-ckpt={mine}", "--seeds=2", "--weights=0,0.5", "--turns=0", f"--outdir={tmp_path}/runs")
+    flags = ("--seeds=2", "--weights=0,0.5", "--set=turns=0", f"--outdir={tmp_path}/runs")
+    result = tool(f"--network={foreign}", f"--reward-ckpt={mine}", *flags)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "runs/00000-inversion/inversion.json").read_text())
     assert [record["arm"] for record in found["records"]] == ["truth", "w", "0", "0.5"] and found["records"][3]["depth"] > 0

@@ -108,7 +108,7 @@ def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
 def test_the_loop_and_foreign_options_are_refused(root, tmp_path):
     for flags, message in (
         ([], "circular: expected a pipeline of two stages or more, got points. One stage needs no loop: --stage=points."),
-        (["--stage=points", "--set=views=3"], "--views: belongs to other generators, and would have no effect on points"),
+        (["--stage=points", "--set=views=3"], "--set views=VALUE: belongs to other generators, and would have no effect on points"),
         (["--stage=voxels"], "stage: expected one of points, got 'voxels'"),
     ):
         done = call(tmp_path, *flags)

@@ -161,7 +161,7 @@ def test_rendered_resolution_stays_with_the_kept_network(tmp_path, monkeypatch):
     ("more", "text"),
     [
         (["--early-stop=1"], "--early-stop: expected --reward, whose scores choose the snapshot, got none"),
-        (["--set=early_stop_distance=1"], "--early-stop-distance=1: expected --early-stop with it, got none. Add it."),
+        (["--set=early_stop_distance=1"], "--set early_stop_distance=1: expected --early-stop with it, got none. Add it."),
     ],
 )
 def test_bad_input_is_one_line(more, text, tmp_path):

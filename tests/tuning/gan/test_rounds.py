@@ -261,8 +261,8 @@ MISTAKES = {
     "other data": (["--reward=sigma", "--rounds=1", "--data=x.zip"], "--round-labels: expected people for --data=x.zip, got synthetic"),
     "too few": (["--reward=sigma", "--rounds=1", "--round-pairs=2"], "--round-pairs: split_by_seed: expected labels in every split"),
     "held out": (["--reward=sigma", "--rounds=3", "--round-pairs=50000"], "--round-pairs: --first-seed=10000, 200000 seeds: expected"),
-    "preset": (["--reward=sigma", "--rounds=1", "--set=round_preset=huge"], "--round-preset: reward preset: expected one of"),
-    "aggregate": (["--reward=sigma", "--rounds=1", "--set=round_aggregate=median"], "--round-aggregate"),
+    "preset": (["--reward=sigma", "--rounds=1", "--set=round_preset=huge"], "--set round_preset=VALUE: reward preset: expected one of"),
+    "aggregate": (["--reward=sigma", "--rounds=1", "--set=round_aggregate=median"], "--set round_aggregate="),
     "watch": (["--reward=sigma", "--rounds=1", "--reward-watch=none.safetensors"], "--reward-watch: load_reward"),
 }  # fmt: skip
 

@@ -32,7 +32,7 @@ def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
     monkeypatch.setitem(arms.REWARDS, "right", lambda problem: to_the_right)
     for flags, message in (
         (["--reward=right"], "--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got none"),
-        ([known, "--reward=right", "--set=views=3"], "--views: belongs to other generators"),
+        ([known, "--reward=right", "--set=views=3"], "--set views=VALUE: belongs to other generators"),
         ([known], "--reward: expected the name of one, got none, and this generator brings none"),
         ([known, "--reward=right", "--arms=people"], "--pairs: expected people's pairs of stage 'points', got none"),
     ):
