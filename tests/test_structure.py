@@ -5,8 +5,6 @@ import functools
 import re
 from pathlib import Path
 
-import pytest
-
 REPO = Path(__file__).resolve().parents[1]
 PACKAGES = ("dnnlib", "torch_utils", "training", "eg3d_rlhf")
 FLOORS = (  # from the ground; rooms of eg3d_rlhf by their own names. Nobody imports upwards
@@ -55,10 +53,6 @@ def module_level(node: ast.AST):
             continue
         yield child
         yield from module_level(child)
-
-
-def test_the_tree_is_found():
-    assert len(sources(*PACKAGES)) > 50 and len(sources("train")) == 1
 
 
 def module_of(path: Path) -> str:
@@ -120,10 +114,6 @@ def test_no_file_imports_itself_in_a_circle():
     assert sorted(left) == []
 
 
-def test_imports_are_absolute():
-    assert [name_of(p) for p in sources() for n in ast.walk(tree(p)) if isinstance(n, ast.ImportFrom) and n.level] == []
-
-
 def test_heavy_packages_are_imported_inside_functions():
     wrong = [
         f"{name_of(path)}:{node.lineno} imports {module}"
@@ -131,11 +121,6 @@ def test_heavy_packages_are_imported_inside_functions():
         if module.split(".")[0] in LAZY
     ]
     assert wrong == []
-
-
-def test_marching_cubes_belongs_to_the_mesh_exporter():
-    users = {name_of(p) for p in sources(*PACKAGES, "train", "tools") for n in ast.walk(tree(p)) if "mcubes" in imported(n)}
-    assert users == {"eg3d_rlhf/geometry/mesh.py"}
 
 
 def test_only_judges_read_the_shape_critic():
@@ -170,31 +155,6 @@ def runs_code(node: ast.AST) -> bool:
 def test_nothing_that_is_loaded_can_run_code():
     files = sources(*PACKAGES, "train", "tools", "benchmarks")
     assert [f"{name_of(p)}:{n.lineno}" for p in files for n in ast.walk(tree(p)) if runs_code(n)] == []
-
-
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        ("import torch\ntorch.load(p)", True), ("torch.load(p, weights_only=True)", False), ("torch.load(p, weights_only=flag)", True),
-        ("pickle.load(f)", True), ("from pickle import loads", True), ("pickle.UnpicklingError", False),
-        ("np.load(p, allow_pickle=True)", True), ("np.load(p)", False), ("exec(s)", True), ("import joblib", True),
-    ],
-)
-def test_the_check_itself(code, expected):
-    assert any(runs_code(n) for n in ast.walk(ast.parse(code))) is expected
-
-
-def test_every_module_has_a_docstring():
-    assert [name_of(p) for p in sources(*PACKAGES, "train", "tools", "benchmarks") if ast.get_docstring(tree(p)) is None] == []
-
-
-def test_every_public_function_and_class_has_a_docstring():
-    missing = []
-    for path in sources(*PACKAGES):
-        for node in tree(path).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and ast.get_docstring(node) is None:
-                missing.append(f"{name_of(path)}:{node.lineno} {node.name}")
-    assert missing == []
 
 
 def test_no_path_of_a_machine():

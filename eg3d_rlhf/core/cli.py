@@ -109,7 +109,6 @@ class GroupedCommand(click.Command):
             ctx.set_parameter_source(name, ParameterSource.COMMANDLINE)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """One section per group, in order of first appearance."""
         groups: dict[str, list] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -154,12 +153,12 @@ def naming(flag: str):
 
 def option(*names: str, group: str = "General", rare: bool = False, **kwargs):
     """`click.option` in a group, with the default shown; a rare one is no flag, see `GroupedCommand`."""
-    kwargs = {"show_default": True, "default": None, **kwargs}
+    kwargs.setdefault("show_default", True)
     if not rare:
         return click.option(*names, cls=GroupedOption, group=group, **kwargs)
 
     def decorate(command):
-        command.rare = [*getattr(command, "rare", ()), GroupedOption(names, group=group, **kwargs)]
+        command.rare = [*getattr(command, "rare", ()), GroupedOption(names, group=group, **{"default": None, **kwargs})]
         return command
 
     return decorate
@@ -221,7 +220,6 @@ def choose_device(name: str) -> "torch.device":
 
 
 def versions() -> dict[str, str]:
-    """Versions that a record of a run needs."""
     import numpy
     import scipy
     import torch

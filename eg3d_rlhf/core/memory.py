@@ -88,7 +88,6 @@ class Costs:
 
     @property
     def total(self) -> int:
-        """Bytes of all weights and the largest stage."""
         return sum(size for _, size in self.weights.values()) + max(self.stages.values(), default=0)
 
     def __add__(self, other: "Costs") -> "Costs":

@@ -73,7 +73,6 @@ class Registry(Mapping[str, Thing], Generic[Thing]):
         self._what, self._ours, self._things = what, dict(ours), dict[str, Thing]()
 
     def add(self, name: str, thing: Thing) -> Thing:
-        """Make a thing known."""
         self._things[name] = thing
         return thing
 

@@ -25,7 +25,6 @@ class HeldOut:
 
     @property
     def all(self) -> range:
-        """Every seed, without a move."""
         return range(self.first, self.first + self.count)
 
     def take(self, n: int, move: int = 0) -> range:

@@ -125,12 +125,10 @@ class Trial:
         return BEST_OF_N.take(self.n, self.seed)
 
     def networks(self) -> dict[str, str]:
-        """Hashes by role."""
         judge = {} if self.judge is None else {"judge": self.judge[1]}
         return {"generator": self.generator.hash, **{name: digest for name, (_, digest) in self.rewards.items()}, **judge}
 
     def facts(self) -> Facts:
-        """What a figure states."""
         return Facts(n=self.n, seeds=seed_range(self.seeds), psi=self.psi, networks=self.networks(), interval=INTERVAL)
 
 
@@ -274,7 +272,6 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
 
 
 def _colours(data: Mapping) -> dict[str, str]:
-    """Members are grey where aggregates are shown."""
     shown = [name for name, arm in data["arms"].items() if "member" not in name]
     return {name: style.CYCLE[shown.index(name) % len(style.CYCLE)] if name in shown else style.colour("noise") for name in data["arms"]}
 

@@ -154,7 +154,6 @@ class Comparison(Sampling):
         return self.memory[asked]
 
     def facts(self, seeds: Sequence[int], roles: Sequence[str] = (), interval: str = "", **more) -> Facts:
-        """Facts of a figure over these seeds."""
         stated = {"n": len(seeds), "seeds": seed_range(seeds), "psi": self.psi, "networks": self.networks(*roles), "interval": interval}
         return Facts(**{**stated, **more})
 
@@ -163,7 +162,6 @@ class Comparison(Sampling):
         return {"networks": self.networks(*roles), "psi": self.psi, "seed": self.seed, "device": self.device.type, **more}
 
     def resolved(self) -> dict:
-        """Settings that every command states, as JSON values."""
         files = {role: {"file": str(generator.path), "hash": generator.hash} for role, generator in self.generators().items()}
         return {**files, "reward": self.reward_hash, "data": self.data, "psi": self.psi, "n": self.n, "batch": self.batch,
                 "seed": self.seed, "device": str(self.device)}

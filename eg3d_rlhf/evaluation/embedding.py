@@ -166,7 +166,6 @@ def shapes(c: Comparison, folder: Path) -> Finding:
 
 
 def _scatter(axes, data: dict, layout: str) -> None:
-    """Untuned samples coloured by reward, tuned ones as crosses."""
     chosen = {role: [p for p in data["points"] if p["role"] == role] for role in ROLES}
     x, y = f"{layout}_x", f"{layout}_y"
     drawn = axes.scatter([p[x] for p in chosen["before"]], [p[y] for p in chosen["before"]], c=[p["reward"] for p in chosen["before"]],
@@ -191,7 +190,6 @@ def plot_principal(axes, data: dict):
 
 @style.plot(None, xlabel="position on the first principal axis", ylabel="reward before")
 def plot_axis(axes, data: dict):
-    """Reward of untuned samples along the first principal axis."""
     before = [p for p in data["points"] if p["role"] == "before"]
     axes.plot([p["principal_x"] for p in before], [p["reward"] for p in before], ".", color=style.colour("before"))
     row = data["ranks"][0]
@@ -201,7 +199,6 @@ def plot_axis(axes, data: dict):
 
 @style.plot(7, ylabel="permutations", title="Nearest-neighbour separability")
 def plot_test(axes, data: dict):
-    """Observed shares beside those of random swaps."""
     for role, found in data.items():
         axes.hist(found["chance"], bins=30, color=style.colour(role), alpha=0.4, label=f"{role}: random swaps")
         label = f"{role}: observed {found['share']:.3f}, p = {found['p']:.2g}"

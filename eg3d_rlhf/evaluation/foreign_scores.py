@@ -45,7 +45,6 @@ _POINTS, _ROUNDS, _STILL = 6000, 100, 1e-7  # of a surface, at most; of the fit,
 
 @torch.no_grad()
 def fields_of(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, batch: int = 8):
-    """The fields of seeds, a few at a time."""
     for start in range(0, len(seeds), batch):
         yield generator.field(ws_of(generator, seeds[start : start + batch], psi, cutoff))
 
@@ -168,8 +167,6 @@ class ScoreOptions:
 
 
 class Seen(NamedTuple):
-    """What a reward makes of N shapes."""
-
     scores: np.ndarray  # [N]
     embedding: np.ndarray  # [N, M]
 
@@ -186,7 +183,6 @@ class Trial:
 
     @property
     def seeds(self) -> range:
-        """The latents that are scored."""
         return LATENTS.take(self.options.n, self.options.seed)
 
     @property
@@ -220,7 +216,6 @@ class Trial:
 
     @torch.no_grad()
     def see(self, generator: Generator, seeds: Sequence[int], psi: float | None = None) -> Seen:
-        """Scores and embeddings of seeds."""
         o, scores, embeddings = self.options, [], []
         for start in range(0, len(seeds), o.batch):
             ws = ws_of(generator, seeds[start : start + o.batch], o.psi if psi is None else psi, o.cutoff)
@@ -248,7 +243,6 @@ class Trial:
         return {"raw": raw, "aligned": aligned, "calibrated": calibrated}, found
 
     def facts(self, name: str | None = None) -> Facts:
-        """What a figure states."""
         networks = {key: one.hash for key, one in self.networks.items() if name in (None, key)}
         return Facts(n=self.options.n, seeds=seed_range(self.seeds), psi=self.options.psi, interval=RANK_INTERVAL,
                      networks={**networks, "reference": self.reference.hash, "reward": self.reward_hash})  # fmt: skip
@@ -295,7 +289,6 @@ def score(trial: Trial, name: str, folder: Path) -> Finding:
 
 
 def summary(scores: np.ndarray) -> dict[str, float]:
-    """Mean, deviation, and the ends and quartiles of scores."""
     names = ("min", "low", "median", "high", "max")
     quantiles = dict(zip(names, np.quantile(scores, [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True))
     return {"mean": float(scores.mean()), "deviation": float(scores.std(ddof=1)), **quantiles}
@@ -319,7 +312,6 @@ def strip(trial: Trial, name: str, scores: np.ndarray, folder: Path) -> dict[str
 
 
 def says(data: Mapping) -> list[str]:
-    """Sentences of one generator."""
     place, outside = data["alignment"], data["outside"]["calibrated"]
     shift = ", ".join(f"{value:+.3f}" for value in place["shift"])
     medians = ", ".join(f"{stage} {data['summary'][stage]['median']:.2f}" for stage in STAGES)
@@ -341,7 +333,6 @@ def says(data: Mapping) -> list[str]:
 
 
 def compare(trial: Trial, findings: Mapping[str, Finding], _folder: Path) -> Finding:
-    """All generators side by side."""
     data = {name: {**finding.data["summary"]["calibrated"], **finding.data["summary"]} for name, finding in findings.items()}
     rows = [
         {

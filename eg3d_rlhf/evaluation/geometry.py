@@ -62,7 +62,6 @@ DEPTH_MEASURES = (  # of `measures`
 
 
 def jobs(c: Comparison) -> list[Job]:
-    """Multi-view agreement, surfaces, density."""
     n = latents(c)
     plots = {"values": plot_values, "changes": plot_changes}
     return [
@@ -74,7 +73,6 @@ def jobs(c: Comparison) -> list[Job]:
 
 
 def latents(c: Comparison) -> int:
-    """How many latents views and surfaces take."""
     return max(2, round(SHARE * c.n))
 
 
@@ -92,7 +90,6 @@ def view_consistency(c: Comparison, _folder: Path) -> Finding:
 
 
 def view_measures(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]) -> MultiViewMeasures:
-    """How well neighbouring views of each latent agree."""
     views = spec_for(generator.generator, **VIEWS)
     return multi_view_measures(generator.generator, c.ws(generator, seeds), views, batch=max(1, c.batch // 2))
 
@@ -175,7 +172,6 @@ def sigma_values(c: Comparison, generator: LoadedGenerator, seeds: range) -> tup
 
 @style.plot()
 def plot_histogram(axes, data: dict):
-    """Positive values as shares of all positive values of a network."""
     edges = np.asarray(data["edges"])
     top = max(int(np.flatnonzero(counts)[-1]) if any(counts) else 1 for counts in data["counts"].values())
     for role, counts in data["counts"].items():
@@ -189,7 +185,6 @@ def plot_histogram(axes, data: dict):
 
 @style.plot(7, xlabel="largest σ of a sample", ylabel="share of latents at or below", title="Largest σ per sample")
 def plot_largest(axes, data: dict):
-    """Largest σ of each sample, sorted, per network."""
     measure = data["measures"][LARGEST]
     for role, values in measure["values"].items():
         ordered, mean = np.sort(values), measure["means"][role]
@@ -208,7 +203,6 @@ class DepthMaps(NamedTuple):
 
 
 def depth_jobs(c: Comparison) -> list[Job]:
-    """Frontal depth."""
     plots = {"measures": plot_values, "mean-change": plot_change}
     return [c.job("canonical-depth", "Frontal depth: relief of the face", canonical_depth, plots, ROLES, version=2, n=latents(c),
                   resolution=LOOK.resolution, shown=SHOWN)]

@@ -258,22 +258,18 @@ def _panels(rows: list[dict], of: str, value: str = "mean", **look: Any):
 
 
 def plot_distances(data: dict):
-    """Distances to the data with intervals."""
     return _panels(data["distances"], "distance", ylabel="{} distance, squared feature units", title="{} distance to the data")
 
 
 def plot_precision_recall(data: dict):
-    """Precision and recall with intervals."""
     return _panels(data["precision_recall"], "measure", "value", ylabel="{}, share", title="{}", ylim=(0, 1.02))
 
 
 def plot_spread(data: dict):
-    """Mean pairwise distances with intervals."""
     return _panels(data["rows"], "of", ylabel="mean pairwise RMS difference", title="Diversity of {}", ylim=(0, None))
 
 
 def plot_similarity(data: dict):
-    """Distribution of each measure per pair of networks."""
     drawn, axes = style.figure(columns=len(data["measures"]))
     for axis, (name, roles) in zip(np.atleast_1d(axes), data["measures"].items(), strict=True):
         parts = axis.violinplot(list(roles.values()), showextrema=False)

@@ -90,7 +90,6 @@ def _true_utilities(c: Comparison, generator: LoadedGenerator) -> Seen:
 
 
 def _images(c: Comparison, generator: LoadedGenerator) -> Seen:
-    """Features of fakes, under cameras of the data."""
     network, dataset = load_features(c.inception, c.device), open_data(c)
     chosen, cameras = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES), dataset.get_labels()
     return {"features": collect(network, images_of(c, generator, cameras, IMAGES.take(FAKES), chosen))[1]}
@@ -234,7 +233,6 @@ def blind_pairs(c: Comparison) -> dict:
 
 
 def frechet(c: Comparison) -> dict:
-    """Fréchet distance to the data before and after."""
     network, real = load_features(c.inception, c.device), seen(c, "data")["features"]
     fakes = [seen(c, "images", role)["features"] for role in ROLES]
     of_data = _statistics(real, REALS_AT_ONCE)

@@ -41,8 +41,6 @@ _CHUNK = 1 << 16  # points at once
 
 @dataclass(frozen=True)
 class TrueHead:
-    """One head of the family."""
-
     pose: HeadPose  # of one head
     appearance: Tensor  # [1, A]
 
@@ -56,7 +54,6 @@ class TrueHead:
 
     @torch.no_grad()
     def surface(self, spec: SlabSpec) -> LevelSet:
-        """Its surface, looked for on a grid."""
         def density(points: Tensor) -> Tensor:
             return torch.cat([-posed_sdf(part[None], self.pose)[0] for part in points.split(_CHUNK)])
 
@@ -185,7 +182,6 @@ def write_pictures(c: Comparison, folder: Path, o: PictureOptions = USUAL) -> li
 
 
 def sides(c: Comparison, seeds: Sequence[int], resolution: int) -> list[tuple[Side, Side]]:
-    """Before and after of every latent."""
     both = [zip(c.ws(loaded, seeds).split(1), [loaded.generator] * len(seeds), strict=True) for loaded in (c.before, c.after)]
     before, after = ([Side.of(generator, ws, resolution) for ws, generator in part] for part in both)
     return list(zip(before, after, strict=True))

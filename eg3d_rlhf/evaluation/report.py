@@ -52,7 +52,6 @@ def check_files(c: Comparison) -> None:
 
 
 def introduction(c: Comparison) -> str:
-    """What is compared, in a paragraph."""
     of = {role: f" of {run.name}" for role, run in (("after", c.run), ("control", c.control_run)) if run is not None}
     named = [f"{role} {generator.path.name}{of.get(role, '')}" for role, generator in c.generators().items()]
     return (
@@ -120,7 +119,6 @@ RESOLUTION, PIXELS = 128, 128  # grid points per edge of the cube; pixels per ed
 
 
 def strip_jobs(c: Comparison) -> list[Job]:
-    """Best and worst by reward, chosen seeds, orbit."""
     shown = list(c.seeds(SHOWN, JUDGE))
     size: dict[str, Any] = {"resolution": RESOLUTION, "pixels": PIXELS}
     return [
@@ -166,7 +164,6 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
 
 
 def same_latents(c: Comparison, folder: Path) -> Finding:
-    """One row per network, every seed from YAWS."""
     seeds = list(c.seeds(SHOWN, JUDGE))
     pictures = {}
     views = {role: shapes(c, generator, seeds, YAWS) for role, generator in c.generators().items()}  # [N, yaws, 1, R, R] each

@@ -13,18 +13,16 @@ from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 
 REPORTS = ("evaluate", "attribute", "embed", "sweep")
 RUNS = {"tuned": "10", "control": "0"}  # lambda_r
-SWEEP = ("--kimg=0.032", "--lambda-r=0,1,10", "--lambda-sigma=0,10", "--n=32", "--images=128")
+SWEEP = ("--kimg=0.032", "--lambda-r=0,1,10", "--lambda-sigma=0,10", "--n=32", "--set=images=128")
 
 
 def trainings(out: Path, kimg: float, seed: int) -> dict[str, Part]:
-    """The tuned run and its control."""
     shared = ("--snap=1", "--no-summary", f"--kimg={kimg:g}", f"--seed={seed}")
     return {role: Part.keyed(f"{role}-s{seed}", out / "runs", ["--reward=sigma", f"--lambda-r={weight}", *shared])
             for role, weight in RUNS.items()}
 
 
 def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]) -> dict[str, list[str]]:
-    """The command line of each report."""
     pair = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
     flags = {"evaluate": [f"--run={runs['tuned']}", *pair], "attribute": pair[:1], "embed": pair, "sweep": [*SWEEP, f"--seeds={seed}"]}
     return {name: [DOOR, "report", name, *flags[name], f"--out={out / name}"] for name in REPORTS if name in only}

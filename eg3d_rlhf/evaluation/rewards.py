@@ -91,7 +91,6 @@ def _shift_says(paired: dict, lines: dict) -> list[str]:
 
 
 def over_psi(c: Comparison, _folder: Path) -> Finding:
-    """Mean reward at several truncations."""
     seeds, rows = c.seeds(), []
     for role in ("before", "after"):
         for psi in PSIS:
@@ -134,7 +133,6 @@ def slope_summary(times: np.ndarray, values: np.ndarray) -> dict:
 
 
 def trajectories(c: Comparison, _folder: Path) -> Finding:
-    """Rewards over snapshots and per-latent slopes."""
     roles: dict[str, dict] = {}
     seeds, rows = c.seeds(), []
     start = c.scores(c.before, seeds).double().numpy()
@@ -173,7 +171,6 @@ def _trajectory_says(roles: dict) -> list[str]:
 
 @style.plot(xlabel="reward", ylabel="latents", title="Reward of held-out latents")
 def plot_histograms(axes, data: dict):
-    """Distribution of the reward per network."""
     edges = np.histogram_bin_edges(np.concatenate([np.asarray(v) for v in data["scores"].values()]), bins=30)
     for role, values in data["scores"].items():
         axes.hist(values, bins=edges, histtype="step" if role == "control" else "stepfilled", alpha=1 if role == "control" else 0.6,
@@ -193,7 +190,6 @@ def plot_deltas(axes, data: dict):
 
 @style.plot(7, xlabel="reward before", ylabel="reward after", title="Final against initial reward")
 def plot_lines(axes, data: dict):
-    """Final against initial reward with the fitted lines."""
     before = np.asarray(data["scores"]["before"])
     ends = np.array([before.min(), before.max()])
     for role, line in data["lines"].items():
@@ -205,14 +201,12 @@ def plot_lines(axes, data: dict):
 
 @style.plot(xlabel="truncation ψ", ylabel="mean reward", title="Reward over truncation")
 def plot_psi(axes, data: dict):
-    """Mean reward with interval over truncation."""
     for role in dict.fromkeys(row["role"] for row in data["rows"]):
         rows = [row for row in data["rows"] if row["role"] == role]
         style.band(axes, [row["psi"] for row in rows], rows, style.colour(role), role, markersize=3)
 
 
 def plot_ranks(data: dict):
-    """Ranks of the same latents at both truncations."""
     from scipy.stats import rankdata
 
     drawn, axes = style.figure(columns=2)
@@ -377,7 +371,6 @@ def _says(c: Comparison, data: dict) -> list[str]:
 
 @style.plot(size=(9.4, 3.4), xlabel=DISTANCE, ylabel="mean change, deviations before", title="Over-optimisation")
 def plot_curves(axes, data: dict):
-    """Every measure over distance, with the point of divergence."""
     colours = {PROXY: style.colour("reward"), SECOND: style.colour("held-out"), JUDGE: style.CYCLE[4]}
     x = data["distance"]
     for name, curve in data["curves"].items():

@@ -47,7 +47,6 @@ class Evaluation:
 
 
 def reward_shift(c: Comparison) -> dict:
-    """Rewards of the same latents before and after."""
     before, tuned = (c.scores(generator, c.seeds()).numpy() for generator in (c.before, c.after))
     delta = tuned - before
     return {

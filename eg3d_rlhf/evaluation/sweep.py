@@ -50,20 +50,16 @@ SEEDS_INTERVAL = "95 % t interval over training seeds where there are two or mor
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Cell:
-    """One run of the grid."""
-
     lambda_r: float  # reward weight, >= 0
     lambda_sigma: float  # density consistency weight, >= 0; 0 is the run without that term
     seed: int
 
     @property
     def setting(self) -> str:
-        """The weights, as reports name them."""
         return "control (λ_r = 0)" if self.lambda_r == 0 else f"λ_r = {self.lambda_r:g}, λ_σ = {self.lambda_sigma:g}"
 
     @property
     def name(self) -> str:
-        """The cell as part of a file name."""
         return f"r{self.lambda_r:g}-sigma{self.lambda_sigma:g}-s{self.seed}"
 
 
@@ -86,7 +82,6 @@ def part_of(cell: Cell, folder: Path, kimg: float, more: Sequence[str] = ()) -> 
 
 
 def cell_jobs(c: Comparison, networks: Mapping[Cell, Path]) -> list[Job]:
-    """One job for each trained cell."""
     shared: dict[str, Any] = {"n": c.n, "images": c.images, "data": c.data, "views": VIEWS, "inception": identity_of_file(c.inception)}
     return [
         c.job(f"cell-{cell.name}", f"{cell.setting}, seed {cell.seed}", partial(measure_cell, cell=cell, path=path),
@@ -226,7 +221,6 @@ def plot_front(data: dict):
 
 
 def plot_others(data: dict):
-    """Measures that are no goal of the front, over the distance."""
     names = [name for name in (SECOND, JUDGE, IMAGES) if name in data["rows"][0]["measures"]] or [REWARD]
     drawn, axes = style.figure(columns=len(names))
     for axis, name in zip(np.atleast_1d(axes), names, strict=True):

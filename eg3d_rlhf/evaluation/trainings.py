@@ -109,8 +109,6 @@ def _hash(path: Path, _modified: int) -> str:
 
 @dataclass
 class _Child:
-    """A script under way."""
-
     part: Part
     quiet: bool  # whether its output goes to the log
     threads: int | None
@@ -188,7 +186,6 @@ def make(
 
 
 def line_of(part: Part) -> str:
-    """What makes a part, as it may be typed."""
     return shlex.join(["python", *part.continued()])
 
 

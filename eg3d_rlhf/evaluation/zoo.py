@@ -74,7 +74,6 @@ ENTRIES = {
 
 
 def reward_of(out: Path, name: str) -> Path:
-    """The file of a reward."""
     return bundled.REWARD if ENTRIES[name].train is None else out / name / "reward" / "reward.safetensors"
 
 
@@ -136,7 +135,6 @@ def plot_rates(axes, data: dict) -> None:
 
 
 def rows(rewards: Mapping[str, Mapping]) -> list[dict]:
-    """The table, a mapping a line."""
     return [
         {
             "reward": name, "reads": ENTRIES[name].words,

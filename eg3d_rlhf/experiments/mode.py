@@ -60,7 +60,6 @@ class Flags(dict[str, Any]):
 
 
 def flag(name: str) -> str:
-    """As users write it."""
     return "--" + name.replace("_", "-")
 
 

@@ -38,7 +38,6 @@ class Facts:
     interval: str = ""  # how intervals are made: '95 % percentile bootstrap over latents, 10,000 resamples'
 
     def line(self) -> str:
-        """One line for below a figure."""
         parts = [f"n = {self.n:,} {self.unit}", self.seeds and f"seeds {self.seeds}", "" if self.psi is None else f"ψ = {self.psi:g}"]
         return " · ".join(filter(None, [*parts, *(f"{role} {digest[:12]}" for role, digest in self.networks.items()), self.interval]))
 
@@ -54,7 +53,6 @@ class Finding:
     pictures: Mapping[str, str] = field(default_factory=dict)  # caption -> PNG file beside the JSON
 
     def to_dict(self) -> dict:
-        """Plain JSON types."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
@@ -85,7 +83,6 @@ def columns(rows: Sequence[Mapping]) -> list[str]:
 
 
 def csv_text(rows: Sequence[Mapping]) -> str:
-    """A table as CSV with a header."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns(rows), lineterminator="\n")
     writer.writeheader()
@@ -105,7 +102,6 @@ def seed_range(seeds: Sequence[int]) -> str:
 
 
 def data_file(out: Path, key: str) -> Path:
-    """Where the finding of a job lies."""
     return out / "data" / f"{key}.json"
 
 
@@ -229,8 +225,6 @@ def write_page(
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One colouring of a mesh."""
-
     name: str
     colours: np.ndarray  # [V, 3] uint8
     legend: Sequence[tuple[str, tuple[int, int, int]]]  # (text, colour)
@@ -238,8 +232,6 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class ColouredMesh:
-    """A mesh with its colourings."""
-
     name: str
     vertices: np.ndarray  # [V, 3] world coordinates
     faces: np.ndarray  # [F, 3]

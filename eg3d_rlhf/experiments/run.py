@@ -109,7 +109,6 @@ class Run:
     # What it tells.
 
     def stats(self, record: Mapping) -> None:
-        """One line of stats.jsonl."""
         if self.ranks.main:
             self._append(STATS, record)
             self.lines += 1
@@ -162,7 +161,6 @@ class Run:
             storage.write_atomic(self.folder / name, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
 
     def done(self) -> None:
-        """Print that all is written, and how long it took."""
         if self.ranks.main:
             print(f"Done in {tqdm.format_interval(time.time() - self.began)}: {self.folder}", flush=True)
 
@@ -277,7 +275,6 @@ def _launch_of(folder: Path) -> str | None:
 
 
 def _flat(values: Mapping, name: str = "") -> dict[str, object]:
-    """Nested values by dotted name."""
     flat: dict[str, object] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{name}{key}.") if isinstance(value, dict) else {f"{name}{key}": value}

@@ -79,7 +79,6 @@ def plot(legend: float | str | None = "medium", size: tuple[float, float] | None
 
 @plot(None, size=(9.4, 0.8))
 def plot_absent(axes, data: dict):
-    """Why there is no figure."""
     axes.set_axis_off()
     axes.text(0, 0.5, data["absent"], wrap=True, va="center")
 

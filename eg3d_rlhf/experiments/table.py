@@ -72,7 +72,6 @@ class Table:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Conditions and noises."""
         conditions, noises = next(iter(self.base.values())).shape[1:]
         return {"conditions": conditions, "noises": noises}
 
@@ -87,12 +86,10 @@ def with_interval(value: Mapping, form: str = ".3f", name: str = "win_rate") -> 
 
 
 def of_seeds(rated: Mapping) -> list[str]:
-    """A cell for the rate of every training seed."""
     return [f"{one['win_rate']:.3f}" for one in rated["seeds"]]
 
 
 def markdown_rows(head: Sequence, rows: Iterable[Sequence]) -> list[str]:
-    """Lines of a Markdown table."""
     return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 

@@ -39,7 +39,6 @@ class ModeCommand(click.Command):
                 raise ValueError(f"{name}: belongs to --mode={others[0]}. {remedy}") from None
 
     def invoke(self, ctx: click.Context):
-        """Run the command that parsed the arguments."""
         return ctx.command.invoke(ctx)
 
 

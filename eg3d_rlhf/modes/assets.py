@@ -70,7 +70,6 @@ def run(*command: str) -> None:
 
 
 def newest(pattern: str) -> Path:
-    """The newest folder under runs/assets that matches."""
     return sorted(RUNS.glob(pattern))[-1]
 
 
@@ -157,7 +156,6 @@ def _steps(title: str) -> Iterator[Callable[[int, int, float], None]]:
 
 
 def _last(losses: list[float]) -> float:
-    """Mean loss of the last twentieth of the steps."""
     last = losses[-max(len(losses) // 20, 1) :]
     return sum(last) / len(last)
 
@@ -183,7 +181,6 @@ def fakes_of(paths: tuple[Path, ...]) -> dict[str, LoadedGenerator]:
 
 
 def trained_critic(fakes: dict[str, LoadedGenerator], o: CriticTraining) -> ShapeCritic:
-    """Draw all shapes and train."""
     shape, count = true_shapes(o.heads, TRAINED), o.latents * len(fakes)
     if count > o.heads:
         raise ValueError(f"--heads: expected at least as many true heads as there are fakes, {count}, got {o.heads}. Raise it.")
@@ -201,7 +198,6 @@ def trained_critic(fakes: dict[str, LoadedGenerator], o: CriticTraining) -> Shap
 
 
 def held_out_figures(record: dict) -> list[str]:
-    """Held-out figures, line by line."""
     low, high = record["accuracy_ci95"]
     lines = [f"accuracy on {record['held_out']} held-out shapes: {record['accuracy']:.3f} [{low:.3f}, {high:.3f}]"]
     lines += [f"  Brier score {record['brier']:.4f}"]
@@ -286,7 +282,6 @@ TOY_PARTS = (STRUCTURE, VOXELS, "reward")
 
 
 def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> None:
-    """Train one network with a bar, store it, print how it did."""
     losses: list[float] = []
     started = time.monotonic()
     network: torch.nn.Module

@@ -122,7 +122,6 @@ def arms_of(given: Mapping) -> tuple[str, ...]:
 
 
 def method_of(preset: str) -> str:
-    """The method that a preset is of."""
     return next(name for name, method in METHODS.items() if type(PRESETS[preset]) is method.settings)
 
 
@@ -198,7 +197,6 @@ def title(run_settings: DistillRun, scene: Scene) -> str:
 
 
 def work(run_settings: DistillRun, scene: Scene, run: Run) -> None:
-    """Do what is left of a run, and write what it gives."""
     settings = run_settings.settings
     if run.ranks.main:
         pairs, arms = len(settings.pairs()), len(settings.arms)

@@ -57,7 +57,6 @@ JOBS: dict[str, tuple[str, str]] = {
 
 
 def command_of(job: str) -> click.Command:
-    """The click command of a job, which is imported now."""
     module, _, name = JOBS[job][0].partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -74,7 +73,6 @@ class Door(click.Group):
         return [job for job in JOBS if not self.noun or job.startswith(f"{self.noun} ")]
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Their words."""
         return [job.removeprefix(f"{self.noun} ") if self.noun else job for job in self.jobs()]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

@@ -87,7 +87,6 @@ OBSERVED: dict[str, dict] = {  # what suits another observation than sigma, as p
 
 
 def task_of(init: str, reward: str) -> str:
-    """Which row applies."""
     return SCRATCH if init == "scratch" else TUNING if reward == "none" else REWARDED
 
 
@@ -284,7 +283,6 @@ def open_gan(s: Settings, run: "Run") -> "Objects | None":
 
 
 def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
-    """Train, then compare before and after where a reward tuned."""
     from eg3d_rlhf.tuning.gan import rounds
     from eg3d_rlhf.tuning.gan import run as gan
 
@@ -314,7 +312,6 @@ def tune(s: Settings, folder: Path, flags: Mapping) -> None:
 
 
 def resumable(folder: Path) -> bool:
-    """Whether a folder has a state."""
     from training import checkpoint
 
     return bool(checkpoint.available(folder))

@@ -76,7 +76,6 @@ def psi_statistics(nets: networks.Networks, seeds: int) -> dict[str, float]:
 
 
 def lines(description: dict[str, Any], indent: int = 0) -> list[str]:
-    """A description as indented lines of text."""
     out = []
     for key, value in description.items():
         nested = isinstance(value, dict) and value

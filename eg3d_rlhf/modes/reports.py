@@ -71,7 +71,6 @@ def evaluate(out, only, dry_run, device, **sources) -> None:
 
 
 def attribution_introduction(study: Study) -> str:
-    """What is attributed, in a paragraph."""
     c = study.c
     return (
         f"The same held-out latents before ({c.before.path.name}) and after tuning ({c.after.path.name}). A coalition's value is the "
@@ -80,7 +79,6 @@ def attribution_introduction(study: Study) -> str:
 
 
 def attribution_summary(findings) -> list[str]:
-    """What stands first."""
     says = [findings["shapley"].says[0], *findings["shapley"].says[1:2], findings["redrawn-reward"].says[0]]
     return [*says, "These are statements about this reward and these latents; whether people see the same, nobody was asked."]
 

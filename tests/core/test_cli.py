@@ -119,77 +119,58 @@ def attempt(tiny_data, tiny_networks, tmp_path):
     return go
 
 
-def test_missing_network(attempt, tmp_path):
-    assert_one_line(attempt(init=tmp_path / "missing"), f"--init: {tmp_path / 'missing'}: expected a network file, got nothing there")
+BAD_FILES = {  # what is changed of the tiny set-up -> what the line must say
+    "missing network": (lambda where, **_: {"init": where / "missing"}, "--init: ", "expected a network file"),
+    "folder without networks": (lambda where, **_: {"init": where}, "--init: ", "network-snapshot-*.safetensors"),
+    "truncated network": (lambda where, networks, **_: {"init": written(where / "cut.safetensors", networks.read_bytes()[:-1000])},
+                          "--init: ", "truncated"),
+    "a reward for a network": (lambda reward, **_: {"init": reward}, "--init: ", "Name a file that train.py or a tool wrote"),
+    "no discriminator": (lambda where, **_: {"init": without_discriminator(where)}, "--init: ", "G, D and G_ema"),
+    "another resolution": (lambda where, **_: {"data": tiny_runs.write_dataset(where / "large.zip", resolution=64)}, "--data: ", "got 64"),
+    "grey data": (lambda where, **_: {"data": tiny_runs.write_dataset(where / "grey.zip", mode="L")}, "--data: ", "expected RGB images"),
+    "minibatch-std groups": (lambda **_: {"flags": ["--batch=6"]}, "--batch: ", "minibatch-std group of 4, got 6"),
+    "groups of a part": (lambda **_: {"flags": ["--batch=12", "--batch-gpu=6"]}, "--batch-gpu: ", "minibatch-std group of 4, got 6"),
+    "conditioning": (lambda **_: {"flags": ["--gen-pose-cond=False"]}, "--gen-pose-cond: expected True"),
+    "missing reward": (lambda where, **_: {"flags": ["--reward=sigma", f"--reward-ckpt={where}/none.safetensors"]}, "--reward-ckpt: "),
+    "missing watch": (lambda where, reward, **_: {"flags": ["--reward=sigma", f"--reward-ckpt={reward}", f"--reward-watch={where}/none"]},
+                      "--reward-watch: "),
+}
 
 
-def test_folder_without_networks(attempt, tmp_path):
-    (tmp_path / "run").mkdir()
-    assert_one_line(attempt(init=tmp_path / "run"), "--init: network: expected a network-snapshot-*.safetensors")
+def written(path, content: bytes):
+    path.write_bytes(content)
+    return path
 
 
-def test_truncated_network(attempt, tiny_networks, tmp_path):
-    path = tmp_path / "cut.safetensors"
-    path.write_bytes(tiny_networks.read_bytes()[:-1000])
-    assert_one_line(attempt(init=path), f"--init: {path}: expected a network file, got a truncated or foreign one")
+def without_discriminator(where):
+    tiny_runs.networks.save(where / "ema.safetensors", tiny_runs.build_networks(), only_ema=True)
+    return where / "ema.safetensors"
 
 
-def test_a_reward_is_no_network(attempt, tiny_reward):
-    assert_one_line(attempt(init=tiny_reward), "--init: ", "Name a file that train.py or a tool wrote")
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_what_cannot_be_tuned_is_named(case, attempt, tiny_networks, tiny_reward, tmp_path):
+    change, *words = BAD_FILES[case]
+    (tmp_path / "inputs").mkdir()
+    changed = change(where=tmp_path / "inputs", networks=tiny_networks, reward=tiny_reward)
+    assert_one_line(attempt(*changed.pop("flags", ()), **changed), *words)
 
 
-def test_networks_without_a_discriminator(attempt, tmp_path):
-    tiny_runs.networks.save(tmp_path / "ema.safetensors", tiny_runs.build_networks(), only_ema=True)
-    assert_one_line(attempt(init=tmp_path / "ema.safetensors"), "--init: expected a network file with G, D and G_ema")
-
-
-def test_data_of_another_resolution(attempt, tmp_path):
-    other = tiny_runs.write_dataset(tmp_path / "large.zip", resolution=64)
-    assert_one_line(attempt(data=other), "--data: expected images of 32 pixels", "got 64")
-
-
-def test_grey_data(attempt, tmp_path):
-    grey = tiny_runs.write_dataset(tmp_path / "grey.zip", mode="L")
-    assert_one_line(attempt(data=grey), "--data: ", "expected RGB images, got 1 channel")
-
-
-def test_data_of_a_size_that_no_network_has(tmp_path):
-    odd = tiny_runs.write_dataset(tmp_path / "odd.zip", resolution=40)
-    result = run("--init=scratch", f"--data={odd}", f"--outdir={tmp_path / 'runs'}")
-    assert_one_line(result, "expected a power of two >= 4, got 40")
-    result = run("--cfg=ffhq", "--gamma=1", "--batch=4", f"--data={odd}", f"--outdir={tmp_path / 'runs'}")
-    assert_one_line(result, "--data: expected images of 512, 256, 128 pixels for --cfg=ffhq, got 40")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_batch_that_does_not_fit_the_minibatch_std_groups(attempt):
-    assert_one_line(attempt("--batch=6"), "--batch: expected a multiple of D's minibatch-std group of 4, got 6")
-    assert_one_line(attempt("--batch=12", "--batch-gpu=6"), "--batch-gpu: expected a multiple of D's minibatch-std group of 4, got 6")
-
-
-def test_camera_conditioning_must_match_the_networks(attempt):
-    assert_one_line(attempt("--gen-pose-cond=False"), "--gen-pose-cond: expected True for a generator conditioned on the camera, got False")
-
-
-def test_rendering_above_what_the_super_resolution_takes(tmp_path):
-    data = tiny_runs.write_dataset(tmp_path / "large.zip", resolution=256)
-    flags = ("--cfg=ffhq", f"--data={data}", "--gamma=1", "--batch=4", "--cbase=512", "--cmax=8", "--nrr-final=160")
-    result = run(*flags, f"--outdir={tmp_path / 'runs'}")
-    assert_one_line(result, "--nrr-initial, --nrr-final: expected at most 128 pixels for SuperresolutionHybrid4X, got 160")
-    assert not (tmp_path / "runs").exists()
+def test_data_of_sizes_that_networks_do_not_have(tmp_path):
+    odd, large = (tiny_runs.write_dataset(tmp_path / f"{size}.zip", resolution=size) for size in (40, 256))
+    published = ("--cfg=ffhq", "--gamma=1", "--batch=4")
+    for flags, words in (
+        (("--init=scratch", f"--data={odd}"), ("power of two", "got 40")),
+        ((*published, f"--data={odd}"), ("--data: ", "512, 256, 128", "got 40")),
+        ((*published, f"--data={large}", "--cbase=512", "--cmax=8", "--nrr-final=160"), ("--nrr-initial, --nrr-final: ", "128", "got 160")),
+    ):
+        assert_one_line(run(*flags, f"--outdir={tmp_path / 'runs'}"), *words)
+        assert not (tmp_path / "runs").exists()
 
 
 def test_freezing_applies_to_loaded_networks(tiny_data, tiny_networks, tmp_path):
     flags = tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path, "--freezed=2")
     D = open_networks(resolve(GAN.command.make_context("train", flags).params), tiny_runs.RESOLUTION).D
     assert "b32.conv0.weight" in dict(D.named_buffers()) and "b32.conv1.weight" in dict(D.named_parameters())
-
-
-def test_missing_or_damaged_rewards(attempt, tiny_reward, tmp_path):
-    missing = tmp_path / "none.safetensors"
-    assert_one_line(attempt("--reward=sigma", f"--reward-ckpt={missing}"), "--reward-ckpt: load_reward: expected the description")
-    result = attempt("--reward=sigma", f"--reward-ckpt={tiny_reward}", f"--reward-watch={missing}")
-    assert_one_line(result, "--reward-watch: load_reward: expected the description")
 
 
 def test_cuda_where_there_is_none(attempt, monkeypatch):

@@ -50,10 +50,11 @@ def test_other_seeds_pass():
     refuse_held_out([seed for label in load_labels(BUNDLED_LABELS) for seed in (label.winner, label.loser)], "bundled labels")
 
 
-def test_ranges_give_no_more_than_they_hold():
-    assert seeds.JUDGE.take(6, move=2) == range(2_210_000, 2_210_006)
-    with pytest.raises(ValueError, match="watch seeds: expected at most 32, got 33. Ask for fewer."):
-        seeds.WATCH.take(33)
+def test_reward_training_refuses_labels_of_held_out_seeds(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    write_labels(path, [Preference(winner=1, loser=2), Preference(winner=3, loser=300_007), Preference(winner=210_000, loser=5)])
+    with pytest.raises(ValueError, match=r"labels.jsonl: expected seeds that are not held out, got 300007 \(watch"):
+        TRAINING.begin(RewardRun(labels=LabelSource.of_file(path)), tmp_path / "out")
 
 
 def test_synthetic_labels_refuse_held_out_seeds(tmp_path):
@@ -62,10 +63,3 @@ def test_synthetic_labels_refuse_held_out_seeds(tmp_path):
     flags = ["--pairs=4", "--first-seed=210000", f"--out={tmp_path / 'labels.jsonl'}"]
     refused = CliRunner().invoke(synthetic, flags)
     assert refused.exit_code == 2 and "got 210000 (judge, 210000 to 210199). Choose others." in refused.stderr
-
-
-def test_reward_training_refuses_labels_of_held_out_seeds(tmp_path):
-    path = tmp_path / "labels.jsonl"
-    write_labels(path, [Preference(winner=1, loser=2), Preference(winner=3, loser=300_007), Preference(winner=210_000, loser=5)])
-    with pytest.raises(ValueError, match=r"labels.jsonl: expected seeds that are not held out, got 300007 \(watch"):
-        TRAINING.begin(RewardRun(labels=LabelSource.of_file(path)), tmp_path / "out")

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.evaluation import best_of_n
-from eg3d_rlhf.evaluation.best_of_n import best_of, chances, divergence_of, fit, main, number_at, peak, resampled
+from eg3d_rlhf.evaluation.best_of_n import best_of, divergence_of, fit, main, number_at, peak, resampled
 from eg3d_rlhf.experiments.pages import Finding
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble, Standard
@@ -29,25 +29,11 @@ def test_the_mean_over_all_subsets(drawn, n):
     assert best_of(reward, judge, [n])[0] == pytest.approx(np.mean(by_hand), abs=1e-12)
 
 
-def test_the_ends_in_closed_form():
-    reward, judge = np.random.default_rng(1).normal(size=(2, 4096))
-    one, all_of_them = best_of(reward, judge, [1, 4096])
-    assert one == pytest.approx(judge.mean(), abs=1e-12) and all_of_them == judge[reward.argmax()]
-
-
 def test_a_judge_that_is_the_reward_rises_and_its_opposite_falls():
     reward, numbers = np.random.default_rng(2).normal(size=4096), [1, 2, 3, 10, 50, 512]
     same, opposite = best_of(reward, reward, numbers), best_of(reward, -reward, numbers)
     assert (np.diff(same) > 0).all() and np.array_equal(same, -opposite)
     assert same[1] == pytest.approx(1 / math.sqrt(math.pi), abs=0.03)  # the larger of two normals
-
-
-@pytest.mark.parametrize("n", [1, 2, 17, 512, 4096])
-def test_chances_are_those_of_the_binomials(n):
-    found = chances(4096, n)
-    assert found.sum() == pytest.approx(1, abs=1e-9) and (found >= 0).all() and np.count_nonzero(found) <= 4097 - n
-    for i in (4096, 4000, 2048):
-        assert found[i - 1] == pytest.approx(math.comb(i - 1, n - 1) / math.comb(4096, n), rel=1e-9)
 
 
 def test_equal_rewards_share_their_chances():
@@ -160,13 +146,6 @@ def test_the_page_with_a_reward_as_judge(command):
     before = (out / "data" / "scores.json").stat().st_mtime_ns
     again, _ = command(*flags, "--most=4")
     assert again.exit_code == 0 and (out / "data" / "scores.json").stat().st_mtime_ns == before and "best of 4" in again.stdout
-
-
-def test_dry_run(command):
-    done, out = command("--reward-ckpt={joined}", "--reward-ckpt={m2}", "--data=synthetic:heads64", "-n")
-    values = json.loads(done.stdout)
-    assert done.exit_code == 0 and values["judge"] == "annotator" and "m2" in values["arms"] and "joined: warm" in values["arms"]
-    assert not out.exists()
 
 
 @pytest.mark.parametrize(

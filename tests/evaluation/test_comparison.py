@@ -8,7 +8,7 @@ import torch
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
-from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison, newest_control, snapshots
+from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison, newest_control
 from eg3d_rlhf.experiments.run import OPTIONS
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, load_reward
@@ -20,12 +20,6 @@ def test_roles_and_hashes(tiny_comparison, tiny_reward):
     assert list(c.generators()) == ["before", "after", "control"] and len({g.hash for g in c.generators().values()}) == 3
     assert c.networks()["reward"] == file_hash(tiny_reward) and "held-out" not in c.networks()
     assert c.networks("after", "held-out") == {"after": c.after.hash} and not c.synthetic
-
-
-def test_snapshots_follow_training_and_not_names(tiny_pair, tmp_path):
-    tuned = comparisons.write_run(tmp_path / "run", {900: 0.0, 64: 0.0}, 10.0)
-    assert [kimg for kimg, _ in snapshots(tuned)] == [0.064, 0.9]
-    assert [kimg for kimg, _ in snapshots(tiny_pair[0])] == [0.064, 0.128, 0.192] and snapshots(None) == []
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
@@ -100,13 +94,13 @@ def test_mistakes_name_the_flag(tiny_networks, tiny_reward, sources, text):
         load_comparison(Sources(**{"before": tiny_networks, "after": tiny_networks, "reward_ckpt": tiny_reward, **sources}))
 
 
-def test_the_tuned_reward_is_no_held_out_one(tiny_networks, tiny_reward):
-    with pytest.raises(ValueError, match="--reward-watch: expected another reward"):
-        comparisons.load(tiny_networks, tiny_reward, after=tiny_networks, reward_watch=tiny_reward)
-
-
 def test_a_damaged_record_is_named(tiny_networks, tiny_reward, tmp_path):
     run = comparisons.write_run(tmp_path / "run", {64: 0.1}, 10.0)
     (run / OPTIONS).write_text(json.dumps({})[:-1])
     with pytest.raises(ValueError, match="expected JSON"):
         comparisons.load(tiny_networks, tiny_reward, after=run)
+
+
+def test_the_tuned_reward_is_no_held_out_one(tiny_networks, tiny_reward):
+    with pytest.raises(ValueError, match="--reward-watch: expected another reward"):
+        comparisons.load(tiny_networks, tiny_reward, after=tiny_networks, reward_watch=tiny_reward)

@@ -104,17 +104,6 @@ def test_a_reward_of_depth_sees_a_foreign_copy_as_the_original(reference):
     torch.testing.assert_close(depth.observe(placed.field(ws)), depth.observe(inner.field(ws)), rtol=1e-2, atol=1e-2)
 
 
-def test_outside_its_cube_a_generator_is_empty(reference):
-    inner = reference.generator
-    shown = Placed(inner, Place(bounds=Bounds(2.0))).field(ws_of_seeds(inner, [1], 0.7))
-    far = shown.density(torch.tensor([[0.0, 0.0, 0.9], [0.0, 0.0, 0.0]]))
-    assert far[0, 0] < shown.level - 900 < far[0, 1]
-    spec = SlabSpec.of(Bounds(2.0), 21)
-    grid = shown.density_grid(spec)
-    outer = spec.points().abs().amax(dim=-1) > 0.51
-    assert (grid[0, outer] == grid[0, ~outer].min()).all()
-
-
 def test_scaled_density_keeps_optical_depth():
     sigma = torch.tensor([-40.0, -16, -3, 0, 1, 10, 300], dtype=torch.float64)
     before, after = (torch.nn.functional.softplus(value - 1) for value in (sigma, scaled_density(sigma, 1.7)))
@@ -168,8 +157,12 @@ def test_mistakes_are_one_line(small, tmp_path):
         assert done.exit_code == 2 and text in done.stderr and not (tmp_path / "page").exists(), done.output
 
 
-def test_dry_run_prints_and_writes_nothing(small, tmp_path):
-    done = run(*small, "-n")
-    values = json.loads(done.stdout)
-    assert (values["n"], values["psi"], values["fit"]) == (100, 0.7, 64) and list(values["networks"]) == ["tiny"]
-    assert not (tmp_path / "page").exists()
+def test_outside_its_cube_a_generator_is_empty(reference):
+    inner = reference.generator
+    shown = Placed(inner, Place(bounds=Bounds(2.0))).field(ws_of_seeds(inner, [1], 0.7))
+    far = shown.density(torch.tensor([[0.0, 0.0, 0.9], [0.0, 0.0, 0.0]]))
+    assert far[0, 0] < shown.level - 900 < far[0, 1]
+    spec = SlabSpec.of(Bounds(2.0), 21)
+    grid = shown.density_grid(spec)
+    outer = spec.points().abs().amax(dim=-1) > 0.51
+    assert (grid[0, outer] == grid[0, ~outer].min()).all()

@@ -1,6 +1,5 @@
 """Geometry before and after: known bodies and faces in place of the networks', a network against itself, what has no surface."""
 
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,10 +82,6 @@ def test_views_job_runs_and_draws(tiny_comparison, tmp_path):
     assert (tmp_path / "figures" / "view-consistency-changes.svg").is_file()
 
 
-def test_raising_n_raises_the_latents():
-    assert geometry.latents(SimpleNamespace(n=1000)) == 250 and geometry.latents(SimpleNamespace(n=2)) == 2
-
-
 @pytest.fixture()
 def coarse(monkeypatch):
     monkeypatch.setattr(geometry, "SIGMA_RESOLUTION", 12)
@@ -135,22 +130,11 @@ def test_a_plane_has_no_relief_and_no_nose():
     assert found["depth range of the face"][0] == pytest.approx(0.9 * 0.3 * 0.2, rel=0.1)
 
 
-def test_a_round_head_without_features_has_no_relief():
-    assert measures(face(bend=0.8), Bounds())["face relief"][0] == pytest.approx(0, abs=1e-12)
-
-
 def test_a_nose_stands_out_by_its_length():
     small, large = (measures(face(nose=length), Bounds()) for length in (0.02, 0.04))
     assert large["nose prominence"][0] == pytest.approx(2 * small["nose prominence"][0], rel=1e-6)
     assert 0.03 < large["nose prominence"][0] <= 0.04
     assert large["face relief"][0] == pytest.approx(2 * small["face relief"][0], rel=1e-6) and small["face relief"][0] > 0
-
-
-def test_measures_scale_with_the_cube():
-    maps = face(nose=0.03, bend=0.5)
-    double = measures(DepthMaps(maps.points * 2, maps.valid), Bounds(2.0))
-    for name, values in measures(maps, Bounds()).items():
-        assert double[name][0] == pytest.approx(values[0] * (1 if name == "valid pixels" else 2))
 
 
 def test_a_missing_face_is_missing():
@@ -173,16 +157,6 @@ def test_depth_of_a_generator_against_itself(unchanged, tmp_path):
     assert change["mean"] == 0 and any("--control" in line for line in finding.says)
     assert all(v in (None, 0.0) for row in finding.data["change"]["after"]["mean"] for v in row)
     assert (tmp_path / "data" / "canonical-depth.png").is_file() and finding.facts.n == len(finding.rows)
-
-
-def test_without_any_face_the_part_says_so(unchanged, monkeypatch, tmp_path):
-    def empty(c, generator, seeds):
-        return DepthMaps(np.zeros((len(seeds), 16, 16, 3)), np.zeros((len(seeds), 16, 16), bool))
-
-    monkeypatch.setattr(geometry, "depth_maps", empty)
-    (job,) = geometry.depth_jobs(unchanged)
-    finding = pages.run([job], tmp_path, quiet=True)["canonical-depth"]
-    assert "Are these aligned heads?" in "\n".join(finding.says) and finding.data["measures"]["nose prominence"]["n"] == 0
 
 
 def test_windows_follow_the_cube():

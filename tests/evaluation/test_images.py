@@ -83,11 +83,6 @@ def test_collapse_shows(unchanged, tmp_path):
     np.testing.assert_allclose([[row["ratio"], row["ratio_lo"], row["ratio_hi"]] for row in same], 1.0, rtol=1e-6)
 
 
-def test_large_slabs_are_averaged():
-    cells = images._cells(torch.arange(64.0).reshape(1, 1, 1, 1, 64))
-    np.testing.assert_allclose(cells, [np.arange(64).reshape(32, 2).mean(axis=1)])
-
-
 @pytest.fixture()
 def with_networks(tiny_comparison, tmp_path):
     torch.jit.script(Pair()).save(str(tmp_path / "pair.pt"))
@@ -120,12 +115,3 @@ def test_the_users_networks(with_networks, tmp_path):
     cosine = found["identity-drift"].data["measures"]["cosine similarity"]["after"]
     assert len(cosine) == 16 and all(-1.0001 <= value <= 1.0001 for value in cosine)
     assert len(list((tmp_path / "out" / "figures").glob("*.png"))) == 2
-
-
-def test_without_a_network_identity_says_how(unchanged, tmp_path):
-    part = images.jobs(unchanged)[3]
-    assert part.compute(tmp_path).says == [images.NO_IDENTITY] and not part.plots
-
-
-def test_the_file_is_part_of_the_identity(with_networks, tiny_comparison):
-    assert images.jobs(with_networks)[2].identity() != images.jobs(tiny_comparison)[2].identity()

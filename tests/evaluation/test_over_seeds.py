@@ -75,11 +75,6 @@ def test_finished_runs_are_not_repeated(training, tmp_path):
     assert json.loads(run(out, "-n").stdout)["5"][0] == "train.py" and json.loads(run(out, "-n").stdout)["0"] == "finished"
 
 
-def test_flags_that_the_tool_sets(training, tmp_path):
-    result = run(tmp_path / "seeds", "--", "--seed=3")
-    assert result.exit_code == 2 and "Use --seeds" in result.stderr and not training and not (tmp_path / "seeds").exists()
-
-
 @pytest.mark.long
 def test_two_seeds_of_a_tiny_run(tiny_data, tiny_networks, tiny_reward, tmp_path):
     flags = [flag for flag in tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path) if not flag.startswith("--outdir")]

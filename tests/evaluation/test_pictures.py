@@ -121,14 +121,6 @@ def test_a_part_that_vanished_is_drawn_as_a_blue_ghost():
     assert floater.sum() > 30 and blue[floater].mean() > 0.8 and not blue[20:].any()
 
 
-def test_light_shows_a_pit():
-    spec = SlabSpec.cube(64)
-    front = torch.tensor([0.0, 0.0, 0.28])
-    pitted = body(lambda points: torch.maximum(points.norm(dim=-1) - 0.28, 0.06 - (points - front).norm(dim=-1)), spec)
-    smooth, pit = (paint(look(one, CameraFamily().label(), 96))[44:52, 44:52].mean() for one in (sphere(0.28, spec=spec), pitted))
-    assert pit < 0.8 * smooth
-
-
 def test_full_colour_is_the_first_scale_that_holds_nearly_all():
     assert pictures.full_scale([torch.linspace(-0.9, 0.9, 100)]) == 1.0
     assert pictures.full_scale([torch.cat([torch.zeros(99), torch.tensor([9.0])])]) == pictures.SCALES[0]

@@ -69,12 +69,6 @@ def test_mistakes_are_one_line(flags, more, text):
     assert done.exit_code == 2 and text in done.output and "Traceback" not in done.output
 
 
-def test_every_part_has_its_own_key(tiny_comparison):
-    keys = [job.key for job in report.select(tiny_comparison)]
-    assert len(keys) == len(set(keys)) >= 12 and keys[0] == "reward-shift"
-    assert {"trajectories", "image-distances", "diversity", "appearance-drift", "identity-drift", "over-optimisation"} <= set(keys)
-
-
 def finding(data):
     return Finding(facts=Facts(n=1), data=data)
 
@@ -100,10 +94,6 @@ def test_a_control_that_differs_is_told(tiny_comparison, tmp_path):
     other = comparisons.write_run(tmp_path / "other", {64: 0.1}, 0.0, batch=99)
     text = "\n".join(report.summary(Comparison(**{**vars(tiny_comparison), "control_run": other}), {}))
     assert "its run also differs in batch 99 instead of 4" in text
-
-
-def test_selection_keeps_the_order(tiny_comparison):
-    assert [job.key for job in report.select(tiny_comparison, "surfaces,reward-shift")] == ["reward-shift", "surfaces"]
 
 
 @pytest.mark.long
@@ -146,11 +136,6 @@ def test_same_latents_have_a_row_per_network(tiny_comparison, small, tmp_path):
     assert {"reward_before", "reward_after", "reward_control"} < set(finding.rows[0])
 
 
-def test_without_a_control_there_are_two_rows_and_a_note(unchanged, small, tmp_path):
-    finding = report.same_latents(unchanged, tmp_path)
-    assert set(sizes(finding, tmp_path).values()) == {(16 * report.SHOWN, 32)} and any("--control" in line for line in finding.says)
-
-
 def test_orbit_stops_and_is_hidden_where_motion_is_unwelcome(tiny_comparison, small, monkeypatch, tmp_path):
     def turning(c, generator, seeds, yaws):  # a picture that differs in every frame
         return torch.linspace(0, 1, len(yaws)).reshape(1, -1, 1, 1, 1).expand(1, len(yaws), 1, 16, 16)
@@ -164,9 +149,3 @@ def test_orbit_stops_and_is_hidden_where_motion_is_unwelcome(tiny_comparison, sm
     text = pages.write_page(tmp_path / "index.html", "t", "i", [job], findings).read_text()
     assert text.count('<figure class="moving">') == 1 and text.count("<img ") == 2
     assert "@media (prefers-reduced-motion: reduce), print { .moving { display: none; } }" in text
-
-
-def test_bundled_shapes_are_drawn(tiny_reward):
-    c = comparisons.load(bundled.GENERATOR, tiny_reward, after=bundled.GENERATOR)
-    picture = report.shapes(c, c.before, [210_000], (0.0,))
-    assert picture.shape == (1, 1, 1, 128, 128) and 0.1 < (picture < 1).float().mean() < 0.9

@@ -38,11 +38,6 @@ def test_rows_state_figures_and_failures():
     assert table["over-optimisation watch"] == "quiet"
 
 
-def test_rows_report_over_optimisation():
-    table = {what: figure for what, figure, _ in rows({**RECORD, "over_optimisation": [{"nimg": 8, "fallen": ["utility"]}]})}
-    assert table["over-optimisation watch"] == "ALARM: utility fell while the reward rose"
-
-
 def test_rows_of_a_run_without_judge_or_control():
     record = {k: v for k, v in RECORD.items() if not k.startswith(("win_rate", "frechet"))}
     table = {what: figure for what, figure, _ in rows({**record, "control_delta_mean": None, "reward_test_accuracy": None})}
@@ -60,10 +55,6 @@ def test_shading_shows_a_sphere_of_the_right_size():
     expected = torch.pi * (torch.tan(angle) * 4.2647) ** 2  # of the unit image
     assert abs(covered - expected.item()) < 0.02
     assert picture[48, 48] > picture[70, 48]  # lit from above and in front
-
-
-def test_shading_of_an_empty_cube_is_white():
-    assert shade(torch.full((1, 16, 16, 16), -5.0), resolution=16).eq(1).all()
 
 
 @pytest.mark.long

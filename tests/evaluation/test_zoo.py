@@ -37,11 +37,6 @@ def test_several_training_seeds_show_their_spread():
     assert line["gap_closed"] == pytest.approx(0.6) and line["rewards_up"] == [97, 97]
 
 
-def test_a_reward_without_accuracy_is_refused():
-    with pytest.raises(ValueError, match="states its accuracy"):
-        record(Learnt(), [TUNED], {}, 600.0)
-
-
 def test_every_line_has_every_column():
     found = {name: record(Learnt(test_accuracy=TEST), [TUNED], {"reward": 1.0}, 600.0) for name in ENTRIES}
     lines = rows(found)
@@ -67,9 +62,3 @@ def test_commands(tmp_path):
     short = ENTRIES["depth"].short[0]
     assert short in plan["depth"]["reward"] and short not in planned("--full", "--only=depth")["depth"]["reward"]
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("only", ["gamma", "", "points,gamma"])
-def test_unknown_rewards(only):
-    result = CliRunner().invoke(zoo.main, [f"--only={only}"])
-    assert result.exit_code == 2 and "--only: expected some of sigma" in result.output

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 
 import pytest
 import torch
@@ -78,17 +77,6 @@ def test_lines_and_states_go_on_where_the_state_was_written(begun, capsys):
     assert [json.loads(line)["step"] for line in (folder / "stats.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
 
 
-def test_a_signal_is_noted_inside_alone(begun):
-    folder, settings, inputs = begun
-    before = signal.getsignal(signal.SIGTERM)
-    with Run(folder, settings, inputs) as run:
-        with run.stoppable():
-            assert run.stop_requested is None
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert run.stop_requested == "SIGTERM"
-        assert signal.getsignal(signal.SIGTERM) is before
-
-
 def test_a_folder_that_cannot_be_written_names_the_last_state(begun):
     folder, settings, inputs = begun
     with Run(folder, settings, inputs) as run, pytest.raises(OSError, match="got: .*disk full. Last good checkpoint: none"):
@@ -109,9 +97,3 @@ def test_runs_that_start_together_take_different_folders(tmp_path):
     wanted = next_free(tmp_path, "a")
     assert [claim(wanted).name for _ in range(3)] == ["00000-a", "00001-a", "00002-a"]
     assert begun_by_this_launch(tmp_path) is None
-
-
-def test_a_damaged_record_is_an_error(begun):
-    (begun[0] / OPTIONS).write_text("{")
-    with pytest.raises(ValueError, match="training_options.json: expected JSON, got: "):
-        recorded(begun[0])

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.modes.distill import DISTILL, SETTINGS, arms_of, read_prompts
+from eg3d_rlhf.modes.distill import DISTILL, SETTINGS, arms_of
 from training.config import knobs_of
 
 PROMPT = "a white head with a red nose"
@@ -133,11 +133,3 @@ def test_arms_of_a_comparison():
     assert arms(compare="rewardsds") == ("sds", "rewardsds", "rewardsds-inverted", "rewardsds-random")
     assert arms(method="sds", geometry_reward="one-nose") == ("sds+geometry",)
     assert arms(compare="sds+geometry") == ("sds", "sds+geometry")
-
-
-def test_prompts_come_from_files_too(tmp_path):
-    (tmp_path / "p.txt").write_text("one\n\n two \n")
-    assert read_prompts((str(tmp_path / "p.txt"), "three")) == ("one", "two", "three")
-    (tmp_path / "p.txt").write_text("\n")
-    with pytest.raises(ValueError, match="a prompt in every line"):
-        read_prompts((str(tmp_path / "p.txt"),))

@@ -47,14 +47,6 @@ def test_a_job_opens_its_command(job):
     assert result.exit_code == 0 and result.stdout.startswith(f"Usage: eg3d-rlhf {job}"), result.output
 
 
-def test_words_that_name_no_job():
-    for words in (["nothing"], ["samples", "nothing"]):
-        result = CliRunner().invoke(main, words)
-        assert result.exit_code == 2 and "nothing" in result.stderr and "--help" in result.stderr
-    listed = CliRunner().invoke(main, ["samples", "--help"])
-    assert listed.exit_code == 0 and "mesh" in listed.stdout and "study" not in listed.stdout
-
-
 def test_flags_reach_the_job():
     result = CliRunner().invoke(main, ["train", "--reward=sigma", "--lambda-r=10", "-n"])
     assert result.exit_code == 0 and json.loads(result.stdout)["lambda_r"] == 10

@@ -51,7 +51,6 @@ class Partition:
             raise ValueError(f"Partition.names: expected different names, got {list(self.names)}. Rename one.")
 
     def counts(self) -> list[int]:
-        """Voxels per region."""
         return torch.bincount(self.labels.flatten(), minlength=len(self.names)).tolist()
 
     def sums(self, volume: torch.Tensor) -> torch.Tensor:
@@ -92,7 +91,6 @@ def from_boxes(boxes: Sequence[tuple[str, Box]], coordinates: torch.Tensor) -> P
 
 
 def face_partition(spec: SlabSpec) -> Partition:
-    """The nine regions of FACE_BOXES and the rest."""
     return from_boxes(FACE_BOXES, unit_coordinates(spec))
 
 

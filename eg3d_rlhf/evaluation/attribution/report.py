@@ -116,7 +116,6 @@ def picture(
 
 
 def write_pictures(path, rows: Sequence[Sequence[np.ndarray]]) -> None:
-    """A PNG of pictures of one size, in rows."""
     from PIL import Image
 
     Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows])).save(path)
@@ -412,7 +411,6 @@ def _bar_size(count: int) -> tuple[float, float]:
 
 
 def plot_regions(data: dict):
-    """Mean Shapley value per region with its interval."""
     drawn, axes = style.figure(size=_bar_size(len(data["names"])))
     order = _order(data["means"])
     means = [data["means"][i] for i in order]
@@ -441,7 +439,6 @@ def plot_latents(data: dict):
 
 
 def plot_methods(data: dict):
-    """Mean attribution per region by every method."""
     count = len(data["names"])
     drawn, axes = style.figure(size=(6.4, 0.9 + 0.5 * count))
     order = _order(data["means"]["Shapley"])
@@ -457,7 +454,6 @@ def plot_methods(data: dict):
 
 
 def plot_agreement(data: dict):
-    """Mean rank correlation between methods, per latent."""
     pairs = [p for p in data["agreement"] if p["spearman"]["mean"] is not None]
     drawn, axes = style.figure(size=(6.4, 0.9 + 0.4 * max(len(pairs), 1)))
     for shift, kind, colour in ((0.12, "spearman", "#0072B2"), (-0.12, "kendall", "#D55E00")):

@@ -223,7 +223,6 @@ class IntegratedGradients:
 
     @property
     def complete(self) -> bool:
-        """Whether the gap is within BOUND."""
         return relative_gap(self.gap, self.difference) <= BOUND
 
 

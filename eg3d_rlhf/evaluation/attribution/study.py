@@ -52,8 +52,6 @@ _CUBE = 64  # grid points per axis of meshes, and of the cubes that heads are fi
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to attribute."""
-
     method: str = "exact"
     regions: str | Path = BOXES  # BOXES, LANDMARKS, HEAD or a label volume
     landmarks: Path | None = None  # JSON of 2-D points; without it the procedural heads bring their own
@@ -92,7 +90,6 @@ class Study:
 
     @cached_property
     def seeds(self) -> range:
-        """Held-out seeds of the latents."""
         return self.c.seeds()
 
     @property
@@ -114,7 +111,6 @@ class Study:
 
     @cached_property
     def score(self) -> Score:
-        """The reward of what it reads."""
         return self.c.reward.network.score
 
     @cached_property
@@ -142,7 +138,6 @@ class Study:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Regions."""
         return self.partitions[0].names
 
     def of_the_head(self) -> "Study":
@@ -169,7 +164,6 @@ class Study:
 
     @property
     def cube_spec(self) -> SlabSpec:
-        """Grid of meshes and of fitted heads."""
         return SlabSpec.of(self.c.before.generator.bounds, _CUBE)
 
     @torch.no_grad()
@@ -180,7 +174,6 @@ class Study:
 
     @property
     def level(self) -> float:
-        """Raw density of the surface."""
         return self.c.before.generator.level
 
     def values(self, i: int, score: Score | None = None, tuned: torch.Tensor | None = None) -> CoalitionValues:
@@ -215,7 +208,6 @@ class Study:
 
     @cached_property
     def integrated(self) -> list[IntegratedGradients]:
-        """Integrated Gradients per latent."""
         s, before, after = self.settings, self.slabs["before"], self.slabs["after"]
         return [
             integrated_gradients(self.c.reward.score_observed, x, y, a.difference, s.steps, s.most_steps, self.c.batch)

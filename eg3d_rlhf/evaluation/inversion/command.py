@@ -128,7 +128,6 @@ def open_setup(s: InversionRun, run: Run) -> Setup:
 
 
 def work(s: InversionRun, setup: Setup, run: Run) -> None:
-    """What is left to do of a run."""
     inversions, weights = Inversions(run, setup), ",".join(f"{weight:g}" for weight in s.weights)
     click.echo(f"{len(setup.cases)} target(s), weights {weights}, perceptual features {setup.perceptual.name}")
     inversions.go()
@@ -136,7 +135,6 @@ def work(s: InversionRun, setup: Setup, run: Run) -> None:
 
 
 def finish(inversions: Inversions, shape_res: int, turns: int) -> None:
-    """Pictures, inversion.json and the page of a run that is done."""
     setup, folder = inversions.setup, inversions.run.folder
     for case in setup.cases[: setup.shown]:
         report.draw(inversions, case, shape_res, turns)

@@ -292,7 +292,6 @@ class LatentStage:
         return {"ws": self.ws.detach(), **optimizer_tensors("adam", self.optimizer)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state`."""
         with torch.no_grad():
             self.ws.copy_(state["ws"])
         restore_optimizer("adam", self.optimizer, state)
@@ -333,6 +332,5 @@ class PivotalStage:
         return {"ws": self.ws, **network, **optimizer_tensors("adam", self.optimizer)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state`."""
         self.generator.module.load_state_dict({k.removeprefix("G."): v for k, v in state.items() if k.startswith("G.")})
         restore_optimizer("adam", self.optimizer, state)

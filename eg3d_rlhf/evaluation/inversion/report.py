@@ -123,7 +123,6 @@ KNEE = 0.5  # dB that the target's own view may lose
 
 
 def facts(setup: Setup) -> Facts:
-    """What every figure states."""
     names = ", ".join(case.name for case in setup.cases[:16])
     unit, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
     return Facts(n=len(setup.cases), unit=unit, seeds=names, networks={"generator": setup.loaded.hash}, interval=interval)
@@ -163,7 +162,6 @@ def verdicts(table: Mapping[str, Mapping], names: Sequence[str], base: str) -> d
 
 
 def verdict_sentences(summary: Mapping, judge: str, features: str) -> list[str]:
-    """Who looked and judged, and what the weights come to."""
     says, table = [f"Perceptual features: {features}. Judge: {judge}."], summary["measures"]
     if len(summary["weights"]) == 1:
         return says

@@ -46,7 +46,6 @@ class Leg(NamedTuple):
 
 
 def legs(config: InversionConfig, weights: Sequence[float]) -> list[Leg]:
-    """What is done for one target, in order."""
     shared = config.w_steps // 2 if config.reward_in_w else config.w_steps
     found = [Leg("w", None, 0, shared)]
     for weight in weights:
@@ -72,7 +71,6 @@ class Setup:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
         return len(self.cases) * sum(leg.last - leg.first for leg in legs(self.config, self.weights))
 
 
@@ -149,7 +147,6 @@ class Inversions:
                     self._checkpoint((*place, step + 1), stage.state())
 
     def _finish(self, stage: LatentStage | PivotalStage, leg: Leg, i: int, objective: Objective) -> None:
-        """Write what a leg of target i came to."""
         setup, case, generator = self.setup, self.setup.cases[i], self.setup.loaded.generator
         folder = self.folder(case)
         if isinstance(stage, LatentStage):
@@ -182,5 +179,4 @@ class Inversions:
 
 
 def write_json(path: Path, record: dict) -> None:
-    """A JSON file, whole or not at all."""
     storage.write_atomic(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())

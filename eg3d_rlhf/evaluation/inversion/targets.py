@@ -40,8 +40,6 @@ class Truth(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A target by name."""
-
     name: str
     target: Target
     truth: Truth | None = None

@@ -170,7 +170,6 @@ class StageBar(contextlib.AbstractContextManager):
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        """End the running bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -10,19 +10,13 @@ import torch
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.attribution.regions import face_partition
 from eg3d_rlhf.evaluation.attribution.report import by_region, diverging, labels_at, picture, slab_index, voxels_at
-from eg3d_rlhf.evaluation.attribution.shapley import agreement, rank_correlation, redrawn
+from eg3d_rlhf.evaluation.attribution.shapley import agreement, redrawn
 from eg3d_rlhf.experiments.pages import ColouredMesh, Layer, mesh_page
 from eg3d_rlhf.geometry.mesh import extract_mesh
 from eg3d_rlhf.rewards.ensembles import build_network
 from eg3d_rlhf.rewards.networks import preset
 
 SPEC = SlabSpec(resolution=48)
-
-
-def test_rank_correlations():
-    a = np.array([1.0, 2, 3, 4])
-    assert rank_correlation(a, 10 * a**3) == pytest.approx(1) and rank_correlation(a, -a, "kendall") == pytest.approx(-1)
-    assert rank_correlation(a, np.ones(4)) is None
 
 
 def test_agreement_per_latent_and_overall():

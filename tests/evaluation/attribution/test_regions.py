@@ -12,14 +12,12 @@ from eg3d_rlhf.evaluation.attribution.regions import (
     FACE_BOXES,
     GROUPS,
     OTHER,
-    Partition,
     back_project,
     face_partition,
     fitted_landmarks,
     from_boxes,
     head_landmarks,
     head_partition,
-    landmark_boxes,
     landmark_partition,
     read_landmarks,
     read_masks,
@@ -62,13 +60,6 @@ def test_left_and_right_mirror():
     assert {name for name, _ in FACE_BOXES} == set(partition.names) - {OTHER}
 
 
-def test_sums_over_regions():
-    partition, volume = face_partition(SPEC), torch.randn(2, *SPEC.shape)
-    sums = partition.sums(volume)
-    torch.testing.assert_close(sums.sum(dim=1), volume.double().flatten(1).sum(dim=1))
-    torch.testing.assert_close(sums[1, 3], volume[1].double()[partition.labels == 3].sum())
-
-
 def test_masks(tmp_path):
     volume = np.zeros(SPEC.shape, dtype=np.uint8)
     volume[:, :5], volume[:, 5:9] = 7, 3
@@ -101,11 +92,6 @@ def test_pickled_masks_are_refused(tmp_path):
         read_masks(tmp_path / "m.npy", SPEC.shape)
 
 
-def test_partition_needs_all_names():
-    with pytest.raises(ValueError, match="0..0"):
-        Partition(names=("a",), labels=torch.ones(2, 2, 2, dtype=torch.int64))
-
-
 def average():
     return head_landmarks(torch.zeros(1, SHAPE_COUNT))[0].double().numpy()
 
@@ -132,13 +118,6 @@ def test_the_whole_head_has_eight_parts_and_nothing_is_left_over():
     nearest = ((torch.from_numpy(points) + 0.5) * 255).round().long()
     held = {face.names[face.labels[z, y, x]] for x, y, z in nearest[33:].tolist()}  # brows, nose, eyes, lips
     assert held == {"face"}
-
-
-def test_boxes_hold_their_landmarks_with_the_margins():
-    points = average()
-    nose = dict(landmark_boxes(points))["nose"]
-    low, high = points[51:60].min(axis=0), points[51:60].max(axis=0)
-    np.testing.assert_allclose(nose, [low[0] - 0.015, high[0] + 0.015, low[1] - 0.015, high[1] + 0.015, low[2] - 0.12, high[2] + 0.03])
 
 
 def test_head_landmarks_lie_on_the_head_and_move_with_its_shape():

@@ -17,7 +17,7 @@ from eg3d_rlhf.evaluation.inversion import command as invert
 from eg3d_rlhf.evaluation.inversion import report
 from eg3d_rlhf.evaluation.inversion import run as running
 from eg3d_rlhf.evaluation.inversion.projector import Objective, cube_of
-from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup, legs
+from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup
 from eg3d_rlhf.evaluation.inversion.targets import Judges, measure, parse_camera, turned
 from eg3d_rlhf.experiments.run import STATS, Run
 from eg3d_rlhf.generators import camera, load_generator
@@ -138,12 +138,6 @@ def test_cameras(generator):
     assert torch.equal(parse_camera(generator, "0.2,-0.1"), camera(generator, 0.2, -0.1))
     text = ",".join(str(v) for v in camera(generator, 0.3)[0].tolist())
     assert torch.allclose(parse_camera(generator, text), camera(generator, 0.3))
-
-
-def test_legs():
-    assert [tuple(leg) for leg in legs(CONFIG, [0.0, 1.0])] == [("w", None, 0, 6), ("pivot", 0.0, 0, 5), ("pivot", 1.0, 0, 5)]
-    half = legs(dataclasses.replace(CONFIG, reward_in_w=True), [1.0])
-    assert [tuple(leg) for leg in half] == [("w", None, 0, 3), ("w", 1.0, 3, 6), ("pivot", 1.0, 0, 5)]
 
 
 # The tool.

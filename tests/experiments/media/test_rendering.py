@@ -16,10 +16,9 @@ from eg3d_rlhf.experiments.media.rendering import (
     distances,
     render,
     shade_depth,
-    tile,
     to_uint8,
 )
-from eg3d_rlhf.experiments.media.video import Film, FilmOptions, LatentWalk, camera_at, write_mp4
+from eg3d_rlhf.experiments.media.video import Film, FilmOptions, LatentWalk, write_mp4
 from eg3d_rlhf.generators import load_generator
 from training.rendering.cameras import FOV_to_intrinsics, LookAtPoseSampler
 
@@ -99,15 +98,6 @@ def test_near_is_bright_and_nothing_is_black():
     assert shade_depth(np.full((2, 2), np.inf)).max() == 0
 
 
-def test_tiles_run_row_by_row():
-    pictures = [np.full((2, 3, 3), i, np.uint8) for i in range(6)]
-    np.testing.assert_array_equal(tile(pictures, 3)[::2, ::3, 0], [[0, 1, 2], [3, 4, 5]])
-
-
-def test_to_uint8_maps_the_range():
-    assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0]).expand(3, 1, 4))[0, :, 0].tolist() == [0, 0, 128, 255]
-
-
 def test_a_walk_passes_its_keyframes_and_closes_smoothly():
     ws = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
     walk = LatentWalk(ws)
@@ -118,12 +108,6 @@ def test_a_walk_passes_its_keyframes_and_closes_smoothly():
     before, after = (walk.at(4.0) - walk.at(4.0 - step)) / step, (walk.at(step) - walk.at(0.0)) / step
     torch.testing.assert_close(before, after, atol=0.05, rtol=0.05)
     torch.testing.assert_close(LatentWalk(ws[:1]).at(0.7), ws[:1])
-
-
-def test_the_swing_closes():
-    cameras = CameraFamily(radius=2.7, pivot=(0.0, 0.0, 0.0))
-    torch.testing.assert_close(camera_at(cameras, 0.0), camera_at(cameras, 1.0), atol=1e-5, rtol=0)
-    torch.testing.assert_close(camera_at(cameras, 0.25), camera(cameras, 0.35, -0.05), atol=1e-5, rtol=0)
 
 
 def test_seeds_of_the_cells():

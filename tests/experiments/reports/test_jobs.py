@@ -1,6 +1,5 @@
 """The frame of every report: findings are kept as JSON, drawn from JSON, and computed again only when what they depend on changes."""
 
-import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -8,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from eg3d_rlhf.experiments import pages, style
-from eg3d_rlhf.experiments.pages import Facts, Finding, Job, csv_text, seed_range
+from eg3d_rlhf.experiments.pages import Facts, Finding, Job
 
 
 def plot(data):
@@ -78,13 +77,6 @@ def test_figures_are_the_same_bytes_again(tmp_path):
         assert (tmp_path / "a" / "figures" / name).read_bytes() == (tmp_path / "b" / "figures" / name).read_bytes()
 
 
-def test_table_is_csv(tmp_path):
-    pages.run([job(Counting(2.0))], tmp_path, quiet=True)
-    with (tmp_path / "data" / "shift.csv").open() as file:
-        assert [float(row["delta"]) for row in csv.DictReader(file)] == [0, 2, 4]
-    assert csv_text([{"a": 1}, {"a": 2, "b": 3}]) == "a,b\n1,\n2,3\n"
-
-
 class Structure(HTMLParser):
     """Ids and addresses of a page."""
 
@@ -111,13 +103,3 @@ def test_page_needs_nothing_from_elsewhere(tmp_path):
     assert {address[1:] for address in structure.addresses if address.startswith("#")} <= set(structure.ids)
     assert "<b>" not in text and "a &lt;b&gt; &amp; c" in text and "n = 3 latents" in text and "abababababab" in text
     assert not re.search(r"url\((?!#)", text) and "<script" not in text
-
-
-def test_unknown_theme_is_refused():
-    with pytest.raises(ValueError, match="light"), style.theme("sepia"):
-        pass
-
-
-@pytest.mark.parametrize(("seeds", "text"), [(range(5, 9), "5..8"), ([1, 3, 9], "3 from 1 to 9")])
-def test_seeds_in_words(seeds, text):
-    assert seed_range(seeds) == text

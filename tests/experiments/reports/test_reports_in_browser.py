@@ -11,7 +11,6 @@ from eg3d_rlhf.evaluation.sweep import Cell
 from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.pages import write_page
 from tests.evaluation.conftest import tiny_comparison, tiny_pair  # noqa: F401 (fixtures)
-from tests.experiments.reports import page_pictures
 from tests.experiments.reports.browsing import Reader
 from tests.experiments.reports.small_attribution import attribution_page
 from tests.people.label.browser import chromium, needs_chromium
@@ -152,9 +151,3 @@ def test_the_map_shows_each_shape_where_it_lies_on_the_sheet(browser, written):
         x, y = (float(part.rstrip("%")) for part in place[0].split())
         number = 2 * (seed - 200_000) + 1
         assert (x, y) == pytest.approx((100 * (number % 20) / 19, 100 * (number // 20)), abs=0.1) and place[1] == "2000% 200%"
-
-
-def test_pictures_for_the_documentation_are_small(browser, written, tmp_path):
-    for name in ("report-evaluate", "report-embed", "report-sweep"):
-        page_pictures.take(browser, written, name, tmp_path)
-        assert 5_000 < (tmp_path / f"{name}.png").stat().st_size <= page_pictures.LIMIT
