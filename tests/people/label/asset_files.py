@@ -44,7 +44,6 @@ def sphere(points: int = 200, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np
 
 
 def pack_glb(document: dict, binary: bytes) -> bytes:
-    """A GLB of its two parts."""
     text = json.dumps(document).encode()
     text += b" " * (-len(text) % 4)
     binary += bytes(-len(binary) % 4)
@@ -56,7 +55,6 @@ def pack_glb(document: dict, binary: bytes) -> bytes:
 
 
 def unpack_glb(data: bytes) -> tuple[dict, bytes]:
-    """The two parts of a GLB."""
     size = struct.unpack_from("<I", data, 12)[0]
     return json.loads(data[20 : 20 + size]), data[28 + size :]
 

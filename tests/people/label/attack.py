@@ -22,7 +22,6 @@ BACK = 5.0  # seconds until one whose connection was closed comes again
 
 
 def client_hello() -> bytes:
-    """The first message of a TLS handshake."""
     context, out = any_server(), ssl.MemoryBIO()
     with contextlib.suppress(ssl.SSLWantReadError):
         context.wrap_bio(ssl.MemoryBIO(), out, server_hostname="localhost").do_handshake()
@@ -71,7 +70,6 @@ class Attack:
             return False
 
     async def run(self, count: int, seconds: float) -> None:
-        """Let them come as fast as they can, and end after so long."""
         kinds = itertools.cycle(kind for kind in KINDS if kind != "handshake" or self.context)
         clients = [asyncio.create_task(self.client(i, next(kinds))) for i in range(count)]
         await asyncio.sleep(seconds)
@@ -81,7 +79,6 @@ class Attack:
 
 
 def main() -> None:
-    """Attack; print the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("port", type=int)
     parser.add_argument("count", type=int)

@@ -29,7 +29,6 @@ ARGUMENTS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--ena
 
 @contextlib.contextmanager
 def chromium() -> Iterator:
-    """A Playwright browser that draws in software."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -58,7 +57,6 @@ def bumpy_ball(seed: int, triangles: int) -> bytes:
 
 
 def plan(pairs: int, training: int = 0) -> list[PlannedPair]:
-    """Pairs of bumpy balls, each of shapes of its own."""
     made = []
     for i in range(training + pairs):
         first = shape("a", 1000 + 2 * i)
@@ -124,7 +122,6 @@ class Page:
         return self
 
     def sign_in(self, token: str, begin: bool = False) -> None:
-        """Log in by the form; `begin`: and close the welcome."""
         self.page.goto(self.url + "/login")
         self.page.fill("#token", token)
         self.page.keyboard.press("Enter")
@@ -161,7 +158,6 @@ class Page:
         return before
 
     def sent(self) -> None:
-        """Wait until every answer has reached the server."""
         self.page.wait_for_function("() => window.labelState.queued === 0", timeout=20_000)
 
     def picture(self, side: str) -> np.ndarray:
@@ -171,7 +167,6 @@ class Page:
         return np.asarray(Image.open(io.BytesIO(self.page.screenshot(clip=clip))).convert("RGB")).astype(int)
 
     def drag(self, side: str, dx: int, dy: int) -> None:
-        """Drag with the mouse from the middle of a viewport."""
         box = self.page.locator(f"#{side}").bounding_box()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         self.page.mouse.move(x, y)
@@ -191,7 +186,6 @@ class Page:
 
 
 def rows(served: Served) -> list:
-    """All judgements, those taken back included."""
     return list(served.store.judgements(include_undone=True))
 
 

@@ -36,13 +36,11 @@ def certificate(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def clock() -> Clock:
-    """A clock that the test sets."""
     return Clock()
 
 
 @pytest.fixture
 def store(tmp_path, clock) -> Iterator[Store]:
-    """An empty store on SQLite, labels.db in the test's folder."""
     with Store.open(f"sqlite:///{tmp_path / 'labels.db'}", clock=clock) as opened:
         yield opened
 

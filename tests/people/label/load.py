@@ -39,7 +39,6 @@ class ServerProcess:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(self.command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL, stderr=log)
@@ -55,15 +54,12 @@ class ServerProcess:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """kill -9."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(30)
 
 
 @dataclass
 class Work:
-    """What the annotators saw."""
-
     acknowledged: dict[tuple[str, str], str] = field(default_factory=dict)  # (annotator, key) -> choice
     sent: Counter = field(default_factory=Counter)  # (annotator, key) -> attempts
     seconds: list[float] = field(default_factory=list)  # of each answered submission
@@ -80,7 +76,6 @@ class Annotator:
         self.rng = random.Random(name)
 
     async def run(self) -> None:
-        """Make `count` judgements."""
         async with self.client:
             page = (await self._send("GET", "/login")).text
             csrf = page.split('name="csrf" value="')[1].split('"')[0]
@@ -106,7 +101,6 @@ class Annotator:
             self.work.refused[response.status_code] += 1
 
     async def _send(self, method: str, path: str, count: tuple[str, str] | None = None, **kwargs) -> httpx.Response:
-        """Ask until there is an answer."""
         end, pause = time.monotonic() + PATIENCE, FIRST_PAUSE
         while True:
             if count:
@@ -137,7 +131,6 @@ async def labour(annotators: list[Annotator], server: ServerProcess, kills: int,
 
 
 def main(url: str, campaign: str, cache: str, static: str, port: str, certificate: str | None = None, key: str | None = None) -> None:
-    """Serve; see the module."""
     from eg3d_rlhf.people.label.server.app import serve
     from eg3d_rlhf.people.label.server.options import AppOptions, Limits
     from eg3d_rlhf.people.label.shape_files import ShapeCache

@@ -17,7 +17,6 @@ _keys = itertools.count()
 
 
 def shape(seed: int, **changes) -> Shape:
-    """A shape of one generator; nothing is drawn."""
     return replace(SHAPE, **{"generator": HASH, "seed": seed, "psi": 0.7, "resolution": 128, "triangles": 30_000, **changes})
 
 
@@ -51,7 +50,6 @@ def singles(count: int, gold: int = 0, training: int = 0, first: int = 0) -> lis
 
 
 def answer(assignment, key: str, choice: Choice = Choice.LEFT, **changes) -> Answer:
-    """An answer to an assigned pair, or to a token."""
     token = assignment if isinstance(assignment, str) else assignment.token
     return Answer(**{"key": key, "assignment": token, "choice": choice, "milliseconds": 1500, **changes})
 
@@ -70,8 +68,6 @@ def answer_all(
 
 
 class Clock:
-    """A clock that tests set."""
-
     def __init__(self, now: float = 1_750_000_000.0):
         self.now = now
 

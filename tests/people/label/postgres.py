@@ -41,20 +41,16 @@ def unprivileged() -> pwd.struct_passwd | None:
 
 
 class PostgresServer:
-    """A running server and the URLs of what is in it."""
-
     def __init__(self, folder: Path, command: list, who: dict):
         self.folder, self.command, self.who = folder, command, who
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        """Start it and wait until it answers. Raises: RuntimeError with its log."""
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, cwd=self.folder, **self.who)
         _wait(self.folder, self.process)
 
     def stop(self) -> None:
-        """Stop it at once, as if its machine had lost power."""
         self.process.send_signal(3)  # SIGQUIT
         self.process.wait(30)
 
@@ -109,7 +105,6 @@ def _wait(folder: Path, process: subprocess.Popen, seconds: float = 30) -> None:
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
-    """A PostgreSQL server for the session."""
     if find_binaries() is None:
         pytest.skip(f"PostgreSQL not found; {REMEDY}")
     pytest.importorskip("psycopg", reason="psycopg not found; pip install 'eg3d-rlhf[postgres]'")

@@ -30,7 +30,6 @@ GENEROUS = Limits(strangers=(1e4, 1e5), guesses=(1e4, 1e5), requests=(1e4, 1e5))
 
 
 def shape(generator: str, seed: int) -> Shape:
-    """A shape of generator 'a' or 'b'."""
     digest = hashlib.sha256(generator.encode()).hexdigest()
     source = f"/secret/{NAMES[generator]}.safetensors"
     return Shape(generator=digest, source=source, seed=seed, psi=0.7125, level=10.25, resolution=128, triangles=30_000)
@@ -57,13 +56,11 @@ def plan(pairs: int, training: int = 2, gold: int = 2) -> list[PlannedPair]:
 
 
 def settings(mode: Mode = Mode.LABEL, **values) -> CampaignSettings:
-    """Settings of the test's campaign."""
     extra = {"network": NAMES["b"]}
     return CampaignSettings(**{"name": f"{NAMES['a']}-against-{NAMES['b']}", "mode": mode, "seed": 3, "extra": extra, **values})
 
 
 def fill(cache: ShapeCache, shapes: Iterable[Shape], vertices: Callable[[Shape], int] = lambda s: 40) -> None:
-    """Prepare shapes."""
     for drawn in shapes:
         cache.put_mesh(drawn, mesh(drawn.seed, vertices(drawn)))
 
@@ -116,7 +113,6 @@ def routes(served: Served, filled: bool = True) -> list[tuple[str, str]]:
 
 
 def login(client: httpx.Client, token: str):
-    """Log in as the page's form does; returns the response."""
     page = client.get("/login").text
     csrf = page.split('name="csrf" value="')[1].split('"')[0]
     return client.post("/login", data={"token": token, "csrf": csrf})
@@ -161,7 +157,6 @@ def build(
 
 
 def static(folder: Path) -> Path:
-    """A page's files."""
     path = folder / "static"
     path.mkdir(exist_ok=True)
     for name in ("index.html", "admin.html"):
@@ -172,7 +167,6 @@ def static(folder: Path) -> Path:
 
 
 def answer(client: httpx.Client, assignment: str, key: str, choice: str = "left", **values):
-    """Send a judgement."""
     body = {"key": key, "assignment": assignment, "choice": choice, "milliseconds": 900, "views": ["front"], "answered_at": 1.7e9,
             "page_version": "t"}
     return client.post("/api/judgements", json={**body, **values})

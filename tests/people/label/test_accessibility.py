@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from eg3d_rlhf.people.label.entities import Mode
 from tests.people.label.browser import Page, needs_chromium, plan
-from tests.people.label.plans import QUIET, singles
+from tests.people.label.plans import QUIET
 from tests.people.label.test_admin_page import judge
 
 pytestmark = needs_chromium
@@ -31,7 +30,6 @@ def faults(page: Page) -> list[tuple]:
 
 
 def until(page: Page, state: str) -> None:
-    """Answer until the page is in a state."""
     for _ in range(20):
         if page.state("state") == state:
             return
@@ -71,15 +69,6 @@ def test_the_label_page_in_all_its_states(serve, page, theme, screen):
     until(label, "finished")
     seen["finished"] = faults(label)
     assert {state: violations for state, violations in seen.items() if violations} == {} and len(seen) >= 9
-
-
-@LONG
-@pytest.mark.parametrize("theme", THEMES)
-@pytest.mark.parametrize("scale", ["thumbs", "scores"])
-def test_single_shapes(serve, page, theme, scale):
-    served = serve(singles(4), mode=Mode.SINGLE, campaign={"scale": scale, **QUIET})
-    label = page(served.url, color_scheme=theme, reduced_motion="reduce").open()
-    assert faults(label) == []
 
 
 @LONG

@@ -62,21 +62,6 @@ def test_disagreement_against_a_plain_loop():
     assert np.all(disagreement(np.repeat(scores[:1], 3, axis=0), pairs) < 1e-12)  # members that agree
 
 
-def test_features_do_not_depend_on_the_order_within_a_pair_nor_on_units():
-    embeddings, pairs = judged().embeddings, candidates(40, np.random.default_rng(1))
-    features = pair_features(embeddings, pairs)
-    assert np.allclose(features, pair_features(embeddings, pairs[:, ::-1]))
-    assert np.allclose(features, pair_features(embeddings * [1, 10, 0.1, 3, 7, 100] + 5, pairs))
-    embeddings[:, 2] = 1.0  # a dead entry says nothing and breaks nothing
-    assert np.isfinite(pair_features(embeddings, pairs)).all()
-
-
-def test_candidates_are_distinct_and_every_seed_is_in_some():
-    pairs = candidates(41, np.random.default_rng(0))
-    assert len({tuple(p) for p in pairs.tolist()}) == len(pairs) and np.all(pairs[:, 0] < pairs[:, 1])
-    assert len(np.unique(pairs)) == 41 and 60 < len(pairs) <= 80
-
-
 def test_without_diversity_each_step_takes_the_greatest_doubt_left():
     data, pairs = judged(), candidates(40, np.random.default_rng(1))
     chosen = select(data, pairs, 8, diversity=0.0)
@@ -99,26 +84,6 @@ def test_with_diversity_alone_each_step_takes_the_farthest_pair_left():
         assert tuple(pair) == max(far, key=far.get) and distance == pytest.approx(far[tuple(pair)])
         taken.append(tuple(pair))
     assert chosen.distance[0] == np.inf
-
-
-def test_diversity_trades_doubt_for_spread():
-    data, pairs = judged(400), candidates(400, np.random.default_rng(1))
-    plain, mixed = (select(data, pairs, 50, diversity) for diversity in (0.0, 0.6))
-    everyone = disagreement(data.scores, pairs).mean()
-    assert plain.disagreement.mean() > mixed.disagreement.mean() > 1.2 * everyone
-    spread = [
-        min(np.linalg.norm(a - b) for a, b in itertools.combinations(pair_features(data.embeddings, s.pairs), 2)) for s in (plain, mixed)
-    ]
-    assert spread[1] > spread[0]
-
-
-def test_a_pool_of_two_is_always_enough_and_less_is_told():
-    for count in (1, 2, 3, 5, 30):
-        for seed in range(10):
-            data, pairs = judged(4 * count, seed=seed), candidates(4 * count, np.random.default_rng(seed))
-            assert len(np.unique(select(data, pairs, count, 0.3).pairs)) == 2 * count
-    with pytest.raises(ValueError, match="Raise the pool"):
-        select(judged(4), candidates(4, np.random.default_rng(0)), 3, 0.3)
 
 
 def test_scores_are_those_of_the_rewards_over_their_temperature(generator, rewards):

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,10 @@ from PIL import Image
 
 from eg3d_rlhf.people.label.assets.collection import Asset, Collection, balanced, conditions, plan_assets, read_collection
 from eg3d_rlhf.people.label.commands import main
-from eg3d_rlhf.people.label.entities import CampaignSettings, Kind
+from eg3d_rlhf.people.label.entities import Kind
 from eg3d_rlhf.people.label.pairing import PairingOptions
-from eg3d_rlhf.people.label.preparation import AssetDrawer, Preparation, prepare, prepare_prompts
+from eg3d_rlhf.people.label.preparation import AssetDrawer, prepare, prepare_prompts
 from eg3d_rlhf.people.label.shape_files import ShapeCache
-from eg3d_rlhf.people.label.store import Store
 from tests.people.label import asset_files as files
 from tests.people.label import serving
 
@@ -72,20 +70,6 @@ def test_a_list_names_assets_seeds_and_prompts(tmp_path):
         read_collection(root / "list.jsonl")
 
 
-def test_a_drawn_folder_pairs_the_seeds_of_each_condition(tmp_path):
-    lines = []
-    for number in range(6):
-        (tmp_path / f"{number}.ply").write_bytes(files.splats(50, seed=number))
-        lines.append({"condition": f"thing {number // 3}", "rank": None, "latents": "x", "seed": 100 + number, "look_at": f"{number}.ply"})
-    (tmp_path / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    collection = read_collection(tmp_path)
-    assert collection.generators == [tmp_path.name] and {a.seed for a in collection.assets} == set(range(100, 106))
-    planned = plan_assets(PairingOptions(pairs=100, gold=0, training=0), collection)
-    assert Counter(pair.first.condition for pair in planned.pairs) == {"thing 0": 3, "thing 1": 3}
-    assert all(pair.first.condition == pair.second.condition and pair.first.seed != pair.second.seed for pair in planned.pairs)
-    assert conditions(collection)["thing 0"] == {"text": "thing 0", "image": None}
-
-
 def made_up(generators: int, prompts: int, seeds: int = 1) -> Collection:
     """Assets of which nothing is read."""
     return Collection([
@@ -125,13 +109,6 @@ def test_pairs_end_where_there_are_no_more_and_equal_files_do_not_meet():
     with pytest.raises(ValueError, match="expected at least two assets of one prompt that differ, got none"):
         plan_assets(PairingOptions(pairs=3), made_up(1, 5))
     assert list(balanced({}, np.random.default_rng(0))) == []
-
-
-def test_single_assets_are_judged_one_by_one():
-    planned = plan_assets(PairingOptions(pairs=6, single="scores", gold=0, training=2), made_up(3, 4)).pairs
-    shown = [pair for pair in planned if pair.kind is Kind.PAIR]
-    assert all(pair.first == pair.second for pair in planned) and Counter(p.first.generator for p in shown) == {"g0": 2, "g1": 2, "g2": 2}
-    assert all(pair.first.degradation and pair.expected == "second" for pair in planned if pair.kind is Kind.TRAINING)
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -223,21 +200,3 @@ def test_a_file_that_changed_since_planning_is_not_shown_until_it_is_restored(tm
         if content != before:
             wrong = "the file that the campaign was planned with, got a changed one" if content else "a file, got: No such file"
             assert f"chair.glb: expected {wrong}" in said["reason"]
-
-
-@pytest.mark.long
-def test_the_worker_prepares_assets_and_prompts(tmp_path):
-    collection = read_collection(folder_of(tmp_path / "assets"))
-    url, cache = f"sqlite:///{tmp_path / 'labels.db'}", ShapeCache(tmp_path / "cache")
-    with Store.open(url) as store:
-        extra = {"conditions": conditions(collection)}
-        store.create_campaign(CampaignSettings(name="c", extra=extra), plan_assets(PairingOptions(), collection).pairs)
-    worker = Preparation(url, "c", cache, nice=0)
-    worker.start()
-    until = time.monotonic() + 120
-    while worker.running and time.monotonic() < until:
-        time.sleep(0.1)
-    progress = worker.progress()
-    worker.stop()
-    assert progress["finished"] and progress["failed"] == 0 and progress["error"] is None, progress
-    assert cache.prompt(collection.prompts["chair"].hash)

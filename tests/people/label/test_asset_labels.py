@@ -4,10 +4,8 @@ import json
 import math
 
 import pytest
-from click.testing import CliRunner
 
 from eg3d_rlhf.people.label.archive import export_ranked_seeds
-from eg3d_rlhf.people.label.commands import main
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import export_assets, preferences_of
@@ -123,11 +121,3 @@ def test_files_are_never_taken_for_seeds(five, tmp_path):
     store.create_campaign(CampaignSettings(name="seeds"), plan_of_seeds(2))
     with pytest.raises(ValueError, match="--kind=rankings: expected judgements of assets, got none"):
         export_assets(store, tmp_path / "x.jsonl", "rankings", campaign="seeds")
-
-
-def test_the_command_writes_them(five, tmp_path):
-    url = f"--db=sqlite:///{tmp_path / 'labels.db'}"
-    done = CliRunner().invoke(main, ["export", str(tmp_path / "p.jsonl"), "--kind=asset-pairs", "--campaign=assets", url])
-    assert done.exit_code == 0 and done.output.endswith("p.jsonl: 7 lines written\n") and len(lines(tmp_path / "p.jsonl")) == 7
-    done = CliRunner().invoke(main, ["export", str(tmp_path / "p.csv"), "--kind=rankings", url])
-    assert done.exit_code == 2 and "expected a name with .jsonl for --kind=rankings" in done.output

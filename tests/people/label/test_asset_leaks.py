@@ -109,20 +109,6 @@ def test_the_two_of_a_pair_have_one_length_and_the_same_headers(study):
     assert any(abs(on_disk[a] - on_disk[b]) > GRAIN for a, b in study.store.pairs(study.campaign))
 
 
-def test_the_design_states_every_files_hash(made):
-    designed, said, root = made
-    content = designed.to_dict()
-    assert designed.shapes == len(content["assets"]) == 2 * PROMPTS + 1
-    assert any("2 assets are left out" in text for text in said)
-    for row in content["assets"]:
-        assert all(len(row[side]["hash"]) == 64 and row[side]["file"].startswith(str(root)) for side in "ab")
-    path = root / "design.json"
-    design.write_design(path, designed)
-    again = design.read_design(path)
-    assert again.hash == designed.hash and design.study_pairs(again) == design.study_pairs(designed)
-    assert json.loads(path.read_text())["hash"] == designed.hash
-
-
 def test_a_changed_file_is_refused_and_a_study_is_begun_and_gone_on_with(tmp_path):
     a, b = folders(tmp_path / "assets")
     folder, flags = commands.Folder(tmp_path / "study"), flags_of(a, b)

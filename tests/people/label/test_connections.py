@@ -1,7 +1,6 @@
 """Time-outs and places of connections: small numbers, quick; thousands are in test_slow_connections.py."""
 
 import contextlib
-import logging
 import os
 import resource
 import socket
@@ -20,7 +19,6 @@ REFUSED = b"POST /api/undo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n
 
 
 def connect(served, data: bytes = b"") -> socket.socket:
-    """A connection that sends this and no more."""
     parts = urlsplit(served.url)
     made = socket.create_connection((parts.hostname, parts.port), timeout=5)
     made.sendall(data)
@@ -114,30 +112,13 @@ def test_no_descriptors_are_no_news(tmp_path, caplog):
         assert 1 <= len([m for m in caplog.messages if "cannot accept" in m]) == len(caplog.messages) <= 5
 
 
-def test_garbage_is_noted_a_few_times(tmp_path, caplog):
-    SPARING._seen.clear()
-    with serving.running(tmp_path) as served:
-        logger = logging.getLogger("uvicorn.error")
-        logger.addHandler(caplog.handler)
-        try:
-            for _ in range(50):
-                with connect(served, b"\0\r\n\r\n") as connection:
-                    assert connection.recv(4096).startswith(b"HTTP/1.1 400")
-        finally:
-            logger.removeHandler(caplog.handler)
-    assert 1 <= len([m for m in caplog.messages if "Invalid HTTP request" in m]) <= 5
-
-
 @dataclass(eq=False)
 class Member:
-    """Of a pool."""
-
     key: str
     closed: list[str] = field(default_factory=list)
     deadline: float = 0.0
 
     def close(self) -> None:
-        """Note it."""
         self.closed.append(self.key)
 
 

@@ -21,13 +21,9 @@ from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import (
     LabelFilters,
     export_labels,
-    is_store_url,
     label_source,
-    labels_source,
     preferences_of,
     read_preferences,
-    source_stem,
-    without_password,
 )
 from eg3d_rlhf.preferences.labels import load_labels
 from eg3d_rlhf.rewards.training_run import read_labels
@@ -64,14 +60,6 @@ def test_the_published_table_comes_in_within_two_seconds_and_goes_out_unchanged(
     assert {(p.generator, p.psi, p.annotator) for p in labels} == {(None, None, "imported")}
     left = sum(p.extra["side"] == "left" for p in labels)
     assert abs(left - 2173) < 200  # sides are not in the table: drawn, not all on one
-
-
-@pytest.mark.long
-def test_a_table_comes_into_postgresql_as_well(table, postgres_url, tmp_path):
-    with Store.open(postgres_url) as store:
-        assert import_ranked_seeds(store, table) == 4346
-        export_ranked_seeds(store, tmp_path / "again.csv")
-    assert (tmp_path / "again.csv").read_bytes() == table.read_bytes()
 
 
 def test_row_numbers_of_a_table_are_kept(store, tmp_path):
@@ -278,15 +266,6 @@ def test_what_is_no_export_is_refused(store, tmp_path):
             import_judgements(store, tmp_path / f"{name}.jsonl")
     with pytest.raises(ValueError, match="one of the store's, got 'x'"):
         export_judgements(store, tmp_path / "x.jsonl", "x")
-
-
-def test_urls_are_told_from_files():
-    assert [is_store_url(s) for s in ("sqlite:///a.db", "postgresql://h/d", "postgresql+psycopg://h/d", "a.jsonl", Path("a"))] == [
-        True, True, True, False, False,
-    ]  # fmt: skip
-    assert labels_source("sqlite:///a/b.db") == "sqlite:///a/b.db" and labels_source("a/b.csv") == Path("a/b.csv")
-    assert [source_stem(s) for s in ("sqlite:///a/b.db", "postgresql://u:p@h/heads?x=/y", Path("x/l.csv"))] == ["b", "heads", "l"]
-    assert without_password("postgresql://ann:secret@host/db") == "postgresql://ann:***@host/db"
 
 
 # --- nothing that may be learnt from shows held-out seeds: new campaigns, tables and archives that are imported; studies may

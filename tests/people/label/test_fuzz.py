@@ -19,7 +19,6 @@ BOUNDED = hypothesis.settings(
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A server on loopback."""
     with serving.running(tmp_path_factory.mktemp("fuzz"), pairs=40, limits=GENEROUS) as served:
         yield served
 

@@ -59,7 +59,6 @@ def check(url: str, work: Work, total: int) -> None:
 
 
 def figures(work: Work, **more) -> dict:
-    """What is measured, for the record."""
     ms = 1000 * np.array(work.seconds)
     resent = sum(n > 1 for n in work.sent.values())
     p50, p95, p99 = (round(float(np.percentile(ms, q)), 1) for q in (50, 95, 99))

@@ -7,7 +7,6 @@ from tests.people.label.browser import needs_chromium, plan, rows
 from tests.people.label.plans import QUIET, answer
 
 pytestmark = needs_chromium
-STAGE = "document.querySelector('.stage').offsetHeight / innerHeight"
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
@@ -89,24 +88,6 @@ def test_an_old_answer_is_looked_at_and_changed_by_a_further_record(serve, page)
 
 
 @pytest.mark.long
-def test_the_list_goes_back_a_page_at_a_time(serve, page):
-    served = serve(plan(60), campaign=QUIET)
-    who = served.store.annotator_without_token("local").id
-
-    for k in range(45):
-        served.store.submit(served.campaign, who, answer(served.store.assignments(served.campaign, who, 1)[0], f"k{k}"))
-    label = page(served.url).open()
-    label.page.keyboard.press("a")
-    for shown in (20, 40, 45):
-        label.page.wait_for_function("count => document.querySelectorAll('#ownList li').length === count", arg=shown)
-        if shown < 45:
-            label.page.get_by_role("button", name="Older ones").click()
-    assert not label.page.locator("#ownOlder").is_visible()
-    found = label.page.eval_on_selector_all("#ownList button", "all => all.map(one => one.dataset.assignment)")
-    assert len(set(found)) == 45
-
-
-@pytest.mark.long
 def test_names_come_after_the_answer_and_the_answer_stays(serve, page):
     served = serve(plan(6), campaign={**QUIET, "reveal": True})
     label = page(served.url).open()
@@ -132,36 +113,6 @@ def test_names_come_after_the_answer_and_the_answer_stays(serve, page):
     label.ready("explained")
     label.ready()  # by itself, after a moment
     assert [row.choice for row in counting(served)] == ["left", "right"]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("size", [(360, 640), (844, 390)])
-def test_everything_is_within_reach_of_a_thumb(serve, page, size):
-    served = serve(plan(6), campaign={**QUIET, "both_bad": True, "questions": ("geometry", "texture", "prompt")})
-    label = page(served.url, viewport=dict(zip(("width", "height"), size, strict=True)), has_touch=True, is_mobile=True).open()
-    for choice in ("left", "right", "tie"):
-        label.page.wait_for_timeout(600)
-        label.page.locator(f"[data-choice={choice}]").tap()
-    label.page.wait_for_timeout(600)
-    label.page.get_by_role("button", name="View", exact=True).tap()
-    label.page.locator("#comment").tap()
-    label.page.locator("#commentText").fill("ok")
-    label.page.locator("#commentDialog .primary").tap()
-    label.page.wait_for_timeout(600)
-    before = label.state("pair.assignment")
-    label.page.locator("#bad").tap()
-    label.page.wait_for_function("before => window.labelState.pair?.assignment !== before", arg=before)
-    label.sent()
-    (row,) = rows(served)
-    assert (row.choice, row.comment) == ("bad", "ok") and row.votes == {"geometry": "left", "texture": "right", "prompt": "tie"}
-    label.page.get_by_role("button", name="More").tap()
-    label.page.locator("#ownAnswers").tap()
-    label.page.locator("#ownList button").first.tap()
-    label.ready()
-    assert label.page.locator("#backToWork").is_visible() and label.page.evaluate(STAGE) >= 0.4, "shapes stay large"
-    label.page.locator("#backToWork").tap()
-    label.ready()
-    assert not label.page.locator("#backToWork").is_visible() and label.page.evaluate(STAGE) >= 0.4
 
 
 def test_results_show_questions_and_comments_as_text(serve, page):

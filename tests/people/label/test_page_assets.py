@@ -164,7 +164,6 @@ def test_memory_is_steady_over_fifty_pairs(serve, page, made):
 
 
 def _memory(label: Page) -> dict:
-    """Figures of the page after a collection of garbage."""
     wire = label.context.new_cdp_session(label.page)
     wire.send("HeapProfiler.collectGarbage")
     wire.send("Performance.enable")

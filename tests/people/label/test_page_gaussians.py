@@ -98,7 +98,6 @@ def cloud(count: int, degree: int, seed: int) -> Splats:
 
 
 def gsp1(splats: Splats) -> bytes:
-    """As it lies in the cache."""
     return compress(b"".join(bytes(part) for part in splat_parts(splats)))
 
 

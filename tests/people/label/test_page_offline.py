@@ -21,7 +21,6 @@ class Switched:
         self.start()
 
     def start(self) -> None:
-        """Listen."""
         self.socket = listen("127.0.0.1", self.port)
         self.port = self.socket.getsockname()[1]
         self.server = uvicorn.Server(configure(create_app(self.served.options)))
@@ -30,7 +29,6 @@ class Switched:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def stop(self) -> None:
-        """Nobody listens any more."""
         self.server.should_exit = self.server.force_exit = True
         self.thread.join(10)
         self.socket.close()

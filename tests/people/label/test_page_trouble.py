@@ -3,48 +3,10 @@
 import pytest
 
 from eg3d_rlhf.people.label.shape_files import ShapeCache
-from tests.people.label.browser import bumpy_ball, needs_chromium, plan, rows, small
+from tests.people.label.browser import bumpy_ball, needs_chromium, plan, rows
 from tests.people.label.plans import QUIET
 
 pytestmark = needs_chromium
-
-
-@pytest.mark.long
-def test_answers_wait_for_the_connection(serve, page):
-    served = serve(plan(20))
-    label = page(served.url).open()
-    label.ready(ahead=4)
-    label.offline = True
-    label.context.set_offline(True)
-    given = [label.press("ArrowLeft") for _ in range(3)]
-    label.press("u")
-    assert label.state("pair.assignment") == given[2]
-    assert label.press("ArrowRight") == given[2]
-    label.page.wait_for_function("() => document.querySelector('#queue').textContent === '5 waiting to be sent'")
-    assert label.page.is_visible("#queue") and label.state("done") == 3 and rows(served) == []
-    label.context.set_offline(False)
-    label.sent()
-    assert not label.page.is_visible("#queue")
-    assert [(r.assignment, r.choice.value, r.undone) for r in rows(served)] == [
-        (given[0], "left", False), (given[1], "left", False), (given[2], "left", True), (given[2], "right", False)
-    ]  # fmt: skip
-
-
-@pytest.mark.long
-def test_an_ended_session_keeps_what_waits(serve, page):
-    served = serve(plan(8), exposed=True)
-    token = served.store.add_annotator("ada")
-    label = page(served.url)
-    label.sign_in(token, begin=True)
-    label.context.clear_cookies()
-    label.answer("ArrowLeft")
-    label.page.wait_for_url("**/login")
-    assert rows(served) == []
-    label.sign_in(token)
-    label.ready()
-    label.sent()
-    assert [(r.annotator, r.choice.value) for r in rows(served)] == [("ada", "left")]
-    label.forgive("401")
 
 
 def test_a_pair_answered_in_another_window_is_passed_over(serve, page):
@@ -114,29 +76,3 @@ def test_waiting_for_shapes_and_the_end(tmp_path, serve, page):
     assert "thank you" in label.page.inner_text("#notice") and len(rows(served)) == 3
     label.press("u")
     assert label.state("state") == "label", "the last answer can still be taken back"
-
-
-@pytest.mark.long
-def test_practice_comes_first_even_where_only_other_shapes_are_ready(tmp_path, serve, page):
-    planned = plan(3, training=2)
-    lessons = [s for p in planned[:2] for s in (p.first, p.second)]
-    served = serve(planned, lambda shape: None if shape in lessons else small(shape))
-    label = page(served.url)
-    label.page.goto(served.url)
-    label.ready("waiting")
-    assert "Practice comes first." in label.page.inner_text("#notice")
-    cache = ShapeCache(tmp_path / "cache")
-    cache.put_failure(lessons[0], "no surface")
-    for shape in lessons[1:]:
-        cache.put_mesh(shape, small(shape))
-    label.ready()
-    assert label.state("pair.training")
-    label.page.keyboard.press("Enter")
-    label.page.wait_for_selector("#toast:not([hidden])")
-    assert "Practice cannot be shown in full" in label.page.inner_text("#toast")
-    label.answer("ArrowDown")
-    label.ready("explained")
-    assert "is better" in label.page.inner_text("#explanationTitle") and label.page.locator(".better").count() == 1, "after a tie, too"
-    label.answer("Enter")
-    label.ready()
-    assert not label.state("pair.training")

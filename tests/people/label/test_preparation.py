@@ -1,7 +1,6 @@
 """The worker as a process: it draws a campaign of a real database, and ends with its parent however that ends."""
 
 import gzip
-import json
 import os
 import signal
 import subprocess
@@ -10,12 +9,11 @@ import time
 from dataclasses import replace
 
 import pytest
-from click.testing import CliRunner
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.people.label.entities import CampaignSettings, PlannedPair
-from eg3d_rlhf.people.label.preparation import Preparation, main
+from eg3d_rlhf.people.label.preparation import Preparation
 from eg3d_rlhf.people.label.shape_files import ShapeCache
 from eg3d_rlhf.people.label.store import Store
 from tests.people.label.plans import decode_mesh, numbered
@@ -66,30 +64,6 @@ def alive(pid: int) -> bool:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-@pytest.mark.long
-def test_a_campaign_is_prepared_in_another_process(campaign, tmp_path):
-    url = campaign(3, show_render=True, broken=2)
-    work = Preparation(url, "first", tmp_path / "cache")
-    assert work.progress()["running"] is False and work.progress()["done"] == 0
-    work.start()
-    first = work._process.pid
-    work.start()
-    assert work._process.pid == first != os.getpid() and work.running
-    wait_until(lambda: not work.running, "the worker's end")
-    progress = work.progress()
-    assert progress.pop("seconds_per_shape") > 0 and "expected sigma on both sides" in progress.pop("reason")
-    assert progress == {
-        "campaign": "first", "done": 5, "total": 6, "failed": 1, "seconds_left": 0.0, "finished": True, "error": None, "running": False,
-    }, work.log.read_text()
-    cache = ShapeCache(tmp_path / "cache")
-    for number, shape in enumerate(planned(url)):
-        assert (cache.mesh(shape) is None) is (number == 2) and (cache.failure(shape) is not None) is (number == 2)
-        if number != 2:
-            assert 400 <= len(decode_mesh(gzip.decompress(cache.mesh(shape).read_bytes()))[1]) <= 550 and cache.render(shape) is not None
-    work.ensure()
-    assert not work.running  # it was done: nothing to restart
 
 
 def test_what_stops_the_worker_is_reported_and_it_is_not_restarted_for_ever(tmp_path, monkeypatch):
@@ -168,11 +142,3 @@ def test_stop_ends_it_at_once_and_no_process_list_shows_the_databases_password(t
     work.stop()
     work.stop()
     assert not alive(worker) and not work.running and work.progress()["finished"] is False
-
-
-def test_the_worker_runs_by_hand_and_tells_users_errors_in_a_line(tmp_path):
-    nice = f"--nice={os.nice(0) and 0}"  # the test's own process is not slowed down
-    result = CliRunner().invoke(main, [f"--url=sqlite:///{tmp_path}/none.db", "--campaign=x", f"--cache={tmp_path}", nice])
-    assert result.exit_code == 2 and result.output.startswith("Error: ") and "Traceback" not in result.output
-    (written,) = tmp_path.glob("progress-*.json")
-    assert json.loads(written.read_text())["error"]

@@ -1,30 +1,19 @@
 """Rounds whose labels come from people: the run makes a campaign and ends, refuses to go on without answers, and tunes with them."""
 
-import re
 import shlex
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.people.label.commands import main as label_main
-from eg3d_rlhf.people.label.entities import Answer, Choice, Kind
+from eg3d_rlhf.people.label.entities import Answer, Choice
 from eg3d_rlhf.people.label.launch import label_command, round_labels
-from eg3d_rlhf.people.label.server.identity import kept_secret
-from eg3d_rlhf.people.label.server.served_shapes import Addresses
-from eg3d_rlhf.people.label.shape_files import ShapeCache
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.preferences.labels import load_labels
-from eg3d_rlhf.rewards.reward import load_reward
 from tests import tiny_rounds, tiny_runs
-from tests.people.label.browser import needs_chromium, small
 
 CAMPAIGN = "round-1"
 
@@ -100,56 +89,3 @@ def test_labels_of_another_generator_are_refused(begun, tiny_networks):
     answer(url, 99)
     with pytest.raises(ValueError, match="round-1: expected judgements of generator .* Another network was labelled: restore the database"):
         round_labels(url, CAMPAIGN, load_generator(tiny_networks), 8)
-
-
-@pytest.mark.long
-@needs_chromium
-def test_a_whole_round_on_labels_from_the_page(begun, shaped, page, repo, tmp_path):
-    folder, url = begun(60)
-    with Store.open(url, create=False) as store:
-        shapes = dict(store.shapes(store.campaign(CAMPAIGN).id))
-    for shape in shapes.values():  # stand-ins, so that nothing has to be drawn
-        ShapeCache(tmp_path / "cache").put_mesh(shape, small(shape))
-    better = solidity(shaped, sorted({shape.seed for shape in shapes.values()}))
-    served = subprocess.Popen(
-        [sys.executable, *shlex.split(label_command(url, CAMPAIGN))[1:], "--port=0", f"--cache={tmp_path / 'cache'}"], cwd=repo,
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        line = next(line for line in served.stdout if "label at" in line)
-        label = page(re.search(r"http://127\.0\.0\.1:\d+", line).group()).open()
-        addresses = Addresses(kept_secret(tmp_path / "cache" / "server.key"), shapes)
-        while label.state("state") != "finished":
-            left, right = (shapes[addresses.asset(label.state(f"pair.{side}"))] for side in ("left", "right"))
-            if left.seed == right.seed:  # one of the two was damaged on purpose
-                key = "ArrowRight" if left.degradation else "ArrowLeft"
-            else:
-                key = "ArrowLeft" if better[left.seed] > better[right.seed] else "ArrowRight"
-            before = label.state("pair.assignment")
-            label.answer(key)
-            shown = "before => window.labelState.pair?.assignment !== before || window.labelState.state === 'explained'"
-            label.page.wait_for_function(shown, arg=before, timeout=20_000)
-            if label.state("state") == "explained":
-                label.answer("Enter")
-            label.page.wait_for_function("() => ['label', 'finished'].includes(window.labelState.state)", timeout=20_000)
-        label.sent()
-    finally:
-        served.send_signal(signal.SIGINT)
-        served.communicate(timeout=60)
-    result = tiny_runs.run(f"--resume={folder}")
-    assert result.exit_code == 0, result.output
-    labels = load_labels(folder / "round-1" / "labels.jsonl")
-    assert len({label.extra["pair"] for label in labels}) == 60 and {label.extra["kind"] for label in labels} >= {Kind.PAIR.value}
-    assert all(better[label.winner] > better[label.loser] for label in labels)
-    (entry,) = tiny_rounds.ledger_of(folder)
-    reward = load_reward(folder / "round-1" / "reward" / "reward.safetensors")
-    assert entry["labels"]["count"] == len(labels) and reward.provenance["generator"] == load_generator(shaped).hash
-    assert sum(entry["reward"]["splits"].values()) == len(labels)
-    assert entry["tuned"]["images"] == 8 and entry["tuned"]["generator"] == load_generator(folder / "round-1" / "tuning").hash
-
-
-def solidity(network: Path, seeds: list[int]) -> dict[int, float]:
-    """How much of the cube each seed fills, which the scripted annotator likes."""
-    generator = load_generator(network).generator
-    cubes = generator.field(ws_of_seeds(generator, seeds)).density_grid(SlabSpec.of(generator.bounds, 16))
-    return dict(zip(seeds, np.asarray(cubes.flatten(1).mean(1)).tolist(), strict=True))

@@ -40,16 +40,6 @@ def test_the_session_cookie_is_kept_from_scripts_and_other_sites(exposed):
     assert exposed.tokens["ann"] not in str(response.headers) and response.headers["location"] == "/"
 
 
-def test_sessions_end(tmp_path):
-    now = [1e9]
-    with serving.running(tmp_path, exposed=True, limits=Limits(session_seconds=60), clock=lambda: now[0]) as served:
-        page = served.browser(served.store.add_annotator("ann"))
-        now[0] += 59
-        assert page.get("/api/session").status_code == 200
-        now[0] += 2
-        assert page.get("/api/session").status_code == 401
-
-
 def test_an_annotator_is_no_admin(exposed):
     ann = exposed.client(exposed.tokens["ann"])
     admins_only = [(m, p) for m, p in routes(exposed) if "admin" in p]

@@ -2,14 +2,13 @@
 
 import gzip
 import os
-import time
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from eg3d_rlhf.people.label.entities import Shape
-from eg3d_rlhf.people.label.preparation import ShapeProgress, prepare, progress_file
+from eg3d_rlhf.people.label.preparation import prepare
 from eg3d_rlhf.people.label.shape_files import ShapeCache, compress, encode_mesh, shape_key
 from tests.people.label.plans import SHAPE, decode_mesh, numbered
 
@@ -36,11 +35,6 @@ def test_positions_are_half_a_step_off_at_most_and_indices_exact(vertices, faces
     found, found_faces = decode_mesh(encode_mesh(points, triangles))
     assert np.all(np.abs(found - points) <= 0.51 * np.ptp(points, axis=0) / 65535 + 1e-6 * np.abs(points).max(axis=0))  # float32 header
     assert np.array_equal(found_faces, triangles)
-
-
-def test_a_flat_mesh_has_no_extent_along_its_normal():
-    points = np.array([[0, 0, 0.25], [1, 0, 0.25], [0, 1, 0.25]])
-    assert np.allclose(decode_mesh(encode_mesh(points, [[0, 1, 2]]))[0], points)
 
 
 @pytest.mark.parametrize(("points", "faces", "text"), [
@@ -94,16 +88,6 @@ def test_a_file_that_is_being_written_is_not_there(cache, monkeypatch):
     with pytest.raises(OSError, match="killed here"):
         cache.put_mesh(SHAPE, b"mesh")
     assert seen == [None] and cache.mesh(SHAPE) is None
-
-
-def test_only_old_leftovers_are_removed(cache):
-    folder = cache.put_mesh(SHAPE, b"mesh").parent
-    old, fresh = folder / ".old.1.tmp", folder / ".fresh.2.tmp"
-    for path in (old, fresh):
-        path.write_bytes(b"half")
-    os.utime(old, (time.time() - 7200,) * 2)
-    cache.remove_leftovers()
-    assert not old.exists() and fresh.exists() and cache.mesh(SHAPE) is not None
 
 
 # ---- working through a plan: in order, once each, on from where it was, past what cannot be drawn
@@ -177,14 +161,3 @@ def test_the_progress_adds_up_after_every_shape(cache):
     for t in told[1:]:
         assert t["seconds_left"] == pytest.approx(t["seconds_per_shape"] * (t["total"] - t["done"] - t["failed"]))
     assert [t["finished"] for t in told] == [False] * 4 + [True]
-
-
-def test_progress_is_read_as_it_was_written_by_each_campaign(cache):
-    path, progress = cache.folder / "progress.json", ShapeProgress(campaign="one", done=1, total=3, seconds_per_shape=0.5)
-    assert ShapeProgress.read(path) is None
-    progress.write(path)
-    assert ShapeProgress.read(path) == progress
-    path.write_text('{"campaign": "one", "colour": 3}')
-    assert ShapeProgress.read(path) is None
-    files = {progress_file(cache, url, name) for url in ("sqlite:///a.db", "postgresql://u:secret@h/d") for name in ("one", "two")}
-    assert len(files) == 4 and not any("secret" in file.name for file in files)

@@ -1,12 +1,9 @@
 """Shapes judged one by one: planned, answered on their own scale, checked like pairs, exported as unpaired labels."""
 
-import json
 
 import pytest
-from click.testing import CliRunner
 
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.people.label import commands
 from eg3d_rlhf.people.label.archive import export_judgements, import_judgements
 from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, Kind, Mode, PlannedPair
 from eg3d_rlhf.people.label.pairing import PairingOptions
@@ -15,7 +12,6 @@ from eg3d_rlhf.people.label.quality import quality_report
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import LabelFilters, export_labels, export_unpaired, preferences_of
 from eg3d_rlhf.preferences.unpaired import load_unpaired
-from tests.people.label import serving
 from tests.people.label.plans import answer_all, shape, singles
 
 
@@ -98,40 +94,3 @@ def test_the_plan_shows_each_seed_once_and_checks_are_broken():
     known = [pair for pair in planned if pair.kind is not Kind.PAIR]
     assert len(known) == 6 and all(pair.first.degradation and pair.expected == "second" for pair in known)
     assert all("broken on purpose" in pair.explanation for pair in known if pair.kind is Kind.TRAINING)
-
-
-def test_the_command_plans_and_exports(tmp_path, monkeypatch):
-    served = []
-    monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", lambda options, *args, **kwargs: served.append(options))
-    db = f"sqlite:///{tmp_path / 'labels.db'}"
-
-    def run(*flags):
-        return CliRunner().invoke(commands.main, [f"--db={db}", *flags])
-
-    done = run("--single=thumbs", "--pairs=6", "--campaign=one", "--gold=0", "--training=0")
-    assert done.exit_code == 0 and "planning 6 shapes" in done.stdout, done.output
-    assert run("--campaign=one").exit_code == 0 and len(served) == 2
-    refused = run("--single=scores", "--campaign=one")
-    assert refused.exit_code == 2 and "--single: expected thumbs, with which campaign 'one' was planned" in refused.stderr
-    with Store.open(db) as store:
-        answer_all(store, 1, store.annotator_without_token("ann").id, lambda shown, _: Choice.UP if shown.seed % 2 else Choice.DOWN)
-    out = tmp_path / "labels.jsonl"
-    assert run("export", str(out), "--kind=unpaired", "--drop-repeats").exit_code == 0
-    assert len(load_unpaired(out)) == 6
-    wrong = run("export", str(tmp_path / "labels.csv"), "--kind=unpaired")
-    assert wrong.exit_code == 2 and "expected a name with .jsonl for --kind=unpaired" in wrong.stderr
-
-
-def test_the_server_says_the_scale_and_takes_its_answers_alone(tmp_path):
-    campaign = {"scale": "thumbs", "swap_share": 0}
-    with serving.running(tmp_path, planned=singles(3), mode=Mode.SINGLE, campaign=campaign) as served:
-        client = served.browser()
-        session = client.get("/api/session").json()
-        assert (session["mode"], session["scale"]) == ("single", "thumbs")
-        given = client.get("/api/assignments").json()["assignments"][0]
-        wrong = serving.answer(client, given["assignment"], "k1", "left")
-        assert wrong.status_code == 422 and "expected one of up, down or skip" in wrong.json()["error"]
-        assert serving.answer(client, given["assignment"], "k2", "up").status_code == 201
-        exported = client.get("/api/admin/export?format=jsonl").text.splitlines()
-        assert [json.loads(line)["label"] for line in exported] == [1]
-        assert client.get("/api/admin/export?format=csv").status_code == 409

@@ -42,18 +42,15 @@ class Watch(threading.Thread):
 
     @property
     def processor(self) -> float:
-        """Seconds of processor time so far."""
         with open(f"/proc/{self.pid}/stat") as stat:
             return sum(int(word) for word in stat.read().rpartition(")")[2].split()[11:13]) / os.sysconf("SC_CLK_TCK")
 
     @staticmethod
     def megabytes(pid: int) -> float:
-        """Resident memory, in MB."""
         with open(f"/proc/{pid}/status") as status:
             return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))
 
     def run(self) -> None:
-        """Keep the largest."""
         while not self.over.wait(0.2):
             self.most = max(self.most, self.megabytes(self.pid))
 

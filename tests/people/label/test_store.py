@@ -38,7 +38,6 @@ def begin(store):
 
 
 def answered(store, campaign, annotator, count, start=0):
-    """Answer so many assignments; returns their tokens."""
     tokens = []
     for k in range(start, start + count):
         tokens.append(store.assignments(campaign, annotator)[0].token)
@@ -59,14 +58,6 @@ def test_a_campaign_comes_back_as_it_was_made(store, database_url):
         assert dict(again.shapes(campaign))[asset] == drawn == shape(3) and "x" not in dict(again.shapes(campaign))
 
 
-def test_a_shape_of_several_pairs_is_stored_once(store):
-    nan = shape(2, psi=math.nan)
-    pairs = [PlannedPair(first=shape(0), second=shape(1)), PlannedPair(first=shape(1), second=nan), PlannedPair(first=nan, second=shape(0))]
-    campaign = store.create_campaign(CampaignSettings(name="triangle"), pairs)
-    stored = [s for _, s in store.shapes(campaign)]
-    assert stored[:2] == [shape(0), shape(1)] and len(stored) == 3 and math.isnan(stored[2].psi)
-
-
 @pytest.mark.parametrize(
     ("name", "pairs", "words"),
     [
@@ -81,22 +72,6 @@ def test_plans_that_cannot_be_shown_are_refused_whole(lasting, name, pairs, word
     with pytest.raises(ValueError, match=words):
         store.create_campaign(CampaignSettings(name=name), pairs)
     assert [c.settings.name for c in store.campaigns()] == ["first"]
-
-
-def test_a_judgement_carries_everything(store, work, clock):
-    campaign, ann = work
-    answered(store, campaign, ann, 1)
-    shown = store.assignments(campaign, ann)[0]
-    sent = answer(shown, "k", Choice.RIGHT, views=("front", "orbit"), answered_at=1.5, page_version="7", milliseconds=812)
-    clock.now += 10
-    result = store.submit(campaign, ann, sent)
-    row = list(store.judgements("first", ["ann"]))[-1]
-    left, right = (dict(store.shapes(campaign))[asset] for asset in (shown.left, shown.right))
-    assert (row.id, row.assignment, row.annotator, row.campaign, row.mode) == (result.judgement, shown.token, "ann", "first", "label")
-    assert (row.left, row.right, row.choice) == (left, right, Choice.RIGHT)
-    assert (row.milliseconds, row.views, row.answered_at, row.received_at) == (812, ("front", "orbit"), 1.5, clock.now)
-    assert (row.page_version, row.kind, row.sequence, row.undone, row.expected, row.reason) == ("7", Kind.PAIR, 2, False, None, None)
-    assert row.first_is_left == (left.seed % 2 == 0)
 
 
 def test_training_says_what_was_right(store, work):
@@ -194,22 +169,6 @@ def test_undo_of_one_assignment_and_of_nothing(store, work):
         store.submit(campaign, ann, answer(tokens[0], "u"))
 
 
-def test_progress_counts_trials(store, work, clock):
-    campaign, ann = work
-    at = store.progress(campaign, ann)
-    assert (at.done, at.training_left) == (0, 1)
-    answered(store, campaign, ann, 3)
-    clock.now += 4000
-    answered(store, campaign, ann, 1, start=3)
-    at = store.progress(campaign, ann)
-    assert (at.done, at.training_left) == (3, 0) and at.total >= 6
-    store.undo(campaign, ann, "u")
-    assert store.progress(campaign, ann).done == 2
-    answered(store, campaign, ann, 4, start=10)
-    at = store.progress(campaign, ann)
-    assert store.assignments(campaign, ann) == [] and (at.done, at.total) == (6, 6)
-
-
 def test_the_database_refuses_to_change_judgements(store, work, database_url):
     campaign, ann = work
     answered(store, campaign, ann, 2)
@@ -231,27 +190,6 @@ def test_sqlite_refuses_from_other_programs_too(tmp_path):
             with pytest.raises(sqlite3.IntegrityError, match="append-only"):
                 other.execute(statement)
     other.close()
-
-
-def test_tokens_are_shown_once_and_can_be_revoked(store, clock):
-    token = store.add_annotator("Änne O. Smith-1")
-    admin = store.add_annotator("boss", "admin")
-    ann, boss = store.annotators()
-    assert (ann.role, boss.role, ann.revoked) == ("annotator", "admin", None)
-    assert store.authenticate(token) == ann and store.authenticate(admin) == boss
-    for wrong in ("", token[:-1], token + "x", "\0", "\ud800"):
-        assert store.authenticate(wrong) is None
-    login = store.open_session(ann.id, 60)
-    assert store.session(login) == ann
-    store.revoke_annotator(ann.name)
-    assert store.authenticate(token) is None and store.session(login) is None and store.annotators()[0].revoked == clock.now
-    with pytest.raises(ValueError, match="in use"):
-        store.add_annotator(ann.name)
-    local = store.annotator_without_token("local", "admin")
-    assert (local.name, local.role, store.annotator_without_token("local", "admin")) == ("local", "admin", local)
-    for nobody in ("nobody", "local"):
-        with pytest.raises(ValueError, match="expected one with a token"):
-            store.revoke_annotator(nobody)
 
 
 @pytest.mark.parametrize("name", ["", " a", "a ", "<b>", "a\nb", "a/b", "=1", "x" * 81, "local", "a\0", "'; --"])

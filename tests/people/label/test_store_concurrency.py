@@ -6,26 +6,21 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
 from sqlalchemy import text
 
 from eg3d_rlhf.people.label import database
 from eg3d_rlhf.people.label.entities import CampaignSettings, ConflictError, Kind
 from eg3d_rlhf.people.label.store import Store
-from tests.people.label import serving
 from tests.people.label.plans import QUIET, answer, plan
-from tests.people.label.postgres import REMEDY, find_binaries, run_postgres
 
 REPO = Path(__file__).resolve().parents[3]
 
 
 def work(store, campaign, who):
-    """Answer until nothing is left."""
     while shown := store.assignments(campaign, who):
         for assigned in shown:
             store.submit(campaign, who, answer(assigned, assigned.token))
@@ -139,25 +134,3 @@ def test_a_connection_that_was_lost_while_idle_is_replaced(postgres_url, monkeyp
             assert c.execute(text(f"SELECT pg_terminate_backend(pid) {others}")).all()
         monkeypatch.setattr(database, "IDLE_SECONDS", 0.0)
         assert store.campaign("c").pairs == 2
-
-
-@pytest.mark.long
-@pytest.mark.skipif(find_binaries() is None, reason=f"PostgreSQL not found; {REMEDY}")
-def test_postgresql_goes_away_and_comes_back(tmp_path, caplog):
-    pytest.importorskip("psycopg", reason="psycopg not found; pip install 'eg3d-rlhf[postgres]'")
-    with run_postgres() as server, serving.running(tmp_path, exposed=True, url=server.new_database()) as served:
-        token = served.store.add_annotator("ann")
-        page, script = served.browser(token), served.client(token)
-        pair = page.get("/api/assignments").json()["assignments"][0]["assignment"]
-        server.stop()
-        caplog.clear()
-        for _ in range(40):
-            answers = [page.get("/api/session"), script.get("/api/assignments"), serving.answer(page, pair, "k"), page.get("/")]
-            assert [r.status_code for r in answers] == [503] * 4 and all(r.headers["retry-after"] == "2" for r in answers)
-        assert len(caplog.messages) <= 20 and all(m.startswith("database: ") and "\n" not in m for m in caplog.messages)
-        assert served.client().get("/health").status_code == 200
-        server.start()
-        end = time.monotonic() + 5
-        while (response := serving.answer(page, pair, "k")).status_code == 503 and time.monotonic() < end:
-            time.sleep(0.1)
-        assert response.status_code in (200, 201) and script.get("/api/assignments").status_code == 200

@@ -82,7 +82,6 @@ def ordinary_umask():
 
 
 def rights(path) -> int:
-    """The permission bits."""
     return stat.S_IMODE(path.stat().st_mode)
 
 

@@ -24,7 +24,6 @@ def annotator(store, name="ann"):
 
 
 def work_through(store, campaign, who, **how):
-    """Answer everything; returns the judgements."""
     answer_all(store, campaign, who, **how)
     name = next(a.name for a in store.annotators() if a.id == who)
     return list(store.judgements(annotators=[name]))
@@ -171,26 +170,6 @@ def test_late_answers_are_kept(store, clock):
     assert [row.choice for row in store.judgements()] == ["left", "tie"]
 
 
-def test_a_late_answer_takes_its_place_again_if_it_is_free(store, clock):
-    campaign = campaign_of(store, plan(4))
-    ann, bob = annotator(store), annotator(store, "bob")
-    (mine,) = store.assignments(campaign, ann, count=1)
-    assert len(store.assignments(campaign, bob, count=3)) == 3
-    clock.now += LEASE_SECONDS + 1
-    eve = annotator(store, "eve")
-    store.assignments(campaign, bob)  # bob is back
-    assert store.assignments(campaign, bob, count=4)  # gives ann's place back, and takes it
-    store.submit(campaign, ann, answer(mine, "k"))
-    assert store.assignments(campaign, eve) == []
-
-
-def test_pairs_come_roughly_in_the_plans_order(store):
-    campaign = campaign_of(store, plan(500), annotators_per_pair=3)
-    early = [work_through(store, campaign, annotator(store, name), most=50) for name in ("ann", "bob")]
-    assert all(max(row.left.seed for row in rows) < 2 * 120 for rows in early)
-    assert len({row.pair for row in early[0]} & {row.pair for row in early[1]}) > 15  # annotators meet, so that agreement can be told
-
-
 def test_practice_is_waited_for_unless_it_cannot_be_drawn(store):
     campaign = campaign_of(store, plan(4, training=3))
     ann, assets = annotator(store), [asset for asset, _ in store.shapes(campaign)]
@@ -223,23 +202,6 @@ def test_the_total_stays_and_is_reached_by_who_works_alone(store, clock, many):
     assert set(totals) == {len(totals)} and kinds[Kind.PAIR] == many
     assert [abs(kinds[kind] - len(totals) / 20) <= 2 for kind in (Kind.REPEAT, Kind.SWAP)] == [True, True]
     assert abs(kinds[Kind.GOLD] - len(totals) / 25) <= 1
-
-
-@pytest.mark.long
-def test_totals_of_who_shares_the_pairs_never_grow_and_are_reached(store, clock):
-    campaign = campaign_of(store, plan(700, gold=3), repeat_share=0.05, swap_share=0.05, gold_every=10, annotators_per_pair=2)
-    pace = {annotator(store, name): step for name, step in [("ann", 1), ("bob", 2), ("eve", 5)]}
-    totals, turn = {who: [] for who in pace}, 0
-    while any(store.assignments(campaign, who, 1) for who in pace):
-        turn += 1
-        clock.now += 0.3
-        for who in (who for who, step in pace.items() if turn % step == 0):
-            totals[who].append(store.progress(campaign, who).total)
-            for assigned in store.assignments(campaign, who, 10):
-                store.submit(campaign, who, answer(assigned, assigned.token, Choice.SKIP if assigned.left < "c" else Choice.LEFT))
-    for who, seen in totals.items():
-        end = store.progress(campaign, who)
-        assert seen == sorted(seen, reverse=True) and seen[0] > seen[-1] >= end.done == end.total
 
 
 def test_pairs_that_cannot_be_drawn_are_not_counted(store, clock):

@@ -112,19 +112,3 @@ def test_a_chosen_language_is_kept(serve, page):
     assert label.page.inner_text("h1") == label.page.title() == TABLES["es"]["title.single"]
     assert label.page.get_by_role("button", name=TABLES["es"]["answer.up"], exact=True).is_visible()
     assert label.page.get_by_role("progressbar", name=TABLES["es"]["progress.single"]).count() == 1
-
-
-@needs_chromium
-def test_a_campaigns_own_title_stays_and_refusals_at_the_login_are_translated(serve, page):
-    served = serve(plan(2), exposed=True, title="Heads of 2026")
-    label = page(served.url, locale="de")
-    label.page.goto(served.url + "/login")
-    assert label.page.inner_text("h1") == label.page.title() == "Anmelden"
-    label.page.fill("#token", "x" * 32)
-    label.answer("Enter")
-    label.page.wait_for_selector("[role=alert]")
-    assert label.page.inner_text("[role=alert]") == TEXTS["de"]["401"]
-    label.forgive("401")
-    label.sign_in(served.store.add_annotator("ada"))
-    label.page.wait_for_selector("#helpDialog[open]")
-    assert label.page.inner_text("h1") == label.page.title() == "Heads of 2026"

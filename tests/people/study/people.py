@@ -69,7 +69,6 @@ class Person:
         return done
 
     def choose(self, left, right, design: StudyDesign) -> Choice:
-        """Left, right or tie."""
         rng = self.rng
         if left.generator == right.generator:  # one of the two is damaged
             best = Choice.LEFT if right.degradation else Choice.RIGHT
@@ -82,5 +81,4 @@ class Person:
 
 
 def create(store: Store, design: StudyDesign) -> int:
-    """The study's campaign; returns its id."""
     return store.create_campaign(campaign_settings(design), study_pairs(design))

@@ -43,12 +43,6 @@ def test_the_known_preference_comes_back_despite_a_strong_side_bias(store):
     assert len(counts) == design.latents and set(counts) == {2}
 
 
-def test_people_without_a_preference_but_with_a_side_find_no_difference(store):
-    analysis = run(store, small_design(name="none", trials=80), [Person("x", 0.5, shift=0.3), Person("y", 0.5, shift=-0.3)])
-    lo, hi = analysis["result"]["interval"]
-    assert lo < 0.5 < hi and {round(p["left_share"], 1) for p in analysis["annotators"]} == {0.8, 0.2}
-
-
 def test_a_careless_and_a_hasty_person_are_left_out(store):
     design = small_design(name="mixed", trials=120, annotators=4)
     people = [Person("good", 0.9), Person("fine", 0.9, ties=0.2), Person("blind", 0.5, gold=0.0), Person("quick", 0.1, milliseconds=90)]
@@ -60,7 +54,6 @@ def test_a_careless_and_a_hasty_person_are_left_out(store):
 
 @pytest.fixture(scope="module")
 def pictured(tmp_path_factory, tiny_networks):
-    """Design and rows of a study of two tiny networks."""
     folder = tmp_path_factory.mktemp("pictured")
     nets = tiny_runs.build_networks()
     for parameter in nets.G_ema.parameters():

@@ -5,7 +5,7 @@ import pytest
 
 from eg3d_rlhf.core.statistics import wilson_interval
 from eg3d_rlhf.people.study.analysis import cluster_bootstrap, win_rate
-from eg3d_rlhf.people.study.power import SimulationOptions, allocation, centre, coverage, simulate
+from eg3d_rlhf.people.study.power import SimulationOptions, centre, coverage, simulate
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,6 @@ def test_the_centre_makes_the_win_rate_what_was_asked():
     assert centre(0.5, 1.3, 0.4) == pytest.approx(0, abs=1e-9)
 
 
-def test_every_latent_is_judged_by_different_annotators_evenly():
-    annotator, latent = allocation(7, 50, 3)
-    assert len(set(zip(annotator.tolist(), latent.tolist(), strict=True))) == 150
-    assert np.ptp(np.bincount(annotator)) <= 1
-
-
 def test_without_clusters_the_interval_is_wilsons_with_t():
     scores = np.array([1.0] * 14 + [0.0] * 6)
     alone = np.arange(20)
@@ -94,12 +88,6 @@ def test_exchanging_the_generators_mirrors_everything():
     assert np.allclose(back.p_clustered, there.p_clustered)
 
 
-def test_the_p_value_and_the_interval_agree():
-    result = win_rate(*(lambda t: (t.scores, t.annotator, t.latent))(simulate(SimulationOptions(preference=0.57, studies=500))))
-    excluded = (result.clustered[0] > 0.5) | (result.clustered[1] < 0.5)
-    assert ((result.p_clustered < 0.05) == excluded).all() and 0.1 < excluded.mean() < 0.9
-
-
 def test_a_clean_sweep_has_an_interval_too():
     result = win_rate(np.ones(30), np.arange(30) % 3, np.arange(30))
     assert result.rate[0] == 1 and 0.3 < result.clustered[0][0] < 1 and result.clustered[1][0] == 1
@@ -113,12 +101,6 @@ def test_trials_that_do_not_count_change_nothing():
     with_gaps = win_rate(scores, trials.annotator, trials.latent)
     without = win_rate(scores[counts], trials.annotator[counts], np.unique(trials.latent[counts], return_inverse=True)[1])
     assert with_gaps.clustered[0][0] == pytest.approx(without.clustered[0][0], rel=1e-12) and with_gaps.n[0] == counts.sum()
-
-
-def test_one_cluster_cannot_be_resampled_and_a_seed_fixes_the_rest():
-    scores, group = np.array([0.0, 1, 1, 0, 1]), np.array([0, 1, 2, 3, 4])
-    assert cluster_bootstrap(scores, np.zeros(5, dtype=int), group, "annotators") is None
-    assert cluster_bootstrap(scores, group, group, "latents", seed=3) == cluster_bootstrap(scores, group, group, "latents", seed=3)
 
 
 def test_the_bootstrap_over_clusters_has_the_clusters_spread():

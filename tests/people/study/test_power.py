@@ -3,7 +3,7 @@
 import pytest
 from scipy.stats import binom, binomtest
 
-from eg3d_rlhf.people.study.power import PowerOptions, SimulationOptions, coverage, decided_trials, exact_power, sample_size
+from eg3d_rlhf.people.study.power import PowerOptions, decided_trials, exact_power, sample_size
 
 
 @pytest.mark.parametrize(("n", "rate", "alpha"), [(5, 0.9, 0.05), (6, 0.9, 0.05), (30, 0.8, 0.01), (49, 0.7, 0.05), (64, 0.35, 0.1)])
@@ -53,13 +53,3 @@ def test_one_annotator_speaks_for_herself_and_too_few_cannot_be_made_up_for_by_t
 def test_impossible_wishes_are_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
         PowerOptions(**wrong)
-
-
-def test_simulated_studies_of_the_planned_size_have_the_planned_power():
-    options = PowerOptions(true_rate=0.7, tie_share=0.1, annotators=30, annotator_icc=0.0, latent_icc=0.0)
-    size = sample_size(options)
-    result = coverage(SimulationOptions(
-        studies=3000, annotators=30, latents=size.trials, annotators_per_pair=1, preference=0.7, annotator_sd=0, latent_sd=0, tie_share=0.1,
-        left_bias=0.5, ties="excluded",
-    ))  # fmt: skip
-    assert result["intervals"]["wilson"]["rejects_half"] == pytest.approx(size.attained, abs=0.04)
