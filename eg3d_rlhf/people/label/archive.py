@@ -136,7 +136,6 @@ class _Import:
         self.kind: tuple[str, str] | None = None  # of what waits
 
     def add(self, record: dict) -> None:
-        """Store a record unless it is there."""
         kind = record["record"]
         adds = {"campaign": self._add_campaign, "annotator": self._add_annotator, **dict.fromkeys(KEPT, self._add_row)}
         if kind not in adds:
@@ -209,7 +208,6 @@ class _Import:
         self.new += kind == "judgement"
 
     def _id(self, kind: str, campaign: str, name) -> int:
-        """Of the row that the file calls so."""
         if (kind, campaign) == self.kind and name in self.waiting:
             self._write()
         known = self.annotators if kind == "annotator" else self._known(kind, campaign)
@@ -218,7 +216,6 @@ class _Import:
         return known[name]
 
     def _known(self, kind: str, campaign: str) -> dict:
-        """Ids of the rows that are in the database."""
         if (kind, campaign) not in self.ids:
             if campaign not in self.campaigns:
                 raise ValueError(f"expected a campaign named earlier in the file, got {campaign!r}. Export again.")

@@ -83,7 +83,6 @@ class Timetable:
         self._lock = threading.Lock()
 
     def kind(self, place: int) -> Kind:
-        """Of the trial at a place."""
         with self._lock:
             while len(self._kinds) <= place:
                 self._add()
@@ -227,7 +226,6 @@ class Issuer:
         self.me = {"campaign": self.campaign_id, "annotator": self.annotator_id}
 
     def assignments(self, count: int, ready: Ready) -> list[AssignedPair]:
-        """Up to `count` open assignments, after issuing what is missing."""
         with self.database.read() as c:
             held = list(c.execute(OPEN_ONES, self.me))
             stale = any(row.leased < self.clock() - RENEW_SECONDS for row in held)
@@ -293,7 +291,6 @@ class Issuer:
             missing -= 1
 
     def _past(self, ready: Ready, c: Connection | None = None) -> "_Past":
-        """What the annotator was shown, read in a transaction of its own unless in one."""
         if c is None:
             with self.database.read() as c:
                 return self._past(ready, c)
@@ -324,7 +321,6 @@ class Issuer:
 
 
 def _open(row: Row) -> bool:
-    """As OPEN."""
     return row.answered is None and (row.released is None or row.undone is not None)
 
 

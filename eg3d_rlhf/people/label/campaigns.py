@@ -43,7 +43,6 @@ class Plan:
 
     @cached_property
     def training(self) -> list[StoredPair]:
-        """Explained examples, in order."""
         return [pair for pair in self.pairs.values() if pair.kind is Kind.TRAINING]
 
     @cached_property
@@ -55,12 +54,10 @@ class Plan:
         return {key: called[key] or "bundled generator" for key in known}
 
     def generator_name(self, shape: Shape) -> str:
-        """Of a shape of this plan."""
         return shape.generator if shape.file else self._names[shape.generator, shape.source]
 
     @cached_property
     def gold(self) -> list[StoredPair]:
-        """Attention checks, in order."""
         return [pair for pair in self.pairs.values() if pair.kind is Kind.GOLD]
 
 

@@ -34,7 +34,6 @@ class LabelGroup(GroupedCommand, click.Group):
     """A grouped command with sub-commands."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Options in groups, then the commands."""
         GroupedCommand.format_options(self, ctx, formatter)
         self.format_commands(ctx, formatter)
 
@@ -92,7 +91,6 @@ def main(
 def _request(
     ctx: click.Context, campaign: str, network: str | None, assets: str | None, after: str | None, rewards: tuple, flags: dict
 ) -> tuple[launch.Request, set[str]]:
-    """What is to be planned, and which of its flags are on the command line."""
     given = launch.given_flags(ctx)
     chosen = [name for name in ("active", "tournament") if flags[name]] + ([flags["strategy"]] if "strategy" in given else [])
     if len(set(chosen)) > 1:
@@ -139,7 +137,6 @@ def _refuse_generators_flags(ctx: click.Context, given: set[str], chosen: list[s
 
 
 def _dry_run(db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]) -> dict:
-    """What would be done; nothing is written."""
     resumed = False
     if store_exists(db):
         with open_store(db, create=False) as store:
@@ -151,7 +148,6 @@ def _dry_run(db: str, request: launch.Request, server: launch.ServerFlags, wante
 
 
 def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]) -> None:
-    """Plan or resume, then serve until interrupted."""
     planned = None
     if not store_exists(db):  # whatever is wrong comes to light before a database is made
         if server.exposed:

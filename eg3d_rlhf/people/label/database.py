@@ -77,7 +77,6 @@ class Database:
 
     @property
     def name(self) -> str:
-        """The URL without its password, for messages."""
         return self.url.render_as_string(hide_password=True)
 
     def read(self) -> Connection:
@@ -97,7 +96,6 @@ class Database:
             yield connection
 
     def close(self) -> None:
-        """Close all connections."""
         self.engine.dispose()
 
 

@@ -92,7 +92,6 @@ class ShapeDrawer:
         self._load = functools.lru_cache(_HELD)(lambda source: load_generator(source or None, device))
 
     def mesh(self, shape: Shape) -> bytes:
-        """The mesh in the browser's format, compressed. Raises as `surface` and `generator`."""
         return compress(encode_mesh(*surface(self.generator(shape).generator, shape)))
 
     def picture(self, shape: Shape) -> bytes:

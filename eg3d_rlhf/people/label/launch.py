@@ -47,14 +47,12 @@ class Request:
     up: str = "y"  # axis of the assets that points up
 
     def to_json(self) -> dict:
-        """Everything that the plan depends on, as JSON types."""
         pairing = {**asdict(self.pairing), "rewards": list(self.pairing.rewards)}
         settings = {**self.settings, "questions": list(self.settings["questions"])}
         assets = {"assets": self.assets, "up": self.up} if self.assets else {}
         return {"network": self.network, **assets, "after": self.after, **pairing, **settings}
 
     def campaign_settings(self, extra: Mapping) -> CampaignSettings:
-        """The settings that are frozen with the campaign."""
         how = {"mode": Mode.SINGLE, "scale": self.pairing.single} if self.pairing.single else {}
         return CampaignSettings(name=self.name, seed=self.pairing.seed, extra=dict(extra), **self.settings, **how)  # type: ignore[arg-type]
 
@@ -154,7 +152,6 @@ class ServerFlags:
         return not is_loopback(self.host) or self.proxy is not None
 
     def to_dict(self) -> dict:
-        """JSON types, for --dry-run."""
         reached = {"host": self.host, "port": self.port, "exposed": self.exposed, "https": self.certificate is not None}
         return {**reached, "proxy": self.proxy, "title": self.title, "cache": str(self.cache)}
 

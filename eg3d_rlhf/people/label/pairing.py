@@ -77,7 +77,6 @@ class PairingOptions:
 
     @property
     def gold_pairs(self) -> int:
-        """How many gold pairs there are."""
         return max(_LEAST_GOLD, -(-self.pairs // _GOLD_EVERY)) if self.gold is None else self.gold
 
     @property

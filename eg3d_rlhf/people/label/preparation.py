@@ -137,11 +137,9 @@ class AssetDrawer:
         """Nothing: an asset is the file itself."""
 
     def mesh(self, shape: Shape) -> bytes:
-        """gzip of a GLB or of GSP1, or an MP4. Raises: as `reading.clean`."""
         return reading.clean(Path(shape.source), shape.file, shape.degradation, shape.seed)
 
     def picture(self, shape: Shape) -> bytes:
-        """None is made. Raises: ValueError."""
         raise ValueError("expected a generator's shape, got an asset, of which no picture is made")
 
 
@@ -195,7 +193,6 @@ def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) ->
     file, progress, last = progress_file(shapes, url, campaign), ShapeProgress(campaign=campaign), -float("inf")
 
     def tell(fields: dict) -> None:
-        """Write the progress now and then, and at once when it is finished."""
         nonlocal progress, last
         progress = ShapeProgress(campaign=campaign, **fields)
         if progress.finished or time.monotonic() - last >= _WRITE_EVERY:
@@ -237,7 +234,6 @@ class Preparation:
 
     @property
     def running(self) -> bool:
-        """Whether the worker is at work."""
         return self._process is not None and self._process.poll() is None
 
     @property
@@ -247,11 +243,9 @@ class Preparation:
 
     @property
     def log(self) -> Path:
-        """What the worker last wrote to its error stream."""
         return self._file.with_suffix(".log")
 
     def start(self) -> None:
-        """Start the worker; nothing happens where it is running."""
         with self._lock:
             if self.running:
                 return
@@ -268,7 +262,6 @@ class Preparation:
                 )  # fmt: skip
 
     def stop(self) -> None:
-        """End the worker, by force where it does not heed."""
         with self._lock:
             if self._process is None:
                 return

@@ -83,10 +83,7 @@ def shape_key(shape: Shape) -> str:
 
 
 class ShapeCache:
-    """Files of prepared shapes.
-
-    Args: folder: made on the first write; '~' is the user's home.
-    """
+    """Files of prepared shapes. Args: folder: made on the first write; '~' is the user's home."""
 
     def __init__(self, folder: str | Path = DEFAULT_FOLDER):
         self.folder = Path(folder).expanduser()
@@ -96,7 +93,6 @@ class ShapeCache:
         return self._existing(shape, ".shp.gz") or (self._existing(shape, ".mp4") if shape.file else None)
 
     def render(self, shape: Shape) -> Path | None:
-        """The RGB picture (PNG); None until it is prepared."""
         return self._existing(shape, ".png")
 
     def failure(self, shape: Shape) -> str | None:
@@ -105,11 +101,9 @@ class ShapeCache:
         return json.loads(path.read_text())["reason"] if path else None
 
     def put_mesh(self, shape: Shape, data: bytes) -> Path:
-        """Keep a compressed mesh, or an MP4."""
         return self._put(shape, ".mp4" if data[4:8] == b"ftyp" else ".shp.gz", data)
 
     def put_render(self, shape: Shape, data: bytes) -> Path:
-        """Keep a PNG."""
         return self._put(shape, ".png", data)
 
     def put_failure(self, shape: Shape, reason: str, passing: bool = False) -> Path:
@@ -135,11 +129,9 @@ class ShapeCache:
         return self.prompt(key) is not None or self._prompt_path(key, ".failed.json").is_file()
 
     def put_prompt(self, key: str, data: bytes) -> None:
-        """Keep a picture."""
         write_atomic(self._prompt_path(key, ".webp"), data)
 
     def put_prompt_failure(self, key: str, reason: str) -> None:
-        """Remember that a picture cannot be shown."""
         write_atomic(self._prompt_path(key, ".failed.json"), (json.dumps({"reason": reason}) + "\n").encode())
 
     def _prompt_path(self, key: str, suffix: str) -> Path:

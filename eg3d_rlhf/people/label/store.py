@@ -69,7 +69,6 @@ class Store:
         return cls(database, clock)
 
     def close(self) -> None:
-        """Close all connections."""
         self.database.close()
 
     def __enter__(self) -> "Store":
@@ -81,18 +80,15 @@ class Store:
     # --- campaigns
 
     def create_campaign(self, settings: CampaignSettings, pairs: Sequence[PlannedPair]) -> int:
-        """Store a plan; returns the campaign's id. Raises: ValueError as `campaigns.create`."""
         with self.database.write((Lock.SCHEMA, 1)) as c:
             return campaigns.create(c, settings, pairs, self.clock())[0]
 
     def campaign(self, name: str | None = None) -> StoredCampaign | None:
-        """The campaign of that name, or the newest."""
         with self.database.read() as c:
             stored = campaigns.listed(c, name)
         return stored[-1] if stored else None
 
     def campaigns(self) -> list[StoredCampaign]:
-        """All, oldest first."""
         with self.database.read() as c:
             return campaigns.listed(c)
 
@@ -101,11 +97,9 @@ class Store:
         return list(self._plan(campaign_id).shapes.items())
 
     def pairs(self, campaign_id: int) -> list[tuple[str, str]]:
-        """Asset tokens of the two of each pair, in order of the plan."""
         return [(pair.first, pair.second) for pair in self._plan(campaign_id).pairs.values()]
 
     def training(self, campaign_id: int) -> list[StoredPair]:
-        """The practice pairs, in order."""
         return self._plan(campaign_id).training
 
     # --- annotators: tokens and session ids are random, given out once, and stored as SHA-256 only
@@ -163,7 +157,6 @@ class Store:
             return _one(c, KNOWN.where(*theirs)) is not None
 
     def annotators(self) -> list[StoredAnnotator]:
-        """All, oldest first."""
         with self.database.read() as c:
             return [StoredAnnotator(**row._mapping) for row in c.execute(KNOWN.order_by(annotators.c.id))]
 
@@ -263,7 +256,6 @@ class Store:
     def judgements(
         self, campaign: str | None = None, annotators: Sequence[str] = (), include_undone: bool = False
     ) -> Iterator[JudgementRow]:
-        """Choices in order of receipt."""
         return judgements.read_judgements(self.database, campaign, annotators, include_undone)
 
     # --- what does not change

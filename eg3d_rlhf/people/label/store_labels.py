@@ -150,7 +150,6 @@ def to_preference(row: JudgementRow) -> Preference:
 
 
 def _known(row: JudgementRow) -> dict:
-    """Where a label comes from, and how its shapes were drawn."""
     shape = row.left
     return {
         "campaign": row.campaign, "judgement": row.id, "pair": row.pair, "kind": row.kind.value, "milliseconds": row.milliseconds,

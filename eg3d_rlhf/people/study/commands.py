@@ -54,17 +54,14 @@ class Folder:
 
     @property
     def design(self) -> Path:
-        """The design file."""
         return self.path / "design.json"
 
     @property
     def url(self) -> str:
-        """The store's URL."""
         return self.db or f"sqlite:///{self.path / 'study.db'}"
 
     @property
     def has_store(self) -> bool:
-        """Whether there is a store; one on a server counts as there."""
         return store_exists(self.url)
 
 
@@ -364,7 +361,6 @@ def _announcement(address: str, design: StudyDesign, make: str, have: int) -> li
 
 
 def _dry_run(folder: Folder, name: str, flags: dict, server: launch.ServerFlags) -> dict:
-    """What would be done; nothing is written."""
     new = not folder.design.exists()
     made = make_design(name, flags, lambda text: click.echo(f"Warning: {text}", err=True)) if new else None
     design = made or read_design(folder.design)

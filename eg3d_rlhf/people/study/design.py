@@ -124,12 +124,10 @@ class StudyDesign:
 
     @property
     def latents(self) -> int:
-        """Pairs that are shown."""
         return math.ceil(self.trials / self.annotators_per_pair)
 
     @property
     def share(self) -> int:
-        """Trials that fall to one annotator."""
         return math.ceil(self.trials / self.annotators)
 
     @property
@@ -157,7 +155,6 @@ class StudyDesign:
 
     @property
     def hash(self) -> str:
-        """sha256 hex of the content."""
         return self.to_dict()["hash"]
 
 

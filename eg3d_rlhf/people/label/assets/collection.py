@@ -57,7 +57,6 @@ class Prompt:
     hash: str | None = None  # of the image's file
 
     def to_json(self) -> dict:
-        """As a campaign keeps it."""
         return {"text": self.text, "image": str(self.image) if self.image else None, **({"hash": self.hash} if self.hash else {})}
 
 
@@ -70,7 +69,6 @@ class Collection:
 
     @property
     def generators(self) -> list[str]:
-        """Labels, sorted."""
         return sorted({asset.generator for asset in self.assets})
 
 
@@ -110,7 +108,6 @@ def read_generator(folder: Path, tell: Callable[[str], None] = lambda text: None
 
 
 def _checked(collection: Collection, source: Path, tell: Callable[[str], None]) -> Collection:
-    """Not empty, not too many, nothing twice, and examined."""
     if not collection.assets:
         raise ValueError(f"expected assets in {source.name}, got none. Lay them out as GENERATOR/PROMPT.glb, or give a list.")
     if len(collection.assets) > MAX_ASSETS:
@@ -230,7 +227,6 @@ def _of_list(path: Path) -> Collection:
 
 
 def _lines(path: Path) -> Iterable[tuple[dict, str]]:
-    """Records of JSON lines, with where they stand."""
     if path.stat().st_size > MAX_LIST:
         raise ValueError(f"{path.name}: expected a list of up to {MAX_LIST >> 20} MB, got {path.stat().st_size >> 20} MB. Split it.")
     with path.open("rb") as file:
@@ -380,7 +376,6 @@ def _meetings(collection: Collection, rng: np.random.Generator, most: int) -> di
 def _known(
     options: PairingOptions, collection: Collection, rng: np.random.Generator, tell: Callable[[str], None]
 ) -> tuple[list[PlannedPair], list[PlannedPair]]:
-    """Gold pairs and training pairs, of assets that can be damaged."""
     whole = [asset for asset in collection.assets if asset.kind in DAMAGED_KINDS]
     if not whole:
         tell("no attention checks and no practice: videos cannot be damaged on purpose")

@@ -64,7 +64,6 @@ def read_glb(data: memoryview) -> Model:
 
 
 def _chunks(data: memoryview) -> tuple[dict, memoryview]:
-    """The JSON and the binary part."""
     if len(data) < GLB_HEADER.size + CHUNK_HEADER.size:
         raise ValueError("expected a whole GLB, got one that is cut off")
     magic, version, length = GLB_HEADER.unpack_from(data)
@@ -101,7 +100,6 @@ class _Reader:
         self._numbers: dict[tuple[str, int], int] = {}  # (kind, number in the file) -> number in the model
 
     def model(self) -> Model:
-        """All of it. Raises: ValueError."""
         required = set(self.document.get("extensionsRequired", [])) - _RESOLVED
         if required:
             raise ValueError(f"expected a GLB without {', '.join(sorted(map(str, required)))[:200]}, got one that needs it")
@@ -151,7 +149,6 @@ class _Reader:
     # ---- scene
 
     def _nodes(self, roots: list) -> None:
-        """The nodes below `roots` that lead to a mesh, each once."""
         order: list[tuple[int, int | None]] = []
         seen: set[int] = set()
         waiting: list[tuple[Any, int | None, int]] = [(number, None, 1) for number in reversed(roots)]

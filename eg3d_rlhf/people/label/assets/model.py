@@ -84,7 +84,6 @@ class _Buffer:
         self._written: dict[int, int] = {}  # id of an array -> accessor
 
     def view(self, data: bytes | memoryview, **fields: int) -> int:
-        """A further buffer view."""
         self.views.append({"buffer": 0, "byteOffset": self.length, "byteLength": len(data), **fields})
         padding = bytes(-len(data) % 4)
         self.pieces += [data, padding]
@@ -92,7 +91,6 @@ class _Buffer:
         return len(self.views) - 1
 
     def accessor(self, array: Array, indices: bool = False) -> int:
-        """The accessor of an array, made on the first call."""
         if id(array) not in self._written:
             values, fields = array.values, {}
             count, width = values.shape

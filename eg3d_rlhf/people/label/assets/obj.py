@@ -81,7 +81,6 @@ def read_obj(data: memoryview, path: Path) -> Model:
 
 
 def _records(materials: list[Material]) -> tuple[list[dict], list[Picture]]:
-    """glTF's materials and their textures."""
     places: dict[Path, int] = {}
     pictures: list[Picture] = []
     records = []
@@ -141,7 +140,6 @@ def _refuse_foreign(path: Path, name: str) -> None:
 
 
 def _beside(path: Path, name: str, limit: int) -> Path:
-    """A file named in another, in its folder or below."""
     _refuse_foreign(path, name)
     file = path.parent / name.replace("\\", "/").strip('"')
     folder = path.parent.resolve()

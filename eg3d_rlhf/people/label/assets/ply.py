@@ -52,7 +52,6 @@ class Element:
 
     @property
     def row(self) -> int:
-        """Bytes that a row has at least."""
         return sum(np.dtype(kind).itemsize for kind in self.properties.values())
 
 
@@ -66,7 +65,6 @@ class Header:
 
     @property
     def splats(self) -> bool:
-        """Whether it holds Gaussian splats."""
         return any(element.name == "vertex" and {"f_dc_0", "opacity", "scale_0", "rot_0"} <= set(element.properties)
                    for element in self.elements)  # fmt: skip
 

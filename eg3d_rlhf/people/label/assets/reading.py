@@ -193,13 +193,11 @@ def _clean(path: Path, expected: str, degradation: str, seed: int, out: Path) ->
 
 
 def _check_hash(data: memoryview, path: Path, kind: str, expected: str) -> None:
-    """Raises: ChangedError."""
     if _hash(data, path, kind) != expected:
         raise ChangedError("expected the file that the campaign was planned with, got a changed one; restore it")
 
 
 def _pack(data: memoryview, path: Path, kind: str, degradation: str, seed: int, out: Path) -> None:
-    """Write gzip of a GLB or GSP1, without a name or a time."""
     if kind == "ply" and ply.read_header(data).splats:
         splats = ply.read_splats(data)
         parts = ply.splat_parts(damage_splats(splats, degradation, seed) if degradation else splats)
@@ -283,7 +281,6 @@ def clean_film(path: Path, out: Path) -> None:
 
 
 def _ffmpeg(arguments: list[str], seconds: float) -> tuple[int, str]:
-    """Exit code and what it says."""
     import imageio_ffmpeg
 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments]

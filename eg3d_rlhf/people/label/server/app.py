@@ -42,10 +42,7 @@ NOT_KEPT = ("sw.js", "admin.html", "admin.js", "admin.css")  # for use without a
 
 
 def create_app(options: AppOptions) -> FastAPI:
-    """The application for one campaign.
-
-    Raises: ValueError where the campaign or the page's files are missing.
-    """
+    """The application for one campaign. Raises: ValueError where the campaign or the page's files are missing."""
     campaign = options.store.campaign(options.campaign)
     if campaign is None:
         raise ValueError(f"create_app: expected a campaign of the store, got {options.campaign!r}. Make it with tools/label.py.")
@@ -73,10 +70,7 @@ def create_app(options: AppOptions) -> FastAPI:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one.
-
-    Raises: OSError naming the flags.
-    """
+    """A listening socket; port 0 takes a free one. Raises: OSError naming the flags."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     server = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named: asyncio sets TCP_NODELAY only where it is
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -233,10 +227,7 @@ def _file(file: StaticFile, request: Request) -> Response:
 
 
 def _check_nobody_else(context: Context, request: Request, known: StoredAnnotator) -> None:
-    """A link, which anybody may have sent, takes nobody's place unasked.
-
-    Raises: Refusal 409.
-    """
+    """A link, which anybody may have sent, takes nobody's place unasked. Raises: Refusal 409."""
     session = request.cookies.get(COOKIE, "")
     here = context.store.session(session) if session else None
     if here is not None and here.id != known.id:
@@ -291,10 +282,7 @@ def language_of(accepted: str) -> str:
 
 
 def login_page(accepted: str, csrf: str, refusal: Refusal | None = None) -> str:
-    """The page's HTML.
-
-    Args: accepted: the Accept-Language header; csrf: the form's; refusal: of the attempt before.
-    """
+    """The page's HTML. Args: accepted: the Accept-Language header; csrf: the form's; refusal: of the attempt before."""
     language = language_of(accepted)
     texts = {key: html.escape(text) for key, text in TEXTS[language].items()}
     message = ""

@@ -73,7 +73,6 @@ class Pool(Generic[M]):
             self.push_out()
 
     def push_out(self, key: str | None = None) -> None:
-        """Close the oldest of a key, or of the key that has most."""
         group = self._groups.get(key) if key is not None else max(self._groups.values(), key=len, default=None)
         if group:
             oldest = next(iter(group))
@@ -81,7 +80,6 @@ class Pool(Generic[M]):
             oldest.close()
 
     def discard(self, member: M) -> bool:
-        """Forget it; whether it was here."""
         group = self._groups.get(member.key, {})
         if member not in group:
             return False
@@ -119,7 +117,6 @@ class Waiting:
     deadline: float
 
     def close(self) -> None:
-        """Close at once."""
         self.sock.close()
 
 
@@ -142,7 +139,6 @@ class Connection(H11Protocol):
             self.deadline = math.inf
 
     def close(self) -> None:
-        """Close at once."""
         if self.transport is not None:
             self.transport.abort()
         elif self.shaking is not None:
@@ -203,7 +199,6 @@ class Door:
         self._sweeping = self.loop.call_later(1.0, self._sweep)
 
     def close(self) -> None:
-        """Accept no more; end what has not come to a request yet."""
         for sock in self.sockets:
             self.loop.remove_reader(sock)
         self.sockets = []
@@ -235,7 +230,6 @@ class Door:
             self.known.touch(connection)
 
     def forget(self, connection: Connection) -> None:
-        """It is gone."""
         (self.known if connection.known else self.strangers).discard(connection)
 
     def _listen(self, sock: socket.socket) -> None:
@@ -332,7 +326,6 @@ class Server(uvicorn.Server):
         return self._everybody or bool(self._proxies) and any(ipaddress.ip_address(address) in network for network in self._proxies)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, with a door in place of asyncio's listeners."""
         sslproto.SSLProtocol.max_size = TLS_BUFFER
         await super().startup(sockets=[])
         if not self.should_exit:

@@ -81,10 +81,7 @@ def check_host(headers: Headers, exposed: bool) -> None:
 
 
 def check_fetch(headers: Headers, method: str, path: str) -> None:
-    """Refuse what a browser says another site asked for, but for links to a page.
-
-    Raises: Refusal 403.
-    """
+    """Refuse what a browser says another site asked for, but for links to a page. Raises: Refusal 403."""
     site = headers.get("sec-fetch-site", "same-origin")
     if site in ("same-origin", "none"):
         return
@@ -111,10 +108,7 @@ class Disconnected(Exception):
 
 
 async def read_body(receive: Receive, limits: Limits) -> bytes:
-    """The whole body, chunked or not.
-
-    Raises: Refusal 408, 413; Disconnected.
-    """
+    """The whole body, chunked or not. Raises: Refusal 408, 413; Disconnected."""
     parts, size = [], 0
     try:
         async with asyncio.timeout(limits.body_seconds):
@@ -152,7 +146,6 @@ class Entry:
     began: float = field(default_factory=time.perf_counter)
 
     def fields(self) -> dict:
-        """The entry's part of the line."""
         values = asdict(self) | {"milliseconds": round(1000 * (time.perf_counter() - self.began), 1)}
         return {k: v for k, v in values.items() if k != "began" and (k != "refused" or v is not None)}
 
@@ -175,14 +168,12 @@ class AccessLog:
             self._logger.addHandler(PrivateFileHandler(path, maxBytes=20_000_000, backupCount=5, encoding="utf-8", delay=True))
 
     def write(self, event: str, fields: dict) -> None:
-        """One line."""
         if self._logger is None:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         self._logger.info("%s", json.dumps({"time": now, "event": event, **fields}))
 
     def close(self) -> None:
-        """Close the file."""
         for handler in self._logger.handlers if self._logger else ():
             handler.close()
 
@@ -278,10 +269,7 @@ class Gate:
     async def _identify(
         self, headers: Headers, method: str, path: str, entry: Entry, connection: Connection | None
     ) -> Identity | None:
-        """Who asks, within her rate; None only for what is open to everybody.
-
-        Raises: Refusal 401, 429.
-        """
+        """Who asks, within her rate; None only for what is open to everybody. Raises: Refusal 401, 429."""
         public = (method, path) in OPEN
         address, identity, refusal = address_key(entry.address), None, None
         try:
@@ -304,10 +292,7 @@ class Gate:
 
 
 def _check_type(headers: Headers, path: str) -> None:
-    """Bodies are JSON under /api, a form at /login.
-
-    Raises: Refusal 415.
-    """
+    """Bodies are JSON under /api, a form at /login. Raises: Refusal 415."""
     expected = "application/json" if path.startswith("/api/") else "application/x-www-form-urlencoded" if path == "/login" else None
     kind, _, rest = headers.get("content-type", "").partition(";")
     charset = rest.strip().lower().removeprefix("charset=").strip('"')

@@ -78,10 +78,7 @@ class Identities:
         self._local = None if options.exposed else self.store.annotator_without_token(LOCAL, "admin")
 
     def find(self, headers: Headers, address: str) -> Identity | None:
-        """The identity, or None. A wrong bearer token is refused, never ignored.
-
-        Raises: Refusal 401, 429.
-        """
+        """The identity, or None. A wrong bearer token is refused, never ignored. Raises: Refusal 401, 429."""
         if "authorization" in headers:
             scheme, _, token = headers["authorization"].partition(" ")
             bearer = token.strip() if scheme.lower() == "bearer" and len(headers.getlist("authorization")) == 1 else ""
@@ -122,7 +119,6 @@ class Identities:
 
 
 def _plausible(token: str) -> bool:
-    """Whether it is worth asking the store."""
     return 16 <= len(token) <= _WORDS and token.isascii() and token.isprintable()
 
 

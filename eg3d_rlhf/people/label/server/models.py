@@ -218,7 +218,6 @@ class Refusal(Exception):
         self.status, self.error, self.remedy, self.headers = status, error, remedy, dict(headers or {})
 
     def response(self) -> JSONResponse:
-        """The refusal as a response."""
         return JSONResponse({"error": self.error, "remedy": self.remedy}, self.status, self.headers)
 
 

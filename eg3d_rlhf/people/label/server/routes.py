@@ -51,10 +51,7 @@ async def identity_of(request: Request) -> Identity:  # async: nothing to wait f
 
 
 async def admin_of(identity: Annotated[Identity, Depends(identity_of)]) -> Identity:
-    """The identity of an admin.
-
-    Raises: Refusal 403.
-    """
+    """The identity of an admin. Raises: Refusal 403."""
     if not identity.admin:
         raise Refusal(403, "Only admins may see this.", "Log in with an admin's token: tools/label.py add-annotator NAME --admin.")
     return identity
@@ -71,10 +68,7 @@ def _shown(context: Context, assignment: str, left: str, right: str) -> dict:
 
 
 def _asset(context: Context, address: str) -> str:
-    """The store's token of the shape at an address.
-
-    Raises: Refusal 404.
-    """
+    """The store's token of the shape at an address. Raises: Refusal 404."""
     asset = context.addresses.asset(address)
     if asset is None or not context.shapes.known(asset):
         raise Refusal(404, "No such shape.", "Ask for /api/assignments again.")
@@ -86,7 +80,6 @@ def _progress(context: Context, who: Identity) -> dict:
 
 
 def _practice_lost(context: Context) -> int:
-    """How many practice pairs cannot be shown."""
     return sum(context.shapes.lost(pair.first) or context.shapes.lost(pair.second) for pair in context.store.training(context.campaign.id))
 
 

@@ -182,12 +182,10 @@ class PreparedShapes:
         self._looked = -POLL  # what is still missing may be there when the first one asks
 
     def known(self, asset: str) -> bool:
-        """Whether the campaign has such a shape, and it can be drawn."""
         self._look()
         return asset in self.shapes and asset not in self._failed
 
     def ready(self, asset: str) -> bool:
-        """Whether a shape may be shown now."""
         self._look()
         return asset in self._files and (not self.blind or not self._missing)
 
@@ -197,12 +195,10 @@ class PreparedShapes:
         return asset in self._failed or (asset in self._missing and self.worker is not None and self.worker.gave_up)
 
     def settled(self) -> bool:
-        """Whether every shape is prepared or given up."""
         self._look()
         return not self._missing
 
     def body(self, asset: str) -> Body:
-        """A prepared shape's file: gzip, or an MP4."""
         if not self.blind:
             return body_of(self._files[asset])
         with self._lock:
@@ -210,11 +206,9 @@ class PreparedShapes:
         return body_of(self._files[asset], self._lengths[asset])
 
     def film(self, asset: str) -> bool:
-        """Whether a prepared shape is a video."""
         return self._files[asset].suffix == ".mp4"
 
     def prompt(self, asset: str, address: str) -> dict | None:
-        """What an asset was asked for: its text, and where its picture is, by the asset's address."""
         condition = self._condition(asset)
         shown = {"text": condition.get("text"), "image": f"/api/prompts/{address}" if self.prompt_picture(asset) else None}
         return shown if any(shown.values()) else None
