@@ -15,7 +15,7 @@ from eg3d_rlhf.tuning.flow.circular import loop
 from eg3d_rlhf.tuning.flow.circular.ablation import ARMS, GROUPS, CircularRun, letters, work
 from eg3d_rlhf.tuning.flow.circular.loop import CircularSettings, supervised
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig, Weighing
-from eg3d_rlhf.tuning.flow.dpo import PRESETS, DpoConfig
+from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.families import check_source, open_problem
 from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging, Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.stage import stage_of
@@ -35,11 +35,6 @@ def problems_own(name: str, group: str, metavar: str, kind, help: str, shown: st
     return option(name, group=group, rare=rare, metavar=metavar, type=kind, default=None, show_default=shown, help=help)
 
 
-trellis_flags = together(
-    option("--also", group=WHAT, rare=True, metavar="DIR", multiple=True, help="Further folders to look for TRELLIS's models in."),
-    option("--flow-weights", group=WHAT, rare=True, metavar="STAGE=FILE", multiple=True,
-           help="Other weights of a TRELLIS flow, such as a training .pt."),
-)
 tuning_flags = together(
     problems_own("--tune", TRAIN, "lora|full", click.Choice(["lora", "full"]), "Adapters, or every parameter."),
     problems_own("--lora-targets", TRAIN, "LIST", str, "Last parts of layers' names, with commas.", "the stage's own", rare=True),
@@ -49,7 +44,7 @@ tuning_flags = together(
 
 def source_of(kind: type[Source], flags: Flags) -> Source:
     """What the problem is read from. Raises: ValueError for what has no effect on it, or lacks."""
-    source = kind(**flags.of(kind), also=flags["also"], flow_weights=flags["flow_weights"], seed=flags["seed"])
+    source = kind(**flags.of(kind), seed=flags["seed"])
     check_source(source)
     return source
 
@@ -82,7 +77,7 @@ def tuned_as(flags: Flags, lora: LoraConfig | None) -> dict:
     return {**changes, "lora": None if full else replace(lora or LoraConfig(), **adapters)}
 
 
-LOSS, LOOP = "Preference loss", "The loop"
+LOOP = "The loop"
 WEIGHT = click.FloatRange(min=0)
 AS_STEP = "that of people's pairs where it is given, else the problem's own"
 
@@ -109,20 +104,17 @@ def default_settings(pipeline: str) -> CircularSettings:
 
 
 artefact_flags = together(
-    option("--artefacts", group=RUN, metavar="DIR", type=FOLDER, default=None, show_default="artefacts in --outdir",
+    option("--artefacts", group=RUN, rare=True, metavar="DIR", type=FOLDER, default=None, show_default="artefacts in --outdir",
            help="Finished steps, by the hash of all that they depend on; runs share them."),
     option("--no-summary", group=RUN, is_flag=True, help="Skip the table that ends a run of the loop or of one stage."),
 )
 what_flags = together(
     options_of(ProblemSource),
-    trellis_flags,
     option("--stage", group=WHAT, metavar="NAME", help="Train this stage alone, on people's pairs."),
     option("--ablate", group=WHAT, metavar="a..i",
            help=f"Train and compare groups of the paper's table 2: a..i, or letters with commas; and controls: {', '.join(ARMS)}."),
 )
 train_flags = together(
-    option("--preset", group=LOSS, type=click.Choice(list(PRESETS)), default=None, show_default=OWN, help="Loss of public code."),
-    option("--beta-t", group=LOSS, rare=True, metavar="T", type=POSITIVE, help="Multiply --beta by this, for papers that give beta and T."),
     tuning_flags,
     options_of(TrainConfig, everywhere=OWN),
 )
@@ -156,11 +148,8 @@ def check(flags: Flags) -> None:
     if flags["stage"] is not None and flags["ablate"] is not None:
         raise ValueError("--stage: expected a run of one stage or an --ablate of all, got both. Leave one out.")
     if flags["ablate"] is not None:
-        for name in {"rounds", "w1", "w2"} & flags.written:
-            raise ValueError(f"{flag(name)}: expected the groups of --ablate to decide, got {flags[name]}. Leave it out.")
+        flags.belong(("rounds",), False, "a run without --ablate, whose groups decide")
     check_tuning(flags)
-    if flags["beta_t"] is not None and flags["beta"] is None:
-        raise ValueError("--beta-t: expected --beta beside it, got none. Both are multiplied.")
 
 
 def resolve(flags: Flags) -> CircularRun:
@@ -185,11 +174,8 @@ def resolve(flags: Flags) -> CircularRun:
 def settings(flags: Flags, defaults: CircularSettings) -> CircularSettings:
     """The defaults with what the flags change."""
     human, loop, sft = (_training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft))
-    loss = flags.of(DpoConfig)
-    if flags["beta"] is not None:
-        loss["beta"] *= flags["beta_t"] or 1.0
-    human = replace(human, dpo=replace(PRESETS[flags["preset"]] if flags["preset"] is not None else human.dpo, **loss))
-    sft = replace(sft, dpo=replace(sft.dpo, noise=human.dpo.noise, condition_dropout=human.dpo.condition_dropout))
+    human = replace(human, dpo=replace(human.dpo, **flags.of(DpoConfig)))
+    sft = replace(sft, dpo=replace(sft.dpo, condition_dropout=human.dpo.condition_dropout))
     pairs = replace(defaults.loop_pairs, **flags.of(LoopPairsConfig), **flags.some({"judge_batch": "batch"}))
     defaults_loop = defaults.loop.dpo  # the loop's loss is people's with the loop's own anchors
     beta = human.dpo.beta * defaults_loop.beta / defaults.human.dpo.beta  # in this order, so that the defaults' own is exact

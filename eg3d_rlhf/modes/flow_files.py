@@ -18,13 +18,12 @@ from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages, family_of
 from eg3d_rlhf.tuning.flow.problem import ProblemSource, hash_of
 from eg3d_rlhf.tuning.flow.ranking import (
     RANKING,
-    SCHEMES,
     Imported,
+    Judged,
     draw,
     draw_each,
     judged_option,
     read_ranking,
-    votes_of,
     write_import,
     write_latents,
 )
@@ -33,19 +32,12 @@ from training.progress import tqdm
 FOLDER, ANY = click.Path(path_type=Path, file_okay=False), click.Path(path_type=Path)
 PICTURES = (".png", ".webp")
 TRELLIS = "trellis"  # the family of `calibrate` and `dso`
-_model = together(
-    option("--pipeline", "root", required=True, metavar="DIR", type=FOLDER, help="Folder of the generator."),
-    option("--also", multiple=True, metavar="DIR", type=FOLDER, help="Further folders to look for TRELLIS's models in."),
-)
+_model = option("--pipeline", "root", required=True, metavar="DIR", type=FOLDER, help="Folder of the generator.")
 _out = option("--out", required=True, metavar="DIR", type=FOLDER, help="Folder to write.")
 _device = option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where networks run.")
 _tuned = together(
     option("--run", metavar="DIR", type=FOLDER, default=None, help="A finished run of train.py, for all stages that it tuned."),
     option("--weights", metavar="STAGE=PATH", multiple=True, help="Tuned weights of a stage: a run, a folder or a file."),
-)
-_limited = together(
-    option("--limit", metavar="PAIRS", type=click.IntRange(1), default=None, help="Most pairs per condition, drawn with --seed."),
-    option("--seed", metavar="INT", type=int, default=0, help="Of the pairs that --limit keeps."),
 )
 
 
@@ -64,9 +56,9 @@ def main() -> None:
 @option("--images", metavar="DIR", type=FOLDER, default=None, help="Pictures with transparent backgrounds, named as they are.")
 @option("--texts", metavar="FILE", type=ANY, default=None, help="Texts, one per line, for generators of texts.")
 @_device
-def conditions(root: Path, also: tuple[Path, ...], out: Path, images: Path | None, texts: Path | None, device: str) -> None:
+def conditions(root: Path, out: Path, images: Path | None, texts: Path | None, device: str) -> None:
     """Embed pictures or texts by the generator's own encoder, into conditions.safetensors."""
-    family, _ = _opened(root, also)
+    family = family_of(root)
     if (images is None) == (texts is None):
         raise ValueError("conditions: expected --images or --texts, got neither or both. Name what the generator is told.")
     embed = _hook(family, "conditions", family.embed_texts if images is None else family.embed)
@@ -91,22 +83,21 @@ def conditions(root: Path, also: tuple[Path, ...], out: Path, images: Path | Non
 @option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", help="In which the flows are held.")
 @_device
 def draw_command(
-    root: Path, also: tuple[Path, ...], out: Path, run: Path | None, weights: Sequence[str], tokens: Path | None, each: int, dtype: str,
-    device: str,
+    root: Path, out: Path, run: Path | None, weights: Sequence[str], tokens: Path | None, each: int, dtype: str, device: str
 ) -> None:
     """Assets to look at, their latents, and a list to write ranks into, for `ranking`."""
-    family, more = _opened(root, also)
+    family = family_of(root)
     show = _hook(family, "draw", family.show)
     tokens, tuned = tokens or out / CONDITIONS, tuned_weights(family, run, weights)
     if not tokens.exists():
         raise FileNotFoundError(f"--conditions: expected embeddings, got none at {tokens}. Write them by `conditions --out={out}`.")
     read = read_conditions(tokens, zero_null=family.zero_null)
-    pipeline = family.load(root, read, dtype=getattr(torch, dtype), device=choose_device(device), **more)
+    pipeline = family.load(root, read, dtype=getattr(torch, dtype), device=choose_device(device))
     for stage in pipeline.stages:
         if stage.name in tuned:
             stage.model = tuned_model(stage.model, tuned[stage.name])
     identity = {
-        "files": {name: file_hash(path) for name, path in family.files(root, **more).items()}, "conditions": hash_of(tokens),
+        "files": {name: file_hash(path) for name, path in family.files(root).items()}, "conditions": hash_of(tokens),
         "tuned": {stage: hash_of(path) for stage, path in tuned.items()}, "dtype": dtype,
     }
 
@@ -135,29 +126,27 @@ def draw_command(
 @option("--list", "path", required=True, metavar="DIR", type=ANY,
         help="The folder that draw wrote, or its list, with ranks; of TRELLIS also a list of your own assets (docs/circular-dpo.md).")
 @together(_model, _out)
-@option("--scheme", type=click.Choice(SCHEMES), default="all", help="Which ranks of a condition are paired.")
 @judged_option
 @option("--conditions", "tokens", metavar="FILE", type=ANY, default=None, show_default="beside the list", help="Embeddings.")
 @option("--share", metavar="X", type=float, default=ProblemSource.voxel_share, group="Assets that others made (TRELLIS)",
         help="Of the mean opacity, above which a voxel of an asset is filled.")
 @option("--views", metavar="N", type=int, default=ProblemSource.views, group="Assets that others made (TRELLIS)",
         help="Images per asset that the second stage's features come from.")
-@together(_limited, _device)
+@_device
 def ranking(
-    path: Path, root: Path, also: tuple[Path, ...], out: Path, scheme: str, judged: Path | None, tokens: Path | None, share: float,
-    views: int, limit: int | None, seed: int, device: str,
+    path: Path, root: Path, out: Path, judged: Path | None, tokens: Path | None, share: float, views: int, device: str
 ) -> None:
     """Pairs of every stage from a ranked list, and the embeddings of their conditions, for train.py."""
     path = path / RANKING if path.is_dir() else path
-    votes, (family, more) = votes_of(judged, scheme), _opened(root, also)
+    votes, family = None if judged is None else Judged(judged), family_of(root)
     if family.encoder is not None:
-        pipeline = family.encoder(root, device=choose_device(device), share=share, views=views, **more)
+        pipeline = family.encoder(root, device=choose_device(device), share=share, views=views)
     elif (share, views) != (ProblemSource.voxel_share, ProblemSource.views):
         raise ValueError(f"--share, --views: belong to families that encode assets, and would have no effect on {family.name}. Leave out.")
     else:
-        pipeline = family.load(root, None, dtype=torch.float32, device="cpu", **more)
+        pipeline = family.load(root, None, dtype=torch.float32, device="cpu")
     with tqdm(desc="assets", unit="asset", disable=None) as bar:
-        imported = read_ranking(path, pipeline, scheme, limit, seed, bar.update, votes, family.candidate)
+        imported = read_ranking(path, pipeline, bar.update, votes, family.candidate)
     tokens = tokens or path.parent / CONDITIONS
     if tokens.exists() or family.encoder is None:  # assets that others made may have none yet
         read = read_conditions(tokens, zero_null=family.zero_null)
@@ -171,21 +160,19 @@ def ranking(
 @main.command("dso", cls=GroupedCommand)
 @option("--samples", required=True, metavar="DIR", type=FOLDER, help="Folder of samples as the DSO project writes it.")
 @together(_model, _out)
-@option("--stands", metavar="DEGREES", type=float, default=20.0, help="Tilt below which an asset is preferred.")
-@_limited
-def dso(samples: Path, root: Path, also: tuple[Path, ...], out: Path, stands: float, limit: int | None, seed: int) -> None:
+def dso(samples: Path, root: Path, out: Path) -> None:
     """Pairs of TRELLIS's first stage, and embeddings, from the samples of the DSO project."""
     from eg3d_rlhf.tuning.flow.families.trellis.pair_import import read_dso
 
-    family, pipeline = _trellis(root, also)
-    _write(out, read_dso(samples, pipeline, stands, limit, seed), family, pipeline)
+    family, pipeline = _trellis(root)
+    _write(out, read_dso(samples, pipeline), family, pipeline)
 
 
 @main.command("calibrate", cls=GroupedCommand)
 @option("--list", "folder", required=True, metavar="DIR", type=FOLDER, help="The folder that draw wrote.")
 @_model
-def calibrate(folder: Path, root: Path, also: tuple[Path, ...]) -> None:
-    """The share of opacity, for --share and --voxel-share, at which TRELLIS's drawn assets fill the voxels that they were made on."""
+def calibrate(folder: Path, root: Path) -> None:
+    """The share of opacity, for --share and voxel_share, at which TRELLIS's drawn assets fill the voxels that they were made on."""
     from eg3d_rlhf.tuning.flow.families.trellis.assets import calibrated, read_ply
     from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT
 
@@ -193,7 +180,7 @@ def calibrate(folder: Path, root: Path, also: tuple[Path, ...]) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"--list: expected the folder that draw wrote, got no {RANKING} in {folder}. Check the path.")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    _, pipeline = _trellis(root, also)
+    _, pipeline = _trellis(root)
     assets = [read_ply(folder / row["look_at"]) for row in tqdm(rows, desc="assets", unit="asset", disable=None)]
     voxels = [read_array(folder / row[LATENT], "coords") for row in rows]
     click.echo(json.dumps(calibrated(assets, voxels, pipeline.resolution), indent=1))
@@ -201,15 +188,15 @@ def calibrate(folder: Path, root: Path, also: tuple[Path, ...]) -> None:
 
 @main.command("export", cls=GroupedCommand)
 @together(_model, _out, _tuned)
-def export(root: Path, also: tuple[Path, ...], out: Path, run: Path | None, weights: Sequence[str]) -> None:
+def export(root: Path, out: Path, run: Path | None, weights: Sequence[str]) -> None:
     """A folder in the generator's own layout, with tuned networks merged."""
-    family, more = _opened(root, also)
+    family = family_of(root)
     write, tuned = _hook(family, "export", family.export), tuned_weights(family, run, weights)
     if not tuned:
         raise ValueError("export: expected --run or --weights, got neither. Name what is tuned.")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"export: expected a new folder, got {out} with files in it. Name another.")
-    click.echo(json.dumps(write(root, out, tuned, **more), indent=1))
+    click.echo(json.dumps(write(root, out, tuned), indent=1))
 
 
 def tuned_weights(family: FlowFamily, run: Path | None, weights: Sequence[str]) -> dict[str, Path]:
@@ -232,20 +219,12 @@ def tuned_weights(family: FlowFamily, run: Path | None, weights: Sequence[str]) 
     return paths
 
 
-def _opened(root: Path, also: Sequence[Path]) -> tuple[FlowFamily, dict]:
-    """The family of a folder, and the options of its `load`, `files` and `export`."""
-    family = family_of(root)
-    if also and "also" not in family.options:
-        raise ValueError(f"--also: belongs to other generators, and would have no effect on {family.name}. Leave it out.")
-    return family, {"also": also} if also else {}
-
-
-def _trellis(root: Path, also: Sequence[Path]):
+def _trellis(root: Path):
     """TRELLIS, and its pipeline to encode with."""
-    family, more = _opened(root, also)
+    family = family_of(root)
     if family.name != TRELLIS or family.encoder is None:
         raise ValueError(f"--pipeline: expected a folder of TRELLIS here, got one of {family.name}. Name another.")
-    return family, family.encoder(root, device="cpu", share=ProblemSource.voxel_share, views=ProblemSource.views, **more)
+    return family, family.encoder(root, device="cpu", share=ProblemSource.voxel_share, views=ProblemSource.views)
 
 
 def _write(out: Path, imported: Imported, family: FlowFamily, pipeline) -> None:

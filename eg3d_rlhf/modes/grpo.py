@@ -18,7 +18,6 @@ from eg3d_rlhf.modes.circular_dpo import (
     kept,
     problems_own,
     source_of,
-    trellis_flags,
     tuned_as,
     tuning_flags,
 )
@@ -53,7 +52,6 @@ def default_run(pipeline: str) -> GrpoRun:
 
 what_flags = together(
     options_of(OnlineSource),
-    trellis_flags,
     option("--stage", group=WHAT, metavar="NAME", default=None, show_default="the last", help="Which stage is tuned."),
     option("--reward", group=WHAT, metavar="NAME", default=OWN_REWARD, help="Of finished assets: the problem's own, or a plugin's."),
 )
@@ -70,9 +68,7 @@ table_flags = together(
 
 def check(flags: Flags) -> None:
     """Refuse what would have no effect. Raises: ValueError naming it."""
-    people = "people" in flags["arms"]
-    flags.belong(("labelled",), people, "--arms=people")
-    flags.belong(("pairs",), people or (flags["pipeline"] or TOY) != TOY, "--arms=people")
+    flags.belong(("labelled", "pairs"), (flags["pipeline"] or TOY) != TOY, "generators whose reward is fitted to pairs")
     flags.belong(("jobs",), "," in flags["arms"] or (flags["seeds"] or 1) > 1, "several trainings (--arms, --seeds)")
     flags.belong(("table_noises", "judge_batch"), not flags["no_summary"], "the table, which --no-summary leaves out")
     check_tuning(flags)

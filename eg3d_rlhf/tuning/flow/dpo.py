@@ -10,16 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from eg3d_rlhf.models.sparse import Batch, SparseSample, collate
-from eg3d_rlhf.preferences.losses import AGGREGATIONS, WEIGHT_MODES, check_options, preference_loss
-from eg3d_rlhf.preferences.losses import KINDS as PREFERENCE_KINDS
+from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.flow.conditions import Condition, rows, to_device, twice, where
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.stage import FlowStage
 from training.config import check_knobs, knob
 from training.phases import derive_seed
 
-KINDS = (*PREFERENCE_KINDS, "sft", "dro")
-NOISES = ("shared", "independent")
+KINDS = ("sigmoid", "sft", "dro")
 TIME_BINS = 10  # of equal width on 0..1, in what is logged
 BINNED = ("pairs", "implicit_accuracy", "margin", "w_diff", "l_diff")  # logged as sums over the pairs of each time bin
 _loss = functools.partial(knob, group="Preference loss")
@@ -32,40 +30,21 @@ class DpoConfig:
     kind: str = _loss("sigmoid", "Of the margin; sft: flow matching on the preferred; dro: preferred minus --loser-weight x rejected "
                       "error, which no reference and no lower bound holds.", name="loss", choices=KINDS)
     beta: float = _loss(250.0, "Multiplies the margin, as one number: any factor 1/2 or number of steps included.", above=0)
-    weight_mode: str = _loss("inside", "Where w2 acts: inside (Circular-DPO, equation 7) or outside (its algorithm 1).",
-                             name="pair_weight", choices=WEIGHT_MODES, rare=True)
-    label_smoothing: float = _loss(0.0, "Share of wrong labels, for sigmoid and robust.", low=0, below=0.5, rare=True)
-    margin: float = _loss(0.0, "Subtracted from beta times the margin.", rare=True)
     loser_weight: float = _loss(1.0, "Of the rejected half of the margin; below 1 keeps a policy from running away from it.", low=0,
                                 rare=True)
     sft_weight: float = _loss(0.0, "Of the preferred's own error, added.", low=0, rare=True)
-    aggregation: str = _loss("mean", "Of a batch's losses.", choices=AGGREGATIONS, rare=True)
-    drdpo_beta: float = _loss(1.0, "Of drdpo.", above=0, rare=True)
-    noise: str = _loss("shared", "Of preferred and rejected, coordinate by coordinate.", choices=NOISES, rare=True)
     condition_dropout: float = _loss(0.0, "Share of pairs trained without their condition.", low=0, high=1, rare=True)
-    clamp: float | None = _loss(None, "Bound of each one's improvement on the reference.", above=0, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
-        if self.needs_reference:
-            check_options("DpoConfig", self.kind, self.beta, self.weight_mode, self.label_smoothing, self.margin)
-        common = ("label_smoothing", "margin", "clamp")
-        unused = {"sft": (*common, "loser_weight", "sft_weight"), "dro": common}
-        for name in unused.get(self.kind, ()):
+        for name in ("loser_weight", "sft_weight") if self.kind == "sft" else ():
             if getattr(self, name) != getattr(DpoConfig, name):
                 raise ValueError(f"DpoConfig.{name}: expected it unset with {self.kind}, got {getattr(self, name)}. Leave it out.")
 
     @property
     def needs_reference(self) -> bool:
         """Whether the loss reads the reference's errors."""
-        return self.kind in PREFERENCE_KINDS
-
-
-PRESETS = {  # what public code trains with, in this package's beta
-    "dso": DpoConfig(beta=0.5 * 500, noise="independent"),  # DSO on TRELLIS's first stage: its 500 is halved in the loss
-    "flow_grpo": DpoConfig(beta=0.5 * 100),
-    "flowdpo": DpoConfig(beta=2.0 * 1000, noise="independent", clamp=100.0),  # beta 2, T 1000
-}
+        return self.kind == "sigmoid"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +72,7 @@ def draw_pairs(
     assert all(p.stage == stage.name for p in pairs) and rows(cond) == len(pairs)
     latents = [p.preferred for p in pairs] + [p.rejected for p in pairs]
     x_0, seeds = collate(latents), [derive_seed(seed, p.id, epoch, "noise") for p in pairs]
-    others = seeds if config.noise == "shared" else [derive_seed(seed, p.id, epoch, "noise of the rejected") for p in pairs]
-    eps = stage.noise(seeds + others, [x.coords if isinstance(x, SparseSample) else None for x in latents])
+    eps = stage.noise(seeds + seeds, [x.coords if isinstance(x, SparseSample) else None for x in latents])
     t = torch.cat([stage.path.times(1, _generator(seed, p, epoch, "time")) for p in pairs]).repeat(2).to(device)
     x_0, eps, cond = x_0.to(device), eps.to(device), to_device(cond, device)
     if config.condition_dropout:
@@ -107,8 +85,6 @@ def draw_pairs(
             missing = pairs[weighed.index(False)].id
             raise ValueError(f"draw_pairs: expected w2 on all pairs or on none, got none on {missing}. Weigh the whole set at once.")
         weight = torch.tensor([p.w2 for p in pairs], device=device)
-        if all(p.provenance.get("w2_norm") == "batch" for p in pairs):  # weigh was asked to leave the mean to the batch
-            weight = weight / weight.mean()
     return PairDraw(x_0=x_0, eps=eps, x_t=stage.path.mix(x_0, t, eps), t=t, cond=twice(cond), weight=weight)
 
 
@@ -132,13 +108,10 @@ class PairErrors:
         preferred, rejected = errors.chunk(2)
         return cls(preferred=preferred, rejected=rejected, ref_preferred=ref[0], ref_rejected=ref[1])
 
-    def delta(self, loser_weight: float = 1.0, clamp: float | None = None) -> torch.Tensor:
+    def delta(self, loser_weight: float = 1.0) -> torch.Tensor:
         """(e_ref - e)_preferred - loser_weight (e_ref - e)_rejected, [P]: positive where the policy gained more on the preferred."""
         assert self.ref_preferred is not None and self.ref_rejected is not None
-        preferred, rejected = self.ref_preferred - self.preferred, self.ref_rejected - self.rejected
-        if clamp is not None:
-            preferred, rejected = preferred.clamp(-clamp, clamp), rejected.clamp(-clamp, clamp)
-        return preferred - loser_weight * rejected
+        return (self.ref_preferred - self.preferred) - loser_weight * (self.ref_rejected - self.rejected)
 
 
 def pair_loss(errors: PairErrors, config: DpoConfig, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -149,10 +122,7 @@ def pair_loss(errors: PairErrors, config: DpoConfig, weight: torch.Tensor | None
     Differentiable in: errors, weight.
     """
     if config.needs_reference:
-        loss = preference_loss(
-            errors.delta(config.loser_weight, config.clamp), config.kind, config.beta, weight=weight, weight_mode=config.weight_mode,
-            label_smoothing=config.label_smoothing, margin=config.margin,
-        )
+        loss = preference_loss(errors.delta(config.loser_weight), config.beta, weight)
     else:
         loss = errors.preferred if config.kind == "sft" else errors.preferred - config.loser_weight * errors.rejected
         loss = loss if weight is None else weight * loss
@@ -160,14 +130,11 @@ def pair_loss(errors: PairErrors, config: DpoConfig, weight: torch.Tensor | None
 
 
 def pair_stats(errors: PairErrors, delta: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What to log of a batch; without gradient.
+    """What to log of a batch, by the names of BINNED: sums over the pairs of each time bin, [TIME_BINS], so that batches and ranks add up.
 
+    implicit_accuracy: a positive margin counts 1, zero half; w_diff, l_diff: policy's minus reference's error of the preferred and of the
+    rejected. Without gradient.
     Args: `delta` [P] as in the loss; `t` [P] or [2P] in the order of a PairDraw.
-    Returns:
-        implicit_accuracy (share of positive margins, zero counts half), margin, w_diff and l_diff (policy's minus reference's error of the
-        preferred and of the rejected): means over the pairs, [].
-        bins/pairs, bins/implicit_accuracy, bins/margin, bins/w_diff, bins/l_diff: *sums* over the pairs of each time bin, [TIME_BINS], so
-        that batches and ranks add up; divide by bins/pairs.
     """
     assert errors.ref_preferred is not None and errors.ref_rejected is not None
     delta = delta.detach()
@@ -176,8 +143,6 @@ def pair_stats(errors: PairErrors, delta: torch.Tensor, t: torch.Tensor) -> dict
         "w_diff": (errors.preferred - errors.ref_preferred).detach(), "l_diff": (errors.rejected - errors.ref_rejected).detach(),
     }  # fmt: skip
     place = (t[: len(delta)] * TIME_BINS).long().clamp(0, TIME_BINS - 1)  # [P]
-    stats = {name: value.mean() for name, value in values.items()}
-    for name, value in {"pairs": torch.ones_like(delta), **values}.items():
-        stats[f"bins/{name}"] = delta.new_zeros(TIME_BINS).index_add(0, place, value)
-    return stats
+    sums = {"pairs": torch.ones_like(delta), **values}
+    return {name: delta.new_zeros(TIME_BINS).index_add(0, place, value) for name, value in sums.items()}
 

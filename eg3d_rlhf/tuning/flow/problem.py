@@ -71,21 +71,17 @@ class ProblemSource:
     pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it, as eg3d-rlhf flow files imports.",
                               metavar="DIR", shown="the toy's own")
     labelled: str = _what("others", "Toy: who made the assets that people judged: the generator's own, or others', with twice the defects.",
-                          choices=("own", "others"))
+                          choices=("own", "others"), rare=True)
     seed: int = 0  # of the toy's people, or of the division into trained and held-out conditions
     conditions: str | None = _what(None, "Embeddings of the conditions.", metavar="FILE|DIR", shown="beside the pairs")
-    also: tuple[str, ...] = ()  # further folders to look for TRELLIS's models in
     dtype: str = _what("float32", "In which the flows are held.", choices=("float32", "float16", "bfloat16"), rare=True)
     held_out: float = _what(0.2, "Share of the conditions that is never trained on.", above=0, below=1, rare=True)
-    flow_weights: tuple[str, ...] = ()  # STAGE=FILE: other weights of TRELLIS's flows, training checkpoints among them
-    voxel_share: float = _what(0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0)
+    voxel_share: float = _what(0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0,
+                               rare=True)
     needs_pairs: ClassVar[bool] = True
     views: int = _what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1, rare=True)
 
     def __post_init__(self):
-        odd = [text for text in self.flow_weights if not all(text.partition("="))]
-        if odd:
-            raise ValueError(f"--flow-weights: expected STAGE=FILE such as structure=denoiser.pt, got {odd[0]!r}. Name the stage.")
         check_knobs(self)
 
 
@@ -187,13 +183,9 @@ def conditions_problem(pipeline: Any, tokens: Conditions, *, identity: Mapping, 
 
     Args: see folder_problem.
     """
-
-    def none(stage: str) -> list[PreferencePair]:
-        raise ValueError(f"--pairs: expected people's pairs of stage {stage!r}, got none. Name their folder, or train by a reward alone.")
-
     trained, choosing, held = divided(tokens.names, seed, held_out)
     return Problem(
-        pipeline=pipeline, human_pairs=none, reward=None, chooser=None, final=None, train_conditions=trained,
+        pipeline=pipeline, human_pairs=lambda stage: [], reward=None, chooser=None, final=None, train_conditions=trained,
         choosing_conditions=choosing, held_out_conditions=held, identity={**identity, "seed": seed, "held_out": held_out},
     )
 

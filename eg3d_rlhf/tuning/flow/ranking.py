@@ -13,9 +13,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import click
@@ -35,7 +34,7 @@ from training.storage import read_tensors, write_atomic, write_tensors
 
 EXAMPLE = '{"preferred": "a.ply", "rejected": "b.ply"}'
 judged_option = option("--judged", metavar="FILE", type=click.Path(path_type=Path), default=None, show_default="the list's ranks",
-                       help="Judgements of pairs, such as `label.py export --kind=asset-pairs` writes, in place of ranks and --scheme.")
+                       help="Judgements of pairs, such as `label.py export --kind=asset-pairs` writes, in place of ranks.")
 
 
 class Judged:
@@ -58,18 +57,10 @@ class Judged:
         return self.wins[a.resolve(), b.resolve()], self.wins[b.resolve(), a.resolve()]
 
 
-def votes_of(path: Path | None, scheme: str) -> Judged | None:
-    """What --judged names. Raises: as `Judged`; ValueError beside a scheme, which is of ranks."""
-    if path is not None and scheme != "all":
-        raise ValueError(f"--scheme: expected none beside --judged, which needs no ranks, got {scheme}. Leave one of them out.")
-    return Judged(path) if path is not None else None
-
-
 def _place(folder: Path, name: str) -> Path:
     return (folder / name).resolve()
 
 
-SCHEMES = ("all", "adjacent", "extremes")
 RANKING, IDENTITY = "ranking.jsonl", "drawn_from.json"
 KIND = "latents"
 
@@ -85,19 +76,12 @@ class Candidate:
     file: Path | None = None  # what people look at
 
 
-def pair_up(
-    candidates: Sequence[Candidate], scheme: str = "all", limit: int | None = None, seed: int = 0, judged: Judged | None = None
-) -> dict[str, list[PreferencePair]]:
+def pair_up(candidates: Sequence[Candidate], judged: Judged | None = None) -> dict[str, list[PreferencePair]]:
     """Pairs of candidates of one condition with unequal ranks, by stage; the stages that all candidates have.
 
-    Args:
-        scheme: "all" pairs; "adjacent": of neighbouring ranks; "extremes": of the best rank with the worst.
-        limit: at most so many pairs per condition, drawn with the seed.
-        judged: in place of ranks and scheme; pairs without a majority are left out.
-    Raises: ValueError for another scheme, or where no pair is left.
+    Args: judged: in place of ranks; pairs without a majority are left out.
+    Raises: ValueError where no pair is left.
     """
-    if scheme not in SCHEMES or (limit is not None and limit < 1):
-        raise ValueError(f"pairs: expected scheme among {', '.join(SCHEMES)} and limit >= 1, got {scheme!r} and {limit}. Correct them.")
     groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         groups.setdefault(candidate.condition, []).append(candidate)
@@ -105,9 +89,7 @@ def pair_up(
     stages = [stage for stage in named if all(stage in c.latents for c in candidates)]
     pairs: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
     for condition, group in groups.items():
-        chosen = _ranked(group, scheme) if judged is None else _voted(group, judged)
-        if limit is not None and len(chosen) > limit:
-            chosen = sorted(Random(f"{seed} {condition}").sample(chosen, limit), key=chosen.index)
+        chosen = _ranked(group) if judged is None else _voted(group, judged)
         for better, worse, why in chosen:
             for stage in stages:
                 pairs[stage].append(PreferencePair(
@@ -123,11 +105,9 @@ def pair_up(
 Chosen = list[tuple[Candidate, Candidate, dict]]  # the better one, the worse one, provenance
 
 
-def _ranked(group: Sequence[Candidate], scheme: str) -> Chosen:
-    ranks = sorted({c.rank for c in group})
-    wanted = {"all": combinations(ranks, 2), "adjacent": pairwise(ranks), "extremes": [(ranks[0], ranks[-1])]}[scheme]
+def _ranked(group: Sequence[Candidate]) -> Chosen:
     return [
-        (a, b, {"ranks": [high, low]}) for high, low in wanted if high < low
+        (a, b, {"ranks": [high, low]}) for high, low in combinations(sorted({c.rank for c in group}), 2)
         for a in group if a.rank == high for b in group if b.rank == low
     ]  # fmt: skip
 
@@ -246,12 +226,12 @@ class Imported:
 
 
 def read_ranking(
-    path: Path, pipeline: Any, scheme: str = "all", limit: int | None = None, seed: int = 0, on_asset: Callable[[], None] | None = None,
-    judged: Judged | None = None, candidate: Candidates = drawn_candidate,
+    path: Path, pipeline: Any, on_asset: Callable[[], None] | None = None, judged: Judged | None = None,
+    candidate: Candidates = drawn_candidate,
 ) -> Imported:
     """Pairs of a ranked list, or of a list whose pairs are judged.
 
-    Args: scheme, limit, seed: see `pair_up`; on_asset: called after each; candidate: reads a line.
+    Args: on_asset: called after each; candidate: reads a line.
     Raises: FileNotFoundError or ValueError with the line that is at fault.
     """
     if not path.is_file():
@@ -269,9 +249,9 @@ def read_ranking(
     partial = [stage for stage in stages if not all(stage in c.latents for c in candidates)]
     if partial:
         raise ValueError(f"{path.name}: expected latents of stage {partial[0]!r} for all assets or none, got some. Complete it.")
-    pairs = pair_up(candidates, scheme, limit, seed, judged)
+    pairs = pair_up(candidates, judged)
     counts = {stage: len(of_stage) for stage, of_stage in pairs.items()}
-    return Imported(pairs=pairs, report={"assets": len(candidates), "scheme": "judged" if judged else scheme, "pairs": counts})
+    return Imported(pairs=pairs, report={"assets": len(candidates), "scheme": "judged" if judged else "all", "pairs": counts})
 
 
 def write_import(folder: Path, imported: Imported, meta: Callable[[str], Mapping]) -> dict[str, str]:

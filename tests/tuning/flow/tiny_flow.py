@@ -81,7 +81,7 @@ def voxel_pairs(n: int, gap: float = 0.5, seed: int = 0, w2: bool = False) -> li
     return [
         PreferencePair(
             id=f"pair-{i}", condition=NAMES[i % 3], stage="voxels", preferred=latent(gap), rejected=latent(-gap),
-            w2=float(weights[i]) if w2 else None, provenance={"w2_norm": "batch"} if w2 else {},
+            w2=float(weights[i]) if w2 else None,
         )
         for i in range(n)
     ]

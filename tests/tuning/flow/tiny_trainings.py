@@ -13,12 +13,11 @@ from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, likes_target, tiny_
 FINISHED = ("stats.jsonl", "warnings.json", "result.json", "policy/policy.json", "policy/adapter_model.safetensors")
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.3, targets=("to_out",))
 EVERYTHING = {  # that a resumed run must get right
-    "dpo": DpoConfig(beta=20.0, condition_dropout=0.2), "lora": LORA, "ema": 0.9, "batch_gpu": 4, "draws": 3, "cache_reference": True,
-    "held_out_every": 15, "log_every": 4, "checkpoint_every": 10, "patience": 50, "max_drop": 1.0,
+    "dpo": DpoConfig(beta=20.0, condition_dropout=0.2), "lora": LORA, "batch_gpu": 4, "held_out_every": 15,
+    "log_every": 4, "checkpoint_every": 10, "patience": 50, "max_drop": 1.0,
 }  # fmt: skip
 CASES = {  # for several ranks
-    "dpo": {"dpo": DpoConfig(beta=20.0, condition_dropout=0.2), "lora": LORA, "ema": 0.9},
-    "drdpo": {"dpo": DpoConfig(beta=20.0, aggregation="drdpo"), "draws": 2, "cache_reference": True},
+    "dpo": {"dpo": DpoConfig(beta=20.0, condition_dropout=0.2), "lora": LORA},
     "sft": {"dpo": DpoConfig(kind="sft"), "lora": None},
 }
 SHORT = {"steps": 12, "held_out_every": 4, "log_every": 2, "checkpoint_every": 5, "patience": 50, "max_drop": 1.0}

@@ -49,7 +49,7 @@ def anchored(config: TrainConfig) -> TrainConfig:
 
 def supervised(config: TrainConfig) -> TrainConfig:
     """Plain flow matching on the preferred ones, trained otherwise alike."""
-    return replace(config, dpo=DpoConfig(kind="sft", noise=config.dpo.noise, condition_dropout=config.dpo.condition_dropout))
+    return replace(config, dpo=DpoConfig(kind="sft", condition_dropout=config.dpo.condition_dropout))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class CircularLoop:
         weighing, config = weighing or self.settings.weighing, self.settings.loop
         source = {"source": "loop", "pairs": pairs.content, "weighing": asdict(weighing)}
         if use == ANCHOR:
-            config = replace(config, dpo=replace(config.dpo, kind="sigmoid", margin=0.0, beta=NO_BETA))
+            config = replace(config, dpo=replace(config.dpo, kind="sigmoid", beta=NO_BETA))
         elif use == WINNERS:
             config = replace(config, dpo=self.settings.sft.dpo)
         elif use != PAIRS:

@@ -12,9 +12,9 @@ they have loss log 2 and no gradient. Of the others w1 filters and w2 weighs (eq
     w1 = G_preferred - G_rejected,  G = 2^P - 1,  P_i = 2 C_i / (n (n - 1)),  C_i the comparisons that candidate i of n wins by reward
     w2 = sigmoid(r_preferred - r_rejected) / its mean over the pairs that are kept
 
-With one reward and a threshold of 0, w1 keeps a pair exactly where its reward gap is positive, whatever the other candidates.
+With one reward and the paper's threshold of 0, w1 keeps a pair exactly where its reward gap is positive, whatever the other candidates.
 Deviates: one sentence of appendix C.3 pairs generated assets with the original ones; here, as in algorithm 1 and equation 11, un-op is the
-reference's sample. The paper attributes w2 to Dr. DPO, whose weights come from the policy's own losses; that is preference_loss.aggregate.
+reference's sample.
 """
 
 import functools
@@ -37,8 +37,7 @@ from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 
 SAME = "same_structure"  # in a pair's provenance
-ROLES = OP, REWARD, EXTREMES = ("op", "reward", "extremes")
-W2_NORMS = ("dataset", "batch", "none")
+ROLES = OP, REWARD = ("op", "reward")
 # What a stage learns of the loop's pairs: all; the anchor of their loss alone; the pairs with some or all turned over; their preferred by
 # fine-tuning; and in their place the people's pairs that they were made from.
 PAIRS, ANCHOR, SHUFFLED, TURNED, WINNERS, PEOPLES = USES = ("pairs", "anchor", "shuffled", "turned", "winners", "people")
@@ -49,7 +48,7 @@ _loop = functools.partial(knob, group="The loop")
 class LoopPairsConfig:
     """How many pairs are made."""
 
-    per_pair: int = _loop(1, "New pairs, so noises, for each human pair.", name="loop_pairs", low=1)
+    per_pair: int = _loop(1, "New pairs, so noises, for each human pair.", name="loop_pairs", low=1, rare=True)
     batch: int = 16  # assets at once; bounds memory, and does not change the result beyond rounding
     chunk: int = 64  # human pairs between what is kept of an interrupted making
 
@@ -61,12 +60,9 @@ class LoopPairsConfig:
 class Weighing:
     """Which of the loop's pairs are kept and how much each counts: views of one set of pairs."""
 
-    use_w1: bool = _loop(True, "Drop pairs whose op is not rewarded more.", name="w1", rare=True)
-    use_w2: bool = _loop(True, "Weigh the others by how much more.", name="w2", rare=True)
-    tau: float = _loop(0.0, "Pairs with w1 at most this are dropped.")
-    w2_norm: str = _loop("dataset", "What the mean of w2 is made 1 over.", choices=W2_NORMS, rare=True)
-    roles: str = _loop("op", "Preferred: the tuned network's, as in the paper, or whichever the reward prefers; extremes: of all noises of "
-                       "a human pair (--loop-pairs) the tuned network's best against the other's worst.", choices=ROLES)
+    use_w1: bool = True  # drop pairs whose op is not rewarded more
+    use_w2: bool = True  # weigh the others by how much more
+    roles: str = _loop("op", "Preferred: the tuned network's, as in the paper, or whichever the reward prefers.", choices=ROLES, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -142,23 +138,8 @@ def _batch(problem: Problem, stage: str, behind: str, sides: Sequence[Models], p
 
 
 def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePair]:
-    """Pairs with op preferred ("op", the paper's), or whichever of the two the reward prefers ("reward"); "extremes": for each human pair
-    one, of the op that the reward likes best and the un-op that it likes least."""
-    if roles == EXTREMES:
-        groups: dict[str, list[PreferencePair]] = defaultdict(list)
-        for pair in pairs:
-            groups[pair.provenance["human_pair"]].append(pair)
-        return [_extremes(group) for group in groups.values()]
+    """Pairs with op preferred ("op", the paper's), or whichever of the two the reward prefers ("reward")."""
     return [turned(pair) if roles == REWARD and pair.reward_gap < 0 else pair for pair in pairs]
-
-
-def _extremes(group: Sequence[PreferencePair]) -> PreferencePair:
-    """One pair of several that were sampled on the same structure."""
-    best, worst = max(group, key=lambda pair: pair.rewards[0]), min(group, key=lambda pair: pair.rewards[1])
-    kept = {name: value for name, value in best.provenance.items() if name != SAME}
-    seeds = {"noise_seed": best.provenance["noise_seed"], "noise_seed_rejected": worst.provenance["noise_seed"], "of": len(group)}
-    pair = replace(best, rejected=worst.rejected, reward_rejected=worst.reward_rejected, provenance={**kept, **seeds})
-    return replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)})
 
 
 def turned(pair: PreferencePair) -> PreferencePair:
@@ -237,13 +218,10 @@ def w1(rewards: torch.Tensor, preferred: torch.Tensor, rejected: torch.Tensor) -
     return gains[preferred] - gains[rejected]
 
 
-def w2(gaps: torch.Tensor, kept: torch.Tensor, norm: str = "dataset") -> torch.Tensor:
-    """sigmoid of the reward gaps, [P] -> [P] float64; "dataset": over its mean where `kept` [P] bool, so that the mean there is 1.
-
-    "none" and "batch" leave it as it is; draw_pairs divides the latter's by the mean of each batch.
-    """
+def w2(gaps: torch.Tensor) -> torch.Tensor:
+    """sigmoid of the reward gaps of the kept pairs over its mean, [P] -> [P] float64."""
     weights = torch.sigmoid(gaps.double())
-    return weights / weights[kept].mean() if norm == "dataset" and kept.any() else weights
+    return weights / weights.mean()
 
 
 def same_structure(pair: PreferencePair) -> bool:
@@ -263,12 +241,10 @@ def same_structure(pair: PreferencePair) -> bool:
     return bool((x - y).abs().max() <= EQUAL * x.abs().max())
 
 
-def weigh(
-    pairs: Sequence[PreferencePair], tau: float = 0.0, use_w1: bool = True, use_w2: bool = True, w2_norm: str = "dataset"
-) -> tuple[list[PreferencePair], dict]:
+def weigh(pairs: Sequence[PreferencePair], use_w1: bool = True, use_w2: bool = True) -> tuple[list[PreferencePair], dict]:
     """The pairs that are kept, with w1 and w2 filled, and a report of how many were dropped and why.
 
-    Pairs of one structure go first, then, with `use_w1`, those with w1 <= tau; both ends of all pairs of a condition are its candidates.
+    Pairs of one structure go first, then, with `use_w1`, those with w1 <= 0; both ends of all pairs of a condition are its candidates.
     Without `use_w1` the column w1 is filled and drops nothing; without `use_w2` the column w2 stays empty and all pairs count alike.
     Raises: ValueError for pairs without finite rewards where these are needed.
     """
@@ -286,17 +262,14 @@ def weigh(
         rewards = torch.tensor([p.rewards[0] for p in group] + [p.rewards[1] for p in group], dtype=torch.float64)
         first, second = torch.arange(len(rewards)).chunk(2)
         values |= zip((p.id for p in group), w1(rewards, first, second).tolist(), strict=True)
-    kept = [p for p in differing if not use_w1 or values[p.id] > tau]
+    kept = [p for p in differing if not use_w1 or values[p.id] > 0]
     weights: list[float | None] = [None] * len(kept)
     if use_w2 and kept:
-        gaps = torch.tensor([p.reward_gap for p in kept], dtype=torch.float64)
-        weights = w2(gaps, torch.ones(len(kept), dtype=torch.bool), w2_norm).tolist()
-    note = {"w2_norm": w2_norm} if use_w2 else {}
-    columns = [replace(p, w1=values.get(p.id), w2=w, provenance={**p.provenance, **note}) for p, w in zip(kept, weights, strict=True)]
+        weights = w2(torch.tensor([p.reward_gap for p in kept], dtype=torch.float64)).tolist()
+    columns = [replace(p, w1=values.get(p.id), w2=w) for p, w in zip(kept, weights, strict=True)]
     report = {
         "pairs": len(pairs), "kept": len(kept),
         "dropped": {"same_structure": len(pairs) - len(differing), "w1": len(differing) - len(kept)},
-        "tau": tau if use_w1 else None, "w2_norm": w2_norm if use_w2 else None,
         "w1": _summary([values[p.id] for p in differing] if scored else []),
         "w2": _summary([w for w in weights if w is not None]),
         "reward_gap": _summary([p.reward_gap for p in kept] if scored else []),
@@ -317,12 +290,12 @@ def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[P
 
     Raises: NoPairsError where none is left.
     """
-    kept, report = weigh(with_roles(pairs, weighing.roles), weighing.tau, weighing.use_w1, weighing.use_w2, weighing.w2_norm)
+    kept, report = weigh(with_roles(pairs, weighing.roles), weighing.use_w1, weighing.use_w2)
     if not kept:
         dropped = ", ".join(f"{reason} {n}" for reason, n in report["dropped"].items())
         raise NoPairsError(
             f"loop: expected pairs to learn from, got none of {len(pairs)} ({dropped}). Train the stage behind further, or take more pairs "
-            "(--loop-pairs)."
+            "(--set loop_pairs=N)."
         )
     return kept, report
 

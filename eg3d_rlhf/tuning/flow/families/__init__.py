@@ -48,7 +48,7 @@ class FlowFamily:
     zero_null: bool = True  # the empty condition is zeros
     bundled: bool = False  # it comes with this package, and is called by its name in place of a folder's
     common: tuple[str, ...] = COMMON  # fields of ProblemSource that it reads as every other family does
-    options: tuple[str, ...] = ()  # of ProblemSource, that it reads besides the common ones; with "also", so do load, files and export
+    options: tuple[str, ...] = ()  # of ProblemSource, that it reads besides the common ones
     open: Callable[[ProblemSource, str | torch.device], Problem] | None = None  # in place of `open_folder`
     embed: Callable[[Path, Mapping[str, Path], torch.device], Conditions] | None = None  # (root, pictures by name, device)
     embed_texts: Callable[[Path, Sequence[str], torch.device], Conditions] | None = None  # (root, texts, device)
@@ -119,10 +119,15 @@ def check_source(source: ProblemSource) -> None:
         raise ValueError("--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone brings its own.")
 
 
+def _beyond(source: ProblemSource, read: Sequence[str]) -> str:
+    """Options that are given though they are not read."""
+    return ", ".join(f"--{f.name.replace('_', '-')}" for f in fields(source) if f.name not in read and getattr(source, f.name) != f.default)
+
+
 def _refuse(source: ProblemSource, read: Sequence[str], why: str) -> None:
-    extra = [f"--{f.name.replace('_', '-')}" for f in fields(source) if f.name not in read and getattr(source, f.name) != f.default]
+    extra = _beyond(source, read)
     if extra:
-        raise ValueError(f"{', '.join(extra)}: {why}. Leave it out.")
+        raise ValueError(f"{extra}: {why}. Leave it out.")
 
 
 def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
@@ -156,9 +161,9 @@ def open_conditions(family: FlowFamily, source: ProblemSource, device: str | tor
 
     Raises: ValueError for no embeddings, or for options that are then not read.
     """
-    extra = [f"--{f.name.replace('_', '-')}" for f in fields(source) if f.name not in COMMON and getattr(source, f.name) != f.default]
+    extra = _beyond(source, COMMON)
     if source.conditions is None or extra:
-        got = f"{', '.join(extra)} beside none" if extra else "none"
+        got = f"{extra} beside none" if extra else "none"
         raise ValueError(f"--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got {got}. Name the file.")
     root, place = Path(source.pipeline), Path(source.conditions)
     tokens = read_conditions(place, zero_null=family.zero_null)

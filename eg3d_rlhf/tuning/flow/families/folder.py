@@ -12,8 +12,9 @@ from torch import nn
 from eg3d_rlhf.models.lora import merge_rounding, merged_state
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import Batch, Latent, feats_of
-from eg3d_rlhf.models.weights import State
+from eg3d_rlhf.models.weights import State, read, write
 from eg3d_rlhf.tuning.flow.conditions import Conditions
+from training.storage import load_strict, write_atomic
 
 LARGEST, ALIASES = 1 << 16, 16  # bytes of a YAML file, and repetitions in it
 LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once
@@ -117,6 +118,20 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}. Restore the file.")
     return content
+
+
+def read_network(root: Path, files: tuple[str, str], make: Callable[..., nn.Module]) -> nn.Module:
+    """The network of a folder that `write_network` wrote, strictly by name and shape. Raises: OSError, ValueError."""
+    module, path = make(**read_json(root / files[0])), root / files[1]
+    load_strict(module, read(path, str(path)), str(path))
+    return module.eval()
+
+
+def write_network(root: Path, files: tuple[str, str], arguments: Mapping, state: State) -> Path:
+    """A folder of one network: its arguments as JSON and its tensors, under two names. With random tensors a new family is tried on it."""
+    write_atomic(root / files[0], (json.dumps(dict(arguments), indent=1) + "\n").encode())
+    write(root / files[1], state)
+    return root
 
 
 def merged(load: Callable[[torch.dtype | None], nn.Module], weights: Path) -> tuple[State, float]:

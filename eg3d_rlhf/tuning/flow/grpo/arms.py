@@ -4,7 +4,6 @@
     dpo        DPO on pairs of as many samples of the untuned network, ordered by the same reward
     shuffled   GRPO with the rewards of every group shuffled: must do nothing
     inverted   GRPO with every reward turned over: must do harm
-    people     DPO on the people's pairs, for what they are worth beside a reward
 
 Each is trained from the same network and ends in a folder of weights. Where a problem has a chooser, arms keep the network of their best
 win rate on the conditions to choose on, which are not the table's; the controls keep their last one, as it is what they are there to show.
@@ -51,7 +50,6 @@ ARMS = {
     "dpo": "DPO on as many samples, ordered by the reward",
     "shuffled": "GRPO, rewards shuffled within groups",
     "inverted": "GRPO, rewards inverted",
-    "people": "DPO on people's pairs",
 }
 CONTROLS = ("shuffled", "inverted")
 
@@ -72,8 +70,8 @@ class Bench:
         task, chooser = self.task, None
         if self.choosing is not None and arm not in CONTROLS:
             chooser = self.choosing.held_out(self.problem, task.stage.name, task.others, task.others)
-        if arm in ("dpo", "people"):
-            pairs = self.problem.human_pairs(task.stage.name) if arm == "people" else ranked_pairs(task, self.grpo, self.dpo.seed)
+        if arm == "dpo":
+            pairs = ranked_pairs(task, self.grpo, self.dpo.seed)
             return train_stage(task.pipeline, task.stage.name, pairs, self.dpo, out, held_out=chooser, ranks=ranks, resume=True, say=say)
         config = self.grpo if arm == "grpo" else replace(self.grpo, use=arm)
         return train_online(task, config, out, {"problem": dict(self.known)}, held_out=chooser, ranks=ranks, resume=True, say=say)

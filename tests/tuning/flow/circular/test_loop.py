@@ -207,7 +207,7 @@ def test_settings():
     assert SETTINGS.training(replace(HUMAN, lora=None), stage).lora is None
     plain = TrainConfig()
     assert (anchored(plain).dpo.loser_weight, anchored(plain).dpo.sft_weight, anchored(plain).dpo.beta) == (0.5, 0.5, 4 * plain.dpo.beta)
-    with pytest.raises(ValueError, match="roles: expected one of op, reward, extremes"):
+    with pytest.raises(ValueError, match="roles: expected one of op, reward"):
         Weighing(roles="winner")
 
 

@@ -34,14 +34,14 @@ def run(*flags: str):
 
 
 MISTAKES = {
-    "arms": (["--arms=grpo,ppo"], "--arms: expected some of grpo, dpo, shuffled, inverted, people, each once, got grpo, ppo"),
+    "arms": (["--arms=grpo,ppo"], "--arms: expected some of grpo, dpo, shuffled, inverted, each once, got grpo, ppo"),
     "jobs": (["--jobs=2"], "--jobs: belongs to several trainings"),
     "adapter of none": (["--tune=full", "--lora-rank=4"], "--lora-rank: belongs to --tune=lora"),
     "dropout": (["--set=lora_dropout=0.1"], "expected adapters without dropout"),
     "no early stop": (["--choose-noises=0", "--set=patience=3"], "--set patience=VALUE: belongs to early stopping"),
     "no table": (["--no-summary", "--table-noises=4"], "--table-noises: belongs to the table"),
     "steps": (["--set=trained_steps=8"], "--set trained_steps=VALUE: expected at most all steps of the sampler but the last, got 8 of 8"),
-    "people": (["--labelled=own"], "--labelled: belongs to --arms=people"),
+    "toy's reward": (["--pairs=x"], "--pairs: belongs to generators whose reward"),
     "reward": (["--reward=nose"], "--reward: expected one of own"),
     "stage": (["--stage=mesh"], "stage: expected one of structure, voxels, got 'mesh'"),
     "folder": (["--pipeline={tmp}"], "pipeline: expected the folder of a known generator"),
@@ -96,9 +96,9 @@ def test_a_run_of_the_first_stage_writes_weights_and_a_table(tiny, tmp_path):
 
 
 def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
-    result = tiny("--arms=grpo,dpo,shuffled,inverted,people", "--seeds=2", "--jobs=1")
+    result = tiny("--arms=grpo,dpo,shuffled,inverted", "--seeds=2", "--jobs=1")
     found = json.loads((tmp_path / "00000-grpo-toy-voxels" / "grpo.json").read_text())
-    assert set(found["arms"]) == {"grpo", "dpo", "shuffled", "inverted", "people"} and len(found["pairwise"]) == 10
+    assert set(found["arms"]) == {"grpo", "dpo", "shuffled", "inverted"} and len(found["pairwise"]) == 6
     assert found["arms"]["dpo"]["samples"] == found["arms"]["grpo"]["samples"] == [32, 32] and found["training_seeds"] == [0, 1]
     assert "## Pair by pair, final judge" in result.stdout and (tmp_path / "00000-grpo-toy-voxels" / "voxels").is_dir()
 

@@ -11,7 +11,7 @@ from eg3d_rlhf.tuning.flow.conditions import write_conditions
 from eg3d_rlhf.tuning.flow.generate import crossed, generate
 from eg3d_rlhf.tuning.flow.grpo import arms
 from tests.tuning.flow import point_family
-from tests.tuning.flow.point_family import conditions, write_folder
+from tests.tuning.flow.tiny_points import conditions, write_folder
 
 FEW = "--steps=15 --batch=3 --group=8 --lr=0.02 --set=warmup=0 --kl=0 --set=sampler_steps=4 --lora-rank=4 --device=cpu".split()
 
@@ -34,7 +34,6 @@ def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
         (["--reward=right"], "--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got none"),
         ([known, "--reward=right", "--set=views=3"], "--set views=VALUE: belongs to other generators"),
         ([known], "--reward: expected the name of one, got none, and this generator brings none"),
-        ([known, "--reward=right", "--arms=people"], "--pairs: expected people's pairs of stage 'points', got none"),
     ):
         done = call(tmp_path, *flags)
         assert done.exit_code == 2 and message in done.output.replace("\n", " "), (flags, done.output)

@@ -119,8 +119,8 @@ def likes(model) -> float:
 
 
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
-    straight = contents(run(tmp_path / "straight", held_out=likes, trained_steps=2, ema=0.9).weights.parent)
-    out, options = tmp_path / "run", {"held_out": likes, "trained_steps": 2, "ema": 0.9}
+    straight = contents(run(tmp_path / "straight", held_out=likes, trained_steps=2).weights.parent)
+    out, options = tmp_path / "run", {"held_out": likes, "trained_steps": 2}
     with pytest.raises(KeyboardInterrupt):
         run(out, say=at("step      8/", interrupt), **options)
     run(out, resume=True, **options)

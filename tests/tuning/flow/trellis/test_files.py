@@ -88,13 +88,13 @@ def test_where_models_are_looked_for(copied, tmp_path, monkeypatch):
         files.find_model(file, "slat_decoder_rf")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     for folder in (
-        tmp_path / "hub" / "models--someone--trellis-image" / "snapshots" / "0a1b" / "ckpts", tmp_path / "elsewhere",
+        tmp_path / "hub" / "models--someone--trellis-image" / "snapshots" / "0a1b" / "ckpts",
         tmp_path / "trellis-image" / "ckpts",
     ):
         folder.mkdir(parents=True)
         for ending in (".json", ".safetensors"):
             shutil.copy(copied / "ckpts" / f"slat_dec_gs{ending}", folder / f"slat_dec_mesh{ending}")
-        assert files.find_model(file, "slat_decoder_mesh", [tmp_path / "elsewhere"]) == folder / "slat_dec_mesh"
+        assert files.find_model(file, "slat_decoder_mesh") == folder / "slat_dec_mesh"
         shutil.rmtree(folder)
 
 

@@ -15,11 +15,11 @@ from eg3d_rlhf.tuning.flow.conditions import read_conditions
 from eg3d_rlhf.tuning.flow.families.trellis import pair_import
 from eg3d_rlhf.tuning.flow.families.trellis.assets import write_ply
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE
-from eg3d_rlhf.tuning.flow.families.trellis.pair_import import read_dso, write_import
+from eg3d_rlhf.tuning.flow.families.trellis.pair_import import read_dso
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
-from eg3d_rlhf.tuning.flow.ranking import Candidate, Judged, pair_up, votes_of
+from eg3d_rlhf.tuning.flow.ranking import Candidate, Judged, pair_up
 from eg3d_rlhf.tuning.flow.ranking import read_ranking as read_any_ranking
-from tests.tuning.flow.trellis.tiny_trellis import E, voxels
+from tests.tuning.flow.trellis.tiny_trellis import E, voxels, write_imported
 
 read_ranking = partial(read_any_ranking, candidate=pair_import.candidate)
 
@@ -29,31 +29,15 @@ def candidates(*ranks, condition="c"):
     return [Candidate(name=str(i), condition=condition, rank=r, latents=latents[i]) for i, r in enumerate(ranks)]
 
 
-@pytest.mark.parametrize(
-    ("scheme", "expected"),
-    [
-        ("all", ["0>1", "0>2", "0>3", "1>3", "2>3"]), ("adjacent", ["0>1", "0>2", "1>3", "2>3"]), ("extremes", ["0>3"]),
-    ],
-)
-def test_schemes_pair_unequal_ranks_alone(scheme, expected):
-    pairs = pair_up(candidates(1, 2, 2, 5), scheme)[STRUCTURE]
-    assert [p.id for p in pairs] == [f"c/{name}" for name in expected]
+def test_unequal_ranks_alone_are_paired():
+    pairs = pair_up(candidates(1, 2, 2, 5))[STRUCTURE]
+    assert [p.id for p in pairs] == [f"c/{name}" for name in ("0>1", "0>2", "0>3", "1>3", "2>3")]
     assert all(float(p.preferred.mean()) == int(p.id[2]) and p.provenance["ranks"][0] < p.provenance["ranks"][1] for p in pairs)
-
-
-def test_nine_ranked_assets_are_36_pairs_and_a_limit_draws_from_them():
-    nine = candidates(*range(9)) + candidates(*range(9), condition="d")
-    assert len(pair_up(nine)[STRUCTURE]) == 72
-    some = [p.id for p in pair_up(nine, limit=5, seed=1)[STRUCTURE]]
-    assert len(some) == 10 and some == [p.id for p in pair_up(nine, limit=5, seed=1)[STRUCTURE]]
-    assert some != [p.id for p in pair_up(nine, limit=5, seed=2)[STRUCTURE]]
 
 
 def test_rankings_without_a_preference_are_refused():
     with pytest.raises(ValueError, match="expected assets of unequal rank under one condition, got none among 3"):
         pair_up(candidates(2, 2) + candidates(1, condition="d"))
-    with pytest.raises(ValueError, match="expected scheme among all, adjacent, extremes and limit >= 1, got 'some'"):
-        pair_up(candidates(1, 2), "some")
 
 
 @pytest.fixture
@@ -77,8 +61,8 @@ def test_a_ranked_list(ranked, pipeline, tmp_path):
     folder, rows = ranked
     imported = read_ranking(write_list(folder, rows), pipeline)
     assert imported.report == {"assets": 3, "scheme": "all", "pairs": {STRUCTURE: 3, LATENT: 3}}
-    hashes = write_import(tmp_path / "pairs", imported, pipeline.file)
-    assert hashes == write_import(tmp_path / "again", read_ranking(folder / "ranking.jsonl", pipeline), pipeline.file)
+    hashes = write_imported(tmp_path / "pairs", imported, pipeline.file)
+    assert hashes == write_imported(tmp_path / "again", read_ranking(folder / "ranking.jsonl", pipeline), pipeline.file)
     for stage in pipeline.stages:
         pairs, meta = read_pairs(tmp_path / "pairs" / stage.name, stage)
         assert [p.id for p in pairs] == [f"a red chair/{name}" for name in ("000003>000002", "000003>000001", "000002>000001")]
@@ -173,9 +157,7 @@ def test_samples_of_dso(samples, pipeline, tmp_path):
     assert [p.id for p in imported.pairs[STRUCTURE]] == ["000/000>001", "000/002>001", "001/000>001"]
     assert imported.report == {"assets": 8, "without_angle": 1, "one_sided": 1, "pairs": 3}
     assert imported.conditions.names == ("000", "001") and not imported.conditions.null(1).any()
-    assert [p.id for p in read_dso(samples, pipeline, stands=10).pairs[STRUCTURE]] == ["000/000>001", "000/000>002", "001/000>001"]
-    assert len(read_dso(samples, pipeline, limit=1).pairs[STRUCTURE]) == 2
-    write_import(tmp_path / "out", imported, pipeline.file)
+    write_imported(tmp_path / "out", imported, pipeline.file)
     assert torch.equal(read_conditions(tmp_path / "out" / "conditions.safetensors").of(["001"]), torch.ones(1, 3, E))
     assert len(read_pairs(tmp_path / "out" / STRUCTURE, pipeline.stages[0])[0]) == 3
 
@@ -246,6 +228,4 @@ def test_bad_judgements_are_refused_with_their_line(tmp_path):
         with pytest.raises(ValueError, match="judged.jsonl, line 2"):
             Judged(path)
     with pytest.raises(FileNotFoundError, match="--judged: expected a .jsonl file"):
-        votes_of(tmp_path / "none.jsonl", "all")
-    with pytest.raises(ValueError, match="--scheme: expected none beside --judged"):
-        votes_of(path, "extremes")
+        Judged(tmp_path / "none.jsonl")

@@ -142,8 +142,6 @@ def test_a_missing_model_file_is_refused_at_once(trellis_root, tmp_path):
     (root / "ckpts" / "slat_flow.json").unlink()
     with pytest.raises(FileNotFoundError, match="slat_flow_model: expected its .json"):
         load_pipeline(root, tokens(), whole=False)
-    with pytest.raises(ValueError, match="weights: expected stages among structure, latent, got mesh"):
-        load_pipeline(trellis_root, tokens(), weights={"mesh": tmp_path})
 
 
 def test_without_the_flows_weights_it_still_encodes_and_decodes(trellis_root, pipeline):

@@ -25,11 +25,11 @@ def run(*flags):
 def test_ranking(ranked, pipeline, trellis_root, tmp_path):  # noqa: F811
     folder, rows = ranked
     path = write_list(folder, rows)
-    done = run("ranking", f"--list={path}", f"--pipeline={trellis_root}", f"--out={tmp_path / 'out'}", "--scheme=extremes", "--device=cpu")
+    done = run("ranking", f"--list={path}", f"--pipeline={trellis_root}", f"--out={tmp_path / 'out'}", "--device=cpu")
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["pairs"] == {"structure": 1, "latent": 1} and set(report["hashes"]) == {"structure", "latent"}
-    assert read_ranking(path, pipeline, "extremes").report["assets"] == report["assets"] == 3
+    assert report["pairs"] == {"structure": 3, "latent": 3} and set(report["hashes"]) == {"structure", "latent"}
+    assert read_ranking(path, pipeline).report["assets"] == report["assets"] == 3
     assert json.loads((tmp_path / "out" / "latent" / "meta.json").read_text())["hash"] == report["hashes"]["latent"]
 
 

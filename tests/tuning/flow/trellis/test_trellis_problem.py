@@ -12,11 +12,10 @@ from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig, make_loop
 from eg3d_rlhf.tuning.flow.conditions import Conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE, read_pipeline
-from eg3d_rlhf.tuning.flow.families.trellis.pair_import import Imported, write_import
 from eg3d_rlhf.tuning.flow.families.trellis.problem import LinearReward, features, trellis_problem
 from eg3d_rlhf.tuning.flow.pairs import read_pairs, write_pairs
-from eg3d_rlhf.tuning.flow.ranking import Candidate, pair_up
-from tests.tuning.flow.trellis.tiny_trellis import NAMES, tokens, voxels
+from eg3d_rlhf.tuning.flow.ranking import Candidate, Imported, pair_up
+from tests.tuning.flow.trellis.tiny_trellis import NAMES, tokens, voxels, write_imported
 
 
 def write_people(folder, file, stages=(STRUCTURE, LATENT), per_condition=3):
@@ -28,7 +27,7 @@ def write_people(folder, file, stages=(STRUCTURE, LATENT), per_condition=3):
             feats = torch.randn(40, 4, generator=generator) - torch.tensor([0, 0, 0, 2.0 * rank])
             both = {STRUCTURE: torch.randn(2, 4, 4, 4, generator=generator), LATENT: SparseSample(voxels(10 * c + rank), feats)}
             found.append(Candidate(name=str(rank), condition=name, rank=rank, latents={s: both[s] for s in stages}))
-    write_import(folder, Imported(pairs=pair_up(found), conditions=tokens()), file)
+    write_imported(folder, Imported(pairs=pair_up(found), conditions=tokens()), file)
     return folder
 
 
@@ -183,5 +182,3 @@ def test_pairs_without_embeddings_and_folders_without_pairs_are_refused(trellis_
         trellis_problem(trellis_root, [copied])
     with pytest.raises(FileNotFoundError, match="pairs: expected a folder of pairs, or structure or latent in it, got none at"):
         trellis_problem(trellis_root, [tmp_path / "none"])
-    with pytest.raises(ValueError, match="trellis: expected held_out above 0 and below 1, got 1"):
-        trellis_problem(trellis_root, [copied], held_out=1)

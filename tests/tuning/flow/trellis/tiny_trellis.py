@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 from eg3d_rlhf.tuning.flow.conditions import NULL, Conditions
 from eg3d_rlhf.tuning.flow.families.trellis.files import build_model
+from eg3d_rlhf.tuning.flow.families.trellis.pair_import import normalization
+from eg3d_rlhf.tuning.flow.ranking import write_import
 
 NAMES = ("a red chair", "a blue chair", "a lamp", "a tree", "a house", "a boat")
 R, TOKENS, E = 8, 3, 6
@@ -127,6 +129,11 @@ def tokens(names=NAMES) -> Conditions:
     """Random embeddings."""
     generator = torch.Generator().manual_seed(5)
     return Conditions(tokens={name: torch.randn(TOKENS, E, generator=generator) for name in (*names, NULL)}, encoder="clip")
+
+
+def write_imported(folder, imported, file) -> dict[str, str]:
+    """Pairs as `flow files ranking` writes them."""
+    return write_import(folder, imported, lambda stage: {"normalization": normalization(file, stage), "report": dict(imported.report)})
 
 
 def voxels(seed: int, count: int = 40) -> torch.Tensor:

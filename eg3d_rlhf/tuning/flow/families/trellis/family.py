@@ -51,11 +51,10 @@ def recognises(root: Path) -> bool:
 
 def open_problem(source: ProblemSource, device: str | torch.device) -> Problem:
     """With all that its options say."""
-    weights = {stage: Path(file) for stage, _, file in (text.partition("=") for text in source.flow_weights)}
     return trellis_problem(
         Path(source.pipeline), Path(source.pairs or Path(source.pipeline) / "pairs"), dtype=getattr(torch, source.dtype), device=device,
-        conditions=None if source.conditions is None else Path(source.conditions), also=[Path(folder) for folder in source.also],
-        seed=source.seed, held_out=source.held_out, weights=weights, encoding=Encoding(share=source.voxel_share, views=source.views),
+        conditions=None if source.conditions is None else Path(source.conditions), seed=source.seed, held_out=source.held_out,
+        encoding=Encoding(share=source.voxel_share, views=source.views),
     )
 
 
@@ -69,12 +68,12 @@ def encoder(root: Path, share: float, views: int, **options: Any) -> TrellisPipe
     return load_pipeline(root, None, encoding=Encoding(share=share, views=views), whole=False, sampled=False, **options)
 
 
-def model_files(root: Path, also: Sequence[Path] = ()) -> dict[str, Path]:
+def model_files(root: Path) -> dict[str, Path]:
     """Of the flows, and of what else is there."""
     file = read_pipeline(root)
     paths = {"pipeline.json": root / "pipeline.json"}
     for name in (*FLOWS.values(), *NEEDED):
-        stem = find_model(file, name, also)
+        stem = find_model(file, name)
         paths |= {f"{name}.json": with_ending(stem, ".json"), name: find_weights(stem) or stem}
     return paths
 
@@ -103,7 +102,7 @@ def show(asset: SplatAsset, path: Path) -> Path:
     return path.with_suffix(".ply")
 
 
-def export(root: Path, out: Path, tuned: Mapping[str, Path], also: Sequence[Path] = ()) -> dict:
+def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
     """Write pipeline.json and all models that are on this machine to a new folder, with tuned flows in place of those of `root`.
 
     Tuned weights are merged and rounded to the types of the file that they replace. Models that nothing changed are linked, or copied where
@@ -125,7 +124,7 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path], also: Sequence[Path
     names = [*file.models, *(name for name in USUAL_STEMS if name not in file.models)]
     for name in tqdm(names, desc="export", unit="model", leave=False, disable=None):
         try:
-            stem = find_model(file, name, also)
+            stem = find_model(file, name)
         except FileNotFoundError:
             if name in stages or (name in file.models and (file.root / file.models[name]).parent.is_dir()):
                 raise
@@ -156,5 +155,5 @@ register(FlowFamily(
     stages=tuple(FLOWS), load=load, files=model_files, judge=RewardOfPairs, open=open_problem, embed=embed, embed_texts=embed_texts,
     show=show, export=export, encoder=encoder, candidate=candidate, write_latent=write_latent,
     pair_meta=lambda pipeline, stage, report: {"normalization": normalization(pipeline.file, stage), "report": report},
-    options=("also", "flow_weights", "voxel_share", "views"),
+    options=("voxel_share", "views"),
 ))

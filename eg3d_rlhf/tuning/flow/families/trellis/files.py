@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,19 +122,19 @@ class ModelFolder(Protocol):
         """Model -> "ckpts/<stem>", or "owner/repo/<path>"."""
 
 
-def find_model(file: ModelFolder, model: str, also: Sequence[Path] = ()) -> Path:
+def find_model(file: ModelFolder, model: str) -> Path:
     """The path, without ending, of a model's JSON file and weights.
 
-    Looks in the root; for "owner/repo/path" also beside the root (as repo or owner/repo), in the folders `also`, and in the local cache of
-    the Hugging Face hub. The encoders, which pipeline.json leaves out, are looked for under their usual names beside what it names.
+    Looks in the root; for "owner/repo/path" also beside the root (as repo or owner/repo), and in the local cache of the Hugging Face hub.
+    The encoders, which pipeline.json leaves out, are looked for under their usual names beside what it names.
 
     Raises: FileNotFoundError naming the model and every place.
     """
-    places = list(_places(file, file.models[model], also)) if model in file.models else []
+    places = list(_places(file, file.models[model])) if model in file.models else []
     if model in USUAL_STEMS:
-        folders = [file.root / "ckpts", *(Path(a) for a in also), *(Path(a) / "ckpts" for a in also)]
+        folders = [file.root / "ckpts"]
         decoders = [file.models[key] for key in (STRUCTURE_DECODER, GAUSSIAN_DECODER) if key in file.models]
-        folders += [place.parent for value in decoders for place in _places(file, value, also)]
+        folders += [place.parent for value in decoders for place in _places(file, value)]
         places += [folder / USUAL_STEMS[model] for folder in folders]
     for place in places:
         if with_ending(place, ".json").is_file() and find_weights(place) is not None:
@@ -149,16 +149,14 @@ def find_weights(stem: Path) -> Path | None:
     return next((p for ending in WEIGHTS if (p := with_ending(stem, ending)).is_file()), None)
 
 
-def _places(file: ModelFolder, value: str, also: Sequence[Path]):
+def _places(file: ModelFolder, value: str):
     yield file.root / value
     owner, repo, *rest = [*Path(value).parts, "", ""]
     below = "/".join(part for part in rest if part)
-    for folder in map(Path, also):
-        yield from (folder / value, folder / Path(value).name)
     if not below:
         return
-    for folder in (file.root.parent, *map(Path, also)):
-        yield from (folder / repo / below, folder / owner / repo / below, folder / below)
+    beside = file.root.parent
+    yield from (beside / repo / below, beside / owner / repo / below, beside / below)
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub")
     for snapshot in sorted((cache / f"models--{owner}--{repo}" / "snapshots").glob("*")):
         yield snapshot / below

@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import save
 
 from eg3d_rlhf.models.sparse import Latent, SparseSample, collate, feats_of, to_cpu
-from eg3d_rlhf.tuning.flow import ranking
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_array, read_embedding
 from eg3d_rlhf.tuning.flow.families.trellis.assets import read_ply
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE, PipelineFile
@@ -32,13 +31,6 @@ from eg3d_rlhf.tuning.flow.stage import stage_of
 from training.storage import write_atomic
 
 STANDS = 20.0  # degrees of tilt below which DSO says that an asset stands
-
-
-def write_import(folder: Path, imported: Imported, file: PipelineFile) -> dict[str, str]:
-    """Write pairs, and embeddings where there are any, as problem.py reads them; returns the hash of each stage's pairs."""
-    return ranking.write_import(
-        Path(folder), imported, lambda stage: {"normalization": normalization(file, stage), "report": dict(imported.report)}
-    )
 
 
 def normalization(file: PipelineFile, stage: str) -> dict | None:
@@ -78,8 +70,8 @@ def read_structure(path: Path) -> torch.Tensor:
     return grid[0] if grid.ndim == 5 and len(grid) == 1 else grid
 
 
-def read_dso(root: Path, pipeline: TrellisPipeline, stands: float = STANDS, limit: int | None = None, seed: int = 0) -> Imported:
-    """Pairs of the first stage from DSO's samples: an asset that stands (tilt below `stands` degrees) is preferred to one that falls.
+def read_dso(root: Path, pipeline: TrellisPipeline) -> Imported:
+    """Pairs of the first stage from DSO's samples: an asset that stands (tilt below STANDS degrees) is preferred to one that falls.
 
     Where the table has several columns of angles, an asset stands only if it does in all. Samples without an angle, or with one that is not
     finite (a failed simulation), are left out and counted.
@@ -112,12 +104,12 @@ def read_dso(root: Path, pipeline: TrellisPipeline, stands: float = STANDS, limi
             latent = read_structure(path)
             stage_of(pipeline, STRUCTURE).check(str(path), latent)
             name = prefix + image
-            candidates.append(Candidate(name=sample, condition=name, rank=float(angle >= stands), latents={STRUCTURE: latent}))
+            candidates.append(Candidate(name=sample, condition=name, rank=float(angle >= STANDS), latents={STRUCTURE: latent}))
             if name not in tokens:
                 tokens[name] = read_embedding(table.parent / f"{image}_cond.pt")
     if not candidates:
         raise ValueError(f"DSO samples: expected NNN_sparse_sample_MMM.pt beside model_info.npz, got none with an angle in {root}.")
-    pairs = pair_up(candidates, "all", limit, seed)
+    pairs = pair_up(candidates)
     paired = {pair.condition for pair in pairs[STRUCTURE]}
     conditions = Conditions(tokens={k: v for k, v in tokens.items() if k in paired}, zero_null=True)
     report = {"assets": len(candidates), "without_angle": left_out, "one_sided": len(tokens) - len(paired), "pairs": len(pairs[STRUCTURE])}

@@ -136,34 +136,28 @@ class AssetLatents(Mapping[str, Latent]):
 
 
 def load_pipeline(
-    root: Path, conditions: Conditions | None, *, also: Sequence[Path] = (), weights: Mapping[str, Path] | None = None,
-    dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu", encoding: Encoding | None = None, whole: bool = True,
-    sampled: bool = True,
+    root: Path, conditions: Conditions | None, *, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu",
+    encoding: Encoding | None = None, whole: bool = True, sampled: bool = True,
 ) -> TrellisPipeline:
     """A pipeline from TRELLIS's files.
 
     Args:
-        also: further folders to look for models in; weights: other weights of flows, by stage, such as training checkpoints.
         dtype: of the flows' weights; None keeps the file's. Decoders and encoders are float32.
         sampled: False leaves the flows without weights: to encode and decode alone.
         whole: refuse at once if a decoder or the structure's encoder is missing, rather than when it is needed.
     Raises: FileNotFoundError or ValueError for files that are missing or do not fit; nothing is downloaded.
     """
     file = files.read_pipeline(root)
-    unknown = sorted(set(weights or {}) - set(files.FLOWS))
-    if unknown:
-        got = ", ".join(unknown)
-        raise ValueError(f"weights: expected stages among {', '.join(files.FLOWS)}, got {got}. Name a stage of this pipeline.")
-    stems = {stage: files.find_model(file, model, also) for stage, model in files.FLOWS.items()}
+    stems = {stage: files.find_model(file, model) for stage, model in files.FLOWS.items()}
     for name in files.NEEDED if whole else ():
-        files.find_model(file, name, also)
+        files.find_model(file, name)
     flows = {
-        stage: files.load_model(stem, weights=(weights or {}).get(stage), dtype=dtype, device=device) if sampled
+        stage: files.load_model(stem, dtype=dtype, device=device) if sampled
         else empty(partial(files.read_model, stem))
         for stage, stem in stems.items()
     }
     spare_memory(flows.values(), device)
     return TrellisPipeline(
-        file, flows, conditions, lambda name: files.load_model(files.find_model(file, name, also), dtype=torch.float32, device=device),
+        file, flows, conditions, lambda name: files.load_model(files.find_model(file, name), dtype=torch.float32, device=device),
         device, encoding,
     )

@@ -29,9 +29,8 @@ from training.progress import tqdm
 
 
 def trellis_problem(
-    root: Path, pairs: Path | Sequence[Path] = (), *, conditions: Path | None = None, also: Sequence[Path] = (),
-    weights: Mapping[str, Path] | None = None, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu",
-    seed: int = 0, held_out: float = 0.2, encoding: Encoding | None = None, recompute: bool = True,
+    root: Path, pairs: Path | Sequence[Path] = (), *, conditions: Path | None = None, dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu", seed: int = 0, held_out: float = 0.2, encoding: Encoding | None = None, recompute: bool = True,
 ) -> Problem:
     """A problem from TRELLIS's files and people's pairs.
 
@@ -41,27 +40,24 @@ def trellis_problem(
 
     Args:
         root: folder with pipeline.json; pairs: a folder as above, or one for each stage; by default <root>/pairs.
-        also: further folders to look for models in; weights: of flows, by stage, in place of the files'.
         conditions: embeddings, by default those beside the pairs; dtype: see models.load_model; held_out: share of the conditions.
         recompute: compute the flows' blocks again in the backward pass: about a third more time for much less memory.
     Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
     """
-    if not 0 < held_out < 1:
-        raise ValueError(f"trellis: expected held_out above 0 and below 1, got {held_out}. Set it.")
     root = Path(root)
     given = [pairs] if isinstance(pairs, Path) else list(pairs)
     folders = pair_folders(given or [root / "pairs"], tuple(files.FLOWS))
     tokens_file = conditions_beside(folders, conditions)
     tokens = read_conditions(tokens_file, zero_null=files.read_pipeline(root).kind == "image")
     both = set(folders) == set(files.FLOWS)
-    pipeline = load_pipeline(root, tokens, also=also, weights=weights, dtype=dtype, device=device, encoding=encoding, whole=both)
+    pipeline = load_pipeline(root, tokens, dtype=dtype, device=device, encoding=encoding, whole=both)
     for stage in pipeline.stages:
         stage.model.recompute = recompute  # type: ignore[assignment]  # a plain attribute of every flow
     return folder_problem(
         pipeline, folders, tokens, seed=seed, held_out=held_out, judge=RewardOfPairs, check=partial(_check_origin, pipeline),
         identity={
             "problem": "trellis", "dtype": str(dtype), "encoding": vars(pipeline.encoding), "conditions": hash_of(tokens_file),
-            "files": file_hashes(pipeline.file, also, weights or {}, both),
+            "files": file_hashes(pipeline.file, both),
         },
     )
 
@@ -75,13 +71,13 @@ def _check_origin(pipeline: TrellisPipeline, folder: Path, stage: str, meta: Map
         )
 
 
-def file_hashes(file: files.PipelineFile, also: Sequence[Path], weights: Mapping[str, Path], whole: bool) -> dict[str, str]:
+def file_hashes(file: files.PipelineFile, whole: bool) -> dict[str, str]:
     """SHA-256 of pipeline.json and of every model's files, by name."""
     names = files.FLOWS | {name: name for name in files.NEEDED if whole}
-    models = {name: files.find_model(file, model, also) for name, model in names.items()}
+    models = {name: files.find_model(file, model) for name, model in names.items()}
     paths: dict[str, Path] = {"pipeline.json": file.root / "pipeline.json"}
     for name, stem in models.items():
-        paths |= {f"{name}.json": files.with_ending(stem, ".json"), name: weights.get(name) or files.find_weights(stem) or stem}
+        paths |= {f"{name}.json": files.with_ending(stem, ".json"), name: files.find_weights(stem) or stem}
     return {name: file_hash(path) for name, path in tqdm(paths.items(), desc="reading weights", unit="file", leave=False, disable=None)}
 
 

@@ -5,7 +5,7 @@ The structure's autoencoder is TRELLIS's own, and is named by reference into a f
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,10 +151,10 @@ def _prepared(model: Any, config: Any, state: State, who: str) -> State:
     return state
 
 
-def model_files(file: PipelineFile, also: Sequence[Path] = ()) -> dict[str, Path]:
+def model_files(file: PipelineFile) -> dict[str, Path]:
     """All files that the pipeline is read from, by name. Raises: FileNotFoundError."""
     paths = {"pipeline.json": file.root / "pipeline.json"}
     for name in (*file.flows.values(), *DECODERS):
-        stem = files.find_model(file, name, also)
+        stem = files.find_model(file, name)
         paths |= {f"{name}.json": files.with_ending(stem, ".json"), name: files.find_weights(stem) or stem}
     return paths

@@ -140,16 +140,16 @@ class Trellis2Pipeline(OpenedFolder):
 
 
 def load_pipeline(
-    root: Path, conditions: Conditions | None, *, also: Sequence[Path] = (), dtype: torch.dtype | None = torch.float32,
+    root: Path, conditions: Conditions | None, *, dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Trellis2Pipeline:
     """A pipeline from TRELLIS.2's files.
 
-    Args: also: further folders to look for models in; dtype: of the flows' weights; None keeps the file's. Decoders are float32.
+    Args: dtype: of the flows' weights; None keeps the file's. Decoders are float32.
     Raises: FileNotFoundError or ValueError for files that are missing or do not fit; nothing is downloaded.
     """
     file = files.read_pipeline(root)
-    stems = {name: find_model(file, name, also) for name in (*file.flows.values(), *files.DECODERS)}
+    stems = {name: find_model(file, name) for name in (*file.flows.values(), *files.DECODERS)}
     flows = {stage: files.load_model(stems[model], dtype=dtype, device=device) for stage, model in file.flows.items()}
     for stage, flow in flows.items():
         if isinstance(flow, files.StructureFlow) != (stage == files.STRUCTURE):
