@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import torch
 
 from training.dataset import LABELS_FILE, ImageFiles, in_order, label_array
-from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS
+from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
 TRANSFORMS = ("center-crop", "center-crop-wide")
 ZIP_DATE = (2020, 1, 1, 0, 0, 0)  # constant, so that equal options give equal bytes
@@ -36,10 +37,14 @@ class ConvertOptions:
     transform: str | None = None  # None: the whole image; else one of TRANSFORMS
     resolution: tuple[int, int] | None = None  # (width, height) in pixels; None keeps the size
     max_images: int | None = None  # the first so many in the order of names
+    mirror: bool = False  # write every image mirrored as well, right after itself, with its pose mirrored
+    labels: str = "check"  # 'check': all images or none have a label; 'drop': write none
 
     def __post_init__(self) -> None:
         if self.transform is not None and self.transform not in TRANSFORMS:
             raise ValueError(f"--transform: expected one of {', '.join(TRANSFORMS)}, got {self.transform!r}. Choose one of them.")
+        if self.labels not in ("check", "drop"):
+            raise ValueError(f"--labels: expected check or drop, got {self.labels!r}. Choose one of them.")
         if self.resolution is not None and min(self.resolution) < 1 or self.max_images is not None and self.max_images < 1:
             raise ValueError(f"--resolution, --max-images: expected at least 1, got {self.resolution}, {self.max_images}. Raise it.")
         if self.transform is not None and self.resolution is None:
@@ -59,7 +64,7 @@ class ConvertOptions:
 class Converted:
     """What was written."""
 
-    images: int
+    images: int  # mirrored copies included
     shape: tuple[int, int, int]  # (C, R, R)
     labels: int  # numbers per label, 0 for none (1 for class indices)
     enlarged: int  # source images smaller than the target
@@ -116,12 +121,13 @@ def png(image: PIL.Image.Image) -> bytes:
 
 
 def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> list[tuple]:
-    """Of each entry: its PNG; size (W, H) before; shape (C, H, W) after."""
+    """Of each entry: PNGs of the image and, where asked for, its mirror; size (W, H) before; shape (C, H, W) after."""
     ready = []
     for entry in entries:
         source = files.decode(entry)
         image = transform_image(source, options)
-        ready.append((png(image), source.size, (len(image.getbands()), image.height, image.width)))
+        images = [image, image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)] if options.mirror else [image]
+        ready.append(([png(one) for one in images], source.size, (len(image.getbands()), image.height, image.width)))
     return ready
 
 
@@ -130,21 +136,30 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
 
     Raises: ValueError when only some images have one, or any is malformed; see `label_array`.
     """
-    stored = files.read_labels() if LABELS_FILE in files.entries else None
+    stored = None if options.labels == "drop" or LABELS_FILE not in files.entries else files.read_labels()
     if stored is None:
         return None
     names, where = files.images[: options.max_images], f"dataset {files.path}: {LABELS_FILE}"
     stored = stored[: len(names)]
-    label_array(stored, names, where, None)
+    values = label_array(stored, names, where, None)
+    if options.mirror and values.ndim == 2 and values.shape[1] != LABEL_NUMBERS:
+        raise ValueError(
+            f"{where}: expected camera labels of {LABEL_NUMBERS} numbers to mirror, got {values.shape[1]}. Leave out --mirror, or use "
+            "--labels=drop."
+        )
     return stored
 
 
-def _output_label(label, options: ConvertOptions, size: tuple[int, int]):
-    """The label of a source image's output; untouched numbers stay as stored."""
+def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> list:
+    """Labels of one source image's outputs; untouched numbers stay as stored."""
     padded = options.transform == "center-crop-wide" and options.size[0] != options.size[1]
     if isinstance(label, list) and len(label) == LABEL_NUMBERS and (padded or crop_box(options, *size) != (0, 0, *size)):
-        return transform_camera(np.array(label, dtype=np.float64), options, *size).tolist()
-    return label
+        label = transform_camera(np.array(label, dtype=np.float64), options, *size).tolist()
+    if not options.mirror:
+        return [label]
+    if not isinstance(label, list):
+        return [label, label]
+    return [label, mirror_label(torch.tensor([label], dtype=torch.float64))[0].tolist()]
 
 
 def _check_shape(shape: tuple[int, int, int], first: tuple[int, int, int], entry: str, where: str) -> None:
@@ -162,11 +177,12 @@ def _check_shape(shape: tuple[int, int, int], first: tuple[int, int, int], entry
 
 
 def convert_dataset(
-    source: str | Path, dest: str | Path, options: ConvertOptions, workers: int = 1, on_image: Callable[[int], object] = lambda count: None
+    source: str | Path, dest: str | Path, options: ConvertOptions, workers: int = 1, on_image: Callable[[int], object] = lambda count: None,
+    overwrite: bool = False,
 ) -> Converted:
     """Write `source` (folder or zip) as `dest` (a .zip, stored without compression, or a folder) with dataset.json.
 
-    Args: `on_image` is told 1 for every source image written.
+    Args: `on_image` is told 1 for every source image written. overwrite: replace a zip that exists (a folder never is).
     Raises: ValueError naming file, entry and remedy for anything missing, damaged or inconsistent; OSError for a full disk. In both cases
     `dest` is left as it was.
     """
@@ -179,16 +195,17 @@ def convert_dataset(
     chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
     killed = "dataset_tool: expected the workers to live, got one killed. Free memory or use --workers=1."
     converted = in_order(functools.partial(_convert, files, options), chunks, workers, killed)
-    with writer(dest, Path(source)) as write, contextlib.closing(converted):
-        for i, (image, size, shape) in enumerate(itertools.chain.from_iterable(converted)):
+    with writer(dest, Path(source), overwrite) as write, contextlib.closing(converted):
+        for i, (images, size, shape) in enumerate(itertools.chain.from_iterable(converted)):
             first = first or shape
             _check_shape(shape, first, entries[i], f"dataset {files.path}")
-            label = None if labels is None else _output_label(labels[i], options, size)
-            rows.append([f"{i // 1000:05d}/img{i:08d}.png", label])
-            write(rows[-1][0], image)
+            outputs = [None] * len(images) if labels is None else _output_labels(labels[i], options, size)
+            for image, label in zip(images, outputs, strict=True):
+                rows.append([f"{len(rows) // 1000:05d}/img{len(rows):08d}.png", label])
+                write(rows[-1][0], image)
             left, top, right, bottom = crop_box(options, *size)
             enlarged += target is not None and (right - left < target[0] or bottom - top < target[1])
-            cropped += labels is not None and label is not labels[i]
+            cropped += labels is not None and outputs[0] is not labels[i]
             on_image(1)
         write(LABELS_FILE, json.dumps({"labels": None if labels is None else rows}).encode())
     assert first is not None  # a set without images is refused when it is opened
@@ -197,7 +214,7 @@ def convert_dataset(
 
 
 @contextlib.contextmanager
-def writer(dest: Path, source: Path) -> Iterator[Callable[[str, bytes], None]]:
+def writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str, bytes], None]]:
     """A function write(name, bytes) into a temporary folder or zip beside `dest`, which takes its place when the block ends well.
 
     Raises: ValueError when dest is the source, exists, or has another suffix.
@@ -210,8 +227,8 @@ def writer(dest: Path, source: Path) -> Iterator[Callable[[str, bytes], None]]:
     if dest.is_dir() and (to_zip or any(dest.iterdir())):
         wanted = "a zip file" if to_zip else "an empty folder"
         raise ValueError(f"--dest: expected {wanted}, got a folder at {dest}{'' if to_zip else ' with content'}. Name another.")
-    if dest.is_file():
-        raise ValueError(f"--dest: expected a new {'zip' if to_zip else 'folder'}, got the file {dest}. Name another.")
+    if dest.is_file() and not (to_zip and overwrite):
+        raise ValueError(f"--dest: expected a new {'zip (or --overwrite)' if to_zip else 'folder'}, got the file {dest}. Name another.")
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
     try:

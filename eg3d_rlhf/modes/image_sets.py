@@ -30,10 +30,14 @@ BUNDLED_DATA = "synthetic:heads64"
         help="Take the first so many, in the order of their names.")
 @option("--transform", type=click.Choice(TRANSFORMS), default=None, show_default="none", group="Images", help="See above.")
 @option("--resolution", metavar="WxH", default=None, show_default="as they are", group="Images", help="Size of the result, pixels.")
+@option("--mirror", is_flag=True, group="Images", help="Write every image mirrored as well, right after itself, with its pose mirrored.")
+@option("--labels", type=click.Choice(["check", "drop"]), default="check", group="Labels",
+        help="Check them, and refuse a set in which only some images have one; or write none.")
 @option("--jobs", "--workers", "jobs", metavar="INT", type=click.IntRange(min=1), default=None, show_default="cores",
         help="Processes; no effect on the result.")
+@option("--overwrite", is_flag=True, help="Replace a zip that exists.")
 @shared("dry-run")
-def convert(source, dest, max_images, transform, resolution, jobs, dry_run) -> None:
+def convert(source, dest, max_images, transform, resolution, mirror, labels, jobs, overwrite, dry_run) -> None:
     """Convert a folder or zip of images to the dataset form that train.py reads, with camera labels checked and kept.
 
     The result holds square PNGs of one size under running names (00000/img00000000.png, ...), without compression, and dataset.json. The
@@ -47,13 +51,13 @@ def convert(source, dest, max_images, transform, resolution, jobs, dry_run) -> N
 
     \b
     Example:
-        python tools/dataset_tool.py --source=synthetic:heads64@n=64 --dest=runs/example/heads32.zip --resolution=32x32
+        python tools/dataset_tool.py --source=synthetic:heads64@n=64 --dest=runs/example/heads32.zip --resolution=32x32 --mirror
     """
     sides = None if resolution is None else re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", resolution)
     if resolution is not None and sides is None:
         raise ValueError(f"--resolution: expected WxH such as 512x512, got {resolution!r}. Correct it.")
     size = sides and (int(sides[1]), int(sides[2]))
-    options = ConvertOptions(transform=transform, resolution=size, max_images=max_images)
+    options = ConvertOptions(transform=transform, resolution=size, max_images=max_images, mirror=mirror, labels=labels)
     with naming("--source"):
         path = resolve_dataset(source)
         count = len(ImageFiles(path).images)
@@ -63,7 +67,7 @@ def convert(source, dest, max_images, transform, resolution, jobs, dry_run) -> N
         click.echo(json.dumps({"source": str(path), "dest": str(dest), "images": count, "workers": jobs, **asdict(options)}, indent=1))
         return
     with tqdm(total=count, desc=f"writing {dest.name}", unit="image") as bar:
-        done = convert_dataset(path, dest, options, jobs, bar.update)
+        done = convert_dataset(path, dest, options, jobs, bar.update, overwrite)
     kind = {0: "without labels", 1: "with class labels"}.get(done.labels, f"with labels of {done.labels} numbers")
     click.echo(f"{dest}: {done.images} images of {done.shape[1]}x{done.shape[2]}, {'RGB' if done.shape[0] == 3 else 'greyscale'}, {kind}")
     if done.enlarged:

@@ -1,4 +1,4 @@
-"""Dataset conversion: pixels, names, labels, cropped cameras, archives, and every error."""
+"""Dataset conversion: pixels, names, labels, mirrored and cropped cameras, archives, and the text of every error."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.modes import image_sets
 from training.dataset import ImageFolderDataset
 from training.dataset_convert import ConvertOptions, transform_camera, transform_image
-from training.rendering.cameras import LookAtPoseSampler, intrinsics_matrix, pack_label
+from training.rendering.cameras import LookAtPoseSampler, intrinsics_matrix, mirror_label, pack_label
 
 COUNT = 11
 
@@ -94,17 +94,29 @@ def test_folders_in_and_out_agree_with_zips(tmp_path):
 
 def test_workers_do_not_change_a_byte(tmp_path):
     src = source(tmp_path)
-    converted(src, tmp_path / "a.zip", "--resolution=8x8")
-    converted(src, tmp_path / "b.zip", "--resolution=8x8", "--workers=2")
+    converted(src, tmp_path / "a.zip", "--mirror", "--resolution=8x8")
+    converted(src, tmp_path / "b.zip", "--mirror", "--resolution=8x8", "--workers=2")
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
 
 
+def test_mirroring_mirrors_pixels_and_poses(tmp_path):
+    converted(source(tmp_path), tmp_path / "out.zip", "--mirror")
+    data, reference = ImageFolderDataset(tmp_path / "out.zip", c_dim=25), ImageFolderDataset(source(tmp_path), c_dim=25, xflip=True)
+    assert len(data) == 2 * COUNT
+    for i in range(COUNT):
+        for ours, theirs in ((2 * i, i), (2 * i + 1, COUNT + i)):
+            np.testing.assert_array_equal(data[ours][0], reference[theirs][0])
+            np.testing.assert_allclose(data[ours][1], reference[theirs][1], atol=1e-7)
+
+
 def test_class_labels_and_sets_without_labels(tmp_path):
-    converted(source(tmp_path, labels=lambda i: i % 3, name="classes.zip"), tmp_path / "a.zip")
-    assert ImageFolderDataset(tmp_path / "a.zip").get_labels().argmax(axis=1).tolist() == [i % 3 for i in range(COUNT)]
-    assert "without labels" in converted(source(tmp_path, labels=None, name="bare.zip"), tmp_path / "b.zip").stdout
-    with zipfile.ZipFile(tmp_path / "b.zip") as archive:
-        assert json.loads(archive.read("dataset.json")) == {"labels": None}
+    converted(source(tmp_path, labels=lambda i: i % 3, name="classes.zip"), tmp_path / "a.zip", "--mirror")
+    assert ImageFolderDataset(tmp_path / "a.zip").get_labels().argmax(axis=1).tolist() == [i // 2 % 3 for i in range(2 * COUNT)]
+    for name, src, flags in (("b", source(tmp_path, labels=None, name="bare.zip"), ()), ("c", source(tmp_path), ("--labels=drop",))):
+        result = converted(src, tmp_path / f"{name}.zip", *flags)
+        assert "without labels" in result.stdout
+        with zipfile.ZipFile(tmp_path / f"{name}.zip") as archive:
+            assert json.loads(archive.read("dataset.json")) == {"labels": None}
 
 
 def test_center_crop_takes_the_middle_square(tmp_path):
@@ -143,13 +155,14 @@ def test_cameras_follow_the_crop(transform, size):
     np.testing.assert_allclose(seen, expected, atol=0.3 / 32)
 
 
-def test_cropped_set_says_so(tmp_path):
+def test_cropped_set_says_so_and_mirrors_after_the_crop(tmp_path):
     src = source(tmp_path, width=24, height=16)
-    result = converted(src, tmp_path / "out.zip", "--transform=center-crop", "--resolution=32x32")
+    result = converted(src, tmp_path / "out.zip", "--transform=center-crop", "--resolution=32x32", "--mirror")
     assert "Intrinsics of 11 camera labels follow the crop." in result.stdout
     assert "11 images were smaller than 32x32 and have been enlarged." in result.stdout
     labels = ImageFolderDataset(tmp_path / "out.zip", c_dim=25).get_labels()
     assert labels[0, 16] == pytest.approx(4.2647 * 1.5, rel=1e-5) and labels[0, 20] == pytest.approx(4.2647, rel=1e-5)
+    np.testing.assert_allclose(labels[1::2], mirror_label(torch.from_numpy(labels[::2])).numpy(), atol=1e-6)
 
 
 def entries_with(name, data):
@@ -176,6 +189,7 @@ MISTAKES = {  # entries, labels, flags, what the message names
     "cut, in a worker": (entries_with("1.png", png(pixels(1))[:80]), ROWS, ["--workers=2"], "'1.png'"),
     "one label missing": (entries_with("1.png", png(pixels(1))), ROWS[:2], [], "'2.png'"),
     "rotation": (entries_with("1.png", png(pixels(1))), rows_with(1, [2 * v for v in camera(1)]), [], "'1.png'.*rotation"),
+    "other labels": (entries_with("1.png", png(pixels(1))), [[f"{i}.png", [1.0]] for i in range(3)], ["--mirror"], "--mirror"),
     "no images": ({"a.txt": b""}, ROWS, [], "--source"),
 }
 
@@ -195,10 +209,14 @@ def test_targets_that_exist_are_safe(tmp_path):
     dest.write_bytes(b"old")
     full.mkdir()
     (full / "a").write_bytes(b"")
-    for target, message in ((dest, "new zip"), (full, "empty"), (src, "--source"), (tmp_path / "x.tar", ".zip"), (tmp_path, "than")):
+    for target, message in ((dest, "--overwrite"), (full, "empty"), (src, "--source"), (tmp_path / "x.tar", ".zip"), (tmp_path, "than")):
         result = run(src, target)
         assert result.exit_code == 2 and message in result.stderr, result.stderr
     assert dest.read_bytes() == b"old" and [p.name for p in full.iterdir()] == ["a"]
+    (tmp_path / "bad.zip").write_bytes(src.read_bytes()[:-200])
+    assert run(tmp_path / "bad.zip", dest, "--overwrite").exit_code == 2 and dest.read_bytes() == b"old"
+    converted(src, dest, "--overwrite")
+    assert len(ImageFolderDataset(dest, c_dim=25)) == COUNT
 
 
 def test_a_disk_that_refuses_ends_in_one_line(tmp_path, monkeypatch):
