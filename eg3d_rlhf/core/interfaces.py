@@ -116,7 +116,7 @@ SLACK = 1e-3  # beyond 0..1 that rounding of a renderer may reach
 def check_views(pictures: int, views: int, who: str = "--prior") -> None:
     """Raises: ValueError unless the pictures are whole assets of `views` views."""
     if pictures < 1 or pictures % views:
-        raise ValueError(f"{who}: expected a multiple of {views} views, got {pictures}. Set --views={views}, or another multiple of it.")
+        raise ValueError(f"{who}: expected a multiple of {views} views, got {pictures}. Set views={views}, or another multiple of it.")
 
 
 def check_pictures(images: torch.Tensor, who: str) -> None:

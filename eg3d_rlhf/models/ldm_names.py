@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.models.weights import below, count, shape_of
+from eg3d_rlhf.models.weights import count, shape_of
 
 State = dict[str, torch.Tensor]
 UNET = {
@@ -27,6 +27,18 @@ VAE = {
     "norm_out.": "conv_norm_out.", "nin_shortcut.": "conv_shortcut.", "downsample.": "downsamplers.0.", "upsample.": "upsamplers.0.",
 }
 VAE_ATTENTION = {"norm.": "group_norm.", "q.": "to_q.", "k.": "to_k.", "v.": "to_v.", "proj_out.": "to_out.0."}
+
+CLIP = (  # open_clip -> transformers, in turn
+    (r"^visual\.(class_embedding)$", r"vision_model.embeddings.\1"), (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."), (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."), (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."), (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."), (r"^text_projection$", "text_projection.weight"),
+    (r"\.ln_([12])\.", r".layer_norm\1."), (r"\.mlp\.c_fc\.", ".mlp.fc1."), (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+)
 
 
 def unet_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -85,23 +97,27 @@ def to_diffusers_vae(state: Mapping[str, torch.Tensor]) -> State:
     return new
 
 
+def to_transformers_clip(state: Mapping[str, torch.Tensor]) -> State:
+    """open_clip's network as transformers' CLIPModel; unknown names stay."""
+    new: State = {}
+    for name, tensor in state.items():
+        for old, now in CLIP:
+            name = re.sub(old, now, name)
+        stem, mark, part = name.partition("attn.in_proj_")
+        if mark:
+            new |= {f"{stem}self_attn.{q}_proj.{part}": x for q, x in zip("qkv", tensor.chunk(3), strict=True)}
+        else:
+            new[name] = tensor.T if name.endswith("_projection.weight") else tensor
+    return new
+
+
 def to_transformers_text(state: Mapping[str, torch.Tensor], layers: int) -> State:
     """open_clip's text half (transformer.resblocks.*, ln_final, ...) as the first `layers` layers of transformers' CLIPTextModel."""
-    new = {
-        "embeddings.token_embedding.weight": state["token_embedding.weight"],
-        "embeddings.position_embedding.weight": state["positional_embedding"],
-        **{f"final_layer_norm.{part}": state[f"ln_final.{part}"] for part in ("weight", "bias")},
+    last = f"text_model.encoder.layers.{layers}."
+    return {
+        name: tensor for name, tensor in to_transformers_clip(state).items()
+        if name.startswith("text_model.") and not name.startswith(last)
     }
-    renamed = {
-        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj",
-    }
-    for i in range(layers):
-        block = below(state, f"transformer.resblocks.{i}.")
-        for part in ("weight", "bias"):
-            new.update({f"encoder.layers.{i}.{now}.{part}": block[f"{old}.{part}"] for old, now in renamed.items()})
-            packed = block[f"attn.in_proj_{part}"].chunk(3)
-            new.update({f"encoder.layers.{i}.self_attn.{q}_proj.{part}": x for q, x in zip("qkv", packed, strict=True)})
-    return {f"text_model.{name}": tensor for name, tensor in new.items()}
 
 
 def unet_config(state: Mapping[str, torch.Tensor], who: str, image_size: int) -> dict[str, Any]:

@@ -63,10 +63,8 @@ flags = together(
     option("--preset", group=METHOD, type=click.Choice(sorted(PRESETS)), default=None, show_default="the method's own",
            help="Settings of a method by name; those of public code among them. Brings its method."),
     options_of(*OF_METHODS, everywhere="by method"),
-    option("--tau", group="DreamDPO", metavar="GAP", type=float, default=None, show_default="by method",
-           help="Gap of rewards from which the loser is pushed away; inf: never. With --tau-mode=quantile a share of the gaps."),
-    option("--reward-weight", "weight", group="DreamReward", metavar="RAMP", default=None, show_default="by method",
-           help="Of the reward's gradient, in norms of the distillation's; a number, or a ramp s0,v0,v1,s1."),
+    option("--tau", type=float, default=None, rare=True),  # gap of rewards from which the loser is pushed away; inf: never
+    option("--weight", default=None, rare=True),  # of DreamReward's gradient: a number, or a ramp s0,v0,v1,s1
     options_of(LoopConfig),
 )  # fmt: skip
 
@@ -177,8 +175,7 @@ def refuse(given: Mapping, methods: set[str], shaped: bool, kind: str) -> None:
     if not any(METHODS[name].judged for name in methods):
         belongs["judge"] = "--method=dreamdpo or psd"
     for name in sorted(belongs.keys() & given.keys()):
-        raise ValueError(f"{flag('reward_weight' if name == 'weight' else name)}: belongs to {belongs[name]}, and would have no effect "
-                         "here. Leave it out.")
+        raise ValueError(f"{flag(name)}: belongs to {belongs[name]}, and would have no effect here. Leave it out.")
     if given.get("geometry_reward", "none") != "none" and not shaped:
         raise ValueError("--geometry-reward: expected an arm with +geometry in --compare, got none. Add one, such as sds+geometry.")
 

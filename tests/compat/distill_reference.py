@@ -118,7 +118,7 @@ class StandIn:
 
 
 class Recorded:
-    """Named draws that hand out recorded noises; a judge is always asked."""
+    """Named draws that hand out recorded noises."""
 
     def __init__(self, *noises: torch.Tensor):
         self.recorded = torch.stack(noises)
@@ -126,9 +126,6 @@ class Recorded:
     def noises(self, count, like, step):
         assert count == len(self.recorded) and like.shape == self.recorded.shape[1:]
         return self.recorded
-
-    def chance(self, name, count, step):
-        return torch.zeros(count)
 
 
 class Pictures:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.blip import BlipSizes
-from eg3d_rlhf.models.clip import Clip, ClipSizes
-from eg3d_rlhf.models.ldm_names import to_transformers_text
+from eg3d_rlhf.models.clip import hpsv2_network
+from eg3d_rlhf.models.ldm_names import to_transformers_clip, to_transformers_text
 from eg3d_rlhf.models.weights import adopt, below, empty
 from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork
 from tests.compat.reference import ROOT
@@ -47,13 +47,6 @@ def test_image_reward_is_the_trunk_and_the_mlp():
     state = {n: t for n, t in on_meta("Reward3D_Scorer").items() if not n.startswith("Scorer.")}
     network = Reward3dNetwork.of(state, "test")
     assert network.kind == "ImageReward" and {*shapes(network), "blip.text_encoder.embeddings.position_ids"} == set(state)
-
-
-def test_hpsv2():
-    wanted = published("hpsv2_open_clip_vit_h14")
-    assert shapes(empty(lambda: Clip(ClipSizes()))) == wanted
-    sizes = ClipSizes.of(on_meta("hpsv2_open_clip_vit_h14"), "test")
-    assert sizes == ClipSizes() and sum(t.numel() for t in empty(lambda: Clip(sizes)).parameters()) == 986_109_441
 
 
 def test_open_clips_text_half_is_that_of_stable_diffusion_2():
@@ -114,13 +107,21 @@ def test_mvdream_files(form):
         state |= {f"{OPEN_CLIP}{n}": t for n, t in text.items()}
     networks, states = mvdream_networks(state, "test")
     for name, weights in states.items():
-        adopt(getattr(networks, name), weights, name)  # every entry fits
+        adopt(networks[name], weights, name)  # every entry fits
     assert len(states["unet"]) == len(below(state, "model.diffusion_model."))
-    plain = {n: s for n, s in shapes(networks.unet).items() if not n.startswith("class_embedding.")}
+    plain = {n: s for n, s in shapes(networks["unet"]).items() if not n.startswith("class_embedding.")}
     assert plain == published({"sd15": "sd15_unet", "sd21_base": "sd21_unet"}[form])
-    assert shapes(networks.vae) == published("sd_vae")
-    assert shapes(networks.text) == published({"sd15": "sd15_text_encoder", "sd21_base": "sd21_text_encoder"}[form])
-    assert networks.unet.config.attention_head_dim == (8 if form == "sd15" else (5, 10, 20, 20))
+    assert shapes(networks["vae"]) == published("sd_vae")
+    assert shapes(networks["text"]) == published({"sd15": "sd15_text_encoder", "sd21_base": "sd21_text_encoder"}[form])
+    assert networks["unet"].config.attention_head_dim == (8 if form == "sd15" else (5, 10, 20, 20))
+
+
+@libraries
+def test_hpsv2():
+    state = on_meta("hpsv2_open_clip_vit_h14")
+    network = hpsv2_network(state, "test")
+    assert shapes(network) == {name: list(tensor.shape) for name, tensor in to_transformers_clip(state).items()}
+    assert sum(t.numel() for t in network.parameters()) == 986_109_441
 
 
 @libraries

@@ -10,7 +10,7 @@ from eg3d_rlhf.modes.distill import DISTILL, SETTINGS, arms_of
 from training.config import knobs_of
 
 PROMPT = "a white head with a red nose"
-SHORT = ("--steps=4", "--tick=2", "--set", "checkpoint_ticks=1", "--jobs=1", "--show=1")
+SHORT = ("--steps=4", "--set=tick=2", "--set=checkpoint_ticks=1", "--jobs=1", "--show=1")
 
 
 def run(*flags):
@@ -23,7 +23,7 @@ def compared(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     prompts = out / "prompts.txt"
     prompts.write_text(f"{PROMPT}\n\na grey box, each side with a red disc rather than a blue disc\n")
-    result = run(*SHORT, "--compare=dreamdpo", "--batch=1", f"--prompt={prompts}", f"--outdir={out}")
+    result = run(*SHORT, "--compare=dreamdpo", "--set=batch=1", f"--prompt={prompts}", f"--outdir={out}")
     assert result.exit_code == 0, result.output
     return out / "00000-distill-bundled-compare", result.output
 
@@ -60,7 +60,7 @@ def test_the_learned_prior_takes_the_exact_one_s_place(tmp_path):
 def test_the_same_command_gives_the_same_bytes_and_a_finished_run_stays(compared, tmp_path):
     folder, _ = compared
     before = (folder / "stats.jsonl").read_bytes()
-    again = run(*SHORT, "--compare=dreamdpo", "--batch=1", f"--prompt={folder.parent / 'prompts.txt'}", f"--outdir={tmp_path}")
+    again = run(*SHORT, "--compare=dreamdpo", "--set=batch=1", f"--prompt={folder.parent / 'prompts.txt'}", f"--outdir={tmp_path}")
     assert again.exit_code == 0, again.output
     other = tmp_path / folder.name
     for name in ("stats.jsonl", "compare.json", "judgements.jsonl", "assets-dreamdpo.safetensors", "assets-sds.safetensors"):
@@ -70,7 +70,7 @@ def test_the_same_command_gives_the_same_bytes_and_a_finished_run_stays(compared
 
 def test_every_setting_is_a_flag_or_can_be_set(tmp_path):
     names, flags = {field.name for kind in SETTINGS for field, *_ in knobs_of(kind)}, {param.name for param in DISTILL.command.params}
-    assert names <= flags | DISTILL.command.rare.keys() and len(flags) <= 46
+    assert names <= flags | DISTILL.command.rare.keys() and len(flags) <= 27
     (tmp_path / "mine.json").write_text('{"sparsity": "0,0.1,0.2,50", "checkpoint_ticks": 5, "steps": 70, "tau": 0.25}')
     options = [f"--settings={tmp_path / 'mine.json'}", "--set", "checkpoint-ticks=7", "--steps=80", "--method=dreamdpo"]
     settings = json.loads(run("-n", *options).stdout)
@@ -90,13 +90,12 @@ def test_dry_run_resolves_and_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize(("flags", "says"), [
     (["--method=sds", "--reward=one-face"], "--reward: belongs to a method with a reward"),
-    (["--method=dreamdpo", "--samples=2"], "--samples: belongs to --method=sds"),
+    (["--method=dreamdpo", "--set=samples=2"], "--set samples=VALUE: belongs to --method=sds"),
     (["--set", "nothing=1"], "--settings: expected a setting"), (["--set", "sparsity"], "--set: expected NAME=VALUE"),
     (["--set", "checkpoint_ticks=0"], "checkpoint_ticks: "), (["--settings=nowhere.json"], "--settings"),
-    (["--method=psd", "--set", "image_loss=1"], "--set image_loss=VALUE: belongs to --method=sds"),
     (["--prior=heads", "--compare=sds+geometry", "--geometry-reward=one-nose"], "--geometry-reward: one-nose belongs to --prior=bundled"),
-    (["--views=4"], "--views: belongs to a --prior from files"),
-    (["--geometry-weight=1"], "--geometry-weight: belongs to a --geometry-reward"),
+    (["--set=views=4"], "--set views=VALUE: belongs to a --prior from files"),
+    (["--set=geometry_weight=1"], "--set geometry_weight=VALUE: belongs to a --geometry-reward"),
     (["--compare=sds,foo"], "--compare: expected arms such as"),
     (["--compare=sds-random"], "--compare: expected arms such as"),
     (["--method=sds", "--compare=sds,dreamdpo"], "got both"),
@@ -107,8 +106,8 @@ def test_dry_run_resolves_and_writes_nothing(tmp_path):
     (["--method=dreamdpo", "--reward=foo"], "--reward: expected one of"),
     (["--method=dreamdpo", "--judge=foo"], "--judge: expected questions"),
     (["--method=sds", "--geometry-reward=nowhere"], "--geometry-reward: expected"),
-    (["--t-max=0.01"], "TimeWindow: expected low <= high"),
-    (["--t-max=a"], "--t-max: expected a number or a ramp"),
+    (["--set=t_max=0.01"], "TimeWindow: expected low <= high"),
+    (["--set=t_max=a"], "--set t_max: expected a number or a ramp"),
     (["--resume=nowhere"], "--resume: expected a run folder"),
     (["--kimg=3"], "--kimg: belongs to --mode=gan"),
 ])  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 
 from eg3d_rlhf.core.interfaces import SLACK, Modality, RewardModel, check_finite, check_pictures, check_views
 from eg3d_rlhf.core.memory import Costs, peak_bytes, weight_row
-from eg3d_rlhf.models.clip import FLAG, Clip, ClipSizes, load_clip_score, load_hpsv2
+from eg3d_rlhf.models.clip import FLAG, hpsv2_network, load_clip_score, load_hpsv2
 from eg3d_rlhf.models.weights import empty, existing, only_file, read, require_extra
 from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork, load_blip_reward
 
@@ -92,16 +92,18 @@ def reward_costs(path: str | Path, pictures: int, noises: int = 1) -> Costs:
         from transformers import CLIPConfig, CLIPModel
 
         config = CLIPConfig(**json.loads((_clip_folder(path) / "config.json").read_text()))
-        clip = empty(lambda: CLIPModel(config))
-        return _costs(clip, lambda x: clip.get_image_features(pixel_values=x), pictures, noises, config.vision_config.image_size)
+        return _costs_of_clip(empty(lambda: CLIPModel(config)), pictures, noises)
     file = weights_of(path)
     state = read(file, FLAG)
     if _is_blip(state, file):
         blip = Reward3dNetwork.of(state, f"{FLAG}: {file.name}")
         return _costs(blip, blip.blip.visual_encoder, pictures, noises, blip.blip.visual_encoder.side)
-    sizes = ClipSizes.of(state, f"{FLAG}: {file.name}")
-    hps = empty(lambda: Clip(sizes))
-    return _costs(hps, hps.visual, pictures, noises, sizes.image)
+    return _costs_of_clip(hpsv2_network(state, f"{FLAG}: {file.name}"), pictures, noises)
+
+
+def _costs_of_clip(clip: Any, pictures: int, noises: int) -> Costs:
+    run = lambda x: clip.get_image_features(pixel_values=x)  # noqa: E731
+    return _costs(clip, run, pictures, noises, clip.config.vision_config.image_size)
 
 
 def _costs(network: torch.nn.Module, run: Any, pictures: int, noises: int, side: int) -> Costs:

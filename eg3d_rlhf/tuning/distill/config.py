@@ -79,19 +79,18 @@ class LoopConfig:
 
     steps: int = knob(100, "Steps of each asset.", OPT, low=1, shown="100; 10000 with a prior from files")
     batch: int = knob(55, "Assets that are optimised together; processes share the batches.", OPT, low=1,
-                      shown="55; 1 with a prior from files")
-    lr: float = knob(0.05, "Learning rate of voxels or planes (Adam, betas 0.9 and 0.99).", OPT, above=0)
+                      shown="55; 1 with a prior from files", rare=True)
+    lr: float = knob(0.05, "Learning rate of voxels or planes (Adam, betas 0.9 and 0.99).", OPT, above=0, rare=True)
     lr_end: float = knob(0.05, "Learning rates at the end, as a share of those at the start; linear in between.", OPT, low=0,
                          high=1, rare=True)
     decoder_lr: float = knob(0.001, "Learning rate of decoders.", OPT, above=0, rare=True)
     t_min: str = knob("0.02", "Least time, as a share of 1000: a number, or a ramp over steps s0,v0,v1,s1.", OPT, metavar="RAMP",
-                      shown="by prior")
-    t_max: str = knob("0.98", "Largest time, likewise.", OPT, metavar="RAMP", shown="by prior")
+                      shown="by prior", rare=True)
+    t_max: str = knob("0.98", "Largest time, likewise.", OPT, metavar="RAMP", shown="by prior", rare=True)
     shared_time: bool = knob(True, "One time for all views of an asset; priors that see views together need it.", OPT, rare=True)
-    grad_clamp: float | None = knob(None, "Clamp the gradient on the latents to +- this.", OPT, above=0, shown="off", rare=True)
     sparsity: str = knob("0", "Weight of the mean opacity along rays: a number or a ramp.", OPT, metavar="RAMP", rare=True)
     opacity: str = knob("0", "Weight of the entropy of the opacity: a number or a ramp.", OPT, metavar="RAMP", rare=True)
-    tick: int = knob(20, "Steps between two lines of stats.jsonl.", OPT, low=1)
+    tick: int = knob(20, "Steps between two lines of stats.jsonl.", OPT, low=1, rare=True)
     checkpoint_ticks: int = knob(3, "Lines between two states to go on from.", OPT, low=1, rare=True)
 
     def __post_init__(self) -> None:
@@ -100,7 +99,7 @@ class LoopConfig:
             try:
                 ramp_of(getattr(self, name))
             except ValueError as error:
-                raise ValueError(f"--{name.replace('_', '-')}: {error}") from None
+                raise ValueError(f"--set {name}: {error}") from None
         for step in (0, self.steps - 1):
             self.window.at(step)
 
@@ -108,12 +107,6 @@ class LoopConfig:
     def window(self) -> TimeWindow:
         """Where times are drawn from."""
         return TimeWindow(low=ramp_of(self.t_min), high=ramp_of(self.t_max))
-
-    def penalties(self, step: int) -> dict[str, float]:
-        """Weights of the asset's regularisers at a step, those that are not 0."""
-        weights = {name: ramp_of(getattr(self, name))(step) for name in ("sparsity", "opacity")}
-        return {name: weight for name, weight in weights.items() if weight}
-
 
 @dataclass(frozen=True, kw_only=True)
 class SceneConfig:
@@ -131,8 +124,8 @@ class SceneConfig:
                                 "with the bundled prior also one-nose and floaters, in closed form.", ASSETS, metavar="none|NAME|FILE")
     assets: int = knob(1, "Assets of each prompt, of different seeds.", ASSETS, low=1,
                       shown="1; 5 for the bundled comparison, 2 for that of heads")
-    views: int = knob(4, "Views of each asset in a step.", REAL, low=1)
-    resolution: int = knob(64, "Rendered pixels per edge; the prior sees them enlarged to its own size.", REAL, low=8)
+    views: int = knob(4, "Views of each asset in a step.", REAL, low=1, rare=True)
+    resolution: int = knob(64, "Rendered pixels per edge; the prior sees them enlarged to its own size.", REAL, low=8, rare=True)
     planes: int = knob(64, "Texels per edge of an asset's planes.", REAL, low=4, rare=True)
     amp: str = knob("auto", "Half precision for the prior's network alone; auto: on a GPU.", REAL, choices=("auto", "off",
                     "half"), rare=True)

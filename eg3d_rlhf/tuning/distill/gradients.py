@@ -175,37 +175,40 @@ def norm_per_asset(grad: torch.Tensor, views: int) -> torch.Tensor:
     return grad.reshape(grad.shape[0] // views, -1).norm(dim=1)
 
 
-class Balance:
+class Window:
+    """Numbers of the last steps, newest last: all of the state that most methods have."""
+
+    def __init__(self, window: int, rows: torch.Tensor, name: str):
+        self.window, self.rows, self.name = window, rows, name
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {self.name: self.rows}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.rows = state[self.name].clone()
+
+
+class Balance(Window):
     """Scales a second gradient to a fraction of the first one's norm, each a mean of the last steps. One number per asset, or one alone."""
 
     def __init__(self, window: int = 50):
-        self.window = window
-        self.norms = torch.zeros(2, 0, 0)  # [2, steps, A], newest last
+        super().__init__(window, torch.zeros(2, 0, 0), "norms")  # [2, steps, A]
 
     def __call__(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """mean |first| / mean |second| over the last steps, [A], from this step's norms [A]; 0 where the second has been 0 throughout."""
         now = torch.stack([first, second]).detach().cpu()[:, None]  # [2, 1, A]
-        past = self.norms if self.norms.shape[2] == now.shape[2] else self.norms.new_zeros(2, 0, now.shape[2])
-        self.norms = torch.cat([past, now.nan_to_num()], 1)[:, -self.window :]
-        mean_first, mean_second = self.norms.mean(1)
+        past = self.rows if self.rows.shape[2] == now.shape[2] else self.rows.new_zeros(2, 0, now.shape[2])
+        self.rows = torch.cat([past, now.nan_to_num()], 1)[:, -self.window :]
+        mean_first, mean_second = self.rows.mean(1)
         ratio = torch.where(mean_second > 0, mean_first / mean_second.clamp_min(1e-30), 0.0)
         return ratio.to(first.device)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a resumed run needs."""
-        return {"norms": self.norms}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict`."""
-        self.norms = state["norms"].clone()
-
-
-class History:
+class History(Window):
     """Scores of the last steps: their spread, quantiles and range."""
 
     def __init__(self, window: int = 200):
-        self.window = window
-        self.rows = torch.zeros(0, 0)  # [steps, numbers of a step], newest last
+        super().__init__(window, torch.zeros(0, 0), "rows")  # [steps, numbers of a step]
 
     def add(self, numbers: torch.Tensor) -> None:
         """Append one step's numbers, any shape; not-finite ones count as 0. Another number of them than before starts afresh."""
@@ -216,28 +219,16 @@ class History:
     def standardised(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores in deviations of the last steps', these among them."""
         self.add(scores)
-        return (scores - self.mean()) / self.deviation()
+        return (scores - float(self.rows.mean())) / self.deviation()
 
     def deviation(self) -> float:
         """Standard deviation; 1 where there is none."""
         spread = float(self.rows.std()) if self.rows.numel() > 1 else 0.0
         return spread if spread > 0 else 1.0
 
-    def mean(self) -> float:
-        """Mean."""
-        return float(self.rows.mean())
-
     def quantile(self, share: float) -> float:
         """The number below which a share of them lies."""
         return float(self.rows.flatten().sort().values[int(share * (self.rows.numel() - 1))])
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a resumed run needs."""
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict`."""
-        self.rows = state["rows"].clone()
 
 
 def digits(loss: float) -> int:

@@ -13,7 +13,8 @@ import torch
 from eg3d_rlhf.core.interfaces import DiffusionPrior, Guidance, GuidanceOutput
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.generators.assets.views import FINISHED, Pictures, Renderer, Views, evenly_around
-from eg3d_rlhf.tuning.distill.config import LoopConfig
+from eg3d_rlhf.models.weights import below
+from eg3d_rlhf.tuning.distill.config import LoopConfig, ramp_of
 from eg3d_rlhf.tuning.distill.gradients import History, distillation_loss
 from eg3d_rlhf.tuning.distill.guidance.geometry import ProgressiveGeometry
 from eg3d_rlhf.tuning.distill.guidance.sds import BestOfN
@@ -89,7 +90,7 @@ def signs(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """Signs of known failures in the newest line, by name, each with its remedy."""
     last, warnings = lines[-1], {}
     if last.get("one_sided") == 1:
-        warnings["gaps"] = "every gap lies below --tau: losers push nothing away. Lower --tau, or use --tau-mode=quantile."
+        warnings["gaps"] = "every gap lies below --tau: losers push nothing away. Lower tau, or use --set tau_mode=quantile."
     if last.get("gap_90") == 0:
         warnings["flat"] = "all noises got the same reward: there is no preference to follow. Check the reward, or give it larger pictures."
     if last.get("first_wins") in (0, 1):
@@ -156,10 +157,11 @@ class Distillation:
         output = self.guidance(x, t.to(x.device), prompts, views.cameras[:, :16].to(x.device), step, pictures.images)
         if not bool(torch.isfinite(output.grad).all()):
             raise LossNotFiniteError(f"--prior: expected finite predictions, got NaN or infinity at step {step}. Lower --guidance-scale.")
-        loss = distillation_loss(x, output, images=pictures.images, clamp=self.config.grad_clamp)
+        loss = distillation_loss(x, output, images=pictures.images)
         figures = {"opacity": float(pictures.opacity.detach().mean()), "grad": float(output.grad.norm())}
-        for name, weight in self.config.penalties(step).items():
-            loss = loss + weight * self.asset.regularisers()[name].mean()
+        for name in ("sparsity", "opacity"):
+            if weight := ramp_of(getattr(self.config, name))(step):
+                loss = loss + weight * self.asset.regularisers()[name].mean()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[group["name"]] * (1 - (1 - self.config.lr_end) * step / self.config.steps)
         self.optimizer.zero_grad(set_to_none=True)
@@ -214,7 +216,7 @@ class Distillation:
     def load(self, tensors: Mapping[str, torch.Tensor], meta: Mapping) -> None:
         """Inverse of `state`."""
         names = ("asset", *self._stateful())
-        of_part = {name: {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")} for name in names}
+        of_part = {name: below(tensors, f"{name}.") for name in names}
         self.asset.load_state_dict(of_part["asset"])
         checkpoint.restore_optimizer("optim", self.optimizer, dict(tensors))
         for name, part in self._stateful().items():

@@ -7,7 +7,6 @@ Arms of a comparison see the same prompts, starts, views, times and noises. Noth
 """
 
 import json
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.process import StoppedError
-from eg3d_rlhf.experiments.run import STATS, TIMING, Run, recorded
+from eg3d_rlhf.experiments.run import STATS, Run, recorded
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
 from eg3d_rlhf.tuning.distill.loop import Distillation, shown, signs
 from eg3d_rlhf.tuning.distill.scene import Scene, open_scene
@@ -26,7 +25,6 @@ from training.progress import tqdm
 
 PARTS, RESULT, ASSETS = "parts", "result.json", "assets.safetensors"
 FREE = ("loop.checkpoint_ticks",)  # settings that a resumed run may change
-_POLL = 1.0  # seconds between two looks at the workers' progress
 
 
 class Part(NamedTuple):
@@ -128,41 +126,12 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
             distil(settings, scene, Part.of(name), run.folder / PARTS / name, partial(print, flush=True))
     else:
         print(f"{len(mine)} parts on {jobs} processes; what they print is in {run.folder / 'logs'}.", flush=True)
-        with _Watch(settings, run.folder, mine):
-            expected = (ValueError, OSError, StoppedError)
-            run_tasks(dict.fromkeys(mine, ()), handler, (settings, run.folder, run.device), jobs, run.folder / "logs", expected=expected)
+        with tqdm(total=len(mine), unit="part", desc="distilling", dynamic_ncols=True) as bar:
+            run_tasks(
+                dict.fromkeys(mine, ()), handler, (settings, run.folder, run.device), jobs, run.folder / "logs",
+                on_done=lambda name, result: bar.update() and None, expected=(ValueError, OSError, StoppedError),
+            )
     run.ranks.barrier()
-
-
-class _Watch:
-    """A bar over the steps of all parts, read from what their workers write."""
-
-    def __init__(self, settings: DistillSettings, folder: Path, names: Sequence[str]):
-        self.paths, self.over = [folder / PARTS / name / TIMING for name in names], threading.Event()
-        self.steps = settings.loop.steps
-        self.bar = tqdm(total=self.steps * len(names), unit="step", desc="distilling", dynamic_ncols=True, smoothing=0)
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *exc) -> None:
-        self.over.set()
-        self.thread.join()
-        self._look()
-        self.bar.close()
-
-    def _watch(self) -> None:
-        while not self.over.wait(_POLL):
-            self._look()
-
-    def _look(self) -> None:
-        done = 0
-        for path in self.paths:
-            lines = path.read_text().splitlines() if path.exists() else []
-            done += int(json.loads(lines[-1])["step"]) if lines else 0
-        if done > self.bar.n:
-            self.bar.update(done - self.bar.n)
 
 
 def gather_stats(settings: DistillSettings, run: Run) -> None:

@@ -17,7 +17,7 @@ from eg3d_rlhf.rewards.pictures.analytic import Inverted, Random
 from eg3d_rlhf.rewards.pictures.from_files import load_reward, reward_costs
 from eg3d_rlhf.tuning.distill.compare import FinalJudge
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
-from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, GeometrySettings, ProgressiveGeometry, load_geometry, twisted
+from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, GeometrySettings, ProgressiveGeometry, dealt_anew, load_geometry
 from eg3d_rlhf.tuning.distill.loop import Distillation
 from eg3d_rlhf.tuning.distill.methods import guidance_of, of_arm
 from eg3d_rlhf.tuning.distill.priors.latent_diffusion import PriorOptions, load_prior, prior_costs
@@ -64,8 +64,10 @@ class Scene:
     def _geometry(self, settings: DistillSettings, arm: Arm) -> ProgressiveGeometry:
         if self.geometry is None:
             raise ValueError("--geometry-reward: expected a reward for the arms with +geometry, got none. Name one, or leave them out.")
-        reward = twisted(self.geometry(), arm.geometry_twist, settings.seed)
-        return ProgressiveGeometry(reward, built(GeometrySettings, settings.guidance), settings.loop.steps)
+        reward, sign = self.geometry(), -1 if arm.geometry_twist == "inverted" else 1
+        if arm.geometry_twist == "random":
+            reward = dealt_anew(reward, settings.seed)
+        return ProgressiveGeometry(reward, built(GeometrySettings, settings.guidance), settings.loop.steps, sign)
 
     def _reward(self, arm: Arm) -> RewardModel | None:
         if self.reward is None or arm.twist is None:

@@ -191,11 +191,5 @@ class Streams:
 
     def noises(self, count: int, like: torch.Tensor, step: int) -> torch.Tensor:
         """[count, *like.shape] standard normal; noise k is that of stream noise/k, whatever the count."""
-        return torch.stack([self._normal(f"noise/{k}", like.shape, step) for k in range(count)]).to(like)
-
-    def chance(self, name: str, count: int, step: int) -> torch.Tensor:
-        """[count] uniform in 0..1."""
-        return torch.rand(count, generator=self.generator(name, step))
-
-    def _normal(self, name: str, shape: Sequence[int], step: int) -> torch.Tensor:
-        return torch.randn(shape, generator=self.generator(name, step))
+        draws = [self.generator(f"noise/{k}", step) for k in range(count)]
+        return torch.stack([torch.randn(like.shape, generator=rng) for rng in draws]).to(like)

@@ -55,7 +55,6 @@ class Standardised(Shaping):
         self.register_buffer("scale", (1 / torch.maximum(std, 0.5 * mean.abs()).clamp_min(1e-8)).clamp_max(10.0))
 
     def shaped(self, score: torch.Tensor) -> torch.Tensor:
-        """See `Shaping`."""
         return (score - self.mean) * self.scale
 
 
@@ -63,7 +62,6 @@ class NegativeSoftplus(Shaping):
     """-softplus(-2 r): saturates for good samples, linear for bad ones."""
 
     def shaped(self, score: torch.Tensor) -> torch.Tensor:
-        """See `Shaping`."""
         return -torch.nn.functional.softplus(-2 * score)
 
 
@@ -84,7 +82,6 @@ class ReferenceWins(Shaping):
         self.register_buffer("offset", torch.zeros([], dtype=torch.int64))  # unused: checkpoints of earlier versions hold it
 
     def forward(self, network: Network, observed: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Shaping`."""
         embedding = network.embed(observed)  # [N, E]
         score = network.score_embedding(embedding)
         count = self.comparisons

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from eg3d_rlhf.core.cli import choose_device, file_hash, naming
 from eg3d_rlhf.experiments.mode import Flags
@@ -51,6 +51,10 @@ Done = tuple[dict, list[Path]]
 Tune = Callable[[Settings, Path], Any]  # settings, folder of a round's tuning
 
 
+def _digest(rounds: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(rounds, sort_keys=True).encode()).hexdigest()
+
+
 class Ledger:
     """What the rounds of a run have done, in its folder: an entry per round, with the hash of every file that later steps read.
 
@@ -70,30 +74,20 @@ class Ledger:
             rounds, digest = values["rounds"], values["sha256"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(edited) from None
-        if digest != self._digest(rounds):
+        if digest != _digest(rounds):
             raise ValueError(edited)
-        for entry in rounds:
-            for file in (file for step in STEPS for file in entry.get(step, {}).get("files", [])):
-                self._check(entry["round"], *file)
+        for number, name, expected in ((e["round"], *file) for e in rounds for step in STEPS for file in e.get(step, {}).get("files", [])):
+            path = self.folder / name
+            got = file_hash(path) if path.is_file() else "nothing"
+            if got != expected:
+                named = f"the file of round {number} that the ledger names ({expected[:12]}...)"
+                raise ValueError(f"{path}: expected {named}, got {got[:12]}. Restore it, or start a new run.")
         self.rounds = rounds
-
-    def _check(self, number: int, name: str, expected: str) -> None:
-        path = self.folder / name
-        got = file_hash(path) if path.is_file() else "nothing"
-        if got != expected:
-            raise ValueError(
-                f"{path}: expected the file of round {number} that the ledger names ({expected[:12]}...), got {got[:12]}. Restore it, or "
-                "start a new run."
-            )
-
-    @staticmethod
-    def _digest(rounds: list[dict]) -> str:
-        return hashlib.sha256(json.dumps(rounds, sort_keys=True).encode()).hexdigest()
 
     def note(self, entry: dict, step: str, figures: dict, files: list[Path]) -> None:
         """Write down a step of the last round. Args: files: that it has written and later steps read, inside the run's folder."""
         entry[step] = {**figures, "files": [[path.relative_to(self.folder).as_posix(), file_hash(path)] for path in files]}
-        text = json.dumps({"rounds": self.rounds, "sha256": self._digest(self.rounds)}, indent=2, sort_keys=True)
+        text = json.dumps({"rounds": self.rounds, "sha256": _digest(self.rounds)}, indent=2, sort_keys=True)
         storage.write_atomic(self.path, (text + "\n").encode())
 
     def entry(self, number: int) -> dict:
@@ -107,20 +101,7 @@ class Ledger:
         return [self.folder / entry[step]["files"][0][0] for entry in self.rounds if step in entry]
 
 
-class Work(Protocol):
-    """The steps of a round. Each returns figures for the ledger and the files that it wrote, or None where it has to wait.
-
-    A step that was cut off is begun again, and then ends as it would have.
-    """
-
-    def labels(self, number: int, ledger: Ledger) -> Done | None: ...
-
-    def reward(self, number: int, ledger: Ledger) -> Done | None: ...
-
-    def tuned(self, number: int, ledger: Ledger) -> Done | None: ...
-
-
-def run_rounds(count: int, ledger: Ledger, work: Work) -> bool:
+def run_rounds(count: int, ledger: Ledger, work: "Rounds") -> bool:
     """Do what is left of `count` rounds, noting every step when it is done. Returns whether all is done; False: a step has to wait."""
     for number in range(1, count + 1):
         entry = ledger.entry(number)
@@ -203,7 +184,9 @@ def pairing(s: Settings, number: int, doubt: bool, rewards: tuple[str, ...] = ()
 
 
 class Rounds:
-    """`Work` in the folder of a run. Args: tune: tunes in a folder, or goes on there."""
+    """The steps of a round, in the folder of a run. Each returns figures for the ledger and the files that it wrote, or None where it has
+    to wait. A step that was cut off is begun again, and then ends as it would have. Args: tune: tunes in a folder, or goes on there.
+    """
 
     def __init__(self, s: Settings, folder: Path, tune: Tune):
         self.s, self.folder, self.tune = s, folder, tune

@@ -100,7 +100,7 @@ class EarlyStopConfig:
     def __post_init__(self):
         check_knobs(self)
         if self.early_stop is None and self.early_stop_distance is not None:
-            raise ValueError(f"--early-stop-distance={self.early_stop_distance:g}: expected --early-stop with it, got none. Add it.")
+            raise ValueError(f"--set early_stop_distance={self.early_stop_distance:g}: expected --early-stop with it, got none. Add it.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -276,7 +276,7 @@ def test_a_checked_prior():
     prior = CheckedPrior(Prior(0.0))
     assert torch.equal(prior.predict_noise(x, t, cond), x) and torch.equal(prior.encode(x), x)
     for call, message in (
-        (lambda: prior.predict_noise(x[:3], t[:3], cond[:3]), "expected a multiple of 4 views, got 3. Set --views=4"),
+        (lambda: prior.predict_noise(x[:3], t[:3], cond[:3]), "expected a multiple of 4 views, got 3. Set views=4"),
         (lambda: prior.predict_noise(x, t, cond[:1]), "got 4 times, 1 conditions, 4 cameras"),
         (lambda: prior.encode(x * 255), r"expected pictures within 0..1, got"),
         (lambda: prior.encode(x * torch.nan), r"expected pictures within 0..1, got nan"),

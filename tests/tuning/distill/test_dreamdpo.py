@@ -49,7 +49,7 @@ def test_t4_a_judge_of_signs_does_what_the_reward_does():
 @pytest.mark.long
 def test_t5_one_guidance_scale_for_both_diverges():
     made = prior()
-    with pytest.warns(UserWarning, match="--lose-guidance-scale: both noises at 7.5 leave no anchor"):
+    with pytest.warns(UserWarning, match="lose_guidance_scale: both noises at 7.5 leave no anchor"):
         guidance = dpo(made, Towards(made), lose_guidance_scale=None)
     end = optimise(guidance, made, steps=800, lr=0.05)
     print("T5", end)
@@ -95,23 +95,16 @@ def test_a_quantile_as_tau_splits_the_gaps():
     assert 0.7 <= float(sided.float().mean()) <= 0.8
 
 
-def test_a_judge_replaces_adds_to_or_promotes():
+def test_a_judge_replaces_or_promotes():
     made, args = prior(), some(assets=16)
     by_reward = dpo(made, Towards(made))(*args)
     opposite = Prefers(Towards(made, "bad"))
     assert torch.equal(dpo(made, Towards(made), opposite)(*args).winner, 1 - by_reward.winner)
-    summed = [dpo(made, Towards(made), opposite, ranking=RankingSettings(judge_mode="sum", judge_weight=w))(*args) for w in (0.0, 100.0)]
-    assert torch.equal(summed[0].winner, by_reward.winner) and torch.equal(summed[1].winner, 1 - by_reward.winner)
     promoted = dpo(made, Towards(made), opposite, ranking=RankingSettings(judge_mode="or"))(*args)
     assert (promoted.winner == 0).all()  # one of the two always says so
     assert torch.equal(promoted.one_sided, by_reward.winner == 1)  # a negative gap
     silent = dpo(made, Towards(made), Prefers(None, silent=True))(*args)
     assert (silent.winner == -1).all() and silent.one_sided.all()
-    late = RankingSettings(judge_from=10)
-    assert torch.equal(dpo(made, Towards(made), opposite, ranking=late)(*args).winner, by_reward.winner)
-    never = dpo(made, None, opposite, ranking=RankingSettings(judge_share=0.0))(*args)
-    assert (never.winner == -1).all()
-    torch.testing.assert_close(silent.grad, never.grad)  # the first noise, pulled alone
 
 
 def test_a_reward_or_judge_that_answers_nonsense():

@@ -10,13 +10,7 @@ from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.rewards.pictures.analytic import OneNose
 from eg3d_rlhf.rewards.points import LevelSetPoints
 from eg3d_rlhf.rewards.reward import load_reward
-from eg3d_rlhf.tuning.distill.guidance.geometry import (
-    GeometryReward,
-    GeometrySettings,
-    MeshGeometry,
-    ObservedGeometry,
-    ProgressiveGeometry,
-)  # fmt: skip
+from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, GeometrySettings, MeshGeometry, ObservedGeometry, ProgressiveGeometry
 from tests.generators.assets.test_grids import balls, random_voxels
 
 
@@ -90,8 +84,14 @@ def test_a_resumed_run_goes_on_alike():
     assert all(torch.equal(a, b) for a, b in zip(straight, halves, strict=True))
 
 
-def test_a_run_without_a_ramp_is_refused():
-    with pytest.raises(ValueError, match="--geometry-start"):
+def test_an_inverted_reward_is_climbed_down_and_a_ramp_has_a_length():
+    moved = []
+    for sign in (1, -1):
+        asset, before = with_gradients()
+        geometry = ProgressiveGeometry(curved, GeometrySettings(), 20, sign)
+        moved.append((geometry.add(asset, list(asset.parameters()), ["", ""], 10)["geometry"], asset.shape.grad - before[0]))
+    assert all(torch.equal(a, -b) for a, b in zip(*moved, strict=True))
+    with pytest.raises(ValueError, match="geometry_start"):
         ProgressiveGeometry(linear, GeometrySettings(geometry_start=1.0), 10)
 
 

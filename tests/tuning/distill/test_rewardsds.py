@@ -47,13 +47,10 @@ def test_weights_follow_the_order_of_scores(strategy):
         assert (given[column.argsort()].diff() >= -1e-6).all()
 
 
-def test_the_push_of_two():
+def test_the_push_of_two_and_large_rewards():
     scores, far = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 2.0]]), torch.tensor([True, False, True])
     got = NoiseWeighting(strategy="push")(scores, far)
     assert got.tolist() == [[1, 0, 1], [-1, 1, -1]]  # equal scores: the first wins
-
-
-def test_large_rewards_do_not_overflow():
     weights = NoiseWeighting(strategy="weighted")(torch.tensor([[900.0], [1000.0]]))
     assert torch.isfinite(weights).all() and weights[1] == 1
 
@@ -83,9 +80,3 @@ def test_each_picture_is_explored_from_its_own_time():
         row = slice(b, b + 1)
         alone = guidance.explore(x_t[:, row], t[row], guidance.denoiser.conditions(prompts[row], None), None, 7.5)
         torch.testing.assert_close(whole[:, row], alone, rtol=1e-3, atol=1e-3)
-
-
-def test_after_its_last_step_it_is_plain():
-    made, args = prior(), some(5)
-    guidance = weighted(made, Towards(made), until=3)
-    assert guidance(*args).scores is None and guidance(*args[:4], 2).scores.shape == (8, 5)

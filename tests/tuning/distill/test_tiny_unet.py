@@ -7,17 +7,8 @@ from eg3d_rlhf.core.bundled import VIEW_PRIOR
 from eg3d_rlhf.core.interfaces import DiffusionPrior
 from eg3d_rlhf.generators.assets.views import DISTANCE, evenly_around
 from eg3d_rlhf.rewards import boxes as problem
-from eg3d_rlhf.tuning.distill.priors.tiny_unet import (
-    PriorTraining,
-    TinyPrior,
-    TinySizes,
-    TinyUNet,
-    draw,
-    draw_noise,
-    load_view_prior,
-    mirrored,
-    train,
-)
+from eg3d_rlhf.tuning.distill.priors import tiny_unet
+from eg3d_rlhf.tuning.distill.priors.tiny_unet import PriorTraining, TinyPrior, TinySizes, TinyUNet, draw, load_view_prior, mirrored, train
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 
 TEXTS = [problem.PROMPTS[0].text] * 4 + [problem.PROMPTS[14].text] * 4
@@ -56,7 +47,7 @@ def test_it_is_a_prior_of_four_views():
     assert (other[0] - alone[0]).abs().max() > 1e-5 and torch.allclose(other[4:], alone[4:], atol=1e-6)
     assert not torch.allclose(alone, prior.predict_noise(x_t, t, cond, cameras.roll(1, 0)))
     assert not torch.allclose(alone, prior.predict_noise(x_t, t, prior.embed([""] * 8)))
-    with pytest.raises(ValueError, match="--views: expected a multiple of 4 pictures, got 3"):
+    with pytest.raises(ValueError, match="--prior: expected a multiple of 4 pictures, got 3"):
         prior.predict_noise(x_t[:3], t[:3], cond[:3])
     with pytest.raises(ValueError, match="--prompt: expected one that this prior was trained on, got 'a cat'"):
         prior.embed(["a cat"])
@@ -91,18 +82,15 @@ def test_an_object_and_its_reverse_are_reflections():
     middle = problem.modes().unflatten(0, (-1, 2)).mean(1)[prompt][:, None]
     assert torch.allclose(mirrored((x - middle)[::2][:2], prompt[1::2]), (x - middle)[1::2], atol=1e-5)
     assert torch.allclose(mirrored(mirrored(x, prompt), prompt), x, atol=1e-5)
-    withheld, t, noise = draw_noise(prompt, PriorTraining(), torch.Generator().manual_seed(0))
+    withheld, t, noise = tiny_unet.draw_noise(prompt, PriorTraining(), torch.Generator().manual_seed(0))
     assert torch.equal(withheld[1::2], withheld[:4:2]) and torch.equal(t[1::2], t[:4:2])
     assert torch.allclose(noise[1::2].flatten(1).norm(dim=1), noise[:4:2].flatten(1).norm(dim=1)) and not torch.equal(noise[1], noise[0])
 
 
 @pytest.fixture(scope="module")
 def bundled():
-    return load_view_prior()
-
-
-def test_the_bundled_file_is_small():
     assert VIEW_PRIOR.stat().st_size < 500_000
+    return load_view_prior()
 
 
 @pytest.mark.parametrize("t", [100, 300, 500])

@@ -5,13 +5,13 @@ Letters: K noises, A assets, V views of an asset, B = A V pictures, Q = 2 negati
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, PairwiseJudge, RewardModel
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.gradients import History, norm_per_asset
+from eg3d_rlhf.tuning.distill.gradients import History, Window, norm_per_asset
 from eg3d_rlhf.tuning.distill.schedule import WEIGHTINGS, NoiseSchedule, Streams
 from training.config import check_knobs, knob
 
@@ -19,6 +19,7 @@ from training.config import check_knobs, knob
 # is the front, elevation up.
 
 DIRECTIONS = ("side", "front", "back", "overhead")
+OVERHEAD = 60  # elevation above which a view is one
 # weight -(a exp(-b r) + c) of a negative prompt, r the share of the nearer view: (a, b, c)
 FRONT_OF_FRONT_SIDE = SIDE_OF_FRONT_SIDE = (4.0, 0.5, -2.426)
 SIDE_OF_SIDE_BACK, FRONT_OF_SIDE_BACK = (1.0, 0.5, -0.606), (1.0, 0.5, 0.967)
@@ -35,14 +36,14 @@ def _turned(azimuth: float) -> float:
     return (azimuth + 180) % 360 - 180
 
 
-def direction_of(elevation: float, azimuth: float, *, front: float = 45, back: float = 45, overhead: float = 60) -> str:
-    """side, unless within `front` of 0, `back` of 180, or more than `overhead` up; the later one wins. MVDream's family: 30, 30, 60."""
+def direction_of(elevation: float, azimuth: float, within: float = 45) -> str:
+    """side, unless `within` of the front or the back, or more than OVERHEAD up; the later one wins. MVDream's family: within 30."""
     turned = abs(_turned(azimuth))
-    if elevation > overhead:
+    if elevation > OVERHEAD:
         return "overhead"
-    if turned > 180 - back:
+    if turned > 180 - within:
         return "back"
-    return "front" if turned < front else "side"
+    return "front" if turned < within else "side"
 
 
 def told(reward: RewardModel, prompts: list[str], cameras: torch.Tensor | None) -> list[str]:
@@ -55,12 +56,12 @@ def told(reward: RewardModel, prompts: list[str], cameras: torch.Tensor | None) 
     if cameras is None:
         raise ValueError("--reward: expected cameras of the pictures, whose side it is told, got none. Give cameras.")
     angles = zip(*(angle.tolist() for angle in angles_of(cameras)), strict=True)
-    return [f"{prompt}, {direction_of(*view, front=30, back=30)} view" for prompt, view in zip(prompts, angles, strict=True)]
+    return [f"{prompt}, {direction_of(*view, within=30)} view" for prompt, view in zip(prompts, angles, strict=True)]
 
 
-def mixture(elevation: float, azimuth: float, overhead: float = 60) -> tuple[dict[str, float], list[str | None], list[float]]:
+def mixture(elevation: float, azimuth: float) -> tuple[dict[str, float], list[str | None], list[float]]:
     """Perp-Neg of one view: shares of directions in the prompt, those of two negatives (None: the null one), their weights <= 0."""
-    if elevation > overhead:
+    if elevation > OVERHEAD:
         return {"overhead": 1.0}, [None, None], [0.0, 0.0]
     turned = abs(_turned(azimuth))
     r = 1 - turned / 90 if turned < 90 else 2 - turned / 90
@@ -85,20 +86,17 @@ class DenoiserSettings:
     """How the prior is asked, and how its answer becomes a gradient."""
 
     guidance_scale: float = knob(7.5, "Of the prompt; 1: the prompt alone.", PRIOR, low=0)
-    negative_prompt: str = knob("", "What the pictures should not be.", PRIOR, metavar="TEXT")
+    negative_prompt: str = knob("", "What the pictures should not be.", PRIOR, metavar="TEXT", rare=True)
     form: str = knob("sds", "Gradient: SDS, score Jacobian chaining, or MVDream's reconstruction.", PRIOR, choices=FORMS, rare=True)
     weighting: str = knob("sds", "Weight of times, of the form sds.", PRIOR, choices=WEIGHTINGS, rare=True)
     rescale: float = knob(0.5, "Share of x0 whose spread is the unguided one's, of the form recon.", PRIOR, low=0, high=1, rare=True)
-    view_prompts: bool = knob(False, "Say the side that the camera looks from in the prompt.", PRIOR)
-    front: float = knob(45.0, "Largest azimuth of a front view.", PRIOR, metavar="DEGREES", low=0, high=180, rare=True)
-    back: float = knob(45.0, "Largest angle from the back of a back view.", PRIOR, metavar="DEGREES", low=0, high=180, rare=True)
-    overhead: float = knob(60.0, "Elevation above which a view is overhead.", PRIOR, metavar="DEGREES", low=0, high=90, rare=True)
-    perp_neg: bool = knob(False, "Perp-Neg: mix the prompts of neighbouring sides, away from the others.", PRIOR)
+    view_prompts: bool = knob(False, "Say the side that the camera looks from in the prompt.", PRIOR, rare=True)
+    perp_neg: bool = knob(False, "Perp-Neg: mix the prompts of neighbouring sides, away from the others.", PRIOR, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
         if self.perp_neg and not self.view_prompts:
-            raise ValueError("--perp-neg: expected --view-prompts with it, got none. Turn both on.")
+            raise ValueError("--set perp_neg=True: expected --set view_prompts=True with it, got none. Turn both on.")
 
 
 class Conditions(NamedTuple):
@@ -143,7 +141,7 @@ class Denoiser:
     def __init__(self, prior: DiffusionPrior, settings: DenoiserSettings, *, views: int, streams: Streams):
         """Raises: ValueError for a number of views that the prior cannot see together."""
         if views < 1 or views % prior.views:
-            raise ValueError(f"--views: expected a multiple of the {prior.views} that this prior sees together, got {views}. Change it.")
+            raise ValueError(f"--set views={views}: expected a multiple of the {prior.views} that this prior sees together. Change it.")
         self.prior, self.settings, self.views, self.streams = prior, settings, views, streams
         self.schedule = NoiseSchedule(prior.alphas_cumprod)
 
@@ -156,7 +154,7 @@ class Denoiser:
         """Raises: ValueError for a reward that scores another number of views together."""
         if self.views % reward.views:
             together = f"a multiple of the {reward.views} that the reward scores together"
-            raise ValueError(f"--views: expected {together}, got {self.views}. Change it.")
+            raise ValueError(f"--set views={self.views}: expected {together}. Change it.")
 
     def conditions(self, prompts: list[str], cameras: torch.Tensor | None) -> Conditions:
         """What the prior is told of each picture.
@@ -168,14 +166,13 @@ class Denoiser:
         if not s.view_prompts:
             return Conditions(prior.embed(prompts), prior.embed(negative))
         if cameras is None:
-            raise ValueError("--view-prompts: expected cameras of the pictures, got none. Leave it out or give cameras.")
-        elevations, azimuths = (angle.tolist() for angle in angles_of(cameras))
-        views = list(zip(elevations, azimuths, strict=True))
-        sides = [direction_of(up, round_, front=s.front, back=s.back, overhead=s.overhead) for up, round_ in views]
+            raise ValueError("--set view_prompts=True: expected cameras of the pictures, got none. Leave it out or give cameras.")
+        views = list(zip(*(angle.tolist() for angle in angles_of(cameras)), strict=True))
+        sides = [direction_of(*view) for view in views]
         null = prior.embed(negative)  # named there, the side would be pushed away from: threestudio does not say it either
         if not s.perp_neg:
             return Conditions(prior.embed(prompts, sides), null)
-        mixed = [mixture(up, round_, s.overhead) for up, round_ in views]
+        mixed = [mixture(*view) for view in views]
         text = torch.stack([
             torch.stack([share * prior.embed([prompt], [side])[0] for side, share in shares.items()]).sum(0)
             for prompt, (shares, _, _) in zip(prompts, mixed, strict=True)
@@ -264,6 +261,21 @@ class Denoiser:
         return {"sds_norm": norms[0], "preference_norm": norms[1], "cosine": inner / (norms[0] * norms[1]).clamp_min(1e-30)}
 
 
+class Guided:
+    """What all methods are: a prior that is asked, and numbers of the last steps, by the name under which a state has them."""
+
+    def __init__(self, prior: DiffusionPrior, settings: Any, *, views: int, streams: Streams):
+        self.settings, self.denoiser = settings, Denoiser(prior, settings.prior, views=views, streams=streams)
+        self.kept: dict[str, Window] = {}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: window.rows for name, window in self.kept.items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        for name, window in self.kept.items():
+            window.rows = state[name].clone()
+
+
 # Which of K = 2 noises gave the better pictures: by a reward, by a judge, or by both. N assets, or pictures where views are ranked alone.
 
 RANKING = "Ranking two noises"
@@ -276,11 +288,8 @@ class RankingSettings:
     pair_level: str = knob("asset", "Rank assets, or each view alone as DreamDPO's code does.", RANKING, choices=("asset",
                            "view"), rare=True)
     standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", RANKING, rare=True)
-    judge_mode: str = knob("replace", "A judge's answer replaces the reward's, is added, or is OR-ed as in DreamDPO's code.", RANKING,
-                           choices=("replace", "sum", "or"), rare=True)
-    judge_weight: float = knob(1.0, "Of an answer, of the mode sum.", RANKING, low=0, rare=True)
-    judge_from: int = knob(0, "First step at which the judge is asked.", RANKING, metavar="STEP", low=0, rare=True)
-    judge_share: float = knob(1.0, "Probability with which it is asked at a step.", RANKING, low=0, high=1, rare=True)
+    judge_mode: str = knob("replace", "A judge's answer replaces the reward's, or is OR-ed as in DreamDPO's code.", RANKING,
+                           choices=("replace", "or"), rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -302,24 +311,24 @@ class Ranking:
         if reward is None and (judge is None or settings.judge_mode != "replace"):
             raise ValueError("--reward: expected a reward, or a judge that replaces it, got none. Name one.")
         if settings.pair_level == "view" and reward is not None and reward.views > 1:
-            raise ValueError(f"--pair-level: expected asset for a reward of {reward.views} views together, got view. Use asset.")
+            raise ValueError(f"--set pair_level=view: expected asset for a reward of {reward.views} views together. Use asset.")
         if reward is not None:
             denoiser.check_reward(reward)
         self.denoiser, self.reward, self.judge, self.settings = denoiser, reward, judge, settings
         self.history = History()
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int) -> Ranks:
+    def __call__(self, images: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None) -> Ranks:
         """Args: images [2, B, 3, h, w] in 0..1; prompts: one per picture; cameras [B, 16]."""
         s, views = self.settings, self.denoiser.views if self.settings.pair_level == "asset" else 1
         scores = None if self.reward is None else self._score(images, told(self.reward, prompts, cameras))
-        if self.judge is None or not self._asked(step):
-            return self._by_score(images, views) if scores is None else _ranks(scores)
+        if self.judge is None:
+            assert scores is not None
+            first = scores[0] >= scores[1]
+            return Ranks(scores, (~first).long(), (scores[0] - scores[1]).abs())
         answers = torch.tensor(self._answers(images, prompts, views), device=images.device)  # [N]
         votes = torch.stack([answers == 0, answers == 1]).to(images.dtype)  # [2, N]
         if scores is None or s.judge_mode == "replace":
             return Ranks(votes if scores is None else scores, answers, (answers >= 0).to(images.dtype))
-        if s.judge_mode == "sum":
-            return _ranks(scores + s.judge_weight * votes)
         first = (scores[0] >= scores[1]) | (answers == 0)
         return Ranks(scores, (~first).long(), torch.where(first, scores[0] - scores[1], scores[1] - scores[0]))
 
@@ -328,23 +337,9 @@ class Ranking:
         scores = self.denoiser.per_asset(scores) if self.settings.pair_level == "asset" else scores
         return self.history.standardised(scores) if self.settings.standardise else scores
 
-    def _by_score(self, images: torch.Tensor, views: int) -> Ranks:
-        """Nobody was asked."""
-        none = images.new_zeros(images.shape[1] // views)
-        return Ranks(torch.stack([none, none]), none.long() - 1, none)
-
-    def _asked(self, step: int) -> bool:
-        s = self.settings
-        return step >= s.judge_from and float(self.denoiser.streams.chance("judge", 1, step)) < s.judge_share
-
     def _answers(self, images: torch.Tensor, prompts: list[str], views: int) -> list[int]:
         first, second = images.unflatten(1, (-1, views)).unbind(0)  # [N, V, 3, h, w] each
         answers = self.judge.judge(prompts[::views], list(zip(first, second, strict=True)))  # type: ignore[union-attr]
         if len(answers) != len(first) or not set(answers) <= {-1, 0, 1}:
             raise ValueError(f"--judge: expected {len(first)} answers of 0, 1 or -1, got {answers[:8]}. Check the judge.")
         return answers
-
-
-def _ranks(scores: torch.Tensor) -> Ranks:
-    first = scores[0] >= scores[1]
-    return Ranks(scores, (~first).long(), (scores[0] - scores[1]).abs())

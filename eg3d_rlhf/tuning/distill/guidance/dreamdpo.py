@@ -9,7 +9,7 @@ from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, PairwiseJu
 from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.config import METHODS, Method
 from eg3d_rlhf.tuning.distill.gradients import History, NoiseWeighting
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Denoiser, DenoiserSettings, Ranking, RankingSettings
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, Guided, Ranking, RankingSettings
 from eg3d_rlhf.tuning.distill.schedule import Streams
 from training.config import check_knobs, knob
 
@@ -23,20 +23,21 @@ class DreamDpoSettings:
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     ranking: RankingSettings = field(default_factory=RankingSettings)
     tau: float = 0.001  # gap from which the loser is pushed away: in scores, or a share of the gaps with tau_mode quantile; may be infinite
-    tau_mode: str = knob("gap", "tau is a gap of scores, or a quantile of the last 200 steps' gaps.", DREAMDPO, choices=("gap", "quantile"))
-    lose_guidance_scale: float | None = knob(1.0, "Guidance scale of the loser.", DREAMDPO, low=0, shown="1; none: the winner's")
+    tau_mode: str = knob("gap", "tau is a gap of scores, or a quantile of the last 200 steps' gaps.", DREAMDPO, choices=("gap", "quantile"),
+                         rare=True)
+    lose_guidance_scale: float | None = knob(1.0, "Guidance scale of the loser.", DREAMDPO, low=0, shown="1; none: the winner's", rare=True)
     subtract_noise: bool = knob(True, "Subtract the noise where only the winner counts.", DREAMDPO, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
         top = 1.0 if self.tau_mode == "quantile" else float("inf")
         if not 0 <= self.tau <= top:
-            raise ValueError(f"--tau: expected 0 to {top:g} with --tau-mode={self.tau_mode}, got {self.tau}. Correct it.")
+            raise ValueError(f"--set tau={self.tau}: expected 0 to {top:g} with tau_mode={self.tau_mode}. Correct it.")
         if self.prior.form != "sds":
-            raise ValueError(f"--form: expected sds with dreamdpo, got {self.prior.form}. Its gradient is a difference of noises.")
+            raise ValueError(f"--set form={self.prior.form}: expected sds with dreamdpo, whose gradient is a difference of noises. Use it.")
 
 
-class DreamDpo:
+class DreamDpo(Guided):
     """One pair of noises per step and asset."""
 
     def __init__(
@@ -44,22 +45,23 @@ class DreamDpo:
         judge: PairwiseJudge | None = None,
     ):
         """Warns where winner and loser have the same guidance scale: pictures leave the prior then (docs/distill.md)."""
-        self.settings, self.denoiser = settings, Denoiser(prior, settings.prior, views=views, streams=streams)
+        super().__init__(prior, settings, views=views, streams=streams)
         self.ranking, self.gaps = Ranking(self.denoiser, reward, judge, settings.ranking), History()
+        self.kept = {"scores": self.ranking.history, "gaps": self.gaps}
         scale = settings.prior.guidance_scale
         if scale != 1 and settings.lose_guidance_scale in (None, scale) and settings.tau != float("inf"):
-            warnings.warn(f"--lose-guidance-scale: both noises at {scale:g} leave no anchor: pictures diverge. Use 1.", stacklevel=2)
+            warnings.warn(f"lose_guidance_scale: both noises at {scale:g} leave no anchor: pictures diverge. Use 1.", stacklevel=2)
 
     @torch.no_grad()
     def __call__(
         self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        """One step; arguments as in interfaces.Guidance. Ranked by views, winner and one_sided are of pictures."""
+        """Ranked by views, winner and one_sided are of pictures."""
         d, s = self.denoiser, self.settings
         noise, x_t, _, prediction = d.ask(2, x, t, prompts, cameras, step)
         guided = prediction.guided(s.prior.guidance_scale)
-        ranks = self.ranking(torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, guided, t)]), prompts, cameras, step)
+        ranks = self.ranking(torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, guided, t)]), prompts, cameras)
         two_sided = (ranks.gap >= self._tau(ranks.gap)) & (ranks.winner >= 0)
         ordered = torch.stack([(ranks.winner < 1), (ranks.winner == 1)]).to(x)  # no answer: the first one, alone
         weights = NoiseWeighting(strategy="push")(ordered, two_sided)
@@ -82,14 +84,6 @@ class DreamDpo:
             return self.settings.tau
         self.gaps.add(gap)
         return self.gaps.quantile(self.settings.tau)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Scores and gaps of the last steps."""
-        return {"scores": self.ranking.history.rows, "gaps": self.gaps.rows}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict`."""
-        self.ranking.history.rows, self.gaps.rows = state["scores"].clone(), state["gaps"].clone()
 
 
 METHODS.add("dreamdpo", Method(settings=DreamDpoSettings, guidance=DreamDpo, noises=lambda s: 2, judged=True))

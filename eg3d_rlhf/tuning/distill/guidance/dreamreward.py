@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
 from eg3d_rlhf.tuning.distill.config import METHODS, Method
 from eg3d_rlhf.tuning.distill.gradients import Balance, digits, norm_per_asset
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Denoiser, DenoiserSettings, told
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, Guided, told
 from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
 from training.config import check_knobs, knob
 
@@ -39,12 +39,12 @@ class DreamRewardSettings:
     def __post_init__(self):
         check_knobs(self)
         if self.through == "images" and self.balance == "grad-norm":
-            raise ValueError("--through: expected latents with --balance=grad-norm, got images. Their norms do not compare.")
+            raise ValueError("--set through=images: expected latents with balance=grad-norm. Their norms do not compare; use another.")
         if min(value for _, value in self.weight.knots()) < 0:
-            raise ValueError(f"--reward-weight: expected weights >= 0, got {self.weight.spec}. Correct it.")
+            raise ValueError(f"--set weight={self.weight.spec}: expected weights >= 0. Correct it.")
 
 
-class DreamReward:
+class DreamReward(Guided):
     """Distillation, and minus the gradient of the mean reward of an asset."""
 
     def __init__(
@@ -53,9 +53,10 @@ class DreamReward:
         """Raises: ValueError for a reward without gradient."""
         if not reward.differentiable:
             raise ValueError("--reward: expected a differentiable one with dreamreward, got one without. Use dreamdpo or rewardsds.")
-        self.settings, self.reward, self.balance = settings, reward, Balance()
-        self.denoiser = Denoiser(prior, settings.prior, views=views, streams=streams)
+        super().__init__(prior, settings, views=views, streams=streams)
         self.denoiser.check_reward(reward)
+        self.reward, self.balance = reward, Balance()
+        self.kept = {"norms": self.balance}
         if isinstance(reward, torch.nn.Module):
             reward.eval()  # dropout would make its gradients noisy
 
@@ -63,13 +64,8 @@ class DreamReward:
         self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        """One step; arguments as in interfaces.Guidance.
-
-        Raises: ValueError where the reward's gradient goes to pictures and none are given.
-        """
         d, s = self.denoiser, self.settings
-        if s.through == "images" and images is None:
-            raise ValueError("--through: expected the rendered pictures with images, got none. Give images to the guidance.")
+        assert s.through == "latents" or images is not None, "the rendered pictures"
         x = x.detach()
         with torch.no_grad():
             noise, x_t, _, prediction = d.ask(1, x, t, prompts, cameras, step)
@@ -126,14 +122,6 @@ class DreamReward:
             return ALONE * d.views * ones
         distilled = float(0.5 * grad.square().sum() / len(grad))
         return 10.0 ** (digits(distilled) - digits(loss)) * d.views * ones
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Norms of the last steps."""
-        return self.balance.state_dict()
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict`."""
-        self.balance.load_state_dict(state)
 
 
 METHODS.add("dreamreward", Method(settings=DreamRewardSettings, guidance=DreamReward, noises=lambda s: 1))

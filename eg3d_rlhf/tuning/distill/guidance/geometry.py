@@ -22,6 +22,7 @@ from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.interfaces import MeshReward
 from eg3d_rlhf.core.registry import Registry
+from eg3d_rlhf.models.weights import below
 from eg3d_rlhf.rewards.meshes.model import KIND, load_mesh_reward
 from eg3d_rlhf.rewards.meshes.patches import MeshReader
 from eg3d_rlhf.rewards.meshes.surfaces import cube
@@ -50,15 +51,12 @@ class MeshGeometry:
     reward: MeshReward
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """See `GeometryReward`."""
         return self.reward.score(self.reader(field, step), list(prompts))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a resumed run needs."""
         return self.reader.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict`."""
         self.reader.load_state_dict(state)
 
 
@@ -69,39 +67,16 @@ class ObservedGeometry:
     reward: Reward
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """See `GeometryReward`."""
         del prompts, step
         return self.reward.score(field)
 
 
-@dataclass(frozen=True)
-class InvertedGeometry:
-    """Control: the same reward with its sign turned."""
-
-    reward: GeometryReward
-
-    def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """See `GeometryReward`."""
-        return -self.reward(field, prompts, step)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a resumed run needs."""
-        return getattr(self.reward, "state_dict", dict)()
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict`."""
-        if hasattr(self.reward, "load_state_dict"):
-            self.reward.load_state_dict(state)
-
-
 @torch.no_grad()
-def twisted(geometry: GeometryReward, twist: str | None, seed: int) -> GeometryReward:
-    """A control: `inverted`, or `random`, a learned reward whose numbers are dealt anew within each tensor of its weights; None: itself.
+def dealt_anew(geometry: GeometryReward, seed: int) -> GeometryReward:
+    """A control: a learned reward whose numbers are dealt anew within each tensor of its weights.
 
     Raises: ValueError where nothing was learned that could be dealt.
     """
-    if twist != "random":
-        return InvertedGeometry(geometry) if twist else geometry
     if not isinstance(geometry, (MeshGeometry, ObservedGeometry)) or not isinstance(geometry.reward, torch.nn.Module):
         raise ValueError("+geometry-random: expected a learned --geometry-reward, got one in closed form. Leave that arm out.")
     dealt, rng = copy.deepcopy(geometry.reward), torch.Generator().manual_seed(seed)
@@ -114,7 +89,7 @@ def twisted(geometry: GeometryReward, twist: str | None, seed: int) -> GeometryR
 class GeometrySettings:
     """How strongly, and from when on, a geometry reward pulls."""
 
-    geometry_weight: float = knob(0.3, "Its gradient's norm at the end, in norms of the distillation's.", GEOMETRY, low=0)
+    geometry_weight: float = knob(0.3, "Its gradient's norm at the end, in norms of the distillation's.", GEOMETRY, low=0, rare=True)
     geometry_weight_from: float = knob(0.0, "The same where it sets in.", GEOMETRY, low=0, rare=True)
     geometry_start: float = knob(0.1, "Share of the run after which it sets in.", GEOMETRY, low=0, high=1, rare=True)
     geometry_every: int = knob(10, "Steps between two looks at the shapes; the gradient stays the same in between.", GEOMETRY,
@@ -125,14 +100,14 @@ class GeometrySettings:
 
 
 class ProgressiveGeometry:
-    """A geometry reward with its ramp and balance, for a run of `steps`."""
+    """A geometry reward with its ramp and balance, for a run of `steps`. Args: sign: -1 for the control whose reward is inverted."""
 
-    def __init__(self, reward: GeometryReward, settings: GeometrySettings, steps: int):
+    def __init__(self, reward: GeometryReward, settings: GeometrySettings, steps: int, sign: int = 1):
         """Raises: ValueError where the ramp has no length."""
-        self.reward, self.balance, self.every = reward, Balance(), settings.geometry_every
+        self.reward, self.sign, self.balance, self.every = reward, sign, Balance(), settings.geometry_every
         self.first = int(settings.geometry_start * steps)
         if self.first >= steps:
-            raise ValueError(f"--geometry-start: expected less than the whole run, got {settings.geometry_start:g}. Lower it.")
+            raise ValueError(f"--set geometry_start={settings.geometry_start:g}: expected less than the whole run. Lower it.")
         self.alpha = Ramp((self.first, settings.geometry_weight_from, settings.geometry_weight, steps))
         self.scores: torch.Tensor | None = None  # [A] rewards of the last look, and
         self.slopes: dict[int, torch.Tensor] = {}  # their gradients [A, ...], by the number of the parameter
@@ -148,7 +123,7 @@ class ProgressiveGeometry:
         if alpha == 0:
             return {}
         if self.scores is None or step % self.every == 0:
-            scores = self.reward(field, prompts, step)
+            scores = self.sign * self.reward(field, prompts, step)
             gradients = torch.autograd.grad(scores.sum(), list(parameters), allow_unused=True)
             self.scores, self.slopes = scores.detach(), {i: g.nan_to_num() for i, g in enumerate(gradients) if g is not None}
         device, scores = parameters[0].device, self.scores
@@ -164,19 +139,16 @@ class ProgressiveGeometry:
         return {"geometry": scores.to(device), "geometry_cosine": cosine, "geometry_alpha": torch.tensor([alpha])}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a resumed run needs."""
         of_reward: dict[str, torch.Tensor] = getattr(self.reward, "state_dict", dict)()
         seen = {} if self.scores is None else {"scores": self.scores, **{f"slope.{i}": slope for i, slope in self.slopes.items()}}
         return {**self.balance.state_dict(), **seen, **{f"reward.{name}": value for name, value in of_reward.items()}}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict`."""
         self.balance.load_state_dict(state)
         self.scores = state.get("scores")
-        self.slopes = {int(name.removeprefix("slope.")): value.clone() for name, value in state.items() if name.startswith("slope.")}
+        self.slopes = {int(i): value.clone() for i, value in below(state, "slope.").items()}
         if hasattr(self.reward, "load_state_dict"):
-            prefix = "reward."
-            self.reward.load_state_dict({name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)})
+            self.reward.load_state_dict(below(state, "reward."))
 
 
 def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -14,8 +14,8 @@ from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.config import METHODS, Method
 from eg3d_rlhf.tuning.distill.guidance.denoiser import (
     Conditions,
-    Denoiser,
     DenoiserSettings,
+    Guided,
     Prediction,
     Ranking,
     RankingSettings,
@@ -26,6 +26,7 @@ from eg3d_rlhf.tuning.distill.schedule import Streams
 from training.config import check_knobs, knob
 
 PSD = "Preference score distillation"
+NEGATIVE_BETA = 1000.0  # of the preference loss, per unit of squared error
 PREDICTORS, GAP_WEIGHTS, NEGATIVES = ("cond", "cfg"), ("none", "sigmoid", "dpo", "linear"), ("auto", "reward", "preference", "none")
 
 
@@ -35,34 +36,26 @@ class PsdSettings:
 
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     ranking: RankingSettings = field(default_factory=RankingSettings)
-    eta: float = knob(1.0, "Weight of the push.", PSD, low=0)
+    eta: float = knob(1.0, "Weight of the push.", PSD, low=0, rare=True)
     predictor: str = knob("cond", "Whose estimate is ranked and pushed: the prompt's alone, or the guided one.", PSD,
                           choices=PREDICTORS, rare=True)
-    rank_predictor: str | None = knob(None, "Whose estimate is ranked, if another one.", PSD, choices=PREDICTORS,
-                                      shown="--predictor", rare=True)
-    allow_mixed_predictor: bool = knob(False, "Allow another one: the push may have the wrong sign.", PSD, rare=True)
     gap_weight: str = knob("sigmoid", "What the gap says: 1, sigmoid(b gap), 1 - sigmoid(b gap), or b gap.", PSD,
                            choices=GAP_WEIGHTS, rare=True)
     gap_beta: float = knob(1.0, "b, per unit of the scores.", PSD, above=0, rare=True)
     negative_update: str = knob("auto", "Learning the null embedding: by the reward's gradient, by preference, by the one that the reward "
-                                "allows, or not.", PSD, choices=NEGATIVES)
+                                "allows, or not.", PSD, choices=NEGATIVES, rare=True)
     negative_rate: float = knob(1e-3, "Largest step of an entry, in root mean squares of the embedding.", PSD, low=0, rare=True)
     negative_ball: float = knob(0.5, "Largest distance from where it began, in its norm.", PSD, above=0, rare=True)
-    negative_beta: float = knob(1000.0, "Of the preference loss, per unit of squared error.", PSD, above=0, rare=True)
     negative_from: int = knob(0, "First step that changes it.", PSD, metavar="STEP", low=0, rare=True)
     negative_every: int = knob(4, "Steps between its changes.", PSD, low=1, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
         if self.prior.form != "sds":
-            raise ValueError(f"--form: expected sds with psd, got {self.prior.form}. Its push is a difference of noises.")
-        if self.rank_predictor not in (None, self.predictor) and not self.allow_mixed_predictor:
-            raise ValueError(
-                f"--rank-predictor: expected {self.predictor} as --predictor, got {self.rank_predictor}. Use it, or allow mixing."
-            )
+            raise ValueError(f"--set form={self.prior.form}: expected sds with psd, whose push is a difference of noises. Use it.")
 
 
-class Psd:
+class Psd(Guided):
     """Distillation, push, and the null embedding of each asset, which is state."""
 
     def __init__(
@@ -70,11 +63,12 @@ class Psd:
         judge: PairwiseJudge | None = None,
     ):
         """Raises: ValueError where the null embedding should follow a reward's gradient that does not exist."""
-        self.settings, self.denoiser = settings, Denoiser(prior, settings.prior, views=views, streams=streams)
+        super().__init__(prior, settings, views=views, streams=streams)
         self.ranking, self.reward = Ranking(self.denoiser, reward, judge, settings.ranking), reward
+        self.kept = {"scores": self.ranking.history}
         differentiable = reward is not None and reward.differentiable and judge is None
         if settings.negative_update == "reward" and not differentiable:
-            raise ValueError("--negative-update: expected a differentiable reward and no judge with reward, got none. Use preference.")
+            raise ValueError("--set negative_update=reward: expected a differentiable reward and no judge. Use preference.")
         self.update = settings.negative_update
         if self.update == "auto":
             self.update = "reward" if differentiable else "preference"
@@ -84,7 +78,6 @@ class Psd:
         self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        """One step; arguments as in interfaces.Guidance."""
         d, s = self.denoiser, self.settings
         d.check(x, t, prompts)
         with torch.no_grad():
@@ -92,10 +85,10 @@ class Psd:
             moved = 0 if self.moved is None else self.moved.to(start.null).repeat_interleave(d.views, 0)
             conditions = start._replace(null=start.null + moved)
             noise, x_t, _, prediction = d.ask(2, x, t, prompts, cameras, step, conditions)
-            ranked = d.x0(x_t, self._of(prediction, s.rank_predictor or s.predictor), t)
-            ranks = self.ranking(torch.stack([d.prior.decode(x0) for x0 in ranked]), prompts, cameras, step)
+            predicted = prediction.text if s.predictor == "cond" else prediction.guided(s.prior.guidance_scale)
+            ranks = self.ranking(torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, predicted, t)]), prompts, cameras)
             anchors = d.residuals(x, noise, t, x_t, prediction)
-            grad = self._gradient(x, t, noise, anchors, self._of(prediction, s.predictor), ranks)
+            grad = self._gradient(x, t, noise, anchors, predicted, ranks)
         terms = {"gap": ranks.gap, **d.compare(anchors, grad)}
         if self.update != "none" and step >= s.negative_from and step % s.negative_every == 0:
             self._learn(x_t, t, noise, prompts, start, conditions, cameras, ranks)
@@ -103,9 +96,6 @@ class Psd:
             begun = start.null[:: d.views].flatten(1).norm(dim=1)
             terms["negative_drift"] = self.moved.flatten(1).norm(dim=1) / begun
         return GuidanceOutput(grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=ranks.winner < 0)
-
-    def _of(self, prediction: Prediction, predictor: str) -> torch.Tensor:
-        return prediction.text if predictor == "cond" else prediction.guided(self.settings.prior.guidance_scale)
 
     def _gradient(
         self, x: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, anchors: torch.Tensor, q: torch.Tensor, ranks: Ranks
@@ -163,16 +153,14 @@ class Psd:
         better = (reference - noise).square().flatten(2).mean(2) - (null - noise).square().flatten(2).mean(2)  # [2, B]
         first, second = better.unflatten(1, (len(ranks.winner), -1)).mean(2)
         delta = torch.where(ranks.winner < 1, first - second, second - first)
-        loss = preference_loss(delta, beta=self.settings.negative_beta) * (ranks.winner >= 0)
+        loss = preference_loss(delta, beta=NEGATIVE_BETA) * (ranks.winner >= 0)
         return loss.unflatten(0, (null.shape[1] // self.denoiser.views, -1)).mean(1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Scores of the last steps, and how far the null embedding has moved."""
-        return {"scores": self.ranking.history.rows, **({} if self.moved is None else {"moved": self.moved})}
+        return {**super().state_dict(), **({} if self.moved is None else {"moved": self.moved})}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict`."""
-        self.ranking.history.rows = state["scores"].clone()
+        super().load_state_dict(state)
         self.moved = state["moved"].clone() if "moved" in state else None
 
 

@@ -8,7 +8,7 @@ from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardMode
 from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.config import METHODS, Method
 from eg3d_rlhf.tuning.distill.gradients import NOISES, History, NoiseWeighting
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, Denoiser, DenoiserSettings, told
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, DenoiserSettings, Guided, told
 from eg3d_rlhf.tuning.distill.schedule import Streams, ddim_times
 from training.config import check_knobs, knob
 
@@ -19,12 +19,11 @@ class RewardSdsSettings:
 
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     weighting: NoiseWeighting = field(default_factory=NoiseWeighting)
-    noises: int = knob(8, "Per step and asset.", NOISES, low=1)
+    noises: int = knob(8, "Per step and asset.", NOISES, low=1, rare=True)
     until: int | None = knob(None, "Step from which it is plain distillation with one noise.", NOISES, metavar="STEP", low=0,
                              shown="never", rare=True)
     explore_steps: int = knob(1, "DDIM steps over the whole range before a noise is scored; 1: the one-step estimate.", NOISES, high=1000,
                               low=1, rare=True)
-    explore_scale: float | None = knob(None, "Guidance scale of those steps.", NOISES, low=0, shown="--guidance-scale", rare=True)
     explore_end: str = knob("x0", "Score the estimate, or the latent at t = 0 as RewardSDS's code does.", NOISES,
                             choices=("x0", "t0"), rare=True)
     standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", NOISES, rare=True)
@@ -32,30 +31,30 @@ class RewardSdsSettings:
     def __post_init__(self):
         check_knobs(self)
         if self.explore_end == "t0" and self.explore_steps == 1:
-            raise ValueError("--explore-end: expected x0 with one step of exploration, got t0. Raise --explore-steps.")
+            raise ValueError("--set explore_end=t0: expected x0 with one step of exploration. Raise explore_steps.")
 
 
-class RewardSds:
+class RewardSds(Guided):
     """Sum over noises of weight times distillation gradient."""
 
     def __init__(self, prior: DiffusionPrior, settings: RewardSdsSettings, *, views: int, streams: Streams, reward: RewardModel):
-        self.settings, self.denoiser = settings, Denoiser(prior, settings.prior, views=views, streams=streams)
+        super().__init__(prior, settings, views=views, streams=streams)
         self.denoiser.check_reward(reward)
         self.reward, self.history = reward, History()
+        self.kept = {"rows": self.history}
 
     @torch.no_grad()
     def __call__(
         self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        """One step; arguments as in interfaces.Guidance."""
         d, s = self.denoiser, self.settings
         count = s.noises if s.until is None or step < s.until else 1
         noise, x_t, conditions, prediction = d.ask(count, x, t, prompts, cameras, step)
         residuals = d.residuals(x, noise, t, x_t, prediction)
         scores = None
         if len(noise) > 1:
-            scale = s.prior.guidance_scale if s.explore_scale is None else s.explore_scale
+            scale = s.prior.guidance_scale
             one_step = d.x0(x_t, prediction.guided(scale), t)
             explored = one_step if s.explore_steps == 1 else self.explore(x_t, t, conditions, cameras, scale)
             scores = self._score(torch.stack([d.prior.decode(latents) for latents in explored]), told(self.reward, prompts, cameras))
@@ -86,14 +85,6 @@ class RewardSds:
     def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         scores = self.denoiser.per_asset(self.denoiser.score(self.reward, images, prompts))
         return self.history.standardised(scores) if self.settings.standardise else scores
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Scores of the last steps."""
-        return self.history.state_dict()
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict`."""
-        self.history.load_state_dict(state)
 
 
 METHODS.add("rewardsds", Method(settings=RewardSdsSettings, guidance=RewardSds, noises=lambda s: s.noises))

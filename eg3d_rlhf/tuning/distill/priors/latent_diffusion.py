@@ -44,13 +44,7 @@ LICENCES = {
 Prediction = Literal["epsilon", "v_prediction"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatentNetworks:
-    """The parts of a latent diffusion model; on the meta device where only their shapes are wanted."""
-
-    unet: Any  # diffusers' UNet2DConditionModel
-    vae: Any  # AutoencoderKL
-    text: Any  # transformers' CLIPTextModel
+Networks = dict[str, Any]  # unet, diffusers' UNet2DConditionModel; vae, AutoencoderKL; text, transformers' CLIPTextModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +54,11 @@ class PriorOptions:
     device: str | torch.device = "cpu"
     half: bool | None = None  # the U-Net in float16; None: on a GPU alone
     checkpointing: bool = True  # pictures pass the autoencoder one by one; graphs are computed twice instead of held
-    posterior: torch.Generator | None = None  # draws of the encoder's posterior; None: its mean
 
     @property
     def unet_dtype(self) -> torch.dtype:
-        """Of the U-Net's numbers."""
         half = torch.device(self.device).type == "cuda" if self.half is None else self.half
         return torch.float16 if half else torch.float32
-
-    def on_meta(self) -> "PriorOptions":
-        """The same without memory."""
-        return replace(self, device="meta", half=self.unet_dtype == torch.float16)
 
 
 class LatentPrior:
@@ -83,14 +71,14 @@ class LatentPrior:
     views = 1
 
     def __init__(
-        self, networks: LatentNetworks, tokenize: Tokenize | None, alphas_cumprod: torch.Tensor, prediction: Prediction = "epsilon",
+        self, networks: Networks, tokenize: Tokenize | None, alphas_cumprod: torch.Tensor, prediction: Prediction = "epsilon",
         options: PriorOptions | None = None,
     ):
         options = options or PriorOptions()
         self.options, self.tokenize, self.prediction = options, tokenize, prediction
         self.alphas_cumprod = alphas_cumprod.float().to(options.device)
         self.unet, self.vae, self.text = (
-            net.eval().requires_grad_(False).to(options.device) for net in (networks.unet, networks.vae, networks.text)
+            networks[part].eval().requires_grad_(False).to(options.device) for part in ("unet", "vae", "text")
         )
         if options.unet_dtype == torch.float16:
             self.unet.half()
@@ -107,20 +95,12 @@ class LatentPrior:
         images = images.to(self.alphas_cumprod)
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
-        mean, std = self._each(self._posterior, images).chunk(2, 1)
-        if self.options.posterior is not None:
-            drawn = self.options.posterior
-            mean = mean + std * torch.randn(mean.shape, generator=drawn, device=drawn.device).to(mean)
-        return self.scaling * mean
+        return self.scaling * self._each(lambda x: self.vae.encode(2 * x - 1).latent_dist.mean, images)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, h, w] in 0..1 of latents [B, C, H, W]."""
         images = self._each(lambda x: self.vae.decode(x).sample, latents.to(self.alphas_cumprod) / self.scaling)
         return (0.5 * images + 0.5).clamp(0, 1)
-
-    def _posterior(self, images: torch.Tensor) -> torch.Tensor:
-        posterior = self.vae.encode(2 * images - 1).latent_dist
-        return torch.cat([posterior.mean, posterior.std], 1)
 
     def _each(self, run: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
         """run(batch), with checkpointing one picture at a time: the graph of one alone is held."""
@@ -156,7 +136,6 @@ class LatentPrior:
 
 def meta_prior(folder: Path, options: PriorOptions) -> LatentPrior:
     """The prior that a folder's config.json files describe, on the meta device: no weights are read. Raises: ValueError."""
-    require_extra(FLAG, "diffusers", "transformers")
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -167,16 +146,15 @@ def meta_prior(folder: Path, options: PriorOptions) -> LatentPrior:
             lambda: UNet2DConditionModel.from_config(configs[0]), lambda: AutoencoderKL.from_config(configs[1]),
             lambda: CLIPTextModel(CLIPTextConfig(**configs[2])),
         ]
-        unet, vae, text = (empty(make) for make in makers)
-    return LatentPrior(LatentNetworks(unet=unet, vae=vae, text=text), None, torch.empty(1000, device="meta"), "epsilon", options.on_meta())
+        networks = dict(zip(("unet", "vae", "text"), map(empty, makers), strict=True))
+    return LatentPrior(networks, None, torch.empty(1000, device="meta"), "epsilon", options)
 
 
 def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> LatentPrior:
     """A folder with unet/, vae/, text_encoder/, tokenizer/, scheduler/. Safetensors only; nothing is fetched; the licence is told once.
 
-    Raises: FileNotFoundError; ValueError for a missing extra, missing or foreign parts, and predictions other than epsilon and v.
+    Raises: FileNotFoundError; ValueError for missing or foreign parts, and predictions other than epsilon and v.
     """
-    require_extra(FLAG, "diffusers", "transformers")
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -195,7 +173,7 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
         raise ValueError(f"{FLAG}: expected conditions of {wanted} numbers, got a text encoder of {width}. Use the folder's own parts.")
     tokenize = clip_tokenizer(folder / "tokenizer", FLAG, text.config.vocab_size, pad_of(folder / "tokenizer"))
     tell_once(LICENCES[1024 if width >= 1024 else 768])
-    return LatentPrior(LatentNetworks(unet=unet, vae=vae, text=text), tokenize, scheduler.alphas_cumprod, prediction, options)
+    return LatentPrior({"unet": unet, "vae": vae, "text": text}, tokenize, scheduler.alphas_cumprod, prediction, options)
 
 
 def pad_of(folder: Path) -> int | None:
@@ -259,12 +237,8 @@ class MVDream(LatentPrior):
         return None if cameras is None else network_cameras(cameras.float()).to(self.options.device, self.options.unet_dtype)
 
 
-def mvdream_networks(state: Mapping[str, torch.Tensor], who: str) -> tuple[LatentNetworks, dict[str, dict[str, torch.Tensor]]]:
-    """The networks that a file's shapes tell, on the meta device, and their state dicts: unet, vae, text.
-
-    Raises: ValueError for a missing extra and another network's file.
-    """
-    require_extra(FLAG, "diffusers", "transformers")
+def mvdream_networks(state: Mapping[str, torch.Tensor], who: str) -> tuple[Networks, dict[str, dict[str, torch.Tensor]]]:
+    """The networks that a file's shapes tell, on the meta device, and their state dicts. Raises: ValueError for another network's file."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -274,15 +248,15 @@ def mvdream_networks(state: Mapping[str, torch.Tensor], who: str) -> tuple[Laten
     levels = range(count(vae_state, "encoder.down."))
     widths = tuple(shape_of(vae_state, f"encoder.down.{i}.block.0.conv1.weight", who, 4)[0] for i in levels)
     text_config, text_state = _text(state, who)
-    networks = LatentNetworks(
-        unet=join_views(empty(lambda: UNet2DConditionModel(**config))),
-        vae=empty(lambda: AutoencoderKL(
+    networks = {
+        "unet": join_views(empty(lambda: UNet2DConditionModel(**config))),
+        "vae": empty(lambda: AutoencoderKL(
             latent_channels=first // 2, block_out_channels=widths, layers_per_block=count(vae_state, "encoder.down.0.block."),
             down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
             scaling_factor=SCALING, sample_size=LATENT_SIDE * 2 ** (len(widths) - 1),
         )),
-        text=empty(lambda: CLIPTextModel(CLIPTextConfig(**text_config))),
-    )
+        "text": empty(lambda: CLIPTextModel(CLIPTextConfig(**text_config))),
+    }
     return networks, {"unet": to_diffusers_unet(unet_state), "vae": to_diffusers_vae(vae_state), "text": text_state}
 
 
@@ -295,10 +269,7 @@ def _text(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, Any], 
         layers, act = count(other, "transformer.resblocks.") - 1, "gelu"
         if layers < 1:
             raise ValueError(f"{who}: expected a text encoder of at least 2 layers, got {layers + 1}. Use the published file.")
-        try:
-            state_of_text = to_transformers_text(other, layers)
-        except KeyError as error:
-            raise ValueError(f"{who}: expected the text encoder's {error}, got no such entry. Use the published file.") from None
+        state_of_text = to_transformers_text(other, layers)
     else:
         layers, act = count(state_of_text, "text_model.encoder.layers."), "quick_gelu"
     vocabulary, width = shape_of(state_of_text, "text_model.embeddings.token_embedding.weight", who, 2)
@@ -313,28 +284,20 @@ def _text(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, Any], 
 def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
     """sd-v2.1-base-4view.pt or sd-v1.5-4view.pt, with CLIP's tokenizer in the folder tokenizer/ beside it. Nothing in the file is run.
 
-    Raises: FileNotFoundError; ValueError for a missing extra, a pickle that wants more than weights, and another network's file.
+    Raises: FileNotFoundError; ValueError for a pickle that wants more than weights, and another network's file.
     """
     who = f"{FLAG}: {path.name}"
-    require_extra(FLAG, "diffusers", "transformers")
     state = read(path, FLAG)
     networks, states = mvdream_networks(state, who)
     for name, weights in states.items():
-        adopt(getattr(networks, name), weights, who)
+        adopt(networks[name], weights, who)
     (steps,) = shape_of(state, "alphas_cumprod", who, 1)
     if steps != 1000:
         raise ValueError(f"{who}: expected alphas_cumprod of 1000 steps, got {steps}. Use the published file.")
     pad = 0 if any(name.startswith(OPEN_CLIP) for name in state) else None
-    tokenize = clip_tokenizer(path.parent / "tokenizer", FLAG, networks.text.config.vocab_size, pad)
+    tokenize = clip_tokenizer(path.parent / "tokenizer", FLAG, networks["text"].config.vocab_size, pad)
     tell_once(LICENCE)
     return MVDream(networks, tokenize, state["alphas_cumprod"], "epsilon", options)
-
-
-def meta_mvdream(path: Path, options: PriorOptions) -> MVDream:
-    """The prior that a file's shapes describe, on the meta device. Raises: as `load_mvdream`."""
-    require_extra(FLAG, "diffusers", "transformers")
-    networks, _ = mvdream_networks(read(path, FLAG), f"{FLAG}: {path.name}")
-    return MVDream(networks, None, torch.empty(1000, device="meta"), "epsilon", options.on_meta())
 
 
 # A prior from a path: which of the published layouts it is, what it will need of memory, and the prior itself.
@@ -343,8 +306,13 @@ WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors")
 
 
 def weights_of(path: Path) -> Path | None:
-    """MVDream's file that a path names: the file, or a folder's only one; None for a Stable Diffusion folder. Raises: ValueError."""
-    return None if (path / "unet").is_dir() else only_file(path, WEIGHTS, FLAG, "unet/ (Stable Diffusion) or one MVDream file")
+    """MVDream's file that a path names: the file, or a folder's only one; None for a Stable Diffusion folder.
+
+    Raises: ValueError, also where the libraries are missing that run either.
+    """
+    file = None if (path / "unet").is_dir() else only_file(path, WEIGHTS, FLAG, "unet/ (Stable Diffusion) or one MVDream file")
+    require_extra(FLAG, "diffusers", "transformers")
+    return file
 
 
 def load_prior(path: str | Path, options: PriorOptions | None = None) -> CheckedPrior:
@@ -379,13 +347,12 @@ def latent_costs(prior: LatentPrior, pictures: int, noises: int = 1) -> Costs:
         images = meta(pictures, 3, pixels, pixels, grad=True)
         return back(images, prior.encode(images))
 
-    def without_graph(run: Callable[[], Any]) -> Callable[[], Any]:
-        return torch.no_grad()(run)
-
     stages = {
         f"encode {pictures} pictures of {pixels}^2, and back": encode,
-        f"noise of {2 * noises * pictures} latents of {side}^2 (text and null)": without_graph(lambda: noise(2 * noises * pictures, False)),
-        f"decode {pictures} pictures for a reward": without_graph(lambda: prior.decode(meta(pictures, channels, side, side))),
+        f"noise of {2 * noises * pictures} latents of {side}^2 (text and null)": torch.no_grad()(
+            lambda: noise(2 * noises * pictures, False)
+        ),
+        f"decode {pictures} pictures for a reward": torch.no_grad()(lambda: prior.decode(meta(pictures, channels, side, side))),
         f"gradient through the U-Net, {pictures} latents": lambda: back(*noise(pictures, True)),
     }
     return Costs(
@@ -406,6 +373,11 @@ def prior_costs(path: str | Path, pictures: int, options: PriorOptions | None = 
     path = existing(path, FLAG)
     file = weights_of(path)
     options = options or PriorOptions()
-    prior = meta_prior(path, options) if file is None else meta_mvdream(file, options)
+    options = replace(options, device="meta", half=options.unet_dtype == torch.float16)
+    if file is None:
+        prior = meta_prior(path, options)
+    else:
+        networks, _ = mvdream_networks(read(file, FLAG), f"{FLAG}: {file.name}")
+        prior = MVDream(networks, None, torch.empty(1000, device="meta"), "epsilon", options)
     check_views(pictures, prior.views)
     return latent_costs(prior, pictures, noises)

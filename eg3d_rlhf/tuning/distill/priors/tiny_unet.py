@@ -140,7 +140,7 @@ class TinyPrior:
     ) -> torch.Tensor:
         """See `DiffusionPrior`; cameras [B, 16 or 25] are ours, the four sides where None. Raises: ValueError for one view."""
         if len(x_t) % SIDES:
-            raise ValueError(f"--views: expected a multiple of {SIDES} pictures, got {len(x_t)}. It sees {SIDES} views of an asset.")
+            raise ValueError(f"--prior: expected a multiple of {SIDES} pictures, got {len(x_t)}. It sees {SIDES} views of an asset.")
         seen = evenly_around(len(x_t) // SIDES, SIDES, DISTANCE).cameras if cameras is None else cameras
         clean = self.network(x_t, t.to(x_t.device), cond, network_cameras(seen).to(x_t))
         return self.schedule.noise_of_x0(x_t, clean, t)
