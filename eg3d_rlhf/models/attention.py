@@ -47,7 +47,6 @@ class Mlp(nn.Module):
 
 
 def tree(**modules: nn.Module) -> Any:
-    """A module that only holds others by name, for the published names' sake."""
     holder = nn.Module()
     for name, module in modules.items():
         holder.add_module(name, module)

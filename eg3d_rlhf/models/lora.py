@@ -108,7 +108,6 @@ class LoraLinear(nn.Module):
         return (weight.to(update.dtype) + update).to(weight.dtype)
 
     def extra_repr(self) -> str:
-        """Shown by print(model)."""
         return f"rank={self.rank}, alpha={self.alpha}, active={self.active}"
 
 
@@ -175,7 +174,6 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters' tensors: X.lora_A.weight, X.lora_B.weight."""
     layers = adapted_layers(model).items()
     return {f"{name}.{part}.weight": getattr(layer, part).weight.detach() for name, layer in layers for part in ("lora_A", "lora_B")}
 

@@ -110,7 +110,6 @@ def split_state(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, 
 
 
 def _read_config(path: Path) -> dict:
-    """adapter_config.json, or nothing where there is none."""
     if not path.is_file():
         return {}
     try:

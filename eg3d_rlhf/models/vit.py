@@ -90,7 +90,6 @@ class VisionTransformer(nn.Module):
         return torch.cat([whole, grid.flatten(2).transpose(1, 2)], 1)
 
     def tokens(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Before the last norm."""
         x = self.patch_embed.proj(pictures)  # [N, E, G, G]
         side, x = x.shape[-1], x.flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.positions(side)
@@ -152,7 +151,6 @@ class DinoConfig:
 
     @property
     def tokens(self) -> int:
-        """L at its own size of pictures."""
         return 1 + self.num_register_tokens + (self.image_size // self.patch_size) ** 2
 
 
@@ -168,7 +166,6 @@ class Dino(VisionTransformer):
         self.config = config
 
     def normalised(self, pictures: torch.Tensor) -> torch.Tensor:
-        """As the network sees them."""
         pictures = pictures.to(self.norm.weight)
         mean, std = (pictures.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         return (pictures - mean) / std
@@ -236,7 +233,6 @@ def load_dino(config: DinoConfig, state: Mapping[str, torch.Tensor], who: str, d
 
 
 def _places(name: str) -> Iterator[Path]:
-    """Where weights of that name may lie, in order."""
     path = Path(name)
     if path.suffix == ".pth":
         yield path

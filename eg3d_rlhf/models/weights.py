@@ -40,7 +40,6 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def existing(path: str | Path, who: str) -> Path:
-    """The path. Raises: FileNotFoundError where nothing is there."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{who}: expected a local file or folder, got none at {path}. Nothing is fetched: check the path.")
@@ -48,7 +47,6 @@ def existing(path: str | Path, who: str) -> Path:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 200 characters."""
     line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
     return line if len(line) <= 200 else line[:200] + "..."
 
@@ -101,7 +99,6 @@ def read(path: str | Path, who: str) -> State:
 
 
 def below(state: Mapping[str, torch.Tensor], prefix: str) -> State:
-    """The entries whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
@@ -119,7 +116,6 @@ def count(names: Iterable[str], prefix: str) -> int:
 
 
 def check_finite(state: Mapping[str, torch.Tensor], who: str) -> None:
-    """Raises: ValueError naming entries with NaN or infinite numbers."""
     bad = [n for n, t in state.items() if t.is_floating_point() and not t.is_meta and not bool(t.isfinite().all())]
     if bad:
         raise ValueError(f"{who}: expected finite numbers, got others in {', '.join(bad[:8])}. Use an earlier checkpoint.")
@@ -171,7 +167,6 @@ def adopt(module: Module, state: Mapping[str, torch.Tensor], who: str) -> Module
 
 
 def frozen(module: Module, device: str | torch.device) -> Module:
-    """The module in eval mode, without gradients of its parameters, on a device."""
     return module.eval().requires_grad_(False).to(device)
 
 
@@ -182,7 +177,6 @@ def in_types_of(stored: Mapping[str, torch.Tensor], state: Mapping[str, torch.Te
 
 
 def write(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """A plain .safetensors file, whole or not at all."""
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}  # safetensors refuses shared storage
     write_atomic(path, safetensors.torch.save(plain, metadata={"format": "pt"}))
 
@@ -212,7 +206,6 @@ def one_line(who: str, remedy: str) -> Iterator[None]:
 
 
 def require_extra(flag: str, *modules: str) -> None:
-    """Check that the libraries of the extra are installed. Raises: ValueError."""
     for name in modules:
         try:
             __import__(name)
@@ -222,7 +215,6 @@ def require_extra(flag: str, *modules: str) -> None:
 
 @functools.cache
 def tell_once(text: str) -> None:
-    """Print a line, the first time it is said in this process."""
     print(text, flush=True)
 
 

@@ -69,7 +69,6 @@ def _mean(values: torch.Tensor) -> dict:
 
 
 def markdown(table: Mapping) -> str:
-    """The table for people."""
     arms = table["arms"]
     measures = list(arms[BASE]["measures"])
     rows = [

@@ -59,7 +59,6 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """As `parse` reads it."""
         shape = "+geometry" * self.geometry + (f"-{self.geometry_twist}" if self.geometry_twist else "")
         return self.method + (f"-{self.twist}" if self.twist else "") + shape
 
@@ -105,7 +104,6 @@ class LoopConfig:
 
     @property
     def window(self) -> TimeWindow:
-        """Where times are drawn from."""
         return TimeWindow(low=ramp_of(self.t_min), high=ramp_of(self.t_max))
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,12 +157,10 @@ class DistillSettings:
         return [(prompt, seed) for seed in range(self.scene.assets) for prompt in self.prompts]
 
     def batches(self) -> list[list[tuple[str, int]]]:
-        """The same in batches."""
         pairs = self.pairs()
         return [pairs[i : i + self.loop.batch] for i in range(0, len(pairs), self.loop.batch)]
 
     def to_dict(self) -> dict:
-        """As JSON."""
         return {
             "prompts": list(self.prompts), "arms": list(self.arms), "scene": values_of(self.scene), "loop": values_of(self.loop),
             "guidance": dict(self.guidance), "preset": self.preset, "seed": self.seed,
@@ -172,7 +168,6 @@ class DistillSettings:
 
     @classmethod
     def of(cls, record: Mapping) -> "DistillSettings":
-        """Inverse of `to_dict`."""
         return cls(
             prompts=tuple(record["prompts"]), arms=tuple(record["arms"]), scene=built(SceneConfig, record["scene"]),
             loop=built(LoopConfig, record["loop"]), guidance=dict(record["guidance"]), preset=record["preset"],

@@ -171,7 +171,6 @@ def distillation_loss(
 
 
 def norm_per_asset(grad: torch.Tensor, views: int) -> torch.Tensor:
-    """Norm of a gradient [B, ...] over all views of an asset, [A]."""
     return grad.reshape(grad.shape[0] // views, -1).norm(dim=1)
 
 

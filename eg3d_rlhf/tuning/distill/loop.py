@@ -78,11 +78,9 @@ class Tick:
         return record
 
     def state(self) -> dict:
-        """JSON; the scores' window is a tensor of its own."""
         return {"values": self.values}
 
     def load(self, state: Mapping) -> None:
-        """Inverse of `state`."""
         self.values = {name: list(values) for name, values in state["values"].items()}
 
 
@@ -110,7 +108,6 @@ def signs(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
 
 
 def shown(record: Mapping[str, float], steps: int) -> dict[str, str]:
-    """The figures of a line that the terminal shows, in columns."""
     columns = {"first_wins": "5.2f", "gap_50": "8.2g", "one_sided": "4.2f", "cosine": "5.2f", "reward": "8.3g", "log_prob": "8.3g",
                "prior_error": "6.3f", "opacity": "4.2f"}  # fmt: skip
     return {"step": f"{int(record['step']):>{len(str(steps))}}/{steps}"} | {
@@ -148,7 +145,6 @@ class Distillation:
     # One step.
 
     def step(self, step: int) -> None:
-        """Move every asset by one step and note its figures."""
         views, pictures = self.look("views", step)
         x = self.prior.encode(pictures.images)
         per_asset = len(x) // len(self.asset)
@@ -172,7 +168,6 @@ class Distillation:
         self.tick.add(output, figures, pictures.images)
 
     def look(self, stream: str, step: int) -> tuple[Views, Pictures]:
-        """What the prior is shown of the assets."""
         views = self.renderer.draw(len(self.asset), self.streams.generator(stream, step))
         below = self.background
         if below is None:
@@ -206,7 +201,6 @@ class Distillation:
     # States.
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """Everything that changes, as tensors and JSON."""
         tensors = {f"asset.{name}": value for name, value in self.asset.state_dict().items()}
         tensors |= checkpoint.optimizer_tensors("optim", self.optimizer)
         for name, part in self._stateful().items():
@@ -214,7 +208,6 @@ class Distillation:
         return tensors, {"tick": self.tick.state()}
 
     def load(self, tensors: Mapping[str, torch.Tensor], meta: Mapping) -> None:
-        """Inverse of `state`."""
         names = ("asset", *self._stateful())
         of_part = {name: below(tensors, f"{name}.") for name in names}
         self.asset.load_state_dict(of_part["asset"])

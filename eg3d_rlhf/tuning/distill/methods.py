@@ -58,7 +58,6 @@ def settings_of(name: str, values: Mapping[str, Any], preset: str | None = None)
 
 
 def flat(settings: Any) -> dict[str, Any]:
-    """All fields of settings by name, those of nested ones among them."""
     values: dict[str, Any] = {}
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -84,7 +83,6 @@ def guidance_of(
 
 
 def owners() -> dict[str, list[str]]:
-    """Methods that a setting belongs to, by its name."""
     methods: dict[str, list[str]] = {}
     for name, method in METHODS.items():
         for setting in flat(method.settings()):

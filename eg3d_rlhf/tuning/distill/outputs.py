@@ -38,7 +38,6 @@ MESH = 64  # grid points per edge
 
 
 def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
-    """Everything of the module's list, into the run's folder."""
     pairs, arms = settings.pairs(), {}
     for arm in settings.arms:
         batches = [load_assets(run.folder / PARTS / Part(arm, k).name / ASSETS) for k in range(len(settings.batches()))]
@@ -61,7 +60,6 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
 
 
 def joined(assets: Sequence[Asset]) -> Asset:
-    """Batches of assets as one."""
     first = assets[0]
     whole = type(first)(sum(map(len, assets)), **first.settings)
     states = [batch.state_dict() for batch in assets]
@@ -70,7 +68,6 @@ def joined(assets: Sequence[Asset]) -> Asset:
 
 
 def pictures(arms: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder: Path, show: int) -> None:
-    """Grid, film and meshes of the first assets of every arm."""
     count = min(show, len(pairs))
     if not count:
         return
@@ -115,7 +112,6 @@ CURVES = ("reward", "gap_50", "first_wins", "one_sided", "cosine", "log_prob", "
 
 
 def write_page_of(settings: DistillSettings, folder: Path, table: Mapping | None, shown: int) -> Path:
-    """<folder>/report/index.html; returns the path."""
     out = folder / "report"
     made = jobs(settings, folder, table, shown)
     findings = pages.run(made, out, quiet=True)
@@ -139,7 +135,6 @@ def notes(settings: DistillSettings) -> str:
 
 
 def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: int) -> list[Job]:
-    """The page's parts."""
     facts = Facts(n=len(settings.pairs()), unit="pairs of prompt and seed", seeds=str(settings.seed), interval=INTERVAL if table else "")
     lines = [json.loads(line) for line in (folder / STATS).read_text().splitlines()]
 
@@ -186,13 +181,11 @@ def curves(lines: list[dict]) -> dict:
 
 
 def plot_wins(data: Mapping):
-    """Win rates with their intervals."""
     rates = {arm: row for arm, row in data["arms"].items() if arm != BASE}
     return plot_rates([(f"win rate against {BASE}, 95 %", rates)], "")
 
 
 def plot_curves(data: Mapping):
-    """What every tick measured, an arm a line."""
     names = list(data["curves"])
     rows = -(-len(names) // 2)
     drawn, axes = style.figure(columns=2, rows=rows, size=(9.4, 2.4 * rows))

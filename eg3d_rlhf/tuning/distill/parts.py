@@ -35,12 +35,10 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its task and its folder."""
         return f"{self.arm}/{self.batch:03d}"
 
     @classmethod
     def of(cls, name: str) -> "Part":
-        """Inverse of `name`."""
         arm, batch = name.split("/")
         return cls(arm, int(batch))
 
@@ -108,7 +106,6 @@ def _checkpoint(run: Run, work: Distillation, step: int, lines: Sequence[dict]) 
 
 
 def handler(settings: DistillSettings, folder: Path, device: str) -> Callable[[str], dict]:
-    """What a worker process does parts with, on one thread."""
     torch.set_num_threads(1)
     scene = open_scene(settings, torch.device(device))
     return lambda name: distil(settings, scene, Part.of(name), folder / PARTS / name, partial(print, flush=True))
@@ -135,7 +132,6 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
 
 
 def gather_stats(settings: DistillSettings, run: Run) -> None:
-    """The lines of all parts as the run's own, part by part."""
     run.go_on(0, 0)
     for part in parts_of(settings):
         for line in (run.folder / PARTS / part.name / STATS).read_text().splitlines():

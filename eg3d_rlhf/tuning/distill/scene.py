@@ -93,7 +93,6 @@ SCENES: Registry[SceneKind] = Registry("--prior", {
 
 
 def open_scene(settings: DistillSettings, device: torch.device) -> Scene:
-    """The scene of a run. Raises: ValueError, OSError: one line with flag and remedy."""
     prior = settings.scene.prior
     return SCENES[prior].open(settings, device) if prior in SCENES else scene_of_files(settings, device)
 
@@ -121,7 +120,6 @@ def scene_of_files(settings: DistillSettings, device: torch.device) -> Scene:
 
 
 def memory(settings: DistillSettings, options: PriorOptions) -> Costs:
-    """What a step holds under the arm that needs most, from shapes alone. Raises: ValueError, OSError."""
     scene, tables = settings.scene, []
     views = scene.views * min(settings.loop.batch, len(settings.pairs()))
     for starts, noises in {of_arm(settings, arm)[1:] for arm in settings.arms}:

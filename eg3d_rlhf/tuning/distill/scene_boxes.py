@@ -55,21 +55,18 @@ def mixture() -> GmmPrior:
 
 
 def reward_of(name: str) -> RewardModel:
-    """A reward by name. Raises: ValueError."""
     if name not in REWARDS:
         raise ValueError(f"--reward: expected one of {', '.join(REWARDS)} with the bundled prior, got {name}. Choose one of them.")
     return cast(RewardModel, REWARDS[name]())
 
 
 def judge_of(name: str | None) -> PairwiseJudge | None:
-    """A judge of pairs by name. Raises: ValueError."""
     if name not in (None, "questions"):
         raise ValueError(f"--judge: expected questions with the bundled prior, got {name}. Use that, or leave it out.")
     return None if name is None else YesNoJudge()
 
 
 def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
-    """The scene of the bundled problem. Raises: ValueError."""
     if device.type != "cpu":
         raise ValueError(f"--device: expected cpu with the bundled prior, got {device}. Its problem is too small for a GPU.")
     exact, name = mixture(), settings.scene.reward

@@ -50,7 +50,6 @@ def check(prompts: tuple[str, ...], assets: int | None, comparison: bool) -> tup
 
 
 def head_numbers(prompts: Sequence[str]) -> list[int]:
-    """Numbers of the heads that prompts name. Raises: ValueError."""
     matches = [re.fullmatch(r"head (\d{1,4})", prompt) for prompt in prompts]
     for prompt, match in zip(prompts, matches, strict=True):
         if match is None:
@@ -65,19 +64,16 @@ class FrontCameras:
     views: int = VIEWS
 
     def draw(self, assets: int, rng: torch.Generator) -> Views:
-        """Different ones of each asset."""
         chosen = torch.rand(assets, len(AZIMUTHS), generator=rng).argsort(dim=1)[:, : self.views]
         return cameras_at(torch.tensor(AZIMUTHS, dtype=torch.float64)[chosen].flatten())
 
 
 def cameras_at(azimuth: torch.Tensor) -> Views:
-    """The generator's cameras at azimuths [B] in degrees."""
     fov = math.degrees(2 * math.atan(0.5 / FFHQ_FOCAL))
     return views_at(azimuth, *(torch.full_like(azimuth, value) for value in (0.0, FFHQ_RADIUS, fov)))
 
 
 def all_cameras(assets: int = 1) -> Views:
-    """All K cameras of each asset."""
     return cameras_at(torch.tensor(AZIMUTHS, dtype=torch.float64).repeat(assets))
 
 
@@ -98,7 +94,6 @@ class ViewMixture(GmmPrior):
     def predict_noise(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """See `GmmPrior`."""
         if cameras is not None:
             other = torch.cdist(cameras.double(), self.cameras.double()) > _SAME  # [B, M]
             cond = cond + _NEVER * other[:, None]
@@ -154,13 +149,11 @@ class ShapeJudge:
     score: Callable[[Asset], torch.Tensor]
 
     def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
-        """See `FinalJudge`."""
         del prompts
         return [verdict(a, b) for a, b in zip(self.score(first).tolist(), self.score(second).tolist(), strict=True)]
 
 
 def heads_scene(settings: DistillSettings, device: torch.device) -> Scene:
-    """The scene of the procedural heads. Raises: ValueError."""
     if device.type != "cpu":
         raise ValueError(f"--device: expected cpu with --prior=heads, got {device}. Its prior is too small for a GPU.")
     rewarded = [arm.method for arm in map(Arm.parse, settings.arms) if METHODS[arm.method].rewarded]

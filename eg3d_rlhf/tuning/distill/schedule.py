@@ -52,7 +52,6 @@ class NoiseSchedule:
         return bar.view(-1, *[1] * (like.ndim - 1))
 
     def mix(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t."""
         bar = self.alpha(t, x)
         return bar.sqrt() * x + (1 - bar).sqrt() * noise
 
@@ -130,14 +129,12 @@ class Ramp:
             )
 
     def knots(self) -> list[tuple[float, float]]:
-        """(step, value)."""
         if isinstance(self.spec, (int, float)):
             return [(0, self.spec)]
         start, first, *rest = self.spec if len(self.spec) > 3 else (0, *self.spec)
         return [(start, first), *zip(rest[1::2], rest[::2], strict=True)]
 
     def __call__(self, step: int) -> float:
-        """The value at a step."""
         knots = self.knots()
         (s0, v0), (s1, v1) = (knots[0], knots[0]) if len(knots) == 1 else next(
             (pair for pair in itertools.pairwise(knots) if step < pair[1][0]), (knots[-2], knots[-1])
@@ -160,7 +157,6 @@ class TimeWindow:
             raise ValueError(f"TimeWindow: expected shares from 0 to below 1, got {ends}. Correct them.")
 
     def at(self, step: int) -> tuple[int, int]:
-        """Least and largest time at a step."""
         low, high = self.low(step), self.high(step)
         if self.sqrt_anneal is not None:
             low = high = high - (high - low) * math.sqrt(min(step / self.sqrt_anneal, 1.0))

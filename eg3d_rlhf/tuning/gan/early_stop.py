@@ -116,14 +116,12 @@ class EarlyStop(torch.nn.Module):
         })  # fmt: skip
 
     def restore(self, stats_file: Path) -> None:
-        """The ledger of a resumed run, from its stats.jsonl."""
         self.ledger = []
         for line in stats_file.read_text().splitlines() if stats_file.exists() else []:
             stats = json.loads(line)
             self._note(stats["nimg"], stats)
 
     def networks(self, nets: Networks) -> Networks:
-        """The kept networks, described as `nets`."""
         for name in ("G", "G_ema"):
             if name in self.kept and int(self.rendered):
                 setattr(self.kept[name], RENDERED, int(self.rendered))
@@ -131,7 +129,6 @@ class EarlyStop(torch.nn.Module):
         return dataclasses.replace(nets, **parts, cur_nimg=int(self.at))
 
     def record(self) -> dict:
-        """What was kept and why, as JSON."""
         return {
             "images": int(self.at), "of": self.ledger[-1]["images"] if self.ledger else int(self.at), "distance": float(self.distance),
             "second": float(self.second.mean()), "rule": dataclasses.asdict(self.config), "ticks": self.ledger,

@@ -40,12 +40,10 @@ class NoseFloor(torch.nn.Module):
         self.register_buffer("floor", torch.stack([self._depth(generator.field(part)).amin() for part in ws.split(16)]).amin())
 
     def _depth(self, field: Field) -> torch.Tensor:
-        """The window of the frontal map alone, [N, 20, 20]."""
         with fixed_draws():
             return field.render(self._camera, RenderOptions(resolution=SIDE)).depth[:, 0]
 
     def forward(self, field: Field) -> torch.Tensor:
-        """[N], world units. Differentiable in the field."""
         return floor_loss(self._depth(field), self.floor, self.kind == "violators")
 
 

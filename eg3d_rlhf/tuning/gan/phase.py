@@ -35,7 +35,6 @@ class Shaping(torch.nn.Module):
         return self.shaped(score), score
 
     def shaped(self, score: torch.Tensor) -> torch.Tensor:
-        """[N] -> [N], of scores alone."""
         return score
 
 
@@ -75,7 +74,6 @@ class ReferenceWins(Shaping):
     references: torch.Tensor
 
     def __init__(self, references: torch.Tensor, comparisons: int = 4):
-        """references: [M, E] embeddings."""
         super().__init__()
         self.comparisons = comparisons
         self.register_buffer("references", references)
@@ -99,7 +97,6 @@ SHAPINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], Shaping]] = {  # from
 
 
 def widened_quartiles(values: torch.Tensor) -> tuple[float, float]:
-    """The quartiles of values [M], widened by 1.5 interquartile ranges."""
     low, high = torch.quantile(values.float(), torch.tensor([0.25, 0.75], device=values.device)).tolist()
     return low - 1.5 * (high - low), high + 1.5 * (high - low)
 
@@ -148,7 +145,6 @@ class RewardTerms:
         self.state = RewardPhaseState(G_ref, shaping, bounds, floor)
 
     def _calibrate(self) -> tuple[Shaping, tuple[float, float]]:
-        """The shaping and its bounds, from the scores of the reference."""
         reference, network, seen = self.reference, self.reward.network, []
         device = device_of(reference)
         seeds = STANDARDISATION.all if self.config.reward_shaping == "standardised" else CALIBRATION.all

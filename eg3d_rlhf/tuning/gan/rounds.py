@@ -91,7 +91,6 @@ class Ledger:
         storage.write_atomic(self.path, (text + "\n").encode())
 
     def entry(self, number: int) -> dict:
-        """The entry of a round, a new one where it is the next."""
         if number > len(self.rounds):
             self.rounds.append({"round": number})
         return self.rounds[number - 1]
@@ -157,7 +156,6 @@ def check(s: Settings, ranks: Ranks) -> None:
 
 
 def pretrained(s: Settings) -> Path:
-    """File of the network that everything starts from."""
     return find_network(None if s.net.init == "bundled" else s.net.init)
 
 
@@ -193,7 +191,6 @@ class Rounds:
         self.device, self.first = choose_device(s.run.device), pretrained(s)
 
     def of(self, number: int) -> Path:
-        """Folder of a round."""
         return self.folder / f"round-{number}"
 
     def networks(self, number: int, ledger: Ledger) -> list[Path]:
@@ -203,7 +200,6 @@ class Rounds:
     # Labels.
 
     def labels(self, number: int, ledger: Ledger) -> Done | None:
-        """Draw pairs from the current generator and have them labelled."""
         rewards = self._doubters(number, ledger)
         options = pairing(self.s, number, bool(rewards), rewards)
         generator = load_generator(self.networks(number, ledger)[-1], self.device)
@@ -257,7 +253,6 @@ class Rounds:
     # Rewards.
 
     def reward(self, number: int, ledger: Ledger) -> Done | None:
-        """Train the rewards from scratch on the labels of all rounds so far."""
         labels = [label for path in ledger.files("labels") for label in load_labels(path)]
         pooled, out = write_labels(self.of(number) / "pooled.jsonl", labels), self.of(number) / "reward"
         config, kind, (network, *others) = self.s.rounds, self.s.reward.reward, self.networks(number, ledger)
@@ -315,7 +310,6 @@ class Rounds:
 
 
 def work(s: Settings, run: Run, tune: Tune) -> None:
-    """Do what is left of the rounds of a run."""
     print(f"{s.rounds.rounds} rounds of {s.rounds.round_pairs} pairs.", flush=True)
     ledger = Ledger(run.folder)
     if run_rounds(s.rounds.rounds, ledger, Rounds(s, run.folder, tune)):

@@ -33,7 +33,6 @@ ADA_AUGMENT = dict.fromkeys(
 
 
 def open_dataset(s: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
-    """The training images; a synthetic set is rendered first."""
     with ranks.first_per_machine(), naming("--data"):
         path = resolve_dataset(s.data.data)
     with naming("--data"):

@@ -100,7 +100,7 @@ class EarlyStopConfig:
     def __post_init__(self):
         check_knobs(self)
         if self.early_stop is None and self.early_stop_distance is not None:
-            raise ValueError(f"--set early_stop_distance={self.early_stop_distance:g}: expected --early-stop with it, got none. Add it.")
+            raise ValueError(f"--early-stop-distance={self.early_stop_distance:g}: expected --early-stop with it, got none. Add it.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,6 @@ class Settings:
     rounds: RoundConfig = RoundConfig()
 
     def to_dict(self) -> dict:
-        """Every knob by name, as JSON."""
         return {"task": self.task, **values_of(self)}
 
     @classmethod
@@ -175,7 +174,6 @@ class Settings:
         return built(cls, {"ema_rampup": 0.05 if fresh else None, "ada_kimg": 500.0 if fresh else 100.0, **values})
 
     def changed(self, **values) -> "Settings":
-        """A copy with other values, by name."""
         return Settings.of({**self.to_dict(), **values})
 
     @property

@@ -67,7 +67,6 @@ class Watch:
         return fallen
 
     def restore(self, stats_file: Path) -> None:
-        """The alarms of a resumed run, from its stats.jsonl."""
         self.alarms = []
         for line in stats_file.read_text().splitlines() if stats_file.exists() else []:
             stats = json.loads(line)
@@ -83,7 +82,6 @@ def annotator_calibration(path: Path = bundled.ANNOTATION) -> Calibration:
 
 @torch.no_grad()
 def rewards(G: torch.nn.Module, ws: torch.Tensor, reward: Reward, batch: int = 16) -> np.ndarray:
-    """Scores [N] of latents ws [N, L, W]."""
     generator = of(G)
     return torch.cat([reward.score(generator.field(part)) for part in ws.split(batch)]).cpu().numpy()
 

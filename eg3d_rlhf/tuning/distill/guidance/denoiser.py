@@ -32,7 +32,6 @@ def angles_of(cameras: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _turned(azimuth: float) -> float:
-    """The same azimuth in -180..180."""
     return (azimuth + 180) % 360 - 180
 
 
@@ -117,7 +116,6 @@ class Prediction(NamedTuple):
     weights: torch.Tensor | None  # [B, Q]
 
     def guided(self, scale: float) -> torch.Tensor:
-        """The prediction with guidance, [K, B, C, H, W]."""
         if self.negatives is None or self.weights is None:
             return gradients.guided(self.text, self.null, scale)
         return torch.stack([
@@ -139,19 +137,16 @@ class Denoiser:
     """A prior, a schedule and named draws, for assets of V views each."""
 
     def __init__(self, prior: DiffusionPrior, settings: DenoiserSettings, *, views: int, streams: Streams):
-        """Raises: ValueError for a number of views that the prior cannot see together."""
         if views < 1 or views % prior.views:
             raise ValueError(f"--set views={views}: expected a multiple of the {prior.views} that this prior sees together. Change it.")
         self.prior, self.settings, self.views, self.streams = prior, settings, views, streams
         self.schedule = NoiseSchedule(prior.alphas_cumprod)
 
     def check(self, x: torch.Tensor, t: torch.Tensor, prompts: list[str]) -> None:
-        """Pictures, times and prompts belong together: all views of each asset, one of each per picture."""
         assert x.shape[1:] == tuple(self.prior.latent_shape) and len(x) % self.views == 0, (x.shape, self.prior.latent_shape, self.views)
         assert len(prompts) == len(t) == len(x), (len(prompts), t.shape, x.shape)
 
     def check_reward(self, reward: RewardModel) -> None:
-        """Raises: ValueError for a reward that scores another number of views together."""
         if self.views % reward.views:
             together = f"a multiple of the {reward.views} that the reward scores together"
             raise ValueError(f"--set views={self.views}: expected {together}. Change it.")
@@ -195,11 +190,9 @@ class Denoiser:
         return Asked(noise, x_t, conditions, self.predict(x_t, t, conditions, cameras))
 
     def noised(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t of all noises, [K, B, C, H, W]."""
         return torch.stack([self.schedule.mix(x, e, t) for e in noise])
 
     def x0(self, x_t: torch.Tensor, predicted: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """One-step estimates of all noises, [K, B, C, H, W]."""
         return torch.stack([self.schedule.x0(x, p, t) for x, p in zip(x_t, predicted, strict=True)])
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, cameras: torch.Tensor | None) -> Prediction:
@@ -220,7 +213,6 @@ class Denoiser:
         return Prediction(text, null, torch.stack(others) if others else None, conditions.weights)
 
     def residuals(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, x_t: torch.Tensor, prediction: Prediction) -> torch.Tensor:
-        """The distillation gradient of each noise, [K, B, C, H, W]."""
         s, sched = self.settings, self.schedule
         predicted = prediction.guided(s.guidance_scale)
         if s.form == "sds":
@@ -248,7 +240,6 @@ class Denoiser:
         return scores.unflatten(0, (images.shape[0], -1))
 
     def per_asset(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Means over the views of an asset, [K, B] -> [K, A]."""
         return numbers.unflatten(1, (-1, self.views)).mean(2)
 
     def compare(self, residuals: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -307,7 +298,6 @@ class Ranking:
     """Scores and ranks the pictures of two noises. An answer of a judge alone is a gap of 1."""
 
     def __init__(self, denoiser: Denoiser, reward: RewardModel | None, judge: PairwiseJudge | None, settings: RankingSettings):
-        """Raises: ValueError without reward and judge, or for a way of joining them that needs both."""
         if reward is None and (judge is None or settings.judge_mode != "replace"):
             raise ValueError("--reward: expected a reward, or a judge that replaces it, got none. Name one.")
         if settings.pair_level == "view" and reward is not None and reward.views > 1:

@@ -50,7 +50,6 @@ class DreamReward(Guided):
     def __init__(
         self, prior: DiffusionPrior, settings: DreamRewardSettings, *, views: int, streams: Streams, reward: RewardModel
     ):
-        """Raises: ValueError for a reward without gradient."""
         if not reward.differentiable:
             raise ValueError("--reward: expected a differentiable one with dreamreward, got one without. Use dreamdpo or rewardsds.")
         super().__init__(prior, settings, views=views, streams=streams)

@@ -103,7 +103,6 @@ class ProgressiveGeometry:
     """A geometry reward with its ramp and balance, for a run of `steps`. Args: sign: -1 for the control whose reward is inverted."""
 
     def __init__(self, reward: GeometryReward, settings: GeometrySettings, steps: int, sign: int = 1):
-        """Raises: ValueError where the ramp has no length."""
         self.reward, self.sign, self.balance, self.every = reward, sign, Balance(), settings.geometry_every
         self.first = int(settings.geometry_start * steps)
         if self.first >= steps:
@@ -152,7 +151,6 @@ class ProgressiveGeometry:
 
 
 def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[A] over all parameters of an asset."""
     return torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients]).sum(dim=0).sqrt()
 
 

@@ -62,7 +62,6 @@ class Psd(Guided):
         self, prior: DiffusionPrior, settings: PsdSettings, *, views: int, streams: Streams, reward: RewardModel | None = None,
         judge: PairwiseJudge | None = None,
     ):
-        """Raises: ValueError where the null embedding should follow a reward's gradient that does not exist."""
         super().__init__(prior, settings, views=views, streams=streams)
         self.ranking, self.reward = Ranking(self.denoiser, reward, judge, settings.ranking), reward
         self.kept = {"scores": self.ranking.history}

@@ -34,7 +34,6 @@ class GmmPrior:
         self.latent_shape = (means.shape[1], means.shape[2], means.shape[3])
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents of images, both [B, C, H, W]."""
         return self.scale * (2 * images - 1)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -205,7 +205,6 @@ class ViewAttention:
         self.inner, self.views = inner, views
 
     def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **rest: Any):
-        """What diffusers calls for self-attention (encoder_hidden_states None)."""
         pixels = hidden_states.shape[1]
         together = hidden_states.unflatten(0, (-1, self.views)).flatten(1, 2)
         out = self.inner(attn, together, encoder_hidden_states=encoder_hidden_states, **rest)

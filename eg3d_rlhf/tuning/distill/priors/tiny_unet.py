@@ -39,7 +39,6 @@ class Block(nn.Module):
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """x [B, C, H, W]."""
         scale, shift = self.film(condition)[:, :, None, None].chunk(2, dim=1)
         h = self.norm(self.near(x)) * (1 + scale) + shift
         return x + self.second(F.silu(self.first(h)))
@@ -55,7 +54,6 @@ class ViewAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [A V, C, H, W]."""
         tokens = self.qkv(self.norm(x)).flatten(2).unflatten(0, (-1, SIDES)).permute(0, 1, 3, 2).flatten(1, 2)  # [A, V H W, 3 C]
         q, k, v = tokens.unsqueeze(1).chunk(3, dim=3)
         seen = F.scaled_dot_product_attention(q, k, v)[:, 0].unflatten(1, (SIDES, -1)).transpose(2, 3).flatten(0, 1)  # [B, C, H W]
@@ -94,7 +92,6 @@ class TinyUNet(nn.Module):
         self.leave, self.sketch = nn.Conv2d(sizes.fine, 16, 1), nn.Linear(width, 16 * 8 * 8)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         rates = torch.exp(-math.log(STEPS) * torch.arange(self.sizes.embedding // 2).to(x_t) / (self.sizes.embedding // 2))
         angles = t[:, None].to(x_t) * rates
         joint = self.time(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.told(cond.mean(dim=1)) + self.camera(cameras)
@@ -118,11 +115,9 @@ class TinyPrior:
         self.alphas_cumprod = self.schedule.alphas_cumprod
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents of images, both [B, 4, 16, 16]."""
         return 2 * images - 1
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images of latents, not clipped."""
         return (latents + 1) / 2
 
     def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
@@ -146,7 +141,6 @@ class TinyPrior:
         return self.schedule.noise_of_x0(x_t, clean, t)
 
     def save(self, path: str | Path, meta: dict) -> None:
-        """Write as safetensors in half precision."""
         tensors = {name: value.half() for name, value in self.network.state_dict().items()}
         sizes = asdict(self.network.sizes)
         write_tensors(path, FILE_KIND, tensors, {"sizes": sizes, "prompts": list(self.network.prompts), "training": meta})
