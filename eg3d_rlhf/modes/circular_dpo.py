@@ -38,7 +38,7 @@ def problems_own(name: str, group: str, metavar: str, kind, help: str, shown: st
 tuning_flags = together(
     problems_own("--tune", TRAIN, "lora|full", click.Choice(["lora", "full"]), "Adapters, or every parameter."),
     problems_own("--lora-targets", TRAIN, "LIST", str, "Last parts of layers' names, with commas.", "the stage's own", rare=True),
-    problems_own("--amp", TRAIN, "off|bf16", click.Choice(["off", "bf16"]), "Passes in bfloat16 (autocast)."),
+    problems_own("--amp", TRAIN, "off|bf16", click.Choice(["off", "bf16"]), "Passes in bfloat16 (autocast).", rare=True),
 )
 
 
@@ -106,7 +106,7 @@ def default_settings(pipeline: str) -> CircularSettings:
 artefact_flags = together(
     option("--artefacts", group=RUN, rare=True, metavar="DIR", type=FOLDER, default=None, show_default="artefacts in --outdir",
            help="Finished steps, by the hash of all that they depend on; runs share them."),
-    option("--no-summary", group=RUN, is_flag=True, help="Skip the table that ends a run of the loop or of one stage."),
+    option("--no-summary", group=RUN, rare=True, is_flag=True, help="Skip the table that ends a run of the loop or of one stage."),
 )
 what_flags = together(
     options_of(ProblemSource),
@@ -130,7 +130,7 @@ loop_flags = together(
 )
 table_flags = together(
     problems_own("--choose-noises", TABLE, "INT", WHOLE,
-                 "Assets per held-out condition behind a win rate in training; 0: none, no early stop."),
+                 "Assets per held-out condition behind a win rate in training; 0: none, no early stop.", rare=True),
     options_of(Judging),
     problems_own("--seeds", TABLE, "INT", COUNT, "With --ablate: trainings of each group, from --seed on.", "3"),
 )
@@ -214,7 +214,6 @@ def open_circular(settings: CircularRun, run: Run) -> Problem:
 
 
 def title(settings: CircularRun, problem: Problem) -> str:
-    """Of the run's folder."""
     named = "".join(name if name in GROUPS else f"-{name}" for name in settings.groups or ())
     what = f"ablation-{named}" if settings.groups else f"stage-{settings.stage}" if settings.stage else "loop"
     return f"circular-dpo-{Path(settings.source.pipeline).name}-{what}"

@@ -31,7 +31,7 @@ from training.progress import tqdm
 
 FOLDER, ANY = click.Path(path_type=Path, file_okay=False), click.Path(path_type=Path)
 PICTURES = (".png", ".webp")
-TRELLIS = "trellis"  # the family of `calibrate` and `dso`
+OTHERS, TRELLIS = "Assets that others made (TRELLIS)", "trellis"  # the family of `calibrate` and `dso`
 _model = option("--pipeline", "root", required=True, metavar="DIR", type=FOLDER, help="Folder of the generator.")
 _out = option("--out", required=True, metavar="DIR", type=FOLDER, help="Folder to write.")
 _device = option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where networks run.")
@@ -128,9 +128,9 @@ def draw_command(
 @together(_model, _out)
 @judged_option
 @option("--conditions", "tokens", metavar="FILE", type=ANY, default=None, show_default="beside the list", help="Embeddings.")
-@option("--share", metavar="X", type=float, default=ProblemSource.voxel_share, group="Assets that others made (TRELLIS)",
+@option("--share", metavar="X", type=click.FloatRange(0, min_open=True), default=ProblemSource.voxel_share, group=OTHERS,
         help="Of the mean opacity, above which a voxel of an asset is filled.")
-@option("--views", metavar="N", type=int, default=ProblemSource.views, group="Assets that others made (TRELLIS)",
+@option("--views", metavar="N", type=click.IntRange(1), default=ProblemSource.views, group=OTHERS,
         help="Images per asset that the second stage's features come from.")
 @_device
 def ranking(

@@ -1,10 +1,7 @@
 """The job that says what one update of TRELLIS's flows takes, in memory and time, at full size."""
 
-
 import json
-import math
 import multiprocessing
-import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +14,6 @@ import torch
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, versions
 from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
-from eg3d_rlhf.models.trellis.sparse_conv import BACKENDS
 from eg3d_rlhf.tuning.flow.families.folder import return_freed_memory
 from eg3d_rlhf.tuning.flow.families.trellis.random_flows import DTYPES, HEAD, STAGES, RandomConditions, Size, build_stage, make_pairs
 from eg3d_rlhf.tuning.flow.reference import AdapterOff
@@ -29,9 +25,9 @@ def measure(size: Size) -> dict:
     """Run the updates in this process. Seconds, the peak, and the loss, which is log 2 before the first update."""
     started = time.perf_counter()
     return_freed_memory()
-    torch.manual_seed(size.seed)
+    torch.manual_seed(0)
     stage = build_stage(size)
-    add_lora(stage.model, LoraConfig(rank=size.rank), size.seed)
+    add_lora(stage.model, LoraConfig(rank=size.rank), seed=0)
     trained = lora_parameters(stage.model)
     config = TrainConfig(steps=size.steps, batch=size.pairs, warmup=0)
     pairs = make_pairs(size, stage)
@@ -66,41 +62,26 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def line(row: dict) -> str:
-    """One measurement as text."""
-    seconds = row["seconds_per_update"]
-    gpu = f", GPU {row['peak_bytes_of_gpu'] / 2**30:.1f} GiB" if row["peak_bytes_of_gpu"] else ""
-    tokens = f"{row['grid']}^3" if row["stage"] == "structure" else f"{row['voxels']} voxels"
-    return (
-        f"{row['stage']:9s} {tokens:12s} {row['pairs']:2d} pairs  {row['dtype']:8s}  {row['parameters'] / 1e6:.1f} M parameters, "
-        f"{row['trained_parameters'] / 1e6:.2f} M trained  {statistics.median(seconds[1:] or seconds):8.2f} s an update, "
-        f"peak {row['peak_bytes'] / 2**30:.2f} GiB{gpu}  loss {row['loss'][0] / math.log(2):.6f} log 2"
-    )
-
-
 @click.command("step", cls=GroupedCommand)
 @option("--stage", "stages", type=click.Choice(["all", *STAGES]), default="all", help="Which flow.")
 @option("--pairs", metavar="INT,...", default="1", help="Pairs per update, in one pass; a list measures each.")
-@option("--steps", metavar="INT", type=click.IntRange(1), default=1, help="Updates; with several the median of all but the first counts.")
-@option("--voxels", metavar="INT", type=click.IntRange(1, 64**3), default=8000, help="Voxels of each latent of the second stage.")
+@option("--steps", rare=True, metavar="INT", type=click.IntRange(1), default=1, help="Updates; of several the first does not count.")
+@option("--voxels", rare=True, metavar="INT", type=click.IntRange(1, 64**3), default=8000, help="Of each latent of the second stage.")
 @option("--rank", rare=True, metavar="INT", type=click.IntRange(1), default=16, help="Of the adapters.")
 @option("--dtype", rare=True, type=click.Choice(list(DTYPES)), default="float32", help="Of the blocks' weights and activations.")
-@option("--sparse-conv", "backend", rare=True, type=click.Choice(BACKENDS), default="auto", help="What computes sparse convolutions.")
 @option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where.")
-@option("--seed", rare=True, metavar="INT", type=int, default=0, help="Of weights, adapters and pairs.")
 @option("--blocks", rare=True, metavar="INT", type=click.IntRange(1), default=24, help="Fewer make a quick trial.", group="Smaller models")
 @option("--width", rare=True, metavar="INT", type=click.IntRange(HEAD), default=1024, help="Likewise, by 64.", group="Smaller models")
-@option("--json", "as_json", is_flag=True, help="Print JSON.", group="Output")
-def step(stages: str, pairs: str, as_json: bool, device: str, **settings) -> None:
-    """What one DPO update of each of TRELLIS's flows takes, in memory and time, at the full size of its text-large models.
+def step(stages: str, pairs: str, device: str, **settings) -> None:
+    """What one DPO update of each of TRELLIS's flows takes, in memory and time, at the full size of its text-large models, as JSON.
 
     The weights are random, the adapters, the reference (the same network with its adapters off), the pairs' noise and the update are those
     of training; every block is computed again in the backward pass. Each stage runs in a process of its own, so that peaks are its own.
-    Latents of the second stage lie on thin shells of --voxels voxels in the grid of 64^3, as surfaces do.
+    Latents of the second stage lie on thin shells of 8,000 voxels in the grid of 64^3, as surfaces do.
 
     \b
     Example:
-        eg3d-rlhf flow step --stage=latent --voxels=4000 --json
+        eg3d-rlhf flow step --stage=latent --set voxels=4000
     """
     given = {name: value for name, value in settings.items() if value is not None}
     numbers = [int(n) if n.strip().isdigit() else 0 for n in pairs.split(",")]
@@ -113,7 +94,4 @@ def step(stages: str, pairs: str, as_json: bool, device: str, **settings) -> Non
             click.echo(f"== {stage}, {number} pairs: build, then {size.steps} update(s); minutes each at full size on a CPU", err=True)
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
                 measured.append(apart.submit(measure, size).result())
-            if not as_json:
-                click.echo(line(measured[-1]))
-    if as_json:
-        click.echo(json.dumps({"machine": versions(), "updates": measured}, indent=1))
+    click.echo(json.dumps({"machine": versions(), "updates": measured}, indent=1))

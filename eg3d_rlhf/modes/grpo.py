@@ -46,7 +46,6 @@ TOY_RUN = GrpoRun(
 
 
 def default_run(pipeline: str) -> GrpoRun:
-    """What a run does where it is not told otherwise."""
     return TOY_RUN if pipeline == TOY else GrpoRun(grpo=GrpoConfig(), dpo=TrainConfig(), judging=Judging(batch=4))
 
 
@@ -60,15 +59,15 @@ table_flags = together(
     option("--arms", group=TABLE, metavar="LIST", default="grpo", help=f"What is trained and compared, with commas: {', '.join(ARMS)}."),
     problems_own("--seeds", TABLE, "INT", COUNT, "Trainings of each arm, from --seed on.", "1; 3 with several arms"),
     problems_own("--choose-noises", TABLE, "INT", WHOLE,
-        "Assets per condition behind a win rate in training, which chooses the network that is kept; 0: the last is."),
-    option("--no-summary", group=RUN, is_flag=True, help="Skip the table that ends a run."),
+        "Assets per condition behind a win rate in training, which chooses the network that is kept; 0: the last is.", rare=True),
+    option("--no-summary", group=RUN, rare=True, is_flag=True, help="Skip the table that ends a run."),
     options_of(Judging, everywhere=OWN),
 )
 
 
 def check(flags: Flags) -> None:
     """Refuse what would have no effect. Raises: ValueError naming it."""
-    flags.belong(("labelled", "pairs"), (flags["pipeline"] or TOY) != TOY, "generators whose reward is fitted to pairs")
+    flags.belong(("labelled",), False, "--mode=circular-dpo")
     flags.belong(("jobs",), "," in flags["arms"] or (flags["seeds"] or 1) > 1, "several trainings (--arms, --seeds)")
     flags.belong(("table_noises", "judge_batch"), not flags["no_summary"], "the table, which --no-summary leaves out")
     check_tuning(flags)
@@ -102,7 +101,6 @@ def open_grpo(settings: GrpoRun, run: Run) -> Problem:
 
 
 def title(settings: GrpoRun, problem: Problem) -> str:
-    """Of the run's folder."""
     return f"grpo-{Path(settings.source.pipeline).name}-{settings.stage or problem.pipeline.stages[-1].name}"
 
 

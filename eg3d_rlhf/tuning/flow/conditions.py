@@ -33,7 +33,6 @@ def each(change: Callable[..., torch.Tensor], condition: Condition, *others: Con
 
 
 def to_device(condition: Condition, device: torch.device | str) -> Condition:
-    """On another device."""
     return each(lambda tensor: tensor.to(device), condition)
 
 
@@ -99,14 +98,6 @@ class Conditions:
         """Shape of each, or shapes by name."""
         return form_of(next(iter(self.tokens.values())))
 
-    @property
-    def size(self) -> int:
-        """E, of tokens alone."""
-        form = self.form
-        if isinstance(form, Mapping):
-            raise ValueError(f"conditions: expected tokens alone, got {dict(form)}. Use embeddings of this generator's encoder.")
-        return form[1]
-
     def check(self, who: str, expected: Mapping[str, list[int]] | list[int], encoder: str) -> None:
         """Raise ValueError, in the name of `who`, unless each has this shape, or these shapes by name."""
         if self.form != expected:
@@ -122,20 +113,17 @@ class Conditions:
         return each(lambda *rows: torch.stack(rows), first, *others)
 
     def null(self, n: int) -> Condition:
-        """The empty condition, n times."""
         empty = each(torch.zeros_like, next(iter(self.tokens.values()))) if self.zero_null else self.tokens[NULL]
         return each(lambda tensor: tensor.expand(n, *[-1] * tensor.ndim), empty)
 
 
 def form_of(condition: Condition | None) -> Any:
-    """Its shape, or shapes by name."""
     if condition is None or isinstance(condition, torch.Tensor):
         return [] if condition is None else list(condition.shape)
     return {name: list(tensor.shape) for name, tensor in sorted(condition.items())}
 
 
 def tensors_of(condition: Condition) -> list[torch.Tensor]:
-    """All of them."""
     return [condition] if isinstance(condition, torch.Tensor) else list(condition.values())
 
 
@@ -152,7 +140,6 @@ def random_conditions(names: Sequence[str], form: Mapping[str, Sequence[int]] | 
 
 
 def write_conditions(path: Path, conditions: Conditions) -> None:
-    """One file of all embeddings."""
     names = list(conditions.tokens)
     tensors: dict[str, torch.Tensor] = {}
     for i, name in enumerate(names):

@@ -43,7 +43,6 @@ class DpoConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss reads the reference's errors."""
         return self.kind == "sigmoid"
 
 

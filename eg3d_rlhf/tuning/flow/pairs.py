@@ -67,7 +67,6 @@ class PreferencePair:
 
     @property
     def scored(self) -> bool:
-        """Whether a reward has seen both assets."""
         return self.reward_preferred is not None and self.reward_rejected is not None
 
     @property
@@ -78,7 +77,6 @@ class PreferencePair:
 
     @property
     def reward_gap(self) -> float:
-        """By how much the preferred asset is rewarded more."""
         preferred, rejected = self.rewards
         return preferred - rejected
 

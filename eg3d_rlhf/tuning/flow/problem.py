@@ -43,20 +43,14 @@ class Problem:
 
     def __post_init__(self):
         names = [stage.name for stage in self.pipeline.stages]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"Problem.pipeline: expected stages of different names, got {names}. Give all stages, in order.")
         parts = [set(self.train_conditions), set(self.held_out_conditions), set(self.choosing_conditions)]
-        both = sorted(name for a, b in combinations(parts, 2) for name in a & b)
-        if both:
-            raise ValueError(f"Problem: expected held-out conditions apart from the trained, got {both[:5]} in both. Divide them.")
-        if not self.train_conditions:
-            raise ValueError("Problem.train_conditions: expected one condition or more, got none. Name them.")
-        if self.final is not None and any(self.final is other for other in (self.reward, self.chooser)):
-            raise ValueError("Problem.final: expected a judge of its own, got one that also weighs or chooses. The table would flatter.")
+        assert names and len(set(names)) == len(names) and self.train_conditions
+        assert not any(a & b for a, b in combinations(parts, 2)), "held-out conditions that are trained on"
+        judged_by = [self.reward, self.chooser]
+        assert self.final is None or all(self.final is not judge for judge in judged_by), "a final judge that also weighs or chooses"
 
     @property
     def choosing(self) -> Sequence[str]:
-        """What checkpoints are chosen on."""
         return self.choosing_conditions or self.held_out_conditions
 
 
@@ -86,7 +80,7 @@ class ProblemSource:
 
 
 def read_stages(
-    folders: Mapping[str, Path], pipeline: Pipeline, check: Callable[[Path, str, Mapping], None] = lambda folder, stage, meta: None
+    folders: Mapping[str, Path], pipeline: Pipeline, check: Callable[[Path, str, Mapping], None]
 ) -> Callable[[str], list[PreferencePair]]:
     """People's pairs from a folder for each stage; the result gives those of a stage by its name.
 
@@ -102,10 +96,8 @@ def read_stages(
     for stage, pairs_there in others:
         odd = sorted({(pair.id, pair.condition) for pair in pairs_there} ^ expected)
         if odd:
-            raise ValueError(
-                f"pairs: expected the same pairs at stages {first!r} and {stage!r}, got {len(odd)} that one of them lacks, "
-                f"{odd[0][0]!r} first. Make both from the same assets."
-            )
+            got = f"{len(odd)} that one of them lacks, {odd[0][0]!r} first. Make both from the same assets"
+            raise ValueError(f"pairs: expected the same pairs at stages {first!r} and {stage!r}, got {got}.")
 
     def of_stage(stage: str) -> list[PreferencePair]:
         stage_of(pipeline, stage)
@@ -197,8 +189,7 @@ def pair_folders(given: Sequence[Path], stages: Sequence[str]) -> dict[str, Path
         single = (path / "meta.json").is_file()
         parts = [path] if single else [path / stage for stage in stages if (path / stage).is_dir()]
         if not parts:
-            names = " or ".join(stages)
-            raise FileNotFoundError(f"pairs: expected a folder of pairs, or {names} in it, got none at {path}. Import pairs first.")
+            raise FileNotFoundError(f"pairs: expected a folder of pairs, or {' or '.join(stages)} in it, got none at {path}. Import some.")
         for part in parts:
             stage = _stage_in(part / "meta.json") if single else part.name
             if stage in folders:
@@ -212,8 +203,7 @@ def pair_folders(given: Sequence[Path], stages: Sequence[str]) -> dict[str, Path
 
 def _stage_in(path: Path) -> str:
     try:
-        content = json.loads(path.read_text())
-        return str(content["stage"])
+        return str(json.loads(path.read_text())["stage"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected JSON with a stage, got {error}. Restore the file.") from None
 
@@ -223,8 +213,7 @@ def conditions_beside(folders: Mapping[str, Path], given: Path | None = None) ->
     places = [folder.parent / CONDITIONS for folder in folders.values()]
     path = Path(given or next((path for path in places if path.is_file()), places[0]))
     if given is None and not path.is_file():
-        got = f"expected embeddings of the pairs' conditions at {places[0]}, got none"
-        raise FileNotFoundError(f"conditions: {got}. Name a file by --conditions.")
+        raise FileNotFoundError(f"conditions: expected embeddings of the pairs' conditions at {places[0]}, got none. Name --conditions.")
     return path
 
 

@@ -53,7 +53,6 @@ class Judged:
                 self.wins[_place(path.parent, better), _place(path.parent, worse)] += 1
 
     def votes(self, a: Path, b: Path) -> tuple[int, int]:
-        """How often each of two assets was preferred."""
         return self.wins[a.resolve(), b.resolve()], self.wins[b.resolve(), a.resolve()]
 
 
@@ -167,7 +166,6 @@ def draw(pipeline: Pipeline, condition: str, seed: int) -> tuple[dict[str, Laten
 
 
 def write_latents(path: Path, latents: Mapping[str, Latent]) -> None:
-    """The latents of an asset, by stage, in one file."""
     stages = list(latents)
     tensors = {f"{i}.{part}": x for i, stage in enumerate(stages) for part, x in parts_of(to_cpu(latents[stage])).items()}
     write_tensors(path, KIND, tensors, {"stages": stages})
@@ -218,8 +216,6 @@ def drawn_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline, r
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What was read."""
-
     pairs: Mapping[str, Sequence[PreferencePair]]  # by stage
     conditions: Conditions | None = None  # embeddings, where they came along
     report: Mapping = field(default_factory=dict)  # JSON: counts of what was read and left out

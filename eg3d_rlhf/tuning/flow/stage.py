@@ -15,7 +15,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -67,57 +67,48 @@ def _check_form(who: str, latent: Latent, form: str, kind: type, remedy: str) ->
         raise ValueError(f"{who}: expected {form}, got {_form(latent)}. {remedy}")
 
 
-def _check_sizes(kind: object, **sizes: int) -> None:
-    if min(sizes.values()) < 1:
-        names, got = (" and ".join(map(str, values)) for values in (sizes, sizes.values()))
-        raise ValueError(f"{type(kind).__name__}: expected {names} >= 1, got {got}. Correct them.")
+class _OneTensor:
+    """Latents of one tensor of one shape; FORM names them in messages."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class DenseGrid:
-    """A volume [C, R, R, R]."""
-
-    channels: int
-    resolution: int
-
-    def __post_init__(self):
-        _check_sizes(self, channels=self.channels, resolution=self.resolution)
+    FORM: ClassVar[str]
 
     @property
     def shape(self) -> list[int]:
-        """Of a sample."""
-        return [self.channels, *[self.resolution] * 3]
+        raise NotImplementedError
 
     def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-        """See LatentKind."""
         return collate([_normal(self.shape, seed) for seed, _ in zip(seeds, given, strict=True)])
 
     def check(self, who: str, latent: Latent, remedy: str) -> None:
-        """See LatentKind."""
-        _check_form(who, latent, "a dense grid", torch.Tensor, remedy)
+        _check_form(who, latent, self.FORM, torch.Tensor, remedy)
         assert isinstance(latent, torch.Tensor)
         check_shape(who, latent, self.shape, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenSet:
+class DenseGrid(_OneTensor):
+    """A volume [C, R, R, R]."""
+
+    FORM: ClassVar[str] = "a dense grid"
+    channels: int
+    resolution: int
+
+    @property
+    def shape(self) -> list[int]:
+        return [self.channels, *[self.resolution] * 3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSet(_OneTensor):
     """A set of tokens [T, C], which lie on no grid."""
 
+    FORM: ClassVar[str] = "a set of tokens"
     tokens: int
     channels: int
 
-    def __post_init__(self):
-        _check_sizes(self, tokens=self.tokens, channels=self.channels)
-
-    def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-        """See LatentKind."""
-        return collate([_normal([self.tokens, self.channels], seed) for seed, _ in zip(seeds, given, strict=True)])
-
-    def check(self, who: str, latent: Latent, remedy: str) -> None:
-        """See LatentKind."""
-        _check_form(who, latent, "a set of tokens", torch.Tensor, remedy)
-        assert isinstance(latent, torch.Tensor)
-        check_shape(who, latent, [self.tokens, self.channels], remedy)
+    @property
+    def shape(self) -> list[int]:
+        return [self.tokens, self.channels]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +122,8 @@ class SparseVoxels:
     resolution: int
     given: int = 0  # G, features per voxel that come with the voxels
 
-    def __post_init__(self):
-        _check_sizes(self, channels=self.channels, resolution=self.resolution)
-
     def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-        """See LatentKind. Features that come with the voxels are the batch's `given`."""
+        """Features that come with the voxels are the batch's `given`."""
         volumes = {seed: _normal([self.channels, *[self.resolution] * 3], seed) for seed in set(seeds)}
         samples: list[Latent] = []
         for seed, left in zip(seeds, given, strict=True):
@@ -146,7 +134,6 @@ class SparseVoxels:
         return collate(samples)
 
     def check(self, who: str, latent: Latent, remedy: str) -> None:
-        """See LatentKind."""
         _check_form(who, latent, "voxels", SparseSample, remedy)
         assert isinstance(latent, SparseSample)
         check_shape(f"{who}, features", latent.feats, ["v", self.channels], remedy)
@@ -171,20 +158,14 @@ class Dictionary:
 
     shapes: Mapping[str, Sequence[int]]  # by name, of a sample
 
-    def __post_init__(self):
-        if not self.shapes:
-            raise ValueError("Dictionary.shapes: expected a shape or more by name, got none. Name them.")
-        _check_sizes(self, **{name: min(shape, default=0) for name, shape in self.shapes.items()})
-
     def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-        """See LatentKind. A tensor's noise is named by the seed and its name."""
+        """A tensor's noise is named by the seed and its name."""
         return collate([
             NamedSample({name: _normal(shape, derive_seed("part", name, seed)) for name, shape in self.shapes.items()})
             for seed, _ in zip(seeds, given, strict=True)
         ])
 
     def check(self, who: str, latent: Latent, remedy: str) -> None:
-        """See LatentKind."""
         _check_form(who, latent, "tensors by name", NamedSample, remedy)
         assert isinstance(latent, NamedSample)
         if set(latent.tensors) != set(self.shapes):
@@ -209,11 +190,9 @@ class FlowPath:
     std: float = 1.0
 
     def __post_init__(self):
+        assert self.schedule in SCHEDULES and math.isfinite(self.mean) and self.std > 0
         if not 0 <= self.sigma_min < 1:
             raise ValueError(f"FlowPath.sigma_min: expected 0 <= sigma_min < 1, got {self.sigma_min}. Set it.")
-        if self.schedule not in SCHEDULES or not (math.isfinite(self.mean) and self.std > 0):
-            got = f"{self.schedule!r}, {self.mean}, {self.std}"
-            raise ValueError(f"FlowPath: expected schedule {' or '.join(SCHEDULES)}, a finite mean and std > 0, got {got}. Set them.")
 
     def times(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Times to train on, [n], drawn on the generator's device."""
@@ -304,25 +283,19 @@ class FlowStage:
     sampling: Sampling = field(default_factory=Sampling)
     lora_targets: tuple[str, ...] = ("to_qkv", "to_q", "to_kv", "to_out")  # last parts of the names of linear layers that adapters sit on
 
-    def __post_init__(self):
-        if not self.name:
-            raise ValueError("FlowStage: expected a name, got ''. Name the stage.")
-
     def velocity(
         self, x_t: Batch, t: torch.Tensor, cond: Condition, model: torch.nn.Module | None = None, step: float | None = None
     ) -> Batch:
         """v in this package's convention, by the stage's module or another of its kind in its place.
 
         Args: t: [N] in 0..1, 1 is noise; step: how long a step will be made of v, where the module can be told; None: v as trained.
-        Raises: ValueError for a step where the module cannot be told. Differentiable in: x_t, the module's parameters.
+        Differentiable in: x_t, the module's parameters.
         """
         model, at = self.model if model is None else model, 1 - t if self.data_at_one else t
         if step is None:
             v = self.call(model, x_t, at, cond)
-        elif self.call_step is None:
-            got = f"a step of {step:g}. Set shortcut off"
-            raise ValueError(f"stage {self.name!r}: expected no length of steps, which its network does not read, got {got}.")
         else:
+            assert self.call_step is not None, "sampling with shortcut, by a network that is not told how long a step is"
             v = self.call_step(model, x_t, at, cond, torch.full_like(t, step))
         return opposite(at, v)[1] if self.data_at_one else v
 

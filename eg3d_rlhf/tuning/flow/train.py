@@ -17,8 +17,9 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -62,9 +63,15 @@ class StageTraining:
     def __post_init__(self):
         check_knobs(self)
 
+    def at(self, stage: FlowStage, seed: int) -> Self:
+        """With a seed, and adapters on the stage's own layers unless others were asked for."""
+        lora = self.lora
+        if lora is not None and lora.targets == LoraConfig().targets:
+            lora = replace(lora, targets=stage.lora_targets)
+        return replace(self, lora=lora, seed=seed)
+
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss reads the frozen network."""
         return True
 
 
@@ -84,7 +91,6 @@ class Descent(ABC):
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
 
     def lr(self, step: int) -> float:
-        """Learning rate of the update after `step` updates."""
         return self.training.lr * min(1.0, (step + 1) / max(self.training.warmup, 1))
 
     @abstractmethod
@@ -99,7 +105,6 @@ class Descent(ABC):
         """Warnings by name, as of the last line of stats.jsonl; the caller says each once."""
 
     def autocast(self) -> torch.autocast:
-        """For passes of the networks."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.bf16)
 
     def descend(self, step: int, totals: torch.Tensor, seen: str) -> list[float]:
@@ -239,8 +244,6 @@ Judge = Callable[[torch.nn.Module], float]  # a network's held-out win rate, in 
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """A finished training."""
-
     weights: Path  # folder that tuned_model reads
     kept_step: int  # updates behind those weights; 0: the network that training began with
     stats: list[dict]  # lines of stats.jsonl
@@ -291,8 +294,6 @@ def read_result(folder: Path) -> dict | None:
 
 
 class _Training:
-    """The loop of one training."""
-
     def __init__(self, updates: Descent, config: StageTraining, held_out: Judge | None, run: Run, say: Callable[[str], None]):
         self.updates, self.policy, self.named = updates, updates.policy, trained(updates.policy)
         self.stage, self.config, self.held_out, self.run, self.ranks, self.say = updates.stage, config, held_out, run, run.ranks, say

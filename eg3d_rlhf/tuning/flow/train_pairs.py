@@ -58,7 +58,6 @@ class TrainConfig(StageTraining):
 
     @property
     def needs_reference(self) -> bool:
-        """See StageTraining."""
         return self.dpo.needs_reference
 
 
@@ -181,7 +180,6 @@ class Updates(Descent):
         self.order, self.layout = Order(pairs, config.batch, config.seed), Layout(config.batch, ranks, size)
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
-        """See Descent."""
         return pair_signs(lines, self.config.needs_reference)
 
     def run(self, step: int) -> dict:

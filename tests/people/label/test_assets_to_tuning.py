@@ -66,8 +66,8 @@ def test_from_drawn_assets_to_a_tuned_first_stage(browser, tmp_path):
     preferred, rejected = (load_file(tmp_path / "ASSETS" / drawn[Path(first[side]).name]["structure"])["mean"]
                            for side in ("preferred", "rejected"))  # fmt: skip
     assert sum(pair.preferred.equal(preferred) and pair.rejected.equal(rejected) for pair in pairs) == 1
-    flags = "--mode=circular-dpo --stage=structure --pairs=PAIRS --steps=2 --batch=2 --lr=0.02 --choose-noises=0 --set=warmup=0"
-    run(tmp_path, "train", f"--pipeline={root}", *flags.split(), "--no-summary", "--device=cpu")
+    flags = "--mode=circular-dpo --stage=structure --pairs=PAIRS --steps=2 --batch=2 --lr=0.02 --set=choose_noises=0 --set=warmup=0"
+    run(tmp_path, "train", f"--pipeline={root}", *flags.split(), "--set=no_summary=true", "--device=cpu")
     (tuned,) = (tmp_path / "runs").glob("00000-*/structure")
     weights = {name: x for path in tuned.glob("*.safetensors") for name, x in load_file(path).items()}
     assert any("lora_B" in name and bool(x.any()) for name, x in weights.items())  # adapters begin as zeros

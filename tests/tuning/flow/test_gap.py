@@ -103,5 +103,5 @@ def _by_the_bare_margin(problem, pairs, out):
     """The first stage after a short training without anchors or early stop."""
     stage, config = problem.pipeline.stages[0], TOY_RUN.loop
     config = replace(config, dpo=replace(config.dpo, loser_weight=1.0, sft_weight=0.0), steps=60)
-    result = train_stage(problem.pipeline, stage.name, pairs, TOY_RUN.training(config, stage), out, say=lambda line: None)
+    result = train_stage(problem.pipeline, stage.name, pairs, config.at(stage, TOY_RUN.seed), out, say=lambda line: None)
     return {stage.name: tuned_model(stage.model, result.weights, merge=True)}

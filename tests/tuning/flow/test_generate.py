@@ -70,12 +70,6 @@ def test_what_does_not_fit_is_refused():
             generate(pipeline, *arguments)
 
 
-def test_wins_and_ties():
-    assert wins(torch.tensor([1.0, 2.0, 3.0]), torch.full([3], 2.0)).tolist() == [0.0, 0.5, 1.0]
-    a, b = torch.randn(50), torch.randn(50)
-    assert torch.equal(wins(a, b) + wins(b, a), torch.ones(50))
-
-
 def test_crossed_gives_every_condition_the_same_number_of_noises_of_its_own():
     names, seeds = crossed(NAMES, 4, 0)
     assert [names.count(n) for n in NAMES] == [4, 4, 4] and len(set(seeds)) == 12

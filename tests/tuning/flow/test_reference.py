@@ -11,7 +11,7 @@ from eg3d_rlhf.models.policies import shared_copy
 from eg3d_rlhf.models.sparse import feats_of
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, draw_pairs, pair_loss
 from eg3d_rlhf.tuning.flow.reference import AdapterOff, FrozenModel
-from tests.tuning.flow.adaptable_flow import AdaptableFlow, inputs, pairs, shake, stage
+from tests.models.adaptable_flow import AdaptableFlow, inputs, pairs, shake, stage
 
 KINDS = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "voxels"])
 

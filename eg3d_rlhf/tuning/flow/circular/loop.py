@@ -30,7 +30,7 @@ from eg3d_rlhf.tuning.flow.circular.loop_pairs import (
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.tuning.flow.problem import Choosing, Judging, Problem, judged
-from eg3d_rlhf.tuning.flow.stage import FlowStage, stage_of, with_models
+from eg3d_rlhf.tuning.flow.stage import stage_of, with_models
 from eg3d_rlhf.tuning.flow.train import FREE
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, train_stage
 from training.distributed import SINGLE, Ranks
@@ -65,13 +65,6 @@ class CircularSettings:
     rounds: int = 1  # of the whole loop; each starts from the networks of the one before, which are then the reference
     seed: int = 0  # of everything drawn; also the trainings'
 
-    def training(self, config: TrainConfig, stage: FlowStage) -> TrainConfig:
-        """A step's training at a stage: this run's seed, and adapters on the stage's own layers unless others were asked for."""
-        lora = config.lora
-        if lora is not None and lora.targets == type(lora)().targets:
-            lora = replace(lora, targets=stage.lora_targets)
-        return replace(config, lora=lora, seed=self.seed)
-
 
 Lineage = Mapping[str, tuple[Artefact, ...]]  # per stage the trainings behind its network, oldest first; a missing stage is the base's
 
@@ -101,7 +94,6 @@ class CircularLoop:
     # Networks.
 
     def models(self, lineage: Lineage) -> dict[str, torch.nn.Module]:
-        """The networks of the stages that were trained."""
         return {stage: self._model(stage, line) for stage, line in lineage.items() if line}
 
     def _model(self, stage: str, line: tuple[Artefact, ...]) -> torch.nn.Module:
@@ -112,7 +104,6 @@ class CircularLoop:
         return self._models[key]
 
     def _named(self, lineage: Lineage) -> dict[str, list[str]]:
-        """Networks as inputs of an artefact."""
         return {stage: [one.content for one in line] for stage, line in sorted(lineage.items()) if line}
 
     # Steps.
@@ -168,7 +159,7 @@ class CircularLoop:
         self, stage: str, lineage: Lineage, config: TrainConfig, source: Mapping,
         read: Callable[[], tuple[Sequence[PreferencePair], Mapping]], what: str,
     ) -> Artefact:
-        config = self.settings.training(config, stage_of(self.problem.pipeline, stage))
+        config = config.at(stage_of(self.problem.pipeline, stage), self.settings.seed)
         choosing = self.settings.choosing if self.problem.chooser is not None else None
         inputs = {
             "step": "train", "problem": self.problem.identity, "stage": stage, "networks": self._named(lineage), "pairs": source,
@@ -255,5 +246,4 @@ def run_loop(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: 
 
 
 def weights_of(training: Artefact) -> Path:
-    """Where a finished training keeps its weights."""
     return training.folder / training.record["weights"]

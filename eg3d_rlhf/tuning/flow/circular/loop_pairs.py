@@ -46,8 +46,6 @@ _loop = functools.partial(knob, group="The loop")
 
 @dataclass(frozen=True, kw_only=True)
 class LoopPairsConfig:
-    """How many pairs are made."""
-
     per_pair: int = _loop(1, "New pairs, so noises, for each human pair.", name="loop_pairs", low=1, rare=True)
     batch: int = 16  # assets at once; bounds memory, and does not change the result beyond rounding
     chunk: int = 64  # human pairs between what is kept of an interrupted making
@@ -69,15 +67,9 @@ class Weighing:
 
 
 def stage_behind(problem: Problem, stage: str) -> FlowStage:
-    """The stage whose samples pairs of `stage` are made from.
-
-    Raises: ValueError for the last stage.
-    """
+    """The stage whose samples pairs of `stage`, any but the last, are made from."""
     stages = list(problem.pipeline.stages)
-    place = stages.index(stage_of(problem.pipeline, stage))
-    if place + 1 == len(stages):
-        raise ValueError(f"loop pairs: expected a stage with one behind it, got {stage!r}, the last. It learns from the human pairs.")
-    return stages[place + 1]
+    return stages[stages.index(stage_of(problem.pipeline, stage)) + 1]
 
 
 def make_loop_pairs(
@@ -91,14 +83,10 @@ def make_loop_pairs(
             pipeline's own. Only the stage behind differs between the sides: further ones are models_op's for both.
         seed: of the noises, with the human pair's id: a part of the pairs gives the same part of the result.
         pairs: human pairs of `stage`; None: all of the problem. on_pair: called with the number of human pairs done.
-    Raises: ValueError for a stage that has none behind it, or without a tuned network for that one.
     """
     stage = stage or problem.pipeline.stages[0].name
     behind = stage_behind(problem, stage).name
-    if problem.reward is None:
-        raise ValueError("loop pairs: expected a reward for the assets, got none of this problem. Train its stages by themselves.")
-    if behind not in models_op:
-        raise ValueError(f"loop pairs: expected a tuned network of stage {behind!r}, got {', '.join(models_op) or 'none'}. Tune it first.")
+    assert behind in models_op
     un_op = {k: v for k, v in models_op.items() if k != behind} | {k: v for k, v in (models_unop or {}).items() if k == behind}
     pairs = problem.human_pairs(stage) if pairs is None else pairs
     per_batch, made = max(1, config.batch // config.per_pair), []
@@ -293,10 +281,8 @@ def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[P
     kept, report = weigh(with_roles(pairs, weighing.roles), weighing.use_w1, weighing.use_w2)
     if not kept:
         dropped = ", ".join(f"{reason} {n}" for reason, n in report["dropped"].items())
-        raise NoPairsError(
-            f"loop: expected pairs to learn from, got none of {len(pairs)} ({dropped}). Train the stage behind further, or take more pairs "
-            "(--set loop_pairs=N)."
-        )
+        got = f"got none of {len(pairs)} ({dropped})"
+        raise NoPairsError(f"loop: expected pairs to learn from, {got}. Train the stage behind further, or take more (--set loop_pairs=N).")
     return kept, report
 
 

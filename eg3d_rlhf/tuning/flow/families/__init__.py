@@ -72,12 +72,10 @@ _told: set[str] = set()
 
 
 def tell(text: str) -> None:
-    """Say something apart from results."""
     print(text, file=sys.stderr, flush=True)
 
 
 def register(family: FlowFamily) -> FlowFamily:
-    """Make a family known."""
     return FAMILIES.add(family.name, family)
 
 

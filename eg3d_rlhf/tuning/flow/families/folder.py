@@ -36,7 +36,6 @@ class OpenedFolder:
         self._parts, self._loaded = parts, dict[str, nn.Module]()
 
     def part(self, name: str) -> Any:
-        """A decoder or encoder."""
         if name not in self._loaded:
             self._loaded[name] = self._parts(name).eval().requires_grad_(False).to(self.device)
         return self._loaded[name]
@@ -57,7 +56,7 @@ class OpenedFolder:
             raise ValueError(f"conditions: expected {expected}, got {form}{source}. {remedy}")
 
     def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
-        """[N, L, E]. Raises: ValueError without embeddings, or for names without one."""
+        """[N, L, E]. Raises: ValueError for names without an embedding."""
         return self._embedded(names, stage)
 
     def no_condition(self, n: int, stage: str) -> torch.Tensor:
@@ -65,8 +64,7 @@ class OpenedFolder:
         return self._embedded(n, stage)
 
     def _embedded(self, of: Sequence[str] | int, stage: str) -> torch.Tensor:
-        if self.tokens is None:
-            raise ValueError("conditions: expected embeddings, got none. Open the pipeline with some.")
+        assert self.tokens is not None
         condition, name = self.tokens.null(of) if isinstance(of, int) else self.tokens.of(of), self.told(stage)
         tensor = condition if name is None else condition[name]  # type: ignore[index]  # the form was looked at when the folder was opened
         assert isinstance(tensor, torch.Tensor)
@@ -82,7 +80,6 @@ class OpenedFolder:
         return (feats - mean) / std
 
     def unnormalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
-        """Inverse of `normalised`."""
         mean, std = (feats.new_tensor(values) for values in self.scales[stage])
         return feats * std + mean
 

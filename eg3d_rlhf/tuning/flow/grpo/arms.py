@@ -18,7 +18,7 @@ Shape letters: K training seeds, C conditions, S noises per condition.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import INTERVAL, Table, markdown_rows, of_seeds, with_interval, write
-from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.policies import link, shared_copy, tuned_model
 from eg3d_rlhf.models.sparse import separate, to_cpu
 from eg3d_rlhf.tuning.flow.families import open_problem
@@ -38,8 +37,8 @@ from eg3d_rlhf.tuning.flow.grpo.groups import Explorer, GrpoConfig, Task, train_
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.problem import JUDGES, Choosing, Judging, Problem, ProblemSource, judged
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
-from eg3d_rlhf.tuning.flow.stage import AssetReward, FlowStage, stage_of
-from eg3d_rlhf.tuning.flow.train import POLICY, StageResult, StageTraining
+from eg3d_rlhf.tuning.flow.stage import AssetReward, stage_of
+from eg3d_rlhf.tuning.flow.train import POLICY, StageResult
 from eg3d_rlhf.tuning.flow.train_pairs import Order, TrainConfig, train_stage
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
@@ -56,8 +55,6 @@ CONTROLS = ("shuffled", "inverted")
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What every arm of one training seed shares."""
-
     problem: Problem
     task: Task
     grpo: GrpoConfig
@@ -135,9 +132,6 @@ def reward_of(name: str, problem: Problem) -> AssetReward:
 
 # Settings of a run.
 
-Settings = TypeVar("Settings", bound=StageTraining)
-
-
 @dataclass(frozen=True, kw_only=True)
 class OnlineSource(ProblemSource):
     """What a problem is read from; pairs are not needed."""
@@ -147,8 +141,6 @@ class OnlineSource(ProblemSource):
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoRun:
-    """What a run does, and on what."""
-
     grpo: GrpoConfig
     dpo: TrainConfig  # of the arms that train on pairs
     source: OnlineSource = OnlineSource()
@@ -164,14 +156,6 @@ class GrpoRun:
         odd = [arm for arm in self.arms if arm not in ARMS]
         if odd or not self.arms or len(set(self.arms)) < len(self.arms):
             raise ValueError(f"--arms: expected some of {', '.join(ARMS)}, each once, got {', '.join(self.arms) or 'none'}. Name them.")
-
-
-def placed(config: Settings, stage: FlowStage, seed: int) -> Settings:
-    """A training's settings at a stage: its seed, and adapters on the stage's own layers unless others were asked for."""
-    lora = config.lora
-    if lora is not None and lora.targets == LoraConfig().targets:
-        lora = replace(lora, targets=stage.lora_targets)
-    return replace(config, lora=lora, seed=seed)
 
 
 # The table that ends it.
@@ -205,7 +189,6 @@ def table(results: Mapping[str, Mapping], arms: Sequence[str], seeds: Sequence[i
 
 
 def markdown(data: Mapping) -> str:
-    """The table for people."""
     judge, seeds = data["judge"], data["training_seeds"]
     by_seed = [f"seed {seed}" for seed in seeds]
     head = ["arm", "samples", "reward up on", "mean reward", f"{judge} judge, wins against base", *by_seed, "KL", "kept"]
@@ -238,12 +221,11 @@ BASE = "base"
 
 
 def bench_of(settings: GrpoRun, problem: Problem, seed: int) -> Bench:
-    """What the arms of a training seed share."""
     stage = stage_of(problem.pipeline, settings.stage or problem.pipeline.stages[-1].name)
     reward = reward_of(settings.reward, problem)
     task = Task(pipeline=problem.pipeline, stage=stage, reward=reward, conditions=problem.train_conditions)
     return Bench(
-        problem=replace(problem, reward=reward), task=task, grpo=placed(settings.grpo, stage, seed), dpo=placed(settings.dpo, stage, seed),
+        problem=replace(problem, reward=reward), task=task, grpo=settings.grpo.at(stage, seed), dpo=settings.dpo.at(stage, seed),
         choosing=settings.choosing, known={**problem.identity, "reward": settings.reward},
     )
 
@@ -292,7 +274,6 @@ class Worker:
     say: Callable[[str], None] = tqdm.write
 
     def __call__(self, task: str) -> dict:
-        """Train and judge."""
         settings, (arm, _, seed) = self.settings, task.rpartition("-")
         bench = bench_of(settings, self.problem, int(seed) if arm else settings.training_seeds[0])
         inputs = {

@@ -49,7 +49,8 @@ class GrpoConfig(StageTraining):
     warmup: int = train_knob(10, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0, rare=True)
     group: int = _grpo(8, "Samples of one condition, compared with each other.", low=2)
     batch: int = _grpo(8, "Conditions per update, over all processes.", metavar="GROUPS", low=1)
-    batch_gpu: int | None = _grpo(None, "Per pass: decides memory, not the result.", metavar="SAMPLES", low=1, shown="all of a process")
+    batch_gpu: int | None = _grpo(None, "Per pass: decides memory, not the result.", metavar="SAMPLES", low=1, shown="all of a process",
+                                  rare=True)
     passes: int = _grpo(2, "Steps of the optimiser on the samples of an update.", low=1, rare=True)
     clip_range: float = _grpo(1e-3, "Of ratios of densities (of their mean over a sample's numbers), about 1.", above=0, rare=True)
     kl: float = _grpo(0.04, "Weight of the divergence from the untuned network, mean over numbers and steps.", low=0)
@@ -261,7 +262,6 @@ class GroupUpdates(Descent):
         return dict(zip(("reward", "spread", "alike", "kl"), (told / self.ranks.world).tolist(), strict=True))
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
-        """See Descent."""
         signs = win_rate_signs(win_rates(lines), CALM)
         last = [line for line in lines if "alike" in line][-3:]
         if len(last) == 3 and min(line["alike"] for line in last) > ALIKE:
@@ -301,8 +301,6 @@ def train_online(
     Args: known: JSON that names the reward and the networks of the other stages; others: see train_stage.
     Raises: ValueError for no conditions, or settings that do not fit; further as train_stage.
     """
-    if not task.conditions:
-        raise ValueError(f"train_online({task.stage.name}): expected conditions to draw samples of, got none. Name some.")
     config.sampling(task.stage)  # validates
     base = checksum(task.stage.model.state_dict(), type(task.stage.model).__name__)
 

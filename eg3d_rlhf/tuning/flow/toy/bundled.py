@@ -6,7 +6,7 @@ Shape letters: L tokens of the longest sample, V voxels of all samples, C width,
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,8 +17,7 @@ from eg3d_rlhf.core.cli import ASSETS, file_hash
 from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_feats
 from eg3d_rlhf.models.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
-from eg3d_rlhf.tuning.flow.pairs import pairs_hash
-from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource, read_stages
+from eg3d_rlhf.tuning.flow.problem import Problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.toy.judges import ChooserOracle, FinalOracle, LearnedReward, human_pairs
 from eg3d_rlhf.tuning.flow.toy.pipeline import (
@@ -43,8 +42,6 @@ FREQUENCIES = 32  # of the embedding of the time
 
 @dataclass(frozen=True, kw_only=True)
 class Width:
-    """Size of a network."""
-
     width: int = 64
     blocks: int = 2
     heads: int = 2
@@ -76,7 +73,6 @@ class Packing:
         return padded.index_copy(0, self.places, rows).unflatten(0, self.shape)
 
     def flat(self, padded: torch.Tensor) -> torch.Tensor:
-        """Inverse of pad."""
         return padded.flatten(0, 1).index_select(0, self.places)
 
 
@@ -305,37 +301,9 @@ def toy_problem(
     )
 
 
-def with_pairs(problem: Problem, folder: Path) -> Problem:
-    """The same problem with people's pairs from a folder, which has one for each stage in it; their hashes are part of its identity.
-
-    Raises: FileNotFoundError for a folder without any, ValueError for stages whose pairs are not of the same assets, and for pairs of
-        held-out conditions, which the table would call unseen.
-    """
-    names = [stage.name for stage in problem.pipeline.stages if (folder / stage.name).is_dir()]
-    if not names:
-        expected = ", ".join(stage.name for stage in problem.pipeline.stages)
-        raise FileNotFoundError(f"--pairs: expected a folder for each stage ({expected}) in {folder}, got none. Check the path.")
-    human_pairs = read_stages({name: folder / name for name in names}, problem.pipeline)
-    unseen = {*problem.held_out_conditions, *problem.choosing_conditions}
-    seen = sorted({pair.condition for pair in human_pairs(names[0])} & unseen)
-    if seen:
-        raise ValueError(
-            f"--pairs: expected pairs of conditions that are not held out, got those of {len(seen)} that are, {seen[0]!r} first. Leave "
-            "them out, or take --pairs away to train on the toy's own."
-        )
-    hashes = {name: pairs_hash(folder / name) for name in names}
-    return replace(problem, human_pairs=human_pairs, identity={**problem.identity, "pairs": hashes})
-
-
-def open_toy(source: ProblemSource, device: str | torch.device) -> Problem:
-    """The toy with its own people, or with pairs from a folder."""
-    problem = toy_problem(source.seed, device, labelled=source.labelled)
-    return problem if source.pairs is None else with_pairs(problem, Path(source.pairs))
-
-
 register(FlowFamily(
     name="toy", layout="the bundled toy, called by that name", bundled=True, recognises=lambda root: False, stages=(STRUCTURE, VOXELS),
     load=lambda root, conditions, *, dtype, device: ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
-    files=lambda root: {name: path_of(name) for name in NETWORKS}, open=open_toy, common=("pipeline", "pairs", "seed"),
-    options=("labelled",),
+    files=lambda root: {name: path_of(name) for name in NETWORKS}, common=("pipeline", "seed"), options=("labelled",),
+    open=lambda source, device: toy_problem(source.seed, device, labelled=source.labelled),
 ))  # fmt: skip

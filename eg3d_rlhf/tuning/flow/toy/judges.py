@@ -77,7 +77,6 @@ class LabelOracle(_Oracle):
     """Geometry 4 IoU, colour -4 RMSE."""
 
     def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        """See _Oracle."""
         views = _Views.of(assets, conditions)
         iou = (views.overlap / (views.sizes - views.overlap)).amax(1)
         return {"geometry": 4 * iou, "colour": -4 * views.mean(views.colour_error.square().mean(2)).sqrt()}
@@ -87,7 +86,6 @@ class ChooserOracle(_Oracle):
     """Geometry -2 mean distance in voxels, there and back; colour the share of voxels within RIGHT_COLOUR in every channel."""
 
     def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        """See _Oracle."""
         views = _Views.of(assets, conditions)
         to_shape = _distances_to_shapes()[toy.classes(conditions)[0]]  # [N, K, P]
         to_asset = torch.stack([_distance(asset.occupancy) for asset in assets])  # [N, P]
@@ -101,7 +99,6 @@ class FinalOracle(_Oracle):
     """Geometry Dice + symmetry - 0.03 for every part beyond the first; colour -3 mean absolute error."""
 
     def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        """See _Oracle."""
         views = _Views.of(assets, conditions)
         dice = (2 * views.overlap / views.sizes).amax(1)
         mirrored = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
@@ -229,8 +226,6 @@ def volumes_of(assets: Sequence[toy.ToyAsset]) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTraining:
-    """How it learns."""
-
     pairs: int = 4000
     held_out: int = 800  # further pairs, which only test it
     epochs: int = 16

@@ -212,7 +212,6 @@ class ToyPipeline:
         return tokens.float().to(self.device)
 
     def no_condition(self, n: int, stage: str) -> torch.Tensor:
-        """[n, 2, 28] of zeros."""
         return torch.zeros(n, 2, len(SHAPES) + len(COLOURS), device=self.device)
 
     def advance(self, stage: str, x_0: torch.Tensor) -> list[Voxels]:
@@ -223,7 +222,6 @@ class ToyPipeline:
         return [grid.view(R, R, R).nonzero().int() for grid in filled]
 
     def decode(self, x_0: SparseBatch) -> list[ToyAsset]:
-        """Carve, grow, paint."""
         batch = x_0.to("cpu", torch.float32)
         sample, x, y, z = batch.coords.long().unbind(1)
         structure = torch.zeros(batch.size, R, R, R, dtype=torch.bool)

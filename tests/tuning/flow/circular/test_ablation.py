@@ -128,13 +128,6 @@ def test_groups_train_what_they_should_and_share_it(whole):
     assert len({one["structure"] for one in (a, b, content("e"), content("g"), content("h"))}) == 5
 
 
-def test_doing_it_again_finds_everything(whole):
-    results, plan, calls, handler = whole
-    before = len(calls)
-    again = run_tasks(plan.tasks(), lambda: handler, [], 1, None)
-    assert len(calls) == before and again["0/a"]["scores"] == results["0/a"]["scores"]
-
-
 def test_the_table_in_json_markdown_and_figure(whole, tmp_path):
     results, plan, _, _ = whole
     paths = write(tabled(results, plan, {}), tmp_path, "ablation", ablation.markdown, ablation.plot)

@@ -21,7 +21,7 @@ from eg3d_rlhf.tuning.flow.stage import CONVENTION, check_convention
 from tests.tuning.flow.documented_commands import run_section
 from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import CONTENT, LATENTS, NAMES, C, E, L, tokens, write_hunyuan3d
 
-FEW = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --choose-noises=0 --device=cpu".split()
+FEW = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --device=cpu".split()
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from torch import nn
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.modes.assets import toy_flow
-from eg3d_rlhf.modes.circular_dpo import TOY_RUN
 from eg3d_rlhf.tuning.flow.generate import sample
 from eg3d_rlhf.tuning.flow.toy.bundled import (
     FOLDER,
@@ -21,7 +20,6 @@ from eg3d_rlhf.tuning.flow.toy.bundled import (
     Width,
     load_network,
     save_network,
-    surroundings,
     toy_problem,
     train_base,
 )
@@ -47,17 +45,6 @@ def test_a_stored_network_comes_back_to_half_precision(tmp_path):
     state = load_network("voxels", tmp_path).state_dict()
     for name, value in network.state_dict().items():
         torch.testing.assert_close(state[name], value.half().float(), atol=0, rtol=0)
-
-
-def test_files_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="voxels.safetensors: expected a toy-flow file, got nothing there"):
-        load_network("voxels", tmp_path)
-    save_network("voxels", NETWORKS["voxels"](), {}, tmp_path).rename(tmp_path / "structure.safetensors")
-    with pytest.raises(ValueError, match="expected the network 'structure', got 'voxels'. Restore the file."):
-        load_network("structure", tmp_path)
-    save_network("structure", NETWORKS["voxels"](), {}, tmp_path)
-    with pytest.raises(ValueError, match="expected the weights of this version's 'structure', got others"):
-        load_network("structure", tmp_path)
 
 
 def test_bundled_files_are_small():
@@ -122,11 +109,6 @@ def cond():
 T = torch.tensor([0.1, 0.5, 0.9])
 
 
-def test_untrained_networks_say_zero(cond):
-    assert not StructureFlow(SMALL)(torch.randn(3, 1, R, R, R), T, cond).any()
-    assert not VoxelFlow(SMALL)(voxels(5, 9, 2), T, cond).feats.any()
-
-
 def test_voxels_of_a_sample_alone_and_in_a_batch(cond):
     network, batch = awake(VoxelFlow(SMALL)), voxels(5, 90, 1)
     together = network(batch, T, cond).samples()
@@ -171,13 +153,6 @@ def test_packing_goes_both_ways():
     assert packing.keep.squeeze().sum(1).tolist() == [3, 1, 4] and not padded[1, 1:].any()
 
 
-def test_surroundings_by_hand():
-    coords = torch.tensor([[0, 0, 0], [0, 0, 1], [7, 7, 7]], dtype=torch.int32)
-    batch = SparseBatch.join([SparseSample(coords, torch.zeros(3, 4)), SparseSample(coords[:1], torch.zeros(1, 4))])
-    seen = surroundings(batch).unflatten(1, (3, 3, 3))
-    assert seen.sum((1, 2, 3)).tolist() == [2, 2, 1, 1] and seen[0, 1, 1, 2] == 1 and seen[1, 1, 1, 0] == 1
-
-
 @pytest.mark.parametrize("network", [StructureFlow(), VoxelFlow()], ids=["structure", "voxels"])
 def test_layers_that_adapters_sit_on(network):
     names = {name.rpartition(".")[2] for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
@@ -211,19 +186,6 @@ def test_the_identity_tells_problems_apart():
     assert one == same != other and json.loads(json.dumps(one)) == one
     assert {"structure", "voxels", "reward"} < set(toy_problem().identity)
     assert toy_problem(0, pairs_per_condition=3).identity != one
-
-
-def test_the_loop_is_anchored():
-    human, loop = TOY_RUN.human.dpo, TOY_RUN.loop.dpo
-    assert loop.sft_weight > 0 and loop.beta > human.beta
-    assert TOY_RUN.sft.dpo.kind == "sft" and TOY_RUN.choosing is not None
-
-
-def test_the_tool_says_what_it_would_do():
-    done = CliRunner().invoke(toy_flow, ["reward", "--seed=3", "--dry-run"])
-    assert done.exit_code == 0 and json.loads(done.output)["reward"]["seed"] == 3
-    everything = json.loads(CliRunner().invoke(toy_flow, ["--dry-run", "--steps=7"]).output)
-    assert set(everything) == {"structure", "voxels", "reward"} and everything["voxels"]["steps"] == 7
 
 
 def test_the_tool_makes_a_network(tmp_path):

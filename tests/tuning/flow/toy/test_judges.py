@@ -19,7 +19,7 @@ from eg3d_rlhf.tuning.flow.toy.judges import (
     volumes_of,
 )
 from eg3d_rlhf.tuning.flow.toy.pipeline import CONDITIONS, TRAINED, Defects, R, ToyAsset
-from tests.tuning.flow.toy.drawing import PERFECT, drawn, perfect
+from tests.tuning.flow.toy.drawing import drawn, perfect
 
 ORACLES = [LabelOracle(), ChooserOracle(), FinalOracle()]
 NAMES = list(CONDITIONS)
@@ -92,11 +92,6 @@ def test_detached_voxels_are_parts_of_their_own():
     assert np.isclose(found, 2 * n / (2 * n + 2) + 1 - 0.06, atol=1e-5)
 
 
-def test_a_perfect_draft_is_perfect():
-    assets, names = drawn(64, 0, PERFECT)
-    assert FinalOracle()(assets, names).allclose(torch.tensor(2.0), atol=1e-5)
-
-
 # The people's pairs: one set of assets seen from both stages, called by a noisy annotator.
 
 
@@ -153,11 +148,6 @@ def test_a_score_is_of_its_own_asset_alone():
     network = load_network("reward")
     torch.testing.assert_close(network(assets[3:4], names[3:4]), network(assets, names)[3:4], atol=1e-4, rtol=1e-4)
     assert network(assets, names).dtype == torch.float32 and not network(assets, names).requires_grad
-
-
-def test_a_better_colour_scores_more():
-    network, names = load_network("reward"), ["red ball", "blue ball"]
-    assert network(perfect(["red ball"]) * 2, names).diff() < 0
 
 
 def test_more_floaters_and_holes_score_less():

@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from scipy import ndimage
@@ -18,7 +17,6 @@ from eg3d_rlhf.tuning.flow.toy.pipeline import (
     GROWING,
     HELD_OUT,
     KEPT,
-    SHAPES,
     TRAINED,
     Defects,
     R,
@@ -28,7 +26,6 @@ from eg3d_rlhf.tuning.flow.toy.pipeline import (
     classes,
     draw_drafts,
     make_assets,
-    neighbours,
     targets,
 )
 from tests.tuning.flow.toy.drawing import PERFECT, drawn
@@ -75,11 +72,6 @@ def test_two_growing_neighbours_fill_a_place_with_their_mean(pipeline):
     assert places(decoded(pipeline, {(1, 1, 1): GROWING, (1, 1, 3): KEPT})) == {(1, 1, 1), (1, 1, 3)}
 
 
-def test_a_carved_place_does_not_grow_back(pipeline):
-    asset = decoded(pipeline, {(1, 1, 1): GROWING, (1, 1, 2): CARVED, (1, 1, 3): GROWING})
-    assert places(asset) == {(1, 1, 1), (1, 1, 3)}
-
-
 def test_something_is_always_left(pipeline):
     assert places(decoded(pipeline, {(1, 1, 1): -0.4, (5, 5, 5): -0.2})) == {(5, 5, 5)}
 
@@ -92,16 +84,6 @@ def test_encoded_assets_decode_to_themselves(pipeline):
         assert torch.equal(asset.occupancy, other.occupancy)
         torch.testing.assert_close(asset.colours, other.colours)
         assert torch.equal(pipeline.advance("structure", one["structure"][None])[0], one["voxels"].coords)
-
-
-def test_no_gradient_passes_from_the_asset(pipeline):
-    x_0 = torch.randn(1, 1, R, R, R, requires_grad=True)
-    coords = pipeline.advance("structure", x_0)[0]
-    feats = torch.randn(len(coords), 4, requires_grad=True)
-    asset = pipeline.decode(SparseBatch.join([SparseSample(coords, feats)]))[0]
-    assert not coords.requires_grad and not asset.colours.requires_grad
-    encoded = pipeline.encode([asset])[0]
-    assert not encoded["structure"].requires_grad and not encoded["voxels"].feats.requires_grad
 
 
 def test_conditions_are_tokens_of_both_classes(pipeline):
@@ -146,9 +128,9 @@ def test_classes_and_targets_name_the_same():
     assert (canonical_colours().diff(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("name", ["ball", "ball red", "teal ball", "red  ball", ""])
+@pytest.mark.parametrize("name", ["ball red", "teal ball", ""])
 def test_unknown_conditions_are_refused(name):
-    with pytest.raises(ValueError, match=f"expected one of red, .* and one of {', '.join(SHAPES)}, as in 'red ball', got '{name}'"):
+    with pytest.raises(ValueError, match=f"condition: expected .*, got '{name}'"):
         classes([name])
 
 
@@ -199,11 +181,3 @@ def test_latents_of_both_stages_lie_on_the_same_voxels():
     assert torch.equal((structure[:, 0] > 0).nonzero().int(), voxels.coords)
     sample, x, y, z = voxels.coords.long().unbind(1)
     torch.testing.assert_close(voxels.feats, drafts.features[sample, x, y, z] * 2 - 1)
-
-
-def test_neighbours_by_hand():
-    grid = np.random.default_rng(0).integers(0, 2, (2, R, R, R)).astype(np.float64)
-    padded = np.pad(grid, ((0, 0), (1, 1), (1, 1), (1, 1)))
-    inner = slice(1, -1)
-    expected = sum(np.roll(padded, step, axis)[:, inner, inner, inner] for axis in (1, 2, 3) for step in (-1, 1))
-    np.testing.assert_array_equal(neighbours(torch.from_numpy(grid)).numpy(), expected)

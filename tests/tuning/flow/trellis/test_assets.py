@@ -133,5 +133,3 @@ def test_the_share_is_that_at_which_assets_fill_the_voxels_they_were_made_on():
     assert found["iou"] == 1.0 and 0.09 / 0.63 < found["share"] < 0.9 / 0.63
     for asset, own in zip(assets, voxels, strict=True):
         assert sorted(voxels_filled(asset, 8, found["share"]).tolist()) == sorted(own.tolist())
-    with pytest.raises(ValueError, match="expected assets with voxels each, got 0 and 0"):
-        calibrated([], [])

@@ -9,7 +9,8 @@ from eg3d_rlhf.tuning.flow.generate import generate
 from tests.tuning.flow.documented_commands import run_section
 from tests.tuning.flow.trellis.tiny_trellis import NAMES, tokens
 
-FEW = "--steps=12 --lr=0.02 --set=warmup=0 --choose-noises=0 --table-noises=2 --set=loop_pairs=2 --set=roles=reward --device=cpu".split()
+FEW = "--steps=12 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --table-noises=2".split()
+FEW += ["--set=loop_pairs=2", "--set=roles=reward", "--device=cpu"]
 
 
 class Clip:

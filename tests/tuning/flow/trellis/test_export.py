@@ -4,7 +4,6 @@ import copy
 import json
 import shutil
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -74,11 +73,3 @@ def test_encoders_that_are_not_there_are_said_to_be_elsewhere(pipeline, trellis_
         path.unlink()
     report = export(root, tmp_path / "out", {STRUCTURE: tmp_path / "adapter"})
     assert report["elsewhere"] == ["slat_decoder_mesh", "sparse_structure_encoder", "slat_encoder"]
-
-
-def test_what_is_refused(pipeline, trellis_root, tmp_path):
-    adapted(pipeline, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="export: expected weights of stages among structure, latent, got mesh"):
-        export(trellis_root, tmp_path / "out", {"mesh": tmp_path})
-    with pytest.raises(FileNotFoundError):
-        export(trellis_root, tmp_path / "out", {STRUCTURE: tmp_path / "nothing"})

@@ -20,8 +20,8 @@ from eg3d_rlhf.tuning.flow.stage import Sampling
 from tests.tuning.flow.documented_commands import run_section
 from tests.tuning.flow.trellis.tiny_trellis import DINO, STEMS, write_hub, write_image_trellis
 
-FEW = "--steps=6 --lr=0.02 --set=warmup=0 --choose-noises=0 --table-noises=2 --set=loop_pairs=2 --set=roles=reward --set=views=2".split()
-FEW += ["--device=cpu"]
+FEW = "--steps=6 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --table-noises=2 --set=loop_pairs=2 --set=roles=reward".split()
+FEW += ["--set=views=2", "--device=cpu"]
 NAMES = ("boat", "chair", "lamp", "tree", "house", "dog")
 
 

@@ -200,11 +200,6 @@ def test_samples_of_dso_that_are_refused(samples, pipeline, tmp_path):
         read_dso(tmp_path / "none", pipeline)
 
 
-def test_one_spelling_of_numbers():
-    assert {pair_import._plain(x) for x in (7, np.int64(7), "007", b"7", np.str_("7"))} == {"7"}
-    assert pair_import._plain("chair") == "chair"
-
-
 def test_judgements_take_the_place_of_ranks(tmp_path):
     """The majority decides; ties, draws, pairs across conditions and assets of other lists make no pair."""
     files = [replace(c, file=tmp_path / f"{c.name}.ply", rank=math.nan) for c in candidates(0, 0, 0, 0)]

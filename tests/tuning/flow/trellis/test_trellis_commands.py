@@ -39,13 +39,6 @@ def test_dso(samples, trellis_root, tmp_path):  # noqa: F811
     assert read_conditions(tmp_path / "out" / "conditions.safetensors").names == ("000", "001")
 
 
-def test_export(pipeline, trellis_root, tmp_path):
-    adapted(pipeline, tmp_path / "adapter")
-    done = run("export", f"--pipeline={trellis_root}", f"--weights=structure={tmp_path / 'adapter'}", f"--out={tmp_path / 'out'}")
-    assert done.exit_code == 0 and list(json.loads(done.stdout)["tuned"]) == ["structure"]
-    assert (tmp_path / "out" / "ckpts" / "ss_flow.safetensors").exists()
-
-
 def test_a_run_stands_for_the_stages_that_it_tuned(pipeline, trellis_root, tmp_path):
     """Named by itself, or for a stage; what is named for a stage goes first."""
     adapted(pipeline, tmp_path / "run" / "structure")

@@ -32,8 +32,6 @@ SHAPES: dict[str, list[int | str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SplatAsset:
-    """One asset."""
-
     means: torch.Tensor  # [G, 3], centres
     features_dc: torch.Tensor  # [G, 3], colours as the constant spherical harmonic: colour = 0.5 + 0.282 f
     scales: torch.Tensor  # [G, 3], standard deviations along their axes, > 0
@@ -42,7 +40,6 @@ class SplatAsset:
 
     @classmethod
     def of(cls, gaussians: Gaussians) -> "SplatAsset":
-        """As decoded."""
         return cls(
             means=gaussians.means, features_dc=gaussians.features_dc[:, 0], scales=gaussians.scales, rotations=gaussians.rotations,
             opacities=gaussians.opacities[:, 0],
@@ -58,7 +55,6 @@ class SplatAsset:
         return (0.5 + SH_C0 * self.features_dc).clamp(0, 1)
 
     def to(self, device: str | torch.device) -> "SplatAsset":
-        """On another device."""
         return SplatAsset(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
@@ -97,10 +93,8 @@ def calibrated(assets: Sequence[SplatAsset], voxels: Sequence[torch.Tensor], res
     TRELLIS makes Gaussians on the voxels of a mesh's surface, so those voxels are what its data tools would find for such an asset.
     Args: voxels: [v, 3] of each asset.
     Returns: {"share", "iou": mean intersection over union at it, "tried": [[share, iou], ...]}, JSON types.
-    Raises: ValueError for no assets.
     """
-    if not assets or len(assets) != len(voxels):
-        raise ValueError(f"calibrated: expected assets with voxels each, got {len(assets)} and {len(voxels)}. Draw some.")
+    assert len(assets) == len(voxels) > 0
     found = torch.zeros(len(SHARES), dtype=torch.float64)
     for asset, own in zip(assets, voxels, strict=True):
         x, y, z = own.cpu().long().unbind(1)

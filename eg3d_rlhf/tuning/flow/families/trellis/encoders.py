@@ -79,7 +79,6 @@ class ImageEncoder:
         return F.layer_norm(tokens, tokens.shape[-1:]).cpu()
 
     def conditions(self, images: dict[str, Image.Image]) -> Conditions:
-        """Of images by name."""
         tokens = {name: self(cut_out(image, self.size)[None])[0] for name, image in images.items()}
         return Conditions(tokens=tokens, encoder=self.name, zero_null=True)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.models.weights import in_types_of, write
 from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.families import FlowFamily, register
+from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages, register
 from eg3d_rlhf.tuning.flow.families.folder import merged
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, write_ply
 from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder, TextEncoder
@@ -50,7 +50,6 @@ def recognises(root: Path) -> bool:
 
 
 def open_problem(source: ProblemSource, device: str | torch.device) -> Problem:
-    """With all that its options say."""
     return trellis_problem(
         Path(source.pipeline), Path(source.pairs or Path(source.pipeline) / "pairs"), dtype=getattr(torch, source.dtype), device=device,
         conditions=None if source.conditions is None else Path(source.conditions), seed=source.seed, held_out=source.held_out,
@@ -79,13 +78,11 @@ def model_files(root: Path) -> dict[str, Path]:
 
 
 def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Conditions:
-    """Pictures by name, by DINOv2 on this machine."""
     file = _of_kind(root, "image")
     return ImageEncoder(file.encoder, device).conditions({name: Image.open(path) for name, path in pictures.items()})
 
 
 def embed_texts(root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
-    """By CLIP on this machine."""
     return TextEncoder(_of_kind(root, "text").encoder, device).conditions(texts)
 
 
@@ -97,7 +94,6 @@ def _of_kind(root: Path, kind: str) -> PipelineFile:
 
 
 def show(asset: SplatAsset, path: Path) -> Path:
-    """Gaussians."""
     write_ply(path.with_suffix(".ply"), asset)
     return path.with_suffix(".ply")
 
@@ -115,9 +111,7 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
     Raises: FileNotFoundError or ValueError for stages, files or a folder that do not fit.
     """
     file, out = read_pipeline(root), Path(out)
-    unknown = sorted(set(tuned) - set(FLOWS))
-    if unknown:
-        raise ValueError(f"export: expected weights of stages among {', '.join(FLOWS)}, got {', '.join(unknown)}. Name a stage.")
+    check_stages("export", FAMILY, list(tuned))
     models, done, kept, elsewhere = dict(file.models), {}, [], []
     sources: dict[str, Path] = {}  # by stem
     stages = {FLOWS[stage]: stage for stage in tuned}
@@ -150,7 +144,7 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
     return {"tuned": done, "kept": kept, "elsewhere": elsewhere}
 
 
-register(FlowFamily(
+FAMILY = register(FlowFamily(
     name="trellis", layout="pipeline.json of TrellisTextTo3DPipeline or TrellisImageTo3DPipeline", recognises=recognises,
     stages=tuple(FLOWS), load=load, files=model_files, judge=RewardOfPairs, open=open_problem, embed=embed, embed_texts=embed_texts,
     show=show, export=export, encoder=encoder, candidate=candidate, write_latent=write_latent,

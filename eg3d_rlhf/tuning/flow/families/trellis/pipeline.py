@@ -31,10 +31,6 @@ class Encoding:
     views: int = 150  # images per asset that features are averaged over
     image_model: str = "dinov2_vitl14_reg"  # whose features the encoder of the second stage reads
 
-    def __post_init__(self):
-        if not 0 < self.share or self.views < 1:
-            raise ValueError(f"Encoding: expected share > 0 and views >= 1, got {self.share} and {self.views}. Set them.")
-
 
 class TrellisPipeline(OpenedFolder):
     """Implements `Pipeline`; assets are `SplatAsset`. Decoders and encoders are loaded when they are first needed.
@@ -67,8 +63,7 @@ class TrellisPipeline(OpenedFolder):
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
         """Structures [N, C, R, R, R] -> the voxels of each, [v, 3] int32; of a structure without any, its likeliest."""
-        if stage != files.STRUCTURE:
-            raise ValueError(f"advance: expected stage {files.STRUCTURE!r}, got {stage!r}. Nothing comes after the last stage.")
+        assert stage == files.STRUCTURE
         check_finite("advance", x_0)
         assert isinstance(x_0, torch.Tensor)
         decoder = self.part(files.STRUCTURE_DECODER)
@@ -80,7 +75,6 @@ class TrellisPipeline(OpenedFolder):
 
     @torch.no_grad()
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
-        """Latents of the last stage -> assets."""
         check_finite("decode", x_0)
         decoder, assets = self.part(files.GAUSSIAN_DECODER), []
         for sample in x_0.samples():
@@ -110,7 +104,6 @@ class TrellisPipeline(OpenedFolder):
         return SparseSample(voxels, self.normalised(latent.feats).to(voxels.device))
 
     def voxels(self, asset: SplatAsset) -> torch.Tensor:
-        """Those that an asset fills, [v, 3]."""
         return voxels_filled(asset, self.resolution, self.encoding.share)
 
 

@@ -63,7 +63,6 @@ def trellis_problem(
 
 
 def _check_origin(pipeline: TrellisPipeline, folder: Path, stage: str, meta: Mapping) -> None:
-    """Refuse pairs of another pipeline."""
     if meta.get("normalization") != normalization(pipeline.file, stage):
         raise ValueError(
             f"{folder}: expected latents normalised as {pipeline.file.root.name}/pipeline.json says, got those of another model. Import "
@@ -119,7 +118,6 @@ class LinearReward:
         self.weight.requires_grad_(False)
 
     def __call__(self, assets: Sequence[SplatAsset], conditions: Sequence[str]) -> torch.Tensor:
-        """[N] float32."""
         found = torch.stack([features(asset) for asset in assets]).double()
         return (((found - self.mean) / self.std) @ self.weight).float()
 

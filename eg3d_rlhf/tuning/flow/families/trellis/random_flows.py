@@ -33,8 +33,6 @@ class Size:
     rank: int = 16  # of the adapters
     dtype: str = "float32"  # of the blocks' weights, in which they compute
     device: str = "cpu"
-    backend: str = "auto"  # of the second stage's convolutions
-    seed: int = 0
 
     def __post_init__(self):
         if self.width % HEAD:
@@ -49,7 +47,6 @@ class RandomConditions:
     """As much of a pipeline as an update asks for: tokens by name."""
 
     def conditions(self, names, stage: str) -> torch.Tensor:
-        """[N, T, E]."""
         return torch.stack([torch.randn(TOKENS, EMBEDDING, generator=torch.Generator().manual_seed(i)) for i in range(len(names))])
 
 
@@ -64,7 +61,7 @@ def build_stage(size: Size) -> FlowStage:
             model: torch.nn.Module = StructureFlow(StructureFlowConfig(patch_size=1, **common))
             torso: tuple[str, ...] = ("blocks",)
         else:
-            model = LatentFlow(LatentFlowConfig(patch_size=2, io_block_channels=(size.width // 8,), sparse_conv=size.backend, **common))
+            model = LatentFlow(LatentFlowConfig(patch_size=2, io_block_channels=(size.width // 8,), **common))
             torso = ("input_blocks", "blocks", "out_blocks")
     convert_torso((getattr(model, name) for name in torso), DTYPES[size.dtype], (torch.nn.Linear, Kernel))
     kind = SparseVoxels if size.stage == "latent" else DenseGrid
@@ -72,8 +69,7 @@ def build_stage(size: Size) -> FlowStage:
 
 
 def make_pairs(size: Size, stage: FlowStage) -> list[PreferencePair]:
-    """Random latents."""
-    generator = torch.Generator().manual_seed(size.seed)
+    generator = torch.Generator().manual_seed(0)
 
     def latent():
         if isinstance(stage.latents, DenseGrid):

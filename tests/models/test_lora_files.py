@@ -22,7 +22,7 @@ from eg3d_rlhf.models.policies import (
     write_merged,
 )
 from eg3d_rlhf.models.sparse import feats_of
-from tests.tuning.flow.adaptable_flow import AdaptableFlow, inputs, shake
+from tests.models.adaptable_flow import AdaptableFlow, inputs, shake
 
 SMALL = LoraConfig(rank=2, alpha=8, dropout=0.25)
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from eg3d_rlhf.models import lora
 from eg3d_rlhf.models.lora import LoraConfig, LoraLinear, adapters_off, add_lora, lora_parameters, merged_state
 from eg3d_rlhf.models.sparse import feats_of
-from tests.tuning.flow.adaptable_flow import AdaptableFlow, inputs, shake
+from tests.models.adaptable_flow import AdaptableFlow, inputs, shake
 
 SMALL = LoraConfig(rank=2, alpha=8)
 KINDS = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "voxels"])
