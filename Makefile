@@ -15,7 +15,7 @@ help:
 	@echo "make zoo           train rewards of depth, points and thumbs, tune by each, one table beside the bundled one (about a quarter of an hour on 2 cores)"
 	@echo "make test          ruff, mypy and the fast tests (under 8 minutes on 2 cores)"
 	@echo "make test-long     the slow ones"
-	@echo "make gpu           all that a machine with a GPU has to show, on one page: runs/gpu/gpu.md (GPU_ARGS='--device=cpu --quick': a rehearsal; --part=tests: the tests alone)"
+	@echo "make gpu           all that a machine with a GPU has to show, on one page: runs/gpu/gpu.md (DEVICE=cpu KIMG=0.032 BENCH_ARGS=--quick: a rehearsal)"
 	@echo "make lint          ruff and mypy (a minute; seconds the second time)"
 	@echo "make bench         speed of every fast path against plain EG3D (about 35 minutes; BENCH_ARGS=--quick: half a minute)"
 	@echo "make assets        regenerate everything in assets/ (an hour and a half on 2 cores; the generator is made with one thread)"
@@ -57,9 +57,19 @@ test-long: $(STAMP)
 	@echo "== Slow tests"
 	$(BIN)/python -m pytest -m "long" $(PYTEST_ARGS)
 
+GPU_PARTS = "-m torch_utils.build" \
+  "-m pytest -q -rs tests/torch_utils/cuda tests/torch_utils/test_cuda_check.py tests/training/test_batches.py" \
+  "train.py --reward=sigma --lambda-r=10 --device=$(DEVICE) --kimg=$(KIMG) --no-summary --outdir=runs/gpu/training" \
+  "-m benchmarks --device=$(DEVICE) --out=runs/gpu $(BENCH_ARGS)"
+
+gpu: DEVICE = cuda
+gpu: KIMG = 0.4
+gpu: BENCH_ARGS = --torch-compile
 gpu: $(STAMP)
-	@echo "== Compilation, tests, training and benchmark on this machine's GPU, into runs/gpu/gpu.md"
-	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
+	@echo "== Compilation, tests, training and benchmark on this machine's GPU, into runs/gpu"
+	@mkdir -p runs/gpu
+	@for part in $(GPU_PARTS); do echo "## $$part"; $(BIN)/python $$part || echo "**FAILED**"; done 2>&1 | tee runs/gpu/gpu.md
+	@! grep -q "FAILED" runs/gpu/gpu.md
 
 lint: $(STAMP)
 	@echo "== ruff, then mypy (a minute the first time)"

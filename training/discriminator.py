@@ -12,17 +12,9 @@ from torch_utils.ops.implementations import convolution_layout
 from training.layers import Conv2dLayer, FullyConnectedLayer, MappingNetwork, block_resolutions, channels_at
 
 
-def filtered_resizing(image: torch.Tensor, size: int, filter_mode: str = "antialiased") -> torch.Tensor:
-    """Bilinear resize with antialiasing, as EG3D feeds raw images to the discriminator.
-
-    Args:
-        image: [N, C, R, R]; size: output edge in pixels; filter_mode: 'antialiased' or 'none'.
-    Returns: [N, C, size, size]. Differentiable in image.
-    """
-    if filter_mode not in ("antialiased", "none"):
-        raise ValueError(f"filter_mode: expected 'antialiased' or 'none', got {filter_mode!r}.")
-    antialias = filter_mode == "antialiased"
-    return torch.nn.functional.interpolate(image, size=(size, size), mode="bilinear", align_corners=False, antialias=antialias)
+def filtered_resizing(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Bilinear resize with antialiasing, as EG3D feeds raw images to the discriminator: [N, C, R, R] -> [N, C, size, size]."""
+    return torch.nn.functional.interpolate(image, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
 class MinibatchStdLayer(torch.nn.Module):

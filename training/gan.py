@@ -63,7 +63,7 @@ def save_grid(images: np.ndarray | torch.Tensor, value_range: tuple[float, float
 
 
 class Gan:
-    """A generator, its discriminator and their data, as `training.loop.Subject`.
+    """A generator, its discriminator and their data, as the subject of `training.loop.TrainingLoop`.
 
     Args:
         nets: G, D and G_ema; dataset: real images; config: of the game; loop: batch and seed.

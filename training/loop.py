@@ -7,7 +7,7 @@ further phase changes no draw of the others, and neither ranks nor accumulation 
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,41 +18,11 @@ from training.distributed import SINGLE, Ranks
 from training.phases import GradientSum, Layout, LossNotFiniteError, MovingAverages, Phase, sum_over_ranks
 
 
-class Subject(Protocol):
-    """What a loop trains: its networks, and the batches that its phases see. `training.gan.Gan` is one, and says what each method does."""
-
-    device: torch.device
-    moving: torch.nn.Module  # whose buffers named w_avg forward passes move
-    collectors: dict[str, Collector]  # its own statistics, which checkpoints carry
-
-    def modules(self) -> dict[str, torch.nn.Module]: ...
-
-    def meta(self) -> dict: ...
-
-    def restore(self, meta: dict) -> None: ...
-
-    def begin(self, cur_nimg: int, folder: Path | None = None) -> None: ...
-
-    def fetch(self) -> None: ...
-
-    def end(self) -> None: ...
-
-    def batch_for(self, phase: str, cur_nimg: int) -> Callable[[int], Any]: ...
-
-    def observe(self, name: str, values: torch.Tensor) -> None: ...
-
-    def after_step(self, cur_nimg: int, batch_idx: int) -> None: ...
-
-    def report(self, stats: dict) -> dict[str, str]: ...
-
-    def snapshot(self, folder: Path, cur_nimg: int) -> None: ...
-
-
 class TrainingLoop:
     """Runs phases on one device, alone or as one of several ranks.
 
     Args:
-        subject: what is trained; phases: in the order in which they run; config: loop settings.
+        subject: what is trained, with the methods of `training.gan.Gan`; phases: in the order in which they run; config: loop settings.
         files: where everything is written, `eg3d_rlhf.experiments.run.Run`.
         options: the resolved configuration, stored in checkpoints.
         on_tick: called once per tick, on rank 0, with (loop, stats); returns fields to add to the status line.
@@ -61,7 +31,7 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, subject: Subject, phases: list[Phase], config: LoopConfig, files: Any, *, options: dict | None = None,
+        self, subject: Any, phases: list[Phase], config: LoopConfig, files: Any, *, options: dict | None = None,
         on_tick: Callable[["TrainingLoop", dict], dict[str, str]] | None = None, ranks: Ranks = SINGLE,
         carries: Mapping[str, torch.nn.Module] | None = None,
     ):

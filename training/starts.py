@@ -14,7 +14,6 @@ Shape letters: N heads or latents, Z z_dim, P points, K of them near the surface
 """
 
 import copy
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -141,13 +140,8 @@ def named_heads(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 LAST_SHARE = 0.02  # last step size as a share of the first
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FieldStart:
-    """How the field is taught; lengths in world units."""
-
-    points_near: int = 3000  # per head, near the surface, half of them about the face
-    points_anywhere: int = 1500
-    edge: float = 0.015  # depth at which a head is fully dense; twice that in the soft share
+POINTS_NEAR, POINTS_ANYWHERE = 3000, 1500  # per head, near the surface, half of them about the face; over the cube
+FIELD_EDGE = 0.015  # depth at which a head is fully dense, world units; twice that in the soft share
 
 
 def cosine(first: float, progress: float) -> float:
@@ -155,7 +149,7 @@ def cosine(first: float, progress: float) -> float:
     return first * (LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def field_phase(G: Any, config: GanConfig, options: FieldStart = FieldStart()) -> Phase:
+def field_phase(G: Any, config: GanConfig) -> Phase:
     """Gfield, with an optimizer of its own, until the game begins."""
     optimizer = torch.optim.Adam(list(G.parameters()), lr=config.field_lr, betas=(0.9, 0.99))
 
@@ -163,9 +157,7 @@ def field_phase(G: Any, config: GanConfig, options: FieldStart = FieldStart()) -
         optimizer.param_groups[0]["lr"] = cosine(config.field_lr, batch.cur_nimg / (config.field_kimg * 1000))
         soft = batch.cur_nimg < config.field_soft * config.field_kimg * 1000
         heads = named_heads(batch.gen_z)
-        truth = draw_points(
-            *heads, options.edge * (2 if soft else 1), options.points_near, options.points_anywhere, G.rendering_kwargs["box_warp"]
-        )
+        truth = draw_points(*heads, FIELD_EDGE * (2 if soft else 1), POINTS_NEAR, POINTS_ANYWHERE, G.rendering_kwargs["box_warp"])
         ws = G.mapping(batch.gen_z, torch.zeros_like(batch.gen_c), update_emas=True)
         out = G.renderer.run_model(G.planes(ws), G.decoder, truth.points, None, G.rendering_kwargs)
         density, colour = field_loss(out["sigma"].squeeze(2), out["rgb"][:, : truth.colour.shape[1], :3], truth, config.field_colour)
@@ -178,13 +170,7 @@ def field_phase(G: Any, config: GanConfig, options: FieldStart = FieldStart()) -
 # Pictures
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeldPoints:
-    """Where the density is compared with what it was."""
-
-    candidates: int = 6000  # per head, even over the cube
-    near: int = 1200  # of these, nearest to the surface in density
-    anywhere: int = 600
+CANDIDATES, HELD_NEAR, HELD_ANYWHERE = 6000, 1200, 600  # per head, even over the cube; of these, nearest to the surface in density; others
 
 
 def picture_error(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -200,17 +186,17 @@ def raw_density(G: Any, planes: torch.Tensor, points: torch.Tensor) -> torch.Ten
 
 
 @torch.no_grad()
-def held_density(G: Any, z: torch.Tensor, where: HeldPoints) -> tuple[torch.Tensor, torch.Tensor]:
+def held_density(G: Any, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Points [N, P, 3] of the cube, most of them near the surface of latents z [N, Z], and the raw density [N, P] there."""
     side = G.rendering_kwargs["box_warp"]
-    points = (torch.rand(len(z), where.candidates, 3, device=z.device) - 0.5) * side
+    points = (torch.rand(len(z), CANDIDATES, 3, device=z.device) - 0.5) * side
     values = raw_density(G, G.planes(G.mapping(z, z.new_zeros(len(z), G.c_dim))), points)
-    near = (values - LEVEL).abs().topk(where.near, dim=1, largest=False, sorted=False).indices
-    chosen = torch.cat([near, torch.arange(where.anywhere, device=z.device).expand(len(z), -1)], dim=1)
+    near = (values - LEVEL).abs().topk(HELD_NEAR, dim=1, largest=False, sorted=False).indices
+    chosen = torch.cat([near, torch.arange(HELD_ANYWHERE, device=z.device).expand(len(z), -1)], dim=1)
     return points.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 3)), values.gather(1, chosen)
 
 
-def picture_phase(G: Any, config: GanConfig, where: HeldPoints = HeldPoints()) -> Phase:
+def picture_phase(G: Any, config: GanConfig) -> Phase:
     """Gpicture, with an optimizer of its own, after the field start and before the game; it carries the first network where one is held."""
     optimizer = torch.optim.Adam(list(G.parameters()), lr=config.picture_lr, betas=(0.9, 0.99))
     begin, end = config.field_kimg * 1000, config.game_from
@@ -227,7 +213,7 @@ def picture_phase(G: Any, config: GanConfig, where: HeldPoints = HeldPoints()) -
         error = picture_error(image / 2 + 0.5, truth)
         stats = {"Loss/Gpicture/picture": error}
         if held is not None:
-            points, before = held_density(held, batch.gen_z, where)
+            points, before = held_density(held, batch.gen_z)
             moved = (raw_density(G, planes, points) - before).abs().mean(dim=1) / 10
             stats["Loss/Gpicture/density"] = moved
             error = error + config.picture_hold * moved

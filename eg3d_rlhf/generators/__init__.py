@@ -69,20 +69,16 @@ class Generator(Protocol):
         """The shapes of ws [N, L, W], synthesised once, now. Noise modes: see `eg3d_rlhf.core.field.NOISE_MODES`."""
 
 
-@runtime_checkable
-class FiniteGenerator(Generator, Protocol):
-    """A generator whose shapes can be counted: seeds 0 to `count` - 1 name them, and no others do."""
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
+def count_of(generator: Generator) -> int | None:
+    """How many shapes a generator has that can be counted (attribute `count`): seeds 0 to `count` - 1 name them, and no others do."""
+    return getattr(generator, "count", None)
 
 
 def check_seeds(generator: Generator, last: int, who: str) -> None:
     """Raise ValueError where seeds up to `last` are more than a generator has shapes."""
-    if isinstance(generator, FiniteGenerator) and last >= generator.count:
-        has = f"one for each of its {generator.count} shapes"
-        raise ValueError(f"{who}: expected seeds 0 to {generator.count - 1} with this network, {has}, got {last}. Choose smaller ones.")
+    count = count_of(generator)
+    if count is not None and last >= count:
+        raise ValueError(f"{who}: expected seeds 0 to {count - 1}, one for each shape of this network, got {last}. Choose smaller ones.")
 
 
 @dataclasses.dataclass(frozen=True)

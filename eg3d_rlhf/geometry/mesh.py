@@ -5,7 +5,6 @@ Letters: D, H, W = grid points along z, y, x; X, Y, Z = along x, y, z; V vertice
 S = cells along a brick's edge; B bricks.
 """
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -213,14 +212,12 @@ def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.n
     Every part is decimated by itself, in proportion to its faces and to 16 at least. A closed part stays closed: where sheets would touch
     after the collapse it keeps more faces, with a warning. A mesh of no more than `target` faces is returned as it is.
 
-    Raises: ValueError for target < 4, or where fast-simplification is missing.
+    Raises: ValueError for target < 4.
     """
     if target < 4:
         raise ValueError(f"decimate: expected at least 4 faces, got {target}. A tetrahedron is the smallest closed mesh.")
     if len(faces) <= target:
         return vertices, faces
-    if importlib.util.find_spec("fast_simplification") is None:
-        raise ValueError("decimate: expected the package fast-simplification, got none. Install it with pip.")
     count, part = parts(faces, len(vertices))
     ends = np.cumsum(np.bincount(part, minlength=count))
     order, done, offset, extra = np.argsort(part, kind="stable"), [], 0, 0

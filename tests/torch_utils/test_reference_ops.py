@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from torch_utils.ops import bias_act, conv2d_resample, upfirdn2d
-from torch_utils.ops.fma import fma
 from torch_utils.ops.grid_sample_gradfix import grid_sample
 
 
@@ -66,12 +65,6 @@ def test_grid_sample_matches_torch_and_has_second_derivatives():
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     fixed = grid.detach()
     assert torch.autograd.gradgradcheck(lambda x: grid_sample(x, fixed).square(), [x])
-
-
-def test_fma():
-    a, b, c = noise(2, 3).requires_grad_(), noise(3, seed=1).requires_grad_(), noise(2, 1, seed=2).requires_grad_()
-    torch.testing.assert_close(fma(a, b, c), a * b + c)
-    assert torch.autograd.gradgradcheck(fma, [a, b, c])
 
 
 def test_mistakes_are_explained():

@@ -19,7 +19,7 @@ from training.heads.family import APPEARANCE_COUNT, APPEARANCE_NAMES, SHAPE_COUN
 from training.heads.render import pixel_rays, render_heads, shade, union_field
 from training.heads.sdf import head_geometry, head_sdf
 from training.rendering.renderer import DETACHED
-from training.starts import LAST_SHARE, HeldPoints, cosine, field_phase, fit_sphere, held_density, named_heads, picture_phase, raw_density
+from training.starts import LAST_SHARE, cosine, field_phase, fit_sphere, held_density, named_heads, picture_phase, raw_density
 from training.synthetic_heads import HeadsOptions, head_parameters
 
 
@@ -157,17 +157,19 @@ def test_pictures_move_towards_those_of_the_named_heads():
 
 
 @pytest.mark.long
-def test_a_held_density_stays_while_pictures_are_learnt():
+def test_a_held_density_stays_while_pictures_are_learnt(monkeypatch):
     s = config(nrr_initial=16, field_kimg=0.0, picture_kimg=100.0, picture_hold=1.0)
     nets = small_networks(s)
     before = copy.deepcopy(nets.G)
-    phase = picture_phase(nets.G, s.gan, HeldPoints(candidates=600, near=120, anywhere=60))
+    for name, value in (("CANDIDATES", 600), ("HELD_NEAR", 120), ("HELD_ANYWHERE", 60)):
+        monkeypatch.setattr(starts, name, value)
+    phase = picture_phase(nets.G, s.gan)
     steps_of(phase, nets)
     assert all(torch.equal(a, b) for a, b in zip(phase.state.parameters(), before.parameters(), strict=True))
     free = small_networks(s)
     steps_of(picture_phase(free.G, config(nrr_initial=16, field_kimg=0.0, picture_kimg=100.0).gan), free)
     z = torch.randn(4, nets.G.z_dim, generator=torch.Generator().manual_seed(3))
-    points, was = held_density(before, z, HeldPoints())
+    points, was = held_density(before, z)
     assert points.abs().max() <= 0.5
     drift = [float((raw_density(G, G.planes(G.mapping(z, torch.zeros(4, 25))), points) - was).abs().mean()) for G in (nets.G, free.G)]
     assert drift[0] < 0.5 * drift[1]

@@ -9,7 +9,7 @@ from torch_utils.ops.implementations import implementation
 from torch_utils.ops.triplane_decode import sample_planes_channels_first
 from training.rendering import renderer as renderer_module
 from training.rendering.cameras import FOV_to_intrinsics, LookAtPoseSampler, RaySampler
-from training.rendering.renderer import ImportanceRenderer, MipRayMarcher2, march_weights, sample_importance, uniform_draws
+from training.rendering.renderer import ImportanceRenderer, MipRayMarcher2, uniform_draws
 from training.triplane import OSGDecoder
 
 FAST = ("auto", "torch")
@@ -144,17 +144,6 @@ def test_double_backward_through_a_rendering():
         (grad,) = torch.autograd.grad(rgb.sum(), list(arguments[1].parameters())[:1], create_graph=True)
         penalties.append(torch.autograd.grad(grad.square().sum(), arguments[1].net[2].weight)[0])
     assert (penalties[0] - penalties[1]).abs().max() <= 1e-3 * penalties[1].abs().max()
-
-
-def test_the_parts_remain_callable():
-    torch.manual_seed(0)
-    depths, densities = torch.rand(2, 3, 8, 1).sort(dim=2)[0], torch.randn(2, 3, 8, 1)
-    weights, mids = march_weights(densities, depths)
-    assert weights.shape == mids.shape == (2, 3, 7, 1)
-    fine = sample_importance(depths, weights, 5)
-    assert fine.shape == (2, 3, 5, 1) and fine.min() >= depths.min() and fine.max() <= depths.max()
-    rgb, depth, w = MipRayMarcher2()(torch.rand(2, 3, 8, 4), densities, depths, {})
-    assert rgb.shape == (2, 3, 4) and depth.shape == (2, 3, 1) and torch.equal(w, weights)
 
 
 def test_a_generator_leaves_the_colours_out_on_request():

@@ -57,6 +57,9 @@ def interval_weights(densities: torch.Tensor, depths: torch.Tensor) -> tuple[tor
 def importance_depths(densities: torch.Tensor, depths: torch.Tensor, u: torch.Tensor, impl: str = "auto") -> torch.Tensor:
     """Depths of the fine samples from the coarse pass: its weights, their smoothing and inverse-transform sampling in one.
 
+    The histogram covers the weights but for the first and the last while its edges start at the first mid depth, which shifts samples half
+    a bin towards the camera: EG3D's behaviour, kept.
+
     Args: densities [B, S] raw; depths [B, S] ascending; u [B, F] uniform draws in [0, 1); impl: see `implementations`.
     Returns: [B, F] in the order of u, detached.
     Raises: ValueError for shapes that do not fit, S < 2, or an unknown `impl`.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from torch_utils.ops import implementations
-from torch_utils.ops.ray_march import importance_depths, interval_weights, invert_density, ray_march, smooth_weights
+from torch_utils.ops.ray_march import importance_depths, interval_weights, ray_march
 from torch_utils.ops.triplane_decode import (
     MergedPlanes,
     Pairs,
@@ -46,7 +46,7 @@ class MipRayMarcher2(torch.nn.Module):
         Returns: colour sum(w c) * 2 - 1, or sum(w c) where not symmetric [N, M, C]; depth sum(w d)/sum(w), clamped to the smallest and
             largest depth of the *whole batch* (so a rendering depends on its batch in empty pixels) [N, M, 1]; weights [N, M, S-1, 1].
         """
-        weights, depths_mid = march_weights(densities, depths)
+        weights, depths_mid = (x.unsqueeze(-1) for x in interval_weights(densities.squeeze(-1), depths.squeeze(-1)))
         colors_mid = (colors[:, :, :-1] + colors[:, :, 1:]) / 2
         rgb = (weights * colors_mid).sum(dim=-2)
         depth_range = (depths.min(), depths.max())
@@ -108,17 +108,6 @@ class _WeightedSum(torch.autograd.Function):
         return grad_weights, weights.unsqueeze(2) * grad.unsqueeze(1) if ctx.needs_input_grad[1] else None
 
 
-def march_weights(densities: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights of the intervals and their mid depths; colours are not needed for either.
-
-    Args:
-        densities: [N, M, S, 1] raw; depths: [N, M, S, 1] ascending.
-    Returns: weights [N, M, S-1, 1], mid depths [N, M, S-1, 1]. Differentiable in both arguments.
-    """
-    weights, depths_mid = interval_weights(densities.squeeze(-1), depths.squeeze(-1))
-    return weights.unsqueeze(-1), depths_mid.unsqueeze(-1)
-
-
 def sample_stratified(
     origins: torch.Tensor, ray_start: float | torch.Tensor, ray_end: float | torch.Tensor, count: int, disparity: bool = False
 ) -> torch.Tensor:
@@ -141,24 +130,6 @@ def sample_stratified(
         return depths + torch.rand_like(depths) * (span / (count - 1))[:, :, None]
     depths = torch.linspace(ray_start, ray_end, count, device=origins.device).reshape(1, 1, count, 1).repeat(n, m, 1, 1)
     return depths + torch.rand_like(depths) * ((ray_end - ray_start) / (count - 1))
-
-
-def sample_importance(depths: torch.Tensor, weights: torch.Tensor, count: int, stratified: bool = False) -> torch.Tensor:
-    """Depths drawn in proportion to the coarse pass's smoothed weights.
-
-    The weights are widened (max-pool 2, then average-pool 2) and lifted by 0.01. The histogram covers weights[1:-1] while its edges start
-    at the first mid depth, which shifts samples half a bin towards the camera: EG3D's behaviour, kept.
-
-    Args:
-        depths: [N, M, S, 1]; weights: [N, M, S-1, 1]; count: F; stratified: as in `uniform_draws`.
-    Returns: [N, M, F, 1], detached, unsorted. Draws once from torch's global generator.
-    """
-    with torch.no_grad():
-        n, m, s, _ = depths.shape
-        z = depths.reshape(n * m, s)
-        mids = 0.5 * (z[:, :-1] + z[:, 1:])  # [B, S-1]
-        weights = smooth_weights(weights.reshape(n * m, s - 1))
-        return invert_density(mids, weights, uniform_draws(weights, count, stratified), 1e-5).reshape(n, m, count, 1)
 
 
 def uniform_draws(rays: torch.Tensor, count: int, stratified: bool = False) -> torch.Tensor:
@@ -229,9 +200,9 @@ class ImportanceRenderer(torch.nn.Module):
         colors, densities = self._query(planes, decoder, origins, directions, depths, options)
         fine_count = options.get("depth_resolution_importance", 0)
         if fine_count > 0:
-            with torch.no_grad():
-                weights, _ = march_weights(densities, depths)
-            fine = sample_importance(depths, weights, fine_count, options.get(STRATIFIED, False))
+            flat = depths.flatten(0, 1).squeeze(2)  # [N*M, S]
+            draws = uniform_draws(flat, fine_count, options.get(STRATIFIED, False))
+            fine = importance_depths(densities.reshape(flat.shape), flat, draws, impl="ref").reshape(*depths.shape[:2], fine_count, 1)
             fine_colors, fine_densities = self._query(planes, decoder, origins, directions, fine, options)
             depths, order = torch.cat([depths, fine], dim=-2).sort(dim=-2)
             colors = torch.cat([colors, fine_colors], dim=-2)

@@ -144,7 +144,7 @@ def sparsity(raw: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
 
 
 class AssetGenerator:
-    """`FiniteGenerator` around A assets."""
+    """`Generator` around A assets, which can be counted."""
 
     architecture, conditioned = ARCHITECTURE, False
     z_dim, w_dim, num_ws = 8, 1, 1

@@ -80,17 +80,12 @@ def evenly_around(assets: int, views: int = 4, distance: float = 1.5, fov: float
 # row of the z-up world from rows of ours: x, -z, y
 _TO_Z_UP = ((1.0, 0.0, 0.0, 0.0), (0.0, 0.0, -1.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
 _QUARTER_TURN = ((0.0, -1.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))  # about z: -y to +x
-_FLIP = (1.0, -1.0, -1.0, 1.0)  # columns: OpenCV's camera axes to OpenGL's, and back
+_FLIP = (1.0, -1.0, -1.0, 1.0)  # columns: OpenCV's camera axes to OpenGL's
 
 
 def to_z_up(cam2world: torch.Tensor) -> torch.Tensor:
     """MVDream's cam2world [B, 4, 4] (z up, OpenGL axes) of ours (y up, OpenCV axes). Differentiable."""
     return cam2world.new_tensor(_TO_Z_UP) @ cam2world * cam2world.new_tensor(_FLIP)
-
-
-def to_y_up(cam2world: torch.Tensor) -> torch.Tensor:
-    """Inverse of `to_z_up`."""
-    return cam2world.new_tensor(_TO_Z_UP).T @ cam2world * cam2world.new_tensor(_FLIP)
 
 
 def unit_distance(cam2world: torch.Tensor) -> torch.Tensor:

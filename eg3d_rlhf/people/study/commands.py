@@ -137,9 +137,9 @@ def of_assets(flags: Mapping) -> bool:
 
 def common_shapes(a: "LoadedGenerator", b: "LoadedGenerator") -> int | None:
     """How many shapes two generators have whose shapes can be counted; None for others. Raises: ValueError where they do not correspond."""
-    from eg3d_rlhf.generators import FiniteGenerator
+    from eg3d_rlhf.generators import count_of
 
-    counts = [loaded.generator.count if isinstance(loaded.generator, FiniteGenerator) else None for loaded in (a, b)]
+    counts = [count_of(loaded.generator) for loaded in (a, b)]
     pairs = [loaded.nets.training_set.get("pairs") for loaded in (a, b)]
     if counts[0] != counts[1] or pairs[0] != pairs[1]:
         raise ValueError("--a, --b: expected two files of assets of the same prompts and seeds, got others. Name two arms of one run.")
