@@ -183,6 +183,8 @@ class GanConfig:
     ada_interval: int = 4  # iterations between its steps
     d_reg_interval: int = 16  # iterations between R1
     blur_init_sigma: float = 10.0  # pixels
+    dual_discrimination: bool = True
+    filter_mode: str = "antialiased"
     grid: tuple[int, int] = (8, 4)  # columns and rows of image snapshots
 
     def __post_init__(self):

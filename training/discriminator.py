@@ -12,9 +12,11 @@ from torch_utils.ops.implementations import convolution_layout
 from training.layers import Conv2dLayer, FullyConnectedLayer, MappingNetwork, block_resolutions, channels_at
 
 
-def filtered_resizing(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Bilinear resize with antialiasing, as EG3D feeds raw images to the discriminator: [N, C, R, R] -> [N, C, size, size]."""
-    return torch.nn.functional.interpolate(image, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+def filtered_resizing(image: torch.Tensor, size: int, filter_mode: str = "antialiased") -> torch.Tensor:
+    """Bilinear resize, antialiased or not ("none"), as EG3D feeds raw images to the discriminator: [N, C, R, R] -> [N, C, size, size]."""
+    assert filter_mode in ("antialiased", "none")
+    antialias = filter_mode == "antialiased"
+    return torch.nn.functional.interpolate(image, size=(size, size), mode="bilinear", align_corners=False, antialias=antialias)
 
 
 class MinibatchStdLayer(torch.nn.Module):

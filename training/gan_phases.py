@@ -177,10 +177,10 @@ class GanPhases:
             image, raw = both[:, :3], filtered_resizing(both[:, 3:], raw.shape[-1])
         with self._mixed(c.device, mixed):
             logits = self.D({"image": image, "image_raw": raw}, c)
-        return logits.float(), [image, raw]
+        return logits.float(), ([image, raw] if self.config.dual_discrimination else [image])
 
     def _real(self, batch: Batch, sched: Schedule, requires_grad: bool) -> dict[str, torch.Tensor]:
-        raw = filtered_resizing(batch.real_img, sched.neural_rendering_resolution)
+        raw = filtered_resizing(batch.real_img, sched.neural_rendering_resolution, self.config.filter_mode)
         raw = blur(raw, sched.blur_sigma)  # the fake raw image is not blurred: EG3D's behaviour, kept
         return {"image": batch.real_img.detach().requires_grad_(requires_grad), "image_raw": raw.detach().requires_grad_(requires_grad)}
 

@@ -40,8 +40,7 @@ class SynthesisLayer(torch.nn.Module):
         self, x: torch.Tensor, w: torch.Tensor, noise_mode: str = "random", fused_modconv: bool = True, gain: float = 1.0
     ) -> torch.Tensor:
         """x [N, C, R/up, R/up], w [N, W] -> [N, O, R, R]."""
-        if noise_mode not in ("random", "const", "none"):
-            raise ValueError(f"noise_mode: expected 'random', 'const' or 'none', got {noise_mode!r}.")
+        assert noise_mode in ("random", "const", "none")
         noise = None
         if self.use_noise and noise_mode == "random":
             noise = torch.randn([x.shape[0], 1, self.resolution, self.resolution], device=x.device) * self.noise_strength

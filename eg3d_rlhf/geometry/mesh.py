@@ -211,11 +211,8 @@ def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.n
 
     Every part is decimated by itself, in proportion to its faces and to 16 at least. A closed part stays closed: where sheets would touch
     after the collapse it keeps more faces, with a warning. A mesh of no more than `target` faces is returned as it is.
-
-    Raises: ValueError for target < 4.
     """
-    if target < 4:
-        raise ValueError(f"decimate: expected at least 4 faces, got {target}. A tetrahedron is the smallest closed mesh.")
+    assert target >= 4  # a tetrahedron's
     if len(faces) <= target:
         return vertices, faces
     count, part = parts(faces, len(vertices))

@@ -84,10 +84,3 @@ def test_label_round_trip_and_mirror():
     left = cameras.LookAtPoseSampler.sample(math.pi / 2 - 0.4, 1.5, torch.zeros(3), radius=2.7)
     right = cameras.LookAtPoseSampler.sample(math.pi / 2 + 0.4, 1.5, torch.zeros(3), radius=2.7)
     torch.testing.assert_close(cameras.mirror_pose(left), right, atol=1e-6, rtol=0)
-
-
-def test_wrong_shapes_are_named():
-    with pytest.raises(ValueError, match=r"pack_label: expected cam2world \[N, 4, 4\]"):
-        cameras.pack_label(torch.eye(4), torch.eye(3))
-    with pytest.raises(ValueError, match=r"unpack_label: expected c \[N, 25\], got \[2, 24\]"):
-        cameras.unpack_label(torch.zeros(2, 24))

@@ -63,7 +63,7 @@ def run(attributes: dict, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     assert op.startswith("filtered_resizing"), op
     from training.discriminator import filtered_resizing
 
-    return filtered_resizing(x, a["size"])
+    return filtered_resizing(x, a["size"], "antialiased")
 
 
 def assert_close(name: str, actual: torch.Tensor, expected: np.ndarray):

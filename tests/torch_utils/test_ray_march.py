@@ -145,14 +145,6 @@ def test_inputs_need_not_be_contiguous():
     assert grad.shape == densities.shape and grad.isfinite().all()
 
 
-def test_shapes_are_checked():
-    densities, depths = case()
-    with pytest.raises(ValueError, match=r"ray_march: expected densities and depths \[B, S\] with S >= 2"):
-        ray_march(densities[:, :1], depths[:, :1])
-    with pytest.raises(ValueError, match=r"importance_depths: expected u \[19, F\], got \[3, 4\]"):
-        importance_depths(densities, depths, torch.rand(3, 4))
-
-
 @needs_cpp
 def test_is_registered_as_torch_expects():
     assert build.available("ray_march", "cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import bias_act, conv2d_resample, upfirdn2d
+from torch_utils.ops import bias_act, upfirdn2d
 from torch_utils.ops.grid_sample_gradfix import grid_sample
 
 
@@ -71,15 +71,5 @@ def test_mistakes_are_explained():
     x = torch.zeros(1, 2, 4, 4)
     with pytest.raises(ValueError, match="bias_act: expected impl to be one of auto, compiled, torch, ref, got 'fast'"):
         bias_act.bias_act(x, impl="fast")
-    with pytest.raises(ValueError, match="upfirdn2d: expected impl"):
-        upfirdn2d.upfirdn2d(x, None, impl="fast")
-    with pytest.raises(ValueError, match=r"expected b of shape \[x.shape\[1\]\]"):
-        bias_act.bias_act(x, torch.zeros(3))
-    with pytest.raises(ValueError, match="expected act to be one of"):
-        bias_act.bias_act(x, act="gelu")
     with pytest.raises(ValueError, match="at least 4 pixels after padding, got 2"):
         upfirdn2d.upfirdn2d(x, upfirdn2d.setup_filter([1, 3, 3, 1]), padding=-1)
-    with pytest.raises(ValueError, match="whole numbers >= 1, got 0"):
-        upfirdn2d.upfirdn2d(x, None, up=0)
-    with pytest.raises(ValueError, match="Make the channel counts agree"):
-        conv2d_resample.conv2d_resample(x, torch.zeros(1, 3, 3, 3))

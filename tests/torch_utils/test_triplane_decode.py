@@ -211,14 +211,6 @@ def test_half_precision_and_no_points():
     assert decode((planes, points[:, :0], box_warp, weights))[0].shape == (2, 0, 3)
 
 
-def test_shapes_are_checked():
-    planes, points, box_warp, weights = case()
-    with pytest.raises(ValueError, match=r"triplane_decode: expected planes \[N, K, C, H, W\]"):
-        decode((planes, points[:1], box_warp, weights))
-    with pytest.raises(ValueError, match=r"got .*\[4, 8\]"):
-        decode((planes, points, box_warp, weights._replace(w1=weights.w1[:, :8])))
-
-
 @needs_cpp
 @pytest.mark.parametrize("colours", [0, 3])
 def test_is_registered_as_torch_expects(colours):

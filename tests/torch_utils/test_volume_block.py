@@ -209,11 +209,3 @@ def test_gradients_are_refused_by_the_compiled_op():
         volume_conv(x, one, one, randn(8, 8, 3, 3, 3), impl="compiled")
     volume_conv(x, one, one, randn(8, 8, 3, 3, 3))[0].sum().backward()  # "auto" takes plain torch
     assert x.grad is not None
-
-
-@pytest.mark.parametrize(("x", "w"), [((1, 8, 4, 4), (8, 8, 3, 3, 3)), ((1, 8, 4, 4, 4), (8, 4, 3, 3, 3))])
-def test_wrong_shapes_are_named(x, w):
-    with pytest.raises(ValueError, match="volume_conv"):
-        volume_conv(randn(*x), torch.ones(1, 8), torch.ones(1, 8), randn(*w))
-    with pytest.raises(ValueError, match="contiguous"):
-        volume_up(randn(1, 8, 4, 4, 4), randn(1, 8, 2, 2, 2), randn(8, 8, 3, 3, 3), out=torch.empty(3), impl="auto")

@@ -44,15 +44,9 @@ def conv2d_resample(
         impl: see `torch_utils.ops.implementations`; the same for the filter and for 3x3 convolutions inside.
     Returns: [N, O, H', W'], H' = H*up/down for "same" padding (K//2).
     Differentiable in x and w, to any order.
-    Raises: ValueError for wrong shapes or factors, or an unknown `impl`.
+    Raises: ValueError for an unknown `impl`.
     """
-    if x.ndim != 4 or w.ndim != 4 or x.shape[1] != w.shape[1] * groups:
-        raise ValueError(
-            f"conv2d_resample: expected x [N, I, H, W] and w [O, I/groups, K, K], got {list(x.shape)}, {list(w.shape)}, groups={groups}. "
-            "Make the channel counts agree."
-        )
-    if not (isinstance(up, int) and isinstance(down, int) and up >= 1 and down >= 1):
-        raise ValueError(f"conv2d_resample: expected up and down to be whole numbers >= 1, got {up} and {down}. Use e.g. 2.")
+    assert x.ndim == w.ndim == 4 and x.shape[1] == w.shape[1] * groups and up >= 1 and down >= 1
     kh, kw = w.shape[2:]
     pads = _parse_padding(padding)
     pads = same_size_padding(f, pads, up=up) if up > 1 else pads

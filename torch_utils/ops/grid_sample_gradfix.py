@@ -19,13 +19,8 @@ def grid_sample(input: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         grid: [N, h, w, 2], (x, y) in [-1, 1] inside the image.
     Returns: [N, C, h, w].
     Differentiable in `input` to any order (the operation is linear in it); in `grid` once, and not in combination.
-    Raises: ValueError for wrong shapes.
     """
-    if input.ndim != 4 or grid.ndim != 4 or grid.shape[0] != input.shape[0] or grid.shape[3] != 2:
-        raise ValueError(
-            f"grid_sample: expected input [N, C, H, W] and grid [N, h, w, 2], got {list(input.shape)} and {list(grid.shape)}. "
-            "Make the batch sizes and axes agree."
-        )
+    assert input.ndim == grid.ndim == 4 and len(grid) == len(input) and grid.shape[3] == 2
     return _Sample.apply(input, grid)
 
 

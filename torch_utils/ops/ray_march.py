@@ -22,9 +22,9 @@ def ray_march(densities: torch.Tensor, depths: torch.Tensor, impl: str = "auto")
     Args: densities [B, S] raw; depths [B, S], world units, in any order (equal depths keep theirs); impl: see `implementations`.
     Returns: sample weights v [B, S] in the order of the arguments, sum_k w_k (d_k + d_{k+1})/2 [B], sum_k w_k [B].
     Differentiable in densities and depths, to any order (compiled: once in densities; everything else through plain torch).
-    Raises: ValueError for shapes that do not fit, S < 2, or an unknown `impl`.
+    Raises: ValueError for an unknown `impl`.
     """
-    applies = _check("ray_march", densities, depths) and not (depths.requires_grad and torch.is_grad_enabled())
+    applies = _applies(densities, depths) and not (depths.requires_grad and torch.is_grad_enabled())
     if choose("ray_march", impl, "ray_march", densities.device.type, applies) == "compiled":
         return torch.ops.eg3d_rlhf.ray_march(densities.contiguous(), depths.contiguous())
     return ray_march_ref(densities, depths)
@@ -62,11 +62,10 @@ def importance_depths(densities: torch.Tensor, depths: torch.Tensor, u: torch.Te
 
     Args: densities [B, S] raw; depths [B, S] ascending; u [B, F] uniform draws in [0, 1); impl: see `implementations`.
     Returns: [B, F] in the order of u, detached.
-    Raises: ValueError for shapes that do not fit, S < 2, or an unknown `impl`.
+    Raises: ValueError for an unknown `impl`.
     """
-    applies = _check("importance_depths", densities, depths, u)
-    if u.ndim != 2 or len(u) != len(depths):
-        raise ValueError(f"importance_depths: expected u [{len(depths)}, F], got {list(u.shape)}. Draw one row for each ray.")
+    applies = _applies(densities, depths, u)
+    assert u.ndim == 2 and len(u) == len(depths)
     chosen = choose("importance_depths", impl, "ray_march", densities.device.type, applies)
     with torch.no_grad():
         if chosen == "compiled":
@@ -103,13 +102,9 @@ def invert_density(bins: torch.Tensor, weights: torch.Tensor, u: torch.Tensor, e
     return bin_below + (u - cdf_below) / width * (bin_above - bin_below)
 
 
-def _check(who: str, densities: torch.Tensor, depths: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether the compiled op covers them. Raises: ValueError for shapes that do not fit."""
-    if densities.ndim != 2 or densities.shape != depths.shape or densities.shape[1] < 2:
-        raise ValueError(
-            f"{who}: expected densities and depths [B, S] with S >= 2, got {list(densities.shape)} and {list(depths.shape)}. "
-            "Flatten the rays, and take two samples or more."
-        )
+def _applies(densities: torch.Tensor, depths: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether the compiled op covers them."""
+    assert densities.ndim == 2 and densities.shape == depths.shape and densities.shape[1] >= 2
     return alike(densities, depths, *others) and (densities.device.type != "cuda" or densities.shape[1] <= _CUDA_SAMPLES)
 
 

@@ -50,10 +50,7 @@ def slab_density(
     }
     names = [kinds[tuple(m.shape)] for m in maps if tuple(m.shape) in kinds]
     if not maps or len(names) < len(maps) or (len(set(names)) != len(names) and min(shape) > 1):
-        raise ValueError(
-            f"slab_density: expected maps [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z] for X, Y, Z = {list(shape)} and J = {len(w)}, "
-            f"each at most once, got {[list(m.shape) for m in maps]}. Build them with pair_maps."
-        )
+        raise ValueError(f"slab_density: expected maps of X, Y, Z = {list(shape)}, J = {len(w)}, got {[list(m.shape) for m in maps]}.")
     applies = alike(w, *maps, b) and min(shape) > 1  # at one point an axis, shapes do not tell maps apart
     chosen = choose("slab_density", impl, "slab_density", w.device.type, applies)
     if chosen == "ref":

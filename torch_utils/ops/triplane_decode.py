@@ -129,10 +129,11 @@ def triplane_decode(
         merged: `merge_planes` of the same planes, where several calls share it.
     Returns: features [N, P, D] in (-0.001, 1.001), sigma_raw [N, P, 1].
     Differentiable in planes and weights, twice; in points once (through plain torch).
-    Raises: ValueError for shapes that do not fit, or an unknown `impl`.
+    Raises: ValueError for an unknown `impl`.
     """
     weights = DecoderWeights(*weights)
-    _check(planes, points, weights)
+    assert planes.ndim == 5 and points.shape[2:] == (3,) and len(points) == len(planes) and planes.shape[2] == weights.w0.shape[1]
+    assert weights.b0.shape == weights.w0.shape[:1] == weights.w1.shape[1:] and weights.b1.shape == weights.w1.shape[:1]
     pairs = plane_axes if not isinstance(plane_axes, torch.Tensor) else None
     if pairs is None and merged is None:
         assert isinstance(plane_axes, torch.Tensor)
@@ -174,17 +175,6 @@ def triplane_decode_ref(
     features = sample_planes_channels_first(plane_axes, planes, points, box_warp).mean(dim=1).transpose(1, 2)  # [N, P, C]
     out = F.linear(F.softplus(F.linear(features, w0, b0)), w1, b1)
     return torch.sigmoid(out[..., 1:]) * _SCALE - _SHIFT, out[..., :1]
-
-
-def _check(planes: torch.Tensor, points: torch.Tensor, weights: DecoderWeights) -> None:
-    w0, b0, w1, b1 = weights
-    units, channels = w0.shape
-    fits = planes.ndim == 5 and points.ndim == 3 and points.shape[2] == 3 and len(points) == len(planes) and planes.shape[2] == channels
-    if not fits or b0.shape != (units,) or w1.ndim != 2 or w1.shape[1] != units or b1.shape != w1.shape[:1]:
-        raise ValueError(
-            "triplane_decode: expected planes [N, K, C, H, W], points [N, P, 3], w0 [J, C], b0 [J], w1 [1 + D, J], b1 [1 + D], got "
-            f"{[list(t.shape) for t in (planes, points, *weights)]}. Pass the planes of G.planes and decoder.weights()."
-        )
 
 
 def _decode_torch(sums: torch.Tensor, pairs: Pairs, points: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,17 +36,14 @@ def setup_filter(
         gain: overall factor of the two-dimensional filter.
         separable: keep 1-D taps as such; None does so from 8 taps on.
     Returns: float32 [K] (applied along both axes) or [KH, KW].
-    Raises: ValueError for an empty filter, more than two axes, or separable=True with 2-D taps.
     """
     given = np.asarray(1.0 if f is None else f.detach().cpu() if isinstance(f, torch.Tensor) else f)
     taps = torch.as_tensor(given, dtype=torch.float32, device="cpu")
-    if taps.ndim > 2 or taps.numel() == 0:
-        raise ValueError(f"setup_filter: expected a scalar, [K] or [KH, KW] taps, got shape {list(taps.shape)}. Pass e.g. [1, 3, 3, 1].")
+    assert taps.ndim <= 2 and taps.numel() > 0
     taps = taps.reshape(1) if taps.ndim == 0 else taps
     if separable is None:
         separable = taps.ndim == 1 and taps.numel() >= SEPARABLE_FROM
-    if separable and taps.ndim == 2:
-        raise ValueError("setup_filter: expected 1-D taps with separable=True, got 2-D ones. Leave separable unset.")
+    assert not (separable and taps.ndim == 2)
     if taps.ndim == 1 and not separable:
         taps = torch.outer(taps, taps)
     if normalize:
@@ -80,20 +77,14 @@ def upfirdn2d(
         impl: see `torch_utils.ops.implementations`; "compiled" needs float32 or float64.
     Returns: [N, C, H', W'] with H' = (H*up + pads - K) // down + 1.
     Differentiable in x, to any order; not in f.
-    Raises: ValueError for wrong shapes, factors below 1, an empty result or an unknown `impl`.
+    Raises: ValueError for an empty result or an unknown `impl`.
     """
-    if x.ndim != 4:
-        raise ValueError(f"upfirdn2d: expected x [N, C, H, W], got {list(x.shape)}. Add the missing axes.")
-    if f is not None and f.ndim not in (1, 2):
-        raise ValueError(f"upfirdn2d: expected f [K] or [KH, KW], got {list(f.shape)}. Prepare it with setup_filter.")
+    assert x.ndim == 4 and (f is None or f.ndim in (1, 2))
     up, down, padding = _parse_scaling(up), _parse_scaling(down), _parse_padding(padding)
     f = torch.ones([1, 1], device=x.device) if f is None else f.detach()
     for size, k in zip(_padded_size(x, up, padding), filter_size(f), strict=True):
         if size < k:
-            raise ValueError(
-                f"upfirdn2d: expected at least {k} pixels after padding, got {size}. "
-                f"Pad more, or use a larger image (x is {list(x.shape)})."
-            )
+            raise ValueError(f"upfirdn2d: expected at least {k} pixels after padding, got {size}. Use larger images than {list(x.shape)}.")
     applies = x.dtype in COMPILED_DTYPES[x.device.type == "cuda"] and x.numel() > 0
     chosen = choose("upfirdn2d", impl, "upfirdn2d", x.device.type, applies)
     if chosen != "compiled":
@@ -235,8 +226,7 @@ def filter_size(f: torch.Tensor | None) -> Pair:
 def _parse_scaling(scaling: Scale) -> Pair:
     """One factor or (x, y) -> (x, y)."""
     sx, sy = (scaling, scaling) if isinstance(scaling, int) else scaling
-    if not (isinstance(sx, int) and isinstance(sy, int) and sx >= 1 and sy >= 1):
-        raise ValueError(f"upfirdn2d: expected up and down to be whole numbers >= 1, got {scaling}. Use e.g. 2 or (2, 1).")
+    assert sx >= 1 and sy >= 1
     return sx, sy
 
 
@@ -245,6 +235,5 @@ def _parse_padding(padding: Scale) -> Pads:
     pads = [padding] * 2 if isinstance(padding, int) else list(padding)
     if len(pads) == 2:
         pads = [pads[0], pads[0], pads[1], pads[1]]
-    if len(pads) != 4 or not all(isinstance(p, int) for p in pads):
-        raise ValueError(f"upfirdn2d: expected padding as one, two or four whole numbers, got {padding}. Use e.g. (2, 1, 2, 1).")
-    return pads[0], pads[1], pads[2], pads[3]
+    before_x, after_x, before_y, after_y = pads
+    return before_x, after_x, before_y, after_y

@@ -63,8 +63,7 @@ def _memory(out: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]
     """`out`, checked, or new memory."""
     if out is None:
         return like.new_empty(shape)
-    if out.shape != torch.Size(shape) or not out.is_contiguous() or out.dtype != like.dtype:
-        raise ValueError(f"volume_block(out): expected contiguous {list(shape)}, got {list(out.shape)}. Leave it out for new memory.")
+    assert out.shape == torch.Size(shape) and out.is_contiguous() and out.dtype == like.dtype
     return out
 
 
@@ -90,11 +89,7 @@ def volume_conv(
     "auto" takes the compiled op where O is a multiple of 8 and W is at least 4; narrower volumes fill its vectors badly.
     """
     samples, inputs = scale.shape
-    if x.ndim != 5 or w.shape[-4:] != (inputs, 3, 3, 3) or x.shape[1] not in (1, inputs) or (w.ndim == 6 and len(w) != samples):
-        raise ValueError(
-            f"volume_conv: expected x [N, 1 or C, D, H, W], scale [N, C] and w [(N,) O, C, 3, 3, 3], got {list(x.shape)}, "
-            f"{list(scale.shape)} and {list(w.shape)}. Pass one scale per input."
-        )
+    assert x.ndim == 5 and w.shape[-4:] == (inputs, 3, 3, 3) and x.shape[1] in (1, inputs) and (w.ndim == 5 or len(w) == samples)
     fits = w.shape[-5] % _LANES == 0 and (impl == "compiled" or x.shape[4] >= _LEAST_WIDTH)
     if fits and _compiled(impl, x, scale, shift, residual, mix):
         u = transformed_kernel(w) if u is None else u

@@ -106,28 +106,15 @@ def FOV_to_intrinsics(fov_degrees: float, device="cpu") -> torch.Tensor:  # noqa
 
 
 def pack_label(cam2world: torch.Tensor, intrinsics: torch.Tensor) -> torch.Tensor:
-    """Camera label c [N, 25] from cam2world [N, 4, 4] and intrinsics [3, 3] or [N, 3, 3]: both row-major, pose first.
-
-    Raises: ValueError when the trailing dimensions are not 4x4 and 3x3.
-    """
-    if cam2world.ndim != 3 or cam2world.shape[1:] != (4, 4) or intrinsics.shape[-2:] != (3, 3):
-        raise ValueError(
-            f"pack_label: expected cam2world [N, 4, 4] and intrinsics [3, 3] or [N, 3, 3], got {list(cam2world.shape)} and "
-            f"{list(intrinsics.shape)}. Add the batch dimension, or swap the arguments."
-        )
+    """Camera label c [N, 25] from cam2world [N, 4, 4] and intrinsics [3, 3] or [N, 3, 3]: both row-major, pose first."""
+    assert cam2world.ndim == 3 and cam2world.shape[1:] == (4, 4) and intrinsics.shape[-2:] == (3, 3)
     k = intrinsics.expand(len(cam2world), 3, 3)
     return torch.cat([cam2world.reshape(-1, POSE_NUMBERS), k.reshape(-1, INTRINSICS_NUMBERS)], dim=1)
 
 
 def unpack_label(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cam2world [N, 4, 4] and intrinsics [N, 3, 3] of labels c [N, 25].
-
-    Raises: ValueError when c does not have 25 columns.
-    """
-    if c.ndim != 2 or c.shape[1] != LABEL_NUMBERS:
-        raise ValueError(
-            f"unpack_label: expected c [N, {LABEL_NUMBERS}], got {list(c.shape)}. Pass 16 pose and 9 intrinsics numbers per row."
-        )
+    """cam2world [N, 4, 4] and intrinsics [N, 3, 3] of labels c [N, 25]."""
+    assert c.ndim == 2 and c.shape[1] == LABEL_NUMBERS
     return c[:, :POSE_NUMBERS].reshape(-1, 4, 4), c[:, POSE_NUMBERS:].reshape(-1, 3, 3)
 
 
