@@ -31,7 +31,6 @@ RESULTS = Path(__file__).parent / "results"
         help="Op rows: time plain torch, torch.compile of the reference and torch.compile of plain torch as well.")
 @option("--out", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, group="Results",
         show_default="benchmarks/results", help="Folder of latest.json and latest.md.")
-@option("--resume", is_flag=True, group="Results", help="Keep the rows that the file in DIR has already, and go on after them.")
 @option("--compare", metavar="OLD.json", type=click.Path(path_type=Path, dir_okay=False, exists=True), default=None, group="Results",
         help="Name the rows whose ratio fell by more than 10 % since then; exit code 1 where there are any.")
 def main(

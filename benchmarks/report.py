@@ -1,11 +1,9 @@
 """Results as JSON and Markdown, and their comparison with older ones. Nothing in them names a host or a path."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
-import random
 import statistics
 from pathlib import Path
 
@@ -16,15 +14,12 @@ from benchmarks.rows import FAST, REFERENCE, Agreement, Row
 from training.storage import write_atomic
 
 WORSE = 0.9  # of the old ratio: below, a row has regressed
-SOURCE_FILES = (".py", ".cpp", ".h", ".cu", ".cuh")
 _MB = 1e6
 LEGEND = (
-    "Seconds: median [least, most] of rounds in which both paths ran in turn. Interval of the ratio: 95 % bootstrap over rounds, or",
-    "(range) the extremes of the rounds' own ratios where there are few. Errors: largest absolute of the outputs; of gradients, relative",
+    "Seconds: median [least, most] of rounds in which both paths ran in turn. Interval of the ratio: the extremes of",
+    "the rounds' own ratios. Errors: largest absolute of the outputs; of gradients, relative",
     "to the largest. Memory: peak beyond the inputs, each path in a process of its own (references of minutes in their first round).",
 )
-_DRAWS = 2000  # of the bootstrap
-_BOOTSTRAP_FROM = 6  # rounds; with fewer the range of the rounds' own ratios is all that can be said
 
 
 def machine(device: str) -> dict[str, str | int | float]:
@@ -58,42 +53,17 @@ def compiled_ops(device: str) -> dict[str, bool]:
     return {op: build.available(op, device) for op in build.ops(device)}
 
 
-def sources() -> str:
-    """A hash of the code that the rows run: rows of different code do not belong in one table."""
-    root = Path(__file__).resolve().parents[1]
-    files = [path for folder in ("benchmarks", "eg3d_rlhf", "torch_utils", "training") for path in sorted((root / folder).rglob("*"))]
-    code = hashlib.sha256()
-    for path in files:
-        if path.suffix in SOURCE_FILES and "node_modules" not in path.parts:
-            code.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return code.hexdigest()[:12]
-
-
 def header(device: str, quick: bool) -> dict:
     """The record without its rows."""
     return {
         "machine": machine(device), "threads": torch.get_num_threads(), "versions": versions(device), "compiled_ops": compiled_ops(device),
-        "sources": sources(), "quick": quick, "rows": [],
+        "quick": quick, "rows": [],
     }
 
 
 def ratio(reference: list[float], fast: list[float]) -> float:
     """How many times faster: median over median."""
     return statistics.median(reference) / statistics.median(fast)
-
-
-def ratio_interval(reference: list[float], fast: list[float]) -> tuple[float, float, str]:
-    """(low, high, kind) of the ratio; round i of both lists ran in the same turn.
-
-    kind "bootstrap95": 95 % percentile interval over rounds drawn with replacement, in pairs; "range": extremes of the rounds' own ratios.
-    """
-    pairs = list(zip(reference, fast, strict=True))
-    if len(pairs) < _BOOTSTRAP_FROM:
-        ratios = [slow / quick for slow, quick in pairs]
-        return min(ratios), max(ratios), "range"
-    rng = random.Random(0)
-    drawn = sorted(ratio(*zip(*rng.choices(pairs, k=len(pairs)), strict=True)) for _ in range(_DRAWS))
-    return drawn[int(0.025 * _DRAWS)], drawn[int(0.975 * _DRAWS) - 1], "bootstrap95"
 
 
 def row_record(
@@ -107,10 +77,10 @@ def row_record(
         judged: whether the target applies (not for tiny inputs).
     """
     walls = {path: values["wall"] for path, values in times.items()}
-    low, high, kind = ratio_interval(walls[REFERENCE], walls[FAST])
+    ratios = [reference / fast for reference, fast in zip(walls[REFERENCE], walls[FAST], strict=True)]  # of rounds: both ran in the same
     record = {
         "name": row.name, "size": row.size, "device": device, "repeats": len(walls[FAST]),
-        "ratio": ratio(walls[REFERENCE], walls[FAST]), "ratio_low": low, "ratio_high": high, "ratio_interval": kind,
+        "ratio": ratio(walls[REFERENCE], walls[FAST]), "ratio_low": min(ratios), "ratio_high": max(ratios),
         "processor_ratio": ratio(times[REFERENCE]["processor"], times[FAST]["processor"]) if device == "cpu" else None,
     }
     for path, values in walls.items():
@@ -189,11 +159,10 @@ def _cells(record: dict, others: list[str]) -> list[str]:
         return "" if value is None else format(value, form)
 
     target = record["target"]
-    kind = " (range)" if record["ratio_interval"] == "range" else ""
     memory = number(record["extra_memory_mb"], ".0f") + f" ({number(record['reference_extra_memory_mb'], '.0f')})"
     return [
         record["name"], record["size"], record["device"], spread(REFERENCE), spread(FAST), f"{record['ratio']:.2f}",
-        f"{record['ratio_low']:.2f} to {record['ratio_high']:.2f}{kind}", number(record["max_abs_error"], ".1e"),
+        f"{record['ratio_low']:.2f} to {record['ratio_high']:.2f}", number(record["max_abs_error"], ".1e"),
         number(record["gradient_error"], ".1e"), "" if record["extra_memory_mb"] is None else memory,
         "" if target is None else f"{target['at_least']:g} / {target['aim']:g}", {True: "yes", False: "no", None: ""}[record["met"]],
         *(f"{found:.3g}" if isinstance(found := record.get("others", {}).get(name, ""), float) else found and "failed" for name in others),

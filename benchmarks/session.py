@@ -90,7 +90,6 @@ class Options:
     repeats: int | None = None  # rounds of every row; None: as many as fit into BUDGET, at least 2
     torch_compile: bool = False  # the further columns of the op rows
     out: Path = Path("benchmarks/results")
-    resume: bool = False
     meter: Meter | None = extra_bytes_in_subprocess  # None: no memory
 
     @property
@@ -100,15 +99,10 @@ class Options:
 
 
 def run(rows: Sequence[Row], options: Options) -> tuple[dict, list[str]]:
-    """All rows: the report, which is on disk as well, and a line on each row whose paths disagree.
-
-    Raises: ValueError where --resume meets results of another machine, thread count, version, mode or code.
-    """
-    failures, results = [], _begin(options)
-    done = {report.key(record) for record in results["rows"]}
-    todo = [row for row in rows if (row.name, row.size, options.device) not in done]
-    with tqdm(total=len(todo)) as bar:
-        for i, row in enumerate(todo):
+    """All rows: the report, which is on disk as well, and a line on each row whose paths disagree."""
+    failures, results = [], report.header(options.device, options.quick)
+    with tqdm(total=len(rows)) as bar:
+        for i, row in enumerate(rows):
             what = f"{row.name} ({row.size}, {options.device})"
             bar.set_description_str(what)
             try:
@@ -118,23 +112,10 @@ def run(rows: Sequence[Row], options: Options) -> tuple[dict, list[str]]:
             except DisagreementError as error:
                 failures.append(f"{what}: the paths disagree: {error}")
                 outcome = "DISAGREES"
-            bar.write(f"[{i + 1}/{len(todo)}] {what}: {outcome}", file=sys.stderr)
+            bar.write(f"[{i + 1}/{len(rows)}] {what}: {outcome}", file=sys.stderr)
             bar.update()
     report.write(options.out, options.stem, results)
     return results, failures
-
-
-def _begin(options: Options) -> dict:
-    """An empty report, or the one on disk to go on with."""
-    head = report.header(options.device, options.quick)
-    path = options.out / f"{options.stem}.json"
-    if not (options.resume and path.exists()):
-        return head
-    old = report.read(path)
-    other = [name for name in head if name != "rows" and old.get(name) != head[name]]
-    if other:
-        raise ValueError(f"--resume: expected {path} with this {other[0]}, got another. Leave --resume out to start anew.")
-    return old
 
 
 def select(rows: Sequence[Row], patterns: Sequence[str], size: str) -> list[Row]:

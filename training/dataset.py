@@ -56,10 +56,8 @@ class ImageFiles:
         self.entries = frozenset(entries)
         self.images = sorted(name for name in entries if name.lower().endswith(IMAGE_SUFFIXES))
         if not self.images:
-            raise ValueError(
-                f"dataset {self.path}: expected images ({', '.join(IMAGE_SUFFIXES)}), got {len(entries)} other entries. "
-                "Point --data at the folder or zip that holds them."
-            )
+            known = ", ".join(IMAGE_SUFFIXES)
+            raise ValueError(f"dataset {self.path}: expected images ({known}), got {len(entries)} other entries. Check --data.")
 
     def __getstate__(self):
         return {**self.__dict__, "_archive": None}  # a worker process opens the file anew: handles share their position
@@ -75,10 +73,8 @@ class ImageFiles:
             try:
                 self._archive = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError) as error:
-                raise ValueError(
-                    f"dataset {self.path}: expected a zip archive, got a file that cannot be read as one ({error}). "
-                    "It is gone, truncated or of another kind: copy or build it again."
-                ) from error
+                got = f"a file that is gone, truncated or of another kind ({error})"
+                raise ValueError(f"dataset {self.path}: expected a zip archive, got {got}. Copy or build it again.") from error
         return self._archive
 
     def read(self, entry: str) -> bytes:
@@ -88,9 +84,8 @@ class ImageFiles:
                 return (self.path / entry).read_bytes()
             return self._open_archive().read(entry)
         except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
-            raise ValueError(
-                f"dataset {self.path}: cannot read entry {entry!r} ({error}). The file is gone or damaged: copy or build it again."
-            ) from error
+            why = f"cannot read entry {entry!r} ({error}), which is gone or damaged"
+            raise ValueError(f"dataset {self.path}: {why}. Copy or build the set again.") from error
 
     def decode(self, entry: str) -> PIL.Image.Image:
         """An entry's picture, wholly read.
@@ -104,9 +99,8 @@ class ImageFiles:
                     raise ValueError(f"{image.width}x{image.height} is too large")
                 picture = image.copy()
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{where}: expected a whole image, got {len(data)} bytes that cannot be decoded ({error}). Replace or remove the file."
-            ) from error
+            got = f"{len(data)} bytes that cannot be decoded ({error})"
+            raise ValueError(f"{where}: expected a whole image, got {got}. Replace or remove it.") from error
         if image.mode not in ("L", "RGB"):
             raise ValueError(f"{where}: expected an 8-bit RGB or greyscale image, got mode {picture.mode}. Convert it to RGB.")
         return picture
@@ -117,11 +111,9 @@ class ImageFiles:
         Raises: ValueError as `decode`, and when the image is not square.
         """
         pixels = np.asarray(self.decode(entry))
-        if pixels.shape[0] != pixels.shape[1]:
-            raise ValueError(
-                f"dataset {self.path}: entry {entry!r}: expected a square image, got {pixels.shape[1]}x{pixels.shape[0]}. "
-                "Crop the images to squares."
-            )
+        height, width = pixels.shape[:2]
+        if height != width:
+            raise ValueError(f"dataset {self.path}: entry {entry!r}: expected a square image, got {width}x{height}. Crop it.")
         return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
     def read_labels(self) -> list | None:
@@ -130,26 +122,19 @@ class ImageFiles:
         Raises: ValueError when dataset.json is missing, malformed, or lacks an image.
         """
         if LABELS_FILE not in self.entries:
-            raise ValueError(
-                f"dataset {self.path}: expected {LABELS_FILE} with the camera labels, got none. Add it at the top of the set, "
-                "or train without labels (use_labels=False, --cond=0)."
-            )
+            raise ValueError(f"dataset {self.path}: expected {LABELS_FILE} with the camera labels, got none. Add it at the top of the set.")
         where = f"dataset {self.path}: {LABELS_FILE}"
         try:
             rows = json.loads(self.read(LABELS_FILE))["labels"]
             by_name = None if rows is None else {str(name): label for name, label in rows}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{where}: expected {{"labels": [[image name, label], ...]}}, got something else ({error!r}). Rewrite the file.'
-            ) from error
+            raise ValueError(f'{where}: expected {{"labels": [[image name, label], ...]}}, got {error!r}. Rewrite the file.') from error
         if by_name is None:
             return None
         missing = [name for name in self.images if by_name.get(name) is None]
         if missing:
-            raise ValueError(
-                f"{where}: expected a label for each of the {len(self.images)} images, got none for {len(missing)} of them, "
-                f"the first being {missing[0]!r}. Add them, or remove the images."
-            )
+            wanted, got = f"a label for each of the {len(self.images)} images", f"none for {len(missing)} of them"
+            raise ValueError(f"{where}: expected {wanted}, got {got}, the first being {missing[0]!r}. Add them, or remove the images.")
         return [by_name[name] for name in self.images]
 
 
@@ -200,17 +185,13 @@ def check_poses(values: np.ndarray, names: list[str], where: str) -> None:
     bad = (deviation > ROTATION_TOLERANCE) | (np.linalg.det(rotation) < 0)
     if bad.any():
         i = int(bad.argmax())
-        raise ValueError(
-            f"{where}: entry {names[i]!r}: expected a rotation in the pose's upper-left 3x3, got one with |R^T R - I| = {deviation[i]:.3g} "
-            f"and determinant {np.linalg.det(rotation[i]):.3g} ({int(bad.sum())} of {len(names)} labels). Store cam2world row-major, "
-            "without scale or reflection."
-        )
+        got = f"|R^T R - I| = {deviation[i]:.3g} and determinant {np.linalg.det(rotation[i]):.3g} ({int(bad.sum())} of {len(names)} labels)"
+        raise ValueError(f"{where}: entry {names[i]!r}: expected a rotation in the pose, got {got}. Store a rigid cam2world, row-major.")
     bad = np.abs(pose[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
     if bad.any():
         i = int(bad.argmax())
-        raise ValueError(
-            f"{where}: entry {names[i]!r}: expected the pose's last row to be 0 0 0 1, got {pose[i, 3].tolist()}. Store it row-major."
-        )
+        got = pose[i, 3].tolist()
+        raise ValueError(f"{where}: entry {names[i]!r}: expected the pose's last row to be 0 0 0 1, got {got}. Store it row-major.")
 
 
 CACHE_LIMIT = 512 * 2**20  # bytes of decoded images up to which a set is kept in memory
@@ -239,8 +220,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self, path: str | Path, resolution: int | None = None, use_labels: bool = True, max_size: int | None = None, xflip: bool = False,
         random_seed: int = 0, c_dim: int | None = None,
     ):
-        if max_size is not None and max_size < 1:
-            raise ValueError(f"ImageFolderDataset: max_size must be >= 1 or None, got {max_size}.")
+        assert max_size is None or max_size >= 1
         self._files = ImageFiles(Path(path))
         self._labels = None  # float32 [n, L]
         if use_labels:
@@ -253,10 +233,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         n = len(self._files.images)
         self._shape = self._files.read_image(self._files.images[0]).shape
         if resolution is not None and resolution != self._shape[1]:
-            raise ValueError(
-                f"dataset {path}: expected images of {resolution}x{resolution}, got {self._shape[1]}x{self._shape[2]} in entry "
-                f"{self._files.images[0]!r}. Resize the set, or ask for resolution {self._shape[1]}."
-            )
+            got = f"{self._shape[1]}x{self._shape[2]} in entry {self._files.images[0]!r}"
+            raise ValueError(f"dataset {path}: expected images of {resolution}x{resolution}, got {got}. Resize the set.")
         keep = np.arange(n, dtype=np.int64)
         if max_size is not None and max_size < n:
             np.random.RandomState(random_seed).shuffle(keep)
@@ -286,11 +264,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             return self._cache[raw]
         image = self._files.read_image(self._files.images[raw])
         if image.shape != self._shape:
-            where, first = f"dataset {self._files.path}: entry {self._files.images[raw]!r}", self._files.images[0]
-            raise ValueError(
-                f"{where}: expected {list(self._shape)} (channels, height, width) as in {first!r}, got {list(image.shape)}. "
-                "All images must have one size and kind."
-            )
+            where, wanted = f"dataset {self._files.path}: entry {self._files.images[raw]!r}", f"as in {self._files.images[0]!r}"
+            raise ValueError(f"{where}: expected channels and size {list(self._shape)} {wanted}, got {list(image.shape)}. Convert it.")
         if self._cache is not None and self._known is not None:
             self._cache[raw] = image
             self._known[raw] = True
@@ -362,7 +337,7 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
         window_size: window as a fraction of n, in [0, 1]; a window under 2 places disables reshuffling.
         start_index: position at which to begin, counted over all ranks: the images consumed before a resumed run. The positions before it
             are replayed without yielding (well under a microsecond each), so the order continues exactly.
-    Raises: ValueError on an empty dataset or values outside those ranges.
+    Raises: ValueError on an empty dataset.
     """
 
     def __init__(
@@ -371,11 +346,7 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
     ):
         if len(dataset) == 0:
             raise ValueError("InfiniteSampler: expected at least one image, got an empty dataset. Check the path and max_size.")
-        if not (0 <= rank < num_replicas and 0 <= window_size <= 1 and start_index >= 0):
-            raise ValueError(
-                "InfiniteSampler: expected 0 <= rank < num_replicas, 0 <= window_size <= 1 and start_index >= 0, got "
-                f"rank={rank}, num_replicas={num_replicas}, window_size={window_size}, start_index={start_index}."
-            )
+        assert 0 <= rank < num_replicas and 0 <= window_size <= 1 and start_index >= 0
         super().__init__()
         self.length, self.rank, self.num_replicas, self.start_index = len(dataset), rank, num_replicas, start_index
         self.shuffle, self.seed, self.window_size = shuffle, seed, window_size

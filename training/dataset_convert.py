@@ -165,15 +165,11 @@ def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> lis
 def _check_shape(shape: tuple[int, int, int], first: tuple[int, int, int], entry: str, where: str) -> None:
     _, height, width = shape
     if height != width or width & (width - 1):
-        raise ValueError(
-            f"{where}: entry {entry!r}: expected a square image whose side is a power of two, got {width}x{height}. "
-            "Add --transform=center-crop --resolution=WxH."
-        )
+        wanted, remedy = "a square image whose side is a power of two", "Add --transform=center-crop --resolution=WxH."
+        raise ValueError(f"{where}: entry {entry!r}: expected {wanted}, got {width}x{height}. {remedy}")
     if shape != first:
-        raise ValueError(
-            f"{where}: entry {entry!r}: expected {list(first)} (channels, height, width) as the first image, got {list(shape)}. "
-            "All images must have one size and kind: add --resolution, or convert them to RGB."
-        )
+        wanted, remedy = f"{list(first)} (channels, height, width) as the first image", "Add --resolution, or convert it to RGB."
+        raise ValueError(f"{where}: entry {entry!r}: expected {wanted}, got {list(shape)}. {remedy}")
 
 
 def convert_dataset(

@@ -38,15 +38,11 @@ def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, worl
     conditioned = not nets.G.rendering_kwargs["c_gen_conditioning_zero"]
     if conditioned != config.gen_pose_cond:
         kind = "conditioned on the camera" if conditioned else "that ignores the camera"
-        raise ValueError(
-            f"--gen-pose-cond: expected {conditioned} for a generator {kind}, got {config.gen_pose_cond}. Change the flag or leave it out."
-        )
+        raise ValueError(f"--gen-pose-cond: expected {conditioned} for a generator {kind}, got {config.gen_pose_cond}. Leave it out.")
     rendered = max(config.nrr_initial, config.nrr_final or 0)
     if module.only_enlarges and rendered > module.input_resolution:
-        raise ValueError(
-            f"--nrr-initial, --nrr-final: expected at most {module.input_resolution} pixels for {type(module).__name__}, got {rendered}. "
-            "Lower them."
-        )
+        wanted = f"at most {module.input_resolution} pixels for {type(module).__name__}"
+        raise ValueError(f"--nrr-initial, --nrr-final: expected {wanted}, got {rendered}. Lower them.")
 
 
 def save_grid(images: np.ndarray | torch.Tensor, value_range: tuple[float, float], columns: int, path: str | Path) -> None:

@@ -104,9 +104,8 @@ def _make(cls: Any, kwargs: dict, who: str) -> torch.nn.Module:
     try:
         return cls(**kwargs)
     except (TypeError, KeyError) as error:
-        raise ValueError(
-            f"{who}: expected the constructor arguments of {cls.__name__}, got others ({error}). Use a file that this version wrote."
-        ) from None
+        wanted = f"the constructor arguments of {cls.__name__}"
+        raise ValueError(f"{who}: expected {wanted}, got others ({error}). Use a file that this version wrote.") from None
 
 
 def set_mbstd_group(networks: Networks, group: int | None) -> None:

@@ -94,10 +94,8 @@ def read_tensors(path: str | Path, kind: str | None = None, device: str | torch.
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     expected = content.pop(CHECKSUM_KEY, None)
     if expected is not None and checksum(tensors, content) != expected:
-        raise ValueError(
-            f"{path}: expected a {kind or 'tensor'} file with its checksum, got other bytes than were written. It is damaged: restore it "
-            "or name another file."
-        )
+        what = f"a {kind or 'tensor'} file with its checksum"
+        raise ValueError(f"{path}: expected {what}, got other bytes than were written. It is damaged: restore it or name another.")
     return {name: tensor.to(device) for name, tensor in tensors.items()}, content["meta"]
 
 

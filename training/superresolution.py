@@ -35,10 +35,8 @@ class SuperresolutionHybrid(torch.nn.Module):
         self.input_resolution = input_resolution or self.default_input_resolution
         expected = self.input_resolution * (4 if self.first_block_upsamples else 2)
         if img_resolution != expected:
-            raise ValueError(
-                f"{type(self).__name__}: expected img_resolution {expected}, got {img_resolution}. "
-                f"Use data of {expected} pixels, or name another module with --sr-module."
-            )
+            remedy = f"Use data of {expected} pixels, or name another module with --sr-module."
+            raise ValueError(f"{type(self).__name__}: expected img_resolution {expected}, got {img_resolution}. {remedy}")
         self.sr_antialias = sr_antialias and self.antialias_allowed
         wide, narrow = block_channels or self.default_block_channels
         use_fp16 = sr_num_fp16_res > 0
@@ -54,10 +52,8 @@ class SuperresolutionHybrid(torch.nn.Module):
         if x.shape[-1] == size:
             return x
         if self.only_enlarges and x.shape[-1] > size:
-            raise ValueError(
-                f"{type(self).__name__}: expected a rendering of at most {size} pixels, got {x.shape[-1]}. "
-                "Lower the neural rendering resolution."
-            )
+            remedy = "Lower the neural rendering resolution."
+            raise ValueError(f"{type(self).__name__}: expected a rendering of at most {size} pixels, got {x.shape[-1]}. {remedy}")
         return torch.nn.functional.interpolate(x, size=(size, size), mode="bilinear", align_corners=False, antialias=self.sr_antialias)
 
     def forward(self, rgb: torch.Tensor, x: torch.Tensor, ws: torch.Tensor, **block_kwargs) -> torch.Tensor:

@@ -173,9 +173,8 @@ def find_network(source: str | Path | None) -> Path:
             return path / KEPT
         snapshots = sorted(path.glob("network-snapshot-*.safetensors")) or sorted(path.glob("network-snapshot-*.pkl"))
         if not snapshots:
-            raise FileNotFoundError(
-                f"network: expected a network-snapshot-*.safetensors or .pkl in {path}, got none. Name a file or another run."
-            )
+            wanted = "a network-snapshot-*.safetensors or .pkl"
+            raise FileNotFoundError(f"network: expected {wanted} in {path}, got none. Name a file or another run.")
         return snapshots[-1]
     return path
 

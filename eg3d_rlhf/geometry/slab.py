@@ -184,9 +184,7 @@ def sigma_from_planes(
         volumes = [slab_density([m[n] for m in maps], *last, (width, height, depth)).permute(2, 1, 0) for n in range(len(planes))]
         return torch.stack(volumes)  # [N, D, H, W], contiguous
     if impl == "separable":
-        raise ValueError(
-            f"density_grid: expected axis-aligned planes for impl='separable', got plane_axes {plane_axes.tolist()}. Use impl='auto'."
-        )
+        raise ValueError("density_grid: expected axis-aligned planes for impl='separable', got others. Use impl='auto'.")
     if impl == "auto" and straight:
         _warn_not_separable()
     points = spec.points().to(planes)  # [D, H, W, 3], components x, y, z

@@ -1,4 +1,4 @@
-"""Running rows: what is recorded, what is an error, what is skipped after an interruption."""
+"""Running rows: what is recorded, what is an error."""
 
 import json
 import platform
@@ -45,7 +45,7 @@ def test_a_faster_path_gets_its_ratio_and_all_fields(options, repo):
     assert record["repeats"] == 3 and (record["extra_memory_mb"], record["reference_extra_memory_mb"]) == (3, 90)
     assert record["fast_s"] >= 0.01 and record["reference_s"] >= 0.05
     assert record["ratio"] == pytest.approx(record["reference_s"] / record["fast_s"])
-    assert record["ratio_low"] <= record["ratio"] <= record["ratio_high"] and record["ratio_interval"] == "range"
+    assert record["ratio_low"] <= record["ratio"] <= record["ratio_high"]
     assert record["fast_min_s"] <= record["fast_s"] <= record["fast_max_s"] and len(record["fast_all_s"]) == 3
     assert record["met"] is True and record["target"] == {"at_least": 1.5, "aim": 3}
     assert record["max_abs_error"] == 0 and record["gradient_error"] == 0
@@ -74,29 +74,6 @@ def test_paths_that_disagree_are_an_error(options, errors, word):
 def test_small_errors_are_recorded(options):
     record = run_row(fake.row(error=4e-6, gradient_error=5e-5), options())
     assert record["max_abs_error"] == pytest.approx(4e-6, rel=0.1) and record["gradient_error"] == pytest.approx(5e-5, rel=0.1)
-
-
-def test_resume_skips_finished_rows_and_keeps_them(options):
-    calls = []
-    first, second = fake.row("first", calls=calls), fake.row("second", calls=calls)
-    settings = options(resume=True)
-    run([first], settings)
-    before = saved(settings)["rows"][0]
-    run([first, second], settings)
-    assert calls == ["first", "second"]
-    rows = saved(settings)["rows"]
-    assert [r["name"] for r in rows] == ["first", "second"] and rows[0] == before
-    run([first, second], options())  # everything again
-    assert len(calls) == 4
-
-
-@pytest.mark.parametrize(("name", "value"), [("versions", {"torch": "1.0"}), ("sources", "0" * 12)])
-def test_resume_refuses_results_of_other_versions_and_code(options, name, value):
-    settings = options(resume=True)
-    run([fake.row()], settings)
-    report.write(settings.out, settings.stem, saved(settings) | {name: value})
-    with pytest.raises(ValueError, match=f"--resume: .*{name}"):
-        run([fake.row()], settings)
 
 
 def test_rows_are_saved_one_by_one(options):

@@ -2,18 +2,15 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-import trimesh
 from click.testing import CliRunner
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import camera, load_generator, of, ws_of_seeds
 from eg3d_rlhf.generators.conversion import EXACT, slice_shares, to_tri_grid
-from eg3d_rlhf.modes import network_files, samples
-from eg3d_rlhf.rewards.reward import check_reward, load_reward
+from eg3d_rlhf.modes import network_files
 from tests import tiny_runs
 from tests.generators.pickles.writer import head_generator
 from training import networks
@@ -77,22 +74,6 @@ def test_pictures_are_the_same(files, fields):
         assert float(error.mean()) < 1e-5 and float(error.max()) < 5e-3, name  # single fine samples move with rounding
     solid = before.opacity > 0.5
     assert solid.float().mean() > 0.1 and float((before.depth - after.depth)[solid].abs().mean()) < 1e-4
-
-
-def test_the_rewards_of_the_bundled_generator_read_it_alike(files, fields):
-    reward = load_reward(bundled.REWARD)
-    check_reward(reward, files[1].generator)
-    with torch.no_grad():
-        torch.testing.assert_close(reward.score(fields[1]), reward.score(fields[0]), rtol=1e-4, atol=1e-3)
-
-
-def test_its_mesh_is_the_same(files, tmp_path):
-    flags = ["--seed=1", f"--trunc={PSI}", "--resolution=48"]
-    for name, path in (("before", bundled.GENERATOR), ("after", files[2])):
-        assert run(samples.mesh, f"--network={path}", f"--out={tmp_path / name}.ply", *flags).exit_code == 0
-    before, after = (trimesh.load(tmp_path / f"{name}.ply") for name in ("before", "after"))
-    assert len(before.vertices) == len(after.vertices) and after.is_watertight
-    np.testing.assert_allclose(np.sort(after.vertices, axis=0), np.sort(before.vertices, axis=0), atol=1e-4)
 
 
 def test_extent_one_is_panoheads_and_not_the_same(files, fields, tmp_path):

@@ -17,7 +17,7 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.foreign_scores import main as score
 from eg3d_rlhf.experiments.media.rendering import camera
 from eg3d_rlhf.generators import load_generator, load_networks, ws_of_seeds
-from eg3d_rlhf.modes import labels, reports, samples
+from eg3d_rlhf.modes import reports, samples
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.rewards.slab_network import RewardArch, RewardModel
@@ -81,11 +81,6 @@ def inside(points: torch.Tensor) -> torch.Tensor:
     return (points - torch.tensor(CENTRE)) / SCALE * torch.tensor([-1.0, 1.0, 1.0])
 
 
-def test_the_file_names_its_family_and_the_plugin_brings_it(foreign, pair):
-    assert storage.read_meta(foreign[0])["architecture"] == pair[0].architecture == "mirrored"
-    assert (pair[0].bounds.side, pair[0].bounds.centre) == (SCALE * pair[1].bounds.side, CENTRE)
-
-
 def test_density_and_colour_are_those_inside_at_the_mirrored_point(pair):
     generator, inner, ws = pair
     points = torch.rand(200, 3, generator=torch.Generator().manual_seed(0)) * 0.8 - 0.4
@@ -123,13 +118,6 @@ def test_its_mesh_lies_in_its_bounds_mirrored_and_watertight(foreign, tmp_path):
     np.testing.assert_allclose(mesh.bounds, expected, atol=2e-3)
     assert (np.abs(mesh.bounds - CENTRE) <= SCALE / 2 + 1e-3).all()
     assert mesh.volume == pytest.approx(own.volume * SCALE**3, rel=1e-2)
-
-
-def test_pairs_of_it_are_labelled(foreign, tmp_path):
-    out = tmp_path / "labels.jsonl"
-    run(labels.synthetic, f"--network={foreign[0]}", "--pairs=4", "--resolution=24", f"--out={out}")
-    assert len(out.read_text().splitlines()) == 4
-    assert json.loads(out.with_suffix(".meta.json").read_text())["generator"] == load_generator(foreign[0]).hash
 
 
 @pytest.fixture(scope="module")

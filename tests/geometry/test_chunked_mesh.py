@@ -100,21 +100,6 @@ def test_every_plane_is_asked_for_once_and_progress_ends_at_the_last():
     assert told[-1] == ("density", POINTS, POINTS) and len(told) == 7
 
 
-def test_bodies_at_the_border_are_closed_there():
-    sigma = ball(centre=(0.5, 0.0, 0.0))
-    body = solid(extract_mesh_blockwise(lambda part: sigma[part], AXES, planes=10))
-    assert body.is_watertight
-    assert body.volume == pytest.approx(2 / 3 * np.pi * RADIUS**3, rel=0.03)
-
-
-def test_user_errors_of_the_extraction():
-    sigma = ball()
-    with pytest.raises(ValueError, match=r"both sides of level 1000, got \["):
-        extract_mesh_blockwise(lambda part: sigma[part], AXES, 1000.0)
-    with pytest.raises(ValueError, match="expected finite sigma"):
-        extract_mesh_blockwise(lambda part: torch.where(sigma > 20, torch.nan, sigma)[part], AXES)
-
-
 def test_edges_of_a_tetrahedron_with_faults():
     faces = np.array([[0, 2, 1], [0, 1, 3], [1, 2, 3], [2, 0, 3]])
     assert count_edges(faces).watertight

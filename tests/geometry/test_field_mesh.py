@@ -3,22 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
 
 from eg3d_rlhf.generators.eg3d import PlaneField as Field
 from eg3d_rlhf.geometry import mesh_export
 from eg3d_rlhf.geometry.mesh import (
-    BRICK,
     bricks_along,
     count_edges,
     extract_mesh,
     extract_mesh_blockwise,
-    padded,
     parts,
-    touched_bricks,
     vertex_normals,
 )
-from eg3d_rlhf.geometry.mesh_export import FieldGrid, bound_bricks, bounds_of_size, extract_field_mesh
+from eg3d_rlhf.geometry.mesh_export import FieldGrid, bounds_of_size, extract_field_mesh
 from eg3d_rlhf.geometry.slab import SeparableDensity
 from tests.geometry.stand_in import StandIn, random_planes
 from tests.geometry.test_chunked_mesh import assert_same_surface
@@ -92,14 +88,6 @@ def test_bounds_hold_and_decide(layout, size, scale):
     assert bounds.undecided.mean() < (0.9 if size == 8 else 0.6)
 
 
-def test_finer_bounds_leave_less_undecided(monkeypatch):
-    density = FieldGrid(smooth_field(texels=9), 67).separable()
-    coarse = bounds_of_size(density, 3.0, BRICK)
-    monkeypatch.setattr(mesh_export, "_REFINE_SHARE", 0.0)
-    fine = bound_bricks(density, 3.0)
-    assert not (fine.undecided & ~coarse.undecided).any() and 0 < fine.undecided.sum() < coarse.undecided.sum()
-
-
 def test_density_far_from_the_surface_is_not_evaluated(monkeypatch):
     evaluated, part = [], SeparableDensity.part
 
@@ -127,25 +115,6 @@ def test_a_box_whose_corners_lie_on_corners_of_bricks(size):
             assert count_edges(mesh[1]).watertight
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 2), (7, 8, 9), (16, 15, 17), (33, 7, 6)])
-def test_noise_of_any_shape(shape):
-    """Every cell may hold a sheet; values exactly on the level lie on the faces of bricks too."""
-    volume = np.random.RandomState(3).randn(*shape).astype(np.float32)
-    volume[:: BRICK - 1] = np.round(volume[:: BRICK - 1])
-    axes = [np.linspace(0, 1, n) for n in shape]
-    mesh = extract_mesh_blockwise(lambda part: volume[part], axes, 0.0, 5)
-    assert_same_surface(mesh, extract_mesh(volume.transpose(2, 1, 0), axes, 0.0))
-    assert count_edges(mesh[1]).watertight
-
-
-def test_touched_bricks_are_those_that_hold_both_sides():
-    layer = gaussian_filter(np.random.RandomState(0).randn(BRICK + 1, padded(30), padded(20)), 2).astype(np.float32)
-    found = touched_bricks(layer, 0.0)
-    for row, column in np.ndindex(found.shape):
-        brick = layer[:, row * BRICK : row * BRICK + BRICK + 1, column * BRICK : column * BRICK + BRICK + 1]
-        assert found[row, column] == (brick.min() < 0 < brick.max())
-
-
 def test_normals_and_edges_of_an_extracted_surface():
     grid = FieldGrid(smooth_field(), 48)
     vertices, faces = extract_field_mesh(grid, level_of(grid, 0.8))
@@ -156,12 +125,6 @@ def test_normals_and_edges_of_an_extracted_surface():
     for corner in range(3):
         np.add.at(expected, faces[:, corner], np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]))
     np.testing.assert_allclose(normals, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
-
-
-def test_progress_ends_at_the_last_plane():
-    told, grid = [], FieldGrid(smooth_field(), 40, 0.1)
-    extract_field_mesh(grid, level_of(grid, 0.5), lambda *call: told.append(call))
-    assert told[-1] == ("density", 32, 32) and [done for _, done, _ in told] == [8, 16, 24, 32, 32]
 
 
 def test_errors_are_those_of_the_whole_volume():

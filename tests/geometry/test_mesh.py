@@ -74,16 +74,6 @@ def test_uneven_axes_are_followed():
     np.testing.assert_allclose(vertices[:, 2], np.exp(expected[:, 2]), atol=1e-3)
 
 
-@pytest.mark.parametrize("suffix", [".ply", ".obj", ".glb"])
-def test_files_read_back(tmp_path, suffix):
-    spec = SlabSpec.cube(24)
-    vertices, faces = extract_mesh(ball(spec), spec)
-    path = save_mesh(tmp_path / "meshes" / f"ball{suffix}", vertices, faces)
-    mesh = trimesh.load(path, force="mesh")
-    assert len(mesh.faces) == len(faces)
-    assert mesh.volume == pytest.approx(trimesh.Trimesh(vertices, faces).volume, rel=1e-4)
-
-
 def test_user_errors(tmp_path):
     spec = SlabSpec.cube(16)
     sigma = ball(spec)

@@ -8,7 +8,7 @@ import torch
 from tests.torch_utils.compilers import needs_cpp
 from torch_utils import build
 from torch_utils.ops.conv2d_resample import conv2d_resample, modulated_conv2d
-from torch_utils.ops.conv3x3 import _tile, conv3x3
+from torch_utils.ops.conv3x3 import conv3x3
 from torch_utils.ops.upfirdn2d import setup_filter
 
 
@@ -85,11 +85,6 @@ def test_a_nan_reaches_its_neighbourhood_and_no_other_tile(tile):
     x[0, 3, 5, 5] = float("nan")
     found = winograd(tile)(x, w).isnan()
     assert found[:, :, 4:7, 4:7].all() and not found[:, :, :4].any() and not found[:, :, 8:].any()
-
-
-def test_large_tiles_are_taken_where_they_are_many_and_full():
-    assert [_tile(n, side, side) for n, side in [(8, 64), (8, 32), (1, 32), (1, 33), (1, 256), (8, 8)]] == [4] * 6
-    assert [_tile(n, side, side) for n, side in [(1, 16), (1, 3), (8, 5), (8, 6), (64, 2), (8, 9)]] == [2] * 6
 
 
 @needs_cpp

@@ -153,19 +153,3 @@ def test_is_registered_as_torch_expects():
     grads = torch.randn_like(densities), torch.randn(len(densities)), torch.randn(len(densities))
     torch.library.opcheck(torch.ops.eg3d_rlhf.ray_march_backward, (*grads, densities, depths))
     torch.library.opcheck(torch.ops.eg3d_rlhf.importance_depths, (densities, depths.sort()[0], torch.rand(len(densities), 5)))
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_whole(backend):
-    densities, depths = case()
-    u = torch.rand(len(densities), 4)
-
-    def run(densities):
-        weights, depth_sum, total = ray_march(densities, depths)
-        return weights.square().sum() + (depth_sum * total).sum() + importance_depths(densities, depths, u).sum()
-
-    densities.requires_grad_()
-    compiled = torch.compile(run, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(densities), run(densities))
-    found, expected = (torch.autograd.grad(function(densities), densities) for function in (compiled, run))
-    torch.testing.assert_close(found, expected)

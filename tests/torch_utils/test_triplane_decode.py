@@ -8,7 +8,6 @@ import torch
 
 from tests.torch_utils.compilers import needs_cpp
 from torch_utils import build
-from torch_utils.ops.implementations import implementation
 from torch_utils.ops.triplane_decode import DecoderWeights, merge_planes, projection_axes, triplane_decode
 from training.rendering.renderer import generate_planes
 
@@ -221,26 +220,3 @@ def test_is_registered_as_torch_expects(colours):
     with torch.no_grad():
         grads = torch.randn(1, 20, colours), torch.randn(1, 20, 1)
         torch.library.opcheck(torch.ops.eg3d_rlhf.triplane_decode_backward, (*grads, leaves[0], [0, 1, 0, 2, 2, 1], points, *leaves[1:]))
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_whole(backend):
-    inputs = case(requires_grad=True)
-    pairs = projection_axes(generate_planes("fixed"))
-
-    def run(planes, points, *weights):
-        features, sigma = triplane_decode(planes, pairs, points, 1.6, DecoderWeights(*weights))
-        return features.sum() + (2 * sigma).sum()
-
-    arguments, leaves = (*inputs[:2], *inputs[3]), (inputs[0], *inputs[3])
-    compiled = torch.compile(run, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(*arguments), run(*arguments))
-    found, expected = (torch.autograd.grad(function(*arguments), leaves) for function in (compiled, run))
-    torch.testing.assert_close(found, expected)
-
-
-def test_the_implementation_block_reaches_the_op():
-    inputs = case()
-    with implementation("ref"):
-        inside = decode(inputs)
-    assert torch.equal(inside[1], decode(inputs, impl="ref")[1])

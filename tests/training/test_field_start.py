@@ -111,14 +111,6 @@ def test_a_few_steps_move_the_field_towards_the_named_heads():
     assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
 
 
-def test_the_game_begins_where_the_field_ends():
-    s = config()
-    nets = networks.build(*networks_for(s.net, 64, s.gan), {})
-    phases = {p.name: p for p in [*GanPhases(nets.G, nets.D, s.gan).phases(), field_phase(nets.G, s.gan)]}
-    due = {n: {name for name, p in phases.items() if p.due(0, n)} for n in (0, 999, 1000)}
-    assert due == {0: {"Gfield"}, 999: {"Gfield"}, 1000: {"Dmain", "Dreg", "Gmain", "Greg"}}
-
-
 def test_the_field_of_other_data_is_not_known(tmp_path):
     data = tiny_runs.write_dataset(tmp_path / "x.zip", 64)
     result = CliRunner().invoke(train.main, ["--cfg=heads64", "--init=scratch", f"--data={data}"])

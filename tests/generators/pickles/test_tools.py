@@ -107,12 +107,6 @@ def test_convert_warns_where_a_checkout_cannot_follow(tmp_path):
     assert "plane_resolution = 64" in result.stderr
 
 
-def test_a_pickle_as_a_generator(pkl):
-    found = generators.load_generator(pkl)
-    assert found.hash == networks.state_hash(stock_networks().G_ema) == generators.load_generator(pkl.parent).hash
-    assert found.nets.G_kwargs["plane_layout"] == "eg3d" and found.path == pkl
-
-
 def test_a_pickle_as_the_start_of_training(pkl, tmp_path):
     """--init=X.pkl gets as far as comparing the data with the networks."""
     data = tiny_runs.write_dataset(tmp_path / "tiny.zip")
