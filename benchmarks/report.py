@@ -103,10 +103,7 @@ def key(record: dict) -> tuple[str, str, str]:
 
 
 def read(path: Path) -> dict:
-    """A file of results.
-
-    Raises: ValueError for a file that is none.
-    """
+    """A file of results. Raises: ValueError for a file that is none."""
     try:
         report = json.loads(Path(path).read_text())
         for record in report["rows"]:

@@ -102,7 +102,8 @@ class PlaneField:
 
 def from_planes(device: str, tiny: bool, size: str, cube: bool, train: bool, layout: str = "eg3d") -> Case:
     """Density on a grid from planes that are already there, the same for both paths; the reference decodes all outputs at every point."""
-    field = PlaneField(TINY if tiny else (CUBE if cube else SLAB)[size], layout, device)
+    planes = TINY if tiny else (CUBE if cube else SLAB)[size]
+    field = TriGrid(planes, device) if layout == "panohead" else PlaneField(planes, layout, device)
 
     def run(path) -> Outcome:
         with torch.set_grad_enabled(train):
@@ -266,26 +267,15 @@ class TriGrid(PlaneField):
         return hidden @ weights.w_sigma + weights.b_sigma
 
 
-def tri_grid(device: str, tiny: bool, size: str, cube: bool, train: bool) -> Case:
-    """Density on a grid from slices that are already there, the same for both paths."""
-    field = TriGrid(TINY if tiny else (CUBE if cube else SLAB)[size], device)
-
-    def run(path) -> Outcome:
-        with torch.set_grad_enabled(train):
-            sigma = path()
-        return Outcome({"sigma": sigma.detach()}, field.gradients(sigma) if train else {})
-
-    return Case(fast=lambda: run(field.separable), reference=lambda: run(field.pointwise))
-
-
-def _tri_grid_row(name: str, size: str, seconds: float, target: Target | None, **what) -> Row:
-    return Row(name=name, size=size, make=functools.partial(tri_grid, size=size, **what), seconds=seconds, target=target)
+def _tri_grid_row(name: str, size: str, seconds: float, target: Target | None, cube: bool = False, train: bool = False) -> Row:
+    make = functools.partial(from_planes, size=size, cube=cube, train=train, layout="panohead")
+    return Row(name=name, size=size, make=make, seconds=seconds, target=target)
 
 
 _TRI_GRID_SLAB = Target(at_least=5, aim=10)
 ROWS += [
-    _tri_grid_row("slab of a tri-grid, from slices", "full", 8, _TRI_GRID_SLAB, cube=False, train=False),
-    _tri_grid_row("slab of a tri-grid, from slices", "bundled", 0.1, None, cube=False, train=False),
-    _tri_grid_row("slab of a tri-grid, forward + backward", "bundled", 0.3, None, cube=False, train=True),
-    _tri_grid_row("cube 64^3 of a tri-grid, from slices", "bundled", 0.5, None, cube=True, train=False),
+    _tri_grid_row("slab of a tri-grid, from slices", "full", 8, _TRI_GRID_SLAB),
+    _tri_grid_row("slab of a tri-grid, from slices", "bundled", 0.1, None),
+    _tri_grid_row("slab of a tri-grid, forward + backward", "bundled", 0.3, None, train=True),
+    _tri_grid_row("cube 64^3 of a tri-grid, from slices", "bundled", 0.5, None, cube=True),
 ]

@@ -137,10 +137,7 @@ def select(rows: Sequence[Row], patterns: Sequence[str], size: str) -> list[Row]
 
 
 def run_row(row: Row, options: Options) -> dict:
-    """Measure one row; returns its record.
-
-    Raises: DisagreementError where the paths do not compute the same.
-    """
+    """Measure one row; returns its record. Raises: DisagreementError where the paths do not compute the same."""
     device = options.device
     if options.torch_compile:
         torch.compiler.reset()  # rows share code objects, and torch gives up on one after eight compilations

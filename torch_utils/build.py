@@ -157,10 +157,7 @@ def flags(device_type: str) -> list[str]:
 
 
 def recipe(op: str, device_type: str) -> Recipe:
-    """Commands for one library.
-
-    Raises: BuildError where this machine has no compiler for it.
-    """
+    """Commands for one library. Raises: BuildError where this machine has no compiler for it."""
     include = Path(torch.__file__).parent / "include"
     headers = [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{SOURCES}"]
     source = str(SOURCES / (op + SUFFIX[device_type]))

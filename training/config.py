@@ -88,10 +88,7 @@ def _given(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
 
 
 def check_knobs(settings: typing.Any) -> None:
-    """Apply the ranges and choices of a settings object's own knobs; for its __post_init__.
-
-    Raises: ValueError naming the field.
-    """
+    """Apply the ranges and choices of a settings object's own knobs; for its __post_init__. Raises: ValueError naming the field."""
     for field in dataclasses.fields(settings):
         k, value = field.metadata.get("knob"), getattr(settings, field.name)
         if k is None or value is None:

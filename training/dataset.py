@@ -106,10 +106,7 @@ class ImageFiles:
         return picture
 
     def read_image(self, entry: str) -> np.ndarray:
-        """Pixels [C, H, W] uint8 of an entry, C = 1 or 3.
-
-        Raises: ValueError as `decode`, and when the image is not square.
-        """
+        """Pixels [C, H, W] uint8 of an entry, C = 1 or 3. Raises: ValueError as `decode`, and when the image is not square."""
         pixels = np.asarray(self.decode(entry))
         height, width = pixels.shape[:2]
         if height != width:

@@ -23,10 +23,7 @@ from training.phases import Layout, derive_seed
 
 
 def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, world: int = 1) -> None:
-    """Settings that only the networks and the number of processes can judge.
-
-    Raises: ValueError naming the flag.
-    """
+    """Settings that only the networks and the number of processes can judge. Raises: ValueError naming the flag."""
     batch, part, std, module = loop.batch, loop.batch_gpu, nets.D.b4.mbstd, nets.G.superresolution
     if batch % (world * (part or 1)):
         raise ValueError(f"--batch: expected a multiple of {world} processes x --batch-gpu={part or 1}, got {batch}. Change one of them.")

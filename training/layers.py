@@ -104,10 +104,7 @@ def channels_at(resolution: int, channel_base: int, channel_max: int) -> int:
 
 
 def block_resolutions(resolution: int) -> list[int]:
-    """4, 8, ..., resolution.
-
-    Raises: ValueError unless `resolution` is a power of two of at least 4.
-    """
+    """4, 8, ..., resolution. Raises: ValueError unless `resolution` is a power of two of at least 4."""
     log2 = int(np.log2(resolution)) if resolution >= 4 else 0
     if log2 < 2 or 2**log2 != resolution:
         raise ValueError(f"network resolution: expected a power of two >= 4, got {resolution}. Resize the data or change the preset.")

@@ -161,10 +161,7 @@ def bound_bricks(density: SeparableDensity, level: float) -> BrickBounds:
 
 
 def bounds_of_size(density: SeparableDensity, level: float, size: int) -> BrickBounds:
-    """Bounds of the bricks with `size` cells along an edge.
-
-    Raises: ValueError where a map holds NaN or infinity.
-    """
+    """Bounds of the bricks with `size` cells along an edge. Raises: ValueError where a map holds NaN or infinity."""
     low, high = zip(*(_map_extremes(m, density.shape, size) for m in density.maps), strict=True)
     for least, greatest in zip(low, high, strict=True):
         check_finite(float(least.min()), float(greatest.max()))
@@ -459,10 +456,7 @@ def vertex_colors(field: Field, vertices: np.ndarray, progress: Progress | None 
 
 
 def shape_suffix(name: str) -> str:
-    """'.ply', '.obj', '.glb' or '.mrc' from a format's name, with or without the dot.
-
-    Raises: ValueError for another one.
-    """
+    """'.ply', '.obj', '.glb' or '.mrc' from a format's name, with or without the dot. Raises: ValueError for another one."""
     suffix = "." + name.lower().removeprefix(".")
     if suffix not in SHAPE_SUFFIXES:
         raise ValueError(f"expected a shape format of {', '.join(SHAPE_SUFFIXES)}, got {name!r}. Choose one of them.")

@@ -1,8 +1,6 @@
 """Dataset conversion: pixels, names, labels, mirrored and cropped cameras, archives, and the text of every error."""
 
-import io
 import json
-import math
 import re
 import stat
 import zipfile
@@ -14,35 +12,12 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.modes import image_sets
+from tests.pictures import camera, pixels, png, write_zip
 from training.dataset import ImageFolderDataset
 from training.dataset_convert import ConvertOptions, transform_camera, transform_image
-from training.rendering.cameras import LookAtPoseSampler, intrinsics_matrix, mirror_label, pack_label
+from training.rendering.cameras import mirror_label
 
 COUNT = 11
-
-
-def camera(i: int) -> list[float]:
-    pose = LookAtPoseSampler.sample(math.pi / 2 + 0.1 * i, math.pi / 2 - 0.05 * i, torch.zeros(3), radius=2.7)
-    return pack_label(pose, intrinsics_matrix(4.2647))[0].tolist()
-
-
-def pixels(i: int, width: int = 16, height: int = 16) -> np.ndarray:
-    return np.random.RandomState(i).randint(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def png(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(array).save(buffer, format="png")
-    return buffer.getvalue()
-
-
-def write_zip(path, entries, labels="none"):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in entries.items():
-            archive.writestr(name, data)
-        if labels != "none":
-            archive.writestr("dataset.json", json.dumps({"labels": labels}))
-    return path
 
 
 def source(tmp_path, width=16, height=16, labels=camera, name="source.zip"):

@@ -115,10 +115,7 @@ class AssetNetwork(torch.nn.Module):
 
 
 def load_assets(path: str | Path) -> Asset:
-    """The assets that `Asset.save` wrote.
-
-    Raises: ValueError for another kind of file or of field.
-    """
+    """The assets that `Asset.save` wrote. Raises: ValueError for another kind of file or of field."""
     tensors, meta = read_tensors(path, "network")
     if meta.get("architecture") != ARCHITECTURE:
         got = meta.get("architecture", networks.EG3D)
