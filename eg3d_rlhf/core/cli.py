@@ -100,7 +100,11 @@ class GroupedCommand(click.Command):
                 near = difflib.get_close_matches(name, options, n=1)
                 meant = f"Did you mean {near[0]}? " if near else ""
                 raise ValueError(f"--set, --settings: expected a setting, got {name!r}. {meant}--dry-run prints them all.")
+            nargs = getattr(options[name], "nargs", 1)
+            value = value.split() if nargs > 1 and isinstance(value, str) else value
             several = isinstance(value, list)
+            if nargs > 1 and (not several or len(value) != nargs):
+                raise ValueError(f"{name}: expected {nargs} values, got {value}. Write them with spaces between.")
             try:
                 parts = [options[name].type.convert(str(part), options[name], ctx) for part in (value if several else [value])]
             except click.BadParameter as error:

@@ -27,10 +27,9 @@ _BLOCK_LABELS = 8_000_000  # compared labels held at once
 
 
 def pairwise_distances(x: ArrayLike) -> np.ndarray:
-    """Euclidean distances [N, N] of x [N, F] over sqrt(F): the root mean square difference, whatever the size. Raises: ValueError."""
+    """Euclidean distances [N, N] of x [N, F] over sqrt(F): the root mean square difference, whatever the size."""
     x = np.asarray(x, dtype=np.float64)
-    if x.ndim != 2 or len(x) < 3 or not np.isfinite(x).all():
-        raise ValueError(f"pairwise_distances: expected finite items [N, F], N >= 3, got {x.shape}. Add items.")
+    assert x.ndim == 2 and len(x) >= 3
     centred = x - x.mean(axis=0)
     squares = (centred**2).sum(axis=1)
     squared = np.maximum(squares[:, None] + squares - 2 * centred @ centred.T, 0.0) / x.shape[1]
@@ -46,10 +45,9 @@ def mean_pairwise(distances: np.ndarray, confidence: float = 0.95) -> MeanInterv
 def pairwise_ratio(before: np.ndarray, after: np.ndarray, confidence: float = 0.95) -> MeanInterval:
     """Mean pairwise distance after over before, of the same items: [N, N] each. The jackknife is taken on its logarithm.
 
-    Raises: ValueError for other sizes, or items before that are all equal.
+    Raises: ValueError for items before that are all equal.
     """
-    if before.shape != after.shape:
-        raise ValueError(f"pairwise_ratio: expected as many items after as before, got {before.shape} and {after.shape}. Pair them.")
+    assert before.shape == after.shape
     (first, first_without), (second, second_without) = _leave_one_out(before), _leave_one_out(after)
     if min(first, first_without.min()) <= 0:
         raise ValueError("pairwise_ratio: expected items that differ before, got equal ones. A ratio to nothing says nothing.")
@@ -93,13 +91,10 @@ def precision_recall(features_fake: np.ndarray, features_real: np.ndarray, k: in
     """Improved precision and recall of features [N, F] and [M, F] under the Euclidean distance.
 
     An item is no neighbour of itself, and a point on the edge of a ball is inside. Memory is bounded; time grows as (N + M)^2 F.
-    Raises: ValueError on shapes, values that are not finite, or sets of no more than k items.
+    Raises: ValueError for values that are not finite.
     """
     fake, real = (np.asarray(part, dtype=np.float64) for part in (features_fake, features_real))
-    if fake.ndim != 2 or real.ndim != 2 or fake.shape[1] != real.shape[1]:
-        raise ValueError(f"precision_recall: expected features [N, F] and [M, F], got {fake.shape} and {real.shape}. Use one network.")
-    if k < 1 or min(len(fake), len(real)) <= k:
-        raise ValueError(f"precision_recall: expected k >= 1 and more than k = {k} items, got {len(fake)} and {len(real)}. Add images.")
+    assert fake.shape[1] == real.shape[1] and 1 <= k < min(len(fake), len(real))
     if not (np.isfinite(fake).all() and np.isfinite(real).all()):
         raise ValueError("precision_recall: expected finite features, got NaN or infinity. Look for NaN images.")
     centre = real.mean(axis=0)  # distances stay, rounding shrinks
@@ -147,7 +142,6 @@ class Separability:
     n: int  # pairs
 
     def to_dict(self) -> dict:
-        """JSON types."""
         return {**asdict(self), "chance": self.chance.tolist()}
 
 
@@ -174,16 +168,10 @@ def paired_separability(
     Under no difference the two items of a latent can be swapped, so the null distribution swaps at random within pairs; the p-value is
     exact at any N (Phipson and Smyth 2010).
     Args: first, second [N, F]: item i of both belongs to the same latent; N > K.
-    Raises: ValueError on shapes, values that are not finite, or too few pairs.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if a.ndim != 2 or a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError(f"paired_separability: expected two finite sets [N, F] of the same latents, got {a.shape}, {b.shape}. Pair them.")
     n = len(a)
-    if not 1 <= k < n or permutations < 99:
-        raise ValueError(
-            f"paired_separability: expected 1 <= k < N and 99 permutations or more, got k = {k}, N = {n}, {permutations}. Add latents."
-        )
+    assert a.shape == b.shape and 1 <= k < n and np.isfinite([a, b]).all()
     near = neighbours(np.concatenate([a, b]), k)
     swaps = np.random.default_rng(seed).integers(0, 2, size=(permutations + 1, n), dtype=np.int8)
     swaps[0] = 0  # as observed

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from eg3d_rlhf.core.cli import ASSETS
 from eg3d_rlhf.measures.distances import FeatureNetwork, FeatureStatistics
+from eg3d_rlhf.measures.image_similarity import scripted
 from training.heads.family import APPEARANCE_NAMES, SHAPE_NAMES
 from training.synthetic_heads import HeadsTruth
 
@@ -98,10 +99,7 @@ class HeadFactorFeatures:
 
     @classmethod
     def load(cls, path: Path | str | None = None, device: torch.device | str = "cpu") -> "HeadFactorFeatures":
-        """Read a saved network; None reads the bundled one. Runs no code from the file.
-
-        Raises ValueError when the file is missing or holds something else.
-        """
+        """Read a saved network; None: the bundled one. Runs no code from the file. Raises: ValueError for another file."""
         path = Path(path) if path is not None else DEFAULT_ASSET
         if not path.is_file():
             raise ValueError(f"HeadFactorFeatures: expected a file at {path}, found none. Run eg3d-rlhf assets features to make it.")
@@ -126,22 +124,9 @@ class InceptionFeatures:
     """
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu") -> None:
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"InceptionFeatures: expected a TorchScript file at {path}, found none. Name a detector you have.")
-        try:
-            self.net = torch.jit.load(str(path), map_location=device).eval()
-        except RuntimeError as error:
-            raise ValueError(f"InceptionFeatures: expected TorchScript, got {path} ({str(error).splitlines()[0]}). Name a .pt.") from error
-        self.device = torch.device(device)
-        self.name = f"torchscript-{path.stem}"
-        try:
-            shape = list(self(torch.zeros(2, 3, 64, 64)).shape)
-        except RuntimeError as error:
-            raise ValueError(
-                f"InceptionFeatures: expected a net(uint8 images, return_features=True), got {path} ({str(error).splitlines()[0]}). Name "
-                "an Inception that FID pipelines use."
-            ) from error
+        self.net = scripted(Path(path), "InceptionFeatures", "(uint8 images, return_features=True), as FID pipelines use", device)
+        self.device, self.name = torch.device(device), f"torchscript-{Path(path).stem}"
+        shape = list(self(torch.zeros(2, 3, 64, 64)).shape)
         if len(shape) != 2 or shape[0] != 2:
             raise ValueError(f"InceptionFeatures: expected features [2, F] for 2 images, got {shape} from {path}. Name another detector.")
         self.dim = shape[1]
@@ -240,10 +225,6 @@ class FeatureTraining:
     held_out: float = 0.1  # last share of the images, for the record only
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 2 or self.learning_rate <= 0 or not 0 < self.held_out < 1:
-            raise ValueError("FeatureTraining: expected epochs >= 1, batch >= 2, learning_rate > 0 and held_out in (0, 1).")
-
 
 def read_images(path: Path, count: int | None = None) -> Tensor:
     """Images of a dataset zip in the order of their names, uint8 [N, 3, H, W]."""
@@ -319,8 +300,7 @@ def train_features(
     Args: `images` uint8 [N, 3, H, W]; `true_factors` [N, K]; `on_step` is told (step, steps, loss).
     Returns the network with its record (settings, explained variance per factor on the held-out images, hash of the weights).
     """
-    if len(images) != len(true_factors) or true_factors.shape[1] != len(FACTOR_NAMES):
-        raise ValueError(f"train_features: expected factors [{len(images)}, {len(FACTOR_NAMES)}], got {list(true_factors.shape)}.")
+    assert true_factors.shape == (len(images), len(FACTOR_NAMES))
     held_out = slice(len(images) - max(1, round(options.held_out * len(images))), len(images))
     images = to_resolution(images.float(), RESOLUTION).round().to(torch.uint8) if images.shape[-1] != RESOLUTION else images
     centre, spread = true_factors[: held_out.start].mean(dim=0), true_factors[: held_out.start].std(dim=0).clamp_min(1e-6)
@@ -362,10 +342,7 @@ class AdequacyRow:
 
 @torch.no_grad()
 def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int = 250) -> list[AdequacyRow]:
-    """Distance of the second half of the images, damaged ever more, to the untouched first half.
-
-    Args: `images` uint8 [N, 3, H, W], at least 2 * 65 of them for a covariance of full rank.
-    """
+    """Distance of the second half of images uint8 [N, 3, H, W], damaged ever more, to the untouched first half; 130 or more."""
     half = len(images) // 2
     if half < network.dim + 1:
         raise ValueError(f"adequacy: expected at least {2 * network.dim + 2} images, got {len(images)}. Use a larger set.")

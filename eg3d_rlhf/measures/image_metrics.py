@@ -116,8 +116,7 @@ def evaluate(
         if formula == "frechet":
             results = {name: fake[0].distance(real[0])}
         else:
-            estimate = kernel_inception_distance(real[1], fake[1], seed=options.seed)
-            results = {name: estimate.mean, f"{name}_std": estimate.std}
+            results = dict(zip((name, f"{name}_std"), kernel_inception_distance(real[1], fake[1], seed=options.seed), strict=True))
         records.append({
             "results": results, "metric": name, "features": network.name, "dimensions": network.dim, "images": options.images,
             "reals": len(dataset), "seed": options.seed, "snapshot": generator.path.name, "snapshot_sha256": generator.hash,
@@ -127,10 +126,7 @@ def evaluate(
 
 
 def training_options(network: Path) -> dict:
-    """'data' and 'mirror' of the run, ours or EG3D's, that a network file lies in; empty where it lies in none.
-
-    Raises: ValueError where they are damaged.
-    """
+    """'data' and 'mirror' of the run, ours or EG3D's, that a network file lies in; empty where it lies in none."""
     values = recorded(network.parent)
     theirs = values.get("training_set_kwargs")
     if isinstance(theirs, dict):

@@ -53,7 +53,7 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
     return values.unflatten(0, first.shape[:2]).mean(dim=(1, 2, 3, 4))
 
 
-def _scripted(path: Path, flag: str, what: str, device: torch.device | str) -> Callable[..., Any]:
+def scripted(path: Path, flag: str, what: str, device: torch.device | str) -> Callable[..., Any]:
     """The network of a TorchScript file, without gradients; what is wrong with it is said under the flag's name."""
     try:
         net = torch.jit.load(str(path), map_location=device).eval()
@@ -61,9 +61,9 @@ def _scripted(path: Path, flag: str, what: str, device: torch.device | str) -> C
         raise ValueError(f"{flag}: expected a TorchScript file, got {path} ({str(error).splitlines()[0]}). Export one.") from error
 
     @torch.no_grad()
-    def ask(*images: Tensor) -> Any:
+    def ask(*images: Tensor, **options: Any) -> Any:
         try:
-            return net(*images)
+            return net(*images, **options)
         except RuntimeError as error:
             reason = next((line for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)
             raise ValueError(f"{flag}: expected a net {what}, got {path} ({reason}).") from error
@@ -76,7 +76,7 @@ def load_lpips(path: Path, device: torch.device | str = "cpu") -> Callable[[Tens
 
     Raises: ValueError for another file, or one that gives something else.
     """
-    net = _scripted(path, "--lpips", "f(a, b) of two image batches", device)
+    net = scripted(path, "--lpips", "f(a, b) of two image batches", device)
 
     def distance(first: Tensor, second: Tensor) -> Tensor:
         found = net(first, second)
@@ -89,7 +89,7 @@ def load_lpips(path: Path, device: torch.device | str = "cpu") -> Callable[[Tens
 
 def load_identity(path: Path, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
     """Unit embeddings [N, F] of images [N, 3, H, W] in [-1, 1], from TorchScript that is called on the images. Raises: ValueError."""
-    net = _scripted(path, "--identity", "of image batches", device)
+    net = scripted(path, "--identity", "of image batches", device)
 
     def embed(images: Tensor) -> Tensor:
         found = net(images)

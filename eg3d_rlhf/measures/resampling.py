@@ -40,67 +40,57 @@ class DistanceInterval(NamedTuple):
     bias: float  # what the bootstrap says `measured` lies too high by
 
 
-def frechet_interval(
-    features_fake: np.ndarray, features_real: np.ndarray, resamples: int = 200, seed: int = 0, confidence: float = 0.95
-) -> DistanceInterval:
+def frechet_interval(features_fake: np.ndarray, features_real: np.ndarray, resamples: int = 200, seed: int = 0) -> DistanceInterval:
     """Fréchet distance of features [N, F] and [M, F] with its interval.
 
     Covers as stated with SAFE_SAMPLES samples of each set per feature; with fewer the corrected value stays too high. One resample costs
     four factorisations of F x F: milliseconds at F = 64, seconds at F = 2048.
-    Raises: ValueError on shapes, values that are not finite, too few resamples, or fewer samples than F + 1.
+    Raises: ValueError for values that are not finite, and fewer samples than F + 1.
     """
-    found = _interval(_Frechet(*_features("frechet_interval", features_fake, features_real)), resamples, seed, confidence)
+    found = _interval(_Frechet(*_features("frechet_interval", features_fake, features_real)), resamples, seed)
     mean, lo, hi, measured = (max(0.0, value) for value in found[:4])
     return DistanceInterval(mean, lo, hi, measured, found.bias)
 
 
-def kernel_interval(
-    features_fake: np.ndarray, features_real: np.ndarray, resamples: int = 200, seed: int = 0, confidence: float = 0.95
-) -> DistanceInterval:
+def kernel_interval(features_fake: np.ndarray, features_real: np.ndarray, resamples: int = 200, seed: int = 0) -> DistanceInterval:
     """Unbiased kernel distance (`kernel_distance`) of features [N, F] and [M, F] with its interval.
 
     An item drawn twice is not compared with itself, so the resampled distances carry no bias either, and `bias` is 0.
     Raises: ValueError as `frechet_interval`.
     """
-    return _interval(_Kernel(*_features("kernel_interval", features_fake, features_real)), resamples, seed, confidence)
+    return _interval(_Kernel(*_features("kernel_interval", features_fake, features_real)), resamples, seed)
 
 
 def frechet_change_interval(
-    features_before: np.ndarray, features_after: np.ndarray, features_real: np.ndarray, resamples: int = 200, seed: int = 0,
-    confidence: float = 0.95,
+    features_before: np.ndarray, features_after: np.ndarray, features_real: np.ndarray, resamples: int = 200, seed: int = 0
 ) -> DistanceInterval:
     """Fréchet distance after minus before, against the same reals [M, F]; item i of both fakes [N, F] has the same latent and camera.
 
     Latents are drawn in pairs, so what both have in common cancels: narrower than the difference of two intervals.
     """
     before, after = (_Frechet(*_features("frechet_change_interval", x, features_real)) for x in (features_before, features_after))
-    return _interval(_Change(before, after), resamples, seed, confidence)
+    return _interval(_Change(before, after), resamples, seed)
 
 
 def kernel_change_interval(
-    features_before: np.ndarray, features_after: np.ndarray, features_real: np.ndarray, resamples: int = 200, seed: int = 0,
-    confidence: float = 0.95,
+    features_before: np.ndarray, features_after: np.ndarray, features_real: np.ndarray, resamples: int = 200, seed: int = 0
 ) -> DistanceInterval:
     """Kernel distance after minus before; see `frechet_change_interval` and `kernel_interval`."""
     before, after = (_Kernel(*_features("kernel_change_interval", x, features_real)) for x in (features_before, features_after))
-    return _interval(_Change(before, after), resamples, seed, confidence)
+    return _interval(_Change(before, after), resamples, seed)
 
 
 def _features(who: str, fake: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     fake, real = np.asarray(fake, dtype=np.float64), np.asarray(real, dtype=np.float64)
-    if fake.ndim != 2 or real.ndim != 2 or fake.shape[1] != real.shape[1] or min(len(fake), len(real)) < 4:
-        raise ValueError(f"{who}: expected features [N, F] and [M, F], N, M >= 4, got {fake.shape} and {real.shape}. Use one network.")
+    assert fake.shape[1] == real.shape[1] and min(len(fake), len(real)) >= 4
     if not (np.isfinite(fake).all() and np.isfinite(real).all()):
         raise ValueError(f"{who}: expected finite features, got NaN or infinity. Look for NaN images.")
     return fake, real
 
 
-def _interval(statistic: "_Frechet | _Kernel | _Change", resamples: int, seed: int, confidence: float) -> DistanceInterval:
+def _interval(statistic: "_Frechet | _Kernel | _Change", resamples: int, seed: int) -> DistanceInterval:
     """See the module. The linear part of every resample has mean 0, so the bias is taken without it, and without its noise."""
-    if resamples < 50:
-        raise ValueError(f"distance interval: expected resamples >= 50, got {resamples}. The variance needs that many.")
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"distance interval: expected confidence strictly between 0 and 1, got {confidence}. 0.95 means 95 %.")
+    assert resamples >= 50
     rng, sizes, slopes = np.random.default_rng(seed), statistic.sizes, statistic.influence()
     measured = float(statistic.resampled(*(np.ones((1, size)) for size in sizes))[0])
     draws = [rng.multinomial(size, np.full(size, 1 / size), resamples) for size in sizes]  # [B, N] and [B, M] counts
@@ -115,7 +105,7 @@ def _interval(statistic: "_Frechet | _Kernel | _Change", resamples: int, seed: i
     influence = sum(float((slope**2).sum()) / (len(slope) * (len(slope) - 1)) for slope in slopes)
     quadratic = min(float(once.var(ddof=1)), influence / 2)
     linear, constant = ((1 + statistic.allowance) * part for part in (influence - 2 * quadratic, quadratic))
-    z, centre = float(ndtri(0.5 + confidence / 2)), measured - bias
+    z, centre = float(ndtri(0.975)), measured - bias
     if statistic.with_bias is None:
         half = z * math.sqrt(linear + constant + noise)
         return DistanceInterval(centre, centre - half, centre + half, measured, bias)
@@ -254,8 +244,7 @@ class _Change:
     with_bias = None  # it is no squared distance
 
     def __init__(self, before: _Frechet | _Kernel, after: _Frechet | _Kernel) -> None:
-        if before.sizes != after.sizes:
-            raise ValueError(f"change interval: expected as many items after as before, got {after.sizes[0]}, {before.sizes[0]}. Pair.")
+        assert before.sizes == after.sizes
         self.before, self.after, self.sizes, self.biased = before, after, before.sizes, before.biased
         self.allowance = before.allowance if before.biased else 0.0
 

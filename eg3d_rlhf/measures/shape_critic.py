@@ -126,7 +126,6 @@ class MapNet(nn.Module):
         return functional.silu(self.hidden(self.trunk(maps).flatten(1)))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """[B, outputs]."""
         return self.head(self.penultimate(maps))
 
 

@@ -50,9 +50,8 @@ def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
     """Parts, cavities, handles and rims of vertices [V, 3] and faces [F, 3], wound counter-clockwise seen from outside.
 
     Per connected surface, Euler's formula gives vertices - edges + faces = 2 - 2 genus - rims.
-    Raises: ValueError on shapes, a mesh without faces, or a face that uses a vertex twice.
     """
-    vertices, faces = _check("topology", vertices, faces)
+    vertices, faces = _checked(vertices, faces)
     partner = _partners(faces)  # [C] half-edge, -1 where open
     here = np.flatnonzero(partner >= 0)
     there = partner[here]  # runs the other way: its start is our end
@@ -80,7 +79,7 @@ def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
 
 def main_surface(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Faces [F', 3] of the connected surface with the largest volume (the largest in faces where none encloses any)."""
-    vertices, faces = _check("main_surface", vertices, faces)
+    vertices, faces = _checked(vertices, faces)
     surface, surfaces = _surfaces(_partners(faces))
     volume = np.bincount(surface[0::3], weights=face_volumes(vertices, faces), minlength=surfaces)
     size = volume if volume.max() > 0 else np.bincount(surface[0::3], minlength=surfaces)
@@ -95,7 +94,7 @@ def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
     at vertices on a rim and at vertices that no face uses. Not differentiable.
     Deviates: faces without area are left out; the sign is that of the area-weighted vertex normal.
     """
-    vertices, faces = _check("mean_curvature", vertices, faces)
+    vertices, faces = _checked(vertices, faces)
     corners = vertices[faces]  # [F, 3, 3]
     sides = np.roll(corners, -1, axis=1) - corners  # side i runs from corner i to corner i + 1
     squared = (sides**2).sum(axis=2)  # [F, 3]
@@ -129,14 +128,9 @@ def _add(total: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
         total[:, axis] += np.bincount(rows, weights=values[:, axis], minlength=len(total))
 
 
-def _check(who: str, vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _checked(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     vertices, faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces).astype(np.int64)
-    if vertices.ndim != 2 or vertices.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3 or len(faces) == 0:
-        raise ValueError(f"{who}: expected vertices [V, 3] and faces [F, 3], F >= 1, got {vertices.shape} and {faces.shape}.")
-    if faces.min() < 0 or faces.max() >= len(vertices) or not np.isfinite(vertices).all():
-        raise ValueError(f"{who}: expected faces of {len(vertices)} finite vertices, got others. Extract the mesh again.")
-    if (faces == np.roll(faces, 1, axis=1)).any():
-        raise ValueError(f"{who}: expected three different vertices in every face, got a face with one twice. Remove such faces.")
+    assert len(faces) and np.isfinite(vertices).all() and not (faces == np.roll(faces, 1, axis=1)).any()
     return vertices, faces
 
 
@@ -232,10 +226,7 @@ def in_head(points: Tensor, spec: SlabSpec) -> Tensor:
 
 @torch.no_grad()
 def median_change(before: LevelSet, after: LevelSet) -> float:
-    """Median |displacement| in voxels over points of both surfaces that can be seen from the front and the sides, within the head.
-
-    NaN where neither shape has a surface there.
-    """
+    """Median |displacement| in voxels over points of both surfaces that the front and the sides see of the head; NaN without any."""
     moved = []
     for here, there in ((after, before), (before, after)):
         points = surface_points(here.cube.float(), here.spec, -here.spec.box_warp, here.level)

@@ -82,11 +82,8 @@ def read_held(path: Path | None) -> dict[str, dict[str, float]]:
 @option("--draws", type=click.Choice(DRAWS), default="both", help="A draw is a win for both, as GPTEval3D has it, or Davidson's tie.")
 @option("--held", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
         help="Ratings that stay (an --out file): only new methods move.")
-@option("--mean", metavar="ELO", type=float, default=1000.0, help="Mean of all ratings; without effect with --held.")
-@option("--resamples", metavar="INT", type=click.IntRange(min=40), default=200, help="Of prompts, behind the intervals.")
-@option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Of the resamples.")
 @option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Write the ratings as JSON, too.")
-def elo(files, draws, held, mean, resamples, seed, out) -> None:
+def elo(files, draws, held, out) -> None:
     """Rate methods by Elo from pairwise judgements of their assets: GPTEval3D's tournament, people's or a judge's.
 
     A judgement is a line of JSON: {"a": "sds", "b": "dreamdpo", "winner": "b", "prompt": "a bust", "criterion": "overall"}; winner is a, b
@@ -107,7 +104,7 @@ def elo(files, draws, held, mean, resamples, seed, out) -> None:
         if {name for j in judgements for name in (j.a, j.b)} <= stay.keys():
             click.echo(f"{criterion}: left out, all its methods are held.", err=True)
             continue
-        tables[criterion] = ratings(judgements, draws=draws, mean=mean, held=stay, resamples=resamples, seed=seed)
+        tables[criterion] = ratings(judgements, draws=draws, held=stay)
     if out is not None:
         write_atomic(out, (json.dumps({c: table.to_dict() for c, table in tables.items()}, indent=1) + "\n").encode())
     click.echo(markdown(tables))

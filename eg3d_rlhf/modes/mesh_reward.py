@@ -120,7 +120,7 @@ MESH_REWARD = Mode(
 
     \b
     Example:
-        eg3d-rlhf reward mesh --shapes=60 --steps=20 --batch=8 --set patches=8 --set faces=8 --set width=16
+        eg3d-rlhf reward mesh --shapes=60 --steps=20 --set batch=8 --set patches=8 --set faces=8 --set width=16
     """,
 )
 MODES.add(NAME, MESH_REWARD)

@@ -14,7 +14,7 @@ from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.rewards.ensembles import CHOICES
-from eg3d_rlhf.rewards.release import WEIGHTS, compare_lattices, import_release, write_example
+from eg3d_rlhf.rewards.release import compare_lattices, import_release, write_example
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
 from eg3d_rlhf.rewards.reward import join as joined
 from training.progress import tqdm
@@ -63,16 +63,14 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
 @click.command("import", cls=GroupedCommand)
 @click.argument("source", metavar="SOURCE")
 @_written
-@option("--config", rare=True, type=click.Path(path_type=Path), help="Configuration of the release (YAML); else beside the weights.")
-@option("--weights", metavar="NAME", default=WEIGHTS, help="Weights file inside a folder.", group="Release")
 @option("--transform", type=click.Choice(["config", "published"]), default="config", group="Release",
         help="Grid and value range from the configuration, or the published 256 points and [0, 100].")
-@option("--lattice", rare=True, type=click.Choice(LATTICES), default="straight",
+@option("--lattice", type=click.Choice(LATTICES), default="straight", group="Release",
         help="Lattice that the written reward reads; skewed is the one it was trained on, and several times slower.")
-@shared("network latents device dry-run", "psi cutoff", network="Generator whose samples are scored.",
-        latents={"default": "0-3", "help": "Seeds to score, such as 0,2-5, or none."}, psi={"default": 1.0},
+@shared("network latents device dry-run", network="Generator whose samples are scored.",
+        latents={"default": "0-3", "help": "Seeds to score, such as 0,2-5, or none."},
         dry_run="Read and check everything, print what was found as JSON, write and score nothing.")
-def release(source, out, config, weights, transform, lattice, network, latents, psi, cutoff, device, dry_run) -> None:
+def release(source, out, transform, lattice, network, latents, device, dry_run) -> None:
     """Convert the paper's released reward to this project's format, once, and show what its skewed training lattice makes of it.
 
     SOURCE is the folder with best_model.pt and release_config.yaml (or run_config.yaml), the weights file itself, or the word
@@ -86,7 +84,7 @@ def release(source, out, config, weights, transform, lattice, network, latents, 
     with naming("--latents"):
         seeds = [] if latents == "none" else parse_seeds(latents)
     with naming("SOURCE"), tempfile.TemporaryDirectory() as folder:
-        reward = import_release(write_example(folder) if source == "synthetic:reward" else source, config, weights, transform, lattice)
+        reward = import_release(write_example(folder) if source == "synthetic:reward" else source, transform, lattice)
     if dry_run:
         click.echo(json.dumps(reward.describe(), indent=1))
         return
@@ -100,9 +98,9 @@ def release(source, out, config, weights, transform, lattice, network, latents, 
     with naming("--network"):
         generator = load_generator(network, where).generator
         check_reward(reward, generator)
-    with tqdm(total=len(seeds), desc="scoring on both lattices", unit="seed") as bar:
-        scores = compare_lattices(reward.to(where), generator, seeds, psi, cutoff, on_seed=lambda scores: bar.update())
+    compared = compare_lattices(reward.to(where), generator, seeds)
+    scores = list(tqdm(compared, total=len(seeds), desc="scoring on both lattices", unit="seed"))
     click.echo(f"{'seed':>8}  {'straight':>12}  {'skewed':>12}  {'difference':>12}")
-    means = (statistics.fmean(s.straight for s in scores), statistics.fmean(s.skewed for s in scores))
+    means = (statistics.fmean(s[1] for s in scores), statistics.fmean(s[2] for s in scores))
     for name, straight, skewed in (*scores, ("mean", *means)):
         click.echo(f"{name:>8}  {straight:12.6f}  {skewed:12.6f}  {straight - skewed:+12.6f}")

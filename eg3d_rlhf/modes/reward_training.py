@@ -42,34 +42,34 @@ flags_of_rewards = together(
            "published-points, a cloud lifted from depth."),
     option("--crop", group="Data", metavar="X X Y Y Z Z", type=click.FloatRange(0, 0.9), nargs=6, default=None,
            show_default="of a slab, a head's for heads, else the paper's", help="Shares trimmed from each face of the cube."),
-    option("--any-generator", group="Data", is_flag=True, help="Accept labels that name another generator."),
+    option("--any-generator", group="Data", is_flag=True, rare=True, help="Accept labels that name another generator."),
     option("--wrong-faces", group="Data", is_flag=True,
            help="A control: read other shapes than those that were labelled. Accuracy must then be near one half."),
-    option("--more-network", "more_networks", group="Data", metavar="FILE", type=click.Path(path_type=Path), multiple=True,
+    option("--more-network", "more_networks", group="Data", rare=True, metavar="FILE", type=click.Path(path_type=Path), multiple=True,
            show_default="none", help="A further generator that labels name; may be given again."),
-    option("--fractions", group="Data", metavar="TRAIN VAL TEST", type=click.FloatRange(0, 1), nargs=3, default=(0.7, 0.15, 0.15),
+    option("--fractions", group="Data", rare=True, metavar="TRAIN VAL TEST", type=click.FloatRange(0, 1), nargs=3, default=None,
            help="Shares of the labels per split."),
     option("--campaign", group=STORE, metavar="NAME", default=None, show_default="all that collect preferences", help="Campaign."),
-    option("--annotator", "annotators", group=STORE, metavar="NAME", multiple=True, help="Annotator; may be given several times.",
+    option("--annotator", "annotators", group=STORE, rare=True, metavar="NAME", multiple=True, help="Annotator; may be given again.",
            show_default="all"),
-    option("--least-gold-accuracy", group=STORE, metavar="0..1", type=click.FloatRange(0, 1), default=None, show_default="any",
+    option("--least-gold-accuracy", group=STORE, rare=True, metavar="0..1", type=click.FloatRange(0, 1), default=None, show_default="any",
            help="Leave out annotators who got fewer gold checks right, or answered none."),
-    option("--drop-repeats", group=STORE, is_flag=True, help="Keep each annotator's first answer to a pair alone."),
-    option("--min-milliseconds", group=STORE, metavar="MS", type=click.IntRange(min=0), default=0, help="Leave out faster answers."),
-    option("--since", group=STORE, metavar="TIME", default=None, show_default="the beginning",
+    option("--drop-repeats", group=STORE, rare=True, is_flag=True, help="Keep each annotator's first answer to a pair alone."),
+    option("--min-milliseconds", group=STORE, rare=True, metavar="MS", type=click.IntRange(min=0), help="Leave out faster answers."),
+    option("--since", group=STORE, rare=True, metavar="TIME", default=None, show_default="the beginning",
            help="Received from then on: ISO 8601, or seconds since 1970."),
-    option("--question", group=STORE, metavar="NAME", default=None, show_default="which is better",
+    option("--question", group=STORE, rare=True, metavar="NAME", default=None, show_default="which is better",
            help="Take the votes on this question."),
     option("--preset", group="Network", metavar="NAME", default=None, show_default="heads for sigma, else the observation's first",
            help="Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma; pointnet, pointnet2 or curvenet "
            "for points; small, coarse or resnet50 for depth, with -3 for three views."),
     options_of(RewardRun, everywhere=BY_PRESET),
-    option("--bootstrap/--no-bootstrap", group="Network", default=None, show_default="with several members",
+    option("--bootstrap/--no-bootstrap", group="Network", rare=True, default=None, show_default="with several members",
            help="Draw the training pairs with replacement, for each member by its own seed."),
     option("--shared-start", group="Network", is_flag=True,
            help="Train one network first, from which all members go on; --aggregate=warm does so anyway."),
-    option("--cosine/--no-cosine", group="Training", default=None, show_default=BY_PRESET, help="Let the learning rate fall to 0."),
-    option("--mirror/--no-mirror", group="Training", default=None, show_default=BY_PRESET,
+    option("--cosine/--no-cosine", group="Training", rare=True, default=None, help="Let the learning rate fall to 0; by the preset."),
+    option("--mirror/--no-mirror", group="Training", rare=True, default=None, show_default=BY_PRESET,
            help="Augment what is read at random: slabs are flipped left-right."),
     option("--out", group="Run", metavar="FOLDER", type=FOLDER, default=None, show_default="a numbered one in --outdir",
            help="The run's folder itself."),
@@ -99,7 +99,8 @@ def resolve(flags: Flags) -> RewardRun:
     names, unpaired, observation = set(RewardRun.__dataclass_fields__), flags["unpaired"], flags["observation"]
     options |= unpaired_settings(unpaired, flags["labels"] is None, options)
     labels = flags["labels"] or unpaired or BUNDLED_LABELS
-    source = source_named(labels, unpaired, options["split_seed"] or 0, {k: options.pop(k) for k in LabelFilters.__dataclass_fields__})
+    filters = {k: value for k in LabelFilters.__dataclass_fields__ if (value := options.pop(k)) is not None}
+    source = source_named(labels, unpaired, options["split_seed"] or 0, filters)
     given = {k: v for k, v in options.items() if k in names and v is not None}
     given = {**{k: v for k, v in find_preset(flags["preset"], observation).observe.items() if k in names}, **given}
     defaults = default_options(flags["preset"], observation)

@@ -25,7 +25,6 @@ class Agreement:
     n: int  # units judged by at least two
 
     def to_dict(self) -> dict:
-        """Plain JSON types."""
         return {"value": self.value, "ci95": None if self.lo is None else [self.lo, self.hi], "n": self.n}
 
 
@@ -93,10 +92,7 @@ def krippendorff_alpha(units: Sequence[Mapping[Any, Hashable]], confidence: floa
 
 
 def _disagreements(weights: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Krippendorff's D_o [..], the share of values that differ were they paired at random with replacement [..], and all values [..].
-
-    Args: weights [.., U] of units with counts [U, K].
-    """
+    """Krippendorff's D_o [..], what D_e would be with replacement [..], and all values [..]; of weights [.., U], counts [U, K]."""
     of_unit = counts.sum(axis=1)  # [U] answers
     values = weights @ of_unit
     observed = weights @ ((of_unit**2 - (counts**2).sum(axis=1)) / (of_unit - 1)) / values

@@ -318,12 +318,10 @@ class Calibration:
             raise ValueError("Calibration: expected finite medians and positive scales. Calibrate again on cubes that hold a surface.")
 
     def to_dict(self) -> dict:
-        """The same as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: Mapping) -> "Calibration":
-        """Inverse of to_dict."""
         return cls(median=dict(record["median"]), scale=dict(record["scale"]), samples=int(record["samples"]))
 
 

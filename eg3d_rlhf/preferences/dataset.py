@@ -129,10 +129,7 @@ def on_wrong_faces(labels: Sequence[Preference], seed: int = 0) -> list[Preferen
 
 
 def common_value(labels: "Iterable[Preference | UnpairedPreference]", name: str):
-    """The one value of field `name` ('generator' or 'psi') over all labels that state it, or None.
-
-    Raises: ValueError when labels disagree: they were drawn under different conditions.
-    """
+    """The one value of field `name` ('generator' or 'psi') over labels that state it, or None. Raises: ValueError where they differ."""
     counts = Counter(value for label in labels if (value := getattr(label, name)) is not None)
     if len(counts) > 1:
         listed = ", ".join(f"{value} ({n} labels)" for value, n in counts.most_common(4))

@@ -53,15 +53,12 @@ class Preference:
 
     def __post_init__(self):
         for name in ("winner", "loser"):
-            seed = getattr(self, name)
-            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-                raise ValueError(f"expected {name} to be a seed from 0 to {MAX_SEED}, got {seed!r}. Write the latent's integer seed.")
+            check_seed(name, getattr(self, name))
         if self.winner == self.loser:
             raise ValueError(f"expected two different seeds, got {self.winner} twice. Remove the line.")
         if self.clean is not None and self.clean not in (self.winner, self.loser):
             raise ValueError(f"expected clean to be {self.winner} or {self.loser}, got {self.clean!r}. Write the better seed.")
-        if self.psi is not None and not (math.isfinite(self.psi) and 0 <= self.psi <= 2):
-            raise ValueError(f"expected psi from 0 to 2, got {self.psi}. Write the truncation the shapes were drawn at.")
+        check_psi(self.psi)
 
     @classmethod
     def from_dict(cls, record: Mapping) -> "Preference":
@@ -186,11 +183,7 @@ def _parse(record: Mapping) -> Preference:
         single = " Labels of single shapes go to --unpaired." if "seed" in record else ""
         raise ValueError(f"expected winner and loser, got no {' and no '.join(missing)}. Add the seed.{single}")
     winner, loser = parse_seed(record["winner"], "winner"), parse_seed(record["loser"], "loser")
-    psi, tie, clean = record.get("psi"), record.get("tie", False), record.get("clean")
-    try:
-        psi = None if psi is None else float(psi)
-    except (TypeError, ValueError):
-        raise ValueError(f"expected psi to be a number, got {psi!r}. Correct it or leave it out.") from None
+    tie, clean = record.get("tie", False), record.get("clean")
     tied = tie if isinstance(tie, bool) else _TRUTH.get(str(tie).lower())
     if tied is None:
         raise ValueError(f"expected tie to be true or false, got {tie!r}. Correct it or leave it out.")
@@ -198,9 +191,31 @@ def _parse(record: Mapping) -> Preference:
         clean = winner if str(clean).lower() == "true" else loser
     generator, annotator = (None if record.get(name) is None else str(record[name]) for name in ("generator", "annotator"))
     return Preference(
-        winner=winner, loser=loser, psi=psi, time=parse_time(record.get("time")), tie=tied, generator=generator, annotator=annotator,
-        clean=None if clean is None else parse_seed(clean, "clean"), extra={k: v for k, v in record.items() if k not in FIELDS},
+        winner=winner, loser=loser, psi=parse_number(record, "psi"), time=parse_time(record.get("time")), tie=tied, generator=generator,
+        annotator=annotator, clean=None if clean is None else parse_seed(clean, "clean"),
+        extra={k: v for k, v in record.items() if k not in FIELDS},
     )
+
+
+def check_seed(name: str, seed: object) -> None:
+    """Raises: ValueError without file and line, as all of these."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"expected {name} to be a seed from 0 to {MAX_SEED}, got {seed!r}. Write the latent's integer seed.")
+
+
+def check_psi(psi: float | None) -> None:
+    """Truncation, where it is stated."""
+    if psi is not None and not (math.isfinite(psi) and 0 <= psi <= 2):
+        raise ValueError(f"expected psi from 0 to 2, got {psi}. Write the truncation the shapes were drawn at.")
+
+
+def parse_number(record: Mapping, name: str) -> float | None:
+    """A number from JSON or text, None where there is none."""
+    value = record.get(name)
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected {name} to be a number, got {value!r}. Correct it or leave it out.") from None
 
 
 def parse_seed(value, name: str) -> int:

@@ -68,10 +68,7 @@ def preference_loss(delta: torch.Tensor, beta: float = 1.0, weight: torch.Tensor
 
 
 def pair_loss_both_orders(better_first: torch.Tensor, worse_first: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the pair head over both presentation orders, [P].
-
-    Args: logits [P, 2] of (better, worse), target 0, and of (worse, better), target 1; index 0 says "the first is better".
-    """
+    """Mean cross-entropy [P] of the pair head's logits [P, 2] of (better, worse), target 0, and of (worse, better), target 1."""
     return 0.5 * (_cross_entropy(better_first, 0) + _cross_entropy(worse_first, 1))
 
 

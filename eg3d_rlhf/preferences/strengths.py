@@ -20,6 +20,7 @@ from scipy.stats import t as student
 from eg3d_rlhf.preferences.labels import jsonl_records
 
 _STEPS, _TOLERANCE = 200, 1e-10
+PRIOR_SD = 2.0  # of a strength that the comparisons do not bound
 
 
 class Comparison(NamedTuple):
@@ -40,23 +41,23 @@ class Strengths:
     hi: np.ndarray  # [N]
     covariance: np.ndarray  # [N, N] of the strengths
     tie_weight: float  # Davidson's nu >= 0: 0 without ties; a tie of equals has probability nu / (2 + nu)
-    regularised: bool  # the comparisons do not bound every strength, so a normal prior of `prior_sd` held them
+    regularised: bool  # the comparisons do not bound every strength, so a normal prior of PRIOR_SD held them
 
 
 def bradley_terry(
-    comparisons: Iterable[Comparison], prior_sd: float = 2.0, confidence: float = 0.95, held: Mapping[Hashable, float] | None = None
+    comparisons: Iterable[Comparison], held: Mapping[Hashable, float] | None = None, confidence: float = 0.95
 ) -> Strengths:
     """Maximum-likelihood strengths, with ties after Davidson (1970).
 
     P(i beats j) = s_i / (s_i + s_j + nu sqrt(s_i s_j)), P(tie) = nu sqrt(s_i s_j) / (same), s = exp(strength). The maximum exists where
-    every item is reachable from every other by 'was not beaten by' (Ford 1957; a tie goes both ways); elsewhere a prior N(0, prior_sd^2) on
+    every item is reachable from every other by 'was not beaten by' (Ford 1957; a tie goes both ways); elsewhere a prior N(0, PRIOR_SD^2) on
     each strength keeps them finite and `regularised` says so. Intervals from the observed information (with the prior's, where it is used).
 
     Args: held: strengths that are known and stay; the others are measured against them.
     Raises: ValueError where nothing is left to estimate.
     """
     comparisons = list(comparisons)
-    assert comparisons and all(c.winner != c.loser for c in comparisons) and prior_sd > 0
+    assert comparisons and all(c.winner != c.loser for c in comparisons)
     items = tuple(dict.fromkeys(item for c in comparisons for item in (c.winner, c.loser)))
     index = {item: i for i, item in enumerate(items)}
     i = np.array([index[c.winner] for c in comparisons])
@@ -71,7 +72,7 @@ def bradley_terry(
     ends = np.r_[i, j[tie], ring], np.r_[j, i[tie], np.roll(ring, 1)]
     edges = coo_matrix((np.ones(len(ends[0])), ends), shape=(n, n))
     regularised = connected_components(edges, directed=True, connection="strong")[0] > 1
-    ridge = 1 / prior_sd**2 if regularised else 0.0
+    ridge = 1 / PRIOR_SD**2 if regularised else 0.0
     start = np.array([known.get(k, sum(known.values()) / max(1, len(known))) for k in range(n)])
     theta, eta, information = _newton(start, free, i, j, tie, ridge)
     covariance = np.zeros((n, n))
@@ -161,26 +162,12 @@ def _derivatives(x, n, i, j, tie, ridge, centre, logits, total):
     return gradient, hessian
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cycles:
-    """Triples of items of which all three pairs were decided, and those among them that run in a circle."""
+def cycles(comparisons: Iterable[Comparison]) -> dict:
+    """Intransitive triples in the majority of each pair, as JSON values; pairs without a majority are left out.
 
-    triples: int
-    cyclic: int
-    knot: int  # items of the largest set in which each beats each other over some chain
-
-    @property
-    def share(self) -> float | None:
-        """Share of triples that are cyclic; 1/4 where preferences are coin flips."""
-        return self.cyclic / self.triples if self.triples else None
-
-    def to_dict(self) -> dict:
-        """Plain JSON types."""
-        return {"triples": self.triples, "cyclic": self.cyclic, "share": self.share, "share_by_chance": 0.25, "largest_knot": self.knot}
-
-
-def cycles(comparisons: Iterable[Comparison]) -> Cycles:
-    """Count intransitive triples in the majority of each pair; pairs without a majority are left out."""
+    Returns: triples of items of which all three pairs were decided, how many of them run in a circle, and their share (one in four where
+    preferences are coin flips); largest_knot: items of the largest set in which each beats each other over some chain.
+    """
     lead: dict[tuple, int] = {}
     order: dict[Hashable, int] = {}
     for c in comparisons:
@@ -189,14 +176,15 @@ def cycles(comparisons: Iterable[Comparison]) -> Cycles:
         lead[key] = lead.get(key, 0) + (0 if c.tie else sign)
     edges = [(a, b) if margin > 0 else (b, a) for (a, b), margin in lead.items() if margin]
     if not edges:
-        return Cycles(triples=0, cyclic=0, knot=0)
+        return {"triples": 0, "cyclic": 0, "share": None, "share_by_chance": 0.25, "largest_knot": 0}
     winners, losers = np.array(edges).T
     beats = csr_matrix((np.ones(len(edges), dtype=np.int64), (winners, losers)), shape=(len(order), len(order)))
     either = beats + beats.T
     cyclic = int((beats @ beats).multiply(beats.T).sum()) // 3  # closed walks of length 3
     triples = int((either @ either).multiply(either).sum()) // 6
     sizes = np.bincount(connected_components(beats, directed=True, connection="strong")[1])
-    return Cycles(triples=triples, cyclic=cyclic, knot=int(sizes.max()) if sizes.max() > 1 else 0)
+    share, knot = cyclic / triples if triples else None, int(sizes.max()) if sizes.max() > 1 else 0
+    return {"triples": triples, "cyclic": cyclic, "share": share, "share_by_chance": 0.25, "largest_knot": knot}
 
 
 # Intervals that allow for comparisons sharing annotators and prompts, and that hold for few. A score is 1 where the first of a cell's two
@@ -221,7 +209,6 @@ class Design:
 
     @property
     def generators(self) -> int:
-        """G."""
         return int(self.cells.max()) + 1
 
     @property
@@ -233,7 +220,6 @@ class Design:
 
     @property
     def games(self) -> np.ndarray:
-        """[C] comparisons."""
         return np.bincount(self.cell, minlength=len(self.cells)).astype(np.float64)
 
 
@@ -352,6 +338,7 @@ def _end(inside: np.ndarray, side: int, contrast: np.ndarray, allowed: np.ndarra
 
 
 SCALE = 400 / math.log(10)  # Elo points of one unit of strength
+MEAN = 1000.0  # of all ratings
 DRAWS = ("both", "davidson")
 
 
@@ -386,7 +373,6 @@ class Tournament:
     prompts: int  # what was resampled; 0: single judgements
 
     def to_dict(self) -> dict:
-        """Plain JSON types."""
         rows = {name: {"elo": r.elo, "ci95": [r.lo, r.hi], "judgements": r.judgements} for name, r in self.ratings.items()}
         return {
             "ratings": rows, "draws": self.draws, "tie_weight": self.tie_weight, "regularised": self.regularised, "prompts": self.prompts,
@@ -394,14 +380,13 @@ class Tournament:
 
 
 def elo(
-    judgements: Iterable[Judgement], *, draws: str = "both", mean: float = 1000.0, held: Mapping[str, float] | None = None,
-    resamples: int = 200, seed: int = 0,
+    judgements: Iterable[Judgement], *, draws: str = "both", held: Mapping[str, float] | None = None, resamples: int = 200
 ) -> Tournament:
     """Ratings of all methods, with 95 % intervals from resampled prompts (judgements, where no prompt is named).
 
     Args:
         draws: 'both': a win for each, as GPTEval3D counts; 'davidson': a result of its own, more likely between equals.
-        mean: of all ratings, which only differences decide; held: known ratings that stay, instead of a mean.
+        held: known ratings that stay; without them the mean of all is MEAN, since only differences are known.
     Raises: ValueError without judgements, and what bradley_terry refuses.
     """
     judgements, held = list(judgements), dict(held or {})
@@ -412,7 +397,7 @@ def elo(
     def fit(chosen: Sequence[Judgement]) -> tuple[Strengths, dict[str, float]]:
         compared = [c for j in chosen for c in _comparisons(j, draws)]
         strengths = bradley_terry(compared, held={name: value / SCALE for name, value in held.items()})
-        shift = 0.0 if held else mean
+        shift = 0.0 if held else MEAN
         return strengths, {str(item): SCALE * float(s) + shift for item, s in zip(strengths.items, strengths.strength, strict=True)}
 
     named = all(j.prompt for j in judgements)
@@ -420,7 +405,7 @@ def elo(
     for place, j in enumerate(judgements):
         clusters[j.prompt if named else place].append(j)
     strengths, ratings = fit(judgements)
-    groups, rng = list(clusters.values()), np.random.default_rng(seed)
+    groups, rng = list(clusters.values()), np.random.default_rng(0)
     drawn: dict[str, list[float]] = defaultdict(list)
     for _ in range(resamples):
         again = [j for k in rng.integers(len(groups), size=len(groups)) for j in groups[k]]
@@ -486,7 +471,6 @@ def markdown(tables: Mapping[str, Tournament]) -> str:
 
 
 LEAST_GAMES, LEAST_PROMPTS = 20, 10  # of a generator, of a group; fewer: no figure, since none was found that holds (docs/labelling.md)
-MEAN = 1000.0
 
 
 class Game(NamedTuple):
@@ -521,7 +505,6 @@ class Standing:
         return (self.wins + self.ties / 2) / self.games
 
     def to_dict(self) -> dict:
-        """Plain JSON types."""
         return {
             "name": self.name, "points": self.points, "ci95": None if self.points is None else [self.lo, self.hi], "n": self.games,
             "wins": self.wins, "losses": self.losses, "ties": self.ties, "both_bad": self.both_bad, "prompts": self.prompts,
@@ -557,7 +540,6 @@ class Leaderboard:
         return sentences
 
     def to_dict(self) -> dict:
-        """Plain JSON types."""
         return {
             "groups": [[s.to_dict() for s in group] for group in self.groups], "few": [s.to_dict() for s in self.few],
             "notes": self.notes(), "n": self.games, "annotators": self.annotators, "prompts": self.prompts, "least_games": LEAST_GAMES,

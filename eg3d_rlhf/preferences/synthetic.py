@@ -28,7 +28,7 @@ from eg3d_rlhf.preferences.annotator import (
 )
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.unpaired import BAD, GOOD, SCALE, UnpairedPreference
-from training.config import knob
+from training.config import check_knobs, knob
 
 KINDS = ("pairs", "thumbs", "scores")
 SHARE = 0.47  # of all shapes, that are preferred, and that are not; those in between have no thumb
@@ -52,10 +52,7 @@ class AnnotationOptions:
     batch: int = knob(16, "Latents synthesised at once.", "General", low=1)
 
     def __post_init__(self) -> None:
-        if self.pairs < 1 or self.first_seed < 0 or self.batch < 1 or self.resolution < 16:
-            raise ValueError("AnnotationOptions: expected pairs >= 1, first_seed >= 0, batch >= 1 and resolution >= 16.")
-        if not 0 <= self.flip_rate < 0.5:
-            raise ValueError(f"AnnotationOptions: expected flip_rate in [0, 0.5), got {self.flip_rate}. 0.5 is a coin toss.")
+        check_knobs(self)
         if self.calibrate and not 4 <= self.calibrate <= 2 * self.pairs:
             raise ValueError(f"AnnotationOptions: expected calibrate 0 or 4 .. {2 * self.pairs} cubes, got {self.calibrate}.")
         refuse_held_out(self.seeds, "--first-seed")

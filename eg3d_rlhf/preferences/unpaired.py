@@ -15,7 +15,6 @@ Other fields are kept in `extra` and written back.
 """
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,17 @@ import numpy as np
 
 from eg3d_rlhf.preferences import BAD, GOOD
 from eg3d_rlhf.preferences.dataset import SPLITS, Splits
-from eg3d_rlhf.preferences.labels import MAX_SEED, LabelSource, Preference, jsonl_records, load_labels, parse_seed, parse_time
+from eg3d_rlhf.preferences.labels import (
+    LabelSource,
+    Preference,
+    check_psi,
+    check_seed,
+    jsonl_records,
+    load_labels,
+    parse_number,
+    parse_seed,
+    parse_time,
+)
 from eg3d_rlhf.preferences.strengths import Comparison, bradley_terry
 from training.storage import write_atomic
 
@@ -49,15 +58,13 @@ class UnpairedPreference:
     extra: Mapping = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"expected seed from 0 to {MAX_SEED}, got {self.seed!r}. Write the latent's integer seed.")
+        check_seed("seed", self.seed)
         if (self.label is None) == (self.score is None):
             got = "neither" if self.label is None else "both"
             raise ValueError(f"expected a label (1 or 0) or a score (0 to {SCALE:g}), got {got}. Write one of them.")
         if self.score is not None and not 0 <= self.score <= SCALE:
             raise ValueError(f"expected a score from 0 to {SCALE:g}, got {self.score:g}. Rescale the scores.")
-        if self.psi is not None and not (math.isfinite(self.psi) and 0 <= self.psi <= 2):
-            raise ValueError(f"expected psi from 0 to 2, got {self.psi}. Write the truncation the shape was drawn at.")
+        check_psi(self.psi)
 
     @property
     def preferred(self) -> bool | None:
@@ -78,10 +85,7 @@ class UnpairedPreference:
 
 
 def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
-    """All labels of a .jsonl file; of a file of pairs, what `from_pairs` makes of them.
-
-    Raises: FileNotFoundError; ValueError with file, line and remedy.
-    """
+    """All labels of a .jsonl file; of a file of pairs, what `from_pairs` makes of them. Raises: FileNotFoundError, ValueError."""
     path = Path(path)
     if path.suffix == ".csv" or (path.is_file() and "winner" in next((record for _, record in jsonl_records(path, "")), {})):
         return from_pairs(load_labels(path))
@@ -114,18 +118,10 @@ def _parse(record: Mapping) -> UnpairedPreference:
         raise ValueError("expected seed, got none. Add it.")
     generator, annotator = (None if record.get(name) is None else str(record[name]) for name in ("generator", "annotator"))
     return UnpairedPreference(
-        seed=parse_seed(record["seed"], "seed"), label=_truth(record, "label"), score=_number(record, "score"), generator=generator,
-        psi=_number(record, "psi"), annotator=annotator, time=parse_time(record.get("time")), clean=_truth(record, "clean"),
+        seed=parse_seed(record["seed"], "seed"), label=_truth(record, "label"), score=parse_number(record, "score"), generator=generator,
+        psi=parse_number(record, "psi"), annotator=annotator, time=parse_time(record.get("time")), clean=_truth(record, "clean"),
         extra={k: v for k, v in record.items() if k not in FIELDS},
     )
-
-
-def _number(record: Mapping, name: str) -> float | None:
-    value = record.get(name)
-    try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"expected {name} to be a number, got {value!r}. Correct it or leave it out.") from None
 
 
 def _truth(record: Mapping, name: str) -> bool | None:

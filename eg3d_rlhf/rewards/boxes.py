@@ -232,7 +232,7 @@ RAYS = 32  # of a side, along each edge
 
 
 @torch.no_grad()
-def heights_of_field(field: Field, resolution: int = RAYS) -> torch.Tensor:
+def _heights(field: Field, resolution: int = RAYS) -> torch.Tensor:
     """Heights [A, 4, R, R] of the outermost surface towards front, +x, back, -x, from the cube's middle, in sides of the cube; rows are y
     rising, columns to the camera's right; -1 where nothing is. From where the density crosses the level along each axis."""
     grid = SlabSpec.of(field.bounds, resolution)
@@ -243,39 +243,11 @@ def heights_of_field(field: Field, resolution: int = RAYS) -> torch.Tensor:
     return torch.stack([torch.where(side, height.to(field.density(torch.zeros(1, 3)).device), -1).amax(dim=3) for side in sides], dim=1)
 
 
-def heights_of_mesh(vertices: torch.Tensor, faces: torch.Tensor, resolution: int = RAYS, side: float = 1.0) -> torch.Tensor:
-    """The same [1, 4, R, R] of one mesh, vertices [N, 3] in world units and faces [M, 3], of a cube of this side about the origin."""
-    corners = (vertices.detach().cpu().double() / side)[faces.cpu()]  # [M, 3, 3]
-    x, y, z = corners.unbind(2)
-    return torch.stack([_heights(*axes, resolution) for axes in ((x, y, z), (-z, y, x), (-x, y, -z), (z, y, -x))])[None].float()
-
-
-def _heights(across: torch.Tensor, up: torch.Tensor, towards: torch.Tensor, resolution: int) -> torch.Tensor:
-    """[R, R]: for each ray the largest height of a triangle through it, from corners [M, 3]."""
-    axis = torch.linspace(-0.5, 0.5, resolution, dtype=torch.float64) + 1e-7  # not on the edges of a grid's triangles
-    best = torch.full((resolution, resolution), -1.0, dtype=torch.float64)
-    (x0, x1, x2), (y0, y1, y2) = across.unbind(1), up.unbind(1)
-    twice = (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)  # [M], signed area
-    facing = twice.abs() > 1e-12
-    for row, v in enumerate(axis):
-        near = facing & (up.amin(dim=1) <= v) & (up.amax(dim=1) >= v)
-        a = [part[near][:, None] for part in (x0, x1, x2, y0, y1, y2, twice)]
-        b1 = ((axis - a[0]) * (a[5] - a[3]) - (a[2] - a[0]) * (v - a[3])) / a[6]  # [m, R] barycentric
-        b2 = ((a[1] - a[0]) * (v - a[3]) - (axis - a[0]) * (a[4] - a[3])) / a[6]
-        inside = (b1 >= 0) & (b2 >= 0) & (b1 + b2 <= 1)
-        corner = towards[near].unbind(1)
-        height = corner[0][:, None] * (1 - b1 - b2) + corner[1][:, None] * b1 + corner[2][:, None] * b2
-        if len(height):
-            best[row] = torch.where(inside, height, -1).amax(dim=0)
-    return best
-
-
-def count(heights: torch.Tensor) -> torch.Tensor:
-    """Sides with a nose [A] (0..4), of heights [A, 4, R, R]: with at least one connected bump of fitting height and area in the recess."""
+def noses(field: Field) -> torch.Tensor:
+    """Sides with a nose [A] (0..4) of a field: with at least one connected bump of fitting height and area in the recess."""
     from scipy import ndimage
 
-    r = heights.shape[-1]
-    window = torch.linspace(-0.5, 0.5, r).abs() <= _WINDOW
+    heights, window = _heights(field), torch.linspace(-0.5, 0.5, RAYS).abs() <= _WINDOW
     inner = heights[:, :, window][:, :, :, window]  # [A, 4, w, w]
     floor = inner.flatten(2).quantile(_FLOOR_QUANTILE, dim=2)[:, :, None, None]
     raised = (inner > floor + _STEP).cpu().numpy()
@@ -286,8 +258,3 @@ def count(heights: torch.Tensor) -> torch.Tensor:
         areas = np.bincount(labels.ravel())[1:]
         hits[index] = ((areas >= low) & (areas <= high)).any()
     return torch.from_numpy(hits.sum(axis=1))
-
-
-def noses(field: Field) -> torch.Tensor:
-    """Sides with a nose [A] of a field."""
-    return count(heights_of_field(field))

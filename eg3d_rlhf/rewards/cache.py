@@ -24,10 +24,7 @@ Source = Callable[[Sequence[int]], torch.Tensor]  # seeds -> [N, ...]
 
 
 def observe_seeds(generator: Any, observation: Observation, *, psi: float = 1.0, cutoff: int | None = 14) -> Source:
-    """A source of what a generator's shapes look like: frontal conditioning, truncation `psi` up to layer `cutoff`, constant noise.
-
-    Slabs in plain torch, which repeats to the byte whatever the machine's compiler is; see `Observation.ops`.
-    """
+    """A source of what a generator's shapes look like from the front, with `Observation.ops`, truncation `psi`, constant noise."""
     generator = of(generator)
 
     def draw(seeds: Sequence[int]) -> torch.Tensor:

@@ -84,7 +84,6 @@ class Depth(observations.Observation):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(V, C, R, R)."""
         return (len(self.yaws), 1 + self.masked, self.resolution, self.resolution)
 
     def cameras(self, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -169,7 +168,6 @@ class PublishedDepth(RewardNetwork):
         return self.external(maps.expand(-1, 3, -1, -1)).unflatten(0, observed.shape[:2]).flatten(1)
 
     def describe(self) -> dict[str, Any]:
-        """See `RewardNetwork`."""
         return {"extractor": "resnet50", **self._description}
 
     def check(self, shape: Sequence[int]) -> None:
@@ -246,7 +244,6 @@ class SmallDepth(RewardNetwork):
         return each.unflatten(0, observed.shape[:2]).flatten(1)
 
     def describe(self) -> dict[str, Any]:
-        """See `RewardNetwork`."""
         return {"extractor": "small", **self._description}
 
     def check(self, shape: Sequence[int]) -> None:

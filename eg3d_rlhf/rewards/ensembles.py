@@ -142,7 +142,6 @@ class RewardEnsemble(nn.Module):
         return cls(members, aggregate, standard).eval().requires_grad_(False)
 
     def describe(self) -> dict[str, Any]:
-        """See `RewardNetwork`."""
         each = [member.describe() for member in self.members]
         same = all(member == each[0] for member in each)
         described: dict[str, Any] = {**each[0], "members": len(each)} if same else {"members": each}
@@ -151,7 +150,6 @@ class RewardEnsemble(nn.Module):
         return {**described, "ensemble": {**asdict(self.aggregate), **({} if self.standard is None else asdict(self.standard))}}
 
     def check(self, shape: Sequence[int]) -> None:
-        """See `RewardNetwork`."""
         for member in self.members:
             member.check(shape)
 
@@ -176,7 +174,6 @@ class RewardEnsemble(nn.Module):
         return self.aggregate((stacked - offsets) / scales) * scales.mean() + offsets.mean()
 
     def score(self, observed: torch.Tensor) -> torch.Tensor:
-        """See `RewardNetwork`."""
         return self.joined([member.score(observed) for member in self.members])
 
     def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:

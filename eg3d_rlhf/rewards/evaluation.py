@@ -31,10 +31,7 @@ LEAST_KIND = 27  # held-out single shapes of either kind
 
 
 def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
-    """A line to print where pairs are too few to train or to judge the result, else ''.
-
-    Args: counts: pairs by split; fractions: the splits' shares.
-    """
+    """A line to print where pairs, counted by split, are too few to train or to judge the result, else ''. Args: fractions: of splits."""
     train, val, test = (counts[name] for name in ("train", "val", "test"))
     if train >= LEAST_TRAIN and val >= LEAST_TEST and test >= LEAST_TEST:
         return ""
@@ -124,10 +121,7 @@ def rate(correct: int, n: int) -> dict:
 
 
 def auc(good: Sequence[float], others: Sequence[float]) -> float:
-    """Share of all pairs of a preferred and another shape whose scores are in that order, ties half; 0.5 is chance.
-
-    Raises: ValueError where there is none of one kind.
-    """
+    """Share of all pairs of a preferred and another shape whose scores are in that order, ties half; 0.5 is chance."""
     if not len(good) or not len(others):
         raise ValueError(f"auc: expected scores of both kinds, got {len(good)} and {len(others)}. Label more shapes.")
     ranks = rankdata([*good, *others])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Gradients of a U-Net's weights from the volumes that the backward pass reads and writes.
 
+
 class WeightGradients:
     """What a backward pass found, by parameter: the 3x3x3 kernels' where wanted, for they cost most, and all others'."""
 
@@ -215,7 +216,6 @@ class _Pass:
 
     @torch.no_grad()
     def features(self, slab: torch.Tensor) -> torch.Tensor:
-        """[N, M]."""
         return self._pooled(self._coarsest(slab))
 
     @torch.no_grad()
@@ -369,7 +369,9 @@ class _Pass:
             mean, *linear = torch.autograd.grad(gate, [squeezed, *linear], gates[:, : gate.shape[1]].float())
         mean = mean[..., None].double() / voxels
         factors = torch.cat([torch.ones_like(mean), torch.zeros_like(mean), mean], dim=2).float()
-        outer, inner = (_kernel(c, "gradient", _turned_kernel) for c in (module.conv3.conv, module.conv2.conv))
+        outer, inner = (
+            _kernel(c, "gradient", lambda w: ops.transformed_kernel(ops.turned(w))) for c in (module.conv3.conv, module.conv2.conv)
+        )
         g, sums = ops.volume_conv_gradient(arrived, block.h, factors, outer, block.inner)
         if weights is not None:
             weights.gates(module.se_module, linear, gates)
@@ -387,10 +389,6 @@ class _Pass:
 
 def _upsampling(decoder: Any) -> nn.ConvTranspose3d:
     return decoder.upsampling.upsample.conv_transposed
-
-
-def _turned_kernel(w: torch.Tensor) -> torch.Tensor:
-    return ops.transformed_kernel(ops.turned(w))
 
 
 def _ungated(block: _Block, whole: torch.Tensor | None, pooled: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

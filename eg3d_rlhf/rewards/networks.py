@@ -7,8 +7,8 @@ Letters: N samples, P pairs, M entries of a vector; [N, ...] is what the network
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -47,6 +47,26 @@ class MLP(nn.Module):
         for layer in self.hidden_layers[:-1]:
             x = layer(x)
         return self.output_layer(self.hidden_layers[-1](x + residual))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Sizes of a network and what it computes, as a reward's file states them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Raises: ValueError for fields that are unknown, missing or out of range."""
+        try:
+            return cls(**{name: _tuples(value) for name, value in values.items()})
+        except TypeError as error:
+            raise ValueError(f"{cls.__name__}: expected its own fields, got: {error}. Is the file from a later version?") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True, kw_only=True)

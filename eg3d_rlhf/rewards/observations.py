@@ -90,10 +90,7 @@ def from_dict(values: Mapping[str, Any]) -> Observation:
 
 
 def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observation:
-    """A new observation of a generator; settings that are None are left to the kind.
-
-    Raises: ValueError for a setting that the kind does not have.
-    """
+    """A new observation of a generator; settings that are None are left to the kind. Raises: ValueError for those it does not have."""
     cls, given = OBSERVATIONS[kind], {name: value for name, value in settings.items() if value is not None}
     unknown = sorted(set(given) - set(inspect.signature(cls.of).parameters))
     if unknown:
@@ -122,7 +119,6 @@ class SigmaSlab(Observation):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(1, D, H, W)."""
         return (1, *self.spec.shape)
 
     def observe(self, field: Field) -> torch.Tensor:
@@ -130,7 +126,6 @@ class SigmaSlab(Observation):
         return normalise_slab(field.density_grid(self.spec), self.spec.value_max).unsqueeze(1)
 
     def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Left and right are exchanged with probability one half."""
         mirrored = torch.from_numpy(draws < 0.5).to(observed.device)
         return torch.where(mirrored[:, None, None, None, None], observed.flip(-1), observed)
 
@@ -141,10 +136,8 @@ class SigmaSlab(Observation):
         return [f"{name} {mine}, got {theirs}" for name, mine, theirs in pairs if mine != theirs]
 
     def to_dict(self) -> dict[str, Any]:
-        """See `Observation`."""
         return {"kind": self.kind, **self.spec.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """See `Observation`."""
         return cls(SlabSpec.from_dict(values))

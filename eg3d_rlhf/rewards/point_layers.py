@@ -1,14 +1,14 @@
 """What the networks on clouds of points share: their description, their normalisation, the check of what they read."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eg3d_rlhf.rewards.networks import RewardNetwork
+from eg3d_rlhf.rewards.networks import Architecture, RewardNetwork
 
 NORMS = ("batch", "layer")
 _NARROW = 8  # layers of fewer channels are not normalised: of one or two channels nothing but a sign would be left
@@ -21,7 +21,7 @@ def one_of(name: str, value: str, known: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PointArch:
+class PointArch(Architecture):
     """Everything that decides the parameters' names and shapes, and the function they compute. The defaults are the published ones."""
 
     network: ClassVar[str]  # as files name it
@@ -42,27 +42,14 @@ class PointArch:
         return {"trunk": self.trunk, "embedding": self.embedding, "heads": self.heads}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, `network` among them."""
-        return {"network": self.network, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`, without `network`. Raises: ValueError for fields that are unknown or out of range."""
-        try:
-            return cls(**{name: _tuples(value) for name, value in values.items()})
-        except TypeError as error:
-            raise ValueError(f"{cls.__name__}: expected its own fields, got: {error}. Is the file from a later version?") from error
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
+        """With `network`."""
+        return {"network": self.network, **super().to_dict()}
 
 
 class PointNorm(nn.LayerNorm):
     """Layer normalisation of each point's channels, [N, C, ...], as the batch normalisations whose place it takes."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, C, ...] -> [N, C, ...]."""
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
@@ -79,7 +66,6 @@ class PointNetwork(RewardNetwork):
     arch: PointArch
 
     def describe(self) -> dict[str, Any]:
-        """See `RewardNetwork`."""
         return self.arch.to_dict()
 
     def check(self, shape: Sequence[int]) -> None:

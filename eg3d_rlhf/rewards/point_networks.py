@@ -136,11 +136,7 @@ class CurveNetArch(PointArch):
         super().__post_init__()
         one_of("CurveNetArch.mix", self.mix, MIXES)
         one_of("CurveNetArch.start", self.start, STARTS)
-        if not self.blocks or any(len(block) != 5 or block[0] % block[3] or block[2] <= 0 for block in self.blocks):
-            raise ValueError(
-                f"CurveNetArch.blocks: expected (channels, points, radius > 0, ratio, curves) with ratios that divide channels, got "
-                f"{self.blocks}. Correct them."
-            )
+        assert all(len(block) == 5 and block[0] % block[3] == 0 for block in self.blocks)
 
 
 def conv(size_in: int, size_out: int, kind: str, axes: int = 1) -> nn.Sequential:
@@ -157,10 +153,7 @@ def surroundings(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 class LocalAggregation(nn.Module):
-    """Features of a point from those of its neighbours: at the start the largest, inside blocks the mean.
-
-    Args: size_in: channels of features beside the position, at the start; size_out: channels.
-    """
+    """Features of a point from those of its neighbours: at the start the largest, inside blocks the mean."""
 
     def __init__(self, size_in: int, size_out: int, kind: str, initial: bool = False):
         super().__init__()
@@ -265,10 +258,7 @@ class PointNet2Arch(PointArch):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("PointNet2Arch.start", self.start, STARTS)
-        if len(self.ratios) != 2 or not all(0 < ratio <= 1 for ratio in self.ratios):
-            raise ValueError(f"PointNet2Arch.ratios: expected two in (0, 1], got {self.ratios}. Correct them.")
-        if len(self.radii) != 2 or not all(radius > 0 for radius in self.radii):
-            raise ValueError(f"PointNet2Arch.radii: expected two above 0, got {self.radii}. Correct them.")
+        assert len(self.ratios) == len(self.radii) == 2
 
 
 def layers(sizes: Sequence[int], kind: str) -> nn.Sequential:
@@ -345,8 +335,6 @@ class PointNetArch(PointArch):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("PointNetArch.pool", self.pool, ("max", "max-mean"))
-        if len(self.widths) != 3:
-            raise ValueError(f"PointNetArch.widths: expected three widths, got {self.widths}. Name three.")
 
 
 class PointNet(PointNetwork):

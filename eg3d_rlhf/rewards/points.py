@@ -44,10 +44,7 @@ def evenly(total: int, count: int) -> torch.Tensor:
 
 
 def self_scaled(points: torch.Tensor) -> torch.Tensor:
-    """The published normalisation of [N, P, 3]: minus the centroid, over the largest absolute coordinate, times 0.999999.
-
-    Differentiable in points, the largest coordinate's gradient included. Neither place nor size is left in it.
-    """
+    """The published normalisation of [N, P, 3]: minus the centroid, over the largest absolute coordinate (its gradient included)."""
     centred = points - points.mean(dim=1, keepdim=True)
     return centred / centred.abs().flatten(1).max(dim=1).values[:, None, None] * 0.999999
 
@@ -135,12 +132,6 @@ def mirror(observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
     return observed * signs
 
 
-def _check_cloud(who: str, points: int, seed: int) -> None:
-    for name, value, least in (("points", points, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{who}.{name}: expected an integer of at least {least}, got {value!r}. Correct it.")
-
-
 @observations.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LevelSetPoints(Observation):
@@ -156,7 +147,6 @@ class LevelSetPoints(Observation):
     seed: int = 0  # of which crossings are taken
 
     def __post_init__(self) -> None:
-        _check_cloud("LevelSetPoints", self.points, self.seed)
         if self.spec.lattice != "straight":
             raise ValueError(f"LevelSetPoints.spec: expected a straight lattice, got {self.spec.lattice!r}. Use 'straight'.")
 
@@ -170,17 +160,14 @@ class LevelSetPoints(Observation):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(6, P)."""
         return (6, self.points)
 
     def observe(self, field: Field) -> torch.Tensor:
-        """See `Observation`."""
         points, normals, held = level_set(field.density_grid(self.spec), field.level, self.spec, self.points, self.seed)
         cloud = torch.cat([in_box(points, self.spec.box_warp, self.spec.centre), normals], dim=2)
         return (cloud * held[..., None]).transpose(1, 2)
 
     def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Left and right are exchanged with probability one half."""
         return mirror(observed, draws)
 
     def misfits(self, generator: "Generator") -> list[str]:
@@ -188,12 +175,10 @@ class LevelSetPoints(Observation):
         return SigmaSlab(self.spec).misfits(generator)
 
     def to_dict(self) -> dict[str, Any]:
-        """See `Observation`."""
         return {"kind": self.kind, "spec": self.spec.to_dict(), "points": self.points, "seed": self.seed}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """See `Observation`."""
         return super().from_dict({**values, "spec": SlabSpec.from_dict(values.get("spec", {}))})
 
 
@@ -219,7 +204,6 @@ class LiftedPoints(Observation):
     centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the box, world units
 
     def __post_init__(self) -> None:
-        _check_cloud(type(self).__name__, self.points, self.seed)
         if self.points > self.resolution**2:
             raise ValueError(
                 f"--points: expected at most the {self.resolution**2} pixels of a depth map of {self.resolution}, got {self.points}. "
@@ -237,7 +221,6 @@ class LiftedPoints(Observation):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(3, P)."""
         return (3, self.points)
 
     def _seen(self, field: Field) -> tuple[torch.Tensor, Rendering]:
@@ -249,7 +232,6 @@ class LiftedPoints(Observation):
         return lift(seen.depth, camera), seen
 
     def observe(self, field: Field) -> torch.Tensor:
-        """See `Observation`."""
         points, seen = self._seen(field)
         points = in_box(points, self.box_side, self.centre)
         usable = (seen.opacity.flatten(1) >= _OPAQUE) & (points.abs() <= 1).all(dim=2)
@@ -257,7 +239,6 @@ class LiftedPoints(Observation):
         return (points.gather(1, chosen[..., None].expand(-1, -1, 3)) * held[..., None]).transpose(1, 2)
 
     def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Left and right are exchanged with probability one half."""
         return mirror(observed, draws)
 
     def misfits(self, generator: "Generator") -> list[str]:
@@ -285,7 +266,6 @@ class PublishedPoints(LiftedPoints):
         return super().of(generator, resolution=resolution, points=points)
 
     def observe(self, field: Field) -> torch.Tensor:
-        """See `Observation`."""
         points = self._seen(field)[0]
         return self_scaled(points[:, evenly(points.shape[1], self.points)]).transpose(1, 2)
 

@@ -17,10 +17,10 @@ import contextlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -67,38 +67,24 @@ class ReleaseConfig:
     input_size: int | None = None  # of the trunk, None where the file does not say
 
 
-class LatticeScores(NamedTuple):
-    """One sample's reward on both lattices."""
-
-    seed: int
-    straight: float
-    skewed: float
-
-
-def import_release(
-    source: str | Path, config: str | Path | None = None, weights: str = WEIGHTS, transform: str = "config", lattice: str = "straight"
-) -> Reward:
+def import_release(source: str | Path, transform: str = "config", lattice: str = "straight") -> Reward:
     """Read a released reward, in eval mode; nothing in its files is executed. Its provenance names both files and their SHA-256.
 
     Args:
-        source: the folder, or the weights file itself (its configuration beside it).
-        config: the configuration, where it has another name or place.
-        weights: name of the weights inside the folder (`swa_weights.pt` has the same entries).
+        source: the folder, or the weights file itself, such as `swa_weights.pt`, with its configuration beside it.
         transform: see `read_config`; lattice: that the reward reads, see `SlabSpec`.
 
     Raises: FileNotFoundError; ValueError on damaged or foreign files, entries that do not fit, or a configuration that is not understood.
     """
     source = Path(source)
-    file = source / weights if source.is_dir() else source
+    file = source / WEIGHTS if source.is_dir() else source
     state = read(file, "import_release")
-    names = [name for name in CONFIG_NAMES if (file.parent / name).is_file()]
-    if config is None and not names:
-        got = f"got neither in {file.parent}. Name it with --config."
-        raise FileNotFoundError(f"import_release: expected {' or '.join(CONFIG_NAMES)} beside the weights, {got}")
-    if config is None and len({read_config(file.parent / name) for name in names}) == 2:  # both may be there if they say the same
-        got = f"got two that disagree ({' and '.join(names)}). Name one with --config."
-        raise ValueError(f"import_release: expected one configuration, {got}")
-    config = file.parent / names[0] if config is None else Path(config)
+    configs = [file.parent / name for name in CONFIG_NAMES if (file.parent / name).is_file()]
+    if not configs:
+        raise FileNotFoundError(f"import_release: expected {' or '.join(CONFIG_NAMES)} in {file.parent}, got neither. Put it there.")
+    if len({read_config(path, transform) for path in configs}) == 2:  # both may be there if they say the same
+        raise ValueError(f"import_release: expected one configuration, got two that disagree in {file.parent}. Remove the wrong one.")
+    config = configs[0]
     settings = read_config(config, transform)
     arch = arch_from_state(state, settings)
     model = fill_published(RewardModel(arch), state, f"import_release({file.name})")
@@ -147,27 +133,18 @@ def arch_from_state(state: Mapping[str, torch.Tensor], settings: ReleaseConfig) 
 
 
 @torch.no_grad()
-def compare_lattices(
-    reward: Reward, generator: Generator, seeds: Sequence[int], psi: float = 1.0, cutoff: int | None = 14,
-    on_seed: Callable[[LatticeScores], None] = lambda scores: None,
-) -> list[LatticeScores]:
-    """Rewards of a generator's samples on the straight lattice and on the one that the published reward was trained on.
+def compare_lattices(reward: Reward, generator: Generator, seeds: Sequence[int], psi: float = 1.0) -> Iterator[tuple[int, float, float]]:
+    """Each seed, with the rewards of its shape on the straight lattice and on the skewed one that the published reward was trained on.
 
-    Args: reward: on either lattice; seeds of z; psi, cutoff: truncation; on_seed: told each result.
-    Raises: ValueError for no seeds, and for a reward that reads no slabs.
+    Raises: ValueError for a reward that reads no slabs.
     """
-    if not seeds:
-        raise ValueError("compare_lattices: expected at least one seed, got none. Name some, such as 0-3.")
     if not isinstance(reward.observation, SigmaSlab):
         raise ValueError(f"compare_lattices: expected a reward that reads slabs, got one of {reward.observation.kind}. Name another.")
-    slabs = {lattice: SigmaSlab(replace(reward.observation.spec, lattice=lattice)) for lattice in LATTICES}
-    results = []
+    slabs = [SigmaSlab(replace(reward.observation.spec, lattice=lattice)) for lattice in LATTICES]
     for seed in seeds:
-        field = generator.field(ws_of_seeds(generator, [seed], psi, cutoff))
-        scores = {lattice: float(reward.score_observed(slab.observe(field))) for lattice, slab in slabs.items()}
-        results.append(LatticeScores(seed=seed, **scores))
-        on_seed(results[-1])
-    return results
+        field = generator.field(ws_of_seeds(generator, [seed], psi, 14))
+        straight, skewed = (float(reward.score_observed(slab.observe(field))) for slab in slabs)
+        yield seed, straight, skewed
 
 
 def write_example(folder: str | Path, seed: int = 0) -> Path:
@@ -214,7 +191,7 @@ def read_yaml(path: str | Path) -> dict:
     path = Path(path)
     where = f"reward config {path.name}"
     if not path.is_file():
-        raise FileNotFoundError(f"{where}: expected a file at {path}, got none. Name the configuration with --config.")
+        raise FileNotFoundError(f"{where}: expected a file at {path}, got none. Check the path.")
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{where}: expected at most {_MAX_BYTES >> 10} KiB, got {path.stat().st_size >> 10}. Is it another file?")
     try:
@@ -243,10 +220,7 @@ def lookup(root: Mapping, dotted: str) -> Any:
 
 
 def resolve(root: Mapping, value: Any, where: str) -> Any:
-    """Follow `${a.b}` and `${multiply:x,y}` in a scalar; anything else is returned as it is.
-
-    Raises: ValueError for a reference to nothing, an unknown resolver, or references that do not end.
-    """
+    """Follow `${a.b}` and `${multiply:x,y}` in a scalar; anything else is returned as it is. Raises: ValueError."""
     for _ in range(_MAX_STEPS):
         reference = _REFERENCE.search(value) if isinstance(value, str) else None
         if reference is None:
@@ -284,14 +258,17 @@ def _number(value: Any, what: str) -> int | float:
 def _value_max(root: Mapping, where: str) -> float:
     """Upper end of the range that `data.augmentations.tune` normalises to."""
     what, bounds = f"{where}: data.augmentations.tune", {}
-    transforms = list(_leaves(root, lookup(root, "data.augmentations.tune"), what))
-    if len(transforms) > 1:
-        raise ValueError(f"{what}: expected one self-normalisation, got {len(transforms)}. {_REMEDY}")
-    for key, value in transforms[0].items() if transforms else ():
-        if key in _ENDS:
-            bounds[_ENDS[key]] = _number(resolve(root, value, what), f"{what}.{key}")
-        elif key not in _NEUTRAL:
-            raise ValueError(f"{what}: expected the bounds of a self-normalisation, got the setting {key!r}. {_REMEDY}")
+    transform = resolve(root, lookup(root, "data.augmentations.tune"), what)
+    if transform is not None:
+        target = str(transform.get("_target_") if isinstance(transform, Mapping) else transform).rpartition(".")[2]
+        plain = target.lower().replace("_", "").replace("normalize", "normalise")
+        if not ("normalise" in plain and "self" in plain and isinstance(transform, Mapping)):
+            raise ValueError(f"{what}: expected a self-normalisation to a fixed range, got {target[:60]!r}. {_REMEDY}")
+        for key, value in transform.items():
+            if key in _ENDS:
+                bounds[_ENDS[key]] = _number(resolve(root, value, what), f"{what}.{key}")
+            elif key not in _NEUTRAL:
+                raise ValueError(f"{what}: expected the bounds of a self-normalisation, got the setting {key!r}. {_REMEDY}")
     if bounds.get("lower", 0) != 0:
         raise ValueError(f"{what}: expected a range that starts at 0, got {bounds['lower']}. {_REMEDY}")
     if "upper" in bounds:
@@ -302,35 +279,13 @@ def _value_max(root: Mapping, where: str) -> float:
     return float(_number(resolve(root, default, what), f"{where}: data.augmentations.upper_norm"))
 
 
-def _leaves(root: Mapping, node: Any, what: str) -> Iterator[Mapping]:
-    """The self-normalisations inside a transform: one mapping with `_target_`, a list, a composition, or a mapping of named ones."""
-    pending = [node]
-    for _ in range(_MAX_STEPS):  # references may lead back to where they stand
-        if not pending:
-            return
-        node = resolve(root, pending.pop(), what)
-        if isinstance(node, Mapping) and "_target_" in node:
-            name = str(resolve(root, node["_target_"], what)).rpartition(".")[2]
-            plain = name.lower().replace("_", "").replace("normalize", "normalise")
-            if plain == "compose":
-                pending.append(node.get("transforms"))
-            elif "normalise" in plain and "self" in plain:
-                yield node
-            else:
-                raise ValueError(f"{what}: expected a self-normalisation to a fixed range, got {name[:60]!r}. {_REMEDY}")
-        elif isinstance(node, (list, Mapping)):
-            pending += list(node.values() if isinstance(node, Mapping) else node)[:_MAX_STEPS]
-        elif node is not None:
-            raise ValueError(f"{what}: expected a transform, got {node!r}. {_REMEDY}")
-    raise ValueError(f"{what}: expected at most {_MAX_STEPS} entries and references that end, got more. {_REMEDY}")
-
-
 def _model_settings(root: Mapping, where: str) -> Iterator[tuple[str, Any]]:
     """Settings of the `model` node that the weights do not show, checked against what our network computes."""
     if lookup(root, "model.external"):
         raise ValueError(f"{where}: model.external: expected none for a sigma-field reward, got one: this reward reads depth maps.")
-    for path, key, value in _walk(root.get("model"), "model"):
-        value = resolve(root, value, where)
+    module = lookup(root, "model.Conv3DModule")
+    for key, value in module.items() if isinstance(module, Mapping) else ():
+        value, path = resolve(root, value, where), f"model.Conv3DModule.{key}"
         if key in _FIXED and value is not None and value != _FIXED[key]:
             raise ValueError(f"{where}: {path}: expected {_FIXED[key]!r}, got {value!r}. Its scores cannot be reproduced.")
         if key == "num_groups":
@@ -340,12 +295,3 @@ def _model_settings(root: Mapping, where: str) -> Iterator[tuple[str, Any]]:
     size = resolve(root, lookup(root, "model.mlp_global.input_size"), where)
     if size is not None:
         yield "input_size", int(_number(size, f"{where}: model.mlp_global.input_size"))
-
-
-def _walk(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-    """(path, key, value) of the known keys under a node."""
-    for key, value in node.items() if isinstance(node, Mapping) else ():
-        if key in _FIXED or key in ("num_groups", "f_maps"):
-            yield f"{path}.{key}", key, value
-        else:
-            yield from _walk(value, f"{path}.{key}")

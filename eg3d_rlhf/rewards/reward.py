@@ -86,10 +86,7 @@ class Reward(nn.Module):
         return {"observation": self.observation.to_dict(), "network": self.network.describe(), "provenance": self.provenance}
 
     def save(self, path: str | Path) -> Path:
-        """Write `path` (.safetensors) and its `.json`, each atomically; returns the path.
-
-        Raises: ValueError on another suffix or on a provenance that JSON cannot hold.
-        """
+        """Write `path` (.safetensors) and its `.json`, each atomically; returns the path. Raises: ValueError."""
         path = Path(path)
         if path.suffix != ".safetensors":
             raise ValueError(f"Reward.save: expected a name ending in .safetensors, got {path.name}. Rename it.")
@@ -213,17 +210,13 @@ def join(
             )
     psi, cutoff = _common(rewards, "psi") or PSI, _common(rewards, "truncation_cutoff") or CUTOFF
     seen: list[torch.Tensor] = []
-
-    def observed():
-        for part in untuned(generator.generator, first.observation, psi, cutoff, batch):
-            seen.append(part)
-            if on_batch is not None:
-                on_batch(len(part))
-            yield part
-
-    network = combine([cast(RewardNetwork, member.network) for member in members.values()], aggregate, strength, observed())
+    for part in untuned(generator.generator, first.observation, psi, cutoff, batch):
+        seen.append(part)
+        if on_batch is not None:
+            on_batch(len(part))
+    network = combine([cast(RewardNetwork, member.network) for member in members.values()], aggregate, strength, seen)
     with torch.no_grad():
-        scores = torch.cat([network.score(part) for part in (seen or observed())]).double()
+        scores = torch.cat([network.score(part) for part in seen]).double()
     temperatures = [member.temperature for member in members.values()]
     provenance = {
         "generator": generator.hash, "architecture": generator.generator.architecture, "psi": psi, "truncation_cutoff": cutoff,

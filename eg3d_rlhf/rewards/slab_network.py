@@ -4,8 +4,8 @@ Shape letters: N samples, C channels, D, H, W = z, y, x, M entries of a vector (
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,14 @@ from torch import nn
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.preferences.losses import LossWeights
 from eg3d_rlhf.rewards import fused
-from eg3d_rlhf.rewards.networks import Preset, RewardNetwork, register
+from eg3d_rlhf.rewards.networks import Architecture, Preset, RewardNetwork, register
 from eg3d_rlhf.rewards.unet3d import UNet3d, grid_feature, slice_max_feature
 
 _FLOOR = 0.3  # smallest voxel deviation, as a share of the mean one: keeps empty voxels from being blown up
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardArch:
+class RewardArch(Architecture):
     """Everything that decides the parameters' names and shapes, and the function they compute."""
 
     feature_maps: tuple[int, ...]  # channels per U-Net level, finest first; each divisible by `groups` or below it
@@ -46,15 +46,11 @@ class RewardArch:
         for name, known in (("pooling", ("slice_max", "grid")), ("extractor", ("unet3d", "strided"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"RewardArch.{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}. Choose one of them.")
-        if self.extractor == "strided" and len(self.slab_shape) != 3:
-            raise ValueError(f"RewardArch.slab_shape: expected (D, H, W) for the strided extractor, got {self.slab_shape}. Name the slab.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"RewardArch.dropout: expected a share in [0, 1), got {self.dropout}. Lower it.")
-        if self.extractor == "unet3d" and len(self.feature_maps) < 2:
-            raise ValueError(f"RewardArch.feature_maps: expected two or more levels, got {self.feature_maps}. Add a level.")
-        for name in ("groups", "recon_channels", "feature_channels", "patch", "pool_size", "embedding"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"RewardArch.{name}: expected at least 1, got {getattr(self, name)}. Raise it.")
+        strided = self.extractor == "strided"
+        if not 0 <= self.dropout < 1 or (len(self.slab_shape) != 3 if strided else len(self.feature_maps) < 2) or min(
+            self.groups, self.recon_channels, self.feature_channels, self.patch, self.pool_size, self.embedding
+        ) < 1:
+            raise ValueError(f"RewardArch: expected sizes of at least 1, a slab's shape or two levels, a share of dropout, got {self}.")
 
     @property
     def feature_size(self) -> int:
@@ -70,21 +66,6 @@ class RewardArch:
     def smallest_side(self) -> int:
         """Least number of voxels that a slab must have along each axis."""
         return self.patch * 2 ** (len(self.feature_maps) - 1)
-
-    def to_dict(self) -> dict:
-        """Plain JSON types."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> "RewardArch":
-        """Inverse of `to_dict`. Raises ValueError on unknown or missing fields."""
-        names = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - names)
-        if unknown or "feature_maps" not in values:
-            got = f"unknown fields {unknown}" if unknown else "no feature_maps"
-            raise ValueError(f"RewardArch.from_dict: expected fields {sorted(names)}, got {got}. Is the file from a later version?")
-        kwargs: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**kwargs)
 
 
 PAPER = RewardArch(feature_maps=(8, 16, 32, 64, 128, 256))
@@ -171,7 +152,6 @@ class RewardModel(RewardNetwork):
         self.Conv3DModule = UNet3d(arch.patch**3, arch.feature_maps, out_channels, arch.groups)
 
     def describe(self) -> dict[str, Any]:
-        """See `RewardNetwork`."""
         return self.arch.to_dict()
 
     def check(self, shape: Sequence[int]) -> None:

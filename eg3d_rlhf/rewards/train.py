@@ -88,7 +88,6 @@ class Share:
 
     @property
     def rows(self) -> list[int]:
-        """Places in the step."""
         return list(range(self.count))[self.ranks.rank :: self.ranks.world] or [0][: self.count]
 
     @property
@@ -214,7 +213,6 @@ class TrainData:
         return options.weights.on_pairs or not self.unpaired
 
     def steps(self, options: TrainOptions) -> int:
-        """Of an epoch."""
         if self.learns_pairs(options):
             return math.ceil(len(self.train) / options.batch)
         return math.ceil(len(self.unpaired) / options.unpaired_batch)

@@ -68,7 +68,7 @@ class RewardRun:
         None, "Of an observation of points: points of a cloud.", "Data", low=1, high=16384, shown="512, and 2048 for published-points"
     )
     crop: tuple[float, float, float, float, float, float] | None = None  # of the observation: trimmed shares (x, x, y, y, z, z)
-    psi: float | None = knob(None, "Truncation of the labelled shapes.", "Data", low=0, high=2, shown="the labels', else 1")
+    psi: float | None = knob(None, "Truncation of the labelled shapes.", "Data", low=0, high=2, shown="the labels', else 1", rare=True)
     cutoff: int = knob(14, "Layers that truncation reaches.", "Data", metavar="LAYERS", low=0, shown="14", rare=True)
     any_generator: bool = False  # accept labels made with another generator
     wrong_faces: bool = False  # a control: each label is about other shapes than those that are read
@@ -91,7 +91,7 @@ class RewardRun:
         check_knobs(self)
         check_joining(self.aggregate, self.strength)
         if self.unpaired is not None and self.more_networks:
-            raise ValueError(f"--unpaired: expected labels of one generator, got --more-network={self.more_networks[0]}. Leave one out.")
+            raise ValueError(f"--unpaired: expected labels of one generator, got more_networks={self.more_networks[0]}. Leave one out.")
         if self.unpaired is not None and self.wrong_faces:
             raise ValueError(f"--wrong-faces: expected pairs alone, got --unpaired={self.unpaired}. Leave one of the two out.")
         if self.members < 2 and (self.aggregate is not None or self.shared_start):
@@ -99,7 +99,6 @@ class RewardRun:
             raise ValueError(f"--members: expected 2 or more with {flag}, got {self.members}. Five are usual.")
 
     def to_dict(self) -> dict:
-        """Plain JSON values."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k != "labels"}
         values["more_networks"] = [str(path) for path in self.more_networks]
         return {**values, "network": values["network"] or "bundled", **self.labels.settings}
@@ -114,10 +113,6 @@ class RewardRun:
         given["more_networks"] = tuple(map(Path, given["more_networks"]))
         train = {**values["train"], "weights": LossWeights(**values["train"]["weights"])}
         return cls(labels=labels, train=TrainOptions(**train), **given)
-
-    def read_unpaired(self) -> list[UnpairedPreference]:
-        """Labels of single shapes; none where there is no file."""
-        return [] if self.unpaired is None else load_unpaired(self.unpaired)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +130,13 @@ class Opened:
 def open_training(settings: RewardRun, run: Run) -> Opened:
     """Labels, generators and what is read of their shapes. Raises: ValueError or FileNotFoundError for those that do not fit."""
     labels = read_labels(settings.labels, run.folder if run.resumed else None, run.ranks)
-    unpaired = settings.read_unpaired()
+    unpaired = [] if settings.unpaired is None else load_unpaired(settings.unpaired)
     refuse_held_out((seed for label in labels for seed in (label.winner, label.loser)), f"--labels={settings.labels.settings['labels']}")
     refuse_held_out((label.seed for label in unpaired), f"--unpaired={settings.unpaired}")
     generators = open_generators(settings, [*labels, *unpaired], run.device)
     stated = common_value([*labels, *unpaired], "psi")
     if settings.psi is not None and stated is not None and abs(settings.psi - stated) > 1e-6:
-        raise ValueError(f"--psi: expected the labels' own {stated}, got {settings.psi}. Leave it out.")
+        raise ValueError(f"--set psi: expected the labels' own {stated}, got {settings.psi}. Leave it out.")
     psi = next((value for value in (settings.psi, stated) if value is not None), 1.0)
     judged = on_wrong_faces(labels, settings.split_seed) if settings.wrong_faces else labels
     observation, splits = what_is_read(settings, generators), split_by_seed(judged, settings.fractions, settings.split_seed)
@@ -155,23 +150,20 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
 def open_generators(
     settings: RewardRun, labels: Sequence[Preference | UnpairedPreference], device: str = "cpu"
 ) -> list[LoadedGenerator]:
-    """The generators that drew the labelled shapes, the run's --network first.
-
-    Raises: ValueError for labels of another one, and, where there are several, labels that name none.
-    """
+    """The generators that drew the labelled shapes, --network's first. Raises: ValueError for labels of another one, or of none."""
     generators = [load_generator(source, device) for source in (settings.network, *settings.more_networks)]
     if settings.any_generator and len(generators) == 1:
         return generators
     if settings.any_generator:
-        raise ValueError("--any-generator: expected one --network, got --more-network as well. Leave one of the two out.")
+        raise ValueError("--set any_generator: expected one --network, got more_networks as well. Leave one of the two out.")
     hashes, counts = [g.hash for g in generators], Counter(label.generator for label in labels)
     strange = [name for name in counts if name not in hashes and not (name is None and len(generators) == 1)]
     if strange:
         names, wrong = ", ".join(f"{h[:12]}..." for h in hashes), strange[0]
         got = f"{counts[wrong]} labels that name no generator" if wrong is None else f"{counts[wrong]} labels of {wrong[:12]}..."
         raise ValueError(
-            f"labels: expected judgements of generator {names}, got {got}. Pass the labels' --network, --more-network for a second "
-            "one, or --any-generator if the seeds mean the same shapes."
+            f"labels: expected judgements of generator {names}, got {got}. Pass the labels' --network, --set more_networks=FILE "
+            "for a second one, or --set any_generator=true if the seeds mean the same shapes."
         )
     return generators
 
@@ -183,7 +175,7 @@ def what_is_read(settings: RewardRun, generators: Sequence[LoadedGenerator]) -> 
     first, *others = (observation_of(settings.observation, g.generator, **observe) for g in generators)
     for other, generator in zip(others, generators[1:], strict=True):
         if other != first:
-            raise ValueError(f"--more-network={generator.path}: expected bounds as --network's, got others. Leave it out.")
+            raise ValueError(f"--set more_networks={generator.path}: expected bounds as --network's, got others. Leave it out.")
     return first
 
 

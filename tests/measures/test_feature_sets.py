@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from eg3d_rlhf.measures import feature_sets
-from eg3d_rlhf.measures.feature_sets import mean_pairwise, neighbour_radii, pairwise_distances, pairwise_ratio, precision_recall
+from eg3d_rlhf.measures.feature_sets import mean_pairwise, pairwise_distances, pairwise_ratio, precision_recall
 
 RNG = np.random.default_rng(5)
 
@@ -13,12 +13,6 @@ def test_distances_are_root_mean_squares():
     x = RNG.normal(size=(6, 4)) + 100
     loop = [[np.sqrt(((a - b) ** 2).mean()) for b in x] for a in x]
     np.testing.assert_allclose(pairwise_distances(x), loop, atol=1e-6)
-
-
-def test_mean_counts_each_pair_once():
-    matrix = pairwise_distances(RNG.normal(size=(7, 3)))
-    upper = matrix[np.triu_indices(7, 1)]
-    np.testing.assert_allclose(mean_pairwise(matrix).mean, upper.mean(), rtol=1e-12)
 
 
 def test_jackknife_is_leaving_each_item_out():
@@ -30,6 +24,7 @@ def test_jackknife_is_leaving_each_item_out():
         without.append(part[np.triu_indices(8, 1)].mean())
     error = np.sqrt(8 / 9 * ((np.array(without) - np.mean(without)) ** 2).sum())
     found = mean_pairwise(matrix)
+    np.testing.assert_allclose(found.mean, matrix[np.triu_indices(9, 1)].mean(), rtol=1e-12)
     np.testing.assert_allclose((found.hi - found.lo) / 2, 2.306004135 * error, rtol=1e-7)
 
 
@@ -52,9 +47,7 @@ def test_collapse_shows():
     assert noisy.lo < noisy.mean < noisy.hi
 
 
-def test_unusable_sets_are_refused():
-    with pytest.raises(ValueError, match="N >= 3"):
-        pairwise_distances(np.ones((2, 3)))
+def test_equal_items_have_no_ratio():
     with pytest.raises(ValueError, match="equal ones"):
         pairwise_ratio(np.zeros((4, 4)), np.ones((4, 4)) - np.eye(4))
 
@@ -77,12 +70,6 @@ def test_equals_brute_force(k, block, monkeypatch):
     assert 0 < found.precision < 1 and 0 < found.recall < 1
 
 
-def test_equal_sets_are_all_inside_and_distant_ones_never():
-    x = np.random.RandomState(0).randn(50, 6)
-    assert (precision_recall(x, x).precision, precision_recall(x, x).recall) == (1, 1)
-    assert (precision_recall(x, x + 100).precision, precision_recall(x, x + 100).recall) == (0, 0)
-
-
 def test_a_collapse_lowers_recall_alone():
     random = np.random.RandomState(1)
     real, collapsed = random.randn(300, 3), 0.05 * random.randn(300, 3)
@@ -92,10 +79,6 @@ def test_a_collapse_lowers_recall_alone():
     assert noisy.precision < 0.5 and noisy.recall > 0.8
 
 
-def test_an_item_is_no_neighbour_of_itself():
-    assert neighbour_radii(np.array([[0.0], [1.0], [3.0]]), 1).tolist() == [1, 1, 4]
-
-
 def test_intervals_hold_the_shares():
     random = np.random.RandomState(2)
     found = precision_recall(random.randn(60, 3), random.randn(70, 3) + 0.5)
@@ -103,13 +86,6 @@ def test_intervals_hold_the_shares():
         assert interval.lo <= getattr(found, name) <= interval.hi
 
 
-@pytest.mark.parametrize(
-    ("fake", "real", "k", "says"),
-    [
-        (np.zeros((5, 2)), np.zeros((5, 3)), 3, "Use one network"), (np.zeros((3, 2)), np.zeros((5, 2)), 3, "more than k = 3"),
-        (np.full((5, 2), np.nan), np.zeros((5, 2)), 3, "finite"), (np.zeros((5, 2)), np.zeros((5, 2)), 0, "k >= 1"),
-    ],
-)
-def test_refused(fake, real, k, says):
-    with pytest.raises(ValueError, match=says):
-        precision_recall(fake, real, k)
+def test_nan_is_refused():
+    with pytest.raises(ValueError, match="finite"):
+        precision_recall(np.full((5, 2), np.nan), np.zeros((5, 2)))

@@ -44,8 +44,6 @@ def test_equal_seeds_give_equal_intervals():
     fake, real = normal(0, 60, 3), normal(1, 70, 3, 0.5)
     for function in (frechet_interval, kernel_interval):
         assert function(fake, real, seed=3) == function(fake, real, seed=3) != function(fake, real, seed=4)
-        wide, narrow = function(fake, real, confidence=0.99), function(fake, real, confidence=0.8)
-        assert wide.lo < narrow.lo < narrow.mean < narrow.hi < wide.hi
 
 
 @pytest.mark.parametrize("block", [37, 4_000_000])
@@ -92,13 +90,6 @@ def test_frechet_interval_holds_the_truth_where_percentiles_do_not():
     assert all(i.bias > 0 for i in found)
 
 
-def test_equal_distributions_have_an_interval_down_to_zero():
-    found, share = coverage(frechet_interval, 0.0, 25, lambda r: (normal(r, 150, 5), normal(r + 999, 150, 5)))
-    assert share >= 0.8 and all(i.mean >= 0 for i in found)
-    found, share = coverage(kernel_interval, 0.0, 25, lambda r: (normal(r, 150, 5), normal(r + 999, 150, 5)))
-    assert share >= 0.8
-
-
 def test_change_of_paired_fakes_is_narrower_than_of_separate_ones():
     base, real = normal(0, 200, 4), normal(1, 200, 4)
     for function, single in ((frechet_change_interval, frechet_interval), (kernel_change_interval, kernel_interval)):
@@ -109,28 +100,15 @@ def test_change_of_paired_fakes_is_narrower_than_of_separate_ones():
         assert same.lo == same.hi == same.mean == 0
 
 
-@pytest.mark.parametrize(
-    ("fake", "real", "options", "says"),
-    [
-        (normal(0, 20, 3), normal(0, 20, 4), {}, "Use one network"), (normal(0, 20, 3) * np.nan, normal(0, 20, 3), {}, "finite"),
-        (normal(0, 20, 3), normal(0, 20, 3), {"resamples": 10}, "resamples >= 50"),
-        (normal(0, 20, 3), normal(0, 20, 3), {"confidence": 95}, "0.95 means 95 %"),
-    ],
-)
-def test_refused(fake, real, options, says):
+def test_nan_is_refused():
     for function in (frechet_interval, kernel_interval):
-        with pytest.raises(ValueError, match=says):
-            function(fake, real, **options)
+        with pytest.raises(ValueError, match="finite"):
+            function(normal(0, 20, 3) * np.nan, normal(0, 20, 3))
 
 
 def test_frechet_needs_more_samples_than_features():
     with pytest.raises(ValueError, match="kernel distance, which needs no covariance"):
         frechet_interval(normal(0, 20, 30), normal(0, 20, 30))
-
-
-def test_change_needs_pairs():
-    with pytest.raises(ValueError, match="as many items after as before"):
-        kernel_change_interval(normal(0, 20, 3), normal(0, 21, 3), normal(0, 20, 3))
 
 
 @pytest.mark.long

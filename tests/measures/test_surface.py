@@ -16,7 +16,6 @@ from eg3d_rlhf.measures.surface import (
     displacement,
     front_heights,
     head_heights,
-    in_head,
     main_surface,
     mean_curvature,
     median_change,
@@ -130,23 +129,6 @@ def test_surfaces_that_touch_at_a_vertex_are_two():
     assert (found.parts, found.euler, found.handles, found.watertight) == (2, 4, 0, True)
 
 
-def test_an_edge_of_three_faces_is_no_closed_surface():
-    vertices, faces, _ = torus(rows=8, columns=8)
-    extra = np.array([[faces[0][0], faces[0][1], len(vertices)]])
-    assert not topology(np.concatenate([vertices, [[0, 0, 1.0]]]), np.concatenate([faces, extra])).watertight
-
-
-@pytest.mark.parametrize(
-    ("vertices", "faces", "says"),
-    [(np.zeros((3, 2)), np.zeros((1, 3), int), "vertices"), (np.zeros((3, 3)), np.array([[0, 1, 5]]), "finite vertices"),
-     (np.zeros((3, 3)), np.zeros((0, 3), int), "F >= 1"), (np.zeros((3, 3)), np.array([[0, 0, 1]]), "twice")],
-)
-def test_refused(vertices, faces, says):
-    for function in (topology, mean_curvature, main_surface):
-        with pytest.raises(ValueError, match=says):
-            function(vertices, faces)
-
-
 UNIT = voxel(SPEC)
 POINTS = torch.nn.functional.normalize(torch.randn(500, 3, generator=torch.Generator().manual_seed(0)), dim=1)
 
@@ -162,11 +144,6 @@ def test_a_sphere_that_grew_has_moved_by_so_much_everywhere(voxels):
     moved = displacement(sphere(0.25), radius * POINTS, POINTS)
     assert (moved - voxels).abs().max() < 0.03
     assert median_change(sphere(0.22), sphere(0.22 + voxels * UNIT)) == pytest.approx(abs(voxels), abs=0.03)
-
-
-def test_the_change_is_the_same_both_ways():
-    one, other = sphere(0.2), sphere(0.22, (0.01, 0.0, 0.02))
-    assert median_change(one, other) == pytest.approx(median_change(other, one), rel=0.05)
 
 
 def test_what_is_new_or_gone_altogether_is_at_the_end_of_the_scale():
@@ -187,17 +164,6 @@ def test_no_points_and_no_surface():
     empty = body(lambda points: points[..., 0] * 0 + 1)
     assert math.isnan(median_change(empty, empty))
     assert change_summary([float("nan")]) == {"median": None, "quartiles": [None, None], "n": 0}
-
-
-def test_the_head_is_the_box_of_the_published_slab():
-    points = torch.tensor([[0.0, 0.0, 0.2], [0.0, -0.3, 0.2], [0.3, 0.0, 0.2], [0.0, 0.0, -0.2]])
-    assert in_head(points, SPEC).tolist() == [True, False, False, False]
-    assert in_head(2 * points + 1, SlabSpec(resolution=48, crop=(0.0,) * 6, box_warp=2.0, centre=(1.0, 1.0, 1.0))).tolist() == [
-        True, False, False, False
-    ]
-
-
-def test_the_summary_leaves_out_what_has_no_surface():
     assert change_summary([1.0, 2.0, float("nan"), 3.0]) == {"median": 2.0, "quartiles": [1.5, 2.5], "n": 3}
 
 

@@ -67,11 +67,6 @@ def test_distance_grows_with_the_amplitude_of_waves(distances, members):
     assert (large.surface > small.surface + 5e-4).all()
 
 
-def test_floaters_are_far_from_every_head(distances, members):
-    floating = nearest_heads(_sigma(_ball(distances, (0.3, 0.3, 0.25), 0.07)), SPEC, QUICK)
-    assert (floating.surface > members.surface + 1e-3).all()
-
-
 def test_a_missing_half_is_uncovered(distances, members):
     x = _points()[..., 0]
     half = nearest_heads(_sigma(torch.maximum(distances, x - 0.02)), SPEC, QUICK)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from eg3d_rlhf.preferences.agreement import LEAST_UNITS, cohen_kappa, krippendorff_alpha
-from eg3d_rlhf.preferences.coverage import agreement_coverage, agreement_grid, share_coverage
+from tests.preferences.coverage import agreement_coverage, agreement_grid
 
 
 def answers(table):
@@ -37,16 +37,6 @@ def test_kappa_is_one_for_equal_and_zero_for_independent_answers():
 
 def test_kappa_is_undefined_where_nobody_varies_or_nothing_is_shared():
     assert cohen_kappa("aaa", "aaa").value is None and cohen_kappa("", "").to_dict() == {"value": None, "ci95": None, "n": 0}
-
-
-def test_the_kappa_interval_covers_as_often_as_it_says():
-    rng, truth, covered = np.random.default_rng(0), 0.6, 0
-    for _ in range(400):  # both say the same with 0.8 and each answer is as frequent: kappa = 0.6
-        a = rng.integers(0, 2, 150)
-        b = np.where(rng.random(150) < 0.8, a, 1 - a)
-        result = cohen_kappa(a.tolist(), b.tolist())
-        covered += result.lo <= truth <= result.hi
-    assert 0.92 <= covered / 400 <= 0.98
 
 
 @pytest.mark.parametrize(
@@ -101,7 +91,7 @@ def test_alpha_is_undefined_without_variation():
 
 
 def check_coverage(units: int, studies: int, full: bool, least: float) -> None:
-    found = [agreement_coverage(kind, studies, seed=1)["coverage"] for kind in agreement_grid(units, full)]
+    found = [agreement_coverage(kind, studies, seed=1) for kind in agreement_grid(units, full)]
     assert 0.93 <= np.mean(found) <= 0.97 and min(found) >= least, list(zip(found, agreement_grid(units, full), strict=True))
 
 
@@ -113,9 +103,3 @@ def test_intervals_hold_the_truth_at_the_fewest_units_that_are_shown():
 @pytest.mark.parametrize("units", [LEAST_UNITS, 2 * LEAST_UNITS])
 def test_intervals_hold_the_truth_over_the_whole_grid(units):
     check_coverage(units, 300, full=True, least=0.85)
-
-
-@pytest.mark.parametrize("n", [LEAST_UNITS, 20, 50])
-def test_intervals_of_shares_hold_the_truth(n):
-    held = share_coverage(n)
-    assert 0.94 <= np.mean(held) <= 0.97 and min(held) > 0.91

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eg3d_rlhf.preferences.labels import Preference, labels_hash, load_labels, read_labels, write_labels
+from eg3d_rlhf.preferences.labels import Preference, labels_hash, load_labels, write_labels
 
 LABELS = [
     Preference(winner=3, loser=7, generator="ab" * 32, psi=0.7, annotator="anna", time="2026-01-02T03:04:05", clean=7),
@@ -37,38 +37,25 @@ def test_clean_is_a_seed_or_says_whether_the_winner_is_better(tmp_path, clean, s
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.jsonl", '{"winner": 1, "loser": 2}\n{"winner": 1}\n', ["a.jsonl, line 2", "no loser", "Add the seed"]),
-        ("a.jsonl", '{"winner": 1, "loser": 2\n', ["a.jsonl, line 1", "JSON", "Correct the line"]),
-        ("a.jsonl", "[1, 2]\n", ["a.jsonl, line 1", "got list"]),
-        ("a.jsonl", '{"winner": 1, "loser": 1}\n', ["line 1", "1 twice", "Remove the line"]),
-        ("a.jsonl", '{"winner": 1.5, "loser": 1}\n', ["winner", "1.5", "integer seed"]),
-        ("a.jsonl", '{"winner": -1, "loser": 1}\n', ["winner", "-1"]),
-        ("a.jsonl", '{"winner": 1, "loser": 2, "psi": 9}\n', ["psi", "9"]),
-        ("a.jsonl", '{"winner": 1, "loser": 2, "clean": 3}\n', ["clean", "1 or 2"]),
-        ("a.jsonl", '{"winner": 1, "loser": 2, "time": "noon"}\n', ["time", "noon"]),
-        ("a.jsonl", '{"winner": 1, "loser": 2, "tie": "maybe"}\n', ["tie", "maybe"]),
-        ("a.jsonl", "", ["a.jsonl", "empty file"]),
-        ("a.csv", "first,second\n1,2\n", ["a.csv, line 1", "header with winner and loser"]),
-        ("a.csv", "winner,loser\n1,2\n3\n", ["a.csv, line 3", "expected 2 cells, got 1"]),
-        ("a.csv", "winner,loser\n1,x\n", ["a.csv, line 2", "loser", "'x'"]),
-        ("a.txt", "", ["a.txt", ".jsonl or .csv"]),
+        ("a.jsonl", '{"winner": 1, "loser": 2}\n{"winner": 1}\n', "line 2.*no loser"),
+        ("a.jsonl", '{"winner": 1, "loser": 2\n', "line 1.*JSON"), ("a.jsonl", "[1, 2]\n", "got list"),
+        ("a.jsonl", '{"winner": 1, "loser": 1}\n', "1 twice"), ("a.jsonl", "", "empty file"),
+        ("a.jsonl", '{"winner": 1.5, "loser": 1}\n', "winner.*1.5"), ("a.jsonl", '{"winner": -1, "loser": 1}\n', "winner.*-1"),
+        ("a.jsonl", '{"winner": 1, "loser": 2, "psi": 9}\n', "psi.*9"),
+        ("a.jsonl", '{"winner": 1, "loser": 2, "clean": 3}\n', "clean.*1 or 2"),
+        ("a.jsonl", '{"winner": 1, "loser": 2, "time": "noon"}\n', "time.*noon"),
+        ("a.csv", "winner,loser\n1,2\n3\n", "line 3.*2 cells, got 1"),
+        ("a.jsonl", '{"winner": 1, "loser": 2, "tie": "maybe"}\n', "tie.*maybe"),
+        ("a.csv", "first,second\n1,2\n", "line 1.*header"), ("a.csv", "winner,loser\n1,x\n", "line 2.*loser.*'x'"),
+        ("a.txt", "", ".jsonl or .csv"),
     ],
 )
 def test_errors_name_file_line_and_remedy(tmp_path, name, text, words):
     path = tmp_path / name
     path.write_text(text)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=words) as caught:
         load_labels(path)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
-
-
-def test_reading_streams_up_to_the_bad_line(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"winner": 1, "loser": 2}\noops\n')
-    stream = read_labels(path)
-    assert next(stream).winner == 1
-    with pytest.raises(ValueError, match="line 2"):
-        next(stream)
+    assert name in str(caught.value)
 
 
 def test_missing_file_says_so(tmp_path):

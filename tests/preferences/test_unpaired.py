@@ -51,7 +51,7 @@ def test_thresholds_and_targets():
         ('{"seed": 1}', "got neither"),
         ('{"seed": 1, "label": 1, "score": 2}', "got both"),
         ('{"label": 1}', "expected seed, got none"),
-        ('{"seed": -1, "label": 1}', "expected seed from 0"),
+        ('{"seed": -1, "label": 1}', "seed from 0"),
         ('{"seed": 1, "label": 1, "psi": 7}', "expected psi from 0 to 2"),
         ("[1]", "expected a JSON object, got list"),
     ],

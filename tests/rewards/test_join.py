@@ -1,6 +1,5 @@
 """Reward files joined into one: what is written, what is refused, and that the reward phase takes it as any other."""
 
-import json
 
 import pytest
 import torch
@@ -79,15 +78,6 @@ def test_an_ensemble_gives_its_members(join, files, generator, tmp_path):
     assert isinstance(network, RewardEnsemble) and len(network.members) == 3 and network.aggregate.strength == 2
 
 
-def test_warm_is_one_network(join, files):
-    done, out = join("a", "b", aggregate="warm")
-    assert done.exit_code == 0, done.output
-    joined, (a, b) = load_reward(out), (load_reward(files[name]) for name in "ab")
-    assert joined.members() == [joined]
-    name = "MLP.input_layer.weight"
-    torch.testing.assert_close(joined.network.state_dict()[name], (a.network.state_dict()[name] + b.network.state_dict()[name]) / 2)
-
-
 @pytest.mark.parametrize(
     ("names", "aggregate", "flags", "text"),
     [
@@ -108,12 +98,6 @@ def test_another_generator_is_refused(join, tmp_path):
     tiny_runs.networks.save(other, tiny_runs.build_networks(seed=4))
     done, _ = join("a", "b", network=other)
     assert done.exit_code == 2 and "--network: expected the generator of the rewards" in done.stderr
-
-
-def test_dry_run_writes_nothing(join):
-    done, _ = join("a", "b", flags=["-n"])
-    described = json.loads(done.stdout)
-    assert done.exit_code == 0 and described["network"]["members"] == 2 and described["network"]["ensemble"]["kind"] == "softmin"
 
 
 @pytest.mark.parametrize("shaping", ["none", "standardised", "reference"])

@@ -1,19 +1,17 @@
 """Properties of the reward network and its file format."""
 
-import json
 from dataclasses import replace
 
 import pytest
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.rewards import slab_network
 from eg3d_rlhf.rewards.observations import SigmaSlab
-from eg3d_rlhf.rewards.reward import Reward, fill_published, load_reward
+from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.slab_network import RewardArch, RewardModel
-from eg3d_rlhf.rewards.unet3d import slice_max_feature, slice_windows
+from eg3d_rlhf.rewards.unet3d import slice_max_feature
 
 PRESETS = {name: RewardArch.from_dict(found.network) for name, found in slab_network.PRESETS.items()}
 SMALL_PRESETS = [name for name in PRESETS if name != "paper"]
@@ -75,18 +73,6 @@ def test_strided_extractor_standardises_by_training_slabs():
     assert model.extractor.slab_scale.min() > 0
 
 
-def test_strided_extractor_refuses_other_slabs():
-    with pytest.raises(ValueError, match="Use the reward's own SlabSpec"):
-        strided().score(torch.zeros(1, 1, 14, 18, 16))
-
-
-def test_dropout_acts_in_training_only():
-    model, x = strided(), slabs(2)
-    assert torch.equal(model.score(x), model.score(x))
-    model.train()
-    assert not torch.equal(model.score(x), model.score(x))
-
-
 def test_score_gradient_reaches_the_slab(model):
     x = slabs(2).requires_grad_()
     (g,) = torch.autograd.grad(model.score(x).sum(), x)
@@ -112,29 +98,16 @@ def test_slice_feature_equals_the_adaptive_pool_and_its_gradient(depth, bins):
     torch.testing.assert_close(gradient, x.grad)
 
 
-def test_full_size_feature_has_128_straddling_bins():
-    windows = slice_windows(129, 8192)
-    assert windows.shape == (8192, 2) and int((windows[:, 0] != windows[:, 1]).sum()) == 128
-
-
-@pytest.mark.parametrize(
-    ("bad", "words"),
-    [
-        (torch.zeros(2, *SHAPE), r"expected \[N, 1, D, H, W\], got \[2, 13, 18, 16\]"),
-        (torch.zeros(0, 1, *SHAPE), r"got \[0, 1"),
-        (torch.zeros(1, 1, 2, 18, 16), "sides of at least"),
-        ([1], "got list"),
-    ],
-)
-def test_wrong_slabs_are_explained(bad, words):
-    with pytest.raises(ValueError, match=words):
+@pytest.mark.parametrize("bad", [torch.zeros(2, *SHAPE), torch.zeros(0, 1, *SHAPE), torch.zeros(1, 1, 2, 18, 16)])
+def test_wrong_slabs_are_explained(bad):
+    with pytest.raises(ValueError, match="RewardModel.slab.: expected"):
         RewardModel(PRESETS["small"]).score(bad)
 
 
 def test_bad_architectures_are_explained():
     with pytest.raises(ValueError, match="pooling: expected one of slice_max, grid"):
         RewardArch(feature_maps=(8, 16), pooling="mean")
-    with pytest.raises(ValueError, match="unknown fields"):
+    with pytest.raises(ValueError, match="its own fields"):
         RewardArch.from_dict({"feature_maps": [8, 16], "colour": 1})
     with pytest.raises(ValueError, match="divisible by 8"):
         RewardModel(RewardArch(feature_maps=(12, 16), pool_size=16))
@@ -177,26 +150,6 @@ def test_truncated_and_foreign_files_are_explained(saved, tmp_path):
         load_reward(junk)
 
 
-def test_wrong_entries_are_listed(saved):
-    state = safetensors.torch.load_file(saved)
-    state["extra.weight"] = torch.zeros(1)
-    state["MLP.input_layer.bias"] = torch.zeros(3)
-    del state["Conv3DModule.final_conv.bias"]
-    saved.write_bytes(safetensors.torch.save(state))
-    with pytest.raises(ValueError) as caught:
-        load_reward(saved)
-    misshapen = "misshapen: MLP.input_layer.bias [3] instead of [32]"
-    for text in ("missing: Conv3DModule.final_conv.bias", "unexpected: extra.weight", misshapen):
-        assert text in str(caught.value)
-
-
-def test_weights_of_the_old_upsampling_are_refused_with_the_reason():
-    model = RewardModel(PRESETS["tiny"])
-    state = {k.replace("upsample.conv_transposed.weight", "upsample.weight"): v for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match="1.8.1 or older.*Use weights trained with 1.8.2 or later"):
-        fill_published(model, state, "load")
-
-
 def test_published_state_dict_loads_from_pt_with_or_without_wrapper(tmp_path):
     model = RewardModel()
     for content in (model.state_dict(), {"state_dict": model.state_dict()}):
@@ -210,8 +163,3 @@ def test_meta_must_be_json(tmp_path):
     with pytest.raises(ValueError, match="plain JSON values"):
         Reward(SigmaSlab(SPEC), RewardModel(PRESETS["tiny"]), {"x": torch.zeros(1)}).save(tmp_path / "r.safetensors")
     assert not list(tmp_path.iterdir())
-
-
-def test_sidecar_is_readable_json(saved):
-    sidecar = json.loads(saved.with_suffix(".json").read_text())
-    assert RewardArch.from_dict(sidecar["network"]) == PRESETS["tiny"] and sidecar["observation"]["kind"] == "sigma"

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.core.registry import VARIABLE
@@ -43,14 +42,10 @@ def reward(tmp_path_factory) -> Path:
     said = succeed(
         reward_training.train, "--observation=frontal-depth",
         f"--labels={folder / 'labels.jsonl'}", f"--out={folder / 'run'}", "--epochs=2",
-        "--fractions", 0.6, 0.2, 0.2,
+        "--set=fractions=0.6 0.2 0.2",
     )
     assert "test pairs ordered as labelled" in said
     return folder / "run" / "reward.safetensors"
-
-
-def test_one_short_file_brings_it():
-    assert len(PLUGIN.read_text().splitlines()) < 120
 
 
 def test_the_file_says_what_it_reads_and_a_field_is_scored(reward):
@@ -90,15 +85,6 @@ def test_it_tunes_is_watched_and_resumed(reward, tmp_path):
     assert tiny_runs.run(f"--resume={resumed}").exit_code == 0
     assert (resumed / "stats.jsonl").read_text() == (run / "stats.jsonl").read_text()
     tiny_runs.assert_same(*(storage.read_tensors(folder / final.name)[0] for folder in (run, resumed)))
-
-
-def test_its_rays_do_not_touch_the_draws_of_others(reward):
-    observation, generator = load_reward(reward).observation, load_generator().generator
-    field = generator.field(ws_of_seeds(generator, [1]))
-    torch.manual_seed(3)
-    before = torch.rand(4)
-    torch.manual_seed(3)
-    assert torch.equal(observation.observe(field), observation.observe(field)) and torch.equal(before, torch.rand(4))
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,9 @@ from eg3d_rlhf.modes.labels import synthetic
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.networks import preset, readers_of
 from eg3d_rlhf.rewards.point_layers import ball, farthest_points, nearest
-from eg3d_rlhf.rewards.point_networks import CurveNetArch, PointNetArch, build, onward
-from eg3d_rlhf.rewards.points import LevelSetPoints, LiftedPoints, PublishedPoints, draw, evenly, level_set, lift, mirror, self_scaled
+from eg3d_rlhf.rewards.point_networks import PointNetArch, build
+from eg3d_rlhf.rewards.points import LevelSetPoints, LiftedPoints, PublishedPoints, draw, level_set, lift, mirror, self_scaled
 from eg3d_rlhf.rewards.reward import Reward, load_reward
-from tests import tiny_runs
 
 OURS = ("pointnet", "pointnet2", "curvenet")
 
@@ -64,28 +63,6 @@ def test_the_order_of_points_does_not_matter(kind, name, changes):
     torch.testing.assert_close(model.score(shuffled), model.score(cloud), rtol=close, atol=close)
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_size_and_place_of_a_shape_change_ours(name):
-    model, cloud = network(name), clouds(1)
-    larger, moved = cloud.clone(), cloud.clone()
-    larger[:, :3] *= 1.1
-    moved[:, :3] += 0.05
-    assert abs(model.score(larger) - model.score(cloud)) > 1e-6 and abs(model.score(moved) - model.score(cloud)) > 1e-6
-
-
-@pytest.mark.parametrize("name", ["paper-pointnet", "paper-pointnet2", "paper-curvenet"])
-def test_the_published_normalisation_hides_size_and_place(name):
-    model, cloud = network(name, "published-points").eval(), clouds(1, 256, channels=3).transpose(1, 2)
-    first, other = (model.score(self_scaled(raw).transpose(1, 2)) for raw in (cloud, cloud * 2.5 + torch.tensor([0.3, -1.0, 2.0])))
-    torch.testing.assert_close(other, first, rtol=1e-6, atol=1e-9)
-
-
-def test_a_point_twice_changes_nothing_in_published_pointnet():
-    model, cloud = network("paper-pointnet", "published-points"), clouds(2, channels=3)
-    twice = torch.cat([cloud, cloud[:, :, 5:9]], dim=2)
-    torch.testing.assert_close(model.score(twice), model.score(cloud), rtol=1e-12, atol=0)
-
-
 def test_every_point_of_ours_gets_a_gradient_where_few_of_the_published_do():
     for widths, pool, share in (((64, 128, 32), "max", 32 / 160), ((64, 128, 32), "max-mean", 1.0)):
         torch.manual_seed(0)
@@ -106,12 +83,6 @@ def test_neighbours_of_a_line():
     assert nearest(line, 2)[0, :, 0].tolist() == list(range(6)) and nearest(line, 9).shape == (1, 6, 6)
 
 
-def test_curves_do_not_turn_back():
-    direction = torch.tensor([[[1.0], [0.0]]])  # [N, C, Q]
-    steps = torch.tensor([[[[2.0, -3.0, 0.0, -1.0]], [[0.0, 0.0, 5.0, 1.0]]]])  # [N, C, Q, K]
-    torch.testing.assert_close(onward(direction, steps), torch.tensor([[[1.0, 0.0, 1.0, 1 - 0.5**0.5]]]))
-
-
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in ("points", "lifted-points", "published-points")
                                             for name in readers_of(kind).presets])  # fmt: skip
 def test_presets_are_rebuilt_from_json(kind, name):
@@ -122,12 +93,12 @@ def test_presets_are_rebuilt_from_json(kind, name):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: build({"network": "dgcnn"}), "reward network: expected one of pointnet, pointnet2, curvenet, got 'dgcnn'"),
-        (lambda: build({"network": "pointnet", "layers": 3}), "PointNetArch: expected its own fields"),
-        (lambda: PointNetArch(norm="instance"), "PointNetArch.norm: expected one of batch, layer, got 'instance'"),
-        (lambda: CurveNetArch(blocks=((10, 5, 0.1, 4, True),)), "CurveNetArch.blocks"),
-        (lambda: Reward(LevelSetPoints(), build({"network": "pointnet"})), r"expected clouds of 3 channels per point, got \[6, 512\]"),
-        (lambda: network("pointnet").score(torch.zeros(6, 9)), r"expected clouds \[N, 6, P\], got \[6, 9\]"),
+        (lambda: build({"network": "dgcnn"}), "one of pointnet"), (lambda: build({"network": "pointnet", "layers": 3}), "its own fields"),
+        (lambda: Reward(LevelSetPoints(), build({"network": "pointnet"})), r"3 channels per point, got \[6, 512\]"),
+        (lambda: LiftedPoints(resolution=16, points=257), "--points: .* 256 pixels"),
+        (lambda: observations.from_dict({"kind": "points"}), "fields"),
+        (lambda: LevelSetPoints(spec=replace(GRID, lattice="skewed")), "straight"),
+        (lambda: LevelSetPoints(spec=SlabSpec.cube(4), points=999).observe(sphere(0.3)), "999 places, got 144"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, text):
@@ -152,10 +123,10 @@ LONG = [pytest.param(*other, marks=pytest.mark.long) for other in (("points", "p
 
 
 @pytest.mark.parametrize(("kind", "name"), [("points", "pointnet"), *LONG])
-def test_it_trains_and_tunes(kind, name, labels, tmp_path):
+def test_it_trains_and_has_a_gradient(kind, name, labels, tmp_path):
     succeed(
         reward_training.train, f"--observation={kind}", f"--preset={name}", "--resolution=24", "--points=96", f"--labels={labels}",
-        f"--out={tmp_path / 'reward'}", "--epochs=1", "--fractions", 0.5, 0.25, 0.25,
+        f"--out={tmp_path / 'reward'}", "--epochs=1", "--set=fractions=0.5 0.25 0.25",
     )
     reward = load_reward(tmp_path / "reward" / "reward.safetensors")
     assert reward.observation.kind == kind and reward.observation.points == 96
@@ -163,24 +134,12 @@ def test_it_trains_and_tunes(kind, name, labels, tmp_path):
     field = generator.field(ws_of_seeds(generator, [5]).requires_grad_())
     reward.score(field).sum().backward()
     assert field.ws.grad.isfinite().all() and field.ws.grad.abs().sum() > 0
-    data = tiny_runs.write_dataset(tmp_path / "data.zip", resolution=64)
-    flags = [
-        f"--reward={kind}", "--lambda-r=1", f"--reward-ckpt={tmp_path / 'reward' / 'reward.safetensors'}", f"--data={data}", "--kimg=0.008",
-        "--tick=0.008", "--no-summary", f"--outdir={tmp_path / 'runs'}", "--device=cpu",
-    ]
-    result = tiny_runs.run(*flags)
-    assert result.exit_code == 0, result.output
-    lines = (tiny_runs.only_run(tmp_path / "runs") / "stats.jsonl").read_text().splitlines()
-    assert lines and all("RLHF/reward" in json.loads(line) for line in lines)
-
 
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--observation=sigma", "--points=9"], "--points: expected nothing for observation sigma, got 9"),
-        (["--observation=lifted-points", "--crop", *[0.1] * 6], "--crop: expected nothing for observation lifted-points"),
-        (["--observation=lifted-points", "--resolution=16", "--points=300"], "--points: expected at most the 256 pixels"),
-        (["--observation=points", "--preset=heads"], "reward preset: expected one of pointnet, pointnet2, curvenet, got 'heads'"),
+        (["--observation=sigma", "--points=9"], "--points: "), (["--observation=points", "--preset=heads"], "one of pointnet"),
+        (["--observation=lifted-points", "--resolution=16", "--points=300"], "--points: "),
     ],
 )
 def test_bad_flags_are_one_line(flags, text, tmp_path):
@@ -311,16 +270,6 @@ def test_size_and_place_stay_in_ours_and_not_in_the_published_cloud():
     assert seen.shape == (1, *published.shape) and float(seen.abs().max()) == pytest.approx(0.999999)
 
 
-def test_the_background_moves_the_published_cloud_alone():
-    near, far = sphere(0.2), sphere(0.2)
-    near.far = 3.0
-    lifted, published = LiftedPoints(resolution=32, points=200), PublishedPoints(resolution=32, points=200)
-    assert torch.equal(lifted.observe(near), lifted.observe(far))
-    middle = 103  # of the points: pixel 529, row 16 of 32
-    moved = published.observe(near)[0, :, middle] - published.observe(far)[0, :, middle]
-    assert moved.norm() > 0.02, "the same face point"
-
-
 def test_lifted_points_leave_the_background_out():
     observation = LiftedPoints(resolution=48, points=300)
     field = Ball(torch.tensor([RADIUS], dtype=torch.float64), at=(0.05, 0.1, 0.0))
@@ -328,21 +277,6 @@ def test_lifted_points_leave_the_background_out():
     torch.testing.assert_close((cloud - torch.tensor([[0.05], [0.1], [0.0]])).norm(dim=0), torch.full((300,), RADIUS).double())
     columns = lift(torch.ones(1, 1, 48, 48), CameraFamily().label())[0, :, 0].unique()
     assert len(columns) > 0 and len((cloud[0] * 1e4).round().unique()) > 100, "all columns of the picture are drawn from"
-
-
-def test_depth_moves_points_along_their_rays():
-    camera = CameraFamily().label().double()
-    depth = torch.full((1, 1, 5, 5), 2.5, dtype=torch.float64)
-    moved = lift(depth + 0.1, camera) - lift(depth, camera)
-    torch.testing.assert_close(moved.norm(dim=2), torch.full((1, 25), 0.1).double())
-    torch.testing.assert_close(moved[0, 12], torch.tensor([0.0, 0.0, -0.1]).double(), rtol=0, atol=1e-7)
-    assert lift(depth, camera)[0, 0, 1] > lift(depth, camera)[0, -1, 1], "rows run from the top"
-
-
-def test_published_pixels_are_few_columns():
-    rows, columns = np.divmod(evenly(128 * 128, 2048).numpy(), 128)
-    assert all(len(set(columns[rows == row])) == 16 for row in range(128))
-    assert set(columns[rows < 8]) <= set(range(0, 128, 8)) | set(range(1, 128, 8)), "rows near each other show the same ones"
 
 
 def test_mirror_changes_x_of_positions_and_normals_alone():
@@ -378,18 +312,3 @@ def test_another_generator_is_named():
     assert LevelSetPoints().misfits(Other()) == ["box_warp 1.0, got 2.0"]
     assert LiftedPoints().misfits(Other()) == ["radius 2.7, got 1.5", "box_side 1.0, got 2.0"]
     assert LiftedPoints.of(Other()).misfits(Other()) == [] and LevelSetPoints.of(Other()).misfits(Other()) == []
-
-
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (lambda: LiftedPoints(resolution=16, points=257), "--points: expected at most the 256 pixels"),
-        (lambda: LevelSetPoints(points=0), "LevelSetPoints.points: expected an integer of at least 1, got 0"),
-        (lambda: LevelSetPoints(spec=replace(GRID, lattice="skewed")), "expected a straight lattice, got 'skewed'"),
-        (lambda: LevelSetPoints(spec=SlabSpec.cube(4), points=999).observe(sphere(0.3)), "expected at least 999 places, got 144"),
-        (lambda: observations.from_dict({"kind": "points"}), "expected the fields"),
-    ],
-)
-def test_observations_that_do_not_fit_are_refused(make, text):
-    with pytest.raises(ValueError, match=text):
-        make()

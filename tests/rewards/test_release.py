@@ -73,7 +73,7 @@ def test_published_release_scores_as_the_fixtures_after_conversion(fixtures_dir,
 def test_reduced_network_is_rebuilt_from_its_shapes(fixtures_dir, tmp_path):
     with np.load(fixtures_dir / "reward" / "red_state.npz") as stored:
         state = {k: torch.from_numpy(stored[k]) for k in stored.files}
-    text = "data: {dset_dict: {selected_dtypes: [sigma_field_64]}, augmentations: {upper_norm: 100}}\nmodel: {num_groups: 8}"
+    text = "data: {dset_dict: {selected_dtypes: [sigma_field_64]}, augmentations: {upper_norm: 100}}\nmodel: {}"
     released = import_release(release(tmp_path / "r", state, text))
     assert released.network.arch == EXAMPLE_ARCH and released.observation.spec == SlabSpec(resolution=64)
     with np.load(fixtures_dir / "reward" / "red_odd.npz") as d, torch.no_grad():
@@ -86,43 +86,33 @@ def test_configuration_is_read_from_its_known_fields(tmp_path):
     expected = ReleaseConfig(resolution=256, value_max=100.0, groups=8, feature_maps=PAPER.feature_maps, input_size=8192)
     assert read_config(config(tmp_path, PUBLISHED)) == expected
     assert read_config(config(tmp_path, tune("null"))) == ReleaseConfig(resolution=64, value_max=50.0)
-    forms = [
-        "{_target_: a.NormalizeSigmaSelf, upper: 1e2}", "[{_target_: a.normalise_sigma_self, hi: 100, lo: 0.0, keys: [sigma]}]",
-        "{_target_: monai.Compose, transforms: [{_target_: normalise_self, upper: '${multiply:${data.augmentations.upper_norm},2}'}]}",
-        "{scale: {_target_: normalise_self, _partial_: true, upper_norm: 100}}",
-    ]
-    for form in forms:
+    for form in ("{_target_: a.NormalizeSigmaSelf, upper: 1e2}", "{_target_: a.normalise_sigma_self, hi: 100, lo: 0.0, keys: [sigma]}"):
         assert read_config(config(tmp_path, tune(form))).value_max == 100.0, form
-    published = read_config(config(tmp_path, tune("{_target_: a.clip}") + "\nmodel: {num_groups: 4}"), "published")
+    published = read_config(config(tmp_path, tune("{_target_: a.clip}") + "\nmodel: {Conv3DModule: {num_groups: 4}}"), "published")
     assert published == ReleaseConfig(resolution=256, value_max=100.0, groups=4)
 
 
 CONFIG_ERRORS = {
-    "depth maps": (PUBLISHED.replace("sigma_field_256", "depth_map"), "expected sigma_field_<points> first, got 'depth_map'"),
-    "external": (PUBLISHED.replace("external: null", "external: {name: resnet}"), "model.external: expected none"),
-    "no grid": ("model: {}", "expected sigma_field_<points> first, got None"),
-    "no range": ("data: {dset_dict: {selected_dtypes: [sigma_field_64]}}", "expected an upper end there or in"),
-    "clip": (tune("{_target_: a.clip_sigma, max: 3}"), "expected a self-normalisation to a fixed range, got 'clip_sigma'. Pass"),
-    "setting": (tune("{_target_: normalise_self, upper: 3, power: 2}"), "got the setting 'power'"),
-    "lower": (tune("{_target_: normalise_self, lower: -1, upper: 3}"), "expected a range that starts at 0, got -1"),
-    "two": (tune("[{_target_: normalise_self}, {_target_: normalise_self}]"), "expected one self-normalisation, got 2"),
-    "text": (tune("{_target_: normalise_self, upper: wide}"), "expected a number, got 'wide'"),
-    "huge": (tune("{_target_: normalise_self, upper: .inf}"), "expected a number, got inf"),
-    "order": (PUBLISHED.replace("gcr", "crg"), "model.Conv3DModule.layer_order: expected 'gcr', got 'crg'"),
-    "segmentation": (PUBLISHED.replace("in_channels: 1,", "is_segmentation: true,"), "is_segmentation: expected False, got True"),
-    "dangling": (tune("{_target_: normalise_self, upper: '${data.nothing}'}"), r"expected \$\{a field of this file\}"),
+    "depth maps": (PUBLISHED.replace("sigma_field_256", "depth_map"), "selected_dtypes: .*--transform=published"),
+    "external": (PUBLISHED.replace("external: null", "external: {name: resnet}"), "model.external"),
+    "no range": ("data: {dset_dict: {selected_dtypes: [sigma_field_64]}}", "upper_norm"),
+    "clip": (tune("{_target_: a.clip_sigma, max: 3}"), "tune: .*clip_sigma.*Pass"),
+    "several": (tune("[{_target_: normalise_self}]"), "tune: .*Pass"),
+    "setting": (tune("{_target_: normalise_self, upper: 3, power: 2}"), "power"),
+    "lower": (tune("{_target_: normalise_self, lower: -1, upper: 3}"), "starts at 0"),
+    "text": (tune("{_target_: normalise_self, upper: wide}"), "expected a number"),
+    "huge": (tune("{_target_: normalise_self, upper: .inf}"), "expected a number"),
+    "order": (PUBLISHED.replace("gcr", "crg"), "layer_order"),
+    "dangling": (tune("{_target_: normalise_self, upper: '${data.nothing}'}"), "data.nothing"),
     "resolver": (tune("{_target_: normalise_self, upper: '${oc.env:HOME}'}"), r"got \$\{oc.env:HOME\}"),
-    "circle": (tune("'${data.augmentations.tune}'"), "expected references that end, got a circle"),
-    "nested circle": (tune("['${data.augmentations.tune}']"), "at most 64 entries and references that end"),
-    "doubling": (tune("['${b}', '${b}']\nb: ['${data.augmentations.tune}', '${data.augmentations.tune}']"), "references that end"),
-    "growing": (tune("'x${data.augmentations.tune}${data.augmentations.tune}'"), "expected references that end"),
-    "python tag": ("data: !!python/object/apply:os.system ['echo ran > ran']", "expected plain YAML without tags"),
+    "circle": (tune("'${data.augmentations.tune}'"), "circle"),
+    "growing": (tune("'x${data.augmentations.tune}${data.augmentations.tune}'"), "references that end"),
+    "python tag": ("data: !!python/object/apply:os.system ['echo ran > ran']", "without tags"),
     "alias": ("a: &a [1]\nb: *a", "it uses aliases"),
     "not YAML": ("a: [1", "expected plain YAML"),
-    "deep": ("[" * 200_000, "nests deeper than 64 levels"),
-    "deep by reference": (tune("[['${model}']]\nmodel: 3"), "expected a transform, got 3"),
-    "a list": ("- 1", "expected a mapping at the top, got list"),
-    "large": ("#" * 300_000, "expected at most 256 KiB"),
+    "deep": ("[" * 200_000, "deeper than 64"),
+    "a list": ("- 1", "mapping at the top"),
+    "large": ("#" * 300_000, "at most 256 KiB"),
     "digits": (PUBLISHED.replace("upper_norm: 100", "upper_norm: " + "9" * 5000), "expected"),
 }
 
@@ -147,28 +137,23 @@ def test_references_inside_text_and_unfinished_ones():
             resolve(root, bad, "x")
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "text", "words"),
+    [
+        (lambda s: {k.replace("upsample.conv_transposed.weight", "upsample.weight"): v for k, v in s.items()}, {}, "1.8.1 or older"),
+        (lambda s: {k: v for k, v in s.items() if not k.startswith("MLP.")}, {}, "missing: "),
+        (lambda s: {**s, "more": torch.zeros(1)}, {}, "unexpected: more"), (dict, {"[4, 8, 16]": "[8, 16]"}, "f_maps"),
+        (dict, {"256": "128"}, "input_size = 128"), (dict, {"field_32": "field_5"}, "at least 4 points"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path, change, text, words):
     folder = write_example(tmp_path / "r")
-    state = torch.load(folder / "best_model.pt", weights_only=True)
-    renamed = {k.replace("upsample.conv_transposed.weight", "upsample.weight"): v for k, v in state.items()}
-    torch.save(renamed, folder / "best_model.pt")
-    with pytest.raises(ValueError, match="trained with pytorch-3dunet 1.8.1 or older"):
+    torch.save(change(torch.load(folder / "best_model.pt", weights_only=True)), folder / "best_model.pt")
+    config = folder / "release_config.yaml"
+    for old, new in text.items():
+        config.write_text(config.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=words):
         import_release(folder)
-    torch.save({k: v for k, v in state.items() if not k.startswith("MLP.")}, folder / "best_model.pt")
-    with pytest.raises(ValueError, match="got missing: "):
-        import_release(folder)
-    torch.save({**state, "more": torch.zeros(1)}, folder / "best_model.pt")
-    with pytest.raises(ValueError, match="unexpected: more"):
-        import_release(folder)
-    torch.save(state, folder / "best_model.pt")
-    text = (folder / "release_config.yaml").read_text()
-    for old, new, message in (
-        ("[4, 8, 16]", "[8, 16]", r"f_maps = \(8, 16\), got \(4, 8, 16\)"), ("256", "128", "input_size = 128, got 256"),
-        ("field_32", "field_5", "expected a slab with sides of at least 4 points"),
-    ):
-        (folder / "release_config.yaml").write_text(text.replace(old, new))
-        with pytest.raises(ValueError, match=message):
-            import_release(folder)
 
 
 class Hostile:
@@ -200,27 +185,24 @@ def test_either_configuration_is_found_and_two_must_agree(tmp_path):
     (folder / "run_config.yaml").write_text(text + "seed: 3\n")
     assert import_release(folder / "best_model.pt").provenance["config"] == "release_config.yaml"
     (folder / "run_config.yaml").write_text(text.replace("upper_norm: 100", "upper_norm: 1"))
-    with pytest.raises(ValueError, match="two that disagree .* Name one with --config"):
+    with pytest.raises(ValueError, match="two that disagree .* Remove"):
         import_release(folder)
-    assert import_release(folder, config=folder / "run_config.yaml").observation.spec.value_max == 1
     (folder / "release_config.yaml").unlink()
-    assert import_release(folder).provenance["config"] == "run_config.yaml"
+    assert import_release(folder).observation.spec.value_max == 1
     (folder / "run_config.yaml").unlink()
-    with pytest.raises(FileNotFoundError, match="expected release_config.yaml or run_config.yaml beside the weights"):
+    with pytest.raises(FileNotFoundError, match="expected release_config.yaml or run_config.yaml in"):
         import_release(folder)
 
 
 def test_both_lattices_are_scored_as_their_slabs_are(tiny_networks, tmp_path):
     released, generator = import_release(write_example(tmp_path / "r")), load_generator(tiny_networks).generator
-    results = compare_lattices(released, generator, [4, 7], psi=0.7)
-    for lattice in ("straight", "skewed"):
+    results = list(compare_lattices(released, generator, [4, 7], psi=0.7))
+    for place, lattice in enumerate(("straight", "skewed"), 1):
         slabs = observe_seeds(generator, SigmaSlab(SlabSpec(resolution=32, lattice=lattice)), psi=0.7)([4, 7])
         with torch.no_grad():
             expected = released.score_observed(slabs)
-        torch.testing.assert_close(torch.tensor([getattr(r, lattice) for r in results]), expected, rtol=1e-4, atol=1e-5)
-    assert [r.seed for r in results] == [4, 7] and results[0].straight != results[0].skewed
-    with pytest.raises(ValueError, match="expected at least one seed"):
-        compare_lattices(released, generator, [])
+        torch.testing.assert_close(torch.tensor([r[place] for r in results]), expected, rtol=1e-4, atol=1e-5)
+    assert [r[0] for r in results] == [4, 7] and results[0][1] != results[0][2]
 
 
 def run(*flags):
@@ -229,7 +211,7 @@ def run(*flags):
 
 def test_tool_writes_the_reward_and_prints_both_scores(tiny_networks, tmp_path):
     out = tmp_path / "out" / "r.safetensors"
-    result = run(write_example(tmp_path / "r"), f"--out={out}", f"--network={tiny_networks}", "--seeds=1,3-4", "--set=lattice=skewed")
+    result = run(write_example(tmp_path / "r"), f"--out={out}", f"--network={tiny_networks}", "--seeds=1,3-4", "--lattice=skewed")
     assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.stdout.splitlines()[1:]]
     assert rows[0] == ["seed", "straight", "skewed", "difference"] and [row[0] for row in rows[1:]] == ["1", "3", "4", "mean"]
@@ -242,25 +224,16 @@ def test_tool_writes_the_reward_and_prints_both_scores(tiny_networks, tmp_path):
     assert float(reward.score_observed(slabs)) == pytest.approx(float(rows[1][2]), abs=1e-5)
 
 
-def test_dry_run_writes_nothing(tmp_path):
-    result = run("synthetic:reward", f"--out={tmp_path / 'r.safetensors'}", "--dry-run")
-    assert result.exit_code == 0 and '"resolution": 32' in result.stdout and os.listdir(tmp_path) == []
-
-
-MISTAKES = {
-    "seeds": (["synthetic:reward", "--latents=5-2"], "--latents: seeds: expected ranges that rise"),
-    "source": (["{tmp}/none", "--seeds=none"], "SOURCE: "),
-    "suffix": (["synthetic:reward", "--out={tmp}/r.pt"], "--out: Reward.save: expected a name ending in .safetensors"),
-    "network": (["synthetic:reward", "--network={tmp}/none.safetensors"], "--network: "),
-}
-
-
-@pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_end_in_one_line(case, tmp_path):
-    flags, text = MISTAKES[case]
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["synthetic:reward", "--latents=5-2"], "--latents"), (["{tmp}/none"], "SOURCE"),
+        (["synthetic:reward", "--out={tmp}/r.pt"], "--out"), (["synthetic:reward", "--network={tmp}/none.safetensors"], "--network"),
+    ],
+)
+def test_mistakes_end_in_one_line(flags, names, tmp_path):
     result = run(f"--out={tmp_path / 'r.safetensors'}", *(f.format(tmp=tmp_path) for f in flags))
-    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(f"Error: {text}"), result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(f"Error: {names}: "), result.stderr
 
 
 def test_example_of_the_help_runs(tmp_path):

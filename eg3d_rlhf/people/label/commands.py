@@ -2,11 +2,10 @@
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import click
-import numpy as np
 
 from eg3d_rlhf.core.cli import GroupedCommand, naming, option, options_of
 from eg3d_rlhf.people.label import launch
@@ -18,9 +17,6 @@ from eg3d_rlhf.people.label.quality import as_csv, as_text, leaderboard_of
 from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER
 from eg3d_rlhf.people.label.store import DATABASE, DB, Store, database, open_store, sqlite_file, store_exists
 from eg3d_rlhf.people.label.store_labels import export_assets, export_labels, export_unpaired, without_password
-from eg3d_rlhf.preferences import coverage
-from eg3d_rlhf.preferences.agreement import LEAST_UNITS
-from eg3d_rlhf.preferences.strengths import LEAST_GAMES, LEAST_PROMPTS
 
 MAKE = "python tools/label.py add-annotator NAME"
 KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of exports: the files' suffixes, and what writes them
@@ -251,37 +247,5 @@ def _check(store: Store, campaign: str | None) -> None:
         raise ValueError(f"--campaign: expected one that collects preferences, got {campaign} ({stored.settings.mode}): {remedy}.")
 
 
-@click.command("simulate", cls=GroupedCommand)
-@click.argument("what", type=click.Choice(("agreement", "leaderboard", "shares")))
-@option("--studies", metavar="INT", type=click.IntRange(min=1), default=1000, help="So many of each kind.")
-@option("--n", "sizes", metavar="INT", type=click.IntRange(min=2), multiple=True, show_default="the least that is shown, 2 and 5 times it",
-        help="Pairs, or prompts of a leaderboard; may be given again.")
-@option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Of the draws.")
-@option("--json", "as_json", is_flag=True, help="Print every kind of study, as JSON.")
-def simulate(what: str, studies: int, sizes: tuple[int, ...], seed: int, as_json: bool) -> None:
-    """Draw judgements of a known truth over a grid, and show how often the 95 % intervals hold it."""
-    least = LEAST_PROMPTS if what == "leaderboard" else LEAST_UNITS
-    tables = {n: _cases(what, n, studies, seed) for n in sizes or (least, 2 * least, 5 * least)}
-    if as_json:
-        click.echo(json.dumps(tables, indent=1))
-        return
-    click.echo(f"{'prompts' if what == 'leaderboard' else 'n':>8}  kinds  mean    least   most    within 93-97 %")
-    for n, cases in tables.items():
-        held = np.array([case["coverage"] for case in cases])
-        within = f"{np.sum((held >= 0.93) & (held <= 0.97))} of {len(held)}"
-        click.echo(f"{n:>8}  {len(held):>5}  {held.mean():.1%}   {held.min():.1%}   {held.max():.1%}   {within}")
-
-
-def _cases(what: str, n: int, studies: int, seed: int) -> list[Mapping]:
-    if what == "shares":
-        return [{"share": share, "coverage": held} for share, held in zip(coverage.SHARES, coverage.share_coverage(n), strict=True)]
-    if what == "agreement":
-        cases = [{**vars(kind), **coverage.agreement_coverage(kind, studies, seed)} for kind in coverage.agreement_grid(n)]
-    else:
-        kinds = [kind for kind in coverage.leaderboard_grid(n) if kind.games >= LEAST_GAMES]
-        cases = [{**vars(kind), **coverage.leaderboard_coverage(kind, studies, seed)} for kind in kinds]
-    return [case for case in cases if case["coverage"] is not None]
-
-
-for command in (add_annotator, new_token, revoke, annotators, export, import_, status, leaderboard, simulate):
+for command in (add_annotator, new_token, revoke, annotators, export, import_, status, leaderboard):
     main.add_command(command)

@@ -69,7 +69,7 @@ def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = 
         "annotators": [annotator_quality(name, mine, limits, changed) for name, mine in sorted(by_annotator.items())],
         "agreement": agreement(kept),
         "bradley_terry": _strengths(comparisons, names, limits),
-        "cycles": cycles(comparisons).to_dict(),
+        "cycles": cycles(comparisons),
         "questions": by_question(kept),
         "leaderboards": leaderboards(kept),
         "timeline": timeline(kept),

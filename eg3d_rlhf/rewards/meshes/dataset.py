@@ -209,10 +209,7 @@ def _label(number: int, record: Mapping) -> UnpairedPreference:
 
 
 def load_mesh(path: Path) -> Mesh:
-    """A triangle mesh of any format that trimesh reads, its parts together; turned inside out where its volume is negative.
-
-    Raises: FileNotFoundError; ValueError where there are no finite triangles.
-    """
+    """A triangle mesh of any format that trimesh reads, its parts together; turned inside out where its volume is negative."""
     import trimesh
 
     if not path.is_file():

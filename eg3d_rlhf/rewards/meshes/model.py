@@ -75,10 +75,7 @@ def masked_max(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def load_meshmae(encoder: MeshEncoder, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Take over the trunk of a MeshMAE state dict; returns the names that were left out (class token, heads, decoder).
-
-    Raises: ValueError where a part of the trunk is missing or of another size.
-    """
+    """Take over the trunk of a MeshMAE state dict; the names that were left out (class token, heads, decoder). Raises: ValueError."""
     given = {name.removeprefix("module.").removeprefix("encoder."): value for name, value in tensors.items()}
     left = sorted(name for name in given if name.startswith(_OTHERS))
     try:
@@ -184,10 +181,7 @@ class RewardCS(nn.Module):
 
 
 def load_mesh_reward(path: str | Path, device: str | torch.device = "cpu") -> RewardCS:
-    """A reward that `RewardCS.save` wrote, in evaluation mode, its parameters without gradient.
-
-    Raises: FileNotFoundError; ValueError for a damaged or foreign file.
-    """
+    """A reward that `RewardCS.save` wrote, in eval mode, without gradients to it. Raises: FileNotFoundError, ValueError."""
     tensors, meta = read_tensors(path, KIND, device)
     try:
         patches, encoder = PatchOptions(**meta["patches"]), EncoderOptions(**meta["encoder"])

@@ -29,7 +29,7 @@ from eg3d_rlhf.rewards.meshes.patchifiers import (
     vertex_normals,
     whereabouts,
 )
-from eg3d_rlhf.rewards.meshes.surfaces import Lattice, Net, closed_level, crossed, densities, isovalues, net, net_mesh
+from eg3d_rlhf.rewards.meshes.surfaces import Lattice, Net, closed_level, crossed, densities, net, net_mesh
 
 PATCHIFIERS = {"regions": regions, "maps": maps}
 
@@ -71,7 +71,6 @@ def patches_of(meshes: Sequence[Mesh], options: PatchOptions) -> Patches:
 class Held(NamedTuple):
     """What is kept between rebuilds for one asset."""
 
-    isovalue: float
     inside: torch.Tensor  # [V] bool
     around: torch.Tensor  # [N', 3] normals at the vertices that the plan's faces have
     net: Net
@@ -81,7 +80,6 @@ class Held(NamedTuple):
 class _Batch(NamedTuple):
     """What is held of all assets at once. Letters: N crossings of A assets, U vertices of all meshes."""
 
-    isovalue: torch.Tensor  # [A, 1]
     ends: torch.Tensor  # [2 N] of levels [A * V]: the first ends, then the second ones
     net: Net  # of all assets; vertex 0 stands still
     mixture: tuple[torch.Tensor, torch.Tensor] | None  # [U, 3] of the net's vertices, weights [U, 3, 1]; None: U are the net's own
@@ -95,12 +93,11 @@ class _Batch(NamedTuple):
 class MeshReader:
     """Fields to patches. Call it with steps in order; `state_dict` and `load_state_dict` carry on where a run was cut off.
 
-    Args: lattice: a `cube`; every: steps between rebuilds; isovalue: as `surfaces.extract` has it. A vertex takes longer than
-    20 steps to leave its edge at the default learning rate.
+    Args: lattice: a `cube`; every: steps between rebuilds. A vertex takes longer than 20 to leave its edge at the default learning rate.
     """
 
-    def __init__(self, lattice: Lattice, options: PatchOptions, isovalue: float | str | None = None, every: int = 20):
-        self.lattice, self.options, self.isovalue, self.every = lattice, options, isovalue, every
+    def __init__(self, lattice: Lattice, options: PatchOptions, every: int = 20):
+        self.lattice, self.options, self.every = lattice, options, every
         self.held: list[Held] = []
         self._batch: _Batch | None = None
 
@@ -112,7 +109,7 @@ class MeshReader:
             self.held = self._rebuilt(density.detach(), field.level)
             self._batch = None
         self._batch = batch = self._batch or self._joined()
-        level = closed_level(batch.isovalue.to(density) - density, self.lattice)
+        level = closed_level(field.level - density, self.lattice)
         vertices = batch.net.vertices(crossed(*level.flatten().index_select(0, batch.ends).view(2, -1)))
         if batch.mixture is not None:
             vertices = (vertices[batch.mixture[0]] * batch.mixture[1]).sum(dim=1)
@@ -124,14 +121,14 @@ class MeshReader:
     def _rebuilt(self, density: torch.Tensor, level: float) -> list[Held]:
         """Vertex normals of all assets; where a sign on the lattice has changed, a net and a plan."""
         made = []
-        for i, iso in enumerate(isovalues(density, self.lattice, level, self.isovalue)):
-            levels = closed_level(iso - density[i], self.lattice)
+        for i, raw in enumerate(density):
+            levels = closed_level(level - raw, self.lattice)
             past = self.held[i] if len(self.held) == len(density) else None
             same = past is not None and torch.equal(past.inside, levels < 0)
             known = past.net if past is not None and same else net(levels, self.lattice)
             mesh = net_mesh(levels, self.lattice, known)
             plan = past.plan if past is not None and same else self.options.plan(mesh)
-            made.append(Held(iso, levels < 0, vertex_normals(plan.mixed(mesh.vertices), plan.faces), known, plan))
+            made.append(Held(levels < 0, vertex_normals(plan.mixed(mesh.vertices), plan.faces), known, plan))
         return made
 
     @torch.no_grad()
@@ -140,7 +137,7 @@ class MeshReader:
         places, shape = self.lattice.vertices, (self.options.patches, self.options.faces, 3)
         nets, sources, weights, faces, corners, around, counts = [], [], [], [], [], [], []
         mixed, first, new = any(held.plan.source is not None for held in self.held), 1, 1
-        for i, (_, _, normals, known, plan) in enumerate(self.held):
+        for i, (_, normals, known, plan) in enumerate(self.held):
             nets.append((known.edges + i * len(places), known.corners + first, known.row + 3 * first, known.reach, known.base))
             if plan.source is not None and plan.weight is not None:
                 sources.append(plan.source + first)
@@ -157,7 +154,7 @@ class MeshReader:
         of_vertices, of_faces = (index.repeat_interleave(torch.tensor(n, device=places.device)) for n in zip(*counts, strict=True))
         still = torch.zeros(1, 3, dtype=torch.int64, device=places.device)  # the new vertex 0
         return _Batch(
-            isovalue=torch.tensor([held.isovalue for held in self.held], device=places.device)[:, None], ends=edges.T.flatten(),
+            ends=edges.T.flatten(),
             net=Net(edges, cells, row, reach, torch.cat([base.new_zeros(3), base])),
             mixture=(torch.cat([still, *sources]), torch.cat([places.new_zeros(1, 3), *weights])[..., None]) if mixed else None,
             faces=torch.cat(faces), owners=Owners(len(self.held), torch.cat([still[0, :1], of_vertices]), of_faces),
@@ -167,9 +164,8 @@ class MeshReader:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs, as tensors by name."""
         state: dict[str, torch.Tensor] = {}
-        for i, (iso, inside, around, known, plan) in enumerate(self.held):
-            held = {"isovalue": torch.tensor(iso, dtype=torch.float64), "inside": inside, "around": around, **known._asdict()}
-            held |= plan._asdict()
+        for i, (inside, around, known, plan) in enumerate(self.held):
+            held = {"inside": inside, "around": around, **known._asdict(), **plan._asdict()}
             state |= {f"{i}.{name}": value for name, value in held.items() if value is not None}
         return state
 
@@ -179,4 +175,4 @@ class MeshReader:
         while (first := f"{len(self.held)}.") + "inside" in state:
             parts = [part(*(state.get(first + name) for name in part._fields)) for part in (Net, Plan)]  # type: ignore[arg-type]
             inside, around = state[first + "inside"], state[first + "around"]
-            self.held.append(Held(float(state[first + "isovalue"]), inside, around, *parts))  # type: ignore[arg-type]
+            self.held.append(Held(inside, around, *parts))  # type: ignore[arg-type]

@@ -236,10 +236,7 @@ def subdivided(points: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def nearest_on(points: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For points [Q, 3]: the face [Q] of triangles [M, 3, 3] that is nearest, and the nearest place on it as weights [Q, 3] of its corners.
-
-    Only the NEAR faces with the nearest centres are looked at.
-    """
+    """The nearest faces [Q] of triangles [M, 3, 3] to points [Q, 3], and where on them, as weights [Q, 3]; only NEAR ones are tried."""
     from scipy.spatial import cKDTree
 
     near = cKDTree(triangles.mean(axis=1)).query(points, k=min(NEAR, len(triangles)))[1].reshape(len(points), -1)  # [Q, K]

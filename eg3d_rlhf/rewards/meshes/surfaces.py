@@ -7,13 +7,10 @@ crossings, N' vertices, M = 2 N faces.
 
 import functools
 import itertools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from eg3d_rlhf.core.field import Bounds, Field, ProductField
 from eg3d_rlhf.core.interfaces import Mesh
@@ -79,7 +76,6 @@ def cube(resolution: int, bounds: Bounds | None = None) -> Lattice:
 # derived here from the signs.
 
 LEAST_STEP = 1e-8  # between the levels of an edge's ends; tetrahedra with a cut edge below it are skipped
-OPACITY_TOLERANCE = 0.02  # of the mean opacity that an automatic isovalue is held to
 _DIAGONALS = (((0, 2), (1, 3)), ((0, 3), (1, 2)), ((0, 1), (2, 3)))  # opposite edges; a quadrilateral is cut along the first pair
 
 
@@ -119,7 +115,9 @@ def marching_tetrahedra(level: torch.Tensor, lattice: Lattice, deformation: torc
     if not bool(level.detach().isfinite().all()):
         raise ValueError("marching_tetrahedra: expected finite levels, got NaN or infinity. Check the field's density.")
     edges, faces = cut(level.detach(), lattice)
-    return Mesh(on_edges(level, lattice, edges, deformation), faces)
+    where = lattice.vertices if deformation is None else lattice.vertices + deformation.tanh() * lattice.step
+    a, b = edges.unbind(1)
+    return Mesh(where[a] + crossed(level[a], level[b])[:, None] * (where[b] - where[a]), faces)
 
 
 @torch.no_grad()
@@ -139,18 +137,6 @@ def cut(level: torch.Tensor, lattice: Lattice) -> tuple[torch.Tensor, torch.Tens
     return ends[crossed], faces[torch.arange(2, device=level.device) < count[case[used], None]]
 
 
-def on_edges(level: torch.Tensor, lattice: Lattice, edges: torch.Tensor, deformation: torch.Tensor | None = None) -> torch.Tensor:
-    """Vertices [N, 3] where the level crosses edges [N, 2], see `crossings`. Differentiable in level, deformation, lattice.vertices."""
-    where = lattice.vertices if deformation is None else lattice.vertices + deformation.tanh() * lattice.step
-    a, b = edges.unbind(1)
-    return crossings(level[a], level[b], where[a], where[b])
-
-
-def crossings(s_a: torch.Tensor, s_b: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Where levels s_a, s_b [N] at the ends a, b [N, 3] of edges cross 0, [N, 3]; see `crossed`."""
-    return a + crossed(s_a, s_b)[:, None] * (b - a)
-
-
 def crossed(s_a: torch.Tensor, s_b: torch.Tensor) -> torch.Tensor:
     """The share [N] of an edge at which levels s_a, s_b [N] at its ends cross 0; 0 or 1, the end nearer to 0, where their signs are the
     same, without gradient."""
@@ -162,42 +148,6 @@ def signed_volume(mesh: Mesh) -> torch.Tensor:
     """Volume [] that a closed mesh encloses, world units^3; positive where faces point outward. Differentiable in the vertices."""
     a, b, c = mesh.vertices[mesh.faces].unbind(1)
     return (a * torch.linalg.cross(b, c)).sum() / 6
-
-
-def marched(density: torch.Tensor) -> torch.Tensor:
-    """Density per world unit from raw density, as the ray marcher takes it."""
-    return F.softplus(density - 1)
-
-
-def matching_isovalue(density: torch.Tensor, step: float, activation: Callable[[torch.Tensor], torch.Tensor] = marched) -> float:
-    """The raw density whose surface covers as much of the pictures as the volume does: silhouettes equal to the mean opacity.
-
-    Views are the three parallel projections along the axes; a ray is covered where its largest density exceeds the isovalue, so the
-    isovalue is a quantile of these. Without gradient.
-    Args: density [X, Y, Z] raw; step: between grid points, world units; activation: raw density to density per world unit, >= 0.
-    Raises: ValueError where no isovalue comes within 2 % of the mean opacity: nothing to see, everything full, or constant densities.
-    """
-    density = density.detach()
-    opacity = torch.cat([(1 - torch.exp(-activation(density).sum(dim=i) * step)).flatten() for i in range(3)])
-    peaks = torch.cat([density.amax(dim=i).flatten() for i in range(3)]).sort(descending=True).values
-    mean, n = float(opacity.mean()), len(peaks)
-    k = min(max(round(mean * n), 1), n - 1)
-    isovalue = float((peaks[k - 1] + peaks[k]) / 2)
-    covered = float((peaks > isovalue).double().mean())
-    if not math.isfinite(mean) or abs(covered - mean) > OPACITY_TOLERANCE:
-        raise ValueError(
-            f"matching_isovalue: expected a density whose silhouettes cover the mean opacity {mean:.3f}, got {covered:.3f} at best. "
-            "Set an isovalue."
-        )
-    return isovalue
-
-
-def isovalues(density: torch.Tensor, lattice: Lattice, level: float, isovalue: float | str | None) -> list[float]:
-    """The raw density of the surface of each shape, density [N, V]: the one given; `level` for None; `matching_isovalue` for 'auto', on a
-    lattice made by `cube`."""
-    if isovalue == "auto":
-        return [matching_isovalue(lattice.grid(raw), lattice.step) for raw in density]
-    return [level if isovalue is None else float(isovalue)] * len(density)
 
 
 def closed_level(level: torch.Tensor, lattice: Lattice) -> torch.Tensor:
@@ -214,17 +164,6 @@ def densities(field: Field, lattice: Lattice) -> torch.Tensor:
     if lattice.axes is not None and isinstance(field, ProductField):
         return field.density_product(*(axis.to(lattice.vertices) for axis in lattice.axes)).flatten(1)
     return field.density(lattice.vertices)
-
-
-def extract(field: Field, lattice: Lattice, isovalue: float | str | None = None, closed: bool = True) -> list[Mesh]:
-    """One mesh for each shape of a field: level = isovalue - density.
-
-    Args: isovalue: see `isovalues`; closed: see `closed_level`.
-    Differentiable in: what made the field, through the vertices.
-    """
-    density = densities(field, lattice)
-    levels = [iso - level for level, iso in zip(density, isovalues(density, lattice, field.level, isovalue), strict=True)]
-    return [marching_tetrahedra(closed_level(level, lattice) if closed else level, lattice) for level in levels]
 
 
 # Fusion: the surface on a cube's lattice with one vertex per cell, the mean of where the surface crosses the cell's edges.

@@ -58,7 +58,7 @@ class MeshRewardTraining:
     regression: float = knob(25.0, "Weight of the squared error of score / 5: 25 counts it in units of the score.", TRAIN,
                              above=0, rare=True)
     steps: int = knob(400, "Updates.", TRAIN, low=1)
-    batch: int = knob(64, "Meshes of an update, half of each kind.", TRAIN, low=4)
+    batch: int = knob(64, "Meshes of an update, half of each kind.", TRAIN, low=4, rare=True)
     lr: float = knob(1e-3, "Of AdamW, after a warm-up, falling to 0 along a cosine.", TRAIN, above=0)
     weight_decay: float = knob(0.05, "Of AdamW.", TRAIN, low=0, rare=True)
     forget: float = knob(0.25, "Share of prompts that are taken as unknown.", TRAIN, low=0, high=1, rare=True)
@@ -70,7 +70,7 @@ class MeshRewardTraining:
     def __post_init__(self) -> None:
         check_knobs(self)
         if self.batch % 2:
-            raise ValueError(f"--batch: expected an even number, got {self.batch}. Half of each kind are drawn.")
+            raise ValueError(f"batch: expected an even number, got {self.batch}. Half of each kind are drawn.")
         if self.turns and self.place == "box":
             raise ValueError("place: expected centre or world with turns, got box, which no mesh is turned about. Add --set turns=false.")
         self.encoder, self.read  # noqa: B018  their own checks
@@ -106,7 +106,7 @@ class MeshTraining:
         if o.shuffled:
             self.train = shuffled(self.train, o.seed)
         if o.batch // 2 > min(sum(label.preferred is kind for label in self.train) for kind in (True, False)):
-            raise ValueError(f"--batch: expected at most as many of each kind as there are to learn from, got {o.batch}. Lower it.")
+            raise ValueError(f"batch: expected at most as many of each kind as there are to learn from, got {o.batch}. Lower it.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(o.seed)
             self.reward = RewardCS(o.read, o.encoder, tuple(sorted(set(meshes.prompts))), o.resolution)
@@ -207,10 +207,7 @@ ARMS: dict[str, dict] = {
 
 
 def run_training(training: MeshTraining, run: Run) -> dict:
-    """What is left of a training in its run folder: reward.safetensors with reward.json, report.json, stats.jsonl, states to go on from.
-
-    Returns: the held-out figures. Raises: StoppedError after a signal.
-    """
+    """What is left of a training in its run folder; the held-out figures. Raises: StoppedError after a signal."""
     options = training.o
     if any(run.folder.glob("checkpoint-*.safetensors")):
         training.load(*run.read())

@@ -41,7 +41,6 @@ class ModeDistance(_EachPicture):
     """Each view alone: how near the prompt's first mode. Of heads that is a face in every view: the bias of 2D rewards towards Janus."""
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """See `RewardModel`."""
         return nearer_first(pixels, prompts)
 
 
@@ -55,7 +54,6 @@ class OneFace:
     views, differentiable = SIDES, True
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """See `RewardModel`."""
         near = nearer_first(pixels, prompts).unflatten(0, (-1, self.views))  # [A, V]
         faces = torch.sigmoid(_SHARP * near)
         of_heads = 2 * faces.amax(dim=1) - faces.sum(dim=1)
@@ -63,30 +61,17 @@ class OneFace:
         return torch.where(heads, of_heads, near.mean(dim=1)).repeat_interleave(self.views)
 
 
-class Symmetry(_EachPicture):
-    """Minus the mean absolute difference of a picture and its mirror image."""
-
-    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """See `RewardModel`."""
-        del prompts
-        return -(pixels - pixels.flip(3)).abs().flatten(1).mean(dim=1)
-
-
 class MeanPixel(_EachPicture):
     """The mean of a picture: the smoke test of any guidance."""
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """See `RewardModel`."""
         del prompts
         return pixels.flatten(1).mean(dim=1)
 
 
 @dataclass(frozen=True)
 class Random:
-    """Numbers of 0..1 that mean nothing, the same for the same pictures: the fractional part of a large random projection.
-
-    The control of every arm with a reward: what it changes, the reward's content did not.
-    """
+    """Numbers of 0..1 that mean nothing, the same for the same pictures: a control. The fraction of a large random projection."""
 
     seed: int = 0
     views: int = 1
@@ -94,7 +79,6 @@ class Random:
     differentiable: ClassVar[bool] = False
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """See `RewardModel`."""
         del prompts
         flat = pixels.detach().unflatten(0, (-1, self.views)).flatten(1).double()
         weights = torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64).to(flat)
@@ -110,7 +94,6 @@ class Inverted:
         self.view_prompts = getattr(reward, "view_prompts", False)
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """See `RewardModel`."""
         return -self._reward.score(pixels, prompts)
 
 
@@ -135,23 +118,10 @@ class OneNose:
         return torch.where(heads, mass.amax(dim=1) - mass.sum(dim=1), 0.0)
 
 
-@dataclass(frozen=True)
-class Volume:
-    """Minus the squared relative error of the filled volume, in shares of the bounds."""
-
-    target: float
-
-    def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """See `GeometryReward`."""
-        del prompts, step
-        return -(occupancy(field).mean(dim=(1, 2, 3)) / self.target - 1).square()
-
-
 class Floaters:
     """Minus the share of the filled volume that hangs apart from the largest connected part. Parts are found without gradient."""
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """See `GeometryReward`."""
         del prompts, step
         filled = occupancy(field)
         apart = torch.stack([_apart(cells.detach().cpu().numpy()) for cells in filled]).to(filled)

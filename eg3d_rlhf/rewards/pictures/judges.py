@@ -1,4 +1,4 @@
-"""Who says which of two is better: analytic judges, yes/no questions, a vision-language model of the user's, a judge beside a reward.
+"""Who says which of two is better: analytic judges, yes/no questions, a vision-language model of the user's.
 
 `PairwiseJudge` of pictures [V, C, h, w] in 0..1: 0 or 1 for the better one, -1 where there is no answer. `AssetJudge` compares finished
 assets by what no reward reads, and is the judge of comparisons. Letters: A assets, V views, B = A V.
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from eg3d_rlhf.core.interfaces import PairwiseJudge, RewardModel
 from eg3d_rlhf.experiments.media.rendering import png, tile
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.generators.assets.views import FourViews
@@ -83,42 +82,12 @@ class YesNoJudge:
     questions: Callable[[str], Sequence[str]] = problem_questions
 
     def score(self, pictures: torch.Tensor, prompt: str) -> int:
-        """Number of yes."""
         return sum("yes" in line.lower() for line in self.answers(pictures, prompt, self.questions(prompt)).splitlines())
 
     def judge(self, prompts: list[str], pairs: list[Pair], shuffle_order: bool = True) -> list[int]:
         """See `PairwiseJudge`. Each picture is asked about alone, so there is no order."""
         del shuffle_order
         return [verdict(*(self.score(side, prompt) for side in pair)) for prompt, pair in zip(prompts, pairs, strict=True)]
-
-
-def gap_sides(reward: RewardModel, pair: Pair, prompt: str) -> tuple[float, float]:
-    """A reward's scores of both, the mean over views."""
-    first, second = (float(reward.score(side, [prompt] * len(side)).double().mean()) for side in pair)
-    return first, second
-
-
-@dataclass(frozen=True)
-class WeightedJudge:
-    """Sign of weight v + (1 - weight) gap / scale, v = 1 where the judge says the first, -1 the second, 0 without an answer.
-
-    Deviates from DreamDPO's released code, which ORs the judge into "the first wins": that can only ever promote the first.
-    """
-
-    judged_by: PairwiseJudge
-    reward: RewardModel
-    weight: float = 0.5  # 0..1, the judge's share
-    scale: float = 1.0  # reward units that count as much as a judgement, > 0
-
-    def judge(self, prompts: list[str], pairs: list[Pair], shuffle_order: bool = True) -> list[int]:
-        """See `PairwiseJudge`."""
-        verdicts = []
-        said = self.judged_by.judge(prompts, pairs, shuffle_order)
-        for answer, prompt, pair in zip(said, prompts, pairs, strict=True):
-            first, second = gap_sides(self.reward, pair, prompt)
-            vote = {0: 1.0, 1: -1.0}.get(answer, 0.0)
-            verdicts.append(verdict(self.weight * vote + (1 - self.weight) * (first - second) / self.scale, 0.0))
-        return verdicts
 
 
 @torch.no_grad()

@@ -36,7 +36,6 @@ class RewardMlp(nn.Module):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[B, D] -> [B, 1]."""
         return self.layers(features)
 
     def wide(self, features: torch.Tensor) -> torch.Tensor:
@@ -52,7 +51,6 @@ class ViewScorer(nn.Module):
         self.fc1, self.fc2, self.fc3 = nn.Linear(VIEWS * 128, 256), nn.Linear(256, 64), nn.Linear(64, 1)
 
     def forward(self, wide: torch.Tensor) -> torch.Tensor:
-        """[A, 4 * 128] -> [A, 1]."""
         return self.fc3(self.fc2(self.fc1(wide)))
 
 
@@ -107,12 +105,7 @@ class Reward3dNetwork(nn.Module):
 
 
 class BlipReward:
-    """ImageReward or Reward3D as a reward. Differentiable in the pictures.
-
-    Args:
-        network: with its weights; put into eval mode here.
-        tokenize: prompts -> token numbers [B, T] and mask [B, T].
-    """
+    """ImageReward or Reward3D as a reward, in eval mode. Args: tokenize: prompts -> token numbers [B, T] and mask [B, T]."""
 
     differentiable = True
 
@@ -132,11 +125,7 @@ class BlipReward:
 
 
 def load_blip_reward(path: Path, state: Mapping[str, torch.Tensor] | None = None, device: str | torch.device = "cpu") -> BlipReward:
-    """ImageReward.pt, Reward3D_Scorer.pt or Reward3D_CrossViewFusion.pt, with BERT's tokenizer in the folder tokenizer/ beside it.
-
-    Args: state: the file's tensors, where they have been read.
-    Raises: FileNotFoundError, ValueError.
-    """
+    """ImageReward.pt, Reward3D_Scorer.pt or _CrossViewFusion.pt, with BERT's tokenizer in the folder tokenizer/ beside it."""
     who = f"--reward: {path.name}"
     state = read(path, "--reward") if state is None else state
     network = Reward3dNetwork.of(state, who)

@@ -25,7 +25,7 @@ from eg3d_rlhf.tuning.distill.scene import SCENES, Scene, SceneKind
 
 REWARD = "one-face"
 REWARDS: dict[str, Callable] = {
-    "one-face": analytic.OneFace, "mode-distance": analytic.ModeDistance, "symmetry": analytic.Symmetry, "mean-pixel": analytic.MeanPixel,
+    "one-face": analytic.OneFace, "mode-distance": analytic.ModeDistance, "mean-pixel": analytic.MeanPixel,
 }  # fmt: skip
 _NARROW, _BROAD = 0.1, 1.0  # deviations about a mode, in latents of -1..1
 _NEVER = -60.0  # logit of a component that a condition does not have

@@ -216,10 +216,3 @@ def test_the_command_prints_text_json_and_csv(store, tmp_path):
     assert float(table[0]["lo"]) < float(table[0]["points"]) < float(table[0]["hi"])
     assert "Name another" in run("--question=texture").output and "`status` lists them" in run("--campaign=x").output
     assert "compares nothing" in run("--campaign=one").output
-
-
-def test_the_simulations_are_printed():
-    result = CliRunner().invoke(main, ["simulate", "shares", "--n=10"])
-    assert result.exit_code == 0 and "within 93-97 %" in result.output
-    shares = json.loads(CliRunner().invoke(main, ["simulate", "shares", "--n=10", "--json"]).output)["10"]
-    assert 0.93 < np.mean([case["coverage"] for case in shares]) < 0.97

@@ -62,13 +62,6 @@ def test_gradients_reach_features_and_centres_of_patches_that_are_there(reward):
         assert float(grad[:2].abs().sum()) > 0 and float(grad[2, 4:].abs().sum()) == 0 and bool(grad.isfinite().all())
 
 
-def test_an_empty_mesh_has_a_finite_score(reward):
-    nothing = Patches(torch.zeros(2, 6, 4, 10, requires_grad=True), torch.zeros(2, 6, 4, 3), torch.zeros(2, 6, dtype=torch.bool))
-    scores = reward.score(nothing, ["a", "b"])
-    scores.sum().backward()
-    assert bool(scores.isfinite().all()) and bool(nothing.features.grad.isfinite().all())
-
-
 def test_files_keep_everything(reward, tmp_path):
     path = tmp_path / "reward.safetensors"
     reward.calibrate(patches())

@@ -43,10 +43,6 @@ def test_regions_are_connected_and_all_there(mesh, patches):
         assert len(reached) == len(members) or patches == 4  # so few that parts of the mesh had to share
 
 
-def test_a_closed_mesh_has_three_neighbours_a_face(mesh):
-    assert len(neighbours(mesh.faces.numpy())) * 2 == 3 * len(mesh.faces)
-
-
 def test_regions_keep_to_the_sides_of_a_box():
     grid = cube(12)
     box = marching_tetrahedra(grid.vertices.abs().amax(dim=1) - 0.3, grid)
@@ -69,17 +65,6 @@ def test_a_mesh_that_is_too_small_is_masked():
     assert empty.features.shape == (2, 16, 4, 10) and not empty.mask.any() and float(empty.features.abs().sum()) == 0
 
 
-def test_faces_are_taken_evenly_over_a_region(mesh):
-    plan = regions(mesh, 16, 64)
-    triangles, faces = arrays(mesh)
-    label = torch.from_numpy(grown(triangles, faces, 16))
-    for patch in range(16):
-        assert bool((label[plan.select[patch]] == patch).all())
-    sizes = torch.linalg.cross(*(mesh.vertices[mesh.faces[:, i]] - mesh.vertices[mesh.faces[:, 0]] for i in (1, 2))).norm(dim=1)
-    taken = torch.bincount(plan.select.flatten(), minlength=len(faces)).float()
-    assert float(taken[sizes > sizes.mean()].mean()) > float(taken[sizes <= sizes.mean()].mean())
-
-
 def test_maps_have_the_published_numbers_and_lie_on_the_surface(mesh):
     plan = maps(mesh)
     assert plan.faces.shape == (16_384, 3) and plan.select.shape == (256, 64) and bool(plan.mask.all())
@@ -92,18 +77,6 @@ def test_maps_have_the_published_numbers_and_lie_on_the_surface(mesh):
     assert float((torch.from_numpy(again) - new).norm(dim=1).max()) < 1e-6
     area = lambda v, f: float(torch.linalg.cross(v[f[:, 1]] - v[f[:, 0]], v[f[:, 2]] - v[f[:, 0]]).norm(dim=1).sum())  # noqa: E731
     assert area(new, plan.faces) == pytest.approx(area(*mesh), rel=0.1)
-
-
-def test_children_of_a_base_face_share_a_patch_and_cover_it():
-    grid = cube(4)
-    mesh = marching_tetrahedra(grid.vertices.norm(dim=1) - 0.3, grid)
-    plan, moved = maps(mesh, 32, 16), torch.arange(len(mesh.vertices)).double()
-    assert plan.select.shape == (32, 16)
-    new = (mesh.vertices[plan.source] * plan.weight[..., None]).sum(1)
-    centres = new[plan.faces].mean(1)[plan.select]  # [P, F, 3]
-    spread = (centres - centres.mean(1, keepdim=True)).norm(dim=2).mean()
-    assert float(spread) < 0.5 * float((centres - centres.mean((0, 1))).norm(dim=2).mean())
-    assert bool((plan.source < len(moved)).all())
 
 
 @pytest.mark.parametrize("count", [7, 40, 256])
@@ -202,8 +175,8 @@ def test_a_reader_rebuilds_every_few_steps_and_goes_on_where_it_was():
             return torch.stack([ball(radius)(points) for radius in self.radii])
 
     field, options = Growing(), PatchOptions(patches=8, faces=8, place="world")
-    read = MeshReader(grid, options, 0.0, every=3)
-    other = MeshReader(grid, options, 0.0, every=3)
+    read = MeshReader(grid, options, every=3)
+    other = MeshReader(grid, options, every=3)
     for step in range(7):
         field.radii = (0.2 + 0.02 * step, 0.3)
         before = [held.net.edges for held in read.held]
@@ -222,7 +195,7 @@ def test_a_reader_rebuilds_every_few_steps_and_goes_on_where_it_was():
 
 def test_a_surface_that_leaves_its_edges_waits_without_gradient():
     grid, level = cube(6, Bounds()), torch.full((343,), 0.5)
-    read = MeshReader(grid, PatchOptions(patches=4, faces=4, place="world"), 0.0, every=100)
+    read = MeshReader(grid, PatchOptions(patches=4, faces=4, place="world"), every=100)
 
     class Free:
         bounds = Bounds()
@@ -241,15 +214,6 @@ def test_a_surface_that_leaves_its_edges_waits_without_gradient():
     assert not read(field, 100).mask.any()
 
 
-def test_bad_options_are_named():
-    for made, words in (
-        (lambda: PatchOptions(kind="islands"), "kind of regions, maps, got 'islands'"),
-        (lambda: maps(Mesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)), 256, 60), "got 256 of 60"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            made()
-
-
 # Faces as numbers: scale, order, flat sheets, gradients.
 
 
@@ -265,14 +229,6 @@ def test_shares_of_area_do_not_see_scale_and_raw_areas_do(egg):
     assert float(plain[:, 0].sum()) == pytest.approx(1.0, abs=1e-5)
     raw = [face_features(k * egg.vertices, egg.faces, "raw")[0][:, 0].sum() for k in (1.0, 3.0)]
     assert float(raw[1] / raw[0]) == pytest.approx(9.0, rel=1e-4)
-
-
-def test_angles_and_normals(egg):
-    features, centres = face_features(egg.vertices.double(), egg.faces)
-    torch.testing.assert_close(features[:, 4:7].sum(1), torch.full((len(features),), torch.pi, dtype=torch.float64), rtol=0, atol=2e-3)
-    torch.testing.assert_close(features[:, 1:4].norm(dim=1), torch.ones(len(features), dtype=torch.float64))
-    assert bool((features[:, 4:7].diff(dim=1) >= 0).all()) and bool((features[:, 7:].diff(dim=1) >= 0).all())
-    assert bool(((features[:, 1:4] * centres).sum(1) > 0).all())
 
 
 def test_a_flat_sheet_and_a_face_without_area_have_finite_gradients():

@@ -1,23 +1,17 @@
 """Meshes from fields: closed, outward, of the right volume; gradients that reach the field; where there is nothing to see."""
 
-import math
 
 import pytest
 import torch
 
 from eg3d_rlhf.core.field import Bounds
-from eg3d_rlhf.core.interfaces import Mesh
-from eg3d_rlhf.geometry.mesh import count_edges, face_volumes
+from eg3d_rlhf.geometry.mesh import count_edges
 from eg3d_rlhf.rewards.meshes.surfaces import (
-    COUNT,
     Lattice,
     closed_level,
     cube,
     densities,
-    extract,
-    marched,
     marching_tetrahedra,
-    matching_isovalue,
     net,
     net_mesh,
     signed_volume,
@@ -57,44 +51,6 @@ def test_a_lattice_on_another_device_is_the_same_lattice():
     assert torch.equal(grid.to("cpu").tetrahedra, grid.tetrahedra) and moved.step == grid.step
 
 
-def test_numbers_of_triangles_follow_from_the_signs():
-    assert COUNT.tolist() == [min(n, 4 - n) for n in (bin(case).count("1") for case in range(16))]
-
-
-@pytest.mark.parametrize("resolution", [8, 17, 24])
-def test_a_ball_is_closed_and_outward_and_has_its_volume(resolution):
-    grid, radius = cube(resolution), 0.37
-    mesh = extract(Cloud(ball(radius)), grid)[0]
-    assert count_edges(mesh.faces.numpy()).watertight
-    exact = 4 / 3 * math.pi * radius**3
-    assert float(signed_volume(mesh)) == pytest.approx(exact, rel=8 / resolution**2 + 0.01)
-    assert float(signed_volume(mesh)) == pytest.approx(float(face_volumes(mesh.vertices.numpy(), mesh.faces.numpy()).sum()), rel=1e-5)
-    a, b, c = mesh.vertices[mesh.faces].unbind(1)
-    assert bool(((torch.linalg.cross(b - a, c - a) * (a + b + c)).sum(1) > 0).all()), "every face of a ball looks away from its centre"
-
-
-def test_a_body_that_runs_into_the_border_is_closed_there_and_only_if_asked():
-    grid, field = cube(20), Cloud(ball(0.3, centre=(0.5, 0.0, 0.0)))
-    whole, half = extract(field, grid)[0], extract(field, grid, closed=False)[0]
-    assert count_edges(whole.faces.numpy()).watertight and not count_edges(half.faces.numpy()).watertight
-    assert float(signed_volume(whole)) == pytest.approx(2 / 3 * math.pi * 0.3**3, rel=0.1)
-
-
-def test_several_shapes_and_none():
-    meshes = extract(Cloud(ball(0.2), ball(0.4), ball(-1.0)), cube(8))
-    assert len(meshes[0].faces) < len(meshes[1].faces) and len(meshes[2].faces) == 0 and len(meshes[2].vertices) == 0
-
-
-def test_negating_the_level_turns_the_faces_over():
-    grid = cube(6)
-    level = torch.randn(len(grid.vertices), generator=torch.Generator().manual_seed(1))
-    mesh, other = marching_tetrahedra(level, grid), marching_tetrahedra(-level, grid)
-    torch.testing.assert_close(mesh.vertices, other.vertices)
-    turned = {frozenset(row) for row in other.faces.tolist()}
-    assert {frozenset(row) for row in mesh.faces.tolist()} == turned
-    assert float(signed_volume(mesh)) == pytest.approx(-float(signed_volume(other)), abs=1e-6)
-
-
 def test_an_edge_without_a_step_is_skipped_and_leaves_no_nan():
     grid = cube(2)
     level = torch.full((27,), 1.0)
@@ -106,54 +62,6 @@ def test_an_edge_without_a_step_is_skipped_and_leaves_no_nan():
     assert bool(mesh.vertices.isfinite().all()) and bool(level.grad.isfinite().all())
     full = marching_tetrahedra(torch.where(torch.arange(27) == 13, -1.0, 1.0), grid)
     assert 0 < len(mesh.faces) < len(full.faces)
-
-
-def test_volume_can_be_driven_to_a_target():
-    grid = cube(12)
-    level = grid.vertices.norm(dim=1) - 0.2
-    level.requires_grad_(True)
-    optimiser = torch.optim.Adam([level], lr=0.01)
-    target = 4 / 3 * math.pi * 0.35**3
-    for _ in range(120):
-        optimiser.zero_grad()
-        volume = signed_volume(marching_tetrahedra(level, grid))
-        (volume / target - 1).square().backward()
-        optimiser.step()
-    assert float(volume.detach()) == pytest.approx(target, rel=0.02)
-
-
-def test_deformation_stays_below_a_cell():
-    grid = cube(6)
-    level = grid.vertices.norm(dim=1) - 0.3
-    plain = marching_tetrahedra(level, grid)
-    moved = marching_tetrahedra(level, grid, torch.full_like(grid.vertices, 50.0))
-    torch.testing.assert_close(moved.vertices, plain.vertices + grid.step)
-    assert torch.equal(marching_tetrahedra(level, grid, torch.zeros_like(grid.vertices)).vertices, plain.vertices)
-
-
-@pytest.mark.parametrize("centre", [(0.0, 0.0, 0.0), (0.1, -0.05, 0.07)])
-def test_the_automatic_isovalue_covers_what_the_volume_covers(centre):
-    grid = cube(32)
-    for radius, scale in ((0.25, 200.0), (0.35, 60.0)):
-        density = grid.grid(ball(radius, scale, centre)(grid.vertices))
-        iso = matching_isovalue(density, grid.step)
-        opacity = 1 - torch.exp(-marched(density).sum(dim=2) * grid.step)
-        covered = (density.amax(dim=2) > iso).double().mean()
-        assert abs(float(covered) - float(opacity.double().mean())) <= 0.02
-    mesh = extract(Cloud(ball(0.25, 20000.0)), grid, "auto")[0]  # so steep that the opacity says where it ends
-    assert float(signed_volume(mesh)) == pytest.approx(4 / 3 * math.pi * 0.25**3, rel=0.15)
-    with pytest.raises(ValueError, match="Set an isovalue"):
-        matching_isovalue(torch.full((8, 8, 8), 2.0), 0.1)
-
-
-def test_bad_levels_are_named():
-    grid = cube(2)
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        marching_tetrahedra(torch.full((27,), torch.nan), grid)
-
-
-def test_meshes_are_tuples_of_the_shared_kind():
-    assert isinstance(extract(Cloud(ball(0.3)), cube(4))[0], Mesh)
 
 
 def test_a_field_that_knows_products_is_asked_for_one():

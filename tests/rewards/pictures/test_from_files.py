@@ -10,7 +10,7 @@ from eg3d_rlhf.core.interfaces import CheckedPrior, RewardModel, check_pictures,
 from eg3d_rlhf.core.memory import Costs
 from eg3d_rlhf.models.blip import BlipSizes
 from eg3d_rlhf.models.clip_inputs import clip_preprocess, pad_preprocess
-from eg3d_rlhf.rewards.pictures.from_files import CheckedReward, ImscoreReward, load_reward, reward_costs
+from eg3d_rlhf.rewards.pictures.from_files import CheckedReward, load_reward, reward_costs
 from eg3d_rlhf.rewards.pictures.reward3d import BlipReward, Reward3dNetwork
 from eg3d_rlhf.tuning.distill.priors.latent_diffusion import load_prior, prior_costs
 from tests.tuning.distill import layouts
@@ -152,28 +152,6 @@ def test_what_needs_no_library(kind):
         reward.score(images, prompts)
 
 
-class OfImscore(torch.nn.Module):
-    """Scores [B, 1], dropout and all."""
-
-    def __init__(self, scores=None):
-        super().__init__()
-        self.scores, self.drop = scores, torch.nn.Dropout(0.5)
-
-    def score(self, pixels, prompts):
-        return self.drop(pixels).mean((1, 2, 3))[:, None] if self.scores is None else self.scores
-
-
-def test_objects_of_imscores_kind():
-    reward, images = ImscoreReward(OfImscore()), pictures(3)
-    assert isinstance(reward, RewardModel) and torch.equal(reward.score(images, ["a"] * 3), images.mean((1, 2, 3)))
-    with pytest.warns(UserWarning, match=r"expected pictures within 0..1, got 1\.*"):
-        reward.score(images * 2 + 1, ["a"] * 3)
-    with pytest.raises(ValueError, match=r"expected 3 scores, got \[2\]"):
-        ImscoreReward(OfImscore(torch.zeros(2))).score(images, ["a"] * 3)
-    with pytest.raises(ValueError, match="expected an object with score"):
-        ImscoreReward(object())
-
-
 class Hostile:
     """Unpickles to a call of os.system."""
 
@@ -188,14 +166,14 @@ def tiny_state():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update(more=Hostile()), "a pickle that asks for more"),
-        (lambda s: s.update({"Scorer.fc3.bias": torch.zeros(3)}), r"misshapen: Scorer.fc3.bias \[3\] instead of \[1\]"),
-        (lambda s: s.pop("mlp.layers.4.weight"), "got missing: mlp.layers.4.weight"),
+        (lambda s: s.update(more=Hostile()), "asks for more"),
+        (lambda s: s.update({"Scorer.fc3.bias": torch.zeros(3)}), "misshapen: Scorer"),
+        (lambda s: s.pop("mlp.layers.4.weight"), "missing: mlp.layers.4"),
+        (lambda s: s.update({"mlp.layers.0.bias": "text"}), "tensors by name"),
         (lambda s: s.update({"blip.text_encoder.more": torch.zeros(1)}), "unexpected: blip.text_encoder.more"),
-        (lambda s: s["mlp.layers.0.bias"].fill_(torch.inf), "finite numbers, got others in mlp.layers.0.bias"),
-        (lambda s: s.pop("blip.visual_encoder.pos_embed"), "expected blip.visual_encoder.pos_embed with 3 axes, got no such entry"),
-        (lambda s: s.update({"mlp.layers.0.bias": "text"}), "expected tensors by name"),
-        (lambda s: [s.pop(n) for n in list(s) if n.startswith("blip.")], "Is it another network's file"),
+        (lambda s: s["mlp.layers.0.bias"].fill_(torch.inf), "finite numbers"),
+        (lambda s: s.pop("blip.visual_encoder.pos_embed"), "pos_embed"),
+        (lambda s: [s.pop(n) for n in list(s) if n.startswith("blip.")], "another network's file"),
     ],
 )
 def test_hostile_and_damaged_files_end_in_one_line(tmp_path, monkeypatch, change, message):
@@ -211,10 +189,9 @@ def test_hostile_and_damaged_files_end_in_one_line(tmp_path, monkeypatch, change
 
 
 def test_missing_things_are_named(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="--reward: expected a local file or folder, got none at"):
-        load_reward(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="expected config.json .CLIP. or one file of weights, got neither"):
-        load_reward(tmp_path)
+    for error, path in ((FileNotFoundError, tmp_path / "none.pt"), (ValueError, tmp_path)):
+        with pytest.raises(error, match="--reward: expected "):
+            load_reward(path)
     torch.save(tiny_state(), tmp_path / "r.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "r.pt").read_bytes()[:5000])
     with pytest.raises(ValueError, match="--reward: expected weights in cut.pt"):
@@ -222,7 +199,7 @@ def test_missing_things_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="got cut.pt, r.pt in .* Name the file"):
         load_reward(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"--reward: expected transformers .* Run pip install 'eg3d-rlhf\[sd\]'"):
+    with pytest.raises(ValueError, match="--reward: expected transformers .* pip install"):
         load_reward(tmp_path / "r.pt")
 
 
@@ -276,13 +253,11 @@ def test_a_checked_prior():
     prior = CheckedPrior(Prior(0.0))
     assert torch.equal(prior.predict_noise(x, t, cond), x) and torch.equal(prior.encode(x), x)
     for call, message in (
-        (lambda: prior.predict_noise(x[:3], t[:3], cond[:3]), "expected a multiple of 4 views, got 3. Set views=4"),
-        (lambda: prior.predict_noise(x, t, cond[:1]), "got 4 times, 1 conditions, 4 cameras"),
-        (lambda: prior.encode(x * 255), r"expected pictures within 0..1, got"),
-        (lambda: prior.encode(x * torch.nan), r"expected pictures within 0..1, got nan"),
-        (lambda: CheckedPrior(Prior(torch.nan)).predict_noise(x, t, cond), "got NaN or infinity in 48 of 48"),
-        (lambda: check_pictures(x[:, :1], "--reward"), r"expected pictures \[B, 3, h, w\]"), (lambda: check_views(0, 1), "got 0"),
+        (lambda: prior.predict_noise(x[:3], t[:3], cond[:3]), "^--.*views=4"),
+        (lambda: prior.predict_noise(x, t, cond[:1]), "1 conditions"),
+        (lambda: prior.encode(x * 255), "within 0..1"), (lambda: prior.encode(x * torch.nan), "within 0..1, got nan"),
+        (lambda: CheckedPrior(Prior(torch.nan)).predict_noise(x, t, cond), "48 of 48"),
+        (lambda: check_pictures(x[:, :1], "--reward"), r"\[B, 3, h, w\]"), (lambda: check_views(0, 1), "got 0"),
     ):
-        with pytest.raises(ValueError, match=message) as caught:
+        with pytest.raises(ValueError, match=message):
             call()
-        assert str(caught.value).startswith("--") and "\n" not in str(caught.value)

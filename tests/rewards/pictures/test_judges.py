@@ -1,4 +1,4 @@
-"""Judges: analytic ones, yes and no, a reward as judge, a weighted sum, and a language model behind a server."""
+"""Judges: analytic ones, yes and no, and a language model behind a server."""
 
 import json
 import re
@@ -10,17 +10,15 @@ import torch
 
 from eg3d_rlhf.core.interfaces import PairwiseJudge
 from eg3d_rlhf.rewards import boxes as problem
-from eg3d_rlhf.rewards.pictures.analytic import MeanPixel, OneFace
+from eg3d_rlhf.rewards.pictures.analytic import OneFace
 from eg3d_rlhf.rewards.pictures.judges import (
     KEY_VARIABLE,
     AssetJudge,
     VisionLanguageJudge,
-    WeightedJudge,
     YesNoJudge,
     emblem_sides,
     faces_painted,
     first_emblems,
-    verdict,
 )  # fmt: skip
 from tests.rewards.test_boxes import BOX, FACES, HEAD, pictures
 
@@ -47,20 +45,6 @@ def test_paint_is_counted_on_pixels(seen):
     assert torch.equal(first_emblems(boxes, BOX.text).unflatten(0, (5, 4)), FACES.bool())
 
 
-def test_a_judge_beside_a_reward(seen):
-    dark, light = torch.zeros(4, 4, 16, 16), torch.ones(4, 4, 16, 16)
-
-    class Says:
-        def __init__(self, answer):
-            self.answer = answer
-
-        def judge(self, prompts, pairs, shuffle_order=True):
-            return [self.answer] * len(prompts)
-
-    for answer, weight, expected in [(0, 0.9, 0), (0, 0.1, 1), (1, 0.5, 1), (-1, 0.5, 1), (-1, 1.0, -1), (1, 1.0, 1), (0, 0.5, -1)]:
-        assert WeightedJudge(Says(answer), MeanPixel(), weight).judge([""], [(dark, light)]) == [expected], (answer, weight)
-
-
 def test_judges_may_disagree_with_the_reward(seen):
     painted = seen[1].clone()
     painted[2:, :3] = seen[4][2:, :3]  # faces painted on two more sides: colour alone, no depth
@@ -84,10 +68,6 @@ def test_finished_assets_are_judged_by_their_surface():
     worse = heads.pick([0, 1, 2, 3, 4])
     worse.paint += torch.randn(worse.paint.shape, generator=torch.Generator().manual_seed(0))
     assert judge.compare(heads, worse, texts) == [0] * 5  # as many noses, but no likely picture
-
-
-def test_verdict():
-    assert [verdict(1, 0), verdict(0, 1), verdict(1, 1), verdict(1, 0, 2)] == [0, 1, -1, -1]
 
 
 @pytest.fixture
