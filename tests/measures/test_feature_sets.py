@@ -79,13 +79,6 @@ def test_a_collapse_lowers_recall_alone():
     assert noisy.precision < 0.5 and noisy.recall > 0.8
 
 
-def test_intervals_hold_the_shares():
-    random = np.random.RandomState(2)
-    found = precision_recall(random.randn(60, 3), random.randn(70, 3) + 0.5)
-    for name, interval in found.intervals().items():
-        assert interval.lo <= getattr(found, name) <= interval.hi
-
-
 def test_nan_is_refused():
     with pytest.raises(ValueError, match="finite"):
         precision_recall(np.full((5, 2), np.nan), np.zeros((5, 2)))

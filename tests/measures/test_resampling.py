@@ -40,12 +40,6 @@ def test_measured_is_the_distance_of_all_samples():
     assert found.measured == found.mean == pytest.approx(kernel_distance(fake, real), rel=1e-9) and found.bias == 0
 
 
-def test_equal_seeds_give_equal_intervals():
-    fake, real = normal(0, 60, 3), normal(1, 70, 3, 0.5)
-    for function in (frechet_interval, kernel_interval):
-        assert function(fake, real, seed=3) == function(fake, real, seed=3) != function(fake, real, seed=4)
-
-
 @pytest.mark.parametrize("block", [37, 4_000_000])
 def test_kernel_resample_equals_loops_over_drawn_items(block, monkeypatch):
     monkeypatch.setattr(resampling, "_BLOCK_CELLS", block)

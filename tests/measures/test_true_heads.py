@@ -46,12 +46,6 @@ def test_members_are_found(members, shapes):
     assert np.abs(members.shape - shapes.numpy()).mean() < 0.15
 
 
-def test_a_moved_and_scaled_member_is_still_one(shapes):
-    points = _points().reshape(1, -1, 3).expand(len(shapes), -1, -1)
-    moved = 1.05 * head_sdf((points - torch.tensor([0.01, -0.02, 0.015])) / 1.05, shapes)
-    assert nearest_heads(_sigma(moved.unflatten(1, SPEC.shape)), SPEC, QUICK).surface.max() < 1e-3
-
-
 def _waves(d, amplitude):
     x, y, z = _points().unbind(-1)
     return d + amplitude * torch.sin(70 * x) * torch.sin(75 * y + 1) * torch.sin(65 * z + 2)
@@ -93,10 +87,3 @@ def test_surface_points_of_a_sphere_lie_on_it_within_a_fraction_of_a_voxel():
     points = surface_points(_sigma(distance), SPEC, back=-0.5)
     assert (points.norm(dim=-1) - 0.3).abs().max() < 0.002
     assert len(surface_points(torch.full(SPEC.shape, -1.0), SPEC)) == 0
-
-
-def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="spec"):
-        nearest_heads(torch.zeros(1, 8, 8, 8), SPEC)
-    with pytest.raises(ValueError, match="FitOptions"):
-        FitOptions(steps=0)

@@ -89,13 +89,6 @@ def test_measures_grow_with_noise_on_the_depth(clean):
         assert values[0] < values[1] < values[2], (name, values)
 
 
-def test_depth_and_normals_need_no_texture(clean):
-    plain = multi_view_measures(AnalyticSphere(texture=False), WS, SPEC)
-    np.testing.assert_allclose(plain.depth, clean.depth)
-    np.testing.assert_allclose(plain.normal, clean.normal)
-    assert plain.photometric.max() == 0
-
-
 def test_nothing_to_see_is_the_worst_not_nan():
     views = render_views(AnalyticSphere().field(WS), SPEC)
     empty = views_from_maps(views.image, torch.full_like(views.depth, float("nan")), torch.zeros_like(views.depth), SPEC)

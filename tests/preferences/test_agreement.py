@@ -77,13 +77,6 @@ def test_alpha_agrees_with_a_loop_over_the_definition():
     assert krippendorff_alpha(units).value == pytest.approx(1 - observed / expected, rel=1e-12)
 
 
-def test_alpha_ignores_single_answers_and_names_of_annotators():
-    units = units_of("0100000010", "1110010000")
-    more = [*units, {0: "0"}, {}]
-    renamed = [{f"n{k}": v for k, v in u.items()} for u in units]
-    assert krippendorff_alpha(more).value == krippendorff_alpha(units).value == krippendorff_alpha(renamed).value
-
-
 def test_alpha_is_undefined_without_variation():
     assert krippendorff_alpha([{0: "a", 1: "a"}] * 5).value is None
     assert krippendorff_alpha([{0: "a"}]).to_dict() == {"value": None, "ci95": None, "n": 0}

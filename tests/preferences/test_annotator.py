@@ -10,9 +10,7 @@ from eg3d_rlhf.preferences.annotator import (
     DEFAULT_CALIBRATION,
     FEATURES,
     Calibration,
-    Weights,
     calibrate,
-    components,
     disjoint_pairs,
     height_map,
     label_pairs,
@@ -164,13 +162,6 @@ def test_a_sphere_is_smooth_and_symmetric():
         assert features[name] == pytest.approx(0.0, abs=1e-6), name
 
 
-def test_components_counts_without_dust():
-    inside = np.zeros((20, 20, 20), bool)
-    inside[2:10, 2:10, 2:10] = inside[14:16, 14:16, 14:16] = inside[18, 18, 18] = True
-    body, volume, count = components(inside)
-    assert body.sum() == 512 and count == 1 and volume == pytest.approx(8 / 521)
-
-
 def test_calibration_centres_the_parts_and_survives_json(head):
     rng = np.random.default_rng(1)
     cubes = [_sigma(_rough(_distance(48, draw_parameters(rng)[0]))) for _ in range(9)] + [np.zeros((48, 48, 48))]
@@ -195,14 +186,6 @@ def test_labels_flip_as_often_as_asked(rate):
         assert label.clean == (utilities[label.winner] >= utilities[label.loser])
 
 
-def test_flips_spare_clear_pairs():
-    gaps = [(0, 1)] * 4000 + [(0, 2)] * 4000
-    labels = label_pairs([1.0, 0.9, 0.0], gaps, 0.3, np.random.default_rng(0))
-    close, far = labels[:4000], labels[4000:]
-    assert np.mean([label.clean for label in close]) == pytest.approx(1 / (1 + np.exp(-1 / 3)), abs=0.03)
-    assert np.mean([label.clean for label in far]) == pytest.approx(1 / (1 + np.exp(-1 / 0.3)), abs=0.015)
-
-
 def test_no_noise_at_temperature_zero_and_same_labels_from_the_same_seed():
     utilities, pairs = np.arange(40.0), disjoint_pairs(20, np.random.default_rng(0))
     assert solve_temperature(utilities, pairs, 0.0) == 0.0
@@ -214,8 +197,6 @@ def test_no_noise_at_temperature_zero_and_same_labels_from_the_same_seed():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="only ties"):
         solve_temperature([1.0, 1.0], [(0, 1)])
-    with pytest.raises(ValueError, match="sum to 1"):
-        Weights(holes=0.5)
     with pytest.raises(ValueError, match="at least 4 cubes"):
         calibrate([np.zeros((48, 48, 48))])
     with pytest.raises(ValueError, match="Calibrate again"):

@@ -66,13 +66,6 @@ def test_gradients_are_the_derivatives():
     assert torch.autograd.gradcheck(lambda d, w: preference_loss(d, 1.3, w), (d, w))
 
 
-def test_huge_margins_stay_finite():
-    d = torch.tensor([-1e6, 1e6], requires_grad=True)
-    loss = preference_loss(d, beta=2000.0)
-    loss.sum().backward()
-    assert loss.tolist() == [2e9, 0] and d.grad.tolist() == [-2000, 0]
-
-
 # Loss terms against closed forms, and how they react to swaps and constants.
 
 
@@ -100,11 +93,6 @@ def test_reconstruction_ignores_affine_maps_and_survives_a_constant():
     torch.testing.assert_close(losses.reconstruction_loss(o * 0.3 - 7, o), torch.zeros(2), atol=1e-3, rtol=0)
     flat = losses.reconstruction_loss(torch.zeros_like(o), o)
     torch.testing.assert_close(flat, (o - o.amin((1, 2, 3, 4), keepdim=True)).mean((1, 2, 3, 4)))
-
-
-def test_negative_weights_are_refused():
-    with pytest.raises(ValueError, match="scalar must be >= 0, got -1"):
-        losses.LossWeights(scalar=-1)
 
 
 # The Cauchy-Schwarz divergence: closed forms, bounds, what it is blind to, and how its bias falls with the number of members.

@@ -44,24 +44,17 @@ def test_thresholds_and_targets():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"seed": 1, "score": 5.5}', "line 2: expected a score from 0 to 5, got 5.5"),
-        ('{"seed": 1, "score": -1}', "expected a score from 0 to 5, got -1"),
-        ('{"seed": 1, "score": NaN}', "expected a score from 0 to 5, got nan"),
-        ('{"seed": 1, "label": 3}', "expected label to be 1 or 0, got 3"),
-        ('{"seed": 1}', "got neither"),
-        ('{"seed": 1, "label": 1, "score": 2}', "got both"),
-        ('{"label": 1}', "expected seed, got none"),
-        ('{"seed": -1, "label": 1}', "seed from 0"),
-        ('{"seed": 1, "label": 1, "psi": 7}', "expected psi from 0 to 2"),
-        ("[1]", "expected a JSON object, got list"),
+        ('{"seed": 1, "score": 5.5}', "0 to 5, got 5.5"), ('{"seed": 1, "score": NaN}', "got nan"),
+        ('{"seed": 1, "label": 3}', "1 or 0, got 3"),
+        ('{"seed": 1}', "got neither"), ('{"seed": 1, "label": 1, "score": 2}', "got both"), ('{"label": 1}', "expected seed"),
+        ('{"seed": -1, "label": 1}', "seed from 0"), ('{"seed": 1, "label": 1, "psi": 7}', "psi from 0"), ("[1]", "got list"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, words):
     path = tmp_path / "labels.jsonl"
     path.write_text('{"seed": 0, "label": 1}\n' + line + "\n")
-    with pytest.raises(ValueError, match="line 2") as found:
+    with pytest.raises(ValueError, match=f"line 2: .*{words}"):
         load_unpaired(path)
-    assert words in str(found.value)
 
 
 def test_pairs_become_roles_and_both_roles_become_strengths(tmp_path):

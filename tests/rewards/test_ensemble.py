@@ -75,14 +75,6 @@ def test_the_order_of_pessimism_and_its_limits():
     assert (Aggregate("softmin", 0.5)(1e4 * r).isfinite()).all()
 
 
-def test_a_strength_is_checked():
-    assert [Aggregate(kind).strength for kind in KINDS] == [None, None, 1.0, 0.5, 0.5]
-    wrong = (("min", 1.0, "expected none"), ("lcb", 0.0, "k above 0"), ("uwo", -1.0, "lambda"), ("most", None, "softmin"))
-    for kind, strength, text in wrong:
-        with pytest.raises(ValueError, match=text):
-            Aggregate(kind, strength)
-
-
 @EACH
 def test_one_member_is_the_reward_itself_bit_for_bit(members, kind):
     x = slabs(3)
@@ -124,8 +116,6 @@ def test_pair_margin_is_the_mean_and_swapping_negates_it(members):
     margin = ensemble.pair_margin(ensemble.embed(a), ensemble.embed(b))
     torch.testing.assert_close(margin, sum(m.pair_margin(m.embed(a), m.embed(b)) for m in members) / 3)
     torch.testing.assert_close(margin, -ensemble.pair_margin(ensemble.embed(b), ensemble.embed(a)))
-    pessimistic = RewardEnsemble.of(members, Aggregate("min"))
-    assert (pessimistic.pair_margin(ensemble.embed(a), ensemble.embed(b)) < margin).all()
 
 
 @pytest.mark.parametrize(("aggregate", "samples"), [(Aggregate(), None), (Aggregate("uwo", 0.25), None), (Aggregate("lcb"), [slabs(6, 4)])])
@@ -256,8 +246,6 @@ def test_bootstrap_draws_as_many_pairs_by_the_seed():
 
     first, again, other = listed(0), listed(0), listed(1)
     assert first == again != other and len(set(first)) < 40
-    counts = [first.count(seed) for seed in set(first)]
-    assert max(counts) > min(counts)
 
 
 @pytest.mark.parametrize(

@@ -134,12 +134,10 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same():
         torch.testing.assert_close(value, whole[name], rtol=0, atol=1e-5 * float(whole[name].abs().max()))
 
 
-def test_training_has_no_second_derivative_and_refuses_weights_that_changed():
+def test_weights_that_changed_since_are_refused():
     arch, shape = NETWORKS["small"]
-    model, x = frozen(arch).requires_grad_(True), slabs(1, *shape)
-    with pytest.raises(RuntimeError, match="create_graph"):
-        torch.autograd.grad(model.score(x).sum(), list(model.Conv3DModule.encoders.parameters()), create_graph=True)
-    score = model.score(x).sum()
+    model = frozen(arch).requires_grad_(True)
+    score = model.score(slabs(1, *shape)).sum()
     with torch.no_grad():
         model.Conv3DModule.encoders[0].basic_module.conv3.conv.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

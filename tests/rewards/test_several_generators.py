@@ -97,13 +97,11 @@ def test_training_on_both_and_its_provenance(two, tmp_path):
 
 def test_strangers_and_nameless_labels_are_refused(two, tmp_path):
     first, second = (load_generator(path).hash for path in two)
-    stranger = [*labels_of(first, 12), *labels_of("f" * 64, 12, first=50)]
-    with pytest.raises(ValueError, match=f"generator {first[:12]}..., {second[:12]}..., got 12 labels of ffffffffffff"):
-        train(run_of(two, stranger, tmp_path), tmp_path)
-    with pytest.raises(ValueError, match="got 12 labels that name no generator"):
-        train(run_of(two, [*labels_of(first, 12), *labels_of(None, 12, first=50)], tmp_path), tmp_path)
-    with pytest.raises(ValueError, match=f"judgements of generator {first[:12]}..., got 12 labels of {second[:12]}"):
-        train(run_of(two[:1], [*labels_of(first, 12), *labels_of(second, 12, first=50)], tmp_path), tmp_path)
-    with pytest.raises(ValueError, match="any_generator: expected one --network"):
-        train(run_of(two, labels_of(first, 12), tmp_path, any_generator=True), tmp_path)
+    for networks_, other, words, more in (
+        (two, "f" * 64, "got 12 labels of ffffffffffff", {}), (two, None, "that name no generator", {}),
+        (two[:1], second, f"got 12 labels of {second[:12]}", {}),
+        (two, second, "any_generator: expected one --network", {"any_generator": True}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(run_of(networks_, [*labels_of(first, 12), *labels_of(other, 12, first=50)], tmp_path, **more), tmp_path)
     assert not (tmp_path / "reward").exists()

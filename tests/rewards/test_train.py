@@ -238,14 +238,6 @@ def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
     assert settings["train"]["anchors"] == 1000 and not (tmp_path / "run").exists()
 
 
-def test_flags_of_the_command_are_frozen():
-    assert sorted(name for p in main.params for name in (*p.opts, *p.secondary_opts)) == sorted(
-        "--network --labels --observation --resolution --crop --points --campaign --wrong-faces --unpaired --cache --preset --members "
-        "--aggregate --strength --shared-start --backbone --epochs --batch --lr --anchors --regression --divergence --out --set --settings "
-        "--resume --device --seed --dry-run -n --mode --outdir --desc".split()
-    )
-
-
 # Too few labels are said to be so, and an AUC's interval holds.
 
 

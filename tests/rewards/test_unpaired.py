@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.preferences.losses import LossWeights
-from eg3d_rlhf.preferences.unpaired import UnpairedPreference, from_pairs, write_unpaired
-from eg3d_rlhf.rewards.cache import ObservationCache
+from eg3d_rlhf.preferences.unpaired import UnpairedPreference, write_unpaired
 from eg3d_rlhf.rewards.evaluation import auc, evaluate, evaluate_unpaired, silhouette
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.rewards.train import TrainData, train_reward, with_changes
@@ -143,12 +142,3 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, line, flags, wor
     result = invoke("--unpaired", tmp_path / "labels.jsonl", "--out", tmp_path / "run", *flags)
     assert result.exit_code == 2 and words in result.output and result.stderr.count("Error") == 1, result.output
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.long
-def test_pairs_as_unpaired_labels_train(data):
-    pairs = toy_labels(160)
-    store = ObservationCache(blobs)
-    store.fill(s for p in [*pairs, *data.val] for s in (p.winner, p.loser))
-    state = train_reward(TrainData(train=pairs, val=data.val, store=store, unpaired=from_pairs(pairs)), with_changes(OPTIONS, **ALONE))
-    assert state.history[state.best_epoch]["val_accuracy"] > 0.85

@@ -44,13 +44,6 @@ def test_the_lattice_fills_the_cube():
         assert torch.equal(grid.edges[grid.edges_of[:, 0]], grid.tetrahedra[:, :2].sort(dim=1).values)
 
 
-def test_a_lattice_on_another_device_is_the_same_lattice():
-    grid = cube(3)
-    moved = grid.to("meta")
-    assert {moved.vertices.device.type, moved.edges_of.device.type, moved.border.device.type, moved.axes[2].device.type} == {"meta"}
-    assert torch.equal(grid.to("cpu").tetrahedra, grid.tetrahedra) and moved.step == grid.step
-
-
 def test_an_edge_without_a_step_is_skipped_and_leaves_no_nan():
     grid = cube(2)
     level = torch.full((27,), 1.0)

@@ -117,8 +117,6 @@ def test_memory_is_told_from_shapes_alone(made, name):
     assert twice.total == costs.total + 20 and "small" in str(twice)
     assert max(reward_costs(made[name], 8).stages.values()) > 1.5 * max(costs.stages.values()) > 0 and reward.views in (1, 4)
     assert reward.view_prompts == (reward.views == 4)
-    stage = {k: list(reward_costs(made[name], 4, noises).stages.values())[0] for k, noises in (("one", 1), ("eight", 8))}
-    assert stage["eight"] > 4 * stage["one"]
 
 
 def test_long_prompts_are_cut(made):

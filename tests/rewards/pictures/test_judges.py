@@ -17,8 +17,6 @@ from eg3d_rlhf.rewards.pictures.judges import (
     VisionLanguageJudge,
     YesNoJudge,
     emblem_sides,
-    faces_painted,
-    first_emblems,
 )  # fmt: skip
 from tests.rewards.test_boxes import BOX, FACES, HEAD, pictures
 
@@ -36,13 +34,6 @@ def test_yes_and_no(seen):
     assert judge.judge([HEAD.text] * 3, pairs) == [0, 1, -1]
     boxes = pictures(problem.build(BOX, FACES)).unflatten(0, (5, 4))
     assert [judge.score(views, BOX.text) for views in boxes] == [0, 1, 2, 3, 4]
-
-
-def test_paint_is_counted_on_pixels(seen):
-    assert torch.equal(faces_painted(seen.flatten(0, 1), HEAD.text).unflatten(0, (5, 4)), FACES.bool())
-    assert not faces_painted(seen.flatten(0, 1), BOX.text).any()
-    boxes = pictures(problem.build(BOX, FACES))
-    assert torch.equal(first_emblems(boxes, BOX.text).unflatten(0, (5, 4)), FACES.bool())
 
 
 def test_judges_may_disagree_with_the_reward(seen):
