@@ -232,14 +232,14 @@ RAYS = 32  # of a side, along each edge
 
 
 @torch.no_grad()
-def _heights(field: Field, resolution: int = RAYS) -> torch.Tensor:
+def _heights(field: Field) -> torch.Tensor:
     """Heights [A, 4, R, R] of the outermost surface towards front, +x, back, -x, from the cube's middle, in sides of the cube; rows are y
     rising, columns to the camera's right; -1 where nothing is. From where the density crosses the level along each axis."""
-    grid = SlabSpec.of(field.bounds, resolution)
+    grid = SlabSpec.of(field.bounds, RAYS)
     solid = field.density_grid(grid) >= field.level  # [A, z, y, x]
     along_z, along_x = solid.permute(0, 2, 3, 1), solid.permute(0, 2, 1, 3)  # [A, y, x, z], [A, y, z, x]
     sides = [along_z, along_x.flip(2), along_z.flip(2, 3), along_x.flip(3)]
-    height = torch.linspace(-0.5, 0.5, resolution)
+    height = torch.linspace(-0.5, 0.5, RAYS)
     return torch.stack([torch.where(side, height.to(field.density(torch.zeros(1, 3)).device), -1).amax(dim=3) for side in sides], dim=1)
 
 

@@ -46,11 +46,10 @@ class RewardArch(Architecture):
         for name, known in (("pooling", ("slice_max", "grid")), ("extractor", ("unet3d", "strided"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"RewardArch.{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}. Choose one of them.")
-        strided = self.extractor == "strided"
-        if not 0 <= self.dropout < 1 or (len(self.slab_shape) != 3 if strided else len(self.feature_maps) < 2) or min(
-            self.groups, self.recon_channels, self.feature_channels, self.patch, self.pool_size, self.embedding
-        ) < 1:
-            raise ValueError(f"RewardArch: expected sizes of at least 1, a slab's shape or two levels, a share of dropout, got {self}.")
+        sizes = (self.groups, self.recon_channels, self.feature_channels, self.patch, self.pool_size, self.embedding)
+        shaped = len(self.slab_shape) == 3 if self.extractor == "strided" else len(self.feature_maps) >= 2
+        if min(sizes) < 1 or not shaped or not 0 <= self.dropout < 1:
+            raise ValueError(f"RewardArch: expected sizes from 1, a slab's shape or two levels, dropout below 1, got {self}. Correct it.")
 
     @property
     def feature_size(self) -> int:
