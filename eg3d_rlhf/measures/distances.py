@@ -104,7 +104,8 @@ def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
     Args: [N, F] and [M, F] with N, M >= 2. Returns a value that averages to 0 for equal distributions, and so may be negative.
     """
     first, second = np.asarray(features_1, dtype=np.float64), np.asarray(features_2, dtype=np.float64)
-    assert first.shape[1] == second.shape[1] and min(len(first), len(second)) >= 2
+    if min(len(first), len(second)) < 2:
+        raise ValueError(f"kernel_distance: expected 2 images or more in each set, got {len(first)} and {len(second)}. Add images.")
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a @ b.T / a.shape[1] + 1.0) ** 3

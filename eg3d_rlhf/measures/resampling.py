@@ -82,7 +82,8 @@ def kernel_change_interval(
 
 def _features(who: str, fake: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     fake, real = np.asarray(fake, dtype=np.float64), np.asarray(real, dtype=np.float64)
-    assert fake.shape[1] == real.shape[1] and min(len(fake), len(real)) >= 4
+    if min(len(fake), len(real)) < 4:
+        raise ValueError(f"{who}: expected 4 images or more in each set, got {len(fake)} and {len(real)}. Add images.")
     if not (np.isfinite(fake).all() and np.isfinite(real).all()):
         raise ValueError(f"{who}: expected finite features, got NaN or infinity. Look for NaN images.")
     return fake, real

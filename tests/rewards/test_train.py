@@ -221,6 +221,7 @@ def test_command_trains_and_writes_everything(network, tmp_path):
     [
         (Preference(winner=1, loser=2, generator="f" * 64), [], "any_generator"),
         (Preference(winner=1, loser=2, psi=0.7), ["--set", "psi=1"], "Leave it out"),
+        (Preference(winner=1, loser=2), ["--set", "fractions=0.5 0.5"], "fractions: expected 3 values"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_two(network, tmp_path, label, extra, words):

@@ -131,7 +131,7 @@ def test_the_command_takes_unpaired_labels_alone_and_with_pairs(network, tmp_pat
 @pytest.mark.parametrize(
     ("line", "flags", "words"),
     [
-        ('{"seed": 1, "score": 7}', [], "line 1: "), ('{"seed": 200000, "score": 5}', [], "held out"),
+        ('{"seed": 1, "score": 7}', [], "line 1: "), ('{"seed": 200000, "score": 5}', [], "both kinds"),
         ('{"seed": 1, "label": 1}', ["--set", "unpaired_batch=7"], "unpaired_batch"),
         ('{"seed": 1, "label": 1}', ["--set", "more_networks=x"], "--unpaired"),
         ('{"seed": 1, "label": 1}', ["--regression=0"], "--divergence"),
