@@ -5,16 +5,9 @@ Example:
     python tools/label.py --network=runs/00001-x --pairs=1000
 """
 
-import sys
-
 import _repository  # noqa: F401
 
-from eg3d_rlhf.people.label.access import is_quick, quick
+from eg3d_rlhf.people.label.commands import main
 
 if __name__ == "__main__":
-    if is_quick(sys.argv[1:]):
-        quick(prog_name="label.py")
-    else:
-        from eg3d_rlhf.people.label.commands import main
-
-        main()
+    main()

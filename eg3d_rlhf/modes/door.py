@@ -87,11 +87,11 @@ class Door(click.Group):
         job = " ".join(args[:2])
         if not self.noun and job in JOBS:
             return job, command_of(job), args[2:]
-        if not self.noun and args[0] == "label":
-            from eg3d_rlhf.people.label.access import is_quick, quick
+        if not self.noun and args[0] == "label" and len(args) > 1:
+            from eg3d_rlhf.people.label.access import PEOPLE
 
-            if is_quick(args[1:]):  # annotators are named without waiting for torch
-                return args[0], quick, args[1:]
+            if args[1] in PEOPLE:  # annotators are named without waiting for torch
+                return job, PEOPLE[args[1]], args[2:]
         if self.get_command(ctx, args[0]) is None:
             where = f"{PROGRAM} {self.noun}".strip()
             click.echo(f"Error: {args[0]}: expected a job of {where}, got none of that name. See {where} --help.", err=True)

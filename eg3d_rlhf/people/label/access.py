@@ -8,7 +8,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -43,15 +43,6 @@ def login_link(address: str, token: str) -> str:
 def qr_data(link: str) -> str:
     """The link's QR code as a data URL of an SVG picture, dark on light."""
     return segno.make(link, error="m").svg_data_uri(scale=4, dark="#000", light="#fff")
-
-
-def qr_text(link: str) -> str:
-    """The link's QR code in letters, for a terminal."""
-    import io
-
-    text = io.StringIO()
-    segno.make(link, error="l").terminal(text, compact=True)
-    return text.getvalue()
 
 
 def check_picture(path: Path) -> None:
@@ -104,8 +95,6 @@ def _hand_over(name: str, address: str | None, qr: Path | None, db: str, create:
     sys.stdout.flush()
     where = "" if server else " behind the server's address (--address=URL puts it there)"
     click.echo(f"or this link{where}; it logs in whoever has it:\n{link}", err=True)
-    if server and sys.stdout.isatty() and sys.stderr.isatty():
-        click.echo(qr_text(link), err=True)
     if qr is not None:
         write_qr(qr, link)
         click.echo(f"{qr}: the link's QR code", err=True)
@@ -170,23 +159,4 @@ def _date(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-@click.group("label")
-@click.option("--db", metavar="URL", default=None)
-@click.pass_context
-def quick(ctx: click.Context, db: str | None) -> None:
-    """The commands of this file by themselves."""
-    ctx.obj = db
-
-
-for command in (add_annotator, new_token, revoke, annotators, status):
-    quick.add_command(command)
-
-
-def is_quick(arguments: Sequence[str]) -> bool:
-    """Whether a command line names one of these commands, --db aside the first word: then nothing else need be loaded."""
-    words = list(arguments)
-    if words[:1] == ["--db"]:
-        words = words[2:]
-    elif words and words[0].startswith("--db="):
-        words = words[1:]
-    return bool(words) and words[0] in quick.commands
+PEOPLE = {command.name: command for command in (add_annotator, new_token, revoke, annotators, status)}

@@ -8,7 +8,6 @@ Also ranked-seeds tables: CSV with a row number, the preferred seed and the othe
 who judged, nor when, nor on which side a shape was: sides are drawn by a hash, so that no side bias is invented.
 """
 
-import csv
 import hashlib
 import json
 import math
@@ -26,13 +25,10 @@ from eg3d_rlhf.people.label.campaigns import create, settings_from_json
 from eg3d_rlhf.people.label.database import Lock, annotators, assignments, campaigns, insert_all, judgements, pairs, shapes
 from eg3d_rlhf.people.label.entities import LOCAL, ROLES, CampaignSettings, Choice, Kind, Mode, PlannedPair, Shape, check_stored
 from eg3d_rlhf.people.label.store import KNOWN, NAME, Store, find_or_add
-from eg3d_rlhf.people.label.store_labels import LabelFilters, refuse_assets
 from eg3d_rlhf.preferences.labels import load_labels
 from training.storage import write_atomic
 
 FORMAT = 1
-HEADER = ["", "rank1", "rank2"]  # of a ranked-seeds table
-ORIGIN = "ranked-seeds table"  # in the campaign's settings
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,6 @@ def export_judgements(store: Store, path: str | Path, campaign: str | None = Non
 
 
 def _records(c: Connection, campaign: Row) -> Iterator[dict]:
-    """A campaign's records, and its annotators before their assignments."""
     yield {"record": "campaign", "name": campaign.name, "settings": json.loads(campaign.settings), "created": campaign.created}
     known = list(c.execute(KNOWN.order_by(annotators.c.id)))
     called: dict[str, dict] = {"annotator": {annotator.id: annotator.name for annotator in known}}
@@ -87,11 +82,7 @@ def _records(c: Connection, campaign: Row) -> Iterator[dict]:
 
 
 def import_judgements(store: Store, path: str | Path) -> int:
-    """Add a file's campaigns, or what is new of them; all of it or nothing. Returns the number of new judgements, undos included.
-
-    Annotators are told apart by name; new ones get no token. Raises: FileNotFoundError; ValueError with the line for what does not fit,
-    and for a campaign whose name the store uses for another, or in which both sides have gone on since.
-    """
+    """Add a file's campaigns, or what is new of them; all of it or nothing. Returns the number of new judgements, undos included."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"import_judgements: expected an exported file, got none at {path}. Check the path.")
@@ -117,9 +108,7 @@ def import_judgements(store: Store, path: str | Path) -> int:
             reading.settle()
         except IntegrityError as error:
             reason = str(error.orig).strip().splitlines()[0]
-            raise ValueError(
-                f"{path.name}, up to line {line}: the store has something else in its place ({reason}). Import into another store."
-            ) from None
+            raise ValueError(f"{path.name}, up to line {line}: the store has others there ({reason}). Import into another store.") from None
     return reading.new
 
 
@@ -188,7 +177,6 @@ class _Import:
         self.annotators[record["name"]] = known.id
 
     def _add_row(self, record: dict) -> None:
-        """Let a row of a campaign wait for writing, unless the store has it."""
         kind, campaign = record["record"], record["campaign"]
         kept = KEPT[kind]
         linked: dict[str, Any] = {}
@@ -248,67 +236,27 @@ def _checked(table: Table, record: dict) -> dict:
     return values
 
 
-def import_ranked_seeds(
-    store: Store, path: str | Path, campaign: str | None = None, annotator: str = "imported", generator: str = "", psi: float = math.nan
-) -> int:
-    """Make a campaign of a table's pairs, all answered by `annotator`; returns the number of pairs.
-
-    Args: `campaign` name, None: the file's; `generator` sha256 hex of the weights and `psi`, where they are known.
-    Raises: FileNotFoundError; ValueError for a table that does not fit, with the line, and for a campaign's name in use.
-    """
+def import_ranked_seeds(store: Store, path: str | Path, campaign: str | None = None, annotator: str = "imported") -> int:
+    """Make a campaign of a table's pairs, all answered by `annotator`; returns their number. Args: campaign: None: the file's name."""
     path = Path(path)
-    labels, numbers = load_labels(path), _row_numbers(path)
+    labels, header = load_labels(path), path.read_text(encoding="utf-8").partition("\n")[0].strip()
+    if not header.endswith(",rank1,rank2"):  # of another table, ties would be taken for preferences
+        raise ValueError(f"{path.name}, line 1: expected the columns row number, rank1, rank2, got {header[:80]!r}. Correct it.")
     name = campaign or path.stem
-    extra = {"origin": ORIGIN, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    extra = {"origin": "ranked-seeds table", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     settings = CampaignSettings(name=name, repeat_share=0, swap_share=0, gold_every=0, extra=extra)
-    known: dict[str, Any] = {"generator": generator, "source": "", "psi": psi, "level": math.nan, "resolution": 0, "triangles": 0}
+    known: dict[str, Any] = {"generator": "", "source": "", "psi": math.nan, "level": math.nan, "resolution": 0, "triangles": 0}
     planned = [PlannedPair(first=Shape(seed=pref.winner, **known), second=Shape(seed=pref.loser, **known)) for pref in labels]
     who = store.annotator_without_token(annotator)
     with store.database.write((Lock.SCHEMA, 1)) as c:
         now = store.clock()
         campaign_id, ids = create(c, settings, planned, now)
-        _answer_all(c, {"campaign_id": campaign_id, "annotator_id": who.id}, ids, numbers, now)
+        _answer_all(c, {"campaign_id": campaign_id, "annotator_id": who.id}, ids, now)
     return len(labels)
 
 
-def export_ranked_seeds(store: Store, path: str | Path, **filters) -> int:
-    """Write the table of a store's labels; ties, which it cannot hold, are left out. An imported table comes out as it was.
-
-    Filters as `LabelFilters`. Returns the number of rows. Raises: ValueError when none is left.
-    """
-    chosen = LabelFilters(**filters)
-    kept = [row for row in chosen.keep(store.judgements(chosen.campaign, chosen.annotators)) if row.choice in (Choice.LEFT, Choice.RIGHT)]
-    if not kept:
-        raise ValueError("export_ranked_seeds: expected at least one preference, got none that passes the filters. Ask for less.")
-    names = {row.campaign for row in kept}
-    only = store.campaign(next(iter(names))) if len(names) == 1 else None
-    numbered = only is not None and only.settings.extra.get("origin") == ORIGIN
-    lines = [",".join(HEADER)]
-    for number, row in enumerate(kept):
-        refuse_assets(row)
-        first, second = (row.left, row.right) if row.choice is Choice.LEFT else (row.right, row.left)
-        lines.append(f"{row.sequence - 1 if numbered else number},{first.seed},{second.seed}")
-    write_atomic(path, ("\n".join(lines) + "\n").encode())
-    return len(kept)
-
-
-def _row_numbers(path: Path) -> list[int]:
-    """First column. Raises: ValueError for another header, and for numbers that are not distinct and >= 0."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
-    if [cell.strip() for cell in rows[0]][1:] != HEADER[1:]:
-        raise ValueError(f"{path.name}, line 1: expected the columns row number, rank1, rank2, got {rows[0]}. Import it as labels instead.")
-    seen: dict[int, int] = {}
-    for line, row in enumerate(rows[1:], 2):
-        if not row[0].strip().isdecimal() or int(row[0]) in seen or int(row[0]) >= 2**31 - 1:
-            raise ValueError(f"{path.name}, line {line}: expected a new row number >= 0, got {row[0]!r}. Number the rows from 0 on.")
-        seen[int(row[0])] = line
-    return list(seen)
-
-
-def _answer_all(c: Connection, mine: dict, ids: list[int], numbers: list[int], now: float) -> None:
-    """One assignment and one judgement per pair, in the table's order; the row number becomes the sequence."""
-    campaign = mine["campaign_id"]
+def _answer_all(c: Connection, mine: dict, ids: list[int], now: float) -> None:
+    campaign, numbers = mine["campaign_id"], range(len(ids))
     first_left = [hashlib.sha256(f"{campaign} {number}".encode()).digest()[0] & 1 for number in numbers]
     given = insert_all(c, assignments, [
         {**mine, "token": secrets.token_urlsafe(18), "pair_id": pair, "sequence": number + 1, "kind": Kind.PAIR.value,

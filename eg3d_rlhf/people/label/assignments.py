@@ -249,7 +249,6 @@ class Issuer:
         return shown
 
     def window(self, c: Connection, ready: Ready) -> list[StoredPair]:
-        """The first WINDOW prepared pairs of the plan with room that the annotator has not had."""
         window: list[StoredPair] = []
         position = -1
         while len(window) < WINDOW:
@@ -348,7 +347,6 @@ class Reach:
         self._gaps: dict[int, tuple[float, bool]] = {}  # campaign -> (when, whether a pair of it cannot be drawn)
 
     def count(self, c: Connection, plan: Plan, annotator_id: int, had: int, now: float, lost: Ready) -> int:
-        """Args: had: how many she was shown that are open or answered."""
         who = (plan.campaign.id, annotator_id)
         when, reach = self._known.get(who, (-math.inf, 0))
         if reach - had <= self.MANY or not 0 <= now - when < len(plan.pairs) / 1000:

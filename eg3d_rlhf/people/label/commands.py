@@ -9,19 +9,18 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, naming, option, options_of
 from eg3d_rlhf.people.label import launch
-from eg3d_rlhf.people.label.access import add_annotator, annotators, new_token, revoke, status
-from eg3d_rlhf.people.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
+from eg3d_rlhf.people.label.access import PEOPLE
+from eg3d_rlhf.people.label.archive import export_judgements, import_judgements, import_ranked_seeds
 from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Mode, parse_questions
 from eg3d_rlhf.people.label.pairing import PairingOptions
-from eg3d_rlhf.people.label.quality import as_csv, as_text, leaderboard_of
-from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER
+from eg3d_rlhf.people.label.quality import as_text, leaderboard_of
 from eg3d_rlhf.people.label.store import DATABASE, DB, Store, database, open_store, sqlite_file, store_exists
 from eg3d_rlhf.people.label.store_labels import export_assets, export_labels, export_unpaired, without_password
 
 MAKE = "python tools/label.py add-annotator NAME"
 KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of exports: the files' suffixes, and what writes them
     "labels": ((".jsonl", ".csv"), export_labels), "unpaired": ((".jsonl",), export_unpaired),
-    "judgements": ((".jsonl",), export_judgements), "ranked-seeds": ((".csv",), export_ranked_seeds),
+    "judgements": ((".jsonl",), export_judgements),
     **{kind: ((".jsonl",), functools.partial(export_assets, kind=kind)) for kind in ("asset-pairs", "rankings", "asset-scores")},
 }  # fmt: skip
 
@@ -40,20 +39,19 @@ class LabelGroup(GroupedCommand, click.Group):
         help="Finished assets, GLB, PLY, OBJ, splats or videos: a folder GENERATOR/PROMPT.glb, or a list (.jsonl).")
 @launch.up_option("Pairs")
 @options_of(PairingOptions)
-@option("--active", is_flag=True, help="Short for --strategy=active.", group="Pairs", show_default=False)
-@option("--tournament", is_flag=True, help="Short for --strategy=tournament.", group="Pairs", show_default=False)
 @option("--reward", "rewards", metavar="FILE", multiple=True, show_default="the bundled two", group="Pairs",
         help="Active: a reward of the ensemble; may be given again.")
 @option("--after", metavar="NAME", default=None, group="Pairs", help="Tournament: campaign whose results decide this next round.")
 @options_of(CampaignSettings)
-@option("--show-render/--no-show-render", default=False, group="Pairs", help="Whether the RGB picture may be asked for.")
-@option("--both-bad/--no-both-bad", default=True, group="Pairs", help="Whether 'both are bad' may be answered; no with --single.")
+@option("--show-render/--no-show-render", default=False, group="Pairs", rare=True,
+        help="Whether the RGB picture may be asked for.")
+@option("--both-bad/--no-both-bad", default=True, group="Pairs", rare=True,
+        help="Whether 'both are bad' may be answered; no with --single.")
 @option("--questions", metavar="LIST", default="", show_default="none", group="Pairs",
         help=f"Asked besides which is better, with commas between: {', '.join(QUESTIONS)}, or NAME=TEXT.")
-@option("--reveal/--no-reveal", default=False, group="Pairs", help="Whether the generators' names are told after each answer.")
+@option("--reveal/--no-reveal", default=False, group="Pairs", rare=True, help="Whether the generators' names are told after each answer.")
 @option("--db", metavar="URL", default=DB, help=DATABASE)
 @option("--campaign", metavar="NAME", default="labels", help="Made if it is new, else taken up again.")
-@option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
 @option("-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
 @launch.server_options("access.jsonl beside the database")
 @click.pass_context
@@ -88,16 +86,13 @@ def _request(
     ctx: click.Context, campaign: str, network: str | None, assets: str | None, after: str | None, rewards: tuple, flags: dict
 ) -> tuple[launch.Request, set[str]]:
     given = launch.given_flags(ctx)
-    chosen = [name for name in ("active", "tournament") if flags[name]] + ([flags["strategy"]] if "strategy" in given else [])
-    if len(set(chosen)) > 1:
-        raise ValueError(f"--strategy, --active, --tournament: expected one strategy, got {' and '.join(chosen)}. Choose one of them.")
     if assets is not None:
-        _refuse_generators_flags(ctx, given, chosen)
+        _refuse_generators_flags(ctx, given, flags["strategy"])
     elif "up" in given:
         raise ValueError("--up: expected --assets beside it, got none; a generator's shapes stand upright. Leave it out.")
-    flags = launch.filled({**flags, "strategy": chosen[0] if chosen else None}, PairingOptions, CampaignSettings)
+    flags = launch.filled(flags, PairingOptions, CampaignSettings)
     if after is not None and flags["strategy"] != "tournament":
-        raise ValueError(f"--after: expected --strategy=tournament, got {flags['strategy']}. Add --tournament, or leave --after out.")
+        raise ValueError(f"--after: expected --strategy=tournament, got {flags['strategy']}. Add it, or leave --after out.")
     pairing = PairingOptions(rewards=rewards, **{name: flags[name] for name in PairingOptions.__dataclass_fields__ if name != "rewards"})
     from eg3d_rlhf.generators import find_network
 
@@ -117,18 +112,16 @@ def _request(
         raise ValueError("--questions: expected no 'prompt' without --assets: a generator's shapes have none. Leave it out.")
     parse_questions(settings["questions"])
     request.campaign_settings({})  # checks the shares before anything slow
-    return request, given | ({"strategy"} if chosen else set())
+    return request, given
 
 
-def _refuse_generators_flags(ctx: click.Context, given: set[str], chosen: list[str]) -> None:
+def _refuse_generators_flags(ctx: click.Context, given: set[str], strategy: str | None) -> None:
     """Flags that say how a generator's shapes are drawn say nothing of finished assets. Raises: ValueError naming them."""
-    if set(chosen) - {"random"}:
-        raise ValueError(f"--{chosen[0]}: expected random pairs with --assets, which are neither ranked by rewards nor paired by results "
-                         "yet. Leave it out.")  # fmt: skip
+    if strategy not in (None, "random"):
+        raise ValueError(f"--strategy={strategy}: expected random pairs with --assets. Leave it out.")
     shared = {"pairs", "strategy", "seed", "gold", "training", "single"}
     drawn = (set(PairingOptions.__dataclass_fields__) - shared) | {"network", "rewards", "after", "show_render"}
-    wrong = [p.opts[0] for p in ctx.command.params if p.name in given & drawn]
-    if wrong:
+    if wrong := launch.named_flags(ctx, given & drawn):
         raise ValueError(f"{', '.join(wrong)}: expected no such flag with --assets, which are finished. Leave it out.")
 
 
@@ -169,14 +162,12 @@ def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted:
 @click.command("export", cls=GroupedCommand)
 @click.argument("out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
 @option("--kind", type=click.Choice(tuple(KINDS)), default="labels",
-        help="Labels of pairs in the open form (.jsonl, .csv), of single shapes (.jsonl), all judgements without loss (.jsonl), or a table "
-             "of ranked seeds (.csv). Of assets: pairs of files, rankings of each prompt's, scores of single ones.")
+        help="Labels of pairs in the open form (.jsonl, .csv), of single shapes (.jsonl), all judgements without loss (.jsonl). "
+             "Of assets: pairs of files, rankings of each prompt's, scores of single ones.")
 @option("--campaign", metavar="NAME", default=None, show_default="all", help="One campaign alone.")
 @option("--annotator", "annotators", metavar="NAME", multiple=True, show_default="all", help="May be given again.")
 @option("--least-gold-accuracy", metavar="0..1", type=click.FloatRange(0, 1), default=None, help="Leave out annotators below it.")
 @option("--drop-repeats", is_flag=True, help="Keep each annotator's first answer to a pair alone.")
-@option("--min-milliseconds", metavar="INT", type=click.IntRange(min=0), default=0, help="Leave out faster answers.")
-@option("--since", metavar="TIME", default=None, help="Received from then on, ISO 8601.")
 @option("--question", metavar="NAME", default=None, show_default="which is better", help="Take the votes on this question as the answers.")
 @option("--from-pairs", is_flag=True, help="Unpaired, asset-scores: both of each pair that was answered with 'both are bad', as not good.")
 @database
@@ -189,8 +180,7 @@ def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: s
     if out.suffix not in suffixes:
         raise ValueError(f"FILE: expected a name with {' or '.join(suffixes)} for --kind={kind}, got {out.name}. Rename it.")
     if kind == "judgements":
-        used = [p.opts[0] for p in ctx.command.params if p.name in launch.given_flags(ctx) & set(filters)]
-        if used:
+        if used := launch.named_flags(ctx, launch.given_flags(ctx) & set(filters)):
             raise ValueError(f"{', '.join(used)}: expected no filter with --kind=judgements, which leaves nothing out. Leave the flag out.")
         filters = {}
     with open_store(db, create=False) as store:
@@ -220,10 +210,9 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
 @click.command("leaderboard", cls=GroupedCommand)
 @option("--campaign", metavar="NAME", default=None, show_default="all that collect preferences", help="One campaign alone.")
 @option("--question", metavar="NAME", default=None, show_default="which is better", help="The votes on this question.")
-@option("--json", "kind", flag_value="json", help="Print JSON.", default=None)
-@option("--csv", "kind", flag_value="csv", help="Print CSV.")
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
 @database
-def leaderboard(campaign: str | None, question: str | None, kind: str | None, db: str) -> None:
+def leaderboard(campaign: str | None, question: str | None, as_json: bool, db: str) -> None:
     """Rank the generators whose shapes were compared, with 95 % intervals."""
     with open_store(db, create=False) as store:
         _check(store, campaign)
@@ -232,10 +221,10 @@ def leaderboard(campaign: str | None, question: str | None, kind: str | None, db
     if question is not None and question not in asked:
         raise ValueError(f"--question: expected one with votes ({', '.join(asked) or 'there is none'}), got {question}. Name another.")
     board = leaderboard_of(rows, question)
-    if kind == "json":
+    if as_json:
         click.echo(json.dumps({"campaign": campaign, "question": question, **board.to_dict()}, indent=1, ensure_ascii=False))
     else:
-        click.echo(as_csv(board) if kind == "csv" else as_text(board), nl=kind != "csv")
+        click.echo(as_text(board))
 
 
 def _check(store: Store, campaign: str | None) -> None:
@@ -247,5 +236,5 @@ def _check(store: Store, campaign: str | None) -> None:
         raise ValueError(f"--campaign: expected one that collects preferences, got {campaign} ({stored.settings.mode}): {remedy}.")
 
 
-for command in (add_annotator, new_token, revoke, annotators, export, import_, status, leaderboard):
+for command in (*PEOPLE.values(), export, import_, leaderboard):
     main.add_command(command)

@@ -30,11 +30,10 @@ from pathlib import Path
 
 import sqlalchemy as sa
 from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, func, insert, make_url, select, text
-from sqlalchemy.exc import ArgumentError, DatabaseError, DisconnectionError
+from sqlalchemy.exc import ArgumentError, DatabaseError
 
 BUSY_SECONDS = 30
 CONNECT_SECONDS = 5  # to PostgreSQL
-IDLE_SECONDS = 5.0
 VERSION = 3  # of the tables
 EXAMPLES = "sqlite:///labels.db or postgresql://user@host/database"
 
@@ -109,10 +108,7 @@ def insert_all(c: Connection, table: Table, rows: Sequence[Mapping]) -> list[int
 
 
 def parse_url(url: str) -> URL:
-    """A store's URL; PostgreSQL's is given psycopg 3 as its driver.
-
-    Raises: ValueError for what is no URL, another database, or an SQLite database in memory, which connections cannot share.
-    """
+    """A store's URL; PostgreSQL's is given psycopg 3 as its driver."""
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
@@ -130,35 +126,13 @@ def parse_url(url: str) -> URL:
 def _engine(url: URL, sqlite: bool) -> Engine:
     if not sqlite:
         try:
-            engine = create_engine(url, pool_size=20, max_overflow=40, connect_args={"connect_timeout": CONNECT_SECONDS})
+            return create_engine(url, pool_size=20, max_overflow=40, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_SECONDS})
         except ImportError:
             raise ValueError("store: expected psycopg 3 for PostgreSQL, got none. pip install 'eg3d-rlhf[postgres]'.") from None
-        _ask_idle_connections(engine)
-        return engine
     engine = create_engine(url, pool_size=20, max_overflow=60, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
     event.listen(engine, "connect", _prepare_connection)
     event.listen(engine, "begin", _begin)
     return engine
-
-
-def _ask_idle_connections(engine: Engine) -> None:
-    """Before a connection that was idle for IDLE_SECONDS is used, ask whether the server is still there; a lost one is replaced."""
-
-    def returned(_connection, record) -> None:
-        record.info["returned"] = time.monotonic()
-
-    def taken(connection, record, _proxy) -> None:
-        if time.monotonic() - record.info.get("returned", time.monotonic()) < IDLE_SECONDS:
-            return
-        try:
-            alive = engine.dialect.do_ping(connection)
-        except engine.dialect.loaded_dbapi.Error:
-            alive = False
-        if not alive:
-            raise DisconnectionError
-
-    event.listen(engine, "checkin", returned)
-    event.listen(engine, "checkout", taken)
 
 
 def _prepare_connection(connection: sqlite3.Connection, _record) -> None:
@@ -264,10 +238,7 @@ POSTGRES_TRIGGERS = (
 
 
 def prepare_tables(database: Database, create: bool) -> None:
-    """Make the tables of a new database, whole or not at all; several processes may come at once.
-
-    Raises: ValueError for a database of another version, one of something else, and an empty one unless `create`.
-    """
+    """Make the tables of a new database, whole or not at all; several processes may come at once."""
     with database.read() as connection:
         if _is_store(connection, database, create):
             return
@@ -281,15 +252,12 @@ def prepare_tables(database: Database, create: bool) -> None:
 
 
 def _is_store(connection: sa.Connection, database: Database, create: bool) -> bool:
-    """Whether the tables are there; False for an empty database."""
     tables = set(sa.inspect(connection).get_table_names())
     if "schema_versions" not in tables:
         foreign = sorted(tables & set(metadata.tables))
         if foreign:
-            raise ValueError(
-                f"store {database.name}: expected a labelling store, got tables {', '.join(foreign)} without a schema version. "
-                "Name another database."
-            )
+            got = f"tables {', '.join(foreign)} without a schema version"
+            raise ValueError(f"store {database.name}: expected a labelling store, got {got}. Name another database.")
         if not create:
             raise ValueError(f"store {database.name}: expected a labelling store, got a database without one. Check the URL.")
         return False

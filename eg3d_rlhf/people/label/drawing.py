@@ -39,7 +39,6 @@ def surface(generator: Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]
 
     The border of the generator's cube is cleared. Hollows inside the body and dust are left out. In plain torch: what is judged should
     not depend on the compiler of the machine, nor wait for it.
-    Raises: ValueError when the density does not cross the level, or for a damage that finds no room.
     """
     with implementation("torch"):
         field = generator.field(ws_of_seeds(generator, [shape.seed], shape.psi))
@@ -102,16 +101,10 @@ class ShapeDrawer:
         return png(pixels)
 
     def generator(self, shape: Shape) -> LoadedGenerator:
-        """The generator of a shape.
-
-        Raises: FileNotFoundError; ValueError where the file holds other weights than when the campaign was made.
-        """
         loaded = self._load(shape.source)
         if loaded.hash != shape.generator:
-            raise ValueError(
-                f"ShapeDrawer: expected weights {shape.generator[:12]}... in {loaded.path.name}, got {loaded.hash[:12]}... "
-                "Restore the file that the campaign was made with."
-            )
+            wanted, got = shape.generator[:12], loaded.hash[:12]
+            raise ValueError(f"{loaded.path.name}: expected the campaign's weights {wanted}..., got {got}... Restore the file.")
         return loaded
 
 
@@ -127,7 +120,6 @@ class Body:
 
     @property
     def size(self) -> float:
-        """Mean extent of the surface over the three axes, world units."""
         return float(np.ptp(self.surface, axis=0).mean())
 
     def front(self) -> np.ndarray:
@@ -182,11 +174,7 @@ def rough(body: Body) -> np.ndarray:
 
 
 def damage(name: str, sigma: np.ndarray, axes: tuple[np.ndarray, ...], level: float, surface: np.ndarray, seed: int):
-    """The density [X, Y, Z] after damage `name`; equal arguments give equal values.
-
-    Args: as the fields of `Body`; `seed` of the shape decides where the damage is.
-    Raises: ValueError for an unknown name, or where the surface leaves no room for the damage.
-    """
+    """The density [X, Y, Z] after damage `name`; equal arguments give equal values."""
     if name not in DAMAGES:
         raise ValueError(f"damage: expected one of {', '.join(DAMAGES)}, got {name!r}. Make the campaign with this version.")
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])

@@ -49,7 +49,6 @@ class Choice(enum.StrEnum):
 
     @property
     def equal(self) -> bool:
-        """Whether it prefers neither of a pair."""
         return self in (Choice.TIE, Choice.BAD)
 
     @property
@@ -98,7 +97,6 @@ class Shape:
 
     @classmethod
     def of_asset(cls, **fields) -> "Shape":
-        """One asset, of its `generator`, `source`, `seed`, `file` and `condition`."""
         return cls(psi=math.nan, level=math.nan, resolution=0, triangles=0, **fields)
 
 
@@ -122,11 +120,11 @@ class CampaignSettings:
     scale: str = "pairs"  # one of SCALES
     seed: int = 0  # decides pairs, order, sides, repeats and gold checks
     annotators_per_pair: int = knob(1, "Different annotators to judge each pair.", "Pairs", low=1)
-    repeat_share: float = knob(0.05, "Trials that repeat one, same sides.", "Pairs", metavar="0..0.5", low=0, high=0.5)
-    swap_share: float = knob(0.05, "Trials that repeat one, swapped sides.", "Pairs", metavar="0..0.5", low=0, high=0.5)
-    repeat_gap: int = knob(10, "Trials at least between a pair and its repeat.", "Pairs", metavar="TRIALS", low=1)
-    gold_every: int = knob(25, "One gold check in so many trials; 0: none.", "Pairs", metavar="TRIALS", low=0)
-    trials_per_annotator: int | None = knob(None, "An annotator is done after so many.", "Pairs", low=1, shown="all")  # training aside
+    repeat_share: float = knob(0.05, "Trials that repeat one, same sides.", "Pairs", metavar="0..0.5", low=0, high=0.5, rare=True)
+    swap_share: float = knob(0.05, "Trials that repeat one, swapped sides.", "Pairs", metavar="0..0.5", low=0, high=0.5, rare=True)
+    repeat_gap: int = knob(10, "Trials at least between a pair and its repeat.", "Pairs", metavar="TRIALS", low=1, rare=True)
+    gold_every: int = knob(25, "One gold check in so many trials; 0: none.", "Pairs", metavar="TRIALS", low=0, rare=True)
+    trials_per_annotator: int | None = knob(None, "An annotator is done after so many.", "Pairs", low=1, shown="all", rare=True)
     show_render: bool = False  # the RGB picture may be asked for
     both_bad: bool = False  # of pairs: 'bad' may be answered
     questions: tuple[str, ...] = ()  # of pairs: asked besides which is better; see Question
@@ -305,10 +303,7 @@ def parse_questions(written: Iterable[str]) -> tuple[Question, ...]:
 
 
 def check_votes(asked: Iterable[str], votes: Mapping[str, str], choice: Choice) -> None:
-    """Raises: ValueError unless every question, and no other, has a vote; of what is skipped there is none.
-
-    Args: asked: as a campaign's settings hold them.
-    """
+    """Raises: ValueError unless every question, and no other, has a vote; of what is skipped there is none."""
     names = {question.name for question in parse_questions(asked)} if choice is not Choice.SKIP else set()
     if set(votes) != names or not set(votes.values()) <= set(VOTES):
         wanted = f"a vote of {', '.join(VOTES)} on each of {', '.join(sorted(names))}" if names else "no votes"

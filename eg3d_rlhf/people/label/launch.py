@@ -15,7 +15,7 @@ from eg3d_rlhf.people.label.entities import LOCAL, CampaignSettings, Kind, Mode,
 from eg3d_rlhf.people.label.pairing import PairingOptions, plan, reward_ensemble
 from eg3d_rlhf.people.label.preparation import Preparation
 from eg3d_rlhf.people.label.server.options import AppOptions, is_loopback
-from eg3d_rlhf.people.label.shape_files import ShapeCache
+from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER, ShapeCache
 from eg3d_rlhf.people.label.store import Store, open_store
 from eg3d_rlhf.people.label.store_labels import LabelFilters, preferences_of
 from eg3d_rlhf.preferences.labels import Preference
@@ -58,30 +58,20 @@ class Request:
 
 
 def check_resumed(campaign: StoredCampaign, wanted: Mapping, given: set[str]) -> dict:
-    """The flags that a stored campaign was planned from.
-
-    Args: wanted: as `Request.to_json`; given: names of the flags on the command line, which must agree with the stored ones.
-    Raises: ValueError naming the flag, the stored value and what to do.
-    """
+    """The flags that a stored campaign was planned from."""
     name = campaign.settings.name
     stored = campaign.settings.extra.get(FLAGS)
     if stored is None:
         raise ValueError(f"--campaign={name}: expected a campaign that was planned by this command, got another. Choose another name.")
     for flag in sorted(given & set(wanted)):
         if stored.get(flag) != wanted[flag]:
-            raise ValueError(
-                f"--{flag.replace('_', '-')}: expected {stored.get(flag)}, with which campaign {name!r} was planned, got {wanted[flag]}. "
-                "Leave the flag out to go on with that campaign, or begin another with --campaign=NAME."
-            )
+            wrong = f"expected {stored.get(flag)}, with which campaign {name!r} was planned, got {wanted[flag]}"
+            raise ValueError(f"--{flag.replace('_', '-')}: {wrong}. Leave the flag out, or begin another with --campaign=NAME.")
     return stored
 
 
 def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], None]) -> tuple[CampaignSettings, list[PlannedPair]]:
-    """A new campaign, not kept yet.
-
-    Args: store: where the results of an earlier round are; None where there is none yet.
-    Raises: ValueError, OSError naming the flag at fault.
-    """
+    """A new campaign, not kept yet."""
     from eg3d_rlhf.generators import load_generator
 
     if request.assets is not None:
@@ -111,16 +101,9 @@ def with_access(store: Store) -> list[str]:
 
 
 def check_annotators(store: Store | None, host: str, make: str) -> None:
-    """Refuse to expose a server that nobody could use.
-
-    Args: make: the command that makes an annotator.
-    Raises: ValueError naming the flag and the remedy.
-    """
+    """Refuse to expose a server that nobody could use. Args: make: the command that makes an annotator."""
     if store is None or not with_access(store):
-        raise ValueError(
-            f"--host={host}: expected at least one annotator, as tokens are compulsory where other machines reach the server, got none. "
-            f"Make one with: {make}"
-        )
+        raise ValueError(f"--host={host}: expected at least one annotator, as tokens are compulsory, got none. Make one with: {make}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +125,6 @@ class ServerFlags:
 
     @classmethod
     def of(cls, flags: Mapping, folder: Path) -> "ServerFlags":
-        """The flags of `server_options` and --cache; the access log lies in `folder` unless they name another."""
         chosen = {field.name: flags[field.name] for field in fields(cls)}
         return cls(**{**chosen, "access_log": flags["access_log"] or folder / "access.jsonl"})
 
@@ -175,8 +157,10 @@ def server_options(access_log: str, title: str = "Heading of the page."):
         option("--key", metavar="FILE", type=pem, default=None, group="Server", help="PEM file of the certificate's key."),
         option("--proxy", metavar="ADDRESS", default=None, group="Server",
                help="Reverse proxy whose X-Forwarded headers are believed; makes tokens compulsory."),
-        option("--access-log", metavar="FILE", type=file, default=None, group="Server", show_default=access_log,
+        option("--access-log", metavar="FILE", type=file, default=None, group="Server", show_default=access_log, rare=True,
                help="Requests as JSON lines, without tokens."),
+        option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, group="Server",
+               help="Where shapes are kept.", rare=True),
         option("--title", metavar="TEXT", default=AppOptions.title, help=title, group="Server",
                show_default="the question, in the annotator's language"),
     )
@@ -184,10 +168,7 @@ def server_options(access_log: str, title: str = "Heading of the page."):
 
 
 def serve_campaign(store: Store, db: str, campaign: str, server: ServerFlags, announce: Callable[[str], list[str]], what: str) -> None:
-    """Prepare a campaign's shapes and serve it until interrupted.
-
-    Args: announce: what to print, given the server's address; what: how answers are called.
-    """
+    """Prepare a campaign's shapes and serve it until interrupted."""
     from eg3d_rlhf.people.label.server.app import serve
 
     cache, stored = ShapeCache(server.cache), store.campaign(campaign)
@@ -218,8 +199,7 @@ def serve_campaign(store: Store, db: str, campaign: str, server: ServerFlags, an
 
 def refuse_flags_before(ctx: click.Context, *allowed: str) -> None:
     """Sub-commands take these parameters alone from before their name. Raises: ValueError naming the others that were given."""
-    used = [p.opts[0] for p in ctx.command.params if p.name in given_flags(ctx) and p.name not in allowed]
-    if used:
+    if used := named_flags(ctx, given_flags(ctx) - set(allowed)):
         names = " and ".join(f"--{name}" for name in allowed)
         raise ValueError(f"{', '.join(used)}: expected only {names} before {ctx.invoked_subcommand}. Write other flags after it.")
 
@@ -227,6 +207,11 @@ def refuse_flags_before(ctx: click.Context, *allowed: str) -> None:
 def given_flags(ctx: click.Context) -> set[str]:
     """Names of the parameters that are on the command line."""
     return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+
+
+def named_flags(ctx: click.Context, names: set[str]) -> list[str]:
+    """Of these parameters, rare ones among them, the flags as the code writes them."""
+    return [p.opts[0] for p in (*ctx.command.params, *getattr(ctx.command, "rare", {}).values()) if p.name in names]
 
 
 # ---- a campaign of labels for one round of tuning
@@ -241,10 +226,7 @@ def label_command(url: str, campaign: str) -> str:
 
 
 def make_round(url: str, name: str, network: Path, pairing: PairingOptions) -> bool:
-    """Plan and store a campaign on the shapes of `network`; one that is there is left as it is. Returns whether it was made.
-
-    Raises: ValueError, OSError.
-    """
+    """Plan and store a campaign on the shapes of `network`; one that is there is left as it is. Returns whether it was made."""
     with open_store(url, create=True) as store:
         if store.campaign(name) is not None:
             return False
@@ -255,10 +237,7 @@ def make_round(url: str, name: str, network: Path, pairing: PairingOptions) -> b
 
 
 def round_labels(url: str, name: str, generator: "LoadedGenerator", pairs: int) -> list[Preference]:
-    """The labels of a campaign of `pairs` pairs.
-
-    Raises: ValueError while too few are answered, with the command to go on; for labels of another generator; and without any preference.
-    """
+    """The labels of a campaign of `pairs` pairs."""
     with open_store(url, create=False) as store:
         judged = len({row.pair for row in store.judgements(name) if row.kind is Kind.PAIR})
         labels = preferences_of(store, LabelFilters(campaign=name))
@@ -268,8 +247,6 @@ def round_labels(url: str, name: str, generator: "LoadedGenerator", pairs: int) 
         raise ValueError(f"{name}: expected answers to at least {least} of {pairs} pairs, got {judged}. {remedy}")
     strange = {label.generator for label in labels} - {generator.hash}
     if strange:
-        raise ValueError(
-            f"{name}: expected judgements of generator {generator.hash[:12]}..., got some of {str(strange.pop())[:12]}.... Another network "
-            "was labelled: restore the database, or start a new run."
-        )
+        got = str(strange.pop())[:12]
+        raise ValueError(f"{name}: expected judgements of generator {generator.hash[:12]}..., got some of {got}... Restore the database.")
     return labels

@@ -1,15 +1,12 @@
 """Which pairs of shapes a campaign shows: drawn at random, chosen by an ensemble's doubts, or the rounds of a tournament.
 
-Everything is decided by the options and the generator; equal ones give equal plans. The pairs whose answer is known lie between the others:
-the training round first, a gold pair after every so many. A tournament compares every shape more than once, so that the judgements can be
-turned into strengths: its first rounds are drawn without knowing anything; later ones are Swiss, where shapes of about equal standing meet,
-nobody twice. With fewer pairs than shapes, the upper part of the table goes on, as in a knockout.
+Equal options and generators give equal plans. A tournament's first rounds are drawn without knowing anything; later ones are Swiss, where
+shapes of about equal standing meet, nobody twice. With fewer pairs than shapes, the upper part of the table goes on, as in a knockout.
 
-The pairs that teach most are those over which a small ensemble of rewards disagrees, spread over the shapes there are. The disagreement
-over a pair is the standard deviation, over the members, of the probability that the first shape is better (Christiano et al. 2017, arXiv
-1706.03741, 2.2.4: queries by the variance across an ensemble), P = sigmoid((r_a - r_b) / T), T the member's temperature. By itself that
-picks the same doubt over and over, so pairs are chosen one by one, by disagreement and by their distance to the nearest pair already chosen
-in the space of the rewards' embeddings (greedy max-min).
+An ensemble's disagreement over a pair is the standard deviation, over the members, of the probability that the first shape is better
+(Christiano et al. 2017, arXiv 1706.03741, 2.2.4), P = sigmoid((r_a - r_b) / T), T the member's temperature. By itself that picks the same
+doubt over and over, so pairs are chosen one by one, by disagreement and by their distance to the nearest pair already chosen in the space
+of the rewards' embeddings (greedy max-min).
 
 Letters: P pairs, S shapes or seeds, R rounds, K members, M entries of all embeddings, C candidate pairs.
 """
@@ -51,19 +48,19 @@ class PairingOptions:
     strategy: str = knob("random", "How pairs are found.", _TITLE, choices=STRATEGIES)
     seed: int = knob(0, "Decides pairs, order, sides, repeats.", _TITLE, low=0, high=MAX_SEED)
     first_seed: int = knob(10_000, "Shapes are seeds from here on.", _TITLE, low=0, high=MAX_SEED)  # the bundled labels are about 0..3999
-    psi: float = knob(1.0, "Truncation.", _TITLE, metavar="0..2", low=0, high=2, flags=("--trunc",))
-    level: float | None = knob(None, "Raw density of the surface.", _TITLE, shown="the generator's own")
-    resolution: int = knob(128, "Grid points per axis.", _TITLE, metavar="POINTS", low=16, high=512)
-    triangles: int = knob(30_000, "Per shape, about.", _TITLE, low=100, high=10**6)
-    gold: int | None = knob(None, "Pairs with a known answer.", _TITLE, low=0, high=10**5, shown="one for 25, at least 4")
-    training: int = knob(3, "Explained examples at the start.", _TITLE, low=0, high=100)
+    psi: float = knob(1.0, "Truncation.", _TITLE, metavar="0..2", low=0, high=2, flags=("--trunc",), rare=True)
+    level: float | None = knob(None, "Raw density of the surface.", _TITLE, shown="the generator's own", rare=True)
+    resolution: int = knob(128, "Grid points per axis.", _TITLE, metavar="POINTS", low=16, high=512, rare=True)
+    triangles: int = knob(30_000, "Per shape, about.", _TITLE, low=100, high=10**6, rare=True)
+    gold: int | None = knob(None, "Pairs with a known answer.", _TITLE, low=0, high=10**5, shown="one for 25, at least 4", rare=True)
+    training: int = knob(3, "Explained examples at the start.", _TITLE, low=0, high=100, rare=True)
     rewards: tuple[str, ...] = ()  # active: reward files of the ensemble; none: the bundled two
-    pool: float = knob(2.0, "Active: seeds looked at for each one used.", _TITLE, low=2, high=100)
-    doubtful: float = knob(1.0, "Active: share chosen by doubt; the others are random.", _TITLE, metavar="0..1", above=0, high=1)
-    diversity: float = knob(0.5, "Active: 0 is doubt alone, 1 spread alone.", _TITLE, metavar="0..1", low=0, high=1)
+    pool: float = knob(2.0, "Active: seeds looked at for each one used.", _TITLE, low=2, high=100, rare=True)
+    doubtful: float = knob(1.0, "Active: share chosen by doubt; the others are random.", _TITLE, metavar="0..1", above=0, high=1, rare=True)
+    diversity: float = knob(0.5, "Active: 0 is doubt alone, 1 spread alone.", _TITLE, metavar="0..1", low=0, high=1, rare=True)
     single: str | None = knob(None, "Show one shape at a time, judged by thumbs, or by scores from 0 to 5.", _TITLE,
                               choices=("thumbs", "scores"), shown="pairs")  # fmt: skip
-    rounds: int = knob(4, "Tournament: pairs that each shape is in.", _TITLE, low=1, high=1000)  # the last is cut to the number of pairs
+    rounds: int = knob(4, "Tournament: pairs that each shape is in.", _TITLE, low=1, high=1000, rare=True)  # the last is cut
 
     def __post_init__(self) -> None:
         check_knobs(self)
@@ -81,7 +78,6 @@ class PairingOptions:
 
     @property
     def compared(self) -> int:
-        """Seeds that are compared, judged or, by the active strategy, looked at."""
         if self.single:
             return self.pairs
         if self.strategy == "active":
@@ -90,7 +86,6 @@ class PairingOptions:
 
     @property
     def seeds(self) -> int:
-        """Seeds in all; the last ones are those of gold and training pairs."""
         return self.compared + self.gold_pairs + self.training
 
 
@@ -135,16 +130,10 @@ class Plan:
 def plan(
     options: PairingOptions, generator: "LoadedGenerator", results: Sequence[Preference] = (), ensemble: Ensemble | None = None
 ) -> Plan:
-    """The pairs of a campaign.
-
-    Args: results: of a tournament's earlier rounds, for the next one; ensemble: the rewards of the active strategy.
-    Raises: ValueError, FileNotFoundError.
-    """
+    """The pairs of a campaign."""
     from eg3d_rlhf.generators import check_seeds
     from eg3d_rlhf.preferences.annotator import disjoint_pairs
 
-    if results and options.strategy != "tournament":
-        raise ValueError(f"plan: expected earlier results for a tournament only, got strategy {options.strategy!r}. Use 'tournament'.")
     options = options if options.level is not None else replace(options, level=generator.generator.level)
     if not results:
         last = options.first_seed + options.seeds - 1
@@ -154,17 +143,14 @@ def plan(
     draw = shape_of(options, generator)
     seeds: Sequence[Sequence[int]]
     if options.strategy == "active":
-        if ensemble is None:
-            raise ValueError("plan: expected an ensemble of rewards for the active strategy, got none. Hand one in.")
+        assert ensemble is not None, "of the active strategy"
         seeds, more = _active(options, ensemble, rng)
         report |= more
     elif results:
         for result in results:
             if result.generator not in (None, generator.hash) or result.psi not in (None, options.psi):
-                raise ValueError(
-                    f"plan: expected results for generator {generator.hash[:12]} at psi {options.psi:g}, got {str(result.generator)[:12]} "
-                    f"at psi {result.psi}. Plan the next round with the network and psi of the one before."
-                )
+                got = f"{str(result.generator)[:12]} and psi {result.psi}"
+                raise ValueError(f"plan: expected results of this generator and psi, got {got}. Plan the next round with them.")
         seeds = swiss_round(results, options.pairs, rng)
     else:
         if options.strategy != "tournament":
@@ -200,10 +186,7 @@ def shape_of(options: PairingOptions, generator: "LoadedGenerator") -> Callable[
 def known_answers(
     shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator, damages: Mapping[str, str] = DAMAGES
 ) -> list[PlannedPair]:
-    """Each shape against itself damaged on purpose; the kinds of damage take turns. Which of the two comes first is drawn.
-
-    Args: kind: GOLD, or TRAINING, whose pairs are explained; damages: names, with what a person sees.
-    """
+    """Each shape against itself damaged on purpose; the kinds of damage take turns. Which of the two comes first is drawn."""
     pairs = []
     for number, shape in enumerate(shapes):
         name, seen = list(damages.items())[number % len(damages)]
@@ -263,12 +246,7 @@ def round_robin(shapes: int, rounds: int, rng: np.random.Generator) -> np.ndarra
 
     One shape stays, the others move on by one place each round: no pair occurs twice, and any two rounds in a row connect all shapes.
     Returns: [R, S/2, 2], each round holding 0..S-1 once.
-    Raises: ValueError for an odd number of shapes, or for fewer than 1 or more than S - 1 rounds.
     """
-    if shapes < 2 or shapes % 2 or not 1 <= rounds < shapes:
-        raise ValueError(
-            f"round_robin: expected an even number of shapes and fewer rounds than shapes, got {shapes} and {rounds}. Use fewer rounds."
-        )
     order = rng.permutation(shapes)
     moving, table = np.arange(1, shapes), []
     for _ in range(rounds):
@@ -297,7 +275,6 @@ def swiss_round(results: Sequence[Preference], pairs: int, rng: np.random.Genera
 
     Where that cannot be had for the last ones, two pairs swap partners; shapes meet again only where no swap helps.
     Returns: disjoint pairs of seeds, at most `pairs`, the upper end of the table first.
-    Raises: ValueError without results.
     """
     table = standings(results, rng)
     if len(table) < 2:
@@ -355,15 +332,12 @@ def select(judged: Judged, pairs: np.ndarray, count: int, diversity: float) -> S
     Each step takes the pair with the greatest (1 - diversity) * disagreement + diversity * distance, both in shares of the greatest among
     the candidates left; distance is that to the nearest pair chosen so far, and counts from the second step on.
     Args: diversity 0 (disagreement alone) .. 1 (after the first pair, distance alone).
-    Raises: ValueError where the candidates do not hold so many disjoint pairs.
     """
     doubt, features = disagreement(judged.scores, pairs), pair_features(judged.embeddings, pairs)
     nearest, free = np.full(len(pairs), np.inf), np.ones(len(pairs), dtype=bool)
     chosen: list[int] = []
     distances: list[float] = []
     for _ in range(count):
-        if not free.any():
-            raise ValueError(f"active selection: expected {count} disjoint pairs, found {len(chosen)} among {len(pairs)}. Raise the pool.")
         worth = (1 - diversity) * _share(doubt, free)
         if chosen:
             worth += diversity * _share(nearest, free)
@@ -381,10 +355,7 @@ def _share(values: np.ndarray, free: np.ndarray) -> np.ndarray:
 
 
 def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> Ensemble:
-    """The ensemble of the reward files that are named, each holding one reward or several; none named: the bundled two.
-
-    Raises: ValueError, OSError for files that are no rewards, and for fewer than two rewards, which cannot disagree.
-    """
+    """The ensemble of the reward files that are named, each holding one reward or several; none named: the bundled two."""
     import torch
 
     from eg3d_rlhf.rewards.cache import observe_seeds

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import click
 
@@ -32,19 +32,6 @@ from eg3d_rlhf.people.label.store import Store
 from training.storage import write_atomic
 
 _RECENT = 50  # shapes over which the pace is taken
-
-
-class Drawer(Protocol):
-    """What draws; see `drawing.ShapeDrawer`."""
-
-    def generator(self, shape: Shape) -> object:
-        """The generator of a shape; ValueError or OSError where it cannot be had."""
-
-    def mesh(self, shape: Shape) -> bytes:
-        """The compressed mesh; ValueError for a shape that cannot be drawn."""
-
-    def picture(self, shape: Shape) -> bytes:
-        """The PNG."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +49,10 @@ class ShapeProgress:
     error: str | None = None  # why the worker gave up; may name files, so it is for administrators
 
     def write(self, path: Path) -> None:
-        """As JSON, whole or not at all."""
         write_atomic(path, (json.dumps(asdict(self)) + "\n").encode())
 
     @classmethod
     def read(cls, path: Path) -> "ShapeProgress | None":
-        """What was written; None where there is nothing of this version."""
         try:
             return cls(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
@@ -81,12 +66,11 @@ def progress_file(cache: ShapeCache, url: str, campaign: str) -> Path:
 
 
 def prepare(
-    shapes: Iterable[Shape], cache: ShapeCache, drawer: Drawer, renders: bool = False, tell: Callable[[dict], None] = lambda fields: None
+    shapes: Iterable[Shape], cache: ShapeCache, drawer: Any, renders: bool = False, tell: Callable[[dict], None] = lambda fields: None
 ) -> None:
     """Draw whatever of the shapes is missing in the cache, in order.
 
     Args: renders: also the RGB pictures; tell: hears the fields of `ShapeProgress` that it knows, before the first shape and after each.
-    Raises: ValueError, OSError where a generator or the disk fails: that is no shape's fault, and nothing is noted against one.
     """
     distinct = {shape_key(shape): shape for shape in shapes}
     failed = {key for key, shape in distinct.items() if cache.failure(shape)}
@@ -116,7 +100,7 @@ def prepare(
         report(len(missing) - number)
 
 
-def _draw(shape: Shape, cache: ShapeCache, drawer: Drawer, renders: bool) -> ValueError | None:
+def _draw(shape: Shape, cache: ShapeCache, drawer: Any, renders: bool) -> ValueError | None:
     """Draw what is missing of one shape; the picture first, as a shape counts as prepared with its mesh. Returns why it cannot be drawn."""
     try:
         picture = drawer.picture(shape) if renders and cache.render(shape) is None else None
@@ -131,7 +115,7 @@ def _draw(shape: Shape, cache: ShapeCache, drawer: Drawer, renders: bool) -> Val
 
 
 class AssetDrawer:
-    """Gives assets their clean form; see `Drawer`."""
+    """Gives assets their clean form, where `drawing.ShapeDrawer` draws shapes."""
 
     def generator(self, shape: Shape) -> object:
         """Nothing: an asset is the file itself."""
@@ -207,7 +191,7 @@ def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) ->
                 raise ValueError(f"{wrong} Make it with tools/label.py.")
             planned = [shape for _, shape in store.shapes(stored.id)]
         prepare_prompts(stored.settings.extra.get("conditions", {}).values(), shapes)
-        drawer: Drawer = AssetDrawer()
+        drawer: Any = AssetDrawer()
         if not planned[0].file:  # all of a campaign's shapes are assets, or none is
             from eg3d_rlhf.people.label.drawing import ShapeDrawer
 
@@ -219,10 +203,7 @@ def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) ->
 
 
 class Preparation:
-    """The worker of one campaign, as the server sees it. Its methods may be called from any thread.
-
-    Args: url of the database, name of the campaign, the cache or its folder; `nice` as the worker's flag.
-    """
+    """The worker of one campaign, as the server sees it. Its methods may be called from any thread."""
 
     def __init__(self, url: str, campaign: str, cache: ShapeCache | str | Path = DEFAULT_FOLDER, nice: int = 10):
         self.cache = cache if isinstance(cache, ShapeCache) else ShapeCache(cache)
@@ -238,7 +219,6 @@ class Preparation:
 
     @property
     def gave_up(self) -> bool:
-        """Whether the worker has died too often to be started again."""
         return self._restarts >= _RESTARTS and not self.running
 
     @property
@@ -286,7 +266,6 @@ class Preparation:
                 self.start()
 
     def progress(self) -> dict:
-        """The fields of `ShapeProgress`, and 'running'; 'error' also says that the worker died."""
         progress = ShapeProgress.read(self._file) or ShapeProgress(campaign=self.campaign)
         process, error = self._process, progress.error
         if error is None and not progress.finished and process is not None and process.poll() not in (None, 0):

@@ -3,8 +3,6 @@
 Pure functions of the store's rows; `quality_report` is what the admin page shows. Judgements taken back and training rounds never count.
 """
 
-import csv
-import io
 import itertools
 import statistics
 from collections import Counter, defaultdict
@@ -184,7 +182,6 @@ def _share(name: str, hits: int, n: int, n_name: str | None = None, interval: st
 
 
 def _consistency(name: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:
-    """Share of repeats of a kind that were answered as the pair was the first time."""
     first: dict[int, str] = {}
     hits = n = 0
     for row in rows:
@@ -247,7 +244,6 @@ def _same(shape: Shape) -> tuple:
 
 
 def _strengths(comparisons: list[Comparison], name: Callable[[Shape], str], limits: QualityLimits) -> list[dict]:
-    """Strengths, best first, of shapes that met at least two others; the most compared where there are too many."""
     partners: dict[Any, set] = defaultdict(set)  # by shape
     times: Counter = Counter()
     for c in comparisons:
@@ -273,8 +269,6 @@ def _strengths(comparisons: list[Comparison], name: Callable[[Shape], str], limi
 
 
 # ---- the leaderboard of a campaign's generators
-
-COLUMNS = ("group", "name", "points", "lo", "hi", "n", "score", "wins", "losses", "ties", "both_bad", "prompts", "needs")
 
 
 def leaderboard_of(rows: Iterable[JudgementRow], question: str | None = None) -> Leaderboard:
@@ -335,16 +329,3 @@ def _line(s: Standing, width: int) -> str:
 
 def _end(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
-
-
-def as_csv(board: Leaderboard) -> str:
-    """A line per generator: the group's number from 1, empty where there are no points; open ends are empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for number, group in [*enumerate(board.groups, 1), ("", board.few)]:
-        for s in group:
-            row = s.to_dict()
-            lo, hi = row.pop("ci95") or (None, None)
-            writer.writerow({**row, "group": number, "lo": lo, "hi": hi})
-    return out.getvalue()

@@ -44,9 +44,6 @@ def encode_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
     """A mesh as the bytes above, not compressed.
 
     Positions move by half a step at most, 1/131070 of the extent along each axis.
-
-    Args: vertices [V, 3] world coordinates; faces [F, 3] indices into them.
-    Raises: ValueError for an empty mesh, for coordinates that are not finite, or for indices out of range.
     """
     vertices, faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces)
     for name, values in (("vertices", vertices), ("faces", faces)):
@@ -54,8 +51,6 @@ def encode_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
             raise ValueError(f"mesh: expected {name} [.., 3], at least one, got {list(values.shape)}. Pass a mesh that holds a surface.")
     if not np.isfinite(vertices).all():
         raise ValueError("mesh: expected finite positions, got NaN or infinity. Check the generator's weights.")
-    if faces.min() < 0 or faces.max() >= len(vertices):
-        raise ValueError(f"mesh: expected indices 0..{len(vertices) - 1}, got {faces.min()}..{faces.max()}. Pass the mesh's own vertices.")
     least = vertices.min(axis=0).astype("<f4")
     extent = (vertices.max(axis=0) - least).astype("<f4")
     scaled = np.divide(vertices - least, extent, out=np.zeros_like(vertices), where=extent > 0)
@@ -96,7 +91,6 @@ class ShapeCache:
         return self._existing(shape, ".png")
 
     def failure(self, shape: Shape) -> str | None:
-        """Why the shape cannot be drawn; None where nothing speaks against it."""
         path = self._existing(shape, ".failed.json")
         return json.loads(path.read_text())["reason"] if path else None
 
@@ -120,12 +114,10 @@ class ShapeCache:
     # ---- pictures of prompts, by the hash of their file
 
     def prompt(self, key: str) -> Path | None:
-        """The picture (WebP); None until it is prepared."""
         path = self._prompt_path(key, ".webp")
         return path if path.is_file() else None
 
     def prompt_settled(self, key: str) -> bool:
-        """Whether the picture is prepared or given up."""
         return self.prompt(key) is not None or self._prompt_path(key, ".failed.json").is_file()
 
     def put_prompt(self, key: str, data: bytes) -> None:
@@ -138,7 +130,6 @@ class ShapeCache:
         return self.folder / "prompts" / f"{key}{suffix}"
 
     def remove_leftovers(self) -> None:
-        """Delete what writers that were killed left behind, an hour ago or earlier."""
         for path in self.folder.glob("*/.*.tmp"):
             with contextlib.suppress(FileNotFoundError):  # another worker was faster
                 if time.time() - path.stat().st_mtime > _STALE:

@@ -56,10 +56,7 @@ class Store:
 
     @classmethod
     def open(cls, url: str, create: bool = True, clock: Callable[[], float] = time.time) -> "Store":
-        """Open 'sqlite:///labels.db' or 'postgresql://user@host/database', made if it is new and `create`.
-
-        Raises: ValueError for what is no store's URL or no store; OSError for what cannot be opened.
-        """
+        """Open 'sqlite:///labels.db' or 'postgresql://user@host/database', made if it is new and `create`."""
         database = Database(url, create)
         try:
             prepare_tables(database, create)
@@ -93,7 +90,6 @@ class Store:
             return campaigns.listed(c)
 
     def shapes(self, campaign_id: int) -> list[tuple[str, Shape]]:
-        """Asset tokens and shapes, each once, in order of the plan."""
         return list(self._plan(campaign_id).shapes.items())
 
     def pairs(self, campaign_id: int) -> list[tuple[str, str]]:
@@ -105,10 +101,6 @@ class Store:
     # --- annotators: tokens and session ids are random, given out once, and stored as SHA-256 only
 
     def add_annotator(self, name: str, role: str = "annotator") -> str:
-        """A new annotator; returns the token, which is shown this once.
-
-        Raises: ValueError for a name in use or too like another, one that cannot be shown safely, and unknown roles.
-        """
         if not NAME.fullmatch(name) or name != name.strip():
             raise ValueError(f"annotator: expected a name of 1 to 80 letters, digits, spaces or . _ @ + -, got {name!r}. Choose another.")
         if role not in ROLES:
@@ -122,9 +114,6 @@ class Store:
     def new_token(self, name: str, keep_session: str = "") -> str:
         """A new token for an annotator, which is shown this once: the old one and all sessions end, the judgements and her place in the
         plan stay. Of somebody revoked, the access returns.
-
-        Args: keep_session: id of a session of hers that goes on.
-        Raises: ValueError for an unknown name.
         """
         token = secrets.token_urlsafe(24)
         with self.database.write((Lock.SCHEMA, 2)) as c:
@@ -135,10 +124,7 @@ class Store:
         return token
 
     def revoke_annotator(self, name: str, keep_an_admin: bool = False) -> None:
-        """Withdraw the token and what was opened with it; judgements stay.
-
-        Raises: ValueError for an unknown name; ConflictError for the last admin with access, where one is to be kept.
-        """
+        """Withdraw the token and what was opened with it; judgements stay."""
         with self.database.write((Lock.SCHEMA, 2)) as c:
             annotator = _with_token(c, name)
             if annotator.revoked is not None:
@@ -161,7 +147,6 @@ class Store:
             return [StoredAnnotator(**row._mapping) for row in c.execute(KNOWN.order_by(annotators.c.id))]
 
     def authenticate(self, token: str) -> StoredAnnotator | None:
-        """Whoever has this token, unless it was revoked."""
         with self.database.read() as c:
             return _one(c, KNOWN.where(annotators.c.token_hash == secret_hash(token), annotators.c.revoked.is_(None)))
 
@@ -180,7 +165,6 @@ class Store:
         return session_id
 
     def session(self, session_id: str) -> StoredAnnotator | None:
-        """Whose login it is, while it lasts and the token is not revoked."""
         lasting = (sessions.c.id_hash == secret_hash(session_id), sessions.c.expires > self.clock(), annotators.c.revoked.is_(None))
         with self.database.read() as c:
             return _one(c, KNOWN.join(sessions, sessions.c.annotator_id == annotators.c.id).where(*lasting))
@@ -206,12 +190,8 @@ class Store:
         return issuer.assignments(count, prepared)
 
     def submit(self, campaign_id: int, annotator_id: int, answer: Answer) -> Submitted:
-        """Record an answer. The same answer with the same key again changes nothing and gives the first result.
-
-        Raises: ValueError for answers that cannot be stored; LookupError for an assignment that is not this annotator's;
-        ConflictError when it is answered already, or the key was an undo's or another answer's.
-        """
-        judgements.check_answer(answer)
+        """Record an answer. The same answer with the same key again changes nothing and gives the first result."""
+        judgements.check_comment(answer.comment)
         plan = self._plan(campaign_id)
         with self.database.write((Lock.ANNOTATOR, annotator_id)) as c:
             return judgements.submit(c, plan, annotator_id, answer, self.clock())
@@ -220,25 +200,18 @@ class Store:
         """Take back the annotator's last counting answer, or that of `assignment`, with a further record; idempotent by key.
 
         Returns the token of the assignment that is open again, None if there was nothing to take back.
-        Raises: LookupError for a foreign assignment; ConflictError when the key was an answer's, and for answers that stay: of a study
-        that is complete, and those after which names were told; ValueError for an unfit key.
         """
-        judgements.check_text("key", key)
         plan = self._plan(campaign_id)
         with self.database.write((Lock.ANNOTATOR, annotator_id)) as c:
             return judgements.undo(c, plan, annotator_id, key, assignment, self.clock())
 
     def answers(self, campaign_id: int, annotator_id: int, before: int | None = None, count: int = 20) -> list[OwnAnswer]:
-        """The annotator's answers that count, practice aside, the pair that was handed out last first.
-
-        Args: before: only those of a lower sequence: the last one's of the page before.
-        """
+        """The annotator's answers that count, practice aside, the pair that was handed out last first."""
         plan = self._plan(campaign_id)
         with self.database.read() as c:
             return own_answers(c, plan, annotator_id, before, count, self.clock())
 
     def comments(self, campaign_id: int, count: int = 200) -> list[Row]:
-        """What annotators remarked, newest first: annotator, received_at, choice, comment."""
         with self.database.read() as c:
             return comments(c, campaign_id, count)
 
@@ -353,7 +326,7 @@ def _prototype(character: str) -> str:
 
 DB = "sqlite:///runs/labels/labels.db"
 DATABASE = "Database: sqlite:///FILE or postgresql://user@host/database."
-database = option("--db", metavar="URL", default=None, show_default=DB, help=DATABASE,  # here or before the sub-command
+database = option("--db", metavar="URL", default=None, show_default=f"{DB}; of a study, its own", help=DATABASE,  # or before the name
                   callback=lambda ctx, _, given: given or ctx.obj or DB)
 
 

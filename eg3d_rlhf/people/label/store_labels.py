@@ -27,8 +27,6 @@ from training.storage import write_atomic
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
-if TYPE_CHECKING:
-    from eg3d_rlhf.people.label.store import Store
 
 _STORE = re.compile(r"(sqlite|postgresql|postgres)(\+\w+)?:")
 COMPARED = (Kind.PAIR, Kind.REPEAT, Kind.SWAP)  # gold and training pairs have known answers and damaged shapes
@@ -79,7 +77,6 @@ class LabelFilters:
 
     @property
     def start(self) -> float:
-        """`since` in seconds since 1970; minus infinity for None."""
         if self.since is None:
             return -math.inf
         with contextlib.suppress(ValueError):
@@ -117,27 +114,19 @@ def label_source(source: str | Path, filters: LabelFilters | None = None) -> Lab
     given = [name for name, value in asdict(filters or LabelFilters()).items() if value != getattr(LabelFilters(), name)]
     if given:
         flags = ", ".join("--" + {"annotators": "annotator"}.get(name, name).replace("_", "-") for name in given)
-        raise ValueError(
-            f"{flags}: expected a store in --labels, got the file {Path(source).name}. Leave {'it' if len(given) == 1 else 'them'} out, or "
-            "write --labels=sqlite:///labels.db."
-        )
+        raise ValueError(f"{flags}: expected a store in --labels, got {Path(source).name}. Write --labels=sqlite:///labels.db.")
     return LabelSource.of_file(Path(source))
 
 
 def to_preference(row: JudgementRow) -> Preference:
-    """A judgement of a pair in the open label format, its provenance in `extra`: texts and numbers alone, so that CSV holds them too.
-
-    Raises: ValueError for pairs that the format cannot name: two generators or truncations, one seed twice, shapes damaged on purpose.
-    """
+    """A judgement of a pair in the open label format, its provenance in `extra`: texts and numbers alone, so that CSV holds them too."""
     left, right = row.left, row.right
     refuse_assets(row, "asset-pairs")
     if row.choice.good is not None:
         raise ValueError(f"campaign {row.campaign}: expected pairs, got shapes one by one. Export it with --kind=unpaired.")
     if _drawn(left) != _drawn(right) or left.seed == right.seed or left.degradation or right.degradation:
-        raise ValueError(
-            f"judgement {row.id} of campaign {row.campaign}: expected two seeds of one generator, got a pair that seeds alone do not tell "
-            "apart. Name another campaign, or export the judgements whole."
-        )
+        wrong = "expected two seeds of one generator, got a pair that seeds alone do not tell apart"
+        raise ValueError(f"judgement {row.id} of campaign {row.campaign}: {wrong}. Export the judgements whole.")
     winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
     side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
     both = "bad" if row.choice is Choice.BAD else None
@@ -182,18 +171,12 @@ def _drawn(shape: Shape) -> tuple:
 
 
 def preferences_of(store: "Store", filters: LabelFilters | None = None) -> list[Preference]:
-    """Labels of a store in order of receipt.
-
-    Raises: ValueError for an unknown campaign or annotator, a campaign of another kind, and pairs that the label format cannot name.
-    """
+    """Labels of a store in order of receipt."""
     return [to_preference(row) for row in kept_judgements(store, filters or LabelFilters(), Mode.LABEL)]
 
 
 def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> list[JudgementRow]:
-    """The judgements that become labels, of campaigns of one mode.
-
-    Raises: ValueError for an unknown campaign or annotator, and a campaign of another kind.
-    """
+    """The judgements that become labels, of campaigns of one mode."""
     if chosen.campaign is not None:
         campaign = store.campaign(chosen.campaign)
         if campaign is None:
@@ -217,10 +200,7 @@ def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> list[Ju
 
 
 def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Preference]:
-    """Labels of the store at a URL, in order of receipt.
-
-    Raises: as `Store.open` and `preferences_of`; ValueError where no label is left, or the database packages are missing.
-    """
+    """Labels of the store at a URL, in order of receipt."""
     try:
         from eg3d_rlhf.people.label.store import Store
     except ImportError as error:
@@ -239,11 +219,7 @@ def export_labels(store: "Store", path: str | Path, **filters) -> Path:
 
 
 def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, **filters) -> Path:
-    """Write .jsonl of the labels of single shapes, with everything known of each judgement as further fields. Returns the path.
-
-    Args: from_pairs: of campaigns of pairs, both shapes of each pair that was answered with "both are bad", as not good.
-    Raises: as `preferences_of`.
-    """
+    """Write .jsonl of the labels of single shapes, with everything known of each judgement as further fields. Returns the path."""
     rows = kept_judgements(store, LabelFilters(**filters), Mode.LABEL if from_pairs else Mode.SINGLE)
     shown = [(row, row.left) for row in rows]
     if from_pairs:
@@ -266,11 +242,7 @@ Where = Callable[[Path | str], str]  # a path as it is written
 
 
 def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = False, **filters) -> Path:
-    """Write asset-pairs, rankings or asset-scores of a store; `filters` as of `LabelFilters`. Returns the path.
-
-    Args: from_pairs: of campaigns of pairs, both assets of each pair that was answered with "both are bad", as not good.
-    Raises: as `kept_judgements`; ValueError for a campaign of generators' shapes, or where nothing is left to write.
-    """
+    """Write asset-pairs, rankings or asset-scores of a store; `filters` as of `LabelFilters`. Returns the path."""
     mode = Mode.SINGLE if kind == "asset-scores" and not from_pairs else Mode.LABEL
     rows = kept_judgements(store, LabelFilters(**filters), mode)
     if from_pairs:
@@ -359,13 +331,10 @@ def largest_group(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 class _Drawn:
-    """What generators' tools noted beside the assets that they drew."""
-
     def __init__(self):
         self._lists: dict[Path, dict[str, dict]] = {}
 
     def of(self, shape: Shape, where: Where) -> dict:
-        """The asset's line there, its paths as they are written, without a rank; empty where nothing is noted."""
         path = Path(shape.source)
         if path.parent not in self._lists:
             self._lists[path.parent] = {str(line.get("look_at")): line for line in _lines(path.parent / DRAWN)}

@@ -37,11 +37,7 @@ class Sorted:
 
 
 def analyse(design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = False, now: datetime | None = None) -> dict:
-    """All figures of a study.
-
-    Raises: ValueError before the stopping rule is met (unless `interim`, which marks the result), for rows of another study, and for
-    answers from before the design was written.
-    """
+    """All figures of a study."""
     rows = [r for r in rows if not r.undone]
     _check(design, rows)
     parts = sort_rows(design, rows)
@@ -49,10 +45,8 @@ def analyse(design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = F
     over = stopped(design, answered, now)
     if not over and not interim:
         until = f", or until {design.until}" if design.until else ""
-        raise ValueError(
-            f"study {design.name}: expected {design.trials} answered trials{until}, got {answered}. Wait for them, as designed; --interim "
-            "shows what there is and marks the report."
-        )
+        wrong = f"expected {design.trials} answered trials{until}, got {answered}"
+        raise ValueError(f"study {design.name}: {wrong}. Wait for them, as designed, or mark the report with --interim.")
     fast = {r.id for r in parts.fast}
     kept = [r for r in parts.trials if r.annotator not in parts.annotators and r.id not in fast]  # of the primary result, skips among them
     other = "excluded" if design.ties == "half" else "half"
@@ -110,10 +104,7 @@ def _ties(rows: Sequence[JudgementRow]) -> int:
 
 
 def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, resamples: int = 0) -> dict:
-    """Win rate with every interval and test that the design names; figures are None without a trial that counts.
-
-    Args: resamples: of the bootstraps; 0: none.
-    """
+    """Win rate with every interval and test that the design names; figures are None without a trial that counts."""
     scores = np.array([score(r, ties) for r in rows])  # [N]
     choices = Counter(r.choice for r in rows)
     decided = [s for s, r in zip(scores, rows, strict=True) if r.choice in (Choice.LEFT, Choice.RIGHT)]
@@ -149,20 +140,15 @@ def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
     for row in rows:
         first, second = (row.left, row.right) if row.first_is_left else (row.right, row.left)
         if row.kind == Kind.PAIR and (first.generator, second.generator, first.seed) != (*expected, second.seed):
-            raise ValueError(
-                f"study {design.name}: expected pairs of its two generators and one latent, got others in answer {row.id}. Name the right "
-                "database."
-            )
+            wrong = f"expected pairs of its two generators and one latent, got others in answer {row.id}"
+            raise ValueError(f"study {design.name}: {wrong}. Name the right database.")
     begun = datetime.fromisoformat(design.created).timestamp()
     if rows and min(r.received_at for r in rows) < begun:
-        raise ValueError(
-            f"study {design.name}: expected the design to be older than the first answer, got one created at {design.created}, after it. "
-            "A study cannot be designed over answers that exist; start a new one."
-        )
+        wrong = f"expected a design older than the first answer, got one of {design.created}"
+        raise ValueError(f"study {design.name}: {wrong}. A study cannot be designed over answers that exist; start a new one.")
 
 
 def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
-    """How the sides fell and what they did: the win rate with b on either side; None where there is none."""
     out: dict = {"b_left": sum(not r.first_is_left for r in rows), "n": len(rows)}
     out["p_random"] = binomial_test(out["b_left"], out["n"])
     for name, b_left in (("win_rate_b_left", True), ("win_rate_b_right", False)):
@@ -174,7 +160,6 @@ def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
 
 
 def _annotators(design: StudyDesign, parts: Sorted) -> list[dict]:
-    """One line per annotator, those left out among them; the rates are over all her trials."""
     table = []
     for name in sorted({r.annotator for r in parts.trials}):
         mine = [r for r in parts.trials if r.annotator == name]
@@ -193,7 +178,6 @@ def _annotators(design: StudyDesign, parts: Sorted) -> list[dict]:
 
 
 def _exclusions(parts: Sorted) -> list[dict]:
-    """Everything that was answered and does not count, with the reason and the number of trials."""
     trials = Counter(r.annotator for r in parts.trials)
     out = [{"what": f"annotator {name}", "reason": reason, "trials": trials[name]} for name, reason in sorted(parts.annotators.items())]
     fast = Counter(r.annotator for r in parts.fast)
@@ -204,7 +188,6 @@ def _exclusions(parts: Sorted) -> list[dict]:
 
 
 def _pairs(rows: Sequence[JudgementRow], ties: str) -> list[dict]:
-    """Each latent's mean score and answers, best for b first."""
     scores: dict[int, list[float]] = defaultdict(list)
     for row in rows:
         value = score(row, ties)
@@ -233,8 +216,6 @@ def win_rate(scores: np.ndarray, annotator: np.ndarray, latent: np.ndarray, conf
     Two-way clustered variance (Cameron, Gelbach and Miller 2011): V = V_annotators + V_latents - V_trials, each times G / (G - 1). The
     interval is Wilson's with effective size rate (1 - rate) / V and the t quantile with min(A, L) - 1 degrees of freedom: the variance is
     known no better than from so many clusters. With one annotator V_annotators is left out: it then speaks of that annotator alone.
-
-    Args: scores [S, N], NaN where a trial does not count; annotator, latent [N] numbers from 0.
     """
     scores = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     counted = ~np.isnan(scores)

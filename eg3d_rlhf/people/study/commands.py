@@ -1,7 +1,6 @@
 """The command line of the blind study: design and serve it, report on it, and the calculations beside it."""
 
 import contextlib
-import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,22 +17,12 @@ from eg3d_rlhf.people.label.assets.collection import is_asset_folder
 from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS
 from eg3d_rlhf.people.label.commands import LabelGroup
 from eg3d_rlhf.people.label.entities import JudgementRow, Kind
-from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER
 from eg3d_rlhf.people.label.store import Store, open_store, store_exists
 from eg3d_rlhf.people.label.store_labels import without_password
 from eg3d_rlhf.people.study import design as designs
 from eg3d_rlhf.people.study import report as reports
 from eg3d_rlhf.people.study.analysis import sort_rows
-from eg3d_rlhf.people.study.design import (
-    ExclusionRules,
-    StudyDesign,
-    check_files,
-    contender,
-    read_design,
-    read_sides,
-    stopped,
-    write_design,
-)
+from eg3d_rlhf.people.study.design import ExclusionRules, StudyDesign
 from eg3d_rlhf.people.study.power import PowerOptions, SampleSize, SimulationOptions, coverage, exact_power, sample_size
 from training.config import knobs_of
 
@@ -60,10 +49,6 @@ class Folder:
     def url(self) -> str:
         return self.db or f"sqlite:///{self.path / 'study.db'}"
 
-    @property
-    def has_store(self) -> bool:
-        return store_exists(self.url)
-
 
 def power_options(flags: Mapping) -> PowerOptions:
     """What the flags say about the power calculation."""
@@ -86,10 +71,7 @@ def planned_trials(flags: Mapping, warn: Callable[[str], None]) -> tuple[int, Sa
 
 
 def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> StudyDesign:
-    """The design that the flags describe; loads both generators for their hashes.
-
-    Raises: ValueError, OSError naming the flag.
-    """
+    """The design that the flags describe; loads both generators for their hashes."""
     from eg3d_rlhf.generators import load_generator
 
     with flagged(flags):
@@ -98,7 +80,7 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
     sides, loaded = {}, {}
     assets: dict[str, Any] = {}
     if of_assets(flags):
-        contenders, rows, prompts = read_sides(Path(flags["a"]), Path(flags["b"]), warn)
+        contenders, rows, prompts = designs.read_sides(Path(flags["a"]), Path(flags["b"]), warn)
         sides = {side: replace(c, label=flags[f"label_{side}"] or c.label) for side, c in contenders.items()}
         assets = {"assets": tuple(rows), "prompts": prompts}
         if flags["gold_every"] and not any(all(row[side]["kind"] in DAMAGED_KINDS for side in ("a", "b")) for row in rows):
@@ -108,7 +90,7 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
         with naming(f"--{side}"):
             label = "bundled" if flags[side] is None else _name_of(Path(flags[side]))
             loaded[side] = load_generator(flags[side])
-            sides[side] = contender(flags[f"label_{side}"] or label, loaded[side])
+            sides[side] = designs.contender(flags[f"label_{side}"] or label, loaded[side])
     shapes = len(assets["assets"]) if assets else common_shapes(loaded["a"], loaded["b"])
     if sides["a"].generator == sides["b"].generator:
         raise ValueError("--a, --b: expected two different generators, got the same weights twice. Name another network for --b.")
@@ -160,51 +142,45 @@ def prepare(folder: Folder, name: str, flags: Mapping, given: set[str], tell: Ca
     """The study of a folder, made if there is none.
 
     The design file comes first, then the campaign, which keeps the design's hash; neither is ever written again.
-    Raises: ValueError where the design was altered, flags contradict it, the generators changed, or the study is over.
     """
     new = not folder.design.exists()
-    if new and folder.has_store:
+    if new and store_exists(folder.url):
         with open_store(folder.url, create=False) as store:
             if store.campaign(name) is not None:
-                raise ValueError(
-                    f"{folder.design}: expected the design of study {name!r}, which has a campaign, got no file. Restore it, or choose "
-                    "another --name."
-                )
+                raise ValueError(f"{folder.design}: expected the design of study {name!r}, got no file. Restore it, or use another --name.")
     if new:
         wrong = sorted(given & {"psi", "level", "resolution", "triangles"}) if of_assets(flags) else []
         if "up" in given and not of_assets(flags):
             raise ValueError("--up: expected folders of assets as --a and --b, got generators, whose shapes stand upright. Leave it out.")
         if wrong:
             raise ValueError(f"--{wrong[0]}: expected no such flag with assets, which are finished. Leave it out.")
-        write_design(folder.design, make_design(name, flags, tell))
+        designs.write_design(folder.design, make_design(name, flags, tell))
     with open_store(folder.url, create=True) as store:
         design = checked_design(folder, store, name if "name" in given or new else None)
         check_given(design, flags, given)
         if design.assets:
-            check_files(design)
+            designs.check_files(design)
         for side in () if design.assets else ("a", "b"):
             with naming(f"--{side}"):
                 reports.load_contender(getattr(design, side))
         if store.campaign(design.name) is None:
             store.create_campaign(designs.campaign_settings(design), designs.study_pairs(design))
         answered = len(sort_rows(design, list(store.judgements(design.name))).trials)
-    if stopped(design, answered):
-        raise ValueError(
-            f"study {design.name}: expected an open study, got one whose stopping rule is met ({answered} of {design.trials} trials). "
-            f"Make the report: python tools/study.py report --outdir={folder.path}"
-        )
+    if designs.stopped(design, answered):
+        met = f"expected an open study, got one whose stopping rule is met ({answered} of {design.trials} trials)"
+        raise ValueError(f"study {design.name}: {met}. Make the report: python tools/study.py report --outdir={folder.path}")
     tell(f"study {design.name!r}: {answered} of {design.trials} trials answered; design {folder.design}, hash {design.hash[:16]}")
     return design
 
 
 def checked_design(folder: Folder, store: Store, name: str | None = None) -> StudyDesign:
     """The folder's design, held against the hash that the store's campaign keeps."""
-    design = read_design(folder.design)
+    design = designs.read_design(folder.design)
     if name is not None and design.name != name:
         raise ValueError(f"--name: expected {design.name!r}, the study in {folder.path}, got {name!r}. A new one needs another --outdir.")
     campaign = store.campaign(design.name)
     if campaign is not None:
-        read_design(folder.design, str(campaign.settings.extra.get("design_hash")))
+        designs.read_design(folder.design, str(campaign.settings.extra.get("design_hash")))
     return design
 
 
@@ -217,10 +193,8 @@ def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
     }  # fmt: skip
     for flag in sorted(given & set(stored)):
         if flags[flag] != stored[flag]:
-            raise ValueError(
-                f"--{flag.replace('_', '-')}: expected {stored[flag]}, as the study was designed, got {flags[flag]}. Leave the flag out to "
-                "go on with that study, or design a new one in another --outdir."
-            )
+            wrong = f"expected {stored[flag]}, as the study was designed, got {flags[flag]}"
+            raise ValueError(f"--{flag.replace('_', '-')}: {wrong}. Leave the flag out, or design a new study in another --outdir.")
     for side in ("a", "b"):
         if side in given:
             with naming(f"--{side}"):
@@ -232,7 +206,7 @@ def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
 
 def study_rows(folder: Folder) -> tuple[StudyDesign, list[JudgementRow]]:
     """The design and the judgements of a folder. Raises: ValueError, FileNotFoundError."""
-    read_design(folder.design)
+    designs.read_design(folder.design)
     with open_store(folder.url, create=False) as store:
         design = checked_design(folder, store)
         if store.campaign(design.name) is None:
@@ -246,8 +220,7 @@ def study_rows(folder: Folder) -> tuple[StudyDesign, list[JudgementRow]]:
 @option("--db", metavar="URL", default=None, show_default="study.db in the folder", help="Database of the answers.")
 @option("--interim", is_flag=True, help="Report before the stopping rule is met, and mark it so.")
 @option("--pictures", metavar="INT", type=click.IntRange(0, 50), default=6, help="Pairs shown of either end; 0 needs no generator.")
-@option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where the pictures' shapes are computed.")
-def report(outdir: Path | None, db: str | None, interim: bool, pictures: int, device: str) -> None:
+def report(outdir: Path | None, db: str | None, interim: bool, pictures: int) -> None:
     """Analyse a finished study as designed: report.html and report.json."""
     outer = click.get_current_context().meta.get("folder", Folder(OUTDIR))
     folder = Folder(outdir or outer.path, db or (outer.db if outdir is None else None))
@@ -255,7 +228,7 @@ def report(outdir: Path | None, db: str | None, interim: bool, pictures: int, de
     pictures = 0 if design.assets else pictures
     if pictures:
         click.echo(f"analysing, and drawing up to {2 * pictures} pairs ...", err=True)
-    content = reports.compute(design, rows, interim, pictures, str(choose_device(device)))
+    content = reports.compute(design, rows, interim, pictures, str(choose_device("auto")))
     for path in reports.write(content, folder.path):
         click.echo(path)
     for sentence in content["conclusions"]:
@@ -288,8 +261,9 @@ def power(n: int | None, as_json: bool, **options) -> None:
 
 @click.command("simulate", cls=GroupedCommand)
 @options_of(SimulationOptions)
-@option("--random-sides/--fixed-sides", default=True, group="Truth", help="Fixed: b is always on the left, which no study may do.")
-@option("--bootstrap-studies", metavar="INT", type=click.IntRange(min=0), default=0, help="Evaluate the bootstraps on so many of them.")
+@option("--random-sides/--fixed-sides", default=True, group="Truth", rare=True,
+        help="No: b is always on the left, which no study may do.")
+@option("--bootstrap-studies", metavar="INT", type=click.IntRange(min=0), default=0, rare=True, help="Evaluate the bootstraps on so many.")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     """Studies with a known truth: how often each interval covers it, and how often each finds a difference."""
@@ -311,17 +285,16 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 @option("--a", metavar="PATH", default=None, show_default="the bundled generator", group="Study",
         help="Network file or run folder; or a folder of finished assets, PROMPT.glb.")
 @option("--b", metavar="PATH", default=None, show_default="the bundled generator", group="Study", help="The one it is compared with.")
-@option("--label-a", metavar="NAME", default=None, show_default="the file's name", group="Study", help="How reports call a.")
-@option("--label-b", metavar="NAME", default=None, show_default="the file's name", group="Study", help="How reports call b.")
+@option("--label-a", metavar="NAME", default=None, show_default="the file's name", group="Study", rare=True, help="How reports call a.")
+@option("--label-b", metavar="NAME", default=None, show_default="the file's name", group="Study", rare=True, help="How reports call b.")
 @option("--n", metavar="INT", type=click.IntRange(min=1), default=None, show_default="from the power calculation", group="Study",
         help="Trials after which the study is over.")
 @option("--annotators-per-pair", metavar="INT", type=click.IntRange(min=1), default=None, show_default="2 where there are several",
         group="Study", help="Different annotators to judge each pair.")
 @options_of(StudyDesign, PowerOptions)
 @option("--outdir", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=OUTDIR, help="The study's folder.")
-@option("--name", metavar="NAME", default=None, show_default="the folder's name", help="Of the study.")
+@option("--name", metavar="NAME", default=None, show_default="the folder's name", help="Of the study.", rare=True)
 @option("--db", metavar="URL", default=None, show_default="study.db in the folder", help="Database of the answers.")
-@option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
 @option("-n", "--dry-run", is_flag=True, help="Print the design or the study's state as JSON and stop.")
 @launch.server_options("access.jsonl in the folder", "Heading of the page; annotators read it.")
 @click.pass_context
@@ -344,7 +317,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
         return
     make = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
     if server.exposed:
-        with open_store(folder.url, create=True) if folder.has_store else contextlib.nullcontext() as known:
+        with open_store(folder.url, create=True) if store_exists(folder.url) else contextlib.nullcontext() as known:
             launch.check_annotators(known, server.host, make)
     design = prepare(folder, name, flags, launch.given_flags(ctx), lambda text: click.echo(text, err=True))
     with open_store(folder.url, create=False) as store:
@@ -353,7 +326,6 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
 
 
 def _announcement(address: str, design: StudyDesign, make: str, have: int) -> list[str]:
-    """What is printed when the server listens. Args: have: annotators with a token."""
     missing = design.annotators - have
     need = f"{have} have a token, {missing} need one ({make})" if missing > 0 else "all have a token"
     tokens = f"{design.annotators} annotators are planned: {need}; they log in at {address}login"
@@ -363,7 +335,7 @@ def _announcement(address: str, design: StudyDesign, make: str, have: int) -> li
 def _dry_run(folder: Folder, name: str, flags: dict, server: launch.ServerFlags) -> dict:
     new = not folder.design.exists()
     made = make_design(name, flags, lambda text: click.echo(f"Warning: {text}", err=True)) if new else None
-    design = made or read_design(folder.design)
+    design = made or designs.read_design(folder.design)
     content = {k: v for k, v in design.to_dict().items() if k not in ("latent_seeds", "plan")}
     return {
         "action": "design" if new else "resume", "outdir": str(folder.path), "db": without_password(folder.url),
@@ -372,15 +344,5 @@ def _dry_run(folder: Folder, name: str, flags: dict, server: launch.ServerFlags)
     }  # fmt: skip
 
 
-def beside(command: click.Command) -> click.Command:
-    """A sub-command of the labelling tool, on the study's database."""
-    clone = copy.copy(command)
-    clone.params = [copy.copy(p) for p in command.params]
-    for parameter in clone.params:
-        if isinstance(parameter, click.Option) and parameter.name == "db":
-            parameter.show_default = "the study's"
-    return clone
-
-
-for command in (report, power, simulate, *(beside(c) for c in (add_annotator, new_token, revoke, annotators))):
+for command in (report, power, simulate, add_annotator, new_token, revoke, annotators):
     main.add_command(command)

@@ -58,11 +58,11 @@ class Contender:
 class ExclusionRules:
     """Who and what is left out of the primary result."""
 
-    gold_accuracy: float = knob(0.75, "Annotators below it on gold checks are left out.", _OUT, metavar="0..1", low=0, high=1)
-    gold_least: int = knob(3, "... after so many checks.", _OUT, low=1)
-    fast_milliseconds: int = knob(600, "Faster trials are left out.", _OUT, low=0)
-    fast_share: float = knob(0.25, "Annotators with more fast trials are left out.", _OUT, metavar="0..1", low=0, high=1)
-    least_share: float = knob(0.5, "Annotators who did less of their share are left out.", _OUT, metavar="0..1", low=0, high=1)
+    gold_accuracy: float = knob(0.75, "Annotators below it on gold checks are left out.", _OUT, metavar="0..1", low=0, high=1, rare=True)
+    gold_least: int = knob(3, "... after so many checks.", _OUT, low=1, rare=True)
+    fast_milliseconds: int = knob(600, "Faster trials are left out.", _OUT, low=0, rare=True)
+    fast_share: float = knob(0.25, "Annotators with more fast trials are left out.", _OUT, metavar="0..1", low=0, high=1, rare=True)
+    least_share: float = knob(0.5, "Annotators who did less of their share are left out.", _OUT, metavar="0..1", low=0, high=1, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -79,16 +79,16 @@ class StudyDesign:
     annotators: int = knob(1, "People who are asked.", "Study", low=1)
     annotators_per_pair: int = 1
     seed: int = knob(0, "Decides latents, checks, order and sides.", "Study", low=0)
-    psi: float = knob(0.7, "Truncation.", "Shapes", metavar="0..2", low=0, high=2)
-    level: float = knob(10.0, "Raw density of the surface.", "Shapes")
-    resolution: int = knob(128, "Grid points per axis.", "Shapes", metavar="POINTS", low=16, high=512)
-    triangles: int = knob(30_000, "Per shape, about.", "Shapes", low=100, high=10**6)
+    psi: float = knob(0.7, "Truncation.", "Shapes", metavar="0..2", low=0, high=2, rare=True)
+    level: float = knob(10.0, "Raw density of the surface.", "Shapes", rare=True)
+    resolution: int = knob(128, "Grid points per axis.", "Shapes", metavar="POINTS", low=16, high=512, rare=True)
+    triangles: int = knob(30_000, "Per shape, about.", "Shapes", low=100, high=10**6, rare=True)
     gold_every: int = knob(10, "One gold check in so many trials of an annotator; 0: none.", "Study", metavar="TRIALS", low=0)
     up: str = knob(UP, "Of finished assets: the axis that points up in their files.", "Shapes", choices=("y", "z"))
     ties: str = knob("half", "How ties count.", "Study", choices=("half", "excluded"))
-    until: str | None = knob(None, "ISO 8601 with offset: over then in any case.", "Study", metavar="TIME", shown="no end")
+    until: str | None = knob(None, "ISO 8601 with offset: over then in any case.", "Study", metavar="TIME", shown="no end", rare=True)
     confidence: float = 0.95
-    resamples: int = knob(4000, "Of the bootstraps in the report.", _OUT, low=100)
+    resamples: int = knob(4000, "Of the bootstraps in the report.", _OUT, low=100, rare=True)
     shapes: int | None = None  # of generators whose shapes can be counted: seeds 0 to shapes - 1 name them
     # finished assets in place of generators: seed i is {"prompt", "seed", "a": {"file", "hash", "kind"}, "b": the same}
     assets: tuple[Mapping, ...] = field(default=(), hash=False)
@@ -104,10 +104,8 @@ class StudyDesign:
             raise ValueError(f"a and b: expected two different generators, got the weights {twice}... twice. Name another network for b.")
         check_knobs(self)
         if self.trials < 1 or not 1 <= self.annotators_per_pair <= self.annotators:
-            raise ValueError(
-                f"expected trials >= 1, annotators >= 1 and annotators_per_pair in 1..annotators, got {self.trials}, {self.annotators} and "
-                f"{self.annotators_per_pair}."
-            )
+            got = f"{self.trials} and {self.annotators_per_pair}"
+            raise ValueError(f"expected trials >= 1 and annotators_per_pair in 1..{self.annotators} annotators, got {got}.")
         if self.shapes is not None and self.latents > self.shapes:
             most = self.shapes * self.annotators_per_pair
             raise ValueError(f"n: expected at most {most} trials of {self.shapes} pairs of shapes, got {self.trials}. Use --n={most}.")
@@ -147,7 +145,6 @@ class StudyDesign:
         return drawn[: self.latents], list(itertools.islice(itertools.cycle(drawn[self.latents :] + drawn[: self.latents]), spare))
 
     def to_dict(self) -> dict:
-        """Plain JSON types, with the seeds spelt out and the hash last."""
         content = {"format": FORMAT, **json.loads(json.dumps(asdict(self))), "latent_seeds": self.seeds()[0]}
         absent = {"assets": [], "prompts": {}, "up": UP}  # of generators' shapes, and in earlier designs
         content = {name: value for name, value in content.items() if name not in absent or value != absent[name]}
@@ -174,11 +171,7 @@ def write_design(path: str | Path, design: StudyDesign) -> Path:
 
 
 def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
-    """Read a design and refuse one that was changed since it was written.
-
-    Args: recorded: the hash that the store keeps of it; a design whose hash was made to fit again is found by it.
-    Raises: FileNotFoundError, ValueError.
-    """
+    """Read a design and refuse one that was changed since it was written."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a study's design, got no file. Name the study's folder, or create the study first.")
@@ -190,10 +183,8 @@ def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
     if version != FORMAT:
         raise ValueError(f"{path}: expected a design of format {FORMAT}, got {version}. Use the version that made it.")
     if content_hash(content) != stamp or recorded not in (None, stamp):
-        raise ValueError(
-            f"{path}: expected the design with hash {(recorded or stamp)[:12]}..., got another content: it was altered after the study was "
-            "designed. Restore it from a copy, or design a new study under another name."
-        )
+        wrong = f"expected the design with hash {(recorded or stamp)[:12]}..., got another: it was altered after the study was designed"
+        raise ValueError(f"{path}: {wrong}. Restore it from a copy, or design a new study.")
     values = {field.name: content[field.name] for field in fields(StudyDesign) if field.name in content}
     values |= {"a": Contender(**content["a"]), "b": Contender(**content["b"]), "exclusions": ExclusionRules(**content["exclusions"])}
     return StudyDesign(**{**values, "plan": tuple(content["plan"]), "assets": tuple(content.get("assets", ()))})
@@ -260,10 +251,7 @@ def shape_of(design: StudyDesign, of: Contender, seed: int) -> Shape:
 
 
 def read_sides(a: Path, b: Path, tell: Callable[[str], None]) -> tuple[dict[str, Contender], list[dict], dict]:
-    """Both contenders by side, the pairs of assets that they have in common, and their prompts, as a design keeps them.
-
-    Raises: ValueError, OSError naming the flag at fault.
-    """
+    """Both contenders by side, the pairs of assets that they have in common, and their prompts, as a design keeps them."""
     collections: dict[str, Collection] = {}
     for side, folder in (("a", a), ("b", b)):
         with naming(f"--{side}"):
@@ -300,5 +288,4 @@ def check_files(design: StudyDesign) -> None:
 
 
 def _digest(rows: list[dict], side: str) -> str:
-    """A hash of one side's files, in place of a generator's."""
     return hashlib.sha256(json.dumps([[row["prompt"], row["seed"], row[side]["hash"]] for row in rows]).encode()).hexdigest()

@@ -27,13 +27,13 @@ class PowerOptions:
     """What the study must be able to show, and what is expected of its trials."""
 
     true_rate: float = knob(0.6, "Win rate among decided trials that must be shown.", "Power", metavar="0..1", low=0, high=1)
-    alpha: float = knob(0.05, "False alarms; intervals are of 1 - alpha.", "Power", metavar="0..1", above=0, below=1)
-    power: float = knob(0.8, "Chance of showing the true rate.", "Power", metavar="0..1", above=0, below=1)
-    tie_share: float = knob(0.1, "Share of ties that is expected.", "Power", metavar="0..1", low=0, below=1)
+    alpha: float = knob(0.05, "False alarms; intervals are of 1 - alpha.", "Power", metavar="0..1", above=0, below=1, rare=True)
+    power: float = knob(0.8, "Chance of showing the true rate.", "Power", metavar="0..1", above=0, below=1, rare=True)
+    tie_share: float = knob(0.1, "Share of ties that is expected.", "Power", metavar="0..1", low=0, below=1, rare=True)
     annotators: int = 1
     annotators_per_pair: int = 1
-    annotator_icc: float = knob(0.01, "Correlation within annotators that is expected.", "Power", metavar="0..1", low=0, below=1)
-    latent_icc: float = knob(0.2, "Correlation within pairs that is expected.", "Power", metavar="0..1", low=0, below=1)
+    annotator_icc: float = knob(0.01, "Correlation within annotators that is expected.", "Power", metavar="0..1", low=0, below=1, rare=True)
+    latent_icc: float = knob(0.2, "Correlation within pairs that is expected.", "Power", metavar="0..1", low=0, below=1, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -42,10 +42,8 @@ class PowerOptions:
         if self.power <= self.alpha:
             raise ValueError(f"power must exceed alpha, got {self.power} and {self.alpha}. Usual are 0.8 and 0.05.")
         if not 1 <= self.annotators_per_pair <= self.annotators:
-            raise ValueError(
-                f"annotators_per_pair must lie in 1..annotators = {self.annotators}, got {self.annotators_per_pair}. "
-                "Ask more annotators, or fewer of them per pair."
-            )
+            wrong = f"must lie in 1..annotators = {self.annotators}, got {self.annotators_per_pair}"
+            raise ValueError(f"annotators_per_pair {wrong}. Ask more annotators, or fewer of them per pair.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +70,7 @@ def exact_power(n, true_rate: float, alpha: float = 0.05):
 
 
 def decided_trials(true_rate: float, alpha: float = 0.05, power: float = 0.8) -> int:
-    """Fewest decided trials from which on the power never falls below the wanted one again; the power saws up and down with n.
-
-    Raises: ValueError when more than 100,000 would be needed.
-    """
+    """Fewest decided trials from which on the power never falls below the wanted one again; the power saws up and down with n."""
     roughly = (ndtri(1 - alpha / 2) + ndtri(power)) ** 2 / (4 * (true_rate - 0.5) ** 2)  # by the normal approximation
     if roughly > _MOST:
         raise ValueError(f"decided_trials: expected a true rate that can be told from 0.5, got {true_rate}. Name a larger difference.")
@@ -93,17 +88,14 @@ def sample_size(options: PowerOptions) -> SampleSize:
     Design effect of crossed clusters: 1 + (m - 1) annotator_icc + (r - 1) latent_icc, m trials an annotator and r annotators a pair. As m
     grows with the trials, the equation is solved for them: n = decided (1 - annotator_icc + (r - 1) latent_icc) / (1 - decided
     annotator_icc / annotators), over the share that is decided.
-    Raises: ValueError when no number of trials will do with so few annotators.
     """
     decided = decided_trials(options.true_rate, options.alpha, options.power)
     r, k = options.annotators_per_pair, options.annotators
     icc = options.annotator_icc if k > 1 else 0.0  # one annotator's study speaks of that annotator
     room = 1 - decided * icc / k
     if room <= 0.02:
-        raise ValueError(
-            f"annotators: expected more than {math.ceil(decided * icc / 0.98)} of them, got {k}: with a correlation of {icc:g} within "
-            f"annotators, no number of trials shows a win rate of {options.true_rate:g}. Ask more people, or name a larger difference."
-        )
+        wrong = f"expected more than {math.ceil(decided * icc / 0.98)} of them, got {k}, with a correlation of {icc:g} within annotators"
+        raise ValueError(f"annotators: {wrong}. Ask more people, or name a larger difference.")
     effective = max(decided, decided * (1 - icc + (r - 1) * options.latent_icc) / room)  # decided trials with clustering
     trials = math.ceil(effective / (1 - options.tie_share))
     trials += -trials % r
@@ -118,15 +110,15 @@ class SimulationOptions:
     """One kind of study, simulated many times."""
 
     studies: int = knob(1000, "How many are simulated.", "Studies", low=1)
-    annotators: int = knob(8, "Per study.", "Studies", low=1)
-    latents: int = knob(150, "Pairs per study.", "Studies", low=1)
-    annotators_per_pair: int = knob(2, "To judge each pair.", "Studies", low=1)
-    preference: float = knob(0.7, "True win rate of b among decided trials, with random sides.", "Truth", metavar="0..1", above=0, below=1)
-    left_bias: float = knob(0.6, "Chance of taking the left of two equals.", "Truth", metavar="0..1", above=0, below=1)
-    annotator_sd: float = knob(0.4, "Spread of the annotators.", "Truth", metavar="LOG-ODDS", low=0)
-    latent_sd: float = knob(0.6, "Spread of the pairs.", "Truth", metavar="LOG-ODDS", low=0)
-    tie_share: float = knob(0.1, "Share of ties.", "Truth", metavar="0..1", low=0, below=1)
-    ties: str = knob("half", "How ties count.", "Studies", choices=("half", "excluded"))
+    annotators: int = knob(8, "Per study.", "Studies", low=1, rare=True)
+    latents: int = knob(150, "Pairs per study.", "Studies", low=1, rare=True)
+    annotators_per_pair: int = knob(2, "To judge each pair.", "Studies", low=1, rare=True)
+    preference: float = knob(0.7, "True win rate of b among decided trials.", "Truth", metavar="0..1", above=0, below=1, rare=True)
+    left_bias: float = knob(0.6, "Chance of taking the left of two equals.", "Truth", metavar="0..1", above=0, below=1, rare=True)
+    annotator_sd: float = knob(0.4, "Spread of the annotators.", "Truth", metavar="LOG-ODDS", low=0, rare=True)
+    latent_sd: float = knob(0.6, "Spread of the pairs.", "Truth", metavar="LOG-ODDS", low=0, rare=True)
+    tie_share: float = knob(0.1, "Share of ties.", "Truth", metavar="0..1", low=0, below=1, rare=True)
+    ties: str = knob("half", "How ties count.", "Studies", choices=("half", "excluded"), rare=True)
     random_sides: bool = True  # False: b is always on the left, what a study must never do
     seed: int = knob(0, "Of the simulation.", "Studies", low=0)
 
@@ -187,10 +179,7 @@ def simulate(options: SimulationOptions) -> SimulatedTrials:
 
 
 def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: int = 1000) -> dict:
-    """How often each interval covers the truth, and how often each rejects 0.5: power, or the false alarms where preference is 0.5.
-
-    Args: bootstrap_studies: evaluate the bootstraps on the first so many studies; they take a while.
-    """
+    """How often each interval covers the truth, and how often each rejects 0.5: power, or the false alarms where preference is 0.5."""
     trials = simulate(options)
     rates = win_rate(trials.scores, trials.annotator, trials.latent)
     truth = options.truth

@@ -32,11 +32,7 @@ def compute(
     design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = False, pictures: int = 6, device: str = "cpu",
     now: datetime | None = None,
 ) -> dict:
-    """All that a report holds, JSON types only.
-
-    Args: pictures: pairs shown of either end; 0 needs no generator.
-    Raises: as `analyse` and `load_contender`.
-    """
+    """All that a report holds, JSON types only. Args: pictures: pairs shown of either end; 0 needs no generator."""
     analysis = analyse(design, rows, interim, now)
     best, worst = analysis["pairs"], analysis["pairs"][::-1]  # shown are those that went most for b and for a
     shown = {"best": [p for p in best if p["win_rate"] > 0.5][:pictures], "worst": [p for p in worst if p["win_rate"] < 0.5][:pictures]}
@@ -53,10 +49,8 @@ def load_contender(of: Contender, device: str = "cpu") -> "LoadedGenerator":
 
     loaded = load_generator(of.source or None, device)
     if loaded.hash != of.generator:
-        raise ValueError(
-            f"{of.label}: expected the weights {of.generator[:12]}... of the design in {loaded.path}, got {loaded.hash[:12]}... Restore "
-            "the file."
-        )
+        wanted, got = of.generator[:12], loaded.hash[:12]
+        raise ValueError(f"{of.label}: expected the design's weights {wanted}... in {loaded.path}, got {got}... Restore the file.")
     return loaded
 
 
@@ -168,7 +162,6 @@ def _main(result: dict, design: dict) -> list[str]:
 
 
 def _doubts(analysis: dict) -> list[str]:
-    """How far the result reaches, and what speaks against it."""
     result, sides = analysis["result"], analysis["sides"]
     out, (lo, hi) = [], result["interval"]
     if result["annotators"] == 1:

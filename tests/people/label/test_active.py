@@ -1,6 +1,5 @@
 """Active selection: it finds the doubtful pairs, spreads them, and uses no seed twice."""
 
-import itertools
 import json
 import math
 import subprocess
@@ -20,7 +19,6 @@ from eg3d_rlhf.people.label.pairing import (
     candidates,
     disagreement,
     judge,
-    pair_features,
     plan,
     reward_ensemble,
     select,
@@ -73,19 +71,6 @@ def test_without_diversity_each_step_takes_the_greatest_doubt_left():
     assert len(used) == 16
 
 
-def test_with_diversity_alone_each_step_takes_the_farthest_pair_left():
-    data, pairs = judged(), candidates(40, np.random.default_rng(1))
-    chosen = select(data, pairs, 8, diversity=1.0)
-    place = dict(zip(map(tuple, pairs.tolist()), pair_features(data.embeddings, pairs), strict=True))
-    taken = [tuple(chosen.pairs[0].tolist())]
-    for pair, distance in zip(chosen.pairs[1:].tolist(), chosen.distance[1:], strict=True):
-        used = set(itertools.chain(*taken))
-        far = {p: min(np.linalg.norm(place[p] - place[q]) for q in taken) for p in place if used.isdisjoint(p)}
-        assert tuple(pair) == max(far, key=far.get) and distance == pytest.approx(far[tuple(pair)])
-        taken.append(tuple(pair))
-    assert chosen.distance[0] == np.inf
-
-
 def test_scores_are_those_of_the_rewards_over_their_temperature(generator, rewards):
     ensemble = reward_ensemble(PairingOptions(rewards=rewards, psi=0.8), generator)
     seeds = range(5, 25)  # more than a batch
@@ -100,8 +85,6 @@ def test_scores_are_those_of_the_rewards_over_their_temperature(generator, rewar
 def test_rewards_that_do_not_fit_are_refused_or_told(generator, rewards, tmp_path, capsys):
     with pytest.raises(ValueError, match="at least 2 rewards, got 1"):
         reward_ensemble(PairingOptions(rewards=rewards[:1]), generator)
-    with pytest.raises(ValueError, match="expected an ensemble of rewards"):
-        plan(PairingOptions(pairs=2, strategy="active"), generator)
     first = load_reward(rewards[0])
     foreign = Reward(first.observation, first.network, {"generator": "f" * 64}).save(tmp_path / "foreign.safetensors")
     reward_ensemble(PairingOptions(rewards=(str(foreign), rewards[1])), generator)

@@ -112,8 +112,8 @@ def test_pairs_end_where_there_are_no_more_and_equal_files_do_not_meet():
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--tournament"], "--tournament: expected random"), (["--active"], "--active: expected random"), (["--network=x"], "--network: "),
-    (["--trunc=0.7", "--level=3"], "--psi, --level: expected no such flag"), (["--show-render"], "--show-render: expected no such flag"),
+    (["--strategy=tournament"], "--strategy=tournament: expected random"), (["--network=x"], "--network: "),
+    (["--set=psi=0.7", "--set=level=3"], "--set level=VALUE, --set psi=VALUE: expected no such flag"),
 ])  # fmt: skip
 def test_flags_of_generators_are_refused(tmp_path, flags, said):
     done = CliRunner().invoke(main, [f"--assets={tmp_path}", f"--db=sqlite:///{tmp_path}/x.db", *flags, "--dry-run"])

@@ -5,7 +5,6 @@ import math
 
 import pytest
 
-from eg3d_rlhf.people.label.archive import export_ranked_seeds
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import export_assets, preferences_of
@@ -116,8 +115,6 @@ def test_files_are_never_taken_for_seeds(five, tmp_path):
     store, _ = five
     with pytest.raises(ValueError, match="expected shapes of a generator's seeds, got files. Export it with --kind=asset-pairs"):
         preferences_of(store)
-    with pytest.raises(ValueError, match="got files. Export it with --kind=asset-pairs"):
-        export_ranked_seeds(store, tmp_path / "x.csv")
     store.create_campaign(CampaignSettings(name="seeds"), plan_of_seeds(2))
     with pytest.raises(ValueError, match="--kind=rankings: expected judgements of assets, got none"):
         export_assets(store, tmp_path / "x.jsonl", "rankings", campaign="seeds")

@@ -41,7 +41,8 @@ def folders(root):
 def flags_of(a, b, **more):
     """All flags of the study's command."""
     varying = {"a": str(a), "b": str(b), "n": 7, "annotators_per_pair": 1, "gold_every": 0, **more}
-    return launch.filled({p.name: p.default for p in commands.main.params} | varying, design.StudyDesign, PowerOptions)
+    settings = (*commands.main.params, *commands.main.rare.values())
+    return launch.filled({p.name: p.default for p in settings} | varying, design.StudyDesign, PowerOptions)
 
 
 @pytest.fixture(scope="module")

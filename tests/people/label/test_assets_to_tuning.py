@@ -37,8 +37,8 @@ def test_from_drawn_assets_to_a_tuned_first_stage(browser, tmp_path):
     run(tmp_path, "flow", "files", "draw", f"--pipeline={root}", "--out=ASSETS", "--each=3", "--device=cpu")
     label = subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "label.py"), "--assets=ASSETS", "--up=z", "--campaign=chairs", "--pairs=6",
-         "--training=0", "--gold=0",
-         "--repeat-share=0", "--swap-share=0", "--port=0", "--cache=cache", "--db=sqlite:///labels.db"],
+         "--port=0", "--db=sqlite:///labels.db", "--set=cache=cache",
+         *(f"--set={name}=0" for name in ("training", "gold", "repeat_share", "swap_share"))],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

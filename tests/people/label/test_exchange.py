@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.core.seeds import HELD_OUT
 from eg3d_rlhf.modes.reward_training import train as train_reward
 from eg3d_rlhf.people.label import commands
-from eg3d_rlhf.people.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
+from eg3d_rlhf.people.label.archive import export_judgements, import_judgements, import_ranked_seeds
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Kind, Mode, PlannedPair
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.store import Store
@@ -42,7 +42,7 @@ def table() -> Path:
     return path
 
 
-def test_the_published_table_comes_in_within_two_seconds_and_goes_out_unchanged(store, table, tmp_path):
+def test_the_published_table_comes_in_within_two_seconds(store, table, tmp_path):
     seconds = []
     for attempt in range(3):  # neighbours on the machine may take a turn
         with Store.open(f"sqlite:///{tmp_path / f'{attempt}.db'}") as other:
@@ -53,8 +53,6 @@ def test_the_published_table_comes_in_within_two_seconds_and_goes_out_unchanged(
     import_ranked_seeds(store, table)
     campaign = store.campaign("ranked_seeds")
     assert campaign.pairs == 4346 and len({s.seed for _, s in store.shapes(campaign.id)}) == len(store.shapes(campaign.id)) == 8692
-    assert export_ranked_seeds(store, tmp_path / "again.csv") == 4346
-    assert (tmp_path / "again.csv").read_bytes() == table.read_bytes()
     labels = preferences_of(store)
     assert [(p.winner, p.loser) for p in labels] == [(p.winner, p.loser) for p in load_labels(table)]
     assert {(p.generator, p.psi, p.annotator) for p in labels} == {(None, None, "imported")}
@@ -62,21 +60,9 @@ def test_the_published_table_comes_in_within_two_seconds_and_goes_out_unchanged(
     assert abs(left - 2173) < 200  # sides are not in the table: drawn, not all on one
 
 
-def test_row_numbers_of_a_table_are_kept(store, tmp_path):
-    path = tmp_path / "some.csv"
-    path.write_text(",rank1,rank2\n7,1,2\n3,4,5\n100000,2,1\n")
-    assert import_ranked_seeds(store, path, annotator="Meier", generator=HASH, psi=0.7) == 3
-    export_ranked_seeds(store, tmp_path / "again.csv", campaign="some")
-    assert (tmp_path / "again.csv").read_text() == path.read_text()
-    assert {(p.generator, p.psi, p.annotator) for p in preferences_of(store)} == {(HASH, 0.7, "Meier")}
-    with pytest.raises(ValueError, match="which is in use"):
-        import_ranked_seeds(store, path)
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (",rank1,rank2\n0,1,2\n0,3,4\n", "line 3: expected a new row number"), (",rank1,rank2\nx,1,2\n", "line 2: expected a new"),
         (",rank1,rank2\n0,1,1\n", "two different seeds"), (",rank1,rank2\n0,1\n", "line 2: expected 3 cells"),
         ("winner,loser\n1,2\n", "expected the columns row number, rank1, rank2"), (",rank1,rank2\n", "at least one label"),
         ("a,b\n", "expected a header"),
@@ -148,13 +134,6 @@ def test_filters(judged, case):
     expected = [row.id for row in rows if keep(row)]
     assert [p.extra["judgement"] for p in preferences_of(judged, LabelFilters(**chosen))] == expected
     assert 0 < len(expected) < len(rows) or case in ("gold zero", "campaign")
-
-
-def test_repeats_can_be_dropped(store):
-    settings = CampaignSettings(name="c", gold_every=0, repeat_share=0.25, swap_share=0.25, repeat_gap=1)
-    campaign = store.create_campaign(settings, plan(12))
-    count = len(answer_all(store, campaign, store.annotator_without_token("local", "admin").id))
-    assert len(preferences_of(store, LabelFilters(drop_repeats=True))) == 12 < len(preferences_of(store)) == count
 
 
 def test_filters_that_make_no_sense_are_refused(judged, tmp_path):

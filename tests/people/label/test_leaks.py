@@ -4,16 +4,14 @@ import gzip
 import itertools
 import random
 import time
-from pathlib import Path
 from secrets import token_urlsafe
 
 import pytest
 from scipy import stats
 
 from eg3d_rlhf.people.label.entities import Mode
-from eg3d_rlhf.people.label.server.options import Limits
-from eg3d_rlhf.people.label.server.served_shapes import LETTERS, Addresses, body_of, read_whole
-from eg3d_rlhf.people.label.shape_files import ShapeCache, shape_key
+from eg3d_rlhf.people.label.server.served_shapes import LETTERS, Addresses
+from eg3d_rlhf.people.label.shape_files import shape_key
 from tests.people.label import serving
 from tests.people.label.serving import FIRST_SEED, GENEROUS, NAMES, answer
 
@@ -228,33 +226,3 @@ def test_nothing_is_shown_before_everything_is_prepared(tmp_path):
         state = page.get("/api/assignments").json()
         assert not state["waiting"] and len(state["assignments"]) == 3
         assert {page.get(f"/api/shapes/{asset}").status_code for asset, _ in shapes} == {200}
-
-
-def test_a_shape_that_cannot_be_drawn_does_not_hold_up_a_study(tmp_path):
-    with serving.running(tmp_path, pairs=6, mode=Mode.STUDY, prepared=False, limits=Limits()) as served:
-        shapes = served.store.shapes(served.campaign)
-        serving.fill(served.options.cache, [s for _, s in shapes[:-1]])
-        served.options.cache.put_failure(shapes[-1][1], "no surface")
-        page = served.browser()
-        shown = set()
-        for number in range(30):
-            pairs = page.get("/api/assignments?count=1").json()["assignments"]
-            if not pairs:
-                break
-            shown |= {pairs[0]["left"], pairs[0]["right"]}
-            answer(page, pairs[0]["assignment"], f"k{number}")
-        assert len(shown) > 8 and shapes[-1][0] not in shown
-        assert page.get(f"/api/shapes/{shapes[-1][0]}").status_code == 404
-
-
-def test_padding_keeps_the_contents_and_refuses_what_it_cannot_pad(tmp_path):
-    cache = ShapeCache(Path(tmp_path))
-    path = cache.put_mesh(serving.shape("a", 1), serving.mesh(1))
-    data = path.read_bytes()
-    for length in (len(data) + 1, len(data) + 2, 20_000):
-        longer = read_whole(body_of(path, length))
-        assert len(longer) == length and gzip.decompress(longer) == gzip.decompress(data)
-    for wrong, length in ((data, len(data)), (b"SHP1" + data, 99_999), (gzip.compress(b"x")[:3] + b"\x08" + data[4:], 99_999)):
-        path.write_bytes(wrong)
-        with pytest.raises(ValueError, match="expected a bare gzip member"):
-            body_of(path, length)

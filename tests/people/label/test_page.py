@@ -1,14 +1,11 @@
 """The label page in a real browser: judging and undoing by keyboard and by touch, looking from all sides, what a screen reader hears."""
 
-import io
 import statistics
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from eg3d_rlhf.people.label.entities import Mode
-from eg3d_rlhf.people.label.shape_files import ShapeCache
 from tests.people.label.browser import Page, bumpy_ball, large, needs_chromium, plan, rows
 from tests.people.label.plans import singles
 
@@ -104,27 +101,6 @@ def test_both_sides_share_one_camera(serve, page):
     label.press("ArrowDown")
     label.sent()
     assert {"front", "orbit", "zoom", "pan", "left", "below"} <= set(rows(served)[0].views)
-
-
-def test_the_picture_where_the_campaign_shows_it(tmp_path, serve, page):
-    planned, png = plan(2), io.BytesIO()
-    Image.new("RGB", (64, 64), (200, 30, 30)).save(png, "PNG")
-    served = serve(planned, campaign={"show_render": True})
-    for shape in (s for pair in planned for s in (pair.first, pair.second)):
-        ShapeCache(tmp_path / "cache").put_render(shape, png.getvalue())
-    label = page(served.url).open()
-    label.page.keyboard.press("r")
-    there = "[...document.querySelectorAll('.pane img')].every(image => image.complete && image.naturalWidth === 64)"
-    label.page.wait_for_function(f"() => {there}")
-    label.drawn()
-    picture = label.picture("right")
-    assert np.abs(picture[picture.shape[0] // 2, picture.shape[1] // 2] - [200, 30, 30]).max() < 12
-    label.page.keyboard.press("r")
-    label.drawn()
-    assert np.ptp(label.picture("right"), axis=-1).max() < 24
-    label.press("ArrowDown")
-    label.sent()
-    assert "render" in rows(served)[0].views
 
 
 def test_skipping_takes_a_reason_and_needs_no_mouse(serve, page):
@@ -234,17 +210,3 @@ def test_thumbs_by_keyboard_with_practice_and_undo(single):
     counted = [row for row in rows(served) if row.kind != "training" and not row.undone]
     assert [row.choice.value for row in counted] == ["up", "up"] and "left" in counted[0].views
     assert [row.choice.value for row in rows(served) if row.undone] == ["down"]
-
-
-def test_scores_by_keyboard_and_skips(single):
-    label, served = single("scores")
-    for score in "305":
-        label.press(score)
-    label.answer("s")
-    assert label.page.locator("[data-reason=identical]").count() == 0
-    label.press("1")
-    label.page.keyboard.press("?")
-    words = label.page.inner_text("#helpDialog")
-    assert "score from 0 (worst) to 5 (best)" in words and "left or right is better" not in words
-    label.sent()
-    assert [(row.choice.value, row.reason) for row in rows(served)] == [("3", None), ("0", None), ("5", None), ("skip", "unsure")]

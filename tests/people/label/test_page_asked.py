@@ -87,34 +87,6 @@ def test_an_old_answer_is_looked_at_and_changed_by_a_further_record(serve, page)
     assert label.state("pair.assignment") == given[2], "undo goes on where it was"
 
 
-@pytest.mark.long
-def test_names_come_after_the_answer_and_the_answer_stays(serve, page):
-    served = serve(plan(6), campaign={**QUIET, "reveal": True})
-    label = page(served.url).open()
-    sent = label.state("pair.assignment")
-    assert "baseline-network" not in label.page.content()
-    label.answer("ArrowLeft")
-    label.ready("explained")
-    assert "baseline-network" in label.page.inner_text("#explanation") and counting(served)[0].assignment == sent
-    label.page.wait_for_timeout(500)
-    label.answer("Enter")
-    label.ready()
-    assert label.state("pair.assignment") != sent
-    label.page.wait_for_timeout(500)
-    label.answer("u")
-    label.page.wait_for_function("document.querySelector('#toast').textContent.includes('stays')")
-    label.page.keyboard.press("a")
-    label.page.locator("#ownList button").first.click()
-    label.ready("shown")
-    assert label.page.locator("[data-choice=left]").is_disabled()
-    label.page.keyboard.press("Escape")
-    label.ready()
-    label.answer("ArrowRight")
-    label.ready("explained")
-    label.ready()  # by itself, after a moment
-    assert [row.choice for row in counting(served)] == ["left", "right"]
-
-
 def test_results_show_questions_and_comments_as_text(serve, page):
     served = serve(plan(6), campaign={**QUIET, "both_bad": True, "questions": ("geometry", "ears=Which?")})
     who = served.store.annotator_without_token("local").id

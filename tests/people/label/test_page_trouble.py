@@ -1,10 +1,7 @@
 """The label page in a real browser where something goes wrong or has to wait: connection, session, another window, the server, shapes."""
 
-import pytest
 
-from eg3d_rlhf.people.label.shape_files import ShapeCache
-from tests.people.label.browser import bumpy_ball, needs_chromium, plan, rows
-from tests.people.label.plans import QUIET
+from tests.people.label.browser import needs_chromium, plan, rows
 
 pytestmark = needs_chromium
 
@@ -53,26 +50,3 @@ def test_trouble_at_the_server_loses_nothing(serve, page):
     label.sent()
     assert [(r.choice.value, r.reason) for r in rows(served)] == [("skip", "broken"), ("left", None)]
     label.forgive("Failed to load resource")
-
-
-@pytest.mark.long
-def test_waiting_for_shapes_and_the_end(tmp_path, serve, page):
-    planned = plan(3)
-    late = [s for p in planned for s in (p.first, p.second)]
-    served = serve(planned, lambda shape: None, campaign=QUIET)
-    label = page(served.url)
-    label.page.goto(served.url)
-    label.ready("waiting")
-    assert "0 of 6 shapes are ready" in label.page.inner_text("#notice")
-    cache = ShapeCache(tmp_path / "cache")
-    for shape in late:
-        cache.put_mesh(shape, bumpy_ball(shape.seed % 6, 4000))
-    label.ready()
-    label.answer("Enter")
-    for _ in planned:
-        label.answer("ArrowLeft")
-        label.drawn()
-    label.ready("finished")
-    assert "thank you" in label.page.inner_text("#notice") and len(rows(served)) == 3
-    label.press("u")
-    assert label.state("state") == "label", "the last answer can still be taken back"

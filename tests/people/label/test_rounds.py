@@ -87,5 +87,5 @@ def test_answers_without_a_preference_are_refused(begun):
 def test_labels_of_another_generator_are_refused(begun, tiny_networks):
     folder, url = begun(8)
     answer(url, 99)
-    with pytest.raises(ValueError, match="round-1: expected judgements of generator .* Another network was labelled: restore the database"):
+    with pytest.raises(ValueError, match="round-1: expected judgements of generator .* Restore the database"):
         round_labels(url, CAMPAIGN, load_generator(tiny_networks), 8)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from sqlalchemy import text
 
-from eg3d_rlhf.people.label import database
 from eg3d_rlhf.people.label.entities import CampaignSettings, ConflictError, Kind
 from eg3d_rlhf.people.label.store import Store
 from tests.people.label.plans import QUIET, answer, plan
@@ -126,11 +125,10 @@ def test_what_was_acknowledged_survives_a_kill(database_url):
         assert len(assert_each_pair_so_often(store, 1)) == 120
 
 
-def test_a_connection_that_was_lost_while_idle_is_replaced(postgres_url, monkeypatch):
+def test_a_connection_that_was_lost_while_idle_is_replaced(postgres_url):
     with Store.open(postgres_url) as store:
         store.create_campaign(CampaignSettings(name="c"), plan(2))
         with Store.open(postgres_url) as other, other.database.write() as c:
             others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database()"
             assert c.execute(text(f"SELECT pg_terminate_backend(pid) {others}")).all()
-        monkeypatch.setattr(database, "IDLE_SECONDS", 0.0)
         assert store.campaign("c").pairs == 2

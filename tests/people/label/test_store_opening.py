@@ -98,17 +98,3 @@ def test_what_is_written_is_its_owners_alone(tmp_path, ordinary_umask):
     assert set(rights_of) == {"labels.db", "labels.db-wal", "labels.db-shm", "access.jsonl", "server.key", "design.json"}
     assert set(rights_of.values()) == {0o600}
     assert (rights(folder), rights(folder.parent)) == (0o700, 0o755)
-
-
-def test_what_was_there_keeps_its_rights(tmp_path, ordinary_umask):
-    tmp_path.chmod(0o755)
-    (tmp_path / "labels.db").touch(0o640)
-    with open_store(f"sqlite:///{tmp_path / 'labels.db'}", create=True):
-        pass
-    (tmp_path / "access.jsonl").touch(0o644)
-    log = AccessLog(tmp_path / "access.jsonl")
-    log.write("start", {})
-    log.close()
-    assert (rights(tmp_path / "labels.db"), rights(tmp_path / "access.jsonl"), rights(tmp_path)) == (0o640, 0o644, 0o755)
-    write_atomic(tmp_path / "report.json", b"{}")
-    assert rights(tmp_path / "report.json") == 0o644

@@ -2,12 +2,14 @@
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from eg3d_rlhf.people.label.entities import Answer, Choice, JudgementRow, Kind
+from eg3d_rlhf.people.label.entities import Choice, JudgementRow, Kind
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.study.design import Contender, StudyDesign, campaign_settings, shape_of, study_pairs
+from tests.people.label.plans import answer_all
 
 A = Contender(label="before", source="before.safetensors", generator="a" * 64)
 B = Contender(label="after", source="after.safetensors", generator="b" * 64)
@@ -54,19 +56,9 @@ class Person:
     def answer(self, store: Store, campaign_id: int, design: StudyDesign, limit: int | None = None) -> int:
         """Answer until there is nothing more, or `limit` is reached; returns how many."""
         who = store.annotator_without_token(self.name).id
-        done = 0
-        while limit is None or done < limit:
-            given = store.assignments(campaign_id, who, 1)
-            if not given:
-                break
-            left, right = (dict(store.shapes(campaign_id))[asset] for asset in (given[0].left, given[0].right))
-            answer = Answer(
-                key=given[0].token, assignment=given[0].token, choice=self.choose(left, right, design),
-                milliseconds=self.milliseconds, answered_at=time.time(), page_version="test",
-            )  # fmt: skip
-            store.submit(campaign_id, who, answer)
-            done += 1
-        return done
+        values = {"milliseconds": self.milliseconds, "answered_at": time.time(), "page_version": "test"}
+        choose = partial(self.choose, design=design)
+        return len(answer_all(store, campaign_id, who, choose, limit or 10_000, ahead=1, **values))
 
     def choose(self, left, right, design: StudyDesign) -> Choice:
         rng = self.rng

@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from eg3d_rlhf.people.label.entities import Kind, Mode
-from eg3d_rlhf.people.study.design import ExclusionRules, campaign_settings, read_design, stopped, study_pairs, write_design
+from eg3d_rlhf.people.label.entities import Kind
+from eg3d_rlhf.people.study.design import ExclusionRules, read_design, stopped, study_pairs, write_design
 from tests.people.study.people import A, B, small_design
 
 
@@ -79,12 +79,3 @@ def test_gold_and_training_pairs_show_damage_and_do_not_tell_by_generator_or_ord
     assert {p.expected for p in gold} == {"first", "second"} and all(p.explanation for p in known if p.kind == Kind.TRAINING)
     seeds = [p.first.seed for p in pairs]
     assert len(set(seeds)) == len(seeds)
-
-
-def test_the_campaign_is_a_study_without_repeats_and_leaves_room_for_the_gold_checks():
-    design = small_design()
-    settings = campaign_settings(design)
-    assert settings.mode == Mode.STUDY and settings.repeat_share == settings.swap_share == 0 and not settings.show_render
-    assert settings.trials_per_annotator == 25 and settings.extra["design_hash"] == design.hash  # 22 trials and 3 checks
-    assert study_pairs(design) == study_pairs(design) != study_pairs(small_design(seed=4))
-    assert [p.kind for p in study_pairs(small_design(gold_every=0))].count(Kind.GOLD) == 0

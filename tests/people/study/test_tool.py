@@ -13,7 +13,8 @@ from tests.people.study.people import Person
 from tools import study
 from training import networks
 
-SMALL = ("--annotators=2", "--n=12", "--resolution=16", "--level=1.1", "--triangles=400", "--gold-every=4", "--resamples=200", "--psi=1")
+SMALL = ("--annotators=2", "--n=12", "--gold-every=4",
+         *(f"--set={setting}" for setting in ("resolution=16", "level=1.1", "triangles=400", "resamples=200", "psi=1")))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_a_study_from_design_to_report(pair, tmp_path, served):
     assert early.exit_code == 0 and "INTERIM: 0 of 12" in early.stdout and (folder / "interim-report.html").is_file()
     answer_all(folder, Person("ann", 0.9), Person("bob", 0.9))
     refused(run(f"--outdir={folder}"), "stopping rule is met", f"report --outdir={folder}")
-    done = run("report", f"--outdir={folder}", "--pictures=1", "--device=cpu")
+    done = run("report", f"--outdir={folder}", "--pictures=1")
     assert done.exit_code == 0 and "of 12 trials" in done.stdout, done.output
     report = json.loads((folder / "report.json").read_text())
     assert report["answered"] == 12 and not report["interim"] and (folder / "report.html").is_file()
@@ -100,9 +101,9 @@ def test_flags_cannot_change_a_study(pair, tmp_path, served):
     assert run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
     refused(run(f"--outdir={folder}", "--n=13"), "--n: expected 12", "Leave the flag out")
     refused(run(f"--outdir={folder}", "--ties=excluded"), "--ties: expected half")
-    refused(run(f"--outdir={folder}", "--gold-accuracy=0.1"), "--gold-accuracy: expected 0.75")
+    refused(run(f"--outdir={folder}", "--set=gold_accuracy=0.1"), "--set gold_accuracy=VALUE: expected 0.75")
     refused(run(f"--outdir={folder}", pair[1].replace("--b", "--a")), "--a:", "Restore the file")
-    refused(run(f"--outdir={folder}", "--name=other"), "--name: expected 'fixed'")
+    refused(run(f"--outdir={folder}", "--set=name=other"), "--set name=VALUE: expected 'fixed'")
     copied = tmp_path / "b.safetensors"
     copied.write_bytes(Path(pair[1].removeprefix("--b=")).read_bytes())
     assert run(pair[0], f"--b={copied}", *SMALL, f"--outdir={tmp_path / 's'}").exit_code == 0
@@ -117,8 +118,8 @@ def test_flags_cannot_change_a_study(pair, tmp_path, served):
         (("--true-rate=0.5",), ("--true-rate must",)),
         (("--annotators=2", "--annotators-per-pair=3"), ("--annotators-per-pair must", "Ask more")),
         (("--n=5", "power"), ("--n:", "after it")), (("report", "--outdir=/nowhere"), ("create the study first",)),
-        (("power", "--annotators=3", "--annotator-icc=0.3"), ("--annotators: expected more than",)),
-        (("simulate", "--left-bias=1"), ("'--left-bias'", "0<x<1")),
+        (("power", "--annotators=3", "--set=annotator_icc=0.3"), ("--annotators: expected more than",)),
+        (("simulate", "--set=left_bias=1"), ("left_bias", "0<x<1")),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(flags, words, tmp_path, monkeypatch):
@@ -128,7 +129,7 @@ def test_mistakes_are_one_line(flags, words, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (("--gold-every=1",), ("--gold-every must",)), (("--until=soon",), ("--until must", "ISO 8601")),
+    (("--gold-every=1",), ("--gold-every must",)), (("--set=until=soon",), ("until=VALUE must", "ISO 8601")),
     (("--host=0.0.0.0",), ("--host=0.0.0.0", "add-annotator")),
 ])  # fmt: skip
 def test_mistakes_in_a_design_leave_nothing_behind(pair, tmp_path, flags, words):
@@ -145,7 +146,7 @@ def test_a_dry_run_shows_the_design_and_writes_nothing(pair, tmp_path):
     assert "Warning: --n=12" in result.stderr  # nothing is enough with two annotators
     power = json.loads(run(*pair, "--n=30", f"--outdir={tmp_path / 'x'}", "-n").stdout)["design"]["power"]
     assert power["trials"] > 200 and power["options"]["true_rate"] == 0.6
-    shown = json.loads(run(*pair, f"--outdir={tmp_path / 'x'}", "--true-rate=0.7", "--tie-share=0", "-n").stdout)
+    shown = json.loads(run(*pair, f"--outdir={tmp_path / 'x'}", "--true-rate=0.7", "--set=tie_share=0", "-n").stdout)
     assert shown["design"]["trials"] == 54 and shown["design"]["power"]["decided"] == 54, "without --n the calculation decides"
     folder = tmp_path / "00000-x.v1.5"  # a run folder's name is not cut at a dot
     folder.mkdir()
@@ -168,6 +169,6 @@ def test_power_and_simulation_print_and_speak_json():
     assert "54 independent decided trials" in run("power", "--true-rate=0.7").stdout
     size = json.loads(run("power", "--true-rate=0.7", "--n=49", "--json").stdout)
     assert size["decided"] == 54 and size["power_of_n"]["power"] == pytest.approx(0.81, abs=1e-3)
-    result = json.loads(run("simulate", "--studies=50", "--latents=40", "--bootstrap-studies=5", "--json").stdout)
+    result = json.loads(run("simulate", "--studies=50", "--set=latents=40", "--set=bootstrap_studies=5", "--json").stdout)
     assert set(result["intervals"]) == {"clustered", "wilson", "bootstrap_annotators", "bootstrap_latents", "bootstrap_both"}
     assert "clustered" in run("simulate", "--studies=50").stdout

@@ -73,10 +73,7 @@ class Collection:
 
 
 def read_collection(source: Path, tell: Callable[[str], None] = lambda text: None) -> Collection:
-    """The assets of a folder or list, each examined; `tell` hears how far that is.
-
-    Raises: ValueError, OSError naming the file and what is wrong with it.
-    """
+    """The assets of a folder or list, each examined; `tell` hears how far that is."""
     source = source.resolve()
     if source.is_dir():
         collection = _of_folder(source)
@@ -169,7 +166,6 @@ def asset_files(folder: Path, root: Path) -> list[Path]:
 
 
 def _stems_once(assets: list[Asset]) -> list[Asset]:
-    """Each prompt once of each generator; a single file of one is seed 0."""
     seen: dict[tuple[str, str], Asset] = {}
     for asset in assets:
         other = seen.setdefault((asset.generator, asset.prompt), asset)
@@ -180,7 +176,6 @@ def _stems_once(assets: list[Asset]) -> list[Asset]:
 
 
 def _prompts(folder: Path, known: set[str]) -> dict[str, Prompt]:
-    """prompts.jsonl, where there is one; each prompt that is known has an entry."""
     prompts = {name: Prompt() for name in sorted(known)}
     if (folder / PROMPTS).is_file():
         for record, where in _lines(folder / PROMPTS):
@@ -299,10 +294,7 @@ def shape_of(asset: Asset) -> Shape:
 
 
 def plan_assets(options: PairingOptions, collection: Collection, tell: Callable[[str], None] = lambda text: None) -> Plan:
-    """The pairs of a campaign, or the assets one by one; `tell` hears what differs from what was asked for.
-
-    Raises: ValueError for another strategy, and where no prompt has two assets to compare.
-    """
+    """The pairs of a campaign, or the assets one by one; `tell` hears what differs from what was asked for."""
     if options.strategy != "random":
         raise ValueError(f"--strategy={options.strategy}: expected random pairs of assets. Leave it out.")
     rng = np.random.default_rng(options.seed)

@@ -57,13 +57,11 @@ def _rng(name: str, seed: int) -> np.random.Generator:
 
 
 def _size(points: np.ndarray) -> float:
-    """Mean extent over the axes, of all but the outermost."""
     low, high = np.quantile(points, [0.02, 0.98], axis=0)
     return float((high - low).mean()) or 1.0
 
 
 def _spread(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
-    """Some of the points [N, 3], each far from those before."""
     points = points[rng.permutation(len(points))[:_TRIED]].astype(np.float64)
     chosen = [points[0]]
     nearest = np.linalg.norm(points - chosen[0], axis=1)
@@ -74,7 +72,6 @@ def _spread(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
 
 
 def _far(points: np.ndarray, places: np.ndarray, radius: float) -> np.ndarray:
-    """Which of the points [N, 3] lie in none of the balls."""
     out = np.ones(len(points), dtype=bool)
     for place in places:
         out &= ((points - place) ** 2).sum(axis=1) > radius**2
@@ -112,13 +109,11 @@ def _rough(part: Primitive, bumps: _Bumps, moved: dict[int, Array]) -> Primitive
 
 
 def _faces(part: Primitive) -> np.ndarray:
-    """[F, 3]"""
     indices = np.arange(len(part.attributes["POSITION"].values), dtype="<u4") if part.indices is None else part.indices.values[:, 0]
     return indices[: len(indices) // 3 * 3].reshape(-1, 3)
 
 
 def _corners(part: Primitive) -> np.ndarray:
-    """[F, 3, 3]"""
     return part.attributes["POSITION"].values[_faces(part)].astype(np.float64)
 
 

@@ -52,10 +52,7 @@ _SAMPLERS = {
 
 
 def read_glb(data: memoryview) -> Model:
-    """What is shown of a GLB's bytes. The model's arrays are views into them.
-
-    Raises: ValueError saying what is wrong.
-    """
+    """What is shown of a GLB's bytes. The model's arrays are views into them."""
     document, binary = _chunks(data)
     try:
         return _Reader(document, binary, _SHARE * len(data) + SPARE).model()
@@ -364,7 +361,6 @@ def _numbers(values: object, size: int) -> list[float]:
 
 
 def _share(value: object, size: int) -> Any:
-    """A number, or `size` of them, kept within 0..1."""
     return [min(max(v, 0), 1) for v in _numbers(value, size)] if size else min(max(_number(value), 0), 1)
 
 

@@ -161,7 +161,6 @@ def triangles(
     """A primitive of arrays.
 
     Args: positions [N, 3]; faces [F, 3]; uv [N, 2] as glTF has them, v downwards; colours [N, 3 or 4] uint8, sRGB; normals [N, 3].
-    Raises: ValueError for an empty mesh, numbers that are not finite, and indices out of range.
     """
     positions, faces = np.asarray(positions, dtype="<f4"), np.asarray(faces)
     if positions.ndim != 2 or positions.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3 or not len(faces) or not len(positions):
@@ -220,10 +219,7 @@ def kind_of_picture(data: bytes | memoryview) -> str | None:
 
 
 def stripped(data: bytes | memoryview) -> tuple[Picture, int]:
-    """A picture's file with its pixels alone, and how many there are.
-
-    Raises: ValueError for another format, a damaged file, or a picture too large.
-    """
+    """A picture's file with its pixels alone, and how many there are."""
     kind = kind_of_picture(data)
     parts = {"image/png": _png, "image/jpeg": _jpeg, "image/webp": _webp}
     if kind is None:

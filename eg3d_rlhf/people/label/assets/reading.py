@@ -51,10 +51,7 @@ class Examined:
 
 
 def examine(paths: Sequence[Path], tell: Callable[[int], None] = lambda done: None) -> list[Examined]:
-    """What the files are; `tell` hears how many were looked at.
-
-    Raises: ValueError naming the files that are unfit, and why.
-    """
+    """What the files are; `tell` hears how many were looked at."""
     examined: list[Examined] = []
     wrong: list[str] = []
     waiting = list(paths)
@@ -73,11 +70,7 @@ def examine(paths: Sequence[Path], tell: Callable[[int], None] = lambda done: No
 
 
 def clean(path: Path, expected: str, degradation: str = "", seed: int = 0) -> bytes:
-    """The clean form of an asset, or of a prompt's picture: gzip of a GLB or of GSP1, an MP4, or WebP.
-
-    Args: expected: the file's hash as planned; degradation: one of damage.DAMAGES, placed by `seed`.
-    Raises: ValueError; ChangedError for another file than the planned one.
-    """
+    """The clean form of an asset, or of a prompt's picture: gzip of a GLB or of GSP1, an MP4, or WebP."""
     with tempfile.TemporaryDirectory(prefix="eg3d-label-asset-") as folder:
         out = Path(folder) / "out"
         request = {"do": "clean", "path": str(path), "hash": expected, "degradation": degradation, "seed": seed, "out": str(out)}

@@ -44,8 +44,7 @@ NOT_KEPT = ("sw.js", "admin.html", "admin.js", "admin.css")  # for use without a
 def create_app(options: AppOptions) -> FastAPI:
     """The application for one campaign. Raises: ValueError where the campaign or the page's files are missing."""
     campaign = options.store.campaign(options.campaign)
-    if campaign is None:
-        raise ValueError(f"create_app: expected a campaign of the store, got {options.campaign!r}. Make it with tools/label.py.")
+    assert campaign is not None, options.campaign
     files = read_static(options.static)
     identities, log = Identities(options, campaign.settings.mode), AccessLog(options.access_log)
     shapes = PreparedShapes(options, campaign)
@@ -79,10 +78,7 @@ def listen(host: str, port: int) -> socket.socket:
         server.listen(1024)
     except OSError as error:
         server.close()
-        raise OSError(
-            f"--host={host} --port={port}: expected a free port on an address of this machine, got: {error.strerror or error}. "
-            "Choose another, or --port=0 for a free one."
-        ) from error
+        raise OSError(f"--host={host} --port={port}: expected a free port, got: {error.strerror or error}. Use --port=0.") from error
     return server
 
 
@@ -99,14 +95,7 @@ def serve(
     options: AppOptions, host: str = "127.0.0.1", port: int = 8000, *, certificate: Path | None = None, key: Path | None = None,
     proxy: str | None = None, on_listening: Callable[[str], None] = print,
 ) -> None:
-    """Serve until interrupted; the preparation runs meanwhile.
-
-    Args:
-        certificate, key: PEM files; with them the server speaks https.
-        proxy: address of a reverse proxy whose X-Forwarded-For and X-Forwarded-Proto are believed, and which may have all connections.
-        on_listening: is told the server's address.
-    Raises: ValueError for a host that others can reach with options that are not `exposed`; OSError where the port is taken.
-    """
+    """Serve until interrupted; the preparation runs meanwhile."""
     if not options.exposed and not is_loopback(host):
         raise ValueError(f"serve: expected AppOptions(exposed=True) for host {host}, which other machines can reach.")
     config = configure(create_app(options), certificate, key, proxy)
@@ -136,10 +125,7 @@ class StaticFile:
 
 
 def read_static(folder: Path) -> dict[str, StaticFile]:
-    """The files that are served, by name: those of `folder` itself with a suffix of SUFFIXES.
-
-    Raises: ValueError where the pages are missing.
-    """
+    """The files that are served, by name: those of `folder` itself with a suffix of SUFFIXES."""
     contents = {p.name: p.read_bytes() for p in sorted(folder.glob("*")) if p.suffix in SUFFIXES and p.is_file()}
     missing = sorted({"index.html", "admin.html"} - set(contents))
     if missing:
@@ -235,10 +221,7 @@ def _check_nobody_else(context: Context, request: Request, known: StoredAnnotato
 
 
 def _form_token(body: bytes, cookie: str) -> tuple[str, bool]:
-    """The token of a log-in form whose CSRF field fits the cookie, and whether it is from a link.
-
-    Raises: Refusal 400, 403.
-    """
+    """The token of a log-in form whose CSRF field fits the cookie, and whether it is from a link."""
     try:
         fields = parse_qs(body.decode("ascii"), keep_blank_values=True, strict_parsing=True, max_num_fields=4, errors="strict")
     except ValueError:

@@ -1,9 +1,8 @@
 """Connections: how many there may be, whose, and for how long, so that silent and slow ones leave room for those who are logged in.
 
-A connection is a stranger's until a request on it has come with a valid token or session; then it is its annotator's. Strangers and
-annotators have places of their own. Whoever comes is let in: where there are too many, the oldest connection of the address (or annotator)
-that has most of them is closed. So an attack from one address pushes out its own connections, and one from many can keep a newcomer
-waiting but nobody who is logged in.
+A connection is a stranger's until a request on it has come with a valid token or session; then it is its annotator's. Both have places of
+their own. Where there are too many, the oldest connection of the address (or annotator) that has most is closed: an attack from one address
+pushes out its own, and one from many can keep a newcomer waiting but nobody who is logged in.
 
 Accepting and TLS handshakes take processor time, so both have a pace. What is beyond the pace waits as a bare socket, by turns of
 addresses; an address at which somebody was logged in within the last hour is let in at once, at a pace of its own.
@@ -90,14 +89,12 @@ class Pool(Generic[M]):
         return True
 
     def touch(self, member: M) -> None:
-        """Make it the youngest of its key."""
         group = self._groups.get(member.key, {})
         if member in group:
             del group[member]
             group[member] = None
 
     def next(self) -> M:
-        """Take out the oldest of the key whose turn it is."""
         key, group = next(iter(self._groups.items()))
         member = next(iter(group))
         self._groups.move_to_end(key)
@@ -133,7 +130,6 @@ class Connection(H11Protocol):
         self.shaking: asyncio.Task | None = None
 
     def known_as(self, who: str) -> None:
-        """A request on it came from this annotator."""
         self.door.welcome(self, who)
         if self.stage[0] == "answer":
             self.deadline = math.inf
@@ -225,7 +221,6 @@ class Door:
             self.known.add(connection)
 
     def touch(self, connection: Connection) -> None:
-        """It has answered a request: among annotators' connections, those go first that were used least recently."""
         if connection.known:
             self.known.touch(connection)
 
@@ -270,7 +265,6 @@ class Door:
         return None
 
     def _next(self) -> None:
-        """Begin with those who wait, as the pace allows."""
         self._turn = None
         while self.waiting.size and not self.starts.take(""):
             waiting = self.waiting.next()
@@ -322,7 +316,6 @@ class Server(uvicorn.Server):
             logging.getLogger(logger).addFilter(SPARING)
 
     def is_proxy(self, address: str) -> bool:
-        """Whether a connection from there is a reverse proxy's."""
         return self._everybody or bool(self._proxies) and any(ipaddress.ip_address(address) in network for network in self._proxies)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -353,7 +346,6 @@ class Sparing(logging.Filter):
     _seen: dict[tuple, list] = field(default_factory=dict)  # wording -> [since, count]
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is written."""
         if len(self._seen) > KEYS:
             self._seen.clear()
         seen = self._seen.setdefault((record.name, record.levelno, str(record.msg)[:80]), [time.monotonic(), 0])

@@ -68,10 +68,7 @@ FIXED = {
 
 
 def check_host(headers: Headers, exposed: bool) -> None:
-    """Exactly one well-formed Host; on loopback a name of this machine, so that no foreign name can be pointed at it (DNS rebinding).
-
-    Raises: Refusal 400 or 421.
-    """
+    """Exactly one well-formed Host; on loopback a name of this machine, so that no foreign name can be pointed at it (DNS rebinding)."""
     hosts = headers.getlist("host")
     match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     if match is None:
@@ -91,10 +88,7 @@ def check_fetch(headers: Headers, method: str, path: str) -> None:
 
 
 def check_same_origin(headers: Headers, scheme: str) -> None:
-    """An unsafe request that a browser authorises by itself must come from this server's own pages.
-
-    Raises: Refusal 403.
-    """
+    """An unsafe request that a browser authorises by itself must come from this server's own pages."""
     origins, sites = headers.getlist("origin"), headers.getlist("sec-fetch-site")
     if not origins and not sites:
         raise Refusal(403, "Expected an Origin or Sec-Fetch-Site header.", "Scripts send 'Authorization: Bearer TOKEN' instead.")
@@ -203,7 +197,6 @@ class Gate:
                 body = [await self._admit(scope, receive, entry)]
 
                 async def replay() -> Message:
-                    """Hand out the body once, then what the client does."""
                     return {"type": "http.request", "body": body.pop(), "more_body": False} if body else await receive()
 
                 await self.app(scope, replay, send)
@@ -234,7 +227,6 @@ class Gate:
             self.log.write("request", entry.fields())
 
     async def _admit(self, scope: Scope, receive: Receive, entry: Entry) -> bytes:
-        """All checks; returns the body and leaves the identity in scope['state']."""
         headers, method, path, limits = Headers(scope=scope), scope["method"], scope["path"], self.options.limits
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > limits.url:
             raise Refusal(414, f"Expected an address of at most {limits.url} bytes.", "Ask for less.")
@@ -303,8 +295,6 @@ def _check_type(headers: Headers, path: str) -> None:
 
 
 def _recorded(send: Send, entry: Entry, https: bool) -> Send:
-    """A `send` that adds the headers and notes status and size."""
-
     async def recorded(message: Message) -> None:
         if message["type"] == "http.response.start":
             entry.status = message["status"]

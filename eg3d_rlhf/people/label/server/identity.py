@@ -96,11 +96,8 @@ class Identities:
     def by_token(self, token: str, address: str) -> StoredAnnotator:
         """The annotator whose token this is.
 
-        A token has 192 random bits: at a million guesses a second for a century, the chance to hit one of a thousand is 10^-39. So tokens
-        need no limit to be safe, and a right one is let in whatever others have sent, from its address or elsewhere. Many wrong ones of an
+        A token has 192 random bits and needs no limit to be safe: a right one is let in whatever others have sent. Many wrong ones of an
         address are refused in another way, which whoever runs a script or reads the access log will notice.
-
-        Raises: Refusal 401, or 429 where too many were wrong.
         """
         annotator = self.store.authenticate(token) if _plausible(token) else None
         if annotator is None:

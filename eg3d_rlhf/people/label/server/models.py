@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from fastapi import FastAPI, Path, Request
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.exc import DBAPIError, TimeoutError
 from starlette.exceptions import HTTPException
 
-from eg3d_rlhf.people.label.entities import Choice, OwnAnswer, Progress, Question
+from eg3d_rlhf.people.label.entities import Choice
 
 LOGGER = logging.getLogger("eg3d_rlhf.people.label.server")
 REMEDIES = {
@@ -25,8 +24,6 @@ REMEDIES = {
 NAME = r"^\w(?:[\w .@+-]{0,78}[\w.@+-])?$"  # of an annotator: letters and digits of any script, and a few signs between them
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")]  # keys and tokens
 AssetPath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
-
-
 QuestionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 
 
@@ -76,122 +73,6 @@ class NewAnnotator(Named):
     role: Literal["annotator", "admin"] = "annotator"
 
 
-class Error(BaseModel):
-    """What every error looks like."""
-
-    error: str
-    remedy: str
-
-
-class Session(BaseModel):
-    """What the page needs to know of itself and its annotator."""
-
-    annotator: str
-    role: Literal["annotator", "admin"]
-    csrf: str
-    mode: Literal["label", "study", "single"]
-    scale: Literal["pairs", "thumbs", "scores"]
-    title: str
-    show_render: bool
-    page_version: str
-    skip_reasons: list[str]
-    exposed: bool
-    both_bad: bool
-    questions: list[Question]
-    reveal: bool
-    up: Literal["y", "z"]
-
-
-class Preparing(BaseModel):
-    """How far the shapes are."""
-
-    done: int
-    total: int
-    seconds_left: float | None
-
-
-class Prompt(BaseModel):
-    """What a pair's shapes were asked for; the image is an address."""
-
-    text: str | None
-    image: str | None
-
-
-class Assigned(BaseModel):
-    """A pair to be judged."""
-
-    assignment: str
-    training: bool
-    left: str
-    right: str
-    prompt: Prompt | None = None
-
-
-class Assignments(BaseModel):
-    """The next pairs, oldest first."""
-
-    assignments: list[Assigned]
-    progress: Progress
-    waiting: bool
-    practice_lost: int  # practice pairs that cannot be drawn
-    preparation: Preparing
-
-
-class Lesson(BaseModel):
-    """What a training pair teaches."""
-
-    correct: bool | None
-    better: Literal["left", "right", "up", "down"] | None  # the known answer
-    explanation: str
-
-
-class Revealed(BaseModel):
-    """Which generators made the shapes."""
-
-    left: str
-    right: str
-
-
-class Accepted(BaseModel):
-    """A judgement is kept."""
-
-    accepted: bool
-    duplicate: bool
-    training: Lesson | None
-    reveal: Revealed | None
-    progress: Progress
-
-
-class Undone(BaseModel):
-    """An answer is taken back; `assignment` is open again, null where there was nothing."""
-
-    assignment: str | None
-    progress: Progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class ListedAnswer(OwnAnswer):
-    """An answer as its annotator sees it again, with what was asked for."""
-
-    prompt: Prompt | None
-
-
-class OwnAnswers(BaseModel):
-    """A page of them, newest first; `more` lie before the last one's sequence."""
-
-    answers: list[ListedAnswer]
-    more: bool
-
-
-class Comment(BaseModel):
-    """A remark of an annotator as admins see it."""
-
-    annotator: str
-    received: float
-    choice: str
-    comment: str
-
-
 class AnnotatorLine(BaseModel):
     """An annotator as admins see her."""
 
@@ -199,15 +80,6 @@ class AnnotatorLine(BaseModel):
     role: str
     created: float
     revoked: float | None
-
-
-class NewToken(BaseModel):
-    """A token; it is shown this once."""
-
-    name: str
-    token: str
-    link: str  # that logs in whoever opens it
-    qr: str  # the link as a QR code: data URL of an SVG picture
 
 
 class Refusal(Exception):

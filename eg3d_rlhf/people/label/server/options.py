@@ -36,12 +36,6 @@ class Limits:
     answer_seconds: float = 30.0  # until a stranger has read the answer
     keep_seconds: float = 120.0  # between two requests of a connection on which somebody was logged in
 
-    def __post_init__(self):
-        for name in ("requests", "strangers", "guesses", "accepts", "starts", "regular_starts"):
-            rate, burst = getattr(self, name)
-            if rate <= 0 or burst < 1:
-                raise ValueError(f"Limits.{name}: expected a rate > 0 and a burst >= 1, got {rate} and {burst}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class AppOptions:

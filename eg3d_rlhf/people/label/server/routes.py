@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -25,8 +25,6 @@ from eg3d_rlhf.people.label.server.served_shapes import Addresses, PreparedShape
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import export_labels, export_unpaired
 
-_REFUSED = (400, 401, 403, 404, 409, 413, 415, 421, 422, 429, 503)
-_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": models.Error} for status in _REFUSED}
 IMMUTABLE = "private, max-age=31536000, immutable"
 KEEP = 3.0  # seconds for which a quality report is not computed again
 
@@ -62,7 +60,6 @@ Admin = Annotated[Identity, Depends(admin_of)]
 
 
 def _shown(context: Context, assignment: str, left: str, right: str) -> dict:
-    """A pair as its annotator is told of it: where its shapes and its prompt's picture are."""
     first, second = (context.addresses.of(assignment, asset) for asset in (left, right))
     return {"assignment": assignment, "left": first, "right": second, "prompt": context.shapes.prompt(left, first)}
 
@@ -90,7 +87,7 @@ def _judge(context: Context, who: Identity) -> None:
 
 
 def _work(router: APIRouter, context: Context) -> None:
-    @router.get("/session", response_model=models.Session)
+    @router.get("/session")
     def session(who: Who):
         """The page's session."""
         settings = context.campaign.settings
@@ -103,7 +100,7 @@ def _work(router: APIRouter, context: Context) -> None:
             "reveal": settings.reveal, "up": settings.extra.get("up", "y"),
         })  # fmt: skip
 
-    @router.get("/assignments", response_model=models.Assignments)
+    @router.get("/assignments")
     def assignments(who: Who, count: Annotated[int, Query(ge=1, le=10)] = 3):
         """The next pairs; those that are open come first. None and not waiting: finished."""
         _judge(context, who)
@@ -117,7 +114,7 @@ def _work(router: APIRouter, context: Context) -> None:
             "preparation": shapes.progress(),
         })  # fmt: skip
 
-    @router.get("/answers", response_model=models.OwnAnswers)
+    @router.get("/answers")
     def answers(
         who: Who, before: Annotated[int | None, Query(ge=0, le=2**31 - 1)] = None, count: Annotated[int, Query(ge=1, le=50)] = 20
     ):
@@ -130,15 +127,10 @@ def _work(router: APIRouter, context: Context) -> None:
 
 def label_api(context: Context) -> APIRouter:
     """The router."""
-    router = APIRouter(prefix="/api", responses=_ERRORS)
+    router = APIRouter(prefix="/api")
     _work(router, context)
-    binary = dict.fromkeys(("application/octet-stream", "video/mp4"), {"schema": {"type": "string", "format": "binary"}})
 
-    said: dict[int | str, dict[str, Any]] = {
-        200: {"content": binary}, 206: {"content": binary}, 304: {"description": "Not Modified"}, 416: {"description": "No such part"},
-    }  # fmt: skip
-
-    @router.get("/shapes/{address}", response_class=Response, responses=said)
+    @router.get("/shapes/{address}", response_class=Response)
     def shape(address: models.AssetPath, request: Request, who: Who) -> Response:
         """A shape's surface ("SHP1"), or an asset: a GLB or Gaussians ("GSP1"), gzip-encoded all; or a video, of which parts may be had."""
         shapes, asset = context.shapes, _asset(context, address)
@@ -184,7 +176,7 @@ def _refusals(conflict: str, remedy: str, correct: str) -> Iterator[None]:
 
 
 def _judgements(router: APIRouter, context: Context) -> None:
-    @router.post("/judgements", status_code=201, response_model=models.Accepted, responses={200: {"model": models.Accepted}})
+    @router.post("/judgements", status_code=201)
     def judge(body: models.Judgement, who: Who):
         """Keep an answer. It is kept for good once this responds; sent again with the same key, nothing changes."""
         _judge(context, who)
@@ -197,7 +189,7 @@ def _judgements(router: APIRouter, context: Context) -> None:
         reply = {"accepted": True, "duplicate": kept.duplicate, "training": lesson, "reveal": names, "progress": _progress(context, who)}
         return JSONResponse(reply, 200 if kept.duplicate else 201)
 
-    @router.post("/undo", response_model=models.Undone)
+    @router.post("/undo")
     def undo(body: models.Undo, who: Who):
         """Take an answer back by a further record; its assignment is open again."""
         _judge(context, who)
@@ -208,7 +200,7 @@ def _judgements(router: APIRouter, context: Context) -> None:
 
 def admin_api(context: Context) -> APIRouter:
     """The router; every route of it needs an admin."""
-    router = APIRouter(prefix="/api/admin", dependencies=[Depends(admin_of)], responses=_ERRORS)
+    router = APIRouter(prefix="/api/admin", dependencies=[Depends(admin_of)])
     lock, until = threading.Lock(), 0.0
     kept: dict = {}
 
@@ -226,7 +218,7 @@ def admin_api(context: Context) -> APIRouter:
     def description(request: Request) -> JSONResponse:
         return JSONResponse(request.app.openapi())
 
-    @router.get("/comments", response_model=list[models.Comment])
+    @router.get("/comments")
     def comments(count: Annotated[int, Query(ge=1, le=1000)] = 200):
         """What annotators remarked, newest first; remarks of answers that were taken back are left out."""
         rows = context.store.comments(context.campaign.id, count)
@@ -267,7 +259,7 @@ def _annotators(router: APIRouter, context: Context) -> None:
         """All annotators, revoked ones included."""
         return context.store.annotators()
 
-    @router.post("/annotators", status_code=201, response_model=models.NewToken)
+    @router.post("/annotators", status_code=201)
     def add(body: models.NewAnnotator, request: Request):
         """Make an annotator; the token is shown this once."""
         try:
@@ -275,7 +267,7 @@ def _annotators(router: APIRouter, context: Context) -> None:
         except ValueError as error:
             raise Refusal(409, str(error), "Choose another name.") from None
 
-    @router.post("/annotators/token", response_model=models.NewToken)
+    @router.post("/annotators/token")
     def new_token(body: models.Named, request: Request, who: Who):
         """Replace a token, or give one to somebody revoked: the old token and sessions end, but the one that asks; the work stays."""
         try:

@@ -43,8 +43,6 @@ class Addresses:
 
     K is HMAC-SHA256 under the server's secret, of which r takes 12 bytes, the number 4, the check 8. So an address tells nothing, cannot be
     made up, needs no table, and is the same after a restart: what a browser has kept stays good.
-
-    Args: secret: of the server; assets: the store's tokens of all shapes, in their order.
     """
 
     def __init__(self, secret: bytes, assets: Iterable[str]):
@@ -92,10 +90,7 @@ Body = Sequence[Section]
 
 
 def body_of(path: Path, length: int | None = None) -> Body:
-    """A prepared shape's file, made `length` bytes long.
-
-    Raises: ValueError for a file that cannot be made so long; it must have `BOX.size` bytes less at least.
-    """
+    """A prepared shape's file, made `length` bytes long."""
     size = path.stat().st_size
     if length is None:
         return [Section(path, size)]
@@ -190,7 +185,6 @@ class PreparedShapes:
         return asset in self._files and (not self.blind or not self._missing)
 
     def lost(self, asset: str) -> bool:
-        """Whether a shape will never be shown: it cannot be drawn, or who draws has given up."""
         self._look()
         return asset in self._failed or (asset in self._missing and self.worker is not None and self.worker.gave_up)
 
@@ -214,7 +208,6 @@ class PreparedShapes:
         return shown if any(shown.values()) else None
 
     def prompt_picture(self, asset: str) -> Path | None:
-        """The picture of an asset's prompt (WebP), where there is one."""
         key = self._condition(asset).get("hash")
         return self.cache.prompt(key) if key else None
 
@@ -241,7 +234,6 @@ class PreparedShapes:
         return {asset: (largest[first_of(asset)] // GRAIN + 2) * GRAIN for asset in self._files}
 
     def progress(self) -> dict:
-        """Shapes done and in total, and the seconds left, None where unknown."""
         self._look()
         done, total = len(self.shapes) - len(self._missing), len(self.shapes)
         pace = self.worker.progress()["seconds_per_shape"] if self.worker is not None and self._missing else None
