@@ -37,7 +37,7 @@ class LabelGroup(GroupedCommand, click.Group):
 @option("--network", metavar="PATH", default=None, show_default="the bundled generator", help="Network file or run folder.", group="Pairs")
 @option("--assets", metavar="PATH", default=None, show_default="a generator's shapes", group="Pairs",
         help="Finished assets, GLB, PLY, OBJ, splats or videos: a folder GENERATOR/PROMPT.glb, or a list (.jsonl).")
-@launch.up_option("Pairs")
+@option("--up", type=click.Choice(["y", "z"]), default="y", group="Pairs", help="Of finished assets: the axis that points up.")
 @options_of(PairingOptions)
 @option("--reward", "rewards", metavar="FILE", multiple=True, show_default="the bundled two", group="Pairs",
         help="Active: a reward of the ensemble; may be given again.")

@@ -138,12 +138,6 @@ class ServerFlags:
         return {**reached, "proxy": self.proxy, "title": self.title, "cache": str(self.cache)}
 
 
-def up_option(group: str):
-    """A decorator: the flag of how finished assets stand."""
-    return option("--up", type=click.Choice(["y", "z"]), default="y", group=group,
-                  help="Of finished assets: the axis that points up in their files.")
-
-
 def server_options(access_log: str, title: str = "Heading of the page."):
     """A decorator: the flags that a labelling server takes; `access_log` says where that file lies by default."""
     file = click.Path(path_type=Path, dir_okay=False)
