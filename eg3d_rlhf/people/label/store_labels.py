@@ -113,7 +113,7 @@ def label_source(source: str | Path, filters: LabelFilters | None = None) -> Lab
         return LabelSource(name, functools.partial(read_preferences, str(source), filters), {"labels": name, "filters": asdict(filters)})
     given = [name for name, value in asdict(filters or LabelFilters()).items() if value != getattr(LabelFilters(), name)]
     if given:
-        flags = ", ".join("--" + {"annotators": "annotator"}.get(name, name).replace("_", "-") for name in given)
+        flags = ", ".join("--campaign" if name == "campaign" else f"--set {name}" for name in given)
         raise ValueError(f"{flags}: expected a store in --labels, got {Path(source).name}. Write --labels=sqlite:///labels.db.")
     return LabelSource.of_file(Path(source))
 

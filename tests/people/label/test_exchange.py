@@ -284,8 +284,8 @@ def run(*flags):
 
 
 def test_filters_reach_the_run_and_are_written_down(tmp_path):
-    flags = ("--campaign=heads", "--annotator=ann", "--annotator=bob", "--least-gold-accuracy=0.8", "--drop-repeats")
-    result = run("--dry-run", "--labels=sqlite:///labels.db", *flags, "--min-milliseconds=500", "--since=2025-01-01")
+    rare = ("annotators=ann", "annotators=bob", "least_gold_accuracy=0.8", "drop_repeats=true", "min_milliseconds=500", "since=2025-01-01")
+    result = run("--dry-run", "--labels=sqlite:///labels.db", "--campaign=heads", *(f"--set={setting}" for setting in rare))
     settings = json.loads(result.stdout)
     assert settings["labels"] == "sqlite:///labels.db"
     assert LabelFilters(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings["filters"].items()}) == LabelFilters(
@@ -294,11 +294,13 @@ def test_filters_reach_the_run_and_are_written_down(tmp_path):
     assert "secret" not in run("--dry-run", "--labels=postgresql://ann:secret@host/labels").stdout
 
 
-@pytest.mark.parametrize("flag", ["--campaign=x", "--annotator=x", "--drop-repeats", "--since=2025-01-01", "--min-milliseconds=5",
-                                  "--least-gold-accuracy=0"])  # fmt: skip
+@pytest.mark.parametrize("flag", ["--campaign=x", *(f"--set={setting}" for setting in (
+    "annotators=x", "drop_repeats=true", "since=2025-01-01", "min_milliseconds=5", "least_gold_accuracy=0",
+))])  # fmt: skip
 def test_filters_of_a_file_and_a_missing_store_are_refused(flag, tmp_path):
     result = run("--dry-run", "--labels=labels.jsonl", flag)
-    assert result.exit_code == 2 and f"Error: {flag.split('=')[0]}: " in result.stderr and "--labels=sqlite:///" in result.stderr
+    name = flag.split("=")[-2].removeprefix("--")
+    assert result.exit_code == 2 and f"{name}: " in result.stderr and "--labels=sqlite:///" in result.stderr
     result = run(f"--labels=sqlite:///{tmp_path / 'none.db'}", f"--out={tmp_path / 'run'}")
     assert result.exit_code == 2 and "expected a database at" in result.stderr and len(result.stderr.splitlines()) <= 2
     assert list(tmp_path.iterdir()) == []
