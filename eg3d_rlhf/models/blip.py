@@ -52,13 +52,6 @@ class BlipSizes:
         )
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Attention with heads of HEAD_WIDTH numbers. query [B, T, D], key and value [B, P, D]; mask [B, P] bool, True for tokens."""
-    heads = max(query.shape[-1] // HEAD_WIDTH, 1)
-    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))  # [B, T, heads, D / heads]
-    return attend(q, k, v, None if mask is None else mask[:, None, None]).flatten(2)
-
-
 class VisionEncoder(VisionTransformer):
     """The ViT: normalised pictures [B, 3, S, S] -> features [B, P, E]; the class token comes first."""
 
@@ -79,8 +72,10 @@ class TextAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, seen: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, T, D], seen [B, P, key width], mask [B, P] -> [B, T, D]."""
-        projections: Any = self.get_submodule("self")
-        attended = _attention(projections.query(x), projections.key(seen), projections.value(seen), mask)
+        layers: Any = self.get_submodule("self")
+        heads = max(x.shape[-1] // HEAD_WIDTH, 1)
+        q, k, v = (y.unflatten(-1, (heads, -1)) for y in (layers.query(x), layers.key(seen), layers.value(seen)))
+        attended = attend(q, k, v, None if mask is None else mask[:, None, None]).flatten(2)
         return self.output.LayerNorm(self.output.dense(attended) + x)
 
 

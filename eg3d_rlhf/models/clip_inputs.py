@@ -75,11 +75,11 @@ def bert_tokenizer(folder: Path, flag: str, limit: int, vocabulary: int) -> Toke
     return tokenize
 
 
-def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | None = None) -> Tokenize:
+def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | None = None) -> Tokenize:
     """CLIP's tokenizer (vocab.json, merges.txt); T = 77.
 
     Args:
-        pad: number that fills up: 0 as in open_clip, None as in OpenAI's CLIP: the end mark.
+        pad: number that fills up: 0 as in open_clip; own: the folder's; None as in OpenAI's CLIP: the end mark.
     Raises: ValueError where transformers or the folder is missing, or its end mark is not the network's last word.
     """
     tokenizer = _load("CLIPTokenizer", folder, flag, ("vocab.json", "merges.txt"), "CLIP's")
@@ -87,9 +87,11 @@ def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | None = N
     if end != vocabulary - 1:
         raise ValueError(f"{flag}: expected {vocabulary} words in {folder}, the end mark last, got it as {end}. Use CLIP's tokenizer.")
 
+    fill = end if pad is None else tokenizer.pad_token_id if pad == "own" else pad
+
     def tokenize(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = [tokenizer(prompt, truncation=True, max_length=CLIP_TOKENS).input_ids for prompt in prompts]
-        filled = [row + [end if pad is None else pad] * (CLIP_TOKENS - len(row)) for row in rows]
+        filled = [row + [fill] * (CLIP_TOKENS - len(row)) for row in rows]
         lengths = torch.tensor([len(row) for row in rows])
         return torch.tensor(filled), torch.arange(CLIP_TOKENS) < lengths[:, None]
 

@@ -107,9 +107,6 @@ class LoraLinear(nn.Module):
         update, weight = self.update(), self.base_layer.weight.detach()
         return (weight.to(update.dtype) + update).to(weight.dtype)
 
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha}, active={self.active}"
-
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
     """Put adapters on the target layers, in place, and freeze everything else; returns the layers' names.

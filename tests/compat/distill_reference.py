@@ -4,16 +4,17 @@ Cases, sizes, seeds and salts come from the JSON and the arrays: a second set of
 """
 
 import functools
-import json
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(os.environ.get("EG3D_RLHF_FIXTURES", Path(__file__).resolve().parents[3] / "shared" / "fixtures")) / "distill"
+from tests.compat import reference
+from tests.compat.reference import of_set
+
+ROOT = reference.ROOT / "distill"
+present = of_set
 
 
 @functools.cache
@@ -29,8 +30,7 @@ def values(name: str) -> dict[str, torch.Tensor]:
 @functools.cache
 def recipe(name: str) -> dict:
     """Settings of a set's cases."""
-    path = ROOT / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else {"cases": {}}
+    return reference.read_json(ROOT / f"{name}.json") or {"cases": {}}
 
 
 def under(name: str, prefix: str) -> dict[str, torch.Tensor]:
@@ -46,14 +46,6 @@ def cases(name: str, prefix: str) -> list[str]:
 def members(name: str, group: str) -> list[str]:
     """Names right below a group of arrays: "ddim_step" -> "epsilon_15", ... ."""
     return sorted({key.split("/")[0] for key in under(name, group)})
-
-
-def present(arrays: dict, *keys: str) -> list[torch.Tensor]:
-    """The arrays of keys; skips the test where the set has left one out."""
-    absent = [key for key in keys if key not in arrays]
-    if absent:
-        pytest.skip(f"this set has no {', '.join(absent)}")
-    return [arrays[key] for key in keys]
 
 
 def filled(entry: dict) -> dict[str, torch.Tensor]:

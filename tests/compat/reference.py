@@ -78,6 +78,26 @@ def of_set(reference: Mapping[str, np.ndarray], *keys: str) -> list[np.ndarray]:
     return [reference[key] for key in keys]
 
 
+def weight_of(name: str, shape, gain: float, salt: str) -> torch.Tensor:
+    """The entry of a state dict that its name determines, float32: by the recipe of the reward zoo."""
+    if name.endswith("num_batches_tracked"):
+        return torch.tensor(0)
+    n = np.asarray(crc_random(salt + name, tuple(shape)))
+    if n.ndim >= 2:
+        n = gain * n / np.sqrt(np.prod(n.shape[1:]))
+    elif name.endswith("running_var"):
+        n = 1 + 0.2 * np.abs(n)
+    else:
+        n = 1 + 0.1 * n if name.endswith(".weight") else 0.1 * n
+    return torch.from_numpy(np.asarray(n, np.float32))
+
+
+def close(got, want, tolerance: float) -> None:
+    """Equal within `tolerance` of the value, and as much of the largest entry."""
+    got, want = np.asarray(got.detach() if isinstance(got, torch.Tensor) else got, np.float64), np.asarray(want, np.float64)
+    np.testing.assert_allclose(got.reshape(want.shape), want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
 class Draws:
     """Replacement for torch's random functions: draw k is RandomState(base + k), or the midpoints of the 'fixed' mode."""
 
@@ -119,10 +139,10 @@ class Draws:
 
 def build(config: dict) -> tuple[TriPlaneGenerator, DualDiscriminator]:
     """Networks from a reference case's configuration."""
-    g_kwargs = {k: v for k, v in config["G"].items() if k != "class_name"}
-    g_kwargs["sr_kwargs"] = {k: v for k, v in g_kwargs["sr_kwargs"].items()}
-    d_kwargs = {k: v for k, v in config["D"].items() if k != "class_name"}
-    G, D = TriPlaneGenerator(**g_kwargs), DualDiscriminator(**d_kwargs)
+    G, D = (
+        network(**{k: v for k, v in config[part].items() if k != "class_name"})
+        for part, network in (("G", TriPlaneGenerator), ("D", DualDiscriminator))
+    )
     G.neural_rendering_resolution = config["neural_rendering_resolution"]
     return G, D
 

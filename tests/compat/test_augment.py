@@ -1,18 +1,18 @@
 """AugmentPipe against the reference values: draw k is replaced by RandomState(50000 + k) numbers of the listed kind and shape."""
 
-import json
 import re
 
 import numpy as np
 import pytest
 import torch
 
-from tests.compat.reference import ROOT, array_names, read_json
+from tests.compat.reference import ROOT, Draws, array_names, read_json
 from training.augment import AugmentPipe
 
 RELATIVE_ERROR = 1e-4
 MISC = ROOT / "eg3d" / "misc"
-CASES = [name for name in read_json(MISC.with_suffix(".json")) if name.startswith("aug/")]
+RECIPE = read_json(MISC.with_suffix(".json"))
+CASES = [name for name in RECIPE if name.startswith("aug/")]
 PERCENTILES = [  # (case, percentile) of the arrays aug/<n>/debug_percentile_<p>
     (name.rpartition("/")[0], float(name.rpartition("_")[2]))
     for name in array_names(MISC.with_suffix(".npz")) if "debug_percentile" in name
@@ -20,37 +20,9 @@ PERCENTILES = [  # (case, percentile) of the arrays aug/<n>/debug_percentile_<p>
 
 
 @pytest.fixture(scope="module")
-def attributes(fixtures_dir):
-    return json.loads((fixtures_dir / "eg3d" / "misc.json").read_text())
-
-
-@pytest.fixture(scope="module")
 def values(fixtures_dir):
     with np.load(fixtures_dir / "eg3d" / "misc.npz") as archive:
         return {name: archive[name] for name in archive.files if name.startswith("aug/")}
-
-
-@pytest.fixture
-def inject(monkeypatch):
-    """Replace torch.rand and torch.randn by listed draws; returns the list of calls made."""
-
-    def start(base: int) -> list:
-        calls = []
-
-        def draw(kind):
-            def call(shape, **_):
-                state = np.random.RandomState(base + len(calls))
-                calls.append([kind, list(shape)])
-                numbers = state.random_sample(shape) if kind == "rand" else state.standard_normal(shape)
-                return torch.from_numpy(numbers.astype(np.float32))
-
-            return call
-
-        monkeypatch.setattr(torch, "rand", draw("rand"))
-        monkeypatch.setattr(torch, "randn", draw("randn"))
-        return calls
-
-    return start
 
 
 def build(case: dict) -> tuple[AugmentPipe, torch.Tensor]:
@@ -67,21 +39,20 @@ def assert_close(actual: torch.Tensor, expected: np.ndarray):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_same_draws_give_the_same_images(name, attributes, values, inject):
-    case = attributes[name]
+def test_same_draws_give_the_same_images(name, values):
+    case = RECIPE[name]
     pipe, images = build(case)
-    calls = inject(case["draw_base"])
-    out = pipe(images)
-    assert calls == [draw[:2] for draw in case["draws"]]
+    with Draws(case["draw_base"]).injected() as draws:
+        out = pipe(images)
+    assert draws.log == [draw[:2] for draw in case["draws"]]
     assert_close(out, values[f"{name}/out"])
 
 
 @pytest.mark.parametrize(("name", "percentile"), PERCENTILES)
-def test_debug_percentile(name, percentile, attributes, values, inject):
-    case = attributes[name]
-    pipe, images = build(case)
-    inject(case["draw_base"])
-    assert_close(pipe(images, debug_percentile=percentile), values[f"{name}/debug_percentile_{percentile}"])
+def test_debug_percentile(name, percentile, values):
+    pipe, images = build(RECIPE[name])
+    with Draws(RECIPE[name]["draw_base"]).injected():
+        assert_close(pipe(images, debug_percentile=percentile), values[f"{name}/debug_percentile_{percentile}"])
 
 
 @pytest.mark.parametrize("buffer", ["Hz_geom", "Hz_fbank"])

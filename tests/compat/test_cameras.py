@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.compat.reference import ROOT, read_json
+from tests.compat.reference import ROOT, Draws, read_json
 from training.rendering import cameras
 
 RECIPE = read_json(ROOT / "eg3d" / "misc.json")
@@ -17,16 +17,6 @@ DRAW_BASE = RECIPE.get("camera_draw_base", 500)  # of the stochastic cases: draw
 def misc(fixtures_dir):
     with np.load(fixtures_dir / "eg3d" / "misc.npz") as data:
         return {name: data[name] for name in data.files if name.startswith(("lookat", "gauss", "uniform", "fov"))}
-
-
-def _inject(monkeypatch, name, method):
-    draws = iter(range(DRAW_BASE, DRAW_BASE + 100))
-
-    def draw(*shape, device=None):
-        values = getattr(np.random.RandomState(next(draws)), method)(shape[0] if isinstance(shape[0], tuple) else shape)
-        return torch.from_numpy(values.astype(np.float32))
-
-    monkeypatch.setattr(torch, name, draw)
 
 
 def test_look_at_poses_match_reference(misc):
@@ -41,18 +31,14 @@ def test_gaussian_without_deviation(misc):
     np.testing.assert_allclose(got.numpy(), misc["gauss_nostd/c2w"], atol=1e-6)
 
 
-def test_gaussian_draws_yaw_then_pitch(misc, monkeypatch):
-    _inject(monkeypatch, "randn", "standard_normal")
-    count = RECIPE["gauss_std"][0][1][0]
-    got = cameras.GaussianCameraPoseSampler.sample(math.pi / 2, math.pi / 2, 0.3, 0.15, radius=2.7, batch_size=count)
-    np.testing.assert_allclose(got.numpy(), misc["gauss_std/c2w"], atol=1e-6)
-
-
-def test_uniform_draws_yaw_then_pitch(misc, monkeypatch):
-    _inject(monkeypatch, "rand", "random_sample")
-    count = RECIPE["uniform_std"][0][1][0]
-    got = cameras.UniformCameraPoseSampler.sample(math.pi / 2, math.pi / 2, 0.3, 0.15, radius=2.7, batch_size=count)
-    np.testing.assert_allclose(got.numpy(), misc["uniform_std/c2w"], atol=1e-6)
+@pytest.mark.parametrize(("kind", "sampler"), [
+    ("gauss", cameras.GaussianCameraPoseSampler), ("uniform", cameras.UniformCameraPoseSampler),
+])  # fmt: skip
+def test_yaw_is_drawn_then_pitch(kind, sampler, misc):
+    with Draws(DRAW_BASE).injected():
+        count = RECIPE[f"{kind}_std"][0][1][0]
+        got = sampler.sample(math.pi / 2, math.pi / 2, 0.3, 0.15, radius=2.7, batch_size=count)
+    np.testing.assert_allclose(got.numpy(), misc[f"{kind}_std/c2w"], atol=1e-6)
 
 
 def test_fov_to_focal(misc):

@@ -48,21 +48,3 @@ def test_guidance(case):
         close(output.scores, v["reward"], F6)
     loss = distillation_loss(x, output, images=images)
     close(torch.autograd.grad(loss, shown)[0], v["dloss_dinput"], F6)
-
-
-def test_the_side_is_said_to_the_reward_alone():
-    prior, told = multiview(NAME), []
-    cameras = torch.eye(4).repeat(4, 1, 1)
-    cameras[:, :3, 3] = torch.tensor([[0, 0, 1.0], [1, 0, 0], [0, 0, -1], [0, 5, 0.1]])
-
-    class Listening(FourViews):
-        def score(self, pixels, prompts):
-            told.extend(prompts)
-            return super().score(pixels, prompts)
-
-    settings = PRESETS["dreamreward"]
-    noise = torch.randn(4, *prior.latent_shape, generator=torch.Generator().manual_seed(0))
-    reward = Listening(torch.ones(3, *prior.latent_shape[1:]), torch.zeros(4))
-    guidance = DreamReward(prior, settings, views=4, streams=Recorded(noise), reward=reward)
-    guidance(noise, torch.full((4,), 100), ["text"] * 4, cameras.flatten(1), 0)
-    assert told == ["text, front view", "text, side view", "text, back view", "text, overhead view"]

@@ -1,12 +1,11 @@
 """MeshMAE's face features and encoder against the reference values."""
 
-import numpy as np
 import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import Mesh, Patches
 from eg3d_rlhf.rewards.meshes.model import NUMBERS, EncoderOptions, MeshEncoder, load_meshmae, masked_max
-from eg3d_rlhf.rewards.meshes.patchifiers import face_features, placed, subdivided
+from eg3d_rlhf.rewards.meshes.patchifiers import face_features, placed
 from tests.compat.distill_reference import close, filled, needs, present, recipe, under
 
 NAME, PUBLISHED = "meshmae", 256  # patches of the published code, which pads up to so many
@@ -24,18 +23,6 @@ def test_features_and_centres(case):
     torch.testing.assert_close(centres[pick], v["centers"], rtol=0, atol=1e-5, check_dtype=False)
     torch.testing.assert_close(placed(Mesh(vertices, faces), "box"), v["normalised"], rtol=0, atol=1e-6, check_dtype=False)
     assert torch.equal(pick, torch.arange(patches)[:, None] + patches * torch.arange(pick.shape[1])), "the order of our maps"
-
-
-def test_subdivision_leaves_the_published_order():
-    points = np.random.RandomState(0).standard_normal((5, 3))
-    faces = np.array([[0, 1, 2], [0, 2, 3], [0, 3, 4]])
-    once = subdivided(points, faces)
-    places, children = subdivided(*once)
-    assert len(children) == 48
-    for child, row in enumerate(children):  # every child lies in the plane and inside of its ancestor, face child % 3
-        corner = points[faces[child % 3]]
-        weights = np.linalg.lstsq(np.concatenate([corner.T, np.ones((1, 3))]), np.append(places[row].mean(0), 1), rcond=None)[0]
-        assert weights.min() > 0 and np.allclose(weights @ corner, places[row].mean(0))
 
 
 @pytest.fixture(scope="module")

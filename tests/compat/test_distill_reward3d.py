@@ -50,10 +50,3 @@ def test_the_parts_in_between(case, entry, wanted):
         "fusion": lambda x: network.cross_view_adapter(x.unflatten(0, (-1, VIEWS))),
     }[case]  # fmt: skip
     assert relative_error(part(features), out) < 1e-5
-
-
-def test_dropout_would_show():
-    network, arrays = reference("Scorer")
-    (features,) = present(arrays, "scorer/features")
-    calm, live = network.head(features), network.train().head(features)
-    assert not bool((calm - live).abs().max() < 1e-6)  # so eval mode matters

@@ -4,19 +4,15 @@ A case <name> of ops.npz holds in_* (inputs), out, dy (cotangent of out), grad_*
 grad2_* (= d(sum <grad_*, v_*>) / d in_* or dy). All were computed in float64 from float32 inputs.
 """
 
-import json
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
+from tests.compat.reference import ROOT, read_json
 from torch_utils.ops import bias_act, conv2d_resample, upfirdn2d
 
 RELATIVE_ERROR = 1e-6
-ROOT = Path(os.environ.get("EG3D_RLHF_FIXTURES", Path(__file__).resolve().parents[3] / "shared" / "fixtures")) / "eg3d"
-CASES = json.loads((ROOT / "ops.json").read_text()) if (ROOT / "ops.json").is_file() else {}
+CASES = read_json(ROOT / "eg3d" / "ops.json")
 RESAMPLING = ("upfirdn2d", "upsample2d", "downsample2d", "filter2d")
 
 

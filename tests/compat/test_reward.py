@@ -1,6 +1,6 @@
 """The reward network and its losses against reference values computed with the published network (fixtures/reward)."""
 
-import zlib
+import functools
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ from eg3d_rlhf.preferences import losses
 from eg3d_rlhf.rewards.networks import MLP, RewardOutput
 from eg3d_rlhf.rewards.slab_network import PAPER, RewardArch, RewardModel
 from eg3d_rlhf.rewards.unet3d import slice_max_feature
-from tests.compat.reference import arrays, existing
+from tests.compat import reference
+from tests.compat.reference import arrays, crc_random, existing
 
 OUTPUT_TOLERANCE = 2e-5  # relative; observed float32 deviation at most 4e-6
 GRADIENT_TOLERANCE = 3e-4  # of (norm + 1e-6 * largest norm)
@@ -24,16 +25,14 @@ def folder(fixtures_dir):
     return fixtures_dir / "reward"
 
 
-def close(got, want, tolerance=OUTPUT_TOLERANCE):
-    got, want = np.asarray(got.detach() if isinstance(got, torch.Tensor) else got, np.float64), np.asarray(want, np.float64)
-    np.testing.assert_allclose(got.reshape(want.shape), want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+close = functools.partial(reference.close, tolerance=OUTPUT_TOLERANCE)
 
 
 def recipe_state(model):
     """Weights that every name determines: normal draws seeded by crc32(name), scaled by the fixtures' recipe."""
     state = {}
     for name, old in model.state_dict().items():
-        n = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(old.shape))
+        n = crc_random(name, tuple(old.shape))
         if old.ndim >= 2:
             n = n / np.sqrt(np.prod(old.shape[1:]))
             if name == "MLP.input_layer.weight" or name.endswith(("se_module.cSE.fc1.weight", "se_module.sSE.conv.weight")):
@@ -62,10 +61,9 @@ def check_gradients(gradients, names, norms, projections, tolerance):
         if str(name).startswith("Conv3DModule.conv3d_for_recon"):
             continue  # analytically zero; the reference holds rounding noise
         g = gradient.double().numpy()
-        draw = np.random.RandomState(zlib.crc32(f"proj:{name}".encode())).standard_normal(g.shape)
         room = tolerance * (norm + scale)
         assert abs(np.linalg.norm(g) - norm) <= room, name
-        assert abs((g * draw.reshape(g.shape)).sum() - projection) <= room, name
+        assert abs((g * crc_random(f"proj:{name}", g.shape)).sum() - projection) <= room, name
 
 
 def collect(model, slab=None):
@@ -102,7 +100,7 @@ def test_mlp_matches_reference(folder, name):
         hidden = [len(d[k]) for k in d.files if k.endswith("bias") and not k.startswith("output")]
         mlp = MLP(d["x"].shape[1], hidden, d["y"].shape[1])
         mlp.load_state_dict({k: torch.from_numpy(d[k]) for k in d.files if "layer" in k})
-        close(mlp(torch.from_numpy(d["x"])), d["y"], 2e-6)
+        close(mlp(torch.from_numpy(d["x"])), d["y"], tolerance=2e-6)
 
 
 def test_nearest_resampling_picks_the_reference_indices(folder):
@@ -131,24 +129,24 @@ def test_reduced_network_stages_and_outputs_match(folder, file, dtype):
             out = model(slab, reconstruct=True)
             for key, value in stages.items():
                 step = 4 if key.startswith("enc") else 5
-                close(value[0, :, ::step, ::step, ::step], d[f"{prefix}{item}_{key}"], tolerance)
+                close(value[0, :, ::step, ::step, ::step], d[f"{prefix}{item}_{key}"], tolerance=tolerance)
                 if f"{prefix}{item}_{key}_sum" in d.files:
-                    close([value.double().sum(), value.double().abs().sum()], d[f"{prefix}{item}_{key}_sum"], tolerance)
-            close(slice_max_feature(stages["final_conv"][:, 4:], slab.shape[2]), d[f"{prefix}{item}_slice_max"], tolerance)
-            close(model.features(slab), d[f"{prefix}{item}_global"], tolerance)
-            close(out.embedding, d[f"{prefix}{item}_feat"], tolerance)
-            close(out.scalar, d[f"{prefix}{item}_scalar"], tolerance)
-            close(model.score(slab), d[f"{prefix}{item}_scalar_forward"], tolerance)
-            close(out.log_strength, d[f"{prefix}{item}_bt_log"], tolerance)
-            close(out.log_strength.exp(), d[f"{prefix}{item}_bt"], 2 * tolerance)
+                    close([value.double().sum(), value.double().abs().sum()], d[f"{prefix}{item}_{key}_sum"], tolerance=tolerance)
+            close(slice_max_feature(stages["final_conv"][:, 4:], slab.shape[2]), d[f"{prefix}{item}_slice_max"], tolerance=tolerance)
+            close(model.features(slab), d[f"{prefix}{item}_global"], tolerance=tolerance)
+            close(out.embedding, d[f"{prefix}{item}_feat"], tolerance=tolerance)
+            close(out.scalar, d[f"{prefix}{item}_scalar"], tolerance=tolerance)
+            close(model.score(slab), d[f"{prefix}{item}_scalar_forward"], tolerance=tolerance)
+            close(out.log_strength, d[f"{prefix}{item}_bt_log"], tolerance=tolerance)
+            close(out.log_strength.exp(), d[f"{prefix}{item}_bt"], tolerance=2 * tolerance)
             recon = out.reconstruction.double()
-            close([recon.min(), recon.max(), recon.sum(), recon.abs().sum()], d[f"{prefix}{item}_recon_stats"], tolerance)
+            close([recon.min(), recon.max(), recon.sum(), recon.abs().sum()], d[f"{prefix}{item}_recon_stats"], tolerance=tolerance)
             if dtype is torch.float32:
-                close(out.reconstruction, d[f"{item}_recon"], tolerance)
+                close(out.reconstruction, d[f"{item}_recon"], tolerance=tolerance)
         both = torch.from_numpy(np.stack([d["slab_a"], d["slab_b"]])).to(dtype)[:, None]
         a, b = model.embed(both).split(1)  # one batch of two equals two batches of one
-        close(model.pair_logits(a, b), d[f"{prefix}pairs_ab"], tolerance)
-        close(model.pair_logits(b, a), d[f"{prefix}pairs_ba"], tolerance)
+        close(model.pair_logits(a, b), d[f"{prefix}pairs_ab"], tolerance=tolerance)
+        close(model.pair_logits(b, a), d[f"{prefix}pairs_ba"], tolerance=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -163,11 +161,11 @@ def test_reduced_scalar_gradients_match(folder, file, dtype, source):
         fed = slab if source == "scalar_a" else (slab - slab.min()) / (slab.max() - slab.min()) * 100
         score = model.score(fed)
         if source == "scalar_raw":
-            close(score, d[f"{prefix}scalar_raw_value"], max(tolerance / 15, 1e-10))
+            close(score, d[f"{prefix}scalar_raw_value"], tolerance=max(tolerance / 15, 1e-10))
         score.sum().backward()
         names, norms, projections = (d[f"{prefix}{source}_grad_{k}"] for k in ("names", "norm", "proj"))
         check_gradients(collect(model, slab), names, norms, projections, tolerance)
-        close(slab.grad[0, 0, ::3, ::3, ::3], d[f"{prefix}{source}_grad_input_sub"], tolerance)
+        close(slab.grad[0, 0, ::3, ::3, ::3], d[f"{prefix}{source}_grad_input_sub"], tolerance=tolerance)
 
 
 def combined(model, slabs, reconstruct, epoch=0, seed=0):
@@ -190,12 +188,12 @@ def test_reduced_losses_and_their_gradients_match(folder, file, dtype, variant):
         peers = {"pairs": "paired_loss", "scalar": "scalar_rwd_loss", "bradley_terry": "BT_rwd_loss"}
         peers |= {"strength": "l2_reg_lambda", "reconstruction": "reco_loss"}
         for term, value in terms.items():
-            close(value, d[f"{key}_{peers[term]}"], 3e-5 if single else 1e-8)
+            close(value, d[f"{key}_{peers[term]}"], tolerance=3e-5 if single else 1e-8)
         total = sum(terms.values())
-        close(total, d[f"{key}_total_loss"], OUTPUT_TOLERANCE if single else 1e-9)
+        close(total, d[f"{key}_total_loss"], tolerance=OUTPUT_TOLERANCE if single else 1e-9)
         if variant == "loss":
             recon = model(slabs, reconstruct=True).reconstruction
-            close(losses.reconstruction_loss(recon, slabs), d[f"{key}_recon_per_item"], OUTPUT_TOLERANCE if single else 1e-9)
+            close(losses.reconstruction_loss(recon, slabs), d[f"{key}_recon_per_item"], tolerance=OUTPUT_TOLERANCE if single else 1e-9)
         total.backward()
         limit = {True: RECON_GRADIENT_TOLERANCE, False: GRADIENT_TOLERANCE}[variant == "loss"] if single else 1e-7
         check_gradients(collect(model), *(d[f"{key}_grad_{k}"] for k in ("names", "norm", "proj")), limit)
@@ -262,7 +260,7 @@ def test_full_size_scalar_gradients_match(folder):
     with arrays(folder / "full_grad.npz") as d:
         close(score, d["scalar"])
         check_gradients(collect(model, slab), d["grad_names"], d["grad_norm"], d["grad_proj"], GRADIENT_TOLERANCE)
-        close(slab.grad[0, 0, ::8, ::8, ::8], d["input_grad_sub"], GRADIENT_TOLERANCE)
+        close(slab.grad[0, 0, ::8, ::8, ::8], d["input_grad_sub"], tolerance=GRADIENT_TOLERANCE)
 
 
 @pytest.mark.long
@@ -271,15 +269,15 @@ def test_full_size_network_matches_in_double_precision(folder):
     with arrays(folder / "full_f64.npz") as d:
         slab_a.requires_grad_()
         feature = model.features(slab_a)
-        close(feature, d["a_global"], 1e-7)
+        close(feature, d["a_global"], tolerance=1e-7)
         a = model.MLP(feature)
         score = model.scalar_rwd_head(a)
-        close(score, d["a_scalar"], 1e-7)
+        close(score, d["a_scalar"], tolerance=1e-7)
         score.sum().backward()
         check_gradients(collect(model, slab_a), d["grad_names"], d["grad_norm"], d["grad_proj"], 1e-6)
         with torch.no_grad():
             out = model(slab_b)
-            close(out.scalar, d["b_scalar"], 1e-7)
-            close(out.log_strength, d["b_bt_log"], 1e-7)
-            close(model.pair_logits(a, out.embedding), d["pairs_ab"], 1e-7)
-            close(model.pair_logits(out.embedding, a), d["pairs_ba"], 1e-7)
+            close(out.scalar, d["b_scalar"], tolerance=1e-7)
+            close(out.log_strength, d["b_bt_log"], tolerance=1e-7)
+            close(model.pair_logits(a, out.embedding), d["pairs_ab"], tolerance=1e-7)
+            close(model.pair_logits(out.embedding, a), d["pairs_ba"], tolerance=1e-7)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import re
 
 import numpy as np
@@ -12,9 +11,8 @@ import torch.nn.functional as F
 
 from eg3d_rlhf.models.resnet50 import ResNet50
 from eg3d_rlhf.rewards import depth
-from eg3d_rlhf.rewards.depth import PUBLISHED_FOCAL, VIEWS, Depth, nearness
-from eg3d_rlhf.tuning.gan.nose import floor_loss
-from tests.compat.reference import ROOT, crc_random, hold, of_set
+from eg3d_rlhf.rewards.depth import nearness
+from tests.compat.reference import ROOT, close, crc_random, hold, of_set, weight_of
 
 ZOO = ROOT / "reward_zoo"
 CASES = sorted(path.stem for path in ZOO.glob("depth_resnet*.json"))
@@ -22,23 +20,9 @@ VIEWED = [  # (case, views): those whose rewards a set holds
     (case, int(match[1])) for case in CASES for name in np.load(ZOO / f"{case}.npz") if (match := re.fullmatch(r"v(\d)_scalar", name))
 ]
 NEAREST, SPAN = 2.25, 1.05  # depth that becomes 1, and how far behind it becomes 0: the published preparation
-VALUES, GRADIENTS = 5e-5, 3e-4  # relative; observed float32 deviation of the scalar at most 6e-6
+VALUES, GRADIENTS = 2.5e-5, 3e-4  # relative; observed float32 deviation of the scalar at most 6e-6
 KINKS = 0.03  # of the gradient's norm: rounding moves a few pixels across ReLUs and maxima; the same sums in float64 are 1.4 % away
 pytestmark = pytest.mark.skipif(not CASES, reason=f"no reference values of depth rewards at {ZOO}; set EG3D_RLHF_FIXTURES to their folder")
-
-
-def recipe(name: str, shape, gain: float, key: str) -> torch.Tensor:
-    """The weights that a name determines, float32."""
-    if name.endswith("num_batches_tracked"):
-        return torch.tensor(0)
-    n = crc_random(key + name, tuple(shape))
-    if len(shape) >= 2:
-        n = gain * n / math.sqrt(math.prod(shape[1:]))
-    elif name.endswith("running_var"):
-        n = 1 + 0.2 * np.abs(n)
-    else:
-        n = 1 + 0.1 * n if name.endswith(".weight") else 0.1 * n
-    return torch.from_numpy(np.asarray(n, np.float32))
 
 
 def rows(file) -> dict[str, list[int]]:
@@ -71,7 +55,7 @@ def loaded(tmp_path_factory):
         about = json.loads((ZOO / f"{name}.json").read_text())
         prefix, gain = re.search(r"prefix '(.*?)'.*?gain ([\d.]+)", about["common"]).groups()
         state = {
-            entry.removeprefix("resnet50."): recipe(entry, shape, float(gain), about["salt"] + prefix)
+            entry.removeprefix("resnet50."): weight_of(entry, shape, float(gain), about["salt"] + prefix)
             for entry, shape in rows(ZOO / "depth_resnet50_state_dict.tsv").items()
         }
         file = tmp_path_factory.mktemp("backbone") / "resnet50.pth"
@@ -91,15 +75,10 @@ def thinned(value: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
     return value[..., :: value.shape[-2] // kept.shape[-2], :: value.shape[-1] // kept.shape[-1]]
 
 
-def close(got, want, tolerance=VALUES):
-    want = np.asarray(want, np.float64)
-    np.testing.assert_allclose(np.asarray(got.detach(), np.float64).reshape(want.shape), want, rtol=0, atol=tolerance * np.abs(want).max())
-
-
 def network(about, file, views: int) -> depth.PublishedDepth:
     model = depth.PublishedDepth(views=views, backbone=str(file)).train()  # which must not change the backbone
     gain = float(re.search(r"heads have .*?gain ([\d]+(?:\.\d+)?)", about["common"])[1])
-    model.load_state_dict({name: recipe(name, value.shape, gain, about["salt"]) for name, value in model.state_dict().items()})
+    model.load_state_dict({name: weight_of(name, value.shape, gain, about["salt"]) for name, value in model.state_dict().items()})
     return model.train()
 
 
@@ -137,11 +116,11 @@ def test_preparation_network_and_gradients(loaded, name, views):
         assert [maps.grad.norm(), maps.grad.abs().max()] == pytest.approx(wanted[[0, 2]].tolist(), rel=KINKS)
 
     def near(value):
-        return lambda wanted: close(value, wanted)
+        return lambda wanted: close(value, wanted, VALUES)
 
     hold(reference, {
-        "dmap_check": lambda wanted: close(thinned(maps[:, 0, 0], wanted), wanted, 1e-6),
-        f"{v}prep_sub": lambda wanted: close(thinned(prepared, wanted), wanted), f"{v}prep_stats": statistics,
+        "dmap_check": lambda wanted: close(thinned(maps[:, 0, 0], wanted), wanted, 5e-7),
+        f"{v}prep_sub": lambda wanted: close(thinned(prepared, wanted), wanted, VALUES), f"{v}prep_stats": statistics,
         f"{v}feature": near(feature), f"{v}feat": near(out.embedding), f"{v}scalar": near(out.scalar), f"f64_{v}scalar": near(out.scalar),
         f"{v}bt_log": near(out.log_strength), f"{v}pairs": near(model.pair_logits(out.embedding[:1], out.embedding[1:2])),
         f"{v}input_grad_sub": input_gradient, f"{v}input_grad_stats": input_statistics,
@@ -169,27 +148,3 @@ def test_a_backbone_that_trains_gives_the_other_vector(case):
     close(other[:, :: other.shape[1] // wanted.shape[1]], wanted, 1e-3)
     model.train()
     assert not torch.allclose(other, before, rtol=0.1), "train() brought it back to eval; its buffers have drifted, which is the fault"
-
-
-MISC = sorted(ZOO.glob("misc*.npz"))
-
-
-@pytest.mark.parametrize("file", MISC, ids=lambda file: file.stem)
-def test_cameras(file):
-    (wanted,) = of_set(np.load(file), "triple_cameras")
-    observation = Depth(yaws=VIEWS[3], focal=PUBLISHED_FOCAL)
-    np.testing.assert_array_equal(observation.cameras(), wanted)
-    np.testing.assert_array_equal(Depth(focal=PUBLISHED_FOCAL).cameras()[0], wanted[1])
-    assert PUBLISHED_FOCAL == pytest.approx(1 / (math.tan(math.radians(18.837) / 2) * math.sqrt(2)), rel=1e-3)
-
-
-@pytest.mark.parametrize("file", MISC, ids=lambda file: file.stem)
-def test_nose_floor(file):
-    depths, least, expected, gradient = of_set(np.load(file), "depth", "nose_floor", "nose_loss", "nose_grad")
-    maps, floor = torch.from_numpy(depths)[None].requires_grad_(), float(least)
-    loss = floor_loss(maps, floor, violators=True)
-    loss.sum().backward()
-    assert loss.item() == pytest.approx(float(expected), rel=1e-5)
-    np.testing.assert_allclose(maps.grad[0], gradient, rtol=1e-5, atol=1e-8)
-    share = float((maps < floor).float().mean())
-    assert floor_loss(maps, floor).item() == pytest.approx(share * float(expected), rel=1e-5), "ours counts all pixels"

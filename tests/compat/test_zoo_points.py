@@ -13,8 +13,7 @@ import torch
 
 from eg3d_rlhf.rewards.point_layers import ball, farthest_points
 from eg3d_rlhf.rewards.point_networks import CurveNet, CurveNetArch, PointNet, PointNet2, PointNet2Arch, build
-from eg3d_rlhf.rewards.points import evenly, lift, self_scaled
-from tests.compat.reference import ROOT, crc_random, hold, of_set
+from tests.compat.reference import ROOT, crc_random, hold, of_set, weight_of
 
 FOLDER = ROOT / "reward_zoo"
 NETWORKS = {"bn3.weight": "pointnet", "PointNet2Module.affine_scale": "pointnet2", "CurveNetModule.conv0.0.weight": "curvenet"}
@@ -39,11 +38,7 @@ def discover() -> dict[str, str]:
 
 
 SETS = discover()
-MISC = FOLDER / "misc.npz"
 needs_sets = pytest.mark.skipif(not SETS, reason=f"no reference sets of point networks in {FOLDER}; set EG3D_RLHF_FIXTURES")
-needs_misc = pytest.mark.skipif(not MISC.is_file(), reason=f"no {MISC}; set EG3D_RLHF_FIXTURES")
-
-
 @functools.cache
 def reference(name: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The recipe and the values of a set."""
@@ -68,25 +63,11 @@ def clouds(name: str) -> torch.Tensor:
     return torch.from_numpy(np.stack(made))
 
 
-def weight(name: str, entry: torch.Tensor, case: dict) -> torch.Tensor:
-    """One entry of a state dict by the recipe."""
-    n = np.asarray(crc_random(case["salt"] + name, tuple(entry.shape)))
-    if name.endswith("num_batches_tracked"):
-        return torch.zeros_like(entry)
-    if n.ndim >= 2:
-        n = case["gain"] * n / np.sqrt(np.prod(n.shape[1:]))
-    elif name.endswith("running_var"):
-        n = 1 + 0.2 * np.abs(n)
-    else:
-        n = (1.0 if n.ndim == 1 and name.endswith(".weight") else 0.0) + 0.1 * n
-    return torch.from_numpy(np.asarray(n, dtype=np.float32))
-
-
 def network(name: str, dtype: torch.dtype = torch.float32, **changes) -> torch.nn.Module:
     """The published network with the recipe's weights, in eval mode."""
     model = build({"network": SETS[name], **changes})
-    state = {entry: weight(entry, value, reference(name)[0]) for entry, value in model.state_dict().items()}
-    model.load_state_dict(state)
+    case, _ = reference(name)
+    model.load_state_dict({entry: weight_of(entry, value.shape, case["gain"], case["salt"]) for entry, value in model.state_dict().items()})
     return model.to(dtype).eval()
 
 
@@ -109,24 +90,6 @@ def ran(name: str, precision: str, mode: str) -> dict:
     values = {"global": features, "feat": embedding, "scalar": scalar, "bt_log": model.scalar_rwd_head_BT(embedding)}
     values |= {"pairs": model.pair_logits(embedding[:1], embedding[1:2]), "input_grad": cloud.grad}  # the first and the second
     return {"values": {k: v.detach() for k, v in values.items()}, "gradients": gradients, "state": model.state_dict()}
-
-
-@needs_misc
-def test_lifting_normalisation_and_gradient():
-    with np.load(MISC) as values:
-        maps, cameras, subsampled = of_set(values, "depth", "triple_cameras", "subsampled")
-        depth = torch.from_numpy(maps)[None, None].requires_grad_()
-        points = lift(depth, torch.from_numpy(cameras[1:2]))
-        chosen = points[:, evenly(points.shape[1], len(subsampled))]
-        scaled = self_scaled(chosen)
-        for lifted, name in ((points, "lifted"), (chosen, "subsampled"), (scaled, "scaled")):
-            if name in values:
-                np.testing.assert_allclose(lifted[0].detach(), values[name], rtol=0, atol=1e-6)
-        (expected,) = of_set(values, "depth_grad_of_scaled")
-        seed = json.loads(MISC.with_suffix(".json").read_text())["seed"] + 1
-        cotangent = np.random.RandomState(seed).standard_normal(scaled.shape[1:]).astype(np.float32)
-        (scaled * torch.from_numpy(cotangent)).sum().backward()
-        np.testing.assert_allclose(depth.grad[0, 0], expected, rtol=0, atol=1e-5 * np.abs(cotangent).sum() ** 0.5)
 
 
 @needs_sets

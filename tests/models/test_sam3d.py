@@ -13,7 +13,6 @@ from eg3d_rlhf.models.sam3d import (
     PointPatches,
     VoxelFlow,
     VoxelFlowConfig,
-    remapped,
 )
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig
 from tests.models.test_trellis_flows import SMALL, inputs
@@ -135,32 +134,6 @@ def test_recomputation_and_shared_modulation():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and "adaLN_modulation.1.weight" in shapes(model)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"latents": {}}, "expected latents, each in one group at most, got none"),
-        ({"latent_share_transformer": {"pose": ("colour",)}}, "each in one group at most"),
-        ({"protect_modality_list": ("colour",)}, "expected protected groups of this model, channels that heads divide, got colour"),
-        ({"num_heads": 5}, "got no others and 12 / 5"),
-    ],
-)
-def test_mixtures_that_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        MixtureConfig(**{**SIZES, **changes})
-
-
-def test_latents_that_are_refused():
-    x, t, cond = drawn()
-    with pytest.raises(ValueError, match="MixtureFlow.x_t: expected 6drotation_normalized, scale, .*, got 6drotation_normalized, scale"):
-        flow()({name: part for name, part in x.items() if name != "shape"}, t, cond)
-    with pytest.raises(ValueError, match=r"MixtureFlow.x_t\['scale'\]: expected \[2, 1, 3\], got \[2, 2, 3\]"):
-        flow()(x | {"scale": torch.zeros(2, 2, 3)}, t, cond)
-    with pytest.raises(ValueError, match="MixtureFlow.cond: expected"):
-        flow()(x, t, cond[..., :4])
-    with pytest.raises(ValueError, match="resolution\\^3 of them on a grid"):
-        LatentConfig(in_channels=2, tokens=9, resolution=2)
-
-
 @torch.no_grad()
 def test_the_second_flow_is_trellis_and_may_read_a_step_size():
     torch.manual_seed(0)
@@ -229,12 +202,6 @@ def test_points_that_are_not_there_and_patches_by_themselves():
     assert torch.equal(model(one), model(other)) and model(one).isfinite().all() and not torch.equal(model(one), tokens)
 
 
-def test_remapped():
-    points = torch.tensor([[1.0, -2.0, 2.0]])
-    assert torch.equal(remapped(points, "linear"), points) and torch.equal(remapped(points, "sinh"), points.asinh())
-    torch.testing.assert_close(remapped(points, "exp"), torch.tensor([[0.5, -1.0, 0.6931472]]))
-
-
 def test_tokens_stand_behind_each_other_with_their_frame():
     model = embedder()
     given = {name: torch.rand(2, 3 if "map" in name else 1 if "mask" in name else 3, 8, 8) for name in model.names}
@@ -244,9 +211,3 @@ def test_tokens_stand_behind_each_other_with_their_frame():
     torch.testing.assert_close(same[:, 5:10] - same[:, :5], (model.idx_emb[1] - model.idx_emb[0]).expand(2, 5, 5))
     with pytest.raises(ValueError, match="conditions: expected image, rgb_image, .* got no pointmap. Give them all"):
         model({name: x for name, x in given.items() if name != "pointmap"})
-
-
-def test_sizes_that_are_refused():
-    for make in (lambda: Pictures(DINO_SIZES, 9), lambda: PointConfig(remap_output="cube")):
-        with pytest.raises(ValueError, match="expected"):
-            make()

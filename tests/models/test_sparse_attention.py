@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.models.trellis.blocks import SparseLayout, curve_windows, samples, windows, z_order
+from eg3d_rlhf.models.trellis.blocks import SparseLayout, curve_windows, windows
 
 H, D = 2, 4
 
@@ -66,11 +66,6 @@ def test_windows_along_the_curve_overlap_and_each_voxel_keeps_one_result(window,
     assert curve_windows(x, window, shift, start) is curve_windows(x.with_feats(x.feats + 1), window, shift, start)
 
 
-def test_the_curve_takes_bits_in_turn_x_first():
-    places = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 2], [3, 0, 0], [1023, 1023, 1023]])
-    assert z_order(places).tolist() == [0, 1, 2, 4, 8, 36, 2**30 - 1]
-
-
 def assert_attends(x, groups, together):
     """Results and gradients of self-attention within these groups."""
     q, k, v = (h.requires_grad_() for h in heads(len(x.coords), 1))
@@ -91,15 +86,6 @@ def test_cross_attention_reads_the_tokens_of_its_sample():
     torch.testing.assert_close(SparseLayout(x).cross_attention(q, k, v), want)
 
 
-def test_groups_of_one_length_go_together_and_are_found_once():
-    x = batch()
-    assert samples(x).runs == ((2, 7), (1, 12), (1, 1), (1, 9))
-    assert windows(x, 4) is windows(x.with_feats(x.feats + 1), 4) is not windows(x, 4, 2)
-    found = windows(x, 4)
-    assert sum(found.sizes) == len(x.coords) and len({length for _, length in found.runs}) == len(found.runs)
-    assert torch.equal(found.order[found.inverse], torch.arange(len(x.coords)))
-
-
 def test_keeps_no_matrix_of_weights():
     x = batch((300, 200), grid=8)
     q, k, v = (h.float().requires_grad_() for h in heads(500, 1))
@@ -107,8 +93,3 @@ def test_keeps_no_matrix_of_weights():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         SparseLayout(x).self_attention(q, k, v).sum().backward()
     assert max(kept) <= 500 * H * D
-
-
-def test_a_value_per_sample_reaches_its_voxels():
-    x = batch((2, 3))
-    assert SparseLayout(x).per_token(torch.tensor([[1.0], [2.0]])).flatten().tolist() == [1, 1, 2, 2, 2]

@@ -79,11 +79,6 @@ def test_opposite_borders_of_the_grid_are_no_neighbours():
     assert [len(written) for written, _ in found] == [0] * 13 + [8] + [0] * 13
 
 
-def test_neighbours_are_found_once_for_all_features_on_the_same_voxels():
-    x = random_batch()
-    assert neighbours(x) is neighbours(x.with_feats(x.feats + 1))
-
-
 @pytest.mark.parametrize("frozen", [True, False])
 def test_keeps_the_features_once_and_only_for_a_kernel_that_is_trained(frozen):
     x, (weight, bias) = random_batch(channels=5), kernel(channels=5)
@@ -127,15 +122,6 @@ def test_refuses_spconv_where_it_is_not_installed(monkeypatch):
         SubmanifoldConv(3, 4, backend="spconv")
 
 
-def test_spconv_gives_the_same():
-    pytest.importorskip("spconv.pytorch")
-    x, (weight, bias) = random_batch(dtype=torch.float32), kernel(dtype=torch.float32)
-    with torch.no_grad():
-        for rows in (4, 2):  # the second reads the neighbours that the first one found
-            args = weight[:rows].contiguous(), bias[:rows]
-            torch.testing.assert_close(submanifold_conv(x, *args, "spconv").feats, submanifold_conv(x, *args, "torch").feats)
-
-
 # Halving and doubling a sparse grid against loops.
 
 
@@ -150,35 +136,11 @@ def test_downsampling_divides_the_sum_of_n_by_n_plus_1_in_sorted_order():
     torch.testing.assert_close(got.feats, torch.stack([sum(cells[key]) / (len(cells[key]) + 1) for key in sorted(cells)]))
 
 
-def test_upsampling_gives_every_voxel_its_coarse_voxels_features():
-    x = random_batch()
-    down = downsample(x)
-    places = {tuple(c): row for c, row in zip(down.coords.tolist(), down.feats, strict=True)}
-    got = upsample(down, x)
-    assert got.coords is x.coords
-    want = torch.stack([places[c[0], *(i // 2 for i in c[1:])] for c in x.coords.tolist()])
-    torch.testing.assert_close(got.feats, want, rtol=0, atol=0)
-
-
-def test_what_is_found_of_the_coordinates_is_kept_through_several_halvings():
-    x = random_batch()
-    twice = downsample(downsample(x))
-    again = downsample(downsample(x.with_feats(2 * x.feats)))
-    assert again.coords is twice.coords and again.cache is twice.cache
-    assert torch.equal(upsample(upsample(twice, downsample(x)), x).coords, x.coords)
-
-
 def test_gradients_reach_the_features():
     x = random_batch(channels=2)
     feats = x.feats[:9].clone().requires_grad_()
     small = SparseBatch(x.coords[:9].contiguous(), feats, 1)
     assert torch.autograd.gradcheck(lambda f: upsample(downsample(small.with_feats(f)), small).feats, feats)
-
-
-def test_refuses_voxels_that_are_not_the_halved_ones():
-    x = random_batch()
-    with pytest.raises(ValueError, match=f"upsample: expected {len(coarser(x).coords)} coarse voxels, got {len(x.coords)}. Give the batch"):
-        upsample(x, x)
 
 
 @pytest.mark.parametrize(("resample", "channels"), [("", 4), ("", 6), ("down", 6)])

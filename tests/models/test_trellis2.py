@@ -156,10 +156,6 @@ def test_features_beside_the_latent_widen_the_input_and_nothing_else():
         wide(x, t, cond)
 
 
-def test_a_second_resolution_has_the_same_layout_of_weights():
-    assert shapes(built(VoxelFlow, resolution=32)) == shapes(built(VoxelFlow, resolution=64))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -153,12 +153,6 @@ def test_refuses_architectures_that_do_not_fit(changes, text):
         encoder(**changes)
 
 
-def test_refuses_features_of_another_size():
-    x = random_batch(channels=2, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"LatentEncoder.feats: expected \[V, 3\], got \[\d+, 2\]. Give features of the kind"):
-        encoder()(x)
-
-
 # The occupancy autoencoder with group norms against the same written out in float64; of layer norms tests/compat has reference values.
 
 

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from eg3d_rlhf.core.interfaces import Guidance
 from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.tuning.distill.schedule import Ramp, TimeWindow
-from training.config import built, check_knobs, knob, values_of
+from training.config import built, check_knobs, knob
 
 ASSETS, REAL, METHOD, OPT = "What is made", "With a prior from files", "Method", "Optimisation"
 TWISTS = ("inverted", "random")  # of a reward: its sign turned, or replaced by noise; of one that looks at shapes, its weights shuffled
@@ -161,15 +161,9 @@ class DistillSettings:
         return [pairs[i : i + self.loop.batch] for i in range(0, len(pairs), self.loop.batch)]
 
     def to_dict(self) -> dict:
-        return {
-            "prompts": list(self.prompts), "arms": list(self.arms), "scene": values_of(self.scene), "loop": values_of(self.loop),
-            "guidance": dict(self.guidance), "preset": self.preset, "seed": self.seed,
-        }  # fmt: skip
+        return {**asdict(self), "prompts": list(self.prompts), "arms": list(self.arms)}
 
     @classmethod
     def of(cls, record: Mapping) -> "DistillSettings":
-        return cls(
-            prompts=tuple(record["prompts"]), arms=tuple(record["arms"]), scene=built(SceneConfig, record["scene"]),
-            loop=built(LoopConfig, record["loop"]), guidance=dict(record["guidance"]), preset=record["preset"],
-            seed=record["seed"],
-        )  # fmt: skip
+        scene, loop = built(SceneConfig, record["scene"]), built(LoopConfig, record["loop"])
+        return cls(**{**record, "prompts": tuple(record["prompts"]), "arms": tuple(record["arms"]), "scene": scene, "loop": loop})

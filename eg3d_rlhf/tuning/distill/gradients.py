@@ -114,7 +114,6 @@ class NoiseWeighting:
     worst: int = knob(2, "Noises counted as the worst.", NOISES, low=1, rare=True)
     best_weight: float = knob(0.9, "Weight of the best ones' mean, of min-max.", NOISES, low=0, rare=True)
     worst_weight: float = knob(0.1, "Weight of the worst ones' mean, of min-max, subtracted.", NOISES, low=0, rare=True)
-    temperature: float = knob(1.0, "Of the softmax.", NOISES, above=0, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -130,7 +129,7 @@ class NoiseWeighting:
         if self.strategy == "none":
             return torch.full_like(scores, 1 / count)
         if self.strategy == "weighted":
-            return (scores / self.temperature).softmax(0)
+            return scores.softmax(0)
         order = scores.argsort(dim=0, descending=True, stable=True)
         if self.strategy == "push":
             away = torch.ones_like(scores[:1]) if push is None else push[None].to(scores)

@@ -77,12 +77,6 @@ class Tick:
         self.values = {}
         return record
 
-    def state(self) -> dict:
-        return {"values": self.values}
-
-    def load(self, state: Mapping) -> None:
-        self.values = {name: list(values) for name, values in state["values"].items()}
-
 
 def signs(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """Signs of known failures in the newest line, by name, each with its remedy."""
@@ -205,7 +199,7 @@ class Distillation:
         tensors |= checkpoint.optimizer_tensors("optim", self.optimizer)
         for name, part in self._stateful().items():
             tensors |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
-        return tensors, {"tick": self.tick.state()}
+        return tensors, {"tick": {"values": self.tick.values}}
 
     def load(self, tensors: Mapping[str, torch.Tensor], meta: Mapping) -> None:
         names = ("asset", *self._stateful())
@@ -214,7 +208,7 @@ class Distillation:
         checkpoint.restore_optimizer("optim", self.optimizer, dict(tensors))
         for name, part in self._stateful().items():
             part.load_state_dict(of_part[name])
-        self.tick.load(meta["tick"])
+        self.tick.values = {name: list(values) for name, values in meta["tick"]["values"].items()}
 
     def _stateful(self) -> dict:
         parts = {"guidance": self.guidance, "geometry": self.geometry, "scores": self.tick.scores}

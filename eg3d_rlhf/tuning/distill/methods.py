@@ -68,10 +68,7 @@ def flat(settings: Any) -> dict[str, Any]:
 def guidance_of(
     name: str, settings: Any, prior: DiffusionPrior, reward: RewardModel | None, judge: PairwiseJudge | None, views: int, streams: Streams
 ) -> Guidance:
-    """The guidance of a method.
-
-    Raises: ValueError for a method without the reward that it needs.
-    """
+    """The guidance of a method. Raises: ValueError for a method without the reward that it needs."""
     method, more = METHODS[name], dict[str, Any]()
     if method.judged:
         more["judge"] = judge

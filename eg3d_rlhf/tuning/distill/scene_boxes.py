@@ -10,7 +10,7 @@ from typing import cast
 import torch
 
 from eg3d_rlhf.core.bundled import VIEW_PRIOR
-from eg3d_rlhf.core.interfaces import PairwiseJudge, RewardModel
+from eg3d_rlhf.core.interfaces import RewardModel
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.generators.assets.views import FourViews
 from eg3d_rlhf.rewards import boxes as problem
@@ -54,27 +54,18 @@ def mixture() -> GmmPrior:
     return GmmPrior(modes.repeat(2, 1, 1, 1), torch.tensor([_NARROW] * k + [_BROAD] * k), embeddings)
 
 
-def reward_of(name: str) -> RewardModel:
-    if name not in REWARDS:
-        raise ValueError(f"--reward: expected one of {', '.join(REWARDS)} with the bundled prior, got {name}. Choose one of them.")
-    return cast(RewardModel, REWARDS[name]())
-
-
-def judge_of(name: str | None) -> PairwiseJudge | None:
-    if name not in (None, "questions"):
-        raise ValueError(f"--judge: expected questions with the bundled prior, got {name}. Use that, or leave it out.")
-    return None if name is None else YesNoJudge()
-
-
 def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
     if device.type != "cpu":
         raise ValueError(f"--device: expected cpu with the bundled prior, got {device}. Its problem is too small for a GPU.")
-    exact, name = mixture(), settings.scene.reward
+    exact, name, judge = mixture(), settings.scene.reward, settings.scene.judge
     learned = settings.scene.prior == "bundled-unet"
+    if name is not None and name not in REWARDS:
+        raise ValueError(f"--reward: expected one of {', '.join(REWARDS)} with the bundled prior, got {name}. Choose one of them.")
+    if judge not in (None, "questions"):
+        raise ValueError(f"--judge: expected questions with the bundled prior, got {judge}. Use that, or leave it out.")
     return Scene(
         prior=load_view_prior() if learned else exact, renderer=FourViews(), views=problem.SIDES, start=problem.start,
-        reward=None if name is None else reward_of(name),
-        pair_judge=judge_of(settings.scene.judge),
+        reward=None if name is None else cast(RewardModel, REWARDS[name]()), pair_judge=None if judge is None else YesNoJudge(),
         geometry=load_geometry(settings.scene.geometry_reward, settings.scene.prior, device), measures=measures,
         final=AssetJudge(),
         judge="noses counted on the surface, nearer to one; of boxes, sides with the preferred emblem; then nearness to the prior's "

@@ -117,18 +117,12 @@ def start(prompts: Sequence[str], draws: Sequence[torch.Generator]) -> Latents:
 
 
 @torch.no_grad()
-def cubes(asset: Asset) -> torch.Tensor:
-    """Raw density [A, D, H, W] as judges read it."""
-    return asset.density_grid(SlabSpec.of(asset.bounds, JUDGED))
-
-
-@torch.no_grad()
 def measures(asset: Asset, prompts: Sequence[str], judges: Mapping[str, Callable[[Asset], torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Figures [A] of finished assets: both bundled rewards, the judges that were handed in, the annotator's utility without noise, the
     distance to the surface of the head that the prompt names, and the RMS difference of all K pictures to its own.
     """
-    numbers, sigma, calibration = head_numbers(prompts), cubes(asset), annotator_calibration()
-    spec = SlabSpec.of(asset.bounds, JUDGED)
+    numbers, spec, calibration = head_numbers(prompts), SlabSpec.of(asset.bounds, JUDGED), annotator_calibration()
+    sigma = asset.density_grid(spec)  # [A, D, H, W]
     shape = torch.cat([true_shapes(1, _FIRST + number) for number in numbers])
     seen = PerspectiveViews(PIXELS, samples=SAMPLES).render(asset, all_cameras(len(asset)), torch.ones(3)).images
     wanted = modes(tuple(numbers)).flatten(0, 1)

@@ -7,7 +7,7 @@ import torch
 
 from eg3d_rlhf.rewards.pictures.analytic import Inverted
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, angles_of, direction_of, mixture
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, direction_of, mixture
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
 from eg3d_rlhf.tuning.distill.methods import guidance_of, settings_of
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
@@ -23,10 +23,6 @@ def cameras() -> torch.Tensor:
         up, round_ = math.radians(up), math.radians(round_)
         camera[:3, 3] = 2.7 * torch.tensor([math.cos(up) * math.sin(round_), math.sin(up), math.cos(up) * math.cos(round_)])
     return made.flatten(1)
-
-
-def test_angles_of_cameras():
-    torch.testing.assert_close(torch.stack(angles_of(cameras()), 1), torch.tensor(VIEWS), rtol=1e-4, atol=1e-3)
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """DreamReward on the analytic prior, with inverted and random arms, and how two gradients are balanced."""
 
-import math
 
 import pytest
 import torch
 
-from eg3d_rlhf.tuning.distill.gradients import Balance, History, norm_per_asset
+from eg3d_rlhf.tuning.distill.gradients import Balance, norm_per_asset
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
 from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
 from tests.tuning.distill.particles import BRIEF, Along, gain, optimise, plain, prior, some
@@ -90,17 +89,6 @@ def test_balance_is_a_mean_of_the_last_steps():
     again = Balance(window=3)
     again.load_state_dict(balance.state_dict())
     assert torch.equal(again(5 * ones, ones), balance(5 * ones, ones))
-
-
-def test_history():
-    history = History(window=2)
-    assert history.deviation() == 1.0
-    for row in ([5.0, 5.0], [1.0, 2.0], [3.0, 4.0]):
-        history.add(torch.tensor(row))
-    assert history.deviation() == pytest.approx(1.29099, abs=1e-4)
-    assert [history.quantile(q) for q in (0.0, 0.5, 1.0)] == [1.0, 2.0, 4.0]
-    history.add(torch.tensor([math.nan, 1.0, 2.0]))  # another number of assets
-    assert history.rows.tolist() == [[0.0, 1.0, 2.0]]
 
 
 def test_a_rewards_dropout_is_off():

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import trimesh
 from click.testing import CliRunner
 
 import train
@@ -60,18 +59,6 @@ def test_a_seed_names_an_asset(run):
         generator.mapping(torch.zeros(1, generator.z_dim), torch.zeros(1, 25))
     with pytest.raises(ValueError, match="whole numbers below 12"):
         generator.field(torch.tensor([[[0.5]]]))
-
-
-def test_meshes_and_pictures(run, tmp_path):
-    network = f"--network={run / 'assets-dreamdpo.safetensors'}"
-    export = (samples.mesh, ["--seed=3", "--resolution=64", f"--out={tmp_path / 'a.ply'}"])
-    for command, flags in (export, (samples.images, ["--seeds=0,11", f"--outdir={tmp_path}"])):
-        result = CliRunner().invoke(command, [network, *flags])
-        assert result.exit_code == 0, (result.output, result.exception)
-    mesh = trimesh.load(tmp_path / "a.ply")
-    assert mesh.is_watertight and sorted(path.name for path in tmp_path.glob("*.png")) == ["seed0000.png", "seed0011.png"]
-    assert "--seeds: expected seeds 0 to 11" in said(samples.images, network, "--seeds=12", f"--outdir={tmp_path}")
-    assert "seeds: expected seeds 0 to 11" in said(samples.mesh, network, "--seed=12", f"--out={tmp_path / 'b.ply'}")
 
 
 def test_it_cannot_be_tuned(run, tiny_data, tmp_path):

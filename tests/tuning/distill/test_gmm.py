@@ -8,7 +8,6 @@ import torch
 from eg3d_rlhf.core.interfaces import DiffusionPrior
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
-from tests.tuning.distill.particles import PROMPT, prior
 
 SHAPE, DRAWS = (2, 2, 3), torch.Generator().manual_seed(0)
 
@@ -58,15 +57,3 @@ def test_pictures_and_latents(made):
     assert isinstance(made, DiffusionPrior)
     index, distance = made.nearest(made.means + 0.01)
     assert index.tolist() == [0, 1, 2] and torch.allclose(distance, torch.full_like(distance, 0.01))
-
-
-def test_swapping_the_modes_swaps_the_prediction():
-    two = prior()
-    x, t, cond = torch.randn(3, 1, 4, 4, generator=DRAWS), torch.tensor([50, 400, 900]), two.embed([PROMPT, "", PROMPT])
-    turned = two.predict_noise(x.transpose(2, 3), t, cond).transpose(2, 3)
-    torch.testing.assert_close(two.predict_noise(x, t, cond), turned)
-
-
-def test_bad_arguments(made):
-    with pytest.raises(ValueError, match="expected one of '', 'cup', 'cup, back', got 'pot'"):
-        made.embed(["pot"])

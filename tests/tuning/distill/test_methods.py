@@ -41,11 +41,6 @@ def test_one_step(name):
     assert json.dumps(dataclasses.asdict(settings))
 
 
-def test_released_code_is_not_what_we_do():
-    for name in ("dreamdpo", "rewardsds"):
-        assert PRESETS[name] != PRESETS[f"{name}-released"]
-
-
 @pytest.mark.parametrize("name", [name for name in PRESETS if METHODS[method_of(name)].rewarded])
 def test_a_reward_of_other_views_is_refused(name):
     made, settings = prior(), PRESETS[name]

@@ -133,24 +133,6 @@ def test_conditions_can_be_learned(made):
         assert grad.isfinite().all() and grad.abs().sum() > 0
 
 
-def test_memory_is_told_from_shapes_alone(made):
-    for path in (made["sd", "1.5"], made["mvdream", "2.1"]):
-        inner = load_prior(path).prior
-        costs = prior_costs(path, 4, PriorOptions(half=True))
-        (unet, unet_bytes), (vae, vae_bytes), (text, _) = costs.weights.values()
-        assert unet == sum(p.numel() for p in inner.unet.parameters()) and unet_bytes == 2 * unet
-        assert vae == sum(p.numel() for p in inner.vae.parameters()) and vae_bytes == 4 * vae
-        assert text == sum(p.numel() for p in inner.text.parameters())
-        held = prior_costs(path, 4, PriorOptions(half=True, checkpointing=False))
-        for name in costs.stages:
-            assert costs.stages[name] <= held.stages[name]
-        encode = next(name for name in costs.stages if name.startswith("encode"))
-        assert costs.stages[encode] < 0.5 * held.stages[encode]  # one picture's graph of four
-        assert f"{costs.total / 2**30:.2f}" in str(costs) and "GiB" in str(costs)
-    with pytest.raises(ValueError, match="--prior: expected a multiple of 4 views, got 3. Set views=4"):
-        prior_costs(made["mvdream", "2.1"], 3)
-
-
 def swap_for_pickle(folder):
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     torch.save({}, folder / "diffusion_pytorch_model.bin")

@@ -32,18 +32,6 @@ def test_particles_reach_the_modes_of_the_prior(modes):
     assert modes == 1 or abs(end.share - 0.5) < 0.1, end
 
 
-def test_the_opposite_gradient_reaches_none():
-    made = prior()
-    guidance = sds(made)
-
-    def inverted(*args):
-        output = guidance(*args)
-        output.grad = -output.grad
-        return output
-
-    assert optimise(inverted, made, steps=200, lr=0.03).near == 0
-
-
 def test_samples_are_averaged():
     made, (x, t, prompts) = prior(), some()
 

@@ -54,8 +54,8 @@ def told(reward: RewardModel, prompts: list[str], cameras: torch.Tensor | None) 
         return prompts
     if cameras is None:
         raise ValueError("--reward: expected cameras of the pictures, whose side it is told, got none. Give cameras.")
-    angles = zip(*(angle.tolist() for angle in angles_of(cameras)), strict=True)
-    return [f"{prompt}, {direction_of(*view, within=30)} view" for prompt, view in zip(prompts, angles, strict=True)]
+    views = zip(prompts, *(angle.tolist() for angle in angles_of(cameras)), strict=True)
+    return [f"{prompt}, {direction_of(elevation, azimuth, 30)} view" for prompt, elevation, azimuth in views]
 
 
 def mixture(elevation: float, azimuth: float) -> tuple[dict[str, float], list[str | None], list[float]]:
@@ -107,13 +107,8 @@ class Conditions(NamedTuple):
     weights: torch.Tensor | None = None  # [B, Q]
 
 
-class Prediction(NamedTuple):
-    """Noises that the prior sees, [K, B, C, H, W]."""
-
-    text: torch.Tensor
-    null: torch.Tensor
-    negatives: torch.Tensor | None  # [Q, K, B, C, H, W]
-    weights: torch.Tensor | None  # [B, Q]
+class Prediction(Conditions):
+    """Noises that the prior sees with each of them: [K, B, C, H, W], those of negatives [Q, K, B, C, H, W]."""
 
     def guided(self, scale: float) -> torch.Tensor:
         if self.negatives is None or self.weights is None:
@@ -122,15 +117,6 @@ class Prediction(NamedTuple):
             gradients.perp_neg(text, null, others, self.weights, scale)
             for text, null, others in zip(self.text, self.null, self.negatives.unbind(1), strict=True)
         ])
-
-
-class Asked(NamedTuple):
-    """One step's question and answer."""
-
-    noise: torch.Tensor  # [K, B, C, H, W]
-    x_t: torch.Tensor  # [K, B, C, H, W]
-    conditions: Conditions
-    prediction: Prediction
 
 
 class Denoiser:
@@ -181,13 +167,16 @@ class Denoiser:
     def ask(
         self, noises: int, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
         conditions: Conditions | None = None,
-    ) -> Asked:
-        """What the prior predicts of so many noises of this step. Args: conditions: what it is told, where that is not `prompts` alone."""
+    ) -> tuple[torch.Tensor, torch.Tensor, Conditions, Prediction]:
+        """So many noises of this step, x_t, both [K, B, C, H, W], what the prior is told, and what it predicts.
+
+        Args: conditions: what it is told, where that is not `prompts` alone.
+        """
         self.check(x, t, prompts)
         noise = self.streams.noises(noises, x, step)
         x_t = self.noised(x, noise, t)
         conditions = self.conditions(prompts, cameras) if conditions is None else conditions
-        return Asked(noise, x_t, conditions, self.predict(x_t, t, conditions, cameras))
+        return noise, x_t, conditions, self.predict(x_t, t, conditions, cameras)
 
     def noised(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.stack([self.schedule.mix(x, e, t) for e in noise])
@@ -229,10 +218,7 @@ class Denoiser:
         return torch.stack([gradients.sjc(x, x + u * e, p, u, variance_reduced=reduced) for e, p in pairs])
 
     def score(self, reward: RewardModel, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Scores [K, B] of pictures [K, B, 3, h, w].
-
-        Raises: ValueError for scores that are not finite, or not one per picture.
-        """
+        """Scores [K, B] of pictures [K, B, 3, h, w]. Raises: ValueError for scores that are not finite, or not one per picture."""
         scores = reward.score(images.flatten(0, 1), prompts * len(images))
         if scores.shape != (images.shape[0] * images.shape[1],) or not torch.isfinite(scores).all():
             got = f"{list(scores.shape)}" + ("" if torch.isfinite(scores).all() else " with NaN")

@@ -67,7 +67,7 @@ class DreamDpo(Guided):
         weights = NoiseWeighting(strategy="push")(ordered, two_sided)
         weights = weights.repeat_interleave(len(x) // weights.shape[1], 1)  # [2, B]
         loser = (weights < 0).view(*weights.shape, 1, 1, 1)
-        weight = d.schedule.weight(t, s.prior.weighting, x)  # type: ignore[arg-type]
+        weight = d.schedule.weight(t, s.prior.weighting, x)
         predicted = torch.where(loser, self._lose(prediction), guided)
         grad = gradients.dreamdpo(predicted, noise, weights, weight, subtract_noise=s.subtract_noise)
         terms = {"gap": ranks.gap, **d.compare(d.residuals(x, noise, t, x_t, prediction), grad)}

@@ -27,7 +27,7 @@ from training.config import check_knobs, knob
 
 PSD = "Preference score distillation"
 NEGATIVE_BETA = 1000.0  # of the preference loss, per unit of squared error
-PREDICTORS, GAP_WEIGHTS, NEGATIVES = ("cond", "cfg"), ("none", "sigmoid", "dpo", "linear"), ("auto", "reward", "preference", "none")
+PREDICTORS, NEGATIVES = ("cond", "cfg"), ("auto", "reward", "preference", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,6 @@ class PsdSettings:
     eta: float = knob(1.0, "Weight of the push.", PSD, low=0, rare=True)
     predictor: str = knob("cond", "Whose estimate is ranked and pushed: the prompt's alone, or the guided one.", PSD,
                           choices=PREDICTORS, rare=True)
-    gap_weight: str = knob("sigmoid", "What the gap says: 1, sigmoid(b gap), 1 - sigmoid(b gap), or b gap.", PSD,
-                           choices=GAP_WEIGHTS, rare=True)
-    gap_beta: float = knob(1.0, "b, per unit of the scores.", PSD, above=0, rare=True)
     negative_update: str = knob("auto", "Learning the null embedding: by the reward's gradient, by preference, by the one that the reward "
                                 "allows, or not.", PSD, choices=NEGATIVES, rare=True)
     negative_rate: float = knob(1e-3, "Largest step of an entry, in root mean squares of the embedding.", PSD, low=0, rare=True)
@@ -78,7 +75,6 @@ class Psd(Guided):
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
         d, s = self.denoiser, self.settings
-        d.check(x, t, prompts)
         with torch.no_grad():
             start = d.conditions(prompts, cameras)
             moved = 0 if self.moved is None else self.moved.to(start.null).repeat_interleave(d.views, 0)
@@ -100,15 +96,11 @@ class Psd(Guided):
         self, x: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, anchors: torch.Tensor, q: torch.Tensor, ranks: Ranks
     ) -> torch.Tensor:
         s = self.settings
-        says = {
-            "none": torch.ones_like, "sigmoid": lambda gap: (s.gap_beta * gap).sigmoid(),
-            "dpo": lambda gap: (-s.gap_beta * gap).sigmoid(), "linear": lambda gap: s.gap_beta * gap,
-        }[s.gap_weight](ranks.gap)
-        strength = s.eta * says * (ranks.winner >= 0)
+        strength = s.eta * ranks.gap.sigmoid() * (ranks.winner >= 0)
         first = (ranks.winner < 1).repeat_interleave(len(x) // len(ranks.winner)).view(-1, 1, 1, 1)
         win, lose = torch.where(first, q[0], q[1]), torch.where(first, q[1], q[0])
         noise_win, noise_lose = torch.where(first, noise[0], noise[1]), torch.where(first, noise[1], noise[0])
-        weight = self.denoiser.schedule.weight(t, s.prior.weighting, x)  # type: ignore[arg-type]
+        weight = self.denoiser.schedule.weight(t, s.prior.weighting, x)
         spread = strength.repeat_interleave(len(x) // len(strength))
         return gradients.psd(anchors, win, lose, noise_win, noise_lose, strength=spread, weight=weight)
 

@@ -49,7 +49,7 @@ class Sds(Guided):
         if s.image_loss:
             assert images is not None, "the rendered pictures"
             bar = d.schedule.alpha(t, images)
-            weight = s.image_loss * d.schedule.weight(t, s.prior.weighting, images) * bar.sqrt() / (1 - bar).sqrt()  # type: ignore[arg-type]
+            weight = s.image_loss * d.schedule.weight(t, s.prior.weighting, images) * bar.sqrt() / (1 - bar).sqrt()
             decoded = [d.prior.decode(x0) for x0 in d.x0(x_t, prediction.guided(s.prior.guidance_scale), t)]
             output.image_grad = torch.stack([gradients.image_loss(images, seen, weight) for seen in decoded]).mean(0)
         return output

@@ -59,8 +59,8 @@ class GmmPrior:
     ) -> torch.Tensor:
         """-s times the score of the noised mixture, [B, C, H, W]; cameras are not read. Differentiable in: x_t, cond."""
         bar = self.alphas_cumprod.to(x_t)[t.to(x_t.device)][:, None]  # [B, 1]
-        share, variance = self._shares(x_t, cond, bar)
-        pull = share / variance  # [B, M]
+        log_joint, variance = self._log_joint(x_t, cond, bar)
+        pull = log_joint.softmax(1) / variance  # [B, M]
         x, means = x_t.flatten(1), self.means.flatten(1)
         from_means = pull.sum(1, keepdim=True) * x - bar.sqrt() * (pull @ means)  # [B, C*H*W]
         return ((1 - bar).sqrt() * from_means).view_as(x_t)
@@ -81,7 +81,3 @@ class GmmPrior:
         square = x.square().sum(1, keepdim=True) - 2 * bar.sqrt() * (x @ means.T) + bar * means.square().sum(1)
         variance = bar * self.stds.square() + 1 - bar
         return logits.log_softmax(1) - square / (2 * variance) - x.shape[1] / 2 * (2 * math.pi * variance).log(), variance
-
-    def _shares(self, x_t: torch.Tensor, cond: torch.Tensor, bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        log_joint, variance = self._log_joint(x_t, cond, bar)
-        return log_joint.softmax(1), variance

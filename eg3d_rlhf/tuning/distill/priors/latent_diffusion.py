@@ -35,6 +35,7 @@ from eg3d_rlhf.models.weights import (
     shape_of,
     tell_once,
 )
+from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 
 FLAG = "--prior"
 LICENCES = {
@@ -125,10 +126,7 @@ class LatentPrior:
         dtype = self.options.unet_dtype
         labels = self._labels(cameras)
         out = self.unet(x_t.to(dtype), t, encoder_hidden_states=cond.to(dtype), class_labels=labels).sample.float()
-        if self.prediction == "epsilon":
-            return out
-        alpha = self.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return alpha.sqrt() * out + (1 - alpha).sqrt() * x_t
+        return out if self.prediction == "epsilon" else NoiseSchedule(self.alphas_cumprod).noise_of_velocity(x_t, out, t)
 
     def _labels(self, cameras: torch.Tensor | None) -> torch.Tensor | None:
         return None  # one picture knows nothing of its camera
@@ -171,21 +169,9 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
     width, wanted = text.config.hidden_size, unet.config.cross_attention_dim
     if width != wanted:
         raise ValueError(f"{FLAG}: expected conditions of {wanted} numbers, got a text encoder of {width}. Use the folder's own parts.")
-    tokenize = clip_tokenizer(folder / "tokenizer", FLAG, text.config.vocab_size, pad_of(folder / "tokenizer"))
+    tokenize = clip_tokenizer(folder / "tokenizer", FLAG, text.config.vocab_size, "own")  # SD 2.x fills up with "!"
     tell_once(LICENCES[1024 if width >= 1024 else 768])
     return LatentPrior({"unet": unet, "vae": vae, "text": text}, tokenize, scheduler.alphas_cumprod, prediction, options)
-
-
-def pad_of(folder: Path) -> int | None:
-    """Number that a tokenizer folder fills up with; None: the end mark. SD 2.x names "!", which is 0."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            pad = json.loads((folder / name).read_text()).get("pad_token")
-            pad = pad.get("content") if isinstance(pad, dict) else pad
-            if pad is not None:
-                words = json.loads((folder / "vocab.json").read_text()) if (folder / "vocab.json").is_file() else {}
-                return None if pad == "<|endoftext|>" else words.get(pad)
-    return None
 
 
 # MVDream (2308.16512), four views that attend to one another, from its published .pt file: weights alone are read, and run by diffusers.

@@ -1,0 +1,64 @@
+"""The Cauchy-Schwarz divergence against the published codes' values and gradients, for every case of both sets."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from eg3d_rlhf.preferences.losses import cs_divergence, median_distance
+from tests.compat.distill_reference import members, under
+from tests.compat.reference import ROOT, of_set
+
+MISC = ROOT / "reward_zoo" / "misc.npz"
+NAMES = {"divergence": "v", "d_dx": "dv_dx", "d_dy": "dv_dy"}  # of the first set -> of the second
+ZOO = sorted(name[:-2] for name in np.load(MISC) if re.fullmatch(r"cs\d+_x", name)) if MISC.is_file() else []
+CASES = [("distill", name) for name in members("cs_divergence", "cs")] + [("zoo", name) for name in ZOO]
+pytestmark = pytest.mark.skipif(not CASES, reason=f"no reference values at {ROOT}; set EG3D_RLHF_FIXTURES to their folder")
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request):
+    kind, name = request.param
+    if kind == "distill":
+        values = {key: value.numpy() for key, value in under("cs_divergence", f"cs/{name}").items()}
+        return values | {theirs: values[ours] for ours, theirs in NAMES.items()}
+    with np.load(MISC) as reference:
+        return {key.removeprefix(f"{name}_"): reference[key] for key in reference if key.startswith(f"{name}_")}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_values_and_gradients(case, dtype, tolerance):
+    x, y = (torch.as_tensor(case[name], dtype=dtype).requires_grad_(True) for name in "xy")
+    divergence = cs_divergence(x, y, float(case["sigma"]))
+    divergence.backward()
+    scale = max(abs(float(case["v"])), 1.0)
+    assert abs(float(divergence.detach()) - case["v"]) <= tolerance * scale
+    for got, name in ((x.grad, "dv_dx"), (y.grad, "dv_dy")):
+        np.testing.assert_allclose(got, case[name], rtol=0, atol=tolerance)
+    if "u" in case:
+        assert abs(float(cs_divergence(x, y, float(case["sigma"]), "U").detach()) - case["u"]) <= tolerance * scale
+
+
+def test_its_kernel_is_the_published_one(case):
+    """A single pair of points has D = -2 log k(a, b)."""
+    (kernel,) = of_set(case, "kernel_xy")
+    x, y = (torch.as_tensor(case[name]) for name in "xy")
+    for i, j in ((0, 0), (len(x) - 1, len(y) - 1)):
+        divergence = cs_divergence(x[i : i + 1], y[j : j + 1], float(case["sigma"]))
+        assert math.exp(-float(divergence) / 2) == pytest.approx(float(kernel[i, j]), rel=1e-9, abs=1e-300)
+
+
+def test_median_distance_is_the_root_of_the_published_median_square(case):
+    """The median of squares of an even number lies between two of them; that of distances a little elsewhere between the same two."""
+    (wanted,) = of_set(case, "median_squared_distance")
+    both = torch.cat([torch.as_tensor(case[name]) for name in "xy"])
+    assert max(0.01, float(median_distance(both)) ** 2) == pytest.approx(float(wanted), rel=1e-3)
+
+
+def test_embeddings_of_length_one(case):
+    median, divergence = of_set(case, "median_distance_normalised", "v_normalised")
+    x, y = (torch.nn.functional.normalize(torch.as_tensor(case[name])) for name in "xy")
+    assert float(median_distance(torch.cat([x, y]))) == pytest.approx(float(median), abs=1e-12)
+    assert float(cs_divergence(x, y, float(case["sigma"]))) == pytest.approx(float(divergence), abs=1e-10)
