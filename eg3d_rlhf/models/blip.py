@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.models.attention import attend, tree
-from eg3d_rlhf.models.vit import VisionTransformer
+from eg3d_rlhf.models.vit import HEAD, VisionTransformer
 from eg3d_rlhf.models.weights import count, shape_of
-
-HEAD_WIDTH = 64  # numbers of an attention head, of both networks in all published sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ class VisionEncoder(VisionTransformer):
 
     def __init__(self, sizes: BlipSizes):
         width = sizes.vision_width
-        heads = max(width // HEAD_WIDTH, 1)
+        heads = max(width // HEAD, 1)
         super().__init__(width, sizes.vision_layers, heads, 4 * width, sizes.patch, sizes.image // sizes.patch)
         self.side = sizes.image
 
@@ -73,7 +71,7 @@ class TextAttention(nn.Module):
     def forward(self, x: torch.Tensor, seen: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, T, D], seen [B, P, key width], mask [B, P] -> [B, T, D]."""
         layers: Any = self.get_submodule("self")
-        heads = max(x.shape[-1] // HEAD_WIDTH, 1)
+        heads = max(x.shape[-1] // HEAD, 1)
         q, k, v = (y.unflatten(-1, (heads, -1)) for y in (layers.query(x), layers.key(seen), layers.value(seen)))
         attended = attend(q, k, v, None if mask is None else mask[:, None, None]).flatten(2)
         return self.output.LayerNorm(self.output.dense(attended) + x)

@@ -19,8 +19,11 @@ from eg3d_rlhf.models.weights import adopt, count, empty, from_folder, frozen, r
 FLAG = "--reward"
 
 
-def config_of(state: Mapping[str, torch.Tensor], who: str) -> dict[str, Any]:
-    """Arguments of transformers' CLIPConfig that an open_clip file's shapes tell. Raises: ValueError for another network's file."""
+def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
+    """transformers' CLIPModel of the sizes that an open_clip file's shapes tell, on the meta device. Raises: ValueError."""
+    require_extra(FLAG, "transformers")
+    from transformers import CLIPConfig, CLIPModel
+
     width, _, patch, _ = shape_of(state, "visual.conv1.weight", who, 4)
     vocabulary, text_width = shape_of(state, "token_embedding.weight", who, 2)
     vision = {
@@ -34,15 +37,7 @@ def config_of(state: Mapping[str, torch.Tensor], who: str) -> dict[str, Any]:
         "num_hidden_layers": count(state, "transformer.resblocks."), "num_attention_heads": max(text_width // 64, 1), "hidden_act": "gelu",
         "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1,
     }
-    return {"text_config": text, "vision_config": vision, "projection_dim": shape_of(state, "text_projection", who, 2)[1]}
-
-
-def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
-    """transformers' CLIPModel of an open_clip file's sizes, on the meta device. Raises: ValueError."""
-    require_extra(FLAG, "transformers")
-    from transformers import CLIPConfig, CLIPModel
-
-    config = CLIPConfig(**config_of(state, who))
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=shape_of(state, "text_projection", who, 2)[1])
     return empty(lambda: CLIPModel(config))
 
 

@@ -87,7 +87,6 @@ class ViewMixture(GmmPrior):
     """A mixture whose components belong to a camera each: a picture's camera leaves those of its own. Without cameras all remain."""
 
     def __init__(self, means: torch.Tensor, stds: torch.Tensor, prompts: dict[str, torch.Tensor], cameras: torch.Tensor):
-        """Args: cameras [M, 16] of the components; embeddings are logits of the components."""
         super().__init__(means, stds, prompts)
         self.cameras = cameras
 

@@ -14,7 +14,6 @@ import torch
 from training.phases import derive_seed
 
 STEPS = 1000
-Weighting = Literal["sds", "uniform", "fantasia3d"]
 WEIGHTINGS = ("sds", "uniform", "fantasia3d")
 
 
@@ -75,7 +74,7 @@ class NoiseSchedule:
         bar = self.alpha(t, x_t)
         return (x_t - bar.sqrt() * x) / (1 - bar).sqrt()
 
-    def weight(self, t: torch.Tensor, kind: Weighting, like: torch.Tensor) -> torch.Tensor:
+    def weight(self, t: torch.Tensor, kind: str, like: torch.Tensor) -> torch.Tensor:
         """w(t) [B, 1, 1, 1]: s^2 (sds), 1 (uniform), or a s^2 (fantasia3d)."""
         bar = self.alpha(t, like)
         if kind == "uniform":

@@ -90,11 +90,6 @@ class Ledger:
         text = json.dumps({"rounds": self.rounds, "sha256": _digest(self.rounds)}, indent=2, sort_keys=True)
         storage.write_atomic(self.path, (text + "\n").encode())
 
-    def entry(self, number: int) -> dict:
-        if number > len(self.rounds):
-            self.rounds.append({"round": number})
-        return self.rounds[number - 1]
-
     def files(self, step: str) -> list[Path]:
         """The first file of a step in every round so far that has done it: labels, rewards, tuned networks."""
         return [self.folder / entry[step]["files"][0][0] for entry in self.rounds if step in entry]
@@ -103,7 +98,9 @@ class Ledger:
 def run_rounds(count: int, ledger: Ledger, work: "Rounds") -> bool:
     """Do what is left of `count` rounds, noting every step when it is done. Returns whether all is done; False: a step has to wait."""
     for number in range(1, count + 1):
-        entry = ledger.entry(number)
+        if number > len(ledger.rounds):
+            ledger.rounds.append({"round": number})
+        entry = ledger.rounds[number - 1]
         for step in STEPS:
             if step in entry:
                 continue
@@ -204,10 +201,8 @@ class Rounds:
         options = pairing(self.s, number, bool(rewards), rewards)
         generator = load_generator(self.networks(number, ledger)[-1], self.device)
         label = self._ask if self.s.rounds.round_labels == PEOPLE else self._annotate
-        if (done := label(number, ledger, generator, options)) is None:
-            return None
-        figures, files = done
-        return {"by": self.s.rounds.round_labels, "generator": generator.hash, **figures}, files
+        done = label(number, ledger, generator, options)
+        return done and ({"by": self.s.rounds.round_labels, "generator": generator.hash, **done[0]}, done[1])
 
     def _doubters(self, number: int, ledger: Ledger) -> tuple[str, ...]:
         """File of the rewards whose disagreement chooses pairs; none in the first round, and where there is but one reward."""

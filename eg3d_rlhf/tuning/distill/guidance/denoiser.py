@@ -205,7 +205,7 @@ class Denoiser:
         s, sched = self.settings, self.schedule
         predicted = prediction.guided(s.guidance_scale)
         if s.form == "sds":
-            weight = sched.weight(t, s.weighting, x)  # type: ignore[arg-type]
+            weight = sched.weight(t, s.weighting, x)
             return torch.stack([gradients.sds(p, e, weight) for p, e in zip(predicted, noise, strict=True)])
         if s.form == "recon":
             estimates = zip(self.x0(x_t, predicted, t), self.x0(x_t, prediction.text, t), strict=True)

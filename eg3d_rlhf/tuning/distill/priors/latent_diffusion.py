@@ -301,10 +301,7 @@ def weights_of(path: Path) -> Path | None:
 
 
 def load_prior(path: str | Path, options: PriorOptions | None = None) -> CheckedPrior:
-    """Stable Diffusion (a folder) or MVDream (a .pt file), with checks. Nothing is fetched and nothing in a file is run.
-
-    Raises: FileNotFoundError; ValueError: one line with flag and remedy.
-    """
+    """Stable Diffusion (a folder) or MVDream (a .pt file), with checks. Nothing is fetched and nothing in a file is run."""
     path = existing(path, FLAG)
     file = weights_of(path)
     return CheckedPrior(load_stable_diffusion(path, options) if file is None else load_mvdream(file, options))
