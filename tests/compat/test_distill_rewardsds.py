@@ -39,18 +39,13 @@ def test_strategies(count, name):
     close((weights * v["grad_norms"]).sum(), v[f"{name}/logged_norm"], F5)
 
 
-def strategy_of(case: str) -> str:
-    """full3d/STRATEGY_NOISES_..."""
-    return case.split("/")[1].split("_")[0]
-
-
 @pytest.mark.parametrize("case", cases(NAME, "full3d/"))
 def test_the_guidance_in_3d(case):
     v, entry, prior = under(NAME, case), recipe(NAME)["cases"][case], multiview(NAME)
     released, reward = PRESETS["rewardsds-released"], Pictures(values(NAME)["reward/w"])
     form = {} if entry["recon_loss"] else {"form": "sds"}
     settings = dataclasses.replace(
-        released, noises=int(case.split("_")[1]), until=entry["reward_until"], weighting=weighting_of(strategy_of(case)),
+        released, noises=int(case.split("_")[1]), until=entry["reward_until"], weighting=weighting_of(case.split("/")[1].split("_")[0]),
         prior=dataclasses.replace(released.prior, guidance_scale=entry["guidance_scale"], **form),
     )
     shown = v["input"].clone().requires_grad_()
@@ -94,7 +89,7 @@ def test_the_parts_in_2d(case):
         close(images, v["images"], F5)
         rewards = (images * values(NAME)["reward/w"]).mean((1, 2, 3))
         close(rewards, v["rewards"], F5)
-        weights = weighting_of(strategy_of(case))(rewards[:, None])[:, 0]
+        weights = weighting_of(case.split("/")[1].split("_")[0])(rewards[:, None])[:, 0]
     grads = SCHEDULE.weight(t, "sds", x) * (predict(x_t, t.expand(count), entry["cfg_scale"]) - noise)
     kept = weights.nonzero()[:, 0]
     grad = (weights[:, None, None, None] * grads).sum(0, keepdim=True) / len(kept)

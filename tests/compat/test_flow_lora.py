@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eg3d_rlhf.models.lora import LoraConfig, adapted_layers, adapter_state, adapters_off, add_lora, lora_parameters, merged_state
+from eg3d_rlhf.models.lora import adapted_layers, adapter_state, adapters_off, merged_state
 from eg3d_rlhf.models.policies import (
     ADAPTER,
     CONFIG,
@@ -15,13 +15,11 @@ from eg3d_rlhf.models.policies import (
     load_weights,
     read_weights,
     save_policy,
-    shared_copy,
     split_state,
     tuned_model,
     write_adapter,
 )
-from eg3d_rlhf.models.sparse import SparseBatch
-from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
+from eg3d_rlhf.models.trellis.flows import StructureFlow, StructureFlowConfig
 
 TOLERANCE = 1e-5
 MERGED_TOLERANCE = 2e-6  # of outputs, adapter on against merged; up to 9.5e-7 were seen, by the processor
@@ -124,37 +122,3 @@ def test_written_as_peft_wrote_it(peft, flow, files):
     assert {name: config[name] for name in want} == want
     assert again.alpha == want["lora_alpha"] and {len(A) for A, _ in again.adapters.values()} == {want["r"]}
     assert set(adapted_layers(model)) == set(again.adapters)
-
-
-@pytest.fixture(scope="module")
-def voxel_flow(fixtures_dir):
-    """TRELLIS's second flow with the fixture's weights, and its inputs."""
-    with np.load(fixtures_dir / "trellis" / "slat_flow.npz") as d:
-        model = LatentFlow(LatentFlowConfig(**json.loads(d["config_json"].tobytes())))
-        model.load_state_dict({k.removeprefix("sd/"): torch.from_numpy(d[k]) for k in d.files if k.startswith("sd/")})
-        coords, x, t, cond = (torch.from_numpy(d[k]) for k in ("coords", "x_feats", "t", "cond"))
-    return model.eval(), (SparseBatch(coords, x, int(coords[:, 0].max()) + 1), t / 1000, cond)
-
-
-def moved(base, rank=4):
-    """The base with adapters that have learned something."""
-    model = shared_copy(base)
-    names = add_lora(model, LoraConfig(rank=rank, alpha=2 * rank), 0)
-    with torch.no_grad():
-        for i, p in enumerate(lora_parameters(model)):
-            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    return model, names
-
-
-def test_the_voxel_flow_takes_adapters_on_its_attention(voxel_flow):
-    base, inputs = voxel_flow
-    model, names = moved(base)
-    assert {name.rpartition(".")[2] for name in names} == {"to_qkv", "to_q", "to_kv", "to_out"} and len(names) == 5 * len(base.blocks)
-    with torch.no_grad():
-        want, on = base(*inputs).feats, model(*inputs).feats
-        with adapters_off(model):
-            assert torch.equal(model(*inputs).feats, want)
-        assert (on - want).abs().max() > 1e-3
-        plain = shared_copy(base)
-        plain.load_state_dict(merged_state(model), assign=True)
-        torch.testing.assert_close(plain(*inputs).feats, on, rtol=0, atol=MERGED_TOLERANCE)

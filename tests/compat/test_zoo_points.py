@@ -39,6 +39,8 @@ def discover() -> dict[str, str]:
 
 SETS = discover()
 needs_sets = pytest.mark.skipif(not SETS, reason=f"no reference sets of point networks in {FOLDER}; set EG3D_RLHF_FIXTURES")
+
+
 @functools.cache
 def reference(name: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The recipe and the values of a set."""

@@ -79,18 +79,6 @@ def test_opposite_borders_of_the_grid_are_no_neighbours():
     assert [len(written) for written, _ in found] == [0] * 13 + [8] + [0] * 13
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_keeps_the_features_once_and_only_for_a_kernel_that_is_trained(frozen):
-    x, (weight, bias) = random_batch(channels=5), kernel(channels=5)
-    weight.requires_grad_(not frozen)
-    neighbours(x)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        submanifold_conv(x.with_feats(x.feats.clone().requires_grad_()), weight, bias)
-    assert kept.count((len(x.feats), 5)) == (0 if frozen else 1)
-    assert all(shape in [(len(x.feats), 5), (4, 27, 5)] for shape in kept), kept
-
-
 def test_computes_in_the_type_of_autocast():
     x, layer = random_batch(dtype=torch.float32), SubmanifoldConv(3, 4)
     full = layer(x).feats
