@@ -84,7 +84,7 @@ def test_stable_diffusion_folders(form, tmp_path):
         (tmp_path / part / "config.json").write_text(json.dumps(config))
     from eg3d_rlhf.tuning.distill.priors.latent_diffusion import PriorOptions, meta_prior, prior_costs
 
-    prior = meta_prior(tmp_path, PriorOptions(half=True))
+    prior = meta_prior(tmp_path, PriorOptions(device="meta", half=True))
     assert shapes(prior.unet) == published(f"{form}_unet")
     assert shapes(prior.vae) == published("sd_vae") and shapes(prior.text) == published(f"{form}_text_encoder")
     assert prior.latent_shape == (4, 64, 64) and prior.image_size == 512
