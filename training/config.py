@@ -200,7 +200,6 @@ class NetworkConfig:
     cfg: str = knob("heads64", "Preset.", NET, choices=("ffhq", "afhq", "shapenet", "heads64"))
     init: str = knob("scratch", "Initial networks.", NET, metavar="bundled|scratch|FILE|RUN", shown="bundled for heads64, else scratch")
     start: str = knob("G", "With --init: weights that G starts from.", NET, choices=("G", "G_ema"), rare=True)
-    sphere_init: float = knob(0.0, "From scratch, start from a solid sphere; 0: off.", NET, metavar="RADIUS", low=0, rare=True)
     cbase: int = knob(32768, "Channel multiplier.", NET, low=1)
     cmax: int = knob(512, "Largest number of feature maps.", NET, low=1)
     map_depth: int = knob(2, "Layers of G's mapping network.", NET, low=1)

@@ -1,5 +1,5 @@
-"""What teaches a generator before the game: a solid sphere, and for generators of synthetic heads, which stand for real pretraining, the
-field and then the pictures of the heads that latents name.
+"""What teaches a generator of synthetic heads before the game, in place of real pretraining: the field and then the pictures of the heads
+that latents name.
 
     field      L = mean |sigma - sigma*| / 10 + w mean |colour - colour*|, at points and without rendering
     pictures   L = mean |x - x*| + mean |grad x - grad x*| + w mean |sigma - sigma_0| / 10, by rendering
@@ -29,7 +29,6 @@ from training.heads.family import APPEARANCE_NAMES, draw_parameters
 from training.heads.render import render_heads, shade, union_field
 from training.heads.sdf import head_geometry
 from training.phases import Loss, Phase
-from training.progress import tqdm
 from training.rendering.renderer import DETACHED
 
 # Density and colour of heads, at points
@@ -220,46 +219,3 @@ def picture_phase(G: Any, config: GanConfig) -> Phase:
         yield Loss(error, stats)
 
     return Phase(name="Gpicture", module=G, optimizer=optimizer, losses=losses, own_optimizer=True, window=(begin, end), state=held)
-
-
-# A solid sphere, as StyleSDF starts (Or-El et al. 2022, section 3.1). Without it a small generator may settle on the hollow-face illusion:
-# the face painted on the inner side of the back of the head, which explains the images from nearby cameras just as well.
-
-SOLID, EMPTY = 50.0, -10.0  # raw density; the isosurface level 10 lies between; 50 is opaque within two samples of a short ray
-EDGE = 0.05  # half the width of the transition, world units
-
-
-def sphere_target(points: torch.Tensor, radius: float) -> torch.Tensor:
-    """Raw density of the sphere: EMPTY to SOLID, linear over 2 EDGE around the surface. points [N, P, 3] -> [N, P, 1]."""
-    depth = (radius - points.norm(dim=-1, keepdim=True)) / EDGE
-    return (SOLID + EMPTY) / 2 + (SOLID - EMPTY) / 2 * depth.clamp(-1, 1)
-
-
-def fit_sphere(
-    G: Any, radius: float, seed: int, steps: int = 300, batch: int = 4, points: int = 2048, lr: float = 2e-3,
-    progress: bool = True,
-) -> float:
-    """Fit the density of random latents to one sphere, by Adam on all of G's parameters.
-
-    Args:
-        radius: world units; seed: of the draws; steps, batch, points, lr: of the fit.
-    Returns: mean absolute error of the last step, raw density.
-    """
-    torch.manual_seed(seed)
-    device = next(G.parameters()).device
-    box_warp = float(G.rendering_kwargs["box_warp"])
-    G.requires_grad_(True)
-    optimizer = torch.optim.Adam(G.parameters(), lr=lr, betas=(0.0, 0.99))
-    error = float("nan")
-    for _ in tqdm(range(steps), desc="sphere initialisation", disable=not progress):
-        z, c = torch.randn([batch, G.z_dim], device=device), torch.zeros([batch, G.c_dim], device=device)
-        x = (torch.rand([batch, points, 3], device=device) - 0.5) * box_warp
-        sigma = G.sample_mixed(x, None, G.mapping(z, c))["sigma"]
-        loss = torch.nn.functional.smooth_l1_loss(sigma, sphere_target(x, radius))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        error = float((sigma.detach() - sphere_target(x, radius)).abs().mean())
-    optimizer.zero_grad(set_to_none=True)
-    G.requires_grad_(False)
-    return error

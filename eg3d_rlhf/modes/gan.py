@@ -44,7 +44,7 @@ HEADS = {  # `python train.py --reward=sigma --lambda-r=10`, but for --reward an
     # Data and networks: the bundled generator goes on from its moving average. What fresh networks alone follow is in the file.
     "data": "synthetic:heads64", "cond": True, "mirror": False, "start": "G_ema", "mbstd_group": 4, "freezed": 0, "cbase": 2048, "cmax": 64,
     "map_depth": 2, "plane_layout": "fixed", "sr_module": None, "sr_noise_mode": "none", "sr_num_fp16_res": 4, "g_num_fp16_res": 0,
-    "d_num_fp16_res": 4, "c_scale": 1.0, "disc_c_noise": 0.0, "decoder_lr_mul": 1.0, "sphere_init": 0.0,
+    "d_num_fp16_res": 4, "c_scale": 1.0, "disc_c_noise": 0.0, "decoder_lr_mul": 1.0,
     # The GAN's game: nothing fades any more, no augmentation, no camera in the mapping.
     "gamma": 0.3, "aug": "noaug", "p": 0.2, "target": 0.6, "ada_kimg": 100.0, "style_mixing_prob": 0.0, "gen_pose_cond": False,
     "gpc_reg_prob": 0.5, "gpc_reg_fade_kimg": 0.0, "blur_fade_kimg": 0.0, "nrr_initial": 64, "nrr_final": None, "nrr_fade_kimg": 1000.0,
@@ -184,7 +184,7 @@ def network_facts(source: str | None) -> dict:
 
 FRESH = (  # what only fresh networks can follow
     "cbase", "cmax", "plane_layout", "map_depth", "sr_module", "sr_num_fp16_res", "g_num_fp16_res", "d_num_fp16_res", "c_scale",
-    "disc_c_noise", "sr_noise_mode", "decoder_lr_mul", "sphere_init",
+    "disc_c_noise", "sr_noise_mode", "decoder_lr_mul",
 )
 
 # The mode.

@@ -71,11 +71,6 @@ def test_paths_that_disagree_are_an_error(options, errors, word):
         run_row(fake.row(**errors), options())
 
 
-def test_small_errors_are_recorded(options):
-    record = run_row(fake.row(error=4e-6, gradient_error=5e-5), options())
-    assert record["max_abs_error"] == pytest.approx(4e-6, rel=0.1) and record["gradient_error"] == pytest.approx(5e-5, rel=0.1)
-
-
 def test_rows_are_saved_one_by_one(options):
     settings = options()
 

@@ -76,18 +76,6 @@ def test_pictures_are_the_same(files, fields):
     assert solid.float().mean() > 0.1 and float((before.depth - after.depth)[solid].abs().mean()) < 1e-4
 
 
-def test_extent_one_is_panoheads_and_not_the_same(files, fields, tmp_path):
-    path = tmp_path / "published.safetensors"
-    result = run(network_files.convert, bundled.GENERATOR, "--tri-grid=1", f"--out={path}", "--only-ema")
-    assert result.exit_code == 0, result.output
-    assert float(result.stdout.partition("within ")[2].split()[0]) == pytest.approx(slice_shares(1.0)[1], rel=0.01)
-    ws = ws_of_seeds(load_generator(path).generator, SEEDS, PSI)
-    grid = SlabSpec.of(files[0].generator.bounds, 15)
-    with torch.no_grad():
-        faded = load_generator(path).generator.field(ws).density_grid(grid) - fields[0].density_grid(grid)
-    assert float(faded.abs().max()) > 1
-
-
 @pytest.mark.parametrize("layout", ["eg3d", "fixed"])
 def test_other_networks_are_converted_too(layout):
     """With super-resolution, noise, rays that leave the box, slices along two axes only, and no white behind."""

@@ -14,7 +14,6 @@ import train
 from eg3d_rlhf.core import bundled, registry
 from eg3d_rlhf.core.field import RenderOptions
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation.foreign_scores import main as score
 from eg3d_rlhf.experiments.media.rendering import camera
 from eg3d_rlhf.generators import load_generator, load_networks, ws_of_seeds
 from eg3d_rlhf.modes import reports, samples
@@ -154,15 +153,3 @@ def test_tuning_it_is_evaluated(parts, foreign, reward, tmp_path):
         assert json.loads((tmp_path / "out" / "data" / f"{part}.json").read_text())["rows"], part
     refused = CliRunner().invoke(reports.evaluate, [*flags, f"--reward-ckpt={bundled.REWARD}"])
     assert refused.exit_code == 2 and "box_warp 1.0, got 1.25" in refused.output
-
-
-@pytest.mark.long
-def test_it_is_scored_beside_the_bundled_one_on_one_page(foreign, tmp_path):
-    out, flags = tmp_path / "scores", ["--n=16", "--set=fit=8", "--set=known=16", "--resolution=32", "--device=cpu"]
-    done = run(score, f"--network={bundled.GENERATOR}", f"--network={foreign[0]}", f"--out={out}", *flags)
-    assert "Median reward: raw" in done.stdout and "All generators" in (out / "index.html").read_text()
-    found = json.loads((out / "scores.json").read_text())["networks"]
-    assert list(found) == ["generator", "mirrored"] and found["mirrored"]["alignment"]["scale"] == pytest.approx(SCALE, rel=0.01)
-    np.testing.assert_allclose(found["mirrored"]["alignment"]["shift"], CENTRE, atol=0.01 * SCALE)
-    assert np.corrcoef(found["mirrored"]["scores"]["calibrated"], found["generator"]["scores"]["raw"])[0, 1] >= 0.99
-    assert sorted(path.name for path in (out / "data").glob("*.png")) == ["strip-0.png", "strip-1.png"]

@@ -11,7 +11,6 @@ from scipy.spatial import cKDTree
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators.eg3d import PlaneField as Field
 from eg3d_rlhf.geometry.mesh import (
-    compact,
     count_edges,
     decimate,
     extract_mesh,
@@ -119,15 +118,6 @@ def test_the_largest_part_is_the_largest_body_not_its_hollow():
     vertices, faces, count = largest_part(all_three.vertices, all_three.faces)
     assert count == 3 and len(faces) == len(outer.faces) and len(vertices) == len(outer.vertices)
     assert face_volumes(vertices, faces).sum() == pytest.approx(outer.volume)
-
-
-def test_compact_keeps_the_surface():
-    body = trimesh.creation.icosphere(subdivisions=2)
-    padded = np.concatenate([np.zeros((5, 3)), body.vertices])
-    vertices, faces = compact(padded, body.faces + 5)
-    np.testing.assert_array_equal(vertices[faces], body.vertices[body.faces])
-    assert len(vertices) == len(body.vertices)
-    assert parts(body.faces + 5, len(padded))[0] == 1  # unused vertices are no parts
 
 
 def test_decimation_keeps_a_sphere_closed_and_near():

@@ -11,7 +11,6 @@ from eg3d_rlhf.geometry.mesh import (
     count_edges,
     extract_mesh,
     extract_mesh_blockwise,
-    parts,
     vertex_normals,
 )
 from eg3d_rlhf.geometry.mesh_export import FieldGrid, bounds_of_size, extract_field_mesh
@@ -62,14 +61,6 @@ def test_every_way_of_evaluating_gives_the_same_surface(monkeypatch, refine, den
     mesh = extract_field_mesh(grid, level)
     assert_same_surface(mesh, extract_mesh_blockwise(grid, grid.axes, level))
     assert count_edges(mesh[1]).watertight
-
-
-def test_several_parts_are_all_found():
-    grid = FieldGrid(smooth_field(texels=9, seed=8), 64)
-    level = level_of(grid, 0.99)
-    mesh = extract_field_mesh(grid, level)
-    found = parts(mesh[1], len(mesh[0]))[0]
-    assert found > 3 and found == parts(extract_mesh_blockwise(grid, grid.axes, level)[1], len(mesh[0]))[0]
 
 
 @pytest.mark.parametrize("size", [4, 8])
@@ -184,10 +175,3 @@ def test_a_level_that_is_not_crossed_is_answered_with_one_that_is(form, border, 
     example = float(str(error.value).rsplit(" ", 1)[1].rstrip("."))
     vertices, faces = extract_field_mesh(grid, example)
     assert len(vertices) and count_edges(faces).watertight
-
-
-def test_a_constant_field_has_no_level():
-    field = Points(smooth_field())
-    field.density = lambda points: torch.full((1, len(points)), 12.0)
-    with pytest.raises(ValueError, match=r"level 10, got \[12, 12\]. It is constant: no level has a surface."):
-        extract_field_mesh(FieldGrid(field, 20, 0.1), 10.0)

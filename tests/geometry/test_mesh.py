@@ -56,15 +56,6 @@ def test_a_body_cut_by_the_border_is_closed():
     assert vertices[:, 2].max() <= 0.5 + 0.011 * spec.voxel
 
 
-def test_half_precision_and_arrays_are_taken():
-    spec = SlabSpec.cube(24)
-    expected, _ = extract_mesh(ball(spec), spec)
-    half, _ = extract_mesh(ball(spec).half(), spec)
-    array, _ = extract_mesh(ball(spec).numpy(), spec)
-    np.testing.assert_array_equal(array, expected)
-    assert abs(len(half) - len(expected)) < 0.05 * len(expected)
-
-
 def test_uneven_axes_are_followed():
     spec = SlabSpec.cube(40)
     x, y, z = spec.axes()

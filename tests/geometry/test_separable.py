@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from torch.nn import functional as F
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.geometry.slab import DecoderWeights, pair_maps, sigma_from_planes, tri_grid_density
+from eg3d_rlhf.geometry.slab import DecoderWeights, sigma_from_planes, tri_grid_density
 from tests.geometry.stand_in import random_planes, random_weights
 from torch_utils.ops.slab_density import slab_density
 from torch_utils.ops.triplane_decode import projection_axes
@@ -99,52 +98,12 @@ def random_maps(size, pairs, dtype, scale=1.0):
     return [(torch.randn(shapes[pair], generator=rng, dtype=dtype) * scale).requires_grad_() for pair in pairs]
 
 
-PAIR_SETS = [("xy", "xz"), ("xy", "xz", "yz"), ("yz",), ("xy", "yz"), ("xz",)]
-
-
-@pytest.mark.parametrize("pairs", PAIR_SETS)
-@pytest.mark.parametrize("scale", [1.0, 12.0, 60.0])  # 60: exp(h) would overflow, so the direct form is taken
-@pytest.mark.parametrize("threads", [1, 3])
-def test_maps_against_plain_autograd(pairs, scale, threads):
-    size = (6, 5, 7, 4)
-    maps = random_maps(size, pairs, torch.float32, scale)
-    w, b = torch.randn(5, requires_grad=True), torch.tensor(0.3, requires_grad=True)
-    cotangent = torch.randn(6, 7, 4)
-    hidden = sum(maps).expand(size)
-    expected = torch.einsum("j,xjyz->xyz", w, F.softplus(hidden)) + b
-    expected_grads = torch.autograd.grad(expected, [w, b, *maps], cotangent)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        sigma = slab_density(maps, w, b, (6, 7, 4), chunk=150)
-        grads = torch.autograd.grad(sigma, [w, b, *maps], cotangent)
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    torch.testing.assert_close(sigma, expected, rtol=2e-5, atol=1e-5 * scale)
-    for got, want in zip(grads, expected_grads, strict=True):
-        assert relative(got, want) < 1e-5
-
-
 def test_chunks_do_not_change_the_values():
     maps = random_maps((6, 5, 7, 4), ("xy", "xz", "yz"), torch.float32)
     w, b = torch.randn(5), torch.zeros(())
     values = [slab_density(maps, w, b, (6, 7, 4), chunk=chunk) for chunk in (1, 37, 140, 300, 10**6)]
     for other in values[1:]:
         torch.testing.assert_close(other, values[0], rtol=1e-6, atol=1e-6)
-
-
-def test_pair_maps_merge_the_repeated_plane_of_released_checkpoints():
-    planes, weights = random_planes(1, 2, 8, 8), random_weights(2, 3)
-    axes = [axis * 2 for axis in SPEC.axes()]
-    depth, height, width = SPEC.shape
-
-    def shapes(layout):
-        maps = pair_maps(planes, projection_axes(generate_planes(layout)), axes, weights.w0, weights.b0)
-        return [tuple(m.shape[1:]) for m in maps]
-
-    assert shapes("eg3d") == [(width, 3, height, 1), (width, 3, 1, depth)]
-    assert shapes("fixed") == [(width, 3, height, 1), (width, 3, 1, depth), (1, 3, height, depth)]
 
 
 def test_saved_for_backward_does_not_grow_with_the_volume_times_hidden(layout):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.geometry.slab import _warn_not_separable, normalise_slab, sigma_at
+from eg3d_rlhf.geometry.slab import _warn_not_separable, normalise_slab
 from tests.geometry.stand_in import StandIn, sample_slab, sigma_grid
 from training.triplane import TriPlaneGenerator
 
@@ -35,13 +35,6 @@ def test_gradient_reaches_the_latents(stand_in):
     ws = latents().requires_grad_()
     grads = [torch.autograd.grad(sigma_grid(stand_in, ws, SPEC, impl=impl).square().mean(), ws)[0] for impl in ("separable", "pointwise")]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
-
-
-def test_axis_order_is_z_y_x(stand_in):
-    points = torch.tensor([[axis[i] for axis, i in zip(SPEC.axes(), (1, 4, 6), strict=True)]])
-    planes, axes = stand_in.planes(latents(), "const"), stand_in.renderer.plane_axes
-    expected = sigma_at(planes, axes, stand_in.weights, points)[:, 0]
-    torch.testing.assert_close(sigma_grid(stand_in, latents(), SPEC)[:, 6, 4, 1], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_generators_box_warp_scales_the_planes():

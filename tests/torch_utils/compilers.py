@@ -1,4 +1,4 @@
-"""What a test of compiled ops needs: only a missing compiler skips it; an op that does not build is a failure."""
+"""What a test of ops needs: numbers, and a compiler. Only a missing compiler skips it; an op that does not build is a failure."""
 
 import pytest
 import torch
@@ -32,3 +32,8 @@ def require(device_type: str) -> None:
             pytest.fail(f"{op} ({device_type}): {error}")
         if device_type == "cpu" or torch.cuda.is_available():
             assert build.available(op, device_type), f"{op} ({device_type}) was built, but does not load or gives wrong results"
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """N(0, 1), the same numbers in every type."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

@@ -2,16 +2,11 @@
 
 import pytest
 import torch
-import torch.utils.checkpoint
 
-from tests.torch_utils.compilers import needs_cpp
+from tests.torch_utils.compilers import needs_cpp, noise
 from torch_utils.ops.bias_act import activation_funcs, bias_act
 
 FAST = ["torch", pytest.param("compiled", marks=needs_cpp)]
-
-
-def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def derivatives(x, b, impl, **kwargs):
@@ -104,11 +99,3 @@ def test_what_the_compiled_op_does_not_cover_goes_through_torch():
     torch.testing.assert_close(bias_act(x, b, act="lrelu", gain=-1.0), bias_act(x, b, act="lrelu", gain=-1.0, impl="ref"))
     with pytest.raises(ValueError, match='expected tensors that the compiled op takes for impl="compiled"'):
         bias_act(x, b, act="lrelu", gain=-1.0, impl="compiled")
-
-
-@pytest.mark.parametrize("impl", FAST)
-def test_its_gradient_may_be_checkpointed(impl):
-    x, b = noise(2, 3, 4, 5, dtype=torch.float32).requires_grad_(), noise(3, dtype=torch.float32)
-    expected = torch.autograd.grad(bias_act(x, b, act="lrelu", impl=impl).square().sum(), x)[0]
-    again = torch.utils.checkpoint.checkpoint(lambda x: bias_act(x, b, act="lrelu", impl=impl), x, use_reentrant=False)
-    assert torch.equal(torch.autograd.grad(again.square().sum(), x)[0], expected)

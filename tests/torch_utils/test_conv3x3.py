@@ -5,15 +5,11 @@ import itertools
 import pytest
 import torch
 
-from tests.torch_utils.compilers import needs_cpp
+from tests.torch_utils.compilers import needs_cpp, noise
 from torch_utils import build
 from torch_utils.ops.conv2d_resample import conv2d_resample, modulated_conv2d
 from torch_utils.ops.conv3x3 import conv3x3
 from torch_utils.ops.upfirdn2d import setup_filter
-
-
-def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def derivatives(call, inputs):

@@ -5,16 +5,12 @@ import itertools
 import pytest
 import torch
 
-from tests.torch_utils.compilers import needs_cpp
+from tests.torch_utils.compilers import needs_cpp, noise
 from torch_utils import build
 from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
 FAST = ["torch", pytest.param("compiled", marks=needs_cpp)]
 FACTORS = [(up, down) for up, down in itertools.product([(1, 1), (2, 2), (3, 2)], [(1, 1), (2, 2), (1, 3)])]
-
-
-def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def taps(kind):

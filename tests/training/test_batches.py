@@ -11,7 +11,6 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -231,13 +230,6 @@ ENDS = {  # what happens after iteration 6: the exit code, what is said
     "SIGINT": ("os.kill(0, signal.SIGINT)", 0, "SIGINT: stopped at 24 images. Continue with --resume="),
     "SIGKILL": ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
 }
-
-
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (RuntimeError, 1)])
-def test_workers_end_with_a_run_that_is_broken_off(tiny_data, tiny_networks, tmp_path, monkeypatch, error, code):
-    at_iteration(monkeypatch, 6, Mock(side_effect=error))
-    result = run(*train_flags(tiny_data, tiny_networks, tmp_path, *RUN, "--workers=2"))
-    assert result.exit_code == code and multiprocessing.active_children() == []
 
 
 @pytest.mark.long

@@ -152,44 +152,6 @@ def test_a_further_phase_without_gradient_changes_nothing(tiny_data, tmp_path):
     assert "Idle/drawn" in extra and "Idle/drawn" not in plain
 
 
-def gradients(data, folder, batch_gpu, name, monkeypatch):
-    """Gradients of one phase with every draw that depends on the batch's size held constant."""
-    gan = {"gen_pose_cond": False, "blur_fade_kimg": 0}
-    nets = build_networks(mbstd_group=1)
-    loop = begin(build_loop(data, folder, gan=gan, loop={"batch_gpu": batch_gpu}, nets=nets))
-    loop.cur_nimg = 40
-    phase = next(p for p in loop.phases if p.name == name)
-    taken = {}
-    monkeypatch.setattr(phase.optimizer, "step", lambda: taken.update({k: p.grad for k, p in phase.module.named_parameters()}))
-    fixed = torch.rand([3], generator=torch.Generator().manual_seed(2))
-
-    def points(*size, **_):
-        size = size[0] if isinstance(size[0], list) else list(size)
-        return fixed.expand(size) if size[-1:] == [3] else torch.full(size, 0.5)
-
-    normal = torch.randn
-    monkeypatch.setattr(torch, "rand", points)
-    monkeypatch.setattr(torch, "randn", lambda size, **k: torch.ones(size) if len(size) == 4 else normal(size, **k))
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
-    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
-    loop._run_phase(phase)
-    monkeypatch.undo()
-    return {k: g.double() for k, g in taken.items() if g is not None}, loop.stats.flush()
-
-
-@pytest.mark.parametrize("name", ["Gmain", "Greg", "Dmain", "Dreg"])
-def test_splitting_a_batch_keeps_gradients_and_statistics(tiny_data, tmp_path, monkeypatch, name):
-    whole, whole_stats = gradients(tiny_data, tmp_path, None, name, monkeypatch)
-    split, split_stats = gradients(tiny_data, tmp_path, 2, name, monkeypatch)
-    assert whole.keys() == split.keys() and sum(float(g.abs().sum()) for g in whole.values()) > 0
-    largest = max(g.norm() for g in whole.values())
-    for key in whole:
-        assert (whole[key] - split[key]).norm() <= 1e-4 * whole[key].norm() + 1e-6 * largest, key
-    for key, value in whole_stats.items():
-        assert split_stats[key]["num"] == value["num"]
-        assert split_stats[key]["mean"] == pytest.approx(value["mean"], rel=1e-4, abs=1e-6)
-
-
 def test_frozen_layers_of_d_take_no_gradient_and_keep_their_names(tiny_data, tmp_path):
     free = build_networks()
     loop = begin(build_loop(tiny_data, tmp_path, nets=build_networks(freezed=3)))

@@ -28,13 +28,6 @@ def test_one_line_in_a_log(options, text):
     assert file.getvalue() == text
 
 
-def test_a_bar_within_a_bar_leaves_nothing():
-    file = io.StringIO()
-    for _ in tqdm(range(2), desc="outer", unit="round", file=file):
-        list(tqdm(range(3), leave=None, file=file))
-    assert file.getvalue() == "outer: 2 rounds in 00:00\n"
-
-
 def test_a_terminal_shows_every_step():
     file = Terminal()
     list(tqdm(range(3), file=file, mininterval=0))

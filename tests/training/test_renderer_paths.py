@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from tests import tiny_runs
-from torch_utils.ops import implementations
 from torch_utils.ops.implementations import implementation
 from torch_utils.ops.triplane_decode import sample_planes_channels_first
 from training.rendering import renderer as renderer_module
@@ -144,17 +142,6 @@ def test_double_backward_through_a_rendering():
         (grad,) = torch.autograd.grad(rgb.sum(), list(arguments[1].parameters())[:1], create_graph=True)
         penalties.append(torch.autograd.grad(grad.square().sum(), arguments[1].net[2].weight)[0])
     assert (penalties[0] - penalties[1]).abs().max() <= 1e-3 * penalties[1].abs().max()
-
-
-def test_a_generator_leaves_the_colours_out_on_request():
-    G = tiny_runs.build_networks().G
-    torch.manual_seed(0)
-    ws, points = G.mapping(torch.randn(2, G.z_dim), torch.randn(2, 25)), torch.rand(2, 30, 3) - 0.5
-    full = G.sample_mixed(points, None, ws, noise_mode="const")
-    assert implementations.current() == "auto"
-    alone = G.sample_mixed(points, None, ws, noise_mode="const", sigma_only=True)
-    assert set(alone) == {"sigma"}
-    torch.testing.assert_close(alone["sigma"], full["sigma"], atol=1e-6, rtol=1e-5)
 
 
 def test_stratified_draws_lie_one_in_each_part():

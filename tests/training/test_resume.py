@@ -161,15 +161,3 @@ def test_another_initial_network_is_refused_by_name(straight, tiny_data, tiny_ne
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     init.write_bytes(tiny_networks.read_bytes())
     assert run(f"--resume={folder}", "--kimg=0.032").exit_code == 0
-
-
-def test_another_reward_is_refused_by_name(tiny_data, tiny_networks, tiny_reward, tmp_path):
-    for suffix in (".safetensors", ".json"):
-        shutil.copy(tiny_reward.with_suffix(suffix), tmp_path / f"reward{suffix}")
-    reward = tmp_path / "reward.safetensors"
-    flags = ("--kimg=0.004", "--tick=0.004", "--no-summary", "--reward=sigma", f"--reward-ckpt={reward}")
-    folder = whole_run(tiny_data, tiny_networks, tmp_path / "runs", *flags)
-    data = bytearray(reward.read_bytes())
-    data[-1] ^= 1
-    reward.write_bytes(data)
-    assert_one_line(run(f"--resume={folder}"), f"--resume: reward {reward}: expected the bytes that the run was begun with")

@@ -145,7 +145,7 @@ def check(s: Settings, ranks: Ranks) -> None:
         RewardRun(members=config.round_members, aggregate=config.round_aggregate)
     if config.round_labels == PEOPLE:
         people()
-    nets = gan.open_networks(s, gan.open_dataset(s).resolution, warm_start=False)
+    nets = gan.open_networks(s, gan.open_dataset(s).resolution)
     check_fit(nets, s.gan, s.loop, 1)
     if s.reward.reward_watch is not None:
         with naming("--reward-watch"):

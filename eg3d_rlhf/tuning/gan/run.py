@@ -24,7 +24,7 @@ from training.gan import Gan, check_fit
 from training.gan_phases import GanPhases
 from training.loop import TrainingLoop
 from training.phases import derive_seed, lazy_adam
-from training.starts import field_phase, fit_sphere, picture_phase
+from training.starts import field_phase, picture_phase
 from training.synthetic_heads import resolve_dataset
 
 ADA_AUGMENT = dict.fromkeys(
@@ -42,16 +42,13 @@ def open_dataset(s: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
     return dataset
 
 
-def open_networks(s: Settings, resolution: int, warm_start: bool = True) -> networks.Networks:
-    """Fresh networks, or those that --init names, for images of `resolution` pixels; `warm_start` fits fresh ones to the sphere."""
+def open_networks(s: Settings, resolution: int) -> networks.Networks:
+    """Fresh networks, or those that --init names, for images of `resolution` pixels."""
     if s.net.init == "scratch":
         G_kwargs, D_kwargs = networks_for(s.net, resolution, s.gan)
         torch.manual_seed(derive_seed(s.loop.seed, "init"))
         nets = networks.build(G_kwargs, D_kwargs, {"name": s.data.data, "resolution": resolution})
         G: Any = nets.G
-        if s.net.sphere_init > 0 and warm_start:
-            fit_sphere(G, s.net.sphere_init, seed=derive_seed(s.loop.seed, "sphere"))
-            nets.G_ema.load_state_dict(G.state_dict())
         G.neural_rendering_resolution = s.gan.nrr_initial
         nets.G_ema.neural_rendering_resolution = G.neural_rendering_resolution
         return nets
@@ -90,7 +87,7 @@ class Objects:
     early_stop: EarlyStop | None = None  # which of its snapshots is kept
 
 
-def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
+def build(s: Settings, files: Run) -> Objects:
     """Data, networks, phases, reward and loop of the settings; what rank 0 alone computes reaches the others when the loop starts."""
     ranks = files.ranks
     wanted = s.reward.reward_ckpt
@@ -101,7 +98,7 @@ def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
         )
     device = ranks.device if ranks.world > 1 else choose_device(s.run.device)
     dataset = open_dataset(s, ranks)
-    nets = open_networks(s, dataset.resolution, warm_start and ranks.main).to(device)
+    nets = open_networks(s, dataset.resolution).to(device)
     check_fit(nets, s.gan, s.loop, ranks.world)
     G, D = nets.G, nets.D
     assert G is not None and D is not None
@@ -156,7 +153,7 @@ def observers(watch: Watch | None, early: EarlyStop | None):
 
 def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
     """As `build`, at a state of the run. Args: source: the run's folder or one of its states; previous: see training.checkpoint.read."""
-    objects = build(s, run, warm_start=False)  # weights come from the state
+    objects = build(s, run)  # weights come from the state
     objects.loop.resume(source, previous)
     if objects.watch is not None:
         objects.watch.restore(run.folder / STATS)

@@ -10,7 +10,6 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators.assets.asset import ARCHITECTURE, load_assets, sparsity
 from eg3d_rlhf.generators.assets.grids import GAIN, TriPlanes, Voxels
 from eg3d_rlhf.generators.assets.views import PerspectiveViews
-from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
 from eg3d_rlhf.rewards.depth import Depth
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.points import LevelSetPoints, LiftedPoints
@@ -105,13 +104,6 @@ def test_depth_and_clouds_lie_on_the_ball():
     assert seen.raw[0, :, 16, 16].tolist() == pytest.approx([1, -1, -1], abs=0.02)
     cloud = LevelSetPoints(spec=SlabSpec.cube(32), points=256).observe(field)
     assert torch.allclose(cloud[:, :3].norm(dim=1) / 2, torch.tensor(RADIUS), atol=0.01)
-
-
-def test_a_mesh_of_one_asset():
-    mesh, report = export_mesh(balls().pick([0]), MeshOptions(resolution=48))
-    assert report.watertight and report.outward
-    assert report.volume == pytest.approx(4 / 3 * np.pi * RADIUS**3, rel=0.03)
-    assert (mesh.colors[:, 0] > 240).all() and (mesh.colors[:, 1] < 15).all()
 
 
 def test_rendering_in_parts_is_the_same(monkeypatch):

@@ -50,15 +50,6 @@ def test_it_is_the_plain_loop():
             assert torch.allclose(opacity[asset, view], expected[4:], atol=1e-6)
 
 
-def test_even_fog_in_closed_form():
-    n, pitch = 6, 0.2
-    raw, colours = torch.full((1, n, n, n), 2.0, dtype=torch.float64), torch.full((1, 3, n, n, n), 0.3, dtype=torch.float64)
-    channels, opacity = four_views(raw, colours, pitch)
-    expected = 1 - math.exp(-n * pitch * math.log1p(math.e))
-    assert torch.allclose(opacity, torch.tensor(expected).double())
-    assert torch.allclose(channels[:, :, :3], torch.tensor(0.3 * expected).double())
-
-
 def test_gradients_are_finite_differences():
     voxels = random_voxels(1, 3, torch.float64)
     raw, colours = voxels.raw.detach().div(3).requires_grad_(), torch.sigmoid(voxels.paint).detach().requires_grad_()

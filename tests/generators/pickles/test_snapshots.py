@@ -176,13 +176,6 @@ def test_missing_unexpected_and_misshapen_names_are_listed():
     assert "misshapen: decoder.net.0.weight [3, 3] instead of [64, 32]" in text
 
 
-def test_discriminator_of_another_class_is_left_out(capsys):
-    nets, writer = stock_networks(), SnapshotWriter()
-    D = writer.persistent("SingleDiscriminator", {"_init_kwargs": {}})
-    found = pickles.rebuild(pickles.parse(memoryview(writer.snapshot(nets, ("G_ema",), D=D)), "x.pkl"))
-    assert found.D is None and "SingleDiscriminator" in capsys.readouterr().err
-
-
 def test_frozen_layers_of_D_are_chosen_on_loading(tmp_path):
     nets, path = stock_networks(), tmp_path / "x.pkl"
     path.write_bytes(SnapshotWriter().snapshot(nets))

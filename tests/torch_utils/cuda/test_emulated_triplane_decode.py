@@ -59,12 +59,6 @@ def test_float64(tmp_path):
         assert_close(actual, wanted, 1e-12)
 
 
-def test_the_largest_decoder_that_fits(tmp_path):
-    case = inputs(torch.float32, n=1, p=10, j=128)
-    for actual, wanted in zip(emulated(tmp_path, *case), expected(*case), strict=True):
-        assert_close(actual, wanted, 5e-6)
-
-
 def test_the_order_of_threads_changes_the_gradient_of_the_planes_by_rounding_only(tmp_path):
     case = inputs(torch.float32)
     ascending, descending = emulated(tmp_path, *case), emulated(tmp_path, *case, order=1)

@@ -81,11 +81,6 @@ def test_slab_density_repeats_bit_for_bit():
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
-def test_slab_density_gradcheck():
-    inputs = slab(torch.float64, 3, 4, 5, 3)
-    assert torch.autograd.gradcheck(lambda *t: slab_density(t[:3], t[3], t[4], (3, 4, 5), impl="compiled"), inputs)
-
-
 @pytest.mark.parametrize(
     "size",
     [(2, 3, 64, 48, 32, 5000, 64, 32), (2, 3, 64, 64, 32, 5000, 64, 0), (1, 2, 17, 9, 16, 333, 32, 16), (3, 3, 7, 9, 13, 50, 17, 3)],
@@ -96,21 +91,11 @@ def test_triplane_decode(size):
     agree(lambda impl: decode(points.float() if impl == "compiled" else points.float().double(), impl), inputs)
 
 
-def test_triplane_decode_gradcheck():
-    inputs, points = decoder(torch.float64, 2, 3, 3, 4, 4, 5, 3, 2)
-    assert torch.autograd.gradcheck(decode(points, "compiled"), inputs, nondet_tol=1e-10)
-
-
 @pytest.mark.parametrize("rays,samples", [(4096, 96), (17, 33), (3, 512), (5, 2)])
 def test_ray_march(rays, samples):
     depths = (2.0 + normal(rays, samples, scale=0.3, seed=1).abs()).float().double()  # the same order, and ties, in both precisions
     densities = normal(rays, samples, scale=4.0).float().double().requires_grad_()
     agree(lambda impl: lambda d, t: ray_march(d, t, impl=impl), [densities, depths])
-
-
-def test_ray_march_gradcheck():
-    depths = 2.0 + normal(4, 9, scale=0.3, seed=1).abs()
-    assert torch.autograd.gradcheck(lambda d: ray_march(d, depths, impl="compiled"), [normal(4, 9).requires_grad_()])
 
 
 @pytest.mark.parametrize("samples", [48, 7, 3])
