@@ -38,14 +38,6 @@ def machine(device: str) -> dict[str, str | int | float]:
     return info
 
 
-def versions(device: str) -> dict[str, str]:
-    """Of what decides the speed."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
-    if device == "cuda":
-        found["cuda"] = str(torch.version.cuda)
-    return found
-
-
 def compiled_ops(device: str) -> dict[str, bool]:
     """For every op that has a source for the device, whether its compiled form could be had: without it the fast path is plain torch."""
     from torch_utils import build  # here: reading a report needs no compiler
@@ -55,8 +47,10 @@ def compiled_ops(device: str) -> dict[str, bool]:
 
 def header(device: str, quick: bool) -> dict:
     """The record without its rows."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+    versions |= {"cuda": str(torch.version.cuda)} if device == "cuda" else {}
     return {
-        "machine": machine(device), "threads": torch.get_num_threads(), "versions": versions(device), "compiled_ops": compiled_ops(device),
+        "machine": machine(device), "threads": torch.get_num_threads(), "versions": versions, "compiled_ops": compiled_ops(device),
         "quick": quick, "rows": [],
     }
 

@@ -1,6 +1,5 @@
-"""A family that writes density and colour has pictures by `march`, and with them sheets, meshes and label pages."""
+"""A family that writes density and colour has pictures by `march`, and with them sheets and meshes."""
 
-import gzip
 import math
 import sys
 from pathlib import Path
@@ -17,12 +16,7 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import camera, load_generator, ws_of_seeds
 from eg3d_rlhf.generators.assets.grids import TriPlanes
 from eg3d_rlhf.modes import samples
-from eg3d_rlhf.people.label.drawing import ShapeDrawer
-from eg3d_rlhf.people.label.pairing import PairingOptions, plan
-from eg3d_rlhf.people.label.preparation import prepare
-from eg3d_rlhf.people.label.shape_files import ShapeCache
 from tests import tiny_runs
-from tests.people.label.plans import decode_mesh
 
 PLUGIN = Path(__file__).with_name("balls.py")
 CENTRE = (0.05, -0.03, 0.02)
@@ -117,14 +111,3 @@ def test_sheets_and_meshes(balls, pair, tmp_path):
     mesh = trimesh.load(tmp_path / "balls.ply")
     assert mesh.is_watertight
     assert mesh.volume == pytest.approx(4 / 3 * math.pi * float((radii[0] ** 3).sum()), rel=0.02)
-
-
-def test_label_pages(balls, tmp_path):
-    cache = ShapeCache(tmp_path)
-    pairs = plan(PairingOptions(pairs=1, gold=1, training=0, resolution=40, triangles=600), load_generator(balls)).pairs
-    shapes = [side for match in pairs for side in (match.first, match.second)]
-    prepare(shapes, cache, ShapeDrawer(), renders=True)
-    for shape in shapes:
-        assert cache.failure(shape) is None and cache.render(shape) is not None
-        vertices, _ = decode_mesh(gzip.decompress(cache.mesh(shape).read_bytes()))
-        assert (abs(vertices - CENTRE) <= 0.5).all()

@@ -11,7 +11,6 @@ from eg3d_rlhf.geometry.mesh import (
     count_edges,
     extract_mesh,
     extract_mesh_blockwise,
-    vertex_normals,
 )
 from eg3d_rlhf.geometry.mesh_export import FieldGrid, bounds_of_size, extract_field_mesh
 from eg3d_rlhf.geometry.slab import SeparableDensity
@@ -104,18 +103,6 @@ def test_a_box_whose_corners_lie_on_corners_of_bricks(size):
             mesh = extract_mesh_blockwise(lambda part, volume=volume: volume[part], axes, 0.0, planes)
             assert_same_surface(mesh, extract_mesh(volume.transpose(2, 1, 0), axes, 0.0))
             assert count_edges(mesh[1]).watertight
-
-
-def test_normals_and_edges_of_an_extracted_surface():
-    grid = FieldGrid(smooth_field(), 48)
-    vertices, faces = extract_field_mesh(grid, level_of(grid, 0.8))
-    normals = vertex_normals(vertices, faces)
-    np.testing.assert_allclose(np.linalg.norm(normals, axis=1), 1, atol=1e-5)
-    expected = np.zeros(vertices.shape)
-    corners = vertices[faces].astype(np.float64)
-    for corner in range(3):
-        np.add.at(expected, faces[:, corner], np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]))
-    np.testing.assert_allclose(normals, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
 
 
 def test_errors_are_those_of_the_whole_volume():

@@ -56,15 +56,6 @@ def test_a_body_cut_by_the_border_is_closed():
     assert vertices[:, 2].max() <= 0.5 + 0.011 * spec.voxel
 
 
-def test_uneven_axes_are_followed():
-    spec = SlabSpec.cube(40)
-    x, y, z = spec.axes()
-    vertices, _ = extract_mesh(ball(spec), (x, y * 2, z.exp()))
-    expected, _ = extract_mesh(ball(spec), spec)
-    np.testing.assert_allclose(vertices[:, 1], expected[:, 1] * 2, atol=1e-6)
-    np.testing.assert_allclose(vertices[:, 2], np.exp(expected[:, 2]), atol=1e-3)
-
-
 def test_user_errors(tmp_path):
     spec = SlabSpec.cube(16)
     sigma = ball(spec)

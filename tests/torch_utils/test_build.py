@@ -14,7 +14,6 @@ import torch
 
 from tests.torch_utils.compilers import needs_cpp
 from torch_utils import build
-from torch_utils.ops.implementations import choose, implementation
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,19 +186,3 @@ def test_a_wheel_holds_every_file_that_is_compiled_or_included(monkeypatch):
     assert {path.suffix for path in found} == {".cpp", ".cu", ".h", ".cuh"}
     assert {path.name for path in found} - packed == set()
     assert "torch_utils.ops" in command.packages and "tests" not in command.packages
-
-
-def test_choose():
-    assert choose("f", "ref", "no_such_op", "cpu") == "ref"
-    assert choose("f", "auto", "no_such_op", "cpu") == "torch"
-    assert choose("f", "auto", "slab_density", "cpu", applies=False) == "torch"
-    assert choose("f", "auto", "slab_density", "cpu", dropped=True) == "torch"
-    with implementation("torch"):
-        assert choose("f", "auto", "slab_density", "cpu") == "torch"
-        with implementation("ref"):
-            assert choose("f", "auto", "slab_density", "cpu") == "ref"
-        assert choose("f", "auto", "slab_density", "cpu") == "torch"
-    with pytest.raises(ValueError, match="python -m torch_utils.build"):
-        choose("f", "compiled", "no_such_op", "cpu")
-    with pytest.raises(ValueError, match='Use impl="auto"'):
-        choose("f", "compiled", "slab_density", "cpu", applies=False)

@@ -127,5 +127,3 @@ def test_maps_that_do_not_fit_are_refused():
     *maps, w, b = random_inputs(("xy", "xz"), (3, 4, 5), 2)
     with pytest.raises(ValueError, match="expected maps .* got"):
         slab_density([maps[0].transpose(0, 1), maps[1]], w, b, (3, 4, 5))
-    with pytest.raises(ValueError, match="expected impl to be one of auto, compiled, torch, ref"):
-        slab_density(maps, w, b, (3, 4, 5), impl="fast")

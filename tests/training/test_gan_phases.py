@@ -60,23 +60,6 @@ def test_style_mixing_runs_in_every_phase(tiny_data, phase, reg_type):
     assert total > 0 and any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
 
 
-def test_style_mixing_keeps_the_first_ws_and_replaces_the_last():
-    phases = phases_of(style_mixing_prob=1.0)
-    z, c = torch.randn([3, 8], generator=torch.Generator().manual_seed(0)), torch.zeros([3, 25])
-    plain = phases.G.mapping(z, c)
-    torch.manual_seed(0)
-    cuts = set()
-    for _ in range(20):
-        mixed = phases.ws(z, c, None)
-        same = (mixed == plain).all(dim=2).all(dim=0)
-        cut = int(same.sum())
-        assert 1 <= cut < plain.shape[1] and same.tolist() == [i < cut for i in range(plain.shape[1])]
-        cuts.add(cut)
-    assert len(cuts) > 1
-    phases = phases_of(style_mixing_prob=0.0)
-    assert torch.equal(phases.ws(z, c, None), phases.G.mapping(z, c))
-
-
 @pytest.mark.parametrize("swap", [torch.ones([4, 1], dtype=torch.bool), torch.tensor([[True], [False], [True], [False]]), None])
 def test_the_latent_that_is_mixed_in_sees_the_true_camera(tiny_data, swap):
     """EG3D's order of draws: where to cut, whether to, then the second latent."""

@@ -1,4 +1,4 @@
-"""Super-resolution modules: their buffers are EG3D's, official files are read, and what the one without super-resolution does."""
+"""Super-resolution modules: official files are read, and what the one without super-resolution does."""
 
 from functools import cache
 
@@ -7,7 +7,7 @@ import torch
 from eg3d_rlhf.generators import pickles
 from tests.generators.pickles.writer import G_KWARGS, RENDERING, SnapshotWriter
 from training import networks
-from training.superresolution import MODULES, NoSuperresolution, SuperresolutionHybrid
+from training.superresolution import NoSuperresolution
 from training.triplane import TriPlaneGenerator
 
 FILTER = "superresolution.resample_filter"
@@ -20,13 +20,6 @@ def with_8x() -> networks.Networks:
     rendering = {**RENDERING, "image_resolution": 512, "superresolution_module": "training.superresolution.SuperresolutionHybrid8X"}
     kwargs = {**G_KWARGS, "img_resolution": 512, "rendering_kwargs": rendering}
     return networks.Networks(None, None, TriPlaneGenerator(**kwargs).eval(), kwargs, None, {})
-
-
-def test_the_modules_that_register_the_filter_are_those_of_eg3d():
-    hybrids = {name: cls for name, cls in MODULES.items() if issubclass(cls, SuperresolutionHybrid)}
-    assert {name for name, cls in hybrids.items() if not cls.has_resample_filter} == {"SuperresolutionHybrid8XDC"}
-    state = with_8x().G_ema.state_dict()
-    assert torch.allclose(state[FILTER], torch.tensor([1.0, 3, 3, 1]).outer(torch.tensor([1.0, 3, 3, 1])) / 64)
 
 
 def test_an_official_pickle_with_the_8x_module_is_read():

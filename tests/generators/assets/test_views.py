@@ -111,9 +111,3 @@ def test_cameras_look_at_the_middle_and_a_seed_repeats():
     assert torch.allclose(pose[:, :3, 3] + views.distance[:, None] * pose[:, :3, 2], torch.zeros(6, 3), atol=1e-5)
     assert torch.allclose(pose[:, 1, 3], views.distance * torch.deg2rad(views.elevation).sin(), atol=1e-5)
     assert torch.allclose(views.cameras[:, 16], 0.5 / torch.tan(torch.deg2rad(views.fov) / 2), atol=1e-5)
-
-
-def test_the_four_sides():
-    places = evenly_around(2).cameras[:, [3, 7, 11]]
-    expected = torch.tensor([[0, 0, 1.5], [1.5, 0, 0], [0, 0, -1.5], [-1.5, 0, 0]]).repeat(2, 1)
-    assert torch.allclose(places, expected, atol=1e-6)
