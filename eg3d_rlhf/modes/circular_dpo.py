@@ -164,10 +164,8 @@ def resolve(flags: Flags) -> CircularRun:
         judging=Judging(**{"batch": (defaults.choosing or Choosing()).batch, **judging}),
         summary=not flags["no_summary"], artefacts=str(flags["artefacts"] or flags["outdir"] / "artefacts"),
     )
-    if groups is not None:
-        run.plan.tasks()  # validates
-        if "anchor" in groups and not run.circular.loop.dpo.sft_weight:
-            raise ValueError("--ablate=anchor: expected an anchor to train on, got --loop-sft-weight=0. Raise it, or leave the arm out.")
+    if "anchor" in (groups or ()) and not run.circular.loop.dpo.sft_weight:
+        raise ValueError("--ablate=anchor: expected an anchor to train on, got --loop-sft-weight=0. Raise it, or leave the arm out.")
     return run
 
 

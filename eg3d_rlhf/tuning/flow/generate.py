@@ -36,20 +36,18 @@ def times(sampling: Sampling) -> list[float]:
 
 
 def sample(
-    stage: FlowStage, noise: Batch, cond: Condition, no_cond: Condition | None, sampling: Sampling | None = None,
-    on_step: Callable[[int], None] | None = None,
+    stage: FlowStage, noise: Batch, cond: Condition, no_cond: Condition | None, sampling: Sampling | None = None
 ) -> Batch:
     """Latents x_0 from noise, without gradient; the model runs in eval mode and gets its modes back.
 
     Args:
         noise: N samples, moved to the device of `cond`; cond: N rows; no_cond: N rows or 1, or None where guidance is off.
-        sampling: None takes the stage's own; on_step: called with 1 after every step, as a progress bar's update.
+        sampling: None takes the stage's own.
     Raises: ValueError for latents that are not finite.
     """
     x = noise
     for x, _ in trajectory(stage, noise, cond, no_cond, sampling):  # noqa: B007 (the last one is the result)
-        if on_step is not None:
-            on_step(1)
+        pass
     if not torch.isfinite(feats_of(x)).all():
         raise ValueError(f"sample: expected finite latents of stage {stage.name!r}, got others. Check its weights and the conditions.")
     return x
@@ -125,7 +123,7 @@ def stage_noise(stage: FlowStage, seeds: Sequence[int], given: Sequence[Voxels])
 
 def generate(
     pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None, batch: int = 16,
-    stages_given: Mapping[str, Sequence[Voxels]] | None = None, on_batch: Callable[[int], None] | None = None,
+    stages_given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> list[Asset]:
     """One asset per condition and seed, all stages in turn.
 
@@ -134,7 +132,6 @@ def generate(
     Args:
         conditions, seeds: [N] each; models: networks in place of stages' own; batch: assets at once.
         stages_given: by the name of a stage, what the stages before would leave to it, [N]; they are then not run.
-        on_batch: called with the number of assets just finished.
     Raises: ValueError for lengths or stage names that do not fit, or a structure without a voxel.
     """
     names, stages_given = [stage.name for stage in pipeline.stages], stages_given or {}
@@ -149,8 +146,6 @@ def generate(
         part = slice(i, i + batch)
         places = _through(pipeline, before, conditions[part], seeds[part], given[part])
         assets += pipeline.decode(stage_latents(pipeline, last, conditions[part], seeds[part], places))
-        if on_batch:
-            on_batch(len(seeds[part]))
     return assets
 
 

@@ -289,13 +289,14 @@ class FlowStage:
         """v in this package's convention, by the stage's module or another of its kind in its place.
 
         Args: t: [N] in 0..1, 1 is noise; step: how long a step will be made of v, where the module can be told; None: v as trained.
-        Differentiable in: x_t, the module's parameters.
+        Raises: ValueError for a step where the module cannot be told. Differentiable in: x_t, the module's parameters.
         """
         model, at = self.model if model is None else model, 1 - t if self.data_at_one else t
         if step is None:
             v = self.call(model, x_t, at, cond)
+        elif self.call_step is None:
+            raise ValueError(f"stage {self.name!r}: expected no shortcut, whose length of steps its network does not read. Set it off.")
         else:
-            assert self.call_step is not None, "sampling with shortcut, by a network that is not told how long a step is"
             v = self.call_step(model, x_t, at, cond, torch.full_like(t, step))
         return opposite(at, v)[1] if self.data_at_one else v
 
@@ -365,7 +366,7 @@ def with_models(pipeline: Pipeline, models: Mapping[str, torch.nn.Module]) -> It
 
 
 @torch.no_grad()
-def check_convention(stage: FlowStage, x_0: Batch, cond: Condition, seed: int = 0) -> None:
+def check_convention(stage: FlowStage, x_0: Batch, cond: Condition) -> None:
     """Refuse a model that was trained with its data at the other end: read that way, it explains data x_0 far better.
 
     Raises: ValueError where the flow-matching error of the other reading is below half of the stage's own.
@@ -373,7 +374,7 @@ def check_convention(stage: FlowStage, x_0: Batch, cond: Condition, seed: int = 
     device = tensor_of(cond).device
     x_0 = x_0.to(device)
     latents = separate(x_0)
-    eps = stage.noise([seed + i for i in range(len(latents))], [x.coords if isinstance(x, SparseSample) else None for x in latents])
+    eps = stage.noise(range(len(latents)), [x.coords if isinstance(x, SparseSample) else None for x in latents])
     eps, t = eps.to(device), torch.linspace(0.1, 0.9, count(x_0), device=device)
     x_t = stage.path.mix(x_0, t, eps)
     error = stage.path.errors(stage.velocity(x_t, t, cond), x_0, eps).mean()

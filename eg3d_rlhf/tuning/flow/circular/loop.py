@@ -216,9 +216,8 @@ def run_loop(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: 
     """The whole loop, `settings.rounds` times. Returns the networks behind every stage, and a description of each step.
 
     A later round in which nothing crosses a gap ends the loop with the networks of the one before.
-    Raises: ValueError for a pipeline of one stage, or where nothing crosses a gap in the first round.
+    Raises: ValueError where nothing crosses a gap in the first round.
     """
-    check(loop.problem)
     stages = [stage.name for stage in loop.problem.pipeline.stages]
     lineage: dict[str, tuple[Artefact, ...]] = {}
     steps: list[dict] = []

@@ -130,35 +130,6 @@ class Drawn:
     x_0: Batch
 
 
-Velocity = Callable[..., Batch]  # of (x, time, cond, no_cond)
-
-
-def explore(
-    steps: Sequence[SdeStep], kept: Sequence[int], noise: Callable[[int], Batch], policy: Velocity, reference: Velocity, cond: Condition,
-    no_cond: Condition | None,
-) -> Drawn:
-    """Draw samples step by step; without gradient.
-
-    Args:
-        kept: numbers of the steps to train on; noise: standard normal numbers, of 0 the start and of i + 1 the noise of step i.
-        policy, reference: their velocities, guidance included.
-    """
-    x = noise(0)
-    moves: list[Move] = []
-    with torch.no_grad():
-        for i, step in enumerate(steps):
-            mean = step.mean(x, policy(x, step.t, cond, no_cond))
-            if i == len(steps) - 1:
-                return Drawn(cond=cond, no_cond=no_cond, moves=moves, x_0=mean)
-            to = with_feats(mean, feats_of(mean) + step.std * feats_of(noise(i + 1)))
-            if i in kept:
-                other = step.mean(x, reference(x, step.t, cond, no_cond))
-                log_p, far = log_density(to, mean, step.std), divergence(mean, other, step.std)
-                moves.append(Move(step=step, x=x, to=to, log_p=log_p, reference=other, far=far))
-            x = to
-    raise AssertionError("a sampler has a step")
-
-
 @dataclass(kw_only=True)
 class Explorer:
     """Draws groups of samples from a policy, and compares its steps with those of a frozen network."""
@@ -195,9 +166,24 @@ class Explorer:
                 draws = [derive_seed("move", seed, k, move) for seed, k in zip(group_seeds, number, strict=True)]
                 return stage_noise(stage, draws, places).to(self.device)
 
-            drawn.append(explore(self.steps, kept, noise, self.velocity, self._reference, cond, no_cond))
+            drawn.append(self._drawn(noise, kept, cond, no_cond))
             rewards.append(self.task.rewards(drawn[-1].x_0, names, group_seeds))
         return drawn, torch.cat(rewards).view(-1, K)
+
+    @torch.no_grad()
+    def _drawn(self, noise: Callable[[int], Batch], kept: Sequence[int], cond: Condition, no_cond: Condition | None) -> Drawn:
+        """Samples, step by step. Args: noise: standard normal numbers, of 0 the start and of i + 1 the noise of step i."""
+        x, moves = noise(0), list[Move]()
+        for i, step in enumerate(self.steps[:-1]):
+            mean = step.mean(x, self.velocity(x, step.t, cond, no_cond))
+            to = with_feats(mean, feats_of(mean) + step.std * feats_of(noise(i + 1)))
+            if i in kept:
+                other = step.mean(x, self._reference(x, step.t, cond, no_cond))
+                log_p, far = log_density(to, mean, step.std), divergence(mean, other, step.std)
+                moves.append(Move(step=step, x=x, to=to, log_p=log_p, reference=other, far=far))
+            x = to
+        last = self.steps[-1]
+        return Drawn(cond=cond, no_cond=no_cond, moves=moves, x_0=last.mean(x, self.velocity(x, last.t, cond, no_cond)))
 
     def velocity(self, x: Batch, t: float, cond: Condition, no_cond: Condition | None) -> Batch:
         """The policy's, with guidance, in float32. Differentiable in: the policy's parameters."""

@@ -108,17 +108,6 @@ def test_pairs_of_samples_are_ordered_by_the_reward_within_groups():
     assert [p.id for p in ranked_pairs(bench.task, bench.grpo, 3, batch=64)] == [p.id for p in pairs]
 
 
-def test_a_plugins_reward_tunes_what_has_none_of_its_own(tiny, tmp_path, monkeypatch):
-    bare = tiny_problem(reward=None, chooser=None, final=None, parts=None)
-    for module in (commands, arms):
-        monkeypatch.setattr(module, "open_problem", lambda source, device: bare)
-    assert_one_line(run(f"--outdir={tmp_path}"), "--reward: expected the name of one, got none")
-    monkeypatch.setitem(arms.REWARDS, "full", lambda problem: full)
-    tiny("--reward=full")
-    found = json.loads((tmp_path / "00000-grpo-toy-voxels" / "grpo.json").read_text())
-    assert found["judge"] == "reward" and found["problem"]["problem"] == "tiny"
-
-
 # What docs/circular-dpo.md says of GRPO on the toy, for one training seed.
 
 

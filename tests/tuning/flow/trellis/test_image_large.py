@@ -8,7 +8,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from eg3d_rlhf.modes import flow_files as commands
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions, write_conditions
@@ -18,7 +17,7 @@ from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.generate import generate
 from eg3d_rlhf.tuning.flow.stage import Sampling
 from tests.tuning.flow.documented_commands import run_section
-from tests.tuning.flow.trellis.tiny_trellis import DINO, STEMS, write_hub, write_image_trellis
+from tests.tuning.flow.trellis.tiny_trellis import DINO, write_hub, write_image_trellis
 
 FEW = "--steps=6 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --table-noises=2 --set=loop_pairs=2 --set=roles=reward".split()
 FEW += ["--set=views=2", "--device=cpu"]
@@ -56,20 +55,6 @@ def test_settings_conditions_and_the_null_are_those_of_image_large(root):
     write_conditions(Path("OTHER") / "conditions.safetensors", other)
     done = tool("draw", f"--pipeline={root}", "--out=OTHER")
     assert done.exit_code == 2 and f"expected tokens [L, {DINO}] for stage 'structure'" in done.output, done.output
-
-
-@pytest.mark.parametrize("stem", ["ss_flow", "slat_flow", "ss_dec", "slat_dec_gs"])
-def test_tensors_that_do_not_fit_are_refused_in_one_line(root, stem):
-    write_conditions(Path("X") / "conditions.safetensors", Conditions(tokens={"a": torch.zeros(9, DINO)}, zero_null=True))
-    path = root / "ckpts" / f"{STEMS[stem]}.safetensors"
-    state = load_file(path)
-    name = next(iter(state))
-    lacking, misshapen = {n: x for n, x in state.items() if n != name}, {**state, name: state[name][None].contiguous()}
-    renamed = {**lacking, "odd": state[name]}
-    for i, (content, message) in enumerate(((lacking, f"missing: {name}"), (renamed, "unexpected: odd"), (misshapen, "misshapen: "))):
-        save_file(content, path)
-        done = tool("draw", f"--pipeline={root}", "--conditions=X", f"--out=X{i}", "--each=1")
-        assert done.exit_code == 2 and message in done.output and path.name in done.output and "Traceback" not in done.output, done.output
 
 
 @pytest.mark.long

@@ -76,27 +76,3 @@ def test_fast_and_reference_agree(stage_name, lora, dpo):
     assert largest > 0
     for a, b in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * largest)
-
-
-def test_dropout_of_adapters_still_acts():
-    work, parameters = updates("structure", replace(LORA, dropout=0.5), DpoConfig(beta=2.0))
-    work.policy.train()
-    dropped, _ = outcome(work, parameters, "auto")
-    work.policy.eval()
-    whole, _ = outcome(work, parameters, "auto")
-    assert not torch.allclose(dropped, whole, rtol=1e-4)
-
-
-def test_a_block_is_passed_twice_and_its_attention_once(monkeypatch):
-    """Of the blocks that keep it; the others compute it again."""
-    calls = []
-    whole = transformer._SelfAttention.forward
-
-    def counted(ctx, qkv, q_gain, k_gain, known):
-        calls.append(known[0] is not None)
-        return whole(ctx, qkv, q_gain, k_gain, known)
-
-    monkeypatch.setattr(transformer._SelfAttention, "forward", staticmethod(counted))
-    work, parameters = updates("structure", LORA, DpoConfig(kind="sft"))
-    outcome(work, parameters, "auto")
-    assert calls in ([], [False] * 6 + [False] * 2 + [True] * 4)  # none where products are torch's own

@@ -22,17 +22,6 @@ def run(*flags):
     return CliRunner().invoke(main, [str(f) for f in flags])
 
 
-def test_ranking(ranked, pipeline, trellis_root, tmp_path):  # noqa: F811
-    folder, rows = ranked
-    path = write_list(folder, rows)
-    done = run("ranking", f"--list={path}", f"--pipeline={trellis_root}", f"--out={tmp_path / 'out'}", "--device=cpu")
-    assert done.exit_code == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["pairs"] == {"structure": 3, "latent": 3} and set(report["hashes"]) == {"structure", "latent"}
-    assert read_ranking(path, pipeline).report["assets"] == report["assets"] == 3
-    assert json.loads((tmp_path / "out" / "latent" / "meta.json").read_text())["hash"] == report["hashes"]["latent"]
-
-
 def test_dso(samples, trellis_root, tmp_path):  # noqa: F811
     done = run("dso", f"--samples={samples}", f"--pipeline={trellis_root}", f"--out={tmp_path / 'out'}")
     assert done.exit_code == 0 and json.loads(done.stdout)["pairs"] == 3

@@ -94,7 +94,9 @@ def calibrated(assets: Sequence[SplatAsset], voxels: Sequence[torch.Tensor], res
     Args: voxels: [v, 3] of each asset.
     Returns: {"share", "iou": mean intersection over union at it, "tried": [[share, iou], ...]}, JSON types.
     """
-    assert len(assets) == len(voxels) > 0
+    assert len(assets) == len(voxels)
+    if not assets:
+        raise ValueError("--list: expected assets, got none. Draw some.")
     found = torch.zeros(len(SHARES), dtype=torch.float64)
     for asset, own in zip(assets, voxels, strict=True):
         x, y, z = own.cpu().long().unbind(1)

@@ -204,12 +204,6 @@ def build_model(content: Mapping, who: str, architectures: Architectures = ARCHI
     return model(config)
 
 
-def read_model(stem: Path) -> nn.Module:
-    """The untrained model of <stem>.json."""
-    path = with_ending(stem, ".json")
-    return build_model(read_json(path), str(path))
-
-
 def load_model(
     stem: Path, dtype: torch.dtype | None = None, *, weights: Path | None = None, device: str | torch.device = "cpu",
     architectures: Architectures = ARCHITECTURES, prepare: Callable[[Any, Any, State, str], State] | None = None,

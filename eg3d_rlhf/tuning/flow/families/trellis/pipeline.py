@@ -16,7 +16,7 @@ from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, spare_memory
+from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, read_json, spare_memory
 from eg3d_rlhf.tuning.flow.families.trellis import files
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, voxel_features, voxels_filled
 from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder
@@ -146,7 +146,7 @@ def load_pipeline(
         files.find_model(file, name)
     flows = {
         stage: files.load_model(stem, dtype=dtype, device=device) if sampled
-        else empty(partial(files.read_model, stem))
+        else empty(partial(files.build_model, read_json(files.with_ending(stem, ".json")), stem.name))
         for stage, stem in stems.items()
     }
     spare_memory(flows.values(), device)

@@ -30,7 +30,7 @@ from training.progress import tqdm
 
 def trellis_problem(
     root: Path, pairs: Path | Sequence[Path] = (), *, conditions: Path | None = None, dtype: torch.dtype | None = torch.float32,
-    device: str | torch.device = "cpu", seed: int = 0, held_out: float = 0.2, encoding: Encoding | None = None, recompute: bool = True,
+    device: str | torch.device = "cpu", seed: int = 0, held_out: float = 0.2, encoding: Encoding | None = None,
 ) -> Problem:
     """A problem from TRELLIS's files and people's pairs.
 
@@ -41,7 +41,6 @@ def trellis_problem(
     Args:
         root: folder with pipeline.json; pairs: a folder as above, or one for each stage; by default <root>/pairs.
         conditions: embeddings, by default those beside the pairs; dtype: see models.load_model; held_out: share of the conditions.
-        recompute: compute the flows' blocks again in the backward pass: about a third more time for much less memory.
     Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
     """
     root = Path(root)
@@ -52,7 +51,7 @@ def trellis_problem(
     both = set(folders) == set(files.FLOWS)
     pipeline = load_pipeline(root, tokens, dtype=dtype, device=device, encoding=encoding, whole=both)
     for stage in pipeline.stages:
-        stage.model.recompute = recompute  # type: ignore[assignment]  # a plain attribute of every flow
+        stage.model.recompute = True  # type: ignore[assignment]  # blocks again in the backward pass: a third more time, much less memory
     return folder_problem(
         pipeline, folders, tokens, seed=seed, held_out=held_out, judge=RewardOfPairs, check=partial(_check_origin, pipeline),
         identity={
