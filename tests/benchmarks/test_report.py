@@ -32,10 +32,6 @@ def test_other_files_are_refused(tmp_path):
             report.read(path)
 
 
-def test_ratio_is_that_of_the_medians():
-    assert report.ratio([1.0, 2.0, 100.0], [0.5, 1.0, 0.1]) == 4.0
-
-
 def test_deviations_are_relative_to_the_largest_value_and_gradient():
     reference = Outcome({"a": torch.tensor([100.0, 1.0]), "b": torch.tensor([0.1])}, {"w": torch.tensor([8.0]), "v": torch.tensor([0.01])})
     fast = Outcome({"a": torch.tensor([100.0, 1.5]), "b": torch.tensor([0.2])}, {"w": torch.tensor([8.0]), "v": torch.tensor([0.05])})

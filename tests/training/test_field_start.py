@@ -19,7 +19,7 @@ from training.heads.family import APPEARANCE_COUNT, APPEARANCE_NAMES, SHAPE_COUN
 from training.heads.render import pixel_rays, render_heads, shade, union_field
 from training.heads.sdf import head_geometry, head_sdf
 from training.rendering.renderer import DETACHED
-from training.starts import LAST_SHARE, cosine, field_phase, held_density, named_heads, picture_phase, raw_density
+from training.starts import field_phase, held_density, named_heads, picture_phase, raw_density
 from training.synthetic_heads import HeadsOptions, head_parameters
 
 
@@ -85,12 +85,6 @@ def test_the_loss_is_zero_at_the_truth_and_grows_with_the_error(heads):
 def config(**more):
     field = {"field_kimg": 1.0, "field_lr": 0.002}
     return Settings.of({"task": SCRATCH, **PRESETS["heads64", SCRATCH], "gen_pose_cond": False, "cbase": 256, **field, **more})
-
-
-def test_the_step_size_falls_to_a_fiftieth():
-    steps = [cosine(0.02, n / 20) for n in range(21)]
-    assert steps[0] == 0.02 and steps == sorted(steps, reverse=True)
-    assert steps[-1] == pytest.approx(LAST_SHARE * 0.02) == cosine(0.02, 1.5)
 
 
 def test_a_few_steps_move_the_field_towards_the_named_heads():
