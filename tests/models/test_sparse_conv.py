@@ -79,17 +79,6 @@ def test_opposite_borders_of_the_grid_are_no_neighbours():
     assert [len(written) for written, _ in found] == [0] * 13 + [8] + [0] * 13
 
 
-def test_computes_in_the_type_of_autocast():
-    x, layer = random_batch(dtype=torch.float32), SubmanifoldConv(3, 4)
-    full = layer(x).feats
-    with torch.autocast("cpu", torch.bfloat16):
-        half = layer(x).feats
-    assert half.dtype == torch.bfloat16 and full.dtype == torch.float32
-    torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
-    half.float().sum().backward()
-    assert layer.conv.weight.grad.dtype == torch.float32 and layer.conv.weight.grad.abs().sum() > 0
-
-
 def test_refuses_what_it_cannot_compute():
     weight, bias = kernel()
     twice = SparseBatch(torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.float64), 1)

@@ -154,14 +154,6 @@ def test_mistakes_are_one_line(name, tmp_path):
     assert len(errors) == 1 and text in errors[0] and result.stderr.rstrip().endswith(errors[0]) and list(tmp_path.glob("*.ply")) == []
 
 
-def test_eg3ds_own_field_of_view_is_accepted(tmp_path):
-    """Its default is the whole number 18."""
-    for folder, flags in (("ours", []), ("theirs", ["--fov-deg=18"])):
-        assert run(samples.images, "--seeds=1", f"--outdir={tmp_path / folder}", *flags).exit_code == 0
-    ours, theirs = (np.asarray(PIL.Image.open(tmp_path / name / "seed0001.png")).astype(int) for name in ("ours", "theirs"))
-    assert 0 < np.abs(ours - theirs).max()
-
-
 @pytest.mark.parametrize("tool", [samples.images, samples.videos, samples.mesh])
 def test_dry_runs_print_json_and_write_nothing(tool, tmp_path):
     target = ["--out", tmp_path / "x" / "a.ply"] if tool is samples.mesh else ["--seeds=0-3", "--outdir", tmp_path / "x"]
