@@ -173,7 +173,7 @@ class GanConfig:
     ema_kimg: float = knob(10.0, "Half-life of G_ema.", OPT, metavar="KIMG", low=0, shown="batch*10/32; heads64: 0.1", rare=True)
     amp: str = knob(
         "off", "bf16: main phases in bfloat16 (autocast); weights, losses, R1, density and rendering stay in float32.", OPT,
-        choices=("off", "bf16"), rare=True,
+        choices=("off", "bf16"),
     )
     ema_rampup: float | None = 0.05  # limit the half-life to this share of the images seen; None = no ramp
     ada_kimg: float = 500.0  # images over which augmentation may grow by 1

@@ -74,8 +74,8 @@ def test_published_presets_keep_eg3ds_defaults():
 
 
 MISTAKES = {  # flags -> what the line must say
-    "clip": (["--reward=sigma", "--set=reward_clip=5,1"], "--set reward_clip: expected LOW,HIGH"),
-    "clip words": (["--reward=sigma", "--set=reward_clip=wide"], "--set reward_clip: expected LOW,HIGH"),
+    "clip": (["--reward=sigma", "--reward-clip=5,1"], "--reward-clip: expected LOW,HIGH"),
+    "clip words": (["--reward=sigma", "--reward-clip=wide"], "--reward-clip: expected LOW,HIGH"),
     "batch split": (["--batch=8", "--batch-gpu=3"], "--batch-gpu: expected a divisor of --batch=8, got 3"),
     "no data": (["--cfg=ffhq", "--gamma=1", "--batch=8"], "--data: expected a dataset for --cfg=ffhq"),
     "no gamma": (["--cfg=ffhq", "--data=x.zip", "--batch=8"], "--gamma: expected a value"),

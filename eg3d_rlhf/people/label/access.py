@@ -95,6 +95,8 @@ def _hand_over(name: str, address: str | None, qr: Path | None, db: str, create:
     sys.stdout.flush()
     where = "" if server else " behind the server's address (--address=URL puts it there)"
     click.echo(f"or this link{where}; it logs in whoever has it:\n{link}", err=True)
+    if server and sys.stdout.isatty() and sys.stderr.isatty():
+        segno.make(link, error="l").terminal(sys.stderr, compact=True)
     if qr is not None:
         write_qr(qr, link)
         click.echo(f"{qr}: the link's QR code", err=True)

@@ -159,7 +159,7 @@ class RewardTerms:
         outside = ((shaped < low) | (shaped > high)).float().mean().item()
         if outside > MOSTLY:
             found = f"{outside:.0%} of untuned scores lie outside {low:g}..{high:g} and give no gradient"
-            warnings.warn(f"--set reward_clip: {found}. Use --set reward_shaping=standardised, or other bounds.", stacklevel=2)
+            warnings.warn(f"--reward-clip: {found}. Use --reward-shaping=standardised, or other bounds.", stacklevel=2)
         return shaping, (low, high)
 
     def losses(self, batch: Batch) -> Iterator[Loss]:

@@ -57,8 +57,8 @@ class RewardConfig:
     nose_floor: str = knob(
         "window", "Its mean, over the window's pixels or the violators alone (published).", REWARD, choices=NOSE_FLOORS, rare=True
     )
-    reward_clip: str = knob("-10,10", "Trust region of the shaped reward.", REWARD, metavar="LOW,HIGH|iqr|none", rare=True)
-    reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=SHAPINGS, rare=True)
+    reward_clip: str = knob("-10,10", "Trust region of the shaped reward.", REWARD, metavar="LOW,HIGH|iqr|none")
+    reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=SHAPINGS)
     anchor_resolution: int = knob(64, "Grid points per edge of the whole cube that is held to the reference.", REWARD, low=2, flag=False)
     truncation_psi: float = 1.0  # of the samples that are scored
     anchor_psi: float = 0.7  # of the samples that are held to the reference
@@ -69,7 +69,7 @@ class RewardConfig:
 
 
 def clip_range(spec: str) -> tuple[float, float]:
-    """Bounds of the trust region as reward_clip has them, LOW,HIGH; none, and iqr before the scores are known, are infinite.
+    """Bounds of the trust region as --reward-clip has them, LOW,HIGH; none, and iqr before the scores are known, are infinite.
 
     Raises: ValueError for anything else.
     """
@@ -80,7 +80,7 @@ def clip_range(spec: str) -> tuple[float, float]:
     except ValueError:
         low, high = 0.0, 0.0
     if not low < high:
-        raise ValueError(f"--set reward_clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {spec!r}. Write e.g. reward_clip=-10,10.")
+        raise ValueError(f"--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {spec!r}. Write e.g. --reward-clip=-10,10.")
     return low, high
 
 

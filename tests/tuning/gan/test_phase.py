@@ -152,7 +152,7 @@ def test_the_bundled_heads_reward_is_no_default_for_other_generators(tiny_data, 
 def test_a_trust_region_that_leaves_out_the_untuned_scores_is_named(parts):
     _, _, batch = parts
     highest = next(terms_of(parts, reward_clip="none").losses(batch)).stats["RLHF/reward"].max().item()
-    with pytest.warns(UserWarning, match="--set reward_clip: 100% of untuned scores lie outside"):
+    with pytest.warns(UserWarning, match="--reward-clip: 100% of untuned scores lie outside"):
         terms_of(parts, reward_clip=f"{highest + 1e3},{highest + 1e4}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

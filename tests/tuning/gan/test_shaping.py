@@ -89,7 +89,7 @@ def test_clip_bounds():
 
 @pytest.mark.parametrize("spec", ["5,1", "1,1", "1", "1,2,3", "a,b", "", "nan,1", "1,nan"])
 def test_clip_mistakes(spec):
-    with pytest.raises(ValueError, match="--set reward_clip: expected LOW,HIGH with LOW < HIGH, iqr or none"):
+    with pytest.raises(ValueError, match="--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none"):
         clip_range(spec)
 
 
