@@ -55,14 +55,9 @@ class Sources(Sampling):
     runs_folder: Path = Path("runs")
 
     def __post_init__(self) -> None:
-        for name, least in (("n", 2), ("images", 16), ("batch", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name}: expected at least {least}, got {getattr(self, name)}. Raise it.")
         for flag, wanted, held in (("n", self.n, LATENTS), ("images", self.images, IMAGES)):
             if wanted > held.count:
                 raise ValueError(f"--{flag}: expected at most {held.count:,}, the seeds that are held out, got {wanted:,}. Lower it.")
-        if not 0 < self.psi <= 2:
-            raise ValueError(f"--psi: expected a truncation in (0, 2], got {self.psi}. The paper uses 0.7.")
 
 
 @dataclass(frozen=True, kw_only=True)

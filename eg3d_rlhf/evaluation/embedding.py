@@ -154,13 +154,12 @@ def shapes(c: Comparison, folder: Path) -> Finding:
         torch.cat([shade(field.density_grid(SlabSpec.of(field.bounds, RESOLUTION)), YAW, PIXELS, field.level)
                    for field in c.fields(generator, seeds)]) for generator in (c.before, c.after)
     ]
-    pictures = torch.stack(parts, dim=1).flatten(0, 2).numpy()  # [2N, R, R]
+    pictures = torch.stack(parts, dim=1).flatten(0, 2)  # [2N, R, R]
     rows = -(-len(pictures) // COLUMNS)
-    sheet = np.ones((rows * COLUMNS, PIXELS, PIXELS), dtype=np.float32)
-    sheet[: len(pictures)] = pictures
-    page = sheet.reshape(rows, COLUMNS, PIXELS, PIXELS).transpose(0, 2, 1, 3).reshape(rows * PIXELS, COLUMNS * PIXELS)
+    white = torch.ones(rows * COLUMNS - len(pictures), PIXELS, PIXELS)
+    page = torch.cat([pictures, white]).unflatten(0, (rows, COLUMNS)).transpose(1, 2).reshape(rows * PIXELS, COLUMNS * PIXELS)
     name = f"{SHAPES}.jpg"
-    PIL.Image.fromarray((page * 255).round().astype(np.uint8)).save(folder / name, quality=80, optimize=True)
+    PIL.Image.fromarray((page.numpy() * 255).round().astype(np.uint8)).save(folder / name, quality=80, optimize=True)
     data = {"file": name, "pixels": PIXELS, "columns": COLUMNS, "rows": rows, "seeds": list(seeds), "roles": list(ROLES)}
     return Finding(facts=c.facts(seeds, ROLES), data=data, pictures={"shapes before and after": name})
 

@@ -138,12 +138,6 @@ class PictureOptions:
     turns: int = 20  # views from one side to the other, >= 2
     samples: int = 48  # per ray in each pass: what is seen is the network, not the sampler
 
-    def __post_init__(self) -> None:
-        least = {"shown": 1, "meshes": 0, "resolution": 8, "cell": 16, "film": 16, "rays": 4, "turns": 2, "samples": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"PictureOptions: expected {name} >= {value}, got {getattr(self, name)}. Raise it.")
-
 
 USUAL = PictureOptions()
 

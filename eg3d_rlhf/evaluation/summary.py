@@ -67,8 +67,8 @@ def control_figures(settings: dict, delta: float) -> dict:
     path = bundled.CONTROL if settings["control"] is None else Path(settings["control"])
     path = path / "summary.json" if path.is_dir() else path
     record = json.loads(path.read_text())
-    options = path.parent / "training_options.json"  # older summaries do not hold their settings
-    known = record.get("settings") or (json.loads(options.read_text()) if options.is_file() else {})
+    options = path.parent / "training_options.json"  # a run's; the bundled record holds its own settings
+    known = record.get("settings") or json.loads(options.read_text())
     differ = control_differs(settings, {"kimg": record["images"] / 1000, "seed": record["seed"], "lambda_r": record["lambda_r"], **known})
     if differ:
         remedy = "Run the same command with --lambda-r=0, and pass its folder as --control."

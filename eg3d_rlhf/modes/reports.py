@@ -97,8 +97,8 @@ def viewer(out: Path) -> str:
         data="Procedural heads (synthetic:...) bring their own landmarks.")
 @option("--regions", group="Regions", metavar="boxes|landmarks|head|FILE", default=None,
         show_default="landmarks for procedural heads or with --landmarks, else boxes",
-        help="Fixed boxes, boxes about landmarks, the whole head in eight parts about landmarks, or a label volume (.npy, .npz; names in "
-             "the .json beside it).")
+        help="Fixed boxes, boxes about landmarks, the whole head in eight parts about landmarks, or a label volume (.npy; names in the "
+             ".json beside it).")
 @option("--landmarks", rare=True, type=PATH, help="JSON of 98 WFLW points in the frontal view; procedural heads have their own.")
 @option("--method", group="How", type=click.Choice(METHODS), default="exact", help="How Shapley values are computed.")
 @option("--permutations", rare=True, group="How", type=click.IntRange(min=2), help="Orders of the sampled methods.")
@@ -179,8 +179,8 @@ def embed(out, dry_run, device, **sources) -> None:
 
 
 @click.command("pictures", cls=GroupedCommand)
-@shared("run out device dry-run", out={"show_default": "the run folder"})
-def pictures(run, out, device, dry_run) -> None:
+@shared("before run reward-ckpt out device dry-run", out={"show_default": "the run folder"})
+def pictures(out, device, dry_run, **sources) -> None:
     """Draw the pictures of a finished reward run again, without evaluating it: comparison.png, turntable.mp4 and meshes.
 
     Prints the median change of the surface, too, which summary.json holds.
@@ -189,7 +189,7 @@ def pictures(run, out, device, dry_run) -> None:
     Example:
         eg3d-rlhf report pictures --run=runs/00000-heads64-synthetic-heads64-batch8-gamma0.3-sigma-lambda10
     """
-    c = load_comparison(Sources(device=choose_device(device), run=run))
+    c = load_comparison(Sources(device=choose_device(device), **sources))
     folder = out or c.run
     assert folder is not None
     if dry_run:

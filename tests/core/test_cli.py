@@ -10,7 +10,6 @@ import torch
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.experiments.run import next_free
 from eg3d_rlhf.modes.gan import GAN, resolve
 from eg3d_rlhf.tuning.gan.run import open_networks
 from tests import tiny_runs
@@ -191,13 +190,6 @@ def test_clicks_own_errors_exit_with_2():
     for flags in (["--lambda-r=-1"], ["--batch=0"], ["--cfg=cats"], ["--aug=some"], ["--nonsense"]):
         result = run(*flags)
         assert result.exit_code == 2 and flags[0].split("=")[0] in result.stderr
-
-
-def test_runs_are_numbered(tmp_path):
-    for name in ("00000-a", "00007-b", "notes", "123-c"):
-        (tmp_path / name).mkdir()
-    assert next_free(tmp_path, "x").name == "00008-x"
-    assert next_free(tmp_path / "new", "x").name == "00000-x"
 
 
 def test_flags_that_existing_networks_cannot_follow_are_named():

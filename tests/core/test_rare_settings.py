@@ -25,6 +25,8 @@ class Ball:
 def throw(context: click.Context, **values):
     """Throw a ball."""
     written = sorted(name for name in values if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE)
+    if values["seams"] == 5:
+        raise ValueError("--seams=5: expected an even number. Change --seams, or leave --radius out.")
     click.echo(json.dumps({**values, "written": written}))
 
 
@@ -64,6 +66,11 @@ def test_a_mistake_is_one_line(flags, words, tmp_path):
         (tmp_path / f"{name}.json").write_text(text)
     result = CliRunner().invoke(throw, [flag.format(tmp=tmp_path) for flag in flags])
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and all(word in result.stderr for word in words), result.stderr
+
+
+def test_an_error_names_them_as_they_are_typed():
+    line = CliRunner().invoke(throw, ["--set=seams=5"]).stderr
+    assert "--set seams=5: expected" in line and "Change --set seams=VALUE, or leave --radius out" in line
 
 
 def test_help_names_them():

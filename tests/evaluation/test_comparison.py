@@ -86,7 +86,7 @@ def test_without_a_run_the_user_is_told_what_to_do(tiny_networks, tiny_reward, t
     [
         ({"after": bundled.GENERATOR}, "--after: expected a generator like"), ({"control": bundled.GENERATOR}, "--control: expected"),
         ({"reward_ckpt": "none.safetensors"}, "--reward-ckpt"), ({"lpips": "none.pt"}, "--lpips: expected a file"),
-        ({"identity": "none.pt"}, "--identity: expected a file"), ({"n": 1}, "--n: expected at least"), ({"psi": 0}, "--psi"),
+        ({"identity": "none.pt"}, "--identity: expected a file"), ({"n": 10_001}, "--n: expected at most"),
     ],
 )
 def test_mistakes_name_the_flag(tiny_networks, tiny_reward, sources, text):

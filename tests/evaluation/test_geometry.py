@@ -74,14 +74,6 @@ def test_a_generator_against_itself(unchanged, tmp_path):
     assert finding.facts.n == geometry.latents(unchanged) == len(finding.rows)
 
 
-@pytest.mark.long
-def test_views_job_runs_and_draws(tiny_comparison, tmp_path):
-    job = next(j for j in geometry.jobs(tiny_comparison) if j.key == "view-consistency")
-    finding = pages.run([job], tmp_path, quiet=True)["view-consistency"]
-    assert set(finding.data["measures"]["depth disagreement"]["paired"]) == {"after", "control"}
-    assert (tmp_path / "figures" / "view-consistency-changes.svg").is_file()
-
-
 @pytest.fixture()
 def coarse(monkeypatch):
     monkeypatch.setattr(geometry, "SIGMA_RESOLUTION", 12)
@@ -157,10 +149,3 @@ def test_depth_of_a_generator_against_itself(unchanged, tmp_path):
     assert change["mean"] == 0 and any("--control" in line for line in finding.says)
     assert all(v in (None, 0.0) for row in finding.data["change"]["after"]["mean"] for v in row)
     assert (tmp_path / "data" / "canonical-depth.png").is_file() and finding.facts.n == len(finding.rows)
-
-
-def test_windows_follow_the_cube():
-    maps = face(nose=0.03, bend=0.5)
-    moved = measures(DepthMaps(maps.points + np.array([0.5, -1.0, 2.0]), maps.valid), Bounds(1.0, (0.5, -1.0, 2.0)))
-    for name, values in measures(maps, Bounds()).items():
-        assert moved[name][0] == pytest.approx(values[0])

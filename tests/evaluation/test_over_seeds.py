@@ -9,7 +9,6 @@ from eg3d_rlhf.core.statistics import paired_summary
 from eg3d_rlhf.evaluation import over_seeds as tool
 from eg3d_rlhf.evaluation import trainings
 from eg3d_rlhf.evaluation.over_seeds import over_seeds, spread, table
-from tests import tiny_runs
 
 
 def record(gap: float, shift: float) -> dict:
@@ -73,16 +72,3 @@ def test_finished_runs_are_not_repeated(training, tmp_path):
     assert run(out, "--", "--kimg=0.5").exit_code == 0 and len(training) == 4  # other settings are other runs
     (training[1].run / "summary.json").unlink()
     assert json.loads(run(out, "-n").stdout)["5"][0] == "train.py" and json.loads(run(out, "-n").stdout)["0"] == "finished"
-
-
-@pytest.mark.long
-def test_two_seeds_of_a_tiny_run(tiny_data, tiny_networks, tiny_reward, tmp_path):
-    flags = [flag for flag in tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path) if not flag.startswith("--outdir")]
-    given = ("--", *flags, f"--reward-ckpt={tiny_reward}", "--kimg=0.008", "--tick=0.004")
-    result = run(tmp_path / "seeds", *given)
-    assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "seeds" / "summary.json").read_text())
-    assert found["seeds"] == [0, 5] and len(found["geometry"]) == 3
-    written = (tmp_path / "seeds" / found["runs"]["5"] / "summary.json").stat().st_mtime_ns
-    assert run(tmp_path / "seeds", *given).exit_code == 0
-    assert (tmp_path / "seeds" / found["runs"]["5"] / "summary.json").stat().st_mtime_ns == written

@@ -128,14 +128,6 @@ def test_highest_and_lowest_are_the_rewards(tiny_comparison, small, tmp_path):
     assert set(sizes(finding, tmp_path).values()) == {(16 * k, 32)}
 
 
-def test_same_latents_have_a_row_per_network(tiny_comparison, small, tmp_path):
-    job = next(j for j in report.strip_jobs(tiny_comparison) if j.key == "same-latents")
-    finding = pages.run([job], tmp_path, quiet=True)["same-latents"]
-    assert set(sizes(finding, tmp_path / "data").values()) == {(16 * report.SHOWN, 48)}
-    assert all("before, after, control" in caption for caption in finding.pictures)
-    assert {"reward_before", "reward_after", "reward_control"} < set(finding.rows[0])
-
-
 def test_orbit_stops_and_is_hidden_where_motion_is_unwelcome(tiny_comparison, small, monkeypatch, tmp_path):
     def turning(c, generator, seeds, yaws):  # a picture that differs in every frame
         return torch.linspace(0, 1, len(yaws)).reshape(1, -1, 1, 1, 1).expand(1, len(yaws), 1, 16, 16)

@@ -92,26 +92,6 @@ def test_an_interrupted_reward_goes_on(tmp_path, monkeypatch):
     assert part.continued() == [part.script, f"--resume={part.folder}"] and not part.finished()
 
 
-MEETS = """
-import pathlib, sys, time
-mine, other = sys.argv[1:3]
-pathlib.Path(mine).touch()
-while other != "-" and not pathlib.Path(other).exists(): time.sleep(0.01)
-"""
-
-
-def test_parts_come_in_order_and_side_by_side(tmp_path):
-    """The first parts of two chains wait for each other, so both must be under way."""
-    signs = {name: str(tmp_path / f"{name}.sign") for name in ("a0", "b0", "a1", "b1", "c0", "c1")} | {"-": "-"}
-    waits = {"a0": "b0", "b0": "a0", "a1": "-", "b1": "-", "c0": "-", "c1": "-"}
-    parts = {name: script_part(tmp_path, signs[name], signs[other], text=MEETS, name=name) for name, other in waits.items()}
-    chains = [[parts[f"{chain}0"], parts[f"{chain}1"]] for chain in "abc"]
-    told = []
-    make(chains, jobs=2, tell=told.append)
-    assert sorted(part.name for part in told) == sorted(waits) and all(part.finished() for part in told)
-    assert all(told.index(first) < told.index(second) for first, second in chains)
-
-
 def test_a_failure_stops_the_others(tmp_path):
     slow = script_part(tmp_path, text="import time\ntime.sleep(60)", name="slow")
     wrong = script_part(tmp_path, text="raise SystemExit('no such flag')", name="wrong")

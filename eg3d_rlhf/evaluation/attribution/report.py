@@ -4,7 +4,6 @@ Letters: N latents, R regions, K draws, V vertices, F faces, P points, D, H, W =
 """
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from eg3d_rlhf.evaluation.attribution.shapley import BOUND, agreement, rank_corr
 from eg3d_rlhf.evaluation.attribution.study import BOXES, CHECK_ORDERS, HEAD, LANDMARKS, Study
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP, contains_zero, means_of_columns, span
 from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.media.rendering import png, tile
 from eg3d_rlhf.experiments.pages import ColouredMesh, Finding, Job, Layer, identity_of_file, mesh_page
 from eg3d_rlhf.geometry.mesh import extract_mesh
 from training.storage import write_atomic
@@ -115,12 +115,6 @@ def picture(
     return out
 
 
-def write_pictures(path, rows: Sequence[Sequence[np.ndarray]]) -> None:
-    from PIL import Image
-
-    Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows])).save(path)
-
-
 def surface(study: Study, folder: Path) -> Finding:
     """Attribution per vertex of the first latents' meshes: a page to turn (<folder>/surface-attribution.html) and a picture."""
     meshes, drawn, rows, missing = [], [], [], []
@@ -149,7 +143,7 @@ def surface(study: Study, folder: Path) -> Finding:
     says += [f"Without a surface, so not shown: {', '.join(missing)}."] if missing else []
     pictures = {}
     if drawn:
-        write_pictures(folder / "surface-attribution.png", drawn)
+        write_atomic(folder / "surface-attribution.png", png(tile(sum(drawn, []), len(YAWS))))
         pictures = {f"Attribution on the tuned surface of seeds {study.seeds[0]}..: front, half turned, side.": "surface-attribution.png"}
     page = mesh_page(meshes, "Attribution on the surface", half) if meshes else ""
     write_atomic(folder / PAGE, page.encode())
@@ -254,7 +248,7 @@ def draw_regions(study: Study, folder: Path, name: str, what: str = "Regions ") 
         drawn.append([picture(vertices, faces, colours, yaw, half=study.cube_spec.box_warp / 2) for yaw in YAWS])
     if not drawn:
         return {}
-    write_pictures(folder / name, drawn)
+    write_atomic(folder / name, png(tile(sum(drawn, []), len(YAWS))))
     where = f"{what}on the surface of seeds {study.seeds[0]}.. before tuning"
     return {f"{where}: front, half turned, side; colours as in the table, grey: outside the slab.": name}
 

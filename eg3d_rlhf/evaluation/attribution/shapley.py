@@ -35,11 +35,7 @@ class CoalitionValues:
     """
 
     def __init__(self, score: Score, original: torch.Tensor, tuned: torch.Tensor, labels: torch.Tensor, regions: int, batch: int = 16):
-        if original.shape != tuned.shape or region_shape(original.shape) != tuple(labels.shape):
-            got = f"{list(original.shape)}, {list(tuned.shape)}, {list(labels.shape)}"
-            raise ValueError(f"CoalitionValues: expected slabs [1, D, H, W] and labels [D, H, W] of one size, got {got}. Use one SlabSpec.")
-        if batch < 1:
-            raise ValueError(f"CoalitionValues: expected batch >= 1, got {batch}. Raise --batch.")
+        assert original.shape == tuned.shape and region_shape(original.shape) == tuple(labels.shape)
         self.score, self.regions, self.batch = score, regions, batch
         self.original, self.tuned = original, tuned
         flat = labels.flatten().to(original.device)
@@ -179,8 +175,6 @@ def shapley(value: Value, regions: int, difference: float, method: str = "exact"
 
     Args: difference: r_tuned - r_original, computed apart from the coalitions; samples: permutations of the sampled methods.
     """
-    if method not in METHODS:
-        raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}. Choose one of them.")
     if method == "exact":
         values, errors = exact(value, regions), None
     else:
@@ -234,12 +228,9 @@ def integrated_gradients(
 
     Args: original, tuned: [1, D, H, W]; difference: computed from the slabs alone; batch: slabs with gradients at once.
     Returns: the integral with the most steps; `complete` is False where `most_steps` did not suffice.
-    Raises: ValueError for a step count below 2 or above `most_steps`.
     """
     from captum.attr import IntegratedGradients as Captum  # only here: the rest of the package works without it
 
-    if not 2 <= steps <= most_steps:
-        raise ValueError(f"--steps: expected 2 to {most_steps} steps, got {steps}. The count doubles by itself where it is too low.")
     method, tried = Captum(score, multiply_by_inputs=True), []
     while True:
         voxels = method.attribute(

@@ -1,4 +1,4 @@
-"""Renderings of one latent from any camera, as uint8 pictures that depend on nothing but seed and camera; options of tools that draw.
+"""Renderings of one latent from any camera, as uint8 pictures that depend on nothing but seed and camera.
 
 Letters: L, W = layers and width of ws; H, B = rows and columns of a picture.
 """
@@ -8,14 +8,11 @@ import dataclasses
 import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 
-from eg3d_rlhf.core.cli import option, together
 from eg3d_rlhf.core.field import OWN, CameraFamily, Rendering, RenderOptions, render_each
 from eg3d_rlhf.generators import Generator, check_seeds, device_of, latents
 from training.progress import tqdm
@@ -27,17 +24,6 @@ CAMERAS: dict[str, dict[str, Any]] = {  # by data set: pivot in world units, fie
     "Shapenet": {"pivot": (0.0, 0.0, 0.0), "fov": 45.0},
 }
 MODES = ("image", "image_depth", "image_raw")
-sampling_flags = together(
-    option("--outdir", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write into."),
-    option("--network", metavar="PATH", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
-           help="Generator file or run folder.", group="Samples"),
-    option("--seeds", metavar="LIST", required=True, help="Seeds and ranges, such as 0,2-5.", group="Samples"),
-    option("--trunc", "--psi", "psi", metavar="FLOAT", type=click.FloatRange(min=0), default=1.0, help="Truncation psi.", group="Samples"),
-    option("--trunc-cutoff", "--cutoff", "cutoff", metavar="INT", type=click.IntRange(min=0), default=14, group="Samples",
-           help="ws that truncation reaches."),
-    option("--noise-mode", metavar="NAME", type=click.Choice(["const", "random", "none"]), default="const", group="Samples",
-           help="Noise of the synthesis; random is drawn from the (first) seed."),
-)  # fmt: skip
 MOST_SEEDS = 100_000
 _LARGEST = 2**32 - 1  # of numpy's RandomState
 _SCALED = 10_000  # totals from here on are shown with k and M

@@ -15,7 +15,7 @@ import torch
 
 from eg3d_rlhf import generators
 from eg3d_rlhf.core.field import OWN, CameraFamily, RenderOptions
-from eg3d_rlhf.experiments.media.rendering import MODES, camera, conditioned_ws, render, shade_depth, tile
+from eg3d_rlhf.experiments.media.rendering import camera, conditioned_ws, render, shade_depth, tile
 
 YAW_RANGE, PITCH_RANGE, PITCH_MEAN = 0.35, 0.25, -0.05  # radians, of EG3D's gen_videos
 _SAME_BYTES = ["-f", "mp4", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-threads", "1"]  # each time
@@ -34,14 +34,6 @@ class FilmOptions:
     psi: float = 1.0  # truncation
     cutoff: int | None = 14  # ws that truncation reaches
     noise_mode: str = "const"  # of the synthesis
-
-    def __post_init__(self) -> None:
-        if min(self.grid) < 1 or self.frames < 1 or (self.keyframes is not None and self.keyframes < 1):
-            raise ValueError(
-                f"FilmOptions: expected grid, keyframes and frames >= 1, got {self.grid}, {self.keyframes}, {self.frames}. Correct them."
-            )
-        if self.mode not in MODES:
-            raise ValueError(f"FilmOptions: expected an image mode of {', '.join(MODES)}, got {self.mode!r}.")
 
     def cells(self, seeds: Sequence[int]) -> list[list[int]]:
         """The seeds that each cell walks through, N lists of K; the seeds are repeated where there are too few.

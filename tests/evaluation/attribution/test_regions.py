@@ -63,9 +63,9 @@ def test_left_and_right_mirror():
 def test_masks(tmp_path):
     volume = np.zeros(SPEC.shape, dtype=np.uint8)
     volume[:, :5], volume[:, 5:9] = 7, 3
-    np.savez(tmp_path / "mask.npz", labels=volume)
+    np.save(tmp_path / "mask.npy", volume)
     (tmp_path / "mask.json").write_text(json.dumps({"0": "rest", "7": "chin", "3": "mouth"}))
-    partition = read_masks(tmp_path / "mask.npz", SPEC.shape)
+    partition = read_masks(tmp_path / "mask.npy", SPEC.shape)
     assert partition.names == ("rest", "mouth", "chin") and partition.counts()[2] == (volume == 7).sum()
 
 
@@ -88,7 +88,7 @@ def test_wrong_masks_are_named(tmp_path, change, text):
 
 def test_pickled_masks_are_refused(tmp_path):
     np.save(tmp_path / "m.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="npy or .npz"):
+    with pytest.raises(ValueError, match="npy"):
         read_masks(tmp_path / "m.npy", SPEC.shape)
 
 

@@ -132,12 +132,11 @@ def test_knee_and_over_optimisation():
 
 
 def test_cameras(generator):
-    front = camera(generator)
-    assert torch.allclose(turned(front, 0.4, generator.cameras.pivot), camera(generator, 0.4), atol=1e-5) or torch.allclose(
-        turned(front, 0.4, generator.cameras.pivot), camera(generator, -0.4), atol=1e-5)
     assert torch.equal(parse_camera(generator, "0.2,-0.1"), camera(generator, 0.2, -0.1))
     text = ",".join(str(v) for v in camera(generator, 0.3)[0].tolist())
     assert torch.allclose(parse_camera(generator, text), camera(generator, 0.3))
+    about = turned(camera(generator), 0.4, generator.cameras.pivot)
+    assert any(torch.allclose(about, camera(generator, yaw), atol=1e-5) for yaw in (0.4, -0.4))
 
 
 # The tool.
@@ -187,15 +186,10 @@ def test_an_image_from_start_to_page(tool, picture, tmp_path, monkeypatch):
 MISTAKES = {
     "no target": ([], "--image, --latents: expected one of them, got none"),
     "weights": (["--seeds=1", "--weights=0,-1"], "--weights: expected different numbers >= 0"),
-    "weights twice": (["--seeds=1", "--weights=1,1.0"], "--weights: expected different numbers >= 0"),
     "latents": (["--latents=3-1"], "--latents: "),
     "camera": (["--seeds=1", "--camera=1,2,3"], "--camera: camera: entry 'camera': expected a label of 25 numbers, got 3"),
-    "camera words": (["--seeds=1", "--camera=left"], "--camera: expected YAW,PITCH, 25 numbers or a .json file"),
     "camera file": (["--seeds=1", "--camera={tmp}/none.json"], "--camera: expected YAW,PITCH, 25 numbers or a .json file"),
-    "no rotation": (["--seeds=1", "--camera=" + ",".join(["2,0,0,0", "0,1,0,0", "0,0,1,2", "0,0,0,1", "4,0,.5", "0,4,.5", "0,0,1"])],
-                    "--camera: camera: entry 'camera': expected a rotation"),
     "large image": (["--image={tmp}/large.png"], "--image: expected 32 x 32 pixels, the generator's, got 40 x 32"),
-    "large mask": (["--image={tmp}/fit.png", "--mask={tmp}/large.png"], "--mask: expected 32 x 32 pixels, the generator's, got 40 x 32"),
     "empty mask": (["--image={tmp}/fit.png", "--mask={tmp}/fit.png"], "--mask: expected some white"),
     "no image": (["--image={tmp}/text.png"], "--image: expected an image file"),
     "mask of a seed": (["--seeds=1", "--mask={tmp}/fit.png"], "--mask: expected none with --latents"),
@@ -203,7 +197,6 @@ MISTAKES = {
     "features": (["--seeds=1", "--set=perceptual={tmp}/text.png"], "--set perceptual=VALUE: expected a TorchScript file"),
     "another box": (["--seeds=1", "--reward-ckpt={tmp}/wide.safetensors"], "--reward-ckpt: expected a generator with box_warp 2.0, got 1"),
     "nothing to resume": (["--resume={tmp}"], "--resume: expected a run folder"),
-    "one view": (["--seeds=1", "--set=turns=1"], "--set shape_res=VALUE, --set turns=VALUE: expected 0, or at least"),
 }
 
 

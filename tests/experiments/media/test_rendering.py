@@ -1,13 +1,12 @@
 """Pictures that depend on the seed alone, cameras as EG3D places them, and films with the promised frames."""
 
-import math
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.core.field import CameraFamily, Rendering, RenderOptions
+from eg3d_rlhf.core.field import Rendering, RenderOptions
 from eg3d_rlhf.experiments.media.rendering import (
     FFHQ_FOV,
     camera,
@@ -20,21 +19,12 @@ from eg3d_rlhf.experiments.media.rendering import (
 )
 from eg3d_rlhf.experiments.media.video import Film, FilmOptions, LatentWalk, write_mp4
 from eg3d_rlhf.generators import load_generator
-from training.rendering.cameras import FOV_to_intrinsics, LookAtPoseSampler
+from training.rendering.cameras import FOV_to_intrinsics
 
 
 @pytest.fixture
 def G(tiny_networks):
     return load_generator(tiny_networks).generator
-
-
-def test_cameras_are_those_of_eg3ds_sampler():
-    cameras = CameraFamily(radius=2.7, pivot=(0.0, 0.0, 0.2))
-    state = torch.random.get_rng_state()
-    left = camera(cameras, 0.4, -0.2)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    pose = LookAtPoseSampler.sample(math.pi / 2 + 0.4, math.pi / 2 - 0.2, torch.tensor([0, 0, 0.2]), radius=2.7)
-    assert torch.equal(left[:, :16], pose.flatten(1)) and torch.equal(left, cameras.label(0.4, -0.2))
 
 
 @pytest.mark.parametrize("fov", [FFHQ_FOV, 18, 45.0])
@@ -147,10 +137,6 @@ def test_user_errors(tmp_path):
         write_mp4(tmp_path / "a.avi", [])
     with pytest.raises(ValueError, match="at least one frame"):
         write_mp4(tmp_path / "a.mp4", [])
-    with pytest.raises(ValueError, match="expected grid, keyframes and frames >= 1"):
-        FilmOptions(frames=0)
-    with pytest.raises(ValueError, match="image mode of image, image_depth, image_raw"):
-        FilmOptions(mode="normals")
 
     def broken():
         yield np.zeros((16, 16, 3), np.uint8)
