@@ -13,6 +13,7 @@ import numpy as np
 
 from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
 from eg3d_rlhf.core.statistics import t_mean_interval
+from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.trainings import Part, line_of, make
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from training import storage
@@ -95,8 +96,7 @@ def trainings(out: Path, seeds: str, more: tuple[str, ...]) -> dict[str, Part]:
 
 @click.command(cls=GroupedCommand)
 @option("--seeds", metavar="LIST", default="0,1,2", help="Training seeds.")
-@option("--out", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/seeds"), help="Folder to write.")
-@option("-n", "--dry-run", is_flag=True, help="Print the commands as JSON and stop.")
+@shared("out dry-run", out={"default": "runs/seeds"}, dry_run="Print the commands as JSON and stop.")
 @click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
 def main(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
     """Repeat the demo with several training seeds and put their summaries side by side: `make seeds`.

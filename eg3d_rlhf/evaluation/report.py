@@ -15,6 +15,7 @@ from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import geometry, images, rewards
 from eg3d_rlhf.evaluation.comparison import Comparison, settings_of
+from eg3d_rlhf.evaluation.flags import some_of
 from eg3d_rlhf.evaluation.paired import NO_CONTROL, ROLES
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.experiments.pages import Finding, Job
@@ -31,14 +32,8 @@ def select(c: Comparison, keys: str | None = None) -> list[Job]:
     """The report's parts, or those of a comma-separated list of keys. Raises: ValueError for an unknown key."""
     parts = (rewards.jobs, images.jobs, geometry.jobs, rewards.curve_jobs, geometry.depth_jobs, strip_jobs)
     jobs = [job for part in parts for job in part(c)]
-    if keys is None:
-        return jobs
-    wanted = [key.strip() for key in keys.split(",") if key.strip()]
-    known = [job.key for job in jobs]
-    unknown = [key for key in wanted if key not in known]
-    if unknown or not wanted:
-        raise ValueError(f"--only: expected some of {', '.join(known)}, got {', '.join(unknown) or 'nothing'}. Correct the list.")
-    return [job for job in jobs if job.key in wanted]
+    wanted = None if keys is None else some_of("--only", keys, [job.key for job in jobs])
+    return [job for job in jobs if wanted is None or job.key in wanted]
 
 
 def check_files(c: Comparison) -> None:

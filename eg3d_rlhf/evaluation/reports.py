@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.evaluation.flags import shared, some_of
 from eg3d_rlhf.evaluation.trainings import DOOR, Part, call, line_of, make
 from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 
@@ -29,13 +30,12 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
 
 
 @click.command(cls=GroupedCommand)
-@option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reports"),
-        help="Folder to write; holds both runs and a folder for each report.")
+@shared("out dry-run", out={"default": "runs/reports", "help": "Folder to write; holds both runs and a folder for each report."},
+        dry_run="Print the commands as JSON and stop.")
 @option("--only", group="Run", metavar="LIST", default=",".join(REPORTS), help="Reports to make.")
 @option("--kimg", group="Run", metavar="KIMG", type=click.FloatRange(min=0, min_open=True),
         default=DEMO_KIMG, help="Length of both runs; the demo's unless given.")
 @option("--seed", group="Run", metavar="INT", type=click.IntRange(min=0), default=0, help="Training seed.")
-@option("-n", "--dry-run", group="Run", is_flag=True, help="Print the commands as JSON and stop.")
 def main(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
     """Every evidence report of one tuning run, with one command: `make reports`.
 
@@ -47,9 +47,7 @@ def main(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
     Example:
         eg3d-rlhf report all --dry-run
     """
-    chosen = [name.strip() for name in only.split(",") if name.strip()]
-    if not chosen or set(chosen) - set(REPORTS):
-        raise ValueError(f"--only: expected some of {', '.join(REPORTS)}, got {only!r}. Correct the list.")
+    chosen = some_of("--only", only, REPORTS)
     parts = trainings(out, kimg, seed)
     if dry_run:
         planned = {f"{role} run": "finished" if part.finished() else part.continued() for role, part in parts.items()}

@@ -18,6 +18,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
+from eg3d_rlhf.evaluation.flags import shared, some_of
 from eg3d_rlhf.evaluation.judges import blind_pairs
 from eg3d_rlhf.evaluation.pictures import PITCH, USUAL, YAW, PictureOptions, Side
 from eg3d_rlhf.evaluation.summary import reward_shift
@@ -211,13 +212,12 @@ def _tuned_once(c: Comparison, path: Path) -> dict:
 
 
 @click.command(cls=GroupedCommand)
-@option("--out", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/zoo"), help="Folder to write.")
+@shared("out dry-run", out={"default": "runs/zoo"}, dry_run="Print the commands as JSON and stop.")
 @option("--only", metavar="LIST", default=",".join(ENTRIES), help="Rewards.")
 @option("--seeds", metavar="LIST", default="0", help="Training seeds of tuning.")
 @option("--full", is_flag=True, help="Train rewards and tune at default size and length.")
 @option("--jobs", metavar="INT", type=click.IntRange(min=1), default=min(2, os.cpu_count() or 1), show_default="2, or the cores",
         help="Rewards worked on side by side.")
-@option("-n", "--dry-run", is_flag=True, help="Print the commands as JSON and stop.")
 def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) -> None:
     """Train every reward on the bundled labels, tune the bundled generator by each, and put them side by side: `make zoo`.
 
@@ -229,12 +229,10 @@ def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool)
     Example:
         eg3d-rlhf report zoo --only=points --dry-run
     """
-    wanted = [name.strip() for name in only.split(",") if name.strip()]
-    if not wanted or set(wanted) - set(ENTRIES):
-        raise ValueError(f"--only: expected some of {', '.join(ENTRIES)}, got {only!r}. Correct the list.")
+    wanted = some_of("--only", only, ENTRIES)
     length = LENGTH if full else LENGTH / 2
     numbers = list(dict.fromkeys(parse_seeds(seeds)))
-    plans = {name: parts_of(out, name, numbers, full, length) for name in ENTRIES if name in wanted}
+    plans = {name: parts_of(out, name, numbers, full, length) for name in wanted}
     if dry_run:
         click.echo(json.dumps({name: {key: part.command() for key, part in parts.items()} for name, parts in plans.items()}, indent=1))
         return
