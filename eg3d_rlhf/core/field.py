@@ -16,16 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from training.rendering.cameras import (
-    FFHQ_FOCAL,
-    FFHQ_RADIUS,
-    LookAtPoseSampler,
-    RaySampler,
-    intrinsics_matrix,
-    pack_label,
-    ray_limits_box,
-    unpack_label,
-)
+from training.rendering import cameras as camera_model
 from training.rendering.renderer import MipRayMarcher2
 
 if TYPE_CHECKING:
@@ -54,16 +45,16 @@ class Bounds:
 class CameraFamily:
     """Where a generator's cameras stand: on a sphere about the world's origin, all looking at one point."""
 
-    radius: float = FFHQ_RADIUS  # distance from the origin, world units
+    radius: float = camera_model.FFHQ_RADIUS  # distance from the origin, world units
     pivot: tuple[float, float, float] = (0.0, 0.0, 0.0)  # point looked at, world units
-    focal: float = FFHQ_FOCAL  # focal length over image size
+    focal: float = camera_model.FFHQ_FOCAL  # focal length over image size
     span: tuple[float, float] | None = None  # least and greatest depth that rays sample, world units; None: where they cross the bounds
 
     def label(self, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, device: str | torch.device = "cpu") -> torch.Tensor:
         """Camera labels [n, 25] (16 cam2world, 9 intrinsics); yaw and pitch in radians from frontal. Draws as EG3D's pose sampler does."""
         pivot, half_pi = torch.tensor(self.pivot, dtype=torch.float32, device=device), math.pi / 2
-        pose = LookAtPoseSampler.sample(half_pi + yaw, half_pi + pitch, pivot, radius=self.radius, device=device)
-        return pack_label(pose, intrinsics_matrix(self.focal, device=device).reshape(1, 3, 3)).expand(n, -1)
+        pose = camera_model.LookAtPoseSampler.sample(half_pi + yaw, half_pi + pitch, pivot, radius=self.radius, device=device)
+        return camera_model.pack_label(pose, camera_model.intrinsics_matrix(self.focal, device=device).reshape(1, 3, 3)).expand(n, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +141,10 @@ def march(field: Field, cameras: torch.Tensor, options: RenderOptions = OWN, res
     Without jitter; differentiable in whatever the field is. Where there are many rays they go in parts, and the backward pass computes
     each part once more.
     """
-    cam2world, intrinsics = unpack_label(cameras.expand(len(field), -1))
+    cam2world, intrinsics = camera_model.unpack_label(cameras.expand(len(field), -1))
     r, samples = options.resolution or resolution, max(2, round((options.samples or samples) * options.sample_mult))
-    origins, directions = RaySampler()(cam2world, intrinsics, r)  # [N, M, 3]
-    near, far = ray_limits_box(origins - origins.new_tensor(field.bounds.centre), directions, field.bounds.side)  # [N, M, 1]
+    origins, directions = camera_model.RaySampler()(cam2world, intrinsics, r)  # [N, M, 3]
+    near, far = camera_model.ray_limits_box(origins - origins.new_tensor(field.bounds.centre), directions, field.bounds.side)  # [N, M, 1]
     rays = torch.cat([origins, directions, near, far], dim=-1)  # [N, M, 8]
     parts = rays.split(max(1, _SAMPLES_AT_ONCE // (len(field) * samples)), dim=1)
     if len(parts) > 1 and torch.is_grad_enabled():

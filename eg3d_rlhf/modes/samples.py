@@ -13,19 +13,7 @@ from eg3d_rlhf.core.field import NOISE_MODES, RenderOptions
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.pictures import image_sheet, shape_sheet
-from eg3d_rlhf.experiments.media.rendering import (
-    CAMERAS,
-    FFHQ_FOV,
-    MODES,
-    StageBar,
-    camera,
-    cameras_of,
-    conditioned_ws,
-    parse_seeds,
-    png,
-    render,
-    tile,
-)
+from eg3d_rlhf.experiments.media import rendering
 from eg3d_rlhf.experiments.media.video import Film, FilmOptions, check_mp4, write_mp4
 from eg3d_rlhf.generators import check_seeds, load_generator, ws_of_seeds
 from eg3d_rlhf.geometry.mesh_export import MeshOptions, check_mesh_suffix, export_mesh, save_shape, shape_suffix
@@ -52,8 +40,8 @@ _shapes = together(
 
 @click.command("images", cls=GroupedCommand)
 @_sampling
-@option("--fov-deg", metavar="DEGREES", type=click.FloatRange(0, 180, min_open=True, max_open=True), default=FFHQ_FOV, group="Samples",
-        help="Field of view over the image's diagonal; the default of EG3D's tool is 18.")
+@option("--fov-deg", metavar="DEGREES", type=click.FloatRange(0, 180, min_open=True, max_open=True), default=rendering.FFHQ_FOV,
+        group="Samples", help="Field of view over the image's diagonal; the default of EG3D's tool is 18.")
 @_shapes
 @option("--shape-level", rare=True, type=float, help="Raw density of the surface; else the generator's own.")
 @option("--shape-border", rare=True, type=click.FloatRange(0, 0.5, max_open=True),
@@ -70,7 +58,7 @@ def images(outdir, network, latents, psi, cutoff, noise_mode, fov_deg, shapes, s
         python tools/gen_samples.py --seeds=0,2-5 --trunc=0.7 --outdir=out
     """
     with naming("--seeds"):
-        seeds = parse_seeds(latents)
+        seeds = rendering.parse_seeds(latents)
     with naming("--shape-format"):
         suffix = shape_suffix(shape_format)
     if dry_run:
@@ -86,13 +74,14 @@ def images(outdir, network, latents, psi, cutoff, noise_mode, fov_deg, shapes, s
     border = generator.bounds.border if shape_border is None else shape_border
     surface = MeshOptions(resolution=shape_res, level=shape_level, border=border, component="all")
     check_seeds(generator, max(seeds), "--seeds")
-    cameras = cameras_of(generator, fov_deg)
-    labels = [camera(cameras, yaw, PITCH) for yaw in YAWS]
+    cameras = rendering.cameras_of(generator, fov_deg)
+    labels = [rendering.camera(cameras, yaw, PITCH) for yaw in YAWS]
     for seed in tqdm(seeds, unit="seed", desc="samples"):
-        ws = conditioned_ws(generator, [seed], cameras, psi, cutoff)
-        write_atomic(outdir / f"seed{seed:04d}.png", png(tile(render(generator, ws, labels, seed, noise_mode), len(labels))))
+        ws = rendering.conditioned_ws(generator, [seed], cameras, psi, cutoff)
+        pictures = rendering.render(generator, ws, labels, seed, noise_mode)
+        write_atomic(outdir / f"seed{seed:04d}.png", rendering.png(rendering.tile(pictures, len(labels))))
         if shapes:
-            with StageBar(f"seed {seed} ") as bar:
+            with rendering.StageBar(f"seed {seed} ") as bar:
                 save_shape(outdir / f"seed{seed:04d}{suffix}", generator.field(ws, noise_mode), surface, bar)
     click.echo(f"{outdir}: {len(seeds)} images{f' and {suffix} shapes' if shapes else ''}")
 
@@ -105,9 +94,9 @@ def images(outdir, network, latents, psi, cutoff, noise_mode, fov_deg, shapes, s
         help="Latents that a cell walks through; else seeds / cells.")
 @option("--w-frames", "frames", metavar="INT", type=click.IntRange(min=1), default=120, help="Frames between two keyframes.", group="Film")
 @option("--shuffle-seed", rare=True, type=click.IntRange(0, 2**32 - 1), help="Seed of the order of the seeds; else as given.")
-@option("--image_mode", "--image-mode", "mode", metavar="NAME", type=click.Choice(MODES), default="image", group="Film",
+@option("--image_mode", "--image-mode", "mode", metavar="NAME", type=click.Choice(rendering.MODES), default="image", group="Film",
         help="image, image_depth or image_raw.")
-@option("--cfg", metavar="NAME", type=click.Choice(list(CAMERAS), case_sensitive=False), default=None, group="Film",
+@option("--cfg", metavar="NAME", type=click.Choice(list(rendering.CAMERAS), case_sensitive=False), default=None, group="Film",
         show_default="the network's own camera", help="Pivot and field of view of FFHQ, AFHQ or Shapenet.")
 @option("--sample_mult", "--sample-mult", "sample_mult", rare=True, type=click.FloatRange(0, min_open=True), default=2.0,
         help="Times the samples per ray.")
@@ -128,7 +117,7 @@ def videos(outdir, network, latents, interpolate, grid, cfg, sample_mult, nrr, f
         python tools/gen_videos.py --seeds=0-3 --grid=2x2 --trunc=0.7 --w-frames=60 --outdir=out
     """
     with naming("--seeds"):
-        seeds = parse_seeds(latents)
+        seeds = rendering.parse_seeds(latents)
     with naming("--grid"):
         cells = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", grid.lower())
         if cells is None:
@@ -153,13 +142,14 @@ def videos(outdir, network, latents, interpolate, grid, cfg, sample_mult, nrr, f
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
     surface = MeshOptions(resolution=shape_res, border=generator.bounds.border, component="all")
-    cameras, look = cameras_of(generator, **CAMERAS.get(cfg, {})), RenderOptions(resolution=nrr, sample_mult=sample_mult)
+    cameras = rendering.cameras_of(generator, **rendering.CAMERAS.get(cfg, {}))
+    look = RenderOptions(resolution=nrr, sample_mult=sample_mult)
     for name, group in groups.items():
         frames = Film(generator, group, cameras, options, look)
         path = write_mp4(outdir / f"{name}.mp4", tqdm(frames, total=frames.count, unit="frame", desc=f"{name}.mp4"), fps, bitrate)
         click.echo(f"{path}: {frames.count} frames")
         for index in tqdm(range(frames.count if shapes else 0), unit="shape", desc=f"{name}_shapes/", disable=not shapes):  # first cell
-            with StageBar(f"frame {index} ") as bar:
+            with rendering.StageBar(f"frame {index} ") as bar:
                 shape = generator.field(frames.ws(index)[0], options.noise_mode)
                 save_shape(outdir / f"{name}_shapes" / f"{index:04d}_shape{suffix}", shape, surface, bar)
 
@@ -197,7 +187,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         return
     with naming("--network"):
         loaded = load_generator(network, choose_device(device))
-    with StageBar() as bar:
+    with rendering.StageBar() as bar:
         bar("planes", 0, 1)
         field = loaded.generator.field(ws_of_seeds(loaded.generator, [seed], psi, cutoff), "const")
         bar("planes", 1, 1)
@@ -229,7 +219,7 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
         eg3d-rlhf samples sheet --data=synthetic:heads64@n=64 --latents=0-7 --shapes=4 --outdir=out
     """
     with naming("--latents"):
-        seeds = parse_seeds(latents)
+        seeds = rendering.parse_seeds(latents)
     if dry_run:
         settings = {"outdir": str(outdir), "network": str(network or "bundled"), "data": data, "latents": seeds, "shapes": shapes,
                     "psi": psi, "device": device}
@@ -245,5 +235,5 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
     if shapes:
         sheets["shapes.png"] = shape_sheet(generator, seeds[:shapes], psi)
     for name, picture in sheets.items():
-        write_atomic(outdir / name, png(picture))
+        write_atomic(outdir / name, rendering.png(picture))
     click.echo(f"{outdir}: {', '.join(sheets)}")

@@ -13,33 +13,8 @@ import torch
 
 from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation.attribution.regions import (
-    MOST_EXACT,
-    Partition,
-    back_project,
-    face_partition,
-    fitted_landmarks,
-    head_partition,
-    landmark_partition,
-    read_landmarks,
-    read_masks,
-    region_shape,
-)
-from eg3d_rlhf.evaluation.attribution.shapley import (
-    BOUND,
-    MOST_STEPS,
-    STEPS,
-    Attribution,
-    CoalitionValues,
-    IntegratedGradients,
-    Score,
-    check_gap,
-    integrated_gradients,
-    occlusion,
-    redrawn,
-    shapley,
-    shuffled_change,
-)
+from eg3d_rlhf.evaluation.attribution import regions
+from eg3d_rlhf.evaluation.attribution import shapley as game
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.geometry import depth_maps
 from eg3d_rlhf.rewards.observations import SigmaSlab
@@ -55,9 +30,9 @@ class Settings:
     regions: str | Path = BOXES  # BOXES, LANDMARKS, HEAD or a label volume
     landmarks: Path | None = None  # JSON of 2-D points; without it the procedural heads bring their own
     permutations: int = 64  # of the sampled methods
-    steps: int = STEPS  # of the integral, at first
-    most_steps: int = MOST_STEPS
-    gap_bound: float = BOUND  # largest efficiency gap, as a share of the reward difference
+    steps: int = game.STEPS  # of the integral, at first
+    most_steps: int = game.MOST_STEPS
+    gap_bound: float = game.BOUND  # largest efficiency gap, as a share of the reward difference
     draws: int = 8  # rewards with re-drawn weights
     checked: int = 2  # latents behind that check
 
@@ -77,7 +52,7 @@ class Study:
     c: Comparison
     settings: Settings
     progress: Callable[[str], None] = lambda text: None
-    _values: dict[int, CoalitionValues] = field(default_factory=dict, repr=False)
+    _values: dict[int, game.CoalitionValues] = field(default_factory=dict, repr=False)
 
     @cached_property
     def seeds(self) -> range:
@@ -88,7 +63,7 @@ class Study:
         """Of the slabs that the reward reads. Raises: ValueError where it reads something else."""
         observation = self.c.reward.observation
         if not isinstance(observation, SigmaSlab):
-            shape = list(region_shape(observation.shape))
+            shape = list(regions.region_shape(observation.shape))
             raise ValueError(
                 f"--regions={self.settings.regions}: expected a reward that reads slabs, got one that reads {observation.kind}. Name "
                 f"integer labels of shape {shape} with --regions=FILE."
@@ -101,7 +76,7 @@ class Study:
         return isinstance(self.c.reward.observation, SigmaSlab)
 
     @cached_property
-    def score(self) -> Score:
+    def score(self) -> game.Score:
         return self.c.reward.network.score
 
     @cached_property
@@ -110,21 +85,21 @@ class Study:
         return {role: torch.cat(list(self.c.observed(g, self.seeds))) for role, g in (("before", self.c.before), ("after", self.c.after))}
 
     @cached_property
-    def partitions(self) -> list[Partition]:
+    def partitions(self) -> list[regions.Partition]:
         """One partition per latent; all have the same names. Raises: ValueError naming the flag."""
         s = self.settings
         if s.regions == BOXES:
-            found = [face_partition(self.spec)] * len(self.seeds)
+            found = [regions.face_partition(self.spec)] * len(self.seeds)
         elif s.regions in (LANDMARKS, HEAD):
-            divide = landmark_partition if s.regions == LANDMARKS else head_partition
+            divide = regions.landmark_partition if s.regions == LANDMARKS else regions.head_partition
             with naming("--landmarks" if s.landmarks is not None else f"--regions={s.regions}"):
                 found = [divide(points, self.spec) for points in self.landmarks]
         else:
             with naming("--regions"):
-                found = [read_masks(s.regions, region_shape(self.c.reward.observation.shape))] * len(self.seeds)
+                found = [regions.read_masks(s.regions, regions.region_shape(self.c.reward.observation.shape))] * len(self.seeds)
         count = len(found[0].names)
-        if s.method == "exact" and count > MOST_EXACT:
-            raise ValueError(f"--method=exact: expected at most {MOST_EXACT} regions, got {count}. Use --method=antithetic.")
+        if s.method == "exact" and count > regions.MOST_EXACT:
+            raise ValueError(f"--method=exact: expected at most {regions.MOST_EXACT} regions, got {count}. Use --method=antithetic.")
         return found
 
     @property
@@ -147,11 +122,12 @@ class Study:
                     "Name --landmarks, or use --regions=boxes."
                 )
             cubes = torch.cat([self.cube("before", seed) for seed in self.seeds])
-            return list(fitted_landmarks(cubes.cpu(), self.cube_spec, self.level))
-        wanted = read_landmarks(self.settings.landmarks)
+            return list(regions.fitted_landmarks(cubes.cpu(), self.cube_spec, self.level))
+        wanted = regions.read_landmarks(self.settings.landmarks)
         pixels = [wanted.of(seed) for seed in self.seeds]
         maps = depth_maps(self.c, self.c.before, self.seeds)
-        return [back_project(p, wanted.size, *view) for p, view in zip(pixels, zip(maps.points, maps.valid, strict=True), strict=True)]
+        views = zip(pixels, maps.points, maps.valid, strict=True)
+        return [regions.back_project(points, wanted.size, *view) for points, *view in views]
 
     @property
     def cube_spec(self) -> SlabSpec:
@@ -167,12 +143,12 @@ class Study:
     def level(self) -> float:
         return self.c.before.generator.level
 
-    def values(self, i: int, score: Score | None = None, tuned: torch.Tensor | None = None) -> CoalitionValues:
+    def values(self, i: int, score: game.Score | None = None, tuned: torch.Tensor | None = None) -> game.CoalitionValues:
         """Values of latent i's coalitions; those of the reward itself are kept, those of another score or slab are not."""
         if score is None and tuned is None and i in self._values:
             return self._values[i]
         partition = self.partitions[i]
-        made = CoalitionValues(
+        made = game.CoalitionValues(
             score or self.score, self.slabs["before"][i], self.slabs["after"][i] if tuned is None else tuned, partition.labels,
             len(partition.names), self.c.batch,
         )
@@ -180,28 +156,28 @@ class Study:
             self._values[i] = made
         return made
 
-    def _checked(self, values: CoalitionValues, i: int) -> np.ndarray:
+    def _checked(self, values: game.CoalitionValues, i: int) -> np.ndarray:
         """Shapley values for a comparison: exact where that is cheap, else from CHECK_ORDERS antithetic orders."""
         exactly = 1 << values.regions <= CHECK_ORDERS * values.regions
         method = "exact" if exactly else "antithetic"
-        return shapley(values, values.regions, values.difference(), method, CHECK_ORDERS, self.c.seed * 1000 + i).values
+        return game.shapley(values, values.regions, values.difference(), method, CHECK_ORDERS, self.c.seed * 1000 + i).values
 
     @cached_property
-    def shapley(self) -> list[Attribution]:
+    def shapley(self) -> list[game.Attribution]:
         """Shapley values per latent. Raises: ValueError where an efficiency gap is above the bound."""
         found, s = [], self.settings
         for i, seed in enumerate(self.seeds):
             values = self.values(i)
-            found.append(a := shapley(values, values.regions, values.difference(), s.method, s.permutations, self.c.seed * 1000 + i))
+            found.append(a := game.shapley(values, values.regions, values.difference(), s.method, s.permutations, self.c.seed * 1000 + i))
             self.progress(f"seed {seed}: reward difference {a.difference:+.4f}, efficiency gap {a.gap:+.2e} ({a.relative_gap:.1e} of it)")
-        check_gap(found, self.seeds, s.gap_bound)
+        game.check_gap(found, self.seeds, s.gap_bound)
         return found
 
     @cached_property
-    def integrated(self) -> list[IntegratedGradients]:
+    def integrated(self) -> list[game.IntegratedGradients]:
         s, before, after = self.settings, self.slabs["before"], self.slabs["after"]
         return [
-            integrated_gradients(self.c.reward.score_observed, x, y, a.difference, s.steps, s.most_steps, self.c.batch)
+            game.integrated_gradients(self.c.reward.score_observed, x, y, a.difference, s.steps, s.most_steps, self.c.batch)
             for x, y, a in zip(before, after, self.shapley, strict=True)
         ]
 
@@ -210,10 +186,10 @@ class Study:
         """Attributions [N, R] by method."""
         noisy = []
         for i, partition in enumerate(self.partitions):
-            slab = shuffled_change(self.slabs["before"][i], self.slabs["after"][i], partition.labels, self.c.seed * 1000 + i)
+            slab = game.shuffled_change(self.slabs["before"][i], self.slabs["after"][i], partition.labels, self.c.seed * 1000 + i)
             noisy.append(self._checked(self.values(i, tuned=slab), i))
         integrated = [p.sums(ig.voxels).numpy() for p, ig in zip(self.partitions, self.integrated, strict=True)]
-        occluded = [occlusion(self.values(i), len(self.names)) for i in range(len(self.seeds))]
+        occluded = [game.occlusion(self.values(i), len(self.names)) for i in range(len(self.seeds))]
         return {
             "Shapley": np.stack([a.values for a in self.shapley]), "Integrated Gradients": np.stack(integrated),
             "occlusion": np.stack(occluded), "noise": np.stack(noisy),
@@ -221,6 +197,6 @@ class Study:
 
     def redrawn(self, draw: int) -> np.ndarray:
         """Shapley values [checked, R] of a reward with re-drawn weights, on the first latents."""
-        score = redrawn(self.c.reward.network, 1000 * self.c.seed + draw + 1).score
+        score = game.redrawn(self.c.reward.network, 1000 * self.c.seed + draw + 1).score
         count = min(self.settings.checked, len(self.seeds))
         return np.stack([self._checked(self.values(i, score), i) for i in range(count)])

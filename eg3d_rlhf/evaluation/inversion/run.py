@@ -16,16 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eg3d_rlhf.evaluation.inversion.projector import (
-    Guidance,
-    InversionConfig,
-    LatentStage,
-    Objective,
-    Perceptual,
-    PivotalStage,
-    Prior,
-    cube_of,
-)
+from eg3d_rlhf.evaluation.inversion import projector
 from eg3d_rlhf.evaluation.inversion.targets import Case, Judges, measure, measure_truth
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
@@ -34,6 +25,7 @@ from training import checkpoint, networks, storage
 
 EVERY = 32  # steps between two states, and two status lines
 KIND = "inversion"  # of files that hold a latent
+Stage = projector.LatentStage | projector.PivotalStage
 
 
 class Leg(NamedTuple):
@@ -45,7 +37,7 @@ class Leg(NamedTuple):
     last: int
 
 
-def legs(config: InversionConfig, weights: Sequence[float]) -> list[Leg]:
+def legs(config: projector.InversionConfig, weights: Sequence[float]) -> list[Leg]:
     shared = config.w_steps // 2 if config.reward_in_w else config.w_steps
     found = [Leg("w", None, 0, shared)]
     for weight in weights:
@@ -59,13 +51,13 @@ class Setup:
     """Everything that an inversion needs, loaded and checked."""
 
     loaded: LoadedGenerator
-    perceptual: Perceptual
-    prior: Prior
-    guidance: Guidance | None
+    perceptual: projector.Perceptual
+    prior: projector.Prior
+    guidance: projector.Guidance | None
     judges: Judges
     cases: Sequence[Case]
     weights: Sequence[float]
-    config: InversionConfig
+    config: projector.InversionConfig
     from_truth: bool = False  # start from the true latents
     shown: int = 1  # targets whose generators are kept, to be drawn
 
@@ -108,7 +100,7 @@ class Inversions:
         setup, folder = self.setup, self.folder(case)
         if at == (0, 0):
             write_json(folder / "truth.json", measure_truth(setup.loaded.generator, case, setup.judges))
-        objective = Objective(setup.config, case.target, setup.perceptual, setup.guidance)
+        objective = projector.Objective(setup.config, case.target, setup.perceptual, setup.guidance)
         for j, leg in enumerate(self.legs):
             if j < at[0]:
                 continue
@@ -119,19 +111,19 @@ class Inversions:
             self._finish(stage, leg, i, objective)
             self._checkpoint((i, j + 1, 0) if j + 1 < len(self.legs) else (i + 1, 0, 0), {})
 
-    def _stage(self, leg: Leg, case: Case, objective: Objective) -> LatentStage | PivotalStage:
+    def _stage(self, leg: Leg, case: Case, objective: projector.Objective) -> Stage:
         generator, weight = self.setup.loaded.generator, leg.weight or 0.0
         if leg.stage == "pivot":
             own = self.folder(case) / f"{weight:g}-w.safetensors"
             source = own if self.setup.config.reward_in_w else self.folder(case) / "w.safetensors"
-            return PivotalStage(generator, objective, storage.read_tensors(source, KIND)[0]["ws"].to(case.target.image), weight)
+            return projector.PivotalStage(generator, objective, storage.read_tensors(source, KIND)[0]["ws"].to(case.target.image), weight)
         start = case.truth.ws if self.setup.from_truth and case.truth is not None else None
-        stage = LatentStage(generator, objective, self.setup.prior, start, weight)
+        stage = projector.LatentStage(generator, objective, self.setup.prior, start, weight)
         if leg.first:
             stage.restore(storage.read_tensors(self.folder(case) / "w.safetensors", KIND)[0])
         return stage
 
-    def _steps(self, stage: LatentStage | PivotalStage, leg: Leg, place: tuple[int, int], first: int, case: Case) -> None:
+    def _steps(self, stage: Stage, leg: Leg, place: tuple[int, int], first: int, case: Case) -> None:
         name = leg.stage if leg.weight is None else f"{leg.stage} {leg.weight:g}"
         for step in range(max(first, leg.first), leg.last):
             found = stage.step(step)
@@ -146,16 +138,16 @@ class Inversions:
                 if step + 1 < leg.last:
                     self._checkpoint((*place, step + 1), stage.state())
 
-    def _finish(self, stage: LatentStage | PivotalStage, leg: Leg, i: int, objective: Objective) -> None:
+    def _finish(self, stage: Stage, leg: Leg, i: int, objective: projector.Objective) -> None:
         setup, case, generator = self.setup, self.setup.cases[i], self.setup.loaded.generator
         folder = self.folder(case)
-        if isinstance(stage, LatentStage):
+        if isinstance(stage, projector.LatentStage):
             name = "w" if leg.weight is None else f"{leg.weight:g}-w"
             storage.write_tensors(folder / f"{name}.safetensors", KIND, stage.state(), {})
             if leg.last < setup.config.w_steps:
                 return
             with torch.no_grad():
-                pivot = generator.field(stage.ws).density_grid(cube_of(generator))
+                pivot = generator.field(stage.ws).density_grid(projector.cube_of(generator))
             write_json(folder / f"{name}.json", measure(generator, case, stage.ws.detach(), pivot, objective, setup.judges))
             return
         name = f"{leg.weight:g}"

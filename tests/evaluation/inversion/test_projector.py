@@ -5,16 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from eg3d_rlhf.evaluation.inversion.projector import (
-    CLIP,
-    Guidance,
-    InversionConfig,
-    LatentStage,
-    Objective,
-    PivotalStage,
-    load_perceptual,
-    prior_of,
-)
+from eg3d_rlhf.evaluation.inversion import projector
 from eg3d_rlhf.evaluation.inversion.targets import of_seed
 from eg3d_rlhf.generators import camera, load_generator
 from eg3d_rlhf.rewards.reward import load_reward
@@ -29,15 +20,15 @@ def walk(stage, first=0, last=None):
 @pytest.fixture
 def objective(cases, perceptual):
     def make(config=CONFIG, guidance=None, **target):
-        return Objective(config, cases[0].target._replace(**target), perceptual, guidance)
+        return projector.Objective(config, cases[0].target._replace(**target), perceptual, guidance)
 
     return make
 
 
 def test_a_stage_goes_on_from_its_state_as_if_it_had_never_stopped(generator, objective, prior, guidance):
     makers = {
-        "w": lambda: LatentStage(generator, objective(guidance=guidance), prior),
-        "pivot": lambda: PivotalStage(generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 0.3),
+        "w": lambda: projector.LatentStage(generator, objective(guidance=guidance), prior),
+        "pivot": lambda: projector.PivotalStage(generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 0.3),
     }
     for make in makers.values():
         straight, first, second = make(), make(), make()
@@ -51,7 +42,7 @@ def test_a_stage_goes_on_from_its_state_as_if_it_had_never_stopped(generator, ob
 def test_weight_0_is_the_plain_projector_bit_for_bit(generator, objective, prior, guidance):
     ws = prior.mean.repeat(1, generator.num_ws, 1)
     pairs = ((None, 0.0), (guidance, 0.0), (guidance, 0.3))
-    plain, zero, guided = (PivotalStage(generator, objective(guidance=one), ws, weight) for one, weight in pairs)
+    plain, zero, guided = (projector.PivotalStage(generator, objective(guidance=one), ws, weight) for one, weight in pairs)
     assert walk(plain) == walk(zero)
     assert_same(plain.state(), zero.state())
     walk(guided)
@@ -60,9 +51,9 @@ def test_weight_0_is_the_plain_projector_bit_for_bit(generator, objective, prior
 
 
 def test_the_reward_gets_no_gradient_and_does_not_change(generator, objective, prior, tiny_reward):
-    guidance = Guidance(generator, load_reward(tiny_reward).requires_grad_(True))
+    guidance = projector.Guidance(generator, load_reward(tiny_reward).requires_grad_(True))
     before = state(guidance.reward)
-    stage = PivotalStage(generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 1.0)
+    stage = projector.PivotalStage(generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 1.0)
     walk(stage)
     assert [p.grad for p in guidance.reward.parameters() if p.grad is not None] == []
     assert_same(state(guidance.reward), before)
@@ -70,18 +61,18 @@ def test_the_reward_gets_no_gradient_and_does_not_change(generator, objective, p
 
 def test_the_given_generator_stays_and_the_latent_is_held(generator, objective, prior):
     before, ws = state(generator.module), prior.mean.repeat(1, generator.num_ws, 1)
-    stage = PivotalStage(generator, objective(), ws)
+    stage = projector.PivotalStage(generator, objective(), ws)
     walk(stage)
     assert_same(state(generator.module), before)
     assert torch.equal(stage.ws, ws) and any(not torch.equal(a, b) for a, b in zip(stage.state().values(), before.values(), strict=False))
 
 
 def test_the_reward_enters_every_second_step_and_counts_twice(generator, objective, prior, guidance):
-    stage = PivotalStage(generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 0.3)
+    stage = projector.PivotalStage(generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 0.3)
     found = walk(stage)
     assert ["reward" in one for one in found] == [True, False, True, False, True]
     one = found[0]
-    term = -float(guidance.standard.shaped(torch.tensor(one["reward"])).clamp(-CLIP, CLIP)) / CLIP
+    term = -float(guidance.standard.shaped(torch.tensor(one["reward"])).clamp(-projector.CLIP, projector.CLIP)) / projector.CLIP
     image = CONFIG.lambda_mse * one["mse"] + one["perceptual"]
     assert one["moved"] == 0 and one["loss"] == pytest.approx(image + 2 * 0.3 * term, rel=1e-5)
     assert found[2]["moved"] > 0
@@ -91,7 +82,7 @@ def test_the_reward_rises_with_its_weight(generator, objective, prior, guidance)
     config = dataclasses.replace(CONFIG, pivot_steps=12, lambda_sigma=0.0, pivot_lr=1e-3)
     ws, scores = prior.mean.repeat(1, generator.num_ws, 1), []
     for weight in (0.0, 30.0):
-        stage = PivotalStage(generator, objective(config, guidance), ws, weight)
+        stage = projector.PivotalStage(generator, objective(config, guidance), ws, weight)
         walk(stage)
         with torch.no_grad():
             scores.append(float(guidance.reward.score(stage.generator.field(ws))))
@@ -102,7 +93,7 @@ def test_consistency_holds_the_density(generator, objective, prior, guidance):
     ws, moved = prior.mean.repeat(1, generator.num_ws, 1), []
     for held in (0.0, 100.0):
         config = dataclasses.replace(CONFIG, pivot_steps=12, lambda_sigma=held or 1e-12, reward_every=1, pivot_lr=1e-3)
-        moved.append(walk(PivotalStage(generator, objective(config, guidance), ws, 1.0))[-1]["moved"])
+        moved.append(walk(projector.PivotalStage(generator, objective(config, guidance), ws, 1.0))[-1]["moved"])
     assert moved[1] < 0.7 * moved[0]
 
 
@@ -139,7 +130,7 @@ class Lpips(torch.nn.Module):
 
 def test_a_torchscript_file_gives_the_features(tmp_path):
     torch.jit.script(Lpips()).save(tmp_path / "vgg.pt")
-    net = load_perceptual(tmp_path / "vgg.pt", 32)
+    net = projector.load_perceptual(tmp_path / "vgg.pt", 32)
     a, b = torch.full((1, 3, 32, 32), 1.0), torch.full((1, 3, 32, 32), -1.0)
     assert net.name == "torchscript-vgg" and float(net(a, b)) == pytest.approx(3 * 32)
     large = torch.full((1, 3, 512, 512), 1.0)
@@ -154,20 +145,20 @@ class Blind(torch.nn.Module):
 def test_features_without_a_gradient_are_refused(tmp_path):
     torch.jit.script(Blind()).save(tmp_path / "blind.pt")
     with pytest.raises(ValueError, match="features that gradients pass through, got none"):
-        load_perceptual(tmp_path / "blind.pt", 32)
+        projector.load_perceptual(tmp_path / "blind.pt", 32)
     (tmp_path / "text.pt").write_text("none")
     with pytest.raises(ValueError, match="expected a TorchScript file"):
-        load_perceptual(tmp_path / "text.pt", 32)
+        projector.load_perceptual(tmp_path / "text.pt", 32)
 
 
 @pytest.mark.long
 def test_from_the_true_latent_the_bundled_generator_reproduces_its_image(perceptual):
     own = load_generator().generator
-    case, config = of_seed(own, 3, camera(own)), InversionConfig(w_steps=100)
-    objective = Objective(config, case.target, perceptual)
-    first = LatentStage(own, objective, prior_of(own), case.truth.ws)
+    case, config = of_seed(own, 3, camera(own)), projector.InversionConfig(w_steps=100)
+    objective = projector.Objective(config, case.target, perceptual)
+    first = projector.LatentStage(own, objective, projector.prior_of(own), case.truth.ws)
     walk(first)
-    second = PivotalStage(own, objective, first.ws)
+    second = projector.PivotalStage(own, objective, first.ws)
     walk(second)
     errors = []
     with torch.no_grad():

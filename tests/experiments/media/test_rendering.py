@@ -7,16 +7,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.field import Rendering, RenderOptions
-from eg3d_rlhf.experiments.media.rendering import (
-    FFHQ_FOV,
-    camera,
-    cameras_of,
-    conditioned_ws,
-    distances,
-    render,
-    shade_depth,
-    to_uint8,
-)
+from eg3d_rlhf.experiments.media import rendering
 from eg3d_rlhf.experiments.media.video import Film, FilmOptions, LatentWalk, write_mp4
 from eg3d_rlhf.generators import load_generator
 from training.rendering.cameras import FOV_to_intrinsics
@@ -27,65 +18,66 @@ def G(tiny_networks):
     return load_generator(tiny_networks).generator
 
 
-@pytest.mark.parametrize("fov", [FFHQ_FOV, 18, 45.0])
+@pytest.mark.parametrize("fov", [rendering.FFHQ_FOV, 18, 45.0])
 def test_the_cameras_of_a_generator_are_its_own(G, fov):
     """18 is the default of EG3D's tool: its cameras are had with --fov-deg=18."""
     G.module.rendering_kwargs.update(avg_camera_radius=1.7, avg_camera_pivot=[0, 0, -0.06])
-    cameras = cameras_of(G, fov)
+    cameras = rendering.cameras_of(G, fov)
     assert (cameras.radius, cameras.pivot) == (1.7, (0, 0, -0.06))
-    assert torch.equal(camera(cameras)[0, 16:], FOV_to_intrinsics(fov).flatten())
-    assert cameras_of(G, pivot=(0, 0, 0.2)).pivot == (0, 0, 0.2)
+    assert torch.equal(rendering.camera(cameras)[0, 16:], FOV_to_intrinsics(fov).flatten())
+    assert rendering.cameras_of(G, pivot=(0, 0, 0.2)).pivot == (0, 0, 0.2)
     with pytest.raises(ValueError, match="0 < fov < 180"):
-        cameras_of(G, 180)
+        rendering.cameras_of(G, 180)
 
 
 @pytest.mark.parametrize("noise_mode", ["const", "random", "none"])
 def test_a_picture_depends_on_its_seed_and_camera_alone(G, noise_mode):
-    cameras = cameras_of(G)
-    left, right = camera(cameras, 0.4), camera(cameras, -0.4)
-    ws = conditioned_ws(G, [3], cameras, 0.7)
+    cameras = rendering.cameras_of(G)
+    left, right = rendering.camera(cameras, 0.4), rendering.camera(cameras, -0.4)
+    ws = rendering.conditioned_ws(G, [3], cameras, 0.7)
     state = torch.random.get_rng_state()
-    first = render(G, ws, [left, right], 3, noise_mode)
+    first = rendering.render(G, ws, [left, right], 3, noise_mode)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(5)
-    again = render(G, conditioned_ws(G, [9, 3], cameras, 0.7)[1:], [left], 3, noise_mode)
+    again = rendering.render(G, rendering.conditioned_ws(G, [9, 3], cameras, 0.7)[1:], [left], 3, noise_mode)
     np.testing.assert_array_equal(first[0], again[0])
     assert first[0].shape == (32, 32, 3) and first[0].dtype == np.uint8
     assert not np.array_equal(first[0], first[1])
     with torch.random.fork_rng():
         torch.manual_seed(3)
         direct = G.module.synthesis(ws, left, noise_mode=noise_mode)["image"]
-    np.testing.assert_array_equal(first[0], to_uint8(direct[0]))
+    np.testing.assert_array_equal(first[0], rendering.to_uint8(direct[0]))
 
 
 def test_truncation_and_its_cutoff(G):
     G.module.backbone.mapping.w_avg.copy_(torch.randn(16))
-    cameras = cameras_of(G)
-    whole, zero = conditioned_ws(G, [1], cameras), conditioned_ws(G, [1], cameras, psi=0)
+    cameras = rendering.cameras_of(G)
+    whole, zero = rendering.conditioned_ws(G, [1], cameras), rendering.conditioned_ws(G, [1], cameras, psi=0)
     torch.testing.assert_close(zero[0], G.module.backbone.mapping.w_avg.expand_as(zero[0]))
-    part = conditioned_ws(G, [1], cameras, psi=0, cutoff=2)
+    part = rendering.conditioned_ws(G, [1], cameras, psi=0, cutoff=2)
     torch.testing.assert_close(part, torch.cat([zero[:, :2], whole[:, 2:]], dim=1))
 
 
 def test_raw_pictures_and_distances(G):
-    ws, label = conditioned_ws(G, [0], cameras_of(G)), camera(cameras_of(G))
+    ws, label = rendering.conditioned_ws(G, [0], rendering.cameras_of(G)), rendering.camera(rendering.cameras_of(G))
     options = RenderOptions(sample_mult=1.5, resolution=12)
     kept = dict(G.module.rendering_kwargs)
-    raw, depth = (render(G, ws, [label], mode=mode, options=options)[0] for mode in ("image_raw", "image_depth"))
+    raw, depth = (rendering.render(G, ws, [label], mode=mode, options=options)[0] for mode in ("image_raw", "image_depth"))
     assert G.module.rendering_kwargs == kept
-    np.testing.assert_array_equal(raw, render(G, ws, [label], mode="image_raw", options=RenderOptions(samples=6, resolution=12))[0])
+    six = RenderOptions(samples=6, resolution=12)
+    np.testing.assert_array_equal(raw, rendering.render(G, ws, [label], mode="image_raw", options=six)[0])
     assert raw.shape == (12, 12, 3) and depth.shape == (12, 12)
     nothing = torch.zeros(1, 3, 1, 2)
     out = Rendering(nothing, nothing, torch.tensor([[[[2.5, 9.0]]]]), torch.tensor([[[[0.9, 0.1]]]]))
-    np.testing.assert_array_equal(distances(out), np.float32([[2.5, np.inf]]))
+    np.testing.assert_array_equal(rendering.distances(out), np.float32([[2.5, np.inf]]))
     with pytest.raises(ValueError, match="expected positive values"):
         RenderOptions(sample_mult=0)
 
 
 def test_near_is_bright_and_nothing_is_black():
-    grey = shade_depth(np.float32([[2.0, 3.0], [2.5, np.inf]]))[..., 0]
+    grey = rendering.shade_depth(np.float32([[2.0, 3.0], [2.5, np.inf]]))[..., 0]
     np.testing.assert_array_equal(grey, [[255, 32], [144, 0]])
-    assert shade_depth(np.full((2, 2), np.inf)).max() == 0
+    assert rendering.shade_depth(np.full((2, 2), np.inf)).max() == 0
 
 
 def test_a_walk_passes_its_keyframes_and_closes_smoothly():
@@ -112,7 +104,7 @@ def test_seeds_of_the_cells():
 @pytest.mark.parametrize("mode", ["image", "image_depth", "image_raw"])
 def test_a_film_has_its_frames(G, mode, tmp_path):
     options = FilmOptions(grid=(2, 1), frames=3, mode=mode)
-    film = Film(G, [0, 1, 2, 3], cameras_of(G), options)
+    film = Film(G, [0, 1, 2, 3], rendering.cameras_of(G), options)
     side = 32 if mode == "image" else 8
     assert film.count == 6
     path = write_mp4(tmp_path / "new" / "a.mp4", film, fps=30)
