@@ -129,13 +129,6 @@ def test_run_with_snapshots(tiny_comparison, tmp_path):
     assert len(list((tmp_path / "figures").glob("*.png"))) == 2
 
 
-def test_no_control_is_said(tiny_comparison, tmp_path):
-    c = Comparison(**{**vars(tiny_comparison), "control": None, "control_run": None})
-    part = rewards.trajectories_job(c)
-    found = pages.run([part], tmp_path, quiet=True)["trajectories"]
-    assert list(found.data["roles"]) == ["after"] and any("--snap=1" in text for text in found.says)
-
-
 @pytest.mark.parametrize("amounts", [{}, {64: 0.1}])
 def test_too_few_snapshots(unchanged, tmp_path, amounts):
     run = comparisons.write_run(tmp_path / "run", amounts, 10.0) if amounts else None

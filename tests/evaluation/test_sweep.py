@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.evaluation import reports, sweep
-from eg3d_rlhf.evaluation.sweep import Cell, grid, part_of
+from eg3d_rlhf.evaluation.sweep import Cell, grid
 from eg3d_rlhf.experiments.pages import Facts, Finding
 from eg3d_rlhf.modes.door import command_of
 
@@ -21,13 +21,6 @@ def test_grid_has_every_combination_and_one_control_for_each_seed():
     assert len(cells) == len(set(cells)) == 2 * (1 + 4) and cells[0] == Cell(lambda_r=0, lambda_sigma=0, seed=3)
     assert sum(cell.lambda_r == 0 for cell in cells) == 2 and sum(cell.lambda_r > 0 and cell.lambda_sigma == 0 for cell in cells) == 4
     assert cells[0].setting == "control (λ_r = 0)" and cells[2].setting == "λ_r = 1, λ_σ = 0.01"
-
-
-def test_a_cell_is_a_run_of_train(tmp_path):
-    part = part_of(CELL, tmp_path, 0.24, ["--batch=4"])
-    assert part.flags[:4] == ("--reward=sigma", "--lambda-r=10", "--lambda-sigma=0.01", "--seed=0")
-    assert "--no-summary" in part.flags and part.folder.name.startswith("r10-sigma0.01-s0-")
-    assert part_of(CELL, tmp_path, 0.12, ["--batch=4"]).folder != part.folder
 
 
 @pytest.mark.parametrize(

@@ -69,20 +69,6 @@ def test_any_game_equals_the_definition(regions):
     np.testing.assert_allclose(exact_from_table(table), by_orders(table, regions), atol=1e-12)
 
 
-def test_pairwise_interaction_is_shared_evenly():
-    game = Game(1)
-
-    def score(slabs):
-        s = game.sums(slabs)
-        return s.sum(dim=1) + 3 * s[:, 1] * s[:, 4]
-
-    s0, s1 = (game.sums(slab[None])[0].numpy() for slab in (game.original, game.tuned))
-    expected = s1 - s0
-    expected[1] += 3 * (s1[1] - s0[1]) * (s0[4] + s1[4]) / 2
-    expected[4] += 3 * (s1[4] - s0[4]) * (s0[1] + s1[1]) / 2
-    np.testing.assert_allclose(exact(game.values(score), REGIONS), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("method", ["exact", "antithetic"])
 def test_planted_defect_comes_first(method):
     first = 0

@@ -78,17 +78,6 @@ def test_the_reward_enters_every_second_step_and_counts_twice(generator, objecti
     assert found[2]["moved"] > 0
 
 
-def test_the_reward_rises_with_its_weight(generator, objective, prior, guidance):
-    config = dataclasses.replace(CONFIG, pivot_steps=12, lambda_sigma=0.0, pivot_lr=1e-3)
-    ws, scores = prior.mean.repeat(1, generator.num_ws, 1), []
-    for weight in (0.0, 30.0):
-        stage = projector.PivotalStage(generator, objective(config, guidance), ws, weight)
-        walk(stage)
-        with torch.no_grad():
-            scores.append(float(guidance.reward.score(stage.generator.field(ws))))
-    assert scores[1] > scores[0]
-
-
 def test_consistency_holds_the_density(generator, objective, prior, guidance):
     ws, moved = prior.mean.repeat(1, generator.num_ws, 1), []
     for held in (0.0, 100.0):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from eg3d_rlhf.core import registry
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.inversion import command as invert
 from eg3d_rlhf.evaluation.inversion import report
@@ -20,13 +18,11 @@ from eg3d_rlhf.evaluation.inversion.projector import Objective, cube_of
 from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup
 from eg3d_rlhf.evaluation.inversion.targets import Judges, measure, parse_camera, turned
 from eg3d_rlhf.experiments.run import STATS, Run
-from eg3d_rlhf.generators import camera, load_generator
+from eg3d_rlhf.generators import camera
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward
-from tests import tiny_runs
 from tests.core.test_cli import assert_one_line
 from tests.evaluation.inversion.conftest import CONFIG
-from training import networks
 
 
 class Killed(Exception):
@@ -220,32 +216,3 @@ def test_a_dry_run_says_what_would_be_done(tool, tmp_path):
     found = json.loads(result.stdout)
     assert found["weights"] == [0, 1] and found["config"]["w_steps"] == 3 and not (tmp_path / "runs").exists()
     assert found["config"]["fresh_rays"] is True and found["config"]["lambda_mse"] == 0.1
-
-
-@pytest.fixture
-def foreign(loaded, tmp_path, monkeypatch):
-    """File of a family from a plugin, around the tiny network."""
-    plugin = Path(__file__).parents[2] / "generators" / "mirrored.py"
-    monkeypatch.setenv(registry.VARIABLE, str(plugin))
-    registry.load_plugins()
-    kwargs = {"scale": 1.25, "centre": (0.05, -0.03, 0.02), "inner": loaded.nets.G_kwargs}
-    network = sys.modules["mirrored"].MirroredNetwork(**kwargs).eval()
-    network.inner.load_state_dict(loaded.G.state_dict())
-    path = tmp_path / "mirrored.safetensors"
-    networks.save(path, networks.Networks(None, None, network, kwargs, None, {"name": "heads"}, architecture="mirrored"))
-    yield path
-    tiny_runs.forget_plugin("mirrored")
-
-
-@pytest.mark.long
-def test_a_generator_of_another_family_is_inverted_by_a_reward_of_its_own(foreign, reward, tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(invert.pages, "draw", lambda job, out: None)
-    monkeypatch.setattr(invert.pages, "write_page", lambda path, *what: path)
-    own = SigmaSlab.of(load_generator(foreign).generator, resolution=24, crop=SlabSpec.crop)
-    mine = Reward(own, reward.network).save(tmp_path / "own.safetensors")
-    flags = ("--seeds=2", "--weights=0,0.5", "--set=turns=0", f"--outdir={tmp_path}/runs")
-    result = tool(f"--network={foreign}", f"--reward-ckpt={mine}", *flags)
-    assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "runs/00000-inversion/inversion.json").read_text())
-    assert [record["arm"] for record in found["records"]] == ["truth", "w", "0", "0.5"] and found["records"][3]["depth"] > 0
-    assert load_generator(tmp_path / "runs/00000-inversion/targets/seed2" / "0.5.safetensors").generator.architecture == "mirrored"

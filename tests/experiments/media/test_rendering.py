@@ -49,15 +49,6 @@ def test_a_picture_depends_on_its_seed_and_camera_alone(G, noise_mode):
     np.testing.assert_array_equal(first[0], rendering.to_uint8(direct[0]))
 
 
-def test_truncation_and_its_cutoff(G):
-    G.module.backbone.mapping.w_avg.copy_(torch.randn(16))
-    cameras = rendering.cameras_of(G)
-    whole, zero = rendering.conditioned_ws(G, [1], cameras), rendering.conditioned_ws(G, [1], cameras, psi=0)
-    torch.testing.assert_close(zero[0], G.module.backbone.mapping.w_avg.expand_as(zero[0]))
-    part = rendering.conditioned_ws(G, [1], cameras, psi=0, cutoff=2)
-    torch.testing.assert_close(part, torch.cat([zero[:, :2], whole[:, 2:]], dim=1))
-
-
 def test_raw_pictures_and_distances(G):
     ws, label = rendering.conditioned_ws(G, [0], rendering.cameras_of(G)), rendering.camera(rendering.cameras_of(G))
     options = RenderOptions(sample_mult=1.5, resolution=12)
