@@ -3,7 +3,7 @@
 Letters: R pixels per edge of a cell, T frames.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -281,16 +281,24 @@ def _true_views(head: TrueHead | None, like: LevelSet, label: Tensor, cell: int)
 
 def turntable(c: Comparison, pair: tuple[Side, Side], full: float, o: PictureOptions) -> Iterator[np.ndarray]:
     """Frames of one latent swung from side to side and back: before beside after, colour above shape."""
-    swing = SWING * np.sin(np.pi / 2 * np.linspace(-1, 1, o.turns))
-    frames = []
-    for yaw in tqdm(swing.tolist(), desc="turntable", unit="frame"):
+
+    def frame(yaw: float) -> np.ndarray:
         label = _camera(c, yaw)
         images = [
             colours(side.field, loaded.generator, label, o.film // 2, round(0.7 * o.samples), o.film)
             for side, loaded in zip(pair, (c.before, c.after), strict=True)
         ]
         coloured = Row(cells=[to_uint8(image.movedim(0, -1).cpu()) for image in images], captions=("before", "after"))
-        frames.append(sheet("", [coloured, Row(cells=Look.at(pair, label, o.film).drawn(full))]))
+        return sheet("", [coloured, Row(cells=Look.at(pair, label, o.film).drawn(full))])
+
+    return swung(frame, SWING, o.turns, "turntable")
+
+
+def swung(frame: Callable[[float], np.ndarray], reach: float, turns: int, title: str) -> Iterator[np.ndarray]:
+    """Frames by yaw, from -reach to reach radians in so many views, slower at the ends, and back."""
+    frames = []
+    for yaw in tqdm((reach * np.sin(np.pi / 2 * np.linspace(-1, 1, turns))).tolist(), desc=title, unit="frame"):
+        frames.append(frame(yaw))
         yield frames[-1]
     yield from frames[-2:0:-1]
 

@@ -218,7 +218,7 @@ def run_flags(mode: Mode):
     flags = [
         option("--mode", group=RUN, metavar="NAME", default=mode.name, expose_value=False, help="What is trained."),
         option("--outdir", group=RUN, metavar="DIR", type=FOLDER, default=Path("runs"), help="Runs are numbered inside it."),
-        option("--desc", group=RUN, metavar="TEXT", help="Added to the run folder's name."),
+        option("--desc", group=RUN, rare=mode.name != "gan", metavar="TEXT", help="Added to the run folder's name."),  # a flag of EG3D's
         option("--seed", group=RUN, metavar="INT", type=least, default=0, help="Of everything that is drawn."),
         option("--device", group=RUN, type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run."),
         option("--resume", group=RUN, metavar="RUN", type=click.Path(path_type=Path),

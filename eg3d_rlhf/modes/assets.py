@@ -143,11 +143,12 @@ def build(part: str, dry_run: bool) -> None:
 
 
 @contextlib.contextmanager
-def _steps(title: str) -> Iterator[Callable[[int, int, float], None]]:
-    """A bar; gives on_step(step, steps, loss)."""
+def _steps(title: str, losses: list[float]) -> Iterator[Callable[[int, int, float], None]]:
+    """A bar; gives on_step(step, steps, loss), which keeps the losses."""
     with tqdm(unit="step", desc=title) as bar:
 
         def on_step(step: int, steps: int, loss: float) -> None:
+            losses.append(loss)
             bar.total = steps
             bar.update(step - bar.n)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -263,7 +264,7 @@ def features(out: Path, data: str, check_data: str, epochs: int, seed: int, chec
     else:
         path = resolve_dataset(data)
         images, targets = read_images(path), factors(load_truth(path))
-        with _steps("features") as on_step:
+        with _steps("features", []) as on_step:
             network = train_features(images, targets, options, on_step)
         network.record["data"] = data
         network.save(out)
@@ -285,16 +286,11 @@ def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> N
     losses: list[float] = []
     started = time.monotonic()
     network: torch.nn.Module
-    with _steps(part) as on_step:
-
-        def keep(step: int, steps: int, loss: float) -> None:
-            losses.append(loss)
-            on_step(step, steps, loss)
-
+    with _steps(part, losses) as on_step:
         if isinstance(training, RewardTraining):
-            network, figures = train_reward(training, keep)
+            network, figures = train_reward(training, on_step)
         else:
-            network, figures = train_base(part, training, keep), {}
+            network, figures = train_base(part, training, on_step), {}
     figures = {"loss": _last(losses), **figures}
     path = save_network(part, network, {"training": asdict(training), **figures}, out)
     said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -352,13 +348,8 @@ def view_prior(out: Path, dry_run: bool, **flags) -> None:
     torch.set_num_threads(1)  # sums come out the same on every machine of one kind
     losses: list[float] = []
     started = time.monotonic()
-    with _steps("view prior") as on_step:
-
-        def keep(step: int, loss: float) -> None:
-            losses.append(loss)
-            on_step(step + 1, settings.steps, loss)
-
-        prior = train_prior(settings, keep)
+    with _steps("view prior", losses) as on_step:
+        prior = train_prior(settings, lambda step, loss: on_step(step + 1, settings.steps, loss))
     figures = {"loss": _last(losses)}
     out.parent.mkdir(parents=True, exist_ok=True)
     prior.save(out, {**asdict(settings), **figures})

@@ -27,7 +27,7 @@ def _keep_summary(out: Path, words: list[str]) -> None:
 
 
 @click.command("evaluate", cls=GroupedCommand)
-@shared("before after run control reward-ckpt reward-watch data n", run="Run folder with snapshots, for trajectories.",
+@shared("before after run control reward-ckpt reward-watch n", "data", run="Run folder with snapshots, for trajectories.",
               reward_ckpt="Reward that tuned.", data="Images to measure distances to.")
 @option("--inception", rare=True, type=PATH, help="TorchScript detector: net(uint8 images, return_features=True).")
 @option("--lpips", rare=True, type=PATH, help="TorchScript distance f(a, b) of image batches in [-1, 1]; without it LPIPS is left out.")
@@ -84,7 +84,7 @@ def viewer(out: Path) -> str:
 
 
 @click.command("attribute", cls=GroupedCommand)
-@shared("before after run reward-ckpt data", reward_ckpt="Reward whose change is divided.",
+@shared("before after run reward-ckpt", "data", reward_ckpt="Reward whose change is divided.",
         data="Procedural heads (synthetic:...) bring their own landmarks.")
 @option("--regions", group="Regions", metavar="boxes|landmarks|head|FILE", default=None,
         show_default="landmarks for procedural heads or with --landmarks, else boxes",

@@ -30,19 +30,24 @@ _sampling = together(
     option("--noise-mode", rare=True, type=click.Choice(NOISE_MODES), default="const",
            help="Noise of the synthesis; random is drawn from the (first) seed."),
 )
-_shapes = together(
-    option("--shapes", metavar="BOOL", type=bool, default=False, help="Write shapes too; of a film, of every frame's first cell.",
-           group="Shapes"),
-    option("--shape-res", metavar="POINTS", type=click.IntRange(16, 1024), default=512, help="Grid points per axis.", group="Shapes"),
-    option("--shape-format", metavar="NAME", default=".mrc", help=".mrc (density), .ply, .obj or .glb (surface).", group="Shapes"),
-)
+
+
+def _shapes(rare: bool = False):
+    return together(
+        option("--shapes", metavar="BOOL", type=bool, default=False, group="Shapes",
+               help="Write shapes too; of a film, of every frame's first cell."),
+        option("--shape-res", rare=rare, metavar="POINTS", type=click.IntRange(16, 1024), default=512, group="Shapes",
+               help="Grid points per axis."),
+        option("--shape-format", rare=rare, metavar="NAME", default=".mrc", group="Shapes",
+               help=".mrc (density), .ply, .obj or .glb (surface)."),
+    )  # fmt: skip
 
 
 @click.command("images", cls=GroupedCommand)
 @_sampling
 @option("--fov-deg", metavar="DEGREES", type=click.FloatRange(0, 180, min_open=True, max_open=True), default=rendering.FFHQ_FOV,
         group="Samples", help="Field of view over the image's diagonal; the default of EG3D's tool is 18.")
-@_shapes
+@_shapes()
 @option("--shape-level", rare=True, type=float, help="Raw density of the surface; else the generator's own.")
 @option("--shape-border", rare=True, type=click.FloatRange(0, 0.5, max_open=True),
         help="Share of the cube to clear along each face; else the generator's, 30/256 of EG3D's.")
@@ -103,7 +108,7 @@ def images(outdir, network, latents, psi, cutoff, noise_mode, fov_deg, shapes, s
 @option("--nrr", rare=True, type=click.IntRange(min=1), help="Rendered pixels per edge; else the network's own.")
 @option("--fps", rare=True, type=click.FloatRange(1, 240), default=60.0, help="Frames per second.")
 @option("--bitrate", rare=True, default="10M", help="Of the mp4, in ffmpeg's notation.")
-@_shapes
+@_shapes(rare=True)
 @shared("device dry-run")
 def videos(outdir, network, latents, interpolate, grid, cfg, sample_mult, nrr, fps, bitrate, shapes, shape_res, shape_format,
            device, dry_run, **film) -> None:

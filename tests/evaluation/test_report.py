@@ -22,7 +22,7 @@ from tests.tools.examples import run_example
 def flags(tiny_networks, tiny_reward, tiny_pair, tiny_data, tmp_path):
     tuned, control = tiny_pair
     return [
-        f"--before={tiny_networks}", f"--after={tuned}", f"--control={control}", f"--reward-ckpt={tiny_reward}", f"--data={tiny_data}",
+        f"--before={tiny_networks}", f"--after={tuned}", f"--control={control}", f"--reward-ckpt={tiny_reward}", f"--set=data={tiny_data}",
         "--n=16", "--set=images=20", "--set=batch=8", "--device=cpu", f"--out={tmp_path / 'out'}", "--only=reward-psi,rank-consistency",
     ]
 
@@ -59,7 +59,7 @@ def test_dry_run_prints_what_would_be_done(flags, tmp_path):
     ("more", "text"),
     [
         (("--only=reward-shift,nothing",), "--only: expected some of reward-shift"), (("--only=,",), "--only: "),
-        (("--data=none.zip", "--only=image-distances"), "none.zip"),
+        (("--set=data=none.zip", "--only=image-distances"), "none.zip"),
         (("--set=lpips=none.pt",), "--set lpips=VALUE: expected a file"), (("--run=none",), "--run: expected a run"),
         (("--reward-watch=none.safetensors",), "--reward-watch"),
     ],

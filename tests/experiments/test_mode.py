@@ -39,7 +39,7 @@ def refused(result, *words: str) -> bool:
 
 
 def test_the_page_is_a_whole_mode(count, tmp_path):
-    result = count("--steps=3", "--desc=far", f"--outdir={tmp_path / 'runs'}")
+    result = count("--steps=3", "--set=desc=far", f"--outdir={tmp_path / 'runs'}")
     assert result.exit_code == 0, result.output
     folder = tmp_path / "runs" / "00000-count-far"
     assert json.loads((folder / "training_options.json").read_text())["settings"] == {"steps": 3}

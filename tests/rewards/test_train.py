@@ -212,7 +212,7 @@ def test_command_trains_and_writes_everything(network, tmp_path):
     before = (tmp_path / "run" / "reward.safetensors").read_bytes()
     assert invoke("--resume", tmp_path / "run").exit_code == 0
     assert (tmp_path / "run" / "reward.safetensors").read_bytes() == before
-    numbered = invoke(*run[:4], "--preset=tiny", "--epochs=1", "--resolution=32", "--outdir", tmp_path / "runs", "--desc=again")
+    numbered = invoke(*run[:4], "--preset=tiny", "--epochs=1", "--resolution=32", "--outdir", tmp_path / "runs", "--set=desc=again")
     assert numbered.exit_code == 0 and [p.name for p in (tmp_path / "runs").iterdir()] == ["00000-reward-labels-tiny-s0-again"]
 
 

@@ -96,7 +96,7 @@ def test_density_of_gen_samples(tmp_path):
 
 def test_films_of_single_seeds_with_shapes(tmp_path):
     flags = ["--seeds=3,5", "--interpolate=False", "--w-frames=2", "--image_mode=image_raw", "--set=nrr=10", "--cfg=shapenet", "--shapes=1",
-             "--shape-res=16", f"--outdir={tmp_path}", "--set=sample_mult=0.5"]
+             "--set=shape_res=16", f"--outdir={tmp_path}", "--set=sample_mult=0.5"]
     result = run(samples.videos, *flags)
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["3.mp4", "3_shapes", "5.mp4", "5_shapes"]

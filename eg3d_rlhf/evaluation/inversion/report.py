@@ -17,7 +17,7 @@ import torch
 from eg3d_rlhf.evaluation.inversion.run import KIND, Inversions, Setup
 from eg3d_rlhf.evaluation.inversion.targets import MEASURES, Case, turned
 from eg3d_rlhf.evaluation.paired import means_of, paired_of, span
-from eg3d_rlhf.evaluation.pictures import Side, colours
+from eg3d_rlhf.evaluation.pictures import Side, colours, swung
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
@@ -27,7 +27,6 @@ from eg3d_rlhf.experiments.run import STATS
 from eg3d_rlhf.generators import Generator, load_generator
 from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
 from training import storage
-from training.progress import tqdm
 
 # What an inversion looks like: a strip of the target and of every weight, in colour and as a shape; an orbit; a mesh for every weight.
 
@@ -83,14 +82,13 @@ def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
 
 def orbit(case: Case, arms: Sequence[Arm], turns: int) -> Iterator[np.ndarray]:
     """Frames of all arms swung from side to side and back, colour above shape; uint8 [H, B, 3]."""
-    swing, frames = SWING * np.sin(np.pi / 2 * np.linspace(-1, 1, turns)), []
-    for yaw in tqdm(swing.tolist(), desc=f"orbit of {case.name}", unit="frame"):
+
+    def frame(yaw: float) -> np.ndarray:
         camera = turned(case.target.camera, yaw, arms[0].generator.cameras.pivot)
-        seen = [cells(arm, camera, FILM) for arm in arms]
-        rows = [Row(cells=[one[0] for one in seen], captions=[arm.name for arm in arms]), Row(cells=[one[1] for one in seen])]
-        frames.append(sheet("", rows))
-        yield frames[-1]
-    yield from frames[-2:0:-1]
+        coloured, shaped = zip(*(cells(arm, camera, FILM) for arm in arms), strict=True)
+        return sheet("", [Row(cells=coloured, captions=[arm.name for arm in arms]), Row(cells=shaped)])
+
+    return swung(frame, SWING, turns, f"orbit of {case.name}")
 
 
 def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> None:
@@ -109,11 +107,6 @@ def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> Non
             mesh.save(folder / f"{name}.ply")
         except ValueError as error:  # a shape without a surface
             print(f"No mesh of {case.name} ({arm.name}): {error}")
-
-
-def strip_of(inversions: Inversions, case: Case) -> Path:
-    """Where a target's strip lies."""
-    return inversions.folder(case) / STRIP
 
 
 TITLE = "Inversion with a reward"
@@ -212,7 +205,7 @@ def jobs(inversions: Inversions) -> list[Job]:
     setup = inversions.setup
     records = inversions.records()
     shown = setup.cases[: setup.shown]
-    strips = {case.name: strip_of(inversions, case) for case in shown}
+    strips = {case.name: inversions.folder(case) / STRIP for case in shown}
     inputs = {"records": records}
 
     def measured(folder: Path) -> Finding:

@@ -148,7 +148,7 @@ def test_a_run_writes_weights_steps_and_options(tiny, tmp_path):
 
 
 def test_one_stage(tiny, tmp_path):
-    tiny("--stage=structure", "--desc=x")
+    tiny("--stage=structure", "--set=desc=x")
     found = json.loads((tmp_path / "00000-circular-dpo-toy-stage-structure-x" / "result.json").read_text())
     assert found["weights"] == {"structure": "structure"} and len(found["steps"]) == 1
     summary = json.loads((tmp_path / "00000-circular-dpo-toy-stage-structure-x" / "summary.json").read_text())

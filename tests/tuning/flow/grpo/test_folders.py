@@ -37,7 +37,7 @@ def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
     ):
         done = call(tmp_path, *flags)
         assert done.exit_code == 2 and message in done.output.replace("\n", " "), (flags, done.output)
-    done = call(tmp_path, known, "--reward=right", "--desc=x")
+    done = call(tmp_path, known, "--reward=right", "--set=desc=x")
     assert done.exit_code == 0, (done.output, done.exception)
     (run,) = (tmp_path / "runs").glob("*-grpo-ROOT-points-x")
     found = json.loads((run / "grpo.json").read_text())
