@@ -35,6 +35,7 @@ REPO = Path(__file__).resolve().parents[2]
 TRAIN, TRAIN_REWARD = "train.py", "tools/train_reward.py"
 DOOR = "eg3d_rlhf"  # the package as a script: its first flags are a job's words
 RECORD, LOG = "part.json", "log.txt"
+POLL = 0.05  # seconds between looks at a script
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,13 @@ def _call(part: Part, threads: int | None, quiet: bool) -> None:
         words = [sys.executable, str(REPO / command[0]), *command[1:]]
         process = subprocess.Popen(words, env=environment, stdout=output, stderr=errors)
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+                time.sleep(POLL)  # a signal that another thread takes does not end a wait
         except KeyboardInterrupt:
             process.send_signal(signal.SIGTERM)
             process.wait()
             raise
+    _, status, usage = ended
     code = process.returncode = os.waitstatus_to_exitcode(status)
     if code or part.script == TRAIN and not part.complete():
         how = "was stopped" if code in (0, -signal.SIGTERM, -signal.SIGINT) else f"ended with status {code}"
