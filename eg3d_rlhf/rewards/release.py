@@ -258,17 +258,14 @@ def _number(value: Any, what: str) -> int | float:
 def _value_max(root: Mapping, where: str) -> float:
     """Upper end of the range that `data.augmentations.tune` normalises to."""
     what, bounds = f"{where}: data.augmentations.tune", {}
-    transform = resolve(root, lookup(root, "data.augmentations.tune"), what)
-    if transform is not None:
-        target = str(transform.get("_target_") if isinstance(transform, Mapping) else transform).rpartition(".")[2]
-        plain = target.lower().replace("_", "").replace("normalize", "normalise")
-        if not ("normalise" in plain and "self" in plain and isinstance(transform, Mapping)):
-            raise ValueError(f"{what}: expected a self-normalisation to a fixed range, got {target[:60]!r}. {_REMEDY}")
-        for key, value in transform.items():
-            if key in _ENDS:
-                bounds[_ENDS[key]] = _number(resolve(root, value, what), f"{what}.{key}")
-            elif key not in _NEUTRAL:
-                raise ValueError(f"{what}: expected the bounds of a self-normalisation, got the setting {key!r}. {_REMEDY}")
+    transforms = list(_leaves(root, lookup(root, "data.augmentations.tune"), what))
+    if len(transforms) > 1:
+        raise ValueError(f"{what}: expected one self-normalisation, got {len(transforms)}. {_REMEDY}")
+    for key, value in transforms[0].items() if transforms else ():
+        if key in _ENDS:
+            bounds[_ENDS[key]] = _number(resolve(root, value, what), f"{what}.{key}")
+        elif key not in _NEUTRAL:
+            raise ValueError(f"{what}: expected the bounds of a self-normalisation, got the setting {key!r}. {_REMEDY}")
     if bounds.get("lower", 0) != 0:
         raise ValueError(f"{what}: expected a range that starts at 0, got {bounds['lower']}. {_REMEDY}")
     if "upper" in bounds:
@@ -279,13 +276,35 @@ def _value_max(root: Mapping, where: str) -> float:
     return float(_number(resolve(root, default, what), f"{where}: data.augmentations.upper_norm"))
 
 
+def _leaves(root: Mapping, node: Any, what: str) -> Iterator[Mapping]:
+    """The self-normalisations inside a transform: one mapping with `_target_`, a list, a composition, or a mapping of named ones."""
+    pending = [node]
+    for _ in range(_MAX_STEPS):  # references may lead back to where they stand
+        if not pending:
+            return
+        node = resolve(root, pending.pop(), what)
+        if isinstance(node, Mapping) and "_target_" in node:
+            name = str(resolve(root, node["_target_"], what)).rpartition(".")[2]
+            plain = name.lower().replace("_", "").replace("normalize", "normalise")
+            if plain == "compose":
+                pending.append(node.get("transforms"))
+            elif "normalise" in plain and "self" in plain:
+                yield node
+            else:
+                raise ValueError(f"{what}: expected a self-normalisation to a fixed range, got {name[:60]!r}. {_REMEDY}")
+        elif isinstance(node, (list, Mapping)):
+            pending += list(node.values() if isinstance(node, Mapping) else node)[:_MAX_STEPS]
+        elif node is not None:
+            raise ValueError(f"{what}: expected a transform, got {node!r}. {_REMEDY}")
+    raise ValueError(f"{what}: expected at most {_MAX_STEPS} entries and references that end, got more. {_REMEDY}")
+
+
 def _model_settings(root: Mapping, where: str) -> Iterator[tuple[str, Any]]:
     """Settings of the `model` node that the weights do not show, checked against what our network computes."""
     if lookup(root, "model.external"):
         raise ValueError(f"{where}: model.external: expected none for a sigma-field reward, got one: this reward reads depth maps.")
-    module = lookup(root, "model.Conv3DModule")
-    for key, value in module.items() if isinstance(module, Mapping) else ():
-        value, path = resolve(root, value, where), f"model.Conv3DModule.{key}"
+    for path, key, value in _walk(root.get("model"), "model"):
+        value = resolve(root, value, where)
         if key in _FIXED and value is not None and value != _FIXED[key]:
             raise ValueError(f"{where}: {path}: expected {_FIXED[key]!r}, got {value!r}. Its scores cannot be reproduced.")
         if key == "num_groups":
@@ -295,3 +314,12 @@ def _model_settings(root: Mapping, where: str) -> Iterator[tuple[str, Any]]:
     size = resolve(root, lookup(root, "model.mlp_global.input_size"), where)
     if size is not None:
         yield "input_size", int(_number(size, f"{where}: model.mlp_global.input_size"))
+
+
+def _walk(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+    """(path, key, value) of the known keys under a node."""
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        if key in _FIXED or key in ("num_groups", "f_maps"):
+            yield f"{path}.{key}", key, value
+        else:
+            yield from _walk(value, f"{path}.{key}")

@@ -86,9 +86,14 @@ def test_configuration_is_read_from_its_known_fields(tmp_path):
     expected = ReleaseConfig(resolution=256, value_max=100.0, groups=8, feature_maps=PAPER.feature_maps, input_size=8192)
     assert read_config(config(tmp_path, PUBLISHED)) == expected
     assert read_config(config(tmp_path, tune("null"))) == ReleaseConfig(resolution=64, value_max=50.0)
-    for form in ("{_target_: a.NormalizeSigmaSelf, upper: 1e2}", "{_target_: a.normalise_sigma_self, hi: 100, lo: 0.0, keys: [sigma]}"):
+    forms = [
+        "{_target_: a.NormalizeSigmaSelf, upper: 1e2}", "[{_target_: a.normalise_sigma_self, hi: 100, lo: 0.0, keys: [sigma]}]",
+        "{_target_: monai.Compose, transforms: [{_target_: normalise_self, upper: '${multiply:${data.augmentations.upper_norm},2}'}]}",
+        "{scale: {_target_: normalise_self, _partial_: true, upper_norm: 100}}",
+    ]
+    for form in forms:
         assert read_config(config(tmp_path, tune(form))).value_max == 100.0, form
-    published = read_config(config(tmp_path, tune("{_target_: a.clip}") + "\nmodel: {Conv3DModule: {num_groups: 4}}"), "published")
+    published = read_config(config(tmp_path, tune("{_target_: a.clip}") + "\nmodel: {num_groups: 4}"), "published")
     assert published == ReleaseConfig(resolution=256, value_max=100.0, groups=4)
 
 
@@ -97,7 +102,9 @@ CONFIG_ERRORS = {
     "external": (PUBLISHED.replace("external: null", "external: {name: resnet}"), "model.external"),
     "no range": ("data: {dset_dict: {selected_dtypes: [sigma_field_64]}}", "upper_norm"),
     "clip": (tune("{_target_: a.clip_sigma, max: 3}"), "tune: .*clip_sigma.*Pass"),
-    "several": (tune("[{_target_: normalise_self}]"), "tune: .*Pass"),
+    "two": (tune("[{_target_: normalise_self}, {_target_: normalise_self}]"), "expected one self-normalisation"),
+    "doubling": (tune("['${b}', '${b}']\nb: ['${data.augmentations.tune}', '${data.augmentations.tune}']"), "references that end"),
+    "segmentation": (PUBLISHED.replace("in_channels: 1,", "is_segmentation: true,"), "is_segmentation"),
     "setting": (tune("{_target_: normalise_self, upper: 3, power: 2}"), "power"),
     "lower": (tune("{_target_: normalise_self, lower: -1, upper: 3}"), "starts at 0"),
     "text": (tune("{_target_: normalise_self, upper: wide}"), "expected a number"),
