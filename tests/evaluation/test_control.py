@@ -54,7 +54,6 @@ def test_a_named_control_is_checked_like_the_recorded_one(tmp_path):
     assert control_figures(own, 1.5) == {"control_delta_mean": 0.25, "control_source": "summary.json"}
     other = control_figures({**own, "gamma": 0.3}, 1.5)
     assert other["control_delta_mean"] is None and "summary.json is of another run: gamma 0.5 instead of 0.3" in other["control_source"]
-    (tmp_path / "summary.json").write_text(json.dumps({**summary, "images": 80}))
-    assert "kimg 0.08 instead of 0.72" in control_figures(own, 1.5)["control_source"]
-    (tmp_path / "summary.json").write_text(json.dumps({**summary, "lambda_r": 10.0}))
-    assert "lambda_r 10.0 instead of 0" in control_figures(own, 1.5)["control_source"]
+    (tmp_path / "training_options.json").write_text(json.dumps({**own, "lambda_r": 10.0, "kimg": 0.08}))
+    told = control_figures(own, 1.5)["control_source"]
+    assert "kimg 0.08 instead of 0.72" in told and "lambda_r 10.0 instead of 0" in told
