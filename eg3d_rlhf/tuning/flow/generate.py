@@ -26,13 +26,34 @@ from training.progress import tqdm
 
 
 def times(sampling: Sampling) -> list[float]:
-    """The steps + 1 times from 1 down to 0.
+    """The steps + 1 times from 1 down to 0, both exact: r / (1 + (r - 1)) is 1 + 2^-52 for some r, which no interval up to 1 holds.
 
     >>> times(Sampling(steps=2, rescale_t=3.0))
     [1.0, 0.75, 0.0]
     """
     r = sampling.rescale_t
-    return [r * t / (1 + (r - 1) * t) for t in np.linspace(1, 0, sampling.steps + 1).tolist()]
+    if sampling.single:  # from the noise at 0 to data at 1, as the programs count that do so in float32
+        s = torch.linspace(0, 1, sampling.steps + 1)
+        _, *inner, _ = (1 - (s / (1 + (r - 1) * (1 - s))).double()).tolist()
+    else:
+        _, *inner, _ = [r * t / (1 + (r - 1) * t) for t in np.linspace(1, 0, sampling.steps + 1).tolist()]
+    return [1.0, *inner, 0.0]
+
+
+def guides(sampling: Sampling, t: float) -> bool:
+    """Whether guidance acts at a time: its interval holds both ends, counted as the sampling says.
+
+    >>> sampling = Sampling(steps=5, rescale_t=1.0, cfg_interval=(1 - 0.6, 1.0))
+    >>> fourth = times(sampling)[3]  # 0.4, but for the last bit
+    >>> guides(sampling, fourth), guides(replace(sampling, time_scale=1000.0), fourth)
+    (False, True)
+    """
+    low, high = sampling.cfg_interval
+    scale = sampling.time_scale
+    if scale is None:
+        return low <= t <= high
+    end, at, start = (np.float32(scale * (1 - time)) for time in (low, t, high))
+    return bool(start <= at <= end)
 
 
 def sample(
@@ -76,8 +97,8 @@ def guided(
 ) -> Batch:
     """v of `velocity(x, times, cond, step=length)` at a time, as `sampling` guides it; no_cond: N rows, or None where nothing is guided."""
     at, step = torch.full([count(x)], t, device=feats_of(x).device), 1 / sampling.steps if sampling.shortcut else None
-    v, w, (low, high) = velocity(x, at, cond, step=step), sampling.cfg_strength, sampling.cfg_interval
-    if not w or no_cond is None or not low <= t <= high:
+    v, w = velocity(x, at, cond, step=step), sampling.cfg_strength
+    if not w or no_cond is None or not guides(sampling, t):
         return v
     wide = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(velocity(x, at, no_cond, step=step)))
     return narrowed(path, x, at, wide, v, sampling.cfg_rescale) if sampling.cfg_rescale else wide

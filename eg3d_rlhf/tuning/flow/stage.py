@@ -253,6 +253,8 @@ class Sampling:
     rescale_t: float = 3.0  # r of t -> r t / (1 + (r - 1) t): larger spends more steps on noisy times
     cfg_rescale: float = 0.0  # share of a guided x_0 that is brought to the standard deviation of the one without guidance
     shortcut: bool = False  # tell the network how long a step is: 1 / steps; it then need not take many
+    time_scale: float | None = None  # the interval's ends count as float32 of time_scale (1 - t), as its programs count; None: as they are
+    single: bool = False  # times are made in float32 from 1 - t, as some of these programs make them
 
     def __post_init__(self):
         low, high = self.cfg_interval
@@ -262,6 +264,8 @@ class Sampling:
                 "Sampling: expected steps >= 1, finite rescale_t > 0 and cfg_strength >= 0, and an interval and cfg_rescale within 0..1, "
                 f"got {self}. Correct them."
             )
+        if self.time_scale is not None and not 0 < self.time_scale < math.inf:
+            raise ValueError(f"Sampling.time_scale: expected a finite number above 0, got {self.time_scale}. Correct it.")
 
 
 def as_is(module: torch.nn.Module, x_t: Batch, t: torch.Tensor, cond: Condition) -> Batch:

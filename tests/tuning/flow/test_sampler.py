@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from eg3d_rlhf.tuning.flow.generate import sample, times, trajectory
+from eg3d_rlhf.tuning.flow.generate import guides, sample, times, trajectory
 from eg3d_rlhf.tuning.flow.stage import FlowPath, Sampling
 from tests.tuning.flow.closed_forms import PLAIN, Field, PerChannel, dense, stage_of, tokens, voxels
 
@@ -26,6 +26,27 @@ def test_times_run_from_one_to_zero_and_rescale(r):
     for i, t in enumerate(points):
         even = 1 - i / 10
         assert t == pytest.approx(r * even / (1 + (r - 1) * even), abs=1e-15)
+
+
+def test_ends_are_exact_for_every_shift():
+    """So that no step falls out of an interval that ends at 1: r / (1 + (r - 1)) is above 1 for r = 1/3, 1/5, 0.1 and others."""
+    shifts = [i / 7 for i in range(1, 60)] + [1 / i for i in range(1, 30)] + [0.1, 0.3, 3.3]
+    for single in (False, True):
+        points = [times(Sampling(steps=4, rescale_t=r, single=single)) for r in shifts]
+        assert all((first, last) == (1.0, 0.0) for first, *_, last in points)
+        assert all(guides(Sampling(cfg_interval=(0.0, 1.0), time_scale=scale), t) for each in points for t in each for scale in (None, 9.0))
+
+
+def test_ends_of_the_interval_count_as_the_programs_count_them():
+    """Theirs compare float32 of 1000 t', t' = 1 - t; some make t' in float32, too, where 500 is 500.00006 at r = 2 in 9 steps."""
+    for steps, r, low, high in ((5, 1.0, 200, 600), (10, 1.5, 0, 500), (30, 5.0, 0, 500)):
+        sampling = Sampling(steps=steps, rescale_t=r, cfg_interval=(1 - high / 1000, 1 - low / 1000), time_scale=1000.0)
+        even = [i / steps for i in range(steps)]
+        wanted = [low <= round(1000 * s / (1 + (r - 1) * (1 - s)), 9) <= high for s in even]
+        assert [guides(sampling, t) for t in times(sampling)[:-1]] == wanted
+    half = {"steps": 9, "rescale_t": 2.0, "cfg_interval": (0.5, 1.0), "time_scale": 1000.0}
+    told = [guides(sampling, times(sampling)[6]) for sampling in (Sampling(**half), Sampling(**half, single=True))]
+    assert told == [True, False]
 
 
 @pytest.mark.parametrize("steps, r", [(1, 1.0), (7, 3.0)])

@@ -134,6 +134,8 @@ def problem(**changes) -> Problem:
 def test_sampling_settings_are_checked(options):
     with pytest.raises(ValueError, match="Sampling: expected steps >= 1, finite rescale_t > 0 .* Correct them."):
         Sampling(**options)
+    with pytest.raises(ValueError, match=r"Sampling.time_scale: .* Correct it."):
+        Sampling(time_scale=0.0)
 
 
 def test_problems_that_would_fool_themselves_are_refused():
