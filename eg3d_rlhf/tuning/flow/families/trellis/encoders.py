@@ -3,19 +3,17 @@
 Shape letters: N conditions, L tokens, E their size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
+from eg3d_rlhf.models.pictures import on_black, read_cut_out
 from eg3d_rlhf.models.vit import read_dino
 from eg3d_rlhf.tuning.flow.conditions import NULL, Conditions
 
-IMAGE_SIZE = 518  # pixels; 37 patches of 14
 TEXT_TOKENS = 77
-MARGIN = 1.2  # side of the square cut out, in sides of what the image shows
 
 
 def pretrained(kind: str, name: str):
@@ -78,31 +76,7 @@ class ImageEncoder:
         tokens = self.tokens(images)
         return F.layer_norm(tokens, tokens.shape[-1:]).cpu()
 
-    def conditions(self, images: dict[str, Image.Image]) -> Conditions:
-        tokens = {name: self(cut_out(image, self.size)[None])[0] for name, image in images.items()}
+    def conditions(self, images: Mapping[str, Path]) -> Conditions:
+        """Of images with transparent backgrounds by name."""
+        tokens = {name: self(read_cut_out(path, lambda image: on_black(image, self.size))[None])[0] for name, path in images.items()}
         return Conditions(tokens=tokens, encoder=self.name, zero_null=True)
-
-
-def cut_out(image: Image.Image, size: int = IMAGE_SIZE, margin: float = MARGIN) -> torch.Tensor:
-    """What an image with a transparent background shows, in the middle of a black square -> [3, size, size] of 0..1, in steps of 1/255.
-
-    As TRELLIS's pipeline: with (l, t) and (r, b) the first and the last pixel of an opacity above 0.8, the square about their middle has
-    sides of 2 floor(floor(margin max(r - l, b - t)) / 2), its corners rounded to the nearest pixel, halves to the even one. Resized by
-    Lanczos, its colours are multiplied by opacity and cut down, not rounded, to 8 bits.
-    Raises: ValueError for an image without transparency: backgrounds are removed elsewhere; or one that shows a pixel or two.
-    """
-    if image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255:
-        raise ValueError(f"image: expected a transparent background (RGBA), got {image.mode} without. Remove the background first.")
-    box = image.getchannel("A").point(lambda a: 255 if a > 0.8 * 255 else 0).getbbox()
-    if box is None:
-        raise ValueError("image: expected something that is not transparent, got nothing. Choose another image.")
-    left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
-    half = int(max(right - left, bottom - top) * margin) // 2
-    if half < 1:
-        raise ValueError("image: expected something larger than two pixels, got less. Choose another image.")
-    x, y = (left + right) / 2, (top + bottom) / 2
-    square = image.crop((round(x - half), round(y - half), round(x + half), round(y + half)))
-    square = square.resize((size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(square).astype(np.float32) / 255
-    seen = (pixels[..., :3] * pixels[..., 3:] * 255).astype(np.uint8)
-    return torch.from_numpy(seen.astype(np.float32) / 255).permute(2, 0, 1).contiguous()

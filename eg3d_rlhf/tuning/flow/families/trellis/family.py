@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.models.weights import in_types_of, write
@@ -79,7 +78,7 @@ def model_files(root: Path) -> dict[str, Path]:
 
 def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Conditions:
     file = _of_kind(root, "image")
-    return ImageEncoder(file.encoder, device).conditions({name: Image.open(path) for name, path in pictures.items()})
+    return ImageEncoder(file.encoder, device).conditions(pictures)
 
 
 def embed_texts(root: Path, texts: Sequence[str], device: torch.device) -> Conditions:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from eg3d_rlhf.geometry.mesh_export import save_mesh
+from eg3d_rlhf.models.pictures import on_black_first, read_cut_out
 from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.models.sparse import Batch, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import voxels_of
@@ -31,7 +31,7 @@ from eg3d_rlhf.models.weights import in_types_of, write
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages, register
 from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, merged, spare_memory
-from eg3d_rlhf.tuning.flow.families.trellis.encoders import cut_out, pretrained
+from eg3d_rlhf.tuning.flow.families.trellis.encoders import pretrained
 from eg3d_rlhf.tuning.flow.families.trellis.files import base_state, find_model, find_weights, with_ending
 from eg3d_rlhf.tuning.flow.families.trellis2 import files
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, LatentKind, SparseVoxels, Voxels
@@ -164,9 +164,6 @@ def load_pipeline(
 # What it is told: DINOv3's tokens of a picture at two sizes. Weights are those on this machine; nothing is downloaded.
 
 
-MARGIN = 1.0  # side of the square cut out, in sides of what the picture shows
-
-
 class PictureEncoder:
     """DINOv3's tokens before its last norm, normalised without parameters: 1 for the whole, 4 registers, then the patches."""
 
@@ -186,10 +183,10 @@ class PictureEncoder:
 
 def embedded(pictures: Mapping[str, Path], encoder: PictureEncoder, sizes: Sequence[str] = (SMALL, LARGER)) -> Conditions:
     """Pictures with transparent backgrounds by name, at every size."""
-    tokens = {}
+    tokens, pixels = {}, tuple(map(int, sizes))
     for name, path in pictures.items():
-        image = Image.open(path)
-        tokens[name] = {size: encoder(cut_out(image, int(size), MARGIN)) for size in sizes}
+        seen = read_cut_out(path, lambda image: on_black_first(image, pixels))
+        tokens[name] = {size: encoder(picture) for size, picture in zip(sizes, seen, strict=True)}
     return Conditions(tokens=tokens, encoder=encoder.name, zero_null=True)
 
 
