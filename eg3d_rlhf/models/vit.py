@@ -61,15 +61,17 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Pictures [N, 3, S, S], normalised -> tokens [N, L, E] behind the last norm; the token of the whole comes first, then registers.
 
-    Args: side: G of the positions; registers: their number; scaled: as DINOv2, which also has a token for masked patches.
+    Args:
+        side: G of the positions; registers: their number; scaled: as DINOv2, which also has a token for masked patches.
+        antialias, offset: how positions of other sizes are interpolated: widened when there are fewer; by (G' + offset) / G, 0: by size.
     """
 
     def __init__(
         self, width: int, depth: int, heads: int, hidden: int, patch: int, side: int, *, registers: int = 0, scaled: bool = False,
-        eps: float = 1e-6, qkv_bias: bool = True,
+        eps: float = 1e-6, qkv_bias: bool = True, antialias: bool = True, offset: float = 0.0,
     ):
         super().__init__()
-        self.registers = registers
+        self.registers, self.antialias, self.offset = registers, antialias, offset
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         if scaled:
             self.mask_token = nn.Parameter(torch.zeros(1, width))
@@ -86,7 +88,8 @@ class VisionTransformer(nn.Module):
         learnt = math.isqrt(grid.shape[1])
         if side == learnt:
             return self.pos_embed
-        grid = F.interpolate(grid.transpose(1, 2).unflatten(2, (learnt, learnt)), (side, side), mode="bicubic", antialias=True)
+        place: dict[str, Any] = {"scale_factor": [(side + self.offset) / learnt] * 2} if self.offset else {"size": (side, side)}
+        grid = F.interpolate(grid.transpose(1, 2).unflatten(2, (learnt, learnt)), mode="bicubic", antialias=self.antialias, **place)
         return torch.cat([whole, grid.flatten(2).transpose(1, 2)], 1)
 
     def tokens(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -122,6 +125,9 @@ class DinoConfig:
     qkv_bias: bool = True
     use_swiglu_ffn: bool = False
     num_register_tokens: int = 0
+    shown: int | None = None  # pixels of the pictures that it is shown; None: image_size
+    antialias: bool = True  # see VisionTransformer
+    offset: float = 0.0
 
     def __post_init__(self):
         if self.hidden_act != "gelu" or self.use_swiglu_ffn or self.num_channels != 3:
@@ -143,25 +149,33 @@ class DinoConfig:
             grid, hidden = math.isqrt(state["pos_embed"].shape[1] - 1), len(state["blocks.0.mlp.fc1.weight"])
         except (KeyError, IndexError) as error:
             raise ValueError(f"{who}: expected a DINOv2 with blocks of two layers, got none of {error}. Name another checkpoint.") from None
+        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
         return cls(
             hidden_size=size, num_hidden_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
             num_attention_heads=max(1, size // HEAD), mlp_ratio=hidden / size, image_size=patch * grid, patch_size=patch,
-            num_register_tokens=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+            num_register_tokens=registers, antialias=bool(registers), offset=0.0 if registers else 0.1,  # as torch hub makes them
         )
 
     @property
+    def pixels(self) -> int:
+        """S of the pictures that it is shown."""
+        return self.shown or self.image_size
+
+    @property
     def tokens(self) -> int:
-        return 1 + self.num_register_tokens + (self.image_size // self.patch_size) ** 2
+        """L at this size."""
+        return 1 + self.num_register_tokens + (self.pixels // self.patch_size) ** 2
 
 
 class Dino(VisionTransformer):
-    """Pictures [N, 3, S, S] of 0..1 -> tokens [N, L, E], before the last norm or after it. S is the size it was made for."""
+    """Pictures [N, 3, S, S] of 0..1 -> tokens [N, L, E], before the last norm or after it. S is the config's."""
 
     def __init__(self, config: DinoConfig):
         size, hidden = config.hidden_size, int(config.hidden_size * config.mlp_ratio + 1e-6)
         super().__init__(
             size, config.num_hidden_layers, config.num_attention_heads, hidden, config.patch_size, config.image_size // config.patch_size,
             registers=config.num_register_tokens, scaled=True, eps=config.layer_norm_eps, qkv_bias=config.qkv_bias,
+            antialias=config.antialias, offset=config.offset,
         )
         self.config = config
 
@@ -171,7 +185,7 @@ class Dino(VisionTransformer):
         return (pictures - mean) / std
 
     def forward(self, pictures: torch.Tensor, normed: bool = True) -> torch.Tensor:
-        size = self.config.image_size
+        size = self.config.pixels
         check_shape("Dino.pictures", pictures, ["N", 3, size, size], "Scale them to its size.")
         x = self.tokens(self.normalised(pictures))
         return self.norm(x) if normed else x
@@ -252,6 +266,6 @@ def _read_config(path: Path) -> DinoConfig:
         if not isinstance(content, dict) or not str(content.get("model_type")).startswith("dinov2"):
             raise ValueError("its model_type is not dinov2")
         registers = content.get("num_register_tokens", 4 if content["model_type"] == "dinov2_with_registers" else 0)
-        return DinoConfig.of({**content, "num_register_tokens": registers})
+        return DinoConfig.of({**content, "num_register_tokens": registers, "antialias": registers > 0})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: expected the settings of a DINOv2, got: {error}. Restore the file.") from None

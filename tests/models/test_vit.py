@@ -86,3 +86,16 @@ def test_positions_of_other_sizes_are_interpolated():
     assert torch.equal(model.positions(2), model.pos_embed)
     with pytest.raises(ValueError, match="Dino.pictures"):
         model(torch.rand(1, 3, 16, 16))
+    larger = randomised(Dino(DinoConfig.of({**vars(SMALL), "shown": 16})))
+    assert larger.config.tokens == 19 and larger(torch.rand(1, 3, 16, 16)).shape == (1, 19, 64)
+
+
+def test_positions_without_registers_are_torch_hubs():
+    """Not widened, and by a factor of (G' + 0.1) / G: so in the network's code, and so in weights that were trained with it."""
+    plain = Dino(DinoConfig.of({**vars(SMALL), "num_register_tokens": 0, "image_size": 24}))
+    config = DinoConfig.of_state(plain.state_dict(), "x")
+    assert (config.antialias, config.offset) == (False, 0.1) and DinoConfig.of_state(Dino(SMALL).state_dict(), "x").antialias
+    model = randomised(Dino(config))
+    grid = model.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (6, 6))
+    wanted = torch.nn.functional.interpolate(grid, scale_factor=(4 + 0.1) / 6, mode="bicubic").flatten(2).transpose(1, 2)
+    assert torch.equal(model.positions(4)[:, 1:], wanted)
