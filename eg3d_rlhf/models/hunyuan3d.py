@@ -1,16 +1,16 @@
 """Hunyuan3D-2.1's networks: the flow of shapes, a transformer over a set of latent vectors with skips between its halves and mixtures of
-experts in its last blocks; and the decoder, a transformer over the set, then cross-attention from points to it, which says what is inside.
+experts in its last blocks; and the autoencoder: points of a surface become a set of latents, and a transformer over the set, then
+cross-attention from points to it, says what is inside.
 
 Data lie at t = 1. Written from the architecture as it is published (technical report arXiv:2506.15442; names of parameters and settings as
-its checkpoints and config.yaml have them); nothing here was checked against a released file. The encoder, which wants points sampled on a
-watertight mesh, is left out.
+its checkpoints and config.yaml have them), and equal to the original's own classes with random weights (tests/compat).
 
 Shape letters: N samples, T latent tokens, S = T + 1 with the token of the time, C channels of a latent, W width, L tokens of a condition,
-E their size, H heads, D width of a head, X experts, k of them per token, P points, R points per axis of a grid.
+E their size, H heads, D width of a head, X experts, k of them per token, P points, M of them kept, R points per axis of a grid, F
+frequencies of a coordinate.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserConfig:
-    """What config.yaml calls model.params, with the defaults of HunYuanDiTPlain."""
+    """What config.yaml calls model.params, with the defaults of HunYuanDiTPlain, which passes over other names, mlp_ratio among them."""
 
     input_size: int = 1024  # T
     in_channels: int = 4  # C
@@ -34,7 +34,6 @@ class DenoiserConfig:
     context_dim: int = 1024  # E
     depth: int = 24
     num_heads: int = 16
-    mlp_ratio: float = 4.0
     text_len: int = 257  # L
     qk_norm: bool = False
     qkv_bias: bool = True
@@ -146,7 +145,7 @@ class Mixture(nn.Module):
 
     def __init__(self, config: DenoiserConfig):
         super().__init__()
-        width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+        width, inner = config.hidden_size, 4 * config.hidden_size
         self.experts = nn.ModuleList(Expert(width, inner) for _ in range(config.num_experts))
         self.gate = Gate(width, config.num_experts, config.moe_top_k)
         self.shared_experts = Expert(width, inner)
@@ -174,7 +173,7 @@ class Block(nn.Module):
         if mixture:
             self.moe = Mixture(config)
         else:
-            self.mlp = Mlp(width, int(width * config.mlp_ratio))
+            self.mlp = Mlp(width, 4 * width)
         self.skip, self.mixture = skip, mixture
 
     def forward(self, x: torch.Tensor, cond: torch.Tensor, skipped: torch.Tensor | None) -> torch.Tensor:
@@ -238,7 +237,7 @@ _MLP = ("c_fc", "c_proj")  # names of its layers
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """What config.yaml calls vae.params, as far as the decoder reads it; defaults of ShapeVAE."""
+    """What config.yaml calls vae.params, with the defaults of ShapeVAE."""
 
     num_latents: int  # T
     embed_dim: int  # C
@@ -253,10 +252,22 @@ class AutoencoderConfig:
     geo_decoder_downsample_ratio: int = 1
     geo_decoder_ln_post: bool = True
     scale_factor: float = 1.0  # latents are multiplied by it before the flow sees them
+    num_encoder_layers: int = 8
+    use_ln_post: bool = True  # of the encoder
+    pc_size: int = 5120  # points that are drawn on a surface
+    pc_sharpedge_size: int = 5120  # and on its sharp edges
+    point_feats: int = 3  # numbers of a point besides its place: the normal, and with 4 whether it lies on a sharp edge
+    downsample_ratio: float = 20  # points are kept, so many for each latent
+    label_type: str = "binary"  # of training, as the next two are
+    drop_path_rate: float = 0.0
+    ckpt_path: str | None = None
 
     def __post_init__(self):
         if self.geo_decoder_downsample_ratio != 1 or not self.geo_decoder_ln_post:
-            raise ValueError("config.yaml, vae: expected geo_decoder_downsample_ratio 1 and geo_decoder_ln_post, got others.")
+            raise ValueError("config.yaml, vae: expected geo_decoder_downsample_ratio 1 and geo_decoder_ln_post, got others. Not read.")
+        points = min(self.pc_size, self.pc_sharpedge_size + 1, self.downsample_ratio)
+        if self.point_feats not in (3, 4) or not self.use_ln_post or points < 1:
+            raise ValueError(f"config.yaml, vae: expected point_feats 3 or 4, use_ln_post and points, got {self}. Others are not read.")
         least = min(self.num_latents, self.embed_dim, self.heads, self.num_decoder_layers)
         if least < 1 or self.width % self.heads or self.scale_factor <= 0:
             raise ValueError(f"config.yaml, vae: expected sizes >= 1 and heads that divide the width, got {self}. Restore the file.")
@@ -317,9 +328,9 @@ class ResidualBlock(nn.Module):
 class CrossBlock(nn.Module):
     """Cross-attention, mlp."""
 
-    def __init__(self, config: AutoencoderConfig):
+    def __init__(self, config: AutoencoderConfig, expand: int):
         super().__init__()
-        self.attn, self.mlp = CrossAttention(config), Mlp(config.width, config.geo_decoder_mlp_expand_ratio * config.width, _MLP)
+        self.attn, self.mlp = CrossAttention(config), Mlp(config.width, expand * config.width, _MLP)
         self.ln_1, self.ln_2, self.ln_3 = (nn.LayerNorm(config.width, eps=1e-6) for _ in range(3))
 
     def forward(self, x: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
@@ -327,31 +338,35 @@ class CrossBlock(nn.Module):
         return x + self.mlp(self.ln_3(x))
 
 
+def embedded(points: torch.Tensor, config: AutoencoderConfig) -> torch.Tensor:
+    """Places [..., 3] -> themselves, sines and cosines of 2^j times each coordinate, [..., 3 (2 F + 1)]."""
+    rates = 2.0 ** torch.arange(config.num_freqs, dtype=torch.float32, device=points.device) * (torch.pi if config.include_pi else 1)
+    angles = (points[..., None] * rates).flatten(-2)  # [..., 3 F]
+    return torch.cat([points, angles.sin(), angles.cos()], -1)
+
+
 class PointDecoder(nn.Module):
     """Points and latents -> a number, positive inside."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        self.freqs, self.pi = config.num_freqs, config.include_pi
+        self.config = config
         self.query_proj = nn.Linear(3 * (2 * config.num_freqs + 1), config.width)
-        self.cross_attn_decoder = CrossBlock(config)
+        self.cross_attn_decoder = CrossBlock(config, config.geo_decoder_mlp_expand_ratio)
         self.ln_post, self.output_proj = nn.LayerNorm(config.width), nn.Linear(config.width, 1)
 
     def forward(self, points: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """[N, P, 3], [N, T, W] -> [N, P]."""
-        rates = 2.0 ** torch.arange(self.freqs, dtype=torch.float32, device=points.device) * (torch.pi if self.pi else 1)
-        angles = (points[..., None] * rates).flatten(-2)  # [N, P, 3 F]
-        seen = torch.cat([points, angles.sin(), angles.cos()], -1).to(latents.dtype)
-        x = self.cross_attn_decoder(self.query_proj(seen), latents)
+        x = self.cross_attn_decoder(self.query_proj(embedded(points, self.config).to(latents.dtype)), latents)
         return self.output_proj(self.ln_post(x))[..., 0]
 
 
 class Transformer(nn.Module):
     """Blocks in turn."""
 
-    def __init__(self, config: AutoencoderConfig):
+    def __init__(self, config: AutoencoderConfig, layers: int):
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualBlock(config) for _ in range(config.num_decoder_layers))
+        self.resblocks = nn.ModuleList(ResidualBlock(config) for _ in range(layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.resblocks:
@@ -366,23 +381,81 @@ class ShapeDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.post_kl = nn.Linear(config.embed_dim, config.width)
-        self.transformer, self.geo_decoder = Transformer(config), PointDecoder(config)
+        self.transformer, self.geo_decoder = Transformer(config, config.num_decoder_layers), PointDecoder(config)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the flow sees them, [N, T, C] -> what points are asked of, [N, T, W]."""
         return self.transformer(self.post_kl(latents / self.config.scale_factor))
 
     @torch.no_grad()
-    def volume(self, latents: torch.Tensor, resolution: int) -> torch.Tensor:
-        """Latents of one shape [T, C] -> its numbers on a grid over the cube, [R, R, R] over x, y, z, on the CPU."""
-        decoded = self(latents[None])
-        found = [self.geo_decoder(points[None], decoded)[0].float().cpu() for points in _grid(resolution, latents.device)]
-        return torch.cat(found).view(resolution, resolution, resolution)
+    def slab(self, decoded: torch.Tensor, axis: torch.Tensor, x: slice) -> torch.Tensor:
+        """What `forward` made of one shape [1, T, W] -> numbers at the product of axis[x], axis and axis, [., R, R] on the CPU."""
+        side, planes = len(axis), len(axis[x])
+        numbers = []
+        for some in torch.arange(planes * side**2, device=axis.device).split(CHUNK):
+            places = (axis[x][some // side**2], axis[some // side % side], axis[some % side])
+            numbers.append(self.geo_decoder(torch.stack(places, 1)[None], decoded)[0].float().cpu())
+        return torch.cat(numbers).view(planes, side, side)
 
 
-def _grid(resolution: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Points [P, 3] of the grid, some at a time."""
-    axis = torch.linspace(-BOUND, BOUND, resolution, device=device)
-    for start in range(0, resolution**3, CHUNK):
-        number = torch.arange(start, min(start + CHUNK, resolution**3), device=device)
-        yield torch.stack([axis[number // resolution**2], axis[number // resolution % resolution], axis[number % resolution]], 1)
+# The way back: a surface's points -> latents.
+
+
+class PointEncoder(nn.Module):
+    """Points that ask, and points that are asked -> [N, T, W]."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        self.input_proj = nn.Linear(3 * (2 * config.num_freqs + 1) + config.point_feats, config.width)
+        self.cross_attn, self.self_attn = CrossBlock(config, 4), Transformer(config, config.num_encoder_layers)
+        self.ln_post = nn.LayerNorm(config.width)
+
+    def forward(self, queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        """[N, T, 3 + f] and [N, M, 3 + f]: places, normals, perhaps the flag of a sharp edge."""
+        seen = [torch.cat([embedded(x[..., :3], self.config), x[..., 3:]], -1) for x in (queries, points)]
+        return self.ln_post(self.self_attn(self.cross_attn(*(self.input_proj(x.to(self.input_proj.weight)) for x in seen))))
+
+
+class ShapeEncoder(nn.Module):
+    """The half of the autoencoder that makes latents of a surface's points."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.pre_kl = PointEncoder(config), nn.Linear(config.width, 2 * config.embed_dim)
+
+    def forward(self, queries: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> mean and logarithm of the variance, [N, T, C] each, not yet as the flow sees them."""
+        mean, logvar = self.pre_kl(self.encoder(queries, points)).chunk(2, -1)
+        return mean, logvar.clamp(-30, 20)
+
+    @torch.no_grad()
+    def latents(self, surface: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        """Points of a surface [P, 3 + f], those on sharp edges last -> the mean [T, C] as the flow sees it; which are kept is drawn."""
+        device = self.pre_kl.weight.device
+        queries, points = (x.to(device)[None] for x in chosen(surface.cpu(), self.config, draw))
+        return self(queries, points)[0][0] * self.config.scale_factor
+
+
+def chosen(surface: torch.Tensor, config: AutoencoderConfig, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [T, .] and kept points [M, .] of a surface's: from even ones and from those on sharp edges, to each by their share."""
+    parts, queries, kept = surface.split([config.pc_size, config.pc_sharpedge_size]), [], []
+    for part in parts:
+        wanted = len(part) / len(surface) * config.num_latents
+        some = part[torch.randperm(len(part), generator=draw)[: int(wanted * config.downsample_ratio)]]
+        queries.append(some[farthest(some[:, :3], math.ceil(wanted - 1e-6), draw)])
+        kept.append(some)
+    return torch.cat(queries), torch.cat(kept)
+
+
+def farthest(points: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tensor:
+    """Numbers [count] of points [P, 3], each the farthest from those before it; the first one is drawn."""
+    numbers = torch.zeros(count, dtype=torch.int64)
+    if count:
+        numbers[0] = torch.randint(len(points), (), generator=draw)
+    nearest = torch.full([len(points)], torch.inf)
+    for i in range(1, count):
+        nearest = torch.minimum(nearest, (points - points[numbers[i - 1]]).square().sum(1))
+        numbers[i] = nearest.argmax()
+    return numbers

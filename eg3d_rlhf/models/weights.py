@@ -11,6 +11,7 @@ expected and got, and the remedy.
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import pickle
 import re
@@ -168,6 +169,15 @@ def adopt(module: Module, state: Mapping[str, torch.Tensor], who: str) -> Module
 
 def frozen(module: Module, device: str | torch.device) -> Module:
     return module.eval().requires_grad_(False).to(device)
+
+
+def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+    """Eight digits of names, shapes and the first numbers of each tensor, the same for float16 and float32 files of one network."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(tensor.flatten()[:16].to(torch.float16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def in_types_of(stored: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> State:

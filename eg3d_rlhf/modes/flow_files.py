@@ -81,13 +81,19 @@ def conditions(root: Path, out: Path, images: Path | None, texts: Path | None, d
         help="Embeddings; each condition in it is drawn.")
 @option("--each", metavar="N", type=click.IntRange(1), default=4, help="Assets per condition, of seeds 0, 1, ...")
 @option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", help="In which the flows are held.")
+@option("--cells", metavar="N", type=click.IntRange(2), default=None, show_default="the family's",
+        help="Per axis of the grid that meshes are read on: 128 for Hunyuan3D-2.1, 384 as published.")
 @_device
 def draw_command(
-    root: Path, out: Path, run: Path | None, weights: Sequence[str], tokens: Path | None, each: int, dtype: str, device: str
+    root: Path, out: Path, run: Path | None, weights: Sequence[str], tokens: Path | None, each: int, dtype: str, cells: int | None,
+    device: str,
 ) -> None:
     """Assets to look at, their latents, and a list to write ranks into, for `ranking`."""
     family = family_of(root)
     show = _hook(family, "draw", family.show)
+    if cells is not None and family.cells is None:
+        raise ValueError(f"--cells: belongs to families that read meshes on a grid, not to {family.name}. Leave it out.")
+    size = () if cells is None else (cells,)
     tokens, tuned = tokens or out / CONDITIONS, tuned_weights(family, run, weights)
     if not tokens.exists():
         raise FileNotFoundError(f"--conditions: expected embeddings, got none at {tokens}. Write them by `conditions --out={out}`.")
@@ -98,7 +104,7 @@ def draw_command(
             stage.model = tuned_model(stage.model, tuned[stage.name])
     identity = {
         "files": {name: file_hash(path) for name, path in family.files(root).items()}, "conditions": hash_of(tokens),
-        "tuned": {stage: hash_of(path) for stage, path in tuned.items()}, "dtype": dtype,
+        "tuned": {stage: hash_of(path) for stage, path in tuned.items()}, "dtype": dtype, **({"cells": cells} if size else {}),
     }
 
     def make(stem: str, condition: str, seed: int) -> dict[str, str]:
@@ -112,7 +118,7 @@ def draw_command(
             else:
                 for stage, latent in latents.items():
                     family.write_latent(out / files[stage], pipeline, stage, latent)
-            there = [show(asset, out / stem)]
+            there = [show(asset, out / stem, *size)]
         return {**files, "look_at": there[0].name}
 
     with tqdm(total=each * len(read.names), desc="assets", unit="asset", disable=None) as bar:
@@ -139,10 +145,11 @@ def ranking(
     """Pairs of every stage from a ranked list, and the embeddings of their conditions, for train.py."""
     path = path / RANKING if path.is_dir() else path
     votes, family = None if judged is None else Judged(judged), family_of(root)
+    encoding = {"share": share, "views": views} if "views" in family.options else {}
+    if not encoding and (share, views) != (ProblemSource.voxel_share, ProblemSource.views):
+        raise ValueError(f"--share, --views: belong to families that encode assets so, not to {family.name}. Leave them out.")
     if family.encoder is not None:
-        pipeline = family.encoder(root, device=choose_device(device), share=share, views=views)
-    elif (share, views) != (ProblemSource.voxel_share, ProblemSource.views):
-        raise ValueError(f"--share, --views: belong to families that encode assets, and would have no effect on {family.name}. Leave out.")
+        pipeline = family.encoder(root, device=choose_device(device), **encoding)
     else:
         pipeline = family.load(root, None, dtype=torch.float32, device="cpu")
     with tqdm(desc="assets", unit="asset", disable=None) as bar:

@@ -77,7 +77,7 @@ class Conditions:
     """Tokens by name, or several tensors for each. Images have a null of zeros; a text's null is the embedding of '' and must be there."""
 
     tokens: Mapping[str, Condition]  # [L, E] float32 each, or tensors by name; all alike
-    encoder: str = ""  # what computed them; "" where it is unknown
+    encoder: str = ""  # what computed them and of what pictures; "" where it is unknown
     zero_null: bool = False  # the empty condition is zeros
     names: tuple[str, ...] = field(init=False)  # all but the empty one
 
@@ -103,6 +103,15 @@ class Conditions:
         if self.form != expected:
             source = f" of {self.encoder}" if self.encoder else ""
             raise ValueError(f"{who}: expected embeddings {expected}, got {self.form}{source}. Embed them with {encoder}.")
+
+    def check_source(self, who: str, source: str, encoder: str) -> None:
+        """Raise ValueError where another encoder or another preparation made them; those of an unknown source are taken.
+
+        Args: source: what they must state; with * in front whatever ends so.
+        """
+        fits = self.encoder.endswith(source[1:]) if source.startswith("*") else self.encoder == source
+        if self.encoder and not fits:
+            raise ValueError(f"{who}: expected embeddings of {source}, got those of {self.encoder}. Embed them with {encoder}.")
 
     def of(self, names: Sequence[str]) -> Condition:
         """[N, L, E], or by name [N, ...]. Raises: ValueError for names without an embedding."""

@@ -214,6 +214,25 @@ def drawn_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline, r
     return Candidate(name=name, condition=condition, rank=rank, latents=latents, file=file_of(record, folder))
 
 
+def asset_candidate(read: Callable[[Path], Any]) -> Candidates:
+    """For families whose pipelines encode assets: a line may name an `asset` of one's own, which `read` reads, in place of latents."""
+
+    def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
+        if not isinstance(record, dict) or "latents" in record or not isinstance(record.get("asset"), str):
+            return drawn_candidate(record, name, folder, pipeline, ranked)
+        condition = record.get("condition")
+        if not isinstance(condition, str) or not condition:
+            raise ValueError(f"expected a condition and an asset, got {record!r:.120}. Write them.")
+        (latents,) = pipeline.encode([read(folder / record["asset"])])
+        for stage, latent in latents.items():
+            stage_of(pipeline, stage).check(record["asset"], latent)
+        return Candidate(
+            name=name, condition=condition, rank=rank_of(record, ranked), latents=latents, file=file_of(record, folder)
+        )
+
+    return candidate
+
+
 @dataclass(frozen=True, kw_only=True)
 class Imported:
     pairs: Mapping[str, Sequence[PreferencePair]]  # by stage

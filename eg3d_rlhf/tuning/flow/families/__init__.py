@@ -28,7 +28,6 @@ from eg3d_rlhf.tuning.flow.problem import (
     pair_folders,
 )
 from eg3d_rlhf.tuning.flow.ranking import Candidates, drawn_candidate
-from eg3d_rlhf.tuning.flow.stage import Asset
 
 Load = Callable[..., Any]  # (root, Conditions, *, dtype, device) -> Pipeline; without conditions nothing is sampled
 COMMON = ("pipeline", "pairs", "seed", "held_out", "conditions", "dtype")  # fields of ProblemSource that every family reads
@@ -52,10 +51,12 @@ class FlowFamily:
     open: Callable[[ProblemSource, str | torch.device], Problem] | None = None  # in place of `open_folder`
     embed: Callable[[Path, Mapping[str, Path], torch.device], Conditions] | None = None  # (root, pictures by name, device)
     embed_texts: Callable[[Path, Sequence[str], torch.device], Conditions] | None = None  # (root, texts, device)
-    show: Callable[[Asset, Path], Path] | None = None  # write an asset to look at, beside a path without ending; returns the file
+    show: Callable[..., Path] | None = None  # write (asset, path without ending) to look at; returns the file
+    cells: int | None = None  # per axis of the grid that show reads an asset on, its third argument; None: nothing to choose
     export: Callable[..., dict] | None = None  # (root, new folder to write, tuned weights by stage)
     write_latent: Callable[[Path, Any, str, Latent], None] | None = None  # (file, pipeline, stage, latent): each in its own format
-    encoder: Callable[..., Any] | None = None  # (root, *, device, share, views): a pipeline that encodes assets which others made
+    encoder: Callable[..., Any] | None = None  # (root, *, device): a pipeline that encodes assets which others made; with "views" among
+    # the options also share, views
     candidate: Candidates = drawn_candidate  # reads a line of a ranked list
     pair_meta: Callable[[Any, str, Mapping], Mapping] | None = None  # (pipeline, stage, report): what imported pairs state besides
     notice: str = ""  # printed once when a folder is opened: licences that exclude somebody

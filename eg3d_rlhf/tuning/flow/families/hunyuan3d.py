@@ -1,40 +1,51 @@
 """Hunyuan3D-2.1 among the families of flow generators: shapes alone, a flow over a set of latent vectors in one stage.
 
-Its files are config.yaml beside one checkpoint with sections model, vae and conditioner. Its paint stage is a diffusion model of pictures
-and no part of this. Nothing is downloaded or run.
+Its files are config.yaml beside one checkpoint with sections model, vae and conditioner, in a folder of the released repository. Its paint
+stage is a diffusion model of pictures and no part of this. Nothing is downloaded or run.
 
 Shape letters as in models/hunyuan3d.py.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
-from eg3d_rlhf.geometry.mesh import extract_mesh
+from eg3d_rlhf.core.interfaces import Mesh
+from eg3d_rlhf.geometry.mesh import extract_mesh_blockwise
 from eg3d_rlhf.geometry.mesh_export import save_mesh
-from eg3d_rlhf.models.hunyuan3d import BOUND, AutoencoderConfig, Denoiser, DenoiserConfig, ShapeDecoder
+from eg3d_rlhf.models.hunyuan3d import BOUND, AutoencoderConfig, Denoiser, DenoiserConfig, ShapeDecoder, ShapeEncoder
+from eg3d_rlhf.models.pictures import on_white, read_cut_out, short_side
+from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.models.vit import Dino, DinoConfig, hub_names, load_dino
-from eg3d_rlhf.models.weights import below, content, empty, fill, in_types_of, rewrite
+from eg3d_rlhf.models.weights import below, content, empty, fill, fingerprint, in_types_of, rewrite
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
-from eg3d_rlhf.tuning.flow.families.folder import mentions, merged, read_yaml
+from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, mentions, merged, read_yaml
+from eg3d_rlhf.tuning.flow.ranking import asset_candidate
 from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
-from training.storage import write_atomic
+from training.storage import check_fit, write_atomic
 
 CONFIG = "config.yaml"
 CHECKPOINTS = tuple(f"model{half}{ending}" for half in (".fp16", "") for ending in (".ckpt", ".safetensors"))
-FOLDER = "hunyuan3d-dit-v2-1"  # of the shape's networks in the released repository
+FOLDER, VAE_FOLDER = "hunyuan3d-dit-v2-1", "hunyuan3d-vae-v2-1"  # of the shape's networks, and of the autoencoder alone, as released
 MODEL, VAE, CONDITIONER = "model", "vae", "conditioner"
 ENCODER = "main_image_encoder.model."  # before the names of DINOv2
-UNREAD = ("encoder.", "pre_kl.", "fourier_embedder.", "geo_decoder.fourier_embedder.")  # of the autoencoder: its other half, and constants
+ENCODER_HALF = ("encoder.", "pre_kl.")  # of the autoencoder
 TARGETS = {MODEL: "HunYuanDiTPlain", VAE: "ShapeVAE", CONDITIONER: "SingleImageEncoder"}
+SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {  # sections that may be missing: target, and the params that it takes
+    "scheduler": ("FlowMatchEulerDiscreteScheduler", ("num_train_timesteps", "shift", "use_dynamic_shifting")),
+    "image_processor": ("ImageProcessorV2", ("size", "border_ratio")),
+    "pipeline": ("Hunyuan3DDiTFlowMatchingPipeline", ()),
+}
+PICTURE, BORDER = 512, 0.15  # defaults of ImageProcessorV2: pixels, and the share of a side around what is shown
+SHOWN = 224  # default of DinoImageEncoder, and of a Dinov2Config: pixels
 Sections = Mapping[str, Mapping[str, torch.Tensor]]
 
 
@@ -47,13 +58,20 @@ class ShapeFiles:
     model: DenoiserConfig
     vae: AutoencoderConfig
     encoder: DinoConfig
-    class_token: bool  # whether the token of the whole picture is kept
-    shift: float  # of the sampler's times
+    class_token: bool = True  # whether the token of the whole picture is kept
+    shift: float = 1.0  # of the sampler's times
+    picture: int = PICTURE
+    border: float = BORDER
 
     @property
     def tokens(self) -> list[int]:
         """Shape of a condition."""
         return [self.encoder.tokens - (0 if self.class_token else 1), self.encoder.hidden_size]
+
+    @property
+    def preparation(self) -> str:
+        """What is done to pictures, in words that files of conditions state."""
+        return f"pictures of {self.picture} pixels with a border of {self.border:g}, resized as by OpenCV"
 
 
 def folder_of(root: Path) -> Path:
@@ -69,7 +87,7 @@ def recognises(root: Path) -> bool:
 def read_files(root: Path) -> ShapeFiles:
     """Read config.yaml and find the checkpoint.
 
-    Raises: FileNotFoundError; ValueError for a config that is not Hunyuan3D-2.1's.
+    Raises: FileNotFoundError; ValueError for a config that is not Hunyuan3D-2.1's, or has settings that would change the result.
     """
     folder = folder_of(Path(root))
     path = folder / CONFIG
@@ -77,26 +95,21 @@ def read_files(root: Path) -> ShapeFiles:
     if not path.is_file() or checkpoint is None:
         raise FileNotFoundError(f"Hunyuan3D: expected {CONFIG} and {' or '.join(CHECKPOINTS)}, got less in {folder}. Restore them.")
     written = read_yaml(path)
-    params = {}
-    for section, target in TARGETS.items():
-        entry = written.get(section)
-        entry = entry if isinstance(entry, Mapping) else {}
-        named = str(entry.get("target", "")).rpartition(".")[2]
-        if named != target or not isinstance(entry.get("params"), Mapping):
-            raise ValueError(f"{path}: expected {section} of target {target} with params, got {named or 'none'}. Name Hunyuan3D-2.1's.")
-        params[section] = dict(entry["params"])
-    encoder = params[CONDITIONER].get("main_image_encoder", {})
-    kind, inner = encoder.get("type"), encoder.get("kwargs", {})
-    if kind != "DinoImageEncoder" or set(params[CONDITIONER]) - {"main_image_encoder", "drop_ratio"}:
-        raise ValueError(f"{path}: expected one DinoImageEncoder as conditioner, got {kind!r} in {sorted(params[CONDITIONER])}.")
-    scheduler = (written.get("scheduler") or {}).get("params") or {}
     try:
-        dino = DinoConfig.of({**(inner.get("config") or {}), "image_size": inner.get("image_size", 518)})
+        params = {section: _params(written, section, target) for section, target in TARGETS.items()}
+        settings = {section: _settings(written, section) for section in SETTINGS}
+        encoder, class_token = _picture_encoder(params[CONDITIONER])
+        prepared = settings["image_processor"]
+        border = prepared.get("border_ratio")  # null: the pipeline's own
         made = ShapeFiles(
-            root=folder, checkpoint=checkpoint, model=_made(DenoiserConfig, params[MODEL], strict=True),
-            vae=_made(AutoencoderConfig, params[VAE]), encoder=dino, class_token=bool(inner.get("use_cls_token", True)),
-            shift=float(scheduler.get("shift", 1.0)),
+            root=folder, checkpoint=checkpoint, model=_made(DenoiserConfig, params[MODEL], others=True),
+            vae=_made(AutoencoderConfig, params[VAE]), encoder=encoder, class_token=class_token,
+            shift=float(settings["scheduler"].get("shift", 1.0)), picture=int(prepared.get("size", PICTURE)),
+            border=BORDER if border is None else float(border),
         )
+        if not (made.shift > 0 and made.picture > 0 and 0 <= made.border < 1):
+            got = f"{made.shift}, {made.picture}, {made.border}"
+            raise ValueError(f"expected shift and size above 0 and a border_ratio below 1, got {got}. Restore them.")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     got = (made.vae.num_latents, made.vae.embed_dim, made.tokens[1])
@@ -106,28 +119,65 @@ def read_files(root: Path) -> ShapeFiles:
     return made
 
 
-def _made(kind: Any, params: Mapping, strict: bool = False) -> Any:
-    """A config of its params; those of the encoder's half are passed over, unless unknown ones are refused."""
+def _params(written: Mapping, section: str, target: str) -> dict:
+    entry = written.get(section)
+    entry = entry if isinstance(entry, Mapping) else {}
+    named = str(entry.get("target", "")).rpartition(".")[2]
+    if named != target or not isinstance(entry.get("params"), Mapping):
+        raise ValueError(f"expected {section} of target {target} with params, got {named or 'none'}. Name Hunyuan3D-2.1's.")
+    return dict(entry["params"])
+
+
+def _settings(written: Mapping, section: str) -> dict:
+    """Params of a section that may be missing; other targets and other params would sample or cut out another way."""
+    target, known = SETTINGS[section]
+    if section not in written:
+        return {}
+    entry = written[section] if isinstance(written[section], Mapping) else {}
+    named, params = str(entry.get("target", "")).rpartition(".")[2], entry.get("params") or {}
+    if named != target:
+        raise ValueError(f"expected {section} of target {target}, got {named or 'none'}. It samples another way: name Hunyuan3D-2.1's.")
+    odd = sorted(set(params) - set(known)) if isinstance(params, Mapping) and known else []
+    if odd or not isinstance(params, Mapping):
+        got = ", ".join(odd) or repr(params)
+        raise ValueError(f"expected {section} with params {', '.join(known)}, got {got}. They may change the result: leave them out.")
+    if params.get("use_dynamic_shifting"):
+        raise ValueError(f"expected {section} without use_dynamic_shifting, which its pipeline cannot sample, got it. Switch it off.")
+    return dict(params)
+
+
+def _picture_encoder(params: Mapping) -> tuple[DinoConfig, bool]:
+    """And whether the token of the whole picture is kept."""
+    encoder = params.get("main_image_encoder") or {}
+    kind, inner = encoder.get("type"), encoder.get("kwargs") or {}
+    if kind != "DinoImageEncoder" or set(params) - {"main_image_encoder", "drop_ratio"} or not isinstance(inner.get("config"), Mapping):
+        raise ValueError(f"expected one DinoImageEncoder with its config as conditioner, got {kind!r} in {sorted(params)}. Name its file.")
+    config = {"image_size": SHOWN, **inner["config"], "shown": inner.get("image_size", SHOWN)}
+    return DinoConfig.of({**config, "antialias": False}), bool(inner.get("use_cls_token", True))
+
+
+def _made(kind: Any, params: Mapping, others: bool = False) -> Any:
+    """A config of its params. Args: others: pass over unknown ones, as the class does."""
     known = {field.name for field in fields(kind)}
-    passed = {"decoupled_ca_dim", "decoupled_ca_weight", "additional_cond_hidden_state"}  # of what is refused where it is switched on
-    unknown = sorted(set(params) - known - passed)
-    if strict and unknown:
-        raise ValueError(f"expected the params of {TARGETS[MODEL]}, got unknown {', '.join(unknown[:8])}. Name Hunyuan3D-2.1's file.")
+    unknown = sorted(set(params) - known)
+    if unknown and not others:
+        raise ValueError(f"expected the params of {TARGETS[VAE]}, got unknown {', '.join(unknown[:8])}. Name Hunyuan3D-2.1's file.")
     return kind(**{name: value for name, value in params.items() if name in known})
 
 
-def read_sections(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+def read_sections(path: Path, needed: Sequence[str] = (MODEL, VAE)) -> dict[str, dict[str, torch.Tensor]]:
     """The checkpoint's sections: nested dicts of a .ckpt, or names such as model.x of a .safetensors.
 
-    Raises: ValueError for a damaged or foreign file, one that would run code, or one without a section.
+    Raises: ValueError for a damaged or foreign file, one that would run code, or one without a section that is needed.
     """
     held = content(path, "checkpoint")
     if path.suffix == ".safetensors":
         held = {section: below(held, f"{section}.") for section in {name.partition(".")[0]: None for name in held}}
-    lacking = [s for s in TARGETS if not (isinstance(held, dict) and isinstance(held.get(s), dict) and held[s])]
+    lacking = [s for s in needed if not (isinstance(held, dict) and isinstance(held.get(s), dict) and held[s])]
     if lacking:
-        raise ValueError(f"{path}: expected sections {', '.join(TARGETS)}, got none for {', '.join(lacking)}. Use the released checkpoint.")
-    odd = [f"{s}.{n}" for s in TARGETS for n, x in held[s].items() if not isinstance(x, torch.Tensor)]
+        raise ValueError(f"{path}: expected sections {', '.join(needed)}, got none for {', '.join(lacking)}. Use the released checkpoint.")
+    there = [s for s in TARGETS if s in held]
+    odd = [f"{s}.{n}" for s in there for n, x in held[s].items() if not isinstance(x, torch.Tensor)]
     if odd:
         raise ValueError(f"{path}: expected tensors by name, got others at {', '.join(map(str, odd[:8]))}. Use the released checkpoint.")
     return held
@@ -139,9 +189,34 @@ def denoiser(files: ShapeFiles, sections: Sections, dtype: torch.dtype | None = 
 
 
 def decoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> ShapeDecoder:
-    """The autoencoder's half that makes shapes, strictly, in float32."""
-    half = {name: tensor for name, tensor in sections[VAE].items() if not name.startswith(UNREAD)}
-    return _loaded(ShapeDecoder, files.vae, half, f"{files.checkpoint}, {VAE}", torch.float32, device)
+    """The autoencoder's half that makes shapes, in float32. What else the section holds is passed over, as in the original."""
+    return _loaded(ShapeDecoder, files.vae, _decoding(files, sections), f"{files.checkpoint}, {VAE}", torch.float32, device)
+
+
+def _decoding(files: ShapeFiles, sections: Sections) -> Mapping[str, torch.Tensor]:
+    """The tensors of this half. Raises: ValueError for missing or misshapen ones."""
+    expected = empty(lambda: ShapeDecoder(files.vae)).state_dict()
+    half = {name: tensor for name, tensor in sections[VAE].items() if not name.startswith(ENCODER_HALF)}
+    if expected.keys() <= half.keys():
+        half = {name: half[name] for name in expected}
+    check_fit(expected, half, f"{files.checkpoint}, {VAE}")
+    return half
+
+
+def encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> ShapeEncoder:
+    """The half that makes latents of surfaces, in float32: of the checkpoint, or of the autoencoder's own folder beside it.
+
+    Raises: FileNotFoundError where neither has it.
+    """
+    path, state = files.checkpoint, sections[VAE]
+    if not any(name.startswith(ENCODER_HALF) for name in state):
+        beside = [files.root.parent / VAE_FOLDER / name for name in CHECKPOINTS]
+        path = next((place for place in beside if place.is_file()), path)
+        if path == files.checkpoint:
+            raise FileNotFoundError(f"{path}: expected the autoencoder's encoder in it or in {beside[0]}, got neither. Fetch that folder.")
+        state = content(path, "checkpoint")
+    half = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_HALF)}
+    return _loaded(ShapeEncoder, files.vae, half, f"{path}, {VAE}", torch.float32, device)
 
 
 def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> Dino:
@@ -153,14 +228,16 @@ def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.dev
     return load_dino(files.encoder, hub_names(below(sections[CONDITIONER], ENCODER)), f"{files.checkpoint}, {CONDITIONER}", device)
 
 
-def _loaded(kind: Any, config: Any, state: Mapping[str, torch.Tensor], who: str, dtype: torch.dtype | None, device) -> Any:
+def _loaded(
+    kind: Any, config: Any, state: Mapping[str, torch.Tensor], who: str, dtype: torch.dtype | None, device: str | torch.device
+) -> Any:
     types = {} if dtype is None else dict.fromkeys(state, dtype)
     return fill(empty(lambda: kind(config)), state, who, types=types, device=device).eval().requires_grad_(False)
 
 
 def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
     """The checkpoint again, with the flow's network replaced, every tensor in its old type."""
-    sections = read_sections(source)
+    sections = read_sections(source, (MODEL,))
     held: dict = {**sections, MODEL: in_types_of(sections[MODEL], state)}
     if target.suffix == ".safetensors":
         held = {f"{section}.{name}": tensor for section, tensors in held.items() for name, tensor in tensors.items()}
@@ -171,24 +248,54 @@ SHAPE = "shape"  # name of the stage
 MAIN = "main"  # name of the only tensor of a condition
 STEPS, SCALE = 50, 5.0  # published: points of time, and s of v_null + s (v_cond - v_null)
 LORA_TARGETS = ("to_q", "to_k", "to_v", "out_proj")
-GRID = 128  # points per axis of the grid that a mesh to look at is read from; the published one has 384
-PICTURE, BORDER = 512, 0.15  # pixels of a prepared picture, and the share of its side around what it shows
+CELLS, PUBLISHED_CELLS = 128, 384  # per axis of the grid that a mesh to look at is read from
+REACH = 2 * 0.9999  # longest side of a mesh that is encoded
 NOTICE = (
-    "Hunyuan3D-2.1 is under Tencent's community licence, which grants nothing in the European Union, the United Kingdom and South Korea "
-    "and limits large services: read the LICENSE beside its weights."
+    "Hunyuan3D-2.1 is under Tencent's community licence, which grants nothing in the European Union, the United Kingdom and South Korea, "
+    "limits large services, and forbids to improve other AI models by its outputs (5.b): read the LICENSE beside its weights."
 )
+LICENCES = ("LICENSE*", "License*", "NOTICE*", "Notice*")
+NOTICE_FILE = """Tencent Hunyuan 3D 2.1 is licensed under the Tencent Hunyuan 3D 2.1 Community License Agreement,
+Copyright (C) 2025 Tencent. All Rights Reserved. The trademark rights of "Tencent Hunyuan" are owned by Tencent or its affiliate.
+
+Changed: {file}: the weights of the flow of shapes were tuned on preferences.
+"""
+
+
+class Unbounded(ValueError):
+    """A shape without a surface."""
 
 
 @dataclass(frozen=True)
 class ShapeAsset:
-    """A finished shape: numbers on a grid, positive inside, read when they are asked for."""
+    """A finished shape, read on a grid when it is asked for."""
 
     latent: torch.Tensor  # [T, C]
     decoder: ShapeDecoder
 
-    def volume(self, resolution: int = GRID) -> torch.Tensor:
-        """[R, R, R] over x, y, z within +-1.01."""
-        return self.decoder.volume(self.latent, resolution)
+    @torch.no_grad()
+    def surface(self, cells: int = CELLS) -> tuple[np.ndarray, np.ndarray]:
+        """Vertices [V, 3] within +-1.01 and faces [F, 3] counter-clockwise from outside; the grid is read block by block.
+
+        Deviates: on a straight grid; published vertices are index / n, not index / (n - 1), of n = cells + 1 points (a slip). Closed at
+        the border.
+        Raises: Unbounded; ValueError for numbers that are not finite.
+        """
+        axis = torch.linspace(-BOUND, BOUND, cells + 1, device=self.latent.device)
+        decoded, low, high = self.decoder(self.latent[None]), math.inf, -math.inf
+
+        def sample(x: slice) -> torch.Tensor:
+            nonlocal low, high
+            numbers = self.decoder.slab(decoded, axis, x)
+            low, high = min(low, float(numbers.min())), max(high, float(numbers.max()))
+            return numbers
+
+        try:
+            return extract_mesh_blockwise(sample, [axis.double().cpu()] * 3, 0.0)
+        except ValueError:
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise
+            raise Unbounded(f"No surface: all numbers lie between {low:g} and {high:g}; inside is above 0.") from None
 
 
 def call(module: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -196,25 +303,29 @@ def call(module: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Mapping[st
     return module(x_t, t, contexts=dict(cond))
 
 
-class ShapePipeline:
-    """See stage.Pipeline; one stage, so nothing is advanced or encoded."""
+class ShapePipeline(OpenedFolder):
+    """See stage.Pipeline; one stage, so nothing is advanced. Both halves of the autoencoder are loaded when they are first needed."""
 
-    def __init__(self, files: ShapeFiles, model: Denoiser, decoder: ShapeDecoder | None, conditions: Conditions | None):
-        """Args: decoder and conditions: None where nothing is sampled."""
-        self.tokens, self.decoder = conditions, decoder
+    def __init__(
+        self, files: ShapeFiles, model: Denoiser, conditions: Conditions | None, parts: Callable[[str], nn.Module],
+        device: str | torch.device = "cpu",
+    ):
+        """Args: conditions: None where nothing is sampled."""
+        super().__init__(conditions, parts, device, {})
+        self.files = files
         if conditions is not None:
-            conditions.check("conditions", {MAIN: files.tokens}, "`eg3d-rlhf flow files conditions`, by the DINOv2 of this checkpoint")
+            conditions.check("conditions", {MAIN: files.tokens}, REMEDY)
         self.stages = [FlowStage(
             name=SHAPE, model=model, latents=TokenSet(tokens=files.model.input_size, channels=files.model.in_channels), call=call,
             data_at_one=True, path=FlowPath(sigma_min=0.0, schedule="uniform"), sampling=sampling(files.shift), lora_targets=LORA_TARGETS,
         )]
 
-    def conditions(self, names: Sequence[str], stage: str):
+    def conditions(self, names: Sequence[str], stage: str) -> Any:
         """{"main": [N, L, E]}."""
         assert self.tokens is not None
         return self.tokens.of(names)
 
-    def no_condition(self, n: int, stage: str):
+    def no_condition(self, n: int, stage: str) -> Any:
         """The same of zeros."""
         assert self.tokens is not None
         return self.tokens.null(n)
@@ -223,8 +334,41 @@ class ShapePipeline:
         """Shapes of latents."""
         if not bool(torch.isfinite(x_0).all()):
             raise ValueError("decode: expected finite latents, got NaN or infinite ones. Use an earlier checkpoint.")
-        assert self.decoder is not None
-        return [ShapeAsset(latent.detach().float(), self.decoder) for latent in x_0]
+        return [ShapeAsset(latent.detach().float(), self.part(DECODER_HALF)) for latent in x_0]
+
+    def encode(self, assets: Sequence[Mesh]) -> list[dict[str, Any]]:
+        """Latents of meshes, the encoder's mean. Each mesh is brought into the cube first; points are drawn, always alike."""
+        network: ShapeEncoder = self.part(ENCODING_HALF)
+        made: list[dict[str, Any]] = []
+        for mesh in assets:
+            draw = torch.Generator().manual_seed(0)
+            made.append({SHAPE: network.latents(surface_points(mesh, self.files.vae, draw), draw).cpu()})
+        return made
+
+
+def surface_points(mesh: Mesh, config: AutoencoderConfig, draw: torch.Generator) -> torch.Tensor:
+    """Even points of a mesh's surface [P, 3 + f]: place in the cube, the face's normal, where asked for the flag of no sharp edge.
+
+    Raises: ValueError for a mesh without area, or a config that asks for points on sharp edges.
+    """
+    if config.pc_sharpedge_size:
+        got = f"{config.pc_sharpedge_size}. How sharp edges are found is not known here: give latents"
+        raise ValueError(f"config.yaml, vae: expected pc_sharpedge_size 0 to encode meshes, got {got}.")
+    vertices = mesh.vertices.double()
+    low, high = vertices.amin(0), vertices.amax(0)
+    corners = ((vertices - (low + high) / 2) * (REACH / (high - low).max()))[mesh.faces]  # [F, 3, 3]
+    cross = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    area = cross.norm(dim=1)
+    if not (bool(area.isfinite().all()) and float(area.sum()) > 0):
+        raise ValueError("expected a mesh with area, got one without. Export the surface as triangles.")
+    ends = area.cumsum(0)
+    face = torch.searchsorted(ends, torch.rand(config.pc_size, generator=draw, dtype=torch.float64) * ends[-1]).clamp(max=len(ends) - 1)
+    u, v = torch.rand(2, config.pc_size, 1, generator=draw, dtype=torch.float64)
+    a, b, c = corners[face].unbind(1)
+    places = a + (1 - u.sqrt()) * (b - a) + u.sqrt() * v * (c - a)
+    normals = cross[face] / area[face, None]
+    flag = torch.zeros(len(face), config.point_feats - 3, dtype=torch.float64)
+    return torch.cat([places, normals, flag], 1).float()
 
 
 def sampling(shift: float = 1.0) -> Sampling:
@@ -236,88 +380,97 @@ def sampling(shift: float = 1.0) -> Sampling:
     return Sampling(steps=STEPS - 1, cfg_strength=SCALE - 1, cfg_interval=(0.0, 1.0), rescale_t=1 / shift)
 
 
+DECODER_HALF, ENCODING_HALF = "decoder", "encoder"
+REMEDY = "`eg3d-rlhf flow files conditions`, by the DINOv2 of this checkpoint"
+PARTS: dict[str, Callable[..., nn.Module]] = {DECODER_HALF: decoder, ENCODING_HALF: encoder}
+
+
 def load(
     root: Path, conditions: Conditions | None, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> ShapePipeline:
     """From its files; without conditions the flow stays without weights."""
     files = read_files(root)
+
+    def part(name: str) -> nn.Module:
+        return PARTS[name](files, read_sections(files.checkpoint), device)
+
     if conditions is None:
-        with torch.device("meta"):
-            model = Denoiser(files.model)
-        return ShapePipeline(files, model, None, None)
+        return ShapePipeline(files, empty(partial(Denoiser, files.model)), None, part, device)
     sections = read_sections(files.checkpoint)
+    conditions.check_source("conditions", _source(files, sections), REMEDY)
+    _decoding(files, sections)  # of names and shapes, before anything is computed
     model = denoiser(files, sections, dtype, device)
     model.recompute = True
-    return ShapePipeline(files, model, decoder(files, sections, device), conditions)
+    return ShapePipeline(files, model, conditions, part, device)
 
 
+def _source(files: ShapeFiles, sections: Sections) -> str:
+    """What computes conditions, for their file; without the encoder's weights any of this preparation."""
+    weights = sections.get(CONDITIONER)
+    return f"DINOv2 {fingerprint(weights)}, {files.preparation}" if weights else f"*, {files.preparation}"
+
+
+@torch.no_grad()
 def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Conditions:
-    """Tokens of pictures by the checkpoint's own DINOv2, after its last norm."""
+    """Tokens of pictures with transparent backgrounds by the checkpoint's own DINOv2."""
     files = read_files(root)
-    encoder = image_encoder(files, read_sections(files.checkpoint), device)
-    first = 0 if files.class_token else 1
-    tokens = {}
+    sections = read_sections(files.checkpoint, (CONDITIONER,))
+    network, tokens = image_encoder(files, sections, device), {}
     for name, path in pictures.items():
-        picture = F.interpolate(prepared(Image.open(path))[None], size=[files.encoder.image_size] * 2, mode="bilinear", antialias=True)
-        with torch.no_grad():
-            tokens[name] = {MAIN: encoder(picture.to(device))[0, first:].float().cpu()}
-    return Conditions(tokens=tokens, encoder=f"DINOv2 of {files.checkpoint.name}", zero_null=True)
+        pixels, _ = read_cut_out(path, lambda image: on_white(image, files.picture, files.border))
+        tokens[name] = {MAIN: picture_tokens(files, network, as_picture(pixels).to(device))[0].cpu()}
+    return Conditions(tokens=tokens, encoder=_source(files, sections), zero_null=True)
 
 
-def prepared(image: Image.Image) -> torch.Tensor:
-    """What a picture with a transparent background shows, in the middle of a white square -> [3, 512, 512] of 0..1.
-
-    The box of all that is not transparent fills 85 % of the square's side. Deviates: resized by PILLOW (box or bilinear, then bicubic), not
-    by OpenCV as published; the last bits differ.
-    Raises: ValueError for a picture without transparency, or one that shows nothing.
-    """
-    if image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255:
-        raise ValueError(f"image: expected a transparent background (RGBA), got {image.mode} without. Remove the background first.")
-    box = image.getchannel("A").getbbox()
-    if box is None or min(box[2] - box[0], box[3] - box[1]) < 2:
-        raise ValueError("image: expected something larger than a pixel that is not transparent, got less. Choose another image.")
-    side = max(image.size)
-    width, height = box[2] - box[0] - 1, box[3] - box[1] - 1
-    scale = int(side * (1 - BORDER)) / max(width, height)
-    size = max(1, int(width * scale)), max(1, int(height * scale))
-    kind = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
-    seen = image.crop((box[0], box[1], box[2] - 1, box[3] - 1)).resize(size, kind)
-    square = Image.new("RGBA", (side, side))
-    square.paste(seen, ((side - size[0]) // 2, (side - size[1]) // 2))
-    pixels = np.asarray(square).astype(np.float32) / 255
-    white = pixels[..., :3] * pixels[..., 3:] + 1 - pixels[..., 3:]
-    final = Image.fromarray((white * 255).clip(0, 255).astype(np.uint8)).resize((PICTURE, PICTURE), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(final).astype(np.float32) / 255).permute(2, 0, 1).contiguous()
+def as_picture(pixels: np.ndarray) -> torch.Tensor:
+    """Bytes [h, w, 3] -> [1, 3, h, w] of 0..1."""
+    return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)[None]
 
 
-def show(asset: ShapeAsset, path: Path) -> Path:
+def picture_tokens(files: ShapeFiles, network: Dino, pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures [N, 3, h, w] of 0..1 -> tokens [N, L, E] after the last norm."""
+    tokens = network(short_side(pictures, files.encoder.pixels))
+    return (tokens if files.class_token else tokens[:, 1:]).float()
+
+
+def show(asset: ShapeAsset, path: Path, cells: int = CELLS) -> Path:
     """A mesh, .obj; a shape without a surface, such as an untrained network makes, leaves a text that says so.
 
     Raises: ValueError for numbers that are not finite.
     """
-    volume = asset.volume()
-    axis = np.linspace(-BOUND, BOUND, len(volume))
-    low, high = float(volume.min()), float(volume.max())
-    if not low < 0 < high:
+    try:
+        return save_mesh(path.with_name(path.name + ".obj"), *asset.surface(cells))
+    except Unbounded as error:
         file = path.with_name(path.name + ".txt")
-        file.write_text(f"No surface: all numbers lie between {low:g} and {high:g}; inside is above 0.\n")
+        file.write_text(f"{error}\n")
         return file
-    vertices, faces = extract_mesh(volume.permute(2, 1, 0), (axis, axis, axis), 0.0)
-    return save_mesh(path.with_name(path.name + ".obj"), vertices, faces)
 
 
 def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
-    """config.yaml and the checkpoint, with the tuned network merged, in the file's own types.
+    """The released repository's folder of the shape, with the tuned network merged in the file's own types, and notice and licence beside.
 
-    Returns: {"tuned": {stage: {"file", "rounding"}}}; rounding: share of the update that merging into those types loses.
+    The original's loader opens `out` without an argument where the checkpoint has the released name, model.fp16.ckpt.
+    Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...]}; rounding: share of the update that merging into those types loses.
     """
     files = read_files(root)
-    sections = read_sections(files.checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
+    sections = read_sections(files.checkpoint, (MODEL,))
+    folder = out / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
     state, rounding = merged(lambda dtype: denoiser(files, sections, dtype), tuned[SHAPE])
-    write_checkpoint(files.checkpoint, out / files.checkpoint.name, state)
-    write_atomic(out / CONFIG, (files.root / CONFIG).read_bytes())
-    return {"tuned": {SHAPE: {"file": files.checkpoint.name, "rounding": rounding}}}
+    write_checkpoint(files.checkpoint, folder / files.checkpoint.name, state)
+    write_atomic(folder / CONFIG, (files.root / CONFIG).read_bytes())
+    repository = files.root.parent if files.root.name == FOLDER else files.root
+    written = Path(FOLDER, files.checkpoint.name)
+    write_atomic(out / "Notice", NOTICE_FILE.format(file=written).encode())
+    kept = [p for place in {repository, files.root} for kind in LICENCES for p in sorted(place.glob(kind)) if p.is_file()]
+    for path in kept:
+        if path.name != "Notice":
+            link(path, out / path.name)
+    vae = [p for p in (repository / VAE_FOLDER).glob("*") if p.is_file()]
+    for path in vae:
+        link(path, out / VAE_FOLDER / path.name)
+    names = sorted({path.name for path in kept} | {f"{VAE_FOLDER}/{path.name}" for path in vae})
+    return {"tuned": {SHAPE: {"file": str(written), "rounding": rounding}}, "kept": names}
 
 
 def identity(root: Path) -> dict[str, Path]:
@@ -326,7 +479,15 @@ def identity(root: Path) -> dict[str, Path]:
     return {CONFIG: files.root / CONFIG, files.checkpoint.name: files.checkpoint}
 
 
+def read_mesh(path: Path) -> Mesh:
+    """A triangle mesh of one's own; see `load_mesh`."""
+    from eg3d_rlhf.rewards.meshes.dataset import load_mesh  # only here: rewards take long to import
+
+    return load_mesh(path)
+
+
 register(FlowFamily(
     name="hunyuan3d", layout="config.yaml of Hunyuan3D-2.1's shape and its checkpoint", recognises=recognises, stages=(SHAPE,),
-    load=load, files=identity, embed=embed, show=show, export=export, notice=NOTICE,
+    load=load, files=identity, embed=embed, show=show, cells=CELLS, export=export, encoder=partial(load, conditions=None),
+    candidate=asset_candidate(read_mesh), notice=NOTICE,
 ))

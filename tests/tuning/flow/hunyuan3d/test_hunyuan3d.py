@@ -6,17 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trimesh
 import yaml
 from click.testing import CliRunner
 from PIL import Image
 
 import train
 from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.modes import flow_files
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
 from eg3d_rlhf.tuning.flow.generate import generate
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs, write_pairs
 from eg3d_rlhf.tuning.flow.stage import CONVENTION, check_convention
 from tests.tuning.flow.documented_commands import run_section
 from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import CONTENT, LATENTS, NAMES, C, E, L, tokens, write_hunyuan3d
@@ -27,8 +29,12 @@ FEW = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --devi
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     monkeypatch.setattr(family, "STEPS", 3)
-    monkeypatch.setattr(family, "GRID", 8)
     return write_hunyuan3d(tmp_path / "ROOT")
+
+
+def read(path):
+    """The sections, apart from the file that they came from, which may then be written anew."""
+    return {section: {name: x.clone() for name, x in of.items()} for section, of in family.read_sections(path / "model.fp16.ckpt").items()}
 
 
 def write(path, sections):
@@ -65,9 +71,11 @@ def test_one_stage_is_tuned_kept_merged_and_sampled(root, tmp_path):
     tuned = tuned_model(pipeline.stages[0].model, out / "shape")
     before, after = (generate(pipeline, ["lamp"], [0], models)[0].latent for models in ({}, {"shape": tuned}))
     assert after.shape == (LATENTS, C) and not torch.equal(before, after)
-    report = family.export(root, tmp_path / "TUNED", {"shape": out / "shape"})["tuned"]["shape"]
-    assert report["file"] == "model.fp16.ckpt" and 0 < report["rounding"] < 0.5
-    old, new = (family.read_sections(path / "model.fp16.ckpt") for path in (root, tmp_path / "TUNED"))
+    (root / "LICENSE").write_text("terms")
+    report = family.export(root, tmp_path / "TUNED", {"shape": out / "shape"})
+    assert report["kept"] == ["LICENSE"] and (tmp_path / "TUNED" / "LICENSE").read_text() == "terms"
+    assert family.FOLDER in (tmp_path / "TUNED" / "Notice").read_text() and 0 < report["tuned"]["shape"]["rounding"] < 0.5
+    old, new = (family.read_sections(path / "model.fp16.ckpt") for path in (root, tmp_path / "TUNED" / family.FOLDER))
     assert all(torch.equal(old[s][n], new[s][n]) for s in ("vae", "conditioner") for n in old[s])
     changed = {name for name in old["model"] if not torch.equal(old["model"][name], new["model"][name])}
     assert changed and {name.split(".")[-2] for name in changed} == {"to_q", "to_k", "to_v", "out_proj"}
@@ -88,8 +96,7 @@ def test_a_network_with_its_data_at_the_other_end_is_refused(root):
 
 def test_tensors_that_do_not_fit_are_refused_in_one_line(root, tmp_path):
     make_pairs(tmp_path)
-    sections = family.read_sections(root / "model.fp16.ckpt")
-    sections = {section: {name: tensor.clone() for name, tensor in own.items()} for section, own in sections.items()}
+    sections = read(root)
     for section, name in (("model", "blocks.4.moe.gate.weight"), ("vae", "post_kl.bias")):
         lacking = {**sections, section: {n: x for n, x in sections[section].items() if n != name}}
         renamed = {**sections, section: {n + ("x" if n == name else ""): x for n, x in sections[section].items()}}
@@ -100,7 +107,7 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(root, tmp_path):
             assert done.exit_code == 2 and f"model.fp16.ckpt, {section}" in done.output and message in done.output, done.output
             assert "Traceback" not in done.output
     write(root, {**sections, "model": {}})
-    assert "expected sections model, vae, conditioner, got none for model" in run(tmp_path).output
+    assert "expected sections model, vae, got none for model" in run(tmp_path).output
     write(root, {**sections, "model": {n: x / 0 for n, x in sections["model"].items()}})
     assert "expected finite numbers, got others in " in run(tmp_path).output
     (root / "model.fp16.ckpt").write_bytes(b"PK")
@@ -115,24 +122,34 @@ def test_latents_and_conditions_of_others_are_refused(root, tmp_path):
     other = Conditions(tokens={name: {"main": torch.zeros(L, E + 1)} for name in NAMES}, encoder="CLIP", zero_null=True)
     make_pairs(tmp_path, conditions=other)
     done = run(tmp_path)
-    assert done.exit_code == 2 and "expected embeddings {'main': [5, 8]}, got {'main': [5, 9]} of CLIP" in done.output
+    assert done.exit_code == 2 and "got those of CLIP. Embed them with" in done.output
+    make_pairs(tmp_path, conditions=Conditions(tokens=other.tokens, zero_null=True))
+    done = run(tmp_path)
+    assert done.exit_code == 2 and "expected embeddings {'main': [5, 8]}, got {'main': [5, 9]}" in done.output
 
 
 def test_configs_of_other_networks_are_refused(root):
     def refused(section, message, **changes):
-        entry = {**CONTENT[section], **changes}
+        entry = {**CONTENT.get(section, {"target": "a.ImageProcessorV2", "params": {}}), **changes}
         if "params" in changes:
-            entry["params"] = {**CONTENT[section]["params"], **changes["params"]}
+            entry["params"] = {**CONTENT.get(section, {"params": {}})["params"], **changes["params"]}
         (root / family.CONFIG).write_text(yaml.safe_dump({**CONTENT, section: entry}))
         with pytest.raises(ValueError, match=message):
             family.read_files(root)
 
     refused("model", "expected model of target HunYuanDiTPlain with params, got Other", target="a.Other")
     refused("model", "expected Hunyuan3D-2.1's form, got use_pos_emb=True", params={"use_pos_emb": True})
-    refused("model", "got unknown windows", params={"windows": 3})
+    refused("vae", "got unknown windows", params={"windows": 3})
+    consistency = "ConsistencyFlowMatchEulerDiscreteScheduler"
+    refused("scheduler", f"FlowMatchEulerDiscreteScheduler, got {consistency}", target=f"a.{consistency}")
+    refused("scheduler", "without use_dynamic_shifting", params={"use_dynamic_shifting": True})
+    refused("scheduler", "got pcm_timesteps", params={"pcm_timesteps": 100})
+    refused("image_processor", "ImageProcessorV2, got MVImageProcessorV2", target="a.MVImageProcessorV2")
+    refused("image_processor", "a border_ratio below 1", params={"border_ratio": 1.0})
+    refused("pipeline", "got Hunyuan3DPaintPipeline", target="hy3dgen.texgen.Hunyuan3DPaintPipeline")
     refused("vae", "one size in model, vae and conditioner", params={"embed_dim": 5})
     refused("vae", "geo_decoder_downsample_ratio 1", params={"geo_decoder_downsample_ratio": 2})
-    refused("conditioner", "expected one DinoImageEncoder as conditioner", params={"main_image_encoder": {"type": "Clip"}})
+    refused("conditioner", "expected one DinoImageEncoder with its config", params={"main_image_encoder": {"type": "Clip"}})
     (root / family.CONFIG).write_text("a: [")
     with pytest.raises(ValueError, match="expected YAML, got"):
         family.read_files(root)
@@ -148,21 +165,89 @@ def picture(path, box=(20, 10, 60, 50)):
     Image.fromarray(pixels).save(path)
 
 
-def test_pictures_stand_in_a_white_square_and_become_tokens(root, tmp_path):
+def test_pictures_become_tokens_and_the_file_says_of_what(root, tmp_path):
     picture(tmp_path / "chair.png")
-    seen = family.prepared(Image.open(tmp_path / "chair.png"))
-    filled = (seen < 0.99).any(0)
-    rows, columns = (np.flatnonzero(filled.any(axis).numpy()) for axis in (1, 0))
-    assert seen.shape == (3, 512, 512) and seen[:, 0, 0].tolist() == [1, 1, 1]
-    assert abs(len(rows) / 512 - 0.85) < 0.02 and abs(len(columns) / 512 - 0.85) < 0.02
-    assert abs(rows.mean() - 255.5) < 4 and abs(columns.mean() - 255.5) < 4
-    torch.testing.assert_close(seen[:, 256, 256] * 255, torch.tensor([200.0, 100.0, 50.0]), atol=1, rtol=0)
     made = family.embed(root, {"chair": tmp_path / "chair.png"}, torch.device("cpu"))
     assert made.form == {"main": [L, E]} and made.zero_null and made.null(2)["main"].abs().max() == 0
-    with pytest.raises(ValueError, match="expected a transparent background"):
-        family.prepared(Image.new("RGB", (9, 9)))
-    with pytest.raises(ValueError, match="larger than a pixel"):
-        family.prepared(Image.new("RGBA", (9, 9)))
+    family.load(root, made)
+    assert "512 pixels with a border of 0.15" in made.encoder
+    other = {**CONTENT, "image_processor": {"target": "a.ImageProcessorV2", "params": {"size": 64, "border_ratio": 0.3}}}
+    (root / family.CONFIG).write_text(yaml.safe_dump(other))
+    assert family.read_files(root).picture == 64
+    with pytest.raises(ValueError, match="pictures of 64 pixels .* Embed them with"):
+        family.load(root, made)
+    Image.new("RGB", (9, 9)).save(tmp_path / "plain.png")
+    with pytest.raises(ValueError, match="plain.png: .*Remove the background"):
+        family.embed(root, {"plain": tmp_path / "plain.png"}, torch.device("cpu"))
+
+
+def test_settings_that_change_nothing_are_accepted(root):
+    def written(**sections):
+        (root / family.CONFIG).write_text(yaml.safe_dump({**CONTENT, **sections}))
+        return family.read_files(root)
+
+    params = {**CONTENT["model"]["params"], "mlp_ratio": 2.0, "windows": 3}
+    assert written(model={**CONTENT["model"], "params": params}).model == written().model
+    shifted = {"target": "a.FlowMatchEulerDiscreteScheduler", "params": {"shift": 3.0, "num_train_timesteps": 7}}
+    assert written(scheduler=shifted).shift == 3.0
+    null = {"target": "a.ImageProcessorV2", "params": {"size": 256, "border_ratio": None}}
+    made = written(image_processor=null)
+    assert (made.picture, made.border) == (256, 0.15)
+    kwargs = {"config": CONTENT["conditioner"]["params"]["main_image_encoder"]["kwargs"]["config"]}
+    encoder = {"main_image_encoder": {"type": "DinoImageEncoder", "kwargs": kwargs}}
+    assert written(conditioner={**CONTENT["conditioner"], "params": encoder}).tokens == [257, E]  # pictures of 224 pixels
+
+
+def test_sections_that_are_not_needed_may_be_missing(root):
+    sections = read(root)
+    half = {name: tensor for name, tensor in sections["vae"].items() if not name.startswith(family.ENCODER_HALF)}
+    write(root, {"model": sections["model"], "vae": {**half, "more": torch.zeros(1)}})
+    pipeline = family.load(root, tokens())
+    assert generate(pipeline, ["lamp"], [0])[0].latent.isfinite().all()
+    with pytest.raises(ValueError, match="got none for conditioner"):
+        family.embed(root, {}, torch.device("cpu"))
+    with pytest.raises(FileNotFoundError, match=f"{family.VAE_FOLDER}.* Fetch"):
+        pipeline.encode([None])
+
+
+def test_meshes_of_ones_own_become_pairs(root, tmp_path):
+    """Lines with an asset in place of latents; the encoder may lie in the autoencoder's own folder."""
+    sections = read(root)
+    (tmp_path / "REPO" / family.VAE_FOLDER).mkdir(parents=True)
+    torch.save(dict(sections["vae"]), tmp_path / "REPO" / family.VAE_FOLDER / "model.fp16.ckpt")
+    half = {name: tensor for name, tensor in sections["vae"].items() if not name.startswith(family.ENCODER_HALF)}
+    root = root.rename(tmp_path / "REPO" / family.FOLDER)
+    write(root, {**sections, "vae": half})
+    (tmp_path / "ASSETS").mkdir()
+    lines = []
+    for rank, size in ((1, (1, 1, 1)), (2, (1, 3, 1))):
+        trimesh.creation.box(size).export(tmp_path / "ASSETS" / f"{rank}.obj")
+        lines.append({"condition": "lamp", "rank": rank, "asset": f"{rank}.obj"})
+    (tmp_path / "ASSETS" / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_conditions(tmp_path / "ASSETS" / "conditions.safetensors", tokens())
+
+    def ranking(*flags):
+        folders = (f"--pipeline={tmp_path / 'REPO'}", f"--list={tmp_path / 'ASSETS'}", f"--out={tmp_path / 'PAIRS'}")
+        return CliRunner().invoke(flow_files.main, ["ranking", *folders, *flags])
+
+    done = ranking()
+    assert done.exit_code == 0, done.output
+    (pair,), _ = read_pairs(tmp_path / "PAIRS" / "shape", family.load(tmp_path / "REPO", tokens()).stages[0])
+    assert pair.preferred.shape == (LATENTS, C) and not torch.equal(pair.preferred, pair.rejected)
+    again = family.load(tmp_path / "REPO", None).encode([family.read_mesh(tmp_path / "ASSETS" / "1.obj")])[0]["shape"]
+    assert torch.equal(again, pair.preferred)
+    assert ranking("--views=3").exit_code != 0
+    lines[1]["asset"] = "none.obj"
+    (tmp_path / "ASSETS" / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert ranking().exit_code == 2 and "line 2" in ranking().output
+
+
+def test_a_drawn_mesh_is_as_fine_as_is_asked(root):
+    asset = family.load(root, tokens()).decode(torch.randn(1, LATENTS, C))[0]
+    asset.decoder.geo_decoder.output_proj.bias.data.zero_()
+    wide = (asset.surface(cells)[0] for cells in (6, 12))
+    few, many = (len(vertices) for vertices in wide)
+    assert many > 2 * few
 
 
 @pytest.mark.long

@@ -5,7 +5,7 @@ import re
 import torch
 import yaml
 
-from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder
+from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder
 from eg3d_rlhf.models.vit import Dino
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
@@ -26,7 +26,7 @@ CONTENT = {
         "params": {
             "num_latents": LATENTS, "embed_dim": C, "num_freqs": 2, "include_pi": False, "heads": 2, "width": 8, "num_encoder_layers": 1,
             "num_decoder_layers": 2, "qkv_bias": False, "qk_norm": True, "scale_factor": 0.5, "geo_decoder_mlp_expand_ratio": 2,
-            "geo_decoder_downsample_ratio": 1, "geo_decoder_ln_post": True, "point_feats": 4, "pc_size": 32, "pc_sharpedge_size": 0,
+            "geo_decoder_downsample_ratio": 1, "geo_decoder_ln_post": True, "point_feats": 4, "pc_size": 200, "pc_sharpedge_size": 0,
         },
     },
     "conditioner": {
@@ -62,7 +62,7 @@ def transformers_names(dino):
 
 
 def write_hunyuan3d(root):
-    """Both files, the checkpoint in float16 and with parts of the autoencoder that are not read here; returns the folder."""
+    """Both files, the checkpoint in float16; returns the folder."""
     root.mkdir(parents=True)
     (root / family.CONFIG).write_text(yaml.safe_dump(CONTENT))
     (root / "model.fp16.ckpt").write_bytes(b"")
@@ -73,7 +73,7 @@ def write_hunyuan3d(root):
         "model": Denoiser(found.model).state_dict(), "vae": ShapeDecoder(found.vae).state_dict(),
         "conditioner": {family.ENCODER + name: 0.1 * torch.randn_like(x) + x for name, x in dino.items()},
     }
-    sections["vae"] |= {"encoder.input_proj.weight": torch.ones(2, 2), "pre_kl.weight": torch.ones(8, 8)}
+    sections["vae"] |= ShapeEncoder(found.vae).state_dict()
     sections = {section: {name: tensor.half() for name, tensor in own.items()} for section, own in sections.items()}
     torch.save(sections, root / "model.fp16.ckpt")
     return root
@@ -82,4 +82,4 @@ def write_hunyuan3d(root):
 def tokens(names=NAMES) -> Conditions:
     """Random embeddings."""
     g = torch.Generator().manual_seed(5)
-    return Conditions(tokens={name: {"main": torch.randn(L, E, generator=g)} for name in names}, encoder="tiny", zero_null=True)
+    return Conditions(tokens={name: {"main": torch.randn(L, E, generator=g)} for name in names}, zero_null=True)

@@ -1,0 +1,91 @@
+"""Reading the reference values of families of flow generators: cases are found, and what a set leaves out is skipped with the reason."""
+
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.compat.reference import ROOT
+
+# Largest difference over largest value, float32.
+VELOCITY, GRADIENT, TRAJECTORY, TOKENS, ENCODER, ADAPTED = 1e-6, 1e-5, 2e-5, 1e-5, 3e-5, 1e-6
+HALF = 4e-3  # of files in float16 or bfloat16
+
+
+class Case:
+    """A folder with case.json and values.npz."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.facts = folder, json.loads((folder / "case.json").read_text())
+        path = folder / "values.npz"
+        self._values = np.load(path) if path.is_file() else {}
+        self.names = list(self._values)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A value; skips the test where the set has none of that name."""
+        if name not in self.names:
+            pytest.skip(f"{self.folder.name} has no {name}")
+        return torch.from_numpy(self._values[name])
+
+    def of(self, *names: str) -> list[torch.Tensor]:
+        """Several values."""
+        return [self[name] for name in names]
+
+    def below(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Values whose names begin so, without it; skips the test where there are none."""
+        values = {name.removeprefix(prefix): self[name] for name in self.names if name.startswith(prefix)}
+        if not values:
+            pytest.skip(f"{self.folder.name} has no {prefix}...")
+        return values
+
+    def fact(self, *path: str):
+        """What case.json says; skips the test where it does not."""
+        value = self.facts
+        for name in path:
+            if not isinstance(value, dict) or name not in value:
+                pytest.skip(f"{self.folder.name}: case.json has no {'.'.join(path)}")
+            value = value[name]
+        return value
+
+    def file(self, name: str) -> Path:
+        """A file or folder of the case; skips the test where it is not there."""
+        if not (self.folder / name).exists():
+            pytest.skip(f"{self.folder.name} has no {name}")
+        return self.folder / name
+
+
+def folders(family: str) -> list:
+    """Folders of a family's cases, as pytest's parameters."""
+    return [pytest.param(path.parent, id=path.parent.name) for path in sorted((ROOT / family).glob("*/case.json"))]
+
+
+def released(family: str, pattern: str = "*.json") -> list:
+    """JSON files of the settings whose names and shapes are listed, as pytest's parameters."""
+    return [pytest.param(path, id=path.stem) for path in sorted((ROOT / family / "params").glob(pattern))]
+
+
+def table(path: Path) -> dict[str, list[int]]:
+    """Shapes by name of a .tsv; skips the test where a set has left it out."""
+    if not path.is_file():
+        pytest.skip(f"this set has no {path.name}")
+    rows = (line.split("\t") for line in path.read_text().splitlines())
+    return {name: list(ast.literal_eval(shape)) for name, shape, *_ in rows}
+
+
+def shapes(state) -> dict[str, list[int]]:
+    """Of a state dict."""
+    return {name: list(tensor.shape) for name, tensor in state.items()}
+
+
+def error(got, want, scale: float | None = None) -> float:
+    """Largest difference over the largest value, or over `scale`."""
+    got, want = (torch.as_tensor(x).detach().double() for x in (got, want))
+    assert got.shape == want.shape, f"expected shape {list(want.shape)}, got {list(got.shape)}"
+    size = float(want.abs().max()) if scale is None else scale
+    return float((got - want).abs().max()) / max(size, 1e-30)
