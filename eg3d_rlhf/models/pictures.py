@@ -62,8 +62,10 @@ def opencv(pixels: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
 
 def _weighted(values: np.ndarray, taps: Taps, axis: int) -> np.ndarray:
     shape = [-1 if i == axis else 1 for i in range(values.ndim)]
-    parts = (values.take(pixel, axis) * weight.astype(values.dtype).reshape(shape) for pixel, weight in taps)
-    return sum(parts, np.zeros((), values.dtype))
+    total = np.zeros((), values.dtype)
+    for pixel, weight in taps:
+        total = total + values.take(pixel, axis) * weight.astype(values.dtype).reshape(shape)
+    return total
 
 
 def _step(n: int, m: int) -> float:
@@ -111,7 +113,8 @@ def _grown(pixels: np.ndarray, rows: Taps, columns: Taps) -> np.ndarray:
     """By whole numbers alone, cut down twice on the way."""
     wide = _weighted(pixels.astype(np.int64), columns, 1) >> 4
     shape = (-1, *[1] * (pixels.ndim - 1))
-    tall = sum((wide[pixel] * weight.reshape(shape)) >> 16 for pixel, weight in rows)
+    (first, share), (second, rest) = rows
+    tall = (wide[first] * share.reshape(shape) >> 16) + (wide[second] * rest.reshape(shape) >> 16)
     return ((tall + 2) >> 2).clip(0, 255).astype(np.uint8)
 
 

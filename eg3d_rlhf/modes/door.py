@@ -29,6 +29,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "reward best-of-n": ("eg3d_rlhf.evaluation.best_of_n:main", "how far it can be trusted, before any tuning"),
     "score": ("eg3d_rlhf.evaluation.foreign_scores:main", "generators of any family by one reward"),
     "flow files": ("eg3d_rlhf.modes.flow_files:main", "of any flow generator: conditions, draw, ranking, export"),
+    "flow check": ("eg3d_rlhf.modes.flow_check:check", "whether a generator's folder fits, and what it is good for"),
     "flow step": ("eg3d_rlhf.modes.flow_step:step", "what one update of TRELLIS's flows costs"),
     "report evaluate": ("eg3d_rlhf.modes.reports:evaluate", "what tuning changed, and whether it got better"),
     "report attribute": ("eg3d_rlhf.modes.reports:attribute", "which regions the reward's change came from"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from PIL import Image
 from scipy.spatial import cKDTree
 
@@ -16,6 +17,7 @@ from eg3d_rlhf.models.pictures import framed, on_white, over_white
 from eg3d_rlhf.models.policies import ADAPTER, CONFIG, PREFIX, load_weights, read_weights, split_state, tuned_model, write_adapter
 from eg3d_rlhf.models.vit import Dino, hub_names
 from eg3d_rlhf.models.weights import below, content, empty
+from eg3d_rlhf.modes.flow_check import check
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
 from eg3d_rlhf.tuning.flow.generate import times, trajectory
@@ -354,6 +356,11 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(case, opened, a
     with torch.no_grad():
         again = family.denoiser(family.read_files(tmp_path / "TUNED"), made)
         assert error(again(x, t, {"main": cond}), case["lora_y"]) < MERGED
+
+
+def test_the_folder_is_found_fit(root):
+    done = CliRunner().invoke(check, [str(root)])
+    assert done.exit_code == 0 and "hunyuan3d" in done.output and "FAULT" not in done.output, done.output
 
 
 def test_a_checkpoint_in_float16_as_released(case, opened, adapter, tmp_path):

@@ -34,6 +34,18 @@ COMMON = ("pipeline", "pairs", "seed", "held_out", "conditions", "dtype")  # fie
 
 
 @dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network of a folder, for `eg3d-rlhf flow check`: what its file should hold and what it does."""
+
+    name: str
+    file: Path
+    expected: Mapping[str, Sequence[int]]  # shapes by name, of the folder's own settings
+    found: Mapping[str, Any]  # tensors by name, of which only shapes and types are looked at; none: not there
+    without: str = ""  # what cannot be done without it; "": it must be there
+    released: tuple[int, int] | None = None  # tensors and numbers in all of the published one
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlowFamily:
     """A kind of generator, and how its folders are read and written."""
 
@@ -59,6 +71,8 @@ class FlowFamily:
     # the options also share, views
     candidate: Candidates = drawn_candidate  # reads a line of a ranked list
     pair_meta: Callable[[Any, str, Mapping], Mapping] | None = None  # (pipeline, stage, report): what imported pairs state besides
+    networks: Callable[[Path], Sequence[Network]] | None = None  # of a folder; None: it is opened to see whether it fits
+    version: str = ""  # which release it is, in words
     notice: str = ""  # printed once when a folder is opened: licences that exclude somebody
 
 

@@ -26,7 +26,7 @@ from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.models.vit import Dino, DinoConfig, hub_names, load_dino
 from eg3d_rlhf.models.weights import below, content, empty, fill, fingerprint, in_types_of, rewrite
 from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.families import FlowFamily, register
+from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register
 from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, mentions, merged, read_yaml
 from eg3d_rlhf.tuning.flow.ranking import asset_candidate
 from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
@@ -80,8 +80,8 @@ def folder_of(root: Path) -> Path:
 
 
 def recognises(root: Path) -> bool:
-    """Whether config.yaml is there and names the network."""
-    return mentions(folder_of(root) / CONFIG, TARGETS[MODEL])
+    """Whether config.yaml is there and names the network, or that of another version, which is then refused by name."""
+    return any(mentions(folder_of(root) / CONFIG, name) for name in (TARGETS[MODEL], "Hunyuan3DDiT"))
 
 
 def read_files(root: Path) -> ShapeFiles:
@@ -112,10 +112,10 @@ def read_files(root: Path) -> ShapeFiles:
             raise ValueError(f"expected shift and size above 0 and a border_ratio below 1, got {got}. Restore them.")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-    got = (made.vae.num_latents, made.vae.embed_dim, made.tokens[1])
+    sizes = (made.vae.num_latents, made.vae.embed_dim, made.tokens[1])
     expected = (made.model.input_size, made.model.in_channels, made.model.context_dim)
-    if got != expected:
-        raise ValueError(f"{path}: expected latents and conditions of one size in model, vae and conditioner, got {expected} and {got}.")
+    if sizes != expected:
+        raise ValueError(f"{path}: expected latents and conditions of one size in model, vae and conditioner, got {expected} and {sizes}.")
     return made
 
 
@@ -210,13 +210,19 @@ def encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = 
     """
     path, state = files.checkpoint, sections[VAE]
     if not any(name.startswith(ENCODER_HALF) for name in state):
-        beside = [files.root.parent / VAE_FOLDER / name for name in CHECKPOINTS]
-        path = next((place for place in beside if place.is_file()), path)
-        if path == files.checkpoint:
-            raise FileNotFoundError(f"{path}: expected the autoencoder's encoder in it or in {beside[0]}, got neither. Fetch that folder.")
-        state = content(path, "checkpoint")
+        beside = _vae_file(files)
+        if beside is None:
+            place = files.root.parent / VAE_FOLDER
+            raise FileNotFoundError(f"{path}: expected the autoencoder's encoder in it or in {place}, got neither. Fetch that folder.")
+        path, state = beside, content(beside, "checkpoint")
     half = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_HALF)}
     return _loaded(ShapeEncoder, files.vae, half, f"{path}, {VAE}", torch.float32, device)
+
+
+def _vae_file(files: ShapeFiles) -> Path | None:
+    """The autoencoder's own checkpoint, in the folder that is released beside the shape's."""
+    beside = (files.root.parent / VAE_FOLDER / name for name in CHECKPOINTS)
+    return next((path for path in beside if path.is_file()), None)
 
 
 def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> Dino:
@@ -479,6 +485,34 @@ def identity(root: Path) -> dict[str, Path]:
     return {CONFIG: files.root / CONFIG, files.checkpoint.name: files.checkpoint}
 
 
+def networks(root: Path) -> list[Network]:
+    """All four, the autoencoder's halves apart."""
+    files = read_files(root)
+    sections = read_sections(files.checkpoint, ())
+    vae = sections.get(VAE, {})
+    encoding = {name: tensor for name, tensor in vae.items() if name.startswith(ENCODER_HALF)}
+    place = files.checkpoint
+    if not encoding and (beside := _vae_file(files)) is not None:
+        place, encoding = beside, {n: x for n, x in content(beside, "checkpoint").items() if n.startswith(ENCODER_HALF)}
+    decoding = _shapes(lambda: ShapeDecoder(files.vae))
+    half = {name: tensor for name, tensor in vae.items() if not name.startswith(ENCODER_HALF)}
+    half = {name: half[name] for name in decoding} if decoding.keys() <= half.keys() else half
+    pictures = hub_names(below(sections.get(CONDITIONER, {}), ENCODER))
+    return [
+        Network(name="flow of shapes", file=files.checkpoint, expected=_shapes(lambda: Denoiser(files.model)),
+                found=sections.get(MODEL, {}), released=(752, 3_050_758_720)),
+        Network(name="autoencoder, latents to shapes", file=files.checkpoint, expected=decoding, found=half, released=(266, 214_212_865)),
+        Network(name="autoencoder, shapes to latents", file=place, expected=_shapes(lambda: ShapeEncoder(files.vae)), found=encoding,
+                without="pairs of meshes of your own", released=(144, 113_533_312)),
+        Network(name="DINOv2", file=files.checkpoint, expected=_shapes(lambda: Dino(files.encoder)), found=pictures,
+                without="conditions of pictures", released=(343, 304_368_640)),
+    ]  # fmt: skip
+
+
+def _shapes(make: Callable[[], nn.Module]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in empty(make).state_dict().items()}
+
+
 def read_mesh(path: Path) -> Mesh:
     """A triangle mesh of one's own; see `load_mesh`."""
     from eg3d_rlhf.rewards.meshes.dataset import load_mesh  # only here: rewards take long to import
@@ -489,5 +523,5 @@ def read_mesh(path: Path) -> Mesh:
 register(FlowFamily(
     name="hunyuan3d", layout="config.yaml of Hunyuan3D-2.1's shape and its checkpoint", recognises=recognises, stages=(SHAPE,),
     load=load, files=identity, embed=embed, show=show, cells=CELLS, export=export, encoder=partial(load, conditions=None),
-    candidate=asset_candidate(read_mesh), notice=NOTICE,
+    candidate=asset_candidate(read_mesh), networks=networks, version="Hunyuan3D-2.1, shapes", notice=NOTICE,
 ))

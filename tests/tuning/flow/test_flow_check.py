@@ -1,0 +1,64 @@
+"""`eg3d-rlhf flow check`: what a folder holds, on one screen, and exit code 0 only where all of it fits."""
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from eg3d_rlhf.modes.flow_check import check
+from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
+from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import CONTENT, write_hunyuan3d
+from tests.tuning.flow.trellis2.tiny_trellis2 import write_trellis2
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_hunyuan3d(tmp_path / "ROOT")
+
+
+def looked(root):
+    done = CliRunner().invoke(check, [str(root)])
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    return done.exit_code, done.output
+
+
+def changed(root, **sections):
+    held = {section: {n: x.clone() for n, x in of.items()} for section, of in family.read_sections(root / "model.fp16.ckpt").items()}
+    torch.save({**held, **{section: change(held[section]) for section, change in sections.items()}}, root / "model.fp16.ckpt")
+
+
+def test_a_folder_that_fits_says_what_it_is_and_what_it_is_good_for(root):
+    (root / "LICENSE").write_text("terms")
+    (root / "more.bin").write_bytes(b"")
+    code, text = looked(root)
+    assert code == 0 and len(text.splitlines()) < 24 and max(map(len, text.splitlines())) <= 118
+    for word in ("hunyuan3d", "config.yaml", "more.bin", "LICENSE", "European Union", "tune shape", "other sizes than released", "float16",
+                 "pairs of assets of your own", "export"):  # fmt: skip
+        assert word in text, word
+
+
+def test_what_does_not_fit_is_named_and_what_may_be_missing_is_told(root):
+    changed(root, model=lambda state: {name.replace("x_embedder.", "embedder."): x for name, x in state.items()})
+    code, text = looked(root)
+    assert code == 1 and "missing: x_embedder.bias, x_embedder.weight; unexpected: embedder.bias" in " ".join(text.split())
+    changed(root, model=lambda state: {name.replace("embedder.", "x_embedder.", name.startswith("e")): x for name, x in state.items()})
+    assert looked(root)[0] == 0
+    changed(root, vae=lambda state: {name: x for name, x in state.items() if not name.startswith(family.ENCODER_HALF)})
+    code, text = looked(root)
+    assert code == 0 and "cannot" in text and "no pairs of meshes of your own" in text
+    changed(root, vae=lambda state: {name: x[None] if name == "post_kl.bias" else x for name, x in state.items()})
+    code, text = looked(root)
+    assert code == 1 and "misshapen: post_kl.bias" in text and "Restore model.fp16.ckpt" in " ".join(text.split())
+
+
+def test_another_version_and_no_generator_are_refused_in_one_line(root, tmp_path):
+    model = {**CONTENT["model"], "target": "hy3dshape.models.Hunyuan3DDiT"}
+    (root / family.CONFIG).write_text(yaml.safe_dump({**CONTENT, "model": model}))
+    code, text = looked(root)
+    assert code == 2 and "got Hunyuan3DDiT" in text and len(text.strip().splitlines()) == 1
+    assert looked(tmp_path / "none")[0] == 2
+
+
+def test_a_family_without_a_list_of_networks_is_opened(tmp_path):
+    code, text = looked(write_trellis2(tmp_path / "ROOT"))
+    assert code == 0 and "trellis2" in text and "tune structure" in text
