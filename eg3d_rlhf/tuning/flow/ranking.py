@@ -226,9 +226,7 @@ def asset_candidate(read: Callable[[Path], Any]) -> Candidates:
         (latents,) = pipeline.encode([read(folder / record["asset"])])
         for stage, latent in latents.items():
             stage_of(pipeline, stage).check(record["asset"], latent)
-        return Candidate(
-            name=name, condition=condition, rank=rank_of(record, ranked), latents=latents, file=file_of(record, folder)
-        )
+        return Candidate(name=name, condition=condition, rank=rank_of(record, ranked), latents=latents, file=file_of(record, folder))
 
     return candidate
 

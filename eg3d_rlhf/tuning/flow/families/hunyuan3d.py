@@ -148,8 +148,10 @@ def _settings(written: Mapping, section: str) -> dict:
 
 def _picture_encoder(params: Mapping) -> tuple[DinoConfig, bool]:
     """And whether the token of the whole picture is kept."""
-    encoder = params.get("main_image_encoder") or {}
-    kind, inner = encoder.get("type"), encoder.get("kwargs") or {}
+    encoder = params.get("main_image_encoder")
+    encoder = encoder if isinstance(encoder, Mapping) else {}
+    kind, inner = encoder.get("type"), encoder.get("kwargs")
+    inner = inner if isinstance(inner, Mapping) else {}
     if kind != "DinoImageEncoder" or set(params) - {"main_image_encoder", "drop_ratio"} or not isinstance(inner.get("config"), Mapping):
         raise ValueError(f"expected one DinoImageEncoder with its config as conditioner, got {kind!r} in {sorted(params)}. Name its file.")
     config = {"image_size": SHOWN, **inner["config"], "shown": inner.get("image_size", SHOWN)}
@@ -280,7 +282,7 @@ class ShapeAsset:
     decoder: ShapeDecoder
 
     @torch.no_grad()
-    def surface(self, cells: int = CELLS) -> tuple[np.ndarray, np.ndarray]:
+    def surface(self, cells: int) -> tuple[np.ndarray, np.ndarray]:
         """Vertices [V, 3] within +-1.01 and faces [F, 3] counter-clockwise from outside; the grid is read block by block.
 
         Deviates: on a straight grid; published vertices are index / n, not index / (n - 1), of n = cells + 1 points (a slip). Closed at
@@ -439,13 +441,13 @@ def picture_tokens(files: ShapeFiles, network: Dino, pictures: torch.Tensor) -> 
     return (tokens if files.class_token else tokens[:, 1:]).float()
 
 
-def show(asset: ShapeAsset, path: Path, cells: int = CELLS) -> Path:
+def show(asset: ShapeAsset, path: Path, cells: int | None = None) -> Path:
     """A mesh, .obj; a shape without a surface, such as an untrained network makes, leaves a text that says so.
 
     Raises: ValueError for numbers that are not finite.
     """
     try:
-        return save_mesh(path.with_name(path.name + ".obj"), *asset.surface(cells))
+        return save_mesh(path.with_name(path.name + ".obj"), *asset.surface(cells or CELLS))
     except Unbounded as error:
         file = path.with_name(path.name + ".txt")
         file.write_text(f"{error}\n")
@@ -468,10 +470,10 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
     repository = files.root.parent if files.root.name == FOLDER else files.root
     written = Path(FOLDER, files.checkpoint.name)
     write_atomic(out / "Notice", NOTICE_FILE.format(file=written).encode())
-    kept = [p for place in {repository, files.root} for kind in LICENCES for p in sorted(place.glob(kind)) if p.is_file()]
+    papers = [path for place in (files.root, repository) for kind in LICENCES for path in sorted(place.glob(kind))]
+    kept = [path for path in papers if path.is_file() and path.name != "Notice"]
     for path in kept:
-        if path.name != "Notice":
-            link(path, out / path.name)
+        link(path, out / path.name)
     vae = [p for p in (repository / VAE_FOLDER).glob("*") if p.is_file()]
     for path in vae:
         link(path, out / VAE_FOLDER / path.name)
