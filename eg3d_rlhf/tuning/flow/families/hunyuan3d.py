@@ -295,7 +295,8 @@ class ShapeAsset:
         def sample(x: slice) -> torch.Tensor:
             nonlocal low, high
             numbers = self.decoder.slab(decoded, axis, x)
-            low, high = min(low, float(numbers.min())), max(high, float(numbers.max()))
+            finite = bool(numbers.isfinite().all())
+            low, high = min(low, float(numbers.min())), max(high, float(numbers.max())) if finite else math.nan
             return numbers
 
         try:

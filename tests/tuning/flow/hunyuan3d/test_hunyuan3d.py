@@ -247,3 +247,14 @@ def test_a_drawn_mesh_is_as_fine_as_is_asked(root):
     wide = (asset.surface(cells)[0] for cells in (6, 12))
     few, many = (len(vertices) for vertices in wide)
     assert many > 2 * few
+
+
+def test_a_shape_without_a_surface_leaves_a_text_and_one_of_no_numbers_an_error(root, tmp_path):
+    asset = family.load(root, tokens()).decode(torch.randn(1, LATENTS, C))[0]
+    last = asset.decoder.geo_decoder.output_proj
+    last.weight.data.zero_()
+    last.bias.data.fill_(-1.0)
+    assert "No surface" in family.show(asset, tmp_path / "a", 4).read_text()
+    last.bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="finite"):
+        family.show(asset, tmp_path / "a", 4)
