@@ -1,6 +1,7 @@
 """What the families of flow generators share: half of their pipelines, small files, tuned weights worked in, memory."""
 
 import ctypes
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import Batch, Latent, feats_of
 from eg3d_rlhf.models.weights import State, read, write
 from eg3d_rlhf.tuning.flow.conditions import Conditions
+from eg3d_rlhf.tuning.flow.families import tell
 from training.storage import load_strict, write_atomic
 
 LARGEST, ALIASES = 1 << 16, 16  # bytes of a YAML file, and repetitions in it
@@ -146,6 +148,22 @@ def check_finite(who: str, x_0: Batch) -> None:
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise ValueError(f"{who}: expected finite latents, got {bad} of {values.numel()} NaN or infinite. Use an earlier checkpoint.")
+
+
+def never_empty(logits: torch.Tensor, who: str) -> torch.Tensor:
+    """Occupancy of one structure with its likeliest voxel occupied at least; says so, the first time, where there would be none."""
+    if not bool((logits > 0).any()):
+        tell_empty(who)
+    return logits.where(logits != logits.amax(), logits.amax().clamp_min(1.0))
+
+
+@functools.cache
+def tell_empty(who: str) -> None:
+    """Once in this process."""
+    tell(
+        f"{who}: the decoded structure is empty, and its likeliest voxel stands for it. Where this is usual, the decoder is not the one "
+        "that the flow was trained with: check which folder it was read from, and the conditions."
+    )
 
 
 def spare_memory(flows: Iterable[nn.Module], device: str | torch.device) -> None:

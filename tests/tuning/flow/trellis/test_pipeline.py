@@ -9,6 +9,7 @@ import torch
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.tuning.flow.conditions import Conditions
+from eg3d_rlhf.tuning.flow.families import folder
 from eg3d_rlhf.tuning.flow.families.trellis import pipeline as module
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE
@@ -51,11 +52,14 @@ def test_the_gap_is_the_sign_of_the_decoded_structure(pipeline):
         assert torch.equal(places.long(), (sample[0] > 0).nonzero()) and places.dtype == torch.int32
 
 
-def test_a_structure_that_decodes_to_nothing_keeps_its_likeliest_voxel(pipeline, monkeypatch):
+def test_a_structure_that_decodes_to_nothing_keeps_its_likeliest_voxel_and_says_so_once(pipeline, monkeypatch, capsys):
+    folder.tell_empty.cache_clear()
     logits = -torch.arange(1.0, 513).view(1, 1, 8, 8, 8)
     monkeypatch.setattr(pipeline, "part", lambda name: lambda x_0: logits)
     (places,) = pipeline.advance(STRUCTURE, torch.zeros(1, 2, 4, 4, 4))
-    assert places.tolist() == [[0, 0, 0]]
+    assert places.tolist() == [[0, 0, 0]] and "structure is empty" in capsys.readouterr().err
+    pipeline.advance(STRUCTURE, torch.zeros(1, 2, 4, 4, 4))
+    assert not capsys.readouterr().err
 
 
 def test_no_gradient_passes_the_gap_or_the_decoder(pipeline):

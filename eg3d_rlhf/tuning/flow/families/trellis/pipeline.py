@@ -16,7 +16,7 @@ from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, read_json, spare_memory
+from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, never_empty, read_json, spare_memory
 from eg3d_rlhf.tuning.flow.families.trellis import files
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, voxel_features, voxels_filled
 from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder
@@ -70,7 +70,7 @@ class TrellisPipeline(OpenedFolder):
         voxels: list[Voxels] = []
         for latent in x_0:  # one by one: 64^3 x 128 floats each
             logits = decoder(latent[None].to(self.device, torch.float32))
-            voxels += voxels_of(logits.where(logits != logits.amax(), 1.0))
+            voxels += voxels_of(never_empty(logits, f"stage {stage!r}"))
         return voxels
 
     @torch.no_grad()
