@@ -225,7 +225,8 @@ class ObjectCut:
     box_size_factor: float = 1.2  # side of the box, in sides of the mask's
     padding_factor: float = 0.0  # around it on every side, in sides of it
     rembg: bool = False  # cut away what is not in the mask
-    normaliser: str = "ObjectCentricSSI"  # of points, or SSIPointmapNormalizer, ObjectApparentSizeSSI; "": they stay as they are
+    normaliser: str = "ObjectCentricSSI"  # of points, or SSIPointmapNormalizer, ObjectApparentSizeSSI
+    moments_alone: bool = False  # points stay as they are; their scale and shift are given all the same
     scene_scale: bool = True  # of normalisers that ask: the scale is that of all points, not of the object's
 
 
@@ -246,7 +247,7 @@ def object_inputs(pixels: np.ndarray, points: torch.Tensor | None, cut: ObjectCu
         places = F.interpolate(points.float().permute(2, 0, 1)[None], mask.shape[1:], mode="nearest")[0]  # [3, h, w]
         scale, shift = moments(places, mask[0] > 0.5, cut)
         unit = 1 / scale[:, None, None]
-        fitted = places * unit - shift[:, None, None] * unit if cut.normaliser else places  # in this order: to the bit
+        fitted = places if cut.moments_alone else places * unit - shift[:, None, None] * unit  # in this order: to the bit
         told = {"pointmap_scale": scale, "pointmap_shift": shift}
     box = box_about(mask[0], cut.box_size_factor)
     wide = (_boxed(x, box) for x in (colours, mask))

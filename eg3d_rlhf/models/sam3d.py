@@ -2,9 +2,10 @@
 
 In the first, the shape's tokens and those of the pose go through a transformer with layers for each (a mixture of transformers). Its latent
 is a dictionary of tensors. Each has an input layer, positions and an output layer of its own; those that share a transformer are one group
-of tokens. Self-attention is over the tokens of all groups, but a protected group sees itself alone: the shape does not depend on the pose,
-the pose on the shape (Chen et al. 2025, SAM 3D; Liang et al. 2024, Mixture-of-Transformers). The step size d of a shortcut model (Frans et
-al. 2024) is embedded as the time is, and added to it; d = 0 is the plain flow.
+of tokens. Self-attention is over the tokens of all groups, but the shape sees itself alone, and the others see its keys and values without
+gradient: the shape does not depend on the pose, and no error of the pose pulls at it (Chen et al. 2025, SAM 3D; Liang et al. 2024,
+Mixture-of-Transformers). The step size d of a shortcut model (Frans et al. 2024) is embedded as the time is, and added to it; d = 0 is the
+plain flow.
 
 Shape letters as in trellis/blocks.py; T_g tokens of a group g, S tokens of a tensor of the dictionary, A its channels; of the embedder
 N samples, E channels of an encoder, W of the condition, p patch edge in pixels, h patches per side, L tokens.
@@ -24,6 +25,7 @@ from eg3d_rlhf.models.trellis import blocks
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig
 from eg3d_rlhf.models.vit import Block, Dino, DinoConfig
 
+SHAPE = "shape"  # the tensor of the dictionary that is protected, a group by itself
 Tokens = dict[str, torch.Tensor]  # by group [N, T_g, C], or by name of the dictionary [N, S, A]
 
 
@@ -52,25 +54,24 @@ class MixtureConfig:
     num_head_channels: int = 64
     mlp_ratio: float = 4
     latent_share_transformer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # group -> what is in it; others are alone
-    protect_modality_list: tuple[str, ...] = ("shape",)  # groups that see themselves alone
     is_shortcut_model: bool = False  # whether it reads a step size
     share_mod: bool = False
-    qk_rms_norm: bool = False
+    qk_rms_norm: bool = False  # the original cannot do without
     qk_rms_norm_cross: bool = False
     use_fp16: bool = False  # type of the blocks as built; files bring their own
     use_checkpoint: bool = False  # compute blocks again in the backward pass
     time_scale: float = 1000.0  # by which times and step sizes are multiplied before they are embedded
 
     def __post_init__(self):
-        object.__setattr__(self, "protect_modality_list", tuple(self.protect_modality_list))
         inside = [name for names in self.latent_share_transformer.values() for name in names]
         if not self.latents or set(inside) - set(self.latents) or len(set(inside)) < len(inside):
             got = f"{', '.join(self.latents) or 'none'} in {dict(self.latent_share_transformer)}"
             raise ValueError(f"MixtureConfig: expected latents, each in one group at most, got {got}. Correct the file.")
-        foreign = sorted(set(self.protect_modality_list) - set(self.groups))
-        if foreign or self.model_channels % self.heads:
-            got = f"{', '.join(foreign) or 'no others'} and {self.model_channels} / {self.heads}"
-            raise ValueError(f"MixtureConfig: expected protected groups of this model, channels that heads divide, got {got}. Correct it.")
+        if self.groups.get(SHAPE) != (SHAPE,) or self.model_channels % self.heads or not self.qk_rms_norm:
+            got = f"{self.groups}, {self.model_channels} / {self.heads}, qk_rms_norm {self.qk_rms_norm}"
+            raise ValueError(
+                f"MixtureConfig: expected a latent {SHAPE!r} in no list, channels that heads divide and qk_rms_norm, got {got}. Correct it."
+            )
 
     @property
     def heads(self) -> int:
@@ -88,29 +89,21 @@ class MixtureConfig:
         return groups
 
 
-class Positions(nn.Module):
-    """`pos_emb` [S, C]: sines and cosines of the grid's points, or learnt."""
-
-    def __init__(self, config: LatentConfig, channels: int):
-        super().__init__()
-        if config.resolution is None:
-            self.pos_emb = nn.Parameter(torch.randn(config.tokens, channels) / channels**0.5)
-        else:
-            points = torch.cartesian_prod(*[torch.arange(config.resolution)] * 3)
-            self.register_buffer("pos_emb", blocks.position_embedding(points, channels))
-
-
 class LatentLayers(nn.Module):
     """In and out of the transformer, for one tensor of the dictionary."""
 
     def __init__(self, config: LatentConfig, channels: int):
         super().__init__()
         self.input_layer, self.out_layer = nn.Linear(config.in_channels, channels), nn.Linear(channels, config.in_channels)
-        self.pos_emb = Positions(config, channels)
+        if config.resolution is None:
+            self.pos_emb = nn.Parameter(torch.randn(config.tokens, channels) / channels**0.5)  # [S, C]
+        else:  # sines and cosines of the grid's points, in files all the same
+            points = torch.cartesian_prod(*[torch.arange(config.resolution)] * 3)
+            self.register_buffer("pos_emb", blocks.position_embedding(points, channels))
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
         """[N, S, A] -> [N, S, C]."""
-        return self.input_layer(x) + self.pos_emb.pos_emb
+        return self.input_layer(x) + self.pos_emb
 
     def write(self, h: torch.Tensor) -> torch.Tensor:
         """[N, S, C] -> [N, S, A]."""
@@ -120,26 +113,26 @@ class LatentLayers(nn.Module):
 class MixedAttention(nn.Module):
     """Self-attention over several groups of tokens, with linear layers for each."""
 
-    def __init__(self, channels: int, heads: int, groups: tuple[str, ...], protected: tuple[str, ...], qk_rms_norm: bool):
+    def __init__(self, channels: int, heads: int, groups: tuple[str, ...]):
         super().__init__()
-        self.heads, self.protected = heads, protected
+        self.heads = heads
         self.to_qkv = nn.ModuleDict({g: nn.Linear(channels, 3 * channels) for g in groups})
-        if qk_rms_norm:
-            self.q_rms_norm, self.k_rms_norm = (
-                nn.ModuleDict({g: blocks.HeadRMSNorm(heads, channels // heads) for g in groups}) for _ in range(2)
-            )
-        self.qk_rms_norm = qk_rms_norm
+        self.q_rms_norm, self.k_rms_norm = (
+            nn.ModuleDict({g: blocks.HeadRMSNorm(heads, channels // heads) for g in groups}) for _ in range(2)
+        )
         self.to_out = nn.ModuleDict({g: nn.Linear(channels, channels) for g in groups})
 
     def forward(self, x: Tokens) -> Tokens:
         q, k, v = Tokens(), Tokens(), Tokens()
         for g, h in x.items():
             q[g], k[g], v[g] = self.to_qkv[g](h).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [N, T_g, H, D]
-            if self.qk_rms_norm:
-                q[g], k[g] = self.q_rms_norm[g](q[g]), self.k_rms_norm[g](k[g])
-        every = [torch.cat([*part.values()], 1) for part in (k, v)]
-        seen = {g: attend(q[g], *((k[g], v[g]) if g in self.protected else every)) for g in x}
-        return {g: self.to_out[g](h.flatten(-2)) for g, h in seen.items()}
+            q[g], k[g] = self.q_rms_norm[g](q[g]), self.k_rms_norm[g](k[g])
+        seen = {SHAPE: attend(q[SHAPE], k[SHAPE], v[SHAPE])}
+        others = [g for g in x if g != SHAPE]
+        if others:
+            keys, values = (torch.cat([*[part[g] for g in others], part[SHAPE].detach()], 1) for part in (k, v))
+            seen |= {g: attend(q[g], keys, values) for g in others}
+        return {g: self.to_out[g](seen[g].flatten(-2)) for g in x}
 
 
 class MixedBlock(nn.Module):
@@ -150,7 +143,7 @@ class MixedBlock(nn.Module):
         channels, heads, groups = config.model_channels, config.heads, tuple(config.groups)
         layout = dict(qk_rms_norm=config.qk_rms_norm_cross)
         self.norm2 = nn.ModuleDict({g: blocks.LayerNorm32(channels, affine=True) for g in groups})
-        self.self_attn = MixedAttention(channels, heads, groups, config.protect_modality_list, config.qk_rms_norm)
+        self.self_attn = MixedAttention(channels, heads, groups)
         self.cross_attn = nn.ModuleDict({g: blocks.CrossAttention(channels, config.cond_channels, heads, **layout) for g in groups})
         self.mlp = nn.ModuleDict({g: blocks.FeedForward(channels, config.mlp_ratio) for g in groups})
         self.norm = blocks.LayerNorm32(channels)  # without parameters: one will do
@@ -174,7 +167,8 @@ class MixedBlock(nn.Module):
 class MixtureFlow(nn.Module):
     """model(x_t by name [N, S, A], t [N] in 0..1, cond [N, L, E], step [N] in 0..1) -> velocities, like x_t.
 
-    Times are the network's own: t = 1 is data. Differentiable in: everything but t and step.
+    The shape may be given alone: its velocity is the same to the bit. Times are the network's own: t = 1 is data.
+    Differentiable in: everything but t and step; what is not the shape's, not in the shape's.
     """
 
     def __init__(self, config: MixtureConfig):
@@ -196,10 +190,12 @@ class MixtureFlow(nn.Module):
         self, x_t: Mapping[str, torch.Tensor], t: torch.Tensor, cond: torch.Tensor, step: torch.Tensor | None = None
     ) -> Tokens:
         config = self.config
-        if set(x_t) != set(config.latents):
-            got = ", ".join(sorted(x_t))
-            raise ValueError(f"MixtureFlow.x_t: expected {', '.join(sorted(config.latents))}, got {got}. Give latents of this model.")
-        for name, one in config.latents.items():
+        if set(x_t) not in ({*config.latents}, {SHAPE}):
+            expected, got = (", ".join(sorted(names)) for names in (config.latents, x_t))
+            raise ValueError(f"MixtureFlow.x_t: expected {expected} or the {SHAPE} alone, got {got}. Give latents of this model.")
+        latents = {name: latent for name, latent in config.latents.items() if name in x_t}
+        groups = {group: names for group, names in config.groups.items() if names[0] in x_t}
+        for name, one in latents.items():
             check_shape(f"MixtureFlow.x_t[{name!r}]", x_t[name], [len(t), one.tokens, one.in_channels], "Give latents of its size.")
         check_shape("MixtureFlow.cond", cond, [len(t), "L", config.cond_channels], "Use embeddings of this model's own embedder.")
         layers: Any = self.latent_mapping
@@ -208,15 +204,15 @@ class MixtureFlow(nn.Module):
         if config.share_mod:
             time = self.adaLN_modulation(time)
         time, cond = time.to(dtype), cond.to(dtype)
-        read = {name: layers[name].read(x_t[name].float()).to(dtype) for name in config.latents}
-        h = {g: torch.cat([read[name] for name in names], 1) for g, names in config.groups.items()}
+        read = {name: layers[name].read(x_t[name].float()).to(dtype) for name in latents}
+        h = {g: torch.cat([read[name] for name in names], 1) for g, names in groups.items()}
         for block in self.blocks:
             h = blocks.run_block(block, h, time, cond, recompute=self.recompute)
         found = Tokens()
-        for g, names in config.groups.items():
-            parts = h[g].float().split([config.latents[name].tokens for name in names], 1)
+        for g, names in groups.items():
+            parts = h[g].float().split([latents[name].tokens for name in names], 1)
             found |= {name: layers[name].write(part).to(x_t[name].dtype) for name, part in zip(names, parts, strict=True)}
-        return {name: found[name] for name in config.latents}
+        return {name: found[name] for name in latents}
 
 
 def embedded_time(flow: Any, t: torch.Tensor, step: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -264,27 +260,28 @@ class VoxelFlow(LatentFlow):
 # flow's width, and an offset that says whether it is of the cutting or the whole; all tokens stand behind each other.
 
 
-REMAPS = ("linear", "sinh", "exp")
+REMAPS = ("linear", "sinh", "exp", "exp_disparity", "sinh_exp")
 
 
 class Pictures(nn.Module):
     """A DINOv2 under the name that the files give it: pictures, or masks of one channel, [N, ., ., .] of 0..1 -> tokens [N, L, E].
 
     Args: size: pixels per side, to which pictures are brought; before_norm: tokens before the last norm, normalised without parameters;
-        else the last norm's, without registers.
+        else the last norm's, without registers; normalised: to DINOv2's mean and deviation.
     """
 
-    def __init__(self, config: DinoConfig, size: int, before_norm: bool = False):
+    def __init__(self, config: DinoConfig, size: int, before_norm: bool = False, normalised: bool = True):
         super().__init__()
         if size % config.patch_size:
             raise ValueError(f"embedder: expected patches of {config.patch_size} that divide pictures, got pictures of {size}. Correct it.")
-        self.size, self.before_norm = size, before_norm
+        self.size, self.before_norm, self.normalised = size, before_norm, normalised
         self.backbone = Dino(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        x = self.backbone.tokens(self.backbone.normalised(x.expand(-1, 3, -1, -1)))  # a mask is a grey picture
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear")
+        x = x.expand(-1, 3, -1, -1)  # a mask is a grey picture
+        x = self.backbone.tokens(self.backbone.normalised(x) if self.normalised else x)
         if self.before_norm:
             return F.layer_norm(x, x.shape[-1:])
         x = self.backbone.norm(x)
@@ -301,7 +298,7 @@ class PointConfig:
     num_heads: int = 16
     mlp_ratio: float = 2.0
     depth: int = 1
-    remap_output: str = "linear"  # what is done to coordinates first; see remapped
+    remap_output: str = "exp"  # what is done to coordinates first; see remapped
 
     def __post_init__(self):
         if self.remap_output not in REMAPS or self.input_size % self.patch_size or self.embed_dim % self.num_heads:
@@ -321,7 +318,7 @@ class PointPatches(nn.Module):
         self.pos_embed_window = nn.Parameter(torch.zeros(1, 1 + p * p, channels))
         self.pos_embed = nn.Parameter(torch.zeros(1, channels, side, side))
         hidden = int(config.mlp_ratio * channels)
-        self.blocks = nn.ModuleList(Block(channels, config.num_heads, hidden) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(channels, config.num_heads, hidden, eps=1e-6) for _ in range(config.depth))
 
     def forward(self, points: torch.Tensor) -> torch.Tensor:
         size, p = self.config.input_size, self.config.patch_size
@@ -338,13 +335,16 @@ class PointPatches(nn.Module):
 
 
 def remapped(points: torch.Tensor, how: str) -> torch.Tensor:
-    """Coordinates [N, 3, ...]: as they are; their inverse hyperbolic sines; or x / z, y / z and log z ("exp": what undoes it)."""
+    """Coordinates [N, 3, ...]: as they are, or larger ones nearer together."""
     if how == "linear":
         return points
     if how == "sinh":
         return points.asinh()
-    z = points[:, 2:].clamp_min(1e-6)
-    return torch.cat([points[:, :2] / z, z.log()], 1)
+    flat, z = points[:, :2], points[:, 2:]
+    kinds = {
+        "exp": (flat / (1 + z), z.log1p()), "exp_disparity": (flat / z, z.log()), "sinh_exp": (flat.asinh(), z.clamp_min(1e-8).log()),
+    }  # fmt: skip
+    return torch.cat(kinds[how], 1)
 
 
 class GatedFeedForward(nn.Module):
@@ -359,23 +359,28 @@ class GatedFeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-Inputs = Sequence[tuple[str, str]]  # (name of an input, whether it is of the cutting or the whole), in order
+Inputs = Sequence[tuple[str, str | None]]  # in order (name of an input, frame: whether it is of the cutting or the whole, or neither)
 
 
 class Embedder(nn.Module):
     """Pictures, masks and point maps by name [N, ., ., .] -> condition tokens [N, L, W]."""
 
-    def __init__(self, encoders: Sequence[tuple[nn.Module, int, Inputs]], hidden: Sequence[int], channels: int, pre_norm: bool):
-        """Args: encoders: with their channels and what goes through each; hidden: of their feed-forwards; channels: W."""
+    def __init__(
+        self, encoders: Sequence[tuple[nn.Module, int, Inputs]], hidden: Sequence[int], channels: int, pre_norm: bool, *,
+        random: bool = False,
+    ):
+        """Args: encoders: with their channels and what goes through each; hidden: of their feed-forwards; channels: W.
+        random: frames' offsets were drawn, not learnt, which files hold in another shape.
+        """
         super().__init__()
         self.inputs = [inputs for _, _, inputs in encoders]
-        self.frames = list(dict.fromkeys(frame for inputs in self.inputs for _, frame in inputs))
+        self.frames = list(dict.fromkeys(frame for inputs in self.inputs for _, frame in inputs if frame is not None))
         self.module_list = nn.ModuleList(encoder for encoder, _, _ in encoders)
         self.projection_nets = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(size) if pre_norm else nn.Identity(), GatedFeedForward(size, width, channels))
             for (_, size, _), width in zip(encoders, hidden, strict=True)
         )
-        self.idx_emb = nn.Parameter(torch.zeros(len(self.frames), channels))
+        self.idx_emb = nn.Parameter(torch.zeros(len(self.frames) + 1, *[1] * random, channels))  # the last is nobody's
 
     @property
     def names(self) -> list[str]:
@@ -389,5 +394,6 @@ class Embedder(nn.Module):
         found = []
         for encoder, project, inputs in zip(self.module_list, self.projection_nets, self.inputs, strict=True):
             for name, frame in inputs:
-                found.append(project(encoder(given[name])) + self.idx_emb[self.frames.index(frame)])
+                tokens = project(encoder(given[name]))
+                found.append(tokens if frame is None else tokens + self.idx_emb[self.frames.index(frame)])
         return torch.cat(found, 1)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -23,6 +24,7 @@ from eg3d_rlhf.tuning.flow.ranking import (
     draw,
     draw_each,
     judged_option,
+    read_latents,
     read_ranking,
     write_import,
     write_latents,
@@ -83,10 +85,12 @@ def conditions(root: Path, out: Path, images: Path | None, texts: Path | None, d
 @option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", help="In which the flows are held.")
 @option("--cells", metavar="N", type=click.IntRange(2), default=None, show_default="the family's",
         help="Per axis of the grid that meshes are read on: 128 for Hunyuan3D-2.1, 384 as published.")
+@option("--few-steps", metavar="N", type=click.IntRange(1), default=None,
+        help="Draw in N steps, without guidance, where a network reads how long a step is (SAM 3D's structure).")
 @_device
 def draw_command(
     root: Path, out: Path, run: Path | None, weights: Sequence[str], tokens: Path | None, each: int, dtype: str, cells: int | None,
-    device: str,
+    few_steps: int | None, device: str,
 ) -> None:
     """Assets to look at, their latents, and a list to write ranks into, for `ranking`."""
     family = family_of(root)
@@ -102,12 +106,18 @@ def draw_command(
     for stage in pipeline.stages:
         if stage.name in tuned:
             stage.model = tuned_model(stage.model, tuned[stage.name])
+    told = [stage for stage in pipeline.stages if stage.call_step is not None]
+    if few_steps and not told:
+        raise ValueError(f"--few-steps: expected a network that reads how long a step is, got none of {family.name}. Leave it out.")
+    for stage in told if few_steps else ():
+        stage.sampling = replace(stage.sampling, steps=few_steps, cfg_strength=0.0, shortcut=True)
     identity = {
         "files": {name: file_hash(path) for name, path in family.files(root).items()}, "conditions": hash_of(tokens),
         "tuned": {stage: hash_of(path) for stage, path in tuned.items()}, "dtype": dtype, **({"cells": cells} if size else {}),
+        **({"few_steps": few_steps} if few_steps else {}),
     }
 
-    def make(stem: str, condition: str, seed: int) -> dict[str, str]:
+    def make(stem: str, condition: str, seed: int) -> dict[str, Any]:
         apart = family.write_latent is not None
         files = {stage: f"{stem}-{stage}.safetensors" for stage in family.stages} if apart else {"latents": f"{stem}.safetensors"}
         there = [path for path in out.glob(f"{stem}.*") if path.suffix != ".safetensors"]  # written last
@@ -119,7 +129,8 @@ def draw_command(
                 for stage, latent in latents.items():
                     family.write_latent(out / files[stage], pipeline, stage, latent)
             there = [show(asset, out / stem, *size)]
-        return {**files, "look_at": there[0].name}
+        facts = {} if family.facts is None else family.facts(pipeline, condition, read_latents(out / files["latents"]))
+        return {**files, **facts, "look_at": there[0].name}
 
     with tqdm(total=each * len(read.names), desc="assets", unit="asset", disable=None) as bar:
         draw_each(out, read.names, range(each), identity, make, bar.update)

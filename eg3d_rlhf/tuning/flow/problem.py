@@ -72,6 +72,8 @@ class ProblemSource:
     held_out: float = _what(0.2, "Share of the conditions that is never trained on.", above=0, below=1, rare=True)
     voxel_share: float = _what(0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0,
                                rare=True)
+    parts: str = _what("all", "SAM 3D: what is learnt of its first stage: shape and pose alike, the shape alone, or both by its weights.",
+                       choices=("all", "shape", "file"), rare=True)
     needs_pairs: ClassVar[bool] = True
     views: int = _what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1, rare=True)
 

@@ -122,14 +122,15 @@ def _voted(group: Sequence[Candidate], judged: Judged) -> Chosen:
 
 
 def draw_each(
-    folder: Path, conditions: Sequence[str], seeds: Sequence[int], identity: Mapping, make: Callable[[str, str, int], Mapping[str, str]],
+    folder: Path, conditions: Sequence[str], seeds: Sequence[int], identity: Mapping, make: Callable[[str, str, int], Mapping[str, Any]],
     on_asset: Callable[[], None] | None = None,
 ) -> Path:
     """Draw every condition with every seed; returns the list, whose ranks are left to fill in.
 
     Assets that an interrupted call left are kept.
     Args: identity: JSON, hashes of all files that they come from.
-        make: makes the files of an asset, from their stem, condition and seed, unless they are there; returns them by what they are.
+        make: makes the files of an asset, from their stem, condition and seed, unless they are there; returns them by what they are,
+            and what the list says besides.
     Raises: ValueError for a folder of assets of other files, or one that is finished, whose ranks would be lost.
     """
     path, text = folder / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n"

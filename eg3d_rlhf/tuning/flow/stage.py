@@ -23,6 +23,7 @@ from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.sparse import (
     Batch,
     Latent,
+    NamedBatch,
     NamedSample,
     SparseSample,
     collate,
@@ -188,6 +189,7 @@ class FlowPath:
     schedule: str = "logit-normal"  # of the times: sigmoid of a normal, or uniform on 0..1
     mean: float = 1.0  # of that normal
     std: float = 1.0
+    weights: Mapping[str, float] | None = None  # of the errors of several tensors, by name; None: they count alike, 1 in all
 
     def __post_init__(self):
         assert self.schedule in SCHEDULES and math.isfinite(self.mean) and self.std > 0
@@ -230,7 +232,12 @@ class FlowPath:
 
     def errors(self, v: Batch, x_0: Batch, eps: Batch) -> torch.Tensor:
         """Flow-matching error of predicted velocities, mean over everything of a sample -> [N]. Differentiable in: v."""
-        return mean_per_sample((feats_of(v) - feats_of(self.velocity(x_0, eps))).square(), v)
+        squares = (feats_of(v) - feats_of(self.velocity(x_0, eps))).square()
+        if self.weights is None:
+            return mean_per_sample(squares, v)
+        assert isinstance(v, NamedBatch)
+        means = {name: part.flatten(1).mean(1) for name, part in v.with_feats(squares).tensors.items()}
+        return torch.stack([weight * means[name] for name, weight in self.weights.items()]).sum(0)
 
 
 def opposite(t: torch.Tensor, v: Batch) -> tuple[torch.Tensor, Batch]:

@@ -36,8 +36,7 @@ def run_section(
         start = next((start for start in COMMANDS if line.startswith(start)), None)
         if start is None:
             continue
-        parted = [word.partition("=") for word in shlex.split(line.removeprefix(start))]
-        filled = [f"{name}={places.get(value, value)}" if sign else name for name, sign, value in parted]
+        filled = ["=".join(places.get(part, part) for part in word.split("=")) for word in shlex.split(line.removeprefix(start))]
         training = COMMANDS[start] is train.main
         more = few if training else [f"--each={each}"] if filled[0] == "draw" else []
         done = CliRunner().invoke(COMMANDS[start], [*filled, *more])
@@ -49,5 +48,6 @@ def run_section(
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             path.write_text("".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows))
         if called[-1] == "train":
-            (places["RUN"],) = map(str, (folder / "runs").glob("00000-*"))
+            runs = sorted(map(str, (folder / "runs").glob("0*-*")))
+            places |= {f"RUN{number if number > 1 else ''}": run for number, run in enumerate(runs, 1)}
     return called

@@ -64,6 +64,8 @@ class FlowFamily:
     embed: Callable[[Path, Mapping[str, Path], torch.device], Conditions] | None = None  # (root, pictures by name, device)
     embed_texts: Callable[[Path, Sequence[str], torch.device], Conditions] | None = None  # (root, texts, device)
     show: Callable[..., Path] | None = None  # write (asset, path without ending) to look at; returns the file
+    facts: Callable[[Any, str, Mapping[str, Latent]], Mapping] | None = None  # (pipeline, condition, latents by stage): JSON that the list
+    # of drawn assets says besides
     cells: int | None = None  # per axis of the grid that show reads an asset on, its third argument; None: nothing to choose
     export: Callable[..., dict] | None = None  # (root, new folder to write, tuned weights by stage)
     write_latent: Callable[[Path, Any, str, Latent], None] | None = None  # (file, pipeline, stage, latent): each in its own format

@@ -5,8 +5,9 @@ A generator's checkpoint is a larger state dict. Its network and the embedder of
     _base_models.generator.reverse_fn.backbone.X      the flow's network
     _base_models.condition_embedder.X                 the embedder; or in the network, under condition_embedder.
 
-Other names in it are passed over. What the YAML files say of training is passed over, too; other settings that are not known are refused
-where they are switched on.
+Other names in it are passed over. What the YAML files say of training is passed over, too, but for times and weights; other settings that
+are not known are refused where they are switched on. What pipeline.yaml does not name has the defaults of the original's code, which
+overwrite those of the generators' files.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eg3d_rlhf.models.pictures import ObjectCut
 from eg3d_rlhf.models.sam3d import (
     Embedder,
     LatentConfig,
@@ -30,23 +32,36 @@ from eg3d_rlhf.models.sam3d import (
     VoxelFlow,
     VoxelFlowConfig,
 )
-from eg3d_rlhf.models.trellis.autoencoders import GaussianDecoder, GaussianDecoderConfig, StructureDecoder, StructureVAEConfig
+from eg3d_rlhf.models.trellis.autoencoders import (
+    GaussianDecoder,
+    GaussianDecoderConfig,
+    StructureDecoder,
+    StructureEncoder,
+    StructureVAEConfig,
+)
 from eg3d_rlhf.models.vit import DinoConfig
-from eg3d_rlhf.models.weights import below, empty, fill, read
+from eg3d_rlhf.models.weights import State, below, empty, fill, read
 from eg3d_rlhf.tuning.flow.families.folder import mentions, read_yaml
+from eg3d_rlhf.tuning.flow.families.sam3d.pose import SHIFTED
 from eg3d_rlhf.tuning.flow.families.trellis.files import filled
-from eg3d_rlhf.tuning.flow.stage import Sampling
+from eg3d_rlhf.tuning.flow.stage import FlowPath, Sampling
 
 PIPELINE, PACKAGE = "pipeline.yaml", "sam3d_objects"
+FOLDERS = ("", "checkpoints", "checkpoints/hf")  # where it lies: in its own folder, in the released one, where the set-up moves it
 STRUCTURE, LATENT = STAGES = ("structure", "latent")
 SHORT = {STRUCTURE: "ss", LATENT: "slat"}  # how pipeline.yaml calls the stages
 PARTS = {STRUCTURE: "ss_generator", LATENT: "slat_generator", "structure decoder": "ss_decoder", "decoder": "slat_decoder_gs"}
+ENCODER, ENDINGS = "ss_encoder", (".safetensors", ".ckpt")  # released beside those; pipeline.yaml does not name it
+STRENGTH = {STRUCTURE: 7.0, LATENT: 5.0}  # guidance where pipeline.yaml names none
 FLOW = "_base_models.generator.reverse_fn.backbone."
 EMBEDDERS = ("_base_models.condition_embedder.", f"{FLOW}condition_embedder.")
-GENERATORS = ("ShortCut", "FlowMatching")  # both have their data at t = 1
+SHORTCUT, PLAIN = GENERATORS = ("ShortCut", "FlowMatching")  # both have their data at t = 1
+GUIDED = ("ClassifierFreeGuidance", "ClassifierFreeGuidanceWithExternalUnconditionalProbability")
+CROP, REMBG = CUTTING = ("crop_around_mask_with_padding", "rembg")  # what is done to pictures, masks and maps together
+NORMALISERS = ("ObjectCentricSSI", "SSIPointmapNormalizer", "ObjectApparentSizeSSI")
 PASSED = {  # settings of networks that concern training, or that others say
     "_target_", "condition_embedder", "attn_mode", "pe_mode", "initialization", "resolution", "in_channels", "out_channels", "patch_size",
-    "latent_mapping", "pretrained_ckpt_path", "freeze_d_time_embedder", "freeze_shared_parameters", "use_checkpoint",
+    "latent_mapping", "pretrained_ckpt_path", "freeze_d_time_embedder", "freeze_shared_parameters", "use_checkpoint", "force_zeros_cond",
 }
 
 
@@ -57,7 +72,10 @@ class GeneratorFile:
     checkpoint: Path
     config: MixtureConfig | VoxelFlowConfig
     embedder: Mapping  # what it says of the embedder
-    sigma_min: float
+    path: FlowPath
+    weights: Mapping[str, float] | None  # of errors, by latent, as the network was trained last; None: it says none
+    single: bool  # the original makes times of sampling in float32
+    guided: bool  # guidance has an empty condition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +87,31 @@ class PipelineFile:
     sampling: Mapping[str, Sampling]  # by stage
     mean: tuple[float, ...]  # of the second stage's latents, per channel
     std: tuple[float, ...]
-    prune: int  # voxels on all six sides that make one inner, which is left out; 0: none is
+    prune: int  # voxels on all sides, corners too, that make one inner, which is left out; 0: none is
+    cuts: Mapping[str, ObjectCut]  # by stage: how its pictures are cut out
+    pose: str  # how the pose is decoded; see pose.py
     files: Mapping[str, Path]  # all that is read, by name
+
+    @property
+    def preparation(self) -> str:
+        """What is done to pictures, in words that files of conditions state."""
+        said = [
+            f"{cut.size} pixels, box {cut.box_size_factor:g}, border {cut.padding_factor:g}{', cut out' if cut.rembg else ''}"
+            for cut in self.cuts.values()
+        ]
+        points = self.cuts[STRUCTURE]
+        how = "as they are" if points.moments_alone else f"by {points.normaliser}{'' if points.scene_scale else ' of the object'}"
+        return f"{'; '.join(dict.fromkeys(said))}, points {how}"
+
+
+def folder_of(root: Path) -> Path:
+    """The folder with pipeline.yaml: the one given, or that of the checkpoints in it."""
+    return next((place for place in (root / name for name in FOLDERS) if (place / PIPELINE).is_file()), root)
 
 
 def recognises(root: Path) -> bool:
     """Whether pipeline.yaml is SAM 3D's."""
-    return mentions(root / PIPELINE, PACKAGE)
+    return mentions(folder_of(root) / PIPELINE, PACKAGE)
 
 
 def read_pipeline(root: Path) -> PipelineFile:
@@ -83,7 +119,8 @@ def read_pipeline(root: Path) -> PipelineFile:
 
     Raises: FileNotFoundError; ValueError for files that are not SAM 3D's, or of another convention.
     """
-    root, path = Path(root), Path(root) / PIPELINE
+    root = folder_of(Path(root))
+    path = root / PIPELINE
     if not path.is_file():
         raise FileNotFoundError(f"pipeline: expected SAM 3D's {PIPELINE}, got none in {root}. Name the folder of its checkpoints.")
     content, paths = read_yaml(path), {PIPELINE: path}
@@ -94,6 +131,9 @@ def read_pipeline(root: Path) -> PipelineFile:
             if not name or not file.is_file():
                 raise FileNotFoundError(f"{path}: expected {part}_{kind}_path to name a file, got {name!r}. Restore it.")
             paths[f"{part}.{kind}"] = file
+    encoder = [root / f"{ENCODER}{ending}" for ending in (".yaml", *ENDINGS)]
+    if encoder[0].is_file() and (weights := next((file for file in encoder[1:] if file.is_file()), None)):
+        paths |= {f"{ENCODER}.config": encoder[0], f"{ENCODER}.ckpt": weights}
     generators = {stage: _generator(stage, paths[f"{PARTS[stage]}.config"], paths[f"{PARTS[stage]}.ckpt"]) for stage in STAGES}
     try:
         mean, std = (tuple(map(float, content[f"slat_{name}"])) for name in ("mean", "std"))
@@ -102,9 +142,51 @@ def read_pipeline(root: Path) -> PipelineFile:
         mean, std, prune = (), (), 0
     if not mean or len(mean) != len(std) or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std) or prune < 0:
         raise ValueError(f"{path}: expected slat_mean and slat_std per channel, finite and > 0, and downsample_ss_dist >= 0, got others.")
-    scales = {stage: generators[stage].config.time_scale for stage in STAGES}
-    sampling = {stage: _sampling(path, content, stage, scales[stage]) for stage in STAGES}
-    return PipelineFile(root=root, generators=generators, sampling=sampling, mean=mean, std=std, prune=prune, files=paths)
+    odd = [name for name in content if name.startswith("use_stage") or (name.endswith("_condition_input_mapping") and content[name])]
+    if odd:
+        got = f"{', '.join(odd)}. The original cannot open it so, or is told otherwise: leave it out; `draw --few-steps` is for few steps"
+        raise ValueError(f"{path}: expected the released settings, got {got}.")
+    try:
+        cuts = {stage: _cut(content[f"{SHORT[stage]}_preprocessor"], stage) for stage in STAGES}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        said = error if isinstance(error, ValueError) else f"expected preprocessors of pictures, got none for {error}. Restore them."
+        raise ValueError(f"{path}: {said}") from None
+    return PipelineFile(
+        root=root, generators=generators, sampling={stage: _sampling(path, content, stage, generators[stage]) for stage in STAGES},
+        mean=mean, std=std, prune=prune, cuts=cuts, pose=str(content.get("pose_decoder_name", SHIFTED)), files=paths,
+    )
+
+
+def _cut(content: Mapping, stage: str) -> ObjectCut:
+    """How a preprocessor cuts out. Raises: ValueError for one that does anything else; KeyError, TypeError for none."""
+    maps = stage == STRUCTURE
+    joint = {_kind(step): step for step in content[f"img_mask{'_pointmap' if maps else ''}_joint_transform"]}
+    rest = content.get("img_mask_joint_transform") if maps else content.get("img_mask_pointmap_joint_transform")
+    sizes, exact = set[int](), True
+    for kind in ("img", "mask", *(["pointmap"] if maps else [])):
+        pad, resize = content[f"{kind}_transform"]["transforms"]
+        how = resize.get("interpolation") in ((None, 2) if kind == "img" else (0,))  # of Pillow: 0 nearest, 2 bilinear
+        exact &= how and (_kind(pad), _kind(resize)) == ("pad_to_square_centered", "Resize")
+        sizes.add(int(resize["size"]))
+    others = set(joint) - {*CUTTING, "resize_all_to_same_size"}
+    settings = {name: value for name, value in joint.get(CROP, {}).items() if name not in ("_target_", "_partial_")}
+    if set(settings) != {"box_size_factor", "padding_factor"} or others or rest or not exact:
+        got = ", ".join([*joint, *map(str, rest or ())]) or "nothing"
+        raise ValueError(f"{SHORT[stage]}_preprocessor: expected a cut about the mask and squares, got {got}. Others are not read.")
+    if len(sizes) != 1:
+        raise ValueError(f"{SHORT[stage]}_preprocessor: expected one size of pictures, masks and maps, got {sorted(sizes)}. Correct it.")
+    normaliser = content.get("pointmap_normalizer") or {}
+    named = _kind(normaliser) if normaliser else NORMALISERS[1]
+    if named not in NORMALISERS:
+        raise ValueError(f"{SHORT[stage]}_preprocessor: expected a normaliser {', '.join(NORMALISERS)}, got {named}. Others are not read.")
+    return ObjectCut(
+        size=sizes.pop(), rembg=REMBG in joint, normaliser=named, moments_alone=not content.get("normalize_pointmap", False),
+        scene_scale=bool(normaliser.get("use_scene_scale", True)), **{name: float(value) for name, value in settings.items()},
+    )
+
+
+def _kind(entry: Mapping) -> str:
+    return str(entry["_target_"]).rpartition(".")[2]
 
 
 def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
@@ -114,24 +196,38 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
         flow = module["generator"]["backbone"]
         guided = flow["reverse_fn"]
         network = guided["backbone"]
-        kinds = [str(part["_target_"]) for part in (flow, network)]
+        kinds = [str(part["_target_"]) for part in (flow, guided, network)]
     except (KeyError, TypeError) as error:
         expected = "module.generator.backbone with reverse_fn.backbone, each with a _target_"
         raise ValueError(f"{path}: expected {expected}, got none for {error}. Name SAM 3D's file.") from None
-    if not all(kind.startswith(PACKAGE) for kind in kinds) or kinds[0].rpartition(".")[2] not in GENERATORS:
-        raise ValueError(f"{path}: expected a generator {' or '.join(GENERATORS)} of {PACKAGE}, got {', '.join(kinds)}. Name its file.")
+    for kind, known in zip(kinds, (GENERATORS, GUIDED, None), strict=True):
+        if not kind.startswith(PACKAGE) or (known and kind.rpartition(".")[2] not in known):
+            expected = f"{' or '.join(known or ('a network',))} of {PACKAGE}"
+            raise ValueError(f"{path}: expected {expected}, got {kind}. Others are not read: name SAM 3D's file.")
     if flow.get("reversed_timestamp"):
-        raise ValueError(f"{path}: expected data at t = 1, got reversed_timestamp on. What it turns is not known here.")
+        raise ValueError(f"{path}: expected data at t = 1, got reversed_timestamp on, which turns the sampler alone. Switch it off.")
+    drawn = flow.get("training_time_sampler_fn") or {"mean": -1.0, "std": 1.0}
+    if "_target_" in drawn and _kind(drawn) != "lognorm_sampler":
+        raise ValueError(f"{path}: expected times of training by lognorm_sampler, got {_kind(drawn)}. Others are not read.")
     scale = {"time_scale": float(flow.get("time_scale", 1000.0))}
     embedder = (module.get("condition_embedder") or {}).get("backbone") or network.get("condition_embedder") or {}
+    weights = {name: float(value) for name, value in (flow.get("loss_weights") or {}).items() if name != "_target_"}
     try:
         config: Any = (
             _made(MixtureConfig, network, latents=_latents(network), **scale) if stage == STRUCTURE
             else _made(VoxelFlowConfig, network, **{k: network[k] for k in SIZES if k in network}, **scale)
         )
-        return GeneratorFile(checkpoint=checkpoint, config=config, embedder=embedder, sigma_min=float(flow.get("sigma_min", 0.0)))
+        # The normal of the original is of its own time, which runs the other way.
+        path_of = FlowPath(sigma_min=float(flow.get("sigma_min", 0.0)), mean=-float(drawn["mean"]), std=float(drawn["std"]))
+        if weights and stage == STRUCTURE and set(weights) != set(config.latents):
+            raise ValueError(f"expected loss_weights of {', '.join(config.latents)}, got {', '.join(weights)}. Correct them.")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}" if isinstance(error, ValueError) else f"{path}: expected sizes, got {error!r}.") from None
+    zeros = guided.get("unconditional_handling") == "add_flag" and bool(network.get("force_zeros_cond"))
+    return GeneratorFile(
+        checkpoint=checkpoint, config=config, embedder=embedder, path=path_of, weights=weights or None, guided=zeros,
+        single=kinds[0].endswith(PLAIN),
+    )
 
 
 SIZES = ("resolution", "in_channels", "out_channels", "patch_size", "pe_mode")  # of the second network; the first says them of each latent
@@ -163,66 +259,88 @@ def _latents(network: Mapping) -> dict[str, LatentConfig]:
     return latents
 
 
-def _sampling(path: Path, content: Mapping, stage: str, time_scale: float) -> Sampling:
+def _sampling(path: Path, content: Mapping, stage: str, generator: GeneratorFile) -> Sampling:
     """Settings of a stage's sampler: times are there 0 at the noise and scaled, guidance is (1 + w) v_cond - w v_null in both."""
-    short, number = SHORT[stage], {STRUCTURE: 1, LATENT: 2}[stage]
-    if content.get(f"{short}_cfg_strength_pm"):
-        raise ValueError(f"{path}: expected {short}_cfg_strength_pm 0, got another. Guidance away from the point map alone is not read.")
-    distilled = bool(content.get(f"use_stage{number}_distillation", False))  # steps of a size that the network is told, without guidance
+    short, scale = SHORT[stage], generator.config.time_scale
     try:
-        low, high = (float(t) / time_scale for t in content.get(f"{short}_cfg_interval", (0, time_scale / 2)))
-        return Sampling(
-            steps=int(content.get(f"{short}_inference_steps", 25)), rescale_t=float(content.get(f"{short}_rescale_t", 1.0)),
-            cfg_strength=0.0 if distilled else float(content.get(f"{short}_cfg_strength", 0.0)), cfg_interval=(1 - high, 1 - low),
-            shortcut=distilled,
+        low, high = (min(float(t) / scale, 1.0) for t in content.get(f"{short}_cfg_interval", (0, 500)))
+        sampling = Sampling(
+            steps=int(content.get(f"{short}_inference_steps", 25)), rescale_t=float(content.get(f"{short}_rescale_t", 3.0)),
+            cfg_strength=float(content.get(f"{short}_cfg_strength", STRENGTH[stage])), cfg_interval=(1 - high, 1 - low),
+            time_scale=scale, single=generator.single,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}, {short}: {error}") from None
+    if sampling.cfg_strength and not generator.guided:
+        needs = "force_zeros_cond: true and unconditional_handling: add_flag in the generator's file"
+        raise ValueError(f"{path}, {short}: expected {needs} with guidance, got others. Set {short}_cfg_strength 0, or restore them.")
+    return sampling
 
 
-def load_flow(file: GeneratorFile, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
-    """A stage's network, strictly by name and shape; dtype as in trellis.files.filled."""
-    state = {name: tensor for name, tensor in _under(file.checkpoint, (FLOW,)).items() if not name.startswith("condition_embedder.")}
-    make: Any = MixtureFlow if isinstance(file.config, MixtureConfig) else VoxelFlow
-    return filled(make, file.config, state, str(file.checkpoint), dtype, device)
+def load_flow(
+    file: GeneratorFile, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", *, state: State | None = None
+) -> nn.Module:
+    """A stage's network, strictly by name and shape; dtype as in trellis.files.filled. Args: state: all that the checkpoint holds."""
+    return filled(network_of(file.config), file.config, flow_state(file, state), str(file.checkpoint), dtype, device)
 
 
-def _under(checkpoint: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def network_of(config: MixtureConfig | VoxelFlowConfig) -> Any:
+    """The class of a configuration."""
+    return MixtureFlow if isinstance(config, MixtureConfig) else VoxelFlow
+
+
+def flow_state(file: GeneratorFile, state: State | None = None) -> State:
+    """The network's tensors in a checkpoint."""
+    return {name: tensor for name, tensor in _under(file, (FLOW,), state).items() if not name.startswith("condition_embedder.")}
+
+
+def embedder_state(file: GeneratorFile, state: State | None = None) -> State:
+    """The embedder's."""
+    return _under(file, EMBEDDERS, state)
+
+
+def _under(file: GeneratorFile, prefixes: tuple[str, ...], state: State | None) -> State:
     """Tensors under the first prefix that has some, without it."""
-    state = read(checkpoint, "weights")
+    state = read(file.checkpoint, "weights") if state is None else state
     for prefix in prefixes:
         if part := below(state, prefix):
             return part
     got = ", ".join(sorted(state)[:8])
-    raise ValueError(f"{checkpoint}: expected tensors under {' or '.join(prefixes)}, got {got}. Use the released checkpoint.")
+    raise ValueError(f"{file.checkpoint}: expected tensors under {' or '.join(prefixes)}, got {got}. Use the released checkpoint.")
 
 
 def load_embedder(file: GeneratorFile, device: str | torch.device = "cpu") -> Embedder:
-    """What turns pictures, masks and point maps into a stage's condition, strictly by name and shape; sizes are those of its tensors."""
-    state, who = _under(file.checkpoint, EMBEDDERS), str(file.checkpoint)
-    if file.embedder.get("use_pos_embedding", "learned") != "learned":
-        raise ValueError(f"{who}: expected use_pos_embedding 'learned', got {file.embedder['use_pos_embedding']!r}. Others are not read.")
+    """What turns pictures, masks and point maps into a stage's condition, strictly by name and shape."""
+    state, who = embedder_state(file), str(file.checkpoint)
+    types = dict.fromkeys(state, torch.float32)
+    return fill(embedder_of(file, state), state, who, types=types, device=device).eval().requires_grad_(False)
+
+
+def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embedder:
+    """An empty one; widths and the DINOv2 are those of its tensors. Raises: ValueError for what is none."""
+    who, places = str(file.checkpoint), file.embedder.get("use_pos_embedding", "learned")
+    if places not in ("learned", "random"):
+        raise ValueError(f"{who}: expected use_pos_embedding learned or random, got {places!r}. Others are not read.")
     try:
         encoders = [_encoder(i, entry, state) for i, entry in enumerate(file.embedder["embedder_list"])]
         nets = [f"projection_nets.{i}" for i in range(len(encoders))]
         hidden = [len(state[f"{net}.1.w1.weight"]) for net in nets]
+        normed = bool(file.embedder.get("projection_pre_norm", True))
         with torch.device("meta"):
-            embedder = Embedder(encoders, hidden, len(state[f"{nets[0]}.1.w2.weight"]), f"{nets[0]}.0.weight" in state)
+            return Embedder(encoders, hidden, len(state[f"{nets[0]}.1.w2.weight"]), normed, random=places == "random")
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{who}: expected the embedder of SAM 3D, got none fit for {error}. Name its files.") from None
-    types = dict.fromkeys(state, torch.float32)
-    return fill(embedder, state, who, types=types, device=device).eval().requires_grad_(False)
 
 
-def _encoder(number: int, entry: Any, state: Mapping[str, torch.Tensor]) -> tuple[nn.Module, int, list[tuple[str, str]]]:
+def _encoder(number: int, entry: Any, state: Mapping[str, torch.Tensor]) -> tuple[nn.Module, int, list[tuple[str, str | None]]]:
     """One of the embedder's encoders, empty, with its channels and what goes through it."""
     content, inputs = entry
-    kind, names = str(content["_target_"]).rpartition(".")[2], [(str(name), str(frame)) for name, frame in inputs]
+    kind, names = _kind(content), [(str(name), None if frame is None else str(frame)) for name, frame in inputs]
     with torch.device("meta"):
         if kind == "Dino":
             config = DinoConfig.of_state(below(state, f"module_list.{number}.backbone."), "embedder")
-            size, before_norm = int(content.get("input_size", 518)), bool(content.get("prenorm_features", False))
-            return Pictures(config, size, before_norm), config.hidden_size, names
+            flags = bool(content.get("prenorm_features", False)), bool(content.get("normalize_images", True))
+            return Pictures(config, int(content.get("input_size", 224)), *flags), config.hidden_size, names
         if kind == "PointPatchEmbed":
             known = {field.name for field in dataclasses.fields(PointConfig)}
             points = PointConfig(**{name: value for name, value in content.items() if name in known})
@@ -230,18 +348,30 @@ def _encoder(number: int, entry: Any, state: Mapping[str, torch.Tensor]) -> tupl
     raise ValueError(f"embedder_list: expected Dino or PointPatchEmbed, got {kind!r}. Others are not read.")
 
 
-def load_decoder(file: PipelineFile, part: str, device: str | torch.device = "cpu") -> nn.Module:
-    """The structure's decoder or the Gaussians', which are TRELLIS's."""
-    config_file, checkpoint = (file.files[f"{PARTS[part]}.{kind}"] for kind in ("config", "ckpt"))
-    content = read_yaml(config_file)
-    kinds: dict[str, tuple[Any, Any]] = {
-        "structure decoder": (StructureDecoder, StructureVAEConfig), "decoder": (GaussianDecoder, GaussianDecoderConfig),
-    }
-    make, kind = kinds[part]
-    known = {field.name for field in dataclasses.fields(kind)}
+AUTOENCODERS: dict[str, tuple[str, Any, Any]] = {
+    "structure decoder": (PARTS["structure decoder"], StructureDecoder, StructureVAEConfig),
+    "decoder": (PARTS["decoder"], GaussianDecoder, GaussianDecoderConfig),
+    "structure encoder": (ENCODER, StructureEncoder, StructureVAEConfig),
+}
+
+
+def load_part(file: PipelineFile, part: str, device: str | torch.device = "cpu") -> nn.Module:
+    """A half of an autoencoder, which are TRELLIS's. Raises: FileNotFoundError for an encoder that is not there."""
+    make, config, checkpoint = part_of(file, part)
+    return filled(make, config, read(checkpoint, "weights"), str(checkpoint), torch.float32, device)
+
+
+def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
+    """Class, configuration and checkpoint."""
+    name, make, kind = AUTOENCODERS[part]
+    if f"{name}.ckpt" not in file.files:
+        got = f"{name}.yaml and {' or '.join(f'{name}{ending}' for ending in ENDINGS)}"
+        raise FileNotFoundError(f"{part}: expected {got}, got less in {file.root}. Fetch them: they are released beside the others.")
+    config_file, checkpoint = (file.files[f"{name}.{which}"] for which in ("config", "ckpt"))
+    content, known = read_yaml(config_file), {field.name for field in dataclasses.fields(kind)}
     try:
         config = _made(kind, content, **{name: content[name] for name in known & PASSED & set(content)})
         empty(lambda: make(config))  # whose sizes may not fit
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_file}: {error}") from None
-    return filled(make, config, read(checkpoint, "weights"), str(checkpoint), torch.float32, device)
+    return make, config, checkpoint

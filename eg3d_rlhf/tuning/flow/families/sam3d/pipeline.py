@@ -1,36 +1,43 @@
 """SAM 3D Objects as a generator in two stages: shape and pose of an object together, then latents on the shape's voxels.
 
-The pose is drawn, tuned and kept with the shape's latent; assets are Gaussians in the object's own frame. Stages are tuned one by one: the
-loop would need encoders that are not read.
+The pose is drawn, tuned and kept with the shape's latent, or left alone while the shape is tuned; assets are Gaussians in the object's own
+frame, and the list of drawn ones says where they are. Stages are tuned one by one: of the two encoders that the loop would need only the
+shape's is read.
 
-Shape letters: N samples, R grid points per axis, v voxels of a sample, L tokens of a condition, W their size; of pictures H, W pixels,
-h, w points, s the side of a square.
+Shape letters: N samples, R grid points per axis, S tokens of a shape, A its channels, v voxels of a sample; of pictures h, w points, s the
+side of a square.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 from eg3d_rlhf.core.shapes import check_shape
+from eg3d_rlhf.models.pictures import ObjectCut, object_inputs, read_cut_out
 from eg3d_rlhf.models.policies import link
-from eg3d_rlhf.models.sam3d import Embedder, MixtureFlow, VoxelFlow
-from eg3d_rlhf.models.sparse import Batch, NamedBatch, SparseBatch, SparseSample
+from eg3d_rlhf.models.sam3d import SHAPE
+from eg3d_rlhf.models.sparse import Batch, Latent, NamedBatch, NamedSample, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import voxels_of
-from eg3d_rlhf.models.weights import content, in_types_of, rewrite
+from eg3d_rlhf.models.weights import content, empty, fingerprint, in_types_of, read, rewrite
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_array
-from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages, register
-from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, merged, spare_memory
-from eg3d_rlhf.tuning.flow.families.sam3d import files
+from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, check_stages, open_folder, register
+from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, merged, never_empty, spare_memory
+from eg3d_rlhf.tuning.flow.families.sam3d import files, pose
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, write_ply
-from eg3d_rlhf.tuning.flow.stage import Dictionary, FlowPath, FlowStage, SparseVoxels, Voxels
+from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.stage import Dictionary, FlowStage, SparseVoxels, Voxels
 
-SHAPE = "shape"  # the tensor of the first stage's dictionary that structures are decoded from
+ALL, FILE = "all", "file"  # what of the first stage is learnt, or SHAPE alone; see ProblemSource.parts
+MOST = 42000  # voxels that the second stage is given
+SCALE, SHIFT = "pointmap_scale", "pointmap_shift"  # kept beside the tokens of a condition
 OWN, CROSS = ("to_qkv", "to_out"), ("to_q", "to_kv", "to_out")  # linear layers of self-attention, and of attention to the condition
 
 
@@ -44,43 +51,61 @@ def call_voxels(module: nn.Module, x_t: SparseBatch, t: torch.Tensor, cond: torc
     return module(x_t, t, cond, *step)
 
 
+class ShapeAlone(Dictionary):
+    """Of the first stage's dictionary the shape, which the pose has no part in; latents may have the pose besides."""
+
+    def check(self, who: str, latent: Latent, remedy: str) -> None:
+        super().check(who, shape_alone(latent), remedy)
+
+
+def shape_alone(latent: Latent) -> Latent:
+    """Without the pose."""
+    return NamedSample({SHAPE: latent[SHAPE]}) if isinstance(latent, NamedSample) and SHAPE in latent.tensors else latent
+
+
 class Sam3dPipeline(OpenedFolder):
-    """Implements `Pipeline`; assets are `SplatAsset`. Decoders are loaded when they are first needed; there are no encoders."""
+    """Implements `Pipeline`; assets are `SplatAsset`. Autoencoders are loaded when they are first needed."""
 
     def __init__(
         self, file: files.PipelineFile, flows: Mapping[str, nn.Module], conditions: Conditions | None, parts: Callable[[str], nn.Module],
-        device: str | torch.device = "cpu",
+        device: str | torch.device = "cpu", learnt: str = ALL,
     ):
-        """Args: flows by stage name; conditions: None where nothing is sampled; parts: decoders by their names in files.PARTS."""
+        """Args: flows by stage name; conditions: None where nothing is sampled; parts: by their names in files.AUTOENCODERS; learnt: see
+        ProblemSource.parts.
+        """
         super().__init__(conditions, parts, device, {files.LATENT: (file.mean, file.std)})
-        self.file = file
+        self.file, self.learnt = file, learnt
         self.stages = [self._stage(name, flows[name]) for name in files.STAGES]
         channels = self._config(files.LATENT).in_channels
         if len(file.mean) != channels:
             raise ValueError(f"{files.PIPELINE}: expected slat_mean of {channels} channels, got {len(file.mean)}. Correct it.")
-        if self._config(files.STRUCTURE).latents.get(SHAPE) is None or self._config(files.STRUCTURE).latents[SHAPE].resolution is None:
+        if self._config(files.STRUCTURE).latents[SHAPE].resolution is None:
             raise ValueError(f"stage {files.STRUCTURE!r}: expected a latent {SHAPE!r} on a grid, got none. Name SAM 3D's files.")
 
     def _config(self, stage: str) -> Any:
         return self.file.generators[stage].config
 
     def _stage(self, name: str, model: nn.Module) -> FlowStage:
-        config = self._config(name)
-        self.check_tokens(name, config.cond_channels, "Embed the pictures by `eg3d-rlhf flow files conditions` with these checkpoints.")
+        config, generator = self._config(name), self.file.generators[name]
+        self.check_tokens(name, config.cond_channels, REMEDY)
+        call = call_voxels if name == files.LATENT else call_mixture
         common: dict[str, Any] = dict(
-            name=name, model=model, data_at_one=True, path=FlowPath(sigma_min=self.file.generators[name].sigma_min),
-            sampling=self.file.sampling[name],
+            name=name, model=model, data_at_one=True, path=generator.path, sampling=self.file.sampling[name], call=call,
+            call_step=call if config.is_shortcut_model else None,
         )
         if name == files.LATENT:
-            kind = SparseVoxels(channels=config.in_channels, resolution=config.resolution)
-            return FlowStage(latents=kind, call=call_voxels, call_step=call_voxels if config.is_shortcut_model else None, **common)
+            return FlowStage(latents=SparseVoxels(channels=config.in_channels, resolution=config.resolution), **common)
         shapes = {part: [latent.tokens, latent.in_channels] for part, latent in config.latents.items()}
-        targets = [f"self_attn.{layer}.{group}" for group in config.groups for layer in OWN]
-        targets += [f"cross_attn.{group}.{layer}" for group in config.groups for layer in CROSS]
-        return FlowStage(
-            latents=Dictionary(shapes=shapes), call=call_mixture, call_step=call_mixture if config.is_shortcut_model else None,
-            lora_targets=tuple(targets), **common,
-        )
+        groups, latents = list(config.groups), Dictionary(shapes=shapes)
+        if self.learnt == SHAPE:
+            groups, latents = [SHAPE], ShapeAlone(shapes={SHAPE: shapes[SHAPE]})
+        elif self.learnt == FILE:
+            if not generator.weights or not any(generator.weights.values()):
+                raise ValueError(f"--set parts={FILE}: expected loss_weights in the file of stage {name!r}, got none. Set another.")
+            common["path"] = replace(generator.path, weights=generator.weights)
+        targets = [f"self_attn.{layer}.{group}" for group in groups for layer in OWN]
+        targets += [f"cross_attn.{group}.{layer}" for group in groups for layer in CROSS]
+        return FlowStage(latents=latents, lora_targets=tuple(targets), **common)
 
     def told(self, stage: str) -> str:
         """Tokens of its own."""
@@ -93,12 +118,25 @@ class Sam3dPipeline(OpenedFolder):
             raise ValueError(f"advance: expected stage {files.STRUCTURE!r}, got {stage!r}. Nothing comes after the last stage.")
         check_finite("advance", x_0)
         assert isinstance(x_0, NamedBatch)
-        resolution, decoder, voxels = self._config(stage).latents[SHAPE].resolution, self.part("structure decoder"), list[Voxels]()
-        for tokens in x_0[SHAPE]:  # one by one: 64^3 x 128 floats each
-            grid = tokens.T.unflatten(1, [resolution] * 3)[None]  # [1, C, R, R, R]
-            logits = decoder(grid.to(self.device, torch.float32))
-            voxels.append(pruned(voxels_of(logits.where(logits != logits.amax(), logits.amax().clamp_min(1.0)))[0], self.file.prune))
-        return voxels
+        return [self.structure(tokens)[0] for tokens in x_0[SHAPE]]  # one by one: 64^3 x 128 floats each
+
+    @torch.no_grad()
+    def structure(self, shape: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Voxels [v, 3] int32 of a shape [S, A], and by how much it was made small, since there were too many."""
+        resolution, decoder = self._config(files.STRUCTURE).latents[SHAPE].resolution, self.part("structure decoder")
+        grid = shape.T.unflatten(1, [resolution] * 3)[None]  # [1, A, R, R, R]
+        logits = decoder(grid.to(self.device, torch.float32))
+        (voxels,) = voxels_of(never_empty(logits, f"stage {files.STRUCTURE!r}"))
+        return thinned(pruned(voxels, self.file.prune), MOST)
+
+    def pose(self, condition: str, latents: NamedSample) -> pose.Pose | None:
+        """Where an object of the first stage is; None where the condition's file does not say its point map's scale and shift."""
+        told = None if self.tokens is None else self.tokens.tokens[condition]
+        if not isinstance(told, Mapping) or SCALE not in told:
+            return None
+        factor = self.structure(latents[SHAPE])[1]
+        parts = {name: tensor[None].cpu() for name, tensor in latents.tensors.items()}
+        return pose.decoded(parts, self.file.pose, told[SCALE][None], told[SHIFT][None], factor)
 
     @torch.no_grad()
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
@@ -113,115 +151,132 @@ class Sam3dPipeline(OpenedFolder):
 
 
 def pruned(voxels: torch.Tensor, distance: int) -> torch.Tensor:
-    """Voxels [v, 3] without the inner ones, which have `distance` voxels on all six sides; 0 leaves all."""
+    """Voxels [v, 3] without the inner ones, all of whose neighbours up to `distance` away, corners too, are there; 0 leaves all."""
     if not distance:
         return voxels
-    side = int(voxels.max()) + 1 + 2 * distance
-    grid = torch.zeros(side, side, side, dtype=torch.bool, device=voxels.device)
     x, y, z = (voxels.long() + distance).unbind(1)
-    grid[x, y, z] = True
-    inner = torch.ones(len(voxels), dtype=torch.bool, device=voxels.device)
-    for step in (k * sign for k in range(1, distance + 1) for sign in (-1, 1)):
-        inner &= grid[x + step, y, z] & grid[x, y + step, z] & grid[x, y, z + step]
-    return voxels[~inner]
+    free = torch.ones(1, *[int(voxels.max()) + 1 + 2 * distance] * 3, device=voxels.device)
+    free[0, x, y, z] = 0
+    near = F.max_pool3d(free, 2 * distance + 1, stride=1)[0]  # whether any around is free
+    x, y, z = voxels.long().unbind(1)
+    return voxels[near[x, y, z] > 0]
 
 
-def load_pipeline(
-    root: Path, conditions: Conditions | None, *, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
+def thinned(voxels: torch.Tensor, most: int) -> tuple[torch.Tensor, int]:
+    """At most so many voxels [v, 3], and by how much the shape was made small: 2 where it was, about the middle of its cube."""
+    if len(voxels) <= most:
+        return voxels, 1
+    low, high = int(voxels.min()), int(voxels.max())
+    size = high - low
+    small = (voxels - low) / size * (size / 2 - 1) + low + size / 4
+    kept = torch.unique(small.round().int().clamp(low, high), dim=0)
+    if len(kept) > most:
+        kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[:most].sort().values.to(kept.device)]
+    return kept, 2
+
+
+REMEDY = "Embed the pictures by `eg3d-rlhf flow files conditions` with these checkpoints."
+
+
+def load(
+    root: Path, conditions: Conditions | None, *, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu",
+    parts: str = ALL,
 ) -> Sam3dPipeline:
-    """A pipeline from SAM 3D's files.
+    """A pipeline from SAM 3D's files, to sample and to train: blocks are computed again in the backward pass.
 
-    Args: dtype: of the flows' weights; None keeps the file's. Decoders are float32.
+    Args:
+        conditions: None where nothing is sampled: flows then stay without weights.
+        dtype: of the flows' weights; None keeps the file's. Decoders are float32. parts: see ProblemSource.parts.
     Raises: FileNotFoundError or ValueError for files that are missing or do not fit; nothing is downloaded.
     """
-    file = files.read_pipeline(root)
-    flows = {stage: files.load_flow(generator, dtype, device) for stage, generator in file.generators.items()}
-    spare_memory(flows.values(), device)
-    return Sam3dPipeline(file, flows, conditions, lambda part: files.load_decoder(file, part, device), device)
+    file, flows, prints = files.read_pipeline(root), dict[str, nn.Module](), []
+    for stage, generator in file.generators.items():
+        if conditions is None:
+            flows[stage] = empty(partial(files.network_of(generator.config), generator.config))
+            continue
+        state = read(generator.checkpoint, "weights")  # the larger part of the memory: one at a time
+        flow: Any = files.load_flow(generator, dtype, device, state=state)
+        flows[stage] = flow
+        flow.recompute = True
+        prints.append(fingerprint(files.embedder_state(generator, state)))
+    if conditions is not None:
+        conditions.check_source("conditions", _source(file, prints), REMEDY.removesuffix(".").partition(" by ")[2])
+        spare_memory(flows.values(), device)
+    return Sam3dPipeline(file, flows, conditions, lambda part: files.load_part(file, part, device), device, parts)
+
+
+def _source(file: files.PipelineFile, prints: Sequence[str]) -> str:
+    """What computes conditions, for their file."""
+    return f"SAM 3D's embedders {' '.join(prints)}, {file.preparation}"
+
+
+def open_problem(source: ProblemSource, device: str | torch.device) -> Problem:
+    """As any folder's; with the shape alone the pose is taken out of people's pairs."""
+    problem = open_folder(replace(FAMILY, load=partial(load, parts=source.parts)), source, device)
+    if source.parts == ALL:
+        return problem
+    whole = problem.human_pairs
+
+    def human_pairs(stage: str, *names: Any) -> list:
+        pairs = whole(stage, *names)
+        if source.parts != SHAPE:
+            return pairs
+        return [replace(pair, preferred=shape_alone(pair.preferred), rejected=shape_alone(pair.rejected)) for pair in pairs]
+
+    return replace(problem, human_pairs=human_pairs, identity={**problem.identity, "parts": source.parts})
 
 
 # What the embedder is told. An object is a picture <name>.png or .webp whose opacity is its mask, with all around it still in the colours,
-# and a point map <name>.npy [h, w, 3] of the same picture: places as seen from the camera, z forward, not finite where there is none.
+# and a point map <name>.npy [h, w, 3] of the same picture: places, x left, y up, z forward, not a number where there is none.
 
 
-MARGIN = 0.1  # around the mask's box, in sides of it
-
-
-def inputs_of(path: Path, embedder: Embedder) -> dict[str, torch.Tensor]:
-    """What the embedder is told of an object, [1, ., s, s] by name: cut out about the mask, and whole in the middle of a square.
+def inputs_of(path: Path, cut: ObjectCut, maps: bool) -> dict[str, torch.Tensor]:
+    """What the embedder of a stage is told of an object, [., s, s] by name; see `object_inputs`. Args: maps: with point maps.
 
     Raises: FileNotFoundError for a point map that is not there; ValueError for a picture that shows nothing, or a map of another shape.
     """
-    image = Image.open(path)
-    if image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255:
-        raise ValueError(f"{path}: expected the object's mask as opacity (RGBA), got {image.mode} without. Save the mask with the picture.")
-    pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 255).permute(2, 0, 1)  # [4, H, W]
-    mask = (pixels[3:] > 0.5).float()
-    if not mask.any():
-        raise ValueError(f"{path}: expected a mask of a pixel or more, got none. Choose another picture.")
-    inputs = {"rgb_image": squared(pixels[:3], 0.0), "rgb_image_mask": squared(mask, 0.0)}
-    inputs |= {"image": cut(pixels[:3], mask, 0.0), "mask": cut(mask, mask, 0.0)}
-    if "pointmap" in embedder.names or "rgb_pointmap" in embedder.names:
-        points = _points(path.with_suffix(".npy"), mask)
-        inputs |= {"rgb_pointmap": squared(points, float("nan")), "pointmap": cut(points, mask, float("nan"))}
-    return {name: tensor[None] for name, tensor in inputs.items() if name in embedder.names}
+    points = _points(path.with_suffix(".npy")) if maps else None
+
+    def told(image: Image.Image) -> dict[str, torch.Tensor]:
+        return object_inputs(np.asarray(image), points, cut)
+
+    given = read_cut_out(path, told)
+    if points is not None and float(points[..., 2].nanmedian()) <= 0:
+        raise ValueError(f"{path.with_suffix('.npy')}: expected places in front of the camera (z > 0), got others. Turn the axes.")
+    return given
 
 
-def _points(path: Path, mask: torch.Tensor) -> torch.Tensor:
-    """A point map, [3, H, W] by the nearest point, in units of the object's median depth."""
+def _points(path: Path) -> torch.Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"conditions: expected a point map at {path}, got none. Make it by a depth network, and save it there.")
     points = read_array(path).float()
     check_shape(str(path), points, ["h", "w", 3], "Save one place per pixel.")
-    points = points.permute(2, 0, 1)
-    if points.shape[1:] != mask.shape[1:]:
-        points = torch.nn.functional.interpolate(points[None], mask.shape[1:], mode="nearest")[0]
-    depths = points[2][(mask[0] > 0) & points.isfinite().all(0)]
-    if not len(depths) or float(depths.median()) <= 0:
-        raise ValueError(f"{path}: expected places in front of the camera (z > 0) on the object, got none. Turn the axes.")
-    return points / depths.median()
-
-
-def squared(x: torch.Tensor, around: float) -> torch.Tensor:
-    """[C, H, W] in the middle of a square [C, s, s]."""
-    height, width = x.shape[1:]
-    s = max(height, width)
-    top, left = (s - height) // 2, (s - width) // 2
-    return torch.nn.functional.pad(x, (left, s - width - left, top, s - height - top), value=around)
-
-
-def cut(x: torch.Tensor, mask: torch.Tensor, around: float) -> torch.Tensor:
-    """The square [C, s, s] of [C, H, W] about the box of mask [1, H, W], with a margin; what is outside has the value `around`."""
-    rows, columns = (mask[0].any(axis).nonzero() for axis in (1, 0))
-    (top, bottom), (left, right) = ((int(places[0]), int(places[-1]) + 1) for places in (rows, columns))
-    s = max(1, round((1 + 2 * MARGIN) * max(bottom - top, right - left)))
-    y, x0 = (top + bottom - s) // 2, (left + right - s) // 2
-    pad = (max(0, -x0), max(0, x0 + s - x.shape[2]), max(0, -y), max(0, y + s - x.shape[1]))
-    wide = torch.nn.functional.pad(x, pad, value=around)
-    return wide[:, y + pad[2] : y + pad[2] + s, x0 + pad[0] : x0 + pad[0] + s]
-
-
-def load(
-    root: Path, conditions: Conditions | None, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Sam3dPipeline:
-    """To sample and to train: blocks are computed again in the backward pass."""
-    pipeline = load_pipeline(root, conditions, dtype=dtype, device=device)
-    for stage in pipeline.stages:
-        if isinstance(stage.model, (MixtureFlow, VoxelFlow)):
-            stage.model.recompute = True
-    return pipeline
+    return points
 
 
 @torch.no_grad()
 def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Conditions:
     """By the embedders of both checkpoints: pictures whose opacity is the mask, with point maps beside them; see inputs_of."""
-    file, tokens = files.read_pipeline(root), {name: dict[str, torch.Tensor]() for name in pictures}
+    file, tokens, prints = files.read_pipeline(root), {name: dict[str, torch.Tensor]() for name in pictures}, []
     for stage in files.STAGES:  # one at a time: each has a DINOv2 or two
         embedder = files.load_embedder(file.generators[stage], device)
+        maps = any("pointmap" in name for name in embedder.names)
+        prints.append(fingerprint(embedder.state_dict()))
         for name, path in pictures.items():
-            given = {key: tensor.to(device) for key, tensor in inputs_of(path, embedder).items()}
-            tokens[name][stage] = embedder(given)[0].float().cpu()
-    return Conditions(tokens=tokens, encoder="the embedders of SAM 3D's checkpoints", zero_null=True)
+            given = inputs_of(path, file.cuts[stage], maps)
+            tokens[name] |= {key: given[key] for key in (SCALE, SHIFT) if key in given}
+            tokens[name][stage] = embedder({key: given[key][None].to(device) for key in embedder.names})[0].float().cpu()
+    return Conditions(tokens=tokens, encoder=_source(file, prints), zero_null=True)
+
+
+def facts(pipeline: Sam3dPipeline, condition: str, latents: Mapping[str, Latent]) -> dict:
+    """The pose of a drawn object, for the list: quaternion (real part first), place and size in the camera's space."""
+    structure = latents[files.STRUCTURE]
+    where = pipeline.pose(condition, structure) if isinstance(structure, NamedSample) else None
+    if where is None:
+        return {}
+    values = {"rotation": where.quaternion, "translation": where.translation, "scale": where.scale}
+    return {"pose": {name: [round(x, 6) for x in value[0].tolist()] for name, value in values.items()}}
 
 
 def show(asset: SplatAsset, path: Path) -> Path:
@@ -238,17 +293,18 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
     Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...]}; rounding: share of the update that merging loses.
     """
     check_stages("export", FAMILY, list(tuned))
-    file = files.read_pipeline(root)
+    file, root = files.read_pipeline(root), Path(root)
     changed, done = {file.generators[stage].checkpoint.resolve() for stage in tuned}, {}
-    kept = sorted(path.relative_to(root) for path in Path(root).rglob("*") if path.is_file() and path.resolve() not in changed)
+    there = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.resolve() not in changed)
+    kept = [path for path in there if not any(part.startswith(".") for part in path.parts)]
     for path in kept:
-        link(Path(root) / path, out / path)
+        link(root / path, out / path)
     for stage, weights in tuned.items():
         generator = file.generators[stage]
         state, rounding = merged(partial(files.load_flow, generator), weights)
         target = out / generator.checkpoint.relative_to(root)
         write_checkpoint(generator.checkpoint, target, state)
-        done[stage] = {"file": target.name, "rounding": rounding}
+        done[stage] = {"file": str(target.relative_to(out)), "rounding": rounding}
     return {"tuned": done, "kept": [str(path) for path in kept]}
 
 
@@ -260,7 +316,38 @@ def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tenso
     rewrite(target, held)
 
 
+def networks(root: Path) -> list[Network]:
+    """Both flows with their embedders, and the autoencoders' halves."""
+    file, made = files.read_pipeline(root), []
+    sizes = {files.STRUCTURE: ((945, 964_156_437), (722, 634_485_760)), files.LATENT: ((526, 600_432_520), (699, 626_054_144))}
+    for stage, generator in file.generators.items():
+        state = read(generator.checkpoint, "weights")
+        flow, embedder = files.flow_state(generator, state), files.embedder_state(generator, state)
+        network = empty(partial(files.network_of(generator.config), generator.config))
+        both = (("flow", network, flow), ("embedder", files.embedder_of(generator, embedder), embedder))
+        for (kind, expected, found), released in zip(both, sizes[stage], strict=True):
+            shapes = {name: list(tensor.shape) for name, tensor in expected.state_dict().items()}
+            made.append(Network(name=f"{kind} of {stage}", file=generator.checkpoint, expected=shapes, found=found, released=released))
+    counts = {"structure decoder": (74, 73_671_201), "decoder": (101, 85_369_120)}
+    for part in files.AUTOENCODERS:
+        try:
+            make, config, path = files.part_of(file, part)
+        except FileNotFoundError:
+            made.append(Network(name=part, file=file.root / f"{files.ENCODER}.yaml", expected={}, found={}, without=OWN_SHAPES))
+            continue
+        shapes = {name: list(tensor.shape) for name, tensor in empty(partial(make, config)).state_dict().items()}
+        without = OWN_SHAPES if part == "structure encoder" else ""
+        made.append(Network(name=part, file=path, expected=shapes, found=read(path, part), without=without, released=counts.get(part)))
+    return made
+
+
+OWN_SHAPES = "pairs of shapes of your own"
+NOTICE = (
+    "SAM 3D Objects is under Meta's SAM License: what is derived is passed on under the same agreement alone, with a copy, and for no "
+    "military, nuclear, espionage or weapon ends (1.b): read the LICENSE beside its weights."
+)
 FAMILY = register(FlowFamily(
     name="sam3d", layout=f"{files.PIPELINE} of {files.PACKAGE}", recognises=files.recognises, stages=files.STAGES, load=load,
-    files=lambda root: files.read_pipeline(root).files, embed=embed, show=show, export=export,
+    files=lambda root: files.read_pipeline(root).files, options=("parts",), open=open_problem, embed=embed, show=show, facts=facts,
+    export=export, networks=networks, version="SAM 3D Objects, shape with pose and Gaussians", notice=NOTICE,
 ))

@@ -1,0 +1,257 @@
+"""SAM 3D's folder: what is refused; both stages tuned, the shape alone; few steps. On the reference folder of the released form."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from PIL import Image
+
+from eg3d_rlhf.models.lora import adapted_layers
+from eg3d_rlhf.models.sparse import NamedBatch, NamedSample
+from eg3d_rlhf.modes.flow_files import main
+from eg3d_rlhf.tuning.flow.conditions import Conditions, write_conditions
+from eg3d_rlhf.tuning.flow.families import check_source, family_of
+from eg3d_rlhf.tuning.flow.families.sam3d import files
+from eg3d_rlhf.tuning.flow.families.sam3d import pipeline as family
+from eg3d_rlhf.tuning.flow.problem import ProblemSource
+from eg3d_rlhf.tuning.flow.stage import FlowPath
+from tests.compat.family_reference import Case, folders
+from tests.tuning.flow.one_step import check_one_dpo_step, pairs_of
+from tests.tuning.flow.refused import refusal, write_people
+
+NAMES = ("a chair", "a lamp", "a tree", "a house")
+
+
+@pytest.fixture(scope="module")
+def released():
+    cases = [param.values[0] for param in folders("flow_sam3d")]
+    case = next((Case(folder) for folder in cases if folder.name.startswith("released")), None)
+    if case is None:
+        pytest.skip("no reference folder of SAM 3D's released form")
+    return case.file(case.fact("root"))
+
+
+@pytest.fixture
+def root(released, tmp_path):
+    """To be changed."""
+    return shutil.copytree(released, tmp_path / "ROOT")
+
+
+@pytest.fixture(scope="module")
+def width(released):
+    """Of a token."""
+    return files.read_pipeline(released).generators["structure"].config.cond_channels
+
+
+def tokens(width: int, **more) -> Conditions:
+    g = torch.Generator().manual_seed(5)
+    made = {name: {stage: torch.randn(7, width, generator=g) for stage in files.STAGES} | more for name in NAMES}
+    return Conditions(tokens=made, zero_null=True)
+
+
+@pytest.fixture(scope="module")
+def pipeline(released, width):
+    return family.load(released, tokens(width))
+
+
+def changed(root, file, change):
+    content = yaml.safe_load((root / file).read_text())
+    change(content)
+    (root / file).write_text(yaml.safe_dump(content, sort_keys=False))
+    return root
+
+
+def flow(content):
+    return content["module"]["generator"]["backbone"]
+
+
+def network(content):
+    return flow(content)["reverse_fn"]["backbone"]
+
+
+def embedder(content):
+    return content["module"]["condition_embedder"]["backbone"]
+
+
+def cut(content):
+    return content["ss_preprocessor"]["img_mask_pointmap_joint_transform"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("ss_generator.yaml", lambda c: flow(c).update(reversed_timestamp=True), "reversed_timestamp on"),
+        ("ss_generator.yaml", lambda c: flow(c).update(_target_="sam3d_objects.Diffusion"), "ShortCut or FlowMatching .*Diffusion"),
+        ("ss_generator.yaml", lambda c: flow(c)["reverse_fn"].update(_target_="sam3d_objects.PointmapCFG"), "ClassifierFree.*PointmapCFG"),
+        ("ss_generator.yaml", lambda c: network(c).update(colour=2), r"unknown \['colour'\]"),
+        ("ss_generator.yaml", lambda c: network(c).update(protect_modality_list=["scale"]), r"unknown \['protect_modality_list'\]"),
+        ("ss_generator.yaml", lambda c: network(c).pop("num_blocks"), r"missing \['num_blocks'\]"),
+        ("ss_generator.yaml", lambda c: network(c).update(qk_rms_norm=False), "expected a latent 'shape' .* and qk_rms_norm"),
+        ("ss_generator.yaml", lambda c: network(c).update(force_zeros_cond=False), "force_zeros_cond: true .* with guidance"),
+        ("slat_generator.yaml", lambda c: network(c).pop("force_zeros_cond"), "slat: expected force_zeros_cond: true .* with guidance"),
+        ("ss_generator.yaml", lambda c: flow(c)["loss_weights"].pop("scale"), "expected loss_weights of .*scale"),
+        ("ss_generator.yaml", lambda c: flow(c)["training_time_sampler_fn"].update(_target_="x.uniform"), "lognorm_sampler, got uniform"),
+        ("ss_generator.yaml", lambda c: c.pop("module"), "expected module.generator.backbone with reverse_fn.backbone"),
+        ("slat_generator.yaml", lambda c: network(c).update(pe_mode="rope"), "expected pe_mode 'ape', got 'rope'"),
+        ("pipeline.yaml", lambda c: c.update(slat_std=[0.0] * 8), "expected slat_mean and slat_std per channel"),
+        ("pipeline.yaml", lambda c: c.update(use_stage1_distillation=True), "use_stage1_distillation.*draw --few-steps"),
+        ("pipeline.yaml", lambda c: c.update(ss_condition_input_mapping=["image"]), "ss_condition_input_mapping"),
+        ("pipeline.yaml", lambda c: c.update(slat_rescale_t=0), "pipeline.yaml, slat: Sampling: expected"),
+        ("pipeline.yaml", lambda c: c.pop("slat_preprocessor"), "expected preprocessors of pictures, got none for 'slat_preprocessor'"),
+        ("pipeline.yaml", lambda c: cut(c).append({"_target_": "sam3d_objects.flip"}), "ss_preprocessor: expected a cut .*flip"),
+        ("pipeline.yaml", lambda c: cut(c).pop(), "ss_preprocessor: expected a cut about the mask"),
+        ("pipeline.yaml", lambda c: c["ss_preprocessor"]["mask_transform"]["transforms"][1].pop("interpolation"), "ss_preprocessor: .*cut"),
+        ("pipeline.yaml", lambda c: c["ss_preprocessor"]["mask_transform"]["transforms"][1].update(size=13), r"one size .*\[13, "),
+        ("pipeline.yaml", lambda c: c["ss_preprocessor"]["pointmap_normalizer"].update(_target_="x.Other"), "normaliser .*got Other"),
+    ],
+)
+def test_settings_that_would_change_the_result_are_refused(root, file, change, message):
+    with pytest.raises(ValueError, match=message):
+        files.read_pipeline(changed(root, file, change))
+
+
+def test_without_guidance_no_empty_condition_is_needed(root):
+    for short in files.SHORT.values():
+        changed(root, f"{short}_generator.yaml", lambda c: network(c).update(force_zeros_cond=False))
+    changed(root, "pipeline.yaml", lambda c: c.update(ss_cfg_strength=0, slat_cfg_strength=0))
+    assert not any(sampling.cfg_strength for sampling in files.read_pipeline(root).sampling.values())
+
+
+def test_embedders_that_are_refused_and_those_that_are_read(root):
+    def told(change):
+        changed(root, "slat_generator.yaml", change)
+        return files.load_embedder(files.read_pipeline(root).generators["latent"])
+
+    made = told(lambda c: embedder(c)["embedder_list"][0][1][0].__setitem__(1, None))
+    assert made.frames == ["full", "cropped"]
+    for change, message in (
+        (lambda c: embedder(c).update(use_pos_embedding="rope"), "use_pos_embedding learned or random"),
+        (lambda c: embedder(c).update(use_pos_embedding="random"), r"misshapen: idx_emb \[3, .*\] instead of \[3, 1, "),
+        (lambda c: embedder(c)["embedder_list"][0][0].update(_target_="x.Clip"), "Dino or PointPatchEmbed, got 'Clip'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            told(change)
+        changed(root, "slat_generator.yaml", lambda c: embedder(c).update(use_pos_embedding="learned"))
+
+
+def test_files_that_are_missing(root, tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected SAM 3D's pipeline.yaml, got none in"):
+        files.read_pipeline(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"structure encoder: expected ss_encoder.yaml and ss_encoder.safetensors or"):
+        files.load_part(files.read_pipeline(root), "structure encoder")
+    (root / "ss_decoder.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match="expected ss_decoder_ckpt_path to name a file, got 'ss_decoder.ckpt'"):
+        files.read_pipeline(root)
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/hf"])
+def test_the_whole_release_is_known_too(root, tmp_path, place):
+    shutil.copytree(root, tmp_path / "REPO" / place)
+    assert family_of(tmp_path / "REPO").name == "sam3d" and files.read_pipeline(tmp_path / "REPO").root == tmp_path / "REPO" / place
+
+
+@pytest.mark.parametrize("name", files.STAGES)
+def test_one_dpo_step(pipeline, name):
+    model = check_one_dpo_step(pipeline, name, NAMES[:2])
+    if name == "structure":
+        blocks, groups = range(model.config.num_blocks), ("shape", "6drotation_normalized")
+        expected = {f"blocks.{b}.self_attn.{layer}.{g}" for b in blocks for layer in ("to_qkv", "to_out") for g in groups}
+        assert {n for n in adapted_layers(model) if "self_attn" in n} == expected and len(adapted_layers(model)) == 10 * len(blocks)
+
+
+def test_what_of_the_first_stage_is_learnt(released, pipeline, width, tmp_path):
+    """The shape alone: its pairs without the pose, its adapters alone, the same shapes drawn. By the file's weights: as they are."""
+    both = pairs_of(pipeline, "structure", NAMES[:1])[0]
+    people = write_people(tmp_path / "PAIRS", "structure", both.preferred, both.rejected, tokens(width))
+
+    def opened(parts):
+        return family.open_problem(ProblemSource(pipeline=str(released), pairs=str(people), parts=parts), "cpu")
+
+    shape, file, whole = (opened(parts) for parts in ("shape", "file", "all"))
+    assert set(shape.human_pairs("structure")[0].preferred.tensors) == {"shape"}
+    stage, as_trained = shape.pipeline.stages[0], whole.pipeline.stages[0]
+    noise, given = (made.noise([3], [None]) for made in (stage, as_trained))
+    assert torch.equal(noise["shape"], given["shape"])
+    cond = pipeline.conditions(NAMES[:1], "structure")
+    with torch.no_grad():
+        alone, together = (made.velocity(x, torch.tensor([0.3]), cond) for made, x in ((stage, noise), (as_trained, given)))
+    assert torch.equal(alone["shape"], together["shape"])
+    layers = adapted_layers(check_one_dpo_step(shape.pipeline, "structure", NAMES[:2]))
+    assert layers and all("shape" in layer.split(".") for layer in layers)
+    assert file.pipeline.stages[0].path.weights["translation"] == 1 and whole.pipeline.stages[0].path.weights is None
+    assert set(file.human_pairs("structure")[0].preferred.tensors) == set(both.preferred.tensors)
+    assert len({json.dumps(problem.identity, sort_keys=True) for problem in (shape, file, whole)}) == 3
+    with pytest.raises(ValueError, match="--parts: belongs to"):
+        check_source(ProblemSource(parts="shape"))
+
+
+def test_errors_are_weighed_by_name():
+    g = torch.Generator().manual_seed(0)
+    v, x_0, eps = (NamedBatch({"shape": torch.randn(3, 64, 2, generator=g), "scale": torch.randn(3, 1, 3, generator=g)}) for _ in range(3))
+    path = FlowPath(sigma_min=0.0, weights={"scale": 0.25, "shape": 0.0})
+    want = ((v["scale"] - (eps["scale"] - x_0["scale"])).square().mean((1, 2))) / 4
+    torch.testing.assert_close(path.errors(v, x_0, eps), want)
+    even = FlowPath(sigma_min=0.0, weights={"scale": 0.5, "shape": 0.5})
+    torch.testing.assert_close(even.errors(v, x_0, eps), FlowPath(sigma_min=0.0).errors(v, x_0, eps))
+
+
+def test_drawing_in_few_steps_and_with_a_pose(released, width, tmp_path):
+    told = tokens(width, **{family.SCALE: torch.full([3], 2.0), family.SHIFT: torch.tensor([0.0, 0.0, 5.0])})
+    write_conditions(tmp_path / "conditions.safetensors", told)
+
+    def draw(name, *flags):
+        at = [f"--pipeline={released}", f"--out={tmp_path / name}", f"--conditions={tmp_path / 'conditions.safetensors'}", "--each=1"]
+        done = CliRunner().invoke(main, ["draw", *at, "--device=cpu", *flags])
+        assert done.exit_code == 0, done.output
+        return [json.loads(line) for line in (tmp_path / name / "ranking.jsonl").read_text().splitlines()]
+
+    few = draw("few", "--few-steps=2")
+    assert [set(row["pose"]) for row in few] == [{"rotation", "translation", "scale"}] * len(NAMES)
+    assert few[0]["pose"]["translation"] != few[1]["pose"]["translation"]
+    assert json.loads((tmp_path / "few" / "drawn_from.json").read_text())["few_steps"] == 2
+
+
+def write_picture(folder, opaque=False, z=4.0):
+    folder.mkdir(exist_ok=True)
+    pixels = np.full((20, 30, 4), 90, np.uint8)
+    pixels[..., 3] = 255 if opaque else 0
+    pixels[5:15, 8:20, 3] = 255
+    Image.fromarray(pixels, "RGBA").save(folder / "a.png")
+    np.save(folder / "a.npy", np.full((20, 30, 3), z, np.float32))
+    return folder / "a.png"
+
+
+def test_pictures_that_are_refused(released, tmp_path):
+    what = files.read_pipeline(released).cuts["structure"]
+    with pytest.raises(ValueError, match=r"a.png: expected a transparent background, got an opaque picture .* Remove the background"):
+        family.inputs_of(write_picture(tmp_path, opaque=True), what, True)
+    with pytest.raises(ValueError, match=r"a.npy: expected places in front of the camera \(z > 0\).* Turn the axes"):
+        family.inputs_of(write_picture(tmp_path, z=-1.0), what, True)
+    (tmp_path / "a.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="expected a point map at .*a.npy, got none"):
+        family.inputs_of(tmp_path / "a.png", what, True)
+    assert "pointmap" not in family.inputs_of(tmp_path / "a.png", what, False)
+
+
+def test_what_train_refuses(root, pipeline, width, tmp_path):
+    both = pairs_of(pipeline, "structure", NAMES[:1])[0]
+    latents = both.preferred, both.rejected
+    people = write_people(tmp_path / "a", "structure", *latents, tokens(width))
+    narrow = write_people(tmp_path / "b", "structure", *latents, tokens(width - 1))
+    assert f"conditions: expected tokens [L, {width}] named 'structure'" in refusal(root, narrow, "structure", tmp_path)
+    grids = write_people(tmp_path / "c", "structure", torch.zeros(2, 4, 4, 4), torch.ones(2, 4, 4, 4), tokens(width))
+    assert "preferred: expected tensors by name, got a dense grid" in refusal(root, grids, "structure", tmp_path)
+    some = [NamedSample({name: x for name, x in latent.tensors.items() if name != "scale"}) for latent in latents]
+    less = write_people(tmp_path / "d", "structure", *some, tokens(width))
+    assert "preferred: expected tensors 6drotation_normalized, scale, shape" in refusal(root, less, "structure", tmp_path)
+    other = Conditions(tokens=tokens(width).tokens, encoder="another", zero_null=True)
+    told = write_people(tmp_path / "e", "structure", *latents, other)
+    assert "expected embeddings of SAM 3D's embedders" in refusal(root, told, "structure", tmp_path)
+    state = torch.load(root / "ss_generator.ckpt", weights_only=True)["state_dict"]
+    torch.save({"state_dict": {n.replace(".cross_attn.", ".attn2."): t for n, t in state.items()}}, root / "ss_generator.ckpt")
+    said = refusal(root, people, "structure", tmp_path)
+    assert "missing: blocks.0.cross_attn.6drotation_normalized.to_kv.bias, " in said and " ...; unexpected: " in said
