@@ -73,8 +73,9 @@ def screen(root: Path, family: FlowFamily, networks: Sequence[Network], problems
     yield from rows("licence", [family.notice or "see the publisher's"])
     yield from rows("", [f"files of it: {_names(licences, root) or 'none: fetch them'}"])
     can = [words for hook, words in DONE.items() if getattr(family, hook) is not None]
-    yield from rows("can", [*can, f"tune {', '.join(family.stages)}", "the loop" if family.judge else "no loop: stages one by one"])
     lost = [f"{network.name} is not there: no {network.without}" for network in networks if network.without and not network.found]
+    loop = ["no loop: stages one by one"] if family.judge is None else [] if lost else ["the loop"]
+    yield from rows("can", [*can, f"tune {', '.join(family.stages)}", *loop])
     if family.encoder is not None and not lost:
         yield from rows("", ["pairs of assets of your own"])
     for line in lost:

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.modes.flow_check import check
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
 from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import CONTENT, write_hunyuan3d
+from tests.tuning.flow.trellis.tiny_trellis import write_trellis
 from tests.tuning.flow.trellis2.tiny_trellis2 import write_trellis2
 
 
@@ -57,6 +58,16 @@ def test_another_version_and_no_generator_are_refused_in_one_line(root, tmp_path
     code, text = looked(root)
     assert code == 2 and "got Hunyuan3DDiT" in text and len(text.strip().splitlines()) == 1
     assert looked(tmp_path / "none")[0] == 2
+
+
+def test_a_folder_of_trellis_with_and_without_an_encoder(tmp_path):
+    root = write_trellis(tmp_path / "ROOT")
+    code, text = looked(root)
+    assert code == 0 and "the loop" in text and "slat_encoder" in text and "cannot" not in text
+    for path in root.rglob("slat_enc*"):
+        path.unlink()
+    code, text = looked(root)
+    assert code == 0 and "slat_encoder is not there" in text and "the loop" not in text
 
 
 def test_a_family_without_a_list_of_networks_is_opened(tmp_path):

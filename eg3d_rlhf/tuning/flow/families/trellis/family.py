@@ -11,13 +11,14 @@ import torch
 from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.models.weights import in_types_of, write
 from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages, register
+from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, check_stages, register
 from eg3d_rlhf.tuning.flow.families.folder import merged
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, write_ply
 from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder, TextEncoder
 from eg3d_rlhf.tuning.flow.families.trellis.files import (
     FLOWS,
     KINDS,
+    LATENT_ENCODER,
     NEEDED,
     USUAL_STEMS,
     PipelineFile,
@@ -25,6 +26,7 @@ from eg3d_rlhf.tuning.flow.families.trellis.files import (
     find_model,
     find_weights,
     load_model,
+    network_of,
     read_pipeline,
     with_ending,
 )
@@ -74,6 +76,16 @@ def model_files(root: Path) -> dict[str, Path]:
         stem = find_model(file, name)
         paths |= {f"{name}.json": with_ending(stem, ".json"), name: find_weights(stem) or stem}
     return paths
+
+
+def networks(root: Path) -> list[Network]:
+    """All that the loop asks for; the second stage's encoder may be missing."""
+    file, lost = read_pipeline(root), "assets of your own, no loop"
+    there = [network_of(name, find_model(file, name)) for name in (*FLOWS.values(), *NEEDED)]
+    try:
+        return [*there, network_of(LATENT_ENCODER, find_model(file, LATENT_ENCODER), without=lost)]
+    except FileNotFoundError:
+        return [*there, Network(name=LATENT_ENCODER, file=root / USUAL_STEMS[LATENT_ENCODER], expected={}, found={}, without=lost)]
 
 
 def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Conditions:
@@ -148,5 +160,5 @@ FAMILY = register(FlowFamily(
     stages=tuple(FLOWS), load=load, files=model_files, judge=RewardOfPairs, open=open_problem, embed=embed, embed_texts=embed_texts,
     show=show, export=export, encoder=encoder, candidate=candidate, write_latent=write_latent,
     pair_meta=lambda pipeline, stage, report: {"normalization": normalization(pipeline.file, stage), "report": report},
-    options=("voxel_share", "views"),
+    options=("voxel_share", "views"), networks=networks, version="TRELLIS, of texts or images",
 ))

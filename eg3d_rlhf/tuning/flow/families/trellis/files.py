@@ -23,6 +23,7 @@ from eg3d_rlhf.models.trellis.autoencoders import (
 )
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
 from eg3d_rlhf.models.weights import State, empty, fill, read
+from eg3d_rlhf.tuning.flow.families import Network
 from eg3d_rlhf.tuning.flow.families.folder import read_json
 from eg3d_rlhf.tuning.flow.stage import Sampling
 
@@ -225,6 +226,20 @@ def load_model(
     if prepare is not None:
         state = prepare(model, config, state, str(weights))
     return filled(model, config, state, str(weights), dtype, device)
+
+
+def network_of(
+    name: str, stem: Path, *, without: str = "", architectures: Architectures = ARCHITECTURES,
+    prepare: Callable[[Any, Any, State, str], State] | None = None,
+) -> Network:
+    """What a model's weights hold and should hold, for `flow check`. Args: as `load_model`; without: see Network."""
+    json_file, weights = with_ending(stem, ".json"), find_weights(stem)
+    assert weights is not None  # find_model looked
+    model, config = architecture(read_json(json_file), str(json_file), architectures)
+    state = base_state(weights)
+    state = state if prepare is None else prepare(model, config, state, str(weights))
+    expected = {key: list(tensor.shape) for key, tensor in empty(lambda: model(config)).state_dict().items()}
+    return Network(name=name, file=weights, expected=expected, found=state, without=without)
 
 
 def filled(
