@@ -96,7 +96,7 @@ class Run:
                     f"others ({got[:12]}...). Restore the file, or start a new run."
                 )
         old, new = _flat({k: v for k, v in before.items() if k not in _OURS}), _flat(json.loads(json.dumps(self.settings)))
-        names = old.keys() | new.keys() if before and free is not None else ()
+        names = new.keys() if before and free is not None else ()  # a setting that is gone was judged when it was read
         changed = sorted(n for n in names if old.get(n) != new.get(n) and not {n, n.split(".")[-1]} & set(free or ()))
         if changed:
             got = "; ".join(f"{name} {new.get(name)} instead of {old.get(name)}" for name in changed[:4])

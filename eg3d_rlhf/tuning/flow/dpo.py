@@ -27,6 +27,9 @@ _loss = functools.partial(knob, group="Preference loss")
 class DpoConfig:
     """The loss of a batch of pairs; the path decides the times."""
 
+    GONE = {"aggregation": "mean", "clamp": None, "drdpo_beta": 1.0, "label_smoothing": 0.0, "margin": 0.0, "noise": "shared",
+            "weight_mode": "inside"}  # fmt: skip
+
     kind: str = _loss("sigmoid", "Of the margin; sft: flow matching on the preferred; dro: preferred minus --loser-weight x rejected "
                       "error, which no reference and no lower bound holds.", name="loss", choices=KINDS)
     beta: float = _loss(250.0, "Multiplies the margin, as one number: any factor 1/2 or number of steps included.", above=0)

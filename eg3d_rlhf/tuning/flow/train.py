@@ -46,6 +46,8 @@ train_knob = functools.partial(knob, group="Training")
 class StageTraining:
     """Settings of any training of a stage; the defaults suit TRELLIS."""
 
+    GONE = {"cache_reference": False, "draws": None, "ema": None}
+
     lora: LoraConfig | None = field(default_factory=LoraConfig)  # adapters to train; None trains every parameter
     steps: int = train_knob(3000, "Length of a stage's training.", metavar="UPDATES", low=1)
     lr: float = train_knob(5e-6, "AdamW's learning rate.", above=0)

@@ -58,6 +58,8 @@ class LoopPairsConfig:
 class Weighing:
     """Which of the loop's pairs are kept and how much each counts: views of one set of pairs."""
 
+    GONE = {"tau": 0.0, "w2_norm": "dataset"}
+
     use_w1: bool = True  # drop pairs whose op is not rewarded more
     use_w2: bool = True  # weigh the others by how much more
     roles: str = _loop("op", "Preferred: the tuned network's, as in the paper, or whichever the reward prefers.", choices=ROLES, rare=True)
