@@ -1,0 +1,187 @@
+"""Teaches a tri-plane generator the density and colour of scans of people, at points of a pool and without rendering.
+
+L = mean |sigma - sigma*| / 10 + w mean |colour - colour*|, as `training.starts` has it: sigma* is the scan's, with damage that is drawn
+afresh at every step, colour* the shaded one of the nearest place of the whole head. A latent's 46 coordinates of the whole head and its 18
+of damage have unit root mean square together, so damage is redrawn at the length that the head leaves.
+
+Shape letters: N heads, Z = 64 coordinates, P points, K of them nearest to the surface, Q = 18 coordinates of damage.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from torch_utils.ops import upfirdn2d
+from training import networks as nets
+from training.config import GanConfig, NetworkConfig, networks_for
+from training.heads.people_damage import damaged
+from training.heads.people_pool import NAMED, POINT_STEP
+from training.starts import cosine, density_of
+
+PLANES, PIXELS = 128, 64  # texels of a plane's edge, pixels of the pictures that D sees
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeopleTraining:
+    """Stages, each with step sizes that fall along a cosine."""
+
+    steps: tuple[int, ...] = (8000, 5000, 5000)
+    lr: tuple[float, ...] = (0.02, 0.012, 0.012)
+    colour: tuple[float, ...] = (4.0, 4.0, 6.0)  # weight of colour against density
+    planes: tuple[int, ...] = (64, 128, 128)  # texels of the planes' edge that are taught; the first stage needs no more
+    heads: int = 4  # per step
+    candidates: int = 18_000  # points of a head that are looked at
+    near: int = 7000  # of these, nearest to the surface
+    others: int = 3000
+    edge: float = 0.015  # depth at which a head is fully dense, world units; twice that in the soft share of the first stage
+    soft: float = 0.35
+    ema: float = 0.995
+    seed: int = 0
+    save_every: int = 1000  # steps
+
+
+def fresh_networks(seed: int) -> nets.Networks:
+    """Networks of the bundled kind with planes of 128 texels."""
+    torch.manual_seed(seed)
+    net = NetworkConfig(cfg="heads64", cbase=2048, cmax=64, plane_layout="fixed")
+    G_kwargs, D_kwargs = networks_for(net, PIXELS, GanConfig(gen_pose_cond=False))
+    G_kwargs["plane_resolution"] = PLANES
+    made = nets.build(G_kwargs, D_kwargs, {"name": "synthetic:people64", "resolution": PIXELS})
+    for module in (made.G, made.G_ema):
+        torch.nn.init.zeros_(module.backbone.synthesis.b128.torgb.weight)  # it is not taught in the first stage
+        module.neural_rendering_resolution = PIXELS
+    return made
+
+
+class Pool:
+    """The heads of all files of a folder that are there by now."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._known = folder, set[Path]()
+        self.z, self._heads = np.zeros((0, 64), np.float32), list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
+
+    def look(self) -> int:
+        """Read what is new; the number of heads."""
+        for path in sorted(set(self.folder.glob("chunk-*.npz")) - self._known):
+            with np.load(path) as data:
+                self.z = np.concatenate([self.z, data["z"]])
+                self._heads += list(zip(data["points"], data["distance"], data["colour"], strict=True))
+            self._known.add(path)
+        return len(self._heads)
+
+    def draw(self, rng: np.random.Generator, heads: int, points: int) -> tuple[torch.Tensor, ...]:
+        """Latents of whole heads [N, 46], points [N, P, 3], distances [N, P], colours [N, P, 3]: neighbours in the shuffled order."""
+        rows = rng.integers(len(self._heads), size=heads)
+        parts = []
+        for row in rows:
+            at, distance, colour = self._heads[row]
+            start = rng.integers(len(at) - points)
+            piece = slice(start, start + points)
+            parts.append((at[piece] * np.float32(POINT_STEP), distance[piece].astype(np.float32), colour[piece] / np.float32(255)))
+        return torch.from_numpy(self.z[rows, :NAMED]), *(torch.from_numpy(np.stack(x)) for x in zip(*parts, strict=True))
+
+
+def fresh_damage(named: torch.Tensor) -> torch.Tensor:
+    """Coordinates of damage [N, Q] that bring the latents' 46 of the whole head to unit root mean square, from torch's generator."""
+    quality = torch.randn(len(named), 64 - NAMED)
+    length = (64 - named.square().sum(dim=1, keepdim=True)).clamp_min(0).sqrt()
+    return quality / quality.norm(dim=1, keepdim=True) * length
+
+
+def planes_of(G: Any, ws: torch.Tensor, size: int) -> torch.Tensor:
+    """Planes [N, 3, C, 128, 128] of ws [N, L, W], by the blocks up to `size` texels alone and enlarged."""
+    network = G.backbone.synthesis
+    x = image = None
+    start = 0
+    for resolution in network.block_resolutions:
+        block = getattr(network, f"b{resolution}")
+        if resolution > size:
+            image = upfirdn2d.upsample2d(image, block.resample_filter)
+            continue
+        x, image = block(x, image, ws.narrow(1, start, block.num_conv + block.num_torgb))
+        start += block.num_conv
+    return image.unflatten(1, (3, G.plane_channels))
+
+
+def losses(G: Any, batch: tuple[torch.Tensor, ...], o: PeopleTraining, edge: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean absolute errors [N] of density, in tenths of the raw scale, and of colour near the surface."""
+    named, points, distance, colour = batch
+    quality = fresh_damage(named)
+    with torch.no_grad():
+        scan = damaged(points, distance, quality)
+        order = scan.abs().topk(o.near, dim=1, largest=False, sorted=False).indices
+        chosen = torch.cat([order, torch.randint(points.shape[1], (len(named), o.others))], dim=1)
+        points = points.gather(1, chosen.unsqueeze(2).expand(-1, -1, 3))
+        target = density_of(scan.gather(1, chosen), edge)
+        colour = colour.gather(1, order.unsqueeze(2).expand(-1, -1, 3))
+    z = torch.cat([named, quality], dim=1)
+    ws = G.mapping(z, torch.zeros(len(z), 25), update_emas=True)
+    out = G.renderer.run_model(planes_of(G, ws, size), G.decoder, points, None, G.rendering_kwargs)
+    density = (out["sigma"].squeeze(2) - target).abs().mean(dim=1) / 10
+    return density, (out["rgb"][:, : o.near, :3] - colour).abs().mean(dim=[1, 2])
+
+
+def schedule(o: PeopleTraining) -> Iterator[tuple[int, float, float, float, int]]:
+    """Stage, step size, weight of colour, edge and planes of every step."""
+    for stage, (steps, lr, colour, size) in enumerate(zip(o.steps, o.lr, o.colour, o.planes, strict=True)):
+        for step in range(steps):
+            soft = stage == 0 and step < o.soft * steps
+            yield stage, cosine(lr, step / steps), colour, o.edge * (2 if soft else 1), size
+
+
+def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Path:
+    """Train, or go on from `folder`'s state; the network file. Writes network-STEP.safetensors, state.pt and log.jsonl there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = fresh_networks(o.seed)
+    G, G_ema = made.G.requires_grad_(True), made.G_ema
+    optimizer = torch.optim.Adam(G.parameters(), lr=o.lr[0], betas=(0.9, 0.99))
+    rng, begin, state = np.random.default_rng(o.seed), 0, folder / "state.pt"
+    torch.manual_seed(o.seed)
+    if state.exists():
+        held = torch.load(state, weights_only=False)
+        G.load_state_dict(held["G"]), G_ema.load_state_dict(held["G_ema"]), optimizer.load_state_dict(held["optimizer"])
+        begin, rng.bit_generator.state = held["step"], held["rng"]
+        torch.set_rng_state(held["torch"])
+    total, started, sums, heads = sum(o.steps), time.time(), np.zeros(3), pool.look()
+    out = folder / "network-last.safetensors"
+    for step, (stage, lr, weight, edge, size) in enumerate(schedule(o)):
+        if step < begin:
+            continue
+        optimizer.param_groups[0]["lr"] = lr
+        density, colour = losses(G, pool.draw(rng, o.heads, o.candidates), o, edge, size)
+        optimizer.zero_grad(set_to_none=True)
+        (density + weight * colour).mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            decay = min(o.ema, 1 - 1 / (step + 1))
+            for mean, value in zip(G_ema.parameters(), G.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
+            for mean, value in zip(G_ema.buffers(), G.buffers(), strict=True):
+                mean.copy_(value)
+        sums += [float(density.detach().mean()), float(colour.detach().mean()), 1]
+        if (step + 1) % 100 == 0:
+            heads = pool.look()
+            rate = (time.time() - started) / (step + 1 - begin)
+            line = {"step": step + 1, "stage": stage, "lr": round(lr, 5), "density": round(sums[0] / sums[2], 4),
+                    "colour": round(sums[1] / sums[2], 4), "heads": heads, "seconds_a_step": round(rate, 3),
+                    "minutes_left": round(rate * (total - step - 1) / 60, 1)}
+            with open(folder / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+            print(line, flush=True)
+            sums[:] = 0
+        if (step + 1) % o.save_every == 0 or step + 1 == total:
+            made.cur_nimg = (step + 1) * o.heads
+            nets.save(out, made)
+            if (step + 1) % (2 * o.save_every) == 0 or step + 1 == total:
+                nets.save(folder / f"network-{step + 1:06d}.safetensors", made, only_ema=True)
+            part = folder / ".state.pt"
+            torch.save({"G": G.state_dict(), "G_ema": G_ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                        "rng": rng.bit_generator.state, "torch": torch.get_rng_state(), "options": asdict(o)}, part)
+            part.replace(state)
+    return out
