@@ -1,6 +1,7 @@
 """The procedural dataset of heads: `synthetic:heads64` and its relatives, rendered once into a zip in EG3D's dataset format.
 
     synthetic:heads<R>[@key=value[,key=value ...]]      keys: n, seed, background (white|flat), yaw, pitch
+    synthetic:people<R>[@key=value[,key=value ...]]     heads of people, whole; the same keys, white background
 
 Image i of seed s depends on (s, i) and the options alone, not on n, on the number of processes or on the machine's load. Cameras follow
 FFHQ: radius 2.7, focal length 4.2647 image sizes (18.83 degrees along the diagonal), pivot at the origin, yaw and pitch normal about
@@ -25,6 +26,7 @@ import torch
 
 from training.dataset import in_order
 from training.dataset_convert import ZIP_DATE, png
+from training.heads import people
 from training.heads.family import draw_parameters
 from training.heads.render import BACKGROUNDS, render_heads
 from training.progress import tqdm
@@ -65,6 +67,21 @@ class HeadsOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PeopleOptions(HeadsOptions):
+    """What identifies a set of pictures of people."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.background != "white":
+            raise ValueError(f"synthetic people: background must be white, got {self.background!r}. Leave it out.")
+
+    def stem(self) -> str:
+        """As for the procedural heads; the basis counts, too."""
+        identity = json.dumps([FORMAT_VERSION, "people", people.VERSION, asdict(self)], sort_keys=True)
+        return f"people{self.resolution}-n{self.n}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeadsTruth:
     """What the renderer knew about each image of a set."""
 
@@ -79,14 +96,14 @@ def parse_name(name: str) -> HeadsOptions:
 
     Raises: ValueError when the name does not follow the grammar or a value is out of range.
     """
-    match = re.fullmatch(r"synthetic:heads(\d+)(?:@(.+))?", name)
+    match = re.fullmatch(r"synthetic:(heads|people)(\d+)(?:@(.+))?", name)
     if match is None:
         raise ValueError(
-            f"parse_name: expected 'synthetic:heads<R>[@key=value,...]', got {name!r}. For example synthetic:heads64@n=500,seed=3."
+            f"parse_name: expected 'synthetic:heads<R>[@key=value,...]' or people<R>, got {name!r}. For example synthetic:heads64@n=500,seed=3."
         )
     kinds = {"n": int, "seed": int, "background": str, "yaw": float, "pitch": float}
     values = {}
-    for item in re.split("[,@]", match[2]) if match[2] else []:
+    for item in re.split("[,@]", match[3]) if match[3] else []:
         key, _, text = item.partition("=")
         if key not in kinds:
             raise ValueError(f"parse_name: expected one of the keys {', '.join(kinds)} in {name!r}, got {key!r}. Write key=value.")
@@ -94,15 +111,19 @@ def parse_name(name: str) -> HeadsOptions:
             values[key] = kinds[key](text)
         except ValueError as error:
             raise ValueError(f"parse_name: expected {key}=<{kinds[key].__name__}> in {name!r}, got {text!r}.") from error
-    return HeadsOptions(resolution=int(match[1]), **values)
+    kind = PeopleOptions if match[1] == "people" else HeadsOptions
+    return kind(resolution=int(match[2]), **values)
 
 
 def head_parameters(options: HeadsOptions, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shape [n, S], appearance [n, A] and camera labels [n, 25] (float32) of the images `indices`, without rendering them."""
+    """Shape [n, S], appearance [n, A] and camera labels [n, 25] (float32) of the images `indices`, without rendering them.
+
+    Of people, the coordinates of their latents: identity and hair are the shape.
+    """
     shapes, appearances, angles = [], [], []
     for i in indices:
         rng = np.random.default_rng([options.seed, i])
-        shape, appearance = draw_parameters(rng)
+        shape, appearance = _draw_person(rng) if isinstance(options, PeopleOptions) else draw_parameters(rng)
         shapes.append(shape)
         appearances.append(appearance)
         angles.append(math.pi / 2 + rng.standard_normal(2) * [options.yaw, options.pitch])
@@ -111,9 +132,29 @@ def head_parameters(options: HeadsOptions, indices: range) -> tuple[np.ndarray, 
     return np.stack(shapes), np.stack(appearances), pack_label(poses, intrinsics_matrix(FFHQ_FOCAL)).numpy()
 
 
+def _draw_person(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Shape [40] and appearance [24], with scan quality, of a latent: together of unit root mean square."""
+    z = people.scaled(rng.standard_normal((1, people.LATENT)))[0].astype(np.float32)
+    return z[: people.SHAPE], z[people.SHAPE :]
+
+
+def _render_people(options: HeadsOptions, shape: np.ndarray, appearance: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures [n, R, R, 3] in 0..1 and depths [n, R, R] along the unit rays; from the front a scan looks as the whole head does."""
+    heads = people.named_people(np.concatenate([shape, appearance], axis=1))
+    poses = labels[:, :16].reshape(-1, 4, 4)
+    rendered = [people.picture(head, pose, FFHQ_FOCAL, options.resolution) for head, pose in zip(heads, poses, strict=True)]
+    images, depths = (np.stack(column) for column in zip(*rendered, strict=True))
+    return images, depths
+
+
 def _render_group(options: HeadsOptions, group: int) -> tuple[list[bytes], np.ndarray]:
     """PNG bytes and depth offsets [32, R, R] float16 (depth less the camera's radius) of one full group."""
-    shape, appearance, labels = map(torch.from_numpy, head_parameters(options, range(group * _GROUP, (group + 1) * _GROUP)))
+    parameters = head_parameters(options, range(group * _GROUP, (group + 1) * _GROUP))
+    if isinstance(options, PeopleOptions):
+        images, depths = _render_people(options, *parameters)
+        pixels = np.round(images * 255).astype(np.uint8)
+        return [png(PIL.Image.fromarray(p)) for p in pixels], (depths - FFHQ_RADIUS).astype(np.float16)
+    shape, appearance, labels = map(torch.from_numpy, parameters)
     poses, intrinsics = labels[:, :16].reshape(-1, 4, 4), labels[:, 16:].reshape(-1, 3, 3)
     image, depth = render_heads(shape, appearance, poses, intrinsics, options.resolution, background=options.background)
     pixels = (image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()  # [n, R, R, 3]

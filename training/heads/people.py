@@ -20,6 +20,7 @@ from training import storage
 
 KIND, VERSION = "people-basis", 1
 COMPONENTS, HAIR_FIELDS, APPEARANCE, QUALITY = 36, 4, 6, 18
+SHAPE = COMPONENTS + HAIR_FIELDS  # coordinates of a head's shape
 LATENT = COMPONENTS + HAIR_FIELDS + APPEARANCE + QUALITY
 UNIT = 1.15  # lengths below are of a head that is 0.4 high; ours are so much larger
 EYE = (0.0512, 0.005)  # the mean head's eyes: distance from the middle, height
@@ -233,17 +234,22 @@ def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def picture(
-    head: Head, cam2world: np.ndarray, focal: float, size: int, basis: Basis | None = None, supersample: int = 2, white: float = 1.0
-) -> np.ndarray:
-    """The whole head in colour, [R, R, 3] in 0..1 on white."""
+    head: Head, cam2world: np.ndarray, focal: float, size: int, basis: Basis | None = None, supersample: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
+    """The whole head in colour on white, [R, R, 3] in 0..1, and the distance [R, R] along the unit ray through each pixel's centre (inf
+    where it misses)."""
     basis = basis or load_basis()
     fine = size * supersample
     owner, weights, _ = rasterise(head.vertices, basis.triangles, cam2world, focal, fine)
-    image = np.full((fine, fine, 3), white, np.float32)
+    image = np.ones((fine, fine, 3), np.float32)
     seen = owner >= 0
     corners = basis.triangles[owner[seen]]
-    mixed = lambda values: np.einsum("pcd,pc->pd", values[corners], weights[seen]).astype(np.float32)  # noqa: E731
-    normals = mixed(head.normals)
+    drawn, normals = (
+        np.einsum("pcd,pc->pd", values[corners], weights[seen]).astype(np.float32) for values in (basis.drawn, head.normals)
+    )
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
-    image[seen] = surface_colour(head, mixed(basis.drawn), normals)
-    return image.reshape(size, supersample, size, supersample, 3).mean(axis=(1, 3))
+    image[seen] = surface_colour(head, drawn, normals)
+    _, _, along = rasterise(head.vertices, basis.triangles, cam2world, focal, size)
+    steps = ((np.arange(size) + 0.5) / size - 0.5) / focal
+    slant = np.sqrt(1 + steps[:, None] ** 2 + steps[None] ** 2)
+    return image.reshape(size, supersample, size, supersample, 3).mean(axis=(1, 3)), along * slant

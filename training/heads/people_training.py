@@ -141,19 +141,21 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
     made = fresh_networks(o.seed)
     G, G_ema = made.G.requires_grad_(True), made.G_ema
     optimizer = torch.optim.Adam(G.parameters(), lr=o.lr[0], betas=(0.9, 0.99))
-    rng, begin, state = np.random.default_rng(o.seed), 0, folder / "state.pt"
-    torch.manual_seed(o.seed)
+    begin, state = 0, folder / "state.pt"
     if state.exists():
-        held = torch.load(state, weights_only=False)
-        G.load_state_dict(held["G"]), G_ema.load_state_dict(held["G_ema"]), optimizer.load_state_dict(held["optimizer"])
-        begin, rng.bit_generator.state = held["step"], held["rng"]
-        torch.set_rng_state(held["torch"])
+        held = torch.load(state, weights_only=True)
+        G.load_state_dict(held["G"])
+        G_ema.load_state_dict(held["G_ema"])
+        optimizer.load_state_dict(held["optimizer"])
+        begin = held["step"]
     total, started, sums, heads = sum(o.steps), time.time(), np.zeros(3), pool.look()
     out = folder / "network-last.safetensors"
     for step, (stage, lr, weight, edge, size) in enumerate(schedule(o)):
         if step < begin:
             continue
         optimizer.param_groups[0]["lr"] = lr
+        rng = np.random.default_rng([o.seed, step])  # of the step alone, so that a run that goes on draws what it would have drawn
+        torch.manual_seed(int(rng.integers(1 << 62)))
         density, colour = losses(G, pool.draw(rng, o.heads, o.candidates), o, edge, size)
         optimizer.zero_grad(set_to_none=True)
         (density + weight * colour).mean().backward()
@@ -181,7 +183,7 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
             if (step + 1) % (2 * o.save_every) == 0 or step + 1 == total:
                 nets.save(folder / f"network-{step + 1:06d}.safetensors", made, only_ema=True)
             part = folder / ".state.pt"
-            torch.save({"G": G.state_dict(), "G_ema": G_ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                        "rng": rng.bit_generator.state, "torch": torch.get_rng_state(), "options": asdict(o)}, part)
+            tensors = {"G": G.state_dict(), "G_ema": G_ema.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({**tensors, "step": step + 1, "options": asdict(o)}, part)
             part.replace(state)
     return out

@@ -1,0 +1,170 @@
+"""Heads of people: what latents name, distances by the winding number, damage, pictures, and the file of the basis."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from training import storage
+from training.heads import people, people_mesh
+from training.heads.people_damage import HOLLOW_FRONT, damaged, kinds, severity
+from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, look_at
+from training.starts import density_of
+from training.synthetic_heads import head_parameters, load_truth, parse_name, resolve_dataset
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return people.scaled(np.random.default_rng(4).standard_normal((6, people.LATENT)))
+
+
+@pytest.fixture(scope="module")
+def heads(latents):
+    return people.named_people(latents)
+
+
+def camera(yaw: float) -> np.ndarray:
+    place = camera_position(torch.tensor([[math.pi / 2 + yaw]]), torch.tensor([[math.pi / 2]]), FFHQ_RADIUS)
+    return look_at(place, torch.zeros(3))[0].numpy()
+
+
+def test_a_latent_names_one_head_whatever_its_length(latents, heads):
+    again = people.named_people(torch.from_numpy(3 * latents[:2]))
+    np.testing.assert_allclose(again[1].vertices, heads[1].vertices, atol=1e-6)
+    apart = np.linalg.norm(heads[0].vertices - heads[1].vertices, axis=1)
+    assert 64 * np.median(apart) > 0.5
+    other_quality = np.concatenate([latents[:1, :-18], -latents[:1, -18:]], axis=1)
+    np.testing.assert_allclose(people.named_people(other_quality)[0].vertices, heads[0].vertices, atol=1e-6)
+    with pytest.raises(ValueError, match="64"):
+        people.named_people(np.zeros((1, 48)))
+
+
+def test_heads_fit_the_cube_and_face_the_camera(heads):
+    basis = people.load_basis()
+    for head in heads:
+        above = head.vertices[basis.masks["torso"] < 0.5]
+        assert np.abs(above).max() < 0.5
+        nose = head.vertices[basis.masks["face"] > 0.5]
+        assert abs(nose[nose[:, 2].argmax(), 0]) < 0.02  # what lies farthest in front is in the middle
+        eyes = head.vertices[basis.masks["eyes"] > 0.5]
+        np.testing.assert_allclose(eyes[:, 1].mean(), people.UNIT * people.EYE[1], atol=0.02)
+
+
+def test_winding_numbers_are_those_of_all_triangles():
+    rng = np.random.default_rng(0)
+    corners = people.load_basis().mean[people.load_basis().triangles].astype(float)
+    points = rng.normal(0, 0.01, (40, 3)) + [0.0, 0.05, 0.15]
+    everything = people_mesh.solid_angles(corners, points).sum(axis=1) / (4 * np.pi)
+    np.testing.assert_allclose(people_mesh.winding_number(corners, points), everything, atol=0.02)  # far groups are one dipole each
+
+
+def test_nearest_place_on_a_triangle():
+    corners = np.tile(np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0]]), (4, 1, 1))
+    points = np.array([[0.2, 0.3, 0.5], [-1, -1, 0], [2, 0.1, 0], [1, 1, 2]])
+    places = np.einsum("pc,pcd->pd", people_mesh.closest_on_triangles(corners, points), corners)
+    np.testing.assert_allclose(places, [[0.2, 0.3, 0], [0, 0, 0], [1, 0, 0], [0.5, 0.5, 0]], atol=1e-9)
+
+
+def test_distance_has_unit_slope_and_the_right_side(heads):
+    head, basis = heads[2], people.load_basis()
+    rng = np.random.default_rng(1)
+    smooth = basis.masks["scalp"] + basis.masks["neck"] > 0.5  # no lids, nostrils or lips, whose rims are folded
+    rows = rng.choice(np.flatnonzero(smooth), 150)
+    out = head.vertices[rows] + 0.02 * head.normals[rows]
+    assert (people_mesh.head_distance(head, out) > 0).mean() > 0.98
+    assert (people_mesh.head_distance(head, head.vertices[rows] - 0.02 * head.normals[rows]) < 0).mean() > 0.98
+    known = np.array([[0, 0, 0], [0, -0.35, 0.0], [0, 0, 0.45], [0, 0.45, 0], [0.4, 0.2, 0]])
+    assert (np.sign(people_mesh.head_distance(head, known)) == [-1, -1, 1, 1, 1]).all()
+    step = 1e-3
+    moved = np.concatenate([out, *(out + step * np.eye(3)[axis] for axis in range(3))])
+    here, *ahead = people_mesh.head_distance(head, moved).reshape(4, -1)
+    slope = np.linalg.norm((np.array(ahead) - here) / step, axis=0)
+    assert abs(np.median(slope) - 1) < 0.02 and np.mean(np.abs(slope - 1) < 0.1) > 0.9
+
+
+def test_a_grid_has_the_points_distances(heads):
+    grid = people_mesh.head_grid(heads[0], 20)
+    points = people_mesh.grid_points(20).reshape(-1, 3)
+    chosen = np.random.default_rng(2).choice(len(points), 300, replace=False)
+    np.testing.assert_allclose(grid.ravel()[chosen], people_mesh.head_distance(heads[0], points[chosen]), atol=3e-3)
+
+
+@pytest.fixture(scope="module")
+def scans(heads):
+    """Points of a head, distances of the whole, and of 40 scans of it."""
+    rng = np.random.default_rng(3)
+    points = rng.uniform([-0.3, -0.45, -0.4], [0.3, 0.35, 0.3], (4000, 3)).astype(np.float32)
+    whole = torch.from_numpy(people_mesh.head_distance(heads[1], points)).float()
+    quality = torch.from_numpy(rng.standard_normal((40, people.QUALITY))).float()
+    at = torch.from_numpy(points)
+    return at, whole, quality, damaged(at.expand(40, -1, -1), whole.expand(40, -1), quality)
+
+
+def test_damage_never_touches_the_front(scans):
+    points, whole, _, scan = scans
+    front = points[:, 2] > HOLLOW_FRONT + 0.02
+    density = density_of(whole, 0.015)
+    torch.testing.assert_close(density_of(scan, 0.015)[:, front], density[front].expand(40, -1))
+
+
+def test_broken_scans_lack_or_have_much_and_whole_ones_do_not(scans):
+    points, whole, quality, scan = scans
+    behind = (points[:, 2] < -0.02) & (points[:, 1] > -0.3)
+    wrong = ((scan < 0) != (whole < 0))[:, behind].sum(dim=1) / (whole[behind] < 0).sum()
+    amount = severity(quality)
+    assert (wrong[amount < 0.02] < 0.15).all() and wrong[amount > 0.98].median() > 0.3
+
+
+def test_more_than_half_of_the_latents_are_broken_of_three_kinds():
+    quality = torch.from_numpy(np.random.default_rng(5).standard_normal((4000, people.QUALITY))).float()
+    assert 0.5 < float((severity(quality) > 0.5).float().mean()) < 0.65
+    assert (kinds(quality).gt(0.5).float().mean(dim=0) > 0.04).all()
+
+
+def test_pictures_show_eyes_and_depth_lies_on_the_surface(heads):
+    image, depth = people.picture(heads[3], camera(0.0), FFHQ_FOCAL, 64)
+    assert image.shape == (64, 64, 3) and image.min() >= 0 and image.max() <= 1
+    hit = np.isfinite(depth)
+    assert 0.25 < hit.mean() < 0.7 and (image[~hit].mean() > 0.9)
+    rows, columns = np.nonzero(hit)
+    x, y = ((at + 0.5) / 64 - 0.5 for at in (columns, rows))
+    way = np.stack([x / FFHQ_FOCAL, -y / FFHQ_FOCAL, -np.ones(len(x))], axis=1)
+    points = [0, 0, FFHQ_RADIUS] + way / np.linalg.norm(way, axis=1, keepdims=True) * depth[hit][:, None]
+    chosen = (np.abs(points[:, 0]) < 0.3) & (points[:, 1] > -0.3)
+    away = people_mesh.nearest_places(heads[3].vertices[people.load_basis().triangles].astype(float), points[chosen])[2]
+    assert away.max() < 1e-5
+
+
+def test_the_data_set_is_named_rendered_and_known(tmp_path):
+    options = parse_name("synthetic:people32@n=3,seed=5")
+    shape, appearance, _ = head_parameters(options, range(2))
+    together = np.concatenate([shape, appearance], axis=1)
+    np.testing.assert_allclose((together**2).mean(axis=1), 1, atol=1e-5)
+    truth = load_truth(resolve_dataset("synthetic:people32@n=3,seed=5", tmp_path, processes=1, progress=False))
+    np.testing.assert_array_equal(truth.shape[:2], shape)
+    assert truth.depth.shape == (3, 32, 32)
+    with pytest.raises(ValueError, match="background"):
+        parse_name("synthetic:people32@background=flat")
+
+
+def test_the_basis_ships_small_with_its_licences():
+    assert people.ASSET.stat().st_size < 1_000_000
+    assert "CC0" in (people.ASSET.parent / "people-LICENSE-CC0.txt").read_text()
+    assert "Apache License" in (people.ASSET.parent / "people-LICENSE-Apache-2.0.txt").read_text()
+    assert "CC0" in people.load_basis().meta["licence"]
+
+
+def test_a_damaged_basis_and_another_version_are_refused(tmp_path):
+    damaged_file, other = tmp_path / "damaged.safetensors", tmp_path / "other.safetensors"
+    shutil.copyfile(people.ASSET, damaged_file)
+    with open(damaged_file, "r+b") as file:
+        file.seek(-1000, 2)
+        file.write(b"\x55" * 8)
+    with pytest.raises(ValueError, match="damaged"):
+        people.load_basis(damaged_file)
+    tensors, meta = storage.read_tensors(people.ASSET, people.KIND)
+    storage.write_tensors(other, people.KIND, tensors, {**meta, "version": 0})
+    with pytest.raises(ValueError, match="assets build people"):
+        people.load_basis(other)
