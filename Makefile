@@ -18,7 +18,7 @@ help:
 	@echo "make gpu           all that a machine with a GPU has to show, on one page: runs/gpu/gpu.md (DEVICE=cpu KIMG=0.032 BENCH_ARGS=--quick: a rehearsal)"
 	@echo "make lint          ruff and mypy (a minute; seconds the second time)"
 	@echo "make bench         speed of every fast path against plain EG3D (about 35 minutes; BENCH_ARGS=--quick: half a minute)"
-	@echo "make assets        regenerate everything in assets/ (an hour and a half on 2 cores; the generator is made with one thread)"
+	@echo "make assets        regenerate everything in assets/ (three hours on 2 cores; the generators are made with one thread)"
 
 $(VENV): $(STAMP)
 
@@ -81,21 +81,24 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 assets: $(STAMP)
-	@echo "== 1/8 generator"
+	@echo "== 1/9 heads of people: basis, pool of points, generator (an hour and a half more)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[assets]'
+	$(BIN)/eg3d-rlhf assets build people
+	@echo "== 2/9 generator"
 	$(BIN)/eg3d-rlhf assets build generator
-	@echo "== 2/8 shape critic"
+	@echo "== 3/9 shape critic"
 	$(BIN)/eg3d-rlhf assets build critic
-	@echo "== 3/8 feature network of the Frechet distance"
+	@echo "== 4/9 feature network of the Frechet distance"
 	$(BIN)/eg3d-rlhf assets features
-	@echo "== 4/8 labels"
+	@echo "== 5/9 labels"
 	$(BIN)/eg3d-rlhf assets build labels
-	@echo "== 5/8 rewards"
+	@echo "== 6/9 rewards"
 	$(BIN)/eg3d-rlhf assets build rewards
-	@echo "== 6/8 control run"
+	@echo "== 7/9 control run"
 	$(BIN)/eg3d-rlhf assets build control
-	@echo "== 7/8 the toy flow of Circular-DPO"
+	@echo "== 8/9 the toy flow of Circular-DPO"
 	$(BIN)/eg3d-rlhf assets toy-flow
-	@echo "== 8/8 the learned prior of score distillation"
+	@echo "== 9/9 the learned prior of score distillation"
 	$(BIN)/eg3d-rlhf assets view-prior
 
 clean:

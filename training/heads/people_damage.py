@@ -50,7 +50,8 @@ def damaged(points: torch.Tensor, distance: torch.Tensor, quality: torch.Tensor)
     tilt_x, tilt_y = 2.0 * ndtr(q[:, 2]) - 1.0, 0.15 + 1.2 * (ndtr(q[:, 3]) - 0.35)
     tilt_x, tilt_y = 0.9 * tilt_x, tilt_y.clamp(-0.25, 0.8)
     middle = -0.60 + (0.57 + 0.03 * torch.tanh(q[:, 4])) * cut
-    ragged = 0.014 * torch.sin(26 * x + 2 * q[:, 5]) + 0.014 * torch.sin(24 * y + 2 * q[:, 6]) + 0.01 * torch.sin(33 * (x + y) + 2 * q[:, 7])
+    ragged = 0.014 * torch.sin(26 * x + 2 * q[:, 5]) + 0.014 * torch.sin(24 * y + 2 * q[:, 6])
+    ragged = ragged + 0.01 * torch.sin(33 * (x + y) + 2 * q[:, 7])
     length = (1 + tilt_x * tilt_x + tilt_y * tilt_y).sqrt()
     front = (z - middle - tilt_x * x - tilt_y * (y - 0.03) + ragged) / length  # > 0: in front of the plane
     gone = torch.maximum(front, z - GUARD)

@@ -141,7 +141,8 @@ def nearest_places(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray,
     for count in np.unique(parts):
         chosen = np.flatnonzero(parts == count)
         places = np.einsum("sc,tcd->tsd", _sample_weights(int(count)), corners[chosen])
-        samples.append(places.reshape(-1, 3)), owners.append(np.repeat(chosen, places.shape[1]))
+        samples.append(places.reshape(-1, 3))
+        owners.append(np.repeat(chosen, places.shape[1]))
     tree, owner = cKDTree(np.concatenate(samples)), np.concatenate(owners)
     triangle, weights, distance = np.empty(len(points), int), np.empty((len(points), 3)), np.empty(len(points))
     away, sample = tree.query(points, eps=0.01)

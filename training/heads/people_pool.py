@@ -13,9 +13,20 @@ from typing import Any
 import numpy as np
 
 from training.heads.people import (
-    APPEARANCE, COMPONENTS, HAIR_FIELDS, LATENT, UNIT, Basis, Head, bust_end, named_people, scaled, surface_colour,
+    APPEARANCE,
+    COMPONENTS,
+    HAIR_FIELDS,
+    LATENT,
+    UNIT,
+    Basis,
+    Head,
+    bust_end,
+    named_people,
+    scaled,
+    surface_colour,
 )
 
+CHUNKS, HEADS = 32, 50  # files of the pool, and heads of each
 POINT_STEP = 0.7 / 32767  # of stored coordinates, world units
 NAMED = COMPONENTS + HAIR_FIELDS + APPEARANCE  # coordinates that say what a whole head is
 
@@ -23,13 +34,15 @@ NAMED = COMPONENTS + HAIR_FIELDS + APPEARANCE  # coordinates that say what a who
 @functools.cache
 def _kernels() -> tuple[Any, Any, Any]:
     """warp, a kernel of rays and one of distances."""
-    import warp as wp
+    import warp
 
+    wp: Any = warp  # its array types are made by calls, which a type checker does not know
     wp.config.quiet = True
     wp.init()
+    vectors, pairs, numbers, integers = (wp.array(dtype=kind) for kind in (wp.vec3, wp.vec2, float, wp.int32))
 
     @wp.kernel
-    def rays(mesh: wp.uint64, origins: wp.array(dtype=wp.vec3), ways: wp.array(dtype=wp.vec3), reach: float, hit: wp.array(dtype=wp.int32)):
+    def rays(mesh: wp.uint64, origins: vectors, ways: vectors, reach: float, hit: integers):
         i = wp.tid()
         query = wp.mesh_query_ray(mesh, origins[i], ways[i], reach)
         if query.result:
@@ -37,8 +50,7 @@ def _kernels() -> tuple[Any, Any, Any]:
 
     @wp.kernel
     def nearest(
-        mesh: wp.uint64, points: wp.array(dtype=wp.vec3), distance: wp.array(dtype=float), face: wp.array(dtype=wp.int32),
-        weights: wp.array(dtype=wp.vec2),
+        mesh: wp.uint64, points: vectors, distance: numbers, face: integers, weights: pairs
     ):
         i = wp.tid()
         query = wp.mesh_query_point_sign_winding_number(mesh, points[i], 4.0, 2.0, 0.5)
@@ -136,12 +148,15 @@ def head_points(head: Head, basis: Basis, o: PoolOptions, rng: np.random.Generat
             "colour": np.round(255 * colour).astype(np.uint8)}
 
 
-def write_chunk(path: Path, basis: Basis, seed: int, heads: int, o: PoolOptions = PoolOptions()) -> None:
-    """One file of the pool: latents drawn, named and asked. A file that exists is whole."""
+def write_chunk(path: Path, basis: Basis, seed: int, heads: int = HEADS, o: PoolOptions = PoolOptions()) -> None:
+    """One file of the pool: latents drawn, named and asked. A file that exists is whole, and stays."""
+    if path.exists():
+        return
     rng = np.random.default_rng([7, seed])
     z = scaled(rng.standard_normal((heads, LATENT)))
     rows = [head_points(head, basis, o, rng) for head in named_people(z, basis)]
     part = path.with_name(f".{path.name}")
     with open(part, "wb") as file:
-        np.savez(file, z=z.astype(np.float32), **{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+        columns: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        np.savez(file, z=z.astype(np.float32), **columns)
     part.replace(path)

@@ -97,7 +97,8 @@ def fresh_damage(named: torch.Tensor) -> torch.Tensor:
 def planes_of(G: Any, ws: torch.Tensor, size: int) -> torch.Tensor:
     """Planes [N, 3, C, 128, 128] of ws [N, L, W], by the blocks up to `size` texels alone and enlarged."""
     network = G.backbone.synthesis
-    x = image = None
+    x: Any = None
+    image: Any = None
     start = 0
     for resolution in network.block_resolutions:
         block = getattr(network, f"b{resolution}")
