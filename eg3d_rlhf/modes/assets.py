@@ -134,7 +134,8 @@ def build_people() -> None:
 
 
 PARTS = {
-    "people": build_people, "generator": build_generator, "critic": build_critic, "labels": build_labels, "rewards": build_rewards, "control": build_control,
+    "people": build_people, "generator": build_generator, "critic": build_critic, "labels": build_labels, "rewards": build_rewards,
+    "control": build_control,
 }
 
 
