@@ -5,6 +5,9 @@ Only building the assets needs it; `training.heads.people_mesh` has the same dis
 Shape letters: N heads, P points, V vertices, T triangles.
 """
 
+# warp's kernels name their arguments' types by values, which mypy does not know
+# mypy: disable-error-code="valid-type,index"
+
 import functools
 from dataclasses import dataclass
 from pathlib import Path
