@@ -99,8 +99,8 @@ def parse_name(name: str) -> HeadsOptions:
     match = re.fullmatch(r"synthetic:(heads|people)(\d+)(?:@(.+))?", name)
     if match is None:
         raise ValueError(
-            f"parse_name: expected 'synthetic:heads<R>[@key=value,...]' or people<R>, got {name!r}. "
-            "For example synthetic:heads64@n=500,seed=3."
+            f"parse_name: expected 'synthetic:heads<R>[@key=value,...]', got {name!r}. For example synthetic:heads64@n=500,seed=3, or "
+            "synthetic:people64."
         )
     kinds = {"n": int, "seed": int, "background": str, "yaw": float, "pitch": float}
     values = {}

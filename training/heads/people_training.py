@@ -36,9 +36,11 @@ class PeopleTraining:
     colour: tuple[float, ...] = (4.0, 4.0, 6.0)  # weight of colour against density
     planes: tuple[int, ...] = (64, 128, 128)  # texels of the planes' edge that are taught; the first stage needs no more
     heads: int = 4  # per step
-    candidates: int = 18_000  # points of a head that are looked at
-    near: int = 7000  # of these, nearest to the surface
-    others: int = 3000
+    candidates: int = 28_000  # points of a head that are looked at
+    near: int = 6000  # of these, drawn near the scan's surface
+    behind: int = 3500  # and inside the whole head behind the face, where scans differ most
+    others: int = 2000
+    reach: float = 0.02  # how near is near, world units
     edge: float = 0.015  # depth at which a head is fully dense, world units; twice that in the soft share of the first stage
     soft: float = 0.35
     ema: float = 0.995
@@ -110,17 +112,23 @@ def planes_of(G: Any, ws: torch.Tensor, size: int) -> torch.Tensor:
     return image.unflatten(1, (3, G.plane_channels))
 
 
+def _among(wanted: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices [N, count] of points drawn among those that are wanted [N, P], and of others where there are too few."""
+    return (wanted + torch.rand(wanted.shape)).topk(count, dim=1, sorted=False).indices
+
+
 def losses(G: Any, batch: tuple[torch.Tensor, ...], o: PeopleTraining, edge: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean absolute errors [N] of density, in tenths of the raw scale, and of colour near the surface."""
     named, points, distance, colour = batch
     quality = fresh_damage(named)
     with torch.no_grad():
         scan = damaged(points, distance, quality)
-        order = scan.abs().topk(o.near, dim=1, largest=False, sorted=False).indices
-        chosen = torch.cat([order, torch.randint(points.shape[1], (len(named), o.others))], dim=1)
+        near = _among(scan.abs() < o.reach, o.near)
+        behind = _among((distance < 0.01) & (points[..., 2] < 0.04) & (points[..., 1] > -0.36), o.behind)
+        chosen = torch.cat([near, behind, torch.randint(points.shape[1], (len(named), o.others))], dim=1)
         points = points.gather(1, chosen.unsqueeze(2).expand(-1, -1, 3))
         target = density_of(scan.gather(1, chosen), edge)
-        colour = colour.gather(1, order.unsqueeze(2).expand(-1, -1, 3))
+        colour = colour.gather(1, near.unsqueeze(2).expand(-1, -1, 3))
     z = torch.cat([named, quality], dim=1)
     ws = G.mapping(z, torch.zeros(len(z), 25), update_emas=True)
     out = G.renderer.run_model(planes_of(G, ws, size), G.decoder, points, None, G.rendering_kwargs)
