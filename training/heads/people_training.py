@@ -7,6 +7,7 @@ of damage have unit root mean square together, so damage is redrawn at the lengt
 Shape letters: N heads, Z = 64 coordinates, P points, K of them nearest to the surface, Q = 18 coordinates of damage.
 """
 
+import copy
 import json
 import time
 from collections.abc import Iterator
@@ -20,9 +21,13 @@ import torch
 from torch_utils.ops import upfirdn2d
 from training import networks as nets
 from training.config import GanConfig, NetworkConfig, networks_for
+from training.dataset import ImageFolderDataset
+from training.gan_phases import Batch, GanPhases
 from training.heads.people_damage import damaged
 from training.heads.people_pool import NAMED, POINT_STEP
+from training.phases import lazy_adam
 from training.starts import cosine, density_of
+from training.synthetic_heads import resolve_dataset
 
 PLANES, PIXELS = 128, 64  # texels of a plane's edge, pixels of the pictures that D sees
 
@@ -196,3 +201,44 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
             torch.save({**tensors, "step": step + 1, "options": asdict(o)}, part)
             part.replace(state)
     return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontTraining:
+    """The discriminator, taught on pictures from in front against a generator that stays as it is."""
+
+    data: str = "synthetic:people64"
+    steps: int = 700
+    batch: int = 8
+    lr: float = 0.002
+    gamma: float = 0.2  # weight of R1
+    seed: int = 0
+
+
+def train_discriminator(made: nets.Networks, o: FrontTraining = FrontTraining()) -> list[float]:
+    """Teach D; the losses, step by step. Fakes are G_ema's, from the cameras of the pictures."""
+    config = GanConfig(gen_pose_cond=False, gamma=o.gamma, dlr=o.lr, blur_fade_kimg=0, density_reg=0, nrr_initial=PIXELS)
+    dataset = ImageFolderDataset(resolve_dataset(o.data), resolution=PIXELS, c_dim=25)
+    G, D = copy.deepcopy(made.G_ema), made.D.requires_grad_(True)
+    phases, optimizer = GanPhases(G, D, config), lazy_adam(D, config.dlr, config.d_reg_interval)
+    losses = []
+    for step in range(o.steps):
+        rng = np.random.default_rng([o.seed, step])
+        torch.manual_seed(int(rng.integers(1 << 62)))
+        images, labels = zip(*(dataset[i] for i in rng.integers(len(dataset), size=o.batch)), strict=True)
+        cameras = torch.from_numpy(np.stack([dataset.get_label(i) for i in rng.integers(len(dataset), size=o.batch)]))
+        real = torch.from_numpy(np.stack(images)).float() / 127.5 - 1
+        batch = Batch(real, torch.from_numpy(np.stack(labels)), torch.randn(o.batch, 64), cameras, step * o.batch)
+        terms = [(phases.d_main, 1)] + [(phases.d_reg, config.d_reg_interval)] * (step % config.d_reg_interval == 0)
+        for term, gain in terms:
+            optimizer.zero_grad(set_to_none=True)
+            total = 0.0
+            for loss in term(batch):
+                (loss.value.mean() * gain).backward()
+                total += float(loss.value.detach().mean())
+            optimizer.step()
+            losses += [total] * (gain == 1)
+        if (step + 1) % 50 == 0:
+            print(f"D: step {step + 1} of {o.steps}, loss {np.mean(losses[-50:]):.3f}", flush=True)
+    made.D.requires_grad_(False)
+    return losses
