@@ -46,11 +46,12 @@ class PeopleTraining:
     behind: int = 3500  # and inside the whole head behind the face, where scans differ most
     others: int = 2000
     reach: float = 0.02  # how near is near, world units
+    unseen: float = 0.2  # weight of colours that no ray meets
     edge: float = 0.015  # depth at which a head is fully dense, world units; twice that in the soft share of the first stage
     soft: float = 0.35
     ema: float = 0.995
     seed: int = 0
-    save_every: int = 1000  # steps
+    save_every: int = 500  # steps
 
 
 def fresh_networks(seed: int) -> nets.Networks:
@@ -134,11 +135,14 @@ def losses(G: Any, batch: tuple[torch.Tensor, ...], o: PeopleTraining, edge: flo
         points = points.gather(1, chosen.unsqueeze(2).expand(-1, -1, 3))
         target = density_of(scan.gather(1, chosen), edge)
         colour = colour.gather(1, near.unsqueeze(2).expand(-1, -1, 3))
+        depth = distance.gather(1, near)
+        seen = torch.where((depth > -o.edge) & (depth < o.edge / 3), 1.0, o.unseen)  # what rays meet where they become opaque
     z = torch.cat([named, quality], dim=1)
     ws = G.mapping(z, torch.zeros(len(z), 25), update_emas=True)
     out = G.renderer.run_model(planes_of(G, ws, size), G.decoder, points, None, G.rendering_kwargs)
     density = (out["sigma"].squeeze(2) - target).abs().mean(dim=1) / 10
-    return density, (out["rgb"][:, : o.near, :3] - colour).abs().mean(dim=[1, 2])
+    error = (out["rgb"][:, : o.near, :3] - colour).abs().mean(dim=2)
+    return density, (error * seen).sum(dim=1) / seen.sum(dim=1)
 
 
 def schedule(o: PeopleTraining) -> Iterator[tuple[int, float, float, float, int]]:
@@ -194,7 +198,7 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
         if (step + 1) % o.save_every == 0 or step + 1 == total:
             made.cur_nimg = (step + 1) * o.heads
             nets.save(out, made)
-            if (step + 1) % (2 * o.save_every) == 0 or step + 1 == total:
+            if (step + 1) % (4 * o.save_every) == 0 or step + 1 == total:
                 nets.save(folder / f"network-{step + 1:06d}.safetensors", made, only_ema=True)
             part = folder / ".state.pt"
             tensors = {"G": G.state_dict(), "G_ema": G_ema.state_dict(), "optimizer": optimizer.state_dict()}
