@@ -8,6 +8,7 @@ Shape letters: N heads, Z = 64 coordinates, P points, K of them nearest to the s
 """
 
 import copy
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -41,10 +42,11 @@ class PeopleTraining:
     colour: tuple[float, ...] = (4.0, 4.0, 6.0)  # weight of colour against density
     planes: tuple[int, ...] = (64, 128, 128)  # texels of the planes' edge that are taught; the first stage needs no more
     heads: int = 4  # per step
-    candidates: int = 28_000  # points of a head that are looked at
-    near: int = 6000  # of these, drawn near the scan's surface
-    behind: int = 3500  # and inside the whole head behind the face, where scans differ most
-    others: int = 2000
+    candidates: int = 16_000  # points of a head that are looked at
+    near: int = 5000  # of these, drawn near the scan's surface
+    behind: int = 2000  # inside the whole head behind the face, where scans differ most
+    hard: int = 1500  # where the network is most wrong, as at debris in free space
+    others: int = 500
     reach: float = 0.02  # how near is near, world units
     unseen: float = 0.2  # weight of colours that no ray meets
     edge: float = 0.015  # depth at which a head is fully dense, world units; twice that in the soft share of the first stage
@@ -127,19 +129,23 @@ def losses(G: Any, batch: tuple[torch.Tensor, ...], o: PeopleTraining, edge: flo
     """Mean absolute errors [N] of density, in tenths of the raw scale, and of colour near the surface."""
     named, points, distance, colour = batch
     quality = fresh_damage(named)
+    z = torch.cat([named, quality], dim=1)
+    planes = planes_of(G, G.mapping(z, torch.zeros(len(z), 25), update_emas=True), size)
+    decode = functools.partial(G.renderer.run_model, planes, G.decoder, sample_directions=None, options=G.rendering_kwargs)
     with torch.no_grad():
         scan = damaged(points, distance, quality)
+        target = density_of(scan, edge)
         near = _among(scan.abs() < o.reach, o.near)
         behind = _among((distance < 0.01) & (points[..., 2] < 0.04) & (points[..., 1] > -0.36), o.behind)
-        chosen = torch.cat([near, behind, torch.randint(points.shape[1], (len(named), o.others))], dim=1)
+        wrong = (decode(sample_coordinates=points, sigma_only=True)["sigma"].squeeze(2) - target).abs()
+        hard = wrong.topk(o.hard, dim=1, sorted=False).indices
+        chosen = torch.cat([near, behind, hard, torch.randint(points.shape[1], (len(named), o.others))], dim=1)
         points = points.gather(1, chosen.unsqueeze(2).expand(-1, -1, 3))
-        target = density_of(scan.gather(1, chosen), edge)
+        target = target.gather(1, chosen)
         colour = colour.gather(1, near.unsqueeze(2).expand(-1, -1, 3))
         depth = distance.gather(1, near)
         seen = torch.where((depth > -o.edge) & (depth < o.edge / 3), 1.0, o.unseen)  # what rays meet where they become opaque
-    z = torch.cat([named, quality], dim=1)
-    ws = G.mapping(z, torch.zeros(len(z), 25), update_emas=True)
-    out = G.renderer.run_model(planes_of(G, ws, size), G.decoder, points, None, G.rendering_kwargs)
+    out = decode(sample_coordinates=points)
     density = (out["sigma"].squeeze(2) - target).abs().mean(dim=1) / 10
     error = (out["rgb"][:, : o.near, :3] - colour).abs().mean(dim=2)
     return density, (error * seen).sum(dim=1) / seen.sum(dim=1)
