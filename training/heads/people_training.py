@@ -37,9 +37,9 @@ PLANES, PIXELS = 128, 64  # texels of a plane's edge, pixels of the pictures tha
 class PeopleTraining:
     """Stages, each with step sizes that fall along a cosine."""
 
-    steps: tuple[int, ...] = (8000, 5000, 5000)
-    lr: tuple[float, ...] = (0.02, 0.012, 0.012)
-    colour: tuple[float, ...] = (4.0, 4.0, 6.0)  # weight of colour against density
+    steps: tuple[int, ...] = (6000, 6000, 7000)
+    lr: tuple[float, ...] = (0.02, 0.012, 0.01)
+    colour: tuple[float, ...] = (4.0, 8.0, 8.0)  # weight of colour against density
     planes: tuple[int, ...] = (64, 128, 128)  # texels of the planes' edge that are taught; the first stage needs no more
     heads: int = 4  # per step
     candidates: int = 16_000  # points of a head that are looked at
