@@ -181,7 +181,10 @@ def head_grid(head: Head, resolution: int, basis: Basis | None = None) -> np.nda
     points = grid_points(resolution).reshape(-1, 3)
     corners = head.vertices[basis.triangles].astype(np.float64)
     _, _, distance = nearest_places(corners, points)
-    clear = (distance > 1.0 / resolution).reshape((resolution,) * 3)  # no step between neighbours that are both clear crosses the surface
+    end = bust_end(points)
+    open_end = (end > -0.03) & (points[:, 1] < -0.2)  # arms and chest are open there: no surface parts inside from outside
+    # no step between neighbours that are both clear crosses the surface
+    clear = ((distance > 1.0 / resolution) & ~open_end).reshape((resolution,) * 3)
     label, count = scipy.ndimage.label(clear)
     flat = label.ravel()
     asked = np.flatnonzero(flat == 0)
@@ -193,5 +196,4 @@ def head_grid(head: Head, resolution: int, basis: Basis | None = None) -> np.nda
     of_part = np.zeros(count + 1, bool)
     of_part[flat[first]] = winding[len(asked) :]
     inside |= of_part[flat] & (flat > 0)
-    signed = np.maximum(np.where(inside, -distance, distance), bust_end(points))
-    return signed.reshape((resolution,) * 3)
+    return np.maximum(np.where(inside, -distance, distance), end).reshape((resolution,) * 3)
