@@ -50,7 +50,9 @@ class Basis:
         """What colours are made of, of each vertex [V, 8]: the mean head's place, lips, scalp, eyes, long hair, sky."""
         long, eyes = np.linalg.norm(self.hair[2], axis=1), self.masks["eyes"]
         bare = eyes * _ramp(0.05, 0.3, self.sky)  # the eyeball under the lids takes their colour: they are thin
-        sky = np.where(eyes > 0.5, np.maximum(self.sky, 0.6), self.sky)
+        x, y, z = (self.mean / UNIT).T
+        about = (np.hypot(np.abs(x) - EYE[0], y - EYE[1]) < 0.036) & (z > 0.05)  # not seen, but near: insides of lids
+        sky = np.where(about, np.maximum(self.sky, 0.7), self.sky)
         columns = [self.masks["lips"], self.masks["scalp"], bare, long / long.max(), sky]
         return np.concatenate([self.mean, np.stack(columns, axis=1)], axis=1).astype(np.float32)
 
