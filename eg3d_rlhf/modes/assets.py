@@ -31,6 +31,7 @@ from eg3d_rlhf.tuning.distill.priors.tiny_unet import train as train_prior
 from eg3d_rlhf.tuning.flow.toy.bundled import BASES, FOLDER, BaseTraining, save_network, train_base
 from eg3d_rlhf.tuning.flow.toy.judges import RewardTraining, train_reward
 from eg3d_rlhf.tuning.flow.toy.pipeline import STRUCTURE, VOXELS
+from training import networks
 from training.progress import tqdm
 from training.storage import write_atomic
 from training.synthetic_heads import load_truth, resolve_dataset
@@ -130,7 +131,10 @@ def build_people() -> None:
     people.load_basis.cache_clear()
     for chunk in tqdm(range(people_pool.CHUNKS), desc="pool", unit="file"):
         people_pool.write_chunk(folder / "pool" / f"chunk-{chunk:04d}.npz", people.load_basis(), chunk)
-    people_training.train(folder / "training", people_training.Pool(folder / "pool"))
+    network = networks.load(people_training.train(folder / "training", people_training.Pool(folder / "pool")))
+    people_training.train_discriminator(network)
+    networks.save(folder / "generator.safetensors", network)
+    print(f"the generator lies in {folder / 'generator.safetensors'}: no example uses it yet", flush=True)
 
 
 PARTS = {
