@@ -1,4 +1,4 @@
-"""What the families of flow generators share: half of their pipelines, small files, tuned weights worked in, memory."""
+"""What the families of flow generators share: half of their pipelines, small files, meshes, tuned weights worked in, memory."""
 
 import ctypes
 import functools
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.models.lora import merge_rounding, merged_state
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import Batch, Latent, feats_of
@@ -131,6 +132,32 @@ def write_network(root: Path, files: tuple[str, str], arguments: Mapping, state:
     write_atomic(root / files[0], (json.dumps(dict(arguments), indent=1) + "\n").encode())
     write(root / files[1], state)
     return root
+
+
+def read_mesh(path: Path) -> Mesh:
+    """A triangle mesh of one's own; see `load_mesh`."""
+    from eg3d_rlhf.rewards.meshes.dataset import load_mesh  # only here: rewards take long to import
+
+    return load_mesh(path)
+
+
+def even_points(mesh: Mesh, side: float, count: int, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points of a mesh's surface [P, 3] in a cube about 0 with the longest side of its box, and the normals of their faces [P, 3]; float64.
+
+    Raises: ValueError for a mesh without area.
+    """
+    vertices = mesh.vertices.double()
+    low, high = vertices.amin(0), vertices.amax(0)
+    corners = ((vertices - (low + high) / 2) * (side / (high - low).max()))[mesh.faces]  # [F, 3, 3]
+    cross = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    area = cross.norm(dim=1)
+    if not (bool(area.isfinite().all()) and float(area.sum()) > 0):
+        raise ValueError("expected a mesh with area, got one without. Export the surface as triangles.")
+    ends = area.cumsum(0)
+    face = torch.searchsorted(ends, torch.rand(count, generator=draw, dtype=torch.float64) * ends[-1]).clamp(max=len(ends) - 1)
+    u, v = torch.rand(2, count, 1, generator=draw, dtype=torch.float64)
+    a, b, c = corners[face].unbind(1)
+    return a + (1 - u.sqrt()) * (b - a) + u.sqrt() * v * (c - a), cross[face] / area[face, None]
 
 
 def merged(load: Callable[[torch.dtype | None], nn.Module], weights: Path) -> tuple[State, float]:

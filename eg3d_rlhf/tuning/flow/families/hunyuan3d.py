@@ -27,7 +27,7 @@ from eg3d_rlhf.models.vit import Dino, DinoConfig, hub_names, load_dino
 from eg3d_rlhf.models.weights import below, content, empty, fill, fingerprint, in_types_of, rewrite
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register
-from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, mentions, merged, read_yaml
+from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, even_points, mentions, merged, read_mesh, read_yaml
 from eg3d_rlhf.tuning.flow.ranking import asset_candidate
 from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
 from training.storage import check_fit, write_atomic
@@ -363,20 +363,8 @@ def surface_points(mesh: Mesh, config: AutoencoderConfig, draw: torch.Generator)
     if config.pc_sharpedge_size:
         got = f"{config.pc_sharpedge_size}. How sharp edges are found is not known here: give latents"
         raise ValueError(f"config.yaml, vae: expected pc_sharpedge_size 0 to encode meshes, got {got}.")
-    vertices = mesh.vertices.double()
-    low, high = vertices.amin(0), vertices.amax(0)
-    corners = ((vertices - (low + high) / 2) * (REACH / (high - low).max()))[mesh.faces]  # [F, 3, 3]
-    cross = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    area = cross.norm(dim=1)
-    if not (bool(area.isfinite().all()) and float(area.sum()) > 0):
-        raise ValueError("expected a mesh with area, got one without. Export the surface as triangles.")
-    ends = area.cumsum(0)
-    face = torch.searchsorted(ends, torch.rand(config.pc_size, generator=draw, dtype=torch.float64) * ends[-1]).clamp(max=len(ends) - 1)
-    u, v = torch.rand(2, config.pc_size, 1, generator=draw, dtype=torch.float64)
-    a, b, c = corners[face].unbind(1)
-    places = a + (1 - u.sqrt()) * (b - a) + u.sqrt() * v * (c - a)
-    normals = cross[face] / area[face, None]
-    flag = torch.zeros(len(face), config.point_feats - 3, dtype=torch.float64)
+    places, normals = even_points(mesh, REACH, config.pc_size, draw)
+    flag = torch.zeros(len(places), config.point_feats - 3, dtype=torch.float64)
     return torch.cat([places, normals, flag], 1).float()
 
 
@@ -514,13 +502,6 @@ def networks(root: Path) -> list[Network]:
 
 def _shapes(make: Callable[[], nn.Module]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in empty(make).state_dict().items()}
-
-
-def read_mesh(path: Path) -> Mesh:
-    """A triangle mesh of one's own; see `load_mesh`."""
-    from eg3d_rlhf.rewards.meshes.dataset import load_mesh  # only here: rewards take long to import
-
-    return load_mesh(path)
 
 
 register(FlowFamily(

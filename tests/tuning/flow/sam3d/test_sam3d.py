@@ -6,12 +6,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import trimesh
 import yaml
 from click.testing import CliRunner
 from PIL import Image
 
+import train
+from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.models.lora import adapted_layers
 from eg3d_rlhf.models.sparse import NamedBatch, NamedSample
+from eg3d_rlhf.models.trellis.autoencoders import StructureEncoder, StructureVAEConfig
 from eg3d_rlhf.modes.flow_files import main
 from eg3d_rlhf.tuning.flow.conditions import Conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families import check_source, family_of
@@ -20,6 +24,7 @@ from eg3d_rlhf.tuning.flow.families.sam3d import pipeline as family
 from eg3d_rlhf.tuning.flow.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.stage import FlowPath
 from tests.compat.family_reference import Case, folders
+from tests.tuning.flow.documented_commands import FEW
 from tests.tuning.flow.one_step import check_one_dpo_step, pairs_of
 from tests.tuning.flow.refused import refusal, write_people
 
@@ -213,6 +218,55 @@ def test_drawing_in_few_steps_and_with_a_pose(released, width, tmp_path):
     assert [set(row["pose"]) for row in few] == [{"rotation", "translation", "scale"}] * len(NAMES)
     assert few[0]["pose"]["translation"] != few[1]["pose"]["translation"]
     assert json.loads((tmp_path / "few" / "drawn_from.json").read_text())["few_steps"] == 2
+
+
+def write_encoder(root):
+    """Of random weights, as the structure's decoder is sized."""
+    args = {"in_channels": 1, "latent_channels": 8, "num_res_blocks": 1, "num_res_blocks_middle": 1, "channels": [4, 8]}
+    target = "sam3d_objects.model.backbone.tdfy_dit.models.sparse_structure_vae.SparseStructureEncoder"
+    (root / "ss_encoder.yaml").write_text(yaml.safe_dump({"_target_": target, **args, "use_fp16": False}))
+    torch.manual_seed(0)
+    torch.save(StructureEncoder(StructureVAEConfig(**args)).state_dict(), root / "ss_encoder.ckpt")
+    return root
+
+
+def test_the_shape_alone_is_tuned_on_meshes_of_ones_own(root, width, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_conditions(tmp_path / "conditions.safetensors", tokens(width))
+    lines = []
+    for rank, mesh in enumerate((trimesh.creation.box((1, 1, 2)), trimesh.creation.icosphere(subdivisions=2)), 1):
+        mesh.export(tmp_path / f"{rank}.ply")
+        lines += [json.dumps({"condition": name, "rank": rank, "asset": f"{rank}.ply"}) for name in NAMES]
+    (tmp_path / "ranking.jsonl").write_text("\n".join(lines))
+    flags = ["ranking", f"--pipeline={root}", "--list=.", "--out=PAIRS", "--device=cpu"]
+    done = CliRunner().invoke(main, flags)
+    assert done.exit_code == 2 and "expected ss_encoder.yaml" in done.output, done.output
+    write_encoder(root)
+    done = CliRunner().invoke(main, flags)
+    assert done.exit_code == 0, (done.output, done.exception)
+    training = ["--mode=circular-dpo", f"--pipeline={root}", "--pairs=PAIRS", "--stage=structure", *FEW]
+    done = CliRunner().invoke(train.main, training)
+    assert done.exit_code == 2 and "--set parts=shape" in done.output, done.output
+    done = CliRunner().invoke(train.main, [*training, "--set=parts=shape"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    (run,) = (tmp_path / "runs").glob("0*")
+    family.export(root, tmp_path / "TUNED", {"structure": run / "structure"})
+    old, new = (files.load_flow(files.read_pipeline(place).generators["structure"]).state_dict() for place in (root, tmp_path / "TUNED"))
+    names = [name for name in old if not torch.equal(old[name], new[name])]
+    assert names and all("shape" in name.split(".") for name in names)
+
+
+def test_voxels_of_a_surface():
+    """All around a box, none within."""
+    voxels = family.surface_voxels(Mesh(*mesh_of(trimesh.creation.box((3, 3, 3)))), 8)
+    inner = ((voxels > 0) & (voxels < 7)).all(1)
+    assert len(voxels) == 8**3 - 6**3 and not inner.any() and voxels.dtype == torch.int32
+    flat = family.surface_voxels(Mesh(*mesh_of(trimesh.creation.box((4, 4, 1)))), 8)
+    assert int(flat[:, 2].min()) == 3 and int(flat[:, 2].max()) == 4 and int(flat[:, 0].max()) == 7
+
+
+def mesh_of(mesh):
+    return torch.tensor(np.asarray(mesh.vertices)), torch.tensor(np.asarray(mesh.faces))
 
 
 def write_picture(folder, opaque=False, z=4.0):

@@ -2,7 +2,7 @@
 
 The pose is drawn, tuned and kept with the shape's latent, or left alone while the shape is tuned; assets are Gaussians in the object's own
 frame, and the list of drawn ones says where they are. Stages are tuned one by one: of the two encoders that the loop would need only the
-shape's is read.
+shape's is read, by which meshes of one's own become pairs of shapes.
 
 Shape letters: N samples, R grid points per axis, S tokens of a shape, A its channels, v voxels of a sample; of pictures h, w points, s the
 side of a square.
@@ -20,22 +20,33 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.pictures import ObjectCut, object_inputs, read_cut_out
 from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.models.sam3d import SHAPE
 from eg3d_rlhf.models.sparse import Batch, Latent, NamedBatch, NamedSample, SparseBatch, SparseSample
-from eg3d_rlhf.models.trellis.autoencoders import voxels_of
+from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.models.weights import content, empty, fingerprint, in_types_of, read, rewrite
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_array
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, check_stages, open_folder, register
-from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, merged, never_empty, spare_memory
+from eg3d_rlhf.tuning.flow.families.folder import (
+    OpenedFolder,
+    check_finite,
+    even_points,
+    merged,
+    never_empty,
+    read_mesh,
+    spare_memory,
+)
 from eg3d_rlhf.tuning.flow.families.sam3d import files, pose
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, write_ply
 from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.ranking import asset_candidate
 from eg3d_rlhf.tuning.flow.stage import Dictionary, FlowStage, SparseVoxels, Voxels
 
 ALL, FILE = "all", "file"  # what of the first stage is learnt, or SHAPE alone; see ProblemSource.parts
+POINTS = 512  # on a mesh, per square of the grid: some 100 in a voxel of its surface
 MOST = 42000  # voxels that the second stage is given
 SCALE, SHIFT = "pointmap_scale", "pointmap_shift"  # kept beside the tokens of a condition
 OWN, CROSS = ("to_qkv", "to_out"), ("to_q", "to_kv", "to_out")  # linear layers of self-attention, and of attention to the condition
@@ -49,6 +60,14 @@ def call_mixture(module: nn.Module, x_t: NamedBatch, t: torch.Tensor, cond: torc
 def call_voxels(module: nn.Module, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor) -> SparseBatch:
     """The second network's call; its t is 1 at the data."""
     return module(x_t, t, cond, *step)
+
+
+class ShapeAndPose(Dictionary):
+    """The first stage's dictionary."""
+
+    def check(self, who: str, latent: Latent, remedy: str) -> None:
+        posed = not isinstance(latent, NamedSample) or set(latent.tensors) != {SHAPE}
+        super().check(who, latent, remedy if posed else "Meshes have no pose: tune the shape alone, --set parts=shape.")
 
 
 class ShapeAlone(Dictionary):
@@ -96,7 +115,8 @@ class Sam3dPipeline(OpenedFolder):
         if name == files.LATENT:
             return FlowStage(latents=SparseVoxels(channels=config.in_channels, resolution=config.resolution), **common)
         shapes = {part: [latent.tokens, latent.in_channels] for part, latent in config.latents.items()}
-        groups, latents = list(config.groups), Dictionary(shapes=shapes)
+        groups: list[str] = list(config.groups)
+        latents: Dictionary = ShapeAndPose(shapes=shapes)
         if self.learnt == SHAPE:
             groups, latents = [SHAPE], ShapeAlone(shapes={SHAPE: shapes[SHAPE]})
         elif self.learnt == FILE:
@@ -139,6 +159,18 @@ class Sam3dPipeline(OpenedFolder):
         return pose.decoded(parts, self.file.pose, told[SCALE][None], told[SHIFT][None], factor)
 
     @torch.no_grad()
+    def encode(self, assets: Sequence[Mesh]) -> list[dict[str, Latent]]:
+        """Shapes of meshes, z up, that fill the cube; without a pose, which no mesh says."""
+        encoder, resolution, made = self.part("structure encoder"), self._config(files.LATENT).resolution, list[dict[str, Latent]]()
+        tokens = self._config(files.STRUCTURE).latents[SHAPE]
+        for mesh in assets:
+            grid = grid_of([surface_voxels(mesh, resolution)], resolution)
+            mean, _ = encoder(grid.to(self.device))  # [1, A, R, R, R]
+            check_shape(files.ENCODER, mean, [1, tokens.in_channels, *[tokens.resolution] * 3], "Name the released encoder.")
+            made.append({files.STRUCTURE: NamedSample({SHAPE: mean[0].flatten(1).T.contiguous().cpu()})})
+        return made
+
+    @torch.no_grad()
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
         """Latents of the last stage -> assets."""
         check_finite("decode", x_0)
@@ -148,6 +180,15 @@ class Sam3dPipeline(OpenedFolder):
             (gaussians,) = decoder(SparseBatch.join([latent]).to(self.device))
             assets.append(SplatAsset.of(gaussians))
         return assets
+
+
+def surface_voxels(mesh: Mesh, resolution: int) -> torch.Tensor:
+    """Voxels [v, 3] int32 that a mesh's surface goes through, in a cube that it fills.
+
+    Deviates: found by points, always alike, so that a voxel which is barely touched may be missing.
+    """
+    places, _ = even_points(mesh, 1 - 1e-6, POINTS * resolution**2, torch.Generator().manual_seed(0))
+    return torch.unique(((places + 0.5) * resolution).int(), dim=0)
 
 
 def pruned(voxels: torch.Tensor, distance: int) -> torch.Tensor:
@@ -349,5 +390,6 @@ NOTICE = (
 FAMILY = register(FlowFamily(
     name="sam3d", layout=f"{files.PIPELINE} of {files.PACKAGE}", recognises=files.recognises, stages=files.STAGES, load=load,
     files=lambda root: files.read_pipeline(root).files, options=("parts",), open=open_problem, embed=embed, show=show, facts=facts,
-    export=export, networks=networks, version="SAM 3D Objects, shape with pose and Gaussians", notice=NOTICE,
+    export=export, encoder=partial(load, conditions=None, parts=SHAPE), candidate=asset_candidate(read_mesh), networks=networks,
+    version="SAM 3D Objects, shape with pose and Gaussians", notice=NOTICE,
 ))
