@@ -14,6 +14,7 @@ from PIL import Image
 import train
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.models.lora import adapted_layers
+from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.models.sparse import NamedBatch, NamedSample
 from eg3d_rlhf.models.trellis.autoencoders import StructureEncoder, StructureVAEConfig
 from eg3d_rlhf.modes.flow_files import main
@@ -105,6 +106,10 @@ def cut(content):
         ("pipeline.yaml", lambda c: c.update(slat_std=[0.0] * 8), "expected slat_mean and slat_std per channel"),
         ("pipeline.yaml", lambda c: c.update(use_stage1_distillation=True), "use_stage1_distillation.*draw --few-steps"),
         ("pipeline.yaml", lambda c: c.update(ss_condition_input_mapping=["image"]), "ss_condition_input_mapping"),
+        ("ss_generator.yaml", lambda c: flow(c).update(time_scale=0), "ss_generator.yaml: expected a time_scale .* above 0"),
+        ("ss_generator.yaml", lambda c: flow(c).update(loss_weights=[1]), "ss_generator.yaml: expected sizes"),
+        ("pipeline.yaml", lambda c: c.update(pose_decoder_name="Other"), "expected pose_decoder_name ScaleShiftInvariant or .*got 'Other'"),
+        ("pipeline.yaml", lambda c: cut(c).append(cut(c)[0]), "ss_preprocessor: expected a cut about the mask"),
         ("pipeline.yaml", lambda c: c.update(slat_rescale_t=0), "pipeline.yaml, slat: Sampling: expected"),
         ("pipeline.yaml", lambda c: c.pop("slat_preprocessor"), "expected preprocessors of pictures, got none for 'slat_preprocessor'"),
         ("pipeline.yaml", lambda c: cut(c).append({"_target_": "sam3d_objects.flip"}), "ss_preprocessor: expected a cut .*flip"),
@@ -157,6 +162,16 @@ def test_files_that_are_missing(root, tmp_path):
 def test_the_whole_release_is_known_too(root, tmp_path, place):
     shutil.copytree(root, tmp_path / "REPO" / place)
     assert family_of(tmp_path / "REPO").name == "sam3d" and files.read_pipeline(tmp_path / "REPO").root == tmp_path / "REPO" / place
+
+
+def test_the_repositorys_licence_is_passed_on(root, pipeline, tmp_path):
+    place = shutil.copytree(root, tmp_path / "REPO" / "checkpoints")
+    (tmp_path / "REPO" / "LICENSE").write_text("terms")
+    save_policy(check_one_dpo_step(pipeline, "latent", NAMES[:2]), tmp_path / "latent", {})
+    for given, kept in ((tmp_path / "REPO", "checkpoints"), (place, "")):
+        out = tmp_path / f"TUNED{kept}"
+        assert "LICENSE" in family.export(given, out, {"latent": tmp_path / "latent"})["kept"]
+        assert (out / "LICENSE").read_text() == "terms" and (out / kept / "slat_generator.ckpt").is_file()
 
 
 @pytest.mark.parametrize("name", files.STAGES)

@@ -42,7 +42,7 @@ from eg3d_rlhf.models.trellis.autoencoders import (
 from eg3d_rlhf.models.vit import DinoConfig
 from eg3d_rlhf.models.weights import State, below, empty, fill, read
 from eg3d_rlhf.tuning.flow.families.folder import mentions, read_yaml
-from eg3d_rlhf.tuning.flow.families.sam3d.pose import SHIFTED
+from eg3d_rlhf.tuning.flow.families.sam3d.pose import DECODERS, SHIFTED
 from eg3d_rlhf.tuning.flow.families.trellis.files import filled
 from eg3d_rlhf.tuning.flow.stage import FlowPath, Sampling
 
@@ -146,6 +146,9 @@ def read_pipeline(root: Path) -> PipelineFile:
     if odd:
         got = f"{', '.join(odd)}. The original cannot open it so, or is told otherwise: leave it out; `draw --few-steps` is for few steps"
         raise ValueError(f"{path}: expected the released settings, got {got}.")
+    pose = str(content.get("pose_decoder_name", SHIFTED))
+    if pose not in DECODERS:
+        raise ValueError(f"{path}: expected pose_decoder_name {' or '.join(DECODERS)}, got {pose!r}. Others are not read.")
     try:
         cuts = {stage: _cut(content[f"{SHORT[stage]}_preprocessor"], stage) for stage in STAGES}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -153,14 +156,15 @@ def read_pipeline(root: Path) -> PipelineFile:
         raise ValueError(f"{path}: {said}") from None
     return PipelineFile(
         root=root, generators=generators, sampling={stage: _sampling(path, content, stage, generators[stage]) for stage in STAGES},
-        mean=mean, std=std, prune=prune, cuts=cuts, pose=str(content.get("pose_decoder_name", SHIFTED)), files=paths,
+        mean=mean, std=std, prune=prune, cuts=cuts, pose=pose, files=paths,
     )
 
 
 def _cut(content: Mapping, stage: str) -> ObjectCut:
     """How a preprocessor cuts out. Raises: ValueError for one that does anything else; KeyError, TypeError for none."""
     maps = stage == STRUCTURE
-    joint = {_kind(step): step for step in content[f"img_mask{'_pointmap' if maps else ''}_joint_transform"]}
+    steps = content[f"img_mask{'_pointmap' if maps else ''}_joint_transform"]
+    joint = {_kind(step): step for step in steps}
     rest = content.get("img_mask_joint_transform") if maps else content.get("img_mask_pointmap_joint_transform")
     sizes, exact = set[int](), True
     for kind in ("img", "mask", *(["pointmap"] if maps else [])):
@@ -168,10 +172,10 @@ def _cut(content: Mapping, stage: str) -> ObjectCut:
         how = resize.get("interpolation") in ((None, 2) if kind == "img" else (0,))  # of Pillow: 0 nearest, 2 bilinear
         exact &= how and (_kind(pad), _kind(resize)) == ("pad_to_square_centered", "Resize")
         sizes.add(int(resize["size"]))
-    others = set(joint) - {*CUTTING, "resize_all_to_same_size"}
+    others = set(joint) - {*CUTTING, "resize_all_to_same_size"} or len(steps) > len(joint)
     settings = {name: value for name, value in joint.get(CROP, {}).items() if name not in ("_target_", "_partial_")}
     if set(settings) != {"box_size_factor", "padding_factor"} or others or rest or not exact:
-        got = ", ".join([*joint, *map(str, rest or ())]) or "nothing"
+        got = ", ".join(map(_kind, [*steps, *(rest or ())])) or "nothing"
         raise ValueError(f"{SHORT[stage]}_preprocessor: expected a cut about the mask and squares, got {got}. Others are not read.")
     if len(sizes) != 1:
         raise ValueError(f"{SHORT[stage]}_preprocessor: expected one size of pictures, masks and maps, got {sorted(sizes)}. Correct it.")
@@ -209,19 +213,22 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
     drawn = flow.get("training_time_sampler_fn") or {"mean": -1.0, "std": 1.0}
     if "_target_" in drawn and _kind(drawn) != "lognorm_sampler":
         raise ValueError(f"{path}: expected times of training by lognorm_sampler, got {_kind(drawn)}. Others are not read.")
-    scale = {"time_scale": float(flow.get("time_scale", 1000.0))}
-    embedder = (module.get("condition_embedder") or {}).get("backbone") or network.get("condition_embedder") or {}
-    weights = {name: float(value) for name, value in (flow.get("loss_weights") or {}).items() if name != "_target_"}
     try:
+        weights = {name: float(value) for name, value in (flow.get("loss_weights") or {}).items() if name != "_target_"}
+        embedder = (module.get("condition_embedder") or {}).get("backbone") or network.get("condition_embedder") or {}
+        scale = {"time_scale": float(flow.get("time_scale", 1000.0))}
+        mean, std = float(drawn["mean"]), float(drawn["std"])
+        if not (0 < scale["time_scale"] < math.inf and 0 < std < math.inf and math.isfinite(mean)):
+            raise ValueError(f"expected a time_scale and a std of times above 0, got {scale['time_scale']} and {std}. Restore them.")
         config: Any = (
             _made(MixtureConfig, network, latents=_latents(network), **scale) if stage == STRUCTURE
             else _made(VoxelFlowConfig, network, **{k: network[k] for k in SIZES if k in network}, **scale)
         )
         # The normal of the original is of its own time, which runs the other way.
-        path_of = FlowPath(sigma_min=float(flow.get("sigma_min", 0.0)), mean=-float(drawn["mean"]), std=float(drawn["std"]))
+        path_of = FlowPath(sigma_min=float(flow.get("sigma_min", 0.0)), mean=-mean, std=std)
         if weights and stage == STRUCTURE and set(weights) != set(config.latents):
             raise ValueError(f"expected loss_weights of {', '.join(config.latents)}, got {', '.join(weights)}. Correct them.")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}" if isinstance(error, ValueError) else f"{path}: expected sizes, got {error!r}.") from None
     zeros = guided.get("unconditional_handling") == "add_flag" and bool(network.get("force_zeros_cond"))
     return GeneratorFile(

@@ -47,6 +47,7 @@ from eg3d_rlhf.tuning.flow.stage import Dictionary, FlowStage, SparseVoxels, Vox
 
 ALL, FILE = "all", "file"  # what of the first stage is learnt, or SHAPE alone; see ProblemSource.parts
 POINTS = 512  # on a mesh, per square of the grid: some 100 in a voxel of its surface
+FOLDERS = ("checkpoints", "hf")  # of a repository
 MOST = 42000  # voxels that the second stage is given
 SCALE, SHIFT = "pointmap_scale", "pointmap_shift"  # kept beside the tokens of a condition
 OWN, CROSS = ("to_qkv", "to_out"), ("to_q", "to_kv", "to_out")  # linear layers of self-attention, and of attention to the condition
@@ -106,7 +107,7 @@ class Sam3dPipeline(OpenedFolder):
 
     def _stage(self, name: str, model: nn.Module) -> FlowStage:
         config, generator = self._config(name), self.file.generators[name]
-        self.check_tokens(name, config.cond_channels, REMEDY)
+        self.check_tokens(name, config.cond_channels, f"Embed them with {REMEDY}.")
         call = call_voxels if name == files.LATENT else call_mixture
         common: dict[str, Any] = dict(
             name=name, model=model, data_at_one=True, path=generator.path, sampling=self.file.sampling[name], call=call,
@@ -216,7 +217,7 @@ def thinned(voxels: torch.Tensor, most: int) -> tuple[torch.Tensor, int]:
     return kept, 2
 
 
-REMEDY = "Embed the pictures by `eg3d-rlhf flow files conditions` with these checkpoints."
+REMEDY = "`eg3d-rlhf flow files conditions` and these checkpoints"
 
 
 def load(
@@ -241,7 +242,7 @@ def load(
         flow.recompute = True
         prints.append(fingerprint(files.embedder_state(generator, state)))
     if conditions is not None:
-        conditions.check_source("conditions", _source(file, prints), REMEDY.removesuffix(".").partition(" by ")[2])
+        conditions.check_source("conditions", _source(file, prints), REMEDY)
         spare_memory(flows.values(), device)
     return Sam3dPipeline(file, flows, conditions, lambda part: files.load_part(file, part, device), device, parts)
 
@@ -338,15 +339,17 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
     changed, done = {file.generators[stage].checkpoint.resolve() for stage in tuned}, {}
     there = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.resolve() not in changed)
     kept = [path for path in there if not any(part.startswith(".") for part in path.parts)]
-    for path in kept:
-        link(root / path, out / path)
+    above = root.resolve().parents[:2] if root.resolve().name in FOLDERS else ()  # the repository's licence
+    papers = [path for place in above for path in sorted(place.glob("LICENSE*")) if path.is_file() and not (root / path.name).exists()]
+    for source, name in [*((root / path, path) for path in kept), *((path, Path(path.name)) for path in papers)]:
+        link(source, out / name)
     for stage, weights in tuned.items():
         generator = file.generators[stage]
         state, rounding = merged(partial(files.load_flow, generator), weights)
         target = out / generator.checkpoint.relative_to(root)
         write_checkpoint(generator.checkpoint, target, state)
         done[stage] = {"file": str(target.relative_to(out)), "rounding": rounding}
-    return {"tuned": done, "kept": [str(path) for path in kept]}
+    return {"tuned": done, "kept": [*map(str, kept), *(path.name for path in papers)]}
 
 
 def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:

@@ -49,13 +49,12 @@ def decoded(latents: Mapping[str, torch.Tensor], how: str, scale: torch.Tensor, 
     """What latents [N, 1, .] by name say.
 
     Args: how: one of DECODERS; scale, shift: [N, 3] of the point maps; factor: by how much the shape was made small to be drawn.
-    Raises: ValueError for another decoder, or latents without a pose.
+    Raises: ValueError for latents without a pose.
     """
     name = NORMALISED if NORMALISED in latents else NORMALISED.partition("_")[0]
     missing = sorted({name, "translation", "scale", "translation_scale"} - set(latents))
-    if how not in DECODERS or missing:
-        got = f"{how!r}, none of {', '.join(missing)}" if missing else repr(how)
-        raise ValueError(f"pose: expected a pose's latents and a decoder {' or '.join(DECODERS)}, got {got}. Others are not read.")
+    if missing:
+        raise ValueError(f"pose: expected the latents of a pose, got no {', '.join(missing)}. Name SAM 3D's files.")
     six, place, size, apparent = (latents[key][:, 0].float() for key in (name, "translation", "scale", "translation_scale"))
     if name == NORMALISED:
         six = six * six.new_tensor(STD) + six.new_tensor(MEAN)
