@@ -22,6 +22,7 @@ class SparseSample:
     coords: torch.Tensor  # [v, 3] int32, voxel indices along axes 1, 2, 3 of the grid; each once
     feats: torch.Tensor  # [v, C]
     given: torch.Tensor | None = None  # [v, G], what the stage before leaves on them besides, which the flow reads and does not make
+    cells: int | None = None  # along an axis of its grid, where samples of a stage differ in it
 
     def __post_init__(self):
         check_shape("SparseSample.coords", self.coords, ["v", 3], "Give one row of three indices per voxel.")
@@ -45,6 +46,7 @@ class SparseBatch:
     size: int  # N; every sample has a voxel
     cache: dict = field(default_factory=dict, compare=False, repr=False)  # what depends on the coordinates alone, by name; shared
     given: torch.Tensor | None = None  # [V, G], as of each sample
+    cells: tuple[int | None, ...] = ()  # likewise
 
     def __post_init__(self):
         check_shape("SparseBatch.coords", self.coords, ["V", 4], "Give one row per voxel: its sample, then three indices.")
@@ -60,7 +62,8 @@ class SparseBatch:
         if given and len(given) < len(samples):
             raise ValueError(f"collate: expected given features on all samples or none, got {len(given)} of {len(samples)}. Add them.")
         feats = torch.cat([s.feats for s in samples])
-        return cls(torch.cat(coords).contiguous(), feats, len(samples), given=torch.cat(given) if given else None)
+        cells = tuple(s.cells for s in samples)
+        return cls(torch.cat(coords).contiguous(), feats, len(samples), given=torch.cat(given) if given else None, cells=cells)
 
     @property
     def sample(self) -> torch.Tensor:
@@ -84,13 +87,14 @@ class SparseBatch:
         if feats.device == self.coords.device:
             return self.with_feats(feats)
         given = None if self.given is None else self.given.to(feats.device)
-        return SparseBatch(self.coords.to(feats.device), feats, self.size, given=given)
+        return SparseBatch(self.coords.to(feats.device), feats, self.size, given=given, cells=self.cells)
 
     def samples(self) -> list[SparseSample]:
         """Apart again; views."""
         counts = self.lengths.tolist()
         given = [None] * self.size if self.given is None else self.given.split(counts)
-        return [SparseSample(c[:, 1:], f, g) for c, f, g in zip(self.coords.split(counts), self.feats.split(counts), given, strict=True)]
+        parts = zip(self.coords.split(counts), self.feats.split(counts), given, self.cells or [None] * self.size, strict=True)
+        return [SparseSample(coords[:, 1:], feats, more, cells) for coords, feats, more, cells in parts]
 
 
 @dataclass(frozen=True)
@@ -173,17 +177,17 @@ def collate(latents: Sequence[Latent]) -> Batch:
 
 
 def parts_of(latent: Latent) -> dict[str, torch.Tensor]:
-    """The tensors that a latent consists of, by name: "x" alone; coords, feats and maybe given; or "/" before each of its own names."""
+    """The tensors that a latent consists of, by name: "x" alone; coords, feats, maybe given, cells; or "/" before each of its own names."""
     if isinstance(latent, SparseSample):
-        given = {} if latent.given is None else {"given": latent.given}
-        return {"coords": latent.coords, "feats": latent.feats, **given}
+        more = {"given": latent.given, "cells": None if latent.cells is None else torch.tensor(latent.cells)}
+        return {"coords": latent.coords, "feats": latent.feats, **{name: x for name, x in more.items() if x is not None}}
     return {f"/{name}": x for name, x in latent.tensors.items()} if isinstance(latent, NamedSample) else {"x": latent}
 
 
 def latent_of(parts: Mapping[str, torch.Tensor]) -> Latent:
     """Inverse of parts_of."""
     if "coords" in parts:
-        return SparseSample(parts["coords"], parts["feats"], parts.get("given"))
+        return SparseSample(parts["coords"], parts["feats"], parts.get("given"), int(parts["cells"]) if "cells" in parts else None)
     return parts["x"] if "x" in parts else NamedSample({name.removeprefix("/"): x for name, x in parts.items()})
 
 

@@ -1,4 +1,4 @@
-"""TRELLIS.2's networks: its flows, over the cells of a grid and over the voxels of an object, and its decoders of voxels.
+"""TRELLIS.2's networks: its flows, over the cells of a grid and over the voxels of an object, and both halves of its autoencoders.
 
 Against TRELLIS: the flows have no convolutions or patches; positions are rotary; one modulation of the time is shared by all blocks, each
 of which adds a vector of its own to it; queries and keys are normalised in both attentions; a stage may read features on its voxels beside
@@ -8,8 +8,8 @@ Shape letters as in trellis/blocks.py; R grid points per axis, T = R^3, K channe
 head, V voxels, W voxels after a split.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.sparse import SparseBatch
 from eg3d_rlhf.models.trellis import blocks
 from eg3d_rlhf.models.trellis.blocks import LayerNorm32, Layout, convert_torso
-from eg3d_rlhf.models.trellis.sparse_conv import Kernel, submanifold_conv
+from eg3d_rlhf.models.trellis.sparse_conv import Kernel, coarser, submanifold_conv
 
 # Rotary positions in three dimensions: attention that knows of two tokens only how far apart they are.
 #
@@ -36,15 +36,11 @@ def angles_of(coords: torch.Tensor, head_channels: int, freq: tuple[float, float
     return torch.nn.functional.pad(turned, (0, head_channels // 2 - turned.shape[1]))
 
 
-def rotate(x: torch.Tensor, angles: torch.Tensor, adjacent: bool = True) -> torch.Tensor:
-    """Turn heads [..., V, H, D] by angles [V, P]; norms stay. Computed in float32. Differentiable in: x.
-
-    Args: adjacent: a plane is channels 2 i and 2 i + 1; otherwise i and i + P.
-    """
-    axis = -1 if adjacent else -2
-    a, b = x.float().unflatten(-1, (-1, 2) if adjacent else (2, -1)).unbind(axis)  # [..., V, H, P]
+def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Turn the planes, channels 2 i and 2 i + 1, of heads [..., V, H, D] by angles [V, P]; in float32. Differentiable in: x."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., V, H, P]
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # [V, 1, P]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], axis).flatten(-2).to(x.dtype)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -53,26 +49,28 @@ class RotaryLayout:
 
     inner: Layout
     angles: torch.Tensor  # [V, P], or [T, P] of the tokens that all samples have
-    adjacent: bool = True
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
         return self.inner.per_token(values)
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return self.inner.self_attention(rotate(q, self.angles, self.adjacent), rotate(k, self.angles, self.adjacent), v)
+        return self.inner.self_attention(rotate(q, self.angles), rotate(k, self.angles), v)
 
     def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return self.inner.cross_attention(q, k, v)
 
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "f32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
+    "f16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
     """What a flow's JSON file calls args."""
 
-    resolution: int
+    resolution: int  # of the structure's grid; a flow on voxels does not use it, and files of the texture's say anything
     in_channels: int  # of the latent and of what is read beside it
     model_channels: int
     cond_channels: int
@@ -81,15 +79,14 @@ class FlowConfig:
     num_heads: int | None = None  # or model_channels / num_head_channels
     num_head_channels: int = 64
     mlp_ratio: float = 4
-    pe_mode: str = "rope"
-    rope_freq: tuple[float, float] = (1.0, 10000.0)  # f_0 and f_1 of rotary.py
+    pe_mode: str = "ape"
+    rope_freq: tuple[float, float] = (1.0, 10000.0)  # f_0 and f_1 of `angles_of`; the structure's flow takes these whatever it says
     dtype: str = "float32"  # of the blocks as built; files bring their own
     use_checkpoint: bool = False  # compute blocks again in the backward pass
     share_mod: bool = False
     initialization: str = "vanilla"  # of weights that training starts from: no concern of trained ones
     qk_rms_norm: bool = False
     qk_rms_norm_cross: bool = False
-    rope_adjacent: bool = True  # in no file that is known here: see rotary.rotate
 
     def __post_init__(self):
         object.__setattr__(self, "rope_freq", tuple(self.rope_freq))
@@ -119,10 +116,6 @@ class FlowConfig:
     def given(self) -> int:
         """K."""
         return self.in_channels - self.out_channels
-
-    def angles(self, coords: torch.Tensor) -> torch.Tensor:
-        """By which tokens at coordinates [V, 3] turn the planes of a head, [V, P]."""
-        return angles_of(coords, self.head_channels, self.rope_freq)
 
 
 class Block(blocks.ModulatedBlock):
@@ -154,7 +147,11 @@ class Flow(nn.Module):
             for _ in range(config.num_blocks)
         )
         self.out_layer = nn.Linear(channels, config.out_channels)
-        blocks.convert_torso(self.blocks, getattr(torch, config.dtype))
+        blocks.convert_torso(self.blocks, DTYPES[config.dtype])
+
+    def angles(self, coords: torch.Tensor) -> torch.Tensor:
+        """By which tokens at coordinates [V, 3] turn the planes of a head, [V, P]."""
+        return angles_of(coords, self.config.head_channels, self.config.rope_freq)
 
     def transform(
         self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, coords: torch.Tensor, layout: blocks.Layout
@@ -166,7 +163,7 @@ class Flow(nn.Module):
             time = self.adaLN_modulation(time)
         h = self.input_layer(x.float()).to(dtype)
         time, cond = time.to(dtype), cond.to(dtype)
-        layout = RotaryLayout(layout, config.angles(coords), config.rope_adjacent)
+        layout = RotaryLayout(layout, self.angles(coords))
         for block in self.blocks:
             h = blocks.run_block(block, h, time, cond, layout, recompute=self.recompute)
         h = F.layer_norm(h.to(x.dtype), h.shape[-1:])
@@ -176,11 +173,17 @@ class Flow(nn.Module):
 class StructureFlow(Flow):
     """model(x_t [N, C, R, R, R], t [N] in 0..1, cond [N, L, E]) -> velocity, like x_t. Differentiable in: everything but t."""
 
+    passes_over = True  # args that it does not know
+
     def __init__(self, config: FlowConfig):
         super().__init__(config)
         if config.given:
             got = f"{config.in_channels} and {config.out_channels}"
             raise ValueError(f"StructureFlow: expected in_channels = out_channels, got {got}. Correct the model's JSON file.")
+
+    def angles(self, coords: torch.Tensor) -> torch.Tensor:
+        """The original forgets rope_freq here."""
+        return angles_of(coords, self.config.head_channels)
 
     def places(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Of the tokens, [T, 3]."""
@@ -213,51 +216,86 @@ class VoxelFlow(Flow):
         return x_t.with_feats(self.transform(x, t, cond, x_t.coords[:, 1:], blocks.SparseLayout(x_t)))
 
 
-# Decoders: latents on coarse voxels -> features on fine ones, in steps that split a voxel into those of its eight children that are there.
-# Which are there the shape's decoder says itself; the one of materials is told.
+# Autoencoders: features on fine voxels -> latents on coarse ones and back, in steps that merge eight children into a voxel, or split it
+# into those of them that are there. Which are there the shape's decoder says itself; the one of materials is told.
 #
 # A block is a submanifold convolution, a norm and a feed-forward beside a skip (as ConvNeXt); a split moves channels into space, in the
-# branch and in the skip, whose channels are repeated to the new number (Xiang et al. 2025, sparse compression autoencoder).
+# branch and in the skip, whose channels are repeated to the new number; a merge moves space into channels, and means are taken (Xiang et
+# al. 2025, sparse compression autoencoder). Child n lies at (n & 1, n >> 1 & 1, n >> 2 & 1) in its voxel.
 
 
-BLOCK, SPLIT = "SparseConvNeXtBlock3d", "SparseResBlockC2S3d"  # the published names of both kinds, the only ones that are read
+BLOCK, SPLIT, MERGE = "SparseConvNeXtBlock3d", "SparseResBlockC2S3d", "SparseResBlockS2C3d"  # published names, the only ones that are read
 SHAPE_CHANNELS = 7  # of the shape's output: 3 place a vertex in its voxel, 3 say which edges are crossed, 1 how a face is split
 MATERIAL_CHANNELS = 6  # base colour, metallic, roughness, alpha
 
 
 @dataclass(frozen=True, kw_only=True)
-class VoxelDecoderConfig:
-    """What a decoder's JSON file calls args."""
+class VoxelConfig:
+    """What the JSON files of both halves call args."""
 
-    model_channels: tuple[int, ...]  # per level, coarsest first
+    model_channels: tuple[int, ...]  # per level, in the order of computation
     latent_channels: int
     num_blocks: tuple[int, ...]  # per level
     block_type: tuple[str, ...]
-    up_block_type: tuple[str, ...]  # between levels
     block_args: tuple[Mapping, ...] = ()
-    out_channels: int = SHAPE_CHANNELS  # the shape's file leaves it out
-    pred_subdiv: bool = True  # whether it says which children are there
-    resolution: int | None = None  # of the finest voxels; the latent's times 2^levels
-    voxel_margin: float = 0.5  # by which a vertex may leave its voxel
+    resolution: int | None = None  # of the finest voxels in training: no concern of the network
     use_fp16: bool = False
-    first_axis_fastest: bool = True  # in no file that is known here: whether child number 1 lies along the first axis, or the last
 
     def __post_init__(self):
-        for many in ("model_channels", "num_blocks", "block_type", "up_block_type", "block_args"):
-            object.__setattr__(self, many, tuple(getattr(self, many)))
-        levels = len(self.model_channels)
-        if not levels or len(self.num_blocks) != levels or len(self.block_type) != levels or len(self.up_block_type) != levels - 1:
-            got = f"{levels}, {len(self.num_blocks)}, {len(self.block_type)} and {len(self.up_block_type)}"
-            raise ValueError(
-                "VoxelDecoderConfig: expected model_channels, num_blocks and block_type for every level and up_block_type between them, "
-                f"got {got}. Correct the model's JSON file."
-            )
-        foreign = sorted({*self.block_type, *self.up_block_type} - {BLOCK, SPLIT} | ({*self.block_type} & {SPLIT}))
+        for name in ("model_channels", "num_blocks", "block_type", "block_args"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def check(self, between: Sequence[str], step: str, fits: Callable[[int, int], bool]) -> None:
+        """Raise ValueError for levels that are not alike, blocks of another kind, and channels of neighbours that do not fit."""
+        who, levels = type(self).__name__, len(self.model_channels)
+        if not levels or len(self.num_blocks) != levels or len(self.block_type) != levels or len(between) != levels - 1:
+            got = f"{levels}, {len(self.num_blocks)}, {len(self.block_type)} and {len(between)}"
+            expected = "model_channels, num_blocks and block_type for every level and a step between them"
+            raise ValueError(f"{who}: expected {expected}, got {got}. Correct the model's JSON file.")
+        foreign = sorted({*self.block_type} - {BLOCK} | {*between} - {step})
         if foreign:
-            raise ValueError(f"VoxelDecoderConfig: expected blocks {BLOCK} and {SPLIT}, got {', '.join(foreign)}. Others are not read.")
-        if any(a % 8 or b % (a // 8) for a, b in zip(self.model_channels, self.model_channels[1:], strict=False)):
+            raise ValueError(f"{who}: expected blocks {BLOCK} and {step}, got {', '.join(foreign)}. Others are not read.")
+        if not all(fits(a, b) for a, b in zip(self.model_channels, self.model_channels[1:], strict=False)):
             got = f"{list(self.model_channels)}"
-            raise ValueError(f"VoxelDecoderConfig: expected channels that eight children can share, got {got}. Correct its JSON file.")
+            raise ValueError(f"{who}: expected channels that eight children can share, got {got}. Correct its JSON file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoxelDecoderConfig(VoxelConfig):
+    """Coarsest level first."""
+
+    up_block_type: tuple[str, ...]  # between levels
+    out_channels: int = SHAPE_CHANNELS  # the shape's file leaves it out
+    pred_subdiv: bool = True  # whether it says which children are there
+    voxel_margin: float = 0.5  # by which a vertex may leave its voxel
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "up_block_type", tuple(self.up_block_type))
+        self.check(self.up_block_type, SPLIT, lambda a, b: a % 8 == 0 and b % (a // 8) == 0)
+
+    @property
+    def finer(self) -> int:
+        """Voxels of the finest level along a side of one of the coarsest."""
+        return 2 ** len(self.up_block_type)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoxelEncoderConfig(VoxelConfig):
+    """Finest level first."""
+
+    down_block_type: tuple[str, ...]  # between levels
+    in_channels: int = 6  # the shape's file leaves it out: 3 of the vertex in its voxel, 3 of crossed edges, less a half each
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "down_block_type", tuple(self.down_block_type))
+        self.check(self.down_block_type, MERGE, lambda a, b: b % 8 == 0 and 8 * a % b == 0)
+
+    @property
+    def coarser(self) -> int:
+        """Voxels of the finest level along a side of one of the coarsest."""
+        return 2 ** len(self.down_block_type)
 
 
 class Conv(Kernel):
@@ -284,85 +322,136 @@ class ConvBlock(nn.Module):
 class SplitBlock(nn.Module):
     """y = split(x), h = split(conv1(silu(norm1(x)))), result: repeat(y) + conv2(silu(norm2(h)))."""
 
-    def __init__(self, channels: int, out_channels: int, pred_subdiv: bool, first_axis_fastest: bool):
+    def __init__(self, channels: int, out_channels: int, pred_subdiv: bool):
         super().__init__()
         self.norm1, self.norm2 = LayerNorm32(channels, affine=True), LayerNorm32(out_channels)
         self.conv1, self.conv2 = Conv(channels, 8 * out_channels), Conv(out_channels, out_channels)
         if pred_subdiv:
             self.to_subdiv = nn.Linear(channels, 8)
-        self.repeats, self.first_axis_fastest = out_channels // (channels // 8), first_axis_fastest
+        self.repeats = out_channels // (channels // 8)
 
     def subdivision(self, x: SparseBatch) -> torch.Tensor:
-        """Which children are there, [V, 8] bool: by its own word, or of a voxel without any the likeliest."""
-        logits = self.to_subdiv(x.feats.to(self.to_subdiv.weight.dtype))
-        return (logits > 0) | ((logits <= 0).all(1, keepdim=True) & (logits == logits.amax(1, keepdim=True)))
+        """Logits of the children, [V, 8]: those above 0 are there, and a voxel without any vanishes."""
+        return self.to_subdiv(x.feats.to(self.to_subdiv.weight.dtype))
 
     def forward(self, x: SparseBatch, there: torch.Tensor) -> SparseBatch:
         h = self.conv1(x.with_feats(F.silu(self.norm1(x.feats))))
-        y, h = split(x, there, self.first_axis_fastest), split(h, there, self.first_axis_fastest)
+        y, h = split(x, there), split(h, there)
         h = self.conv2(y.with_feats(F.silu(self.norm2(h.feats))))
         return y.with_feats(h.feats + y.feats.repeat_interleave(self.repeats, 1))
 
 
-def split(x: SparseBatch, there: torch.Tensor, first_axis_fastest: bool = True) -> SparseBatch:
+class MergeBlock(nn.Module):
+    """y = means of merge(x), h = merge(conv1(silu(norm1(x)))), result: y + conv2(silu(norm2(h)))."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.norm1, self.norm2 = LayerNorm32(channels, affine=True), LayerNorm32(out_channels)
+        self.conv1, self.conv2 = Conv(channels, out_channels // 8), Conv(out_channels, out_channels)
+
+    def forward(self, x: SparseBatch) -> SparseBatch:
+        h = merge(self.conv1(x.with_feats(F.silu(self.norm1(x.feats)))))
+        y = merge(x).feats.unflatten(1, (h.feats.shape[1], -1)).mean(2)
+        return h.with_feats(y + self.conv2(h.with_feats(F.silu(self.norm2(h.feats)))).feats)
+
+
+def split(x: SparseBatch, there: torch.Tensor) -> SparseBatch:
     """Features [V, 8 C] on voxels -> [W, C] on their children; a voxel's channels are those of child 0, then of child 1, ...
 
-    Args: there: [V, 8] bool. Differentiable in: feats.
+    Args: there: [V, 8] bool. Differentiable in: feats. Raises: ValueError where no child is left.
     """
     check_shape("split.there", there, [len(x.feats), 8], "Give the children of these voxels.")
     voxel, child = there.nonzero().unbind(1)  # [W]: children stay in the order of their voxels
+    if not len(voxel):
+        raise ValueError(f"decode: expected voxels with children, got {len(x.feats)} without any. Use other latents or weights.")
     bits = torch.stack([child & 1, child >> 1 & 1, child >> 2 & 1], 1)  # [W, 3]
     coords = x.coords[voxel].clone()
-    coords[:, 1:] = 2 * coords[:, 1:] + (bits if first_axis_fastest else bits.flip(1)).int()
+    coords[:, 1:] = 2 * coords[:, 1:] + bits.int()
     return SparseBatch(coords.contiguous(), x.feats.unflatten(1, (8, -1))[voxel, child], x.size)
 
 
-class VoxelDecoder(nn.Module):
-    """Latents on voxels -> features on the finest ones."""
+def merge(x: SparseBatch) -> SparseBatch:
+    """Inverse of split: features [W, C] -> [V, 8 C] on the voxels that they lie in, sorted; zeros of children that are absent."""
+    to, bits = coarser(x), x.coords[:, 1:].long() & 1
+    merged = x.feats.new_zeros(len(to.coords), 8, x.feats.shape[1])
+    merged = merged.index_put((to.row, bits[:, 0] + 2 * bits[:, 1] + 4 * bits[:, 2]), x.feats)
+    return SparseBatch(to.coords, merged.flatten(1), x.size, to.cache)
 
-    def __init__(self, config: VoxelDecoderConfig):
+
+class VoxelNetwork(nn.Module):
+    """What both halves have in common."""
+
+    def __init__(self, config: VoxelConfig, step: Callable[[int, int], nn.Module]):
         super().__init__()
-        self.config = config
-        channels, levels = config.model_channels, len(config.model_channels)
-        args = config.block_args or ({},) * levels
-        self.from_latent = nn.Linear(config.latent_channels, channels[0])
+        channels, args = config.model_channels, config.block_args or ({},) * len(config.model_channels)
         self.blocks = nn.ModuleList()
         for i, (width, count) in enumerate(zip(channels, config.num_blocks, strict=True)):
             level = [ConvBlock(width, **args[i]) for _ in range(count)]
-            last = [SplitBlock(width, channels[i + 1], config.pred_subdiv, config.first_axis_fastest)] if i + 1 < levels else []
-            self.blocks.append(nn.ModuleList([*level, *last]))
-        self.output_layer = nn.Linear(channels[-1], config.out_channels)
+            self.blocks.append(nn.ModuleList([*level, *(step(width, after) for after in channels[i + 1 : i + 2])]))
         if config.use_fp16:
             convert_torso([self.blocks], torch.float16, (nn.Linear, Kernel))
+
+    def first(self, x: SparseBatch, layer: nn.Linear) -> SparseBatch:
+        """Through a layer of full precision, and then of the blocks' type."""
+        dtype = next((p.dtype for p in self.blocks.parameters() if p.ndim > 1), torch.float32)
+        check_shape(f"{type(self).__name__}.x", x.feats, ["V", layer.in_features], "Give features of this model's size.")
+        return x.with_feats(layer(x.feats.float()).to(dtype))
+
+    def last(self, x: SparseBatch, layer: nn.Linear) -> SparseBatch:
+        """Normalised, and through a layer of full precision."""
+        return x.with_feats(layer(F.layer_norm(x.feats.float(), x.feats.shape[-1:])))
+
+
+class VoxelDecoder(VoxelNetwork):
+    """Latents on voxels -> features on the finest ones."""
+
+    def __init__(self, config: VoxelDecoderConfig):
+        super().__init__(config, lambda before, after: SplitBlock(before, after, config.pred_subdiv))
+        self.config = config
+        self.from_latent = nn.Linear(config.latent_channels, config.model_channels[0])
+        self.output_layer = nn.Linear(config.model_channels[-1], config.out_channels)
 
     def forward(
         self, x: SparseBatch, told: Sequence[torch.Tensor] | None = None, levels: int | None = None
     ) -> tuple[SparseBatch, list[torch.Tensor]]:
-        """Latents [V, C] -> features on the finest voxels, and which children every split found, [V, 8] each.
+        """Latents [V, C] -> features on the finest voxels, and the children of every split as logits, [V, 8] each.
 
-        Args: told: which children are there, for a decoder that does not say; levels: stop behind so many splits, before the output layer.
+        Args: told: these, for a decoder that does not say; levels: stop behind so many splits, before the output layer.
         """
         config = self.config
-        check_shape("VoxelDecoder.x", x.feats, ["V", config.latent_channels], "Give latents of this model's size.")
         if not config.pred_subdiv and (told is None or len(told) != len(config.up_block_type)):
             got = "None" if told is None else len(told)
             raise ValueError(f"VoxelDecoder: expected the children of {len(config.up_block_type)} splits, got {got}. Give the shape's.")
-        h, found = x.with_feats(self.from_latent(x.feats.float()).to(self._dtype)), list[torch.Tensor]()
+        h, logits = self.first(x, self.from_latent), list[torch.Tensor]()
         for level in self.blocks:
-            if len(found) == levels:
-                return h, found
+            if len(logits) == levels:
+                return h, logits
             for block in level:  # type: ignore[attr-defined]
                 if isinstance(block, SplitBlock):
-                    found.append(block.subdivision(h) if told is None else told[len(found)])
-                    h = block(h, found[-1])
+                    logits.append(block.subdivision(h) if told is None else told[len(logits)])
+                    h = block(h, logits[-1] > 0)
                 else:
                     h = block(h)
-        feats = F.layer_norm(h.feats.float(), h.feats.shape[-1:])
-        return h.with_feats(self.output_layer(feats)), found
+        return self.last(h, self.output_layer), logits
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next((p.dtype for p in self.blocks.parameters() if p.ndim > 1), torch.float32)
+
+class VoxelEncoder(VoxelNetwork):
+    """Features on fine voxels -> mean and log-variance of the latent on coarse ones, [V, C] each."""
+
+    def __init__(self, config: VoxelEncoderConfig):
+        super().__init__(config, MergeBlock)
+        self.config = config
+        self.input_layer = nn.Linear(config.in_channels, config.model_channels[0])
+        self.to_latent = nn.Linear(config.model_channels[-1], 2 * config.latent_channels)
+
+    def forward(self, x: SparseBatch) -> tuple[SparseBatch, SparseBatch]:
+        h = self.first(x, self.input_layer)
+        for level in self.blocks:
+            for block in level:  # type: ignore[attr-defined]
+                h = block(h)
+        h = self.last(h, self.to_latent)
+        mean, logvar = h.feats.chunk(2, 1)
+        return h.with_feats(mean), h.with_feats(logvar)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,9 +461,28 @@ class VoxelAsset:
     coords: torch.Tensor  # [W, 3] int32
     resolution: int  # of their grid
     vertices: torch.Tensor  # [W, 3] places in the voxel: 0..1 inside, the margin beyond
-    crossed: torch.Tensor  # [W, 3] bool: whether the surface crosses the voxel's edge along each axis
+    crossed: torch.Tensor  # [W, 3] bool: whether the surface crosses the voxel's edge along each axis, at its far corner
     split: torch.Tensor  # [W] > 0: by which a face is cut into triangles
-    materials: torch.Tensor | None = field(default=None)  # [W, 6] in 0..1: base colour, metallic, roughness, alpha
+    materials: torch.Tensor | None = None  # [W, 6] base colour, metallic, roughness, alpha of 0..1; to be clipped
+
+    @property
+    def means(self) -> torch.Tensor:
+        """[W, 3], the vertices in the cube of +-0.5."""
+        return (self.coords + self.vertices) / self.resolution - 0.5
+
+    @property
+    def colours(self) -> torch.Tensor:
+        """[W, 3] of 0..1; grey where there are no materials."""
+        return torch.full_like(self.vertices, 0.5) if self.materials is None else self.materials[:, :3].clamp(0, 1)
+
+    @property
+    def opacities(self) -> torch.Tensor:
+        """[W] of 0..1."""
+        return torch.ones_like(self.split) if self.materials is None else self.materials[:, 5].clamp(0, 1)
+
+    def to(self, device: str | torch.device) -> "VoxelAsset":
+        """On another device."""
+        return VoxelAsset(**{k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in vars(self).items()})
 
 
 def assets_of(shape: SparseBatch, materials: SparseBatch | None, resolution: int, margin: float) -> list[VoxelAsset]:
@@ -385,6 +493,6 @@ def assets_of(shape: SparseBatch, materials: SparseBatch | None, resolution: int
         place, crossed, cut = sample.feats.split([3, 3, 1], 1)
         assets.append(VoxelAsset(
             coords=sample.coords, resolution=resolution, vertices=(1 + 2 * margin) * place.sigmoid() - margin, crossed=crossed > 0,
-            split=F.softplus(cut[:, 0]), materials=None if colour is None else (0.5 + 0.5 * colour).clamp(0, 1),
+            split=F.softplus(cut[:, 0]), materials=None if colour is None else 0.5 + 0.5 * colour,
         ))
     return assets

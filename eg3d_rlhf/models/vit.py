@@ -1,7 +1,7 @@
-"""Vision transformers: DINOv2, with its files in all layouts, BLIP's, and the blocks that others are built of.
+"""Vision transformers: DINOv2, with its files in all layouts, DINOv3, BLIP's, and the blocks that others are built of.
 
-Sources: Dosovitskiy et al. 2021; Oquab et al. 2023 for DINOv2; Darcet et al. 2023 for registers. Parameters have the authors' names, which
-are those of torch hub. Files in the names of transformers are renamed where they are read. Nothing is downloaded.
+Sources: Dosovitskiy et al. 2021; Oquab et al. 2023 for DINOv2; Darcet et al. 2023 for registers; Simeoni et al. 2025 for DINOv3.
+DINOv2's parameters have the names of torch hub; files in those of transformers are renamed where they are read. Nothing is downloaded.
 
 Shape letters: N pictures, S pixels per side, p pixels per side of a patch, G = S / p, L = 1 + registers + G^2 tokens, E their size.
 """
@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.core.shapes import check_shape
-from eg3d_rlhf.models.attention import Mlp, SelfAttention, tree
+from eg3d_rlhf.models.attention import Mlp, SelfAttention, attend, tree
 from eg3d_rlhf.models.weights import State, empty, fill, read
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pictures in 0..1
@@ -222,6 +222,16 @@ def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
 
     Raises: FileNotFoundError naming the places; ValueError for weights that do not fit.
     """
+    path = _weights(name)
+    state = read(path, name)
+    if path.suffix == ".pth":
+        config = DinoConfig.of_state(state, str(path))
+    else:
+        state, config = hub_names(state), _read_config(name, path.with_name("config.json"), "dinov2", _dino)
+    return load_dino(config, state, str(path), device)
+
+
+def _weights(name: str) -> Path:
     places = list(_places(name))
     path = next((p for p in places if p.is_file()), None)
     if path is None:
@@ -229,15 +239,7 @@ def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
         raise FileNotFoundError(
             f"{name}: expected its weights on this machine, got none at {looked}. Fetch them once yourself, or give embeddings in files."
         )
-    state = read(path, name)
-    beside = path.with_name("config.json")
-    if path.suffix == ".pth":
-        config = DinoConfig.of_state(state, str(path))
-    elif beside.is_file():
-        state, config = hub_names(state), _read_config(beside)
-    else:
-        raise FileNotFoundError(f"{name}: expected config.json beside {path.name}, got none. Restore the folder.")
-    return load_dino(config, state, str(path), device)
+    return path
 
 
 def load_dino(config: DinoConfig, state: Mapping[str, torch.Tensor], who: str, device: str | torch.device = "cpu") -> Dino:
@@ -260,12 +262,129 @@ def _places(name: str) -> Iterator[Path]:
     yield from (folder / "model.safetensors" for folder in folders)
 
 
-def _read_config(path: Path) -> DinoConfig:
+def _read_config(name: str, path: Path, kind: str, make: Callable[[Mapping[str, Any]], Any]) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: expected config.json beside its weights, got none. Restore the folder.")
     try:
         content = json.loads(path.read_text())
-        if not isinstance(content, dict) or not str(content.get("model_type")).startswith("dinov2"):
-            raise ValueError("its model_type is not dinov2")
-        registers = content.get("num_register_tokens", 4 if content["model_type"] == "dinov2_with_registers" else 0)
-        return DinoConfig.of({**content, "num_register_tokens": registers, "antialias": registers > 0})
+        if not isinstance(content, dict) or not str(content.get("model_type")).startswith(kind):
+            raise ValueError(f"its model_type is not {kind}")
+        return make(content)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: expected the settings of a DINOv2, got: {error}. Restore the file.") from None
+        raise ValueError(f"{path}: expected the settings of a {kind}, got: {error}. Restore the file.") from None
+
+
+def _dino(content: Mapping[str, Any]) -> DinoConfig:
+    registers = content.get("num_register_tokens", 4 if content["model_type"] == "dinov2_with_registers" else 0)
+    return DinoConfig.of({**content, "num_register_tokens": registers, "antialias": registers > 0})
+
+
+# DINOv3: positions are rotary, of the places of patches alone; the names are those of transformers.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dino3Config:
+    """What a config of transformers says of a DINOv3; the defaults are those of transformers."""
+
+    hidden_size: int = 384
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    patch_size: int = 16
+    num_channels: int = 3
+    num_register_tokens: int = 0
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 100.0
+    query_bias: bool = True
+    key_bias: bool = False
+    value_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    use_gated_mlp: bool = False
+
+    def __post_init__(self):
+        if self.hidden_act != "gelu" or self.use_gated_mlp or self.num_channels != 3:
+            got = f"{self.hidden_act!r}, {self.use_gated_mlp} and {self.num_channels}"
+            raise ValueError(f"Dino3Config: expected gelu, no gated layers and 3 channels, got {got}. Not read here.")
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise ValueError(f"Dino3Config: expected heads of four channels or a multiple, got {self}. Correct it.")
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "Dino3Config":
+        """From a config; settings of training are passed over."""
+        return cls(**{field.name: content[field.name] for field in fields(cls) if content.get(field.name) is not None})
+
+
+class Dino3Block(nn.Module):
+    """As `Block`, with queries and keys of patches turned by their places."""
+
+    def __init__(self, config: Dino3Config):
+        super().__init__()
+        width, hidden, self.heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in range(2))
+        biases = {"q": config.query_bias, "k": config.key_bias, "v": config.value_bias, "o": config.proj_bias}
+        self.attention = tree(**{f"{name}_proj": nn.Linear(width, width, bias=bias) for name, bias in biases.items()})
+        self.layer_scale1, self.layer_scale2 = (nn.ParameterDict({"lambda1": torch.ones(width)}) for _ in range(2))
+        self.mlp = tree(up_proj=nn.Linear(width, hidden, bias=config.mlp_bias), down_proj=nn.Linear(hidden, width, bias=config.mlp_bias))
+
+    def forward(self, x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        """[N, L, E] -> [N, L, E]; angles: [G^2, D] of the last tokens."""
+        attention, given = self.attention, self.norm1(x)
+        q, k, v = (layer(given).unflatten(-1, (self.heads, -1)) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+        attended = attention.o_proj(attend(self.turned(q, angles), self.turned(k, angles), v).flatten(-2))
+        x = x + attended * self.layer_scale1.lambda1
+        return x + self.mlp.down_proj(F.gelu(self.mlp.up_proj(self.norm2(x)))) * self.layer_scale2.lambda1
+
+    @staticmethod
+    def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        """Heads [N, L, H, D], whose planes are channels i and i + D / 2."""
+        whole, patches = x.split([x.shape[1] - len(angles), len(angles)], 1)
+        a, b = patches.chunk(2, -1)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat([whole, patches * cos + torch.cat([-b, a], -1) * sin], 1)
+
+
+class Dino3(nn.Module):
+    """Pictures [N, 3, h, w] of 0..1, whole patches -> tokens [N, L, E] BEFORE the last norm: of the whole, registers, patches."""
+
+    def __init__(self, config: Dino3Config):
+        super().__init__()
+        self.config = config
+        width, patch = config.hidden_size, config.patch_size
+        self.embeddings = tree(patch_embeddings=nn.Conv2d(3, width, patch, patch))
+        self.embeddings.cls_token, self.embeddings.mask_token = (nn.Parameter(torch.zeros(1, 1, width)) for _ in range(2))
+        self.embeddings.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, width))
+        self.layer = nn.ModuleList(Dino3Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def angles(self, height: int, width: int) -> torch.Tensor:
+        """Of patches in rows, [h w, D]: 2 pi of their centres in -1..1, down and across, at D / 4 rates each; all twice."""
+        config, like = self.config, self.norm.weight
+        size = config.hidden_size // config.num_attention_heads
+        rates = config.rope_theta ** -torch.arange(0, 1, 4 / size, dtype=torch.float32, device=like.device)
+        centres = [2 * (torch.arange(n, dtype=torch.float32, device=like.device) + 0.5) / n - 1 for n in (height, width)]
+        places = torch.cartesian_prod(*centres)  # [h w, 2]
+        return (2 * math.pi * places[:, :, None] * rates).flatten(1).repeat(1, 2)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        like, embeddings = self.norm.weight, self.embeddings
+        mean, std = (like.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        x = embeddings.patch_embeddings((pictures.to(like) - mean) / std)  # [N, E, h, w]
+        angles = self.angles(*x.shape[2:])
+        whole = torch.cat([embeddings.cls_token, embeddings.register_tokens], 1).expand(len(x), -1, -1)
+        x = torch.cat([whole, x.flatten(2).transpose(1, 2)], 1)
+        for layer in self.layer:
+            x = layer(x, angles)
+        return x
+
+
+def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
+    """The network of a folder of transformers, or of a name in the hub's cache; frozen, in float32.
+
+    Raises: as `read_dino`.
+    """
+    path = _weights(name)
+    config, state = _read_config(name, path.with_name("config.json"), "dinov3", Dino3Config.of), read(path, name)
+    types = dict.fromkeys(state, torch.float32)
+    return fill(empty(lambda: Dino3(config)), state, str(path), types=types, device=device).eval().requires_grad_(False)

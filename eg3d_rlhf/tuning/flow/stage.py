@@ -128,10 +128,11 @@ class SparseVoxels:
         volumes = {seed: _normal([self.channels, *[self.resolution] * 3], seed) for seed in set(seeds)}
         samples: list[Latent] = []
         for seed, left in zip(seeds, given, strict=True):
-            places, more = (left.coords, left.feats.cpu()) if isinstance(left, SparseSample) else (left, None)
+            places, more, cells = (left.coords, left.feats.cpu(), left.cells) if isinstance(left, SparseSample) else (left, None, None)
             places = self._checked(who, places)
             x, y, z = places.cpu().long().unbind(1)
-            samples.append(SparseSample(places.cpu().int(), volumes[seed][:, x, y, z].T.contiguous(), more))
+            more = more if self.given else None
+            samples.append(SparseSample(places.cpu().int(), volumes[seed][:, x, y, z].T.contiguous(), more, cells))
         return collate(samples)
 
     def check(self, who: str, latent: Latent, remedy: str) -> None:

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,19 @@ class OpenedFolder:
         return tensor.to(self.device)
 
     def encode(self, assets: Sequence[Any]) -> Sequence[Mapping[str, Latent]]:
-        """Not there, where encoders are not read. Raises: ValueError."""
+        """Per asset the latents of its stages, each computed when it is asked for; not there, where encoders are not read.
+
+        Raises: ValueError.
+        """
+        return [AssetLatents(self, asset) for asset in assets]
+
+    def encodes(self, asset: Any) -> Sequence[str]:
+        """Names of the stages that `encode_stage` has latents of."""
         raise ValueError("encode: expected no assets to encode, got some. This generator's stages are tuned one by one, without the loop.")
+
+    def encode_stage(self, asset: Any, stage: str) -> Latent:
+        """An asset's latent of one stage: the mean of the encoder's distribution, as the stage's flow sees it."""
+        raise NotImplementedError
 
     def normalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
         """Latents [v, C] as decoders read them -> as the flow of a stage sees them."""
@@ -85,6 +96,27 @@ class OpenedFolder:
     def unnormalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
         mean, std = (feats.new_tensor(values) for values in self.scales[stage])
         return feats * std + mean
+
+
+class AssetLatents(Mapping[str, Latent]):
+    """The latents of an asset by stage, computed once, when asked for."""
+
+    def __init__(self, pipeline: OpenedFolder, asset: Any):
+        self._pipeline, self._asset, self._stages = pipeline, asset, pipeline.encodes(asset)
+        self._known: dict[str, Latent] = {}
+
+    def __getitem__(self, stage: str) -> Latent:
+        if stage not in self._stages:
+            raise KeyError(stage)
+        if stage not in self._known:
+            self._known[stage] = self._pipeline.encode_stage(self._asset, stage)
+        return self._known[stage]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stages)
+
+    def __len__(self) -> int:
+        return len(self._stages)
 
 
 def read_yaml(path: Path) -> dict:

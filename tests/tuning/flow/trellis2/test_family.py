@@ -1,27 +1,28 @@
 """TRELLIS.2 as a family: surfaces to look at, one DPO step, the folder with adapters merged, and the documented round trip."""
 
 import copy
+import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+import trimesh
 from safetensors.torch import load_file, save_file
 
 from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
 from eg3d_rlhf.models.policies import save_policy
-from eg3d_rlhf.models.sparse import SparseSample
+from eg3d_rlhf.models.sparse import SparseSample, feats_of
 from eg3d_rlhf.models.trellis2 import VoxelAsset
-from eg3d_rlhf.tuning.flow.conditions import read_conditions
-from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.conditions import write_conditions
 from eg3d_rlhf.tuning.flow.families.trellis2 import pipeline as family
 from eg3d_rlhf.tuning.flow.families.trellis2.pipeline import load_pipeline, surface_of
 from eg3d_rlhf.tuning.flow.generate import generate
-from eg3d_rlhf.tuning.flow.pairs import read_pairs
+from eg3d_rlhf.tuning.flow.stage import stage_of
 from tests.tuning.flow.documented_commands import run_section
 from tests.tuning.flow.one_step import check_one_dpo_step
 from tests.tuning.flow.refused import refusal, write_people
-from tests.tuning.flow.trellis2.tiny_trellis2 import NAMES, PIPELINE, E, tokens, write_pipeline
+from tests.tuning.flow.trellis2.tiny_trellis2 import NAMES, tokens, write_pipeline
 
 
 def test_a_face_about_every_crossed_edge_that_four_voxels_share():
@@ -34,8 +35,8 @@ def test_a_face_about_every_crossed_edge_that_four_voxels_share():
     assert len(faces) == 4 and set(faces.flatten().tolist()) == {0, 1, 2, 3, 4, 6}  # voxels x = 0, and z = 0
     area = torch.linalg.cross(vertices[faces[:, 1]] - vertices[faces[:, 0]], vertices[faces[:, 2]] - vertices[faces[:, 0]]).norm(dim=1) / 2
     torch.testing.assert_close(area, torch.full([4], 0.125))
-    asset.split[[1, 2]] = 9.0  # the other diagonal of the face x = 0
-    assert any({1, 2} <= set(face) for face in surface_of(asset)[1].tolist()) and not any({1, 2} <= set(face) for face in faces.tolist())
+    asset.split[[0, 3]] = 9.0  # the other diagonal of the face x = 0
+    assert any({1, 2} <= set(face) for face in faces.tolist()) and not any({1, 2} <= set(face) for face in surface_of(asset)[1].tolist())
 
 
 @pytest.mark.parametrize("name", ["structure", "shape_1024", "texture"])
@@ -53,7 +54,7 @@ def test_adapters_are_merged_into_the_files_own_types(pipeline, trellis2_root, t
     save_policy(model, tmp_path / "adapter", {})
     report = family.export(trellis2_root, tmp_path / "out", {"texture": tmp_path / "adapter"})
     assert report["tuned"]["texture"]["file"] == "tex_1024.safetensors" and 0 < report["tuned"]["texture"]["rounding"] < 0.1
-    assert report["elsewhere"] == [] and len(report["kept"]) == 7
+    assert report["elsewhere"] == [] and {"shape_slat_encoder", "tex_slat_encoder", "sparse_structure_encoder"} <= set(report["kept"])
     old, new = (load_file(root / "ckpts" / "tex_1024.safetensors") for root in (trellis2_root, tmp_path / "out"))
     assert {k: (t.dtype, t.shape) for k, t in old.items()} == {k: (t.dtype, t.shape) for k, t in new.items()}
     changed = {k for k in old if not torch.equal(old[k], new[k])}
@@ -68,53 +69,6 @@ def test_adapters_are_merged_into_the_files_own_types(pipeline, trellis2_root, t
         family.export(trellis2_root, tmp_path / "out2", {"paint": tmp_path})
 
 
-class Encoder:
-    """In place of DINOv3's weights."""
-
-    def __init__(self, name, device):
-        assert name == PIPELINE["args"]["image_cond_model"]["args"]["model_name"]
-        self.name = name
-
-    def __call__(self, picture):
-        assert picture.shape[1:] in ((512, 512), (1024, 1024))
-        return torch.full((picture.shape[1] // 256, E), float(picture.mean()))
-
-
-@pytest.mark.long
-def test_the_documented_round_trip(trellis2_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(family, "PictureEncoder", Encoder)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "PICTURES").mkdir()
-    for i, name in enumerate(NAMES):
-        picture = Image.new("RGBA", (40, 40))
-        picture.paste((60 * i, 90, 30, 255), (5, 5, 30, 35))
-        picture.save(tmp_path / "PICTURES" / f"{name}.png")
-    called = run_section("TRELLIS.2", trellis2_root, tmp_path)
-    assert called == ["conditions", "draw", "ranking", "train", "export"]
-    read = read_conditions(tmp_path / "PAIRS")
-    assert set(read.names) == set(NAMES) and read.form == {"1024": [4, E], "512": [2, E]}
-    for stage in ("structure", "shape_512", "shape_1024", "texture"):
-        assert len(read_pairs(tmp_path / "PAIRS" / stage)[0]) == len(NAMES)
-    base, tuned = (load_pipeline(root, read) for root in (trellis2_root, tmp_path / "TUNED"))
-    same = [all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
-            for one, other in zip(base.stages, tuned.stages, strict=True)]
-    assert same == [True, True, True, False]
-    assert family_of(tmp_path / "TUNED").name == "trellis2" and generate(tuned, NAMES[:1], [0])[0].materials.isfinite().all()
-
-
-def test_dinov3_before_its_last_norm(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.DINOv3ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, patch_size=16, num_register_tokens=4
-    )
-    torch.manual_seed(0)
-    transformers.DINOv3ViTModel(config).save_pretrained(tmp_path)
-    encoder = family.PictureEncoder(str(tmp_path))
-    tokens = encoder(torch.rand(3, 32, 32))
-    assert tokens.shape == (1 + 4 + 4, 16)
-    torch.testing.assert_close(tokens.mean(1), torch.zeros(9), rtol=0, atol=1e-5)
-
-
 def test_what_train_refuses(trellis2_root, tmp_path):
     root = shutil.copytree(trellis2_root, tmp_path / "root")
     shutil.copytree(trellis2_root.parent / "trellis", tmp_path / "trellis")
@@ -123,7 +77,7 @@ def test_what_train_refuses(trellis2_root, tmp_path):
     textures = [SparseSample(coords, torch.randn(2, 4, generator=g), torch.zeros(2, 4)) for _ in range(2)]
     people = write_people(tmp_path / "a", "texture", *textures, tokens())
     others = write_people(tmp_path / "b", "texture", *textures, tokens(size=7))
-    assert "expected tokens [L, 6] named '512' for stage 'structure', got {'1024': [5, 7], '512': [3, 7]} of dinov3." in refusal(
+    assert "expected tokens [L, 6] named '512' for stage 'structure', got {'1024': [5, 7], '512': [3, 7]}." in refusal(
         root, others, "texture", tmp_path
     )
     plain = write_people(tmp_path / "c", "texture", *(SparseSample(x.coords, x.feats) for x in textures), tokens())
@@ -140,3 +94,50 @@ def test_what_train_refuses(trellis2_root, tmp_path):
         "k_rms_norm.gamma", "q_rms_norm.gamma", "to_kv.bias", "to_kv.weight", "to_out.bias", "to_out.weight", "to_q.bias", "to_q.weight"
     )]
     assert f"missing: {', '.join(names)}; unexpected: " in said
+
+
+def write_meshes(folder):
+    """Boxes that people ranked by their height, with embeddings of the conditions."""
+    folder.mkdir()
+    lines = []
+    for i, name in enumerate(NAMES):
+        for rank in (1, 2, 3):
+            box = trimesh.creation.box((1.0, 0.4 + 0.1 * i, 1.2 - 0.3 * rank))
+            box.export(folder / f"{i}-{rank}.ply")
+            lines.append(json.dumps({"condition": name, "rank": rank, "asset": f"{i}-{rank}.ply"}))
+    (folder / "ranking.jsonl").write_text("".join(line + "\n" for line in lines))
+    write_conditions(folder / "conditions.safetensors", tokens())
+
+
+@pytest.mark.long
+def test_the_loop_on_structure_and_shape_with_its_controls(trellis2_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_meshes(tmp_path / "MESHES")
+    few = "--steps=3 --batch=4 --lr=0.05 --table-noises=2 --seeds=1 --device=cpu".split()
+    few += [f"--set={setting}" for setting in ("warmup=0", "choose_noises=0", "roles=reward")]
+    assert run_section("TRELLIS.2's loop", trellis2_root, tmp_path, few) == ["ranking", "train"]
+    (run,) = (tmp_path / "runs").glob("00000-*")
+    groups = json.loads((run / "ablation.json").read_text())["groups"]
+    assert set(groups) == {"a", "d", "i", "anchor", "shuffled"}
+
+
+def test_a_mesh_of_ones_own_becomes_latents_of_structure_and_shape(trellis2_root, tmp_path):
+    write_meshes(tmp_path / "MESHES")
+    pipeline = family.FAMILY.encoder(trellis2_root, device="cpu")
+    lying, upright_file = tmp_path / "y_up.glb", tmp_path / "MESHES" / "0-1.ply"
+    turn = trimesh.transformations.rotation_matrix(-np.pi / 2, [1, 0, 0])
+    trimesh.load_mesh(upright_file).apply_transform(turn).export(lying)
+    (upright,), (glb,) = (pipeline.encode([family.read_asset(path)]) for path in (upright_file, lying))
+    assert list(upright) == list(glb) == ["structure", "shape_512", "shape_1024"]
+    for stage in pipeline.stages[:-1]:
+        stage.check(stage.name, upright[stage.name])
+        torch.testing.assert_close(feats_of(upright[stage.name]), feats_of(glb[stage.name]), rtol=1e-3, atol=1e-4)
+
+
+def test_drawn_assets_are_encoded_with_their_materials(pipeline):
+    (asset,) = generate(pipeline, NAMES[:1], [0])
+    (latents,) = pipeline.encode([asset])
+    assert list(latents) == ["structure", "shape_512", "shape_1024", "texture"]
+    for stage in ("structure", "shape_1024", "texture"):
+        stage_of(pipeline, stage).check(stage, latents[stage])
+    assert torch.equal(latents["texture"].given, latents["shape_1024"].feats)

@@ -6,10 +6,10 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from eg3d_rlhf.models.trellis2 import BLOCK, SPLIT
+from eg3d_rlhf.models.trellis2 import BLOCK, MERGE, SPLIT
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families.trellis.files import build_model
-from eg3d_rlhf.tuning.flow.families.trellis2.files import ARCHITECTURES
+from eg3d_rlhf.tuning.flow.families.trellis2.files import ARCHITECTURES, TEXTURING
 
 NAMES = ("a chair", "a lamp", "a tree", "a house")
 E = 6
@@ -20,6 +20,9 @@ _FLOW = dict(
 _DECODER = dict(
     model_channels=[16, 8], latent_channels=4, num_blocks=[1, 0], block_type=[BLOCK, BLOCK], up_block_type=[SPLIT],
     block_args=[{"use_checkpoint": False}, {}], use_fp16=True,
+)
+_ENCODER = dict(
+    model_channels=[8, 16], latent_channels=4, num_blocks=[0, 1], block_type=[BLOCK, BLOCK], down_block_type=[MERGE], use_fp16=True,
 )
 
 
@@ -32,11 +35,14 @@ MODELS = {  # stem -> JSON
     "shape_512": _flow("SLatFlowModel", 4, 4), "shape_1024": _flow("SLatFlowModel", 8, 4),
     "tex_512": _flow("SLatFlowModel", 4, 4, given=4), "tex_1024": _flow("SLatFlowModel", 8, 4, given=4),
     "shape_dec": {"name": "FlexiDualGridVaeDecoder", "args": {"resolution": 16, **_DECODER}},
+    "shape_enc": {"name": "FlexiDualGridVaeEncoder", "args": _ENCODER},
+    "tex_enc_next_dc_f16c32_fp16": {"name": "SparseUnetVaeEncoder", "args": {"in_channels": 6, **_ENCODER}},
     "tex_dec": {"name": "SparseUnetVaeDecoder", "args": {"out_channels": 6, "pred_subdiv": False, **_DECODER}},
 }
-STRUCTURE_DECODER = {
-    "name": "SparseStructureDecoder",
-    "args": {"out_channels": 1, "latent_channels": 2, "num_res_blocks": 1, "num_res_blocks_middle": 1, "channels": [8, 4]},
+_STRUCTURE = {"latent_channels": 2, "num_res_blocks": 1, "num_res_blocks_middle": 1}
+STRUCTURE = {  # beside, in TRELLIS's own folder
+    "ss_dec": {"name": "SparseStructureDecoder", "args": {"out_channels": 1, "channels": [8, 4], **_STRUCTURE}},
+    "ss_enc_conv3d_16l8_fp16": {"name": "SparseStructureEncoder", "args": {"in_channels": 1, "channels": [4, 8], **_STRUCTURE}},
 }
 
 
@@ -64,13 +70,14 @@ PIPELINE = {
 
 
 def write_trellis2(root):
-    """All files, the structure's decoder in a folder beside; returns the folder."""
-    for i, (stem, content) in enumerate({**MODELS, "ss_dec": STRUCTURE_DECODER}.items()):
-        ckpts = (root.parent / "trellis" if stem == "ss_dec" else root) / "ckpts"
+    """All files, the structure's autoencoder in a folder beside; returns the folder."""
+    for i, (stem, content) in enumerate({**MODELS, **STRUCTURE}.items()):
+        ckpts = (root.parent / "trellis" if stem in STRUCTURE else root) / "ckpts"
         ckpts.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(i)
         save_file(build_model(content, stem, ARCHITECTURES).state_dict(), ckpts / f"{stem}.safetensors")
         (ckpts / f"{stem}.json").write_text(json.dumps(content))
+    (root / TEXTURING).write_text(json.dumps({"args": {"models": {"shape_slat_encoder": "ckpts/shape_enc"}}}))
     write_pipeline(root)
     return root
 
@@ -87,4 +94,4 @@ def tokens(names=NAMES, size=E) -> Conditions:
     """Random embeddings of two pictures each."""
     g = torch.Generator().manual_seed(5)
     found = {name: {"512": torch.randn(3, size, generator=g), "1024": torch.randn(5, size, generator=g)} for name in names}
-    return Conditions(tokens=found, encoder="dinov3", zero_null=True)
+    return Conditions(tokens=found, zero_null=True)

@@ -2,17 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eg3d_rlhf.models.policies import link
-from eg3d_rlhf.models.weights import in_types_of, write
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, check_stages, register
-from eg3d_rlhf.tuning.flow.families.folder import merged
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, write_ply
 from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder, TextEncoder
 from eg3d_rlhf.tuning.flow.families.trellis.files import (
@@ -20,9 +16,8 @@ from eg3d_rlhf.tuning.flow.families.trellis.files import (
     KINDS,
     LATENT_ENCODER,
     NEEDED,
-    USUAL_STEMS,
     PipelineFile,
-    base_state,
+    export_models,
     find_model,
     find_weights,
     load_model,
@@ -34,8 +29,6 @@ from eg3d_rlhf.tuning.flow.families.trellis.pair_import import candidate, normal
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.tuning.flow.families.trellis.problem import RewardOfPairs, trellis_problem
 from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource
-from training.progress import tqdm
-from training.storage import write_atomic
 
 
 def recognises(root: Path) -> bool:
@@ -85,7 +78,7 @@ def networks(root: Path) -> list[Network]:
     try:
         return [*there, network_of(LATENT_ENCODER, find_model(file, LATENT_ENCODER), without=lost)]
     except FileNotFoundError:
-        return [*there, Network(name=LATENT_ENCODER, file=root / USUAL_STEMS[LATENT_ENCODER], expected={}, found={}, without=lost)]
+        return [*there, Network(name=LATENT_ENCODER, file=root / file.usual[LATENT_ENCODER], expected={}, found={}, without=lost)]
 
 
 def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Conditions:
@@ -110,49 +103,11 @@ def show(asset: SplatAsset, path: Path) -> Path:
 
 
 def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
-    """Write pipeline.json and all models that are on this machine to a new folder, with tuned flows in place of those of `root`.
-
-    Tuned weights are merged and rounded to the types of the file that they replace. Models that nothing changed are linked, or copied where
-    the file system cannot; those that are elsewhere ("owner/repo/path") and not found stay references. The encoders, which pipeline.json
-    does not name but the loop needs, come along where they are found.
-
-    Args: tuned: by stage, a folder or file of weights in any layout that policies.tuned_model reads.
-    Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...], "elsewhere": [...]}, names of models;
-        rounding: share of the update that merging loses.
-    Raises: FileNotFoundError or ValueError for stages, files or a folder that do not fit.
-    """
-    file, out = read_pipeline(root), Path(out)
+    """See `export_models`. What pipeline.json names in a folder that is there must be there."""
+    file = read_pipeline(root)
     check_stages("export", FAMILY, list(tuned))
-    models, done, kept, elsewhere = dict(file.models), {}, [], []
-    sources: dict[str, Path] = {}  # by stem
-    stages = {FLOWS[stage]: stage for stage in tuned}
-    names = [*file.models, *(name for name in USUAL_STEMS if name not in file.models)]
-    for name in tqdm(names, desc="export", unit="model", leave=False, disable=None):
-        try:
-            stem = find_model(file, name)
-        except FileNotFoundError:
-            if name in stages or (name in file.models and (file.root / file.models[name]).parent.is_dir()):
-                raise
-            elsewhere.append(name)
-            continue
-        if sources.setdefault(stem.name, stem) != stem:
-            raise ValueError(f"export: expected models of different names, got {stem} and {sources[stem.name]}. Rename one.")
-        target = out / "ckpts" / stem.name
-        link(with_ending(stem, ".json"), with_ending(target, ".json"))
-        base = find_weights(stem)
-        assert base is not None  # or there were no such model
-        if name in stages:
-            state, rounding = merged(partial(load_model, stem), tuned[stages[name]])
-            write(with_ending(target, ".safetensors"), in_types_of(base_state(base), state))
-            done[stages[name]] = {"file": f"{stem.name}.safetensors", "rounding": rounding}
-        else:
-            link(base, with_ending(target, base.suffix))
-            kept.append(name)
-        if name in models:
-            models[name] = f"ckpts/{stem.name}"
-    content = {**file.content, "args": {**file.content["args"], "models": models}}
-    write_atomic(out / "pipeline.json", (json.dumps(content, indent=4) + "\n").encode())
-    return {"tuned": done, "kept": kept, "elsewhere": elsewhere}
+    needed = {name for name, value in file.models.items() if (file.root / value).parent.is_dir()}
+    return export_models(file, Path(out), tuned, FLOWS, load_model, needed)
 
 
 FAMILY = register(FlowFamily(

@@ -1,17 +1,19 @@
 """TRELLIS's files: pipeline.json, and per model a JSON file of its architecture beside its weights. Nothing is downloaded or run."""
 
 import dataclasses
+import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from eg3d_rlhf.models.policies import split_state
+from eg3d_rlhf.models.policies import link, split_state
 from eg3d_rlhf.models.trellis.autoencoders import (
     GaussianDecoder,
     GaussianDecoderConfig,
@@ -22,10 +24,12 @@ from eg3d_rlhf.models.trellis.autoencoders import (
     StructureVAEConfig,
 )
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
-from eg3d_rlhf.models.weights import State, empty, fill, read
+from eg3d_rlhf.models.weights import State, empty, fill, in_types_of, read, write
 from eg3d_rlhf.tuning.flow.families import Network
-from eg3d_rlhf.tuning.flow.families.folder import read_json
+from eg3d_rlhf.tuning.flow.families.folder import merged, read_json
 from eg3d_rlhf.tuning.flow.stage import Sampling
+from training.progress import tqdm
+from training.storage import write_atomic
 
 STRUCTURE, LATENT = "structure", "latent"  # names of the stages
 FLOWS = {STRUCTURE: "sparse_structure_flow_model", LATENT: "slat_flow_model"}  # their names in pipeline.json
@@ -56,6 +60,7 @@ class PipelineFile:
     std: tuple[float, ...]
     encoder: str  # of the conditions
     content: Mapping  # all of it
+    usual = USUAL_STEMS
 
     def __post_init__(self):
         if len(self.mean) != len(self.std) or not all(math.isfinite(m) for m in self.mean) or not all(0 < s < math.inf for s in self.std):
@@ -122,6 +127,10 @@ class ModelFolder(Protocol):
     def models(self) -> Mapping[str, str]:
         """Model -> "ckpts/<stem>", or "owner/repo/<path>"."""
 
+    @property
+    def usual(self) -> Mapping[str, str]:
+        """Models that no file names -> their usual names."""
+
 
 def find_model(file: ModelFolder, model: str) -> Path:
     """The path, without ending, of a model's JSON file and weights.
@@ -132,11 +141,9 @@ def find_model(file: ModelFolder, model: str) -> Path:
     Raises: FileNotFoundError naming the model and every place.
     """
     places = list(_places(file, file.models[model])) if model in file.models else []
-    if model in USUAL_STEMS:
-        folders = [file.root / "ckpts"]
-        decoders = [file.models[key] for key in (STRUCTURE_DECODER, GAUSSIAN_DECODER) if key in file.models]
-        folders += [place.parent for value in decoders for place in _places(file, value)]
-        places += [folder / USUAL_STEMS[model] for folder in folders]
+    if model in file.usual:
+        folders = [file.root / "ckpts", *(place.parent for value in file.models.values() for place in _places(file, value))]
+        places += [folder / file.usual[model] for folder in dict.fromkeys(folders)]
     for place in places:
         if with_ending(place, ".json").is_file() and find_weights(place) is not None:
             return place
@@ -192,7 +199,10 @@ def architecture(content: Mapping, who: str, architectures: Architectures = ARCH
         raise ValueError(f"{who}: expected a name among {', '.join(architectures)} and args, got {name!r}. Name a file of TRELLIS.")
     model, config = entry
     fields, missing = dataclasses.fields(config), dataclasses.MISSING
-    foreign = sorted(set(args) - {field.name for field in fields})
+    known = {field.name for field in fields}
+    if getattr(model, "passes_over", False):
+        args = {key: value for key, value in args.items() if key in known}
+    foreign = sorted(set(args) - known)
     needed = sorted(f.name for f in fields if f.default is missing and f.default_factory is missing and f.name not in args)
     if foreign or needed:
         raise ValueError(f"{who}: expected the args of {name}, got unknown {foreign}, missing {needed}. Name a file of TRELLIS.")
@@ -229,17 +239,17 @@ def load_model(
 
 
 def network_of(
-    name: str, stem: Path, *, without: str = "", architectures: Architectures = ARCHITECTURES,
+    name: str, stem: Path, *, without: str = "", released: tuple[int, int] | None = None, architectures: Architectures = ARCHITECTURES,
     prepare: Callable[[Any, Any, State, str], State] | None = None,
 ) -> Network:
-    """What a model's weights hold and should hold, for `flow check`. Args: as `load_model`; without: see Network."""
+    """What a model's weights hold and should hold, for `flow check`. Args: as `load_model`; without, released: see Network."""
     json_file, weights = with_ending(stem, ".json"), find_weights(stem)
     assert weights is not None  # find_model looked
     model, config = architecture(read_json(json_file), str(json_file), architectures)
     state = base_state(weights)
     state = state if prepare is None else prepare(model, config, state, str(weights))
     expected = {key: list(tensor.shape) for key, tensor in empty(lambda: model(config)).state_dict().items()}
-    return Network(name=name, file=weights, expected=expected, found=state, without=without)
+    return Network(name=name, file=weights, expected=expected, found=state, without=without, released=released)
 
 
 def filled(
@@ -268,3 +278,56 @@ def base_state(path: Path) -> State:
     if adapters:
         raise ValueError(f"{path}: expected the weights of a model, got adapters. Give them as tuned weights of their base.")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+Load = Callable[..., nn.Module]  # (path without ending, dtype)
+
+
+def export_models(
+    file: Any, out: Path, tuned: Mapping[str, Path], flows: Mapping[str, str], load: Load, needed: Container[str],
+    also: tuple[str, ...] = (),
+) -> dict:
+    """Write pipeline.json and all models that are on this machine to a new folder, with tuned flows in place of those of the file's root.
+
+    Tuned weights are merged and rounded to the types of the file that they replace. Models that nothing changed are linked, or copied where
+    the file system cannot; those that are elsewhere ("owner/repo/path") and not found stay references. What no file names, such as the
+    encoders that the loop needs, comes along where it is found.
+
+    Args: tuned: by stage, a folder or file of weights in any layout that policies.tuned_model reads; flows: names of the stages' models;
+        needed: models that must be there; also: further files like pipeline.json, where there are any.
+    Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...], "elsewhere": [...]}, names of models;
+        rounding: share of the update that merging loses.
+    Raises: FileNotFoundError or ValueError for files or a folder that do not fit.
+    """
+    placed, done, kept, elsewhere = dict[str, str](), {}, [], []
+    sources: dict[str, Path] = {}  # by stem
+    stages = {flows[stage]: stage for stage in tuned}
+    for name in tqdm(dict.fromkeys([*file.models, *file.usual]), desc="export", unit="model", leave=False, disable=None):
+        try:
+            stem = find_model(file, name)
+        except FileNotFoundError:
+            if name in needed or name in stages:
+                raise
+            elsewhere.append(name)
+            continue
+        if sources.setdefault(stem.name, stem) != stem:
+            raise ValueError(f"export: expected models of different names, got {stem} and {sources[stem.name]}. Rename one.")
+        target = out / "ckpts" / stem.name
+        link(with_ending(stem, ".json"), with_ending(target, ".json"))
+        base = find_weights(stem)
+        assert base is not None  # or there were no such model
+        if name in stages:
+            state, rounding = merged(partial(load, stem), tuned[stages[name]])
+            write(with_ending(target, ".safetensors"), in_types_of(base_state(base), state))
+            done[stages[name]] = {"file": f"{stem.name}.safetensors", "rounding": rounding}
+        else:
+            link(base, with_ending(target, base.suffix))
+            kept.append(name)
+        placed[name] = f"ckpts/{stem.name}"
+    for path in (file.root / name for name in ("pipeline.json", *also)):
+        if path.is_file():
+            content = read_json(path)
+            models = {name: placed.get(name, value) for name, value in content["args"]["models"].items()}
+            content["args"]["models"] = models
+            write_atomic(out / path.name, (json.dumps(content, indent=4) + "\n").encode())
+    return {"tuned": done, "kept": kept, "elsewhere": elsewhere}

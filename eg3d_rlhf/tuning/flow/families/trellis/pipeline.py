@@ -3,7 +3,7 @@
 Shape letters: N samples, C channels, R grid points per axis, L tokens of a condition, E their size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,13 +83,13 @@ class TrellisPipeline(OpenedFolder):
             assets.append(SplatAsset.of(gaussians))
         return assets
 
-    def encode(self, assets: Sequence[SplatAsset]) -> list["AssetLatents"]:
-        """Per asset the latents of both stages, each computed when it is asked for."""
-        return [AssetLatents(self, asset) for asset in assets]
+    def encodes(self, asset: SplatAsset) -> Sequence[str]:
+        """Both."""
+        return (files.STRUCTURE, files.LATENT)
 
     @torch.no_grad()
     def encode_stage(self, asset: SplatAsset, stage: str) -> Latent:
-        """An asset's latent of one stage: the mean of the encoder's distribution, the second stage's normalised.
+        """The second stage's is normalised.
 
         Raises: FileNotFoundError or ValueError where the encoder or DINOv2 are not on this machine.
         """
@@ -105,27 +105,6 @@ class TrellisPipeline(OpenedFolder):
 
     def voxels(self, asset: SplatAsset) -> torch.Tensor:
         return voxels_filled(asset, self.resolution, self.encoding.share)
-
-
-class AssetLatents(Mapping[str, Latent]):
-    """The latents of an asset by stage, computed once, when asked for: the second stage's needs DINOv2."""
-
-    def __init__(self, pipeline: TrellisPipeline, asset: SplatAsset):
-        self._pipeline, self._asset = pipeline, asset
-        self._found: dict[str, Latent] = {}
-
-    def __getitem__(self, stage: str) -> Latent:
-        if stage not in (files.STRUCTURE, files.LATENT):
-            raise KeyError(stage)
-        if stage not in self._found:
-            self._found[stage] = self._pipeline.encode_stage(self._asset, stage)
-        return self._found[stage]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((files.STRUCTURE, files.LATENT))
-
-    def __len__(self) -> int:
-        return 2
 
 
 def load_pipeline(

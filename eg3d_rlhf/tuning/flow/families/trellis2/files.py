@@ -1,6 +1,7 @@
 """TRELLIS.2's files: pipeline.json, and per model a JSON file of its architecture beside its weights. Nothing is downloaded or run.
 
-The structure's autoencoder is TRELLIS's own, and is named by reference into a folder of it.
+The structure's autoencoder is TRELLIS's own, and is named by reference into a folder of it. The shape's encoder is named in
+texturing_pipeline.json alone, that of materials and the structure's nowhere.
 """
 
 import math
@@ -13,30 +14,52 @@ from typing import Any
 import torch
 from torch import nn
 
-from eg3d_rlhf.models.trellis.autoencoders import StructureDecoder, StructureVAEConfig
-from eg3d_rlhf.models.trellis2 import FlowConfig, StructureFlow, VoxelDecoder, VoxelDecoderConfig, VoxelFlow
+from eg3d_rlhf.models.trellis.autoencoders import StructureDecoder, StructureEncoder, StructureVAEConfig
+from eg3d_rlhf.models.trellis2 import (
+    FlowConfig,
+    StructureFlow,
+    VoxelDecoder,
+    VoxelDecoderConfig,
+    VoxelEncoder,
+    VoxelEncoderConfig,
+    VoxelFlow,
+    VoxelNetwork,
+    angles_of,
+)
 from eg3d_rlhf.models.weights import State
 from eg3d_rlhf.tuning.flow.families.trellis import files
 from eg3d_rlhf.tuning.flow.stage import Sampling
 
 NAME = "Trellis2ImageTo3DPipeline"
+TEXTURING = "texturing_pipeline.json"
 STRUCTURE, LOW, HIGH, TEXTURE = STAGES = ("structure", "shape_512", "shape_1024", "texture")
+_CASCADE = {
+    STRUCTURE: "sparse_structure_flow_model", LOW: "shape_slat_flow_model_512", HIGH: "shape_slat_flow_model_1024",
+    TEXTURE: "tex_slat_flow_model_1024",
+}  # fmt: skip
 CHAINS = {  # pipeline_type -> its stages, and their models in pipeline.json
     "512": {STRUCTURE: "sparse_structure_flow_model", LOW: "shape_slat_flow_model_512", TEXTURE: "tex_slat_flow_model_512"},
     "1024": {STRUCTURE: "sparse_structure_flow_model", HIGH: "shape_slat_flow_model_1024", TEXTURE: "tex_slat_flow_model_1024"},
-    "1024_cascade": {
-        STRUCTURE: "sparse_structure_flow_model", LOW: "shape_slat_flow_model_512", HIGH: "shape_slat_flow_model_1024",
-        TEXTURE: "tex_slat_flow_model_1024",
-    },
+    "1024_cascade": _CASCADE, "1536_cascade": _CASCADE,
 }
 STRUCTURE_DECODER, SHAPE_DECODER, TEXTURE_DECODER = DECODERS = ("sparse_structure_decoder", "shape_slat_decoder", "tex_slat_decoder")
+STRUCTURE_ENCODER, SHAPE_ENCODER, TEXTURE_ENCODER = ENCODERS = ("sparse_structure_encoder", "shape_slat_encoder", "tex_slat_encoder")
+USUAL_STEMS = dict(zip(ENCODERS, ("ss_enc_conv3d_16l8_fp16", "shape_enc_next_dc_f16c32_fp16", "tex_enc_next_dc_f16c32_fp16"), strict=True))
+LOST = dict(zip(ENCODERS, ("meshes of your own, no loop", "meshes of your own, no loop", "latents of materials of assets"), strict=True))
+RELEASED = {  # tensors and numbers
+    "sparse_structure_flow_model": (640, 1_292_179_976), "shape_slat_flow_model_512": (640, 1_292_253_728),
+    "shape_slat_flow_model_1024": (640, 1_292_253_728), "tex_slat_flow_model_512": (640, 1_292_302_880),
+    "tex_slat_flow_model_1024": (640, 1_292_302_880), SHAPE_DECODER: (292, 474_231_463), TEXTURE_DECODER: (284, 474_216_006),
+    SHAPE_ENCODER: (284, 354_385_392), TEXTURE_ENCODER: (284, 354_385_392),
+}  # fmt: skip
 SAMPLERS = {STRUCTURE: "sparse_structure_sampler", LOW: "shape_slat_sampler", HIGH: "shape_slat_sampler", TEXTURE: "tex_slat_sampler"}
 NORMALIZATIONS = {LOW: "shape_slat_normalization", HIGH: "shape_slat_normalization", TEXTURE: "tex_slat_normalization"}
 ENCODER = "facebook/dinov3-vitl16-pretrain-lvd1689m"  # where pipeline.json names none
 ARCHITECTURES: files.Architectures = {  # published names of classes; "Elastic" in front changes nothing
     "SparseStructureFlowModel": (StructureFlow, FlowConfig), "SLatFlowModel": (VoxelFlow, FlowConfig),
-    "SparseStructureDecoder": (StructureDecoder, StructureVAEConfig), "FlexiDualGridVaeDecoder": (VoxelDecoder, VoxelDecoderConfig),
-    "SparseUnetVaeDecoder": (VoxelDecoder, VoxelDecoderConfig),
+    "SparseStructureDecoder": (StructureDecoder, StructureVAEConfig), "SparseStructureEncoder": (StructureEncoder, StructureVAEConfig),
+    "FlexiDualGridVaeDecoder": (VoxelDecoder, VoxelDecoderConfig), "FlexiDualGridVaeEncoder": (VoxelEncoder, VoxelEncoderConfig),
+    "SparseUnetVaeDecoder": (VoxelDecoder, VoxelDecoderConfig), "SparseUnetVaeEncoder": (VoxelEncoder, VoxelEncoderConfig),
 }
 _NESTED = re.compile(r"\.(conv[12]?)\.conv\.(weight|bias)$")  # as spconv names a convolution's tensors; others leave the second conv out
 
@@ -47,12 +70,12 @@ class PipelineFile:
 
     root: Path
     kind: str  # of CHAINS
-    models: Mapping[str, str]  # model -> "ckpts/<stem>", or "owner/repo/<path>"
+    models: Mapping[str, str]  # model -> "ckpts/<stem>", or "owner/repo/<path>", of both pipelines' files
     sampling: Mapping[str, Sampling]  # by stage
     sigma_min: Mapping[str, float]  # by stage
     normalization: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]  # mean and std per channel, by stage but the first
     encoder: str  # of the conditions
-    content: Mapping  # all of it
+    usual = USUAL_STEMS
 
     @property
     def flows(self) -> dict[str, str]:
@@ -80,9 +103,11 @@ def read_pipeline(root: Path) -> PipelineFile:
     if missing:
         raise ValueError(f"{path}: expected all models of {kind!r}, got none for {', '.join(missing[:8])}. Restore it.")
     samplers = {stage: _sampler(path, args, SAMPLERS[stage]) for stage in chain}
-    image = args.get("image_cond_model") or {}
+    image, beside = args.get("image_cond_model") or {}, root / TEXTURING
+    texturing = files.read_json(beside).get("args") if beside.is_file() else None
+    named = texturing.get("models") if isinstance(texturing, dict) else None
     return PipelineFile(
-        root=root, kind=kind, models=dict(models), content=content,
+        root=root, kind=kind, models={**(named or {}), **models},
         encoder=str((image.get("args") or {}).get("model_name") or ENCODER) if isinstance(image, Mapping) else str(image),
         sampling={stage: sampling for stage, (sampling, _) in samplers.items()},
         sigma_min={stage: sigma_min for stage, (_, sigma_min) in samplers.items()},
@@ -103,12 +128,12 @@ def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
             "Write which it is."
         )
     try:
-        strength = float(params.get("guidance_strength", 1.0))
+        strength = float(params.get("guidance_strength", 3.0))
         low, high = (float(t) for t in params.get("guidance_interval", (0.0, 1.0)))
         if strength < 1:
             raise ValueError(f"expected guidance_strength >= 1, got {strength}. Less is no guidance towards the condition.")
         sampling = Sampling(
-            steps=int(params.get("steps", 12)), rescale_t=float(params.get("rescale_t", 1.0)), cfg_strength=strength - 1,
+            steps=int(params.get("steps", 50)), rescale_t=float(params.get("rescale_t", 1.0)), cfg_strength=strength - 1,
             cfg_interval=(low, high), cfg_rescale=float(params.get("guidance_rescale", 0.0)),
         )
         return sampling, float((content.get("args") or {}).get("sigma_min", 1e-5))
@@ -134,20 +159,20 @@ def load_model(
 
     Raises: ValueError also for a file with the angles of other rotary positions (`rope_phases`) than its JSON file speaks of.
     """
-    return files.load_model(stem, dtype, weights=weights, device=device, architectures=ARCHITECTURES, prepare=_prepared)
+    return files.load_model(stem, dtype, weights=weights, device=device, architectures=ARCHITECTURES, prepare=prepared)
 
 
-def _prepared(model: Any, config: Any, state: State, who: str) -> State:
+def prepared(model: Any, config: Any, state: State, who: str) -> State:
     """Convolutions in one spelling. Angles are computed; where a file has them, as complex numbers of length 1, they must be the same."""
-    if model is VoxelDecoder:
+    if issubclass(model, VoxelNetwork):
         return {_NESTED.sub(r".\1.\2", name): tensor for name, tensor in state.items()}
     if model is StructureFlow and "rope_phases" in state:
         stored = state.pop("rope_phases")
-        angles = config.angles(torch.cartesian_prod(*[torch.arange(config.resolution)] * 3))
+        angles = angles_of(torch.cartesian_prod(*[torch.arange(config.resolution)] * 3), config.head_channels)
         expected = torch.polar(torch.ones_like(angles), angles)
         if not stored.is_complex() or stored.shape != expected.shape or not torch.allclose(stored.to(expected), expected, atol=1e-2):
             form, got = f"complex {list(expected.shape)}", f"{stored.dtype} {list(stored.shape)}"
-            raise ValueError(f"{who}: expected rope_phases of its rope_freq, {form}, got {got} of others. Correct its JSON.")
+            raise ValueError(f"{who}: expected rope_phases of its resolution, {form}, got {got} of others. Correct its JSON.")
     return state
 
 
