@@ -10,6 +10,7 @@ head, V voxels, W voxels after a split.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -482,7 +483,8 @@ class VoxelAsset:
 
     def to(self, device: str | torch.device) -> "VoxelAsset":
         """On another device."""
-        return VoxelAsset(**{k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in vars(self).items()})
+        moved: dict[str, Any] = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()}
+        return VoxelAsset(**moved)
 
 
 def assets_of(shape: SparseBatch, materials: SparseBatch | None, resolution: int, margin: float) -> list[VoxelAsset]:

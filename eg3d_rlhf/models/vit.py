@@ -227,7 +227,7 @@ def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
     if path.suffix == ".pth":
         config = DinoConfig.of_state(state, str(path))
     else:
-        state, config = hub_names(state), _read_config(name, path.with_name("config.json"), "dinov2", _dino)
+        state, config = hub_names(state), _read_config(name, path, "dinov2", _dino)
     return load_dino(config, state, str(path), device)
 
 
@@ -262,9 +262,10 @@ def _places(name: str) -> Iterator[Path]:
     yield from (folder / "model.safetensors" for folder in folders)
 
 
-def _read_config(name: str, path: Path, kind: str, make: Callable[[Mapping[str, Any]], Any]) -> Any:
+def _read_config(name: str, weights: Path, kind: str, make: Callable[[Mapping[str, Any]], Any]) -> Any:
+    path = weights.with_name("config.json")
     if not path.is_file():
-        raise FileNotFoundError(f"{name}: expected config.json beside its weights, got none. Restore the folder.")
+        raise FileNotFoundError(f"{name}: expected config.json beside {weights.name}, got none. Restore the folder.")
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or not str(content.get("model_type")).startswith(kind):
@@ -385,6 +386,6 @@ def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
     Raises: as `read_dino`.
     """
     path = _weights(name)
-    config, state = _read_config(name, path.with_name("config.json"), "dinov3", Dino3Config.of), read(path, name)
+    config, state = _read_config(name, path, "dinov3", Dino3Config.of), read(path, name)
     types = dict.fromkeys(state, torch.float32)
     return fill(empty(lambda: Dino3(config)), state, str(path), types=types, device=device).eval().requires_grad_(False)

@@ -1,12 +1,16 @@
 """`eg3d-rlhf flow check`: what a folder holds, on one screen, and exit code 0 only where all of it fits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
 
+from eg3d_rlhf.modes import flow_check
 from eg3d_rlhf.modes.flow_check import check
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
+from eg3d_rlhf.tuning.flow.families.trellis2 import pipeline as trellis2
 from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import CONTENT, write_hunyuan3d
 from tests.tuning.flow.trellis.tiny_trellis import write_trellis
 from tests.tuning.flow.trellis2.tiny_trellis2 import write_trellis2
@@ -70,6 +74,10 @@ def test_a_folder_of_trellis_with_and_without_an_encoder(tmp_path):
     assert code == 0 and "slat_encoder is not there" in text and "the loop" not in text
 
 
-def test_a_family_without_a_list_of_networks_is_opened(tmp_path):
-    code, text = looked(write_trellis2(tmp_path / "ROOT"))
-    assert code == 0 and "trellis2" in text and "tune structure" in text
+def test_a_family_without_a_list_of_networks_is_opened(tmp_path, monkeypatch):
+    root = write_trellis2(tmp_path / "ROOT")
+    code, text = looked(root)
+    assert code == 0 and "tune structure" in text and "the loop" in text and "shape_slat_encoder: " in text
+    monkeypatch.setattr(flow_check, "family_of", lambda root, say: replace(trellis2.FAMILY, networks=None))
+    code, text = looked(root)
+    assert code == 0 and "tune structure" in text and "shape_slat_encoder" not in text
