@@ -272,7 +272,7 @@ def _read_config(name: str, weights: Path, kind: str, make: Callable[[Mapping[st
             raise ValueError(f"its model_type is not {kind}")
         return make(content)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: expected the settings of a {kind}, got: {error}. Restore the file.") from None
+        raise ValueError(f"{path}: expected the settings of a {kind.replace('dino', 'DINO')}, got: {error}. Restore the file.") from None
 
 
 def _dino(content: Mapping[str, Any]) -> DinoConfig:
