@@ -55,7 +55,8 @@ HEADS = {  # `python train.py --reward=sigma --lambda-r=10`, but for --reward an
     "glr": 2e-5, "dlr": 1e-4, "rlr": 5e-4, "ema_kimg": 0.1, "ema_rampup": None, "amp": "off",
     # The reward: its weight, what holds the density to the untuned generator's, and the trust region.
     "lambda_r": 10.0, "lambda_sigma": 0.01, "lambda_front": 0.0, "lambda_nose": 0.0, "nose_floor": "window", "reward_clip": "-10,10",
-    "reward_shaping": "none", "anchor_resolution": 32, "reference": None, "early_stop": None, "early_stop_distance": None, "control": None,
+    "reward_shaping": "none", "anchor_gate": 1.0, "anchor_resolution": 32, "reference": None, "early_stop": None,
+    "early_stop_distance": None, "control": None,
     # Rounds of labels, rewards and tuning: none.
     "rounds": 0, "round_pairs": 400, "round_labels": SYNTHETIC, "round_doubtful": 0.5, "round_members": 5, "round_preset": None,
     "round_aggregate": None, "round_start": "pretrained",

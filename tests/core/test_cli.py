@@ -74,6 +74,7 @@ def test_published_presets_keep_eg3ds_defaults():
 
 MISTAKES = {  # flags -> what the line must say
     "clip": (["--reward=sigma", "--reward-clip=5,1"], "--reward-clip: expected LOW,HIGH"),
+    "gate without a clip": (["--reward=sigma", "--anchor-gate=0.1", "--reward-clip=none"], "--anchor-gate=0.1: expected --reward-clip"),
     "clip words": (["--reward=sigma", "--reward-clip=wide"], "--reward-clip: expected LOW,HIGH"),
     "batch split": (["--batch=8", "--batch-gpu=3"], "--batch-gpu: expected a divisor of --batch=8, got 3"),
     "no data": (["--cfg=ffhq", "--gamma=1", "--batch=8"], "--data: expected a dataset for --cfg=ffhq"),

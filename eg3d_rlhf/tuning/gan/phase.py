@@ -1,6 +1,7 @@
-"""The reward phase (Grlhf): L = -lambda_r mean clip(shape(r(o(G(z))))) + lambda_sigma mean |sigma_G - sigma_ref| (+ front growth).
+"""The reward phase (Grlhf): L = -lambda_r mean clip(shape(r(o(G(z))))) + lambda_sigma mean h |sigma_G - sigma_ref| (+ front growth).
 
-o is what the reward observes, shape one of `SHAPINGS`, and the clip acts as a trust region.
+o is what the reward observes, shape one of `SHAPINGS`, and the clip acts as a trust region. h is 1, and with a gated anchor less for
+shapes that scored below the clip before tuning: what is good is held, what is not may move.
 Letters: N batch, M reference samples, E embedding; observed [N, ...] is what the reward reads; D, H, W grid points along z, y, x.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.seeds import CALIBRATION, STANDARDISATION
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, of, ws_of_seeds
@@ -102,8 +104,13 @@ def widened_quartiles(values: torch.Tensor) -> tuple[float, float]:
 
 
 def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
-    """Bounds of the trust region; iqr: the quartiles of the untuned generator's shaped rewards [M], widened by 1.5 interquartile ranges."""
-    return widened_quartiles(initial_shaped) if spec == "iqr" else clip_range(spec)
+    """Bounds of the trust region from the untuned generator's shaped rewards [M]; iqr: their quartiles, widened by 1.5 times their range.
+
+    Raises: ValueError naming --reward-clip where LOW is not below HIGH.
+    """
+    if spec == "iqr":
+        return widened_quartiles(initial_shaped)
+    return clip_range(spec, lambda share: torch.quantile(initial_shaped.float(), share).item())
 
 
 class RewardPhaseState(torch.nn.Module):
@@ -160,6 +167,9 @@ class RewardTerms:
         if outside > MOSTLY:
             found = f"{outside:.0%} of untuned scores lie outside {low:g}..{high:g} and give no gradient"
             warnings.warn(f"--reward-clip: {found}. Use --reward-shaping=standardised, or other bounds.", stacklevel=2)
+        if self.config.anchor_gate < 1 and not (shaped > high).any():
+            found = f"no untuned score lies above {high:g}, so that no shape is held with full weight"
+            warnings.warn(f"--anchor-gate: {found}. Use e.g. --reward-clip=-10,q0.55.", stacklevel=2)
         return shaping, (low, high)
 
     def losses(self, batch: Batch) -> Iterator[Loss]:
@@ -177,26 +187,35 @@ class RewardTerms:
             loss = loss + config.lambda_nose * stats["RLHF/nose"]
         yield Loss(loss, {**stats, "Loss/Grlhf/reward": loss})
         if config.lambda_sigma > 0 or config.lambda_front > 0:
-            yield self._anchors(torch.randn_like(batch.gen_z), batch.gen_c)
+            yield self._anchors(torch.randn_like(batch.gen_z), batch.gen_c, batch.places)
 
-    def _anchors(self, z: torch.Tensor, c: torch.Tensor) -> Loss:
+    def _anchors(self, z: torch.Tensor, c: torch.Tensor, places: torch.Tensor) -> Loss:
         config = self.config
 
-        def density(generator: Generator) -> torch.Tensor:
-            ws = generator.mapping(z, c, truncation_psi=config.anchor_psi, truncation_cutoff=CUTOFF)
-            return generator.field(ws).density_grid(self.cube)
+        def field(generator: Generator) -> Field:
+            return generator.field(generator.mapping(z, c, truncation_psi=config.anchor_psi, truncation_cutoff=CUTOFF))
 
-        sigma = density(self.generator)
+        sigma = field(self.generator).density_grid(self.cube)
         with torch.no_grad():
-            sigma_ref = density(self.reference)
+            untuned = field(self.reference)
+            sigma_ref = untuned.density_grid(self.cube)
         distance = density_l1(sigma, sigma_ref)
         loss = config.lambda_sigma * distance
         stats = {"RLHF/consistency": distance}
+        if config.anchor_gate < 1:
+            stats["RLHF/held"] = self._gate(untuned, places)
+            loss = loss * stats["RLHF/held"]
         if config.lambda_front > 0:
             growth = front_growth(sigma, sigma_ref, self.generator.level)
             loss = loss + config.lambda_front * growth
             stats["RLHF/front_growth"] = growth
         return Loss(loss, {**stats, "Loss/Grlhf/anchors": loss})
+
+    @torch.no_grad()
+    def _gate(self, untuned: Field, places: torch.Tensor) -> torch.Tensor:
+        """Share [N] of the consistency weight: 1 for shapes that scored above the clip before tuning, which get no push either."""
+        shaped, _ = self.state.shaping(self.reward.network, self.reward.observation.observe(untuned), places)
+        return torch.where(shaped > self.state.bounds[1], 1.0, self.config.anchor_gate)
 
 
 def density_l1(sigma: torch.Tensor, sigma_ref: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ Torch is not imported here. Which defaults hold for which networks and tasks: eg
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig, built, check_knobs, knob, values_of
@@ -57,7 +58,14 @@ class RewardConfig:
     nose_floor: str = knob(
         "window", "Its mean, over the window's pixels or the violators alone (published).", REWARD, choices=NOSE_FLOORS, rare=True
     )
-    reward_clip: str = knob("-10,10", "Trust region of the shaped reward.", REWARD, metavar="LOW,HIGH|iqr|none")
+    anchor_gate: float = knob(
+        1.0, "Share of the consistency weight for shapes that scored below the clip's HIGH before tuning; 1: the same for all.", REWARD,
+        metavar="SHARE", low=0, high=1,
+    )
+    reward_clip: str = knob(
+        "-10,10", "Trust region of the shaped reward; qSHARE is a quantile of untuned ones, as in -10,q0.55.", REWARD,
+        metavar="LOW,HIGH|iqr|none",
+    )
     reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=SHAPINGS)
     anchor_resolution: int = knob(64, "Grid points per edge of the whole cube that is held to the reference.", REWARD, low=2, flag=False)
     truncation_psi: float = 1.0  # of the samples that are scored
@@ -65,23 +73,41 @@ class RewardConfig:
 
     def __post_init__(self):
         check_knobs(self)
-        clip_range(self.reward_clip)
+        _, high = clip_range(self.reward_clip)
+        if self.anchor_gate == 1:
+            return
+        if self.lambda_sigma == 0:
+            raise ValueError(f"--anchor-gate={self.anchor_gate:g}: expected --lambda-sigma above 0, got 0. Give it, or leave this out.")
+        if high == float("inf") and self.reward_clip != "iqr":
+            clip = f"--reward-clip with a HIGH, got {self.reward_clip}"
+            raise ValueError(f"--anchor-gate={self.anchor_gate:g}: expected {clip}. Write e.g. --reward-clip=-10,q0.55.")
 
 
-def clip_range(spec: str) -> tuple[float, float]:
-    """Bounds of the trust region as --reward-clip has them, LOW,HIGH; none, and iqr before the scores are known, are infinite.
+def clip_range(spec: str, quantile: Callable[[float], float] | None = None) -> tuple[float, float]:
+    """Bounds of the trust region as --reward-clip has them: LOW,HIGH, each a number, or qSHARE for a quantile of the untuned scores.
 
-    Raises: ValueError for anything else.
+    Args: quantile: of the untuned shaped rewards, by share in 0..1. None: they are not known yet, and shares stand for their quantiles.
+    Returns: low, high; infinite for none, and for iqr, whose bounds are the phase's.
+    Raises: ValueError for anything else, and for bounds that are not LOW < HIGH.
     """
     if spec in ("none", "iqr"):
         return -float("inf"), float("inf")
     try:
-        low, high = (float(part) for part in spec.split(","))
+        low, high = (_bound(part, quantile or float) for part in spec.split(","))
     except ValueError:
-        low, high = 0.0, 0.0
-    if not low < high:
-        raise ValueError(f"--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {spec!r}. Write e.g. --reward-clip=-10,10.")
+        low = high = math.nan
+    comparable = quantile is not None or spec.count("q") != 1  # a number and a quantile are not, before the scores are known
+    if math.isnan(low) or comparable and not low < high:
+        got = f"{spec!r}" if quantile is None else f"{spec!r}, with these scores {low:g},{high:g}"
+        raise ValueError(f"--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {got}. Write e.g. --reward-clip=-10,10.")
     return low, high
+
+
+def _bound(part: str, quantile: Callable[[float], float]) -> float:
+    number = float(part.removeprefix("q"))
+    if math.isnan(number) or part.startswith("q") and not 0 <= number <= 1:
+        raise ValueError(part)
+    return quantile(number) if part.startswith("q") else number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,7 +217,7 @@ class Settings:
 # What the run with lambda_r = 0 does not depend on: the reward's own settings, names of files (their hashes count), and how a run is shown.
 _NOT_THE_CONTROLS = {
     "lambda_r", "lambda_sigma", "lambda_front", "lambda_nose", "nose_floor", "reward_clip", "reward_shaping", "reward_ckpt", "reward_watch",
-    "rlr", "anchor_resolution",
+    "rlr", "anchor_resolution", "anchor_gate",
     "early_stop", "early_stop_distance", "reference",
     "control", "desc", "device", "launch", "no_summary", "processes", "versions", "init", "tick", "snap", "checkpoint_ticks", "batch_gpu",
     "hashes", "task", "workers",

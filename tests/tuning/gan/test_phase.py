@@ -199,6 +199,75 @@ def test_anchors_vanish_at_the_reference_and_grow_away_from_it(parts):
     assert len(list(terms_of(parts, lambda_sigma=0.0).losses(batch))) == 1
 
 
+def anchors(terms: RewardTerms, batch):
+    """The anchors' loss of a generator that has moved by 3 everywhere, on latents that do not depend on who asks."""
+    bias = terms.generator.module.decoder.net[2].bias
+    torch.manual_seed(3)
+    with torch.no_grad():
+        bias[0] += 3.0
+    try:
+        return list(terms.losses(batch))[1]
+    finally:
+        with torch.no_grad():
+            bias[0] -= 3.0
+
+
+def untuned_scores(parts) -> torch.Tensor:
+    """Rewards of the anchors' latents under the untuned generator."""
+    nets, reward, batch = parts
+    torch.manual_seed(3)
+    ws = nets.G_ema.mapping(torch.randn_like(batch.gen_z), batch.gen_c, truncation_psi=RewardConfig.anchor_psi)
+    return reward.score(of(nets.G_ema).field(ws)).detach()
+
+
+def test_a_gate_of_1_is_the_published_anchor_to_the_bit(parts):
+    _, _, batch = parts
+    plain = anchors(terms_of(parts, lambda_sigma=0.5), batch)
+    gated = anchors(terms_of(parts, lambda_sigma=0.5, anchor_gate=1.0, reward_clip="-10,q0.55"), batch)
+    assert torch.equal(plain.value, gated.value) and torch.equal(plain.value, 0.5 * plain.stats["RLHF/consistency"])
+    assert plain.stats.keys() == gated.stats.keys() and "RLHF/held" not in plain.stats
+
+
+def test_the_gate_holds_with_full_weight_what_scored_above_the_clip_before_tuning(parts):
+    _, _, batch = parts
+    scores = untuned_scores(parts)
+    low, high = sorted(scores.tolist())[1:3]  # two of four lie above the middle
+    middle = (low + high) / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the calibration's samples need not lie on both sides
+        terms = terms_of(parts, lambda_sigma=0.5, lambda_front=2.0, anchor_gate=0.1, reward_clip=f"-1000,{middle}")
+    loss = anchors(terms, batch)
+    expected = torch.where(scores > middle, 1.0, 0.1)
+    assert sorted(expected.tolist()) == pytest.approx([0.1, 0.1, 1, 1])
+    assert torch.equal(loss.stats["RLHF/held"], expected), "by the untuned shape, though the tuned one has moved"
+    consistency, growth = loss.stats["RLHF/consistency"], loss.stats["RLHF/front_growth"]
+    torch.testing.assert_close(loss.value, 0.5 * expected * consistency + 2 * growth)  # front growth is not gated
+    nothing = anchors(terms_of(parts, lambda_sigma=0.5, anchor_gate=0.0, reward_clip="-1000,q0.55"), batch)
+    assert torch.equal(nothing.value == 0, nothing.stats["RLHF/held"] == 0)
+
+
+def test_above_a_quantile_of_the_untuned_scores_the_reward_pushes_nothing(parts):
+    nets, _, batch = parts
+    terms = terms_of(parts, anchor_gate=0.1, reward_clip="-1000,q0.55")
+    high = terms.state.bounds[1]
+    assert high == torch.quantile(terms.initial_scores, 0.55)
+    nets.G.requires_grad_(True)
+    loss = next(terms.losses(batch))
+    above = loss.stats["RLHF/reward"] > high
+    parameters = list(nets.G.parameters())
+    for i in range(4):
+        grads = torch.autograd.grad(loss.value[i], parameters, retain_graph=True, allow_unused=True)
+        assert any(g is not None and g.abs().sum() > 0 for g in grads) == (not above[i])
+    nets.G.requires_grad_(False)
+    assert 0 < above.sum() < 4
+
+
+def test_a_gate_that_no_untuned_shape_passes_is_named(parts):
+    _, _, batch = parts
+    with pytest.warns(UserWarning, match="--anchor-gate: no untuned score lies above 1000.*--reward-clip"):
+        terms_of(parts, anchor_gate=0.1, reward_clip="-1000,1000")
+
+
 def test_calibration_uses_the_untuned_generator(parts):
     nets, reward, _ = parts
     terms = terms_of(parts, reward_shaping="standardised", reward_clip="iqr")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.tuning.gan.phase import SHAPINGS, ReferenceWins, clip_bounds, density_l1, front_growth
-from eg3d_rlhf.tuning.gan.settings import clip_range
+from eg3d_rlhf.tuning.gan.settings import RewardConfig, clip_range
 
 
 class LinearReward:
@@ -87,10 +87,38 @@ def test_clip_bounds():
     assert clip_bounds("iqr", torch.from_numpy(values)) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("spec", ["5,1", "1,1", "1", "1,2,3", "a,b", "", "nan,1", "1,nan"])
+def test_a_bound_may_be_a_quantile_of_the_untuned_scores():
+    initial = torch.tensor([4.0, 0.0, 3.0, 1.0, 2.0])
+    assert clip_bounds("-10,q0.55", initial) == pytest.approx((-10.0, 2.2))
+    assert clip_bounds("q0.25,q0.75", initial) == pytest.approx((1.0, 3.0))
+    assert clip_bounds("-inf,q1", initial) == (-math.inf, 4.0)
+    clip_range("3,q0.5")  # which may be right: the scores are not known yet
+    with pytest.raises(ValueError, match="--reward-clip.*LOW < HIGH"):
+        clip_bounds("3,q0.5", initial)
+
+
+@pytest.mark.parametrize(
+    "spec", ["5,1", "1,1", "1", "1,2,3", "a,b", "", "nan,1", "1,nan", "-10,q55", "-10,q", "-10,qq0.5", "q0.6,q0.5", "-10,qnan", "-10,q-0.1"]
+)
 def test_clip_mistakes(spec):
     with pytest.raises(ValueError, match="--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none"):
         clip_range(spec)
+
+
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        ({"anchor_gate": -0.1}, "anchor_gate"),
+        ({"anchor_gate": 1.1}, "anchor_gate"),
+        ({"anchor_gate": math.nan}, "anchor_gate"),
+        ({"anchor_gate": 0.1, "lambda_sigma": 0.0}, "--lambda-sigma"),  # nothing to gate
+        ({"anchor_gate": 0.1, "reward_clip": "none"}, "--reward-clip"),  # nothing above
+    ],
+)
+def test_gate_mistakes(config, remedy):
+    with pytest.raises(ValueError, match="anchor.gate") as error:
+        RewardConfig(**config)
+    assert remedy in str(error.value) and "\n" not in str(error.value)
 
 
 def test_density_l1_is_the_mean_absolute_difference():
