@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 LINE, MEAN = 0.2, 0.01  # weights of border edges, and of the mean of the crossings
+UPPER = [0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]
+WHERE = torch.tensor([[0, 1, 2], [1, 3, 4], [2, 4, 5]])  # of A among the six
 AT_ONCE = 1 << 20  # triangles, or columns of voxels about them, at a time: bounds memory
 
 
@@ -36,41 +38,44 @@ def dual_grid(vertices: torch.Tensor, faces: torch.Tensor, resolution: int) -> D
     corners = ((vertices.double().cpu() + 0.5) * resolution)[faces.long().cpu()]  # [F, 3 corners, 3]
     cross = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normals = cross / cross.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    places, edges, points, planes = [], [], [], []
+    strides = torch.tensor([resolution**2, resolution, 1])
+    met: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []  # crossings: axis, triangle, point, codes of four voxels [X, 4]
     for axis in range(3):
+        others = [(axis + 1) % 3, (axis + 2) % 3]
         for face, point in _crossings(corners, axis):
             cell = point.floor().long()
-            others = [(axis + 1) % 3, (axis + 2) % 3]
             cell[:, others] = point[:, others].round().long() - 1  # the voxel of the smallest indices, at whose far corner it is
-            for step in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                voxel = cell.clone()
-                voxel[:, others] += torch.tensor(step)
-                places.append(voxel)
-                edges.append(torch.full((len(cell),), axis if step == (0, 0) else 3))
-                points.append(point)
-                planes.append(face)
-    voxels, marks, at, face = (torch.cat(parts) for parts in (places, edges, points, planes))
-    inside = ((voxels >= 0) & (voxels < resolution)).all(1)
-    voxels, marks, at, face = voxels[inside], marks[inside], at[inside], face[inside]
-    if not len(voxels):
+            inside = (cell >= 0).all(1) & (cell[:, axis] < resolution) & (cell[:, others] < resolution - 1).all(1)
+            first, (u, v) = (cell[inside] * strides).sum(1, keepdim=True), strides[others].tolist()
+            met.append((axis, face[inside], point[inside], first + torch.tensor([0, u, v, u + v])))
+    codes = torch.unique(torch.cat([about.flatten() for *_, about in met]))
+    if not len(codes):
         raise ValueError(f"expected a mesh that crosses lines of a grid of {resolution} voxels, got none. Is it empty, or very small?")
-    strides = torch.tensor([resolution**2, resolution, 1])
-    codes, row = torch.unique((voxels * strides).sum(1), return_inverse=True)
     coords = torch.stack([codes // strides[0], codes // strides[1] % resolution, codes % resolution], 1)
-    crossed = torch.zeros(len(codes), 4, dtype=torch.bool).index_put_((row, marks), torch.tensor(True))[:, :3]
+    crossed, error = torch.zeros(len(codes), 3, dtype=torch.bool), _Quadratic(coords)
+    for axis, face, point, about in met:
+        rows = torch.searchsorted(codes, about)
+        crossed[rows[:, 0], axis] = True
+        for row in rows.unbind(1):
+            error.planes(row, normals[face], corners[face, 0])
+            error.point(row, point)
 
-    error = _Quadratic(coords)
-    error.planes(row, normals[face], corners[face, 0])
-    for index, voxel in _overlaps(corners, normals, resolution):
-        known = torch.searchsorted(codes, (voxel * strides).sum(1)).clamp(max=len(codes) - 1)
-        there = codes[known] == (voxel * strides).sum(1)
-        error.planes(known[there], normals[index[there]], corners[index[there], 0])
+    def known(voxel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of those that exist, and which these are."""
+        wanted = (voxel * strides).sum(1)
+        row = torch.searchsorted(codes, wanted).clamp(max=len(codes) - 1)
+        there = codes[row] == wanted
+        return row[there], there
+
+    for face, voxel in _columns(corners, normals, resolution):
+        row, there = known(voxel)
+        face, voxel = face[there], voxel[there]
+        touched = _touches(corners[face], normals[face], voxel)
+        error.planes(row[touched], normals[face[touched]], corners[face[touched], 0])
     ends = corners.flatten(0, 1)[_border(faces.cpu())]
     line, voxel = _passed(ends, resolution)
-    known = torch.searchsorted(codes, (voxel * strides).sum(1)).clamp(max=len(codes) - 1)
-    there = codes[known] == (voxel * strides).sum(1)
-    error.lines(known[there], ends[line[there]])
-    error.mean(row, at)
+    row, there = known(voxel)
+    error.lines(row, ends[line[there]])
     return DualGrid(coords.int(), error.least().float(), crossed)
 
 
@@ -107,8 +112,8 @@ def _crossings(corners: torch.Tensor, axis: int) -> Iterator[tuple[torch.Tensor,
         yield face[row] + start, point
 
 
-def _overlaps(corners: torch.Tensor, normals: torch.Tensor, resolution: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Triangles and voxels that they have a point in common with, looked for in columns along the axis that the triangle faces."""
+def _columns(corners: torch.Tensor, normals: torch.Tensor, resolution: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Triangles and voxels that they may have a point in common with, by columns along the axis that the triangle faces."""
     for axis in range(3):
         u, v = (axis + 1) % 3, (axis + 2) % 3
         (facing,) = ((normals.abs().argmax(1) == axis) & (normals.norm(dim=1) > 0.5)).nonzero(as_tuple=True)
@@ -129,8 +134,7 @@ def _overlaps(corners: torch.Tensor, normals: torch.Tensor, resolution: int) -> 
                                   torch.minimum((middle + reach).floor().long(), high[face, axis]))  # fmt: skip
             voxel = torch.empty(len(deep), 3, dtype=torch.int64)
             voxel[:, axis], voxel[:, u], voxel[:, v] = depth, row[deep], cell[deep]
-            there = _touches(part[face[deep]], normals[chosen[face[deep]]], voxel)
-            yield chosen[face[deep]][there], voxel[there]
+            yield chosen[face[deep]], voxel
 
 
 def _span(corners: torch.Tensor, u: int, v: int, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,11 +163,9 @@ def _touches(corners: torch.Tensor, normals: torch.Tensor, voxel: torch.Tensor) 
     apart |= (normals * moved[:, 0]).sum(1).abs() > normals.abs().sum(1) / 2
     for i in range(3):
         edge = moved[:, (i + 1) % 3] - moved[:, i]
-        for axis in range(3):
-            way = torch.zeros_like(edge)
-            way[:, (axis + 1) % 3], way[:, (axis + 2) % 3] = -edge[:, (axis + 2) % 3], edge[:, (axis + 1) % 3]
-            along = (moved * way[:, None]).sum(2)
-            half = way.abs().sum(1) / 2
+        for u, v in ((1, 2), (2, 0), (0, 1)):  # across the edge and an axis
+            along = moved[:, :, v] * edge[:, u, None] - moved[:, :, u] * edge[:, v, None]
+            half = (edge[:, u].abs() + edge[:, v].abs()) / 2
             apart |= (along.amin(1) > half) | (along.amax(1) < -half)
     return ~apart
 
@@ -197,40 +199,35 @@ def _passed(ends: torch.Tensor, resolution: int) -> tuple[torch.Tensor, torch.Te
 
 
 class _Quadratic:
-    """p^T A p - 2 b^T p + c per voxel, of places in it."""
+    """p^T A p - 2 b^T p per voxel, of places in it."""
 
     def __init__(self, coords: torch.Tensor):
         self.coords = coords.double()
-        self.A = torch.zeros(len(coords), 3, 3, dtype=torch.float64)
-        self.b = torch.zeros(len(coords), 3, dtype=torch.float64)
-        self.c = torch.zeros(len(coords), dtype=torch.float64)
-
-    def _add(self, row: torch.Tensor, A: torch.Tensor, point: torch.Tensor) -> None:
-        """(p - point)^T A (p - point), point in grid units."""
-        local = point - self.coords[row]
-        turned = (A @ local[:, :, None])[:, :, 0]
-        self.A.index_add_(0, row, A)
-        self.b.index_add_(0, row, turned)
-        self.c.index_add_(0, row, (turned * local).sum(1))
+        self.sums = torch.zeros(len(coords), 9, dtype=torch.float64)  # six of A, three of b
+        self.points = torch.zeros(len(coords), 4, dtype=torch.float64)  # sum of the crossings, and their number
 
     def planes(self, row: torch.Tensor, normals: torch.Tensor, points: torch.Tensor) -> None:
-        self._add(row, normals[:, :, None] * normals[:, None], points)
+        for part in torch.arange(len(row)).split(AT_ONCE):
+            n, at = normals[part], row[part]
+            offset = (n * (points[part] - self.coords[at])).sum(1, keepdim=True)
+            self.sums.index_add_(0, at, torch.cat([n[:, UPPER[0]] * n[:, UPPER[1]], n * offset], 1))
 
     def lines(self, row: torch.Tensor, ends: torch.Tensor) -> None:
         way = torch.nn.functional.normalize(ends[:, 1] - ends[:, 0], dim=1, eps=1e-300)
-        self._add(row, LINE * (torch.eye(3, dtype=torch.float64) - way[:, :, None] * way[:, None]), ends[:, 0])
+        across = LINE * (torch.eye(3, dtype=torch.float64) - way[:, :, None] * way[:, None])
+        turned = (across @ (ends[:, 0] - self.coords[row])[:, :, None])[:, :, 0]
+        self.sums.index_add_(0, row, torch.cat([across[:, UPPER[0], UPPER[1]], turned], 1))
 
-    def mean(self, row: torch.Tensor, points: torch.Tensor) -> None:
-        count = torch.zeros(len(self.A), dtype=torch.float64).index_add_(0, row, torch.ones(len(row), dtype=torch.float64))
-        total = torch.zeros(len(self.A), 3, dtype=torch.float64).index_add_(0, row, points)
-        weight = MEAN * count[:, None, None] * torch.eye(3, dtype=torch.float64)
-        self._add(torch.arange(len(self.A)), weight, total / count[:, None])
+    def point(self, row: torch.Tensor, points: torch.Tensor) -> None:
+        self.points.index_add_(0, row, torch.nn.functional.pad(points - self.coords[row], (0, 1), value=1.0))
 
     def least(self) -> torch.Tensor:
         """[W, 3] of 0..1: where it is least in the voxel; outside, the least on faces, edges and corners."""
-        best = torch.linalg.solve(self.A, self.b)
+        A = self.sums[:, WHERE].clone() + MEAN * self.points[:, 3, None, None] * torch.eye(3, dtype=torch.float64)
+        b = self.sums[:, 6:] + MEAN * self.points[:, :3]  # the number times the mean
+        best = torch.linalg.solve(A, b)
         outside = ((best < 0) | (best > 1)).any(1).nonzero()[:, 0]
-        A, b = self.A[outside], self.b[outside]
+        A, b = A[outside], b[outside]
         lowest, chosen = torch.full((len(A),), torch.inf, dtype=torch.float64), torch.zeros(len(A), 3, dtype=torch.float64)
         for number in range(1, 27):  # base 3: each coordinate free, at 0 or at 1
             state = [number % 3, number // 3 % 3, number // 9]

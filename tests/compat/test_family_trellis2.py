@@ -520,7 +520,7 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, pip
                 assert value == old["args"]["models"][place]
         assert {**new, "args": {**new["args"], "models": 0}} == {**old, "args": {**old["args"], "models": 0}}
     again = family.load_pipeline(tmp_path / "TUNED", None)
-    limit = HALF if case.facts.get("half") else MERGED
+    limit = 1.5 * HALF if case.facts.get("half") else MERGED  # updates of a bfloat16 file are rounded
     for stage in again.stages:
         x, (t, cond) = at(case, stage, "x"), case.of(f"{stage.name}/t", f"{stage.name}/cond")
         with torch.no_grad():
