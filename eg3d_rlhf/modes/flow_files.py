@@ -141,7 +141,7 @@ def draw_command(
 
 @main.command("ranking", cls=GroupedCommand)
 @option("--list", "path", required=True, metavar="DIR", type=ANY,
-        help="The folder that draw wrote, or its list, with ranks; of TRELLIS also a list of your own assets (docs/circular-dpo.md).")
+        help="The folder that draw wrote, or its list, with ranks; or of most families a list of your own assets.")
 @together(_model, _out)
 @judged_option
 @option("--conditions", "tokens", metavar="FILE", type=ANY, default=None, show_default="beside the list", help="Embeddings.")

@@ -552,6 +552,10 @@ def called(command, *flags):
     return done
 
 
+def test_the_folder_is_found_fit(root):
+    assert "FAULT" not in called(flow_check.check, root).output
+
+
 @pytest.mark.long
 def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, monkeypatch):
     """DINOv3 from the hub's cache; then an update of every stage, and all of them exported."""

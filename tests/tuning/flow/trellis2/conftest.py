@@ -1,5 +1,7 @@
 """The tiny TRELLIS.2, written once."""
 
+import shutil
+
 import pytest
 
 from eg3d_rlhf.tuning.flow.families.trellis2.pipeline import load_pipeline
@@ -16,3 +18,10 @@ def trellis2_root(tmp_path_factory):
 def pipeline(trellis2_root):
     """Opened anew."""
     return load_pipeline(trellis2_root, tiny_trellis2.tokens())
+
+
+@pytest.fixture
+def copied(trellis2_root, tmp_path):
+    """To be changed."""
+    shutil.copytree(trellis2_root.parent / "trellis", tmp_path / "trellis")
+    return shutil.copytree(trellis2_root, tmp_path / "root")

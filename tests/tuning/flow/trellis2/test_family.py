@@ -18,6 +18,8 @@ from eg3d_rlhf.tuning.flow.conditions import write_conditions
 from eg3d_rlhf.tuning.flow.families.trellis2 import pipeline as family
 from eg3d_rlhf.tuning.flow.families.trellis2.pipeline import load_pipeline, surface_of
 from eg3d_rlhf.tuning.flow.generate import generate
+from eg3d_rlhf.tuning.flow.problem import ProblemSource
+from eg3d_rlhf.tuning.flow.ranking import read_ranking
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from tests.tuning.flow.documented_commands import run_section
 from tests.tuning.flow.one_step import check_one_dpo_step
@@ -119,6 +121,19 @@ def test_the_loop_on_structure_and_shape_with_its_controls(trellis2_root, tmp_pa
     (run,) = (tmp_path / "runs").glob("00000-*")
     groups = json.loads((run / "ablation.json").read_text())["groups"]
     assert set(groups) == {"a", "d", "i", "anchor", "shuffled"}
+
+
+def test_without_encoders_there_is_no_loop_and_a_line_says_so(copied, tmp_path, capsys):
+    write_meshes(tmp_path / "MESHES")
+    pairs = write_people(tmp_path / "PAIRS", "structure", torch.zeros(2, 4, 4, 4), torch.ones(2, 4, 4, 4), tokens())
+    source = ProblemSource(pipeline=str(copied), pairs=str(pairs))
+    problem = family.open_problem(source, "cpu")
+    assert problem.reward is not None and [stage.name for stage in problem.pipeline.stages] == ["structure", "shape_512", "shape_1024"]
+    for path in (copied.parent / "trellis" / "ckpts").glob("ss_enc*"):
+        path.unlink()
+    assert family.open_problem(source, "cpu").reward is None and "sparse_structure_encoder not found" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="line 1: .*sparse_structure_encoder"):
+        read_ranking(tmp_path / "MESHES" / "ranking.jsonl", family.FAMILY.encoder(copied), candidate=family.FAMILY.candidate)
 
 
 def test_a_mesh_of_ones_own_becomes_latents_of_structure_and_shape(trellis2_root, tmp_path):

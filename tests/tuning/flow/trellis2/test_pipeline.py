@@ -17,12 +17,6 @@ from eg3d_rlhf.tuning.flow.ranking import draw, read_latents, write_latents
 from tests.tuning.flow.trellis2.tiny_trellis2 import MODELS, NAMES, PIPELINE, E, tokens, write_pipeline
 
 
-@pytest.fixture
-def copied(trellis2_root, tmp_path):
-    shutil.copytree(trellis2_root.parent / "trellis", tmp_path / "trellis")
-    return shutil.copytree(trellis2_root, tmp_path / "root")
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [

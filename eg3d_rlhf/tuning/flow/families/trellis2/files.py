@@ -177,9 +177,20 @@ def prepared(model: Any, config: Any, state: State, who: str) -> State:
 
 
 def model_files(file: PipelineFile) -> dict[str, Path]:
-    """All files that the pipeline is read from, by name. Raises: FileNotFoundError."""
-    paths = {"pipeline.json": file.root / "pipeline.json"}
-    for name in (*file.flows.values(), *DECODERS):
+    """All files that the pipeline is read from, by name, encoders where they are there. Raises: FileNotFoundError."""
+    paths = {name: file.root / name for name in ("pipeline.json", TEXTURING) if (file.root / name).is_file()}
+    for name in (*file.flows.values(), *DECODERS, *ENCODERS):
+        if name in ENCODERS and not is_there(file, name):
+            continue
         stem = files.find_model(file, name)
         paths |= {f"{name}.json": files.with_ending(stem, ".json"), name: files.find_weights(stem) or stem}
     return paths
+
+
+def is_there(file: PipelineFile, model: str) -> bool:
+    """Whether `find_model` finds a model."""
+    try:
+        files.find_model(file, model)
+    except FileNotFoundError:
+        return False
+    return True

@@ -31,7 +31,7 @@ from eg3d_rlhf.models.trellis2 import Flow, VoxelAsset, VoxelDecoder, VoxelEncod
 from eg3d_rlhf.models.vit import Dino3, read_dino3
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, check_stages, open_folder, register
+from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, check_stages, open_folder, register, tell
 from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, never_empty, read_json, spare_memory
 from eg3d_rlhf.tuning.flow.families.trellis.files import build_model, export_models, find_model, network_of, with_ending
 from eg3d_rlhf.tuning.flow.families.trellis.problem import RewardOfPairs
@@ -338,6 +338,8 @@ def centred(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
     """Vertices and faces of a mesh within +-0.5."""
     vertices = mesh.vertices.double()
     low, high = vertices.amin(0), vertices.amax(0)
+    if not float((high - low).max()) > 0:
+        raise ValueError("expected a mesh with a size, got a point. Export the surface as triangles.")
     return (vertices - (low + high) / 2) * (LONGEST / (high - low).max()), mesh.faces
 
 
@@ -365,15 +367,13 @@ def networks(root: Path) -> list[Network]:
     """All that are named; the encoders may be missing."""
     file, made = files.read_pipeline(root), list[Network]()
     for name in (*file.flows.values(), *files.DECODERS, *files.ENCODERS):
-        try:
-            made.append(network_of(
-                name, find_model(file, name), without=files.LOST.get(name, ""), released=files.RELEASED.get(name),
-                architectures=files.ARCHITECTURES, prepare=files.prepared,
-            ))
-        except FileNotFoundError:
-            if name not in files.LOST:
-                raise
+        if name in files.ENCODERS and not files.is_there(file, name):
             made.append(Network(name=name, file=root / file.usual[name], expected={}, found={}, without=files.LOST[name]))
+            continue
+        made.append(network_of(
+            name, find_model(file, name), without=files.LOST.get(name, ""), released=files.RELEASED.get(name),
+            architectures=files.ARCHITECTURES, prepare=files.prepared,
+        ))
     return made
 
 
@@ -392,8 +392,12 @@ def load(
 def open_problem(source: ProblemSource, device: str | torch.device) -> Problem:
     """Without pairs of the texture its flow is left out, and the loop can run: colours tell the stages before them nothing."""
     folders = pair_folders([Path(source.pairs or Path(source.pipeline) / "pairs")], files.STAGES)
-    changes = {"judge": None} if files.TEXTURE in folders else {"load": partial(load, coloured=False)}
-    return open_folder(replace(FAMILY, **changes), source, device)
+    coloured, file = files.TEXTURE in folders, files.read_pipeline(Path(source.pipeline))
+    lost = [] if coloured else [name for name in (files.STRUCTURE_ENCODER, files.SHAPE_ENCODER) if not files.is_there(file, name)]
+    if lost:
+        tell(f"{', '.join(lost)} not found: stages are tuned one by one, without the loop.")
+    judge = None if coloured or lost else RewardOfPairs
+    return open_folder(replace(FAMILY, load=partial(load, coloured=coloured), judge=judge), source, device)
 
 
 def show(asset: VoxelAsset, path: Path) -> Path:
