@@ -97,7 +97,9 @@ class Run:
                 )
         old, new = _flat({k: v for k, v in before.items() if k not in _OURS}), _flat(json.loads(json.dumps(self.settings)))
         names = new.keys() if before and free is not None else ()  # a setting that is gone was judged when it was read
-        changed = sorted(n for n in names if old.get(n) != new.get(n) and not {n, n.split(".")[-1]} & set(free or ()))
+        groups = {name.rpartition(".")[0] for name in old} - {""}  # what one of these lacks, there was not yet when the run was begun
+        known = {name for name in names if name in old or name.rpartition(".")[0] not in groups}
+        changed = sorted(n for n in known if old.get(n) != new.get(n) and not {n, n.split(".")[-1]} & set(free or ()))
         if changed:
             got = "; ".join(f"{name} {new.get(name)} instead of {old.get(name)}" for name in changed[:4])
             raise ValueError(f"run {self.folder}: expected the settings that it was begun with, got {got}. Use those, or another folder.")

@@ -49,6 +49,14 @@ def test_other_settings_are_refused_by_name_unless_they_may_change(begun):
         run.resume(free=None)
 
 
+def test_a_run_that_was_begun_before_a_setting_was_there_goes_on(begun):
+    folder, settings, inputs = begun
+    with Run(folder, {"kind": "toy", "loop": {**settings["loop"], "later": 3}}, inputs) as run:
+        run.resume()
+    with Run(folder, {**settings, "kind": {"name": "toy"}}, inputs) as run, pytest.raises(ValueError, match="kind.name toy instead of"):
+        run.resume()
+
+
 def test_two_runs_in_one_folder_are_refused(begun):
     folder, settings, inputs = begun
     with Run(folder, settings, inputs), pytest.raises(ValueError, match=f"expected no other run in it, got process {os.getpid()} on "):
