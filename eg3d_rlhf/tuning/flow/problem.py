@@ -61,7 +61,7 @@ _what = functools.partial(knob, group="What is trained")
 class ProblemSource:
     """What a problem is read from."""
 
-    GONE = {"also": [], "flow_weights": []}
+    GONE: ClassVar[dict[str, list]] = {"also": [], "flow_weights": []}
 
     pipeline: str = _what("toy", "The bundled toy, or a folder of a generator's networks (docs/flow-families.md).", metavar="toy|DIR")
     pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it, as eg3d-rlhf flow files imports.",
