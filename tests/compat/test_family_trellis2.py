@@ -306,7 +306,7 @@ def test_one_asset_from_the_recorded_noise(case, pipeline):
             (left,) = pipeline.advance(stage.name, x_0)
     (asset,) = pipeline.decode(x_0)
     assert asset.resolution == int(case["run/resolution"])
-    check_voxels(asset_batch(asset), case["run/decoded/coords"], case["run/decoded/materials"], 5 * TRAJECTORY)
+    check_voxels(asset_batch(asset), case["run/decoded/coords"], case["run/decoded/materials"], case.fact("tolerances", "run"))
 
 
 def asset_batch(asset):

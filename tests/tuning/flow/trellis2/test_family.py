@@ -1,4 +1,4 @@
-"""TRELLIS.2 as a family: surfaces to look at, one DPO step, the folder with adapters merged, and the documented round trip."""
+"""TRELLIS.2 as a family: surfaces to look at, one DPO step, the folder with adapters merged, meshes of one's own, and the loop."""
 
 import copy
 import json

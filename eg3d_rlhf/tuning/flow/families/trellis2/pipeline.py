@@ -207,9 +207,9 @@ def finer_voxels(coords: torch.Tensor, side: int, asked: int, least: int, finer:
     """
     while True:
         cells = asked // finer
-        found = torch.unique(((coords.double() + 0.5) / side * cells).floor().int(), dim=0)
-        if len(found) < most or asked == least:
-            return found, cells
+        voxels = torch.unique(((coords.double() + 0.5) / side * cells).floor().int(), dim=0)
+        if len(voxels) < most or asked <= least:
+            return voxels, cells
         asked -= SHRINK
 
 
