@@ -1,0 +1,121 @@
+"""How near a shape is to the whole head of a person that its latent names: behind, where scans of the family are broken, and in front.
+
+No annotator, reward or early stop reads these. A shape is a grid of values, negative inside: signed distances of a head, or level minus
+density. Shape letters: n points along x, y, z, the middles of the cube's voxels (`people_mesh.grid_points`); P points of a surface; R, C
+rows and columns of the face's window, from below and from the left.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+
+from eg3d_rlhf.core.field import LEVEL, Field
+from training.heads.people_mesh import grid_points
+
+VOXEL = 1 / 64  # world units, in which tolerances are stated
+BEHIND = -0.02  # behind this depth is the back of a head
+IN_FRONT = 0.06  # no scan is changed in front of z = 0.055
+BASE = -0.30  # neck and shoulders below do not count
+FACE = (0.08, -0.13, 0.07)  # half a width, lowest and highest y of the window over brows, nose and mouth
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeError:
+    """Shares of the whole head's volume at a place."""
+
+    missing: float  # of the whole head, and not in the shape
+    extra: float  # in the shape, and not of the whole head
+
+    @property
+    def total(self) -> float:
+        return self.missing + self.extra
+
+
+@torch.no_grad()
+def values_of(field: Field, n: int = 64, level: float = LEVEL) -> np.ndarray:
+    """level - raw density [N, n, n, n] of a field's shapes on the grid."""
+    points = torch.from_numpy(grid_points(n).reshape(-1, 3)).float()
+    return (level - field.density(points)).unflatten(1, (n, n, n)).cpu().numpy()
+
+
+def behind(points: np.ndarray) -> np.ndarray:
+    """Whether points [..., 3] lie at the back of the head."""
+    return (points[..., 2] < BEHIND) & (points[..., 1] > BASE)
+
+
+def in_front(points: np.ndarray) -> np.ndarray:
+    """Whether points [..., 3] lie at its front, which no scan has changed."""
+    return (points[..., 2] > IN_FRONT) & (points[..., 1] > BASE)
+
+
+def volume_error(values: np.ndarray, whole: np.ndarray, place=behind) -> VolumeError:
+    """What a shape [n, n, n] lacks of the whole head [n, n, n], and has too much of, at a place."""
+    here = place(grid_points(len(values)))
+    shape, head = (values < 0) & here, (whole < 0) & here
+    volume = head.sum()
+    return VolumeError(missing=float((head & ~shape).sum() / volume), extra=float((shape & ~head).sum() / volume))
+
+
+def surface_points(values: np.ndarray) -> np.ndarray:
+    """Points [P, 3] where values [n, n, n] change their sign between neighbours, linearly between the two."""
+    points, found = grid_points(len(values)), []
+    for axis in range(3):
+        first, second = (np.take(values, range(i, len(values) - 1 + i), axis) for i in (0, 1))
+        crossed = (first < 0) != (second < 0)
+        share = (first[crossed] / (first[crossed] - second[crossed]))[:, None]
+        start, end = (np.take(points, range(i, len(values) - 1 + i), axis)[crossed] for i in (0, 1))
+        found.append(start + share * (end - start))
+    return np.concatenate(found)
+
+
+def fscore(values: np.ndarray, whole: np.ndarray, place=behind, tolerance: float = VOXEL) -> float:
+    """Harmonic mean of the shares of either surface at a place that lie within a tolerance (world units) of the other one.
+
+    0 where the shape has no surface there. At a whole voxel a true head that was blurred by .75 voxel still has 1; at a quarter of one it
+    has less.
+    """
+    shape, head = surface_points(values), surface_points(whole)
+    shares = []
+    for mine, other in ((shape, head), (head, shape)):
+        here = mine[place(mine)]
+        if not len(here) or not len(other):
+            return 0.0
+        shares.append(float((cKDTree(other).query(here)[0] <= tolerance).mean()))
+    return 2 * shares[0] * shares[1] / sum(shares) if sum(shares) else 0.0
+
+
+def face_depth(values: np.ndarray) -> np.ndarray:
+    """Depth [R, C] of the foremost surface in the face's window, world units; NaN where there is none."""
+    n = len(values)
+    steps = grid_points(n)[0, 0, :, 2]
+    columns, rows = np.abs(steps) < FACE[0], (steps > FACE[1]) & (steps < FACE[2])
+    rays = values[columns][:, rows][:, :, ::-1].transpose(1, 0, 2)  # [R, C, n], from the camera backwards
+    inside = rays < 0
+    hit = inside.argmax(axis=2)
+    after = np.take_along_axis(rays, hit[..., None], 2)[..., 0]
+    before = np.take_along_axis(rays, np.maximum(hit - 1, 0)[..., None], 2)[..., 0]
+    share = before / np.where(before == after, 1, before - after)
+    depth = steps[::-1][np.maximum(hit - 1, 0)] - share / n
+    return np.where(inside.any(axis=2) & (hit > 0), depth, np.nan)
+
+
+def face_relief(values: np.ndarray) -> np.ndarray:
+    """`face_depth` without its overall curvature, a quadratic surface: what tells faces apart."""
+    depth = face_depth(values)
+    y, x = np.meshgrid(*(np.linspace(-1, 1, size) for size in depth.shape), indexing="ij")
+    terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1)
+    seen = np.isfinite(depth)
+    return depth - terms @ np.linalg.lstsq(terms[seen], depth[seen], rcond=None)[0]
+
+
+def relief_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Correlation of two reliefs [R, C] where both have a surface."""
+    seen = np.isfinite(first) & np.isfinite(second)
+    return float(np.corrcoef(first[seen], second[seen])[0, 1])
+
+
+def identified(reliefs: list[np.ndarray], known: list[np.ndarray]) -> np.ndarray:
+    """Whether each relief [R, C] correlates best with the known one of its own number: [N] bool."""
+    return np.array([np.argmax([relief_correlation(relief, other) for other in known]) == i for i, relief in enumerate(reliefs)])

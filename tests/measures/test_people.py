@@ -1,0 +1,88 @@
+"""Measures of heads of people: the true head is best, a blurred one worse, a damaged one worse still, and no filter makes it good."""
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+
+from eg3d_rlhf.measures import people as measures
+from training.heads import people, people_mesh
+from training.heads.people_damage import damaged, kinds
+
+N = 40  # points per axis
+VOXEL = 1 / N
+
+
+@pytest.fixture(scope="module")
+def heads():
+    """Latents whose back is cut off, and the distances of their whole heads."""
+    latents = people.scaled(np.random.default_rng(3).standard_normal((2, people.LATENT)))
+    return latents, [people_mesh.head_grid(head, N) for head in people.named_people(latents)]
+
+
+@pytest.fixture(scope="module")
+def scans(heads):
+    latents, wholes = heads
+    quality = torch.from_numpy(latents[:, 46:]).float()
+    quality[:, 0], quality[:, 1] = 2.0, -1.0
+    assert kinds(quality)[:, 0].min() > 0.99
+    points = torch.from_numpy(people_mesh.grid_points(N).reshape(1, -1, 3)).float().expand(2, -1, -1)
+    distance = torch.from_numpy(np.stack(wholes).reshape(2, -1)).float()
+    return damaged(points, distance, quality).reshape(2, N, N, N).numpy()
+
+
+def blurred(whole: np.ndarray, voxels: float) -> np.ndarray:
+    """As a blur of the density leaves it, which is bounded on both sides of the surface."""
+    return scipy.ndimage.gaussian_filter(np.clip(whole, -0.03, 0.03), voxels)
+
+
+def closed(values: np.ndarray, radius: float) -> np.ndarray:
+    room = int(radius) + 2
+    padded = np.pad(values < 0, room)
+    grown = scipy.ndimage.distance_transform_edt(~padded) <= radius
+    kept = scipy.ndimage.distance_transform_edt(grown) > radius
+    return np.where(kept[room:-room, room:-room, room:-room], -1.0, 1.0)
+
+
+def test_volumes_of_known_shapes():
+    points = people_mesh.grid_points(N)
+    ball = np.linalg.norm(points - [0, 0, -0.1], axis=3) - 0.2
+    half = np.maximum(ball, points[..., 0])
+    error = measures.volume_error(half, ball)
+    assert error.missing == pytest.approx(0.5, abs=0.02) and error.extra == 0
+    assert measures.volume_error(ball, half).extra == pytest.approx(1.0, abs=0.05)
+    assert measures.fscore(ball, ball) == 1 and measures.fscore(np.ones_like(ball), ball) == 0
+    away = np.linalg.norm(measures.surface_points(ball) - [0, 0, -0.1], axis=1)
+    np.testing.assert_allclose(away, 0.2, atol=0.002)
+    depth = measures.face_depth(ball)
+    assert np.nanmax(depth) == pytest.approx(0.1, abs=0.003)
+
+
+def test_the_true_head_is_best_a_blurred_one_worse_a_damaged_one_worse_still(heads, scans):
+    for whole, scan in zip(heads[1], scans, strict=True):
+        shapes = (whole, blurred(whole, 0.75), blurred(whole, 2.0), scan)
+        errors = [measures.volume_error(shape, whole).total for shape in shapes]
+        assert errors[0] == 0 < errors[1] < errors[2] < errors[3]
+        scores = [measures.fscore(shape, whole, tolerance=VOXEL / 4) for shape in shapes]
+        assert scores[0] == 1 and scores[0] > scores[1] > scores[2] and scores[1] > scores[3]
+        coarse = [measures.fscore(shape, whole, tolerance=VOXEL) for shape in shapes]
+        assert coarse[0] == 1 and min(coarse[:3]) > coarse[3]
+
+
+def test_a_filter_goes_at_most_half_way(heads, scans):
+    for whole, scan in zip(heads[1], scans, strict=True):
+        filters = [blurred(scan, 0.75), blurred(scan, 1.5), closed(scan, 3), closed(scan, 5)]
+        assert min(measures.volume_error(shape, whole).total for shape in filters) > measures.volume_error(scan, whole).total / 2
+        best, before = (max(measures.fscore(shape, whole, tolerance=VOXEL) for shape in shapes) for shapes in (filters, [scan]))
+        assert best - before < (1 - before) / 2
+
+
+def test_what_is_done_behind_leaves_the_front_and_the_face(heads, scans):
+    known = [measures.face_relief(whole) for whole in heads[1]]
+    for whole, scan in zip(heads[1], scans, strict=True):
+        assert measures.volume_error(scan, whole, measures.in_front).total < 0.01
+        assert measures.fscore(scan, whole, measures.in_front) > 0.98
+        np.testing.assert_allclose(measures.face_depth(scan), measures.face_depth(whole), atol=0.2 * VOXEL)
+    assert measures.identified([measures.face_relief(scan) for scan in scans], known).all()
+    assert not measures.identified(known[::-1], known).any()
+    assert measures.relief_correlation(known[0], measures.face_relief(blurred(heads[1][0], 1.5))) < 0.999
