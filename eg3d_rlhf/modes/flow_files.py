@@ -133,10 +133,12 @@ def draw_command(
         return {**files, **facts, "look_at": there[0].name}
 
     with tqdm(total=each * len(read.names), desc="assets", unit="asset", disable=None) as bar:
-        draw_each(out, read.names, range(each), identity, make, bar.update)
+        _, drawn = draw_each(out, read.names, range(each), identity, make, bar.update)
     if tokens != out / CONDITIONS:
         write_conditions(out / CONDITIONS, read)
-    click.echo(f"{each * len(read.names)} assets; write ranks into {out / RANKING}, 1 for the best of a condition")
+    empty = each * len(read.names) - drawn
+    left_out = f"; {empty} more had an empty structure and are left out" if empty else ""
+    click.echo(f"{drawn} assets{left_out}; write ranks into {out / RANKING}, 1 for the best of a condition")
 
 
 @main.command("ranking", cls=GroupedCommand)

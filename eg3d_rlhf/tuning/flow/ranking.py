@@ -26,7 +26,7 @@ from eg3d_rlhf.preferences.labels import jsonl_records
 from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, Conditions, write_conditions
 from eg3d_rlhf.tuning.flow.generate import stage_latents
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
-from eg3d_rlhf.tuning.flow.stage import CONVENTION, Asset, Pipeline, Voxels, stage_of
+from eg3d_rlhf.tuning.flow.stage import CONVENTION, Asset, EmptyStructure, Pipeline, Voxels, refusing_empty, stage_of
 from training.storage import read_tensors, write_atomic, write_tensors
 
 # Judgements of pairs of assets, as the labelling tool exports them: which of two files people preferred.
@@ -124,14 +124,15 @@ def _voted(group: Sequence[Candidate], judged: Judged) -> Chosen:
 def draw_each(
     folder: Path, conditions: Sequence[str], seeds: Sequence[int], identity: Mapping, make: Callable[[str, str, int], Mapping[str, Any]],
     on_asset: Callable[[], None] | None = None,
-) -> Path:
-    """Draw every condition with every seed; returns the list, whose ranks are left to fill in.
+) -> tuple[Path, int]:
+    """Draw every condition with every seed; returns the list, whose ranks are left to fill in, and how many assets it has.
 
-    Assets that an interrupted call left are kept.
+    Assets that an interrupted call left are kept; those whose structure is empty are left out of the list.
     Args: identity: JSON, hashes of all files that they come from.
         make: makes the files of an asset, from their stem, condition and seed, unless they are there; returns them by what they are,
             and what the list says besides.
-    Raises: ValueError for a folder of assets of other files, or one that is finished, whose ranks would be lost.
+    Raises: ValueError for a folder of assets of other files, or one that is finished, whose ranks would be lost; EmptyStructure where
+        every structure is empty.
     """
     path, text = folder / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n"
     other = path.is_file() and path.read_text() != text
@@ -139,22 +140,27 @@ def draw_each(
         got = "assets of other networks or conditions" if other else f"{RANKING}, maybe with ranks"
         raise ValueError(f"draw: expected a new folder or an interrupted one, got {folder} with {got}. Name another.")
     write_atomic(path, text.encode())
-    lines = []
+    lines, empty = [], None
     for c, condition in enumerate(conditions):
         for seed in seeds:
-            files = dict(make(f"{c:05d}-{seed}", condition, seed))
-            look_at = files.pop("look_at")
-            lines.append(json.dumps({"condition": condition, "rank": None, **files, "seed": seed, "look_at": look_at}))
+            try:
+                files = dict(make(f"{c:05d}-{seed}", condition, seed))
+                look_at = files.pop("look_at")
+                lines.append(json.dumps({"condition": condition, "rank": None, **files, "seed": seed, "look_at": look_at}))
+            except EmptyStructure as error:
+                empty = error
             if on_asset:
                 on_asset()
+    if empty is not None and not lines:
+        raise empty
     write_atomic(folder / RANKING, "".join(line + "\n" for line in lines).encode())
-    return folder / RANKING
+    return folder / RANKING, len(lines)
 
 
 def draw(pipeline: Pipeline, condition: str, seed: int) -> tuple[dict[str, Latent], Asset]:
     """The asset of a condition and a seed, as flow.generate draws it, with the latents that it came from, by stage.
 
-    Raises: ValueError for a structure without a voxel.
+    Raises: EmptyStructure for a structure without a voxel.
     """
     given: Sequence[Voxels] = [None]
     latents: dict[str, Latent] = {}
@@ -162,7 +168,8 @@ def draw(pipeline: Pipeline, condition: str, seed: int) -> tuple[dict[str, Laten
         x_0 = stage_latents(pipeline, stage, [condition], [seed], given)
         latents[stage.name] = separate(x_0)[0]
         if number < len(pipeline.stages):
-            given = pipeline.advance(stage.name, x_0)
+            with refusing_empty():
+                given = pipeline.advance(stage.name, x_0)
     return latents, pipeline.decode(x_0)[0]
 
 

@@ -12,6 +12,7 @@ Shape letters as in sparse.py; T tokens of a condition, E their size.
 """
 
 import contextlib
+import contextvars
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,30 @@ from eg3d_rlhf.models.sparse import (
 )
 from eg3d_rlhf.tuning.flow.conditions import Condition, tensor_of
 from training.phases import derive_seed
+
+
+class EmptyStructure(ValueError):
+    """A decoded structure without a voxel."""
+
+
+_REFUSED = contextvars.ContextVar("refused", default=False)
+
+
+@contextlib.contextmanager
+def refusing_empty() -> Iterator[None]:
+    """Within it an empty structure is an error; elsewhere its likeliest voxel stands for it, so that tuning goes on."""
+    token = _REFUSED.set(True)
+    try:
+        yield
+    finally:
+        _REFUSED.reset(token)
+
+
+def refuse_empty(who: str, remedy: str) -> None:
+    """Raises: EmptyStructure within `refusing_empty`."""
+    if _REFUSED.get():
+        raise EmptyStructure(f"{who}: expected a structure with voxels, got an empty one. {remedy}")
+
 
 # Kinds of latents: how noise is drawn for a stage, and which latents belong to it.
 

@@ -17,9 +17,11 @@ from eg3d_rlhf.models.sparse import Batch, Latent, feats_of
 from eg3d_rlhf.models.weights import State, read, write
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import tell
+from eg3d_rlhf.tuning.flow.stage import refuse_empty
 from training.storage import load_strict, write_atomic
 
 LARGEST, ALIASES = 1 << 16, 16  # bytes of a YAML file, and repetitions in it
+ELSEWHERE = "Where this is usual, the decoder is not the one that the flow was trained with: check its folder, and the conditions."
 LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once
 
 
@@ -210,8 +212,12 @@ def check_finite(who: str, x_0: Batch) -> None:
 
 
 def never_empty(logits: torch.Tensor, who: str) -> torch.Tensor:
-    """Occupancy of one structure with its likeliest voxel occupied at least; says so, the first time, where there would be none."""
+    """Occupancy of one structure with its likeliest voxel occupied at least; says so, the first time, where there would be none.
+
+    Raises: EmptyStructure within `refusing_empty`.
+    """
     if not bool((logits > 0).any()):
+        refuse_empty(who, ELSEWHERE)
         tell_empty(who)
     return logits.where(logits != logits.amax(), logits.amax().clamp_min(1.0))
 
@@ -220,8 +226,7 @@ def never_empty(logits: torch.Tensor, who: str) -> torch.Tensor:
 def tell_empty(who: str) -> None:
     """Once in this process."""
     tell(
-        f"{who}: the decoded structure is empty, and its likeliest voxel stands for it. Where this is usual, the decoder is not the one "
-        "that the flow was trained with: check which folder it was read from, and the conditions."
+        f"{who}: the decoded structure is empty, and its likeliest voxel stands for it. {ELSEWHERE}"
     )
 
 
