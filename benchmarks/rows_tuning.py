@@ -142,15 +142,14 @@ def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
             parameter += 0.01 * torch.randn_like(parameter)
     config, pairs = TrainConfig(batch=1), make_pairs(size, stage)
     work = Updates(RandomConditions(), stage, pairs, config, stage.model, adapters, AdapterOff(stage.model), SINGLE)  # type: ignore[arg-type]
-    items = work.order.items(0)
-    draw = work._draw(pairs, 0, items)
+    draw = work._draw(pairs, 0)
 
     def prepare() -> None:
         for parameter in adapters:
             parameter.grad = None
 
     def run() -> Outcome:
-        _, loss, preferred, rejected = work._pass(draw, pairs, 0)[:4].unbind()
+        _, loss, preferred, rejected = work._pass(draw)[:4].unbind()
         margin = -loss.expm1().log() / config.dpo.beta  # the loss has it times beta, and its rounding
         found = {"preferred error": preferred, "rejected error": rejected, "margin": margin}
         return Outcome(found, {f"adapter {i}": p.grad for i, p in enumerate(adapters) if p.grad is not None})

@@ -4,7 +4,6 @@ A part's folder holds part.json, which says what is made there and, once it is d
 folder that was made by another command or from other files is emptied first, so give trainings that shall stay side by side `keyed` ones.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -15,16 +14,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import file_hash, naming
+from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.evaluation.comparison import snapshots
-from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.process import sigterm_interrupts
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
@@ -35,7 +33,7 @@ REPO = Path(__file__).resolve().parents[2]
 TRAIN, TRAIN_REWARD = "train.py", "tools/train_reward.py"
 DOOR = "eg3d_rlhf"  # the package as a script: its first flags are a job's words
 RECORD, LOG = "part.json", "log.txt"
-POLL = 0.05  # seconds between looks at a script
+POLL = 0.05  # seconds between looks at the children
 
 
 @dataclass(frozen=True)
@@ -109,69 +107,88 @@ def _hash(path: Path, _modified: int) -> str:
     return file_hash(path)
 
 
+@dataclass
+class _Child:
+    """A script under way."""
+
+    part: Part
+    quiet: bool  # whether its output goes to the log
+    threads: int | None
+
+    def __post_init__(self) -> None:
+        part, command = self.part, self.part.continued()
+        known = {"command": part.command(), "inputs": part.inputs()}
+        if (part.folder / RECORD).is_file() and not part.record():
+            shutil.rmtree(part.folder)  # another part's
+        part.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(part.folder / RECORD, json.dumps(known, indent=1).encode())
+        self.known, self.started = known, time.time()
+        environment = {**os.environ, **({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})}
+        with (part.folder / LOG).open("ab") as log:
+            output, errors = (log, subprocess.STDOUT) if self.quiet else (None, None)
+            words = [sys.executable, str(REPO / command[0]), *command[1:]]
+            self.process = subprocess.Popen(words, env=environment, stdout=output, stderr=errors)
+
+    def ended(self) -> bool:
+        """Whether it has ended; its cost is then kept.
+
+        The peak memory is never below that of this program (0.4 GB), from which the script is forked. Raises: ValueError where it failed.
+        """
+        number, status, usage = os.wait4(self.process.pid, os.WNOHANG)
+        if not number:
+            return False
+        part, code = self.part, os.waitstatus_to_exitcode(status)
+        self.process.returncode = code
+        if code or part.script == TRAIN and not part.complete():
+            raise ValueError(f"{part.name}: expected it to finish, but it {self._how(code)}; the same command goes on from there.")
+        unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # of ru_maxrss
+        cost = {"seconds": time.time() - self.started, "megabytes": usage.ru_maxrss * unit / 1e6}
+        write_atomic(part.folder / RECORD, json.dumps({**self.known, **cost}, indent=1).encode())
+        return True
+
+    def _how(self, code: int) -> str:
+        how = "was stopped" if code in (0, -signal.SIGTERM, -signal.SIGINT) else f"ended with status {code}"
+        if not self.quiet:
+            return f"{how}, its message stands above"
+        log = self.part.folder / LOG
+        last = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+        return f"{how}: {last} See {log}"
+
+
 def make(
     chains: Collection[Sequence[Part]], jobs: int = 1, threads: int | None = None, quiet: bool = True,
     tell: Callable[[Part], None] = lambda part: None,
 ) -> None:
-    """Make what is not finished: `jobs` parts side by side, the first listed first, the parts of a chain in order.
+    """Make what is not finished: `jobs` chains side by side, the first listed first, the parts of a chain in order.
 
     An interrupt, or the failure of one part, asks the others to stop; trainings write a checkpoint first.
     Args: threads: OMP_NUM_THREADS of a child; quiet: whether output goes to log.txt; tell: called for each part when it is done.
     Raises: ValueError naming the part that failed, its last line and its log.
     """
-    parts = {part.name: part for chain in chains for part in chain}
-    needs = {part.name: [before.name for before in chain[:i]] for chain in chains for i, part in enumerate(chain)}
-    logs = next(iter(parts.values())).folder.parent / "logs"
-    with sigterm_interrupts():
-        run_tasks(needs, _maker, (parts, threads, quiet, jobs), jobs, logs, lambda name, _: tell(parts[name]))
-
-
-def _maker(parts: Mapping[str, Part], threads: int | None, quiet: bool, jobs: int) -> Callable[[str], None]:
-    """What a process of the pool does of a part."""
-
-    def make_one(name: str) -> None:
-        with naming(name) if jobs == 1 else contextlib.nullcontext():  # several processes' mistakes are named by the pool
-            if not parts[name].finished():
-                _call(parts[name], threads, quiet)
-
-    return make_one
-
-
-def _call(part: Part, threads: int | None, quiet: bool) -> None:
-    """Run the script of a part to its end, and keep its cost.
-
-    The peak memory is never below that of this program (0.4 GB), from which the script is forked. Raises: ValueError where it failed.
-    """
-    command, known, started = part.continued(), {"command": part.command(), "inputs": part.inputs()}, time.time()
-    if (part.folder / RECORD).is_file() and not part.record():
-        shutil.rmtree(part.folder)  # another part's
-    part.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(part.folder / RECORD, json.dumps(known, indent=1).encode())
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    with (part.folder / LOG).open("ab") as log, sigterm_interrupts():
-        output, errors = (log, subprocess.STDOUT) if quiet else (None, None)
-        words = [sys.executable, str(REPO / command[0]), *command[1:]]
-        process = subprocess.Popen(words, env=environment, stdout=output, stderr=errors)
-        try:
-            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-                time.sleep(POLL)  # a signal that another thread takes does not end a wait
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-            raise
-    _, status, usage = ended
-    code = process.returncode = os.waitstatus_to_exitcode(status)
-    if code or part.script == TRAIN and not part.complete():
-        how = "was stopped" if code in (0, -signal.SIGTERM, -signal.SIGINT) else f"ended with status {code}"
-        last = ((part.folder / LOG).read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
-        where = f": {last} See {part.folder / LOG}" if quiet else ", its message stands above"
-        raise ValueError(f"expected it to finish, but it {how}{where}; the same command goes on from there.")
-    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # of ru_maxrss
-    cost = {"seconds": time.time() - started, "megabytes": usage.ru_maxrss * unit / 1e6}
-    write_atomic(part.folder / RECORD, json.dumps({**known, **cost}, indent=1).encode())
+    waiting, running = [list(chain) for chain in chains], dict[int, _Child]()
+    try:
+        with sigterm_interrupts():
+            while any(waiting) or running:
+                for place, chain in enumerate(waiting):
+                    while chain and place not in running and len(running) < jobs:
+                        if chain[0].finished():
+                            tell(chain.pop(0))
+                        else:
+                            running[place] = _Child(chain[0], quiet, threads)
+                time.sleep(POLL)
+                for place in [place for place, child in running.items() if child.ended()]:
+                    del running[place]
+                    tell(waiting[place].pop(0))
+    finally:
+        for child in running.values():
+            if child.process.returncode is None:
+                child.process.send_signal(signal.SIGTERM)
+        for child in running.values():
+            child.process.wait()
 
 
 def line_of(part: Part) -> str:
+    """What makes a part, as it may be typed."""
     return shlex.join(["python", *part.continued()])
 
 
