@@ -136,7 +136,9 @@ class CurveNetArch(PointArch):
         super().__post_init__()
         one_of("CurveNetArch.mix", self.mix, MIXES)
         one_of("CurveNetArch.start", self.start, STARTS)
-        assert all(len(block) == 5 and block[0] % block[3] == 0 for block in self.blocks)
+        if not self.blocks or any(len(block) != 5 or block[2] <= 0 or block[3] < 1 or block[0] % block[3] for block in self.blocks):
+            expected = "(channels, points, radius > 0, ratio, curves) with ratios that divide channels"
+            raise ValueError(f"CurveNetArch.blocks: expected {expected}, got {self.blocks}. Correct them.")
 
 
 def conv(size_in: int, size_out: int, kind: str, axes: int = 1) -> nn.Sequential:
@@ -258,7 +260,9 @@ class PointNet2Arch(PointArch):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("PointNet2Arch.start", self.start, STARTS)
-        assert len(self.ratios) == len(self.radii) == 2
+        if len(self.ratios) != 2 or len(self.radii) != 2 or min(*self.ratios, *self.radii) <= 0 or max(self.ratios) > 1:
+            got = f"{self.ratios} and {self.radii}"
+            raise ValueError(f"PointNet2Arch: expected two ratios in (0, 1] and two radii above 0, got {got}. Correct them.")
 
 
 def layers(sizes: Sequence[int], kind: str) -> nn.Sequential:
@@ -335,6 +339,8 @@ class PointNetArch(PointArch):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("PointNetArch.pool", self.pool, ("max", "max-mean"))
+        if len(self.widths) != 3:
+            raise ValueError(f"PointNetArch.widths: expected three widths, got {self.widths}. Name three.")
 
 
 class PointNet(PointNetwork):

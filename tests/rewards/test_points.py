@@ -94,6 +94,9 @@ def test_presets_are_rebuilt_from_json(kind, name):
     ("make", "text"),
     [
         (lambda: build({"network": "dgcnn"}), "one of pointnet"), (lambda: build({"network": "pointnet", "layers": 3}), "its own fields"),
+        (lambda: build({"network": "pointnet", "widths": [64]}), "three widths"),
+        (lambda: build({"network": "pointnet2", "radii": [0.2]}), "two radii"),
+        (lambda: build({"network": "curvenet", "blocks": [[8, 4, 0.1, 3, True]]}), "divide channels"),
         (lambda: Reward(LevelSetPoints(), build({"network": "pointnet"})), r"3 channels per point, got \[6, 512\]"),
         (lambda: LiftedPoints(resolution=16, points=257), "--points: .* 256 pixels"),
         (lambda: observations.from_dict({"kind": "points"}), "fields"),

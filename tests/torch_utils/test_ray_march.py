@@ -153,3 +153,16 @@ def test_is_registered_as_torch_expects():
     grads = torch.randn_like(densities), torch.randn(len(densities)), torch.randn(len(densities))
     torch.library.opcheck(torch.ops.eg3d_rlhf.ray_march_backward, (*grads, densities, depths))
     torch.library.opcheck(torch.ops.eg3d_rlhf.importance_depths, (densities, depths.sort()[0], torch.rand(len(densities), 5)))
+
+
+def test_compiles_whole():
+    densities, depths = case()
+    u = torch.rand(len(densities), 4)
+
+    def run(densities):
+        weights, depth_sum, total = ray_march(densities, depths)
+        return weights.square().sum() + (depth_sum * total).sum() + importance_depths(densities, depths, u).sum()
+
+    leaf = densities.requires_grad_()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(function(leaf), leaf) for function in (compiled, run)))

@@ -220,3 +220,16 @@ def test_is_registered_as_torch_expects(colours):
     with torch.no_grad():
         grads = torch.randn(1, 20, colours), torch.randn(1, 20, 1)
         torch.library.opcheck(torch.ops.eg3d_rlhf.triplane_decode_backward, (*grads, leaves[0], [0, 1, 0, 2, 2, 1], points, *leaves[1:]))
+
+
+def test_compiles_whole():
+    planes, points, _, weights = case(requires_grad=True)
+    pairs = projection_axes(generate_planes("fixed"))
+
+    def run(planes, *weights):
+        features, sigma = triplane_decode(planes, pairs, points, 1.6, DecoderWeights(*weights))
+        return features.sum() + (2 * sigma).sum()
+
+    leaves = planes, *weights
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(function(*leaves), leaves) for function in (compiled, run)))

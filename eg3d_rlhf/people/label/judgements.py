@@ -13,6 +13,7 @@ from eg3d_rlhf.people.label.database import assignments as a
 from eg3d_rlhf.people.label.database import judgements as j
 from eg3d_rlhf.people.label.entities import (
     SCALES,
+    SKIP_REASONS,
     Answer,
     Choice,
     ConflictError,
@@ -24,7 +25,7 @@ from eg3d_rlhf.people.label.entities import (
     check_votes,
 )
 
-MAX_COMMENT = 500  # characters
+MAX_TEXT, MAX_COMMENT, MAX_VIEWS, MAX_MILLISECONDS = 200, 500, 64, 2**53
 PAGE = 2000  # judgements read at once
 FIRST = 2**31 - 1  # above every sequence
 
@@ -48,11 +49,28 @@ TRIALS = select(func.count()).where(a.c.campaign_id == bindparam("campaign"), a.
 GIVEN = select(j.c.choice).where(j.c.id == bindparam("judgement"))
 
 
-def check_comment(comment: str | None) -> None:
-    """Raises: ValueError for one that cannot be shown; all else of an answer the server's `models.Judgement` has checked."""
-    if comment is not None and (not 1 <= len(comment) <= MAX_COMMENT or not comment.isprintable()):
-        got = repr(comment[:40])
-        raise ValueError(f"answer: expected a comment of 1 to {MAX_COMMENT} printable characters, got {got}. Shorten or drop it.")
+def check_answer(answer: Answer) -> None:
+    """Raises: ValueError for what cannot be stored as it is; scripts call the store without the server's own checks."""
+    for name, text in (("key", answer.key), *(("view", view) for view in answer.views)):
+        check_text(name, text)
+    check_text("page_version", answer.page_version, least=0)
+    if answer.comment is not None:
+        check_text("comment", answer.comment, most=MAX_COMMENT)
+    if len(answer.views) > MAX_VIEWS:
+        raise ValueError(f"answer: expected at most {MAX_VIEWS} views, got {len(answer.views)}. Send each once.")
+    if not 0 <= answer.milliseconds <= MAX_MILLISECONDS:
+        raise ValueError(f"answer: expected milliseconds from 0 to 2**53, got {answer.milliseconds}. Send the time to answer.")
+    if answer.answered_at is not None and not abs(answer.answered_at) < 1e15:
+        raise ValueError(f"answer: expected answered_at in seconds since 1970, got {answer.answered_at}. Correct or drop it.")
+    if answer.reason is not None and (answer.choice is not Choice.SKIP or answer.reason not in SKIP_REASONS):
+        reasons = ", ".join(SKIP_REASONS)
+        raise ValueError(f"answer: expected a reason with a skip alone, one of {reasons}, got {answer.reason!r}. Choose one of them.")
+
+
+def check_text(name: str, value: str, least: int = 1, most: int = MAX_TEXT) -> None:
+    """Raises: ValueError for texts that are too long or not printable: control characters, halves of surrogate pairs."""
+    if not least <= len(value) <= most or not value.isprintable():
+        raise ValueError(f"answer: expected {name} of {least} to {most} printable characters, got {value[:40]!r}. Send another.")
 
 
 def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: float) -> Submitted:

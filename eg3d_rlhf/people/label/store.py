@@ -191,7 +191,7 @@ class Store:
 
     def submit(self, campaign_id: int, annotator_id: int, answer: Answer) -> Submitted:
         """Record an answer. The same answer with the same key again changes nothing and gives the first result."""
-        judgements.check_comment(answer.comment)
+        judgements.check_answer(answer)
         plan = self._plan(campaign_id)
         with self.database.write((Lock.ANNOTATOR, annotator_id)) as c:
             return judgements.submit(c, plan, annotator_id, answer, self.clock())
@@ -201,6 +201,7 @@ class Store:
 
         Returns the token of the assignment that is open again, None if there was nothing to take back.
         """
+        judgements.check_text("key", key)
         plan = self._plan(campaign_id)
         with self.database.write((Lock.ANNOTATOR, annotator_id)) as c:
             return judgements.undo(c, plan, annotator_id, key, assignment, self.clock())

@@ -80,7 +80,10 @@ def trajectory(
     """After each step of `sample`: x at the step's end, and the x_0 that its velocity spoke of."""
     sampling = sampling or stage.sampling
     n, device = rows(cond), tensor_of(cond).device
-    assert n == count(noise) and (not sampling.cfg_strength or (no_cond is not None and rows(no_cond) in (1, n)))
+    assert n == count(noise)
+    if sampling.cfg_strength and (no_cond is None or rows(no_cond) not in (1, n)):  # a family may have no empty condition
+        got = "None" if no_cond is None else rows(no_cond)
+        raise ValueError(f"sample(no_cond): expected the empty condition's tokens, once or {n} times, got {got}. Set cfg_strength to 0.")
     x, points = noise.to(device), times(sampling)
     no_cond = expanded(no_cond, cond) if no_cond is not None else None
     for t, until in zip(points[:-1], points[1:], strict=True):

@@ -44,10 +44,14 @@ class Problem:
     def __post_init__(self):
         names = [stage.name for stage in self.pipeline.stages]
         parts = [set(self.train_conditions), set(self.held_out_conditions), set(self.choosing_conditions)]
-        assert names and len(set(names)) == len(names) and self.train_conditions
-        assert not any(a & b for a, b in combinations(parts, 2)), "held-out conditions that are trained on"
-        judged_by = [self.reward, self.chooser]
-        assert self.final is None or all(self.final is not judge for judge in judged_by), "a final judge that also weighs or chooses"
+        if not names or len(set(names)) < len(names):  # a plugin's family or reward may err here
+            raise ValueError(f"Problem.pipeline: expected stages of different names, got {names}. Give all stages, in order.")
+        if both := sorted(name for a, b in combinations(parts, 2) for name in a & b):
+            raise ValueError(f"Problem: expected held-out conditions apart from the trained, got {both[:5]} in both. Divide them.")
+        if not self.train_conditions:
+            raise ValueError("Problem.train_conditions: expected one condition or more, got none. Name them.")
+        if self.final is not None and any(self.final is judge for judge in (self.reward, self.chooser)):
+            raise ValueError("Problem.final: expected a judge of its own, got one that also weighs or chooses. The table would flatter.")
 
     @property
     def choosing(self) -> Sequence[str]:

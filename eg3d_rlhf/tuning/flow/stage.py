@@ -218,7 +218,9 @@ class FlowPath:
     weights: Mapping[str, float] | None = None  # of the errors of several tensors, by name; None: they count alike, 1 in all
 
     def __post_init__(self):
-        assert self.schedule in SCHEDULES and math.isfinite(self.mean) and self.std > 0
+        if self.schedule not in SCHEDULES or not (math.isfinite(self.mean) and self.std > 0):
+            got = f"{self.schedule!r}, {self.mean}, {self.std}"
+            raise ValueError(f"FlowPath: expected schedule {' or '.join(SCHEDULES)}, a finite mean and std > 0, got {got}. Set them.")
         if not 0 <= self.sigma_min < 1:
             raise ValueError(f"FlowPath.sigma_min: expected 0 <= sigma_min < 1, got {self.sigma_min}. Set it.")
 

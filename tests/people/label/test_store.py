@@ -1,5 +1,6 @@
 """The store on SQLite and on PostgreSQL: what is written once stays, what is sent twice counts once, secrets are not kept."""
 
+import math
 import sqlite3
 
 import pytest
@@ -69,6 +70,22 @@ def test_plans_that_cannot_be_shown_are_refused_whole(lasting, name, pairs, word
     with pytest.raises(ValueError, match=words):
         store.create_campaign(CampaignSettings(name=name), pairs)
     assert [c.settings.name for c in store.campaigns()] == ["first"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"key": ""}, {"key": "a\0b"}, {"key": "\ud800"}, {"key": "k" * 201}, {"page_version": "\n"}, {"views": ("x",) * 65},
+        {"views": ("",)}, {"milliseconds": -1}, {"milliseconds": 2**60}, {"answered_at": math.nan}, {"comment": "\n"},
+        {"reason": "broken"}, {"choice": Choice.SKIP, "reason": "dull"},
+    ],
+)  # fmt: skip
+def test_answers_that_cannot_be_stored_are_refused(lasting, changes):
+    store, campaign, ann = lasting
+    shown = store.assignments(campaign, ann)[0]
+    with pytest.raises(ValueError, match="answer: expected"):
+        store.submit(campaign, ann, answer(shown, **{"key": "k", **changes}))
+    assert list(store.judgements()) == []
 
 
 def test_training_says_what_was_right(store, work):

@@ -10,7 +10,7 @@ from eg3d_rlhf.core.interfaces import CheckedPrior, RewardModel, check_pictures,
 from eg3d_rlhf.core.memory import Costs
 from eg3d_rlhf.models.blip import BlipSizes
 from eg3d_rlhf.models.clip_inputs import clip_preprocess, pad_preprocess
-from eg3d_rlhf.rewards.pictures.from_files import CheckedReward, load_reward, reward_costs
+from eg3d_rlhf.rewards.pictures.from_files import CheckedReward, ImscoreReward, load_reward, reward_costs
 from eg3d_rlhf.rewards.pictures.reward3d import BlipReward, Reward3dNetwork
 from eg3d_rlhf.tuning.distill.priors.latent_diffusion import load_prior, prior_costs
 from tests.tuning.distill import layouts
@@ -224,6 +224,27 @@ def test_a_reward_without_its_tokenizer(made, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="got model_type 'bert'"):
         load_reward(tmp_path)
+
+
+class OfImscore(torch.nn.Module):
+    """Scores [B, 1], dropout and all."""
+
+    def __init__(self, scores=None):
+        super().__init__()
+        self.scores, self.drop = scores, torch.nn.Dropout(0.5)
+
+    def score(self, pixels, prompts):
+        return self.drop(pixels).mean((1, 2, 3))[:, None] if self.scores is None else self.scores
+
+
+def test_objects_of_imscores_kind():
+    reward, images = ImscoreReward(OfImscore()), pictures(3)
+    assert isinstance(reward, RewardModel) and torch.equal(reward.score(images, ["a"] * 3), images.mean((1, 2, 3)))
+    with pytest.warns(UserWarning, match=r"expected pictures within 0..1, got 1\.*"):
+        reward.score(images * 2 + 1, ["a"] * 3)
+    for wrong, message in ((OfImscore(torch.zeros(2)), r"got \[2\]"), (object(), "got object. Use one")):
+        with pytest.raises(ValueError, match=f"^--reward: .*{message}"):
+            ImscoreReward(wrong).score(images, ["a"] * 3)
 
 
 class Prior:

@@ -141,8 +141,10 @@ def test_sampling_settings_are_checked(options):
 def test_problems_that_would_fool_themselves_are_refused():
     made = problem()
     for changes in ({"held_out_conditions": ["c", "a"]}, {"choosing_conditions": ["c"]}, {"final": made.chooser, "chooser": made.chooser}):
-        with pytest.raises(AssertionError):
+        with pytest.raises(ValueError, match="^Problem"):
             problem(**changes)
+    with pytest.raises(ValueError, match="^FlowPath: .* Set them"):
+        FlowPath(schedule="cosine")
     assert list(made.choosing) == ["c"] and list(problem(choosing_conditions=["d"]).choosing) == ["d"]
 
 

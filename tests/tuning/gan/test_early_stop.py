@@ -166,3 +166,8 @@ def test_without_a_second_reward_it_is_refused(tiny_data, tiny_networks, tiny_re
     more = ("--reward=sigma", f"--reward-ckpt={tiny_reward}", "--early-stop=1")
     result = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path / "runs", *more))
     assert result.exit_code == 2 and "--early-stop: expected --reward-watch" in result.stderr and not (tmp_path / "runs").exists()
+
+
+def test_the_control_keeps_its_last_and_says_so():
+    result = tiny_runs.run("-n", "--reward=sigma", "--lambda-r=0", "--early-stop=1")
+    assert result.exit_code == 0 and "--early-stop ignored" in result.stderr
