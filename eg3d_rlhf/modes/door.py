@@ -37,6 +37,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "report sweep": ("eg3d_rlhf.evaluation.sweep:main", "reward against distance and geometry, over weights"),
     "report all": ("eg3d_rlhf.evaluation.reports:main", "these four, of a run and its control"),
     "report pictures": ("eg3d_rlhf.modes.reports:pictures", "those that end a reward run, drawn again"),
+    "report method": ("eg3d_rlhf.modes.reports:method", "the method as one picture"),
     "report seeds": ("eg3d_rlhf.evaluation.over_seeds:main", "the demo with several training seeds"),
     "report zoo": ("eg3d_rlhf.evaluation.zoo:main", "every kind of reward: trained, tuned by, in one table"),
     "generator inspect": ("eg3d_rlhf.modes.network_files:inspect_network", "what a network file holds; pickles are never run"),

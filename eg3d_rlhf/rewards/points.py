@@ -132,6 +132,13 @@ def mirror(observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
     return observed * signs
 
 
+def _check_cloud(who: str, points: int, seed: int) -> None:
+    """Of a reward's file, too."""
+    for name, value, least in (("points", points, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{who}.{name}: expected an integer of at least {least}, got {value!r}. Correct it.")
+
+
 @observations.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LevelSetPoints(Observation):
@@ -147,6 +154,7 @@ class LevelSetPoints(Observation):
     seed: int = 0  # of which crossings are taken
 
     def __post_init__(self) -> None:
+        _check_cloud("LevelSetPoints", self.points, self.seed)
         if self.spec.lattice != "straight":
             raise ValueError(f"LevelSetPoints.spec: expected a straight lattice, got {self.spec.lattice!r}. Use 'straight'.")
 
@@ -204,6 +212,7 @@ class LiftedPoints(Observation):
     centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the box, world units
 
     def __post_init__(self) -> None:
+        _check_cloud(type(self).__name__, self.points, self.seed)
         if self.points > self.resolution**2:
             raise ValueError(
                 f"--points: expected at most the {self.resolution**2} pixels of a depth map of {self.resolution}, got {self.points}. "

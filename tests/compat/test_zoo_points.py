@@ -38,7 +38,7 @@ def discover() -> dict[str, str]:
 
 
 SETS = discover()
-needs_sets = pytest.mark.skipif(not SETS, reason=f"no reference sets of point networks in {FOLDER}; set EG3D_RLHF_FIXTURES")
+needs_sets = pytest.mark.skipif(not SETS, reason=f"no reference sets of point networks in {FOLDER}; set EG3D_RLHF_FIXTURES to their folder")
 
 
 @functools.cache

@@ -15,6 +15,8 @@ from eg3d_rlhf.measures.distances import (
     kernel_inception_distance,
 )
 
+MISSING = "torchmetrics is not installed: pip install 'eg3d-rlhf[dev]'"
+
 
 def test_refuses_what_is_no_covariance():
     for covariances in ((np.diag([1.0, -1.0]), np.eye(2)), (np.eye(2), np.diag([1.0, -1.0]))):
@@ -80,7 +82,7 @@ def features(detector, pixels):
 
 @pytest.mark.parametrize("dim", [24, pytest.param(2048, marks=pytest.mark.long)])
 def test_fid_equals_torchmetrics_with_the_same_module(dim):
-    image = pytest.importorskip("torchmetrics.image.fid")
+    image = pytest.importorskip("torchmetrics.image.fid", reason=MISSING)
     detector, real, fake = Detector(dim), images(300, 1), images(260, 2, 30)
     metric = image.FrechetInceptionDistance(feature=detector, normalize=False)
     metric.update(real, real=True)
@@ -90,7 +92,7 @@ def test_fid_equals_torchmetrics_with_the_same_module(dim):
 
 
 def test_kid_equals_torchmetrics_on_the_same_subsets():
-    image = pytest.importorskip("torchmetrics.image.kid")
+    image = pytest.importorskip("torchmetrics.image.kid", reason=MISSING)
     detector, real, fake = Detector(), images(300, 1), images(260, 2, 30)
     metric = image.KernelInceptionDistance(feature=detector, subsets=7, subset_size=50, normalize=False)
     metric.update(real, real=True)

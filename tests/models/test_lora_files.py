@@ -77,7 +77,7 @@ def test_what_is_written_is_what_peft_reads(model, tmp_path):
 
 def test_peft_gives_the_same_numbers(model, tmp_path):
     """Both ways, where PEFT is installed: it reads our folder, and we read its folder and its state dict."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     write_adapter(model, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(AdaptableFlow(), tmp_path / "ours")
     torch.testing.assert_close(run(theirs), run(model), rtol=0, atol=1e-7)

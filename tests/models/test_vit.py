@@ -70,7 +70,7 @@ def test_dino_is_its_formula():
 
 
 def test_dino_is_that_of_transformers():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'eg3d-rlhf[sd]'")
     theirs = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(
         hidden_size=64, num_hidden_layers=1, num_attention_heads=1, mlp_ratio=2, image_size=8, patch_size=4, num_register_tokens=2
     )).eval()

@@ -98,6 +98,7 @@ def test_presets_are_rebuilt_from_json(kind, name):
         (lambda: build({"network": "pointnet2", "radii": [0.2]}), "two radii"),
         (lambda: build({"network": "curvenet", "blocks": [[8, 4, 0.1, 3, True]]}), "divide channels"),
         (lambda: Reward(LevelSetPoints(), build({"network": "pointnet"})), r"3 channels per point, got \[6, 512\]"),
+        (lambda: LevelSetPoints(points=0), "at least 1"), (lambda: LiftedPoints(seed=True), "at least 0"),
         (lambda: LiftedPoints(resolution=16, points=257), "--points: .* 256 pixels"),
         (lambda: observations.from_dict({"kind": "points"}), "fields"),
         (lambda: LevelSetPoints(spec=replace(GRID, lattice="skewed")), "straight"),

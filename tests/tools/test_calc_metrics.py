@@ -64,7 +64,8 @@ def as_bytes(images):
 
 
 def test_fid_and_kid_equal_torchmetrics_with_the_same_detector(tiny_networks, tiny_data, inception):
-    fid_module, kid_module = pytest.importorskip("torchmetrics.image.fid"), pytest.importorskip("torchmetrics.image.kid")
+    missing = "torchmetrics is not installed: pip install 'eg3d-rlhf[dev]'"
+    fid_module, kid_module = (pytest.importorskip(f"torchmetrics.image.{name}", reason=missing) for name in ("fid", "kid"))
     flags = (f"--network={tiny_networks}", f"--data={tiny_data}", f"--inception={inception}", "--n=48", "--set=batch=8", "--set=seed=2")
     found = {record["metric"]: record for record in records(run(*flags, "--metrics=fid,kid", "--set=mirror=True"))}
     data = ImageFolderDataset(tiny_data, c_dim=25, xflip=True)

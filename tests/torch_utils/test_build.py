@@ -168,7 +168,7 @@ def test_the_folder_changes_with_source_compiler_and_flags(tmp_path, monkeypatch
 
 
 def test_a_wheel_holds_every_file_that_is_compiled_or_included(monkeypatch):
-    setuptools = pytest.importorskip("setuptools")
+    setuptools = pytest.importorskip("setuptools", reason="setuptools is not installed: pip install setuptools")
     monkeypatch.chdir(ROOT)
     distribution = setuptools.Distribution()
     distribution.parse_config_files()

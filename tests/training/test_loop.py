@@ -4,10 +4,13 @@
 import pytest
 import torch
 
+from eg3d_rlhf.experiments.run import Run
 from tests import tiny_runs
 from tests.tiny_runs import assert_same, build_loop, build_networks, state
 from training.augment import AugmentPipe
-from training.phases import Loss, LossNotFiniteError, Phase, lazy_adam
+from training.config import LoopConfig
+from training.loop import TrainingLoop
+from training.phases import Loss, LossNotFiniteError, Phase, derive_seed, lazy_adam
 
 
 def begin(loop):
@@ -177,3 +180,60 @@ def test_a_run_leaves_the_documented_files(tiny_data, tmp_path):
     saved = tiny_runs.networks.load(tmp_path / "run" / "network-snapshot-000000-032.safetensors")
     assert_same(state(saved.G_ema), state(loop.subject.nets.G_ema))
     assert saved.cur_nimg == 32
+
+
+class Slope:
+    """A subject without a GAN: one weight, fitted to 3 by noisy samples."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.net, self.collectors, self.seen = torch.nn.Linear(1, 1, bias=False).requires_grad_(False), {}, 0
+        self.net.weight.zero_()
+        self.moving = self.net
+
+    def modules(self):
+        return {"net": self.net}
+
+    def meta(self):
+        return {"seen": self.seen}
+
+    def restore(self, meta):
+        self.seen = meta["seen"]
+
+    def idle(self, *_): ...
+
+    begin = end = fetch = observe = snapshot = idle
+
+    def batch_for(self, phase, cur_nimg):
+        return lambda turn: torch.randn([4, 1], generator=torch.Generator().manual_seed(derive_seed(phase, cur_nimg)))
+
+    def after_step(self, cur_nimg, batch_idx):
+        self.seen += 1
+
+    def report(self, stats):
+        return {"weight": f"{float(self.net.weight):.2f}"}
+
+
+def slope_loop(folder, kimg: float) -> TrainingLoop:
+    subject = Slope()
+
+    def losses(x):
+        error = (subject.net(x) - 3 * x).square().squeeze(1)
+        yield Loss(error, {"error": error})
+
+    phases = [Phase(name="Slope", module=subject.net, optimizer=lazy_adam(subject.net, 0.1), losses=losses)]
+    return TrainingLoop(subject, phases, LoopConfig(kimg=kimg, tick=0.2, batch=4), Run(folder, {}))
+
+
+def test_the_loop_trains_what_is_no_gan_and_resumes_it_exactly(tmp_path, capsys):
+    straight, stopped = slope_loop(tmp_path / "straight", 0.8), slope_loop(tmp_path / "stopped", 0.4)
+    straight.run()
+    stopped.run()
+    resumed = slope_loop(tmp_path / "stopped", 0.8)
+    resumed.resume()
+    resumed.run()
+    assert float(straight.subject.net.weight) == pytest.approx(3, abs=0.1) and resumed.subject.seen == 200
+    assert_same(straight.subject.net.state_dict(), resumed.subject.net.state_dict())
+    assert (tmp_path / "straight" / "stats.jsonl").read_text() == (tmp_path / "stopped" / "stats.jsonl").read_text()
+    assert "weight 3.0" in capsys.readouterr().out

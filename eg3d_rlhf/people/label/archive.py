@@ -25,6 +25,7 @@ from eg3d_rlhf.people.label.campaigns import create, settings_from_json
 from eg3d_rlhf.people.label.database import Lock, annotators, assignments, campaigns, insert_all, judgements, pairs, shapes
 from eg3d_rlhf.people.label.entities import LOCAL, ROLES, CampaignSettings, Choice, Kind, Mode, PlannedPair, Shape, check_stored
 from eg3d_rlhf.people.label.store import KNOWN, NAME, Store, find_or_add
+from eg3d_rlhf.people.label.store_labels import LabelFilters, preferences_of
 from eg3d_rlhf.preferences.labels import load_labels
 from training.storage import write_atomic
 
@@ -253,6 +254,15 @@ def import_ranked_seeds(store: Store, path: str | Path, campaign: str | None = N
         campaign_id, ids = create(c, settings, planned, now)
         _answer_all(c, {"campaign_id": campaign_id, "annotator_id": who.id}, ids, now)
     return len(labels)
+
+
+def export_ranked_seeds(store: Store, path: str | Path, **filters) -> None:
+    """Write the paper's table, rows numbered from 0; ties, which it cannot hold, are left out. Filters as `LabelFilters`."""
+    decided = [label for label in preferences_of(store, LabelFilters(**filters)) if not label.tie]
+    if not decided:
+        raise ValueError("export: expected at least one preference that passes the filters, got none. Ask for less.")
+    lines = [",rank1,rank2", *(f"{number},{label.winner},{label.loser}" for number, label in enumerate(decided))]
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
 def _answer_all(c: Connection, mine: dict, ids: list[int], now: float) -> None:

@@ -10,7 +10,7 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, naming, option, options_of
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.access import PEOPLE
-from eg3d_rlhf.people.label.archive import export_judgements, import_judgements, import_ranked_seeds
+from eg3d_rlhf.people.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
 from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Mode, parse_questions
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.quality import as_text, leaderboard_of
@@ -20,7 +20,7 @@ from eg3d_rlhf.people.label.store_labels import export_assets, export_labels, ex
 MAKE = "python tools/label.py add-annotator NAME"
 KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of exports: the files' suffixes, and what writes them
     "labels": ((".jsonl", ".csv"), export_labels), "unpaired": ((".jsonl",), export_unpaired),
-    "judgements": ((".jsonl",), export_judgements),
+    "judgements": ((".jsonl",), export_judgements), "ranked-seeds": ((".csv",), export_ranked_seeds),
     **{kind: ((".jsonl",), functools.partial(export_assets, kind=kind)) for kind in ("asset-pairs", "rankings", "asset-scores")},
 }  # fmt: skip
 
@@ -162,8 +162,8 @@ def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted:
 @click.command("export", cls=GroupedCommand)
 @click.argument("out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
 @option("--kind", type=click.Choice(tuple(KINDS)), default="labels",
-        help="Labels of pairs in the open form (.jsonl, .csv), of single shapes (.jsonl), all judgements without loss (.jsonl). "
-             "Of assets: pairs of files, rankings of each prompt's, scores of single ones.")
+        help="Labels of pairs in the open form (.jsonl, .csv), of single shapes (.jsonl), all judgements without loss (.jsonl), or the "
+             "paper's table of ranked seeds (.csv). Of assets: pairs of files, rankings of each prompt's, scores of single ones.")
 @option("--campaign", metavar="NAME", default=None, show_default="all", help="One campaign alone.")
 @option("--annotator", "annotators", metavar="NAME", multiple=True, show_default="all", help="May be given again.")
 @option("--least-gold-accuracy", metavar="0..1", type=click.FloatRange(0, 1), default=None, help="Leave out annotators below it.")

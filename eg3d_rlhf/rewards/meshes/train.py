@@ -70,7 +70,7 @@ class MeshRewardTraining:
     def __post_init__(self) -> None:
         check_knobs(self)
         if self.batch % 2:
-            raise ValueError(f"batch: expected an even number, got {self.batch}. Half of each kind are drawn.")
+            raise ValueError(f"--set batch: expected an even number, got {self.batch}. Half of each kind are drawn.")
         if self.turns and self.place == "box":
             raise ValueError("place: expected centre or world with turns, got box, which no mesh is turned about. Add --set turns=false.")
         self.encoder, self.read  # noqa: B018  their own checks
@@ -106,7 +106,7 @@ class MeshTraining:
         if o.shuffled:
             self.train = shuffled(self.train, o.seed)
         if o.batch // 2 > min(sum(label.preferred is kind for label in self.train) for kind in (True, False)):
-            raise ValueError(f"batch: expected at most as many of each kind as there are to learn from, got {o.batch}. Lower it.")
+            raise ValueError(f"--set batch: expected at most as many of each kind as there are to learn from, got {o.batch}. Lower it.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(o.seed)
             self.reward = RewardCS(o.read, o.encoder, tuple(sorted(set(meshes.prompts))), o.resolution)

@@ -170,7 +170,9 @@ def test_wrong_settings_are_named(arguments, text):
         shapley(lambda c: torch.zeros(len(c), dtype=torch.float64), regions, 0.0, method, samples)
 
 
-captum = pytest.mark.skipif(importlib.util.find_spec("captum") is None, reason="captum is not installed")
+captum = pytest.mark.skipif(
+    importlib.util.find_spec("captum") is None, reason="captum is not installed: pip install 'eg3d-rlhf[attribution]'"
+)
 SLAB = (1, 3, 4, 5)
 
 

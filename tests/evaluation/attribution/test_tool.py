@@ -17,7 +17,7 @@ from eg3d_rlhf.rewards.observations import OBSERVATIONS
 from eg3d_rlhf.rewards.reward import Reward
 from training import networks
 
-pytest.importorskip("captum")
+pytest.importorskip("captum", reason="captum is not installed: pip install 'eg3d-rlhf[attribution]'")
 SAME = [f"--after={bundled.GENERATOR}", "--device=cpu"]
 
 

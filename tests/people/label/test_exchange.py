@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.core.seeds import HELD_OUT
 from eg3d_rlhf.modes.reward_training import train as train_reward
 from eg3d_rlhf.people.label import commands
-from eg3d_rlhf.people.label.archive import export_judgements, import_judgements, import_ranked_seeds
+from eg3d_rlhf.people.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Kind, Mode, PlannedPair
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.store import Store
@@ -56,6 +56,8 @@ def test_the_published_table_comes_in_within_two_seconds(store, table, tmp_path)
     labels = preferences_of(store)
     assert [(p.winner, p.loser) for p in labels] == [(p.winner, p.loser) for p in load_labels(table)]
     assert {(p.generator, p.psi, p.annotator) for p in labels} == {(None, None, "imported")}
+    export_ranked_seeds(store, tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_bytes() == table.read_bytes()
     left = sum(p.extra["side"] == "left" for p in labels)
     assert abs(left - 2173) < 200  # sides are not in the table: drawn, not all on one
 

@@ -22,7 +22,7 @@ from torch_utils import build
 HERE = Path(__file__).parent / "emulate"
 FLAGS = ("-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-Wall", "-Wno-unknown-pragmas")
 COMPILER = next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine: install Debian's package g++, or set CXX")
 
 
 @functools.cache

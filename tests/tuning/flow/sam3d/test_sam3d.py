@@ -37,7 +37,7 @@ def released():
     cases = [param.values[0] for param in folders("flow_sam3d")]
     case = next((Case(folder) for folder in cases if folder.name.startswith("released")), None)
     if case is None:
-        pytest.skip("no reference folder of SAM 3D's released form")
+        pytest.skip("no reference folder of SAM 3D's released form; set EG3D_RLHF_FIXTURES to the folder of references")
     return case.file(case.fact("root"))
 
 
