@@ -159,7 +159,8 @@ def test_the_tool_writes_a_reward_and_goes_on_to_the_same_bytes(tmp_path, monkey
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--seeds=2", "--set", "shuffled=true"], "--seeds: expected neither"), (["--set=batch=7"], "--set batch: expected an even number, got 7"),
+    (["--seeds=2", "--set", "shuffled=true"], "--seeds: expected neither"),
+    (["--set=batch=7"], "--set batch: expected an even number, got 7"),
     (["--set=batch=400"], "batch: expected at most as many"), (["--set", "width=11"], "width that the heads divide"),
     (["--set", "nothing=1"], "--settings: expected a setting"), (["--data=none.jsonl"], "--data: expected a .jsonl file, got nothing"),
     (["--set", "place=box"], "Add --set turns=false"),
