@@ -1,6 +1,7 @@
 """Time-outs and places of connections: small numbers, quick; thousands are in test_slow_connections.py."""
 
 import contextlib
+import logging
 import os
 import resource
 import socket
@@ -110,6 +111,20 @@ def test_no_descriptors_are_no_news(tmp_path, caplog):
         late.settimeout(5)
         assert late.recv(4096).startswith(b"HTTP/1.1 200")
         assert 1 <= len([m for m in caplog.messages if "cannot accept" in m]) == len(caplog.messages) <= 5
+
+
+def test_garbage_is_noted_a_few_times(tmp_path, caplog):
+    SPARING._seen.clear()
+    with serving.running(tmp_path) as served:
+        logger = logging.getLogger("uvicorn.error")
+        logger.addHandler(caplog.handler)
+        try:
+            for _ in range(50):
+                with connect(served, b"\0\r\n\r\n") as connection:
+                    assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+        finally:
+            logger.removeHandler(caplog.handler)
+    assert 1 <= len([m for m in caplog.messages if "Invalid HTTP request" in m]) <= 5
 
 
 @dataclass(eq=False)
