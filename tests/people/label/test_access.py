@@ -139,6 +139,13 @@ REFUSED = {  # name -> (method, path, arguments of the request, status); asked b
     "revoking nobody": ("POST", "/api/admin/annotators/revoke", {"json": {"name": "nobody"}}, 404),
     "unknown export": ("GET", "/api/admin/export?format=../../x", {}, 422),
     "TRACE": ("TRACE", "/", {}, 405),
+    "origin null": ("POST", "/api/judgements", {"json": BODY, "headers": {"Origin": "null"}}, 403),
+    "basic authentication": ("GET", "/api/session", {"headers": {"Authorization": "Basic bG9jYWw6"}}, 401),
+    "empty bearer token": ("GET", "/api/session", {"headers": {"Authorization": "Bearer"}}, 401),
+    "traversal, backslashes": ("GET", "/static/..%5c..%5cstore.py", {}, 404),
+    "JSON that is no object": ("POST", "/api/judgements", {"json": [1, 2]}, 422),
+    "JSON null": ("POST", "/api/undo", {"content": b"null", "headers": JSON}, 422),
+    "another charset": ("POST", "/api/undo", {"content": b"{}", "headers": {"Content-Type": "application/json; charset=utf-7"}}, 415),
     "description of the API": ("GET", "/openapi.json", {}, 404),
 }
 
