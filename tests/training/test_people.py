@@ -162,14 +162,15 @@ def test_the_basis_ships_small_with_its_licences():
     assert "CC0" in people.load_basis().meta["licence"]
 
 
-def test_a_damaged_basis_and_another_version_are_refused(tmp_path):
+def test_a_missing_or_damaged_basis_and_another_version_are_refused(tmp_path):
     damaged_file, other = tmp_path / "damaged.safetensors", tmp_path / "other.safetensors"
     shutil.copyfile(people.ASSET, damaged_file)
     with open(damaged_file, "r+b") as file:
         file.seek(-1000, 2)
         file.write(b"\x55" * 8)
-    with pytest.raises(ValueError, match="damaged"):
-        people.load_basis(damaged_file)
+    for path, got in ((damaged_file, "damaged"), (tmp_path / "none.safetensors", "nothing there")):
+        with pytest.raises(ValueError, match=f"{got}.*assets build people"):
+            people.load_basis(path)
     tensors, meta = storage.read_tensors(people.ASSET, people.KIND)
     storage.write_tensors(other, people.KIND, tensors, {**meta, "version": 0})
     with pytest.raises(ValueError, match="assets build people"):

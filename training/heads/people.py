@@ -11,6 +11,7 @@ Shape letters: N heads, V vertices, T triangles, K components, H hair fields, P 
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ _HAIR = np.array([[0.05, 0.04, 0.04], [0.13, 0.08, 0.05], [0.28, 0.17, 0.09], [0
 _IRIS = np.array([[0.17, 0.09, 0.04], [0.30, 0.18, 0.08], [0.22, 0.34, 0.20], [0.16, 0.34, 0.55], [0.34, 0.42, 0.50]])
 _SHIRT = np.array([[0.75, 0.22, 0.20], [0.82, 0.62, 0.22], [0.30, 0.55, 0.32], [0.20, 0.45, 0.68], [0.45, 0.30, 0.60], [0.24, 0.25, 0.28]])
 
+Numbers = TypeVar("Numbers", np.ndarray, torch.Tensor)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Basis:
@@ -49,7 +52,7 @@ class Basis:
     def drawn(self) -> np.ndarray:
         """What colours are made of, of each vertex [V, 8]: the mean head's place, lips, scalp, eyes, long hair, sky."""
         long, eyes = np.linalg.norm(self.hair[2], axis=1), self.masks["eyes"]
-        bare = eyes * _ramp(0.05, 0.3, self.sky)  # the eyeball under the lids takes their colour: they are thin
+        bare = eyes * ramp(0.05, 0.3, self.sky)  # the eyeball under the lids takes their colour: they are thin
         x, y, z = (self.mean / UNIT).T
         about = (np.hypot(np.abs(x) - EYE[0], y - EYE[1]) < 0.036) & (z > 0.05)  # not seen, but near: insides of lids
         sky = np.where(about, np.maximum(self.sky, 0.7), self.sky)
@@ -59,13 +62,13 @@ class Basis:
 
 @functools.cache
 def load_basis(path: Path = ASSET) -> Basis:
-    """Read the basis. Raises: FileNotFoundError; ValueError for a file that is damaged or of another version."""
-    tensors, meta = storage.read_tensors(path, KIND)
-    if meta.get("version") != VERSION:
-        raise ValueError(
-            f"{path}: expected a basis of heads of version {VERSION}, got {meta.get('version')}. "
-            "Restore it, or make it again: eg3d-rlhf assets build people."
-        )
+    """Read the basis. Raises: ValueError for a file that is missing, damaged or of another version."""
+    try:
+        tensors, meta = storage.read_tensors(path, KIND)
+        if meta.get("version") != VERSION:
+            raise ValueError(f"{path}: expected a basis of heads of version {VERSION}, got {meta.get('version')}. Restore it.")
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{error} Or make it again: eg3d-rlhf assets build people.") from None
     masks = tensors["masks"].float().numpy() / 255
     return Basis(
         mean=tensors["mean"].numpy(), components=(tensors["components"].float() * tensors["component_step"][:, None, None]).numpy(),
@@ -92,15 +95,16 @@ def _split(z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
     return identity, hair, appearance, quality
 
 
-def _ramp(low: float, high: float, x: np.ndarray) -> np.ndarray:
-    t = np.clip((x - low) / (high - low), 0, 1)
+def ramp(low: float, high: float, x: Numbers) -> Numbers:
+    """0 at `low` and before, 1 at `high` and beyond, smooth between; `low` may be the larger one."""
+    t = ((x - low) / (high - low)).clip(0, 1)
     return t * t * (3 - 2 * t)
 
 
 def hair_amounts(hair: np.ndarray) -> np.ndarray:
     """Amounts [N, H] in 0..1 of volume, top, long and bun, of coordinates [N, H]."""
     share = ndtr(hair)
-    return np.stack([share[:, 0], share[:, 1] ** 2, _ramp(0.45, 0.8, share[:, 2]), _ramp(0.72, 0.9, share[:, 3])], axis=1)
+    return np.stack([share[:, 0], share[:, 1] ** 2, ramp(0.45, 0.8, share[:, 2]), ramp(0.72, 0.9, share[:, 3])], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,20 +178,20 @@ def surface_colour(head: Head, drawn: np.ndarray, normals: np.ndarray) -> np.nda
     blush = np.exp(-(((x - 0.068) / 0.035) ** 2 + ((y + 0.055) / 0.03) ** 2)) * (z > 0.03)
     albedo = _mix(albedo, skin * np.array([1.0, 0.72, 0.68]), 0.5 * blush)
     lip = skin * np.array([0.86, 0.50, 0.50]) * (1 - 0.15 * ndtr(a[4]))
-    albedo = _mix(albedo, lip, _ramp(0.25, 0.6, lips))
+    albedo = _mix(albedo, lip, ramp(0.25, 0.6, lips))
     across = (x - EYE[0] - 0.002) / 0.05
     arch = np.abs(y - (0.044 - 0.013 * across * across))
-    brow = _ramp(0.0095, 0.005, arch) * _ramp(0.8, 0.6, np.abs(across)) * (z > 0.04)
+    brow = ramp(0.0095, 0.005, arch) * ramp(0.8, 0.6, np.abs(across)) * (z > 0.04)
     albedo = _mix(albedo, 0.8 * hair, (0.55 + 0.4 * ndtr(a[5])) * brow)
-    cap = np.maximum(_ramp(0.35, 0.65, scalp), head.long * _ramp(0.1, 0.3, long))
+    cap = np.maximum(ramp(0.35, 0.65, scalp), head.long * ramp(0.1, 0.3, long))
     albedo = _mix(albedo, hair, cap)
-    albedo = _mix(albedo, shirt, _ramp(-0.305, -0.32, y) * (1 - cap))
+    albedo = _mix(albedo, shirt, ramp(-0.305, -0.32, y) * (1 - cap))
     rho = np.hypot(x - EYE[0], y)
     ball = np.full_like(albedo, 0.90)
-    ball = _mix(ball, 0.35 * iris, _ramp(0.0145, 0.0130, rho))
-    ball = _mix(ball, iris, _ramp(0.0125, 0.0110, rho))
-    ball = _mix(ball, 0.02, _ramp(0.0072, 0.0058, rho))
-    albedo = _mix(albedo, ball, _ramp(0.4, 0.6, eyes))
+    ball = _mix(ball, 0.35 * iris, ramp(0.0145, 0.0130, rho))
+    ball = _mix(ball, iris, ramp(0.0125, 0.0110, rho))
+    ball = _mix(ball, 0.02, ramp(0.0072, 0.0058, rho))
+    albedo = _mix(albedo, ball, ramp(0.4, 0.6, eyes))
     lambert = np.clip(normals @ LIGHT * 0.65 + 0.35, 0, None)
     shading = 0.5 * (0.2 + 0.8 * sky) * (0.85 + 0.15 * normals[:, 1]) + 0.68 * lambert * (0.5 + 0.5 * sky)
     return np.clip(albedo * shading[:, None], 0, 1).astype(np.float32)
@@ -238,13 +242,11 @@ def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
 
 
-def picture(
-    head: Head, cam2world: np.ndarray, focal: float, size: int, basis: Basis | None = None, supersample: int = 2
-) -> tuple[np.ndarray, np.ndarray]:
+def picture(head: Head, cam2world: np.ndarray, focal: float, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The whole head in colour on white, [R, R, 3] in 0..1, and the distance [R, R] along the unit ray through each pixel's centre (inf
     where it misses)."""
-    basis = basis or load_basis()
-    fine = size * supersample
+    basis = load_basis()
+    fine = 2 * size
     owner, weights, _ = rasterise(head.vertices, basis.triangles, cam2world, focal, fine)
     image = np.ones((fine, fine, 3), np.float32)
     seen = owner >= 0
@@ -257,4 +259,4 @@ def picture(
     _, _, along = rasterise(head.vertices, basis.triangles, cam2world, focal, size)
     steps = ((np.arange(size) + 0.5) / size - 0.5) / focal
     slant = np.sqrt(1 + steps[:, None] ** 2 + steps[None] ** 2)
-    return image.reshape(size, supersample, size, supersample, 3).mean(axis=(1, 3)), along * slant
+    return image.reshape(size, 2, size, 2, 3).mean(axis=(1, 3)), along * slant

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from training import storage
-from training.heads.people import COMPONENTS, EYE, HAIR_FIELDS, KIND, UNIT, VERSION, vertex_normals
+from training.heads.people import COMPONENTS, EYE, HAIR_FIELDS, KIND, UNIT, VERSION, ramp, vertex_normals
 from training.heads.people_pool import ray_hits, warp_mesh
 
 PACKAGE = "0.6.2"  # other versions give other heads
@@ -140,28 +140,23 @@ def _sky(vertices: np.ndarray, triangles: np.ndarray, count: int, rng: np.random
     return seen / count
 
 
-def _smooth(low: float, high: float, x: np.ndarray) -> np.ndarray:
-    t = np.clip((x - low) / (high - low), 0, 1)
-    return t * t * (3 - 2 * t)
-
-
 def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndarray, head: np.ndarray):
     """Masks [V] in 0..1 of the mean head by name. All lengths are for a head 0.4 high, about the eyes' middle."""
     x, y, z = np.abs(mean[:, 0]) / UNIT, mean[:, 1] / UNIT - EYE[1], mean[:, 2] / UNIT
     # the hairline: high over the forehead, down before the ears, behind them to the nape
     line = np.interp(z, [-0.12, -0.04, 0.01, 0.05, 0.09, 0.13], [-0.15, -0.12, -0.045, 0.035, 0.10, 0.125])
-    scalp = _smooth(-0.012, 0.012, y - line) * (1 - ears) * (1 - eyes) * head
+    scalp = ramp(-0.012, 0.012, y - line) * (1 - ears) * (1 - eyes) * head
     lobe = ears > 0.5
     canal = np.hypot((y - y[lobe].mean()) / 0.035, (z - z[lobe].mean()) / 0.022) < 1
     ears = np.maximum(ears, canal * (x > 0.05) * head)
     scalp = scalp * (1 - ears)
-    iris = eyes * _smooth(0.014, 0.011, np.hypot(x - EYE[0], y))
+    iris = eyes * ramp(0.014, 0.011, np.hypot(x - EYE[0], y))
     across = (x - EYE[0]) / 0.05
-    brow = _smooth(0.012, 0.006, np.abs(y - (0.044 - 0.010 * across**2))) * (np.abs(across) < 0.8) * (z > 0.05)
-    face = head * _smooth(0.03, 0.05, z) * (y > -0.21) * (1 - scalp) * (1 - eyes)
-    neck = _smooth(-0.16, -0.20, y) * _smooth(-0.36, -0.33, y) * (1 - face)
-    torso = _smooth(-0.30, -0.33, y)
-    back = _smooth(0.0, -0.02, z) * head
+    brow = ramp(0.012, 0.006, np.abs(y - (0.044 - 0.010 * across**2))) * (np.abs(across) < 0.8) * (z > 0.05)
+    face = head * ramp(0.03, 0.05, z) * (y > -0.21) * (1 - scalp) * (1 - eyes)
+    neck = ramp(-0.16, -0.20, y) * ramp(-0.36, -0.33, y) * (1 - face)
+    torso = ramp(-0.30, -0.33, y)
+    back = ramp(0.0, -0.02, z) * head
     return {"lips": lips, "ears": ears, "scalp": scalp, "brows": brow * (1 - eyes), "iris": iris, "eyes": eyes, "face": face,
             "back": back, "neck": neck * (1 - torso), "torso": torso}
 
@@ -173,8 +168,8 @@ def _hair(mean: np.ndarray, normals: np.ndarray, scalp: np.ndarray, ears: np.nda
     radial = np.stack([x, np.zeros_like(x), z + 0.02], axis=1)
     radial /= np.maximum(np.linalg.norm(radial, axis=1, keepdims=True), 1e-6)
     volume = 0.030 * scalp[:, None] * normals
-    top = 0.050 * (scalp * _smooth(0.06, 0.17, y))[:, None] * (0.5 * normals + [0, 0.6, 0])
-    behind = _smooth(0.035, -0.03, z) * _smooth(-0.36, -0.20, y) * _smooth(0.10, -0.02, y)
+    top = 0.050 * (scalp * ramp(0.06, 0.17, y))[:, None] * (0.5 * normals + [0, 0.6, 0])
+    behind = ramp(0.035, -0.03, z) * ramp(-0.36, -0.20, y) * ramp(0.10, -0.02, y)
     long = 0.065 * (behind * (1 - ears))[:, None] * radial
     knot = np.exp(-(((place - [0, EYE[1] + 0.045, -0.17]) / [0.075, 0.07, 0.09]) ** 2).sum(axis=1))
     bun = 0.085 * (knot * scalp)[:, None] * np.array([0, 0.15, -1])
@@ -208,7 +203,7 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
     eyes, head = (np.isin(used, faces[mask & kept]).astype(float) for mask in (eye_faces, head_faces))
     lips = _moved_by(model, ("mouth-lowerlip-volume-incr", "mouth-upperlip-volume-incr"))[used]
     ears = _moved_by(model, tuple(f"{side}-ear-{what}-incr" for side in "lr" for what in ("scale", "wing", "flap", "scale-depth")))[used]
-    lips, ears = _smooth(0.25, 0.55, lips), _smooth(0.15, 0.4, ears)
+    lips, ears = ramp(0.25, 0.55, lips), ramp(0.15, 0.4, ears)
 
     coefficients = _draws(model, options.heads, rng)
     shapes = model.blendshapes[:, used].flatten(1)

@@ -12,6 +12,8 @@ Shape letters: N heads, P points, Q = 18 coordinates.
 import torch
 from torch.special import ndtr
 
+from training.heads.people import ramp
+
 BROKEN_FROM = 0.43  # quantile of the first coordinate at which half of the damage is there
 GUARD = -0.01  # nothing is cut away in front of this depth
 HOLLOW_FRONT = 0.035  # hollows end here
@@ -19,22 +21,17 @@ SHELL = 0.045  # thickness of what is left about a hollow
 BASE = -0.30  # shoulders below stay
 
 
-def _ramp(low: float, high: float, x: torch.Tensor) -> torch.Tensor:
-    t = ((x - low) / (high - low)).clamp(0, 1)
-    return t * t * (3 - 2 * t)
-
-
 def severity(quality: torch.Tensor) -> torch.Tensor:
     """Share of the damage that is there, of coordinates [N, Q]: [N] in 0..1, 0 for whole scans and 1 for broken ones."""
-    return _ramp(BROKEN_FROM - 0.03, BROKEN_FROM + 0.03, ndtr(quality[:, 0]))
+    return ramp(BROKEN_FROM - 0.03, BROKEN_FROM + 0.03, ndtr(quality[:, 0]))
 
 
 def kinds(quality: torch.Tensor) -> torch.Tensor:
     """Amounts [N, 3] in 0..1 of what is cut off, of a swelling, and of a hole."""
     amount, kind = severity(quality), ndtr(quality[:, 1])
-    cut = _ramp(0.80, 0.76, kind)
-    swelling = _ramp(0.76, 0.80, kind) * _ramp(0.91, 0.87, kind)
-    return torch.stack([cut, swelling, _ramp(0.87, 0.91, kind)], dim=1) * amount[:, None]
+    cut = ramp(0.80, 0.76, kind)
+    swelling = ramp(0.76, 0.80, kind) * ramp(0.91, 0.87, kind)
+    return torch.stack([cut, swelling, ramp(0.87, 0.91, kind)], dim=1) * amount[:, None]
 
 
 def damaged(points: torch.Tensor, distance: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
@@ -56,7 +53,7 @@ def damaged(points: torch.Tensor, distance: torch.Tensor, quality: torch.Tensor)
     front = (z - middle - tilt_x * x - tilt_y * (y - 0.03) + ragged) / length  # > 0: in front of the plane
     gone = torch.maximum(front, z - GUARD)
     hollow = torch.maximum(torch.maximum(distance + SHELL, front - 0.06), z - HOLLOW_FRONT)
-    base = BASE + 0.15 * _ramp(0.10, 0.20, x.abs())  # shoulders stay
+    base = BASE + 0.15 * ramp(0.10, 0.20, x.abs())  # shoulders stay
     gone = torch.maximum(torch.minimum(gone, hollow), base - y)
     # a hole
     reach = 0.145 * hole
@@ -70,6 +67,6 @@ def damaged(points: torch.Tensor, distance: torch.Tensor, quality: torch.Tensor)
     lump = ((x - sx) ** 2 + (y - sy) ** 2 + (z + 0.22) ** 2).sqrt() - size
     scan = torch.where(swelling > 0.02, torch.minimum(scan, torch.maximum(lump, z + 0.02)), scan)
     # roughness
-    rough = 0.009 * _ramp(0.35, 0.9, ndtr(0.8 * q[:, 0] + 0.6 * q[:, 14])) * _ramp(-0.02, -0.08, z) * _ramp(-0.36, -0.30, y)
+    rough = 0.009 * ramp(0.35, 0.9, ndtr(0.8 * q[:, 0] + 0.6 * q[:, 14])) * ramp(-0.02, -0.08, z) * ramp(-0.36, -0.30, y)
     wave = torch.sin(42 * x + q[:, 15]) * torch.sin(40 * y + q[:, 16]) + 0.6 * torch.sin(47 * z + 20 * x + q[:, 17])
     return scan - rough * wave

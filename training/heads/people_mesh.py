@@ -13,7 +13,7 @@ import numpy as np
 import scipy.ndimage
 from scipy.spatial import cKDTree
 
-from training.heads.people import Basis, Head, bust_end, load_basis
+from training.heads.people import Head, bust_end, load_basis
 
 NEIGHBOURS = 10  # samples of the surface whose triangles may be nearest
 SAMPLE = 0.012  # no two neighbouring samples of a triangle are farther apart, about; world units
@@ -160,26 +160,24 @@ def nearest_places(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray,
     return triangle, weights, distance
 
 
-def head_distance(head: Head, points: np.ndarray, basis: Basis | None = None) -> np.ndarray:
+def head_distance(head: Head, points: np.ndarray) -> np.ndarray:
     """Signed distance [P] of the whole head, closed below by a rounded cylinder, at points [P, 3]; negative inside, world units."""
-    basis = basis or load_basis()
-    corners = head.vertices[basis.triangles].astype(np.float64)
+    corners = head.vertices[load_basis().triangles].astype(np.float64)
     _, _, distance = nearest_places(corners, points)
     inside = winding_number(corners, points) > 0.5
     return np.maximum(np.where(inside, -distance, distance), bust_end(points))
 
 
-def grid_points(resolution: int, side: float = 1.0) -> np.ndarray:
+def grid_points(resolution: int) -> np.ndarray:
     """Middles [n, n, n, 3] of the voxels of the cube, axes x, y, z."""
-    steps = ((np.arange(resolution) + 0.5) / resolution - 0.5) * side
+    steps = (np.arange(resolution) + 0.5) / resolution - 0.5
     return np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1)
 
 
-def head_grid(head: Head, resolution: int, basis: Basis | None = None) -> np.ndarray:
+def head_grid(head: Head, resolution: int) -> np.ndarray:
     """`head_distance` at the middles of the cube's voxels [n, n, n]: one winding number for all that the surface does not part."""
-    basis = basis or load_basis()
     points = grid_points(resolution).reshape(-1, 3)
-    corners = head.vertices[basis.triangles].astype(np.float64)
+    corners = head.vertices[load_basis().triangles].astype(np.float64)
     _, _, distance = nearest_places(corners, points)
     end = bust_end(points)
     open_end = (end > -0.03) & (points[:, 1] < -0.2)  # arms and chest are open there: no surface parts inside from outside
