@@ -98,26 +98,26 @@ def _blocks(points: np.ndarray) -> list[np.ndarray]:
 
 
 def closest_on_triangles(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Weights [P, 3] of the corners at the place of triangle i, [P, 3, 3], that is nearest to point i, [P, 3]."""
-    a, b, c = corners[:, 0], corners[:, 1], corners[:, 2]
-    u, v, w = b - a, c - a, points - a
-    uu, uv, vv, wu, wv = (np.einsum("pd,pd->p", x, y) for x, y in ((u, u), (u, v), (v, v), (w, u), (w, v)))
-    area = np.maximum(uu * vv - uv * uv, 1e-20)
-    s, t = (vv * wu - uv * wv) / area, (uu * wv - uv * wu) / area
-    inner = np.stack([1 - s - t, s, t], axis=1)
-    best = np.where((inner >= 0).all(axis=1), 0.0, np.inf)
-    weights = inner
+    """Weights [..., 3] of the corners at the places of triangles [..., 3, 3] that are nearest to points [..., 3], which may broadcast."""
+
+    def dot(u, v):
+        return (u * v).sum(axis=-1)
+
+    a, u, v = corners[..., 0, :], corners[..., 1, :] - corners[..., 0, :], corners[..., 2, :] - corners[..., 0, :]
+    d, uu, uv, vv = points - a, dot(u, u), dot(u, v), dot(v, v)
+    flat = np.maximum(uu * vv - uv * uv, 1e-300)
+    second, third = (vv * dot(u, d) - uv * dot(v, d)) / flat, (uu * dot(v, d) - uv * dot(u, d)) / flat
+    inside = np.stack([1 - second - third, second, third], axis=-1)
+    best, least = inside, np.where((inside >= 0).all(axis=-1), dot(d - (second[..., None] * u + third[..., None] * v), d), np.inf)
     for i, j in ((0, 1), (1, 2), (2, 0)):  # else on an edge
-        start, edge = corners[:, i], corners[:, j] - corners[:, i]
-        way = np.einsum("pd,pd->p", points - start, edge) / np.maximum(np.einsum("pd,pd->p", edge, edge), 1e-20)
-        way = np.clip(way, 0, 1)
-        distance = ((start + way[:, None] * edge - points) ** 2).sum(axis=1)
-        on_edge = np.zeros_like(inner)
-        on_edge[:, i], on_edge[:, j] = 1 - way, way
-        nearer = (distance < best) & (best > 0)
-        weights = np.where(nearer[:, None], on_edge, weights)
-        best = np.where(nearer, distance, best)
-    return weights
+        side = corners[..., j, :] - corners[..., i, :]
+        along = np.clip(dot(points - corners[..., i, :], side) / np.maximum(dot(side, side), 1e-300), 0, 1)
+        away = points - corners[..., i, :] - along[..., None] * side
+        on_edge = np.zeros_like(inside)
+        on_edge[..., i], on_edge[..., j] = 1 - along, along
+        nearer = dot(away, away) < least
+        best, least = np.where(nearer[..., None], on_edge, best), np.where(nearer, dot(away, away), least)
+    return best
 
 
 @functools.cache

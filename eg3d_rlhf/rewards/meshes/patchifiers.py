@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from eg3d_rlhf.core.interfaces import Mesh, Patches
 from eg3d_rlhf.geometry.mesh import compact, decimate, parts
 from eg3d_rlhf.rewards.point_layers import farthest_points
+from training.heads.people_mesh import closest_on_triangles
 
 AREAS = ("share", "raw")
 PLACES = ("centre", "box", "world")
@@ -240,34 +241,11 @@ def nearest_on(points: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, n
     from scipy.spatial import cKDTree
 
     near = cKDTree(triangles.mean(axis=1)).query(points, k=min(NEAR, len(triangles)))[1].reshape(len(points), -1)  # [Q, K]
-    weight = _weights(points[:, None], triangles[near])  # [Q, K, 3]
+    weight = closest_on_triangles(triangles[near], points[:, None])  # [Q, K, 3]
     away = ((weight[..., None] * triangles[near]).sum(axis=2) - points[:, None]) ** 2
     best = away.sum(axis=2).argmin(axis=1)
     row = np.arange(len(points))
     return near[row, best], weight[row, best]
-
-
-def _weights(point: np.ndarray, corner: np.ndarray) -> np.ndarray:
-    """Weights [Q, K, 3] of corners [Q, K, 3, 3] at the place nearest to a point [Q, 1, 3] on each triangle."""
-
-    def dot(u, v):
-        return (u * v).sum(axis=-1)
-
-    a, u, v = corner[:, :, 0], corner[:, :, 1] - corner[:, :, 0], corner[:, :, 2] - corner[:, :, 0]
-    d, uu, uv, vv = point - a, dot(u, u), dot(u, v), dot(v, v)
-    flat = np.maximum(uu * vv - uv * uv, 1e-300)
-    second, third = (vv * dot(u, d) - uv * dot(v, d)) / flat, (uu * dot(v, d) - uv * dot(u, d)) / flat
-    inside = np.stack([1 - second - third, second, third], axis=-1)
-    best, least = inside, np.where((inside >= 0).all(axis=-1), dot(d - (second[..., None] * u + third[..., None] * v), d), np.inf)
-    for i, j in _EDGES:
-        side = corner[:, :, j] - corner[:, :, i]
-        along = np.clip(dot(point - corner[:, :, i], side) / np.maximum(dot(side, side), 1e-300), 0, 1)
-        away = point - corner[:, :, i] - along[..., None] * side
-        on_edge = np.zeros_like(inside)
-        on_edge[..., i], on_edge[..., j] = 1 - along, along
-        nearer = dot(away, away) < least
-        best, least = np.where(nearer[..., None], on_edge, best), np.where(nearer, dot(away, away), least)
-    return best
 
 
 # Patches that follow the surface: regions grown over neighbouring faces of similar normals. The default, for meshes of any kind. Stands in
