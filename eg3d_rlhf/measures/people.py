@@ -8,10 +8,8 @@ rows and columns of the face's window, from below and from the left.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy.spatial import cKDTree
 
-from eg3d_rlhf.core.field import LEVEL, Field
 from training.heads.people_mesh import grid_points
 
 VOXEL = 1 / 64  # world units, in which tolerances are stated
@@ -31,13 +29,6 @@ class VolumeError:
     @property
     def total(self) -> float:
         return self.missing + self.extra
-
-
-@torch.no_grad()
-def values_of(field: Field, n: int = 64, level: float = LEVEL) -> np.ndarray:
-    """level - raw density [N, n, n, n] of a field's shapes on the grid."""
-    points = torch.from_numpy(grid_points(n).reshape(-1, 3)).float()
-    return (level - field.density(points)).unflatten(1, (n, n, n)).cpu().numpy()
 
 
 def behind(points: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from torch_utils.ops import upfirdn2d
+from training import checkpoint, storage
 from training import networks as nets
 from training.config import GanConfig, NetworkConfig, networks_for
 from training.dataset import ImageFolderDataset
@@ -70,20 +71,14 @@ def fresh_networks(seed: int) -> nets.Networks:
 
 
 class Pool:
-    """The heads of all files of a folder that are there by now."""
+    """The heads of all files of a folder."""
 
     def __init__(self, folder: Path):
-        self.folder, self._known = folder, set[Path]()
         self.z, self._heads = np.zeros((0, 64), np.float32), list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
-
-    def look(self) -> int:
-        """Read what is new; the number of heads."""
-        for path in sorted(set(self.folder.glob("chunk-*.npz")) - self._known):
+        for path in sorted(folder.glob("chunk-*.npz")):
             with np.load(path) as data:
                 self.z = np.concatenate([self.z, data["z"]])
                 self._heads += list(zip(data["points"], data["distance"], data["colour"], strict=True))
-            self._known.add(path)
-        return len(self._heads)
 
     def draw(self, rng: np.random.Generator, heads: int, points: int) -> tuple[torch.Tensor, ...]:
         """Latents of whole heads [N, 46], points [N, P, 3], distances [N, P], colours [N, P, 3]: neighbours in the shuffled order."""
@@ -160,20 +155,19 @@ def schedule(o: PeopleTraining) -> Iterator[tuple[int, float, float, float, int]
 
 
 def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Path:
-    """Train, or go on from `folder`'s state; the network file. Writes network-STEP.safetensors, state.pt and log.jsonl there."""
+    """Train, or go on from `folder`'s newest whole checkpoint; the network file. A log.jsonl lies beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     made = fresh_networks(o.seed)
     G, G_ema = made.G.requires_grad_(True), made.G_ema
     optimizer = torch.optim.Adam(G.parameters(), lr=o.lr[0], betas=(0.9, 0.99))
-    begin, state = 0, folder / "state.pt"
-    if state.exists():
-        held = torch.load(state, weights_only=True)
-        G.load_state_dict(held["G"])
-        G_ema.load_state_dict(held["G_ema"])
-        optimizer.load_state_dict(held["optimizer"])
-        begin = held["step"]
-    total, started, sums, heads = sum(o.steps), time.time(), np.zeros(3), pool.look()
-    out = folder / "network-last.safetensors"
+    modules, begin = torch.nn.ModuleDict({"G": G, "G_ema": G_ema}), 0
+    if checkpoint.available(folder):
+        held, meta, path = checkpoint.read(folder, fall_back=True)
+        storage.load_strict(modules, {name: held[name] for name in held if not name.startswith("optim_G.")}, str(path))
+        checkpoint.restore_optimizer("optim_G", optimizer, held)
+        begin = meta["step"]
+    total, started, sums = sum(o.steps), time.time(), np.zeros(3)
+    out = folder / "network.safetensors"
     for step, (stage, lr, weight, edge, size) in enumerate(schedule(o)):
         if step < begin:
             continue
@@ -192,10 +186,9 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
                 mean.copy_(value)
         sums += [float(density.detach().mean()), float(colour.detach().mean()), 1]
         if (step + 1) % 100 == 0:
-            heads = pool.look()
             rate = (time.time() - started) / (step + 1 - begin)
             line = {"step": step + 1, "stage": stage, "lr": round(lr, 5), "density": round(sums[0] / sums[2], 4),
-                    "colour": round(sums[1] / sums[2], 4), "heads": heads, "seconds_a_step": round(rate, 3),
+                    "colour": round(sums[1] / sums[2], 4), "seconds_a_step": round(rate, 3),
                     "minutes_left": round(rate * (total - step - 1) / 60, 1)}
             with open(folder / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
@@ -204,12 +197,8 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
         if (step + 1) % o.save_every == 0 or step + 1 == total:
             made.cur_nimg = (step + 1) * o.heads
             nets.save(out, made)
-            if (step + 1) % (4 * o.save_every) == 0 or step + 1 == total:
-                nets.save(folder / f"network-{step + 1:06d}.safetensors", made, only_ema=True)
-            part = folder / ".state.pt"
-            tensors = {"G": G.state_dict(), "G_ema": G_ema.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**tensors, "step": step + 1, "options": asdict(o)}, part)
-            part.replace(state)
+            tensors = {**modules.state_dict(), **checkpoint.optimizer_tensors("optim_G", optimizer)}
+            checkpoint.write(folder, made.cur_nimg, tensors, {"step": step + 1, "options": asdict(o)})
     return out
 
 
