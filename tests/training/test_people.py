@@ -129,7 +129,18 @@ def test_more_than_half_of_the_latents_are_broken_of_three_kinds():
     assert (kinds(quality).gt(0.5).float().mean(dim=0) > 0.04).all()
 
 
-def test_pictures_show_eyes_and_depth_lies_on_the_surface(heads):
+def test_eyes_in_a_picture_are_white_with_dark_pupils(heads):
+    basis = people.load_basis()
+    for head in heads[:2]:
+        image, _ = people.picture(head, camera(0.0), FFHQ_FOCAL, 128)
+        for side in (-1, 1):
+            x, y, z = head.vertices[(basis.masks["iris"] > 0.5) & (side * basis.mean[:, 0] > 0)].mean(axis=0)
+            column, row = (int(128 * (at / (FFHQ_RADIUS - z) * FFHQ_FOCAL + 0.5)) for at in (x, -y))
+            eye = image[row - 3 : row + 4, column - 6 : column + 7].mean(axis=2)
+            assert eye[3, 6] < 0.05 and eye.max() > 0.4
+
+
+def test_depth_of_a_picture_lies_on_the_surface(heads):
     image, depth = people.picture(heads[3], camera(0.0), FFHQ_FOCAL, 64)
     assert image.shape == (64, 64, 3) and image.min() >= 0 and image.max() <= 1
     hit = np.isfinite(depth)
