@@ -18,7 +18,7 @@ help:
 	@echo "make gpu           all that a machine with a GPU has to show, on one page: runs/gpu/gpu.md (DEVICE=cpu KIMG=0.032 BENCH_ARGS=--quick: a rehearsal)"
 	@echo "make lint          ruff and mypy (a minute; seconds the second time)"
 	@echo "make bench         speed of every fast path against plain EG3D (about 35 minutes; BENCH_ARGS=--quick: half a minute)"
-	@echo "make assets        regenerate everything in assets/ (three hours on 2 cores; the generators are made with one thread)"
+	@echo "make assets        regenerate everything in assets/ (about three and a half hours on 2 cores, reckoned from its parts; the generators are made with one thread)"
 
 $(VENV): $(STAMP)
 
@@ -81,7 +81,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 assets: $(STAMP)
-	@echo "== 1/9 heads of people: basis, pool of points, generator (an hour and a half more)"
+	@echo "== 1/9 heads of people: basis, pool of points, generator (about two hours)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[assets]'
 	$(BIN)/eg3d-rlhf assets build people
 	@echo "== 2/9 generator"
