@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import nn
 
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.attention import Mlp, SelfAttention, attend, tree
-from eg3d_rlhf.models.weights import State, empty, fill, read
+from eg3d_rlhf.models.weights import State, empty, fill, frozen, read
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pictures in 0..1
 
@@ -110,36 +110,48 @@ HEAD = 64  # channels of a head, of all that are published
 
 
 @dataclass(frozen=True, kw_only=True)
-class DinoConfig:
+class _Config:
+    """What configs of transformers say of either."""
+
+    GATED: ClassVar[str]  # name of the setting of layers that are not read
+    num_channels: int = 3
+    hidden_act: str = "gelu"
+    num_register_tokens: int = 0
+
+    def __post_init__(self):
+        gated = getattr(self, self.GATED)
+        if self.hidden_act != "gelu" or gated or self.num_channels != 3:
+            got = f"{self.hidden_act!r}, {gated} and {self.num_channels}"
+            raise ValueError(f"{type(self).__name__}: expected gelu, no {self.GATED} and 3 channels, got {got}. Not read here.")
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Self:
+        """From a config; settings that say nothing of the network, such as dropout, are passed over."""
+        return cls(**{field.name: content[field.name] for field in fields(cls) if content.get(field.name) is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoConfig(_Config):
     """What a config of transformers says of a DINOv2; the defaults are those of the large one."""
 
+    GATED: ClassVar[str] = "use_swiglu_ffn"
     hidden_size: int = 1024
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
     mlp_ratio: float = 4
     image_size: int = 518  # of the position embeddings
     patch_size: int = 14
-    num_channels: int = 3
     layer_norm_eps: float = 1e-6
-    hidden_act: str = "gelu"
     qkv_bias: bool = True
     use_swiglu_ffn: bool = False
-    num_register_tokens: int = 0
     shown: int | None = None  # pixels of the pictures that it is shown; None: image_size
     antialias: bool = True  # see VisionTransformer
     offset: float = 0.0
 
     def __post_init__(self):
-        if self.hidden_act != "gelu" or self.use_swiglu_ffn or self.num_channels != 3:
-            got = f"{self.hidden_act!r}, {self.use_swiglu_ffn} and {self.num_channels}"
-            raise ValueError(f"DinoConfig: expected gelu, no swiglu and 3 channels, got {got}. Not read here.")
+        super().__post_init__()
         if self.image_size % self.patch_size or self.hidden_size % self.num_attention_heads:
             raise ValueError(f"DinoConfig: expected patches and heads that divide picture and size, got {self}. Correct it.")
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "DinoConfig":
-        """From a config; settings that say nothing of the network, such as dropout, are passed over."""
-        return cls(**{field.name: content[field.name] for field in fields(cls) if content.get(field.name) is not None})
 
     @classmethod
     def of_state(cls, state: Mapping[str, torch.Tensor], who: str) -> "DinoConfig":
@@ -244,8 +256,7 @@ def _weights(name: str) -> Path:
 
 def load_dino(config: DinoConfig, state: Mapping[str, torch.Tensor], who: str, device: str | torch.device = "cpu") -> Dino:
     """The network of a state dict in torch hub's names, strictly; frozen, in float32."""
-    types = dict.fromkeys(state, torch.float32)
-    return fill(empty(lambda: Dino(config)), state, who, types=types, device=device).eval().requires_grad_(False)
+    return frozen(fill(empty(lambda: Dino(config)), state, who, types=torch.float32, device=device), device)
 
 
 def _places(name: str) -> Iterator[Path]:
@@ -284,17 +295,15 @@ def _dino(content: Mapping[str, Any]) -> DinoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dino3Config:
+class Dino3Config(_Config):
     """What a config of transformers says of a DINOv3; the defaults are those of transformers."""
 
+    GATED: ClassVar[str] = "use_gated_mlp"
     hidden_size: int = 384
     intermediate_size: int = 1536
     num_hidden_layers: int = 12
     num_attention_heads: int = 6
     patch_size: int = 16
-    num_channels: int = 3
-    num_register_tokens: int = 0
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-5
     rope_theta: float = 100.0
     query_bias: bool = True
@@ -305,16 +314,9 @@ class Dino3Config:
     use_gated_mlp: bool = False
 
     def __post_init__(self):
-        if self.hidden_act != "gelu" or self.use_gated_mlp or self.num_channels != 3:
-            got = f"{self.hidden_act!r}, {self.use_gated_mlp} and {self.num_channels}"
-            raise ValueError(f"Dino3Config: expected gelu, no gated layers and 3 channels, got {got}. Not read here.")
+        super().__post_init__()
         if self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(f"Dino3Config: expected heads of four channels or a multiple, got {self}. Correct it.")
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "Dino3Config":
-        """From a config; settings of training are passed over."""
-        return cls(**{field.name: content[field.name] for field in fields(cls) if content.get(field.name) is not None})
 
 
 class Dino3Block(nn.Module):
@@ -387,5 +389,4 @@ def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
     """
     path = _weights(name)
     config, state = _read_config(name, path, "dinov3", Dino3Config.of), read(path, name)
-    types = dict.fromkeys(state, torch.float32)
-    return fill(empty(lambda: Dino3(config)), state, str(path), types=types, device=device).eval().requires_grad_(False)
+    return frozen(fill(empty(lambda: Dino3(config)), state, str(path), types=torch.float32, device=device), device)

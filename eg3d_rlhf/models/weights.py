@@ -103,6 +103,11 @@ def below(state: Mapping[str, torch.Tensor], prefix: str) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+    """Of tensors by name."""
+    return {name: list(tensor.shape) for name, tensor in state.items()}
+
+
 def shape_of(state: Mapping[str, torch.Tensor], name: str, who: str, axes: int) -> tuple[int, ...]:
     """Shape of an entry of `axes` axes. Raises: ValueError where there is no such entry."""
     if name not in state or state[name].ndim != axes:
@@ -130,22 +135,24 @@ def empty(make: Callable[[], Result]) -> Result:
 
 
 def fill(
-    module: Module, state: Mapping[str, torch.Tensor], who: str, *, types: Mapping[str, torch.dtype] | None = None,
+    module: Module, state: Mapping[str, torch.Tensor], who: str, *, types: Mapping[str, torch.dtype] | torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> Module:
     """Copy tensors into a module, every entry of both; returns it.
 
-    A module on the meta device is first given memory on `device`, by name in the types that `types` says, else in those of the state.
+    A module on the meta device is first given memory on `device`, in the type, or by name the types, that `types` says, else in
+    those of the state.
     Raises: ValueError for missing, unexpected and misshapen entries, and for numbers that are not finite.
     """
     own = module.state_dict()
     check_fit(own, state, who)
     check_finite(state, who)
     if any(tensor.is_meta for tensor in own.values()):
-        types = {name: tensor.dtype for name, tensor in state.items()} | dict(types or {})
+        known = dict.fromkeys(state, types) if isinstance(types, torch.dtype) else dict(types or {})
+        known = {name: tensor.dtype for name, tensor in state.items()} | known
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if name in types and tensor.is_floating_point():
-                tensor.data = tensor.data.to(types[name])
+            if name in known and tensor.is_floating_point():
+                tensor.data = tensor.data.to(known[name])
         module.to_empty(device=device)
     module.load_state_dict(state)
     return module

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand
+from eg3d_rlhf.models.weights import shapes
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, family_of
 
 WIDTH, LISTED, FIRST = 118, 12, 8  # columns; files and names that are listed
@@ -47,7 +48,7 @@ def faults(network: Network) -> list[str]:
     if not network.found:
         return [] if network.without else [f"{network.name}: expected its tensors in {network.file}, got none. Restore the file."]
     expected = {name: list(shape) for name, shape in network.expected.items()}
-    found = {name: list(tensor.shape) for name, tensor in network.found.items()}
+    found = shapes(network.found)
     shared = sorted(expected.keys() & found.keys())
     odd = {
         "missing": sorted(expected.keys() - found.keys()), "unexpected": sorted(found.keys() - expected.keys()),

@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.compat.family_tolerances import GRADIENT
 from tests.compat.reference import ROOT
-
-# Largest difference over largest value, float32.
-VELOCITY, GRADIENT, TRAJECTORY, TOKENS, ENCODER, ADAPTED = 1e-6, 1e-5, 2e-5, 1e-5, 3e-5, 1e-6
-HALF = 4e-3  # of files in float16 or bfloat16
 
 
 class Case:
@@ -60,9 +57,10 @@ class Case:
         return self.folder / name
 
 
-def folders(family: str) -> list:
-    """Folders of a family's cases, as pytest's parameters."""
-    return [pytest.param(path.parent, id=path.parent.name) for path in sorted((ROOT / family).glob("*/case.json"))]
+def cases(family: str):
+    """A fixture: each of a family's cases in turn."""
+    folders = [pytest.param(path.parent, id=path.parent.name) for path in sorted((ROOT / family).glob("*/case.json"))]
+    return pytest.fixture(scope="module", params=folders)(lambda request: Case(request.param))
 
 
 def released(family: str, pattern: str = "*.json") -> list:
@@ -78,14 +76,32 @@ def table(path: Path) -> dict[str, list[int]]:
     return {name: list(ast.literal_eval(shape)) for name, shape, *_ in rows}
 
 
-def shapes(state) -> dict[str, list[int]]:
-    """Of a state dict."""
-    return {name: list(tensor.shape) for name, tensor in state.items()}
-
-
 def error(got, want, scale: float | None = None) -> float:
     """Largest difference over the largest value, or over `scale`."""
     got, want = (torch.as_tensor(x).detach().double() for x in (got, want))
     assert got.shape == want.shape, f"expected shape {list(want.shape)}, got {list(got.shape)}"
     size = float(want.abs().max()) if scale is None else scale
     return float((got - want).abs().max()) / max(size, 1e-30)
+
+
+def largest(parameters) -> float:
+    """Of several tensors' numbers."""
+    return max(float(tensor.abs().max()) for tensor in parameters)
+
+
+def check_gradients(got, wanted, least: float = 1e-3) -> None:
+    """Tensors by name, each in units of its largest number, or of a share of the largest of all; none stands for zeros."""
+    least *= largest(wanted.values())
+    for name, grad in wanted.items():
+        made = torch.zeros_like(grad) if got[name] is None else got[name]
+        assert error(made, grad, max(largest([grad]), least)) < GRADIENT, name
+
+
+def gradients(model) -> dict:
+    """By the names of parameters."""
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def grad_norm(model) -> float:
+    """Of all parameters."""
+    return float(sum(grad.double().square().sum() for grad in gradients(model).values() if grad is not None).sqrt())

@@ -14,6 +14,7 @@ Shape letters as in sparse.py; T tokens of a condition, E their size.
 import contextlib
 import contextvars
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -93,14 +94,17 @@ def _check_form(who: str, latent: Latent, form: str, kind: type, remedy: str) ->
         raise ValueError(f"{who}: expected {form}, got {_form(latent)}. {remedy}")
 
 
-class _OneTensor:
+@dataclass(frozen=True, kw_only=True)
+class _OneTensor(ABC):
     """Latents of one tensor of one shape; FORM names them in messages."""
 
     FORM: ClassVar[str]
+    channels: int
 
     @property
+    @abstractmethod
     def shape(self) -> list[int]:
-        raise NotImplementedError
+        """Of a sample."""
 
     def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
         return collate([_normal(self.shape, seed) for seed, _ in zip(seeds, given, strict=True)])
@@ -116,7 +120,6 @@ class DenseGrid(_OneTensor):
     """A volume [C, R, R, R]."""
 
     FORM: ClassVar[str] = "a dense grid"
-    channels: int
     resolution: int
 
     @property
@@ -130,7 +133,6 @@ class TokenSet(_OneTensor):
 
     FORM: ClassVar[str] = "a set of tokens"
     tokens: int
-    channels: int
 
     @property
     def shape(self) -> list[int]:

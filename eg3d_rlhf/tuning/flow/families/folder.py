@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,21 +76,6 @@ class OpenedFolder:
         assert isinstance(tensor, torch.Tensor)
         return tensor.to(self.device)
 
-    def encode(self, assets: Sequence[Any]) -> Sequence[Mapping[str, Latent]]:
-        """Per asset the latents of its stages, each computed when it is asked for; not there, where encoders are not read.
-
-        Raises: ValueError.
-        """
-        return [AssetLatents(self, asset) for asset in assets]
-
-    def encodes(self, asset: Any) -> Sequence[str]:
-        """Names of the stages that `encode_stage` has latents of."""
-        raise ValueError("encode: expected no assets to encode, got some. This generator's stages are tuned one by one, without the loop.")
-
-    def encode_stage(self, asset: Any, stage: str) -> Latent:
-        """An asset's latent of one stage: the mean of the encoder's distribution, as the stage's flow sees it."""
-        raise NotImplementedError
-
     def normalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
         """Latents [v, C] as decoders read them -> as the flow of a stage sees them."""
         mean, std = (feats.new_tensor(values) for values in self.scales[stage])
@@ -100,10 +86,26 @@ class OpenedFolder:
         return feats * std + mean
 
 
+class EncodingFolder(OpenedFolder, ABC):
+    """One that has encoders of every stage."""
+
+    def encode(self, assets: Sequence[Any]) -> Sequence[Mapping[str, Latent]]:
+        """Per asset the latents of its stages, each computed when it is asked for."""
+        return [AssetLatents(self, asset) for asset in assets]
+
+    @abstractmethod
+    def encodes(self, asset: Any) -> Sequence[str]:
+        """Names of the stages that `encode_stage` has latents of."""
+
+    @abstractmethod
+    def encode_stage(self, asset: Any, stage: str) -> Latent:
+        """An asset's latent of one stage: the mean of the encoder's distribution, as the stage's flow sees it."""
+
+
 class AssetLatents(Mapping[str, Latent]):
     """The latents of an asset by stage, computed once, when asked for."""
 
-    def __init__(self, pipeline: OpenedFolder, asset: Any):
+    def __init__(self, pipeline: EncodingFolder, asset: Any):
         self._pipeline, self._asset, self._stages = pipeline, asset, pipeline.encodes(asset)
         self._known: dict[str, Latent] = {}
 

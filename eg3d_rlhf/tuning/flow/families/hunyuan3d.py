@@ -24,7 +24,7 @@ from eg3d_rlhf.models.hunyuan3d import BOUND, AutoencoderConfig, Denoiser, Denoi
 from eg3d_rlhf.models.pictures import on_white, read_cut_out, short_side
 from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.models.vit import Dino, DinoConfig, hub_names, load_dino
-from eg3d_rlhf.models.weights import below, content, empty, fill, fingerprint, in_types_of, rewrite
+from eg3d_rlhf.models.weights import below, content, empty, fill, fingerprint, frozen, in_types_of, rewrite, shapes
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register
 from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, even_points, mentions, merged, read_mesh, read_yaml
@@ -239,8 +239,7 @@ def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.dev
 def _loaded(
     kind: Any, config: Any, state: Mapping[str, torch.Tensor], who: str, dtype: torch.dtype | None, device: str | torch.device
 ) -> Any:
-    types = {} if dtype is None else dict.fromkeys(state, dtype)
-    return fill(empty(lambda: kind(config)), state, who, types=types, device=device).eval().requires_grad_(False)
+    return frozen(fill(empty(lambda: kind(config)), state, who, types=dtype, device=device), device)
 
 
 def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -263,10 +262,9 @@ NOTICE = (
     "limits large services, and forbids to improve other AI models by its outputs (5.b): read the LICENSE beside its weights."
 )
 LICENCES = ("LICENSE*", "License*", "NOTICE*", "Notice*")
-NOTICE_FILE = """Tencent Hunyuan 3D 2.1 is licensed under the Tencent Hunyuan 3D 2.1 Community License Agreement,
-Copyright (C) 2025 Tencent. All Rights Reserved. The trademark rights of "Tencent Hunyuan" are owned by Tencent or its affiliate.
+NOTICE_FILE = """Changed from the released Hunyuan3D-2.1: {file}: the weights of the flow of shapes were tuned on preferences.
 
-Changed: {file}: the weights of the flow of shapes were tuned on preferences.
+It stays under the agreement of the released repository: pass its {papers} on with this folder.
 """
 
 
@@ -458,11 +456,12 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
     write_atomic(folder / CONFIG, (files.root / CONFIG).read_bytes())
     repository = files.root.parent if files.root.name == FOLDER else files.root
     written = Path(FOLDER, files.checkpoint.name)
-    write_atomic(out / "Notice", NOTICE_FILE.format(file=written).encode())
     papers = [path for place in (files.root, repository) for kind in LICENCES for path in sorted(place.glob(kind))]
     kept = [path for path in papers if path.is_file() and path.name != "Notice"]
     for path in kept:
         link(path, out / path.name)
+    named = ", ".join(dict.fromkeys(path.name for path in kept)) or "LICENSE"
+    write_atomic(out / "Notice", NOTICE_FILE.format(file=written, papers=named).encode())
     vae = [p for p in (repository / VAE_FOLDER).glob("*") if p.is_file()]
     for path in vae:
         link(path, out / VAE_FOLDER / path.name)
@@ -501,7 +500,7 @@ def networks(root: Path) -> list[Network]:
 
 
 def _shapes(make: Callable[[], nn.Module]) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in empty(make).state_dict().items()}
+    return shapes(empty(make).state_dict())
 
 
 register(FlowFamily(

@@ -72,7 +72,8 @@ def test_one_stage_is_tuned_kept_merged_and_sampled(root, tmp_path):
     (root / "LICENSE").write_text("terms")
     report = family.export(root, tmp_path / "TUNED", {"shape": out / "shape"})
     assert report["kept"] == ["LICENSE"] and (tmp_path / "TUNED" / "LICENSE").read_text() == "terms"
-    assert family.FOLDER in (tmp_path / "TUNED" / "Notice").read_text() and 0 < report["tuned"]["shape"]["rounding"] < 0.5
+    notice = (tmp_path / "TUNED" / "Notice").read_text()
+    assert family.FOLDER in notice and "LICENSE" in notice and 0 < report["tuned"]["shape"]["rounding"] < 0.5
     old, new = (family.read_sections(path / "model.fp16.ckpt") for path in (root, tmp_path / "TUNED" / family.FOLDER))
     assert all(torch.equal(old[s][n], new[s][n]) for s in ("vae", "conditioner") for n in old[s])
     changed = {name for name in old["model"] if not torch.equal(old["model"][name], new["model"][name])}

@@ -40,7 +40,7 @@ from eg3d_rlhf.models.trellis.autoencoders import (
     StructureVAEConfig,
 )
 from eg3d_rlhf.models.vit import DinoConfig
-from eg3d_rlhf.models.weights import State, below, empty, fill, read
+from eg3d_rlhf.models.weights import State, below, empty, fill, frozen, read
 from eg3d_rlhf.tuning.flow.families.folder import mentions, read_yaml
 from eg3d_rlhf.tuning.flow.families.sam3d.pose import DECODERS, SHIFTED
 from eg3d_rlhf.tuning.flow.families.trellis.files import filled
@@ -319,8 +319,7 @@ def _under(file: GeneratorFile, prefixes: tuple[str, ...], state: State | None) 
 def load_embedder(file: GeneratorFile, device: str | torch.device = "cpu") -> Embedder:
     """What turns pictures, masks and point maps into a stage's condition, strictly by name and shape."""
     state, who = embedder_state(file), str(file.checkpoint)
-    types = dict.fromkeys(state, torch.float32)
-    return fill(embedder_of(file, state), state, who, types=types, device=device).eval().requires_grad_(False)
+    return frozen(fill(embedder_of(file, state), state, who, types=torch.float32, device=device), device)
 
 
 def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embedder:

@@ -27,7 +27,7 @@ from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.models.sam3d import SHAPE
 from eg3d_rlhf.models.sparse import Batch, Latent, NamedBatch, NamedSample, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
-from eg3d_rlhf.models.weights import content, empty, fingerprint, in_types_of, read, rewrite
+from eg3d_rlhf.models.weights import content, empty, fingerprint, in_types_of, read, rewrite, shapes
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_array
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, check_stages, open_folder, register
 from eg3d_rlhf.tuning.flow.families.folder import (
@@ -115,11 +115,11 @@ class Sam3dPipeline(OpenedFolder):
         )
         if name == files.LATENT:
             return FlowStage(latents=SparseVoxels(channels=config.in_channels, resolution=config.resolution), **common)
-        shapes = {part: [latent.tokens, latent.in_channels] for part, latent in config.latents.items()}
+        sizes = {part: [latent.tokens, latent.in_channels] for part, latent in config.latents.items()}
         groups: list[str] = list(config.groups)
-        latents: Dictionary = ShapeAndPose(shapes=shapes)
+        latents: Dictionary = ShapeAndPose(shapes=sizes)
         if self.learnt == SHAPE:
-            groups, latents = [SHAPE], ShapeAlone(shapes={SHAPE: shapes[SHAPE]})
+            groups, latents = [SHAPE], ShapeAlone(shapes={SHAPE: sizes[SHAPE]})
         elif self.learnt == FILE:
             if not generator.weights or not any(generator.weights.values()):
                 raise ValueError(f"--set parts={FILE}: expected loss_weights in the file of stage {name!r}, got none. Set another.")
@@ -370,8 +370,8 @@ def networks(root: Path) -> list[Network]:
         network = empty(partial(files.network_of(generator.config), generator.config))
         both = (("flow", network, flow), ("embedder", files.embedder_of(generator, embedder), embedder))
         for (kind, expected, found), released in zip(both, sizes[stage], strict=True):
-            shapes = {name: list(tensor.shape) for name, tensor in expected.state_dict().items()}
-            made.append(Network(name=f"{kind} of {stage}", file=generator.checkpoint, expected=shapes, found=found, released=released))
+            names = shapes(expected.state_dict())
+            made.append(Network(name=f"{kind} of {stage}", file=generator.checkpoint, expected=names, found=found, released=released))
     counts = {"structure decoder": (74, 73_671_201), "decoder": (101, 85_369_120)}
     for part in files.AUTOENCODERS:
         try:
@@ -379,9 +379,9 @@ def networks(root: Path) -> list[Network]:
         except FileNotFoundError:
             made.append(Network(name=part, file=file.root / f"{files.ENCODER}.yaml", expected={}, found={}, without=OWN_SHAPES))
             continue
-        shapes = {name: list(tensor.shape) for name, tensor in empty(partial(make, config)).state_dict().items()}
+        names = shapes(empty(partial(make, config)).state_dict())
         without = OWN_SHAPES if part == "structure encoder" else ""
-        made.append(Network(name=part, file=path, expected=shapes, found=read(path, part), without=without, released=counts.get(part)))
+        made.append(Network(name=part, file=path, expected=names, found=read(path, part), without=without, released=counts.get(part)))
     return made
 
 

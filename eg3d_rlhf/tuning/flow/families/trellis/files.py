@@ -24,7 +24,7 @@ from eg3d_rlhf.models.trellis.autoencoders import (
     StructureVAEConfig,
 )
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
-from eg3d_rlhf.models.weights import State, empty, fill, in_types_of, read, write
+from eg3d_rlhf.models.weights import State, empty, fill, in_types_of, read, shapes, write
 from eg3d_rlhf.tuning.flow.families import Network
 from eg3d_rlhf.tuning.flow.families.folder import merged, read_json
 from eg3d_rlhf.tuning.flow.stage import Sampling
@@ -248,7 +248,7 @@ def network_of(
     model, config = architecture(read_json(json_file), str(json_file), architectures)
     state = base_state(weights)
     state = state if prepare is None else prepare(model, config, state, str(weights))
-    expected = {key: list(tensor.shape) for key, tensor in empty(lambda: model(config)).state_dict().items()}
+    expected = shapes(empty(lambda: model(config)).state_dict())
     return Network(name=name, file=weights, expected=expected, found=state, without=without, released=released)
 
 

@@ -16,7 +16,7 @@ from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, never_empty, read_json, spare_memory
+from eg3d_rlhf.tuning.flow.families.folder import EncodingFolder, check_finite, never_empty, read_json, spare_memory
 from eg3d_rlhf.tuning.flow.families.trellis import files
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, voxel_features, voxels_filled
 from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder
@@ -32,7 +32,7 @@ class Encoding:
     image_model: str = "dinov2_vitl14_reg"  # whose features the encoder of the second stage reads
 
 
-class TrellisPipeline(OpenedFolder):
+class TrellisPipeline(EncodingFolder):
     """Implements `Pipeline`; assets are `SplatAsset`. Decoders and encoders are loaded when they are first needed.
 
     Structures have no latent normalisation; the second stage's latents are kept normalised, as its flow sees them.

@@ -32,7 +32,7 @@ from eg3d_rlhf.models.vit import Dino3, read_dino3
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, check_stages, open_folder, register, tell
-from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, never_empty, read_json, spare_memory
+from eg3d_rlhf.tuning.flow.families.folder import EncodingFolder, check_finite, never_empty, read_json, spare_memory
 from eg3d_rlhf.tuning.flow.families.trellis.files import build_model, export_models, find_model, network_of, with_ending
 from eg3d_rlhf.tuning.flow.families.trellis.problem import RewardOfPairs
 from eg3d_rlhf.tuning.flow.families.trellis2 import files
@@ -43,7 +43,7 @@ from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, LatentKi
 SMALL, LARGER = "512", "1024"  # names of a condition's tensors: edges in pixels of the picture that they are of
 
 
-class Trellis2Pipeline(OpenedFolder):
+class Trellis2Pipeline(EncodingFolder):
     """Implements `Pipeline`; assets are `VoxelAsset`. Decoders and encoders are loaded when they are first needed."""
 
     def __init__(
