@@ -57,10 +57,14 @@ class Case:
         return self.folder / name
 
 
+def folders(family: str) -> list:
+    """Folders of a family's cases, as pytest's parameters."""
+    return [pytest.param(path.parent, id=path.parent.name) for path in sorted((ROOT / family).glob("*/case.json"))]
+
+
 def cases(family: str):
     """A fixture: each of a family's cases in turn."""
-    folders = [pytest.param(path.parent, id=path.parent.name) for path in sorted((ROOT / family).glob("*/case.json"))]
-    return pytest.fixture(scope="module", params=folders)(lambda request: Case(request.param))
+    return pytest.fixture(scope="module", params=folders(family))(lambda request: Case(request.param))
 
 
 def released(family: str, pattern: str = "*.json") -> list:

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 from scipy.spatial import cKDTree
 
+from eg3d_rlhf.models import hunyuan3d
 from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder, chosen, embedded
 from eg3d_rlhf.models.lora import adapter_state, merged_state
 from eg3d_rlhf.models.pictures import framed, on_white, over_white
@@ -272,9 +273,12 @@ def test_the_surface_is_the_originals_on_a_straight_grid(case, decoder):
     assert same == other > 0  # faces that both cut alike, seen from the same side
 
 
-def test_encoder_from_chosen_points_on(case, opened):
+def test_encoder_from_chosen_points_on(case, opened, monkeypatch):
+    """And latents as the flow sees them, which the decoder divides by scale_factor."""
     network = family.encoder(*opened)
-    queries, points = case.of("vae_query", "vae_data")
+    queries, points, mean = case.of("vae_query", "vae_data", "vae_mean")
+    monkeypatch.setattr(hunyuan3d, "chosen", lambda surface, config, draw: (queries[0], points[0]))
+    assert error(network.latents(points[0], None) / network.config.scale_factor, mean[0]) < ENCODER
     with torch.no_grad():
         assert error(network.encoder(queries, points), case["vae_encoded"]) < ENCODER
         for name, made in zip(("mean", "logvar"), network(queries, points), strict=True):

@@ -54,10 +54,14 @@ def flows(file):
 
 
 @pytest.fixture
-def stages(file, flows):
+def pipeline(file, flows):
+    return family.Sam3dPipeline(file, flows, None, lambda part: files.load_part(file, part))
+
+
+@pytest.fixture
+def stages(pipeline):
     """By name, as they are tuned and drawn."""
-    opened = family.Sam3dPipeline(file, flows, None, lambda part: files.load_part(file, part))
-    return {stage.name: stage for stage in opened.stages}
+    return {stage.name: stage for stage in pipeline.stages}
 
 
 @pytest.fixture(params=["ss", "slat"])
@@ -371,6 +375,16 @@ def test_structure_decoder_and_inner_voxels(case, file):
                 assert family.pruned(voxels, int(name.partition("_")[0])).tolist() == rows(left), name
     for n, left in case.below("prune_out").items():
         assert family.pruned(case["prune_in"][:, 1:], int(n)).tolist() == rows(left), n
+
+
+def test_the_pipeline_decodes_shapes_and_latents_as_the_flows_see_them(case, pipeline, file):
+    for b, shape in enumerate(case["dec_shape"]):
+        coords = case["dec_coords"]
+        want = case[f"dec_pruned{file.prune}_{b}"] if file.prune else coords[coords[:, 0] == b]
+        assert pipeline.structure(shape)[0].tolist() == rows(want)
+    (asset,) = pipeline.decode(SparseBatch(case["gs_coords"], case["gs_latent_normalised"], 1))
+    for name, made in {"get_xyz": asset.means, "get_opacity": asset.opacities}.items():
+        assert error(made.view_as(case[f"gs_{name}"]), case[f"gs_{name}"]) < DECODED, name
 
 
 def test_a_shape_of_too_many_voxels_is_made_small(case):

@@ -367,6 +367,20 @@ def test_encoders_of_shape_and_material(case, pipeline):
         check_voxels(logvar, case["enc/shape_coords"], case[f"enc/{short}_logvar"], ENCODER)
 
 
+def test_an_asset_becomes_latents_as_the_flows_see_them(case, pipeline):
+    for name in (files.SHAPE_ENCODER, files.TEXTURE_ENCODER):
+        encoder(case, pipeline, name)
+    asset = family.VoxelAsset(
+        coords=case["enc/coords"].int(), resolution=int(case["enc/resolution"]), vertices=case["enc/dual_vertices"],
+        crossed=case["enc/intersected"], split=torch.ones(len(case["enc/coords"])), materials=case["enc/materials"] / 2 + 0.5,
+    )
+    args = json.loads((pipeline.file.root / "pipeline.json").read_text())["args"]
+    for stage, short in ((pipeline.shape, "shape"), (files.TEXTURE, "tex")):
+        latent, scale = pipeline.encode_stage(asset, stage), args[f"{short}_slat_normalization"]
+        want = (case[f"enc/{short}_mean"] - torch.tensor(scale["mean"])) / torch.tensor(scale["std"])
+        check_voxels(SparseBatch.join([latent]), case["enc/shape_coords"], want, ENCODER)
+
+
 def test_the_dual_grid_of_a_mesh(case):
     cells = int(case["enc/resolution"])
     made = dual_grid(case["enc/mesh_vertices"], case["enc/mesh_faces"], cells)
