@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-control seeds reports zoo test test-long gpu lint bench assets clean
+.PHONY: help demo demo-control seeds proof reports zoo test test-long gpu lint bench assets clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          fine-tune the bundled generator with the bundled reward, print the before/after table (three to six minutes)"
 	@echo "make demo-control  the same run with lambda_r = 0, to compare with"
 	@echo "make seeds         the demo with three training seeds, side by side (about 15 minutes on 2 cores; goes on where it was stopped)"
+	@echo "make proof         do labels repair heads, and does anything cheaper? eight arms with three training seeds (PROOF_ARGS='--rewards=1 --draws=1': the short form; goes on where it was stopped)"
 	@echo "make reports       what tuning changed, better or not, and why: four pages from a run and its control (a quarter of an hour on 2 cores)"
 	@echo "make zoo           train rewards of depth, points and thumbs, tune by each, one table beside the bundled one (about a quarter of an hour on 2 cores)"
 	@echo "make test          ruff, mypy and the fast tests (under 8 minutes on 2 cores)"
@@ -40,6 +41,10 @@ demo-control: $(STAMP)
 seeds: $(STAMP)
 	@echo "== The demo with training seeds 0, 1 and 2, into runs/seeds"
 	$(BIN)/eg3d-rlhf report seeds $(SEEDS_ARGS)
+
+proof: $(STAMP)
+	@echo "== Labels, their controls and what needs none, with three training seeds each, into runs/proof"
+	$(BIN)/eg3d-rlhf report proof $(PROOF_ARGS)
 
 reports: $(STAMP)
 	@echo "== The demo run and its control where missing, then evaluation, attribution, embedding and a small sweep, into runs/reports"
@@ -81,24 +86,22 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 assets: $(STAMP)
-	@echo "== 1/9 heads of people: basis, pool of points, generator (about two hours)"
+	@echo "== 1/8 heads of people: basis, pool of points, generator (about two hours)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[assets]'
 	$(BIN)/eg3d-rlhf assets build people
-	@echo "== 2/9 generator"
-	$(BIN)/eg3d-rlhf assets build generator
-	@echo "== 3/9 shape critic"
-	$(BIN)/eg3d-rlhf assets build critic
-	@echo "== 4/9 feature network of the Frechet distance"
+	@echo "== 2/8 features of the shape Frechet distance"
+	$(BIN)/eg3d-rlhf assets shapes
+	@echo "== 3/8 feature network of the Frechet distance"
 	$(BIN)/eg3d-rlhf assets features
-	@echo "== 5/9 labels"
+	@echo "== 4/8 labels"
 	$(BIN)/eg3d-rlhf assets build labels
-	@echo "== 6/9 rewards"
+	@echo "== 5/8 rewards"
 	$(BIN)/eg3d-rlhf assets build rewards
-	@echo "== 7/9 control run"
+	@echo "== 6/8 control run"
 	$(BIN)/eg3d-rlhf assets build control
-	@echo "== 8/9 the toy flow of Circular-DPO"
+	@echo "== 7/8 the toy flow of Circular-DPO"
 	$(BIN)/eg3d-rlhf assets toy-flow
-	@echo "== 9/9 the learned prior of score distillation"
+	@echo "== 8/8 the learned prior of score distillation"
 	$(BIN)/eg3d-rlhf assets view-prior
 
 clean:

@@ -13,7 +13,6 @@ from benchmarks import configurations
 from benchmarks.rows import Case, Outcome, Row, Target
 from benchmarks.rows_field import FEW_RAYS
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation.attribution.regions import head_landmarks, landmark_partition
 from eg3d_rlhf.evaluation.attribution.shapley import CoalitionValues, marginals
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import Generator, of
@@ -27,11 +26,10 @@ from eg3d_rlhf.tuning.gan.settings import RewardConfig, clip_range
 from torch_utils.training_stats import Collector
 from training.gan import Gan
 from training.gan_phases import GanPhases
-from training.heads.family import SHAPE_COUNT
 from training.loop import TrainingLoop
 from training.phases import lazy_adam
 
-DEMO = ("--reward=sigma", "--lambda-r=10", "--data=synthetic:heads64@n=64", "--device=cpu")  # `make demo` on a smaller dataset
+DEMO = ("--reward=sigma", "--lambda-r=10", "--data=synthetic:people64@n=64", "--device=cpu")  # `make demo` on a smaller dataset
 _BOTH_PATHS_STEP = 1e-3  # Adam's first steps are signs of gradients: rounding turns some, and later phases of the iteration see that
 
 # On images that round differently a unit of D may fall on the other side of its leaky ReLU's zero. One at 16 x 16 pixels moved its bias's
@@ -168,8 +166,8 @@ def coalitions(device: str, tiny: bool) -> Case:
     from captum.attr import ShapleyValueSampling
 
     reward, spec, slabs = paper_reward(device, tiny)
-    partition = landmark_partition(head_landmarks(torch.zeros(1, SHAPE_COUNT))[0].double().numpy(), spec)
-    labels, regions = partition.labels.to(device), len(partition.names)
+    z, y, x = (torch.arange(n, device=device) * parts // n for n, parts in zip(spec.shape, (2, 3, 2), strict=True))
+    labels, regions = (z[:, None, None] * 3 + y[:, None]) * 2 + x, 12
     original, tuned = slabs
     order = np.random.default_rng(0).permutation(regions)
 

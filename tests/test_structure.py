@@ -123,16 +123,16 @@ def test_heavy_packages_are_imported_inside_functions():
     assert wrong == []
 
 
-def test_only_judges_read_the_shape_critic():
-    critic = "eg3d_rlhf.measures.shape_critic"
-    readers = {name for name, found in needs().items() if critic in found}
-    assert readers == {"eg3d_rlhf.evaluation.judges", "eg3d_rlhf.modes.assets"}
+def test_only_judges_read_the_shape_features():
+    features = "eg3d_rlhf.measures.shape_features"
+    readers = {name for name, found in needs().items() if features in found}
+    assert readers == {"eg3d_rlhf.evaluation.judges", "eg3d_rlhf.evaluation.proof", "eg3d_rlhf.modes.assets"}
     learners = ("preferences", "rewards", "tuning", "people")
     reached = {name for name in modules() if name.startswith(tuple(f"eg3d_rlhf.{room}" for room in learners))}
     while further := set().union(*(needs()[name] for name in reached)) - reached:
         reached |= further
-    assert "eg3d_rlhf.tuning.gan.watch" in reached and critic not in reached
-    text = [name for name in reached if "critic.safetensors" in modules()[name].read_text()]
+    assert "eg3d_rlhf.tuning.gan.watch" in reached and features not in reached
+    text = [name for name in reached if "shape-features.safetensors" in modules()[name].read_text()]
     assert text == []
 
 

@@ -10,17 +10,18 @@ from eg3d_rlhf.rewards import training_run
 from eg3d_rlhf.tuning.gan import rounds, watch
 from tests import tiny_runs
 from training import networks
+from training.heads import people
 
-DATA = "synthetic:heads32@n=24"
+DATA = "synthetic:people32@n=24"
 FLAGS = (
     "--reward=sigma", "--rounds=2", "--round-pairs=14", "--set=round_members=2", "--set=round_preset=tiny", "--kimg=0.008", "--tick=0.004",
-    "--snap=0", "--set=rlr=0.02", "--no-summary",
+    "--snap=0", "--set=rlr=0.02", "--no-summary", "--reward-shaping=none", "--reward-clip=-10,10", "--anchor-gate=1",
 )
 
 
 def write_networks(path: Path) -> Path:
-    """Tiny networks whose raw density crosses the surface's level all over the cube."""
-    nets = tiny_runs.build_networks()
+    """Tiny networks whose latents name heads, and whose raw density crosses the surface's level all over the cube."""
+    nets = tiny_runs.build_networks(z_dim=people.LATENT)
     for G in (nets.G, nets.G_ema):
         last = G.decoder.net[2]
         with torch.no_grad():

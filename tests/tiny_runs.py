@@ -54,13 +54,13 @@ def write_dataset(path: Path, resolution: int = RESOLUTION, mode: str = "RGB") -
     return path
 
 
-def build_networks(gan: GanConfig | None = None, seed: int = 0, **override) -> networks.Networks:
+def build_networks(gan: GanConfig | None = None, seed: int = 0, z_dim: int = 8, **override) -> networks.Networks:
     """Fresh tiny networks."""
     G, D = networks_for(NetworkConfig(**{**NET, **override}), RESOLUTION, gan or GanConfig(**GAN))
     G["rendering_kwargs"].update(depth_resolution=4, depth_resolution_importance=4)
     G["sr_kwargs"]["block_channels"] = [8, 8]
     del G["use_noise"], G["mapping_kwargs"]["lr_multiplier"]  # as EG3D has them
-    G.update(z_dim=8, w_dim=16, plane_resolution=16, plane_channels=8, decoder_hidden_dim=8, neural_rendering_resolution=RENDERED)
+    G.update(z_dim=z_dim, w_dim=16, plane_resolution=16, plane_channels=8, decoder_hidden_dim=8, neural_rendering_resolution=RENDERED)
     torch.manual_seed(seed)
     return networks.build(G, D, {"name": "tiny", "resolution": RESOLUTION})
 

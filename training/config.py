@@ -143,7 +143,7 @@ class GanConfig:
     blur_fade_kimg: float = knob(200.0, "Blur fade.", GAN, metavar="KIMG", low=0)
     nrr_initial: int = knob(
         64, "Rendered resolution.", GAN, metavar="PIXELS", low=4, flags=("--neural-rendering-resolution-initial",),
-        shown="64; heads64: 32; with --init: the network's",
+        shown="64; with --init: the network's",
     )
     nrr_final: int | None = knob(
         None, "Rendered resolution after the fade.", GAN, metavar="PIXELS", low=4, flags=("--neural-rendering-resolution-final",)
@@ -153,21 +153,6 @@ class GanConfig:
     density_reg_every: int = knob(4, "Its interval.", GAN, metavar="ITERATIONS", low=1)
     density_reg_p_dist: float = knob(0.004, "Its perturbation, world units.", GAN, low=0)
     reg_type: str = knob("l1", "Its kind.", GAN, choices=REG_TYPES)
-    field_kimg: float = knob(
-        0.0, "Before the game, teach G the field of the heads that latents name; 0: off.", GAN, metavar="KIMG", low=0, rare=True
-    )
-    field_colour: float = knob(4.0, "Weight of colour against density in it.", GAN, low=0, rare=True)
-    field_soft: float = knob(0.4, "Share of it in which surfaces are twice as soft.", GAN, low=0, high=1, rare=True)
-    field_lr: float = knob(0.02, "G's first learning rate for the field.", OPT, above=0, rare=True)
-    picture_kimg: float = knob(
-        0.0, "After the field and before the game, teach G the pictures of the heads that latents name; 0: off.", GAN, metavar="KIMG",
-        low=0, rare=True,
-    )
-    picture_hold: float = knob(
-        0.0, "In it, weight of holding the density to the first network's; pictures then teach colour alone. 0: both are taught.", GAN,
-        low=0, rare=True,
-    )
-    picture_lr: float = knob(0.005, "G's first learning rate for pictures.", OPT, above=0, rare=True)
     glr: float = knob(0.0025, "G learning rate.", OPT, above=0)
     dlr: float = knob(0.002, "D learning rate.", OPT, above=0)
     ema_kimg: float = knob(10.0, "Half-life of G_ema.", OPT, metavar="KIMG", low=0, shown="batch*10/32; heads64: 0.1", rare=True)
@@ -186,11 +171,6 @@ class GanConfig:
 
     def __post_init__(self):
         check_knobs(self)
-
-    @property
-    def game_from(self) -> float:
-        """Images after which the game begins."""
-        return (self.field_kimg + self.picture_kimg) * 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

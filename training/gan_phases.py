@@ -247,11 +247,10 @@ class GanPhases:
         config, G, D = self.config, self.G, self.D
         every = config.density_reg_every if config.density_reg > 0 else None
         G_adam, D_adam = lazy_adam(G, config.glr, every), lazy_adam(D, config.dlr, config.d_reg_interval)
-        game = config.game_from, math.inf
-        phases = [Phase(name="Gmain" if every else "Gboth", module=G, optimizer=G_adam, losses=self.g_main, window=game)]
+        phases = [Phase(name="Gmain" if every else "Gboth", module=G, optimizer=G_adam, losses=self.g_main)]
         if every:
-            phases.append(Phase(name="Greg", module=G, optimizer=G_adam, losses=self.g_reg, interval=every, gain=every, window=game))
+            phases.append(Phase(name="Greg", module=G, optimizer=G_adam, losses=self.g_reg, interval=every, gain=every))
         every = config.d_reg_interval
-        phases.append(Phase(name="Dmain", module=D, optimizer=D_adam, losses=self.d_main, window=game))
-        phases.append(Phase(name="Dreg", module=D, optimizer=D_adam, losses=self.d_reg, interval=every, gain=every, window=game))
+        phases.append(Phase(name="Dmain", module=D, optimizer=D_adam, losses=self.d_main))
+        phases.append(Phase(name="Dreg", module=D, optimizer=D_adam, losses=self.d_reg, interval=every, gain=every))
         return phases

@@ -51,7 +51,7 @@ class TrainingLoop:
     def step(self) -> None:
         """Run every phase that is due on what the subject has fetched."""
         for phase in self.phases:
-            if phase.due(self.batch_idx, self.cur_nimg):
+            if self.batch_idx % phase.interval == 0:
                 self._run_phase(phase)
         self.batch_idx += 1
         self.subject.after_step(self.cur_nimg, self.batch_idx)

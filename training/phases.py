@@ -41,11 +41,14 @@ class Phase:
     gain: float = 1.0
     state: torch.nn.Module | None = None  # what the phase itself must carry through a checkpoint
     own_optimizer: bool = False  # saved apart from the network's other optimizer
-    window: tuple[float, float] = (0, math.inf)  # from and until how many images it runs
 
-    def due(self, batch_idx: int, cur_nimg: int) -> bool:
-        """Whether it runs in an iteration."""
-        return batch_idx % self.interval == 0 and self.window[0] <= cur_nimg < self.window[1]
+
+LAST_SHARE = 0.02  # last step size of a stage as a share of the first
+
+
+def cosine(first: float, progress: float) -> float:
+    """Step size after a share `progress` of a stage, which begins with `first` and falls to `LAST_SHARE` of it."""
+    return first * (LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 def lazy_adam(

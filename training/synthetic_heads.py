@@ -1,13 +1,14 @@
-"""The procedural dataset of heads: `synthetic:heads64` and its relatives, rendered once into a zip in EG3D's dataset format.
+"""The data set of heads of people: `synthetic:people64` and its relatives, rendered once into a zip in EG3D's dataset format.
 
-    synthetic:heads<R>[@key=value[,key=value ...]]      keys: n, seed, background (white|flat), yaw, pitch
-    synthetic:people<R>[@key=value[,key=value ...]]     heads of people, whole; the same keys, white background
+    synthetic:people<R>[@key=value[,key=value ...]]     keys: n, seed, yaw, pitch
 
 Image i of seed s depends on (s, i) and the options alone, not on n, on the number of processes or on the machine's load. Cameras follow
 FFHQ: radius 2.7, focal length 4.2647 image sizes (18.83 degrees along the diagonal), pivot at the origin, yaw and pitch normal about
 frontal.
 
-Shape letters: n images, R resolution, S shape and A appearance parameters.
+Heads are whole: from in front a scan looks as the whole head does.
+
+Shape letters: n images, R resolution, S shape and A appearance coordinates of a latent.
 """
 
 import functools
@@ -27,57 +28,37 @@ import torch
 from training.dataset import in_order
 from training.dataset_convert import ZIP_DATE, png
 from training.heads import people
-from training.heads.family import draw_parameters
-from training.heads.render import BACKGROUNDS, render_heads
 from training.progress import tqdm
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at, pack_label
 
 PREFIX = "synthetic:"
 FORMAT_VERSION = 1  # raise it whenever the same options would give other files
 
-_GROUP = 32  # images rendered together; groups are fixed so that results do not depend on scheduling
+_GROUP = 32  # images rendered together
 _MAX_PROCESSES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadsOptions:
-    """What identifies a synthetic set; part of its file name."""
+class PeopleOptions:
+    """What identifies a set of pictures of people; part of its file name."""
 
     resolution: int = 64  # pixels, multiple of 8, 8 .. 1024
     n: int = 4000  # images
     seed: int = 0  # >= 0
-    background: str = "white"  # white | flat
     yaw: float = 0.5  # standard deviation about frontal, radians
     pitch: float = 0.22  # standard deviation about level, radians of the sampler's pitch parameter
 
     def __post_init__(self):
         if self.resolution % 8 or not 8 <= self.resolution <= 1024:
-            raise ValueError(f"synthetic heads: resolution must be a multiple of 8 from 8 to 1024, got {self.resolution}.")
+            raise ValueError(f"synthetic people: resolution must be a multiple of 8 from 8 to 1024, got {self.resolution}.")
         if self.n < 1 or self.seed < 0:
-            raise ValueError(f"synthetic heads: n must be >= 1 and seed >= 0, got n={self.n}, seed={self.seed}.")
-        if self.background not in BACKGROUNDS:
-            raise ValueError(f"synthetic heads: background must be one of {', '.join(BACKGROUNDS)}, got {self.background!r}.")
+            raise ValueError(f"synthetic people: n must be >= 1 and seed >= 0, got n={self.n}, seed={self.seed}.")
         if not (0 <= self.yaw <= math.pi and 0 <= self.pitch <= math.pi / 2):
-            raise ValueError(f"synthetic heads: yaw must lie in [0, 3.14] and pitch in [0, 1.57] radians, got {self.yaw} and {self.pitch}.")
+            raise ValueError(f"synthetic people: yaw must lie in [0, 3.14], pitch in [0, 1.57] radians, got {self.yaw} and {self.pitch}.")
 
     def stem(self) -> str:
-        """File name without its extension; the hash covers every option and the format's version."""
-        identity = json.dumps([FORMAT_VERSION, asdict(self)], sort_keys=True)
-        return f"heads{self.resolution}-n{self.n}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeopleOptions(HeadsOptions):
-    """What identifies a set of pictures of people."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.background != "white":
-            raise ValueError(f"synthetic people: background must be white, got {self.background!r}. Leave it out.")
-
-    def stem(self) -> str:
-        """As for the procedural heads; the basis counts, too."""
-        identity = json.dumps([FORMAT_VERSION, "people", people.VERSION, asdict(self)], sort_keys=True)
+        """File name without its extension; the hash covers every option, the format's version and the basis'."""
+        identity = json.dumps([FORMAT_VERSION, people.VERSION, asdict(self)], sort_keys=True)
         return f"people{self.resolution}-n{self.n}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
@@ -85,26 +66,23 @@ class PeopleOptions(HeadsOptions):
 class HeadsTruth:
     """What the renderer knew about each image of a set."""
 
-    shape: np.ndarray  # [n, S] float32, `heads.SHAPE_NAMES`
-    appearance: np.ndarray  # [n, A] float32, `heads.APPEARANCE_NAMES`
+    shape: np.ndarray  # [n, S] float32, coordinates of identity and hair
+    appearance: np.ndarray  # [n, A] float32, of appearance and scan quality
     labels: np.ndarray  # [n, 25] float32 camera labels
     depth: np.ndarray  # [n, R, R] float32 distance along the unit ray through the pixel's centre, inf on the background
 
 
-def parse_name(name: str) -> HeadsOptions:
-    """Options of a dataset name such as `synthetic:heads64@n=500,seed=3`.
+def parse_name(name: str) -> PeopleOptions:
+    """Options of a dataset name such as `synthetic:people64@n=500,seed=3`.
 
     Raises: ValueError when the name does not follow the grammar or a value is out of range.
     """
-    match = re.fullmatch(r"synthetic:(heads|people)(\d+)(?:@(.+))?", name)
+    match = re.fullmatch(r"synthetic:people(\d+)(?:@(.+))?", name)
     if match is None:
-        raise ValueError(
-            f"parse_name: expected 'synthetic:heads<R>[@key=value,...]', got {name!r}. For example synthetic:heads64@n=500,seed=3, or "
-            "synthetic:people64."
-        )
-    kinds = {"n": int, "seed": int, "background": str, "yaw": float, "pitch": float}
+        raise ValueError(f"parse_name: expected 'synthetic:people<R>[@key=value,...]', got {name!r}. Use synthetic:people64.")
+    kinds = {"n": int, "seed": int, "yaw": float, "pitch": float}
     values = {}
-    for item in re.split("[,@]", match[3]) if match[3] else []:
+    for item in re.split("[,@]", match[2]) if match[2] else []:
         key, _, text = item.partition("=")
         if key not in kinds:
             raise ValueError(f"parse_name: expected one of the keys {', '.join(kinds)} in {name!r}, got {key!r}. Write key=value.")
@@ -112,57 +90,37 @@ def parse_name(name: str) -> HeadsOptions:
             values[key] = kinds[key](text)
         except ValueError as error:
             raise ValueError(f"parse_name: expected {key}=<{kinds[key].__name__}> in {name!r}, got {text!r}.") from error
-    kind = PeopleOptions if match[1] == "people" else HeadsOptions
-    return kind(resolution=int(match[2]), **values)
+    return PeopleOptions(resolution=int(match[1]), **values)
 
 
-def head_parameters(options: HeadsOptions, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Shape [n, S], appearance [n, A] and camera labels [n, 25] (float32) of the images `indices`, without rendering them.
 
-    Of people, the coordinates of their latents: identity and hair are the shape.
+    Shape and appearance of an image are the coordinates of a latent of unit root mean square.
     """
-    shapes, appearances, angles = [], [], []
+    latents, angles = [], []
     for i in indices:
         rng = np.random.default_rng([options.seed, i])
-        shape, appearance = _draw_person(rng) if isinstance(options, PeopleOptions) else draw_parameters(rng)
-        shapes.append(shape)
-        appearances.append(appearance)
+        latents.append(people.scaled(rng.standard_normal((1, people.LATENT)))[0].astype(np.float32))
         angles.append(math.pi / 2 + rng.standard_normal(2) * [options.yaw, options.pitch])
     yaws, pitches = torch.from_numpy(np.array(angles)).split(1, dim=1)  # [n, 1] float64
     poses = look_at(camera_position(yaws, pitches, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
-    return np.stack(shapes), np.stack(appearances), pack_label(poses, intrinsics_matrix(FFHQ_FOCAL)).numpy()
+    shape, appearance = np.split(np.stack(latents), [people.SHAPE], axis=1)
+    return shape, appearance, pack_label(poses, intrinsics_matrix(FFHQ_FOCAL)).numpy()
 
 
-def _draw_person(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Shape [40] and appearance [24], with scan quality, of a latent: together of unit root mean square."""
-    z = people.scaled(rng.standard_normal((1, people.LATENT)))[0].astype(np.float32)
-    return z[: people.SHAPE], z[people.SHAPE :]
-
-
-def _render_people(options: HeadsOptions, shape: np.ndarray, appearance: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [n, R, R, 3] in 0..1 and depths [n, R, R] along the unit rays; from the front a scan looks as the whole head does."""
+def _render_group(options: PeopleOptions, group: int) -> tuple[list[bytes], np.ndarray]:
+    """PNG bytes and depth offsets [32, R, R] float16 (depth less the camera's radius) of one group."""
+    shape, appearance, labels = head_parameters(options, range(group * _GROUP, min((group + 1) * _GROUP, options.n)))
     heads = people.named_people(np.concatenate([shape, appearance], axis=1))
     poses = labels[:, :16].reshape(-1, 4, 4)
     rendered = [people.picture(head, pose, FFHQ_FOCAL, options.resolution) for head, pose in zip(heads, poses, strict=True)]
     images, depths = (np.stack(column) for column in zip(*rendered, strict=True))
-    return images, depths
+    pixels = np.round(images * 255).astype(np.uint8)
+    return [png(PIL.Image.fromarray(p)) for p in pixels], (depths - FFHQ_RADIUS).astype(np.float16)
 
 
-def _render_group(options: HeadsOptions, group: int) -> tuple[list[bytes], np.ndarray]:
-    """PNG bytes and depth offsets [32, R, R] float16 (depth less the camera's radius) of one full group."""
-    parameters = head_parameters(options, range(group * _GROUP, (group + 1) * _GROUP))
-    if isinstance(options, PeopleOptions):
-        images, depths = _render_people(options, *parameters)
-        pixels = np.round(images * 255).astype(np.uint8)
-        return [png(PIL.Image.fromarray(p)) for p in pixels], (depths - FFHQ_RADIUS).astype(np.float16)
-    shape, appearance, labels = map(torch.from_numpy, parameters)
-    poses, intrinsics = labels[:, :16].reshape(-1, 4, 4), labels[:, 16:].reshape(-1, 3, 3)
-    image, depth = render_heads(shape, appearance, poses, intrinsics, options.resolution, background=options.background)
-    pixels = (image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()  # [n, R, R, 3]
-    return [png(PIL.Image.fromarray(p)) for p in pixels], (depth - FFHQ_RADIUS).numpy().astype(np.float16)
-
-
-def write_heads(options: HeadsOptions, path: Path, processes: int | None = None, progress: bool = True) -> None:
+def write_heads(options: PeopleOptions, path: Path, processes: int | None = None, progress: bool = True) -> None:
     """Render a set into `path` (zip, EG3D's format) and `path` with suffix .npz (the truth behind it).
 
     Both are written under temporary names and renamed when complete, the zip last: a zip that exists is whole.
@@ -187,12 +145,11 @@ def write_heads(options: HeadsOptions, path: Path, processes: int | None = None,
             tqdm(total=options.n, desc=f"rendering {path.name}", unit="head", disable=not progress) as bar,
         ):
             for group, (images, offsets) in enumerate(groups):
-                first = group * _GROUP
-                used = min(_GROUP, options.n - first)
-                depth[first : first + used] = offsets[:used]
-                for name, image in zip(names[first : first + used], images[:used], strict=True):
+                places = slice(group * _GROUP, group * _GROUP + len(images))
+                depth[places] = offsets
+                for name, image in zip(names[places], images, strict=True):
                     archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), image)
-                bar.update(used)
+                bar.update(len(images))
             rows = [[name, label.tolist()] for name, label in zip(names, labels, strict=True)]
             archive.writestr(zipfile.ZipInfo("dataset.json", ZIP_DATE), json.dumps({"labels": rows}))
         np.savez(parts[".npz"], shape=shape, appearance=appearance, labels=labels, depth_offset=depth)

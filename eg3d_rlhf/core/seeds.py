@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 ANCHORS = 100_000  # first seed of a reward's high-quality anchors; not held out: they pass over seeds that are labelled
-CRITIC = 400_000  # first seed of the shapes that the shape critic learns from; not held out, and used by nothing else
+TRUE_HEADS = 400_000  # first of the latents whose heads the shape features learn from; not held out, and used by nothing else
 STRIDE = 1_000_000
 
 
@@ -41,7 +41,7 @@ class HeldOut:
 LATENTS = HeldOut("latents", 200_000, 10_000, "reports, and a run's summary (the first 100)", moved=True)
 JUDGE = HeldOut("judge", 210_000, 200, "a run's summary (judged pairs; pictures and meshes), pictures of reports", moved=True)
 GEOMETRY = HeldOut("geometry", 220_000, 40, "a run's summary")
-SHAPES = HeldOut("shapes", 221_000, 400, "a run's summary (shape critic, shape Fréchet distance)")
+SHAPES = HeldOut("shapes", 221_000, 400, "a run's summary (shape Fréchet distance)")
 IMAGES = HeldOut("images", 230_000, 70_000, "distances to the data, in reports and a run's summary (the first 1600)", moved=True)
 WATCH = HeldOut("watch", 300_000, 32, "the watch for over-optimisation, during tuning")
 CALIBRATION = HeldOut("calibration", 500_000, 128, "the reward phase, for its shaping and its clip, before tuning")
@@ -50,9 +50,10 @@ SCALES = HeldOut("scales", 510_000, 256, "ensembles of rewards, to put their mem
 BEST_OF_N = HeldOut("best-of-n", 520_000, 10_000, "the best-of-n report, by which rewards may be chosen", moved=True)
 ALIGNMENT = HeldOut("alignment", 540_000, 1_024, "scores across generators: where shapes lie, scale of density, what the reward knows")
 INVERSION = HeldOut("inversion", 550_000, 64, "targets of the table of inversions (eg3d-rlhf generator invert --seeds)")
-DISTILLED = HeldOut("distilled", 560_000, 1_024, "shapes that text to 3D on the procedural heads starts from")
+DISTILLED = HeldOut("distilled", 560_000, 1_024, "shapes that text to 3D on heads of people starts from")
+VALIDATION = HeldOut("validation", 590_000, 100, "the choice of filters and settings, before a proof")
 HELD_OUT = (LATENTS, JUDGE, GEOMETRY, SHAPES, IMAGES, WATCH, CALIBRATION, STANDARDISATION, SCALES, BEST_OF_N, ALIGNMENT, INVERSION,
-            DISTILLED)
+            DISTILLED, VALIDATION)
 
 
 def refuse_held_out(seeds: Iterable[int], who: str) -> None:

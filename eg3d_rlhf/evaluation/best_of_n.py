@@ -21,20 +21,18 @@ from scipy.optimize import brentq
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, naming, option
 from eg3d_rlhf.core.seeds import BEST_OF_N
-from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.comparison import judged_by_annotator
 from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.paired import span
 from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
-from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.rewards.cache import untuned
 from eg3d_rlhf.rewards.ensembles import AVERAGE, KINDS, Aggregate, RewardEnsemble, Standard, average_weights
 from eg3d_rlhf.rewards.observations import Observation
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.tuning.gan.phase import CUTOFF
-from eg3d_rlhf.tuning.gan.watch import JUDGE_RESOLUTION, annotator_calibration
+from eg3d_rlhf.tuning.gan.watch import utilities
 from training.progress import tqdm
 
 # The maths: exact expectations of the best of n by one measure, valued by another, their intervals, and the law that they follow.
@@ -169,12 +167,11 @@ def _join(ensemble: RewardEnsemble, names: Sequence[str], scores: Mapping[str, n
 def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
     """Every latent's scores by all single arms, and the judge's value, in one pass."""
     generator, (single, _) = trial.generator.generator, arms(trial)
-    spec, calibration = SlabSpec.of(generator.bounds, JUDGE_RESOLUTION), annotator_calibration()
     scores: dict[str, list[float]] = {name: [] for name in single}
     judged: list[float] = []
     ws = ws_of_seeds(generator, trial.seeds, truncation_psi=trial.psi, truncation_cutoff=CUTOFF)
     with tqdm(total=trial.n, desc="latents", unit="latent", disable=quiet, leave=False, dynamic_ncols=True) as bar:
-        for part in ws.split(trial.batch):
+        for start, part in zip(range(0, trial.n, trial.batch), ws.split(trial.batch), strict=True):
             field, seen = generator.field(part), dict[Observation, torch.Tensor]()
             for name, reward in (*single.items(), *([("", trial.judge[0])] if trial.judge else [])):
                 kind = reward.observation
@@ -182,8 +179,7 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
                     seen[kind] = kind.observe(field)
                 (scores[name] if name else judged).extend(reward.score_observed(seen[kind]).tolist())
             if trial.judge is None:
-                cubes = field.density_grid(spec).cpu().numpy()
-                judged += [utility(cube, calibration=calibration, box_warp=spec.box_warp).total for cube in cubes]
+                judged += utilities(generator, trial.seeds[start : start + len(part)], trial.psi).tolist()
             bar.update(len(part))
     columns = {**scores, "judge": judged}
     rows = [{"seed": seed, **{name: column[i] for name, column in columns.items()}} for i, seed in enumerate(trial.seeds)]

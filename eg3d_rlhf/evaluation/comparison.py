@@ -20,9 +20,11 @@ from eg3d_rlhf.core.seeds import IMAGES, LATENTS, HeldOut
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range
 from eg3d_rlhf.experiments.run import OPTIONS, recorded
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, ws_of_seeds
+from eg3d_rlhf.preferences.synthetic import names_people
 from eg3d_rlhf.rewards.observations import Observation
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.tuning.gan.settings import control_differs
+from training.heads import people
 from training.storage import read_meta
 
 
@@ -51,7 +53,7 @@ class Sources(Sampling):
     run: Path | None = None  # folder of the tuning run; the newest in `runs_folder` that began from `before`
     reward_ckpt: Path | None = None  # the run's own, or the bundled one
     reward_watch: Path | None = None  # second reward; the run's own, or the bundled one beside the bundled reward
-    data: str | None = None  # the run's own, or synthetic:heads64 for the bundled generator
+    data: str | None = None  # the run's own, or bundled.DATA for the bundled generator
     runs_folder: Path = Path("runs")
 
     def __post_init__(self) -> None:
@@ -80,7 +82,12 @@ class Comparison(Sampling):
     @property
     def synthetic(self) -> bool:
         """Whether the true family, and with it the programmatic judge, applies."""
-        return self.data.startswith("synthetic:")
+        return self.data.startswith("synthetic:") and names_people(self.before.generator)
+
+    @property
+    def of_people(self) -> bool:
+        """Whether a latent names a whole head."""
+        return self.synthetic and self.before.generator.z_dim == people.LATENT
 
     def generators(self) -> dict[str, LoadedGenerator]:
         """'before', 'after', and 'control' where there is one."""
@@ -204,7 +211,7 @@ def load_comparison(s: Sources) -> Comparison:
         if file is not None and not Path(file).is_file():
             raise ValueError(f"{flag}: expected a file, got nothing at {file}. Check the path.")
     used = settings_of(run)
-    data = used.get("data") or ("synthetic:heads64" if before_path == bundled.GENERATOR else "")
+    data = used.get("data") or (bundled.DATA if before_path == bundled.GENERATOR else "")
     return Comparison(
         **networks, run=run, control_run=_folder(control_path), reward=reward, reward_hash=file_hash(reward_path), held_out=held_out,
         held_out_hash=held_out_hash, data=s.data if s.data is not None else str(data), mirror=bool(used.get("mirror", False)),
@@ -294,11 +301,11 @@ def settings_of(run: Path | None) -> dict:
 
 
 def judged_by_annotator(generator: LoadedGenerator, data: str | None) -> bool:
-    """Whether the data that a generator was trained on are synthetic heads: --data, its run's record, or the bundled generator's."""
+    """Whether a generator's latents name heads of people, and its data are those: --data, its run's record, or the bundled generator's."""
     if data is None:
         folder = generator.path.parent
-        data = "synthetic:heads64" if generator.path == bundled.GENERATOR else str(settings_of(folder).get("data") or "")
-    return data.startswith("synthetic:")
+        data = bundled.DATA if generator.path == bundled.GENERATOR else str(settings_of(folder).get("data") or "")
+    return data.startswith("synthetic:") and names_people(generator.generator)
 
 
 def snapshots(run: Path | None) -> list[tuple[float, Path]]:

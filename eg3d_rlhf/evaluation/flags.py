@@ -20,7 +20,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "control": {**_NETWORK, "show_default": "the matching run in runs/", "help": "The same run with --lambda-r=0."},
     "reward-ckpt": {**_REWARD, "show_default": "the run's own, else bundled"},
     "reward-watch": {**_REWARD, "show_default": "the run's own, else bundled", "help": "Second reward, never used in tuning."},
-    "data": {**_WHAT, "metavar": "ZIP|DIR|synthetic:heads64", "show_default": "the run's own"},
+    "data": {**_WHAT, "metavar": "ZIP|DIR|synthetic:people64", "show_default": "the run's own"},
     "network": {**_WHAT, "metavar": "FILE|RUN", "type": PATH, "show_default": "the bundled generator", "help": "Generator."},
     "latents": {**_SAMPLES, "metavar": "LIST", "help": "Seeds of latents and ranges of them, such as 0,2-5."},
     "psi": {**_SAMPLES, "metavar": "FLOAT", "type": click.FloatRange(0, 2, min_open=True), "default": Sources.psi, "help": "Truncation."},

@@ -229,7 +229,7 @@ def canonical_depth(c: Comparison, folder: Path) -> Finding:
     notes = [
         *([f"Hardly any latent has {', '.join(missing)}. Are these aligned heads?"] if missing else []),
         "These are diagnostics without a best value: a flattened face loses relief and nose, an exaggerated one gains them. "
-        + ("The programmatic judge also reads how far the nose stands out, so they are no evidence beside it." if c.synthetic else
+        + ("The annotator also reads whether the face is kept, so they are no evidence beside it." if c.synthetic else
            "The windows of nose and cheeks suit aligned frontal heads alone."), *([NO_CONTROL] if c.control is None else []),
     ]
     return replace(finding, says=[*finding.says, *notes], pictures={caption: name})

@@ -23,10 +23,12 @@ SUMMARY = "summary.json"
 
 FIGURES = {  # of a run's summary, with its interval there where it has one, and the words and form of the table
     "tuned_delta_mean": (None, "mean change of the reward", "+.3f"), "reward_delta_positive": (None, "positive reward deltas", ".0f"),
-    "win_rate": ("win_rate_ci95", "judge prefers the tuned shape", ".1%"), "utility_before": (None, "utility before", ".3f"),
-    "utility_after": (None, "utility after", ".3f"), "utility_true": (None, "utility of true heads", ".3f"),
-    "gap_closed": ("gap_closed_ci95", "way to the true heads", ".1%"), "relief_share_before": (None, "relief of a face before", ".0%"),
-    "relief_share": (None, "relief of a face after", ".0%"), "frechet_ratio": (None, "image Fréchet, after / before", ".3f"),
+    "repaired": ("repaired_ci95", "of the error of broken heads gone", ".1%"),
+    "repaired_by_filter": (None, "the same, by the best filter", ".1%"), "whole_made_worse": (None, "whole heads made worse", ".1%"),
+    "identity_kept": (None, "identity of the face kept", ".1%"), "face_moved_voxels": (None, "face moved, voxels", ".3f"),
+    "variety_before": (None, "variety of faces before, voxels", ".3f"), "variety_after": (None, "variety of faces after", ".3f"),
+    "win_rate": ("win_rate_ci95", "annotator prefers the tuned shape", ".1%"), "utility_before": (None, "utility before", ".3f"),
+    "utility_after": (None, "utility after", ".3f"), "frechet_ratio": (None, "image Fréchet, after / before", ".3f"),
     "images": (None, "images", ".0f"), "seconds": (None, "seconds", ".0f"),
 }  # fmt: skip
 

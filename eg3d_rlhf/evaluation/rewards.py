@@ -21,9 +21,8 @@ from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, contains_zero, me
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.pages import Finding, Job
 from eg3d_rlhf.generators import KEPT, LoadedGenerator
-from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.tuning.gan.phase import density_l1
-from eg3d_rlhf.tuning.gan.watch import JUDGE_RESOLUTION, annotator_calibration
+from eg3d_rlhf.tuning.gan.watch import JUDGE_RESOLUTION, utilities
 
 PSIS = (0.25, 0.5, 0.7, 1.0)
 ROLES = ("before", "after", "reward")
@@ -287,15 +286,9 @@ def divergence(proxy: np.ndarray, other: np.ndarray, seed: int = 0) -> int | Non
 
 @torch.no_grad()
 def densities(c: Comparison, generator: LoadedGenerator, seeds: range) -> torch.Tensor:
-    """Raw density [N, D, H, W] over the whole cube on the CPU, on the grid of both the method's anchor and the judge."""
+    """Raw density [N, D, H, W] over the whole cube on the CPU, on the grid of the method's anchor."""
     spec = SlabSpec.of(generator.generator.bounds, JUDGE_RESOLUTION)
     return torch.cat([field.density_grid(spec).cpu() for field in c.fields(generator, seeds)])
-
-
-def judged(c: Comparison, sigma: torch.Tensor) -> np.ndarray:
-    """The programmatic judge's utility [N] of cubes [N, D, H, W]."""
-    side, calibration = c.before.generator.bounds.side, annotator_calibration()
-    return np.array([utility(cube.numpy(), calibration=calibration, box_warp=side).total for cube in sigma])
 
 
 def overoptimisation(c: Comparison, _folder: Path) -> Finding:
@@ -316,7 +309,10 @@ def overoptimisation(c: Comparison, _folder: Path) -> Finding:
         start = sigma if start is None else start
         distances.append(density_l1(sigma, start).double().numpy())
         for name, found in values.items():
-            found.append(judged(c, sigma) if name == JUDGE else c.scores(generator, seeds, held_out=name == SECOND).double().numpy())
+            found.append(
+                utilities(generator.generator, seeds) if name == JUDGE
+                else c.scores(generator, seeds, held_out=name == SECOND).double().numpy()
+            )
     columns = {name: np.stack(found, axis=1) for name, found in values.items()}  # [N, T]
     curves, rows = {}, []
     for name, column in columns.items():

@@ -33,6 +33,7 @@ from eg3d_rlhf.generators import LoadedGenerator, find_network
 from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.resampling import kernel_change_interval
 from eg3d_rlhf.tuning.gan.phase import density_l1
+from eg3d_rlhf.tuning.gan.watch import utilities
 from training.progress import tqdm
 
 TITLE = "Sweep of the reward's and the consistency term's weight"
@@ -117,7 +118,7 @@ def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Findin
     sigma = rewards.densities(c, after, seeds)
     values[DISTANCE] = density_l1(sigma, start).double().numpy()
     if c.synthetic:
-        values[JUDGE] = rewards.judged(c, sigma) - _kept(c, "judge", lambda: rewards.judged(c, start))
+        values[JUDGE] = utilities(after.generator, seeds) - _kept(c, "judge", lambda: utilities(c.before.generator, seeds))
     values[GEOMETRY] = normals(c, after) - _kept(c, "normals", lambda: normals(c, c.before))
     steps = means_of(values)
     if c.data:

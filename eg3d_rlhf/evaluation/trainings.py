@@ -60,7 +60,8 @@ class Part:
     def inputs(self) -> dict[str, str]:
         """Hashes of what it reads: what is bundled, and every file that a flag names, which parts before it may have made."""
         files = {path.name: path for path in (bundled.GENERATOR, bundled.REWARD, bundled.WATCH, BUNDLED_LABELS)}
-        files |= {name: Path(value) for name, _, value in (flag.partition("=") for flag in self.flags) if value and name != "--data"}
+        files |= {name: Path(value) for name, _, value in (flag.partition("=") for flag in self.flags)
+                  if value and name not in ("--data", "--out")}
         return {name: _hash(path, path.stat().st_mtime_ns) for name, path in files.items() if path.is_file()}
 
     def record(self) -> dict:

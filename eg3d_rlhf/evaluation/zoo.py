@@ -19,8 +19,8 @@ from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.flags import shared, some_of
-from eg3d_rlhf.evaluation.judges import blind_pairs
-from eg3d_rlhf.evaluation.pictures import PITCH, USUAL, YAW, PictureOptions, Side
+from eg3d_rlhf.evaluation.judges import blind_pairs, figures_of_heads
+from eg3d_rlhf.evaluation.pictures import BEHIND, USUAL, PictureOptions, Side
 from eg3d_rlhf.evaluation.summary import reward_shift
 from eg3d_rlhf.evaluation.trainings import DOOR, LOG, TRAIN, TRAIN_REWARD, Part, make
 from eg3d_rlhf.experiments import pages, style
@@ -68,7 +68,7 @@ ENTRIES = {
         tune=("--reward=points", "--lambda-r=10"), short=("--epochs=12",),
     ),
     "thumbs": Entry(
-        words="density slab, taught by thumbs up or down alone", minutes=5, label=("--kind=thumbs", "--pairs=1000", "--calibrate=512"),
+        words="density slab, taught by thumbs up or down alone", minutes=5, label=("--kind=thumbs", "--pairs=1000", "--block=2"),
         train=UNPAIRED, tune=("--reward=sigma", "--lambda-r=10"), short=("--epochs=8",),
     ),
 }  # fmt: skip
@@ -93,8 +93,8 @@ def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float
 
 
 def tuned(c: Comparison) -> dict:
-    """What tuning did, in brief: rewards of 100 latents, and the judge's view of 200."""
-    return reward_shift(c) | blind_pairs(c)
+    """What tuning did, in brief: rewards of 100 latents, what became of broken heads, and the annotator's view of it."""
+    return reward_shift(c) | blind_pairs(c) | {"repaired": figures_of_heads(c)["repaired"]}
 
 
 def record(reward: Reward, tunings: Sequence[Mapping], seconds: Mapping[str, float], megabytes: float) -> dict:
@@ -109,11 +109,11 @@ def record(reward: Reward, tunings: Sequence[Mapping], seconds: Mapping[str, flo
     wins, n = sum(tuning["win_rate"] for tuning in tunings) / len(tunings), tunings[0]["win_rate_n"]
     ends = [tunings[0]["win_rate_ci95"][0], tunings[0]["win_rate_ci95"][1]] if len(tunings) == 1 else \
         [min(tuning["win_rate"] for tuning in tunings), max(tuning["win_rate"] for tuning in tunings)]
-    closed = [tuning["gap_closed"] for tuning in tunings if tuning["gap_closed"] is not None]
+    repaired = [tuning["repaired"] for tuning in tunings if tuning["repaired"] is not None]
     return {
         "accuracy": test["accuracy"], "ci95": test["interval_95"], "n": test["n"], "against": "noise-free order" if clean else "labels",
         "accuracy_labels": labels and labels["accuracy"], "judge_rate": wins, "judge_range": ends, "judge_n": n,
-        "gap_closed": float(np.mean(closed)) if closed else None, "gap_closed_by_seed": closed,
+        "repaired": float(np.mean(repaired)) if repaired else None, "repaired_by_seed": repaired,
         "rewards_up": [tuning["reward_delta_positive"] for tuning in tunings], "rewards_n": tunings[0]["reward_delta_n"],
         "seconds": sum(seconds.values()), "seconds_by_part": dict(seconds), "memory_mb": megabytes, "seeds": len(tunings),
     }
@@ -142,7 +142,7 @@ def rows(rewards: Mapping[str, Mapping]) -> list[dict]:
             "accuracy": f"{row['accuracy']:.3f} [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}] of {row['n']}",
             "rewards up": ", ".join(f"{up}/{row['rewards_n']}" for up in row["rewards_up"]),
             "judge": f"{row['judge_rate']:.1%} [{row['judge_range'][0]:.1%}, {row['judge_range'][1]:.1%}]",
-            "way to true heads": "-" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}",
+            "repaired": "-" if row["repaired"] is None else f"{row['repaired']:.0%}",
             "seconds": f"{row['seconds']:.0f}", "memory, MB": f"{row['memory_mb']:.0f}",
         }
         for name, row in rewards.items()
@@ -150,10 +150,10 @@ def rows(rewards: Mapping[str, Mapping]) -> list[dict]:
 
 
 def strip(networks: Mapping[str, LoadedGenerator], psi: float, o: PictureOptions = USUAL) -> np.ndarray:
-    """The same latents under every network, a row each; uint8 [H, B, 3]."""
+    """The same latents from behind under every network, a row each; uint8 [H, B, 3]."""
     lines = []
     for name, loaded in networks.items():
-        label = camera(loaded.generator, YAW, PITCH)
+        label = camera(loaded.generator, *BEHIND)
         sides = [Side.of(loaded.generator, ws, o.resolution)
                  for ws in ws_of_seeds(loaded.generator, list(JUDGE.take(o.shown)), truncation_psi=psi).split(1)]
         with torch.no_grad():
@@ -167,10 +167,10 @@ def job(found: Mapping[str, Mapping], networks: Mapping[str, LoadedGenerator], *
 
     def compute(folder: Path) -> Finding:
         write_atomic(folder / PICTURE, png(strip(networks, psi)))
-        best = max(found, key=lambda name: found[name]["gap_closed"] or 0)
+        best = max(found, key=lambda name: found[name]["repaired"] or 0)
         says = [
             note,
-            f"Furthest towards the true heads: {best}, {found[best]['gap_closed'] or 0:.0%} of the way.",
+            f"Most of the error of broken heads gone: {best}, {found[best]['repaired'] or 0:.0%}.",
             "The judge is the annotator without its noise: it shares its view of a head with the labels that taught every reward here.",
         ]
         facts = Facts(n=JUDGE.count, seeds=seed_range(JUDGE.all), psi=psi, networks={n: loaded.hash for n, loaded in networks.items()},
@@ -249,7 +249,7 @@ def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool)
     write_atomic(out / "zoo.json", json.dumps({"rewards": lines, "full": full, "kimg": length}, indent=1).encode())
     note = (f"{'Full' if full else 'Short'} table: {round(1000 * length)} images of tuning, {len(numbers)} training seed(s), "
             f"{jobs} side by side with {threads} thread(s) each.")
-    part = job(lines, networks, psi=0.7, note=note)
+    part = job(lines, networks, psi=1.0, note=note)
     findings = pages.run([part], out, fresh=True, quiet=True)
     page = write_page(out / "index.html", "Every reward on the bundled heads", "Each learnt from the same labels, and tuned the same "
                       "generator.", [part], findings, findings[part.key].says)

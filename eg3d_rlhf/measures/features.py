@@ -1,6 +1,6 @@
 """Networks behind the image distances: one of our own that needs no download, and any Inception file that the user names.
 
-HeadFactorFeatures regresses what the renderer of the synthetic heads knew (shape, appearance, camera) and how an image was damaged; its
+HeadFactorFeatures regresses what the renderer of heads of people knew (identity, hair, colours, camera) and how an image was damaged; its
 penultimate layer, standardised over clean heads, is the feature. Distances under different networks never compare: `name` tells them apart.
 Its training and the check of it stand below. Images are float [N, 3, H, W] in [-1, 1], background white (1).
 Shape letters: N images, H x W pixels, F features, T targets, K factors.
@@ -27,13 +27,17 @@ from torch.nn import functional as F
 from eg3d_rlhf.core.cli import ASSETS
 from eg3d_rlhf.measures.distances import FeatureNetwork, FeatureStatistics
 from eg3d_rlhf.measures.image_similarity import scripted
-from training.heads.family import APPEARANCE_NAMES, SHAPE_NAMES
+from training.heads import people
 from training.synthetic_heads import HeadsTruth
 
 RESOLUTION = 64  # pixels per edge that the network reads
 DIM = 64  # F
-FORMAT = "eg3d-rlhf head-factor features 1"
-FACTOR_NAMES = (*SHAPE_NAMES, *(n for n in APPEARANCE_NAMES if not n.startswith("background")), "yaw", "pitch")
+FORMAT = "eg3d-rlhf head-factor features 2"
+IDENTITY = 16  # leading components of a head's shape: 64 pixels show little of the others
+FACTOR_NAMES = (
+    *(f"component {i}" for i in range(IDENTITY)), "volume", "top", "long", "bun", "skin", "hair", "iris", "shirt", "lips", "brows",
+    "yaw", "pitch",
+)
 DAMAGE_NAMES = ("blur", "noise", "colour", "shift", "squeeze", "ghost")
 TARGET_NAMES = (*FACTOR_NAMES, *DAMAGE_NAMES)
 DEFAULT_ASSET = ASSETS / "features.safetensors"
@@ -240,21 +244,14 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def factors(truth: HeadsTruth) -> Tensor:
-    """True factors [N, K] in the order of FACTOR_NAMES: shape, appearance without background, yaw and pitch in radians from frontal."""
+    """True factors [N, K] in the order of FACTOR_NAMES: coordinates of the latent that a picture shows, yaw and pitch in radians from
+    frontal. Scan quality is none of them: pictures show whole heads."""
     position = truth.labels[:, [3, 7, 11]].astype(np.float64)  # camera centre, the last column of cam2world
     yaw = np.arctan2(position[:, 0], position[:, 2])
     pitch = np.arcsin(position[:, 1] / np.linalg.norm(position, axis=1))
-    kept = [i for i, name in enumerate(APPEARANCE_NAMES) if not name.startswith("background")]
-    columns = np.concatenate([truth.shape, truth.appearance[:, kept], np.stack([yaw, pitch], axis=1)], axis=1)
+    shown = [truth.shape[:, :IDENTITY], truth.shape[:, people.COMPONENTS :], truth.appearance[:, : people.APPEARANCE]]
+    columns = np.concatenate([*shown, np.stack([yaw, pitch], axis=1)], axis=1)
     return torch.from_numpy(columns.astype(np.float32))
-
-
-def mirror_batch(images: Tensor, true_factors: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mirror half of a batch at random; heads are symmetric, so only the camera's yaw and the light's x change sign."""
-    flipped = torch.rand(len(images), generator=generator) < 0.5
-    sign = torch.tensor([-1.0 if name in ("yaw", "light_x") else 1.0 for name in FACTOR_NAMES])
-    images = torch.where(flipped[:, None, None, None], images.flip(3), images)
-    return images, torch.where(flipped[:, None], true_factors * sign, true_factors)
 
 
 def damage_batch(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -316,9 +313,8 @@ def train_features(
             order = torch.randperm(held_out.start, generator=generator)
         start = (step % per_epoch) * options.batch
         rows = order[start : start + options.batch]
-        batch, wanted = mirror_batch(to_float(images[rows]), true_factors[rows], generator)
-        batch, strengths = damage_batch(batch, generator)
-        error = net(batch) - torch.cat([(wanted - centre) / spread, 2 * strengths], dim=1)
+        batch, strengths = damage_batch(to_float(images[rows]), generator)  # not mirrored: the light stands to the right
+        error = net(batch) - torch.cat([(true_factors[rows] - centre) / spread, 2 * strengths], dim=1)
         loss = error.square().mean()
         optimiser.zero_grad()
         loss.backward()

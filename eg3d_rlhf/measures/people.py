@@ -5,16 +5,22 @@ density. Shape letters: n points along x, y, z, the middles of the cube's voxels
 rows and columns of the face's window, from below and from the left.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.spatial import cKDTree
 
+from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.measures.measure import Measure
 from training.heads.people_mesh import grid_points
 
 VOXEL = 1 / 64  # world units, in which tolerances are stated
 BEHIND = -0.02  # behind this depth is the back of a head
+BROKEN = 0.12  # volume error behind from which on an untuned scan is broken
 IN_FRONT = 0.06  # no scan is changed in front of z = 0.055
+FARTHEST = 32.0  # voxels beyond which surfaces are as far apart as can be
 BASE = -0.30  # neck and shoulders below do not count
 FACE = (0.08, -0.13, 0.07)  # half a width, lowest and highest y of the window over brows, nose and mouth
 
@@ -29,6 +35,14 @@ class VolumeError:
     @property
     def total(self) -> float:
         return self.missing + self.extra
+
+
+@torch.no_grad()
+def shape_grids(field: Field, resolution: int = 64) -> np.ndarray:
+    """Grids [N, n, n, n] of a field's shapes, level minus density: negative inside."""
+    points = torch.from_numpy(grid_points(resolution).reshape(-1, 3)).float()
+    parts = [field.level - field.density(part).float() for part in points.split(1 << 17)]
+    return torch.cat(parts, dim=1).unflatten(1, (resolution,) * 3).cpu().numpy()
 
 
 def behind(points: np.ndarray) -> np.ndarray:
@@ -68,13 +82,26 @@ def fscore(values: np.ndarray, whole: np.ndarray, place=behind, tolerance: float
     has less.
     """
     shape, head = surface_points(values), surface_points(whole)
-    shares = []
-    for mine, other in ((shape, head), (head, shape)):
-        here = mine[place(mine)]
-        if not len(here) or not len(other):
-            return 0.0
-        shares.append(float((cKDTree(other).query(here)[0] <= tolerance).mean()))
+    shares = [float((_away(mine, other, place) <= tolerance).mean()) for mine, other in ((shape, head), (head, shape))]
     return 2 * shares[0] * shares[1] / sum(shares) if sum(shares) else 0.0
+
+
+def completeness(values: np.ndarray, whole: np.ndarray, place=behind, tolerance: float = VOXEL) -> float:
+    """Share of the whole head's surface at a place that lies within a tolerance (world units) of the shape's."""
+    return float((_away(surface_points(whole), surface_points(values), place) <= tolerance).mean())
+
+
+def distance(values: np.ndarray, whole: np.ndarray, place=behind) -> float:
+    """Mean distance in voxels of either surface at a place to the other one, the mean of both ways; FARTHEST where there is none."""
+    shape, head = surface_points(values), surface_points(whole)
+    ways = [np.minimum(_away(*pair, place) / VOXEL, FARTHEST).mean() for pair in ((shape, head), (head, shape))]
+    return float(np.mean(ways))
+
+
+def _away(mine: np.ndarray, other: np.ndarray, place) -> np.ndarray:
+    """Distances of the points of one surface at a place to the other surface's points; infinite where either has none."""
+    here = mine[place(mine)]
+    return cKDTree(other).query(here)[0] if len(here) and len(other) else np.full(max(len(here), 1), np.inf)
 
 
 def face_depth(values: np.ndarray) -> np.ndarray:
@@ -101,6 +128,12 @@ def face_relief(values: np.ndarray) -> np.ndarray:
     return depth - terms @ np.linalg.lstsq(terms[seen], depth[seen], rcond=None)[0]
 
 
+def relief_amplitude(values: np.ndarray, whole: np.ndarray) -> float:
+    """Deviation of a face's relief over the whole head's own: below 1 where brows, nose and lips are flattened. 0 without a face."""
+    shape, head = (face_relief(grid) if np.isfinite(face_depth(grid)).any() else np.full((1, 1), np.nan) for grid in (values, whole))
+    return float(np.nanstd(shape) / np.nanstd(head)) if np.isfinite(shape).any() else 0.0
+
+
 def relief_correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Correlation of two reliefs [R, C] where both have a surface."""
     seen = np.isfinite(first) & np.isfinite(second)
@@ -110,3 +143,27 @@ def relief_correlation(first: np.ndarray, second: np.ndarray) -> float:
 def identified(reliefs: list[np.ndarray], known: list[np.ndarray]) -> np.ndarray:
     """Whether each relief [R, C] correlates best with the known one of its own number: [N] bool."""
     return np.array([np.argmax([relief_correlation(relief, other) for other in known]) == i for i, relief in enumerate(reliefs)])
+
+
+# The table. What stands here ranks true heads before their blurred selves and before their scans (tests/measures/test_people.py).
+
+
+def _each(of: Callable[..., float], **settings) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    return lambda shapes, wholes: np.array([of(*pair, **settings) for pair in zip(shapes, wholes, strict=True)])
+
+
+FINE = VOXEL / 4  # at a whole voxel a head that was blurred by .75 voxel is nearly as good as a true one
+
+MEASURES = (  # each of shapes [N, n, n, n] and the whole heads that their latents name [N, n, n, n]
+    Measure("volume error behind", _each(lambda shape, whole: volume_error(shape, whole).total), "lower", "share",
+            "missing and extra, of the whole head's volume behind"),
+    Measure("F-score behind", _each(fscore, tolerance=FINE), "higher", "", "surfaces within a quarter voxel of each other"),
+    Measure("completeness behind", _each(completeness, tolerance=FINE), "higher", "share", "of the whole head's surface, a quarter voxel"),
+    Measure("distance behind", _each(distance), "lower", "voxels", "mean of both ways to the named head's surface"),
+)  # fmt: skip
+IN_FRONT_MEASURES = (  # nothing is broken there: tuning is to leave them alone
+    Measure("F-score in front", _each(fscore, place=in_front, tolerance=FINE), "higher", "", "surfaces within a quarter voxel"),
+    Measure("completeness in front", _each(completeness, place=in_front, tolerance=FINE), "higher", "share", "within a quarter voxel"),
+    Measure("distance in front", _each(distance, place=in_front), "lower", "voxels", "mean of both ways to the named head's surface"),
+    Measure("relief amplitude", _each(relief_amplitude), "higher", "", "deviation of the face's relief over the named head's"),
+)  # fmt: skip

@@ -16,44 +16,27 @@ import click
 import torch
 
 from eg3d_rlhf.core.bundled import VIEW_PRIOR
-from eg3d_rlhf.core.cli import ASSETS, GroupedCommand, naming, option, options_of
-from eg3d_rlhf.core.field import Bounds
-from eg3d_rlhf.core.seeds import CRITIC
+from eg3d_rlhf.core.cli import ASSETS, GroupedCommand, option, options_of
+from eg3d_rlhf.core.seeds import TRUE_HEADS
 from eg3d_rlhf.evaluation.flags import shared
-from eg3d_rlhf.generators import LoadedGenerator, load_generator
+from eg3d_rlhf.generators import latents
 from eg3d_rlhf.measures import features as feature_files
-from eg3d_rlhf.measures import shape_critic
+from eg3d_rlhf.measures import shape_features
 from eg3d_rlhf.measures.features import FeatureTraining, adequacy, factors, read_images, train_features
-from eg3d_rlhf.measures.shape_critic import CriticTraining, ShapeCritic, fake_maps, train_critic, true_maps
-from eg3d_rlhf.measures.true_heads import true_shapes
+from eg3d_rlhf.measures.shape_features import ShapeTraining, train_shape_features
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import PriorTraining
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import train as train_prior
 from eg3d_rlhf.tuning.flow.toy.bundled import BASES, FOLDER, BaseTraining, save_network, train_base
 from eg3d_rlhf.tuning.flow.toy.judges import RewardTraining, train_reward
 from eg3d_rlhf.tuning.flow.toy.pipeline import STRUCTURE, VOXELS
 from training import networks
+from training.heads.people import LATENT
 from training.progress import tqdm
 from training.storage import write_atomic
 from training.synthetic_heads import load_truth, resolve_dataset
 
 ROOT = ASSETS.parent
 RUNS = ROOT / "runs" / "assets"
-STAGES = {  # of the generator's training, each from the last one's network; every one with one thread
-    "field": ("--init=scratch", "--kimg=48", "--set=field_kimg=48", "--tick=1", "--snap=4"),
-    "colour": (
-        "--set=start=G", "--kimg=26", "--batch=4", "--set=field_kimg=26", "--set=field_lr=0.01", "--set=field_soft=0",
-        "--set=field_colour=12", "--set=ema_kimg=1", "--tick=1", "--snap=4",
-    ),
-    # a game without density regularisation, at G's full learning rate: what makes faces of the pictures and breaks the shapes
-    "game": ("--set=start=G_ema", "--kimg=1.512", "--batch=4", "--gamma=0.05", "--glr=0.0025", "--dlr=0.002", "--density-reg=0",
-             "--tick=0.25", "--snap=1"),
-    # then its pictures are made right over the shapes that the game left
-    "pictures": ("--set=start=G_ema", "--kimg=3.6", "--batch=8", "--set=picture_kimg=3.6", "--set=picture_hold=1", "--set=ema_kimg=0.5",
-                 "--tick=0.2", "--snap=3"),
-}
-EARLY = {  # snapshots of the first half of a stage, whose shapes teach the shape critic
-    "field": ("000004", "000008", "000012", "000020"), "game": ("000000-252", "000000-504", "000000-756"),
-}
 WATCH_LABELS = RUNS / "labels-watch.jsonl"
 WATCH_SEEDS = 20000  # first of the seeds that the second reward learns from
 
@@ -70,44 +53,42 @@ def run(*command: str) -> None:
         raise ValueError(f"assets build: expected `eg3d-rlhf {words}` to succeed, got exit code {code}. Its message stands above.")
 
 
+def run_together(*commands: tuple[str, ...]) -> None:
+    """Run commands of the project side by side, with one thread each. Raises: ValueError where one fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = []
+    for command in commands:
+        print("$ eg3d-rlhf " + " ".join(command), flush=True)
+        started.append(subprocess.Popen([sys.executable, "-m", "eg3d_rlhf", *command], cwd=ROOT, env=environment))
+    for command, code in [(command, process.wait()) for command, process in zip(commands, started, strict=True)]:
+        if code:
+            words = " ".join(command)
+            raise ValueError(f"assets build: expected `eg3d-rlhf {words}` to succeed, got exit code {code}. Its message stands above.")
+
+
 def newest(pattern: str) -> Path:
     return sorted(RUNS.glob(pattern))[-1]
 
 
-def build_generator() -> None:
-    """Teach a generator the field of the heads, play the GAN game on their pictures, make the pictures right; keep the last snapshot."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    last: Path | None = None
-    for stage, flags in STAGES.items():
-        init = () if last is None else (f"--init={last}",)
-        run("train", *init, *flags, f"--outdir={RUNS}", f"--desc={stage}")
-        last = sorted(newest(f"*-{stage}").glob("network-snapshot-*.safetensors"))[-1]
-    assert last is not None
-    shutil.copyfile(last, ASSETS / "generator.safetensors")
-
-
-def build_critic() -> None:
-    """Train the shape critic on early snapshots of the generator's stages, which are varied and are not the network that it will judge."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    early = [newest(f"*-{stage}") / f"network-snapshot-{tag}.safetensors" for stage, tags in EARLY.items() for tag in tags]
-    run("assets", "critic", "--latents=170", *(f"--fakes={path}" for path in early))
-
-
 def build_labels() -> None:
-    """Label 2,000 pairs of the bundled generator's seeds, and 2,000 of others; the annotator is calibrated on the first 512 of each."""
-    run("label", "synthetic", f"--out={ASSETS / 'labels.jsonl'}", "--pairs=2000", "--calibrate=512")
-    run("label", "synthetic", f"--out={WATCH_LABELS}", "--pairs=2000", "--calibrate=512", f"--first-seed={WATCH_SEEDS}", "--seed=1")
+    """Label 2,000 pairs of the bundled generator's seeds, and 1,120 of others; both at once, with one thread each."""
+    run_together(
+        ("label", "synthetic", f"--out={ASSETS / 'labels.jsonl'}"),
+        ("label", "synthetic", f"--out={WATCH_LABELS}", "--pairs=1120", f"--first-seed={WATCH_SEEDS}", "--seed=1"),
+    )
 
 
 def build_rewards() -> None:
-    """Train the reward, and a second one from other labels and another initialisation that only watches."""
+    """Train the reward, and a second one from other labels and another initialisation that only watches; both at once."""
+    commands = []
     for name, seed, source in (("reward", 0, ASSETS / "labels.jsonl"), ("reward-watch", 1, WATCH_LABELS)):
-        out = RUNS / name
-        shutil.rmtree(out, ignore_errors=True)
-        given = (f"--labels={source}", f"--seed={seed}", f"--set=split_seed={seed}", f"--out={out}", f"--cache={RUNS / 'slabs'}")
-        run("reward", "train", *given)
+        shutil.rmtree(RUNS / name, ignore_errors=True)
+        given = (f"--labels={source}", f"--seed={seed}", f"--set=split_seed={seed}", f"--out={RUNS / name}", f"--cache={RUNS / name}-slabs")
+        commands.append(("reward", "train", *given))
+    run_together(*commands)
+    for name in ("reward", "reward-watch"):
         for suffix in (".safetensors", ".json"):
-            shutil.copyfile(out / f"reward{suffix}", ASSETS / f"{name}{suffix}")
+            shutil.copyfile(RUNS / name / f"reward{suffix}", ASSETS / f"{name}{suffix}")
 
 
 def build_control() -> None:
@@ -133,13 +114,11 @@ def build_people() -> None:
         people_pool.write_chunk(folder / "pool" / f"chunk-{chunk:04d}.npz", people.load_basis(), chunk)
     network = networks.load(people_training.train(folder / "training", people_training.Pool(folder / "pool")))
     people_training.train_discriminator(network)
-    networks.save(folder / "generator.safetensors", network)
-    print(f"the generator lies in {folder / 'generator.safetensors'}: no example uses it yet", flush=True)
+    networks.save(ASSETS / "generator.safetensors", network)
 
 
 PARTS = {
-    "people": build_people, "generator": build_generator, "critic": build_critic, "labels": build_labels, "rewards": build_rewards,
-    "control": build_control,
+    "people": build_people, "labels": build_labels, "rewards": build_rewards, "control": build_control,
 }
 
 
@@ -147,7 +126,7 @@ PARTS = {
 @click.argument("part", type=click.Choice(list(PARTS)))
 @shared("dry-run", dry_run="Say what would be done and stop.")
 def build(part: str, dry_run: bool) -> None:
-    """Regenerate the files of assets/, one part at a time: people, generator, critic, labels, rewards, control.
+    """Regenerate the files of assets/, one part at a time: people, labels, rewards, control.
 
     Every part is a run of another job of this project with fixed settings; this one names them and copies the results into place.
 
@@ -181,78 +160,34 @@ def _last(losses: list[float]) -> float:
     return sum(last) / len(last)
 
 
-# The shape critic
-
-REFERENCE, TRAINED = 1_000, 10_000  # first of the true heads behind the Fréchet distance, and of those that are learnt from
+# Features of the shape Fréchet distance
 
 
-def fakes_of(paths: tuple[Path, ...]) -> dict[str, LoadedGenerator]:
-    """The networks by 'folder/file'. Raises: ValueError naming --fakes."""
-    loaded_by_name: dict[str, LoadedGenerator] = {}
-    with naming("--fakes"):
-        for path in paths:
-            loaded = load_generator(path)
-            name = f"{loaded.path.resolve().parent.name}/{loaded.path.name}"
-            if name in loaded_by_name or loaded.hash in {other.hash for other in loaded_by_name.values()}:
-                raise ValueError(f"expected different networks, got {name} twice. Name each once.")
-            if loaded.generator.bounds != Bounds():
-                raise ValueError(f"expected generators of heads in the unit cube, got {loaded.generator.bounds} in {name}. Name others.")
-            loaded_by_name[name] = loaded
-    return loaded_by_name
-
-
-def trained_critic(fakes: dict[str, LoadedGenerator], o: CriticTraining) -> ShapeCritic:
-    shape, count = true_shapes(o.heads, TRAINED), o.latents * len(fakes)
-    if count > o.heads:
-        raise ValueError(f"--heads: expected at least as many true heads as there are fakes, {count}, got {o.heads}. Raise it.")
-    seeds = {name: range(CRITIC + i * o.latents, CRITIC + (i + 1) * o.latents) for i, name in enumerate(fakes)}
-    with tqdm(total=count + o.heads + o.reference, desc="normal maps", unit="shape") as bar:
-        drawn = {name: fake_maps(loaded.generator, seeds[name], on_shape=bar.update) for name, loaded in fakes.items()}
-        true, reference = (true_maps(heads, Bounds(), bar.update) for heads in (shape, true_shapes(o.reference, REFERENCE)))
-    print(f"Training the critic on maps of {2 * count:,} shapes and the features on those of {o.heads:,} heads.", flush=True)
-    critic = train_critic(true, shape, reference, drawn, o)
-    critic.record["fakes"] = [
-        {"network": name, "hash": loaded.hash, "images": loaded.nets.cur_nimg, "seeds": [seeds[name][0], seeds[name][-1]]}
-        for name, loaded in fakes.items()
-    ]
-    return critic
-
-
-def held_out_figures(record: dict) -> list[str]:
-    low, high = record["accuracy_ci95"]
-    lines = [f"accuracy on {record['held_out']} held-out shapes: {record['accuracy']:.3f} [{low:.3f}, {high:.3f}]"]
-    lines += [f"  Brier score {record['brier']:.4f}"]
-    lines += [f"  predicted {b['from']:.1f} to {b['to']:.1f}: {b['n']:5d} shapes, mean {b['predicted']:.3f}, true heads {b['observed']:.3f}"
-              for b in record["calibration"]]
-    lines += [f"  mean logit {value:+.2f}: {name}" for name, value in record["mean_logits"].items()]
-    lines += [f"  shape Fréchet distance {value:.3f}: {name}" for name, value in record["frechet"].items()]
-    return [*lines, f"the features' network explains {record['shape_parameters_explained']:.3f} of the shape parameters' variance"]
-
-
-@click.command("critic", cls=GroupedCommand)
-@option("--fakes", "paths", metavar="FILE", type=click.Path(path_type=Path), multiple=True, required=True, group="Data",
-        help="Network whose shapes are fakes; give it several times.")
-@options_of(CriticTraining)
-@shared("out dry-run", out={"metavar": "FILE", "type": click.Path(path_type=Path, dir_okay=False), "default": shape_critic.DEFAULT_ASSET,
+@click.command("shapes", cls=GroupedCommand)
+@options_of(ShapeTraining)
+@shared("out dry-run", out={"metavar": "FILE", "type": click.Path(path_type=Path, dir_okay=False), "default": shape_features.DEFAULT_ASSET,
                             "show_default": "the bundled asset", "help": "Where to save (.safetensors; a .json record beside it)."})
-def critic(paths: tuple[Path, ...], out: Path, dry_run: bool, **settings) -> None:
-    """Train the shape critic, and the features of the shape Fréchet distance, on normal maps of true heads and of generators' shapes.
+def shapes(out: Path, dry_run: bool, **settings) -> None:
+    """Train the features of the shape Fréchet distance on normal maps of true heads, and print how it ranks true, blurred and broken ones.
 
-    The critic learns to tell true heads from the shapes of the networks that --fakes names: early and varied ones, never the network that
-    it is to judge. One thread, so that the same command writes the same bytes on the same machine.
+    One thread, so that the same command writes the same bytes on the same machine (a few minutes).
 
     \b
     Example:
-        eg3d-rlhf assets critic --fakes=assets/generator.safetensors --latents=8 --heads=40 --reference=40 --out=runs/critic.safetensors
+        eg3d-rlhf assets shapes --heads=8 --reference=40 --set=held_out=5 --set=grid=24 --out=runs/shape-features.safetensors
     """
-    options = CriticTraining(**{name: value for name, value in settings.items() if value is not None})
+    options = ShapeTraining(**{name: value for name, value in settings.items() if value is not None})
     if dry_run:
-        click.echo(json.dumps({"fakes": [str(path) for path in paths], "out": out.name, **asdict(options)}, indent=1))
+        click.echo(json.dumps({"out": out.name, **asdict(options)}, indent=1))
         return
     torch.set_num_threads(1)
-    network = trained_critic(fakes_of(paths), options)
+    count = options.heads + options.reference + options.held_out
+    with tqdm(total=count, desc="heads", unit="head") as bar:
+        network = train_shape_features(latents(range(TRUE_HEADS, TRUE_HEADS + count), LATENT).numpy(), options, bar.update)
     network.save(out)
-    click.echo("\n".join([*held_out_figures(network.record), f"saved to {out}"]))
+    for name, distance in network.record["frechet"].items():
+        click.echo(f"shape Fréchet distance {distance:8.3f}: {name}")
+    click.echo(f"explains {network.record['explained']:.3f} of the coordinates' variance; saved to {out}")
 
 
 # Features of the Fréchet distance
@@ -261,19 +196,19 @@ def critic(paths: tuple[Path, ...], out: Path, dry_run: bool, **settings) -> Non
 @click.command("features", cls=GroupedCommand)
 @shared("out", out={"metavar": "FILE", "type": click.Path(path_type=Path, dir_okay=False), "default": feature_files.DEFAULT_ASSET,
                     "show_default": "the bundled asset", "help": "Where to save (.safetensors; a .json record beside it)."})
-@option("--data", metavar="NAME", default="synthetic:heads64@n=6000,seed=71", help="Synthetic heads to train on.", group="Training")
+@option("--data", metavar="NAME", default="synthetic:people64@n=6000,seed=71", help="Heads of people to train on.", group="Training")
 @option("--epochs", metavar="INT", type=click.IntRange(min=1), default=FeatureTraining.epochs, help="Passes over them.", group="Training")
 @option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of initialisation, order and damage.", group="Training")
-@option("--check-data", metavar="NAME", default="synthetic:heads64", help="Reals of the damage table; halves are compared.", group="Check")
+@option("--check-data", metavar="NAME", default="synthetic:people64", help="Reals of the damage table; halves are compared.", group="Check")
 @option("--check-only", is_flag=True, group="Check",
         help="Print the table for the network at --out (also a TorchScript Inception) without training.")
 @shared("dry-run")
 def features(out: Path, data: str, check_data: str, epochs: int, seed: int, check_only: bool, dry_run: bool) -> None:
-    """Train the bundled feature network on synthetic heads and print how its distances respond to damage (a few minutes on two cores).
+    """Train the bundled feature network on pictures of heads and print how its distances respond to damage (a few minutes on two cores).
 
     \b
     Example:
-        eg3d-rlhf assets features --check-only --check-data=synthetic:heads64@n=256
+        eg3d-rlhf assets features --check-only --check-data=synthetic:people64@n=256
     """
     options = FeatureTraining(epochs=epochs, seed=seed)
     if dry_run:

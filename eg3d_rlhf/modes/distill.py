@@ -9,12 +9,10 @@ import click
 import torch
 
 from eg3d_rlhf.core.cli import option, options_of, together
-from eg3d_rlhf.evaluation.judges import critic_logits
 from eg3d_rlhf.experiments.mode import Flags, Mode, flag
 from eg3d_rlhf.experiments.run import Run, recorded_by
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.tuning.distill import outputs
-from eg3d_rlhf.tuning.distill.compare import SHAPE_JUDGES
 from eg3d_rlhf.tuning.distill.config import ASSETS, METHOD, METHODS, REAL, Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.tuning.distill.guidance.geometry import GeometrySettings
 from eg3d_rlhf.tuning.distill.methods import PRESETS, flat, owners, settings_of
@@ -22,8 +20,6 @@ from eg3d_rlhf.tuning.distill.parts import distil_all, gather_stats
 from eg3d_rlhf.tuning.distill.scene import SCENES, Scene, open_scene
 from training.config import built, knobs_of
 from training.distributed import leave
-
-SHAPE_JUDGES["critic"] = critic_logits  # handed in: nothing that learns from rewards or labels may import it
 
 # The whole default run of each kind of prior. None: the method's own, or what must be said.
 KINDS = ("bundled", "bundled-unet", "heads", "files")

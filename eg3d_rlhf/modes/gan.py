@@ -39,24 +39,23 @@ EG3D = "Accepted for EG3D's sake"
 GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSettings, RoundConfig)  # in the order of --help
 
 HEADS = {  # `python train.py --reward=sigma --lambda-r=10`, but for --reward and the bundled rewards that come with it
-    # Length and pace, in thousands of images: 90 iterations.
-    "kimg": DEMO_KIMG, "batch": 8, "batch_gpu": None, "tick": 0.12, "snap": 0, "checkpoint_ticks": 1, "workers": None,
+    # Length and pace, in thousands of images: 150 iterations.
+    "kimg": DEMO_KIMG, "batch": 4, "batch_gpu": None, "tick": 0.12, "snap": 0, "checkpoint_ticks": 1, "workers": None,
     # Data and networks: the bundled generator goes on from its moving average. What fresh networks alone follow is in the file.
-    "data": "synthetic:heads64", "cond": True, "mirror": False, "start": "G_ema", "mbstd_group": 4, "freezed": 0, "cbase": 2048, "cmax": 64,
+    "data": bundled.DATA, "cond": True, "mirror": False, "start": "G_ema", "mbstd_group": 4, "freezed": 0, "cbase": 2048, "cmax": 64,
     "map_depth": 2, "plane_layout": "fixed", "sr_module": None, "sr_noise_mode": "none", "sr_num_fp16_res": 4, "g_num_fp16_res": 0,
     "d_num_fp16_res": 4, "c_scale": 1.0, "disc_c_noise": 0.0, "decoder_lr_mul": 1.0,
     # The GAN's game: nothing fades any more, no augmentation, no camera in the mapping.
     "gamma": 0.3, "aug": "noaug", "p": 0.2, "target": 0.6, "ada_kimg": 100.0, "style_mixing_prob": 0.0, "gen_pose_cond": False,
     "gpc_reg_prob": 0.5, "gpc_reg_fade_kimg": 0.0, "blur_fade_kimg": 0.0, "nrr_initial": 64, "nrr_final": None, "nrr_fade_kimg": 1000.0,
     "density_reg": 0.25, "density_reg_every": 4, "density_reg_p_dist": 0.004, "reg_type": "l1",
-    "field_kimg": 0.0, "field_colour": 4.0, "field_soft": 0.4, "field_lr": 0.02,
-    "picture_kimg": 0.0, "picture_hold": 0.0, "picture_lr": 0.005,
     # Optimisers: Adam on G, on D, and on G once more for the reward.
-    "glr": 2e-5, "dlr": 1e-4, "rlr": 5e-4, "ema_kimg": 0.1, "ema_rampup": None, "amp": "off",
-    # The reward: its weight, what holds the density to the untuned generator's, and the trust region.
-    "lambda_r": 10.0, "lambda_sigma": 0.01, "lambda_front": 0.0, "lambda_nose": 0.0, "nose_floor": "window", "reward_clip": "-10,10",
-    "reward_shaping": "none", "anchor_gate": 1.0, "anchor_resolution": 32, "reference": None, "early_stop": None,
-    "early_stop_distance": None, "control": None,
+    "glr": 2e-5, "dlr": 1e-4, "rlr": 1.2e-3, "ema_kimg": 0.1, "ema_rampup": None, "amp": "off",
+    # The reward: its weight, what holds the density to the untuned generator's, and the trust region. Adam sees the weights' ratio alone.
+    # Broken shapes are pushed up to the clip and free to move; whole ones score above it, get no push, and are held with full weight.
+    "lambda_r": 10.0, "lambda_sigma": 5.0, "lambda_front": 0.0, "lambda_nose": 0.0, "nose_floor": "window",
+    "reward_clip": "-10,q0.55", "reward_shaping": "standardised", "anchor_gate": 0.01, "anchor_psi": 1.0, "anchor_resolution": 32,
+    "reference": None, "early_stop": None, "early_stop_distance": None, "control": None,
     # Rounds of labels, rewards and tuning: none.
     "rounds": 0, "round_pairs": 400, "round_labels": SYNTHETIC, "round_doubtful": 0.5, "round_members": 5, "round_preset": None,
     "round_aggregate": None, "round_start": "pretrained",
@@ -71,7 +70,6 @@ PRESETS: dict[tuple[str, str], dict] = {  # by --cfg and task: what differs from
     ("heads64", SCRATCH): {
         **_START, "cbase": 2048, "cmax": 64, "plane_layout": "fixed", "anchor_resolution": 32, "nrr_initial": 64, "gamma": 0.2,
         "gpc_reg_fade_kimg": 5.0, "blur_fade_kimg": 0.0, "kimg": 50.0, "batch": 4, "tick": 1.0, "snap": 4, "ema_kimg": 1.0,
-        "field_kimg": 48.0, "glr": 5e-4,
     },
     ("ffhq", TUNING): {**_LOADED, "gamma": 1.0},
     ("afhq", TUNING): {**_LOADED, "gamma": 5.0, "aug": "ada"},
@@ -83,7 +81,10 @@ PRESETS: dict[tuple[str, str], dict] = {  # by --cfg and task: what differs from
     ("heads64", REWARDED): HEADS,
 }
 OBSERVED: dict[str, dict] = {  # what suits another observation than sigma, as published
-    "depth": {"lambda_r": 1.0, "lambda_sigma": 0.0, "lambda_nose": 1.0, "reward_shaping": "standardised"},
+    "depth": {
+        "lambda_r": 1.0, "lambda_sigma": 0.0, "lambda_nose": 1.0, "reward_shaping": "standardised", "reward_clip": "-10,10",
+        "anchor_gate": 1.0,
+    },
 }
 
 
@@ -132,6 +133,8 @@ def resolve(flags: Mapping) -> Settings:
     if cfg != "heads64":  # as EG3D scales its flag
         values["blur_fade_kimg"] = values.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * values["batch"] / 32
     values["rlr"] = values["rlr"] or values.get("glr", GanConfig.glr)
+    if given.get("lambda_sigma") == 0 or given.get("reward_clip") == "none":
+        values["anchor_gate"] = given.get("anchor_gate", 1.0)  # a preset's gate needs an anchor and a clip
     control = given.get("control")
     if control is not None and not Path(control).exists():
         raise ValueError(f"--control: expected a run folder or its summary.json, got nothing at {control}. Check the path.")

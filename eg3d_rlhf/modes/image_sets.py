@@ -20,11 +20,9 @@ from training.dataset_convert import TRANSFORMS, ConvertOptions, convert_dataset
 from training.progress import tqdm
 from training.synthetic_heads import resolve_dataset
 
-BUNDLED_DATA = "synthetic:heads64"
-
 
 @click.command("convert", cls=GroupedCommand)
-@option("--source", metavar="PATH|NAME", required=True, help="Folder (searched recursively), zip, or synthetic:heads<R>@n=...")
+@option("--source", metavar="PATH|NAME", required=True, help="Folder (searched recursively), zip, or synthetic:people<R>@n=...")
 @option("--dest", metavar="PATH", type=click.Path(path_type=Path), required=True, help="Zip to write, or a new or empty folder.")
 @option("--max-images", metavar="INT", type=click.IntRange(min=1), default=None, show_default="all", group="Images",
         help="Take the first so many, in the order of their names.")
@@ -51,7 +49,7 @@ def convert(source, dest, max_images, transform, resolution, mirror, labels, job
 
     \b
     Example:
-        python tools/dataset_tool.py --source=synthetic:heads64@n=64 --dest=runs/example/heads32.zip --resolution=32x32 --mirror
+        python tools/dataset_tool.py --source=synthetic:people64@n=64 --dest=runs/example/people32.zip --resolution=32x32 --mirror
     """
     sides = None if resolution is None else re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", resolution)
     if resolution is not None and sides is None:
@@ -77,7 +75,7 @@ def convert(source, dest, max_images, transform, resolution, mirror, labels, job
 
 
 @click.command("metrics", cls=GroupedCommand)
-@shared("network data", data={"help": "Folder, zip or synthetic:heads<R>@n=..."})
+@shared("network data", data={"help": "Folder, zip or synthetic:people<R>@n=..."})
 @option("--mirror", rare=True, type=bool, help="Count every real image mirrored as well, with mirrored poses; else as the run did.")
 @option("--inception", metavar="FILE", type=click.Path(path_type=Path), default=None, show_default="the bundled features", group="What",
         help="TorchScript detector: net(uint8 images, return_features=True).")
@@ -102,14 +100,14 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
 
     \b
     Example:
-        python tools/calc_metrics.py --data=synthetic:heads64@n=64 --metrics=fid,kid --n=64
+        python tools/calc_metrics.py --data=synthetic:people64@n=64 --metrics=fid,kid --n=64
     """
     options = MetricOptions(metrics=tuple(name.strip() for name in metrics.split(",")), n=n, seed=seed, batch=batch)
     target = choose_device(device)
     with naming("--network"):
         generator = load_generator(network, target)
     trained = training_options(generator.path)
-    data = data or trained.get("data") or (BUNDLED_DATA if generator.path == bundled.GENERATOR else None)
+    data = data or trained.get("data") or (bundled.DATA if generator.path == bundled.GENERATOR else None)
     if data is None:
         raise ValueError(f"--data: expected a dataset, got none, and {generator.path.name} has no {OPTIONS} beside it. Name the set.")
     data, mirror = str(data), bool(trained.get("mirror", False)) if mirror is None else mirror

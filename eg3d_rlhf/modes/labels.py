@@ -10,7 +10,7 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, options_of
 from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.preferences.annotator import UtilityResult
+from eg3d_rlhf.preferences.annotator import Utility
 from eg3d_rlhf.preferences.labels import write_labels
 from eg3d_rlhf.preferences.strengths import DRAWS, markdown, read_judgements
 from eg3d_rlhf.preferences.strengths import elo as ratings
@@ -27,13 +27,14 @@ from training.storage import write_atomic
 @option("--shuffled", is_flag=True, group="Judgement", help="Thumbs or scores dealt to the shapes at random: a control.")
 @shared("device dry-run")
 def synthetic(out: Path, network: Path | None, shuffled: bool, device: str, dry_run: bool, **settings) -> None:
-    """Label a generator's seeds, in pairs or one by one, with the programmatic annotator, which looks at geometry alone.
+    """Label seeds of a generator of heads of people, in pairs or one by one, with the programmatic annotator.
 
-    Writes labels (JSON lines; of pairs, CSV as well) and, beside them, a .meta.json with settings, calibration and temperature.
+    It looks at geometry alone, and knows the whole head that each latent names. Writes labels (JSON lines; of pairs, CSV as well) and,
+    beside them, a .meta.json with settings and temperature.
 
     \b
     Example:
-        eg3d-rlhf label synthetic --pairs=40 --resolution=32 --out=runs/example/labels.jsonl
+        eg3d-rlhf label synthetic --pairs=28 --resolution=32 --out=runs/example/labels.jsonl
     """
     options = AnnotationOptions(**{name: value for name, value in settings.items() if value is not None})
     if shuffled and options.kind == "pairs":
@@ -45,9 +46,9 @@ def synthetic(out: Path, network: Path | None, shuffled: bool, device: str, dry_
         click.echo(json.dumps({**resolved, **asdict(options)}, indent=1))
         return
     generator = load_generator(network, choose_device(device))
-    with tqdm(total=2 * options.pairs, unit="seed", desc="judging") as bar:
+    with tqdm(total=len(options.seeds), unit="seed", desc="judging") as bar:
 
-        def on_seed(result: UtilityResult) -> None:
+        def on_seed(result: Utility) -> None:
             bar.update()
             bar.set_postfix(utility=f"{result.total:.3f}", refresh=False)
 

@@ -2,6 +2,8 @@
 
 import html
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -17,7 +19,7 @@ from eg3d_rlhf.evaluation import embedding, report
 from eg3d_rlhf.evaluation.attribution import report as attribution
 from eg3d_rlhf.evaluation.attribution.report import PAGE
 from eg3d_rlhf.evaluation.attribution.shapley import METHODS
-from eg3d_rlhf.evaluation.attribution.study import BOXES, HEAD, LANDMARKS, Settings, Study
+from eg3d_rlhf.evaluation.attribution.study import BOXES, HEAD, LANDMARKS, PEOPLE, Settings, Study
 from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
 from eg3d_rlhf.evaluation.flags import PATH, shared
 from eg3d_rlhf.evaluation.pictures import CHANGED, surface_change, write_pictures
@@ -93,13 +95,12 @@ def viewer(out: Path) -> str:
 
 
 @click.command("attribute", cls=GroupedCommand)
-@shared("before after run reward-ckpt", "data", reward_ckpt="Reward whose change is divided.",
-        data="Procedural heads (synthetic:...) bring their own landmarks.")
-@option("--regions", group="Regions", metavar="boxes|landmarks|head|FILE", default=None,
-        show_default="landmarks for procedural heads or with --landmarks, else boxes",
-        help="Fixed boxes, boxes about landmarks, the whole head in eight parts about landmarks, or a label volume (.npy; names in the "
-             ".json beside it).")
-@option("--landmarks", rare=True, type=PATH, help="JSON of 98 WFLW points in the frontal view; procedural heads have their own.")
+@shared("before after run reward-ckpt", "data", reward_ckpt="Reward whose change is divided.")
+@option("--regions", group="Regions", metavar="people|boxes|landmarks|head|FILE", default=None,
+        show_default="people for heads of people, landmarks with --landmarks, else boxes",
+        help="Parts of the head that a latent names, fixed boxes, boxes about landmarks, the whole head in eight parts about landmarks, or "
+             "a label volume (.npy; names in the .json beside it).")
+@option("--landmarks", rare=True, type=PATH, help="JSON of 98 WFLW points in the frontal view.")
 @option("--method", group="How", type=click.Choice(METHODS), default="exact", help="How Shapley values are computed.")
 @option("--permutations", rare=True, group="How", type=click.IntRange(min=2), help="Orders of the sampled methods.")
 @option("--steps", rare=True, group="How", type=click.IntRange(min=2), help="Of Integrated Gradients at first; they double.")
@@ -108,7 +109,8 @@ def viewer(out: Path) -> str:
 @option("--draws", rare=True, group="How", type=click.IntRange(min=2), help="Rewards with re-drawn weights.")
 @option("--checked", rare=True, group="How", type=click.IntRange(min=1), help="Latents that those rewards see.")
 @shared("n out device dry-run", "psi seed batch", n={"default": 6, "type": click.IntRange(min=2)},
-        out={"default": "runs/reports/attribute"}, batch="Slabs at once; bounds memory.")
+        out={"default": "runs/reports/attribute"}, batch="Slabs at once; bounds memory.",
+        psi={"default": None, "show_default": f"1 for heads of people, else {Sources.psi}"})
 def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None:
     """Why does the reward like the tuned shapes? Divides the change of the reward among the regions of the face.
 
@@ -119,14 +121,17 @@ def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None
 
     \b
     Example:
-        python tools/attribute.py --after=runs/00000-heads64-synthetic-heads64-batch8-gamma0.3-sigma-lambda10 --n=4
+        python tools/attribute.py --after=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10 --n=4
     """
     rare = {name: flags.pop(name) for name in ("permutations", "steps", "most_steps", "gap_bound", "draws", "checked")}
     how = {"method": method, "landmarks": landmarks, **{name: value for name, value in rare.items() if value is not None}}
     Settings(**{**how, "regions": LANDMARKS if landmarks else BOXES})  # a wrong flag is named before networks are loaded
-    c = load_comparison(Sources(device=choose_device(device), **flags))
-    regions = regions or (LANDMARKS if landmarks is not None or c.synthetic else BOXES)
-    chosen = Settings(regions=regions if regions in (BOXES, LANDMARKS, HEAD) else Path(regions), **how)
+    psi = flags.pop("psi")
+    c = load_comparison(Sources(device=choose_device(device), **flags, **({} if psi is None else {"psi": psi})))
+    if c.of_people and psi is None:
+        c = replace(c, psi=1.0)
+    regions = regions or (LANDMARKS if landmarks is not None else PEOPLE if c.of_people and c.psi == 1 else BOXES)
+    chosen = Settings(regions=regions if regions in (BOXES, LANDMARKS, HEAD, PEOPLE) else Path(regions), **how)
     study = Study(c, chosen, progress=tqdm.write)
     if dry_run:
         paths = {"regions": str(chosen.regions), "landmarks": landmarks and str(landmarks), "out": str(out)}
@@ -163,7 +168,7 @@ def embed(out, dry_run, device, **sources) -> None:
 
     \b
     Example:
-        eg3d-rlhf report embed --after=runs/00000-heads64-synthetic-heads64-batch8-gamma0.3-sigma-lambda10
+        eg3d-rlhf report embed --after=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10
     """
     c = load_comparison(Sources(device=choose_device(device), **sources))
     if dry_run:
@@ -181,13 +186,13 @@ def embed(out, dry_run, device, **sources) -> None:
 @click.command("pictures", cls=GroupedCommand)
 @shared("before run reward-ckpt out device dry-run", out={"show_default": "the run folder"})
 def pictures(out, device, dry_run, **sources) -> None:
-    """Draw the pictures of a finished reward run again, without evaluating it: comparison.png, turntable.mp4 and meshes.
+    """Draw the pictures of a finished reward run again, without evaluating it: comparison.png, turntable.webp and meshes.
 
     Prints the median change of the surface, too, which summary.json holds.
 
     \b
     Example:
-        eg3d-rlhf report pictures --run=runs/00000-heads64-synthetic-heads64-batch8-gamma0.3-sigma-lambda10
+        eg3d-rlhf report pictures --run=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10
     """
     c = load_comparison(Sources(device=choose_device(device), **sources))
     folder = out or c.run
@@ -201,13 +206,13 @@ def pictures(out, device, dry_run, **sources) -> None:
 
 
 METHOD_POOL = JUDGE.take(40)  # latents among which the shown ones are looked for
-METHOD_PSI = 0.7
+METHOD_PSI = 1.0
 
 
 def _shaded(field: Field, points: int = 128) -> np.ndarray:
-    """The one shape of a field, shaded, [R, R]."""
+    """The one shape of a field, shaded, from behind, [R, R]."""
     grid = SlabSpec.of(field.bounds, points)
-    return shade(field.density_grid(grid), 0.5, 260, field.level)[0, 0, 25:-5, 35:-35].numpy()
+    return shade(field.density_grid(grid), math.pi - 0.4, 260, field.level)[0, 0, 25:-5, 35:-35].numpy()
 
 
 @click.command("method", cls=GroupedCommand)
@@ -221,7 +226,7 @@ def method(run: Path, out: Path) -> None:
 
     \b
     Example:
-        eg3d-rlhf report method --run=runs/00000-heads64-synthetic-heads64-batch8-gamma0.3-sigma-lambda10 --out=out/method.png
+        eg3d-rlhf report method --run=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10 --out=out/method.png
     """
     with naming("--run"):
         summary = json.loads((run / "summary.json").read_text())

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 
+from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, together
 from eg3d_rlhf.core.field import NOISE_MODES, RenderOptions
 from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.evaluation.comparison import Sources
 from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.pictures import image_sheet, shape_sheet
 from eg3d_rlhf.experiments.media import rendering
@@ -18,6 +20,7 @@ from eg3d_rlhf.experiments.media.video import Film, FilmOptions, check_mp4, writ
 from eg3d_rlhf.generators import check_seeds, load_generator, ws_of_seeds
 from eg3d_rlhf.geometry.mesh_export import MeshOptions, check_mesh_suffix, export_mesh, save_shape, shape_suffix
 from training.dataset import ImageFolderDataset
+from training.heads.people import LATENT
 from training.progress import tqdm
 from training.storage import write_atomic
 from training.synthetic_heads import resolve_dataset
@@ -212,16 +215,17 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
 
 @click.command("sheet", cls=GroupedCommand)
 @shared("outdir network data latents psi", outdir={"required": True},
-        data={"default": "synthetic:heads64", "show_default": True, "help": "Images to show beside."},
-        latents={"default": f"{JUDGE.first}-{JUDGE.first + 31}"})
+        data={"default": bundled.DATA, "show_default": True, "help": "Images to show beside."},
+        latents={"default": f"{JUDGE.first}-{JUDGE.first + 31}"},
+        psi={"default": None, "show_default": f"{Sources.psi}; shapes of heads of people 1"})
 @option("--shapes", metavar="INT", type=click.IntRange(0), default=16, group="Samples", help="How many of the seeds to show as shapes.")
 @shared("device dry-run")
 def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
-    """Draw contact sheets of a generator: images.png (beside as many of the data, under their cameras), shapes.png (from two views).
+    """Draw contact sheets of a generator: images.png (beside as many of the data, under their cameras), shapes.png (in front and behind).
 
     \b
     Example:
-        eg3d-rlhf samples sheet --data=synthetic:heads64@n=64 --latents=0-7 --shapes=4 --outdir=out
+        eg3d-rlhf samples sheet --data=synthetic:people64@n=64 --latents=0-7 --shapes=4 --outdir=out
     """
     with naming("--latents"):
         seeds = rendering.parse_seeds(latents)
@@ -236,9 +240,10 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
         dataset = ImageFolderDataset(resolve_dataset(data), use_labels=True, c_dim=25)
         if len(dataset) < len(seeds):
             raise ValueError(f"expected at least {len(seeds)} images, got {len(dataset)}. Name fewer --latents.")
-    sheets = {"images.png": image_sheet(generator, dataset, seeds, psi)}
+    named = data.startswith("synthetic:") and generator.z_dim == LATENT  # a truncated latent names no head
+    sheets = {"images.png": image_sheet(generator, dataset, seeds, Sources.psi if psi is None else psi)}
     if shapes:
-        sheets["shapes.png"] = shape_sheet(generator, seeds[:shapes], psi)
+        sheets["shapes.png"] = shape_sheet(generator, seeds[:shapes], psi if psi is not None else 1.0 if named else Sources.psi)
     for name, picture in sheets.items():
         write_atomic(outdir / name, rendering.png(picture))
     click.echo(f"{outdir}: {', '.join(sheets)}")

@@ -1,6 +1,6 @@
-"""Preference labels without people: seeds of a generator, judged by the programmatic annotator.
+"""Preference labels without people: seeds of a generator of heads of people, judged by the programmatic annotator.
 
-Shape letters: S = seeds, P = pairs, N = samples in a batch; a cube is [D=z, H=y, W=x].
+Shape letters: S = seeds, P = pairs, N = latents, Z = 64 coordinates; n points along x, y, z.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from eg3d_rlhf.core.field import Bounds, Field
 from eg3d_rlhf.core.seeds import refuse_held_out
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.generators import Generator, ws_of_seeds
+from eg3d_rlhf.generators import Generator, latents, ws_of_seeds
 from eg3d_rlhf.preferences.annotator import (
     ANNOTATOR,
-    DEFAULT_CALIBRATION,
-    Calibration,
+    DEFECTS,
+    LAPSES,
+    SCALES,
+    WEIGHTS,
     PairLabel,
-    UtilityResult,
-    Weights,
-    calibrate,
-    disjoint_pairs,
+    Utility,
+    blocks_of_pairs,
     label_pairs,
     solve_temperature,
     utility,
@@ -29,8 +30,13 @@ from eg3d_rlhf.preferences.annotator import (
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.unpaired import BAD, GOOD, SCALE, UnpairedPreference
 from training.config import check_knobs, knob
+from training.heads import people_mesh
+from training.heads.people import LATENT
 
 KINDS = ("pairs", "thumbs", "scores")
+ANSWERS = ("annotator", "coin", "inverted")
+PSI = 1.0  # a truncated latent names no head any more
+RESOLUTION = 64  # points along an edge of the judged cube
 SHARE = 0.47  # of all shapes, that are preferred, and that are not; those in between have no thumb
 
 
@@ -38,29 +44,27 @@ SHARE = 0.47  # of all shapes, that are preferred, and that are not; those in be
 class AnnotationOptions:
     """What is sampled and how noisy the judgement is."""
 
-    pairs: int = knob(2000, "Pairs; a seed is used once.", "Samples", low=1)  # P
-    first_seed: int = knob(0, "First of the 2 * pairs seeds.", "Samples", low=0)
-    psi: float = knob(1.0, "Truncation.", "Samples", low=0)
-    cutoff: int = knob(14, "ws that truncation reaches.", "Samples", low=0)
-    resolution: int = knob(64, "Edge of the judged cube.", "Judgement", metavar="VOXELS", low=16, high=256)
+    pairs: int = knob(2000, "Pairs.", "Samples", low=1)  # P
+    block: int = knob(8, "Seeds of a block, all pairs of which are labelled; with 2 a seed is used once.", "Samples", low=2)
+    first_seed: int = knob(0, "First of the seeds, of which there are as many as blocks need.", "Samples", low=0)
+    resolution: int = knob(RESOLUTION, "Points along an edge of the judged cube.", "Judgement", metavar="VOXELS", low=16, high=256)
     kind: str = knob("pairs", "Judge pairs, or single shapes by thumbs or scores.", "Judgement", choices=KINDS)
-    flip_rate: float = knob(0.10, "Expected share of labels against the noise-free order.", "Judgement", metavar="0..0.5", low=0, below=0.5)
-    calibrate: int = knob(
-        0, "Calibrate the annotator on so many of the seeds; 0 keeps its fixed calibration.", "Judgement", metavar="CUBES", low=0
-    )
+    answers: str = knob("annotator", "Controls: pairs by the toss of a coin, or the annotator's turned over.", "Judgement", choices=ANSWERS)
+    flip_rate: float = knob(0.12, "Expected share of labels against the noise-free order.", "Judgement", metavar="0..0.5", low=0, below=0.5)
     seed: int = knob(0, "Seed of pairing and noise.", "Judgement", low=0)
     batch: int = knob(16, "Latents synthesised at once.", "General", low=1)
 
     def __post_init__(self) -> None:
         check_knobs(self)
-        if self.calibrate and not 4 <= self.calibrate <= 2 * self.pairs:
-            raise ValueError(f"AnnotationOptions: expected calibrate 0 or 4 .. {2 * self.pairs} cubes, got {self.calibrate}.")
+        if self.kind != "pairs" and self.answers != "annotator":
+            raise ValueError(f"--answers: expected --kind=pairs with {self.answers}, got {self.kind}. Leave one of the two out.")
         refuse_held_out(self.seeds, "--first-seed")
 
     @property
     def seeds(self) -> range:
-        """What is labelled."""
-        return range(self.first_seed, self.first_seed + 2 * self.pairs)
+        """What is labelled: whole blocks."""
+        blocks = -(-self.pairs // (self.block * (self.block - 1) // 2))
+        return range(self.first_seed, self.first_seed + blocks * self.block)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +73,26 @@ class Annotation:
 
     options: AnnotationOptions
     labels: list[PairLabel]  # winner and loser are seeds
-    utilities: np.ndarray  # [2 P] by seed - first_seed, or in the order of the pairs that were handed in
+    judged: dict[int, Utility]  # by seed
     temperature: float
-    calibration: Calibration
+
+    @property
+    def utilities(self) -> np.ndarray:
+        """[S] in the order of the seeds."""
+        return np.array([found.total for found in self.judged.values()])
 
     def preferences(self, generator: str) -> list[Preference]:
-        """The labels in the open format; `generator` is the sampled network's hash. No time: equal options give equal bytes."""
-        common: dict[str, Any] = {"generator": generator, "psi": self.options.psi, "annotator": ANNOTATOR}
+        """The labels in the open format; `generator` is the sampled network's hash. No time: equal options give equal bytes.
+
+        `gap` in a label's extra is by how much the volume errors of both differ.
+        """
+        control = "" if self.options.answers == "annotator" else f"-{self.options.answers}"
+        common: dict[str, Any] = {"generator": generator, "psi": PSI, "annotator": ANNOTATOR + control}
         return [
-            Preference(winner=label.winner, loser=label.loser, clean=label.winner if label.clean else label.loser, **common)
+            Preference(
+                winner=label.winner, loser=label.loser, clean=label.winner if label.clean else label.loser, **common,
+                extra={"gap": round(abs(self.judged[label.winner].volume_error - self.judged[label.loser].volume_error), 3)},
+            )
             for label in self.labels
         ]
 
@@ -88,15 +103,15 @@ class Annotation:
 
         Args: shuffled: labels dealt to the shapes at random, a control from which nothing can be learnt.
         """
-        rng, count, seeds = np.random.default_rng([self.options.seed, 3]), len(self.utilities), self.options.seeds
-        quantile = [(np.argsort(np.argsort(values)) + 0.5) / count  # [2 P] each
-                    for values in (self.utilities + self.temperature * rng.gumbel(size=count), self.utilities)]
+        rng, count, utilities = np.random.default_rng([self.options.seed, 3]), len(self.judged), self.utilities
+        quantile = [(np.argsort(np.argsort(values)) + 0.5) / count  # [S] each
+                    for values in (utilities + self.temperature * rng.gumbel(size=count), utilities)]
         given, clean = (np.interp(q, [0, SHARE, 1 - SHARE, 1], [0, BAD, GOOD, SCALE]) for q in quantile)
         given = rng.permutation(given) if shuffled else given
-        common: dict[str, Any] = {"generator": generator, "psi": self.options.psi, "annotator": ANNOTATOR + ("-shuffled" * shuffled)}
+        common: dict[str, Any] = {"generator": generator, "psi": PSI, "annotator": ANNOTATOR + ("-shuffled" * shuffled)}
         labels = [
             UnpairedPreference(seed=seed, score=round(float(score), 3), clean=bool(true >= (GOOD + BAD) / 2), **common)
-            for seed, score, true in zip(seeds, given, clean, strict=True)
+            for seed, score, true in zip(self.judged, given, clean, strict=True)
         ]
         if self.options.kind == "scores":
             return labels
@@ -109,49 +124,80 @@ class Annotation:
             **asdict(self.options),
             "temperature": self.temperature,
             "flipped": sum(not label.clean for label in self.labels),
+            "agreement": round(float(np.mean([label.clean for label in self.labels])), 4) if self.labels else None,
+            "seeds": len(self.judged),
+            "psi": PSI,
             "utility_quantiles": [round(float(value), 6) for value in quantiles],
-            "calibration": self.calibration.to_dict(),
-            "weights": asdict(Weights()),
+            "defect_medians": {
+                name: round(float(np.median([found.defects[name] for found in self.judged.values()])), 4) for name in DEFECTS
+            },
+            "weights": WEIGHTS,
+            "scales": SCALES,
+            "lapses": LAPSES,
         }
 
 
-def seed_cubes(generator: Generator, seeds: Sequence[int], options: AnnotationOptions) -> Iterator[np.ndarray]:
-    """Raw density cubes [D, H, W] of seeds over the whole scene, one after the other."""
-    spec = SlabSpec.of(generator.bounds, options.resolution)
-    for start in range(0, len(seeds), options.batch):
-        ws = ws_of_seeds(generator, seeds[start : start + options.batch], options.psi, options.cutoff)
-        with torch.no_grad():
-            sigma = generator.field(ws).density_grid(spec)
-        yield from sigma.cpu().numpy()
+def names_people(generator: Generator) -> bool:
+    """Whether a generator's latents can name heads of people: 64 coordinates, in the cube of side 1."""
+    return generator.z_dim == LATENT and generator.bounds == Bounds()
+
+
+def shape_values(field: Field, resolution: int) -> np.ndarray:
+    """Shapes of a field as the annotator reads them: level minus density [N, n, n, n], axes x, y, z, at the middles of voxels."""
+    side = field.bounds.side * (resolution - 1) / resolution
+    density = field.density_grid(SlabSpec.of(field.bounds, resolution, box_warp=side))
+    return (field.level - density).permute(0, 3, 2, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def judge_seeds(
+    generator: Generator, seeds: Sequence[int], *, resolution: int = RESOLUTION, psi: float = PSI, batch: int = 16
+) -> Iterator[Utility]:
+    """The annotator's judgement of a generator's seeds, one after the other, each by the whole head that its latent names.
+
+    Args: psi: truncation; below 1 the shape is still judged by the head that the untruncated latent names.
+    Raises: ValueError for a generator whose latents do not name heads of people.
+    """
+    if not names_people(generator):
+        raise ValueError(
+            f"--network: expected a generator of heads of people, latents of {LATENT} numbers in the unit cube, got {generator.z_dim} "
+            f"numbers in {generator.bounds}. Its latents do not name heads: name one of synthetic:people64, or label with people."
+        )
+    for start in range(0, len(seeds), batch):
+        part = seeds[start : start + batch]
+        wholes = people_mesh.whole_grids(latents(part, generator.z_dim), resolution)
+        shapes = shape_values(generator.field(ws_of_seeds(generator, part, psi)), resolution)
+        yield from map(utility, shapes, wholes)
 
 
 def annotate(
-    generator: Generator, options: AnnotationOptions, on_seed: Callable[[UtilityResult], None] | None = None, *,
-    pairs: Sequence[tuple[int, int]] | None = None, temperature: float | None = None, calibration: Calibration = DEFAULT_CALIBRATION,
+    generator: Generator, options: AnnotationOptions, on_seed: Callable[[Utility], None] | None = None, *,
+    pairs: Sequence[tuple[int, int]] | None = None, temperature: float | None = None,
 ) -> Annotation:
-    """Judge 2 P seeds, pair them at random, and draw one noisy label per pair.
+    """Judge the options' seeds, pair them block by block, and draw one noisy label per pair.
 
     Args:
         on_seed: is told each judgement, for a progress bar.
-        pairs: seeds that were paired already, each in one pair, in place of the options' own.
+        pairs: seeds that were paired already, in place of the options' own.
         temperature: of the noise, such as that of earlier labels; None: the one that flips the options' share of these pairs.
-        calibration: of the annotator, unless the options ask for a new one.
     Deterministic in the options and the generator.
-    Raises ValueError when every pair ties (for example a generator without any surface).
+    Raises ValueError when every pair ties (for example a generator without any surface), and as `judge_seeds`.
     """
-    seeds = options.seeds if pairs is None else [seed for pair in pairs for seed in pair]
-    box_warp = generator.bounds.side
-    if options.calibrate:
-        calibration = calibrate(seed_cubes(generator, seeds[: options.calibrate], options), box_warp)
-    utilities = np.empty(len(seeds))
-    for i, cube in enumerate(seed_cubes(generator, seeds, options)):
-        result = utility(cube, calibration=calibration, box_warp=box_warp)
-        utilities[i] = result.total
+    seeds = list(options.seeds if pairs is None else dict.fromkeys(seed for pair in pairs for seed in pair))
+    judged: dict[int, Utility] = {}
+    for seed, found in zip(seeds, judge_seeds(generator, seeds, resolution=options.resolution, batch=options.batch), strict=True):
+        judged[seed] = found
         if on_seed is not None:
-            on_seed(result)
-    rng = np.random.default_rng(options.seed)
-    table = disjoint_pairs(options.pairs, rng) if pairs is None else np.arange(len(seeds)).reshape(-1, 2)
+            on_seed(found)
+    rng, utilities = np.random.default_rng(options.seed), [found.total for found in judged.values()]
+    place = {seed: number for number, seed in enumerate(seeds)}
+    table = blocks_of_pairs(options.pairs, options.block, rng) if pairs is None else [(place[a], place[b]) for a, b in pairs]
     if temperature is None:
         temperature = solve_temperature(utilities, table, options.flip_rate)
     labels = [PairLabel(seeds[label.winner], seeds[label.loser], label.clean) for label in label_pairs(utilities, table, temperature, rng)]
-    return Annotation(options=options, labels=labels, utilities=utilities, temperature=temperature, calibration=calibration)
+    if options.answers != "annotator":
+        turned = rng.random(len(labels)) < {"coin": 0.5, "inverted": 1.0}[options.answers]
+        for number in np.flatnonzero(turned):
+            label = labels[number]
+            labels[number] = PairLabel(label.loser, label.winner, not label.clean)
+    return Annotation(options=options, labels=labels, judged=judged, temperature=temperature)

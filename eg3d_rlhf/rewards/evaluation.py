@@ -28,6 +28,7 @@ from training.distributed import SINGLE, Ranks
 LEAST_TRAIN = 200  # pairs; a network that reads a slab remembers fewer by heart
 LEAST_TEST = 54  # pairs; from then on the exact test tells a true accuracy of 0.7 from chance in four cases of five
 LEAST_KIND = 27  # held-out single shapes of either kind
+APART = 0.05  # of the volume of a head's back; pairs whose errors differ by so much should be told apart by all
 
 
 def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
@@ -165,6 +166,7 @@ def evaluate(model: Network, store: ObservationCache, labels: Sequence[Preferenc
     """Figures of one split.
 
     A margin of exactly 0 counts as wrong. `clean` is present when labels say which seed is better without noise; it counts those alone.
+    `apart` counts those of them whose volume errors differ by at least APART, where labels say so.
     Args: `temperature` divides the margins for `calibration_error_scaled` (see fit_temperature).
     """
     scores = score_seeds(model, store, [seed for label in labels for seed in (label.winner, label.loser)])
@@ -180,7 +182,20 @@ def evaluate(model: Network, store: ObservationCache, labels: Sequence[Preferenc
     if np.any(sign):
         report["clean"] = rate(int((margin * sign > 0).sum()), int((sign != 0).sum()))
         report["label_noise"] = float((sign < 0).sum() / (sign != 0).sum())
+    apart = (sign != 0) & np.array([label.extra.get("gap", 0.0) >= APART for label in labels])
+    if np.any(apart):
+        report["apart"] = rate(int((margin * sign > 0)[apart].sum()), int(apart.sum()))
     return report
+
+
+def ordered_by(filled: Mapping[int, float], labels: Sequence[Preference]) -> dict:
+    """What one feature made by hand orders, larger is better: figures as `evaluate` has them. Args: filled: by seed."""
+    known = [label for label in labels if label.clean is not None]
+    right = np.array([2 * (label.clean == label.winner) - 1 for label in known])
+    right = right * np.array([filled[label.winner] - filled[label.loser] for label in known]) > 0
+    apart = np.array([label.extra.get("gap", 0.0) >= APART for label in known], dtype=bool)
+    counted = {"clean": np.ones_like(apart), "apart": apart}
+    return {name: rate(int(right[rows].sum()), int(rows.sum())) for name, rows in counted.items() if rows.any()}
 
 
 def collect_curves(history: Sequence[dict], best_epoch: int, context: dict) -> dict:

@@ -185,6 +185,8 @@ def readers_of(kind: str) -> Readers:
 def preset(name: str | None = None, kind: str = "sigma") -> Preset:
     """A preset of the networks that read `kind`, the default one for None. Raises: ValueError with the list of names."""
     presets = readers_of(kind).presets
+    if not presets:
+        raise ValueError(f"reward preset: expected an observation whose networks learn, got {kind}. Use its score as it is.")
     name = next(iter(presets)) if name is None else name
     if name not in presets:
         raise ValueError(f"reward preset: expected one of {', '.join(presets)}, got {name!r}. Choose one of them.")

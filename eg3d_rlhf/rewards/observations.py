@@ -74,6 +74,7 @@ OBSERVATIONS: Registry[type[Observation]] = Registry("observation", {
     "points": "eg3d_rlhf.rewards.points",
     "lifted-points": "eg3d_rlhf.rewards.points",
     "published-points": "eg3d_rlhf.rewards.points",
+    "smoothness": "eg3d_rlhf.rewards.smoothness",
 })  # fmt: skip
 Kind = TypeVar("Kind", bound=type[Observation])
 

@@ -14,7 +14,7 @@ from eg3d_rlhf.core.cli import ASSETS
 from eg3d_rlhf.core.seeds import refuse_held_out
 from eg3d_rlhf.experiments.mode import Mode
 from eg3d_rlhf.experiments.run import Run
-from eg3d_rlhf.generators import LoadedGenerator, load_generator
+from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, numbered, on_wrong_faces, split_by_seed
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
 from eg3d_rlhf.preferences.losses import LossWeights
@@ -22,19 +22,21 @@ from eg3d_rlhf.preferences.unpaired import UnpairedPreference, load_unpaired, sp
 from eg3d_rlhf.rewards.cache import ObservationCache, cache_name, observe_seeds, untuned
 from eg3d_rlhf.rewards.ensembles import AVERAGE, CHOICES, check_joining, combine
 from eg3d_rlhf.rewards.evaluation import (
+    APART,
     Network,
     collect_curves,
     evaluate,
     evaluate_unpaired,
     fit_temperature,
     margins,
+    ordered_by,
     plot_curves,
     score_seeds,
     too_few,
     too_few_shapes,
 )
 from eg3d_rlhf.rewards.networks import RewardNetwork, preset
-from eg3d_rlhf.rewards.observations import Observation, observation_of
+from eg3d_rlhf.rewards.observations import Observation, SigmaSlab, observation_of
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.rewards.train import TrainData, TrainOptions, TrainState, new_network, train_reward
 from training.config import check_knobs, knob
@@ -163,7 +165,8 @@ def open_generators(
         got = f"{counts[wrong]} labels that name no generator" if wrong is None else f"{counts[wrong]} labels of {wrong[:12]}..."
         raise ValueError(
             f"labels: expected judgements of generator {names}, got {got}. Pass the labels' --network, --set more_networks=FILE "
-            "for a second one, or --set any_generator=true if the seeds mean the same shapes."
+            "for a second one, or --set any_generator=true if the seeds mean the same shapes; or label this one's: "
+            "eg3d-rlhf label synthetic --out=FILE."
         )
     return generators
 
@@ -225,6 +228,8 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
         observed = untuned(generator.generator, opened.observation, psi, settings.cutoff, settings.slab_batch)
         model = combine([state.model for state in states], settings.aggregate, settings.strength, observed)
     report = assess(settings, model, states, data, splits) | {"too_few": few}
+    if isinstance(opened.observation, SigmaSlab) and not shapes and any(label.clean is not None for label in splits.test):
+        report["test_by_volume"] = ordered_by(volumes(settings, opened, splits.test), splits.test)
     learnt = (labels if settings.labels.file != settings.unpaired else [], unpaired)
     report["labels_file"], report["labels_sha256"] = settings.labels.name, "+".join(labels_hash(part) for part in learnt if part)
     report |= {"generator": generator.hash, "psi": psi}
@@ -252,14 +257,34 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
     print("\n".join(lines_of(report, path)), flush=True)
 
 
+@torch.no_grad()
+def volumes(settings: RewardRun, opened: Opened, labels: Iterable[Preference]) -> dict[int, float]:
+    """Share of the slab that each labelled shape fills, by seed: slabs themselves are on each shape's own scale."""
+    generator, observation = opened.generators[0].generator, opened.observation
+    assert isinstance(observation, SigmaSlab)
+    seeds = list(dict.fromkeys(seed for label in labels for seed in (label.winner, label.loser)))
+    filled: dict[int, float] = {}
+    for start in range(0, len(seeds), settings.slab_batch):
+        part = seeds[start : start + settings.slab_batch]
+        density = generator.field(ws_of_seeds(generator, part, opened.psi, settings.cutoff)).density_grid(observation.spec)
+        filled.update(zip(part, (density > generator.level).flatten(1).double().mean(dim=1).tolist(), strict=True))
+    return filled
+
+
 def lines_of(report: dict, path: Path) -> Iterator[str]:
     """What a report says, line by line. Args: path: of the reward."""
     test = report["test"]
-    for name, title in (("labels", "test pairs ordered as labelled"), ("clean", "test pairs ordered as without label noise")):
+    titles = {
+        "labels": "test pairs ordered as labelled", "clean": "test pairs ordered as without label noise",
+        "apart": f"those whose volume errors differ by at least {APART}",
+    }  # fmt: skip
+    by_volume = report.get("test_by_volume", {})
+    for name, title in titles.items():
         if name in test:
             low, high = test[name]["interval_95"]
             counts = f"{test[name]['correct']}/{test[name]['n']} = {test[name]['accuracy']:.3f}"
-            yield f"{title}: {counts}, 95 % interval {low:.3f} to {high:.3f}"
+            alone = f"; by the slab's volume alone {by_volume[name]['accuracy']:.3f}" if name in by_volume else ""
+            yield f"{title}: {counts}, 95 % interval {low:.3f} to {high:.3f}{alone}"
     if "unpaired" in report:
         single = report["unpaired"]["test"]
         (good, others), (low, high) = single["n"], single["auc_interval_95"]

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import train
+from eg3d_rlhf.core import bundled
 from eg3d_rlhf.modes.gan import GAN, resolve
 from eg3d_rlhf.tuning.gan.run import open_networks
 from tests import tiny_runs
@@ -55,7 +56,7 @@ def test_dry_run_prints_the_settings_as_json_and_touches_nothing(tmp_path):
     assert result.exit_code == 0, result.stderr
     settings = json.loads(result.stdout)
     assert list(settings) == sorted(settings)
-    expected = {"reward": "sigma", "lambda_r": 3.0, "init": "bundled", "data": "synthetic:heads64", "batch": 8, "reward_clip": "-10,10"}
+    expected = {"reward": "sigma", "lambda_r": 3.0, "init": "bundled", "data": bundled.DATA, "batch": 4, "reward_clip": "-10,q0.55"}
     assert {k: settings[k] for k in expected} == expected
     filled = ("kimg", "glr", "dlr", "rlr", "gamma", "tick", "snap", "ema_kimg", "nrr_initial", "reward_ckpt")
     assert None not in [settings[k] for k in filled]
@@ -83,7 +84,7 @@ MISTAKES = {  # flags -> what the line must say
     "reward from scratch": (["--reward=sigma", "--init=scratch"], "--reward=sigma: expected pretrained networks, got --init=scratch"),
     "unconditional": (["--cond=False"], "--cond: expected True"),
     "missing data": (["--data={tmp}/missing.zip"], "--data: dataset {tmp}/missing.zip: expected a folder or a .zip file"),
-    "bad synthetic name": (["--data=synthetic:cats"], "--data: parse_name: expected 'synthetic:heads<R>"),
+    "bad synthetic name": (["--data=synthetic:cats"], "--data: parse_name: expected 'synthetic:people<R>"),
     "missing control": (["--reward=sigma", "--control={tmp}/none"], "--control: expected a run folder or its summary.json"),
     "missing resume": (["--resume={tmp}/none"], "--resume: expected a run folder or checkpoint file, got nothing at {tmp}/none"),
     "empty resume": (["--resume={tmp}"], "--resume: expected a run folder with checkpoint-*.safetensors, got {tmp}"),

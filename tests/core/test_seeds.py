@@ -59,7 +59,7 @@ def test_reward_training_refuses_labels_of_held_out_seeds(tmp_path):
 
 def test_synthetic_labels_refuse_held_out_seeds(tmp_path):
     with pytest.raises(ValueError, match="--first-seed: .* got 200000 "):
-        AnnotationOptions(first_seed=199_000, pairs=501)
+        AnnotationOptions(first_seed=199_995)
     flags = ["--pairs=4", "--first-seed=210000", f"--out={tmp_path / 'labels.jsonl'}"]
     refused = CliRunner().invoke(synthetic, flags)
     assert refused.exit_code == 2 and "got 210000 (judge, 210000 to 210199). Choose others." in refused.stderr

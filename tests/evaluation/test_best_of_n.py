@@ -112,7 +112,8 @@ def test_without_mistakes_nothing_peaks(trial, tmp_path):
 
 def test_one_pass_scores_as_each_does_alone(ensemble, members, tiny_networks, tmp_path):
     small = best_of_n.Trial(
-        generator=load_generator(tiny_networks), rewards={"a": (ensemble, "a"), "b": (members[0], "b")}, judge=None, n=6, most=2, batch=4
+        generator=load_generator(tiny_networks), rewards={"a": (ensemble, "a"), "b": (members[0], "b")},
+        judge=(members[1], "c"), n=6, most=2, batch=4,
     )
     found = best_of_n.score(small, tmp_path, quiet=True)
     assert set(found.data["scores"]) == {"a: member 1", "a: member 2", "a: member 3", "b"} and len(found.data["judge"]) == 6

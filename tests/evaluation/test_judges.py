@@ -1,22 +1,21 @@
-"""The judges of a run's end: verdicts, the way to true heads, relief; a network against itself and true heads in a network's place."""
+"""The judges of a run's end: verdicts, what became of broken heads; a network against itself and whole heads in a network's place."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from eg3d_rlhf.core.field import Bounds
+from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.seeds import HeldOut
-from eg3d_rlhf.evaluation import judges
+from eg3d_rlhf.evaluation import filters, heads, judges
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.judges import gap_closed, measured
-from eg3d_rlhf.measures import shape_critic
+from eg3d_rlhf.evaluation.judges import measured
+from eg3d_rlhf.generators import latents
 from eg3d_rlhf.measures.measure import Measure
-from eg3d_rlhf.measures.shape_critic import FEATURES, MapNet, ShapeCritic, true_maps
-from eg3d_rlhf.measures.true_heads import head_distances, ramped, true_shapes
-from tests.evaluation.comparisons import Bodies, replaced
-from training.heads.family import SHAPE_COUNT
+from tests.evaluation.comparisons import replaced
+from training.heads.people_mesh import grid_points, whole_grids
+
+N = 32
 
 
 @pytest.mark.parametrize(
@@ -33,70 +32,44 @@ def test_verdicts_follow_the_interval_and_the_direction(ends, way, expected):
     assert row["verdict"] == expected and row["better"] is ((sum(ends) >= 0) if way == "higher" else (sum(ends) <= 0))
 
 
-def test_the_way_to_true_heads():
-    rng = np.random.default_rng(0)
-    before, true = rng.normal(0.5, 0.05, 200), rng.normal(0.9, 0.01, 32)
-    closed, (low, high) = gap_closed(before, np.full(200, true.mean()), true)
-    assert closed == pytest.approx(1) and low < 1 < high and high - low < 0.05
-    assert gap_closed(before, before, true) == (0.0, [0.0, 0.0])
-    half, (low, high) = gap_closed(before, before + 0.2 + rng.normal(0, 0.02, 200), true)
-    assert low < 0.2 / (true.mean() - before.mean()) < high and low < half < high
-    assert gap_closed(before, before, before - 0.1) == (None, None)
+def whole(seeds) -> np.ndarray:
+    return whole_grids(latents(seeds, 64), N)
 
 
-def true_heads(ws):
-    """A field of true heads in the place of latents, the same for every call."""
-    return Bodies(lambda grid: ramped(head_distances(true_shapes(len(ws), first=1000), grid)), len(ws))
+def cut(shapes: np.ndarray) -> np.ndarray:
+    """Every other shape without what lies behind z = -.05."""
+    back = np.where(np.arange(len(shapes)) % 2, -1.0, -0.05)
+    return np.maximum(shapes, back[:, None, None, None] - grid_points(N)[..., 2])
 
 
 @pytest.fixture
 def healed(unchanged, monkeypatch):
-    """A comparison whose generator gives true heads after tuning."""
-    monkeypatch.setattr(judges, "JUDGE", HeldOut("judge", 210_000, 6, ""))
-    monkeypatch.setattr(judges, "TRUE_HEADS", 4)
+    """A comparison whose generator makes of every other latent a head without a back before tuning, and whole ones afterwards."""
+    after = replaced(unchanged.after)
+    monkeypatch.setattr(judges, "HEADS", 4)
+    monkeypatch.setattr(judges, "CHOOSING", 2)
+    few = dict(list(filters.FILTERS.items())[:3])
+    for room in (filters, judges):
+        monkeypatch.setattr(room, "FILTERS", few)
     monkeypatch.setattr(Comparison, "synthetic", True)
-    after = replaced(unchanged.after, field=true_heads)
+    monkeypatch.setattr(heads, "named", lambda generator, seeds: whole(seeds))
+    monkeypatch.setattr(heads, "scans", lambda generator, seeds: whole(seeds) if generator is after.generator else cut(whole(seeds)))
     return Comparison(**{**vars(unchanged), "after": after, "n": 4, "batch": 4, "memory": {}})
 
 
-def test_a_generator_of_true_heads_closes_the_gap(healed):
-    record = judges.blind_pairs(healed)
-    assert record["gap_closed"] == pytest.approx(1, abs=0.05) and record["win_rate"] == 1
-    assert record["utility_after"] == pytest.approx(record["utility_true"], abs=0.03) and record["utility_true_n"] == 4
+def test_a_generator_of_whole_heads_repairs_all(healed):
+    record = judges.against_whole_heads(healed) | judges.blind_pairs(healed)
+    assert record["repaired"] == 1 and record["repaired_by_filter"] < 0.3 and record["broken_n"] == 2 and record["heads_n"] == 4
+    assert (record["whole_made_worse"], record["identity_kept"], record["face_moved_voxels"]) == (0, 1, 0)
+    assert record["fscore_behind"]["before"] < record["fscore_behind"]["after"] == record["fscore_behind"]["whole"] == 1
+    assert record["variety_after"] == pytest.approx(record["variety_before"]) and record["win_rate"] == 0.75  # two ties
+    assert set(record["heads"]) == {"before", "after", "filter", "strongest_filter"} and record["utility_after"] == pytest.approx(1)
 
 
-@pytest.mark.long
-def test_a_generator_of_true_heads_has_their_relief(healed):
-    record = judges.relief_shares(healed)
-    assert (record["relief_share_before"], record["relief_share"], record["relief_detail_share_after"]) == (0, 1, 1)
-    assert record["relief_mean_after"] > 0.98 and record["relief_n"] == 4
-
-
-@pytest.fixture
-def trained_critic(tmp_path, monkeypatch):
-    """A critic that was not trained, in the asset's place: what it says is arbitrary, and the same for equal shapes."""
-    torch.manual_seed(0)
-    scale = torch.stack([torch.zeros(FEATURES), torch.full((FEATURES,), 0.01)])
-    critic = ShapeCritic(MapNet(1), MapNet(SHAPE_COUNT), torch.zeros(0), scale, {"fakes": [{"hash": "early"}]})
-    critic.true = critic.features(true_maps(true_shapes(36, first=1000), Bounds()).float())
-    critic.save(tmp_path / "critic.safetensors")
-    monkeypatch.setattr(shape_critic, "DEFAULT_ASSET", tmp_path / "critic.safetensors")
-    monkeypatch.setattr(judges, "SHAPES", HeldOut("shapes", 221_000, 36, ""))
-
-
-def test_a_generator_of_the_same_heads_has_shape_distance_0(healed, trained_critic):
-    record = judges.shapes(Comparison(**{**vars(healed), "batch": 36}))
-    critic, distance = record["geometry"]
-    assert (critic["name"], distance["name"], critic["higher_is_better"]) == ("shape critic", "shape Fréchet", True)
-    assert distance["after"] < 0.02 * distance["before"] and distance["verdict"] == "better"
-    assert record["critic"] == ["early"] and not record["critic_knew_before"]
-    assert critic["paired"]["n"] == distance["paired"]["n"] == record["shapes_n"] == 36
-
-
-def test_without_a_critic_the_summary_says_so(unchanged, monkeypatch, tmp_path):
-    monkeypatch.setattr(shape_critic, "DEFAULT_ASSET", tmp_path / "critic.safetensors")
+def test_without_features_of_shapes_the_summary_says_so(unchanged, monkeypatch, tmp_path):
+    monkeypatch.setattr(judges, "DEFAULT_ASSET", tmp_path / "none.safetensors")
     found = judges.shapes(unchanged)
-    assert found == {"critic": None, "critic_missing": "no critic.safetensors; run eg3d-rlhf assets critic", "geometry": []}
+    assert found["geometry"] == [] and "eg3d-rlhf assets shapes" in found["shapes_missing"]
 
 
 def test_a_network_against_itself_changes_nothing_clearly(unchanged, monkeypatch):
@@ -115,8 +88,8 @@ def test_what_depends_on_bundled_files_alone_is_kept_on_the_disk(unchanged, monk
     monkeypatch.setitem(judges.PARTS, "views", lambda *what: made.append(what) or views(*what))
 
     def seen(role="before", **change):
-        bundled = {"data": "synthetic:heads64", "memory": {}, **change}
-        return judges.seen(Comparison(**{**vars(unchanged), **bundled}), "views", role)["depth disagreement"].tolist()
+        values = {"data": bundled.DATA, "memory": {}, **change}
+        return judges.seen(Comparison(**{**vars(unchanged), **values}), "views", role)["depth disagreement"].tolist()
 
     first = seen()
     assert not list(tmp_path.rglob("*.safetensors"))  # another network than the bundled one

@@ -16,26 +16,26 @@ def record(gap: float, shift: float) -> dict:
     paired = paired_summary([0.0, 0.0, 0.1, 0.2], [shift, shift, 0.1 + shift, 0.2 + shift])._asdict()
     row = {"name": "depth", "before": 0.1, "after": 0.1 + shift, "higher_is_better": False, "paired": paired,
            "verdict": "better" if shift < 0 else "worse"}
-    return {"tuned_delta_mean": 7.0, "gap_closed": gap, "gap_closed_ci95": [gap - 0.1, gap + 0.1], "geometry": [row], "seconds": 100.0,
+    return {"tuned_delta_mean": 7.0, "repaired": gap, "repaired_ci95": [gap - 0.1, gap + 0.1], "geometry": [row], "seconds": 100.0,
             "over_optimisation": []}
 
 
 def test_means_spread_and_intervals():
     found = over_seeds({"0": record(0.5, -0.1), "1": record(0.6, -0.2), "2": record(0.7, 0.3)})
-    gap, (depth,) = found["gap_closed"], found["geometry"]
+    gap, (depth,) = found["repaired"], found["geometry"]
     assert found["seeds"] == [0, 1, 2] and gap["by_seed"] == {"0": 0.5, "1": 0.6, "2": 0.7}
     assert (gap["mean"], gap["std"]) == (pytest.approx(0.6), pytest.approx(0.1))
     assert gap["ci95_over_seeds"] == pytest.approx([0.6 - 4.302653 * 0.1 / 3**0.5, 0.6 + 4.302653 * 0.1 / 3**0.5])
     assert gap["ci95_by_seed"]["1"] == pytest.approx([0.5, 0.7])
     assert depth["verdicts"] == {"0": "better", "1": "better", "2": "worse"} and depth["change"]["mean"] == pytest.approx(0)
     cells = {row[0]: row[1:] for row in table(found)}
-    assert cells["way to the true heads"] == ["50.0%", "60.0%", "70.0%", "60.0% ± 10.0%"]
+    assert cells["of the error of broken heads gone"] == ["50.0%", "60.0%", "70.0%", "60.0% ± 10.0%"]
     assert cells["depth, change"][2] == "+0.3 worse"
 
 
 def test_what_one_summary_lacks_is_left_out():
-    found = over_seeds({"0": record(0.5, -0.1), "1": {**record(0.6, -0.2), "gap_closed": None, "geometry": []}})
-    assert "gap_closed" not in found and found["geometry"] == [] and "tuned_delta_mean" in found
+    found = over_seeds({"0": record(0.5, -0.1), "1": {**record(0.6, -0.2), "repaired": None, "geometry": []}})
+    assert "repaired" not in found and found["geometry"] == [] and "tuned_delta_mean" in found
     assert spread({"0": 2.0})["ci95_over_seeds"] is None
 
 
@@ -65,8 +65,8 @@ def test_finished_runs_are_not_repeated(training, tmp_path):
     out = tmp_path / "seeds"
     first = run(out)
     assert first.exit_code == 0, first.output
-    assert [part.flags[-1] for part in training] == ["--seed=0", "--seed=5"] and "way to the true heads" in first.stdout
-    assert json.loads((out / "summary.json").read_text())["gap_closed"]["by_seed"] == {"0": 0.1, "5": 0.2}
+    assert [part.flags[-1] for part in training] == ["--seed=0", "--seed=5"] and "of the error of broken heads gone" in first.stdout
+    assert json.loads((out / "summary.json").read_text())["repaired"]["by_seed"] == {"0": 0.1, "5": 0.2}
     assert json.loads(run(out, "-n").stdout) == {"0": "finished", "5": "finished"}
     assert run(out).exit_code == 0 and len(training) == 2
     assert run(out, "--", "--kimg=0.5").exit_code == 0 and len(training) == 4  # other settings are other runs

@@ -8,7 +8,7 @@ from eg3d_rlhf.evaluation import judges
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.judges import measured
 from eg3d_rlhf.evaluation.pictures import write_pictures
-from eg3d_rlhf.evaluation.summary import PICTURES, rows, work
+from eg3d_rlhf.evaluation.summary import MEASURES, PICTURES, notes, rows, table_of_heads, work
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.measures.measure import Measure
 
@@ -18,9 +18,10 @@ RECORD = {
     "tuned_delta_mean": 2.0, "control_delta_mean": -0.1, "control_source": "control.json", "win_rate": 0.9, "win_rate_ci95": [0.85, 0.94],
     "win_rate_n": 200, "frechet_before": 4.0, "frechet_after": 4.4, "reward_test_accuracy": 0.9, "reward_test_accuracy_ci95": [0.85, 0.93],
     "reward_test_n": 300, "reward_test_against": "noise-free order", "over_optimisation": [], "seconds": 300.0, "device": "cpu",
-    "frechet_ratio": 1.1, "frechet_verdict": "worse", "utility_before": 0.5, "utility_after": 0.7, "utility_true": 0.9,
-    "utility_true_n": 32, "gap_closed": 0.5, "gap_closed_ci95": [0.45, 0.56], "relief_n": 100, "relief_least": 0.9,
-    "relief_share_before": 0.3, "relief_share_after": 0.6, "relief_detail_share_before": 0.0, "relief_detail_share_after": 0.1,
+    "frechet_ratio": 1.1, "frechet_verdict": "worse", "heads_n": 64, "broken_n": 40, "filters_chosen_on": 32,
+    "filters": {"filter": "largest part", "strongest_filter": "closing 14"},
+    "heads": {column: dict.fromkeys(MEASURES, value) for column, value in (
+        ("before", 0.5), ("after", 0.25), ("filter", 0.4), ("strongest_filter", 0.3))},
     "geometry": [measured(Measure("depth", None, "lower", ""), 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5}),
                  measured(Measure("critic", None, "higher", ""), 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5})],
 }
@@ -30,12 +31,22 @@ def test_rows_state_figures_and_failures():
     table = {what: figure for what, figure, _ in rows(RECORD)}
     assert table["positive reward deltas"] == "97/100, mean +2.000"
     assert "5.0% of the tuned shift" in table["mean delta of the lambda_r = 0 control"]
-    assert table["depth"] == "1 -> 2 (worse: +1 [+0.5, +1.5])"
-    assert table["critic, higher is better"] == "1 -> 2 (better: +1 [+0.5, +1.5])"
-    assert table["Fréchet distance before -> after"] == "4.000 -> 4.400 (x1.100, worse)"
-    assert table["way to the true heads that tuning went"] == "50.0% [45.0%, 56.0%]"
-    assert table["relief of a face (correlation >= 0.9)"] == "30% -> 60% of 100; without the overall curvature 0% -> 10%"
+    assert table["depth *"] == "1 -> 2 (worse: +1 [+0.5, +1.5])"
+    assert table["critic, higher is better *"] == "1 -> 2 (better: +1 [+0.5, +1.5])"
+    assert table["Fréchet distance of images before -> after *"] == "4.000 -> 4.400 (x1.100, worse)"
     assert table["over-optimisation watch"] == "quiet"
+
+
+def test_the_table_of_heads_names_the_filter_and_what_the_strongest_one_costs():
+    table = {what: columns for what, *columns in table_of_heads(RECORD)}
+    assert table["what"] == ["before", "after", "best filter", "whole heads"]
+    assert table["volume error behind, broken latents"] == ["0.500", "0.250", "0.400", "0.000"]
+    lines = " ".join(notes(RECORD))
+    assert "40 of them broken" in lines and "largest part" in lines and "closing 14" in lines and "30%" in lines
+    nothing = {**RECORD, "heads": {column: dict.fromkeys(MEASURES) for column in RECORD["heads"]}}
+    assert table_of_heads(nothing)[1][1:] == ("", "", "", "0.000") and notes(nothing)
+    del nothing["heads"]
+    assert table_of_heads(nothing) == [] and notes(nothing) == []
 
 
 def test_rows_of_a_run_without_judge_or_control():

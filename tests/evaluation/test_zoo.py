@@ -19,7 +19,7 @@ class Learnt:
 TEST = {"accuracy": 0.8, "interval_95": [0.75, 0.84], "n": 300, "correct": 240}
 TUNED = {
     "win_rate": 0.9, "win_rate_ci95": [0.85, 0.93], "win_rate_n": 200,
-    "gap_closed": 0.5, "reward_delta_positive": 97, "reward_delta_n": 100,
+    "repaired": 0.5, "reward_delta_positive": 97, "reward_delta_n": 100,
 }
 
 
@@ -32,9 +32,9 @@ def test_a_line_takes_the_noise_free_order_where_it_is_known():
 
 
 def test_several_training_seeds_show_their_spread():
-    line = record(Learnt(test_accuracy=TEST), [TUNED, {**TUNED, "win_rate": 1.0, "gap_closed": 0.7}], {}, 600.0)
+    line = record(Learnt(test_accuracy=TEST), [TUNED, {**TUNED, "win_rate": 1.0, "repaired": 0.7}], {}, 600.0)
     assert line["judge_rate"] == pytest.approx(0.95) and line["judge_range"] == [0.9, 1.0]
-    assert line["gap_closed"] == pytest.approx(0.6) and line["rewards_up"] == [97, 97]
+    assert line["repaired"] == pytest.approx(0.6) and line["rewards_up"] == [97, 97]
 
 
 def planned(*flags: str) -> dict:

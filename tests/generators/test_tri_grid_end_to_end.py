@@ -53,8 +53,8 @@ def test_labelled_scored_tuned_exported(tmp_path):
 
     small = ["--batch=4", "--mbstd-group=4", "--kimg=0.008", "--tick=0.004", "--snap=1", "--no-summary", "--nrr-initial=16", "--seed=1"]
     run(
-        train.main, f"--init={network}", "--data=synthetic:heads64@n=8", "--reward=sigma", f"--reward-ckpt={reward / 'reward.safetensors'}",
-        "--lambda-r=1", f"--outdir={tmp_path / 'runs'}", *small,
+        train.main, f"--init={network}", "--data=synthetic:people64@n=8", "--reward=sigma",
+        f"--reward-ckpt={reward / 'reward.safetensors'}", "--lambda-r=1", f"--outdir={tmp_path / 'runs'}", *small,
     )
     (folder,) = (tmp_path / "runs").iterdir()
     after = load_generator(folder)

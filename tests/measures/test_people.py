@@ -1,5 +1,7 @@
 """Measures of heads of people: the true head is best, a blurred one worse, a damaged one worse still, and no filter makes it good."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -11,6 +13,7 @@ from training.heads.people_damage import damaged, kinds
 
 N = 40  # points per axis
 VOXEL = 1 / N
+SOFT = 0.75 * N / 64  # points; a blur of .75 voxel of 64^3
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +89,31 @@ def test_what_is_done_behind_leaves_the_front_and_the_face(heads, scans):
     assert measures.identified([measures.face_relief(scan) for scan in scans], known).all()
     assert not measures.identified(known[::-1], known).any()
     assert measures.relief_correlation(known[0], measures.face_relief(blurred(heads[1][0], 1.5))) < 0.999
+
+
+@pytest.mark.parametrize("measure", measures.MEASURES, ids=lambda measure: measure.name)
+def test_a_measure_of_the_back_ranks_true_heads_before_blurred_ones_and_scans_and_no_filter_is_half_way(measure, heads, scans):
+    wholes = np.stack(heads[1])
+    better = 1 if measure.better == "higher" else -1
+    of = lambda shapes: better * measure.values(np.stack(shapes), wholes)  # noqa: E731
+    true, soft, broken = of(wholes), of([blurred(whole, SOFT) for whole in wholes]), of(scans)
+    assert true.mean() > soft.mean() and (soft > broken).all()
+    filters = [partial(blurred, voxels=0.75), partial(blurred, voxels=1.5), partial(closed, radius=3), partial(closed, radius=5)]
+    best = max(of([made(scan) for scan in scans]).mean() for made in filters)
+    assert best - broken.mean() <= (true.mean() - broken.mean()) / 2
+
+
+@pytest.mark.parametrize("measure", measures.IN_FRONT_MEASURES, ids=lambda measure: measure.name)
+def test_a_measure_of_the_front_ranks_true_heads_before_blurred_ones_and_spares_scans(measure, heads, scans):
+    wholes = np.stack(heads[1])
+    better = 1 if measure.better == "higher" else -1
+    true, soft, broken = (better * measure.values(np.stack(shapes), wholes)
+                          for shapes in (wholes, [blurred(whole, SOFT) for whole in wholes], scans))  # fmt: skip
+    assert (true > soft).all() and (broken > soft).all()
+
+
+def test_a_shape_without_a_surface_has_the_worst_of_each_measure(heads):
+    whole = heads[1][0]
+    empty = np.ones_like(whole)
+    assert measures.completeness(empty, whole) == 0 and measures.distance(empty, whole) == measures.FARTHEST
+    assert measures.relief_amplitude(empty, whole) == 0

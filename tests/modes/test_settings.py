@@ -67,6 +67,14 @@ def test_the_main_run_is_written_out():
     assert {name: value for name, value in values.items() if name not in ruled} == HEADS
 
 
+@pytest.mark.parametrize("flags", [{"lambda_sigma": 0.0}, {"reward_clip": "none"}])
+def test_the_main_runs_gate_falls_away_with_its_anchor_or_clip(flags):
+    assert resolve({"reward": "sigma"}).reward.terms.anchor_gate < 1
+    assert resolve({"reward": "sigma", **flags}).reward.terms.anchor_gate == 1
+    with pytest.raises(ValueError, match="--anchor-gate"):
+        resolve({"reward": "sigma", **flags, "anchor_gate": 0.2})
+
+
 def test_minibatch_std_groups_of_a_loaded_network_are_the_runs(tiny_networks, tmp_path):
     nets = open_networks(resolve({"init": str(tiny_networks), "mbstd_group": 2}), tiny_runs.RESOLUTION)
     assert nets.D.b4.mbstd.group_size == 2

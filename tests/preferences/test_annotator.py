@@ -1,183 +1,112 @@
-"""The annotator on heads of known shape: every defect lowers the utility, and labels flip as often as asked."""
+"""The annotator on heads of people: the whole head scores 1, every defect costs, and labels flip as often as asked."""
 
-import json
+import functools
 
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from eg3d_rlhf.preferences.annotator import (
-    DEFAULT_CALIBRATION,
-    FEATURES,
-    Calibration,
-    calibrate,
-    disjoint_pairs,
-    height_map,
+    DEFECTS,
+    LAPSES,
+    WEIGHTS,
+    blocks_of_pairs,
+    defects,
     label_pairs,
-    sigma_features,
     solve_temperature,
     utility,
 )
-from training.heads.family import SHAPE_COUNT, draw_parameters
-from training.heads.sdf import head_sdf
+from training.heads.people import LATENT, named_people
+from training.heads.people_damage import damaged
+from training.heads.people_mesh import grid_points, head_grid
+
+N = 32
 
 
-def _grid(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    axis = np.linspace(-0.5, 0.5, n)
-    z, y, x = np.meshgrid(axis, axis, axis, indexing="ij")
-    return x, y, z
+@functools.cache
+def _whole(number: int) -> np.ndarray:
+    z = np.random.RandomState(number).randn(1, LATENT)
+    return head_grid(named_people(z)[0], N).astype(np.float32)
 
 
-def _distance(n: int = 64, shape: np.ndarray | None = None) -> np.ndarray:
-    x, y, z = _grid(n)
-    points = torch.from_numpy(np.stack([x, y, z], axis=-1).reshape(1, -1, 3)).float()
-    parameters = torch.zeros(1, SHAPE_COUNT) if shape is None else torch.from_numpy(shape)[None]
-    return head_sdf(points, parameters).reshape(n, n, n).numpy().astype(np.float64)
+@pytest.fixture(params=[3, 4])
+def whole(request):
+    return _whole(request.param)
 
 
-def _sigma(distance: np.ndarray) -> np.ndarray:
-    return np.clip(10 - 600 * distance, -100, 300)
+def _ball(centre: tuple[float, float, float], radius: float) -> np.ndarray:
+    return np.linalg.norm(grid_points(N) - np.array(centre), axis=-1).astype(np.float32) - radius
 
 
-def _ball(n: int, centre: tuple[float, float, float], radius: float) -> np.ndarray:
-    x, y, z = _grid(n)
-    return np.sqrt((x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2) - radius
+def _broken(whole: np.ndarray, amount: float) -> np.ndarray:
+    """The scan without its back, as the family's damage has it, or a part of the way there."""
+    quality = torch.zeros(1, 18)
+    quality[0, 0], quality[0, 1] = 2.0, -2.0
+    points = torch.from_numpy(grid_points(N).reshape(1, -1, 3)).float()
+    scan = damaged(points, torch.from_numpy(whole.reshape(1, -1)), quality).reshape(whole.shape).numpy()
+    return np.where(grid_points(N)[..., 1] < 0.35 - 0.7 * amount, whole, scan)
 
 
-@pytest.fixture(scope="module", params=[48, 64])
-def head(request):
-    return _distance(request.param)
+def _rough(whole: np.ndarray, amount: float) -> np.ndarray:
+    x, y, z = np.moveaxis(grid_points(N), -1, 0)
+    return (whole + amount * 0.012 * np.sin(90 * x) * np.sin(95 * y + 1) * np.sin(85 * z + 2)).astype(np.float32)
 
 
-def _floaters(d):
-    return np.minimum(d, np.minimum(_ball(len(d), (0.3, 0.3, 0.2), 0.06), _ball(len(d), (-0.35, 0.2, 0.3), 0.05)))
-
-
-def _rough(d):
-    x, y, z = _grid(len(d))
-    return d + 0.006 * np.sin(75 * x) * np.sin(80 * y + 1) * np.sin(70 * z + 2)
-
-
-def _tunnel(d):
-    x, y, _ = _grid(len(d))
-    return np.maximum(d, 0.035 - np.hypot(x - 0.04, y - 0.14))
-
-
-def _dent(d):
-    return np.maximum(d, -_ball(len(d), (0.045, 0.12, 0.15), 0.035))
-
-
-def _lopsided(d):
-    return np.minimum(d, _ball(len(d), (0.09, -0.05, 0.1), 0.07))
-
-
-def _noseless(d):
-    x, y, z = _grid(len(d))
-    return np.maximum(d, z - 0.155)
-
-
-def _hollow(d):
-    return np.maximum(d, -(d + 0.035))
-
-
-DEFECTS = {
-    _floaters: ("floater_volume", "floater_count"),
-    _rough: ("roughness_front", "roughness_side"),
-    _tunnel: ("holes",),
-    _dent: ("dents",),
-    _lopsided: ("asymmetry_depth", "asymmetry_occupancy"),
-    _noseless: ("depth_order", "face"),
-    _hollow: ("hollowness",),
+DAMAGE = {  # by amount in 0..1; what must cost
+    "missing": _broken,
+    "extra": lambda whole, amount: np.minimum(whole, _ball((0.0, -0.1, -0.22), 0.05 + 0.07 * amount)),
+    "floaters": lambda whole, amount: np.minimum(whole, _ball((0.38, 0.38, -0.38), 0.03 + 0.04 * amount)),
+    "roughness": _rough,
+    "face": lambda whole, amount: np.maximum(whole, grid_points(N)[..., 2].astype(np.float32) - 0.2 + 0.08 * amount),
 }
 
 
-@pytest.mark.parametrize("defect", DEFECTS, ids=lambda f: f.__name__[1:])
-def test_every_defect_lowers_the_utility_through_its_own_parts(head, defect):
-    clean, damaged = utility(_sigma(head)), utility(_sigma(defect(head)))
-    assert damaged.total < clean.total - 0.01
-    for name in DEFECTS[defect]:
-        assert damaged.parts[name] < clean.parts[name] - 0.05, name
+def test_the_whole_head_scores_one(whole):
+    assert sum(WEIGHTS.values()) == pytest.approx(1)
+    assert utility(whole, whole).total == pytest.approx(1) and set(defects(whole, whole).values()) == {0.0}
 
 
-def test_utility_falls_with_the_strength_of_the_defect(head):
-    x, y, z = _grid(len(head))
-    wave = np.sin(75 * x) * np.sin(80 * y + 1) * np.sin(70 * z + 2)
-    totals = [utility(_sigma(head + amplitude * wave)).total for amplitude in (0.0, 0.002, 0.004, 0.008)]
-    assert totals == sorted(totals, reverse=True)
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_every_defect_costs_through_its_own_part_and_more_of_it_costs_more(whole, defect):
+    judged = [utility(whole, whole), *(utility(DAMAGE[defect](whole, amount), whole) for amount in (0.3, 0.65, 1.0))]
+    for values in ([found.total for found in judged], [found.parts[defect] for found in judged]):
+        assert all(a > b for a, b in zip(values, values[1:], strict=False)), values
 
 
-def test_a_missing_face_costs_more_than_a_rough_cheek(head):
-    x, y, z = _grid(len(head))
-    faceless = np.minimum(np.maximum(head, z - 0.12), _ball(len(head), (0.0, -0.03, 0.0), 0.15))
-    cheek = 0.004 * np.sin(75 * x) * np.sin(80 * y + 1) * (_ball(len(head), (0.07, -0.05, 0.1), 0.06) < 0)
-    clean, rough, without = (utility(_sigma(d)) for d in (head, head + cheek, faceless))
-    assert without.features["face"] > 0.4 and rough.features["face"] < 0.15
-    assert without.total < rough.total - 0.1 < clean.total - 0.1
+@pytest.mark.parametrize("deviation", [0.375, 0.5, 1.0])  # voxels of 32: .75, 1 and 2 of 64
+def test_a_head_that_is_smoother_than_its_own_loses(whole, deviation):
+    smooth = utility(ndimage.gaussian_filter(whole, deviation), whole)
+    assert smooth.total < 0.98 and smooth.defects["roughness"] > 0 and smooth.defects["face"] > 0
 
 
-def test_heads_of_the_true_family_score_high():
-    rng = np.random.default_rng(0)
-    for _ in range(6):
-        result = utility(_sigma(_distance(64, draw_parameters(rng)[0])))
-        assert result.total > 0.8
-        assert all(0 < part <= 1 for part in result.parts.values())
+def test_a_missing_back_costs_more_than_smoothing_can_win(whole):
+    broken = _broken(whole, 1.0)
+    assert utility(broken, whole).total < 0.75
+    assert utility(ndimage.gaussian_filter(broken, 0.5), whole).total < utility(broken, whole).total + 0.02
 
 
-@pytest.mark.parametrize("value", [-50.0, 0.0, float("nan"), float("-inf")])
-def test_no_surface_is_the_worst_and_never_nan(value, head):
-    empty = utility(np.full((48, 48, 48), value))
-    assert empty.total == 0.0 and set(empty.parts) == set(FEATURES)
-    noise = np.random.RandomState(0).randn(48, 48, 48) * 20
-    for other in (_sigma(head), noise, np.full((48, 48, 48), 99.0), np.pad([[[99.0]]], 20, constant_values=-9)):
-        result = utility(other)
-        assert np.isfinite(result.total) and result.total > empty.total
-        assert np.isfinite(list(result.features.values())).all()
+def test_only_the_level_set_matters_not_the_steepness(whole):
+    scan = _rough(whole, 0.5)
+    assert utility(600 * scan, whole).total == pytest.approx(utility(scan, whole).total, abs=1e-5)
 
 
-def test_only_the_level_set_matters_not_the_steepness(head):
-    soft, hard = utility(np.clip(10 - 300 * head, -1e3, 1e3)), utility(np.clip(10 - 1200 * head, -1e3, 1e3))
-    assert soft.total == pytest.approx(hard.total, abs=0.01)
+def test_mirroring_changes_nothing(whole):
+    scan = _broken(whole, 1.0)
+    assert utility(scan[::-1], whole[::-1]).total == pytest.approx(utility(scan, whole).total, abs=1e-6)
 
 
-def test_mirroring_changes_nothing(head):
-    damaged = _sigma(_lopsided(head))
-    assert utility(damaged[:, :, ::-1]).total == pytest.approx(utility(damaged).total, abs=1e-9)
+@pytest.mark.parametrize("value", [5.0, 0.0, float("nan"), float("inf"), float("-inf")])
+def test_no_surface_is_worse_than_any_broken_head_and_never_nan(value, whole):
+    empty = utility(np.full((N,) * 3, value), whole)
+    assert np.isfinite(empty.total) and empty.total < utility(_broken(whole, 1.0), whole).total
+    assert 0 < utility(np.random.RandomState(0).randn(N, N, N), whole).total < 0.5
 
 
-def test_height_map_finds_a_sphere_below_the_voxel():
-    n = 64
-    d = _ball(n, (0.0, 0.0, 0.0), 0.3)
-    x, y, _ = _grid(n)
-    view = height_map(_sigma(d), d <= 0, np.linspace(-0.5, 0.5, n))
-    inner = np.hypot(x[0], y[0]) < 0.2
-    truth = np.sqrt(np.maximum(0.09 - x[0] ** 2 - y[0] ** 2, 0))
-    assert np.abs(view.height - truth)[inner].max() < 0.001  # a voxel is 0.016
-    assert np.abs(view.thickness - 2 * truth)[inner].max() < 0.04
-
-
-def test_a_sphere_is_smooth_and_symmetric():
-    features = sigma_features(_sigma(_ball(64, (0.0, 0.0, 0.0), 0.3)))
-    assert features["roughness_front"] < 0.5
-    for name in ("floater_volume", "holes", "dents", "asymmetry_depth", "asymmetry_occupancy", "hollowness"):
-        assert features[name] == pytest.approx(0.0, abs=1e-6), name
-
-
-def test_calibration_centres_the_parts_and_survives_json(head):
-    rng = np.random.default_rng(1)
-    cubes = [_sigma(_rough(_distance(48, draw_parameters(rng)[0]))) for _ in range(9)] + [np.zeros((48, 48, 48))]
-    calibration = calibrate(cubes)
-    assert calibration.samples == 9
-    parts = [utility(cube, calibration=calibration).parts["roughness_front"] for cube in cubes[:-1]]
-    assert np.median(parts) == pytest.approx(0.5)
-    assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
-    assert all(np.isfinite(value) and value > 0 for value in calibration.scale.values())
-
-
-@pytest.mark.parametrize("rate", [0.02, 0.10, 0.25])
+@pytest.mark.parametrize("rate", [0.05, 0.12, 0.25])
 def test_labels_flip_as_often_as_asked(rate):
     rng = np.random.default_rng(2)
-    utilities = rng.normal(0.5, 0.1, 20_000)
-    pairs = disjoint_pairs(10_000, rng)
+    utilities, pairs = rng.normal(0.5, 0.1, 20_000), rng.permutation(20_000).reshape(-1, 2)
     temperature = solve_temperature(utilities, pairs, rate)
     labels = label_pairs(utilities, pairs, temperature, np.random.default_rng(3))
     assert np.mean([not label.clean for label in labels]) == pytest.approx(rate, abs=4 * np.sqrt(rate / 10_000))
@@ -186,18 +115,28 @@ def test_labels_flip_as_often_as_asked(rate):
         assert label.clean == (utilities[label.winner] >= utilities[label.loser])
 
 
+def test_the_clearest_pair_is_mistaken_now_and_then():
+    labels = label_pairs([0.0, 1.0], [(0, 1)] * 5000, 0.01, np.random.default_rng(0))
+    assert np.mean([not label.clean for label in labels]) == pytest.approx(LAPSES, abs=0.01)
+
+
 def test_no_noise_at_temperature_zero_and_same_labels_from_the_same_seed():
-    utilities, pairs = np.arange(40.0), disjoint_pairs(20, np.random.default_rng(0))
+    utilities, pairs = np.arange(40.0), np.arange(40).reshape(-1, 2)
     assert solve_temperature(utilities, pairs, 0.0) == 0.0
     assert all(label.clean and label.winner > label.loser for label in label_pairs(utilities, pairs, 0.0, np.random.default_rng(1)))
     first, second = (label_pairs(utilities, pairs, 9.0, np.random.default_rng(5)) for _ in range(2))
     assert first == second
 
 
-def test_mistakes_are_named():
+@pytest.mark.parametrize(("count", "block", "samples"), [(56, 8, 16), (40, 8, 16), (20, 2, 40)])
+def test_blocks_hold_all_their_pairs_and_share_no_sample(count, block, samples):
+    pairs = blocks_of_pairs(count, block, np.random.default_rng(0))
+    assert pairs.shape == (count, 2) and len({tuple(sorted(pair)) for pair in pairs.tolist()}) == count
+    assert set(pairs.ravel()) == set(range(samples))
+    partners = {int(a): {int(b) for pair in pairs if a in pair for b in pair} for a in pairs[0]}
+    assert all(len(seen) <= block for seen in partners.values())
+
+
+def test_ties_alone_are_named():
     with pytest.raises(ValueError, match="only ties"):
         solve_temperature([1.0, 1.0], [(0, 1)])
-    with pytest.raises(ValueError, match="at least 4 cubes"):
-        calibrate([np.zeros((48, 48, 48))])
-    with pytest.raises(ValueError, match="Calibrate again"):
-        Calibration.from_dict({**DEFAULT_CALIBRATION.to_dict(), "median": {}})

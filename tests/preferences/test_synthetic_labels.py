@@ -1,4 +1,4 @@
-"""Labels from a stand-in generator of known heads: repeatable, disjoint, and mostly in favour of the smoother head."""
+"""Labels from a stand-in generator whose scans lack more or less of the heads that its latents name."""
 
 import json
 import types
@@ -8,89 +8,124 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.field import Bounds, CameraFamily
+from eg3d_rlhf.preferences import synthetic
 from eg3d_rlhf.preferences.annotator import ANNOTATOR
 from eg3d_rlhf.preferences.labels import load_labels, write_labels
-from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
+from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate, judge_seeds, shape_values
+
+RADIUS = 0.3
 
 
 class _Heads:
-    """Stands in for a generator: a ball with waves whose amplitude is the latent's first number."""
+    """Stands in for a generator: a ball that is cut off behind a plane as deep as the latent's first number."""
 
-    z_dim, bounds, cameras = 4, Bounds(), CameraFamily()
+    z_dim, bounds, cameras = 64, Bounds(), CameraFamily()
     module = torch.nn.Linear(1, 1)
 
     def mapping(self, z, c, truncation_psi, truncation_cutoff):
-        assert c.shape == (len(z), 25) and truncation_cutoff == 14
+        assert c.shape == (len(z), 25)
         return (truncation_psi * z)[:, None]
 
     def field(self, ws):
-        return types.SimpleNamespace(density_grid=lambda spec: _grid(ws, spec))
+        return types.SimpleNamespace(bounds=self.bounds, level=10.0, density_grid=lambda spec: _cut(ws, spec))
 
 
-def _grid(ws, spec):
+def _cut(ws, spec):
     x, y, z = spec.axes()
     z, y, x = torch.meshgrid(z, y, x, indexing="ij")
-    waves = torch.sin(80 * x) * torch.sin(75 * y + 1) * torch.sin(70 * z)
-    amplitude = ws[:, 0, 0].abs()[:, None, None, None]
-    distance = (x * x + y * y + z * z).sqrt() - 0.3
-    return 10 - 600 * (distance + 0.006 * amplitude * waves)
+    distance = (x * x + y * y + z * z).sqrt() - RADIUS
+    cut = -RADIUS + 0.1 * ws[:, 0, 0].abs()[:, None, None, None]
+    return 10 - 600 * torch.maximum(distance, cut - z)
 
 
 @pytest.fixture
-def generator():
+def generator(monkeypatch):
+    def balls(z, n=64):
+        steps = (np.arange(n) + 0.5) / n - 0.5
+        x, y, z_ = np.meshgrid(steps, steps, steps, indexing="ij")
+        return np.repeat((np.sqrt(x * x + y * y + z_ * z_) - RADIUS).astype(np.float32)[None], len(z), axis=0)
+
+    monkeypatch.setattr(synthetic.people_mesh, "whole_grids", balls, raising=False)
     return _Heads()
 
 
-OPTIONS = AnnotationOptions(pairs=20, resolution=32, batch=7, flip_rate=0.1)
+OPTIONS = AnnotationOptions(pairs=28, resolution=32, batch=3, flip_rate=0.1)
+
+
+def test_shapes_are_read_at_the_middles_of_voxels_along_x_y_z():
+    ws = torch.zeros(1, 1, 64)
+    ws[0, 0, 0] = 2.0
+    values = shape_values(_Heads().field(ws), 16)[0]
+    middles = (np.arange(16) + 0.5) / 16 - 0.5
+    assert values[8, 8, 0] == pytest.approx(600 * (-0.1 - middles[0]), rel=1e-4)  # behind, in front of nothing
+    assert values[0, 8, 8] == pytest.approx(600 * (np.linalg.norm(middles[[0, 8, 8]]) - RADIUS), rel=1e-4)
 
 
 def test_annotation_repeats_whatever_the_batch(generator):
-    first, second = annotate(generator, OPTIONS), annotate(generator, AnnotationOptions(pairs=20, resolution=32, batch=40, flip_rate=0.1))
+    first, second = annotate(generator, OPTIONS), annotate(generator, AnnotationOptions(pairs=28, resolution=32, batch=40, flip_rate=0.1))
     assert first.labels == second.labels and first.temperature == second.temperature
     np.testing.assert_array_equal(first.utilities, second.utilities)
 
 
-def test_every_seed_is_used_once_and_clean_means_the_better_one_won(generator):
-    annotation = annotate(generator, AnnotationOptions(pairs=20, first_seed=100, resolution=32))
-    assert sorted(seed for label in annotation.labels for seed in (label.winner, label.loser)) == list(range(100, 140))
+def test_all_pairs_of_a_block_are_labelled_and_clean_means_the_better_one_won(generator):
+    annotation = annotate(generator, AnnotationOptions(pairs=12, block=4, first_seed=100, resolution=32))
+    assert list(annotation.judged) == list(range(100, 108)) and len(annotation.labels) == 12
     for label in annotation.labels:
-        better = annotation.utilities[label.winner - 100] >= annotation.utilities[label.loser - 100]
-        assert label.clean == better
+        assert label.clean == (annotation.judged[label.winner].total >= annotation.judged[label.loser].total)
 
 
-def test_smoother_heads_win(generator):
-    annotation = annotate(generator, AnnotationOptions(pairs=20, resolution=32, flip_rate=0.0))
-    amplitude = [abs(np.random.RandomState(seed).randn(4)[0]) for seed in range(40)]
-    assert np.mean([amplitude[label.winner] < amplitude[label.loser] for label in annotation.labels]) > 0.8
+@pytest.mark.parametrize("answers", synthetic.ANSWERS)
+def test_whole_heads_win_unless_a_control_is_asked_for(generator, answers):
+    annotation = annotate(generator, AnnotationOptions(pairs=112, resolution=16, flip_rate=0.0, answers=answers))
+    cut = {seed: abs(np.random.RandomState(seed).randn(64)[0]) for seed in annotation.judged}
+    share = np.mean([cut[label.winner] < cut[label.loser] for label in annotation.labels])
+    low, high = {"annotator": (0.9, 1.0), "coin": (0.3, 0.7), "inverted": (0.0, 0.1)}[answers]
+    assert low <= share <= high
+    assert np.mean([label.clean for label in annotation.labels]) == pytest.approx(share, abs=0.1)
 
 
 def test_labels_survive_the_open_format(generator, tmp_path):
     annotation = annotate(generator, OPTIONS)
     labels = load_labels(write_labels(tmp_path / "labels.jsonl", annotation.preferences("abc")))
-    assert labels == annotation.preferences("abc") and len(labels) == 20
-    assert set(labels[0].to_dict()) == {"winner", "loser", "generator", "psi", "annotator", "clean"}
-    assert labels[0].generator == "abc" and labels[0].annotator == ANNOTATOR
+    assert labels == annotation.preferences("abc") and len(labels) == 28
+    assert set(labels[0].to_dict()) == {"winner", "loser", "generator", "psi", "annotator", "clean", "gap"}
+    assert labels[0].generator == "abc" and labels[0].annotator == ANNOTATOR and labels[0].psi == 1
     summary = json.loads(json.dumps(annotation.summary()))
     assert summary["flipped"] == sum(label.clean == label.loser for label in labels)
+    assert summary["agreement"] == pytest.approx(1 - summary["flipped"] / 28, abs=1e-3) and summary["seeds"] == 8
 
 
-def test_calibration_is_recorded_and_progress_reported(generator):
+def test_progress_is_reported(generator):
     seen = []
-    annotation = annotate(generator, AnnotationOptions(pairs=6, resolution=32, calibrate=8), on_seed=seen.append)
-    assert len(seen) == 12 and annotation.calibration.samples == 8
+    annotate(generator, OPTIONS, on_seed=seen.append)
+    assert [found.total for found in seen] == annotate(generator, OPTIONS).utilities.tolist()
 
 
-@pytest.mark.parametrize(("settings", "field"), [({"pairs": 0}, "pairs"), ({"flip_rate": 0.5}, "flip_rate"), ({"calibrate": 2}, "4 ")])
+def test_a_truncated_scan_is_judged_by_the_head_of_the_whole_latent(generator):
+    whole, half = (list(judge_seeds(generator, [3], resolution=32, psi=psi)) for psi in (1.0, 0.5))
+    assert half[0].defects["missing"] < whole[0].defects["missing"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [({"pairs": 0}, "pairs"), ({"flip_rate": 0.5}, "flip_rate"), ({"block": 1}, "block"),
+     ({"kind": "thumbs", "answers": "coin"}, "--answers")],
+)
 def test_mistakes_are_named(settings, field):
     with pytest.raises(ValueError, match=field):
         AnnotationOptions(**settings)
 
 
+@pytest.mark.parametrize("changed", [{"z_dim": 8}, {"bounds": Bounds(side=2.0)}])
+def test_a_generator_of_other_things_is_refused(generator, changed):
+    for name, value in changed.items():
+        setattr(generator, name, value)
+    with pytest.raises(ValueError, match=r"--network: .*synthetic:people64"):
+        annotate(generator, OPTIONS)
+
+
 def test_pairs_that_are_handed_in_are_labelled_with_a_given_noise(generator):
-    pairs = [(7, 300), (12, 40), (5, 6)]
-    options = AnnotationOptions(pairs=3, resolution=32)
-    annotation = annotate(generator, options, pairs=pairs, temperature=0.0)
+    pairs = [(7, 300), (12, 40), (7, 6)]
+    annotation = annotate(generator, AnnotationOptions(pairs=3, resolution=32), pairs=pairs, temperature=0.0)
     assert [{label.winner, label.loser} for label in annotation.labels] == [set(pair) for pair in pairs]
-    assert annotation.temperature == 0.0 and all(label.clean for label in annotation.labels)
-    alone = annotate(generator, AnnotationOptions(pairs=1, first_seed=5, resolution=32), temperature=0.0)
-    assert {tuple(sorted(annotation.utilities[4:]))} == {tuple(sorted(alone.utilities))}
+    assert annotation.temperature == 0.0 and all(label.clean for label in annotation.labels) and len(annotation.judged) == 5

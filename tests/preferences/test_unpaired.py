@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from eg3d_rlhf.preferences.annotator import Utility
 from eg3d_rlhf.preferences.dataset import split_by_seed
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.preferences.synthetic import Annotation, AnnotationOptions
@@ -103,8 +104,9 @@ def test_batches_hold_half_of_each_kind_and_use_every_label():
 @pytest.fixture
 def annotation():
     rng = np.random.default_rng(0)
-    options = AnnotationOptions(pairs=500, kind="scores")
-    return Annotation(options=options, labels=[], utilities=rng.normal(size=1000), temperature=0.1, calibration=None)
+    options = AnnotationOptions(pairs=500, block=2, kind="scores")
+    judged = {seed: Utility(total=float(value), parts={}, defects={}) for seed, value in enumerate(rng.normal(size=1000))}
+    return Annotation(options=options, labels=[], judged=judged, temperature=0.1)
 
 
 def test_scores_follow_the_utility_and_shuffled_ones_do_not(annotation):

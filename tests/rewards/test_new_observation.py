@@ -38,7 +38,7 @@ def succeed(command, *flags) -> str:
 def reward(tmp_path_factory) -> Path:
     """A reward on depth maps of the bundled generator, trained on synthetic labels for a few steps."""
     folder = tmp_path_factory.mktemp("depth")
-    succeed(synthetic, "--pairs=24", "--resolution=24", f"--out={folder / 'labels.jsonl'}")
+    succeed(synthetic, "--pairs=24", "--block=2", "--resolution=24", f"--out={folder / 'labels.jsonl'}")
     said = succeed(
         reward_training.train, "--observation=frontal-depth",
         f"--labels={folder / 'labels.jsonl'}", f"--out={folder / 'run'}", "--epochs=2",
@@ -99,5 +99,5 @@ def test_train_refuses_another_kind_than_the_file_reads(reward, tmp_path):
         (["--reward=frontal-depth"], "--reward-ckpt: expected a reward for --cfg=heads64 --reward=frontal-depth, got nothing"),
         (["--reward=sigma", f"--reward-ckpt={reward}"], "--reward=sigma: expected a reward that reads this, got one of frontal-depth"),
     ):
-        result = tiny_runs.run(*flags, f"--outdir={tmp_path}", "--data=synthetic:heads64@n=8", "--device=cpu")
+        result = tiny_runs.run(*flags, f"--outdir={tmp_path}", "--data=synthetic:people64@n=8", "--device=cpu")
         assert result.exit_code == 2 and text in result.stderr, result.stderr

@@ -119,7 +119,7 @@ def succeed(command, *flags) -> str:
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("labels") / "labels.jsonl"
-    succeed(synthetic, "--pairs=16", "--resolution=24", f"--out={path}")
+    succeed(synthetic, "--pairs=16", "--block=2", "--resolution=24", f"--out={path}")
     return path
 
 

@@ -17,10 +17,9 @@ def test_labels_and_the_reward_that_is_trained_on_them(tmp_path):
 
 
 @pytest.mark.long
-def test_the_shape_critic(repo, tmp_path):
-    (tmp_path / "assets").symlink_to(repo / "assets")
-    assert "held-out shapes" in run_example(assets.critic, tmp_path)
-    assert (tmp_path / "runs/critic.safetensors").exists()
+def test_the_shape_features(tmp_path):
+    assert "shape Fréchet distance" in run_example(assets.shapes, tmp_path)
+    assert (tmp_path / "runs/shape-features.safetensors").exists()
 
 
 @pytest.mark.parametrize("command", [assets.build, assets.toy_flow, pytest.param(assets.features, marks=pytest.mark.long)],

@@ -33,6 +33,8 @@ _HAIR = np.array([[0.05, 0.04, 0.04], [0.13, 0.08, 0.05], [0.28, 0.17, 0.09], [0
 _IRIS = np.array([[0.17, 0.09, 0.04], [0.30, 0.18, 0.08], [0.22, 0.34, 0.20], [0.16, 0.34, 0.55], [0.34, 0.42, 0.50]])
 _SHIRT = np.array([[0.75, 0.22, 0.20], [0.82, 0.62, 0.22], [0.30, 0.55, 0.32], [0.20, 0.45, 0.68], [0.45, 0.30, 0.60], [0.24, 0.25, 0.28]])
 
+LEVEL, INSIDE, OUTSIDE = 10.0, 60.0, -10.0  # raw density of the surface, and its bounds
+
 Numbers = TypeVar("Numbers", np.ndarray, torch.Tensor)
 
 
@@ -99,6 +101,11 @@ def ramp(low: float, high: float, x: Numbers) -> Numbers:
     """0 at `low` and before, 1 at `high` and beyond, smooth between; `low` may be the larger one."""
     t = ((x - low) / (high - low)).clip(0, 1)
     return t * t * (3 - 2 * t)
+
+
+def density_of(distance: torch.Tensor, edge: float) -> torch.Tensor:
+    """Raw density of signed distances [...], world units; `edge` is the depth at which it is full. The surface is `LEVEL` for any edge."""
+    return (LEVEL - distance * ((INSIDE - LEVEL) / edge)).clamp(OUTSIDE, INSIDE)
 
 
 def hair_amounts(hair: np.ndarray) -> np.ndarray:

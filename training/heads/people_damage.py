@@ -1,10 +1,10 @@
 """What a scan lacks or has too much of, behind the face: an analytic function of a point, of the whole head's distance there, and of 18
 coordinates of the latent, so that a generator can be taught fresh damage at every step.
 
-The defects are in the training scans on purpose, as they are in real ones where no camera looked: of 57 % of the latents the back, the top
-or one side is gone beyond a ragged plane and what is left is hollow, or a large hole or a swelling is there; roughness goes with them. In
-front of z = 0.055 nothing is ever changed beyond the depth at which a head is solid. Severity follows the first coordinate; the second says
-which kind.
+The defects are in the training scans on purpose, as they are in real ones where no camera looked. Of a third of the latents the back, the
+top or one side is gone beyond a ragged plane and what is left is hollow; of 12 % each there is a large hole, or a swelling; roughness goes
+with them. In front of z = 0.055 nothing is ever changed beyond the depth at which a head is solid. Severity follows the first coordinate;
+the second says which kind.
 
 Shape letters: N heads, P points, Q = 18 coordinates.
 """
@@ -29,9 +29,9 @@ def severity(quality: torch.Tensor) -> torch.Tensor:
 def kinds(quality: torch.Tensor) -> torch.Tensor:
     """Amounts [N, 3] in 0..1 of what is cut off, of a swelling, and of a hole."""
     amount, kind = severity(quality), ndtr(quality[:, 1])
-    cut = ramp(0.80, 0.76, kind)
-    swelling = ramp(0.76, 0.80, kind) * ramp(0.91, 0.87, kind)
-    return torch.stack([cut, swelling, ramp(0.87, 0.91, kind)], dim=1) * amount[:, None]
+    cut = ramp(0.60, 0.56, kind)
+    swelling = ramp(0.56, 0.60, kind) * ramp(0.81, 0.77, kind)
+    return torch.stack([cut, swelling, ramp(0.77, 0.81, kind)], dim=1) * amount[:, None]
 
 
 def damaged(points: torch.Tensor, distance: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
@@ -56,13 +56,13 @@ def damaged(points: torch.Tensor, distance: torch.Tensor, quality: torch.Tensor)
     base = BASE + 0.15 * ramp(0.10, 0.20, x.abs())  # shoulders stay
     gone = torch.maximum(torch.minimum(gone, hollow), base - y)
     # a hole
-    reach = 0.145 * hole
+    reach = 0.165 * hole
     hx, hy = 0.10 * torch.tanh(q[:, 9]), 0.07 + 0.07 * torch.tanh(q[:, 10])
     ball = ((x - hx) ** 2 + (y - hy) ** 2 + (z + 0.19) ** 2).sqrt() - reach
     gone = torch.minimum(gone, torch.where(hole > 0.02, torch.maximum(ball, z - GUARD), torch.inf))
     scan = torch.maximum(distance, -gone)
     # a swelling
-    size = (0.095 + 0.02 * torch.tanh(q[:, 11])) * swelling
+    size = (0.135 + 0.015 * torch.tanh(q[:, 11])) * swelling
     sx, sy = 0.08 * torch.tanh(q[:, 12]), -0.06 + 0.11 * torch.tanh(q[:, 13])
     lump = ((x - sx) ** 2 + (y - sy) ** 2 + (z + 0.22) ** 2).sqrt() - size
     scan = torch.where(swelling > 0.02, torch.minimum(scan, torch.maximum(lump, z + 0.02)), scan)

@@ -6,14 +6,20 @@ between near what is open, such as lids and the mouth. Far groups of triangles c
 Shape letters: V vertices, T triangles, P points, G groups of triangles, B points of a block.
 """
 
+import contextlib
 import functools
+import hashlib
+import io
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.ndimage
+import torch
+from scipy.ndimage import distance_transform_edt as edt
 from scipy.spatial import cKDTree
 
-from training.heads.people import Head, bust_end, load_basis
+from torch_utils.build import cache_dir
+from training.heads.people import ASSET, Head, bust_end, load_basis, named_people
+from training.storage import write_atomic
 
 NEIGHBOURS = 10  # samples of the surface whose triangles may be nearest
 SAMPLE = 0.012  # no two neighbouring samples of a triangle are farther apart, about; world units
@@ -174,24 +180,83 @@ def grid_points(resolution: int) -> np.ndarray:
     return np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1)
 
 
+GRID_VERSION = 1  # of what `head_grid` gives
+BAND = 2.5  # voxels about the surface in which distances are exact
+
+
+def crossings(corners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How often lines along z enter and leave a mesh: counts [n, n, n] of signed crossings behind each point and in front of it.
+
+    For a closed mesh both are the winding number. Args: corners: [T, 3, 3], normals outwards; steps: [n] even coordinates along each axis.
+    """
+    n, first, width = len(steps), steps[0], steps[1] - steps[0]
+    flat = corners[:, :, :2]
+    low = np.clip(np.ceil((flat.min(axis=1) - first) / width).astype(int), 0, n)
+    high = np.clip(np.floor((flat.max(axis=1) - first) / width).astype(int) + 1, 0, n)
+    extent = np.clip(high - low, 0, None)
+    count = extent.prod(axis=1)
+    index = np.repeat(np.arange(len(corners)), count)
+    within = np.arange(len(index)) - np.repeat(np.cumsum(count) - count, count)
+    i, j = low[index, 0] + within // extent[index, 1], low[index, 1] + within % extent[index, 1]
+    point = first + width * np.stack([i, j], axis=1) + 1e-7  # not through vertices
+    a, b, c = (flat[index, corner] for corner in range(3))
+    area = _cross(b - a, c - a)
+    share = np.stack([_cross(c - b, point - b), _cross(a - c, point - c), _cross(b - a, point - a)], axis=1)
+    hit = (np.abs(area) > 1e-15) & ((share * np.sign(area)[:, None]) >= 0).all(axis=1)
+    weights = share[hit] / area[hit, None]
+    place = ((weights * corners[index[hit], :, 2]).sum(axis=1) - first) / width
+    layer = np.clip(np.ceil(place).astype(int), 0, n)  # the first point in front of it
+    sign = np.sign(area[hit]).astype(int)
+    steps_up = np.zeros((n, n, n + 1), int)
+    np.add.at(steps_up, (i[hit], j[hit], layer), -sign)  # normals to the back enter
+    behind = steps_up.cumsum(axis=2)
+    return behind[:, :, :n], (behind - behind[:, :, -1:])[:, :, :n]
+
+
+def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
+
+
 def head_grid(head: Head, resolution: int) -> np.ndarray:
-    """`head_distance` at the middles of the cube's voxels [n, n, n]: one winding number for all that the surface does not part."""
-    points = grid_points(resolution).reshape(-1, 3)
+    """Signed distance of the whole head, closed below, at the middles of the cube's voxels [n, n, n]; negative inside, world units.
+
+    As `head_distance` within BAND voxels of the surface; beyond, right to a voxel, and to four about the end of the bust. Where lines
+    along z do not tell the side, as at open lids, the winding number does.
+    """
     corners = head.vertices[load_basis().triangles].astype(np.float64)
-    _, _, distance = nearest_places(corners, points)
+    points = grid_points(resolution)
+    behind, before = crossings(corners, points[:, 0, 0, 0])
+    inside = behind > 0
+    asked = (behind != before) | (behind < 0) | (behind > 1)
+    inside[asked] = winding_number(corners, points[asked]) > 0.5
     end = bust_end(points)
-    open_end = (end > -0.03) & (points[:, 1] < -0.2)  # arms and chest are open there: no surface parts inside from outside
-    # no step between neighbours that are both clear crosses the surface
-    clear = ((distance > 1.0 / resolution) & ~open_end).reshape((resolution,) * 3)
-    label, count = scipy.ndimage.label(clear)
-    flat = label.ravel()
-    asked = np.flatnonzero(flat == 0)
-    _, first = np.unique(flat, return_index=True)
-    first = first[flat[first] > 0]
-    winding = winding_number(corners, points[np.concatenate([asked, first])]) > 0.5
-    inside = np.zeros(len(points), bool)
-    inside[asked] = winding[: len(asked)]
-    of_part = np.zeros(count + 1, bool)
-    of_part[flat[first]] = winding[len(asked) :]
-    inside |= of_part[flat] & (flat > 0)
-    return np.maximum(np.where(inside, -distance, distance), end).reshape((resolution,) * 3)
+    solid = inside & (end < 0)
+    distance = np.where(solid, -1, 1) * (edt(solid) + edt(~solid) - 0.5) / resolution
+    near = np.abs(distance) < BAND / resolution
+    _, _, exact = nearest_places(corners, points[near])
+    distance[near] = np.maximum(np.where(inside[near], -exact, exact), end[near])
+    return distance
+
+
+def whole_grids(z: torch.Tensor, resolution: int = 64) -> np.ndarray:
+    """`head_grid` of the whole heads that latents [N, 64] name: [N, n, n, n] float32. Each is kept in the user's cache."""
+    return np.stack([_whole_grid(row, resolution) for row in z.detach().cpu().float().numpy()])
+
+
+def _whole_grid(z: np.ndarray, resolution: int) -> np.ndarray:
+    name = hashlib.sha256(z.tobytes() + f"{resolution} {GRID_VERSION}".encode() + _basis_hash()).hexdigest()[:20]
+    path = cache_dir().parent / "heads" / f"{name}.npy"
+    try:
+        return np.load(path).astype(np.float32)
+    except (OSError, ValueError):
+        grid = head_grid(named_people(z[None])[0], resolution).astype(np.float16)
+    with contextlib.suppress(OSError):  # a full or closed disk: it is made again next time
+        buffer = io.BytesIO()
+        np.save(buffer, grid)
+        write_atomic(path, buffer.getvalue())
+    return grid.astype(np.float32)
+
+
+@functools.cache
+def _basis_hash() -> bytes:
+    return hashlib.sha256(ASSET.read_bytes()).digest()

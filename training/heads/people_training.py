@@ -1,6 +1,6 @@
 """Teaches a tri-plane generator the density and colour of scans of people, at points of a pool and without rendering.
 
-L = mean |sigma - sigma*| / 10 + w mean |colour - colour*|, as `training.starts` has it: sigma* is the scan's, with damage that is drawn
+L = mean |sigma - sigma*| / 10 + w mean |colour - colour*|, as `people.density_of` has it: sigma* is the scan's, with damage that is drawn
 afresh at every step, colour* the shaded one of the nearest place of the whole head. A latent's 46 coordinates of the whole head and its 18
 of damage have unit root mean square together, so damage is redrawn at the length that the head leaves.
 
@@ -10,6 +10,7 @@ Shape letters: N heads, Z = 64 coordinates, P points, K of them nearest to the s
 import copy
 import functools
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,13 +26,18 @@ from training import networks as nets
 from training.config import GanConfig, NetworkConfig, networks_for
 from training.dataset import ImageFolderDataset
 from training.gan_phases import Batch, GanPhases
+from training.heads.people import EYE, OUTSIDE, UNIT, density_of, named_people, picture
 from training.heads.people_damage import damaged
 from training.heads.people_pool import NAMED, POINT_STEP
-from training.phases import lazy_adam
-from training.starts import cosine, density_of
+from training.phases import cosine, lazy_adam
+from training.progress import tqdm
+from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at
 from training.synthetic_heads import resolve_dataset
 
 PLANES, PIXELS = 128, 64  # texels of a plane's edge, pixels of the pictures that D sees
+CHANNELS, HIDDEN = 24, 64  # of a plane, of the decoder
+SIDE = 1.24  # of the cube and its margin, where points of the pool lie
+EMPTY_VOXELS = 62  # along the edge of the cube and its margin, in which no head of the pool and no damage comes near
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +48,19 @@ class PeopleTraining:
     lr: tuple[float, ...] = (0.02, 0.012, 0.01)
     colour: tuple[float, ...] = (4.0, 8.0, 8.0)  # weight of colour against density
     planes: tuple[int, ...] = (64, 128, 128)  # texels of the planes' edge that are taught; the first stage needs no more
+    pictures: tuple[float, ...] = (0.0, 0.0, 4.0)  # weight of windows of pictures from in front
     heads: int = 4  # per step
     candidates: int = 16_000  # points of a head that are looked at
-    near: int = 5000  # of these, drawn near the scan's surface
-    behind: int = 2000  # inside the whole head behind the face, where scans differ most
-    hard: int = 1500  # where the network is most wrong, as at debris in free space
+    near: int = 4500  # of these, drawn near the scan's surface
+    behind: int = 2000  # in and about the whole head behind the face, where scans differ most
+    hard: int = 1500  # where the network is most wrong
     others: int = 500
+    empty: int = 12_000  # more places, where every scan is empty
+    debris: int = 400  # of these, where the network says most density
     reach: float = 0.02  # how near is near, world units
     unseen: float = 0.2  # weight of colours that no ray meets
+    eyes: float = 3.0  # weight of the colours of eyes
+    window: int = 24  # pixels of a window's edge
     edge: float = 0.015  # depth at which a head is fully dense, world units; twice that in the soft share of the first stage
     soft: float = 0.35
     ema: float = 0.995
@@ -62,7 +73,7 @@ def fresh_networks(seed: int) -> nets.Networks:
     torch.manual_seed(seed)
     net = NetworkConfig(cfg="heads64", cbase=2048, cmax=64, plane_layout="fixed")
     G_kwargs, D_kwargs = networks_for(net, PIXELS, GanConfig(gen_pose_cond=False))
-    G_kwargs["plane_resolution"] = PLANES
+    G_kwargs.update(plane_resolution=PLANES, plane_channels=CHANNELS, decoder_hidden_dim=HIDDEN)
     made = nets.build(G_kwargs, D_kwargs, {"name": "synthetic:people64", "resolution": PIXELS})
     for module in (made.G, made.G_ema):
         torch.nn.init.zeros_(module.backbone.synthesis.b128.torgb.weight)  # it is not taught in the first stage
@@ -80,9 +91,20 @@ class Pool:
                 self.z = np.concatenate([self.z, data["z"]])
                 self._heads += list(zip(data["points"], data["distance"], data["colour"], strict=True))
 
-    def draw(self, rng: np.random.Generator, heads: int, points: int) -> tuple[torch.Tensor, ...]:
+    @functools.cached_property
+    def empty(self) -> torch.Tensor:
+        """Lowest corners [E, 3] of the voxels, world units, that every scan leaves empty. A voxel without a point is not among them."""
+        least = np.full((EMPTY_VOXELS,) * 3, np.inf, np.float32)
+        for at, distance, _ in self._heads:
+            x, y, z = np.floor((at * np.float32(POINT_STEP) / SIDE + 0.5) * EMPTY_VOXELS).astype(int).clip(0, EMPTY_VOXELS - 1).T
+            np.minimum.at(least, (x, y, z), distance)
+        corner = (np.moveaxis(np.indices(least.shape), 0, -1) / EMPTY_VOXELS - 0.5).astype(np.float32) * np.float32(SIDE)
+        x, y, z = np.moveaxis(corner, -1, 0)
+        swollen = (np.abs(x) < 0.27) & (np.abs(y + 0.06) < 0.3) & (z > -0.40) & (z < 0)
+        return torch.from_numpy(corner[(least > 0.03) & np.isfinite(least) & ~swollen])
+
+    def draw(self, rng: np.random.Generator, rows: np.ndarray, points: int) -> tuple[torch.Tensor, ...]:
         """Latents of whole heads [N, 46], points [N, P, 3], distances [N, P], colours [N, P, 3]: neighbours in the shuffled order."""
-        rows = rng.integers(len(self._heads), size=heads)
         parts = []
         for row in rows:
             at, distance, colour = self._heads[row]
@@ -90,6 +112,40 @@ class Pool:
             piece = slice(start, start + points)
             parts.append((at[piece] * np.float32(POINT_STEP), distance[piece].astype(np.float32), colour[piece] / np.float32(255)))
         return torch.from_numpy(self.z[rows, :NAMED]), *(torch.from_numpy(np.stack(x)) for x in zip(*parts, strict=True))
+
+
+class Pictures:
+    """A picture of each whole head of a pool from a camera in front, and where its eyes, nose and mouth are."""
+
+    PLACES = np.array([[UNIT * EYE[0], UNIT * EYE[1], 0.13], [-UNIT * EYE[0], UNIT * EYE[1], 0.13], [0, -0.06, 0.16], [0, -0.11, 0.15]])
+
+    def __init__(self, z: np.ndarray, seed: int, size: int = 128):
+        rng, self.size = np.random.default_rng([seed, 3]), size
+        yaw, pitch = torch.from_numpy(math.pi / 2 + rng.standard_normal((2, len(z), 1)) * [[[0.4]], [[0.2]]])
+        poses = look_at(camera_position(yaw, pitch, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
+        self.poses, self.intrinsics = poses, intrinsics_matrix(FFHQ_FOCAL)
+        drawn = [picture(head, pose.numpy(), FFHQ_FOCAL, size)[0] for head, pose in zip(named_people(z), tqdm(poses), strict=True)]
+        self.images = torch.from_numpy(np.round(255 * np.stack(drawn)).astype(np.uint8))  # [H, R, R, 3]
+        local = np.einsum("hpd,hdc->hpc", self.PLACES - poses[:, None, :3, 3].numpy(), poses[:, :3, :3].numpy())
+        self.places = (local[..., :2] / local[..., 2:] * FFHQ_FOCAL + 0.5) * size  # [H, 4, 2] columns and rows
+
+    def windows(self, rng: np.random.Generator, rows: np.ndarray, edge: int) -> torch.Tensor:
+        """Pixels [N, edge^2] of a window of each of the pictures `rows`, about an eye, the nose or the mouth."""
+        middle = self.places[rows, rng.choice(4, len(rows), p=[0.35, 0.35, 0.1, 0.2])] + rng.uniform(-8, 8, (len(rows), 2))
+        first = np.clip(np.round(middle - edge / 2).astype(int), 0, self.size - edge)  # [N, 2]
+        row, column = np.divmod(np.arange(edge * edge), edge)
+        return torch.from_numpy((first[:, 1:] + row) * self.size + first[:, :1] + column)
+
+    def loss(self, G: Any, planes: torch.Tensor, rows: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
+        """Mean absolute error [N] of the colours 0..1 of pixels and of the differences of neighbours."""
+        index = pixels.unsqueeze(2).expand(-1, -1, 3)
+        rays = G.ray_sampler(self.poses[rows], self.intrinsics.expand(len(rows), 3, 3), self.size)
+        origins, directions = (values.gather(1, index) for values in rays)
+        colour = G.renderer(planes, G.decoder, origins, directions, G.rendering_kwargs)[0][..., :3] / 2 + 0.5
+        error = colour - self.images[rows].flatten(1, 2).gather(1, index) / 255
+        edge = math.isqrt(pixels.shape[1])
+        square = error.unflatten(1, (edge, edge))
+        return error.abs().mean(dim=[1, 2]) + square.diff(dim=1).abs().mean(dim=[1, 2, 3]) + square.diff(dim=2).abs().mean(dim=[1, 2, 3])
 
 
 def fresh_damage(named: torch.Tensor) -> torch.Tensor:
@@ -120,8 +176,13 @@ def _among(wanted: torch.Tensor, count: int) -> torch.Tensor:
     return (wanted + torch.rand(wanted.shape)).topk(count, dim=1, sorted=False).indices
 
 
-def losses(G: Any, batch: tuple[torch.Tensor, ...], o: PeopleTraining, edge: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean absolute errors [N] of density, in tenths of the raw scale, and of colour near the surface."""
+def losses(
+    G: Any, batch: tuple[torch.Tensor, ...], empty: torch.Tensor, o: PeopleTraining, edge: float, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean absolute errors [N] of density, in tenths of the raw scale, and of colour near the surface; the planes.
+
+    Args: batch: as `Pool.draw`; empty: as `Pool.empty`; edge: world units; size: texels of the planes' edge that are taught.
+    """
     named, points, distance, colour = batch
     quality = fresh_damage(named)
     z = torch.cat([named, quality], dim=1)
@@ -131,27 +192,44 @@ def losses(G: Any, batch: tuple[torch.Tensor, ...], o: PeopleTraining, edge: flo
         scan = damaged(points, distance, quality)
         target = density_of(scan, edge)
         near = _among(scan.abs() < o.reach, o.near)
-        behind = _among((distance < 0.01) & (points[..., 2] < 0.04) & (points[..., 1] > -0.36), o.behind)
+        behind = _among((distance < 0.05) & (points[..., 2] < 0.04) & (points[..., 1] > -0.36), o.behind)
         wrong = (decode(sample_coordinates=points, sigma_only=True)["sigma"].squeeze(2) - target).abs()
         hard = wrong.topk(o.hard, dim=1, sorted=False).indices
         chosen = torch.cat([near, behind, hard, torch.randint(points.shape[1], (len(named), o.others))], dim=1)
-        points = points.gather(1, chosen.unsqueeze(2).expand(-1, -1, 3))
-        target = target.gather(1, chosen)
+        free = empty[torch.randint(len(empty), (len(named), o.empty))] + torch.rand(len(named), o.empty, 3) * (SIDE / EMPTY_VOXELS)
+        dense = decode(sample_coordinates=free, sigma_only=True)["sigma"].squeeze(2).topk(o.debris, dim=1, sorted=False).indices
+        points, free = (x.gather(1, i.unsqueeze(2).expand(-1, -1, 3)) for x, i in ((points, chosen), (free, dense)))
+        points = torch.cat([points, free], dim=1)
+        target = torch.cat([target.gather(1, chosen), torch.full(dense.shape, OUTSIDE)], dim=1)
         colour = colour.gather(1, near.unsqueeze(2).expand(-1, -1, 3))
         depth = distance.gather(1, near)
         seen = torch.where((depth > -o.edge) & (depth < o.edge / 3), 1.0, o.unseen)  # what rays meet where they become opaque
+        x, y, z = points[:, : o.near].unbind(2)
+        seen = seen * torch.where((torch.hypot(x.abs() - UNIT * EYE[0], y - UNIT * EYE[1]) < 0.035) & (z > 0.05), o.eyes, 1.0)
     out = decode(sample_coordinates=points)
     density = (out["sigma"].squeeze(2) - target).abs().mean(dim=1) / 10
     error = (out["rgb"][:, : o.near, :3] - colour).abs().mean(dim=2)
-    return density, (error * seen).sum(dim=1) / seen.sum(dim=1)
+    return density, (error * seen).sum(dim=1) / seen.sum(dim=1), planes
 
 
-def schedule(o: PeopleTraining) -> Iterator[tuple[int, float, float, float, int]]:
-    """Stage, step size, weight of colour, edge and planes of every step."""
-    for stage, (steps, lr, colour, size) in enumerate(zip(o.steps, o.lr, o.colour, o.planes, strict=True)):
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a step of the training is."""
+
+    stage: int
+    lr: float
+    colour: float  # weights
+    pictures: float
+    edge: float  # world units
+    planes: int  # texels
+
+
+def schedule(o: PeopleTraining) -> Iterator[Step]:
+    """All steps in order."""
+    for stage, (steps, lr, colour, planes, pictures) in enumerate(zip(o.steps, o.lr, o.colour, o.planes, o.pictures, strict=True)):
         for step in range(steps):
-            soft = stage == 0 and step < o.soft * steps
-            yield stage, cosine(lr, step / steps), colour, o.edge * (2 if soft else 1), size
+            edge = o.edge * (2 if stage == 0 and step < o.soft * steps else 1)
+            yield Step(stage=stage, lr=cosine(lr, step / steps), colour=colour, pictures=pictures, edge=edge, planes=planes)
 
 
 def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Path:
@@ -166,39 +244,45 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
         storage.load_strict(modules, {name: held[name] for name in held if not name.startswith("optim_G.")}, str(path))
         checkpoint.restore_optimizer("optim_G", optimizer, held)
         begin = meta["step"]
-    total, started, sums = sum(o.steps), time.time(), np.zeros(3)
-    out = folder / "network.safetensors"
-    for step, (stage, lr, weight, edge, size) in enumerate(schedule(o)):
-        if step < begin:
+    total, started, sums = sum(o.steps), time.time(), np.zeros(4)
+    out, pictures = folder / "network.safetensors", None
+    for number, step in enumerate(schedule(o)):
+        if number < begin:
             continue
-        optimizer.param_groups[0]["lr"] = lr
-        rng = np.random.default_rng([o.seed, step])  # of the step alone, so that a run that goes on draws what it would have drawn
+        optimizer.param_groups[0]["lr"] = step.lr
+        rng = np.random.default_rng([o.seed, number])  # of the step alone, so that a run that goes on draws what it would have drawn
         torch.manual_seed(int(rng.integers(1 << 62)))
-        density, colour = losses(G, pool.draw(rng, o.heads, o.candidates), o, edge, size)
+        rows = rng.integers(len(pool.z), size=o.heads)
+        density, colour, planes = losses(G, pool.draw(rng, rows, o.candidates), pool.empty, o, step.edge, step.planes)
+        loss, picture_error = density + step.colour * colour, torch.zeros(1)
+        if step.pictures > 0:
+            pictures = pictures or Pictures(pool.z, o.seed)
+            picture_error = pictures.loss(G, planes, rows, pictures.windows(rng, rows, o.window))
+            loss = loss + step.pictures * picture_error
         optimizer.zero_grad(set_to_none=True)
-        (density + weight * colour).mean().backward()
+        loss.mean().backward()
         optimizer.step()
         with torch.no_grad():
-            decay = min(o.ema, 1 - 1 / (step + 1))
+            decay = min(o.ema, 1 - 1 / (number + 1))
             for mean, value in zip(G_ema.parameters(), G.parameters(), strict=True):
                 mean.lerp_(value, 1 - decay)
             for mean, value in zip(G_ema.buffers(), G.buffers(), strict=True):
                 mean.copy_(value)
-        sums += [float(density.detach().mean()), float(colour.detach().mean()), 1]
-        if (step + 1) % 100 == 0:
-            rate = (time.time() - started) / (step + 1 - begin)
-            line = {"step": step + 1, "stage": stage, "lr": round(lr, 5), "density": round(sums[0] / sums[2], 4),
-                    "colour": round(sums[1] / sums[2], 4), "seconds_a_step": round(rate, 3),
-                    "minutes_left": round(rate * (total - step - 1) / 60, 1)}
+        sums += [*(float(error.detach().mean()) for error in (density, colour, picture_error)), 1]
+        if (number + 1) % 100 == 0:
+            rate = (time.time() - started) / (number + 1 - begin)
+            means = {name: round(float(value / sums[3]), 4) for name, value in zip(("density", "colour", "picture"), sums, strict=False)}
+            line = {"step": number + 1, "stage": step.stage, "lr": round(step.lr, 5), **means, "seconds_a_step": round(rate, 3),
+                    "minutes_left": round(rate * (total - number - 1) / 60, 1)}
             with open(folder / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
             print(line, flush=True)
             sums[:] = 0
-        if (step + 1) % o.save_every == 0 or step + 1 == total:
-            made.cur_nimg = (step + 1) * o.heads
+        if (number + 1) % o.save_every == 0 or number + 1 == total:
+            made.cur_nimg = (number + 1) * o.heads
             nets.save(out, made)
             tensors = {**modules.state_dict(), **checkpoint.optimizer_tensors("optim_G", optimizer)}
-            checkpoint.write(folder, made.cur_nimg, tensors, {"step": step + 1, "options": asdict(o)})
+            checkpoint.write(folder, made.cur_nimg, tensors, {"step": number + 1, "options": asdict(o)})
     return out
 
 

@@ -142,7 +142,6 @@ def uniform_draws(rays: torch.Tensor, count: int, stratified: bool = False) -> t
 
 
 STRATIFIED = "importance_stratified"  # rendering option, off where it is missing: see `uniform_draws`
-DETACHED = "density_detached"  # rendering option: no gradient reaches the density, pictures teach colour alone
 _CPU_SAMPLES = 1 << 16  # samples of one pass that are decoded at once on a CPU where no gradient is asked for: 8 MB of 32 colours
 
 _AXES = {
@@ -265,7 +264,7 @@ class ImportanceRenderer(torch.nn.Module):
         Args:
             planes: [N, 3, C, H, W]; sample_coordinates: [N, P, 3]; sample_directions: not used (no view dependence).
             decoder: with `weights` as `training.triplane.OSGDecoder` has it, or any module with `decode`, which is slower.
-            options: 'box_warp', 'density_noise', the deviation of normal noise that is added to the density, and DETACHED.
+            options: 'box_warp', and 'density_noise', the deviation of normal noise that is added to the density.
             sigma_only: leave the colours out.
             merged: what `merge` makes of the planes, where several calls share it.
         Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1] raw}, or 'sigma' alone.
@@ -274,8 +273,6 @@ class ImportanceRenderer(torch.nn.Module):
         out = self._decode_at(planes, decoder, sample_coordinates, options["box_warp"], sigma_only, merged)
         if sigma_only:
             out = {"sigma": out["sigma"]}
-        if options.get(DETACHED):
-            out["sigma"] = out["sigma"].detach()
         if options.get("density_noise", 0) > 0:
             out["sigma"] = out["sigma"] + torch.randn_like(out["sigma"]) * options["density_noise"]
         return out

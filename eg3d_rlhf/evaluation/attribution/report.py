@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.evaluation.attribution.regions import BACKGROUND, OTHER, Partition
 from eg3d_rlhf.evaluation.attribution.shapley import BOUND, agreement, rank_correlation
-from eg3d_rlhf.evaluation.attribution.study import BOXES, CHECK_ORDERS, HEAD, LANDMARKS, Study
+from eg3d_rlhf.evaluation.attribution.study import BOXES, CHECK_ORDERS, HEAD, LANDMARKS, PEOPLE, Study
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP, contains_zero, means_of_columns, span
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.media.rendering import png, tile
@@ -38,7 +39,7 @@ LOWERS, NEUTRAL, RAISES = (0, 114, 178), (235, 235, 235), (213, 94, 0)
 _SPLATS = 64  # points per face of a picture
 _LIGHT = np.array([0.35, 0.5, 0.8]) / np.linalg.norm([0.35, 0.5, 0.8])
 SHOWN = 3  # latents on the page and in pictures
-YAWS = (0.0, 0.6, 1.57)  # radians, of the views in a picture
+YAWS = (0.0, 0.6, 2.6)  # radians, of the views in a picture
 PAGE = "surface-attribution.html"
 _SCALE = 0.99  # quantile of |attribution| on a surface that takes the full colour
 
@@ -144,7 +145,7 @@ def surface(study: Study, folder: Path) -> Finding:
     pictures = {}
     if drawn:
         write_atomic(folder / "surface-attribution.png", png(tile(sum(drawn, []), len(YAWS))))
-        pictures = {f"Attribution on the tuned surface of seeds {study.seeds[0]}..: front, half turned, side.": "surface-attribution.png"}
+        pictures = {f"Attribution on the tuned surface of seeds {study.seeds[0]}..: front, half turned, behind.": "surface-attribution.png"}
     page = mesh_page(meshes, "Attribution on the surface", half) if meshes else ""
     write_atomic(folder / PAGE, page.encode())
     facts = study.c.facts(study.seeds[:SHOWN], ("before", "after", "reward"))
@@ -170,6 +171,7 @@ def _short(value: float) -> str:
 TITLE = "Which regions does the reward like?"
 KINDS = {
     BOXES: "fixed boxes of the slab", LANDMARKS: "boxes about each latent's landmarks", HEAD: "the whole head, divided about its landmarks",
+    PEOPLE: "parts of the head that a latent names (of the nearest vertex of its mesh)",
 }
 ROLES = ("before", "after", "reward")
 _COLOURS = {"Shapley": "#0072B2", "Integrated Gradients": "#D55E00", "occlusion": "#009E73", "noise": "#999999"}
@@ -250,7 +252,7 @@ def draw_regions(study: Study, folder: Path, name: str, what: str = "Regions ") 
         return {}
     write_atomic(folder / name, png(tile(sum(drawn, []), len(YAWS))))
     where = f"{what}on the surface of seeds {study.seeds[0]}.. before tuning"
-    return {f"{where}: front, half turned, side; colours as in the table, grey: outside the slab.": name}
+    return {f"{where}: front, half turned, behind; colours as in the table, grey: outside the slab.": name}
 
 
 def shapley(study: Study, folder: Path) -> Finding:
@@ -283,6 +285,10 @@ def _shapley_says(study: Study, values: np.ndarray, means: list[dict], total, ga
         f"The reward changes by {span(*total)} on average; Shapley values from {how} divide that among {len(study.names)} regions. The "
         f"largest efficiency gap is {gap:.1e} of a latent's difference (refused above {s.gap_bound:g}).",
     ]
+    if s.regions == PEOPLE:
+        parts = dict(zip(study.names, (m["mean"] for m in means), strict=True))
+        shares = ", ".join(f"the {name} {value / total.mean:.0%}" for name, value in sorted(parts.items(), key=lambda p: -p[1]))
+        says.append(f"Of that change is: {shares}. {bundled.DAMAGED}")
     if clear:
         listed = "; ".join(f"{study.names[i]} {span(*means[i].values())}" for i in clear[:4])
         says.append(f"Regions whose mean contribution differs from zero, largest first: {listed}.")

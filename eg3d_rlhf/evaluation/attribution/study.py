@@ -17,18 +17,20 @@ from eg3d_rlhf.evaluation.attribution import regions
 from eg3d_rlhf.evaluation.attribution import shapley as game
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.geometry import depth_maps
+from eg3d_rlhf.generators import latents
 from eg3d_rlhf.rewards.observations import SigmaSlab
+from training.heads import people
 
-BOXES, LANDMARKS, HEAD = "boxes", "landmarks", "head"
+BOXES, LANDMARKS, HEAD, PEOPLE = "boxes", "landmarks", "head", "people"
 CHECK_ORDERS = 32  # of the noise baseline and of rewards with re-drawn weights
-_CUBE = 64  # grid points per axis of meshes, and of the cubes that heads are fitted to
+_CUBE = 64  # grid points per axis of meshes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     method: str = "exact"
-    regions: str | Path = BOXES  # BOXES, LANDMARKS, HEAD or a label volume
-    landmarks: Path | None = None  # JSON of 2-D points; without it the procedural heads bring their own
+    regions: str | Path = BOXES  # BOXES, LANDMARKS, HEAD, PEOPLE or a label volume
+    landmarks: Path | None = None  # JSON of 2-D points
     permutations: int = 64  # of the sampled methods
     steps: int = game.STEPS  # of the integral, at first
     most_steps: int = game.MOST_STEPS
@@ -94,6 +96,9 @@ class Study:
             divide = regions.landmark_partition if s.regions == LANDMARKS else regions.head_partition
             with naming("--landmarks" if s.landmarks is not None else f"--regions={s.regions}"):
                 found = [divide(points, self.spec) for points in self.landmarks]
+        elif s.regions == PEOPLE:
+            with naming(f"--regions={PEOPLE}"):
+                found = [regions.people_partition(head, self.spec) for head in self.heads]
         else:
             with naming("--regions"):
                 found = [regions.read_masks(s.regions, regions.region_shape(self.c.reward.observation.shape))] * len(self.seeds)
@@ -114,20 +119,23 @@ class Study:
 
     @cached_property
     def landmarks(self) -> list[np.ndarray]:
-        """98 world positions [L, 3] per latent: the user's through the frontal depth map, or those of the nearest head of the family."""
+        """98 world positions [L, 3] per latent: the user's through the frontal depth map."""
         if self.settings.landmarks is None:
-            if not self.c.synthetic:
-                raise ValueError(
-                    f"expected a JSON file of 98 points, got none, and {self.c.data or 'the data'} shows no procedural heads. "
-                    "Name --landmarks, or use --regions=boxes."
-                )
-            cubes = torch.cat([self.cube("before", seed) for seed in self.seeds])
-            return list(regions.fitted_landmarks(cubes.cpu(), self.cube_spec, self.level))
+            raise ValueError("expected a JSON file of 98 points, got none. Name --landmarks, or use --regions=people or boxes.")
         wanted = regions.read_landmarks(self.settings.landmarks)
         pixels = [wanted.of(seed) for seed in self.seeds]
         maps = depth_maps(self.c, self.c.before, self.seeds)
         views = zip(pixels, maps.points, maps.valid, strict=True)
         return [regions.back_project(points, wanted.size, *view) for points, *view in views]
+
+    @cached_property
+    def heads(self) -> list[people.Head]:
+        """The whole heads that the latents name."""
+        if not self.c.of_people:
+            raise ValueError(f"expected a generator of heads of people, got one of {self.c.data or 'other data'}. Use --regions=boxes.")
+        if self.c.psi != 1:
+            raise ValueError(f"expected --psi=1, got {self.c.psi:g}: a truncated latent names no head. Change one.")
+        return people.named_people(latents(list(self.seeds), self.c.before.generator.z_dim))
 
     @property
     def cube_spec(self) -> SlabSpec:

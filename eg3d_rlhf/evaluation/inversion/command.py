@@ -112,7 +112,7 @@ def open_setup(s: InversionRun, run: Run) -> Setup:
     if watch is not None:
         judges = Judges(reward=reward, judge=reward_judge(watch), name=f"reward {Path(s.reward_watch or '').stem}")
     elif judged_by_annotator(loaded, s.data):
-        judges = Judges(reward=reward, judge=annotator_judge(), name="the annotator without noise")
+        judges = Judges(reward=reward, judge=annotator_judge, name="the annotator without noise")
     if s.image is not None:
         cases = [of_file(generator, Path(s.image), None if s.mask is None else Path(s.mask), label)]
     else:

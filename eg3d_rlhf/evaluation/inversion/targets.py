@@ -17,14 +17,15 @@ from torch import Tensor
 
 from eg3d_rlhf.core.field import Field, Rendering, RenderOptions, render_each
 from eg3d_rlhf.evaluation.inversion.projector import Objective, Target, cube_of, moved
-from eg3d_rlhf.generators import Generator, device_of, ws_of_seeds
+from eg3d_rlhf.generators import Generator, device_of, latents, ws_of_seeds
 from eg3d_rlhf.generators import camera as camera_of
 from eg3d_rlhf.measures.image_similarity import psnr
 from eg3d_rlhf.measures.measure import Measure
 from eg3d_rlhf.preferences.annotator import utility
+from eg3d_rlhf.preferences.synthetic import RESOLUTION, shape_values
 from eg3d_rlhf.rewards.reward import Reward
-from eg3d_rlhf.tuning.gan.watch import annotator_calibration
 from training.dataset import label_array
+from training.heads import people_mesh
 from training.rendering.cameras import LABEL_NUMBERS, pack_label, unpack_label
 
 SMOOTH = RenderOptions(sample_mult=4)  # four times the samples: what is measured is the shape and not the sampler
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     name: str
     target: Target
     truth: Truth | None = None
+    z: Tensor | None = None  # [1, Z], of the target's own latent
 
 
 def of_file(generator: Generator, image: Path, mask: Path | None, camera: Tensor) -> Case:
@@ -77,7 +79,7 @@ def of_seed(generator: Generator, seed: int, camera: Tensor, psi: float = 1.0) -
     """The case of a seed's sample. The target is rendered smoothly, with rays that the inversion does not use."""
     ws = ws_of_seeds(generator, [seed], psi)
     views = render_each(generator.field(ws), cameras_about(generator, camera), SMOOTH, SMOOTH_SEED)
-    return Case(f"seed{seed}", Target(views[0].image, camera), Truth(ws, views))
+    return Case(f"seed{seed}", Target(views[0].image, camera), Truth(ws, views), latents([seed], generator.z_dim))
 
 
 def cameras_about(generator: Generator, camera: Tensor) -> list[Tensor]:
@@ -138,23 +140,20 @@ class Judges:
     """Who judges shapes besides the reward that guides."""
 
     reward: Reward | None = None  # the one that guides, raw
-    judge: Callable[[Field, Tensor], float] | None = None  # of a field and its density cube [1, D, H, W]
+    judge: Callable[[Case, Field], float | None] | None = None  # of a case's shape; None where it cannot know
     name: str = "none"
 
 
-def annotator_judge() -> Callable[[Field, Tensor], float]:
-    """The annotator's utility without noise, of synthetic heads."""
-    calibration = annotator_calibration()
-
-    def judge(field: Field, density: Tensor) -> float:
-        return utility(density[0].cpu().numpy(), calibration=calibration, box_warp=field.bounds.side).total
-
-    return judge
+def annotator_judge(case: Case, field: Field) -> float | None:
+    """The annotator's utility without noise: it knows the whole head of a seed's target, and nothing of an image's."""
+    if case.z is None:
+        return None
+    return utility(shape_values(field, RESOLUTION)[0], people_mesh.whole_grids(case.z, RESOLUTION)[0]).total
 
 
-def reward_judge(reward: Reward) -> Callable[[Field, Tensor], float]:
+def reward_judge(reward: Reward) -> Callable[[Case, Field], float]:
     """Another reward's score."""
-    return lambda field, _density: float(reward.score(field)[0])
+    return lambda _case, field: float(reward.score(field)[0])
 
 
 @torch.no_grad()
@@ -166,7 +165,6 @@ def measure(generator: Generator, case: Case, ws: Tensor, pivot: Tensor, objecti
     """
     field, cube = generator.field(ws), cube_of(generator)
     views = render_each(field, cameras_about(generator, case.target.camera), SMOOTH, SMOOTH_SEED + 1)
-    density = field.density_grid(cube)
     image = objective.seen(views[0].image)
     found = {
         "mse": objective.image_loss(objective.render(field, 0))[1]["mse"], "psnr": psnr(image, case.target.image)[0],
@@ -183,12 +181,13 @@ def measure(generator: Generator, case: Case, ws: Tensor, pivot: Tensor, objecti
             found[name] = torch.stack(values).mean()
     if judges.reward is not None:
         found["reward"] = judges.reward.score(field)[0]
-    return {**{name: float(value) for name, value in found.items()}, **judged(field, density, judges)}
+    return {**{name: float(value) for name, value in found.items()}, **judged(case, field, judges)}
 
 
-def judged(field: Field, density: Tensor, judges: Judges) -> dict[str, float]:
+def judged(case: Case, field: Field, judges: Judges) -> dict[str, float]:
     """The judge's value, where there is one."""
-    return {} if judges.judge is None else {"judge": float(judges.judge(field, density))}
+    value = None if judges.judge is None else judges.judge(case, field)
+    return {} if value is None else {"judge": float(value)}
 
 
 @torch.no_grad()
@@ -198,7 +197,7 @@ def measure_truth(generator: Generator, case: Case, judges: Judges) -> dict[str,
         return {}
     field = generator.field(case.truth.ws)
     reward = {} if judges.reward is None else {"reward": float(judges.reward.score(field)[0])}
-    return {**reward, **judged(field, field.density_grid(cube_of(generator)), judges)}
+    return {**reward, **judged(case, field, judges)}
 
 
 def depth_error(found: Rendering, truth: Rendering) -> Tensor:

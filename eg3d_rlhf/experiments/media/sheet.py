@@ -3,6 +3,7 @@
 Letters: H, B = rows and columns of a cell; R pixels per edge, P rays, M of them that hit, N cubes, D, H, W grid points, S steps.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from training.rendering.cameras import LookAtPoseSampler, RaySampler, intrinsics
 
 INK, QUIET = (25, 25, 25), (110, 110, 110)
 MARGIN, _PARTED = 12, 22  # pixels; between rows with a line
+_LINE, _LETTER = 19, 6.8  # pixels of small print: height of a line, mean width of a letter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,28 +34,21 @@ class Row:
     spans: int = 1  # rows beside which the name stands
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """A bar of colours with words at its ends and in its middle."""
-
-    colours: np.ndarray  # uint8 [B, 3], from left to right
-    words: tuple[str, str, str]
-    title: str
-
-
 def font(size: int):
     """Pillow's own font at so many pixels: it needs no installation."""
     return ImageFont.load_default(size)
 
 
-def sheet(title: str, rows: Sequence[Row], *, names: int = 0, scale: Scale | None = None, note: str = "") -> np.ndarray:
+def sheet(title: str, rows: Sequence[Row], *, names: int = 0, note: str = "") -> np.ndarray:
     """Rows below a title, uint8 [H, B, 3] on white.
 
-    Args: names: width of the column of names, pixels (0: none); scale: drawn at the foot; note: small print at the foot.
+    Args: names: width of the column of names, pixels (0: none); note: small print at the foot.
     """
     width, columns = rows[0].cells[0].shape[1], max(len(row.cells) for row in rows)
-    head, foot = (44 if title else MARGIN), (58 if scale or note else MARGIN)
-    page = Image.new("RGB", (names + columns * width + 2 * MARGIN, head + sum(map(_height, rows)) + foot), "white")
+    page_width = names + columns * width + 2 * MARGIN
+    lines = textwrap.wrap(note, int((page_width - 2 * MARGIN) / _LETTER))
+    head, foot = (44 if title else MARGIN), MARGIN + (8 + _LINE * len(lines) if lines else 0)
+    page = Image.new("RGB", (page_width, head + sum(map(_height, rows)) + foot), "white")
     draw = ImageDraw.Draw(page)
     if title:
         draw.text((MARGIN, 10), title, INK, font(24))
@@ -71,10 +66,8 @@ def sheet(title: str, rows: Sequence[Row], *, names: int = 0, scale: Scale | Non
         draw.text((MARGIN, middle), row.name, INK, font(26), anchor="lm")
         draw.text((MARGIN, middle + 22), row.more, QUIET, font(15))
         y += _height(row)
-    if scale is not None:
-        _draw_scale(page, draw, scale, MARGIN + names, y + 10)
-    if note:
-        draw.text((page.width - MARGIN, y + 20), note, QUIET, font(14), anchor="ra")
+    for i, words in enumerate(lines):
+        draw.text((MARGIN, y + 8 + i * _LINE), words, QUIET, font(14))
     return np.array(page)
 
 
@@ -82,25 +75,15 @@ def _height(row: Row) -> int:
     return (_PARTED if row.parted else 4) + row.cells[0].shape[0] + (20 if row.captions else 0)
 
 
-def _draw_scale(page: Image.Image, draw: ImageDraw.ImageDraw, scale: Scale, x: int, y: int) -> None:
-    bar = np.repeat(scale.colours[None], 16, axis=0)
-    draw.text((x, y + 8), scale.title, INK, font(15), anchor="lm")
-    x += int(draw.textlength(scale.title, font(15))) + 16
-    page.paste(Image.fromarray(bar), (x, y))
-    for share, words, anchor in zip((0, 0.5, 1), scale.words, ("la", "ma", "ra"), strict=True):
-        draw.text((x + share * bar.shape[1], y + 20), words, QUIET, font(14), anchor=anchor)
-
-
 def to_uint8(picture) -> np.ndarray:
     """A picture [H, B, 3] in 0..1, tensor or array, as uint8."""
     return np.rint(np.clip(np.asarray(picture), 0, 1) * 255).astype(np.uint8)
 
 
-# Shapes as clay: a level set seen from a camera, lit so that pits, bumps and holes show, in one colour or tinted point by point.
+# Shapes as clay: a level set seen from a camera, lit so that pits, bumps and holes show.
 
 
 CLAY = (0.88, 0.86, 0.83)  # albedo
-RED, BLUE = (0.86, 0.10, 0.08), (0.05, 0.28, 0.92)  # of material that was added, and taken away
 SUPERSAMPLE = 2  # rays per pixel along each axis
 _KEY, _FILL = (-0.45, 0.55, 0.70), (0.75, 0.05, 0.45)  # towards the lights, in camera axes: right, up, to the camera
 FLAT = 0.15  # crowding above a plane
@@ -133,12 +116,12 @@ def look(shape: LevelSet, camera: Tensor, resolution: int) -> View:
         return View(depth.reshape(resolution, resolution), points, points, points[:, 0])
     normals = shape.normals(points)
     axes = cam2world[0, :3, :3] * cam2world.new_tensor([1, -1, -1])  # OpenCV's to right, up, towards the camera
-    return View(depth.reshape(resolution, resolution), points, normals, _light(shape, points, normals, axes, directions[hit]))
+    return View(depth.reshape(resolution, resolution), points, normals, light(shape, points, normals, axes, directions[hit]))
 
 
-def _light(shape: LevelSet, points: Tensor, normals: Tensor, axes: Tensor, directions: Tensor) -> Tensor:
+def light(shape: LevelSet, points: Tensor, normals: Tensor, axes: Tensor, directions: Tensor) -> Tensor:
     """Light [M] of a white surface: sky, key and fill light that move with the camera, less what is occluded, darker at the rim."""
-    key, fill = (normals @ (axes @ F.normalize(normals.new_tensor(light), dim=0)) for light in (_KEY, _FILL))
+    key, fill = (normals @ (axes @ F.normalize(normals.new_tensor(way), dim=0)) for way in (_KEY, _FILL))
     reaches = normals.new_tensor(REACHES) * shape.spec.box_warp
     crowded = [sample(shape.crowding, shape.spec, points + reach * normals)[i] for i, reach in enumerate(reaches)]
     openness = (1 - 1.5 * (torch.stack(crowded) - FLAT).clamp_min(0)).clamp(0.15, 1).prod(dim=0)
@@ -159,13 +142,6 @@ def shrink(picture: Tensor, factor: int = SUPERSAMPLE) -> Tensor:
     return F.avg_pool2d(picture.movedim(-1, 0)[None], factor)[0].movedim(0, -1)
 
 
-def tint(moved: Tensor, full: float) -> Tensor:
-    """Albedo [..., 3] of signed displacements [...]: blue at -full, clay about 0, red at +full, in the unit of `full`."""
-    share = ((moved.abs() / full - 0.1) / 0.9).clamp(0, 1)[..., None]
-    ends = torch.where(moved[..., None] < 0, moved.new_tensor(BLUE), moved.new_tensor(RED))
-    return moved.new_tensor(CLAY) + (ends - moved.new_tensor(CLAY)) * share
-
-
 # Geometry-only pictures: a density cube's isosurface, shaded, without a graphics card.
 
 
@@ -179,6 +155,8 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
     """
     pose = LookAtPoseSampler.sample(torch.pi / 2 + yaw, torch.pi / 2 - 0.1, torch.zeros(3), radius=2.7)
     origins, directions = RaySampler()(pose, intrinsics_matrix(4.2647).reshape(1, 3, 3), resolution)
+    right, back = pose[0, :3, 0], pose[0, :3, 3] * pose.new_tensor([1, 0, 1])
+    turned = torch.stack([right, pose.new_tensor([0, 1, 0]), F.normalize(back, dim=0)], dim=1)  # the light goes with the camera
     t = torch.linspace(2.1, 3.3, 160)  # near to far
     points = origins[:, :, None] + t[None, None, :, None] * directions[:, :, None]  # [1, M, S, 3]
     pictures = []
@@ -194,7 +172,7 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
         surface = origins[0] + depth[:, None] * directions[0]
         around = [_lookup(cube, surface - offset) - _lookup(cube, surface + offset) for offset in 0.012 * torch.eye(3)]
         normal = F.normalize(torch.stack(around, dim=-1), dim=-1)  # outward: minus the density's central differences
-        light = F.normalize(torch.tensor([0.35, 0.5, 0.8]), dim=0)
+        light = F.normalize(torch.tensor([0.35, 0.5, 0.8]), dim=0) @ turned.T
         shading = 0.25 + 0.75 * (normal @ light).clamp_min(0)
         pictures.append(torch.where(hit, shading, torch.ones_like(shading)).reshape(1, resolution, resolution))
     return torch.stack(pictures)

@@ -132,7 +132,7 @@ def plan(
 ) -> Plan:
     """The pairs of a campaign."""
     from eg3d_rlhf.generators import check_seeds
-    from eg3d_rlhf.preferences.annotator import disjoint_pairs
+    from eg3d_rlhf.preferences.annotator import blocks_of_pairs
 
     options = options if options.level is not None else replace(options, level=generator.generator.level)
     if not results:
@@ -154,7 +154,7 @@ def plan(
         seeds = swiss_round(results, options.pairs, rng)
     else:
         if options.strategy != "tournament":
-            table = disjoint_pairs(options.pairs, rng)
+            table = blocks_of_pairs(options.pairs, 2, rng)
         elif options.compared > options.rounds:  # the first pairs of a round robin, round by round
             table = round_robin(options.compared, options.rounds, rng).reshape(-1, 2)[: options.pairs]
         else:

@@ -3,7 +3,7 @@
 Letters: N pairs of (prompt, seed); every arm has an asset for each.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Protocol
 
@@ -16,8 +16,6 @@ from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.preferences.strengths import Judgement, elo
 
 BASE = "sds"
-SHAPE_JUDGES: dict[str, Callable[[Asset], torch.Tensor]] = {}  # by name: scores [A] of finished shapes, higher is better. Handed in from
-# above (eg3d_rlhf.modes.distill), since nothing here may know them
 INTERVAL = "95 % Wilson interval over pairs of prompt and seed, ties count half; means: percentile bootstrap, 10,000 resamples"
 _WINNER = {0: "a", 1: "b", -1: "tie"}
 _POINTS = {0: 1.0, 1: 0.0, -1: 0.5}

@@ -111,7 +111,7 @@ class SceneConfig:
     """What is made, and who has a say in it."""
 
     prior: str = knob("bundled", "Diffusion model of pictures: the bundled problem's, in closed form or as a U-Net that learned it, "
-                      "the procedural heads', a Stable Diffusion folder, or an MVDream file.", ASSETS,
+                      "the heads of people's, a Stable Diffusion folder, or an MVDream file.", ASSETS,
                       metavar="bundled|bundled-unet|heads|DIR|FILE")
     reward: str | None = knob(None, "What prefers: one-face, mode-distance, symmetry or mean-pixel with the bundled prior; a file of "
                               "ImageReward, Reward3D or HPSv2, or a CLIP folder.", ASSETS, metavar="NAME|FILE",

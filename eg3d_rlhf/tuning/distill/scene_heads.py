@@ -1,43 +1,45 @@
-"""Text to 3D on the procedural heads: a prompt names one, the prior is a mixture of its pictures in closed form, what is optimised are
-latents of the bundled generator, and what is finished is held against the true head.
+"""Text to 3D on heads of people: a prompt names one, the prior is a mixture of its pictures in closed form, what is optimised are latents
+of the bundled generator, and what is finished is held against the whole head.
 
-The cameras stand close together in front, so pictures leave much of the shape open. Assets are latents because a learned reward is
-exploited where every texel is free: its score rises without bound and the shape gets worse.
-Letters: A assets, V views of each, B = A V, K cameras, H heads, M components, R pixels.
+The cameras stand close together in front, so pictures leave the back open. Assets are latents because a learned reward is exploited where
+every texel is free: its score rises without bound and the shape gets worse.
+Letters: A assets, V views of each, B = A V, K cameras, H heads, M components, R pixels, n grid points along an edge of the cube.
 """
 
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.spatial import cKDTree
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.seeds import DISTILLED
-from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.generators.assets.latents import Latents
 from eg3d_rlhf.generators.assets.views import PerspectiveViews, Views, views_at
-from eg3d_rlhf.measures.true_heads import distance_to_heads, true_pictures, true_shapes
+from eg3d_rlhf.measures.people import BASE, shape_grids, surface_points, volume_error
 from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.rewards.pictures.judges import verdict
 from eg3d_rlhf.rewards.reward import load_reward
-from eg3d_rlhf.tuning.distill.compare import SHAPE_JUDGES
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
 from eg3d_rlhf.tuning.distill.guidance.geometry import load_geometry
 from eg3d_rlhf.tuning.distill.methods import METHODS
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.tuning.distill.scene import SCENES, Scene, SceneKind
-from eg3d_rlhf.tuning.gan.watch import annotator_calibration
+from training.heads.people import Head, named_people, picture
+from training.heads.people_mesh import head_grid
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS
+from training.synthetic_heads import head_parameters, parse_name
 
 HEADS, SEEDS = 8, 2  # of the default comparison
 AZIMUTHS = (-12.0, 0.0, 12.0)  # degrees, of the K cameras: so few that pictures leave much of the shape open
 VIEWS, PIXELS, SAMPLES = 1, 32, 48
 JUDGED = 64  # grid points per edge of the cubes that are judged
-_FIRST = 20_000  # the true head that "head 0" names: none of those from here on taught anything
+_DATA = "synthetic:people64@seed=81"  # whose heads are named: neither a generator nor the image features learn from these
 _WIDTH = 0.1  # deviation about a picture, in latents of -1..1
 _NEVER = -1e6  # logit of a component that a condition does not have: likelihoods differ by thousands of nats
 _SAME = 1e-3  # distance of two cam2world matrices that are one camera
@@ -77,10 +79,24 @@ def all_cameras(assets: int = 1) -> Views:
     return cameras_at(torch.tensor(AZIMUTHS, dtype=torch.float64).repeat(assets))
 
 
+def named(number: int) -> Head:
+    """The whole head that 'head NUMBER' names."""
+    shape, appearance, _ = head_parameters(parse_name(_DATA), range(number, number + 1))
+    return named_people(np.concatenate([shape, appearance], axis=1))[0]
+
+
+@functools.cache
+def whole(number: int) -> np.ndarray:
+    """Its signed distances [n, n, n]."""
+    return head_grid(named(number), JUDGED)
+
+
 @functools.cache
 def modes(numbers: tuple[int, ...]) -> torch.Tensor:
     """Pictures [H, K, 3, R, R] in 0..1 of heads from all cameras, on white."""
-    return torch.stack([true_pictures(_FIRST + number, all_cameras().cameras, PIXELS) for number in numbers])
+    poses = all_cameras().cameras[:, :16].unflatten(1, (4, 4)).double().numpy()
+    pictures = [[picture(named(number), pose, FFHQ_FOCAL, PIXELS)[0] for pose in poses] for number in numbers]
+    return torch.from_numpy(np.array(pictures, np.float32)).movedim(-1, 2)
 
 
 class ViewMixture(GmmPrior):
@@ -115,35 +131,43 @@ def start(prompts: Sequence[str], draws: Sequence[torch.Generator]) -> Latents:
     return Latents.of_seeds([DISTILLED.all[int(torch.randint(DISTILLED.count, (1,), generator=rng))] for rng in draws])
 
 
+def distance(values: np.ndarray, head: np.ndarray) -> float:
+    """Mean distance of either surface of [n, n, n] to the other one above the shoulders, world units; half the cube's side where a shape
+    has none."""
+    clouds = [points[points[:, 1] > BASE] for points in map(surface_points, (values, head))]
+    if not all(map(len, clouds)):
+        return 0.5
+    trees = [cKDTree(points) for points in clouds]
+    return float(np.mean([trees[1 - i].query(points)[0].mean() for i, points in enumerate(clouds)]))
+
+
 @torch.no_grad()
-def measures(asset: Asset, prompts: Sequence[str], judges: Mapping[str, Callable[[Asset], torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Figures [A] of finished assets: both bundled rewards, the judges that were handed in, the annotator's utility without noise, the
-    distance to the surface of the head that the prompt names, and the RMS difference of all K pictures to its own.
+def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Figures [A] of finished assets: both bundled rewards, and against the head that the prompt names the annotator's utility without
+    noise, the distance of the surfaces, the volume error behind, and the RMS difference of all K pictures to its own.
     """
-    numbers, spec, calibration = head_numbers(prompts), SlabSpec.of(asset.bounds, JUDGED), annotator_calibration()
-    sigma = asset.density_grid(spec)  # [A, D, H, W]
-    shape = torch.cat([true_shapes(1, _FIRST + number) for number in numbers])
+    numbers, values = head_numbers(prompts), shape_grids(asset, JUDGED)
+    pairs = [(cube, whole(number)) for cube, number in zip(values, numbers, strict=True)]
     seen = PerspectiveViews(PIXELS, samples=SAMPLES).render(asset, all_cameras(len(asset)), torch.ones(3)).images
     wanted = modes(tuple(numbers)).flatten(0, 1)
     return {
         "reward": load_reward(bundled.REWARD).score(asset).double(),
         "watching reward": load_reward(bundled.WATCH).score(asset).double(),
-        **{name: judge(asset) for name, judge in judges.items()},
-        "utility": torch.tensor([utility(cube, calibration=calibration, box_warp=spec.box_warp).total for cube in sigma.numpy()]),
-        "distance": torch.from_numpy(distance_to_heads(sigma, spec, shape, asset.level)),
+        "utility": torch.tensor([utility(*pair).total for pair in pairs]),
+        "distance": torch.tensor([distance(*pair) for pair in pairs]),
+        "error behind": torch.tensor([volume_error(*pair).total for pair in pairs]),
         "rms": (seen - wanted).square().unflatten(0, (len(asset), -1)).flatten(1).mean(dim=1).sqrt().double(),
     }
 
 
 @dataclass(frozen=True)
 class ShapeJudge:
-    """The higher score wins; equal ones tie."""
-
-    score: Callable[[Asset], torch.Tensor]
+    """Which shape is nearer to the head that its prompt names."""
 
     def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
-        del prompts
-        return [verdict(a, b) for a, b in zip(self.score(first).tolist(), self.score(second).tolist(), strict=True)]
+        heads = [whole(number) for number in head_numbers(prompts)]
+        scores = [[-distance(cube, head) for cube, head in zip(shape_grids(a, JUDGED), heads, strict=True)] for a in (first, second)]
+        return [verdict(a, b) for a, b in zip(*scores, strict=True)]
 
 
 def heads_scene(settings: DistillSettings, device: torch.device) -> Scene:
@@ -153,14 +177,11 @@ def heads_scene(settings: DistillSettings, device: torch.device) -> Scene:
     if rewarded:
         raise ValueError(f"--method={rewarded[0]}: expected sds with --prior=heads, which has no reward of pictures. Use sds+geometry.")
     prior = mixture(settings.prompts)
-    judges = {name: functools.cache(judge) for name, judge in SHAPE_JUDGES.items()}
-    critic = judges.get("critic")
     return Scene(
         prior=prior, renderer=PerspectiveViews(PIXELS, FrontCameras(), SAMPLES), views=VIEWS, start=start, reward=None,
         geometry=load_geometry(settings.scene.geometry_reward, settings.scene.prior, device),
-        measures=functools.partial(measures, judges=judges),
-        final=None if critic is None else ShapeJudge(critic),
-        judge="the shape critic, which reads normal maps and learned from neither reward nor annotator",
+        measures=measures, final=ShapeJudge(),
+        judge="the distance of the surface to that of the head that the prompt names, which no part of a run reads",
         background=torch.ones(3), log_prob=lambda x, prompts: prior.log_prob(x, prior.embed(prompts)),
         inputs={"generator": bundled.GENERATOR},
     )  # fmt: skip

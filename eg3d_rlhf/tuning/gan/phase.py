@@ -41,19 +41,29 @@ class Shaping(torch.nn.Module):
 
 
 class Standardised(Shaping):
-    """(r - mean) * scale over the initial samples, with scale = min(1 / max(std, 0.5 |mean|), 10) (sigma-reward.md, section 4)."""
+    """(r - mean) * scale over the initial samples, with scale = min(1 / max(std, 0.5 |mean|), 10) (sigma-reward.md, section 4).
+
+    Where training fitted a temperature T, r / T is the log odds that a label falls so, and the scale is at most 1 / T: standardising may
+    shrink log odds and never magnifies them. A reward that does not order its validation pairs has scores that hardly vary, or a large T;
+    blown up to a deviation of 1 it would push every shape as hard as a reward that knows.
+    """
 
     mean: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, initial_scores: torch.Tensor):
-        """initial_scores: [M] scores of the untuned generator; those beyond 1.5 interquartile ranges of the quartiles are left out."""
+    def __init__(self, initial_scores: torch.Tensor, temperature: float | None = None):
+        """
+        Args:
+            initial_scores: [M] of the untuned generator; those beyond 1.5 interquartile ranges of the quartiles are left out.
+            temperature: T; None where none was fitted, as in published rewards.
+        """
         super().__init__()
+        most = 10.0 if temperature is None else min(10.0, 1 / temperature)
         low, high = widened_quartiles(initial_scores)
         initial_scores = initial_scores[(initial_scores >= low) & (initial_scores <= high)]
         mean, std = initial_scores.mean(), initial_scores.std()
         self.register_buffer("mean", mean)
-        self.register_buffer("scale", (1 / torch.maximum(std, 0.5 * mean.abs()).clamp_min(1e-8)).clamp_max(10.0))
+        self.register_buffer("scale", (1 / torch.maximum(std, 0.5 * mean.abs()).clamp_min(1e-8)).clamp_max(most))
 
     def shaped(self, score: torch.Tensor) -> torch.Tensor:
         return (score - self.mean) * self.scale
@@ -90,11 +100,12 @@ class ReferenceWins(Shaping):
         return torch.sigmoid(margin).unflatten(0, (len(embedding), count)).mean(dim=1), score
 
 
-SHAPINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], Shaping]] = {  # from the untuned generator's scores [M], embeddings [M, E]
-    "none": lambda scores, embeddings: Shaping(),
-    "standardised": lambda scores, embeddings: Standardised(scores),
-    "softplus": lambda scores, embeddings: NegativeSoftplus(),
-    "reference": lambda scores, embeddings: ReferenceWins(embeddings),
+SHAPINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, float | None], Shaping]] = {
+    # from the untuned generator's scores [M] and embeddings [M, E], and the reward's temperature, if one was fitted
+    "none": lambda scores, embeddings, temperature: Shaping(),
+    "standardised": lambda scores, embeddings, temperature: Standardised(scores, temperature),
+    "softplus": lambda scores, embeddings, temperature: NegativeSoftplus(),
+    "reference": lambda scores, embeddings, temperature: ReferenceWins(embeddings),
 }
 
 
@@ -160,7 +171,8 @@ class RewardTerms:
             seen.append(self.reward.observation.observe(reference.field(ws)))
         embeddings = torch.cat([network.embed(s) for s in seen])
         self.initial_scores = torch.cat([network.score(s) for s in seen])
-        shaping = SHAPINGS[self.config.reward_shaping](self.initial_scores, embeddings).to(device)
+        temperature = self.reward.provenance.get("temperature")
+        shaping = SHAPINGS[self.config.reward_shaping](self.initial_scores, embeddings, temperature).to(device)
         shaped = torch.cat([shaping(network, s, torch.arange(len(s), device=device))[0] for s in seen])
         low, high = clip_bounds(self.config.reward_clip, shaped)
         outside = ((shaped < low) | (shaped > high)).float().mean().item()

@@ -37,7 +37,6 @@ from eg3d_rlhf.rewards.training_run import REPORT, TRAINING, RewardRun
 from eg3d_rlhf.tuning.gan import run as gan
 from eg3d_rlhf.tuning.gan.early_stop import consistency
 from eg3d_rlhf.tuning.gan.settings import LAST, PEOPLE, RoundConfig, Settings
-from eg3d_rlhf.tuning.gan.watch import annotator_calibration
 from training import storage
 from training.distributed import Ranks
 from training.gan import check_fit
@@ -213,13 +212,10 @@ class Rounds:
         """Labels by the programmatic annotator, with the noise of the first round's."""
         planned: Plan = plan(options, generator, ensemble=reward_ensemble(options, generator) if options.rewards else None)
         pairs = [(pair.first.seed, pair.second.seed) for pair in planned.pairs]
-        asked = AnnotationOptions(pairs=len(pairs), psi=options.psi, seed=options.seed)
+        asked = AnnotationOptions(pairs=len(pairs), seed=options.seed)
         known = ledger.rounds[0].get("labels", {}).get("temperature")
         with tqdm(total=2 * len(pairs), unit="seed", desc=f"round {number}: judging") as bar:
-            annotation = annotate(
-                generator.generator, asked, lambda result: bar.update() and None, pairs=pairs, temperature=known,
-                calibration=annotator_calibration(),
-            )
+            annotation = annotate(generator.generator, asked, lambda _: bar.update() and None, pairs=pairs, temperature=known)
         path = write_labels(self.of(number) / "labels.jsonl", annotation.preferences(generator.hash))
         figures = {
             "count": len(pairs), "noise": sum(not label.clean for label in annotation.labels) / len(pairs),

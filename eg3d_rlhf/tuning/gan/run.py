@@ -24,7 +24,6 @@ from training.gan import Gan, check_fit
 from training.gan_phases import GanPhases
 from training.loop import TrainingLoop
 from training.phases import derive_seed, lazy_adam
-from training.starts import field_phase, picture_phase
 from training.synthetic_heads import resolve_dataset
 
 ADA_AUGMENT = dict.fromkeys(
@@ -55,13 +54,12 @@ def open_networks(s: Settings, resolution: int) -> networks.Networks:
     with naming("--init"):
         path = find_network(None if s.net.init == "bundled" else s.net.init)
         nets = load_networks(path, freeze_layers=s.net.freezed)
-    G = nets.G
+    averaged = s.net.start == "G_ema"  # with a short moving average the raw G would soon replace the pretrained average
+    G = nets.G = copy.deepcopy(nets.G_ema) if averaged else nets.G
     if G is None or nets.D is None or nets.D_kwargs is None:
         raise ValueError(f"--init: expected a network file with G, D and G_ema, got {path} with G_ema alone. Use a snapshot of a run.")
     if G.img_resolution != resolution:
         raise ValueError(f"--data: expected images of {G.img_resolution} pixels for --init={s.net.init}, got {resolution}. Resize them.")
-    if s.net.start == "G_ema":  # with a short moving average the raw G would soon replace the pretrained average
-        G.load_state_dict(nets.G_ema.state_dict())
     networks.set_mbstd_group(nets, s.net.mbstd_group)  # D's groups are the run's
     return nets
 
@@ -107,11 +105,6 @@ def build(s: Settings, files: Run) -> Objects:
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
     phases, reward, before, watch, early = GanPhases(G, D, s.gan, augment).phases(), None, None, None, None
-    for name, length, phase in (("picture_kimg", s.gan.picture_kimg, picture_phase), ("field_kimg", s.gan.field_kimg, field_phase)):
-        if length > 0:
-            if not s.data.data.startswith("synthetic:heads"):
-                raise ValueError(f"--set {name}: expected --data=synthetic:heads..., with known heads, got {s.data.data}. Leave it out.")
-            phases.insert(0, phase(G, s.gan))
     if s.reward.reward != "none" and wanted is not None:
         with naming("--reward-ckpt"):
             reward = load_reward(wanted, device)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from eg3d_rlhf.core import bundled
 from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig, built, check_knobs, knob, values_of
 
 REWARD, ROUNDS = "Reward fine-tuning", "Preference rounds"  # titles under which --help lists flags
@@ -16,7 +17,7 @@ SYNTHETIC, PEOPLE = "synthetic", "people"  # who labels in rounds
 PRETRAINED, LAST = "pretrained", "last"  # what a round's tuning starts from
 SHAPINGS = ("none", "standardised", "softplus", "reference")  # see eg3d_rlhf.tuning.gan.phase
 NOSE_FLOORS = ("window", "violators")  # see eg3d_rlhf.tuning.gan.nose
-DEMO_KIMG = 0.72  # thousand images of the bundled tuning run
+DEMO_KIMG = 0.6  # thousand images of the bundled tuning run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class RunConfig:
 class DataConfig:
     """The real images."""
 
-    data: str = knob("synthetic:heads64", "Images in EG3D's format.", DATA, metavar="ZIP|DIR|synthetic:heads64")
+    data: str = knob(bundled.DATA, "Images in EG3D's format.", DATA, metavar="ZIP|DIR|synthetic:people64")
     cond: bool = knob(True, "Use the camera labels (required by this generator).", DATA)
     mirror: bool = knob(False, "Add mirrored images, with mirrored poses.", DATA)
 
@@ -68,8 +69,8 @@ class RewardConfig:
     )
     reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=SHAPINGS)
     anchor_resolution: int = knob(64, "Grid points per edge of the whole cube that is held to the reference.", REWARD, low=2, flag=False)
+    anchor_psi: float = knob(0.7, "Truncation of the samples that are held to the reference.", REWARD, metavar="PSI", low=0, rare=True)
     truncation_psi: float = 1.0  # of the samples that are scored
-    anchor_psi: float = 0.7  # of the samples that are held to the reference
 
     def __post_init__(self):
         check_knobs(self)
@@ -168,7 +169,7 @@ class RewardSettings:
     )
     terms: RewardConfig = RewardConfig()
     keeping: EarlyStopConfig = EarlyStopConfig()
-    rlr: float = knob(0.0025, "Reward optimiser's learning rate.", REWARD, above=0, shown="glr; heads64: 0.0005", rare=True)
+    rlr: float = knob(0.0025, "Reward optimiser's learning rate.", REWARD, above=0, shown="glr; heads64: 0.0008", rare=True)
     control: str | None = knob(
         None, "Summary of the lambda_r = 0 run to quote.", REWARD, metavar="RUN|FILE", shown="recorded in assets, where it is one"
     )
@@ -217,7 +218,7 @@ class Settings:
 # What the run with lambda_r = 0 does not depend on: the reward's own settings, names of files (their hashes count), and how a run is shown.
 _NOT_THE_CONTROLS = {
     "lambda_r", "lambda_sigma", "lambda_front", "lambda_nose", "nose_floor", "reward_clip", "reward_shaping", "reward_ckpt", "reward_watch",
-    "rlr", "anchor_resolution", "anchor_gate",
+    "rlr", "anchor_resolution", "anchor_gate", "anchor_psi",
     "early_stop", "early_stop_distance", "reference",
     "control", "desc", "device", "launch", "no_summary", "processes", "versions", "init", "tick", "snap", "checkpoint_ticks", "batch_gpu",
     "hashes", "task", "workers",

@@ -2,7 +2,7 @@
 
 What it measures on a generator: rewards, and the annotator's noise-free utility.
 
-Letters: N latents, L num_ws, W w_dim.
+Letters: N latents.
 """
 
 import json
@@ -14,17 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.seeds import WATCH
-from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import of, ws_of_seeds
-from eg3d_rlhf.preferences.annotator import DEFAULT_CALIBRATION, Calibration, utility
+from eg3d_rlhf.preferences.synthetic import RESOLUTION, judge_seeds, names_people
 from eg3d_rlhf.rewards.reward import Reward
 
-PSI = 0.7
-JUDGE_RESOLUTION = 64  # grid points per edge of the cubes that the annotator judges
+PSI = 0.7  # of the latents that rewards score
+JUDGE_RESOLUTION = RESOLUTION  # points along an edge of the cubes that the annotator judges
+WATCH_RESOLUTION = 48  # the same, once per tick
 
-Measure = Callable[[torch.nn.Module, torch.Tensor], np.ndarray]  # (G, ws [N, L, W]) -> [N], higher is better
+Measure = Callable[[torch.nn.Module, Sequence[int]], np.ndarray]  # (G, seeds) -> [N], higher is better
 
 
 class Watch:
@@ -42,8 +41,7 @@ class Watch:
         self.alarms: list[dict] = []
 
     def _values(self, G: torch.nn.Module) -> dict[str, np.ndarray]:
-        ws = ws_of_seeds(G, self.seeds, truncation_psi=PSI)
-        return {name: measure(G, ws) for name, measure in self.measures.items()}
+        return {name: measure(G, self.seeds) for name, measure in self.measures.items()}
 
     def __call__(self, loop, stats: dict) -> dict[str, str]:
         """Tick callback of the loop: adds 'Watch/<name>' deltas to the statistics, returns fields for the status line."""
@@ -73,32 +71,22 @@ class Watch:
             self._alarm(stats["nimg"], stats)
 
 
-def annotator_calibration(path: Path = bundled.ANNOTATION) -> Calibration:
-    """The calibration under which the bundled labels were made; the default one where that record is missing."""
-    if not path.exists():
-        return DEFAULT_CALIBRATION
-    return Calibration.from_dict(json.loads(path.read_text())["calibration"])
-
-
 @torch.no_grad()
-def rewards(G: torch.nn.Module, ws: torch.Tensor, reward: Reward, batch: int = 16) -> np.ndarray:
+def rewards(G: torch.nn.Module, seeds: Sequence[int], reward: Reward, batch: int = 16) -> np.ndarray:
     generator = of(G)
+    ws = ws_of_seeds(generator, seeds, truncation_psi=PSI)
     return torch.cat([reward.score(generator.field(part)) for part in ws.split(batch)]).cpu().numpy()
 
 
-@torch.no_grad()
-def utilities(G: Any, ws: torch.Tensor, calibration: Calibration, batch: int = 8) -> np.ndarray:
-    """The annotator's noise-free utility [N] of a generator's latents ws [N, L, W], from geometry alone."""
-    generator = of(G)
-    spec = SlabSpec.of(generator.bounds, JUDGE_RESOLUTION)
-    cubes = (cube for part in ws.split(batch) for cube in generator.field(part).density_grid(spec).cpu().numpy())
-    return np.array([utility(cube, calibration=calibration, box_warp=spec.box_warp).total for cube in cubes])
+def utilities(G: Any, seeds: Sequence[int], psi: float = 1.0, resolution: int = JUDGE_RESOLUTION) -> np.ndarray:
+    """The annotator's noise-free utility [N] of a generator's seeds, each by the whole head that its latent names."""
+    return np.array([found.total for found in judge_seeds(of(G), seeds, psi=psi, resolution=resolution, batch=8)])
 
 
 def make_watch(settings: dict, reward: Reward, G_ref: torch.nn.Module, second: Reward | None) -> Watch:
     """Watch of a run: the reward itself, the second reward if any, and the utility for synthetic heads."""
     named = {"reward": reward, "second": second}
     measures: dict[str, Measure] = {name: partial(rewards, reward=scorer) for name, scorer in named.items() if scorer is not None}
-    if settings["data"].startswith("synthetic:"):
-        measures["utility"] = partial(utilities, calibration=annotator_calibration())
+    if settings["data"].startswith("synthetic:") and names_people(of(G_ref)):
+        measures["utility"] = partial(utilities, resolution=WATCH_RESOLUTION)
     return Watch(measures, G_ref)

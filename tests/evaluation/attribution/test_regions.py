@@ -1,4 +1,4 @@
-"""Regions: the boxes' first match, masks, landmarks, and landmarks of the procedural heads."""
+"""Regions: the boxes' first match, masks, landmarks, and parts of heads of people."""
 
 import json
 
@@ -8,8 +8,8 @@ import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.attribution import regions
-from training.heads.family import SHAPE_COUNT
-from training.heads.sdf import head_sdf
+from eg3d_rlhf.generators import latents
+from training.heads import people
 
 SPEC = SlabSpec(resolution=48)
 
@@ -78,7 +78,17 @@ def test_pickled_masks_are_refused(tmp_path):
 
 
 def average():
-    return regions.head_landmarks(torch.zeros(1, SHAPE_COUNT))[0].double().numpy()
+    """Landmarks of a plain face: a contour from ear to ear, and what lies inside it, about a sphere's front."""
+    t = np.interp(range(33), [0, 8, 24, 32], np.radians([150, 180, 360, 390]))
+    contour = np.stack([0.15 * np.cos(t), -0.02 + 0.16 * np.sin(t)], axis=1)
+    brow = np.stack([np.linspace(-0.09, -0.02, 9), np.full(9, 0.06)], axis=1)
+    bridge = np.stack([np.zeros(4), np.linspace(0.03, -0.02, 4)], axis=1)
+    base = np.stack([np.linspace(-0.025, 0.025, 5), np.full(5, -0.045)], axis=1)
+    ring = lambda x, y, a, b, n: np.stack([x + a * np.cos(w := np.linspace(0, 2 * np.pi, n, endpoint=False)), y + b * np.sin(w)], axis=1)  # noqa: E731
+    parts = [contour, brow, brow * [-1, 1], bridge, base, ring(-0.055, 0.02, 0.025, 0.012, 8), ring(0.055, 0.02, 0.025, 0.012, 8),
+             ring(0, -0.09, 0.04, 0.02, 12), ring(0, -0.09, 0.03, 0.01, 8), np.array([[-0.055, 0.02], [0.055, 0.02]])]
+    flat = np.concatenate(parts)
+    return np.concatenate([flat, 0.22 - 4 * (flat[:, :1] ** 2 + 0.3 * flat[:, 1:] ** 2)], axis=1)
 
 
 def test_landmark_partition_has_twelve_regions():
@@ -105,31 +115,28 @@ def test_the_whole_head_has_eight_parts_and_nothing_is_left_over():
     assert held == {"face"}
 
 
-def test_head_landmarks_lie_on_the_head_and_move_with_its_shape():
-    shape = torch.zeros(2, SHAPE_COUNT)
-    shape[1, 5] = 1.0  # nose_length
-    points = regions.head_landmarks(shape)
-    assert points.shape == (2, regions.COUNT, 3)
-    assert head_sdf(points, shape).abs().amax() < 5e-3
-    assert points[1, 54, 2] > points[0, 54, 2] + 0.01
-    assert (points[0, 60:68, 0] < 0).all() and (points[0, 68:76, 0] > 0).all()
-    assert points[0, 33:51, 1].min() > points[0, 60:76, 1].max() > points[0, 57, 1] > points[0, 76:96, 1].max() > points[0, 16, 1]
+@pytest.fixture(scope="module")
+def head():
+    return people.named_people(latents([3], people.LATENT))[0]
 
 
-def test_fitted_landmarks_find_the_family_member():
-    spec = SlabSpec.cube(48)
-    shape = torch.zeros(1, SHAPE_COUNT)
-    shape[0, 8], shape[0, 4] = 0.6, -0.5
-    points = spec.points().reshape(1, -1, 3)
-    sigma = (10 - 400 * head_sdf(points, shape)).reshape(1, *spec.shape)
-    found = regions.fitted_landmarks(sigma, spec)
-    truth = regions.head_landmarks(shape).numpy()
-    assert np.linalg.norm(found - truth, axis=-1).mean() < 0.012
+def test_every_vertex_of_a_head_has_a_part():
+    parts, basis = regions.parts_of_vertices(), people.load_basis()
+    assert np.bincount(parts, minlength=len(regions.PARTS)).min() > 20
+    place = {name: basis.mean[parts == i] for i, name in enumerate(regions.PARTS)}
+    assert place["back"][:, 2].max() < 0.03 and place["face"][:, 2].min() > 0 and place["torso"][:, 1].max() < place["lips"][:, 1].min()
+    assert np.abs(place["ears"][:, 0]).min() > np.abs(place["lips"][:, 0]).max()
 
 
-def test_heads_without_surface_are_named():
-    with pytest.raises(ValueError, match="--regions=boxes"):
-        regions.fitted_landmarks(torch.zeros(1, 16, 16, 16), SlabSpec.cube(16))
+def test_voxels_belong_to_the_part_of_the_nearest_vertex(head):
+    found = regions.people_partition(head, SPEC)
+    assert found.names == regions.PARTS and sum(found.counts()) == found.labels.numel()
+    at = SPEC.points()
+    rear = at[..., 2] < -0.15
+    inside = (at[..., 1].abs() < 0.1) & (at[..., 0].abs() < 0.03)
+    assert {regions.PARTS[i] for i in found.labels[rear & inside].unique().tolist()} <= {"back", "neck"}
+    change = torch.randn(2, *SPEC.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(found.sums(change).sum(dim=-1), change.double().sum(dim=(1, 2, 3)))  # what the parts add up to
 
 
 def test_back_projection():

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.registry import VARIABLE
+from eg3d_rlhf.evaluation.attribution.regions import PARTS
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes.reports import attribute as main
 from eg3d_rlhf.rewards.ensembles import build_network
@@ -27,7 +28,7 @@ def call(*arguments):
 
 def test_dry_run_is_json(tmp_path):
     found = json.loads(call("--dry-run", "--n=3", f"--out={tmp_path}").stdout)
-    assert found["regions"] == "landmarks" and found["n"] == 3 and found["method"] == "exact"
+    assert found["regions"] == "people" and found["psi"] == 1 and found["n"] == 3 and found["method"] == "exact"
     assert not any(tmp_path.iterdir())
 
 
@@ -35,6 +36,7 @@ def test_dry_run_is_json(tmp_path):
     ("arguments", "text"),
     [(["--method=antithetic", "--set=permutations=5"], "permutations"), (["--regions=none.npy"], "--regions"),
      (["--set=steps=99999"], "steps"), (["--set=step=4"], "--set"), (["--settings=nowhere.json"], "nowhere.json"),
+     (["--regions=landmarks"], "--set landmarks"), (["--regions=people", "--set=psi=0.7"], "--set psi"),
      (["--set=landmarks=none.json"], "--set landmarks="),
      (["--set=landmarks=x.json", "--regions=boxes"], "--regions=landmarks")],
 )  # fmt: skip
@@ -94,13 +96,10 @@ def test_a_reward_that_reads_no_slab_is_divided_by_labels_of_its_own_shape(tmp_p
 
 
 @pytest.mark.long
-def test_the_whole_head_stands_beside_the_landmarks(tmp_path, changed):
-    """Both partitions divide the same difference, and both are drawn."""
+def test_the_parts_of_heads_of_people_divide_the_difference(tmp_path, changed):
     arguments = [f"--after={changed}", "--device=cpu", "--n=2", "--set=draws=2", "--set=checked=1", f"--out={tmp_path / 'out'}"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    parts = [json.loads((tmp_path / "out" / "data" / f"{key}.json").read_text())["data"] for key in ("shapley", "whole-head")]
-    assert [len(part["names"]) for part in parts] == [12, 8] and parts[0]["difference"] == parts[1]["difference"]
-    for part in parts:
-        assert np.sum(part["values"]) == pytest.approx(2 * part["difference"]["mean"], rel=1e-4) != 0
-    assert {p.name for p in (tmp_path / "out" / "data").glob("*.png")} >= {"regions.png", "whole-head.png"}
+    data = json.loads((tmp_path / "out" / "data" / "shapley.json").read_text())["data"]
+    assert data["names"] == list(PARTS) and np.sum(data["values"]) == pytest.approx(2 * data["difference"]["mean"], rel=1e-4) != 0
+    assert "the back " in result.output and (tmp_path / "out" / "data" / "regions.png").is_file()

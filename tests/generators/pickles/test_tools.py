@@ -98,7 +98,7 @@ def test_convert_mistakes(args, text, pkl, monkeypatch, tmp_path):
 def test_convert_warns_where_a_checkout_cannot_follow(tmp_path):
     result = run(network_files.convert, bundled.GENERATOR, f"--out={tmp_path / 'x.pt'}")
     assert result.exit_code == 0 and "Warning: a checkout of EG3D cannot build" in result.stderr
-    assert "plane_resolution = 64" in result.stderr
+    assert "plane_resolution = 128" in result.stderr
 
 
 def test_a_pickle_as_the_start_of_training(pkl, tmp_path):

@@ -74,7 +74,7 @@ def flags(tiny_reward, tmp_path_factory):
     first = load_reward(tiny_reward)
     torch.manual_seed(5)
     second = Reward(first.observation, RewardModel(first.network.arch)).save(tmp_path_factory.mktemp("second") / "second.safetensors")
-    lengths = ("--kimg=0.024", "--tick=0.008", "--snap=1", "--set=rlr=0.02")
+    lengths = ("--kimg=0.024", "--tick=0.008", "--snap=1", "--set=rlr=0.02", "--lambda-sigma=0.01", "--anchor-gate=1")
     return ("--reward=sigma", f"--reward-ckpt={tiny_reward}", f"--reward-watch={second}", *lengths)
 
 

@@ -112,6 +112,20 @@ def test_the_loss_is_minus_lambda_times_the_clipped_reward(parts):
     assert loss.stats["RLHF/clipped"].tolist() == [0, 0, 0, 0]
 
 
+def test_a_standardised_reward_is_not_blown_up_beyond_its_log_odds(parts):
+    """Fault: scores of a reward from coin tosses hardly varied, were multiplied by up to 10, and every shape drifted."""
+    nets, reward, batch = parts
+    losses = {}
+    for temperature in (None, 1e3):
+        provenance = {} if temperature is None else {"temperature": temperature}
+        honest = Reward(reward.observation, reward.network, provenance)
+        terms = terms_of((nets, honest, batch), reward_shaping="standardised", reward_clip="none")
+        losses[temperature] = next(terms.losses(batch)).stats["RLHF/shaped"].abs().max()
+        scale = float(terms.state.shaping.scale)
+        assert scale <= (10 if temperature is None else 1 / temperature) * 1.0001
+    assert losses[1e3] < losses[None]
+
+
 def test_a_sample_meets_the_same_references_in_whichever_round_or_rank(parts):
     """Fault: the references of a round, and of a rank, began where the one before had ended."""
     terms, batch = terms_of(parts, reward_shaping="reference", lambda_sigma=0.0), replace(parts[2], cur_nimg=8)

@@ -31,9 +31,9 @@ def slabs(*means: float) -> torch.Tensor:
     return torch.tensor(means)[:, None, None, None, None].expand(-1, 1, 2, 2, 2).clone()
 
 
-def shape(name: str, initial: list[float], *means: float) -> list[float]:
+def shape(name: str, initial: list[float], *means: float, temperature: float | None = None) -> list[float]:
     scores = torch.tensor(initial)
-    shaping = SHAPINGS[name](scores, torch.stack([scores, torch.ones_like(scores)], dim=1))
+    shaping = SHAPINGS[name](scores, torch.stack([scores, torch.ones_like(scores)], dim=1), temperature)
     shaped, score = shaping(LinearReward(), slabs(*means), torch.arange(len(means)))
     assert score.tolist() == pytest.approx(list(means))
     return shaped.tolist()
@@ -54,11 +54,24 @@ def test_standardised(initial, scale):
     assert shape("standardised", initial, 4.0, -7.0) == pytest.approx([(4 - mean) * scale, (-7 - mean) * scale], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("initial", "temperature", "scale"),
+    [
+        ([-0.1, 0.0, 0.1], 4.0, 1 / 4),  # a reward that orders nothing: deviation 0.1, and log odds of 0.1 / 4
+        ([-12.0, 0.0, 12.0], 24.0, 1 / 24),  # another, which has learnt its labels by heart
+        ([-9.0, -10.0, -11.0], 1.5, 1 / 5),  # one that knows: as without
+    ],
+)
+def test_standardising_never_magnifies_log_odds(initial, temperature, scale):
+    mean = sum(initial) / 3
+    assert shape("standardised", initial, 3.0, temperature=temperature) == pytest.approx([(3 - mean) * scale], rel=1e-5)
+
+
 def test_softplus_saturates_above_and_is_linear_below():
     got = shape("softplus", [0.0, 1.0], -20.0, 0.0, 0.5, 20.0)
     assert got == pytest.approx([-40.0, -math.log(2), -math.log1p(math.exp(-1)), 0.0], abs=1e-6)
     x = slabs(-30.0, 30.0).requires_grad_()
-    SHAPINGS["softplus"](torch.zeros(2), torch.zeros(2, 2))(LinearReward(), x, torch.arange(2))[0].sum().backward()
+    SHAPINGS["softplus"](torch.zeros(2), torch.zeros(2, 2), None)(LinearReward(), x, torch.arange(2))[0].sum().backward()
     assert x.grad.flatten(1).sum(dim=1).tolist() == pytest.approx([2.0, 0.0], abs=1e-6)
 
 

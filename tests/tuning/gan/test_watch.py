@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from eg3d_rlhf.generators import ws_of_seeds
 from eg3d_rlhf.tuning.gan.watch import Watch
 from tests import tiny_runs
 
@@ -25,7 +26,7 @@ from tests import tiny_runs
     ],
 )
 def test_alarms_name_what_fell_while_the_reward_rose(deltas, fallen, tmp_path):
-    watch = Watch({name: lambda G, ws: np.zeros(4) for name in deltas}, tiny_runs.build_networks().G_ema, seeds=range(4))
+    watch = Watch({name: lambda G, seeds: np.zeros(4) for name in deltas}, tiny_runs.build_networks().G_ema, seeds=range(4))
     stats = {f"Watch/{name}": {"num": 2, "mean": mean, "std": error} for name, (mean, error) in deltas.items()}
     (tmp_path / "stats.jsonl").write_text(json.dumps({"nimg": 120, **stats}))
     watch.restore(tmp_path / "stats.jsonl")
@@ -35,7 +36,7 @@ def test_alarms_name_what_fell_while_the_reward_rose(deltas, fallen, tmp_path):
 def scripted_watch(values: list[tuple[list[float], list[float]]]) -> Watch:
     """A watch whose two measures return the listed values, call after call; the first pair is the untuned generator's."""
     streams = [iter([np.array(pair[i]) for pair in values]) for i in (0, 1)]
-    measures = {name: (lambda G, ws, s=s: next(s)) for name, s in zip(("reward", "second"), streams, strict=True)}
+    measures = {name: (lambda G, seeds, s=s: next(s)) for name, s in zip(("reward", "second"), streams, strict=True)}
     return Watch(measures, tiny_runs.build_networks().G_ema, seeds=range(4))
 
 
@@ -73,9 +74,9 @@ def test_deltas_alarms_and_resume(tmp_path):
 def test_the_measures_see_the_same_latents_every_time():
     seen = []
 
-    def measure(G, ws):
-        seen.append(ws)
-        return np.zeros(len(ws))
+    def measure(G, seeds):
+        seen.append(ws_of_seeds(G, seeds))
+        return np.zeros(len(seeds))
 
     G = tiny_runs.build_networks().G_ema
     watch = Watch({"reward": measure}, G, seeds=range(4))

@@ -1,0 +1,111 @@
+"""Filters of shapes that need no labels and no training: the cheapest thing that tuning has to beat.
+
+A filter takes the values [n, n, n] of a shape, negative inside, and gives values again: where it changes nothing the surface keeps its
+place between the grid's points. Radii are voxels of 64^3.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+
+import numpy as np
+import scipy.ndimage as ndimage
+from scipy.spatial import ConvexHull, QhullError
+
+from eg3d_rlhf.measures.people import BROKEN, volume_error
+
+Filter = Callable[[np.ndarray], np.ndarray]
+SPARED, HARM = 0.02, 0.01  # at most this share of whole latents may be worse by so much of the whole head's volume
+
+
+def _with_inside(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """The same values where their sign is right already, turned over elsewhere."""
+    return np.where((values < 0) == inside, values, np.where(inside, -1e-3 - np.abs(values), np.abs(values)))
+
+
+def blur(values: np.ndarray, radius: float) -> np.ndarray:
+    return ndimage.gaussian_filter(values, radius * len(values) / 64, mode="nearest")
+
+
+def largest_part(values: np.ndarray) -> np.ndarray:
+    label, count = ndimage.label(values < 0)
+    if count < 2:
+        return values
+    return _with_inside(values, label == 1 + np.bincount(label.ravel())[1:].argmax())
+
+
+def closing(values: np.ndarray, radius: float) -> np.ndarray:
+    """What no ball of that radius outside the shape can reach."""
+    reach = radius * len(values) / 64
+    pad = int(np.ceil(reach)) + 1
+    inside = np.pad(values < 0, pad)
+    if not inside.any():
+        return values
+    grown = ndimage.distance_transform_edt(~inside) <= reach
+    closed = ndimage.distance_transform_edt(grown) > reach
+    return _with_inside(values, closed[pad:-pad, pad:-pad, pad:-pad] | (values < 0))
+
+
+def fill_holes(values: np.ndarray) -> np.ndarray:
+    """Empty space that the shape encloses becomes solid."""
+    return _with_inside(values, ndimage.binary_fill_holes(values < 0))
+
+
+def mirror(values: np.ndarray) -> np.ndarray:
+    """The shape and its mirror image together."""
+    return np.minimum(values, values[::-1])
+
+
+def hull(values: np.ndarray) -> np.ndarray:
+    solid = np.argwhere(values < 0)
+    try:
+        sides = ConvexHull(solid).equations  # [F, 4], normals outwards
+    except (QhullError, ValueError):  # flat or empty
+        return values
+    inside = values < 0
+    for layer in range(solid[:, 0].min(), solid[:, 0].max() + 1):
+        y, z = np.meshgrid(*(np.arange(size) for size in values.shape[1:]), indexing="ij")
+        level = layer * sides[:, 0] + sides[:, 3]
+        inside[layer] |= (y[..., None] * sides[:, 1] + z[..., None] * sides[:, 2] + level <= 1e-9).all(axis=-1)
+    return _with_inside(values, inside)
+
+
+def chain(*filters: Filter) -> Filter:
+    """One filter after another."""
+    return partial(_run, filters)
+
+
+def _run(filters: Sequence[Filter], values: np.ndarray) -> np.ndarray:
+    return reduce(lambda shape, step: step(shape), filters, values)
+
+
+FILTERS: dict[str, Filter] = {
+    "largest part": largest_part, "blur .5": partial(blur, radius=0.5), "blur .75": partial(blur, radius=0.75),
+    "blur 1": partial(blur, radius=1), "blur 2": partial(blur, radius=2), "fill holes": fill_holes, "mirror": mirror, "convex hull": hull,
+    **{f"closing {r}": partial(closing, radius=r) for r in (4, 8, 11, 14)},
+    **{f"largest part, closing {r}": chain(largest_part, partial(closing, radius=r), largest_part) for r in (4, 6, 8, 11, 14)},
+    "largest part, mirror, closing 4": chain(largest_part, mirror, partial(closing, radius=4)),
+}  # fmt: skip
+
+
+Trial = dict[str, tuple[float, float]]
+
+
+def tried(values: np.ndarray, whole: np.ndarray) -> Trial:
+    """Of each filter: mean volume error behind of the shapes [N, n, n, n] that were broken, and share of the others that are worse by HARM.
+
+    Args: whole: [N, n, n, n], the whole heads of the same latents.
+    """
+    before = np.array([volume_error(*pair).total for pair in zip(values, whole, strict=True)])
+    broken = before > BROKEN
+    found = {}
+    for name, made in FILTERS.items():
+        after = np.array([volume_error(made(shape), head).total for shape, head in zip(values, whole, strict=True)])
+        harmed = float((after > before + HARM)[~broken].mean()) if not broken.all() else 0.0
+        found[name] = float(after[broken].mean() if broken.any() else after.mean()), harmed
+    return found
+
+
+def best_filter(trial: Trial, *, spares: bool) -> str:
+    """The filter that leaves least error; with `spares` among those that harm at most SPARED, or where none does, fewest."""
+    least_harm = max(SPARED, min(harmed for _, harmed in trial.values()))
+    return min((name for name, (_, harmed) in trial.items() if not spares or harmed <= least_harm), key=lambda name: trial[name][0])

@@ -1,0 +1,452 @@
+"""Whether labels, and nothing cheaper, repair heads of people: every arm with several training seeds, in one table. `make proof`.
+
+Labels -> rewards -> tunings -> shapes of held-out latents -> proof.json -> proof.md, proof.png. The primary measures were fixed on 24
+November 2026, before any run: docs/evidence.md. Letters: S training seeds, N latents, Q features; n grid points.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import numpy as np
+import safetensors.numpy
+import torch
+
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, file_hash, option
+from eg3d_rlhf.core.registry import load_plugins
+from eg3d_rlhf.core.seeds import LATENTS, VALIDATION, HeldOut
+from eg3d_rlhf.core.statistics import t_mean_interval, two_way_interval
+from eg3d_rlhf.evaluation import heads
+from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, tried
+from eg3d_rlhf.evaluation.flags import shared, some_of
+from eg3d_rlhf.evaluation.trainings import DOOR, LOG, TRAIN_REWARD, Part, make
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.media.rendering import parse_seeds
+from eg3d_rlhf.experiments.pool import run_tasks
+from eg3d_rlhf.experiments.table import markdown_rows, write
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.measures.distances import FeatureStatistics
+from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures, normal_maps
+from eg3d_rlhf.preferences.labels import Preference, load_labels, write_labels
+from eg3d_rlhf.rewards.reward import Reward, load_reward
+from eg3d_rlhf.rewards.smoothness import AsSeen, Smoothness
+from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
+from training.progress import tqdm
+from training.storage import write_atomic
+
+LABELS = "labels"
+ARMS = {  # words of the table
+    LABELS: "labels", "no-reward": "no reward (λ_r 0)", "filter": "best label-free filter that spares whole heads",
+    "truncation": "truncation, as many whole", "smoothness": "a reward that likes smooth surfaces",
+    "permuted": "the reward, weights permuted",
+    "coin": "labels by coin", "turned": "labels turned over",
+}  # fmt: skip
+BY_LABELS = (LABELS, "coin", "turned")  # a reward for each draw of labels and each seed of its training
+PRIMARIES = ("error_broken", "shape_frechet")  # lower is better; fixed before the run
+HARM = 0.02  # share of whole latents that an arm may make worse and still count as harmless
+PSIS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # tried by truncation
+CHOOSING = 64  # validation latents on which the filter is chosen
+FIRST_SEED = 40_000  # of further draws of labels
+TUNED = ("--reward=sigma",)  # the demo's own settings
+
+
+# Rewards of the arms.
+
+
+def coin(labels: Sequence[Preference], seed: int) -> list[Preference]:
+    """The same pairs, each with a winner by coin."""
+    heads_up = np.random.default_rng([seed, 5]).random(len(labels)) < 0.5
+    return [turned(label) if up else label for label, up in zip(labels, heads_up, strict=True)]
+
+
+def turned(label: Preference) -> Preference:
+    return replace(label, winner=label.loser, loser=label.winner)
+
+
+def permuted(reward: Reward, seed: int) -> Reward:
+    """The same network with the entries of each tensor in another order, drawn by a seed."""
+    random, state = torch.Generator().manual_seed(seed), reward.network.state_dict()
+    for values in state.values():
+        values.copy_(values.flatten()[torch.randperm(values.numel(), generator=random)].view_as(values))
+    return Reward(reward.observation, reward.network, {**reward.provenance, "permuted": seed})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is made."""
+
+    out: Path
+    arms: Sequence[str]
+    seeds: Sequence[int]  # of tuning
+    rewards: int  # seeds of rewards, for each draw
+    draws: int  # of labels
+    latents: int
+    network: Path | None  # None: the bundled generator
+    labels: Path  # of the first draw
+    train: tuple[str, ...]  # further flags of tools/train_reward.py
+    tune: tuple[str, ...]  # and of train.py
+
+    def draw(self, number: int) -> Path:
+        return self.labels if number == 0 else self.out / "labels" / f"draw{number}" / "labels.jsonl"
+
+    def labels_of(self, arm: str, number: int) -> Path:
+        return self.draw(number) if arm == LABELS else self.out / "labels" / f"{arm}{number}.jsonl"
+
+    def label_parts(self) -> list[Part]:
+        """What labels further draws of pairs."""
+        count = len(load_labels(self.labels)) if self.draws > 1 else 0
+        more = [f"--network={self.network}"] if self.network else []
+        return [Part(f"labels, draw {d}", self.draw(d).parent, DOOR,
+                     ("label", "synthetic", f"--pairs={count}", f"--seed={d}", f"--first-seed={FIRST_SEED + 20_000 * d}", *more,
+                      f"--out={self.draw(d)}")) for d in range(1, self.draws)]
+
+    def bundled(self, arm: str, draw: int, seed: int) -> bool:
+        """Whether a reward is the bundled one, which has learnt from the bundled labels."""
+        return (arm, draw, seed) == (LABELS, 0, 0) and self.labels == BUNDLED_LABELS and not self.train
+
+    def reward_part(self, arm: str, draw: int, seed: int) -> Part:
+        """The training of a reward on labels."""
+        more = [f"--network={self.network}"] if self.network else []
+        flags = [f"--labels={self.labels_of(arm, draw)}", f"--seed={seed}", f"--set=split_seed={seed}", *more, *self.train]
+        folder = self.out / "rewards" / f"{arm}-d{draw}-r{seed}"
+        return Part(f"reward: {arm}, draw {draw}, seed {seed}", folder, TRAIN_REWARD, (*flags, f"--out={folder}"))
+
+    def reward_parts(self) -> list[Part]:
+        arms = [arm for arm in BY_LABELS if arm in self.arms]
+        return [self.reward_part(arm, d, r) for arm in arms for d in range(self.draws) for r in range(self.rewards)
+                if not self.bundled(arm, d, r)]
+
+    def reward(self, arm: str, draw: int = 0, seed: int = 0) -> Path:
+        """The reward that an arm tunes by; made by `reward_parts` or `write_rewards`."""
+        if arm in BY_LABELS:
+            return bundled.REWARD if self.bundled(arm, draw, seed) else self.reward_part(arm, draw, seed).folder / "reward.safetensors"
+        return self.out / "rewards" / f"{arm}{seed if arm == 'permuted' else ''}.safetensors"
+
+    def tunings(self) -> dict[tuple[str, int, int, int], Part]:
+        """By arm, training seed, draw and reward."""
+        parts = {}
+        for arm in self.arms:
+            for case in self._cases(arm):
+                seed, d, r = case
+                source = self.reward(LABELS) if arm == "no-reward" else self.reward(arm, d, r)
+                flags = ["--reward=smoothness" if arm == "smoothness" else TUNED[0], f"--reward-ckpt={source}"]
+                flags += ["--lambda-r=0"] if arm == "no-reward" else []
+                flags += [f"--init={self.network}"] if self.network else []
+                parts[arm, *case] = Part.keyed(f"{arm}-s{seed}-d{d}-r{r}", self.out / "runs",
+                                               [*flags, f"--seed={seed}", "--no-summary", *self.tune])
+        return parts
+
+    def _cases(self, arm: str) -> Iterator[tuple[int, int, int]]:
+        """(training seed, draw, reward) of an arm."""
+        if arm in ("filter", "truncation"):
+            return
+        draws = self.draws if arm in BY_LABELS else 1
+        rewards = self.rewards if arm in (*BY_LABELS, "permuted") else 1
+        yield from ((seed, d, r) for seed in self.seeds for d in range(draws) for r in range(rewards))
+
+
+def write_labels_of_arms(plan: Plan) -> None:
+    for d in range(plan.draws):
+        labels = load_labels(plan.draw(d))
+        for arm, made in (("coin", coin(labels, d)), ("turned", [turned(label) for label in labels])):
+            if arm in plan.arms:
+                plan.labels_of(arm, d).parent.mkdir(parents=True, exist_ok=True)
+                write_labels(plan.labels_of(arm, d), made)
+
+
+def write_rewards(plan: Plan) -> None:
+    """Those that learn nothing."""
+    if "smoothness" in plan.arms:
+        Reward(Smoothness.of(load_generator(plan.network).generator), AsSeen()).save(plan.reward("smoothness"))
+    for seed in range(plan.rewards if "permuted" in plan.arms else 0):
+        permuted(load_reward(plan.reward(LABELS, 0, seed)), seed).save(plan.reward("permuted", 0, seed))
+
+
+# What is seen of each arm's shapes.
+
+
+def map_features(shapes: np.ndarray) -> np.ndarray:
+    """Features [N, Q] of the shape Fréchet distance of shapes [N, n, n, n]; every arm's, and the whole heads', go the same way."""
+    features = ShapeFeatures.load()
+    parts = torch.from_numpy(np.ascontiguousarray(shapes)).float().split(heads.AT_ONCE)
+    return torch.cat([features(normal_maps(part)) for part in parts]).double().numpy()
+
+
+WHOLE, BEFORE, FILTER = "whole heads", "before", "filter"
+
+
+def _task_of_psi(psi: float) -> str:
+    return f"psi {psi:g}"
+
+
+def _looker(network: Path | None, tuned: Mapping[str, Path], latents: int, held: HeldOut = LATENTS) -> Callable[[str], dict]:
+    """A process that looks at shapes: what it sees of a task."""
+    torch.set_num_threads(1)
+    load_plugins()
+    before, seeds = load_generator(network).generator, held.take(latents)
+    whole = heads.named(before, seeds)
+    mapped = DEFAULT_ASSET.is_file()
+
+    def seen(shapes: np.ndarray) -> dict:
+        return heads.looked_at(shapes, whole) | ({"features": map_features(shapes)} if mapped else {})
+
+    def work(task: str) -> dict:
+        if task == WHOLE:
+            return {"features": map_features(whole)} if mapped else {"features": np.zeros((0, 0))}
+        if task == FILTER:
+            validation = VALIDATION.take(min(CHOOSING, max(latents, 1)))
+            name = best_filter(tried(heads.scans(before, validation), heads.named(before, validation)), spares=True)
+            made = np.stack([FILTERS[name](values) for values in heads.scans(before, seeds)])
+            return {**seen(made), "filter": np.array([list(FILTERS).index(name)])}
+        if task.startswith("psi "):
+            return seen(heads.scans(before, seeds, float(task.removeprefix("psi "))))
+        return seen(heads.scans(before if task == BEFORE else load_generator(tuned[task]).generator, seeds))
+
+    return work
+
+
+def look(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
+    """What is seen of the whole heads, of the scans before, of every network, filter and truncation; kept in files, by network."""
+    folder = plan.out / "seen"
+    folder.mkdir(parents=True, exist_ok=True)
+    cheap = [*([FILTER] if FILTER in plan.arms else []), *map(_task_of_psi, PSIS if "truncation" in plan.arms else ())]
+    tasks = [WHOLE, BEFORE, *cheap, *tuned]
+    base = file_hash(plan.network or bundled.GENERATOR)
+    features = file_hash(DEFAULT_ASSET) if DEFAULT_ASSET.is_file() else ""
+
+    def path(task: str) -> Path:
+        key = [task if task not in tuned else file_hash(tuned[task]), base, features, plan.latents]
+        return folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors"
+
+    missing = [task for task in tasks if not path(task).is_file()]
+    with tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc="shapes of held-out latents", unit="arm") as bar:
+
+        def done(task: str, result: dict) -> None:
+            write_atomic(path(task), safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in result.items()}))
+            bar.update()
+
+        if missing:
+            needs = {task: [WHOLE] if WHOLE in missing and task != WHOLE else [] for task in missing}  # which writes them to the disk
+            run_tasks(needs, _looker, (plan.network, dict(tuned), plan.latents), min(jobs, len(missing)), plan.out / "logs", done)
+    return {task: safetensors.numpy.load_file(path(task)) for task in tasks}
+
+
+# From what was seen to the table.
+
+
+def distance(features: np.ndarray, reference: np.ndarray) -> float:
+    first, second = (FeatureStatistics(part.shape[1]).update(part) for part in (features, reference))
+    return first.distance(second)
+
+
+def row(seen: Mapping, before: Mapping, reference: np.ndarray | None) -> dict:
+    """One network's figures."""
+    found = heads.figures(before, seen)
+    del found["repaired_ci95"]
+    return found | ({} if reference is None else {"shape_frechet": distance(seen["features"], reference)})
+
+
+def arm(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, before: Mapping) -> dict:
+    """An arm's figures, each a list by training seed, the mean over its rewards.
+
+    Args: rows: by training seed; errors: volume errors behind [S, N].
+    """
+    names = [name for name in next(iter(rows.values()))[0]]
+    by_seed = {name: [_mean([one[name] for one in each]) for each in rows.values()] for name in names}
+    return {**by_seed, "repaired_ci95": heads.interval(before, errors), "runs": {str(seed): list(each) for seed, each in rows.items()}}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def truncated(seen: Mapping[float, Mapping], share: float) -> float:
+    """The largest psi at which as large a share of latents is whole; the one with the largest share where none is enough."""
+    shares = {psi: float((heads.error(found) <= heads.BROKEN).mean()) for psi, found in seen.items()}
+    enough = [psi for psi, reached in shares.items() if reached >= share]
+    return max(enough) if enough else max(shares, key=lambda psi: (shares[psi], psi))
+
+
+def verdict(arms: Mapping[str, Mapping], primaries: Sequence[str]) -> dict:
+    """Whether labels are lower than every other arm in each primary with every training seed, at no more harm to whole heads.
+
+    Harm up to HARM counts as none.
+    """
+    against, ours = {}, arms[LABELS]
+    for name, theirs in arms.items():
+        if name == LABELS:
+            continue
+        lower = {primary: [a < b for a, b in zip(ours[primary], theirs[primary], strict=True)] for primary in primaries}
+        pairs = zip(ours["whole_made_worse"], theirs["whole_made_worse"], strict=True)
+        harmless = [mine is None or mine <= max(HARM, other or 0.0) for mine, other in pairs]
+        against[name] = {"lower": lower, "no_more_harm": harmless, "beaten": all(map(all, lower.values())) and all(harmless)}
+    return {"labels_win": bool(against) and all(one["beaten"] for one in against.values()), "against": against}
+
+
+def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, int, int, int], str]) -> dict:
+    """proof.json, of what was seen. Args: names: the task of each tuning."""
+    before = seen[BEFORE]
+    reference = seen[WHOLE]["features"] if len(seen[WHOLE]["features"]) else None
+    primaries = [name for name in PRIMARIES if name != "shape_frechet" or reference is not None]
+    shares = {}
+    arms: dict[str, dict] = {}
+    errors: dict[str, np.ndarray] = {}
+    for name in plan.arms:
+        cases = {seed: [names[case] for case in names if case[:2] == (name, seed)] for seed in plan.seeds}
+        if name == FILTER:
+            cases = {seed: [FILTER] for seed in plan.seeds}
+        if name == "truncation":
+            tried = {psi: seen[_task_of_psi(psi)] for psi in PSIS}
+            shares = {seed: truncated(tried, _mean(arms[LABELS]["whole_share"][i : i + 1]) or 0.0) for i, seed in enumerate(plan.seeds)}
+            cases = {seed: [_task_of_psi(psi)] for seed, psi in shares.items()}
+        rows = {seed: [row(seen[task], before, reference) for task in tasks] for seed, tasks in cases.items()}
+        errors[name] = np.stack([np.mean([heads.error(seen[task]) for task in tasks], axis=0) for tasks in cases.values()])
+        arms[name] = arm(rows, errors[name], before)
+    untuned = row(before, before, reference)
+    for name in arms:
+        gains = zip(arms[name]["error_broken"], arms[LABELS]["error_broken"], strict=True)
+        arms[name]["share_of_gain"] = [_share(untuned["error_broken"], a, b) for a, b in gains]
+        if name != LABELS:
+            arms[name]["error_over_labels"] = _over(errors[name] - errors[LABELS], heads.broken(before))
+    return {
+        "primaries": primaries, "fixed": "2026-11-24", "seeds": list(plan.seeds), "rewards": plan.rewards, "draws": plan.draws,
+        "latents": plan.latents, "broken": int(heads.broken(before).sum()), "before": untuned, "arms": arms,
+        "filter": list(FILTERS)[int(seen[FILTER]["filter"][0])] if FILTER in seen else None,
+        "psi": {str(seed): psi for seed, psi in shares.items()}, "verdict": verdict(arms, primaries), "harm_allowed": HARM,
+        "flags": {"tune": [*TUNED, *plan.tune], "train": list(plan.train)},
+    }
+
+
+def _share(before: float | None, after: float | None, best: float | None) -> float | None:
+    if before is None or after is None or best is None or before == best:
+        return None
+    return (before - after) / (before - best)
+
+
+def _over(difference: np.ndarray, ill: np.ndarray) -> dict | None:
+    """Mean of differences [S, N] over seeds and broken latents, with its interval over both, and over seeds alone."""
+    here = difference[:, ill]
+    if not here.size:
+        return None
+    found = two_way_interval(lambda seeds, items: here[np.ix_(seeds, items)].mean(), *here.shape)
+    over_seeds = t_mean_interval(here.mean(axis=1)) if len(here) > 1 else None
+    return {"mean": float(here.mean()), "ci95": [found.lo, found.hi], "ci95_over_seeds": over_seeds and [over_seeds.lo, over_seeds.hi]}
+
+
+FIGURES = {  # of the table: words and form
+    "error_broken": ("volume error behind", ".3f"), "shape_frechet": ("shape Fréchet", ".2f"), "repaired": ("repaired", ".0%"),
+    "whole_made_worse": ("whole made worse", ".0%"), "whole_share": ("whole now", ".0%"), "fscore_broken": ("F-score", ".3f"),
+    "missing_broken": ("missing", ".3f"), "extra_broken": ("too much", ".3f"), "variety": ("variety", ".3f"),
+    "identity_kept": ("identity", ".0%"), "face_moved_voxels": ("face moved", ".2f"), "changed": ("changed", ".3f"),
+}  # fmt: skip
+
+
+def _cell(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    least, most = (f"{end:{form}}" for end in (min(known), max(known)))
+    return f"{np.mean(known):{form}}" + ("" if least == most else f" ({least} to {most})")
+
+
+def markdown(data: Mapping) -> str:
+    """The table, and what it says."""
+    shown = {name: words for name, words in FIGURES.items() if name in data["before"]}
+    head = ["arm", *(words + (" (primary)" if name in data["primaries"] else "") for name, (words, _) in shown.items())]
+    rows = [["before tuning", *(_cell([data["before"][name]], form) for name, (_, form) in shown.items())]]
+    for name, figures in data["arms"].items():
+        psi = f" (ψ {', '.join(f'{psi:g}' for psi in sorted(set(data['psi'].values())))})" if name == "truncation" else ""
+        words = ARMS[name] + psi + (f" ({data['filter']})" if name == FILTER else "")
+        rows.append([words, *(_cell(figures[key], form) for key, (_, form) in shown.items())])
+    found = data["verdict"]
+    unbeaten = [ARMS[name] for name, one in found["against"].items() if not one["beaten"]]
+    says = "Labels beat every other arm in each primary with every training seed, at no more harm to whole heads." if found["labels_win"] \
+        else f"Not beaten in each primary with every training seed at no more harm: {', '.join(unbeaten) or 'there was no other arm'}."
+    text = (
+        f"{data['latents']} held-out latents, ψ 1, {data['broken']} of them broken before tuning; training seeds "
+        f"{', '.join(map(str, data['seeds']))}, {data['rewards']} reward(s) for each of {data['draws']} draw(s) of labels. Means over "
+        "training seeds, in brackets the least and the greatest. Volume error, missing, too much: shares of the whole head's volume "
+        f"behind, of broken latents; F-score behind at one voxel, of broken latents. Made worse: by {heads.WORSE}. Lengths in voxels of "
+        "64³. Changed: share of the volume behind that became solid or empty."
+    )
+    return "\n".join(["# What repairs heads of people", "", says, "", *markdown_rows(head, rows), "", text, ""])
+
+
+def plot(data: Mapping):
+    """Each primary of every arm by training seed."""
+    names = list(data["arms"])
+    drawn, axes = style.figure(columns=len(data["primaries"]), size=(9.4, 1.4 + 0.3 * len(names)))
+    for axis, primary in zip(np.atleast_1d(axes), data["primaries"], strict=True):
+        for place, name in enumerate(names):
+            values = data["arms"][name][primary]
+            axis.plot(values, [place] * len(values), "o", markersize=4, color=style.colour("after" if name == LABELS else "control"))
+        axis.axvline(data["before"][primary], color=style.colour("before"), linewidth=1)
+        axis.set_yticks(range(len(names)), [ARMS[name] for name in names], fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xlabel(f"{FIGURES[primary][0]}, lower is better; line: before", fontsize=8)
+    return drawn
+
+
+@click.command(cls=GroupedCommand)
+@shared("network out dry-run", out={"default": "runs/proof"}, dry_run="Print the commands as JSON and stop.")
+@option("--seeds", metavar="LIST", default="0,1,2", help="Training seeds of every tuning.")
+@option("--rewards", metavar="INT", type=click.IntRange(min=1), default=2, help="Rewards for each draw of labels, with seeds 0, 1, ...")
+@option("--draws", metavar="INT", type=click.IntRange(min=1), default=2, help="Draws of labels; the first are the bundled ones.")
+@option("--only", metavar="LIST", default=",".join(ARMS), help="Arms; labels always are one.")
+@option("--latents", metavar="INT", type=click.IntRange(min=2, max=LATENTS.count), default=64, help="Held-out latents.")
+@option("--labels", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=BUNDLED_LABELS,
+        show_default="the bundled ones", help="Labels of the first draw.")
+@option("--train", metavar="FLAGS", default="", help='More flags of the rewards\' training, as "--epochs=4".')
+@option("--jobs", metavar="INT", type=click.IntRange(min=1), default=min(2, os.cpu_count() or 1), show_default="2, or the cores",
+        help="Trainings side by side.")
+@click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
+def main(out: Path, network: Path | None, seeds: str, rewards: int, draws: int, only: str, latents: int, labels: Path, train: str,
+         jobs: int, dry_run: bool, more: tuple[str, ...]) -> None:
+    """Do labels repair heads of people, and does anything cheaper? Every arm with several training seeds, side by side: `make proof`.
+
+    Arms: labels; no reward; the best filter without labels; truncation; a reward that likes smooth surfaces; the reward with its weights
+    permuted; labels by coin; labels turned over. All are tuned with the demo's settings. Finished parts are not repeated, interrupted ones
+    go on: the same command continues. Flags after -- go to train.py. Writes proof.json, proof.md and proof.png.
+
+    \b
+    Example:
+        eg3d-rlhf report proof --seeds=0,1,2 --rewards=1 --draws=1 --dry-run
+    """
+    chosen = [name for name in ARMS if name in {LABELS, *some_of("--only", only, ARMS)}]
+    plan = Plan(out=out, arms=chosen, seeds=list(dict.fromkeys(parse_seeds(seeds))), rewards=rewards, draws=draws, latents=latents,
+                network=network, labels=labels, train=tuple(shlex.split(train)), tune=more)
+    taught = plan.reward_parts()
+    if dry_run:
+        parts = [*plan.label_parts(), *taught, *plan.tunings().values()]
+        click.echo(json.dumps({part.name: part.command() for part in parts}, indent=1))
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    _make(plan.label_parts(), jobs, threads, "draws of labels", out)
+    write_labels_of_arms(plan)
+    _make(taught, jobs, threads, "rewards trained", out)
+    write_rewards(plan)
+    tunings = plan.tunings()
+    _make(list(tunings.values()), jobs, threads, "networks tuned", out)
+    networks = {part.name: path for part in tunings.values() if (path := part.network()) is not None}
+    data = compare(plan, look(plan, networks, jobs), {case: part.name for case, part in tunings.items()})
+    paths = write(data, out, "proof", markdown, plot)
+    click.echo(f"\n{paths[1].read_text()}\nWritten to {out}: {', '.join(path.name for path in paths)}")
+
+
+def _make(parts: Sequence[Part], jobs: int, threads: int, words: str, out: Path) -> None:
+    if not parts:
+        return
+    with tqdm(total=len(parts), desc=words, unit="part") as bar:
+
+        def tell(part: Part) -> None:
+            bar.set_postfix_str(f"last: {part.name}; logs in {out}/*/*/{LOG}")
+            bar.update()
+
+        make([[part] for part in parts], jobs, threads, tell=tell)

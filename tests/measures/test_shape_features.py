@@ -1,0 +1,144 @@
+"""Normal maps against spheres and true heads; the shape features: what they rank, what their file holds, and that training repeats."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from scipy.ndimage import gaussian_filter
+
+from eg3d_rlhf.generators import latents, load_generator, ws_of_seeds
+from eg3d_rlhf.measures import shape_features
+from eg3d_rlhf.measures.people import shape_grids
+from eg3d_rlhf.measures.shape_features import (
+    DEFAULT_ASSET,
+    EDGES,
+    FEATURES,
+    LOWEST,
+    RESOLUTION,
+    WIDTH,
+    YAWS,
+    ShapeFeatures,
+    ShapeTraining,
+    filled,
+    frechet_figures,
+    mirrored,
+    normal_maps,
+    train_shape_features,
+    true_grids,
+    true_maps,
+)
+from eg3d_rlhf.modes import assets
+from training.heads.people_mesh import grid_points
+
+N = 32
+
+
+def sphere(radius: float, centre=(0.0, 0.0, 0.0)) -> torch.Tensor:
+    """Signed distances [1, n, n, n]."""
+    return torch.from_numpy(np.linalg.norm(grid_points(64) - np.array(centre), axis=-1) - radius)[None]
+
+
+@pytest.mark.parametrize("centre", [(0.0, 0.0, 0.0), (0.06, 0.05, -0.04)])
+def test_normals_of_a_sphere(centre):
+    radius = 0.15
+    line = (torch.arange(RESOLUTION) + 0.5) / RESOLUTION * WIDTH
+    v, u = torch.meshgrid((LOWEST + line).flip(0), line - WIDTH / 2, indexing="ij")
+    v = v - centre[1]
+    for yaw, maps in zip(YAWS, normal_maps(sphere(radius, centre))[0], strict=True):
+        across = u - (centre[0] * math.cos(yaw) - centre[2] * math.sin(yaw))  # the view's right is (cos, 0, -sin)
+        inside = across**2 + v**2 <= (0.85 * radius) ** 2
+        expected = torch.stack([across, v, (radius**2 - across**2 - v**2).clamp_min(0).sqrt()]) / radius
+        angle = torch.rad2deg((maps[:3] * expected).sum(dim=0)[inside].clamp(-1, 1).acos())
+        assert angle.max() < 6 and angle.mean() < 1.5
+        assert maps[3].sum() * (WIDTH / RESOLUTION) ** 2 == pytest.approx(math.pi * radius**2, rel=0.03)
+
+
+def test_an_empty_cube_and_one_that_is_full():
+    assert normal_maps(torch.full((1, N, N, N), 5.0)).eq(0).all()
+    full = normal_maps(torch.full((1, N, N, N), -500.0), yaws=(0.0,))[0, 0]
+    assert full[3].eq(1).all() and full[2, 1:-1, 1:-1].mean() > 0.99
+    with pytest.raises(ValueError, match="normal_maps"):
+        normal_maps(torch.zeros(1, 8, 8, 9))
+
+
+@pytest.fixture(scope="module")
+def heads():
+    z = latents(range(50), 64).numpy()
+    return z, true_grids(z[:3], N)
+
+
+def test_neither_unit_nor_ramp_tells_a_head_and_the_back_is_seen(heads):
+    _, distances = heads
+    plain, halved = (normal_maps(torch.from_numpy(scale * distances[:2])) for scale in (1.0, 0.5))
+    torch.testing.assert_close(plain, halved, atol=1e-3, rtol=0)
+    dense = normal_maps(torch.from_numpy(filled(distances[:2], EDGES[-1])))
+    assert (plain - dense).abs().mean() < 0.03
+    behind = YAWS.index(math.pi)
+    cut = np.maximum(distances[:1], -0.08 - grid_points(N)[..., 2]).astype(np.float32)  # nothing is left behind z = -0.08
+    changed = (normal_maps(torch.from_numpy(cut)) - plain[:1]).abs().mean(dim=(0, 2, 3, 4))
+    assert changed[0] < 0.01 and changed[behind] > 5 * changed[0]
+
+
+def test_mirrored_maps_are_those_of_the_mirror_image(heads):
+    values = torch.from_numpy(heads[1][:1])
+    torch.testing.assert_close(mirrored(normal_maps(values, (0.0,))), normal_maps(values.flip(1), (0.0,)), atol=1e-4, rtol=0)
+
+
+QUICK = ShapeTraining(heads=5, reference=40, held_out=5, grid=16, epochs=1, batch=20)
+
+
+def eggs(z, grid, on_shape=None):
+    """Signed distances, about, of egg-like shapes in place of heads: quickly made."""
+    return np.stack([np.linalg.norm(grid_points(grid) * (1 + 0.1 * row[:3]), axis=-1) - 0.2 for row in z]).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def features(heads):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shape_features, "true_grids", eggs)
+        return train_shape_features(heads[0], QUICK)
+
+
+def test_training_repeats(features, heads, monkeypatch):
+    monkeypatch.setattr(shape_features, "true_grids", eggs)
+    again = train_shape_features(heads[0], QUICK)
+    assert torch.equal(features.true, again.true) and again.record == features.record
+    assert features.true.shape == (40, FEATURES) and features.true.std(dim=0).allclose(torch.ones(FEATURES), atol=1e-3)
+
+
+def test_the_file_holds_all_and_stays_small(features, heads, tmp_path):
+    path = tmp_path / "shapes.safetensors"
+    features.save(path)
+    loaded, maps = ShapeFeatures.load(path), true_maps(heads[1][:3])
+    assert torch.equal(loaded(maps), features(maps)) and loaded.frechet(maps) == features.frechet(maps)
+    assert loaded.record == json.loads(path.with_suffix(".json").read_text()) and path.stat().st_size < 400_000
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="shape features file"):
+        ShapeFeatures.load(path)
+
+
+@pytest.mark.long
+def test_the_bundled_features_rank_true_blurred_and_broken_heads():
+    z = latents(range(100), 64).numpy()
+    figures = frechet_figures(ShapeFeatures.load(), z, true_grids(z, 64))
+    true, *blurred, scans = figures.values()
+    assert true < blurred[1] < blurred[2] < blurred[3] and blurred[1] > 1.1 * true and scans > 2 * true
+    assert ShapeFeatures.load(DEFAULT_ASSET).record["frechet"].keys() == figures.keys()
+
+
+@pytest.mark.long
+def test_a_blur_of_the_generators_shapes_does_not_pay():
+    generator, features = load_generator().generator, ShapeFeatures.load()
+    with torch.no_grad():
+        shapes = np.concatenate([shape_grids(generator.field(ws)) for ws in ws_of_seeds(generator, range(80)).split(4)])
+    blurred = np.stack([gaussian_filter(shape, 0.75) for shape in shapes])
+    before, after = (features.frechet(torch.cat([normal_maps(torch.from_numpy(s[None])) for s in part])) for part in (shapes, blurred))
+    assert after > before
+
+
+def test_mistakes_leave_nothing(tmp_path):
+    result = CliRunner().invoke(assets.shapes, ["--heads=1", f"--out={tmp_path / 'x' / 'c.safetensors'}"])
+    assert result.exit_code == 2 and "--heads" in result.stderr and not (tmp_path / "x").exists()

@@ -1,0 +1,48 @@
+"""The reward that likes smooth surfaces: spheres have the bend that theory gives, and bumps cost."""
+
+import pytest
+import torch
+
+from eg3d_rlhf.core.field import Bounds
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.rewards.networks import preset
+from eg3d_rlhf.rewards.reward import Reward, load_reward
+from eg3d_rlhf.rewards.smoothness import AsSeen, Smoothness, roughness
+
+CUBE = SlabSpec.cube(48)
+
+
+def distance() -> torch.Tensor:
+    return CUBE.points().norm(dim=-1)
+
+
+@pytest.mark.parametrize("radius", [0.1, 0.2, 0.3])
+def test_a_sphere_bends_by_both_its_curvatures(radius):
+    found = roughness(10 + (radius - distance())[None] * 600, 10.0, 1 / 47)
+    assert found.item() == pytest.approx(2 / radius**2, rel=0.08)
+
+
+class Bumpy:
+    """A sphere with waves of this height, and one without."""
+
+    bounds, level = Bounds(), 10.0
+
+    def __init__(self, height: torch.Tensor):
+        self.height = height
+
+    def density_grid(self, grid):
+        places = grid.points()
+        waves = torch.cos(40 * places).prod(dim=-1)
+        return torch.stack([10 + (0.25 - places.norm(dim=-1) + height * waves) * 600 for height in (self.height, 0 * self.height)])
+
+
+def test_bumps_cost_and_the_way_down_is_known(tmp_path):
+    reward = load_reward(Reward(Smoothness(CUBE), AsSeen()).save(tmp_path / "smooth.safetensors"))
+    height = torch.tensor(0.01, requires_grad=True)
+    rough, smooth = reward.score(Bumpy(height))
+    assert rough < smooth - 0.5
+    rough.backward()
+    assert height.grad is not None and height.grad < 0
+    assert torch.isfinite(reward.score(Bumpy(torch.tensor(0.0)))).all() and reward.observation == Smoothness(CUBE)
+    with pytest.raises(ValueError, match="smoothness"):
+        preset(kind="smoothness")  # nothing to learn
