@@ -12,6 +12,7 @@ import scipy.ndimage as ndimage
 from scipy.spatial import ConvexHull, QhullError
 
 from eg3d_rlhf.measures.people import BROKEN, volume_error
+from eg3d_rlhf.preferences import annotator
 
 Filter = Callable[[np.ndarray], np.ndarray]
 SPARED, HARM = 0.02, 0.01  # at most this share of whole latents may be worse by so much of the whole head's volume
@@ -27,10 +28,7 @@ def blur(values: np.ndarray, radius: float) -> np.ndarray:
 
 
 def largest_part(values: np.ndarray) -> np.ndarray:
-    label, count = ndimage.label(values < 0)
-    if count < 2:
-        return values
-    return _with_inside(values, label == 1 + np.bincount(label.ravel())[1:].argmax())
+    return _with_inside(values, annotator.largest_part(values < 0))
 
 
 def closing(values: np.ndarray, radius: float) -> np.ndarray:

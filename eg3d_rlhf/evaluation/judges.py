@@ -32,7 +32,7 @@ from eg3d_rlhf.measures.image_metrics import real_batches
 from eg3d_rlhf.measures.measure import Measure
 from eg3d_rlhf.measures.people import shape_grids
 from eg3d_rlhf.measures.resampling import frechet_change_interval
-from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures, normal_maps
+from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures
 from eg3d_rlhf.rewards.reward import load_reward
 from torch_utils import build
 from training import storage
@@ -113,8 +113,7 @@ def _views(c: Comparison, generator: LoadedGenerator) -> Seen:
 def _normal_maps(c: Comparison, generator: LoadedGenerator) -> Seen:
     """Features of normal maps."""
     features = ShapeFeatures.load()
-    maps = [normal_maps(torch.from_numpy(shape_grids(field))) for field in c.fields(generator, SHAPES.take(MAPPED), psi=1.0)]
-    return {"features": torch.cat([features(part) for part in maps]).double().numpy()}
+    return {"features": np.concatenate([features.of_grids(shape_grids(f)) for f in c.fields(generator, SHAPES.take(MAPPED), psi=1.0)])}
 
 
 PARTS: dict[str, Callable[[Comparison, LoadedGenerator], Seen]] = {  # those that take longest first

@@ -32,7 +32,7 @@ from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.table import markdown_rows, write
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.measures.distances import FeatureStatistics
-from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures, normal_maps
+from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures
 from eg3d_rlhf.preferences.labels import Preference, load_labels, write_labels
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.smoothness import AsSeen, Smoothness
@@ -171,13 +171,6 @@ def write_rewards(plan: Plan) -> None:
 # What is seen of each arm's shapes.
 
 
-def map_features(shapes: np.ndarray) -> np.ndarray:
-    """Features [N, Q] of the shape Fréchet distance of shapes [N, n, n, n]; every arm's, and the whole heads', go the same way."""
-    features = ShapeFeatures.load()
-    parts = torch.from_numpy(np.ascontiguousarray(shapes)).float().split(heads.AT_ONCE)
-    return torch.cat([features(normal_maps(part)) for part in parts]).double().numpy()
-
-
 WHOLE, BEFORE, FILTER = "whole heads", "before", "filter"
 
 
@@ -191,14 +184,14 @@ def _looker(network: Path | None, tuned: Mapping[str, Path], latents: int, held:
     load_plugins()
     before, seeds = load_generator(network).generator, held.take(latents)
     whole = heads.named(before, seeds)
-    mapped = DEFAULT_ASSET.is_file()
+    features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
 
     def seen(shapes: np.ndarray) -> dict:
-        return heads.looked_at(shapes, whole) | ({"features": map_features(shapes)} if mapped else {})
+        return heads.looked_at(shapes, whole) | ({"features": features.of_grids(shapes)} if features else {})
 
     def work(task: str) -> dict:
         if task == WHOLE:
-            return {"features": map_features(whole)} if mapped else {"features": np.zeros((0, 0))}
+            return {"features": features.of_grids(whole) if features else np.zeros((0, 0))}
         if task == FILTER:
             validation = VALIDATION.take(min(CHOOSING, max(latents, 1)))
             name = best_filter(tried(heads.scans(before, validation), heads.named(before, validation)), spares=True)

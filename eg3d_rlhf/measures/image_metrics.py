@@ -18,6 +18,7 @@ import torch
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.generators import Generator, LoadedGenerator, device_of, latents
 from eg3d_rlhf.measures.distances import collect, kernel_inception_distance
+from eg3d_rlhf.measures.faces import faces_found
 from eg3d_rlhf.measures.features import HeadFactorFeatures, InceptionFeatures
 from training.dataset import ImageFolderDataset
 from training.storage import write_atomic
@@ -25,6 +26,7 @@ from training.storage import write_atomic
 FULL = 50_000
 METRICS: dict[str, tuple[str, int | None]] = {  # name: formula, images (None: as many as asked for)
     "fid": ("frechet", None), "kid": ("kernel", None), "fid50k_full": ("frechet", FULL), "kid50k_full": ("kernel", FULL),
+    "faces": ("faces", None),
 }
 
 Network = HeadFactorFeatures | InceptionFeatures
@@ -82,10 +84,12 @@ def fake_batches(generator: Generator, cameras: np.ndarray, options: MetricOptio
         yield images.expand(-1, 3, -1, -1)
 
 
-def _told(batches: Iterable[torch.Tensor], tell: Callable[[int], object]) -> Iterator[torch.Tensor]:
-    """The batches, of which a bar is told when they are done."""
+def _told(batches: Iterable[torch.Tensor], tell: Callable[[int], object], faces: list[np.ndarray] | None) -> Iterator[torch.Tensor]:
+    """The batches, of which a bar is told when they are done, and `faces` which of their images have one."""
     for batch in batches:
         yield batch
+        if faces is not None:
+            faces.append(faces_found(batch))
         tell(len(batch))
 
 
@@ -105,15 +109,18 @@ def evaluate(
         )
     started = time.time()
     cameras = dataset.get_labels()
-    real = collect(network, _told(real_batches(dataset, options.batch), bar(len(dataset), "features of the real images")))
+    faces: tuple[list, list] | tuple[None, None] = ([], []) if "faces" in options.metrics else (None, None)
+    real = collect(network, _told(real_batches(dataset, options.batch), bar(len(dataset), "features of the real images"), faces[0]))
     made = fake_batches(generator.generator, cameras, options)
-    fake = collect(network, _told(made, bar(options.images, "features of generated images")))
+    fake = collect(network, _told(made, bar(options.images, "features of generated images"), faces[1]))
     records = []
     for metric in options.metrics:
         formula, name = METRICS[metric][0], metric
-        if not isinstance(network, InceptionFeatures):  # a figure under our own features must not pass for an FID
+        if formula != "faces" and not isinstance(network, InceptionFeatures):  # a figure under our own features must not pass for an FID
             name = f"{formula}_offline{metric[3:]}"
-        if formula == "frechet":
+        if formula == "faces":
+            results = {who: float(np.concatenate(part).mean()) for who, part in zip(("faces_reals", "faces"), faces, strict=True) if part}
+        elif formula == "frechet":
             results = {name: fake[0].distance(real[0])}
         else:
             results = dict(zip((name, f"{name}_std"), kernel_inception_distance(real[1], fake[1], seed=options.seed), strict=True))

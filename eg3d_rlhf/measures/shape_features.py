@@ -100,6 +100,7 @@ def mirrored(maps: torch.Tensor) -> torch.Tensor:
 
 DEFAULT_ASSET = ASSETS / "shape-features.safetensors"
 KIND = "shape features"
+AT_ONCE = 8  # shapes whose maps are drawn together
 WIDTHS = (CHANNELS, 12, 24, 40, 48)
 FEATURES = 32  # Q
 IDENTITY = 16  # leading components of a head's shape: maps of few pixels show little of the others
@@ -140,6 +141,11 @@ class ShapeFeatures:
         """Features [N, Q] of maps [N, F, 4, R, R], in deviations of true heads; the mean over views."""
         parts = [self.net.penultimate(part.float().flatten(0, 1)).unflatten(0, part.shape[:2]).mean(dim=1) for part in maps.split(64)]
         return (torch.cat(parts) - self.scale[0]) / self.scale[1]
+
+    def of_grids(self, values: np.ndarray) -> np.ndarray:
+        """Features [N, Q] float64 of shapes [N, n, n, n], negative inside."""
+        parts = torch.from_numpy(np.ascontiguousarray(values)).float().split(AT_ONCE)
+        return torch.cat([self(normal_maps(part)) for part in parts]).double().numpy()
 
     def frechet(self, maps: Tensor) -> float:
         """Fréchet distance of shapes' maps [N, F, 4, R, R] to the true heads; lower is better."""

@@ -97,6 +97,7 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     Metrics:
         fid, kid                  on --n generated images against the whole set
         fid50k_full, kid50k_full  the same on 50,000, under EG3D's names
+        faces                     share of --n images, and of the set's, in which scikit-image's detector finds a face
 
     \b
     Example:

@@ -148,6 +148,13 @@ def test_example_of_the_help_runs(tmp_path):
     assert 0 < first["results"]["frechet_offline"] < 1000
 
 
+def test_faces_are_found_in_heads_of_people_and_not_in_noise(tiny_networks, tiny_data):
+    (people,) = records(run("--data=synthetic:people64@n=12", "--metrics=faces", "--n=4"))
+    assert people["metric"] == "faces" and people["results"]["faces_reals"] >= 0.25 and 0 <= people["results"]["faces"] <= 1
+    (noise,) = records(run(f"--network={tiny_networks}", f"--data={tiny_data}", "--metrics=faces", "--n=4"))
+    assert noise["results"] == {"faces_reals": 0.0, "faces": 0.0}
+
+
 def test_runs_repeat_and_seeds_differ(tiny_networks, tiny_data):
     flags = (f"--network={tiny_networks}", f"--data={tiny_data}", "--n=6", "--metrics=fid")
     first, again, other = (records(run(*flags, f"--set=seed={seed}"))[0]["results"] for seed in (0, 0, 1))
