@@ -1,0 +1,50 @@
+"""What the bundled generator of heads of people shows: faces that their latents name, and backs that differ.."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from eg3d_rlhf.core.seeds import LATENTS
+from eg3d_rlhf.evaluation import heads
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.measures.people import BASE, BEHIND, VOXEL, face_depth, face_relief, relief_correlation
+from training.heads.people_mesh import grid_points
+
+pytestmark = pytest.mark.long
+SEEDS = LATENTS.take(100)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return load_generator().generator
+
+
+@pytest.fixture(scope="module")
+def whole(generator):
+    return heads.named(generator, SEEDS)
+
+
+def test_faces_are_those_that_latents_name(generator, whole):
+    scans = heads.scans(generator, SEEDS, psi=0.7)
+    alike = [relief_correlation(face_relief(scan), face_relief(head)) for scan, head in zip(scans, whole, strict=True)]
+    away = [np.nanmedian(np.abs(face_depth(scan) - face_depth(head))) / VOXEL for scan, head in zip(scans, whole, strict=True)]
+    enough = np.sum(np.array(alike) >= 0.9)
+    print(f"relief: median {np.median(alike):.3f}, {enough} of 100 at least .9; distance {np.median(away):.3f} voxel")
+    assert enough >= 90 and np.median(away) <= 0.25
+
+
+def back_depth(values: np.ndarray) -> np.ndarray:
+    """z [n, n] of the hindmost surface behind, world units; NaN where there is none."""
+    points = grid_points(len(values))
+    here = (values < 0) & (points[..., 2] < BEHIND) & (points[..., 1] > BASE)
+    return np.where(here.any(axis=2), points[0, 0, here.argmax(axis=2), 2], np.nan)
+
+
+def test_backs_differ(generator, whole):
+    scans = heads.scans(generator, SEEDS[:40])
+    depths = [back_depth(scan) for scan in scans]
+    pairs = [np.nanmedian(np.abs(a - b)) / VOXEL for a, b in itertools.combinations(depths, 2) if np.isfinite(a - b).any()]
+    broken = heads.broken(heads.looked_at(scans, whole[: len(scans)])).mean()
+    print(f"backs of two latents differ by {np.median(pairs):.2f} voxels in the median; {broken:.0%} of 40 are broken")
+    assert np.median(pairs) >= 1
