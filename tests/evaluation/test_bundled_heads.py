@@ -27,8 +27,9 @@ def whole(generator):
 
 def test_faces_are_those_that_latents_name(generator, whole):
     scans = heads.scans(generator, SEEDS, psi=0.7)
-    alike = [relief_correlation(face_relief(scan), face_relief(head)) for scan, head in zip(scans, whole, strict=True)]
-    away = [np.nanmedian(np.abs(face_depth(scan) - face_depth(head))) / VOXEL for scan, head in zip(scans, whole, strict=True)]
+    pairs = list(zip(scans, whole, strict=True))
+    alike = [relief_correlation(face_relief(scan), face_relief(head)) for scan, head in pairs]
+    away = [np.nanmedian(np.abs(face_depth(scan) - face_depth(head))) / VOXEL for scan, head in pairs]
     enough = np.sum(np.array(alike) >= 0.9)
     print(f"relief: median {np.median(alike):.3f}, {enough} of 100 at least .9; distance {np.median(away):.3f} voxel")
     assert enough >= 90 and np.median(away) <= 0.25
@@ -44,7 +45,8 @@ def back_depth(values: np.ndarray) -> np.ndarray:
 def test_backs_differ(generator, whole):
     scans = heads.scans(generator, SEEDS[:40])
     depths = [back_depth(scan) for scan in scans]
-    pairs = [np.nanmedian(np.abs(a - b)) / VOXEL for a, b in itertools.combinations(depths, 2) if np.isfinite(a - b).any()]
+    apart = [a - b for a, b in itertools.combinations(depths, 2) if np.isfinite(a - b).any()]
+    pairs = [np.nanmedian(np.abs(difference)) / VOXEL for difference in apart]
     broken = heads.broken(heads.looked_at(scans, whole[: len(scans)])).mean()
     print(f"backs of two latents differ by {np.median(pairs):.2f} voxels in the median; {broken:.0%} of 40 are broken")
     assert np.median(pairs) >= 1
