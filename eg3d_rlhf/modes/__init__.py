@@ -11,7 +11,8 @@ from eg3d_rlhf.experiments.mode import Mode
 MODES: Registry[Mode] = Registry("--mode", {
     "gan": "eg3d_rlhf.modes.gan",
     "circular-dpo": "eg3d_rlhf.modes.circular_dpo",
-    "grpo": "eg3d_rlhf.modes.grpo",
+    "online": "eg3d_rlhf.modes.online",
+    "grpo": "eg3d_rlhf.modes.online",
     "distill": "eg3d_rlhf.modes.distill",
     "reward": "eg3d_rlhf.modes.reward_training",
     "mesh-reward": "eg3d_rlhf.modes.mesh_reward",

@@ -1,5 +1,5 @@
 """Train one stage: adapters or all parameters, early stop on a held-out win rate, exact resume. What is minimised is a Descent's affair:
-train_pairs.py has preference pairs' (DPO, fine-tuning), grpo/ that of samples and their rewards.
+train_pairs.py has preference pairs' (DPO, fine-tuning), online/ that of samples and their rewards.
 
     training_options.json    what the run was begun with
     stats.jsonl, timing.jsonl    a line per `log_every` updates and per win rate; of stats.jsonl equal runs give equal bytes

@@ -11,12 +11,12 @@ import train
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import collate
-from eg3d_rlhf.modes import grpo as commands
-from eg3d_rlhf.modes.grpo import TOY_RUN, default_run
+from eg3d_rlhf.modes import online as commands
+from eg3d_rlhf.modes.online import TOY_RUN, default_run
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.grpo import arms
-from eg3d_rlhf.tuning.flow.grpo.arms import BASE, GrpoRun, Worker, ranked_pairs
-from eg3d_rlhf.tuning.flow.grpo.groups import GrpoConfig
+from eg3d_rlhf.tuning.flow.online import arms
+from eg3d_rlhf.tuning.flow.online.arms import BASE, GrpoRun, Worker, ranked_pairs
+from eg3d_rlhf.tuning.flow.online.groups import GrpoConfig
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from tests.tuning.flow.circular.test_commands import assert_one_line

@@ -7,7 +7,7 @@ import torch
 
 from eg3d_rlhf.models.sparse import collate, feats_of, with_feats
 from eg3d_rlhf.tuning.flow.generate import sample, times
-from eg3d_rlhf.tuning.flow.grpo.objective import SdeStep, advantages, as_used, clipped, clipped_loss, divergence, log_density, sde_steps
+from eg3d_rlhf.tuning.flow.online.objective import SdeStep, advantages, as_used, clipped, clipped_loss, divergence, log_density, sde_steps
 from eg3d_rlhf.tuning.flow.stage import FlowPath, Sampling
 from tests.tuning.flow.closed_forms import Field, dense, stage_of, tokens, voxels
 

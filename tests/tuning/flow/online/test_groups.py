@@ -9,7 +9,7 @@ from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import feats_of
 from eg3d_rlhf.tuning.flow.generate import crossed, scores
-from eg3d_rlhf.tuning.flow.grpo.groups import Explorer, GroupUpdates, GrpoConfig, Task, train_online
+from eg3d_rlhf.tuning.flow.online.groups import Explorer, GroupUpdates, GrpoConfig, Task, train_online
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.train import policy_and_reference, trained
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, likes_target

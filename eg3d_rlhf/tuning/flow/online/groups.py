@@ -16,7 +16,7 @@ from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.sparse import Batch, feats_of, with_feats
 from eg3d_rlhf.tuning.flow.conditions import Condition, to_device
 from eg3d_rlhf.tuning.flow.generate import Models, evaluating, generate, guided, stage_noise, voxels_for
-from eg3d_rlhf.tuning.flow.grpo.objective import (
+from eg3d_rlhf.tuning.flow.online.objective import (
     SdeStep,
     advantages,
     as_used,

@@ -7,15 +7,15 @@ import torch
 
 from eg3d_rlhf.models.policies import tuned_model
 from tests.training.test_distributed import finish, start
-from tests.tuning.flow.grpo.test_groups import run
+from tests.tuning.flow.online.test_groups import run
 from tests.tuning.flow.tiny_flow import TinyPipeline
 
 CODE = """
 import sys
 from pathlib import Path
 import torch
-from eg3d_rlhf.tuning.flow.grpo.groups import train_online
-from tests.tuning.flow.grpo.test_groups import config_of, task_of
+from eg3d_rlhf.tuning.flow.online.groups import train_online
+from tests.tuning.flow.online.test_groups import config_of, task_of
 from training.distributed import process_group
 torch.set_num_threads(1)
 with process_group(torch.device("cpu"), 2.0) as ranks:

@@ -33,7 +33,7 @@ from eg3d_rlhf.models.policies import link, shared_copy, tuned_model
 from eg3d_rlhf.models.sparse import separate, to_cpu
 from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.generate import stage_latents
-from eg3d_rlhf.tuning.flow.grpo.groups import Explorer, GrpoConfig, Task, train_online
+from eg3d_rlhf.tuning.flow.online.groups import Explorer, GrpoConfig, Task, train_online
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.problem import JUDGES, Choosing, Judging, Problem, ProblemSource, judged
 from eg3d_rlhf.tuning.flow.reference import FrozenModel

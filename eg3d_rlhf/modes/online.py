@@ -1,4 +1,4 @@
-"""`train.py --mode=grpo`: online tuning of a stage by a reward."""
+"""`train.py --mode=online`: online tuning of a stage by a reward; `--mode=grpo` is its preset."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +23,9 @@ from eg3d_rlhf.modes.circular_dpo import (
 )
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.families import open_problem
-from eg3d_rlhf.tuning.flow.grpo.arms import ARMS, GrpoRun, OnlineSource, bench_of, work
-from eg3d_rlhf.tuning.flow.grpo.arms import OWN as OWN_REWARD
-from eg3d_rlhf.tuning.flow.grpo.groups import GrpoConfig
+from eg3d_rlhf.tuning.flow.online.arms import ARMS, GrpoRun, OnlineSource, bench_of, work
+from eg3d_rlhf.tuning.flow.online.arms import OWN as OWN_REWARD
+from eg3d_rlhf.tuning.flow.online.groups import GrpoConfig
 from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging, Problem
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 
@@ -104,24 +104,22 @@ def title(settings: GrpoRun, problem: Problem) -> str:
     return f"grpo-{Path(settings.source.pipeline).name}-{settings.stage or problem.pipeline.stages[-1].name}"
 
 
-GRPO = Mode(
-    name="grpo",
-    settings=GrpoRun,
-    open=open_grpo,
-    work=work,
-    title=title,
-    flags=together(what_flags, train_flags, table_flags),
-    resolve=resolve,
-    **kept(GrpoRun, "grpo"),
-    jobs="several trainings",
-    help="""Online tuning of one stage of a flow generator by a reward (GRPO), by default of the bundled toy: for where a reward is at
+def mode_named(name: str) -> Mode:
+    """The mode under one of its two names."""
+    return Mode(
+        name=name, settings=GrpoRun, open=open_grpo, work=work, title=title, flags=together(what_flags, train_flags, table_flags),
+        resolve=resolve, **kept(GrpoRun, name), jobs="several trainings",
+        help=f"""Online tuning of one stage of a flow generator by a reward (GRPO), by default of the bundled toy: for where a reward is at
     hand, and pairs are not. A run that was stopped goes on with --resume=RUN.
 
     \b
     Examples:
-        python train.py --mode=grpo
-        python train.py --mode=grpo --arms=grpo,dpo,shuffled,inverted
-        python train.py --mode=grpo --stage=structure --kl=0.3
+        python train.py --mode={name}
+        python train.py --mode={name} --arms=grpo,dpo,shuffled,inverted
+        python train.py --mode={name} --stage=structure --kl=0.3
     """,
-)
-MODES.add("grpo", GRPO)
+    )  # fmt: skip
+
+
+for _name in ("online", "grpo"):
+    MODES.add(_name, mode_named(_name))

@@ -9,7 +9,7 @@ import train
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.conditions import write_conditions
 from eg3d_rlhf.tuning.flow.generate import crossed, generate
-from eg3d_rlhf.tuning.flow.grpo import arms
+from eg3d_rlhf.tuning.flow.online import arms
 from tests.tuning.flow import point_family
 from tests.tuning.flow.tiny_points import conditions, write_folder
 
