@@ -1,0 +1,77 @@
+"""DiffusionNFT and DGPO on clean latents against what their own programs computed."""
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.models.sparse import mean_per_sample
+from eg3d_rlhf.tuning.flow.online.losses import dgpo
+from eg3d_rlhf.tuning.flow.online.losses.nft import goodness, nft_errors, nft_loss
+from eg3d_rlhf.tuning.flow.online.losses.schedules import decay
+from tests.compat.online_reference import GRADIENT, LOSS, Values, each, gradient, number, options
+
+DECAYS = {"type0": "copy", "type1": "slow", "type2": "late"}
+
+
+def of_set(name: str, case: str) -> tuple[Values, torch.Tensor]:
+    """Latents and velocities of the set that a case belongs to, and the target velocity."""
+    given = Values(name, case.split("/")[0])
+    return given, given.tensor("eps") - given.tensor("x0")
+
+
+def error(v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    return mean_per_sample((v - u).square(), v)
+
+
+@each("nft")
+def test_nft(case):
+    known = Values("nft", case)
+    if case == "decay":
+        for kind, name in DECAYS.items():
+            known.holds(kind, [decay(name, int(n)) for n in known["step"]])
+        return known.done()
+    clip = options("nft")["adv_clip_max"]
+    if case == "r_modes":
+        for mode in set(known) - {"advantages"}:
+            known.holds(mode, goodness(known.tensor("advantages"), clip, mode))
+        return known.done()
+    given, u = of_set("nft", case)
+    if "/" not in case:
+        return  # what the set's cases are made of
+    curvature, plain = number("beta", case), "plain" in case
+    v = given.tensor("new").requires_grad_(True)
+    old, reference, r = given.tensor("old"), given.tensor("ref"), goodness(given.tensor("advantages"), clip)
+    errors = nft_errors(v, old, u, given.tensor("t"), curvature, adaptive=not plain)
+    policy = nft_loss(errors, r, clip, curvature)
+    known.holds("per_sample_policy", policy, LOSS)
+    if plain:
+        known.holds("grad_of_sum", gradient(policy.sum(), v), GRADIENT)
+        return known.done()
+    kl = error(v, reference)
+    loss = policy.mean() + number("kl", case) * kl.mean()
+    for key, got in {"loss": loss, "r": r, "positive": errors.positive, "negative": errors.negative, "kl": kl.mean(),
+                     "old_deviate": error(v, old).mean()}.items():  # fmt: skip
+        known.holds(key, got, LOSS)
+    known.holds("grad", gradient(loss, v), GRADIENT)
+    known.done()
+
+
+@each("dgpo")
+def test_dgpo(case):
+    given, u = of_set("dgpo", case)
+    if "/" not in case:
+        numbers = given["group"]
+        assert (np.diff(numbers) >= 0).all() and len(set(np.bincount(numbers))) == 1  # groups stand together, and are of one size
+        return
+    known, beta = Values("dgpo", case), number("beta", case)
+    size = int(np.bincount(given["group"])[0])
+    v = given.tensor("new").requires_grad_(True)
+    errors, ref_errors, old_errors = (error(x, u).view(-1, size) for x in (v, given.tensor("ref"), given.tensor("old")))
+    advantage = given.tensor("advantages").view(-1, size)
+    known.holds("errors", errors.flatten())
+    known.holds("loss", (dgpo.weights(errors, ref_errors, advantage, beta) * errors).mean(), LOSS)
+    if case.endswith("clip"):
+        far = dgpo.left_alone(errors, old_errors, advantage, options("dgpo")["clip"])
+        known.holds("clipped", far.flatten())
+        errors = torch.where(far, errors.detach(), errors)
+    known.holds("grad", gradient(dgpo.dgpo_loss(errors, ref_errors, advantage, beta).mean(), v), GRADIENT)
+    known.done()
