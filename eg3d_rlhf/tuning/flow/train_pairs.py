@@ -9,6 +9,7 @@ Shape letters as in sparse.py; P pairs, B time bins.
 
 import itertools
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,17 +45,26 @@ from training.storage import checksum
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(StageTraining):
+class PassConfig(StageTraining):
+    """A training whose updates are batches of examples, taken in passes."""
+
+    batch: int = 4  # examples per update, over all processes and passes
+    batch_gpu: int | None = None  # per pass and process; decides memory, not the result
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_gpu is not None and self.batch % self.batch_gpu:
+            got = f"batch={self.batch}, got {self.batch_gpu}"
+            raise ValueError(f"{type(self).__name__}.batch_gpu: expected a divisor of {got}. Choose one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(PassConfig):
     """Everything that decides a training on pairs besides its networks and pairs."""
 
     dpo: DpoConfig = field(default_factory=DpoConfig)  # what is minimised
     batch: int = train_knob(4, "Per update, over all processes and passes.", metavar="PAIRS", low=1)
     batch_gpu: int | None = train_knob(None, "Per pass and process: decides memory, not the result.", metavar="PAIRS", low=1, shown="batch")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.batch_gpu is not None and self.batch % self.batch_gpu:
-            raise ValueError(f"TrainConfig.batch_gpu: expected a divisor of batch={self.batch}, got {self.batch_gpu}. Choose one.")
 
     @property
     def needs_reference(self) -> bool:
@@ -157,51 +167,79 @@ MARGINS = (
 ERRORS = (("w_error", "w_error", "<8.4f"), ("l_error", "l_error", "<8.4f"))  # where there is no reference to tell margins by
 
 
-class Updates(Descent):
-    """What a stage's parameters go through on pairs.
+class Passes(Descent, Generic[Example]):
+    """Updates on examples, whose batch is taken in passes, in turn and side by side on ranks.
 
-    Args: as Descent; pairs: of the stage, checked; reference: None where the loss needs none.
+    Losses of a batch are added up and divided once, by its number of examples: the gradients of parts add up to the whole batch's.
+    Args: as Descent; config has batch and batch_gpu; examples: all of them.
     Raises: ValueError where a batch cannot be divided over ranks and passes.
     """
 
+    sums = 2  # figures of a pass: how many examples, the sum of their losses, then the training's own
+    what = "examples"
+
     def __init__(
-        self, pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair], config: TrainConfig, policy: torch.nn.Module,
-        parameters: Iterable[torch.nn.Parameter], reference: FrozenModel | None, ranks: Ranks,
+        self, stage: FlowStage, examples: Sequence[Example], config: "PassConfig", policy: torch.nn.Module,
+        parameters: Iterable[torch.nn.Parameter], ranks: Ranks,
     ):
         super().__init__(stage, config, policy, parameters, ranks)
-        self.pipeline, self.config, self.reference = pipeline, config, reference
-        self.columns = ERRORS if config.dpo.kind == "dro" else MARGINS
         size = config.batch_gpu or max(config.batch // ranks.world, 1)
         if config.batch % (ranks.world * size):
             raise ValueError(
-                f"train_stage: expected a batch of a multiple of {ranks.world} processes x {size} pairs per pass (batch_gpu), "
+                f"train_stage: expected a batch of a multiple of {ranks.world} processes x {size} {self.what} per pass (batch_gpu), "
                 f"got {config.batch}. Change one."
             )
-        self.order, self.layout = Order(pairs, config.batch, config.seed), Layout(config.batch, ranks, size)
-
-    def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
-        return pair_signs(lines, self.config.needs_reference)
+        self.order, self.layout = Order(examples, config.batch, config.seed), Layout(config.batch, ranks, size)
 
     def run(self, step: int) -> dict:
-        """See Descent: pairs, and bins, the sums of BINNED over time bins, of all ranks; of dro both errors instead.
-
-        Losses of a batch are added up and divided once, by its number of pairs: the gradients of parts add up to the whole batch's.
-        """
+        """See Descent."""
         items, layout = self.order.items(step), self.layout
-        gradients, totals = GradientSum(self.parameters, layout.here), torch.zeros(4 + len(BINNED) * TIME_BINS, device=self.device)
+        gradients, totals = GradientSum(self.parameters, layout.here), torch.zeros(self.sums, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.train()
         for turn in range(layout.here):
             part = sorted(items[layout.rows(turn)], key=lambda item: item[0])  # two draws where a batch runs over the end of a pass
             for epoch, group in itertools.groupby(part, key=lambda item: item[0]):
-                pairs = [pair for _, pair in group]
-                draw = self._draw(pairs, epoch)
-                torch.manual_seed(derive_seed(self.config.seed, "dropout", step, self.ranks.rank + turn * self.ranks.world, epoch))
-                totals += self._pass(draw)
+                seed = derive_seed(self.training.seed, "dropout", step, self.ranks.rank + turn * self.ranks.world, epoch)
+                totals += self.backward([example for _, example in group], epoch, seed)
             gradients.end_round()
         gradients.finish()
         sum_over_ranks(self.ranks, self.parameters, [totals])
-        return self._step(step, totals, items)
+        return self.figures(step, totals, items)
+
+    @abstractmethod
+    def backward(self, examples: Sequence[Example], epoch: int, dropout: int) -> torch.Tensor:
+        """Add the gradients of a part of the batch; returns its [sums]. Args: dropout: seed of torch's generator in the pass."""
+
+    @abstractmethod
+    def figures(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
+        """Clip and step; the figures of the update."""
+
+
+class Updates(Passes[PreferencePair]):
+    """What a stage's parameters go through on pairs.
+
+    Args: as Descent; pairs: of the stage, checked; reference: None where the loss needs none.
+    Raises: as Passes.
+    """
+
+    sums, what = 4 + len(BINNED) * TIME_BINS, "pairs"  # also both errors, and what is binned
+
+    def __init__(
+        self, pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair], config: TrainConfig, policy: torch.nn.Module,
+        parameters: Iterable[torch.nn.Parameter], reference: FrozenModel | None, ranks: Ranks,
+    ):
+        super().__init__(stage, pairs, config, policy, parameters, ranks)
+        self.pipeline, self.config, self.reference = pipeline, config, reference
+        self.columns = ERRORS if config.dpo.kind == "dro" else MARGINS
+
+    def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
+        return pair_signs(lines, self.config.needs_reference)
+
+    def backward(self, examples: Sequence[PreferencePair], epoch: int, dropout: int) -> torch.Tensor:
+        draw = self._draw(examples, epoch)
+        torch.manual_seed(dropout)
+        return self._pass(draw)
 
     def _draw(self, pairs: Sequence[PreferencePair], epoch: int) -> PairDraw:
         name, config = self.stage.name, self.config
@@ -215,8 +253,7 @@ class Updates(Descent):
         return replace(draw, x_0=x_0, eps=eps, x_t=x_t, t=draw.t[:count], cond=each(lambda c: c[:count], draw.cond))
 
     def _pass(self, draw: PairDraw) -> torch.Tensor:
-        """Add the gradients of a part of the batch; returns [4 + len(BINNED) B]: number of pairs, sum of losses, then
-        sums of both errors and of what is binned."""
+        """Add the gradients of a part of the batch; see `sums`."""
         config, stage, ref = self.config.dpo, self.stage, None
         if self.reference is not None:
             with self.autocast():
@@ -230,15 +267,15 @@ class Updates(Descent):
         mass = losses.new_tensor(float(len(losses)))
         loss = mass * losses.mean()
         loss.backward()
-        totals = torch.zeros(4 + len(BINNED) * TIME_BINS, device=self.device)
+        totals = torch.zeros(self.sums, device=self.device)
         totals[:4] = torch.stack([mass, loss.detach(), pair_errors.preferred.detach().sum(), pair_errors.rejected.detach().sum()])
         if ref is not None:
             stats = pair_stats(pair_errors, pair_errors.delta(config.loser_weight), draw.t)
             totals[4:] = torch.cat([stats[name] for name in BINNED])
         return totals
 
-    def _step(self, step: int, totals: torch.Tensor, items: Sequence[Item]) -> dict:
-        """Clip and step; the figures of the update."""
+    def figures(self, step: int, totals: torch.Tensor, items: Sequence[Item]) -> dict:
+        """Pairs, and bins, the sums of BINNED over time bins, of all ranks; of dro both errors instead."""
         dpo = self.config.dpo
         seen = "pairs " + ", ".join(pair.id for _, pair in items[:3])
         _, loss, norm, preferred, rejected, *sums = self.descend(step, totals, seen)
