@@ -38,7 +38,6 @@ def problems_own(name: str, group: str, metavar: str, kind, help: str, shown: st
 tuning_flags = together(
     problems_own("--tune", TRAIN, "lora|full", click.Choice(["lora", "full"]), "Adapters, or every parameter."),
     problems_own("--lora-targets", TRAIN, "LIST", str, "Last parts of layers' names, with commas.", "the stage's own", rare=True),
-    problems_own("--amp", TRAIN, "off|bf16", click.Choice(["off", "bf16"]), "Passes in bfloat16 (autocast).", rare=True),
 )
 
 
@@ -65,16 +64,14 @@ def check_tuning(flags: Flags) -> None:
 
 
 def tuned_as(flags: Flags, lora: LoraConfig | None) -> dict:
-    """The fields `lora`, and `bf16` where it is given, of a stage's training. Args: lora: the problem's own."""
-    changes, adapters = {}, flags.of(LoraConfig)
-    if flags["amp"] is not None:
-        changes["bf16"] = flags["amp"] == "bf16"
+    """The field `lora` of a stage's training. Args: lora: the problem's own."""
+    adapters = flags.of(LoraConfig)
     if flags["lora_targets"] is not None:
         adapters["targets"] = tuple(name.strip() for name in flags["lora_targets"].split(","))
     full = (flags["tune"] or ("full" if lora is None else "lora")) == "full"
     if full and adapters:
         raise ValueError(f"{', '.join(flag('lora_' + name) for name in adapters)}: belongs to --tune=lora. Add that, or leave it out.")
-    return {**changes, "lora": None if full else replace(lora or LoraConfig(), **adapters)}
+    return {"lora": None if full else replace(lora or LoraConfig(), **adapters)}
 
 
 LOOP = "The loop"

@@ -59,6 +59,14 @@ class Problem:
 
 
 _what = functools.partial(knob, group="What is trained")
+PRECISIONS = ("auto", "bfloat16", "float32")
+
+
+def chosen_precision(precision: str, device: str | torch.device) -> str:
+    """bfloat16 or float32. Where float32 is not asked for, CUDA multiplies what is left of it in TF32, from now on in this process."""
+    cuda = torch.device(device).type == "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cuda and precision != "float32"
+    return ("bfloat16" if cuda else "float32") if precision == "auto" else precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +83,8 @@ class ProblemSource:
     seed: int = 0  # of the toy's people, or of the division into trained and held-out conditions
     conditions: str | None = _what(None, "Embeddings of the conditions.", metavar="FILE|DIR", shown="beside the pairs")
     dtype: str = _what("float32", "In which the flows are held.", choices=("float32", "float16", "bfloat16"), rare=True)
+    precision: str = _what("auto", "Of the flows' passes, in training, win rates and samples alike; adapters, sums and the optimiser stay "
+                           "float32. auto: bfloat16 on CUDA, float32 on a CPU.", choices=PRECISIONS, rare=True)
     held_out: float = _what(0.2, "Share of the conditions that is never trained on.", above=0, below=1, rare=True)
     voxel_share: float = _what(0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0,
                                rare=True)

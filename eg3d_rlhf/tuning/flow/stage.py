@@ -323,6 +323,7 @@ class FlowStage:
     path: FlowPath = field(default_factory=FlowPath)
     sampling: Sampling = field(default_factory=Sampling)
     lora_targets: tuple[str, ...] = ("to_qkv", "to_q", "to_kv", "to_out")  # last parts of the names of linear layers that adapters sit on
+    precision: str = "float32"  # of passes, in training and sampling alike: float32 or bfloat16
 
     def velocity(
         self, x_t: Batch, t: torch.Tensor, cond: Condition, model: torch.nn.Module | None = None, step: float | None = None
@@ -333,12 +334,15 @@ class FlowStage:
         Raises: ValueError for a step where the module cannot be told. Differentiable in: x_t, the module's parameters.
         """
         model, at = self.model if model is None else model, 1 - t if self.data_at_one else t
-        if step is None:
-            v = self.call(model, x_t, at, cond)
-        elif self.call_step is None:
-            raise ValueError(f"stage {self.name!r}: expected no shortcut, whose length of steps its network does not read. Set it off.")
-        else:
-            v = self.call_step(model, x_t, at, cond, torch.full_like(t, step))
+        half = self.precision == "bfloat16"
+        with torch.autocast(feats_of(x_t).device.type, torch.bfloat16, enabled=half):
+            if step is None:
+                v = self.call(model, x_t, at, cond)
+            elif self.call_step is None:
+                raise ValueError(f"stage {self.name!r}: expected no shortcut, whose length of steps its network does not read. Set it off.")
+            else:
+                v = self.call_step(model, x_t, at, cond, torch.full_like(t, step))
+        v = with_feats(v, feats_of(v).float()) if half else v
         return opposite(at, v)[1] if self.data_at_one else v
 
     def noise(self, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:

@@ -13,6 +13,7 @@ bit, and neither passes per batch nor ranks change what is learned beyond roundi
 
 import copy
 import functools
+import importlib
 import json
 import math
 from abc import ABC, abstractmethod
@@ -32,7 +33,7 @@ from eg3d_rlhf.tuning.flow.stage import FlowStage
 from training import checkpoint
 from training.config import check_knobs, knob
 from training.distributed import SINGLE, Ranks
-from training.phases import LossNotFiniteError
+from training.phases import LossNotFiniteError, cosine
 from training.storage import read_tensors, write_tensors
 
 WARNINGS, RESULT, POLICY = "warnings.json", "result.json", "policy"
@@ -46,15 +47,18 @@ train_knob = functools.partial(knob, group="Training")
 class StageTraining:
     """Settings of any training of a stage; the defaults suit TRELLIS."""
 
-    GONE = {"cache_reference": False, "draws": None, "ema": None}
+    GONE = {"bf16": False, "cache_reference": False, "draws": None, "ema": None}
 
     lora: LoraConfig | None = field(default_factory=LoraConfig)  # adapters to train; None trains every parameter
     steps: int = train_knob(3000, "Length of a stage's training.", metavar="UPDATES", low=1)
     lr: float = train_knob(5e-6, "AdamW's learning rate.", above=0)
+    schedule: str = train_knob("constant", "Of the learning rate after its rise; cosine: down to 2 % of it at the last update.",
+                               choices=("constant", "cosine"), rare=True)
+    optimizer: str = train_knob("adamw", "adamw8bit: bitsandbytes' AdamW, whose state takes a quarter of the memory.",
+                                choices=("adamw", "adamw8bit"), rare=True)
     warmup: int = train_knob(100, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0, rare=True)
     weight_decay: float = train_knob(0.01, "AdamW's, apart from the gradient.", low=0, rare=True)
     clip: float = train_knob(1.0, "Largest norm of the gradient over all parameters.", above=0, rare=True)
-    bf16: bool = False  # passes in bfloat16 where torch's autocast does so; parameters and sums stay float32
     held_out_every: int = train_knob(100, "Between win rates; one is measured before the first.", metavar="UPDATES", low=1, rare=True)
     patience: int = train_knob(5, "Win rates in a row without a new best, after which training stops.", low=1, rare=True)
     max_drop: float = train_knob(0.2, "Below the best win rate, at which it stops at once.", above=0, rare=True)
@@ -90,10 +94,13 @@ class Descent(ABC):
     ):
         self.stage, self.training, self.policy, self.parameters, self.ranks = stage, config, policy, list(parameters), ranks
         self.device = self.parameters[0].device
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = adamw(config, self.parameters)
 
     def lr(self, step: int) -> float:
-        return self.training.lr * min(1.0, (step + 1) / max(self.training.warmup, 1))
+        config = self.training
+        if config.schedule == "constant" or step < config.warmup:
+            return config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
+        return cosine(config.lr, (step + 1 - config.warmup) / max(config.steps - config.warmup, 1))
 
     @abstractmethod
     def run(self, step: int) -> dict:
@@ -105,9 +112,6 @@ class Descent(ABC):
     @abstractmethod
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         """Warnings by name, as of the last line of stats.jsonl; the caller says each once."""
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.bf16)
 
     def descend(self, step: int, totals: torch.Tensor, seen: str) -> list[float]:
         """Divide the summed gradients by totals[0], their mass, clip and step; totals[1] is the mass times the loss.
@@ -123,12 +127,23 @@ class Descent(ABC):
         if not math.isfinite(loss) or not math.isfinite(length):
             raise LossNotFiniteError(
                 f"train_stage({self.stage.name}): expected a finite loss and gradient in update {step + 1}, got {loss:g} and {length:g} "
-                f"({seen}, ...). Use a lower lr or a larger beta, and no bf16 if it is on."
+                f"({seen}, ...). Use a lower lr or a larger beta, and float32 where precision is bfloat16."
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step)
         self.optimizer.step()
         return [mass, loss, length, *others]
+
+
+def adamw(config: StageTraining, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Raises: ValueError where bitsandbytes is asked for and missing."""
+    kind: Callable = torch.optim.AdamW
+    if config.optimizer == "adamw8bit":
+        try:
+            kind = importlib.import_module("bitsandbytes.optim").AdamW8bit
+        except ImportError as error:
+            raise ValueError(f"--set optimizer=adamw8bit: expected bitsandbytes, got: {error}. Run pip install bitsandbytes.") from None
+    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
 
 # How far a training is, and the lines made of what its updates tell.
@@ -267,7 +282,7 @@ def train(
     device = next(stage.model.parameters()).device
     if ranks.main:
         out.mkdir(parents=True, exist_ok=True)
-    options = {"stage": stage.name, "config": asdict(config), "held_out": held_out is not None, **known}
+    options = {"stage": stage.name, "precision": stage.precision, "config": asdict(config), "held_out": held_out is not None, **known}
     with Run(out, options, ranks=ranks, say=say) as run, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         begun, finished = ranks.broadcast([bool(recorded(out)), read_result(out)] if ranks.main else None)
         if not begun:

@@ -256,10 +256,8 @@ class Updates(Passes[PreferencePair]):
         """Add the gradients of a part of the batch; see `sums`."""
         config, stage, ref = self.config.dpo, self.stage, None
         if self.reference is not None:
-            with self.autocast():
-                ref = self.reference.errors(stage, draw)
-        with self.autocast():
-            v = stage.velocity(draw.x_t, draw.t, draw.cond, self.policy)
+            ref = self.reference.errors(stage, draw)
+        v = stage.velocity(draw.x_t, draw.t, draw.cond, self.policy)
         errors = stage.path.errors(with_feats(v, feats_of(v).float()), draw.x_0, draw.eps)
         sft = config.kind == "sft"
         pair_errors = PairErrors(preferred=errors, rejected=torch.zeros_like(errors)) if sft else PairErrors.split(errors, ref)

@@ -1,6 +1,7 @@
 """Training of one stage: what it learns, what it leaves alone, and that a resumed run is the run that was never stopped."""
 
 import copy
+import importlib.util
 import math
 import os
 import signal
@@ -164,9 +165,25 @@ def test_every_pass_over_the_pairs_has_all_of_them_in_another_order():
 
 
 def test_bfloat16_passes_learn_about_the_same_and_keep_float32_masters(tmp_path):
-    a, b = (run(tmp_path / str(on), config=tiny_config(bf16=on)) for on in (False, True))
+    half = TinyPipeline()
+    for stage in half.stages:
+        stage.precision = "bfloat16"
+    a, b = run(tmp_path / "float32"), run(tmp_path / "bfloat16", pipeline=half)
     assert a.stats[-1]["loss"] != b.stats[-1]["loss"] and a.stats[-1]["margin"] == pytest.approx(b.stats[-1]["margin"], rel=0.3)
     assert {v.dtype for v in weights(b.weights).values()} == {torch.float32}
+
+
+def test_a_cosine_falls_to_2_percent_and_constant_stays(tmp_path):
+    runs = [run(tmp_path / kind, config=tiny_config(schedule=kind, log_every=1)) for kind in ("constant", "cosine")]
+    constant, cosine = ([line["lr"] for line in result.stats] for result in runs)
+    assert constant[:5] == cosine[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01]) and set(constant[5:]) == {0.01}
+    assert cosine[-1] == pytest.approx(0.0002) and cosine[5:] == sorted(cosine[5:], reverse=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_8_bit_adamw_asks_for_its_package(tmp_path):
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        run(tmp_path / "run", config=tiny_config(optimizer="adamw8bit"))
 
 
 # Stopped and resumed.

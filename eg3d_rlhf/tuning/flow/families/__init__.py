@@ -21,6 +21,7 @@ from eg3d_rlhf.tuning.flow.problem import (
     Judge,
     Problem,
     ProblemSource,
+    chosen_precision,
     conditions_beside,
     conditions_problem,
     folder_problem,
@@ -30,7 +31,7 @@ from eg3d_rlhf.tuning.flow.problem import (
 from eg3d_rlhf.tuning.flow.ranking import Candidates, drawn_candidate
 
 Load = Callable[..., Any]  # (root, Conditions, *, dtype, device) -> Pipeline; without conditions nothing is sampled
-COMMON = ("pipeline", "pairs", "seed", "held_out", "conditions", "dtype")  # fields of ProblemSource that every family reads
+COMMON = ("pipeline", "pairs", "seed", "held_out", "conditions", "dtype", "precision")  # fields of ProblemSource that every family reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,11 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
         problem = open_conditions(family, source, device)
     else:
         problem = family.open(source, device) if family.open else open_folder(family, source, device)
-    return replace(problem, human_pairs=functools.cache(problem.human_pairs))
+    precision = chosen_precision(source.precision, device)
+    for stage in problem.pipeline.stages:
+        stage.precision = precision
+    identity = {**problem.identity, "precision": precision}
+    return replace(problem, human_pairs=functools.cache(problem.human_pairs), identity=identity)
 
 
 def open_folder(family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu") -> Problem:

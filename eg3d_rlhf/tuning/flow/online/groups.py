@@ -194,8 +194,7 @@ class Explorer:
         return self._guided(functools.partial(self.reference.velocity, self.task.stage), x, t, cond, no_cond)
 
     def _guided(self, velocity: Callable[..., Batch], x: Batch, t: float, cond: Condition, no_cond: Condition | None) -> Batch:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            v = guided(self.task.stage.path, velocity, x, t, cond, no_cond, self.sampling)
+        v = guided(self.task.stage.path, velocity, x, t, cond, no_cond, self.sampling)
         return with_feats(v, feats_of(v).float())
 
 

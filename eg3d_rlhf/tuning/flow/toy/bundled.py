@@ -304,6 +304,6 @@ def toy_problem(
 register(FlowFamily(
     name="toy", layout="the bundled toy, called by that name", bundled=True, recognises=lambda root: False, stages=(STRUCTURE, VOXELS),
     load=lambda root, conditions, *, dtype, device: ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
-    files=lambda root: {name: path_of(name) for name in NETWORKS}, common=("pipeline", "seed"), options=("labelled",),
+    files=lambda root: {name: path_of(name) for name in NETWORKS}, common=("pipeline", "seed", "precision"), options=("labelled",),
     open=lambda source, device: toy_problem(source.seed, device, labelled=source.labelled),
 ))  # fmt: skip

@@ -88,8 +88,9 @@ def test_dry_run_prints_the_settings_and_touches_nothing(tmp_path):
 
 def test_flags_reach_their_settings():
     defaults = default_settings("toy")
-    own = settings(values("--beta=200", "--lr=0.5", "--steps=7", "--loss=sigmoid", "--set=amp=bf16", "--batch-gpu=1"), defaults)
-    assert (own.human.dpo.beta, own.human.dpo.kind, own.human.lr, own.human.steps, own.human.bf16) == (200, "sigmoid", 0.5, 7, True)
+    own = settings(values("--beta=200", "--lr=0.5", "--steps=7", "--loss=sigmoid", "--set=schedule=cosine", "--batch-gpu=1"), defaults)
+    assert (own.human.dpo.beta, own.human.dpo.kind, own.human.lr, own.human.steps, own.human.schedule) == (
+        200, "sigmoid", 0.5, 7, "cosine")
     ratio = defaults.loop.dpo.beta / defaults.human.dpo.beta
     assert own.loop.dpo.beta == pytest.approx(ratio * 200) and own.loop.dpo.loser_weight == defaults.loop.dpo.loser_weight
     assert (own.loop.lr, own.loop.steps, own.sft.lr, own.sft.dpo.kind) == (0.5, 7, 0.5, "sft")
