@@ -89,7 +89,7 @@ def surfaces(values: np.ndarray, whole: np.ndarray) -> dict[str, float]:
     distance in voxels of either to the other, the mean of both ways, FARTHEST where there is none.
     """
     shape, head = surface_points(values), surface_points(whole)
-    found = {}
+    found: dict[str, float] = {}
     for suffix, place in (("", behind), ("_front", in_front)):
         ways = _ways(shape, head, place)
         found |= {
