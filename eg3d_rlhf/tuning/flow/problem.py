@@ -22,6 +22,7 @@ from eg3d_rlhf.tuning.flow.generate import HeldOut, Models, crossed, generate
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, pairs_hash, read_pairs
 from eg3d_rlhf.tuning.flow.stage import CONVENTION, AssetReward, Pipeline, stage_of
 from training.config import check_knobs, knob
+from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
 
@@ -262,14 +263,14 @@ class Choosing:
     def __post_init__(self):
         check_knobs(self)
 
-    def held_out(self, problem: Problem, stage: str, others: Models, against: Models) -> HeldOut | None:
-        """The judge of a stage's training; None for a problem that has none to choose by. Args: others, against: see HeldOut."""
+    def held_out(self, problem: Problem, stage: str, others: Models, against: Models, ranks: Ranks = SINGLE) -> HeldOut | None:
+        """The judge of a stage's training; None for a problem that has none to choose by. Args: others, against, ranks: see HeldOut."""
         if problem.chooser is None:
             return None
         conditions, seeds = crossed(problem.choosing, self.per_condition, self.seed)
         return HeldOut(
             pipeline=problem.pipeline, stage=stage, reward=problem.chooser, conditions=conditions, seeds=seeds, others=others,
-            against=against, batch=self.batch,
+            against=against, batch=self.batch, ranks=ranks,
         )
 
 

@@ -256,7 +256,7 @@ def policy_and_reference(stage: FlowStage, config: StageTraining) -> tuple[torch
     return policy, FrozenModel(shared_copy(stage.model).float(), policy) if config.needs_reference else None
 
 
-Judge = Callable[[torch.nn.Module], float]  # a network's held-out win rate, in 0..1
+Judge = Callable[[torch.nn.Module], float]  # a network's held-out win rate, in 0..1; every rank asks, the first one's counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,10 +355,8 @@ class _Training:
 
     def _win_rate(self) -> float:
         """Measure, and keep the parameters if it is the best so far."""
-        rate = None
-        if self.ranks.main and self.held_out is not None:
-            rate = float(self.held_out(self.policy))
-        rate = self.ranks.broadcast(rate)
+        assert self.held_out is not None
+        rate = self.ranks.broadcast(float(self.held_out(self.policy)))
         assert 0 <= rate <= 1
         if self.progress.judged(rate, self.config) and self.ranks.main:
             values = {name: p.detach() for name, p in self.named.items()}

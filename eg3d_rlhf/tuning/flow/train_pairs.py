@@ -304,7 +304,7 @@ def train_stage(
     """Train a copy of a stage's network on pairs; the stage's own is left as it is, and is the reference.
 
     Args:
-        pairs: of that stage. held_out: called with the network every `held_out_every` updates, on rank 0; the parameters with the best win
+        pairs: of that stage. held_out: called with the network every `held_out_every` updates; the parameters with the best win
             rate are kept, those before the first update among them. Without it the last ones are.
         out: folder for everything written, see the module; resume: go on with the run in it, if there is one.
         say: prints the status lines.

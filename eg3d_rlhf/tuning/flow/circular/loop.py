@@ -172,7 +172,7 @@ class CircularLoop:
             models = self.models(lineage)
             with with_models(self.problem.pipeline, {k: v for k, v in models.items() if k == stage}):
                 others = {k: v for k, v in models.items() if k != stage}  # the networks that this starts from, all other stages alike
-                held_out = None if choosing is None else choosing.held_out(self.problem, stage, others, dict(models))
+                held_out = None if choosing is None else choosing.held_out(self.problem, stage, others, dict(models), self.ranks)
                 result = train_stage(
                     self.problem.pipeline, stage, pairs, config, folder / "training", held_out=held_out, ranks=self.ranks, resume=True,
                     say=self.say,
