@@ -81,7 +81,8 @@ def _checked(solid: np.ndarray, who: str) -> np.ndarray:
     """Raises: ValueError for what is no grid, for one that is too large, and for an empty one."""
     solid = np.asarray(solid)
     if solid.ndim != 3 or solid.dtype != bool:
-        raise ValueError(f"{who}: expected a grid of bool [X, Y, Z], got {solid.dtype} {list(solid.shape)}. Compare a density with its level.")
+        got = f"{solid.dtype} {list(solid.shape)}"
+        raise ValueError(f"{who}: expected a grid of bool [X, Y, Z], got {got}. Compare a density with its level.")
     if max(solid.shape) > MOST:
         raise ValueError(f"{who}: expected at most {MOST} voxels per edge, got {max(solid.shape)}. Reduce the grid to {EDGE}^3 first.")
     if not solid.any():
@@ -168,7 +169,7 @@ def main_part(solid: np.ndarray) -> np.ndarray:
 
 
 def euler(solid: np.ndarray) -> int:
-    """Vertices - edges + faces - cubes of the union of closed cubes: bodies - tunnels + cavities, bodies that touch at a corner being one."""
+    """Vertices - edges + faces - cubes of the union of closed cubes: bodies - tunnels + cavities; bodies that touch at a corner are one."""
     padded, total = np.pad(solid, 1), 0
     for thick in itertools.product((False, True), repeat=3):  # along the other axes a cell is shared by both neighbours
         cells = padded
@@ -179,9 +180,9 @@ def euler(solid: np.ndarray) -> int:
 
 
 def tip(solid: np.ndarray) -> tuple[float, float]:
-    """How far it is from falling over: degrees that it can be tilted, and how far the centre of mass is inside what it stands on, in voxels.
+    """How far it is from falling over: degrees that it can be tilted, and voxels by which its centre of mass is inside what it stands on.
 
-    It stands on the hull of the lowest layer's voxels; negative where the centre, projected, lies outside. -90 of an empty grid.
+    That is the hull of the lowest layer's voxels; negative where the centre, projected, lies outside. -90 of an empty grid.
     """
     points = np.argwhere(solid)
     if not len(points):
