@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-
 Item = TypeVar("Item")
 
 
