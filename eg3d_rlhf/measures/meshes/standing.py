@@ -17,7 +17,7 @@ from eg3d_rlhf.measures.meshes.clean import CleanMesh, face_areas
 FOOT = 0.01  # of the height: vertices so near to the lowest touch the floor
 STANDS = 3.0  # degrees, at least
 STEEP, GROUND = math.cos(math.radians(45)), 0.02  # overhang: downward part of the normal, and the share of the height that is floor
-MASSES = {"volume": "of the volume", "voxels": "of voxels inside, as it is open", "area": "of the area, as it is a sheet", "hull": "of the hull"}
+MASSES = {"volume": "its volume", "voxels": "voxels inside, as it is open", "area": "its area, as it is a sheet", "hull": "its hull"}
 
 
 def tip(vertices: np.ndarray, centre: np.ndarray) -> float:
