@@ -247,10 +247,9 @@ def _weights(name: str) -> Path:
     places = list(_places(name))
     path = next((p for p in places if p.is_file()), None)
     if path is None:
-        looked = ", ".join(map(str, places))
-        raise FileNotFoundError(
-            f"{name}: expected its weights on this machine, got none at {looked}. Fetch them once yourself, or give embeddings in files."
-        )
+        looked, hub = ", ".join(map(str, places)), HUB.get(name, name)
+        fetch = f"hf download {hub} (https://huggingface.co/{hub})"
+        raise FileNotFoundError(f"{name}: expected its weights on this machine, got none at {looked or 'no place'}. Fetch them: {fetch}")
     return path
 
 

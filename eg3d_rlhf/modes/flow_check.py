@@ -17,7 +17,7 @@ from eg3d_rlhf.models.weights import shapes
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, family_of
 
 WIDTH, LISTED, FIRST = 118, 12, 8  # columns; files and names that are listed
-LICENCES = ("licen", "notice")  # how names of such files begin
+_LICENCE = ("licen", "notice")  # how names of such files begin
 DONE = {"embed": "conditions of pictures", "embed_texts": "conditions of texts", "show": "draw", "export": "export"}
 
 
@@ -65,14 +65,13 @@ def screen(root: Path, family: FlowFamily, networks: Sequence[Network], problems
     used = {path.resolve() for path in (*read.values(), *(network.file for network in networks))}
     hidden = set(root.rglob(".*"))
     there = [path for path in sorted(root.rglob("*")) if path.is_file() and not {path, *path.parents} & hidden]
-    licences = [path for path in (*there, *root.parent.glob("*")) if path.is_file() and path.name.lower().startswith(LICENCES)]
     yield from rows("family", [f"{family.name} ({family.version or family.layout})"])
     yield from rows("read", [f"{_short(path, root)} ({_bytes(path.stat().st_size)})" for path in _existing(read.values())])
     yield from rows("not read", [_short(path, root) for path in there if path.resolve() not in used])
     for network in networks:
         yield from rows("network", [_described(network)])
     yield from rows("licence", [family.notice or "see the publisher's"])
-    yield from rows("", [f"files of it: {_names(licences, root) or 'none: fetch them'}"])
+    yield from rows("", [f"files of it: {_names(licences(root), root) or 'none: fetch them'}"])
     can = [words for hook, words in DONE.items() if getattr(family, hook) is not None]
     lost = [f"{network.name} is not there: no {network.without}" for network in networks if network.without and not network.found]
     loop = ["no loop: stages one by one"] if family.judge is None else [] if lost else ["the loop"]
@@ -84,6 +83,12 @@ def screen(root: Path, family: FlowFamily, networks: Sequence[Network], problems
     for problem in problems:
         yield from rows("FAULT", [problem])
     yield from rows("", ["everything fits" if not problems else f"{len(problems)} faults: not usable as it is"])
+
+
+def licences(root: Path) -> list[Path]:
+    """Files of a licence, in a folder or beside it."""
+    below = [path for path in sorted(root.rglob("*")) if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    return [path for path in (*below, *sorted(root.parent.glob("*"))) if path.name.lower().startswith(_LICENCE) and path.is_file()]
 
 
 def rows(title: str, parts: Iterable[str]) -> list[str]:

@@ -45,6 +45,7 @@ class Request:
     settings: Mapping  # values of SETTINGS
     assets: str | None = None  # folder or list of finished assets, in place of a generator
     up: str = "y"  # axis of the assets that points up
+    lenient: bool = False  # assets that cannot be shown are left out, and told
 
     def to_json(self) -> dict:
         pairing = {**asdict(self.pairing), "rewards": list(self.pairing.rewards)}
@@ -76,7 +77,7 @@ def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], N
 
     if request.assets is not None:
         with naming("--assets"):
-            collection = read_collection(Path(request.assets), tell)
+            collection = read_collection(Path(request.assets), tell, request.lenient)
             assets = plan_assets(request.pairing, collection, tell)
         extra = {FLAGS: request.to_json(), "plan": assets.report, "conditions": conditions(collection), "up": request.up}
         return request.campaign_settings(extra), assets.pairs

@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.models.policies import META
+from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.entities import JudgementRow, Kind, Mode
-from eg3d_rlhf.people.label.store import open_store
-from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements
 from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, NULL, Conditions, read_conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, family_of
 from eg3d_rlhf.tuning.flow.ranking import RANKING
@@ -157,7 +157,7 @@ class Work:
 
     def check_pipeline(self) -> FlowFamily:
         """The generator's family, once its files are those that `new` saw. Raises: ValueError, FileNotFoundError."""
-        family = family_of(Path(self.pipeline))
+        family = family_of(Path(self.pipeline), say=_said)
         files = family.files(Path(self.pipeline))
         if family.name != self.family or set(files) != set(self.files):
             raise self._changed(f"{family.name} with {', '.join(sorted(files))[:120]}")
@@ -182,7 +182,7 @@ class Work:
 
     def conditions(self, *splits: str) -> Conditions:
         """Embeddings of the conditions of splits and of the empty one, and of no others."""
-        read, family = read_conditions(self.conditions_file), family_of(Path(self.pipeline))
+        read, family = read_conditions(self.conditions_file), family_of(Path(self.pipeline), say=_said)
         wanted = self.names(*splits)
         read.of(wanted)  # raises for those that are missing
         tokens = {name: read.tokens[name] for name in (*wanted, NULL) if name in read.tokens}
@@ -213,6 +213,12 @@ class Work:
         there = self.numbered(what)
         return self.folder / f"{what}-{int(there[-1].name.rpartition('-')[2]) + 1 if there else 0:02d}"
 
+    def tuned(self, tune: Path, control: bool = False) -> dict[str, Path]:
+        """Tuned weights of a training such as tune-00, or of its control, by stage; empty where it kept nothing."""
+        place = tune / "control" if control else tune
+        folders = {stage: place / stage / "policy" for stage in self.stages}
+        return {stage: folder for stage, folder in folders.items() if (folder / META).is_file()}
+
     # ---- what was drawn and said
 
     def lines(self, name: str = BASE) -> list[dict]:
@@ -229,6 +235,9 @@ class Work:
         """
         if not (self.folder / "labels.db").is_file():
             raise FileNotFoundError(f"WORK: expected people's answers, got none yet. Label: eg3d-rlhf flow label {self.folder}")
+        from eg3d_rlhf.people.label.store import open_store  # needs SQLAlchemy, which tuning does not
+        from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements
+
         drawn = {(line["condition"], line["seed"]): line["look_at"] for line in self.lines()}
         with open_store(self.database, create=False) as store:
             if store.campaign(self.campaign) is None:
@@ -240,14 +249,15 @@ class Work:
         return Labels(answers, self.drawn())
 
     def _answers(self, rows: Sequence[JudgementRow], drawn: Mapping[tuple[str, int], str]) -> Iterator[Answer]:
-        shown, known = set(self.names(*SHOWN)), dict[str, str]()
+        shown = set(self.names(*SHOWN))
+        known: dict[tuple[str, str], bool] = {}
         for row in rows:
             names = []
             for shape in (row.left, row.right):
                 name = drawn.get((shape.condition, shape.seed))
-                if name is not None and name not in known:
-                    known[name] = file_hash(self.drawn() / name)
-                if name is None or known[name] != shape.file or shape.condition not in shown:
+                if name is not None and (name, shape.file) not in known:
+                    known[name, shape.file] = _is(self.drawn() / name, shape.file)
+                if name is None or not known[name, shape.file] or shape.condition not in shown:
                     got = f"one of {shape.condition!r}, seed {shape.seed}"
                     raise ValueError(f"labels.db: expected answers on the assets of {self.drawn()}, got {got}. Restore it, or label again.")
                 names.append(name)
@@ -255,6 +265,16 @@ class Work:
                 condition=row.left.condition, left=names[0], right=names[1], choice="tie" if row.choice.equal else row.choice.value,
                 annotator=row.annotator, repeat=row.kind in (Kind.REPEAT, Kind.SWAP), time=row.received_at,
             )
+
+
+def _is(path: Path, digest: str) -> bool:
+    """Whether a file is the one that was shown; an .obj is shown with its companions."""
+    if not path.is_file():
+        return False
+    if file_hash(path) == digest:
+        return True
+    seen = reading.looked_at([path])[0] if path.suffix == ".obj" else None
+    return isinstance(seen, reading.Examined) and seen.hash == digest
 
 
 def divide(names: Sequence[str], seed: int, shares: Sequence[float] = SHARES) -> dict[str, tuple[str, ...]]:
@@ -284,6 +304,10 @@ def _check_splits(splits: Mapping[str, Sequence[str]]) -> None:
     twice = [name for name, count in Counter(name for split in SPLITS for name in splits[split]).items() if count > 1]
     if twice:
         raise ValueError(f"splits: expected every condition in one, got {twice[0]!r} in two. Restore the file.")
+
+
+def _said(notice: str) -> None:
+    """A licence's notice, which `flow new` has shown."""
 
 
 def stamp_of(path: Path) -> list[int]:

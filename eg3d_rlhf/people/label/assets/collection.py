@@ -72,8 +72,11 @@ class Collection:
         return sorted({asset.generator for asset in self.assets})
 
 
-def read_collection(source: Path, tell: Callable[[str], None] = lambda text: None) -> Collection:
-    """The assets of a folder or list, each examined; `tell` hears how far that is."""
+def read_collection(source: Path, tell: Callable[[str], None] = lambda text: None, lenient: bool = False) -> Collection:
+    """The assets of a folder or list, each examined; `tell` hears how far that is.
+
+    Args: lenient: assets that cannot be shown are left out, and told; otherwise they are refused.
+    """
     source = source.resolve()
     if source.is_dir():
         collection = _of_folder(source)
@@ -81,7 +84,7 @@ def read_collection(source: Path, tell: Callable[[str], None] = lambda text: Non
         collection = _of_list(source)
     else:
         raise FileNotFoundError(f"expected a folder of assets or a list, got nothing at {source}. Check the path.")
-    return _checked(collection, source, tell)
+    return _checked(collection, source, tell, lenient)
 
 
 def is_asset_folder(path: Path) -> bool:
@@ -104,7 +107,7 @@ def read_generator(folder: Path, tell: Callable[[str], None] = lambda text: None
     return _checked(Collection(_stems_once(assets), _prompts(root, {asset.prompt for asset in assets})), folder, tell)
 
 
-def _checked(collection: Collection, source: Path, tell: Callable[[str], None]) -> Collection:
+def _checked(collection: Collection, source: Path, tell: Callable[[str], None], lenient: bool = False) -> Collection:
     if not collection.assets:
         raise ValueError(f"expected assets in {source.name}, got none. Lay them out as GENERATOR/PROMPT.glb, or give a list.")
     if len(collection.assets) > MAX_ASSETS:
@@ -115,10 +118,10 @@ def _checked(collection: Collection, source: Path, tell: Callable[[str], None]) 
         if other is not asset:
             names = f"{other.path.name} and {asset.path.name}"
             raise ValueError(f"expected one asset of {asset.generator} for {asset.prompt} and seed {asset.seed}, got {names}. Give seeds.")
-    return _examined(collection, tell)
+    return _examined(collection, tell, lenient)
 
 
-def _examined(collection: Collection, tell: Callable[[str], None]) -> Collection:
+def _examined(collection: Collection, tell: Callable[[str], None], lenient: bool) -> Collection:
     pictures = [prompt.image for prompt in collection.prompts.values() if prompt.image]
     paths = list(dict.fromkeys([*pictures, *(asset.path for asset in collection.assets)]))
 
@@ -126,7 +129,14 @@ def _examined(collection: Collection, tell: Callable[[str], None]) -> Collection
         if done % 100 == 0 or done == len(paths):
             tell(f"examined {done} of {len(paths)} files")
 
-    known = dict(zip(paths, reading.examine(paths, count), strict=True))
+    seen = dict(zip(paths, reading.looked_at(paths, count), strict=True))
+    known = {path: kind for path, kind in seen.items() if isinstance(kind, reading.Examined)}
+    unfit = [asset for asset in collection.assets if asset.path not in known]
+    if len(known) < len(paths) and not (lenient and len(unfit) == len(paths) - len(known) < len(collection.assets)):
+        reading.refuse({path: kind for path, kind in seen.items() if isinstance(kind, str)})
+    if unfit:
+        tell(f"{len(unfit)} of {len(collection.assets)} assets are left out: {unfit[0].path.name}: {seen[unfit[0].path]}")
+        collection = Collection([asset for asset in collection.assets if asset.path in known], collection.prompts)
     wrong = [path.name for path in pictures if known[path].kind != "picture"]
     wrong += [asset.path.name for asset in collection.assets if known[asset.path].kind == "picture"]
     if wrong:

@@ -20,7 +20,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,23 +50,30 @@ class Examined:
     hash: str  # SHA-256 hex of the file; of an OBJ with companions, of all of them
 
 
+def looked_at(paths: Sequence[Path], tell: Callable[[int], None] = lambda done: None) -> list[Examined | str]:
+    """What each of the files is, or why it cannot be shown; `tell` hears how many were looked at."""
+    seen: list[Examined | str] = []
+    while len(seen) < len(paths):  # a file that ends the process costs a new one
+        before = len(seen)
+        requests = [{"do": "examine", "path": str(path)} for path in paths[before:]]
+        for answer in _run(requests, lambda n: tell(before + n)):  # noqa: B023 (called within this turn)
+            seen.append(answer[_REFUSED] if _REFUSED in answer else Examined(**answer))
+    return seen
+
+
 def examine(paths: Sequence[Path], tell: Callable[[int], None] = lambda done: None) -> list[Examined]:
-    """What the files are; `tell` hears how many were looked at."""
-    examined: list[Examined] = []
-    wrong: list[str] = []
-    waiting = list(paths)
-    while waiting:  # a file that ends the process costs a new one
-        answers = list(_run([{"do": "examine", "path": str(path)} for path in waiting], lambda n: tell(len(examined) + len(wrong) + n)))
-        for path, answer in zip(waiting, answers, strict=False):
-            if _REFUSED in answer:
-                wrong.append(f"{path}: {answer[_REFUSED]}")
-            else:
-                examined.append(Examined(**answer))
-        waiting = waiting[len(answers) :]
+    """What the files are; `tell` hears how many were looked at. Raises: ValueError naming those that cannot be shown."""
+    seen = looked_at(paths, tell)
+    refuse({path: why for path, why in zip(paths, seen, strict=True) if isinstance(why, str)})
+    return [known for known in seen if isinstance(known, Examined)]
+
+
+def refuse(unfit: Mapping[Path, str]) -> None:
+    """Raise ValueError for files that cannot be shown, if there are any. Args: unfit: with the reasons."""
+    wrong = [f"{path}: {why}" for path, why in unfit.items()]
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{'; '.join(wrong[:5])}{more}. Mend or remove {'it' if len(wrong) == 1 else 'them'}.")
-    return examined
 
 
 def clean(path: Path, expected: str, degradation: str = "", seed: int = 0) -> bytes:

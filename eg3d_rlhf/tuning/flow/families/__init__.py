@@ -67,6 +67,7 @@ class FlowFamily:
     show: Callable[..., Path] | None = None  # write (asset, path without ending) to look at; returns the file
     facts: Callable[[Any, str, Mapping[str, Latent]], Mapping] | None = None  # (pipeline, condition, latents by stage): JSON that the list
     # of drawn assets says besides
+    up: str = "y"  # axis of what `show` writes that points up
     cells: int | None = None  # per axis of the grid that show reads an asset on, its third argument; None: nothing to choose
     export: Callable[..., dict] | None = None  # (root, new folder to write, tuned weights by stage)
     write_latent: Callable[[Path, Any, str, Latent], None] | None = None  # (file, pipeline, stage, latent): each in its own format
@@ -76,6 +77,9 @@ class FlowFamily:
     pair_meta: Callable[[Any, str, Mapping], Mapping] | None = None  # (pipeline, stage, report): what imported pairs state besides
     networks: Callable[[Path], Sequence[Network]] | None = None  # of a folder; None: it is opened to see whether it fits
     version: str = ""  # which release it is, in words
+    prompts: tuple[str, ...] = ()  # of a bundled generator, where none are given
+    batch: int = 1  # assets that are drawn at once, unless told otherwise
+    address: str = ""  # where its folder is published
     notice: str = ""  # printed once when a folder is opened: licences that exclude somebody
 
 

@@ -4,9 +4,9 @@ import ctypes
 import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,8 +19,10 @@ from eg3d_rlhf.models.weights import State, read, write
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import tell
 from eg3d_rlhf.tuning.flow.stage import refuse_empty
+from training.progress import tqdm
 from training.storage import load_strict, write_atomic
 
+T = TypeVar("T")
 LARGEST, ALIASES = 1 << 16, 16  # bytes of a YAML file, and repetitions in it
 ELSEWHERE = "Where this is usual, the decoder is not the one that the flow was trained with: check its folder, and the conditions."
 LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once
@@ -121,6 +123,11 @@ class AssetLatents(Mapping[str, Latent]):
 
     def __len__(self) -> int:
         return len(self._stages)
+
+
+def embedding(things: Collection[T], unit: str) -> Iterable[T]:
+    """What is embedded, with a bar."""
+    return tqdm(things, desc="embedding", unit=unit, disable=None)
 
 
 def read_yaml(path: Path) -> dict:

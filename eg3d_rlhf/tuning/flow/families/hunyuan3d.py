@@ -27,7 +27,7 @@ from eg3d_rlhf.models.vit import Dino, DinoConfig, hub_names, load_dino
 from eg3d_rlhf.models.weights import below, content, empty, fill, fingerprint, frozen, in_types_of, rewrite, shapes
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register
-from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, even_points, mentions, merged, read_mesh, read_yaml
+from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, embedding, even_points, mentions, merged, read_mesh, read_yaml
 from eg3d_rlhf.tuning.flow.ranking import asset_candidate
 from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
 from training.storage import check_fit, write_atomic
@@ -411,7 +411,7 @@ def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Con
     files = read_files(root)
     sections = read_sections(files.checkpoint, (CONDITIONER,))
     network, tokens = image_encoder(files, sections, device), {}
-    for name, path in pictures.items():
+    for name, path in embedding(pictures.items(), "picture"):
         pixels, _ = read_cut_out(path, lambda image: on_white(image, files.picture, files.border))
         tokens[name] = {MAIN: picture_tokens(files, network, as_picture(pixels).to(device))[0].cpu()}
     return Conditions(tokens=tokens, encoder=_source(files, sections), zero_null=True)
@@ -506,5 +506,6 @@ def _shapes(make: Callable[[], nn.Module]) -> dict[str, list[int]]:
 register(FlowFamily(
     name="hunyuan3d", layout="config.yaml of Hunyuan3D-2.1's shape and its checkpoint", recognises=recognises, stages=(SHAPE,),
     load=load, files=identity, embed=embed, show=show, cells=CELLS, export=export, encoder=partial(load, conditions=None),
-    candidate=asset_candidate(read_mesh), networks=networks, version="Hunyuan3D-2.1, shapes", notice=NOTICE,
+    candidate=asset_candidate(read_mesh), networks=networks, address="https://huggingface.co/tencent/Hunyuan3D-2.1",
+    version="Hunyuan3D-2.1, shapes", notice=NOTICE,
 ))

@@ -5,7 +5,7 @@ Shape letters: L tokens of the longest sample, V voxels of all samples, C width,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.core.cli import ASSETS, file_hash
+from eg3d_rlhf.geometry.mesh_export import save_mesh
 from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_feats
 from eg3d_rlhf.models.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
+from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
 from eg3d_rlhf.tuning.flow.problem import Problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
@@ -31,6 +33,7 @@ from eg3d_rlhf.tuning.flow.toy.pipeline import (
     TRAINED,
     VOXELS,
     R,
+    ToyAsset,
     ToyPipeline,
     draw_drafts,
 )
@@ -305,9 +308,34 @@ def toy_problem(
     )
 
 
+def embed_texts(root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
+    """The tokens that the toy makes of its conditions' names."""
+    tokens = ToyPipeline(nn.Identity(), nn.Identity()).conditions(texts, STRUCTURE)
+    return Conditions(tokens=dict(zip(texts, tokens, strict=True)), encoder="toy", zero_null=True)
+
+
+def show(asset: ToyAsset, path: Path) -> Path:
+    """Coloured cubes, .ply, the faces between two of them left out; z is up, and the grid is one unit wide."""
+    filled = F.pad(asset.occupancy, (1, 1) * 3)
+    square = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])  # counter-clockwise in the two axes that follow a third
+    corners, colours = [], []
+    for axis in range(3):
+        for side in (0, 1):
+            places = (asset.occupancy & ~filled.roll(1 - 2 * side, axis)[1:-1, 1:-1, 1:-1]).nonzero()
+            face = torch.full((4, 3), side)
+            face[:, [(axis + 1) % 3, (axis + 2) % 3]] = square if side else square.flip(0)
+            corners.append((places[:, None] + face).flatten(0, 1))  # [faces * 4, 3]
+            colours.append(asset.colours[places.unbind(1)].repeat_interleave(4, 0))
+    vertices = (torch.cat(corners).double() / R - 0.5).numpy()
+    quads = torch.arange(len(vertices)).view(-1, 4)
+    faces = torch.cat([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]]).numpy()
+    return save_mesh(path.with_name(path.name + ".ply"), vertices, faces, (255 * torch.cat(colours)).round().byte().numpy())
+
+
 register(FlowFamily(
     name="toy", layout="the bundled toy, called by that name", bundled=True, recognises=lambda root: False, stages=(STRUCTURE, VOXELS),
     load=lambda root, conditions, *, dtype, device: ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
     files=lambda root: {name: path_of(name) for name in NETWORKS}, common=("pipeline", "seed", "precision"), options=("labelled",),
-    open=lambda source, device: toy_problem(source.seed, device, labelled=source.labelled),
+    open=lambda source, device: toy_problem(source.seed, device, labelled=source.labelled), embed_texts=embed_texts, show=show, up="z",
+    version="the bundled toy", prompts=CONDITIONS, batch=32,
 ))  # fmt: skip

@@ -33,6 +33,7 @@ from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, check_stages, op
 from eg3d_rlhf.tuning.flow.families.folder import (
     OpenedFolder,
     check_finite,
+    embedding,
     even_points,
     merged,
     never_empty,
@@ -304,7 +305,7 @@ def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Con
         embedder = files.load_embedder(file.generators[stage], device)
         maps = any("pointmap" in name for name in embedder.names)
         prints.append(fingerprint(embedder.state_dict()))
-        for name, path in pictures.items():
+        for name, path in embedding(pictures.items(), "picture"):
             given = inputs_of(path, file.cuts[stage], maps)
             tokens[name] |= {key: given[key] for key in (SCALE, SHIFT) if key in given}
             tokens[name][stage] = embedder({key: given[key][None].to(device) for key in embedder.names})[0].float().cpu()
@@ -394,5 +395,6 @@ FAMILY = register(FlowFamily(
     name="sam3d", layout=f"{files.PIPELINE} of {files.PACKAGE}", recognises=files.recognises, stages=files.STAGES, load=load,
     files=lambda root: files.read_pipeline(root).files, options=("parts",), open=open_problem, embed=embed, show=show, facts=facts,
     export=export, encoder=partial(load, conditions=None, parts=SHAPE), candidate=asset_candidate(read_mesh), networks=networks,
+    address="https://huggingface.co/facebook/sam-3d-objects", up="z",
     version="SAM 3D Objects, shape with pose and Gaussians", notice=NOTICE,
 ))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from eg3d_rlhf.models.pictures import on_black, read_cut_out
 from eg3d_rlhf.models.vit import read_dino
 from eg3d_rlhf.tuning.flow.conditions import NULL, Conditions
+from eg3d_rlhf.tuning.flow.families.folder import embedding
 
 TEXT_TOKENS = 77
 
@@ -22,14 +23,14 @@ def pretrained(kind: str, name: str):
         import transformers
     except ImportError:
         raise ValueError(
-            f"{name}: expected the transformers package to embed conditions, got none. Install it, or give embeddings in files."
+            f"{name}: expected the transformers package to embed texts, got none. Install it: pip install 'eg3d-rlhf[sd]'"
         ) from None
     try:
         return getattr(transformers, kind).from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0][:100]
         raise ValueError(
-            f"{name}: expected its weights on this machine, got none ({first}). Fetch them once yourself, or give embeddings in files."
+            f"{name}: expected its weights on this machine, got none ({first}). Fetch them: hf download {name}, https://huggingface.co/{name}"
         ) from None
 
 
@@ -50,7 +51,7 @@ class TextEncoder:
     def conditions(self, texts: Sequence[str]) -> Conditions:
         """Of texts by themselves, and of the empty one."""
         names = list(dict.fromkeys([*texts, NULL]))
-        return Conditions(tokens={name: self([name])[0] for name in names}, encoder=self.name)
+        return Conditions(tokens={name: self([name])[0] for name in embedding(names, "text")}, encoder=self.name)
 
 
 class ImageEncoder:
@@ -78,5 +79,6 @@ class ImageEncoder:
 
     def conditions(self, images: Mapping[str, Path]) -> Conditions:
         """Of images with transparent backgrounds by name."""
-        tokens = {name: self(read_cut_out(path, lambda image: on_black(image, self.size))[None])[0] for name, path in images.items()}
+        seen = ((name, read_cut_out(path, lambda image: on_black(image, self.size))) for name, path in embedding(images.items(), "picture"))
+        tokens = {name: self(picture[None])[0] for name, picture in seen}
         return Conditions(tokens=tokens, encoder=self.name, zero_null=True)

@@ -115,5 +115,6 @@ FAMILY = register(FlowFamily(
     stages=tuple(FLOWS), load=load, files=model_files, judge=RewardOfPairs, open=open_problem, embed=embed, embed_texts=embed_texts,
     show=show, export=export, encoder=encoder, candidate=candidate, write_latent=write_latent,
     pair_meta=lambda pipeline, stage, report: {"normalization": normalization(pipeline.file, stage), "report": report},
-    options=("voxel_share", "views"), networks=networks, version="TRELLIS, of texts or images",
+    options=("voxel_share", "views"), networks=networks, address="https://huggingface.co/microsoft/TRELLIS-image-large", up="z",
+    version="TRELLIS, of texts or images",
 ))

@@ -32,7 +32,7 @@ from eg3d_rlhf.models.vit import Dino3, read_dino3
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, check_stages, open_folder, register, tell
-from eg3d_rlhf.tuning.flow.families.folder import EncodingFolder, check_finite, never_empty, read_json, spare_memory
+from eg3d_rlhf.tuning.flow.families.folder import EncodingFolder, check_finite, embedding, never_empty, read_json, spare_memory
 from eg3d_rlhf.tuning.flow.families.trellis.files import build_model, export_models, find_model, network_of, with_ending
 from eg3d_rlhf.tuning.flow.families.trellis.problem import RewardOfPairs
 from eg3d_rlhf.tuning.flow.families.trellis2 import files
@@ -261,7 +261,7 @@ def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Con
     """Pictures with transparent backgrounds by name, at both sizes, by the DINOv3 that pipeline.json names."""
     file, tokens = files.read_pipeline(root), {}
     encoder, sizes = read_dino3(file.encoder, device), (SMALL, LARGER)
-    for name, path in pictures.items():
+    for name, path in embedding(pictures.items(), "picture"):
         seen = read_cut_out(path, lambda image: on_black_first(image, tuple(map(int, sizes))))
         tokens[name] = {size: picture_tokens(encoder, picture[None])[0] for size, picture in zip(sizes, seen, strict=True)}
     return Conditions(tokens=tokens, encoder=source_of(file), zero_null=True)
@@ -422,5 +422,6 @@ FAMILY = register(FlowFamily(
     name="trellis2", layout=f"pipeline.json of {files.NAME}", recognises=recognises, stages=files.STAGES, load=load,
     files=lambda root: files.model_files(files.read_pipeline(root)), judge=RewardOfPairs, open=open_problem, embed=embed, show=show,
     export=export, encoder=partial(load_pipeline, conditions=None, sampled=False), candidate=asset_candidate(read_asset),
-    networks=networks, version="TRELLIS.2-4B, of images",
+    networks=networks, address="https://huggingface.co/microsoft/TRELLIS.2-4B", up="z",
+    version="TRELLIS.2-4B, of images",
 ))

@@ -1,0 +1,168 @@
+"""`eg3d-rlhf flow study`: the tuned generator against what it was, and against its control, on conditions that nothing has seen before.
+
+    drawn/test-base             the generator as it is, on test conditions
+    drawn/tuned-00, control-00  what tune-00 made of it, and what the same training made of shuffled labels: the same noises
+    study-00/base               the blind study of tuned against base: its design, answers and report; likewise study-00/control
+
+The number of a study's folder is its own; study.json says which training it is of.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.experiments.mode import running
+from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, drawing_flags, drawn_with_bar, told, work_argument
+from eg3d_rlhf.people.label import launch
+from eg3d_rlhf.people.study import commands as studies
+from eg3d_rlhf.people.study.analysis import sort_rows
+from eg3d_rlhf.people.study.design import read_sides, stopped
+from eg3d_rlhf.tuning.flow.drawing import drawing_of
+from eg3d_rlhf.tuning.flow.work import TEST, Work
+from training.storage import write_atomic
+
+FILE = "study.json"
+BASE, CONTROL = "base", "control"  # what the tuned generator is compared with, in this order
+
+
+@dataclass(frozen=True)
+class Study:
+    """A folder such as WORK/study-00."""
+
+    folder: Path
+    tune: str  # name of the training's folder
+
+    @classmethod
+    def open(cls, folder: Path) -> "Study":
+        path = folder / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: expected a study that `flow study` made, got no {FILE}. Remove the folder, or restore it.")
+        return cls(folder, json.loads(path.read_text())["tune"])
+
+    @classmethod
+    def of(cls, work: Work, tune: Path, again: bool) -> "Study":
+        """The latest of a training, or a new one."""
+        there = [study for study in map(cls.open, work.numbered("study")) if study.tune == tune.name]
+        if there and not again:
+            return there[-1]
+        made = cls(work.next("study"), tune.name)
+        write_atomic(made.folder / FILE, (json.dumps({"tune": made.tune}) + "\n").encode())
+        return made
+
+    def contest(self, against: str) -> studies.Folder:
+        return studies.Folder(self.folder / against)
+
+    def answered(self, against: str) -> tuple[int, int] | None:
+        """Of one contest: trials that were answered, and that there are; None before it is designed. Over where both are equal."""
+        if not self.contest(against).design.is_file():
+            return None
+        design, rows = studies.study_rows(self.contest(against))
+        count = len(sort_rows(design, rows).trials)
+        return (design.trials if stopped(design, count) else count), design.trials
+
+
+@click.command("study", cls=GroupedCommand)
+@work_argument
+@option("--report", is_flag=True, help="What the answers say, as designed, in place of asking.")
+@option("--against", type=click.Choice([BASE, CONTROL]), default=None, show_default="base, then control",
+        help="What the tuned generator is compared with.")
+@option("--n", metavar="INT", type=click.IntRange(1), default=None, show_default="all test assets", help="Pairs after which it is over.")
+@option("--annotators", metavar="INT", type=click.IntRange(1), default=1, help="People who are asked.")
+@option("--again", is_flag=True, help="A new study of the same training.")
+@option("--interim", is_flag=True, help="With --report: before the study is over, and marked so.")
+@option("--tune", "tune_name", rare=True, metavar="NAME", default=None, show_default="the latest", help="Training, such as tune-00.")
+@device_flag
+@drawing_flags
+@launch.server_options("access.jsonl in the study's folder")
+@click.pass_context
+def study(
+    ctx: click.Context, folder: Path, report: bool, against: str | None, n: int | None, annotators: int, again: bool, interim: bool,
+    tune_name: str | None, device: str, cells: int | None, few_steps: int | None, timeout: float, **server,
+) -> None:
+    """Compare the tuned generator with what it was and with its control, blind, on test conditions, in the browser.
+
+    \b
+    Example:
+        eg3d-rlhf flow study WORK
+        eg3d-rlhf flow study WORK --report
+    """
+    work = Work.open(folder)
+    tune = tuning_of(work, tune_name)
+    if interim and not report:
+        raise ValueError("--interim: belongs to --report. Add that, or leave it out.")
+    if report:
+        tell_report(work, Study.of(work, tune, False), against, interim)
+        return
+    family = work.check_pipeline()
+    arms = {"test-base": None, numbered("tuned", tune): work.tuned(tune)}
+    if against != BASE and (control := work.tuned(tune, control=True)):
+        arms[numbered("control", tune)] = control
+    elif against == CONTROL:
+        raise ValueError(f"--against=control: expected a control in {tune}, got none. Tune without --no-control.")
+    with running(device, timeout, AGAIN) as ranks:
+        for name, weights in arms.items():
+            where = choose_device(device) if ranks.world == 1 else ranks.device
+            drawing = drawing_of(work, family, name, [TEST], where, ranks, tuned=weights, cells=cells, few_steps=few_steps)
+            drawn = drawn_with_bar(drawing)
+            for line in told(drawing, drawn) if ranks.main else ():
+                click.echo(line)
+        if not ranks.main:
+            return
+    given = {name for name in server if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE}
+    serve(work, Study.of(work, tune, again), list(arms), against, n, annotators, {name: server[name] for name in given})
+
+
+def numbered(what: str, tune: Path) -> str:
+    """tune-03 -> tuned-03."""
+    return f"{what}-{tune.name.rpartition('-')[2]}"
+
+
+def tuning_of(work: Work, name: str | None) -> Path:
+    """A training's folder, with tuned weights. Raises: FileNotFoundError, ValueError."""
+    there = {path.name: path for path in work.numbered("tune")}
+    if not there or (name is not None and name not in there):
+        got = ", ".join(there) or "none"
+        raise FileNotFoundError(f"WORK: expected {name or 'a training'}, got {got}. Tune: eg3d-rlhf flow tune {work.folder}")
+    path = there[name] if name else list(there.values())[-1]
+    if not work.tuned(path):
+        raise ValueError(f"{path}: expected tuned weights, got none: it was stopped, or its labels taught nothing. Tune again.")
+    return path
+
+
+def serve(
+    work: Work, study: Study, arms: list[str], against: str | None, n: int | None, annotators: int, server: Mapping[str, object]
+) -> None:
+    """Serve the contest that is named, or the first that is not over."""
+    contests = dict(zip((BASE, CONTROL), (arms[0], *arms[2:]), strict=False))
+    states = {name: study.answered(name) for name in contests}
+    still = [name for name, state in states.items() if state is None or state[0] < state[1]]
+    if not still or (against is not None and against not in still):
+        raise ValueError(f"{study.folder}: expected an open study, got one that is over. See --report, or begin another: --again")
+    chosen = against or still[0]
+    place, new = study.contest(chosen), states[chosen] is None
+    flags = [f"--outdir={place.path}", *(f"--{name.replace('_', '-')}={value}" for name, value in server.items() if name != "access_log")]
+    if "access_log" in server:
+        flags.append(f"--set=access_log={server['access_log']}")
+    if new:
+        sides = work.drawn(contests[chosen]), work.drawn(arms[1])
+        _, pairs, _ = read_sides(*sides, lambda text: None)
+        most = len(pairs) * min(annotators, 2)
+        flags += [f"--a={sides[0]}", f"--b={sides[1]}", f"--n={min(n or most, most)}", f"--up={work.up}", f"--annotators={annotators}",
+                  f"--seed={work.seed}", f"--set=name={study.folder.name}-{chosen}"]  # fmt: skip
+    click.echo(f"{study.folder.name}: {study.tune} against {'the generator as it was' if chosen == BASE else 'its control'}")
+    studies.main.main(flags, standalone_mode=False)
+
+
+def tell_report(work: Work, study: Study, against: str | None, interim: bool) -> None:
+    """Reports of the contests that were asked about."""
+    there = [name for name in ((against,) if against else (BASE, CONTROL)) if study.answered(name) is not None]
+    if not there:
+        raise ValueError(f"{study.folder}: expected answers, got none. Ask: eg3d-rlhf flow study {work.folder}")
+    for name in there:
+        click.echo(f"{study.tune} against {name}: {' of '.join(map(str, study.answered(name) or ()))} pairs")
+        flags = ["report", f"--outdir={study.contest(name).path}", "--pictures=0", *(["--interim"] if interim else [])]
+        studies.main.main(flags, standalone_mode=False)
