@@ -67,7 +67,7 @@ def test_arrays_that_are_refused(tmp_path):
 
 def test_encoders_without_their_package_or_weights(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match="expected the transformers package to embed conditions, got none"):
+    with pytest.raises(ValueError, match=r"got none. Install it: pip install 'eg3d-rlhf\[sd\]'"):
         encoders.TextEncoder("openai/clip-vit-large-patch14")
 
     for name in ("TORCH_HOME", "HF_HOME"):
