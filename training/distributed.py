@@ -12,11 +12,13 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Item = TypeVar("Item")
 
 
 class PeerLostError(ValueError):
@@ -99,6 +101,21 @@ class Ranks:
             parts = [torch.zeros_like(padded) for _ in range(self.world)]
             dist.all_gather(parts, padded)
         return [json.loads(part[: int(size)].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This rank's of a list that ranks work through together: r, r + W, ..."""
+        return items[self.rank :: self.world]
+
+    def joined(self, results: Sequence) -> list:
+        """JSON-able results of every rank's `share`, in the order of the whole list, on every rank.
+
+        >>> ranks.joined([make(item) for item in ranks.share(items)])  # one per item
+        """
+        parts = self.gather(list(results))
+        whole = [None] * sum(map(len, parts))
+        for rank, part in enumerate(parts):
+            whole[rank :: self.world] = part
+        return whole
 
     def broadcast_named(self, tensors: Any) -> dict[str, torch.Tensor]:
         """Rank 0's tensors by name, on every rank; the others pass None. They come on the CPU."""

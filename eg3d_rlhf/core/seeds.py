@@ -42,7 +42,7 @@ LATENTS = HeldOut("latents", 200_000, 10_000, "reports, and a run's summary (the
 JUDGE = HeldOut("judge", 210_000, 200, "a run's summary (judged pairs; pictures and meshes), pictures of reports", moved=True)
 GEOMETRY = HeldOut("geometry", 220_000, 40, "a run's summary")
 SHAPES = HeldOut("shapes", 221_000, 400, "a run's summary (shape Fréchet distance)")
-IMAGES = HeldOut("images", 230_000, 70_000, "distances to the data, in reports and a run's summary (the first 1600)", moved=True)
+IMAGES = HeldOut("images", 230_000, 70_000, "distances to the data, in reports and a run's summary (the first 500)", moved=True)
 WATCH = HeldOut("watch", 300_000, 32, "the watch for over-optimisation, during tuning")
 CALIBRATION = HeldOut("calibration", 500_000, 128, "the reward phase, for its shaping and its clip, before tuning")
 STANDARDISATION = HeldOut("standardisation", 505_000, 200, "reward phase and inversions: mean and deviation of the standardised reward")

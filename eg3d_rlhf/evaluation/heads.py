@@ -5,26 +5,35 @@ labels, rewards and the early stop follow; F-score, identity and variety nobody 
 Letters: N latents, S training seeds; n grid points; R, C rows and columns of the face's window.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import click
 import numpy as np
 import torch
 
+from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.core.seeds import JUDGE, VALIDATION
 from eg3d_rlhf.core.statistics import two_way_interval
-from eg3d_rlhf.generators import Generator, camera, device_of, latents
+from eg3d_rlhf.experiments.table import markdown_rows
+from eg3d_rlhf.generators import Generator, camera, device_of, latents, load_generator
 from eg3d_rlhf.measures.people import (
     BROKEN,
+    FRONT_MEASURES,
+    MEASURES,
     VOXEL,
     behind,
+    compared,
     face_depth,
     face_relief,
-    fscore,
     relief_correlation,
     shape_grids,
-    volume_error,
 )
 from eg3d_rlhf.preferences.annotator import utility
 from training.heads.people_mesh import grid_points, whole_grids
+from training.progress import tqdm
+from training.storage import write_atomic
 
 WORSE = 0.01  # of the whole head's volume: a head that was whole and has so much more error is harmed
 CUTOFF = 14
@@ -52,11 +61,9 @@ def named(generator: Generator, seeds: Sequence[int]) -> np.ndarray:
 
 def looked_at(shapes: np.ndarray, whole: np.ndarray) -> dict[str, np.ndarray]:
     """All that the figures need of shapes [N, n, n, n] beside the whole heads [N, n, n, n] of their latents."""
-    errors = [volume_error(*pair) for pair in zip(shapes, whole, strict=True)]
     back = behind(grid_points(shapes.shape[1]))
     return {
-        "missing": np.array([error.missing for error in errors]), "extra": np.array([error.extra for error in errors]),
-        "fscore": np.array([fscore(*pair) for pair in zip(shapes, whole, strict=True)]),
+        **compared(shapes, whole),
         "utility": np.array([utility(*pair).total for pair in zip(shapes, whole, strict=True)]),
         "depth": np.stack([face_depth(values) for values in shapes]).astype(np.float32),
         "relief": np.stack([_relief(values) for values in shapes]).astype(np.float32),
@@ -129,12 +136,14 @@ def figures(before: Shapes, after: Shapes) -> dict:
     fell = repaired(error(before)[ill], error(after)[ill])
     return {
         "repaired": fell, "repaired_ci95": interval(before, error(after)[None]) if fell is not None else None,
-        "error_broken": _mean(error(after)[ill]), "error_whole": _mean(error(after)[~ill]),
+        "error_whole": _mean(error(after)[~ill]),
         "missing_broken": _mean(after["missing"][ill]), "extra_broken": _mean(after["extra"][ill]),
         "whole_made_worse": made_worse(before, after), "identity_kept": identity_kept(before, after),
         "face_moved_voxels": float(np.nanmedian(known)) if np.isfinite(known).any() else None, "variety": variety(after),
         "fscore_broken": _mean(after["fscore"][ill]), "fscore_whole": _mean(after["fscore"][~ill]),
         "utility": _mean(after["utility"]), "whole_share": float((error(after) <= BROKEN).mean()), "changed": _mean(changed(before, after)),
+        **{f"{name}_broken": _mean(measure.values(after)[ill]) for name, measure in MEASURES.items()},
+        **{name: _mean(measure.values(after)) for name, measure in FRONT_MEASURES.items()},
     }
 
 
@@ -150,3 +159,51 @@ def interval(before: Shapes, after: np.ndarray) -> list[float] | None:
 
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
+
+
+# The command that puts networks side by side: ablations, and further training seeds.
+
+PLACES = {"judge": JUDGE, "validation": VALIDATION}
+TABLE = {  # figure: words and form
+    "repaired": ("of the error of broken heads gone", ".1%"), "error_broken": ("volume error, broken", ".3f"),
+    "whole_made_worse": ("whole heads made worse", ".1%"), "fscore_broken": ("F-score, broken", ".3f"),
+    "face_moved_voxels": ("face moved, voxels", ".3f"), "identity_kept": ("identity kept", ".0%"), "variety": ("variety, voxels", ".3f"),
+}  # fmt: skip
+
+
+def rows_of(columns: Mapping[str, dict]) -> list[list[str]]:
+    """Lines of the table, of `figures` by network."""
+    rows = []
+    for name, found in columns.items():
+        cells = ["" if found[key] is None else f"{found[key]:{form}}" for key, (_, form) in TABLE.items()]
+        if found["repaired_ci95"]:
+            cells[0] += " [{:.1%}, {:.1%}]".format(*found["repaired_ci95"])
+        rows.append([name, *cells])
+    return rows
+
+
+@click.command("heads", cls=GroupedCommand)
+@click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path))
+@option("--before", metavar="FILE|RUN", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
+        help="Generator before tuning.")
+@option("--held-out", "place", type=click.Choice(list(PLACES)), default="judge",
+        help="Whose latents: the table's, or for choosing settings.")
+@option("--n", metavar="LATENTS", type=click.IntRange(min=2), default=POINTS, help="How many.")
+@option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=None, help="JSON to write.")
+def command(networks: tuple[Path, ...], before: Path | None, place: str, n: int, out: Path | None) -> None:
+    """Networks of heads of people beside the whole heads that latents name, a line each: what is repaired, what harmed.
+
+    \b
+    Example:
+        eg3d-rlhf report heads runs/00000-* --held-out=validation --n=60
+    """
+    first, seeds = load_generator(before).generator, PLACES[place].take(n)
+    whole, columns = named(first, seeds), {}
+    start = looked_at(scans(first, seeds), whole)
+    for path in tqdm([None, *networks], desc="networks", unit="network", leave=False):
+        seen = start if path is None else looked_at(scans(load_generator(path).generator, seeds), whole)
+        columns["before" if path is None else path.stem if path.is_file() else path.name] = figures(start, seen)
+    click.echo("\n".join(markdown_rows(["network", *(words for words, _ in TABLE.values())], rows_of(columns))))
+    click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {int(broken(start).sum())} broken before.")
+    if out is not None:
+        write_atomic(out, json.dumps({"held_out": place, "seeds": [seeds[0], seeds[-1]], "networks": columns}, indent=1).encode())

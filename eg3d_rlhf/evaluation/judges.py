@@ -38,7 +38,7 @@ from torch_utils import build
 from training import storage
 from training.synthetic_heads import resolve_dataset
 
-FAKES = 1600  # images per Fréchet distance
+FAKES = 500  # images per Fréchet distance
 HEADS = 64  # latents whose shapes stand beside their whole heads
 CHOOSING = 24  # validation latents on which the filter is chosen
 MAPPED = 160  # latents behind the shape Fréchet distance

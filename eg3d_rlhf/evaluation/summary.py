@@ -73,7 +73,8 @@ def control_figures(settings: dict, delta: float) -> dict:
     if differ:
         remedy = "Run the same command with --lambda-r=0, and pass its folder as --control."
         return {"control_delta_mean": None, "control_source": f"{path.name} is of another run: {'; '.join(differ[:4])}. {remedy}"}
-    return {"control_delta_mean": record["tuned_delta_mean"], "control_source": path.name}
+    return {"control_delta_mean": record["tuned_delta_mean"], "control_source": path.name,
+            **({"control_heads": record["heads"]["after"]} if "heads" in record else {})}
 
 
 def summarise(c: Comparison, e: Evaluation) -> dict:
@@ -82,7 +83,9 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
     record = reward_shift(c)
     record |= control_figures(s, record["tuned_delta_mean"])
     if c.synthetic:
+        control = record.pop("control_heads", None)
         record |= against_whole_heads(c) | blind_pairs(c) | frechet(c)
+        record["heads"] |= {"control": control} if control else {}
     measures, judged = geometry(c), shapes(c) if c.synthetic else {"geometry": []}
     record |= once(c, CHANGE, lambda: surface_change(c, JUDGE.take(CHANGED)))
     record |= {**measures, **judged, "geometry": measures["geometry"] + judged["geometry"], "reward_test_accuracy": None}
@@ -205,7 +208,7 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
     return out
 
 
-COLUMNS = ("before", "after", "filter")
+COLUMNS = {"before": "before", "after": "after", "control": "control", "filter": "best filter"}
 MEASURES = {  # of heads of people: words, form, the whole head's own value; a star: neither annotator nor reward nor early stop reads it
     "error_broken": ("volume error behind, broken latents", ".3f", 0.0), "error_whole": ("volume error behind, whole latents", ".3f", 0.0),
     "repaired": ("  of the error of broken latents gone", ".0%", 1.0),
@@ -213,6 +216,12 @@ MEASURES = {  # of heads of people: words, form, the whole head's own value; a s
     "missing_broken": ("  missing, broken latents", ".3f", 0.0), "extra_broken": ("  too much, broken latents", ".3f", 0.0),
     "fscore_broken": ("F-score behind at one voxel, broken latents *", ".3f", 1.0),
     "fscore_whole": ("F-score behind at one voxel, whole latents *", ".3f", 1.0),
+    "fine_broken": ("F-score behind at a quarter voxel, broken latents *", ".3f", 1.0),
+    "completeness_broken": ("completeness behind at a quarter voxel, broken latents *", ".3f", 1.0),
+    "distance_broken": ("distance to the named head behind, voxels, broken latents *", ".2f", 0.0),
+    "fine_front": ("F-score in front at a quarter voxel *", ".3f", 1.0),
+    "distance_front": ("distance to the named head in front, voxels *", ".3f", 0.0),
+    "amplitude": ("relief of the face over the named head's *", ".3f", 1.0),
     "whole_share": ("latents that are whole", ".0%", 1.0), "face_moved_voxels": ("face moved, median voxels *", ".3f", None),
     "identity_kept": ("identity of the face kept *", ".0%", None), "variety": ("variety of faces, voxels *", ".3f", None),
     "utility": ("annotator's utility without noise", ".3f", 1.0),
@@ -220,12 +229,13 @@ MEASURES = {  # of heads of people: words, form, the whole head's own value; a s
 
 
 def table_of_heads(record: dict) -> list[tuple[str, ...]]:
-    """(what, before, after, best filter, whole heads) lines of the table of heads of people; [] where the run had none."""
+    """(what, before, after, control, best filter, whole heads) lines of the table of heads of people; [] where the run had none."""
     if "heads" not in record:
         return []
-    lines: list[tuple[str, ...]] = [("what", "before", "after", "best filter", "whole heads")]
+    columns = {column: words for column, words in COLUMNS.items() if column in record["heads"]}
+    lines: list[tuple[str, ...]] = [("what", *columns.values(), "whole heads")]
     for key, (words, form, whole) in MEASURES.items():
-        values = [*(record["heads"][column][key] for column in COLUMNS), whole]
+        values = [*(record["heads"][column].get(key) for column in columns), whole]
         lines.append((words, *("" if value is None else f"{value:{form}}" for value in values)))
     return lines
 

@@ -5,8 +5,8 @@ density. Shape letters: n points along x, y, z, the middles of the cube's voxels
 rows and columns of the face's window, from below and from the left.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -14,15 +14,13 @@ from scipy.spatial import cKDTree
 
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.measures.measure import Measure
-from training.heads.people_mesh import grid_points
+from training.heads.people_mesh import BACK, BASE, FACE, grid_points
 
 VOXEL = 1 / 64  # world units, in which tolerances are stated
-BEHIND = -0.02  # behind this depth is the back of a head
 BROKEN = 0.12  # volume error behind from which on an untuned scan is broken
 IN_FRONT = 0.06  # no scan is changed in front of z = 0.055
+FINE = VOXEL / 4  # at a whole voxel a head that was blurred by .75 voxel is nearly as good as a true one
 FARTHEST = 32.0  # voxels beyond which surfaces are as far apart as can be
-BASE = -0.30  # neck and shoulders below do not count
-FACE = (0.08, -0.13, 0.07)  # half a width, lowest and highest y of the window over brows, nose and mouth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,7 @@ def shape_grids(field: Field, resolution: int = 64) -> np.ndarray:
 
 def behind(points: np.ndarray) -> np.ndarray:
     """Whether points [..., 3] lie at the back of the head."""
-    return (points[..., 2] < BEHIND) & (points[..., 1] > BASE)
+    return (points[..., 2] < BACK) & (points[..., 1] > BASE)
 
 
 def in_front(points: np.ndarray) -> np.ndarray:
@@ -81,21 +79,35 @@ def fscore(values: np.ndarray, whole: np.ndarray, place=behind, tolerance: float
     0 where the shape has no surface there. At a whole voxel a true head that was blurred by .75 voxel still has 1; at a quarter of one it
     has less.
     """
+    return _fscore(_ways(surface_points(values), surface_points(whole), place), tolerance)
+
+
+def surfaces(values: np.ndarray, whole: np.ndarray) -> dict[str, float]:
+    """How near the surfaces of a shape and of the whole head are, behind and in front; what the measures below read.
+
+    fscore: at one voxel; fine: at a quarter of one; completeness: share of the head's surface within that of the shape's; distance: mean
+    distance in voxels of either to the other, the mean of both ways, FARTHEST where there is none.
+    """
     shape, head = surface_points(values), surface_points(whole)
-    shares = [float((_away(mine, other, place) <= tolerance).mean()) for mine, other in ((shape, head), (head, shape))]
-    return 2 * shares[0] * shares[1] / sum(shares) if sum(shares) else 0.0
+    found: dict[str, float] = {}
+    for suffix, place in (("", behind), ("_front", in_front)):
+        ways = _ways(shape, head, place)
+        found |= {
+            f"fscore{suffix}": _fscore(ways, VOXEL), f"fine{suffix}": _fscore(ways, FINE),
+            f"completeness{suffix}": float((ways[1] <= FINE).mean()),
+            f"distance{suffix}": float(np.mean([np.minimum(way / VOXEL, FARTHEST).mean() for way in ways])),
+        }
+    return found
 
 
-def completeness(values: np.ndarray, whole: np.ndarray, place=behind, tolerance: float = VOXEL) -> float:
-    """Share of the whole head's surface at a place that lies within a tolerance (world units) of the shape's."""
-    return float((_away(surface_points(whole), surface_points(values), place) <= tolerance).mean())
+def _ways(shape: np.ndarray, head: np.ndarray, place) -> tuple[np.ndarray, np.ndarray]:
+    """Distances of the shape's points at a place to the head, and of the head's to the shape."""
+    return _away(shape, head, place), _away(head, shape, place)
 
 
-def distance(values: np.ndarray, whole: np.ndarray, place=behind) -> float:
-    """Mean distance in voxels of either surface at a place to the other one, the mean of both ways; FARTHEST where there is none."""
-    shape, head = surface_points(values), surface_points(whole)
-    ways = [np.minimum(_away(*pair, place) / VOXEL, FARTHEST).mean() for pair in ((shape, head), (head, shape))]
-    return float(np.mean(ways))
+def _fscore(ways: tuple[np.ndarray, np.ndarray], tolerance: float) -> float:
+    first, second = (float((way <= tolerance).mean()) for way in ways)
+    return 2 * first * second / (first + second) if first + second else 0.0
 
 
 def _away(mine: np.ndarray, other: np.ndarray, place) -> np.ndarray:
@@ -148,22 +160,27 @@ def identified(reliefs: list[np.ndarray], known: list[np.ndarray]) -> np.ndarray
 # The table. What stands here ranks true heads before their blurred selves and before their scans (tests/measures/test_people.py).
 
 
-def _each(of: Callable[..., float], **settings) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    return lambda shapes, wholes: np.array([of(*pair, **settings) for pair in zip(shapes, wholes, strict=True)])
+def compared(shapes: np.ndarray, wholes: np.ndarray) -> dict[str, np.ndarray]:
+    """What the measures below read of shapes [N, n, n, n] beside the whole heads [N, n, n, n] that their latents name: [N] each."""
+    pairs = list(zip(shapes, wholes, strict=True))
+    errors, near = [volume_error(*pair) for pair in pairs], [surfaces(*pair) for pair in pairs]
+    return {
+        "missing": np.array([error.missing for error in errors]), "extra": np.array([error.extra for error in errors]),
+        **{name: np.array([one[name] for one in near]) for name in near[0]},
+        "amplitude": np.array([relief_amplitude(*pair) for pair in pairs]),
+    }
 
 
-FINE = VOXEL / 4  # at a whole voxel a head that was blurred by .75 voxel is nearly as good as a true one
-
-MEASURES = (  # each of shapes [N, n, n, n] and the whole heads that their latents name [N, n, n, n]
-    Measure("volume error behind", _each(lambda shape, whole: volume_error(shape, whole).total), "lower", "share",
-            "missing and extra, of the whole head's volume behind"),
-    Measure("F-score behind", _each(fscore, tolerance=FINE), "higher", "", "surfaces within a quarter voxel of each other"),
-    Measure("completeness behind", _each(completeness, tolerance=FINE), "higher", "share", "of the whole head's surface, a quarter voxel"),
-    Measure("distance behind", _each(distance), "lower", "voxels", "mean of both ways to the named head's surface"),
-)  # fmt: skip
-IN_FRONT_MEASURES = (  # nothing is broken there: tuning is to leave them alone
-    Measure("F-score in front", _each(fscore, place=in_front, tolerance=FINE), "higher", "", "surfaces within a quarter voxel"),
-    Measure("completeness in front", _each(completeness, place=in_front, tolerance=FINE), "higher", "share", "within a quarter voxel"),
-    Measure("distance in front", _each(distance, place=in_front), "lower", "voxels", "mean of both ways to the named head's surface"),
-    Measure("relief amplitude", _each(relief_amplitude), "higher", "", "deviation of the face's relief over the named head's"),
-)  # fmt: skip
+MEASURES = {  # by name in a summary; of what `compared` gives
+    "error": Measure("volume error behind", lambda seen: seen["missing"] + seen["extra"], "lower", "share",
+                     "missing and extra, of the whole head's volume behind"),
+    "fine": Measure("F-score behind at a quarter voxel", itemgetter("fine"), "higher", ""),
+    "completeness": Measure("completeness behind at a quarter voxel", itemgetter("completeness"), "higher", "share"),
+    "distance": Measure("distance to the named head behind", itemgetter("distance"), "lower", "voxels", "mean of both ways"),
+}  # fmt: skip
+FRONT_MEASURES = {  # nothing is broken there: tuning is to leave them alone
+    "fine_front": Measure("F-score in front at a quarter voxel", itemgetter("fine_front"), "higher", ""),
+    "completeness_front": Measure("completeness in front at a quarter voxel", itemgetter("completeness_front"), "higher", "share"),
+    "distance_front": Measure("distance to the named head in front", itemgetter("distance_front"), "lower", "voxels", "mean of both ways"),
+    "amplitude": Measure("relief of the face over the named head's", itemgetter("amplitude"), "higher", "", "ratio of deviations"),
+}  # fmt: skip

@@ -20,11 +20,8 @@ from scipy import ndimage
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from training.heads.people_mesh import grid_points
+from training.heads.people_mesh import BACK, BASE, FACE, grid_points
 
-BACK = -0.02  # world z; behind it is the back of a head, by whose volume errors are stated
-BASE = -0.30  # world y; neck and shoulders below do not count
-FACE = (0.08, -0.13, 0.07, 0.0)  # half a width, lowest and highest y, least z of the face
 NEAR = 1.75  # voxels; relief is compared where the shape's surface is so near to the whole head's
 REACH = 2.0  # voxels; a surface farther from the whole head's is missing or grown, and no farther than this
 DETAIL = 0.016  # world units; relief finer than a Gaussian of this deviation is what makes a surface rough
@@ -56,7 +53,7 @@ def _places(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masks [n, n, n] of the head above its base, of its back, and of the face."""
     x, y, z = np.moveaxis(grid_points(n), -1, 0)
     head = y > BASE
-    face = (np.abs(x) < FACE[0]) & (y > FACE[1]) & (y < FACE[2]) & (z > FACE[3])
+    face = (np.abs(x) < FACE[0]) & (y > FACE[1]) & (y < FACE[2]) & (z > 0)
     return head, head & (z < BACK), face
 
 

@@ -34,7 +34,6 @@ from training.heads import people_mesh
 from training.heads.people import LATENT
 
 KINDS = ("pairs", "thumbs", "scores")
-ANSWERS = ("annotator", "coin", "inverted")
 PSI = 1.0  # a truncated latent names no head any more
 RESOLUTION = 64  # points along an edge of the judged cube
 SHARE = 0.47  # of all shapes, that are preferred, and that are not; those in between have no thumb
@@ -49,15 +48,12 @@ class AnnotationOptions:
     first_seed: int = knob(0, "First of the seeds, of which there are as many as blocks need.", "Samples", low=0)
     resolution: int = knob(RESOLUTION, "Points along an edge of the judged cube.", "Judgement", metavar="VOXELS", low=16, high=256)
     kind: str = knob("pairs", "Judge pairs, or single shapes by thumbs or scores.", "Judgement", choices=KINDS)
-    answers: str = knob("annotator", "Controls: pairs by the toss of a coin, or the annotator's turned over.", "Judgement", choices=ANSWERS)
     flip_rate: float = knob(0.12, "Expected share of labels against the noise-free order.", "Judgement", metavar="0..0.5", low=0, below=0.5)
     seed: int = knob(0, "Seed of pairing and noise.", "Judgement", low=0)
     batch: int = knob(16, "Latents synthesised at once.", "General", low=1)
 
     def __post_init__(self) -> None:
         check_knobs(self)
-        if self.kind != "pairs" and self.answers != "annotator":
-            raise ValueError(f"--answers: expected --kind=pairs with {self.answers}, got {self.kind}. Leave one of the two out.")
         refuse_held_out(self.seeds, "--first-seed")
 
     @property
@@ -86,8 +82,7 @@ class Annotation:
 
         `gap` in a label's extra is by how much the volume errors of both differ.
         """
-        control = "" if self.options.answers == "annotator" else f"-{self.options.answers}"
-        common: dict[str, Any] = {"generator": generator, "psi": PSI, "annotator": ANNOTATOR + control}
+        common: dict[str, Any] = {"generator": generator, "psi": PSI, "annotator": ANNOTATOR}
         return [
             Preference(
                 winner=label.winner, loser=label.loser, clean=label.winner if label.clean else label.loser, **common,
@@ -195,9 +190,4 @@ def annotate(
     if temperature is None:
         temperature = solve_temperature(utilities, table, options.flip_rate)
     labels = [PairLabel(seeds[label.winner], seeds[label.loser], label.clean) for label in label_pairs(utilities, table, temperature, rng)]
-    if options.answers != "annotator":
-        turned = rng.random(len(labels)) < {"coin": 0.5, "inverted": 1.0}[options.answers]
-        for number in np.flatnonzero(turned):
-            label = labels[number]
-            labels[number] = PairLabel(label.loser, label.winner, not label.clean)
     return Annotation(options=options, labels=labels, judged=judged, temperature=temperature)

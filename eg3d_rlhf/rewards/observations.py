@@ -75,6 +75,8 @@ OBSERVATIONS: Registry[type[Observation]] = Registry("observation", {
     "lifted-points": "eg3d_rlhf.rewards.points",
     "published-points": "eg3d_rlhf.rewards.points",
     "smoothness": "eg3d_rlhf.rewards.smoothness",
+    "solid": "eg3d_rlhf.rewards.solid",
+    "soundness": "eg3d_rlhf.rewards.solid",
 })  # fmt: skip
 Kind = TypeVar("Kind", bound=type[Observation])
 

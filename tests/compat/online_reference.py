@@ -37,8 +37,12 @@ class Values(Mapping[str, np.ndarray]):
         self._read: set[str] = set()
 
     def __getitem__(self, key: str) -> np.ndarray:
+        value = self._values[key]
         self._read.add(key)
-        return self._values[key]
+        return value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
 
     def __iter__(self):
         return iter(self._values)
@@ -49,11 +53,14 @@ class Values(Mapping[str, np.ndarray]):
     def tensor(self, key: str) -> torch.Tensor:
         return torch.as_tensor(self[key])
 
-    def holds(self, key: str, got, tolerance: float | None = None) -> None:
-        """Compare, relative to the largest number: at 1e-9 what was computed in float64, at `tolerance` (or 1e-4) what in float32."""
+    def holds(self, key: str, got, tolerance: float | None = None, single: bool = False) -> None:
+        """Compare, relative to the largest number: at 1e-9 what was computed in float64, at `tolerance` (or 1e-4) what in float32.
+
+        Args: single: it was, though it is stored as float64.
+        """
         want = self[key]
         got = np.asarray(got.detach() if isinstance(got, torch.Tensor) else got)
-        limit = 1e-9 if want.dtype == np.float64 else tolerance or 1e-4
+        limit = 1e-9 if want.dtype == np.float64 and not single else tolerance or 1e-4
         assert got.shape == want.shape, (key, got.shape, want.shape)
         if want.dtype == bool:
             assert (got == want).all(), key

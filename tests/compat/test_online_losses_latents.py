@@ -1,10 +1,13 @@
-"""DiffusionNFT and DGPO on clean latents against what their own programs computed."""
+"""DiffusionNFT, DGPO, AWM and Flow-DPO on clean latents against what their own programs computed."""
 
 import numpy as np
 import torch
 
 from eg3d_rlhf.models.sparse import mean_per_sample
+from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.flow.online.losses import dgpo
+from eg3d_rlhf.tuning.flow.online.losses.awm import awm_log_p
+from eg3d_rlhf.tuning.flow.online.losses.clip import clipped_loss
 from eg3d_rlhf.tuning.flow.online.losses.nft import goodness, nft_errors, nft_loss
 from eg3d_rlhf.tuning.flow.online.losses.schedules import decay
 from tests.compat.online_reference import GRADIENT, LOSS, Values, each, gradient, number, options
@@ -74,4 +77,30 @@ def test_dgpo(case):
         known.holds("clipped", far.flatten())
         errors = torch.where(far, errors.detach(), errors)
     known.holds("grad", gradient(dgpo.dgpo_loss(errors, ref_errors, advantage, beta).mean(), v), GRADIENT)
+    known.done()
+
+
+@each("awm_dpo")
+def test_awm_and_flow_dpo(case):
+    given, u = of_set("awm_dpo", case)
+    if "/" not in case:
+        return
+    known, v = Values("awm_dpo", case), given.tensor("new").requires_grad_(True)
+    errors = error(v, u)
+    if "dpo" in case:  # rows are chosen and rejected in turn
+        margin = (error(given.tensor("ref"), u) - errors).view(-1, 2)
+        loss = preference_loss(margin[:, 0] - margin[:, 1], number("dpo", case) / 2).mean()
+        known.holds("loss", loss, LOSS)
+        known.holds("grad", gradient(loss, v), GRADIENT)
+        return known.done()
+    times, weight = given.tensor("t"), case.rpartition("_")[2]
+    log_p, old = awm_log_p(errors, times, weight), awm_log_p(error(given.tensor("old"), u), times, weight)
+    known.holds("log_p", log_p, LOSS)
+    known.holds("log_p_old", old, LOSS)
+    known.holds("grad_sum", gradient(log_p.sum(), v), GRADIENT, single=True)
+    advantage = given.tensor("advantages").clamp(-5, 5)
+    per_sample = clipped_loss(awm_log_p(error(v, u), times, weight), old, advantage, options("awm_dpo")["clip"])
+    known.holds("per_sample", per_sample, LOSS)
+    known.holds("loss", per_sample.mean(), LOSS)
+    known.holds("grad", gradient(per_sample.mean(), v), GRADIENT, single=True)
     known.done()

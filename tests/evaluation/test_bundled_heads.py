@@ -8,7 +8,7 @@ import pytest
 from eg3d_rlhf.core.seeds import LATENTS
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.measures.people import BASE, BEHIND, VOXEL, face_depth, face_relief, relief_correlation
+from eg3d_rlhf.measures.people import VOXEL, behind, face_depth, face_relief, relief_correlation
 from training.heads.people_mesh import grid_points
 
 pytestmark = pytest.mark.long
@@ -38,7 +38,7 @@ def test_faces_are_those_that_latents_name(generator, whole):
 def back_depth(values: np.ndarray) -> np.ndarray:
     """z [n, n] of the hindmost surface behind, world units; NaN where there is none."""
     points = grid_points(len(values))
-    here = (values < 0) & (points[..., 2] < BEHIND) & (points[..., 1] > BASE)
+    here = (values < 0) & behind(points)
     return np.where(here.any(axis=2), points[0, 0, here.argmax(axis=2), 2], np.nan)
 
 

@@ -16,7 +16,8 @@ def shapes_seen(missing, extra=0.0, fscore=0.5) -> dict:
     """What is seen of shapes with these errors; faces are the same random ones."""
     missing = np.asarray(missing, dtype=float)
     faces = np.random.default_rng(0).normal(0.1, 0.01, (len(missing), 6, 5)).astype(np.float32)
-    return {"missing": missing, "extra": np.full(len(missing), extra), "fscore": np.full(len(missing), fscore),
+    known = ("fscore", "fine", "completeness", "distance", "fine_front", "completeness_front", "distance_front", "amplitude")
+    return {"missing": missing, "extra": np.full(len(missing), extra), **{name: np.full(len(missing), fscore) for name in known},
             "utility": 1 - missing, "depth": faces, "relief": faces - faces.mean(axis=(1, 2), keepdims=True),
             "solid": np.zeros((len(missing), 4), np.uint8), "volume": np.full(len(missing), 20)}
 

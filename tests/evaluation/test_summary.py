@@ -40,6 +40,8 @@ def test_rows_state_figures_and_failures():
 def test_the_table_of_heads_names_the_filter_and_what_the_strongest_one_costs():
     table = {what: columns for what, *columns in table_of_heads(RECORD)}
     assert table["what"] == ["before", "after", "best filter", "whole heads"]
+    with_control = {**RECORD, "heads": {**RECORD["heads"], "control": {"repaired": 0.06}}}
+    assert table_of_heads(with_control)[0][3] == "control" and table_of_heads(with_control)[3][3] == "6%"
     assert table["volume error behind, broken latents"] == ["0.500", "0.250", "0.400", "0.000"]
     lines = " ".join(notes(RECORD))
     assert "40 of them broken" in lines and "largest part" in lines and "closing 14" in lines and "30%" in lines

@@ -91,11 +91,11 @@ def test_what_is_done_behind_leaves_the_front_and_the_face(heads, scans):
     assert measures.relief_correlation(known[0], measures.face_relief(blurred(heads[1][0], 1.5))) < 0.999
 
 
-@pytest.mark.parametrize("measure", measures.MEASURES, ids=lambda measure: measure.name)
+@pytest.mark.parametrize("measure", measures.MEASURES.values(), ids=lambda measure: measure.name)
 def test_a_measure_of_the_back_ranks_true_heads_before_blurred_ones_and_scans_and_no_filter_is_half_way(measure, heads, scans):
     wholes = np.stack(heads[1])
     better = 1 if measure.better == "higher" else -1
-    of = lambda shapes: better * measure.values(np.stack(shapes), wholes)  # noqa: E731
+    of = lambda shapes: better * measure.values(measures.compared(np.stack(shapes), wholes))  # noqa: E731
     true, soft, broken = of(wholes), of([blurred(whole, SOFT) for whole in wholes]), of(scans)
     assert true.mean() > soft.mean() and (soft > broken).all()
     filters = [partial(blurred, voxels=0.75), partial(blurred, voxels=1.5), partial(closed, radius=3), partial(closed, radius=5)]
@@ -103,11 +103,11 @@ def test_a_measure_of_the_back_ranks_true_heads_before_blurred_ones_and_scans_an
     assert best - broken.mean() <= (true.mean() - broken.mean()) / 2
 
 
-@pytest.mark.parametrize("measure", measures.IN_FRONT_MEASURES, ids=lambda measure: measure.name)
+@pytest.mark.parametrize("measure", measures.FRONT_MEASURES.values(), ids=lambda measure: measure.name)
 def test_a_measure_of_the_front_ranks_true_heads_before_blurred_ones_and_spares_scans(measure, heads, scans):
     wholes = np.stack(heads[1])
     better = 1 if measure.better == "higher" else -1
-    true, soft, broken = (better * measure.values(np.stack(shapes), wholes)
+    true, soft, broken = (better * measure.values(measures.compared(np.stack(shapes), wholes))
                           for shapes in (wholes, [blurred(whole, SOFT) for whole in wholes], scans))  # fmt: skip
     assert (true > soft).all() and (broken > soft).all()
 
@@ -115,5 +115,6 @@ def test_a_measure_of_the_front_ranks_true_heads_before_blurred_ones_and_spares_
 def test_a_shape_without_a_surface_has_the_worst_of_each_measure(heads):
     whole = heads[1][0]
     empty = np.ones_like(whole)
-    assert measures.completeness(empty, whole) == 0 and measures.distance(empty, whole) == measures.FARTHEST
+    found = measures.surfaces(empty, whole)
+    assert found["completeness"] == 0 and found["distance"] == measures.FARTHEST
     assert measures.relief_amplitude(empty, whole) == 0

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,11 +32,15 @@ BLOCK = 192  # points that share their list of near groups
 
 def solid_angles(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Signed solid angles [P, T] of triangles [T, 3, 3] seen from points [P, 3] (Van Oosterom and Strackee 1983)."""
-    a, b, c = (corners[None, :, i] - points[:, None] for i in range(3))  # [P, T, 3]
-    la, lb, lc = (np.sqrt((v * v).sum(axis=2)) for v in (a, b, c))
-    ab, bc, ca = (np.einsum("ptd,ptd->pt", u, v) for u, v in ((a, b), (b, c), (c, a)))
-    volume = np.einsum("ptd,ptd->pt", a, np.cross(b, c))
-    return 2 * np.arctan2(volume, la * lb * lc + ab * lc + bc * la + ca * lb)
+    a, b, c = ([corners[None, :, i, d] - points[:, None, d] for d in range(3)] for i in range(3))  # each three [P, T]
+    la, lb, lc = (np.sqrt(_dot(v, v)) for v in (a, b, c))
+    crossed = [b[1] * c[2] - b[2] * c[1], b[2] * c[0] - b[0] * c[2], b[0] * c[1] - b[1] * c[0]]
+    return 2 * np.arctan2(_dot(a, crossed), la * lb * lc + _dot(a, b) * lc + _dot(b, c) * la + _dot(c, a) * lb)
+
+
+def _dot(u: Sequence[np.ndarray], v: Sequence[np.ndarray]) -> np.ndarray:
+    """Of vectors by their three components: several times as fast as a sum over a short last axis."""
+    return u[0] * v[0] + u[1] * v[1] + u[2] * v[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +112,7 @@ def closest_on_triangles(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Weights [..., 3] of the corners at the places of triangles [..., 3, 3] that are nearest to points [..., 3], which may broadcast."""
 
     def dot(u, v):
-        return (u * v).sum(axis=-1)
+        return _dot(np.moveaxis(u, -1, 0), np.moveaxis(v, -1, 0))
 
     a, u, v = corners[..., 0, :], corners[..., 1, :] - corners[..., 0, :], corners[..., 2, :] - corners[..., 0, :]
     d, uu, uv, vv = points - a, dot(u, u), dot(u, v), dot(v, v)
@@ -180,8 +185,11 @@ def grid_points(resolution: int) -> np.ndarray:
     return np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1)
 
 
-GRID_VERSION = 1  # of what `head_grid` gives
-BAND = 2.5  # voxels about the surface in which distances are exact
+BACK = -0.02  # world z; behind it is the back of a head, by whose volume errors are stated
+BASE = -0.30  # world y; neck and shoulders below do not count
+FACE = (0.08, -0.13, 0.07)  # half a width, lowest and highest y of the window over brows, nose and mouth
+GRID_VERSION = 2  # of what `head_grid` gives
+BAND = 1.8  # voxels about the surface in which distances are exact
 
 
 def crossings(corners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

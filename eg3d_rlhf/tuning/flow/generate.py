@@ -14,6 +14,7 @@ Shape letters as in sparse.py and stage.py; N assets.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import mean
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ import torch
 from eg3d_rlhf.models.sparse import Batch, count, feats_of, mean_per_sample, spread, with_feats
 from eg3d_rlhf.tuning.flow.conditions import Condition, expanded, rows, tensor_of, to_device
 from eg3d_rlhf.tuning.flow.stage import Asset, AssetReward, FlowPath, FlowStage, Pipeline, Sampling, Voxels, stage_of
+from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
 
@@ -250,14 +252,17 @@ class HeldOut:
     others: Models = field(default_factory=dict)  # networks of the other stages; those that are not named are the pipeline's own
     against: Models = field(default_factory=dict)  # the generator to beat, in the same way; nothing named: the pipeline as it is
     batch: int = 16
+    ranks: Ranks = SINGLE  # that draw and score the assets together, each its share; all of them call it
     _scores: torch.Tensor | None = field(default=None, init=False, repr=False)  # of the generator to beat
     _given: list[Voxels] = field(default_factory=list, init=False, repr=False)  # what the stages before leave to this one
 
     def __call__(self, model: torch.nn.Module) -> float:
         """In 0..1."""
-        what = (self.pipeline, self.reward, self.conditions, self.seeds)
+        conditions, seeds = self.ranks.share(self.conditions), self.ranks.share(self.seeds)
+        what = (self.pipeline, self.reward, conditions, seeds)
         if self._scores is None:
             self._scores = scores(*what, self.against, self.batch)
-            self._given = voxels_for(self.pipeline, self.stage, self.conditions, self.seeds, self.others, self.batch)
+            self._given = voxels_for(self.pipeline, self.stage, conditions, seeds, self.others, self.batch)
         models = {**self.others, self.stage: model}
-        return float(wins(scores(*what, models, self.batch, {self.stage: self._given}), self._scores).mean())
+        won = wins(scores(*what, models, self.batch, {self.stage: self._given}), self._scores)
+        return mean(self.ranks.joined(won.tolist()))

@@ -22,10 +22,9 @@ from eg3d_rlhf.tuning.flow.generate import HeldOut, Models, crossed, generate
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, pairs_hash, read_pairs
 from eg3d_rlhf.tuning.flow.stage import CONVENTION, AssetReward, Pipeline, stage_of
 from training.config import check_knobs, knob
+from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
-
-MOST_TO_CHOOSE = 128  # pairs that are looked at in every evaluation while training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +41,6 @@ class Problem:
     choosing_conditions: Sequence[str] = ()  # never trained on either: checkpoints are chosen on these; none: on the table's own
     identity: Mapping = field(default_factory=dict)  # JSON: hashes of all files that it came from, for the names of artefacts
     parts: Callable[[Sequence, Sequence[str]], Mapping[str, torch.Tensor]] | None = None  # sub-scores [N] of (assets, conditions), likewise
-    unseen_pairs: Callable[[str, Sequence[str]], list[PreferencePair]] | None = None  # (stage, conditions): people's pairs of conditions
-    # that are not trained on
-    fitted_to: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by name of a judge, conditions whose pairs it learnt from
 
     def __post_init__(self):
         names = [stage.name for stage in self.pipeline.stages]
@@ -61,15 +57,6 @@ class Problem:
     @property
     def choosing(self) -> Sequence[str]:
         return self.choosing_conditions or self.held_out_conditions
-
-    def pairs_to_choose(self, stage: str) -> list[PreferencePair]:
-        """People's pairs on which a network is chosen while it trains, MOST_TO_CHOOSE at most, drawn by their names."""
-        pairs = [] if self.unseen_pairs is None else self.unseen_pairs(stage, self.choosing)
-        return sorted(pairs, key=lambda pair: derive_seed("to choose", pair.id))[:MOST_TO_CHOOSE]
-
-    def pairs_to_tell(self, stage: str) -> list[PreferencePair]:
-        """People's pairs that neither train nor choose: what tells whether the labels were learnt."""
-        return [] if self.unseen_pairs is None else self.unseen_pairs(stage, self.held_out_conditions)
 
 
 _what = functools.partial(knob, group="What is trained")
@@ -188,8 +175,7 @@ def folder_problem(
     return Problem(
         pipeline=pipeline, human_pairs=human_pairs, reward=fitted("reward", halves[0]),
         chooser=fitted("chooser", halves[1]) if judged and halves[1] else None, final=fitted("final judge", held) if judged else None,
-        train_conditions=trained, held_out_conditions=held, choosing_conditions=choosing, unseen_pairs=human_pairs,
-        fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
+        train_conditions=trained, held_out_conditions=held, choosing_conditions=choosing,
         identity={
             **identity, "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()}, "seed": seed, "held_out": held_out,
         },
@@ -277,14 +263,14 @@ class Choosing:
     def __post_init__(self):
         check_knobs(self)
 
-    def held_out(self, problem: Problem, stage: str, others: Models, against: Models) -> HeldOut | None:
-        """The judge of a stage's training; None for a problem that has none to choose by. Args: others, against: see HeldOut."""
+    def held_out(self, problem: Problem, stage: str, others: Models, against: Models, ranks: Ranks = SINGLE) -> HeldOut | None:
+        """The judge of a stage's training; None for a problem that has none to choose by. Args: others, against, ranks: see HeldOut."""
         if problem.chooser is None:
             return None
         conditions, seeds = crossed(problem.choosing, self.per_condition, self.seed)
         return HeldOut(
             pipeline=problem.pipeline, stage=stage, reward=problem.chooser, conditions=conditions, seeds=seeds, others=others,
-            against=against, batch=self.batch,
+            against=against, batch=self.batch, ranks=ranks,
         )
 
 

@@ -9,6 +9,7 @@ from eg3d_rlhf.models.policies import tuned_model
 from tests.training.test_distributed import finish, start
 from tests.tuning.flow.tiny_flow import TinyPipeline
 from tests.tuning.flow.tiny_trainings import CASES, case_of, contents
+from training.distributed import Ranks
 
 CODE = """
 import sys
@@ -59,3 +60,11 @@ def test_two_ranks_equal_one(tmp_path, two, case):
 
 def test_ranks_stop_together_and_resume_to_the_same_bits(two):
     assert contents(two / "stopped") == contents(two / "dpo")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_shares_of_a_list_join_to_the_whole(monkeypatch, count):
+    ranks = [Ranks(rank=rank, world=3) for rank in range(3)]
+    shares = [[item + 1 for item in each.share(list(range(count)))] for each in ranks]
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: shares)  # what the group would bring
+    assert ranks[1].joined(shares[1]) == [item + 1 for item in range(count)]

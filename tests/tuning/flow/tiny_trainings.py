@@ -9,6 +9,7 @@ from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.generate import HeldOut, crossed
 from eg3d_rlhf.tuning.flow.train_pairs import train_stage
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, likes_target, tiny_config, voxel_pairs
+from training.distributed import SINGLE
 
 FINISHED = ("stats.jsonl", "warnings.json", "result.json", "policy/policy.json", "policy/adapter_model.safetensors")
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.3, targets=("to_out",))
@@ -33,10 +34,10 @@ def run(out, pairs=None, config=None, pipeline=None, stage="voxels", **options):
     return train_stage(pipeline or TinyPipeline(), stage, pairs, config, out, **{"say": silent, **options})
 
 
-def judge(pipeline, per_condition=8) -> HeldOut:
+def judge(pipeline, per_condition=8, **options) -> HeldOut:
     """Win rate of networks of the second stage."""
     conditions, seeds = crossed(NAMES, per_condition, 0)
-    return HeldOut(pipeline=pipeline, stage="voxels", reward=likes_target, conditions=conditions, seeds=seeds, batch=64)
+    return HeldOut(pipeline=pipeline, stage="voxels", reward=likes_target, conditions=conditions, seeds=seeds, batch=64, **options)
 
 
 def with_everything(out, **options):
@@ -54,7 +55,8 @@ def case_of(out: Path, name: str, batch_gpu: int | None = None, stop: bool = Fal
             os.kill(os.getpid(), signal.SIGTERM)
 
     config = tiny_config(**SHORT, **CASES[name], batch_gpu=batch_gpu)
-    return run(out, voxel_pairs(20, w2=True), config, pipeline, held_out=judge(pipeline), say=say, **options)
+    held_out = judge(pipeline, ranks=options.get("ranks", SINGLE))
+    return run(out, voxel_pairs(20, w2=True), config, pipeline, held_out=held_out, say=say, **options)
 
 
 def contents(out) -> dict[str, bytes]:

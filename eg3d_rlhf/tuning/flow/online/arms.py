@@ -66,7 +66,7 @@ class Bench:
         """Train an arm in a folder, or go on with it there."""
         task, chooser = self.task, None
         if self.choosing is not None and arm not in CONTROLS:
-            chooser = self.choosing.held_out(self.problem, task.stage.name, task.others, task.others)
+            chooser = self.choosing.held_out(self.problem, task.stage.name, task.others, task.others, ranks)
         if arm == "dpo":
             pairs = ranked_pairs(task, self.grpo, self.dpo.seed)
             return train_stage(task.pipeline, task.stage.name, pairs, self.dpo, out, held_out=chooser, ranks=ranks, resume=True, say=say)

@@ -16,16 +16,9 @@ from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.sparse import Batch, feats_of, with_feats
 from eg3d_rlhf.tuning.flow.conditions import Condition, to_device
 from eg3d_rlhf.tuning.flow.generate import Models, evaluating, generate, guided, stage_noise, voxels_for
-from eg3d_rlhf.tuning.flow.online.objective import (
-    SdeStep,
-    advantages,
-    as_used,
-    clipped,
-    clipped_loss,
-    divergence,
-    log_density,
-    sde_steps,
-)
+from eg3d_rlhf.tuning.flow.online.advantages import advantages, as_used
+from eg3d_rlhf.tuning.flow.online.losses.clip import clipped_loss, outside
+from eg3d_rlhf.tuning.flow.online.steps import Step, divergence, log_density, steps_of
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.stage import AssetReward, FlowStage, Pipeline, Sampling, Voxels
 from eg3d_rlhf.tuning.flow.train import Descent, Judge, StageResult, StageTraining, train, train_knob, trained, win_rate_signs, win_rates
@@ -58,7 +51,7 @@ class GrpoConfig(StageTraining):
     trained_steps: int | None = _grpo(None, "Of these, drawn anew for every update; none: all but the last, which draws nothing.", low=1,
                                       rare=True)
     noise: float = _grpo(0.7, "Level of the sampler's noise, a.", name="sde_noise", above=0, rare=True)
-    use: str = "reward"  # or a control's: see objective.USES
+    use: str = "reward"  # or a control's: see advantages.USES
 
     def __post_init__(self):
         super().__post_init__()
@@ -112,7 +105,7 @@ class Task:
 class Move:
     """A step of the sampler as it was drawn."""
 
-    step: SdeStep
+    step: Step
     x: Batch  # n samples
     to: Batch
     log_p: torch.Tensor  # [n], of the policy that drew it
@@ -143,7 +136,7 @@ class Explorer:
         stage = self.task.stage
         self.device = next(stage.model.parameters()).device
         self.sampling = self.config.sampling(stage)
-        self.steps = sde_steps(stage.path, self.sampling, self.config.noise)
+        self.steps = steps_of(stage.path, self.sampling, self.config.noise)
 
     def draw(self, conditions: Sequence[str], seeds: Sequence[int], kept: Sequence[int]) -> tuple[list[Drawn], torch.Tensor]:
         """Samples of groups, by pass, and their rewards [G, K].
@@ -272,7 +265,7 @@ class GroupUpdates(Descent):
             log_p, far = log_density(move.to, mean, move.step.std), divergence(mean, move.reference, move.step.std)
             loss = (clipped_loss(log_p, move.log_p, advantage, self.config.clip_range) + self.config.kl * far).sum()
             loss.backward()
-            cut = clipped(log_p, move.log_p, advantage, self.config.clip_range).sum()
+            cut = outside(torch.exp(log_p - move.log_p), advantage, self.config.clip_range).stopped.sum()
             totals += torch.stack([totals.new_tensor(len(advantage)), loss.detach(), cut])
         return totals
 

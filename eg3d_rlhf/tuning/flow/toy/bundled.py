@@ -273,7 +273,7 @@ def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
     return network.eval()
 
 
-PAIRS_PER_CONDITION, UNSEEN_PER_CONDITION = 20, 6  # that are trained on, and that are not
+PAIRS_PER_CONDITION = 20
 
 
 def toy_problem(
@@ -290,10 +290,6 @@ def toy_problem(
     return Problem(
         pipeline=ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
         human_pairs=lambda stage: human_pairs(stage, TRAINED, pairs_per_condition, seed, DEFECTS[labelled]),
-        unseen_pairs=lambda stage, names: human_pairs(
-            stage, names, min(UNSEEN_PER_CONDITION, pairs_per_condition), seed, DEFECTS[labelled]
-        ),
-        fitted_to={"reward": TRAINED},
         reward=load_network("reward"),
         chooser=ChooserOracle(),
         final=FinalOracle(),

@@ -1,4 +1,4 @@
-"""Advantages and the clipped loss against loops and limits."""
+"""The samplers that draw: their marginals, their limits, and the densities that they are said to have."""
 
 import math
 
@@ -7,42 +7,9 @@ import torch
 
 from eg3d_rlhf.models.sparse import collate, feats_of, with_feats
 from eg3d_rlhf.tuning.flow.generate import sample, times
-from eg3d_rlhf.tuning.flow.online.objective import SdeStep, advantages, as_used, clipped, clipped_loss, divergence, log_density, sde_steps
+from eg3d_rlhf.tuning.flow.online.steps import KINDS, CpsStep, ExactStep, divergence, log_density, steps_of, without_noise
 from eg3d_rlhf.tuning.flow.stage import FlowPath, Sampling
 from tests.tuning.flow.closed_forms import Field, dense, stage_of, tokens, voxels
-
-
-def test_advantages_are_normal_within_each_group_whatever_its_scale():
-    rewards = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
-    found = advantages(rewards)
-    assert found.mean(1).abs().max() < 1e-6 and (found.square().mean(1).sqrt() - 1).abs().max() < 1e-3
-    torch.testing.assert_close(advantages(100 * rewards + 7), found, rtol=1e-3, atol=1e-3)
-    assert advantages(torch.full([2, 3], 0.1)).abs().max() == 0
-
-
-def test_controls_keep_what_is_in_a_group():
-    rewards, seeds = torch.arange(12.0).view(2, 6), [5, 6]
-    assert torch.equal(as_used(rewards, "reward", seeds), rewards) and torch.equal(as_used(rewards, "inverted", seeds), -rewards)
-    mixed = as_used(rewards, "shuffled", seeds)
-    assert torch.equal(mixed.sort(1).values, rewards) and not torch.equal(mixed, rewards)
-    assert torch.equal(as_used(rewards[1:], "shuffled", seeds[1:]), mixed[1:])  # whatever other groups there are
-
-
-@pytest.mark.parametrize("advantage", [2.0, -2.0])
-@pytest.mark.parametrize("ratio", [0.5, 0.99, 1.0, 1.01, 2.0])
-def test_the_loss_is_the_clipped_one_and_its_gradient_ends_with_the_clip(advantage, ratio):
-    log_p = torch.tensor([math.log(ratio)], requires_grad=True)
-    old, A = torch.zeros(1), torch.tensor([advantage])
-    loss = clipped_loss(log_p, old, A, 0.1)
-    assert float(loss.detach()) == pytest.approx(-min(ratio * advantage, min(max(ratio, 0.9), 1.1) * advantage), rel=1e-6)
-    loss.backward()
-    cut = (ratio > 1.1 and advantage > 0) or (ratio < 0.9 and advantage < 0)
-    assert bool(clipped(log_p, old, A, 0.1)) is cut
-    assert float(log_p.grad) == pytest.approx(0 if cut else -ratio * advantage, rel=1e-6)
-
-
-# The sampler that draws: its marginals are the flow's, its steps are the normals that they are said to be.
-
 
 MEAN, STD = 0.7, 0.4  # of normal data, whose velocity is known
 LEVELS = pytest.mark.parametrize("level", [0.0, 0.7, 1.4])
@@ -59,7 +26,7 @@ def moments(path: FlowPath, level: float, points: list[float], std: float = STD)
     """Mean and variance after each step, exactly: a step is linear in x, so that its values at 0 and 1 say all."""
     mean, variance, found = 0.0, 1.0, []
     for t, until in zip(points[:-1], points[1:], strict=True):
-        step, ends = SdeStep(path, t, until, level), torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1, 1)
+        step, ends = ExactStep(path, t, until, level), torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1, 1)
         at_0, at_1 = step.mean(ends, exact(path, ends, t, std=std)).flatten().tolist()
         mean, variance = at_0 + (at_1 - at_0) * mean, (at_1 - at_0) ** 2 * variance + step.std**2
         found.append((mean, variance))
@@ -91,7 +58,7 @@ def test_small_steps_are_those_of_the_papers():
     """Flow-GRPO: x + [v + g^2 / (2 t) (x + (1 - t) v)] dt + g sqrt(|dt|) z with g = a sqrt(t / (1 - t))."""
     path, t, a, dt = FlowPath(sigma_min=0.0), 0.6, 0.7, 1e-4
     x, v, g = torch.randn(1, 2, 3, 3, 3, dtype=torch.float64), torch.randn(1, 2, 3, 3, 3, dtype=torch.float64), a * math.sqrt(t / (1 - t))
-    step = SdeStep(path, t, t - dt, a)
+    step = ExactStep(path, t, t - dt, a)
     euler = x - dt * (v + g**2 / (2 * t) * (x + (1 - t) * v))
     assert float((step.mean(x, v) - euler).abs().max()) < 1e-3 * dt
     assert step.std == pytest.approx(g * math.sqrt(dt), rel=1e-3)
@@ -102,17 +69,17 @@ def test_without_noise_it_is_the_flows_own_sampler(sparse):
     path, sampling = FlowPath(sigma_min=1e-3), Sampling(steps=4, cfg_strength=0.0, rescale_t=2.0)
     stage = stage_of(Field(lambda x, t, cond: torch.sin(x) - t), sparse, path, sampling)
     x = noise = collate([voxels(1), voxels(2)] if sparse else [dense(1), dense(2)])
-    for step in sde_steps(path, sampling, 0.0):
+    for step in steps_of(path, sampling, 0.0):
         assert step.kept == 1 and step.std == 0
         x = step.mean(x, stage.model(x, torch.full([2], step.t), tokens(2)))
     torch.testing.assert_close(feats_of(x), feats_of(sample(stage, noise, tokens(2), None)))
 
 
 def test_the_first_step_replaces_the_noise_and_the_last_has_none():
-    first, *_, last = sde_steps(FlowPath(), Sampling(steps=5, rescale_t=1.0), 0.7)
+    first, *_, last = steps_of(FlowPath(), Sampling(steps=5, rescale_t=1.0), 0.7)
     assert (first.t, last.until) == (1.0, 0.0) and first.kept == 0 and first.std == pytest.approx(0.8, rel=1e-4)
     assert last.std < 1.1e-5
-    assert [s.t for s in sde_steps(FlowPath(), Sampling(steps=3), 0.7)] == times(Sampling(steps=3))[:-1]
+    assert [s.t for s in steps_of(FlowPath(), Sampling(steps=3), 0.7)] == times(Sampling(steps=3))[:-1]
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -124,3 +91,46 @@ def test_density_and_divergence_are_the_normals(sparse):
     split = [v.split(x.lengths.tolist()) if sparse else v.unbind() for v in rows]
     for got, expected in zip((log_density(x, mean, 0.3), divergence(mean, other, 0.3)), split, strict=True):
         torch.testing.assert_close(got.double(), torch.stack([one.mean() for one in expected]), rtol=1e-5, atol=1e-5)
+
+
+# The other kinds.
+
+
+def noise_left(kind: str, level: float, steps: int = 10) -> list[tuple[float, float]]:
+    """(t, deviation of x there) of one object and a perfect network: what is in x besides (1 - t) x_0."""
+    path, points, variance, found = FlowPath(sigma_min=0.0), [1 - i / steps for i in range(steps + 1)], 1.0, []
+    for t, until in zip(points[:-1], points[1:], strict=True):
+        step, ends = KINDS[kind](path, t, until, level), torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1, 1)
+        low, high = step.mean(ends, ends / t).flatten().tolist()  # v = eps - x_0 of x_0 = 0 and x = t eps
+        variance = (high - low) ** 2 * variance + step.std**2
+        found.append((until, math.sqrt(variance)))
+    return found
+
+
+def test_closed_forms_hold_exactly_the_noise_of_the_time_and_eulers_steps_do_not():
+    for kind, level in (("exact", 0.7), ("exact", 1.0), ("cps", 0.5), ("cps", 0.8)):
+        assert all(std == pytest.approx(t, abs=1e-12) for t, std in noise_left(kind, level))
+    for kind, level in (("sde", 0.7), ("dance", 0.7)):
+        found = noise_left(kind, level)
+        assert max(std / t for t, std in found[:-1]) > 1.1 and found[-1][1] > 0.05
+
+
+def test_cps_is_the_closed_form_with_a_share_of_its_own():
+    class Kept(ExactStep):
+        kept = math.cos(0.8 * math.pi / 2)
+
+    path, x, v = FlowPath(sigma_min=0.01), *torch.randn(2, 3, 2, 2, 2, 2, dtype=torch.float64)
+    ours, cps = Kept(path, 0.7, 0.4, 0.8), CpsStep(path, 0.7, 0.4, 0.8)
+    torch.testing.assert_close(ours.mean(x, v), cps.mean(x, v), rtol=0, atol=0)
+    assert ours.std == pytest.approx(cps.std, rel=1e-12)
+    euler = without_noise(cps)
+    torch.testing.assert_close(euler.mean(x, v), x - 0.3 * v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(CpsStep(path, 0.7, 0.4, 0.0).mean(x, v), x - 0.3 * v, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_step_is_finite(kind):
+    step = steps_of(FlowPath(sigma_min=0.0), Sampling(steps=4), 0.7, kind)[0]
+    x = torch.randn(2, 1, 2, 2, 2)
+    assert step.t == 1 and 0 < step.std < 3 and step.mean(x, -x).isfinite().all()
+    assert log_density(x, step.mean(x, -x), step.std).isfinite().all()

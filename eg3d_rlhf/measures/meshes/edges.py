@@ -1,0 +1,129 @@
+"""What the edges of a mesh tell: whether it is closed, a manifold, wound one way; its parts, rims and handles.
+
+Two faces are neighbours where they share an edge, whatever their winding. A corner is a face at a vertex; corners around a vertex that
+shared edges join are a fan, and a vertex of several fans is pinched.
+
+Letters: V vertices, F faces, E unique edges, C = 3F corners (corner 3f + i belongs to face f; half-edge 3f + i runs from it to the next).
+"""
+
+import functools
+
+import numpy as np
+
+from eg3d_rlhf.geometry.mesh import face_volumes
+from eg3d_rlhf.measures.meshes.clean import CleanMesh, face_areas
+from eg3d_rlhf.measures.surface import topology
+
+
+class Edges:
+    """The unique edges of a clean mesh and the faces at them."""
+
+    def __init__(self, mesh: CleanMesh):
+        self.mesh = mesh
+        start, end = mesh.faces.reshape(-1), mesh.faces[:, [1, 2, 0]].reshape(-1)  # [C]
+        low, high = np.minimum(start, end), np.maximum(start, end)
+        key = low * len(mesh.vertices) + high
+        self.order = np.argsort(key, kind="stable")  # half-edges [C], those of one edge together
+        new = np.flatnonzero(np.diff(key[self.order], prepend=-1))  # where the next edge begins
+        self.faces = np.diff(np.append(new, len(key)))  # [E] faces at each edge
+        first = self.order[new]
+        self.ends = np.stack([low[first], high[first]], axis=1)  # [E, 2]
+        self.upward = (start < end)[self.order]  # [C] of the sorted half-edges, whether they run from the lower vertex to the higher
+        self.new = new
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """[E]"""
+        a, b = (self.mesh.vertices[self.ends[:, i]] for i in range(2))
+        return np.linalg.norm(b - a, axis=1)
+
+    @functools.cached_property
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """The two half-edges of every edge of two faces, [number of these]."""
+        at = self.new[self.faces == 2]
+        return self.order[at], self.order[at + 1]
+
+    @functools.cached_property
+    def flipped(self) -> np.ndarray:
+        """Of every edge of two faces, whether both run through it the same way."""
+        at = self.new[self.faces == 2]
+        return self.upward[at] == self.upward[at + 1]
+
+    @functools.cached_property
+    def neighbours(self) -> tuple[np.ndarray, np.ndarray]:
+        """Half-edges that follow one another at the same edge: a chain through all faces there."""
+        follows = np.ones(len(self.order), dtype=bool)
+        follows[self.new] = False
+        at = np.flatnonzero(follows)
+        return self.order[at - 1], self.order[at]
+
+    @functools.cached_property
+    def part(self) -> tuple[np.ndarray, int]:
+        """The part [F] of each face, and their number."""
+        a, b = self.neighbours
+        return _components(a // 3, b // 3, len(self.mesh.faces))
+
+    @functools.cached_property
+    def fan(self) -> tuple[np.ndarray, int]:
+        """The fan [C] of each corner, and their number."""
+        a, b = self.neighbours
+        vertex = self.mesh.faces.reshape(-1)
+        same = vertex[a] == vertex[b]  # both begin at the same vertex
+        after_a, after_b = _after(a), _after(b)
+        ours, theirs = np.concatenate([a, after_a]), np.concatenate([np.where(same, b, after_b), np.where(same, after_b, b)])
+        return _components(ours, theirs, 3 * len(self.mesh.faces))
+
+    def rims(self) -> int:
+        """Loops of open edges; those that touch at a pinched vertex are two."""
+        half = self.order[self.new[self.faces == 1]]
+        if not len(half):
+            return 0
+        label, count = self.fan
+        ends = np.stack([label[half], label[_after(half)]])
+        names, ends = np.unique(ends, return_inverse=True)
+        ends = ends.reshape(2, -1)
+        return _components(ends[0], ends[1], len(names))[1]
+
+
+def edge_measures(edges: Edges) -> dict:
+    """Counts and shares by name; see docs/check-assets.md."""
+    mesh = edges.mesh
+    _, areas = face_areas(mesh)
+    area, single, shared = float(areas.sum()), edges.faces == 1, edges.faces > 2
+    part, parts = edges.part
+    pinched = edges.fan[1] - len(mesh.vertices)
+    euler = len(mesh.vertices) - len(edges.ends) + len(mesh.faces)
+    rims = edges.rims()
+    part_areas, part_volumes = np.bincount(part, areas, parts), np.bincount(part, face_volumes(mesh.vertices, mesh.faces), parts)
+    summed = float(np.abs(part_volumes).sum())
+    surfaces = topology(mesh.vertices, mesh.faces)
+    return {
+        "faces": len(mesh.faces), "area": area, "volume": float(part_volumes.sum()),
+        "open_edges": int(single.sum()), "open_share": float(single.mean()), "open_length": float(edges.lengths[single].sum()) / area**0.5,
+        "nonmanifold_edges": int(shared.sum()), "pinched": pinched,
+        "flipped_share": float(edges.flipped.mean()) if len(edges.flipped) else 0.0,
+        "closed": not single.any(), "manifold": not shared.any() and pinched == 0, "oriented": not edges.flipped.any(),
+        "euler": euler, "rims": rims, "genus": (2 * parts - rims - euler) / 2, "parts": parts,
+        "bodies": surfaces.parts, "cavities": surfaces.cavities,
+        "main_area": float(part_areas.max()) / area, "main_volume": float(np.abs(part_volumes).max()) / summed if summed > 0 else 0.0,
+    }  # fmt: skip
+
+
+def bend(edges: Edges) -> float:
+    """Sum over edges of length times |angle between the faces' normals| / 2: the integral of (|k1| + |k2|) / 2 of a smooth surface."""
+    normals, _ = face_areas(edges.mesh)
+    a, b = (normals[half // 3] for half in edges.pairs)
+    angle = np.arctan2(np.linalg.norm(np.cross(a, b), axis=1), (a * b).sum(axis=1))
+    return float((edges.lengths[edges.faces == 2] * angle).sum()) / 2
+
+
+def _after(half: np.ndarray) -> np.ndarray:
+    return np.where(half % 3 == 2, half - 2, half + 1)
+
+
+def _components(a: np.ndarray, b: np.ndarray, count: int) -> tuple[np.ndarray, int]:
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    number, label = connected_components(coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count)), directed=False)
+    return label.astype(np.int64), int(number)
