@@ -13,6 +13,7 @@ MODES: Registry[Mode] = Registry("--mode", {
     "circular-dpo": "eg3d_rlhf.modes.circular_dpo",
     "online": "eg3d_rlhf.modes.online",
     "grpo": "eg3d_rlhf.modes.online",
+    "offline": "eg3d_rlhf.modes.offline",
     "distill": "eg3d_rlhf.modes.distill",
     "reward": "eg3d_rlhf.modes.reward_training",
     "mesh-reward": "eg3d_rlhf.modes.mesh_reward",

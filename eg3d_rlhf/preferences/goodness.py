@@ -263,7 +263,7 @@ def _parse(number: int, record: Mapping, known: Known, folder: Path) -> _Said:
     if kind == "p" and not 0 <= value <= 1:
         raise ValueError(f"expected p from 0 to 1, got {value!r}. Marks on another scale are a score.")
     rater = str(record.get("rater") or record.get("annotator") or "")
-    return _Said(number=number, kind=kind, asset=asset("asset", "mesh", "latents", "look_at"), value=float(value), rater=rater)
+    return _Said(number=number, kind=kind, asset=asset("asset", "mesh", "look_at"), value=float(value), rater=rater)
 
 
 def _of_lines(lines: Sequence[_Said], conditions: Mapping[str, str], file: str) -> dict[str, float]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -26,6 +26,9 @@ from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
 
+if TYPE_CHECKING:
+    from eg3d_rlhf.tuning.flow.offline.singles import Labelled
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -33,6 +36,7 @@ class Problem:
 
     pipeline: Pipeline
     human_pairs: Callable[[str], list[PreferencePair]]  # by stage name; the same assets at every stage
+    human_singles: Callable[[str], "Labelled"] | None = None  # by kind of label: assets that its own people judged one by one
     reward: AssetReward | None  # scores the loop's assets for w1 and w2; None: no loop, only stages by themselves
     chooser: AssetReward | None  # held-out win rate and early stop; None: neither
     final: AssetReward | None  # the table alone

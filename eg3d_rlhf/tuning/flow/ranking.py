@@ -246,6 +246,32 @@ class Imported:
     report: Mapping = field(default_factory=dict)  # JSON: counts of what was read and left out
 
 
+def read_candidates(
+    path: Path, pipeline: Any, ranked: bool, on_asset: Callable[[], None] | None = None, candidate: Candidates = drawn_candidate
+) -> list[Candidate]:
+    """The assets of a list, with the latents of the same stages.
+
+    Args: ranked: whether each line must have a rank; on_asset: called after each; candidate: reads a line.
+    Raises: FileNotFoundError or ValueError with the line that is at fault.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"ranking: expected a list of ranked assets, got none at {path}. Check the path.")
+    candidates: list[Candidate] = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.strip():
+            try:
+                candidates.append(candidate(json.loads(line), f"{number:06d}", path.parent, pipeline, ranked))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{path.name}, line {number}: {error}") from error
+            if on_asset:
+                on_asset()
+    stages = dict.fromkeys(stage for c in candidates for stage in c.latents)
+    partial = [stage for stage in stages if not all(stage in c.latents for c in candidates)]
+    if partial:
+        raise ValueError(f"{path.name}: expected latents of stage {partial[0]!r} for all assets or none, got some. Complete it.")
+    return candidates
+
+
 def read_ranking(
     path: Path, pipeline: Any, on_asset: Callable[[], None] | None = None, judged: Judged | None = None,
     candidate: Candidates = drawn_candidate,
@@ -255,21 +281,7 @@ def read_ranking(
     Args: on_asset: called after each; candidate: reads a line.
     Raises: FileNotFoundError or ValueError with the line that is at fault.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"ranking: expected a list of ranked assets, got none at {path}. Check the path.")
-    candidates: list[Candidate] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if line.strip():
-            try:
-                candidates.append(candidate(json.loads(line), f"{number:06d}", path.parent, pipeline, judged is None))
-            except (ValueError, OSError) as error:
-                raise ValueError(f"{path.name}, line {number}: {error}") from error
-            if on_asset:
-                on_asset()
-    stages = dict.fromkeys(stage for c in candidates for stage in c.latents)
-    partial = [stage for stage in stages if not all(stage in c.latents for c in candidates)]
-    if partial:
-        raise ValueError(f"{path.name}: expected latents of stage {partial[0]!r} for all assets or none, got some. Complete it.")
+    candidates = read_candidates(path, pipeline, judged is None, on_asset, candidate)
     pairs = pair_up(candidates, judged)
     counts = {stage: len(of_stage) for stage, of_stage in pairs.items()}
     return Imported(pairs=pairs, report={"assets": len(candidates), "scheme": "judged" if judged else "all", "pairs": counts})

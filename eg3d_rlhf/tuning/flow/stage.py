@@ -262,11 +262,14 @@ class FlowPath:
 
     def errors(self, v: Batch, x_0: Batch, eps: Batch) -> torch.Tensor:
         """Flow-matching error of predicted velocities, mean over everything of a sample -> [N]. Differentiable in: v."""
-        squares = (feats_of(v) - feats_of(self.velocity(x_0, eps))).square()
+        return self.per_sample((feats_of(v) - feats_of(self.velocity(x_0, eps))).square(), v)
+
+    def per_sample(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Mean over everything of a sample [N] of `values` like `feats_of(batch)`, by the weights. Differentiable in: values."""
         if self.weights is None:
-            return mean_per_sample(squares, v)
-        assert isinstance(v, NamedBatch)
-        means = {name: part.flatten(1).mean(1) for name, part in v.with_feats(squares).tensors.items()}
+            return mean_per_sample(values, batch)
+        assert isinstance(batch, NamedBatch)
+        means = {name: part.flatten(1).mean(1) for name, part in batch.with_feats(values).tensors.items()}
         return torch.stack([weight * means[name] for name, weight in self.weights.items()]).sum(0)
 
 

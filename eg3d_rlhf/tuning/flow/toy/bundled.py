@@ -21,7 +21,7 @@ from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
 from eg3d_rlhf.tuning.flow.problem import Problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
-from eg3d_rlhf.tuning.flow.toy.judges import ChooserOracle, FinalOracle, LearnedReward, human_pairs
+from eg3d_rlhf.tuning.flow.toy.judges import ChooserOracle, FinalOracle, LearnedReward, human_pairs, human_singles
 from eg3d_rlhf.tuning.flow.toy.pipeline import (
     CHOOSING,
     COLOURS,
@@ -290,6 +290,7 @@ def toy_problem(
     return Problem(
         pipeline=ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
         human_pairs=lambda stage: human_pairs(stage, TRAINED, pairs_per_condition, seed, DEFECTS[labelled]),
+        human_singles=lambda kind: human_singles(kind, TRAINED, pairs_per_condition, seed, DEFECTS[labelled]),
         reward=load_network("reward"),
         chooser=ChooserOracle(),
         final=FinalOracle(),

@@ -22,8 +22,11 @@ from scipy import ndimage
 from torch import nn
 
 from eg3d_rlhf.models.sparse import separate
+from eg3d_rlhf.preferences.goodness import of_ranks, of_votes
 from eg3d_rlhf.preferences.losses import preference_loss
+from eg3d_rlhf.tuning.flow.offline.singles import Labelled
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.ranking import Candidate
 from eg3d_rlhf.tuning.flow.toy import pipeline as toy
 
 RIGHT_COLOUR = 0.15  # largest error of a channel that ChooserOracle lets pass
@@ -169,6 +172,34 @@ def human_pairs(
                 rejected=rejected, provenance={"seed": seed, "number": i},
             ))  # fmt: skip
     return pairs
+
+
+SINGLE_KINDS = ("thumbs", "ranks")  # what people say of assets one by one
+
+
+def human_singles(
+    kind: str, conditions: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
+) -> Labelled:
+    """Assets of every condition, and what people say of each by itself; the same assets whatever is said.
+
+    thumbs: P(up) = sigmoid((s - s_typical) / TEMPERATURE), s LabelOracle's and s_typical the median of the condition's, which people come
+    to know. ranks: by s + TEMPERATURE g with g of a Gumbel distribution (Luce 1959), of two the law of `judge_drafts`.
+    """
+    assets, goodness = list[Candidate](), dict[str, float]()
+    for condition in conditions:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {condition} alone".encode()))
+        drafts = toy.draw_drafts([condition] * per_condition, generator, defects)
+        scores = LabelOracle()(toy.make_assets(drafts), [condition] * per_condition)
+        up = torch.rand(per_condition, generator=generator) < torch.sigmoid((scores - scores.median()) / TEMPERATURE)
+        noisy = scores - TEMPERATURE * torch.empty(per_condition).exponential_(generator=generator).log()
+        names = [f"{condition.replace(' ', '-')}-{seed}-{i:03d}" for i in range(per_condition)]
+        ranks = dict(zip(names, (-noisy).tolist(), strict=True))
+        goodness |= of_ranks(ranks) if kind == "ranks" else of_votes(zip(names, up.tolist(), strict=True))
+        latents = {stage: separate(drafts.latents(stage)) for stage in (toy.STRUCTURE, toy.VOXELS)}
+        for i, name in enumerate(names):
+            of_asset = {stage: of_stage[i] for stage, of_stage in latents.items()}
+            assets.append(Candidate(name=name, condition=condition, rank=ranks[name], latents=of_asset))
+    return Labelled(assets=assets, goodness=goodness)
 
 
 FEATURES = 15  # see _features

@@ -1,0 +1,294 @@
+"""Train a stage on latents of single assets, each with r in 0..1, how good it is: DiffusionNFT of each, or DGPO of all of a condition.
+
+The network that training begins with is the reference, and stands for the one that drew the assets; it is never refreshed, which on a
+finite set of them runs away (online/losses/nft.py). Times are the stage's own, but none below LEAST_TIME, where an error says nothing.
+Guidance is off. Folder, lines, states and resume are those of train.py.
+
+Shape letters as in sparse.py; K assets of a group.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from eg3d_rlhf.experiments.run import Run
+from eg3d_rlhf.models.sparse import Batch, Latent, SparseSample, collate, feats_of, parts_of, with_feats
+from eg3d_rlhf.preferences.goodness import normal_scores
+from eg3d_rlhf.tuning.flow.conditions import Condition, to_device
+from eg3d_rlhf.tuning.flow.online.losses.dgpo import dgpo_loss
+from eg3d_rlhf.tuning.flow.online.losses.nft import nft_errors, nft_loss
+from eg3d_rlhf.tuning.flow.reference import FrozenModel
+from eg3d_rlhf.tuning.flow.stage import FlowStage, Pipeline, check_convention, stage_of
+from eg3d_rlhf.tuning.flow.train import Judge, StageResult, train, train_knob, trained, win_rate_signs, win_rates
+from eg3d_rlhf.tuning.flow.train_pairs import PassConfig, Passes
+from training.config import knob
+from training.distributed import SINGLE, Ranks
+from training.phases import derive_seed
+from training.storage import checksum
+
+NFT, DGPO = LOSSES = ("nft", "dgpo")
+LEAST_TIME = 0.02
+EVEN = 1e-9  # of r from 1/2, which teaches nothing
+FAR = 0.9  # of the reference's own error, as far as its velocities may be left behind
+CALM = "Raise --trust or --kl, lower --lr, or train fewer updates."
+_loss = partial(knob, group="Loss of single assets")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Single:
+    """A latent of one stage, and how good the asset is."""
+
+    id: str  # unique within its set: it seeds the noise
+    condition: str  # name; the pipeline knows its tokens
+    stage: str
+    latent: Latent
+    r: float  # in 0..1; 1/2 teaches nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinglesConfig(PassConfig):
+    """Everything that decides a training besides its networks and assets; the defaults suit large generators."""
+
+    loss: str = _loss(NFT, "nft: DiffusionNFT of each asset; dgpo: of up to --group assets of a condition together, by their order.",
+                      choices=LOSSES)
+    trust: float = _loss(0.3, "nft: C b, how tightly a flow is held to the one that drew the assets.", above=0)
+    beta: float = _loss(100.0, "dgpo: multiplies the margin of a group, per unit of error.", name="group_beta", above=0)
+    kl: float | None = _loss(None, "Weight of the squared distance from the untuned velocities.", low=0, shown="nft 0.03, dgpo 0.01")
+    group: int = _loss(8, "dgpo: most assets of a condition that are compared at once, drawn anew in every pass.", low=2)
+    steps: int = train_knob(1000, "Length of a stage's training.", metavar="UPDATES", low=1)
+    batch: int = train_knob(8, "Per update, over all processes and passes; of dgpo groups.", metavar="ASSETS", low=1)
+    batch_gpu: int | None = train_knob(None, "Per pass and process: decides memory, not the result.", metavar="ASSETS", low=1,
+                                       shown="batch")
+
+    @property
+    def distance(self) -> float:
+        """The weight that applies."""
+        return self.kl if self.kl is not None else {NFT: 0.03, DGPO: 0.01}[self.loss]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleDraw:
+    """Latents at a time and a noise."""
+
+    x_t: Batch  # N samples
+    t: torch.Tensor  # [N]
+    target: Batch  # u
+    cond: Condition
+
+
+def draw_singles(
+    pipeline: Pipeline, stage: FlowStage, singles: Sequence[Single], names: Sequence[str], seed: int, epoch: int, device: torch.device
+) -> SingleDraw:
+    """Time and noise of each from (seed, its name, epoch) alone and on the CPU: in any batch, on any device. Args: names: [N]; assets of
+    one name share both."""
+    latents = [single.latent for single in singles]
+    x_0, seeds = collate(latents).to(device), [derive_seed(seed, name, epoch, "noise") for name in names]
+    eps = stage.noise(seeds, [x.coords if isinstance(x, SparseSample) else None for x in latents]).to(device)
+    drawn = [stage.path.times(1, torch.Generator().manual_seed(derive_seed(seed, name, epoch, "time"))) for name in names]
+    t = torch.cat(drawn).clamp(min=LEAST_TIME).to(device)
+    cond = to_device(pipeline.conditions([single.condition for single in singles], stage.name), device)
+    return SingleDraw(x_t=stage.path.mix(x_0, t, eps), t=t, target=stage.path.velocity(x_0, eps), cond=cond)
+
+
+Example = TypeVar("Example")
+
+
+class Velocities:
+    """v of the policy and of the reference at a draw, in float32."""
+
+    def __init__(self, stage: FlowStage, draw: SingleDraw, policy: torch.nn.Module, reference: FrozenModel):
+        self.draw, self.stage = draw, stage
+        self.v = _float(stage.velocity(draw.x_t, draw.t, draw.cond, policy))
+        self.ref = _float(reference.velocity(stage, draw.x_t, draw.t, draw.cond))
+
+    def _apart(self, a: Batch, b: Batch) -> torch.Tensor:
+        return self.stage.path.per_sample((feats_of(a) - feats_of(b)).square(), a)
+
+    @property
+    def errors(self) -> torch.Tensor:
+        """[N]. Differentiable in: the policy's parameters."""
+        return self._apart(self.v, self.draw.target)
+
+    @property
+    def ref_errors(self) -> torch.Tensor:
+        """[N]."""
+        return self._apart(self.ref, self.draw.target)
+
+    @property
+    def distance(self) -> torch.Tensor:
+        """m((v - v_ref)^2), [N]. Differentiable in: the policy's parameters."""
+        return self._apart(self.v, self.ref)
+
+    def nft(self, r: torch.Tensor, trust: float) -> torch.Tensor:
+        """[N], C 1 and b the trust. Differentiable in: the policy's parameters."""
+        sigma = self.stage.path.sigma_min + (1 - self.stage.path.sigma_min) * self.draw.t
+        errors = nft_errors(self.v, self.ref, self.draw.target, sigma, trust, mean=self.stage.path.per_sample)
+        return nft_loss(errors, r, 1.0, trust)
+
+    def told(self, r: torch.Tensor) -> torch.Tensor:
+        """Sums over samples [5]: how many; distance; the reference's error; how many are not even; and of these how many the policy knows
+        for better or worse than the reference does, ties half. Without gradient."""
+        errors, ref, uneven = self.errors.detach(), self.ref_errors, (r - 0.5).abs() > EVEN
+        right = 0.5 * (1 + ((ref - errors) * (r - 0.5)).sign())
+        n = r.new_tensor(float(len(r)))
+        return torch.stack([n, self.distance.detach().sum(), ref.sum(), uneven.float().sum(), (right * uneven).sum()])
+
+
+def _float(v: Batch) -> Batch:
+    return with_feats(v, feats_of(v).float())
+
+
+class LabelPasses(Passes[Example]):
+    """What both losses have in common."""
+
+    sums = 2 + 5
+    columns = (("agreement", "agreement", "<5.3f"), ("distance", "distance", "<8.2e"), ("left", "left", "<6.3f"))
+
+    def __init__(
+        self, pipeline: Pipeline, stage: FlowStage, examples: Sequence[Example], config: SinglesConfig, policy: torch.nn.Module,
+        parameters: Iterable[torch.nn.Parameter], reference: FrozenModel, ranks: Ranks,
+    ):
+        super().__init__(stage, examples, config, policy, parameters, ranks)
+        self.pipeline, self.config, self.reference = pipeline, config, reference
+
+    def velocities(self, singles: Sequence[Single], names: Sequence[str], epoch: int, dropout: int) -> Velocities:
+        draw = draw_singles(self.pipeline, self.stage, singles, names, self.config.seed, epoch, self.device)
+        torch.manual_seed(dropout)
+        return Velocities(self.stage, draw, self.policy, self.reference)
+
+    def back(self, losses: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+        losses.sum().backward()
+        return torch.cat([torch.stack([losses.new_tensor(float(len(losses))), losses.detach().sum()]), told])
+
+    def figures(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
+        """Samples; distance from the reference, and what share it is of the reference's own error (left); agreement: the share of
+        samples that are not even whose label says whether the policy knows them better than the reference."""
+        _, loss, norm, n, distance, error, uneven, right = self.descend(step, totals, self.seen(items))
+        return {
+            "loss": loss, "grad_norm": norm, "samples": int(n), "distance": distance / n, "left": distance / error if error else 0.0,
+            "agreement": right / uneven if uneven else 0.5,
+        }  # fmt: skip
+
+    def seen(self, items: Sequence[tuple[int, Example]]) -> str:
+        """Names of what an update saw, for a message."""
+        return f"{len(items)} {self.what}"
+
+    def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
+        signs = win_rate_signs(win_rates(lines), CALM)
+        last = next((line for line in reversed(lines) if "left" in line), None)
+        if last is not None and last["left"] > FAR:
+            got = f"step {last['step']}: velocities are {last['left']:.2f} of the untuned network's error away from it"
+            signs["far"] = f"{got}; it leaves what it was trained on. {CALM}"
+        return signs
+
+
+class SingleUpdates(LabelPasses[Single]):
+    """Updates by DiffusionNFT: every asset by itself."""
+
+    what = "assets"
+
+    def backward(self, examples: Sequence[Single], epoch: int, dropout: int) -> torch.Tensor:
+        found = self.velocities(examples, [single.id for single in examples], epoch, dropout)
+        r = torch.tensor([single.r for single in examples], device=self.device)
+        return self.back(found.nft(r, self.config.trust) + self.config.distance * found.distance, found.told(r))
+
+
+Ranked = Sequence[Single]  # all of one condition
+
+
+class GroupUpdates(LabelPasses[Ranked]):
+    """Updates by DGPO: up to `group` assets of a condition, at one time and one noise."""
+
+    what = "groups"
+
+    def members(self, group: Ranked, epoch: int) -> list[Single]:
+        """Which of a condition meet in a pass over the data."""
+        if len(group) <= self.config.group:
+            return list(group)
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, group[0].condition, epoch, "members"))
+        return [group[i] for i in sorted(torch.randperm(len(group), generator=generator)[: self.config.group].tolist())]
+
+    def backward(self, examples: Sequence[Ranked], epoch: int, dropout: int) -> torch.Tensor:
+        groups = [self.members(group, epoch) for group in examples]
+        singles = [single for group in groups for single in group]
+        found = self.velocities(singles, [single.condition for single in singles], epoch, dropout)
+        r = torch.tensor([single.r for single in singles], device=self.device)
+        sizes, losses = [len(group) for group in groups], []
+        parts = zip(*(x.split(sizes) for x in (found.errors, found.ref_errors, found.distance, r)), strict=True)
+        for errors, ref_errors, distance, of_group in parts:
+            advantage = torch.from_numpy(normal_scores(of_group.cpu().numpy())).to(errors)
+            margin = dgpo_loss(errors[None], ref_errors[None], advantage[None], self.config.beta)[0]
+            losses.append(margin + self.config.distance * distance.mean())
+        return self.back(torch.stack(losses), found.told(r))
+
+
+# The training.
+
+
+def by_condition(singles: Sequence[Single]) -> list[list[Single]]:
+    groups: dict[str, list[Single]] = {}
+    for single in singles:
+        groups.setdefault(single.condition, []).append(single)
+    return list(groups.values())
+
+
+def train_singles(
+    pipeline: Pipeline, stage_name: str, singles: Sequence[Single], config: SinglesConfig, out: Path, *, held_out: Judge | None = None,
+    ranks: Ranks = SINGLE, resume: bool = False, say: Callable[[str], None] = print,
+) -> StageResult:
+    """Train a copy of a stage's network on single assets; the stage's own is left as it is, and is the reference.
+
+    Args: singles: of that stage; others: see train_stage.
+    Raises: ValueError, before anything is written, for assets that cannot be trained on; further as train_stage.
+    """
+    stage = stage_of(pipeline, stage_name)
+    check_singles(pipeline, stage, singles, config.loss)
+
+    def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> LabelPasses:
+        assert reference is not None
+        common = (config, policy, trained(policy).values(), reference, run.ranks)
+        if config.loss == NFT:
+            return SingleUpdates(pipeline, stage, singles, *common)
+        groups = [group for group in by_condition(singles) if len({single.r for single in group}) > 1]
+        return GroupUpdates(pipeline, stage, groups, *common)
+
+    known = ranks.broadcast(origin(stage, singles) if ranks.main else None)
+    return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say)
+
+
+def origin(stage: FlowStage, singles: Sequence[Single]) -> dict[str, str]:
+    """Hashes of the network that training starts from and of the labelled assets."""
+    latents = {f"{single.id}/{key}": value for single in singles for key, value in parts_of(single.latent).items()}
+    columns = [[single.id, single.condition, single.r] for single in singles]
+    return {"base": checksum(stage.model.state_dict(), type(stage.model).__name__), "singles": checksum(latents, columns)}
+
+
+def check_singles(pipeline: Pipeline, stage: FlowStage, singles: Sequence[Single], loss: str = NFT) -> None:
+    """Raise ValueError for what cannot be trained on: see train_stage, and labels that teach nothing."""
+    who = f"train_singles({stage.name})"
+    if not singles:
+        raise ValueError(f"{who}: expected labelled assets to learn from, got none. Label some.")
+    repeated = [name for name, n in Counter(single.id for single in singles).items() if n > 1]
+    if repeated:
+        raise ValueError(f"{who}: expected every id once, got {len(repeated)} repeated, such as {repeated[0]!r}. Number the assets.")
+    for single in singles:
+        if single.stage != stage.name:
+            raise ValueError(f"{who}: expected assets of this stage, got {single.id!r} of {single.stage!r}. Train that stage on it.")
+        if not (math.isfinite(single.r) and 0 <= single.r <= 1):
+            raise ValueError(f"{who}: expected r from 0 to 1, got {single.r} of {single.id!r}. See preferences/goodness.py.")
+        stage.check(f"{who}, asset {single.id!r}", single.latent)
+        if not bool(torch.isfinite(feats_of(single.latent)).all()):
+            raise ValueError(f"{who}: expected finite latents, got others of {single.id!r}. Drop the asset.")
+    if all(abs(single.r - 0.5) <= EVEN for single in singles):
+        raise ValueError(f"{who}: expected labels that tell assets apart, got {len(singles)} that are even. Label more, or in finer steps.")
+    if loss == DGPO and all(len({single.r for single in group}) < 2 for group in by_condition(singles)):
+        raise ValueError(f"{who}: expected assets of one condition that differ in rank, got ties everywhere. Label several of a condition.")
+    device, some = next(stage.model.parameters()).device, singles[:8]
+    cond = to_device(pipeline.conditions([single.condition for single in some], stage.name), device)
+    check_convention(stage, collate([single.latent for single in some]).to(device), cond)
