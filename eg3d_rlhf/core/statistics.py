@@ -6,7 +6,7 @@ Letters: N items, T times.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -150,6 +150,44 @@ def two_way_interval(
     draws = [statistic(rng.integers(0, rows, rows), rng.integers(0, columns, columns)) for _ in range(resamples)]
     lo, hi = np.quantile(draws, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return Interval(float(lo), float(hi))
+
+
+def clustered_rate(outcomes: ArrayLike, clusters: Sequence, confidence: float = 0.95) -> MeanInterval:
+    """A rate of outcomes that come in clusters, such as pairs of one condition, with an interval that allows for it; stays inside [0, 1].
+
+    Wilson's ends with the effective number p (1 - p) / V of outcomes and Student's quantile of C - 1 degrees, C clusters. V is the larger
+    of p (1 - p) / N and C / (C - 1) sum over clusters of (sum of outcome - p)^2 / N^2 (Cameron, Gelbach and Miller 2011).
+
+    Args: outcomes [N] in 0..1, ties 0.5; clusters [N], names. Raises: ValueError for fewer than two clusters.
+    """
+    rate, sums, degrees = _clustered_sums("clustered_rate", outcomes, clusters)
+    n = np.size(outcomes)
+    variance = max(rate * (1 - rate) / n, float((sums**2).sum()) / n**2 * (degrees + 1) / degrees)
+    effective = rate * (1 - rate) / variance if variance > 0 else n
+    lo, hi = wilson_ends(rate, max(effective, 1e-9), float(stdtrit(degrees, 0.5 + confidence / 2)))
+    return MeanInterval(rate, float(lo), float(hi))
+
+
+def clustered_mean(values: ArrayLike, clusters: Sequence, confidence: float = 0.95) -> MeanInterval:
+    """A mean of values that come in clusters, such as differences of paired outcomes: Student's interval of C - 1 degrees.
+
+    Args: values [N], finite; clusters [N], names. Raises: ValueError for fewer than two clusters.
+    """
+    mean, sums, degrees = _clustered_sums("clustered_mean", values, clusters)
+    away = np.asarray(values, dtype=np.float64) - mean
+    spread = max(float((away**2).sum()), float((sums**2).sum())) / np.size(values) ** 2 * (degrees + 1) / degrees
+    half = float(stdtrit(degrees, 0.5 + confidence / 2)) * math.sqrt(spread)
+    return MeanInterval(mean, mean - half, mean + half)
+
+
+def _clustered_sums(who: str, values: ArrayLike, clusters: Sequence) -> tuple[float, np.ndarray, int]:
+    """Mean, sums of residuals by cluster [C], and C - 1."""
+    sample = _finite_vector(who, values)
+    _, place = np.unique(np.asarray(clusters), return_inverse=True)
+    count = int(place.max()) + 1
+    if place.size != sample.size or count < 2:
+        raise ValueError(f"{who}: expected values of two clusters or more, got {sample.size} values of {count}. One tells no spread.")
+    return float(sample.mean()), np.bincount(place, sample - sample.mean()), count - 1
 
 
 class PairedSummary(NamedTuple):

@@ -260,3 +260,9 @@ def link(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """All files of a folder at another place; see `link`. One that is there already stays."""
+    for file in sorted(path for path in source.rglob("*") if path.is_file() and source != target):
+        link(file, target / file.relative_to(source))

@@ -56,11 +56,22 @@ def kept(kind: type, mode: str) -> dict[str, Any]:
     }
 
 
+EARLY = ("held_out_every", "patience", "max_drop")
+
+
 def check_tuning(flags: Flags) -> None:
-    """Refuse adapters' flags without adapters, and early stopping's without what stops. Raises: ValueError naming them."""
+    """Refuse adapters' flags without adapters. Raises: ValueError naming them."""
     flags.belong(("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), flags["tune"] != "full", "--tune=lora")
-    early = "early stopping, which --choose-noises=0 leaves out"
-    flags.belong(("held_out_every", "patience", "max_drop"), flags["choose_noises"] != 0, early)
+
+
+def check_judges(flags: Flags, problem: Problem) -> None:
+    """Refuse flags of judging and of early stopping that a problem has no use for. Raises: ValueError naming them."""
+    noises = ("choose_noises",) if flags.get("choose_noises") else ()  # 0 is none
+    without = "generators that have a judge, and pairs of all stages to fit it to"
+    flags.belong(noises, problem.chooser is not None, without)
+    flags.belong(("table_noises",), problem.final is not None, without)
+    chosen = problem.unseen_pairs is not None and problem.choosing or problem.chooser is not None
+    flags.belong(EARLY, bool(chosen), "early stopping, for which there are no held-out pairs and no judge")
 
 
 def tuned_as(flags: Flags, lora: LoraConfig | None) -> dict:
@@ -199,6 +210,8 @@ def open_circular(settings: CircularRun, run: Run) -> Problem:
     """The problem of a run. Raises: ValueError where it has not what the run needs."""
     refuse_torchrun(settings.groups is not None, "--ablate")
     problem = open_problem(settings.source, run.device)
+    if isinstance(run.flags, Flags):
+        check_judges(run.flags, problem)
     if settings.stage is not None:
         stage_of(problem.pipeline, settings.stage)
     else:

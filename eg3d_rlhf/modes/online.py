@@ -10,6 +10,7 @@ from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.circular_dpo import (
     COUNT,
+    EARLY,
     OWN,
     TOY,
     WHAT,
@@ -70,6 +71,7 @@ def check(flags: Flags) -> None:
     flags.belong(("labelled",), False, "--mode=circular-dpo")
     flags.belong(("jobs",), "," in flags["arms"] or (flags["seeds"] or 1) > 1, "several trainings (--arms, --seeds)")
     flags.belong(("table_noises", "judge_batch"), not flags["no_summary"], "the table, which --no-summary leaves out")
+    flags.belong(EARLY, flags["choose_noises"] != 0, "early stopping, which --choose-noises=0 leaves out")
     check_tuning(flags)
 
 

@@ -29,6 +29,8 @@ from training.progress import tqdm
 if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.offline.singles import Labelled
 
+MOST_TO_CHOOSE = 128  # pairs that are looked at in every evaluation while training
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -45,6 +47,9 @@ class Problem:
     choosing_conditions: Sequence[str] = ()  # never trained on either: checkpoints are chosen on these; none: on the table's own
     identity: Mapping = field(default_factory=dict)  # JSON: hashes of all files that it came from, for the names of artefacts
     parts: Callable[[Sequence, Sequence[str]], Mapping[str, torch.Tensor]] | None = None  # sub-scores [N] of (assets, conditions), likewise
+    unseen_pairs: Callable[[str, Sequence[str]], list[PreferencePair]] | None = None  # (stage, conditions): people's pairs of conditions
+    # that are not trained on
+    fitted_to: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by name of a judge, conditions whose pairs it learnt from
 
     def __post_init__(self):
         names = [stage.name for stage in self.pipeline.stages]
@@ -61,6 +66,15 @@ class Problem:
     @property
     def choosing(self) -> Sequence[str]:
         return self.choosing_conditions or self.held_out_conditions
+
+    def pairs_to_choose(self, stage: str) -> list[PreferencePair]:
+        """People's pairs on which a network is chosen while it trains, MOST_TO_CHOOSE at most, drawn by their names."""
+        pairs = [] if self.unseen_pairs is None else self.unseen_pairs(stage, self.choosing)
+        return sorted(pairs, key=lambda pair: derive_seed("to choose", pair.id))[:MOST_TO_CHOOSE]
+
+    def pairs_to_tell(self, stage: str) -> list[PreferencePair]:
+        """People's pairs that neither train nor choose: what tells whether the labels were learnt."""
+        return [] if self.unseen_pairs is None else self.unseen_pairs(stage, self.held_out_conditions)
 
 
 _what = functools.partial(knob, group="What is trained")
@@ -179,7 +193,8 @@ def folder_problem(
     return Problem(
         pipeline=pipeline, human_pairs=human_pairs, reward=fitted("reward", halves[0]),
         chooser=fitted("chooser", halves[1]) if judged and halves[1] else None, final=fitted("final judge", held) if judged else None,
-        train_conditions=trained, held_out_conditions=held, choosing_conditions=choosing,
+        train_conditions=trained, held_out_conditions=held, choosing_conditions=choosing, unseen_pairs=human_pairs,
+        fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
         identity={
             **identity, "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()}, "seed": seed, "held_out": held_out,
         },

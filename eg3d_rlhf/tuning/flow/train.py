@@ -1,10 +1,10 @@
-"""Train one stage: adapters or all parameters, early stop on a held-out win rate, exact resume. What is minimised is a Descent's affair:
+"""Train one stage: adapters or all parameters, early stop by what is held out, exact resume. What is minimised is a Descent's affair:
 train_pairs.py has preference pairs' (DPO, fine-tuning), online/ that of samples and their rewards.
 
     training_options.json    what the run was begun with
-    stats.jsonl, timing.jsonl    a line per `log_every` updates and per win rate; of stats.jsonl equal runs give equal bytes
+    stats.jsonl, timing.jsonl    a line per `log_every` updates and per evaluation; of stats.jsonl equal runs give equal bytes
     warnings.json            by name, each with the update that it was seen at
-    checkpoint-*.safetensors, kept-*.safetensors    while it runs: states to go on from, and the parameters with the best win rate
+    checkpoint-*.safetensors, kept-*.safetensors    while it runs: states to go on from, and the best parameters
     policy/, result.json     when it is finished
 
 Everything that is drawn derives from (seed, pair, pass over the pairs, update) alone: a resumed run equals an uninterrupted one bit for
@@ -59,8 +59,9 @@ class StageTraining:
     warmup: int = train_knob(100, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0, rare=True)
     weight_decay: float = train_knob(0.01, "AdamW's, apart from the gradient.", low=0, rare=True)
     clip: float = train_knob(1.0, "Largest norm of the gradient over all parameters.", above=0, rare=True)
-    held_out_every: int = train_knob(100, "Between win rates; one is measured before the first.", metavar="UPDATES", low=1, rare=True)
-    patience: int = train_knob(5, "Win rates in a row without a new best, after which training stops.", low=1, rare=True)
+    held_out_every: int = train_knob(100, "Between evaluations: win rate, accuracy on held-out pairs. One comes before the first.",
+                                     metavar="UPDATES", low=1, rare=True)
+    patience: int = train_knob(5, "Evaluations in a row without a new best, after which training stops.", low=1, rare=True)
     max_drop: float = train_knob(0.2, "Below the best win rate, at which it stops at once.", above=0, rare=True)
     log_every: int = train_knob(10, "Per line of stats.jsonl.", metavar="UPDATES", low=1, rare=True)
     checkpoint_every: int = train_knob(200, "Between resumable states.", metavar="UPDATES", low=1, rare=True)
@@ -88,6 +89,7 @@ class Descent(ABC):
     """
 
     columns: Sequence[tuple[str, str, str]] = ()  # of the status line: figure, its name there, format
+    evaluates: bool = False  # whether `evaluate` has figures
 
     def __init__(
         self, stage: FlowStage, config: StageTraining, policy: torch.nn.Module, parameters: Iterable[torch.nn.Parameter], ranks: Ranks
@@ -112,6 +114,10 @@ class Descent(ABC):
     @abstractmethod
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         """Warnings by name, as of the last line of stats.jsonl; the caller says each once."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures of the policy as it is, from what is held out: `ACCURACY` among them, by which it is chosen where there is no judge."""
+        return {}
 
     def descend(self, step: int, totals: torch.Tensor, seen: str) -> list[float]:
         """Divide the summed gradients by totals[0], their mass, clip and step; totals[1] is the mass times the loss.
@@ -148,6 +154,7 @@ def adamw(config: StageTraining, parameters: Sequence[torch.nn.Parameter]) -> to
 
 # How far a training is, and the lines made of what its updates tell.
 
+WIN_RATE, ACCURACY = "win_rate", "held_out_accuracy"
 COUNTED = ("pairs", "samples")  # figures that a line has the sum of; of the others it has the mean over updates
 
 
@@ -156,29 +163,29 @@ class Progress:
     """What changes besides tensors; JSON."""
 
     step: int = 0  # updates done
-    kept_step: int = 0  # with the best win rate; the last where there is no judge
-    best: float | None = None  # that win rate
-    since_best: int = 0  # win rates since
-    ended: bool = False  # by the win rate
+    kept_step: int = 0  # with the best win rate, or accuracy; the last where neither is measured
+    best: float | None = None  # that one
+    since_best: int = 0  # evaluations since
+    ended: bool = False  # by them
     sums: dict = field(default_factory=dict)  # of the line under way
 
     def add(self, figures: dict) -> None:
         """Count an update's figures into the line under way."""
         self.sums = _added(self.sums, {"updates": 1, **figures})
 
-    def judged(self, rate: float, config: StageTraining) -> bool:
-        """Note a win rate; whether it is the best so far. A tie goes to the earlier."""
+    def judged(self, rate: float, patience: int, max_drop: float) -> bool:
+        """Note a win rate, or an accuracy; whether it is the best so far. A tie goes to the earlier."""
         best = self.best is None or rate > self.best
         if best:
             self.best, self.kept_step, self.since_best = rate, self.step, 0
         else:
             self.since_best += 1
         assert self.best is not None
-        self.ended = self.since_best >= config.patience or rate < self.best - config.max_drop
+        self.ended = self.since_best >= patience or rate < self.best - max_drop
         return best
 
-    def line(self, lr: float, rate: float | None) -> dict:
-        """The record of the line under way, which ends with it."""
+    def line(self, lr: float, evaluated: Mapping[str, float]) -> dict:
+        """The record of the line under way, which ends with it, and of what was evaluated."""
         sums, self.sums = self.sums, {}
         record = {"step": self.step, **{name: sums[name] for name in COUNTED if name in sums}}
         if sums:
@@ -191,7 +198,7 @@ class Progress:
                 record |= {name: math.fsum(of_bins) / total for name, of_bins in values.items()}
                 record["time_bins"] = {"pairs": pairs, **per_bin}
             record["lr"] = lr
-        return record if rate is None else {**record, "win_rate": rate}
+        return {**record, **evaluated}
 
 
 def _added(a: Mapping, b: dict) -> dict:
@@ -210,7 +217,8 @@ def read_lines(path: Path) -> list[dict]:
 def shown(record: Mapping, steps: int, columns: Sequence[tuple[str, str, str]]) -> dict[str, str]:
     """A line's figures in fixed widths, for the status line; columns: as Descent's, between those that every training has."""
     fields = {"step": f"{record['step']:>6d}/{steps:<6d}"}
-    for name, short, form in (("loss", "loss", "<8.4f"), *columns, ("grad_norm", "grad", "<8.2e"), ("win_rate", "win_rate", "<6.3f")):
+    evaluated = ((WIN_RATE, "win_rate", "<6.3f"), (ACCURACY, "held_out", "<6.3f"))
+    for name, short, form in (("loss", "loss", "<8.4f"), *columns, ("grad_norm", "grad", "<8.2e"), *evaluated):
         value = record.get(name)
         text = "" if value is None else format(value, form)
         fields[short] = text.ljust(int(form.lstrip("<+").split(".")[0]))
@@ -225,7 +233,7 @@ ANCHOR = "Anchor the loss (loser_weight=0.5 or sft_weight=0.5), raise beta, or t
 
 def win_rates(lines: Sequence[Mapping]) -> list[tuple[int, float]]:
     """(update, win rate) where one was measured."""
-    return [(line["step"], line["win_rate"]) for line in lines if line.get("win_rate") is not None]
+    return [(line["step"], line[WIN_RATE]) for line in lines if line.get(WIN_RATE) is not None]
 
 
 def win_rate_signs(rates: Sequence[tuple[int, float]], remedy: str = ANCHOR) -> dict[str, str]:
@@ -314,6 +322,8 @@ class _Training:
     def __init__(self, updates: Descent, config: StageTraining, held_out: Judge | None, run: Run, say: Callable[[str], None]):
         self.updates, self.policy, self.named = updates, updates.policy, trained(updates.policy)
         self.stage, self.config, self.held_out, self.run, self.ranks, self.say = updates.stage, config, held_out, run, run.ranks, say
+        self.judged = held_out is not None or updates.evaluates
+        self.chosen_by = WIN_RATE if held_out is not None else ACCURACY
         self.progress = Progress()
         self.lines: list[dict] = []  # of stats.jsonl
         self.warnings: dict[str, str] = {}  # by name
@@ -324,8 +334,8 @@ class _Training:
     def train(self) -> dict:
         """Train to the end; returns fields of StageResult as JSON."""
         self._resume()
-        if self.held_out is not None and self.progress.best is None:
-            self._report(self._win_rate())
+        if self.judged and self.progress.best is None:
+            self._report(self._evaluate())
         with self.run.stoppable():
             while self.progress.step < self.config.steps and not self.progress.ended:
                 if self.ranks.any(self.run.stop_requested is not None)[0]:
@@ -345,32 +355,34 @@ class _Training:
             raise LossNotFiniteError(f"{error} Last state: {state}.") from None
         progress.step += 1
         last = progress.step == config.steps
-        judged = self.held_out is not None and (last or progress.step % config.held_out_every == 0)
+        judged = self.judged and (last or progress.step % config.held_out_every == 0)
         if judged or last or progress.step % config.log_every == 0:
-            self._report(self._win_rate() if judged else None)
+            self._report(self._evaluate() if judged else {})
         if progress.step % config.checkpoint_every == 0 and not last:
             self._checkpoint()
 
-    # Win rates and lines.
+    # Evaluations and lines.
 
-    def _win_rate(self) -> float:
-        """Measure, and keep the parameters if it is the best so far."""
-        assert self.held_out is not None
-        rate = self.ranks.broadcast(float(self.held_out(self.policy)))
-        assert 0 <= rate <= 1
-        if self.progress.judged(rate, self.config) and self.ranks.main:
+    def _evaluate(self) -> dict[str, float]:
+        """Measure, and keep the parameters if they are the best so far, by the judge where there is one."""
+        rate = {} if self.held_out is None else {WIN_RATE: float(self.held_out(self.policy))}
+        figures = self.ranks.broadcast(self.updates.evaluate() | rate)
+        value = figures[self.chosen_by]
+        assert 0 <= value <= 1
+        max_drop = self.config.max_drop if self.chosen_by == WIN_RATE else math.inf  # an accuracy on a few dozen pairs is noisier
+        if self.progress.judged(value, self.config.patience, max_drop) and self.ranks.main:
             values = {name: p.detach() for name, p in self.named.items()}
             write_tensors(self._kept(self.progress.step), KEPT, values, {"step": self.progress.step})
-        return rate
+        return figures
 
     @torch.no_grad()
     def _load(self, values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():
             self.named[name].copy_(value)
 
-    def _report(self, rate: float | None) -> None:
+    def _report(self, evaluated: Mapping[str, float]) -> None:
         """End the line under way; say what it shows."""
-        progress, record = self.progress, self.progress.line(self.updates.lr(self.progress.step - 1), rate)
+        progress, record = self.progress, self.progress.line(self.updates.lr(self.progress.step - 1), evaluated)
         self.run.stats(record)
         at = shown(record, self.config.steps, self.updates.columns)
         self.run.status(at, progress.step, progress.step if progress.ended else self.config.steps, "step")
@@ -386,9 +398,10 @@ class _Training:
             self.run.write(WARNINGS, self.warnings)
         if progress.ended and progress.step < self.config.steps:
             best = f"the best, {progress.best:.3f} after update {progress.kept_step}, is kept"
-            self.say(f"Stopped early after update {progress.step}: the held-out win rate is {rate:.3f}; {best}.")
+            what = {WIN_RATE: "held-out win rate", ACCURACY: "accuracy on held-out pairs"}[self.chosen_by]
+            self.say(f"Stopped early after update {progress.step}: the {what} is {evaluated[self.chosen_by]:.3f}; {best}.")
 
-    # States, and the parameters with the best win rate.
+    # States, and the best parameters.
 
     def _kept(self, step: int) -> Path:
         return self.run.folder / f"kept-{step:09d}.safetensors"
@@ -421,11 +434,11 @@ class _Training:
         """Write the policy, and delete what was there to go on from."""
         progress, result = self.progress, None
         if self.ranks.main:
-            if self.held_out is None:
+            if not self.judged:
                 progress.kept_step = progress.step
             else:
                 self._load(read_tensors(self._kept(progress.kept_step), KEPT)[0])
-            meta = {**self.run.settings, "kept_step": progress.kept_step, "win_rate": progress.best}
+            meta = {**self.run.settings, "kept_step": progress.kept_step, self.chosen_by: progress.best}
             save_policy(self.policy, self.run.folder / POLICY, meta)
             warnings = [f"{name}: {text}" for name, text in self.warnings.items()]
             self.run.write(RESULT, {"kept_step": progress.kept_step, "warnings": warnings})

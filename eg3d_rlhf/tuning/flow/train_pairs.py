@@ -20,7 +20,9 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.experiments.run import Run
+from eg3d_rlhf.models.policies import shared_copy
 from eg3d_rlhf.models.sparse import collate, feats_of, parts_of, separate, with_feats
+from eg3d_rlhf.tuning.flow.accuracy import PairAccuracy
 from eg3d_rlhf.tuning.flow.conditions import each, to_device
 from eg3d_rlhf.tuning.flow.dpo import BINNED, TIME_BINS, DpoConfig, PairDraw, PairErrors, draw_pairs, pair_loss, pair_stats
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, check_unique
@@ -219,7 +221,7 @@ class Passes(Descent, Generic[Example]):
 class Updates(Passes[PreferencePair]):
     """What a stage's parameters go through on pairs.
 
-    Args: as Descent; pairs: of the stage, checked; reference: None where the loss needs none.
+    Args: as Descent; pairs: of the stage, checked; reference: None where the loss needs none; unseen: pairs to evaluate on.
     Raises: as Passes.
     """
 
@@ -227,14 +229,19 @@ class Updates(Passes[PreferencePair]):
 
     def __init__(
         self, pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair], config: TrainConfig, policy: torch.nn.Module,
-        parameters: Iterable[torch.nn.Parameter], reference: FrozenModel | None, ranks: Ranks,
+        parameters: Iterable[torch.nn.Parameter], reference: FrozenModel | None, ranks: Ranks, unseen: PairAccuracy | None = None,
     ):
         super().__init__(stage, pairs, config, policy, parameters, ranks)
-        self.pipeline, self.config, self.reference = pipeline, config, reference
+        self.pipeline, self.config, self.reference, self.unseen = pipeline, config, reference, unseen
+        self.evaluates = unseen is not None
         self.columns = ERRORS if config.dpo.kind == "dro" else MARGINS
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         return pair_signs(lines, self.config.needs_reference)
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy and margin on pairs that are not trained on."""
+        return {} if self.unseen is None else self.unseen.figures(self.policy, self.reference or FrozenModel(shared_copy(self.stage.model)))
 
     def backward(self, examples: Sequence[PreferencePair], epoch: int, dropout: int) -> torch.Tensor:
         draw = self._draw(examples, epoch)
@@ -284,11 +291,16 @@ class Updates(Passes[PreferencePair]):
 
 def origin(stage: FlowStage, pairs: Sequence[PreferencePair]) -> dict[str, str]:
     """Hashes of the network that training starts from and of the pairs."""
+    return {"base": checksum(stage.model.state_dict(), type(stage.model).__name__), "pairs": pairs_checksum(pairs)}
+
+
+def pairs_checksum(pairs: Sequence[PreferencePair]) -> str:
+    """Hash of pairs' latents and columns."""
     latents: dict[str, torch.Tensor] = {}
     for name, latent in ((f"{p.id}/{side}", getattr(p, side)) for p in pairs for side in ("preferred", "rejected")):
         latents |= {f"{name}/{key}": value for key, value in parts_of(latent).items()}
     columns = [[p.id, p.condition, p.source, p.w2] for p in pairs]
-    return {"base": checksum(stage.model.state_dict(), type(stage.model).__name__), "pairs": checksum(latents, columns)}
+    return checksum(latents, columns)
 
 
 UNBOUNDED = (
@@ -299,13 +311,15 @@ UNBOUNDED = (
 
 def train_stage(
     pipeline: Pipeline, stage_name: str, pairs: Sequence[PreferencePair], config: TrainConfig, out: Path, *, held_out: Judge | None = None,
-    ranks: Ranks = SINGLE, resume: bool = False, say: Callable[[str], None] = print,
+    unseen: Sequence[PreferencePair] = (), ranks: Ranks = SINGLE, resume: bool = False, say: Callable[[str], None] = print,
 ) -> StageResult:
     """Train a copy of a stage's network on pairs; the stage's own is left as it is, and is the reference.
 
     Args:
         pairs: of that stage. held_out: called with the network every `held_out_every` updates; the parameters with the best win
-            rate are kept, those before the first update among them. Without it the last ones are.
+            rate are kept, those before the first update among them.
+        unseen: pairs of conditions that are not trained on: accuracy and margin on them are logged as often, and without `held_out` the
+            parameters with the best accuracy are kept. Without either the last ones are.
         out: folder for everything written, see the module; resume: go on with the run in it, if there is one.
         say: prints the status lines.
     Raises: ValueError, before anything is written, for no pairs, pairs of another stage, ids that occur twice, latents that the stage
@@ -315,13 +329,16 @@ def train_stage(
     """
     stage = stage_of(pipeline, stage_name)
     check_pairs(pipeline, stage, pairs)
+    if unseen:
+        check_pairs(pipeline, stage, unseen)
+    accuracy = PairAccuracy(pipeline, stage_name, unseen, seed=config.seed) if unseen else None
     if config.dpo.kind == "dro":
         say(f"Warning: {UNBOUNDED}")
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> Descent:
-        return Updates(pipeline, stage, pairs, config, policy, trained(policy).values(), reference, run.ranks)
+        return Updates(pipeline, stage, pairs, config, policy, trained(policy).values(), reference, run.ranks, accuracy)
 
-    known = ranks.broadcast(origin(stage, pairs) if ranks.main else None)
+    known = ranks.broadcast(origin(stage, pairs) | ({"unseen": pairs_checksum(unseen)} if unseen else {}) if ranks.main else None)
     return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say)
 
 

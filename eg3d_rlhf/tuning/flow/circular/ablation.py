@@ -22,8 +22,8 @@ from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.experiments.table import INTERVAL, Table, detectable, markdown_rows, of_seeds, plot_rates, with_interval, write
-from eg3d_rlhf.models.policies import link, save_policy
-from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, CircularSettings, Lineage, run_loop, weights_of
+from eg3d_rlhf.models.policies import link_folder
+from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, CircularSettings, Lineage, run_loop, whole_weights
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import ANCHOR, PAIRS, PEOPLES, SHUFFLED, TURNED, WINNERS, NoPairsError
 from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.problem import JUDGES, Judging, Problem, ProblemSource
@@ -283,20 +283,16 @@ def describe(step: Mapping) -> str:
         better = step.get("op_rewarded_where_changed")
         more = "" if better is None else f"; of these the reward prefers the tuned one in {better:.0%}"
         return f"{where}: {step['pairs']} pairs, {step['changed_structure']:.0%} of them with another structure{more}"
-    rates = {n: rate for n, rate in step["win_rates"]}
-    shown = f", held-out win rate {rates[step['kept_step']]:.3f}" if step["kept_step"] in rates else ""
+    shown = ""
+    for name, what in (("win_rates", "held-out win rate"), ("held_out_accuracies", "accuracy on held-out pairs")):
+        values = dict(step[name])
+        shown += f", {what} {values[step['kept_step']]:.3f}" if step["kept_step"] in values else ""
     return f"{where}: trained on {step['pairs']} pairs ({step['step']}), kept step {step['kept_step']}{shown}"
 
 
 def keep(loop: CircularLoop, stage: str, line: tuple[Artefact, ...], folder: Path) -> str:
     """Put a stage's weights into the run folder: those of its training, or, after several rounds, the whole network. Returns the name."""
-    target = folder / stage
-    if len(line) > 1:
-        save_policy(loop.models({stage: line})[stage], target, {"trainings": [one.folder.name for one in line]})
-        return stage
-    source = weights_of(line[0])
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        link(file, target / file.relative_to(source))
+    link_folder(whole_weights(loop, stage, line, folder / stage), folder / stage)
     return stage
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.experiments.store import Artefact, Store
-from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.models.policies import save_policy, tuned_model
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import (
     ANCHOR,
     PAIRS,
@@ -31,7 +31,7 @@ from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.tuning.flow.problem import Choosing, Judging, Problem, judged
 from eg3d_rlhf.tuning.flow.stage import stage_of, with_models
-from eg3d_rlhf.tuning.flow.train import FREE
+from eg3d_rlhf.tuning.flow.train import ACCURACY, FREE, WIN_RATE
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, train_stage
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
@@ -80,6 +80,7 @@ class CircularLoop:
     settings: CircularSettings
     store: Store
     ranks: Ranks = SINGLE
+    use: str = PAIRS  # what stages learn of the loop's pairs, one of USES
     bars: bool = False  # show progress bars
     say: Callable[[str], None] = print  # status lineage and warnings of trainings
     _models: dict = field(default_factory=dict, repr=False)  # networks by what they were made from
@@ -137,10 +138,10 @@ class CircularLoop:
         return self.store.make("pairs", inputs, maker, f"pairs for stage {stage!r} out of stage {behind!r}")
 
     def from_loop(
-        self, stage: str, pairs: Artefact, lineage: Lineage, weighing: Weighing | None = None, use: str = PAIRS
+        self, stage: str, pairs: Artefact, lineage: Lineage, weighing: Weighing | None = None, use: str | None = None
     ) -> Artefact:
-        """Train a stage on the loop's pairs, from the networks of `lineage`; use: what of them, one of USES."""
-        weighing, config = weighing or self.settings.weighing, self.settings.loop
+        """Train a stage on the loop's pairs, from the networks of `lineage`; use: what of them, in place of the loop's own."""
+        weighing, config, use = weighing or self.settings.weighing, self.settings.loop, use or self.use
         source = {"source": "loop", "pairs": pairs.content, "weighing": asdict(weighing)}
         if use == ANCHOR:
             config = replace(config, dpo=replace(config.dpo, kind="sigmoid", beta=NO_BETA))
@@ -164,7 +165,7 @@ class CircularLoop:
         inputs = {
             "step": "train", "problem": self.problem.identity, "stage": stage, "networks": self._named(lineage), "pairs": source,
             "config": {k: v for k, v in asdict(config).items() if k not in FREE},
-            "choosing": None if choosing is None else asdict(choosing),
+            "choosing": None if choosing is None else asdict(choosing), "unseen": self.problem.unseen_pairs is not None,
         }
 
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
@@ -174,14 +175,16 @@ class CircularLoop:
                 others = {k: v for k, v in models.items() if k != stage}  # the networks that this starts from, all other stages alike
                 held_out = None if choosing is None else choosing.held_out(self.problem, stage, others, dict(models), self.ranks)
                 result = train_stage(
-                    self.problem.pipeline, stage, pairs, config, folder / "training", held_out=held_out, ranks=self.ranks, resume=True,
-                    say=self.say,
+                    self.problem.pipeline, stage, pairs, config, folder / "training", held_out=held_out,
+                    unseen=self.problem.pairs_to_choose(stage), ranks=self.ranks, resume=True, say=self.say,
                 )
-            rates = [[line["step"], line["win_rate"]] for line in result.stats if line.get("win_rate") is not None]
+            rates, accuracies = ([[line["step"], line[name]] for line in result.stats if line.get(name) is not None]
+                                 for name in (WIN_RATE, ACCURACY))  # fmt: skip
             last = next((line for line in reversed(result.stats) if line.get("pairs")), None)
             return [result.weights], {
                 "weights": result.weights.relative_to(folder).as_posix(), "kept_step": result.kept_step,
-                "warnings": list(result.warnings), "win_rates": rates, "last": last, "pairs": len(pairs), "weighing": report,
+                "warnings": list(result.warnings), "win_rates": rates, "held_out_accuracies": accuracies, "last": last,
+                "pairs": len(pairs), "weighing": report,
             }
 
         return self.store.make(f"{stage}-{source['source']}", inputs, maker, f"stage {stage!r}, {what}")
@@ -215,8 +218,8 @@ def check(problem: Problem) -> None:
 def run_loop(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None) -> tuple[Lineage, list[dict]]:
     """The whole loop, `settings.rounds` times. Returns the networks behind every stage, and a description of each step.
 
-    A later round in which nothing crosses a gap ends the loop with the networks of the one before.
-    Raises: ValueError where nothing crosses a gap in the first round.
+    A round in which nothing crosses a gap ends the loop: the first with the stages that it has tuned, a later one with the networks of the
+    one before.
     """
     stages = [stage.name for stage in loop.problem.pipeline.stages]
     lineage: dict[str, tuple[Artefact, ...]] = {}
@@ -238,7 +241,8 @@ def run_loop(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: 
                 lineage[stage] = (*before.get(stage, ()), tuned)
         except NoPairsError as error:
             if number == 1:
-                raise
+                loop.say(f"Warning: the loop has nothing to teach the stages before; what is tuned is kept: {', '.join(lineage)}. {error}")
+                return lineage, steps
             loop.say(f"Warning: round {number} has nothing to learn from, so the networks of round {number - 1} are the result. {error}")
             return before, steps
     return lineage, steps
@@ -246,3 +250,11 @@ def run_loop(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: 
 
 def weights_of(training: Artefact) -> Path:
     return training.folder / training.record["weights"]
+
+
+def whole_weights(loop: CircularLoop, stage: str, line: Sequence[Artefact], place: Path) -> Path:
+    """Folder of the weights behind a stage: its training's own, or of several rounds the whole network, written to `place`."""
+    if len(line) == 1:
+        return weights_of(line[0])
+    save_policy(loop.models({stage: tuple(line)})[stage], place, {"trainings": [one.folder.name for one in line]})
+    return place

@@ -273,7 +273,7 @@ def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
     return network.eval()
 
 
-PAIRS_PER_CONDITION = 20
+PAIRS_PER_CONDITION, UNSEEN_PER_CONDITION = 20, 6  # that are trained on, and that are not
 
 
 def toy_problem(
@@ -291,6 +291,10 @@ def toy_problem(
         pipeline=ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
         human_pairs=lambda stage: human_pairs(stage, TRAINED, pairs_per_condition, seed, DEFECTS[labelled]),
         human_singles=lambda kind: human_singles(kind, TRAINED, pairs_per_condition, seed, DEFECTS[labelled]),
+        unseen_pairs=lambda stage, names: human_pairs(
+            stage, names, min(UNSEEN_PER_CONDITION, pairs_per_condition), seed, DEFECTS[labelled]
+        ),
+        fitted_to={"reward": TRAINED},
         reward=load_network("reward"),
         chooser=ChooserOracle(),
         final=FinalOracle(),

@@ -61,7 +61,6 @@ MISTAKES = {
     "both": (["--stage=structure", "--ablate=a..i"], "--stage: expected a run of one stage or an --ablate of all, got both"),
     "groups decide": (["--ablate=a", "--rounds=2"], "--rounds: belongs to a run without --ablate"),
     "adapter of none": (["--tune=full", "--lora-rank=4"], "--lora-rank: belongs to --tune=lora"),
-    "no early stop": (["--set=choose_noises=0", "--set=patience=3"], "--set patience=VALUE: belongs to early stopping"),
     "no anchor": (["--ablate=a,anchor", "--set=loop_sft_weight=0"], "--ablate=anchor: expected an anchor"),
     "sft": (["--loss=sft", "--set=loser_weight=0.5"], "loser_weight: expected it unset with sft"),
     "toy": (["--set=dtype=float16", "--set=voxel_share=0.5"], "--set dtype=VALUE, --set voxel_share=VALUE: belongs to --pipeline=DIR"),

@@ -72,8 +72,17 @@ def test_a_later_round_with_nothing_to_learn_from_ends_the_loop(tmp_path, monkey
     lines, steps = run_loop(loop)
     assert {stage: len(line) for stage, line in lines.items()} == {"voxels": 1, "structure": 1} and steps[-1]["round"] == 2
     assert any("round 2 has nothing to learn from, so the networks of round 1 are the result" in line for line in said)
-    with pytest.raises(NoPairsError):
-        run_loop(loop_in(tmp_path / "first"))
+
+
+def test_a_loop_that_finds_nothing_keeps_the_tuned_last_stage(tmp_path, monkeypatch):
+    def nothing(pairs, weighing):
+        raise NoPairsError("loop: expected pairs to learn from, got none.")
+
+    monkeypatch.setattr(circular_loop, "weighed", nothing)
+    said = []
+    lines, steps = run_loop(replace(loop_in(tmp_path), say=said.append))
+    assert list(lines) == ["voxels"] and [step["step"] for step in steps] == ["people", "pairs"]
+    assert any("what is tuned is kept: voxels" in line for line in said)
 
 
 def test_a_stopped_run_goes_on_with_the_step_it_was_in(tmp_path, trained, monkeypatch):
@@ -209,7 +218,8 @@ def test_an_unanchored_third_step_at_a_small_beta_is_caught(tmp_path):
     assert max(rates) < loose.steps  # stopped
     assert rates[record["kept_step"]] == max(rates.values()) >= 0.5
 
-    free = CircularLoop(problem=problem, settings=replace(settings, choosing=None), store=Store(tmp_path), say=lambda line: None)
+    alone = replace(problem, unseen_pairs=None)
+    free = CircularLoop(problem=alone, settings=replace(settings, choosing=None), store=Store(tmp_path), say=lambda line: None)
     last = free.from_loop("structure", pairs, lines)
     assert last.record["kept_step"] == loose.steps
     conditions, seeds = crossed(problem.held_out_conditions, 8, seed=99)

@@ -259,3 +259,21 @@ def test_a_shape_without_a_surface_leaves_a_text_and_one_of_no_numbers_an_error(
     last.bias.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="finite"):
         family.show(asset, tmp_path / "a", 4)
+
+
+def test_held_out_labels_of_one_stage_are_used_and_flags_that_do_nothing_refused(root, tmp_path):
+    """A fifth of the conditions used to be held out and never looked at; flags of a judge that is not there were taken."""
+    make_pairs(tmp_path)
+    folders = [f"--pipeline={root}", f"--pairs={tmp_path / 'PAIRS'}", f"--outdir={tmp_path / 'runs'}"]
+
+    def go(*flags):
+        return CliRunner().invoke(train.main, ["--mode=circular-dpo", "--stage=shape", *folders, *FEW[:4], "--device=cpu", *flags])
+
+    for flag, named in (("--table-noises=2", "--table-noises"), ("--set=choose_noises=2", "--set choose_noises")):
+        refused = go(flag)
+        assert refused.exit_code == 2 and f"{named}" in refused.output and "have a judge" in refused.output, refused.output
+    done = go("--set=held_out_every=1", "--set=patience=1")
+    assert done.exit_code == 0 and "accuracy on held-out pairs " in done.output, done.output
+    (stats,) = (tmp_path / "runs" / "artefacts").glob("shape-human-*/training/stats.jsonl")
+    lines = [json.loads(line) for line in stats.read_text().splitlines()]
+    assert [line["step"] for line in lines if "held_out_accuracy" in line][:2] == [0, 1]
