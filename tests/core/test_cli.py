@@ -180,7 +180,7 @@ def test_cuda_where_there_is_none(attempt, monkeypatch):
 
 
 def test_an_unknown_mode_names_those_that_are_known():
-    assert_one_line(run("--mode=gann", "--kimg=1"), "--mode: expected one of gan, circular-dpo, online, grpo, distill", "gann")
+    assert_one_line(run("--mode=gann", "--kimg=1"), "--mode: expected one of gan, circular-dpo, online, grpo, offline, distill", "gann")
 
 
 def test_flags_of_another_mode_are_refused_by_name():
