@@ -144,9 +144,9 @@ def serve(
         raise ValueError(f"{study.folder}: expected an open study, got one that is over. See --report, or begin another: --again")
     chosen = against or still[0]
     place, new = study.contest(chosen), states[chosen] is None
-    flags = [f"--outdir={place.path}", *(f"--{name.replace('_', '-')}={value}" for name, value in server.items() if name != "access_log")]
-    if "access_log" in server:
-        flags.append(f"--set=access_log={server['access_log']}")
+    rare = studies.main.rare  # type: ignore[attr-defined]  # of a GroupedCommand
+    flags = [f"--outdir={place.path}"]
+    flags += [f"--set={name}={value}" if name in rare else f"--{name}={value}" for name, value in server.items()]
     if new:
         sides = work.drawn(contests[chosen]), work.drawn(arms[1])
         _, pairs, _ = read_sides(*sides, lambda text: None)

@@ -216,8 +216,7 @@ class Work:
     def tuned(self, tune: Path, control: bool = False) -> dict[str, Path]:
         """Tuned weights of a training such as tune-00, or of its control, by stage; empty where it kept nothing."""
         place = tune / "control" if control else tune
-        folders = {stage: place / stage / "policy" for stage in self.stages}
-        return {stage: folder for stage, folder in folders.items() if (folder / META).is_file()}
+        return {stage: place / stage for stage in self.stages if (place / stage / META).is_file()}
 
     # ---- what was drawn and said
 

@@ -168,6 +168,9 @@ export class Work {
       const time = (left ?? null) !== null && duration(left);
       this.on.idle('waiting', this.practiceFirst(reply, t(time ? 'ready.left' : 'ready', { done, total, time })), total ? done / total : 0);
       this.later(POLL);
+    } else if (reply.assignments.length) { // all of them answered while the list was on its way: a newer one knows what is left
+      this.on.idle('loading', t('moment'));
+      this.later(POLL);
     } else {
       this.on.idle('finished', '');
       this.later(30 * POLL); // another annotator may leave a pair

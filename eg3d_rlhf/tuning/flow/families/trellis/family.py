@@ -93,7 +93,8 @@ def embed_texts(root: Path, texts: Sequence[str], device: torch.device) -> Condi
 def _of_kind(root: Path, kind: str) -> PipelineFile:
     file = read_pipeline(root)
     if file.kind != kind:
-        raise ValueError(f"conditions: expected --{file.kind}s for a pipeline of {file.kind}s, got --{kind}s. Correct the call.")
+        wanted, got = ({"image": "pictures", "text": "prompts"}[each] for each in (file.kind, kind))
+        raise ValueError(f"conditions: expected --{wanted} for a pipeline of {wanted}, got --{got}. Correct the call.")
     return file
 
 

@@ -1,0 +1,112 @@
+"""`flow new` and `flow draw`: what they say, write and refuse."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eg3d_rlhf.tuning.flow.conditions import read_conditions
+from eg3d_rlhf.tuning.flow.families import hunyuan3d
+from eg3d_rlhf.tuning.flow.work import SHOWN, SPLITS, Work
+from tests.modes.flow_works import NAMES, flow, with_encoder, write_pictures, write_prompts
+from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import write_hunyuan3d
+from tests.tuning.flow.trellis.tiny_trellis import write_image_trellis, write_trellis
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with_encoder(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def test_the_toy_brings_its_prompts_or_takes_some_of_them(here):
+    said = flow("new", "WORK", "--pipeline=toy")
+    assert "192: 116 to train on, 38 to choose on, 38 to test on" in said and "eg3d-rlhf flow draw WORK" in said
+    work = Work.open(here / "WORK")
+    assert work.up == "z" and work.precision == "float32"
+    assert len((here / "WORK" / "inputs" / "prompts.txt").read_text().splitlines()) == 192
+    said = flow("new", "FEW", "--pipeline=toy", f"--prompts={write_prompts(here / 'p.txt')}", "--each=2", "--set=seed=3")
+    few = Work.open(here / "FEW")
+    assert sorted(few.names()) == sorted(NAMES) and few.each == 2 and few.seed == 3
+    assert set(read_conditions(few.conditions_file).names) == set(NAMES)
+
+
+def test_pictures_of_trellis_are_embedded_kept_and_shown_beside_what_is_drawn(here):
+    root, pictures = write_image_trellis(here / "ROOT"), write_pictures(here / "PICTURES")
+    said = flow("new", "WORK", f"--pipeline={root}", f"--pictures={pictures}", "--each=2")
+    for words in ("stages structure, latent", "huggingface.co/microsoft", "8: 4 to train on, 2 to choose on, 2 to test on"):
+        assert words in said, said
+    work = Work.open(here / "WORK")
+    assert work.kind == "pictures" and work.up == "z" and sorted(work.inputs) == sorted(work.names())
+    said = flow("draw", "WORK")
+    assert "12 assets" in said and "2 conditions are kept for the test" in said
+    prompts = {line["prompt"]: line["image"] for line in map(json.loads, (work.drawn() / "prompts.jsonl").read_text().splitlines())}
+    assert set(prompts) == set(work.names(*SHOWN))
+    assert all((work.drawn() / image).read_bytes() == (pictures / f"{name}.png").read_bytes() for name, image in prompts.items())
+    assert {"structure", "latent", "look_at"} < set(work.lines()[0])
+    weights = next(root.rglob("*flow*.safetensors"))
+    shutil.copyfile(weights, here / "copy")
+    weights.write_bytes((here / "copy").read_bytes()[:-1] + b"\1")
+    assert "new WORK" in flow("draw", "WORK", code=2)
+
+
+def test_what_does_not_fit_the_generator_is_refused(here, monkeypatch):
+    root, pictures, prompts = write_image_trellis(here / "ROOT"), write_pictures(here / "PICTURES"), write_prompts(here / "p.txt")
+    shapes = write_hunyuan3d(here / "SHAPES")
+    asked = {
+        "known generator": ("WORK", "--pipeline=nothing", f"--prompts={prompts}"),
+        "--prompts or --pictures": ("WORK", f"--pipeline={root}"),
+        "expected --pictures": ("WORK", f"--pipeline={shapes}", f"--prompts={prompts}"),
+        "expected --prompts": ("WORK", "--pipeline=toy", f"--pictures={pictures}"),
+        "expected --pictures for a pipeline of pictures": ("WORK", f"--pipeline={root}", f"--prompts={prompts}"),
+        "red lamp": ("WORK", "--pipeline=toy", f"--prompts={write_prompts(here / 'odd.txt', [*NAMES, 'red lamp'])}"),
+        "0 to train": ("WORK", "--pipeline=toy", f"--prompts={write_prompts(here / 'two.txt', NAMES[:2])}"),
+        "0 to test": ("WORK", "--pipeline=toy", f"--prompts={prompts}", "--set=split=0.8,0.2,0"),
+        "add up": ("WORK", "--pipeline=toy", f"--prompts={prompts}", "--set=split=0.8,0.8,0.1"),
+    }  # fmt: skip
+    for words, flags in asked.items():
+        assert words in flow("new", *flags, code=2), words
+        assert not (here / "WORK" / "work.json").exists()
+    Image.open(pictures / "object1.png").save(pictures / "again.png")
+    said = flow("new", "WORK", f"--pipeline={root}", f"--pictures={pictures}", code=2)
+    assert "again.png" in said and "object1.png" in said  # the same picture would be in two splits
+    (pictures / "again.png").unlink()
+    Image.fromarray(np.full((9, 9, 3), 200, np.uint8)).save(pictures / "opaque.png")
+    assert "opaque.png" in flow("new", "WORK", f"--pipeline={root}", f"--pictures={pictures}", code=2)
+
+
+def test_what_is_missing_is_named_with_its_address(here, monkeypatch):
+    root, pictures = write_image_trellis(here / "ROOT"), write_pictures(here / "PICTURES")
+    shutil.rmtree(here / "torch")
+    said = flow("new", "WORK", f"--pipeline={root}", f"--pictures={pictures}", code=2)
+    assert "hf download facebook/dinov2-with-registers-large" in said
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    texts = write_trellis(here / "TEXTS")
+    assert "eg3d-rlhf[sd]" in flow("new", "WORK", f"--pipeline={texts}", f"--prompts={write_prompts(here / 'p.txt')}", code=2)
+    shapes = write_hunyuan3d(here / "SHAPES")
+    sections = {name: dict(tensors) for name, tensors in hunyuan3d.read_sections(shapes / "model.fp16.ckpt").items()}
+    held = {name: {n: x.clone() for n, x in of.items() if not n.startswith(hunyuan3d.ENCODER_HALF)} for name, of in sections.items()}
+    torch.save(held, shapes / "model.fp16.ckpt")
+    said = flow("new", "WORK", f"--pipeline={shapes}", f"--pictures={pictures}")
+    assert "missing" in said and "no pairs of meshes of your own" in " ".join(said.split()) and "European Union" in said
+    del held["model"]["x_embedder.weight"]
+    torch.save(held, shapes / "model.fp16.ckpt")
+    said = flow("new", "OTHER", f"--pipeline={shapes}", f"--pictures={pictures}", code=2)
+    assert "x_embedder.weight" in said and "huggingface.co/tencent" in said
+
+
+def test_a_folder_is_made_once_and_the_next_commands_ask_for_it(here):
+    flow("new", "WORK", "--pipeline=toy", f"--prompts={write_prompts(here / 'p.txt')}")
+    assert "new folder" in flow("new", "WORK", "--pipeline=toy", code=2)
+    assert "flow new" in flow("draw", "NOWHERE", code=2)
+    for job in ("label", "study"):
+        assert f"flow {'draw' if job == 'label' else 'tune'}" in flow(job, "WORK", code=2)
+    work = Work.open(here / "WORK")
+    assert {name for split in SPLITS for name in work.splits[split]} == set(NAMES)
+    (here / "WORK" / "tune-00").mkdir()
+    assert "taught nothing" in flow("study", "WORK", code=2)
