@@ -144,7 +144,7 @@ def serve(
         raise ValueError(f"{study.folder}: expected an open study, got one that is over. See --report, or begin another: --again")
     chosen = against or still[0]
     place, new = study.contest(chosen), states[chosen] is None
-    rare = studies.main.rare  # type: ignore[attr-defined]  # of a GroupedCommand
+    rare = studies.main.rare  # of a GroupedCommand
     flags = [f"--outdir={place.path}"]
     flags += [f"--set={name}={value}" if name in rare else f"--{name}={value}" for name, value in server.items()]
     if new:
