@@ -24,6 +24,7 @@ import torch
 
 from eg3d_rlhf.core.interfaces import Mesh, Patches
 from eg3d_rlhf.generators.assets.grids import GAIN
+from eg3d_rlhf.geometry.files.triangles import read_triangles
 from eg3d_rlhf.preferences.dataset import Splits
 from eg3d_rlhf.preferences.labels import jsonl_records
 from eg3d_rlhf.preferences.unpaired import BAD, GOOD, SCALE, UnpairedPreference, split_unpaired
@@ -209,19 +210,16 @@ def _label(number: int, record: Mapping) -> UnpairedPreference:
 
 
 def load_mesh(path: Path) -> Mesh:
-    """A triangle mesh of any format that trimesh reads, its parts together; turned inside out where its volume is negative."""
-    import trimesh
-
+    """A triangle mesh of any format that `read_triangles` knows, its parts together; turned inside out where its volume is negative."""
     if not path.is_file():
         raise FileNotFoundError(f"expected a mesh, got nothing at {path}. Check the path.")
     try:
-        loaded = trimesh.load_mesh(path, process=False)
-        vertices, faces = np.asarray(loaded.vertices, np.float32), np.asarray(loaded.faces, np.int64)
-    except Exception as error:  # its readers raise what they like
-        raise ValueError(f"expected a mesh that trimesh reads, got {path.name}: {error}. Convert it to .glb, .ply or .obj.") from error
+        vertices, faces = read_triangles(path)
+    except ValueError as error:
+        raise ValueError(f"{error} in {path.name}. Convert it to .glb, .ply or .obj.") from error
     if not len(faces) or not np.isfinite(vertices).all():
         raise ValueError(f"expected finite triangles, got {len(faces)} in {path.name}. Export the surface as triangles.")
-    mesh = Mesh(torch.from_numpy(vertices), torch.from_numpy(faces))
+    mesh = Mesh(torch.from_numpy(vertices.astype(np.float32)), torch.from_numpy(faces))
     return mesh if float(signed_volume(mesh)) >= 0 else Mesh(mesh.vertices, mesh.faces.flip(1))
 
 

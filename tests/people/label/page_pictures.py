@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.people.label.assets.model import Picture, glb_parts, scene_of, triangles
-from eg3d_rlhf.people.label.assets.ply import Splats, splat_parts
+from eg3d_rlhf.geometry.files.model import Picture, glb_parts, scene_of, triangles
+from eg3d_rlhf.geometry.files.ply import Splats, splat_parts
 from eg3d_rlhf.people.label.drawing import ShapeDrawer
 from eg3d_rlhf.people.label.entities import Choice, PlannedPair, Shape
 from eg3d_rlhf.people.label.pairing import PairingOptions, shape_of

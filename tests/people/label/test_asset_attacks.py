@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eg3d_rlhf.people.label.assets import glb, model, obj, ply, reading
+from eg3d_rlhf.geometry.files import glb, model, obj, ply
+from eg3d_rlhf.geometry.files.model import glb_parts
+from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.collection import read_collection
-from eg3d_rlhf.people.label.assets.model import glb_parts
 from tests.people.label import asset_files as files
 
 

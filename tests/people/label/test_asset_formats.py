@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eg3d_rlhf.people.label.assets import glb, model, obj, ply, reading
+from eg3d_rlhf.geometry.files import glb, model, obj, ply
+from eg3d_rlhf.people.label.assets import reading
 from tests.people.label import asset_files as files
 
 SECRET = files.SECRET.encode()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eg3d_rlhf.people.label.assets.glb import read_glb
-from eg3d_rlhf.people.label.assets.model import glb_parts
-from eg3d_rlhf.people.label.assets.ply import read_splats, splat_parts
+from eg3d_rlhf.geometry.files.glb import read_glb
+from eg3d_rlhf.geometry.files.model import glb_parts
+from eg3d_rlhf.geometry.files.ply import read_splats, splat_parts
 from eg3d_rlhf.people.label.entities import Shape
 from eg3d_rlhf.people.label.shape_files import ShapeCache, compress
 from tests.people.label import asset_files

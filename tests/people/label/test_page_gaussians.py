@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from eg3d_rlhf.people.label.assets.ply import Splats, read_splats, splat_parts
+from eg3d_rlhf.geometry.files.ply import Splats, read_splats, splat_parts
 from eg3d_rlhf.people.label.shape_files import compress
 from tests.people.label import asset_files
 from tests.people.label.browser import Page, needs_chromium, plan

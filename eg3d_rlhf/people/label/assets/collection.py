@@ -30,6 +30,7 @@ from eg3d_rlhf.people.label.entities import Kind, PlannedPair, Shape
 from eg3d_rlhf.people.label.pairing import PairingOptions, Plan, broken_shapes, known_answers, spread
 
 RANKING, PROMPTS = "ranking.jsonl", "prompts.jsonl"  # the first as eg3d_rlhf.tuning.flow.ranking names it
+NOTED = 5  # files of which it is said what is shown otherwise
 MAX_ASSETS = 100_000
 MAX_LINE, MAX_LIST = 64 << 10, 256 << 20  # bytes
 MAX_TEXT = 2000  # characters of a prompt
@@ -137,6 +138,9 @@ def _examined(collection: Collection, tell: Callable[[str], None], lenient: bool
     if unfit:
         tell(f"{len(unfit)} of {len(collection.assets)} assets are left out: {unfit[0].path.name}: {seen[unfit[0].path]}")
         collection = Collection([asset for asset in collection.assets if asset.path in known], collection.prompts)
+    noted = [f"{path.name}: {known[path].note}" for path in paths if path in known and known[path].note]
+    for line in [*noted[:NOTED], *([f"and {len(noted) - NOTED} more"] if len(noted) > NOTED else [])]:
+        tell(line)
     wrong = [path.name for path in pictures if known[path].kind != "picture"]
     wrong += [asset.path.name for asset in collection.assets if known[asset.path].kind == "picture"]
     if wrong:

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from eg3d_rlhf.people.label.assets.model import TRIANGLES, Array, Model, Primitive
-from eg3d_rlhf.people.label.assets.ply import Splats
+from eg3d_rlhf.geometry.files.model import TRIANGLES, Array, Model, Primitive
+from eg3d_rlhf.geometry.files.ply import Splats
 
 DAMAGES = {"holes": "pieces are torn out of it", "rough": "its surface is all bumps"}  # with what a person sees
 DAMAGED_KINDS = ("glb", "ply", "obj", "splats")  # of files; videos stay whole

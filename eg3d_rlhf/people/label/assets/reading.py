@@ -25,9 +25,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from eg3d_rlhf.people.label.assets import glb, obj, ply
+from eg3d_rlhf.geometry.files import glb, obj, ply
+from eg3d_rlhf.geometry.files.model import GLB_MAGIC, glb_parts, kind_of_picture, small, stripped
 from eg3d_rlhf.people.label.assets.damage import damage_mesh, damage_splats
-from eg3d_rlhf.people.label.assets.model import GLB_MAGIC, glb_parts, kind_of_picture, small, stripped
 
 SUFFIXES = (".glb", ".ply", ".obj", ".mp4", ".m4v", ".mov", ".webm")
 MAX_BYTES = 512 << 20
@@ -48,6 +48,7 @@ class Examined:
 
     kind: str  # 'glb', 'ply', 'splats', 'obj', 'film' or 'picture'
     hash: str  # SHA-256 hex of the file; of an OBJ with companions, of all of them
+    note: str = ""  # what is shown otherwise than the file says
 
 
 def looked_at(paths: Sequence[Path], tell: Callable[[int], None] = lambda done: None) -> list[Examined | str]:
@@ -144,8 +145,10 @@ def kind_of(head: bytes, name: str) -> str:
         return "picture"
     if head[:2] == b"\x1f\x8b" or head[:2] == b"PK":
         raise ValueError("expected an asset, got a compressed file; unpack it")
-    if name.lower().endswith(".obj") and b"\0" not in head:
+    if name.lower().endswith(".obj") and (b"\0" not in head or obj.utf16(head) is not None):
         return "obj"
+    if obj.utf16(head) is not None:
+        raise ValueError("expected an asset, got text in UTF-16; save it as UTF-8")
     raise ValueError("expected GLB, PLY, OBJ, MP4 or WebM by content, got something else")
 
 
@@ -157,22 +160,24 @@ def _hash(data: memoryview, path: Path, kind: str) -> str:
 
 
 def _examine(path: Path) -> dict:
-    """Kind and hash; everything but what is slow is read as `_clean` will."""
+    """Kind and hash; all but videos is read as `_clean` will, so that what is accepted here is shown there."""
     with _opened(path) as data:
-        kind = kind_of(bytes(data[:512]), path.name)
+        kind, note = kind_of(bytes(data[:512]), path.name), ""
         if kind == "glb":
             glb.read_glb(data)
         elif kind == "ply":
             header = ply.read_header(data)
             kind = "splats" if header.splats else kind
-            (ply.check_splats if header.splats else ply.check_mesh)(header)
+            (ply.read_splats if header.splats else ply.read_mesh)(data)
         elif kind == "obj":
-            obj.check_obj(data)
+            obj.read_obj(data, path)
+            missing = obj.missing_libraries(data, path)
+            note = f"without {', '.join(missing)[:200]}, which it names: shown in grey" if missing else ""
         elif kind == "film":
             examine_film(path)
         elif kind == "picture":
             stripped(data)
-        return {"kind": kind, "hash": _hash(data, path, kind)}
+        return {"kind": kind, "hash": _hash(data, path, kind), "note": note}
 
 
 def _clean(path: Path, expected: str, degradation: str, seed: int, out: Path) -> dict:

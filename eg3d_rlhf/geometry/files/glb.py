@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from eg3d_rlhf.people.label.assets.model import (
+from eg3d_rlhf.geometry.files.model import (
     BIN_CHUNK,
     CHUNK_HEADER,
     COMPONENTS,

@@ -1,6 +1,8 @@
 """PLY files: what their headers claim, held against their size before anything is read; meshes, and Gaussian splats.
 
-A mesh is read by trimesh. Splats are the usual file of 3D Gaussian splatting (Kerbl et al. 2023): x, y, z, f_dc_0..2, f_rest_*, opacity
+Faces of a mesh may have any number of corners.
+
+Splats are the usual file of 3D Gaussian splatting (Kerbl et al. 2023): x, y, z, f_dc_0..2, f_rest_*, opacity
 (a logit), scale_0..2 (logarithms) and rot_0..3 (w, x, y, z); they are sent as GSP1, little-endian:
 
 | bytes                       | what                                                                          |
@@ -18,13 +20,13 @@ A mesh is read by trimesh. Splats are the usual file of 3D Gaussian splatting (K
 Each array begins at a multiple of 4 bytes.
 """
 
-import io
 import struct
 from dataclasses import dataclass
 
 import numpy as np
 
-from eg3d_rlhf.people.label.assets.model import Model, scene_of, triangles
+from eg3d_rlhf.geometry.files.model import Model, scene_of, triangles
+from eg3d_rlhf.geometry.files.polygons import triangulated
 
 MAGIC = b"GSP1"
 HEADER = struct.Struct("<4sII3f3f")
@@ -48,7 +50,7 @@ class Element:
     name: str
     count: int
     properties: dict[str, str]  # type of each; of a list, that of its length
-    lists: frozenset[str]
+    lists: dict[str, str]  # of each list, the type of its items
 
     @property
     def row(self) -> int:
@@ -77,25 +79,24 @@ def read_header(data: memoryview) -> Header:
     if not head.startswith(b"ply") or end < 0 or stop < 0:
         raise ValueError("expected a PLY file with its header, got something else")
     order = None
-    elements: list[tuple[str, int, dict[str, str], set[str]]] = []
+    elements: list[tuple[str, int, dict[str, str], dict[str, str]]] = []
     try:
         for line in head[:end].decode("ascii", "replace").splitlines():
             words = line.split()
             if words[:1] == ["format"]:
                 order = _ORDERS[words[1]]
             elif words[:1] == ["element"]:
-                elements.append((words[1], int(words[2]), {}, set()))
+                elements.append((words[1], int(words[2]), {}, {}))
             elif words[:1] == ["property"]:
                 _, _, properties, lists = elements[-1]
                 properties[words[-1]] = _TYPES[words[2] if words[1] == "list" else words[1]]
                 if words[1] == "list":
-                    _ = _TYPES[words[3]]
-                    lists.add(words[-1])
+                    lists[words[-1]] = _TYPES[words[3]]
     except (KeyError, IndexError, ValueError):
         raise ValueError("expected a PLY header, got a damaged one") from None
     if order is None:
         raise ValueError("expected a PLY header with a format, got none")
-    header = Header(order, [Element(name, count, kinds, frozenset(lists)) for name, count, kinds, lists in elements], stop + 1)
+    header = Header(order, [Element(*element) for element in elements], stop + 1)
     rest = len(data) - header.length
     for element in header.elements:
         rest -= min(element.count, _MOST) * (element.row if order else 2 * len(element.properties))
@@ -114,22 +115,118 @@ def check_mesh(header: Header) -> None:
         raise ValueError(f"expected up to {MAX_FACES:,} triangles, got {counts['face']:,}")
 
 
-def read_mesh(data: memoryview) -> Model:
-    """A mesh with its vertices' colours and normals. Raises: ValueError."""
-    check_mesh(read_header(data))
-    from trimesh.exchange.ply import load_ply
+def read_mesh(data: bytes | memoryview) -> Model:
+    """A mesh with its vertices' colours and normals, or the faces' colours. Raises: ValueError."""
+    header = read_header(memoryview(data))
+    check_mesh(header)
+    tables = _tables(memoryview(data), header)
+    vertices, faces = tables["vertex"], tables["face"]
+    place = np.stack([_column(vertices, name) for name in "xyz"], axis=1)
+    named = next((name for name in ("vertex_indices", "vertex_index") if name in faces), None)
+    if named is None:
+        raise ValueError(f"expected vertex_indices of the faces in the PLY file, got {', '.join(faces)[:80] or 'none'}")
+    counts, corners = faces[named]
+    corners = corners.astype(np.int64)
+    if not len(corners) or corners.min() < 0 or corners.max() >= len(place):
+        got = f"{corners.min()}..{corners.max()}" if len(corners) else "none"
+        raise ValueError(f"expected indices of {len(place)} vertices, got {got}")
+    cut, face = triangulated(place, corners, counts)
+    triangle, colours, normals, painted = corners[cut], _colours(vertices), None, _colours(faces)
+    if all(name in vertices for name in ("nx", "ny", "nz")):
+        normals = np.stack([_column(vertices, name) for name in ("nx", "ny", "nz")], axis=1)
+    if painted is not None and colours is None:
+        place, colours, normals = place[triangle.reshape(-1)], np.repeat(painted[face], 3, axis=0), None
+        triangle = np.arange(len(place)).reshape(-1, 3)
+    return scene_of([triangles(place, triangle, colours=colours, normals=normals)])
 
-    try:
-        loaded = load_ply(io.BytesIO(data), fix_texture=False)
-        vertices, faces = np.asarray(loaded["vertices"]), np.asarray(loaded["faces"])
-    except Exception as error:  # whatever a damaged file makes of the parser
-        raise ValueError(f"expected a PLY mesh, got a damaged one ({type(error).__name__})") from None
-    colours, normals, painted = loaded.get("vertex_colors"), loaded.get("vertex_normals"), loaded.get("face_colors")
-    whole = len(faces) > 0 and faces.min() >= 0 and faces.max() < len(vertices)
-    if painted is not None and colours is None and whole and len(painted) == len(faces):
-        vertices, colours, normals = vertices[faces.reshape(-1)], np.repeat(painted, 3, axis=0), None
-        faces = np.arange(len(vertices)).reshape(-1, 3)
-    return scene_of([triangles(vertices, faces, colours=colours, normals=normals)])
+
+Table = dict[str, "np.ndarray | tuple[np.ndarray, np.ndarray]"]  # by property: values [N], or lengths [N] and all items of lists
+
+
+def _column(table: Table, name: str) -> np.ndarray:
+    if not isinstance(table.get(name), np.ndarray):
+        raise ValueError(f"expected {name} of each vertex in the PLY file, got none")
+    return np.asarray(table[name])
+
+
+def _colours(table: Table) -> np.ndarray | None:
+    """[N, 3 or 4], 0..255, whole numbers; floats are 0..1 in the file."""
+    names = [name for name in ("red", "green", "blue", "alpha") if isinstance(table.get(name), np.ndarray)]
+    if names[:3] != ["red", "green", "blue"]:
+        return None
+    columns = np.stack([np.asarray(table[name]) for name in names], axis=1)
+    if columns.dtype.kind == "f":
+        return np.rint(np.nan_to_num(columns).clip(0, 1) * 255)
+    most = np.iinfo(columns.dtype).max
+    return np.rint(columns.clip(0, most) / most * 255) if most in (32767, 65535) else columns.clip(0, 255).astype(np.uint8)
+
+
+def _tables(data: memoryview, header: Header) -> dict[str, Table]:
+    """All elements of a PLY file. Raises: ValueError for one that ends early, or whose text is not numbers."""
+    at, tables = header.length, dict[str, Table]()
+    words = None if header.order else bytes(data[at:]).split()
+    at = at if header.order else 0
+    for element in header.elements:
+        try:
+            table, at = _of_text(words, at, element) if words is not None else _of_bytes(data, at, element, header.order)
+        except (struct.error, IndexError, ValueError, OverflowError):
+            raise ValueError(f"expected {element.count:,} of {element.name!r:.40} in the PLY file, got fewer, or damaged ones") from None
+        tables.setdefault(element.name, table)
+    return tables
+
+
+def _of_text(words: list[bytes], at: int, element: Element) -> tuple[Table, int]:
+    columns: dict[str, list] = {name: [] for name in element.properties}
+    items: dict[str, list] = {name: [] for name in element.lists}
+    for _ in range(element.count):
+        for name in element.properties:
+            value = float(words[at])
+            columns[name].append(value)
+            at += 1
+            if name in items:
+                if not 0 <= value <= len(words) - at:
+                    raise ValueError(name)
+                items[name] += map(float, words[at : at + int(value)])
+                at += int(value)
+    return _typed(element, columns, items), at
+
+
+def _of_bytes(data: memoryview, at: int, element: Element, order: str) -> tuple[Table, int]:
+    """Rows of one length at once, else one by one."""
+    kinds = element.properties
+    if not element.lists:
+        rows = np.frombuffer(data, [(name, order + kind) for name, kind in kinds.items()], element.count, at)
+        return {name: rows[name] for name in kinds}, at + rows.nbytes
+    if element.count and len(element.lists) == 1:
+        (name,) = element.lists
+        before = sum(np.dtype(kind).itemsize for kind in list(kinds.values())[: list(kinds).index(name)])
+        length = int(np.frombuffer(data, order + kinds[name], 1, at + before)[0])
+        fields = [field for key, kind in kinds.items() for field in (
+            [(key, order + kind), (f"{key} items", order + element.lists[key], (length,))] if key == name else [(key, order + kind)]
+        )]  # fmt: skip
+        if 0 <= length <= len(data) and at + np.dtype(fields).itemsize * element.count <= len(data):
+            rows = np.frombuffer(data, fields, element.count, at)
+            if (rows[name] == length).all():
+                columns: Table = {key: rows[key] for key in kinds if key != name}
+                return {**columns, name: (rows[name], rows[f"{name} items"].reshape(-1))}, at + rows.nbytes
+    values: dict[str, list] = {name: [] for name in kinds}
+    items: dict[str, list] = {name: [] for name in element.lists}
+    known = {name: np.dtype(order + kind) for name, kind in kinds.items()}
+    for _ in range(element.count):
+        for name, kind in known.items():
+            values[name].append(np.frombuffer(data, kind, 1, at)[0])
+            at += kind.itemsize
+            if name in items:
+                found = np.frombuffer(data, order + element.lists[name], int(values[name][-1]), at)
+                items[name].append(found)
+                at += found.nbytes
+    return _typed(element, values, {name: np.concatenate(rows) if rows else [] for name, rows in items.items()}), at
+
+
+def _typed(element: Element, values: dict[str, list], items: dict) -> Table:
+    columns = {name: np.array(values[name]).astype(kind) for name, kind in element.properties.items()}
+    return {name: (column, np.asarray(items[name]).astype(element.lists[name])) if name in items else column
+            for name, column in columns.items()}  # fmt: skip
 
 
 @dataclass(frozen=True)

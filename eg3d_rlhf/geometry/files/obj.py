@@ -1,0 +1,241 @@
+"""OBJ files with their materials (MTL) and textures, which must lie in the same folder or below it.
+
+Faces of any number of corners become triangles; smooth groups are left out, as normals say the same. The textures' bytes are embedded as
+they are. Where the MTL file is missing the mesh is grey.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eg3d_rlhf.geometry.files.model import Model, Picture, linear, scene_of, stripped, triangles
+from eg3d_rlhf.geometry.files.polygons import triangulated
+
+MAX_MTL, MAX_TEXTURE = 4 << 20, 128 << 20  # bytes
+MAX_MATERIALS = 1000
+_LIBRARY = re.compile(rb"^[ \t]*mtllib[ \t]+([^\r\n]+)", re.MULTILINE)
+GREY = [0.4, 0.4, 0.4, 1.0]  # linear
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+
+
+@dataclass
+class Material:
+    """What is taken of a material."""
+
+    colour: tuple[float, ...] = (1.0, 1.0, 1.0)  # Kd, sRGB
+    opacity: float = 1.0
+    texture: Path | None = None  # map_Kd
+
+
+def companions(data: bytes | memoryview, path: Path) -> list[Path]:
+    """The files that an OBJ file needs and has, each once, in order. Raises: ValueError naming one that it may not have, or a texture that
+    is not there."""
+    files: dict[Path, None] = {}
+    for library in _libraries(data, path)[0]:
+        files[library] = None
+        for material in _materials(as_text(library.read_bytes()), library).values():
+            if material.texture is not None:
+                files[material.texture] = None
+    return list(files)
+
+
+def missing_libraries(data: bytes | memoryview, path: Path) -> list[str]:
+    """Names of the material files that an OBJ file asks for and that are not there: it is shown in grey."""
+    return _libraries(data, path)[1]
+
+
+def as_text(data: bytes | memoryview) -> str:
+    """Text as UTF-16, with or without its mark, or UTF-8."""
+    head = bytes(data[:512])
+    name = utf16(head)
+    return bytes(data).decode(name or "utf-8-sig", "replace")
+
+
+def utf16(head: bytes) -> str | None:
+    """The encoding of text in UTF-16 by its first bytes, of Latin letters where it has no mark; None for anything else."""
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    even, odd = head[: len(head) // 2 * 2 : 2], head[1::2]
+    if len(head) < 8 or b"\0\0" in head:
+        return None
+    return "utf-16-le" if not any(odd) and b"\0" not in even else "utf-16-be" if not any(even) and b"\0" not in odd else None
+
+
+def read_obj(data: bytes | memoryview, path: Path) -> Model:
+    """The mesh, a part of each material's. Raises: ValueError."""
+    libraries, missing = _libraries(data, path)
+    if len(libraries) > 1:
+        raise ValueError(f"expected one mtllib, got {len(libraries)}; join them in one file")
+    materials = _materials(as_text(libraries[0].read_bytes()), libraries[0]) if libraries else {}
+    parts = _Lines(as_text(data)).parts()
+    used = [name for name in materials if any(name == part[0] for part in parts)]
+    numbers = {name: i for i, name in enumerate(used)}
+    records, pictures = _records([materials[name] for name in used])
+    if missing:
+        numbers = dict.fromkeys([part[0] for part in parts], 0)
+        records = [{"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": 1, "baseColorFactor": GREY}, "doubleSided": True}]
+    return scene_of([triangles(**arrays, material=numbers.get(name)) for name, arrays in parts], records, pictures)
+
+
+class _Lines:
+    """What the lines of an OBJ file say: points, and faces with the numbers of their corners."""
+
+    def __init__(self, text: str):
+        self.values: dict[str, list[list[str]]] = {"v": [], "vt": [], "vn": []}
+        self.corners: list[tuple[int, int, int]] = []  # from 0 on, of v, vt and vn; -1 for none
+        self.counts: list[int] = []  # corners of each face
+        self.names: list[str] = []  # material of each face
+        material = ""
+        for number, line in enumerate(text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1):
+            words = line.split("#", 1)[0].split()
+            if not words:
+                continue
+            if words[0] == "f":
+                if len(words) > 3:
+                    self.corners += [self._corner(word, number) for word in words[1:]]
+                    self.counts.append(len(words) - 1)
+                    self.names.append(material)
+            elif words[0] in self.values:
+                self.values[words[0]].append(words[1:])
+            elif words[0] == "usemtl":
+                material = " ".join(words[1:])
+        if not self.counts:
+            raise ValueError("expected triangles in the OBJ file, got none")
+
+    def _corner(self, word: str, line: int) -> tuple[int, int, int]:
+        """The numbers of v/vt/vn; those below 0 count back from the last one above the line."""
+        try:
+            numbers = [int(part) if part else 0 for part in word.split("/")]
+        except ValueError:
+            numbers = [0]
+        if not 1 <= len(numbers) <= 3 or numbers[0] == 0:
+            raise ValueError(f"expected corners such as 1 or 1/1/1 in line {line}, got {word[:40]!r}")
+        numbers += [0] * (3 - len(numbers))
+        a, b, c = (
+            n - 1 if n > 0 else len(values) + n if -len(values) <= n < 0 else -1 if n == 0 else -2
+            for n, values in zip(numbers, self.values.values(), strict=True)
+        )
+        if min(a, b, c) < -1:
+            raise ValueError(f"expected indices of {len(self.values['v'])} vertices, got {word[:40]!r} in line {line}")
+        return a, b, c
+
+    def _table(self, kind: str, least: int, most: int) -> np.ndarray:
+        """[N, least..most] float64, columns that all lines have. Raises: ValueError."""
+        rows = self.values[kind]
+        width = min(max(min(map(len, rows), default=least), least), most)
+        try:
+            return np.array([row[:width] for row in rows], dtype=np.float64).reshape(-1, width)
+        except ValueError:
+            raise ValueError(f"expected {least} numbers or more after each {kind}, got others") from None
+
+    def parts(self) -> list[tuple[str, dict]]:
+        """Of each material: its name, and arrays as `triangles` takes them; vertices of their own where texture or normals have a seam."""
+        points, uv, normals = self._table("v", 3, 7), self._table("vt", 1, 2), self._table("vn", 3, 3)
+        corners = np.array(self.corners, dtype=np.int64)
+        sizes = np.array([len(points), len(uv), len(normals)])
+        wrong = corners >= sizes
+        if wrong[:, 0].any():
+            raise ValueError(f"expected indices of {len(points)} vertices, got {corners[:, 0].max() + 1}")
+        kept = [i for i, values in ((1, uv), (2, normals)) if len(values) and not (wrong[:, i] | (corners[:, i] < 0)).any()]
+        cut, face = triangulated(points[:, :3], corners[:, 0], np.array(self.counts))
+        names = {name: i for i, name in enumerate(dict.fromkeys(self.names))}
+        material = np.array([names[name] for name in self.names])[face]
+        key = corners[:, 0]
+        for i in kept:
+            key = key * sizes[i] + corners[:, i]
+        result = []
+        for name, number in names.items():
+            mine = cut[material == number]
+            if not len(mine):
+                continue
+            _, first, faces = np.unique(key[mine.reshape(-1)], return_index=True, return_inverse=True)
+            at = corners[mine.reshape(-1)[first]]
+            arrays: dict = {"positions": points[at[:, 0], :3], "faces": faces.reshape(-1, 3)}
+            if points.shape[1] >= 6:
+                arrays["colours"] = np.rint(points[at[:, 0], 3:].clip(0, 1) * 255)
+            if 1 in kept and uv.shape[1] == 2:  # OBJ counts v upwards, glTF downwards
+                arrays["uv"] = np.stack([uv[at[:, 1], 0], 1 - uv[at[:, 1], 1]], axis=1)
+            if 2 in kept:
+                arrays["normals"] = normals[at[:, 2]]
+            result.append((name, arrays))
+        return result
+
+
+def _records(materials: list[Material]) -> tuple[list[dict], list[Picture]]:
+    places: dict[Path, int] = {}
+    pictures: list[Picture] = []
+    records = []
+    for material in materials:
+        surface: dict = {"metallicFactor": 0, "roughnessFactor": 1}
+        if material.texture is None:
+            surface["baseColorFactor"] = [*linear(np.array(material.colour)).tolist(), material.opacity]
+        else:
+            if material.texture not in places:
+                places[material.texture] = len(pictures)
+                pictures.append(stripped(material.texture.read_bytes())[0])
+            surface["baseColorTexture"] = {"index": places[material.texture]}
+        blend = {"alphaMode": "BLEND"} if material.opacity < 1 and material.texture is None else {}
+        records.append({"pbrMetallicRoughness": surface, "doubleSided": True, **blend})
+    return records, pictures
+
+
+def _libraries(data: bytes | memoryview, path: Path) -> tuple[list[Path], list[str]]:
+    """The files of materials, and the names of those that are not there. Raises: ValueError for one elsewhere."""
+    if utf16(bytes(data[:512])) is not None:
+        data = as_text(data).encode()
+    names = dict.fromkeys(match.group(1).decode("utf-8", "replace").strip().strip('"') for match in _LIBRARY.finditer(data))
+    there = {name: _beside(path, name, MAX_MTL, optional=True) for name in names}
+    return [file for file in there.values() if file is not None], [name for name, file in there.items() if file is None]
+
+
+def _materials(text: str, path: Path) -> dict[str, Material]:
+    materials: dict[str, Material] = {}
+    current = Material()
+    for line in text.splitlines():
+        words = line.split(maxsplit=1)
+        if len(words) < 2 or words[0].startswith("#"):
+            continue
+        key, value = words[0].lower(), words[1].strip()
+        if key == "newmtl":
+            current = materials[" ".join(value.split())] = Material()
+            if len(materials) > MAX_MATERIALS:
+                raise ValueError(f"expected up to {MAX_MATERIALS} materials in {path.name}, got more")
+        elif key in ("kd", "d"):
+            try:
+                numbers = tuple(min(max(float(word), 0.0), 1.0) for word in value.split()[: 3 if key == "kd" else 1])
+            except ValueError:
+                raise ValueError(f"expected numbers after {words[0]} in {path.name}, got {value[:40]!r}") from None
+            if key == "d":
+                current.opacity = numbers[0]
+            elif len(numbers) == 3:
+                current.colour = numbers
+        elif key.startswith(("map_", "bump", "disp", "decal", "norm", "refl")):
+            _refuse_foreign(path, value)
+            if key == "map_kd":
+                if value.startswith("-"):
+                    raise ValueError(f"expected map_Kd in {path.name} without options, got {value[:40]!r}")
+                current.texture = _beside(path, value, MAX_TEXTURE)
+    return materials
+
+
+def _refuse_foreign(path: Path, name: str) -> None:
+    last = name.split()[-1]
+    if _ADDRESS.match(last) or last.startswith(("/", "\\")) or ".." in Path(last.replace("\\", "/")).parts:
+        raise ValueError(f"expected files beside {path.name}, got {name[:80]!r} named in it")
+
+
+def _beside(path: Path, name: str, limit: int, optional: bool = False) -> Path | None:
+    _refuse_foreign(path, name)
+    file = path.parent / name.replace("\\", "/").strip('"')
+    folder = path.parent.resolve()
+    if not file.resolve().is_relative_to(folder):
+        raise ValueError(f"expected files beside {path.name}, got {name[:80]!r} named in it, which leads elsewhere")
+    if not file.is_file():
+        if optional:
+            return None
+        raise ValueError(f"expected {name[:80]!r}, which {path.name} names, got no such file")
+    if file.stat().st_size > limit:
+        raise ValueError(f"expected {name[:80]!r} of up to {limit >> 20} MB, got a larger one")
+    return file.resolve()

@@ -1,0 +1,99 @@
+"""Any mesh file as vertices and triangles, all of its parts together: what is measured, learnt from and encoded.
+
+GLB, PLY and OBJ are read as they are shown; what trimesh reads besides, such as STL, as it gives it.
+
+Letters: V vertices, F faces, N indices.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from eg3d_rlhf.geometry.files import glb, obj, ply
+from eg3d_rlhf.geometry.files.model import GLB_MAGIC, Model, Primitive
+
+SUFFIXES = (".glb", ".ply", ".obj", ".stl")  # of meshes that are looked for in folders
+_STRIP, _FAN = 5, 6  # glTF's numbers of modes
+
+
+def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices [V, 3] float64 and faces [F, 3] int64 of a file, told apart by its content. Raises: ValueError, OSError."""
+    data = path.read_bytes()
+    if data[:4] == GLB_MAGIC:
+        return triangles_of(glb.read_glb(memoryview(data)))
+    if data[:3] == b"ply":
+        return triangles_of(ply.read_mesh(data))
+    if path.suffix.lower() == ".obj":
+        return triangles_of(obj.read_obj(data, path))
+    if (encoding := obj.utf16(data[:512])) is not None:
+        raise ValueError(f"expected a mesh, got text in {encoding.upper()}; save it as UTF-8")
+    if path.suffix.lower() in (".glb", ".ply"):
+        raise ValueError(f"expected {path.suffix[1:].upper()} by content, got something else")
+    import trimesh
+
+    try:
+        loaded = trimesh.load_mesh(path, process=False)
+        vertices, faces = np.asarray(loaded.vertices, np.float64), np.asarray(loaded.faces, np.int64)
+    except Exception as error:  # its readers raise what they like
+        raise ValueError(f"expected a mesh that trimesh reads, got another or a damaged one ({type(error).__name__})") from None
+    if not len(faces):
+        raise ValueError("expected triangles, got none")
+    return vertices, faces
+
+
+def triangles_of(model: Model) -> tuple[np.ndarray, np.ndarray]:
+    """The triangles of a model's scene, its nodes' places applied; a mesh shown twice counts twice, a mirrored one stays outside out."""
+    vertices, faces, count = [], [], 0
+    waiting = [(number, np.eye(4)) for number in reversed(model.roots)]
+    while waiting:
+        number, above = waiting.pop()
+        node = model.nodes[number]
+        matrix = above @ _matrix(node.place)
+        waiting += [(child, matrix) for child in reversed(node.children)]
+        for part in model.meshes[node.mesh] if node.mesh is not None else ():
+            points, sides = _points(part), _sides(part)
+            if np.linalg.det(matrix[:3, :3]) < 0:
+                sides = sides[:, ::-1]
+            vertices.append(points @ matrix[:3, :3].T + matrix[:3, 3])
+            faces.append(sides + count)
+            count += len(points)
+    if not faces:
+        raise ValueError("expected triangles, got none")
+    return np.concatenate(vertices), np.concatenate(faces)
+
+
+def _points(part: Primitive) -> np.ndarray:
+    array = part.attributes["POSITION"]
+    points = array.values.astype(np.float64)
+    if not array.normalized:
+        return points
+    return np.maximum(points / np.iinfo(array.values.dtype).max, -1.0)
+
+
+def _sides(part: Primitive) -> np.ndarray:
+    """Triangles [F, 3] of indices, strips and fans."""
+    count = len(part.attributes["POSITION"].values)
+    n = np.arange(count) if part.indices is None else part.indices.values[:, 0].astype(np.int64)
+    if part.mode == _STRIP:
+        sides = np.stack([n[:-2], n[1:-1], n[2:]], axis=1)
+        sides[1::2] = sides[1::2, [1, 0, 2]]
+        return sides
+    if part.mode == _FAN:
+        return np.stack([np.full(len(n) - 2, n[0]), n[1:-1], n[2:]], axis=1)
+    return n[: len(n) // 3 * 3].reshape(-1, 3)
+
+
+def _matrix(place: dict) -> np.ndarray:
+    """[4, 4] of a node's matrix, or of its scale, rotation and translation in this order."""
+    if "matrix" in place:
+        return np.array(place["matrix"], dtype=np.float64).reshape(4, 4).T  # by columns
+    matrix = np.eye(4)
+    x, y, z, w = place.get("rotation", (0, 0, 0, 1))
+    turn = np.array([
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ])  # fmt: skip
+    matrix[:3, :3] = turn * np.array(place.get("scale", (1, 1, 1)), dtype=np.float64)
+    matrix[:3, 3] = place.get("translation", (0, 0, 0))
+    return matrix
