@@ -5,6 +5,7 @@ they are. Where the MTL file is missing the mesh is grey.
 """
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,63 +84,76 @@ class _Lines:
     """What the lines of an OBJ file say: points, and faces with the numbers of their corners."""
 
     def __init__(self, text: str):
-        self.values: dict[str, list[list[str]]] = {"v": [], "vt": [], "vn": []}
-        self.corners: list[tuple[int, int, int]] = []  # from 0 on, of v, vt and vn; -1 for none
-        self.counts: list[int] = []  # corners of each face
+        self.words: dict[str, list[str]] = {"v": [], "vt": [], "vn": [], "f": []}  # all numbers of a kind, and all corners
+        self.widths: dict[str, list[int]] = {kind: [] for kind in self.words}  # of each line
+        self.lines: list[int] = []  # number of each face's line
         self.names: list[str] = []  # material of each face
         material = ""
         for number, line in enumerate(text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1):
-            words = line.split("#", 1)[0].split()
-            if not words:
-                continue
-            if words[0] == "f":
-                if len(words) > 3:
-                    self.corners += [self._corner(word, number) for word in words[1:]]
-                    self.counts.append(len(words) - 1)
-                    self.names.append(material)
-            elif words[0] in self.values:
-                self.values[words[0]].append(words[1:])
-            elif words[0] == "usemtl":
-                material = " ".join(words[1:])
-        if not self.counts:
+            kind, *words = (line.split("#", 1)[0] if "#" in line else line).split() or [""]
+            if kind == "f":
+                if len(words) < 3:
+                    continue
+                if "-" in line:
+                    words = [self._counted(word, number) for word in words]
+                self.lines.append(number)
+                self.names.append(material)
+            elif kind == "usemtl":
+                material = " ".join(words)
+            if kind in self.words:
+                self.words[kind] += words
+                self.widths[kind].append(len(words))
+        if not self.lines:
             raise ValueError("expected triangles in the OBJ file, got none")
 
-    def _corner(self, word: str, line: int) -> tuple[int, int, int]:
-        """The numbers of v/vt/vn; those below 0 count back from the last one above the line."""
-        try:
-            numbers = [int(part) if part else 0 for part in word.split("/")]
-        except ValueError:
-            numbers = [0]
-        if not 1 <= len(numbers) <= 3 or numbers[0] == 0:
-            raise ValueError(f"expected corners such as 1 or 1/1/1 in line {line}, got {word[:40]!r}")
-        numbers += [0] * (3 - len(numbers))
-        a, b, c = (
-            n - 1 if n > 0 else len(values) + n if -len(values) <= n < 0 else -1 if n == 0 else -2
-            for n, values in zip(numbers, self.values.values(), strict=True)
-        )
-        if min(a, b, c) < -1:
-            raise ValueError(f"expected indices of {len(self.values['v'])} vertices, got {word[:40]!r} in line {line}")
-        return a, b, c
+    def _counted(self, word: str, line: int) -> str:
+        """A corner whose numbers below 0 count back from the last point above its line, with numbers from 1 on."""
+        parts = word.split("/")
+        for i, (part, kind) in enumerate(zip(parts, self.widths, strict=False)):
+            if part.startswith("-") and part[1:].isdecimal():
+                parts[i] = str(len(self.widths[kind]) + int(part) + 1)
+                if int(parts[i]) < 1:
+                    raise ValueError(f"expected indices of {len(self.widths['v'])} vertices, got {word[:40]!r} in line {line}")
+        return "/".join(parts)
+
+    def corners(self) -> np.ndarray:
+        """Numbers [C, 3] of v, vt and vn from 0 on; -1 for none."""
+        words = self.words["f"]
+        slashes = {word.count("/") for word in words}
+        if len(slashes) > 1 or "//" in (text := " ".join(words)) or "/ " in text or text.endswith("/"):
+            split = [[*(part or "0" for part in word.split("/")), "0", "0"] for word in words]
+            words = ["/".join(parts[: max(3, len(parts) - 2)]) for parts in split]
+            slashes, text = {word.count("/") for word in words}, " ".join(words)
+        width = slashes.pop() + 1
+        numbers = _numbers(text.replace("/", " "), np.int64)
+        if slashes or width > 3 or len(numbers) != width * len(words) or (numbers < 0).any() or not numbers[::width].all():
+            right = re.compile(r"0*[1-9]\d*(/\d*){0,2}")
+            wrong = next((i for i, word in enumerate(self.words["f"]) if not right.fullmatch(word)), 0)
+            line = self.lines[int(np.searchsorted(np.cumsum(self.widths["f"]), wrong, side="right"))]
+            raise ValueError(f"expected corners such as 1 or 1/1/1 in line {line}, got {self.words['f'][wrong][:40]!r}")
+        found = np.full((len(words), 3), -1)
+        found[:, :width] = numbers.reshape(-1, width) - 1
+        return found
 
     def _table(self, kind: str, least: int, most: int) -> np.ndarray:
         """[N, least..most] float64, columns that all lines have. Raises: ValueError."""
-        rows = self.values[kind]
-        width = min(max(min(map(len, rows), default=least), least), most)
-        try:
-            return np.array([row[:width] for row in rows], dtype=np.float64).reshape(-1, width)
-        except ValueError:
-            raise ValueError(f"expected {least} numbers or more after each {kind}, got others") from None
+        widths = np.array(self.widths[kind], dtype=np.int64)
+        numbers = _numbers(" ".join(self.words[kind]), np.float64)
+        if len(widths) and (widths.min() < least or len(numbers) != widths.sum()):
+            raise ValueError(f"expected {least} numbers or more after each {kind}, got others")
+        width = min(int(widths.min(initial=most)), most)
+        return numbers[(np.cumsum(widths) - widths)[:, None] + np.arange(width)]
 
     def parts(self) -> list[tuple[str, dict]]:
         """Of each material: its name, and arrays as `triangles` takes them; vertices of their own where texture or normals have a seam."""
         points, uv, normals = self._table("v", 3, 7), self._table("vt", 1, 2), self._table("vn", 3, 3)
-        corners = np.array(self.corners, dtype=np.int64)
+        corners = self.corners()
         sizes = np.array([len(points), len(uv), len(normals)])
         wrong = corners >= sizes
         if wrong[:, 0].any():
             raise ValueError(f"expected indices of {len(points)} vertices, got {corners[:, 0].max() + 1}")
         kept = [i for i, values in ((1, uv), (2, normals)) if len(values) and not (wrong[:, i] | (corners[:, i] < 0)).any()]
-        cut, face = triangulated(points[:, :3], corners[:, 0], np.array(self.counts))
+        cut, face = triangulated(points[:, :3], corners[:, 0], np.array(self.widths["f"]))
         names = {name: i for i, name in enumerate(dict.fromkeys(self.names))}
         material = np.array([names[name] for name in self.names])[face]
         key = corners[:, 0]
@@ -161,6 +175,16 @@ class _Lines:
                 arrays["normals"] = normals[at[:, 2]]
             result.append((name, arrays))
         return result
+
+
+def _numbers(text: str, kind: type) -> np.ndarray:
+    """Numbers of words; none where one of them is no number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)  # older numpy stops there and warns, newer raises
+        try:
+            return np.fromstring(text, dtype=kind, sep=" ") if text else np.zeros(0, kind)
+        except (ValueError, DeprecationWarning):
+            return np.zeros(0, kind)
 
 
 def _records(materials: list[Material]) -> tuple[list[dict], list[Picture]]:
