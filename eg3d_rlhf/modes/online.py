@@ -1,6 +1,6 @@
-"""`train.py --mode=online`: online tuning of a stage by a reward; `--mode=grpo` is its preset."""
+"""`train.py --mode=online`: online tuning of a stage by rewards; `--mode=grpo` is its preset of one loss."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from eg3d_rlhf.core.cli import option, options_of, together
@@ -24,40 +24,68 @@ from eg3d_rlhf.modes.circular_dpo import (
 )
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.families import open_problem
-from eg3d_rlhf.tuning.flow.online.arms import ARMS, GrpoRun, OnlineSource, bench_of, work
+from eg3d_rlhf.tuning.flow.online.arms import ARMS, KINDS, Losses, OnlineRun, OnlineSource, bench_of, divided, weighed, work
 from eg3d_rlhf.tuning.flow.online.arms import OWN as OWN_REWARD
-from eg3d_rlhf.tuning.flow.online.groups import GrpoConfig
+from eg3d_rlhf.tuning.flow.online.config import ON_LATENTS, OnlineConfig
 from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging, Problem
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 
-# The default run, of the bundled toy; chosen with its chooser on CHOOSING, by a training seed that the table does not use.
+# The default runs of the bundled toy: 768 samples each. Chosen by its second judge on CHOOSING, by training seed 20, which no table uses.
 
 LORA = LoraConfig(rank=16, alpha=32)
-TOY_RUN = GrpoRun(
-    grpo=GrpoConfig(
-        lora=LORA, steps=50, batch=8, group=8, lr=1e-3, warmup=5, passes=1, trained_steps=3, kl=0.1, held_out_every=25, log_every=5,
-        checkpoint_every=10, max_drop=1.0,
-    ),
+_TOY = OnlineConfig(
+    lora=LORA, steps=12, batch=8, group=8, lr=3e-3, warmup=2, kl=0.1, draws=1, sampler_steps=4, held_out_every=6, log_every=2,
+    checkpoint_every=6, max_drop=1.0,
+)  # fmt: skip
+_STEPS = replace(_TOY, passes=2, window=2, sde_step="cps", noise=0.5)
+TOY_LOSSES = Losses(
+    nft=_TOY,
+    grpo=replace(_STEPS, loss="grpo"),
+    grpo_plain=replace(_TOY, loss="grpo", advantage="group", sampler_steps=8, trained_steps=3, clip_range=1e-3),
+    grpo_guard=replace(_STEPS, loss="grpo-guard"),
+    dppo=replace(_STEPS, loss="dppo"),
+    dgpo=replace(_TOY, loss="dgpo", advantage="ranks", group_beta=10.0, decay="copy"),
+)
+TOY_RUN = OnlineRun(
+    losses=TOY_LOSSES,
     dpo=TrainConfig(
-        dpo=DpoConfig(beta=60.0), lora=LORA, steps=100, batch=16, lr=1e-3, warmup=10, held_out_every=25, log_every=5,
-        checkpoint_every=50, max_drop=1.0,
+        dpo=DpoConfig(beta=60.0), lora=LORA, steps=40, batch=16, lr=1e-3, warmup=5, held_out_every=20, log_every=5,
+        checkpoint_every=20, max_drop=1.0,
     ),
-    choosing=Choosing(per_condition=4), judging=Judging(per_condition=4),
+    judging=Judging(per_condition=4),
 )  # fmt: skip
 
+# Of other generators: for latents of ten thousand numbers and more.
 
-def default_run(pipeline: str) -> GrpoRun:
-    return TOY_RUN if pipeline == TOY else GrpoRun(grpo=GrpoConfig(), dpo=TrainConfig(), judging=Judging(batch=4))
+_LARGE = OnlineConfig()
+_WINDOW = replace(_LARGE, window=2, window_end=10, sde_step="cps", kl=0.004)
+LARGE_LOSSES = Losses(
+    nft=_LARGE,
+    grpo=replace(_WINDOW, loss="grpo"),
+    grpo_plain=replace(_LARGE, loss="grpo", advantage="group", passes=2, clip_range=1e-3, kl=0.04),
+    grpo_guard=replace(_WINDOW, loss="grpo-guard"),
+    dppo=replace(_WINDOW, loss="dppo"),
+    dgpo=replace(_LARGE, loss="dgpo", advantage="ranks", kl=0.01, decay="dgpo"),
+)
+GRPO = "grpo"  # the preset's name, and its loss: GRPO at every step of the sampler
+
+
+def default_run(pipeline: str) -> OnlineRun:
+    return TOY_RUN if pipeline == TOY else OnlineRun(losses=LARGE_LOSSES, dpo=TrainConfig(), judging=Judging(batch=4))
 
 
 what_flags = together(
     options_of(OnlineSource),
     option("--stage", group=WHAT, metavar="NAME", default=None, show_default="the last", help="Which stage is tuned."),
-    option("--reward", group=WHAT, metavar="NAME", default=OWN_REWARD, help="Of finished assets: the problem's own, or a plugin's."),
-)
-train_flags = together(tuning_flags, options_of(GrpoConfig, everywhere=OWN))
+    option("--reward", group=WHAT, metavar="A,B:WEIGHT", default=OWN_REWARD,
+           help="Of finished assets: the problem's own, or plugins'. Several are each normalised in their group, then added."),
+    option("--gate", group=WHAT, metavar="LIST", default=None,
+           help="Rewards that must confirm: the distance is paid where what is trained on alone praises a sample."),
+)  # fmt: skip
+train_flags = together(tuning_flags, options_of(OnlineConfig, everywhere=OWN))
 table_flags = together(
-    option("--arms", group=TABLE, metavar="LIST", default="grpo", help=f"What is trained and compared, with commas: {', '.join(ARMS)}."),
+    option("--arms", group=TABLE, metavar="LIST", default=None, show_default="--loss alone",
+           help=f"What is trained and compared, with commas: {', '.join(KINDS)}; each with -shuffled or -inverted rewards; or all."),
     problems_own("--seeds", TABLE, "INT", COUNT, "Trainings of each arm, from --seed on.", "1; 3 with several arms"),
     problems_own("--choose-noises", TABLE, "INT", WHOLE,
         "Assets per condition behind a win rate in training, which chooses the network that is kept; 0: the last is.", rare=True),
@@ -66,62 +94,93 @@ table_flags = together(
 )
 
 
-def check(flags: Flags) -> None:
+def arms_of(flags: Flags, preset: str) -> tuple[str, ...]:
+    """Names of arms. Raises: ValueError for a --loss that they would decide."""
+    if flags["arms"] is None:
+        return (flags["loss"] or preset,)
+    flags.belong(("loss",), False, "a run without --arms, which name losses")
+    if flags["arms"] == "all":
+        return tuple(arm for arm in ARMS if divided(arm)[0] != "dppo")
+    return tuple(name.strip() for name in flags["arms"].split(","))
+
+
+def check(flags: Flags, arms: tuple[str, ...]) -> None:
     """Refuse what would have no effect. Raises: ValueError naming it."""
     flags.belong(("labelled",), False, "--mode=circular-dpo")
-    flags.belong(("jobs",), "," in flags["arms"] or (flags["seeds"] or 1) > 1, "several trainings (--arms, --seeds)")
+    flags.belong(("jobs",), len(arms) > 1 or (flags["seeds"] or 1) > 1, "several trainings (--arms, --seeds)")
     flags.belong(("table_noises", "judge_batch"), not flags["no_summary"], "the table, which --no-summary leaves out")
     flags.belong(EARLY, flags["choose_noises"] != 0, "early stopping, which --choose-noises=0 leaves out")
+    kinds = {divided(arm)[0] for arm in arms}
+    flags.belong(("window", "window_end", "window_moves", "window_updates", "trained_steps", "sde_step", "sde_noise"),
+                 bool(kinds - {*ON_LATENTS, "dpo"}), "losses on the sampler's steps")  # fmt: skip
+    flags.belong(("curvature", "plain"), "nft" in kinds, "--loss=nft")
+    flags.belong(("group_beta",), "dgpo" in kinds, "--loss=dgpo")
+    flags.belong(("draws", "decay", "guided"), bool(kinds & {*ON_LATENTS}), "losses on finished samples")
+    flags.belong(("advantage",), len(weighed(flags["reward"])) == 1, "one reward; several are normalised each in its group")
     check_tuning(flags)
 
 
-def resolve(flags: Flags) -> GrpoRun:
+def resolve(flags: Flags, preset: str) -> OnlineRun:
     """The run that the flags describe. Raises: ValueError naming what does not fit."""
-    check(flags)
+    arms = arms_of(flags, preset)
+    check(flags, arms)
     defaults, seed = default_run(flags["pipeline"] or TOY), flags["seed"]
-    arms = tuple(name.strip() for name in flags["arms"].split(","))
-    tuned = tuned_as(flags, defaults.grpo.lora)
+    tuned = tuned_as(flags, defaults.losses.nft.lora)
     choosing = defaults.choosing
     if flags["choose_noises"] is not None:
         choosing = replace(choosing or Choosing(), per_condition=flags["choose_noises"]) if flags["choose_noises"] else None
     count = flags["seeds"] or (3 if len(arms) > 1 else 1)
-    return GrpoRun(
-        grpo=replace(defaults.grpo, **flags.of(GrpoConfig), **tuned), dpo=replace(defaults.dpo, lora=tuned["lora"]),
-        source=source_of(OnlineSource, flags), stage=flags["stage"],
-        reward=flags["reward"], arms=arms, training_seeds=tuple(range(seed, seed + count)), choosing=choosing,
+    changes = {name: value for name, value in flags.of(OnlineConfig).items() if name != "loss"} | tuned
+    given = replace(defaults.losses, grpo=defaults.losses.grpo_plain) if preset == GRPO else defaults.losses
+    losses = Losses(**{field.name: changed(getattr(given, field.name), changes) for field in fields(Losses)})
+    return OnlineRun(
+        losses=losses, dpo=replace(defaults.dpo, lora=tuned["lora"]), source=source_of(OnlineSource, flags), stage=flags["stage"],
+        reward=flags["reward"], gate=flags["gate"], arms=arms, training_seeds=tuple(range(seed, seed + count)), choosing=choosing,
         judging=replace(defaults.judging, **flags.of(Judging)), summary=not flags["no_summary"],
-    )
+    )  # fmt: skip
 
 
-def open_grpo(settings: GrpoRun, run: Run) -> Problem:
+def changed(config: OnlineConfig, changes: dict) -> OnlineConfig:
+    """With what the flags change; of a window and steps drawn singly the one that was asked for stands."""
+    if "window" in changes:
+        config = replace(config, trained_steps=None)
+    elif "trained_steps" in changes:
+        config = replace(config, window=None)
+    return replace(config, **changes)
+
+
+def open_online(settings: OnlineRun, run: Run) -> Problem:
     """The problem of a run. Raises: ValueError where it has not what the run needs."""
     refuse_torchrun(len(settings.arms) * len(settings.training_seeds) > 1, "--arms, --seeds")
     problem = open_problem(settings.source, run.device)
     bench = bench_of(settings, problem, settings.training_seeds[0])
-    bench.grpo.sampling(bench.task.stage)
+    for arm in settings.arms:
+        bench.config(arm).sampling(bench.task.stage)
+    bench.check_gate()
     return problem
 
 
-def title(settings: GrpoRun, problem: Problem) -> str:
-    return f"grpo-{Path(settings.source.pipeline).name}-{settings.stage or problem.pipeline.stages[-1].name}"
+def title(settings: OnlineRun, problem: Problem) -> str:
+    what = settings.arms[0] if len(settings.arms) == 1 else "arms"
+    return f"online-{what}-{Path(settings.source.pipeline).name}-{settings.stage or problem.pipeline.stages[-1].name}"
 
 
-def mode_named(name: str) -> Mode:
-    """The mode under one of its two names."""
+def mode_named(name: str, preset: str) -> Mode:
+    """The mode under one of its two names. Args: preset: the loss where none is named."""
     return Mode(
-        name=name, settings=GrpoRun, open=open_grpo, work=work, title=title, flags=together(what_flags, train_flags, table_flags),
-        resolve=resolve, **kept(GrpoRun, name), jobs="several trainings",
-        help=f"""Online tuning of one stage of a flow generator by a reward (GRPO), by default of the bundled toy: for where a reward is at
+        name=name, settings=OnlineRun, open=open_online, work=work, title=title, flags=together(what_flags, train_flags, table_flags),
+        resolve=lambda flags: resolve(flags, preset), **kept(OnlineRun, name), jobs="several trainings",
+        help=f"""Online tuning of one stage of a flow generator by rewards, by default of the bundled toy: for where a reward is at
     hand, and pairs are not. A run that was stopped goes on with --resume=RUN.
 
     \b
     Examples:
         python train.py --mode={name}
-        python train.py --mode={name} --arms=grpo,dpo,shuffled,inverted
+        python train.py --mode={name} --arms={preset},{preset}-shuffled,{preset}-inverted,dpo
         python train.py --mode={name} --stage=structure --kl=0.3
     """,
     )  # fmt: skip
 
 
-for _name in ("online", "grpo"):
-    MODES.add(_name, mode_named(_name))
+MODES.add("online", mode_named("online", "nft"))
+MODES.add(GRPO, mode_named(GRPO, GRPO))

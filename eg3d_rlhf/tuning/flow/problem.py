@@ -20,7 +20,7 @@ from eg3d_rlhf.models.sparse import Latent, SparseSample, feats_of
 from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, Conditions
 from eg3d_rlhf.tuning.flow.generate import HeldOut, Models, crossed, generate
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, pairs_hash, read_pairs
-from eg3d_rlhf.tuning.flow.stage import CONVENTION, AssetReward, Pipeline, stage_of
+from eg3d_rlhf.tuning.flow.stage import CONVENTION, AssetReward, Pipeline, Voxels, stage_of
 from training.config import check_knobs, knob
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
@@ -50,6 +50,7 @@ class Problem:
     unseen_pairs: Callable[[str, Sequence[str]], list[PreferencePair]] | None = None  # (stage, conditions): people's pairs of conditions
     # that are not trained on
     fitted_to: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by name of a judge, conditions whose pairs it learnt from
+    measures: Callable[[Sequence, Sequence[str]], Mapping[str, torch.Tensor]] | None = None  # finer ones, of the table of online tuning
 
     def __post_init__(self):
         names = [stage.name for stage in self.pipeline.stages]
@@ -305,28 +306,35 @@ class Judging:
     def __post_init__(self):
         check_knobs(self)
 
+    def crossed(self, problem: Problem) -> tuple[list[str], list[int]]:
+        """Every held-out condition per noise, and the noises' seeds, [C S] each."""
+        pairs = [(name, k) for name in problem.held_out_conditions for k in range(self.per_condition)]
+        return [name for name, _ in pairs], [derive_seed("table", self.seed, name, k) % 2**31 for name, k in pairs]
+
 
 def judged(
-    problem: Problem, models: Models, judging: Judging, on_asset: Callable[[int], None] | None = None, spreads: bool = False
+    problem: Problem, models: Models, judging: Judging, on_asset: Callable[[int], None] | None = None, spreads: bool = False,
+    given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> dict:
     """Scores of the held-out conditions' assets, as JSON: {"conditions": [C], "scores": {judge or part: [C][S]}}.
 
     Judges: those of JUDGES that the problem has, and the parts of its table. The noises are the same whatever is judged, so that generators
     are compared asset by asset.
     Args: spreads: with "spread": {stage: [C]} of the stages before the last, see `spread`; and of the final score, its standard deviation
-        over a condition's assets.
+        over a condition's assets. given: by the name of a stage, what the stages before leave to it, [C S] in the order of
+        Judging.crossed; they are not run.
     Raises: ValueError for a score that is not finite.
     """
     judges = {name: judge for name in JUDGES if (judge := getattr(problem, name)) is not None}
     scores: dict[str, list] = {}
     spread_of: dict[str, list[float]] = {stage.name: [] for stage in problem.pipeline.stages[:-1]} if spreads else {}
     names, S = list(problem.held_out_conditions), judging.per_condition
-    block = max(1, judging.batch // S)
+    block, (all_conditions, all_seeds) = max(1, judging.batch // S), judging.crossed(problem)
     for i in tqdm(range(0, len(names), block), desc="judging", unit="batch", leave=False, disable=True if on_asset else None):
-        part = names[i : i + block]
-        conditions = [name for name in part for _ in range(S)]
-        seeds = [derive_seed("table", judging.seed, name, k) % 2**31 for name in part for k in range(S)]
-        assets = generate(problem.pipeline, conditions, seeds, models, judging.batch)
+        part, rows = names[i : i + block], slice(i * S, (i + block) * S)
+        conditions, seeds = all_conditions[rows], all_seeds[rows]
+        left = {stage: places[rows] for stage, places in (given or {}).items()}
+        assets = generate(problem.pipeline, conditions, seeds, models, judging.batch, left)
         values = {name: judge(assets, conditions) for name, judge in judges.items()}
         if problem.parts is not None:
             values |= problem.parts(assets, conditions)

@@ -119,6 +119,18 @@ class Descent(ABC):
         """Figures of the policy as it is, from what is held out: `ACCURACY` among them, by which it is chosen where there is no judge."""
         return {}
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What there is to go on from besides the parameters and the optimiser, by name."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `tensors` gave; other names are among them."""
+        return
+
+    def ends(self, record: Mapping) -> str | None:
+        """Why training must stop after this line, the same on every rank; None: it goes on."""
+        return None
+
     def descend(self, step: int, totals: torch.Tensor, seen: str) -> list[float]:
         """Divide the summed gradients by totals[0], their mass, clip and step; totals[1] is the mass times the loss.
 
@@ -385,6 +397,8 @@ class _Training:
         progress, record = self.progress, self.progress.line(self.updates.lr(self.progress.step - 1), evaluated)
         self.run.stats(record)
         at = shown(record, self.config.steps, self.updates.columns)
+        stopped = None if progress.ended else self.updates.ends(record)
+        progress.ended |= stopped is not None
         self.run.status(at, progress.step, progress.step if progress.ended else self.config.steps, "step")
         if not self.ranks.main:
             return
@@ -396,7 +410,9 @@ class _Training:
         if fresh:
             self.warnings |= fresh
             self.run.write(WARNINGS, self.warnings)
-        if progress.ended and progress.step < self.config.steps:
+        if stopped is not None:
+            self.say(f"Stopped after update {progress.step}: {stopped}")
+        elif progress.ended and progress.step < self.config.steps:
             best = f"the best, {progress.best:.3f} after update {progress.kept_step}, is kept"
             what = {WIN_RATE: "held-out win rate", ACCURACY: "accuracy on held-out pairs"}[self.chosen_by]
             self.say(f"Stopped early after update {progress.step}: the {what} is {evaluated[self.chosen_by]:.3f}; {best}.")
@@ -409,7 +425,7 @@ class _Training:
     def _checkpoint(self) -> None:
         """Write the state; the last two are kept, and the parameters that they name."""
         tensors: dict[str, torch.Tensor] = {f"policy.{name}": p for name, p in self.named.items()}
-        tensors |= checkpoint.optimizer_tensors("optim", self.updates.optimizer)
+        tensors |= checkpoint.optimizer_tensors("optim", self.updates.optimizer) | self.updates.tensors()
         meta = {"progress": asdict(self.progress), "lines": self.run.lines, "warnings": self.warnings}
         self.run.checkpoint(self.progress.step, tensors, meta)
         self.named_steps = [*self.named_steps, self.progress.kept_step][-checkpoint.KEEP :]
@@ -424,6 +440,7 @@ class _Training:
             tensors, meta = self.run.read(previous=True)
             self._load({name: tensors[f"policy.{name}"] for name in self.named})
             checkpoint.restore_optimizer("optim", self.updates.optimizer, tensors)
+            self.updates.restore(tensors)
             self.progress, self.warnings, lines = Progress(**meta["progress"]), dict(meta["warnings"]), meta["lines"]
         self.named_steps = [self.progress.kept_step]
         self.run.go_on(self.progress.step, lines)

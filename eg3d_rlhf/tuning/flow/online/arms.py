@@ -1,26 +1,24 @@
-"""A run of GRPO: arms trained with one seed or several, and judged on the same noises of held-out conditions.
+"""A run of online tuning: arms trained with one seed or several, and judged on the same noises of held-out conditions.
 
-    grpo       as the settings say
-    dpo        DPO on pairs of as many samples of the untuned network, ordered by the same reward
-    shuffled   GRPO with the rewards of every group shuffled: must do nothing
-    inverted   GRPO with every reward turned over: must do harm
+    nft, grpo, grpo-guard, dppo, dgpo      by that loss, as the run's settings have it
+    grpo-plain      GRPO with noise at every step of the sampler, and deviations of groups
+    dpo             DPO on pairs of as many samples of the untuned network, ordered by the same reward
+    <arm>-shuffled  with the rewards of every group shuffled: must do nothing
+    <arm>-inverted  with every reward turned over: must do harm
 
 Each is trained from the same network and ends in a folder of weights. Where a problem has a chooser, arms keep the network of their best
 win rate on the conditions to choose on, which are not the table's; the controls keep their last one, as it is what they are there to show.
 
-    <arm>-<seed>/          a training, see train.py; its policy/, and done.json with its scores once it is judged
-    <stage>/               the weights of GRPO's first seed
-    grpo.json, grpo.md     the table
-
-Shape letters: K training seeds, C conditions, S noises per condition.
+    <arm>-<seed>/              a training, see train.py; its policy/, and done.json with its scores once it is judged
+    <stage>/                   the weights of the first arm's first seed
+    online.json, online.md     the table
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from eg3d_rlhf.core.cli import versions
@@ -28,69 +26,118 @@ from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.experiments.table import INTERVAL, Table, markdown_rows, of_seeds, with_interval, write
+from eg3d_rlhf.experiments.table import write
 from eg3d_rlhf.models.policies import link, shared_copy, tuned_model
 from eg3d_rlhf.models.sparse import separate, to_cpu
 from eg3d_rlhf.tuning.flow.families import open_problem
-from eg3d_rlhf.tuning.flow.generate import stage_latents
-from eg3d_rlhf.tuning.flow.online.groups import Explorer, GrpoConfig, Task, train_online
+from eg3d_rlhf.tuning.flow.generate import generate, stage_latents, voxels_for
+from eg3d_rlhf.tuning.flow.online.advantages import as_used
+from eg3d_rlhf.tuning.flow.online.config import OnlineConfig
+from eg3d_rlhf.tuning.flow.online.draws import Explorer, Task
+from eg3d_rlhf.tuning.flow.online.table import markdown, table
+from eg3d_rlhf.tuning.flow.online.updates import train_online
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.problem import JUDGES, Choosing, Judging, Problem, ProblemSource, judged
+from eg3d_rlhf.tuning.flow.problem import Choosing, Judging, Problem, ProblemSource, judged
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
-from eg3d_rlhf.tuning.flow.stage import AssetReward, stage_of
+from eg3d_rlhf.tuning.flow.stage import AssetReward, Voxels, stage_of
 from eg3d_rlhf.tuning.flow.train import POLICY, StageResult
 from eg3d_rlhf.tuning.flow.train_pairs import Order, TrainConfig, train_stage
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
 
-ARMS = {
-    "grpo": "GRPO",
-    "dpo": "DPO on as many samples, ordered by the reward",
-    "shuffled": "GRPO, rewards shuffled within groups",
-    "inverted": "GRPO, rewards inverted",
-}
+DPO = "dpo"
 CONTROLS = ("shuffled", "inverted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Settings of each arm that draws samples."""
+
+    nft: OnlineConfig
+    grpo: OnlineConfig
+    grpo_plain: OnlineConfig
+    grpo_guard: OnlineConfig
+    dppo: OnlineConfig
+    dgpo: OnlineConfig
+
+    def of(self, arm: str) -> OnlineConfig:
+        return getattr(self, arm.replace("-", "_"))
+
+
+KINDS = (*(field.name.replace("_", "-") for field in fields(Losses)), DPO)
+ARMS = tuple(name for kind in KINDS for name in (kind, *(f"{kind}-{use}" for use in CONTROLS)))
+
+
+def divided(arm: str) -> tuple[str, str]:
+    """Kind and use of the rewards of an arm.
+
+    >>> divided("grpo-guard-shuffled"), divided("dpo")
+    (('grpo-guard', 'shuffled'), ('dpo', 'reward'))
+    """
+    kind, _, use = arm.rpartition("-")
+    return (kind, use) if use in CONTROLS else (arm, "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     problem: Problem
     task: Task
-    grpo: GrpoConfig
+    losses: Losses
     dpo: TrainConfig
     choosing: Choosing | None  # None: the last network is kept
-    known: Mapping  # JSON that names the problem and the reward
+    known: Mapping  # JSON that names the problem and the rewards
+
+    def config(self, arm: str) -> OnlineConfig:
+        """Of an arm; of DPO those that say how many samples it may have."""
+        kind, use = divided(arm)
+        return replace(self.losses.grpo_plain if kind == DPO else self.losses.of(kind), use=use)
+
+    def check_gate(self) -> None:
+        """Raises: ValueError for a name of --gate that is not watched."""
+        known = self.watched()
+        for name in self.task.gate:
+            if name not in known:
+                raise ValueError(f"--gate: expected some of {', '.join(known) or 'none here'}, got {name!r}. Name what is not trained on.")
+
+    def watched(self) -> list[str]:
+        """Names of the rewards that are watched: of one asset of the untuned network."""
+        if self.task.watched is None or not self.task.gate:
+            return []
+        condition = self.task.conditions[0]
+        assets = generate(self.problem.pipeline, [condition], [0], self.task.others)
+        return list(self.task.watched(assets, [condition]))
 
     def train(self, arm: str, out: Path, ranks: Ranks = SINGLE, say: Callable[[str], None] = print) -> StageResult:
         """Train an arm in a folder, or go on with it there."""
-        task, chooser = self.task, None
-        if self.choosing is not None and arm not in CONTROLS:
+        task, chooser, (kind, use) = self.task, None, divided(arm)
+        if self.choosing is not None and use == "reward":
             chooser = self.choosing.held_out(self.problem, task.stage.name, task.others, task.others, ranks)
-        if arm == "dpo":
-            pairs = ranked_pairs(task, self.grpo, self.dpo.seed)
+        if kind == DPO:
+            pairs = ranked_pairs(task, self.config(arm), self.dpo.seed)
             return train_stage(task.pipeline, task.stage.name, pairs, self.dpo, out, held_out=chooser, ranks=ranks, resume=True, say=say)
-        config = self.grpo if arm == "grpo" else replace(self.grpo, use=arm)
-        return train_online(task, config, out, {"problem": dict(self.known)}, held_out=chooser, ranks=ranks, resume=True, say=say)
+        known = {"problem": dict(self.known)}
+        return train_online(task, self.config(arm), out, known, held_out=chooser, ranks=ranks, resume=True, say=say)
 
 
-def ranked_pairs(task: Task, config: GrpoConfig, seed: int, batch: int = 64) -> list[PreferencePair]:
-    """As many samples as GRPO draws, in groups of the same sizes, from the untuned network by its own sampler; in each group the best is
-    paired with the worst, the second with the last but one, and so on. Pairs of equal rewards are left out.
+def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -> list[PreferencePair]:
+    """As many samples as an online arm draws, in groups of the same sizes, from the untuned network by its own sampler; in each group the
+    best is paired with the worst, the second with the last but one, and so on. Pairs of equal rewards are left out.
 
     Args: batch: samples at once.
     """
     order, K = Order(task.conditions, config.batch, seed), config.group
     groups = [(condition, derive_seed("pairs", seed, step, number) % 2**31)
               for step in range(config.steps) for number, (_, condition) in enumerate(order.items(step))]
-    several, pairs = max(1, batch // K), []
+    several, pairs, weights = max(1, batch // K), [], torch.tensor(task.weights)[:, None]
     for i in tqdm(range(0, len(groups), several), desc="samples for pairs", unit="batch", leave=False, disable=None):
         names, seeds = map(list, zip(*groups[i : i + several], strict=True))
         given = [places for places in task.given(names, seeds, batch) for _ in range(K)]
         wide = ([name for name in names for _ in range(K)], [seed for seed in seeds for _ in range(K)])
         draws = [derive_seed("sample", seed, k) for seed in seeds for k in range(K)]
         latents = stage_latents(task.pipeline, task.stage, wide[0], draws, given)
-        rewards, kept = task.rewards(latents, *wide).view(-1, K), [to_cpu(latent) for latent in separate(latents)]
+        total = (weights * task.scores(latents, *wide)[0]).sum(0).view(-1, K)
+        rewards, kept = as_used(total, config.use, seeds), [to_cpu(latent) for latent in separate(latents)]
         for number, (name, scores) in enumerate(zip(names, rewards, strict=True)):
             best = scores.argsort(descending=True, stable=True).tolist()
             for k in range(K // 2):
@@ -104,17 +151,20 @@ def ranked_pairs(task: Task, config: GrpoConfig, seed: int, batch: int = 64) -> 
     return pairs
 
 
-def drift(task: Task, model: torch.nn.Module, config: GrpoConfig, conditions: Sequence[str], seed: int) -> float:
-    """Divergence of a tuned network's steps from the untuned one's, as `kl` in training, on two new samples of every condition."""
-    explorer = Explorer(task=task, config=replace(config, group=2), policy=model, reference=FrozenModel(shared_copy(task.stage.model)))
+def drift(task: Task, model: torch.nn.Module, config: OnlineConfig, conditions: Sequence[str], seed: int) -> float:
+    """Divergence of a tuned network's steps from the untuned one's on two new samples of every third condition: of one sampler for all
+    losses, whose steps all draw noise in closed form."""
+    same = replace(config, loss="grpo", group=2, window=None, trained_steps=None, sde_step="exact", noise=0.7)
+    explorer = Explorer(task=task, config=same, policy=model, reference=FrozenModel(shared_copy(task.stage.model)))
+    conditions = conditions[::3]
     seeds = [derive_seed("drift", seed, condition) % 2**31 for condition in conditions]
-    drawn, _ = explorer.draw(conditions, seeds, range(len(explorer.steps) - 1))
-    return float(torch.cat([move.far for samples in drawn for move in samples.moves]).mean())
+    every = range(len(explorer.steps) - 1)
+    return float(torch.cat([move.far for samples in explorer.draw(conditions, seeds, every, every) for move in samples.moves]).mean())
 
 
 # Rewards by name: what a stage can be tuned for. A plugin (docs/extending.md) adds its own to `REWARDS`.
 
-OWN = "own"
+OWN, CHOOSER = "own", "chooser"
 REWARDS: dict[str, Callable[[Problem], AssetReward]] = {}  # by name: makes it for a problem, once in every process
 
 
@@ -130,7 +180,41 @@ def reward_of(name: str, problem: Problem) -> AssetReward:
     return REWARDS[name](problem)
 
 
+def weighed(text: str) -> dict[str, float]:
+    """Weights by name. Raises: ValueError for what is none.
+
+    >>> weighed("own,solid:0.5")
+    {'own': 1.0, 'solid': 0.5}
+    """
+    found = {}
+    for part in text.split(","):
+        name, colon, weight = part.strip().partition(":")
+        try:
+            found[name] = float(weight) if colon else 1.0
+        except ValueError:
+            found[name] = 0.0
+        if not name or not 0 < found[name] < float("inf"):
+            raise ValueError(f"--reward: expected names with commas, each with :WEIGHT above 0 or without, got {text!r}. Correct it.")
+    return found
+
+
+def watch_of(problem: Problem, trained: Sequence[str]) -> Callable[[Sequence, Sequence[str]], dict[str, torch.Tensor]]:
+    """Scores of a problem that nothing is trained on, by name; its final judge is kept for the table."""
+
+    def watch(assets: Sequence, conditions: Sequence[str]) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        if problem.reward is not None and OWN not in trained:
+            found[OWN] = problem.reward(assets, conditions)
+        if problem.chooser is not None:
+            found[CHOOSER] = problem.chooser(assets, conditions)
+        measures = problem.measures or problem.parts
+        return found | dict(measures(assets, conditions) if measures is not None else {})
+
+    return watch
+
+
 # Settings of a run.
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineSource(ProblemSource):
@@ -140,79 +224,24 @@ class OnlineSource(ProblemSource):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoRun:
-    grpo: GrpoConfig
-    dpo: TrainConfig  # of the arms that train on pairs
+class OnlineRun:
+    losses: Losses
+    dpo: TrainConfig  # of the arm that trains on pairs
     source: OnlineSource = OnlineSource()
     stage: str | None = None  # None: the last
-    reward: str = OWN
-    arms: tuple[str, ...] = ("grpo",)
+    reward: str = OWN  # names, with weights
+    gate: str | None = None  # names of watched rewards
+    arms: tuple[str, ...] = ("nft",)
     training_seeds: tuple[int, ...] = (0,)
     choosing: Choosing | None = None  # None: no win rate while training; the last update is kept
     judging: Judging = Judging()  # of the table that ends a run
     summary: bool = True  # end with it
 
     def __post_init__(self):
-        odd = [arm for arm in self.arms if arm not in ARMS]
-        if odd or not self.arms or len(set(self.arms)) < len(self.arms):
-            raise ValueError(f"--arms: expected some of {', '.join(ARMS)}, each once, got {', '.join(self.arms) or 'none'}. Name them.")
-
-
-# The table that ends it.
-
-
-def table(results: Mapping[str, Mapping], arms: Sequence[str], seeds: Sequence[int], facts: Mapping) -> dict:
-    """The whole table as JSON. Args: results: by task, see run.py; facts: what a reader of the file needs besides."""
-    base = {name: np.array([values]) for name, values in results["base"]["scores"].items()}  # [1, C, S]
-    arrays = {
-        arm: {name: np.array([results[f"{arm}-{seed}"]["scores"][name] for seed in seeds]) for name in base} for arm in arms
-    }  # [K, C, S]
-    rates, rows = Table(scores=arrays, base=base, seeds=seeds), {}
-    for arm, scores in arrays.items():
-        trainings, judged = [results[f"{arm}-{seed}"] for seed in seeds], rates.against_base(arm)
-        up = (scores["reward"].mean(2) > base["reward"].mean(2)).mean(1)  # [K], share of conditions
-        rows[arm] = {
-            "title": ARMS[arm], "samples": [training["samples"] for training in trainings],
-            "kept_step": [training["kept_step"] for training in trainings],
-            "reward": {
-                "up": float(up.mean()), "up_seeds": up.tolist(), "mean": float(scores["reward"].mean()),
-                "mean_seeds": scores["reward"].mean((1, 2)).tolist(), "base": float(base["reward"].mean()),
-            },
-            "judges": {name: judged[name] for name in JUDGES if name in judged},
-            "kl": [training["kl"] for training in trainings], "warnings": [training["warnings"] for training in trainings],
-        }
-    judge = next(name for name in JUDGES if name in base)
-    return {
-        "arms": rows, "pairwise": rates.pairwise(judge), "judge": judge, **rates.sizes, "training_seeds": list(seeds),
-        "interval": INTERVAL, **facts,
-    }
-
-
-def markdown(data: Mapping) -> str:
-    judge, seeds = data["judge"], data["training_seeds"]
-    by_seed = [f"seed {seed}" for seed in seeds]
-    head = ["arm", "samples", "reward up on", "mean reward", f"{judge} judge, wins against base", *by_seed, "KL", "kept"]
-    rows = []
-    for arm in data["arms"].values():
-        reward, won = arm["reward"], arm["judges"][judge]
-        far = [value for value in arm["kl"] if value is not None]
-        rows.append([
-            arm["title"], arm["samples"][0] or "", f"{reward['up']:.0%} of conditions", f"{reward['mean']:+.3f} ({reward['base']:+.3f})",
-            with_interval(won), *of_seeds(won), f"{np.mean(far):.2g}" if far else "",
-            ", ".join(map(str, arm["kept_step"])),
-        ])  # fmt: skip
-    facts = (
-        f"Stage {data['stage']}; {data['conditions']} held-out conditions x {data['noises']} noises x {len(seeds)} training seeds; ties "
-        f"count half. Brackets: {data['interval']}. In brackets behind a mean reward the untuned network's. KL: of the steps from the "
-        "untuned network's, mean over numbers, steps and samples."
-    )
-    lines = ["# GRPO against its base", "", facts, "", *markdown_rows(head, rows)]
-    if data["pairwise"]:
-        rows = []
-        for name, rated in data["pairwise"].items():
-            rows.append([*name.split("_vs_"), with_interval(rated), *of_seeds(rated)])
-        lines += ["", f"## Pair by pair, {judge} judge", "", *markdown_rows(["arm", "against", "wins", *by_seed], rows)]
-    return "\n".join(lines) + "\n"
+        weighed(self.reward)
+        if any(arm not in ARMS for arm in self.arms) or not self.arms or len(set(self.arms)) < len(self.arms):
+            known = f"{', '.join(KINDS)}, or one with -{' or -'.join(CONTROLS)}"
+            raise ValueError(f"--arms: expected some of {known}, each once, got {', '.join(self.arms) or 'none'}. Name them.")
 
 
 # The run.
@@ -220,17 +249,28 @@ def markdown(data: Mapping) -> str:
 BASE = "base"
 
 
-def bench_of(settings: GrpoRun, problem: Problem, seed: int) -> Bench:
+def bench_of(settings: OnlineRun, problem: Problem, seed: int) -> Bench:
     stage = stage_of(problem.pipeline, settings.stage or problem.pipeline.stages[-1].name)
-    reward = reward_of(settings.reward, problem)
-    task = Task(pipeline=problem.pipeline, stage=stage, reward=reward, conditions=problem.train_conditions)
+    weights = weighed(settings.reward)
+    rewards = {name: reward_of(name, problem) for name in weights}
+    gate = tuple(name.strip() for name in settings.gate.split(",")) if settings.gate else ()
+    task = Task(
+        pipeline=problem.pipeline, stage=stage, rewards=rewards, weights=tuple(weights.values()), conditions=problem.train_conditions,
+        watched=watch_of(problem, list(weights)), gate=gate,
+    )  # fmt: skip
+
+    def total(assets: Sequence, conditions: Sequence[str]) -> torch.Tensor:
+        scores = [weights[name] * reward(assets, conditions) for name, reward in rewards.items()]
+        return torch.stack(scores).sum(0)
+
+    losses = replace(settings.losses, **{field.name: getattr(settings.losses, field.name).at(stage, seed) for field in fields(Losses)})
     return Bench(
-        problem=replace(problem, reward=reward), task=task, grpo=settings.grpo.at(stage, seed), dpo=settings.dpo.at(stage, seed),
-        choosing=settings.choosing, known={**problem.identity, "reward": settings.reward},
-    )
+        problem=replace(problem, reward=total, parts=problem.measures or problem.parts), task=task, losses=losses,
+        dpo=settings.dpo.at(stage, seed), choosing=settings.choosing, known={**problem.identity, "reward": settings.reward},
+    )  # fmt: skip
 
 
-def work(settings: GrpoRun, problem: Problem, run: Run) -> None:
+def work(settings: OnlineRun, problem: Problem, run: Run) -> None:
     """Do what is left to do of a run, and write its results."""
     folder, ranks = run.folder, run.ranks
     settings = replace(settings, summary=settings.summary and bool(problem.held_out_conditions))
@@ -249,15 +289,15 @@ def work(settings: GrpoRun, problem: Problem, run: Run) -> None:
     if not ranks.main:
         return
     stage = bench_of(settings, problem, settings.training_seeds[0]).task.stage.name
-    if "grpo" in settings.arms:
-        source = folder / f"grpo-{settings.training_seeds[0]}" / POLICY
-        for file in sorted(source.iterdir()):
-            link(file, folder / stage / file.name)
-        print(f"Weights in {folder / stage}.")
+    source = folder / f"{settings.arms[0]}-{settings.training_seeds[0]}" / POLICY
+    for file in sorted(source.iterdir()):
+        link(file, folder / stage / file.name)
+    print(f"Weights of {settings.arms[0]} in {folder / stage}.")
     if settings.summary:
         facts = {"stage": stage, "problem": dict(problem.identity), "run": asdict(settings), "versions": versions()}
-        data = table(results, settings.arms, settings.training_seeds, facts)
-        for path in write(data, folder, "grpo", markdown):
+        controls = [arm for arm in settings.arms if divided(arm)[1] != "reward"]
+        data = table(results, settings.arms, settings.training_seeds, facts, controls)
+        for path in write(data, folder, "online", markdown):
             print(f"Written: {path}")
         print(markdown(data))
     run.done()
@@ -267,17 +307,18 @@ def work(settings: GrpoRun, problem: Problem, run: Run) -> None:
 class Worker:
     """Does tasks, "<arm>-<seed>" or "base", and returns their results as JSON; what is done already is read."""
 
-    settings: GrpoRun
+    settings: OnlineRun
     folder: Path
     problem: Problem
     ranks: Ranks = SINGLE
     say: Callable[[str], None] = tqdm.write
+    left: list[Voxels] | None = None
 
     def __call__(self, task: str) -> dict:
         settings, (arm, _, seed) = self.settings, task.rpartition("-")
         bench = bench_of(settings, self.problem, int(seed) if arm else settings.training_seeds[0])
         inputs = {
-            "task": task, "problem": bench.known, "grpo": asdict(bench.grpo), "dpo": asdict(bench.dpo),
+            "task": task, "problem": bench.known, "losses": asdict(bench.losses), "dpo": asdict(bench.dpo), "gate": list(bench.task.gate),
             "choosing": None if bench.choosing is None else asdict(bench.choosing), "judging": asdict(settings.judging),
             "summary": settings.summary,
         }  # fmt: skip
@@ -286,26 +327,37 @@ class Worker:
             result = self._trained(arm, bench, folder) if arm else {"models": {}}
             models = result.pop("models")
             if self.ranks.main and settings.summary:
-                result["scores"] = judged(bench.problem, models, settings.judging)["scores"]
+                result["scores"] = judged(bench.problem, models, settings.judging, given=self._given(bench))["scores"]
             return [folder / POLICY] if arm else [], result
 
         return dict(Store(self.folder, self.ranks, hashed=False).make(task, inputs, maker).record)
+
+    def _given(self, bench: Bench) -> Mapping[str, Sequence[Voxels]]:
+        """What the stages before leave to the stage that is tuned: the same for all arms, and drawn once in a process."""
+        name = bench.task.stage.name
+        if name == bench.problem.pipeline.stages[0].name:
+            return {}
+        if self.left is None:
+            conditions, seeds = self.settings.judging.crossed(bench.problem)
+            self.left = voxels_for(bench.problem.pipeline, name, conditions, seeds, None, self.settings.judging.batch)
+        return {name: self.left}
 
     def _trained(self, arm: str, bench: Bench, folder: Path) -> dict:
         stage = bench.task.stage
         done = bench.train(arm, folder, self.ranks, self.say)
         model = tuned_model(stage.model, done.weights)
-        planned = bench.grpo.steps * bench.grpo.batch * bench.grpo.group
-        drawn = planned if arm == "dpo" else sum(line.get("samples", 0) for line in done.stats)
+        config = bench.config(arm)
+        planned = config.steps * config.batch * config.group
+        drawn = planned if divided(arm)[0] == DPO else sum(line.get("samples", 0) for line in done.stats)
         held = list(bench.problem.held_out_conditions)
-        far = drift(bench.task, model, bench.grpo, held, self.settings.judging.seed) if held and self.ranks.main else None
+        far = drift(bench.task, model, config, held, self.settings.judging.seed) if held and self.ranks.main else None
         return {
             "models": {stage.name: model}, "kept_step": done.kept_step, "warnings": done.warnings, "samples": drawn, "kl": far,
             "win_rates": [[line["step"], line["win_rate"]] for line in done.stats if "win_rate" in line],
         }
 
 
-def worker_of(settings: GrpoRun, folder: Path, device: str, alone: bool) -> Worker:
+def worker_of(settings: OnlineRun, folder: Path, device: str, alone: bool) -> Worker:
     """What a process does tasks with; on one thread where it is not alone."""
     if not alone:
         torch.set_num_threads(1)

@@ -299,6 +299,7 @@ def toy_problem(
         chooser=ChooserOracle(),
         final=FinalOracle(),
         parts=FinalOracle().parts,
+        measures=FinalOracle().measures,
         train_conditions=TRAINED,
         held_out_conditions=HELD_OUT,
         choosing_conditions=CHOOSING,

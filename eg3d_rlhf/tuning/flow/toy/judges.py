@@ -101,13 +101,19 @@ class ChooserOracle(_Oracle):
 class FinalOracle(_Oracle):
     """Geometry Dice + symmetry - 0.03 for every part beyond the first; colour -3 mean absolute error."""
 
-    def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    def measures(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What it adds up, [N] each, larger is better: "overlap", "symmetry", "pieces" (beyond the first, negative) and "colour"."""
         views = _Views.of(assets, conditions)
-        dice = (2 * views.overlap / views.sizes).amax(1)
         mirrored = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
         more = torch.tensor([ndimage.label(asset.occupancy.numpy())[1] - 1 for asset in assets])  # parts that hang together by faces
-        colour = -3 * views.mean(views.colour_error.abs().mean(2))
-        return {"geometry": dice + views.mean(mirrored.float()) - 0.03 * more, "colour": colour}
+        return {
+            "overlap": (2 * views.overlap / views.sizes).amax(1), "symmetry": views.mean(mirrored.float()), "pieces": -0.03 * more,
+            "colour": -3 * views.mean(views.colour_error.abs().mean(2)),
+        }  # fmt: skip
+
+    def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        found = self.measures(assets, conditions)
+        return {"geometry": found["overlap"] + found["symmetry"] + found["pieces"], "colour": found["colour"]}
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""GRPO on a generator's own folder, without pairs: one stage of points by a network with its data at t = 1, and a plugin's reward."""
+"""Online tuning on a generator's own folder, without pairs: points by a network with its data at t = 1, and a plugin's reward."""
 
 import json
 
@@ -13,7 +13,8 @@ from eg3d_rlhf.tuning.flow.online import arms
 from tests.tuning.flow import point_family
 from tests.tuning.flow.tiny_points import conditions, write_folder
 
-FEW = "--steps=15 --batch=3 --group=8 --lr=0.02 --set=warmup=0 --kl=0 --set=sampler_steps=4 --lora-rank=4 --device=cpu".split()
+FEW = [*"--steps=15 --batch=3 --group=8 --lr=0.02 --kl=0 --lora-rank=4 --device=cpu".split(),
+       *"--set=warmup=0 --set=sampler_steps=4 --set=max_away=9".split()]  # fmt: skip
 
 
 def to_the_right(assets, names):
@@ -39,8 +40,8 @@ def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
         assert done.exit_code == 2 and message in done.output.replace("\n", " "), (flags, done.output)
     done = call(tmp_path, known, "--reward=right", "--set=desc=x")
     assert done.exit_code == 0, (done.output, done.exception)
-    (run,) = (tmp_path / "runs").glob("*-grpo-ROOT-points-x")
-    found = json.loads((run / "grpo.json").read_text())
+    (run,) = (tmp_path / "runs").glob("*-online-grpo-ROOT-points-x")
+    found = json.loads((run / "online.json").read_text())
     assert found["arms"]["grpo"]["reward"]["up"] == 1 and found["judge"] == "reward"
     pipeline = point_family.load(root, conditions())
     names, seeds = crossed("abcd", 16, 5)
