@@ -1,6 +1,7 @@
 """Settings of online tuning: one flat set for all losses, since most of it is common to them."""
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 from eg3d_rlhf.tuning.flow.online.losses.schedules import DECAYS
@@ -43,8 +44,8 @@ class OnlineConfig(StageTraining):
     # on the sampler's steps
     window: int | None = _online(None, "grpo, grpo-guard, dppo: steps that draw noise and are trained on; the others are the flow's own.",
                                  metavar="STEPS", low=1, shown="all but the last")
-    window_end: int | None = _online(None, "Where windows end at the latest.", metavar="STEP", low=1, shown="the last but one",
-                                     rare=True)
+    window_end: int | None = _online(None, "Where windows end at the latest.", metavar="STEP", low=1,
+                                     shown="after two fifths of the steps", rare=True)
     window_moves: str = _online("random", "How windows move: anew for every update, or from noisy steps to quiet ones and again.",
                                 choices=("random", "progressive"), rare=True)
     window_updates: int = _online(25, "Of a progressive window at one place.", metavar="UPDATES", low=1, rare=True)
@@ -94,5 +95,10 @@ class OnlineConfig(StageTraining):
             got = f"{self.trained_steps or 1} of {sampling.steps}"
             raise ValueError(f"--trained-steps: expected at most all steps of the sampler but the last, got {got}. Change one.")
         if self.window is not None:
-            check_window(self.window, 0, self.window_end or most, most)
+            check_window(self.window, 0, self.last_window(sampling.steps), most)
         return sampling
+
+    def last_window(self, steps: int) -> int:
+        """Where windows end at the latest, of a sampler of so many steps: noisy steps decide more of the shape."""
+        assert self.window is not None
+        return self.window_end or max(self.window, math.ceil(0.4 * steps))

@@ -58,7 +58,7 @@ class OnSteps:
         """Numbers of the sampler's steps that draw noise in an update, and of those that it trains on."""
         config, most = self.config, len(self.explorer.steps) - 1
         if config.window is not None:
-            end = config.window_end or most
+            end = config.last_window(len(self.explorer.steps))
             if config.window_moves == "random":
                 draw = random.Random(derive_seed("window", config.seed, step)).randint
                 window = random_window(config.window, 0, end, draw)

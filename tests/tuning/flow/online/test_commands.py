@@ -47,7 +47,7 @@ MISTAKES = {
     "no table": (["--set=no_summary=true", "--table-noises=4"], "--table-noises: belongs to the table"),
     "steps": (["--loss=grpo", "--set=trained_steps=8"],
               "--set trained_steps=VALUE: expected at most all steps of the sampler but the last, got 8 of"),
-    "window": (["--loss=grpo", "--window=9", "--set=sampler_steps=8"], "window: expected 1 or more of the sampler's steps 0 to 7, got 9"),
+    "window": (["--loss=grpo", "--window=9", "--set=window_end=9"], "window: expected 1 or more of the sampler's steps 0 to 3, got 9"),
     "window of nft": (["--window=2"], "--window: belongs to losses on the sampler's steps"),
     "nft's": (["--loss=dgpo", "--set=curvature=0.5"], "--set curvature=VALUE: belongs to --loss=nft"),
     "toy's reward": (["--pairs=x"], "--pairs: belongs to --pipeline=DIR"),
@@ -85,7 +85,7 @@ def test_the_preset_is_grpo_at_every_step():
     found = json.loads(run("-n", mode="grpo").stdout)
     assert found["arms"] == ["grpo"] and found["losses"]["grpo"] == found["losses"]["grpo_plain"]
     assert found["losses"]["grpo"]["window"] is None and found["losses"]["grpo"]["clip_range"] == 1e-3
-    assert json.loads(run("-n").stdout)["arms"] == ["nft"]
+    assert found["choosing"] and found["losses"]["grpo"]["steps"] == 50 and json.loads(run("-n").stdout)["arms"] == ["nft"]
     every = json.loads(run("-n", "--arms=all").stdout)["arms"]
     assert len(every) == 18 and {divided(arm)[1] for arm in every} == {"reward", "shuffled", "inverted"}
 
@@ -102,7 +102,7 @@ def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
     for module in (commands, arms):
         monkeypatch.setattr(module, "open_problem", lambda source, device: tiny_problem())
-    monkeypatch.setattr(commands, "default_run", lambda pipeline: TINY)
+    monkeypatch.setattr(commands, "default_run", lambda pipeline, preset: TINY)
 
     def go(*flags: str):
         result = run(*flags, *([] if any("--resume" in f for f in flags) else [f"--outdir={tmp_path}", "--table-noises=2"]))
@@ -152,7 +152,7 @@ def test_pairs_of_samples_are_ordered_by_the_reward_within_groups():
     assert torch.equal(scored, -torch.tensor([pair.reward_preferred for pair in turned]))
 
 
-# What docs/results-flow.md says of online tuning on the toy, for one training seed.
+# What online tuning does on the toy, for one training seed.
 
 
 ARMS = ("nft", "nft-shuffled", "nft-inverted")

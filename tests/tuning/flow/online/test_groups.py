@@ -63,7 +63,14 @@ OF_LOSS = {  # settings under which a few updates of the tiny generator show wha
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("loss", "stage"), [*((loss, "voxels") for loss in LOSSES), ("grpo", "structure"), ("nft", "structure")])
+SLOW = pytest.mark.long
+LEARNT = [
+    ("nft", "voxels"), ("grpo", "structure"), ("dgpo", "voxels"),
+    *(pytest.param(*case, marks=SLOW) for case in (("nft", "structure"), ("grpo", "voxels"), ("grpo-guard", "voxels"), ("dppo", "voxels"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "stage"), LEARNT)
 def test_the_reward_of_new_samples_rises_and_its_inverse_falls(tmp_path, loss, stage):
     def large(assets, conditions):
         return torch.tensor([float(len(asset.coords)) for asset in assets]) if stage == "structure" else likes_target(assets, conditions)
@@ -142,9 +149,9 @@ def test_a_full_window_is_the_whole_sampler_and_an_empty_one_the_flow_itself():
 
 
 def test_windows_move_by_the_seed_alone():
-    updates = updates_of(window=2)
+    updates = updates_of(window=2, window_end=3)
     found = [list(updates.objective.steps_of(step)[1]) for step in range(12)]
-    assert found == [list(updates_of(window=2).objective.steps_of(step)[0]) for step in range(12)]
+    assert found == [list(updates_of(window=2, window_end=3).objective.steps_of(step)[0]) for step in range(12)]
     assert len({tuple(window) for window in found}) > 1 and all(len(window) == 2 for window in found)
     moving = updates_of(window=1, window_moves="progressive", window_updates=2, window_end=2)
     assert [moving.objective.steps_of(step)[0].start for step in range(6)] == [0, 0, 1, 1, 0, 0]
