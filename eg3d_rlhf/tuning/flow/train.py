@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -37,7 +37,7 @@ from training.phases import LossNotFiniteError, cosine
 from training.storage import read_tensors, write_tensors
 
 WARNINGS, RESULT, POLICY = "warnings.json", "result.json", "policy"
-FREE = ("batch_gpu", "checkpoint_every")  # settings that a resumed run may change
+FREE = ("batch_gpu", "checkpoint_every", "recompute")  # settings that a resumed run may change
 KEPT = "kept parameters"
 
 train_knob = functools.partial(knob, group="Training")
@@ -52,6 +52,8 @@ class StageTraining:
     lora: LoraConfig | None = field(default_factory=LoraConfig)  # adapters to train; None trains every parameter
     steps: int = train_knob(3000, "Length of a stage's training.", metavar="UPDATES", low=1)
     lr: float = train_knob(5e-6, "AdamW's learning rate.", above=0)
+    recompute: str = train_knob("auto", "Compute blocks again in the backward pass: less memory, a third more time. auto: where "
+                                "memory needs it.", choices=("auto", "on", "off"), rare=True)
     schedule: str = train_knob("constant", "Of the learning rate after its rise; cosine: down to 2 % of it at the last update.",
                                choices=("constant", "cosine"), rare=True)
     optimizer: str = train_knob("adamw", "adamw8bit: bitsandbytes' AdamW, whose state takes a quarter of the memory.",
@@ -272,8 +274,17 @@ def policy_and_reference(stage: FlowStage, config: StageTraining) -> tuple[torch
         policy = shared_copy(stage.model)
         add_lora(policy, config.lora, config.seed)
         return policy, AdapterOff(policy) if config.needs_reference else None
-    policy = copy.deepcopy(stage.model).float().requires_grad_(True)
-    return policy, FrozenModel(shared_copy(stage.model).float(), policy) if config.needs_reference else None
+    policy, reference = copy.deepcopy(stage.model), shared_copy(stage.model)
+    if any(p.dtype != torch.float32 for p in policy.parameters()):
+        policy, reference = policy.float(), reference.float()
+    policy.requires_grad_(True)
+    return policy, FrozenModel(reference, policy) if config.needs_reference else None
+
+
+def recomputing(model: Any, on: bool) -> None:
+    """Whether blocks are computed again in the backward pass, in networks that can."""
+    if hasattr(model, "recompute"):
+        model.recompute = on
 
 
 Judge = Callable[[torch.nn.Module], float]  # a network's held-out win rate, in 0..1; every rank asks, the first one's counts
@@ -313,6 +324,8 @@ def train(
             raise ValueError(f"train_stage: expected a new folder, got {out} with a run in it. Resume it, or name another.")
         if finished is None:
             policy, reference = policy_and_reference(stage, config)
+            if config.recompute != "auto":
+                recomputing(policy, config.recompute == "on")
             ranks.broadcast_(trained(policy).values())
             finished = _Training(start(run, policy, reference), config, held_out, run, say).train()
     return StageResult(**finished, weights=out / POLICY)

@@ -25,6 +25,7 @@ from eg3d_rlhf.models.sparse import collate, feats_of, parts_of, separate, with_
 from eg3d_rlhf.tuning.flow.accuracy import PairAccuracy
 from eg3d_rlhf.tuning.flow.conditions import each, to_device
 from eg3d_rlhf.tuning.flow.dpo import BINNED, TIME_BINS, DpoConfig, PairDraw, PairErrors, draw_pairs, pair_loss, pair_stats
+from eg3d_rlhf.tuning.flow.fit import Start, fitted
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, check_unique
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.stage import FlowStage, Pipeline, check_convention, stage_of
@@ -35,6 +36,7 @@ from eg3d_rlhf.tuning.flow.train import (
     Judge,
     StageResult,
     StageTraining,
+    recomputing,
     train,
     train_knob,
     trained,
@@ -335,8 +337,15 @@ def train_stage(
     if config.dpo.kind == "dro":
         say(f"Warning: {UNBOUNDED}")
 
+    def part(n: int) -> Start:
+        own = replace(config, batch=n, batch_gpu=None)
+        return lambda of, policy, reference: Updates(pipeline, of, pairs, own, policy, trained(policy).values(), reference, SINGLE)
+
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> Descent:
-        return Updates(pipeline, stage, pairs, config, policy, trained(policy).values(), reference, run.ranks, accuracy)
+        size, again = fitted(stage, config, config.batch_gpu or max(config.batch // ranks.world, 1), part, ranks, say)
+        recomputing(policy, again)
+        own = replace(config, batch_gpu=config.batch_gpu or size)
+        return Updates(pipeline, stage, pairs, own, policy, trained(policy).values(), reference, run.ranks, accuracy)
 
     known = ranks.broadcast(origin(stage, pairs) | ({"unseen": pairs_checksum(unseen)} if unseen else {}) if ranks.main else None)
     return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say)

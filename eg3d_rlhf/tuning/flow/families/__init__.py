@@ -75,6 +75,7 @@ class FlowFamily:
     # the options also share, views
     candidate: Candidates = drawn_candidate  # reads a line of a ranked list
     pair_meta: Callable[[Any, str, Mapping], Mapping] | None = None  # (pipeline, stage, report): what imported pairs state besides
+    told: Callable[[Any, str], Any] | None = None  # (pipeline, stage) -> shape of a condition, [L, E], or by name; for estimates
     networks: Callable[[Path], Sequence[Network]] | None = None  # of a folder; None: it is opened to see whether it fits
     version: str = ""  # which release it is, in words
     prompts: tuple[str, ...] = ()  # of a bundled generator, where none are given

@@ -49,6 +49,7 @@ from eg3d_rlhf.tuning.flow.stage import Dictionary, FlowStage, SparseVoxels, Vox
 ALL, FILE = "all", "file"  # what of the first stage is learnt, or SHAPE alone; see ProblemSource.parts
 POINTS = 512  # on a mesh, per square of the grid: some 100 in a voxel of its surface
 FOLDERS = ("checkpoints", "hf")  # of a repository
+TOKENS = {files.STRUCTURE: 7528, files.LATENT: 5496}  # of the released embedder, by stage
 MOST = 42000  # voxels that the second stage is given
 SCALE, SHIFT = "pointmap_scale", "pointmap_shift"  # kept beside the tokens of a condition
 OWN, CROSS = ("to_qkv", "to_out"), ("to_q", "to_kv", "to_out")  # linear layers of self-attention, and of attention to the condition
@@ -62,6 +63,12 @@ def call_mixture(module: nn.Module, x_t: NamedBatch, t: torch.Tensor, cond: torc
 def call_voxels(module: nn.Module, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor) -> SparseBatch:
     """The second network's call; its t is 1 at the data."""
     return module(x_t, t, cond, *step)
+
+
+def targets_of(config: Any, groups: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Layers of a mixture that adapters sit on. Args: groups: of latents that are learnt; None: all."""
+    own = [f"self_attn.{layer}.{group}" for group in groups or config.groups for layer in OWN]
+    return (*own, *(f"cross_attn.{group}.{layer}" for group in groups or config.groups for layer in CROSS))
 
 
 class ShapeAndPose(Dictionary):
@@ -125,9 +132,7 @@ class Sam3dPipeline(OpenedFolder):
             if not generator.weights or not any(generator.weights.values()):
                 raise ValueError(f"--set parts={FILE}: expected loss_weights in the file of stage {name!r}, got none. Set another.")
             common["path"] = replace(generator.path, weights=generator.weights)
-        targets = [f"self_attn.{layer}.{group}" for group in groups for layer in OWN]
-        targets += [f"cross_attn.{group}.{layer}" for group in groups for layer in CROSS]
-        return FlowStage(latents=latents, lora_targets=tuple(targets), **common)
+        return FlowStage(latents=latents, lora_targets=targets_of(config, groups), **common)
 
     def told(self, stage: str) -> str:
         """Tokens of its own."""
@@ -395,6 +400,7 @@ FAMILY = register(FlowFamily(
     name="sam3d", layout=f"{files.PIPELINE} of {files.PACKAGE}", recognises=files.recognises, stages=files.STAGES, load=load,
     files=lambda root: files.read_pipeline(root).files, options=("parts",), open=open_problem, embed=embed, show=show, facts=facts,
     export=export, encoder=partial(load, conditions=None, parts=SHAPE), candidate=asset_candidate(read_mesh), networks=networks,
+    told=lambda pipeline, stage: [TOKENS[stage], pipeline.file.generators[stage].config.cond_channels],
     address="https://huggingface.co/facebook/sam-3d-objects", up="z",
     version="SAM 3D Objects, shape with pose and Gaussians", notice=NOTICE,
 ))

@@ -16,6 +16,7 @@ from eg3d_rlhf.tuning.flow.families.trellis.files import (
     KINDS,
     LATENT_ENCODER,
     NEEDED,
+    TOKENS,
     PipelineFile,
     export_models,
     find_model,
@@ -116,6 +117,7 @@ FAMILY = register(FlowFamily(
     stages=tuple(FLOWS), load=load, files=model_files, judge=RewardOfPairs, open=open_problem, embed=embed, embed_texts=embed_texts,
     show=show, export=export, encoder=encoder, candidate=candidate, write_latent=write_latent,
     pair_meta=lambda pipeline, stage, report: {"normalization": normalization(pipeline.file, stage), "report": report},
+    told=lambda pipeline, stage: [TOKENS[pipeline.file.kind], pipeline.width(stage)],
     options=("voxel_share", "views"), networks=networks, address="https://huggingface.co/microsoft/TRELLIS-image-large", up="z",
     version="TRELLIS, of texts or images",
 ))

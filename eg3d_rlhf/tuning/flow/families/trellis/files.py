@@ -40,6 +40,7 @@ NEEDED = (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER)  # besides the
 USUAL_STEMS = {STRUCTURE_ENCODER: "ss_enc_conv3d_16l8_fp16", LATENT_ENCODER: "slat_enc_swin8_B_64l8_fp16"}  # pipeline.json leaves them out
 WEIGHTS = (".safetensors", ".pt")
 KINDS = {"text": Sampling(cfg_strength=7.5, cfg_interval=(0.5, 0.95)), "image": Sampling()}
+TOKENS = {"text": 77, "image": 1374}  # of a condition: CLIP's, DINOv2's with registers
 ENCODERS = {"text": "openai/clip-vit-large-patch14", "image": "dinov2_vitl14_reg"}
 NORMALIZATION = {  # of the released latents, where pipeline.json says nothing
     "mean": (-2.16875, -0.00435, -0.13352, -0.08418, -0.52712, 0.72387, -1.14145, 1.20394),

@@ -20,7 +20,7 @@ from eg3d_rlhf.tuning.flow.families.folder import EncodingFolder, check_finite, 
 from eg3d_rlhf.tuning.flow.families.trellis import files
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, voxel_features, voxels_filled
 from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder
-from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, SparseVoxels, Voxels
+from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, SparseVoxels, Voxels, stage_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,10 @@ class TrellisPipeline(EncodingFolder):
             name=name, model=model, latents=kind(channels=config.in_channels, resolution=config.resolution),
             path=FlowPath(sigma_min=self.file.sigma_min[name]), sampling=self.file.sampling[name],
         )
+
+    def width(self, stage: str) -> int:
+        """E of what a stage is told."""
+        return stage_of(self, stage).model.config.cond_channels  # type: ignore[union-attr, return-value]
 
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Voxels]:

@@ -422,6 +422,7 @@ FAMILY = register(FlowFamily(
     name="trellis2", layout=f"pipeline.json of {files.NAME}", recognises=recognises, stages=files.STAGES, load=load,
     files=lambda root: files.model_files(files.read_pipeline(root)), judge=RewardOfPairs, open=open_problem, embed=embed, show=show,
     export=export, encoder=partial(load_pipeline, conditions=None, sampled=False), candidate=asset_candidate(read_asset),
+    told=lambda pipeline, stage: [5 + (int(pipeline.told(stage)) // 16) ** 2, pipeline.configs[stage].cond_channels],
     networks=networks, address="https://huggingface.co/microsoft/TRELLIS.2-4B", up="z",
     version="TRELLIS.2-4B, of images",
 ))
