@@ -50,7 +50,7 @@ _TOY: dict[str, Any] = {
 }  # fmt: skip
 TOY_SINGLES = {
     "nft": SinglesConfig(loss="nft", trust=0.1, steps=100, batch=32, **_TOY),
-    "dgpo": SinglesConfig(loss="dgpo", beta=10.0, steps=100, batch=4, **_TOY),
+    "dgpo": SinglesConfig(loss="dgpo", beta=50.0, steps=100, batch=4, **_TOY),
 }
 TOY_DPO = TrainConfig(dpo=DpoConfig(beta=20.0), steps=100, batch=16, **_TOY)
 
