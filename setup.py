@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from setuptools import Command, setup
+from setuptools.command.build_py import build_py
 
 VARIABLE = "EG3D_RLHF_BUILD_OPS"
 ROOT = Path(__file__).resolve().parent
@@ -75,7 +76,18 @@ class BuildOps(Command):
                 print(target / library.name)
 
 
+class BuildPackages(build_py):
+    """The packages, and what is bundled beside them in a checkout: a wheel has assets/ in eg3d_rlhf/."""
+
+    def run(self) -> None:
+        """Copy both; an editable install reads the checkout's own."""
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / "assets", Path(self.build_lib, "eg3d_rlhf", "assets"), dirs_exist_ok=True)
+
+
 if __name__ == "__main__":
     wanted = os.environ.get(VARIABLE, "0") not in ("", "0")
     modules, build_ext = extensions([]) if wanted else ([], None)
-    setup(ext_modules=modules, cmdclass={"build_ops": BuildOps, **({"build_ext": build_ext} if build_ext else {})})
+    commands = {"build_ops": BuildOps, "build_py": BuildPackages, **({"build_ext": build_ext} if build_ext else {})}
+    setup(ext_modules=modules, cmdclass=commands)

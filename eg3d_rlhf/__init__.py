@@ -1,3 +1,45 @@
-"""The preference half: rewards on the density field, and fine-tuning with them."""
+"""Preferences for 3D generators: rewards on the density field, and tuning by them.
+
+The names of a notebook, each imported when it is asked for:
+
+    from eg3d_rlhf import load_generator, load_reward, ws_of_seeds
+
+    generator = load_generator().generator            # bundled; or a file, an EG3D pickle, a run's folder
+    field = generator.field(ws_of_seeds(generator, [1, 2, 3], truncation_psi=0.7))
+    print(load_reward().score(field))                 # a number for each shape, higher is better
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import torch_utils  # noqa: F401 (before torch: says how threads wait)
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.core.field import Field
+    from eg3d_rlhf.generators import load_generator, ws_of_seeds
+    from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
+    from eg3d_rlhf.modes.gan import tune
+    from eg3d_rlhf.preferences.labels import Preference, load_labels, write_labels
+    from eg3d_rlhf.preferences.losses import preference_loss
+    from eg3d_rlhf.rewards.observations import observation_of
+    from eg3d_rlhf.rewards.reward import Reward, load_reward
+
+__all__ = ["Field", "MeshOptions", "Preference", "Reward", "export_mesh", "load_generator", "load_labels", "load_reward", "observation_of",
+           "preference_loss", "tune", "write_labels", "ws_of_seeds"]
+
+_MODULES = {
+    "Field": "core.field", "MeshOptions": "geometry.mesh_export", "Preference": "preferences.labels", "Reward": "rewards.reward",
+    "export_mesh": "geometry.mesh_export", "load_generator": "generators", "load_labels": "preferences.labels",
+    "load_reward": "rewards.reward", "observation_of": "rewards.observations", "preference_loss": "preferences.losses",
+    "tune": "modes.gan", "write_labels": "preferences.labels", "ws_of_seeds": "generators",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'eg3d_rlhf' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"eg3d_rlhf.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

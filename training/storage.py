@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 HEADER_KEY = "eg3d_rlhf"
 CHECKSUM_KEY = "sha256"
+_ROOT = Path(__file__).resolve().parents[1]
+_PLACES = (_ROOT / "assets", _ROOT / "eg3d_rlhf" / "assets")  # of a checkout; of an installed wheel
+ASSETS = next((place for place in _PLACES if (place / "people-basis.safetensors").is_file()), _PLACES[0])  # what is bundled
 FORMAT = 1  # of the files that are written; they say so from 2 on, so that equal contents keep their bytes; later ones are refused
 
 

@@ -16,11 +16,10 @@ import click
 from click.core import ParameterSource
 
 from training.config import knobs_of
+from training.storage import ASSETS as ASSETS
 
 if TYPE_CHECKING:
     import torch  # a second and a half, which commands without tensors are spared
-
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 class GroupedOption(click.Option):

@@ -87,6 +87,20 @@ class Field(Protocol):
     """N shapes. Differentiable in whatever made them, where the family says so.
 
     A class that names this one as its base has only bounds, level, len, density and colour to write: grids and pictures come from them.
+
+    >>> class Balls(Field):
+    ...     bounds, level = Bounds(), LEVEL
+    ...
+    ...     def __len__(self) -> int:
+    ...         return 1
+    ...
+    ...     def density(self, points):
+    ...         return LEVEL + 100 * (0.3 - points.norm(dim=-1))[None]
+    ...
+    ...     def colour(self, points):
+    ...         return torch.full((1, len(points), 3), 0.5)
+    >>> bool((Balls().density(torch.zeros(1, 3)) > LEVEL).all())  # the middle is solid
+    True
     """
 
     @property

@@ -32,6 +32,7 @@ from training.storage import write_atomic
 REPO = Path(__file__).resolve().parents[2]
 TRAIN, TRAIN_REWARD = "train.py", "tools/train_reward.py"
 DOOR = "eg3d_rlhf"  # the package as a script: its first flags are a job's words
+_JOBS = {TRAIN: ["train"], TRAIN_REWARD: ["reward", "train"]}
 RECORD, LOG = "part.json", "log.txt"
 POLL = 0.05  # seconds between looks at the children
 
@@ -108,6 +109,14 @@ def _hash(path: Path, _modified: int) -> str:
     return file_hash(path)
 
 
+def _words(command: Sequence[str]) -> list[str]:
+    """What runs a script; an installed package has no scripts beside it, but the jobs that they are."""
+    script, flags = command[0], command[1:]
+    if script in _JOBS and not (REPO / script).is_file():
+        script, flags = DOOR, [*_JOBS[script], *flags]
+    return [sys.executable, str(REPO / script), *flags]
+
+
 @dataclass
 class _Child:
     """A script under way."""
@@ -127,8 +136,7 @@ class _Child:
         environment = {**os.environ, **({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})}
         with (part.folder / LOG).open("ab") as log:
             output, errors = (log, subprocess.STDOUT) if self.quiet else (None, None)
-            words = [sys.executable, str(REPO / command[0]), *command[1:]]
-            self.process = subprocess.Popen(words, env=environment, stdout=output, stderr=errors)
+            self.process = subprocess.Popen(_words(command), env=environment, stdout=output, stderr=errors)
 
     def ended(self) -> bool:
         """Whether it has ended; its cost is then kept.
@@ -197,7 +205,7 @@ def call(name: str, command: list[str]) -> float:
     """Run one of our scripts in the terminal; returns its seconds. Raises: ValueError where it failed."""
     click.echo(f"\n== {name}: {shlex.join(['python', *command])}", err=True)
     started = time.time()
-    code = subprocess.call([sys.executable, str(REPO / command[0]), *command[1:]])
+    code = subprocess.call(_words(command))
     if code:
         raise ValueError(f"{name}: expected status 0, got {code}. Its message stands above; the same command goes on.")
     return time.time() - started

@@ -168,7 +168,7 @@ class Mode(Generic[S]):
         @run_flags(self)
         @self.flags or options_of(self.settings)
         @click.pass_context
-        def command(context: click.Context, **given) -> None:
+        def command(context: click.Context, **given) -> Path | None:
             written = {n for n in context.params if context.get_parameter_source(n) == ParameterSource.COMMANDLINE}
             flags, resume = Flags(given, written), given["resume"]
             extra = sorted(written - FREE - mode.beside_resume - ({"jobs"} if mode.jobs else set())) if resume is not None else []
@@ -183,12 +183,11 @@ class Mode(Generic[S]):
                 settings = mode.read(resume, flags) if settings is None else settings
                 shown = dataclasses.asdict(settings) if mode.shown is None else mode.shown(settings)
                 click.echo(json.dumps(shown, indent=2, sort_keys=True))
-                return
+                return None
             with running(given["device"], given["timeout"], mode.again) as ranks:
                 if settings is None:
-                    mode.go_on(mode.read(resume, flags, ranks), resume, flags, ranks)
-                else:
-                    mode.start(settings, given["outdir"], flags, ranks)
+                    return mode.go_on(mode.read(resume, flags, ranks), resume, flags, ranks)
+                return mode.start(settings, given["outdir"], flags, ranks)
 
         return command
 

@@ -148,6 +148,9 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
         source: a network file (ours, or a pickle of EG3D, which is read without running it), a run folder (the snapshot that it kept,
             else its newest), or None for the bundled generator.
     Raises: FileNotFoundError, ValueError.
+
+    >>> load_generator().generator.z_dim
+    64
     """
     path = find_network(source)
     nets = load_networks(path, device)
@@ -198,7 +201,11 @@ def camera(generator: Any, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, foc
 
 @torch.no_grad()
 def ws_of_seeds(generator: Any, seeds: Sequence[int], truncation_psi: float = 1.0, truncation_cutoff: int | None = 14) -> torch.Tensor:
-    """ws [N, L, W] of seeds, conditioned on the frontal camera. Not differentiable."""
+    """ws [N, L, W] of seeds, conditioned on the frontal camera. Not differentiable.
+
+    >>> ws_of_seeds(load_generator().generator, [1, 2], truncation_psi=0.7).shape[0]
+    2
+    """
     generator = of(generator)
     check_seeds(generator, max(seeds, default=0), "seeds")
     z = latents(seeds, generator.z_dim).to(device_of(generator))

@@ -327,7 +327,11 @@ def write_mrc(
 
 @dataclass(frozen=True, kw_only=True)
 class MeshOptions:
-    """How a field becomes a mesh."""
+    """How a field becomes a mesh.
+
+    >>> MeshOptions(resolution=64, colors=False).component
+    'largest'
+    """
 
     resolution: int = 256  # grid points per axis, 16..1024
     level: float | None = None  # raw density of the surface; None is the field's own
@@ -391,6 +395,12 @@ def export_mesh(field: Field, options: MeshOptions, progress: Progress | None = 
 
     Args: progress: called with (stage, units done, units in all).
     Raises: ValueError when the level is not crossed, or for a border that leaves nothing.
+
+    >>> from eg3d_rlhf import load_generator, ws_of_seeds
+    >>> generator = load_generator().generator
+    >>> mesh, report = export_mesh(generator.field(ws_of_seeds(generator, [1])), MeshOptions(resolution=32, colors=False))
+    >>> report.components
+    1
     """
     tell = progress or (lambda stage, done, total: None)
     grid = FieldGrid(field, options.resolution, options.border)

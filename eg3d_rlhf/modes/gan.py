@@ -15,6 +15,7 @@ import click
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import naming, option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode
+from eg3d_rlhf.experiments.mode import flag as _flag
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.tuning.gan.settings import (
     DEMO_KIMG,
@@ -291,7 +292,7 @@ def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
     from eg3d_rlhf.tuning.gan import run as gan
 
     if objects is None:
-        return rounds.work(s, run, lambda own, folder: tune(own, folder, run.flags))
+        return rounds.work(s, run, lambda own, folder: tune_in_rounds(own, folder, run.flags))
     if run.ranks.main and run.resumed is None:
         where = f"{objects.loop.device}" + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
         print(f"Training for {s.loop.kimg:g} thousand images on {where}.", flush=True)
@@ -304,7 +305,7 @@ def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
     return None
 
 
-def tune(s: Settings, folder: Path, flags: Mapping) -> None:
+def tune_in_rounds(s: Settings, folder: Path, flags: Mapping) -> None:
     """A tuning inside a run of rounds: begin it, or go on where it was."""
     from training import checkpoint
 
@@ -344,3 +345,24 @@ GAN: Mode[Settings] = Mode(
     """,
 )
 MODES.add("gan", GAN)
+
+
+def tune(**flags: object) -> Path:
+    """Train or tune a generator as `python train.py` does; returns the run's folder, which `load_generator` takes.
+
+    Args: flags: train.py's, with underscores; True stands for a flag without a value.
+    Raises: ValueError, with the message of the command line.
+
+    >>> import tempfile
+    >>> from eg3d_rlhf import load_generator
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = tune(reward="sigma", lambda_r=10, kimg=0.004, no_summary=True, outdir=folder)  # doctest: +ELLIPSIS
+    ...     load_generator(run).generator.z_dim
+    Run folder ...
+    64
+    """
+    words = [name if value is True else f"{name}={value}" for name, value in ((_flag(name), value) for name, value in flags.items())]
+    try:
+        return GAN.command.main(words, prog_name="tune", standalone_mode=False)
+    except click.ClickException as error:
+        raise ValueError(error.format_message()) from error

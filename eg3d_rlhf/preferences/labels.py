@@ -39,7 +39,11 @@ _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no"
 
 @dataclass(frozen=True, kw_only=True)
 class Preference:
-    """One judgement of one pair. Fields as in the table above."""
+    """One judgement of one pair. Fields as in the table above.
+
+    >>> Preference(winner=3, loser=8).to_dict()
+    {'winner': 3, 'loser': 8}
+    """
 
     winner: int
     loser: int
@@ -105,7 +109,13 @@ def read_labels(path: str | Path) -> Iterator[Preference]:
 
 
 def load_labels(path: str | Path) -> list[Preference]:
-    """All labels of a file. Raises as `read_labels`, and ValueError when there are none."""
+    """All labels of a file. Raises as `read_labels`, and ValueError when there are none.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     load_labels(write_labels(Path(folder, "labels.jsonl"), [Preference(winner=3, loser=8)]))[0].winner
+    3
+    """
     labels = list(read_labels(path))
     if not labels:
         raise ValueError(f"{Path(path).name}, line 1: expected at least one label, got an empty file. Label some pairs first.")
@@ -113,7 +123,13 @@ def load_labels(path: str | Path) -> list[Preference]:
 
 
 def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
-    """Write .jsonl or .csv by the name's ending; the file appears whole or not at all. Returns the path."""
+    """Write .jsonl or .csv by the name's ending; the file appears whole or not at all. Returns the path.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_labels(Path(folder, "labels.csv"), [Preference(winner=3, loser=8)]).name
+    'labels.csv'
+    """
     path = Path(path)
     if path.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"write_labels: expected a name ending in .jsonl or .csv, got {path.name}. Rename it.")

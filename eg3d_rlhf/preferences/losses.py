@@ -60,6 +60,9 @@ def preference_loss(delta: torch.Tensor, beta: float = 1.0, weight: torch.Tensor
     Args:
         delta: [P], positive where the preferred one is ahead; beta: > 0, per unit of delta; weight: [P], rescales what is asked of a pair.
     Returns: [P]. Differentiable in: delta, weight.
+
+    >>> preference_loss(torch.tensor([0.0, 2.0])).round(decimals=3)
+    tensor([0.6930, 0.1270])
     """
     assert weight is None or weight.shape == delta.shape
     z = beta * (delta if weight is None else weight * delta)

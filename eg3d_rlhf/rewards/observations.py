@@ -93,7 +93,12 @@ def from_dict(values: Mapping[str, Any]) -> Observation:
 
 
 def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observation:
-    """A new observation of a generator; settings that are None are left to the kind. Raises: ValueError for those it does not have."""
+    """A new observation of a generator; settings that are None are left to the kind. Raises: ValueError for those it does not have.
+
+    >>> from eg3d_rlhf import load_generator
+    >>> observation_of("sigma", load_generator().generator, resolution=32).shape
+    (1, 17, 18, 16)
+    """
     cls, given = OBSERVATIONS[kind], {name: value for name, value in settings.items() if value is not None}
     unknown = sorted(set(given) - set(inspect.signature(cls.of).parameters))
     if unknown:

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.generators import Generator, LoadedGenerator
 from eg3d_rlhf.models.weights import Module, fill, read
@@ -36,6 +37,11 @@ class Reward(nn.Module):
     labels (SHA-256; several with + between them), preset, seed, temperature, test_accuracy and test_accuracy_clean, score_mean and
     score_std, and start (SHA-256) where members went on from one network.
     Raises: ValueError where the network cannot read the observation.
+
+    >>> from eg3d_rlhf import load_generator, load_reward, ws_of_seeds
+    >>> generator = load_generator().generator
+    >>> load_reward().score(generator.field(ws_of_seeds(generator, [1, 2]))).shape
+    torch.Size([2])
     """
 
     def __init__(self, observation: Observation, network: RewardNetwork | RewardEnsemble, provenance: Mapping[str, Any] | None = None):
@@ -100,16 +106,19 @@ class Reward(nn.Module):
         return path
 
 
-def load_reward(path: str | Path, device: str | torch.device = "cpu") -> Reward:
-    """Read a reward, in eval mode and without gradients to its parameters.
+def load_reward(path: str | Path | None = None, device: str | torch.device = "cpu") -> Reward:
+    """Read a reward, in eval mode and without gradients to its parameters; None: the bundled one.
 
     `.safetensors` needs its `.json`; `.pt`, `.pth` and `.ckpt` are read as a published state dict of the full-size network (or a
     {'state_dict': ...} of one) with the paper's slab and no provenance. Nothing in the file is executed.
 
     Raises: FileNotFoundError; ValueError on truncated or foreign files, on entries that do not fit the network, on an unknown observation,
     and on a file of a later version.
+
+    >>> load_reward().observation.shape  # slabs of raw density [1, D, H, W]
+    (1, 39, 45, 36)
     """
-    path = Path(path)
+    path = bundled.REWARD if path is None else Path(path)
     if path.suffix == ".safetensors":
         observation, description, provenance = _read_description(path.with_suffix(".json"))
     else:

@@ -25,7 +25,7 @@ SHAPE = COMPONENTS + HAIR_FIELDS  # coordinates of a head's shape
 LATENT = COMPONENTS + HAIR_FIELDS + APPEARANCE + QUALITY
 UNIT = 1.15  # lengths below are of a head that is 0.4 high; ours are so much larger
 EYE = (0.0512, 0.005)  # the mean head's eyes: distance from the middle, height
-ASSET = Path(__file__).resolve().parents[2] / "assets" / "people-basis.safetensors"
+ASSET = storage.ASSETS / "people-basis.safetensors"
 LIGHT = np.array([0.30, 0.50, 0.81], np.float32) / np.linalg.norm([0.30, 0.50, 0.81])
 
 _SKIN = np.array([[0.30, 0.18, 0.12], [0.48, 0.31, 0.21], [0.68, 0.47, 0.34], [0.86, 0.66, 0.53], [0.95, 0.79, 0.69]])
