@@ -353,12 +353,11 @@ def tune(**flags: object) -> Path:
     Args: flags: train.py's, with underscores; True stands for a flag without a value.
     Raises: ValueError, with the message of the command line.
 
-    >>> import tempfile
+    >>> import contextlib, io, tempfile
     >>> from eg3d_rlhf import load_generator
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     run = tune(reward="sigma", lambda_r=10, kimg=0.004, no_summary=True, outdir=folder)  # doctest: +ELLIPSIS
-    ...     load_generator(run).generator.z_dim
-    Run folder ...
+    >>> with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    ...     tuned = load_generator(tune(reward="sigma", lambda_r=10, kimg=0.004, no_summary=True, outdir=folder)).generator
+    >>> tuned.z_dim
     64
     """
     words = [name if value is True else f"{name}={value}" for name, value in ((_flag(name), value) for name, value in flags.items())]
