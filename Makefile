@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PLAIN := $(VENV)/.plain
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo demo-control seeds proof reports zoo test test-long gpu lint bench assets clean
@@ -23,18 +24,23 @@ help:
 
 $(VENV): $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	@echo "== Making $(VENV) and installing the project with pinned versions (two to four minutes)"
+$(PLAIN): pyproject.toml constraints.txt
+	@echo "== Making $(VENV) and installing the project with pinned versions (one to two minutes)"
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f'Python 3.11 or later is needed, got {v[0]}.{v[1]}; run make PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $(PLAIN)
+
+$(STAMP): $(PLAIN)
+	@echo "== Adding what tests, pages and reports need (one to two minutes)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
-demo: $(STAMP)
+demo: $(PLAIN)
 	@echo "== train.py --reward=sigma --lambda-r=10: tune the bundled generator with the bundled reward"
 	$(BIN)/python train.py --reward=sigma --lambda-r=10
 
-demo-control: $(STAMP)
+demo-control: $(PLAIN)
 	@echo "== train.py --reward=sigma --lambda-r=0: the control run"
 	$(BIN)/python train.py --reward=sigma --lambda-r=0
 
