@@ -31,6 +31,8 @@ JOBS: dict[str, tuple[str, str]] = {
     "flow new": ("eg3d_rlhf.modes.flow_new:new", "a folder WORK for a generator and its prompts or pictures"),
     "flow draw": ("eg3d_rlhf.modes.flow_draw:draw", "assets to compare, with their latents"),
     "flow label": ("eg3d_rlhf.modes.flow_draw:label", "compare them in the browser"),
+    "flow tune": ("eg3d_rlhf.modes.flow_tune:tune_command", "stages learn from the answers; whether they taught anything"),
+    "flow export": ("eg3d_rlhf.modes.flow_tune:export_command", "the tuned generator in its released layout, or its adapters"),
     "flow study": ("eg3d_rlhf.modes.flow_study:study", "tuned against what it was and its control, blind"),
     "flow files": ("eg3d_rlhf.modes.flow_files:main", "of any flow generator: conditions, draw, ranking, export"),
     "flow check": ("eg3d_rlhf.modes.flow_check:check", "whether a generator's folder fits, and what it is good for"),

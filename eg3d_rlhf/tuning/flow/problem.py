@@ -106,6 +106,7 @@ class ProblemSource:
     precision: str = _what("auto", "Of the flows' passes, in training, win rates and samples alike; adapters, sums and the optimiser stay "
                            "float32. auto: bfloat16 on CUDA, float32 on a CPU.", choices=PRECISIONS, rare=True)
     held_out: float = _what(0.2, "Share of the conditions that is never trained on.", above=0, below=1, rare=True)
+    splits: tuple[tuple[str, ...], ...] | None = None  # conditions to train on, to choose on, to tell by; None: divided by a hash
     voxel_share: float = _what(0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0,
                                rare=True)
     parts: str = _what("all", "SAM 3D: what is learnt of its first stage: shape and pose alike, the shape alone, or both by its weights.",
@@ -155,6 +156,7 @@ Judge = Callable[[Any, Callable[[], Sequence[PreferencePair]], str], AssetReward
 def folder_problem(
     pipeline: Any, folders: Mapping[str, Path], tokens: Conditions, *, identity: Mapping, seed: int = 0, held_out: float = 0.2,
     judge: Judge | None = None, check: Callable[[Path, str, Mapping], None] = lambda folder, stage, meta: None,
+    splits: Sequence[Sequence[str]] | None = None,
 ) -> Problem:
     """The problem of a pipeline and pairs of its stages.
 
@@ -178,7 +180,7 @@ def folder_problem(
     read = read_stages(folders, pipeline, checked)
     named = sorted({pair.condition for stage in folders for pair in read(stage)})
     tokens.of(named)
-    trained, choosing, held = divided(named, seed, held_out)
+    trained, choosing, held = divided(named, seed, held_out) if splits is None else map(list, splits)
 
     def human_pairs(stage: str, names: Sequence[str] = trained) -> list[PreferencePair]:
         kept = set(names)
@@ -197,7 +199,8 @@ def folder_problem(
         train_conditions=trained, held_out_conditions=held, choosing_conditions=choosing, unseen_pairs=human_pairs,
         fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
         identity={
-            **identity, "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()}, "seed": seed, "held_out": held_out,
+            **identity, "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()}, "seed": seed,
+            **({"held_out": held_out} if splits is None else {"splits": list(map(list, splits))}),
         },
     )
 

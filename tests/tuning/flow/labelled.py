@@ -64,7 +64,8 @@ def shapes(root: Path, seed: int, conditions: int = 30, per_condition: int = 6) 
 
     return Problem(
         pipeline=pipeline, human_pairs=lambda stage: of(train), unseen_pairs=lambda stage, wanted: of(wanted),
-        reward=None, chooser=None, final=None, train_conditions=train, choosing_conditions=choose, held_out_conditions=tell, identity={"problem": "tiny", "seed": seed},
+        reward=None, chooser=None, final=None,
+        train_conditions=train, choosing_conditions=choose, held_out_conditions=tell, identity={"problem": "tiny", "seed": seed},
     )
 
 

@@ -95,7 +95,8 @@ def test_the_loop_and_its_control(tmp_path):
     report = tune(tiny(), Tuning(circular=SETTINGS, loop=True), tmp_path, say=said.append)
     assert set(report["stages"]) == {"structure", "voxels"} and all(found["control"] for found in report["stages"].values())
     assert set(report["judges"]) == {"reward", "chooser", "final"}
-    assert (tmp_path / "control" / "structure" / "policy.json").exists() and any("Judge 'reward' orders" in line for line in said)
+    assert (tmp_path / "control" / "structure" / "policy.json").exists()
+    assert any("Judge 'reward' orders" in line for line in said)
 
 
 def test_a_judge_that_knows_nothing_is_told(tmp_path):

@@ -31,7 +31,7 @@ from eg3d_rlhf.tuning.flow.problem import (
 from eg3d_rlhf.tuning.flow.ranking import Candidates, drawn_candidate
 
 Load = Callable[..., Any]  # (root, Conditions, *, dtype, device) -> Pipeline; without conditions nothing is sampled
-COMMON = ("pipeline", "pairs", "seed", "held_out", "conditions", "dtype", "precision")  # fields of ProblemSource that every family reads
+COMMON = ("pipeline", "pairs", "seed", "held_out", "splits", "conditions", "dtype", "precision")  # of ProblemSource, read by all families
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,7 @@ class FlowFamily:
     up: str = "y"  # axis of what `show` writes that points up
     cells: int | None = None  # per axis of the grid that show reads an asset on, its third argument; None: nothing to choose
     export: Callable[..., dict] | None = None  # (root, new folder to write, tuned weights by stage)
+    loaded_by: str = ""  # how the original's own program opens an exported folder {out}
     write_latent: Callable[[Path, Any, str, Latent], None] | None = None  # (file, pipeline, stage, latent): each in its own format
     encoder: Callable[..., Any] | None = None  # (root, *, device): a pipeline that encodes assets which others made; with "views" among
     # the options also share, views
@@ -178,7 +179,9 @@ def open_folder(family: FlowFamily, source: ProblemSource, device: str | torch.d
     read = read_conditions(tokens, zero_null=family.zero_null)
     pipeline: Any = family.load(root, read, dtype=getattr(torch, source.dtype), device=device)
     identity = _identity(family, source, tokens)
-    return folder_problem(pipeline, folders, read, identity=identity, seed=source.seed, held_out=source.held_out, judge=family.judge)
+    return folder_problem(
+        pipeline, folders, read, identity=identity, seed=source.seed, held_out=source.held_out, judge=family.judge, splits=source.splits
+    )
 
 
 def open_conditions(family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu") -> Problem:

@@ -505,7 +505,8 @@ def _shapes(make: Callable[[], nn.Module]) -> dict[str, list[int]]:
 
 register(FlowFamily(
     name="hunyuan3d", layout="config.yaml of Hunyuan3D-2.1's shape and its checkpoint", recognises=recognises, stages=(SHAPE,),
-    load=load, files=identity, embed=embed, show=show, cells=CELLS, export=export, encoder=partial(load, conditions=None),
+    load=load, files=identity, embed=embed, show=show, cells=CELLS, export=export,
+    loaded_by='Hunyuan3DDiTFlowMatchingPipeline.from_pretrained("{out}")', encoder=partial(load, conditions=None),
     told=lambda pipeline, stage: {MAIN: pipeline.files.tokens}, candidate=asset_candidate(read_mesh), networks=networks,
     address="https://huggingface.co/tencent/Hunyuan3D-2.1",
     version="Hunyuan3D-2.1, shapes", notice=NOTICE,

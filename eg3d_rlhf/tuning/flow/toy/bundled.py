@@ -5,7 +5,7 @@ Shape letters: L tokens of the longest sample, V voxels of all samples, C width,
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from torch import nn
 
 from eg3d_rlhf.core.cli import ASSETS, file_hash
 from eg3d_rlhf.geometry.mesh_export import save_mesh
+from eg3d_rlhf.models.lora import merged_state
+from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_feats
 from eg3d_rlhf.models.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
 from eg3d_rlhf.tuning.flow.conditions import Conditions
@@ -334,10 +336,20 @@ def show(asset: ToyAsset, path: Path) -> Path:
     return save_mesh(path.with_name(path.name + ".ply"), vertices, faces, (255 * torch.cat(colours)).round().byte().numpy())
 
 
+def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
+    """Both stages' networks as the package has them, tuned ones merged, in half precision."""
+    for name in (STRUCTURE, VOXELS):
+        network = load_network(name)
+        if name in tuned:
+            network.load_state_dict(merged_state(tuned_model(network, tuned[name])))
+        save_network(name, network, read_tensors(path_of(name), KIND)[1], out)
+    return {"tuned": sorted(tuned), "files": [path_of(name, out).name for name in (STRUCTURE, VOXELS)]}
+
+
 register(FlowFamily(
     name="toy", layout="the bundled toy, called by that name", bundled=True, recognises=lambda root: False, stages=(STRUCTURE, VOXELS),
     load=lambda root, conditions, *, dtype, device: ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
     files=lambda root: {name: path_of(name) for name in NETWORKS}, common=("pipeline", "seed", "precision"), options=("labelled",),
     open=lambda source, device: toy_problem(source.seed, device, labelled=source.labelled), embed_texts=embed_texts, show=show, up="z",
-    version="the bundled toy", prompts=CONDITIONS, batch=32,
+    version="the bundled toy", prompts=CONDITIONS, batch=32, export=export, loaded_by='toy.bundled.load_network(name, Path("{out}"))',
 ))  # fmt: skip

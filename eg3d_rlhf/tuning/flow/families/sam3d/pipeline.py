@@ -271,7 +271,7 @@ def open_problem(source: ProblemSource, device: str | torch.device) -> Problem:
             return pairs
         return [replace(pair, preferred=shape_alone(pair.preferred), rejected=shape_alone(pair.rejected)) for pair in pairs]
 
-    return replace(problem, human_pairs=human_pairs, identity={**problem.identity, "parts": source.parts})
+    return replace(problem, human_pairs=human_pairs, unseen_pairs=human_pairs, identity={**problem.identity, "parts": source.parts})
 
 
 # What the embedder is told. An object is a picture <name>.png or .webp whose opacity is its mask, with all around it still in the colours,

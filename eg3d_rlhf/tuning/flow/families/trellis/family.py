@@ -48,7 +48,7 @@ def open_problem(source: ProblemSource, device: str | torch.device) -> Problem:
     return trellis_problem(
         Path(source.pipeline), Path(source.pairs or Path(source.pipeline) / "pairs"), dtype=getattr(torch, source.dtype), device=device,
         conditions=None if source.conditions is None else Path(source.conditions), seed=source.seed, held_out=source.held_out,
-        encoding=Encoding(share=source.voxel_share, views=source.views),
+        encoding=Encoding(share=source.voxel_share, views=source.views), splits=source.splits,
     )
 
 
@@ -115,7 +115,8 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
 FAMILY = register(FlowFamily(
     name="trellis", layout="pipeline.json of TrellisTextTo3DPipeline or TrellisImageTo3DPipeline", recognises=recognises,
     stages=tuple(FLOWS), load=load, files=model_files, judge=RewardOfPairs, open=open_problem, embed=embed, embed_texts=embed_texts,
-    show=show, export=export, encoder=encoder, candidate=candidate, write_latent=write_latent,
+    show=show, export=export, loaded_by='TrellisImageTo3DPipeline or TrellisTextTo3DPipeline.from_pretrained("{out}")', encoder=encoder,
+    candidate=candidate, write_latent=write_latent,
     pair_meta=lambda pipeline, stage, report: {"normalization": normalization(pipeline.file, stage), "report": report},
     told=lambda pipeline, stage: [TOKENS[pipeline.file.kind], pipeline.width(stage)],
     options=("voxel_share", "views"), networks=networks, address="https://huggingface.co/microsoft/TRELLIS-image-large", up="z",

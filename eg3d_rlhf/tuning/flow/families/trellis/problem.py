@@ -31,6 +31,7 @@ from training.progress import tqdm
 def trellis_problem(
     root: Path, pairs: Path | Sequence[Path] = (), *, conditions: Path | None = None, dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu", seed: int = 0, held_out: float = 0.2, encoding: Encoding | None = None,
+    splits: Sequence[Sequence[str]] | None = None,
 ) -> Problem:
     """A problem from TRELLIS's files and people's pairs.
 
@@ -53,7 +54,7 @@ def trellis_problem(
     for stage in pipeline.stages:
         stage.model.recompute = True  # type: ignore[assignment]  # blocks again in the backward pass: a third more time, much less memory
     return folder_problem(
-        pipeline, folders, tokens, seed=seed, held_out=held_out, judge=RewardOfPairs, check=partial(_check_origin, pipeline),
+        pipeline, folders, tokens, seed=seed, held_out=held_out, splits=splits, judge=RewardOfPairs, check=partial(_check_origin, pipeline),
         identity={
             "problem": "trellis", "dtype": str(dtype), "encoding": vars(pipeline.encoding), "conditions": hash_of(tokens_file),
             "files": file_hashes(pipeline.file, both),

@@ -1,0 +1,149 @@
+"""`eg3d-rlhf flow tune` and `flow export`: stages learn from people's answers, if these teach anything, and out goes the generator."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, together
+from eg3d_rlhf.experiments.mode import Flags, running
+from eg3d_rlhf.experiments.run import Run, recorded
+from eg3d_rlhf.models.policies import ADAPTER, CONFIG, link
+from eg3d_rlhf.modes.circular_dpo import check_tuning, default_settings, loop_flags, settings, tuning_flags
+from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, work_argument
+from eg3d_rlhf.modes.flow_study import tuning_of
+from eg3d_rlhf.tuning.flow.answers import imported_of, problem_of
+from eg3d_rlhf.tuning.flow.families import check_stages
+from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
+from eg3d_rlhf.tuning.flow.tune import REPORT, Tuning, tune
+from eg3d_rlhf.tuning.flow.work import Work
+from training.distributed import Ranks
+
+PATH = click.Path(path_type=Path)
+LOOP_SAYS = (
+    "The loop instead: stages before the last learn from what the one behind made better. On the toy plain DPO of all stages is level with "
+    "it (docs/circular-dpo.md)."
+)
+LOOP_ONLY = ("rounds", "loop_beta", "loop_loser_weight", "loop_sft_weight", "loop_lr", "loop_steps", "loop_pairs", "roles")
+what_flags = together(
+    option("--loop", group="What is tuned", is_flag=True, help=LOOP_SAYS),
+    option("--stage", "stages", group="What is tuned", metavar="NAME", multiple=True, show_default="all that have pairs",
+           help="This stage; may be given again."),
+    option("--labels", group="What is tuned", metavar="FILE", type=PATH, default=None, show_default="the answers in WORK",
+           help="Thumbs, scores, ranks or pairs of WORK's assets in place of them (docs/flow.md); for TRELLIS a folder of DSO's samples."),
+    option("--no-control", group="What is tuned", is_flag=True, help="Skip the same training on shuffled labels: half the time."),
+    option("--seed", group="What is tuned", metavar="INT", type=click.IntRange(0), default=None, show_default="WORK's",
+           help="Of everything that is drawn."),
+    option("-n", "--dry-run", group="What is tuned", is_flag=True, help="Print the settings as JSON and stop."),
+    option("--timeout", rare=True, metavar="MINUTES", type=click.FloatRange(min=0, min_open=True), default=30,
+           help="With torchrun: longest wait for another process."),
+)  # fmt: skip
+
+
+@click.command("tune", cls=GroupedCommand)
+@work_argument
+@together(what_flags, device_flag, tuning_flags, options_of(TrainConfig, everywhere="the generator's own"), loop_flags)
+@click.pass_context
+def tune_command(context: click.Context, folder: Path, device: str, **given) -> None:
+    """Tune the generator's stages on people's answers, and say of each whether the labels taught it anything; else nothing is kept.
+
+    The same command goes on with a training that was stopped.
+
+    \b
+    Example:
+        eg3d-rlhf flow tune WORK
+    """
+    source = click.core.ParameterSource.COMMANDLINE
+    flags = Flags({**given, "choose_noises": None}, {name for name in given if context.get_parameter_source(name) == source})
+    flags.belong(LOOP_ONLY, flags["loop"], "--loop")
+    check_tuning(flags)
+    if flags["loop"] and flags["stages"]:
+        raise ValueError("--stage: expected the loop, which tunes all stages, or some stages by themselves, got both. Leave one out.")
+    work = Work.open(folder)
+    check_stages("--stage", work.check_pipeline(), flags["stages"])
+    asked = asked_of(flags, work)
+    if flags["dry_run"]:
+        click.echo(json.dumps(asdict(asked), indent=2, sort_keys=True))
+        return
+    with running(device, flags["timeout"], AGAIN) as ranks:
+        run(work, asked, flags["labels"], device, ranks)
+
+
+def asked_of(flags: Flags, work: Work) -> Tuning:
+    """The defaults of WORK's generator with what the flags change."""
+    flags["seed"] = work.seed if flags["seed"] is None else flags["seed"]
+    circular = replace(settings(flags, default_settings(work.pipeline)), choosing=None)
+    if flags.get("batch_gpu") is None:  # pairs in a pass, as `new` found them to fit
+        fits = max(size for size in range(1, circular.human.batch + 1) if circular.human.batch % size == 0 and size <= work.batch)
+        circular = replace(circular, human=replace(circular.human, batch_gpu=fits))
+    return Tuning(circular=circular, stages=tuple(flags["stages"]), loop=flags["loop"], control=not flags["no_control"])
+
+
+def run(work: Work, asked: Tuning, labels: Path | None, device: str, ranks: Ranks) -> None:
+    """One training, or what is left of it."""
+    family, where = work.check_pipeline(), choose_device(device) if ranks.world == 1 else ranks.device
+    imported = imported_of(work, family, labels)
+    problem = problem_of(work, family, imported, where, write=ranks.main)
+    if ranks.main:
+        for line in told(imported.report, {stage: len(pairs) for stage, pairs in imported.pairs.items()}):
+            click.echo(line)
+    record = json.loads(json.dumps({"mode": "flow tune", "tuning": asdict(asked), "problem": dict(problem.identity)}))
+    folder = Path(ranks.broadcast(str(folder_of(work, record)) if ranks.main else None))
+    begun = ranks.broadcast(bool(recorded(folder)) if ranks.main else None)
+    if ranks.main:
+        folder.mkdir(parents=True, exist_ok=True)
+    with Run(folder, record, ranks=ranks, device=str(where)) as held:
+        if not begun:
+            held.begin()
+        tune(problem, asked, folder, labels=imported.report, ranks=ranks)
+        held.done()
+    if ranks.main:
+        click.echo((folder / f"{REPORT}.md").read_text())
+
+
+def folder_of(work: Work, record: dict) -> Path:
+    """The last training of WORK where it is the same, which then goes on, else a new one."""
+    there = work.numbered("tune")
+    if there and all(recorded(there[-1]).get(name) == value for name, value in record.items()):
+        return there[-1]
+    return work.next("tune")
+
+
+def told(report: dict, pairs: dict[str, int]) -> Sequence[str]:
+    """What was said, and what it makes."""
+    facts = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in report.items())
+    return [facts, "pairs with a majority: " + ", ".join(f"{count} of stage {stage}" for stage, count in pairs.items())]
+
+
+@click.command("export", cls=GroupedCommand)
+@work_argument
+@option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path, file_okay=False), help="New folder to write.")
+@option("--adapter", is_flag=True, help="PEFT's folder of every tuned stage, in place of whole networks.")
+@option("--tune", "name", metavar="NAME", default=None, show_default="the latest", help="Training, such as tune-00.")
+def export_command(folder: Path, out: Path, adapter: bool, name: str | None) -> None:
+    """The tuned generator in its released layout, which the original's own program loads.
+
+    \b
+    Examples:
+        eg3d-rlhf flow export WORK --out=TUNED
+        eg3d-rlhf flow export WORK --out=ADAPTERS --adapter
+    """
+    work = Work.open(folder)
+    tuned, family = work.tuned(tuning_of(work, name)), work.check_pipeline()
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out: expected a new folder, got {out} with files in it. Name another.")
+    if adapter:
+        whole = [stage for stage, path in tuned.items() if not (path / ADAPTER).is_file()]
+        if whole:
+            raise ValueError(f"--adapter: expected stages tuned by adapters, got every parameter of {', '.join(whole)}. Leave it out.")
+        for stage, path in tuned.items():
+            for file in (ADAPTER, CONFIG):
+                link(path / file, out / stage / file)
+            click.echo(f"{out / stage}: PeftModel.from_pretrained(network of stage {stage}, {str(out / stage)!r})")
+        return
+    if family.export is None:
+        raise ValueError(f"export: expected a family that exports networks, got {family.name}. See --adapter.")
+    click.echo(json.dumps(family.export(Path(work.pipeline), out, tuned), indent=1))
+    click.echo(f"{out}: {family.loaded_by.format(out=out) or 'as any folder of ' + family.name}")

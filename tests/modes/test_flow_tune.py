@@ -1,0 +1,104 @@
+"""`flow tune` and `flow export` on the toy: what people's answers taught, what is kept, what goes out, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, PlannedPair, Shape
+from eg3d_rlhf.people.label.store import open_store
+from eg3d_rlhf.tuning.flow.answers import splits_of
+from eg3d_rlhf.tuning.flow.toy.bundled import load_network
+from eg3d_rlhf.tuning.flow.toy.pipeline import COLOURS
+from eg3d_rlhf.tuning.flow.work import Work
+from tests.modes.flow_works import flow, write_prompts
+
+NAMES = [f"{colour} {shape}" for shape in ("ball", "box") for colour in COLOURS]
+FEW = ("--steps=4", "--batch=4", "--lr=1e-3", "--device=cpu", "--set=held_out_every=2", "--set=warmup=0")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """WORK with drawn assets, and a list of them."""
+    folder = tmp_path_factory.mktemp("tune")
+    flow("new", folder / "WORK", "--pipeline=toy", f"--prompts={write_prompts(folder / 'prompts.txt', NAMES)}", "--each=2", "--device=cpu",
+         "--set=split=0.4,0.4,0.2")  # fmt: skip
+    flow("draw", folder / "WORK", "--device=cpu")
+    return Work.open(folder / "WORK")
+
+
+def answer(work: Work, pairs: int | None = None) -> None:
+    """A person prefers the file with the larger hash."""
+    lines: dict[str, list[dict]] = {}
+    for line in work.lines():
+        lines.setdefault(line["condition"], []).append(line)
+    shapes = {(line["condition"], line["seed"]): Shape.of_asset(
+        generator="base", source=str(work.drawn() / line["look_at"]), seed=line["seed"], file=file_hash(work.drawn() / line["look_at"]),
+        condition=line["condition"],
+    ) for of in lines.values() for line in of}  # fmt: skip
+    planned = [PlannedPair(first=shapes[name, 0], second=shapes[name, 1]) for name, of in lines.items() if len(of) == 2][:pairs]
+    with open_store(work.database, create=True) as store:
+        settings = CampaignSettings(name=work.campaign, repeat_share=0, swap_share=0, gold_every=0, both_bad=True)
+        campaign = store.create_campaign(settings, planned)
+        person = store.annotator_without_token("ann").id
+        known = dict(store.shapes(campaign))
+        while given := store.assignments(campaign, person, 1):
+            left, right = (known[token] for token in (given[0].left, given[0].right))
+            choice = Choice.LEFT if left.file > right.file else Choice.RIGHT
+            store.submit(campaign, person, Answer(key=given[0].token, assignment=given[0].token, choice=choice))
+
+
+def test_no_answers_yet_and_foreign_ones_are_refused(made, tmp_path):
+    assert "expected people's answers, got none yet" in flow("tune", made.folder, *FEW, code=2)
+    assert "--rounds: belongs to --loop" in flow("tune", made.folder, "--rounds=2", code=2)
+    assert "expected stages among structure, voxels, got mesh" in flow("tune", made.folder, "--stage=mesh", code=2)
+    other = tmp_path / "labels.jsonl"
+    other.write_text(json.dumps({"preferred": "x.ply", "rejected": "y.ply"}) + "\n")
+    assert "x.ply" in flow("tune", made.folder, *FEW, f"--labels={other}", code=2)
+    assert "expected a training, got none" in flow("export", made.folder, f"--out={tmp_path / 'X'}", code=2)
+    assert not made.numbered("tune")
+
+
+def test_answers_are_tuned_on_told_of_and_exported(made, tmp_path):
+    answer(made)
+    said = flow("tune", made.folder, *FEW, "--stage=structure")
+    assert "answers: 19; pairs: 19; ties: 0" in said and "pairs with a majority: 19 of stage structure" in said
+    (tune,) = made.numbered("tune")
+    report = json.loads((tune / "report.json").read_text())
+    found = report["stages"]["structure"]
+    train, choosing, telling = splits_of(made, made.names())
+    assert found["held_out"]["conditions"] <= len(telling) and not {*train, *choosing, *telling} & set(made.names("test"))
+    assert report["labels"]["ties"] == 0 and (tune / "control" / "structure").is_dir()
+    assert found["learnt"] == (tune / "structure").is_dir() and not found["learnt"]  # answers by the files' hashes
+    assert "the base stays" in said
+    again = flow("tune", made.folder, *FEW, "--stage=structure")  # goes on, with nothing left to do
+    assert len(made.numbered("tune")) == 1 and "The labels teach nothing" in again
+    assert "expected tuned weights, got none" in flow("export", made.folder, f"--out={tmp_path / 'X'}", code=2)
+
+    weights = tune / "control" / "structure"
+    weights.rename(tune / "structure")  # as if it had learnt
+    assert "load_network" in flow("export", made.folder, f"--out={tmp_path / 'TUNED'}")
+    tuned = tuned_model(load_network("structure"), tune / "structure", merge=True)
+    merged = load_network("structure", tmp_path / "TUNED")
+    torch.testing.assert_close(merged.state_dict(), tuned.state_dict(), atol=2e-3, rtol=2e-3)
+    assert "with files in it" in flow("export", made.folder, f"--out={tmp_path / 'TUNED'}", code=2)
+    flow("export", made.folder, f"--out={tmp_path / 'ADAPTER'}", "--adapter")
+    assert {path.name for path in (tmp_path / "ADAPTER" / "structure").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    peft = pytest.importorskip("peft", reason="stock PEFT reads the exported adapter: pip install peft")
+    wrapped = peft.PeftModel.from_pretrained(load_network("structure"), tmp_path / "ADAPTER" / "structure").merge_and_unload()
+    torch.testing.assert_close(wrapped.state_dict(), tuned.state_dict())
+
+
+def test_too_few_answers_and_other_labels(made, tmp_path):
+    ranks = tmp_path / "ranks.jsonl"
+    lines = [line for line in made.lines() if line["condition"] in set(made.names("train"))]
+    ranks.write_text("".join(json.dumps({"asset": str(made.drawn() / x["look_at"]), "score": x["seed"]}) + "\n" for x in lines))
+    assert "0 to choose on, 0 to tell by" in flow("tune", made.folder, *FEW, f"--labels={ranks}", code=2)
+    lines = made.lines()
+    ranks.write_text("".join(json.dumps({"asset": str(made.drawn() / x["look_at"]), "score": x["seed"]}) + "\n" for x in lines))
+    shown = json.loads(flow("tune", made.folder, *FEW, f"--labels={ranks}", "-n"))
+    assert shown["circular"]["human"]["steps"] == 4 and shown["control"] and shown["circular"]["choosing"] is None
+    said = flow("tune", made.folder, *FEW, f"--labels={ranks}", "--stage=voxels", "--no-control")
+    assert "labels: ranks.jsonl" in said
