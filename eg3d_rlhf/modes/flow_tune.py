@@ -1,7 +1,7 @@
 """`eg3d-rlhf flow tune` and `flow export`: stages learn from people's answers, if these teach anything, and out goes the generator."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -111,7 +111,7 @@ def folder_of(work: Work, record: dict) -> Path:
     return work.next("tune")
 
 
-def told(report: dict, pairs: dict[str, int]) -> Sequence[str]:
+def told(report: Mapping, pairs: Mapping[str, int]) -> Sequence[str]:
     """What was said, and what it makes."""
     facts = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in report.items())
     return [facts, "pairs with a majority: " + ", ".join(f"{count} of stage {stage}" for stage, count in pairs.items())]

@@ -73,8 +73,7 @@ def splits_of(work: Work, conditions: Sequence[str]) -> tuple[tuple[str, ...], .
     """
     known = set(work.names())
     if not known & set(conditions):
-        train, choosing, telling = divided(sorted(conditions), work.seed, 0.4)
-        return tuple(train), tuple(choosing), tuple(telling)
+        return tuple(map(tuple, divided(sorted(conditions), work.seed, 0.4)))
     train = tuple(name for name in work.names(TRAIN) if name in set(conditions))
     if not train:
         raise ValueError(f"labels: expected answers on conditions to train on, got those of {len(conditions)} to choose on. Label more.")

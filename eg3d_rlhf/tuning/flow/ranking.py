@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import torch
@@ -35,6 +35,13 @@ from training.storage import read_tensors, write_atomic, write_tensors
 EXAMPLE = '{"preferred": "a.ply", "rejected": "b.ply"}'
 judged_option = option("--judged", metavar="FILE", type=click.Path(path_type=Path), default=None, show_default="the list's ranks",
                        help="Judgements of pairs, such as `label.py export --kind=asset-pairs` writes, in place of ranks.")
+
+
+class Votes(Protocol):
+    """What people said of pairs of assets."""
+
+    def votes(self, a: Path, b: Path) -> tuple[int, int]:
+        """For the first, and for the second."""
 
 
 class Judged:
@@ -75,7 +82,7 @@ class Candidate:
     file: Path | None = None  # what people look at
 
 
-def pair_up(candidates: Sequence[Candidate], judged: Judged | None = None) -> dict[str, list[PreferencePair]]:
+def pair_up(candidates: Sequence[Candidate], judged: "Votes | None" = None) -> dict[str, list[PreferencePair]]:
     """Pairs of candidates of one condition with unequal ranks, by stage; the stages that all candidates have.
 
     Args: judged: in place of ranks; pairs without a majority are left out.
@@ -111,7 +118,7 @@ def _ranked(group: Sequence[Candidate]) -> Chosen:
     ]  # fmt: skip
 
 
-def _voted(group: Sequence[Candidate], judged: Judged) -> Chosen:
+def _voted(group: Sequence[Candidate], judged: "Votes") -> Chosen:
     chosen: Chosen = []
     for a, b in combinations([c for c in group if c.file is not None], 2):
         assert a.file is not None and b.file is not None
