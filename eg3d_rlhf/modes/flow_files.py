@@ -1,33 +1,28 @@
-"""Files in and out of the layouts of flow generators: conditions, assets to rank, pairs, tuned networks in their own layout.
+"""Files in and out of the layouts of flow generators: pairs of ranked assets, tuned networks in their own layout.
 
 What a family does of it, and how, its `FlowFamily` says.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option, together
-from eg3d_rlhf.models.policies import META, tuned_model
-from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, NULL, read_array, read_conditions, write_conditions
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, together
+from eg3d_rlhf.models.policies import META
+from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, NULL, read_array, read_conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages, family_of
-from eg3d_rlhf.tuning.flow.problem import ProblemSource, hash_of
+from eg3d_rlhf.tuning.flow.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.ranking import (
     RANKING,
     Imported,
     Judged,
-    draw,
-    draw_each,
     judged_option,
-    read_latents,
     read_ranking,
     write_import,
-    write_latents,
 )
 from training.progress import tqdm
 
@@ -53,100 +48,12 @@ def main() -> None:
     """
 
 
-@main.command("conditions", cls=GroupedCommand)
-@together(_model, _out)
-@option("--images", metavar="DIR", type=FOLDER, default=None, help="Pictures with transparent backgrounds, named as they are.")
-@option("--texts", metavar="FILE", type=ANY, default=None, help="Texts, one per line, for generators of texts.")
-@_device
-def conditions(root: Path, out: Path, images: Path | None, texts: Path | None, device: str) -> None:
-    """Embed pictures or texts by the generator's own encoder, into conditions.safetensors."""
-    family = family_of(root)
-    if (images is None) == (texts is None):
-        raise ValueError("conditions: expected --images or --texts, got neither or both. Name what the generator is told.")
-    embed = _hook(family, "conditions", family.embed_texts if images is None else family.embed)
-    if texts is not None:
-        lines = [line.strip() for line in texts.read_text().splitlines() if line.strip()]
-        embedded = embed(root, lines, choose_device(device))
-    else:
-        assert images is not None
-        paths = {path.stem: path for path in sorted(images.glob("*")) if path.suffix.lower() in PICTURES}
-        if not paths:
-            raise FileNotFoundError(f"--images: expected pictures ({', '.join(PICTURES)}), got none in {images}. Name their folder.")
-        embedded = embed(root, paths, choose_device(device))
-    write_conditions(out / CONDITIONS, embedded)
-    click.echo(f"{len(embedded.names)} conditions in {out / CONDITIONS}")
-
-
-@main.command("draw", cls=GroupedCommand)
-@together(_model, _out, _tuned)
-@option("--conditions", "tokens", metavar="FILE", type=ANY, default=None, show_default=f"{CONDITIONS} in --out",
-        help="Embeddings; each condition in it is drawn.")
-@option("--each", metavar="N", type=click.IntRange(1), default=4, help="Assets per condition, of seeds 0, 1, ...")
-@option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", help="In which the flows are held.")
-@option("--cells", metavar="N", type=click.IntRange(2), default=None, show_default="the family's",
-        help="Per axis of the grid that meshes are read on: 128 for Hunyuan3D-2.1, 384 as published.")
-@option("--few-steps", metavar="N", type=click.IntRange(1), default=None,
-        help="Draw in N steps, without guidance, where a network reads how long a step is (SAM 3D's structure).")
-@_device
-def draw_command(
-    root: Path, out: Path, run: Path | None, weights: Sequence[str], tokens: Path | None, each: int, dtype: str, cells: int | None,
-    few_steps: int | None, device: str,
-) -> None:
-    """Assets to look at, their latents, and a list to write ranks into, for `ranking`."""
-    family = family_of(root)
-    show = _hook(family, "draw", family.show)
-    if cells is not None and family.cells is None:
-        raise ValueError(f"--cells: belongs to families that read meshes on a grid, not to {family.name}. Leave it out.")
-    size = () if cells is None else (cells,)
-    tokens, tuned = tokens or out / CONDITIONS, tuned_weights(family, run, weights)
-    if not tokens.exists():
-        raise FileNotFoundError(f"--conditions: expected embeddings, got none at {tokens}. Write them by `conditions --out={out}`.")
-    read = read_conditions(tokens, zero_null=family.zero_null)
-    pipeline = family.load(root, read, dtype=getattr(torch, dtype), device=choose_device(device))
-    for stage in pipeline.stages:
-        if stage.name in tuned:
-            stage.model = tuned_model(stage.model, tuned[stage.name])
-    told = [stage for stage in pipeline.stages if stage.call_step is not None]
-    if few_steps and not told:
-        raise ValueError(f"--few-steps: expected a network that reads how long a step is, got none of {family.name}. Leave it out.")
-    for stage in told if few_steps else ():
-        stage.sampling = replace(stage.sampling, steps=few_steps, cfg_strength=0.0, shortcut=True)
-    identity = {
-        "files": {name: file_hash(path) for name, path in family.files(root).items()}, "conditions": hash_of(tokens),
-        "tuned": {stage: hash_of(path) for stage, path in tuned.items()}, "dtype": dtype, **({"cells": cells} if size else {}),
-        **({"few_steps": few_steps} if few_steps else {}),
-    }
-
-    def make(stem: str, condition: str, seed: int) -> dict[str, Any]:
-        apart = family.write_latent is not None
-        files = {stage: f"{stem}-{stage}.safetensors" for stage in family.stages} if apart else {"latents": f"{stem}.safetensors"}
-        there = [path for path in out.glob(f"{stem}.*") if path.suffix != ".safetensors"]  # written last
-        if not there:
-            latents, asset = draw(pipeline, condition, seed)
-            if family.write_latent is None:
-                write_latents(out / files["latents"], latents)
-            else:
-                for stage, latent in latents.items():
-                    family.write_latent(out / files[stage], pipeline, stage, latent)
-            there = [show(asset, out / stem, *size)]
-        facts = {} if family.facts is None else family.facts(pipeline, condition, read_latents(out / files["latents"]))
-        return {**files, **facts, "look_at": there[0].name}
-
-    with tqdm(total=each * len(read.names), desc="assets", unit="asset", disable=None) as bar:
-        _, drawn = draw_each(out, read.names, range(each), identity, make, bar.update)
-    if tokens != out / CONDITIONS:
-        write_conditions(out / CONDITIONS, read)
-    empty = each * len(read.names) - drawn
-    left_out = f"; {empty} more had an empty structure and are left out" if empty else ""
-    click.echo(f"{drawn} assets{left_out}; write ranks into {out / RANKING}, 1 for the best of a condition")
-
-
 @main.command("ranking", cls=GroupedCommand)
 @option("--list", "path", required=True, metavar="DIR", type=ANY,
-        help="The folder that draw wrote, or its list, with ranks; or of most families a list of your own assets.")
+        help="WORK/drawn/base, or its list, with ranks; or of most families a list of your own assets.")
 @together(_model, _out)
 @judged_option
-@option("--conditions", "tokens", metavar="FILE", type=ANY, default=None, show_default="beside the list", help="Embeddings.")
+@option("--conditions", "tokens", metavar="FILE", type=ANY, default=None, show_default="beside the list, or WORK's", help="Embeddings.")
 @option("--share", metavar="X", type=click.FloatRange(0, min_open=True), default=ProblemSource.voxel_share, group=OTHERS,
         help="Of the mean opacity, above which a voxel of an asset is filled.")
 @option("--views", metavar="N", type=click.IntRange(1), default=ProblemSource.views, group=OTHERS,
@@ -167,7 +74,8 @@ def ranking(
         pipeline = family.load(root, None, dtype=torch.float32, device="cpu")
     with tqdm(desc="assets", unit="asset", disable=None) as bar:
         imported = read_ranking(path, pipeline, bar.update, votes, family.candidate)
-    tokens = tokens or path.parent / CONDITIONS
+    beside = (path.parent / CONDITIONS, path.parent.parent.parent / CONDITIONS)  # the latter of assets in WORK/drawn
+    tokens = tokens or next((place for place in beside if place.is_file()), beside[0])
     if tokens.exists() or family.encoder is None:  # assets that others made may have none yet
         read = read_conditions(tokens, zero_null=family.zero_null)
         named = sorted({pair.condition for pairs in imported.pairs.values() for pair in pairs})
@@ -189,7 +97,7 @@ def dso(samples: Path, root: Path, out: Path) -> None:
 
 
 @main.command("calibrate", cls=GroupedCommand)
-@option("--list", "folder", required=True, metavar="DIR", type=FOLDER, help="The folder that draw wrote.")
+@option("--list", "folder", required=True, metavar="DIR", type=FOLDER, help="WORK/drawn/base.")
 @_model
 def calibrate(folder: Path, root: Path) -> None:
     """The share of opacity, for --share and voxel_share, at which TRELLIS's drawn assets fill the voxels that they were made on."""
@@ -198,7 +106,7 @@ def calibrate(folder: Path, root: Path) -> None:
 
     path = folder / RANKING
     if not path.is_file():
-        raise FileNotFoundError(f"--list: expected the folder that draw wrote, got no {RANKING} in {folder}. Check the path.")
+        raise FileNotFoundError(f"--list: expected WORK/drawn/base, got no {RANKING} in {folder}. Check the path.")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     _, pipeline = _trellis(root)
     assets = [read_ply(folder / row["look_at"]) for row in tqdm(rows, desc="assets", unit="asset", disable=None)]
@@ -211,12 +119,14 @@ def calibrate(folder: Path, root: Path) -> None:
 def export(root: Path, out: Path, run: Path | None, weights: Sequence[str]) -> None:
     """A folder in the generator's own layout, with tuned networks merged."""
     family = family_of(root)
-    write, tuned = _hook(family, "export", family.export), tuned_weights(family, run, weights)
+    tuned = tuned_weights(family, run, weights)
+    if family.export is None:
+        raise ValueError(f"export: expected a family that does so here, got {family.name}. See docs/extending.md for one's own.")
     if not tuned:
         raise ValueError("export: expected --run or --weights, got neither. Name what is tuned.")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"export: expected a new folder, got {out} with files in it. Name another.")
-    click.echo(json.dumps(write(root, out, tuned), indent=1))
+    click.echo(json.dumps(family.export(root, out, tuned), indent=1))
 
 
 def tuned_weights(family: FlowFamily, run: Path | None, weights: Sequence[str]) -> dict[str, Path]:
@@ -252,9 +162,3 @@ def _write(out: Path, imported: Imported, family: FlowFamily, pipeline) -> None:
     meta = family.pair_meta or (lambda pipeline, stage, report: {"family": family.name})
     hashes = write_import(out, imported, lambda stage: meta(pipeline, stage, report))
     click.echo(json.dumps({**report, "hashes": hashes}, indent=1))
-
-
-def _hook(family: FlowFamily, what: str, given: Callable | None) -> Callable:
-    if given is None:
-        raise ValueError(f"{what}: expected a family that does so here, got {family.name}. See docs/flow-families.md for its own tools.")
-    return given

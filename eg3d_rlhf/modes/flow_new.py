@@ -10,7 +10,7 @@ import torch
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
 from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.modes.flow_check import faults, licences, rows
-from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, write_conditions
+from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, Conditions, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, family_of
 from eg3d_rlhf.tuning.flow.problem import PRECISIONS, chosen_precision
 from eg3d_rlhf.tuning.flow.work import FILE, SHARES, SHOWN, SPLITS, TEST, Work, divide, hashes
@@ -28,6 +28,8 @@ LONGEST = 2000  # characters of a prompt that the page shows
 @option("--prompts", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=None,
         help="Texts, one per line, for generators of texts; the toy has its own.")
 @option("--pictures", metavar="DIR", type=FOLDER, default=None, help="Pictures with transparent backgrounds, for generators of pictures.")
+@option("--conditions", "embeddings", metavar="FILE|DIR", type=click.Path(path_type=Path), default=None,
+        help="Embeddings that others made, by name, in place of the generator's encoder.")
 @option("--each", metavar="N", type=click.IntRange(2), default=4, help="Assets that are drawn per condition, to compare.")
 @option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where networks run.")
 @option("--seed", rare=True, metavar="INT", type=click.IntRange(0), default=0, help="Divides the conditions, plans the pairs.")
@@ -36,7 +38,9 @@ LONGEST = 2000  # characters of a prompt that the page shows
 @option("--precision", rare=True, type=click.Choice(list(PRECISIONS)), default="auto", help="Of drawing and training.")
 @option("--batch", rare=True, metavar="N", type=click.IntRange(1), default=None, help="Assets drawn at once, pairs in one pass.")
 @option("--up", rare=True, type=click.Choice(["y", "z"]), default=None, help="Axis of assets that points up.")
-def new(folder: Path, pipeline: str, prompts: Path | None, pictures: Path | None, device: str, **flags) -> None:
+def new(
+    folder: Path, pipeline: str, prompts: Path | None, pictures: Path | None, embeddings: Path | None, device: str, **flags
+) -> None:
     """A folder WORK that remembers a generator, its prompts or pictures, and everything after.
 
     \b
@@ -48,7 +52,8 @@ def new(folder: Path, pipeline: str, prompts: Path | None, pictures: Path | None
     family, where = family_of(Path(pipeline), say=lambda text: None), choose_device(device)
     for line in examined(family, Path(pipeline)):
         click.echo(line)
-    names = conditions_of(family, prompts, pictures)
+    given = None if embeddings is None else read_conditions(embeddings, zero_null=family.zero_null)
+    names = conditions_of(family, prompts, pictures, given)
     divided = divide(list(names), flags["seed"], shares_of(flags["split"]))
     counts = ", ".join(f"{len(divided[split])} to {split} on" for split in SPLITS)
     for line in rows("prompts" if pictures is None else "pictures", [f"{len(names)}: {counts}"]):
@@ -57,9 +62,10 @@ def new(folder: Path, pipeline: str, prompts: Path | None, pictures: Path | None
         write_atomic(folder / "inputs" / PROMPTS, "".join(f"{name}\n" for name in names).encode())
     else:
         copy_pictures(folder / "inputs", names)
-    given: Any = list(names) if pictures is None else names
-    embedded = (family.embed_texts if pictures is None else family.embed)(Path(pipeline), given, where)  # type: ignore[misc]
-    write_conditions(folder / CONDITIONS, embedded)
+    if given is None:
+        told: Any = list(names) if pictures is None else names
+        given = (family.embed_texts if pictures is None else family.embed)(Path(pipeline), told, where)  # type: ignore[misc]
+    write_conditions(folder / CONDITIONS, given)
     work = Work(
         folder=folder, pipeline=pipeline if family.bundled else str(Path(pipeline).resolve()), family=family.name, stages=family.stages,
         kind="prompts" if pictures is None else "pictures", up=flags["up"] or family.up, splits=divided,
@@ -97,12 +103,20 @@ def examined(family: FlowFamily, root: Path) -> Iterator[str]:
             yield from rows("missing", [f"{network.name} in {network.file}{place}: without it no {network.without}"])
 
 
-def conditions_of(family: FlowFamily, prompts: Path | None, pictures: Path | None) -> dict[str, Path | None]:
+def conditions_of(
+    family: FlowFamily, prompts: Path | None, pictures: Path | None, given: Conditions | None = None
+) -> dict[str, Path | None]:
     """Names of conditions, with the files of pictures. Raises: ValueError, FileNotFoundError for what does not fit the generator."""
+    if given is not None:
+        if prompts is not None or pictures is not None:
+            raise ValueError("--conditions: expected no --prompts or --pictures beside it: embeddings have names. Leave one out.")
+        return dict.fromkeys(given.names)
     if prompts is None and pictures is None and family.prompts:
         return dict.fromkeys(family.prompts)
     if (prompts is None) == (pictures is None):
         raise ValueError("new: expected --prompts or --pictures, got neither or both. Name what the generator is told.")
+    if family.embed is None and family.embed_texts is None:
+        raise ValueError(f"new: expected --conditions for {family.name}, which has no encoder here. Name a file of embeddings.")
     if pictures is not None:
         if family.embed is None:
             raise ValueError(f"--pictures: expected --prompts for {family.name}, which is told texts. Name a file of them.")

@@ -74,14 +74,14 @@ class Study:
 @option("--annotators", metavar="INT", type=click.IntRange(1), default=1, help="People who are asked.")
 @option("--again", is_flag=True, help="A new study of the same training.")
 @option("--interim", is_flag=True, help="With --report: before the study is over, and marked so.")
-@option("--tune", "tune_name", rare=True, metavar="NAME", default=None, show_default="the latest", help="Training, such as tune-00.")
+@option("--tune", rare=True, metavar="NAME", default=None, show_default="the latest", help="Training, such as tune-00.")
 @device_flag
 @drawing_flags
 @launch.server_options("access.jsonl in the study's folder")
 @click.pass_context
 def study(
     ctx: click.Context, folder: Path, report: bool, against: str | None, n: int | None, annotators: int, again: bool, interim: bool,
-    tune_name: str | None, device: str, cells: int | None, few_steps: int | None, timeout: float, **server,
+    tune: str | None, device: str, cells: int | None, few_steps: int | None, timeout: float, **server,
 ) -> None:
     """Compare the tuned generator with what it was and with its control, blind, on test conditions, in the browser.
 
@@ -91,18 +91,18 @@ def study(
         eg3d-rlhf flow study WORK --report
     """
     work = Work.open(folder)
-    tune = tuning_of(work, tune_name)
+    training = tuning_of(work, tune)
     if interim and not report:
         raise ValueError("--interim: belongs to --report. Add that, or leave it out.")
     if report:
-        tell_report(work, Study.of(work, tune, False), against, interim)
+        tell_report(work, Study.of(work, training, False), against, interim)
         return
     family = work.check_pipeline()
-    arms = {"test-base": None, numbered("tuned", tune): work.tuned(tune)}
-    if against != BASE and (control := work.tuned(tune, control=True)):
-        arms[numbered("control", tune)] = control
+    arms = {"test-base": None, numbered("tuned", training): work.tuned(training)}
+    if against != BASE and (control := work.tuned(training, control=True)):
+        arms[numbered("control", training)] = control
     elif against == CONTROL:
-        raise ValueError(f"--against=control: expected a control in {tune}, got none. Tune without --no-control.")
+        raise ValueError(f"--against=control: expected a control in {training}, got none. Tune without --no-control.")
     with running(device, timeout, AGAIN) as ranks:
         for name, weights in arms.items():
             where = choose_device(device) if ranks.world == 1 else ranks.device
@@ -113,7 +113,7 @@ def study(
         if not ranks.main:
             return
     given = {name for name in server if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE}
-    serve(work, Study.of(work, tune, again), list(arms), against, n, annotators, {name: server[name] for name in given})
+    serve(work, Study.of(work, training, again), list(arms), against, n, annotators, {name: server[name] for name in given})
 
 
 def numbered(what: str, tune: Path) -> str:

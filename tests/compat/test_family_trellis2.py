@@ -554,10 +554,10 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
     (snapshots / "0").symlink_to(case.file(case.fact("encoder")))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     Path("PICTURES").mkdir()
-    for name in "ab":
-        Image.fromarray(case["pre0/rgba"].numpy()).save(f"PICTURES/{name}.png")
+    for i, name in enumerate("abc"):
+        Image.fromarray(np.roll(case["pre0/rgba"].numpy(), i, 1)).save(f"PICTURES/{name}.png")
     few = "--steps=1 --batch=2 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --device=cpu".split()
-    assert run_section("TRELLIS.2", root, Path(), few) == ["conditions", "draw", "ranking", "train", "export"]
+    assert run_section("TRELLIS.2", root, Path(), few) == ["new", "draw", "ranking", "train", "export"]
     tuned = []
     for stage in case.fact("stages"):
         whole = ("--mode=circular-dpo", f"--pipeline={root}", "--pairs=PAIRS", f"--stage={stage}", f"--outdir={stage}", *few)
@@ -566,6 +566,7 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
         tuned.append(f"--weights={stage}={run}")
     called(flow_files.main, "export", f"--pipeline={root}", "--out=ALL", *tuned)
     for folder in ("TUNED", "ALL"):
-        pipeline = family.load(Path(folder), read_conditions(Path("PAIRS")))
-        assert generate(pipeline, ["a"], [0])[0].materials.isfinite().all()
+        read = read_conditions(Path("PAIRS"))
+        pipeline = family.load(Path(folder), read)
+        assert generate(pipeline, [read.names[0]], [0])[0].materials.isfinite().all()
     called(flow_check.check, "ALL")

@@ -1,8 +1,8 @@
-"""Assets that people rank or compare, from drawing them to pairs of every stage's latents.
+"""Assets that people rank or compare, and pairs of every stage's latents.
 
-A folder of drawn assets has, per condition and seed, a file to look at and one of the latents that it came from, as the flows see them; and
-ranking.jsonl, a line per asset, whose rank is left to fill in (1 is best; equal ranks are not paired), unless pairs are judged.
-The latents are the sampler's own: pairs made of them are what the networks themselves would draw, and need no encoding.
+A folder of drawn assets (drawing.py) has, per condition and seed, a file to look at and one of the latents that it came from, as the flows
+see them; and ranking.jsonl, a line per asset, whose rank is left to fill in, 1 for the best, unless pairs are judged. Equal ranks are not
+paired.
 
 Judgements, as the labelling tool exports them, are JSON lines with paths relative to the file: {"preferred": "a.ply", "rejected": "b.ply"},
 with "tie": true where neither was; other fields are passed over. Several judgements of two assets are counted, and the majority decides.
@@ -21,13 +21,12 @@ import click
 import torch
 
 from eg3d_rlhf.core.cli import option
-from eg3d_rlhf.models.sparse import Latent, latent_of, parts_of, separate, to_cpu
+from eg3d_rlhf.models.sparse import Latent, latent_of, parts_of, to_cpu
 from eg3d_rlhf.preferences.labels import jsonl_records
 from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, Conditions, write_conditions
-from eg3d_rlhf.tuning.flow.generate import stage_latents
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
-from eg3d_rlhf.tuning.flow.stage import CONVENTION, Asset, EmptyStructure, Pipeline, Voxels, refusing_empty, stage_of
-from training.storage import read_tensors, write_atomic, write_tensors
+from eg3d_rlhf.tuning.flow.stage import CONVENTION, Pipeline, stage_of
+from training.storage import read_tensors, write_tensors
 
 # Judgements of pairs of assets, as the labelling tool exports them: which of two files people preferred.
 
@@ -67,7 +66,7 @@ def _place(folder: Path, name: str) -> Path:
     return (folder / name).resolve()
 
 
-RANKING, IDENTITY = "ranking.jsonl", "drawn_from.json"
+RANKING = "ranking.jsonl"
 KIND = "latents"
 
 
@@ -126,58 +125,6 @@ def _voted(group: Sequence[Candidate], judged: "Votes") -> Chosen:
         if first != second:
             chosen.append((a, b, {"votes": [first, second]}) if first > second else (b, a, {"votes": [second, first]}))
     return chosen
-
-
-def draw_each(
-    folder: Path, conditions: Sequence[str], seeds: Sequence[int], identity: Mapping, make: Callable[[str, str, int], Mapping[str, Any]],
-    on_asset: Callable[[], None] | None = None,
-) -> tuple[Path, int]:
-    """Draw every condition with every seed; returns the list, whose ranks are left to fill in, and how many assets it has.
-
-    Assets that an interrupted call left are kept; those whose structure is empty are left out of the list.
-    Args: identity: JSON, hashes of all files that they come from.
-        make: makes the files of an asset, from their stem, condition and seed, unless they are there; returns them by what they are,
-            and what the list says besides.
-    Raises: ValueError for a folder of assets of other files, or one that is finished, whose ranks would be lost; EmptyStructure where
-        every structure is empty.
-    """
-    path, text = folder / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n"
-    other = path.is_file() and path.read_text() != text
-    if other or (folder / RANKING).exists():
-        got = "assets of other networks or conditions" if other else f"{RANKING}, maybe with ranks"
-        raise ValueError(f"draw: expected a new folder or an interrupted one, got {folder} with {got}. Name another.")
-    write_atomic(path, text.encode())
-    lines, empty = [], None
-    for c, condition in enumerate(conditions):
-        for seed in seeds:
-            try:
-                files = dict(make(f"{c:05d}-{seed}", condition, seed))
-                look_at = files.pop("look_at")
-                lines.append(json.dumps({"condition": condition, "rank": None, **files, "seed": seed, "look_at": look_at}))
-            except EmptyStructure as error:
-                empty = error
-            if on_asset:
-                on_asset()
-    if empty is not None and not lines:
-        raise empty
-    write_atomic(folder / RANKING, "".join(line + "\n" for line in lines).encode())
-    return folder / RANKING, len(lines)
-
-
-def draw(pipeline: Pipeline, condition: str, seed: int) -> tuple[dict[str, Latent], Asset]:
-    """The asset of a condition and a seed, as flow.generate draws it, with the latents that it came from, by stage.
-
-    Raises: EmptyStructure for a structure without a voxel.
-    """
-    given: Sequence[Voxels] = [None]
-    latents: dict[str, Latent] = {}
-    for number, stage in enumerate(pipeline.stages, 1):
-        x_0 = stage_latents(pipeline, stage, [condition], [seed], given)
-        latents[stage.name] = separate(x_0)[0]
-        if number < len(pipeline.stages):
-            with refusing_empty():
-                given = pipeline.advance(stage.name, x_0)
-    return latents, pipeline.decode(x_0)[0]
 
 
 def write_latents(path: Path, latents: Mapping[str, Latent]) -> None:

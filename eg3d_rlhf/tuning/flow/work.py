@@ -182,11 +182,11 @@ class Work:
 
     def conditions(self, *splits: str) -> Conditions:
         """Embeddings of the conditions of splits and of the empty one, and of no others."""
-        read, family = read_conditions(self.conditions_file), family_of(Path(self.pipeline), say=_said)
+        read = read_conditions(self.conditions_file)
         wanted = self.names(*splits)
         read.of(wanted)  # raises for those that are missing
         tokens = {name: read.tokens[name] for name in (*wanted, NULL) if name in read.tokens}
-        return Conditions(tokens=tokens, encoder=read.encoder, zero_null=family.zero_null)
+        return Conditions(tokens=tokens, encoder=read.encoder, zero_null=read.zero_null)
 
     @property
     def conditions_file(self) -> Path:

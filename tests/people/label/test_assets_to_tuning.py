@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, write_conditions
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
+from eg3d_rlhf.tuning.flow.work import SHOWN, Work
 from tests.people.label.browser import Page, browser, needs_chromium
 from tests.tuning.flow.trellis import tiny_trellis
 
 __all__ = ["browser"]
 ROOT = Path(__file__).resolve().parents[3]
-NAMES = tiny_trellis.NAMES[:2]
 
 
 def run(folder: Path, *words: str) -> str:
@@ -33,10 +33,13 @@ def run(folder: Path, *words: str) -> str:
 @needs_chromium
 def test_from_drawn_assets_to_a_tuned_first_stage(browser, tmp_path):
     root = tiny_trellis.write_trellis(tmp_path / "ROOT")
-    write_conditions(tmp_path / "ASSETS" / CONDITIONS, tiny_trellis.tokens(NAMES))
-    run(tmp_path, "flow", "files", "draw", f"--pipeline={root}", "--out=ASSETS", "--each=3", "--device=cpu")
+    write_conditions(tmp_path / CONDITIONS, tiny_trellis.tokens())
+    run(tmp_path, "flow", "new", "WORK", f"--pipeline={root}", f"--conditions={CONDITIONS}", "--each=3", "--set=split=0.3,0.2,0.5",
+        "--device=cpu")
+    run(tmp_path, "flow", "draw", "WORK", "--device=cpu")
+    work = Work.open(tmp_path / "WORK")
     label = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "label.py"), "--assets=ASSETS", "--up=z", "--campaign=chairs", "--pairs=6",
+        [sys.executable, str(ROOT / "tools" / "label.py"), "--assets=WORK/drawn/base", "--up=z", "--campaign=chairs", "--pairs=6",
          "--port=0", "--db=sqlite:///labels.db", "--set=cache=cache",
          *(f"--set={name}=0" for name in ("training", "gold", "repeat_share", "swap_share"))],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True,
@@ -57,13 +60,14 @@ def test_from_drawn_assets_to_a_tuned_first_stage(browser, tmp_path):
         label.wait(20)
     run(tmp_path, "label", "export", "judged.jsonl", "--kind=asset-pairs", "--campaign=chairs", "--db=sqlite:///labels.db")
     judged = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
-    assert len(judged) == 6 and sum(line["tie"] for line in judged) == 1 and {line["condition"] for line in judged} == set(NAMES)
-    made = run(tmp_path, "flow", "files", "ranking", "--list=ASSETS", "--judged=judged.jsonl",
+    assert len(judged) == 6 and sum(line["tie"] for line in judged) == 1
+    assert {line["condition"] for line in judged} == set(work.names(*SHOWN))
+    made = run(tmp_path, "flow", "files", "ranking", "--list=WORK/drawn/base", "--judged=judged.jsonl",
                f"--pipeline={root}", "--out=PAIRS")
     assert json.loads(made)["pairs"] == {"structure": 5, "latent": 5}
-    drawn = {line["look_at"]: line for line in map(json.loads, (tmp_path / "ASSETS" / "ranking.jsonl").read_text().splitlines())}
+    drawn = {line["look_at"]: line for line in work.lines()}
     pairs, first = read_pairs(tmp_path / "PAIRS" / "structure")[0], next(line for line in judged if not line["tie"])
-    preferred, rejected = (load_file(tmp_path / "ASSETS" / drawn[Path(first[side]).name]["structure"])["mean"]
+    preferred, rejected = (load_file(work.drawn() / drawn[Path(first[side]).name]["structure"])["mean"]
                            for side in ("preferred", "rejected"))  # fmt: skip
     assert sum(pair.preferred.equal(preferred) and pair.rejected.equal(rejected) for pair in pairs) == 1
     flags = "--mode=circular-dpo --stage=structure --pairs=PAIRS --steps=2 --batch=2 --lr=0.02 --set=choose_noises=0 --set=warmup=0"

@@ -9,11 +9,14 @@ from pathlib import Path
 from click.testing import CliRunner, Result
 
 import train
+from eg3d_rlhf.modes.flow_draw import draw
 from eg3d_rlhf.modes.flow_files import main
+from eg3d_rlhf.modes.flow_new import new
 
 PAGES = Path(__file__).resolve().parents[3] / "docs"
 FEW = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --device=cpu".split()
-COMMANDS = {"python train.py ": train.main, "eg3d-rlhf flow files ": main}
+COMMANDS = {"python train.py ": train.main, "eg3d-rlhf flow files ": main, "eg3d-rlhf flow new ": new, "eg3d-rlhf flow draw ": draw}
+NAMES = {train.main: "train", new: "new", draw: "draw"}
 
 
 def section_of(page: str, section: str) -> list[str]:
@@ -37,14 +40,14 @@ def run_section(
         if start is None:
             continue
         filled = ["=".join(places.get(part, part) for part in word.split("=")) for word in shlex.split(line.removeprefix(start))]
-        training = COMMANDS[start] is train.main
-        more = few if training else [f"--each={each}"] if filled[0] == "draw" else []
-        done = CliRunner().invoke(COMMANDS[start], [*filled, *more])
+        command = COMMANDS[start]
+        more = {train.main: few, new: [f"--each={each}"]}.get(command, [])
+        done = CliRunner().invoke(command, [*filled, *more])
         assert done.exit_code == 0, (start, filled, done.output, done.exception)
-        called.append("train" if training else filled[0])
+        called.append(NAMES.get(command, filled[0]))
         on_call(called[-1], done)
         if called[-1] == "draw" and not (folder / "PAIRS").exists():
-            path = folder / "ASSETS" / "ranking.jsonl"
+            path = folder / "WORK" / "drawn" / "base" / "ranking.jsonl"
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             path.write_text("".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows))
         if called[-1] == "train":

@@ -8,13 +8,13 @@ import torch
 
 from eg3d_rlhf.models.lora import LoraConfig, adapters_off, add_lora, lora_parameters
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, draw_pairs, pair_loss
+from eg3d_rlhf.tuning.flow.drawing import draw
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.ranking import draw
 
 
 def pairs_of(pipeline, stage: str, conditions: Sequence[str]) -> list[PreferencePair]:
     """A pair per condition of what the generator draws with seeds 0 and 1."""
-    drawn = [[draw(pipeline, name, seed)[0][stage] for seed in (0, 1)] for name in conditions]
+    drawn = [[draw(pipeline, [name], [seed])[0][0][stage] for seed in (0, 1)] for name in conditions]
     both = zip(conditions, drawn, strict=True)
     return [PreferencePair(id=name, condition=name, stage=stage, preferred=a, rejected=b) for name, (a, b) in both]
 

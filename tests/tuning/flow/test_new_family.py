@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 import train
 from eg3d_rlhf.modes import flow_files as commands
 from eg3d_rlhf.tuning.flow.conditions import write_conditions
+from eg3d_rlhf.tuning.flow.drawing import drawing_of
 from eg3d_rlhf.tuning.flow.families import FAMILIES, family_of
 from eg3d_rlhf.tuning.flow.generate import generate
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
 from eg3d_rlhf.tuning.flow.ranking import read_latents
 from eg3d_rlhf.tuning.flow.stage import CONVENTION
+from eg3d_rlhf.tuning.flow.work import Work
+from tests.modes.flow_works import flow
 from tests.tuning.flow import point_family
 from tests.tuning.flow.documented_commands import run_section, section_of
 from tests.tuning.flow.point_family import POINTS
@@ -50,31 +53,30 @@ def tool(*flags):
 
 
 def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
-    write_conditions(tmp_path / "ASSETS" / "conditions.safetensors", conditions())
+    write_conditions(tmp_path / "c.safetensors", conditions())
     model = f"--pipeline={root}"
-    assert tool("draw", model, f"--out={tmp_path / 'ASSETS'}", "--each=2").exit_code == 0
-    early = tool("ranking", model, f"--list={tmp_path / 'ASSETS'}", f"--out={tmp_path / 'NEW'}")
+    assert "expected --conditions for points" in flow("new", tmp_path / "WORK", model, f"--pictures={tmp_path}", code=2)
+    flow("new", tmp_path / "WORK", model, f"--conditions={tmp_path / 'c.safetensors'}", "--each=2")
+    flow("draw", tmp_path / "WORK")
+    work = Work.open(tmp_path / "WORK")
+    early = tool("ranking", model, f"--list={work.drawn()}", f"--out={tmp_path / 'NEW'}")
     assert early.exit_code == 2 and "ranking.jsonl, line 1: expected a rank, got None" in early.output
-    again = tool("draw", model, f"--out={tmp_path / 'ASSETS'}", "--each=2")
-    assert again.exit_code == 2 and "ranking.jsonl, maybe with ranks" in again.output
-    path = tmp_path / "ASSETS" / "ranking.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 8 and (tmp_path / "ASSETS" / rows[0]["look_at"]).suffix == ".xyz"
+    path, rows = work.drawn() / "ranking.jsonl", work.lines()
+    assert len(rows) == 6 and (work.drawn() / rows[0]["look_at"]).suffix == ".xyz"
     path.write_text("".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows))
-    done = tool("ranking", model, f"--list={tmp_path / 'ASSETS'}", f"--out={tmp_path / 'PAIRS'}")
-    assert done.exit_code == 0 and '"points": 4' in done.output, done.output
+    done = tool("ranking", model, f"--list={work.drawn()}", f"--out={tmp_path / 'PAIRS'}")
+    assert done.exit_code == 0 and '"points": 3' in done.output, done.output
     assert call(tmp_path, "--stage=points").exit_code == 0
     (run,) = (tmp_path / "runs").glob("00000-*")
-    assert tool("draw", model, f"--out={tmp_path / 'LATER'}", f"--conditions={tmp_path / 'PAIRS'}", f"--run={run}").exit_code == 0
+    later = drawing_of(work, work.check_pipeline(), "later", ["test"], torch.device("cpu"), tuned={"points": run / "points"})
+    assert later.run().count == 2
     assert tool("export", model, f"--out={tmp_path / 'TUNED'}", f"--run={run}").exit_code == 0
-    latents = read_latents(tmp_path / "LATER" / "00000-0.safetensors")["points"]
-    merged = generate(point_family.load(tmp_path / "TUNED", conditions()), ["a"], [0])[0]
+    latents = read_latents(later.folder / "00000-0.safetensors")["points"]
+    merged = generate(point_family.load(tmp_path / "TUNED", conditions()), work.names("test"), [0])[0]
     torch.testing.assert_close(merged, latents)
     for flags, message in (
         (["export", model, f"--out={tmp_path / 'X'}"], "expected --run or --weights, got neither"),
         (["export", model, f"--out={tmp_path / 'X'}", "--weights=dots=x"], "expected stages among points, got dots"),
-        (["draw", model, f"--out={tmp_path / 'X'}"], "expected embeddings, got none at"),
-        (["conditions", model, f"--out={tmp_path / 'X'}", f"--images={tmp_path}"], "expected a family that does so here, got points"),
     ):
         refused = tool(*flags)
         assert refused.exit_code == 2 and message in refused.output.replace("\n", " "), refused.output
@@ -84,11 +86,11 @@ def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(FAMILIES._things, "points")
     shutil.rmtree("PAIRS")
-    write_conditions(Path("ASSETS/conditions.safetensors"), conditions())
+    write_conditions(Path("CONDITIONS"), conditions())
     name, _, path = section_of("extending.md", "A new flow family")[0].removeprefix("export ").partition("=")
     monkeypatch.setenv(name, str(REPO / path))
     called = run_section("A new flow family", "ROOT", Path(), FEW, page="extending.md")
-    assert called == ["draw", "ranking", "train", "export"]
+    assert called == ["new", "draw", "ranking", "train", "export"]
     assert sorted(path.name for path in Path("TUNED").iterdir()) == ["points.json", "points.safetensors"]
 
 

@@ -24,7 +24,9 @@ from eg3d_rlhf.tuning.flow.families.sam3d import files
 from eg3d_rlhf.tuning.flow.families.sam3d import pipeline as family
 from eg3d_rlhf.tuning.flow.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.stage import FlowPath
+from eg3d_rlhf.tuning.flow.work import Work
 from tests.compat.family_reference import Case, folders
+from tests.modes import flow_works
 from tests.tuning.flow.documented_commands import FEW
 from tests.tuning.flow.one_step import check_one_dpo_step, pairs_of
 from tests.tuning.flow.refused import refusal, write_people
@@ -222,17 +224,12 @@ def test_errors_are_weighed_by_name():
 def test_drawing_in_few_steps_and_with_a_pose(released, width, tmp_path):
     told = tokens(width, **{family.SCALE: torch.full([3], 2.0), family.SHIFT: torch.tensor([0.0, 0.0, 5.0])})
     write_conditions(tmp_path / "conditions.safetensors", told)
-
-    def draw(name, *flags):
-        at = [f"--pipeline={released}", f"--out={tmp_path / name}", f"--conditions={tmp_path / 'conditions.safetensors'}", "--each=1"]
-        done = CliRunner().invoke(main, ["draw", *at, "--device=cpu", *flags])
-        assert done.exit_code == 0, done.output
-        return [json.loads(line) for line in (tmp_path / name / "ranking.jsonl").read_text().splitlines()]
-
-    few = draw("few", "--few-steps=2")
-    assert [set(row["pose"]) for row in few] == [{"rotation", "translation", "scale"}] * len(NAMES)
+    flow_works.flow("new", tmp_path / "WORK", f"--pipeline={released}", f"--conditions={tmp_path / 'conditions.safetensors'}", "--each=2")
+    flow_works.flow("draw", tmp_path / "WORK", "--set=few_steps=2", "--device=cpu")
+    few = Work.open(tmp_path / "WORK").lines()
+    assert {tuple(sorted(row["pose"])) for row in few} == {("rotation", "scale", "translation")} and len(few) == 2 * (len(NAMES) - 1)
     assert few[0]["pose"]["translation"] != few[1]["pose"]["translation"]
-    assert json.loads((tmp_path / "few" / "drawn_from.json").read_text())["few_steps"] == 2
+    assert json.loads((tmp_path / "WORK" / "drawn" / "base" / "drawn_from.json").read_text())["few_steps"] == 2
 
 
 def write_encoder(root):

@@ -30,7 +30,7 @@ def test_from_texts_to_a_folder_that_stock_trellis_loads(trellis_root, tmp_path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("\n".join(NAMES))
     called = run_section("TRELLIS", trellis_root, tmp_path, FEW, page="circular-dpo.md", each=4)
-    assert called == ["conditions", "draw", "ranking", "train", "export"]
+    assert called == ["new", "draw", "ranking", "train", "export"]
     base, tuned = (load_pipeline(root, tokens()) for root in (trellis_root, tmp_path / "TUNED"))
     for one, other in zip(base.stages, tuned.stages, strict=True):
         assert any(not torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True)), one.name

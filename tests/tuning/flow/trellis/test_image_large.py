@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
-from eg3d_rlhf.modes import flow_files as commands
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.generate import generate
 from eg3d_rlhf.tuning.flow.stage import Sampling
+from tests.modes.flow_works import flow
 from tests.tuning.flow.documented_commands import run_section
 from tests.tuning.flow.trellis.tiny_trellis import DINO, write_hub, write_image_trellis
 
@@ -37,24 +36,19 @@ def root(tmp_path, monkeypatch):
     return write_image_trellis(tmp_path / "ROOT")
 
 
-def tool(*flags):
-    return CliRunner().invoke(commands.main, [str(flag) for flag in flags])
-
-
 def test_settings_conditions_and_the_null_are_those_of_image_large(root):
     assert family_of(root).name == "trellis"
-    done = tool("conditions", f"--pipeline={root}", "--images=PICTURES", "--out=ASSETS")
-    assert done.exit_code == 0, done.output
-    tokens = read_conditions(Path("ASSETS"))
+    flow("new", "WORK", f"--pipeline={root}", "--pictures=PICTURES")
+    tokens = read_conditions(Path("WORK"))
     assert tokens.encoder == "dinov2_vitl14_reg" and tokens.form == [1 + 4 + 2 * 2, DINO] and tokens.zero_null
     pipeline = load_pipeline(root, tokens)
     assert not pipeline.no_condition(2, STRUCTURE).any()
     for stage in pipeline.stages:
         assert stage.sampling == Sampling(steps=2, cfg_strength=5.0, cfg_interval=(0.5, 1.0), rescale_t=3.0)
     other = Conditions(tokens={name: torch.zeros(9, 32) for name in NAMES}, encoder="CLIP", zero_null=True)
-    write_conditions(Path("OTHER") / "conditions.safetensors", other)
-    done = tool("draw", f"--pipeline={root}", "--out=OTHER")
-    assert done.exit_code == 2 and f"expected tokens [L, {DINO}] for stage 'structure'" in done.output, done.output
+    write_conditions(Path("OTHER.safetensors"), other)
+    flow("new", "OTHER", f"--pipeline={root}", "--conditions=OTHER.safetensors")
+    assert f"expected tokens [L, {DINO}] for stage 'structure'" in flow("draw", "OTHER", code=2)
 
 
 @pytest.mark.long
@@ -65,9 +59,9 @@ def test_from_pictures_to_a_tuned_folder_as_documented(root):
             assert 0 < found["iou"] <= 1 and [found["share"], found["iou"]] in found["tried"]
 
     called = run_section("TRELLIS-image-large", "ROOT", Path(), FEW, look)
-    assert called == ["conditions", "draw", "calibrate", "ranking", "train", "export"]
+    assert called == ["new", "draw", "calibrate", "ranking", "train", "export"]
     tokens = read_conditions(Path("PAIRS"))
     base, tuned = (load_pipeline(path, tokens) for path in (root, Path("TUNED")))
     for name, one, other in zip((STRUCTURE, LATENT), base.stages, tuned.stages, strict=True):
         assert any(not torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True)), name
-    assert generate(tuned, ["boat"], [0])[0].means.isfinite().all()
+    assert generate(tuned, [tokens.names[0]], [0])[0].means.isfinite().all()

@@ -1,6 +1,5 @@
 """TRELLIS as a pipeline: from noise to assets and back, on its own files."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,14 +10,12 @@ import torch
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import folder
-from eg3d_rlhf.tuning.flow.families.folder import never_empty
 from eg3d_rlhf.tuning.flow.families.trellis import pipeline as module
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.generate import generate
-from eg3d_rlhf.tuning.flow.ranking import draw_each
-from eg3d_rlhf.tuning.flow.stage import DenseGrid, EmptyStructure, FlowPath, SparseVoxels, refusing_empty
+from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, SparseVoxels
 from tests.tuning.flow.trellis.tiny_trellis import NAMES, E, R, tokens, voxels
 
 
@@ -174,15 +171,3 @@ def test_what_is_kept_between_large_tensors_does_not_hold_them(repo):
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=repo, capture_output=True, text=True, check=True)
     worked, grown = done.stdout.split()
     assert worked == "True" and int(grown) < 60  # MiB; 148 without
-
-
-def test_drawing_leaves_out_empty_structures_and_fails_where_all_are(tmp_path):
-    def make(stem, condition, seed):
-        with refusing_empty():
-            never_empty(torch.full([1, 2, 2, 2], float(seed) - 0.5), "stage")
-        return {"look_at": f"{stem}.glb"}
-
-    path, drawn = draw_each(tmp_path / "some", ["a", "b"], [0, 1], {}, make)
-    assert drawn == 2 and [json.loads(line)["seed"] for line in path.read_text().splitlines()] == [1, 1]
-    with pytest.raises(EmptyStructure, match="empty.* decoder"):
-        draw_each(tmp_path / "none", ["a"], [0], {}, make)

@@ -9,13 +9,15 @@ from click.testing import CliRunner
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes.flow_files import main
 from eg3d_rlhf.tuning.flow.conditions import read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.drawing import draw, drawing_of
 from eg3d_rlhf.tuning.flow.families.trellis.assets import read_ply
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.generate import generate
-from eg3d_rlhf.tuning.flow.ranking import RANKING, draw
+from eg3d_rlhf.tuning.flow.work import SHOWN, Work
+from tests.modes.flow_works import flow
 from tests.tuning.flow.trellis.test_export import adapted
 from tests.tuning.flow.trellis.test_pair_import import ranked, read_ranking, samples, write_list  # noqa: F401 (fixtures)
-from tests.tuning.flow.trellis.tiny_trellis import E, tokens
+from tests.tuning.flow.trellis.tiny_trellis import tokens
 
 
 def run(*flags):
@@ -44,32 +46,12 @@ def test_a_run_stands_for_the_stages_that_it_tuned(pipeline, trellis_root, tmp_p
     assert done.exit_code == 2 and "expected weights or a folder with" in done.stderr
 
 
-def test_conditions(trellis_root, tmp_path, monkeypatch):
-    class Encoder:
-        def __init__(self, name, device):
-            assert name == "openai/clip-vit-large-patch14"
-
-        def conditions(self, texts):
-            from eg3d_rlhf.tuning.flow.conditions import Conditions
-
-            return Conditions(tokens={t: torch.zeros(2, E) for t in (*texts, "")})
-
-    monkeypatch.setattr("eg3d_rlhf.tuning.flow.families.trellis.family.TextEncoder", Encoder)
-    (tmp_path / "texts.txt").write_text("a chair\n\n a boat \n")
-    done = run("conditions", f"--texts={tmp_path / 'texts.txt'}", f"--pipeline={trellis_root}", f"--out={tmp_path}")
-    assert done.exit_code == 0 and done.stdout.startswith("2 conditions in ")
-    assert read_conditions(tmp_path / "conditions.safetensors").names == ("a chair", "a boat")
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["conditions", "--images=x", "--texts=y"], "expected --images or --texts, got neither or both"),
-        (["conditions", "--images=nowhere"], "--images"),
         (["export"], "export: expected --run or --weights, got neither"),
         (["export", "--run=nowhere"], "--run: expected a finished run of train.py, got no tuned structure or latent in nowhere"),
-        (["draw", "--weights=mesh=x"], "--weights: expected stages among structure, latent"),
-        (["draw"], "--conditions: expected embeddings, got none at "),
+        (["export", "--weights=mesh=x"], "--weights: expected stages among structure, latent"),
         (["dso", "--samples=nowhere"], "DSO samples: expected model_info.npz"),
         (["ranking", "--list=nowhere"], "ranking: expected a list of ranked assets"),
     ],
@@ -82,34 +64,26 @@ def test_mistakes_are_one_line_and_exit_code_2(trellis_root, tmp_path, flags, me
 def test_draw_rank_import(pipeline, trellis_root, tmp_path):
     """Assets are drawn, people rank them, and their pairs are of the very latents that were drawn."""
     adapted(pipeline, tmp_path / "adapter")
-    given = tokens(("a lamp", "a tree"))
-    write_conditions(tmp_path / "c.safetensors", given)
-    flags = [f"--pipeline={trellis_root}", f"--conditions={tmp_path / 'c.safetensors'}", "--each=2", "--device=cpu"]
-    flags += [f"--weights=structure={tmp_path / 'adapter'}", f"--out={tmp_path / 'drawn'}"]
-    done = run("draw", *flags)
-    assert done.exit_code == 0 and "4 assets; write ranks into" in done.stdout, done.output
-    assert read_conditions(tmp_path / "drawn").names == ("a lamp", "a tree")  # where `ranking` looks for them
-    path = tmp_path / "drawn" / "ranking.jsonl"
+    write_conditions(tmp_path / "c.safetensors", tokens())
+    flow("new", tmp_path / "WORK", f"--pipeline={trellis_root}", f"--conditions={tmp_path / 'c.safetensors'}", "--each=2")
+    work = Work.open(tmp_path / "WORK")
+    drawing = drawing_of(work, work.check_pipeline(), "base", SHOWN, torch.device("cpu"), tuned={"structure": tmp_path / "adapter"})
+    assert drawing.run().count == 10
+    path = work.drawn() / "ranking.jsonl"
     with pytest.raises(ValueError, match="line 1: expected a rank, got None"):
         read_ranking(path, pipeline)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = work.lines()
     write_list(path.parent, [{**row, "rank": 2 - row["seed"]} for row in rows])
+    done = run("ranking", f"--list={path}", f"--pipeline={trellis_root}", f"--out={tmp_path / 'PAIRS'}")
+    assert done.exit_code == 0 and set(read_conditions(tmp_path / "PAIRS").names) == set(work.names(*SHOWN)), done.output
     imported = read_ranking(path, pipeline)
-    assert imported.report["pairs"] == {"structure": 2, "latent": 2}
-    pipeline = load_pipeline(trellis_root, given)
+    assert imported.report["pairs"] == {"structure": 5, "latent": 5}
+    pipeline = load_pipeline(trellis_root, tokens())
     pipeline.stages[0].model = tuned_model(pipeline.stages[0].model, tmp_path / "adapter")
-    latents, asset = draw(pipeline, "a tree", 1)
-    assert torch.equal(imported.pairs["structure"][1].preferred, latents["structure"])
+    name = rows[3]["condition"]
+    ((latents, asset),) = draw(pipeline, [name], [1])
+    assert rows[3]["seed"] == 1 and torch.equal(imported.pairs["structure"][1].preferred, latents["structure"])
     assert torch.allclose(imported.pairs["latent"][1].preferred.feats, latents["latent"].feats, atol=1e-5)
-    (same,) = generate(pipeline, ["a tree"], [1])
+    (same,) = generate(pipeline, [name], [1])
     assert torch.equal(same.means, asset.means)
     assert torch.allclose(read_ply(path.parent / rows[3]["look_at"]).means, same.means)
-    before = {p: p.stat().st_mtime_ns for p in path.parent.glob("*.ply")}
-    refused = run("draw", *flags)
-    assert refused.exit_code == 2 and "expected a new folder or an interrupted one" in refused.stderr and RANKING in refused.stderr
-    path.unlink()  # as if it had been interrupted
-    next(iter(before)).unlink()
-    assert run("draw", *flags).exit_code == 0
-    assert sum(p.stat().st_mtime_ns != old for p, old in before.items()) == 1 and path.read_text().count("null") == 4
-    path.unlink()
-    assert "assets of other networks or conditions" in run("draw", *flags[:4], flags[-1]).stderr

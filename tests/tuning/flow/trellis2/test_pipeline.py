@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
+from eg3d_rlhf.tuning.flow.drawing import draw
 from eg3d_rlhf.tuning.flow.families.trellis2 import files
 from eg3d_rlhf.tuning.flow.families.trellis2 import pipeline as family
 from eg3d_rlhf.tuning.flow.families.trellis2.pipeline import finer_voxels, load_pipeline
 from eg3d_rlhf.tuning.flow.generate import generate
-from eg3d_rlhf.tuning.flow.ranking import draw, read_latents, write_latents
+from eg3d_rlhf.tuning.flow.ranking import read_latents, write_latents
 from tests.tuning.flow.trellis2.tiny_trellis2 import MODELS, NAMES, PIPELINE, E, tokens, write_pipeline
 
 
@@ -140,7 +141,7 @@ def test_a_wider_cascade_is_made_narrower_where_voxels_are_many(copied, monkeypa
     for most, cells in ((10**6, 12), (1, 8)):
         finer = partial(finer_voxels, most=most)
         monkeypatch.setattr(family, "finer_voxels", finer)
-        latents, asset = draw(opened, NAMES[0], 0)
+        ((latents, asset),) = draw(opened, [NAMES[0]], [0])
         assert latents["texture"].cells == cells and asset.resolution == 2 * cells and int(asset.coords.max()) < 2 * cells
         write_latents(copied / "x.safetensors", latents)
         again = read_latents(copied / "x.safetensors")
