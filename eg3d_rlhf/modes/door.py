@@ -34,7 +34,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "flow tune": ("eg3d_rlhf.modes.flow_tune:tune_command", "stages learn from the answers, if these teach"),
     "flow export": ("eg3d_rlhf.modes.flow_tune:export_command", "the tuned generator in its released layout"),
     "flow study": ("eg3d_rlhf.modes.flow_study:study", "tuned against what it was and its control, blind"),
-    "flow files": ("eg3d_rlhf.modes.flow_files:main", "of any flow generator: conditions, draw, ranking, export"),
+    "flow files": ("eg3d_rlhf.modes.flow_files:main", "of any flow generator: ranked assets to pairs, export"),
     "flow check": ("eg3d_rlhf.modes.flow_check:check", "whether a generator's folder fits, and what it is good for"),
     "flow step": ("eg3d_rlhf.modes.flow_step:step", "what one update of TRELLIS's flows costs"),
     "report evaluate": ("eg3d_rlhf.modes.reports:evaluate", "what tuning changed, and whether it got better"),

@@ -66,7 +66,7 @@ FILE = click.Path(path_type=Path)
 what_flags = together(
     options_of(OfflineSource),
     option("--assets", group=WHAT, metavar="DIR|FILE", type=FILE, default=None, show_default="the toy's own",
-           help="The folder that `eg3d-rlhf flow files draw` wrote, or its list."),
+           help="The folder that `eg3d-rlhf flow draw` wrote, or its list."),
     option("--labels", group=WHAT, metavar="FILE", default=None, show_default="the list's ranks; of the toy thumbs, with dgpo ranks",
            help="What people said of these assets: thumbs, scores, ranks or pairs (docs/single-labels.md)."),
     option("--stage", group=WHAT, metavar="NAME", default=None, show_default="the last", help="Which stage is tuned."),
@@ -92,7 +92,7 @@ def check(flags: Flags) -> None:
     flags.belong(("table_noises", "judge_batch"), not flags["no_summary"], "the table, which --no-summary leaves out")
     check_tuning(flags)
     if not toy and flags["assets"] is None:
-        raise ValueError("--assets: expected the folder that `flow files draw` wrote beside --pipeline=DIR, got none. Name it.")
+        raise ValueError("--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none. Name it.")
 
 
 def resolve(flags: Flags) -> OfflineRun:

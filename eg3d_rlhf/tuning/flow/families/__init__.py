@@ -1,7 +1,7 @@
 """The registry of families of flow generators: what tells a family's folder, and what is done with it.
 
 A family is a module of this package that FAMILIES names, or a plugin's file (docs/extending.md): it registers a `FlowFamily`, and
-`train.py --mode=circular-dpo --pipeline=ROOT` and `eg3d-rlhf flow files` then know its folders by what lies in them.
+`train.py --mode=circular-dpo --pipeline=ROOT` and `eg3d-rlhf flow` then know its folders by what lies in them.
 """
 
 import functools

@@ -376,7 +376,7 @@ def sampling(shift: float = 1.0) -> Sampling:
 
 
 DECODER_HALF, ENCODING_HALF = "decoder", "encoder"
-REMEDY = "`eg3d-rlhf flow files conditions`, by the DINOv2 of this checkpoint"
+REMEDY = "`eg3d-rlhf flow new`, by the DINOv2 of this checkpoint"
 PARTS: dict[str, Callable[..., nn.Module]] = {DECODER_HALF: decoder, ENCODING_HALF: encoder}
 
 

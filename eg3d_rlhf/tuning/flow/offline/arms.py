@@ -98,7 +98,7 @@ def labelled_of(settings: OfflineRun, problem: Problem) -> Labelled:
     """The assets and what was said of them."""
     if settings.assets is None:
         if problem.human_singles is None:
-            raise ValueError("--assets: expected the folder that `flow files draw` wrote beside --pipeline=DIR, got none. Name it.")
+            raise ValueError("--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none. Name it.")
         own = problem.human_singles(settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0])
         return own if settings.own_kind in OWN_KINDS else own.said_by(Path(settings.own_kind))
     family = family_of(Path(settings.source.pipeline))

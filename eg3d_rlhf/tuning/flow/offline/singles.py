@@ -1,6 +1,6 @@
 """Which assets a stage is tuned by: a list of drawn assets with their latents, and labels of any kind that speak of them.
 
-The list is what `eg3d-rlhf flow files draw` wrote, or one of assets of your own (ranking.py); labels are a file (preferences/goodness.py),
+The list is what `eg3d-rlhf flow draw` wrote, or one of assets of your own (ranking.py); labels are a file (preferences/goodness.py),
 and without one the list's own ranks. The toy draws its assets and has people of its own.
 """
 

@@ -43,7 +43,7 @@ MISTAKES = {
     "jobs": (["--jobs=2"], "--jobs: belongs to several trainings"),
     "no table": (["--set=no_summary=true", "--table-noises=4"], "--table-noises: belongs to the table"),
     "assets": (["--assets=x"], "--assets: belongs to --pipeline=DIR"),
-    "no assets": (["--pipeline={tmp}"], "--assets: expected the folder that `flow files draw` wrote"),
+    "no assets": (["--pipeline={tmp}"], "--assets: expected the folder that `flow draw` wrote"),
     "trust": (["--loss=dgpo", "--trust=1"], "--trust: belongs to --loss=nft"),
     "group": (["--group=4"], "--group: belongs to --loss=dgpo"),
     "no labels": (["--labels={tmp}/none.jsonl"], "--labels: expected a .jsonl file of labels, got nothing at"),

@@ -223,7 +223,7 @@ def thinned(voxels: torch.Tensor, most: int) -> tuple[torch.Tensor, int]:
     return kept, 2
 
 
-REMEDY = "`eg3d-rlhf flow files conditions` and these checkpoints"
+REMEDY = "`eg3d-rlhf flow new` and these checkpoints"
 
 
 def load(

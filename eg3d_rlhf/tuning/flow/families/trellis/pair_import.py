@@ -11,7 +11,7 @@ DSO's folder, anywhere below the root (first stage alone):
     NNN_cond.pt  NNN_sparse_sample_MMM.pt  model_info.npz with image_ids, glb_ids, angles (degrees of tilt once let go; of several
     columns, as of two simulations, the largest counts)
 
-What `flow_files.py draw` writes has per condition and seed a .ply, the latents of both stages, and a line for the ranked list.
+What `flow draw` writes has per condition and seed a .ply, the latents of both stages, and a line for the ranked list.
 """
 
 import math

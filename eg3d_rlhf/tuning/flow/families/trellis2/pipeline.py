@@ -57,7 +57,7 @@ class Trellis2Pipeline(EncodingFolder):
         self._last: tuple[Any, int, tuple[DualGrid, torch.Tensor | None]] | None = None
         self.configs: dict[str, Any] = {name: flows[name].config for name in file.flows if name in flows}  # FlowConfig of every stage
         if conditions is not None:
-            conditions.check_source("conditions", source_of(file), "`eg3d-rlhf flow files conditions`")
+            conditions.check_source("conditions", source_of(file), "`eg3d-rlhf flow new`")
         self.shape = [name for name in self.configs if name in (files.LOW, files.HIGH)][-1]  # the stage whose latents are the asset's shape
         self.stages = [self._stage(name, flows[name]) for name in self.configs]
         for name, (mean, _) in file.normalization.items():
