@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand
+from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.models.weights import shapes
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, family_of
 
@@ -22,15 +22,22 @@ DONE = {"embed": "conditions of pictures", "embed_texts": "conditions of texts",
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("root", metavar="ROOT", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("root", metavar="ROOT", type=click.Path(path_type=Path, file_okay=False), required=False)
+@option("--memory", is_flag=True, help="Instead: memory of drawing and of an update, from settings; without ROOT, of those published.")
 @click.pass_context
-def check(ctx: click.Context, root: Path) -> None:
+def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
     """Whether ROOT is a flow generator's folder that can be used, and for what; exit code 0 only where everything fits.
 
     \b
     Example:
         eg3d-rlhf flow check /data/Hunyuan3D-2.1
     """
+    if memory:
+        for line in memory_of(root):
+            click.echo(line)
+        return
+    if root is None:
+        raise ValueError("flow check: expected the folder of a generator, got none. Name it.")
     told: list[str] = []
     family = family_of(root, told.append)
     networks = list(family.networks(root)) if family.networks is not None else []
@@ -41,6 +48,18 @@ def check(ctx: click.Context, root: Path) -> None:
         click.echo(line)
     if problems:
         ctx.exit(1)
+
+
+def memory_of(root: Path | None) -> Iterator[str]:
+    """Lines of what adapters' training and drawing take at passes in bfloat16; some seconds to minutes for each stage."""
+    from eg3d_rlhf.tuning.flow.estimate import estimate, table  # only here: brings all families
+    from eg3d_rlhf.tuning.flow.families.released import RELEASED, of_folder
+
+    if root is not None:
+        yield table(estimate(of_folder(family_of(root), root), precision="bfloat16"))
+        return
+    for name, stages in RELEASED.items():
+        yield f"{name}\n{table(estimate(stages(), precision='bfloat16'))}\n"
 
 
 def faults(network: Network) -> list[str]:

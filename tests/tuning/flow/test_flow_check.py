@@ -81,3 +81,10 @@ def test_a_family_without_a_list_of_networks_is_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(flow_check, "family_of", lambda root, say: replace(trellis2.FAMILY, networks=None))
     code, text = looked(root)
     assert code == 0 and "tune structure" in text and "shape_slat_encoder" not in text
+
+
+def test_memory_is_told_of_a_folder(root):
+    done = CliRunner().invoke(check, [str(root), "--memory"])
+    assert done.exit_code == 0, done.output
+    lines = [line.split() for line in done.stdout.splitlines() if "bfloat16" in line]
+    assert [(line[1], line[5]) for line in lines] == [("draw", "no"), ("lora", "no"), ("lora", "yes")]
