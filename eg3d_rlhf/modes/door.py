@@ -27,6 +27,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "reward join": ("eg3d_rlhf.modes.reward_files:join", "several into one file"),
     "reward import": ("eg3d_rlhf.modes.reward_files:release", "the paper's released reward"),
     "reward best-of-n": ("eg3d_rlhf.evaluation.best_of_n:main", "how far it can be trusted, before any tuning"),
+    "check-assets": ("eg3d_rlhf.evaluation.census:main", "how many meshes of a folder are solids"),
     "score": ("eg3d_rlhf.evaluation.foreign_scores:main", "generators of any family by one reward"),
     "flow new": ("eg3d_rlhf.modes.flow_new:new", "a folder WORK for a generator and its prompts or pictures"),
     "flow draw": ("eg3d_rlhf.modes.flow_draw:draw", "assets to compare, with their latents"),

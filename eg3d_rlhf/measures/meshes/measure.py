@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from eg3d_rlhf.geometry.mesh import compact, face_volumes
+from eg3d_rlhf.geometry.solids import fill
 from eg3d_rlhf.measures.meshes import standing
 from eg3d_rlhf.measures.meshes.clean import CleanMesh, face_areas
 from eg3d_rlhf.measures.meshes.edges import Edges, bend, edge_measures
 from eg3d_rlhf.measures.meshes.space import OFFSET, Space, sample, side_measures, solid_library
 
-VOXELS = 32  # per edge of the cube, for symmetry and the mass of open bodies
+VOXELS = 32  # per edge of the cube, for symmetry, hollows and the mass of open bodies
 MOST_BODIES = 256  # parts whose union is taken
 
 
@@ -29,12 +30,13 @@ class MeasureOptions:
     samples: int = 4000  # points on the surface; shares have a standard error of .8 % at most
     rays: int = 64  # directions from each point
     thin: float = 0.01  # of the longest edge: a wall below is thin
+    leak: float = 0.05  # of the longest edge: hollows behind holes that a ball of this radius does not pass are inner ones
     hull_mass: bool = False  # whether a body stands is told by its hull's centre of mass, as DSO does
     seed: int = 0
 
     def __post_init__(self):
-        if self.samples < 100 or self.rays < 1 or not 0 < self.thin < 1:
-            raise ValueError(f"measures of meshes: expected samples >= 100, rays >= 1 and 0 < thin < 1, got {self}. Correct them.")
+        if self.samples < 100 or self.rays < 1 or not 0 < self.thin < 1 or self.leak < 0:
+            raise ValueError(f"measures of meshes: expected samples >= 100, rays >= 1, 0 < thin < 1, leak >= 0, got {self}. Correct them.")
 
 
 DEFAULT = MeasureOptions()
@@ -43,7 +45,7 @@ DEFAULT = MeasureOptions()
 def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT, without: Collection[str] = ()) -> dict:
     """Every measure by name: counts, truth values, shares, lengths in longest edges, angles in degrees; None where it has no meaning.
 
-    Args: without: 'crossing', 'overlap', 'symmetry': what costs most and may be left out.
+    Args: without: 'crossing', 'overlap', 'symmetry' (with 'inner'): what costs most and may be left out.
     Raises: ValueError naming the extra `solid` where a library is missing.
     """
     edges, space = Edges(mesh), Space(mesh)
@@ -72,7 +74,8 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT, without: Co
         measures["overlap"] = overlap(edges, np.setdiff1d(negative, inverted)) if body else None
     if "symmetry" not in without:
         assert solid is not None
-        measures["symmetry"] = mirror_overlap(solid)
+        inner = 1 - solid.sum() / fill(solid, options.leak * VOXELS).sum() if solid.any() else None
+        measures |= {"symmetry": mirror_overlap(solid), "inner": None if inner is None else float(inner)}
     return measures
 
 

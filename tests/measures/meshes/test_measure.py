@@ -99,6 +99,7 @@ def test_cavities_are_no_inverted_bodies():
     inside = measure_mesh(clean_mesh(*joined(ball, hollow)))
     beside = measure_mesh(clean_mesh(*joined(ball, moved(hollow, 3, 0, 0))))
     assert (inside["cavities"], inside["inverted_bodies"], inside["overlap"]) == (1, 0, pytest.approx(0, abs=1e-9))
+    assert 0.15 < inside["inner"] < 0.25 and beside["inner"] < 0.02  # .6^3
     assert (beside["cavities"], beside["inverted_bodies"], beside["overlap"]) == (1, 1, pytest.approx(0, abs=1e-9))
 
 

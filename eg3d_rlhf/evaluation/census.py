@@ -1,0 +1,255 @@
+"""A census of assets: how many meshes of each generator are solids, and which are the worst.
+
+Every file is measured (eg3d_rlhf/measures/meshes) by one of several processes, which get one file at a time: memory does not grow with the
+folder. A file that cannot be measured is a row with the reason. docs/check-assets.md is the manual.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import numpy as np
+
+from eg3d_rlhf.core.cli import GroupedCommand, aligned, naming, option
+from eg3d_rlhf.core.statistics import binomial_test, two_way_interval, wilson_interval
+from eg3d_rlhf.evaluation.census_page import write_census
+from eg3d_rlhf.geometry.files.triangles import SUFFIXES
+from eg3d_rlhf.measures.meshes.clean import MOST_TOLERANCE, TOLERANCE, UPS
+from eg3d_rlhf.measures.meshes.measure import MeasureOptions
+from eg3d_rlhf.measures.meshes.space import solid_library
+from training.progress import tqdm
+
+WORST = 24  # meshes that are drawn
+ENDED = "expected a mesh that can be measured with bounded memory and time, got one that takes more"
+_ROOT = Path(__file__).resolve().parents[2]
+HIDDEN, WALL = 0.01, 0.01  # at most so much of the area hidden; at least so thick a wall, in longest edges
+DEMANDS: dict[str, Callable[[dict], bool]] = {  # what a solid is asked for; a share of each is reported
+    "closed": lambda row: row["closed"],
+    "manifold": lambda row: row["manifold"],
+    "wound one way": lambda row: row["oriented"] and not row["inverted_bodies"],
+    "one body": lambda row: row["bodies"] == 1,
+    "nothing hidden": lambda row: row["hidden"] <= HIDDEN,
+    "thick walls": lambda row: row["thick_p01"] is not None and row["thick_p01"] >= WALL,
+    "stands": lambda row: row["stands"] == "stands",
+    "no crossing": lambda row: row["crossing"] == 0,
+}
+MEDIANS = ("faces", "parts", "open_length", "hidden", "buried", "thick_p01", "thick_median", "crossing", "tip", "bend", "solidity")
+
+
+def found_files(folder: Path) -> list[Path]:
+    """Mesh files of a folder and those below it, sorted. Raises: ValueError where there is none."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        raise ValueError(f"{folder}: expected {', '.join(SUFFIXES)} files in it or below, got none. Check the path.")
+    return files
+
+
+def generator_of(path: Path, folder: Path, by: str | None) -> str:
+    """Whose a file is: the first folder below `folder`, or what a regular expression finds in its path there (its first group, if any)."""
+    inner = path.relative_to(folder)
+    if by is None:
+        return inner.parts[0] if len(inner.parts) > 1 else folder.resolve().name
+    match = re.search(by, inner.as_posix())
+    return "" if match is None else match.group(1) or "" if match.re.groups else match.group()
+
+
+class _Worker:
+    """One process that answers one request at a time; another is begun where it has died."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+
+    def ask(self, request: dict) -> dict:
+        if self.process is None:
+            names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "IGL_NUM_THREADS")
+            environment = {**os.environ, "PYTHONPATH": str(_ROOT), **dict.fromkeys(names, "1")}
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "eg3d_rlhf.evaluation.census_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, env=environment, text=True,
+            )  # fmt: skip
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.end()
+            return {"reason": ENDED}
+        return json.loads(line)
+
+    def stop(self) -> None:
+        """From any thread: the one that asks then sees the end."""
+        if (process := self.process) is not None:
+            process.kill()
+
+    def end(self) -> None:
+        """From the thread that asks."""
+        if self.process is not None:
+            self.process.kill()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.__exit__(None, None, None)  # closes its pipes and waits
+            self.process = None
+
+
+def answers(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
+    """(place of a request, its answer) as they come, from `jobs` processes."""
+    waiting, done = queue.SimpleQueue[tuple[int, dict]](), queue.SimpleQueue[tuple[int, dict] | BaseException]()
+    for item in enumerate(requests):
+        waiting.put(item)
+    workers = [_Worker() for _ in range(min(jobs, len(requests)))]
+
+    def work(worker: _Worker) -> None:
+        try:
+            while True:
+                number, request = waiting.get_nowait()
+                done.put((number, worker.ask(request)))
+        except queue.Empty:
+            pass
+        except BaseException as error:
+            done.put(error)
+        finally:
+            worker.end()
+
+    threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in requests:
+            answer = done.get()
+            if isinstance(answer, BaseException):
+                raise answer
+            yield answer
+    finally:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting.get_nowait()
+        for worker, thread in zip(workers, threads, strict=True):
+            worker.stop()
+            thread.join()
+
+
+def shares(rows: Iterable[dict]) -> list[dict]:
+    """For every generator and demand: how many meet it, of how many measured, with Wilson's 95 % interval."""
+    result = []
+    for generator, group in _by_generator(rows):
+        for name, meets in DEMANDS.items():
+            count = sum(bool(meets(row)) for row in group)
+            interval = wilson_interval(count, len(group))
+            result.append({"generator": generator, "demand": name, "of": len(group), "count": count,
+                           "share": count / len(group), "lo": interval.lo, "hi": interval.hi})  # fmt: skip
+    return result
+
+
+def medians(rows: Iterable[dict], seed: int = 0) -> list[dict]:
+    """For every generator and measure: the median of those that have one, with a 95 % percentile bootstrap interval over files."""
+    result = []
+    for generator, group in _by_generator(rows):
+        for name in MEDIANS:
+            values = np.array([row[name] for row in group if row[name] is not None], dtype=np.float64)
+            if len(values):
+                interval = two_way_interval(lambda drawn, _, v=values: float(np.median(v[drawn])), len(values), 1, seed=seed)
+                result.append({"generator": generator, "measure": name, "of": len(values), "median": float(np.median(values)),
+                               "lo": interval.lo, "hi": interval.hi})  # fmt: skip
+    return result
+
+
+def paired(rows: Iterable[dict]) -> list[dict]:
+    """Generators that have files of the same names: which meets a demand where the other does not, and McNemar's exact test."""
+    groups, result = dict(_by_generator(rows)), []
+    named = {generator: {Path(row["file"]).stem: row for row in group} for generator, group in groups.items()}
+    for a, b in itertools.combinations(sorted(named), 2):
+        both = sorted(named[a].keys() & named[b].keys())
+        for name, meets in DEMANDS.items() if len(both) > 1 else ():
+            first, second = (np.array([bool(meets(named[side][stem])) for stem in both]) for side in (a, b))
+            more, fewer = int((first & ~second).sum()), int((second & ~first).sum())
+            result.append({"first": a, "second": b, "demand": name, "pairs": len(both), "only the first": more, "only the second": fewer,
+                           "p": binomial_test(more, more + fewer)})  # fmt: skip
+    return result
+
+
+def _by_generator(rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
+    """Measured rows of each generator, sorted by its name."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        if not row["reason"]:
+            groups.setdefault(row["generator"], []).append(row)
+    return sorted(groups.items())
+
+
+def badness(row: dict) -> float:
+    """By how much a mesh is none of a solid: demands that it does not meet, then how open, hidden and crossed it is."""
+    return sum(not meets(row) for meets in DEMANDS.values()) + (min(row["open_length"] / 8, 1) + row["hidden"] + row["crossing"]) / 4
+
+
+@click.command("check-assets", cls=GroupedCommand)
+@click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@option("--by", metavar="REGEX", default=None, show_default="first folder below FOLDER",
+        help="Whose a file is: what this finds in its path below FOLDER, its first group if it has one.")
+@option("--weld", metavar="FLOAT", type=click.FloatRange(0, MOST_TOLERANCE, min_open=True), default=TOLERANCE, group="Measures",
+        help="Corners nearer than this share of the longest edge are one.")
+@option("--up", type=click.Choice(UPS), default="y", group="Measures", help="Axis that points up: y in glTF, z in most STL.")
+@option("--samples", metavar="INT", type=click.IntRange(100), default=MeasureOptions.samples, group="Measures",
+        help="Points on each surface that see what is hidden, buried and thin.")
+@option("--thin", metavar="FLOAT", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=MeasureOptions.thin,
+        group="Measures", help="Walls below this share of the longest edge are thin.")
+@option("--leak", metavar="FLOAT", type=click.FloatRange(0, 0.25), default=MeasureOptions.leak, group="Measures",
+        help="Hollows behind holes that a ball of this radius does not pass are inner ones, in longest edges.")
+@option("--hull-mass", is_flag=True, group="Measures", help="Stand by the convex hull's centre of mass, as DSO does.")
+@option("--seed", metavar="INT", type=click.IntRange(0), default=0, group="Measures", help="Of the samples.")
+@option("--jobs", metavar="INT", type=click.IntRange(1), default=None, show_default="cores", help="Processes.")
+@option("--out", metavar="PATH", type=click.Path(path_type=Path, file_okay=False), default=Path("census"),
+        help="Folder for index.html and data/*.csv, *.json.")
+def main(folder: Path, by: str | None, weld: float, up: str, jobs: int | None, out: Path, **options) -> None:
+    """How many meshes (GLB, OBJ, PLY, STL) of each generator in FOLDER are solids: closed, manifold, one body, with walls, standing.
+
+    \b
+    Example:
+        eg3d-rlhf check-assets assets --out=runs/census
+    """
+    solid_library("igl"), solid_library("manifold3d")
+    try:
+        re.compile(by or "")
+    except re.error as error:
+        raise ValueError(f"--by: expected a regular expression, got {by!r}: {error}. Correct it.") from None
+    if out.exists() and any(out.iterdir()) and not (out / "index.html").is_file():
+        raise ValueError(f"--out: expected a new folder, or one of an earlier census, got {out}. Choose another.")
+    settings = MeasureOptions(**options)
+    with naming("FOLDER"):
+        files = found_files(folder)
+    request = {"weld": weld, "up": up, "options": asdict(settings)}
+    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    rows: list[dict] = [{} for _ in files]
+    with tqdm(total=len(files), desc="measured", unit="file", dynamic_ncols=True) as bar:
+        for number, answer in answers([{**request, "do": "measure", "path": str(path)} for path in files], jobs):
+            path = files[number]
+            name = {"file": path.relative_to(folder).as_posix(), "generator": generator_of(path, folder, by)}
+            rows[number] = {**name, "reason": answer.pop("reason", ""), **answer}
+            bar.update()
+    measured = [row for row in rows if not row["reason"]]
+    if not measured:
+        raise ValueError(f"FOLDER: expected a mesh that can be read, got {len(rows)} others; the first: {rows[0]['file']}: "
+                         f"{rows[0]['reason']}. Export GLB, OBJ, PLY or STL.")  # fmt: skip
+    worst = sorted(measured, key=lambda row: (-badness(row), row["file"]))[:WORST]
+    asked = [{**request, "do": "picture", "path": str(folder / row["file"])} for row in worst]
+    pictures = {worst[number]["file"]: answer.get("picture", "") for number, answer in answers(asked, jobs)}
+    header = {"weld": weld, "up": up, **asdict(settings), "hidden": HIDDEN, "wall": WALL}
+    found = shares(rows)
+    page = write_census(out, folder, header, rows, {"shares": found, "medians": medians(rows), "paired": paired(rows)}, worst, pictures)
+    click.echo(aligned([("generator", "demand", "share", "95 %"), *(
+        (row["generator"], row["demand"], f"{row['count']} of {row['of']}", f"{row['lo']:.0%} to {row['hi']:.0%}") for row in found)
+    ]))  # fmt: skip
+    refused = [row for row in rows if row["reason"]]
+    for row in refused[:5]:
+        click.echo(f"not measured: {row['file']}: {row['reason']}")
+    click.echo(f"{len(measured)} measured, {len(refused)} not; {page}")
