@@ -17,7 +17,7 @@ def words(header: Mapping) -> str:
     return (
         f"Lengths are shares of the longest edge of the bounding box. Corners within {header['weld']:g} are welded; {header['up']} is up; "
         f"{header['samples']:,} points per mesh, {header['rays']} rays each, seed {header['seed']}. Hidden: no ray leaves, on no side; "
-        f"'nothing hidden' allows {header['hidden']:.0%} of the area. 'Thick walls': 99 % of the area is at least {header['wall']:g} thick; "
+        f"'nothing hidden' allows {header['hidden']:.0%} of the area. 'Thick walls': 99 % of it is at least {header['wall']:g} thick; "
         f"thin is below {header['thin']:g}; hollows behind holes of radius {header['leak']:g} are inner ones. 'Stands': can be tilted by 3 "
         f"degrees or more, by the mass of {mass}. 'No crossing': no edge passes through a face that it does not touch."
     )
