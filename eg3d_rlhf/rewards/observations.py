@@ -29,6 +29,7 @@ class Observation(abc.ABC):
     """One way to look at fields, the same for every shape. A frozen dataclass whose fields are JSON values, unless it says otherwise."""
 
     kind: ClassVar[str]  # as files and flags name it
+    differentiable: ClassVar[bool] = True  # in the field; what is not only chooses
     ops: ClassVar[str] = "torch"  # that draw it for training: "torch" repeats to the byte on any machine, "auto" is faster
 
     @abc.abstractmethod

@@ -21,8 +21,8 @@ from eg3d_rlhf.models.weights import Module, fill, read
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.cache import untuned
 from eg3d_rlhf.rewards.ensembles import AVERAGE, RewardEnsemble, build_network, check_joining, combine
-from eg3d_rlhf.rewards.networks import RewardNetwork
-from eg3d_rlhf.rewards.observations import Observation, SigmaSlab
+from eg3d_rlhf.rewards.networks import RewardNetwork, readers_of
+from eg3d_rlhf.rewards.observations import Observation, SigmaSlab, observation_of
 from eg3d_rlhf.rewards.slab_network import PAPER
 from training.networks import state_hash
 from training.storage import write_atomic
@@ -131,6 +131,14 @@ def load_reward(path: str | Path | None = None, device: str | torch.device = "cp
         raise ValueError(f"{who}: {error}") from error
     fill_published(reward.network, state, who)
     return reward.to(device).eval().requires_grad_(False)
+
+
+def untaught(kind: str, generator: Generator) -> Reward:
+    """The reward of a kind whose networks have nothing to learn, such as solid. Raises: ValueError for another kind."""
+    readers = readers_of(kind)
+    if readers.presets:
+        raise ValueError(f"reward {kind}: expected a kind that learns nothing, got one that does. Name the file of a trained one.")
+    return Reward(observation_of(kind, generator), readers.build({})).eval().requires_grad_(False)
 
 
 def check_reward(reward: Reward, generator: Generator, who: str = "reward") -> None:

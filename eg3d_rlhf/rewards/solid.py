@@ -105,6 +105,7 @@ class Soundness(observations.Observation):
     spec: SlabSpec = SlabSpec.cube(solids.EDGE)
     weights: tuple[float, float, float, float] = HEADS.weights
     kind: ClassVar[str] = "soundness"
+    differentiable: ClassVar[bool] = False
 
     @classmethod
     def of(cls, generator: "Generator", *, resolution: int = solids.EDGE) -> Self:  # type: ignore[override]

@@ -9,8 +9,10 @@ import torch
 
 from eg3d_rlhf.core.cli import choose_device, naming
 from eg3d_rlhf.experiments.run import STATS, Run
-from eg3d_rlhf.generators import KEPT, find_network, load_networks, of
-from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
+from eg3d_rlhf.generators import KEPT, Generator, find_network, load_networks, of
+from eg3d_rlhf.rewards.networks import readers_of
+from eg3d_rlhf.rewards.observations import OBSERVATIONS
+from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untaught
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
 from eg3d_rlhf.tuning.gan.phase import RewardTerms, reward_phase
 from eg3d_rlhf.tuning.gan.settings import Settings
@@ -64,6 +66,26 @@ def open_networks(s: Settings, resolution: int) -> networks.Networks:
     return nets
 
 
+def check_kind(s: Settings) -> None:
+    """Raises: ValueError where --reward has no gradient, and where its networks learn and none is named."""
+    kind, flag = s.reward.reward, "--reward-ckpt"
+    if not OBSERVATIONS[kind].differentiable:
+        raise ValueError(f"--reward={kind}: expected a reward with a gradient, got one that only chooses. Use e.g. --reward=solid.")
+    if s.reward.reward_ckpt is None and readers_of(kind).presets:
+        raise ValueError(
+            f"{flag}: expected a reward for --cfg={s.net.cfg} --reward={kind}, got nothing: the bundled one knows heads alone. "
+            "Name one, such as tools/train_reward.py writes."
+        )
+
+
+def open_reward(s: Settings, generator: Generator, device: torch.device | str) -> Reward:
+    """The reward that --reward-ckpt names, or one that has nothing to learn."""
+    if s.reward.reward_ckpt is None:
+        return untaught(s.reward.reward, generator).to(device)
+    with naming("--reward-ckpt"):
+        return load_reward(s.reward.reward_ckpt, device)
+
+
 def input_files(s: Settings) -> dict[str, Path]:
     """The files that a run starts from, by what they are; runs record and compare their hashes."""
     files = {} if s.net.init == "scratch" else {"init": find_network(None if s.net.init == "bundled" else s.net.init)}
@@ -88,12 +110,8 @@ class Objects:
 def build(s: Settings, files: Run) -> Objects:
     """Data, networks, phases, reward and loop of the settings; what rank 0 alone computes reaches the others when the loop starts."""
     ranks = files.ranks
-    wanted = s.reward.reward_ckpt
-    if s.reward.reward != "none" and wanted is None:
-        raise ValueError(
-            f"--reward-ckpt: expected a reward for --cfg={s.net.cfg} --reward={s.reward.reward}, got nothing: the bundled one knows heads "
-            "alone. Name one, such as tools/train_reward.py writes."
-        )
+    if s.reward.reward != "none":
+        check_kind(s)
     device = ranks.device if ranks.world > 1 else choose_device(s.run.device)
     dataset = open_dataset(s, ranks)
     nets = open_networks(s, dataset.resolution).to(device)
@@ -105,9 +123,8 @@ def build(s: Settings, files: Run) -> Objects:
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
     phases, reward, before, watch, early = GanPhases(G, D, s.gan, augment).phases(), None, None, None, None
-    if s.reward.reward != "none" and wanted is not None:
-        with naming("--reward-ckpt"):
-            reward = load_reward(wanted, device)
+    if s.reward.reward != "none":
+        reward = open_reward(s, of(nets.G_ema), device)
         with naming("--reward-watch"):
             second = None if s.reward.reward_watch is None else load_reward(s.reward.reward_watch, device)
             if second is not None and second.is_member_of(reward):
