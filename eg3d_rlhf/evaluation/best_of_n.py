@@ -29,8 +29,8 @@ from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_p
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.rewards.cache import untuned
 from eg3d_rlhf.rewards.ensembles import AVERAGE, KINDS, Aggregate, RewardEnsemble, Standard, average_weights
-from eg3d_rlhf.rewards.observations import Observation
-from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
+from eg3d_rlhf.rewards.observations import OBSERVATIONS, Observation
+from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untaught
 from eg3d_rlhf.tuning.gan.phase import CUTOFF
 from eg3d_rlhf.tuning.gan.watch import utilities
 from training.progress import tqdm
@@ -331,6 +331,9 @@ def trial_of(before, rewards, reward_watch, data, device, **sampling) -> Trial:
         names = {path: str(path) for path in paths}
 
     def load(path: Path, flag: str):
+        if (kind := str(path)) in OBSERVATIONS and not path.exists():
+            with naming(flag):
+                return untaught(kind, generator.generator), f"untaught {kind}"
         with naming(flag):
             reward = load_reward(path, where)
         check_reward(reward, generator.generator, flag)
@@ -348,7 +351,7 @@ def trial_of(before, rewards, reward_watch, data, device, **sampling) -> Trial:
 @click.command(cls=GroupedCommand)
 @shared("before reward-ckpt reward-watch n", before="Generator, untuned.", n={"default": 4096, "help": "Latents that are scored."},
               reward_ckpt={"multiple": True, "default": (), "show_default": "the bundled one",
-                           "help": "Reward or ensemble on trial; may be given again."},
+                           "help": "Reward or ensemble on trial, or a kind that learns nothing, as soundness; may be given again."},
               reward_watch={"show_default": "the annotator, for synthetic heads", "help": "Second reward as the judge."})
 @option("--most", group="Samples", metavar="INT", type=click.IntRange(min=2), default=512, help="Largest number to choose among.")
 @shared("out device dry-run", "data psi seed batch", out={"default": "runs/reports/best-of-n"}, psi={"default": 1.0},

@@ -86,7 +86,7 @@ OBSERVED: dict[str, dict] = {  # what suits another observation than sigma, as p
         "lambda_r": 1.0, "lambda_sigma": 0.0, "lambda_nose": 1.0, "reward_shaping": "standardised", "reward_clip": "-10,10",
         "anchor_gate": 1.0,
     },
-    "solid": {"lambda_sigma": 0.2, "reward_shaping": "none", "reward_clip": "none", "anchor_gate": 1.0},  # what is sound gets no push
+    "solid": {"lambda_sigma": 0.02, "reward_shaping": "none", "reward_clip": "none", "anchor_gate": 1.0},  # what is sound gets no push
 }
 
 

@@ -22,11 +22,13 @@ from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.interfaces import MeshReward
 from eg3d_rlhf.core.registry import Registry
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.models.weights import below
 from eg3d_rlhf.rewards.meshes.model import KIND, load_mesh_reward
 from eg3d_rlhf.rewards.meshes.patches import MeshReader
 from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.rewards.reward import Reward, load_reward
+from eg3d_rlhf.rewards.solid import Solid
 from eg3d_rlhf.tuning.distill.gradients import Balance
 from eg3d_rlhf.tuning.distill.schedule import Ramp
 from training.config import check_knobs, knob
@@ -69,6 +71,14 @@ class ObservedGeometry:
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
         del prompts, step
         return self.reward.score(field)
+
+
+class SolidGeometry:
+    """Minus `solid_loss` on the whole cube: floaters to go, leaks to close; 0 where there is nothing to mend. It knows no prompts."""
+
+    def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
+        del prompts, step
+        return Solid(SlabSpec.of(field.bounds, Solid.spec.resolution)).observe(field)[:, 0]
 
 
 @torch.no_grad()
@@ -168,6 +178,8 @@ GEOMETRY_REWARDS: Registry[NamedGeometry] = Registry("--geometry-reward", {
     "one-nose": "eg3d_rlhf.tuning.distill.scene_boxes",
     "floaters": "eg3d_rlhf.tuning.distill.scene_boxes",
 })  # fmt: skip
+
+GEOMETRY_REWARDS.add("solid", NamedGeometry(SolidGeometry))
 
 
 def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], GeometryReward] | None:

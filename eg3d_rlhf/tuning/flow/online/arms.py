@@ -34,6 +34,7 @@ from eg3d_rlhf.tuning.flow.generate import generate, stage_latents, voxels_for
 from eg3d_rlhf.tuning.flow.online.advantages import as_used
 from eg3d_rlhf.tuning.flow.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.online.draws import Explorer, Task
+from eg3d_rlhf.tuning.flow.online.solid import solid_reward
 from eg3d_rlhf.tuning.flow.online.table import markdown, table
 from eg3d_rlhf.tuning.flow.online.updates import train_online
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
@@ -165,7 +166,7 @@ def drift(task: Task, model: torch.nn.Module, config: OnlineConfig, conditions: 
 # Rewards by name: what a stage can be tuned for. A plugin (docs/extending.md) adds its own to `REWARDS`.
 
 OWN, CHOOSER = "own", "chooser"
-REWARDS: dict[str, Callable[[Problem], AssetReward]] = {}  # by name: makes it for a problem, once in every process
+REWARDS: dict[str, Callable[[Problem], AssetReward]] = {"solid": solid_reward}  # by name: makes it, once in a process
 
 
 def reward_of(name: str, problem: Problem) -> AssetReward:

@@ -1,0 +1,192 @@
+"""`solid` of generators, a line each: its terms, fidelity, the reward, and the share that is closed; and of shapes that only look sound.
+
+Networks of fields are compared on held-out latents, tuned stages of flows on held-out conditions; every shape is read beside the untuned
+one of the same latent, or of the same condition and noise. Controls are what costs no training: filters of the untuned shapes, a ball of
+the same volume, and the best of n untuned ones by the reward.
+
+Letters: N shapes; X, Y, Z voxels.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from scipy import ndimage
+
+from eg3d_rlhf.core.cli import GroupedCommand, naming, option
+from eg3d_rlhf.core.seeds import LATENTS
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.core.statistics import bootstrap_mean_interval, paired_summary, wilson_interval
+from eg3d_rlhf.evaluation import filters
+from eg3d_rlhf.experiments.table import markdown_rows
+from eg3d_rlhf.generators import Generator, load_generator, ws_of_seeds
+from eg3d_rlhf.geometry import solids
+from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.rewards.solid import occupancy
+from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.generate import crossed, generate
+from eg3d_rlhf.tuning.flow.online.arms import OnlineSource
+from eg3d_rlhf.tuning.flow.online.solid import grid_of, rules_for
+from eg3d_rlhf.tuning.flow.problem import Problem
+from eg3d_rlhf.tuning.flow.stage import stage_of
+from training.progress import tqdm
+from training.storage import write_atomic
+
+CUTOFF = 14
+AT_ONCE = 8
+CHOOSE = 4  # untuned shapes that the best is chosen of
+UNTUNED = "untuned"
+
+Grids = Sequence[np.ndarray]  # N of bool [X, Y, Z]
+
+
+def ball(solid: np.ndarray) -> np.ndarray:
+    """A ball of the same volume about the same centre."""
+    centre = np.argwhere(solid).mean(axis=0)
+    distance = sum((axis - middle) ** 2 for axis, middle in zip(np.indices(solid.shape), centre, strict=True))
+    return distance < (3 * solid.sum() / (4 * np.pi)) ** (2 / 3)
+
+
+def filtered(make: filters.Filter) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda solid: make(np.where(solid, -1.0, 1.0)) < 0
+
+
+CONTROLS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "closing 4": filtered(filters.FILTERS["closing 4"]), "convex hull": filtered(filters.hull),
+    "blur 2": filtered(filters.FILTERS["blur 2"]), "ball of its volume": ball,
+}  # fmt: skip
+
+
+def seen(grids: Grids, untuned: Grids, rules: solids.Rules) -> dict[str, np.ndarray]:
+    """By name [N]: terms of the score, solid, fidelity, reward, and whether a shape is closed: in one part, and nothing hollow."""
+    rows = []
+    for grid, before in zip(grids, untuned, strict=True):
+        judged = solids.beside(grid, [solids.repaired(before, rules)], rules)
+        closed = ndimage.label(grid)[1] == 1 and judged.score.inner == 1
+        rows.append({**judged.to_dict(), "closed": float(closed)})
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def best_of(rewards: np.ndarray, groups: int) -> np.ndarray:
+    """Numbers of the best of each group: rewards [N], groups of neighbours -> [groups]."""
+    per = len(rewards) // groups
+    return rewards.reshape(groups, per).argmax(axis=1) + per * np.arange(groups)
+
+
+def line(arm: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None) -> dict:
+    """Figures of an arm as JSON: means, the reward's change against what it is compared with, and the share that is closed."""
+    share = wilson_interval(float(arm["closed"].sum()), len(arm["closed"]))
+    reward = bootstrap_mean_interval(arm["reward"])
+    row = {name: float(values.mean()) for name, values in arm.items()}
+    row |= {"reward_ci95": [reward.lo, reward.hi], "closed_ci95": [share.lo, share.hi], "n": len(arm["closed"])}
+    if before is not None and len(before["reward"]) == len(arm["reward"]):
+        change = paired_summary(before["reward"], arm["reward"])
+        row |= {"change": change.mean, "change_ci95": [change.mean_lo, change.mean_hi]}
+    return row
+
+
+def table(arms: Mapping[str, Grids], untuned: Grids, groups: int, rules: solids.Rules, on_arm: Callable[[], object]) -> dict[str, dict]:
+    """Lines by name: untuned, the arms, the best of each group of untuned shapes, and controls.
+
+    Args: groups: into which neighbouring shapes fall, for the best of n.
+    """
+    before = seen(untuned, untuned, rules)
+    lines = {UNTUNED: line(before, None)}
+    for name, grids in arms.items():
+        lines[name] = line(seen(grids, untuned, rules), before)
+        on_arm()
+    chosen = best_of(before["reward"], groups)
+    lines[f"best of {len(untuned) // groups}"] = line({name: values[chosen] for name, values in before.items()}, None)
+    for name, change in CONTROLS.items():
+        lines[name] = line(seen([change(grid) for grid in untuned], untuned, rules), before)
+        on_arm()
+    return lines
+
+
+def markdown(lines: Mapping[str, dict], rules: solids.Rules) -> list[str]:
+    terms = [name for name, weight in zip(solids.TERMS, rules.weights, strict=True) if weight]
+    head = ["", *terms, "solid", "F", "R", "change of R", "closed"]
+    rows = []
+    for name, row in lines.items():
+        change = "" if "change" not in row else "{:+.3f} [{:+.3f}, {:+.3f}]".format(row["change"], *row["change_ci95"])
+        closed = "{:.0%} [{:.0%}, {:.0%}]".format(row["closed"], *row["closed_ci95"])
+        figures = [f"{row[term]:.3f}" for term in (*terms, "solid", "fidelity", "reward")]
+        rows.append([name, *figures, change, closed])
+    return markdown_rows(head, rows)
+
+
+@torch.no_grad()
+def of_latents(generator: Generator, seeds: Sequence[int], psi: float) -> Grids:
+    """The shapes of latents at EDGE^3 of the whole cube."""
+    spec, grids = SlabSpec.of(generator.bounds, solids.EDGE), []
+    for start in range(0, len(seeds), AT_ONCE):
+        ws = ws_of_seeds(generator, seeds[start : start + AT_ONCE], truncation_psi=psi, truncation_cutoff=CUTOFF)
+        grids += occupancy(generator.field(ws), spec)
+    return grids
+
+
+def of_conditions(problem: Problem, weights: Path | None, stage: str, conditions: Sequence[str], seeds: Sequence[int]) -> Grids:
+    """The shapes of conditions and noises, with a stage's tuned weights or without."""
+    models = {}
+    if weights is not None:
+        folder = weights / stage if (weights / stage).is_dir() else weights
+        models = {stage: tuned_model(stage_of(problem.pipeline, stage).model, folder)}
+    return [grid_of(problem.pipeline, asset) for asset in generate(problem.pipeline, conditions, seeds, models)]
+
+
+@click.command("solid", cls=GroupedCommand)
+@click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path, exists=True))
+@option("--before", metavar="FILE|RUN", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
+        help="Generator before tuning.")
+@option("--pipeline", metavar="toy|DIR", default=None, show_default="none: generators of fields",
+        help="Flow generator whose tuned runs are named.")
+@option("--stage", metavar="NAME", default=None, show_default="the first", help="With --pipeline: the stage that was tuned.")
+@option("--n", metavar="SHAPES", type=click.IntRange(min=CHOOSE), default=64, help="How many, rounded down to groups of four.")
+@option("--psi", metavar="FLOAT", type=click.FloatRange(0, 2, min_open=True), default=1.0, help="Truncation of latents.")
+@option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Other held-out latents, or noises, per seed.")
+@option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=None, help="JSON to write.")
+def command(
+    networks: tuple[Path, ...], before: Path | None, pipeline: str | None, stage: str | None, n: int, psi: float, seed: int,
+    out: Path | None,
+) -> None:
+    """Are shapes sound bodies? Terms of `solid` before and after tuning, beside filters, hulls and balls, which only look so.
+
+    \b
+    Examples:
+        eg3d-rlhf report solid runs/00000-* --n=16
+        eg3d-rlhf report solid --pipeline=toy --n=16
+    """
+    names = [path.stem if path.is_file() else path.name for path in networks]
+    groups = n // CHOOSE
+    with tqdm(total=2 * len(networks) + 1 + len(CONTROLS), desc="shapes", unit="arm", leave=False, dynamic_ncols=True) as bar:
+        if pipeline is None:
+            seeds = LATENTS.take(groups * CHOOSE, seed)
+            with naming("--before"):
+                untuned = of_latents(load_generator(before).generator, seeds, psi)
+            bar.update()
+            arms, rules = {}, solids.HEADS
+            for name, path in zip(names, networks, strict=True):
+                arms[name] = of_latents(load_generator(path).generator, seeds, psi)
+                bar.update()
+            what = f"latents {seeds[0]} to {seeds[-1]}, psi {psi:g}"
+        else:
+            problem = open_problem(OnlineSource(pipeline=pipeline))
+            stage = stage or problem.pipeline.stages[0].name
+            kept = list(problem.held_out_conditions)[:groups]
+            groups = len(kept)
+            conditions, noises = crossed(kept, CHOOSE, seed)
+            untuned = of_conditions(problem, None, stage, conditions, noises)
+            bar.update()
+            arms, rules = {}, rules_for(untuned[0])
+            for name, path in zip(names, networks, strict=True):
+                arms[name] = of_conditions(problem, path, stage, conditions, noises)
+                bar.update()
+            what = f"{groups} held-out conditions x {CHOOSE} noises, seed {seed}; stage {stage}"
+        lines = table(arms, untuned, groups, rules, bar.update)
+    click.echo("\n".join(markdown(lines, rules)))
+    click.echo(f"\n{what}. Brackets: 95 %, bootstrap over shapes; of shares Wilson's. Grids of {max(untuned[0].shape)}^3.")
+    if out is not None:
+        write_atomic(out, json.dumps({"what": what, "weights": rules.weights, "lines": lines}, indent=1).encode())
