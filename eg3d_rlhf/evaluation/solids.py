@@ -54,9 +54,14 @@ def filtered(make: filters.Filter) -> Callable[[np.ndarray], np.ndarray]:
     return lambda solid: make(np.where(solid, -1.0, 1.0)) < 0
 
 
+def coarse(make: Callable[[np.ndarray, float], np.ndarray], radius: float) -> Callable[[np.ndarray], np.ndarray]:
+    """A filter of `radius` voxels of 64^3, which on coarser grids is at least one of theirs."""
+    return lambda solid: filtered(lambda values: make(values, max(radius, 64 / len(values))))(solid)
+
+
 CONTROLS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "closing 4": filtered(filters.FILTERS["closing 4"]), "convex hull": filtered(filters.hull),
-    "blur 2": filtered(filters.FILTERS["blur 2"]), "ball of its volume": ball,
+    "closing 4": coarse(filters.closing, 4), "convex hull": filtered(filters.hull), "blur 2": coarse(filters.blur, 2),
+    "ball of its volume": ball,
 }  # fmt: skip
 
 
@@ -159,6 +164,8 @@ def command(
         eg3d-rlhf report solid runs/00000-* --n=16
         eg3d-rlhf report solid --pipeline=toy --n=16
     """
+    if stage is not None and pipeline is None:
+        raise ValueError(f"--stage={stage}: expected --pipeline with it, got none. Add it, or leave this out.")
     names = [path.stem if path.is_file() else path.name for path in networks]
     groups = n // CHOOSE
     with tqdm(total=2 * len(networks) + 1 + len(CONTROLS), desc="shapes", unit="arm", leave=False, dynamic_ncols=True) as bar:
@@ -174,7 +181,7 @@ def command(
             what = f"latents {seeds[0]} to {seeds[-1]}, psi {psi:g}"
         else:
             problem = open_problem(OnlineSource(pipeline=pipeline))
-            stage = stage or problem.pipeline.stages[0].name
+            stage = stage_of(problem.pipeline, stage or problem.pipeline.stages[0].name).name
             kept = list(problem.held_out_conditions)[:groups]
             groups = len(kept)
             conditions, noises = crossed(kept, CHOOSE, seed)

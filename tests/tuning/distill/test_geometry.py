@@ -10,7 +10,14 @@ from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.rewards.pictures.analytic import OneNose
 from eg3d_rlhf.rewards.points import LevelSetPoints
 from eg3d_rlhf.rewards.reward import load_reward
-from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, GeometrySettings, MeshGeometry, ObservedGeometry, ProgressiveGeometry
+from eg3d_rlhf.tuning.distill.guidance.geometry import (
+    GEOMETRY_REWARDS,
+    GeometryReward,
+    GeometrySettings,
+    MeshGeometry,
+    ObservedGeometry,
+    ProgressiveGeometry,
+)
 from tests.generators.assets.test_grids import balls, random_voxels
 
 
@@ -129,3 +136,13 @@ def test_rewards_of_every_kind_reach_every_asset(kind, tiny_reward):
     said = geometry.add(field, list(field.parameters()), heads, 0)
     assert said["geometry"].shape == (2,) and said["geometry"].isfinite().all()
     assert ((field.shape.grad - 1).flatten(1).norm(dim=1) > 0).all() and field.shape.grad.isfinite().all()
+
+
+def test_solid_closes_leaks_and_leaves_what_is_sound():
+    field = balls(2, 32)
+    assert GEOMETRY_REWARDS["solid"].make()(field, ["", ""], 0).tolist() == [0, 0]
+    with torch.no_grad():
+        field.shape[0, ..., :2, :2, :2] = field.shape[0].max()  # a corner apart
+    scores = GEOMETRY_REWARDS["solid"].make()(field, ["", ""], 0)
+    scores.sum().backward()
+    assert scores[0] < 0 == scores[1] and field.shape.grad[0].any() and not field.shape.grad[1].any()

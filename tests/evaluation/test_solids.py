@@ -1,0 +1,62 @@
+"""The table of `report solid`: controls look sound and are not rewarded; the best of n; both kinds of generator; what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf.evaluation import solids as report
+from eg3d_rlhf.geometry import solids
+from eg3d_rlhf.geometry.solids import HEADS
+
+N = 32
+PLACES = np.stack(np.meshgrid(*[(np.arange(N) + 0.5) / N - 0.5] * 3, indexing="ij"))
+
+
+def shell(hole: float) -> np.ndarray:
+    distance = np.linalg.norm(PLACES, axis=0)
+    return (np.abs(distance - 0.25) < 0.06) & ~((np.hypot(PLACES[0], PLACES[1]) < hole) & (PLACES[2] > 0))
+
+
+def arch() -> np.ndarray:
+    x, y, z = np.abs(PLACES)
+    return (x < 0.3) & (y < 0.3) & (z < 0.1) & ~((x < 0.16) & (PLACES[1] < 0.1))
+
+
+def test_controls_are_sound_and_get_nothing_for_it():
+    shapes = [arch()] * 4
+    lines = report.table({"itself": shapes, "a ball": [report.ball(arch())] * 4}, shapes, 1, HEADS, lambda: None)
+    assert lines["itself"]["change"] == 0 and lines["itself"]["reward"] == lines["untuned"]["reward"]
+    for name in ("convex hull", "ball of its volume", "a ball"):
+        assert lines[name]["solid"] > 0.9 and lines[name]["reward"] < 0.1 and lines[name]["change_ci95"][1] < 0
+    assert abs(report.ball(arch()).sum() / arch().sum() - 1) < 0.05
+    text = "\n".join(report.markdown(lines, HEADS))
+    assert "stand" not in text and "| closing 4 |" in text and "closed" in text
+
+
+def test_a_cure_is_a_gain_and_closed():
+    sick, cured = [shell(0.05)] * 4, [np.linalg.norm(PLACES, axis=0) < 0.31] * 4
+    lines = report.table({"cured": cured}, sick, 2, HEADS, lambda: None)
+    assert lines["cured"]["change_ci95"][0] > 0.05 and lines["cured"]["closed"] == 1 > lines["untuned"]["closed"]
+    assert lines["best of 2"]["n"] == 2
+
+
+def test_the_best_of_each_group():
+    assert report.best_of(np.array([0.1, 0.9, 0.3, 0.8, 0.2, 0.5]), 2).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("flags", [["--pipeline=toy"], []])
+def test_the_command(flags, tmp_path):
+    result = CliRunner().invoke(report.command, [*flags, "--n=4", f"--out={tmp_path / 'solid.json'}"])
+    assert result.exit_code == 0, result.output
+    lines = json.loads((tmp_path / "solid.json").read_text())["lines"]
+    assert list(lines) == ["untuned", "best of 4", *report.CONTROLS]
+    assert lines["best of 4"]["reward"] >= lines["untuned"]["reward"] > 0 and "| untuned |" in result.output
+    assert all(0 <= line[name] <= 1 for line in lines.values() for name in (*solids.TERMS, "solid", "fidelity", "reward", "closed"))
+
+
+def test_what_is_not_there_is_refused(tmp_path):
+    for flags in ([str(tmp_path / "none")], ["--pipeline=toy", "--stage=roof"], ["--n=2"], ["--stage=structure"], ["--pipeline=toy", str(tmp_path)]):
+        result = CliRunner().invoke(report.command, flags)
+        assert result.exit_code == 2 and "Traceback" not in result.output, flags
