@@ -57,6 +57,7 @@ def test_the_command(flags, tmp_path):
 
 
 def test_what_is_not_there_is_refused(tmp_path):
-    for flags in ([str(tmp_path / "none")], ["--pipeline=toy", "--stage=roof"], ["--n=2"], ["--stage=structure"], ["--pipeline=toy", str(tmp_path)]):
+    toy = "--pipeline=toy"
+    for flags in ([str(tmp_path / "none")], [toy, "--stage=roof"], ["--n=2"], ["--stage=structure"], [toy, str(tmp_path)]):
         result = CliRunner().invoke(report.command, flags)
         assert result.exit_code == 2 and "Traceback" not in result.output, flags

@@ -73,9 +73,7 @@ def test_kinds_that_learn_need_a_file_and_what_only_chooses_tunes_nothing(tmp_pa
 @pytest.mark.long
 def test_it_tunes_without_a_file_and_without_labels(tmp_path):
     data = tiny_runs.write_dataset(tmp_path / "data.zip", resolution=64)
-    result = tiny_runs.run(
-        "--reward=solid", "--lambda-r=10", f"--data={data}", "--kimg=0.008", "--tick=0.008", "--no-summary", f"--outdir={tmp_path / 'runs'}",
-        "--device=cpu",
-    )
+    flags = ["--reward=solid", "--lambda-r=10", f"--data={data}", "--kimg=0.008", "--tick=0.008", "--no-summary", "--device=cpu"]
+    result = tiny_runs.run(*flags, f"--outdir={tmp_path / 'runs'}")
     assert result.exit_code == 0, result.output
     assert tiny_runs.only_run(tmp_path / "runs").name.endswith("solid-lambda10")

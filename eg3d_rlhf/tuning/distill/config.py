@@ -119,7 +119,8 @@ class SceneConfig:
     judge: str | None = knob(None, "Ranks pairs in the reward's place, for dreamdpo and psd: questions, with the bundled prior.",
                              ASSETS, metavar="NAME", shown="none")
     geometry_reward: str = knob("none", "A reward on the shape itself, beside the method: sigma is the bundled reward of densities, "
-                                "solid closes leaks; with the bundled prior also one-nose and floaters, in closed form.", ASSETS, metavar="none|NAME|FILE")
+                                "solid closes leaks; with the bundled prior also one-nose and floaters, in closed form.", ASSETS,
+                                metavar="none|NAME|FILE")
     assets: int = knob(1, "Assets of each prompt, of different seeds.", ASSETS, low=1,
                       shown="1; 5 for the bundled comparison, 2 for that of heads")
     views: int = knob(4, "Views of each asset in a step.", REAL, low=1, rare=True)
