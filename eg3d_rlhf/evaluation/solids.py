@@ -10,6 +10,7 @@ Letters: N shapes; X, Y, Z voxels.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -85,7 +86,7 @@ def line(arm: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None)
     """Figures of an arm as JSON: means, the reward's change against what it is compared with, and the share that is closed."""
     share = wilson_interval(float(arm["closed"].sum()), len(arm["closed"]))
     reward = bootstrap_mean_interval(arm["reward"])
-    row = {name: float(values.mean()) for name, values in arm.items()}
+    row: dict[str, Any] = {name: float(values.mean()) for name, values in arm.items()}
     row |= {"reward_ci95": [reward.lo, reward.hi], "closed_ci95": [share.lo, share.hi], "n": len(arm["closed"])}
     if before is not None and len(before["reward"]) == len(arm["reward"]):
         change = paired_summary(before["reward"], arm["reward"])
