@@ -47,7 +47,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "report method": ("eg3d_rlhf.modes.reports:method", "the method as one picture"),
     "report seeds": ("eg3d_rlhf.evaluation.over_seeds:main", "the demo with several training seeds"),
     "report heads": ("eg3d_rlhf.evaluation.heads:command", "networks beside the whole heads that latents name, a line each"),
-    "report solid": ("eg3d_rlhf.evaluation.solids:command", "whether shapes are sound bodies, beside what only looks so"),
+    "report solid": ("eg3d_rlhf.evaluation.solids:command", "whether shapes are sound bodies"),
     "report proof": ("eg3d_rlhf.evaluation.proof:main", "labels beside every cheaper way, with several seeds"),
     "report zoo": ("eg3d_rlhf.evaluation.zoo:main", "every kind of reward: trained, tuned by, in one table"),
     "generator inspect": ("eg3d_rlhf.modes.network_files:inspect_network", "what a network file holds; pickles are never run"),
