@@ -31,6 +31,7 @@ from eg3d_rlhf.models.policies import link, shared_copy, tuned_model
 from eg3d_rlhf.models.sparse import separate, to_cpu
 from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.generate import generate, stage_latents, voxels_for
+from eg3d_rlhf.tuning.flow.latent_reward import LatentReward, load, teach
 from eg3d_rlhf.tuning.flow.online.advantages import as_used
 from eg3d_rlhf.tuning.flow.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.online.draws import Explorer, Task
@@ -40,7 +41,7 @@ from eg3d_rlhf.tuning.flow.online.updates import train_online
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.problem import Choosing, Judging, Problem, ProblemSource, judged
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
-from eg3d_rlhf.tuning.flow.stage import AssetReward, Voxels, stage_of
+from eg3d_rlhf.tuning.flow.stage import AssetReward, FlowStage, Voxels, stage_of
 from eg3d_rlhf.tuning.flow.train import POLICY, StageResult
 from eg3d_rlhf.tuning.flow.train_pairs import Order, TrainConfig, train_stage
 from training.distributed import SINGLE, Ranks
@@ -169,14 +170,24 @@ OWN, CHOOSER = "own", "chooser"
 REWARDS: dict[str, Callable[[Problem], AssetReward]] = {"solid": solid_reward}  # by name: makes it, once in a process
 
 
-def reward_of(name: str, problem: Problem) -> AssetReward:
-    """The reward of that name for a problem; "own" is the problem's. Raises: ValueError naming those there are, or where it has none."""
+LATENT = "latent"  # reads the stage's latents, and is taught by the problem's pairs of it; or the file of such a one
+
+
+def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> AssetReward:
+    """The reward of that name for a problem; "own" is the problem's, "latent" that of a stage.
+
+    Raises: ValueError naming those there are, or where it has none.
+    """
     if name == OWN:
         if problem.reward is None:
             raise ValueError("--reward: expected the name of one, got none, and this generator brings none. Name the plugin's.")
         return problem.reward
+    if stage is not None and name == LATENT:
+        return teach(problem.pipeline, stage.name, problem.human_pairs(stage.name))
+    if stage is not None and name.endswith(".safetensors"):
+        return load(Path(name), problem.pipeline, stage, problem.train_conditions[0])
     if name not in REWARDS:
-        known = ", ".join((OWN, *REWARDS))
+        known = ", ".join((OWN, LATENT, *REWARDS))
         raise ValueError(f"--reward: expected one of {known}, got {name!r}. Choose one, or name the plugin that brings it.")
     return REWARDS[name](problem)
 
@@ -253,11 +264,12 @@ BASE = "base"
 def bench_of(settings: OnlineRun, problem: Problem, seed: int) -> Bench:
     stage = stage_of(problem.pipeline, settings.stage or problem.pipeline.stages[-1].name)
     weights = weighed(settings.reward)
-    rewards = {name: reward_of(name, problem) for name in weights}
+    rewards = {name: reward_of(name, problem, stage) for name in weights}
+    latent = all(isinstance(reward, LatentReward) for reward in rewards.values()) and not settings.gate  # nothing is decoded
     gate = tuple(name.strip() for name in settings.gate.split(",")) if settings.gate else ()
     task = Task(
         pipeline=problem.pipeline, stage=stage, rewards=rewards, weights=tuple(weights.values()), conditions=problem.train_conditions,
-        watched=watch_of(problem, list(weights)), gate=gate,
+        watched=None if latent else watch_of(problem, list(weights)), gate=gate,
     )  # fmt: skip
 
     def total(assets: Sequence, conditions: Sequence[str]) -> torch.Tensor:

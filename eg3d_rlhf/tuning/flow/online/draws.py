@@ -14,6 +14,7 @@ import torch
 from eg3d_rlhf.models.sparse import Batch, feats_of, with_feats
 from eg3d_rlhf.tuning.flow.conditions import Condition, to_device
 from eg3d_rlhf.tuning.flow.generate import Models, evaluating, generate, guided, sample, stage_noise, voxels_for
+from eg3d_rlhf.tuning.flow.latent_reward import LatentReward
 from eg3d_rlhf.tuning.flow.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.online.snapshot import Snapshot
 from eg3d_rlhf.tuning.flow.online.steps import Step, divergence, log_density, steps_of, without_noise
@@ -56,8 +57,13 @@ class Task:
 
         Raises: ValueError for a reward that is not finite.
         """
-        assets = self.assets(x_0, conditions, seeds)
-        trained = {name: reward(assets, conditions) for name, reward in self.rewards.items()}
+        read = {name: reward for name, reward in self.rewards.items() if isinstance(reward, LatentReward)}
+        decoded = len(read) < len(self.rewards) or self.watched is not None
+        assets = self.assets(x_0, conditions, seeds) if decoded else []
+        trained = {
+            name: read[name].of_latents(x_0, conditions) if name in read else reward(assets, conditions)
+            for name, reward in self.rewards.items()
+        }
         watched = {} if self.watched is None else dict(self.watched(assets, conditions))
         for name, values in (trained | watched).items():
             if not bool(values.isfinite().all()):

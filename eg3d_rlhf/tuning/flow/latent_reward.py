@@ -1,0 +1,277 @@
+"""A reward that reads the latents of one stage: nothing is decoded while a flow is tuned by it.
+
+What is said of a place (a grid's cell, a voxel, a token): its numbers; how they differ from the x_0 that the stage's own untuned network
+makes of them at TIMES, from one noise, under what was asked for, since what such a network would not have made stands out; where it lies
+and what lies around it. A small network reads each place with the condition, and the mean over places is scored. It is learnt from pairs
+of the same latents (Bradley-Terry) or from r of single assets (cross-entropy).
+
+A file is .safetensors with the weights, and as JSON the stage, the form of its latents, the network behind, and what it was taught.
+
+Shape letters as in sparse.py; P places of all samples, D numbers of a place, E size of a condition, W width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eg3d_rlhf.models.policies import shared_copy
+from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample, collate, count, feats_of, separate
+from eg3d_rlhf.preferences.losses import preference_loss
+from eg3d_rlhf.tuning.flow.conditions import Condition, to_device
+from eg3d_rlhf.tuning.flow.offline.train_singles import Single
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.reference import FrozenModel
+from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowStage, Pipeline, SparseVoxels, TokenSet, stage_of
+from training.storage import checksum, read_tensors, write_tensors
+
+TIMES = (0.2, 0.5)
+KIND = "latent-reward"
+BATCH = 64  # latents at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentForm:
+    """What a network reads."""
+
+    stage: str
+    kind: str  # of latents: DenseGrid, SparseVoxels or TokenSet
+    channels: int
+    resolution: int  # of the grid; 0 for tokens
+    base: str  # hash of the stage's network
+
+    @classmethod
+    def of(cls, stage: FlowStage) -> "LatentForm":
+        """Raises: ValueError for a stage of several tensors."""
+        latents = stage.latents
+        if not isinstance(latents, (DenseGrid, SparseVoxels, TokenSet)):
+            got = type(latents).__name__
+            raise ValueError(f"latent reward: expected a stage of a grid, voxels or tokens, got {got} of {stage.name!r}. Judge it decoded.")
+        base = checksum(stage.model.state_dict(), type(stage.model).__name__)
+        return cls(stage=stage.name, kind=type(latents).__name__, channels=latents.channels, resolution=getattr(latents, "resolution", 0),
+                   base=base)  # fmt: skip
+
+    @property
+    def numbers(self) -> int:
+        """D."""
+        around = {"SparseVoxels": 7 + 3 + 1, "DenseGrid": 3 + self.channels, "TokenSet": 0}[self.kind]
+        return self.channels * (1 + len(TIMES)) + around
+
+
+def pooled(condition: Condition) -> torch.Tensor:
+    """What was asked for as one row a sample, [N, E]: the mean of its tokens, of several tensors one after the other."""
+    tensors = [condition] if isinstance(condition, torch.Tensor) else [condition[name] for name in sorted(condition)]
+    return torch.cat([x.float().flatten(1, -2).mean(1) if x.ndim > 2 else x.float() for x in tensors], 1)
+
+
+class PlaceNetwork(nn.Module):
+    """Places and conditions -> scores."""
+
+    mean: torch.Tensor  # [D], of the places it was taught
+    std: torch.Tensor
+
+    def __init__(self, numbers: int, condition: int, width: int = 32, told: int = 16):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("std", torch.ones(numbers))
+        self.told = nn.Sequential(nn.Linear(condition, 2 * told), nn.GELU(), nn.Linear(2 * told, told))
+        self.place = nn.Sequential(nn.Linear(numbers + told, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU())
+        self.head = nn.Sequential(nn.Linear(width + told, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
+
+    def forward(self, rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
+        """[N] of the places of N samples, [p, D] each, and conditions [N, E]. Differentiable in: rows, parameters."""
+        lengths = torch.tensor([len(x) for x in rows], device=condition.device)
+        sample = torch.arange(len(rows), device=condition.device).repeat_interleave(lengths)
+        told = self.told(condition)
+        places = self.place(torch.cat([(torch.cat(list(rows)) - self.mean) / self.std, told[sample]], 1))  # [P, W]
+        means = places.new_zeros(len(rows), places.shape[1]).index_add(0, sample, places) / lengths[:, None]
+        return self.head(torch.cat([means, told], 1)).squeeze(1)
+
+
+class LatentReward:
+    """A network and the stage that it is of. The stage's network is taken as it is now."""
+
+    def __init__(self, pipeline: Pipeline, stage: FlowStage, network: PlaceNetwork, taught: Mapping):
+        self.pipeline, self.stage, self.network, self.taught = pipeline, stage, network, dict(taught)
+        self.form, self.base = LatentForm.of(stage), FrozenModel(shared_copy(stage.model))
+        self.device = next(stage.model.parameters()).device
+
+    def told(self, names: Sequence[str]) -> Condition:
+        return to_device(self.pipeline.conditions(list(names), self.stage.name), self.device)
+
+    @torch.no_grad()
+    def places(self, x_0: Batch, condition: Condition) -> list[torch.Tensor]:
+        """[p, D] of each sample. Not differentiable."""
+        x_0, path, n = x_0.to(self.device), self.stage.path, count(x_0)
+        given = [x.coords if isinstance(x, SparseSample) else None for x in separate(x_0)]
+        parts = [feats_of(x_0)]
+        for number, time in enumerate(TIMES):
+            t, eps = torch.full([n], time, device=self.device), self.stage.noise([number] * n, given).to(self.device)
+            x_t = path.mix(x_0, t, eps)
+            parts.append(feats_of(x_0) - feats_of(path.data(x_t, t, self.base.velocity(self.stage, x_t, t, condition))))
+        if isinstance(x_0, SparseBatch):
+            rows = torch.cat([*(part.float() for part in parts), _around(x_0, self.form.resolution)], 1)
+            return list(rows.split(x_0.lengths.tolist()))
+        assert isinstance(x_0, torch.Tensor)
+        if not self.form.resolution:
+            return list(torch.cat(parts, 2).float())
+        side = self.form.resolution
+        cells = torch.cartesian_prod(*[torch.arange(side, device=self.device)] * 3).T.view(1, 3, side, side, side).expand(n, -1, -1, -1, -1)
+        parts += [(2 * cells + 1) / side - 1, F.avg_pool3d(F.pad(x_0, (1,) * 6), 3, 1)]
+        return list(torch.cat([part.float() for part in parts], 1).flatten(2).transpose(1, 2))
+
+    @torch.no_grad()
+    def of_latents(self, x_0: Batch, conditions: Sequence[str]) -> torch.Tensor:
+        """[N] float32 on the CPU: scores of latents of the stage; larger is better."""
+        condition = self.told(conditions)
+        return self.network(self.places(x_0, condition), pooled(condition)).float().cpu()
+
+    def __call__(self, assets: Sequence[Any], conditions: Sequence[str]) -> torch.Tensor:
+        """As an AssetReward, of what the pipeline encodes finished assets to: for tables; tuning reads the latents themselves."""
+        return self.of_latents(collate([latents[self.stage.name] for latents in self.pipeline.encode(assets)]), conditions)
+
+    def accuracy(self, pairs: Sequence[PreferencePair]) -> float:
+        """Share of pairs whose preferred latent has the higher score, ties half."""
+        right = 0.0
+        for i in range(0, len(pairs), BATCH):
+            part = pairs[i : i + BATCH]
+            names = [pair.condition for pair in part]
+            a, b = (self.of_latents(collate([getattr(pair, side) for pair in part]), names) for side in ("preferred", "rejected"))
+            right += float(((a > b).float() + (a >= b).float()).sum() / 2)
+        return right / len(pairs)
+
+
+def _around(x: SparseBatch, side: int) -> torch.Tensor:
+    """Of each voxel which number of its six neighbours is there (one of seven), where it lies in -1..1, and hundreds of voxels in its
+    sample, [V, 11]."""
+    sample, places = x.sample, x.coords[:, 1:].long()
+
+    def key(at: torch.Tensor) -> torch.Tensor:
+        a, b, c = (at + 1).unbind(1)
+        return ((sample * (side + 2) + a) * (side + 2) + b) * (side + 2) + c
+
+    steps = torch.cat([torch.eye(3, dtype=torch.long), -torch.eye(3, dtype=torch.long)]).to(places.device)
+    beside = torch.stack([torch.isin(key(places + step), key(places)) for step in steps]).sum(0)  # [V]
+    size = (x.lengths.float() / 100)[sample][:, None]
+    return torch.cat([F.one_hot(beside, 7).float(), (2 * places + 1) / side - 1, size], 1)
+
+
+# Teaching.
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentTraining:
+    """How it is taught."""
+
+    epochs: int = 4
+    batch: int = 32  # pairs, or twice as many single assets
+    lr: float = 3e-3  # of AdamW, falling to 0 along a cosine
+    weight_decay: float = 0.05
+    seed: int = 0
+
+
+def teach(
+    pipeline: Pipeline, stage_name: str, labelled: Sequence[PreferencePair] | Sequence[Single], training: LatentTraining | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> LatentReward:
+    """A reward of a stage's latents from pairs, or from r of single assets. Args: on_step: called with (step, steps, loss).
+
+    Raises: ValueError for no labels, latents that are not of the stage, or of a kind that is not read.
+    """
+    training, stage = training or LatentTraining(), stage_of(pipeline, stage_name)
+    if not labelled:
+        raise ValueError(f"latent reward of stage {stage_name!r}: expected labels to learn from, got none. Label some assets.")
+    form, pairs = LatentForm.of(stage), isinstance(labelled[0], PreferencePair)
+    reward = LatentReward(pipeline, stage, _new(pipeline, form, labelled[0].condition, training.seed), {})
+    reward.taught = {"labels": len(labelled), "of": "pairs" if pairs else "single assets", "training": asdict(training)}
+    rows, told = _read(reward, labelled)
+    every = torch.cat([x for sides in rows[:256] for x in sides])
+    network = reward.network
+    network.mean, network.std = every.mean(0), every.std(0).clamp(min=0.05)
+    size = training.batch * (1 if pairs else 2)
+    step, steps = 0, training.epochs * -(-len(rows) // size)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=training.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(training.seed)
+    for _ in range(training.epochs):
+        for chosen in torch.randperm(len(rows), generator=generator).split(size):
+            numbers = chosen.tolist()
+            scores = [network([rows[i][side] for i in numbers], told[chosen]) for side in range(len(rows[0]))]
+            if pairs:
+                loss = preference_loss(scores[0] - scores[1]).mean()
+            else:
+                r = torch.tensor([getattr(labelled[i], "r") for i in numbers], device=reward.device)  # noqa: B009 (a Single here)
+                loss = F.binary_cross_entropy_with_logits(scores[0], r)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if on_step is not None:
+                on_step(step, steps, float(loss.detach()))
+    return reward
+
+
+def _new(pipeline: Pipeline, form: LatentForm, condition: str, seed: int) -> PlaceNetwork:
+    size = pooled(pipeline.conditions([condition], form.stage)).shape[1]
+    device = next(stage_of(pipeline, form.stage).model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PlaceNetwork(form.numbers, size).to(device)
+
+
+def _read(reward: LatentReward, labelled: Sequence[Any]) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
+    """Places of each label's latents, one or two, and all conditions [n, E]."""
+    rows, told = list[list[torch.Tensor]](), []
+    for i in range(0, len(labelled), BATCH):
+        part = labelled[i : i + BATCH]
+        condition = reward.told([one.condition for one in part])
+        sides = list(zip(*(_latents(one) for one in part), strict=True))
+        for side in sides:
+            for latent in side:
+                reward.stage.check(f"latent reward of stage {reward.stage.name!r}", latent)
+        rows += [list(places) for places in zip(*(reward.places(collate(side), condition) for side in sides), strict=True)]
+        told.append(pooled(condition))
+    return rows, torch.cat(told)
+
+
+def _latents(one: PreferencePair | Single) -> list[Latent]:
+    return [one.preferred, one.rejected] if isinstance(one, PreferencePair) else [one.latent]
+
+
+# Files.
+
+
+def save(path: Path, reward: LatentReward) -> Path:
+    """Write weights, and as JSON what they are of."""
+    meta = {"form": asdict(reward.form), "taught": reward.taught}
+    write_tensors(path, KIND, {name: x.cpu() for name, x in reward.network.state_dict().items()}, meta)
+    return path
+
+
+def load(path: Path, pipeline: Pipeline, stage: FlowStage, condition: str) -> LatentReward:
+    """Read what `save` wrote, for a stage. Args: condition: any that the pipeline knows.
+
+    Raises: FileNotFoundError; ValueError for a damaged or foreign file, one of another stage, of latents of another form or of another
+        network, and weights that do not fit by name and shape.
+    """
+    tensors, meta = read_tensors(path, KIND)
+    try:
+        got = LatentForm(**meta["form"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a latent reward's description, got {error} wrong. Train it again.") from None
+    expected = LatentForm.of(stage)
+    for name, value in asdict(expected).items():
+        if getattr(got, name) != value:
+            raise ValueError(f"{path}: expected a reward of {name} {value!r}, got one of {getattr(got, name)!r}. Train one of this stage.")
+    network = _new(pipeline, expected, condition, 0)
+    wanted, found = ({name: list(x.shape) for name, x in state.items()} for state in (network.state_dict(), tensors))
+    if wanted != found:
+        odd = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        raise ValueError(f"{path}: expected the weights of this version, got others in {', '.join(odd[:3])}. Train it again.")
+    network.load_state_dict(tensors)
+    return LatentReward(pipeline, stage, network, meta["taught"])

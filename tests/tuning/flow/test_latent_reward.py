@@ -1,0 +1,83 @@
+"""A reward that reads latents: what it learns from pairs and single assets, its files, and that nothing is decoded while tuning."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eg3d_rlhf.models.sparse import collate
+from eg3d_rlhf.tuning.flow.latent_reward import LatentTraining, load, save, teach
+from eg3d_rlhf.tuning.flow.offline.train_singles import Single
+from eg3d_rlhf.tuning.flow.online.draws import Task
+from eg3d_rlhf.tuning.flow.stage import DenseGrid
+from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, voxel_pairs
+from training.storage import read_tensors, write_tensors
+
+MADE = {"structure": structure_pairs, "voxels": voxel_pairs}
+QUICK = LatentTraining(epochs=12, batch=8)
+
+
+def singles(pairs):
+    return [
+        Single(id=f"{pair.id}-{r}", condition=pair.condition, stage=pair.stage, latent=latent, r=r)
+        for pair in pairs for latent, r in ((pair.preferred, 0.9), (pair.rejected, 0.1))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", [list, singles])
+@pytest.mark.parametrize("stage", MADE)
+def test_it_orders_pairs_that_it_has_not_seen(stage, labels):
+    reward = teach(TinyPipeline(), stage, labels(MADE[stage](60)), QUICK)
+    held = MADE[stage](60, seed=7)
+    assert reward.accuracy(held) > 0.75 and 1 - reward.accuracy(_turned(held)) == pytest.approx(reward.accuracy(held))
+
+
+def _turned(pairs):
+    return [replace(pair, preferred=pair.rejected, rejected=pair.preferred) for pair in pairs]
+
+
+def test_a_score_depends_on_the_sample_alone_and_teaching_is_repeatable():
+    pairs = voxel_pairs(24)
+    one, two = (teach(TinyPipeline(), "voxels", pairs, QUICK) for _ in range(2))
+    latents, names = [pair.preferred for pair in pairs[:9]], [pair.condition for pair in pairs[:9]]
+    together = one.of_latents(collate(latents), names)
+    assert torch.equal(together, two.of_latents(collate(latents), names))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).tolist()
+    alone = torch.cat([one.of_latents(collate([latents[i]]), [names[i]]) for i in order])
+    torch.testing.assert_close(alone, together[order])
+
+
+def test_files_are_read_strictly(tmp_path):
+    pipeline = TinyPipeline()
+    reward, stages = teach(pipeline, "voxels", voxel_pairs(12), QUICK), pipeline.stages
+    path = save(tmp_path / "reward.safetensors", reward)
+    pair = voxel_pairs(1)[0]
+    again = load(path, pipeline, stages[1], "a")
+    assert torch.equal(*(r.of_latents(collate([pair.preferred]), ["a"]) for r in (reward, again))) and again.taught == reward.taught
+    with pytest.raises(ValueError, match="expected a reward of stage 'structure', got one of 'voxels'"):
+        load(path, pipeline, stages[0], "a")
+    tensors, meta = read_tensors(path, "latent-reward")
+    write_tensors(tmp_path / "odd.safetensors", "latent-reward", {k: v for k, v in tensors.items() if k != "head.0.bias"}, meta)
+    with pytest.raises(ValueError, match="got others in head.0.bias"):
+        load(tmp_path / "odd.safetensors", pipeline, stages[1], "a")
+    torch.nn.init.ones_(stages[1].model.to_out.weight)
+    with pytest.raises(ValueError, match="expected a reward of base"):
+        load(path, pipeline, stages[1], "a")
+    stages[1].latents = DenseGrid(channels=2, resolution=2)
+    with pytest.raises(ValueError, match="expected a reward of kind 'DenseGrid', got one of 'SparseVoxels'"):
+        load(path, pipeline, stages[1], "a")
+
+
+def test_no_labels():
+    with pytest.raises(ValueError, match="expected labels to learn from, got none"):
+        teach(TinyPipeline(), "voxels", [])
+
+
+def test_nothing_is_decoded_while_a_stage_is_tuned_by_it(monkeypatch):
+    pipeline = TinyPipeline()
+    reward = teach(pipeline, "voxels", voxel_pairs(12), QUICK)
+    monkeypatch.setattr(pipeline, "decode", lambda x_0: pytest.fail("decoded"))
+    task = Task(pipeline=pipeline, stage=pipeline.stages[1], rewards={"latent": reward}, conditions=("a",))
+    x_0 = collate([pair.preferred for pair in voxel_pairs(4)])
+    scores, watched = task.scores(x_0, ["a"] * 4, [0] * 4)
+    assert scores.shape == (1, 4) and watched == {} and torch.equal(scores[0], reward.of_latents(x_0, ["a"] * 4))
