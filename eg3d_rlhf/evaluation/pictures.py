@@ -23,7 +23,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.field import Field, RenderOptions, render_each
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation import judges
+from eg3d_rlhf.evaluation import heads, judges
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.filters import FILTERS
 from eg3d_rlhf.experiments.media.rendering import png
@@ -40,7 +40,7 @@ from training.progress import tqdm
 from training.rendering.cameras import RaySampler, unpack_label
 from training.storage import write_atomic
 
-COMPARISON, TURNTABLE = "comparison.png", "turntable.webp"
+COMPARISON, TURNTABLE, PAIRS = "comparison.png", "turntable.webp", "pairs.png"
 CHOSEN = "latents of the pictures"  # in a comparison's memory
 POOL = judges.HEADS  # of the judge's latents, among which the rule chooses
 CHANGED = 64  # latents in the median change of the surface
@@ -265,6 +265,31 @@ def swung(frame: Callable[[float], np.ndarray], reach: float, turns: int, title:
         frames.append(frame(yaw))
         yield frames[-1]
     yield from frames[-2:0:-1]
+
+
+PER_ROW = 5  # pairs
+
+
+def pairs_sheet(c: Comparison, count: int, o: PictureOptions = USUAL) -> np.ndarray:
+    """Shapes from behind before and after, side by side in an order by coin, for somebody to say which is better; the answers at the foot.
+
+    The latents are the first of the judge's whose untuned scans are broken.
+    """
+    pool = JUDGE.take(POOL)
+    ill = heads.broken(judges.seen(c, "heads"))
+    seeds = [seed for seed, broken in zip(pool, ill, strict=True) if broken][:count]
+    if len(seeds) < count:
+        raise ValueError(f"--pairs: expected at most {len(seeds)}, of so many broken scans among {POOL}, got {count}. Ask for fewer.")
+    swapped, label = np.random.default_rng(seeds[0]).random(count) < 0.5, camera(c.before.generator, *BEHIND)
+    cells = []
+    for seed, swap in zip(tqdm(seeds, desc="pairs", unit="pair"), swapped, strict=True):
+        both = [Side.of(g.generator, c.ws(g, [seed], 1.0), o.resolution) for g in (c.before, c.after)]
+        cells += [_clay(look(side.surface, label, o.thumb * SUPERSAMPLE)) for side in (both[::-1] if swap else both)]
+    names = [f"{number} {side}" for number in range(1, count + 1) for side in ("left", "right")]
+    parts = [slice(i, i + 2 * PER_ROW) for i in range(0, 2 * count, 2 * PER_ROW)]
+    rows = [Row(cells=cells[part], captions=names[part], parted=part.start > 0) for part in parts]
+    answers = ", ".join(f"{number} {'left' if swap else 'right'}" for number, swap in enumerate(swapped, 1))
+    return sheet("Which of each pair is the better shape?", rows, note=f"The same latent before and after tuning, psi 1. Tuned: {answers}.")
 
 
 def save_meshes(pairs: Sequence[tuple[Side, Side]], seeds: Sequence[int], folder: Path) -> None:

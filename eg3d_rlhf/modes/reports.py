@@ -22,8 +22,9 @@ from eg3d_rlhf.evaluation.attribution.shapley import METHODS
 from eg3d_rlhf.evaluation.attribution.study import BOXES, HEAD, LANDMARKS, PEOPLE, Settings, Study
 from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
 from eg3d_rlhf.evaluation.flags import PATH, shared
-from eg3d_rlhf.evaluation.pictures import CHANGED, surface_change, write_pictures
+from eg3d_rlhf.evaluation.pictures import CHANGED, PAIRS, pairs_sheet, surface_change, write_pictures
 from eg3d_rlhf.experiments import pages, style
+from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.experiments.pages import write_page
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
@@ -185,7 +186,9 @@ def embed(out, dry_run, device, **sources) -> None:
 
 @click.command("pictures", cls=GroupedCommand)
 @shared("before run reward-ckpt out device dry-run", out={"show_default": "the run folder"})
-def pictures(out, device, dry_run, **sources) -> None:
+@option("--pairs", metavar="INT", type=click.IntRange(min=1), default=None,
+        help="Draw so many pairs from behind alone, sides by coin, for people to choose: pairs.png (heads of people).")
+def pictures(out, device, dry_run, pairs, **sources) -> None:
     """Draw the pictures of a finished reward run again, without evaluating it: comparison.png, turntable.webp and meshes.
 
     Prints the median change of the surface, too, which summary.json holds.
@@ -199,6 +202,10 @@ def pictures(out, device, dry_run, **sources) -> None:
     assert folder is not None
     if dry_run:
         click.echo(json.dumps({**c.resolved(), "out": str(folder)}, indent=1))
+        return
+    if pairs is not None:
+        write_atomic(folder / PAIRS, png(pairs_sheet(c, pairs)))
+        click.echo(f"Written to {folder}: {PAIRS}")
         return
     written = write_pictures(c, folder)
     click.echo(json.dumps(surface_change(c, JUDGE.take(CHANGED))))
