@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
@@ -151,6 +152,10 @@ def shares(rows: Iterable[dict]) -> list[dict]:
     return result
 
 
+def _median(values: np.ndarray, drawn: np.ndarray, _columns: np.ndarray) -> float:
+    return float(np.median(values[drawn]))
+
+
 def medians(rows: Iterable[dict], seed: int = 0) -> list[dict]:
     """For every generator and measure: the median of those that have one, with a 95 % percentile bootstrap interval over files."""
     result = []
@@ -158,7 +163,7 @@ def medians(rows: Iterable[dict], seed: int = 0) -> list[dict]:
         for name in MEDIANS:
             values = np.array([row[name] for row in group if row[name] is not None], dtype=np.float64)
             if len(values):
-                interval = two_way_interval(lambda drawn, _, v=values: float(np.median(v[drawn])), len(values), 1, seed=seed)
+                interval = two_way_interval(partial(_median, values), len(values), 1, seed=seed)
                 result.append({"generator": generator, "measure": name, "of": len(values), "median": float(np.median(values)),
                                "lo": interval.lo, "hi": interval.hi})  # fmt: skip
     return result

@@ -167,7 +167,10 @@ def command(
     """
     if stage is not None and pipeline is None:
         raise ValueError(f"--stage={stage}: expected --pipeline with it, got none. Add it, or leave this out.")
-    names = [path.stem if path.is_file() else path.name for path in networks]
+    folders = [path.parent if path.name.startswith("network-snapshot-") else path for path in map(Path.resolve, networks)]
+    names = [path.stem if path.is_file() else path.name for path in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"networks: expected different names, got {', '.join(names)}. Rename a folder.")
     groups = n // CHOOSE
     with tqdm(total=2 * len(networks) + 1 + len(CONTROLS), desc="shapes", unit="arm", leave=False, dynamic_ncols=True) as bar:
         if pipeline is None:
