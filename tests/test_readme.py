@@ -1,4 +1,4 @@
-"""What the README shows runs as written: its lines of Python, and its recipe for a released checkpoint on small stand-ins."""
+"""What the README shows runs as written: its lines of Python; and the recipe for a released checkpoint on small stand-ins."""
 
 import os
 import re
@@ -25,9 +25,9 @@ SMALL = {
 }
 
 
-def block(repo, title: str, language: str) -> str:
-    """The first code block of a language below a heading of the README."""
-    section = (repo / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+def block(repo, title: str, language: str, page: str = "README.md") -> str:
+    """The first code block of a language below a heading of a page."""
+    section = (repo / page).read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
     return re.search(rf"```{language}\n(.*?)```", section, re.S)[1]
 
 
@@ -36,12 +36,12 @@ def test_the_lines_of_python_run(repo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source = block(repo, "In Python", "python")
     exec(compile(source.replace("resolution=128", "resolution=32"), "README.md", "exec"), {})
-    assert len(source.splitlines()) <= 11 and capsys.readouterr().out.startswith("tensor([")
+    assert len(source.splitlines()) <= 8 and capsys.readouterr().out.startswith("tensor([")
     assert (tmp_path / "head.ply").stat().st_size > 1000
 
 
 def recipe(repo) -> list[list[str]]:
-    return [shlex.split(line, comments=True) for line in block(repo, "A released checkpoint", "bash").splitlines()]
+    return [shlex.split(line, comments=True) for line in block(repo, "A released checkpoint", "bash", "docs/checkpoints.md").splitlines()]
 
 
 def command_of(words: list[str], repo) -> list[str]:
@@ -66,3 +66,8 @@ def test_the_recipe_for_a_released_checkpoint_runs(repo, tmp_path):
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "report" / "index.html").exists() and (tmp_path / "why" / "index.html").exists()
     assert list((tmp_path / "runs" / "eight").glob("*/network-snapshot-*.safetensors"))
+
+
+def test_the_first_page_is_short_and_its_picture_small(repo):
+    words = (repo / "README.md").read_text().split()
+    assert len(words) <= 700 and (repo / "docs" / "images" / "turntable.webp").stat().st_size < 2 << 20

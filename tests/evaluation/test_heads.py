@@ -1,9 +1,13 @@
 """Figures of heads of people: made-up shapes with known errors, and a true head whose back is cut away."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.statistics import two_way_interval
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.measures.people import BROKEN
@@ -67,3 +71,12 @@ def test_a_cut_back_is_seen_and_no_face():
     found = heads.figures(seen, itself)
     assert found["repaired"] == 1 and found["identity_kept"] == 1 and found["face_moved_voxels"] == 0
     assert found["changed"] == pytest.approx(float(seen["missing"].mean()), abs=0.02)
+
+
+def test_networks_stand_side_by_side(tmp_path):
+    done = CliRunner().invoke(heads.command, [str(bundled.GENERATOR), "--n=2", "--held-out=validation", f"--out={tmp_path / 'heads.json'}"])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "heads.json").read_text())["networks"]
+    assert list(found) == ["before", "generator"] and found["generator"] == found["before"]
+    assert found["generator"]["face_moved_voxels"] == 0 and found["generator"]["whole_made_worse"] in (0, None)
+    assert "| generator |" in done.output and "2 latents (validation" in done.output
