@@ -83,7 +83,8 @@ def test_held_out_compares_asset_by_asset():
     rate = held_out(better)
     assert rate > 0.6
     base = scores(pipeline, likes_target, names, seeds)
-    assert rate == float(wins(scores(pipeline, likes_target, names, seeds, {"voxels": better}, batch=5), base).mean())
+    won = wins(scores(pipeline, likes_target, names, seeds, {"voxels": better}, batch=5), base)
+    assert rate == pytest.approx(float(won.double().mean()))
     ahead = HeldOut(
         pipeline=pipeline, stage="structure", reward=likes_target, conditions=names, seeds=seeds, others={"voxels": better},
         against={"voxels": better},

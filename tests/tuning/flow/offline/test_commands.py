@@ -11,7 +11,8 @@ import train
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes import offline as commands
-from eg3d_rlhf.modes.flow_files import main as flow_files
+from eg3d_rlhf.modes.flow_draw import draw
+from eg3d_rlhf.modes.flow_new import new
 from eg3d_rlhf.modes.offline import default_run
 from eg3d_rlhf.preferences.goodness import of_votes
 from eg3d_rlhf.tuning.flow.conditions import write_conditions
@@ -23,6 +24,7 @@ from eg3d_rlhf.tuning.flow.offline.train_singles import SinglesConfig
 from eg3d_rlhf.tuning.flow.ranking import Candidate, read_latents
 from eg3d_rlhf.tuning.flow.toy.pipeline import TRAINED
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
+from eg3d_rlhf.tuning.flow.work import Work
 from tests.tuning.flow import point_family
 from tests.tuning.flow.circular.test_commands import assert_one_line
 from tests.tuning.flow.tiny_points import conditions, write_folder
@@ -117,10 +119,12 @@ def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
 
 
 def test_a_folder_is_tuned_by_thumbs_on_what_it_drew(tmp_path):
-    root, assets = write_folder(tmp_path / "ROOT"), tmp_path / "ASSETS"
-    write_conditions(assets / "conditions.safetensors", conditions())
-    done = CliRunner().invoke(flow_files, ["draw", f"--pipeline={root}", f"--out={assets}", "--each=12", "--device=cpu"])
-    assert done.exit_code == 0, (done.output, done.exception)
+    root, known = write_folder(tmp_path / "ROOT"), tmp_path / "c.safetensors"
+    write_conditions(known, conditions())
+    for command, flags in ((new, [f"--pipeline={root}", f"--conditions={known}", "--each=12"]), (draw, [])):
+        done = CliRunner().invoke(command, [str(tmp_path / "WORK"), *flags])
+        assert done.exit_code == 0, (done.output, done.exception)
+    assets = Work.open(tmp_path / "WORK").drawn()
     rows = [json.loads(line) for line in (assets / "ranking.jsonl").read_text().splitlines()]
 
     def right(row):
@@ -130,7 +134,8 @@ def test_a_folder_is_tuned_by_thumbs_on_what_it_drew(tmp_path):
     lines = [{"asset": row["look_at"], "condition": row["condition"], "thumb": right(row) >= middle[row["condition"]]} for row in rows]
     (assets / "thumbs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     few = "--steps=60 --batch=12 --lr=0.02 --set=warmup=0 --trust=0.1 --lora-rank=4 --device=cpu".split()
-    done = run(f"--pipeline={root}", f"--assets={assets}", f"--labels={assets / 'thumbs.jsonl'}", f"--outdir={tmp_path / 'runs'}", *few)
+    folders = [f"--pipeline={root}", f"--assets={assets}", f"--conditions={known}", f"--outdir={tmp_path / 'runs'}"]
+    done = run(*folders, f"--labels={assets / 'thumbs.jsonl'}", *few)
     assert done.exit_code == 0, (done.output, done.exception)
     (folder,) = (tmp_path / "runs").glob("*-offline-nft-ROOT-points")
     pipeline, (names, seeds) = point_family.load(root, conditions()), crossed("abcd", 16, 5)
