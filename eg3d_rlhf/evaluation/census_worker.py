@@ -6,14 +6,12 @@ Example:
 
 import base64
 import io
-import json
-import resource
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
+from eg3d_rlhf.experiments.process import serve_requests
 from eg3d_rlhf.geometry.files.triangles import read_triangles
 from eg3d_rlhf.measures.meshes.clean import CleanMesh, clean_mesh, face_areas
 from eg3d_rlhf.measures.meshes.measure import MeasureOptions, measure_mesh
@@ -76,15 +74,5 @@ def answer(request: dict) -> dict:
         return {"reason": str(error) or type(error).__name__}
 
 
-def main() -> None:
-    """Answer requests, JSON lines from standard input, under limits."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for line in sys.stdin:
-        used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-        resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, resource.RLIM_INFINITY))
-        print(json.dumps(answer(json.loads(line))), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve_requests(answer, MEMORY, SECONDS)

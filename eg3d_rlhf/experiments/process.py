@@ -2,12 +2,13 @@
 
 import contextlib
 import errno
+import json
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,20 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def serve_requests(answer: Callable[[Any], Any], memory: int, seconds: int, largest_file: int | None = None) -> None:
+    """Answer requests, JSON lines from standard input, each with a limit of processor time.
+
+    Args: memory: bytes of this process; seconds: for each request; largest_file: bytes of what it may write; None: any.
+    """
+    import resource  # not on Windows
+
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    for line in sys.stdin:
+        used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+        resource.setrlimit(resource.RLIMIT_CPU, (used + seconds, resource.RLIM_INFINITY))
+        print(json.dumps(answer(json.loads(line))), flush=True)

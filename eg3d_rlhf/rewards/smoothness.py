@@ -35,21 +35,27 @@ def roughness(sigma: torch.Tensor, level: float, spacing: float) -> torch.Tensor
     return (turns.square().sum(dim=(1, 2)) * near).sum(dim=(1, 2, 3)) / near.sum(dim=(1, 2, 3)).clamp_min(1e-6)
 
 
-@observations.register
 @dataclasses.dataclass(frozen=True)
-class Smoothness(observations.Observation):
-    """Minus the logarithm of the surface's roughness, [N, 1]."""
+class WholeCube(observations.Observation):
+    """One that is a score itself, [N, 1], of raw densities on a grid of the whole cube; `AsSeen` is the network of its reward."""
 
     spec: SlabSpec = SlabSpec.cube(48)
-    kind: ClassVar[str] = KIND
 
     @classmethod
-    def of(cls, generator: "Generator", *, resolution: int = 48) -> Self:  # type: ignore[override]
-        return cls(SlabSpec.of(generator.bounds, resolution))
+    def of(cls, generator: "Generator", *, resolution: int | None = None) -> Self:  # type: ignore[override]
+        return cls(SlabSpec.of(generator.bounds, resolution or cls.spec.resolution))
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (1,)
+
+
+@observations.register
+@dataclasses.dataclass(frozen=True)
+class Smoothness(WholeCube):
+    """Minus the logarithm of the surface's roughness."""
+
+    kind: ClassVar[str] = KIND
 
     def observe(self, field: Field) -> torch.Tensor:
         spacing = self.spec.box_warp / (self.spec.resolution - 1)

@@ -20,10 +20,10 @@ from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.geometry.solids import HEADS
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.networks import register
-from eg3d_rlhf.rewards.smoothness import AsSeen
+from eg3d_rlhf.rewards.smoothness import AsSeen, WholeCube
 
 if TYPE_CHECKING:
-    from eg3d_rlhf.generators import Generator
+    pass
 
 REACH = 5.0  # voxels; bridges holes of radius h in walls w while REACH > (h^2 + w^2/4) / w
 
@@ -71,20 +71,11 @@ def slope_at(grid: torch.Tensor, level: float) -> float:
 
 @observations.register
 @dataclasses.dataclass(frozen=True)
-class Solid(observations.Observation):
+class Solid(WholeCube):
     """Minus `solid_loss` on the whole cube, [N, 1]: the slab that other rewards read is cut, and what is cut is open."""
 
-    spec: SlabSpec = SlabSpec.cube(48)
     reach: float = REACH  # voxels
     kind: ClassVar[str] = "solid"
-
-    @classmethod
-    def of(cls, generator: "Generator", *, resolution: int = 48) -> Self:  # type: ignore[override]
-        return cls(SlabSpec.of(generator.bounds, resolution))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (1,)
 
     def observe(self, field: Field) -> torch.Tensor:
         return -solid_loss(field.density_grid(self.spec), field.level, reach=self.reach)[:, None]
@@ -99,21 +90,13 @@ class Solid(observations.Observation):
 
 @observations.register
 @dataclasses.dataclass(frozen=True)
-class Soundness(observations.Observation):
+class Soundness(WholeCube):
     """solid * gate(F) of the whole cube at EDGE^3 beside its own repair, [N, 1]; no gradient. 0 for an empty shape."""
 
     spec: SlabSpec = SlabSpec.cube(solids.EDGE)
     weights: tuple[float, float, float, float] = HEADS.weights
     kind: ClassVar[str] = "soundness"
     differentiable: ClassVar[bool] = False
-
-    @classmethod
-    def of(cls, generator: "Generator", *, resolution: int = solids.EDGE) -> Self:  # type: ignore[override]
-        return cls(SlabSpec.of(generator.bounds, resolution))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (1,)
 
     @torch.no_grad()
     def observe(self, field: Field) -> torch.Tensor:

@@ -15,7 +15,6 @@ import json
 import mmap
 import os
 import re
-import resource
 import stat
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from eg3d_rlhf.experiments.process import serve_requests
 from eg3d_rlhf.geometry.files import glb, obj, ply
 from eg3d_rlhf.geometry.files.model import GLB_MAGIC, glb_parts, kind_of_picture, small, stripped
 from eg3d_rlhf.people.label.assets.damage import damage_mesh, damage_splats
@@ -296,16 +296,5 @@ def _ffmpeg(arguments: list[str], seconds: float) -> tuple[int, str]:
     return done.returncode, done.stderr[-20_000:].decode("utf-8", "replace")
 
 
-def main() -> None:
-    """Answer requests, JSON lines from standard input, under limits."""
-    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MAX_BYTES,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for line in sys.stdin:
-        used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-        resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, resource.RLIM_INFINITY))
-        print(json.dumps(_answer(json.loads(line))), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve_requests(_answer, int(sys.argv[1]), SECONDS, 2 * MAX_BYTES)

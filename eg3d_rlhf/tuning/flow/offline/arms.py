@@ -8,9 +8,7 @@
 Where a problem has a chooser, arms keep the network of their best win rate on the conditions to choose on, which are not the table's; the
 controls keep their last one, as it is what they are there to show.
 
-    <arm>-<seed>/                a training, see train.py; its policy/, and done.json with its scores once it is judged
-    <stage>/                     the weights of the first arm's first seed
-    offline.json, offline.md     the table, where the problem has a final judge
+What a run writes: see arms.py.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -21,13 +19,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from eg3d_rlhf.core.cli import versions
-from eg3d_rlhf.experiments.pool import run_tasks
-from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.experiments.table import INTERVAL, Table, markdown_rows, of_seeds, with_interval, write
-from eg3d_rlhf.models.policies import link, tuned_model
+from eg3d_rlhf.experiments.table import INTERVAL, Table, markdown_rows, of_seeds, with_interval
+from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.tuning.flow.arms import BASE, finish_arms, pair_by_pair, train_arms
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import SHUFFLED, TURNED, used
 from eg3d_rlhf.tuning.flow.conditions import CONDITIONS
 from eg3d_rlhf.tuning.flow.families import family_of, open_problem
@@ -181,48 +177,21 @@ def markdown(data: Mapping) -> str:
         f"count half. Brackets: {data['interval']}."
     )
     head = ["arm", "answers", f"{judge} judge, wins against base", *seeds, "kept"]
-    lines = ["# Labels of single assets against the base", "", facts, "", *markdown_rows(head, rows)]
-    if data["pairwise"]:
-        rows = [[*name.split("_vs_"), with_interval(rated), *of_seeds(rated)] for name, rated in data["pairwise"].items()]
-        lines += ["", f"## Pair by pair, {judge} judge", "", *markdown_rows(["arm", "against", "wins", *seeds], rows)]
+    lines = ["# Labels of single assets against the base", "", facts, "", *markdown_rows(head, rows), *pair_by_pair(data)]
     return "\n".join(lines) + "\n"
 
 
 # The run.
 
-BASE = "base"
-
 
 def work(settings: OfflineRun, opened: tuple[Problem, Labelled], run: Run) -> None:
     """Do what is left to do of a run, and write its results."""
-    folder, ranks, problem = run.folder, run.ranks, opened[0]
+    problem = opened[0]
     settings = replace(settings, summary=settings.summary and problem.final is not None)
-    tasks = [f"{arm}-{seed}" for seed in settings.training_seeds for arm in settings.arms]
-    if len(tasks) == 1:
-        results = {tasks[0]: Worker(settings, folder, opened, ranks)(tasks[0])}
-        if ranks.main and settings.summary:
-            results[BASE] = Worker(settings, folder, opened)(BASE)
-    else:
-        needs: Mapping[str, list[str]] = {name: [] for name in ([BASE] if settings.summary else []) + tasks}
-        print(f"{len(needs)} tasks on {run.jobs} processes; what several print is in {folder / 'logs'}.", flush=True)
-        with tqdm(total=len(needs), desc="arms", unit="task", dynamic_ncols=True) as bar:
-            arguments = (settings, folder, run.device, run.jobs == 1)
-            expected = (ValueError, OSError, StoppedError)
-            results = run_tasks(needs, worker_of, arguments, run.jobs, folder / "logs", lambda name, result: bar.update(), expected)
-    if not ranks.main:
-        return
-    stage = bench_of(settings, opened, settings.training_seeds[0]).stage
-    source = folder / tasks[0] / POLICY
-    for file in sorted(source.iterdir()):
-        link(file, folder / stage / file.name)
-    print(f"Weights in {folder / stage}.")
-    if settings.summary:
-        facts = {"stage": stage, "problem": dict(problem.identity), "run": asdict(settings), "versions": versions()}
-        data = table(results, settings, facts)
-        for path in write(data, folder, "offline", markdown):
-            print(f"Written: {path}")
-        print(markdown(data))
-    run.done()
+    results = train_arms(settings, run, lambda ranks: Worker(settings, run.folder, opened, ranks), worker_of)
+    if run.ranks.main:
+        stage = bench_of(settings, opened, settings.training_seeds[0]).stage
+        finish_arms(settings, run, stage, problem.identity, "offline", lambda facts: table(results, settings, facts), markdown)
 
 
 @dataclass

@@ -9,9 +9,7 @@
 Each is trained from the same network and ends in a folder of weights. Where a problem has a chooser, arms keep the network of their best
 win rate on the conditions to choose on, which are not the table's; the controls keep their last one, as it is what they are there to show.
 
-    <arm>-<seed>/              a training, see train.py; its policy/, and done.json with its scores once it is judged
-    <stage>/                   the weights of the first arm's first seed
-    online.json, online.md     the table
+What a run writes: see arms.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +19,11 @@ from typing import ClassVar
 
 import torch
 
-from eg3d_rlhf.core.cli import versions
-from eg3d_rlhf.experiments.pool import run_tasks
-from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.experiments.table import write
-from eg3d_rlhf.models.policies import link, shared_copy, tuned_model
+from eg3d_rlhf.models.policies import shared_copy, tuned_model
 from eg3d_rlhf.models.sparse import separate, to_cpu
+from eg3d_rlhf.tuning.flow.arms import finish_arms, train_arms
 from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.generate import generate, stage_latents, voxels_for
 from eg3d_rlhf.tuning.flow.latent_reward import LatentReward, load, teach
@@ -258,8 +253,6 @@ class OnlineRun:
 
 # The run.
 
-BASE = "base"
-
 
 def bench_of(settings: OnlineRun, problem: Problem, seed: int) -> Bench:
     stage = stage_of(problem.pipeline, settings.stage or problem.pipeline.stages[-1].name)
@@ -285,35 +278,13 @@ def bench_of(settings: OnlineRun, problem: Problem, seed: int) -> Bench:
 
 def work(settings: OnlineRun, problem: Problem, run: Run) -> None:
     """Do what is left to do of a run, and write its results."""
-    folder, ranks = run.folder, run.ranks
     settings = replace(settings, summary=settings.summary and bool(problem.held_out_conditions))
-    tasks = [f"{arm}-{seed}" for seed in settings.training_seeds for arm in settings.arms]
-    if len(tasks) == 1:
-        results = {tasks[0]: Worker(settings, folder, problem, ranks)(tasks[0])}
-        if ranks.main and settings.summary:
-            results[BASE] = Worker(settings, folder, problem)(BASE)
-    else:
-        needs: Mapping[str, list[str]] = {name: [] for name in ([BASE] if settings.summary else []) + tasks}
-        print(f"{len(needs)} tasks on {run.jobs} processes; what several print is in {folder / 'logs'}.", flush=True)
-        with tqdm(total=len(needs), desc="arms", unit="task", dynamic_ncols=True) as bar:
-            arguments = (settings, folder, run.device, run.jobs == 1)
-            expected = (ValueError, OSError, StoppedError)
-            results = run_tasks(needs, worker_of, arguments, run.jobs, folder / "logs", lambda name, result: bar.update(), expected)
-    if not ranks.main:
-        return
-    stage = bench_of(settings, problem, settings.training_seeds[0]).task.stage.name
-    source = folder / f"{settings.arms[0]}-{settings.training_seeds[0]}" / POLICY
-    for file in sorted(source.iterdir()):
-        link(file, folder / stage / file.name)
-    print(f"Weights of {settings.arms[0]} in {folder / stage}.")
-    if settings.summary:
-        facts = {"stage": stage, "problem": dict(problem.identity), "run": asdict(settings), "versions": versions()}
+    results = train_arms(settings, run, lambda ranks: Worker(settings, run.folder, problem, ranks), worker_of)
+    if run.ranks.main:
+        stage = bench_of(settings, problem, settings.training_seeds[0]).task.stage.name
         controls = [arm for arm in settings.arms if divided(arm)[1] != "reward"]
-        data = table(results, settings.arms, settings.training_seeds, facts, controls)
-        for path in write(data, folder, "online", markdown):
-            print(f"Written: {path}")
-        print(markdown(data))
-    run.done()
+        finish_arms(settings, run, stage, problem.identity, "online",
+                    lambda facts: table(results, settings.arms, settings.training_seeds, facts, controls), markdown)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from eg3d_rlhf.experiments.table import INTERVAL, Table, markdown_rows, of_seeds, with_interval
+from eg3d_rlhf.tuning.flow.arms import pair_by_pair
 from eg3d_rlhf.tuning.flow.problem import JUDGES
 
 
@@ -67,9 +68,4 @@ def markdown(data: Mapping) -> str:
     names = list(next(iter(data["arms"].values()))["measures"])
     if names:
         lines += ["", "## What nobody trained on, wins against base", "", *markdown_rows(["arm", *names], measured)]
-    if data["pairwise"]:
-        rows = []
-        for name, rated in data["pairwise"].items():
-            rows.append([*name.split("_vs_"), with_interval(rated), *of_seeds(rated)])
-        lines += ["", f"## Pair by pair, {judge} judge", "", *markdown_rows(["arm", "against", "wins", *by_seed], rows)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *pair_by_pair(data)]) + "\n"
