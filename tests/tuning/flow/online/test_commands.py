@@ -13,9 +13,10 @@ from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.modes import online as commands
 from eg3d_rlhf.modes.online import TOY_RUN, default_run
+from eg3d_rlhf.tuning.flow.arms import BASE
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.online import arms
-from eg3d_rlhf.tuning.flow.online.arms import BASE, Losses, OnlineRun, Worker, divided, ranked_pairs, weighed
+from eg3d_rlhf.tuning.flow.online.arms import Losses, OnlineRun, Worker, divided, ranked_pairs, weighed
 from eg3d_rlhf.tuning.flow.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.online.table import table
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
