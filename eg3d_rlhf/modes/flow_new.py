@@ -1,6 +1,6 @@
 """`eg3d-rlhf flow new`: a folder WORK for a generator and what it is told, on which the five other commands go on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,9 @@ def new(
     for line in examined(family, Path(pipeline)):
         click.echo(line)
     given = None if embeddings is None else read_conditions(embeddings, zero_null=family.zero_null)
+    precision = chosen_precision(flags["precision"], where)
+    for line in takes(family, Path(pipeline), where, precision, sorted({1, flags["batch"] or family.batch})):
+        click.echo(line)
     names = conditions_of(family, prompts, pictures, given)
     divided = divide(list(names), flags["seed"], shares_of(flags["split"]))
     counts = ", ".join(f"{len(divided[split])} to {split} on" for split in SPLITS)
@@ -70,7 +73,7 @@ def new(
         folder=folder, pipeline=pipeline if family.bundled else str(Path(pipeline).resolve()), family=family.name, stages=family.stages,
         kind="prompts" if pictures is None else "pictures", up=flags["up"] or family.up, splits=divided,
         files=hashes(family.files(Path(pipeline))), seed=flags["seed"], each=flags["each"],
-        precision=chosen_precision(flags["precision"], where), batch=flags["batch"] or family.batch,
+        precision=precision, batch=flags["batch"] or family.batch,
         inputs={} if pictures is None else {name: path.name for name, path in names.items() if path is not None},
     ).write()  # fmt: skip
     for line in chosen(work, where):
@@ -101,6 +104,24 @@ def examined(family: FlowFamily, root: Path) -> Iterator[str]:
         if network.without and not network.found:
             place = f", which {family.address} has" if family.address else ""
             yield from rows("missing", [f"{network.name} in {network.file}{place}: without it no {network.without}"])
+
+
+def takes(family: FlowFamily, root: Path, device: torch.device, precision: str, batches: Sequence[int]) -> Iterator[str]:
+    """Memory and time of drawing and of an update on this device. Raises: ValueError where a stage fits in no way."""
+    if family.bundled or family.encoder is None or family.told is None:  # its networks are small, or a plugin's that does not say
+        return
+    from eg3d_rlhf.tuning.flow.estimate import check_fits, estimate, table  # only here: brings all families
+    from eg3d_rlhf.tuning.flow.families.released import of_folder
+    from eg3d_rlhf.tuning.flow.fit import LARGE, free_bytes
+
+    stages = of_folder(family, root)
+    most = max(sum(p.numel() for p in sized.stage.model.parameters()) for sized in stages)
+    if most < LARGE:
+        yield from rows("memory", [f"no concern: {most:,} parameters at most"])
+        return
+    found = estimate(stages, precision=precision, batches=batches, device=str(device))
+    check_fits(found, free_bytes(device), "flow new")
+    yield from (f"{'' if number else 'takes':<10}{line}" for number, line in enumerate(table(found).splitlines()))
 
 
 def conditions_of(

@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from eg3d_rlhf.modes.flow_new import takes
+from eg3d_rlhf.tuning.flow import estimate, fit
 from eg3d_rlhf.tuning.flow.conditions import read_conditions
-from eg3d_rlhf.tuning.flow.families import hunyuan3d
+from eg3d_rlhf.tuning.flow.families import family_of, hunyuan3d
 from eg3d_rlhf.tuning.flow.work import SHOWN, SPLITS, Work
 from tests.modes.flow_works import NAMES, flow, with_encoder, write_pictures, write_prompts
 from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import write_hunyuan3d
@@ -110,3 +112,17 @@ def test_a_folder_is_made_once_and_the_next_commands_ask_for_it(here):
     assert {name for split in SPLITS for name in work.splits[split]} == set(NAMES)
     (here / "WORK" / "tune-00").mkdir()
     assert "taught nothing" in flow("study", "WORK", code=2)
+
+
+@pytest.mark.long
+def test_memory_and_time_are_told_and_a_device_too_small_is_refused(tmp_path, monkeypatch):
+    root, cpu = write_hunyuan3d(tmp_path / "ROOT"), torch.device("cpu")
+    family = family_of(root, say=lambda text: None)
+    assert "no concern" in " ".join(takes(family, root, cpu, "float32", [1]))
+    monkeypatch.setattr(fit, "LARGE", 1)
+    monkeypatch.setattr(estimate, "speed", lambda device, precision: 1e9)
+    lines = list(takes(family, root, cpu, "float32", [1, 2]))
+    assert lines[0].startswith("takes") and sum("draw" in line for line in lines) == 2 and sum("lora" in line for line in lines) == 4
+    monkeypatch.setattr(fit, "free_bytes", lambda device: 1 << 10)
+    with pytest.raises(ValueError, match="GiB free for stage 'shape'"):
+        list(takes(family, root, cpu, "float32", [1]))
