@@ -67,6 +67,7 @@ def test_a_process_that_dies_is_a_row_and_the_next_file_is_measured(tmp_path, mo
     assert "PYTHONPATH" not in os.environ or str(tmp_path) not in os.environ["PYTHONPATH"]
 
 
+@pytest.mark.long
 def test_the_command_writes_rows_page_and_tables(tmp_path):
     folder, out = tmp_path / "assets", tmp_path / "out"
     for generator, box in (("good", trimesh.creation.box()), ("open", trimesh.creation.box())):

@@ -73,7 +73,7 @@ CASES = {"shape": shape_set, "structure": structure, "latent": voxels}
 
 @pytest.mark.parametrize(("case", "recompute"), [
     pytest.param("shape", False, marks=pytest.mark.long), pytest.param("shape", True, marks=pytest.mark.long), ("structure", False),
-    ("structure", True), pytest.param("latent", False, marks=pytest.mark.long), ("latent", True),
+    ("structure", True), pytest.param("latent", False, marks=pytest.mark.long), pytest.param("latent", True, marks=pytest.mark.long),
 ])  # fmt: skip
 def test_an_update_takes_what_is_estimated_from_sizes_alone(case, recompute):
     found = estimate.update(CASES[case](empty), 1, recompute)
@@ -90,6 +90,7 @@ def test_an_update_takes_what_is_estimated_from_sizes_alone(case, recompute):
     assert measured > 1.1 * weights
 
 
+@pytest.mark.long
 def test_full_tuning_holds_a_copy_gradients_and_moments():
     sized = structure(empty)
     weights = sum(p.numel() * 4 for p in sized.stage.model.parameters())
@@ -97,7 +98,7 @@ def test_full_tuning_holds_a_copy_gradients_and_moments():
     assert 5 * weights < full < lora + 5 * weights  # its own, the copy, its gradients, two moments
 
 
-@pytest.mark.parametrize("case", [pytest.param("shape", marks=pytest.mark.long), "structure", "latent"])
+@pytest.mark.parametrize("case", [pytest.param("shape", marks=pytest.mark.long), "structure", pytest.param("latent", marks=pytest.mark.long)])
 def test_drawing_takes_what_is_estimated(case):
     found = estimate.drawing(CASES[case](empty), 2)
     sized = CASES[case](really)

@@ -83,6 +83,7 @@ def test_a_family_without_a_list_of_networks_is_opened(tmp_path, monkeypatch):
     assert code == 0 and "tune structure" in text and "shape_slat_encoder" not in text
 
 
+@pytest.mark.long
 def test_memory_is_told_of_a_folder(root):
     done = CliRunner().invoke(check, [str(root), "--memory"])
     assert done.exit_code == 0, done.output

@@ -31,6 +31,7 @@ def run(problem, folder, seed=0, said=None, **changes):
     return tune(problem, labelled.tuning(seed, **changes), folder, say=say)
 
 
+@pytest.mark.long
 def test_a_tiny_hunyuan3d_learns_labels_and_keeps_nothing_of_answers_by_coin(root, tmp_path):
     """Held-out labels of one-stage families used to be thrown away, and the last update was kept whatever the labels were."""
     problem, said, short = labelled.shapes(root, 0, per_condition=4), [], {**SHAPES, "steps": 30, "held_out_every": 15}
