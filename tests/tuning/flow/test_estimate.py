@@ -98,7 +98,7 @@ def test_full_tuning_holds_a_copy_gradients_and_moments():
     assert 5 * weights < full < lora + 5 * weights  # its own, the copy, its gradients, two moments
 
 
-@pytest.mark.parametrize("case", [pytest.param("shape", marks=pytest.mark.long), "structure", pytest.param("latent", marks=pytest.mark.long)])
+@pytest.mark.parametrize("case", ["structure", *(pytest.param(case, marks=pytest.mark.long) for case in ("shape", "latent"))])
 def test_drawing_takes_what_is_estimated(case):
     found = estimate.drawing(CASES[case](empty), 2)
     sized = CASES[case](really)
