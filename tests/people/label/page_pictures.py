@@ -69,8 +69,8 @@ def pictures(served: Served, browser, folder: Path) -> None:
         return Page(browser, served.url, **{"viewport": {"width": 1280, "height": 780}, "device_scale_factor": 2, **context})
 
     for name, context, keys in [
-        ("label-page", {}, ["Shift+ArrowRight"] * 3), ("label-page-dark", {"color_scheme": "dark"}, ["w", "Shift+ArrowLeft"]),
-        ("label-phone", PHONE, []), ("label-phone-side", SIDE, []),
+        ("label-page", {}, ["4"]), ("label-page-dark", {"color_scheme": "dark"}, ["w", "Shift+ArrowLeft"]),
+        ("label-phone", PHONE, ["4"]), ("label-phone-side", SIDE, ["4"]),
     ]:  # fmt: skip
         label = page(**context).open()
         for choice in random.Random(name).choices(["ArrowLeft", "ArrowRight", "ArrowDown"], k=4):
