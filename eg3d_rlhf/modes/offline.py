@@ -40,6 +40,7 @@ from eg3d_rlhf.tuning.flow.offline.singles import Labelled
 from eg3d_rlhf.tuning.flow.offline.train_singles import LOSSES, NFT, SinglesConfig, check_singles
 from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging, Problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
+from eg3d_rlhf.tuning.flow.train import StageTraining
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 
 # The default runs, of the bundled toy; chosen with its chooser on CHOOSING, by people and training seeds that the table does not use.
@@ -106,7 +107,8 @@ def resolve(flags: Flags) -> OfflineRun:
         choosing = replace(choosing or Choosing(), per_condition=flags["choose_noises"]) if flags["choose_noises"] else None
     count = flags["seeds"] or (3 if len(arms) > 1 else 1)
     return OfflineRun(
-        singles=replace(defaults.singles, **flags.of(SinglesConfig), **tuned), dpo=replace(defaults.dpo, lora=tuned["lora"]),
+        singles=replace(defaults.singles, **flags.of(SinglesConfig), **tuned),
+        dpo=replace(defaults.dpo, **flags.of(StageTraining), lora=tuned["lora"]),  # what every training of a stage has
         source=source_of(OfflineSource, flags), assets=None if flags["assets"] is None else str(flags["assets"]), labels=flags["labels"],
         stage=flags["stage"], arms=arms, training_seeds=tuple(range(seed, seed + count)), choosing=choosing,
         judging=replace(defaults.judging, **flags.of(Judging)), summary=not flags["no_summary"],

@@ -28,6 +28,7 @@ from eg3d_rlhf.tuning.flow.online.arms import ARMS, KINDS, Losses, OnlineRun, On
 from eg3d_rlhf.tuning.flow.online.arms import OWN as OWN_REWARD
 from eg3d_rlhf.tuning.flow.online.config import ON_LATENTS, OnlineConfig
 from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging, Problem
+from eg3d_rlhf.tuning.flow.train import StageTraining
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 
 # The default runs of the bundled toy: 1,024 samples each. Learning rate and length chosen by its second judge on CHOOSING, by training
@@ -148,8 +149,9 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
     count = flags["seeds"] or (3 if len(arms) > 1 else 1)
     changes = {name: value for name, value in flags.of(OnlineConfig).items() if name != "loss"} | tuned
     losses = Losses(**{field.name: changed(getattr(defaults.losses, field.name), changes) for field in fields(Losses)})
+    common = {name: value for name, value in flags.of(StageTraining).items() if name != "steps"}  # of DPO: passes over as many samples
     return OnlineRun(
-        losses=losses, dpo=replace(defaults.dpo, lora=tuned["lora"]), source=source_of(OnlineSource, flags), stage=flags["stage"],
+        losses=losses, dpo=replace(defaults.dpo, **common, lora=tuned["lora"]), source=source_of(OnlineSource, flags), stage=flags["stage"],
         reward=flags["reward"], gate=flags["gate"], arms=arms, training_seeds=tuple(range(seed, seed + count)), choosing=choosing,
         judging=replace(defaults.judging, **flags.of(Judging)), summary=not flags["no_summary"],
     )  # fmt: skip

@@ -68,6 +68,8 @@ def test_flags_reach_their_settings(tmp_path):
     assert found["singles"]["trust"] == 2 and found["singles"]["kl"] == 0.5 and found["training_seeds"] == [4, 5, 6]
     assert found["choosing"] is None and found["source"]["labelled"] == "own"
     assert found["singles"]["lr"] == default_run("toy", "nft").singles.lr
+    both = json.loads(run("-n", "--arms=labels,dpo", "--lr=0.0003", "--steps=7").stdout)
+    assert [(both[arm]["lr"], both[arm]["steps"]) for arm in ("singles", "dpo")] == [(0.0003, 7)] * 2
     dgpo = json.loads(run("-n", "--loss=dgpo", "--group=5", "--group-beta=3").stdout)["singles"]
     assert (dgpo["loss"], dgpo["group"], dgpo["beta"]) == ("dgpo", 5, 3)
 
