@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 PATH = re.compile(
     r"(?<![\w/.<*-])((?:tools|tests|docs|benchmarks|assets|training|torch_utils|eg3d_rlhf)/[\w/.-]*\w"
@@ -14,7 +14,7 @@ PATH = re.compile(
 )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 def test_what_a_page_names_is_there(page):
     text = page.read_text()
     assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
@@ -23,7 +23,7 @@ def test_what_a_page_names_is_there(page):
 
 def test_every_page_and_picture_is_shown_somewhere():
     shown = {(page.parent / link).resolve() for page in PAGES for link in LINK.findall(page.read_text())}
-    kept = [*(REPO / "docs").glob("*.md"), *(p for p in (REPO / "docs").rglob("*") if p.suffix in (".png", ".svg", ".jpg", ".gif"))]
+    kept = [*(REPO / "docs").rglob("*.md"), *(p for p in (REPO / "docs").rglob("*") if p.suffix in (".png", ".svg", ".jpg", ".gif"))]
     assert [p.name for p in kept if p.resolve() not in shown] == []
 
 

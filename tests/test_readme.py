@@ -41,7 +41,8 @@ def test_the_lines_of_python_run(repo, tmp_path, monkeypatch, capsys):
 
 
 def recipe(repo) -> list[list[str]]:
-    return [shlex.split(line, comments=True) for line in block(repo, "A released checkpoint", "bash", "docs/checkpoints.md").splitlines()]
+    lines = block(repo, "A released checkpoint", "bash", "docs/reference/checkpoints.md").splitlines()
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 def command_of(words: list[str], repo) -> list[str]:

@@ -1,6 +1,6 @@
 """The processes of one run, as torchrun starts them: what they sum, agree on and tell each other. One process needs no group.
 
-A run on W ranks does what one rank does with W rounds per batch (docs/distributed.md): rank r takes rows r, r + W, ... of every batch.
+A run on W ranks does what one rank does with W rounds per batch (docs/guides/many-gpus.md): rank r takes rows r, r + W, ... of every batch.
 """
 
 import atexit

@@ -1,7 +1,7 @@
 """A census of assets: how many meshes of each generator are solids, and which are the worst.
 
 Every file is measured (eg3d_rlhf/measures/meshes) by one of several processes, which get one file at a time: memory does not grow with the
-folder. A file that cannot be measured is a row with the reason. docs/check-assets.md is the manual.
+folder. A file that cannot be measured is a row with the reason. docs/guides/check-assets.md is the manual.
 """
 
 import contextlib

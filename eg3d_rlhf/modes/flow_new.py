@@ -24,7 +24,7 @@ LONGEST = 2000  # characters of a prompt that the page shows
 
 @click.command("new", cls=GroupedCommand)
 @click.argument("folder", metavar="WORK", type=FOLDER)
-@option("--pipeline", metavar="ROOT", required=True, help="Folder of a generator that is known (docs/flow-families.md), or toy.")
+@option("--pipeline", metavar="ROOT", required=True, help="Folder of a generator that is known (docs/reference/families.md), or toy.")
 @option("--prompts", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=None,
         help="Texts, one per line, for generators of texts; the toy has its own.")
 @option("--pictures", metavar="DIR", type=FOLDER, default=None, help="Pictures with transparent backgrounds, for generators of pictures.")

@@ -24,7 +24,7 @@ from training.distributed import Ranks
 PATH = click.Path(path_type=Path)
 LOOP_SAYS = (
     "The loop instead: stages before the last learn from what the one behind made better. On the toy plain DPO of all stages is level with "
-    "it (docs/circular-dpo.md)."
+    "it (docs/understand/circular-dpo.md)."
 )
 LOOP_ONLY = ("rounds", "loop_beta", "loop_loser_weight", "loop_sft_weight", "loop_lr", "loop_steps", "loop_pairs", "roles")
 what_flags = together(
@@ -32,7 +32,7 @@ what_flags = together(
     option("--stage", "stages", group="What is tuned", metavar="NAME", multiple=True, show_default="all that have pairs",
            help="This stage; may be given again."),
     option("--labels", group="What is tuned", metavar="FILE", type=PATH, default=None, show_default="the answers in WORK",
-           help="Thumbs, scores, ranks or pairs of WORK's assets in place of them (docs/flow.md); for TRELLIS a folder of DSO's samples."),
+           help="Thumbs, scores, ranks or pairs of WORK's assets in place of them (docs/guides/flow.md); for TRELLIS DSO's samples."),
     option("--no-control", group="What is tuned", is_flag=True, help="Skip the same training on shuffled labels: half the time."),
     option("--seed", group="What is tuned", metavar="INT", type=click.IntRange(0), default=None, show_default="WORK's",
            help="Of everything that is drawn."),

@@ -114,8 +114,9 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
     """Convert a network file (a pickle of EG3D, of which nothing is run, a file of ours or a run folder) to .safetensors or a plain state
     dict.
 
-    --out=X.safetensors is our format. --out=X.pt is a plain state dict for a checkout of EG3D; docs/checkpoints.md has the lines that load
-    it. --tri-grid makes a generator of EG3D one of PanoHead's kind with the same shapes; docs/zoo.md says when.
+    --out=X.safetensors is our format. --out=X.pt is a plain state dict for a checkout of EG3D; docs/reference/checkpoints.md has the
+    lines that load it. --tri-grid makes a generator of EG3D one of PanoHead's kind with the same shapes; docs/understand/rewards.md says
+    when.
 
     \b
     Example:

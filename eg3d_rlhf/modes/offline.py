@@ -69,7 +69,7 @@ what_flags = together(
     option("--assets", group=WHAT, metavar="DIR|FILE", type=FILE, default=None, show_default="the toy's own",
            help="The folder that `eg3d-rlhf flow draw` wrote, or its list."),
     option("--labels", group=WHAT, metavar="FILE", default=None, show_default="the list's ranks; of the toy thumbs, with dgpo ranks",
-           help="What people said of these assets: thumbs, scores, ranks or pairs (docs/single-labels.md)."),
+           help="What people said of these assets: thumbs, scores, ranks or pairs (docs/guides/single-labels.md)."),
     option("--stage", group=WHAT, metavar="NAME", default=None, show_default="the last", help="Which stage is tuned."),
 )
 train_flags = together(tuning_flags, options_of(SinglesConfig, everywhere=OWN))

@@ -117,7 +117,7 @@ def anchor_seeds(
 
 def on_wrong_faces(labels: Sequence[Preference], seed: int = 0) -> list[Preference]:
     """The labels with each seed replaced by another labelled one, the same throughout: a control in which every judgement is about other
-    shapes than those it names. Published depth and point rewards were trained so, by a slip (see docs/zoo.md).
+    shapes than those it names. Published depth and point rewards were trained so, by a slip (see docs/understand/rewards.md).
     """
     known = np.array(sorted({shape for label in labels for shape in (label.winner, label.loser)}))
     drawn = np.random.default_rng([seed, len(known)]).permutation(known)

@@ -55,7 +55,7 @@ def test_flags_reach_the_job():
 
 
 def test_every_job_is_documented():
-    text = (REPO / "docs" / "tools.md").read_text()
+    text = (REPO / "docs" / "reference" / "commands.md").read_text()
     assert [job for job in JOBS if f"`{job}`" not in text] == []
 
 

@@ -32,10 +32,10 @@ def resolved(*flags) -> dict:
 
 
 def test_a_released_checkpoint_needs_no_further_flags(released, repo):
-    """Every value is the one that docs/settings.md lists."""
+    """Every value is the one that docs/reference/settings.md lists."""
     found = resolved("--cfg=ffhq", "--data=faces.zip", f"--init={released}", "--reward=sigma")
     assert found == resolved("--cfg=ffhq", "--data=faces.zip", f"--init={released}", "--reward=sigma", "--lambda-r=10")
-    page = (repo / "docs" / "settings.md").read_text().split("## A released checkpoint")[1]
+    page = (repo / "docs" / "reference" / "settings.md").read_text().split("## A released checkpoint")[1]
     listed = {name: value.strip() for name, value in re.findall(r"^\| `(\w+)` \| ([^|]*) \|", page, re.M)}
     shown = {name: "" if value is None else f"{value:g}" if type(value) in (int, float) else str(value) for name, value in found.items()}
     assert {**shown, "init": "X.pkl"} == listed and shown["init"].endswith("X.pkl")

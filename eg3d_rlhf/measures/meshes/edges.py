@@ -86,7 +86,7 @@ class Edges:
 
 
 def edge_measures(edges: Edges) -> dict:
-    """Counts and shares by name; see docs/check-assets.md."""
+    """Counts and shares by name; see docs/guides/check-assets.md."""
     mesh = edges.mesh
     _, areas = face_areas(mesh)
     area, single, shared = float(areas.sum()), edges.faces == 1, edges.faces > 2

@@ -2,7 +2,8 @@
 
     measure_mesh(clean_mesh(vertices, faces))["closed"]
 
-docs/check-assets.md says of each what it means and what fools it. libigl is needed, manifold3d for `overlap`; Embree makes rays faster.
+docs/guides/check-assets.md says of each what it means and what fools it. libigl is needed, manifold3d for
+`overlap`; Embree makes rays faster.
 
 Letters: V vertices, F faces, P parts.
 """

@@ -95,7 +95,7 @@ class ProblemSource:
 
     GONE: ClassVar[dict[str, list]] = {"also": [], "flow_weights": []}
 
-    pipeline: str = _what("toy", "The bundled toy, or a folder of a generator's networks (docs/flow-families.md).", metavar="toy|DIR")
+    pipeline: str = _what("toy", "The bundled toy, or a folder of a generator's networks (docs/reference/families.md).", metavar="toy|DIR")
     pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it, as eg3d-rlhf flow files imports.",
                               metavar="DIR", shown="the toy's own")
     labelled: str = _what("others", "Toy: who made the assets that people judged: the generator's own, or others', with twice the defects.",

@@ -208,7 +208,7 @@ def test_the_recipe_in_the_docs(repo, tmp_path, monkeypatch):
     assert foreign_sizes(nets) == []
     counts = write(nets, tmp_path / "ffhq.pt")
     assert counts["G_ema"] == len(nets.G_ema.state_dict()) + 1
-    text = (repo / "docs" / "checkpoints.md").read_text()
+    text = (repo / "docs" / "reference" / "checkpoints.md").read_text()
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "copy_params_and_buffers" in c]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch_utils, "misc", types.SimpleNamespace(copy_params_and_buffers=copy_params_and_buffers), raising=False)

@@ -28,7 +28,7 @@ def section_of(page: str, section: str) -> list[str]:
 
 def run_section(
     section: str, root: Path | str, folder: Path, few: Sequence[str] = FEW,
-    on_call: Callable[[str, Result], None] = lambda called, done: None, page: str = "flow-families.md", each: int = 2,
+    on_call: Callable[[str, Result], None] = lambda called, done: None, page: str = "reference/families.md", each: int = 2,
 ) -> list[str]:
     """Run them in `folder`, the current one; assets are ranked by seed in between. Returns what was called.
 

@@ -23,7 +23,7 @@ NUMBERS = 1e-2  # times 1 / sqrt(numbers of a sample): the clip of ratios, 1e-4 
 class OnlineConfig(StageTraining):
     """Everything that decides a training besides its networks, conditions and rewards; the defaults suit large generators."""
 
-    loss: str = _online("nft", "What an update minimises; docs/losses.md says which needs what.", choices=LOSSES)
+    loss: str = _online("nft", "What an update minimises; docs/understand/losses.md says which needs what.", choices=LOSSES)
     steps: int = train_knob(300, "Length of a stage's training.", metavar="UPDATES", low=1)
     lr: float = train_knob(3e-4, "AdamW's learning rate.", above=0)
     warmup: int = train_knob(10, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0, rare=True)
