@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.core.cli import file_hash, versions
+from eg3d_rlhf.experiments.logs import Log
 from eg3d_rlhf.experiments.process import StopRequest, run_lock
 from training import checkpoint, storage
 from training.distributed import SINGLE, Ranks, launch_identity
@@ -46,11 +47,12 @@ class Run:
         folder: made by `claim`, or any that exists; settings: JSON-able, all that decides what the run does.
         inputs: files that it starts from, by name. ranks: this process among those of the run.
         say: prints the status lines. device, jobs: where it runs, and on how many processes. flags: what else the command line says.
+        log: where lines go besides stats.jsonl, see logs.named.
     """
 
     def __init__(
         self, folder: Path, settings: Mapping, inputs: Mapping[str, str | Path] | None = None, *, ranks: Ranks = SINGLE, say=None,
-        device: str = "cpu", jobs: int = 1, flags: Mapping | None = None,
+        device: str = "cpu", jobs: int = 1, flags: Mapping | None = None, log: str = "",
     ):  # fmt: skip
         self.folder, self.settings, self.inputs, self.ranks = folder, dict(settings), dict(inputs or {}), ranks
         self.device, self.jobs, self.flags = device, jobs, flags or {}
@@ -61,6 +63,7 @@ class Run:
         self._say = say or (lambda line: print(line, flush=True))
         self._lock = contextlib.ExitStack()
         self._request = StopRequest()
+        self._log = Log(log if ranks.main else "", folder, self.settings)
         self._start, self._waited = (0.0, time.monotonic()), 0.0
 
     def __enter__(self) -> "Run":
@@ -69,6 +72,7 @@ class Run:
 
     def __exit__(self, *exc) -> None:
         self._lock.close()
+        self._log.close()
 
     # Beginning, and going on.
 
@@ -113,7 +117,12 @@ class Run:
     def stats(self, record: Mapping) -> None:
         if self.ranks.main:
             self._append(STATS, record)
+            self._log.line(record)
             self.lines += 1
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Tell where lines go besides stats.jsonl of a picture that was written."""
+        self._log.picture(name, path, step)
 
     def status(self, at: Mapping[str, object], done: float, total: float, unit: str, more: Mapping[str, object] | None = None) -> None:
         """Print a line with time, speed and time left, and note them in timing.jsonl.
@@ -151,6 +160,7 @@ class Run:
             if (self.folder / STATS).exists():
                 kept = (self.folder / STATS).read_text(errors="replace").splitlines(keepends=True)[:lines]
                 storage.write_atomic(self.folder / STATS, "".join(kept).encode())
+                self._log.go_on(kept)
             self.lines = lines
 
     def _append(self, name: str, record: Mapping) -> None:

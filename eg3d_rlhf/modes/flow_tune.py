@@ -16,6 +16,7 @@ from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, work_argument
 from eg3d_rlhf.modes.flow_study import tuning_of
 from eg3d_rlhf.tuning.flow.answers import imported_of, problem_of
 from eg3d_rlhf.tuning.flow.families import check_stages
+from eg3d_rlhf.tuning.flow.train import FREE
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from eg3d_rlhf.tuning.flow.tune import REPORT, Tuning, tune
 from eg3d_rlhf.tuning.flow.work import Work
@@ -104,11 +105,16 @@ def run(work: Work, asked: Tuning, labels: Path | None, device: str, ranks: Rank
 
 
 def folder_of(work: Work, record: dict) -> Path:
-    """The last training of WORK where it is the same, which then goes on, else a new one."""
-    there = work.numbered("tune")
-    if there and all(recorded(there[-1]).get(name) == value for name, value in record.items()):
+    """The last training of WORK where it is the same but for what may change, which then goes on, else a new one."""
+    there, asked = work.numbered("tune"), decided(record)
+    if there and asked.items() <= decided(recorded(there[-1])).items():
         return there[-1]
     return work.next("tune")
+
+
+def decided(record: Mapping) -> dict:
+    """What decides a training's result."""
+    return {name: decided(value) if isinstance(value, Mapping) else value for name, value in record.items() if name not in FREE}
 
 
 def told(report: Mapping, pairs: Mapping[str, int]) -> Sequence[str]:

@@ -24,6 +24,7 @@ from typing import Any, Self
 
 import torch
 
+from eg3d_rlhf.experiments import logs
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import STATS, Run, recorded
 from eg3d_rlhf.models.lora import LoraConfig, add_lora
@@ -37,7 +38,7 @@ from training.phases import LossNotFiniteError, cosine
 from training.storage import read_tensors, write_tensors
 
 WARNINGS, RESULT, POLICY = "warnings.json", "result.json", "policy"
-FREE = ("batch_gpu", "checkpoint_every", "recompute")  # settings that a resumed run may change
+FREE = ("batch_gpu", "checkpoint_every", "log", "recompute")  # settings that a resumed run may change
 KEPT = "kept parameters"
 
 train_knob = functools.partial(knob, group="Training")
@@ -65,12 +66,14 @@ class StageTraining:
                                      metavar="UPDATES", low=1, rare=True)
     patience: int = train_knob(5, "Evaluations in a row without a new best, after which training stops.", low=1, rare=True)
     max_drop: float = train_knob(0.2, "Below the best win rate, at which it stops at once.", above=0, rare=True)
+    log: str = train_knob("", "Also, with commas: tensorboard, wandb, trackio.", metavar="NAMES", shown="stats.jsonl alone")
     log_every: int = train_knob(10, "Per line of stats.jsonl.", metavar="UPDATES", low=1, rare=True)
     checkpoint_every: int = train_knob(200, "Between resumable states.", metavar="UPDATES", low=1, rare=True)
     seed: int = 0  # >= 0: of everything that is drawn
 
     def __post_init__(self):
         check_knobs(self)
+        logs.named(self.log)
 
     def at(self, stage: FlowStage, seed: int) -> Self:
         """With a seed, and adapters on the stage's own layers unless others were asked for."""
@@ -314,7 +317,8 @@ def train(
     if ranks.main:
         out.mkdir(parents=True, exist_ok=True)
     options = {"stage": stage.name, "precision": stage.precision, "config": asdict(config), "held_out": held_out is not None, **known}
-    with Run(out, options, ranks=ranks, say=say) as run, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with Run(out, options, ranks=ranks, say=say, log=config.log) as run, torch.random.fork_rng(devices=devices):
         begun, finished = ranks.broadcast([bool(recorded(out)), read_result(out)] if ranks.main else None)
         if not begun:
             run.begin()
