@@ -63,6 +63,7 @@ class Choice(enum.StrEnum):
         return self.value == expected or (self.good is not None and self.good == {"up": True, "down": False}.get(expected or ""))
 
 
+VIEWS = ("front", "left", "right", "back", "above", "below")  # of the page
 SCALES = {  # what may be answered, a skip aside, by the scale of a campaign's settings
     "pairs": (Choice.LEFT, Choice.RIGHT, Choice.TIE, Choice.BAD), "thumbs": (Choice.UP, Choice.DOWN),
     "scores": tuple(map(Choice, "012345")),
@@ -125,6 +126,7 @@ class CampaignSettings:
     repeat_gap: int = knob(10, "Trials at least between a pair and its repeat.", "Pairs", metavar="TRIALS", low=1, rare=True)
     gold_every: int = knob(25, "One gold check in so many trials; 0: none.", "Pairs", metavar="TRIALS", low=0, rare=True)
     trials_per_annotator: int | None = knob(None, "An annotator is done after so many.", "Pairs", low=1, shown="all", rare=True)
+    view: str = knob("front", "Where a shape is first looked at from.", "Pairs", choices=VIEWS, rare=True)
     show_render: bool = False  # the RGB picture may be asked for
     both_bad: bool = False  # of pairs: 'bad' may be answered
     questions: tuple[str, ...] = ()  # of pairs: asked besides which is better; see Question

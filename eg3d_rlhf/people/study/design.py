@@ -18,7 +18,7 @@ from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.collection import Collection, conditions, read_generator
 from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS, DAMAGES
 from eg3d_rlhf.people.label.entities import DAMAGES as SHAPE_DAMAGES
-from eg3d_rlhf.people.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape
+from eg3d_rlhf.people.label.entities import VIEWS, CampaignSettings, Kind, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.pairing import known_answers
 from eg3d_rlhf.preferences.labels import MAX_SEED
 from training.config import check_knobs, knob
@@ -85,6 +85,7 @@ class StudyDesign:
     triangles: int = knob(30_000, "Per shape, about.", "Shapes", low=100, high=10**6, rare=True)
     gold_every: int = knob(10, "One gold check in so many trials of an annotator; 0: none.", "Study", metavar="TRIALS", low=0)
     up: str = knob(UP, "Of finished assets: the axis that points up in their files.", "Shapes", choices=("y", "z"))
+    view: str = knob("front", "Where a pair is first looked at from.", "Shapes", choices=VIEWS, rare=True)
     ties: str = knob("half", "How ties count.", "Study", choices=("half", "excluded"))
     until: str | None = knob(None, "ISO 8601 with offset: over then in any case.", "Study", metavar="TIME", shown="no end", rare=True)
     confidence: float = 0.95
@@ -146,7 +147,7 @@ class StudyDesign:
 
     def to_dict(self) -> dict:
         content = {"format": FORMAT, **json.loads(json.dumps(asdict(self))), "latent_seeds": self.seeds()[0]}
-        absent = {"assets": [], "prompts": {}, "up": UP}  # of generators' shapes, and in earlier designs
+        absent = {"assets": [], "prompts": {}, "up": UP, "view": "front"}  # of generators' shapes, and in earlier designs
         content = {name: value for name, value in content.items() if name not in absent or value != absent[name]}
         return {**content, "hash": content_hash(content)}
 
@@ -227,8 +228,8 @@ def campaign_settings(design: StudyDesign) -> CampaignSettings:
     """The campaign of a study; it keeps the design's hash."""
     return CampaignSettings(
         name=design.name, mode=Mode.STUDY, seed=design.seed, annotators_per_pair=design.annotators_per_pair,
-        repeat_share=0.0, swap_share=0.0, gold_every=design.gold_every, trials_per_annotator=design.quota, show_render=False,
-        extra={
+        repeat_share=0.0, swap_share=0.0, gold_every=design.gold_every, trials_per_annotator=design.quota, view=design.view,
+        show_render=False, extra={
             "design_hash": design.hash, "trials": design.trials, "until": design.until,  # answers stay once they are in
             **({"conditions": dict(design.prompts), "up": design.up} if design.assets else {}),
         },

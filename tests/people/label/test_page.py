@@ -103,6 +103,24 @@ def test_both_sides_share_one_camera(serve, page):
     assert {"front", "orbit", "zoom", "pan", "left", "below"} <= set(rows(served)[0].views)
 
 
+def test_a_campaign_that_opens_its_pairs_from_behind(serve, page):
+    served = serve(plan(2, training=0), campaign={"view": "back"})
+    label = page(served.url).open()
+    label.drawn()
+    behind = label.picture("left")
+    assert label.state("orbit")["yaw"] == pytest.approx(np.pi)
+    label.page.keyboard.press("1")
+    label.page.wait_for_function("() => Math.abs(Math.sin(window.labelState.orbit.yaw / 2)) < 1e-6")
+    label.drawn()
+    assert not alike(label.picture("left"), behind)
+    label.page.keyboard.press("0")
+    label.drawn()
+    assert alike(label.picture("left"), behind)
+    label.press("ArrowDown")
+    label.sent()
+    assert {"back", "front"} <= set(rows(served)[0].views)
+
+
 def test_skipping_takes_a_reason_and_needs_no_mouse(serve, page):
     served = serve(plan(8))
     label = page(served.url).open()

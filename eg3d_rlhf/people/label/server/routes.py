@@ -97,7 +97,7 @@ def _work(router: APIRouter, context: Context) -> None:
             "title": context.options.title, "show_render": settings.show_render and not context.shapes.blind,
             "page_version": context.page_version, "skip_reasons": list(SKIP_REASONS), "exposed": context.options.exposed,
             "both_bad": settings.both_bad, "questions": [asdict(question) for question in parse_questions(settings.questions)],
-            "reveal": settings.reveal, "up": settings.extra.get("up", "y"),
+            "reveal": settings.reveal, "up": settings.extra.get("up", "y"), "view": settings.view,
         })  # fmt: skip
 
     @router.get("/assignments")

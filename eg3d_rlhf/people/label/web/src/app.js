@@ -108,7 +108,7 @@ class LabelPage {
 
   makeViewer() {
     try {
-      return new Viewer(this.ui.canvas, { left: this.ui.left, right: this.ui.right }, this.session.up, {
+      return new Viewer(this.ui.canvas, { left: this.ui.left, right: this.ui.right }, this.session.up, this.session.view, {
         lost: () => this.drawAnew(),
         playing: (whether) => this.looking.playing(whether),
       });

@@ -22,22 +22,27 @@ export class OrbitCamera {
   centre = [0, 0, 0];
   radius = 1;
   share = 1;
+  start = 'front'; // of VIEWS: what is framed is looked at from there
   flat = false; // pictures, not shapes: they are moved in their plane whatever the turn
 
-  // Frames the box that holds both shapes, from the front. aspect: width / height of a viewport.
+  constructor(start = 'front') {
+    this.start = start;
+  }
+
+  // Frames the box that holds both shapes. aspect: width / height of a viewport.
   frame(minimum, maximum, aspect) {
     const half = Math.hypot(...minimum.map((low, axis) => maximum[axis] - low)) / 2 || 1;
     this.frameBall(minimum.map((low, axis) => (low + maximum[axis]) / 2), half, aspect, 0.86); // shapes rarely fill the corners of their box
   }
 
-  // Frames a ball, from the front; share: of its radius that must fit.
+  // Frames a ball; share: of its radius that must fit.
   frameBall(centre, radius, aspect, share = 1.03) {
     Object.assign(this, { centre, radius, aspect, share });
     this.reset();
   }
 
   reset() {
-    [this.yaw, this.pitch] = VIEWS.front;
+    [this.yaw, this.pitch] = VIEWS[this.start];
     this.target = [...this.centre];
     this.distance = this.fitting();
   }

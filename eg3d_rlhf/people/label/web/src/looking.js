@@ -13,11 +13,16 @@ export class Looking {
     Object.assign(this, { ui, viewer, withPictures });
   }
 
-  // A pair is on its way, or none: from the front again, with the toggles as they are.
+  // A pair is on its way, or none: as at the start again, with the toggles as they are.
   begin(pair) {
     this.pair = pair;
-    this.views = new Set(['front', ...TOGGLES.filter((name) => this.on(name))]);
-    this.ui.view('front');
+    this.views = new Set([this.start, ...TOGGLES.filter((name) => this.on(name))]);
+    this.ui.view(this.start);
+  }
+
+  // The view that a pair opens with; films know no other than their own.
+  get start() {
+    return this.films ? 'front' : this.viewer.orbit.start;
   }
 
   show(shapes) {
@@ -63,8 +68,8 @@ export class Looking {
   reset() {
     this.viewer.play(false);
     this.viewer.orbit.reset();
-    this.moved('front');
-    this.ui.view('front');
+    this.moved(this.start);
+    this.ui.view(this.start);
   }
 
   view(name) {

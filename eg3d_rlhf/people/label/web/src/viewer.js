@@ -16,7 +16,6 @@ const REST = 160; // milliseconds without a movement after which everything is d
 const PAUSE = 400; // milliseconds between two drawings that tell nothing of the speed
 
 export class Viewer {
-  orbit = new OrbitCamera();
   cameras = { left: null, right: null }; // what each side was last drawn with: {view, projection}, 16 numbers each
   triangles = { left: 0, right: 0 };
   places = { left: null, right: null }; // where each shape stands in the camera's world, 16 numbers each
@@ -24,8 +23,9 @@ export class Viewer {
   painters = {}; // kind -> what keeps, draws and drops its shapes
   drawn = 0; // when, performance.now()
 
-  // up: the axis of files that points up, 'y' or 'z'; on: {lost(): what was on the GPU is gone, playing(whether)}
-  constructor(canvas, panes, up, on) {
+  // up: the axis of files that points up, 'y' or 'z'; start: the view that pairs open with; on: {lost(): what was on the GPU is gone, playing(whether)}
+  constructor(canvas, panes, up, start, on) {
+    this.orbit = new OrbitCamera(start);
     this.upright = up === 'z' ? new Matrix4().makeRotationX(-Math.PI / 2) : new Matrix4();
     this.canvas = canvas;
     this.panes = panes; // {left, right}: elements whose rectangles are drawn
@@ -69,7 +69,7 @@ export class Viewer {
     const painter = this.painters[shape.kind];
     if (!painter.foresee || !width || !height) return;
     place(shape, false, this.upright);
-    const [orbit, camera] = [new OrbitCamera(), new PerspectiveCamera(FIELD_OF_VIEW)];
+    const [orbit, camera] = [new OrbitCamera(this.orbit.start), new PerspectiveCamera(FIELD_OF_VIEW)];
     orbit.frameBall([0, 0, 0], 1, aspect);
     orbit.apply(camera, aspect);
     await painter.foresee(shape, camera, this.pixels(width, height));
@@ -101,6 +101,7 @@ export class Viewer {
       this.orbit.frame(low, left.maximum.map((value, axis) => Math.max(value, right.maximum[axis])), aspect);
     } else this.orbit.frameBall([0, 0, 0], 1, aspect);
     this.orbit.flat = left.kind === 'video' && right.kind === 'video';
+    if (this.orbit.flat) this.orbit.look('front');
   }
 
   // The table turns by itself: the camera's angle follows it.
