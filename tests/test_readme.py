@@ -41,7 +41,7 @@ def test_the_lines_of_python_run(repo, tmp_path, monkeypatch, capsys):
 
 
 def recipe(repo) -> list[list[str]]:
-    lines = block(repo, "A released checkpoint", "bash", "docs/reference/checkpoints.md").splitlines()
+    lines = block(repo, "A released checkpoint", "bash", "docs/guides/eg3d.md").splitlines()
     return [shlex.split(line, comments=True) for line in lines]
 
 

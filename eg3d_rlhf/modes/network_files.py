@@ -115,8 +115,7 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
     dict.
 
     --out=X.safetensors is our format. --out=X.pt is a plain state dict for a checkout of EG3D; docs/reference/checkpoints.md has the
-    lines that load it. --tri-grid makes a generator of EG3D one of PanoHead's kind with the same shapes; docs/understand/rewards.md says
-    when.
+    lines that load it, and says when --tri-grid is of use: it makes a generator of EG3D one of PanoHead's kind with the same shapes.
 
     \b
     Example:

@@ -211,7 +211,7 @@ def test_the_table_keeps_what_is_done(tmp_path):
 
 @pytest.mark.long
 def test_c3(tmp_path):
-    """Generated meshes, 400 + 400 unpaired, five seeds; docs/guides/text-to-3d.md has the table."""
+    """Generated meshes, 400 + 400 unpaired, five seeds; docs/lab-book/2026-11-text-to-3d.md has the table."""
     options = MeshRewardTraining(resolution=16, patches=32, faces=16, width=48, depth=2, steps=300, lr=3e-3)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -98,7 +98,7 @@ def test_two_arms_are_compared_blind(run, tmp_path, monkeypatch):
 def documented() -> list[list[str]]:
     """Arguments of the commands of docs/guides/text-to-3d.md that are about a run's assets."""
     text = (REPO / "docs" / "guides" / "text-to-3d.md").read_text()
-    block = text[text.index("**Its assets in the other tools.**") :].split("```")[1].removeprefix("bash\n")
+    block = text[text.index("## Its assets in the other tools") :].split("```")[1].removeprefix("bash\n")
     return [shlex.split(line) for line in block.strip().splitlines()]
 
 

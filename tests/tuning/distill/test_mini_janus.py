@@ -35,7 +35,7 @@ def test_distillation_keeps_the_noses_it_finds_and_a_geometry_reward_removes_the
 
 
 def learned():
-    """RewardCS of the problem's own objects, as docs/guides/text-to-3d.md trains it."""
+    """RewardCS of the problem's own objects, as docs/guides/reward.md trains it."""
     options = MeshRewardTraining(source="janus", resolution=15, patches=32, faces=16, width=48, depth=2, steps=600, lr=3e-3, divergence=0.0)
     training = MeshTraining(options, options.meshes())
     training.run(options.steps)
@@ -93,7 +93,7 @@ def test_the_controls_remove_none(arms):
 
 
 @pytest.mark.long
-@pytest.mark.xfail(reason="not met: a learned reward of meshes leaves the noses where they are; docs/guides/text-to-3d.md says why")
+@pytest.mark.xfail(reason="not met: a learned reward of meshes leaves the noses where they are; docs/results/text-to-3d.md says why")
 def test_a_learned_reward_removes_noses_too(arms):
     noses, _ = arms
     assert noses["learned"].two_or_more <= (1 - 0.33) * noses["sds"].two_or_more

@@ -44,7 +44,7 @@ class DreamDpo(Guided):
         self, prior: DiffusionPrior, settings: DreamDpoSettings, *, views: int, streams: Streams, reward: RewardModel | None = None,
         judge: PairwiseJudge | None = None,
     ):
-        """Warns where winner and loser have the same guidance scale: pictures leave the prior then (docs/guides/text-to-3d.md)."""
+        """Warns where winner and loser have the same guidance scale: pictures leave the prior then (docs/understand/distillation.md)."""
         super().__init__(prior, settings, views=views, streams=streams)
         self.ranking, self.gaps = Ranking(self.denoiser, reward, judge, settings.ranking), History()
         self.kept = {"scores": self.ranking.history, "gaps": self.gaps}
