@@ -135,14 +135,15 @@ def _checked(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nd
 def _partners(faces: np.ndarray) -> np.ndarray:
     """For each half-edge [C] (corner i of a face to its next corner) the one running the other way; -1 where there is not exactly one."""
     start, end = faces.reshape(-1), faces[:, [1, 2, 0]].reshape(-1)
-    base = int(faces.max()) + 1
-    forward, backward = start * base + end, end * base + start
-    order = np.argsort(forward, kind="stable")
-    sorted_keys = forward[order]
-    left, right = np.searchsorted(sorted_keys, backward), np.searchsorted(sorted_keys, backward, side="right")
-    own = np.searchsorted(sorted_keys, forward, side="right") - np.searchsorted(sorted_keys, forward)
-    single = (right - left == 1) & (own == 1)
-    return np.where(single, order[np.minimum(left, len(order) - 1)], -1)
+    key = np.minimum(start, end) * (int(faces.max()) + 1) + np.maximum(start, end)
+    order = np.argsort(key, kind="stable")  # half-edges of one edge together
+    new = np.flatnonzero(np.diff(key[order], prepend=-1))
+    at = new[np.diff(np.append(new, len(key))) == 2]
+    a, b = order[at], order[at + 1]
+    opposed = start[a] == end[b]
+    partner = np.full(len(key), -1)
+    partner[a[opposed]], partner[b[opposed]] = b[opposed], a[opposed]
+    return partner
 
 
 def _next(corner: np.ndarray) -> np.ndarray:

@@ -43,6 +43,12 @@ class Space:
         return tree
 
     @functools.cached_property
+    def _fast_winding(self):
+        hierarchy = self.igl.FastWindingNumberBVH()
+        hierarchy.init(self._vertices, self._faces)
+        return hierarchy
+
+    @functools.cached_property
     def _scene(self):
         """Embree's scene; None where it is not installed."""
         try:
@@ -70,7 +76,7 @@ class Space:
         points = np.ascontiguousarray(points, dtype=np.float64)
         if len(self._faces) <= _FEW:
             return np.asarray(self.igl.winding_number(self._vertices, self._faces, points)).reshape(-1)
-        numbers = np.asarray(self.igl.fast_winding_number(self._vertices, self._faces, points)).reshape(-1)
+        numbers = np.asarray(self._fast_winding.winding_number(points)).reshape(-1)
         near = np.abs(numbers - 0.5) < _CLOSE
         if near.any():
             numbers[near] = self.igl.winding_number(self._vertices, self._faces, points[near])
@@ -91,6 +97,10 @@ class Space:
         vertices, faces, ends = self._vertices, self._faces, edges.ends
         start, along = vertices[ends[:, 0]], vertices[ends[:, 1]] - vertices[ends[:, 0]]
         long = np.flatnonzero((along != 0).any(axis=1))
+        # Few edges meet anything on their way. To ask for the first hit is cheap, for all hits is not: a ray does not end with its edge.
+        inside = start[long] + OFFSET / 2 * along[long]  # behind the faces at its start, and OFFSET ends it before those at its end
+        first, _, _ = self.tree.intersect_ray_first(vertices, faces, inside, along[long], 1 - OFFSET)
+        long = long[np.asarray(first) >= 0]
         found = self.tree.intersect_ray(vertices, faces, start[long], along[long])  # per edge: (face, t, u, v)
         rows = [(edge, hit[0]) for edge, hits in zip(long, found, strict=True) for hit in hits if OFFSET < hit[1] < 1 - OFFSET]
         crossed = np.zeros(len(faces), dtype=bool)
