@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-LEAST_UNITS = 10  # fewer judged by two: no interval, since none was found that holds (docs/guides/label.md)
+LEAST_UNITS = 10  # fewer judged by two: no interval, since none was found that holds (docs/results/intervals.md)
 _DRAWS = 2000
 _AGREEING, _DIFFERING = 0.7, 0.5  # prior units; of those tried, they came nearest to 95 % of truths covered
 

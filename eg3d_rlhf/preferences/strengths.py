@@ -193,7 +193,7 @@ def cycles(comparisons: Iterable[Comparison]) -> dict:
 
 FEW = 4  # annotators; fewer are taken as they are, and the figures speak of them alone
 REACH = 8.0  # an end beyond is none: nothing bounds the strength on that side
-_TOGETHER = -0.5  # least of V_annotators - V_both over V_both; tuned by simulation (docs/guides/label.md)
+_TOGETHER = -0.5  # least of V_annotators - V_both over V_both; tuned by simulation (docs/results/intervals.md)
 _LEAST = 0.45  # of the variance that the model gives untied comparisons: what residuals say is too little where one nearly always wins
 _FIT_STEPS, _HALVINGS, _PRECISION = 60, 40, 1e-4
 
@@ -470,7 +470,7 @@ def markdown(tables: Mapping[str, Tournament]) -> str:
 # + 400 / ln 10 times the strength, as Elo counts: 100 points ahead win 64 % of the games, 200 points 76 %.
 
 
-LEAST_GAMES, LEAST_PROMPTS = 20, 10  # of a generator, of a group; fewer: no figure, since none was found that holds (docs/guides/label.md)
+LEAST_GAMES, LEAST_PROMPTS = 20, 10  # of a generator, of a group; fewer: no figure, none was found that holds (docs/results/intervals.md)
 
 
 class Game(NamedTuple):
