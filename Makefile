@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PLAIN := $(VENV)/.plain
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-control seeds proof reports zoo test test-long gpu lint bench assets clean
+.PHONY: help demo demo-control seeds proof reports zoo test test-long docs gpu lint bench assets clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make zoo           train rewards of depth, points and thumbs, tune by each, one table beside the bundled one (about a quarter of an hour on 2 cores)"
 	@echo "make test          ruff, mypy and the fast tests (under 8 minutes on 2 cores)"
 	@echo "make test-long     the slow ones"
+	@echo "make docs          the documentation as a site, build/docs/index.html; warnings are errors (a minute)"
 	@echo "make gpu           all that a machine with a GPU has to show, on one page: runs/gpu/gpu.md (DEVICE=cpu KIMG=0.032 BENCH_ARGS=--quick: a rehearsal)"
 	@echo "make lint          ruff and mypy (a minute; seconds the second time)"
 	@echo "make bench         speed of every fast path against plain EG3D (about 35 minutes; BENCH_ARGS=--quick: half a minute)"
@@ -67,6 +68,11 @@ test: lint
 test-long: $(STAMP)
 	@echo "== Slow tests"
 	$(BIN)/python -m pytest -m "long" $(PYTEST_ARGS)
+
+docs: $(STAMP)
+	@echo "== The documentation as a site, notebooks run"
+	$(BIN)/sphinx-build -q -E -W --keep-going docs build/docs
+	@echo "build/docs/index.html"
 
 GPU_PARTS = "-m torch_utils.build" \
   "-m pytest -q -rs tests/torch_utils/cuda tests/torch_utils/test_cuda_check.py tests/training/test_batches.py" \

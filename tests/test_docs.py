@@ -1,12 +1,41 @@
-"""What the documentation promises: links that lead somewhere, files and test files that exist, tools that are all named."""
+"""What the documentation promises: links that lead somewhere, files that exist, pages of a length that a person reads, a site."""
 
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
+MANUALS = [page for page in PAGES[1:] if "lab-book" not in page.parts]  # the lab book is dated notes
+ALL, PAGE, PARAGRAPH, ROWS, COLUMNS = 20_000, 1500, 80, 8, 6  # at most: words of all manuals, of a page, of a paragraph; of a table
+LONG = set("""
+extending.md
+guides/check-assets.md
+guides/flow.md
+guides/label.md
+guides/many-gpus.md
+guides/single-labels.md
+guides/text-to-3d.md
+reference/checkpoints.md
+reference/commands.md
+reference/families.md
+reference/settings.md
+results/flows.md
+results/heads.md
+results/speed.md
+understand/circular-dpo.md
+understand/glossary.md
+understand/losses/rewards.md
+understand/method.md
+understand/rewards.md
+understand/solid.md
+understand/trust.md
+""".split())  # pages that still break a limit
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 PATH = re.compile(
     r"(?<![\w/.<*-])((?:tools|tests|docs|benchmarks|assets|training|torch_utils|eg3d_rlhf)/[\w/.-]*\w"
@@ -21,10 +50,65 @@ def test_what_a_page_names_is_there(page):
     assert [path for path in PATH.findall(text) if not (REPO / path).exists()] == []
 
 
-def test_every_page_and_picture_is_shown_somewhere():
+def test_every_picture_is_shown_somewhere():
     shown = {(page.parent / link).resolve() for page in PAGES for link in LINK.findall(page.read_text())}
-    kept = [*(REPO / "docs").rglob("*.md"), *(p for p in (REPO / "docs").rglob("*") if p.suffix in (".png", ".svg", ".jpg", ".gif"))]
-    assert [p.name for p in kept if p.resolve() not in shown] == []
+    kept = [path for path in (REPO / "docs" / "images").iterdir() if path.suffix in (".png", ".webp")]
+    assert [path.name for path in kept if path.resolve() not in shown] == []
+
+
+def blocks_of(text: str) -> list[str]:
+    """Paragraphs, items of lists and tables of a page, without its code."""
+    text = re.sub(r"^ *(```|~~~).*?^ *\1$", "", text, flags=re.M | re.S)
+    return [block for block in re.split(r"\n\s*\n|\n(?= *(?:[-*]|\d+\.) )", text) if block.strip() and not block.startswith("    ")]
+
+
+def limits_broken(text: str, room: str) -> list[str]:
+    broken = []
+    if (words := len(text.split())) > PAGE and room != "reference":
+        broken.append(f"page of {words} words")
+    for block in blocks_of(text):
+        rows = [line for line in block.splitlines() if line.startswith("|")]
+        if rows and room not in ("results", "reference"):
+            sizes = (len(rows) - 2, rows[0].replace("\\|", "").count("|") - 1)
+            if sizes[0] > ROWS or sizes[1] > COLUMNS:
+                broken.append(f"table of {sizes[0]} rows and {sizes[1]} columns: {rows[0][:40]}")
+        elif not rows and (words := len(block.split())) > PARAGRAPH:
+            broken.append(f"paragraph of {words} words: {block.strip()[:40]}")
+    return broken
+
+
+@pytest.mark.parametrize("page", MANUALS, ids=lambda page: str(page.relative_to(REPO)))
+def test_a_page_is_of_a_length_that_a_person_reads(page):
+    place = page.relative_to(REPO / "docs")
+    broken = limits_broken(page.read_text(), place.parts[0])
+    assert str(place) in LONG or broken == []
+
+
+def test_the_limits_see_what_is_too_long():
+    table = "| a | b |\n| - | - |\n" + "| 1 | 2 |\n" * 9
+    page = "word " * 81 + "\n\n- " + "word " * 80 + "\n\n" + table + "```\n" + "word " * 100 + "\n```\n"
+    assert [broken.split(":")[0] for broken in limits_broken(page, "guides")] == [
+        "paragraph of 81 words", "paragraph of 81 words", "table of 9 rows and 2 columns",
+    ]
+    assert len(limits_broken(page, "results")) == 2 and limits_broken("word " * 1501, "guides")[0] == "page of 1501 words"
+
+
+@pytest.mark.skipif(bool(LONG), reason="pages are being shortened")
+def test_the_manuals_are_read_in_an_afternoon():
+    assert sum(len(page.read_text().split()) for page in MANUALS) <= ALL
+
+
+@pytest.mark.long
+def test_the_site_builds_without_a_warning_and_asks_nothing_of_the_network(tmp_path):
+    """Under two minutes, notebooks run, no page with a script, a style or a picture from elsewhere."""
+    words = [sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", str(REPO / "docs"), str(tmp_path)]
+    began = time.monotonic()
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPO)})
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 120
+    pages = list(tmp_path.rglob("*.html"))
+    foreign = re.compile(r"<(?:script|img|link|source|iframe)\b[^>]*(?:src|href)=\"(?:https?:)?//")
+    assert len(pages) > 30 and [page.name for page in pages if foreign.search(page.read_text())] == []
 
 
 def test_the_walks_name_what_is_there():
