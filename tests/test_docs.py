@@ -20,21 +20,16 @@ guides/flow.md
 guides/label.md
 guides/many-gpus.md
 guides/single-labels.md
-guides/text-to-3d.md
 reference/checkpoints.md
 reference/commands.md
 reference/families.md
 reference/settings.md
 results/flows.md
-results/heads.md
 results/speed.md
 understand/circular-dpo.md
 understand/glossary.md
 understand/losses/rewards.md
-understand/method.md
-understand/rewards.md
 understand/solid.md
-understand/trust.md
 """.split())  # pages that still break a limit
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 PATH = re.compile(

@@ -1,7 +1,7 @@
 """Whether labels, and nothing cheaper, repair heads of people: every arm with several training seeds, in one table. `make proof`.
 
 Labels -> rewards -> tunings -> shapes of held-out latents -> proof.json -> proof.md, proof.png. The primary measures were fixed on 24
-November 2026, before any run: docs/understand/trust.md. Letters: S training seeds, N latents, Q features; n grid points.
+November 2026, before any run: docs/lab-book/2026-11-heads.md. Letters: S training seeds, N latents, Q features; n grid points.
 """
 
 import hashlib

@@ -19,10 +19,8 @@ SIZE = {"viewport": {"width": 1060, "height": 900}, "device_scale_factor": 2}
 SHOTS = {  # file -> report, anchor that is scrolled to, colour scheme, key that is pressed on the map
     "report-evaluate": ("evaluate", None, "light", None),
     "report-evaluate-trajectories": ("evaluate", "trajectories", "light", None),
-    "report-evaluate-shapes": ("evaluate", "same-latents", "dark", None),
     "report-attribute": ("attribute", "shapley", "light", None),
     "report-embed": ("embed", "shapes-of-the-points", "light", "End"),
-    "report-embed-dark": ("embed", "feature-map", "dark", None),
     "report-sweep": ("sweep", "front", "light", None),
 }
 
