@@ -84,7 +84,13 @@ def fitted(
     if sum(p.numel() for p in weights) < LARGE or (again is not None and not cuda):
         return None, again is True
     known = functools.cache(lambda n, on: cost_of_update(stage, config, start(n), on, device.type))
-    costs: Callable[[int, bool], Cost] = known if cuda else lambda n, on: known(batch, on)
+    elsewhere = 0.0 if config.lora else 1 - 1 / ranks.world
+    others = int(16 * elsewhere * sum(p.numel() for p in weights))  # float32 weights, gradients and moments that other ranks hold
+
+    def costs(n: int, on: bool) -> Cost:
+        cost = known(n if cuda else batch, on)
+        return replace(cost, bytes=cost.bytes - others)
+
     space = int(SHARE * (free_bytes(device) + sum(p.nbytes for p in weights)))
     best = ranks.broadcast(cheapest(costs, batch if cuda else 1, space, again) if ranks.main else None)
     if best is None:

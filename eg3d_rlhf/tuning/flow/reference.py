@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from eg3d_rlhf.models.lora import adapted_layers, adapters_off, lora_parameters
 from eg3d_rlhf.models.sparse import Batch, feats_of, with_feats
@@ -66,6 +67,8 @@ def _refuse_trainable(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
 
 
 def _places(p: nn.Parameter) -> list[int]:
-    """What two tensors of the same memory have in common; nothing for those without memory."""
+    """What two tensors of the same memory have in common; nothing for those without memory, or sharded."""
+    if isinstance(p, DTensor):
+        return []
     start = p.untyped_storage().data_ptr() if p.device.type != "meta" else 0
     return [start] if start else []

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from eg3d_rlhf.experiments import logs
 from eg3d_rlhf.experiments.process import StoppedError
@@ -30,6 +31,7 @@ from eg3d_rlhf.experiments.run import STATS, Run, recorded
 from eg3d_rlhf.models.lora import LoraConfig, add_lora
 from eg3d_rlhf.models.policies import save_policy, shared_copy
 from eg3d_rlhf.tuning.flow.reference import AdapterOff, FrozenModel
+from eg3d_rlhf.tuning.flow.shards import gathered, like, shard, sharded, whole
 from eg3d_rlhf.tuning.flow.stage import FlowStage
 from training import checkpoint
 from training.config import check_knobs, knob
@@ -145,6 +147,7 @@ class Descent(ABC):
             if parameter.grad is not None:
                 parameter.grad /= totals[0]
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         mass, loss, *others, length = torch.cat([totals, norm.detach().reshape(1).to(totals)]).tolist()
         loss = loss / mass if mass else math.nan
         if not math.isfinite(loss) or not math.isfinite(length):
@@ -306,11 +309,12 @@ Start = Callable[[Run, torch.nn.Module, FrozenModel | None], Descent]  # of a ru
 
 def train(
     stage: FlowStage, config: StageTraining, known: dict, start: Start, out: Path, *, held_out: Judge | None = None, ranks: Ranks = SINGLE,
-    resume: bool = False, say: Callable[[str], None] = print,
+    resume: bool = False, say: Callable[[str], None] = print, shards: bool = False,
 ) -> StageResult:
     """Train a copy of a stage's network as the Descent does it that `start` makes of the run, the copy and its reference.
 
-    Args: known: JSON of all that decides the training besides the config; others: see train_stage.
+    Args: known: JSON of all that decides the training besides the config; shards: whether the Descent takes a network whose parameters
+        are divided over ranks, as all of them are then trained; others: see train_stage.
     Raises: see train_stage.
     """
     device = next(stage.model.parameters()).device
@@ -331,6 +335,10 @@ def train(
             if config.recompute != "auto":
                 recomputing(policy, config.recompute == "on")
             ranks.broadcast_(trained(policy).values())
+            if ranks.world > 1 and config.lora is None and shards:
+                if config.optimizer != "adamw":
+                    raise ValueError(f"--set optimizer={config.optimizer}: expected adamw for --tune=full over processes. Leave it out.")
+                shard(policy, ranks)
             finished = _Training(start(run, policy, reference), config, held_out, run, say).train()
     return StageResult(**finished, weights=out / POLICY)
 
@@ -394,20 +402,22 @@ class _Training:
 
     def _evaluate(self) -> dict[str, float]:
         """Measure, and keep the parameters if they are the best so far, by the judge where there is one."""
-        rate = {} if self.held_out is None else {WIN_RATE: float(self.held_out(self.policy))}
-        figures = self.ranks.broadcast(self.updates.evaluate() | rate)
+        with gathered(self.policy):
+            rate = {} if self.held_out is None else {WIN_RATE: float(self.held_out(self.policy))}
+            figures = self.ranks.broadcast(self.updates.evaluate() | rate)
         value = figures[self.chosen_by]
         assert 0 <= value <= 1
         max_drop = self.config.max_drop if self.chosen_by == WIN_RATE else math.inf  # an accuracy on a few dozen pairs is noisier
-        if self.progress.judged(value, self.config.patience, max_drop) and self.ranks.main:
-            values = {name: p.detach() for name, p in self.named.items()}
-            write_tensors(self._kept(self.progress.step), KEPT, values, {"step": self.progress.step})
+        if self.progress.judged(value, self.config.patience, max_drop):
+            values = whole(self.named, self.ranks)
+            if self.ranks.main:
+                write_tensors(self._kept(self.progress.step), KEPT, values, {"step": self.progress.step})
         return figures
 
     @torch.no_grad()
-    def _load(self, values: dict[str, torch.Tensor]) -> None:
-        for name, value in values.items():
-            self.named[name].copy_(value)
+    def _load(self, values: Mapping[str, torch.Tensor], policy: torch.nn.Module) -> None:
+        for name, parameter in trained(policy).items():
+            parameter.copy_(like(values[name], parameter))
 
     def _report(self, evaluated: Mapping[str, float]) -> None:
         """End the line under way; say what it shows."""
@@ -442,7 +452,7 @@ class _Training:
     def _checkpoint(self) -> None:
         """Write the state; the last two are kept, and the parameters that they name."""
         tensors: dict[str, torch.Tensor] = {f"policy.{name}": p for name, p in self.named.items()}
-        tensors |= checkpoint.optimizer_tensors("optim", self.updates.optimizer) | self.updates.tensors()
+        tensors = whole(tensors | checkpoint.optimizer_tensors("optim", self.updates.optimizer), self.ranks) | self.updates.tensors()
         meta = {"progress": asdict(self.progress), "lines": self.run.lines, "warnings": self.warnings}
         self.run.checkpoint(self.progress.step, tensors, meta)
         self.named_steps = [*self.named_steps, self.progress.kept_step][-checkpoint.KEEP :]
@@ -455,7 +465,10 @@ class _Training:
         lines = 0
         if self.ranks.broadcast(bool(checkpoint.available(self.run.folder)) if self.ranks.main else None):
             tensors, meta = self.run.read(previous=True)
-            self._load({name: tensors[f"policy.{name}"] for name in self.named})
+            self._load({name: tensors[f"policy.{name}"] for name in self.named}, self.policy)
+            for number, parameter in enumerate(self.updates.parameters):
+                moments = [name for name in tensors if name.startswith(f"optim.{number}.")]
+                tensors |= {name: like(tensors[name], parameter) for name in moments}
             checkpoint.restore_optimizer("optim", self.updates.optimizer, tensors)
             self.updates.restore(tensors)
             self.progress, self.warnings, lines = Progress(**meta["progress"]), dict(meta["warnings"]), meta["lines"]
@@ -467,13 +480,17 @@ class _Training:
     def _finish(self) -> dict:
         """Write the policy, and delete what was there to go on from."""
         progress, result = self.progress, None
+        values = {} if self.judged else whole(self.named, self.ranks)
         if self.ranks.main:
             if not self.judged:
                 progress.kept_step = progress.step
             else:
-                self._load(read_tensors(self._kept(progress.kept_step), KEPT)[0])
+                values = read_tensors(self._kept(progress.kept_step), KEPT)[0]
+            divided = any(map(sharded, self.named.values()))
+            policy = policy_and_reference(self.stage, self.config)[0] if divided else self.policy
+            self._load(values, policy)
             meta = {**self.run.settings, "kept_step": progress.kept_step, self.chosen_by: progress.best}
-            save_policy(self.policy, self.run.folder / POLICY, meta)
+            save_policy(policy, self.run.folder / POLICY, meta)
             warnings = [f"{name}: {text}" for name, text in self.warnings.items()]
             self.run.write(RESULT, {"kept_step": progress.kept_step, "warnings": warnings})
             for path in [*checkpoint.available(self.run.folder), *self.run.folder.glob("kept-*.safetensors")]:

@@ -7,7 +7,6 @@ training goes wrong come from threads of users of Diffusion-DPO, flow_grpo (#47,
 Shape letters as in sparse.py; P pairs, B time bins.
 """
 
-import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from eg3d_rlhf.tuning.flow.dpo import BINNED, TIME_BINS, DpoConfig, PairDraw, Pa
 from eg3d_rlhf.tuning.flow.fit import Start, fitted
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, check_unique
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
+from eg3d_rlhf.tuning.flow.shards import sharded
 from eg3d_rlhf.tuning.flow.stage import FlowStage, Pipeline, check_convention, stage_of
 from eg3d_rlhf.tuning.flow.train import (
     ANCHOR,
@@ -202,14 +202,30 @@ class Passes(Descent, Generic[Example]):
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.train()
         for turn in range(layout.here):
-            part = sorted(items[layout.rows(turn)], key=lambda item: item[0])  # two draws where a batch runs over the end of a pass
-            for epoch, group in itertools.groupby(part, key=lambda item: item[0]):
+            for epoch, examples in self._draws(items, turn):
                 seed = derive_seed(self.training.seed, "dropout", step, self.ranks.rank + turn * self.ranks.world, epoch)
-                totals += self.backward([example for _, example in group], epoch, seed)
+                totals += self.backward(examples, epoch, seed)
             gradients.end_round()
         gradients.finish()
-        sum_over_ranks(self.ranks, self.parameters, [totals])
+        sum_over_ranks(self.ranks, [p for p in self.parameters if not sharded(p)], [totals])  # those that are, were summed
         return self.figures(step, totals, items)
+
+    def _draws(self, items: Sequence[tuple[int, Example]], turn: int) -> list[tuple[int, list[Example]]]:
+        """This rank's part of a turn by the pass over the examples: two draws where a batch runs over the end of a pass.
+
+        Sharded networks need as many on every rank: one that has fewer takes its largest in halves.
+        """
+        world, first = self.ranks.world, turn * self.ranks.world
+        rows = [items[first + rank :: self.layout.total] for rank in range(world)]
+        draws: dict[int, list[Example]] = {}
+        for epoch, example in sorted(rows[self.ranks.rank], key=lambda item: item[0]):
+            draws.setdefault(epoch, []).append(example)
+        parts = [*draws.items()]
+        most = max(len({epoch for epoch, _ in of_rank}) for of_rank in rows) if sharded(self.parameters[0]) else 0
+        while len(parts) < most:
+            epoch, largest = parts.pop(max(range(len(parts)), key=lambda place: len(parts[place][1])))
+            parts += [(epoch, largest[: len(largest) // 2]), (epoch, largest[len(largest) // 2 :])]
+        return parts
 
     @abstractmethod
     def backward(self, examples: Sequence[Example], epoch: int, dropout: int) -> torch.Tensor:
@@ -348,7 +364,7 @@ def train_stage(
         return Updates(pipeline, stage, pairs, own, policy, trained(policy).values(), reference, run.ranks, accuracy)
 
     known = ranks.broadcast(origin(stage, pairs) | ({"unseen": pairs_checksum(unseen)} if unseen else {}) if ranks.main else None)
-    return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say)
+    return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say, shards=True)
 
 
 def check_pairs(pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.generate import HeldOut, crossed
+from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.train_pairs import train_stage
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, likes_target, tiny_config, voxel_pairs
 from training.distributed import SINGLE
@@ -20,6 +21,7 @@ EVERYTHING = {  # that a resumed run must get right
 CASES = {  # for several ranks
     "dpo": {"dpo": DpoConfig(beta=20.0, condition_dropout=0.2), "lora": LORA},
     "sft": {"dpo": DpoConfig(kind="sft"), "lora": None},
+    "full": {"dpo": DpoConfig(beta=20.0), "lora": None},
 }
 SHORT = {"steps": 12, "held_out_every": 4, "log_every": 2, "checkpoint_every": 5, "patience": 50, "max_drop": 1.0}
 
@@ -71,3 +73,10 @@ def at(line: str, act):
 
 def interrupt():
     raise KeyboardInterrupt
+
+
+def toy_case(out: Path, stage: str, **options):
+    """Ten updates of every parameter of a bundled network; of 30 pairs, so that a batch runs over the end of a pass."""
+    problem = toy_problem(0)
+    config = tiny_config(lora=None, steps=10, batch=8, batch_gpu=4, lr=1e-4, warmup=0, log_every=1)
+    return train_stage(problem.pipeline, stage, problem.human_pairs(stage)[:30], config, out, say=silent, **options)

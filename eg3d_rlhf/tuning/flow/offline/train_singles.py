@@ -259,7 +259,7 @@ def train_singles(
         return GroupUpdates(pipeline, stage, groups, *common)
 
     known = ranks.broadcast(origin(stage, singles) if ranks.main else None)
-    return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say)
+    return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say, shards=True)
 
 
 def origin(stage: FlowStage, singles: Sequence[Single]) -> dict[str, str]:
