@@ -18,14 +18,11 @@ extending.md
 guides/check-assets.md
 guides/flow.md
 guides/label.md
-guides/many-gpus.md
 guides/single-labels.md
-reference/checkpoints.md
 reference/commands.md
 reference/families.md
 reference/settings.md
 results/flows.md
-results/speed.md
 understand/circular-dpo.md
 understand/glossary.md
 understand/losses/rewards.md
