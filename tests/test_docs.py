@@ -19,9 +19,7 @@ guides/check-assets.md
 guides/flow.md
 guides/label.md
 guides/single-labels.md
-reference/commands.md
 reference/families.md
-reference/settings.md
 results/flows.md
 understand/circular-dpo.md
 understand/glossary.md
