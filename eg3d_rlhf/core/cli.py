@@ -172,6 +172,19 @@ def together(*decorators):
     return lambda command: functools.reduce(lambda made, decorator: decorator(made), reversed(decorators), command)
 
 
+def rarely(names: Sequence[str], decorator):
+    """The decorator, with those of its flags that a command lists rarely told to `GroupedCommand` as rare."""
+
+    def decorate(command):
+        command = decorator(command)
+        params = command.__click_params__
+        command.__click_params__ = [parameter for parameter in params if parameter.name not in names]
+        command.rare = [*getattr(command, "rare", ()), *(parameter for parameter in params if parameter.name in names)]
+        return command
+
+    return decorate
+
+
 def options_of(*kinds: type, everywhere: str | None = None, **defaults):
     """One option for every knob of settings dataclasses, one alone where several share it; None where it is not given, so that a preset
     may decide. Rare knobs are told to `GroupedCommand`.

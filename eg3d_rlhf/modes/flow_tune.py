@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, together
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, rarely, together
 from eg3d_rlhf.experiments.mode import Flags, running
 from eg3d_rlhf.experiments.run import Run, recorded
 from eg3d_rlhf.models.policies import ADAPTER, CONFIG, link
@@ -23,17 +23,15 @@ from eg3d_rlhf.tuning.flow.work import Work
 from training.distributed import Ranks
 
 PATH = click.Path(path_type=Path)
-LOOP_SAYS = (
-    "The loop instead: stages before the last learn from what the one behind made better. On the toy plain DPO of all stages is level with "
-    "it (docs/understand/circular-dpo.md)."
-)
+LOOP_SAYS = "The loop instead, which on the toy is level with this, plain DPO of all stages (docs/understand/circular-dpo.md)."
 LOOP_ONLY = ("rounds", "loop_beta", "loop_loser_weight", "loop_sft_weight", "loop_lr", "loop_steps", "loop_pairs", "roles")
+RARE = ("lora_rank", "batch_gpu", "loss", "beta", "rounds")  # of the flags of a training
 what_flags = together(
     option("--loop", group="What is tuned", is_flag=True, help=LOOP_SAYS),
-    option("--stage", "stages", group="What is tuned", metavar="NAME", multiple=True, show_default="all that have pairs",
+    option("--stage", "stages", group="What is tuned", metavar="NAME", multiple=True, show_default="all",
            help="This stage; may be given again."),
-    option("--labels", group="What is tuned", metavar="FILE", type=PATH, default=None, show_default="the answers in WORK",
-           help="Thumbs, scores, ranks or pairs of WORK's assets in place of them (docs/guides/flow.md); for TRELLIS DSO's samples."),
+    option("--labels", group="What is tuned", metavar="FILE", type=PATH, default=None, show_default=False,
+           help="Thumbs, scores, ranks or pairs in place of the answers."),
     option("--no-control", group="What is tuned", is_flag=True, help="Skip the same training on shuffled labels: half the time."),
     option("--seed", group="What is tuned", metavar="INT", type=click.IntRange(0), default=None, show_default="WORK's",
            help="Of everything that is drawn."),
@@ -45,7 +43,7 @@ what_flags = together(
 
 @click.command("tune", cls=GroupedCommand)
 @work_argument
-@together(what_flags, device_flag, tuning_flags, options_of(TrainConfig, everywhere="the generator's own"), loop_flags)
+@together(what_flags, device_flag, rarely(RARE, together(tuning_flags, options_of(TrainConfig, everywhere="its own"), loop_flags)))
 @click.pass_context
 def tune_command(context: click.Context, folder: Path, device: str, **given) -> None:
     """Tune the generator's stages on people's answers, and say of each whether the labels taught it anything; else nothing is kept.

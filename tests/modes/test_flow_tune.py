@@ -52,7 +52,7 @@ def answer(work: Work, pairs: int | None = None) -> None:
 
 def test_no_answers_yet_and_foreign_ones_are_refused(made, tmp_path):
     assert "expected people's answers, got none yet" in flow("tune", made.folder, *FEW, code=2)
-    assert "--rounds: belongs to --loop" in flow("tune", made.folder, "--rounds=2", code=2)
+    assert "--set rounds=VALUE: belongs to --loop" in flow("tune", made.folder, "--set=rounds=2", code=2)
     assert "expected stages among structure, voxels, got mesh" in flow("tune", made.folder, "--stage=mesh", code=2)
     other = tmp_path / "labels.jsonl"
     other.write_text(json.dumps({"preferred": "x.ply", "rejected": "y.ply"}) + "\n")
@@ -89,6 +89,10 @@ def test_answers_are_tuned_on_told_of_and_exported(made, tmp_path):
     peft = pytest.importorskip("peft", reason="stock PEFT reads the exported adapter: pip install peft")
     wrapped = peft.PeftModel.from_pretrained(load_network("structure"), tmp_path / "ADAPTER" / "structure").merge_and_unload()
     torch.testing.assert_close(wrapped.state_dict(), tuned.state_dict())
+
+
+def test_help_is_one_screen():
+    assert len(flow("tune", "--help").splitlines()) <= 45
 
 
 def test_too_few_answers_and_other_labels(made, tmp_path):

@@ -68,7 +68,7 @@ class StageTraining:
                                      metavar="UPDATES", low=1, rare=True)
     patience: int = train_knob(5, "Evaluations in a row without a new best, after which training stops.", low=1, rare=True)
     max_drop: float = train_knob(0.2, "Below the best win rate, at which it stops at once.", above=0, rare=True)
-    log: str = train_knob("", "Also, with commas: tensorboard, wandb, trackio.", metavar="NAMES", shown="stats.jsonl alone")
+    log: str = train_knob("", "Beside stats.jsonl: tensorboard,wandb,trackio.", metavar="NAMES")
     log_every: int = train_knob(10, "Per line of stats.jsonl.", metavar="UPDATES", low=1, rare=True)
     checkpoint_every: int = train_knob(200, "Between resumable states.", metavar="UPDATES", low=1, rare=True)
     seed: int = 0  # >= 0: of everything that is drawn
