@@ -1,6 +1,6 @@
 """Walks through a running blind study as an annotator does, answers "equal" throughout, and tiles what both sides of each trial showed:
 
-    python tools/study.py --a=assets/generator.safetensors --b=RUN --n=40 --annotators-per-pair=1 &
+    python tools/study.py --b=RUN --n=40 --annotators-per-pair=1 --set view=back --set psi=1 &
     python -m tests.people.study.page_pictures
 
 Needs Chromium. The study is used up by it; delete its folder afterwards.
@@ -34,7 +34,7 @@ def trials(page: Page) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         while page.state("state") != "finished" and (page.state("state") != "label" or page.state("pair.assignment") == shown):
             if page.state("state") == "explained":
                 page.page.keyboard.press("Enter")
-            page.page.wait_for_timeout(40)
+            page.page.wait_for_timeout(200)
     page.sent()
     return seen
 
