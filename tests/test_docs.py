@@ -17,11 +17,6 @@ LONG = set("""
 extending.md
 guides/check-assets.md
 guides/flow.md
-guides/label.md
-guides/single-labels.md
-reference/families.md
-results/flows.md
-understand/circular-dpo.md
 understand/glossary.md
 understand/losses/rewards.md
 understand/solid.md

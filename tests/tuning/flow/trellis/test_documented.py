@@ -1,4 +1,4 @@
-"""The commands of docs/understand/circular-dpo.md for a TRELLIS folder, run as they stand, on the tiny one."""
+"""The commands of docs/reference/families.md for a TRELLIS folder, run as they stand, on the tiny one."""
 
 
 import pytest
@@ -29,7 +29,7 @@ def test_from_texts_to_a_folder_that_stock_trellis_loads(trellis_root, tmp_path,
     monkeypatch.setattr("eg3d_rlhf.tuning.flow.families.trellis.family.TextEncoder", Clip)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("\n".join(NAMES))
-    called = run_section("TRELLIS", trellis_root, tmp_path, FEW, page="understand/circular-dpo.md", each=4)
+    called = run_section("TRELLIS", trellis_root, tmp_path, FEW, each=4)
     assert called == ["new", "draw", "ranking", "train", "export"]
     base, tuned = (load_pipeline(root, tokens()) for root in (trellis_root, tmp_path / "TUNED"))
     both = zip(base.stages, tuned.stages, strict=True)  # a stage that no update made better stays as it was
