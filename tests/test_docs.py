@@ -1,6 +1,7 @@
 """What the documentation promises: links that lead somewhere, files that exist, pages of a length that a person reads, a site."""
 
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -94,6 +95,11 @@ def test_the_site_builds_without_a_warning_and_asks_nothing_of_the_network(tmp_p
     pages = list(tmp_path.rglob("*.html"))
     foreign = re.compile(r"<(?:script|img|link|source|iframe)\b[^>]*(?:src|href)=\"(?:https?:)?//")
     assert len(pages) > 30 and [page.name for page in pages if foreign.search(page.read_text())] == []
+
+
+def test_functions_of_the_papers_exist():
+    names = re.findall(r"`(eg3d_rlhf(?:\.\w+)+)`", (REPO / "docs" / "reference" / "papers.md").read_text())
+    assert len(names) > 40 and [pkgutil.resolve_name(name) for name in names]
 
 
 def test_the_walks_name_what_is_there():
