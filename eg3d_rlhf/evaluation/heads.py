@@ -18,6 +18,7 @@ from eg3d_rlhf.core.seeds import JUDGE, VALIDATION
 from eg3d_rlhf.core.statistics import two_way_interval
 from eg3d_rlhf.experiments.table import markdown_rows
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, load_generator
+from eg3d_rlhf.measures.distances import FeatureStatistics
 from eg3d_rlhf.measures.people import (
     BROKEN,
     FRONT_MEASURES,
@@ -30,6 +31,7 @@ from eg3d_rlhf.measures.people import (
     relief_correlation,
     shape_grids,
 )
+from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures
 from eg3d_rlhf.preferences.annotator import utility
 from training.heads.people_mesh import grid_points, whole_grids
 from training.progress import tqdm
@@ -147,6 +149,12 @@ def figures(before: Shapes, after: Shapes) -> dict:
     }
 
 
+def shape_frechet(features: np.ndarray, reference: np.ndarray) -> float:
+    """Fréchet distance of shapes' features [N, Q] to those of whole heads."""
+    first, second = (FeatureStatistics(part.shape[1]).update(part) for part in (features, reference))
+    return first.distance(second)
+
+
 def interval(before: Shapes, after: np.ndarray) -> list[float] | None:
     """95 % interval of `repaired`, of the errors [S, N] of several training seeds: over seeds and broken latents."""
     ill = broken(before)
@@ -166,6 +174,7 @@ def _mean(values: np.ndarray) -> float | None:
 PLACES = {"judge": JUDGE, "validation": VALIDATION}
 TABLE = {  # figure: words and form
     "repaired": ("of the error of broken heads gone", ".1%"), "error_broken": ("volume error, broken", ".3f"),
+    "shape_frechet": ("shape Fréchet", ".2f"),
     "whole_made_worse": ("whole heads made worse", ".1%"), "fscore_broken": ("F-score, broken", ".3f"),
     "face_moved_voxels": ("face moved, voxels", ".3f"), "identity_kept": ("identity kept", ".0%"), "variety": ("variety, voxels", ".3f"),
 }  # fmt: skip
@@ -175,7 +184,7 @@ def rows_of(columns: Mapping[str, dict]) -> list[list[str]]:
     """Lines of the table, of `figures` by network."""
     rows = []
     for name, found in columns.items():
-        cells = ["" if found[key] is None else f"{found[key]:{form}}" for key, (_, form) in TABLE.items()]
+        cells = ["" if found.get(key) is None else f"{found[key]:{form}}" for key, (_, form) in TABLE.items()]
         if found["repaired_ci95"]:
             cells[0] += " [{:.1%}, {:.1%}]".format(*found["repaired_ci95"])
         rows.append([name, *cells])
@@ -199,10 +208,15 @@ def command(networks: tuple[Path, ...], before: Path | None, place: str, n: int,
     """
     first, seeds = load_generator(before).generator, PLACES[place].take(n)
     whole, columns = named(first, seeds), {}
-    start = looked_at(scans(first, seeds), whole)
+    features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
+    reference = features.of_grids(whole) if features else np.zeros((0, 0))
+    start: Shapes = {}
     for path in tqdm([None, *networks], desc="networks", unit="network", leave=False):
-        seen = start if path is None else looked_at(scans(load_generator(path).generator, seeds), whole)
-        columns["before" if path is None else path.stem if path.is_file() else path.name] = figures(start, seen)
+        shapes = scans(first if path is None else load_generator(path).generator, seeds)
+        seen = looked_at(shapes, whole)
+        start = start or seen
+        distance = {"shape_frechet": shape_frechet(features.of_grids(shapes), reference)} if features else {}
+        columns["before" if path is None else path.stem if path.is_file() else path.name] = figures(start, seen) | distance
     click.echo("\n".join(markdown_rows(["network", *(words for words, _ in TABLE.values())], rows_of(columns))))
     click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {int(broken(start).sum())} broken before.")
     if out is not None:

@@ -31,7 +31,6 @@ from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.table import markdown_rows, write
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.measures.distances import FeatureStatistics
 from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures
 from eg3d_rlhf.preferences.labels import Preference, load_labels, write_labels
 from eg3d_rlhf.rewards.reward import Reward, load_reward
@@ -233,16 +232,11 @@ def look(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
 # From what was seen to the table.
 
 
-def distance(features: np.ndarray, reference: np.ndarray) -> float:
-    first, second = (FeatureStatistics(part.shape[1]).update(part) for part in (features, reference))
-    return first.distance(second)
-
-
 def row(seen: Mapping, before: Mapping, reference: np.ndarray | None) -> dict:
     """One network's figures."""
     found = heads.figures(before, seen)
     del found["repaired_ci95"]
-    return found | ({} if reference is None else {"shape_frechet": distance(seen["features"], reference)})
+    return found | ({} if reference is None else {"shape_frechet": heads.shape_frechet(seen["features"], reference)})
 
 
 def arm(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, before: Mapping) -> dict:
