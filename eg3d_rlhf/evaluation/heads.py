@@ -191,6 +191,16 @@ def rows_of(columns: Mapping[str, dict]) -> list[list[str]]:
     return rows
 
 
+def names_of(networks: Sequence[Path]) -> list[str]:
+    """As few last parts of the paths as tell them apart. Raises click.UsageError where one stands twice."""
+    parts = [path.resolve().with_suffix("").parts if path.is_file() else path.resolve().parts for path in networks]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise click.UsageError("[FILE|RUN]: expected different networks, got one of them twice. Name each once.")
+
+
 @click.command("heads", cls=GroupedCommand)
 @click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path))
 @option("--before", metavar="FILE|RUN", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
@@ -211,12 +221,13 @@ def command(networks: tuple[Path, ...], before: Path | None, place: str, n: int,
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
     reference = features.of_grids(whole) if features else np.zeros((0, 0))
     start: Shapes = {}
-    for path in tqdm([None, *networks], desc="networks", unit="network", leave=False):
+    named_networks = [("before", None), *zip(names_of(networks), networks, strict=True)]
+    for name, path in tqdm(named_networks, desc="networks", unit="network", leave=False):
         shapes = scans(first if path is None else load_generator(path).generator, seeds)
         seen = looked_at(shapes, whole)
         start = start or seen
         distance = {"shape_frechet": shape_frechet(features.of_grids(shapes), reference)} if features else {}
-        columns["before" if path is None else path.stem if path.is_file() else path.name] = figures(start, seen) | distance
+        columns[name] = figures(start, seen) | distance
     click.echo("\n".join(markdown_rows(["network", *(words for words, _ in TABLE.values())], rows_of(columns))))
     click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {int(broken(start).sum())} broken before.")
     if out is not None:

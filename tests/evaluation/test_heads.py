@@ -2,6 +2,7 @@
 
 import json
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -80,3 +81,11 @@ def test_networks_stand_side_by_side(tmp_path):
     assert list(found) == ["before", "generator"] and found["generator"] == found["before"]
     assert found["generator"]["face_moved_voxels"] == 0 and found["generator"]["whole_made_worse"] in (0, None)
     assert "| generator |" in done.output and "2 latents (validation" in done.output
+
+
+def test_networks_of_one_name_are_told_apart(tmp_path):
+    runs = [tmp_path / arm / "00000-x" for arm in ("one", "two")]
+    assert heads.names_of(runs) == ["one/00000-x", "two/00000-x"]
+    assert heads.names_of([*runs[:1], tmp_path / "00001-x"]) == ["00000-x", "00001-x"]
+    with pytest.raises(click.UsageError, match="twice"):
+        heads.names_of([runs[0], runs[0]])
