@@ -15,11 +15,13 @@ from eg3d_rlhf.modes.circular_dpo import check_tuning, default_settings, loop_fl
 from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, work_argument
 from eg3d_rlhf.modes.flow_study import tuning_of
 from eg3d_rlhf.tuning.flow.answers import imported_of, problem_of
-from eg3d_rlhf.tuning.flow.families import check_stages
+from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages
+from eg3d_rlhf.tuning.flow.problem import Problem
+from eg3d_rlhf.tuning.flow.samples import Strip
 from eg3d_rlhf.tuning.flow.train import FREE
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from eg3d_rlhf.tuning.flow.tune import REPORT, Tuning, tune
-from eg3d_rlhf.tuning.flow.work import Work
+from eg3d_rlhf.tuning.flow.work import CHOOSE, Work
 from training.distributed import Ranks
 
 PATH = click.Path(path_type=Path)
@@ -96,10 +98,17 @@ def run(work: Work, asked: Tuning, labels: Path | None, device: str, ranks: Rank
     with Run(folder, record, ranks=ranks, device=str(where)) as held:
         if not begun:
             held.begin()
-        tune(problem, asked, folder, labels=imported.report, ranks=ranks)
+        tune(problem, asked, folder, labels=imported.report, ranks=ranks, samples=strip_of(work, family, problem, asked))
         held.done()
     if ranks.main:
         click.echo((folder / f"{REPORT}.md").read_text())
+
+
+def strip_of(work: Work, family: FlowFamily, problem: Problem, asked: Tuning) -> Strip | None:
+    """Draws the first conditions to choose on; None where the family shows nothing, or none has answers."""
+    names = [name for name in work.names(CHOOSE) if name in problem.choosing_conditions][: asked.circular.human.samples]
+    size = () if family.cells is None else (family.cells // 2,)  # coarse and quick
+    return Strip(pipeline=problem.pipeline, family=family, conditions=names, size=size) if names and family.show else None
 
 
 def folder_of(work: Work, record: dict) -> Path:

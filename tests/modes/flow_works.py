@@ -31,7 +31,7 @@ def write_pictures(folder: Path, count: int = 8) -> Path:
     folder.mkdir(parents=True)
     for i in range(count):
         pixels = np.zeros((40, 50, 4), np.uint8)
-        pixels[5 : 15 + 2 * i, 10:30] = (20 * i, 200 - 20 * i, 90, 255)
+        pixels[5 : 15 + 2 * i % 24, 10:30] = (20 * i % 256, (200 - 20 * i) % 256, 90, 255)
         Image.fromarray(pixels).save(folder / f"object{i}.png")
     return folder
 

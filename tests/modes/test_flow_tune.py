@@ -2,14 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, PlannedPair, Shape
 from eg3d_rlhf.people.label.store import open_store
 from eg3d_rlhf.tuning.flow.answers import splits_of
+from eg3d_rlhf.tuning.flow.samples import SIDE
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
 from eg3d_rlhf.tuning.flow.toy.pipeline import COLOURS
 from eg3d_rlhf.tuning.flow.work import Work
@@ -70,6 +73,11 @@ def test_answers_are_tuned_on_told_of_and_exported(made, tmp_path):
     found = report["stages"]["structure"]
     train, choosing, telling = splits_of(made, made.names())
     assert found["held_out"]["conditions"] <= len(telling) and not {*train, *choosing, *telling} & set(made.names("test"))
+    strips = sorted((tune / "training" / "structure" / "samples").iterdir())
+    assert [strip.name for strip in strips] == ["000000.png", "000002.png", "000004.png"]
+    pictures = [np.asarray(Image.open(strip)) for strip in strips]
+    shown = min(4, len(choosing))
+    assert {picture.shape for picture in pictures} == {(SIDE, shown * SIDE, 3)} and all(0.02 < (p < 255).mean() < 0.98 for p in pictures)
     assert report["labels"]["ties"] == 0 and (tune / "control" / "structure").is_dir()
     assert found["learnt"] == (tune / "structure").is_dir() and not found["learnt"]  # answers by the files' hashes
     assert "the base stays" in said

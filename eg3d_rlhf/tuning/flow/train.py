@@ -4,6 +4,7 @@ train_pairs.py has preference pairs' (DPO, fine-tuning), online/ that of samples
     training_options.json    what the run was begun with
     stats.jsonl, timing.jsonl    a line per `log_every` updates and per evaluation; of stats.jsonl equal runs give equal bytes
     warnings.json            by name, each with the update that it was seen at
+    samples/000100.png       the same few assets at every evaluation (samples.py), where there is a way to draw them
     checkpoint-*.safetensors, kept-*.safetensors    while it runs: states to go on from, and the best parameters
     policy/, result.json     when it is finished
 
@@ -39,8 +40,8 @@ from training.distributed import SINGLE, Ranks
 from training.phases import LossNotFiniteError, cosine
 from training.storage import read_tensors, write_tensors
 
-WARNINGS, RESULT, POLICY = "warnings.json", "result.json", "policy"
-FREE = ("batch_gpu", "checkpoint_every", "log", "recompute")  # settings that a resumed run may change
+WARNINGS, RESULT, POLICY, SAMPLES = "warnings.json", "result.json", "policy", "samples"
+FREE = ("batch_gpu", "checkpoint_every", "log", "recompute", "samples")  # settings that a resumed run may change
 KEPT = "kept parameters"
 
 train_knob = functools.partial(knob, group="Training")
@@ -69,6 +70,8 @@ class StageTraining:
     patience: int = train_knob(5, "Evaluations in a row without a new best, after which training stops.", low=1, rare=True)
     max_drop: float = train_knob(0.2, "Below the best win rate, at which it stops at once.", above=0, rare=True)
     log: str = train_knob("", "Beside stats.jsonl: tensorboard,wandb,trackio.", metavar="NAMES")
+    samples: int = train_knob(4, "In a strip of pictures at every evaluation, in the run's folder samples/.", metavar="ASSETS", low=0,
+                              rare=True)
     log_every: int = train_knob(10, "Per line of stats.jsonl.", metavar="UPDATES", low=1, rare=True)
     checkpoint_every: int = train_knob(200, "Between resumable states.", metavar="UPDATES", low=1, rare=True)
     seed: int = 0  # >= 0: of everything that is drawn
@@ -293,6 +296,7 @@ def recomputing(model: Any, on: bool) -> None:
         model.recompute = on
 
 
+Draw = Callable[[torch.nn.Module, Path], Path]  # a picture of what a network makes, into a file
 Judge = Callable[[torch.nn.Module], float]  # a network's held-out win rate, in 0..1; every rank asks, the first one's counts
 
 
@@ -310,6 +314,7 @@ Start = Callable[[Run, torch.nn.Module, FrozenModel | None], Descent]  # of a ru
 def train(
     stage: FlowStage, config: StageTraining, known: dict, start: Start, out: Path, *, held_out: Judge | None = None, ranks: Ranks = SINGLE,
     resume: bool = False, say: Callable[[str], None] = print, shards: bool = False,
+    samples: Draw | None = None,
 ) -> StageResult:
     """Train a copy of a stage's network as the Descent does it that `start` makes of the run, the copy and its reference.
 
@@ -339,7 +344,7 @@ def train(
                 if config.optimizer != "adamw":
                     raise ValueError(f"--set optimizer={config.optimizer}: expected adamw for --tune=full over processes. Leave it out.")
                 shard(policy, ranks)
-            finished = _Training(start(run, policy, reference), config, held_out, run, say).train()
+            finished = _Training(start(run, policy, reference), config, held_out, run, say, samples if config.samples else None).train()
     return StageResult(**finished, weights=out / POLICY)
 
 
@@ -356,7 +361,10 @@ def read_result(folder: Path) -> dict | None:
 
 
 class _Training:
-    def __init__(self, updates: Descent, config: StageTraining, held_out: Judge | None, run: Run, say: Callable[[str], None]):
+    def __init__(
+        self, updates: Descent, config: StageTraining, held_out: Judge | None, run: Run, say: Callable[[str], None], samples: Draw | None
+    ):
+        self.samples = samples
         self.updates, self.policy, self.named = updates, updates.policy, trained(updates.policy)
         self.stage, self.config, self.held_out, self.run, self.ranks, self.say = updates.stage, config, held_out, run, run.ranks, say
         self.judged = held_out is not None or updates.evaluates
@@ -405,6 +413,9 @@ class _Training:
         with gathered(self.policy):
             rate = {} if self.held_out is None else {WIN_RATE: float(self.held_out(self.policy))}
             figures = self.ranks.broadcast(self.updates.evaluate() | rate)
+            if self.samples is not None and self.ranks.main:
+                path = self.samples(self.policy, self.run.folder / SAMPLES / f"{self.progress.step:06d}.png")
+                self.run.picture(SAMPLES, path, self.progress.step)
         value = figures[self.chosen_by]
         assert 0 <= value <= 1
         max_drop = self.config.max_drop if self.chosen_by == WIN_RATE else math.inf  # an accuracy on a few dozen pairs is noisier

@@ -33,6 +33,7 @@ from eg3d_rlhf.tuning.flow.train import (
     ANCHOR,
     NOTHING,
     Descent,
+    Draw,
     Judge,
     StageResult,
     StageTraining,
@@ -330,6 +331,7 @@ UNBOUNDED = (
 def train_stage(
     pipeline: Pipeline, stage_name: str, pairs: Sequence[PreferencePair], config: TrainConfig, out: Path, *, held_out: Judge | None = None,
     unseen: Sequence[PreferencePair] = (), ranks: Ranks = SINGLE, resume: bool = False, say: Callable[[str], None] = print,
+    samples: Draw | None = None,
 ) -> StageResult:
     """Train a copy of a stage's network on pairs; the stage's own is left as it is, and is the reference.
 
@@ -339,7 +341,7 @@ def train_stage(
         unseen: pairs of conditions that are not trained on: accuracy and margin on them are logged as often, and without `held_out` the
             parameters with the best accuracy are kept. Without either the last ones are.
         out: folder for everything written, see the module; resume: go on with the run in it, if there is one.
-        say: prints the status lines.
+        say: prints the status lines; samples: draws a picture at every evaluation.
     Raises: ValueError, before anything is written, for no pairs, pairs of another stage, ids that occur twice, latents that the stage
         cannot have, and a network whose data lie at the other end of time; for settings or folders that do not fit, and losses that are
         not finite;
@@ -364,7 +366,8 @@ def train_stage(
         return Updates(pipeline, stage, pairs, own, policy, trained(policy).values(), reference, run.ranks, accuracy)
 
     known = ranks.broadcast(origin(stage, pairs) | ({"unseen": pairs_checksum(unseen)} if unseen else {}) if ranks.main else None)
-    return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say, shards=True)
+    return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say, shards=True,
+                 samples=samples)  # fmt: skip
 
 
 def check_pairs(pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair]) -> None:

@@ -9,9 +9,12 @@
 The rule, its intervals and the control are those of accuracy.py. Everything is found again by a second call with the same settings.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import torch
 
 from eg3d_rlhf.core.cli import versions
 from eg3d_rlhf.experiments.store import Artefact, Store
@@ -40,6 +43,7 @@ from training.distributed import SINGLE, Ranks
 REPORT, CONTROL, TRAINING, LOOP = "report", "control", "training", "loop"
 FINAL_DRAWS = 8  # times and noises of a pair behind a verdict
 MOST_JUDGED = 200  # pairs that a judge's own accuracy is taken on: each takes two decoded assets
+Samples = Callable[[str, torch.nn.Module, Path], Path]  # (stage, network, file): a picture of what it makes, see samples.py
 NOTHING = "the labels teach nothing"
 
 
@@ -64,11 +68,12 @@ class Trained:
 
 def tune(
     problem: Problem, settings: Tuning, folder: Path, *, labels: Mapping | None = None, ranks: Ranks = SINGLE,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print, samples: Samples | None = None,
 ) -> dict:
     """Train, judge by held-out labels, and write the report; returns it.
 
-    Args: labels: facts of the labels that the report repeats, JSON; say: prints lines, on rank 0 alone.
+    Args: labels: facts of the labels that the report repeats, JSON; say: prints lines, on rank 0 alone; samples: draws a picture at every
+        evaluation.
     Raises: ValueError, before anything is trained, for too few labels to hold any out, and for a loop that cannot be.
     """
     stages = list(settings.stages) or [stage.name for stage in problem.pipeline.stages if pairs_of(problem, stage.name)]
@@ -79,7 +84,7 @@ def tune(
     judges = judge_accuracies(problem) if ranks.main and settings.loop else {}
     for name, found in judges.items():
         say_main(f"Judge {name!r} orders {found} of pairs that it was not fitted to{'' if found.interval[0] > 0.5 else DEAF}.")
-    trained = _arm(problem, settings, stages, folder, ranks, say_main)
+    trained = _arm(problem, settings, stages, folder, ranks, say_main, samples=samples)
     control: Mapping[str, Trained] = {}
     if settings.control:
         say_main("The control: the same, with half of each condition's answers turned over.")
@@ -129,7 +134,8 @@ def shuffled(problem: Problem, seed: int) -> Problem:
 
 
 def _arm(
-    problem: Problem, settings: Tuning, stages: Sequence[str], folder: Path, ranks: Ranks, say: Callable[[str], None], control: bool = False
+    problem: Problem, settings: Tuning, stages: Sequence[str], folder: Path, ranks: Ranks, say: Callable[[str], None],
+    control: bool = False, samples: Samples | None = None,
 ) -> dict[str, Trained]:
     """Train all stages once. `problem` is the control's for the control."""
     place, circular = Path(CONTROL) if control else Path(), replace(settings.circular, choosing=None)
@@ -146,6 +152,7 @@ def _arm(
         done = train_stage(
             problem.pipeline, stage, problem.human_pairs(stage), config, folder / TRAINING / place / stage,
             unseen=problem.pairs_to_choose(stage), ranks=ranks, resume=True, say=say,
+            samples=None if samples is None else functools.partial(samples, stage),
         )
         trained[stage] = Trained(weights=done.weights, kept_step=done.kept_step, warnings=done.warnings)
     return trained
