@@ -135,11 +135,25 @@ class GroupedCommand(click.Command):
         return text
 
 
+EXTRAS = {  # packages that are imported when they are needed, and the extra of pyproject.toml that brings each
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "sqlalchemy", "segno", "confusable_homoglyphs"), "label"), "psycopg": "postgres",
+    "captum": "attribution", "umap": "attribution", "manifold3d": "solid", "igl": "solid", "diffusers": "sd", "transformers": "sd",
+    "anny": "assets", "roma": "assets", "warp": "assets", "ninja": "ops",
+}  # fmt: skip
+
+
 @contextlib.contextmanager
 def user_errors(words: Callable[[str], str] = str):
-    """Translate ValueError and OSError into one line on stderr and exit code 2; assertions and bugs keep their traceback."""
+    """Translate ValueError, OSError and a missing extra into one line on stderr and exit code 2; bugs keep their traceback."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        extra = EXTRAS[package]
+        click.echo(f"Error: {package}: expected the extra {extra}, got none. Run pip install 'eg3d-rlhf[{extra}]'.", err=True)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         click.echo(f"Error: {words(str(error).strip())}", err=True)
         sys.exit(2)

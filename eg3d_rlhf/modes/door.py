@@ -11,6 +11,7 @@ import sys
 
 import click
 
+from eg3d_rlhf.core.cli import user_errors
 from eg3d_rlhf.modes import ModeCommand
 
 PROGRAM = "eg3d-rlhf"
@@ -92,6 +93,11 @@ class Door(click.Group):
         if job in JOBS:
             return command_of(job)
         return Door(job, help=f"Jobs of {PROGRAM} {job}.") if any(known.startswith(f"{job} ") for known in JOBS) else None
+
+    def invoke(self, ctx: click.Context):
+        """Find and run the job; an extra that it needs and that is missing is named."""
+        with user_errors():
+            return super().invoke(ctx)
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
         """The longest words that name a job: `label synthetic` is one, whatever follows another `label` goes to the labelling command."""

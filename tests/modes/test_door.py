@@ -60,3 +60,9 @@ def test_scripts_are_jobs(script, monkeypatch):
     module = importlib.import_module(f"tools.{script}")
     if hasattr(module, "main"):
         assert module.main in [command_of(job) for job in JOBS]
+
+
+def test_a_missing_extra_is_named_with_its_command():
+    code = "import sys; sys.modules['sqlalchemy'] = None; from eg3d_rlhf.modes.door import main; main(['label', '--help'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and "eg3d-rlhf[label]" in done.stderr and "Traceback" not in done.stderr
