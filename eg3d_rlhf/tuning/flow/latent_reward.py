@@ -1,9 +1,10 @@
 """A reward that reads the latents of one stage: nothing is decoded while a flow is tuned by it.
 
 What is said of a place (a grid's cell, a voxel, a token): its numbers; how they differ from the x_0 that the stage's own untuned network
-makes of them at TIMES, from one noise, under what was asked for, since what such a network would not have made stands out; where it lies
-and what lies around it. A small network reads each place with the condition, and the mean over places is scored. It is learnt from pairs
-of the same latents (Bradley-Terry) or from r of single assets (cross-entropy).
+makes of them at TIMES, from one noise, under what was asked for, since what such a network would not have made stands out (almost from
+noise alone: what the condition asks for); where it lies and what lies around it. Small networks read each place with the condition, and
+the mean over places is scored; theirs are added up. They are learnt from pairs of the same latents (Bradley-Terry) or from r of single
+assets (cross-entropy).
 
 A file is .safetensors with the weights, and as JSON the stage, the form of its latents, the network behind, and what it was taught.
 
@@ -29,8 +30,9 @@ from eg3d_rlhf.tuning.flow.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowStage, Pipeline, SparseVoxels, TokenSet, stage_of
 from training.storage import checksum, read_tensors, write_tensors
 
-TIMES = (0.2, 0.5)
+TIMES = (0.2, 0.5, 0.9)
 KIND = "latent-reward"
+MEMBERS = 3  # networks, each from its own start
 BATCH = 64  # latents at once
 
 
@@ -92,10 +94,22 @@ class PlaceNetwork(nn.Module):
         return self.head(torch.cat([means, told], 1)).squeeze(1)
 
 
-class LatentReward:
-    """A network and the stage that it is of. The stage's network is taken as it is now."""
+class PlaceNetworks(nn.Module):
+    """Several, whose scores are averaged."""
 
-    def __init__(self, pipeline: Pipeline, stage: FlowStage, network: PlaceNetwork, taught: Mapping):
+    def __init__(self, numbers: int, condition: int):
+        super().__init__()
+        self.members = nn.ModuleList(PlaceNetwork(numbers, condition) for _ in range(MEMBERS))
+
+    def forward(self, rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
+        """[N], as a member's. Differentiable in: rows, parameters."""
+        return torch.stack([member(rows, condition) for member in self.members]).mean(0)
+
+
+class LatentReward:
+    """Networks and the stage that it is of. The stage's network is taken as it is now."""
+
+    def __init__(self, pipeline: Pipeline, stage: FlowStage, network: PlaceNetworks, taught: Mapping):
         self.pipeline, self.stage, self.network, self.taught = pipeline, stage, network, dict(taught)
         self.form, self.base = LatentForm.of(stage), FrozenModel(shared_copy(stage.model))
         self.device = next(stage.model.parameters()).device
@@ -167,7 +181,7 @@ def _around(x: SparseBatch, side: int) -> torch.Tensor:
 class LatentTraining:
     """How it is taught."""
 
-    epochs: int = 4
+    epochs: int = 12
     batch: int = 32  # pairs, or twice as many single assets
     lr: float = 3e-3  # of AdamW, falling to 0 along a cosine
     weight_decay: float = 0.05
@@ -190,38 +204,37 @@ def teach(
     reward.taught = {"labels": len(labelled), "of": "pairs" if pairs else "single assets", "training": asdict(training)}
     rows, told = _read(reward, labelled)
     every = torch.cat([x for sides in rows[:256] for x in sides])
-    network = reward.network
-    network.mean, network.std = every.mean(0), every.std(0).clamp(min=0.05)
+    mean, std = every.mean(0), every.std(0).clamp(min=0.05)
     size = training.batch * (1 if pairs else 2)
-    step, steps = 0, training.epochs * -(-len(rows) // size)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=training.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    per = training.epochs * -(-len(rows) // size)
+    goals = None if pairs else torch.tensor([getattr(one, "r") for one in labelled], device=reward.device)  # noqa: B009 (a Single here)
     generator = torch.Generator().manual_seed(training.seed)
-    for _ in range(training.epochs):
-        for chosen in torch.randperm(len(rows), generator=generator).split(size):
-            numbers = chosen.tolist()
-            scores = [network([rows[i][side] for i in numbers], told[chosen]) for side in range(len(rows[0]))]
-            if pairs:
+    for number, network in enumerate(reward.network.members):
+        network.mean, network.std = mean, std
+        optimizer = torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=training.weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, per)
+        order = [chosen for _ in range(training.epochs) for chosen in torch.randperm(len(rows), generator=generator).split(size)]
+        for step, chosen in enumerate(order, 1):
+            scores = [network([rows[i][side] for i in chosen.tolist()], told[chosen]) for side in range(len(rows[0]))]
+            if goals is None:
                 loss = preference_loss(scores[0] - scores[1]).mean()
             else:
-                r = torch.tensor([getattr(labelled[i], "r") for i in numbers], device=reward.device)  # noqa: B009 (a Single here)
-                loss = F.binary_cross_entropy_with_logits(scores[0], r)
+                loss = F.binary_cross_entropy_with_logits(scores[0], goals[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            step += 1
             if on_step is not None:
-                on_step(step, steps, float(loss.detach()))
+                on_step(number * per + step, MEMBERS * per, float(loss.detach()))
     return reward
 
 
-def _new(pipeline: Pipeline, form: LatentForm, condition: str, seed: int) -> PlaceNetwork:
+def _new(pipeline: Pipeline, form: LatentForm, condition: str, seed: int) -> PlaceNetworks:
     size = pooled(pipeline.conditions([condition], form.stage)).shape[1]
     device = next(stage_of(pipeline, form.stage).model.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return PlaceNetwork(form.numbers, size).to(device)
+        return PlaceNetworks(form.numbers, size).to(device)
 
 
 def _read(reward: LatentReward, labelled: Sequence[Any]) -> tuple[list[list[torch.Tensor]], torch.Tensor]:

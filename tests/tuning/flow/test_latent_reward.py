@@ -57,8 +57,8 @@ def test_files_are_read_strictly(tmp_path):
     with pytest.raises(ValueError, match="expected a reward of stage 'structure', got one of 'voxels'"):
         load(path, pipeline, stages[0], "a")
     tensors, meta = read_tensors(path, "latent-reward")
-    write_tensors(tmp_path / "odd.safetensors", "latent-reward", {k: v for k, v in tensors.items() if k != "head.0.bias"}, meta)
-    with pytest.raises(ValueError, match="got others in head.0.bias"):
+    write_tensors(tmp_path / "odd.safetensors", "latent-reward", {k: v for k, v in tensors.items() if k != "members.0.head.0.bias"}, meta)
+    with pytest.raises(ValueError, match="got others in members.0.head.0.bias"):
         load(tmp_path / "odd.safetensors", pipeline, stages[1], "a")
     torch.nn.init.ones_(stages[1].model.to_out.weight)
     with pytest.raises(ValueError, match="expected a reward of base"):
