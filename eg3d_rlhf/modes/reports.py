@@ -28,7 +28,6 @@ from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.experiments.pages import write_page
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import load_reward
 from training.progress import tqdm
 from training.storage import write_atomic
@@ -222,12 +221,22 @@ def _shaded(field: Field, points: int = 128) -> np.ndarray:
     return shade(field.density_grid(grid), math.pi - 0.4, 260, field.level)[0, 0, 25:-5, 35:-35].numpy()
 
 
+def _method_lines(summary: dict) -> list[tuple[str, str]]:
+    """What the picture's last box says of a run: words and figure."""
+    lines = [("win rate by the judge,\nheld-out latents", f"{summary['win_rate']:.0%}")]
+    if summary.get("repaired") is not None:
+        lines = [("of the error of\nbroken heads gone", f"{summary['repaired']:.0%}"),
+                 ("by the best filter\nwithout labels", f"{summary['repaired_by_filter']:.0%}"),
+                 ("of whole heads\nmade worse", f"{summary['whole_made_worse']:.0%}")]
+    return lines
+
+
 @click.command("method", cls=GroupedCommand)
 @shared("run out", run={"type": click.Path(path_type=Path, exists=True, file_okay=False), "required": True, "help": "A finished run."},
         out={"metavar": "FILE", "type": PATH, "required": True, "help": "Picture to write (.png or .svg)."})
 @torch.no_grad()
 def method(run: Path, out: Path) -> None:
-    """Draw the method as one picture, from real data: labels, field, observation, reward, tuning, report.
+    """Draw the method as one picture of four boxes, from real data: labels, reward, tuning, report.
 
     Takes the bundled generator and reward and a finished run of `train.py --reward=sigma`.
 
@@ -245,40 +254,33 @@ def method(run: Path, out: Path) -> None:
     low, high = (before.field(ws[i : i + 1]) for i in (worst, best))
     tuned = after.field(ws_of_seeds(after, [METHOD_POOL[worst]], METHOD_PSI))
     with style.theme():
-        drawn, axes = style.figure(6, 1, (13, 4.4))
+        drawn, axes = style.figure(4, 1, (11, 4.6))
         titles = (
-            "1 Labels\nwhich shape is better?", "2 Field\ndensity, seen from the side", "3 Observation\nwhat the reward reads",
-            "4 Reward\nlearnt from the labels", "5 Tuning\none latent, before, after", "6 Report\ndid it get better?",
+            "1 Labels\npeople say which shape is better", "2 Reward\nlearns it from the density",
+            "3 Tuning\none more phase of the training", "4 Report\nwhat changed",
         )
         for ax, title in zip(axes, titles, strict=True):
             ax.set_title(title, loc="center", fontsize=10)
             ax.set_box_aspect(1.5)
-        for ax in axes[:-1]:
-            ax.text(1.08, 0.5, "→", transform=ax.transAxes, ha="center", va="center", size=16)
-        for ax in (axes[0], axes[1], axes[2], axes[4]):
             ax.set(xticks=[], yticks=[])
             ax.grid(False)
+        for ax in axes[:-1]:
+            ax.text(1.08, 0.5, "→", transform=ax.transAxes, ha="center", va="center", size=16)
         axes[0].imshow(np.vstack([_shaded(high), _shaded(low)]), cmap="gray", vmin=0, vmax=1, aspect="equal")
         axes[0].text(0.98, 0.52, "✓", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("control"))
         axes[0].text(0.98, 0.03, "✗", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("after"))
-        assert isinstance(reward.observation, SigmaSlab)  # the bundled reward's
-        side, slab = low.bounds.side / 2, reward.observation.spec
-        cube = low.density_grid(SlabSpec.of(low.bounds, 160))[0]  # [D, H, W]
-        axes[1].imshow(cube[:, :, 80].T.flip(0).clamp(-10, 60), extent=(-side, side, -side, side), cmap="magma")  # side view: z right, y up
-        _, y, z = slab.axes()
-        axes[1].plot([z[0], z[-1], z[-1], z[0], z[0]], [y[0], y[0], y[-1], y[-1], y[0]], color="white", lw=1)
-        observed = reward.observation.observe(low)[0, 0]
-        axes[2].imshow(observed[:, :, observed.shape[2] // 2].T.flip(0), cmap="magma")
-        axes[2].set_xlabel(f"slab {' x '.join(map(str, observed.shape))}")
-        axes[3].hist(scores, bins=12, color=style.colour("before"), alpha=0.4)
-        for index, role in ((worst, "after"), (best, "control")):
-            axes[3].axvline(float(scores[index]), color=style.colour(role), lw=2)
-        axes[3].set(xlabel=f"reward of {len(METHOD_POOL)} latents")
-        axes[4].imshow(np.vstack([_shaded(low), _shaded(tuned)]), cmap="gray", vmin=0, vmax=1)
+        for half, field, index in ((0, high, best), (1, low, worst)):
+            seen = reward.observation.observe(field)[0, 0]
+            part = axes[1].inset_axes((0, 0.5 - 0.5 * half, 1, 0.5))
+            part.imshow(seen[:, :, seen.shape[2] // 2].T.flip(0), cmap="magma", aspect="auto")
+            part.set(xticks=[], yticks=[])
+            part.text(0.97, 0.06, f"{float(scores[index]):+.1f}", transform=part.transAxes, ha="right", size=12, color="white")
+        axes[2].imshow(np.vstack([_shaded(low), _shaded(tuned)]), cmap="gray", vmin=0, vmax=1)
         for height, text, role in ((0.52, "before", "before"), (0.03, "after", "after")):
-            axes[4].text(0.98, height, text, transform=axes[4].transAxes, ha="right", color=style.colour(role))
-        axes[5].hist(summary["reward_deltas"], bins=16, color=style.colour("after"))
-        axes[5].axvline(0, color=style.colour("noise"), lw=1)
-        axes[5].set(xlabel=f"change of reward,\n{len(summary['reward_deltas'])} held-out latents")
+            axes[2].text(0.98, height, text, transform=axes[2].transAxes, ha="right", color=style.colour(role))
+        axes[3].axis("off")
+        for place, (words, value) in enumerate(_method_lines(summary)):
+            axes[3].text(0.5, 0.92 - 0.3 * place, value, transform=axes[3].transAxes, ha="center", va="top", size=17)
+            axes[3].text(0.5, 0.8 - 0.3 * place, words, transform=axes[3].transAxes, ha="center", va="top", size=8)
         style.save(drawn, out)
     click.echo(f"{out}")
