@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo          fine-tune the bundled generator with the bundled reward, print the before/after table (three to six minutes)"
+	@echo "make demo          fine-tune the bundled generator with the bundled reward, print the before/after table (six minutes with installation)"
 	@echo "make demo-control  the same run with lambda_r = 0, to compare with"
 	@echo "make seeds         the demo with three training seeds, side by side (about 15 minutes on 2 cores; goes on where it was stopped)"
 	@echo "make proof         do labels repair heads, and does anything cheaper? eight arms with three training seeds (PROOF_ARGS='--rewards=1 --draws=1': the short form; goes on where it was stopped)"
