@@ -121,6 +121,11 @@ class HeadRMSNorm(nn.Module):
         return self.gamma * self.scale
 
 
+def time_rates(count: int) -> torch.Tensor:
+    """Angles per unit of scaled time, MAX_PERIOD^(-i / count) [count] float32: in float32 as released weights were trained with."""
+    return torch.exp(-math.log(MAX_PERIOD) * torch.arange(count, dtype=torch.float32) / count)
+
+
 class TimeEmbedder(nn.Module):
     """Times in 0..1 [N] -> [N, C], float32."""
 
@@ -129,9 +134,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, channels), nn.SiLU(), nn.Linear(channels, channels))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        half = TIME_FREQUENCIES // 2
-        rates = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = (TIME_SCALE * t).float()[:, None] * rates  # [N, half]
+        angles = (TIME_SCALE * t).float()[:, None] * time_rates(TIME_FREQUENCIES // 2).to(t.device)  # [N, half]
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
 
 
