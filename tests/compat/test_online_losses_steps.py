@@ -13,7 +13,7 @@ from eg3d_rlhf.tuning.flow.online.losses.dppo import dppo_loss, dropped
 from eg3d_rlhf.tuning.flow.online.losses.guard import guard_loss, guarded_ratio
 from eg3d_rlhf.tuning.flow.online.steps import KINDS, Step, divergence, log_density
 from eg3d_rlhf.tuning.flow.stage import FlowPath
-from tests.compat.online_reference import FOLDER, Values, each, gradient, number, options
+from tests.compat.online_reference import FOLDER, Values, cases, each, gradient, number, options
 from tests.compat.reference import arrays
 
 PATH = FlowPath(sigma_min=0.0)
@@ -102,9 +102,10 @@ def test_objectives(case):
     known.done()
 
 
-def test_a_step_of_cps_without_noise_is_the_flows_own(case="sde_steps"):
+@pytest.mark.parametrize("name", sorted({case.split("/")[0] for case in cases("sde_steps")} - {""}))
+def test_a_step_of_cps_without_noise_is_the_flows_own(name):
     """On the recorded numbers: x - (t - u) v."""
-    given = Values("sde_steps", "s0")
+    given = Values("sde_steps", name)
     x, v = double(given, "x"), double(given, "v")
     for kind in ("cps", "exact"):
         step = KINDS[kind](PATH, 0.8, 0.6, 0.0)

@@ -1,6 +1,6 @@
 """Measures of meshes against the reference shapes: every closed form, every reference value, trimesh, libigl and manifold3d.
 
-Sets and shapes are found in the folder. A set states lengths in its own units or in longest edges; the area of its reference says which.
+Sets and shapes are found in the folder. A set states lengths in its own units or in longest edges; its area says which.
 """
 
 import functools
@@ -46,9 +46,10 @@ def case(path, name: str) -> tuple[dict, dict, dict, float]:
     """Closed forms, reference values, our measures, and the set's unit in longest edges."""
     record, mesh = json.loads(path.read_text())[name], mesh_of(path, name)
     measures, reference = measure_mesh(mesh), record.get("reference", {})
-    area = reference.get("area", measures["area"])
+    closed = record.get("closed_form", {})
+    area = reference.get("area", closed.get("area", measures["area"]))
     unit = mesh.edge if abs(measures["area"] * mesh.edge**2 - area) < abs(measures["area"] - area) else 1.0
-    return record.get("closed_form", {}), reference, measures, unit
+    return closed, reference, measures, unit
 
 
 def value(measures: dict, key: str, unit: float):
