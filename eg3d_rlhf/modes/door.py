@@ -25,6 +25,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "study": ("eg3d_rlhf.people.study.commands:main", "compare two generators blind, with several people"),
     "reward train": ("eg3d_rlhf.modes.reward_training:train", "on labels: pairs or single shapes; slabs, depth or points"),
     "reward mesh": ("eg3d_rlhf.modes.mesh_reward:main", "of meshes, on unpaired labels: RewardCS, reconstructed"),
+    "reward latent": ("eg3d_rlhf.modes.latent_reward:latent", "of a flow stage's latents, so that nothing is decoded"),
     "reward join": ("eg3d_rlhf.modes.reward_files:join", "several into one file"),
     "reward import": ("eg3d_rlhf.modes.reward_files:release", "the paper's released reward"),
     "reward best-of-n": ("eg3d_rlhf.evaluation.best_of_n:main", "how far it can be trusted, before any tuning"),

@@ -49,6 +49,8 @@ class Problem:
     parts: Callable[[Sequence, Sequence[str]], Mapping[str, torch.Tensor]] | None = None  # sub-scores [N] of (assets, conditions), likewise
     unseen_pairs: Callable[[str, Sequence[str]], list[PreferencePair]] | None = None  # (stage, conditions): people's pairs of conditions
     # that are not trained on
+    teach: Callable[[Sequence[PreferencePair], int], AssetReward] | None = None  # (pairs of the last stage, training seed): a reward of
+    # finished assets
     fitted_to: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by name of a judge, conditions whose pairs it learnt from
     measures: Callable[[Sequence, Sequence[str]], Mapping[str, torch.Tensor]] | None = None  # finer ones, of the table of online tuning
 
@@ -197,6 +199,7 @@ def folder_problem(
         pipeline=pipeline, human_pairs=human_pairs, reward=fitted("reward", halves[0]),
         chooser=fitted("chooser", halves[1]) if judged and halves[1] else None, final=fitted("final judge", held) if judged else None,
         train_conditions=trained, held_out_conditions=held, choosing_conditions=choosing, unseen_pairs=human_pairs,
+        teach=None if judge is None else lambda pairs, seed: judge(pipeline, lambda: pairs, "reward"),
         fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
         identity={
             **identity, "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()}, "seed": seed,

@@ -21,9 +21,18 @@ from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_fe
 from eg3d_rlhf.models.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.problem import Problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
-from eg3d_rlhf.tuning.flow.toy.judges import ChooserOracle, FinalOracle, LearnedReward, human_pairs, human_singles
+from eg3d_rlhf.tuning.flow.toy.judges import (
+    ChooserOracle,
+    FinalOracle,
+    LearnedReward,
+    RewardTraining,
+    fit,
+    human_pairs,
+    human_singles,
+)
 from eg3d_rlhf.tuning.flow.toy.pipeline import (
     CHOOSING,
     COLOURS,
@@ -296,6 +305,7 @@ def toy_problem(
         unseen_pairs=lambda stage, names: human_pairs(
             stage, names, min(UNSEEN_PER_CONDITION, pairs_per_condition), seed, DEFECTS[labelled]
         ),
+        teach=teach,
         fitted_to={"reward": TRAINED},
         reward=load_network("reward"),
         chooser=ChooserOracle(),
@@ -310,6 +320,15 @@ def toy_problem(
             **{name: file_hash(path_of(name)) for name in NETWORKS},
         },
     )
+
+
+def teach(pairs: Sequence[PreferencePair], seed: int) -> LearnedReward:
+    """A reward of finished assets, from people's pairs of the last stage."""
+    decoder = ToyPipeline(nn.Identity(), nn.Identity())
+    better, worse = (
+        [asset for pair in pairs for asset in decoder.decode(SparseBatch.join([getattr(pair, side)]))] for side in ("preferred", "rejected")
+    )
+    return fit(better, worse, [pair.condition for pair in pairs], RewardTraining(seed=seed), torch.Generator().manual_seed(seed))
 
 
 def embed_texts(root: Path, texts: Sequence[str], device: torch.device) -> Conditions:

@@ -279,19 +279,28 @@ def train_reward(training: RewardTraining, on_step: Callable[[int, int, float], 
     generator = torch.Generator().manual_seed(training.seed)
     names = [[toy.TRAINED[i % len(toy.TRAINED)] for i in range(n)] for n in (training.pairs, training.held_out)]
     judged = [judge_drafts(conditions, generator) for conditions in names]
+    network = fit(*judged[0].assets, judged[0].conditions, training, generator, on_step)
+    return network, accuracy(network, judged[1])
+
+
+def fit(
+    better: Sequence[toy.ToyAsset], worse: Sequence[toy.ToyAsset], conditions: Sequence[str], training: RewardTraining,
+    generator: torch.Generator, on_step: Callable[[int, int, float], None] | None = None,
+) -> LearnedReward:
+    """By preference_loss to pairs of assets. Args: generator: of the order of the pairs; on_step: called with (step, steps, loss)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         network = LearnedReward()
     optimizer = torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=0.05)
-    better, worse = (volumes_of(assets) for assets in judged[0].assets)
-    features = _features(torch.cat([better, worse]))
+    preferred, rejected = volumes_of(better), volumes_of(worse)
+    features = _features(torch.cat([preferred, rejected]))
     network.mean, network.std = features.mean(0), features.std(0).clamp(min=1e-3)
-    shapes, colours = toy.classes(judged[0].conditions)
-    step, steps = 0, training.epochs * (-(-training.pairs // training.batch))
+    shapes, colours = toy.classes(conditions)
+    step, steps = 0, training.epochs * (-(-len(conditions) // training.batch))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(training.epochs):
-        for rows in torch.randperm(training.pairs, generator=generator).split(training.batch):
-            scores = network.score(torch.cat([better[rows], worse[rows]]), shapes[rows].repeat(2), colours[rows].repeat(2))
+        for rows in torch.randperm(len(conditions), generator=generator).split(training.batch):
+            scores = network.score(torch.cat([preferred[rows], rejected[rows]]), shapes[rows].repeat(2), colours[rows].repeat(2))
             loss = preference_loss(scores[: len(rows)] - scores[len(rows) :]).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -300,7 +309,7 @@ def train_reward(training: RewardTraining, on_step: Callable[[int, int, float], 
             step += 1
             if on_step is not None:
                 on_step(step, steps, float(loss.detach()))
-    return network.eval(), accuracy(network.eval(), judged[1])
+    return network.eval()
 
 
 def accuracy(network: LearnedReward, judged: Judged) -> dict[str, float]:

@@ -1,0 +1,58 @@
+"""The job that teaches a reward to read a stage's latents, and holds it against one of finished assets."""
+
+from pathlib import Path
+
+import click
+
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, together
+from eg3d_rlhf.evaluation.flags import shared
+from eg3d_rlhf.experiments.mode import Flags
+from eg3d_rlhf.experiments.table import markdown_rows
+from eg3d_rlhf.modes.circular_dpo import source_of
+from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.latent_accuracy import DECODED, LATENT, Beside, compared
+from eg3d_rlhf.tuning.flow.latent_reward import save
+from eg3d_rlhf.tuning.flow.problem import ProblemSource
+from eg3d_rlhf.tuning.flow.stage import stage_of
+from training.progress import tqdm
+
+
+@click.command("latent", cls=GroupedCommand)
+@together(options_of(ProblemSource))
+@option("--stage", group="What is trained", metavar="NAME", default=None, show_default="the last", help="Whose latents are read.")
+@option("--seed", group="Run", metavar="INT", type=click.IntRange(min=0), default=0, help="First training seed, whose reward is written.")
+@option("--seeds", group="Run", metavar="INT", type=click.IntRange(min=1), default=3, help="Trainings, from --seed on.")
+@option("--out", group="Run", metavar="FILE", required=True, type=click.Path(path_type=Path, dir_okay=False),
+        help="Reward to write, .safetensors.")
+@shared("device")
+def latent(stage: str | None, seed: int, seeds: int, out: Path, device: str, **source) -> None:
+    """Teach a reward to read the latents of a flow's stage, for --mode=online --reward=FILE, which then decodes nothing.
+
+    It learns from people's pairs. Beside it stands a reward of finished assets that learnt from the same pairs: the accuracy of both on
+    pairs of conditions that neither saw, with several training seeds, and how many samples a second each scores.
+
+    \b
+    Example:
+        eg3d-rlhf reward latent --pipeline=toy --out=runs/latent.safetensors
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out: expected a name ending in .safetensors, got {out.name}. Rename it.")
+    problem = open_problem(source_of(ProblemSource, Flags({**source, "seed": 0})), choose_device(device))
+    name = stage_of(problem.pipeline, stage or problem.pipeline.stages[-1].name).name
+    reward, beside = compared(problem, name, range(seed, seed + seeds), tqdm.write)
+    reward.taught |= {"told": beside.shown()}
+    click.echo("\n".join(markdown(beside)))
+    click.echo(f"\n{save(out, reward)}: stage {name}, training seed {seed}. {beside.pairs} pairs of {beside.conditions} held-out "
+               f"conditions; {seeds} trainings; brackets: 95 % over pairs, clustered by condition.")
+
+
+def markdown(beside: Beside) -> list[str]:
+    rows = []
+    for kind, found in ((LATENT, beside.latent), (DECODED, beside.decoded)):
+        if found is not None:
+            accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*found.accuracy)
+            rows.append([kind, accuracy, ", ".join(f"{share:.3f}" for share in found.by_seed), f"{found.samples_per_second:,.0f}"])
+    if beside.decoded is not None and beside.difference is not None:
+        ratio = beside.latent.samples_per_second / beside.decoded.samples_per_second
+        rows.append(["latent beside decoded", "{:+.3f} [{:+.3f}, {:+.3f}]".format(*beside.difference), "", f"x{ratio:.2f}"])
+    return markdown_rows(["reward", "accuracy", "seeds", "samples a second"], rows)

@@ -1,0 +1,34 @@
+"""eg3d-rlhf reward latent: the table, the file, and that the online mode takes it for its own stage alone."""
+
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf.modes import latent_reward
+from eg3d_rlhf.modes.door import main
+from eg3d_rlhf.tuning.flow.latent_reward import LatentReward
+from eg3d_rlhf.tuning.flow.online.arms import reward_of
+from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
+from training.storage import read_tensors
+
+
+def test_a_reward_is_written_beside_the_decoded_one(tmp_path, monkeypatch):
+    problem = toy_problem(pairs_per_condition=1)
+    problem = replace(problem, held_out_conditions=problem.held_out_conditions[:8])
+    monkeypatch.setattr(latent_reward, "open_problem", lambda source, device: problem)
+    path = tmp_path / "latent.safetensors"
+    result = CliRunner().invoke(main, ["reward", "latent", f"--out={path}", "--seeds=2"])
+    assert result.exit_code == 0, result.output
+    assert "| latent |" in result.stdout and "| decoded |" in result.stdout and "8 pairs of 8 held-out conditions" in result.stdout
+    told = read_tensors(path, "latent-reward")[1]["taught"]["told"]
+    assert told["latent"]["samples_per_second"] > 0 and len(told["decoded"]["by_seed"]) == 2
+    structure, voxels = problem.pipeline.stages
+    assert isinstance(reward_of(str(path), problem, voxels), LatentReward)
+    with pytest.raises(ValueError, match="expected a reward of stage 'structure'"):
+        reward_of(str(path), problem, structure)
+
+
+def test_a_name_that_is_no_reward():
+    result = CliRunner().invoke(main, ["reward", "latent", "--out=x.pt"])
+    assert result.exit_code == 2 and "--out" in result.stderr
