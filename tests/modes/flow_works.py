@@ -80,11 +80,16 @@ def serving(browser, *flags, job: str, cwd: Path) -> Iterator[Page]:
             process.wait(30)
 
 
-def answer_all(page: Page, database: str, better: Callable[[Shape, Shape], bool | None], most: int = 500) -> int:
-    """Answer pair by pair until there are no more, as a person who prefers the left one where `better(left, right)`, None: a tie."""
+def answer_all(
+    page: Page, database: str, better: Callable[[Shape, Shape], bool | None], most: int = 500, enough: int | None = None
+) -> int:
+    """Answer pair by pair until there are no more, as a person who prefers the left one where `better(left, right)`, None: a tie.
+
+    Args: enough: stop after so many keys.
+    """
     for done in range(most):
         page.wait(READY, timeout=PATIENCE)
-        if page.state("state") == "finished":
+        if page.state("state") == "finished" or done == enough:
             page.sent()
             return done
         if page.state("state") == "explained":
