@@ -243,6 +243,7 @@ def test_mistakes_end_in_one_line(flags, names, tmp_path):
     assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(f"Error: {names}: "), result.stderr
 
 
+@pytest.mark.long
 def test_example_of_the_help_runs(tmp_path):
     printed = run_example(reward_files.release, tmp_path)
     assert load_reward(tmp_path / "runs/example/imported.safetensors").observation.spec == SlabSpec(resolution=32)
