@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -62,7 +63,21 @@ def test_scripts_are_jobs(script, monkeypatch):
         assert module.main in [command_of(job) for job in JOBS]
 
 
-def test_a_missing_extra_is_named_with_its_command():
-    code = "import sys; sys.modules['sqlalchemy'] = None; from eg3d_rlhf.modes.door import main; main(['label', '--help'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 2 and "eg3d-rlhf[label]" in done.stderr and "Traceback" not in done.stderr
+WITHOUT = """
+import sys
+sys.modules["segno"] = sys.modules["confusable_homoglyphs"] = None  # as where they are not installed
+import runpy
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__") if sys.argv[0].endswith(".py") else runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("words", [["eg3d_rlhf", "label"], ["tools/label.py"], ["tools/study.py"]], ids=" ".join)
+def test_a_missing_extra_is_named_with_its_command(words):
+    path = f"{REPO / 'tools'}:{REPO}"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *words], cwd=REPO, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and re.fullmatch(
+        r"Error: \w+: expected the extra label, got none\. Run pip install 'eg3d-rlhf\[label\]'\.", done.stderr.splitlines()[-1]
+    ), done.stderr
