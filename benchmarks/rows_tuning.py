@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from benchmarks.random_flows import RandomConditions, Size, build_stage
 from benchmarks.rows import Case, Outcome, Row, Target
 from eg3d_rlhf.generators.assets.grids import Voxels
 from eg3d_rlhf.generators.assets.views import DISTANCE, FourViews, evenly_around, nearness
@@ -21,8 +22,8 @@ from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry
 from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
+from eg3d_rlhf.tuning.flow.estimate import pairs_of
 from eg3d_rlhf.tuning.flow.families.folder import return_freed_memory
-from eg3d_rlhf.tuning.flow.families.trellis.random_flows import RandomConditions, Size, build_stage, make_pairs
 from eg3d_rlhf.tuning.flow.reference import AdapterOff
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, Updates
 from training.distributed import SINGLE
@@ -140,7 +141,7 @@ def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
     with torch.no_grad():
         for parameter in adapters:  # as in the midst of a training
             parameter += 0.01 * torch.randn_like(parameter)
-    config, pairs = TrainConfig(batch=1), make_pairs(size, stage)
+    config, pairs = TrainConfig(batch=1), pairs_of(stage, 1, size.voxels)
     work = Updates(RandomConditions(), stage, pairs, config, stage.model, adapters, AdapterOff(stage.model), SINGLE)  # type: ignore[arg-type]
     draw = work._draw(pairs, 0)
 

@@ -39,7 +39,6 @@ JOBS: dict[str, tuple[str, str]] = {
     "flow study": ("eg3d_rlhf.modes.flow_study:study", "tuned against what it was and its control, blind"),
     "flow files": ("eg3d_rlhf.modes.flow_files:main", "of any flow generator: ranked assets to pairs, export"),
     "flow check": ("eg3d_rlhf.modes.flow_check:check", "whether a folder fits, and what it is good for"),
-    "flow step": ("eg3d_rlhf.modes.flow_step:step", "what one update of TRELLIS's flows costs"),
     "report evaluate": ("eg3d_rlhf.modes.reports:evaluate", "what tuning changed, and whether it got better"),
     "report attribute": ("eg3d_rlhf.modes.reports:attribute", "which regions the reward's change came from"),
     "report embed": ("eg3d_rlhf.modes.reports:embed", "where the reward sees tuned samples"),

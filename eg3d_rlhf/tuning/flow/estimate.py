@@ -5,6 +5,7 @@ number of multiplications and additions at the speed that the device shows on a 
 """
 
 import functools
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,6 @@ from eg3d_rlhf.models.sparse import Latent, NamedSample, SparseSample
 from eg3d_rlhf.models.trellis.blocks import DenseLayout, ModulatedBlock
 from eg3d_rlhf.tuning.flow.fake import Pretended
 from eg3d_rlhf.tuning.flow.families.released import Sized
-from eg3d_rlhf.tuning.flow.families.trellis.random_flows import shell
 from eg3d_rlhf.tuning.flow.fit import GIB, SHARE, Cost, cost_of_update, pretended
 from eg3d_rlhf.tuning.flow.generate import guides, sample, times
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
@@ -63,6 +63,15 @@ class Told:
 def voxels_of(cells: int) -> int:
     """How many voxels of a grid a surface fills about: 8,192 of 64 cells along an axis."""
     return min(2 * cells**2, cells**3)
+
+
+def shell(voxels: int, grid: int, generator: torch.Generator) -> torch.Tensor:
+    """The [voxels, 3] int32 cells of a grid that are nearest to the surface of an ellipsoid drawn in it, one voxel thick if it fits."""
+    radius = min((voxels / (4 * math.pi)) ** 0.5, 0.45 * grid)  # of a sphere with about one voxel per unit of area
+    radii = radius * (0.85 + 0.3 * torch.rand(3, generator=generator))
+    cells = torch.cartesian_prod(*[torch.arange(grid)] * 3)
+    distance = (((cells + 0.5 - grid / 2) / radii).norm(dim=1) - 1).abs()
+    return cells[distance.argsort()[:voxels].sort().values].int()
 
 
 def latents_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Latent]:

@@ -134,6 +134,12 @@ def test_published_generators_have_their_published_sizes(name):
     assert [sum(t.numel() for t in s.stage.model.state_dict().values()) for s in RELEASED[name]()] == numbers[name]
 
 
+def test_shells_are_thin_and_of_the_size_asked_for():
+    coords = estimate.shell(8000, 64, torch.Generator().manual_seed(0))
+    assert coords.shape == (8000, 3) and len(coords.unique(dim=0)) == 8000 and coords.dtype == torch.int32
+    assert ((coords >= 0) & (coords < 64)).all() and coords.float().sub(31.5).norm(dim=1).min() > 15
+
+
 def test_the_fastest_update_that_fits_is_chosen():
     def costs(n: int, again: bool) -> Cost:
         return Cost(bytes=10 + n * (2 if again else 10), flops=n)

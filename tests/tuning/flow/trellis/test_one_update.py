@@ -6,17 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import random_flows
 from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
 from eg3d_rlhf.models.trellis import flows
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.families.trellis import random_flows
+from eg3d_rlhf.tuning.flow.estimate import pairs_of
 from eg3d_rlhf.tuning.flow.reference import AdapterOff, FrozenModel
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, Updates
 from torch_utils.ops import linear, transformer
 from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE
 
-SIZE = random_flows.Size(stage="latent", pairs=2, voxels=90, blocks=3, width=128, grid=12)
+SIZE = random_flows.Size(stage="latent", voxels=90, blocks=3, width=128, grid=12)
 LORA = LoraConfig(rank=4, targets=("to_qkv", "to_q", "to_kv", "to_out", "mlp.2"))
 
 
@@ -43,7 +44,7 @@ def updates(stage_name, lora, dpo):
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     config = TrainConfig(lora=lora, steps=1, batch=2, warmup=0, dpo=dpo)
     needed = reference if config.needs_reference else None
-    pairs, conditions = random_flows.make_pairs(size, stage), random_flows.RandomConditions()
+    pairs, conditions = pairs_of(stage, 2, size.voxels), random_flows.RandomConditions()
     return Updates(conditions, stage, pairs, config, stage.model, parameters, needed, SINGLE), parameters
 
 
