@@ -9,6 +9,7 @@ Letters: N shapes; X, Y, Z voxels.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,25 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from eg3d_rlhf.core.cli import GroupedCommand, naming, option
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
 from eg3d_rlhf.core.seeds import LATENTS
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval, paired_summary, wilson_interval
 from eg3d_rlhf.evaluation import filters
+from eg3d_rlhf.evaluation.flags import shared
+from eg3d_rlhf.experiments.run import OPTIONS, recorded
 from eg3d_rlhf.experiments.table import markdown_rows
 from eg3d_rlhf.generators import Generator, load_generator, ws_of_seeds
 from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.rewards.solid import occupancy
-from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.families import family_of, open_problem
 from eg3d_rlhf.tuning.flow.generate import crossed, generate
 from eg3d_rlhf.tuning.flow.online.arms import OnlineSource
 from eg3d_rlhf.tuning.flow.online.solid import grid_of, rules_for
 from eg3d_rlhf.tuning.flow.problem import Problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
+from training.config import from_dict
 from training.progress import tqdm
 from training.storage import write_atomic
 
@@ -46,6 +50,8 @@ Grids = Sequence[np.ndarray]  # N of bool [X, Y, Z]
 
 def ball(solid: np.ndarray) -> np.ndarray:
     """A ball of the same volume about the same centre."""
+    if not solid.any():
+        return solid
     centre = np.argwhere(solid).mean(axis=0)
     distance = sum((axis - middle) ** 2 for axis, middle in zip(np.indices(solid.shape), centre, strict=True))
     return distance < (3 * solid.sum() / (4 * np.pi)) ** (2 / 3)
@@ -143,20 +149,40 @@ def of_conditions(problem: Problem, weights: Path | None, stage: str, conditions
     return [grid_of(problem.pipeline, asset) for asset in generate(problem.pipeline, conditions, seeds, models)]
 
 
+def source_of(pipeline: str, conditions: Path | None, runs: Sequence[Path]) -> OnlineSource:
+    """What a generator is opened from: a folder's is what its runs were begun with, so that what they held out is held out here.
+
+    Args: conditions: in the place of the runs' own. Raises: ValueError for runs that held out different conditions, or may have.
+    """
+    sources: list[OnlineSource] = []
+    if not family_of(Path(pipeline)).bundled:
+        for run in runs:
+            values = recorded(run).get("run", {}).get("source")
+            source = OnlineSource() if values is None else from_dict(OnlineSource, values, str(run / OPTIONS))
+            sources += [source] if source not in sources else []
+    if len(sources) > 1:
+        raise ValueError("runs: expected one division into trained and held-out conditions, got several (by --seed). Name fewer.")
+    source = replace(sources[0] if sources else OnlineSource(), pipeline=pipeline)
+    return source if conditions is None else replace(source, conditions=str(conditions))
+
+
 @click.command("solid", cls=GroupedCommand)
 @click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path, exists=True))
 @option("--before", metavar="FILE|RUN", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
         help="Generator before tuning.")
 @option("--pipeline", metavar="toy|DIR", default=None, show_default="none: generators of fields",
         help="Flow generator whose tuned runs are named.")
+@option("--conditions", metavar="FILE|DIR", default=None, type=click.Path(path_type=Path, exists=True),
+        show_default="those of the runs", help="With --pipeline=DIR: embeddings of its conditions.")
 @option("--stage", metavar="NAME", default=None, show_default="the first", help="With --pipeline: the stage that was tuned.")
 @option("--n", metavar="SHAPES", type=click.IntRange(min=CHOOSE), default=64, help="How many, rounded down to groups of four.")
 @option("--psi", metavar="FLOAT", type=click.FloatRange(0, 2, min_open=True), default=1.0, help="Truncation of latents.")
 @option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Other held-out latents, or noises, per seed.")
 @option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=None, help="JSON to write.")
+@shared("device")
 def command(
-    networks: tuple[Path, ...], before: Path | None, pipeline: str | None, stage: str | None, n: int, psi: float, seed: int,
-    out: Path | None,
+    networks: tuple[Path, ...], before: Path | None, pipeline: str | None, conditions: Path | None, stage: str | None, n: int, psi: float,
+    seed: int, out: Path | None, device: str,
 ) -> None:
     """Are shapes sound bodies? Terms of `solid` before and after tuning, beside filters, hulls and balls, which only look so.
 
@@ -165,37 +191,41 @@ def command(
         eg3d-rlhf report solid runs/00000-* --n=16
         eg3d-rlhf report solid --pipeline=toy --n=16
     """
-    if stage is not None and pipeline is None:
-        raise ValueError(f"--stage={stage}: expected --pipeline with it, got none. Add it, or leave this out.")
+    for flag, value in (("--stage", stage), ("--conditions", conditions)):
+        if value is not None and pipeline is None:
+            raise ValueError(f"{flag}={value}: expected --pipeline with it, got none. Add it, or leave this out.")
     folders = [path.parent if path.name.startswith("network-snapshot-") else path for path in map(Path.resolve, networks)]
     names = [path.stem if path.is_file() else path.name for path in folders]
     if len(set(names)) < len(names):
         raise ValueError(f"networks: expected different names, got {', '.join(names)}. Rename a folder.")
-    groups = n // CHOOSE
+    groups, where = n // CHOOSE, choose_device(device)
     with tqdm(total=2 * len(networks) + 1 + len(CONTROLS), desc="shapes", unit="arm", leave=False, dynamic_ncols=True) as bar:
         if pipeline is None:
             seeds = LATENTS.take(groups * CHOOSE, seed)
             with naming("--before"):
-                untuned = of_latents(load_generator(before).generator, seeds, psi)
+                untuned = of_latents(load_generator(before, where).generator, seeds, psi)
             bar.update()
             arms, rules = {}, solids.HEADS
             for name, path in zip(names, networks, strict=True):
-                arms[name] = of_latents(load_generator(path).generator, seeds, psi)
+                arms[name] = of_latents(load_generator(path, where).generator, seeds, psi)
                 bar.update()
             what = f"latents {seeds[0]} to {seeds[-1]}, psi {psi:g}"
         else:
-            problem = open_problem(OnlineSource(pipeline=pipeline))
+            problem = open_problem(source_of(pipeline, conditions, folders), where)
             stage = stage_of(problem.pipeline, stage or problem.pipeline.stages[0].name).name
             kept = list(problem.held_out_conditions)[:groups]
-            groups = len(kept)
-            conditions, noises = crossed(kept, CHOOSE, seed)
-            untuned = of_conditions(problem, None, stage, conditions, noises)
+            if not kept:
+                raise ValueError("--conditions: expected two or more, one of which is held out, got one. Embed more.")
+            each = CHOOSE * (groups // len(kept))
+            groups = len(kept) * each // CHOOSE
+            names_of, noises = crossed(kept, each, seed)
+            untuned = of_conditions(problem, None, stage, names_of, noises)
             bar.update()
             arms, rules = {}, rules_for(untuned[0])
             for name, path in zip(names, networks, strict=True):
-                arms[name] = of_conditions(problem, path, stage, conditions, noises)
+                arms[name] = of_conditions(problem, path, stage, names_of, noises)
                 bar.update()
-            what = f"{groups} held-out conditions x {CHOOSE} noises, seed {seed}; stage {stage}"
+            what = f"{len(kept)} held-out conditions x {each} noises, seed {seed}; stage {stage}"
         lines = table(arms, untuned, groups, rules, bar.update)
     click.echo("\n".join(markdown(lines, rules)))
     click.echo(f"\n{what}. Brackets: 95 %, bootstrap over shapes; of shares Wilson's. Grids of {max(untuned[0].shape)}^3.")

@@ -1,6 +1,7 @@
 """The table of `report solid`: controls look sound and are not rewarded; the best of n; both kinds of generator; what is refused."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from click.testing import CliRunner
 from eg3d_rlhf.evaluation import solids as report
 from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.geometry.solids import HEADS
+from eg3d_rlhf.tuning.flow.online.arms import OnlineSource
+from tests.tuning.flow.tiny_points import write_folder
 
 N = 32
 PLACES = np.stack(np.meshgrid(*[(np.arange(N) + 0.5) / N - 0.5] * 3, indexing="ij"))
@@ -58,6 +61,27 @@ def test_the_command(flags, tmp_path):
 
 def test_what_is_not_there_is_refused(tmp_path):
     toy = "--pipeline=toy"
-    for flags in ([str(tmp_path / "none")], [toy, "--stage=roof"], ["--n=2"], ["--stage=structure"], [toy, str(tmp_path)]):
+    alone = [["--stage=structure"], [f"--conditions={tmp_path}"]]
+    for flags in ([str(tmp_path / "none")], [toy, "--stage=roof"], ["--n=2"], *alone, [toy, str(tmp_path)]):
         result = CliRunner().invoke(report.command, flags)
         assert result.exit_code == 2 and "Traceback" not in result.output, flags
+
+
+def test_a_folder_is_opened_as_its_runs_were(tmp_path):
+    root = write_folder(tmp_path / "ROOT")
+    runs = [tmp_path / name for name in "abc"]
+    for run, seed in zip(runs, (3, 3, 4), strict=True):
+        run.mkdir()
+        source = OnlineSource(pipeline="elsewhere", conditions="c.safetensors", seed=seed)
+        (run / "training_options.json").write_text(json.dumps({"run": {"source": asdict(source)}}))
+    same = report.source_of(str(root), None, runs[:2])
+    assert (same.pipeline, same.conditions, same.seed) == (str(root), "c.safetensors", 3)
+    assert report.source_of(str(root), tmp_path / "d", runs[:1]).conditions == str(tmp_path / "d")
+    assert report.source_of("toy", None, runs).seed == OnlineSource.seed
+    for others in (runs, [runs[0], tmp_path]):
+        with pytest.raises(ValueError, match="one division into trained and held-out conditions"):
+            report.source_of(str(root), None, others)
+
+
+def test_nothing_stays_nothing():
+    assert not any(change(np.zeros((8, 8, 8), dtype=bool)).any() for change in report.CONTROLS.values())
