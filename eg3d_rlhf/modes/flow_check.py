@@ -18,7 +18,7 @@ from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, family_of
 
 WIDTH, LISTED, FIRST = 118, 12, 8  # columns; files and names that are listed
 _LICENCE = ("licen", "notice")  # how names of such files begin
-DONE = {"embed": "conditions of pictures", "embed_texts": "conditions of texts", "show": "draw", "export": "export"}
+DONE = {"embed": "conditions of pictures", "embed_texts": "conditions of texts", "show": "draw", "release": "export"}
 
 
 @click.command(cls=GroupedCommand)

@@ -1,4 +1,4 @@
-"""`eg3d-rlhf flow tune` and `flow export`: stages learn from people's answers, if these teach anything, and out goes the generator."""
+"""`eg3d-rlhf flow tune`: stages learn from people's answers, if these teach anything."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,11 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, rarely, together
 from eg3d_rlhf.experiments.mode import Flags, running
 from eg3d_rlhf.experiments.run import Run, recorded
-from eg3d_rlhf.models.policies import ADAPTER, CONFIG, link
 from eg3d_rlhf.modes.circular_dpo import check_tuning, default_settings, loop_flags, settings, tuning_flags
 from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, work_argument
-from eg3d_rlhf.modes.flow_study import tuning_of
-from eg3d_rlhf.tuning.flow.answers import imported_of, problem_of
+from eg3d_rlhf.tuning.flow.answers import imported_of, problem_of, write_pairs
 from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages
-from eg3d_rlhf.tuning.flow.problem import Problem
+from eg3d_rlhf.tuning.flow.problem import EncodingSource, Problem
 from eg3d_rlhf.tuning.flow.samples import Strip
 from eg3d_rlhf.tuning.flow.train import FREE
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
@@ -25,15 +23,16 @@ from eg3d_rlhf.tuning.flow.work import CHOOSE, Work
 from training.distributed import Ranks
 
 PATH = click.Path(path_type=Path)
-LOOP_SAYS = "The loop instead, which on the toy is level with this, plain DPO of all stages (docs/understand/circular-dpo.md)."
+LOOP_SAYS = "The loop, on the toy level with this, plain DPO (docs/understand/circular-dpo.md)."
 LOOP_ONLY = ("rounds", "loop_beta", "loop_loser_weight", "loop_sft_weight", "loop_lr", "loop_steps", "loop_pairs", "roles")
 RARE = ("lora_rank", "batch_gpu", "loss", "beta", "rounds")  # of the flags of a training
 what_flags = together(
     option("--loop", group="What is tuned", is_flag=True, help=LOOP_SAYS),
     option("--stage", "stages", group="What is tuned", metavar="NAME", multiple=True, show_default="all",
            help="This stage; may be given again."),
-    option("--labels", group="What is tuned", metavar="FILE", type=PATH, default=None, show_default=False,
-           help="Thumbs, scores, ranks or pairs in place of the answers."),
+    option("--labels", group="What is tuned", metavar="FILE|DIR", type=PATH, default=None, show_default=False,
+           help="Of WORK's assets, or a folder of others, ranked."),
+    option("--pairs-only", group="What is tuned", is_flag=True, help="Make WORK/pairs, for train.py, and stop."),
     option("--no-control", group="What is tuned", is_flag=True, help="Skip the same training on shuffled labels: half the time."),
     option("--seed", group="What is tuned", metavar="INT", type=click.IntRange(0), default=None, show_default="WORK's",
            help="Of everything that is drawn."),
@@ -45,12 +44,14 @@ what_flags = together(
 
 @click.command("tune", cls=GroupedCommand)
 @work_argument
-@together(what_flags, device_flag, rarely(RARE, together(tuning_flags, options_of(TrainConfig, everywhere="its own"), loop_flags)))
+@together(
+    what_flags, device_flag, options_of(EncodingSource),
+    rarely(RARE, together(tuning_flags, options_of(TrainConfig, everywhere="its own"), loop_flags)),
+)
 @click.pass_context
 def tune_command(context: click.Context, folder: Path, device: str, **given) -> None:
-    """Tune the generator's stages on people's answers, and say of each whether the labels taught it anything; else nothing is kept.
-
-    The same command goes on with a training that was stopped.
+    """Tune the generator's stages on people's answers, and say of each whether the labels taught it anything; else nothing is kept. The
+    same command goes on with a training that was stopped.
 
     \b
     Example:
@@ -69,7 +70,7 @@ def tune_command(context: click.Context, folder: Path, device: str, **given) -> 
         click.echo(json.dumps(asdict(asked), indent=2, sort_keys=True))
         return
     with running(device, flags["timeout"], AGAIN) as ranks:
-        run(work, asked, flags["labels"], device, ranks)
+        run(work, asked, flags, device, ranks)
 
 
 def asked_of(flags: Flags, work: Work) -> Tuning:
@@ -82,14 +83,19 @@ def asked_of(flags: Flags, work: Work) -> Tuning:
     return Tuning(circular=circular, stages=tuple(flags["stages"]), loop=flags["loop"], control=not flags["no_control"])
 
 
-def run(work: Work, asked: Tuning, labels: Path | None, device: str, ranks: Ranks) -> None:
+def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: Ranks) -> None:
     """One training, or what is left of it."""
     family, where = work.check_pipeline(), choose_device(device) if ranks.world == 1 else ranks.device
-    imported = imported_of(work, family, labels)
-    problem = problem_of(work, family, imported, where, write=ranks.main)
+    encoding = flags.of(EncodingSource)
+    imported = imported_of(work, family, flags["labels"], where, encoding)
     if ranks.main:
+        write_pairs(work, family, imported)
         for line in told(imported.report, {stage: len(pairs) for stage, pairs in imported.pairs.items()}):
             click.echo(line)
+    if flags["pairs_only"]:
+        return
+    ranks.barrier()  # all read what the first wrote
+    problem = problem_of(work, family, imported, where, encoding)
     record = json.loads(json.dumps({"mode": "flow tune", "tuning": asdict(asked), "problem": dict(problem.identity)}))
     folder = Path(ranks.broadcast(str(folder_of(work, record)) if ranks.main else None))
     begun = ranks.broadcast(bool(recorded(folder)) if ranks.main else None)
@@ -128,35 +134,3 @@ def told(report: Mapping, pairs: Mapping[str, int]) -> Sequence[str]:
     """What was said, and what it makes."""
     facts = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in report.items())
     return [facts, "pairs with a majority: " + ", ".join(f"{count} of stage {stage}" for stage, count in pairs.items())]
-
-
-@click.command("export", cls=GroupedCommand)
-@work_argument
-@option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path, file_okay=False), help="New folder to write.")
-@option("--adapter", is_flag=True, help="PEFT's folder of every tuned stage, in place of whole networks.")
-@option("--tune", "name", metavar="NAME", default=None, show_default="the latest", help="Training, such as tune-00.")
-def export_command(folder: Path, out: Path, adapter: bool, name: str | None) -> None:
-    """The tuned generator in its released layout, which the original's own program loads.
-
-    \b
-    Examples:
-        eg3d-rlhf flow export WORK --out=TUNED
-        eg3d-rlhf flow export WORK --out=ADAPTERS --adapter
-    """
-    work = Work.open(folder)
-    tuned, family = work.tuned(tuning_of(work, name)), work.check_pipeline()
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out: expected a new folder, got {out} with files in it. Name another.")
-    if adapter:
-        whole = [stage for stage, path in tuned.items() if not (path / ADAPTER).is_file()]
-        if whole:
-            raise ValueError(f"--adapter: expected stages tuned by adapters, got every parameter of {', '.join(whole)}. Leave it out.")
-        for stage, path in tuned.items():
-            for file in (ADAPTER, CONFIG):
-                link(path / file, out / stage / file)
-            click.echo(f"{out / stage}: PeftModel.from_pretrained(network of stage {stage}, {str(out / stage)!r})")
-        return
-    if family.export is None:
-        raise ValueError(f"export: expected a family that exports networks, got {family.name}. See --adapter.")
-    click.echo(json.dumps(family.export(Path(work.pipeline), out, tuned), indent=1))
-    click.echo(f"{out}: {family.loaded_by.format(out=out) or 'as any folder of ' + family.name}")

@@ -194,7 +194,7 @@ class Known:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Said:
+class Said:
     """A line."""
 
     number: int
@@ -210,15 +210,15 @@ ALONE = ("thumb", "label", "score", "p", "rank")
 EXAMPLE = '{"asset": NAME, "condition": NAME, "thumb": true}'
 
 
-def read_goodness(path: Path, known: Known) -> dict[str, float]:
-    """r by asset of those that a file of labels speaks of; see the module for its lines.
+def read_said(path: Path, known: Known) -> list[Said]:
+    """The lines of a file of labels, of one kind; see the module for them.
 
     Raises: FileNotFoundError; ValueError naming the file, the line and a remedy: for lines that do not fit, assets that are not known or
-        are said to be of another condition, several kinds in one file, and labels that tell no assets of a condition apart.
+        are said to be of another condition, several kinds in one file, and none.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--labels: expected a .jsonl file of labels, got nothing at {path}. Check the path.")
-    lines: list[_Said] = []
+    lines: list[Said] = []
     for number, record in jsonl_records(path, EXAMPLE):
         try:
             lines.append(_parse(number, record, known, path.parent))
@@ -228,13 +228,20 @@ def read_goodness(path: Path, known: Known) -> dict[str, float]:
             raise ValueError(f"{path.name}, line {number}: {error}") from None
     if not lines:
         raise ValueError(f"{path.name}, line 1: expected at least one label, got an empty file. Label some assets first.")
+    return lines
+
+
+def read_goodness(path: Path, known: Known) -> dict[str, float]:
+    """r by asset of those that a file of labels speaks of. Raises: see `read_said`; also for labels that tell no assets of a condition
+    apart."""
+    lines = read_said(path, known)
     goodness = _of_lines(lines, known.conditions, path.name)
     if all(abs(r - 0.5) < 1e-9 for r in goodness.values()):
         raise ValueError(f"{path.name}, lines {lines[0].number} to {lines[-1].number}: {_nothing(lines, known.conditions)}")
     return goodness
 
 
-def _parse(number: int, record: Mapping, known: Known, folder: Path) -> _Said:
+def _parse(number: int, record: Mapping, known: Known, folder: Path) -> Said:
     """A line. Raises: ValueError without file and line."""
 
     def asset(*keys: str) -> str:
@@ -252,7 +259,7 @@ def _parse(number: int, record: Mapping, known: Known, folder: Path) -> _Said:
         better, worse, tie = asset("preferred"), asset("rejected"), record.get("tie", False)
         if better == worse or known.conditions[better] != known.conditions[worse] or not isinstance(tie, bool):
             raise ValueError(f"expected two assets of one condition, and tie true or false, got {record!r:.120}. Correct the line.")
-        return _Said(number=number, kind="pair", asset=better, other=worse, tie=tie)
+        return Said(number=number, kind="pair", asset=better, other=worse, tie=tie)
     given = [key for key in ALONE if record.get(key) is not None]
     if len(given) != 1:
         raise ValueError(f"expected one of {', '.join(ALONE)}, got {' and '.join(given) or 'none'}. Write {EXAMPLE}.")
@@ -263,16 +270,16 @@ def _parse(number: int, record: Mapping, known: Known, folder: Path) -> _Said:
     if kind == "p" and not 0 <= value <= 1:
         raise ValueError(f"expected p from 0 to 1, got {value!r}. Marks on another scale are a score.")
     rater = str(record.get("rater") or record.get("annotator") or "")
-    return _Said(number=number, kind=kind, asset=asset("asset", "mesh", "look_at"), value=float(value), rater=rater)
+    return Said(number=number, kind=kind, asset=asset("asset", "mesh", "look_at"), value=float(value), rater=rater)
 
 
-def _of_lines(lines: Sequence[_Said], conditions: Mapping[str, str], file: str) -> dict[str, float]:
+def _of_lines(lines: Sequence[Said], conditions: Mapping[str, str], file: str) -> dict[str, float]:
     kind = lines[0].kind
     values = by_rater((line.rater, line.value) for line in lines) if kind == "score" else [line.value for line in lines]
-    groups: dict[str, list[tuple[_Said, float]]] = defaultdict(list)
+    groups: dict[str, list[tuple[Said, float]]] = defaultdict(list)
     for line, value in zip(lines, values, strict=True):
         groups[conditions[line.asset]].append((line, value))
-    makers: dict[str, Callable[[list[tuple[_Said, float]]], dict[str, float]]] = {
+    makers: dict[str, Callable[[list[tuple[Said, float]]], dict[str, float]]] = {
         "thumb": lambda group: of_votes([(line.asset, bool(value)) for line, value in group]),
         "score": lambda group: of_scores([(line.asset, value) for line, value in group]),
         "p": lambda group: of_probabilities([(line.asset, value) for line, value in group]),
@@ -282,7 +289,7 @@ def _of_lines(lines: Sequence[_Said], conditions: Mapping[str, str], file: str) 
     return {name: r for group in groups.values() for name, r in makers[kind](group).items()}
 
 
-def _once(group: Sequence[tuple[_Said, float]], file: str) -> dict[str, float]:
+def _once(group: Sequence[tuple[Said, float]], file: str) -> dict[str, float]:
     ranks: dict[str, float] = {}
     for line, value in group:
         if line.asset in ranks:
@@ -291,7 +298,7 @@ def _once(group: Sequence[tuple[_Said, float]], file: str) -> dict[str, float]:
     return ranks
 
 
-def _nothing(lines: Sequence[_Said], conditions: Mapping[str, str]) -> str:
+def _nothing(lines: Sequence[Said], conditions: Mapping[str, str]) -> str:
     """Why labels say nothing, and what to do."""
     kind, judged = lines[0].kind, {name for line in lines for name in (line.asset, line.other) if name}
     if len(judged) == len({conditions[name] for name in judged}):

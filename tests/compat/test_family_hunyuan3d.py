@@ -21,6 +21,7 @@ from eg3d_rlhf.models.vit import Dino, hub_names
 from eg3d_rlhf.models.weights import below, content, empty, shapes
 from eg3d_rlhf.modes.flow_check import check
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions
+from eg3d_rlhf.tuning.flow.export import export
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
 from eg3d_rlhf.tuning.flow.generate import generate, times, trajectory
 from eg3d_rlhf.tuning.flow.work import Work
@@ -323,7 +324,7 @@ def test_adapters_are_pefts(case, model, adapter, tmp_path):
 def test_an_exported_folder_is_the_originals_with_merged_weights(case, opened, adapter, tmp_path, whole):
     """Two files in the released subfolder, so that the original's loader finds them by the path alone."""
     files, sections = opened
-    report = family.export(case.folder if whole else files.root, tmp_path / "TUNED", {"shape": adapter})
+    report = export(case.folder if whole else files.root, tmp_path / "TUNED", {"shape": adapter})
     folder = tmp_path / "TUNED" / case.fact("root")
     assert {path.name for path in folder.iterdir()} == {family.CONFIG, case.fact("checkpoint")}
     assert (tmp_path / "TUNED" / "Notice").is_file() and 0 <= report["tuned"]["shape"]["rounding"] < 1
@@ -363,8 +364,8 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
 
     few = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --device=cpu".split()
     called = run_section("Hunyuan3D-2.1", root, Path(), few, look)
-    assert called == ["new", "draw", "ranking", "train", "export"]
-    read = read_conditions(Path("PAIRS"))
+    assert called == ["new", "draw", "pairs", "train", "export"]
+    read = read_conditions(Path("WORK"))
     tuned = family.load(Path("TUNED"), read)
     assert generate(tuned, [read.names[0]], [0])[0].latent.isfinite().all()
 
@@ -375,7 +376,7 @@ def test_a_checkpoint_in_float16_as_released(case, opened, adapter, tmp_path):
     (tmp_path / "ROOT" / family.FOLDER / family.CONFIG).write_bytes((files.root / family.CONFIG).read_bytes())
     nested = {section: {name: tensor.half() for name, tensor in state.items()} for section, state in sections.items()}
     torch.save(nested, tmp_path / "ROOT" / family.FOLDER / family.CHECKPOINTS[0])
-    family.export(tmp_path / "ROOT", tmp_path / "TUNED", {"shape": adapter})
+    export(tmp_path / "ROOT", tmp_path / "TUNED", {"shape": adapter})
     made = family.read_files(tmp_path / "TUNED")
     assert made.checkpoint == tmp_path / "TUNED" / family.FOLDER / "model.fp16.ckpt"
     x, t, cond = case.of("x", "t", "cond")

@@ -23,6 +23,7 @@ from eg3d_rlhf.models.weights import content, empty, shapes
 from eg3d_rlhf.modes.flow_check import check
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.export import export
 from eg3d_rlhf.tuning.flow.families.sam3d import files, pose
 from eg3d_rlhf.tuning.flow.families.sam3d import pipeline as family
 from eg3d_rlhf.tuning.flow.generate import generate, guides, times, trajectory
@@ -468,7 +469,7 @@ def test_a_step_of_dpo(case, stages, flows, adapter):
 
 
 def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, file, adapter, tmp_path):
-    report = family.export(case.folder, tmp_path / "TUNED", {"structure": adapter})
+    report = export(case.folder, tmp_path / "TUNED", {"structure": adapter})
     made = tmp_path / "TUNED" / Path(root).relative_to(case.folder)
     assert {path.name for path in made.iterdir()} == {path.name for path in Path(root).iterdir()}
     assert 0 <= report["tuned"]["structure"]["rounding"] < 1
@@ -506,8 +507,8 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
             assert all(set(row["pose"]) == {"rotation", "translation", "scale"} for row in drawn)
 
     called = run_section("SAM 3D Objects", root, Path(), FEW, look)
-    assert called == ["new", "draw", "ranking", "train", "train", "export"]
-    read = read_conditions(Path("PAIRS"))
+    assert called == ["new", "draw", "pairs", "train", "train", "export"]
+    read = read_conditions(Path("WORK"))
     base, tuned = (family.load(place, read) for place in (root, Path("TUNED")))
     for one, other in zip(base.stages, tuned.stages, strict=True):
         both = zip(one.model.parameters(), other.model.parameters(), strict=True)

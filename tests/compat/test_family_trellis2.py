@@ -21,9 +21,10 @@ from eg3d_rlhf.models.sparse import SparseBatch, SparseSample, feats_of
 from eg3d_rlhf.models.trellis2 import VoxelEncoder, assets_of
 from eg3d_rlhf.models.vit import read_dino3
 from eg3d_rlhf.models.weights import empty, shapes
-from eg3d_rlhf.modes import flow_check, flow_files
+from eg3d_rlhf.modes import flow_check, flow_export
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.export import export
 from eg3d_rlhf.tuning.flow.families.trellis.files import build_model, find_model
 from eg3d_rlhf.tuning.flow.families.trellis2 import files
 from eg3d_rlhf.tuning.flow.families.trellis2 import pipeline as family
@@ -489,18 +490,18 @@ def test_preferences(case, stage, adapter):
 
 def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, pipeline, tmp_path):
     tuned = {name: case.file(f"adapters/{name}") for name in case.fact("stages")}
-    report = family.export(root, tmp_path / "TUNED", tuned)
+    report = export(root, tmp_path / "TUNED", tuned)
     assert set(report["tuned"]) == set(tuned) and all(0 <= done["rounding"] < 0.1 for done in report["tuned"].values())
     names = {path.name for path in (root / "ckpts").iterdir()}
     structure = {path.name for path in case.folder.glob("*/ckpts/ss_dec*")}
     assert {path.name for path in (tmp_path / "TUNED" / "ckpts").iterdir()} == names | structure
-    changed_files = {f"{done['file']}" for done in report["tuned"].values()}
+    changed_files = {Path(done["file"]).name for done in report["tuned"].values()}
     for path in (tmp_path / "TUNED" / "ckpts").glob("*.safetensors"):
         (before,) = case.folder.glob(f"*/ckpts/{path.name}")
         old, new = load_file(before), load_file(path)
         assert {n: (x.shape, x.dtype) for n, x in old.items()} == {n: (x.shape, x.dtype) for n, x in new.items()}
         changed = {n.rpartition(".")[0] for n in old if not torch.equal(old[n], new[n])}
-        stage = next((name for name, done in report["tuned"].items() if done["file"] == path.name), None)
+        stage = next((name for name, done in report["tuned"].items() if Path(done["file"]).name == path.name), None)
         assert changed == (set(read_weights(tuned[stage]).adapters) if path.name in changed_files else set())
     for name in ("pipeline.json", files.TEXTURING):
         old, new = (json.loads((folder / name).read_text()) for folder in (root, tmp_path / "TUNED"))
@@ -557,16 +558,16 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
     for i, name in enumerate("abc"):
         Image.fromarray(np.roll(case["pre0/rgba"].numpy(), i, 1)).save(f"PICTURES/{name}.png")
     few = "--steps=1 --batch=2 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --device=cpu".split()
-    assert run_section("TRELLIS.2", root, Path(), few) == ["new", "draw", "ranking", "train", "export"]
+    assert run_section("TRELLIS.2", root, Path(), few) == ["new", "draw", "pairs", "train", "export"]
     tuned = []
     for stage in case.fact("stages"):
-        whole = ("--mode=circular-dpo", f"--pipeline={root}", "--pairs=PAIRS", f"--stage={stage}", f"--outdir={stage}", *few)
+        whole = ("--mode=circular-dpo", f"--pipeline={root}", "--pairs=WORK/pairs", f"--stage={stage}", f"--outdir={stage}", *few)
         called(train.main, *whole)
         (run,) = Path(stage).glob("00000-*")
-        tuned.append(f"--weights={stage}={run}")
-    called(flow_files.main, "export", f"--pipeline={root}", "--out=ALL", *tuned)
+        tuned.append(run)
+    called(flow_export.export_command, "--out=ALL", *tuned)
     for folder in ("TUNED", "ALL"):
-        read = read_conditions(Path("PAIRS"))
+        read = read_conditions(Path("WORK"))
         pipeline = family.load(Path(folder), read)
         assert generate(pipeline, [read.names[0]], [0])[0].materials.isfinite().all()
     called(flow_check.check, "ALL")

@@ -11,7 +11,7 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, PlannedPair, Shape
 from eg3d_rlhf.people.label.store import open_store
-from eg3d_rlhf.tuning.flow.answers import splits_of
+from eg3d_rlhf.tuning.flow.answers import imported_of, splits_of
 from eg3d_rlhf.tuning.flow.samples import SIDE
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
 from eg3d_rlhf.tuning.flow.toy.pipeline import COLOURS
@@ -114,3 +114,17 @@ def test_too_few_answers_and_other_labels(made, tmp_path):
     assert shown["circular"]["human"]["steps"] == 4 and shown["control"] and shown["circular"]["choosing"] is None
     said = flow("tune", made.folder, *FEW, f"--labels={ranks}", "--stage=voxels", "--no-control")
     assert "labels: ranks.jsonl" in said
+
+
+def test_a_file_of_pairs_counts_as_answers_do(made, tmp_path):
+    """The majority of two assets' judgements; ties and others make no pair."""
+    by_condition: dict[str, list[str]] = {}
+    for line in made.lines():
+        by_condition.setdefault(line["condition"], []).append(str(made.drawn() / line["look_at"]))
+    (a, b), (c, d), *_ = (files for files in by_condition.values() if len(files) == 2)
+    judged = [(a, b), (a, b), (b, a), (c, d), (d, c)]
+    path = tmp_path / "judged.jsonl"
+    path.write_text("".join(json.dumps({"preferred": x, "rejected": y}) + "\n" for x, y in judged))
+    imported = imported_of(made, made.check_pipeline(), path)
+    assert [pair.provenance for pair in imported.pairs["voxels"]] == [{"votes": [2, 1]}]
+    assert imported.report["judgements"] == 5

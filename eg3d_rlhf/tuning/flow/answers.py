@@ -1,69 +1,101 @@
 """People's answers in WORK as pairs of every stage's latents, and the problem that they make.
 
-    WORK/pairs/STAGE        pairs of a stage; made anew from the answers whenever they are read
+    WORK/pairs/STAGE                        pairs of a stage; made anew from the answers whenever they are read
+    WORK/pairs/conditions.safetensors       embeddings of their conditions, where these are not WORK's
 
 Of the conditions to choose on, a third chooses networks while they train; the rest tells whether anything was learnt. Test conditions take
 no part.
 """
 
 import hashlib
-from collections.abc import Sequence
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from eg3d_rlhf.preferences.goodness import read_goodness
-from eg3d_rlhf.tuning.flow.conditions import CONDITIONS
+from eg3d_rlhf.preferences.goodness import read_goodness, read_said
+from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, NULL, read_conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, open_folder, open_problem
 from eg3d_rlhf.tuning.flow.offline.singles import known_of
-from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource, chosen_precision, divided
-from eg3d_rlhf.tuning.flow.ranking import RANKING, Imported, pair_up, read_candidates, write_import
+from eg3d_rlhf.tuning.flow.problem import EncodingSource, Problem, ProblemSource, chosen_precision, divided
+from eg3d_rlhf.tuning.flow.ranking import RANKING, Imported, pair_up, read_candidates, read_ranking, write_import
 from eg3d_rlhf.tuning.flow.work import CHOOSE, TRAIN, Work
+from training.progress import tqdm
 
 PAIRS = "pairs"
+Encoding = Mapping[str, Any]  # given fields of EncodingSource
+NOTHING: Encoding = MappingProxyType({})
 DSO = "trellis"  # the family whose first stage DSO's samples are of
 CHOOSING = 1 / 3  # of the conditions to choose on
 
 
-def imported_of(work: Work, family: FlowFamily, labels: Path | None = None) -> Imported:
-    """Pairs of WORK's assets, of every stage, by people's answers; or by a file of labels of these assets; or a folder of DSO's samples.
+def imported_of(
+    work: Work, family: FlowFamily, labels: Path | None = None, device: str | torch.device = "cpu", encoding: Encoding = NOTHING
+) -> Imported:
+    """Pairs of WORK's assets, of every stage, by people's answers, or by a file of labels of these assets; or pairs of a folder.
 
-    Args: labels: thumbs, scores, ranks or pairs (preferences/goodness.py), in place of people's answers.
+    Args: labels: thumbs, scores, ranks or pairs (preferences/goodness.py), in place of people's answers; a folder of ranked assets, with
+        ranking.jsonl and embeddings of other conditions beside it; or of DSO's samples. device: where assets are encoded.
     Raises: FileNotFoundError or ValueError for no answers or assets yet, or labels of other assets.
     """
-    root = Path(work.pipeline)
     if labels is not None and labels.is_dir():
-        return _dso(family, root, labels)
+        return _of_folder(family, labels, _reader(work, family, device, encoding))
     said = None if labels is not None else work.labels()
     work.lines()  # raises where nothing is drawn
-    pipeline = _reader(family, root)
-    candidates = read_candidates(work.drawn() / RANKING, pipeline, False, candidate=family.candidate)
+    candidates = read_candidates(work.drawn() / RANKING, _reader(work, family, device, encoding), False, candidate=family.candidate)
     if labels is None:
         assert said is not None
-        same, asked = said.repeats
+        answers, (same, asked) = said, said.repeats
         facts = {"answers": len(said.answers), "pairs": said.pairs, "ties": said.ties, "repeats_answered_alike": f"{same} of {asked}"}
-        return Imported(pairs=pair_up(candidates, said), report=facts)
-    goodness = read_goodness(labels, known_of(candidates))
+        return Imported(pairs=pair_up(candidates, lambda a, b: answers.votes(a.file, b.file)), report=facts)
+    known = known_of(candidates)
+    lines = read_said(labels, known)
+    if lines[0].kind == "pair":
+        wins = Counter((line.asset, line.other) for line in lines if not line.tie)
+        voted = pair_up(candidates, lambda a, b: (wins[a.name, b.name], wins[b.name, a.name]))
+        return Imported(pairs=voted, report={"labels": labels.name, "judgements": len(lines)})
+    goodness = read_goodness(labels, known)
     judged = [replace(c, rank=-goodness[c.name]) for c in candidates if c.name in goodness]
     return Imported(pairs=pair_up(judged), report={"labels": labels.name, "assets": len(judged)})
 
 
-def _reader(family: FlowFamily, root: Path) -> Any:
+def _reader(work: Work, family: FlowFamily, device: str | torch.device = "cpu", encoding: Encoding = NOTHING) -> Any:
     """A pipeline that knows the forms of latents, without weights of the flows where the family can do so."""
+    extra = [name for name in encoding if name not in family.options]
+    if extra:
+        raise ValueError(f"--set {extra[0]}=VALUE: belongs to generators that encode assets so, not to {family.name}. Leave it out.")
     if family.encoder is None:
-        return family.load(root, None, dtype=torch.float32, device="cpu")
-    encoding = {"share": ProblemSource.voxel_share, "views": ProblemSource.views} if "views" in family.options else {}
-    return family.encoder(root, device="cpu", **encoding)
+        return family.load(Path(work.pipeline), None, dtype=torch.float32, device="cpu")
+    source = EncodingSource(**encoding)
+    more = {"share": source.voxel_share, "views": source.views} if "views" in family.options else {}
+    return family.encoder(Path(work.pipeline), device=device, **more)
 
 
-def _dso(family: FlowFamily, root: Path, samples: Path) -> Imported:
-    if family.name != DSO:
-        raise ValueError(f"--labels: expected a file of labels, got the folder {samples}. DSO's samples are of TRELLIS's first stage.")
-    from eg3d_rlhf.tuning.flow.families.trellis.pair_import import read_dso  # the family's own
+def _of_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
+    """Pairs of ranked assets or of DSO's samples. Raises: FileNotFoundError, ValueError."""
+    if not (folder / RANKING).is_file():
+        if family.name != DSO:
+            raise ValueError(f"--labels: expected a file of labels or a folder with {RANKING}, got {folder}. Name one.")
+        from eg3d_rlhf.tuning.flow.families.trellis.pair_import import read_dso  # the family's own
 
-    return read_dso(samples, _reader(family, root))
+        return read_dso(folder, pipeline)
+    with tqdm(desc="assets", unit="asset", disable=None) as bar:
+        imported = read_ranking(folder / RANKING, pipeline, bar.update, family.candidate)
+    if not (folder / CONDITIONS).is_file():
+        return imported  # of WORK's conditions
+    read = read_conditions(folder / CONDITIONS, zero_null=family.zero_null)
+    named = _conditions_in(imported)
+    read.of(named)  # raises for those that are missing
+    return replace(imported, conditions=replace(read, tokens={name: read.tokens[name] for name in (*named, NULL) if name in read.tokens}))
+
+
+def _conditions_in(imported: Imported) -> list[str]:
+    return sorted({pair.condition for pairs in imported.pairs.values() for pair in pairs})
 
 
 def splits_of(work: Work, conditions: Sequence[str]) -> tuple[tuple[str, ...], ...]:
@@ -83,22 +115,23 @@ def splits_of(work: Work, conditions: Sequence[str]) -> tuple[tuple[str, ...], .
     return train, tuple(held[:count]), tuple(held[count:])
 
 
-def problem_of(work: Work, family: FlowFamily, imported: Imported, device: torch.device, write: bool = True) -> Problem:
-    """What stages are tuned on. Args: write: False on ranks whose first writes the pairs.
+def write_pairs(work: Work, family: FlowFamily, imported: Imported) -> None:
+    """The pairs into WORK, in place of those that were there."""
+    shutil.rmtree(work.folder / PAIRS, ignore_errors=True)
+    report, pipeline = dict(imported.report), _reader(work, family)
+    meta = family.pair_meta or (lambda pipeline, stage, report: {"family": family.name})
+    write_import(work.folder / PAIRS, imported, lambda stage: meta(pipeline, stage, report))
 
-    Raises: see `open_problem`.
-    """
+
+def problem_of(
+    work: Work, family: FlowFamily, imported: Imported, device: torch.device, encoding: Encoding = NOTHING
+) -> Problem:
+    """What stages are tuned on: the pairs in WORK, which are those of `imported`. Raises: see `open_problem`."""
     place = work.folder / PAIRS
-    if write:
-        report = dict(imported.report)
-        meta = family.pair_meta or (lambda pipeline, stage, report: {"family": family.name})
-        pipeline = _reader(family, Path(work.pipeline))
-        write_import(place, imported, lambda stage: meta(pipeline, stage, report))
-    named = sorted({pair.condition for pairs in imported.pairs.values() for pair in pairs})
     beside = work.conditions_file if imported.conditions is None else place / CONDITIONS
     source = ProblemSource(
         pipeline=work.pipeline, pairs=str(place), conditions=str(beside), seed=work.seed, precision=work.precision,
-        splits=splits_of(work, named),
+        splits=splits_of(work, _conditions_in(imported)), **encoding,
     )  # fmt: skip
     if not family.bundled:
         return open_problem(source, device)

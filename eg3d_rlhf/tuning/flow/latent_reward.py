@@ -276,7 +276,7 @@ def load(path: Path, pipeline: Pipeline, stage: FlowStage, condition: str) -> La
     try:
         got = LatentForm(**meta["form"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected a latent reward's description, got {error} wrong. Train it again.") from None
+        raise ValueError(f"{path}: expected a latent reward's description, got one that lacks or adds: {error}. Train it again.") from None
     expected = LatentForm.of(stage)
     for name, value in asdict(expected).items():
         if getattr(got, name) != value:

@@ -164,7 +164,8 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
     try:
         pairs = [PreferencePair(**{**row, **{name: latents[row[name]] for name in LATENTS}}) for row in rows]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: expected a pair's columns and latents, got {error} wrong. Write it again.") from None
+        got = f"what does not fit them: {error}"
+        raise ValueError(f"{path}: expected the columns of pairs and their latents, got {got}. Make the pairs again.") from None
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     check_unique(f"{path}", pairs)

@@ -92,13 +92,22 @@ def chosen_precision(precision: str, device: str | torch.device) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProblemSource:
+class EncodingSource:
+    """How TRELLIS's assets become latents again."""
+
+    voxel_share: float = _what(0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0,
+                               rare=True)
+    views: int = _what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1, rare=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemSource(EncodingSource):
     """What a problem is read from."""
 
     GONE: ClassVar[dict[str, list]] = {"also": [], "flow_weights": []}
 
     pipeline: str = _what("toy", "The bundled toy, or a folder of a generator's networks (docs/reference/families.md).", metavar="toy|DIR")
-    pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it, as eg3d-rlhf flow files imports.",
+    pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it, as eg3d-rlhf flow tune --pairs-only makes.",
                               metavar="DIR", shown="the toy's own")
     labelled: str = _what("others", "Toy: who made the assets that people judged: the generator's own, or others', with twice the defects.",
                           choices=("own", "others"), rare=True)
@@ -109,12 +118,9 @@ class ProblemSource:
                            "float32. auto: bfloat16 on CUDA, float32 on a CPU.", choices=PRECISIONS, rare=True)
     held_out: float = _what(0.2, "Share of the conditions that is never trained on.", above=0, below=1, rare=True)
     splits: tuple[tuple[str, ...], ...] | None = None  # conditions to train on, to choose on, to tell by; None: divided by a hash
-    voxel_share: float = _what(0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0,
-                               rare=True)
     parts: str = _what("all", "SAM 3D: what is learnt of its first stage: shape and pose alike, the shape alone, or both by its weights.",
                        choices=("all", "shape", "file"), rare=True)
     needs_pairs: ClassVar[bool] = True
-    views: int = _what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -176,7 +182,7 @@ def folder_problem(
     def checked(folder: Path, stage: str, meta: Mapping) -> None:
         got = meta.get("convention")
         if got != CONVENTION:
-            raise ValueError(f"{folder}: expected the convention {CONVENTION!r}, got {got!r}. Import the assets again with this program.")
+            raise ValueError(f"{folder}: expected the convention {CONVENTION!r}, got {got!r}. Make the pairs again with this program.")
         check(folder, stage, meta)
 
     read = read_stages(folders, pipeline, checked)
@@ -234,7 +240,8 @@ def pair_folders(given: Sequence[Path], stages: Sequence[str]) -> dict[str, Path
         single = (path / "meta.json").is_file()
         parts = [path] if single else [path / stage for stage in stages if (path / stage).is_dir()]
         if not parts:
-            raise FileNotFoundError(f"pairs: expected a folder of pairs, or {' or '.join(stages)} in it, got none at {path}. Import some.")
+            what = f"a folder of pairs, or {' or '.join(stages)} in it"
+            raise FileNotFoundError(f"pairs: expected {what}, got none at {path}. Make some: eg3d-rlhf flow tune WORK --pairs-only.")
         for part in parts:
             stage = _stage_in(part / "meta.json") if single else part.name
             if stage in folders:
@@ -255,7 +262,7 @@ def _stage_in(path: Path) -> str:
 
 def conditions_beside(folders: Mapping[str, Path], given: Path | None = None) -> Path:
     """The file of embeddings: the one that is given, else that beside the pairs. Raises: FileNotFoundError."""
-    places = [folder.parent / CONDITIONS for folder in folders.values()]
+    places = [place / CONDITIONS for folder in folders.values() for place in folder.absolute().parents[:2]]  # or WORK's
     path = Path(given or next((path for path in places if path.is_file()), places[0]))
     if given is None and not path.is_file():
         raise FileNotFoundError(f"conditions: expected embeddings of the pairs' conditions at {places[0]}, got none. Name --conditions.")

@@ -1,70 +1,25 @@
 """Assets that people rank or compare, and pairs of every stage's latents.
 
 A folder of drawn assets (drawing.py) has, per condition and seed, a file to look at and one of the latents that it came from, as the flows
-see them; and ranking.jsonl, a line per asset, whose rank is left to fill in, 1 for the best, unless pairs are judged. Equal ranks are not
-paired.
-
-Judgements, as the labelling tool exports them, are JSON lines with paths relative to the file: {"preferred": "a.ply", "rejected": "b.ply"},
-with "tie": true where neither was; other fields are passed over. Several judgements of two assets are counted, and the majority decides.
+see them; and ranking.jsonl, a line per asset, whose rank is left to fill in, 1 for the best, unless pairs are judged: then of several
+judgements of two assets the majority decides. Equal ranks are not paired.
 """
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import click
 import torch
 
-from eg3d_rlhf.core.cli import option
 from eg3d_rlhf.models.sparse import Latent, latent_of, parts_of, to_cpu
-from eg3d_rlhf.preferences.labels import jsonl_records
 from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, Conditions, write_conditions
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
 from eg3d_rlhf.tuning.flow.stage import CONVENTION, Pipeline, stage_of
 from training.storage import read_tensors, write_tensors
-
-# Judgements of pairs of assets, as the labelling tool exports them: which of two files people preferred.
-
-
-EXAMPLE = '{"preferred": "a.ply", "rejected": "b.ply"}'
-judged_option = option("--judged", metavar="FILE", type=click.Path(path_type=Path), default=None, show_default="the list's ranks",
-                       help="Judgements of pairs, such as `label.py export --kind=asset-pairs` writes, in place of ranks.")
-
-
-class Votes(Protocol):
-    """What people said of pairs of assets."""
-
-    def votes(self, a: Path, b: Path) -> tuple[int, int]:
-        """For the first, and for the second."""
-
-
-class Judged:
-    """Votes on pairs of assets."""
-
-    def __init__(self, path: Path):
-        """Raises: FileNotFoundError; ValueError naming the line."""
-        if not path.is_file():
-            raise FileNotFoundError(f"--judged: expected a .jsonl file of judgements, got nothing at {path}. Check the path.")
-        self.wins: Counter[tuple[Path, Path]] = Counter()  # how often the first was preferred to the second
-        for line, record in jsonl_records(path, EXAMPLE):
-            better, worse = (str(record.get(key) or "") for key in ("preferred", "rejected"))
-            if not better or not worse or better == worse:
-                raise ValueError(f"--judged: {path.name}, line {line}: expected two assets, got {record!r:.120}. Write {EXAMPLE}.")
-            if not record.get("tie", False):
-                self.wins[_place(path.parent, better), _place(path.parent, worse)] += 1
-
-    def votes(self, a: Path, b: Path) -> tuple[int, int]:
-        return self.wins[a.resolve(), b.resolve()], self.wins[b.resolve(), a.resolve()]
-
-
-def _place(folder: Path, name: str) -> Path:
-    return (folder / name).resolve()
-
 
 RANKING = "ranking.jsonl"
 KIND = "latents"
@@ -81,7 +36,10 @@ class Candidate:
     file: Path | None = None  # what people look at
 
 
-def pair_up(candidates: Sequence[Candidate], judged: "Votes | None" = None) -> dict[str, list[PreferencePair]]:
+Votes = Callable[[Candidate, Candidate], tuple[int, int]]  # what people said of two assets: for the first, and for the second
+
+
+def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dict[str, list[PreferencePair]]:
     """Pairs of candidates of one condition with unequal ranks, by stage; the stages that all candidates have.
 
     Args: judged: in place of ranks; pairs without a majority are left out.
@@ -117,11 +75,10 @@ def _ranked(group: Sequence[Candidate]) -> Chosen:
     ]  # fmt: skip
 
 
-def _voted(group: Sequence[Candidate], judged: "Votes") -> Chosen:
+def _voted(group: Sequence[Candidate], judged: Votes) -> Chosen:
     chosen: Chosen = []
-    for a, b in combinations([c for c in group if c.file is not None], 2):
-        assert a.file is not None and b.file is not None
-        first, second = judged.votes(a.file, b.file)
+    for a, b in combinations(group, 2):
+        first, second = judged(a, b)
         if first != second:
             chosen.append((a, b, {"votes": [first, second]}) if first > second else (b, a, {"votes": [second, first]}))
     return chosen
@@ -149,7 +106,7 @@ def rank_of(record: Mapping, ranked: bool) -> float:
     if not ranked:
         return math.nan
     if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
-        raise ValueError(f"expected a rank, got {rank!r}. Write 1 for the best asset of a condition, or give --judged.")
+        raise ValueError(f"expected a rank, got {rank!r}. Write 1 for the best asset of a condition.")
     return float(rank)
 
 
@@ -162,14 +119,18 @@ def file_of(record: Mapping, folder: Path) -> Path | None:
 Candidates = Callable[[dict, str, Path, Any, bool], Candidate]  # (line, name, the list's folder, pipeline, whether it must have a rank)
 
 
+def _named(record: Any, *keys: str) -> list[str]:
+    """Texts of a line. Raises: ValueError naming those that are missing."""
+    values = {key: value for key in keys if isinstance(record, dict) and isinstance(value := record.get(key), str) and value}
+    missing = [key for key in keys if key not in values]
+    if missing:
+        raise ValueError(f"expected {' and '.join(keys)}, got no {' and no '.join(missing)} in {record!r:.120}. Add it, or draw anew.")
+    return [*values.values()]
+
+
 def drawn_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline, ranked: bool) -> Candidate:
     """A line whose latents are a file of `write_latents`. Raises: ValueError, OSError for what does not fit."""
-    try:
-        condition, file = record["condition"], record["latents"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"expected a condition, a rank and latents, got {error} wrong.") from error
-    if not (isinstance(condition, str) and condition and isinstance(file, str)):
-        raise ValueError(f"expected a condition and latents, got {record!r:.120}. Write them.")
+    condition, file = _named(record, "condition", "latents")
     rank, latents = rank_of(record, ranked), read_latents(folder / file)
     for stage, latent in latents.items():
         stage_of(pipeline, stage).check(file, latent)
@@ -182,12 +143,10 @@ def asset_candidate(read: Callable[[Path], Any]) -> Candidates:
     def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
         if not isinstance(record, dict) or "latents" in record or not isinstance(record.get("asset"), str):
             return drawn_candidate(record, name, folder, pipeline, ranked)
-        condition = record.get("condition")
-        if not isinstance(condition, str) or not condition:
-            raise ValueError(f"expected a condition and an asset, got {record!r:.120}. Write them.")
-        (latents,) = pipeline.encode([read(folder / record["asset"])])
+        condition, file = _named(record, "condition", "asset")
+        (latents,) = pipeline.encode([read(folder / file)])
         for stage, latent in latents.items():
-            stage_of(pipeline, stage).check(record["asset"], latent)
+            stage_of(pipeline, stage).check(file, latent)
         return Candidate(name=name, condition=condition, rank=rank_of(record, ranked), latents=latents, file=file_of(record, folder))
 
     return candidate
@@ -216,29 +175,28 @@ def read_candidates(
             try:
                 candidates.append(candidate(json.loads(line), f"{number:06d}", path.parent, pipeline, ranked))
             except (ValueError, OSError) as error:
-                raise ValueError(f"{path.name}, line {number}: {error}") from error
+                raise ValueError(f"{path}, line {number}: {error}") from error
             if on_asset:
                 on_asset()
     stages = dict.fromkeys(stage for c in candidates for stage in c.latents)
     partial = [stage for stage in stages if not all(stage in c.latents for c in candidates)]
     if partial:
-        raise ValueError(f"{path.name}: expected latents of stage {partial[0]!r} for all assets or none, got some. Complete it.")
+        raise ValueError(f"{path}: expected latents of stage {partial[0]!r} for all assets or none, got some. Complete it.")
     return candidates
 
 
 def read_ranking(
-    path: Path, pipeline: Any, on_asset: Callable[[], None] | None = None, judged: Judged | None = None,
-    candidate: Candidates = drawn_candidate,
+    path: Path, pipeline: Any, on_asset: Callable[[], None] | None = None, candidate: Candidates = drawn_candidate
 ) -> Imported:
-    """Pairs of a ranked list, or of a list whose pairs are judged.
+    """Pairs of a ranked list.
 
     Args: on_asset: called after each; candidate: reads a line.
     Raises: FileNotFoundError or ValueError with the line that is at fault.
     """
-    candidates = read_candidates(path, pipeline, judged is None, on_asset, candidate)
-    pairs = pair_up(candidates, judged)
+    candidates = read_candidates(path, pipeline, True, on_asset, candidate)
+    pairs = pair_up(candidates)
     counts = {stage: len(of_stage) for stage, of_stage in pairs.items()}
-    return Imported(pairs=pairs, report={"assets": len(candidates), "scheme": "judged" if judged else "all", "pairs": counts})
+    return Imported(pairs=pairs, report={"assets": len(candidates), "pairs": counts})
 
 
 def write_import(folder: Path, imported: Imported, meta: Callable[[str], Mapping]) -> dict[str, str]:

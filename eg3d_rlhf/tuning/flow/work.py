@@ -63,7 +63,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Labels:
-    """People's answers; also votes on pairs, as `ranking.pair_up` asks for them."""
+    """People's answers, and the votes on pairs that they make."""
 
     answers: Sequence[Answer]
     folder: Path  # of the assets
@@ -101,8 +101,10 @@ class Labels:
             first.setdefault(key, answer.preferred)
         return same, asked
 
-    def votes(self, a: Path, b: Path) -> tuple[int, int]:
+    def votes(self, a: Path | None, b: Path | None) -> tuple[int, int]:
         """For the first, and for the second."""
+        if a is None or b is None:
+            return 0, 0
         there = a.resolve().parent == b.resolve().parent == self.folder.resolve()
         return (self.wins[a.name, b.name], self.wins[b.name, a.name]) if there else (0, 0)
 

@@ -8,7 +8,7 @@ import pytest
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import export_assets, preferences_of
-from eg3d_rlhf.tuning.flow.ranking import Judged
+from eg3d_rlhf.preferences.goodness import Known, read_said
 from tests.people.label.plans import QUIET, answer_all
 from tests.people.label.plans import plan as plan_of_seeds
 
@@ -67,8 +67,10 @@ def test_pairs_of_files_are_what_the_flow_mode_reads(five, tmp_path):
     }  # fmt: skip
     assert {line["prompt"] for line in written} == {"a chair of oak", "cup"} and written[0]["annotator"] == "ann"
     assert [line["preferred_generator"] for line in written if line["condition"] == "cup"] == ["two"]
-    votes = Judged(path)
-    assert votes.votes(folder / "a.glb", folder / "b.glb") == (1, 0) and votes.votes(folder / "b.glb", folder / "d.glb") == (0, 0)
+    known = Known(conditions={line[side]: line["condition"] for line in written for side in ("preferred", "rejected")})
+    assert [(said.asset, said.other, said.tie) for said in read_said(path, known)] == [
+        (line["preferred"], line["rejected"], line["tie"]) for line in written
+    ]
 
 
 def test_rankings_are_of_each_prompt_and_bring_the_latents_along(five, tmp_path):

@@ -62,15 +62,14 @@ def test_from_drawn_assets_to_a_tuned_first_stage(browser, tmp_path):
     judged = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
     assert len(judged) == 6 and sum(line["tie"] for line in judged) == 1
     assert {line["condition"] for line in judged} == set(work.names(*SHOWN))
-    made = run(tmp_path, "flow", "files", "ranking", "--list=WORK/drawn/base", "--judged=judged.jsonl",
-               f"--pipeline={root}", "--out=PAIRS")
-    assert json.loads(made)["pairs"] == {"structure": 5, "latent": 5}
+    made = run(tmp_path, "flow", "tune", "WORK", "--labels=judged.jsonl", "--pairs-only", "--device=cpu")
+    assert "pairs with a majority: 5 of stage structure, 5 of stage latent" in made
     drawn = {line["look_at"]: line for line in work.lines()}
-    pairs, first = read_pairs(tmp_path / "PAIRS" / "structure")[0], next(line for line in judged if not line["tie"])
+    pairs, first = read_pairs(tmp_path / "WORK" / "pairs" / "structure")[0], next(line for line in judged if not line["tie"])
     preferred, rejected = (load_file(work.drawn() / drawn[Path(first[side]).name]["structure"])["mean"]
                            for side in ("preferred", "rejected"))  # fmt: skip
     assert sum(pair.preferred.equal(preferred) and pair.rejected.equal(rejected) for pair in pairs) == 1
-    flags = "--mode=circular-dpo --stage=structure --pairs=PAIRS --steps=2 --batch=2 --lr=0.02 --set=choose_noises=0 --set=warmup=0"
+    flags = "--mode=circular-dpo --stage=structure --pairs=WORK/pairs --steps=2 --batch=2 --lr=0.02 --set=choose_noises=0 --set=warmup=0"
     run(tmp_path, "train", f"--pipeline={root}", *flags.split(), "--set=no_summary=true", "--device=cpu")
     (tuned,) = (tmp_path / "runs").glob("00000-*/structure")
     weights = {name: x for path in tuned.glob("*.safetensors") for name, x in load_file(path).items()}

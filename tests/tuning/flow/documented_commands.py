@@ -10,13 +10,15 @@ from click.testing import CliRunner, Result
 
 import train
 from eg3d_rlhf.modes.flow_draw import draw
-from eg3d_rlhf.modes.flow_files import main
+from eg3d_rlhf.modes.flow_export import export_command
 from eg3d_rlhf.modes.flow_new import new
+from eg3d_rlhf.modes.flow_tune import tune_command
 
 PAGES = Path(__file__).resolve().parents[3] / "docs"
 FEW = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --device=cpu".split()
-COMMANDS = {"python train.py ": train.main, "eg3d-rlhf flow files ": main, "eg3d-rlhf flow new ": new, "eg3d-rlhf flow draw ": draw}
-NAMES = {train.main: "train", new: "new", draw: "draw"}
+COMMANDS = {"python train.py ": train.main, "eg3d-rlhf flow new ": new, "eg3d-rlhf flow draw ": draw, "eg3d-rlhf flow tune ": tune_command,
+            "eg3d-rlhf flow export ": export_command}  # fmt: skip
+NAMES = {train.main: "train", new: "new", draw: "draw", tune_command: "pairs", export_command: "export"}
 
 
 def section_of(page: str, section: str) -> list[str]:
@@ -44,9 +46,9 @@ def run_section(
         more = {train.main: few, new: [f"--each={each}"]}.get(command, [])
         done = CliRunner().invoke(command, [*filled, *more])
         assert done.exit_code == 0, (start, filled, done.output, done.exception)
-        called.append(NAMES.get(command, filled[0]))
+        called.append(NAMES[command])
         on_call(called[-1], done)
-        if called[-1] == "draw" and not (folder / "PAIRS").exists():
+        if called[-1] == "draw":
             path = folder / "WORK" / "drawn" / "base" / "ranking.jsonl"
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             path.write_text("".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows))

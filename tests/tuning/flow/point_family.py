@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eg3d_rlhf.models.lora import merged_state
-from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.models.weights import write
 from eg3d_rlhf.tuning.flow.conditions import Conditions
+from eg3d_rlhf.tuning.flow.export import Release, Stored
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
-from eg3d_rlhf.tuning.flow.families.folder import read_json, read_network, write_network
+from eg3d_rlhf.tuning.flow.families.folder import read_network
 from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
 from training.storage import write_atomic
 
@@ -75,13 +75,13 @@ def show(asset: torch.Tensor, path: Path) -> Path:
     return file
 
 
-def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
-    """The same folder with adapters merged."""
-    write_network(out, FILES, read_json(root / CONFIG), merged_state(tuned_model(read_network(root, FILES, PointNetwork), tuned["points"])))
-    return {"tuned": sorted(tuned)}
+def release(root: Path, stages: Sequence[str]) -> Release:
+    """The same folder with another network."""
+    stored = Stored(file=WEIGHTS, load=lambda dtype: read_network(root, FILES, PointNetwork), write=write)
+    return Release(files={CONFIG: root / CONFIG}, networks={"points": stored})
 
 
 register(FlowFamily(
     name="points", layout=f"{CONFIG} and {WEIGHTS}", recognises=lambda root: (root / CONFIG).is_file(), stages=("points",), load=load,
-    files=lambda root: {name: root / name for name in FILES}, show=show, export=export,
+    files=lambda root: {name: root / name for name in FILES}, show=show, release=release,
 ))

@@ -10,7 +10,6 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import train
-from eg3d_rlhf.modes import flow_files as commands
 from eg3d_rlhf.tuning.flow.conditions import write_conditions
 from eg3d_rlhf.tuning.flow.drawing import drawing_of
 from eg3d_rlhf.tuning.flow.families import FAMILIES, family_of
@@ -48,10 +47,6 @@ def call(tmp_path, *flags):
     return CliRunner().invoke(train.main, ["--mode=circular-dpo", *folders, *FEW, *flags])
 
 
-def tool(*flags):
-    return CliRunner().invoke(commands.main, [str(flag) for flag in flags])
-
-
 def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
     write_conditions(tmp_path / "c.safetensors", conditions())
     model = f"--pipeline={root}"
@@ -59,27 +54,22 @@ def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
     flow("new", tmp_path / "WORK", model, f"--conditions={tmp_path / 'c.safetensors'}", "--each=2")
     flow("draw", tmp_path / "WORK")
     work = Work.open(tmp_path / "WORK")
-    early = tool("ranking", model, f"--list={work.drawn()}", f"--out={tmp_path / 'NEW'}")
-    assert early.exit_code == 2 and "ranking.jsonl, line 1: expected a rank, got None" in early.output
+    ranked = ("tune", work.folder, f"--labels={work.drawn()}", "--pairs-only")
+    assert "ranking.jsonl, line 1: expected a rank, got None" in flow(*ranked, code=2)
     path, rows = work.drawn() / "ranking.jsonl", work.lines()
     assert len(rows) == 6 and (work.drawn() / rows[0]["look_at"]).suffix == ".xyz"
     path.write_text("".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows))
-    done = tool("ranking", model, f"--list={work.drawn()}", f"--out={tmp_path / 'PAIRS'}")
-    assert done.exit_code == 0 and '"points": 3' in done.output, done.output
-    assert call(tmp_path, "--stage=points").exit_code == 0
+    assert "pairs with a majority: 3 of stage points" in flow(*ranked)
+    assert call(tmp_path, "--stage=points", f"--pairs={work.folder / 'pairs'}").exit_code == 0
     (run,) = (tmp_path / "runs").glob("00000-*")
     later = drawing_of(work, work.check_pipeline(), "later", ["test"], torch.device("cpu"), tuned={"points": run / "points"})
     assert later.run().count == 2
-    assert tool("export", model, f"--out={tmp_path / 'TUNED'}", f"--run={run}").exit_code == 0
+    flow("export", run, f"--out={tmp_path / 'TUNED'}")
     latents = read_latents(later.folder / "00000-0.safetensors")["points"]
     merged = generate(point_family.load(tmp_path / "TUNED", conditions()), work.names("test"), [0])[0]
     torch.testing.assert_close(merged, latents)
-    for flags, message in (
-        (["export", model, f"--out={tmp_path / 'X'}"], "expected --run or --weights, got neither"),
-        (["export", model, f"--out={tmp_path / 'X'}", "--weights=dots=x"], "expected stages among points, got dots"),
-    ):
-        refused = tool(*flags)
-        assert refused.exit_code == 2 and message in refused.output.replace("\n", " "), refused.output
+    assert "expected WORK, runs of train.py or --weights, got none" in flow("export", model, f"--out={tmp_path / 'X'}", code=2)
+    assert "expected stages among points, got dots" in flow("export", model, f"--out={tmp_path / 'X'}", "--weights=dots=x", code=2)
 
 
 def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
@@ -90,7 +80,7 @@ def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
     name, _, path = section_of("extending.md", "A new flow family")[0].removeprefix("export ").partition("=")
     monkeypatch.setenv(name, str(REPO / path))
     called = run_section("A new flow family", "ROOT", Path(), FEW, page="extending.md")
-    assert called == ["new", "draw", "ranking", "train", "export"]
+    assert called == ["new", "draw", "pairs", "train", "export"]
     assert sorted(path.name for path in Path("TUNED").iterdir()) == ["points.json", "points.safetensors"]
 
 
@@ -146,9 +136,12 @@ def test_a_convention_that_contradicts_the_files_is_refused(root, tmp_path):
 
 
 def test_flags_of_trellis_are_refused_elsewhere(root, tmp_path):
-    for flags in (["ranking", "--list=x", "--views=2"], ["dso", "--samples=x"]):
-        done = tool(*flags, f"--pipeline={root}", f"--out={tmp_path / 'out'}")
-        assert done.exit_code == 2 and "points" in done.stderr and "Traceback" not in done.output, done.output
+    write_conditions(tmp_path / "c.safetensors", conditions())
+    flow("new", tmp_path / "WORK", f"--pipeline={root}", f"--conditions={tmp_path / 'c.safetensors'}")
+    (tmp_path / "SAMPLES").mkdir()
+    for flags in (["--set=views=2"], []):
+        said = flow("tune", tmp_path / "WORK", f"--labels={tmp_path / 'SAMPLES'}", "--pairs-only", *flags, code=2)
+        assert "points" in said or "expected a file of labels or a folder with ranking.jsonl" in said
 
 
 def test_a_folder_of_no_family_is_refused_and_a_notice_is_said_once(root, tmp_path):

@@ -138,9 +138,9 @@ def forge(folder, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows[0].update(preferred="000099"), "expected a pair's columns and latents, got '000099' wrong"),
+        (lambda rows: rows[0].update(preferred="000099"), "pairs.jsonl: expected the columns .*, got what does not fit them: '000099'"),
         (lambda rows: rows[0].update(winner=1), "unexpected keyword argument 'winner'"),
-        (lambda rows: rows[0].pop("condition"), "'condition' wrong"),
+        (lambda rows: rows[0].pop("condition"), "missing 1 required keyword-only argument: 'condition'"),
         (lambda rows: rows[1].update(id="pair-0"), "expected every id once, got 1 repeated, such as 'pair-0'"),
         (lambda rows: rows[0].update(w2=-1.0), "pair 'pair-0', w2: expected a number >= 0 or None, got -1.0"),
         (lambda rows: rows[0].update(stage="slat"), "expected pairs of stage 'structure' alone, got pair-0 of 'slat'"),

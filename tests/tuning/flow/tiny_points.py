@@ -4,14 +4,17 @@ from pathlib import Path
 
 import torch
 
+from eg3d_rlhf.models.weights import write
 from eg3d_rlhf.tuning.flow.conditions import Conditions, random_conditions
-from eg3d_rlhf.tuning.flow.families.folder import write_network
-from tests.tuning.flow.point_family import CLASSES, FILES, PointNetwork
+from tests.tuning.flow.point_family import CLASSES, CONFIG, WEIGHTS, PointNetwork
 
 
 def write_folder(root: Path) -> Path:
     torch.manual_seed(0)
-    return write_network(root, FILES, {"width": 8}, PointNetwork().state_dict())
+    root.mkdir()
+    (root / CONFIG).write_text('{"width": 8}\n')
+    write(root / WEIGHTS, PointNetwork().state_dict())
+    return root
 
 
 def conditions() -> Conditions:

@@ -67,9 +67,10 @@ class FlowFamily:
     show: Callable[..., Path] | None = None  # write (asset, path without ending) to look at; returns the file
     facts: Callable[[Any, str, Mapping[str, Latent]], Mapping] | None = None  # (pipeline, condition, latents by stage): JSON that the list
     # of drawn assets says besides
+    remark: Callable[[Path, Sequence[Mapping], Any], str] | None = None  # (folder of drawn assets, its list, pipeline): said of them
     up: str = "y"  # axis of what `show` writes that points up
     cells: int | None = None  # per axis of the grid that show reads an asset on, its third argument; None: nothing to choose
-    export: Callable[..., dict] | None = None  # (root, new folder to write, tuned weights by stage)
+    release: Callable[[Path, Sequence[str]], Any] | None = None  # (root, tuned stages): its folder with others of these, an export.Release
     loaded_by: str = ""  # how the original's own program opens an exported folder {out}
     write_latent: Callable[[Path, Any, str, Latent], None] | None = None  # (file, pipeline, stage, latent): each in its own format
     encoder: Callable[..., Any] | None = None  # (root, *, device): a pipeline that encodes assets which others made; with "views" among

@@ -1,4 +1,4 @@
-"""What the families of flow generators share: half of their pipelines, small files, meshes, tuned weights worked in, memory."""
+"""What the families of flow generators share: half of their pipelines, small files, meshes, memory."""
 
 import ctypes
 import functools
@@ -12,15 +12,13 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.core.interfaces import Mesh
-from eg3d_rlhf.models.lora import merge_rounding, merged_state
-from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import Batch, Latent, feats_of
-from eg3d_rlhf.models.weights import State, read, write
+from eg3d_rlhf.models.weights import read
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import tell
 from eg3d_rlhf.tuning.flow.stage import refuse_empty
 from training.progress import tqdm
-from training.storage import load_strict, write_atomic
+from training.storage import load_strict
 
 T = TypeVar("T")
 LARGEST, ALIASES = 1 << 16, 16  # bytes of a YAML file, and repetitions in it
@@ -164,17 +162,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_network(root: Path, files: tuple[str, str], make: Callable[..., nn.Module]) -> nn.Module:
-    """The network of a folder that `write_network` wrote, strictly by name and shape. Raises: OSError, ValueError."""
+    """The network of two files, its arguments as JSON and its tensors, strictly by name and shape. Raises: OSError, ValueError."""
     module, path = make(**read_json(root / files[0])), root / files[1]
     load_strict(module, read(path, str(path)), str(path))
     return module.eval()
-
-
-def write_network(root: Path, files: tuple[str, str], arguments: Mapping, state: State) -> Path:
-    """A folder of one network: its arguments as JSON and its tensors, under two names. With random tensors a new family is tried on it."""
-    write_atomic(root / files[0], (json.dumps(dict(arguments), indent=1) + "\n").encode())
-    write(root / files[1], state)
-    return root
 
 
 def read_mesh(path: Path) -> Mesh:
@@ -201,15 +192,6 @@ def even_points(mesh: Mesh, side: float, count: int, draw: torch.Generator) -> t
     u, v = torch.rand(2, count, 1, generator=draw, dtype=torch.float64)
     a, b, c = corners[face].unbind(1)
     return a + (1 - u.sqrt()) * (b - a) + u.sqrt() * v * (c - a), cross[face] / area[face, None]
-
-
-def merged(load: Callable[[torch.dtype | None], nn.Module], weights: Path) -> tuple[State, float]:
-    """A network with tuned weights worked in, and the share of the update that rounding to the types of its file loses.
-
-    Args: load: the network that was tuned, in a type, or in those of its file (None).
-    """
-    state = merged_state(tuned_model(load(torch.float32), weights))
-    return state, merge_rounding(tuned_model(load(None), weights))
 
 
 def check_finite(who: str, x_0: Batch) -> None:

@@ -22,15 +22,15 @@ from eg3d_rlhf.geometry.mesh import extract_mesh_blockwise
 from eg3d_rlhf.geometry.mesh_export import save_mesh
 from eg3d_rlhf.models.hunyuan3d import BOUND, AutoencoderConfig, Denoiser, DenoiserConfig, ShapeDecoder, ShapeEncoder
 from eg3d_rlhf.models.pictures import on_white, read_cut_out, short_side
-from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.models.vit import Dino, DinoConfig, hub_names, load_dino
 from eg3d_rlhf.models.weights import below, content, empty, fill, fingerprint, frozen, in_types_of, rewrite, shapes
 from eg3d_rlhf.tuning.flow.conditions import Conditions
+from eg3d_rlhf.tuning.flow.export import Release, Stored
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register
-from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, embedding, even_points, mentions, merged, read_mesh, read_yaml
+from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, embedding, even_points, mentions, read_mesh, read_yaml
 from eg3d_rlhf.tuning.flow.ranking import asset_candidate
 from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
-from training.storage import check_fit, write_atomic
+from training.storage import check_fit
 
 CONFIG = "config.yaml"
 CHECKPOINTS = tuple(f"model{half}{ending}" for half in (".fp16", "") for ending in (".ckpt", ".safetensors"))
@@ -441,32 +441,21 @@ def show(asset: ShapeAsset, path: Path, cells: int | None = None) -> Path:
         return file
 
 
-def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
-    """The released repository's folder of the shape, with the tuned network merged in the file's own types, and notice and licence beside.
+def release(root: Path, stages: Sequence[str]) -> Release:
+    """The released repository's folder of the shape, its autoencoder, licence, and a notice of the change.
 
-    The original's loader opens `out` without an argument where the checkpoint has the released name, model.fp16.ckpt.
-    Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...]}; rounding: share of the update that merging into those types loses.
+    The original's loader opens it without an argument where the checkpoint has the released name, model.fp16.ckpt.
     """
     files = read_files(root)
-    sections = read_sections(files.checkpoint, (MODEL,))
-    folder = out / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    state, rounding = merged(lambda dtype: denoiser(files, sections, dtype), tuned[SHAPE])
-    write_checkpoint(files.checkpoint, folder / files.checkpoint.name, state)
-    write_atomic(folder / CONFIG, (files.root / CONFIG).read_bytes())
+    sections, written = read_sections(files.checkpoint, (MODEL,)), f"{FOLDER}/{files.checkpoint.name}"
     repository = files.root.parent if files.root.name == FOLDER else files.root
-    written = Path(FOLDER, files.checkpoint.name)
     papers = [path for place in (files.root, repository) for kind in LICENCES for path in sorted(place.glob(kind))]
-    kept = [path for path in papers if path.is_file() and path.name != "Notice"]
-    for path in kept:
-        link(path, out / path.name)
-    named = ", ".join(dict.fromkeys(path.name for path in kept)) or "LICENSE"
-    write_atomic(out / "Notice", NOTICE_FILE.format(file=written, papers=named).encode())
-    vae = [p for p in (repository / VAE_FOLDER).glob("*") if p.is_file()]
-    for path in vae:
-        link(path, out / VAE_FOLDER / path.name)
-    names = sorted({path.name for path in kept} | {f"{VAE_FOLDER}/{path.name}" for path in vae})
-    return {"tuned": {SHAPE: {"file": str(written), "rounding": rounding}}, "kept": names}
+    kept = {path.name: path for path in papers if path.is_file() and path.name != "Notice"}
+    notice = NOTICE_FILE.format(file=written, papers=", ".join(kept) or "LICENSE").encode()
+    vae = {f"{VAE_FOLDER}/{path.name}": path for path in (repository / VAE_FOLDER).glob("*") if path.is_file()}
+    stored = Stored(file=written, load=partial(denoiser, files, sections), write=partial(write_checkpoint, files.checkpoint))
+    config = {f"{FOLDER}/{CONFIG}": files.root / CONFIG}
+    return Release(files={**kept, **vae, **config, "Notice": notice}, networks=dict.fromkeys(stages, stored))
 
 
 def identity(root: Path) -> dict[str, Path]:
@@ -505,7 +494,7 @@ def _shapes(make: Callable[[], nn.Module]) -> dict[str, list[int]]:
 
 register(FlowFamily(
     name="hunyuan3d", layout="config.yaml of Hunyuan3D-2.1's shape and its checkpoint", recognises=recognises, stages=(SHAPE,),
-    load=load, files=identity, embed=embed, show=show, cells=CELLS, export=export,
+    load=load, files=identity, embed=embed, show=show, cells=CELLS, release=release,
     loaded_by='Hunyuan3DDiTFlowMatchingPipeline.from_pretrained("{out}")', encoder=partial(load, conditions=None),
     told=lambda pipeline, stage: {MAIN: pipeline.files.tokens}, candidate=asset_candidate(read_mesh), networks=networks,
     address="https://huggingface.co/tencent/Hunyuan3D-2.1",

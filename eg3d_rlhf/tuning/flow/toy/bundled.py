@@ -15,11 +15,10 @@ from torch import nn
 
 from eg3d_rlhf.core.cli import ASSETS, file_hash
 from eg3d_rlhf.geometry.mesh_export import save_mesh
-from eg3d_rlhf.models.lora import merged_state
-from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_feats
 from eg3d_rlhf.models.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
 from eg3d_rlhf.tuning.flow.conditions import Conditions
+from eg3d_rlhf.tuning.flow.export import Release, Stored
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.problem import Problem
@@ -261,9 +260,13 @@ def path_of(name: str, folder: Path = FOLDER) -> Path:
 
 def save_network(name: str, network: nn.Module, meta: dict, folder: Path = FOLDER) -> Path:
     """Store as half precision with a description."""
-    tensors = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
-    write_tensors(path_of(name, folder), KIND, tensors, {"name": name, **meta})
+    write_network(path_of(name, folder), name, network.state_dict(), meta)
     return path_of(name, folder)
+
+
+def write_network(path: Path, name: str, state: Mapping[str, torch.Tensor], meta: Mapping) -> None:
+    tensors = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    write_tensors(path, KIND, tensors, {"name": name, **meta})
 
 
 def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
@@ -355,14 +358,18 @@ def show(asset: ToyAsset, path: Path) -> Path:
     return save_mesh(path.with_name(path.name + ".ply"), vertices, faces, (255 * torch.cat(colours)).round().byte().numpy())
 
 
-def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
-    """Both stages' networks as the package has them, tuned ones merged, in half precision."""
-    for name in (STRUCTURE, VOXELS):
-        network = load_network(name)
-        if name in tuned:
-            network.load_state_dict(merged_state(tuned_model(network, tuned[name])))
-        save_network(name, network, read_tensors(path_of(name), KIND)[1], out)
-    return {"tuned": sorted(tuned), "files": [path_of(name, out).name for name in (STRUCTURE, VOXELS)]}
+def release(root: Path, stages: Sequence[str]) -> Release:
+    """Both stages' networks as the package has them."""
+
+    def stored(name: str) -> Stored:
+        def load(dtype: torch.dtype | None) -> nn.Module:
+            return load_network(name).to(dtype or torch.float16)
+
+        meta = read_tensors(path_of(name), KIND)[1]
+        return Stored(file=path_of(name).name, load=load, write=lambda path, state: write_network(path, name, state, meta))
+
+    kept = {path_of(name).name: path_of(name) for name in (STRUCTURE, VOXELS) if name not in stages}
+    return Release(files=kept, networks={name: stored(name) for name in stages})
 
 
 register(FlowFamily(
@@ -370,5 +377,5 @@ register(FlowFamily(
     load=lambda root, conditions, *, dtype, device: ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
     files=lambda root: {name: path_of(name) for name in NETWORKS}, common=("pipeline", "seed", "precision"), options=("labelled",),
     open=lambda source, device: toy_problem(source.seed, device, labelled=source.labelled), embed_texts=embed_texts, show=show, up="z",
-    version="the bundled toy", prompts=CONDITIONS, batch=32, export=export, loaded_by='toy.bundled.load_network(name, Path("{out}"))',
+    version="the bundled toy", prompts=CONDITIONS, batch=32, release=release, loaded_by='toy.bundled.load_network(name, Path("{out}"))',
 ))  # fmt: skip

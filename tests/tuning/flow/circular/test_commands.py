@@ -63,7 +63,7 @@ MISTAKES = {
     "adapter of none": (["--tune=full", "--lora-rank=4"], "--lora-rank: belongs to --tune=lora"),
     "no anchor": (["--ablate=a,anchor", "--set=loop_sft_weight=0"], "--ablate=anchor: expected an anchor"),
     "sft": (["--loss=sft", "--set=loser_weight=0.5"], "loser_weight: expected it unset with sft"),
-    "toy": (["--set=dtype=float16", "--set=voxel_share=0.5"], "--set dtype=VALUE, --set voxel_share=VALUE: belongs to --pipeline=DIR"),
+    "toy": (["--set=dtype=float16", "--set=voxel_share=0.5"], "--set voxel_share=VALUE, --set dtype=VALUE: belongs to --pipeline=DIR"),
     "trellis": (["--pipeline=somewhere"], "--pairs: expected a folder of people's pairs beside --pipeline=DIR"),
     "toy's pairs": (["--pairs={tmp}"], "--pairs: belongs to --pipeline=DIR"),
     "stage": (["--stage=mesh"], "stage: expected one of structure, voxels, got 'mesh'"),

@@ -13,13 +13,14 @@ from PIL import Image
 
 import train
 from eg3d_rlhf.models.policies import tuned_model
-from eg3d_rlhf.modes import flow_files
 from eg3d_rlhf.tuning.flow.conditions import Conditions, write_conditions
+from eg3d_rlhf.tuning.flow.export import export
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
 from eg3d_rlhf.tuning.flow.generate import generate
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs, write_pairs
 from eg3d_rlhf.tuning.flow.stage import CONVENTION, check_convention
+from tests.modes.flow_works import flow
 from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import CONTENT, LATENTS, NAMES, C, E, L, tokens, write_hunyuan3d
 
 FEW = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --device=cpu".split()
@@ -71,8 +72,8 @@ def test_one_stage_is_tuned_kept_merged_and_sampled(root, tmp_path):
     before, after = (generate(pipeline, ["lamp"], [0], models)[0].latent for models in ({}, {"shape": tuned}))
     assert after.shape == (LATENTS, C) and not torch.equal(before, after)
     (root / "LICENSE").write_text("terms")
-    report = family.export(root, tmp_path / "TUNED", {"shape": out / "shape"})
-    assert report["kept"] == ["LICENSE"] and (tmp_path / "TUNED" / "LICENSE").read_text() == "terms"
+    report = export(root, tmp_path / "TUNED", {"shape": out / "shape"})
+    assert report["kept"] == ["LICENSE", f"{family.FOLDER}/{family.CONFIG}"] and (tmp_path / "TUNED" / "LICENSE").read_text() == "terms"
     notice = (tmp_path / "TUNED" / "Notice").read_text()
     assert family.FOLDER in notice and "LICENSE" in notice and 0 < report["tuned"]["shape"]["rounding"] < 0.5
     old, new = (family.read_sections(path / "model.fp16.ckpt") for path in (root, tmp_path / "TUNED" / family.FOLDER))
@@ -227,20 +228,17 @@ def test_meshes_of_ones_own_become_pairs(root, tmp_path):
     (tmp_path / "ASSETS" / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_conditions(tmp_path / "ASSETS" / "conditions.safetensors", tokens())
 
-    def ranking(*flags):
-        folders = (f"--pipeline={tmp_path / 'REPO'}", f"--list={tmp_path / 'ASSETS'}", f"--out={tmp_path / 'PAIRS'}")
-        return CliRunner().invoke(flow_files.main, ["ranking", *folders, *flags])
-
-    done = ranking()
-    assert done.exit_code == 0, done.output
-    (pair,), _ = read_pairs(tmp_path / "PAIRS" / "shape", family.load(tmp_path / "REPO", tokens()).stages[0])
+    work, ranked = tmp_path / "WORK", f"--labels={tmp_path / 'ASSETS'}"
+    flow("new", work, f"--pipeline={tmp_path / 'REPO'}", f"--conditions={tmp_path / 'ASSETS'}")
+    assert "pairs with a majority: 1 of stage shape" in flow("tune", work, ranked, "--pairs-only")
+    (pair,), _ = read_pairs(work / "pairs" / "shape", family.load(tmp_path / "REPO", tokens()).stages[0])
     assert pair.preferred.shape == (LATENTS, C) and not torch.equal(pair.preferred, pair.rejected)
     again = family.load(tmp_path / "REPO", None).encode([family.read_mesh(tmp_path / "ASSETS" / "1.obj")])[0]["shape"]
     assert torch.equal(again, pair.preferred)
-    assert ranking("--views=3").exit_code != 0
+    assert "belongs to generators that encode assets so, not to hunyuan3d" in flow("tune", work, ranked, "--set=views=3", code=2)
     lines[1]["asset"] = "none.obj"
     (tmp_path / "ASSETS" / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert ranking().exit_code == 2 and "line 2" in ranking().output
+    assert "ASSETS/ranking.jsonl, line 2: " in flow("tune", work, ranked, code=2)
 
 
 def test_a_drawn_mesh_is_as_fine_as_is_asked(root):

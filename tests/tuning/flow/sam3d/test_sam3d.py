@@ -17,8 +17,8 @@ from eg3d_rlhf.models.lora import adapted_layers
 from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.models.sparse import NamedBatch, NamedSample
 from eg3d_rlhf.models.trellis.autoencoders import StructureEncoder, StructureVAEConfig
-from eg3d_rlhf.modes.flow_files import main
 from eg3d_rlhf.tuning.flow.conditions import Conditions, write_conditions
+from eg3d_rlhf.tuning.flow.export import export
 from eg3d_rlhf.tuning.flow.families import check_source, family_of
 from eg3d_rlhf.tuning.flow.families.sam3d import files
 from eg3d_rlhf.tuning.flow.families.sam3d import pipeline as family
@@ -172,7 +172,7 @@ def test_the_repositorys_licence_is_passed_on(root, pipeline, tmp_path):
     save_policy(check_one_dpo_step(pipeline, "latent", NAMES[:2]), tmp_path / "latent", {})
     for given, kept in ((tmp_path / "REPO", "checkpoints"), (place, "")):
         out = tmp_path / f"TUNED{kept}"
-        assert "LICENSE" in family.export(given, out, {"latent": tmp_path / "latent"})["kept"]
+        assert "LICENSE" in export(given, out, {"latent": tmp_path / "latent"})["kept"]
         assert (out / "LICENSE").read_text() == "terms" and (out / kept / "slat_generator.ckpt").is_file()
 
 
@@ -244,25 +244,25 @@ def write_encoder(root):
 
 def test_the_shape_alone_is_tuned_on_meshes_of_ones_own(root, width, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_conditions(tmp_path / "conditions.safetensors", tokens(width))
+    (tmp_path / "MESHES").mkdir()
+    write_conditions(tmp_path / "MESHES" / "conditions.safetensors", tokens(width))
     lines = []
     for rank, mesh in enumerate((trimesh.creation.box((1, 1, 2)), trimesh.creation.icosphere(subdivisions=2)), 1):
-        mesh.export(tmp_path / f"{rank}.ply")
+        mesh.export(tmp_path / "MESHES" / f"{rank}.ply")
         lines += [json.dumps({"condition": name, "rank": rank, "asset": f"{rank}.ply"}) for name in NAMES]
-    (tmp_path / "ranking.jsonl").write_text("\n".join(lines))
-    flags = ["ranking", f"--pipeline={root}", "--list=.", "--out=PAIRS", "--device=cpu"]
-    done = CliRunner().invoke(main, flags)
-    assert done.exit_code == 2 and "expected ss_encoder.yaml" in done.output, done.output
-    write_encoder(root)
-    done = CliRunner().invoke(main, flags)
-    assert done.exit_code == 0, (done.output, done.exception)
-    training = ["--mode=circular-dpo", f"--pipeline={root}", "--pairs=PAIRS", "--stage=structure", *FEW]
+    (tmp_path / "MESHES" / "ranking.jsonl").write_text("\n".join(lines))
+    made = ("--labels=MESHES", "--pairs-only", "--device=cpu")
+    flow_works.flow("new", "WITHOUT", f"--pipeline={root}", "--conditions=MESHES", "--device=cpu")
+    assert "expected ss_encoder.yaml" in flow_works.flow("tune", "WITHOUT", *made, code=2)
+    flow_works.flow("new", "WORK", f"--pipeline={write_encoder(root)}", "--conditions=MESHES", "--device=cpu")
+    flow_works.flow("tune", "WORK", *made)
+    training = ["--mode=circular-dpo", f"--pipeline={root}", "--pairs=WORK/pairs", "--stage=structure", *FEW]
     done = CliRunner().invoke(train.main, training)
     assert done.exit_code == 2 and "--set parts=shape" in done.output, done.output
     done = CliRunner().invoke(train.main, [*training, "--set=parts=shape"])
     assert done.exit_code == 0, (done.output, done.exception)
     (run,) = (tmp_path / "runs").glob("0*")
-    family.export(root, tmp_path / "TUNED", {"structure": run / "structure"})
+    export(root, tmp_path / "TUNED", {"structure": run / "structure"})
     old, new = (files.load_flow(files.read_pipeline(place).generators["structure"]).state_dict() for place in (root, tmp_path / "TUNED"))
     names = [name for name in old if not torch.equal(old[name], new[name])]
     assert names and all("shape" in name.split(".") for name in names)

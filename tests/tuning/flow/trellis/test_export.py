@@ -9,15 +9,15 @@ from safetensors.torch import load_file
 
 from eg3d_rlhf.models.lora import LoraConfig, add_lora
 from eg3d_rlhf.models.policies import save_policy
-from eg3d_rlhf.tuning.flow.families.trellis.family import export
+from eg3d_rlhf.tuning.flow.export import export
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE, load_model
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
 from tests.tuning.flow.trellis.tiny_trellis import PIPELINE, tokens
 
 
-def adapted(pipeline, folder):
-    """An adapter on the first stage that does something; returns the tuned network."""
-    stage = pipeline.stages[0]
+def adapted(pipeline, folder, stage=0):
+    """An adapter on a stage that does something; returns the tuned network."""
+    stage = pipeline.stages[stage]
     model = copy.deepcopy(stage.model)
     add_lora(model, LoraConfig(rank=2, alpha=4, targets=stage.lora_targets), seed=0)
     with torch.no_grad():
@@ -38,9 +38,11 @@ def test_adapters_are_merged_and_the_rest_is_kept(pipeline, trellis_root, tmp_pa
     model = adapted(pipeline, tmp_path / "adapter")
     report = export(trellis_root, tmp_path / "out", {STRUCTURE: tmp_path / "adapter"})
     assert report["elsewhere"] == ["slat_decoder_mesh"]
-    encoders = {"sparse_structure_encoder", "slat_encoder"}  # stock TRELLIS needs them not, the loop does
-    assert set(report["kept"]) == {"slat_flow_model", "sparse_structure_decoder", "slat_decoder_gs", *encoders}
-    assert report["tuned"][STRUCTURE]["file"] == "ss_flow.safetensors" and 0 < report["tuned"][STRUCTURE]["rounding"] < 0.01
+    encoders = {"ss_enc_conv3d_16l8_fp16", "slat_enc_swin8_B_64l8_fp16"}  # stock TRELLIS needs them not, the loop does
+    stems = {"slat_flow", "ss_dec", "slat_dec_gs", *encoders}
+    files = {f"ckpts/{stem}{ending}" for stem in stems for ending in (".json", ".safetensors")}
+    assert set(report["kept"]) == files | {"ckpts/ss_flow.json"}
+    assert report["tuned"][STRUCTURE]["file"] == "ckpts/ss_flow.safetensors" and 0 < report["tuned"][STRUCTURE]["rounding"] < 0.01
     assert json.loads((tmp_path / "out" / "pipeline.json").read_text()) == PIPELINE
     old, new = (load_file(root / "ckpts" / "ss_flow.safetensors") for root in (trellis_root, tmp_path / "out"))
     assert {k: (t.dtype, t.shape) for k, t in old.items()} == {k: (t.dtype, t.shape) for k, t in new.items()}

@@ -59,8 +59,8 @@ def test_from_pictures_to_a_tuned_folder_as_documented(root):
             assert 0 < found["iou"] <= 1 and [found["share"], found["iou"]] in found["tried"]
 
     called = run_section("TRELLIS-image-large", "ROOT", Path(), FEW, look)
-    assert called == ["new", "draw", "calibrate", "ranking", "train", "export"]
-    tokens = read_conditions(Path("PAIRS"))
+    assert called == ["new", "draw", "pairs", "train", "export"]
+    tokens = read_conditions(Path("WORK"))
     base, tuned = (load_pipeline(path, tokens) for path in (root, Path("TUNED")))
     both = zip(base.stages, tuned.stages, strict=True)  # a stage that no update made better stays as it was
     weights = [zip(one.model.parameters(), other.model.parameters(), strict=True) for one, other in both]

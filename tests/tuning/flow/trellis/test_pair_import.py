@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,7 +16,7 @@ from eg3d_rlhf.tuning.flow.families.trellis.assets import write_ply
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE
 from eg3d_rlhf.tuning.flow.families.trellis.pair_import import read_dso
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
-from eg3d_rlhf.tuning.flow.ranking import Candidate, Judged, pair_up
+from eg3d_rlhf.tuning.flow.ranking import Candidate, pair_up
 from eg3d_rlhf.tuning.flow.ranking import read_ranking as read_any_ranking
 from tests.tuning.flow.trellis.tiny_trellis import E, voxels, write_imported
 
@@ -60,7 +59,7 @@ def write_list(folder, rows):
 def test_a_ranked_list(ranked, pipeline, tmp_path):
     folder, rows = ranked
     imported = read_ranking(write_list(folder, rows), pipeline)
-    assert imported.report == {"assets": 3, "scheme": "all", "pairs": {STRUCTURE: 3, LATENT: 3}}
+    assert imported.report == {"assets": 3, "pairs": {STRUCTURE: 3, LATENT: 3}}
     hashes = write_imported(tmp_path / "pairs", imported, pipeline.file)
     assert hashes == write_imported(tmp_path / "again", read_ranking(folder / "ranking.jsonl", pipeline), pipeline.file)
     for stage in pipeline.stages:
@@ -200,27 +199,16 @@ def test_samples_of_dso_that_are_refused(samples, pipeline, tmp_path):
         read_dso(tmp_path / "none", pipeline)
 
 
-def test_judgements_take_the_place_of_ranks(tmp_path):
-    """The majority decides; ties, draws, pairs across conditions and assets of other lists make no pair."""
-    files = [replace(c, file=tmp_path / f"{c.name}.ply", rank=math.nan) for c in candidates(0, 0, 0, 0)]
-    other = replace(candidates(0, condition="d")[0], file=tmp_path / "other.ply")
-    votes = [("1", "0"), ("1", "0"), ("0", "1"), ("2", "3"), ("3", "2"), ("0", "2"), ("other", "0"), ("0", "nobody")]
-    lines = [{"preferred": f"{a}.ply", "rejected": f"{b}.ply", "annotator": "ann"} for a, b in votes]
-    lines.append({"preferred": "0.ply", "rejected": "3.ply", "tie": True})
-    path = tmp_path / "judged.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    pairs = pair_up([*files, other], judged=Judged(path))[STRUCTURE]
+def test_votes_take_the_place_of_ranks():
+    """The majority decides; draws and pairs across conditions make no pair."""
+    others = candidates(0, condition="d")
+    said = {("1", "0"): (2, 1), ("2", "3"): (1, 1), ("0", "2"): (1, 0)}
+
+    def votes(a, b):
+        return said.get((a.name, b.name)) or said.get((b.name, a.name), (0, 0))[::-1]
+
+    pairs = pair_up([*candidates(0, 0, 0, 0), *others], judged=votes)[STRUCTURE]
     assert {p.id: p.provenance["votes"] for p in pairs} == {"c/1>0": [2, 1], "c/0>2": [1, 0]}
     assert all(float(p.preferred.mean()) == int(p.id[2]) for p in pairs)
     with pytest.raises(ValueError, match="expected assets with a majority of votes"):
-        pair_up(files[2:], judged=Judged(path))
-
-
-def test_bad_judgements_are_refused_with_their_line(tmp_path):
-    path = tmp_path / "judged.jsonl"
-    for text in ('{"preferred": "a.ply"}', '{"preferred": "a.ply", "rejected": "a.ply"}', "[1]", "{"):
-        path.write_text('{"preferred": "a.ply", "rejected": "b.ply"}\n' + text + "\n")
-        with pytest.raises(ValueError, match="judged.jsonl, line 2"):
-            Judged(path)
-    with pytest.raises(FileNotFoundError, match="--judged: expected a .jsonl file"):
-        Judged(tmp_path / "none.jsonl")
+        pair_up(candidates(0, 0, 0, 0)[2:], judged=votes)

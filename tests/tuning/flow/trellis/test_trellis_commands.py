@@ -1,18 +1,19 @@
-"""eg3d-rlhf flow files from the outside."""
+"""Pairs of TRELLIS's assets and of DSO's samples, and what was tuned, by the commands."""
 
 import json
 
 import pytest
 import torch
-from click.testing import CliRunner
 
+from eg3d_rlhf.experiments.run import OPTIONS
 from eg3d_rlhf.models.policies import tuned_model
-from eg3d_rlhf.modes.flow_files import main
 from eg3d_rlhf.tuning.flow.conditions import read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.drawing import draw, drawing_of
+from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.families.trellis.assets import read_ply
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.generate import generate
+from eg3d_rlhf.tuning.flow.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.work import SHOWN, Work
 from tests.modes.flow_works import flow
 from tests.tuning.flow.trellis.test_export import adapted
@@ -20,53 +21,65 @@ from tests.tuning.flow.trellis.test_pair_import import ranked, read_ranking, sam
 from tests.tuning.flow.trellis.tiny_trellis import tokens
 
 
-def run(*flags):
-    return CliRunner().invoke(main, [str(f) for f in flags])
+@pytest.fixture
+def work(trellis_root, tmp_path):
+    write_conditions(tmp_path / "c.safetensors", tokens())
+    flow("new", tmp_path / "WORK", f"--pipeline={trellis_root}", f"--conditions={tmp_path / 'c.safetensors'}", "--each=2")
+    return Work.open(tmp_path / "WORK")
 
 
-def test_dso(samples, trellis_root, tmp_path):  # noqa: F811
-    done = run("dso", f"--samples={samples}", f"--pipeline={trellis_root}", f"--out={tmp_path / 'out'}")
-    assert done.exit_code == 0 and json.loads(done.stdout)["pairs"] == 3
-    assert read_conditions(tmp_path / "out" / "conditions.safetensors").names == ("000", "001")
+def test_dso(work, samples):  # noqa: F811
+    stale = work.folder / "pairs" / "latent"
+    stale.mkdir(parents=True)
+    said = flow("tune", work.folder, f"--labels={samples}", "--pairs-only")
+    assert "pairs with a majority: 3 of stage structure" in said and not stale.exists()
+    assert read_conditions(work.folder / "pairs" / "conditions.safetensors").names == ("000", "001")
 
 
-def test_a_run_stands_for_the_stages_that_it_tuned(pipeline, trellis_root, tmp_path):
-    """Named by itself, or for a stage; what is named for a stage goes first."""
-    adapted(pipeline, tmp_path / "run" / "structure")
-    flags = {"a": f"--run={tmp_path}/run", "b": f"--weights=structure={tmp_path}/run",
-             "c": f"--weights=structure={tmp_path}/run/structure"}
-    for name, flag in flags.items():
-        done = run("export", f"--pipeline={trellis_root}", flag, f"--out={tmp_path / name}")
-        assert done.exit_code == 0 and list(json.loads(done.stdout)["tuned"]) == ["structure"], done.output
-    merged = [(tmp_path / name / "ckpts" / "ss_flow.safetensors").read_bytes() for name in flags]
+def test_what_was_tuned_is_found(pipeline, trellis_root, tmp_path):
+    """In the run of a stage, named for the stage, or in a run beside another's; what is named for a stage goes first."""
+    for run, stage in (("one", "structure"), ("two", "latent")):
+        adapted(pipeline, tmp_path / run / stage, stage=["structure", "latent"].index(stage))
+        (tmp_path / run / OPTIONS).write_text(json.dumps({"run": {"source": {"pipeline": str(trellis_root)}}}))
+    weights, root = f"--weights=structure={tmp_path / 'one' / 'structure'}", f"--pipeline={trellis_root}"
+    calls = {"a": [tmp_path / "one"], "b": [root, weights], "c": [tmp_path / "one", tmp_path / "two"]}
+    for name, flags in calls.items():
+        said = flow("export", *flags, f"--out={tmp_path / name}")
+        tuned = json.loads(said[: said.rindex("}") + 1])["tuned"]
+        assert list(tuned) == ["structure", *(["latent"] if name == "c" else [])] and "from_pretrained" in said
+    merged = [(tmp_path / name / "ckpts" / "ss_flow.safetensors").read_bytes() for name in calls]
     assert merged[0] == merged[1] == merged[2] != (trellis_root / "ckpts" / "ss_flow.safetensors").read_bytes()
+    flow("export", tmp_path / "one", tmp_path / "two", "--adapter", f"--out={tmp_path / 'adapters'}")
+    assert (tmp_path / "adapters/latent/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "two/latent/adapter_model.safetensors"
+    ).read_bytes()
     (tmp_path / "other").mkdir()
-    named = [f"--run={tmp_path / 'run'}", f"--weights=structure={tmp_path / 'other'}", f"--out={tmp_path / 'd'}"]
-    done = run("export", f"--pipeline={trellis_root}", *named)
-    assert done.exit_code == 2 and "expected weights or a folder with" in done.stderr
+    refused = [tmp_path / "one", f"--weights=structure={tmp_path / 'other'}"]
+    assert "expected weights or a folder with" in flow("export", *refused, f"--out={tmp_path / 'd'}", code=2)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["export"], "export: expected --run or --weights, got neither"),
-        (["export", "--run=nowhere"], "--run: expected a finished run of train.py, got no tuned structure or latent in nowhere"),
-        (["export", "--weights=mesh=x"], "--weights: expected stages among structure, latent"),
-        (["dso", "--samples=nowhere"], "DSO samples: expected model_info.npz"),
-        (["ranking", "--list=nowhere"], "ranking: expected a list of ranked assets"),
+        ([], "export: expected WORK, runs of train.py or --weights, got none"),
+        (["nowhere"], "export: expected WORK or a finished run of train.py, got no tuned stage in nowhere"),
+        (["--weights=mesh=x"], "--weights: expected STAGE=PATH and --pipeline=ROOT, got no --pipeline"),
+        (["--pipeline=ROOT", "--weights=mesh"], "--weights: expected STAGE=PATH and --pipeline=ROOT, got mesh"),
+        (["--pipeline=ROOT", "--weights=mesh=x"], "export: expected stages among structure, latent"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(trellis_root, tmp_path, flags, message):
-    done = run(*flags, f"--pipeline={trellis_root}", f"--out={tmp_path / 'out'}")
-    assert done.exit_code == 2 and done.stderr.startswith("Error: ") and message in done.stderr and done.stderr.count("\n") == 1
+def test_exports_of_nothing_are_refused(trellis_root, tmp_path, flags, message):
+    assert message in flow("export", *(f.replace("ROOT", str(trellis_root)) for f in flags), f"--out={tmp_path / 'out'}", code=2)
 
 
-def test_draw_rank_import(pipeline, trellis_root, tmp_path):
+def test_labels_of_nothing_are_refused(work, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "DSO samples: expected model_info.npz" in flow("tune", work.folder, f"--labels={tmp_path / 'empty'}", "--pairs-only", code=2)
+
+
+def test_draw_rank_import(pipeline, trellis_root, work, tmp_path):
     """Assets are drawn, people rank them, and their pairs are of the very latents that were drawn."""
     adapted(pipeline, tmp_path / "adapter")
-    write_conditions(tmp_path / "c.safetensors", tokens())
-    flow("new", tmp_path / "WORK", f"--pipeline={trellis_root}", f"--conditions={tmp_path / 'c.safetensors'}", "--each=2")
-    work = Work.open(tmp_path / "WORK")
     drawing = drawing_of(work, work.check_pipeline(), "base", SHOWN, torch.device("cpu"), tuned={"structure": tmp_path / "adapter"})
     assert drawing.run().count == 10
     path = work.drawn() / "ranking.jsonl"
@@ -74,8 +87,10 @@ def test_draw_rank_import(pipeline, trellis_root, tmp_path):
         read_ranking(path, pipeline)
     rows = work.lines()
     write_list(path.parent, [{**row, "rank": 2 - row["seed"]} for row in rows])
-    done = run("ranking", f"--list={path}", f"--pipeline={trellis_root}", f"--out={tmp_path / 'PAIRS'}")
-    assert done.exit_code == 0 and set(read_conditions(tmp_path / "PAIRS").names) == set(work.names(*SHOWN)), done.output
+    said = flow("tune", work.folder, f"--labels={work.drawn()}", "--pairs-only")
+    assert "pairs with a majority: 5 of stage structure, 5 of stage latent" in said
+    problem = open_problem(ProblemSource(pipeline=str(trellis_root), pairs=str(work.folder / "pairs")))  # with WORK's conditions
+    assert {*problem.train_conditions, *problem.held_out_conditions} <= set(work.names(*SHOWN))
     imported = read_ranking(path, pipeline)
     assert imported.report["pairs"] == {"structure": 5, "latent": 5}
     pipeline = load_pipeline(trellis_root, tokens())

@@ -8,11 +8,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import train
-from eg3d_rlhf.modes.flow_files import main
 from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE, read_pipeline
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.problem import ProblemSource
+from tests.modes.flow_works import flow
 from tests.tuning.flow.trellis.test_trellis_problem import write_people
 from tests.tuning.flow.trellis.tiny_trellis import tokens
 
@@ -46,10 +46,8 @@ def test_the_loop_tunes_both_stages(run):
 
 
 def test_the_result_goes_back_into_the_stock_layout(run, trellis_root, tmp_path):
-    flags = [f"--weights={stage}={run / stage}" for stage in (STRUCTURE, LATENT)]
-    done = CliRunner().invoke(main, ["export", f"--pipeline={trellis_root}", f"--out={tmp_path / 'out'}", *flags])
-    assert done.exit_code == 0, done.output
-    assert set(json.loads(done.stdout)["tuned"]) == {STRUCTURE, LATENT}
+    said = flow("export", run, f"--out={tmp_path / 'out'}")
+    assert set(json.loads(said[: said.rindex("}") + 1])["tuned"]) == {STRUCTURE, LATENT}
     tuned, base = (load_pipeline(root, tokens(), whole=False) for root in (tmp_path / "out", trellis_root))
     for stage, old in zip(tuned.stages, base.stages, strict=True):
         moved = [not torch.equal(a, b) for a, b in zip(stage.model.parameters(), old.model.parameters(), strict=True)]

@@ -132,7 +132,7 @@ def tokens(names=NAMES) -> Conditions:
 
 
 def write_imported(folder, imported, file) -> dict[str, str]:
-    """Pairs as `flow files ranking` writes them."""
+    """Pairs as `flow tune` writes them."""
     return write_import(folder, imported, lambda stage: {"normalization": normalization(file, stage), "report": dict(imported.report)})
 
 

@@ -15,6 +15,7 @@ from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.models.sparse import SparseSample, feats_of
 from eg3d_rlhf.models.trellis2 import VoxelAsset
 from eg3d_rlhf.tuning.flow.conditions import write_conditions
+from eg3d_rlhf.tuning.flow.export import export
 from eg3d_rlhf.tuning.flow.families.trellis2 import pipeline as family
 from eg3d_rlhf.tuning.flow.families.trellis2.pipeline import load_pipeline, surface_of
 from eg3d_rlhf.tuning.flow.generate import generate
@@ -54,9 +55,9 @@ def test_adapters_are_merged_into_the_files_own_types(pipeline, trellis2_root, t
         for parameter in lora_parameters(model):
             parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     save_policy(model, tmp_path / "adapter", {})
-    report = family.export(trellis2_root, tmp_path / "out", {"texture": tmp_path / "adapter"})
-    assert report["tuned"]["texture"]["file"] == "tex_1024.safetensors" and 0 < report["tuned"]["texture"]["rounding"] < 0.1
-    assert report["elsewhere"] == [] and {"shape_slat_encoder", "tex_slat_encoder", "sparse_structure_encoder"} <= set(report["kept"])
+    report = export(trellis2_root, tmp_path / "out", {"texture": tmp_path / "adapter"})
+    assert report["tuned"]["texture"]["file"] == "ckpts/tex_1024.safetensors" and 0 < report["tuned"]["texture"]["rounding"] < 0.1
+    assert report["elsewhere"] == [] and 3 == sum("_enc" in name and name.endswith(".safetensors") for name in report["kept"])
     old, new = (load_file(root / "ckpts" / "tex_1024.safetensors") for root in (trellis2_root, tmp_path / "out"))
     assert {k: (t.dtype, t.shape) for k, t in old.items()} == {k: (t.dtype, t.shape) for k, t in new.items()}
     changed = {k for k in old if not torch.equal(old[k], new[k])}
@@ -68,7 +69,7 @@ def test_adapters_are_merged_into_the_files_own_types(pipeline, trellis2_root, t
     merged, adapted, base = (generate(p, NAMES[:1], [0], models)[0].materials for p, models in runs)
     assert 10 * (merged - adapted).abs().mean() < (adapted - base).abs().mean()  # rounded to bfloat16
     with pytest.raises(ValueError, match="export: expected stages among structure, .*, got paint"):
-        family.export(trellis2_root, tmp_path / "out2", {"paint": tmp_path})
+        export(trellis2_root, tmp_path / "out2", {"paint": tmp_path})
 
 
 def test_what_train_refuses(trellis2_root, tmp_path):
@@ -117,7 +118,7 @@ def test_the_loop_on_structure_and_shape_with_its_controls(trellis2_root, tmp_pa
     write_meshes(tmp_path / "MESHES")
     few = "--steps=3 --batch=4 --lr=0.05 --table-noises=2 --seeds=1 --device=cpu".split()
     few += [f"--set={setting}" for setting in ("warmup=0", "choose_noises=0", "roles=reward")]
-    assert run_section("TRELLIS.2's loop", trellis2_root, tmp_path, few) == ["ranking", "train"]
+    assert run_section("TRELLIS.2's loop", trellis2_root, tmp_path, few) == ["new", "pairs", "train"]
     (run,) = (tmp_path / "runs").glob("00000-*")
     groups = json.loads((run / "ablation.json").read_text())["groups"]
     assert set(groups) == {"a", "d", "i", "anchor", "shuffled"}

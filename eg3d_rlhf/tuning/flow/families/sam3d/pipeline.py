@@ -23,19 +23,18 @@ from torch import nn
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.pictures import ObjectCut, object_inputs, read_cut_out
-from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.models.sam3d import SHAPE
 from eg3d_rlhf.models.sparse import Batch, Latent, NamedBatch, NamedSample, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.models.weights import content, empty, fingerprint, in_types_of, read, rewrite, shapes
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_array
-from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, check_stages, open_folder, register
+from eg3d_rlhf.tuning.flow.export import Release, Stored
+from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, open_folder, register
 from eg3d_rlhf.tuning.flow.families.folder import (
     OpenedFolder,
     check_finite,
     embedding,
     even_points,
-    merged,
     never_empty,
     read_mesh,
     spare_memory,
@@ -334,28 +333,21 @@ def show(asset: SplatAsset, path: Path) -> Path:
     return file
 
 
-def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
-    """All files of the folder in a new one, tuned networks merged into their checkpoints, in the types of those.
-
-    What nothing changed is linked, or copied where the file system cannot.
-    Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...]}; rounding: share of the update that merging loses.
-    """
-    check_stages("export", FAMILY, list(tuned))
+def release(root: Path, stages: Sequence[str]) -> Release:
+    """All files of the folder, and the repository's licence."""
     file, root = files.read_pipeline(root), Path(root)
-    changed, done = {file.generators[stage].checkpoint.resolve() for stage in tuned}, {}
-    there = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.resolve() not in changed)
-    kept = [path for path in there if not any(part.startswith(".") for part in path.parts)]
-    above = root.resolve().parents[:2] if root.resolve().name in FOLDERS else ()  # the repository's licence
-    papers = [path for place in above for path in sorted(place.glob("LICENSE*")) if path.is_file() and not (root / path.name).exists()]
-    for source, name in [*((root / path, path) for path in kept), *((path, Path(path.name)) for path in papers)]:
-        link(source, out / name)
-    for stage, weights in tuned.items():
-        generator = file.generators[stage]
-        state, rounding = merged(partial(files.load_flow, generator), weights)
-        target = out / generator.checkpoint.relative_to(root)
-        write_checkpoint(generator.checkpoint, target, state)
-        done[stage] = {"file": str(target.relative_to(out)), "rounding": rounding}
-    return {"tuned": done, "kept": [*map(str, kept), *(path.name for path in papers)]}
+    tuned = {stage: file.generators[stage] for stage in stages}
+    changed = {generator.checkpoint.resolve() for generator in tuned.values()}
+    there = (path for path in root.rglob("*") if path.is_file() and path.resolve() not in changed)
+    kept = {str(path.relative_to(root)): path for path in there if not any(part.startswith(".") for part in path.relative_to(root).parts)}
+    above = root.resolve().parents[:2] if root.resolve().name in FOLDERS else ()
+    papers = {path.name: path for place in above for path in sorted(place.glob("LICENSE*")) if path.is_file()}
+    return Release(files={**papers, **kept}, networks={
+        stage: Stored(
+            file=str(generator.checkpoint.relative_to(root)), load=partial(files.load_flow, generator),
+            write=partial(write_checkpoint, generator.checkpoint),
+        ) for stage, generator in tuned.items()
+    })  # fmt: skip
 
 
 def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -399,7 +391,7 @@ NOTICE = (
 FAMILY = register(FlowFamily(
     name="sam3d", layout=f"{files.PIPELINE} of {files.PACKAGE}", recognises=files.recognises, stages=files.STAGES, load=load,
     files=lambda root: files.read_pipeline(root).files, options=("parts",), open=open_problem, embed=embed, show=show, facts=facts,
-    export=export, encoder=partial(load, conditions=None, parts=SHAPE), candidate=asset_candidate(read_mesh), networks=networks,
+    release=release, encoder=partial(load, conditions=None, parts=SHAPE), candidate=asset_candidate(read_mesh), networks=networks,
     told=lambda pipeline, stage: [TOKENS[stage], pipeline.file.generators[stage].config.cond_channels],
     address="https://huggingface.co/facebook/sam-3d-objects", up="z",
     version="SAM 3D Objects, shape with pose and Gaussians", notice=NOTICE,

@@ -1,4 +1,4 @@
-"""TRELLIS among the families of flow generators; its files have a tool of their own, eg3d-rlhf flow files."""
+"""TRELLIS among the families of flow generators; what tells its folder, and what is done with it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,29 +7,33 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, check_stages, register
-from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, write_ply
+from eg3d_rlhf.tuning.flow.conditions import Conditions, read_array
+from eg3d_rlhf.tuning.flow.export import Release
+from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register
+from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, calibrated, read_ply, write_ply
 from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder, TextEncoder
 from eg3d_rlhf.tuning.flow.families.trellis.files import (
     FLOWS,
     KINDS,
+    LATENT,
     LATENT_ENCODER,
     NEEDED,
     TOKENS,
     PipelineFile,
-    export_models,
     find_model,
     find_weights,
     load_model,
     network_of,
     read_pipeline,
+    release_of,
     with_ending,
 )
 from eg3d_rlhf.tuning.flow.families.trellis.pair_import import candidate, normalization, write_latent
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.tuning.flow.families.trellis.problem import RewardOfPairs, trellis_problem
 from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource
+
+LOOKED_AT = 32  # assets that the share of opacity is found on
 
 
 def recognises(root: Path) -> bool:
@@ -104,21 +108,28 @@ def show(asset: SplatAsset, path: Path) -> Path:
     return path.with_suffix(".ply")
 
 
-def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
-    """See `export_models`. What pipeline.json names in a folder that is there must be there."""
+def remark(folder: Path, lines: Sequence[Mapping], pipeline: TrellisPipeline) -> str:
+    """The share of opacity at which the first assets fill the voxels that they were made on."""
+    assets = [read_ply(folder / line["look_at"]) for line in lines[:LOOKED_AT]]
+    found = calibrated(assets, [read_array(folder / line[LATENT], "coords") for line in lines[:LOOKED_AT]], pipeline.resolution)
+    how = f"a share of opacity of {found['share']:g} (intersection over union {found['iou']:.2f}, of {len(assets)})"
+    return f"assets fill the voxels that they were made on best at {how}: flow tune --loop --set voxel_share={found['share']:g}"
+
+
+def release(root: Path, stages: Sequence[str]) -> Release:
+    """See `release_of`. What pipeline.json names in a folder that is there must be there."""
     file = read_pipeline(root)
-    check_stages("export", FAMILY, list(tuned))
     needed = {name for name, value in file.models.items() if (file.root / value).parent.is_dir()}
-    return export_models(file, Path(out), tuned, FLOWS, load_model, needed)
+    return release_of(file, stages, FLOWS, load_model, needed)
 
 
 FAMILY = register(FlowFamily(
     name="trellis", layout="pipeline.json of TrellisTextTo3DPipeline or TrellisImageTo3DPipeline", recognises=recognises,
     stages=tuple(FLOWS), load=load, files=model_files, judge=RewardOfPairs, open=open_problem, embed=embed, embed_texts=embed_texts,
-    show=show, export=export, loaded_by='TrellisImageTo3DPipeline or TrellisTextTo3DPipeline.from_pretrained("{out}")', encoder=encoder,
+    show=show, release=release, loaded_by='TrellisImageTo3DPipeline or TrellisTextTo3DPipeline.from_pretrained("{out}")', encoder=encoder,
     candidate=candidate, write_latent=write_latent,
     pair_meta=lambda pipeline, stage, report: {"normalization": normalization(pipeline.file, stage), "report": report},
     told=lambda pipeline, stage: [TOKENS[pipeline.file.kind], pipeline.width(stage)],
     options=("voxel_share", "views"), networks=networks, address="https://huggingface.co/microsoft/TRELLIS-image-large", up="z",
-    version="TRELLIS, of texts or images",
+    remark=remark, version="TRELLIS, of texts or images",
 ))

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from eg3d_rlhf.models.policies import link, split_state
+from eg3d_rlhf.models.policies import split_state
 from eg3d_rlhf.models.trellis.autoencoders import (
     GaussianDecoder,
     GaussianDecoderConfig,
@@ -25,11 +25,10 @@ from eg3d_rlhf.models.trellis.autoencoders import (
 )
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
 from eg3d_rlhf.models.weights import State, empty, fill, in_types_of, read, shapes, write
+from eg3d_rlhf.tuning.flow.export import Release, Stored
 from eg3d_rlhf.tuning.flow.families import Network
-from eg3d_rlhf.tuning.flow.families.folder import merged, read_json
+from eg3d_rlhf.tuning.flow.families.folder import read_json
 from eg3d_rlhf.tuning.flow.stage import Sampling
-from training.progress import tqdm
-from training.storage import write_atomic
 
 STRUCTURE, LATENT = "structure", "latent"  # names of the stages
 FLOWS = {STRUCTURE: "sparse_structure_flow_model", LATENT: "slat_flow_model"}  # their names in pipeline.json
@@ -281,54 +280,45 @@ def base_state(path: Path) -> State:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-Load = Callable[..., nn.Module]  # (path without ending, dtype)
-
-
-def export_models(
-    file: Any, out: Path, tuned: Mapping[str, Path], flows: Mapping[str, str], load: Load, needed: Container[str],
+def release_of(
+    file: Any, stages: Collection[str], flows: Mapping[str, str], load: Callable[..., nn.Module], needed: Container[str],
     also: tuple[str, ...] = (),
-) -> dict:
-    """Write pipeline.json and all models that are on this machine to a new folder, with tuned flows in place of those of the file's root.
+) -> Release:
+    """pipeline.json and all models that are on this machine; those that are elsewhere ("owner/repo/path") and not found stay references.
+    What no file names, such as the encoders that the loop needs, comes along where it is found.
 
-    Tuned weights are merged and rounded to the types of the file that they replace. Models that nothing changed are linked, or copied where
-    the file system cannot; those that are elsewhere ("owner/repo/path") and not found stay references. What no file names, such as the
-    encoders that the loop needs, comes along where it is found.
-
-    Args: tuned: by stage, a folder or file of weights in any layout that policies.tuned_model reads; flows: names of the stages' models;
-        needed: models that must be there; also: further files like pipeline.json, where there are any.
-    Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...], "elsewhere": [...]}, names of models;
-        rounding: share of the update that merging loses.
-    Raises: FileNotFoundError or ValueError for files or a folder that do not fit.
+    Args: stages: that are tuned; flows: names of the stages' models; load: (path without ending, dtype); needed: models that must be
+        there; also: further files like pipeline.json, where there are any.
     """
-    placed, done, kept, elsewhere = dict[str, str](), {}, [], []
+    placed, kept, networks, elsewhere = dict[str, str](), dict[str, Path | bytes](), dict[str, Stored](), []
     sources: dict[str, Path] = {}  # by stem
-    stages = {flows[stage]: stage for stage in tuned}
-    for name in tqdm(dict.fromkeys([*file.models, *file.usual]), desc="export", unit="model", leave=False, disable=None):
+    tuned = {flows[stage]: stage for stage in stages}
+    for name in dict.fromkeys([*file.models, *file.usual]):
         try:
             stem = find_model(file, name)
         except FileNotFoundError:
-            if name in needed or name in stages:
+            if name in needed or name in tuned:
                 raise
             elsewhere.append(name)
             continue
         if sources.setdefault(stem.name, stem) != stem:
             raise ValueError(f"export: expected models of different names, got {stem} and {sources[stem.name]}. Rename one.")
-        target = out / "ckpts" / stem.name
-        link(with_ending(stem, ".json"), with_ending(target, ".json"))
-        base = find_weights(stem)
+        placed[name], base = f"ckpts/{stem.name}", find_weights(stem)
         assert base is not None  # or there were no such model
-        if name in stages:
-            state, rounding = merged(partial(load, stem), tuned[stages[name]])
-            write(with_ending(target, ".safetensors"), in_types_of(base_state(base), state))
-            done[stages[name]] = {"file": f"{stem.name}.safetensors", "rounding": rounding}
+        kept[f"{placed[name]}.json"] = with_ending(stem, ".json")
+        if name in tuned:
+            networks[tuned[name]] = Stored(
+                file=f"{placed[name]}.safetensors", load=partial(load, stem), write=partial(_rewritten, base)
+            )
         else:
-            link(base, with_ending(target, base.suffix))
-            kept.append(name)
-        placed[name] = f"ckpts/{stem.name}"
+            kept[placed[name] + base.suffix] = base
     for path in (file.root / name for name in ("pipeline.json", *also)):
         if path.is_file():
             content = read_json(path)
-            models = {name: placed.get(name, value) for name, value in content["args"]["models"].items()}
-            content["args"]["models"] = models
-            write_atomic(out / path.name, (json.dumps(content, indent=4) + "\n").encode())
-    return {"tuned": done, "kept": kept, "elsewhere": elsewhere}
+            content["args"]["models"] = {name: placed.get(name, value) for name, value in content["args"]["models"].items()}
+            kept[path.name] = (json.dumps(content, indent=4) + "\n").encode()
+    return Release(files=kept, networks=networks, elsewhere=elsewhere)
+
+
+def _rewritten(base: Path, path: Path, state: State) -> None:
+    write(path, in_types_of(base_state(base), state))

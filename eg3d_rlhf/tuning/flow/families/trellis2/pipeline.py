@@ -31,9 +31,10 @@ from eg3d_rlhf.models.trellis2 import Flow, VoxelAsset, VoxelDecoder, VoxelEncod
 from eg3d_rlhf.models.vit import Dino3, read_dino3
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, check_stages, open_folder, register, tell
+from eg3d_rlhf.tuning.flow.export import Release
+from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, open_folder, register, tell
 from eg3d_rlhf.tuning.flow.families.folder import EncodingFolder, check_finite, embedding, never_empty, read_json, spare_memory
-from eg3d_rlhf.tuning.flow.families.trellis.files import build_model, export_models, find_model, network_of, with_ending
+from eg3d_rlhf.tuning.flow.families.trellis.files import build_model, find_model, network_of, release_of, with_ending
 from eg3d_rlhf.tuning.flow.families.trellis.problem import RewardOfPairs
 from eg3d_rlhf.tuning.flow.families.trellis2 import files
 from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource, pair_folders
@@ -407,21 +408,19 @@ def show(asset: VoxelAsset, path: Path) -> Path:
     return save_mesh(path.with_name(path.name + ".ply"), vertices.cpu().numpy(), faces.cpu().numpy(), colours)
 
 
-def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
-    """See `export_models`; both pipelines' files, and the encoders."""
+def release(root: Path, stages: Sequence[str]) -> Release:
+    """See `release_of`; both pipelines' files, and the encoders."""
     file = files.read_pipeline(root)
-    check_stages("export", FAMILY, list(tuned))
-    absent = sorted(set(tuned) - set(file.flows))
+    absent = sorted(set(stages) - set(file.flows))
     if absent:
         raise ValueError(f"export: expected stages of {file.kind!r}, {', '.join(file.flows)}, got {', '.join(absent)}. Leave it out.")
-    needed = {*file.flows.values(), *files.DECODERS}
-    return export_models(file, out, tuned, file.flows, files.load_model, needed, (files.TEXTURING,))
+    return release_of(file, stages, file.flows, files.load_model, {*file.flows.values(), *files.DECODERS}, (files.TEXTURING,))
 
 
 FAMILY = register(FlowFamily(
     name="trellis2", layout=f"pipeline.json of {files.NAME}", recognises=recognises, stages=files.STAGES, load=load,
     files=lambda root: files.model_files(files.read_pipeline(root)), judge=RewardOfPairs, open=open_problem, embed=embed, show=show,
-    export=export, encoder=partial(load_pipeline, conditions=None, sampled=False), candidate=asset_candidate(read_asset),
+    release=release, encoder=partial(load_pipeline, conditions=None, sampled=False), candidate=asset_candidate(read_asset),
     told=lambda pipeline, stage: [5 + (int(pipeline.told(stage)) // 16) ** 2, pipeline.configs[stage].cond_channels],
     networks=networks, address="https://huggingface.co/microsoft/TRELLIS.2-4B", up="z",
     version="TRELLIS.2-4B, of images",
