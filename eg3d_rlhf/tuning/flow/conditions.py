@@ -136,18 +136,6 @@ def tensors_of(condition: Condition) -> list[torch.Tensor]:
     return [condition] if isinstance(condition, torch.Tensor) else list(condition.values())
 
 
-def random_conditions(names: Sequence[str], form: Mapping[str, Sequence[int]] | Sequence[int]) -> Conditions:
-    """Embeddings of random numbers of a shape, or of shapes by name, with a null of zeros: what a new family is tried on."""
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn() -> Condition:
-        shapes = form if isinstance(form, Mapping) else {"": form}
-        tensors = {name: torch.randn(list(shape), generator=generator) for name, shape in shapes.items()}
-        return tensors if isinstance(form, Mapping) else tensors[""]
-
-    return Conditions(tokens={name: drawn() for name in names}, zero_null=True)
-
-
 def write_conditions(path: Path, conditions: Conditions) -> None:
     names = list(conditions.tokens)
     tensors: dict[str, torch.Tensor] = {}

@@ -233,20 +233,15 @@ def conditions_problem(pipeline: Any, tokens: Conditions, *, identity: Mapping, 
     )
 
 
-def pair_folders(given: Sequence[Path], stages: Sequence[str]) -> dict[str, Path]:
-    """Pair folders by stage, from such folders themselves or what holds one for each stage. Raises: FileNotFoundError, ValueError."""
-    folders: dict[str, Path] = {}
-    for path in given:
-        single = (path / "meta.json").is_file()
-        parts = [path] if single else [path / stage for stage in stages if (path / stage).is_dir()]
-        if not parts:
-            what = f"a folder of pairs, or {' or '.join(stages)} in it"
-            raise FileNotFoundError(f"pairs: expected {what}, got none at {path}. Make some: eg3d-rlhf flow tune WORK --pairs-only.")
-        for part in parts:
-            stage = _stage_in(part / "meta.json") if single else part.name
-            if stage in folders:
-                raise ValueError(f"pairs: expected one folder for each stage, got {folders[stage]} and {part} for {stage!r}. Drop one.")
-            folders[stage] = part
+def pair_folders(path: Path, stages: Sequence[str]) -> dict[str, Path]:
+    """Pair folders by stage, in a folder that holds one for each, or of one such. Raises: FileNotFoundError, ValueError."""
+    if (path / "meta.json").is_file():
+        folders = {_stage_in(path / "meta.json"): path}
+    else:
+        folders = {stage: path / stage for stage in stages if (path / stage).is_dir()}
+    if not folders:
+        what = f"a folder of pairs, or {' or '.join(stages)} in it"
+        raise FileNotFoundError(f"pairs: expected {what}, got none at {path}. Make some: eg3d-rlhf flow tune WORK --pairs-only.")
     unknown = sorted(set(folders) - set(stages))
     if unknown:
         raise ValueError(f"pairs: expected stages {' and '.join(stages)}, got {', '.join(unknown)}. They are of another pipeline.")

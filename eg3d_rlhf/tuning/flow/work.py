@@ -179,9 +179,6 @@ class Work:
         """Conditions of splits, all by default, in their order."""
         return tuple(name for split in splits or SPLITS for name in self.splits[split])
 
-    def split_of(self, condition: str) -> str:
-        return next(split for split in SPLITS if condition in self.splits[split])
-
     def conditions(self, *splits: str) -> Conditions:
         """Embeddings of the conditions of splits and of the empty one, and of no others."""
         read = read_conditions(self.conditions_file)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.models.weights import write
-from eg3d_rlhf.tuning.flow.conditions import Conditions, random_conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions
 from tests.tuning.flow.point_family import CLASSES, CONFIG, WEIGHTS, PointNetwork
 
 
@@ -18,4 +18,6 @@ def write_folder(root: Path) -> Path:
 
 
 def conditions() -> Conditions:
-    return random_conditions("abcd", {"kind": [1, CLASSES], "size": [1]})
+    g = torch.Generator().manual_seed(0)
+    tokens = {name: {"kind": torch.randn(1, CLASSES, generator=g), "size": torch.randn(1, generator=g)} for name in "abcd"}
+    return Conditions(tokens=tokens, zero_null=True)

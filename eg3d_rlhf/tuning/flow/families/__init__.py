@@ -172,16 +172,27 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
     return replace(problem, human_pairs=functools.cache(problem.human_pairs), identity=identity)
 
 
-def open_folder(family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
-    """The problem of a folder, by what its family says of it."""
-    root = Path(source.pipeline)
-    folders = pair_folders([Path(source.pairs or root / "pairs")], family.stages)
+def pairs_in(family: FlowFamily, source: ProblemSource) -> dict[str, Path]:
+    """Folders of people's pairs by stage. Raises: see `pair_folders`."""
+    return pair_folders(Path(source.pairs or Path(source.pipeline) / "pairs"), family.stages)
+
+
+def open_folder(
+    family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu",
+    check: Callable[[Any, Path, str, Mapping], None] = lambda pipeline, folder, stage, meta: None,
+) -> Problem:
+    """The problem of a folder, by what its family says of it.
+
+    Args: check: refuses pairs of another pipeline, from the pipeline, the folder, the stage and what the writer had to say.
+    """
+    root, folders = Path(source.pipeline), pairs_in(family, source)
     tokens = conditions_beside(folders, None if source.conditions is None else Path(source.conditions))
     read = read_conditions(tokens, zero_null=family.zero_null)
     pipeline: Any = family.load(root, read, dtype=getattr(torch, source.dtype), device=device)
     identity = _identity(family, source, tokens)
     return folder_problem(
-        pipeline, folders, read, identity=identity, seed=source.seed, held_out=source.held_out, judge=family.judge, splits=source.splits
+        pipeline, folders, read, identity=identity, seed=source.seed, held_out=source.held_out, judge=family.judge, splits=source.splits,
+        check=functools.partial(check, pipeline),
     )
 
 

@@ -10,10 +10,12 @@ import torch
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig, make_loop_pairs
 from eg3d_rlhf.tuning.flow.conditions import Conditions, write_conditions
+from eg3d_rlhf.tuning.flow.families.trellis import family
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE, read_pipeline
-from eg3d_rlhf.tuning.flow.families.trellis.problem import LinearReward, features, trellis_problem
+from eg3d_rlhf.tuning.flow.families.trellis.problem import LinearReward, features
 from eg3d_rlhf.tuning.flow.pairs import read_pairs, write_pairs
+from eg3d_rlhf.tuning.flow.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.ranking import Candidate, Imported, pair_up
 from tests.tuning.flow.trellis.tiny_trellis import NAMES, tokens, voxels, write_imported
 
@@ -31,6 +33,10 @@ def write_people(folder, file, stages=(STRUCTURE, LATENT), per_condition=3):
     return folder
 
 
+def trellis_problem(root, pairs=None, **more):
+    return family.open_problem(ProblemSource(pipeline=str(root), pairs=None if pairs is None else str(pairs), **more), "cpu")
+
+
 @pytest.fixture(scope="session")
 def people(trellis_root, tmp_path_factory):
     return write_people(tmp_path_factory.mktemp("people") / "pairs", read_pipeline(trellis_root))
@@ -38,7 +44,7 @@ def people(trellis_root, tmp_path_factory):
 
 @pytest.fixture
 def problem(trellis_root, people):
-    return trellis_problem(trellis_root, [people], seed=1)
+    return trellis_problem(trellis_root, people, seed=1)
 
 
 def test_conditions_are_divided_and_pairs_with_them(problem, trellis_root, people):
@@ -48,10 +54,10 @@ def test_conditions_are_divided_and_pairs_with_them(problem, trellis_root, peopl
         pairs = problem.human_pairs(stage)
         assert {p.condition for p in pairs} == trained and len(pairs) == 3 * len(trained)
     assert [p.id for p in problem.human_pairs(STRUCTURE)] == [p.id for p in problem.human_pairs(LATENT)]
-    again = trellis_problem(trellis_root, [people], seed=1)
+    again = trellis_problem(trellis_root, people, seed=1)
     assert all(stage.model.recompute for stage in problem.pipeline.stages)
     assert again.identity == problem.identity and again.held_out_conditions == problem.held_out_conditions
-    halves = trellis_problem(trellis_root, [people], held_out=0.5)
+    halves = trellis_problem(trellis_root, people, held_out=0.5)
     unseen = {*halves.held_out_conditions, *halves.choosing_conditions}
     assert len(halves.held_out_conditions) == 2 and len(unseen) == 3 and unseen | set(halves.train_conditions) == set(NAMES)
 
@@ -63,7 +69,7 @@ def test_identity_names_all_that_it_came_from(problem, trellis_root, people, tmp
     root = shutil.copytree(trellis_root, tmp_path / "root")
     with open(root / "pipeline.json", "a") as file:
         file.write(" ")
-    other = trellis_problem(root, [people], seed=1).identity
+    other = trellis_problem(root, people, seed=1).identity
     assert {k for k in other if other[k] != problem.identity[k]} == {"files"}
 
 
@@ -71,9 +77,8 @@ def test_pairs_beside_the_networks_and_one_folder_per_stage(problem, trellis_roo
     root = shutil.copytree(trellis_root, tmp_path / "root")
     shutil.copytree(people, root / "pairs")
     assert trellis_problem(root, seed=1).identity == problem.identity
-    assert trellis_problem(trellis_root, [people / LATENT, people / STRUCTURE], seed=1).identity == problem.identity
-    with pytest.raises(ValueError, match="expected one folder for each stage, got"):
-        trellis_problem(trellis_root, [people, people / LATENT])
+    alone = trellis_problem(trellis_root, people / LATENT, seed=1)
+    assert alone.final is None and alone.human_pairs(LATENT)
 
 
 def test_the_reward_orders_assets_as_people_did(problem):
@@ -130,7 +135,7 @@ def test_the_loop_makes_pairs_of_the_first_stage(problem):
 
 def test_pairs_of_one_stage_train_that_stage_alone(trellis_root, pipeline, tmp_path):
     folder = write_people(tmp_path / "pairs", pipeline.file, stages=(STRUCTURE,))
-    problem = trellis_problem(trellis_root, [folder])
+    problem = trellis_problem(trellis_root, folder)
     assert problem.human_pairs(STRUCTURE) and problem.chooser is None and problem.final is None
     with pytest.raises(ValueError, match="pairs: expected pairs of stage 'latent', got those of structure alone"):
         problem.human_pairs(LATENT)
@@ -153,25 +158,25 @@ def rewrite(folder, stage, change=lambda pairs: pairs, **meta):
 def test_mismatched_pair_files_are_refused(trellis_root, copied):
     rewrite(copied, LATENT, lambda pairs: pairs[:-1])
     with pytest.raises(ValueError, match="expected the same pairs at stages 'structure' and 'latent', got 1 that one of them lacks"):
-        trellis_problem(trellis_root, [copied])
+        trellis_problem(trellis_root, copied)
 
 
 def test_pairs_of_another_convention_or_model_are_refused(trellis_root, copied):
     rewrite(copied, LATENT, normalization={"mean": [0.0] * 4, "std": [1.0] * 4})
     with pytest.raises(ValueError, match="expected latents normalised as TRELLIS-text-tiny/pipeline.json says, got those of another model"):
-        trellis_problem(trellis_root, [copied])
+        trellis_problem(trellis_root, copied)
     rewrite(copied, STRUCTURE, convention="x_1 is data")
     with pytest.raises(ValueError, match="expected the convention 'x_0 is data, t = 1 is noise', got 'x_1 is data'"):
-        trellis_problem(trellis_root, [copied])
+        trellis_problem(trellis_root, copied)
 
 
 def test_pairs_without_embeddings_and_folders_without_pairs_are_refused(trellis_root, copied, tmp_path):
     few = Conditions(tokens={name: t for name, t in tokens().tokens.items() if name != "a lamp"})
     write_conditions(copied / "conditions.safetensors", few)
     with pytest.raises(ValueError, match="expected embeddings of all names, got none for 'a lamp'"):
-        trellis_problem(trellis_root, [copied])
+        trellis_problem(trellis_root, copied)
     (copied / "conditions.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="conditions: expected embeddings of the pairs' conditions at"):
-        trellis_problem(trellis_root, [copied])
+        trellis_problem(trellis_root, copied)
     with pytest.raises(FileNotFoundError, match="pairs: expected a folder of pairs, or structure or latent in it, got none at"):
-        trellis_problem(trellis_root, [tmp_path / "none"])
+        trellis_problem(trellis_root, tmp_path / "none")

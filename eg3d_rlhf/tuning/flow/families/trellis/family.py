@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_array
 from eg3d_rlhf.tuning.flow.export import Release
-from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register
+from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, open_folder, pairs_in, register
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, calibrated, read_ply, write_ply
 from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder, TextEncoder
 from eg3d_rlhf.tuning.flow.families.trellis.files import (
@@ -30,7 +32,7 @@ from eg3d_rlhf.tuning.flow.families.trellis.files import (
 )
 from eg3d_rlhf.tuning.flow.families.trellis.pair_import import candidate, normalization, write_latent
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
-from eg3d_rlhf.tuning.flow.families.trellis.problem import RewardOfPairs, trellis_problem
+from eg3d_rlhf.tuning.flow.families.trellis.problem import RewardOfPairs
 from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource
 
 LOOKED_AT = 32  # assets that the share of opacity is found on
@@ -49,11 +51,26 @@ def recognises(root: Path) -> bool:
 
 
 def open_problem(source: ProblemSource, device: str | torch.device) -> Problem:
-    return trellis_problem(
-        Path(source.pipeline), Path(source.pairs or Path(source.pipeline) / "pairs"), dtype=getattr(torch, source.dtype), device=device,
-        conditions=None if source.conditions is None else Path(source.conditions), seed=source.seed, held_out=source.held_out,
-        encoding=Encoding(share=source.voxel_share, views=source.views), splits=source.splits,
+    """As any folder's; where there are pairs of both stages, with all that the loop needs."""
+    root, encoding = Path(source.pipeline), Encoding(share=source.voxel_share, views=source.views)
+    both = len(pairs_in(FAMILY, source)) == len(FLOWS)
+    family = replace(
+        FAMILY, load=partial(load_pipeline, encoding=encoding, whole=both), files=partial(model_files, whole=both),
+        zero_null=read_pipeline(root).kind == "image",
     )
+    problem = open_folder(family, source, device, check_origin)
+    for stage in problem.pipeline.stages:
+        stage.model.recompute = True  # type: ignore[assignment]  # blocks again in the backward pass, for less memory
+    return replace(problem, identity={**problem.identity, "encoding": vars(encoding)})
+
+
+def check_origin(pipeline: TrellisPipeline, folder: Path, stage: str, meta: Mapping) -> None:
+    """Refuse latents that are normalised in another way. Raises: ValueError."""
+    if meta.get("normalization") != normalization(pipeline.file, stage):
+        raise ValueError(
+            f"{folder}: expected latents normalised as {pipeline.file.root.name}/pipeline.json says, got those of another model. Make "
+            "the pairs again for this one."
+        )
 
 
 def load(root: Path, conditions: Conditions | None, **options: Any) -> TrellisPipeline:
@@ -66,12 +83,12 @@ def encoder(root: Path, share: float, views: int, **options: Any) -> TrellisPipe
     return load_pipeline(root, None, encoding=Encoding(share=share, views=views), whole=False, sampled=False, **options)
 
 
-def model_files(root: Path) -> dict[str, Path]:
-    """Of the flows, and of what else is there."""
+def model_files(root: Path, whole: bool = True) -> dict[str, Path]:
+    """Of the flows, by stage, and of what else the loop needs."""
     file = read_pipeline(root)
     paths = {"pipeline.json": root / "pipeline.json"}
-    for name in (*FLOWS.values(), *NEEDED):
-        stem = find_model(file, name)
+    for name, model in (FLOWS | {name: name for name in NEEDED if whole}).items():
+        stem = find_model(file, model)
         paths |= {f"{name}.json": with_ending(stem, ".json"), name: find_weights(stem) or stem}
     return paths
 

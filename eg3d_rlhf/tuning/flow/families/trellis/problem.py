@@ -1,84 +1,21 @@
-"""TRELLIS as a problem of Circular-DPO: its files, the people's pairs, and judges that are learned from them.
+"""Judges of finished assets that are learned from people's pairs.
 
-    pairs/structure, pairs/latent    pairs of a stage, as pair_import.py writes them; one of the two may be missing
-    pairs/conditions.safetensors    embeddings of their conditions
-
-The judges see where an asset is filled and which colours it has there. They know nothing of conditions: they compare assets of one
-condition, as w1, w2 and win rates do.
+They see where an asset is filled and which colours it has there. They know nothing of conditions: they compare assets of one condition, as
+w1, w2 and win rates do.
 
 Shape letters: N assets, P pairs, F features, K cells per axis.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 
-from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.models.sparse import SparseBatch
 from eg3d_rlhf.preferences.losses import preference_loss
-from eg3d_rlhf.tuning.flow.conditions import read_conditions
-from eg3d_rlhf.tuning.flow.families.trellis import files
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset
-from eg3d_rlhf.tuning.flow.families.trellis.pair_import import normalization
-from eg3d_rlhf.tuning.flow.families.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
+from eg3d_rlhf.tuning.flow.families.trellis.pipeline import TrellisPipeline
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.problem import Problem, conditions_beside, folder_problem, hash_of, pair_folders
 from training.progress import tqdm
-
-
-def trellis_problem(
-    root: Path, pairs: Path | Sequence[Path] = (), *, conditions: Path | None = None, dtype: torch.dtype | None = torch.float32,
-    device: str | torch.device = "cpu", seed: int = 0, held_out: float = 0.2, encoding: Encoding | None = None,
-    splits: Sequence[Sequence[str]] | None = None,
-) -> Problem:
-    """A problem from TRELLIS's files and people's pairs.
-
-    Conditions are divided by a hash of their names: a share is held out. Three judges of `LinearReward` are fitted to people's pairs of
-    different conditions: one half of the trained (w1 and w2), the other half (held-out win rate), the held-out (the final table).
-    The same assets must be paired at both stages, where both are there.
-
-    Args:
-        root: folder with pipeline.json; pairs: a folder as above, or one for each stage; by default <root>/pairs.
-        conditions: embeddings, by default those beside the pairs; dtype: see models.load_model; held_out: share of the conditions.
-    Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
-    """
-    root = Path(root)
-    given = [pairs] if isinstance(pairs, Path) else list(pairs)
-    folders = pair_folders(given or [root / "pairs"], tuple(files.FLOWS))
-    tokens_file = conditions_beside(folders, conditions)
-    tokens = read_conditions(tokens_file, zero_null=files.read_pipeline(root).kind == "image")
-    both = set(folders) == set(files.FLOWS)
-    pipeline = load_pipeline(root, tokens, dtype=dtype, device=device, encoding=encoding, whole=both)
-    for stage in pipeline.stages:
-        stage.model.recompute = True  # type: ignore[assignment]  # blocks again in the backward pass: a third more time, much less memory
-    return folder_problem(
-        pipeline, folders, tokens, seed=seed, held_out=held_out, splits=splits, judge=RewardOfPairs, check=partial(_check_origin, pipeline),
-        identity={
-            "problem": "trellis", "dtype": str(dtype), "encoding": vars(pipeline.encoding), "conditions": hash_of(tokens_file),
-            "files": file_hashes(pipeline.file, both),
-        },
-    )
-
-
-def _check_origin(pipeline: TrellisPipeline, folder: Path, stage: str, meta: Mapping) -> None:
-    if meta.get("normalization") != normalization(pipeline.file, stage):
-        raise ValueError(
-            f"{folder}: expected latents normalised as {pipeline.file.root.name}/pipeline.json says, got those of another model. Import "
-            "the assets again for this one."
-        )
-
-
-def file_hashes(file: files.PipelineFile, whole: bool) -> dict[str, str]:
-    """SHA-256 of pipeline.json and of every model's files, by name."""
-    names = files.FLOWS | {name: name for name in files.NEEDED if whole}
-    models = {name: files.find_model(file, model) for name, model in names.items()}
-    paths: dict[str, Path] = {"pipeline.json": file.root / "pipeline.json"}
-    for name, stem in models.items():
-        paths |= {f"{name}.json": files.with_ending(stem, ".json"), name: files.find_weights(stem) or stem}
-    return {name: file_hash(path) for name, path in tqdm(paths.items(), desc="reading weights", unit="file", leave=False, disable=None)}
-
 
 CELLS = 8  # per axis of the cube
 FITTING_STEPS = 200

@@ -32,12 +32,12 @@ from eg3d_rlhf.models.vit import Dino3, read_dino3
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.export import Release
-from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, open_folder, register, tell
+from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, open_folder, pairs_in, register, tell
 from eg3d_rlhf.tuning.flow.families.folder import EncodingFolder, check_finite, embedding, never_empty, read_json, spare_memory
 from eg3d_rlhf.tuning.flow.families.trellis.files import build_model, find_model, network_of, release_of, with_ending
 from eg3d_rlhf.tuning.flow.families.trellis.problem import RewardOfPairs
 from eg3d_rlhf.tuning.flow.families.trellis2 import files
-from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource, pair_folders
+from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.ranking import asset_candidate
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, LatentKind, SparseVoxels, Voxels
 
@@ -392,7 +392,7 @@ def load(
 
 def open_problem(source: ProblemSource, device: str | torch.device) -> Problem:
     """Without pairs of the texture its flow is left out, and the loop can run: colours tell the stages before them nothing."""
-    folders = pair_folders([Path(source.pairs or Path(source.pipeline) / "pairs")], files.STAGES)
+    folders = pairs_in(FAMILY, source)
     coloured, file = files.TEXTURE in folders, files.read_pipeline(Path(source.pipeline))
     lost = [] if coloured else [name for name in (files.STRUCTURE_ENCODER, files.SHAPE_ENCODER) if not files.is_there(file, name)]
     if lost:
