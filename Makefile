@@ -29,7 +29,7 @@ $(PLAIN): pyproject.toml constraints.txt
 	@echo "== Making $(VENV) and installing the project with pinned versions (one to two minutes)"
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f'Python 3.11 or later is needed, got {v[0]}.{v[1]}; run make PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[label]'
 	@touch $(PLAIN)
 
 $(STAMP): $(PLAIN)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -136,15 +137,18 @@ class GroupedCommand(click.Command):
 
 
 EXTRAS = {  # packages that are imported when they are needed, and the extra of pyproject.toml that brings each
-    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "sqlalchemy", "segno", "confusable_homoglyphs"), "label"), "psycopg": "postgres",
-    "captum": "attribution", "umap": "attribution", "manifold3d": "solid", "igl": "solid", "diffusers": "sd", "transformers": "sd",
-    "anny": "assets", "roma": "assets", "warp": "assets", "ninja": "ops",
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "sqlalchemy", "jinja2", "segno", "confusable_homoglyphs"), "label"),
+    "psycopg": "postgres", "captum": "attribution", "umap": "attribution", "manifold3d": "solid", "igl": "solid",
+    "diffusers": "sd", "transformers": "sd", "anny": "assets", "roma": "assets", "warp": "assets", "ninja": "ops",
 }  # fmt: skip
 
 
 @contextlib.contextmanager
 def user_errors(words: Callable[[str], str] = str):
-    """Translate ValueError, OSError and a missing extra into one line on stderr and exit code 2; bugs keep their traceback."""
+    """Translate ValueError, OSError and a missing extra into one line on stderr and exit code 2; bugs keep their traceback.
+
+    Where nobody reads on, as after `| head`, the BrokenPipeError goes to click, which ends without a word.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
@@ -152,11 +156,22 @@ def user_errors(words: Callable[[str], str] = str):
         if package not in EXTRAS:
             raise
         extra = EXTRAS[package]
-        click.echo(f"Error: {package}: expected the extra {extra}, got none. Run pip install 'eg3d-rlhf[{extra}]'.", err=True)
+        click.echo(f"Error: this job needs the extra {extra}: {package} is not installed. Run pip install 'eg3d-rlhf[{extra}]'.", err=True)
         sys.exit(2)
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise
         click.echo(f"Error: {words(str(error).strip())}", err=True)
         sys.exit(2)
+
+
+def _nobody_reads() -> bool:
+    """Whether the output's pipe has no reader any more; else it was a pipe to a process of ours that broke."""
+    watch = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a test's output is no file
+            watch.register(stream, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
 @contextlib.contextmanager

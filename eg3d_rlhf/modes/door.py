@@ -33,7 +33,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "score": ("eg3d_rlhf.evaluation.foreign_scores:main", "generators of any family by one reward"),
     "flow new": ("eg3d_rlhf.modes.flow_new:new", "a folder WORK for a generator and its prompts or pictures"),
     "flow draw": ("eg3d_rlhf.modes.flow_draw:draw", "assets to compare, with their latents"),
-    "flow label": ("eg3d_rlhf.modes.flow_draw:label", "compare them in the browser"),
+    "flow label": ("eg3d_rlhf.modes.flow_label:label", "compare them in the browser"),
     "flow tune": ("eg3d_rlhf.modes.flow_tune:tune_command", "stages learn from the answers, if these teach"),
     "flow export": ("eg3d_rlhf.modes.flow_export:export_command", "the tuned generator in its released layout"),
     "flow study": ("eg3d_rlhf.modes.flow_study:study", "tuned against what it was and its control, blind"),

@@ -9,7 +9,6 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.models.policies import ADAPTER, CONFIG, META, link
-from eg3d_rlhf.modes.flow_study import tuning_of
 from eg3d_rlhf.tuning.flow.export import export
 from eg3d_rlhf.tuning.flow.families import check_stages, family_of
 from eg3d_rlhf.tuning.flow.work import FILE, Work
@@ -61,7 +60,7 @@ def tuned_of(sources: Sequence[Path], name: str | None, given: Path | None, weig
             work = Work.open(source)
             work.check_pipeline()
             roots.append(Path(work.pipeline))
-            found += work.tuned(tuning_of(work, name)).items()
+            found += work.tuned(work.training(name)).items()
         else:
             read = (recorded(source).get("run") or {}).get("source") or {}
             stages = sorted(path.parent.name for path in source.glob(f"*/{META}"))

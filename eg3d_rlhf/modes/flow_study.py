@@ -91,7 +91,7 @@ def study(
         eg3d-rlhf flow study WORK --report
     """
     work = Work.open(folder)
-    training = tuning_of(work, tune)
+    training = work.training(tune)
     if interim and not report:
         raise ValueError("--interim: belongs to --report. Add that, or leave it out.")
     if report:
@@ -119,18 +119,6 @@ def study(
 def numbered(what: str, tune: Path) -> str:
     """tune-03 -> tuned-03."""
     return f"{what}-{tune.name.rpartition('-')[2]}"
-
-
-def tuning_of(work: Work, name: str | None) -> Path:
-    """A training's folder, with tuned weights. Raises: FileNotFoundError, ValueError."""
-    there = {path.name: path for path in work.numbered("tune")}
-    if not there or (name is not None and name not in there):
-        got = ", ".join(there) or "none"
-        raise FileNotFoundError(f"WORK: expected {name or 'a training'}, got {got}. Tune: eg3d-rlhf flow tune {work.folder}")
-    path = there[name] if name else list(there.values())[-1]
-    if not work.tuned(path):
-        raise ValueError(f"{path}: expected tuned weights, got none: it was stopped, or its labels taught nothing. Tune again.")
-    return path
 
 
 def serve(

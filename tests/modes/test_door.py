@@ -65,7 +65,7 @@ def test_scripts_are_jobs(script, monkeypatch):
 
 WITHOUT = """
 import sys
-sys.modules["segno"] = sys.modules["confusable_homoglyphs"] = None  # as where they are not installed
+sys.modules |= dict.fromkeys(("fastapi", "uvicorn", "sqlalchemy", "jinja2", "segno", "confusable_homoglyphs"))  # as where there are none
 import runpy
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__") if sys.argv[0].endswith(".py") else runpy.run_module(sys.argv[0], run_name="__main__")
@@ -79,5 +79,20 @@ def test_a_missing_extra_is_named_with_its_command(words):
         [sys.executable, "-c", WITHOUT, *words], cwd=REPO, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )
     assert done.returncode == 2 and re.fullmatch(
-        r"Error: \w+: expected the extra label, got none\. Run pip install 'eg3d-rlhf\[label\]'\.", done.stderr.splitlines()[-1]
+        r"Error: .* the extra label: \w+ is not installed\. Run pip install 'eg3d-rlhf\[label\]'\.", done.stderr.splitlines()[-1]
     ), done.stderr
+
+
+def test_a_flow_is_drawn_tuned_and_exported_without_the_page():
+    jobs = "import sys; from eg3d_rlhf.modes.door import command_of; [command_of(job) for job in sys.argv[1:]]"
+    blocked = WITHOUT.partition("import runpy")[0]
+    done = subprocess.run([sys.executable, "-c", blocked + jobs, "flow draw", "flow tune", "flow export"], cwd=REPO, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_output_that_nobody_reads_on_ends_a_job_without_a_word():
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "-m", "eg3d_rlhf", "--help"], cwd=REPO, stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert done.returncode == 1 and not done.stderr

@@ -217,6 +217,17 @@ class Work:
         place = tune / "control" if control else tune
         return {stage: place / stage for stage in self.stages if (place / stage / META).is_file()}
 
+    def training(self, name: str | None = None) -> Path:
+        """A training's folder, the latest by default, with tuned weights. Raises: FileNotFoundError, ValueError."""
+        there = {path.name: path for path in self.numbered("tune")}
+        if not there or (name is not None and name not in there):
+            got = ", ".join(there) or "none"
+            raise FileNotFoundError(f"WORK: expected {name or 'a training'}, got {got}. Tune: eg3d-rlhf flow tune {self.folder}")
+        path = there[name] if name else list(there.values())[-1]
+        if not self.tuned(path):
+            raise ValueError(f"{path}: expected tuned weights, got none: it was stopped, or its labels taught nothing. Tune again.")
+        return path
+
     # ---- what was drawn and said
 
     def lines(self, name: str = BASE) -> list[dict]:
