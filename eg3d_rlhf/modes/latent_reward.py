@@ -28,8 +28,8 @@ from training.progress import tqdm
 def latent(stage: str | None, seed: int, seeds: int, out: Path, device: str, **source) -> None:
     """Teach a reward to read the latents of a flow's stage, for --mode=online --reward=FILE, which then decodes nothing.
 
-    It learns from people's pairs. Beside it stands a reward of finished assets that learnt from the same pairs: the accuracy of both on
-    pairs of conditions that neither saw, with several training seeds, and how many samples a second each scores.
+    It learns from people's pairs; where these teach a reward of finished assets, too, from what that says of them. Both stand side by
+    side: the accuracy on pairs of conditions that neither saw, with several training seeds, and how many samples a second each scores.
 
     \b
     Example:

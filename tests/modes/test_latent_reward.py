@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.modes import latent_reward
 from eg3d_rlhf.modes.door import main
+from eg3d_rlhf.tuning.flow import latent_reward as networks
 from eg3d_rlhf.tuning.flow.latent_reward import LatentReward
 from eg3d_rlhf.tuning.flow.online.arms import reward_of
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
@@ -16,6 +17,7 @@ from training.storage import read_tensors
 def test_a_reward_is_written_beside_the_decoded_one(tmp_path, monkeypatch):
     problem = toy_problem(pairs_per_condition=1)
     problem = replace(problem, held_out_conditions=problem.held_out_conditions[:8])
+    monkeypatch.setattr(networks, "MEMBERS", 2)
     monkeypatch.setattr(latent_reward, "open_problem", lambda source, device: problem)
     path = tmp_path / "latent.safetensors"
     result = CliRunner().invoke(main, ["reward", "latent", f"--out={path}", "--seeds=2"])

@@ -1,5 +1,5 @@
-"""A reward of latents beside one of finished assets that learnt from the same people's pairs: how often each orders pairs of conditions
-that neither trained nor chose it, with several training seeds, and how many samples a second each scores while a stage is tuned by it.
+"""A reward of latents beside one of finished assets from the same people's pairs: how often each orders pairs of conditions that neither
+trained nor chose it, with several training seeds, and how many samples a second each scores while a stage is tuned by it.
 
 Letters: P pairs, S training seeds.
 """
@@ -15,7 +15,7 @@ import torch
 from eg3d_rlhf.core.statistics import MeanInterval, clustered_mean, clustered_rate
 from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.tuning.flow.accuracy import LEAST_CONDITIONS, ordered
-from eg3d_rlhf.tuning.flow.latent_reward import BATCH, LatentReward, LatentTraining, teach
+from eg3d_rlhf.tuning.flow.latent_reward import BATCH, LatentReward, LatentTraining, in_order, scores_of_assets, taught_by
 from eg3d_rlhf.tuning.flow.online.draws import Task
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.problem import Problem
@@ -71,13 +71,13 @@ def compared(
     read, decoded = list[LatentReward](), list[AssetReward]()
     for seed in seeds:
         say(f"training seed {seed}")
-        read.append(teach(problem.pipeline, stage, problem.human_pairs(stage), LatentTraining(seed=seed)))
         if problem.teach is not None:
             decoded.append(problem.teach(problem.human_pairs(last), seed))
+        read.append(taught_by(problem, stage, LatentTraining(seed=seed), decoded[-1] if decoded else None))
     outcomes = {LATENT: np.stack([of_latents(reward, held[stage]) for reward in read])}  # [S, P]
     if decoded:
         say("decoding the held-out pairs")
-        outcomes[DECODED] = of_assets(problem, decoded, _in_order(held[last], held[stage]))
+        outcomes[DECODED] = of_assets(problem, decoded, in_order(held[last], held[stage]))
     timed: dict[str, AssetReward] = {LATENT: read[0], **({DECODED: decoded[0]} if decoded else {})}
     speed = speeds(problem, stage, timed, held[stage])
     kinds = {
@@ -89,36 +89,21 @@ def compared(
     return read[0], beside
 
 
-def _in_order(pairs: Sequence[PreferencePair], of: Sequence[PreferencePair]) -> list[PreferencePair]:
-    """Pairs of the same assets at another stage."""
-    by_id = {(pair.condition, pair.id): pair for pair in pairs}
-    return [by_id[pair.condition, pair.id] for pair in of]
-
-
 def of_latents(reward: LatentReward, pairs: Sequence[PreferencePair]) -> np.ndarray:
     """Outcomes [P]: 1 where the preferred one has the higher score, one half where both are alike."""
-    return ordered(_margins(pairs, lambda part, side: reward.of_latents(*_batch(part, side))))
+    parts = [pairs[i : i + BATCH] for i in range(0, len(pairs), BATCH)]
+    margins = [reward.of_latents(*_batch(part, "preferred")) - reward.of_latents(*_batch(part, "rejected")) for part in parts]
+    return ordered(torch.cat(margins).double().numpy())
 
 
 def of_assets(problem: Problem, rewards: Sequence[AssetReward], pairs: Sequence[PreferencePair]) -> np.ndarray:
     """Outcomes [S, P] of rewards of finished assets on pairs of the last stage, each asset decoded once."""
-    device = next(problem.pipeline.stages[-1].model.parameters()).device
-
-    def scores(part: Sequence[PreferencePair], side: str) -> torch.Tensor:
-        latents, names = _batch(part, side)
-        assets = problem.pipeline.decode(latents.to(device))
-        return torch.stack([reward(assets, names).double().cpu() for reward in rewards], 1)  # [p, S]
-
-    return ordered(_margins(pairs, scores)).T
+    better, worse = scores_of_assets(problem, rewards, pairs).unbind(2)
+    return ordered((better - worse).T.numpy())
 
 
 def _batch(pairs: Sequence[PreferencePair], side: str):
     return collate([getattr(pair, side) for pair in pairs]), [pair.condition for pair in pairs]
-
-
-def _margins(pairs: Sequence[PreferencePair], scores: Callable[[Sequence[PreferencePair], str], torch.Tensor]) -> np.ndarray:
-    parts = [pairs[i : i + BATCH] for i in range(0, len(pairs), BATCH)]
-    return torch.cat([scores(part, "preferred") - scores(part, "rejected") for part in parts]).double().numpy()
 
 
 def speeds(problem: Problem, stage: str, rewards: dict[str, AssetReward], pairs: Sequence[PreferencePair]) -> dict[str, float]:

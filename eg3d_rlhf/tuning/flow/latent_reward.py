@@ -1,10 +1,14 @@
 """A reward that reads the latents of one stage: nothing is decoded while a flow is tuned by it.
 
 What is said of a place (a grid's cell, a voxel, a token): its numbers; how they differ from the x_0 that the stage's own untuned network
-makes of them at TIMES, from one noise, under what was asked for, since what such a network would not have made stands out (almost from
-noise alone: what the condition asks for); where it lies and what lies around it. Small networks read each place with the condition, and
-the mean over places is scored; theirs are added up. They are learnt from pairs of the same latents (Bradley-Terry) or from r of single
-assets (cross-entropy).
+makes of them at TIMES, each from a noise of its own, under what was asked for, since what such a network would not have made stands out
+(almost from noise alone: what the condition asks for, which most looks are spent on); where it lies and what lies around it; of a voxel
+whether its mirror images are there, since most assets are symmetric. Small networks read each place with the condition, and the mean over
+places is scored; their scores are averaged.
+
+They are learnt from pairs of the same latents (Bradley-Terry), or from r of single assets (cross-entropy). Where the same people's pairs
+teach a reward of finished assets, what it says of the labelled assets is learnt instead (distillation: Hinton et al. 2015, of pairwise
+probabilities): it has seen through the noise of single answers, and compares all assets of a condition, not only those of a pair.
 
 A file is .safetensors with the weights, and as JSON the stage, the form of its latents, the network behind, and what it was taught.
 
@@ -26,14 +30,16 @@ from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.flow.conditions import Condition, to_device
 from eg3d_rlhf.tuning.flow.offline.train_singles import Single
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.problem import Problem
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
-from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowStage, Pipeline, SparseVoxels, TokenSet, stage_of
+from eg3d_rlhf.tuning.flow.stage import AssetReward, DenseGrid, FlowStage, Pipeline, SparseVoxels, TokenSet, stage_of
 from training.storage import checksum, read_tensors, write_tensors
 
-TIMES = (0.2, 0.5, 0.9)
+TIMES = (0.2, 0.5, 0.9, 0.9, 0.9)
 KIND = "latent-reward"
 MEMBERS = 3  # networks, each from its own start
 BATCH = 64  # latents at once
+TOGETHER = 4  # labels of one condition in a batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +66,7 @@ class LatentForm:
     @property
     def numbers(self) -> int:
         """D."""
-        around = {"SparseVoxels": 7 + 3 + 1, "DenseGrid": 3 + self.channels, "TokenSet": 0}[self.kind]
+        around = {"SparseVoxels": 7 + 3 + 3 + 1, "DenseGrid": 3 + self.channels, "TokenSet": 0}[self.kind]
         return self.channels * (1 + len(TIMES)) + around
 
 
@@ -82,7 +88,7 @@ class PlaceNetwork(nn.Module):
         self.register_buffer("std", torch.ones(numbers))
         self.told = nn.Sequential(nn.Linear(condition, 2 * told), nn.GELU(), nn.Linear(2 * told, told))
         self.place = nn.Sequential(nn.Linear(numbers + told, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU())
-        self.head = nn.Sequential(nn.Linear(width + told, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
+        self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
 
     def forward(self, rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
         """[N] of the places of N samples, [p, D] each, and conditions [N, E]. Differentiable in: rows, parameters."""
@@ -91,7 +97,7 @@ class PlaceNetwork(nn.Module):
         told = self.told(condition)
         places = self.place(torch.cat([(torch.cat(list(rows)) - self.mean) / self.std, told[sample]], 1))  # [P, W]
         means = places.new_zeros(len(rows), places.shape[1]).index_add(0, sample, places) / lengths[:, None]
-        return self.head(torch.cat([means, told], 1)).squeeze(1)
+        return self.head(means).squeeze(1)
 
 
 class PlaceNetworks(nn.Module):
@@ -159,19 +165,24 @@ class LatentReward:
         return right / len(pairs)
 
 
-def _around(x: SparseBatch, side: int) -> torch.Tensor:
-    """Of each voxel which number of its six neighbours is there (one of seven), where it lies in -1..1, and hundreds of voxels in its
-    sample, [V, 11]."""
+def _around(x: SparseBatch, resolution: int) -> torch.Tensor:
+    """Of each voxel which number of its six neighbours is there (one of seven), whether its mirror images across the three middles of its
+    sample's grid are, where it lies in -1..1, and hundreds of voxels in its sample, [V, 14]."""
     sample, places = x.sample, x.coords[:, 1:].long()
+    cells = torch.tensor([own or resolution for own in x.cells or [None] * x.size], device=places.device)[sample][:, None]  # [V, 1]
 
     def key(at: torch.Tensor) -> torch.Tensor:
         a, b, c = (at + 1).unbind(1)
-        return ((sample * (side + 2) + a) * (side + 2) + b) * (side + 2) + c
+        return ((sample * (resolution + 2) + a) * (resolution + 2) + b) * (resolution + 2) + c
 
-    steps = torch.cat([torch.eye(3, dtype=torch.long), -torch.eye(3, dtype=torch.long)]).to(places.device)
-    beside = torch.stack([torch.isin(key(places + step), key(places)) for step in steps]).sum(0)  # [V]
+    def there(at: torch.Tensor) -> torch.Tensor:
+        return torch.isin(key(at), key(places), assume_unique=True)
+
+    axes = torch.eye(3, dtype=torch.long, device=places.device)
+    beside = torch.stack([there(places + step) for step in (*axes, *-axes)]).sum(0)  # [V]
+    mirrored = torch.stack([there(torch.where(axis.bool(), cells - 1 - places, places)) for axis in axes], 1)  # [V, 3]
     size = (x.lengths.float() / 100)[sample][:, None]
-    return torch.cat([F.one_hot(beside, 7).float(), (2 * places + 1) / side - 1, size], 1)
+    return torch.cat([F.one_hot(beside, 7).float(), mirrored.float(), (2 * places + 1) / cells - 1, size], 1)
 
 
 # Teaching.
@@ -181,19 +192,55 @@ def _around(x: SparseBatch, side: int) -> torch.Tensor:
 class LatentTraining:
     """How it is taught."""
 
-    epochs: int = 12
+    epochs: int = 12  # twice as many from a decoded reward's scores, which are not noisy
     batch: int = 32  # pairs, or twice as many single assets
     lr: float = 3e-3  # of AdamW, falling to 0 along a cosine
     weight_decay: float = 0.05
     seed: int = 0
 
 
+def taught_by(problem: Problem, stage: str, training: LatentTraining | None = None, decoded: AssetReward | None = None) -> LatentReward:
+    """A reward of a stage's latents from a problem's pairs, by way of a reward of finished assets where the same pairs teach one.
+
+    Args: decoded: that reward, where it is known.
+    """
+    training, pairs = training or LatentTraining(), problem.human_pairs(stage)
+    if problem.teach is None or not pairs:
+        return teach(problem.pipeline, stage, pairs, training)
+    finished = problem.human_pairs(problem.pipeline.stages[-1].name)
+    decoded = decoded or problem.teach(finished, training.seed)
+    return teach(problem.pipeline, stage, pairs, training, scores_of_assets(problem, [decoded], in_order(finished, pairs))[:, 0])
+
+
+def in_order(pairs: Sequence[PreferencePair], of: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """Pairs of the same assets at another stage."""
+    by_id = {(pair.condition, pair.id): pair for pair in pairs}
+    return [by_id[pair.condition, pair.id] for pair in of]
+
+
+@torch.no_grad()
+def scores_of_assets(problem: Problem, rewards: Sequence[AssetReward], pairs: Sequence[PreferencePair]) -> torch.Tensor:
+    """Scores [P, S, 2] by S rewards of both finished assets of P pairs of the last stage, each decoded once; float64."""
+    device, rows = next(problem.pipeline.stages[-1].model.parameters()).device, []
+    for i in range(0, len(pairs), BATCH):
+        part, names = pairs[i : i + BATCH], [pair.condition for pair in pairs[i : i + BATCH]]
+        sides = []
+        for side in ("preferred", "rejected"):
+            assets = problem.pipeline.decode(collate([getattr(pair, side) for pair in part]).to(device))
+            sides.append(torch.stack([reward(assets, names).double().cpu() for reward in rewards], 1))  # [p, S]
+        rows.append(torch.stack(sides, 2))
+    return torch.cat(rows)
+
+
 def teach(
     pipeline: Pipeline, stage_name: str, labelled: Sequence[PreferencePair] | Sequence[Single], training: LatentTraining | None = None,
-    on_step: Callable[[int, int, float], None] | None = None,
+    decoded: torch.Tensor | None = None, on_step: Callable[[int, int, float], None] | None = None,
 ) -> LatentReward:
-    """A reward of a stage's latents from pairs, or from r of single assets. Args: on_step: called with (step, steps, loss).
+    """A reward of a stage's latents from pairs, or from r of single assets.
 
+    Args:
+        decoded: [n, 2] of pairs: another reward's scores of their finished assets, learnt in the place of who was preferred.
+        on_step: called with (step, steps, loss).
     Raises: ValueError for no labels, latents that are not of the stage, or of a kind that is not read.
     """
     training, stage = training or LatentTraining(), stage_of(pipeline, stage_name)
@@ -201,32 +248,50 @@ def teach(
         raise ValueError(f"latent reward of stage {stage_name!r}: expected labels to learn from, got none. Label some assets.")
     form, pairs = LatentForm.of(stage), isinstance(labelled[0], PreferencePair)
     reward = LatentReward(pipeline, stage, _new(pipeline, form, labelled[0].condition, training.seed), {})
-    reward.taught = {"labels": len(labelled), "of": "pairs" if pairs else "single assets", "training": asdict(training)}
+    reward.taught = {"labels": len(labelled), "of": "pairs" if pairs else "single assets", "decoded": decoded is not None,
+                     "training": asdict(training)}  # fmt: skip
     rows, told = _read(reward, labelled)
     every = torch.cat([x for sides in rows[:256] for x in sides])
     mean, std = every.mean(0), every.std(0).clamp(min=0.05)
-    size = training.batch * (1 if pairs else 2)
-    per = training.epochs * -(-len(rows) // size)
-    goals = None if pairs else torch.tensor([getattr(one, "r") for one in labelled], device=reward.device)  # noqa: B009 (a Single here)
-    generator = torch.Generator().manual_seed(training.seed)
+    names = sorted({one.condition for one in labelled})
+    group = torch.tensor([names.index(one.condition) for one in labelled])
+    goals = decoded if pairs else torch.tensor([getattr(one, "r") for one in labelled])  # noqa: B009 (a Single here)
+    generator, epochs = torch.Generator().manual_seed(training.seed), training.epochs * (1 if decoded is None else 2)
     for number, network in enumerate(reward.network.members):
         network.mean, network.std = mean, std
+        order = [chosen for _ in range(epochs) for chosen in _batches(group, training.batch * (1 if pairs else 2), generator)]
         optimizer = torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=training.weight_decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, per)
-        order = [chosen for _ in range(training.epochs) for chosen in torch.randperm(len(rows), generator=generator).split(size)]
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order))
         for step, chosen in enumerate(order, 1):
             scores = [network([rows[i][side] for i in chosen.tolist()], told[chosen]) for side in range(len(rows[0]))]
             if goals is None:
                 loss = preference_loss(scores[0] - scores[1]).mean()
+            elif pairs:
+                loss = _agreement(torch.stack(scores, 1), goals[chosen].to(scores[0]), group[chosen])
             else:
-                loss = F.binary_cross_entropy_with_logits(scores[0], goals[chosen])
+                loss = F.binary_cross_entropy_with_logits(scores[0], goals[chosen].to(scores[0]))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             if on_step is not None:
-                on_step(number * per + step, MEMBERS * per, float(loss.detach()))
+                on_step(number * len(order) + step, MEMBERS * len(order), float(loss.detach()))
     return reward
+
+
+def _batches(group: torch.Tensor, size: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Numbers of labels, each once, up to TOGETHER neighbours of one condition. Args: group: [n], numbers of conditions."""
+    shuffled = torch.randperm(len(group), generator=generator)
+    parts = [part for number in group.unique() for part in shuffled[group[shuffled] == number].split(TOGETHER)]
+    return list(torch.cat([parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()]).split(size))
+
+
+def _agreement(scores: torch.Tensor, goals: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of who wins of all two assets of one condition, by sigmoid of the goals' difference; [] of scores and goals [n, 2]."""
+    scores, goals, group = scores.flatten(), goals.flatten(), group.repeat_interleave(2)
+    i, j = torch.triu_indices(len(scores), len(scores), 1)
+    i, j = (side[group[i] == group[j]] for side in (i, j))
+    return F.binary_cross_entropy_with_logits(scores[i] - scores[j], (goals[i] - goals[j]).sigmoid())
 
 
 def _new(pipeline: Pipeline, form: LatentForm, condition: str, seed: int) -> PlaceNetworks:

@@ -205,7 +205,7 @@ def folder_problem(
         pipeline=pipeline, human_pairs=human_pairs, reward=fitted("reward", halves[0]),
         chooser=fitted("chooser", halves[1]) if judged and halves[1] else None, final=fitted("final judge", held) if judged else None,
         train_conditions=trained, held_out_conditions=held, choosing_conditions=choosing, unseen_pairs=human_pairs,
-        teach=None if judge is None else lambda pairs, seed: judge(pipeline, lambda: pairs, "reward"),
+        teach=None if judge is None or last not in folders else lambda pairs, seed: judge(pipeline, lambda: pairs, "reward"),
         fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
         identity={
             **identity, "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()}, "seed": seed,

@@ -5,16 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eg3d_rlhf.models.sparse import collate
+from eg3d_rlhf.models.sparse import SparseSample, collate
+from eg3d_rlhf.tuning.flow import latent_reward
 from eg3d_rlhf.tuning.flow.latent_reward import LatentTraining, load, save, teach
 from eg3d_rlhf.tuning.flow.offline.train_singles import Single
 from eg3d_rlhf.tuning.flow.online.draws import Task
-from eg3d_rlhf.tuning.flow.stage import DenseGrid
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.stage import DenseGrid, SparseVoxels
 from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, voxel_pairs
 from training.storage import read_tensors, write_tensors
 
 MADE = {"structure": structure_pairs, "voxels": voxel_pairs}
 QUICK = LatentTraining(epochs=12, batch=8)
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(latent_reward, "MEMBERS", 2)
 
 
 def singles(pairs):
@@ -32,8 +39,38 @@ def test_it_orders_pairs_that_it_has_not_seen(stage, labels):
     assert reward.accuracy(held) > 0.75 and 1 - reward.accuracy(_turned(held)) == pytest.approx(reward.accuracy(held))
 
 
+def test_it_learns_from_a_reward_of_finished_assets_whatever_the_answers_were():
+    pairs, held = voxel_pairs(60), voxel_pairs(60, seed=7)
+    scores = torch.tensor([[float(x.feats.mean()) for x in (pair.preferred, pair.rejected)] for pair in pairs])
+    learnt = teach(TinyPipeline(), "voxels", pairs, QUICK, decoded=3 * scores)
+    turned = teach(TinyPipeline(), "voxels", _turned(pairs), QUICK, decoded=3 * scores.flip(1))
+    assert learnt.accuracy(held) > 0.8 and turned.accuracy(held) > 0.8 and learnt.taught["decoded"]
+
+
 def _turned(pairs):
     return [replace(pair, preferred=pair.rejected, rejected=pair.preferred) for pair in pairs]
+
+
+@pytest.mark.parametrize("cells", [None, 5])
+def test_symmetry_is_read_about_the_middle_of_the_samples_own_grid(cells):
+    """Two voxels at both ends, opposite each other or not: neither where they lie nor what lies beside them tells which."""
+    pipeline, g = TinyPipeline(), torch.Generator().manual_seed(0)
+    side = cells or 6
+    pipeline.stages[1].latents = SparseVoxels(channels=2, resolution=6)
+
+    def latent(a, b):
+        coords = torch.tensor([[0, *a], [side - 1, *b]]).int()
+        return SparseSample(coords, torch.randn(2, 2, generator=g), cells=cells)
+
+    pairs = []
+    for i in range(200):
+        a, *others = torch.randperm(side**2, generator=g)[:2].tolist()
+        here, there = divmod(a, side), divmod(others[0], side)
+        pairs.append(PreferencePair(
+            id=str(i), condition="a", stage="voxels", preferred=latent(here, here), rejected=latent(here, there)
+        ))  # fmt: skip
+    reward = teach(pipeline, "voxels", pairs[:100], QUICK)
+    assert reward.accuracy(pairs[100:]) > 0.95
 
 
 def test_a_score_depends_on_the_sample_alone_and_teaching_is_repeatable():

@@ -26,7 +26,7 @@ from eg3d_rlhf.models.sparse import separate, to_cpu
 from eg3d_rlhf.tuning.flow.arms import finish_arms, train_arms
 from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.generate import generate, stage_latents, voxels_for
-from eg3d_rlhf.tuning.flow.latent_reward import LatentReward, load, teach
+from eg3d_rlhf.tuning.flow.latent_reward import LatentReward, load, taught_by
 from eg3d_rlhf.tuning.flow.online.advantages import as_used
 from eg3d_rlhf.tuning.flow.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.online.draws import Explorer, Task
@@ -178,7 +178,7 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
             raise ValueError("--reward: expected the name of one, got none, and this generator brings none. Name the plugin's.")
         return problem.reward
     if stage is not None and name == LATENT:
-        return teach(problem.pipeline, stage.name, problem.human_pairs(stage.name))
+        return taught_by(problem, stage.name)
     if stage is not None and name.endswith(".safetensors"):
         return load(Path(name), problem.pipeline, stage, problem.train_conditions[0])
     if name not in REWARDS:
