@@ -2,6 +2,7 @@
 
     drawn/test-base             the generator as it is, on test conditions
     drawn/tuned-00, control-00  what tune-00 made of it, and what the same training made of shuffled labels: the same noises
+    study-00/pictures.png       the same few test assets of each, drawn with the report
     study-00/base               the blind study of tuned against base: its design, answers and report; likewise study-00/control
 
 The number of a study's folder is its own; study.json says which training it is of.
@@ -9,12 +10,14 @@ The number of a study's folder is its own; study.json says which training it is 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.experiments.media.rendering import png
+from eg3d_rlhf.experiments.media.sheet import Row, sheet
 from eg3d_rlhf.experiments.mode import running
 from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, drawing_flags, drawn_with_bar, told, work_argument
 from eg3d_rlhf.people.label import launch
@@ -22,10 +25,13 @@ from eg3d_rlhf.people.study import commands as studies
 from eg3d_rlhf.people.study.analysis import sort_rows
 from eg3d_rlhf.people.study.design import read_sides, stopped
 from eg3d_rlhf.tuning.flow.drawing import drawing_of
+from eg3d_rlhf.tuning.flow.ranking import RANKING
+from eg3d_rlhf.tuning.flow.samples import picture
 from eg3d_rlhf.tuning.flow.work import TEST, Work
 from training.storage import write_atomic
 
-FILE = "study.json"
+FILE, PICTURES = "study.json", "pictures.png"
+SHOWN, SIDE = 8, 160  # assets of pictures.png, and pixels of each
 BASE, CONTROL = "base", "control"  # what the tuned generator is compared with, in this order
 
 
@@ -154,3 +160,21 @@ def tell_report(work: Work, study: Study, against: str | None, interim: bool) ->
         click.echo(f"{study.tune} against {name}: {' of '.join(map(str, study.answered(name) or ()))} pairs")
         flags = ["report", f"--outdir={study.contest(name).path}", "--pictures=0", *(["--interim"] if interim else [])]
         studies.main.main(flags, standalone_mode=False)
+    click.echo(f"{draw_pictures(work, study)}: the same test assets before tuning, tuned, and of the control")
+
+
+def draw_pictures(work: Work, study: Study) -> Path:
+    """Assets of evenly spaced test conditions, one noise for a column. Returns: the file."""
+    number = study.tune.rpartition("-")[2]
+    arms = {"before": "test-base", "tuned": f"tuned-{number}", "control": f"control-{number}"}
+    files = {
+        arm: {(line["condition"], line["seed"]): work.drawn(name) / line["look_at"] for line in work.lines(name)}
+        for arm, name in arms.items() if (work.drawn(name) / RANKING).is_file()
+    }  # fmt: skip
+    first = dict(sorted(files["tuned"], reverse=True))  # the least seed of each condition
+    chosen = [(name, first[name]) for name in work.names(TEST) if name in first]
+    chosen = chosen[:: max(1, len(chosen) // SHOWN)][:SHOWN]
+    rows = [Row(name=arm, cells=[picture(found.get(key), work.up, SIDE) for key in chosen]) for arm, found in files.items()]
+    rows[-1] = replace(rows[-1], captions=[condition[: SIDE // 8] for condition, _ in chosen])
+    write_atomic(path := study.folder / PICTURES, png(sheet("", rows, names=110)))
+    return path

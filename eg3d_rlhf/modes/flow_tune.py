@@ -25,6 +25,7 @@ from training.distributed import Ranks
 PATH = click.Path(path_type=Path)
 LOOP_SAYS = "The loop, on the toy level with this, plain DPO (docs/understand/circular-dpo.md)."
 LOOP_ONLY = ("rounds", "loop_beta", "loop_loser_weight", "loop_sft_weight", "loop_lr", "loop_steps", "loop_pairs", "roles")
+LOSER_WEIGHT = 0.5  # where none is given: at 1, the papers' DPO, networks run away from the rejected ones (docs/results/flows.md)
 RARE = ("lora_rank", "batch_gpu", "loss", "beta", "rounds")  # of the flags of a training
 what_flags = together(
     option("--loop", group="What is tuned", is_flag=True, help=LOOP_SAYS),
@@ -77,6 +78,9 @@ def asked_of(flags: Flags, work: Work) -> Tuning:
     """The defaults of WORK's generator with what the flags change."""
     flags["seed"] = work.seed if flags["seed"] is None else flags["seed"]
     circular = replace(settings(flags, default_settings(work.pipeline)), choosing=None)
+    dpo = circular.human.dpo
+    if dpo.kind == "sigmoid" and flags.get("loser_weight") is None and not flags["loop"]:
+        circular = replace(circular, human=replace(circular.human, dpo=replace(dpo, loser_weight=LOSER_WEIGHT)))
     if flags.get("batch_gpu") is None:  # pairs in a pass, as `new` found them to fit
         fits = max(size for size in range(1, circular.human.batch + 1) if circular.human.batch % size == 0 and size <= work.batch)
         circular = replace(circular, human=replace(circular.human, batch_gpu=fits))

@@ -8,15 +8,21 @@ import torch
 from PIL import Image
 
 from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.core.statistics import clustered_rate
 from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.models.sparse import SparseBatch
 from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, PlannedPair, Shape
 from eg3d_rlhf.people.label.store import open_store
 from eg3d_rlhf.tuning.flow.answers import imported_of, splits_of
+from eg3d_rlhf.tuning.flow.drawing import drawing_of
+from eg3d_rlhf.tuning.flow.ranking import read_latents
 from eg3d_rlhf.tuning.flow.samples import SIDE
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
-from eg3d_rlhf.tuning.flow.toy.pipeline import COLOURS
+from eg3d_rlhf.tuning.flow.toy.judges import FinalOracle, LabelOracle
+from eg3d_rlhf.tuning.flow.toy.pipeline import COLOURS, ToyPipeline
 from eg3d_rlhf.tuning.flow.work import Work
 from tests.modes.flow_works import flow, write_prompts
+from training.distributed import SINGLE
 
 NAMES = [f"{colour} {shape}" for shape in ("ball", "box") for colour in COLOURS]
 FEW = ("--steps=4", "--batch=4", "--lr=1e-3", "--device=cpu", "--set=held_out_every=2", "--set=warmup=0")
@@ -128,3 +134,41 @@ def test_a_file_of_pairs_counts_as_answers_do(made, tmp_path):
     imported = imported_of(made, made.check_pipeline(), path)
     assert [pair.provenance for pair in imported.pairs["voxels"]] == [{"votes": [2, 1]}]
     assert imported.report["judgements"] == 5
+
+
+def toy_assets(work: Work, name: str) -> tuple[list, list[str]]:
+    """What is drawn there, made into assets, and their conditions, in one order for all generators."""
+    decoder = ToyPipeline(torch.nn.Identity(), torch.nn.Identity())
+    lines = sorted(work.lines(name), key=lambda x: (x["condition"], x["seed"]))
+    latents = [read_latents(work.drawn(name) / line["latents"])["voxels"] for line in lines]
+    return [decoder.decode(SparseBatch.join([latent]))[0] for latent in latents], [line["condition"] for line in lines]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_default_betters_assets_and_a_network_that_runs_away_is_told(tmp_path, seed):
+    """Ranks by one measure of the toy's assets; wins on test conditions, by another. `pytest -s` prints them."""
+    flow("new", tmp_path / "WORK", "--pipeline=toy", f"--set=seed={seed}")
+    flow("draw", tmp_path / "WORK")
+    work = Work.open(tmp_path / "WORK")
+    ranks, lines = tmp_path / "ranks.jsonl", sorted(work.lines(), key=lambda x: (x["condition"], x["seed"]))
+    scores = LabelOracle()(*toy_assets(work, "base")).tolist()
+    ranks.write_text("".join(
+        json.dumps({"asset": str(work.drawn() / line["look_at"]), "score": score}) + "\n" for line, score in zip(lines, scores, strict=True)
+    ))  # fmt: skip
+    family, reports, wins = work.check_pipeline(), {}, {}
+    for number, flags in enumerate(([], ["--set=loser_weight=1"])):
+        flow("tune", work.folder, f"--labels={ranks}", "--no-control", *flags)
+        reports[number] = json.loads((work.numbered("tune")[-1] / "report.json").read_text())["stages"]
+        arms = {"test-base": None, f"tuned-{number:02}": work.tuned(work.numbered("tune")[-1])}
+        for name, weights in arms.items():
+            drawing_of(work, family, name, ["test"], torch.device("cpu"), SINGLE, tuned=weights).run()
+        base, tuned = ((FinalOracle()(assets, names), names) for assets, names in (toy_assets(work, name) for name in arms))
+        wins[number] = clustered_rate((0.5 * (1 + (tuned[0] - base[0]).sign())).numpy(), base[1])
+        for stage, found in reports[number].items():
+            print(f"\nseed {seed}, {flags or 'default'}, {stage}: accuracy {found['held_out']['accuracy']:.3f}, error of the preferred "
+                  + "{:+.1%} [{:+.1%}, {:+.1%}]".format(*found["held_out"]["preferred_error"]))  # fmt: skip
+        print("wins against the untuned on test conditions: {:.3f} [{:.3f}, {:.3f}]".format(*wins[number]))
+    assert all(found["learnt"] for of in reports.values() for found in of.values())
+    assert not any(found["runs_away"] for found in reports[0].values()) and reports[1]["voxels"]["runs_away"]
+    assert wins[0].lo > 0.5 > wins[1].hi

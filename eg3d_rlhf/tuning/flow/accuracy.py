@@ -8,6 +8,9 @@ Answers given at random are told from learnable ones so: a network is chosen on 
 others, and beside it that of a control, trained alike on the same pairs with half of each condition's turned over. Labels are learnt where
 the interval of the accuracy is above one half, that of the difference from the control is above 0, and an update was kept.
 
+A margin grows too where both errors rise, if the rejected ones' rises more: the network then orders pairs well and draws worse assets, far
+from what people preferred as well. It runs away where the error of the preferred ones rose, by an interval above 0.
+
 Letters: P pairs, K draws.
 """
 
@@ -45,9 +48,9 @@ class PairAccuracy:
         self.draws, self.batch, self.seed = draws, batch, derive_seed("held-out pairs", seed) % 2**31
         self._of_reference: dict[tuple[int, int], torch.Tensor] = {}  # errors by draw and place: a reference does not change
 
-    def margins(self, model: torch.nn.Module, reference: FrozenModel) -> np.ndarray:
-        """Mean margin of each pair, [P] float64. Args: reference: the same at every call."""
-        device, sums = next(model.parameters()).device, np.zeros(len(self.pairs))
+    def measure(self, model: torch.nn.Module, reference: FrozenModel) -> "Measured":
+        """Means over the draws. Args: reference: the same at every call."""
+        device, sums = next(model.parameters()).device, np.zeros((3, len(self.pairs)))
         for draw in range(self.draws):
             for at in range(0, len(self.pairs), self.batch):
                 part = self.pairs[at : at + self.batch]
@@ -55,9 +58,12 @@ class PairAccuracy:
                 drawn = draw_pairs(self.stage, part, cond, None, DpoConfig(), self.seed, draw, device)
                 if (draw, at) not in self._of_reference:
                     self._of_reference[draw, at] = reference.errors(self.stage, drawn)
-                delta = PairErrors.split(self._errors(model, drawn), self._of_reference[draw, at]).delta()
-                sums[at : at + len(part)] += delta.double().cpu().numpy()
-        return sums / self.draws
+                errors = PairErrors.split(self._errors(model, drawn), self._of_reference[draw, at])
+                assert errors.ref_preferred is not None
+                found = torch.stack([errors.delta(), errors.preferred - errors.ref_preferred, errors.ref_preferred])
+                sums[:, at : at + len(part)] += found.double().cpu().numpy()
+        margins, more, before = sums / self.draws
+        return Measured(margins, more / before.mean())
 
     @torch.no_grad()
     def _errors(self, model: torch.nn.Module, draw: PairDraw) -> torch.Tensor:
@@ -67,8 +73,17 @@ class PairAccuracy:
 
     def figures(self, model: torch.nn.Module, reference: FrozenModel) -> dict[str, float]:
         """What is logged while training; see margins."""
-        margins = self.margins(model, reference)
-        return {"held_out_accuracy": float(ordered(margins).mean()), "held_out_margin": float(margins.mean())}
+        found = self.measure(model, reference)
+        return {"held_out_accuracy": float(ordered(found.margins).mean()), "held_out_margin": float(found.margins.mean()),
+                "held_out_preferred": float(found.preferred.mean())}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of pairs, float64 [P] each."""
+
+    margins: np.ndarray
+    preferred: np.ndarray  # what the error of the preferred ones rose by, in units of the reference's mean error of them
 
 
 def ordered(margins: np.ndarray) -> np.ndarray:
@@ -110,11 +125,12 @@ class Accuracy:
     pairs: int
     conditions: int
     outcomes: tuple[float, ...] = ()  # [P]; see ordered
+    preferred: tuple[float, float, float] | None = None  # rise of their error, see Measured, with its interval; None: of no network
 
     def shown(self) -> dict:
         """JSON."""
         return {"accuracy": self.accuracy, "interval": list(self.interval), "margin": self.margin, "pairs": self.pairs,
-                "conditions": self.conditions}  # fmt: skip
+                "conditions": self.conditions, "preferred_error": None if self.preferred is None else list(self.preferred)}  # fmt: skip
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -130,8 +146,10 @@ def confidence_of(stages: int) -> float:
     return 1 - 2 * FALSE_ALARMS / max(stages, 2)
 
 
-def accuracy_of(margins: np.ndarray, conditions: Sequence[str], confidence: float = 0.95) -> Accuracy:
-    """Of the margins of pairs [P] and their conditions [P], which are the interval's clusters.
+def accuracy_of(
+    margins: np.ndarray, conditions: Sequence[str], confidence: float = 0.95, preferred: np.ndarray | None = None
+) -> Accuracy:
+    """Of the margins of pairs [P] and their conditions [P], which are the interval's clusters. Args: preferred: see Measured.
 
     Raises: ValueError for fewer conditions than LEAST_CONDITIONS.
     """
@@ -141,8 +159,9 @@ def accuracy_of(margins: np.ndarray, conditions: Sequence[str], confidence: floa
         raise ValueError(f"held-out pairs: expected {LEAST_CONDITIONS} conditions or more with labels, got {len(names)}. {remedy}.")
     right = ordered(margins)
     rate, low, high = clustered_rate(right, conditions, confidence)
+    rise = None if preferred is None else clustered_mean(preferred, conditions, confidence)
     return Accuracy(accuracy=rate, interval=(low, high), margin=float(margins.mean()), pairs=len(right), conditions=len(names),
-                    outcomes=tuple(right.tolist()))  # fmt: skip
+                    outcomes=tuple(right.tolist()), preferred=rise)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +171,7 @@ class Verdict:
     learnt: bool
     why: str
     above_control: tuple[float, float, float] | None = None  # mean difference of the outcomes and its interval; None: no control
+    runs_away: bool = False
 
 
 def verdict(
@@ -169,4 +189,5 @@ def verdict(
         why = f"it is not above the control with shuffled labels ({above.mean:+.3f} [{above.lo:+.3f}, {above.hi:+.3f}])"
         return Verdict(learnt=False, why=why, above_control=above)
     beside = "" if above is None else f", and {above.mean:+.3f} [{above.lo:+.3f}, {above.hi:+.3f}] above the control with shuffled labels"
-    return Verdict(learnt=True, why=f"accuracy {tuned} is above one half{beside}", above_control=above)
+    why, away = f"accuracy {tuned} is above one half{beside}", tuned.preferred is not None and tuned.preferred[1] > 0
+    return Verdict(learnt=True, why=why, above_control=above, runs_away=away)

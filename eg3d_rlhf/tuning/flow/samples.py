@@ -51,10 +51,10 @@ class Strip:
         return path
 
 
-def picture(file: Path | None, up: str = "y") -> np.ndarray:
-    """An asset's file as uint8 [SIDE, SIDE, 3]; white where there is nothing, as for what has no surface."""
+def picture(file: Path | None, up: str = "y", side: int = SIDE) -> np.ndarray:
+    """An asset's file as uint8 [side, side, 3]; white where there is nothing, as for what has no surface."""
     if file is None or file.suffix not in (".ply", ".obj"):
-        return np.full((SIDE, SIDE, 3), 255, np.uint8)
+        return np.full((side, side, 3), 255, np.uint8)
     points, colours = points_of(file)
     if up == "z":
         points = points[:, [1, 2, 0]]
@@ -63,8 +63,8 @@ def picture(file: Path | None, up: str = "y") -> np.ndarray:
     points[:, [0, 2]] = points[:, [0, 2]] @ across.T
     points[:, [1, 2]] = points[:, [1, 2]] @ tilt.T
     reach = 1.05 * max(float(np.abs(points[:, :2]).max(initial=0)), 1e-9)
-    x, y = (((sign * points[:, axis] / reach + 1) / 2 * SIDE).astype(int).clip(0, SIDE - 1) for sign, axis in ((1, 0), (-1, 1)))
-    seen = np.full((SIDE, SIDE, 3), 255, np.uint8)
+    x, y = (((sign * points[:, axis] / reach + 1) / 2 * side).astype(int).clip(0, side - 1) for sign, axis in ((1, 0), (-1, 1)))
+    seen = np.full((side, side, 3), 255, np.uint8)
     order = np.argsort(points[:, 2], kind="stable")  # far ones first
     seen[y[order], x[order]] = (255 * colours[order].clip(0, 1)).astype(np.uint8)
     return seen

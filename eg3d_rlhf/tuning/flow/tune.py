@@ -45,6 +45,10 @@ FINAL_DRAWS = 8  # times and noises of a pair behind a verdict
 MOST_JUDGED = 200  # pairs that a judge's own accuracy is taken on: each takes two decoded assets
 Samples = Callable[[str, torch.nn.Module, Path], Path]  # (stage, network, file): a picture of what it makes, see samples.py
 NOTHING = "the labels teach nothing"
+AWAY = (
+    "it runs away: the error of the preferred ones rose by {}, so expect worse assets. Keep nearer: --set loser_weight below 1, a lower "
+    "--lr, a larger --set beta."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +185,8 @@ def _report(
         said = verdict(arm.kept_step, own, other, conditions, confidence)
         stages[stage] = _told(stage, arm, own, other, said, len(pairs_of(problem, stage)))
         say(f"Stage {stage!r}: {'learnt' if said.learnt else NOTHING}: {said.why}.")
+        if said.runs_away:
+            say(f"Stage {stage!r}: {AWAY.format(_rise(stages[stage]['held_out']))}")
         if said.learnt:
             link_folder(arm.weights, folder / stage)
         if stage in control:
@@ -197,14 +203,15 @@ def _measured(problem: Problem, stage: str, measured: PairAccuracy, arm: Trained
     if arm is None:
         return None
     base = stage_of(problem.pipeline, stage).model
-    margins = measured.margins(tuned_model(base, arm.weights), FrozenModel(shared_copy(base)))
-    return accuracy_of(margins, [pair.condition for pair in measured.pairs], confidence)
+    found = measured.measure(tuned_model(base, arm.weights), FrozenModel(shared_copy(base)))
+    return accuracy_of(found.margins, [pair.condition for pair in measured.pairs], confidence, found.preferred)
 
 
 def _told(stage: str, arm: Trained, own: Accuracy, other: Accuracy | None, said: Verdict, pairs: int) -> dict:
     above = said.above_control
     return {
-        "learnt": said.learnt, "why": said.why, "pairs": pairs, "kept_step": arm.kept_step, "held_out": own.shown(),
+        "learnt": said.learnt, "runs_away": said.runs_away, "why": said.why, "pairs": pairs, "kept_step": arm.kept_step,
+        "held_out": own.shown(),
         "control": None if other is None else other.shown(), "above_control": None if above is None else list(above),
         "warnings": list(arm.warnings), "weights": stage if said.learnt else None,
     }  # fmt: skip
@@ -238,13 +245,15 @@ def judge_accuracies(problem: Problem) -> dict[str, Accuracy]:
 
 def markdown(data: Mapping) -> str:
     """The report, from its JSON alone."""
-    head = ["stage", "labels", "accuracy on held-out pairs", "with shuffled labels", "difference", "kept update", "pairs, conditions"]
+    head = ["stage", "labels", "accuracy on held-out pairs", "with shuffled labels", "difference", "error of the preferred", "kept update",
+            "pairs, conditions"]  # fmt: skip
     rows = []
     for stage, found in data["stages"].items():
         own, other, above = found["held_out"], found["control"], found["above_control"]
+        said = ("**learnt**, runs away" if found["runs_away"] else "**learnt**") if found["learnt"] else NOTHING
         rows.append([
-            stage, "**learnt**" if found["learnt"] else NOTHING, _with_interval(own), "" if other is None else _with_interval(other),
-            "" if above is None else f"{above[0]:+.3f} [{above[1]:+.3f}, {above[2]:+.3f}]", found["kept_step"],
+            stage, said, _with_interval(own), "" if other is None else _with_interval(other),
+            "" if above is None else f"{above[0]:+.3f} [{above[1]:+.3f}, {above[2]:+.3f}]", _rise(own), found["kept_step"],
             f"{own['pairs']}, {own['conditions']}",
         ])  # fmt: skip
     kept = ", ".join(data["kept"])
@@ -252,7 +261,8 @@ def markdown(data: Mapping) -> str:
     lines += [
         "Accuracy: share of pairs, of conditions that neither trained nor chose the network, that its implicit reward orders as people "
         f"did. Brackets: {data['confidence']:.1%} intervals over conditions. Learnt: both intervals above what chance gives, so that "
-        "answers given at random pass in 5 % of tunings at most.",
+        "answers given at random pass in 5 % of tunings at most. Error of the preferred: what it rose by; where it rises, the network runs "
+        "from the rejected ones, and assets get worse.",
     ]
     if data["judges"]:
         rows = [[name, _with_interval(found), found["pairs"]] for name, found in data["judges"].items()]
@@ -265,3 +275,7 @@ def markdown(data: Mapping) -> str:
 
 def _with_interval(found: Mapping) -> str:
     return f"{found['accuracy']:.3f} [{found['interval'][0]:.3f}, {found['interval'][1]:.3f}]"
+
+
+def _rise(found: Mapping) -> str:
+    return "{:+.1%} [{:+.1%}, {:+.1%}]".format(*found["preferred_error"])

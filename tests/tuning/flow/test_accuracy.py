@@ -35,8 +35,8 @@ def test_margins_are_those_of_dpo_on_shared_times_and_noises_whatever_the_batch(
     policy, base = moved(pipeline, place), pipeline.stages[place]
     reference = FrozenModel(shared_copy(base.model))
     measured = PairAccuracy(pipeline, stage, pairs, draws=3, batch=2)
-    found = measured.margins(policy, reference)
-    expected = np.zeros(7)
+    found = measured.measure(policy, reference)
+    expected, rise, before = np.zeros(7), np.zeros(7), np.zeros(7)
     for i, pair in enumerate(pairs):
         for draw in range(3):
             cond = pipeline.conditions([pair.condition], stage)
@@ -46,18 +46,20 @@ def test_margins_are_those_of_dpo_on_shared_times_and_noises_whatever_the_batch(
                 own, ref = (base.path.errors(base.velocity(drawn.x_t, drawn.t, drawn.cond, m), drawn.x_0, drawn.eps).double().numpy()
                             for m in (policy, base.model))  # fmt: skip
             expected[i] += ((ref[0] - own[0]) - (ref[1] - own[1])) / 3
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-    again = PairAccuracy(pipeline, stage, pairs, draws=3, batch=7).margins(policy, reference)
-    np.testing.assert_allclose(again, found, rtol=1e-4, atol=1e-6)
-    untouched = measured.margins(shared_copy(base.model), reference)
-    assert (untouched == 0).all() and (ordered(untouched) == 0.5).all()
+            rise[i], before[i] = rise[i] + (own[0] - ref[0]) / 3, before[i] + ref[0] / 3
+    np.testing.assert_allclose(found.margins, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.preferred, rise / before.mean(), rtol=1e-4, atol=1e-6)
+    again = PairAccuracy(pipeline, stage, pairs, draws=3, batch=7).measure(policy, reference)
+    np.testing.assert_allclose(again.margins, found.margins, rtol=1e-4, atol=1e-6)
+    untouched = measured.measure(shared_copy(base.model), reference)
+    assert (untouched.margins == 0).all() and (ordered(untouched.margins) == 0.5).all() and (untouched.preferred == 0).all()
 
 
 def test_swapping_a_pair_turns_its_margin():
     pipeline, pairs = TinyPipeline(), voxel_pairs(6)
     flipped = [type(p)(**{**vars(p), "preferred": p.rejected, "rejected": p.preferred}) for p in pairs]
     policy, reference = moved(pipeline), FrozenModel(shared_copy(pipeline.stages[1].model))
-    margins = [PairAccuracy(pipeline, "voxels", of).margins(policy, reference) for of in (pairs, flipped)]
+    margins = [PairAccuracy(pipeline, "voxels", of).measure(policy, reference).margins for of in (pairs, flipped)]
     np.testing.assert_allclose(margins[0], -margins[1], rtol=1e-5, atol=1e-7)
 
 
@@ -78,7 +80,7 @@ def test_the_accuracy_is_logged_chooses_and_stops_early(tmp_path):
 def test_evaluations_leave_what_is_learnt_as_it_is(tmp_path):
     plain = run(tmp_path / "a", config=tiny_config(steps=9))
     seen = run(tmp_path / "b", config=tiny_config(steps=9), unseen=voxel_pairs(6, seed=7), held_out=lambda model: 0.5)
-    drop = {"win_rate", ACCURACY, "held_out_margin"}
+    drop = {"win_rate", ACCURACY, "held_out_margin", "held_out_preferred"}
     updates = [{k: v for k, v in line.items() if k not in drop} for line in seen.stats if "loss" in line]
     assert updates == [line for line in plain.stats if "loss" in line]
 
@@ -145,5 +147,9 @@ def test_the_rule():
     assert not said.learnt and "not above the control" in said.why
     assert confidence_of(1) == confidence_of(2) == 0.95 and confidence_of(5) == pytest.approx(0.98)
     assert isinstance(good, Accuracy) and good.shown()["pairs"] == 120
+    for rise, away in ((0.3, True), (-0.3, False), (0.0, False)):  # of the preferred ones' error: pairs in order, assets worse
+        found = accuracy_of(rng.random(120) - 0.2, names, preferred=rng.normal(rise, 0.2, 120))
+        said = verdict(5, found, coin, names)
+        assert said.learnt and said.runs_away == (away and found.preferred[1] > 0) and found.preferred[1] < rise < found.preferred[2]
     with pytest.raises(ValueError, match="expected 3 conditions or more with labels, got 2"):
         accuracy_of(np.ones(4), ["a", "a", "b", "b"])
