@@ -11,6 +11,7 @@ frequencies of a coordinate.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.attention import Mlp, attend
 
 EPS = 1e-6
+# Of bfloat16 passes with float32 weights: the norms of q and k then run unfused, with the exact result rounded to bfloat16.
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,8 @@ def memory_of(root: Path | None) -> Iterator[str]:
         yield table(estimate(of_folder(family_of(root), root), precision="bfloat16"))
         return
     for name, stages in RELEASED.items():
-        yield f"{name}\n{table(estimate(stages(), precision='bfloat16'))}\n"
+        yield name
+        yield f"{table(estimate(stages(), precision='bfloat16', name=name))}\n"
 
 
 def faults(network: Network) -> list[str]:

@@ -5,6 +5,7 @@ number of multiplications and additions at the speed that the device shows on a 
 """
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -153,48 +154,50 @@ def speed(device: str, precision: str, width: int = 1024, tokens: int = 1024) ->
 
 def estimate(
     stages: Sequence[Sized], *, precision: str = "float32", dtype: str = "float32", lora: LoraConfig | None = LoraConfig(),  # noqa: B008
-    batches: Iterable[int] = (1,), device: str | None = None, voxels: int | None = None,
+    batches: Iterable[int] = (1,), device: str | None = None, voxels: int | None = None, name: str = "estimate",
 ) -> list[Row]:
     """Rows of drawing and of an update with and without recomputation, for every stage and batch.
 
     Memory of larger batches is taken to lie on the line through those of one and two. A stage takes some seconds at published sizes.
-    Args: lora: None: full tuning; device: whose speed is measured; None: no times. dtype: of the weights of all stages.
+    Args: lora: None: full tuning; device: whose speed is measured; None: no times. dtype: of the weights of all stages. name: of the bar.
     """
     kinds, rows = {"float32": 4, "float16": 2, "bfloat16": 2}, list[Row]()
     sizes = [sum(p.numel() for p in sized.stage.model.parameters()) for sized in stages]
     numbers, rate = list(batches), None if device is None else speed(device, precision)
     saved = 4 - kinds[dtype]
-    for place, sized in enumerate(tqdm(stages, desc="estimate", unit="stage", leave=False, disable=None)):
+    asked = [("draw", False), ("lora" if lora else "full", False), ("lora" if lora else "full", True)]
+    jobs = tqdm(list(itertools.product(enumerate(stages), asked)), desc=name, unit="estimate", leave=False, disable=None)
+    for (place, sized), (what, recompute) in jobs:
         others = kinds[dtype] * (sum(sizes) - sizes[place])
         twin = replace(sized, stage=replace(sized.stage, precision="bfloat16" if dtype != "float32" else precision))
-        asked = [("draw", False), ("lora" if lora else "full", False), ("lora" if lora else "full", True)]
-        for what, recompute in asked:
-            def cost(batch: int, what: str = what, recompute: bool = recompute, twin: Sized = twin) -> Cost:
-                if what == "draw":
-                    return drawing(twin, batch, voxels)
-                return update(twin, batch, recompute, lora=lora, device=torch.device(device or "cpu").type, voxels=voxels)
 
-            one = cost(1)
-            two = cost(2) if max(numbers) > 1 else one
-            for batch in numbers:
-                held = one.bytes + (batch - 1) * (two.bytes - one.bytes) + others
-                held -= saved * sizes[place] if what != "full" else 0  # full tuning holds float32 besides
-                rows.append(Row(
-                    stage=sized.stage.name, what=what, batch=batch, precision=precision, dtype=dtype, recompute=recompute, bytes=held,
-                    flops=one.flops * batch, seconds=None if rate is None else one.flops * batch / rate,
-                ))  # fmt: skip
+        def cost(batch: int, what: str = what, recompute: bool = recompute, twin: Sized = twin) -> Cost:
+            if what == "draw":
+                return drawing(twin, batch, voxels)
+            return update(twin, batch, recompute, lora=lora, device=torch.device(device or "cpu").type, voxels=voxels)
+
+        one = cost(1)
+        two = cost(2) if max(numbers) > 1 else one
+        for batch in numbers:
+            held = one.bytes + (batch - 1) * (two.bytes - one.bytes) + others
+            held -= saved * sizes[place] if what != "full" else 0  # full tuning holds float32 besides
+            rows.append(Row(
+                stage=sized.stage.name, what=what, batch=batch, precision=precision, dtype=dtype, recompute=recompute, bytes=held,
+                flops=one.flops * batch, seconds=None if rate is None else one.flops * batch / rate,
+            ))  # fmt: skip
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
-    """As lines of text."""
+    """As lines of text; without a column of times where none was measured."""
     head = ["stage", "what", "batch", "passes", "weights", "recompute", "GiB", "TFLOP", "time"]
     cells = [
         [r.stage, r.what, str(r.batch), r.precision, r.dtype, "yes" if r.recompute else "no", f"{r.bytes / GIB:.1f}",
          f"{r.flops / 1e12:.3g}", "" if r.seconds is None else tqdm.format_interval(r.seconds) if r.seconds >= 60 else f"{r.seconds:.3g} s"]
         for r in rows
     ]  # fmt: skip
-    return aligned([head, *cells])
+    shown = len(head) if any(row[-1] for row in cells) else -1
+    return aligned([line[:shown] for line in (head, *cells)])
 
 
 def check_fits(rows: Sequence[Row], space: int, who: str) -> None:

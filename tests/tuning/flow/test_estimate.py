@@ -1,5 +1,6 @@
 """Estimates of memory and time: against what torch's profiler sees of real tensors, and against closed forms."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -153,6 +154,8 @@ def test_the_fastest_update_that_fits_is_chosen():
 def test_what_fits_nowhere_is_told_with_figures():
     rows = estimate.estimate([structure(empty)])
     assert {(row.what, row.recompute) for row in rows} == {("draw", False), ("lora", False), ("lora", True)}
+    untimed, timed = (estimate.table([replace(row, seconds=seconds) for row in rows]) for seconds in (None, 2.0))
+    assert "time" not in untimed and "2 s" in timed
     estimate.check_fits(rows, 1 << 40, "flow new")
     with pytest.raises(ValueError, match=r"expected 0\.\d GiB free for stage 'structure' .*got 0\.0.*--set dtype=bfloat16"):
         estimate.check_fits(rows, 1 << 20, "flow new")
