@@ -61,13 +61,13 @@ def new(
     counts = ", ".join(f"{len(divided[split])} to {split} on" for split in SPLITS)
     for line in rows("prompts" if pictures is None else "pictures", [f"{len(names)}: {counts}"]):
         click.echo(line)
+    if given is None:
+        told: Any = list(names) if pictures is None else names
+        given = (family.embed_texts if pictures is None else family.embed)(Path(pipeline), told, where)  # type: ignore[misc]
     if pictures is None:
         write_atomic(folder / "inputs" / PROMPTS, "".join(f"{name}\n" for name in names).encode())
     else:
         copy_pictures(folder / "inputs", names)
-    if given is None:
-        told: Any = list(names) if pictures is None else names
-        given = (family.embed_texts if pictures is None else family.embed)(Path(pipeline), told, where)  # type: ignore[misc]
     write_conditions(folder / CONDITIONS, given)
     work = Work(
         folder=folder, pipeline=pipeline if family.bundled else str(Path(pipeline).resolve()), family=family.name, stages=family.stages,
@@ -149,6 +149,11 @@ def conditions_of(
     bad = next((line for line in lines if len(line) > LONGEST or not line.isprintable()), None)
     if bad is not None:
         raise ValueError(f"--prompts: expected printable lines of up to {LONGEST} characters, got {bad[:40]!r}. Correct it.")
+    unknown = next((line for line in lines if line and line not in family.prompts), None)
+    if family.prompts and unknown is not None:
+        known = f"prompts that the {family.name} knows, such as {family.prompts[0]!r}"
+        remedy = f"Correct it, or leave --prompts out: the {family.name} has its own {len(family.prompts)}."
+        raise ValueError(f"--prompts: expected {known}, got {unknown[:40]!r}. {remedy}")
     return dict.fromkeys(line for line in lines if line)
 
 

@@ -60,20 +60,22 @@ def test_pictures_of_trellis_are_embedded_kept_and_shown_beside_what_is_drawn(he
 def test_what_does_not_fit_the_generator_is_refused(here, monkeypatch):
     root, pictures, prompts = write_image_trellis(here / "ROOT"), write_pictures(here / "PICTURES"), write_prompts(here / "p.txt")
     shapes = write_hunyuan3d(here / "SHAPES")
+    (here / "hunyuan3d-2.1").mkdir()
     asked = {
-        "known generator": ("WORK", "--pipeline=nothing", f"--prompts={prompts}"),
+        "no such folder: nothing": ("WORK", "--pipeline=nothing", f"--prompts={prompts}"),
+        "an empty folder": ("WORK", f"--pipeline={here / 'hunyuan3d-2.1'}", f"--pictures={pictures}"),
         "--prompts or --pictures": ("WORK", f"--pipeline={root}"),
         "expected --pictures": ("WORK", f"--pipeline={shapes}", f"--prompts={prompts}"),
         "expected --prompts": ("WORK", "--pipeline=toy", f"--pictures={pictures}"),
         "expected --pictures for a pipeline of pictures": ("WORK", f"--pipeline={root}", f"--prompts={prompts}"),
-        "red lamp": ("WORK", "--pipeline=toy", f"--prompts={write_prompts(here / 'odd.txt', [*NAMES, 'red lamp'])}"),
+        "red lamp": ("WORK", "--pipeline=toy", f"--prompts={write_prompts(here / 'odd.txt', [NAMES[0], 'red lamp'])}"),
         "0 to train": ("WORK", "--pipeline=toy", f"--prompts={write_prompts(here / 'two.txt', NAMES[:2])}"),
         "0 to test": ("WORK", "--pipeline=toy", f"--prompts={prompts}", "--set=split=0.8,0.2,0"),
         "add up": ("WORK", "--pipeline=toy", f"--prompts={prompts}", "--set=split=0.8,0.8,0.1"),
     }  # fmt: skip
     for words, flags in asked.items():
         assert words in flow("new", *flags, code=2), words
-        assert not (here / "WORK" / "work.json").exists()
+        assert not (here / "WORK").exists()
     Image.open(pictures / "object1.png").save(pictures / "again.png")
     said = flow("new", "WORK", f"--pipeline={root}", f"--pictures={pictures}", code=2)
     assert "again.png" in said and "object1.png" in said  # the same picture would be in two splits

@@ -146,6 +146,9 @@ def test_flags_of_trellis_are_refused_elsewhere(root, tmp_path):
 
 def test_a_folder_of_no_family_is_refused_and_a_notice_is_said_once(root, tmp_path):
     (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="an empty folder: .*https://huggingface.co/"):
+        family_of(tmp_path / "none")
+    (tmp_path / "none" / "other.txt").touch()
     with pytest.raises(FileNotFoundError, match="expected the folder of a known generator .*points: points.json and points.safetensors"):
         family_of(tmp_path / "none")
     said = []

@@ -80,7 +80,7 @@ class FlowFamily:
     told: Callable[[Any, str], Any] | None = None  # (pipeline, stage) -> shape of a condition, [L, E], or by name; for estimates
     networks: Callable[[Path], Sequence[Network]] | None = None  # of a folder; None: it is opened to see whether it fits
     version: str = ""  # which release it is, in words
-    prompts: tuple[str, ...] = ()  # of a bundled generator, where none are given
+    prompts: tuple[str, ...] = ()  # of a bundled generator: all that it knows, and what it is told where none are given
     batch: int = 1  # assets that are drawn at once, unless told otherwise
     address: str = ""  # where its folder is published
     notice: str = ""  # printed once when a folder is opened: licences that exclude somebody
@@ -125,6 +125,12 @@ def family_of(root: Path, say: Callable[[str], None] = tell) -> FlowFamily:
                 _told.add(family.name)
                 say(family.notice)
             return family
+    if not root.is_dir() or not any(root.iterdir()):
+        got = "an empty folder" if root.is_dir() else "no such folder" if not root.exists() else "a file"
+        addresses = [family.address for family in FAMILIES.values() if family.address]
+        same = [address for address in addresses if address.rpartition("/")[2].lower() == root.name.lower()]
+        fetch = " or ".join(same or addresses)
+        raise FileNotFoundError(f"pipeline: expected a generator's folder, got {got}: {root}. Name it, or fetch one: {fetch}")
     layouts = "; ".join(f"{family.name}: {family.layout}" for family in FAMILIES.values())
     raise FileNotFoundError(f"pipeline: expected the folder of a known generator ({layouts}), got {root}. Name such a folder.")
 
