@@ -1,7 +1,7 @@
 """The pictures that end a reward run: the same latents from in front and from behind, before and after; a turntable; meshes.
 
 Latents are shown by rule: of the first `POOL` of the judge's seeds, ordered by their rewards before tuning, those at equal steps from
-the lowest to the highest (of six: lowest, 20 %, 40 %, 60 %, 80 %, highest). Of heads of people, what the strongest filter that needs no labels
+the lowest to the highest (of six: lowest, 20 %, 40 %, 60 %, 80 %, highest). Of heads of people, what the strongest filter without labels
 makes of the untuned shape stands beside, and the whole head that the latent names. Loose parts are drawn as they are.
 
 Letters: R pixels per edge of a cell, n grid points along x, y, z.
@@ -225,7 +225,7 @@ def comparison(c: Comparison, columns: Sequence[Column], o: PictureOptions = USU
     if c.of_people:
         smoothed = [column.filtered for column in columns if column.filtered is not None]
         heads = [view_of_head(column.head, column.whole, behind, fine) for column in columns if column.head and column.whole]
-        rows += group("Strongest filter", "of before, without\nlabels; it harms\nwhole heads", shapes(smoothed, behind))
+        rows += group("Filter", "the strongest\nwithout labels; it\nharms whole heads", shapes(smoothed, behind))
         rows += group("Whole head", "that the latent\nnames", [_clay(view) for view in heads])
     rows += group("In front", "before, after", shapes(bare, front), shapes(tuned, front))
     rows[0] = replace(rows[0], parted=False)
