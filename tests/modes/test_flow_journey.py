@@ -34,7 +34,8 @@ from tests.tuning.flow.trellis.tiny_trellis import write_image_trellis
 __all__ = ["browser"]
 pytestmark = pytest.mark.long
 SMALL = ("--device=cpu", "--steps=30", "--lr=1e-3", "--batch=32", "--seed=1",
-         *(f"--set={name}" for name in ("held_out_every=10", "warmup=0", "beta=20", "lora_rank=4")))  # fmt: skip
+         *(f"--set={name}" for name in ("held_out_every=10", "warmup=0", "beta=20", "lora_rank=4", "loser_weight=1")))  # fmt: skip
+# At half weight a network of random weights learns what any data look like before it learns which are better.
 PROMPTS = [f"{colour} {shape}" for colour in list(COLOURS)[:6] for shape in SHAPES[:8]]
 PICTURES = 24
 LIKED = {"toy": ("latents", "1.feats"), "trellis": ("structure", "mean"), "hunyuan3d": ("latents", "0.x")}  # file and tensor of a line
