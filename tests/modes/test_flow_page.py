@@ -2,11 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from eg3d_rlhf.experiments.media.sheet import MARGIN
 from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
 from eg3d_rlhf.models.policies import save_policy
+from eg3d_rlhf.modes.flow_study import SIDE
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
 from eg3d_rlhf.tuning.flow.work import SHOWN, TEST, Work
 from tests.modes.flow_works import answer_all, flow, serving, with_encoder, write_pictures, write_prompts
@@ -86,6 +90,12 @@ def test_a_study_shows_test_conditions_alone_first_against_the_base_then_against
     assert lines["test-base"] == lines["tuned-00"] == lines["control-00"]
     said = flow("study", "WORK", "--report")
     assert "tune-00 against base: 4 of 4 pairs" in said and "tune-00 against control: 4 of 4 pairs" in said
+    assert "WORK/study-00/pictures.png" in said
+    with Image.open("WORK/study-00/pictures.png") as picture:
+        shown = np.asarray(picture)[:, 110 + MARGIN :]  # rows: before, tuned, control
+    rows = [shown[top : top + SIDE] for top in range(MARGIN + 4, len(shown) - SIDE, SIDE + 4)]
+    assert len(rows) == 3 and all((row < 255).mean() > 0.05 for row in rows)
+    assert not (rows[0] == rows[1]).all() and not (rows[1] == rows[2]).all()
     assert "over" in flow("study", "WORK", code=2)
     write_tuned(here / "WORK" / "tune-01", "voxels", 0.3)
     assert "no control" not in flow("study", "WORK", "--report", code=2)  # of the new training: nothing yet
