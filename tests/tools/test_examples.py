@@ -32,7 +32,7 @@ def test_examples_that_only_print(command, tmp_path):
 def test_examples_that_write(repo, tmp_path):
     (tmp_path / "assets").symlink_to(repo / "assets")
     run_example(image_sets.convert, tmp_path)
-    assert len(ImageFolderDataset(tmp_path / "runs/example/heads32.zip", resolution=32, c_dim=25)) == 128
+    assert len(ImageFolderDataset(tmp_path / "runs/example/people32.zip", resolution=32, c_dim=25)) == 128
     assert "members" in run_example(reward_files.join, tmp_path)
 
 
