@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.modes.flow_tune import LOSER_WEIGHT
 from eg3d_rlhf.tuning.flow.circular.loop import CircularSettings
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import turned
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
@@ -19,7 +20,8 @@ from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import LATENTS, C, tokens
 from training.phases import derive_seed
 
 FAST = TrainConfig(
-    dpo=DpoConfig(beta=20.0), lora=LoraConfig(rank=16, alpha=32), steps=60, batch=16, lr=1e-3, warmup=5, held_out_every=20, log_every=20
+    dpo=DpoConfig(beta=20.0, loser_weight=LOSER_WEIGHT), lora=LoraConfig(rank=16, alpha=32), steps=60, batch=16, lr=1e-3, warmup=5,
+    held_out_every=20, log_every=20,
 )
 
 
