@@ -34,7 +34,7 @@ def synthetic(out: Path, network: Path | None, shuffled: bool, device: str, dry_
 
     \b
     Example:
-        eg3d-rlhf label synthetic --pairs=28 --resolution=32 --out=runs/example/labels.jsonl
+        eg3d-rlhf label synthetic --pairs=100 --resolution=32 --out=runs/example/labels.jsonl
     """
     options = AnnotationOptions(**{name: value for name, value in settings.items() if value is not None})
     if shuffled and options.kind == "pairs":

@@ -11,7 +11,7 @@ from training.dataset import ImageFolderDataset
 @pytest.mark.long
 def test_labels_and_the_reward_that_is_trained_on_them(tmp_path):
     run_example(labels.synthetic, tmp_path)
-    assert len((tmp_path / "runs/example/labels.jsonl").read_text().splitlines()) == 28
+    assert len((tmp_path / "runs/example/labels.jsonl").read_text().splitlines()) == 100
     assert "ordered as labelled" in run_example(reward_training.train, tmp_path)
     assert (tmp_path / "runs/example/reward/reward.safetensors").exists()
 
