@@ -66,7 +66,8 @@ def picture(file: Path | None, up: str = "y", side: int = SIDE) -> np.ndarray:
     x, y = (((sign * points[:, axis] / reach + 1) / 2 * side).astype(int).clip(0, side - 1) for sign, axis in ((1, 0), (-1, 1)))
     seen = np.full((side, side, 3), 255, np.uint8)
     order = np.argsort(points[:, 2], kind="stable")  # far ones first
-    seen[y[order], x[order]] = (255 * colours[order].clip(0, 1)).astype(np.uint8)
+    for down, right in ((1, 0), (0, 1), (0, 0)):  # a point's neighbours first, so that no gap between points stays white
+        seen[(y[order] + down).clip(0, side - 1), (x[order] + right).clip(0, side - 1)] = (255 * colours[order].clip(0, 1)).astype(np.uint8)
     return seen
 
 

@@ -5,13 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from eg3d_rlhf.core.statistics import clustered_rate
 from eg3d_rlhf.models.sparse import SparseSample, collate
 from eg3d_rlhf.tuning.flow import latent_reward
+from eg3d_rlhf.tuning.flow.accuracy import ordered
 from eg3d_rlhf.tuning.flow.latent_reward import LatentTraining, load, save, teach
 from eg3d_rlhf.tuning.flow.offline.train_singles import Single
 from eg3d_rlhf.tuning.flow.online.draws import Task
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, SparseVoxels
+from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, voxel_pairs
 from training.storage import read_tensors, write_tensors
 
@@ -118,3 +121,15 @@ def test_nothing_is_decoded_while_a_stage_is_tuned_by_it(monkeypatch):
     x_0 = collate([pair.preferred for pair in voxel_pairs(4)])
     scores, watched = task.scores(x_0, ["a"] * 4, [0] * 4)
     assert scores.shape == (1, 4) and watched == {} and torch.equal(scores[0], reward.of_latents(x_0, ["a"] * 4))
+
+
+@pytest.mark.long
+def test_what_one_feature_of_assets_orders_without_any_training():
+    """The share of a toy's voxels whose mirror image is filled, on the pairs of `reward latent`'s table; `pytest -s` prints it."""
+    problem = toy_problem()
+    pairs = problem.pairs_to_tell("voxels")
+    assets = [problem.pipeline.decode(collate([latent]))[0] for pair in pairs for latent in (pair.preferred, pair.rejected)]
+    share = torch.tensor([float((a.occupancy & a.occupancy.flip(0)).sum() / a.occupancy.sum()) for a in assets]).double().view(-1, 2)
+    found = clustered_rate(ordered((share[:, 0] - share[:, 1]).numpy()), [pair.condition for pair in pairs])
+    print("mirrored share: {:.3f} [{:.3f}, {:.3f}]".format(*found))
+    assert found.lo > 0.5 and len(pairs) == 576
