@@ -1,21 +1,28 @@
-"""Problems whose labels can be learnt, and the same with answers given by the toss of a coin."""
+"""Problems whose labels can be learnt, and the same with answers given by the toss of a coin; a folder of such labels, for `flow tune`."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.sparse import Latent, feats_of, latent_of, parts_of
 from eg3d_rlhf.modes.flow_tune import LOSER_WEIGHT
+from eg3d_rlhf.tuning.flow import tune as tuning_module
 from eg3d_rlhf.tuning.flow.circular.loop import CircularSettings
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import turned
+from eg3d_rlhf.tuning.flow.conditions import Conditions, write_conditions
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.families import hunyuan3d
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.problem import Problem
+from eg3d_rlhf.tuning.flow.ranking import RANKING, write_latents
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from eg3d_rlhf.tuning.flow.tune import Tuning
+from tests.modes import flow_works
 from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import LATENTS, C, tokens
 from training.phases import derive_seed
 
@@ -73,3 +80,66 @@ def shapes(root: Path, seed: int, conditions: int = 30, per_condition: int = 6) 
 
 def tuning(seed: int, **changes) -> Tuning:
     return Tuning(circular=CircularSettings(human=replace(FAST, **changes), seed=seed))
+
+
+# Through `flow tune`, on a family's folder.
+
+LEARNING = "--steps=20 --batch=8 --lr=4e-3 --device=cpu".split()
+LEARNING += [f"--set={setting}" for setting in ("lora_rank=4", "beta=20", "warmup=5", "held_out_every=10", "samples=0")]
+
+
+def write_ranked(folder: Path, like: Mapping[str, Latent], conditions: Conditions) -> Path:
+    """Three assets of every condition, ranked by the mean of their latents. Args: like: latents of some asset, by stage."""
+    folder.mkdir()
+    write_conditions(folder / "conditions.safetensors", conditions)
+    g, lines = torch.Generator().manual_seed(0), []
+    for i, name in enumerate(conditions.names):
+        for rank in (1, 2, 3):
+            file = f"{i:02d}-{rank}.safetensors"
+            write_latents(folder / file, {stage: _around(latent, 0.7 * (2 - rank), g) for stage, latent in like.items()})
+            lines.append(json.dumps({"condition": name, "rank": rank, "latents": file}) + "\n")
+    (folder / RANKING).write_text("".join(lines))
+    return folder
+
+
+def _around(latent: Latent, mean: float, g: torch.Generator) -> Latent:
+    """A random one of the same form."""
+    parts = parts_of(latent)
+    free = [name for name in parts if name in ("x", "feats") or name.startswith("/")]  # of NamedSample
+    return latent_of({**parts, **{name: mean + torch.randn(parts[name].shape, generator=g) for name in free}})
+
+
+def check_labels_are_learnt(
+    root: Path, like: Mapping[str, Latent], given: Conditions, ranked: Conditions, folder: Path, monkeypatch
+) -> None:
+    """Every stage says how many held-out pairs it orders, and how many its control, which half of the pairs it learns from deceive.
+
+    Args: like: latents of some asset, by stage; given: embeddings of WORK; ranked: of the assets that labels are of.
+    """
+    write_conditions(folder / "conditions.safetensors", given)
+    labels = write_ranked(folder / "RANKED", like, ranked)
+    flow_works.flow("new", folder / "WORK", f"--pipeline={root}", f"--conditions={folder / 'conditions.safetensors'}", "--device=cpu")
+    trained, train_stage = [], tuning_module.train_stage
+
+    def seen(pipeline, stage, pairs, config, place, **options):
+        trained.append((stage, pairs, options["unseen"]))
+        return train_stage(pipeline, stage, pairs, config, place, **options)
+
+    monkeypatch.setattr(tuning_module, "train_stage", seen)
+    said = flow_works.flow("tune", folder / "WORK", f"--labels={labels}", *LEARNING)
+    report = json.loads((folder / "WORK" / "tune-00" / "report.json").read_text())
+    assert list(report["stages"]) == list(like) == report["kept"], said
+    for stage, found in report["stages"].items():
+        low, high = found["held_out"]["interval"]
+        assert 0.5 < low <= found["held_out"]["accuracy"] <= high and found["above_control"][1] > 0
+        assert found["control"]["pairs"] == found["held_out"]["pairs"] and len(found["control"]["interval"]) == 2
+        assert f"Stage '{stage}': learnt: accuracy" in said and f"| {stage} | **learnt**" in said
+        (_, pairs, choosing), (_, other, choosing_too) = (of for of in trained if of[0] == stage)
+        as_said = [_same(a.preferred, b.preferred) and _same(a.rejected, b.rejected) for a, b in zip(pairs, other, strict=True)]
+        turned = [_same(a.preferred, b.rejected) and _same(a.rejected, b.preferred) for a, b in zip(pairs, other, strict=True)]
+        assert abs(sum(turned) - len(pairs) / 2) <= 0.5 and all(a != b for a, b in zip(as_said, turned, strict=True))
+        assert choosing and all(_same(a.preferred, b.preferred) for a, b in zip(choosing, choosing_too, strict=True))
+
+
+def _same(a: Latent, b: Latent) -> bool:
+    return torch.equal(feats_of(a), feats_of(b))

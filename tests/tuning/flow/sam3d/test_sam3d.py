@@ -18,6 +18,7 @@ from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.models.sparse import NamedBatch, NamedSample
 from eg3d_rlhf.models.trellis.autoencoders import StructureEncoder, StructureVAEConfig
 from eg3d_rlhf.tuning.flow.conditions import Conditions, write_conditions
+from eg3d_rlhf.tuning.flow.drawing import draw
 from eg3d_rlhf.tuning.flow.export import export
 from eg3d_rlhf.tuning.flow.families import check_source, family_of
 from eg3d_rlhf.tuning.flow.families.sam3d import files
@@ -27,6 +28,7 @@ from eg3d_rlhf.tuning.flow.stage import FlowPath
 from eg3d_rlhf.tuning.flow.work import Work
 from tests.compat.family_reference import Case, folders
 from tests.modes import flow_works
+from tests.tuning.flow import labelled
 from tests.tuning.flow.documented_commands import FEW
 from tests.tuning.flow.one_step import check_one_dpo_step, pairs_of
 from tests.tuning.flow.refused import refusal, write_people
@@ -55,9 +57,9 @@ def width(released):
     return files.read_pipeline(released).generators["structure"].config.cond_channels
 
 
-def tokens(width: int, **more) -> Conditions:
+def tokens(width: int, names=NAMES, **more) -> Conditions:
     g = torch.Generator().manual_seed(5)
-    made = {name: {stage: torch.randn(7, width, generator=g) for stage in files.STAGES} | more for name in NAMES}
+    made = {name: {stage: torch.randn(7, width, generator=g) for stage in files.STAGES} | more for name in names}
     return Conditions(tokens=made, zero_null=True)
 
 
@@ -183,6 +185,12 @@ def test_one_dpo_step(pipeline, name):
         blocks, groups = range(model.config.num_blocks), ("shape", "6drotation_normalized")
         expected = {f"blocks.{b}.self_attn.{layer}.{g}" for b in blocks for layer in ("to_qkv", "to_out") for g in groups}
         assert {n for n in adapted_layers(model) if "self_attn" in n} == expected and len(adapted_layers(model)) == 10 * len(blocks)
+
+
+@pytest.mark.long
+def test_both_stages_learn_labels_and_are_held_against_a_control(pipeline, released, width, tmp_path, monkeypatch):
+    like, ranked = draw(pipeline, NAMES[:1], [0])[0][0], tokens(width, [f"c{i:02d}" for i in range(60)])
+    labelled.check_labels_are_learnt(released, like, tokens(width), ranked, tmp_path, monkeypatch)
 
 
 def test_what_of_the_first_stage_is_learnt(released, pipeline, width, tmp_path):

@@ -15,6 +15,7 @@ from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.models.sparse import SparseSample, feats_of
 from eg3d_rlhf.models.trellis2 import VoxelAsset
 from eg3d_rlhf.tuning.flow.conditions import write_conditions
+from eg3d_rlhf.tuning.flow.drawing import draw
 from eg3d_rlhf.tuning.flow.export import export
 from eg3d_rlhf.tuning.flow.families.trellis2 import pipeline as family
 from eg3d_rlhf.tuning.flow.families.trellis2.pipeline import load_pipeline, surface_of
@@ -22,6 +23,7 @@ from eg3d_rlhf.tuning.flow.generate import generate
 from eg3d_rlhf.tuning.flow.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.ranking import read_ranking
 from eg3d_rlhf.tuning.flow.stage import stage_of
+from tests.tuning.flow import labelled
 from tests.tuning.flow.documented_commands import run_section
 from tests.tuning.flow.one_step import check_one_dpo_step
 from tests.tuning.flow.refused import refusal, write_people
@@ -45,6 +47,12 @@ def test_a_face_about_every_crossed_edge_that_four_voxels_share():
 @pytest.mark.parametrize("name", ["structure", "shape_1024", "texture"])
 def test_one_dpo_step(pipeline, name):
     check_one_dpo_step(pipeline, name, NAMES[:2])
+
+
+@pytest.mark.long
+def test_every_stage_learns_labels_and_is_held_against_a_control(pipeline, trellis2_root, tmp_path, monkeypatch):
+    like, names = draw(pipeline, NAMES[:1], [0])[0][0], [f"c{i:02d}" for i in range(60)]
+    labelled.check_labels_are_learnt(trellis2_root, like, tokens(), tokens(names), tmp_path, monkeypatch)
 
 
 def test_adapters_are_merged_into_the_files_own_types(pipeline, trellis2_root, tmp_path):
