@@ -7,10 +7,7 @@ Example:
 
 import _repository  # noqa: F401
 
-from eg3d_rlhf.core.cli import user_errors
-
-with user_errors():  # the extra, where it is missing
-    from eg3d_rlhf.people.study.commands import main
+from eg3d_rlhf.people.study.commands import main
 
 if __name__ == "__main__":
     main()

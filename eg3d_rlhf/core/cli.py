@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import importlib.util
 import json
 import platform
 import re
@@ -163,6 +164,13 @@ def user_errors(words: Callable[[str], str] = str):
             raise
         click.echo(f"Error: {words(str(error).strip())}", err=True)
         sys.exit(2)
+
+
+def check_extra(extra: str) -> None:
+    """Before what takes long, raise ModuleNotFoundError, see `user_errors`, where a package of an extra is not installed."""
+    for package, brought in EXTRAS.items():
+        if brought == extra and importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(name=package)
 
 
 def _nobody_reads() -> bool:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.core.cli import GroupedCommand, check_extra, option
 from eg3d_rlhf.modes.flow_draw import work_argument
 from eg3d_rlhf.people.label import launch
+from eg3d_rlhf.people.label.db_flag import EXTRA, open_store
 from eg3d_rlhf.people.label.entities import CampaignSettings
 from eg3d_rlhf.people.label.pairing import PairingOptions
-from eg3d_rlhf.people.label.store import open_store
 from eg3d_rlhf.tuning.flow.work import Work
 
 SECONDS = 8  # that an answer takes
@@ -27,6 +27,7 @@ def label(folder: Path, pairs: int | None, campaign: str | None, **server) -> No
     Example:
         eg3d-rlhf flow label WORK
     """
+    check_extra(EXTRA)
     work = Work.open(folder)
     flags = launch.ServerFlags.of(server, folder)
     assets = len(work.lines())

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, option
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import Row, sheet
 from eg3d_rlhf.experiments.mode import running
 from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, drawing_flags, drawn_with_bar, told, work_argument
 from eg3d_rlhf.people.label import launch
+from eg3d_rlhf.people.label.db_flag import EXTRA
 from eg3d_rlhf.people.study import commands as studies
 from eg3d_rlhf.people.study.analysis import sort_rows
 from eg3d_rlhf.people.study.design import read_sides, stopped
@@ -96,6 +97,7 @@ def study(
         eg3d-rlhf flow study WORK
         eg3d-rlhf flow study WORK --report
     """
+    check_extra(EXTRA)
     work = Work.open(folder)
     training = work.training(tune)
     if interim and not report:

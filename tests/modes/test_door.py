@@ -83,6 +83,36 @@ def test_a_missing_extra_is_named_with_its_command(words):
     ), done.stderr
 
 
+HELP_AND_RUN = """
+import importlib
+import sys
+from click.testing import CliRunner
+from eg3d_rlhf.modes.door import command_of, main
+for job in sys.argv[1:]:
+    below = [f"{job} {name}" for name in getattr(command_of(job), "commands", ())]
+    for words in [job, *below]:
+        done = CliRunner().invoke(main, [*words.split(), "--help"])
+        print(done.exit_code, done.stdout.partition(" [")[0])
+    done = CliRunner().invoke(main, [*job.split(), *(["WORK"] if job.startswith("flow") else [])])
+    print(done.exit_code, done.stderr.strip())
+for script in ("label", "study"):
+    importlib.import_module(f"tools.{script}")
+"""
+
+
+def test_help_needs_no_extra_and_jobs_name_it():
+    """As that of sub-commands does not; `tools/` has the same commands."""
+    jobs = ["label", "study", "flow label", "flow study"]
+    blocked = WITHOUT.partition("import runpy")[0]
+    path = f"{REPO / 'tools'}:{REPO}"
+    done = subprocess.run([sys.executable, "-c", blocked + HELP_AND_RUN, *jobs], cwd=REPO, env={**os.environ, "PYTHONPATH": path},
+                          capture_output=True, text=True)  # fmt: skip
+    lines = done.stdout.splitlines()
+    refused = [line for line in lines if line.startswith("2 Error: ") and "pip install 'eg3d-rlhf[label]'" in line]
+    helped = [line for line in lines if line.startswith("0 Usage: eg3d-rlhf ")]
+    assert len(refused) == len(jobs) and len(helped) > 15 and len(lines) == len(refused) + len(helped), done.stdout + done.stderr
+
+
 def test_a_flow_is_drawn_tuned_and_exported_without_the_page():
     jobs = "import sys; from eg3d_rlhf.modes.door import command_of; [command_of(job) for job in sys.argv[1:]]"
     blocked = WITHOUT.partition("import runpy")[0]

@@ -12,8 +12,8 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.statistics import clustered_rate
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import SparseBatch
+from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, PlannedPair, Shape
-from eg3d_rlhf.people.label.store import open_store
 from eg3d_rlhf.tuning.flow.answers import imported_of, splits_of
 from eg3d_rlhf.tuning.flow.drawing import drawing_of
 from eg3d_rlhf.tuning.flow.ranking import read_latents

@@ -10,14 +10,17 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import click
-import segno
 
 from eg3d_rlhf.core.cli import GroupedCommand, naming, option, together
+from eg3d_rlhf.people.label.db_flag import database, open_store
 from eg3d_rlhf.people.label.entities import LOCAL
-from eg3d_rlhf.people.label.store import Store, database, open_store
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.people.label.store import Store
 
 PICTURES = (".svg", ".png")
 address = option("--address", metavar="URL", default=None, help="Where annotators reach the server, as https://host:8000: for the link.",
@@ -42,7 +45,13 @@ def login_link(address: str, token: str) -> str:
 
 def qr_data(link: str) -> str:
     """The link's QR code as a data URL of an SVG picture, dark on light."""
-    return segno.make(link, error="m").svg_data_uri(scale=4, dark="#000", light="#fff")
+    return _code(link).svg_data_uri(scale=4, dark="#000", light="#fff")
+
+
+def _code(link: str, error: str = "m") -> Any:
+    import segno  # of the extra, which help does without
+
+    return segno.make(link, error=error)
 
 
 def check_picture(path: Path) -> None:
@@ -56,7 +65,7 @@ def check_picture(path: Path) -> None:
 def write_qr(path: Path, link: str) -> None:
     """The link's QR code as a new file that only its owner reads: who has the picture has the token."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        segno.make(link, error="m").save(file, kind=path.suffix[1:], scale=8, light="#fff")
+        _code(link).save(file, kind=path.suffix[1:], scale=8, light="#fff")
 
 
 @click.command("add-annotator", cls=GroupedCommand)
@@ -78,7 +87,7 @@ def new_token(name: str, address: str | None, qr: Path | None, db: str) -> None:
     _hand_over(name, address, qr, db, False, lambda store: store.new_token(name))
 
 
-def _hand_over(name: str, address: str | None, qr: Path | None, db: str, create: bool, make: Callable[[Store], str]) -> None:
+def _hand_over(name: str, address: str | None, qr: Path | None, db: str, create: bool, make: Callable[["Store"], str]) -> None:
     """Print a new token on stdout, and on stderr what goes with it."""
     with naming("--address"):
         server = check_address(address) if address else ""
@@ -96,7 +105,7 @@ def _hand_over(name: str, address: str | None, qr: Path | None, db: str, create:
     where = "" if server else " behind the server's address (--address=URL puts it there)"
     click.echo(f"or this link{where}; it logs in whoever has it:\n{link}", err=True)
     if server and sys.stdout.isatty() and sys.stderr.isatty():
-        segno.make(link, error="l").terminal(sys.stderr, compact=True)
+        _code(link, "l").terminal(sys.stderr, compact=True)
     if qr is not None:
         write_qr(qr, link)
         click.echo(f"{qr}: the link's QR code", err=True)

@@ -4,23 +4,36 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, naming, option, options_of
+from eg3d_rlhf.core.cli import GroupedCommand, check_extra, naming, option, options_of
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.access import PEOPLE
-from eg3d_rlhf.people.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
+from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, database, open_store, sqlite_file, store_exists
 from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Mode, parse_questions
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.quality import as_text, leaderboard_of
-from eg3d_rlhf.people.label.store import DATABASE, DB, Store, database, open_store, sqlite_file, store_exists
 from eg3d_rlhf.people.label.store_labels import export_assets, export_labels, export_unpaired, without_password
 
+if TYPE_CHECKING:
+    from eg3d_rlhf.people.label.store import Store
+
 MAKE = "python tools/label.py add-annotator NAME"
+
+
+def _archive(what: str, *args, **options) -> Any:
+    """Call a function that reads or writes the tables themselves: its module needs the extra, which help does without."""
+    from eg3d_rlhf.people.label import archive
+
+    return getattr(archive, what)(*args, **options)
+
+
 KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of exports: the files' suffixes, and what writes them
     "labels": ((".jsonl", ".csv"), export_labels), "unpaired": ((".jsonl",), export_unpaired),
-    "judgements": ((".jsonl",), export_judgements), "ranked-seeds": ((".csv",), export_ranked_seeds),
+    "judgements": ((".jsonl",), functools.partial(_archive, "export_judgements")),
+    "ranked-seeds": ((".csv",), functools.partial(_archive, "export_ranked_seeds")),
     **{kind: ((".jsonl",), functools.partial(export_assets, kind=kind)) for kind in ("asset-pairs", "rankings", "asset-scores")},
 }  # fmt: skip
 
@@ -72,6 +85,7 @@ def main(
     if ctx.invoked_subcommand is not None:
         launch.refuse_flags_before(ctx, "db")
         return
+    check_extra(EXTRA)
     request, given = _request(ctx, campaign, network, assets, after, rewards, flags)
     wanted = request.to_json()
     path = sqlite_file(db)
@@ -202,8 +216,10 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
     if source.suffix == ".jsonl" and (campaign or annotator):
         raise ValueError("--campaign, --annotator: expected only with ranked seeds; judgements bring theirs. Leave the flag out.")
     with open_store(db, create=True) as store:
-        table = source.suffix == ".csv"
-        count = import_ranked_seeds(store, source, campaign, annotator or "imported") if table else import_judgements(store, source)
+        if source.suffix == ".csv":
+            count = _archive("import_ranked_seeds", store, source, campaign, annotator or "imported")
+        else:
+            count = _archive("import_judgements", store, source)
     click.echo(f"{source}: {count} judgements imported")
 
 
@@ -227,7 +243,7 @@ def leaderboard(campaign: str | None, question: str | None, as_json: bool, db: s
         click.echo(as_text(board))
 
 
-def _check(store: Store, campaign: str | None) -> None:
+def _check(store: "Store", campaign: str | None) -> None:
     stored = store.campaign(campaign) if campaign is not None else None
     if campaign is not None and stored is None:
         raise ValueError(f"--campaign: expected one of this database, got {campaign}. `status` lists them.")

@@ -11,18 +11,19 @@ from click.core import ParameterSource
 
 from eg3d_rlhf.core.cli import naming, option, together
 from eg3d_rlhf.people.label.assets.collection import conditions, plan_assets, read_collection
+from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import LOCAL, CampaignSettings, Kind, Mode, PlannedPair, StoredCampaign
 from eg3d_rlhf.people.label.pairing import PairingOptions, plan, reward_ensemble
 from eg3d_rlhf.people.label.preparation import Preparation
 from eg3d_rlhf.people.label.server.options import AppOptions, is_loopback
 from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER, ShapeCache
-from eg3d_rlhf.people.label.store import Store, open_store
 from eg3d_rlhf.people.label.store_labels import LabelFilters, preferences_of
 from eg3d_rlhf.preferences.labels import Preference
 from training.config import knobs_of
 
 if TYPE_CHECKING:
     from eg3d_rlhf.generators import LoadedGenerator
+    from eg3d_rlhf.people.label.store import Store
 
 SETTINGS = (*(field.name for field, _, _ in knobs_of(CampaignSettings)), "show_render", "both_bad", "questions", "reveal")
 FLAGS = "flags"  # where a campaign's `extra` keeps what it was planned from
@@ -71,7 +72,7 @@ def check_resumed(campaign: StoredCampaign, wanted: Mapping, given: set[str]) ->
     return stored
 
 
-def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], None]) -> tuple[CampaignSettings, list[PlannedPair]]:
+def plan_campaign(store: "Store | None", request: Request, tell: Callable[[str], None]) -> tuple[CampaignSettings, list[PlannedPair]]:
     """A new campaign, not kept yet."""
     from eg3d_rlhf.generators import load_generator
 
@@ -96,12 +97,12 @@ def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], N
     return request.campaign_settings({FLAGS: request.to_json(), "plan": planned.report}), planned.pairs
 
 
-def with_access(store: Store) -> list[str]:
+def with_access(store: "Store") -> list[str]:
     """Names of those who may log in."""
     return [person.name for person in store.annotators() if person.revoked is None and person.name != LOCAL]
 
 
-def check_annotators(store: Store | None, host: str, make: str) -> None:
+def check_annotators(store: "Store | None", host: str, make: str) -> None:
     """Refuse to expose a server that nobody could use. Args: make: the command that makes an annotator."""
     if store is None or not with_access(store):
         raise ValueError(f"--host={host}: expected at least one annotator, as tokens are compulsory, got none. Make one with: {make}")
@@ -162,7 +163,7 @@ def server_options(access_log: str, title: str = "Heading of the page."):
     return together(*flags)
 
 
-def serve_campaign(store: Store, db: str, campaign: str, server: ServerFlags, announce: Callable[[str], list[str]], what: str) -> None:
+def serve_campaign(store: "Store", db: str, campaign: str, server: ServerFlags, announce: Callable[[str], list[str]], what: str) -> None:
     """Prepare a campaign's shapes and serve it until interrupted."""
     from eg3d_rlhf.people.label.server.app import serve
 

@@ -28,7 +28,6 @@ from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.entities import Shape
 from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER, ShapeCache, shape_key
-from eg3d_rlhf.people.label.store import Store
 from training.storage import write_atomic
 
 _RECENT = 50  # shapes over which the pace is taken
@@ -170,6 +169,8 @@ def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) ->
         end_with_parent(parent)
     os.nice(nice)
     import torch
+
+    from eg3d_rlhf.people.label.store import Store  # of the extra, which the flags of a server do without
 
     torch.set_num_threads(1)
     shapes = ShapeCache(cache)

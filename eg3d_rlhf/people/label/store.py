@@ -6,14 +6,11 @@ import secrets
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 
 from confusable_homoglyphs import categories
 from confusable_homoglyphs.confusables import confusables_data
 from sqlalchemy import Connection, Row, Select, delete, insert, select, update
 
-from eg3d_rlhf.core.cli import naming, option
 from eg3d_rlhf.people.label import campaigns, judgements
 from eg3d_rlhf.people.label.assignments import Issuer, Reach, read_progress
 from eg3d_rlhf.people.label.campaigns import Plan, StoredPair
@@ -321,34 +318,3 @@ def _prototype(character: str) -> str:
     if len(alike) != 1:
         return character
     return alike[0] if len(confusables_data.get(alike[0], ())) > 1 else min(character, alike[0])
-
-
-# ---- the store at --db
-
-DB = "sqlite:///runs/labels/labels.db"
-DATABASE = "Database: sqlite:///FILE or postgresql://user@host/database."
-database = option("--db", metavar="URL", default=None, show_default=f"{DB}; of a study, its own", help=DATABASE,  # or before the name
-                  callback=lambda ctx, _, given: given or ctx.obj or DB)
-
-
-def sqlite_file(url: str) -> Path | None:
-    """The file of an SQLite URL; None for other databases."""
-    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
-
-
-def store_exists(url: str) -> bool:
-    """Whether there is a store at a URL; one on a server counts as there."""
-    path = sqlite_file(url)
-    return path is None or path.is_file()
-
-
-@contextmanager
-def open_store(url: str, create: bool) -> Iterator[Store]:
-    """The store at --db, closed afterwards; the folder of a new SQLite file is made."""
-    path = sqlite_file(url)
-    with naming("--db"):
-        if create and path is not None:
-            path.parent.mkdir(0o700, parents=True, exist_ok=True)
-        store = Store.open(url, create)
-    with store:
-        yield store

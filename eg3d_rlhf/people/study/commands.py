@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, options_of
+from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, naming, option, options_of
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.access import add_annotator, annotators, new_token, revoke
 from eg3d_rlhf.people.label.assets.collection import is_asset_folder
 from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS
 from eg3d_rlhf.people.label.commands import LabelGroup
+from eg3d_rlhf.people.label.db_flag import EXTRA, open_store, store_exists
 from eg3d_rlhf.people.label.entities import JudgementRow, Kind
-from eg3d_rlhf.people.label.store import Store, open_store, store_exists
 from eg3d_rlhf.people.label.store_labels import without_password
 from eg3d_rlhf.people.study import design as designs
 from eg3d_rlhf.people.study import report as reports
@@ -28,6 +28,7 @@ from training.config import knobs_of
 
 if TYPE_CHECKING:
     from eg3d_rlhf.generators import LoadedGenerator
+    from eg3d_rlhf.people.label.store import Store
 
 OUTDIR = Path("runs/study")
 RULES, POWER, OWN = (tuple(field.name for field, _, _ in knobs_of(kind)) for kind in (ExclusionRules, PowerOptions, StudyDesign))
@@ -173,7 +174,7 @@ def prepare(folder: Folder, name: str, flags: Mapping, given: set[str], tell: Ca
     return design
 
 
-def checked_design(folder: Folder, store: Store, name: str | None = None) -> StudyDesign:
+def checked_design(folder: Folder, store: "Store", name: str | None = None) -> StudyDesign:
     """The folder's design, held against the hash that the store's campaign keeps."""
     design = designs.read_design(folder.design)
     if name is not None and design.name != name:
@@ -311,6 +312,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     if ctx.invoked_subcommand is not None:
         launch.refuse_flags_before(ctx, "outdir", "db")
         return
+    check_extra(EXTRA)
     server = launch.ServerFlags.of(flags, outdir)
     if dry_run:
         click.echo(json.dumps(_dry_run(folder, name, flags, server), indent=1))

@@ -24,7 +24,9 @@ from pathlib import Path
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.models.policies import META
 from eg3d_rlhf.people.label.assets import reading
+from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import JudgementRow, Kind, Mode
+from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements
 from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, NULL, Conditions, read_conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, family_of
 from eg3d_rlhf.tuning.flow.ranking import RANKING
@@ -244,9 +246,6 @@ class Work:
         """
         if not (self.folder / "labels.db").is_file():
             raise FileNotFoundError(f"WORK: expected people's answers, got none yet. Label: eg3d-rlhf flow label {self.folder}")
-        from eg3d_rlhf.people.label.store import open_store  # needs SQLAlchemy, which tuning does not
-        from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements
-
         drawn = {(line["condition"], line["seed"]): line["look_at"] for line in self.lines()}
         with open_store(self.database, create=False) as store:
             if store.campaign(self.campaign) is None:

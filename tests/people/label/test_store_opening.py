@@ -9,10 +9,11 @@ import pytest
 from sqlalchemy import text
 
 from eg3d_rlhf.people.label.database import VERSION
+from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import CampaignSettings
 from eg3d_rlhf.people.label.server.gate import AccessLog
 from eg3d_rlhf.people.label.server.identity import kept_secret
-from eg3d_rlhf.people.label.store import Store, open_store
+from eg3d_rlhf.people.label.store import Store
 from tests.people.label.plans import plan
 from training.storage import write_atomic
 

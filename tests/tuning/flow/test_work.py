@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, PlannedPair, Shape
-from eg3d_rlhf.people.label.store import open_store
 from eg3d_rlhf.tuning.flow import work as works
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.work import SPLITS, Work, divide

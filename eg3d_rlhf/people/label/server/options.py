@@ -3,10 +3,13 @@
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eg3d_rlhf.people.label.preparation import Preparation
 from eg3d_rlhf.people.label.shape_files import ShapeCache
-from eg3d_rlhf.people.label.store import Store
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.people.label.store import Store
 
 STATIC = Path(__file__).resolve().parents[1] / "static"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -41,7 +44,7 @@ class Limits:
 class AppOptions:
     """One server: one campaign of one store."""
 
-    store: Store
+    store: "Store"
     campaign: str  # name
     cache: ShapeCache
     preparation: Preparation | None = None  # None: all shapes are in the cache already, or are put there by somebody else
