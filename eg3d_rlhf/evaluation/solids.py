@@ -30,9 +30,9 @@ from eg3d_rlhf.generators import Generator, load_generator, ws_of_seeds
 from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.rewards.solid import occupancy
+from eg3d_rlhf.tuning.flow.arms import ArmsSource
 from eg3d_rlhf.tuning.flow.families import family_of, open_problem
 from eg3d_rlhf.tuning.flow.generate import crossed, generate
-from eg3d_rlhf.tuning.flow.online.arms import OnlineSource
 from eg3d_rlhf.tuning.flow.online.solid import grid_of, rules_for
 from eg3d_rlhf.tuning.flow.problem import Problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
@@ -149,20 +149,20 @@ def of_conditions(problem: Problem, weights: Path | None, stage: str, conditions
     return [grid_of(problem.pipeline, asset) for asset in generate(problem.pipeline, conditions, seeds, models)]
 
 
-def source_of(pipeline: str, conditions: Path | None, runs: Sequence[Path]) -> OnlineSource:
+def source_of(pipeline: str, conditions: Path | None, runs: Sequence[Path]) -> ArmsSource:
     """What a generator is opened from: a folder's is what its runs were begun with, so that what they held out is held out here.
 
     Args: conditions: in the place of the runs' own. Raises: ValueError for runs that held out different conditions, or may have.
     """
-    sources: list[OnlineSource] = []
+    sources: list[ArmsSource] = []
     if not family_of(Path(pipeline)).bundled:
         for run in runs:
             values = recorded(run).get("run", {}).get("source")
-            source = OnlineSource() if values is None else from_dict(OnlineSource, values, str(run / OPTIONS))
+            source = ArmsSource() if values is None else from_dict(ArmsSource, values, str(run / OPTIONS))
             sources += [source] if source not in sources else []
     if len(sources) > 1:
         raise ValueError("runs: expected one division into trained and held-out conditions, got several (by --seed). Name fewer.")
-    source = replace(sources[0] if sources else OnlineSource(), pipeline=pipeline)
+    source = replace(sources[0] if sources else ArmsSource(), pipeline=pipeline)
     return source if conditions is None else replace(source, conditions=str(conditions))
 
 

@@ -1,33 +1,20 @@
 """`train.py --mode=online`: online tuning of a stage by rewards; `--mode=grpo` is its preset of one loss."""
 
 from dataclasses import fields, replace
-from pathlib import Path
 
 from eg3d_rlhf.core.cli import option, options_of, together
-from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, refuse_torchrun
+from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.circular_dpo import (
-    COUNT,
-    EARLY,
-    OWN,
-    TOY,
-    WHAT,
-    WHOLE,
-    check_tuning,
-    kept,
-    problems_own,
-    source_of,
-    tuned_as,
-    tuning_flags,
-)
+from eg3d_rlhf.modes.arms import check_arms, fields_of, mode_of_arms, names_of, stage_flag, table_flags
+from eg3d_rlhf.modes.circular_dpo import EARLY, OWN, TOY, WHAT, source_of, tuned_as, tuning_flags
+from eg3d_rlhf.tuning.flow.arms import ArmsSource, Opened
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.families import open_problem
-from eg3d_rlhf.tuning.flow.online.arms import ARMS, KINDS, Losses, OnlineRun, OnlineSource, bench_of, divided, weighed, work
+from eg3d_rlhf.tuning.flow.online.arms import ARMS, KINDS, Losses, OnlineRun, divided, weighed
 from eg3d_rlhf.tuning.flow.online.arms import OWN as OWN_REWARD
 from eg3d_rlhf.tuning.flow.online.config import ON_LATENTS, OnlineConfig
-from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging, Problem
+from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging
 from eg3d_rlhf.tuning.flow.train import StageTraining
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 
@@ -92,22 +79,17 @@ def default_run(pipeline: str, preset: str = "nft") -> OnlineRun:
 
 
 what_flags = together(
-    options_of(OnlineSource),
-    option("--stage", group=WHAT, metavar="NAME", default=None, show_default="the last", help="Which stage is tuned."),
+    options_of(ArmsSource),
+    stage_flag,
     option("--reward", group=WHAT, metavar="A,B:WEIGHT", default=OWN_REWARD,
            help="Of finished assets: the problem's own, or plugins'. Several are each normalised in their group, then added."),
     option("--gate", group=WHAT, metavar="LIST", default=None,
            help="Rewards that must confirm: the distance is paid where what is trained on alone praises a sample."),
 )  # fmt: skip
 train_flags = together(tuning_flags, options_of(OnlineConfig, everywhere=OWN))
-table_flags = together(
-    option("--arms", group=TABLE, metavar="LIST", default=None, show_default="--loss alone",
-           help=f"What is trained and compared, with commas: {', '.join(KINDS)}; each with -shuffled or -inverted rewards; or all."),
-    problems_own("--seeds", TABLE, "INT", COUNT, "Trainings of each arm, from --seed on.", "1; 3 with several arms"),
-    problems_own("--choose-noises", TABLE, "INT", WHOLE,
-        "Assets per condition behind a win rate in training, which chooses the network that is kept; 0: the last is.", rare=True),
-    option("--no-summary", group=RUN, rare=True, is_flag=True, help="Skip the table that ends a run."),
-    options_of(Judging, everywhere=OWN),
+arms_flag = option(
+    "--arms", group=TABLE, metavar="LIST", default=None, show_default="--loss alone",
+    help=f"What is trained and compared, with commas: {', '.join(KINDS)}; each with -shuffled or -inverted rewards; or all.",
 )
 
 
@@ -118,14 +100,13 @@ def arms_of(flags: Flags, preset: str) -> tuple[str, ...]:
     flags.belong(("loss",), False, "a run without --arms, which name losses")
     if flags["arms"] == "all":
         return tuple(arm for arm in ARMS if divided(arm)[0] != "dppo")
-    return tuple(name.strip() for name in flags["arms"].split(","))
+    return names_of(flags)
 
 
 def check(flags: Flags, arms: tuple[str, ...]) -> None:
     """Refuse what would have no effect. Raises: ValueError naming it."""
     flags.belong(("labelled",), False, "--mode=circular-dpo")
-    flags.belong(("jobs",), len(arms) > 1 or (flags["seeds"] or 1) > 1, "several trainings (--arms, --seeds)")
-    flags.belong(("table_noises", "judge_batch"), not flags["no_summary"], "the table, which --no-summary leaves out")
+    check_arms(flags, len(arms) > 1)
     flags.belong(EARLY, flags["choose_noises"] != 0, "early stopping, which --choose-noises=0 leaves out")
     kinds = {divided(arm)[0] for arm in arms}
     flags.belong(("window", "window_end", "window_moves", "window_updates", "trained_steps", "sde_step", "sde_noise"),
@@ -134,26 +115,20 @@ def check(flags: Flags, arms: tuple[str, ...]) -> None:
     flags.belong(("group_beta",), "dgpo" in kinds, "--loss=dgpo")
     flags.belong(("draws", "decay", "guided"), bool(kinds & {*ON_LATENTS}), "losses on finished samples")
     flags.belong(("advantage",), len(weighed(flags["reward"])) == 1, "one reward; several are normalised each in its group")
-    check_tuning(flags)
 
 
 def resolve(flags: Flags, preset: str) -> OnlineRun:
     """The run that the flags describe. Raises: ValueError naming what does not fit."""
     arms = arms_of(flags, preset)
     check(flags, arms)
-    defaults, seed = default_run(flags["pipeline"] or TOY, preset), flags["seed"]
+    defaults = default_run(flags["pipeline"] or TOY, preset)
     tuned = tuned_as(flags, defaults.losses.nft.lora)
-    choosing = defaults.choosing
-    if flags["choose_noises"] is not None:
-        choosing = replace(choosing or Choosing(), per_condition=flags["choose_noises"]) if flags["choose_noises"] else None
-    count = flags["seeds"] or (3 if len(arms) > 1 else 1)
     changes = {name: value for name, value in flags.of(OnlineConfig).items() if name != "loss"} | tuned
     losses = Losses(**{field.name: changed(getattr(defaults.losses, field.name), changes) for field in fields(Losses)})
     common = {name: value for name, value in flags.of(StageTraining).items() if name != "steps"}  # of DPO: passes over as many samples
     return OnlineRun(
-        losses=losses, dpo=replace(defaults.dpo, **common, lora=tuned["lora"]), source=source_of(OnlineSource, flags), stage=flags["stage"],
-        reward=flags["reward"], gate=flags["gate"], arms=arms, training_seeds=tuple(range(seed, seed + count)), choosing=choosing,
-        judging=replace(defaults.judging, **flags.of(Judging)), summary=not flags["no_summary"],
+        losses=losses, dpo=replace(defaults.dpo, **common, lora=tuned["lora"]), source=source_of(ArmsSource, flags),
+        reward=flags["reward"], gate=flags["gate"], **fields_of(flags, defaults, arms),
     )  # fmt: skip
 
 
@@ -166,27 +141,21 @@ def changed(config: OnlineConfig, changes: dict) -> OnlineConfig:
     return replace(config, **changes)
 
 
-def open_online(settings: OnlineRun, run: Run) -> Problem:
+def open_online(settings: OnlineRun, run: Run) -> Opened:
     """The problem of a run. Raises: ValueError where it has not what the run needs."""
-    refuse_torchrun(len(settings.arms) * len(settings.training_seeds) > 1, "--arms, --seeds")
-    problem = open_problem(settings.source, run.device)
-    bench = bench_of(settings, problem, settings.training_seeds[0])
+    opened = settings.open(run.device)
+    bench = settings.bench(opened, settings.training_seeds[0])
     for arm in settings.arms:
-        bench.config(arm).sampling(bench.task.stage)
+        bench.config(arm).sampling(bench.stage)
     bench.check_gate()
-    return problem
-
-
-def title(settings: OnlineRun, problem: Problem) -> str:
-    what = settings.arms[0] if len(settings.arms) == 1 else "arms"
-    return f"online-{what}-{Path(settings.source.pipeline).name}-{settings.stage or problem.pipeline.stages[-1].name}"
+    return opened
 
 
 def mode_named(name: str, preset: str) -> Mode:
     """The mode under one of its two names. Args: preset: the loss where none is named."""
-    return Mode(
-        name=name, settings=OnlineRun, open=open_online, work=work, title=title, flags=together(what_flags, train_flags, table_flags),
-        resolve=lambda flags: resolve(flags, preset), **kept(OnlineRun, name), jobs="several trainings",
+    return mode_of_arms(
+        name, OnlineRun, lambda settings: settings.arms[0] if len(settings.arms) == 1 else "arms", open_online,
+        flags=together(what_flags, train_flags, arms_flag, table_flags), resolve=lambda flags: resolve(flags, preset),
         help=f"""Online tuning of one stage of a flow generator by rewards, by default of the bundled toy: for where a reward is at
     hand, and pairs are not. A run that was stopped goes on with --resume=RUN.
 

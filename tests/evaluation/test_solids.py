@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.evaluation import solids as report
 from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.geometry.solids import HEADS
-from eg3d_rlhf.tuning.flow.online.arms import OnlineSource
+from eg3d_rlhf.tuning.flow.arms import ArmsSource
 from tests.tuning.flow.tiny_points import write_folder
 
 N = 32
@@ -72,12 +72,12 @@ def test_a_folder_is_opened_as_its_runs_were(tmp_path):
     runs = [tmp_path / name for name in "abc"]
     for run, seed in zip(runs, (3, 3, 4), strict=True):
         run.mkdir()
-        source = OnlineSource(pipeline="elsewhere", conditions="c.safetensors", seed=seed)
+        source = ArmsSource(pipeline="elsewhere", conditions="c.safetensors", seed=seed)
         (run / "training_options.json").write_text(json.dumps({"run": {"source": asdict(source)}}))
     same = report.source_of(str(root), None, runs[:2])
     assert (same.pipeline, same.conditions, same.seed) == (str(root), "c.safetensors", 3)
     assert report.source_of(str(root), tmp_path / "d", runs[:1]).conditions == str(tmp_path / "d")
-    assert report.source_of("toy", None, runs).seed == OnlineSource.seed
+    assert report.source_of("toy", None, runs).seed == ArmsSource.seed
     for others in (runs, [runs[0], tmp_path]):
         with pytest.raises(ValueError, match="one division into trained and held-out conditions"):
             report.source_of(str(root), None, others)

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core.cli import versions
-from eg3d_rlhf.experiments.pool import run_tasks
-from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.experiments.table import INTERVAL, Table, detectable, markdown_rows, of_seeds, plot_rates, with_interval, write
 from eg3d_rlhf.models.policies import link_folder
+from eg3d_rlhf.tuning.flow.arms import pooled
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, CircularSettings, Lineage, run_loop, whole_weights
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import ANCHOR, PAIRS, PEOPLES, SHUFFLED, TURNED, WINNERS, NoPairsError
 from eg3d_rlhf.tuning.flow.families import open_problem
@@ -363,11 +362,7 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
     print(f"{len(tasks)} tasks on {jobs} processes; what they print is in {folder / 'logs'}.", flush=True)
     sees = detectable(len(problem.held_out_conditions), plan.judging.per_condition, len(plan.seeds))
     print(f"What the table can see: win rates from {sees:.3f} on, in 80 % of such tables, were all comparisons independent.", flush=True)
-    with tqdm(total=len(tasks), unit="task", desc="ablation", dynamic_ncols=True) as bar:
-        expected = (ValueError, OSError, StoppedError)
-        results = run_tasks(
-            tasks, handler_of, (run, device, jobs == 1), jobs, folder / "logs", lambda name, result: bar.update(), expected
-        )
+    results = pooled("ablation", tasks, handler_of, (run, device), jobs, folder)
     data = tabled(results, plan, run.facts(problem))
     for path in write(data, folder, "ablation", markdown, plot):
         print(f"Written: {path}")

@@ -6,45 +6,39 @@
     <arm>-shuffled  with the rewards of every group shuffled: must do nothing
     <arm>-inverted  with every reward turned over: must do harm
 
-Each is trained from the same network and ends in a folder of weights. Where a problem has a chooser, arms keep the network of their best
-win rate on the conditions to choose on, which are not the table's; the controls keep their last one, as it is what they are there to show.
-
-What a run writes: see arms.py.
+Each is trained from the same network and ends in a folder of weights. What a run writes, and which networks arms keep: see flow/arms.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
-from eg3d_rlhf.experiments.run import Run
-from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.models.policies import shared_copy, tuned_model
+from eg3d_rlhf.models.policies import shared_copy
 from eg3d_rlhf.models.sparse import separate, to_cpu
-from eg3d_rlhf.tuning.flow.arms import finish_arms, train_arms
+from eg3d_rlhf.tuning.flow.arms import CONTROLS, ArmsRun, Bench, Columns, Opened
 from eg3d_rlhf.tuning.flow.families import open_problem
-from eg3d_rlhf.tuning.flow.generate import generate, stage_latents, voxels_for
+from eg3d_rlhf.tuning.flow.generate import generate, stage_latents
 from eg3d_rlhf.tuning.flow.latent_reward import LatentReward, load, taught_by
 from eg3d_rlhf.tuning.flow.online.advantages import as_used
 from eg3d_rlhf.tuning.flow.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.online.draws import Explorer, Task
 from eg3d_rlhf.tuning.flow.online.solid import solid_reward
-from eg3d_rlhf.tuning.flow.online.table import markdown, table
 from eg3d_rlhf.tuning.flow.online.updates import train_online
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.problem import Choosing, Judging, Problem, ProblemSource, judged
+from eg3d_rlhf.tuning.flow.problem import JUDGES, Problem
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
-from eg3d_rlhf.tuning.flow.stage import AssetReward, FlowStage, Voxels, stage_of
-from eg3d_rlhf.tuning.flow.train import POLICY, StageResult
-from eg3d_rlhf.tuning.flow.train_pairs import Order, TrainConfig, train_stage
-from training.distributed import SINGLE, Ranks
+from eg3d_rlhf.tuning.flow.stage import AssetReward, FlowStage
+from eg3d_rlhf.tuning.flow.train import StageResult
+from eg3d_rlhf.tuning.flow.train_pairs import Order, train_stage
+from training.distributed import Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
 
 DPO = "dpo"
-CONTROLS = ("shuffled", "inverted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +70,12 @@ def divided(arm: str) -> tuple[str, str]:
     return (kind, use) if use in CONTROLS else (arm, "reward")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    problem: Problem
+@dataclass(frozen=True)
+class OnlineBench(Bench):
+    """Rewards, and settings of the losses."""
+
     task: Task
     losses: Losses
-    dpo: TrainConfig
-    choosing: Choosing | None  # None: the last network is kept
     known: Mapping  # JSON that names the problem and the rewards
 
     def config(self, arm: str) -> OnlineConfig:
@@ -105,16 +98,22 @@ class Bench:
         assets = generate(self.problem.pipeline, [condition], [0], self.task.others)
         return list(self.task.watched(assets, [condition]))
 
-    def train(self, arm: str, out: Path, ranks: Ranks = SINGLE, say: Callable[[str], None] = print) -> StageResult:
-        """Train an arm in a folder, or go on with it there."""
-        task, chooser, (kind, use) = self.task, None, divided(arm)
-        if self.choosing is not None and use == "reward":
-            chooser = self.choosing.held_out(self.problem, task.stage.name, task.others, task.others, ranks)
-        if kind == DPO:
-            pairs = ranked_pairs(task, self.config(arm), self.dpo.seed)
-            return train_stage(task.pipeline, task.stage.name, pairs, self.dpo, out, held_out=chooser, ranks=ranks, resume=True, say=say)
-        known = {"problem": dict(self.known)}
-        return train_online(task, self.config(arm), out, known, held_out=chooser, ranks=ranks, resume=True, say=say)
+    def inputs(self) -> dict:
+        return {"problem": self.known, "losses": asdict(self.losses), "gate": list(self.task.gate)}
+
+    def train(self, arm: str, out: Path, **options: Any) -> StageResult:
+        task, config = self.task, self.config(arm)
+        if divided(arm)[0] == DPO:
+            return train_stage(task.pipeline, task.stage.name, ranked_pairs(task, config, self.dpo.seed), self.dpo, out, **options)
+        return train_online(task, config, out, {"problem": dict(self.known)}, **options)
+
+    def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
+        config, held = self.config(arm), list(self.problem.held_out_conditions)
+        planned = config.steps * config.batch * config.group
+        return {
+            "samples": planned if divided(arm)[0] == DPO else sum(line.get("samples", 0) for line in done.stats),
+            "kl": drift(self.task, model, config, held, seed) if held and ranks.main else None,
+        }
 
 
 def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -> list[PreferencePair]:
@@ -224,125 +223,71 @@ def watch_of(problem: Problem, trained: Sequence[str]) -> Callable[[Sequence, Se
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineSource(ProblemSource):
-    """What a problem is read from; pairs are not needed."""
+class OnlineRun(ArmsRun):
+    NAME: ClassVar[str] = "online"
+    TITLE: ClassVar[str] = "Online tuning against its base"
+    MORE: ClassVar[str] = (
+        " In brackets behind a mean reward the untuned network's. Samples: drawn by a training. KL: of the steps of one sampler from the "
+        "untuned network's, mean over numbers, steps and samples."
+    )
+    BEFORE: ClassVar[Columns] = {
+        "arm": lambda name, arm: name,
+        "samples": lambda name, arm: np.mean(arm["samples"]).round().astype(int),
+        "reward up on": lambda name, arm: f"{arm['reward']['up']:.0%} of conditions",
+        "mean reward": lambda name, arm: f"{arm['reward']['mean']:+.3f} ({arm['reward']['base']:+.3f})",
+    }
+    BEHIND: ClassVar[Columns] = {"KL": lambda name, arm: mean_of(arm["kl"])}
+    ARMS: ClassVar[Collection[str]] = ARMS
+    LISTED: ClassVar[str] = f"{', '.join(KINDS)}, or one with -{' or -'.join(CONTROLS)}"
 
-    needs_pairs: ClassVar[bool] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnlineRun:
     losses: Losses
-    dpo: TrainConfig  # of the arm that trains on pairs
-    source: OnlineSource = OnlineSource()
-    stage: str | None = None  # None: the last
     reward: str = OWN  # names, with weights
     gate: str | None = None  # names of watched rewards
     arms: tuple[str, ...] = ("nft",)
-    training_seeds: tuple[int, ...] = (0,)
-    choosing: Choosing | None = None  # None: no win rate while training; the last update is kept
-    judging: Judging = Judging()  # of the table that ends a run
-    summary: bool = True  # end with it
 
     def __post_init__(self):
         weighed(self.reward)
-        if any(arm not in ARMS for arm in self.arms) or not self.arms or len(set(self.arms)) < len(self.arms):
-            known = f"{', '.join(KINDS)}, or one with -{' or -'.join(CONTROLS)}"
-            raise ValueError(f"--arms: expected some of {known}, each once, got {', '.join(self.arms) or 'none'}. Name them.")
+        super().__post_init__()
 
+    def open(self, device: str | torch.device = "cpu") -> Opened:
+        return open_problem(self.source, device), None
 
-# The run.
+    def bench(self, opened: Opened, seed: int) -> OnlineBench:
+        problem, weights = opened[0], weighed(self.reward)
+        stage = self.stage_in(problem)
+        rewards = {name: reward_of(name, problem, stage) for name in weights}
+        latent = all(isinstance(reward, LatentReward) for reward in rewards.values()) and not self.gate  # nothing is decoded
+        task = Task(
+            pipeline=problem.pipeline, stage=stage, rewards=rewards, weights=tuple(weights.values()), conditions=problem.train_conditions,
+            watched=None if latent else watch_of(problem, list(weights)),
+            gate=tuple(name.strip() for name in self.gate.split(",")) if self.gate else (),
+        )  # fmt: skip
 
+        def total(assets: Sequence, conditions: Sequence[str]) -> torch.Tensor:
+            scores = [weights[name] * reward(assets, conditions) for name, reward in rewards.items()]
+            return torch.stack(scores).sum(0)
 
-def bench_of(settings: OnlineRun, problem: Problem, seed: int) -> Bench:
-    stage = stage_of(problem.pipeline, settings.stage or problem.pipeline.stages[-1].name)
-    weights = weighed(settings.reward)
-    rewards = {name: reward_of(name, problem, stage) for name in weights}
-    latent = all(isinstance(reward, LatentReward) for reward in rewards.values()) and not settings.gate  # nothing is decoded
-    gate = tuple(name.strip() for name in settings.gate.split(",")) if settings.gate else ()
-    task = Task(
-        pipeline=problem.pipeline, stage=stage, rewards=rewards, weights=tuple(weights.values()), conditions=problem.train_conditions,
-        watched=None if latent else watch_of(problem, list(weights)), gate=gate,
-    )  # fmt: skip
+        losses = replace(self.losses, **{field.name: getattr(self.losses, field.name).at(stage, seed) for field in fields(Losses)})
+        of_total = replace(problem, reward=total, parts=problem.measures or problem.parts)
+        return OnlineBench(of_total, stage, self.dpo.at(stage, seed), task, losses, {**problem.identity, "reward": self.reward})
 
-    def total(assets: Sequence, conditions: Sequence[str]) -> torch.Tensor:
-        scores = [weights[name] * reward(assets, conditions) for name, reward in rewards.items()]
-        return torch.stack(scores).sum(0)
+    def has_table(self, problem: Problem) -> bool:
+        return bool(problem.held_out_conditions)
 
-    losses = replace(settings.losses, **{field.name: getattr(settings.losses, field.name).at(stage, seed) for field in fields(Losses)})
-    return Bench(
-        problem=replace(problem, reward=total, parts=problem.measures or problem.parts), task=task, losses=losses,
-        dpo=settings.dpo.at(stage, seed), choosing=settings.choosing, known={**problem.identity, "reward": settings.reward},
-    )  # fmt: skip
-
-
-def work(settings: OnlineRun, problem: Problem, run: Run) -> None:
-    """Do what is left to do of a run, and write its results."""
-    settings = replace(settings, summary=settings.summary and bool(problem.held_out_conditions))
-    results = train_arms(settings, run, lambda ranks: Worker(settings, run.folder, problem, ranks), worker_of)
-    if run.ranks.main:
-        stage = bench_of(settings, problem, settings.training_seeds[0]).task.stage.name
-        controls = [arm for arm in settings.arms if divided(arm)[1] != "reward"]
-        finish_arms(settings, run, stage, problem.identity, "online",
-                    lambda facts: table(results, settings.arms, settings.training_seeds, facts, controls), markdown)
-
-
-@dataclass
-class Worker:
-    """Does tasks, "<arm>-<seed>" or "base", and returns their results as JSON; what is done already is read."""
-
-    settings: OnlineRun
-    folder: Path
-    problem: Problem
-    ranks: Ranks = SINGLE
-    say: Callable[[str], None] = tqdm.write
-    left: list[Voxels] | None = None
-
-    def __call__(self, task: str) -> dict:
-        settings, (arm, _, seed) = self.settings, task.rpartition("-")
-        bench = bench_of(settings, self.problem, int(seed) if arm else settings.training_seeds[0])
-        inputs = {
-            "task": task, "problem": bench.known, "losses": asdict(bench.losses), "dpo": asdict(bench.dpo), "gate": list(bench.task.gate),
-            "choosing": None if bench.choosing is None else asdict(bench.choosing), "judging": asdict(settings.judging),
-            "summary": settings.summary,
-        }  # fmt: skip
-
-        def maker(folder: Path) -> tuple[list[Path], dict]:
-            result = self._trained(arm, bench, folder) if arm else {"models": {}}
-            models = result.pop("models")
-            if self.ranks.main and settings.summary:
-                result["scores"] = judged(bench.problem, models, settings.judging, given=self._given(bench))["scores"]
-            return [folder / POLICY] if arm else [], result
-
-        return dict(Store(self.folder, self.ranks, hashed=False).make(task, inputs, maker).record)
-
-    def _given(self, bench: Bench) -> Mapping[str, Sequence[Voxels]]:
-        """What the stages before leave to the stage that is tuned: the same for all arms, and drawn once in a process."""
-        name = bench.task.stage.name
-        if name == bench.problem.pipeline.stages[0].name:
-            return {}
-        if self.left is None:
-            conditions, seeds = self.settings.judging.crossed(bench.problem)
-            self.left = voxels_for(bench.problem.pipeline, name, conditions, seeds, None, self.settings.judging.batch)
-        return {name: self.left}
-
-    def _trained(self, arm: str, bench: Bench, folder: Path) -> dict:
-        stage = bench.task.stage
-        done = bench.train(arm, folder, self.ranks, self.say)
-        model = tuned_model(stage.model, done.weights)
-        config = bench.config(arm)
-        planned = config.steps * config.batch * config.group
-        drawn = planned if divided(arm)[0] == DPO else sum(line.get("samples", 0) for line in done.stats)
-        held = list(bench.problem.held_out_conditions)
-        far = drift(bench.task, model, config, held, self.settings.judging.seed) if held and self.ranks.main else None
+    def row(self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping) -> dict:
+        own, untuned = scores["reward"], base["reward"]
+        up = (own.mean(2) > untuned.mean(2)).mean(1)  # [K], share of conditions
         return {
-            "models": {stage.name: model}, "kept_step": done.kept_step, "warnings": done.warnings, "samples": drawn, "kl": far,
-            "win_rates": [[line["step"], line["win_rate"]] for line in done.stats if "win_rate" in line],
+            "samples": [training["samples"] for training in trainings], "kl": [training["kl"] for training in trainings],
+            "reward": {
+                "up": float(up.mean()), "up_seeds": up.tolist(), "mean": float(own.mean()), "mean_seeds": own.mean((1, 2)).tolist(),
+                "base": float(untuned.mean()),
+            },
+            "measures": {name: rate for name, rate in rates.items() if name not in JUDGES},
         }
 
 
-def worker_of(settings: OnlineRun, folder: Path, device: str, alone: bool) -> Worker:
-    """What a process does tasks with; on one thread where it is not alone."""
-    if not alone:
-        torch.set_num_threads(1)
-    return Worker(settings, folder, open_problem(settings.source, device))
+def mean_of(values: Sequence[float | None]) -> str:
+    """In two digits; nothing where none was measured."""
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.2g}" if known else ""

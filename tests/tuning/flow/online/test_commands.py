@@ -13,12 +13,11 @@ from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.modes import online as commands
 from eg3d_rlhf.modes.online import TOY_RUN, default_run
-from eg3d_rlhf.tuning.flow.arms import BASE
+from eg3d_rlhf.tuning.flow.arms import BASE, Worker, table
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.online import arms
-from eg3d_rlhf.tuning.flow.online.arms import Losses, OnlineRun, Worker, divided, ranked_pairs, weighed
+from eg3d_rlhf.tuning.flow.online.arms import Losses, OnlineRun, divided, ranked_pairs, weighed
 from eg3d_rlhf.tuning.flow.online.config import OnlineConfig
-from eg3d_rlhf.tuning.flow.online.table import table
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from tests.tuning.flow.circular.test_commands import assert_one_line
@@ -101,8 +100,7 @@ def test_weights_of_rewards():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
-    for module in (commands, arms):
-        monkeypatch.setattr(module, "open_problem", lambda source, device: tiny_problem())
+    monkeypatch.setattr(arms, "open_problem", lambda source, device: tiny_problem())
     monkeypatch.setattr(commands, "default_run", lambda pipeline, preset: TINY)
 
     def go(*flags: str):
@@ -141,7 +139,7 @@ def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
 
 def test_pairs_of_samples_are_ordered_by_the_reward_within_groups():
     problem = tiny_problem()
-    bench = arms.bench_of(TINY, problem, 3)
+    bench = TINY.bench((problem, None), 3)
     pairs = ranked_pairs(bench.task, bench.config("dpo"), 3, batch=8)
     assert pairs and all(pair.reward_preferred > pair.reward_rejected for pair in pairs) and len(pairs) <= 4 * 2 * 2
     scored = full(problem.pipeline.decode(collate([pair.preferred for pair in pairs])), [pair.condition for pair in pairs])
@@ -163,8 +161,8 @@ ARMS = ("nft", "nft-shuffled", "nft-inverted")
 def test_the_reward_rises_on_held_out_conditions_and_the_controls_do_not_raise_it(tmp_path):
     torch.set_num_threads(1)
     settings = replace(TOY_RUN, arms=ARMS, training_seeds=(3,))
-    worker = Worker(settings, tmp_path, toy_problem(), say=lambda line: None)
+    worker = Worker(settings, tmp_path, (toy_problem(), None), say=lambda line: None)
     results = {task: worker(task) for task in (BASE, *(f"{arm}-3" for arm in ARMS))}
-    rows = table(results, ARMS, (3,), {"stage": "voxels"})["arms"]
+    rows = table(results, settings, {"stage": "voxels"})["arms"]
     assert rows["nft"]["reward"]["up"] >= 0.75 and rows["nft"]["kl"][0] > 0
     assert rows["nft-shuffled"]["reward"]["up"] < rows["nft"]["reward"]["up"] and rows["nft-inverted"]["reward"]["up"] < 0.3

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from eg3d_rlhf.geometry import solids
+from eg3d_rlhf.tuning.flow.arms import ArmsSource
 from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.generate import generate
-from eg3d_rlhf.tuning.flow.online.arms import OnlineSource, reward_of
+from eg3d_rlhf.tuning.flow.online.arms import reward_of
 from eg3d_rlhf.tuning.flow.online.solid import SolidReward, grid_of, rules_for
 from eg3d_rlhf.tuning.flow.toy.pipeline import R, ToyAsset
 from tests.tuning.flow.trellis import tiny_trellis
@@ -16,7 +17,7 @@ from tests.tuning.flow.trellis import tiny_trellis
 
 @pytest.fixture(scope="module")
 def toy():
-    return open_problem(OnlineSource())
+    return open_problem(ArmsSource())
 
 
 def asset(occupancy: torch.Tensor) -> ToyAsset:

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 import train
 from eg3d_rlhf.evaluation.solids import CONTROLS
 from eg3d_rlhf.modes.door import main
+from eg3d_rlhf.tuning.flow.arms import ArmsSource
 from eg3d_rlhf.tuning.flow.conditions import write_conditions
-from eg3d_rlhf.tuning.flow.online.arms import OnlineSource
 from eg3d_rlhf.tuning.flow.problem import divided
 from tests.tuning.flow.trellis.tiny_trellis import tokens, write_trellis
 
@@ -38,7 +38,7 @@ def test_the_structure_stage_is_tuned_and_held_against_controls(tmp_path):
     done = CliRunner().invoke(main, ["report", "solid", str(run), f"--pipeline={root}", "--n=16", "--device=cpu", f"--out={path}"])
     assert done.exit_code == 0, (done.output, done.exception)
     found = json.loads(path.read_text())
-    held = divided(NAMES, OnlineSource.seed, OnlineSource.held_out)[2]
+    held = divided(NAMES, ArmsSource.seed, ArmsSource.held_out)[2]
     assert found["what"].startswith(f"{len(held)} held-out conditions x {16 // len(held)} noises") and "structure" in found["what"]
     lines = found["lines"]
     assert list(lines) == ["untuned", run.name, "best of 4", *CONTROLS]
