@@ -142,7 +142,7 @@ def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
         for parameter in adapters:  # as in the midst of a training
             parameter += 0.01 * torch.randn_like(parameter)
     config, pairs = TrainConfig(batch=1), pairs_of(stage, 1, size.voxels)
-    work = Updates(RandomConditions(), stage, pairs, config, stage.model, adapters, AdapterOff(stage.model), SINGLE)  # type: ignore[arg-type]
+    work = Updates(RandomConditions(), stage, pairs, config, stage.model, AdapterOff(stage.model), SINGLE)
     draw = work._draw(pairs, 0)
 
     def prepare() -> None:

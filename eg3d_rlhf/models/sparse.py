@@ -216,6 +216,16 @@ def with_feats(batch: Batch, feats: torch.Tensor) -> Batch:
     return feats if isinstance(batch, torch.Tensor) else batch.with_feats(feats)
 
 
+def single(batch: Batch) -> Batch:
+    """The same numbers in float32. Differentiable in: batch."""
+    return with_feats(batch, feats_of(batch).float())
+
+
+def coords_of(latents: Sequence[Latent]) -> list[torch.Tensor | None]:
+    """[v, 3] of each latent; None of one that is not on voxels."""
+    return [x.coords if isinstance(x, SparseSample) else None for x in latents]
+
+
 def spread(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     """One value per sample [N], in a shape that broadcasts against `feats_of(batch)`: [N, 1, ...] or [V, 1]."""
     if isinstance(batch, SparseBatch):

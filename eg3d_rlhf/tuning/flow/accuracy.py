@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core.statistics import clustered_mean, clustered_rate
-from eg3d_rlhf.models.sparse import feats_of, with_feats
+from eg3d_rlhf.models.sparse import single
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairDraw, PairErrors, draw_pairs
 from eg3d_rlhf.tuning.flow.generate import evaluating
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
@@ -69,7 +69,7 @@ class PairAccuracy:
     def _errors(self, model: torch.nn.Module, draw: PairDraw) -> torch.Tensor:
         with evaluating(model):
             v = self.stage.velocity(draw.x_t, draw.t, draw.cond, model)
-        return self.stage.path.errors(with_feats(v, feats_of(v).float()), draw.x_0, draw.eps).float()
+        return self.stage.path.errors(single(v), draw.x_0, draw.eps).float()
 
     def figures(self, model: torch.nn.Module, reference: FrozenModel) -> dict[str, float]:
         """What is logged while training; see margins."""

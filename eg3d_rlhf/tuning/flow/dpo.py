@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eg3d_rlhf.models.sparse import Batch, SparseSample, collate
+from eg3d_rlhf.models.sparse import Batch, collate, coords_of
 from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.flow.conditions import Condition, rows, to_device, twice, where
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
@@ -74,7 +74,7 @@ def draw_pairs(
     assert all(p.stage == stage.name for p in pairs) and rows(cond) == len(pairs)
     latents = [p.preferred for p in pairs] + [p.rejected for p in pairs]
     x_0, seeds = collate(latents), [derive_seed(seed, p.id, epoch, "noise") for p in pairs]
-    eps = stage.noise(seeds + seeds, [x.coords if isinstance(x, SparseSample) else None for x in latents])
+    eps = stage.noise(seeds + seeds, coords_of(latents))
     t = torch.cat([stage.path.times(1, _generator(seed, p, epoch, "time")) for p in pairs]).repeat(2).to(device)
     x_0, eps, cond = x_0.to(device), eps.to(device), to_device(cond, device)
     if config.condition_dropout:

@@ -16,7 +16,7 @@ import torch
 
 from eg3d_rlhf.core.cli import aligned
 from eg3d_rlhf.models.lora import LoraConfig
-from eg3d_rlhf.models.sparse import Latent, NamedSample, SparseSample
+from eg3d_rlhf.models.sparse import Latent, NamedSample, SparseSample, coords_of
 from eg3d_rlhf.models.trellis.blocks import DenseLayout, ModulatedBlock
 from eg3d_rlhf.tuning.flow.fake import Pretended
 from eg3d_rlhf.tuning.flow.families.released import Sized
@@ -24,7 +24,6 @@ from eg3d_rlhf.tuning.flow.fit import GIB, SHARE, Cost, cost_of_update, pretende
 from eg3d_rlhf.tuning.flow.generate import guides, sample, times
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.stage import Dictionary, FlowStage, SparseVoxels
-from eg3d_rlhf.tuning.flow.train import trained
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, Updates
 from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE
@@ -106,7 +105,7 @@ def update(
     pairs, told = pairs_of(sized.stage, batch, voxels), Told(sized)
 
     def start(stage: FlowStage, policy: torch.nn.Module, reference: Any) -> Updates:
-        return Updates(told, stage, pairs, config, policy, trained(policy).values(), reference, SINGLE)  # type: ignore[arg-type]
+        return Updates(told, stage, pairs, config, policy, reference, SINGLE)
 
     return cost_of_update(sized.stage, config, start, recompute, device)
 
@@ -116,7 +115,7 @@ def drawing(sized: Sized, batch: int, voxels: int | None = None) -> Cost:
     sampling, run = sized.stage.sampling, Pretended()
     with implementation("ref"):
         stage = pretended(run, sized.stage)
-        places = [x.coords if isinstance(x, SparseSample) else None for x in latents_of(stage, batch, voxels)]
+        places = coords_of(latents_of(stage, batch, voxels))
         given: list = places
         if isinstance(stage.latents, SparseVoxels) and stage.latents.given:
             given = [SparseSample(p, torch.zeros(len(p), stage.latents.given)) for p in places if p is not None]

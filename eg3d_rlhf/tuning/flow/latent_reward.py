@@ -6,16 +6,16 @@ makes of them at TIMES, each from a noise of its own, under what was asked for, 
 whether its mirror images are there, since most assets are symmetric. Small networks read each place with the condition, and the mean over
 places is scored; their scores are averaged.
 
-They are learnt from pairs of the same latents (Bradley-Terry), or from r of single assets (cross-entropy). Where the same people's pairs
-teach a reward of finished assets, what it says of the labelled assets is learnt instead (distillation: Hinton et al. 2015, of pairwise
-probabilities): it has seen through the noise of single answers, and compares all assets of a condition, not only those of a pair.
+They are learnt from pairs of the same latents (Bradley-Terry). Where the same people's pairs teach a reward of finished assets, what
+it says of the labelled assets is learnt instead (distillation: Hinton et al. 2015, of pairwise probabilities): it has seen through the
+noise of single answers, and compares all assets of a condition, not only those of a pair.
 
 A file is .safetensors with the weights, and as JSON the stage, the form of its latents, the network behind, and what it was taught.
 
 Shape letters as in sparse.py; P places of all samples, D numbers of a place, E size of a condition, W width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.models.policies import shared_copy
-from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample, collate, count, feats_of, separate
+from eg3d_rlhf.models.sparse import Batch, SparseBatch, collate, coords_of, count, feats_of, separate
 from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.flow.conditions import Condition, to_device
-from eg3d_rlhf.tuning.flow.offline.train_singles import Single
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.problem import Problem
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.stage import AssetReward, DenseGrid, FlowStage, Pipeline, SparseVoxels, TokenSet, stage_of
-from training.storage import checksum, read_tensors, write_tensors
+from training.storage import read_tensors, write_tensors
 
 TIMES = (0.2, 0.5, 0.9, 0.9, 0.9)
 KIND = "latent-reward"
@@ -59,9 +58,8 @@ class LatentForm:
         if not isinstance(latents, (DenseGrid, SparseVoxels, TokenSet)):
             got = type(latents).__name__
             raise ValueError(f"latent reward: expected a stage of a grid, voxels or tokens, got {got} of {stage.name!r}. Judge it decoded.")
-        base = checksum(stage.model.state_dict(), type(stage.model).__name__)
         return cls(stage=stage.name, kind=type(latents).__name__, channels=latents.channels, resolution=getattr(latents, "resolution", 0),
-                   base=base)  # fmt: skip
+                   base=stage.hash)  # fmt: skip
 
     @property
     def numbers(self) -> int:
@@ -127,7 +125,7 @@ class LatentReward:
     def places(self, x_0: Batch, condition: Condition) -> list[torch.Tensor]:
         """[p, D] of each sample. Not differentiable."""
         x_0, path, n = x_0.to(self.device), self.stage.path, count(x_0)
-        given = [x.coords if isinstance(x, SparseSample) else None for x in separate(x_0)]
+        given = coords_of(separate(x_0))
         parts = [feats_of(x_0)]
         for number, time in enumerate(TIMES):
             t, eps = torch.full([n], time, device=self.device), self.stage.noise([number] * n, given).to(self.device)
@@ -153,16 +151,6 @@ class LatentReward:
     def __call__(self, assets: Sequence[Any], conditions: Sequence[str]) -> torch.Tensor:
         """As an AssetReward, of what the pipeline encodes finished assets to: for tables; tuning reads the latents themselves."""
         return self.of_latents(collate([latents[self.stage.name] for latents in self.pipeline.encode(assets)]), conditions)
-
-    def accuracy(self, pairs: Sequence[PreferencePair]) -> float:
-        """Share of pairs whose preferred latent has the higher score, ties half."""
-        right = 0.0
-        for i in range(0, len(pairs), BATCH):
-            part = pairs[i : i + BATCH]
-            names = [pair.condition for pair in part]
-            a, b = (self.of_latents(collate([getattr(pair, side) for pair in part]), names) for side in ("preferred", "rejected"))
-            right += float(((a > b).float() + (a >= b).float()).sum() / 2)
-        return right / len(pairs)
 
 
 def _around(x: SparseBatch, resolution: int) -> torch.Tensor:
@@ -193,7 +181,7 @@ class LatentTraining:
     """How it is taught."""
 
     epochs: int = 12  # twice as many from a decoded reward's scores, which are not noisy
-    batch: int = 32  # pairs, or twice as many single assets
+    batch: int = 32  # pairs
     lr: float = 3e-3  # of AdamW, falling to 0 along a cosine
     weight_decay: float = 0.05
     seed: int = 0
@@ -233,49 +221,40 @@ def scores_of_assets(problem: Problem, rewards: Sequence[AssetReward], pairs: Se
 
 
 def teach(
-    pipeline: Pipeline, stage_name: str, labelled: Sequence[PreferencePair] | Sequence[Single], training: LatentTraining | None = None,
-    decoded: torch.Tensor | None = None, on_step: Callable[[int, int, float], None] | None = None,
+    pipeline: Pipeline, stage_name: str, pairs: Sequence[PreferencePair], training: LatentTraining | None = None,
+    decoded: torch.Tensor | None = None,
 ) -> LatentReward:
-    """A reward of a stage's latents from pairs, or from r of single assets.
+    """A reward of a stage's latents from pairs.
 
-    Args:
-        decoded: [n, 2] of pairs: another reward's scores of their finished assets, learnt in the place of who was preferred.
-        on_step: called with (step, steps, loss).
-    Raises: ValueError for no labels, latents that are not of the stage, or of a kind that is not read.
+    Args: decoded: [n, 2]: another reward's scores of their finished assets, learnt in the place of who was preferred.
+    Raises: ValueError for no pairs, latents that are not of the stage, or of a kind that is not read.
     """
     training, stage = training or LatentTraining(), stage_of(pipeline, stage_name)
-    if not labelled:
+    if not pairs:
         raise ValueError(f"latent reward of stage {stage_name!r}: expected labels to learn from, got none. Label some assets.")
-    form, pairs = LatentForm.of(stage), isinstance(labelled[0], PreferencePair)
-    reward = LatentReward(pipeline, stage, _new(pipeline, form, labelled[0].condition, training.seed), {})
-    reward.taught = {"labels": len(labelled), "of": "pairs" if pairs else "single assets", "decoded": decoded is not None,
-                     "training": asdict(training)}  # fmt: skip
-    rows, told = _read(reward, labelled)
+    reward = LatentReward(pipeline, stage, _new(pipeline, LatentForm.of(stage), pairs[0].condition, training.seed), {})
+    reward.taught = {"labels": len(pairs), "of": "pairs", "decoded": decoded is not None, "training": asdict(training)}
+    rows, told = _read(reward, pairs)
     every = torch.cat([x for sides in rows[:256] for x in sides])
     mean, std = every.mean(0), every.std(0).clamp(min=0.05)
-    names = sorted({one.condition for one in labelled})
-    group = torch.tensor([names.index(one.condition) for one in labelled])
-    goals = decoded if pairs else torch.tensor([getattr(one, "r") for one in labelled])  # noqa: B009 (a Single here)
+    names = sorted({pair.condition for pair in pairs})
+    group = torch.tensor([names.index(pair.condition) for pair in pairs])
     generator, epochs = torch.Generator().manual_seed(training.seed), training.epochs * (1 if decoded is None else 2)
-    for number, network in enumerate(reward.network.members):
+    for network in reward.network.members:
         network.mean, network.std = mean, std
-        order = [chosen for _ in range(epochs) for chosen in _batches(group, training.batch * (1 if pairs else 2), generator)]
+        order = [chosen for _ in range(epochs) for chosen in _batches(group, training.batch, generator)]
         optimizer = torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=training.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order))
-        for step, chosen in enumerate(order, 1):
-            scores = [network([rows[i][side] for i in chosen.tolist()], told[chosen]) for side in range(len(rows[0]))]
-            if goals is None:
-                loss = preference_loss(scores[0] - scores[1]).mean()
-            elif pairs:
-                loss = _agreement(torch.stack(scores, 1), goals[chosen].to(scores[0]), group[chosen])
+        for chosen in order:
+            preferred, rejected = (network([rows[i][side] for i in chosen.tolist()], told[chosen]) for side in (0, 1))
+            if decoded is None:
+                loss = preference_loss(preferred - rejected).mean()
             else:
-                loss = F.binary_cross_entropy_with_logits(scores[0], goals[chosen].to(scores[0]))
+                loss = _agreement(torch.stack([preferred, rejected], 1), decoded[chosen].to(preferred), group[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            if on_step is not None:
-                on_step(number * len(order) + step, MEMBERS * len(order), float(loss.detach()))
     return reward
 
 
@@ -302,23 +281,18 @@ def _new(pipeline: Pipeline, form: LatentForm, condition: str, seed: int) -> Pla
         return PlaceNetworks(form.numbers, size).to(device)
 
 
-def _read(reward: LatentReward, labelled: Sequence[Any]) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
-    """Places of each label's latents, one or two, and all conditions [n, E]."""
+def _read(reward: LatentReward, pairs: Sequence[PreferencePair]) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
+    """Places of both latents of each pair, and all conditions [n, E]."""
     rows, told = list[list[torch.Tensor]](), []
-    for i in range(0, len(labelled), BATCH):
-        part = labelled[i : i + BATCH]
-        condition = reward.told([one.condition for one in part])
-        sides = list(zip(*(_latents(one) for one in part), strict=True))
-        for side in sides:
-            for latent in side:
-                reward.stage.check(f"latent reward of stage {reward.stage.name!r}", latent)
+    for i in range(0, len(pairs), BATCH):
+        part = pairs[i : i + BATCH]
+        condition = reward.told([pair.condition for pair in part])
+        sides = [[getattr(pair, side) for pair in part] for side in ("preferred", "rejected")]
+        for latent in (*sides[0], *sides[1]):
+            reward.stage.check(f"latent reward of stage {reward.stage.name!r}", latent)
         rows += [list(places) for places in zip(*(reward.places(collate(side), condition) for side in sides), strict=True)]
         told.append(pooled(condition))
     return rows, torch.cat(told)
-
-
-def _latents(one: PreferencePair | Single) -> list[Latent]:
-    return [one.preferred, one.rejected] if isinstance(one, PreferencePair) else [one.latent]
 
 
 # Files.

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,11 +92,11 @@ def _form(latent: Latent) -> str:
     return f"a {'grid' if latent.ndim == 4 else 'tensor'} {list(latent.shape)}"
 
 
-def check_unique(who: str, pairs: Iterable[PreferencePair]) -> None:
+def check_unique(who: str, examples: Iterable[Any], what: str = "pairs") -> None:
     """Raise ValueError, in the name of `who`, where two pairs have one id: the id seeds a pair's noise and names it in files."""
-    repeated = [name for name, n in Counter(p.id for p in pairs).items() if n > 1]
+    repeated = [name for name, n in Counter(example.id for example in examples).items() if n > 1]
     if repeated:
-        raise ValueError(f"{who}: expected every id once, got {len(repeated)} repeated, such as {repeated[0]!r}. Number the pairs.")
+        raise ValueError(f"{who}: expected every id once, got {len(repeated)} repeated, such as {repeated[0]!r}. Number the {what}.")
 
 
 FORMAT = 1

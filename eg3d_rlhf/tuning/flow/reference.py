@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from eg3d_rlhf.models.lora import adapted_layers, adapters_off, lora_parameters
-from eg3d_rlhf.models.sparse import Batch, feats_of, with_feats
+from eg3d_rlhf.models.sparse import Batch, single
 from eg3d_rlhf.tuning.flow.conditions import Condition
 from eg3d_rlhf.tuning.flow.dpo import PairDraw
 from eg3d_rlhf.tuning.flow.generate import evaluating
@@ -40,8 +40,7 @@ class FrozenModel:
     def errors(self, stage: FlowStage, draw: PairDraw) -> torch.Tensor:
         """Flow-matching errors [2P] of a batch of pairs, float32, in the order of the draw; without gradient."""
         with torch.no_grad():
-            v = self.velocity(stage, draw.x_t, draw.t, draw.cond)
-            return stage.path.errors(with_feats(v, feats_of(v).float()), draw.x_0, draw.eps).float()
+            return stage.path.errors(single(self.velocity(stage, draw.x_t, draw.t, draw.cond)), draw.x_0, draw.eps).float()
 
 
 class AdapterOff(FrozenModel):

@@ -29,15 +29,18 @@ from eg3d_rlhf.models.sparse import (
     NamedSample,
     SparseSample,
     collate,
+    coords_of,
     count,
     feats_of,
     mean_per_sample,
     separate,
+    single,
     spread,
     with_feats,
 )
 from eg3d_rlhf.tuning.flow.conditions import Condition, tensor_of
 from training.phases import derive_seed
+from training.storage import checksum
 
 
 class EmptyStructure(ValueError):
@@ -226,6 +229,10 @@ class FlowPath:
         if not 0 <= self.sigma_min < 1:
             raise ValueError(f"FlowPath.sigma_min: expected 0 <= sigma_min < 1, got {self.sigma_min}. Set it.")
 
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        """Noise in x_t: s + (1 - s) t."""
+        return self.sigma_min + (1 - self.sigma_min) * t
+
     def times(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Times to train on, [n], drawn on the generator's device."""
         if self.schedule == "uniform":
@@ -240,7 +247,7 @@ class FlowPath:
         if not ((t >= 0) & (t <= 1)).all():
             raise ValueError(f"FlowPath.mix(t): expected times from 0 (data) to 1 (noise), got {t.min():g} to {t.max():g}. Rescale them.")
         time = spread(t, x_0)
-        return with_feats(x_0, (1 - time) * feats_of(x_0) + (self.sigma_min + (1 - self.sigma_min) * time) * feats_of(eps))
+        return with_feats(x_0, (1 - time) * feats_of(x_0) + self.sigma(time) * feats_of(eps))
 
     def velocity(self, x_0: Batch, eps: Batch) -> Batch:
         """v, the same at all times."""
@@ -249,12 +256,12 @@ class FlowPath:
     def data(self, x_t: Batch, t: torch.Tensor, v: Batch) -> Batch:
         """The x_0 that x_t and v speak of: (1 - s) x_t - (s + (1 - s) t) v."""
         time = spread(t, x_t)
-        return with_feats(x_t, (1 - self.sigma_min) * feats_of(x_t) - (self.sigma_min + (1 - self.sigma_min) * time) * feats_of(v))
+        return with_feats(x_t, (1 - self.sigma_min) * feats_of(x_t) - self.sigma(time) * feats_of(v))
 
     def velocity_to(self, x_t: Batch, t: torch.Tensor, x_0: Batch) -> Batch:
         """The v that speaks of x_0 at x_t: inverse of `data`, at times above 0."""
         time = spread(t, x_t)
-        return with_feats(x_t, ((1 - self.sigma_min) * feats_of(x_t) - feats_of(x_0)) / (self.sigma_min + (1 - self.sigma_min) * time))
+        return with_feats(x_t, ((1 - self.sigma_min) * feats_of(x_t) - feats_of(x_0)) / self.sigma(time))
 
     def noise(self, x_t: Batch, t: torch.Tensor, v: Batch) -> Batch:
         """The eps that x_t and v speak of: x_t + (1 - t) v."""
@@ -262,7 +269,11 @@ class FlowPath:
 
     def errors(self, v: Batch, x_0: Batch, eps: Batch) -> torch.Tensor:
         """Flow-matching error of predicted velocities, mean over everything of a sample -> [N]. Differentiable in: v."""
-        return self.per_sample((feats_of(v) - feats_of(self.velocity(x_0, eps))).square(), v)
+        return self.apart(v, self.velocity(x_0, eps))
+
+    def apart(self, a: Batch, b: Batch) -> torch.Tensor:
+        """Squared distance, mean over everything of a sample -> [N]. Differentiable in: a, b."""
+        return self.per_sample((feats_of(a) - feats_of(b)).square(), a)
 
     def per_sample(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Mean over everything of a sample [N] of `values` like `feats_of(batch)`, by the weights. Differentiable in: values."""
@@ -345,12 +356,17 @@ class FlowStage:
                 raise ValueError(f"stage {self.name!r}: expected no shortcut, whose length of steps its network does not read. Set it off.")
             else:
                 v = self.call_step(model, x_t, at, cond, torch.full_like(t, step))
-        v = with_feats(v, feats_of(v).float()) if half else v
+        v = single(v) if half else v
         return opposite(at, v)[1] if self.data_at_one else v
 
     def noise(self, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
         """Standard normal noise, one sample per seed, on the CPU; see the kind of latents for what a seed names."""
         return self.latents.noise(f"FlowStage.noise of {self.name!r}", seeds, given)
+
+    @property
+    def hash(self) -> str:
+        """Of the network's weights and class."""
+        return checksum(self.model.state_dict(), type(self.model).__name__)
 
     def check(self, who: str, latent: Latent) -> None:
         """Raise ValueError, in the name of `who`, for a latent that is none of this stage."""
@@ -422,7 +438,7 @@ def check_convention(stage: FlowStage, x_0: Batch, cond: Condition) -> None:
     device = tensor_of(cond).device
     x_0 = x_0.to(device)
     latents = separate(x_0)
-    eps = stage.noise(range(len(latents)), [x.coords if isinstance(x, SparseSample) else None for x in latents])
+    eps = stage.noise(range(len(latents)), coords_of(latents))
     eps, t = eps.to(device), torch.linspace(0.1, 0.9, count(x_0), device=device)
     x_t = stage.path.mix(x_0, t, eps)
     error = stage.path.errors(stage.velocity(x_t, t, cond), x_0, eps).mean()

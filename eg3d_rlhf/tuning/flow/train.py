@@ -18,7 +18,7 @@ import importlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -95,16 +95,15 @@ class StageTraining:
 class Descent(ABC):
     """A policy's parameters on their way down; `run`, of what is minimised, is one update.
 
-    Args: policy: the network in training; parameters: of it, those that are trained; ranks: this process among those that train together.
+    Args: policy: the network in training; ranks: this process among those that train together.
     """
 
     columns: Sequence[tuple[str, str, str]] = ()  # of the status line: figure, its name there, format
     evaluates: bool = False  # whether `evaluate` has figures
 
-    def __init__(
-        self, stage: FlowStage, config: StageTraining, policy: torch.nn.Module, parameters: Iterable[torch.nn.Parameter], ranks: Ranks
-    ):
-        self.stage, self.training, self.policy, self.parameters, self.ranks = stage, config, policy, list(parameters), ranks
+    def __init__(self, stage: FlowStage, config: StageTraining, policy: torch.nn.Module, ranks: Ranks):
+        self.stage, self.training, self.policy, self.ranks, self.named = stage, config, policy, ranks, trained(policy)
+        self.parameters = list(self.named.values())
         self.device = self.parameters[0].device
         self.optimizer = adamw(config, self.parameters)
 
@@ -365,7 +364,7 @@ class _Training:
         self, updates: Descent, config: StageTraining, held_out: Judge | None, run: Run, say: Callable[[str], None], samples: Draw | None
     ):
         self.samples = samples
-        self.updates, self.policy, self.named = updates, updates.policy, trained(updates.policy)
+        self.updates, self.policy, self.named = updates, updates.policy, updates.named
         self.stage, self.config, self.held_out, self.run, self.ranks, self.say = updates.stage, config, held_out, run, run.ranks, say
         self.judged = held_out is not None or updates.evaluates
         self.chosen_by = WIN_RATE if held_out is not None else ACCURACY

@@ -9,18 +9,18 @@ Shape letters as in sparse.py; P pairs, B time bins.
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.policies import shared_copy
-from eg3d_rlhf.models.sparse import collate, feats_of, parts_of, separate, with_feats
+from eg3d_rlhf.models.sparse import Latent, collate, parts_of, separate, single
 from eg3d_rlhf.tuning.flow.accuracy import PairAccuracy
 from eg3d_rlhf.tuning.flow.conditions import each, to_device
 from eg3d_rlhf.tuning.flow.dpo import BINNED, TIME_BINS, DpoConfig, PairDraw, PairErrors, draw_pairs, pair_loss, pair_stats
@@ -40,7 +40,6 @@ from eg3d_rlhf.tuning.flow.train import (
     recomputing,
     train,
     train_knob,
-    trained,
     win_rate_signs,
     win_rates,
 )
@@ -176,7 +175,7 @@ class Passes(Descent, Generic[Example]):
     """Updates on examples, whose batch is taken in passes, in turn and side by side on ranks.
 
     Losses of a batch are added up and divided once, by its number of examples: the gradients of parts add up to the whole batch's.
-    Args: as Descent; config has batch and batch_gpu; examples: all of them.
+    Args: as Descent; config has batch and batch_gpu; examples: all of them; reference: None where the loss needs none.
     Raises: ValueError where a batch cannot be divided over ranks and passes.
     """
 
@@ -184,10 +183,11 @@ class Passes(Descent, Generic[Example]):
     what = "examples"
 
     def __init__(
-        self, stage: FlowStage, examples: Sequence[Example], config: "PassConfig", policy: torch.nn.Module,
-        parameters: Iterable[torch.nn.Parameter], ranks: Ranks,
+        self, pipeline: Pipeline, stage: FlowStage, examples: Sequence[Example], config: Any, policy: torch.nn.Module,
+        reference: FrozenModel | None, ranks: Ranks,
     ):
-        super().__init__(stage, config, policy, parameters, ranks)
+        super().__init__(stage, config, policy, ranks)
+        self.pipeline, self.config, self.reference = pipeline, config, reference
         size = config.batch_gpu or max(config.batch // ranks.world, 1)
         if config.batch % (ranks.world * size):
             raise ValueError(
@@ -240,20 +240,16 @@ class Passes(Descent, Generic[Example]):
 class Updates(Passes[PreferencePair]):
     """What a stage's parameters go through on pairs.
 
-    Args: as Descent; pairs: of the stage, checked; reference: None where the loss needs none; unseen: pairs to evaluate on.
-    Raises: as Passes.
+    Args: as Passes; unseen: pairs to evaluate on.
     """
 
     sums, what = 4 + len(BINNED) * TIME_BINS, "pairs"  # also both errors, and what is binned
 
-    def __init__(
-        self, pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair], config: TrainConfig, policy: torch.nn.Module,
-        parameters: Iterable[torch.nn.Parameter], reference: FrozenModel | None, ranks: Ranks, unseen: PairAccuracy | None = None,
-    ):
-        super().__init__(stage, pairs, config, policy, parameters, ranks)
-        self.pipeline, self.config, self.reference, self.unseen = pipeline, config, reference, unseen
+    def __init__(self, *common: Any, unseen: PairAccuracy | None = None):
+        super().__init__(*common)
+        self.unseen = unseen
         self.evaluates = unseen is not None
-        self.columns = ERRORS if config.dpo.kind == "dro" else MARGINS
+        self.columns = ERRORS if self.config.dpo.kind == "dro" else MARGINS
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         return pair_signs(lines, self.config.needs_reference)
@@ -284,7 +280,7 @@ class Updates(Passes[PreferencePair]):
         if self.reference is not None:
             ref = self.reference.errors(stage, draw)
         v = stage.velocity(draw.x_t, draw.t, draw.cond, self.policy)
-        errors = stage.path.errors(with_feats(v, feats_of(v).float()), draw.x_0, draw.eps)
+        errors = stage.path.errors(single(v), draw.x_0, draw.eps)
         sft = config.kind == "sft"
         pair_errors = PairErrors(preferred=errors, rejected=torch.zeros_like(errors)) if sft else PairErrors.split(errors, ref)
         losses = pair_loss(pair_errors, config, draw.weight)
@@ -308,18 +304,15 @@ class Updates(Passes[PreferencePair]):
         return figures | ({"w_error": preferred / len(items), "l_error": rejected / len(items)} if dpo.kind == "dro" else {})
 
 
-def origin(stage: FlowStage, pairs: Sequence[PreferencePair]) -> dict[str, str]:
-    """Hashes of the network that training starts from and of the pairs."""
-    return {"base": checksum(stage.model.state_dict(), type(stage.model).__name__), "pairs": pairs_checksum(pairs)}
-
-
 def pairs_checksum(pairs: Sequence[PreferencePair]) -> str:
     """Hash of pairs' latents and columns."""
-    latents: dict[str, torch.Tensor] = {}
-    for name, latent in ((f"{p.id}/{side}", getattr(p, side)) for p in pairs for side in ("preferred", "rejected")):
-        latents |= {f"{name}/{key}": value for key, value in parts_of(latent).items()}
-    columns = [[p.id, p.condition, p.source, p.w2] for p in pairs]
-    return checksum(latents, columns)
+    latents = {f"{p.id}/{side}": getattr(p, side) for p in pairs for side in ("preferred", "rejected")}
+    return latents_checksum(latents, [[p.id, p.condition, p.source, p.w2] for p in pairs])
+
+
+def latents_checksum(latents: Mapping[str, Latent], columns: list[list]) -> str:
+    """Hash of latents by name, and of what is known of them."""
+    return checksum({f"{name}/{key}": value for name, latent in latents.items() for key, value in parts_of(latent).items()}, columns)
 
 
 UNBOUNDED = (
@@ -357,15 +350,17 @@ def train_stage(
 
     def part(n: int) -> Start:
         own = replace(config, batch=n, batch_gpu=None)
-        return lambda of, policy, reference: Updates(pipeline, of, pairs, own, policy, trained(policy).values(), reference, SINGLE)
+        return lambda of, policy, reference: Updates(pipeline, of, pairs, own, policy, reference, SINGLE)
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> Descent:
         size, again = fitted(stage, config, config.batch_gpu or max(config.batch // ranks.world, 1), part, ranks, say)
         recomputing(policy, again)
         own = replace(config, batch_gpu=config.batch_gpu or size)
-        return Updates(pipeline, stage, pairs, own, policy, trained(policy).values(), reference, run.ranks, accuracy)
+        return Updates(pipeline, stage, pairs, own, policy, reference, run.ranks, unseen=accuracy)
 
-    known = ranks.broadcast(origin(stage, pairs) | ({"unseen": pairs_checksum(unseen)} if unseen else {}) if ranks.main else None)
+    hashed = {"pairs": pairs, "unseen": unseen} if unseen else {"pairs": pairs}
+    origin = {"base": stage.hash, **{name: pairs_checksum(of) for name, of in hashed.items()}} if ranks.main else None
+    known = ranks.broadcast(origin)
     return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say, shards=True,
                  samples=samples)  # fmt: skip
 

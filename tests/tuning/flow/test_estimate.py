@@ -87,7 +87,7 @@ def test_an_update_takes_what_is_estimated_from_sizes_alone(case, recompute):
     config = TrainConfig(batch=1, warmup=0).at(sized.stage, 0)
     policy, reference = policy_and_reference(sized.stage, config)
     recomputing(policy, recompute)
-    updates = Updates(Told(sized), sized.stage, pairs_of(sized.stage, 1), config, policy, trained(policy).values(), reference, SINGLE)
+    updates = Updates(Told(sized), sized.stage, pairs_of(sized.stage, 1), config, policy, reference, SINGLE)
     updates.run(0)
     held = sum(p.nbytes for p in trained(policy).values()) * 3  # adapters and their moments
     measured = weights + held + allocated(lambda: updates.run(1))

@@ -323,9 +323,8 @@ def test_wrong_settings_are_named():
             TrainConfig(**changes)
     pipeline = TinyPipeline()
     policy, reference = policy_and_reference(pipeline.stages[1], tiny_config())
-    parameters = [p for p in policy.parameters() if p.requires_grad]
     with pytest.raises(ValueError, match="expected a batch of a multiple of 3 processes x 2 pairs per pass"):
-        Updates(pipeline, pipeline.stages[1], voxel_pairs(4), tiny_config(), policy, parameters, reference, Ranks(world=3))
+        Updates(pipeline, pipeline.stages[1], voxel_pairs(4), tiny_config(), policy, reference, Ranks(world=3))
 
 
 # Each known failure sign is seen, and a healthy run shows none.

@@ -8,29 +8,27 @@ Shape letters as in sparse.py; K assets of a group.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from eg3d_rlhf.experiments.run import Run
-from eg3d_rlhf.models.sparse import Batch, Latent, SparseSample, collate, feats_of, parts_of, with_feats
+from eg3d_rlhf.models.sparse import Batch, Latent, collate, coords_of, feats_of, single
 from eg3d_rlhf.preferences.goodness import normal_scores
 from eg3d_rlhf.tuning.flow.conditions import Condition, to_device
 from eg3d_rlhf.tuning.flow.online.losses.dgpo import dgpo_loss
 from eg3d_rlhf.tuning.flow.online.losses.nft import nft_errors, nft_loss
+from eg3d_rlhf.tuning.flow.pairs import check_unique
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.stage import FlowStage, Pipeline, check_convention, stage_of
-from eg3d_rlhf.tuning.flow.train import Judge, StageResult, train, train_knob, trained, win_rate_signs, win_rates
-from eg3d_rlhf.tuning.flow.train_pairs import PassConfig, Passes
+from eg3d_rlhf.tuning.flow.train import Judge, StageResult, train, train_knob, win_rate_signs, win_rates
+from eg3d_rlhf.tuning.flow.train_pairs import Example, PassConfig, Passes, latents_checksum
 from training.config import knob
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
-from training.storage import checksum
 
 NFT, DGPO = LOSSES = ("nft", "dgpo")
 LEAST_TIME = 0.02
@@ -87,48 +85,41 @@ def draw_singles(
 ) -> SingleDraw:
     """Time and noise of each from (seed, its name, epoch) alone and on the CPU: in any batch, on any device. Args: names: [N]; assets of
     one name share both."""
-    latents = [single.latent for single in singles]
+    latents = [one.latent for one in singles]
     x_0, seeds = collate(latents).to(device), [derive_seed(seed, name, epoch, "noise") for name in names]
-    eps = stage.noise(seeds, [x.coords if isinstance(x, SparseSample) else None for x in latents]).to(device)
+    eps = stage.noise(seeds, coords_of(latents)).to(device)
     drawn = [stage.path.times(1, torch.Generator().manual_seed(derive_seed(seed, name, epoch, "time"))) for name in names]
     t = torch.cat(drawn).clamp(min=LEAST_TIME).to(device)
-    cond = to_device(pipeline.conditions([single.condition for single in singles], stage.name), device)
+    cond = to_device(pipeline.conditions([one.condition for one in singles], stage.name), device)
     return SingleDraw(x_t=stage.path.mix(x_0, t, eps), t=t, target=stage.path.velocity(x_0, eps), cond=cond)
-
-
-Example = TypeVar("Example")
 
 
 class Velocities:
     """v of the policy and of the reference at a draw, in float32."""
 
     def __init__(self, stage: FlowStage, draw: SingleDraw, policy: torch.nn.Module, reference: FrozenModel):
-        self.draw, self.stage = draw, stage
-        self.v = _float(stage.velocity(draw.x_t, draw.t, draw.cond, policy))
-        self.ref = _float(reference.velocity(stage, draw.x_t, draw.t, draw.cond))
-
-    def _apart(self, a: Batch, b: Batch) -> torch.Tensor:
-        return self.stage.path.per_sample((feats_of(a) - feats_of(b)).square(), a)
+        self.draw, self.path = draw, stage.path
+        self.v = single(stage.velocity(draw.x_t, draw.t, draw.cond, policy))
+        self.ref = single(reference.velocity(stage, draw.x_t, draw.t, draw.cond))
 
     @property
     def errors(self) -> torch.Tensor:
         """[N]. Differentiable in: the policy's parameters."""
-        return self._apart(self.v, self.draw.target)
+        return self.path.apart(self.v, self.draw.target)
 
     @property
     def ref_errors(self) -> torch.Tensor:
         """[N]."""
-        return self._apart(self.ref, self.draw.target)
+        return self.path.apart(self.ref, self.draw.target)
 
     @property
     def distance(self) -> torch.Tensor:
         """m((v - v_ref)^2), [N]. Differentiable in: the policy's parameters."""
-        return self._apart(self.v, self.ref)
+        return self.path.apart(self.v, self.ref)
 
     def nft(self, r: torch.Tensor, trust: float) -> torch.Tensor:
         """[N], C 1 and b the trust. Differentiable in: the policy's parameters."""
-        sigma = self.stage.path.sigma_min + (1 - self.stage.path.sigma_min) * self.draw.t
-        errors = nft_errors(self.v, self.ref, self.draw.target, sigma, trust, mean=self.stage.path.per_sample)
+        errors = nft_errors(self.v, self.ref, self.draw.target, self.path.sigma(self.draw.t), trust, mean=self.path.per_sample)
         return nft_loss(errors, r, 1.0, trust)
 
     def told(self, r: torch.Tensor) -> torch.Tensor:
@@ -140,26 +131,16 @@ class Velocities:
         return torch.stack([n, self.distance.detach().sum(), ref.sum(), uneven.float().sum(), (right * uneven).sum()])
 
 
-def _float(v: Batch) -> Batch:
-    return with_feats(v, feats_of(v).float())
-
-
 class LabelPasses(Passes[Example]):
     """What both losses have in common."""
 
     sums = 2 + 5
     columns = (("agreement", "agreement", "<5.3f"), ("distance", "distance", "<8.2e"), ("left", "left", "<6.3f"))
 
-    def __init__(
-        self, pipeline: Pipeline, stage: FlowStage, examples: Sequence[Example], config: SinglesConfig, policy: torch.nn.Module,
-        parameters: Iterable[torch.nn.Parameter], reference: FrozenModel, ranks: Ranks,
-    ):
-        super().__init__(stage, examples, config, policy, parameters, ranks)
-        self.pipeline, self.config, self.reference = pipeline, config, reference
-
     def velocities(self, singles: Sequence[Single], names: Sequence[str], epoch: int, dropout: int) -> Velocities:
         draw = draw_singles(self.pipeline, self.stage, singles, names, self.config.seed, epoch, self.device)
         torch.manual_seed(dropout)
+        assert self.reference is not None
         return Velocities(self.stage, draw, self.policy, self.reference)
 
     def back(self, losses: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
@@ -169,15 +150,11 @@ class LabelPasses(Passes[Example]):
     def figures(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
         """Samples; distance from the reference, and what share it is of the reference's own error (left); agreement: the share of
         samples that are not even whose label says whether the policy knows them better than the reference."""
-        _, loss, norm, n, distance, error, uneven, right = self.descend(step, totals, self.seen(items))
+        _, loss, norm, n, distance, error, uneven, right = self.descend(step, totals, f"{len(items)} {self.what}")
         return {
             "loss": loss, "grad_norm": norm, "samples": int(n), "distance": distance / n, "left": distance / error if error else 0.0,
             "agreement": right / uneven if uneven else 0.5,
         }  # fmt: skip
-
-    def seen(self, items: Sequence[tuple[int, Example]]) -> str:
-        """Names of what an update saw, for a message."""
-        return f"{len(items)} {self.what}"
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         signs = win_rate_signs(win_rates(lines), CALM)
@@ -194,8 +171,8 @@ class SingleUpdates(LabelPasses[Single]):
     what = "assets"
 
     def backward(self, examples: Sequence[Single], epoch: int, dropout: int) -> torch.Tensor:
-        found = self.velocities(examples, [single.id for single in examples], epoch, dropout)
-        r = torch.tensor([single.r for single in examples], device=self.device)
+        found = self.velocities(examples, [one.id for one in examples], epoch, dropout)
+        r = torch.tensor([one.r for one in examples], device=self.device)
         return self.back(found.nft(r, self.config.trust) + self.config.distance * found.distance, found.told(r))
 
 
@@ -216,9 +193,9 @@ class GroupUpdates(LabelPasses[Ranked]):
 
     def backward(self, examples: Sequence[Ranked], epoch: int, dropout: int) -> torch.Tensor:
         groups = [self.members(group, epoch) for group in examples]
-        singles = [single for group in groups for single in group]
-        found = self.velocities(singles, [single.condition for single in singles], epoch, dropout)
-        r = torch.tensor([single.r for single in singles], device=self.device)
+        singles = [one for group in groups for one in group]
+        found = self.velocities(singles, [one.condition for one in singles], epoch, dropout)
+        r = torch.tensor([one.r for one in singles], device=self.device)
         sizes, losses = [len(group) for group in groups], []
         parts = zip(*(x.split(sizes) for x in (found.errors, found.ref_errors, found.distance, r)), strict=True)
         for errors, ref_errors, distance, of_group in parts:
@@ -233,8 +210,8 @@ class GroupUpdates(LabelPasses[Ranked]):
 
 def by_condition(singles: Sequence[Single]) -> list[list[Single]]:
     groups: dict[str, list[Single]] = {}
-    for single in singles:
-        groups.setdefault(single.condition, []).append(single)
+    for one in singles:
+        groups.setdefault(one.condition, []).append(one)
     return list(groups.values())
 
 
@@ -251,22 +228,15 @@ def train_singles(
     check_singles(pipeline, stage, singles, config.loss)
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> LabelPasses:
-        assert reference is not None
-        common = (config, policy, trained(policy).values(), reference, run.ranks)
+        common = (config, policy, reference, run.ranks)
         if config.loss == NFT:
             return SingleUpdates(pipeline, stage, singles, *common)
-        groups = [group for group in by_condition(singles) if len({single.r for single in group}) > 1]
+        groups = [group for group in by_condition(singles) if len({one.r for one in group}) > 1]
         return GroupUpdates(pipeline, stage, groups, *common)
 
-    known = ranks.broadcast(origin(stage, singles) if ranks.main else None)
+    latents, columns = {one.id: one.latent for one in singles}, [[one.id, one.condition, one.r] for one in singles]
+    known = ranks.broadcast({"base": stage.hash, "singles": latents_checksum(latents, columns)} if ranks.main else None)
     return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say, shards=True)
-
-
-def origin(stage: FlowStage, singles: Sequence[Single]) -> dict[str, str]:
-    """Hashes of the network that training starts from and of the labelled assets."""
-    latents = {f"{single.id}/{key}": value for single in singles for key, value in parts_of(single.latent).items()}
-    columns = [[single.id, single.condition, single.r] for single in singles]
-    return {"base": checksum(stage.model.state_dict(), type(stage.model).__name__), "singles": checksum(latents, columns)}
 
 
 def check_singles(pipeline: Pipeline, stage: FlowStage, singles: Sequence[Single], loss: str = NFT) -> None:
@@ -274,21 +244,19 @@ def check_singles(pipeline: Pipeline, stage: FlowStage, singles: Sequence[Single
     who = f"train_singles({stage.name})"
     if not singles:
         raise ValueError(f"{who}: expected labelled assets to learn from, got none. Label some.")
-    repeated = [name for name, n in Counter(single.id for single in singles).items() if n > 1]
-    if repeated:
-        raise ValueError(f"{who}: expected every id once, got {len(repeated)} repeated, such as {repeated[0]!r}. Number the assets.")
-    for single in singles:
-        if single.stage != stage.name:
-            raise ValueError(f"{who}: expected assets of this stage, got {single.id!r} of {single.stage!r}. Train that stage on it.")
-        if not (math.isfinite(single.r) and 0 <= single.r <= 1):
-            raise ValueError(f"{who}: expected r from 0 to 1, got {single.r} of {single.id!r}. See preferences/goodness.py.")
-        stage.check(f"{who}, asset {single.id!r}", single.latent)
-        if not bool(torch.isfinite(feats_of(single.latent)).all()):
-            raise ValueError(f"{who}: expected finite latents, got others of {single.id!r}. Drop the asset.")
-    if all(abs(single.r - 0.5) <= EVEN for single in singles):
+    check_unique(who, singles, "assets")
+    for one in singles:
+        if one.stage != stage.name:
+            raise ValueError(f"{who}: expected assets of this stage, got {one.id!r} of {one.stage!r}. Train that stage on it.")
+        if not (math.isfinite(one.r) and 0 <= one.r <= 1):
+            raise ValueError(f"{who}: expected r from 0 to 1, got {one.r} of {one.id!r}. See preferences/goodness.py.")
+        stage.check(f"{who}, asset {one.id!r}", one.latent)
+        if not bool(torch.isfinite(feats_of(one.latent)).all()):
+            raise ValueError(f"{who}: expected finite latents, got others of {one.id!r}. Drop the asset.")
+    if all(abs(one.r - 0.5) <= EVEN for one in singles):
         raise ValueError(f"{who}: expected labels that tell assets apart, got {len(singles)} that are even. Label more, or in finer steps.")
-    if loss == DGPO and all(len({single.r for single in group}) < 2 for group in by_condition(singles)):
+    if loss == DGPO and all(len({one.r for one in group}) < 2 for group in by_condition(singles)):
         raise ValueError(f"{who}: expected assets of one condition that differ in rank, got ties everywhere. Label several of a condition.")
     device, some = next(stage.model.parameters()).device, singles[:8]
-    cond = to_device(pipeline.conditions([single.condition for single in some], stage.name), device)
-    check_convention(stage, collate([single.latent for single in some]).to(device), cond)
+    cond = to_device(pipeline.conditions([one.condition for one in some], stage.name), device)
+    check_convention(stage, collate([one.latent for one in some]).to(device), cond)

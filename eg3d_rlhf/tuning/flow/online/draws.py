@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from eg3d_rlhf.models.sparse import Batch, feats_of, with_feats
+from eg3d_rlhf.models.sparse import Batch, feats_of, single, with_feats
 from eg3d_rlhf.tuning.flow.conditions import Condition, to_device
 from eg3d_rlhf.tuning.flow.generate import Models, evaluating, generate, guided, sample, stage_noise, voxels_for
 from eg3d_rlhf.tuning.flow.latent_reward import LatentReward
@@ -178,5 +178,4 @@ class Explorer:
             return self._guided(functools.partial(self.task.stage.velocity, model=self.policy), x, t, cond, no_cond)
 
     def _guided(self, velocity: Callable[..., Batch], x: Batch, t: float, cond: Condition, no_cond: Condition | None) -> Batch:
-        v = guided(self.task.stage.path, velocity, x, t, cond, no_cond, self.sampling)
-        return with_feats(v, feats_of(v).float())
+        return single(guided(self.task.stage.path, velocity, x, t, cond, no_cond, self.sampling))

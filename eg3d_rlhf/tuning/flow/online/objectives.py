@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from eg3d_rlhf.models.sparse import Batch, count, feats_of, with_feats
+from eg3d_rlhf.models.sparse import Batch, count, feats_of, single
 from eg3d_rlhf.tuning.flow.generate import evaluating, stage_noise
 from eg3d_rlhf.tuning.flow.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.online.draws import Drawn, Explorer, Move
@@ -78,13 +78,10 @@ class OnSteps:
         for samples in drawn:
             for move in samples.moves:
                 target = _towards(move, samples.x_0, self.path)
-                away, left = self._square(move.v, move.v_ref), self._square(target, move.v_ref)
+                away, left = self.path.apart(move.v, move.v_ref), self.path.apart(target, move.v_ref)
                 rows.append(torch.stack([torch.ones_like(away), move.far, away, left]).sum(1))
         moves, kl, away, left = torch.stack(rows).sum(0)
         return {"moves": moves, "kl": kl, "away": away, "missing": left}
-
-    def _square(self, a: Batch, b: Batch) -> torch.Tensor:
-        return self.path.per_sample((feats_of(a) - feats_of(b)).square(), a)
 
     def add(self, drawn: Drawn, advantage: torch.Tensor, held: torch.Tensor, step: int, number: int) -> Totals:
         config, totals = self.config, torch.zeros(len(self.sums), device=advantage.device)
@@ -160,22 +157,17 @@ class OnLatents:
     def _drawn_once(self, drawn: Drawn, advantage: torch.Tensor, held: torch.Tensor, t: torch.Tensor, eps: Batch) -> torch.Tensor:
         config, stage, policy, path = self.config, self.stage, self.explorer.policy, self.stage.path
         x_t, u = path.mix(drawn.x_0, t, eps), path.velocity(drawn.x_0, eps)
-        old = _single(self.old.velocity(stage, x_t, t, drawn.cond))
-        ref = _single(self.explorer.reference.velocity(stage, x_t, t, drawn.cond))
+        old = single(self.old.velocity(stage, x_t, t, drawn.cond))
+        ref = single(self.explorer.reference.velocity(stage, x_t, t, drawn.cond))
         with evaluating(policy):
-            v = _single(stage.velocity(x_t, t, drawn.cond, policy))
-
-        def square(a: Batch, b: Batch) -> torch.Tensor:
-            return path.per_sample((feats_of(a) - feats_of(b)).square(), v)
-
-        away, old_missing, missing = square(v, ref), square(u, old), square(u, ref)
+            v = single(stage.velocity(x_t, t, drawn.cond, policy))
+        away, old_missing, missing = path.apart(v, ref), path.apart(u, old), path.apart(u, ref)
         stopped = torch.zeros_like(advantage, dtype=torch.bool)
         if config.loss == "nft":
-            sigma = path.sigma_min + (1 - path.sigma_min) * t
-            errors = nft_errors(v, old, u, sigma, config.curvature, not config.plain, path.per_sample)
+            errors = nft_errors(v, old, u, path.sigma(t), config.curvature, not config.plain, path.per_sample)
             loss = nft_loss(errors, goodness(advantage, config.adv_clip), config.adv_clip, config.curvature)
         else:
-            error = square(v, u)
+            error = path.apart(v, u)
             stopped = left_alone(error, old_missing, advantage, config.clip_of(1))
             error, ref_error, of_group = (
                 values.view(-1, config.group) for values in (torch.where(stopped, error.detach(), error), missing, advantage)
@@ -184,12 +176,8 @@ class OnLatents:
         if config.kl:
             loss = loss + config.kl * held * away
         loss.sum().backward()
-        parts = (torch.ones_like(away), loss, away, square(v, old), square(old, ref), old_missing, missing, stopped)
+        parts = (torch.ones_like(away), loss, away, path.apart(v, old), path.apart(old, ref), old_missing, missing, stopped)
         return torch.stack([part.detach().float().sum() for part in parts])
-
-
-def _single(v: Batch) -> Batch:
-    return with_feats(v, feats_of(v).float())
 
 
 def objective_of(config: OnlineConfig, explorer: Explorer, old: Snapshot | None) -> Objective:

@@ -12,7 +12,7 @@
 Shape letters as in sparse.py; R rewards, G groups of a process, B of all, K samples of a group.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,11 +27,10 @@ from eg3d_rlhf.tuning.flow.online.objectives import objective_of
 from eg3d_rlhf.tuning.flow.online.signs import online_signs, too_far
 from eg3d_rlhf.tuning.flow.online.snapshot import Snapshot
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
-from eg3d_rlhf.tuning.flow.train import Descent, Judge, StageResult, train, trained
+from eg3d_rlhf.tuning.flow.train import Descent, Judge, StageResult, train
 from eg3d_rlhf.tuning.flow.train_pairs import Order
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed, sum_over_ranks
-from training.storage import checksum
 
 OLD, REFERENCE, GATE = "old.", "reference.", "gate"  # names of states
 
@@ -43,15 +42,11 @@ class OnlineUpdates(Descent):
     Raises: ValueError where groups cannot be divided over ranks.
     """
 
-    def __init__(
-        self, task: Task, config: OnlineConfig, policy: torch.nn.Module, parameters: Iterable[torch.nn.Parameter],
-        reference: FrozenModel, ranks: Ranks,
-    ):
-        super().__init__(task.stage, config, policy, parameters, ranks)
+    def __init__(self, task: Task, config: OnlineConfig, policy: torch.nn.Module, reference: FrozenModel, ranks: Ranks):
+        super().__init__(task.stage, config, policy, ranks)
         if config.batch % ranks.world:
             raise ValueError(f"--batch: expected a multiple of {ranks.world} processes, got {config.batch} groups. Change one.")
         self.config, self.task, self.order = config, task, Order(task.conditions, config.batch, config.seed)
-        self.named = trained(policy)
         self.explorer = Explorer(task=task, config=config, policy=policy, reference=reference)
         self.old = None if config.on_steps else Snapshot(policy, self.named)
         self.objective = objective_of(config, self.explorer, self.old)
@@ -199,12 +194,11 @@ def train_online(
     Raises: ValueError for no conditions, or settings that do not fit; further as train_stage.
     """
     config.sampling(task.stage)  # validates
-    base = checksum(task.stage.model.state_dict(), type(task.stage.model).__name__)
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> OnlineUpdates:
         assert reference is not None
-        return OnlineUpdates(task, config, policy, trained(policy).values(), reference, run.ranks)
+        return OnlineUpdates(task, config, policy, reference, run.ranks)
 
-    options = {"base": base, "conditions": list(task.conditions), "rewards": list(task.rewards), "weights": list(task.weights),
+    options = {"base": task.stage.hash, "conditions": list(task.conditions), "rewards": list(task.rewards), "weights": list(task.weights),
                "gate": list(task.gate), **known}  # fmt: skip
     return train(task.stage, config, options, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say)

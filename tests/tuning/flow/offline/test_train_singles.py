@@ -21,7 +21,7 @@ from eg3d_rlhf.tuning.flow.offline.train_singles import (
     train_singles,
 )
 from eg3d_rlhf.tuning.flow.stage import stage_of
-from eg3d_rlhf.tuning.flow.train import policy_and_reference, trained
+from eg3d_rlhf.tuning.flow.train import policy_and_reference
 from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, voxel_pairs
 from tests.tuning.flow.tiny_trainings import at, contents, judge, silent
 from training.distributed import SINGLE, Ranks
@@ -86,7 +86,7 @@ def parts(loss: str, config: SinglesConfig, data):
     config = replace(config, lora=None)
     policy, reference = policy_and_reference(stage, config)
     kind, examples = (SingleUpdates, data) if loss == "nft" else (GroupUpdates, by_condition(data))
-    return pipeline, stage, policy, reference, kind(pipeline, stage, examples, config, policy, trained(policy).values(), reference, SINGLE)
+    return pipeline, stage, policy, reference, kind(pipeline, stage, examples, config, policy, reference, SINGLE)
 
 
 def gradient(policy) -> torch.Tensor:
@@ -198,7 +198,7 @@ def test_ties_everywhere_and_a_batch_that_cannot_be_divided(tmp_path):
         run(tmp_path / "run", "dgpo", tied)
     pipeline, stage, policy, reference, _ = parts("nft", LOSSES["nft"], singles(2))
     with pytest.raises(ValueError, match="a multiple of 5 processes x 2 assets"):
-        SingleUpdates(pipeline, stage, singles(2), LOSSES["nft"], policy, trained(policy).values(), reference, Ranks(world=5))
+        SingleUpdates(pipeline, stage, singles(2), LOSSES["nft"], policy, reference, Ranks(world=5))
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_and_says_where(tmp_path):

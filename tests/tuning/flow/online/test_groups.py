@@ -16,7 +16,7 @@ from eg3d_rlhf.tuning.flow.online.draws import Explorer, Task
 from eg3d_rlhf.tuning.flow.online.signs import online_signs
 from eg3d_rlhf.tuning.flow.online.updates import OnlineUpdates, train_online
 from eg3d_rlhf.tuning.flow.stage import stage_of
-from eg3d_rlhf.tuning.flow.train import policy_and_reference, trained
+from eg3d_rlhf.tuning.flow.train import policy_and_reference
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, likes_target
 from tests.tuning.flow.tiny_trainings import at, contents, interrupt, silent
 from training.distributed import SINGLE, Ranks
@@ -45,7 +45,7 @@ def run(out, task=None, **changes):
 def updates_of(task=None, ranks=SINGLE, **changes) -> OnlineUpdates:
     task, config = task or task_of(), config_of(**changes)
     policy, reference = policy_and_reference(task.stage, config)
-    return OnlineUpdates(task, config, policy, trained(policy).values(), reference, ranks)
+    return OnlineUpdates(task, config, policy, reference, ranks)
 
 
 def reward_of(task: Task, folder=None, per_condition=32) -> float:

@@ -45,7 +45,7 @@ def updates(stage_name, lora, dpo):
     config = TrainConfig(lora=lora, steps=1, batch=2, warmup=0, dpo=dpo)
     needed = reference if config.needs_reference else None
     pairs, conditions = pairs_of(stage, 2, size.voxels), random_flows.RandomConditions()
-    return Updates(conditions, stage, pairs, config, stage.model, parameters, needed, SINGLE), parameters
+    return Updates(conditions, stage, pairs, config, stage.model, needed, SINGLE), parameters
 
 
 def outcome(work, parameters, impl):
