@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -84,6 +85,11 @@ class OpenedFolder:
     def unnormalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
         mean, std = (feats.new_tensor(values) for values in self.scales[stage])
         return feats * std + mean
+
+
+def are_scales(mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Whether latents can be normalised by these, per channel."""
+    return len(mean) == len(std) and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
 
 
 class EncodingFolder(OpenedFolder, ABC):

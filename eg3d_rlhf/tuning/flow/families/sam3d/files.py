@@ -41,7 +41,7 @@ from eg3d_rlhf.models.trellis.autoencoders import (
 )
 from eg3d_rlhf.models.vit import DinoConfig
 from eg3d_rlhf.models.weights import State, below, empty, fill, frozen, read
-from eg3d_rlhf.tuning.flow.families.folder import mentions, read_yaml
+from eg3d_rlhf.tuning.flow.families.folder import are_scales, mentions, read_yaml
 from eg3d_rlhf.tuning.flow.families.sam3d.pose import DECODERS, SHIFTED
 from eg3d_rlhf.tuning.flow.families.trellis.files import filled
 from eg3d_rlhf.tuning.flow.stage import FlowPath, Sampling
@@ -140,7 +140,7 @@ def read_pipeline(root: Path) -> PipelineFile:
         prune = int(content.get("downsample_ss_dist") or 0)
     except (KeyError, TypeError, ValueError):
         mean, std, prune = (), (), 0
-    if not mean or len(mean) != len(std) or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std) or prune < 0:
+    if not mean or not are_scales(mean, std) or prune < 0:
         raise ValueError(f"{path}: expected slat_mean and slat_std per channel, finite and > 0, and downsample_ss_dist >= 0, got others.")
     odd = [name for name in content if name.startswith("use_stage") or (name.endswith("_condition_input_mapping") and content[name])]
     if odd:

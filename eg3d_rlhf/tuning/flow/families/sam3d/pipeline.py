@@ -24,7 +24,7 @@ from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.pictures import ObjectCut, object_inputs, read_cut_out
 from eg3d_rlhf.models.sam3d import SHAPE
-from eg3d_rlhf.models.sparse import Batch, Latent, NamedBatch, NamedSample, SparseBatch, SparseSample
+from eg3d_rlhf.models.sparse import Batch, Latent, NamedBatch, NamedSample, SparseBatch
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.models.weights import content, empty, fingerprint, in_types_of, read, rewrite, shapes
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_array
@@ -40,7 +40,7 @@ from eg3d_rlhf.tuning.flow.families.folder import (
     spare_memory,
 )
 from eg3d_rlhf.tuning.flow.families.sam3d import files, pose
-from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, write_ply
+from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, decoded, show
 from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.ranking import asset_candidate
 from eg3d_rlhf.tuning.flow.stage import Dictionary, FlowStage, SparseVoxels, Voxels
@@ -176,16 +176,8 @@ class Sam3dPipeline(OpenedFolder):
             made.append({files.STRUCTURE: NamedSample({SHAPE: mean[0].flatten(1).T.contiguous().cpu()})})
         return made
 
-    @torch.no_grad()
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
-        """Latents of the last stage -> assets."""
-        check_finite("decode", x_0)
-        decoder, assets = self.part("decoder"), []
-        for sample in x_0.samples():
-            latent = SparseSample(sample.coords, self.unnormalised(sample.feats.float()))
-            (gaussians,) = decoder(SparseBatch.join([latent]).to(self.device))
-            assets.append(SplatAsset.of(gaussians))
-        return assets
+        return decoded(self, "decoder", x_0)
 
 
 def surface_voxels(mesh: Mesh, resolution: int) -> torch.Tensor:
@@ -324,13 +316,6 @@ def facts(pipeline: Sam3dPipeline, condition: str, latents: Mapping[str, Latent]
         return {}
     values = {"rotation": where.quaternion, "translation": where.translation, "scale": where.scale}
     return {"pose": {name: [round(x, 6) for x in value[0].tolist()] for name, value in values.items()}}
-
-
-def show(asset: SplatAsset, path: Path) -> Path:
-    """Gaussian splats in the object's own frame, .ply."""
-    file = path.with_name(path.name + ".ply")
-    write_ply(file, asset)
-    return file
 
 
 def release(root: Path, stages: Sequence[str]) -> Release:

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.core.shapes import check_shape
+from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import Gaussians
+from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite
 from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder
 from training.storage import write_atomic
 
@@ -119,6 +121,25 @@ def write_ply(path: Path, asset: SplatAsset) -> None:
     properties = "".join(f"property float {name}\n" for name in PLY_FIELDS)
     header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(rows)}\n{properties}end_header\n"
     write_atomic(path, header.encode() + rows.tobytes())
+
+
+def show(asset: SplatAsset, path: Path) -> Path:
+    """Gaussian splats in the asset's own frame, .ply."""
+    file = path.with_name(path.name + ".ply")
+    write_ply(file, asset)
+    return file
+
+
+@torch.no_grad()
+def decoded(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> list[SplatAsset]:
+    """Latents of a pipeline's last stage -> assets, one by one. Args: decoder: name of the part that makes Gaussians of them."""
+    check_finite("decode", x_0)
+    assets = []
+    for sample in x_0.samples():
+        latent = SparseSample(sample.coords, pipeline.unnormalised(sample.feats.float()))
+        (gaussians,) = pipeline.part(decoder)(SparseBatch.join([latent]).to(pipeline.device))
+        assets.append(SplatAsset.of(gaussians))
+    return assets
 
 
 def read_ply(path: Path) -> SplatAsset:

@@ -12,7 +12,7 @@ import torch
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_array
 from eg3d_rlhf.tuning.flow.export import Release
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, open_folder, pairs_in, register
-from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, calibrated, read_ply, write_ply
+from eg3d_rlhf.tuning.flow.families.trellis.assets import calibrated, read_ply, show
 from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder, TextEncoder
 from eg3d_rlhf.tuning.flow.families.trellis.files import (
     FLOWS,
@@ -22,13 +22,11 @@ from eg3d_rlhf.tuning.flow.families.trellis.files import (
     NEEDED,
     TOKENS,
     PipelineFile,
-    find_model,
-    find_weights,
     load_model,
-    network_of,
+    networks_of,
+    paths_of,
     read_pipeline,
     release_of,
-    with_ending,
 )
 from eg3d_rlhf.tuning.flow.families.trellis.pair_import import candidate, normalization, write_latent
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
@@ -86,21 +84,14 @@ def encoder(root: Path, share: float, views: int, **options: Any) -> TrellisPipe
 def model_files(root: Path, whole: bool = True) -> dict[str, Path]:
     """Of the flows, by stage, and of what else the loop needs."""
     file = read_pipeline(root)
-    paths = {"pipeline.json": root / "pipeline.json"}
-    for name, model in (FLOWS | {name: name for name in NEEDED if whole}).items():
-        stem = find_model(file, model)
-        paths |= {f"{name}.json": with_ending(stem, ".json"), name: find_weights(stem) or stem}
-    return paths
+    models = FLOWS | {name: name for name in NEEDED if whole}
+    return {"pipeline.json": root / "pipeline.json", **paths_of(file, models)}
 
 
 def networks(root: Path) -> list[Network]:
     """All that the loop asks for; the second stage's encoder may be missing."""
-    file, lost = read_pipeline(root), "assets of your own, no loop"
-    there = [network_of(name, find_model(file, name)) for name in (*FLOWS.values(), *NEEDED)]
-    try:
-        return [*there, network_of(LATENT_ENCODER, find_model(file, LATENT_ENCODER), without=lost)]
-    except FileNotFoundError:
-        return [*there, Network(name=LATENT_ENCODER, file=root / file.usual[LATENT_ENCODER], expected={}, found={}, without=lost)]
+    models = (*FLOWS.values(), *NEEDED, LATENT_ENCODER)
+    return networks_of(read_pipeline(root), models, {LATENT_ENCODER: "assets of your own, no loop"})
 
 
 def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Conditions:
@@ -118,11 +109,6 @@ def _of_kind(root: Path, kind: str) -> PipelineFile:
         wanted, got = ({"image": "pictures", "text": "prompts"}[each] for each in (file.kind, kind))
         raise ValueError(f"conditions: expected --{wanted} for a pipeline of {wanted}, got --{got}. Correct the call.")
     return file
-
-
-def show(asset: SplatAsset, path: Path) -> Path:
-    write_ply(path.with_suffix(".ply"), asset)
-    return path.with_suffix(".ply")
 
 
 def remark(folder: Path, lines: Sequence[Mapping], pipeline: TrellisPipeline) -> str:

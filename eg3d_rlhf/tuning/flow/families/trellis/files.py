@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Callable, Collection, Container, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,7 +26,7 @@ from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, Structu
 from eg3d_rlhf.models.weights import State, empty, fill, in_types_of, read, shapes, write
 from eg3d_rlhf.tuning.flow.export import Release, Stored
 from eg3d_rlhf.tuning.flow.families import Network
-from eg3d_rlhf.tuning.flow.families.folder import read_json
+from eg3d_rlhf.tuning.flow.families.folder import are_scales, read_json
 from eg3d_rlhf.tuning.flow.stage import Sampling
 
 STRUCTURE, LATENT = "structure", "latent"  # names of the stages
@@ -48,22 +47,27 @@ NORMALIZATION = {  # of the released latents, where pipeline.json says nothing
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineFile:
-    """What pipeline.json says, with TRELLIS's defaults where it says nothing."""
+class ModelFolder:
+    """What a pipeline.json says, of TRELLIS or of those that came after it."""
 
-    root: Path
-    kind: str  # "text" or "image": what conditions are
+    root: Path  # the folder
+    kind: str
     models: Mapping[str, str]  # model -> "ckpts/<stem>", or "owner/repo/<path>"
     sampling: Mapping[str, Sampling]  # by stage
     sigma_min: Mapping[str, float]  # by stage
+    encoder: str  # of the conditions
+    usual: ClassVar[Mapping[str, str]] = USUAL_STEMS  # models that no file names -> their usual names
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineFile(ModelFolder):
+    """What pipeline.json says, with TRELLIS's defaults where it says nothing. Its kind is what conditions are: "text" or "image"."""
+
     mean: tuple[float, ...]  # of the second stage's latents, per channel
     std: tuple[float, ...]
-    encoder: str  # of the conditions
-    content: Mapping  # all of it
-    usual = USUAL_STEMS
 
     def __post_init__(self):
-        if len(self.mean) != len(self.std) or not all(math.isfinite(m) for m in self.mean) or not all(0 < s < math.inf for s in self.std):
+        if not are_scales(self.mean, self.std):
             raise ValueError(
                 f"{self.root.name}/pipeline.json: expected slat_normalization with a finite mean and a std > 0 per channel, got "
                 f"{list(self.mean)} and {list(self.std)}. Correct it."
@@ -91,7 +95,7 @@ def read_pipeline(root: Path) -> PipelineFile:
     samplers = {stage: _sampler(path, args.get(key), key, KINDS[kind]) for stage, key in SAMPLERS.items()}
     norm = {**NORMALIZATION, **(args.get("slat_normalization") or {})}
     return PipelineFile(
-        root=root, kind=kind, models=dict(args["models"]), content=content, encoder=args.get(f"{kind}_cond_model") or ENCODERS[kind],
+        root=root, kind=kind, models=dict(args["models"]), encoder=args.get(f"{kind}_cond_model") or ENCODERS[kind],
         sampling={stage: sampling for stage, (sampling, _) in samplers.items()},
         sigma_min={stage: sigma_min for stage, (_, sigma_min) in samplers.items()},
         mean=tuple(map(float, norm["mean"])), std=tuple(map(float, norm["std"])),
@@ -99,37 +103,30 @@ def read_pipeline(root: Path) -> PipelineFile:
 
 
 def _sampler(path: Path, content: dict | None, key: str, default: Sampling) -> tuple[Sampling, float]:
-    content = content or {}
-    name = content.get("name", "FlowEulerGuidanceIntervalSampler")
-    if not str(name).startswith("FlowEuler"):
-        raise ValueError(f"{path}: expected a FlowEuler sampler for {key} (t = 1 is noise), got {name!r}. Other conventions are not read.")
-    params = content.get("params") or {}
-    interval = params.get("cfg_interval", default.cfg_interval if "GuidanceInterval" in name else (0.0, 1.0))
-    try:
-        sampling = Sampling(
+    def read(name: str, params: Mapping) -> Sampling:
+        interval = params.get("cfg_interval", default.cfg_interval if "GuidanceInterval" in name else (0.0, 1.0))
+        return Sampling(
             steps=int(params.get("steps", default.steps)), rescale_t=float(params.get("rescale_t", default.rescale_t)),
             cfg_strength=float(params.get("cfg_strength", default.cfg_strength)) if name != "FlowEulerSampler" else 0.0,
             cfg_interval=(float(interval[0]), float(interval[1])),
         )
-        return sampling, float((content.get("args") or {}).get("sigma_min", 1e-5))
+
+    return sampler_of(path, content, key, read)
+
+
+def sampler_of(path: Path, content: Mapping | None, key: str, read: Callable[[str, Mapping], Sampling]) -> tuple[Sampling, float]:
+    """Settings of a sampler in a pipeline.json, and sigma_min.
+
+    Args: key: its name there; read: settings of its own name and params; raises ValueError, TypeError or IndexError.
+    """
+    content = content or {}
+    name = str(content.get("name", "FlowEulerGuidanceIntervalSampler"))
+    if not name.startswith("FlowEuler"):
+        raise ValueError(f"{path}: expected a FlowEuler sampler for {key} (t = 1 is noise), got {name!r}. Other conventions are not read.")
+    try:
+        return read(name, content.get("params") or {}), float((content.get("args") or {}).get("sigma_min", 1e-5))
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{path}, {key}: {error}") from None
-
-
-class ModelFolder(Protocol):
-    """A folder, and where the models of its pipeline.json are."""
-
-    @property
-    def root(self) -> Path:
-        """The folder."""
-
-    @property
-    def models(self) -> Mapping[str, str]:
-        """Model -> "ckpts/<stem>", or "owner/repo/<path>"."""
-
-    @property
-    def usual(self) -> Mapping[str, str]:
-        """Models that no file names -> their usual names."""
 
 
 def find_model(file: ModelFolder, model: str) -> Path:
@@ -150,6 +147,23 @@ def find_model(file: ModelFolder, model: str) -> Path:
     looked = ", ".join(dict.fromkeys(str(p) for p in places)) or "no place: pipeline.json does not name it"
     endings = " or ".join(WEIGHTS)
     raise FileNotFoundError(f"{model}: expected its .json and {endings}, got none at {looked}. Put the files there, or name their folder.")
+
+
+def is_there(file: ModelFolder, model: str) -> bool:
+    """Whether `find_model` finds a model."""
+    try:
+        find_model(file, model)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def paths_of(file: ModelFolder, models: Mapping[str, str]) -> dict[str, Path]:
+    """Both files of models, by their names here and "<name>.json". Raises: FileNotFoundError."""
+    stems = {name: find_model(file, model) for name, model in models.items()}
+    return {key: path for name, stem in stems.items() for key, path in (
+        (f"{name}.json", with_ending(stem, ".json")), (name, find_weights(stem) or stem)
+    )}  # fmt: skip
 
 
 def find_weights(stem: Path) -> Path | None:
@@ -238,18 +252,42 @@ def load_model(
     return filled(model, config, state, str(weights), dtype, device)
 
 
-def network_of(
-    name: str, stem: Path, *, without: str = "", released: tuple[int, int] | None = None, architectures: Architectures = ARCHITECTURES,
-    prepare: Callable[[Any, Any, State, str], State] | None = None,
-) -> Network:
-    """What a model's weights hold and should hold, for `flow check`. Args: as `load_model`; without, released: see Network."""
-    json_file, weights = with_ending(stem, ".json"), find_weights(stem)
-    assert weights is not None  # find_model looked
-    model, config = architecture(read_json(json_file), str(json_file), architectures)
-    state = base_state(weights)
-    state = state if prepare is None else prepare(model, config, state, str(weights))
-    expected = shapes(empty(lambda: model(config)).state_dict())
-    return Network(name=name, file=weights, expected=expected, found=state, without=without, released=released)
+def networks_of(
+    file: ModelFolder, models: Iterable[str], lost: Mapping[str, str], *, released: Mapping[str, tuple[int, int]] | None = None,
+    architectures: Architectures = ARCHITECTURES, prepare: Callable[[Any, Any, State, str], State] | None = None,
+) -> list[Network]:
+    """What models' weights hold and should hold, for `flow check`.
+
+    Args: lost: what cannot be done without those of them that may be missing; released: see Network; others: as `load_model`.
+    """
+    made = []
+    for name in models:
+        without = lost.get(name, "")
+        if without and not is_there(file, name):
+            made.append(Network(name=name, file=file.root / file.usual[name], expected={}, found={}, without=without))
+            continue
+        stem = find_model(file, name)
+        json_file, weights = with_ending(stem, ".json"), find_weights(stem)
+        assert weights is not None  # find_model looked
+        model, config = architecture(read_json(json_file), str(json_file), architectures)
+        state = base_state(weights)
+        state = state if prepare is None else prepare(model, config, state, str(weights))
+        expected = shapes(empty(partial(model, config)).state_dict())
+        counts = (released or {}).get(name)
+        made.append(Network(name=name, file=weights, expected=expected, found=state, without=without, released=counts))
+    return made
+
+
+def flows_of(
+    stems: Mapping[str, Path], dtype: torch.dtype | None, device: str | torch.device, sampled: bool,
+    load: Callable[..., nn.Module] = load_model, architectures: Architectures = ARCHITECTURES,
+) -> dict[str, nn.Module]:
+    """Networks by stage, from their paths without ending. Args: sampled: False leaves them without weights."""
+    return {
+        stage: load(stem, dtype=dtype, device=device) if sampled
+        else empty(partial(build_model, read_json(with_ending(stem, ".json")), stem.name, architectures))
+        for stage, stem in stems.items()
+    }  # fmt: skip
 
 
 def filled(
@@ -281,7 +319,7 @@ def base_state(path: Path) -> State:
 
 
 def release_of(
-    file: Any, stages: Collection[str], flows: Mapping[str, str], load: Callable[..., nn.Module], needed: Container[str],
+    file: ModelFolder, stages: Collection[str], flows: Mapping[str, str], load: Callable[..., nn.Module], needed: Container[str],
     also: tuple[str, ...] = (),
 ) -> Release:
     """pipeline.json and all models that are on this machine; those that are elsewhere ("owner/repo/path") and not found stay references.

@@ -5,7 +5,6 @@ Shape letters: N samples, C channels, R grid points per axis, L tokens of a cond
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from torch import nn
 
 from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
-from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.families.folder import EncodingFolder, check_finite, never_empty, read_json, spare_memory
+from eg3d_rlhf.tuning.flow.families.folder import EncodingFolder, check_finite, never_empty, spare_memory
 from eg3d_rlhf.tuning.flow.families.trellis import files
-from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, voxel_features, voxels_filled
+from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, decoded, voxel_features, voxels_filled
 from eg3d_rlhf.tuning.flow.families.trellis.encoders import ImageEncoder
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, SparseVoxels, Voxels, stage_of
 
@@ -77,15 +75,8 @@ class TrellisPipeline(EncodingFolder):
             voxels += voxels_of(never_empty(logits, f"stage {stage!r}"))
         return voxels
 
-    @torch.no_grad()
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
-        check_finite("decode", x_0)
-        decoder, assets = self.part(files.GAUSSIAN_DECODER), []
-        for sample in x_0.samples():
-            latent = SparseSample(sample.coords, self.unnormalised(sample.feats.float()))
-            (gaussians,) = decoder(SparseBatch.join([latent]).to(self.device))
-            assets.append(SplatAsset.of(gaussians))
-        return assets
+        return decoded(self, files.GAUSSIAN_DECODER, x_0)
 
     def encodes(self, asset: SplatAsset) -> Sequence[str]:
         """Both."""
@@ -127,11 +118,7 @@ def load_pipeline(
     stems = {stage: files.find_model(file, model) for stage, model in files.FLOWS.items()}
     for name in files.NEEDED if whole else ():
         files.find_model(file, name)
-    flows = {
-        stage: files.load_model(stem, dtype=dtype, device=device) if sampled
-        else empty(partial(files.build_model, read_json(files.with_ending(stem, ".json")), stem.name))
-        for stage, stem in stems.items()
-    }
+    flows = files.flows_of(stems, dtype, device, sampled)
     spare_memory(flows.values(), device)
     return TrellisPipeline(
         file, flows, conditions, lambda name: files.load_model(files.find_model(file, name), dtype=torch.float32, device=device),

@@ -4,12 +4,11 @@ The structure's autoencoder is TRELLIS's own, and is named by reference into a f
 texturing_pipeline.json alone, that of materials and the structure's nowhere.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +26,7 @@ from eg3d_rlhf.models.trellis2 import (
     angles_of,
 )
 from eg3d_rlhf.models.weights import State
+from eg3d_rlhf.tuning.flow.families.folder import are_scales
 from eg3d_rlhf.tuning.flow.families.trellis import files
 from eg3d_rlhf.tuning.flow.stage import Sampling
 
@@ -65,17 +65,11 @@ _NESTED = re.compile(r"\.(conv[12]?)\.conv\.(weight|bias)$")  # as spconv names 
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineFile:
-    """What pipeline.json says."""
+class PipelineFile(files.ModelFolder):
+    """What pipeline.json says; its kind is one of CHAINS, its models are those of both pipelines' files."""
 
-    root: Path
-    kind: str  # of CHAINS
-    models: Mapping[str, str]  # model -> "ckpts/<stem>", or "owner/repo/<path>", of both pipelines' files
-    sampling: Mapping[str, Sampling]  # by stage
-    sigma_min: Mapping[str, float]  # by stage
     normalization: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]  # mean and std per channel, by stage but the first
-    encoder: str  # of the conditions
-    usual = USUAL_STEMS
+    usual: ClassVar[Mapping[str, str]] = USUAL_STEMS
 
     @property
     def flows(self) -> dict[str, str]:
@@ -117,28 +111,21 @@ def read_pipeline(root: Path) -> PipelineFile:
 
 def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
     """Settings and sigma_min; guidance_strength g is our 1 + w."""
-    content = args.get(key) or {}
-    name, params = str(content.get("name", "FlowEulerGuidanceIntervalSampler")), content.get("params") or {}
-    if not name.startswith("FlowEuler"):
-        raise ValueError(f"{path}: expected a FlowEuler sampler for {key} (t = 1 is noise), got {name!r}. Other conventions are not read.")
-    foreign = sorted(str(k) for k in params if str(k).startswith("cfg_"))
-    if foreign:
-        raise ValueError(
-            f"{path}, {key}: expected guidance_strength, of which 1 is none, got {', '.join(foreign)}, of which 0 is none in TRELLIS. "
-            "Write which it is."
-        )
-    try:
+    def read(name: str, params: Mapping) -> Sampling:
+        foreign = sorted(str(k) for k in params if str(k).startswith("cfg_"))
+        if foreign:
+            got = f"{', '.join(foreign)}, of which 0 is none in TRELLIS. Write which it is."
+            raise ValueError(f"expected guidance_strength, of which 1 is none, got {got}")
         strength = float(params.get("guidance_strength", 3.0))
         low, high = (float(t) for t in params.get("guidance_interval", (0.0, 1.0)))
         if strength < 1:
             raise ValueError(f"expected guidance_strength >= 1, got {strength}. Less is no guidance towards the condition.")
-        sampling = Sampling(
+        return Sampling(
             steps=int(params.get("steps", 50)), rescale_t=float(params.get("rescale_t", 1.0)), cfg_strength=strength - 1,
             cfg_interval=(low, high), cfg_rescale=float(params.get("guidance_rescale", 0.0)),
         )
-        return sampling, float((content.get("args") or {}).get("sigma_min", 1e-5))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}, {key}: {error}") from None
+
+    return files.sampler_of(path, args.get(key), key, read)
 
 
 def _normalization(path: Path, args: Mapping, key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -147,7 +134,7 @@ def _normalization(path: Path, args: Mapping, key: str) -> tuple[tuple[float, ..
         mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
     except (KeyError, TypeError, ValueError):
         mean, std = (), ()
-    if not mean or len(mean) != len(std) or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
+    if not mean or not are_scales(mean, std):
         raise ValueError(f"{path}: expected {key} with a finite mean and a std > 0 per channel, got {str(content)[:80]}. Restore it.")
     return mean, std
 
@@ -179,18 +166,5 @@ def prepared(model: Any, config: Any, state: State, who: str) -> State:
 def model_files(file: PipelineFile) -> dict[str, Path]:
     """All files that the pipeline is read from, by name, encoders where they are there. Raises: FileNotFoundError."""
     paths = {name: file.root / name for name in ("pipeline.json", TEXTURING) if (file.root / name).is_file()}
-    for name in (*file.flows.values(), *DECODERS, *ENCODERS):
-        if name in ENCODERS and not is_there(file, name):
-            continue
-        stem = files.find_model(file, name)
-        paths |= {f"{name}.json": files.with_ending(stem, ".json"), name: files.find_weights(stem) or stem}
-    return paths
-
-
-def is_there(file: PipelineFile, model: str) -> bool:
-    """Whether `find_model` finds a model."""
-    try:
-        files.find_model(file, model)
-    except FileNotFoundError:
-        return False
-    return True
+    models = [*file.flows.values(), *DECODERS, *(name for name in ENCODERS if files.is_there(file, name))]
+    return paths | files.paths_of(file, dict(zip(models, models, strict=True)))

@@ -29,12 +29,11 @@ from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.models.trellis2 import Flow, VoxelAsset, VoxelDecoder, VoxelEncoder, assets_of
 from eg3d_rlhf.models.vit import Dino3, read_dino3
-from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.export import Release
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, open_folder, pairs_in, register, tell
-from eg3d_rlhf.tuning.flow.families.folder import EncodingFolder, check_finite, embedding, never_empty, read_json, spare_memory
-from eg3d_rlhf.tuning.flow.families.trellis.files import build_model, find_model, network_of, release_of, with_ending
+from eg3d_rlhf.tuning.flow.families.folder import EncodingFolder, check_finite, embedding, never_empty, read_mesh, spare_memory
+from eg3d_rlhf.tuning.flow.families.trellis.files import find_model, flows_of, is_there, networks_of, release_of
 from eg3d_rlhf.tuning.flow.families.trellis.problem import RewardOfPairs
 from eg3d_rlhf.tuning.flow.families.trellis2 import files
 from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource
@@ -228,11 +227,8 @@ def load_pipeline(
     file = files.read_pipeline(root)
     named = {stage: model for stage, model in file.flows.items() if coloured or stage != files.TEXTURE}
     stems = {name: find_model(file, name) for name in (*named.values(), *files.DECODERS)}
-    flows = {
-        stage: files.load_model(stems[model], dtype=dtype, device=device) if sampled
-        else empty(partial(build_model, read_json(with_ending(stems[model], ".json")), model, files.ARCHITECTURES))
-        for stage, model in named.items()
-    }
+    of_stages = {stage: stems[model] for stage, model in named.items()}
+    flows = flows_of(of_stages, dtype, device, sampled, files.load_model, files.ARCHITECTURES)
     for stage, flow in flows.items():
         if isinstance(flow, files.StructureFlow) != (stage == files.STRUCTURE):
             got = type(flow).__name__
@@ -346,9 +342,7 @@ def centred(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
 
 def read_asset(path: Path) -> Mesh:
     """A triangle mesh of one's own, z up; of glTF, which has y up, it is turned."""
-    from eg3d_rlhf.rewards.meshes.dataset import load_mesh  # only here: rewards take long to import
-
-    mesh = load_mesh(path)
+    mesh = read_mesh(path)
     if path.suffix.lower() not in (".glb", ".gltf"):
         return mesh
     x, y, z = mesh.vertices.unbind(1)
@@ -366,16 +360,11 @@ def recognises(root: Path) -> bool:
 
 def networks(root: Path) -> list[Network]:
     """All that are named; the encoders may be missing."""
-    file, made = files.read_pipeline(root), list[Network]()
-    for name in (*file.flows.values(), *files.DECODERS, *files.ENCODERS):
-        if name in files.ENCODERS and not files.is_there(file, name):
-            made.append(Network(name=name, file=root / file.usual[name], expected={}, found={}, without=files.LOST[name]))
-            continue
-        made.append(network_of(
-            name, find_model(file, name), without=files.LOST.get(name, ""), released=files.RELEASED.get(name),
-            architectures=files.ARCHITECTURES, prepare=files.prepared,
-        ))
-    return made
+    file = files.read_pipeline(root)
+    models = (*file.flows.values(), *files.DECODERS, *files.ENCODERS)
+    return networks_of(
+        file, models, files.LOST, released=files.RELEASED, architectures=files.ARCHITECTURES, prepare=files.prepared
+    )
 
 
 def load(
@@ -394,7 +383,7 @@ def open_problem(source: ProblemSource, device: str | torch.device) -> Problem:
     """Without pairs of the texture its flow is left out, and the loop can run: colours tell the stages before them nothing."""
     folders = pairs_in(FAMILY, source)
     coloured, file = files.TEXTURE in folders, files.read_pipeline(Path(source.pipeline))
-    lost = [] if coloured else [name for name in (files.STRUCTURE_ENCODER, files.SHAPE_ENCODER) if not files.is_there(file, name)]
+    lost = [] if coloured else [name for name in (files.STRUCTURE_ENCODER, files.SHAPE_ENCODER) if not is_there(file, name)]
     if lost:
         tell(f"{', '.join(lost)} not found: stages are tuned one by one, without the loop.")
     judge = None if coloured or lost else RewardOfPairs
