@@ -10,6 +10,7 @@ Assets are drawn batch by batch, and over several ranks batch by turns: files do
 The latents are the sampler's own: pairs made of them are what the networks themselves would draw, and need no encoding.
 """
 
+import contextlib
 import errno
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -173,8 +174,16 @@ class Drawing:
         write_atomic(self.folder / PROMPTS, "".join(told).encode())
         write_atomic(self.folder / RANKING, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
-    def _room(self) -> "_Room":
-        return _Room(self)
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Says what to do on a full disk."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            done = f"a full disk after {len(self.shown())} of {len(self.jobs)} assets"
+            raise ValueError(f"draw: expected room in {self.folder}, got {done}. Free some: the same command goes on.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,21 +192,6 @@ class Drawn:
 
     count: int  # assets that can be shown
     left_out: Sequence[str] = ()  # why others cannot
-
-
-class _Room:
-    """Says what to do on a full disk."""
-
-    def __init__(self, drawing: Drawing):
-        self.drawing = drawing
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            done = f"a full disk after {len(self.drawing.shown())} of {len(self.drawing.jobs)} assets"
-            raise ValueError(f"draw: expected room in {self.drawing.folder}, got {done}. Free some: the same command goes on.") from None
 
 
 def unfit(paths: Sequence[Path]) -> dict[Path, str]:

@@ -16,14 +16,14 @@ import torch
 
 from eg3d_rlhf.core.cli import aligned
 from eg3d_rlhf.models.lora import LoraConfig
-from eg3d_rlhf.models.sparse import Latent, NamedSample, SparseSample, coords_of
+from eg3d_rlhf.models.sparse import Latent, SparseSample, separate
 from eg3d_rlhf.models.trellis.blocks import DenseLayout, ModulatedBlock
 from eg3d_rlhf.tuning.flow.fake import Pretended
 from eg3d_rlhf.tuning.flow.families.released import Sized
 from eg3d_rlhf.tuning.flow.fit import GIB, SHARE, Cost, cost_of_update, pretended
 from eg3d_rlhf.tuning.flow.generate import guides, sample, times
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.stage import Dictionary, FlowStage, SparseVoxels
+from eg3d_rlhf.tuning.flow.stage import FlowStage, SparseVoxels, Voxels
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, Updates
 from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE
@@ -74,18 +74,18 @@ def shell(voxels: int, grid: int, generator: torch.Generator) -> torch.Tensor:
     return cells[distance.argsort()[:voxels].sort().values].int()
 
 
-def latents_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Latent]:
-    """Random latents of a stage; those on voxels lie on thin shells, as surfaces do. Args: voxels: of each; None: `voxels_of`."""
+def given_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Voxels]:
+    """What stages before could leave to samples: thin shells of voxels, as surfaces are. Args: voxels: of each; None: `voxels_of`."""
     kind, draw = stage.latents, torch.Generator().manual_seed(0)
-    if isinstance(kind, SparseVoxels):
-        places = [shell(voxels or voxels_of(kind.resolution), kind.resolution, draw) for _ in range(count)]
-        return [
-            SparseSample(p, torch.randn(len(p), kind.channels, generator=draw), torch.zeros(len(p), kind.given) if kind.given else None)
-            for p in places
-        ]
-    if isinstance(kind, Dictionary):
-        return [NamedSample({name: torch.randn(list(s), generator=draw) for name, s in kind.shapes.items()}) for _ in range(count)]
-    return [torch.randn(kind.shape, generator=draw) for _ in range(count)]  # type: ignore[attr-defined]
+    if not isinstance(kind, SparseVoxels):
+        return [None] * count
+    places = [shell(voxels or voxels_of(kind.resolution), kind.resolution, draw) for _ in range(count)]
+    return [SparseSample(p, torch.zeros(len(p), kind.given)) if kind.given else p for p in places]
+
+
+def latents_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Latent]:
+    """Random latents of a stage."""
+    return separate(stage.noise(range(count), given_of(stage, count, voxels)))
 
 
 def pairs_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[PreferencePair]:
@@ -115,10 +115,7 @@ def drawing(sized: Sized, batch: int, voxels: int | None = None) -> Cost:
     sampling, run = sized.stage.sampling, Pretended()
     with implementation("ref"):
         stage = pretended(run, sized.stage)
-        places = coords_of(latents_of(stage, batch, voxels))
-        given: list = places
-        if isinstance(stage.latents, SparseVoxels) and stage.latents.given:
-            given = [SparseSample(p, torch.zeros(len(p), stage.latents.given)) for p in places if p is not None]
+        given = given_of(stage, batch, voxels)
         with run:
             cond = Told(sized).no_condition(batch, stage.name)
             run.mark()

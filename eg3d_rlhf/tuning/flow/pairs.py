@@ -99,6 +99,14 @@ def check_unique(who: str, examples: Iterable[Any], what: str = "pairs") -> None
         raise ValueError(f"{who}: expected every id once, got {len(repeated)} repeated, such as {repeated[0]!r}. Number the {what}.")
 
 
+def by_condition(examples: Iterable[Any]) -> dict[str, list[Any]]:
+    """In their order, by the names of their conditions."""
+    groups: dict[str, list[Any]] = {}
+    for example in examples:
+        groups.setdefault(example.condition, []).append(example)
+    return groups
+
+
 FORMAT = 1
 SHARD_BYTES = 256 * 10**6
 LATENTS = ("preferred", "rejected")

@@ -221,18 +221,6 @@ def divided(names: Sequence[str], seed: int, held_out: float) -> tuple[list[str]
     return order[count:], order[: count // 2], order[count // 2 : count]  # one alone is the table's
 
 
-def conditions_problem(pipeline: Any, tokens: Conditions, *, identity: Mapping, seed: int = 0, held_out: float = 0.2) -> Problem:
-    """The problem of a pipeline and conditions alone, without people's pairs: a stage can be tuned by a reward from elsewhere.
-
-    Args: see folder_problem.
-    """
-    trained, choosing, held = divided(tokens.names, seed, held_out)
-    return Problem(
-        pipeline=pipeline, human_pairs=lambda stage: [], reward=None, chooser=None, final=None, train_conditions=trained,
-        choosing_conditions=choosing, held_out_conditions=held, identity={**identity, "seed": seed, "held_out": held_out},
-    )
-
-
 def pair_folders(path: Path, stages: Sequence[str]) -> dict[str, Path]:
     """Pair folders by stage, in a folder that holds one for each, or of one such. Raises: FileNotFoundError, ValueError."""
     if (path / "meta.json").is_file():

@@ -17,7 +17,7 @@ import torch
 
 from eg3d_rlhf.models.sparse import Latent, latent_of, parts_of, to_cpu
 from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, Conditions, write_conditions
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair, by_condition, write_pairs
 from eg3d_rlhf.tuning.flow.stage import CONVENTION, Pipeline, stage_of
 from training.storage import read_tensors, write_tensors
 
@@ -45,13 +45,10 @@ def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dic
     Args: judged: in place of ranks; pairs without a majority are left out.
     Raises: ValueError where no pair is left.
     """
-    groups: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
-        groups.setdefault(candidate.condition, []).append(candidate)
     named = dict.fromkeys(stage for c in candidates for stage in c.latents)
     stages = [stage for stage in named if all(stage in c.latents for c in candidates)]
     pairs: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
-    for condition, group in groups.items():
+    for condition, group in by_condition(candidates).items():
         chosen = _ranked(group) if judged is None else _voted(group, judged)
         for better, worse, why in chosen:
             for stage in stages:

@@ -37,6 +37,7 @@ from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.problem import JUDGES, Problem
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.stage import stage_of
+from eg3d_rlhf.tuning.flow.train import StageResult
 from eg3d_rlhf.tuning.flow.train_pairs import train_stage
 from training.distributed import SINGLE, Ranks
 
@@ -61,15 +62,6 @@ class Tuning:
     control: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """A stage's network, and what is known of its training."""
-
-    weights: Path
-    kept_step: int
-    warnings: Sequence[str]
-
-
 def tune(
     problem: Problem, settings: Tuning, folder: Path, *, labels: Mapping | None = None, ranks: Ranks = SINGLE,
     say: Callable[[str], None] = print, samples: Samples | None = None,
@@ -89,7 +81,7 @@ def tune(
     for name, found in judges.items():
         say_main(f"Judge {name!r} orders {found} of pairs that it was not fitted to{'' if found.interval[0] > 0.5 else DEAF}.")
     trained = _arm(problem, settings, stages, folder, ranks, say_main, samples=samples)
-    control: Mapping[str, Trained] = {}
+    control: Mapping[str, StageResult] = {}
     if settings.control:
         say_main("The control: the same, with half of each condition's answers turned over.")
         control = _arm(shuffled(problem, settings.circular.seed), settings, stages, folder, ranks, say_main, control=True)
@@ -140,7 +132,7 @@ def shuffled(problem: Problem, seed: int) -> Problem:
 def _arm(
     problem: Problem, settings: Tuning, stages: Sequence[str], folder: Path, ranks: Ranks, say: Callable[[str], None],
     control: bool = False, samples: Samples | None = None,
-) -> dict[str, Trained]:
+) -> dict[str, StageResult]:
     """Train all stages once. `problem` is the control's for the control."""
     place, circular = Path(CONTROL) if control else Path(), replace(settings.circular, choosing=None)
     if settings.loop:
@@ -153,26 +145,25 @@ def _arm(
     for stage in stages:
         say(f"Stage {stage!r}{', control' if control else ''}:")
         config = circular.human.at(stage_of(problem.pipeline, stage), circular.seed)
-        done = train_stage(
+        trained[stage] = train_stage(
             problem.pipeline, stage, problem.human_pairs(stage), config, folder / TRAINING / place / stage,
             unseen=problem.pairs_to_choose(stage), ranks=ranks, resume=True, say=say,
             samples=None if samples is None else functools.partial(samples, stage),
         )
-        trained[stage] = Trained(weights=done.weights, kept_step=done.kept_step, warnings=done.warnings)
     return trained
 
 
-def _of_artefact(loop: CircularLoop, stage: str, line: Sequence[Artefact], place: Path) -> Trained:
+def _of_artefact(loop: CircularLoop, stage: str, line: Sequence[Artefact], place: Path) -> StageResult:
     """The network behind a stage of the loop; of several rounds the whole of it, written once."""
     records = [one.record for one in line]
     weights = whole_weights(loop, stage, line, place)
-    return Trained(weights=weights, kept_step=sum(record["kept_step"] for record in records),
-                   warnings=[text for record in records for text in record["warnings"]])  # fmt: skip
+    warnings = [text for record in records for text in record["warnings"]]
+    return StageResult(weights=weights, kept_step=sum(record["kept_step"] for record in records), stats=[], warnings=warnings)
 
 
 def _report(
-    problem: Problem, settings: Tuning, told: Mapping[str, list[PreferencePair]], trained: Mapping[str, Trained],
-    control: Mapping[str, Trained], folder: Path, say: Callable[[str], None],
+    problem: Problem, settings: Tuning, told: Mapping[str, list[PreferencePair]], trained: Mapping[str, StageResult],
+    control: Mapping[str, StageResult], folder: Path, say: Callable[[str], None],
 ) -> dict:
     """Verdicts of all stages, and the weights of those that learnt in their places."""
     confidence, stages = confidence_of(len(trained)), {}
@@ -199,7 +190,7 @@ def _report(
     }
 
 
-def _measured(problem: Problem, stage: str, measured: PairAccuracy, arm: Trained | None, confidence: float) -> Accuracy | None:
+def _measured(problem: Problem, stage: str, measured: PairAccuracy, arm: StageResult | None, confidence: float) -> Accuracy | None:
     if arm is None:
         return None
     base = stage_of(problem.pipeline, stage).model
@@ -207,7 +198,7 @@ def _measured(problem: Problem, stage: str, measured: PairAccuracy, arm: Trained
     return accuracy_of(found.margins, [pair.condition for pair in measured.pairs], confidence, found.preferred)
 
 
-def _told(stage: str, arm: Trained, own: Accuracy, other: Accuracy | None, said: Verdict, pairs: int) -> dict:
+def _told(stage: str, arm: StageResult, own: Accuracy, other: Accuracy | None, said: Verdict, pairs: int) -> dict:
     above = said.above_control
     return {
         "learnt": said.learnt, "runs_away": said.runs_away, "why": said.why, "pairs": pairs, "kept_step": arm.kept_step,

@@ -70,11 +70,6 @@ class Labels:
     answers: Sequence[Answer]
     folder: Path  # of the assets
 
-    def of(self, conditions: Sequence[str]) -> "Labels":
-        """Those of some conditions."""
-        kept = set(conditions)
-        return Labels([answer for answer in self.answers if answer.condition in kept], self.folder)
-
     @functools.cached_property
     def wins(self) -> Counter[tuple[str, str]]:
         """How often the first was preferred to the second."""

@@ -20,7 +20,6 @@ reference's sample.
 import functools
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch
 
 from eg3d_rlhf.models.sparse import SparseSample, collate, feats_of, to_cpu
 from eg3d_rlhf.tuning.flow.generate import Models, generate
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair, check_unique, read_pairs, write_pairs
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair, by_condition, check_unique, read_pairs, write_pairs
 from eg3d_rlhf.tuning.flow.problem import Problem
 from eg3d_rlhf.tuning.flow.stage import FlowStage, stage_of
 from training.config import check_knobs, knob
@@ -245,10 +244,7 @@ def weigh(pairs: Sequence[PreferencePair], use_w1: bool = True, use_w2: bool = T
     if (use_w1 or use_w2) and unscored is not None:
         raise ValueError(f"weigh: expected both rewards on every pair, got none on {unscored.id}. Score the assets first.")
     values: dict[str, float] = {}
-    groups: dict[str, list[PreferencePair]] = defaultdict(list)
-    for pair in pairs if scored else ():
-        groups[pair.condition].append(pair)
-    for group in groups.values():
+    for group in by_condition(pairs).values() if scored else ():
         rewards = torch.tensor([p.rewards[0] for p in group] + [p.rewards[1] for p in group], dtype=torch.float64)
         first, second = torch.arange(len(rewards)).chunk(2)
         values |= zip((p.id for p in group), w1(rewards, first, second).tolist(), strict=True)

@@ -23,7 +23,7 @@ from eg3d_rlhf.tuning.flow.problem import (
     ProblemSource,
     chosen_precision,
     conditions_beside,
-    conditions_problem,
+    divided,
     folder_problem,
     hash_of,
     pair_folders,
@@ -203,7 +203,7 @@ def open_folder(
 
 
 def open_conditions(family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
-    """The problem of a folder and of embeddings alone, without pairs; the empty condition is '' where the file has it.
+    """The problem of a folder and of embeddings alone, for a reward from elsewhere; the empty condition is '' where the file has it.
 
     Raises: ValueError for no embeddings, or for options that are then not read.
     """
@@ -216,7 +216,11 @@ def open_conditions(family: FlowFamily, source: ProblemSource, device: str | tor
     tokens = replace(tokens, zero_null=tokens.zero_null and NULL not in tokens.tokens)
     pipeline = family.load(root, tokens, dtype=getattr(torch, source.dtype), device=device)
     identity = _identity(family, source, place)
-    return conditions_problem(pipeline, tokens, identity=identity, seed=source.seed, held_out=source.held_out)
+    trained, choosing, held = divided(tokens.names, source.seed, source.held_out)
+    return Problem(
+        pipeline=pipeline, human_pairs=lambda stage: [], reward=None, chooser=None, final=None, train_conditions=trained,
+        choosing_conditions=choosing, held_out_conditions=held, identity={**identity, "seed": source.seed, "held_out": source.held_out},
+    )
 
 
 def _identity(family: FlowFamily, source: ProblemSource, conditions: Path) -> dict:

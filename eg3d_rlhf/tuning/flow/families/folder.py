@@ -15,7 +15,7 @@ from torch import nn
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.models.sparse import Batch, Latent, feats_of
 from eg3d_rlhf.models.weights import read
-from eg3d_rlhf.tuning.flow.conditions import Conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions, to_device
 from eg3d_rlhf.tuning.flow.families import tell
 from eg3d_rlhf.tuning.flow.stage import refuse_empty
 from training.progress import tqdm
@@ -48,7 +48,7 @@ class OpenedFolder:
         return self._loaded[name]
 
     def told(self, stage: str) -> str | None:
-        """The tensor of a condition that a stage is told; None: conditions are one tensor."""
+        """The tensor of a condition that a stage is told; None: all of it."""
         return None
 
     def check_tokens(self, stage: str, channels: int, remedy: str) -> None:
@@ -62,20 +62,19 @@ class OpenedFolder:
             source = f" of {self.tokens.encoder}" if self.tokens.encoder else ""
             raise ValueError(f"conditions: expected {expected}, got {form}{source}. {remedy}")
 
-    def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
-        """[N, L, E]. Raises: ValueError for names without an embedding."""
-        return self._embedded(names, stage)
-
-    def no_condition(self, n: int, stage: str) -> torch.Tensor:
-        """[n, L, E], the empty condition."""
-        return self._embedded(n, stage)
-
-    def _embedded(self, of: Sequence[str] | int, stage: str) -> torch.Tensor:
+    def conditions(self, names: Sequence[str], stage: str) -> Any:
+        """[N, L, E] of what a stage is told, or tensors by name. Raises: ValueError for names without an embedding."""
         assert self.tokens is not None
-        condition, name = self.tokens.null(of) if isinstance(of, int) else self.tokens.of(of), self.told(stage)
-        tensor = condition if name is None else condition[name]  # type: ignore[index]  # the form was looked at when the folder was opened
-        assert isinstance(tensor, torch.Tensor)
-        return tensor.to(self.device)
+        return self._told(self.tokens.of(names), stage)
+
+    def no_condition(self, n: int, stage: str) -> Any:
+        """[n, L, E], the empty condition, or its tensors by name."""
+        assert self.tokens is not None
+        return self._told(self.tokens.null(n), stage)
+
+    def _told(self, condition: Any, stage: str) -> Any:
+        name = self.told(stage)
+        return to_device(condition if name is None else condition[name], self.device)
 
     def normalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
         """Latents [v, C] as decoders read them -> as the flow of a stage sees them."""

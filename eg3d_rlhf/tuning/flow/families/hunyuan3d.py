@@ -27,7 +27,7 @@ from eg3d_rlhf.models.weights import below, content, empty, fill, fingerprint, f
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.export import Release, Stored
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register
-from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, embedding, even_points, mentions, read_mesh, read_yaml
+from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, embedding, even_points, mentions, read_mesh, read_yaml
 from eg3d_rlhf.tuning.flow.ranking import asset_candidate
 from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
 from training.storage import check_fit
@@ -327,20 +327,9 @@ class ShapePipeline(OpenedFolder):
             data_at_one=True, path=FlowPath(sigma_min=0.0, schedule="uniform"), sampling=sampling(files.shift), lora_targets=LORA_TARGETS,
         )]
 
-    def conditions(self, names: Sequence[str], stage: str) -> Any:
-        """{"main": [N, L, E]}."""
-        assert self.tokens is not None
-        return self.tokens.of(names)
-
-    def no_condition(self, n: int, stage: str) -> Any:
-        """The same of zeros."""
-        assert self.tokens is not None
-        return self.tokens.null(n)
-
     def decode(self, x_0: torch.Tensor) -> list[ShapeAsset]:
         """Shapes of latents."""
-        if not bool(torch.isfinite(x_0).all()):
-            raise ValueError("decode: expected finite latents, got NaN or infinite ones. Use an earlier checkpoint.")
+        check_finite("decode", x_0)
         return [ShapeAsset(latent.detach().float(), self.part(DECODER_HALF)) for latent in x_0]
 
     def encode(self, assets: Sequence[Mesh]) -> list[dict[str, Any]]:

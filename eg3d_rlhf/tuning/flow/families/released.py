@@ -50,14 +50,14 @@ def _trellis(kind: str, width: int) -> list[Sized]:
     )  # fmt: skip
     structure = trellis.StructureFlowConfig(resolution=16, patch_size=1, **common)
     latent = trellis.LatentFlowConfig(resolution=64, patch_size=2, io_block_channels=(128,), **common)
+    stages = (
+        ("structure", partial(trellis.StructureFlow, structure), DenseGrid(channels=8, resolution=16)),
+        ("latent", partial(trellis.LatentFlow, latent), SparseVoxels(channels=8, resolution=64)),
+    )
     return [
-        Sized(told=[TOKENS[kind], width], stage=FlowStage(
-            name="structure", model=empty(partial(trellis.StructureFlow, structure)), latents=DenseGrid(channels=8, resolution=16),
-            sampling=KINDS[kind])),
-        Sized(told=[TOKENS[kind], width], stage=FlowStage(
-            name="latent", model=empty(partial(trellis.LatentFlow, latent)), latents=SparseVoxels(channels=8, resolution=64),
-            sampling=KINDS[kind])),
-    ]  # fmt: skip
+        Sized(told=[TOKENS[kind], width], stage=FlowStage(name=name, model=empty(make), latents=latents, sampling=KINDS[kind]))
+        for name, make, latents in stages
+    ]
 
 
 def _trellis2() -> list[Sized]:

@@ -21,7 +21,7 @@ from eg3d_rlhf.preferences.goodness import normal_scores
 from eg3d_rlhf.tuning.flow.conditions import Condition, to_device
 from eg3d_rlhf.tuning.flow.online.losses.dgpo import dgpo_loss
 from eg3d_rlhf.tuning.flow.online.losses.nft import nft_errors, nft_loss
-from eg3d_rlhf.tuning.flow.pairs import check_unique
+from eg3d_rlhf.tuning.flow.pairs import by_condition, check_unique
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.stage import FlowStage, Pipeline, check_convention, stage_of
 from eg3d_rlhf.tuning.flow.train import Judge, StageResult, train, train_knob, win_rate_signs, win_rates
@@ -208,13 +208,6 @@ class GroupUpdates(LabelPasses[Ranked]):
 # The training.
 
 
-def by_condition(singles: Sequence[Single]) -> list[list[Single]]:
-    groups: dict[str, list[Single]] = {}
-    for one in singles:
-        groups.setdefault(one.condition, []).append(one)
-    return list(groups.values())
-
-
 def train_singles(
     pipeline: Pipeline, stage_name: str, singles: Sequence[Single], config: SinglesConfig, out: Path, *, held_out: Judge | None = None,
     ranks: Ranks = SINGLE, resume: bool = False, say: Callable[[str], None] = print,
@@ -231,7 +224,7 @@ def train_singles(
         common = (config, policy, reference, run.ranks)
         if config.loss == NFT:
             return SingleUpdates(pipeline, stage, singles, *common)
-        groups = [group for group in by_condition(singles) if len({one.r for one in group}) > 1]
+        groups = [group for group in by_condition(singles).values() if len({one.r for one in group}) > 1]
         return GroupUpdates(pipeline, stage, groups, *common)
 
     latents, columns = {one.id: one.latent for one in singles}, [[one.id, one.condition, one.r] for one in singles]
@@ -255,7 +248,7 @@ def check_singles(pipeline: Pipeline, stage: FlowStage, singles: Sequence[Single
             raise ValueError(f"{who}: expected finite latents, got others of {one.id!r}. Drop the asset.")
     if all(abs(one.r - 0.5) <= EVEN for one in singles):
         raise ValueError(f"{who}: expected labels that tell assets apart, got {len(singles)} that are even. Label more, or in finer steps.")
-    if loss == DGPO and all(len({one.r for one in group}) < 2 for group in by_condition(singles)):
+    if loss == DGPO and all(len({one.r for one in group}) < 2 for group in by_condition(singles).values()):
         raise ValueError(f"{who}: expected assets of one condition that differ in rank, got ties everywhere. Label several of a condition.")
     device, some = next(stage.model.parameters()).device, singles[:8]
     cond = to_device(pipeline.conditions([one.condition for one in some], stage.name), device)

@@ -16,10 +16,10 @@ from eg3d_rlhf.tuning.flow.offline.train_singles import (
     SinglesConfig,
     SingleUpdates,
     Velocities,
-    by_condition,
     draw_singles,
     train_singles,
 )
+from eg3d_rlhf.tuning.flow.pairs import by_condition
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.train import policy_and_reference
 from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, voxel_pairs
@@ -48,7 +48,7 @@ def singles(n: int = 12, stage: str = "voxels", use: str = "labels") -> list[Sin
 def ranked(made: list[Single]) -> list[Single]:
     """By their mean feature."""
     r = {}
-    for group in by_condition(made):
+    for group in by_condition(made).values():
         r |= of_ranks({one.id: -float(feats_of(one.latent).mean()) for one in group})
     return [replace(one, r=r[one.id]) for one in made]
 
@@ -85,7 +85,7 @@ def parts(loss: str, config: SinglesConfig, data):
     stage = stage_of(pipeline, data[0].stage)
     config = replace(config, lora=None)
     policy, reference = policy_and_reference(stage, config)
-    kind, examples = (SingleUpdates, data) if loss == "nft" else (GroupUpdates, by_condition(data))
+    kind, examples = (SingleUpdates, data) if loss == "nft" else (GroupUpdates, list(by_condition(data).values()))
     return pipeline, stage, policy, reference, kind(pipeline, stage, examples, config, policy, reference, SINGLE)
 
 
