@@ -11,15 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.models.sparse import Latent, SparseSample, feats_of
-from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, Conditions
+from eg3d_rlhf.tuning.flow.conditions import CONDITIONS
 from eg3d_rlhf.tuning.flow.generate import HeldOut, Models, crossed, generate
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair, pairs_hash, read_pairs
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.tuning.flow.stage import CONVENTION, AssetReward, Pipeline, Voxels, stage_of
 from training.config import check_knobs, knob
 from training.distributed import SINGLE, Ranks
@@ -137,6 +137,8 @@ def read_stages(
     read: dict[str, list[PreferencePair]] = {}
     for stage, folder in folders.items():
         read[stage], meta = read_pairs(folder, stage_of(pipeline, stage))
+        if (got := meta.get("convention")) != CONVENTION:
+            raise ValueError(f"{folder}: expected the convention {CONVENTION!r}, got {got!r}. Make the pairs again with this program.")
         check(folder, stage, meta)
     (first, pairs), *others = read.items()
     expected = {(pair.id, pair.condition) for pair in pairs}
@@ -153,65 +155,6 @@ def read_stages(
         return read[stage]
 
     return of_stage
-
-
-# A generator's files and a folder of people's pairs as a problem: what every family has in common.
-
-
-Judge = Callable[[Any, Callable[[], Sequence[PreferencePair]], str], AssetReward]  # (pipeline, pairs of its last stage, title)
-
-
-def folder_problem(
-    pipeline: Any, folders: Mapping[str, Path], tokens: Conditions, *, identity: Mapping, seed: int = 0, held_out: float = 0.2,
-    judge: Judge | None = None, check: Callable[[Path, str, Mapping], None] = lambda folder, stage, meta: None,
-    splits: Sequence[Sequence[str]] | None = None,
-) -> Problem:
-    """The problem of a pipeline and pairs of its stages.
-
-    Conditions are divided by a hash of their names: a share is held out, half of it to choose checkpoints on where there are two or more.
-    Where `judge` makes a reward of people's pairs of the last stage, three are fitted to pairs of different conditions: one half of the
-    trained (w1 and w2), the other half (held-out win rate), the held-out (the final table). Where pairs of a stage are missing, there is
-    the first alone.
-
-    Args:
-        folders: by stage; tokens: of all conditions; identity: JSON, hashes of all files; held_out: share of the conditions.
-        check: refuses pairs of another pipeline, from the folder, the stage and what the writer had to say.
-    Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
-    """
-
-    def checked(folder: Path, stage: str, meta: Mapping) -> None:
-        got = meta.get("convention")
-        if got != CONVENTION:
-            raise ValueError(f"{folder}: expected the convention {CONVENTION!r}, got {got!r}. Make the pairs again with this program.")
-        check(folder, stage, meta)
-
-    read = read_stages(folders, pipeline, checked)
-    named = sorted({pair.condition for stage in folders for pair in read(stage)})
-    tokens.of(named)
-    trained, choosing, held = divided(named, seed, held_out) if splits is None else map(list, splits)
-
-    def human_pairs(stage: str, names: Sequence[str] = trained) -> list[PreferencePair]:
-        kept = set(names)
-        return [pair for pair in read(stage) if pair.condition in kept]
-
-    last = pipeline.stages[-1].name
-
-    def fitted(title: str, names: Sequence[str]) -> AssetReward | None:
-        return None if judge is None else judge(pipeline, lambda: human_pairs(last, names), title)
-
-    judged = judge is not None and set(folders) == {stage.name for stage in pipeline.stages} and bool(held)
-    halves = (trained[0::2], trained[1::2]) if len(trained) > 1 else (trained, [])
-    return Problem(
-        pipeline=pipeline, human_pairs=human_pairs, reward=fitted("reward", halves[0]),
-        chooser=fitted("chooser", halves[1]) if judged and halves[1] else None, final=fitted("final judge", held) if judged else None,
-        train_conditions=trained, held_out_conditions=held, choosing_conditions=choosing, unseen_pairs=human_pairs,
-        teach=None if judge is None or last not in folders else lambda pairs, seed: judge(pipeline, lambda: pairs, "reward"),
-        fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
-        identity={
-            **identity, "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()}, "seed": seed,
-            **({"held_out": held_out} if splits is None else {"splits": list(map(list, splits))}),
-        },
-    )
 
 
 def divided(names: Sequence[str], seed: int, held_out: float) -> tuple[list[str], list[str], list[str]]:

@@ -17,19 +17,21 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.registry import Registry, load_plugins
 from eg3d_rlhf.models.sparse import Latent
 from eg3d_rlhf.tuning.flow.conditions import NULL, Conditions, read_conditions
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair, pairs_hash
 from eg3d_rlhf.tuning.flow.problem import (
-    Judge,
     Problem,
     ProblemSource,
     chosen_precision,
     conditions_beside,
     divided,
-    folder_problem,
     hash_of,
     pair_folders,
+    read_stages,
 )
 from eg3d_rlhf.tuning.flow.ranking import Candidates, drawn_candidate
+from eg3d_rlhf.tuning.flow.stage import AssetReward
 
+Judge = Callable[[Any, Callable[[], Sequence[PreferencePair]], str], AssetReward]  # (pipeline, pairs of its last stage, title)
 Load = Callable[..., Any]  # (root, Conditions, *, dtype, device) -> Pipeline; without conditions nothing is sampled
 COMMON = ("pipeline", "pairs", "seed", "held_out", "splits", "conditions", "dtype", "precision")  # of ProblemSource, read by all families
 
@@ -187,18 +189,46 @@ def open_folder(
     family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu",
     check: Callable[[Any, Path, str, Mapping], None] = lambda pipeline, folder, stage, meta: None,
 ) -> Problem:
-    """The problem of a folder, by what its family says of it.
+    """The problem of a folder and pairs of its stages, by what its family says of it.
+
+    Conditions are divided by a hash of their names: a share is held out, half of it to choose checkpoints on where there are two or more.
+    Where the family makes a reward of people's pairs of the last stage, three are fitted to pairs of different conditions: one half of the
+    trained (w1 and w2), the other half (held-out win rate), the held-out (the final table). Where pairs of a stage are missing, there is
+    the first alone.
 
     Args: check: refuses pairs of another pipeline, from the pipeline, the folder, the stage and what the writer had to say.
+    Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
     """
-    root, folders = Path(source.pipeline), pairs_in(family, source)
-    tokens = conditions_beside(folders, None if source.conditions is None else Path(source.conditions))
-    read = read_conditions(tokens, zero_null=family.zero_null)
-    pipeline: Any = family.load(root, read, dtype=getattr(torch, source.dtype), device=device)
-    identity = _identity(family, source, tokens)
-    return folder_problem(
-        pipeline, folders, read, identity=identity, seed=source.seed, held_out=source.held_out, judge=family.judge, splits=source.splits,
-        check=functools.partial(check, pipeline),
+    folders, judge = pairs_in(family, source), family.judge
+    place = conditions_beside(folders, None if source.conditions is None else Path(source.conditions))
+    tokens = read_conditions(place, zero_null=family.zero_null)
+    pipeline: Any = family.load(Path(source.pipeline), tokens, dtype=getattr(torch, source.dtype), device=device)
+    files, read = _identity(family, source, place), read_stages(folders, pipeline, functools.partial(check, pipeline))
+    named = sorted({pair.condition for stage in folders for pair in read(stage)})
+    tokens.of(named)  # raises for those that are missing
+    trained, choosing, held = map(list, source.splits or divided(named, source.seed, source.held_out))
+
+    def human_pairs(stage: str, names: Sequence[str] = trained) -> list[PreferencePair]:
+        kept = set(names)
+        return [pair for pair in read(stage) if pair.condition in kept]
+
+    last = pipeline.stages[-1].name
+
+    def fitted(title: str, names: Sequence[str]) -> AssetReward | None:
+        return None if judge is None else judge(pipeline, lambda: human_pairs(last, names), title)
+
+    judged = judge is not None and set(folders) == {stage.name for stage in pipeline.stages} and bool(held)
+    halves = (trained[0::2], trained[1::2]) if len(trained) > 1 else (trained, [])
+    return Problem(
+        pipeline=pipeline, human_pairs=human_pairs, reward=fitted("reward", halves[0]),
+        chooser=fitted("chooser", halves[1]) if judged and halves[1] else None, final=fitted("final judge", held) if judged else None,
+        train_conditions=trained, held_out_conditions=held, choosing_conditions=choosing, unseen_pairs=human_pairs,
+        teach=None if judge is None or last not in folders else lambda pairs, seed: judge(pipeline, lambda: pairs, "reward"),
+        fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
+        identity={
+            **files, "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()}, "seed": source.seed,
+            **({"held_out": source.held_out} if source.splits is None else {"splits": list(map(list, source.splits))}),
+        },
     )
 
 
