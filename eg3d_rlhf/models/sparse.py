@@ -191,6 +191,15 @@ def latent_of(parts: Mapping[str, torch.Tensor]) -> Latent:
     return parts["x"] if "x" in parts else NamedSample({name.removeprefix("/"): x for name, x in parts.items()})
 
 
+def latents_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Latent]:
+    """Latents by name from tensors that are called "name.part", or "name" for the part "x"."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.partition(".")
+        parts.setdefault(name, {})[part or "x"] = tensor
+    return {name: latent_of(of_latent) for name, of_latent in parts.items()}
+
+
 def to_cpu(latent: Latent) -> Latent:
     """A latent to keep: on the CPU, without gradient."""
     return latent_of({name: tensor.detach().cpu() for name, tensor in parts_of(latent).items()})

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.core.plain_yaml import read_yaml
 from eg3d_rlhf.core.spec import LATTICES, SlabSpec
 from eg3d_rlhf.generators import Generator, ws_of_seeds
 from eg3d_rlhf.models.weights import read
@@ -46,7 +47,6 @@ model:
   mlp_global: {input_size: 256}
 """
 _MAX_BYTES = 1 << 18
-_MAX_DEPTH = 64
 _MAX_STEPS = 64  # references followed for one value
 _REFERENCE = re.compile(r"\$\{([^${}]*)\}")  # innermost first
 _ENDS = dict.fromkeys(("lo", "low", "lower", "lower_norm", "min"), "lower")
@@ -165,8 +165,8 @@ def read_config(path: str | Path, transform: str = "config") -> ReleaseConfig:
     Args: path of the YAML file; transform: 'config' takes grid and range from it, 'published' takes 256 points and [0, 100].
     Raises: FileNotFoundError; ValueError naming the field for anything that is missing, not understood, or not what our network computes.
     """
-    root = read_yaml(path)
     where = f"reward config {Path(path).name}"
+    root = read_yaml(Path(path), where, _MAX_BYTES, aliases=0)
     settings = dict(_model_settings(root, where))
     if transform == "published":
         return ReleaseConfig(**settings)
@@ -179,35 +179,6 @@ def read_config(path: str | Path, transform: str = "config") -> ReleaseConfig:
             "clouds are not read; for a sigma-field reward without this field pass --transform=published."
         )
     return ReleaseConfig(resolution=int(match[1]), value_max=_value_max(root, where), **settings)
-
-
-def read_yaml(path: str | Path) -> dict:
-    """A small YAML file as plain dicts, lists and scalars; no object of any other kind is built.
-
-    Raises: FileNotFoundError; ValueError for a file that is large, no YAML, uses tags or aliases, or holds no mapping.
-    """
-    import yaml  # only here: nothing else needs it
-
-    path = Path(path)
-    where = f"reward config {path.name}"
-    if not path.is_file():
-        raise FileNotFoundError(f"{where}: expected a file at {path}, got none. Check the path.")
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{where}: expected at most {_MAX_BYTES >> 10} KiB, got {path.stat().st_size >> 10}. Is it another file?")
-    try:
-        text = path.read_text(encoding="utf-8")
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # lazily, so that what is refused is not read to its end
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > _MAX_DEPTH:
-                raise ValueError("it uses aliases (*name)" if depth <= _MAX_DEPTH else f"it nests deeper than {_MAX_DEPTH} levels")
-        root = yaml.load(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{where}: expected plain YAML without tags and aliases, got: {reason}. Copy the released file again.") from error
-    if not isinstance(root, dict):
-        raise ValueError(f"{where}: expected a mapping at the top, got {type(root).__name__}. Is it another file?")
-    return root
 
 
 def lookup(root: Mapping, dotted: str) -> Any:

@@ -18,7 +18,7 @@ import torch
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments.store import json_hash
-from eg3d_rlhf.models.sparse import Latent, NamedSample, SparseSample, feats_of, latent_of, parts_of
+from eg3d_rlhf.models.sparse import Latent, NamedSample, SparseSample, feats_of, latents_of, parts_of
 from eg3d_rlhf.tuning.flow.stage import FlowStage
 from training.progress import tqdm
 from training.storage import read_tensors, write_atomic, write_tensors
@@ -231,8 +231,4 @@ def _read_latents(folder: Path, content: dict) -> dict[str, Latent]:
         if file_hash(path) != expected:
             raise ValueError(f"{path}: expected the bytes that meta.json speaks of, got others. It is damaged or from another folder.")
         tensors.update(read_tensors(path, "pairs")[0])
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        stem, _, part = name.partition(".")
-        parts.setdefault(stem, {})[part or "x"] = tensor
-    return {stem: latent_of(named) for stem, named in parts.items()}
+    return latents_of(tensors)

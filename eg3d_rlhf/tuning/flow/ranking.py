@@ -13,9 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from eg3d_rlhf.models.sparse import Latent, latent_of, parts_of, to_cpu
+from eg3d_rlhf.models.sparse import Latent, latents_of, parts_of, to_cpu
 from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, Conditions, write_conditions
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, by_condition, write_pairs
 from eg3d_rlhf.tuning.flow.stage import CONVENTION, Pipeline, stage_of
@@ -90,11 +88,8 @@ def write_latents(path: Path, latents: Mapping[str, Latent]) -> None:
 def read_latents(path: Path) -> dict[str, Latent]:
     """Inverse of write_latents. Raises: FileNotFoundError, ValueError for a damaged or foreign file."""
     tensors, meta = read_tensors(path, KIND)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        number, _, part = name.partition(".")
-        parts.setdefault(number, {})[part] = tensor
-    return {stage: latent_of(parts[str(i)]) for i, stage in enumerate(meta["stages"])}
+    latents = latents_of(tensors)
+    return {stage: latents[str(i)] for i, stage in enumerate(meta["stages"])}
 
 
 def rank_of(record: Mapping, ranked: bool) -> float:

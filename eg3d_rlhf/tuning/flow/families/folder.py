@@ -22,7 +22,7 @@ from training.progress import tqdm
 from training.storage import load_strict
 
 T = TypeVar("T")
-LARGEST, ALIASES = 1 << 16, 16  # bytes of a YAML file, and repetitions in it
+LARGEST = 1 << 16  # bytes of a file that is looked into
 ELSEWHERE = "Where this is usual, the decoder is not the one that the flow was trained with: check its folder, and the conditions."
 LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once
 
@@ -131,23 +131,6 @@ class AssetLatents(Mapping[str, Latent]):
 def embedding(things: Collection[T], unit: str) -> Iterable[T]:
     """What is embedded, with a bar."""
     return tqdm(things, desc="embedding", unit=unit, disable=None)
-
-
-def read_yaml(path: Path) -> dict:
-    """A mapping from a file; no object of any other kind is built. Raises: ValueError."""
-    import yaml  # only here, as in reward/release.py: nothing else needs it
-
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path}: expected at most {LARGEST >> 10} KiB, got {path.stat().st_size >> 10}. Is it another file?")
-    text = path.read_text()
-    try:
-        repeated = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
-        content = yaml.safe_load(text) if repeated <= ALIASES else None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got: {' '.join(str(error).split())[:120]}. Restore the file.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping, got another value or many repetitions. Restore the file.")
-    return content
 
 
 def mentions(path: Path, word: str) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.core.interfaces import Mesh
+from eg3d_rlhf.core.plain_yaml import read_yaml
 from eg3d_rlhf.geometry.mesh import extract_mesh_blockwise
 from eg3d_rlhf.geometry.mesh_export import save_mesh
 from eg3d_rlhf.models.hunyuan3d import BOUND, AutoencoderConfig, Denoiser, DenoiserConfig, ShapeDecoder, ShapeEncoder
@@ -27,7 +28,7 @@ from eg3d_rlhf.models.weights import below, content, empty, fill, fingerprint, f
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.export import Release, Stored
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register
-from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, embedding, even_points, mentions, read_mesh, read_yaml
+from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite, embedding, even_points, mentions, read_mesh
 from eg3d_rlhf.tuning.flow.ranking import asset_candidate
 from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
 from training.storage import check_fit

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eg3d_rlhf.core.plain_yaml import read_yaml
 from eg3d_rlhf.models.pictures import ObjectCut
 from eg3d_rlhf.models.sam3d import (
     Embedder,
@@ -41,7 +42,7 @@ from eg3d_rlhf.models.trellis.autoencoders import (
 )
 from eg3d_rlhf.models.vit import DinoConfig
 from eg3d_rlhf.models.weights import State, below, empty, fill, frozen, read
-from eg3d_rlhf.tuning.flow.families.folder import are_scales, mentions, read_yaml
+from eg3d_rlhf.tuning.flow.families.folder import are_scales, mentions
 from eg3d_rlhf.tuning.flow.families.sam3d.pose import DECODERS, SHIFTED
 from eg3d_rlhf.tuning.flow.families.trellis.files import filled
 from eg3d_rlhf.tuning.flow.stage import FlowPath, Sampling
