@@ -118,7 +118,6 @@ class ArmsRun(ABC):
         """The stage that is tuned. Raises: ValueError for one that is not there."""
         return stage_of(problem.pipeline, self.stage or problem.pipeline.stages[-1].name)
 
-
     def markdown(self, data: Mapping) -> str:
         """Of the table: arms, what nobody trained on, and arms against each other, where there are such."""
         judge, seeds = data["judge"], [f"seed {seed}" for seed in data["training_seeds"]]

@@ -229,8 +229,8 @@ class FlowPath:
         if not 0 <= self.sigma_min < 1:
             raise ValueError(f"FlowPath.sigma_min: expected 0 <= sigma_min < 1, got {self.sigma_min}. Set it.")
 
-    def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        """Noise in x_t: s + (1 - s) t."""
+    def sigma(self, t: Any) -> Any:
+        """Noise in x_t, s + (1 - s) t, of one time or of a tensor of them."""
         return self.sigma_min + (1 - self.sigma_min) * t
 
     def times(self, n: int, generator: torch.Generator) -> torch.Tensor:

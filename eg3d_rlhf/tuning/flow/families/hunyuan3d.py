@@ -211,21 +211,19 @@ def encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = 
 
     Raises: FileNotFoundError where neither has it.
     """
-    path, state = files.checkpoint, sections[VAE]
-    if not any(name.startswith(ENCODER_HALF) for name in state):
-        beside = _vae_file(files)
-        if beside is None:
-            place = files.root.parent / VAE_FOLDER
-            raise FileNotFoundError(f"{path}: expected the autoencoder's encoder in it or in {place}, got neither. Fetch that folder.")
-        path, state = beside, content(beside, "checkpoint")
-    half = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_HALF)}
+    path, half = _encoding(files, sections[VAE])
+    if not half:
+        place = files.root.parent / VAE_FOLDER
+        raise FileNotFoundError(f"{path}: expected the autoencoder's encoder in it or in {place}, got neither. Fetch that folder.")
     return _loaded(ShapeEncoder, files.vae, half, f"{path}, {VAE}", torch.float32, device)
 
 
-def _vae_file(files: ShapeFiles) -> Path | None:
-    """The autoencoder's own checkpoint, in the folder that is released beside the shape's."""
-    beside = (files.root.parent / VAE_FOLDER / name for name in CHECKPOINTS)
-    return next((path for path in beside if path.is_file()), None)
+def _encoding(files: ShapeFiles, vae: Mapping[str, torch.Tensor]) -> tuple[Path, Mapping[str, torch.Tensor]]:
+    """File and tensors of that half: of the checkpoint, else of the autoencoder's own, which is released in a folder beside it."""
+    there = [path for name in CHECKPOINTS if (path := files.root.parent / VAE_FOLDER / name).is_file()]
+    own = any(name.startswith(ENCODER_HALF) for name in vae) or not there
+    path, state = (files.checkpoint, vae) if own else (there[0], content(there[0], "checkpoint"))
+    return path, {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_HALF)}
 
 
 def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> Dino:
@@ -459,10 +457,7 @@ def networks(root: Path) -> list[Network]:
     files = read_files(root)
     sections = read_sections(files.checkpoint, ())
     vae = sections.get(VAE, {})
-    encoding = {name: tensor for name, tensor in vae.items() if name.startswith(ENCODER_HALF)}
-    place = files.checkpoint
-    if not encoding and (beside := _vae_file(files)) is not None:
-        place, encoding = beside, {n: x for n, x in content(beside, "checkpoint").items() if n.startswith(ENCODER_HALF)}
+    place, encoding = _encoding(files, vae)
     decoding = _shapes(lambda: ShapeDecoder(files.vae))
     half = {name: tensor for name, tensor in vae.items() if not name.startswith(ENCODER_HALF)}
     half = {name: half[name] for name in decoding} if decoding.keys() <= half.keys() else half

@@ -14,7 +14,7 @@ import torch
 from eg3d_rlhf.models.sparse import Batch, count, feats_of, single
 from eg3d_rlhf.tuning.flow.generate import evaluating, stage_noise
 from eg3d_rlhf.tuning.flow.online.config import OnlineConfig
-from eg3d_rlhf.tuning.flow.online.draws import Drawn, Explorer, Move
+from eg3d_rlhf.tuning.flow.online.draws import Drawn, Explorer
 from eg3d_rlhf.tuning.flow.online.losses.clip import clipped_ratio_loss, outside
 from eg3d_rlhf.tuning.flow.online.losses.dgpo import dgpo_loss, left_alone
 from eg3d_rlhf.tuning.flow.online.losses.dppo import dppo_loss, dropped
@@ -77,7 +77,8 @@ class OnSteps:
         rows = []
         for samples in drawn:
             for move in samples.moves:
-                target = _towards(move, samples.x_0, self.path)
+                at = feats_of(move.x).new_full([count(move.x)], move.step.t)
+                target = self.path.velocity_to(move.x, at, samples.x_0)  # leads from x to where the sample ended
                 away, left = self.path.apart(move.v, move.v_ref), self.path.apart(target, move.v_ref)
                 rows.append(torch.stack([torch.ones_like(away), move.far, away, left]).sum(1))
         moves, kl, away, left = torch.stack(rows).sum(0)
@@ -109,11 +110,6 @@ class OnSteps:
             parts = (torch.ones_like(off), loss.detach(), out.high, out.low, stopped, off, off.square())
             totals += torch.stack([part.float().sum() for part in parts])
         return dict(zip(self.sums, totals, strict=True))
-
-
-def _towards(move: Move, x_0: Batch, path) -> Batch:
-    """The velocity that leads from x to where the sample ended."""
-    return path.velocity_to(move.x, feats_of(move.x).new_full([count(move.x)], move.step.t), x_0)
 
 
 class OnLatents:

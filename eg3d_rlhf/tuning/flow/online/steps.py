@@ -54,9 +54,6 @@ class Step(ABC):
     def length(self) -> float:
         return self.t - self.until
 
-    def _sigma(self, t: float) -> float:
-        return self.path.sigma_min + (1 - self.path.sigma_min) * t
-
 
 class ExactStep(Step):
     """Flow-GRPO's process in closed form."""
@@ -66,17 +63,17 @@ class ExactStep(Step):
         """k, the share of the old noise."""
         if not self.level:
             return 1.0
-        share = self._sigma(self.until) * (1 - self.t) / (self._sigma(self.t) * (1 - self.until))
+        share = self.path.sigma(self.until) * (1 - self.t) / (self.path.sigma(self.t) * (1 - self.until))
         return share ** (self.level**2 / 2)
 
     @property
     def std(self) -> float:
-        return self._sigma(self.until) * math.sqrt(1 - self.kept**2)
+        return self.path.sigma(self.until) * math.sqrt(1 - self.kept**2)
 
     def mean(self, x: Batch, v: Batch) -> Batch:
         at = feats_of(x).new_full([count(x)], self.t)
         data, noise = self.path.data(x, at, v), self.path.noise(x, at, v)
-        return with_feats(x, (1 - self.until) * feats_of(data) + self.kept * self._sigma(self.until) * feats_of(noise))
+        return with_feats(x, (1 - self.until) * feats_of(data) + self.kept * self.path.sigma(self.until) * feats_of(noise))
 
 
 class CpsStep(ExactStep):
@@ -88,7 +85,7 @@ class CpsStep(ExactStep):
 
     @property
     def std(self) -> float:
-        return self._sigma(self.until) * math.sin(self.level * math.pi / 2)
+        return self.path.sigma(self.until) * math.sin(self.level * math.pi / 2)
 
 
 class SdeStep(Step):
@@ -98,7 +95,7 @@ class SdeStep(Step):
     def diffusion(self) -> float:
         """g."""
         at = self.t if self.t < 1 else self.until
-        return self.level * math.sqrt(self._sigma(self.t) / (1 - at))
+        return self.level * math.sqrt(self.path.sigma(self.t) / (1 - at))
 
     @property
     def std(self) -> float:
@@ -106,7 +103,7 @@ class SdeStep(Step):
 
     def mean(self, x: Batch, v: Batch) -> Batch:
         noise = self.path.noise(x, feats_of(x).new_full([count(x)], self.t), v)
-        drift = feats_of(v) + self.diffusion**2 / (2 * self._sigma(self.t)) * feats_of(noise)
+        drift = feats_of(v) + self.diffusion**2 / (2 * self.path.sigma(self.t)) * feats_of(noise)
         return with_feats(x, feats_of(x) - self.length * drift)
 
 

@@ -53,10 +53,8 @@ def shapes_at(x: Grid, y: Grid, z: Grid, size: int) -> dict[str, Grid]:
     }  # fmt: skip
 
 
-SHAPES = (
-    "ball", "box", "pyramid", "pillar", "table", "chair", "arch", "cross", "stairs", "cup", "ring", "tower", "mushroom", "hammer", "sofa",
-    "bridge",
-)  # fmt: skip
+_NOWHERE = torch.zeros(0)
+SHAPES = tuple(shapes_at(_NOWHERE, _NOWHERE, _NOWHERE, 0))  # their names
 VARIANTS = tuple((size, lift) for size in (0, 1) for lift in (0, 1))  # small and large, at both heights that a shape may stand at
 CONDITIONS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 _PART = {f"{colour} {shape}": (5 * i + j) % len(COLOURS) for i, shape in enumerate(SHAPES) for j, colour in enumerate(COLOURS)}
