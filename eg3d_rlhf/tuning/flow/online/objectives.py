@@ -1,13 +1,13 @@
 """What is summed over the samples of an update: gradients by one of the losses, and figures.
 
-An objective draws the samples that its loss needs, and adds the gradients of some of them; `sums` are the names of what it returns.
+An objective draws the samples that its loss needs, and adds the gradients of some of them; `sums` are the names of what it returns, mass
+and loss first.
 
 Shape letters as in sparse.py; G groups, K samples of a group, n samples of a pass.
 """
 
 import random
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
@@ -29,26 +29,10 @@ EARLIEST = 0.02  # time to train on: below it errors of finished samples teach n
 Totals = dict[str, torch.Tensor]  # sums over samples, and over their moves or draws; "mass" is how many
 
 
-class Objective(Protocol):
-    """Of a config; the explorer's policy is the one in training."""
-
-    @property
-    def sums(self) -> Sequence[str]:
-        """Names, in this order: mass and loss are the first."""
-
-    def draw(self, conditions: Sequence[str], seeds: Sequence[int], step: int) -> list[Drawn]: ...
-
-    def told(self, drawn: Sequence[Drawn]) -> Totals:
-        """Sums of what the draw itself tells, by name; "moves" is how many."""
-
-    def add(self, drawn: Drawn, advantage: torch.Tensor, held: torch.Tensor, step: int, number: int) -> Totals:
-        """Add the gradients of some samples. Args: held: [n], times the weight of the distance; number: of the pass over the update."""
-
-
 class OnSteps:
-    """GRPO, GRPO-Guard and Flow-DPPO: densities of the sampler's steps."""
+    """GRPO, GRPO-Guard and Flow-DPPO: densities of the sampler's steps. The explorer's policy is the one in training."""
 
-    sums = ("mass", "loss", "high", "low", "stopped", "ratio", "ratio_square")
+    sums: Sequence[str] = ("mass", "loss", "high", "low", "stopped", "ratio", "ratio_square")
 
     def __init__(self, config: OnlineConfig, explorer: Explorer):
         self.config, self.explorer = config, explorer
@@ -74,6 +58,7 @@ class OnSteps:
         return self.explorer.draw(conditions, seeds, *self.steps_of(step))
 
     def told(self, drawn: Sequence[Drawn]) -> Totals:
+        """Sums of what the draw itself tells, by name; "moves" is how many."""
         rows = []
         for samples in drawn:
             for move in samples.moves:
@@ -85,6 +70,7 @@ class OnSteps:
         return {"moves": moves, "kl": kl, "away": away, "missing": left}
 
     def add(self, drawn: Drawn, advantage: torch.Tensor, held: torch.Tensor, step: int, number: int) -> Totals:
+        """Add the gradients of some samples. Args: held: [n], times the weight of the distance; number: of the pass over the update."""
         config, totals = self.config, torch.zeros(len(self.sums), device=advantage.device)
         for move in drawn.moves:
             at = move.step
@@ -113,12 +99,12 @@ class OnSteps:
 
 
 class OnLatents:
-    """DiffusionNFT and DGPO: errors on finished samples at times of the stage's own schedule.
+    """DiffusionNFT and DGPO: errors on finished samples at times of the stage's own schedule; methods as those of OnSteps.
 
     Args: old: the network that draws, which follows the policy.
     """
 
-    sums = ("mass", "loss", "kl", "moved", "lag", "old_missing", "missing", "stopped")
+    sums: Sequence[str] = ("mass", "loss", "kl", "moved", "lag", "old_missing", "missing", "stopped")
 
     def __init__(self, config: OnlineConfig, explorer: Explorer, old: Snapshot):
         self.config, self.explorer, self.old = config, explorer, old
@@ -174,11 +160,3 @@ class OnLatents:
         loss.sum().backward()
         parts = (torch.ones_like(away), loss, away, path.apart(v, old), path.apart(old, ref), old_missing, missing, stopped)
         return torch.stack([part.detach().float().sum() for part in parts])
-
-
-def objective_of(config: OnlineConfig, explorer: Explorer, old: Snapshot | None) -> Objective:
-    """Args: old: of losses on finished samples."""
-    if config.on_steps:
-        return OnSteps(config, explorer)
-    assert old is not None
-    return OnLatents(config, explorer, old)

@@ -23,7 +23,7 @@ from eg3d_rlhf.tuning.flow.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.online.draws import Drawn, Explorer, Task
 from eg3d_rlhf.tuning.flow.online.losses.nft import goodness
 from eg3d_rlhf.tuning.flow.online.losses.schedules import decay
-from eg3d_rlhf.tuning.flow.online.objectives import objective_of
+from eg3d_rlhf.tuning.flow.online.objectives import OnLatents, OnSteps
 from eg3d_rlhf.tuning.flow.online.signs import online_signs, too_far
 from eg3d_rlhf.tuning.flow.online.snapshot import Snapshot
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
@@ -49,7 +49,8 @@ class OnlineUpdates(Descent):
         self.config, self.task, self.order = config, task, Order(task.conditions, config.batch, config.seed)
         self.explorer = Explorer(task=task, config=config, policy=policy, reference=reference)
         self.old = None if config.on_steps else Snapshot(policy, self.named)
-        self.objective = objective_of(config, self.explorer, self.old)
+        self.objective: OnSteps | OnLatents
+        self.objective = OnSteps(config, self.explorer) if self.old is None else OnLatents(config, self.explorer, self.old)
         self.gate = Gate() if task.gate else None
         last = ("clipped", "clipped", "<5.3f") if config.on_steps else ("lag", "lag", "<8.2e")
         self.columns = (("reward", "reward", "<+8.4f"), ("spread", "spread", "<7.4f"), ("kl", "kl", "<8.2e"), last)
