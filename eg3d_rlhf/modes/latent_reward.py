@@ -48,11 +48,10 @@ def latent(stage: str | None, seed: int, seeds: int, out: Path, device: str, **s
 
 def markdown(beside: Beside) -> list[str]:
     rows = []
-    for kind, found in ((LATENT, beside.latent), (DECODED, beside.decoded)):
-        if found is not None:
-            accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*found.accuracy)
-            rows.append([kind, accuracy, ", ".join(f"{share:.3f}" for share in found.by_seed), f"{found.samples_per_second:,.0f}"])
-    if beside.decoded is not None and beside.difference is not None:
-        ratio = beside.latent.samples_per_second / beside.decoded.samples_per_second
+    for kind, found in beside.kinds.items():
+        accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*found.accuracy)
+        rows.append([kind, accuracy, ", ".join(f"{share:.3f}" for share in found.by_seed), f"{found.samples_per_second:,.0f}"])
+    if beside.difference is not None:
+        ratio = beside.kinds[LATENT].samples_per_second / beside.kinds[DECODED].samples_per_second
         rows.append(["latent beside decoded", "{:+.3f} [{:+.3f}, {:+.3f}]".format(*beside.difference), "", f"x{ratio:.2f}"])
     return markdown_rows(["reward", "accuracy", "seeds", "samples a second"], rows)

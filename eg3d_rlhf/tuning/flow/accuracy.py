@@ -146,6 +146,15 @@ def confidence_of(stages: int) -> float:
     return 1 - 2 * FALSE_ALARMS / max(stages, 2)
 
 
+def check_enough(conditions: Sequence[str]) -> set[str]:
+    """Those of held-out pairs, each once. Raises: ValueError for fewer than LEAST_CONDITIONS."""
+    names = set(conditions)
+    if len(names) < LEAST_CONDITIONS:
+        remedy = "Label more pictures or texts, or hold more of them out"
+        raise ValueError(f"held-out pairs: expected {LEAST_CONDITIONS} conditions or more with labels, got {len(names)}. {remedy}.")
+    return names
+
+
 def accuracy_of(
     margins: np.ndarray, conditions: Sequence[str], confidence: float = 0.95, preferred: np.ndarray | None = None
 ) -> Accuracy:
@@ -153,10 +162,7 @@ def accuracy_of(
 
     Raises: ValueError for fewer conditions than LEAST_CONDITIONS.
     """
-    names = set(conditions)
-    if len(names) < LEAST_CONDITIONS:
-        remedy = "Label more pictures or texts, or hold more of them out"
-        raise ValueError(f"held-out pairs: expected {LEAST_CONDITIONS} conditions or more with labels, got {len(names)}. {remedy}.")
+    names = check_enough(conditions)
     right = ordered(margins)
     rate, low, high = clustered_rate(right, conditions, confidence)
     rise = None if preferred is None else clustered_mean(preferred, conditions, confidence)

@@ -5,7 +5,7 @@ Letters: P pairs, S training seeds.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -14,7 +14,7 @@ import torch
 
 from eg3d_rlhf.core.statistics import MeanInterval, clustered_mean, clustered_rate
 from eg3d_rlhf.models.sparse import collate
-from eg3d_rlhf.tuning.flow.accuracy import LEAST_CONDITIONS, ordered
+from eg3d_rlhf.tuning.flow.accuracy import check_enough, ordered
 from eg3d_rlhf.tuning.flow.latent_reward import BATCH, LatentReward, LatentTraining, in_order, scores_of_assets, taught_by
 from eg3d_rlhf.tuning.flow.online.draws import Task
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
@@ -44,14 +44,12 @@ class Beside:
 
     pairs: int
     conditions: int
-    latent: Kind
-    decoded: Kind | None  # None: this problem's pairs teach no such reward
+    kinds: Mapping[str, Kind]  # LATENT, and DECODED where this problem's pairs teach such a reward
     difference: MeanInterval | None  # latent's accuracy less decoded's, pair by pair
 
     def shown(self) -> dict:
         """JSON."""
-        kinds = {name: kind.shown() for name, kind in ((LATENT, self.latent), (DECODED, self.decoded)) if kind is not None}
-        return {"pairs": self.pairs, "conditions": self.conditions, **kinds,
+        return {"pairs": self.pairs, "conditions": self.conditions, **{name: kind.shown() for name, kind in self.kinds.items()},
                 **({} if self.difference is None else {"difference": list(self.difference)})}  # fmt: skip
 
 
@@ -65,9 +63,7 @@ def compared(
     last = problem.pipeline.stages[-1].name
     held = {name: problem.pairs_to_tell(name) for name in (stage, last)}
     names = [pair.condition for pair in held[stage]]
-    if len(set(names)) < LEAST_CONDITIONS:
-        remedy = "Label more conditions, or hold more of them out"
-        raise ValueError(f"held-out pairs: expected {LEAST_CONDITIONS} conditions or more with labels, got {len(set(names))}. {remedy}.")
+    conditions = check_enough(names)
     read, decoded = list[LatentReward](), list[AssetReward]()
     for seed in seeds:
         say(f"training seed {seed}")
@@ -85,8 +81,7 @@ def compared(
         for kind, found in outcomes.items()
     }
     apart = None if DECODED not in kinds else clustered_mean(outcomes[LATENT].mean(0) - outcomes[DECODED].mean(0), names)
-    beside = Beside(pairs=len(names), conditions=len(set(names)), latent=kinds[LATENT], decoded=kinds.get(DECODED), difference=apart)
-    return read[0], beside
+    return read[0], Beside(pairs=len(names), conditions=len(conditions), kinds=kinds, difference=apart)
 
 
 def of_latents(reward: LatentReward, pairs: Sequence[PreferencePair]) -> np.ndarray:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.geometry.files.ply import read_header, read_splats
 from eg3d_rlhf.tuning.flow.drawing import draw_or_empty
 from eg3d_rlhf.tuning.flow.families import FlowFamily
@@ -45,9 +45,7 @@ class Strip:
                     pictures.append(picture(file, self.family.up))
                 except ValueError:  # numbers that are not finite: training goes on, and stops where its own are not
                     pictures.append(picture(None))
-        with tempfile.NamedTemporaryFile(suffix=".png") as made:
-            Image.fromarray(np.concatenate(pictures, 1)).save(made.name)
-            write_atomic(path, Path(made.name).read_bytes())
+        write_atomic(path, png(np.concatenate(pictures, 1)))
         return path
 
 
