@@ -19,8 +19,8 @@ from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.flags import shared, some_of
-from eg3d_rlhf.evaluation.judges import blind_pairs, figures_of_heads
-from eg3d_rlhf.evaluation.pictures import BEHIND, USUAL, PictureOptions, Side
+from eg3d_rlhf.evaluation.judges import blind_pairs, figures_of_heads, frechet
+from eg3d_rlhf.evaluation.pictures import BEHIND, USUAL, PictureOptions, Side, chosen
 from eg3d_rlhf.evaluation.summary import reward_shift
 from eg3d_rlhf.evaluation.trainings import DOOR, LOG, TRAIN, TRAIN_REWARD, Part, make
 from eg3d_rlhf.experiments import pages, style
@@ -37,6 +37,8 @@ from training.storage import write_atomic
 PICTURE = "zoo.png"
 LENGTH = DEMO_KIMG  # of the demo
 TUNED = "tuned.json"  # what tuning did, beside the networks
+HEADS = ("repaired", "whole_made_worse", "face_moved_voxels")  # of the figures of heads
+BY_SEED = (*HEADS, "frechet_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +95,9 @@ def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float
 
 
 def tuned(c: Comparison) -> dict:
-    """What tuning did, in brief: rewards of 100 latents, what became of broken heads, and the annotator's view of it."""
-    return reward_shift(c) | blind_pairs(c) | {"repaired": figures_of_heads(c)["repaired"]}
+    """What tuning did, in brief: rewards of 100 latents, what became of heads, the annotator's view of it, and pictures."""
+    heads = figures_of_heads(c)
+    return reward_shift(c) | blind_pairs(c) | {name: heads[name] for name in HEADS} | {"frechet_ratio": frechet(c)["frechet_ratio"]}
 
 
 def record(reward: Reward, tunings: Sequence[Mapping], seconds: Mapping[str, float], megabytes: float) -> dict:
@@ -109,11 +112,12 @@ def record(reward: Reward, tunings: Sequence[Mapping], seconds: Mapping[str, flo
     wins, n = sum(tuning["win_rate"] for tuning in tunings) / len(tunings), tunings[0]["win_rate_n"]
     ends = [tunings[0]["win_rate_ci95"][0], tunings[0]["win_rate_ci95"][1]] if len(tunings) == 1 else \
         [min(tuning["win_rate"] for tuning in tunings), max(tuning["win_rate"] for tuning in tunings)]
-    repaired = [tuning["repaired"] for tuning in tunings if tuning["repaired"] is not None]
+    by_seed = {name: [tuning[name] for tuning in tunings if tuning[name] is not None] for name in BY_SEED}
     return {
         "accuracy": test["accuracy"], "ci95": test["interval_95"], "n": test["n"], "against": "noise-free order" if clean else "labels",
         "accuracy_labels": labels and labels["accuracy"], "judge_rate": wins, "judge_range": ends, "judge_n": n,
-        "repaired": float(np.mean(repaired)) if repaired else None, "repaired_by_seed": repaired,
+        **{name: float(np.mean(found)) if found else None for name, found in by_seed.items()},
+        **{f"{name}_by_seed": found for name, found in by_seed.items()},
         "rewards_up": [tuning["reward_delta_positive"] for tuning in tunings], "rewards_n": tunings[0]["reward_delta_n"],
         "seconds": sum(seconds.values()), "seconds_by_part": dict(seconds), "memory_mb": megabytes, "seeds": len(tunings),
     }
@@ -142,31 +146,37 @@ def rows(rewards: Mapping[str, Mapping]) -> list[dict]:
             "accuracy": f"{row['accuracy']:.3f} [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}] of {row['n']}",
             "rewards up": ", ".join(f"{up}/{row['rewards_n']}" for up in row["rewards_up"]),
             "judge": f"{row['judge_rate']:.1%} [{row['judge_range'][0]:.1%}, {row['judge_range'][1]:.1%}]",
-            "repaired": "-" if row["repaired"] is None else f"{row['repaired']:.0%}",
+            "repaired": _listed(row["repaired_by_seed"], ".0%"), "whole made worse": _listed(row["whole_made_worse_by_seed"], ".0%"),
+            "face moved": _listed(row["face_moved_voxels_by_seed"], ".3f"), "image Fréchet": _listed(row["frechet_ratio_by_seed"], "x.3f"),
             "seconds": f"{row['seconds']:.0f}", "memory, MB": f"{row['memory_mb']:.0f}",
         }
         for name, row in rewards.items()
     ]
 
 
-def strip(networks: Mapping[str, LoadedGenerator], psi: float, o: PictureOptions = USUAL) -> np.ndarray:
+def _listed(found: Sequence[float], form: str) -> str:
+    sign = "x" if form.startswith("x") else ""
+    return ", ".join(f"{sign}{value:{form.removeprefix('x')}}" for value in found) or "-"
+
+
+def strip(networks: Mapping[str, LoadedGenerator], seeds: Sequence[int], psi: float, o: PictureOptions = USUAL) -> np.ndarray:
     """The same latents from behind under every network, a row each; uint8 [H, B, 3]."""
     lines = []
     for name, loaded in networks.items():
         label = camera(loaded.generator, *BEHIND)
         sides = [Side.of(loaded.generator, ws, o.resolution)
-                 for ws in ws_of_seeds(loaded.generator, list(JUDGE.take(o.shown)), truncation_psi=psi).split(1)]
+                 for ws in ws_of_seeds(loaded.generator, seeds, truncation_psi=psi).split(1)]
         with torch.no_grad():
             cells = [to_uint8(shrink(paint(look(side.surface, label, o.cell * SUPERSAMPLE))).cpu()) for side in sides]
         lines.append(Row(cells=cells, name=name))
     return sheet("", lines, names=190)
 
 
-def job(found: Mapping[str, Mapping], networks: Mapping[str, LoadedGenerator], *, psi: float, note: str) -> Job:
+def job(found: Mapping[str, Mapping], networks: Mapping[str, LoadedGenerator], shown: Sequence[int], *, psi: float, note: str) -> Job:
     """The page's one part: table, plot and picture."""
 
     def compute(folder: Path) -> Finding:
-        write_atomic(folder / PICTURE, png(strip(networks, psi)))
+        write_atomic(folder / PICTURE, png(strip(networks, shown, psi)))
         best = max(found, key=lambda name: found[name]["repaired"] or 0)
         says = [
             note,
@@ -178,13 +188,18 @@ def job(found: Mapping[str, Mapping], networks: Mapping[str, LoadedGenerator], *
         return Finding(facts=facts, data={"rewards": {name: dict(row) for name, row in found.items()}}, rows=rows(found), says=says,
                        pictures={"The same latents before tuning, and after tuning by each reward": PICTURE})
 
-    inputs = {"rewards": {name: dict(row) for name, row in found.items()}, "networks": {n: loaded.hash for n, loaded in networks.items()}}
+    inputs = {"rewards": {name: dict(row) for name, row in found.items()}, "networks": {n: loaded.hash for n, loaded in networks.items()},
+              "shown": list(shown)}
     return Job(key="zoo", title="Accuracy and tuning by reward", compute=compute, plots={"rates": plot_rates}, inputs=inputs)
 
 
-def measured(out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int) -> tuple[dict, dict]:
-    """zoo.json's lines, and the networks of the page's picture: before, and after by each reward with its first seed."""
+def measured(out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int) -> tuple[dict, dict, list[int]]:
+    """zoo.json's lines; the networks of the page's picture: before, and after by each reward with its first seed; the latents in it.
+
+    These are chosen by what the first reward says of them before tuning.
+    """
     networks: dict[str, LoadedGenerator] = {}
+    latents: dict[str, list[int]] = {}
 
     def line(name: str) -> dict:
         figures, costs = [], {key: part.record() for key, part in plans[name].items()}
@@ -194,13 +209,15 @@ def measured(out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int) -> t
                 figures.append(_tuned_once(c, run / TUNED))
                 networks.setdefault("before", c.before)
                 networks.setdefault(name, c.after)
+                if name == next(iter(plans)):
+                    latents.setdefault(name, chosen(c))
         seconds = {key: cost["seconds"] for key, cost in costs.items()}
         reward = load_reward(reward_of(out, name), "cpu")
         return record(reward, figures, seconds, max(cost["megabytes"] for cost in costs.values()))
 
     with ThreadPoolExecutor(jobs) as pool:
         lines = dict(zip(plans, tqdm(pool.map(line, plans), total=len(plans), desc="what tuning did", unit="reward"), strict=True))
-    return lines, {name: networks[name] for name in ("before", *plans)}
+    return lines, {name: networks[name] for name in ("before", *plans)}, next(iter(latents.values()))
 
 
 def _tuned_once(c: Comparison, path: Path) -> dict:
@@ -245,11 +262,11 @@ def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool)
             bar.update()
 
         make([list(plans[name].values()) for name in longest_first], jobs, threads, tell=tell)
-    lines, networks = measured(out, plans, jobs)
+    lines, networks, shown = measured(out, plans, jobs)
     write_atomic(out / "zoo.json", json.dumps({"rewards": lines, "full": full, "kimg": length}, indent=1).encode())
     note = (f"{'Full' if full else 'Short'} table: {round(1000 * length)} images of tuning, {len(numbers)} training seed(s), "
             f"{jobs} side by side with {threads} thread(s) each.")
-    part = job(lines, networks, psi=1.0, note=note)
+    part = job(lines, networks, shown, psi=1.0, note=note)
     findings = pages.run([part], out, fresh=True, quiet=True)
     page = write_page(out / "index.html", "Every reward on the bundled heads", "Each learnt from the same labels, and tuned the same "
                       "generator.", [part], findings, findings[part.key].says)

@@ -19,7 +19,8 @@ class Learnt:
 TEST = {"accuracy": 0.8, "interval_95": [0.75, 0.84], "n": 300, "correct": 240}
 TUNED = {
     "win_rate": 0.9, "win_rate_ci95": [0.85, 0.93], "win_rate_n": 200,
-    "repaired": 0.5, "reward_delta_positive": 97, "reward_delta_n": 100,
+    "repaired": 0.5, "whole_made_worse": 0.0, "face_moved_voxels": 0.02, "frechet_ratio": 0.99,
+    "reward_delta_positive": 97, "reward_delta_n": 100,
 }
 
 
