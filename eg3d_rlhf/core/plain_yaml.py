@@ -13,7 +13,7 @@ def read_yaml(path: Path, who: str = "", most_bytes: int = 1 << 16, aliases: int
     """
     import yaml  # only here: nothing else needs it
 
-    who = who or str(path)
+    who, many = who or str(path), f"more than {aliases} " if aliases else ""
     if not path.is_file():
         raise FileNotFoundError(f"{who}: expected a file at {path}, got none. Check the path.")
     if path.stat().st_size > most_bytes:
@@ -25,7 +25,7 @@ def read_yaml(path: Path, who: str = "", most_bytes: int = 1 << 16, aliases: int
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             used += isinstance(event, yaml.AliasEvent)
             if used > aliases or depth > DEEPEST:
-                raise ValueError("it uses aliases (*name)" if used > aliases else f"it nests deeper than {DEEPEST} levels")
+                raise ValueError(f"it uses {many}aliases (*name)" if used > aliases else f"it nests deeper than {DEEPEST} levels")
         root = yaml.load(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         expected, reason = "YAML" if aliases else "plain YAML without tags and aliases", " ".join(str(error).split())[:200]

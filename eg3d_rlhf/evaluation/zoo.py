@@ -199,7 +199,7 @@ def measured(out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int) -> t
     These are chosen by what the first reward says of them before tuning.
     """
     networks: dict[str, LoadedGenerator] = {}
-    latents: dict[str, list[int]] = {}
+    latents: list[int] = []
 
     def line(name: str) -> dict:
         figures, costs = [], {key: part.record() for key, part in plans[name].items()}
@@ -209,20 +209,20 @@ def measured(out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int) -> t
                 figures.append(_tuned_once(c, run / TUNED))
                 networks.setdefault("before", c.before)
                 networks.setdefault(name, c.after)
-                if name == next(iter(plans)):
-                    latents.setdefault(name, chosen(c))
+                if name == next(iter(plans)) and not latents:
+                    latents.extend(chosen(c))
         seconds = {key: cost["seconds"] for key, cost in costs.items()}
         reward = load_reward(reward_of(out, name), "cpu")
         return record(reward, figures, seconds, max(cost["megabytes"] for cost in costs.values()))
 
     with ThreadPoolExecutor(jobs) as pool:
         lines = dict(zip(plans, tqdm(pool.map(line, plans), total=len(plans), desc="what tuning did", unit="reward"), strict=True))
-    return lines, {name: networks[name] for name in ("before", *plans)}, next(iter(latents.values()))
+    return lines, {name: networks[name] for name in ("before", *plans)}, latents
 
 
 def _tuned_once(c: Comparison, path: Path) -> dict:
     known = json.loads(path.read_text()) if path.is_file() else {}
-    if known.get("after") != c.after.hash:
+    if known.get("after") != c.after.hash or not known.keys() >= set(BY_SEED):  # another network, or of an older version
         known = {**tuned(c), "after": c.after.hash}
         write_atomic(path, json.dumps(known).encode())
     return known
