@@ -1,10 +1,12 @@
-"""Compiles the ops ahead of time where that is asked for; everything else about the package stands in pyproject.toml.
+"""Compiles the ops ahead of time where that is asked for; everything else about the package stands in
+pyproject.toml.
 
     python setup.py build_ops                                     for this checkout
     EG3D_RLHF_BUILD_OPS=1 pip install --no-build-isolation .      into the package that is installed
 
-torch.utils.cpp_extension does the work, with ninja where it is installed (pip install 'eg3d-rlhf[ops]'). Otherwise nothing is compiled at
-install: every op is compiled on first use (torch_utils/build.py, which finds what was compiled here by the same name).
+torch.utils.cpp_extension does the work, with ninja where it is installed (pip install 'eg3d-rlhf[ops]').
+Otherwise nothing is compiled at install: every op is compiled on first use (torch_utils/build.py, which finds
+what was compiled here by the same name).
 """
 
 import os
@@ -21,25 +23,43 @@ ROOT = Path(__file__).resolve().parent
 
 
 def extensions(only: list[str]) -> tuple[list, type[Command]]:
-    """An extension module for each op and device that this machine can compile, and the command that builds them."""
+    """An extension module for each op and device that this machine can compile, and the command that builds
+    them.
+    """
     sys.path.insert(0, str(ROOT))
     try:
         from torch.utils import cpp_extension
 
         from torch_utils import build
     except ImportError as error:
-        sys.exit(f"{VARIABLE}: expected torch where the ops are compiled, got none: {error}. Use pip install --no-build-isolation.")
+        sys.exit(
+            f"{VARIABLE}: expected torch where the ops are compiled, got none: {error}. Use pip install"
+            " --no-build-isolation."
+        )
     makers = {"cpu": cpp_extension.CppExtension}
     if cpp_extension.CUDA_HOME is not None and build.torch.version.cuda is not None:
         makers["cuda"] = cpp_extension.CUDAExtension
     made = []
     for device, make in makers.items():
         for op in [op for op in build.ops(device) if not only or op in only]:
-            flags = {"cxx" if device == "cpu" else "nvcc": ["-g0" if device == "cpu" else "-O3", *build.flags(device)]}
+            flags = {
+                "cxx" if device == "cpu" else "nvcc": [
+                    "-g0" if device == "cpu" else "-O3",
+                    *build.flags(device),
+                ]
+            }
             source = (build.SOURCES / f"{op}{build.SUFFIX[device]}").relative_to(ROOT)
             name = f"torch_utils.ops.ahead.{build.ahead(op, device).stem}"
-            made.append(make(name, [str(source)], include_dirs=[str(build.SOURCES)], extra_compile_args=flags,
-                             extra_link_args=["-fopenmp"] if "-fopenmp" in build.flags(device) else [], py_limited_api=True))
+            made.append(
+                make(
+                    name,
+                    [str(source)],
+                    include_dirs=[str(build.SOURCES)],
+                    extra_compile_args=flags,
+                    extra_link_args=["-fopenmp"] if "-fopenmp" in build.flags(device) else [],
+                    py_limited_api=True,
+                )
+            )
     ninja = cpp_extension.is_ninja_available()
     return made, cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=ninja)
 
@@ -65,7 +85,9 @@ class BuildOps(Command):
 
         with tempfile.TemporaryDirectory() as folder:
             command = self.get_finalized_command("build_ext")
-            command.build_lib, command.build_temp, command.inplace = folder, os.path.join(folder, "objects"), False
+            command.build_lib = folder
+            command.build_temp = os.path.join(folder, "objects")
+            command.inplace = False
             command.run()
             target = build.ahead_folder()
             target.mkdir(parents=True, exist_ok=True)
@@ -89,5 +111,9 @@ class BuildPackages(build_py):
 if __name__ == "__main__":
     wanted = os.environ.get(VARIABLE, "0") not in ("", "0")
     modules, build_ext = extensions([]) if wanted else ([], None)
-    commands = {"build_ops": BuildOps, "build_py": BuildPackages, **({"build_ext": build_ext} if build_ext else {})}
+    commands = {
+        "build_ops": BuildOps,
+        "build_py": BuildPackages,
+        **({"build_ext": build_ext} if build_ext else {}),
+    }
     setup(ext_modules=modules, cmdclass=commands)

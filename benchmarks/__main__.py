@@ -13,33 +13,99 @@ from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
 RESULTS = Path(__file__).parent / "results"
 
 
-@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
-@option("--rows", "patterns", metavar="PATTERN", multiple=True, group="What", show_default="all",
-        help="Rows whose name contains this, or fits it as a shell pattern. May be given more than once.")
-@option("--size", type=click.Choice(["bundled", "full", "both"]), default="both", group="What",
-        help="The bundled generator, ffhq512-128, or both.")
+@click.command(
+    cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140}
+)
+@option(
+    "--rows",
+    "patterns",
+    metavar="PATTERN",
+    multiple=True,
+    group="What",
+    show_default="all",
+    help="Rows whose name contains this, or fits it as a shell pattern. May be given more than once.",
+)
+@option(
+    "--size",
+    type=click.Choice(["bundled", "full", "both"]),
+    default="both",
+    group="What",
+    help="The bundled generator, ffhq512-128, or both.",
+)
 @option("--list", "list_rows", is_flag=True, group="What", help="Print the rows and their targets, and stop.")
-@option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", group="How", help="Where both paths run.")
-@option("--threads", metavar="INT", type=click.IntRange(1, 256), default=2, group="How", help="CPU threads; the targets hold for 2.")
-@option("--repeats", metavar="ROUNDS", type=click.IntRange(1, 1000), default=None, group="How",
-        show_default="what fits into 15 s, at least 2", help="Rounds of every row; both paths run in each.")
-@option("--quick", is_flag=True, group="How",
-        help="Tiny inputs and two rounds: shows that every row works. Writes quick.json and quick.md.")
-@option("--memory/--no-memory", default=None, group="How", show_default="on; off with --quick",
-        help="Measure the peak memory of each path in a process of its own.")
-@option("--torch-compile", is_flag=True, group="How",
-        help="Op rows: time plain torch, torch.compile of the reference and torch.compile of plain torch as well.")
-@option("--out", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, group="Results",
-        show_default="benchmarks/results", help="Folder of latest.json and latest.md.")
-@option("--compare", metavar="OLD.json", type=click.Path(path_type=Path, dir_okay=False, exists=True), default=None, group="Results",
-        help="Name the rows whose ratio fell by more than 10 % since then; exit code 1 where there are any.")
+@option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", group="How", help="Where both paths run."
+)
+@option(
+    "--threads",
+    metavar="INT",
+    type=click.IntRange(1, 256),
+    default=2,
+    group="How",
+    help="CPU threads; the targets hold for 2.",
+)
+@option(
+    "--repeats",
+    metavar="ROUNDS",
+    type=click.IntRange(1, 1000),
+    default=None,
+    group="How",
+    show_default="what fits into 15 s, at least 2",
+    help="Rounds of every row; both paths run in each.",
+)
+@option(
+    "--quick",
+    is_flag=True,
+    group="How",
+    help="Tiny inputs and two rounds: shows that every row works. Writes quick.json and quick.md.",
+)
+@option(
+    "--memory/--no-memory",
+    default=None,
+    group="How",
+    show_default="on; off with --quick",
+    help="Measure the peak memory of each path in a process of its own.",
+)
+@option(
+    "--torch-compile",
+    is_flag=True,
+    group="How",
+    help=(
+        "Op rows: time plain torch, torch.compile of the reference and torch.compile of plain torch as well."
+    ),
+)
+@option(
+    "--out",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=RESULTS,
+    group="Results",
+    show_default="benchmarks/results",
+    help="Folder of latest.json and latest.md.",
+)
+@option(
+    "--compare",
+    metavar="OLD.json",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    default=None,
+    group="Results",
+    help="Name the rows whose ratio fell by more than 10 % since then; exit code 1 where there are any.",
+)
 def main(
-    patterns: tuple[str, ...], size: str, list_rows: bool, device: str, threads: int, memory: bool | None, out: Path, compare: Path | None,
+    patterns: tuple[str, ...],
+    size: str,
+    list_rows: bool,
+    device: str,
+    threads: int,
+    memory: bool | None,
+    out: Path,
+    compare: Path | None,
     **how,
 ) -> None:
     """Time every fast path against the straightforward one, in turn in one process.
 
-    Writes DIR/latest.json and DIR/latest.md after every row. Exit code 1 where two paths disagree or --compare finds a regression.
+    Writes DIR/latest.json and DIR/latest.md after every row. Exit code 1 where two paths disagree or
+    --compare finds a regression.
 
     \b
     Example:
@@ -48,7 +114,9 @@ def main(
     rows = select(all_rows(), patterns, size)
     if list_rows:
         for row in rows:
-            target = "" if row.target is None else f"at least {row.target.at_least:g}x, aim {row.target.aim:g}x"
+            target = (
+                "" if row.target is None else f"at least {row.target.at_least:g}x, aim {row.target.aim:g}x"
+            )
             click.echo(f"{row.size:8s} {row.name:48s} {target}".rstrip())
         return
     choose_device(device)  # an error where there is no such device

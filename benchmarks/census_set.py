@@ -1,7 +1,9 @@
-"""A folder of meshes to measure the census on: bumpy spheres, some with holes, floaters or walls inside, of about so many triangles each.
+"""A folder of meshes to measure the census on: bumpy spheres, some with holes, floaters or walls inside, of
+about so many triangles each.
 
 Example:
-    python benchmarks/census_set.py runs/census-set --count=500 && time eg3d-rlhf check-assets runs/census-set --out=runs/census
+    python benchmarks/census_set.py runs/census-set --count=500 &&
+        time eg3d-rlhf check-assets runs/census-set --out=runs/census
 """
 
 from pathlib import Path
@@ -26,7 +28,10 @@ def mesh(number: int, triangles: int):
     body.vertices *= (1 + 0.02 * waves)[:, None]
     defect = DEFECTS[number % len(DEFECTS)]
     if defect == "hole":
-        body.update_faces(np.linalg.norm(body.triangles_center - body.vertices[rng.integers(len(body.vertices))], axis=1) > 0.12)
+        body.update_faces(
+            np.linalg.norm(body.triangles_center - body.vertices[rng.integers(len(body.vertices))], axis=1)
+            > 0.12
+        )
     ball = trimesh.creation.icosphere(subdivisions=3, radius=0.05 if defect == "floater" else 0.25)
     if defect == "floater":
         ball.apply_translation(0.7 * body.vertices[0] / np.linalg.norm(body.vertices[0]))

@@ -1,4 +1,5 @@
-"""Networks of the benchmark: the ffhq512-128 configuration with random weights that hold a head-like shape, and tiny ones.
+"""Networks of the benchmark: the ffhq512-128 configuration with random weights that hold a head-like shape,
+and tiny ones.
 
 Letters: N batch, K c_dim (25), C plane channels, R pixels per edge.
 """
@@ -18,7 +19,14 @@ from training.gan_phases import Batch
 from training.triplane import TriPlaneGenerator
 
 FULL_FLAGS = (
-    "--cfg=ffhq", "--data=random", "--gamma=1", "--batch=1", "--gen-pose-cond=True", "--nrr-initial=128", "--init=scratch", "--seed=0",
+    "--cfg=ffhq",
+    "--data=random",
+    "--gamma=1",
+    "--batch=1",
+    "--gen-pose-cond=True",
+    "--nrr-initial=128",
+    "--init=scratch",
+    "--seed=0",
     "--device=cpu",
 )
 _FADED = 10**7  # images after which the blur and the swapping of cameras have faded
@@ -31,18 +39,28 @@ def settings(*flags: str) -> Settings:
 
 
 def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
-    """Fresh networks of the full size (512 pixels, rendered at 128), or tiny ones (32 pixels, rendered at 8), and their GAN settings."""
+    """Fresh networks of the full size (512 pixels, rendered at 128), or tiny ones (32 pixels, rendered at 8),
+    and their GAN settings.
+    """
     if tiny:
         gan = GanConfig(gamma=1.0, nrr_initial=8)
         G, D = networks_for(NetworkConfig(cbase=256, cmax=8, sr_num_fp16_res=0, d_num_fp16_res=0), 32, gan)
         G["rendering_kwargs"].update(depth_resolution=4, depth_resolution_importance=4)
         G["sr_kwargs"]["block_channels"] = [8, 8]
-        G.update(z_dim=8, w_dim=16, plane_resolution=16, plane_channels=8, decoder_hidden_dim=8, neural_rendering_resolution=8)
+        G.update(
+            z_dim=8,
+            w_dim=16,
+            plane_resolution=16,
+            plane_channels=8,
+            decoder_hidden_dim=8,
+            neural_rendering_resolution=8,
+        )
         torch.manual_seed(0)
         nets = networks.build(G, D, {"name": "tiny", "resolution": 32})
     else:
         s = settings(*FULL_FLAGS)
-        gan, nets = s.gan, open_networks(s, 512)
+        gan = s.gan
+        nets = open_networks(s, 512)
     nets.to(device)
     torch.manual_seed(0)
     for module in (nets.G, nets.G_ema):
@@ -52,10 +70,12 @@ def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
 
 @torch.no_grad()
 def shape_as_head(G: TriPlaneGenerator) -> None:
-    """Make the density of an untrained generator cross level 10 on one closed, slightly rough surface about 0.6 of the box high.
+    """Make the density of an untrained generator cross level 10 on one closed, slightly rough surface about
+    0.6 of the box high.
 
-    ToRGB is scaled so that planes have unit variance, but for channel 0, which holds a bowl u^2 + v^2 in every plane. Hidden units 0 and 1
-    of the decoder turn that into a density that falls from about 45 at the centre to about -20 outside; all others read the random planes.
+    ToRGB is scaled so that planes have unit variance, but for channel 0, which holds a bowl u^2 + v^2 in
+    every plane. Hidden units 0 and 1 of the decoder turn that into a density that falls from about 45 at the
+    centre to about -20 outside; all others read the random planes.
     """
     device = next(G.parameters()).device
     ws = G.mapping(torch.randn([1, G.z_dim], device=device), torch.zeros([1, G.c_dim], device=device))
@@ -69,7 +89,8 @@ def shape_as_head(G: TriPlaneGenerator) -> None:
     bowl = torch.zeros(3, G.plane_channels, G.plane_resolution, G.plane_resolution, device=device)
     bowl[:, 0] = steps.square() + steps.square()[:, None]
     synthesis.register_forward_hook(lambda module, inputs, planes: planes + bowl.flatten(0, 1))
-    first, last = G.decoder.net[0], G.decoder.net[2]
+    first = G.decoder.net[0]
+    last = G.decoder.net[2]
     steep = 20.0  # of unit 0 in the bowl, and of the density in unit 0
     rim = 0.12  # the mean bowl, (3 x^2 + y^2 + 2 z^2)/3 in units of half the box, at the surface
     first.weight[:2] = 0.0
@@ -84,7 +105,8 @@ def batch(G: TriPlaneGenerator, device: str, n: int = 1) -> Batch:
     rng = torch.Generator().manual_seed(1)
     images = torch.rand([n, 3, G.img_resolution, G.img_resolution], generator=rng) * 2 - 1
     z = torch.randn([n, G.z_dim], generator=rng)
-    real_c, gen_c = camera(G, yaw=0.2, n=n), camera(G, yaw=-0.3, pitch=0.1, n=n)
+    real_c = camera(G, yaw=0.2, n=n)
+    gen_c = camera(G, yaw=-0.3, pitch=0.1, n=n)
     return Batch(images.to(device), real_c.contiguous(), z.to(device), gen_c.contiguous(), cur_nimg=_FADED)
 
 

@@ -9,7 +9,10 @@ from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, Structu
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowStage, SparseVoxels
 
 STAGES = ("structure", "latent")
-CHANNELS, TOKENS, EMBEDDING = 8, 77, 768  # of a latent; of CLIP's text
+# of a latent; of CLIP's text
+CHANNELS = 8
+TOKENS = 77
+EMBEDDING = 768
 HEAD = 64  # channels per head
 
 
@@ -33,14 +36,26 @@ class RandomConditions:
     """As much of a pipeline as an update asks for: tokens by name."""
 
     def conditions(self, names, stage: str) -> torch.Tensor:
-        return torch.stack([torch.randn(TOKENS, EMBEDDING, generator=torch.Generator().manual_seed(i)) for i in range(len(names))])
+        return torch.stack(
+            [
+                torch.randn(TOKENS, EMBEDDING, generator=torch.Generator().manual_seed(i))
+                for i in range(len(names))
+            ]
+        )
 
 
 def build_stage(size: Size) -> FlowStage:
     """The flow with random weights, on its device."""
     common: dict[str, Any] = dict(
-        resolution=size.points, in_channels=CHANNELS, out_channels=CHANNELS, model_channels=size.width, cond_channels=EMBEDDING,
-        num_blocks=size.blocks, num_head_channels=HEAD, qk_rms_norm=True, use_checkpoint=True,
+        resolution=size.points,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        model_channels=size.width,
+        cond_channels=EMBEDDING,
+        num_blocks=size.blocks,
+        num_head_channels=HEAD,
+        qk_rms_norm=True,
+        use_checkpoint=True,
     )
     with torch.device(size.device):
         if size.stage == "structure":

@@ -1,7 +1,9 @@
-"""What a row of the benchmark is: a name, what it should show, how its two paths are made, and whether these computed the same.
+"""What a row of the benchmark is: a name, what it should show, how its two paths are made, and whether these
+computed the same.
 
-The reference is what EG3D's own code does on a CPU: everything inside `implementation("ref")`, or a function of the row's own. The fast
-path is what the project's users get. Both start from the same tensors and the same seed.
+The reference is what EG3D's own code does on a CPU: everything inside `implementation("ref")`, or a function
+of the row's own. The fast path is what the project's users get. Both start from the same tensors and the same
+seed.
 """
 
 import dataclasses
@@ -11,7 +13,8 @@ import torch
 
 from torch_utils.ops.implementations import implementation
 
-REFERENCE, FAST = "reference", "fast"
+REFERENCE = "reference"
+FAST = "fast"
 PATHS = (REFERENCE, FAST)
 
 
@@ -38,9 +41,12 @@ class Case:
 
     fast: Callable[[], Outcome]
     reference: Callable[[], Outcome] | None = None  # None: `fast` inside implementation("ref")
-    prepare: Callable[[], None] = lambda: None  # back to the starting state; before every call, outside the clock
-    compare: Callable[[Outcome, Outcome], Agreement] | None = None  # (fast, reference); None: tensor by tensor
-    others: dict[str, Callable[[], Outcome]] = dataclasses.field(default_factory=dict)  # further columns of --torch-compile
+    # back to the starting state; before every call, outside the clock
+    prepare: Callable[[], None] = lambda: None
+    # (fast, reference); None: tensor by tensor
+    compare: Callable[[Outcome, Outcome], Agreement] | None = None
+    # further columns of --torch-compile
+    others: dict[str, Callable[[], Outcome]] = dataclasses.field(default_factory=dict)
 
     def call(self, path: str) -> Outcome:
         """Run "reference", "fast" or one of `others`."""
@@ -73,13 +79,16 @@ class Row:
 
     name: str
     size: str  # "full" (ffhq512-128) or "bundled"
-    make: Callable[[str, bool], Case]  # (device, tiny): tiny inputs warm up libraries, and stand for the row in a quick run
+    # (device, tiny): tiny inputs warm up libraries, and stand for the row in a quick run
+    make: Callable[[str, bool], Case]
     seconds: float  # rough time of one reference pass on two threads; plans repeats and time left
-    meter_in_round: bool = False  # the reference is too long for a pass of its own: its memory is taken in its first timed round
+    # the reference is too long for a pass of its own: its memory is taken in its first timed round
+    meter_in_round: bool = False
     target: Target | None = None
     tolerance: float = 1e-5  # relative_error above which the paths disagree
     gradient_tolerance: float = 1e-4
-    half_on_cuda: bool = False  # parts of the networks run in half precision on a GPU, whose rounding both paths show
+    # parts of the networks run in half precision on a GPU, whose rounding both paths show
+    half_on_cuda: bool = False
 
     def tolerances(self, device: str) -> tuple[float, float]:
         """(of outputs, of gradients)."""
@@ -100,10 +109,13 @@ def compare(fast: Outcome, reference: Outcome) -> Agreement:
 
     Raises: DisagreementError for other names or shapes.
     """
-    absolute, relative = 0.0, 0.0
+    absolute = 0.0
+    relative = 0.0
     for a, b in _pairs(fast.outputs, reference.outputs):
-        error, largest = _deviation(a, b), _largest(b)
-        absolute, relative = max(absolute, error), max(relative, error / max(largest, 1.0))
+        error = _deviation(a, b)
+        largest = _largest(b)
+        absolute = max(absolute, error)
+        relative = max(relative, error / max(largest, 1.0))
     gradients = [(_deviation(a, b), _largest(b)) for a, b in _pairs(fast.gradients, reference.gradients)]
     if not gradients:
         return Agreement(max_abs_error=absolute, relative_error=relative)
@@ -117,13 +129,13 @@ def check(agreement: Agreement, tolerance: float, gradient_tolerance: float) -> 
     """Raise DisagreementError where the deviations exceed the tolerances."""
     if not agreement.relative_error <= tolerance:
         raise DisagreementError(
-            f"expected outputs within {tolerance:g} of the reference, relative to the largest, got {agreement.relative_error:.2g} "
-            f"(largest absolute error {agreement.max_abs_error:.2g})"
+            f"expected outputs within {tolerance:g} of the reference, relative to the largest, got"
+            f" {agreement.relative_error:.2g} (largest absolute error {agreement.max_abs_error:.2g})"
         )
     if agreement.gradient_error is not None and not agreement.gradient_error <= gradient_tolerance:
         raise DisagreementError(
-            f"expected gradients within {gradient_tolerance:g} of the reference, relative to the largest gradient, "
-            f"got {agreement.gradient_error:.2g}"
+            f"expected gradients within {gradient_tolerance:g} of the reference, relative to the largest"
+            f" gradient, got {agreement.gradient_error:.2g}"
         )
 
 

@@ -1,5 +1,5 @@
-"""Rows: what is asked of a field. The reward's slab and whole cubes of density, checked meshes, and renderings, without gradients but for
-the slab's.
+"""Rows: what is asked of a field. The reward's slab and whole cubes of density, checked meshes, and
+renderings, without gradients but for the slab's.
 
 Letters: N batch, K planes, C channels, J hidden units, P points, D, H, W = grid points along z, y, x.
 """
@@ -27,12 +27,14 @@ POINTS_AT_ONCE = 10**7  # as EG3D decodes them
 LAYOUTS = {"eg3d": "", "fixed": ", fixed layout"}  # of the planes, and what it adds to a row's name
 WITHIN = 1e-4  # world units by which vertices of both meshes may lie apart: a twentieth of a grid step at 512
 
-# Measured on the full renderer: 6e-5 in the features, 1.6e-4 in the depth, on a few of 16 thousand rays; 1e-7 and 4e-7 on average. It is
-# float32: from the same rendering in float64 the reference's features are 1.4e-4 off, the fast path's 1.3e-4.
+# Measured on the full renderer: 6e-5 in the features, 1.6e-4 in the depth, on a few of 16 thousand rays; 1e-7
+# and 4e-7 on average. It is float32: from the same rendering in float64 the reference's features are 1.4e-4
+# off, the fast path's 1.3e-4.
 FEW_RAYS = 5e-4
 
-# The decoder that gives an untrained generator a closed surface takes the difference of two terms of up to 800: what rounds away there is
-# 1e-5 of the density's own range, from planes that agree within 2e-6. The rows that start from the same planes keep the default, 1e-5.
+# The decoder that gives an untrained generator a closed surface takes the difference of two terms of up to
+# 800: what rounds away there is 1e-5 of the density's own range, from planes that agree within 2e-6. The rows
+# that start from the same planes keep the default, 1e-5.
 _FROM_LATENT = 5e-5
 
 
@@ -63,7 +65,9 @@ CUBE = _sizes(SlabSpec.cube(256), SlabSpec.cube(64))
 
 
 class PlaneField:
-    """Leaves (planes N(0, 1) and the decoder's four tensors), and the two paths from them to sigma_raw [1, D, H, W]."""
+    """Leaves (planes N(0, 1) and the decoder's four tensors), and the two paths from them to sigma_raw
+    [1, D, H, W].
+    """
 
     def __init__(self, size: PlaneSize, layout: str, device: str):
         rng = torch.Generator().manual_seed(0)
@@ -71,10 +75,13 @@ class PlaneField:
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
             return (torch.randn(shape, generator=rng) * scale).to(device).requires_grad_()
 
-        self.spec, self.axes = size.spec, generate_planes(layout).to(device)
+        self.spec = size.spec
+        self.axes = generate_planes(layout).to(device)
         self.planes = normal(1, 3, size.channels, size.plane, size.plane)
-        self.w0, self.b0 = normal(size.hidden, size.channels, scale=size.channels**-0.5), normal(size.hidden, scale=0.1)
-        self.w1, self.b1 = normal(size.outputs, size.hidden, scale=size.hidden**-0.5), normal(size.outputs, scale=0.1)
+        self.w0 = normal(size.hidden, size.channels, scale=size.channels**-0.5)
+        self.b0 = normal(size.hidden, scale=0.1)
+        self.w1 = normal(size.outputs, size.hidden, scale=size.hidden**-0.5)
+        self.b1 = normal(size.outputs, scale=0.1)
         self.cotangent = torch.randn((1, *size.spec.shape), generator=rng).to(device)
 
     def separable(self) -> torch.Tensor:
@@ -83,9 +90,12 @@ class PlaneField:
         return sigma_from_planes(self.planes, self.axes, weights, self.spec, impl="separable")
 
     def pointwise(self) -> torch.Tensor:
-        """The reference: three look-ups, their mean, a hidden layer and all outputs at every point, as EG3D's decoder gives them."""
+        """The reference: three look-ups, their mean, a hidden layer and all outputs at every point, as EG3D's
+        decoder gives them.
+        """
         points = self.spec.points().to(self.planes).reshape(-1, 3)
-        parts = [self._decode(part)[0].contiguous() for part in points.split(POINTS_AT_ONCE)]  # a view would keep all outputs
+        # a view would keep all outputs
+        parts = [self._decode(part)[0].contiguous() for part in points.split(POINTS_AT_ONCE)]
         return torch.cat(parts, dim=1).view(1, *self.spec.shape)
 
     def _decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,12 +106,16 @@ class PlaneField:
 
     def gradients(self, sigma: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gradients of planes, hidden layer and density row under a random cotangent."""
-        planes, w0, b0, w1, b1 = torch.autograd.grad(sigma, [self.planes, self.w0, self.b0, self.w1, self.b1], self.cotangent)
+        planes, w0, b0, w1, b1 = torch.autograd.grad(
+            sigma, [self.planes, self.w0, self.b0, self.w1, self.b1], self.cotangent
+        )
         return {"planes": planes, "w0": w0, "b0": b0, "w_sigma": w1[0], "b_sigma": b1[:1]}
 
 
 def from_planes(device: str, tiny: bool, size: str, cube: bool, train: bool, layout: str = "eg3d") -> Case:
-    """Density on a grid from planes that are already there, the same for both paths; the reference decodes all outputs at every point."""
+    """Density on a grid from planes that are already there, the same for both paths; the reference decodes
+    all outputs at every point.
+    """
     planes = TINY if tiny else (CUBE if cube else SLAB)[size]
     field = TriGrid(planes, device) if layout == "panohead" else PlaneField(planes, layout, device)
 
@@ -115,11 +129,17 @@ def from_planes(device: str, tiny: bool, size: str, cube: bool, train: bool, lay
 
 def _generator(device: str, tiny: bool, size: str) -> TriPlaneGenerator:
     """G in eval mode."""
-    return load_generator(None, device).generator.module if size == "bundled" and not tiny else configurations.build(tiny, device)[0].G_ema
+    return (
+        load_generator(None, device).generator.module
+        if size == "bundled" and not tiny
+        else configurations.build(tiny, device)[0].G_ema
+    )
 
 
 def from_latent(device: str, tiny: bool, size: str, cube: bool) -> Case:
-    """From ws to the grid. One synthesis; EG3D's own code takes one more for every further ten million points."""
+    """From ws to the grid. One synthesis; EG3D's own code takes one more for every further ten million
+    points.
+    """
     G = _generator(device, tiny, size)
     ws, _ = configurations.latent(G, device)
     spec = TINY.spec if tiny else (CUBE if cube else SLAB)[size].spec
@@ -134,8 +154,9 @@ def from_latent(device: str, tiny: bool, size: str, cube: bool) -> Case:
 def mesh_case(device: str, tiny: bool, size: str, resolution: int) -> Case:
     """From a latent to a checked mesh of `resolution` points per edge.
 
-    Fast: everything that eg3d-rlhf samples mesh does but colours and writing. Reference: every grid point decoded, marching cubes on the
-    whole volume, and the same choice of the largest part, normals and checks; so the checks count on both sides, although EG3D has none.
+    Fast: everything that eg3d-rlhf samples mesh does but colours and writing. Reference: every grid point
+    decoded, marching cubes on the whole volume, and the same choice of the largest part, normals and checks;
+    so the checks count on both sides, although EG3D has none.
     """
     G = _generator(device, tiny, size)
     ws, _ = configurations.latent(G, device)
@@ -145,7 +166,8 @@ def mesh_case(device: str, tiny: bool, size: str, resolution: int) -> Case:
         return Outcome({"vertices": torch.from_numpy(mesh.vertices), "faces": torch.tensor(len(mesh.faces))})
 
     return Case(
-        fast=lambda: outcome(export_mesh(of(G).field(ws), options)[0]), reference=lambda: outcome(_export_pointwise(G, ws, options)),
+        fast=lambda: outcome(export_mesh(of(G).field(ws), options)[0]),
+        reference=lambda: outcome(_export_pointwise(G, ws, options)),
         compare=compare_meshes,
     )
 
@@ -164,79 +186,145 @@ def _export_pointwise(G: torch.nn.Module, ws: torch.Tensor, options: MeshOptions
 
 
 def compare_meshes(fast: Outcome, reference: Outcome) -> Agreement:
-    """Largest distance, in world units, from a vertex of one mesh to the nearest of the other; the order of vertices does not matter."""
+    """Largest distance, in world units, from a vertex of one mesh to the nearest of the other; the order of
+    vertices does not matter.
+    """
     a, b = (outcome.outputs["vertices"].numpy() for outcome in (fast, reference))
     apart = max(cKDTree(b).query(a)[0].max(), cKDTree(a).query(b)[0].max()) if min(len(a), len(b)) else np.inf
     return Agreement(max_abs_error=float(apart), relative_error=float(apart))
 
 
 def rendering(device: str, tiny: bool, size: str, whole: bool) -> Case:
-    """Planes and rays to features, depth and opacity, coarse and fine pass; or, `whole`, latent and camera to the image."""
+    """Planes and rays to features, depth and opacity, coarse and fine pass; or, `whole`, latent and camera to
+    the image.
+    """
     G = _generator(device, tiny, size)
     resolution = G.neural_rendering_resolution if size == "bundled" or tiny else 128  # pixels per edge
     ws, c = configurations.latent(G, device)
     z = torch.randn([1, G.z_dim], generator=torch.Generator().manual_seed(2)).to(device)
     with torch.no_grad():
         planes = G.planes(ws, noise_mode="const")
-        origins, directions = G.ray_sampler(c[:, :16].reshape(-1, 4, 4), c[:, 16:].reshape(-1, 3, 3), resolution)
+        origins, directions = G.ray_sampler(
+            c[:, :16].reshape(-1, 4, 4), c[:, 16:].reshape(-1, 3, 3), resolution
+        )
 
     @torch.no_grad()
     def run() -> Outcome:
         if whole:
-            images = G.synthesis(G.mapping(z, c), c, neural_rendering_resolution=resolution, noise_mode="const")
+            images = G.synthesis(
+                G.mapping(z, c), c, neural_rendering_resolution=resolution, noise_mode="const"
+            )
             return Outcome({name: images[name] for name in ("image", "image_raw")})
         features, depth, opacity = G.renderer(planes, G.decoder, origins, directions, G.rendering_kwargs)
-        return Outcome({"features": features, "depth times opacity": depth * opacity, "opacity": opacity})  # what a ray misses has no depth
+        # what a ray misses has no depth
+        return Outcome({"features": features, "depth times opacity": depth * opacity, "opacity": opacity})
 
     return Case(fast=run)
 
 
 def _rows(size: str) -> list[Row]:
     """Those that both sizes have."""
-    full, part = size == "full", functools.partial
+    full = size == "full"
+    part = functools.partial
 
     def row(name: str, make, seconds: float, target: Target | None = None, **kwargs) -> Row:
         return Row(
-            name=name, size=size, make=part(make, size=size), seconds=seconds if full else 0.05, target=target if full else None, **kwargs
+            name=name,
+            size=size,
+            make=part(make, size=size),
+            seconds=seconds if full else 0.05,
+            target=target if full else None,
+            **kwargs,
         )
 
     def slab(name: str, seconds: float, train: bool, target: Target) -> list[Row]:
         make = part(from_planes, cube=False, train=train)
-        return [row(name + more, part(make, layout=k), seconds, None if more else target) for k, more in LAYOUTS.items()]
+        return [
+            row(name + more, part(make, layout=k), seconds, None if more else target)
+            for k, more in LAYOUTS.items()
+        ]
 
     cube = "cube 256^3" if full else "cube 64^3"
     return [
         *slab("slab forward, from planes", 4.5, False, Target(at_least=15, aim=25)),
-        *slab("slab forward + backward to planes and decoder", 14, True, Target(at_least=12, aim=25, memory_mb_below=200)),
-        row("slab forward, from a latent", part(from_latent, cube=False), 5, Target(at_least=7, aim=10), tolerance=_FROM_LATENT),
-        row(f"{cube}, from planes", part(from_planes, cube=True, train=False), 30, Target(at_least=20, aim=40), meter_in_round=full),
-        row(f"{cube}, from a latent", part(from_latent, cube=True), 42, meter_in_round=full, tolerance=_FROM_LATENT),
-        row("renderer forward", part(rendering, whole=False), 2.5, Target(at_least=2.5, aim=4), tolerance=FEW_RAYS),
-        row("G forward", part(rendering, whole=True), 6, Target(at_least=3, aim=4), tolerance=FEW_RAYS, half_on_cuda=full),
+        *slab(
+            "slab forward + backward to planes and decoder",
+            14,
+            True,
+            Target(at_least=12, aim=25, memory_mb_below=200),
+        ),
+        row(
+            "slab forward, from a latent",
+            part(from_latent, cube=False),
+            5,
+            Target(at_least=7, aim=10),
+            tolerance=_FROM_LATENT,
+        ),
+        row(
+            f"{cube}, from planes",
+            part(from_planes, cube=True, train=False),
+            30,
+            Target(at_least=20, aim=40),
+            meter_in_round=full,
+        ),
+        row(
+            f"{cube}, from a latent",
+            part(from_latent, cube=True),
+            42,
+            meter_in_round=full,
+            tolerance=_FROM_LATENT,
+        ),
+        row(
+            "renderer forward",
+            part(rendering, whole=False),
+            2.5,
+            Target(at_least=2.5, aim=4),
+            tolerance=FEW_RAYS,
+        ),
+        row(
+            "G forward",
+            part(rendering, whole=True),
+            6,
+            Target(at_least=3, aim=4),
+            tolerance=FEW_RAYS,
+            half_on_cuda=full,
+        ),
     ]
 
 
 ROWS = [
-    *_rows("full"), *_rows("bundled"),
+    *_rows("full"),
+    *_rows("bundled"),
     Row(
-        name="mesh 512^3, from a latent", size="full", make=functools.partial(mesh_case, size="full", resolution=512), seconds=320,
-        target=Target(at_least=15, aim=40, memory_mb_below=4000), tolerance=WITHIN, meter_in_round=True,
+        name="mesh 512^3, from a latent",
+        size="full",
+        make=functools.partial(mesh_case, size="full", resolution=512),
+        seconds=320,
+        target=Target(at_least=15, aim=40, memory_mb_below=4000),
+        tolerance=WITHIN,
+        meter_in_round=True,
     ),
     Row(
-        name="mesh 128^3, from a latent", size="bundled", make=functools.partial(mesh_case, size="bundled", resolution=128), seconds=1.5,
+        name="mesh 128^3, from a latent",
+        size="bundled",
+        make=functools.partial(mesh_case, size="bundled", resolution=128),
+        seconds=1.5,
         tolerance=WITHIN,
     ),
 ]
 
 
-# The density of full heads on grids: a tri-grid is read from its D slices; the reference decodes every point, density alone.
+# The density of full heads on grids: a tri-grid is read from its D slices; the reference decodes every point,
+# density alone.
 
 SLICES = 3  # D
 _POINTS_AT_ONCE = 1 << 16  # as the families read points
 
 
 class TriGrid(PlaneField):
-    """Leaves (slices N(0, 1) and the decoder's density row), and the two paths from them to sigma_raw [1, D, H, W]."""
+    """Leaves (slices N(0, 1) and the decoder's density row), and the two paths from them to sigma_raw
+    [1, D, H, W].
+    """
 
     def __init__(self, size: PlaneSize, device: str):
         super().__init__(size, "panohead", device)
@@ -258,7 +346,9 @@ class TriGrid(PlaneField):
     def pointwise(self) -> torch.Tensor:
         """Three trilinear reads, their mean, the hidden layer and the density row at every point."""
         points = self.spec.points().to(self.planes).reshape(1, -1, 3)
-        return torch.cat([self._density(part) for part in points.split(_POINTS_AT_ONCE, dim=1)], dim=1).view(1, *self.spec.shape)
+        return torch.cat([self._density(part) for part in points.split(_POINTS_AT_ONCE, dim=1)], dim=1).view(
+            1, *self.spec.shape
+        )
 
     def _density(self, points: torch.Tensor) -> torch.Tensor:
         features = sample_tri_grid(self.axes, self.planes, points, 1.0).mean(dim=1)
@@ -267,7 +357,9 @@ class TriGrid(PlaneField):
         return hidden @ weights.w_sigma + weights.b_sigma
 
 
-def _tri_grid_row(name: str, size: str, seconds: float, target: Target | None, cube: bool = False, train: bool = False) -> Row:
+def _tri_grid_row(
+    name: str, size: str, seconds: float, target: Target | None, cube: bool = False, train: bool = False
+) -> Row:
     make = functools.partial(from_planes, size=size, cube=cube, train=train, layout="panohead")
     return Row(name=name, size=size, make=make, seconds=seconds, target=target)
 

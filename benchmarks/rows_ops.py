@@ -1,6 +1,7 @@
 """Rows: the ops alone, at the shapes of the full-size configuration, forward and forward + backward.
 
-Each op is called as `call(impl, *tensors)`, so that the further columns of --torch-compile can be made from the same function.
+Each op is called as `call(impl, *tensors)`, so that the further columns of --torch-compile can be made from
+the same function.
 """
 
 import functools
@@ -21,16 +22,19 @@ Call = Callable[..., tuple[torch.Tensor, ...]]  # (impl, *tensors) -> outputs
 
 
 def op_case(
-    device: str, tiny: bool, make: Callable[[Callable, bool], tuple[Call, list[torch.Tensor], int]], train: bool,
+    device: str,
+    tiny: bool,
+    make: Callable[[Callable, bool], tuple[Call, list[torch.Tensor], int]],
+    train: bool,
     compile_torch: Callable[[str, bool], bool] = lambda device, train: True,
 ) -> Case:
     """Both implementations on the same tensors.
 
     Args:
-        make: (normal, tiny) -> the call, its tensors, and how many of these, from the first on, take gradients;
-            normal(*shape) draws N(0, 1) on the device.
-        compile_torch: (device, train) -> whether the torch path is a straight line there; torch.compile unrolls a loop over many pieces,
-            and needs longer for that than anyone would wait.
+        make: (normal, tiny) -> the call, its tensors, and how many of these, from the first on, take
+            gradients; normal(*shape) draws N(0, 1) on the device.
+        compile_torch: (device, train) -> whether the torch path is a straight line there; torch.compile
+            unrolls a loop over many pieces, and needs longer for that than anyone would wait.
     """
     rng = torch.Generator().manual_seed(0)
     call, tensors, leaves = make(lambda *shape: torch.randn(shape, generator=rng).to(device), tiny)
@@ -45,7 +49,8 @@ def op_case(
         outputs = function(*tensors)
         gradients = torch.autograd.grad(outputs, tensors[:leaves], cotangents)
         return Outcome(
-            {f"output {i}": out.detach() for i, out in enumerate(outputs)}, {f"input {i}": gradient for i, gradient in enumerate(gradients)}
+            {f"output {i}": out.detach() for i, out in enumerate(outputs)},
+            {f"input {i}": gradient for i, gradient in enumerate(gradients)},
         )
 
     @functools.cache
@@ -56,14 +61,20 @@ def op_case(
     if compile_torch(device, train):
         others["compiled_torch"] = lambda: run(compiled("torch"))
     return Case(
-        reference=lambda: run(part(call, "ref")), fast=lambda: run(part(call, "auto")), others=others,
+        reference=lambda: run(part(call, "ref")),
+        fast=lambda: run(part(call, "auto")),
+        others=others,
     )
 
 
 def _bias_act(normal, tiny: bool):
     """The activation after the backbone's last convolution."""
     c, r = (4, 9) if tiny else (128, 256)
-    return lambda impl, x, b: (bias_act(x, b, act="lrelu", clamp=256, impl=impl),), [normal(1, c, r, r), normal(c)], 2
+    return (
+        lambda impl, x, b: (bias_act(x, b, act="lrelu", clamp=256, impl=impl),),
+        [normal(1, c, r, r), normal(c)],
+        2,
+    )
 
 
 def _upfirdn2d(normal, tiny: bool, channels: int, side: int, **resampling):
@@ -82,7 +93,9 @@ def _slab_density(normal, tiny: bool):
 
 
 def _triplane_decode(normal, tiny: bool, colors: int):
-    """The coarse pass of a rendering: 128 x 128 rays through the box with 48 samples each, planes of 256 texels."""
+    """The coarse pass of a rendering: 128 x 128 rays through the box with 48 samples each, planes of 256
+    texels.
+    """
     c, r, rays, samples, j = (4, 8, 4, 3, 8) if tiny else (32, 256, 128, 48, 64)
     planes = normal(1, 3, c, r, r)
     side, along = (torch.linspace(-0.5, 0.5, n, device=planes.device) for n in (rays, samples))
@@ -108,14 +121,22 @@ def _depths(normal, tiny: bool) -> tuple[torch.Tensor, torch.Tensor]:
 def _ray_march(normal, tiny: bool):
     """The final march of a rendering: 128 x 128 rays, 48 + 48 samples."""
     depths = torch.cat(_depths(normal, tiny), dim=-1)
-    return lambda impl, densities, depths: ray_march(densities, depths, impl=impl), [2 * normal(*depths.shape), depths], 1
+    return (
+        lambda impl, densities, depths: ray_march(densities, depths, impl=impl),
+        [2 * normal(*depths.shape), depths],
+        1,
+    )
 
 
 def _importance_depths(normal, tiny: bool):
     """48 fine depths from 48 coarse samples on each of 128 x 128 rays."""
     depths, other = _depths(normal, tiny)
     u = torch.special.ndtr(normal(*other.shape)).clamp(0, 1 - 1e-6)
-    return lambda impl, densities, depths, u: (importance_depths(densities, depths, u, impl=impl),), [2 * normal(*u.shape), depths, u], 0
+    return (
+        lambda impl, densities, depths, u: (importance_depths(densities, depths, u, impl=impl),),
+        [2 * normal(*u.shape), depths, u],
+        0,
+    )
 
 
 def _one_piece(device: str, train: bool) -> bool:
@@ -125,21 +146,26 @@ def _one_piece(device: str, train: bool) -> bool:
 def _rows(name: str, make, seconds: float, train: bool = True, **kwargs) -> list[Row]:
     return [
         Row(
-            name=f"op {name}, {'forward + backward' if backward else 'forward'}", size="full",
-            make=part(op_case, make=make, train=backward, **kwargs), seconds=seconds * (3 if backward else 1),
+            name=f"op {name}, {'forward + backward' if backward else 'forward'}",
+            size="full",
+            make=part(op_case, make=make, train=backward, **kwargs),
+            seconds=seconds * (3 if backward else 1),
         )
         for backward in ((False, True) if train else (False,))
     ]
 
 
-# The tri-plane image on its way from 128 to 256 texels, 2x per axis; the low-pass filter after a transposed convolution.
+# The tri-plane image on its way from 128 to 256 texels, 2x per axis; the low-pass filter after a transposed
+# convolution.
 _ENLARGE = part(_upfirdn2d, channels=96, side=128, up=2, padding=(2, 1, 2, 1))
 _SMOOTH = part(_upfirdn2d, channels=128, side=257, padding=1)
 ROWS = [
     *_rows("bias_act", _bias_act, 0.03),
-    *_rows("upfirdn2d, enlarging", _ENLARGE, 0.1), *_rows("upfirdn2d, smoothing", _SMOOTH, 0.1),
+    *_rows("upfirdn2d, enlarging", _ENLARGE, 0.1),
+    *_rows("upfirdn2d, smoothing", _SMOOTH, 0.1),
     *_rows("slab_density", _slab_density, 0.8, compile_torch=lambda device, train: device == "cuda"),
     *_rows("triplane_decode", part(_triplane_decode, colors=32), 0.9, compile_torch=_one_piece),
     *_rows("triplane_decode, density only", part(_triplane_decode, colors=0), 0.6, compile_torch=_one_piece),
-    *_rows("ray_march", _ray_march, 0.1), *_rows("importance_depths", _importance_depths, 0.1, train=False),
+    *_rows("ray_march", _ray_march, 0.1),
+    *_rows("importance_depths", _importance_depths, 0.1, train=False),
 ]

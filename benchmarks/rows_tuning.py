@@ -1,4 +1,5 @@
-"""Rows: score distillation's test problem with and without a reward on meshes, four orthographic views of voxels, and updates of flows.
+"""Rows: score distillation's test problem with and without a reward on meshes, four orthographic views of
+voxels, and updates of flows.
 
 Letters: A assets, N voxels per edge.
 """
@@ -28,12 +29,18 @@ from eg3d_rlhf.tuning.flow.reference import AdapterOff
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, Updates
 from training.distributed import SINGLE
 
-ASSETS, VIEWS = 32, 4
-_FROM, _STEPS, _NO_WEIGHT = 40, 20, 1e-25  # steps at which the mesh reward is timed; a weight that moves nothing and is not left out
+ASSETS = 32
+VIEWS = 4
+# steps at which the mesh reward is timed; a weight that moves nothing and is not left out
+_FROM = 40
+_STEPS = 20
+_NO_WEIGHT = 1e-25
 
 
 def _rays(n: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """World points [N, N, N, 3] (row, column, step from the camera) of the rays of one view, and their depths [N]."""
+    """World points [N, N, N, 3] (row, column, step from the camera) of the rays of one view, and their depths
+    [N].
+    """
     axis = torch.linspace(-0.5, 0.5, n)
     up, right, near = torch.meshgrid(-axis, axis, -axis, indexing="ij")
     x, z = ((right, near), (near, -right), (-right, -near), (-near, right))[view]
@@ -41,16 +48,23 @@ def _rays(n: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _looped(voxels: Voxels) -> torch.Tensor:
-    """The straightforward renderer, [4 A, 4, N, N]: asset by asset and view by view, trilinear samples all along every ray, running
-    products of what is let through."""
-    n, pictures = voxels.resolution, []
+    """The straightforward renderer, [4 A, 4, N, N]: asset by asset and view by view, trilinear samples all
+    along every ray, running products of what is let through.
+    """
+    n = voxels.resolution
+    pictures = []
     for asset in range(len(voxels)):
         volume = torch.cat([voxels.raw[asset, None], voxels.paint[asset]])[None]  # [1, 4, N, N, N]
         for view in range(VIEWS):
             points, depths = _rays(n, view)
-            read = F.grid_sample(volume, 2 * points[None], mode="bilinear", padding_mode="border", align_corners=True)[0]  # [4, N, N, N]
+            # [4, N, N, N]
+            read = F.grid_sample(
+                volume, 2 * points[None], mode="bilinear", padding_mode="border", align_corners=True
+            )[0]
             alpha = 1 - torch.exp(-F.softplus(read[0] - 1) * voxels.pitch)
-            through = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha[..., :-1]], dim=-1), dim=-1)
+            through = torch.cumprod(
+                torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha[..., :-1]], dim=-1), dim=-1
+            )
             inverse = nearness(depths, DISTANCE - 0.5, DISTANCE + 0.5).expand_as(alpha)
             values = torch.cat([torch.sigmoid(read[1:]), inverse[None]])
             pictures.append((alpha * through * values).sum(dim=-1))
@@ -65,8 +79,11 @@ def four_views(device: str, tiny: bool, n: int) -> Case:
         for parameter in voxels.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=rng) - 0.5)
     voxels.to(device)
-    views, background = evenly_around(len(voxels), VIEWS, DISTANCE), torch.zeros(3, device=device)
-    cotangent = torch.randn(VIEWS * len(voxels), 4, voxels.resolution, voxels.resolution, generator=rng).to(device)
+    views = evenly_around(len(voxels), VIEWS, DISTANCE)
+    background = torch.zeros(3, device=device)
+    cotangent = torch.randn(VIEWS * len(voxels), 4, voxels.resolution, voxels.resolution, generator=rng).to(
+        device
+    )
     renderer = FourViews(voxels.resolution)
 
     def run(render) -> Outcome:
@@ -74,18 +91,28 @@ def four_views(device: str, tiny: bool, n: int) -> Case:
         shape, paint = torch.autograd.grad(pictures, [voxels.shape, voxels.paint], cotangent)
         return Outcome({"pictures": pictures.detach()}, {"shape": shape, "paint": paint})
 
-    return Case(fast=lambda: run(lambda: renderer.render(voxels, views, background).images), reference=lambda: run(lambda: _looped(voxels)))
+    return Case(
+        fast=lambda: run(lambda: renderer.render(voxels, views, background).images),
+        reference=lambda: run(lambda: _looped(voxels)),
+    )
 
 
 def mesh_reward_steps(device: str, tiny: bool) -> Case:
-    """Twenty steps of the default problem in the midst of a run, with one rebuild of the meshes: plain distillation with RewardCS
-    (fast) and without (reference). Its weight is too small to move an asset, so both end alike, and the ratio is 1 / overhead."""
+    """Twenty steps of the default problem in the midst of a run, with one rebuild of the meshes: plain
+    distillation with RewardCS (fast) and without (reference). Its weight is too small to move an asset, so
+    both end alike, and the ratio is 1 / overhead.
+    """
     torch.manual_seed(0)
-    reward = RewardCS(PatchOptions(patches=32, faces=16), EncoderOptions(faces=16, width=48, depth=2), resolution=15)
+    reward = RewardCS(
+        PatchOptions(patches=32, faces=16), EncoderOptions(faces=16, width=48, depth=2), resolution=15
+    )
     reward.to(device).eval().requires_grad_(False)
     settings = DistillSettings(
-        prompts=tuple(prompt.text for prompt in problem.PROMPTS), arms=("sds",), scene=SceneConfig(assets=problem.SEEDS),
-        loop=LoopConfig(batch=4) if tiny else LoopConfig(), guidance={"geometry_weight": _NO_WEIGHT, "geometry_weight_from": _NO_WEIGHT},
+        prompts=tuple(prompt.text for prompt in problem.PROMPTS),
+        arms=("sds",),
+        scene=SceneConfig(assets=problem.SEEDS),
+        loop=LoopConfig(batch=4) if tiny else LoopConfig(),
+        guidance={"geometry_weight": _NO_WEIGHT, "geometry_weight_from": _NO_WEIGHT},
     )
     scene = replace(
         bundled_scene(settings, torch.device(device)),
@@ -111,25 +138,37 @@ def mesh_reward_steps(device: str, tiny: bool) -> Case:
 
 
 ROWS = [
-    *(Row(
-        name=f"voxels {n}^3, {ASSETS} assets x {VIEWS} views, forward + backward", size="bundled", seconds=seconds,
-        make=functools.partial(four_views, n=n), target=Target(at_least=3, aim=6),
-    ) for n, seconds in ((16, 0.4), (24, 1.2))),
+    *(
+        Row(
+            name=f"voxels {n}^3, {ASSETS} assets x {VIEWS} views, forward + backward",
+            size="bundled",
+            seconds=seconds,
+            make=functools.partial(four_views, n=n),
+            target=Target(at_least=3, aim=6),
+        )
+        for n, seconds in ((16, 0.4), (24, 1.2))
+    ),
     Row(
-        name="twenty steps of distillation, with RewardCS against without", size="bundled", seconds=1, make=mesh_reward_steps,
+        name="twenty steps of distillation, with RewardCS against without",
+        size="bundled",
+        seconds=1,
+        make=mesh_reward_steps,
         target=Target(at_least=1 / 1.5, aim=0.8),
     ),
-]  # fmt: skip
+]
 
 
-# One DPO update of TRELLIS's flows on a pair, of the width and tokens of its text-large models and a twelfth of their depth.
+# One DPO update of TRELLIS's flows on a pair, of the width and tokens of its text-large models and a twelfth
+# of their depth.
 
 BLOCKS = 2  # of 24
 
 
 def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
-    """Errors of a pair by policy and reference, and gradients of the adapters. The reference is what published training code does: both
-    networks one after the other, every block computed again in the backward pass, attention and products by torch."""
+    """Errors of a pair by policy and reference, and gradients of the adapters. The reference is what
+    published training code does: both networks one after the other, every block computed again in the
+    backward pass, attention and products by torch.
+    """
     return_freed_memory()
     size = Size(stage=stage_name, blocks=BLOCKS, device=device)
     if tiny:
@@ -141,7 +180,8 @@ def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
     with torch.no_grad():
         for parameter in adapters:  # as in the midst of a training
             parameter += 0.01 * torch.randn_like(parameter)
-    config, pairs = TrainConfig(batch=1), pairs_of(stage, 1, size.voxels)
+    config = TrainConfig(batch=1)
+    pairs = pairs_of(stage, 1, size.voxels)
     work = Updates(RandomConditions(), stage, pairs, config, stage.model, AdapterOff(stage.model), SINGLE)
     draw = work._draw(pairs, 0)
 
@@ -160,7 +200,12 @@ def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
 
 ROWS += [
     Row(
-        name=f"TRELLIS {stage} flow, one DPO update", size="full", make=functools.partial(dpo_update, stage_name=stage), seconds=seconds,
-        meter_in_round=True, target=Target(at_least=1.5, aim=2.5),
-    ) for stage, seconds in (("structure", 25), ("latent", 20))
-]  # fmt: skip
+        name=f"TRELLIS {stage} flow, one DPO update",
+        size="full",
+        make=functools.partial(dpo_update, stage_name=stage),
+        seconds=seconds,
+        meter_in_round=True,
+        target=Target(at_least=1.5, aim=2.5),
+    )
+    for stage, seconds in (("structure", 25), ("latent", 20))
+]

@@ -1,6 +1,8 @@
-"""Runs rows one after the other: warm-up, rounds in turn, memory, agreement; keeps the results on disk after each.
+"""Runs rows one after the other: warm-up, rounds in turn, memory, agreement; keeps the results on disk after
+each.
 
-    python -m benchmarks.session NAME SIZE DEVICE PATH THREADS TINY          prints the bytes that one path needs, alone in its process
+    python -m benchmarks.session NAME SIZE DEVICE PATH THREADS TINY
+        prints the bytes that one path needs, alone in its process
 """
 
 import contextlib
@@ -17,7 +19,18 @@ import torch
 from torch.utils.benchmark.utils.timer import timer
 
 from benchmarks import report
-from benchmarks.rows import FAST, PATHS, REFERENCE, Agreement, Case, DisagreementError, Outcome, Row, check, compare
+from benchmarks.rows import (
+    FAST,
+    PATHS,
+    REFERENCE,
+    Agreement,
+    Case,
+    DisagreementError,
+    Outcome,
+    Row,
+    check,
+    compare,
+)
 from training.progress import tqdm
 
 LONG = 3.0  # seconds of a reference pass from which on it is not warmed up at its real size
@@ -41,7 +54,8 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
             return
-        with contextlib.suppress(OSError):  # some containers do not restart the mark: then it is that since the process began
+        # some containers do not restart the mark: then it is that since the process began
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         self._before = resident_bytes("VmRSS")
 
@@ -72,7 +86,9 @@ def extra_bytes_in_subprocess(row: Row, device: str, path: str, tiny: bool) -> i
     Raises: RuntimeError with what the process wrote on stderr.
     """
     arguments = [row.name, row.size, device, path, str(torch.get_num_threads()), str(int(tiny))]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.session", *arguments], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.session", *arguments], cwd=REPO, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{row.name}: the memory measurement of the {path} path failed:\n{done.stderr}")
     return int(done.stdout.split()[-1])
@@ -100,7 +116,8 @@ class Options:
 
 def run(rows: Sequence[Row], options: Options) -> tuple[dict, list[str]]:
     """All rows: the report, which is on disk as well, and a line on each row whose paths disagree."""
-    failures, results = [], report.header(options.device, options.quick)
+    failures = []
+    results = report.header(options.device, options.quick)
     with tqdm(total=len(rows)) as bar:
         for i, row in enumerate(rows):
             what = f"{row.name} ({row.size}, {options.device})"
@@ -119,7 +136,8 @@ def run(rows: Sequence[Row], options: Options) -> tuple[dict, list[str]]:
 
 
 def select(rows: Sequence[Row], patterns: Sequence[str], size: str) -> list[Row]:
-    """Rows of a size, or of "both", that one of `patterns` fits: a whole name, else part of names, else a shell pattern; all without any.
+    """Rows of a size, or of "both", that one of `patterns` fits: a whole name, else part of names, else a
+    shell pattern; all without any.
 
     Raises: ValueError for a pattern that fits no row.
     """
@@ -127,17 +145,24 @@ def select(rows: Sequence[Row], patterns: Sequence[str], size: str) -> list[Row]
     names = {row.name.lower() for row in sized}
 
     def fits(row: Row, pattern: str) -> bool:
-        name, pattern = row.name.lower(), pattern.lower()
+        name = row.name.lower()
+        pattern = pattern.lower()
         return name == pattern if pattern in names else pattern in name or fnmatch.fnmatchcase(name, pattern)
 
     for pattern in patterns:
         if not any(fits(row, pattern) for row in sized):
-            raise ValueError(f"--rows: expected part of a row's name, got {pattern!r}, which fits none of size {size}. See --list.")
+            raise ValueError(
+                f"--rows: expected part of a row's name, got {pattern!r}, which fits none of size {size}. See"
+                " --list."
+            )
     return [row for row in sized if not patterns or any(fits(row, pattern) for pattern in patterns)]
 
 
 def run_row(row: Row, options: Options) -> dict:
-    """Measure one row; returns its record. Raises: DisagreementError where the paths do not compute the same."""
+    """Measure one row; returns its record.
+
+    Raises: DisagreementError where the paths do not compute the same.
+    """
     device = options.device
     if options.torch_compile:
         torch.compiler.reset()  # rows share code objects, and torch gives up on one after eight compilations
@@ -152,12 +177,17 @@ def run_row(row: Row, options: Options) -> dict:
     while len(agreements) < count:
         outcomes: dict[str, Outcome] = {}
         for name in [name for name in names if name not in errors]:
-            meter = PeakMeter(device) if row.meter_in_round and measured and not agreements and name == REFERENCE else None
+            meter = (
+                PeakMeter(device)
+                if row.meter_in_round and measured and not agreements and name == REFERENCE
+                else None
+            )
             _timed(case, name, times, outcomes, errors)
             if meter is not None:
                 memory_used[REFERENCE] = meter.extra_bytes()
         agreements.append(_agree(row, case, outcomes, FAST, device))
-        for name in outcomes.keys() - set(PATHS):  # times of a further column that computes something else are not shown
+        # times of a further column that computes something else are not shown
+        for name in outcomes.keys() - set(PATHS):
             try:
                 _agree(row, case, outcomes, name, device)
             except DisagreementError as error:
@@ -170,17 +200,28 @@ def run_row(row: Row, options: Options) -> dict:
         for path in PATHS:
             if path not in memory_used:
                 memory_used[path] = options.meter(row, device, path, options.quick)
-    deviations = {entry.name: [getattr(agreement, entry.name) for agreement in agreements] for entry in fields(Agreement)}
-    worst = Agreement(**{name: None if None in values else max(values) for name, values in deviations.items()})
-    record = report.row_record(row, device, {name: times[name] for name in PATHS}, worst, memory_used, judged=not options.quick)
+    deviations = {
+        entry.name: [getattr(agreement, entry.name) for agreement in agreements]
+        for entry in fields(Agreement)
+    }
+    worst = Agreement(
+        **{name: None if None in values else max(values) for name, values in deviations.items()}
+    )
+    record = report.row_record(
+        row, device, {name: times[name] for name in PATHS}, worst, memory_used, judged=not options.quick
+    )
     if options.torch_compile and len(names) > len(PATHS):
         record["others"] = {n: errors[n] if n in errors else median(times[n]["wall"]) for n in case.others}
-        record["others_processor"] = {n: median(times[n]["processor"]) for n in case.others if n not in errors}
+        record["others_processor"] = {
+            n: median(times[n]["processor"]) for n in case.others if n not in errors
+        }
     return record
 
 
 def _warm(row: Row, options: Options) -> Case:
-    """The case, after both paths ran on a tiny one (libraries, threads, compiled ops) and, where that is not long, at the real size."""
+    """The case, after both paths ran on a tiny one (libraries, threads, compiled ops) and, where that is not
+    long, at the real size.
+    """
     tiny = row.make(options.device, True)
     for path in PATHS:
         tiny.prepare()
@@ -196,7 +237,9 @@ def _warm(row: Row, options: Options) -> Case:
 
 
 def _timed(case: Case, name: str, times: dict, outcomes: dict[str, Outcome], errors: dict[str, str]) -> None:
-    """One call of one path, added to `times` and `outcomes`; a further column that cannot run is noted in `errors` instead."""
+    """One call of one path, added to `times` and `outcomes`; a further column that cannot run is noted in
+    `errors` instead.
+    """
     try:
         if name not in PATHS and name not in times:
             case.prepare()
@@ -207,7 +250,9 @@ def _timed(case: Case, name: str, times: dict, outcomes: dict[str, Outcome], err
     except Exception as error:  # noqa: BLE001 (whatever torch.compile raises; the two paths themselves must not fail)
         if name in PATHS:
             raise
-        errors[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        errors[name] = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        )
         times.pop(name, None)
         return
     values = times.setdefault(name, {"wall": [], "processor": []})
@@ -216,8 +261,11 @@ def _timed(case: Case, name: str, times: dict, outcomes: dict[str, Outcome], err
 
 
 def clock(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall-clock seconds of one call, on a GPU until the device is done (torch's timer waits); and processor seconds of all threads."""
-    wall, processor = timer(), time.process_time()
+    """Wall-clock seconds of one call, on a GPU until the device is done (torch's timer waits); and processor
+    seconds of all threads.
+    """
+    wall = timer()
+    processor = time.process_time()
     work()
     return timer() - wall, time.process_time() - processor
 

@@ -41,7 +41,10 @@ def get_obj_by_name(name: str) -> Any:
     """
     parts = name.split(".")
     if parts[0] not in ALLOWED_ROOTS or len(parts) < 2:
-        raise ValueError(f"get_obj_by_name: expected a dotted name in {', '.join(ALLOWED_ROOTS)}, got {name!r}. Import others yourself.")
+        raise ValueError(
+            f"get_obj_by_name: expected a dotted name in {', '.join(ALLOWED_ROOTS)}, got {name!r}. Import"
+            " others yourself."
+        )
     for split in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:split])
         try:
@@ -52,7 +55,10 @@ def get_obj_by_name(name: str) -> Any:
             continue
         for part in parts[split:]:
             if not hasattr(found, part):
-                raise ImportError(f"get_obj_by_name: {module_name} has no {'.'.join(parts[split:])}. Check the spelling of {name!r}.")
+                raise ImportError(
+                    f"get_obj_by_name: {module_name} has no {'.'.join(parts[split:])}. Check the spelling of"
+                    f" {name!r}."
+                )
             found = getattr(found, part)
         return found
     raise ImportError(f"get_obj_by_name: no module behind {name!r}. Check the spelling.")
@@ -77,6 +83,8 @@ def open_url(url: str) -> BinaryIO:
     """
     parsed = urlparse(url)
     if parsed.scheme in ("http", "https", "ftp"):
-        raise ValueError(f"open_url: expected a local file, got {url!r}. Download it yourself and pass its path.")
+        raise ValueError(
+            f"open_url: expected a local file, got {url!r}. Download it yourself and pass its path."
+        )
     path = Path(url2pathname(parsed.path)) if parsed.scheme == "file" else Path(url)
     return open(path, "rb")

@@ -1,4 +1,6 @@
-"""How `make docs` builds the site: Markdown by MyST, notebooks run, commands, settings and public names read from the code; no network."""
+"""How `make docs` builds the site: Markdown by MyST, notebooks run, commands, settings and public names read
+from the code; no network.
+"""
 
 import inspect
 import re
@@ -38,7 +40,9 @@ pygments_style = "default"
 
 
 def commands() -> Iterator[tuple[str, str, click.Command]]:
-    """Every job in the order of the help screen, `train` once for each of its modes: (as it is typed, what it does, command)."""
+    """Every job in the order of the help screen, `train` once for each of its modes: (as it is typed, what it
+    does, command).
+    """
     for job, (_, what) in JOBS.items():
         if job == "train":
             for mode in MODES:
@@ -76,7 +80,9 @@ class RareSettings(SphinxDirective):
                 for setting in rare.values():
                     words = " ".join(setting.get_help_record(context)[1].split())
                     cells = (f"`{setting.name}`", f"`{setting.make_metavar(context)}`", words)
-                    lines.append("| " + " | ".join(re.sub(r"([|<*])", r"\\\1", cell) for cell in cells) + " |")
+                    lines.append(
+                        "| " + " | ".join(re.sub(r"([|<*])", r"\\\1", cell) for cell in cells) + " |"
+                    )
             lines.append("")
         return self.parse_text_to_nodes(StringList(lines, "settings"), allow_section_headings=True)
 
@@ -89,8 +95,15 @@ class Presets(SphinxDirective):
         for (family, task), row in gan.PRESETS.items():
             changed = {name: value for name, value in row.items() if value not in (None, gan._OWN.get(name))}
             required = [f"`{name}` required" for name in ("gamma", "batch") if row[name] is None]
-            said = ", ".join([*required, *(f"`{name}` {value:g}" if type(value) is float else f"`{name}` {value}"
-                                           for name, value in changed.items())])
+            said = ", ".join(
+                [
+                    *required,
+                    *(
+                        f"`{name}` {value:g}" if type(value) is float else f"`{name}` {value}"
+                        for name, value in changed.items()
+                    ),
+                ]
+            )
             lines.append(f"| {family} | {task} | {said} |")
         return self.parse_text_to_nodes(StringList(lines, "presets"))
 
@@ -101,15 +114,19 @@ class PublicNames(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         lines: list[str] = []
         for name in eg3d_rlhf.__all__:
-            shown = (f".. autoclass:: eg3d_rlhf.{name}", "   :members:") if inspect.isclass(getattr(eg3d_rlhf, name)) else (
-                f".. autofunction:: eg3d_rlhf.{name}",
+            shown = (
+                (f".. autoclass:: eg3d_rlhf.{name}", "   :members:")
+                if inspect.isclass(getattr(eg3d_rlhf, name))
+                else (f".. autofunction:: eg3d_rlhf.{name}",)
             )
             lines += [f"## {name}", "", "```{eval-rst}", *shown, "```", ""]
         return self.parse_text_to_nodes(StringList(lines, "names"), allow_section_headings=True)
 
 
 def as_prose_and_listing(app, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """Docstrings are plain text: paragraphs are prose, examples and what is indented stand as they were written."""
+    """Docstrings are plain text: paragraphs are prose, examples and what is indented stand as they were
+    written.
+    """
     shown: list[str] = []
     for block in re.split(r"\n\s*\n(?=\S)", "\n".join(lines).strip("\n")):
         if block.startswith(">>>") or "\n " in block:
@@ -120,6 +137,11 @@ def as_prose_and_listing(app, what: str, name: str, thing: object, options: obje
 
 
 def setup(app) -> None:
-    for name, directive in {"commands": Commands, "rare-settings": RareSettings, "presets": Presets, "public-names": PublicNames}.items():
+    for name, directive in {
+        "commands": Commands,
+        "rare-settings": RareSettings,
+        "presets": Presets,
+        "public-names": PublicNames,
+    }.items():
         app.add_directive(name, directive)
     app.connect("autodoc-process-docstring", as_prose_and_listing)

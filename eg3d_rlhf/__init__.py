@@ -24,15 +24,37 @@ if TYPE_CHECKING:
     from eg3d_rlhf.rewards.observations import observation_of
     from eg3d_rlhf.rewards.reward import Reward, load_reward
 
-__all__ = ["Field", "MeshOptions", "Preference", "Reward", "export_mesh", "load_generator", "load_labels", "load_reward", "observation_of",
-           "preference_loss", "tune", "write_labels", "ws_of_seeds"]
+__all__ = [
+    "Field",
+    "MeshOptions",
+    "Preference",
+    "Reward",
+    "export_mesh",
+    "load_generator",
+    "load_labels",
+    "load_reward",
+    "observation_of",
+    "preference_loss",
+    "tune",
+    "write_labels",
+    "ws_of_seeds",
+]
 
 _MODULES = {
-    "Field": "core.field", "MeshOptions": "geometry.mesh_export", "Preference": "preferences.labels", "Reward": "rewards.reward",
-    "export_mesh": "geometry.mesh_export", "load_generator": "generators", "load_labels": "preferences.labels",
-    "load_reward": "rewards.reward", "observation_of": "rewards.observations", "preference_loss": "preferences.losses",
-    "tune": "modes.gan", "write_labels": "preferences.labels", "ws_of_seeds": "generators",
-}  # fmt: skip
+    "Field": "core.field",
+    "MeshOptions": "geometry.mesh_export",
+    "Preference": "preferences.labels",
+    "Reward": "rewards.reward",
+    "export_mesh": "geometry.mesh_export",
+    "load_generator": "generators",
+    "load_labels": "preferences.labels",
+    "load_reward": "rewards.reward",
+    "observation_of": "rewards.observations",
+    "preference_loss": "preferences.losses",
+    "tune": "modes.gan",
+    "write_labels": "preferences.labels",
+    "ws_of_seeds": "generators",
+}
 
 
 def __getattr__(name: str) -> Any:

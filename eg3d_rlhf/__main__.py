@@ -1,4 +1,6 @@
-"""python -m eg3d_rlhf, or the folder as a script, in a checkout that is not installed: the same as the console script eg3d-rlhf."""
+"""python -m eg3d_rlhf, or the folder as a script, in a checkout that is not installed: the same as the
+console script eg3d-rlhf.
+"""
 
 import sys
 from pathlib import Path

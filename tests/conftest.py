@@ -1,4 +1,6 @@
-"""Shared fixtures: where the reference values live, tiny runs, and one thread per worker so that runs repeat."""
+"""Shared fixtures: where the reference values live, tiny runs,
+and one thread per worker so that runs repeat.
+"""
 
 import os
 from pathlib import Path
@@ -29,7 +31,9 @@ def repo() -> Path:
 
 @pytest.fixture(scope="session")
 def fixtures_dir() -> Path:
-    """Folder of reference values; the tests that need it are skipped, with the reason, where it does not exist."""
+    """Folder of reference values; the tests that need it are skipped, with the reason, where it does not
+    exist.
+    """
     root = _fixtures_root()
     if not root.is_dir():
         pytest.skip(f"reference values not found at {root}; set EG3D_RLHF_FIXTURES to their folder")
@@ -54,8 +58,18 @@ def tiny_networks(tmp_path_factory) -> Path:
 def tiny_reward(tmp_path_factory) -> Path:
     """File of a tiny untrained reward that reads slabs of 12 x 14 x 12 points."""
     arch = RewardArch(
-        feature_maps=(8, 16), patch=2, input_scale=0.02, pooling="grid", trunk=(16, 16), embedding=16, heads=(8, 8), groups=4,
-        final_cells=(2, 2, 2), bottleneck_cells=(1, 1, 1),
+        feature_maps=(8, 16),
+        patch=2,
+        input_scale=0.02,
+        pooling="grid",
+        trunk=(16, 16),
+        embedding=16,
+        heads=(8, 8),
+        groups=4,
+        final_cells=(2, 2, 2),
+        bottleneck_cells=(1, 1, 1),
     )
     torch.manual_seed(3)
-    return Reward(SigmaSlab(SlabSpec(resolution=24)), RewardModel(arch)).save(tmp_path_factory.mktemp("reward") / "tiny.safetensors")
+    return Reward(SigmaSlab(SlabSpec(resolution=24)), RewardModel(arch)).save(
+        tmp_path_factory.mktemp("reward") / "tiny.safetensors"
+    )

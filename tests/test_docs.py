@@ -1,4 +1,6 @@
-"""What the documentation promises: links that lead somewhere, files that exist, pages of a length that a person reads, a site."""
+"""What the documentation promises: links that lead somewhere, files that exist, pages of a length that a
+person reads, a site.
+"""
 
 import os
 import pkgutil
@@ -13,7 +15,12 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
 MANUALS = [page for page in PAGES[1:] if "lab-book" not in page.parts]  # the lab book is dated notes
-ALL, PAGE, PARAGRAPH, ROWS, COLUMNS = 20_000, 1500, 80, 8, 6  # words of all that teach, of a page, of a paragraph; of a table
+# words of all that teach, of a page, of a paragraph; of a table
+ALL = 20_000
+PAGE = 1500
+PARAGRAPH = 80
+ROWS = 8
+COLUMNS = 6
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 PATH = re.compile(
     r"(?<![\w/.<*-])((?:tools|tests|docs|benchmarks|assets|training|torch_utils|eg3d_rlhf)/[\w/.-]*\w"
@@ -37,7 +44,11 @@ def test_every_picture_is_shown_somewhere():
 def blocks_of(text: str) -> list[str]:
     """Paragraphs, items of lists and tables of a page, without its code."""
     text = re.sub(r"^ *(```|~~~).*?^ *\1$", "", text, flags=re.M | re.S)
-    return [block for block in re.split(r"\n\s*\n|\n(?= *(?:[-*]|\d+\.) )", text) if block.strip() and not block.startswith("    ")]
+    return [
+        block
+        for block in re.split(r"\n\s*\n|\n(?= *(?:[-*]|\d+\.) )", text)
+        if block.strip() and not block.startswith("    ")
+    ]
 
 
 def limits_broken(text: str, room: str) -> list[str]:
@@ -66,21 +77,40 @@ def test_the_limits_see_what_is_too_long():
     table = "| a | b |\n| - | - |\n" + "| 1 | 2 |\n" * 9
     page = "word " * 81 + "\n\n- " + "word " * 80 + "\n\n" + table + "```\n" + "word " * 100 + "\n```\n"
     assert [broken.split(":")[0] for broken in limits_broken(page, "guides")] == [
-        "paragraph of 81 words", "paragraph of 81 words", "table of 9 rows and 2 columns",
+        "paragraph of 81 words",
+        "paragraph of 81 words",
+        "table of 9 rows and 2 columns",
     ]
-    assert len(limits_broken(page, "results")) == 2 and limits_broken("word " * 1501, "guides")[0] == "page of 1501 words"
+    assert (
+        len(limits_broken(page, "results")) == 2
+        and limits_broken("word " * 1501, "guides")[0] == "page of 1501 words"
+    )
 
 
 def test_the_manuals_are_read_in_an_afternoon():
-    taught = [page for page in MANUALS if page.relative_to(REPO / "docs").parts[0] not in ("results", "reference")]
+    taught = [
+        page for page in MANUALS if page.relative_to(REPO / "docs").parts[0] not in ("results", "reference")
+    ]
     assert sum(len(page.read_text().split()) for page in taught) <= ALL
 
 
-FOREIGN = re.compile(r"<(?:script|img|link|source|iframe)\b[^>]*(?:src|href)=\"(?:https?:)?//")  # asked of the network by a page
+# asked of the network by a page
+FOREIGN = re.compile(r"<(?:script|img|link|source|iframe)\b[^>]*(?:src|href)=\"(?:https?:)?//")
 
 
 def build_site(out: Path, *options: str) -> None:
-    words = [sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", *options, str(REPO / "docs"), str(out)]
+    words = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-E",
+        "-W",
+        "--keep-going",
+        *options,
+        str(REPO / "docs"),
+        str(out),
+    ]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPO)})
     assert done.returncode == 0, done.stderr
 

@@ -1,4 +1,6 @@
-"""Every command that a page shows, in a block of code or within a sentence, is known with all of its flags and settings."""
+"""Every command that a page shows, in a block of code or within a sentence, is known with all of its flags
+and settings.
+"""
 
 import importlib.util
 import re
@@ -14,7 +16,10 @@ from eg3d_rlhf.modes.door import JOBS, command_of
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [REPO / "README.md", *(p for p in sorted((REPO / "docs").rglob("*.md")) if "lab-book" not in p.parts)]
-SHOWN = re.compile(r"(?:python (?:train|tools/\w+)\.py|torchrun (?:--[\w-]+(?:=\S+)? )*(?:train|tools/\w+)\.py|eg3d-rlhf [a-z])[^`\n]*")
+SHOWN = re.compile(
+    r"(?:python (?:train|tools/\w+)\.py|torchrun (?:--[\w-]+(?:=\S+)? )*(?:train|tools/\w+)\.py|eg3d-rlhf"
+    r" [a-z])[^`\n]*"
+)
 
 
 def commands_of(text: str) -> list[str]:
@@ -23,7 +28,9 @@ def commands_of(text: str) -> list[str]:
 
 
 def parsed(line: str) -> tuple[click.Command, list[str]] | None:
-    """The command that a line starts, and its arguments; None where only a noun, or a job without flags, is named."""
+    """The command that a line starts, and its arguments; None where only a noun, or a job without flags, is
+    named.
+    """
     words = [word for word in shlex.split(line) if word not in ("...", "…", "|")]
     if words[0] == "eg3d-rlhf":
         job = " ".join(words[1:3]) if " ".join(words[1:3]) in JOBS else words[1]
@@ -53,8 +60,14 @@ def refused(command: click.Command, arguments: list[str]) -> str:
         return refused(inner, rest[1:]) if inner is not None else f"no job {rest[0]}"
     rare = getattr(command, "rare", {})
     names = [word.partition("=")[2].partition("=")[0] for word in arguments if word.startswith("--set=")]
-    names += [word.partition("=")[0] for flag, word in zip(arguments, arguments[1:], strict=False) if flag == "--set"]
-    return ", ".join(f"--set {name}" for name in names if name not in rare and name.isidentifier() and name.islower())
+    names += [
+        word.partition("=")[0]
+        for flag, word in zip(arguments, arguments[1:], strict=False)
+        if flag == "--set"
+    ]
+    return ", ".join(
+        f"--set {name}" for name in names if name not in rare and name.isidentifier() and name.islower()
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
@@ -65,6 +78,9 @@ def test_a_page_names_no_flag_that_is_not_there(page):
 
 
 def test_an_unknown_flag_is_seen():
-    text = "Say `eg3d-rlhf samples mesh --sead=3`, or\n\n    python train.py --mode=distill --set tau=1 --lambda-r=10    # not\n"
+    text = (
+        "Say `eg3d-rlhf samples mesh --sead=3`, or\n\n    python train.py --mode=distill --set tau=1"
+        " --lambda-r=10    # not\n"
+    )
     assert [refused(*parsed(line)) != "" for line in commands_of(text)] == [True, True]
     assert refused(*parsed("python train.py --mode=distill --set nothing=1")) == "--set nothing"

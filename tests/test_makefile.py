@@ -7,10 +7,14 @@ import tomllib
 import pytest
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine: install Debian's package make")
+@pytest.mark.skipif(
+    shutil.which("make") is None, reason="no make on this machine: install Debian's package make"
+)
 def test_make_test_runs_ruff_and_mypy_first(repo):
     assert (repo / ".ci" / "run").read_text().rstrip().endswith("make test")
-    planned = subprocess.run(["make", "--dry-run", "test"], cwd=repo, capture_output=True, text=True, check=True).stdout
+    planned = subprocess.run(
+        ["make", "--dry-run", "test"], cwd=repo, capture_output=True, text=True, check=True
+    ).stdout
     places = [planned.index(words) for words in ("ruff check .", "bin/mypy", "-m pytest")]
     assert places == sorted(places)
 

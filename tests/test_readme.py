@@ -1,4 +1,6 @@
-"""What the README shows runs as written: its lines of Python; and the recipe for a released checkpoint on small stand-ins."""
+"""What the README shows runs as written: its lines of Python; and the recipe for a released checkpoint on
+small stand-ins.
+"""
 
 import os
 import re
@@ -19,8 +21,14 @@ SMALL = {
     "train.py": ["--kimg=0.002", "--batch=2", "--tick=0.001", "--no-summary", "--device=cpu"],
     "evaluate.py": ["--only=reward-shift", "--n=16", "--set=images=16", "--out=report"],
     "attribute.py": [
-        "--n=2", "--method=permutation", "--set=permutations=2", "--set=steps=2", "--set=gap_bound=1000", "--set=draws=2",
-        "--set=checked=1", "--out=why",
+        "--n=2",
+        "--method=permutation",
+        "--set=permutations=2",
+        "--set=steps=2",
+        "--set=gap_bound=1000",
+        "--set=draws=2",
+        "--set=checked=1",
+        "--out=why",
     ],
 }
 
@@ -47,10 +55,22 @@ def recipe(repo) -> list[list[str]]:
 
 def command_of(words: list[str], repo) -> list[str]:
     """What a line of the recipe runs here: two processes for eight, small settings."""
-    words = [word.replace("batch16", "batch2").replace("nproc-per-node=8", "nproc-per-node=2") for word in words]
-    small = next((flags for name, flags in SMALL.items() if any(os.path.basename(word) == name for word in words)), [])
+    words = [
+        word.replace("batch16", "batch2").replace("nproc-per-node=8", "nproc-per-node=2") for word in words
+    ]
+    small = next(
+        (flags for name, flags in SMALL.items() if any(os.path.basename(word) == name for word in words)), []
+    )
     if words[0] == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", words[1], str(repo / words[2]), *words[3:], *small]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            words[1],
+            str(repo / words[2]),
+            *words[3:],
+            *small,
+        ]
     return [*arguments_of(words), *small]
 
 

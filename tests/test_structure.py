@@ -1,4 +1,6 @@
-"""What the source tree promises: who imports whom, what is never loaded. The house is described in docs/extending.md."""
+"""What the source tree promises: who imports whom, what is never loaded. The house is described in
+docs/extending.md.
+"""
 
 import ast
 import functools
@@ -8,8 +10,19 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 PACKAGES = ("dnnlib", "torch_utils", "training", "eg3d_rlhf")
 FLOORS = (  # from the ground; rooms of eg3d_rlhf by their own names. Nobody imports upwards
-    "dnnlib", "torch_utils", "training", "core", "models geometry", "generators", "preferences experiments", "rewards measures",
-    "tuning people", "evaluation", "modes", "train tools benchmarks __main__", "tests",
+    "dnnlib",
+    "torch_utils",
+    "training",
+    "core",
+    "models geometry",
+    "generators",
+    "preferences experiments",
+    "rewards measures",
+    "tuning people",
+    "evaluation",
+    "modes",
+    "train tools benchmarks __main__",
+    "tests",
 )
 RANK = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 TOPS = (*PACKAGES, "train", "tools", "benchmarks", "tests")
@@ -22,7 +35,11 @@ def sources(*tops: str) -> list[Path]:
     """Python files of packages, folders or top-level modules that exist."""
     found = []
     for top in tops or TOPS:
-        found += sorted((REPO / top).rglob("*.py")) if (REPO / top).is_dir() else [p for p in [REPO / f"{top}.py"] if p.exists()]
+        found += (
+            sorted((REPO / top).rglob("*.py"))
+            if (REPO / top).is_dir()
+            else [p for p in [REPO / f"{top}.py"] if p.exists()]
+        )
     return found
 
 
@@ -67,8 +84,12 @@ def modules() -> dict[str, Path]:
 
 def named(nodes) -> set[str]:
     """Modules of ours that statements import; 'from package import module' counts, too."""
-    names = {name for node in nodes for module in imported(node)
-             for name in (module, *(f"{module}.{a.name}" for a in node.names if isinstance(node, ast.ImportFrom)))}  # fmt: skip
+    names = {
+        name
+        for node in nodes
+        for module in imported(node)
+        for name in (module, *(f"{module}.{a.name}" for a in node.names if isinstance(node, ast.ImportFrom)))
+    }
     return {name for name in names if name in modules()}
 
 
@@ -89,15 +110,23 @@ def arrows() -> dict[tuple[str, str], set[str]]:
     """(room, another that it imports) -> the modules that do so."""
     users: dict[tuple[str, str], set[str]] = {}
     for module, other in ((module, other) for module, others in needs().items() for other in others):
-        here, there = room_of(module), room_of(other)
+        here = room_of(module)
+        there = room_of(other)
         if here != there and "eg3d_rlhf" not in (here, there):
             users.setdefault((here, there), set()).add(module.removeprefix("eg3d_rlhf."))
     return users
 
 
 def test_nobody_imports_upwards():
-    assert {(module, there) for (here, there), users in arrows().items() for module in users if RANK[there] > RANK[here]} == set()
-    level = [(here, there) for here, there in arrows() if RANK[here] == RANK[there] and (there, here) in arrows()]
+    assert {
+        (module, there)
+        for (here, there), users in arrows().items()
+        for module in users
+        if RANK[there] > RANK[here]
+    } == set()
+    level = [
+        (here, there) for here, there in arrows() if RANK[here] == RANK[there] and (there, here) in arrows()
+    ]
     assert level == [], "two rooms on one floor may import each other in one direction"
 
 
@@ -107,7 +136,9 @@ def test_there_are_thirteen_rooms_and_few_arrows_between_them():
 
 
 def test_no_file_imports_itself_in_a_circle():
-    """At import time: what is left when files that import nothing of the rest are taken away again and again."""
+    """At import time: what is left when files that import nothing of the rest are taken
+    away again and again.
+    """
     left = {module: named(module_level(tree(path))) - {module} for module, path in modules().items()}
     while free := {module for module, needs in left.items() if not needs & left.keys()}:
         left = {module: needs for module, needs in left.items() if module not in free}
@@ -117,7 +148,9 @@ def test_no_file_imports_itself_in_a_circle():
 def test_heavy_packages_are_imported_inside_functions():
     wrong = [
         f"{name_of(path)}:{node.lineno} imports {module}"
-        for path in sources(*PACKAGES, "train", "tools") for node in module_level(tree(path)) for module in imported(node)
+        for path in sources(*PACKAGES, "train", "tools")
+        for node in module_level(tree(path))
+        for module in imported(node)
         if module.split(".")[0] in LAZY
     ]
     assert wrong == []
@@ -126,7 +159,9 @@ def test_heavy_packages_are_imported_inside_functions():
 def test_only_judges_read_the_shape_features():
     features = "eg3d_rlhf.measures.shape_features"
     readers = {name for name, found in needs().items() if features in found}
-    assert readers == {f"eg3d_rlhf.evaluation.{name}" for name in ("heads", "judges", "proof")} | {"eg3d_rlhf.modes.assets"}
+    assert readers == {f"eg3d_rlhf.evaluation.{name}" for name in ("heads", "judges", "proof")} | {
+        "eg3d_rlhf.modes.assets"
+    }
     learners = ("preferences", "rewards", "tuning", "people")
     reached = {name for name in modules() if name.startswith(tuple(f"eg3d_rlhf.{room}" for room in learners))}
     front = {"eg3d_rlhf"}  # its names are imported when somebody outside asks for them
@@ -147,7 +182,8 @@ def runs_code(node: ast.AST) -> bool:
         return node.attr != "UnpicklingError"  # torch.load(weights_only=True) raises it
     if not isinstance(node, ast.Call):
         return False
-    call, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+    call = ast.unparse(node.func)
+    keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
     if call == "torch.load":
         return keywords.get("weights_only") != "True"
     return call in ("eval", "exec") or keywords.get("allow_pickle", "False") != "False"
@@ -161,5 +197,10 @@ def test_nothing_that_is_loaded_can_run_code():
 def test_no_path_of_a_machine():
     patterns = ("*.md", "*.toml", "*.txt", "docs/**/*.md", "assets/*.json*", "Makefile")
     kept = sources() + [p for pattern in patterns for p in REPO.glob(pattern)]
-    found = [f"{name_of(p)}:{i}" for p in kept for i, line in enumerate(p.read_text().splitlines(), 1) if MACHINE_PATH.search(line)]
+    found = [
+        f"{name_of(p)}:{i}"
+        for p in kept
+        for i, line in enumerate(p.read_text().splitlines(), 1)
+        if MACHINE_PATH.search(line)
+    ]
     assert found == []

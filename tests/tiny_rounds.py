@@ -1,4 +1,6 @@
-"""Preference rounds small enough for a test: a tiny generator whose shapes have a surface, a few pairs, tiny rewards."""
+"""Preference rounds small enough for a test: a tiny generator whose shapes have a surface, a few pairs, tiny
+rewards.
+"""
 
 import dataclasses
 import functools
@@ -14,13 +16,26 @@ from training.heads import people
 
 DATA = "synthetic:people32@n=24"
 FLAGS = (
-    "--reward=sigma", "--rounds=2", "--round-pairs=14", "--set=round_members=2", "--set=round_preset=tiny", "--kimg=0.008", "--tick=0.004",
-    "--snap=0", "--set=rlr=0.02", "--no-summary", "--reward-shaping=none", "--reward-clip=-10,10", "--anchor-gate=1",
+    "--reward=sigma",
+    "--rounds=2",
+    "--round-pairs=14",
+    "--set=round_members=2",
+    "--set=round_preset=tiny",
+    "--kimg=0.008",
+    "--tick=0.004",
+    "--snap=0",
+    "--set=rlr=0.02",
+    "--no-summary",
+    "--reward-shaping=none",
+    "--reward-clip=-10,10",
+    "--anchor-gate=1",
 )
 
 
 def write_networks(path: Path) -> Path:
-    """Tiny networks whose latents name heads, and whose raw density crosses the surface's level all over the cube."""
+    """Tiny networks whose latents name heads, and whose raw density crosses the surface's level all over the
+    cube.
+    """
     nets = tiny_runs.build_networks(z_dim=people.LATENT)
     for G in (nets.G, nets.G_ema):
         last = G.decoder.net[2]
@@ -42,7 +57,10 @@ def ledger_of(folder: Path) -> list[dict]:
 
 
 def coarse(setattr=setattr) -> None:
-    """Let annotator and rewards look at coarse grids, which is quick. Args: setattr: such as a monkeypatch's."""
+    """Let annotator and rewards look at coarse grids, which is quick.
+
+    Args: setattr: such as a monkeypatch's.
+    """
     small = dataclasses.replace(training_run.preset("tiny"), observe={"resolution": 24})
     setattr(training_run, "preset", lambda *_: small)
     setattr(rounds, "AnnotationOptions", functools.partial(rounds.AnnotationOptions, resolution=16))

@@ -1,4 +1,6 @@
-"""A training run small enough for a test: 24 noise images of 32 pixels, planes of 16 pixels with 8 channels, 8 rendered pixels."""
+"""A training run small enough for a test: 24 noise images of 32 pixels, planes of 16 pixels with 8 channels,
+8 rendered pixels.
+"""
 
 import copy
 import io
@@ -26,11 +28,28 @@ from training.gan_phases import Batch, GanPhases
 from training.loop import TrainingLoop
 from training.rendering.cameras import FFHQ_FOCAL, LookAtPoseSampler, intrinsics_matrix, pack_label
 
-RESOLUTION, COUNT, RENDERED = 32, 24, 8
-NET = {"cbase": 256, "cmax": 8, "sr_num_fp16_res": 0, "d_num_fp16_res": 0, "plane_layout": "fixed", "sr_module": "SuperresolutionHybrid2X"}
+RESOLUTION = 32
+COUNT = 24
+RENDERED = 8
+NET = {
+    "cbase": 256,
+    "cmax": 8,
+    "sr_num_fp16_res": 0,
+    "d_num_fp16_res": 0,
+    "plane_layout": "fixed",
+    "sr_module": "SuperresolutionHybrid2X",
+}
 GAN = {
-    "gamma": 1.0, "blur_fade_kimg": 0.03, "blur_init_sigma": 2.0, "gpc_reg_fade_kimg": 0.05, "nrr_initial": RENDERED, "glr": 0.002,
-    "ema_kimg": 0.02, "d_reg_interval": 2, "density_reg_every": 2, "grid": (2, 1),
+    "gamma": 1.0,
+    "blur_fade_kimg": 0.03,
+    "blur_init_sigma": 2.0,
+    "gpc_reg_fade_kimg": 0.05,
+    "nrr_initial": RENDERED,
+    "glr": 0.002,
+    "ema_kimg": 0.02,
+    "d_reg_interval": 2,
+    "density_reg_every": 2,
+    "grid": (2, 1),
 }
 LOOP = {"batch": 4, "kimg": 0.032, "tick": 0.016}
 
@@ -42,7 +61,11 @@ def write_dataset(path: Path, resolution: int = RESOLUTION, mode: str = "RGB") -
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(COUNT):
             coarse = random.randint(0, 256, (4, 4, 3), dtype=np.uint8)
-            image = PIL.Image.fromarray(coarse).resize((resolution, resolution), PIL.Image.Resampling.BICUBIC).convert(mode)
+            image = (
+                PIL.Image.fromarray(coarse)
+                .resize((resolution, resolution), PIL.Image.Resampling.BICUBIC)
+                .convert(mode)
+            )
             buffer = io.BytesIO()
             image.save(buffer, format="png")
             name = f"00000/img{i:08d}.png"
@@ -54,26 +77,46 @@ def write_dataset(path: Path, resolution: int = RESOLUTION, mode: str = "RGB") -
     return path
 
 
-def build_networks(gan: GanConfig | None = None, seed: int = 0, z_dim: int = 8, **override) -> networks.Networks:
+def build_networks(
+    gan: GanConfig | None = None, seed: int = 0, z_dim: int = 8, **override
+) -> networks.Networks:
     """Fresh tiny networks."""
     G, D = networks_for(NetworkConfig(**{**NET, **override}), RESOLUTION, gan or GanConfig(**GAN))
     G["rendering_kwargs"].update(depth_resolution=4, depth_resolution_importance=4)
     G["sr_kwargs"]["block_channels"] = [8, 8]
     del G["use_noise"], G["mapping_kwargs"]["lr_multiplier"]  # as EG3D has them
-    G.update(z_dim=z_dim, w_dim=16, plane_resolution=16, plane_channels=8, decoder_hidden_dim=8, neural_rendering_resolution=RENDERED)
+    G.update(
+        z_dim=z_dim,
+        w_dim=16,
+        plane_resolution=16,
+        plane_channels=8,
+        decoder_hidden_dim=8,
+        neural_rendering_resolution=RENDERED,
+    )
     torch.manual_seed(seed)
     return networks.build(G, D, {"name": "tiny", "resolution": RESOLUTION})
 
 
 def build_loop(
-    data: Path, run_dir: Path, *, gan: dict | None = None, loop: dict | None = None, phases=(), augment_pipe=None, nets=None, ranks=SINGLE
+    data: Path,
+    run_dir: Path,
+    *,
+    gan: dict | None = None,
+    loop: dict | None = None,
+    phases=(),
+    augment_pipe=None,
+    nets=None,
+    ranks=SINGLE,
 ) -> TrainingLoop:
     """A loop over the four GAN phases and `phases` (a function of the networks that returns more of them)."""
-    gan_config, config = GanConfig(**{**GAN, **(gan or {})}), LoopConfig(**{**LOOP, **(loop or {})})
+    gan_config = GanConfig(**{**GAN, **(gan or {})})
+    config = LoopConfig(**{**LOOP, **(loop or {})})
     nets = nets or build_networks(gan_config)
     all_phases = GanPhases(nets.G, nets.D, gan_config, augment_pipe).phases()
     all_phases += phases(nets) if callable(phases) else list(phases)
-    subject = Gan(nets, ImageFolderDataset(data, c_dim=25), gan_config, config, augment_pipe=augment_pipe, ranks=ranks)
+    subject = Gan(
+        nets, ImageFolderDataset(data, c_dim=25), gan_config, config, augment_pipe=augment_pipe, ranks=ranks
+    )
     return TrainingLoop(subject, all_phases, config, Run(run_dir, {}, ranks=ranks), ranks=ranks)
 
 
@@ -100,8 +143,18 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 def train_flags(data: Path, init: Path, outdir: Path, *more: str) -> list[str]:
     """Flags of train.py for the tiny networks saved at `init`."""
     return [
-        f"--data={data}", f"--init={init}", f"--outdir={outdir}", "--batch=4", f"--nrr-initial={RENDERED}", "--device=cpu", "--glr=0.002",
-        "--dlr=0.002", "--set=ema_kimg=0.02", "--density-reg-every=2", "--gen-pose-cond=True", *more,
+        f"--data={data}",
+        f"--init={init}",
+        f"--outdir={outdir}",
+        "--batch=4",
+        f"--nrr-initial={RENDERED}",
+        "--device=cpu",
+        "--glr=0.002",
+        "--dlr=0.002",
+        "--set=ema_kimg=0.02",
+        "--density-reg-every=2",
+        "--gen-pose-cond=True",
+        *more,
     ]
 
 

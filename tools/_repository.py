@@ -1,4 +1,6 @@
-"""Makes the packages of this repository importable by the scripts beside this file; says how threads wait before torch is loaded."""
+"""Makes the packages of this repository importable by the scripts beside this file; says how threads wait
+before torch is loaded.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Label pairs of shapes in the browser: plans or resumes a campaign, prepares its shapes, serves the page and prints the address.
+"""Label pairs of shapes in the browser: plans or resumes a campaign, prepares its shapes, serves the page and
+prints the address.
 
 \b
 Example:

@@ -1,4 +1,5 @@
-"""Compare two generators blind: designs the study, serves it in the browser, and reports on it when its stopping rule is met.
+"""Compare two generators blind: designs the study, serves it in the browser, and reports on it when its
+stopping rule is met.
 
 \b
 Example:

@@ -1,17 +1,20 @@
 """Compile the C++ and CUDA halves of the ops, once, and load them.
 
     python -m torch_utils.build          compile everything that this machine can compile, into the cache
-    python setup.py build_ops            the same with torch.utils.cpp_extension and ninja; no compiler is asked for afterwards
+    python setup.py build_ops            the same with torch.utils.cpp_extension and ninja; no compiler is
+                                         asked for afterwards
 
-Ops are compiled on first use into $EG3D_RLHF_CACHE/ops (default ~/.cache/eg3d-rlhf/ops), one library per op and device, in a folder whose
-name is a hash of the sources, the flags, the compiler, the processor and torch's version. A lock keeps two processes from building the same
-library at once. Where a build fails or is impossible, one warning names the log, and plain torch does the work.
+Ops are compiled on first use into $EG3D_RLHF_CACHE/ops (default ~/.cache/eg3d-rlhf/ops), one library per op
+and device, in a folder whose name is a hash of the sources, the flags, the compiler, the processor and
+torch's version. A lock keeps two processes from building the same library at once. Where a build fails or is
+impossible, one warning names the log, and plain torch does the work.
 
-$EG3D_RLHF_OPS=off switches compiled ops off; $CXX and $NVCC name other compilers; $EG3D_RLHF_AHEAD another folder for what setup.py
-compiles, which is torch_utils/ops/ahead.
+$EG3D_RLHF_OPS=off switches compiled ops off; $CXX and $NVCC name other compilers; $EG3D_RLHF_AHEAD another
+folder for what setup.py compiles, which is torch_utils/ops/ahead.
 
-Sources: torch_utils/ops/<op>.cpp and <op>.cu, against torch's stable ABI (torch/csrc/stable), so that neither the CUDA toolkit's libraries
-nor Python's headers are needed and a CUDA library can be built where there is no GPU.
+Sources: torch_utils/ops/<op>.cpp and <op>.cu, against torch's stable ABI (torch/csrc/stable), so that neither
+the CUDA toolkit's libraries nor Python's headers are needed and a CUDA library can be built where there is no
+GPU.
 """
 
 import errno
@@ -58,8 +61,12 @@ class Recipe:
 
     def folder(self) -> Path:
         """Where library and log lie; its name changes with whatever the result depends on."""
-        roots = (str(SOURCES), str(Path(torch.__file__).parent))  # a library is the same wherever checkout and torch lie
-        told = [[functools.reduce(lambda word, root: word.replace(root, ""), roots, word) for word in command] for command in self.commands]
+        # a library is the same wherever checkout and torch lie
+        roots = (str(SOURCES), str(Path(torch.__file__).parent))
+        told = [
+            [functools.reduce(lambda word, root: word.replace(root, ""), roots, word) for word in command]
+            for command in self.commands
+        ]
         depends = (told, torch.__version__, _compiler_version(self.commands[0][0]), _processor())
         return cache_dir() / f"{self.op}-{self.device_type}-{_digest(self.op, self.device_type, depends)}"
 
@@ -67,7 +74,11 @@ class Recipe:
 def _digest(op: str, device_type: str, depends: tuple) -> str:
     """Hash of an op's sources and of whatever else its library depends on."""
     digest = hashlib.sha256(repr(depends).encode())
-    for path in [SOURCES / (op + SUFFIX[device_type]), *sorted(SOURCES.glob("*.h")), *sorted(SOURCES.glob("*.cuh"))]:
+    for path in [
+        SOURCES / (op + SUFFIX[device_type]),
+        *sorted(SOURCES.glob("*.h")),
+        *sorted(SOURCES.glob("*.cuh")),
+    ]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -78,7 +89,9 @@ def ahead_folder() -> Path:
 
 
 def ahead(op: str, device_type: str) -> Path:
-    """The library that setup.py compiles of these sources for this torch and processor; no compiler is needed to name it."""
+    """The library that setup.py compiles of these sources for this torch and processor; no compiler is needed
+    to name it.
+    """
     depends = (flags(device_type), torch.__version__, _processor())
     return ahead_folder() / f"{op}_{device_type}_{_digest(op, device_type, depends)}.so"
 
@@ -100,7 +113,8 @@ def switched_off() -> bool:
 
 @torch.compiler.assume_constant_result  # torch.compile calls it while tracing
 def available(op: str, device_type: str) -> bool:
-    """Whether the compiled op is loaded, after building it if need be, and on CUDA whether it passes its check on the current device.
+    """Whether the compiled op is loaded, after building it if need be, and on CUDA whether it passes its
+    check on the current device.
 
     Tries at most once per process and never raises.
     """
@@ -124,10 +138,14 @@ def _load(op: str, device_type: str) -> bool:
                 torch.ops.load_library(str(build(op, device_type)))
                 _loaded[key] = True
             except (BuildError, OSError) as error:
-                reason = str(error if isinstance(error, BuildError) else error.__cause__ or error)  # torch hides the loader's message
+                # torch hides the loader's message
+                reason = str(error if isinstance(error, BuildError) else error.__cause__ or error)
                 if reason not in _warned:  # a missing compiler is the same news for every op
                     _warned.add(reason)
-                    warnings.warn(f"op {op} ({device_type}): plain torch is used, which is slower. {reason}", stacklevel=4)
+                    warnings.warn(
+                        f"op {op} ({device_type}): plain torch is used, which is slower. {reason}",
+                        stacklevel=4,
+                    )
         return _loaded[key]
 
 
@@ -150,7 +168,16 @@ def flags(device_type: str) -> list[str]:
     common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     if device_type == "cpu":
         native = [] if platform.system() == "Darwin" else ["-march=native", "-fopenmp"]
-        return ["-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas", *native, *common]
+        return [
+            "-O3",
+            "-fPIC",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-Wall",
+            "-Wno-unknown-pragmas",
+            *native,
+            *common,
+        ]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_TARGETS]
     targets.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
     return ["-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr", "-DUSE_CUDA", *targets, *common]
@@ -165,14 +192,34 @@ def recipe(op: str, device_type: str) -> Recipe:
     cxx = compiler("cpu")
     if device_type == "cpu":
         linking = ["-shared", *(["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else [])]
-        return Recipe(op, device_type, ((cxx, *linking, *flags("cpu"), *headers, source, "-o", "{out}", *torch_libraries),))
+        return Recipe(
+            op,
+            device_type,
+            ((cxx, *linking, *flags("cpu"), *headers, source, "-o", "{out}", *torch_libraries),),
+        )
     nvcc = compiler("cuda")
     compile_ = (nvcc, *flags("cuda"), *headers, "-c", source, "-o", "{obj}")
     toolkit = Path(shutil.which(nvcc) or nvcc).resolve().parents[1]
-    roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + [toolkit, Path("/usr/local/cuda")]
-    folders = [root / sub for root in roots for sub in ("lib64", "lib", "targets/x86_64-linux/lib")]  # one has libcudart_static.a
+    roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + [
+        toolkit,
+        Path("/usr/local/cuda"),
+    ]
+    # one has libcudart_static.a
+    folders = [root / sub for root in roots for sub in ("lib64", "lib", "targets/x86_64-linux/lib")]
     libraries = [f"-L{folder}" for folder in folders if folder.is_dir()]
-    link = (cxx, "-shared", "{obj}", "-o", "{out}", *torch_libraries, *libraries, "-lcudart_static", "-ldl", "-lrt", "-lpthread")
+    link = (
+        cxx,
+        "-shared",
+        "{obj}",
+        "-o",
+        "{out}",
+        *torch_libraries,
+        *libraries,
+        "-lcudart_static",
+        "-ldl",
+        "-lrt",
+        "-lpthread",
+    )
     return Recipe(op, device_type, (compile_, link))
 
 
@@ -185,7 +232,8 @@ def build(op: str, device_type: str) -> Path:
         return ahead(op, device_type)
     todo = recipe(op, device_type)
     folder = todo.folder()
-    library, log = folder / f"{op}.so", folder / "build.log"
+    library = folder / f"{op}.so"
+    log = folder / "build.log"
     if library.exists():
         return library
     try:
@@ -198,9 +246,12 @@ def build(op: str, device_type: str) -> Path:
                 for words in todo.commands:
                     command = [names.get(word, word) for word in words]
                     print("$", shlex.join(command), file=output, flush=True)
-                    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+                    done = subprocess.run(
+                        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
+                    )
                     if done.returncode and os.strerror(errno.ENOSPC) in done.stderr:
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the log would be as short as the library
+                        # the log would be as short as the library
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     print(done.stdout + done.stderr, file=output, flush=True)
                     if done.returncode:
                         raise BuildError(f"The build failed; see {log}.")
@@ -227,11 +278,15 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip() in ("model name", "flags", "Features")}))
+    return "\n".join(
+        sorted({line for line in lines if line.split("\t")[0].strip() in ("model name", "flags", "Features")})
+    )
 
 
 def main() -> int:
-    """Build all ops for this machine's compilers and say how it went; 1 where something that should build did not."""
+    """Build all ops for this machine's compilers and say how it went; 1 where something that should build did
+    not.
+    """
     failed = 0
     for device_type, op in [(kind, name) for kind in SUFFIX for name in ops(kind)]:
         try:

@@ -1,7 +1,9 @@
-"""Trust in the CUDA ops: before one is used on a device, it has to reproduce plain torch there on a small fixed input.
+"""Trust in the CUDA ops: before one is used on a device, it has to reproduce plain torch there on a small
+fixed input.
 
-The kernels are also run by emulation in the tests, but a driver, a device or a compiler can still be the first of its kind. An op that
-disagrees, or ends in a CUDA error, is switched off on that device with one warning, and plain torch does the work.
+The kernels are also run by emulation in the tests, but a driver, a device or a compiler can still be the
+first of its kind. An op that disagrees, or ends in a CUDA error, is switched off on that device with one
+warning, and plain torch does the work.
 """
 
 import threading
@@ -9,7 +11,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes  # torch.compile asks while it runs everything on fake tensors
+
+# torch.compile asks while it runs everything on fake tensors
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torch_utils.ops.bias_act import activation_funcs, bias_act_ref
 from torch_utils.ops.ray_march import interval_weights, invert_density, ray_march_ref, smooth_weights
@@ -20,7 +24,8 @@ from torch_utils.ops.upfirdn2d import upfirdn2d_ref
 Pair = tuple[torch.Tensor, torch.Tensor]  # what the op gives, what plain torch gives
 Check = Callable[[torch.device], Iterable[Pair]]
 
-TOLERANCE = 1e-3  # relative to the largest value: a hundred times the ops' rounding, far below what a wrong index does
+# relative to the largest value: a hundred times the ops' rounding, far below what a wrong index does
+TOLERANCE = 1e-3
 _ops = torch.ops.eg3d_rlhf
 _results: dict[tuple[str, torch.device], bool] = {}
 _lock = threading.RLock()
@@ -29,16 +34,20 @@ _lock = threading.RLock()
 def passes(op: str, device: torch.device) -> bool:
     """Whether a CUDA op may be used on a device; tried on the first question, remembered for the process.
 
-    Args: op: name of the library, a key of `CHECKS`; device: with or without an index. The library must be loaded.
-    Returns: False while torch.compile traces or a CUDA graph is captured, unless the op has been tried before. Never raises for an op that
-        fails. Leaves the random generators and the state of autograd alone.
+    Args: op: name of the library, a key of `CHECKS`; device: with or without an index. The library must be
+        loaded.
+    Returns: False while torch.compile traces or a CUDA graph is captured, unless the op has been tried
+        before. Never raises for an op that fails. Leaves the random generators and the state of autograd
+        alone.
     Raises: KeyError for an op that has no check.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     key = op, device
-    if key not in _results and (torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())):
+    if key not in _results and (
+        torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    ):
         return False
     if key not in _results:
         with _lock:
@@ -50,15 +59,27 @@ def passes(op: str, device: torch.device) -> bool:
 def _try(op: str, check: Check, device: torch.device) -> bool:
     """Run one check; False, with a warning, for a wrong result or an error."""
     try:
-        with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with (
+            _disable_current_modes(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
             worst = max(_difference(actual, expected) for actual, expected in check(device))
-    except (RuntimeError, NotImplementedError) as error:  # NotImplementedError: no kernel is registered for the device
-        why = f"it ended with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    # NotImplementedError: no kernel is registered for the device
+    except (RuntimeError, NotImplementedError) as error:
+        why = (
+            f"it ended with {type(error).__name__}:"
+            f" {str(error).splitlines()[0] if str(error) else 'no message'}"
+        )
     else:
         if worst <= TOLERANCE:
             return True
         why = f"its results differ from plain torch by {worst:.2g} of the largest value"
-    warnings.warn(f"op {op} on {device}: switched off, plain torch is used, which is slower; {why}. Please report it.", stacklevel=4)
+    warnings.warn(
+        f"op {op} on {device}: switched off, plain torch is used, which is slower; {why}. Please report it.",
+        stacklevel=4,
+    )
     return False
 
 
@@ -79,24 +100,39 @@ def _numbers(device: torch.device, *shape: int, scale: float = 1.0, seed: int = 
 
 
 def _with_gradients(
-    compiled: Callable, backward: Callable, plain: Callable, inputs: Sequence[torch.Tensor], learned: Sequence[int], device: torch.device
+    compiled: Callable,
+    backward: Callable,
+    plain: Callable,
+    inputs: Sequence[torch.Tensor],
+    learned: Sequence[int],
+    device: torch.device,
 ) -> Iterator[Pair]:
     """Outputs and gradients of an op against autograd through `plain` in float64.
 
-    Args: compiled(*inputs) -> outputs; backward(*cotangents, *inputs) -> gradients of inputs[i] for i in `learned`; plain: like `compiled`.
+    Args: compiled(*inputs) -> outputs; backward(*cotangents, *inputs) -> gradients of inputs[i] for i in
+        `learned`; plain: like `compiled`.
     """
     outputs = compiled(*inputs)
     doubles = [t.double().requires_grad_(i in learned) for i, t in enumerate(inputs)]
     expected = plain(*doubles)
     cotangents = [_numbers(device, *t.shape, seed=50 + i) for i, t in enumerate(outputs)]
-    expected_grads = torch.autograd.grad(expected, [doubles[i] for i in learned], [c.double() for c in cotangents])
+    expected_grads = torch.autograd.grad(
+        expected, [doubles[i] for i in learned], [c.double() for c in cotangents]
+    )
     yield from zip(outputs, (t.detach() for t in expected), strict=True)
     yield from zip(backward(*cotangents, *inputs), expected_grads, strict=True)
 
 
 def _slab_density(device: torch.device) -> Iterator[Pair]:
-    shape, units = (9, 35, 34), 5
-    sizes = (shape[0], units, shape[1]), (shape[0], units, shape[2]), (units, shape[1], shape[2]), (units,), ()
+    shape = (9, 35, 34)
+    units = 5
+    sizes = (
+        (shape[0], units, shape[1]),
+        (shape[0], units, shape[2]),
+        (units, shape[1], shape[2]),
+        (units,),
+        (),
+    )
     inputs = [_numbers(device, *size, scale=3.0, seed=i) for i, size in enumerate(sizes)]
 
     def backward(grad, xy, xz, yz, w, b):
@@ -106,13 +142,23 @@ def _slab_density(device: torch.device) -> Iterator[Pair]:
     def plain(xy, xz, yz, w, b):
         return (slab_density_ref([xy[:, :, :, None], xz[:, :, None], yz[None]], w, b, shape),)
 
-    yield from _with_gradients(lambda *t: (_ops.slab_density(*t, list(shape)),), backward, plain, inputs, range(4), device)
+    yield from _with_gradients(
+        lambda *t: (_ops.slab_density(*t, list(shape)),), backward, plain, inputs, range(4), device
+    )
 
 
 def _triplane_decode(device: torch.device) -> Iterator[Pair]:
-    pairs, units = ((0, 1), (0, 2), (2, 1)), 18
+    pairs = ((0, 1), (0, 2), (2, 1))
+    units = 18
     for channels, colours in ((32, 32), (16, 0)):
-        sizes = (2, 3, 7, 9, channels), (2, 150, 3), (units, channels), (units,), (1 + colours, units), (1 + colours,)
+        sizes = (
+            (2, 3, 7, 9, channels),
+            (2, 150, 3),
+            (units, channels),
+            (units,),
+            (1 + colours, units),
+            (1 + colours,),
+        )
         inputs = [_numbers(device, *size, scale=1.1, seed=i) for i, size in enumerate(sizes)]
         axes = [axis for pair in pairs for axis in pair]
 
@@ -122,7 +168,8 @@ def _triplane_decode(device: torch.device) -> Iterator[Pair]:
         def backward(*tensors):
             *cotangents, planes, points, w0, b0, w1, b1 = tensors
             grad_features = cotangents[0] if colours else points.new_empty(2, 150, 0)  # noqa: B023
-            return _ops.triplane_decode_backward(grad_features, cotangents[-1], planes, axes, points, w0, b0, w1, b1)  # noqa: B023
+            read = (planes, axes, points, w0, b0, w1, b1)  # noqa: B023
+            return _ops.triplane_decode_backward(grad_features, cotangents[-1], *read)
 
         def plain(planes, points, *weights):
             return _decode_torch(planes, pairs, points, *weights)[0 if colours else 1 :]  # noqa: B023
@@ -131,18 +178,35 @@ def _triplane_decode(device: torch.device) -> Iterator[Pair]:
 
 
 def _ray_march(device: torch.device) -> Iterator[Pair]:
-    rays, samples, fine = 9, 45, 37
-    densities, depths = _numbers(device, rays, samples, scale=4.0), 2.5 + _numbers(device, rays, samples, scale=0.5, seed=1)
-    yield from _with_gradients(_ops.ray_march, lambda *t: (_ops.ray_march_backward(*t),), ray_march_ref, [densities, depths], (0,), device)
-    ascending, u = depths.sort(dim=1).values, 0.5 + _numbers(device, rays, fine, scale=0.49, seed=2)
+    rays = 9
+    samples = 45
+    fine = 37
+    densities = _numbers(device, rays, samples, scale=4.0)
+    depths = 2.5 + _numbers(device, rays, samples, scale=0.5, seed=1)
+    yield from _with_gradients(
+        _ops.ray_march,
+        lambda *t: (_ops.ray_march_backward(*t),),
+        ray_march_ref,
+        [densities, depths],
+        (0,),
+        device,
+    )
+    ascending = depths.sort(dim=1).values
+    u = 0.5 + _numbers(device, rays, fine, scale=0.49, seed=2)
     weights, mids = interval_weights(densities.double(), ascending.double())
-    yield _ops.importance_depths(densities, ascending, u), invert_density(mids, smooth_weights(weights), u.double())
+    yield (
+        _ops.importance_depths(densities, ascending, u),
+        invert_density(mids, smooth_weights(weights), u.double()),
+    )
 
 
 def _bias_act(device: torch.device) -> Iterator[Pair]:
-    x, v, b = _numbers(device, 3, 5, 7, 11, scale=3.0), _numbers(device, 3, 5, 7, 11, seed=1), _numbers(device, 5, seed=2)
+    x = _numbers(device, 3, 5, 7, 11, scale=3.0)
+    v = _numbers(device, 3, 5, 7, 11, seed=1)
+    b = _numbers(device, 5, seed=2)
     for layout in (torch.contiguous_format, torch.channels_last):
-        x, v = x.contiguous(memory_format=layout), v.contiguous(memory_format=layout)
+        x = x.contiguous(memory_format=layout)
+        v = v.contiguous(memory_format=layout)
         for act, name in enumerate(activation_funcs):
             rest = (1, act, 0.3, 1.5, 2.0)  # dim, act, alpha, gain, clamp
             out = _ops.bias_act(x, b, *rest)
@@ -150,15 +214,26 @@ def _bias_act(device: torch.device) -> Iterator[Pair]:
             if name in ("linear", "relu", "lrelu"):
                 below = {"linear": 1.0, "relu": 0.0, "lrelu": 0.3}[name]
                 slope = 1.5 * torch.where(out > 0, 1.0, below).double() * (out.abs() < 2.0)
-                yield from zip(_ops.bias_act_backward(v, out, *rest, True), (slope * v, (slope * v).sum((0, 2, 3))), strict=True)
+                yield from zip(
+                    _ops.bias_act_backward(v, out, *rest, True),
+                    (slope * v, (slope * v).sum((0, 2, 3))),
+                    strict=True,
+                )
                 yield _ops.bias_act_slope(v, b, out, *rest), slope * (v + b[:, None, None])
 
 
 def _upfirdn2d(device: torch.device) -> Iterator[Pair]:
-    x, square, line = _numbers(device, 2, 3, 37, 41), _numbers(device, 4, 3, seed=1), _numbers(device, 7, seed=2)
+    x = _numbers(device, 2, 3, 37, 41)
+    square = _numbers(device, 4, 3, seed=1)
+    line = _numbers(device, 7, seed=2)
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
         for f in (square, line):
-            for up, down, pad in ((1, 1, (1, 2, 1, 2)), (2, 1, (2, 5, 2, 1)), (1, 2, (3, 1, 1, 1)), (3, 2, (4, -1, 0, 6))):
+            for up, down, pad in (
+                (1, 1, (1, 2, 1, 2)),
+                (2, 1, (2, 5, 2, 1)),
+                (1, 2, (3, 1, 1, 1)),
+                (3, 2, (4, -1, 0, 6)),
+            ):
                 sizes = ((up, up), (down, down), pad)
                 actual = _ops.upfirdn2d(image, f, *(list(size) for size in sizes), False, 1.5)
                 yield actual, upfirdn2d_ref(image.double(), f.double(), *sizes, False, 1.5)

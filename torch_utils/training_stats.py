@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-Total = Callable[[torch.Tensor], torch.Tensor]  # sum of a tensor over processes, which all hold the same names
+# sum of a tensor over processes, which all hold the same names
+Total = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Collector:
@@ -23,7 +24,9 @@ class Collector:
     def report(self, name: str, value: torch.Tensor | float) -> None:
         """Add all elements of `value`."""
         x = torch.as_tensor(value, dtype=torch.float64).detach().flatten().cpu()
-        moments = torch.stack([torch.tensor(float(x.numel()), dtype=torch.float64), x.sum(), x.square().sum()])
+        moments = torch.stack(
+            [torch.tensor(float(x.numel()), dtype=torch.float64), x.sum(), x.square().sum()]
+        )
         self._moments[name] = self._moments.get(name, torch.zeros(3, dtype=torch.float64)) + moments
 
     def mean(self, name: str, over: Total | None = None) -> float | None:
@@ -35,14 +38,25 @@ class Collector:
         return total / count
 
     def flush(self, over: Total | None = None) -> dict[str, dict[str, float]]:
-        """Statistics by name, in alphabetical order, over all processes where `over` sums; the collector is empty afterwards."""
-        out, names = {}, sorted(self._moments)
-        moments = torch.stack([self._moments[name] for name in names]) if names else torch.zeros(0, 3, dtype=torch.float64)
+        """Statistics by name, in alphabetical order, over all processes where `over` sums; the collector is
+        empty afterwards.
+        """
+        out = {}
+        names = sorted(self._moments)
+        moments = (
+            torch.stack([self._moments[name] for name in names])
+            if names
+            else torch.zeros(0, 3, dtype=torch.float64)
+        )
         if over is not None and names:
             moments = over(moments)
         for name, (count, total, squares) in zip(names, moments.tolist(), strict=True):
             mean = total / max(count, 1)
-            out[name] = {"num": int(count), "mean": mean, "std": math.sqrt(max(squares / max(count, 1) - mean**2, 0.0))}
+            out[name] = {
+                "num": int(count),
+                "mean": mean,
+                "std": math.sqrt(max(squares / max(count, 1) - mean**2, 0.0)),
+            }
         self._moments.clear()
         return out
 

@@ -1,6 +1,7 @@
 """Settings of GAN training, a dataclass for each part, and the networks' arguments that follow from them.
 
-A setting is a `knob`: flag, range, help and default in one place. Presets, which fill them, stand in eg3d_rlhf/modes/gan.py.
+A setting is a `knob`: flag, range, help and default in one place. Presets, which fill them, stand in
+eg3d_rlhf/modes/gan.py.
 """
 
 import dataclasses
@@ -11,8 +12,12 @@ import typing
 from collections.abc import Mapping
 from typing import TypeVar
 
-RUN, DATA, NET = "Run", "Data", "Networks"  # titles under which --help lists flags
-GAN, OPT = "GAN losses and schedule", "Optimisation"
+# titles under which --help lists flags
+RUN = "Run"
+DATA = "Data"
+NET = "Networks"
+GAN = "GAN losses and schedule"
+OPT = "Optimisation"
 REG_TYPES = ("l1", "monotonic-detach", "monotonic-fixed")
 
 
@@ -38,7 +43,8 @@ class Knob:
 def knob(default: object, help: str, group: str, **more) -> typing.Any:
     """A dataclass field that is also a flag: of the field's name, with its help text, range and default.
 
-    Args: more: see `Knob`. `eg3d_rlhf.core.cli.options_of` makes the flags, `check_knobs` applies ranges and choices.
+    Args: more: see `Knob`. `eg3d_rlhf.core.cli.options_of` makes the flags, `check_knobs` applies ranges and
+        choices.
 
     >>> gamma: float = knob(1.0, "R1 weight.", "GAN losses", low=0)
     """
@@ -46,8 +52,11 @@ def knob(default: object, help: str, group: str, **more) -> typing.Any:
 
 
 def knobs_of(kind: type) -> list[tuple[dataclasses.Field, type, Knob]]:
-    """The knobs of a settings dataclass, those of nested ones in their places: (field, type without None, knob)."""
-    knobs, hints = [], typing.get_type_hints(kind)
+    """The knobs of a settings dataclass, those of nested ones in their places: (field, type without None,
+    knob).
+    """
+    knobs = []
+    hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         if isinstance(hint, types.UnionType):
@@ -72,7 +81,9 @@ def values_of(settings: object) -> dict[str, typing.Any]:
 
 
 def built(kind: type, values: Mapping) -> typing.Any:
-    """Settings from values by name; what is missing has its default, what is no setting is left out. Nested ones take theirs."""
+    """Settings from values by name; what is missing has its default, what is no setting is left out. Nested
+    ones take theirs.
+    """
     return kind(**_given(kind, values))
 
 
@@ -88,17 +99,28 @@ def _given(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
 
 
 def check_knobs(settings: typing.Any) -> None:
-    """Apply the ranges and choices of a settings object's own knobs; for its __post_init__. Raises: ValueError naming the field."""
+    """Apply the ranges and choices of a settings object's own knobs; for its __post_init__.
+
+    Raises: ValueError naming the field.
+    """
     for field in dataclasses.fields(settings):
-        k, value = field.metadata.get("knob"), getattr(settings, field.name)
+        k = field.metadata.get("knob")
+        value = getattr(settings, field.name)
         if k is None or value is None:
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{field.name}: expected a finite number, got {value}. Set it.")
         if k.choices is not None and value not in k.choices:
             flag = f"--set {field.name}" if k.rare else "--" + (k.name or field.name).replace("_", "-")
-            raise ValueError(f"{flag}: expected one of {', '.join(k.choices)}, got {value!r}. Choose one of them.")
-        limits = ((k.low, ">=", operator.ge), (k.high, "<=", operator.le), (k.above, ">", operator.gt), (k.below, "<", operator.lt))
+            raise ValueError(
+                f"{flag}: expected one of {', '.join(k.choices)}, got {value!r}. Choose one of them."
+            )
+        limits = (
+            (k.low, ">=", operator.ge),
+            (k.high, "<=", operator.le),
+            (k.above, ">", operator.gt),
+            (k.below, "<", operator.lt),
+        )
         for limit, sign, holds in limits:
             if limit is not None and not holds(value, limit):
                 raise ValueError(f"{field.name} must be {sign} {limit:g}, got {value}")
@@ -119,11 +141,15 @@ class LoopConfig:
     def __post_init__(self):
         check_knobs(self)
         if self.batch_gpu is not None and self.batch % self.batch_gpu:
-            raise ValueError(f"--batch-gpu: expected a divisor of --batch={self.batch}, got {self.batch_gpu}. Choose one that divides it.")
+            raise ValueError(
+                f"--batch-gpu: expected a divisor of --batch={self.batch}, got {self.batch_gpu}. Choose one"
+                " that divides it."
+            )
 
     def tag(self, cur_nimg: int) -> str:
-        """What tells a run's snapshots apart in their names: thousands of images, as EG3D has it, and the images themselves where several
-        snapshots fall into one thousand."""
+        """What tells a run's snapshots apart in their names: thousands of images, as EG3D has it, and the
+        images themselves where several snapshots fall into one thousand.
+        """
         close = 0 < self.tick * self.snap < 1
         return f"{cur_nimg // 1000:06d}" + (f"-{cur_nimg % 1000:03d}" if close else "")
 
@@ -137,27 +163,46 @@ class GanConfig:
     p: float = knob(0.2, "Probability for --aug=fixed.", GAN, low=0, high=1)
     target: float = knob(0.6, "Target of sign(D(real)) for --aug=ada.", GAN, low=0, high=1)
     style_mixing_prob: float = knob(0.0, "Probability of style mixing.", GAN, low=0, high=1)
-    gen_pose_cond: bool = knob(True, "Condition G on the camera.", GAN, shown="False; with --init: as the network is")
+    gen_pose_cond: bool = knob(
+        True, "Condition G on the camera.", GAN, shown="False; with --init: as the network is"
+    )
     gpc_reg_prob: float = knob(0.5, "Probability of swapping the conditioning camera.", GAN, low=0, high=1)
     gpc_reg_fade_kimg: float = knob(1000.0, "Fade from 1.", GAN, metavar="KIMG", low=0)
     blur_fade_kimg: float = knob(200.0, "Blur fade.", GAN, metavar="KIMG", low=0)
     nrr_initial: int = knob(
-        64, "Rendered resolution.", GAN, metavar="PIXELS", low=4, flags=("--neural-rendering-resolution-initial",),
+        64,
+        "Rendered resolution.",
+        GAN,
+        metavar="PIXELS",
+        low=4,
+        flags=("--neural-rendering-resolution-initial",),
         shown="64; with --init: the network's",
     )
     nrr_final: int | None = knob(
-        None, "Rendered resolution after the fade.", GAN, metavar="PIXELS", low=4, flags=("--neural-rendering-resolution-final",)
+        None,
+        "Rendered resolution after the fade.",
+        GAN,
+        metavar="PIXELS",
+        low=4,
+        flags=("--neural-rendering-resolution-final",),
     )
-    nrr_fade_kimg: float = knob(1000.0, "Its fade.", GAN, metavar="KIMG", low=0, flags=("--neural-rendering-resolution-fade-kimg",))
+    nrr_fade_kimg: float = knob(
+        1000.0, "Its fade.", GAN, metavar="KIMG", low=0, flags=("--neural-rendering-resolution-fade-kimg",)
+    )
     density_reg: float = knob(0.25, "Density regularisation weight; 0: off.", GAN, low=0)
     density_reg_every: int = knob(4, "Its interval.", GAN, metavar="ITERATIONS", low=1)
     density_reg_p_dist: float = knob(0.004, "Its perturbation, world units.", GAN, low=0)
     reg_type: str = knob("l1", "Its kind.", GAN, choices=REG_TYPES)
     glr: float = knob(0.0025, "G learning rate.", OPT, above=0)
     dlr: float = knob(0.002, "D learning rate.", OPT, above=0)
-    ema_kimg: float = knob(10.0, "Half-life of G_ema.", OPT, metavar="KIMG", low=0, shown="batch*10/32; heads64: 0.1", rare=True)
+    ema_kimg: float = knob(
+        10.0, "Half-life of G_ema.", OPT, metavar="KIMG", low=0, shown="batch*10/32; heads64: 0.1", rare=True
+    )
     amp: str = knob(
-        "off", "bf16: main phases in bfloat16 (autocast); weights, losses, R1, density and rendering stay in float32.", OPT,
+        "off",
+        "bf16: main phases in bfloat16 (autocast); weights, losses, R1, density and rendering stay in"
+        " float32.",
+        OPT,
         choices=("off", "bf16"),
     )
     ema_rampup: float | None = 0.05  # limit the half-life to this share of the images seen; None = no ramp
@@ -178,15 +223,25 @@ class NetworkConfig:
     """Which networks: a preset's, or those of a file."""
 
     cfg: str = knob("heads64", "Preset.", NET, choices=("ffhq", "afhq", "shapenet", "heads64"))
-    init: str = knob("scratch", "Initial networks.", NET, metavar="bundled|scratch|FILE|RUN", shown="bundled for heads64, else scratch")
+    init: str = knob(
+        "scratch",
+        "Initial networks.",
+        NET,
+        metavar="bundled|scratch|FILE|RUN",
+        shown="bundled for heads64, else scratch",
+    )
     start: str = knob("G", "With --init: weights that G starts from.", NET, choices=("G", "G_ema"), rare=True)
     cbase: int = knob(32768, "Channel multiplier.", NET, low=1)
     cmax: int = knob(512, "Largest number of feature maps.", NET, low=1)
     map_depth: int = knob(2, "Layers of G's mapping network.", NET, low=1)
-    mbstd_group: int | None = knob(4, "Minibatch-std group size.", NET, low=1, shown="4; with --init: the network's")
+    mbstd_group: int | None = knob(
+        4, "Minibatch-std group size.", NET, low=1, shown="4; with --init: the network's"
+    )
     freezed: int = knob(0, "Freeze the first layers of D.", NET, metavar="LAYERS", low=0)
     plane_layout: str = knob("eg3d", "Third plane.", NET, choices=("eg3d", "fixed"), rare=True)
-    sr_module: str | None = knob(None, "Super-resolution module.", NET, metavar="CLASS", shown="by resolution")
+    sr_module: str | None = knob(
+        None, "Super-resolution module.", NET, metavar="CLASS", shown="by resolution"
+    )
     sr_noise_mode: str = knob("none", "Noise in super-resolution.", NET, choices=("random", "none"))
     sr_num_fp16_res: int = knob(4, "Half precision in super-resolution (CUDA).", NET, low=0)
     g_num_fp16_res: int = knob(0, "Half-precision resolutions of the backbone (CUDA).", NET, low=0)
@@ -200,23 +255,54 @@ class NetworkConfig:
 
 
 _RENDERING = {
-    "disparity_space_sampling": False, "clamp_mode": "softplus", "c_scale": 1.0, "superresolution_noise_mode": "none",
-    "decoder_lr_mul": 1.0, "sr_antialias": True,
+    "disparity_space_sampling": False,
+    "clamp_mode": "softplus",
+    "c_scale": 1.0,
+    "superresolution_noise_mode": "none",
+    "decoder_lr_mul": 1.0,
+    "sr_antialias": True,
 }
 _FACES = {
-    "depth_resolution": 48, "depth_resolution_importance": 48, "ray_start": 2.25, "ray_end": 3.3, "box_warp": 1,
-    "avg_camera_radius": 2.7, "avg_camera_pivot": [0, 0, 0.2],
+    "depth_resolution": 48,
+    "depth_resolution_importance": 48,
+    "ray_start": 2.25,
+    "ray_end": 3.3,
+    "box_warp": 1,
+    "avg_camera_radius": 2.7,
+    "avg_camera_pivot": [0, 0, 0.2],
 }
 _SHAPENET = {
-    "depth_resolution": 64, "depth_resolution_importance": 64, "ray_start": 0.1, "ray_end": 2.6, "box_warp": 1.6,
-    "white_back": True, "avg_camera_radius": 1.7, "avg_camera_pivot": [0, 0, 0],
+    "depth_resolution": 64,
+    "depth_resolution_importance": 64,
+    "ray_start": 0.1,
+    "ray_end": 2.6,
+    "box_warp": 1.6,
+    "white_back": True,
+    "avg_camera_radius": 1.7,
+    "avg_camera_pivot": [0, 0, 0],
 }
 _HEADS = {  # every ray covers the cube and nothing else: outside, a tri-plane decoder reads zeros
-    "depth_resolution": 20, "depth_resolution_importance": 20, "importance_stratified": True, "ray_start": "auto", "ray_end": "auto",
-    "box_warp": 1, "white_back": True, "avg_camera_radius": 2.7, "avg_camera_pivot": [0, 0, 0],
+    "depth_resolution": 20,
+    "depth_resolution_importance": 20,
+    "importance_stratified": True,
+    "ray_start": "auto",
+    "ray_end": "auto",
+    "box_warp": 1,
+    "white_back": True,
+    "avg_camera_radius": 2.7,
+    "avg_camera_pivot": [0, 0, 0],
 }
-FAMILIES = {"ffhq": _FACES, "afhq": {**_FACES, "avg_camera_pivot": [0, 0, -0.06]}, "shapenet": _SHAPENET, "heads64": _HEADS}
-SR_BY_RESOLUTION = {512: "SuperresolutionHybrid8XDC", 256: "SuperresolutionHybrid4X", 128: "SuperresolutionHybrid2X"}
+FAMILIES = {
+    "ffhq": _FACES,
+    "afhq": {**_FACES, "avg_camera_pivot": [0, 0, -0.06]},
+    "shapenet": _SHAPENET,
+    "heads64": _HEADS,
+}
+SR_BY_RESOLUTION = {
+    512: "SuperresolutionHybrid8XDC",
+    256: "SuperresolutionHybrid4X",
+    128: "SuperresolutionHybrid2X",
+}
 
 
 def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[dict, dict]:
@@ -226,36 +312,64 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
     """
     small = net.cfg == "heads64"
     rendering = {
-        **_RENDERING, **FAMILIES[net.cfg], "image_resolution": resolution, "c_gen_conditioning_zero": not gan.gen_pose_cond,
-        "gpc_reg_prob": gan.gpc_reg_prob if gan.gen_pose_cond else None, "density_reg": gan.density_reg,
-        "density_reg_p_dist": gan.density_reg_p_dist, "reg_type": gan.reg_type, "c_scale": net.c_scale,
-        "superresolution_noise_mode": net.sr_noise_mode, "decoder_lr_mul": net.decoder_lr_mul,
+        **_RENDERING,
+        **FAMILIES[net.cfg],
+        "image_resolution": resolution,
+        "c_gen_conditioning_zero": not gan.gen_pose_cond,
+        "gpc_reg_prob": gan.gpc_reg_prob if gan.gen_pose_cond else None,
+        "density_reg": gan.density_reg,
+        "density_reg_p_dist": gan.density_reg_p_dist,
+        "reg_type": gan.reg_type,
+        "c_scale": net.c_scale,
+        "superresolution_noise_mode": net.sr_noise_mode,
+        "decoder_lr_mul": net.decoder_lr_mul,
     }
     sr_module = net.sr_module or ("NoSuperresolution" if small else SR_BY_RESOLUTION.get(resolution))
     if sr_module is None:
         known = f"{', '.join(str(r) for r in SR_BY_RESOLUTION)} pixels for --cfg={net.cfg}"
-        raise ValueError(f"--data: expected images of {known}, got {resolution}. Resize them or name --sr-module.")
-    rendering["superresolution_module"] = f"training.superresolution.{sr_module.removeprefix('training.superresolution.')}"
+        raise ValueError(
+            f"--data: expected images of {known}, got {resolution}. Resize them or name --sr-module."
+        )
+    rendering["superresolution_module"] = (
+        f"training.superresolution.{sr_module.removeprefix('training.superresolution.')}"
+    )
     dim = 128 if small else 512
     channels = {"channel_base": net.cbase, "channel_max": net.cmax}
     sr = {"input_resolution": resolution // 2, "block_channels": [32, 16]} if small else dict(channels)
     G: dict[str, typing.Any] = {
-        "z_dim": 64 if small else 512, "c_dim": 25, "w_dim": dim, "img_resolution": resolution, "img_channels": 3,
-        "mapping_kwargs": {"num_layers": net.map_depth}, "rendering_kwargs": rendering, "conv_clamp": None,
-        "num_fp16_res": net.g_num_fp16_res, "sr_num_fp16_res": net.sr_num_fp16_res,
-        "fused_modconv_default": "inference_only", "plane_layout": net.plane_layout,
-        "sr_kwargs": {**sr, "fused_modconv_default": "inference_only"}, **channels,
+        "z_dim": 64 if small else 512,
+        "c_dim": 25,
+        "w_dim": dim,
+        "img_resolution": resolution,
+        "img_channels": 3,
+        "mapping_kwargs": {"num_layers": net.map_depth},
+        "rendering_kwargs": rendering,
+        "conv_clamp": None,
+        "num_fp16_res": net.g_num_fp16_res,
+        "sr_num_fp16_res": net.sr_num_fp16_res,
+        "fused_modconv_default": "inference_only",
+        "plane_layout": net.plane_layout,
+        "sr_kwargs": {**sr, "fused_modconv_default": "inference_only"},
+        **channels,
     }
     if small:
         G.update(plane_resolution=64, plane_channels=16, decoder_hidden_dim=32, use_noise=False)
         G["mapping_kwargs"]["lr_multiplier"] = 1.0  # latents name heads: the mapping has to learn it
         if sr_module == "NoSuperresolution":
             G["decoder_features"] = 3
-    D = {  # a short run leaves no time for a camera embedding that learns at a hundredth of the rate: D would not see poses, G stay flat
-        "c_dim": 25, "img_resolution": resolution, "img_channels": 3, "block_kwargs": {"freeze_layers": net.freezed},
+    # a short run leaves no time for a camera embedding that learns at a hundredth of the rate: D would not
+    # see poses, G stay flat
+    D = {
+        "c_dim": 25,
+        "img_resolution": resolution,
+        "img_channels": 3,
+        "block_kwargs": {"freeze_layers": net.freezed},
         "mapping_kwargs": {"num_layers": 2, "lr_multiplier": 1.0} if small else {},
         "epilogue_kwargs": {"mbstd_group_size": net.mbstd_group},
-        "disc_c_noise": net.disc_c_noise, "num_fp16_res": net.d_num_fp16_res, "conv_clamp": 256, **channels,
+        "disc_c_noise": net.disc_c_noise,
+        "num_fp16_res": net.d_num_fp16_res,
+        "conv_clamp": 256,
+        **channels,
     }
     return G, D
 
@@ -266,22 +380,32 @@ Settings = TypeVar("Settings")
 def from_dict(kind: type[Settings], values: Mapping, who: str = "") -> Settings:
     """A dataclass from what `dataclasses.asdict` made of it, after a journey through JSON.
 
-    `kind.GONE` names settings that there were once, with the value at which they changed nothing: so recorded, they are passed over.
+    `kind.GONE` names settings that there were once, with the value at which they changed nothing: so
+    recorded, they are passed over.
     Raises: ValueError naming a field that is unknown or of the wrong sort.
     """
     who = who or kind.__name__
     hints = typing.get_type_hints(kind)
     gone = getattr(kind, "GONE", {})
-    values = {name: value for name, value in values.items() if name in hints or name not in gone or value != gone[name]}
+    values = {
+        name: value
+        for name, value in values.items()
+        if name in hints or name not in gone or value != gone[name]
+    }
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise ValueError(f"{who}: expected settings of this version, got unknown ones: {', '.join(unknown)}. Start a new run.")
+        raise ValueError(
+            f"{who}: expected settings of this version, got unknown ones: {', '.join(unknown)}. Start a new"
+            " run."
+        )
     made = dict(values)
     for name, value in values.items():
         for option in (hints[name], *typing.get_args(hints[name])) if value is not None else ():
             if isinstance(option, type) and dataclasses.is_dataclass(option):
                 if not isinstance(value, Mapping):
-                    raise ValueError(f"{who}.{name}: expected settings by name, got {value!r}. Start a new run.")
+                    raise ValueError(
+                        f"{who}.{name}: expected settings by name, got {value!r}. Start a new run."
+                    )
                 made[name] = from_dict(typing.cast(type, option), value, f"{who}.{name}")
             elif typing.get_origin(option) is tuple:
                 made[name] = tuple(value)

@@ -1,7 +1,8 @@
-"""Training images with camera labels, in EG3D's dataset format: their files, the endless order in which they are drawn, and batches that
-worker processes read ahead, whose number changes no bit.
+"""Training images with camera labels, in EG3D's dataset format: their files, the endless order in which they
+are drawn, and batches that worker processes read ahead, whose number changes no bit.
 
-Shape letters: n images (of a set before mirroring, or of a batch), C channels, R resolution, L numbers per label.
+Shape letters: n images (of a set before mirroring, or of a batch), C channels, R resolution, L numbers per
+label.
 """
 
 import concurrent.futures
@@ -32,7 +33,8 @@ from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LABELS_FILE = "dataset.json"
 _PIXEL_LIMIT = 1 << 28  # of one image; a larger header is refused before it is decoded
-ROTATION_TOLERANCE = 1e-2  # largest entry of |R^T R - I|; single-precision poses from fitting pipelines reach 1e-4
+# largest entry of |R^T R - I|; single-precision poses from fitting pipelines reach 1e-4
+ROTATION_TOLERANCE = 1e-2
 
 
 class ImageFiles:
@@ -40,7 +42,8 @@ class ImageFiles:
 
     Args:
         path: folder (searched recursively) or .zip file.
-    Raises: ValueError naming the file and the remedy when the path is missing, not a zip, damaged, or without images.
+    Raises: ValueError naming the file and the remedy when the path is missing, not a zip, damaged, or without
+        images.
     """
 
     def __init__(self, path: Path):
@@ -52,15 +55,22 @@ class ImageFiles:
         elif self.path.is_file():
             entries = self._open_archive().namelist()
         else:
-            raise ValueError(f"dataset {self.path}: expected a folder or a .zip file, got a path that does not exist. Check --data.")
+            raise ValueError(
+                f"dataset {self.path}: expected a folder or a .zip file, got a path that does not exist."
+                " Check --data."
+            )
         self.entries = frozenset(entries)
         self.images = sorted(name for name in entries if name.lower().endswith(IMAGE_SUFFIXES))
         if not self.images:
             known = ", ".join(IMAGE_SUFFIXES)
-            raise ValueError(f"dataset {self.path}: expected images ({known}), got {len(entries)} other entries. Check --data.")
+            raise ValueError(
+                f"dataset {self.path}: expected images ({known}), got {len(entries)} other entries. Check"
+                " --data."
+            )
 
     def __getstate__(self):
-        return {**self.__dict__, "_archive": None}  # a worker process opens the file anew: handles share their position
+        # a worker process opens the file anew: handles share their position
+        return {**self.__dict__, "_archive": None}
 
     def close(self) -> None:
         """Close the zip; it is reopened when needed."""
@@ -74,7 +84,9 @@ class ImageFiles:
                 self._archive = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError) as error:
                 got = f"a file that is gone, truncated or of another kind ({error})"
-                raise ValueError(f"dataset {self.path}: expected a zip archive, got {got}. Copy or build it again.") from error
+                raise ValueError(
+                    f"dataset {self.path}: expected a zip archive, got {got}. Copy or build it again."
+                ) from error
         return self._archive
 
     def read(self, entry: str) -> bytes:
@@ -92,7 +104,8 @@ class ImageFiles:
 
         Raises: ValueError when the entry is damaged, too large, or not an 8-bit greyscale or RGB image.
         """
-        where, data = f"dataset {self.path}: entry {entry!r}", self.read(entry)
+        where = f"dataset {self.path}: entry {entry!r}"
+        data = self.read(entry)
         try:
             with PIL.Image.open(io.BytesIO(data)) as image:
                 if image.width * image.height > _PIXEL_LIMIT:
@@ -102,36 +115,56 @@ class ImageFiles:
             got = f"{len(data)} bytes that cannot be decoded ({error})"
             raise ValueError(f"{where}: expected a whole image, got {got}. Replace or remove it.") from error
         if image.mode not in ("L", "RGB"):
-            raise ValueError(f"{where}: expected an 8-bit RGB or greyscale image, got mode {picture.mode}. Convert it to RGB.")
+            raise ValueError(
+                f"{where}: expected an 8-bit RGB or greyscale image, got mode {picture.mode}. Convert it to"
+                " RGB."
+            )
         return picture
 
     def read_image(self, entry: str) -> np.ndarray:
-        """Pixels [C, H, W] uint8 of an entry, C = 1 or 3. Raises: ValueError as `decode`, and when the image is not square."""
+        """Pixels [C, H, W] uint8 of an entry, C = 1 or 3.
+
+        Raises: ValueError as `decode`, and when the image is not square.
+        """
         pixels = np.asarray(self.decode(entry))
         height, width = pixels.shape[:2]
         if height != width:
-            raise ValueError(f"dataset {self.path}: entry {entry!r}: expected a square image, got {width}x{height}. Crop it.")
+            raise ValueError(
+                f"dataset {self.path}: entry {entry!r}: expected a square image, got {width}x{height}."
+                " Crop it."
+            )
         return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
     def read_labels(self) -> list | None:
-        """One label per image in the order of `images`: numbers or ints as stored; None where dataset.json says "labels": null.
+        """One label per image in the order of `images`: numbers or ints as stored; None where dataset.json
+        says "labels": null.
 
         Raises: ValueError when dataset.json is missing, malformed, or lacks an image.
         """
         if LABELS_FILE not in self.entries:
-            raise ValueError(f"dataset {self.path}: expected {LABELS_FILE} with the camera labels, got none. Add it at the top of the set.")
+            raise ValueError(
+                f"dataset {self.path}: expected {LABELS_FILE} with the camera labels, got none. Add it at the"
+                " top of the set."
+            )
         where = f"dataset {self.path}: {LABELS_FILE}"
         try:
             rows = json.loads(self.read(LABELS_FILE))["labels"]
             by_name = None if rows is None else {str(name): label for name, label in rows}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{where}: expected {{"labels": [[image name, label], ...]}}, got {error!r}. Rewrite the file.') from error
+            raise ValueError(
+                f'{where}: expected {{"labels": [[image name, label], ...]}}, got {error!r}. Rewrite the'
+                " file."
+            ) from error
         if by_name is None:
             return None
         missing = [name for name in self.images if by_name.get(name) is None]
         if missing:
-            wanted, got = f"a label for each of the {len(self.images)} images", f"none for {len(missing)} of them"
-            raise ValueError(f"{where}: expected {wanted}, got {got}, the first being {missing[0]!r}. Add them, or remove the images.")
+            wanted = f"a label for each of the {len(self.images)} images"
+            got = f"none for {len(missing)} of them"
+            raise ValueError(
+                f"{where}: expected {wanted}, got {got}, the first being {missing[0]!r}. Add them, or remove"
+                " the images."
+            )
         return [by_name[name] for name in self.images]
 
 
@@ -141,19 +174,25 @@ def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -
     Args:
         labels: as stored, one per name. names: entry names for the messages. where: file for the messages.
         c_dim: required L, or None to accept any.
-    Raises: ValueError when lengths differ from c_dim or from each other, values are not finite numbers, or a 25-number label does not hold
-            a pose with a rotation; each message names the first such entry.
+    Raises: ValueError when lengths differ from c_dim or from each other, values are not finite numbers, or a
+            25-number label does not hold a pose with a rotation; each message names the first such entry.
     """
     if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
         classes = np.array(labels, dtype=np.int64)
         if classes.min() < 0:
-            raise ValueError(f"{where}: entry {names[int(classes.argmin())]!r}: expected a class index >= 0, got {classes.min()}.")
+            raise ValueError(
+                f"{where}: entry {names[int(classes.argmin())]!r}: expected a class index >= 0, got"
+                f" {classes.min()}."
+            )
         _check_length(int(classes.max()) + 1, names[int(classes.argmax())], where, c_dim)
         return classes
     wanted = c_dim or (len(labels[0]) if isinstance(labels[0], list) else None)
     for name, label in zip(names, labels, strict=True):
         if not isinstance(label, list):
-            raise ValueError(f"{where}: entry {name!r}: expected a list of numbers like its neighbours, got {label!r}. Rewrite its label.")
+            raise ValueError(
+                f"{where}: entry {name!r}: expected a list of numbers like its neighbours, got {label!r}."
+                " Rewrite its label."
+            )
         _check_length(len(label), name, where, wanted)
     try:
         values = np.array(labels, dtype=np.float32)
@@ -162,7 +201,9 @@ def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -
     finite = np.isfinite(values).all(axis=1)
     if not finite.all():
         first = names[int(finite.argmin())]
-        raise ValueError(f"{where}: entry {first!r}: expected finite numbers, got NaN or infinity. Rewrite its label.")
+        raise ValueError(
+            f"{where}: entry {first!r}: expected finite numbers, got NaN or infinity. Rewrite its label."
+        )
     if values.shape[1] == LABEL_NUMBERS:
         check_poses(values, names, where)
     return values
@@ -171,24 +212,38 @@ def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -
 def _check_length(length: int, name: str, where: str, wanted: int | None) -> None:
     if wanted is not None and length != wanted:
         note = " A camera label is 16 cam2world and 9 intrinsics numbers." if wanted == LABEL_NUMBERS else ""
-        raise ValueError(f"{where}: entry {name!r}: expected a label of {wanted} numbers, got {length}.{note} Rewrite the labels.")
+        raise ValueError(
+            f"{where}: entry {name!r}: expected a label of {wanted} numbers, got {length}.{note} Rewrite the"
+            " labels."
+        )
 
 
 def check_poses(values: np.ndarray, names: list[str], where: str) -> None:
-    """ValueError unless the first 16 numbers of every label [n, 25] are a row-major rigid cam2world matrix."""
+    """ValueError unless the first 16 numbers of every label [n, 25] are a row-major rigid
+    cam2world matrix.
+    """
     pose = values[:, :POSE_NUMBERS].reshape(-1, 4, 4).astype(np.float64)
     rotation = pose[:, :3, :3]
     deviation = np.abs(rotation.transpose(0, 2, 1) @ rotation - np.eye(3)).max(axis=(1, 2))
     bad = (deviation > ROTATION_TOLERANCE) | (np.linalg.det(rotation) < 0)
     if bad.any():
         i = int(bad.argmax())
-        got = f"|R^T R - I| = {deviation[i]:.3g} and determinant {np.linalg.det(rotation[i]):.3g} ({int(bad.sum())} of {len(names)} labels)"
-        raise ValueError(f"{where}: entry {names[i]!r}: expected a rotation in the pose, got {got}. Store a rigid cam2world, row-major.")
+        got = (
+            f"|R^T R - I| = {deviation[i]:.3g} and determinant {np.linalg.det(rotation[i]):.3g}"
+            f" ({int(bad.sum())} of {len(names)} labels)"
+        )
+        raise ValueError(
+            f"{where}: entry {names[i]!r}: expected a rotation in the pose, got {got}. Store a rigid"
+            " cam2world, row-major."
+        )
     bad = np.abs(pose[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
     if bad.any():
         i = int(bad.argmax())
         got = pose[i, 3].tolist()
-        raise ValueError(f"{where}: entry {names[i]!r}: expected the pose's last row to be 0 0 0 1, got {got}. Store it row-major.")
+        raise ValueError(
+            f"{where}: entry {names[i]!r}: expected the pose's last row to be 0 0 0 1, got {got}. Store it"
+            " row-major."
+        )
 
 
 CACHE_LIMIT = 512 * 2**20  # bytes of decoded images up to which a set is kept in memory
@@ -198,40 +253,56 @@ _DRAWS = 1 << 12  # random numbers drawn at once
 class ImageFolderDataset(torch.utils.data.Dataset):
     """Images and labels of a folder or zip: `dataset[i]` -> (uint8 [C, R, R], float32 [L]).
 
-    Images are ordered by entry name. Labels come from dataset.json, {"labels": [[entry name, label], ...]}: lists of numbers become
-    float32 rows, ints become one-hot rows, "labels": null means none. Labels are checked at construction, images when first read. Sets of
-    less than 512 MB (decoded) are kept in memory once decoded.
+    Images are ordered by entry name. Labels come from dataset.json, {"labels": [[entry name, label], ...]}:
+    lists of numbers become float32 rows, ints become one-hot rows, "labels": null means none. Labels are
+    checked at construction, images when first read. Sets of less than 512 MB (decoded) are kept in memory
+    once decoded.
 
-    Deviates: with xflip, 25-number camera labels of the mirrored half are mirrored as well (EG3D leaves them, so that its --mirror trains
-    on wrong poses); labels are required and checked unless use_labels is False.
+    Deviates: with xflip, 25-number camera labels of the mirrored half are mirrored as well (EG3D leaves them,
+    so that its --mirror trains on wrong poses); labels are required and checked unless use_labels is False.
 
     Args:
         path: folder or .zip; resolution: required image size in pixels; None takes the first image's.
-        use_labels: False gives labels of length 0; c_dim: required label length L, e.g. 25 for cameras; None accepts any.
+        use_labels: False gives labels of length 0; c_dim: required label length L, e.g. 25 for cameras; None
+            accepts any.
         max_size: at most this many images, a random subset (of random_seed) in file order; None for all.
         xflip: append a horizontally mirrored copy of every image.
     Raises: ValueError naming file, entry and remedy for anything that is missing, damaged or inconsistent.
     """
 
     def __init__(
-        self, path: str | Path, resolution: int | None = None, use_labels: bool = True, max_size: int | None = None, xflip: bool = False,
-        random_seed: int = 0, c_dim: int | None = None,
+        self,
+        path: str | Path,
+        resolution: int | None = None,
+        use_labels: bool = True,
+        max_size: int | None = None,
+        xflip: bool = False,
+        random_seed: int = 0,
+        c_dim: int | None = None,
     ):
         assert max_size is None or max_size >= 1
         self._files = ImageFiles(Path(path))
         self._labels = None  # float32 [n, L]
         if use_labels:
-            where, stored = f"dataset {path}: {LABELS_FILE}", self._files.read_labels()
+            where = f"dataset {path}: {LABELS_FILE}"
+            stored = self._files.read_labels()
             if stored is None and c_dim:
-                raise ValueError(f'{where}: expected labels of {c_dim} numbers, got "labels": null. Add them, or train without labels.')
+                raise ValueError(
+                    f'{where}: expected labels of {c_dim} numbers, got "labels": null. Add them, or train'
+                    " without labels."
+                )
             if stored is not None:
                 labels = label_array(stored, self._files.images, where, c_dim)
-                self._labels = np.eye(labels.max() + 1, dtype=np.float32)[labels] if labels.ndim == 1 else labels
+                self._labels = (
+                    np.eye(labels.max() + 1, dtype=np.float32)[labels] if labels.ndim == 1 else labels
+                )
         n = len(self._files.images)
         self._shape = self._files.read_image(self._files.images[0]).shape
         if resolution is not None and resolution != self._shape[1]:
             got = f"{self._shape[1]}x{self._shape[2]} in entry {self._files.images[0]!r}"
-            raise ValueError(f"dataset {path}: expected images of {resolution}x{resolution}, got {got}. Resize the set.")
+            raise ValueError(
+                f"dataset {path}: expected images of {resolution}x{resolution}, got {got}. Resize the set."
+            )
         keep = np.arange(n, dtype=np.int64)
         if max_size is not None and max_size < n:
             np.random.RandomState(random_seed).shuffle(keep)
@@ -255,14 +326,19 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def _raw_image(self, raw: int) -> np.ndarray:
         """Image [C, R, R] of a raw index, from memory if it has been decoded before."""
         if self._cache is None and self.in_memory:
-            self._cache = np.empty((len(self._files.images), *self._shape), np.uint8)  # pages are claimed as they are filled
+            # pages are claimed as they are filled
+            self._cache = np.empty((len(self._files.images), *self._shape), np.uint8)
             self._known = np.zeros(len(self._cache), bool)
         if self._cache is not None and self._known is not None and self._known[raw]:
             return self._cache[raw]
         image = self._files.read_image(self._files.images[raw])
         if image.shape != self._shape:
-            where, wanted = f"dataset {self._files.path}: entry {self._files.images[raw]!r}", f"as in {self._files.images[0]!r}"
-            raise ValueError(f"{where}: expected channels and size {list(self._shape)} {wanted}, got {list(image.shape)}. Convert it.")
+            where = f"dataset {self._files.path}: entry {self._files.images[raw]!r}"
+            wanted = f"as in {self._files.images[0]!r}"
+            raise ValueError(
+                f"{where}: expected channels and size {list(self._shape)} {wanted}, got {list(image.shape)}."
+                " Convert it."
+            )
         if self._cache is not None and self._known is not None:
             self._cache[raw] = image
             self._known[raw] = True
@@ -287,9 +363,13 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return labels
 
     def without_memory(self) -> "ImageFolderDataset":
-        """The same set for other processes: with a handle of its own, which is opened when first read, and no image kept."""
+        """The same set for other processes: with a handle of its own, which is opened when first read, and no
+        image kept.
+        """
         other = copy.copy(self)
-        other._files, other.in_memory = copy.copy(self._files), False  # neither copy takes what __getstate__ leaves out
+        # neither copy takes what __getstate__ leaves out
+        other._files = copy.copy(self._files)
+        other.in_memory = False
         return other
 
     def close(self) -> None:
@@ -313,16 +393,19 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def label_std(self) -> np.ndarray:
-        """Standard deviation [L] of each number over the stored labels of the whole set (before subset and mirroring)."""
+        """Standard deviation [L] of each number over the stored labels of the whole set (before subset and
+        mirroring).
+        """
         return np.zeros(0, np.float32) if self._labels is None else self._labels.std(axis=0)
 
 
 class InfiniteSampler(torch.utils.data.Sampler[int]):
     """Endless sampler with EG3D's windowed shuffle.
 
-    An initial permutation of 0 .. n-1 is walked cyclically. At position k, with i = k mod n, the entry order[i] is yielded if
-    k mod num_replicas == rank; then it is swapped with the entry r places earlier (cyclically), r uniform in [0, window), so that an image
-    comes back after at least (1 - window) n other positions. Every rank walks all positions, hence the same draws.
+    An initial permutation of 0 .. n-1 is walked cyclically. At position k, with i = k mod n, the entry
+    order[i] is yielded if k mod num_replicas == rank; then it is swapped with the entry r places earlier
+    (cyclically), r uniform in [0, window), so that an image comes back after at least (1 - window) n other
+    positions. Every rank walks all positions, hence the same draws.
 
     Deviates: `start_index` (EG3D restarts from position 0) and an argument check; the order itself is EG3D's.
 
@@ -332,24 +415,41 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
         shuffle: False walks 0 .. n-1 in order.
         seed: of the numpy RandomState.
         window_size: window as a fraction of n, in [0, 1]; a window under 2 places disables reshuffling.
-        start_index: position at which to begin, counted over all ranks: the images consumed before a resumed run. The positions before it
-            are replayed without yielding (well under a microsecond each), so the order continues exactly.
+        start_index: position at which to begin, counted over all ranks: the images consumed before a resumed
+            run. The positions before it are replayed without yielding (well under a microsecond each), so the
+            order continues exactly.
     Raises: ValueError on an empty dataset.
     """
 
     def __init__(
-        self, dataset, rank: int = 0, num_replicas: int = 1, shuffle: bool = True, seed: int = 0, window_size: float = 0.5,
+        self,
+        dataset,
+        rank: int = 0,
+        num_replicas: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        window_size: float = 0.5,
         start_index: int = 0,
     ):
         if len(dataset) == 0:
-            raise ValueError("InfiniteSampler: expected at least one image, got an empty dataset. Check the path and max_size.")
+            raise ValueError(
+                "InfiniteSampler: expected at least one image, got an empty dataset. Check the path and"
+                " max_size."
+            )
         assert 0 <= rank < num_replicas and 0 <= window_size <= 1 and start_index >= 0
         super().__init__()
-        self.length, self.rank, self.num_replicas, self.start_index = len(dataset), rank, num_replicas, start_index
-        self.shuffle, self.seed, self.window_size = shuffle, seed, window_size
+        self.length = len(dataset)
+        self.rank = rank
+        self.num_replicas = num_replicas
+        self.start_index = start_index
+        self.shuffle = shuffle
+        self.seed = seed
+        self.window_size = window_size
 
     def __iter__(self) -> Iterator[int]:
-        n, order, random = self.length, np.arange(self.length), np.random.RandomState(self.seed)
+        n = self.length
+        order = np.arange(self.length)
+        random = np.random.RandomState(self.seed)
         window = int(np.rint(n * self.window_size)) if self.shuffle else 0
         if self.shuffle:
             random.shuffle(order)
@@ -396,25 +496,32 @@ def _run_task(task: object) -> object:
 
 
 def ahead(work: Callable, tasks: Iterable, workers: int, killed: str) -> Generator:
-    """work(task) of every task in order, without end where the tasks have none; AHEAD * workers of them are done ahead.
+    """work(task) of every task in order, without end where the tasks have none; AHEAD * workers of them are
+    done ahead.
 
-    Workers are forked at the first result that is asked for: they import nothing, and have no thread but one that ends them with their
-    parent. Closing the generator ends them.
+    Workers are forked at the first result that is asked for: they import nothing, and have no thread but one
+    that ends them with their parent. Closing the generator ends them.
 
-    Args: workers: processes; 0, and where processes cannot fork, works in this one, a task at a time, when its result is asked for.
-    Raises: what `work` raises; ValueError saying `killed` where a worker died; OSError where none can be started.
+    Args: workers: processes; 0, and where processes cannot fork, works in this one, a task at a time, when
+        its result is asked for.
+    Raises: what `work` raises; ValueError saying `killed` where a worker died; OSError where none can be
+        started.
     """
     if workers == 0 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, tasks)
         return
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (work,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("fork"), _start_worker, (work,)
+    ) as pool:
         pending: deque[concurrent.futures.Future] = deque()
         try:
             for task in tasks:
                 try:
                     pending.append(pool.submit(_run_task, task))
                 except OSError as error:  # of fork
-                    raise OSError(f"--workers: expected to start {workers} processes, got: {error.strerror}. Use fewer.") from error
+                    raise OSError(
+                        f"--workers: expected to start {workers} processes, got: {error.strerror}. Use fewer."
+                    ) from error
                 if len(pending) > AHEAD * workers:
                     yield pending.popleft().result()
             while pending:
@@ -437,11 +544,16 @@ def in_order(work: Callable, tasks: Sequence, workers: int, killed: str) -> Gene
 # Batches in the sampler's order
 
 MOST_WORKERS = 3  # EG3D's default
-KILLED = "--workers: expected the processes that read images to live, got one killed. Free memory, or use fewer; 0 reads in this process."
+KILLED = (
+    "--workers: expected the processes that read images to live, got one killed. Free memory, or use fewer; 0"
+    " reads in this process."
+)
 
 
 def default_workers(dataset: ImageFolderDataset, ranks: Ranks) -> int:
-    """None for a set that is kept in memory, else one for each core that training leaves free, at most three."""
+    """None for a set that is kept in memory, else one for each core that training leaves free,
+    at most three.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if dataset.in_memory else max(0, min(MOST_WORKERS, cores // ranks.neighbours - 1))
 
@@ -452,10 +564,11 @@ Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]
 def read_batches(dataset: ImageFolderDataset, order: Iterator[int], n: int, workers: int) -> Batches:
     """Images [n, C, R, R] uint8 and labels [n, L] float32 of the next n indices in `order`, without end.
 
-    Workers decode into memory that all share, which is claimed once: AHEAD batches for each of them, and the one that was yielded last. Its
-    images are valid until the next is asked for.
+    Workers decode into memory that all share, which is claimed once: AHEAD batches for each of them, and the
+    one that was yielded last. Its images are valid until the next is asked for.
 
-    Args: workers: processes; 0 reads in this one. Raises: ValueError as the dataset does, or where a worker was killed.
+    Args: workers: processes; 0 reads in this one. Raises: ValueError as the dataset does, or where a worker
+        was killed.
     """
     slots = AHEAD * workers + 1
     size = (slots, n, dataset.num_channels, dataset.resolution, dataset.resolution)
@@ -467,7 +580,9 @@ def read_batches(dataset: ImageFolderDataset, order: Iterator[int], n: int, work
             yield images[slot], labels
 
 
-def _fill(dataset: ImageFolderDataset, images: np.ndarray, task: tuple[int, list[int]]) -> tuple[int, np.ndarray]:
+def _fill(
+    dataset: ImageFolderDataset, images: np.ndarray, task: tuple[int, list[int]]
+) -> tuple[int, np.ndarray]:
     """Decode one batch into its slot of `images` [slots, n, C, R, R]."""
     slot, rows = task
     labels = []

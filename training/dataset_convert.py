@@ -1,7 +1,9 @@
-"""Conversion of an image set to the form that training reads: square PNGs under running names, checked camera labels, one folder or zip.
+"""Conversion of an image set to the form that training reads: square PNGs under running names, checked camera
+labels, one folder or zip.
 
-Images are decoded, cropped, resized and encoded by worker processes; the parent writes them in order, so that the result does not depend on
-the number of workers. The target appears under its own name only when it is whole.
+Images are decoded, cropped, resized and encoded by worker processes; the parent writes them in order, so that
+the result does not depend on the number of workers. The target appears under its own name only when it is
+whole.
 
 Shape letters: H, W = rows and columns of an image, C channels.
 """
@@ -42,13 +44,26 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         if self.transform is not None and self.transform not in TRANSFORMS:
-            raise ValueError(f"--transform: expected one of {', '.join(TRANSFORMS)}, got {self.transform!r}. Choose one of them.")
+            raise ValueError(
+                f"--transform: expected one of {', '.join(TRANSFORMS)}, got {self.transform!r}. Choose one of"
+                " them."
+            )
         if self.labels not in ("check", "drop"):
             raise ValueError(f"--labels: expected check or drop, got {self.labels!r}. Choose one of them.")
-        if self.resolution is not None and min(self.resolution) < 1 or self.max_images is not None and self.max_images < 1:
-            raise ValueError(f"--resolution, --max-images: expected at least 1, got {self.resolution}, {self.max_images}. Raise it.")
+        if (
+            self.resolution is not None
+            and min(self.resolution) < 1
+            or self.max_images is not None
+            and self.max_images < 1
+        ):
+            raise ValueError(
+                f"--resolution, --max-images: expected at least 1, got {self.resolution}, {self.max_images}."
+                " Raise it."
+            )
         if self.transform is not None and self.resolution is None:
-            raise ValueError(f"--transform={self.transform}: expected --resolution=WxH with it, got none. Add it.")
+            raise ValueError(
+                f"--transform={self.transform}: expected --resolution=WxH with it, got none. Add it."
+            )
         if self.transform == "center-crop-wide" and self.size[0] < self.size[1]:
             got = "x".join(map(str, self.size))
             raise ValueError(f"--resolution: expected W >= H for center-crop-wide, got {got}. Swap them.")
@@ -72,13 +87,17 @@ class Converted:
 
 
 def crop_box(options: ConvertOptions, width: int, height: int) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) in pixels of the part that is kept: the largest centred one of the wanted aspect ratio."""
+    """(left, top, right, bottom) in pixels of the part that is kept: the largest centred one of the wanted
+    aspect ratio.
+    """
     if options.transform is None:
         return 0, 0, width, height
     w, h = (1, 1) if options.transform == "center-crop" else options.size
     scale = min(width / w, height / h)
-    kept_w, kept_h = max(1, round(w * scale)), max(1, round(h * scale))
-    left, top = (width - kept_w) // 2, (height - kept_h) // 2
+    kept_w = max(1, round(w * scale))
+    kept_h = max(1, round(h * scale))
+    left = (width - kept_w) // 2
+    top = (height - kept_h) // 2
     return left, top, left + kept_w, top + kept_h
 
 
@@ -97,8 +116,9 @@ def transform_image(image: PIL.Image.Image, options: ConvertOptions) -> PIL.Imag
 def transform_camera(label: np.ndarray, options: ConvertOptions, width: int, height: int) -> np.ndarray:
     """A 25-number camera label after the image's crop and padding; resizing changes nothing.
 
-    Intrinsics are in units of the image, x of its width and y of its height (EG3D's convention on square images), so a crop to a part
-    rescales them: f_x' = f_x W/w, c_x' = (c_x W - left)/w, and in y alike; the black bars of center-crop-wide do so in y once more.
+    Intrinsics are in units of the image, x of its width and y of its height (EG3D's convention on square
+    images), so a crop to a part rescales them: f_x' = f_x W/w, c_x' = (c_x W - left)/w, and in y alike; the
+    black bars of center-crop-wide do so in y once more.
     """
     left, top, right, bottom = crop_box(options, width, height)
     k = label[POSE_NUMBERS:].reshape(3, 3).copy()
@@ -121,13 +141,17 @@ def png(image: PIL.Image.Image) -> bytes:
 
 
 def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> list[tuple]:
-    """Of each entry: PNGs of the image and, where asked for, its mirror; size (W, H) before; shape (C, H, W) after."""
+    """Of each entry: PNGs of the image and, where asked for, its mirror; size (W, H) before; shape (C, H, W)
+    after.
+    """
     ready = []
     for entry in entries:
         source = files.decode(entry)
         image = transform_image(source, options)
         images = [image, image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)] if options.mirror else [image]
-        ready.append(([png(one) for one in images], source.size, (len(image.getbands()), image.height, image.width)))
+        ready.append(
+            ([png(one) for one in images], source.size, (len(image.getbands()), image.height, image.width))
+        )
     return ready
 
 
@@ -139,13 +163,14 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
     stored = None if options.labels == "drop" or LABELS_FILE not in files.entries else files.read_labels()
     if stored is None:
         return None
-    names, where = files.images[: options.max_images], f"dataset {files.path}: {LABELS_FILE}"
+    names = files.images[: options.max_images]
+    where = f"dataset {files.path}: {LABELS_FILE}"
     stored = stored[: len(names)]
     values = label_array(stored, names, where, None)
     if options.mirror and values.ndim == 2 and values.shape[1] != LABEL_NUMBERS:
         raise ValueError(
-            f"{where}: expected camera labels of {LABEL_NUMBERS} numbers to mirror, got {values.shape[1]}. Leave out --mirror, or use "
-            "--labels=drop."
+            f"{where}: expected camera labels of {LABEL_NUMBERS} numbers to mirror, got {values.shape[1]}."
+            " Leave out --mirror, or use --labels=drop."
         )
     return stored
 
@@ -153,7 +178,11 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
 def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> list:
     """Labels of one source image's outputs; untouched numbers stay as stored."""
     padded = options.transform == "center-crop-wide" and options.size[0] != options.size[1]
-    if isinstance(label, list) and len(label) == LABEL_NUMBERS and (padded or crop_box(options, *size) != (0, 0, *size)):
+    if (
+        isinstance(label, list)
+        and len(label) == LABEL_NUMBERS
+        and (padded or crop_box(options, *size) != (0, 0, *size))
+    ):
         label = transform_camera(np.array(label, dtype=np.float64), options, *size).tolist()
     if not options.mirror:
         return [label]
@@ -165,28 +194,40 @@ def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> lis
 def _check_shape(shape: tuple[int, int, int], first: tuple[int, int, int], entry: str, where: str) -> None:
     _, height, width = shape
     if height != width or width & (width - 1):
-        wanted, remedy = "a square image whose side is a power of two", "Add --transform=center-crop --resolution=WxH."
+        wanted = "a square image whose side is a power of two"
+        remedy = "Add --transform=center-crop --resolution=WxH."
         raise ValueError(f"{where}: entry {entry!r}: expected {wanted}, got {width}x{height}. {remedy}")
     if shape != first:
-        wanted, remedy = f"{list(first)} (channels, height, width) as the first image", "Add --resolution, or convert it to RGB."
+        wanted = f"{list(first)} (channels, height, width) as the first image"
+        remedy = "Add --resolution, or convert it to RGB."
         raise ValueError(f"{where}: entry {entry!r}: expected {wanted}, got {list(shape)}. {remedy}")
 
 
 def convert_dataset(
-    source: str | Path, dest: str | Path, options: ConvertOptions, workers: int = 1, on_image: Callable[[int], object] = lambda count: None,
+    source: str | Path,
+    dest: str | Path,
+    options: ConvertOptions,
+    workers: int = 1,
+    on_image: Callable[[int], object] = lambda count: None,
     overwrite: bool = False,
 ) -> Converted:
-    """Write `source` (folder or zip) as `dest` (a .zip, stored without compression, or a folder) with dataset.json.
+    """Write `source` (folder or zip) as `dest` (a .zip, stored without compression, or a folder) with
+    dataset.json.
 
-    Args: `on_image` is told 1 for every source image written. overwrite: replace a zip that exists (a folder never is).
-    Raises: ValueError naming file, entry and remedy for anything missing, damaged or inconsistent; OSError for a full disk. In both cases
-    `dest` is left as it was.
+    Args: `on_image` is told 1 for every source image written. overwrite: replace a zip that exists
+        (a folder never is).
+    Raises: ValueError naming file, entry and remedy for anything missing, damaged or inconsistent; OSError
+    for a full disk. In both cases `dest` is left as it was.
     """
-    files, dest = ImageFiles(Path(source)), Path(dest)
-    labels, entries, target = read_labels(files, options), files.images[: options.max_images], options.resolution
+    files = ImageFiles(Path(source))
+    dest = Path(dest)
+    labels = read_labels(files, options)
+    entries = files.images[: options.max_images]
+    target = options.resolution
     rows: list[list] = []
     first: tuple[int, int, int] | None = None
-    enlarged, cropped = 0, 0
+    enlarged = 0
+    cropped = 0
     files.close()
     chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
     killed = "dataset_tool: expected the workers to live, got one killed. Free memory or use --workers=1."
@@ -211,7 +252,8 @@ def convert_dataset(
 
 @contextlib.contextmanager
 def writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str, bytes], None]]:
-    """A function write(name, bytes) into a temporary folder or zip beside `dest`, which takes its place when the block ends well.
+    """A function write(name, bytes) into a temporary folder or zip beside `dest`, which takes its place when
+    the block ends well.
 
     Raises: ValueError when dest is the source, exists, or has another suffix.
     """
@@ -222,9 +264,15 @@ def writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str,
         raise ValueError(f"--dest: expected a .zip or a folder, got {dest.name}. Change the name.")
     if dest.is_dir() and (to_zip or any(dest.iterdir())):
         wanted = "a zip file" if to_zip else "an empty folder"
-        raise ValueError(f"--dest: expected {wanted}, got a folder at {dest}{'' if to_zip else ' with content'}. Name another.")
+        raise ValueError(
+            f"--dest: expected {wanted}, got a folder at {dest}{'' if to_zip else ' with content'}. Name"
+            " another."
+        )
     if dest.is_file() and not (to_zip and overwrite):
-        raise ValueError(f"--dest: expected a new {'zip (or --overwrite)' if to_zip else 'folder'}, got the file {dest}. Name another.")
+        raise ValueError(
+            f"--dest: expected a new {'zip (or --overwrite)' if to_zip else 'folder'}, got the file {dest}."
+            " Name another."
+        )
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
     try:
@@ -246,7 +294,9 @@ def writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str,
             dest.rmdir()
         os.replace(part, dest)
     except OSError as error:
-        raise OSError(f"--dest: cannot write {dest} ({error}). Check the free space and the rights there.") from error
+        raise OSError(
+            f"--dest: cannot write {dest} ({error}). Check the free space and the rights there."
+        ) from error
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)

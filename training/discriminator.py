@@ -13,18 +13,25 @@ from training.layers import Conv2dLayer, FullyConnectedLayer, MappingNetwork, bl
 
 
 def filtered_resizing(image: torch.Tensor, size: int, filter_mode: str = "antialiased") -> torch.Tensor:
-    """Bilinear resize, antialiased or not ("none"), as EG3D feeds raw images to the discriminator: [N, C, R, R] -> [N, C, size, size]."""
+    """Bilinear resize, antialiased or not ("none"), as EG3D feeds raw images to the discriminator:
+    [N, C, R, R] -> [N, C, size, size].
+    """
     assert filter_mode in ("antialiased", "none")
     antialias = filter_mode == "antialiased"
-    return torch.nn.functional.interpolate(image, size=(size, size), mode="bilinear", align_corners=False, antialias=antialias)
+    return torch.nn.functional.interpolate(
+        image, size=(size, size), mode="bilinear", align_corners=False, antialias=antialias
+    )
 
 
 class MinibatchStdLayer(torch.nn.Module):
-    """Append the standard deviation over groups of samples as feature maps; groups are strided (i, i + N/G, ...)."""
+    """Append the standard deviation over groups of samples as feature maps; groups are strided
+    (i, i + N/G, ...).
+    """
 
     def __init__(self, group_size: int | None, num_channels: int = 1):
         super().__init__()
-        self.group_size, self.num_channels = group_size, num_channels
+        self.group_size = group_size
+        self.num_channels = num_channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, C, H, W] -> [N, C + num_channels, H, W]."""
@@ -41,12 +48,24 @@ class DiscriminatorBlock(torch.nn.Module):
     """Residual block that halves the resolution; the first one starts with `fromrgb`."""
 
     def __init__(
-        self, in_channels: int, tmp_channels: int, out_channels: int, resolution: int, img_channels: int, first_layer_idx: int,
-        conv_clamp: float | None = None, use_fp16: bool = False, fp16_channels_last: bool = False, freeze_layers: int = 0,
+        self,
+        in_channels: int,
+        tmp_channels: int,
+        out_channels: int,
+        resolution: int,
+        img_channels: int,
+        first_layer_idx: int,
+        conv_clamp: float | None = None,
+        use_fp16: bool = False,
+        fp16_channels_last: bool = False,
+        freeze_layers: int = 0,
     ):
         super().__init__()
-        self.in_channels, self.resolution, self.img_channels = in_channels, resolution, img_channels
-        self.use_fp16, self.channels_last = use_fp16, use_fp16 and fp16_channels_last
+        self.in_channels = in_channels
+        self.resolution = resolution
+        self.img_channels = img_channels
+        self.use_fp16 = use_fp16
+        self.channels_last = use_fp16 and fp16_channels_last
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
         self.num_layers = 0
 
@@ -62,8 +81,12 @@ class DiscriminatorBlock(torch.nn.Module):
         self.conv1 = layer(tmp_channels, out_channels, 3, activation="lrelu", down=2)
         self.skip = layer(tmp_channels, out_channels, 1, bias=False, down=2, conv_clamp=None)
 
-    def forward(self, x: torch.Tensor | None, img: torch.Tensor | None, force_fp32: bool = False) -> torch.Tensor:
-        """x [N, C, R, R] (None in the first block), img [N, I, R, R] (first block only) -> [N, O, R/2, R/2]."""
+    def forward(
+        self, x: torch.Tensor | None, img: torch.Tensor | None, force_fp32: bool = False
+    ) -> torch.Tensor:
+        """x [N, C, R, R] (None in the first block), img [N, I, R, R] (first block only)
+        -> [N, O, R/2, R/2].
+        """
         source = x if x is not None else img
         assert source is not None
         half = self.use_fp16 and not force_fp32 and source.device.type == "cuda"
@@ -77,16 +100,27 @@ class DiscriminatorBlock(torch.nn.Module):
 
 
 class DiscriminatorEpilogue(torch.nn.Module):
-    """Minibatch standard deviation, one convolution, two linear layers, and the projection on the embedded label."""
+    """Minibatch standard deviation, one convolution, two linear layers, and the projection on the embedded
+    label.
+    """
 
     def __init__(
-        self, in_channels: int, cmap_dim: int, resolution: int, mbstd_group_size: int | None = 4, mbstd_num_channels: int = 1,
+        self,
+        in_channels: int,
+        cmap_dim: int,
+        resolution: int,
+        mbstd_group_size: int | None = 4,
+        mbstd_num_channels: int = 1,
         conv_clamp: float | None = None,
     ):
         super().__init__()
         self.cmap_dim = cmap_dim
-        self.mbstd = MinibatchStdLayer(mbstd_group_size, mbstd_num_channels) if mbstd_num_channels > 0 else None
-        self.conv = Conv2dLayer(in_channels + mbstd_num_channels, in_channels, 3, activation="lrelu", conv_clamp=conv_clamp)
+        self.mbstd = (
+            MinibatchStdLayer(mbstd_group_size, mbstd_num_channels) if mbstd_num_channels > 0 else None
+        )
+        self.conv = Conv2dLayer(
+            in_channels + mbstd_num_channels, in_channels, 3, activation="lrelu", conv_clamp=conv_clamp
+        )
         self.fc = FullyConnectedLayer(in_channels * resolution**2, in_channels, activation="lrelu")
         self.out = FullyConnectedLayer(in_channels, cmap_dim if cmap_dim > 0 else 1)
 
@@ -103,16 +137,30 @@ class DiscriminatorEpilogue(torch.nn.Module):
 
 
 class DualDiscriminator(torch.nn.Module):
-    """Six input channels: the image and the raw neural rendering, resized to the same size (Chan et al. 2022, section 4.3)."""
+    """Six input channels: the image and the raw neural rendering, resized to the same size (Chan et al. 2022,
+    section 4.3).
+    """
 
     def __init__(
-        self, c_dim: int, img_resolution: int, img_channels: int, channel_base: int = 32768, channel_max: int = 512, num_fp16_res: int = 4,
-        conv_clamp: float | None = 256, cmap_dim: int | None = None, disc_c_noise: float = 0.0, block_kwargs: dict | None = None,
-        mapping_kwargs: dict | None = None, epilogue_kwargs: dict | None = None,
+        self,
+        c_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        num_fp16_res: int = 4,
+        conv_clamp: float | None = 256,
+        cmap_dim: int | None = None,
+        disc_c_noise: float = 0.0,
+        block_kwargs: dict | None = None,
+        mapping_kwargs: dict | None = None,
+        epilogue_kwargs: dict | None = None,
     ):
         super().__init__()
-        self.c_dim, self.img_resolution = c_dim, img_resolution
-        self.img_channels, self.disc_c_noise = img_channels * 2, disc_c_noise
+        self.c_dim = c_dim
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels * 2
+        self.disc_c_noise = disc_c_noise
         self.block_resolutions = block_resolutions(img_resolution)[:0:-1]  # img_resolution, ..., 8
         fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
         width = {res: channels_at(res, channel_base, channel_max) for res in [*self.block_resolutions, 4]}
@@ -120,26 +168,42 @@ class DualDiscriminator(torch.nn.Module):
         layer_idx = 0
         for res in self.block_resolutions:
             block = DiscriminatorBlock(
-                width[res] if res < img_resolution else 0, width[res], width[res // 2], resolution=res, img_channels=self.img_channels,
-                first_layer_idx=layer_idx, conv_clamp=conv_clamp, use_fp16=(num_fp16_res > 0 and res >= fp16_from), **(block_kwargs or {}),
+                width[res] if res < img_resolution else 0,
+                width[res],
+                width[res // 2],
+                resolution=res,
+                img_channels=self.img_channels,
+                first_layer_idx=layer_idx,
+                conv_clamp=conv_clamp,
+                use_fp16=(num_fp16_res > 0 and res >= fp16_from),
+                **(block_kwargs or {}),
             )
             setattr(self, f"b{res}", block)
             layer_idx += block.num_layers
         if c_dim > 0:
-            self.mapping = MappingNetwork(z_dim=0, c_dim=c_dim, w_dim=cmap_dim, num_ws=None, w_avg_beta=None, **(mapping_kwargs or {}))
-        self.b4 = DiscriminatorEpilogue(width[4], cmap_dim=cmap_dim, resolution=4, conv_clamp=conv_clamp, **(epilogue_kwargs or {}))
+            self.mapping = MappingNetwork(
+                z_dim=0, c_dim=c_dim, w_dim=cmap_dim, num_ws=None, w_avg_beta=None, **(mapping_kwargs or {})
+            )
+        self.b4 = DiscriminatorEpilogue(
+            width[4], cmap_dim=cmap_dim, resolution=4, conv_clamp=conv_clamp, **(epilogue_kwargs or {})
+        )
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
 
-    def forward(self, img: dict[str, torch.Tensor], c: torch.Tensor, update_emas: bool = False, **block_kwargs) -> torch.Tensor:
+    def forward(
+        self, img: dict[str, torch.Tensor], c: torch.Tensor, update_emas: bool = False, **block_kwargs
+    ) -> torch.Tensor:
         """Realness logits.
 
         Args:
             img: {'image': [N, 3, R, R], 'image_raw': [N, 3, r, r]} in [-1, 1]; c: [N, K] camera labels.
         Returns: [N, 1]. Differentiable in both images, twice.
-        Deviates: with disc_c_noise > 0 the noise is added to a copy of c; EG3D adds it in place, so that it accumulates over phases.
+        Deviates: with disc_c_noise > 0 the noise is added to a copy of c; EG3D adds it in place, so that it
+        accumulates over phases.
         """
         del update_emas
-        x, source = None, torch.cat([img["image"], filtered_resizing(img["image_raw"], img["image"].shape[-1])], dim=1)  # [N, 6, R, R]
+        # [N, 6, R, R]
+        x = None
+        source = torch.cat([img["image"], filtered_resizing(img["image_raw"], img["image"].shape[-1])], dim=1)
         for res in self.block_resolutions:
             x = getattr(self, f"b{res}")(x, source if x is None else None, **block_kwargs)
         cmap = None

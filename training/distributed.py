@@ -1,6 +1,8 @@
-"""The processes of one run, as torchrun starts them: what they sum, agree on and tell each other. One process needs no group.
+"""The processes of one run, as torchrun starts them: what they sum, agree on and tell each other. One process
+needs no group.
 
-A run on W ranks does what one rank does with W rounds per batch (docs/guides/many-gpus.md): rank r takes rows r, r + W, ... of every batch.
+A run on W ranks does what one rank does with W rounds per batch (docs/guides/many-gpus.md): rank r takes rows
+r, r + W, ... of every batch.
 """
 
 import atexit
@@ -27,7 +29,9 @@ class PeerLostError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among those of the run; the default is a run of one process, for which every method is trivial."""
+    """This process among those of the run; the default is a run of one process, for which every method is
+    trivial.
+    """
 
     rank: int = 0
     world: int = 1  # number of processes
@@ -49,8 +53,9 @@ class Ranks:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
             raise PeerLostError(
-                f"rank {self.rank} of {self.world}: expected every rank to {what} within {self.minutes:g} minutes, got: {reason}. "
-                "A process of the run died or hangs; nothing that was written is lost. Continue with --resume=RUN."
+                f"rank {self.rank} of {self.world}: expected every rank to {what} within {self.minutes:g}"
+                f" minutes, got: {reason}. A process of the run died or hangs; nothing that was written is"
+                " lost. Continue with --resume=RUN."
             ) from error
 
     def sum_(self, tensor: torch.Tensor, what: str = "exchange gradients") -> torch.Tensor:
@@ -100,7 +105,10 @@ class Ranks:
             padded[: len(data)] = data
             parts = [torch.zeros_like(padded) for _ in range(self.world)]
             dist.all_gather(parts, padded)
-        return [json.loads(part[: int(size)].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+        return [
+            json.loads(part[: int(size)].cpu().numpy().tobytes())
+            for part, size in zip(parts, sizes, strict=True)
+        ]
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """This rank's of a list that ranks work through together: r, r + W, ..."""
@@ -121,9 +129,13 @@ class Ranks:
         """Rank 0's tensors by name, on every rank; the others pass None. They come on the CPU."""
         if self.world == 1:
             return tensors
-        described = self.broadcast([[k, list(t.shape), str(t.dtype).removeprefix("torch.")] for k, t in (tensors or {}).items()])
+        described = self.broadcast(
+            [[k, list(t.shape), str(t.dtype).removeprefix("torch.")] for k, t in (tensors or {}).items()]
+        )
         if not self.main:
-            tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape, dtype in described}
+            tensors = {
+                name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape, dtype in described
+            }
         for name, _, _ in described:  # one by one: a checkpoint may fill the memory once, not twice
             self.broadcast_([tensors[name]])
         return tensors
@@ -146,7 +158,9 @@ SINGLE = Ranks()
 
 
 def launch_identity() -> str | None:
-    """What all attempts of one torchrun share: its --rdzv-id where one was given, else machine and process of the launcher."""
+    """What all attempts of one torchrun share: its --rdzv-id where one was given, else machine and process of
+    the launcher.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     named = os.environ["TORCHELASTIC_RUN_ID"]
@@ -157,29 +171,43 @@ def launch_identity() -> str | None:
 def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
     """Join the other processes that torchrun started; alone, a run of one rank.
 
-    Backend: NCCL on CUDA, one GPU per process, else gloo. Leaves by a barrier. Where processes fail together, one of them says why and the
-    others exit with code 2 in silence.
+    Backend: NCCL on CUDA, one GPU per process, else gloo. Leaves by a barrier. Where processes fail together,
+    one of them says why and the others exit with code 2 in silence.
 
     Args:
         device: 'cuda' or 'cpu'; minutes: how long one exchange may take before the run ends with an error.
     Raises: ValueError for incomplete variables or too few GPUs; PeerLostError.
     """
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # neither torchrun nor another launcher that sets them
+    # neither torchrun nor another launcher that sets them
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         yield SINGLE
         return
     try:
         rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        restarts, neighbours = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     except (KeyError, ValueError) as error:
-        raise ValueError(f"torchrun: expected RANK, WORLD_SIZE and LOCAL_RANK as integers, got {error}. Start with torchrun.") from None
+        raise ValueError(
+            f"torchrun: expected RANK, WORLD_SIZE and LOCAL_RANK as integers, got {error}. Start with"
+            " torchrun."
+        ) from None
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             count = torch.cuda.device_count()
-            raise ValueError(f"torchrun: expected a GPU per process, got {count} and process {local_rank}. Lower --nproc-per-node.")
+            raise ValueError(
+                f"torchrun: expected a GPU per process, got {count} and process {local_rank}. Lower"
+                " --nproc-per-node."
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     ranks = Ranks(
-        rank=rank, world=world, local_rank=local_rank, neighbours=neighbours, restarts=restarts, device=device, minutes=minutes
+        rank=rank,
+        world=world,
+        local_rank=local_rank,
+        neighbours=neighbours,
+        restarts=restarts,
+        device=device,
+        minutes=minutes,
     )
     if world == 1:
         yield ranks
@@ -187,8 +215,15 @@ def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
     limit = datetime.timedelta(minutes=minutes)
     with ranks._exchange("start"):
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-        store = dist.PrefixStore(f"eg3d_rlhf/{restarts}", store)  # torchrun keeps its store over restarts, and the addresses in it
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
+        # torchrun keeps its store over restarts, and the addresses in it
+        store = dist.PrefixStore(f"eg3d_rlhf/{restarts}", store)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=limit,
+        )
     with _one_report(store, ranks):
         yield ranks
         if dist.is_initialized():
@@ -204,7 +239,9 @@ def leave() -> None:
 
 @contextlib.contextmanager
 def _one_report(store: dist.Store, ranks: Ranks) -> Iterator[None]:
-    """Pass on the first process's error; end the others quietly. Rank 0, the store's host, gives the others two seconds to ask."""
+    """Pass on the first process's error; end the others quietly. Rank 0, the store's host, gives the others
+    two seconds to ask.
+    """
     try:
         yield
     except Exception as error:
@@ -221,13 +258,17 @@ def _one_report(store: dist.Store, ranks: Ranks) -> Iterator[None]:
             raise
         sys.exit(2)
     except BaseException as error:
-        atexit.register(_end, error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+        atexit.register(
+            _end, error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        )
         raise
     atexit.register(_end, 0)
 
 
 def _end(code: int) -> None:
-    """Leave without the interpreter's own shutdown: threads of gloo may abort there, after everything is done (about one run in five)."""
+    """Leave without the interpreter's own shutdown: threads of gloo may abort there, after everything is done
+    (about one run in five).
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,6 +1,8 @@
-"""Elementary layers of StyleGAN2-family networks, equalised-rate linear and convolution, and the mapping network.
+"""Elementary layers of StyleGAN2-family networks, equalised-rate linear and convolution, and the mapping
+network.
 
-Shapes: N batch, I input features, O output features, C channels, H x W pixels, k kernel size; Z z_dim, K c_dim, W w_dim, L num_ws.
+Shapes: N batch, I input features, O output features, C channels, H x W pixels, k kernel size; Z z_dim, K
+c_dim, W w_dim, L num_ws.
 """
 
 import math
@@ -24,18 +26,27 @@ def normalize_2nd_moment(x: torch.Tensor, dim: int = 1, eps: float = 1e-8) -> to
 class FullyConnectedLayer(torch.nn.Module):
     """Linear layer with equalised learning rate (Karras et al. 2018, section 4.1).
 
-    y = act(x (W lr/sqrt(I))^T + b lr). W is drawn from N(0, 1/lr^2); b starts at `bias_init`, which is *not* divided by lr.
+    y = act(x (W lr/sqrt(I))^T + b lr). W is drawn from N(0, 1/lr^2); b starts at `bias_init`, which is *not*
+    divided by lr.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, activation: str = "linear", lr_multiplier: float = 1.0,
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "linear",
+        lr_multiplier: float = 1.0,
         bias_init: float = 0.0,
     ):
         super().__init__()
-        self.in_features, self.out_features, self.activation = in_features, out_features, activation
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
         self.weight = torch.nn.Parameter(torch.randn([out_features, in_features]) / lr_multiplier)
         self.bias = torch.nn.Parameter(torch.full([out_features], float(bias_init))) if bias else None
-        self.weight_gain, self.bias_gain = lr_multiplier / math.sqrt(in_features), lr_multiplier
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Weight as it multiplies the input. Returns [O, I]."""
@@ -50,13 +61,16 @@ class FullyConnectedLayer(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, I] -> [N, O]."""
-        weight, bias = self.effective_weight(x.dtype), self.effective_bias(x.dtype)
+        weight = self.effective_weight(x.dtype)
+        bias = self.effective_bias(x.dtype)
         if self.activation == "linear":
             return torch.nn.functional.linear(x, weight, bias)
         return bias_act.bias_act(x.matmul(weight.t()), bias, act=self.activation)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
+        )
 
 
 class Conv2dLayer(torch.nn.Module):
@@ -70,11 +84,22 @@ class Conv2dLayer(torch.nn.Module):
     resample_filter: torch.Tensor
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True, activation: str = "linear", up: int = 1,
-        down: int = 1, conv_clamp: float | None = None, trainable: bool = True,
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        bias: bool = True,
+        activation: str = "linear",
+        up: int = 1,
+        down: int = 1,
+        conv_clamp: float | None = None,
+        trainable: bool = True,
     ):
         super().__init__()
-        self.activation, self.up, self.down, self.conv_clamp = activation, up, down, conv_clamp
+        self.activation = activation
+        self.up = up
+        self.down = down
+        self.conv_clamp = conv_clamp
         self.padding = kernel_size // 2
         self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
         self.act_gain = bias_act.activation_funcs[activation].def_gain
@@ -92,7 +117,13 @@ class Conv2dLayer(torch.nn.Module):
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         flip = self.up == 1  # up-layers run a true convolution, the others a correlation
         x = conv2d_resample.conv2d_resample(
-            x=x, w=weight, f=self.resample_filter, up=self.up, down=self.down, padding=self.padding, flip_weight=flip
+            x=x,
+            w=weight,
+            f=self.resample_filter,
+            up=self.up,
+            down=self.down,
+            padding=self.padding,
+            flip_weight=flip,
         )
         clamp = self.conv_clamp * gain if self.conv_clamp is not None else None
         return bias_act.bias_act(x, bias, act=self.activation, gain=self.act_gain * gain, clamp=clamp)
@@ -107,7 +138,10 @@ def block_resolutions(resolution: int) -> list[int]:
     """4, 8, ..., resolution. Raises: ValueError unless `resolution` is a power of two of at least 4."""
     log2 = int(np.log2(resolution)) if resolution >= 4 else 0
     if log2 < 2 or 2**log2 != resolution:
-        raise ValueError(f"network resolution: expected a power of two >= 4, got {resolution}. Resize the data or change the preset.")
+        raise ValueError(
+            f"network resolution: expected a power of two >= 4, got {resolution}. Resize the data or change"
+            " the preset."
+        )
     return [2**i for i in range(2, log2 + 1)]
 
 
@@ -119,21 +153,35 @@ def _given(x: torch.Tensor | None) -> torch.Tensor:
 class MappingNetwork(torch.nn.Module):
     """StyleGAN2 mapping network with label embedding.
 
-    x = norm(z) and y = norm(embed(c)), concatenated, then `num_layers` leaky-ReLU layers with learning-rate multiplier 0.01. `z_dim = 0`
-    makes a label-only mapping (the discriminator's), `num_ws = None` a single vector without the L axis and without `w_avg`.
-    `last_activation` is the last layer's, where it is another one.
+    x = norm(z) and y = norm(embed(c)), concatenated, then `num_layers` leaky-ReLU layers with learning-rate
+    multiplier 0.01. `z_dim = 0` makes a label-only mapping (the discriminator's), `num_ws = None` a single
+    vector without the L axis and without `w_avg`. `last_activation` is the last layer's, where it is another
+    one.
     """
 
     w_avg: torch.Tensor
 
     def __init__(
-        self, z_dim: int, c_dim: int, w_dim: int, num_ws: int | None, num_layers: int = 8, embed_features: int | None = None,
-        layer_features: int | None = None, activation: str = "lrelu", lr_multiplier: float = 0.01, w_avg_beta: float | None = 0.998,
+        self,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        num_ws: int | None,
+        num_layers: int = 8,
+        embed_features: int | None = None,
+        layer_features: int | None = None,
+        activation: str = "lrelu",
+        lr_multiplier: float = 0.01,
+        w_avg_beta: float | None = 0.998,
         last_activation: str | None = None,
     ):
         super().__init__()
-        self.z_dim, self.c_dim, self.w_dim, self.num_ws = z_dim, c_dim, w_dim, num_ws
-        self.num_layers, self.w_avg_beta = num_layers, w_avg_beta
+        self.z_dim = z_dim
+        self.c_dim = c_dim
+        self.w_dim = w_dim
+        self.num_ws = num_ws
+        self.num_layers = num_layers
+        self.w_avg_beta = w_avg_beta
         embed_features = 0 if c_dim == 0 else (embed_features or w_dim)
         hidden = layer_features or w_dim
         if num_ws is not None and w_avg_beta is not None:
@@ -143,10 +191,18 @@ class MappingNetwork(torch.nn.Module):
         sizes = [z_dim + embed_features] + [hidden] * (num_layers - 1) + [w_dim]
         for i, (size_in, size_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
             last = last_activation if i == num_layers - 1 and last_activation is not None else activation
-            setattr(self, f"fc{i}", FullyConnectedLayer(size_in, size_out, activation=last, lr_multiplier=lr_multiplier))
+            setattr(
+                self,
+                f"fc{i}",
+                FullyConnectedLayer(size_in, size_out, activation=last, lr_multiplier=lr_multiplier),
+            )
 
     def forward(
-        self, z: torch.Tensor | None, c: torch.Tensor | None, truncation_psi: float = 1.0, truncation_cutoff: int | None = None,
+        self,
+        z: torch.Tensor | None,
+        c: torch.Tensor | None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
         update_emas: bool = False,
     ) -> torch.Tensor:
         """Map latents to ws.
@@ -156,7 +212,8 @@ class MappingNetwork(torch.nn.Module):
             c: [N, K] label (None where c_dim is 0).
             truncation_psi: w_avg + psi * (w - w_avg); 1 leaves w alone.
             truncation_cutoff: truncate ws[:, :cutoff] only; None truncates all.
-            update_emas: move w_avg towards the batch mean (beta 0.998); only the discriminator's generator pass does so.
+            update_emas: move w_avg towards the batch mean (beta 0.998); only the discriminator's generator
+                pass does so.
         Returns: [N, L, W], or [N, W] where num_ws is None. Differentiable in z and c.
         """
         parts = []

@@ -1,7 +1,9 @@
-"""The training loop: phases in order, ticks, snapshots, checkpoints. Knows neither a GAN nor a reward: a subject gives the batches.
+"""The training loop: phases in order, ticks, snapshots, checkpoints. Knows neither a GAN nor a reward: a
+subject gives the batches.
 
-Random numbers derive from (seed, images seen, phase name, place in the batch) alone, so that a resumed run matches an uninterrupted one, a
-further phase changes no draw of the others, and neither ranks nor accumulation rounds change what a sample meets.
+Random numbers derive from (seed, images seen, phase name, place in the batch) alone, so that a resumed run
+matches an uninterrupted one, a further phase changes no draw of the others, and neither ranks nor
+accumulation rounds change what a sample meets.
 """
 
 import sys
@@ -22,25 +24,41 @@ class TrainingLoop:
     """Runs phases on one device, alone or as one of several ranks.
 
     Args:
-        subject: what is trained, with the methods of `training.gan.Gan`; phases: in the order in which they run; config: loop settings.
+        subject: what is trained, with the methods of `training.gan.Gan`; phases: in the order in which they
+            run; config: loop settings.
         files: where everything is written, `eg3d_rlhf.experiments.run.Run`.
         options: the resolved configuration, stored in checkpoints.
-        on_tick: called once per tick, on rank 0, with (loop, stats); returns fields to add to the status line.
+        on_tick: called once per tick, on rank 0, with (loop, stats); returns fields to add to the status
+            line.
         ranks: this process among those of the run; all build the same loop.
         carries: further modules that checkpoints hold, by name.
     """
 
     def __init__(
-        self, subject: Any, phases: list[Phase], config: LoopConfig, files: Any, *, options: dict | None = None,
-        on_tick: Callable[["TrainingLoop", dict], dict[str, str]] | None = None, ranks: Ranks = SINGLE,
+        self,
+        subject: Any,
+        phases: list[Phase],
+        config: LoopConfig,
+        files: Any,
+        *,
+        options: dict | None = None,
+        on_tick: Callable[["TrainingLoop", dict], dict[str, str]] | None = None,
+        ranks: Ranks = SINGLE,
         carries: Mapping[str, torch.nn.Module] | None = None,
     ):
-        self.subject, self.phases, self.config, self.files = subject, phases, config, files
-        self.options, self.on_tick, self.ranks = options or {}, on_tick, ranks
+        self.subject = subject
+        self.phases = phases
+        self.config = config
+        self.files = files
+        self.options = options or {}
+        self.on_tick = on_tick
+        self.ranks = ranks
         self.carries = carries or {}
         self.device = subject.device
         self.layout = Layout(config.batch, ranks, config.batch_gpu)
-        self.cur_nimg, self.batch_idx, self.cur_tick = 0, 0, 0
+        self.cur_nimg = 0
+        self.batch_idx = 0
+        self.cur_tick = 0
         self.next_tick: int | None = None  # images at which the tick under way ends
         self.stats = Collector()
         self.collectors = {"stats": self.stats, **subject.collectors}
@@ -58,8 +76,10 @@ class TrainingLoop:
         self.cur_nimg += self.config.batch
 
     def _run_phase(self, phase: Phase) -> None:
-        layout, batch = self.layout, self.subject.batch_for(phase.name, self.cur_nimg)
-        averages, gradients = MovingAverages(self.subject.moving, layout.total), GradientSum(phase.module.parameters(), layout.here)
+        layout = self.layout
+        batch = self.subject.batch_for(phase.name, self.cur_nimg)
+        averages = MovingAverages(self.subject.moving, layout.total)
+        gradients = GradientSum(phase.module.parameters(), layout.here)
         bad = torch.zeros(1, device=self.device)
         phase.optimizer.zero_grad(set_to_none=True)
         phase.module.requires_grad_(True)
@@ -81,7 +101,9 @@ class TrainingLoop:
         phase.optimizer.step()
 
     def _backward(self, phase: Phase, batch: Any, bad: torch.Tensor) -> None:
-        """Add the gradients of one round; a loss that is not finite is noted in `bad`, or an error where no other rank waits."""
+        """Add the gradients of one round; a loss that is not finite is noted in `bad`, or an error where no
+        other rank waits.
+        """
         for loss in phase.losses(batch):
             value = loss.value.mean()
             if not torch.isfinite(value):
@@ -96,8 +118,8 @@ class TrainingLoop:
     def _not_finite(self, phase: Phase, got: str) -> LossNotFiniteError:
         good = self.files.last_checkpoint or "none was written yet"
         return LossNotFiniteError(
-            f"phase {phase.name}, iteration {self.batch_idx} ({self.cur_nimg} images): expected a finite loss, got {got}. "
-            f"Last good checkpoint: {good}. Resume from it with a lower learning rate."
+            f"phase {phase.name}, iteration {self.batch_idx} ({self.cur_nimg} images): expected a finite"
+            f" loss, got {got}. Last good checkpoint: {good}. Resume from it with a lower learning rate."
         )
 
     # The whole run.
@@ -105,17 +127,21 @@ class TrainingLoop:
     def run(self) -> None:
         """Train to `kimg`, writing status lines, statistics, snapshots and checkpoints.
 
-        SIGTERM and SIGINT end it after the current iteration, with a checkpoint; `stopped` then names the signal.
-        Raises: ValueError where a loss or the data fail, OSError where the folder cannot be written; both name the last checkpoint.
+        SIGTERM and SIGINT end it after the current iteration, with a checkpoint; `stopped` then names the
+        signal.
+        Raises: ValueError where a loss or the data fail, OSError where the folder cannot be written; both
+            name the last checkpoint.
         """
-        config, files = self.config, self.files
+        config = self.config
+        files = self.files
         self.ranks.broadcast_(t for m in self._modules().values() for t in (*m.parameters(), *m.buffers()))
         with files.writing():
             if self.ranks.main:
                 files.folder.mkdir(parents=True, exist_ok=True)
             self.subject.begin(self.cur_nimg, files.folder if self.ranks.main else None)
         files.go_on(self.cur_nimg / 1000)
-        total, interval = round(config.kimg * 1000), round(config.tick * 1000)
+        total = round(config.kimg * 1000)
+        interval = round(config.tick * 1000)
         self.next_tick = self.next_tick or self.cur_nimg + interval
         try:
             with files.stoppable():
@@ -130,8 +156,11 @@ class TrainingLoop:
             self.subject.end()
 
     def _may_go_on(self) -> bool:
-        """Fetch the next images; False, after a checkpoint, where a rank was asked to stop, an error where one cannot read its data."""
-        error, folder = None, self.files.folder
+        """Fetch the next images; False, after a checkpoint, where a rank was asked to stop, an error where
+        one cannot read its data.
+        """
+        error = None
+        folder = self.files.folder
         try:
             with self.files.waiting():
                 self.subject.fetch()
@@ -144,16 +173,24 @@ class TrainingLoop:
         with self.files.writing():
             self.save_checkpoint()
         if not stop:
-            cause = next(text for text in self.ranks.gather(None if error is None else str(error).strip()) if text is not None)
+            cause = next(
+                text
+                for text in self.ranks.gather(None if error is None else str(error).strip())
+                if text is not None
+            )
             go_on = f"continue with --resume={folder}, from {self.files.last_checkpoint.name}"
             raise ValueError(f"{cause} Stopped at {self.cur_nimg} images; {go_on}.") from error
         self.stopped = next(name for name in self.ranks.gather(request) if name is not None)
         if self.ranks.main:
-            print(f"{self.stopped}: stopped at {self.cur_nimg} images. Continue with --resume={folder}", flush=True)
+            print(
+                f"{self.stopped}: stopped at {self.cur_nimg} images. Continue with --resume={folder}",
+                flush=True,
+            )
         return False
 
     def _tick(self, done: bool) -> None:
-        config, kimg = self.config, self.cur_nimg / 1000
+        config = self.config
+        kimg = self.cur_nimg / 1000
         self.cur_tick += 1
         stats = self.stats.flush(self.ranks.sum_)
         with self.files.writing():
@@ -161,7 +198,9 @@ class TrainingLoop:
                 own = self.subject.report(stats)
                 more = {**(self.on_tick(self, stats) if self.on_tick is not None else {}), **own}
                 self.files.stats({"tick": self.cur_tick, "nimg": self.cur_nimg, **stats})
-                self.files.status({"tick": f"{self.cur_tick:<5d}", "kimg": f"{kimg:<8.2f}"}, kimg, config.kimg, "kimg", more)
+                self.files.status(
+                    {"tick": f"{self.cur_tick:<5d}", "kimg": f"{kimg:<8.2f}"}, kimg, config.kimg, "kimg", more
+                )
                 if done or (config.snap > 0 and self.cur_tick % config.snap == 0):
                     self.subject.snapshot(self.files.folder, self.cur_nimg)
             if done or self.cur_tick % config.checkpoint_ticks == 0:
@@ -170,13 +209,19 @@ class TrainingLoop:
     # Checkpoints.
 
     def _modules(self) -> dict[str, torch.nn.Module]:
-        return {**self.subject.modules(), **{f"phase_{p.name}": p.state for p in self.phases if p.state is not None}, **self.carries}
+        return {
+            **self.subject.modules(),
+            **{f"phase_{p.name}": p.state for p in self.phases if p.state is not None},
+            **self.carries,
+        }
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         found: dict[str, torch.optim.Optimizer] = {}
         for phase in self.phases:
             name = f"optim_{phase.name}" if phase.own_optimizer else f"optim_{phase.name[0]}"
-            assert found.setdefault(name, phase.optimizer) is phase.optimizer, f"{phase.name}: another {name}; set own_optimizer"
+            assert found.setdefault(name, phase.optimizer) is phase.optimizer, (
+                f"{phase.name}: another {name}; set own_optimizer"
+            )
         return found
 
     def save_checkpoint(self) -> Path:
@@ -186,27 +231,41 @@ class TrainingLoop:
         for name, optimizer in self._optimizers().items():
             tensors.update(checkpoint.optimizer_tensors(name, optimizer))
         meta = {
-            "cur_nimg": self.cur_nimg, "batch_idx": self.batch_idx, "cur_tick": self.cur_tick, "stats_lines": self.files.lines,
-            "next_tick": self.next_tick, "rank_stats": every, "options": self.options, **self.subject.meta(),
+            "cur_nimg": self.cur_nimg,
+            "batch_idx": self.batch_idx,
+            "cur_tick": self.cur_tick,
+            "stats_lines": self.files.lines,
+            "next_tick": self.next_tick,
+            "rank_stats": every,
+            "options": self.options,
+            **self.subject.meta(),
         }
         return self.files.checkpoint(self.cur_nimg, tensors, meta)
 
     def resume(self, source: Path | None = None, fall_back: bool = False) -> None:
-        """Continue exactly where a checkpoint of this run was written; later lines of stats.jsonl are dropped. All ranks take part."""
+        """Continue exactly where a checkpoint of this run was written; later lines of stats.jsonl are
+        dropped. All ranks take part.
+        """
         tensors, meta = self.files.read(source, fall_back)
         for name, module in self._modules().items():
             part = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
             storage.load_strict(module, part, f"{self.files.last_checkpoint} ({name})")
         for name, optimizer in self._optimizers().items():
             checkpoint.restore_optimizer(name, optimizer, tensors)
-        self.cur_nimg, self.batch_idx, self.cur_tick = meta["cur_nimg"], meta["batch_idx"], meta["cur_tick"]
+        self.cur_nimg = meta["cur_nimg"]
+        self.batch_idx = meta["batch_idx"]
+        self.cur_tick = meta["cur_tick"]
         self.next_tick = meta["next_tick"]
-        # Each rank's own sums, so that the order of additions stays; another number of ranks shares those of the old ones.
+        # Each rank's own sums, so that the order of additions stays; another number of ranks shares those of
+        # the old ones.
         every = meta["rank_stats"]
         for name, collector in self.collectors.items():
             sums = {key: [0.0, 0.0, 0.0] for key in every[0][name]}
             for state in every[self.ranks.rank :: self.ranks.world]:
-                sums = {key: [a + b for a, b in zip(value, state[name].get(key, [0.0] * 3), strict=True)] for key, value in sums.items()}
+                sums = {
+                    key: [a + b for a, b in zip(value, state[name].get(key, [0.0] * 3), strict=True)]
+                    for key, value in sums.items()
+                }
             collector.restore(sums)
         self.subject.restore(meta)
         self.files.go_on(self.cur_nimg / 1000, meta["stats_lines"])

@@ -17,13 +17,20 @@ EG3D = "eg3d"  # architecture of the files that name none
 RENDERED = "neural_rendering_resolution"  # in the header of networks that have one
 
 
-Classes = tuple[type[torch.nn.Module], type[torch.nn.Module] | None]  # of G and D, built from G_kwargs and D_kwargs; None: there is no D
+# of G and D, built from G_kwargs and D_kwargs; None: there is no D
+Classes = tuple[type[torch.nn.Module], type[torch.nn.Module] | None]
 
 
 def classes_of_eg3d(name: str) -> Classes:
-    """G and D of EG3D's architecture. Raises: ValueError for another name: `eg3d_rlhf.generators` knows the other families."""
+    """G and D of EG3D's architecture.
+
+    Raises: ValueError for another name: `eg3d_rlhf.generators` knows the other families.
+    """
     if name != EG3D:
-        raise ValueError(f"network: expected the architecture {EG3D}, got {name!r}. Read it with eg3d_rlhf.generators.load_networks.")
+        raise ValueError(
+            f"network: expected the architecture {EG3D}, got {name!r}. Read it with"
+            " eg3d_rlhf.generators.load_networks."
+        )
     return TriPlaneGenerator, DualDiscriminator
 
 
@@ -50,19 +57,31 @@ class Networks:
 
 def build(G_kwargs: dict, D_kwargs: dict, training_set: dict) -> Networks:
     """Fresh networks of EG3D's architecture; the moving average starts as a copy of G."""
-    G, D = TriPlaneGenerator(**G_kwargs), DualDiscriminator(**D_kwargs)
+    G = TriPlaneGenerator(**G_kwargs)
+    D = DualDiscriminator(**D_kwargs)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
-    G, D = G.train().requires_grad_(False), D.train().requires_grad_(False)
+    G = G.train().requires_grad_(False)
+    D = D.train().requires_grad_(False)
     return Networks(G, D, G_ema, G_kwargs, D_kwargs, training_set)
 
 
 def save(path: str | Path, networks: Networks, only_ema: bool = False) -> None:
     """Write a network file (safetensors + JSON header)."""
-    modules = {"G_ema": networks.G_ema} if only_ema else {"G": networks.G, "D": networks.D, "G_ema": networks.G_ema}
-    tensors = {f"{name}.{k}": v for name, module in modules.items() if module is not None for k, v in module.state_dict().items()}
+    modules = (
+        {"G_ema": networks.G_ema} if only_ema else {"G": networks.G, "D": networks.D, "G_ema": networks.G_ema}
+    )
+    tensors = {
+        f"{name}.{k}": v
+        for name, module in modules.items()
+        if module is not None
+        for k, v in module.state_dict().items()
+    }
     meta: dict[str, Any] = {
-        "architecture": networks.architecture, "G_kwargs": networks.G_kwargs, "D_kwargs": networks.D_kwargs,
-        "training_set": networks.training_set, "cur_nimg": networks.cur_nimg,
+        "architecture": networks.architecture,
+        "G_kwargs": networks.G_kwargs,
+        "D_kwargs": networks.D_kwargs,
+        "training_set": networks.training_set,
+        "cur_nimg": networks.cur_nimg,
     }
     if hasattr(networks.G_ema, RENDERED):  # the state of EG3D's networks that is no tensor
         meta[RENDERED] = networks.G_ema.neural_rendering_resolution
@@ -70,14 +89,16 @@ def save(path: str | Path, networks: Networks, only_ema: bool = False) -> None:
 
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None,
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    freeze_layers: int | None = None,
     classes: Callable[[str], Classes] = classes_of_eg3d,
-) -> Networks:  # fmt: skip
+) -> Networks:
     """Read a network file.
 
     Args:
-        freeze_layers: the first so many layers of D become buffers, under their own names (Freeze-D, Mo et al. 2020); None leaves D as it
-            was when it was saved.
+        freeze_layers: the first so many layers of D become buffers, under their own names (Freeze-D, Mo et
+            al. 2020); None leaves D as it was when it was saved.
         classes: G and D by the name of an architecture.
     Raises: FileNotFoundError, ValueError (truncated, foreign, other architecture).
     """
@@ -85,9 +106,16 @@ def load(
     name = meta.get("architecture", EG3D)
     make_G, make_D = classes(name)
     if freeze_layers is not None and any(k.startswith("D.") for k in tensors):
-        meta["D_kwargs"]["block_kwargs"] = {**meta["D_kwargs"].get("block_kwargs", {}), "freeze_layers": freeze_layers}
+        meta["D_kwargs"]["block_kwargs"] = {
+            **meta["D_kwargs"].get("block_kwargs", {}),
+            "freeze_layers": freeze_layers,
+        }
     modules: dict[str, Any] = {}
-    for part, make, kwargs in (("G_ema", make_G, meta["G_kwargs"]), ("G", make_G, meta["G_kwargs"]), ("D", make_D, meta["D_kwargs"])):
+    for part, make, kwargs in (
+        ("G_ema", make_G, meta["G_kwargs"]),
+        ("G", make_G, meta["G_kwargs"]),
+        ("D", make_D, meta["D_kwargs"]),
+    ):
         own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
         modules[part] = module = _make(make, kwargs, f"{path} ({part})") if own or part == "G_ema" else None
         if module is not None:
@@ -105,19 +133,28 @@ def _make(cls: Any, kwargs: dict, who: str) -> torch.nn.Module:
         return cls(**kwargs)
     except (TypeError, KeyError) as error:
         wanted = f"the constructor arguments of {cls.__name__}"
-        raise ValueError(f"{who}: expected {wanted}, got others ({error}). Use a file that this version wrote.") from None
+        raise ValueError(
+            f"{who}: expected {wanted}, got others ({error}). Use a file that this version wrote."
+        ) from None
 
 
 def set_mbstd_group(networks: Networks, group: int | None) -> None:
-    """Let D's minibatch-std layer, which has no weights, take groups of so many samples; None leaves it as it is."""
+    """Let D's minibatch-std layer, which has no weights, take groups of so many samples; None leaves it as it
+    is.
+    """
     if group is not None and networks.D.b4.mbstd is not None:
         networks.D.b4.mbstd.group_size = group
         assert networks.D_kwargs is not None
-        networks.D_kwargs["epilogue_kwargs"] = {**networks.D_kwargs.get("epilogue_kwargs", {}), "mbstd_group_size": group}
+        networks.D_kwargs["epilogue_kwargs"] = {
+            **networks.D_kwargs.get("epilogue_kwargs", {}),
+            "mbstd_group_size": group,
+        }
 
 
 def state_hash(module: torch.nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of a module's state: the identity under which labels refer to a generator."""
+    """SHA-256 over names, shapes and bytes of a module's state: the identity under which labels refer to a
+    generator.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())

@@ -4,7 +4,9 @@ import tqdm as library
 
 
 class tqdm(library.tqdm):
-    """The library's bar, whose signature it keeps. Nothing is left of one with leave=False outside a terminal."""
+    """The library's bar, whose signature it keeps. Nothing is left of one with leave=False outside a
+    terminal.
+    """
 
     def _moves(self) -> bool:
         return bool(self.fp.isatty())

@@ -21,48 +21,86 @@ class SynthesisLayer(torch.nn.Module):
     resample_filter: torch.Tensor
 
     def __init__(
-        self, in_channels: int, out_channels: int, w_dim: int, resolution: int, up: int = 1, use_noise: bool = True,
-        conv_clamp: float | None = None, channels_last: bool = False,
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        up: int = 1,
+        use_noise: bool = True,
+        conv_clamp: float | None = None,
+        channels_last: bool = False,
     ):
         super().__init__()
-        self.resolution, self.up, self.use_noise, self.conv_clamp = resolution, up, use_noise, conv_clamp
+        self.resolution = resolution
+        self.up = up
+        self.use_noise = use_noise
+        self.conv_clamp = conv_clamp
         self.act_gain = bias_act.activation_funcs["lrelu"].def_gain
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
         self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.weight = torch.nn.Parameter(torch.randn([out_channels, in_channels, 3, 3]).to(memory_format=memory_format))
+        self.weight = torch.nn.Parameter(
+            torch.randn([out_channels, in_channels, 3, 3]).to(memory_format=memory_format)
+        )
         if use_noise:
             self.register_buffer("noise_const", torch.randn([resolution, resolution]))
             self.noise_strength = torch.nn.Parameter(torch.zeros([]))
         self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
 
     def forward(
-        self, x: torch.Tensor, w: torch.Tensor, noise_mode: str = "random", fused_modconv: bool = True, gain: float = 1.0
+        self,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        noise_mode: str = "random",
+        fused_modconv: bool = True,
+        gain: float = 1.0,
     ) -> torch.Tensor:
         """x [N, C, R/up, R/up], w [N, W] -> [N, O, R, R]."""
         assert noise_mode in ("random", "const", "none")
         noise = None
         if self.use_noise and noise_mode == "random":
-            noise = torch.randn([x.shape[0], 1, self.resolution, self.resolution], device=x.device) * self.noise_strength
+            noise = (
+                torch.randn([x.shape[0], 1, self.resolution, self.resolution], device=x.device)
+                * self.noise_strength
+            )
         elif self.use_noise and noise_mode == "const":
             noise = self.noise_const * self.noise_strength
         x = modulated_conv2d(
-            x, self.weight, self.affine(w), noise=noise, up=self.up, padding=1, resample_filter=self.resample_filter,
-            flip_weight=(self.up == 1), fused_modconv=fused_modconv,
+            x,
+            self.weight,
+            self.affine(w),
+            noise=noise,
+            up=self.up,
+            padding=1,
+            resample_filter=self.resample_filter,
+            flip_weight=(self.up == 1),
+            fused_modconv=fused_modconv,
         )
         clamp = self.conv_clamp * gain if self.conv_clamp is not None else None
-        return bias_act.bias_act(x, self.bias.to(x.dtype), act="lrelu", gain=self.act_gain * gain, clamp=clamp)
+        return bias_act.bias_act(
+            x, self.bias.to(x.dtype), act="lrelu", gain=self.act_gain * gain, clamp=clamp
+        )
 
 
 class ToRGBLayer(torch.nn.Module):
     """Modulated 1x1 convolution to image (or plane) channels; no demodulation, linear."""
 
-    def __init__(self, in_channels: int, out_channels: int, w_dim: int, conv_clamp: float | None = None, channels_last: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        conv_clamp: float | None = None,
+        channels_last: bool = False,
+    ):
         super().__init__()
         self.conv_clamp = conv_clamp
         self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.weight = torch.nn.Parameter(torch.randn([out_channels, in_channels, 1, 1]).to(memory_format=memory_format))
+        self.weight = torch.nn.Parameter(
+            torch.randn([out_channels, in_channels, 1, 1]).to(memory_format=memory_format)
+        )
         self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
         self.weight_gain = 1 / math.sqrt(in_channels)
 
@@ -76,38 +114,70 @@ class ToRGBLayer(torch.nn.Module):
 class SynthesisBlock(torch.nn.Module):
     """One resolution of the skip generator: [conv0 up,] conv1, and ToRGB added to the upsampled image so far.
 
-    `upsample=False` gives the variant of the super-resolution modules that keeps the resolution (Deviates: the image is not modified in
-    place, so a caller's tensor survives; the values are the same).
+    `upsample=False` gives the variant of the super-resolution modules that keeps the resolution
+    (Deviates: the image is not modified in place, so a caller's tensor survives; the values are the same).
     """
 
     resample_filter: torch.Tensor
 
     def __init__(
-        self, in_channels: int, out_channels: int, w_dim: int, resolution: int, img_channels: int, is_last: bool = False,
-        upsample: bool = True, conv_clamp: float | None = 256, use_fp16: bool = False, fp16_channels_last: bool = False,
-        fused_modconv_default: bool | str = True, use_noise: bool = True,
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        img_channels: int,
+        is_last: bool = False,
+        upsample: bool = True,
+        conv_clamp: float | None = 256,
+        use_fp16: bool = False,
+        fp16_channels_last: bool = False,
+        fused_modconv_default: bool | str = True,
+        use_noise: bool = True,
     ):
         super().__init__()
-        self.in_channels, self.w_dim, self.resolution, self.img_channels = in_channels, w_dim, resolution, img_channels
-        self.is_last, self.upsample, self.use_fp16 = is_last, upsample, use_fp16
+        self.in_channels = in_channels
+        self.w_dim = w_dim
+        self.resolution = resolution
+        self.img_channels = img_channels
+        self.is_last = is_last
+        self.upsample = upsample
+        self.use_fp16 = use_fp16
         self.channels_last = use_fp16 and fp16_channels_last
         self.fused_modconv_default = fused_modconv_default
-        self.num_conv, self.num_torgb = (1 if in_channels == 0 else 2), 1
+        self.num_conv = 1 if in_channels == 0 else 2
+        self.num_torgb = 1
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
-        layer: dict[str, Any] = {"w_dim": w_dim, "conv_clamp": conv_clamp, "channels_last": self.channels_last}
+        layer: dict[str, Any] = {
+            "w_dim": w_dim,
+            "conv_clamp": conv_clamp,
+            "channels_last": self.channels_last,
+        }
         if in_channels == 0:
             self.const = torch.nn.Parameter(torch.randn([out_channels, resolution, resolution]))
         else:
             up = 2 if upsample else 1
-            self.conv0 = SynthesisLayer(in_channels, out_channels, resolution=resolution, up=up, use_noise=use_noise, **layer)
-        self.conv1 = SynthesisLayer(out_channels, out_channels, resolution=resolution, use_noise=use_noise, **layer)
+            self.conv0 = SynthesisLayer(
+                in_channels, out_channels, resolution=resolution, up=up, use_noise=use_noise, **layer
+            )
+        self.conv1 = SynthesisLayer(
+            out_channels, out_channels, resolution=resolution, use_noise=use_noise, **layer
+        )
         self.torgb = ToRGBLayer(out_channels, img_channels, **layer)
 
     def forward(
-        self, x: torch.Tensor | None, img: torch.Tensor | None, ws: torch.Tensor, force_fp32: bool = False,
-        fused_modconv: bool | str | None = None, noise_mode: str = "random", **_unused
+        self,
+        x: torch.Tensor | None,
+        img: torch.Tensor | None,
+        ws: torch.Tensor,
+        force_fp32: bool = False,
+        fused_modconv: bool | str | None = None,
+        noise_mode: str = "random",
+        **_unused,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [N, C, R/2, R/2] or None, img [N, I, R/2, R/2] or None, ws [N, num_conv + num_torgb, W] -> (x, img) at R."""
+        """x [N, C, R/2, R/2] or None, img [N, I, R/2, R/2] or None, ws [N, num_conv + num_torgb, W] ->
+        (x, img) at R.
+        """
         w_iter = iter(ws.unbind(dim=1))
         half = self.use_fp16 and not force_fp32 and ws.device.type == "cuda"
         dtype = torch.float16 if half else torch.float32
@@ -119,7 +189,11 @@ class SynthesisBlock(torch.nn.Module):
             fused_modconv = not self.training
         kwargs: dict[str, Any] = {"fused_modconv": fused_modconv, "noise_mode": noise_mode}
         if self.in_channels == 0:
-            x = self.const.to(dtype=dtype, memory_format=memory_format).unsqueeze(0).expand(ws.shape[0], -1, -1, -1)
+            x = (
+                self.const.to(dtype=dtype, memory_format=memory_format)
+                .unsqueeze(0)
+                .expand(ws.shape[0], -1, -1, -1)
+            )
         else:
             assert x is not None
             x = self.conv0(x.to(dtype=dtype, memory_format=memory_format), next(w_iter), **kwargs)
@@ -134,22 +208,39 @@ class SynthesisBlock(torch.nn.Module):
 
 
 class SynthesisNetwork(torch.nn.Module):
-    """Blocks b4 ... b{img_resolution}; block r reads its ws at an offset that advances by the number of its convolutions."""
+    """Blocks b4 ... b{img_resolution}; block r reads its ws at an offset that advances by the number of its
+    convolutions.
+    """
 
     def __init__(
-        self, w_dim: int, img_resolution: int, img_channels: int, channel_base: int = 32768, channel_max: int = 512, num_fp16_res: int = 4,
-        **block_kwargs
+        self,
+        w_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        num_fp16_res: int = 4,
+        **block_kwargs,
     ):
         super().__init__()
-        self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
+        self.w_dim = w_dim
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
         self.block_resolutions = block_resolutions(img_resolution)
         fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
-        self.num_ws, previous = 0, 0
+        self.num_ws = 0
+        previous = 0
         for res in self.block_resolutions:
             channels = channels_at(res, channel_base, channel_max)
             block = SynthesisBlock(
-                previous, channels, w_dim=w_dim, resolution=res, img_channels=img_channels, is_last=(res == img_resolution),
-                use_fp16=(num_fp16_res > 0 and res >= fp16_from), **block_kwargs,
+                previous,
+                channels,
+                w_dim=w_dim,
+                resolution=res,
+                img_channels=img_channels,
+                is_last=(res == img_resolution),
+                use_fp16=(num_fp16_res > 0 and res >= fp16_from),
+                **block_kwargs,
             )
             self.num_ws += block.num_conv
             setattr(self, f"b{res}", block)
@@ -159,8 +250,12 @@ class SynthesisNetwork(torch.nn.Module):
     def forward(self, ws: torch.Tensor, **block_kwargs) -> torch.Tensor:
         """ws [N, num_ws, W] -> image or planes [N, img_channels, R, R]."""
         if list(ws.shape[1:]) != [self.num_ws, self.w_dim]:
-            raise ValueError(f"SynthesisNetwork: expected ws of shape [N, {self.num_ws}, {self.w_dim}], got {list(ws.shape)}.")
-        ws, start = ws.to(torch.float32), 0
+            raise ValueError(
+                f"SynthesisNetwork: expected ws of shape [N, {self.num_ws}, {self.w_dim}], got"
+                f" {list(ws.shape)}."
+            )
+        ws = ws.to(torch.float32)
+        start = 0
         x: Any = None
         img: Any = None
         for res in self.block_resolutions:
@@ -174,16 +269,34 @@ class Generator(torch.nn.Module):
     """Backbone: mapping and synthesis under the names that checkpoints use."""
 
     def __init__(
-        self, z_dim: int, c_dim: int, w_dim: int, img_resolution: int, img_channels: int, mapping_kwargs: dict | None = None,
-        **synthesis_kwargs
+        self,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        mapping_kwargs: dict | None = None,
+        **synthesis_kwargs,
     ):
         super().__init__()
-        self.z_dim, self.c_dim, self.w_dim, self.img_resolution, self.img_channels = z_dim, c_dim, w_dim, img_resolution, img_channels
-        self.synthesis = SynthesisNetwork(w_dim=w_dim, img_resolution=img_resolution, img_channels=img_channels, **synthesis_kwargs)
+        self.z_dim = z_dim
+        self.c_dim = c_dim
+        self.w_dim = w_dim
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.synthesis = SynthesisNetwork(
+            w_dim=w_dim, img_resolution=img_resolution, img_channels=img_channels, **synthesis_kwargs
+        )
         self.num_ws = self.synthesis.num_ws
-        self.mapping = MappingNetwork(z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, num_ws=self.num_ws, **(mapping_kwargs or {}))
+        self.mapping = MappingNetwork(
+            z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, num_ws=self.num_ws, **(mapping_kwargs or {})
+        )
 
-    def forward(self, z, c, truncation_psi=1.0, truncation_cutoff=None, update_emas=False, **synthesis_kwargs) -> torch.Tensor:
+    def forward(
+        self, z, c, truncation_psi=1.0, truncation_cutoff=None, update_emas=False, **synthesis_kwargs
+    ) -> torch.Tensor:
         """z [N, Z], c [N, K] -> [N, img_channels, R, R]."""
-        ws = self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas)
+        ws = self.mapping(
+            z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas
+        )
         return self.synthesis(ws, **synthesis_kwargs)

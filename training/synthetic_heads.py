@@ -1,10 +1,11 @@
-"""The data set of heads of people: `synthetic:people64` and its relatives, rendered once into a zip in EG3D's dataset format.
+"""The data set of heads of people: `synthetic:people64` and its relatives, rendered once into a zip in EG3D's
+dataset format.
 
     synthetic:people<R>[@key=value[,key=value ...]]     keys: n, seed, yaw, pitch
 
-Image i of seed s depends on (s, i) and the options alone, not on n, on the number of processes or on the machine's load. Cameras follow
-FFHQ: radius 2.7, focal length 4.2647 image sizes (18.83 degrees along the diagonal), pivot at the origin, yaw and pitch normal about
-frontal.
+Image i of seed s depends on (s, i) and the options alone, not on n, on the number of processes or on the
+machine's load. Cameras follow FFHQ: radius 2.7, focal length 4.2647 image sizes (18.83 degrees along the
+diagonal), pivot at the origin, yaw and pitch normal about frontal.
 
 Heads are whole: from in front a scan looks as the whole head does.
 
@@ -29,7 +30,14 @@ from training.dataset import in_order
 from training.dataset_convert import ZIP_DATE, png
 from training.heads import people
 from training.progress import tqdm
-from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at, pack_label
+from training.rendering.cameras import (
+    FFHQ_FOCAL,
+    FFHQ_RADIUS,
+    camera_position,
+    intrinsics_matrix,
+    look_at,
+    pack_label,
+)
 
 PREFIX = "synthetic:"
 FORMAT_VERSION = 1  # raise it whenever the same options would give other files
@@ -50,14 +58,23 @@ class PeopleOptions:
 
     def __post_init__(self):
         if self.resolution % 8 or not 8 <= self.resolution <= 1024:
-            raise ValueError(f"synthetic people: resolution must be a multiple of 8 from 8 to 1024, got {self.resolution}.")
+            raise ValueError(
+                f"synthetic people: resolution must be a multiple of 8 from 8 to 1024, got {self.resolution}."
+            )
         if self.n < 1 or self.seed < 0:
-            raise ValueError(f"synthetic people: n must be >= 1 and seed >= 0, got n={self.n}, seed={self.seed}.")
+            raise ValueError(
+                f"synthetic people: n must be >= 1 and seed >= 0, got n={self.n}, seed={self.seed}."
+            )
         if not (0 <= self.yaw <= math.pi and 0 <= self.pitch <= math.pi / 2):
-            raise ValueError(f"synthetic people: yaw must lie in [0, 3.14], pitch in [0, 1.57] radians, got {self.yaw} and {self.pitch}.")
+            raise ValueError(
+                f"synthetic people: yaw must lie in [0, 3.14], pitch in [0, 1.57] radians, got {self.yaw} and"
+                f" {self.pitch}."
+            )
 
     def stem(self) -> str:
-        """File name without its extension; the hash covers every option, the format's version and the basis'."""
+        """File name without its extension; the hash covers every option,
+        the format's version and the basis'.
+        """
         identity = json.dumps([FORMAT_VERSION, people.VERSION, asdict(self)], sort_keys=True)
         return f"people{self.resolution}-n{self.n}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
@@ -69,7 +86,8 @@ class HeadsTruth:
     shape: np.ndarray  # [n, S] float32, coordinates of identity and hair
     appearance: np.ndarray  # [n, A] float32, of appearance and scan quality
     labels: np.ndarray  # [n, 25] float32 camera labels
-    depth: np.ndarray  # [n, R, R] float32 distance along the unit ray through the pixel's centre, inf on the background
+    # [n, R, R] float32 distance along the unit ray through the pixel's centre, inf on the background
+    depth: np.ndarray
 
 
 def parse_name(name: str) -> PeopleOptions:
@@ -79,26 +97,36 @@ def parse_name(name: str) -> PeopleOptions:
     """
     match = re.fullmatch(r"synthetic:people(\d+)(?:@(.+))?", name)
     if match is None:
-        raise ValueError(f"parse_name: expected 'synthetic:people<R>[@key=value,...]', got {name!r}. Use synthetic:people64.")
+        raise ValueError(
+            f"parse_name: expected 'synthetic:people<R>[@key=value,...]', got {name!r}. Use"
+            " synthetic:people64."
+        )
     kinds = {"n": int, "seed": int, "yaw": float, "pitch": float}
     values = {}
     for item in re.split("[,@]", match[2]) if match[2] else []:
         key, _, text = item.partition("=")
         if key not in kinds:
-            raise ValueError(f"parse_name: expected one of the keys {', '.join(kinds)} in {name!r}, got {key!r}. Write key=value.")
+            raise ValueError(
+                f"parse_name: expected one of the keys {', '.join(kinds)} in {name!r}, got {key!r}. Write"
+                " key=value."
+            )
         try:
             values[key] = kinds[key](text)
         except ValueError as error:
-            raise ValueError(f"parse_name: expected {key}=<{kinds[key].__name__}> in {name!r}, got {text!r}.") from error
+            raise ValueError(
+                f"parse_name: expected {key}=<{kinds[key].__name__}> in {name!r}, got {text!r}."
+            ) from error
     return PeopleOptions(resolution=int(match[1]), **values)
 
 
 def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shape [n, S], appearance [n, A] and camera labels [n, 25] (float32) of the images `indices`, without rendering them.
+    """Shape [n, S], appearance [n, A] and camera labels [n, 25] (float32) of the images `indices`, without
+    rendering them.
 
     Shape and appearance of an image are the coordinates of a latent of unit root mean square.
     """
-    latents, angles = [], []
+    latents = []
+    angles = []
     for i in indices:
         rng = np.random.default_rng([options.seed, i])
         latents.append(people.scaled(rng.standard_normal((1, people.LATENT)))[0].astype(np.float32))
@@ -111,19 +139,27 @@ def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray,
 
 def _render_group(options: PeopleOptions, group: int) -> tuple[list[bytes], np.ndarray]:
     """PNG bytes and depth offsets [32, R, R] float16 (depth less the camera's radius) of one group."""
-    shape, appearance, labels = head_parameters(options, range(group * _GROUP, min((group + 1) * _GROUP, options.n)))
+    shape, appearance, labels = head_parameters(
+        options, range(group * _GROUP, min((group + 1) * _GROUP, options.n))
+    )
     heads = people.named_people(np.concatenate([shape, appearance], axis=1))
     poses = labels[:, :16].reshape(-1, 4, 4)
-    rendered = [people.picture(head, pose, FFHQ_FOCAL, options.resolution) for head, pose in zip(heads, poses, strict=True)]
+    rendered = [
+        people.picture(head, pose, FFHQ_FOCAL, options.resolution)
+        for head, pose in zip(heads, poses, strict=True)
+    ]
     images, depths = (np.stack(column) for column in zip(*rendered, strict=True))
     pixels = np.round(images * 255).astype(np.uint8)
     return [png(PIL.Image.fromarray(p)) for p in pixels], (depths - FFHQ_RADIUS).astype(np.float16)
 
 
-def write_heads(options: PeopleOptions, path: Path, processes: int | None = None, progress: bool = True) -> None:
+def write_heads(
+    options: PeopleOptions, path: Path, processes: int | None = None, progress: bool = True
+) -> None:
     """Render a set into `path` (zip, EG3D's format) and `path` with suffix .npz (the truth behind it).
 
-    Both are written under temporary names and renamed when complete, the zip last: a zip that exists is whole.
+    Both are written under temporary names and renamed when complete, the zip last: a zip that exists is
+    whole.
 
     Args:
         path: target, ends in .zip; progress: show a progress bar with the remaining time.
@@ -160,23 +196,33 @@ def write_heads(options: PeopleOptions, path: Path, processes: int | None = None
             part.unlink(missing_ok=True)
 
 
-def resolve_dataset(name: str | Path, cache_dir: Path | None = None, processes: int | None = None, progress: bool = True) -> Path:
-    """Path of a dataset: itself for a folder or zip; for a `synthetic:` name the cached zip, rendered first if it is not there.
+def resolve_dataset(
+    name: str | Path, cache_dir: Path | None = None, processes: int | None = None, progress: bool = True
+) -> Path:
+    """Path of a dataset: itself for a folder or zip; for a `synthetic:` name the cached zip, rendered first
+    if it is not there.
 
     Args:
-        name: path or dataset name; cache_dir: None is $EG3D_RLHF_CACHE, or ~/.cache/eg3d-rlhf; processes, progress: as in `write_heads`.
-    Raises: ValueError when a synthetic name does not follow the grammar; OSError when the cache cannot be written.
+        name: path or dataset name; cache_dir: None is $EG3D_RLHF_CACHE, or ~/.cache/eg3d-rlhf; processes,
+            progress: as in `write_heads`.
+    Raises: ValueError when a synthetic name does not follow the grammar; OSError when the cache cannot be
+        written.
     """
     if not str(name).startswith(PREFIX):
         return Path(name)
     options = parse_name(str(name))
-    path = Path(cache_dir or os.environ.get("EG3D_RLHF_CACHE") or Path.home() / ".cache" / "eg3d-rlhf") / f"{options.stem()}.zip"
+    path = (
+        Path(cache_dir or os.environ.get("EG3D_RLHF_CACHE") or Path.home() / ".cache" / "eg3d-rlhf")
+        / f"{options.stem()}.zip"
+    )
     if not (path.exists() and path.with_suffix(".npz").exists()):
         try:
             write_heads(options, path, processes, progress)
         except OSError as error:
             remedy = "Make room, or set EG3D_RLHF_CACHE to another folder."
-            raise OSError(f"{path}: expected to write the rendered images, got: {error.strerror or error}. {remedy}") from error
+            raise OSError(
+                f"{path}: expected to write the rendered images, got: {error.strerror or error}. {remedy}"
+            ) from error
     return path
 
 
@@ -188,8 +234,11 @@ def load_truth(path: Path) -> HeadsTruth:
     source = Path(path).with_suffix(".npz")
     if not source.exists():
         raise ValueError(
-            f"load_truth: expected {source} beside the dataset, got none. Only synthetic sets have it; delete the zip to render anew."
+            f"load_truth: expected {source} beside the dataset, got none. Only synthetic sets have it; delete"
+            " the zip to render anew."
         )
     with np.load(source) as data:
         depth = data["depth_offset"].astype(np.float32) + FFHQ_RADIUS
-        return HeadsTruth(shape=data["shape"], appearance=data["appearance"], labels=data["labels"], depth=depth)
+        return HeadsTruth(
+            shape=data["shape"], appearance=data["appearance"], labels=data["labels"], depth=depth
+        )

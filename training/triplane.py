@@ -1,6 +1,7 @@
 """The tri-plane generator of EG3D (Chan et al. 2022): backbone, renderer, decoder and super-resolution.
 
-Shapes: N batch, Z z_dim, K c_dim (25), W w_dim, L num_ws, C plane channels, P points, r rendered and R final resolution.
+Shapes: N batch, Z z_dim, K c_dim (25), W w_dim, L num_ws, C plane channels, P points, r rendered and R final
+resolution.
 """
 
 import typing
@@ -28,7 +29,9 @@ class OSGDecoder(torch.nn.Module):
             FullyConnectedLayer(self.hidden_dim, 1 + options["decoder_output_dim"], lr_multiplier=lr_mul),
         )
 
-    def forward(self, sampled_features: torch.Tensor, ray_directions: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, sampled_features: torch.Tensor, ray_directions: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """sampled_features [N, 3, P, C] -> {'rgb': [N, P, D], 'sigma': [N, P, 1] raw}."""
         del ray_directions
         return self.decode(sampled_features.mean(dim=1))
@@ -39,14 +42,21 @@ class OSGDecoder(torch.nn.Module):
         return {"rgb": torch.sigmoid(x[..., 1:]) * (1 + 2 * 0.001) - 0.001, "sigma": x[..., :1]}
 
     def weights(self, dtype: torch.dtype | None = None) -> DecoderWeights:
-        """Effective weights of both layers, w0 [hidden, C], b0 [hidden], w1 [1 + D, hidden], b1 [1 + D]; differentiable."""
+        """Effective weights of both layers, w0 [hidden, C], b0 [hidden], w1 [1 + D, hidden], b1 [1 + D];
+        differentiable.
+        """
         first, last = typing.cast(list[typing.Any], [self.net[0], self.net[2]])
         return DecoderWeights(
-            first.effective_weight(dtype), first.effective_bias(dtype), last.effective_weight(dtype), last.effective_bias(dtype)
+            first.effective_weight(dtype),
+            first.effective_bias(dtype),
+            last.effective_weight(dtype),
+            last.effective_bias(dtype),
         )
 
     def sigma_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Effective weights of the density path: w0 [hidden, C], b0 [hidden], w_sigma [hidden], b_sigma []; differentiable."""
+        """Effective weights of the density path: w0 [hidden, C], b0 [hidden], w_sigma [hidden], b_sigma [];
+        differentiable.
+        """
         weights = self.weights()
         return weights.w0, weights.b0, weights.w1[0], weights.b1[0]
 
@@ -54,38 +64,71 @@ class OSGDecoder(torch.nn.Module):
 class TriPlaneGenerator(torch.nn.Module):
     """EG3D's generator.
 
-    EG3D's constructor, plus sizes that it hard-wires: plane_resolution (256), plane_channels (32), decoder_features (None: as many as
-    plane channels; the first three are the colour), decoder_hidden_dim (64), and plane_layout ("eg3d" for released checkpoints, "fixed" for
-    three different planes).
+    EG3D's constructor, plus sizes that it hard-wires: plane_resolution (256), plane_channels (32),
+    decoder_features (None: as many as plane channels; the first three are the colour), decoder_hidden_dim
+    (64), and plane_layout ("eg3d" for released checkpoints, "fixed" for three different planes).
     """
 
     decoder_class = OSGDecoder
 
     def __init__(
-        self, z_dim: int, c_dim: int, w_dim: int, img_resolution: int, img_channels: int, sr_num_fp16_res: int = 0,
-        mapping_kwargs: dict | None = None, rendering_kwargs: dict | None = None, sr_kwargs: dict | None = None,
-        plane_resolution: int = 256, plane_channels: int = 32, plane_layout: str = "eg3d", decoder_hidden_dim: int = 64,
-        neural_rendering_resolution: int = 64, decoder_features: int | None = None, **synthesis_kwargs
+        self,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        sr_num_fp16_res: int = 0,
+        mapping_kwargs: dict | None = None,
+        rendering_kwargs: dict | None = None,
+        sr_kwargs: dict | None = None,
+        plane_resolution: int = 256,
+        plane_channels: int = 32,
+        plane_layout: str = "eg3d",
+        decoder_hidden_dim: int = 64,
+        neural_rendering_resolution: int = 64,
+        decoder_features: int | None = None,
+        **synthesis_kwargs,
     ):
         super().__init__()
-        self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
-        self.img_resolution, self.img_channels = img_resolution, img_channels
-        self.plane_resolution, self.plane_channels, self.plane_layout = plane_resolution, plane_channels, plane_layout
+        self.z_dim = z_dim
+        self.c_dim = c_dim
+        self.w_dim = w_dim
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.plane_resolution = plane_resolution
+        self.plane_channels = plane_channels
+        self.plane_layout = plane_layout
         self.rendering_kwargs = dict(rendering_kwargs or {})
         self.neural_rendering_resolution = neural_rendering_resolution
         self.renderer = ImportanceRenderer(plane_layout)
         self.ray_sampler = RaySampler()
         size, channels = self._backbone_output()
         self.backbone = Generator(
-            z_dim, c_dim, w_dim, img_resolution=size, img_channels=channels, mapping_kwargs=mapping_kwargs, **synthesis_kwargs
+            z_dim,
+            c_dim,
+            w_dim,
+            img_resolution=size,
+            img_channels=channels,
+            mapping_kwargs=mapping_kwargs,
+            **synthesis_kwargs,
         )
         features = decoder_features or plane_channels
         sr_class = module_by_name(self.rendering_kwargs["superresolution_module"])
         self.superresolution = sr_class(
-            channels=features, img_resolution=img_resolution, sr_num_fp16_res=sr_num_fp16_res,
-            sr_antialias=self.rendering_kwargs["sr_antialias"], w_dim=w_dim, **(sr_kwargs or {}),
+            channels=features,
+            img_resolution=img_resolution,
+            sr_num_fp16_res=sr_num_fp16_res,
+            sr_antialias=self.rendering_kwargs["sr_antialias"],
+            w_dim=w_dim,
+            **(sr_kwargs or {}),
         )
-        options = {"decoder_lr_mul": 1, **self.rendering_kwargs, "decoder_output_dim": features, "decoder_hidden_dim": decoder_hidden_dim}
+        options = {
+            "decoder_lr_mul": 1,
+            **self.rendering_kwargs,
+            "decoder_output_dim": features,
+            "decoder_hidden_dim": decoder_hidden_dim,
+        }
         self.decoder = self.decoder_class(plane_channels, options)
         self._last_planes: torch.Tensor | None = None
 
@@ -99,17 +142,24 @@ class TriPlaneGenerator(torch.nn.Module):
         return self.backbone.num_ws
 
     def mapping(
-        self, z: torch.Tensor, c: torch.Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None,
+        self,
+        z: torch.Tensor,
+        c: torch.Tensor,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
         update_emas: bool = False,
     ) -> torch.Tensor:
         """z [N, Z], conditioning camera c [N, K] -> ws [N, L, W].
 
-        c is zeroed where the generator is not pose-conditioned, and scaled by rendering_kwargs['c_scale'] (missing means 0, as in EG3D).
+        c is zeroed where the generator is not pose-conditioned, and scaled by rendering_kwargs['c_scale']
+        (missing means 0, as in EG3D).
         """
         if self.rendering_kwargs["c_gen_conditioning_zero"]:
             c = torch.zeros_like(c)
         c = c * self.rendering_kwargs.get("c_scale", 0)
-        return self.backbone.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas)
+        return self.backbone.mapping(
+            z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas
+        )
 
     def planes(self, ws: torch.Tensor, noise_mode: str = "random", **synthesis_kwargs) -> torch.Tensor:
         """ws [N, L, W] -> planes [N, 3, C, H, W]."""
@@ -117,17 +167,24 @@ class TriPlaneGenerator(torch.nn.Module):
         return planes.unflatten(1, (3, self.plane_channels))
 
     def synthesis(
-        self, ws: torch.Tensor, c: torch.Tensor, neural_rendering_resolution: int | None = None, update_emas: bool = False,
-        cache_backbone: bool = False, use_cached_backbone: bool = False, **synthesis_kwargs
+        self,
+        ws: torch.Tensor,
+        c: torch.Tensor,
+        neural_rendering_resolution: int | None = None,
+        update_emas: bool = False,
+        cache_backbone: bool = False,
+        use_cached_backbone: bool = False,
+        **synthesis_kwargs,
     ) -> dict[str, torch.Tensor]:
         """Render from a camera.
 
         Args:
             ws: [N, L, W]; c: [N, 25] camera (16 cam2world, 9 intrinsics).
-            neural_rendering_resolution: rendered pixels per edge; None keeps the last value, any other is remembered.
+            neural_rendering_resolution: rendered pixels per edge; None keeps the last value, any other is
+                remembered.
             cache_backbone, use_cached_backbone: keep, or reuse, the planes of the last call.
-        Returns: 'image' [N, 3, R, R], 'image_raw' [N, 3, r, r] in (-1, 1), 'image_depth' [N, 1, r, r] (distance along the unit ray) and
-            'image_opacity' [N, 1, r, r] (sum of the weights; not in EG3D).
+        Returns: 'image' [N, 3, R, R], 'image_raw' [N, 3, r, r] in (-1, 1), 'image_depth' [N, 1, r, r]
+            (distance along the unit ray) and 'image_opacity' [N, 1, r, r] (sum of the weights; not in EG3D).
         """
         del update_emas
         if neural_rendering_resolution is not None:
@@ -136,59 +193,110 @@ class TriPlaneGenerator(torch.nn.Module):
         planes = self.planes(ws, **synthesis_kwargs) if planes is None else planes
         if cache_backbone:
             self._last_planes = planes
-        return self.render(planes, ws, c, self.neural_rendering_resolution, self.rendering_kwargs, **synthesis_kwargs)
+        return self.render(
+            planes, ws, c, self.neural_rendering_resolution, self.rendering_kwargs, **synthesis_kwargs
+        )
 
     def render(
-        self, planes: torch.Tensor, ws: torch.Tensor, c: torch.Tensor, resolution: int, options: dict, noise_mode: str = "random",
+        self,
+        planes: torch.Tensor,
+        ws: torch.Tensor,
+        c: torch.Tensor,
+        resolution: int,
+        options: dict,
+        noise_mode: str = "random",
         **sr_kwargs,
     ) -> dict[str, torch.Tensor]:
         """Render planes that are already there; changes nothing of the network.
 
         Args:
-            planes: [N, 3, C, H, W] of ws [N, L, W]; c: [N, 25] camera; resolution: rendered pixels per edge; options: as rendering_kwargs;
-            noise_mode: of further synthesis networks, which other families have; super-resolution goes by the options.
+            planes: [N, 3, C, H, W] of ws [N, L, W]; c: [N, 25] camera; resolution: rendered pixels per edge;
+                options: as rendering_kwargs;
+            noise_mode: of further synthesis networks, which other families have; super-resolution goes by the
+                options.
         Returns: as `synthesis`.
         """
         feature_image, depth_image, opacity = self._march(planes, c, resolution, options)
         rgb = feature_image[:, :3]
-        image = self.superresolution(rgb, feature_image, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs)
+        image = self.superresolution(
+            rgb, feature_image, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs
+        )
         return {"image": image, "image_raw": rgb, "image_depth": depth_image, "image_opacity": opacity}
 
-    def _march(self, planes: torch.Tensor, c: torch.Tensor, resolution: int, options: dict) -> list[torch.Tensor]:
+    def _march(
+        self, planes: torch.Tensor, c: torch.Tensor, resolution: int, options: dict
+    ) -> list[torch.Tensor]:
         """Features [N, D, r, r], depth and opacity [N, 1, r, r] along the rays of cameras c [N, 25]."""
-        cam2world, intrinsics = c[:, :16].reshape(-1, 4, 4), c[:, 16:25].reshape(-1, 3, 3)
+        cam2world = c[:, :16].reshape(-1, 4, 4)
+        intrinsics = c[:, 16:25].reshape(-1, 3, 3)
         origins, directions = self.ray_sampler(cam2world, intrinsics, resolution)
-        with torch.autocast(planes.device.type, enabled=False):  # densities reach 50 and more: too coarse in bfloat16
+        # densities reach 50 and more: too coarse in bfloat16
+        with torch.autocast(planes.device.type, enabled=False):
             rendered = self.renderer(planes.float(), self.decoder, origins, directions, options)
         return [x.transpose(1, 2).unflatten(2, (resolution, resolution)).contiguous() for x in rendered]
 
     def sample(
-        self, coordinates, directions, z, c, truncation_psi=1.0, truncation_cutoff=None, update_emas=False, **synthesis_kwargs
+        self,
+        coordinates,
+        directions,
+        z,
+        c,
+        truncation_psi=1.0,
+        truncation_cutoff=None,
+        update_emas=False,
+        **synthesis_kwargs,
     ) -> dict[str, torch.Tensor]:
         """Colour and raw density at points [N, P, 3] for latents z [N, Z] and conditioning c [N, K]."""
-        ws = self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas)
+        ws = self.mapping(
+            z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas
+        )
         return self.sample_mixed(coordinates, directions, ws, **synthesis_kwargs)
 
     def sample_mixed(
-        self, coordinates: torch.Tensor, directions: torch.Tensor | None, ws: torch.Tensor, truncation_psi: float = 1.0,
-        truncation_cutoff: int | None = None, update_emas: bool = False, sigma_only: bool = False, **synthesis_kwargs
+        self,
+        coordinates: torch.Tensor,
+        directions: torch.Tensor | None,
+        ws: torch.Tensor,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        update_emas: bool = False,
+        sigma_only: bool = False,
+        **synthesis_kwargs,
     ) -> dict[str, torch.Tensor]:
-        """Colour and raw density at points [N, P, 3] -> {'rgb': [N, P, D], 'sigma': [N, P, 1]}; without 'rgb' where sigma_only.
+        """Colour and raw density at points [N, P, 3] -> {'rgb': [N, P, D], 'sigma': [N, P, 1]}; without 'rgb'
+        where sigma_only.
 
         The truncation arguments have no effect, as in EG3D.
         """
         del truncation_psi, truncation_cutoff, update_emas
         planes = self.planes(ws, **synthesis_kwargs)
         options = self.rendering_kwargs
-        return self.renderer.run_model(planes, self.decoder, coordinates, directions, options, sigma_only=sigma_only)
+        return self.renderer.run_model(
+            planes, self.decoder, coordinates, directions, options, sigma_only=sigma_only
+        )
 
     def forward(
-        self, z, c, truncation_psi=1.0, truncation_cutoff=None, neural_rendering_resolution=None, update_emas=False, cache_backbone=False,
-        use_cached_backbone=False, **synthesis_kwargs,
+        self,
+        z,
+        c,
+        truncation_psi=1.0,
+        truncation_cutoff=None,
+        neural_rendering_resolution=None,
+        update_emas=False,
+        cache_backbone=False,
+        use_cached_backbone=False,
+        **synthesis_kwargs,
     ) -> dict[str, torch.Tensor]:
         """Map z [N, Z] conditioned on camera c [N, 25] and render from the same camera; see `synthesis`."""
-        ws = self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas)
+        ws = self.mapping(
+            z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas
+        )
         return self.synthesis(
-            ws, c, neural_rendering_resolution=neural_rendering_resolution, update_emas=update_emas, cache_backbone=cache_backbone,
-            use_cached_backbone=use_cached_backbone, **synthesis_kwargs,
+            ws,
+            c,
+            neural_rendering_resolution=neural_rendering_resolution,
+            update_emas=update_emas,
+            cache_backbone=cache_backbone,
+            use_cached_backbone=use_cached_backbone,
+            **synthesis_kwargs,
         )

@@ -1,4 +1,6 @@
-"""What every command of the project shares: options in titled groups, one-line errors with exit code 2, start-up checks."""
+"""What every command of the project shares: options in titled groups, one-line errors with exit code 2,
+start-up checks.
+"""
 
 import contextlib
 import difflib
@@ -38,24 +40,44 @@ def _with_dashes(name: str) -> str:
 
 
 class GroupedCommand(click.Command):
-    """Lists options under their groups and turns users' errors (ValueError, OSError) into one line and exit code 2.
+    """Lists options under their groups and turns users' errors (ValueError, OSError) into one line and exit
+    code 2.
 
-    Option names may be written with underscores, as EG3D's are. Rare settings (`Knob.rare`) come by --set NAME=VALUE or from the JSON of
-    --settings, and reach the function as if they were flags; so does every other flag that such a file names.
+    Option names may be written with underscores, as EG3D's are. Rare settings (`Knob.rare`) come by --set
+    NAME=VALUE or from the JSON of --settings, and reach the function as if they were flags; so does every
+    other flag that such a file names.
     """
 
     def __init__(self, *args, **kwargs):
-        common = {"token_normalize_func": _with_dashes, "help_option_names": ["-h", "--help"], "max_content_width": 140}
+        common = {
+            "token_normalize_func": _with_dashes,
+            "help_option_names": ["-h", "--help"],
+            "max_content_width": 140,
+        }
         kwargs["context_settings"] = {**common, **(kwargs.get("context_settings") or {})}
         super().__init__(*args, **kwargs)
         self.rare: dict[str, Any] = {option.name: option for option in getattr(self.callback, "rare", ())}
         if self.rare:
             named = f"One of {', '.join(sorted(self.rare))}."
             for decorate in (
-                option("--set", "set_", group="Rare settings", metavar="NAME=VALUE", multiple=True, help=f"May be given again. {named}"),
-                option("--settings", group="Rare settings", metavar="FILE.json", type=click.Path(path_type=Path, dir_okay=False),
-                       help="Settings by name, these among them; flags go before them, and --dry-run prints all."),
-            ):  # fmt: skip
+                option(
+                    "--set",
+                    "set_",
+                    group="Rare settings",
+                    metavar="NAME=VALUE",
+                    multiple=True,
+                    help=f"May be given again. {named}",
+                ),
+                option(
+                    "--settings",
+                    group="Rare settings",
+                    metavar="FILE.json",
+                    type=click.Path(path_type=Path, dir_okay=False),
+                    help=(
+                        "Settings by name, these among them; flags go before them, and --dry-run prints all."
+                    ),
+                ),
+            ):
                 decorate(self)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -64,20 +86,32 @@ class GroupedCommand(click.Command):
             rest = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             typed = _with_dashes(error.option_name)
-            name = next((name for name, setting in self.rare.items() if typed in map(_with_dashes, setting.opts)), None)
+            name = next(
+                (name for name, setting in self.rare.items() if typed in map(_with_dashes, setting.opts)),
+                None,
+            )
             if name is None:
                 raise
             with user_errors():
-                raise ValueError(f"{error.option_name}: expected --set {name}=VALUE for a rare setting, got a flag. Write that.") from None
+                raise ValueError(
+                    f"{error.option_name}: expected --set {name}=VALUE for a rare setting, got a flag. Write"
+                    " that."
+                ) from None
         if self.rare:
             with user_errors():
                 self._take_rare(ctx)
         return rest
 
     def _take_rare(self, ctx: click.Context) -> None:
-        """Put what --settings and --set say among the parameters. Raises: ValueError for an unknown name or a wrong value."""
-        written, file = ctx.params.pop("set_"), ctx.params.pop("settings")
-        options: dict[str, Any] = {parameter.name: parameter for parameter in self.params if parameter.name in ctx.params} | self.rare
+        """Put what --settings and --set say among the parameters.
+
+        Raises: ValueError for an unknown name or a wrong value.
+        """
+        written = ctx.params.pop("set_")
+        file = ctx.params.pop("settings")
+        options: dict[str, Any] = {
+            parameter.name: parameter for parameter in self.params if parameter.name in ctx.params
+        } | self.rare
         ctx.params |= {name: () if option.multiple else option.default for name, option in self.rare.items()}
         values: dict[str, Any] = {}
         if file is not None:
@@ -86,7 +120,10 @@ class GroupedCommand(click.Command):
             except (OSError, ValueError) as error:
                 raise ValueError(f"--settings: expected JSON in {file}, got: {error}. Correct it.") from None
             if not isinstance(values, dict):
-                raise ValueError(f"--settings: expected settings by name in {file}, got {type(values).__name__}. Correct it.")
+                raise ValueError(
+                    f"--settings: expected settings by name in {file}, got {type(values).__name__}."
+                    " Correct it."
+                )
             line = {name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
             values = {name: value for name, value in values.items() if value is not None and name not in line}
         for text in written:
@@ -100,14 +137,21 @@ class GroupedCommand(click.Command):
             if name not in options:
                 near = difflib.get_close_matches(name, options, n=1)
                 meant = f"Did you mean {near[0]}? " if near else ""
-                raise ValueError(f"--set, --settings: expected a setting, got {name!r}. {meant}--dry-run prints them all.")
+                raise ValueError(
+                    f"--set, --settings: expected a setting, got {name!r}. {meant}--dry-run prints them all."
+                )
             nargs = getattr(options[name], "nargs", 1)
             value = value.split() if nargs > 1 and isinstance(value, str) else value
             several = isinstance(value, list)
             if nargs > 1 and (not several or len(value) != nargs):
-                raise ValueError(f"{name}: expected {nargs} values, got {value}. Write them with spaces between.")
+                raise ValueError(
+                    f"{name}: expected {nargs} values, got {value}. Write them with spaces between."
+                )
             try:
-                parts = [options[name].type.convert(str(part), options[name], ctx) for part in (value if several else [value])]
+                parts = [
+                    options[name].type.convert(str(part), options[name], ctx)
+                    for part in (value if several else [value])
+                ]
             except click.BadParameter as error:
                 raise ValueError(f"{name}: {error.message.rstrip('.')}. Correct it.") from None
             ctx.params[name] = tuple(parts) if several or options[name].multiple else parts[0]
@@ -137,16 +181,29 @@ class GroupedCommand(click.Command):
         return text
 
 
-EXTRAS = {  # packages that are imported when they are needed, and the extra of pyproject.toml that brings each
-    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "sqlalchemy", "jinja2", "segno", "confusable_homoglyphs"), "label"),
-    "psycopg": "postgres", "captum": "attribution", "umap": "attribution", "manifold3d": "solid", "igl": "solid",
-    "diffusers": "sd", "transformers": "sd", "anny": "assets", "roma": "assets", "warp": "assets", "ninja": "ops",
-}  # fmt: skip
+# packages that are imported when they are needed, and the extra of pyproject.toml that brings each
+EXTRAS = {
+    **dict.fromkeys(
+        ("fastapi", "starlette", "uvicorn", "sqlalchemy", "jinja2", "segno", "confusable_homoglyphs"), "label"
+    ),
+    "psycopg": "postgres",
+    "captum": "attribution",
+    "umap": "attribution",
+    "manifold3d": "solid",
+    "igl": "solid",
+    "diffusers": "sd",
+    "transformers": "sd",
+    "anny": "assets",
+    "roma": "assets",
+    "warp": "assets",
+    "ninja": "ops",
+}
 
 
 @contextlib.contextmanager
 def user_errors(words: Callable[[str], str] = str):
-    """Translate ValueError, OSError and a missing extra into one line on stderr and exit code 2; bugs keep their traceback.
+    """Translate ValueError, OSError and a missing extra into one line on stderr and exit code 2; bugs keep
+    their traceback.
 
     Where nobody reads on, as after `| head`, the BrokenPipeError goes to click, which ends without a word.
     """
@@ -157,7 +214,11 @@ def user_errors(words: Callable[[str], str] = str):
         if package not in EXTRAS:
             raise
         extra = EXTRAS[package]
-        click.echo(f"Error: this job needs the extra {extra}: {package} is not installed. Run pip install 'eg3d-rlhf[{extra}]'.", err=True)
+        click.echo(
+            f"Error: this job needs the extra {extra}: {package} is not installed. Run pip install"
+            f" 'eg3d-rlhf[{extra}]'.",
+            err=True,
+        )
         sys.exit(2)
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
@@ -167,14 +228,18 @@ def user_errors(words: Callable[[str], str] = str):
 
 
 def check_extra(extra: str) -> None:
-    """Before what takes long, raise ModuleNotFoundError, see `user_errors`, where a package of an extra is not installed."""
+    """Before what takes long, raise ModuleNotFoundError, see `user_errors`, where a package of an extra is
+    not installed.
+    """
     for package, brought in EXTRAS.items():
         if brought == extra and importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(name=package)
 
 
 def _nobody_reads() -> bool:
-    """Whether the output's pipe has no reader any more; else it was a pipe to a process of ours that broke."""
+    """Whether the output's pipe has no reader any more;
+    else it was a pipe to a process of ours that broke.
+    """
     watch = select.poll()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a test's output is no file
@@ -198,7 +263,10 @@ def option(*names: str, group: str = "General", rare: bool = False, **kwargs):
         return click.option(*names, cls=GroupedOption, group=group, **kwargs)
 
     def decorate(command):
-        command.rare = [*getattr(command, "rare", ()), GroupedOption(names, group=group, **{"default": None, **kwargs})]
+        command.rare = [
+            *getattr(command, "rare", ()),
+            GroupedOption(names, group=group, **{"default": None, **kwargs}),
+        ]
         return command
 
     return decorate
@@ -206,7 +274,9 @@ def option(*names: str, group: str = "General", rare: bool = False, **kwargs):
 
 def together(*decorators):
     """One decorator of several; their flags are listed in this order."""
-    return lambda command: functools.reduce(lambda made, decorator: decorator(made), reversed(decorators), command)
+    return lambda command: functools.reduce(
+        lambda made, decorator: decorator(made), reversed(decorators), command
+    )
 
 
 def rarely(names: Sequence[str], decorator):
@@ -216,17 +286,21 @@ def rarely(names: Sequence[str], decorator):
         command = decorator(command)
         params = command.__click_params__
         command.__click_params__ = [parameter for parameter in params if parameter.name not in names]
-        command.rare = [*getattr(command, "rare", ()), *(parameter for parameter in params if parameter.name in names)]
+        command.rare = [
+            *getattr(command, "rare", ()),
+            *(parameter for parameter in params if parameter.name in names),
+        ]
         return command
 
     return decorate
 
 
 def options_of(*kinds: type, everywhere: str | None = None, **defaults):
-    """One option for every knob of settings dataclasses, one alone where several share it; None where it is not given, so that a preset
-    may decide. Rare knobs are told to `GroupedCommand`.
+    """One option for every knob of settings dataclasses, one alone where several share it; None where it is
+    not given, so that a preset may decide. Rare knobs are told to `GroupedCommand`.
 
-    Args: everywhere: what stands for the fields' defaults where these are not what applies; defaults: by flag, words to add to its default.
+    Args: everywhere: what stands for the fields' defaults where these are not what applies; defaults: by
+        flag, words to add to its default.
     """
     made: dict[str, Any] = {}
     for field, hint, knob in (triple for kind in kinds for triple in knobs_of(kind) if triple[2].flag):
@@ -236,10 +310,15 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults):
         names = (f"--{_with_dashes(name)}", *knob.flags, name)
         default = next((words for words in (knob.shown, everywhere) if words is not None), field.default)
         default = f"{default:g}" if isinstance(default, float) else default
-        shown = "; ".join(str(part) for part in (default, defaults.get(name) if knob.shown is None else None) if part is not None)
+        shown = "; ".join(
+            str(part)
+            for part in (default, defaults.get(name) if knob.shown is None else None)
+            if part is not None
+        )
         text = f"{knob.help}  [default: {shown}]" if shown else knob.help
         kind: click.ParamType | type = click.Path(path_type=Path) if hint is Path else hint
-        low, high = knob.low if knob.above is None else knob.above, knob.high if knob.below is None else knob.below
+        low = knob.low if knob.above is None else knob.above
+        high = knob.high if knob.below is None else knob.below
         if knob.choices is not None:
             kind = click.Choice(knob.choices)
         elif hint in (int, float) and (low, high) != (None, None):
@@ -247,7 +326,14 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults):
             kind = limited(low, high, min_open=knob.above is not None, max_open=knob.below is not None)
         metavar = knob.metavar or (None if knob.choices else {int: "INT", float: "FLOAT"}.get(hint))
         made[name] = option(
-            *names, group=knob.group, rare=knob.rare, metavar=metavar, type=kind, default=None, show_default=False, help=text
+            *names,
+            group=knob.group,
+            rare=knob.rare,
+            metavar=metavar,
+            type=kind,
+            default=None,
+            show_default=False,
+            help=text,
         )
     return together(*made.values())
 
@@ -255,7 +341,10 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults):
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines, the columns one below another."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def choose_device(name: str) -> "torch.device":
@@ -268,7 +357,9 @@ def choose_device(name: str) -> "torch.device":
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: expected a CUDA device, got a machine without one. Use --device=cpu or --device=auto.")
+        raise ValueError(
+            "--device: expected a CUDA device, got a machine without one. Use --device=cpu or --device=auto."
+        )
     return torch.device(name)
 
 
@@ -278,8 +369,12 @@ def versions() -> dict[str, str]:
     import torch
 
     return {
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "scipy": scipy.__version__,
-        "machine": platform.machine(), "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "scipy": scipy.__version__,
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
     }
 
 

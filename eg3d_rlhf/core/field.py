@@ -1,10 +1,11 @@
 """What everything downstream asks of a shape: its density, and what a camera sees of it.
 
-A generator's sample is a field, and so is an asset under optimisation. Slabs, meshes, rewards, labelling, metrics, attribution and reports
-speak to a `Field` alone and never to the network behind it.
+A generator's sample is a field, and so is an asset under optimisation. Slabs, meshes, rewards, labelling,
+metrics, attribution and reports speak to a `Field` alone and never to the network behind it.
 
-World: x right, y up, z towards the camera of a frontal portrait. Density is raw: the decoder's output before the ray marcher's
-softplus(. - 1). Letters: N shapes, P points, D, H, W = grid points along z, y, x, R final and r rendered pixels per edge.
+World: x right, y up, z towards the camera of a frontal portrait. Density is raw: the decoder's output before
+the ray marcher's softplus(. - 1). Letters: N shapes, P points, D, H, W = grid points along z, y, x, R final
+and r rendered pixels per edge.
 """
 
 import contextlib
@@ -33,12 +34,16 @@ class Bounds:
 
     side: float = 1.0  # world units, > 0
     centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # world units
-    border: float = 30 / 256  # share of the cube along each face that is no part of a shape: EG3D's tools clear it
+    # share of the cube along each face that is no part of a shape: EG3D's tools clear it
+    border: float = 30 / 256
 
     def __post_init__(self) -> None:
         sized = math.isfinite(self.side) and self.side > 0 and 0 <= self.border < 0.5
         if not sized or len(self.centre) != 3 or not all(map(math.isfinite, self.centre)):
-            raise ValueError(f"Bounds: expected a side > 0, a finite centre and a border of 0 <= border < 0.5, got {self}. Correct them.")
+            raise ValueError(
+                f"Bounds: expected a side > 0, a finite centre and a border of 0 <= border < 0.5, got {self}."
+                " Correct them."
+            )
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,23 @@ class CameraFamily:
     radius: float = camera_model.FFHQ_RADIUS  # distance from the origin, world units
     pivot: tuple[float, float, float] = (0.0, 0.0, 0.0)  # point looked at, world units
     focal: float = camera_model.FFHQ_FOCAL  # focal length over image size
-    span: tuple[float, float] | None = None  # least and greatest depth that rays sample, world units; None: where they cross the bounds
+    # least and greatest depth that rays sample, world units; None: where they cross the bounds
+    span: tuple[float, float] | None = None
 
-    def label(self, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, device: str | torch.device = "cpu") -> torch.Tensor:
-        """Camera labels [n, 25] (16 cam2world, 9 intrinsics); yaw and pitch in radians from frontal. Draws as EG3D's pose sampler does."""
-        pivot, half_pi = torch.tensor(self.pivot, dtype=torch.float32, device=device), math.pi / 2
-        pose = camera_model.LookAtPoseSampler.sample(half_pi + yaw, half_pi + pitch, pivot, radius=self.radius, device=device)
-        return camera_model.pack_label(pose, camera_model.intrinsics_matrix(self.focal, device=device).reshape(1, 3, 3)).expand(n, -1)
+    def label(
+        self, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, device: str | torch.device = "cpu"
+    ) -> torch.Tensor:
+        """Camera labels [n, 25] (16 cam2world, 9 intrinsics); yaw and pitch in radians from frontal. Draws as
+        EG3D's pose sampler does.
+        """
+        pivot = torch.tensor(self.pivot, dtype=torch.float32, device=device)
+        half_pi = math.pi / 2
+        pose = camera_model.LookAtPoseSampler.sample(
+            half_pi + yaw, half_pi + pitch, pivot, radius=self.radius, device=device
+        )
+        return camera_model.pack_label(
+            pose, camera_model.intrinsics_matrix(self.focal, device=device).reshape(1, 3, 3)
+        ).expand(n, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +81,9 @@ class RenderOptions:
     sample_mult: float = 1.0  # factor on the samples per ray in each pass
 
     def __post_init__(self) -> None:
-        if self.sample_mult <= 0 or any(value is not None and value < 1 for value in (self.resolution, self.samples)):
+        if self.sample_mult <= 0 or any(
+            value is not None and value < 1 for value in (self.resolution, self.samples)
+        ):
             raise ValueError(f"RenderOptions: expected positive values, got {self}. Correct them.")
 
 
@@ -86,7 +103,8 @@ class Rendering(NamedTuple):
 class Field(Protocol):
     """N shapes. Differentiable in whatever made them, where the family says so.
 
-    A class that names this one as its base has only bounds, level, len, density and colour to write: grids and pictures come from them.
+    A class that names this one as its base has only bounds, level, len, density and colour to write: grids
+    and pictures come from them.
 
     >>> class Balls(Field):
     ...     bounds, level = Bounds(), LEVEL
@@ -148,36 +166,57 @@ class DecodedField(Protocol):
 _SAMPLES_AT_ONCE = 1 << 20  # samples of all shapes that `march` decodes together
 
 
-def march(field: Field, cameras: torch.Tensor, options: RenderOptions = OWN, resolution: int = 64, samples: int = 64) -> Rendering:
-    """What cameras [N or 1, 25] see of any field: its density and colour at even steps through its bounds, black where nothing is.
+def march(
+    field: Field, cameras: torch.Tensor, options: RenderOptions = OWN, resolution: int = 64, samples: int = 64
+) -> Rendering:
+    """What cameras [N or 1, 25] see of any field: its density and colour at even steps through its bounds,
+    black where nothing is.
 
     Args: resolution, samples: pixels per edge and samples per ray where the options do not say.
-    Without jitter; differentiable in whatever the field is. Where there are many rays they go in parts, and the backward pass computes
-    each part once more.
+    Without jitter; differentiable in whatever the field is. Where there are many rays they go in parts, and
+    the backward pass computes each part once more.
     """
     cam2world, intrinsics = camera_model.unpack_label(cameras.expand(len(field), -1))
-    r, samples = options.resolution or resolution, max(2, round((options.samples or samples) * options.sample_mult))
+    r = options.resolution or resolution
+    samples = max(2, round((options.samples or samples) * options.sample_mult))
     origins, directions = camera_model.RaySampler()(cam2world, intrinsics, r)  # [N, M, 3]
-    near, far = camera_model.ray_limits_box(origins - origins.new_tensor(field.bounds.centre), directions, field.bounds.side)  # [N, M, 1]
+    # [N, M, 1]
+    near, far = camera_model.ray_limits_box(
+        origins - origins.new_tensor(field.bounds.centre), directions, field.bounds.side
+    )
     rays = torch.cat([origins, directions, near, far], dim=-1)  # [N, M, 8]
     parts = rays.split(max(1, _SAMPLES_AT_ONCE // (len(field) * samples)), dim=1)
     if len(parts) > 1 and torch.is_grad_enabled():
         marched = [checkpoint(_march_rays, field, part, samples, use_reentrant=False) for part in parts]
     else:
         marched = [_march_rays(field, part, samples) for part in parts]
-    rgb, depth, opacity = (torch.cat(part, dim=1).transpose(1, 2).unflatten(2, (r, r)) for part in zip(*marched, strict=True))
+    rgb, depth, opacity = (
+        torch.cat(part, dim=1).transpose(1, 2).unflatten(2, (r, r)) for part in zip(*marched, strict=True)
+    )
     hit = (far > near).transpose(1, 2).unflatten(2, (r, r))
     depth = torch.where(hit, depth, far.amax())  # as empty rays: the farthest
     return Rendering(rgb * 2 - 1, rgb * 2 - 1, depth, opacity)
 
 
-def _march_rays(field: Field, rays: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Colour [N, M, 3] in 0..1, depth [N, M, 1] and opacity [N, M, 1] of rays [N, M, 8] (origin, direction, near, far)."""
-    origins, directions, near, far = rays[..., :3], rays[..., 3:6], rays[..., 6:7], rays[..., 7:]
+def _march_rays(
+    field: Field, rays: torch.Tensor, samples: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Colour [N, M, 3] in 0..1, depth [N, M, 1] and opacity [N, M, 1] of rays [N, M, 8] (origin, direction,
+    near, far).
+    """
+    origins = rays[..., :3]
+    directions = rays[..., 3:6]
+    near = rays[..., 6:7]
+    far = rays[..., 7:]
     depths = (near + torch.linspace(0, 1, samples).to(rays) * (far - near)).unsqueeze(-1)  # [N, M, S, 1]
     points = (origins.unsqueeze(2) + depths * directions.unsqueeze(2)).flatten(1, 2)  # [N, M S, 3]
-    raw, colour = field.decode(points) if isinstance(field, DecodedField) else (field.density(points), field.colour(points))
-    raw = torch.where(far > near, raw.unflatten(1, depths.shape[1:3]), EMPTY)  # [N, M, S]; a ray that misses sees nothing
+    raw, colour = (
+        field.decode(points)
+        if isinstance(field, DecodedField)
+        else (field.density(points), field.colour(points))
+    )
+    # [N, M, S]; a ray that misses sees nothing
+    raw = torch.where(far > near, raw.unflatten(1, depths.shape[1:3]), EMPTY)
     marcher = MipRayMarcher2(symmetric=False)
     rgb, depth, weights = marcher(colour.unflatten(1, depths.shape[1:3]), raw.unsqueeze(-1), depths, {})
     return rgb, depth, weights.sum(dim=2)
@@ -186,14 +225,20 @@ def _march_rays(field: Field, rays: torch.Tensor, samples: int) -> tuple[torch.T
 @contextlib.contextmanager
 def fixed_draws(seed: int = 0) -> Iterator[None]:
     """The same random numbers every time, on all devices in use; torch's own state stays."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+    with torch.random.fork_rng(
+        devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    ):
         torch.manual_seed(seed)
         yield
 
 
 @torch.no_grad()
-def render_each(field: Field, cameras: Iterable[torch.Tensor], options: RenderOptions = OWN, seed: int = 0) -> list[Rendering]:
-    """What cameras [N or 1, 25] see of a field, one after the other, each under the same random numbers; torch's own state stays."""
+def render_each(
+    field: Field, cameras: Iterable[torch.Tensor], options: RenderOptions = OWN, seed: int = 0
+) -> list[Rendering]:
+    """What cameras [N or 1, 25] see of a field, one after the other, each under the same random numbers;
+    torch's own state stays.
+    """
     renderings = []
     for camera in cameras:
         with fixed_draws(seed):

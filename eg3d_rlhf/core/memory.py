@@ -1,7 +1,9 @@
-"""What networks will hold in memory, found by running them on the meta device: shapes without numbers, so the real sizes cost nothing.
+"""What networks will hold in memory, found by running them on the meta device: shapes without numbers, so the
+real sizes cost nothing.
 
-Counted: weights, and every tensor that is alive at once, as PyTorch allocates them. Not counted: the CUDA context (about half a GiB),
-workspaces of convolutions, fragmentation, the asset and its renderer. Attention is counted as fused (no matrix of pixels x pixels).
+Counted: weights, and every tensor that is alive at once, as PyTorch allocates them. Not counted: the CUDA
+context (about half a GiB), workspaces of convolutions, fragmentation, the asset and its renderer. Attention
+is counted as fused (no matrix of pixels x pixels).
 """
 
 import contextlib
@@ -36,7 +38,9 @@ class _Fused(torch.autograd.Function):
 def _fused_attention() -> Iterator[None]:
     """torch's attention as _Fused, in backward passes as well."""
     real = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda query, key, value, *args, **kwargs: _Fused.apply(query, key, value)
+    F.scaled_dot_product_attention = lambda query, key, value, *args, **kwargs: _Fused.apply(
+        query, key, value
+    )
     try:
         yield
     finally:
@@ -48,10 +52,14 @@ class _Live(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
+        self.now = 0
+        self.peak = 0
+        self.known = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+        }
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
@@ -59,7 +67,8 @@ class _Live(TorchDispatchMode):
         return out
 
     def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
+        size = storage.nbytes()
         if key not in self.known and key not in given:  # a view of a weight is no new memory
             self.known.add(key)
             weakref.finalize(storage, self._drop, key, size)
@@ -72,7 +81,9 @@ class _Live(TorchDispatchMode):
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """Most bytes alive at once of what `run` makes on the meta device, its result included; its modules and arguments are not."""
+    """Most bytes alive at once of what `run` makes on the meta device, its result included; its modules and
+    arguments are not.
+    """
     with _fused_attention(), _Live() as live:
         held = run()
         del held
@@ -96,7 +107,9 @@ class Costs:
 
     def __str__(self) -> str:
         rows = [f"{'weights':44}{'numbers':>12}{'GiB':>9}"]
-        rows += [f"  {name:42}{n / 1e6:>10.1f} M{size / GIB:>9.2f}" for name, (n, size) in self.weights.items()]
+        rows += [
+            f"  {name:42}{n / 1e6:>10.1f} M{size / GIB:>9.2f}" for name, (n, size) in self.weights.items()
+        ]
         rows += [f"{'at its most, on top of the weights':56}{'GiB':>9}"]
         rows += [f"  {name:54}{size / GIB:>9.2f}" for name, size in self.stages.items()]
         return "\n".join([*rows, f"{'weights and the largest of these':56}{self.total / GIB:>9.2f}"])

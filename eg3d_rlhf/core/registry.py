@@ -1,18 +1,20 @@
-"""Things by name. Ours are a table of modules, each imported when one of its names is asked for; plugins add theirs.
+"""Things by name. Ours are a table of modules, each imported when one of its names is asked for; plugins add
+theirs.
 
     FAMILIES: Registry[Family] = Registry("generator family", {"eg3d": "eg3d_rlhf.generators.eg3d", ...})
 
     FAMILIES.add("eg3d", Family(...))        in the module that the table names, or in a plugin
     FAMILIES["eg3d"]                         imports the module where that has not happened yet
 
-A new thing inside the package is one file that adds it and one name in the table. The module of the table itself imports none of its
-members, so that nothing is imported in a circle and `--help` stays quick.
+A new thing inside the package is one file that adds it and one name in the table. The module of the table
+itself imports none of its members, so that nothing is imported in a circle and `--help` stays quick.
 
 The same file may stand outside the package, as a plugin. Name it in the environment,
 
     EG3D_RLHF_PLUGINS=my_package.panohead,./frontal_depth.py
 
-or install it as an entry point of the group `eg3d_rlhf.plugins`. Plugins run with the user's rights: name only what you would import.
+or install it as an entry point of the group `eg3d_rlhf.plugins`. Plugins run with the user's rights: name
+only what you would import.
 """
 
 import importlib
@@ -60,17 +62,23 @@ def _load(name: str) -> None:
         spec.loader.exec_module(module)
     except ImportError as error:
         _loaded.discard(name)
-        raise ValueError(f"{VARIABLE}: expected a module or a .py file that can be imported, got {name}: {error}. Correct it.") from error
+        raise ValueError(
+            f"{VARIABLE}: expected a module or a .py file that can be imported, got {name}: {error}."
+            " Correct it."
+        ) from error
 
 
 class Registry(Mapping[str, Thing], Generic[Thing]):
-    """A mapping that imports what it is asked for. Plugins are loaded for a name that is neither ours nor added yet.
+    """A mapping that imports what it is asked for. Plugins are loaded for a name that is neither ours nor
+    added yet.
 
     Args: what: for messages; ours: the module that adds each name.
     """
 
     def __init__(self, what: str, ours: Mapping[str, str]):
-        self._what, self._ours, self._things = what, dict(ours), dict[str, Thing]()
+        self._what = what
+        self._ours = dict(ours)
+        self._things = dict[str, Thing]()
 
     def add(self, name: str, thing: Thing) -> Thing:
         self._things[name] = thing
@@ -83,11 +91,16 @@ class Registry(Mapping[str, Thing], Generic[Thing]):
         if name not in self._things:
             load_plugins()
         if name not in self._things:
-            raise ValueError(f"{self._what}: expected one of {', '.join(self)}, got {name!r}. Name one, or the plugin that brings it.")
+            raise ValueError(
+                f"{self._what}: expected one of {', '.join(self)}, got {name!r}. Name one, or the plugin that"
+                " brings it."
+            )
         return self._things[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Ours in the table's order, then those that were added. A plugin's are among them once plugins are loaded."""
+        """Ours in the table's order, then those that were added. A plugin's are among them once plugins are
+        loaded.
+        """
         return iter(dict.fromkeys([*self._ours, *self._things]))
 
     def __len__(self) -> int:

@@ -7,7 +7,8 @@ Letters used in shape comments and in `check_shape` patterns:
     W  columns, x axis (+x right)  M  entries of a feature vector        L  layers of the style vector
     F  views per sample            R  rays                               S  samples along a ray
 
-Volumes are [N, C, D, H, W] = [N, C, z, y, x] everywhere inside the package; flips live in file readers and writers.
+Volumes are [N, C, D, H, W] = [N, C, z, y, x] everywhere inside the package; flips live in file readers and
+writers.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,13 @@ import torch
 
 
 def check_shape(who: str, tensor: torch.Tensor, pattern: Sequence[int | str], what_to_do: str) -> None:
-    """Raise ValueError unless `tensor` has the shape `pattern`; ints must match, letters are free but consistent.
+    """Raise ValueError unless `tensor` has the shape `pattern`; ints must match, letters are free but
+    consistent.
 
     Args:
         who: name of the caller and argument, e.g. "RewardModel.score(slab)".
-        pattern: one entry per axis, an int (exact size) or a letter of the legend (any size >= 1, equal wherever it recurs).
+        pattern: one entry per axis, an int (exact size) or a letter of the legend (any size >= 1, equal
+            wherever it recurs).
         what_to_do: the remedy, one sentence.
     Raises: ValueError for what is no tensor, another number of axes, or another size.
     """

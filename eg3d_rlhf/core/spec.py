@@ -1,6 +1,8 @@
-"""Which points of the scene cube a reward reads: resolution, crop and value range, stored in the reward checkpoint and nowhere else.
+"""Which points of the scene cube a reward reads: resolution, crop and value range, stored in the reward
+checkpoint and nowhere else.
 
-Letters: D, H, W = grid points along z, y, x. World axes: x right, +y up (forehead), +z towards the camera (front of the face).
+Letters: D, H, W = grid points along z, y, x. World axes: x right, +y up (forehead), +z towards the camera
+(front of the face).
 """
 
 import hashlib
@@ -22,20 +24,23 @@ _LATER = {"lattice", "centre"}  # fields that descriptions of the first version 
 class SlabSpec:
     """A box of grid points inside the scene cube.
 
-    The cube has side `box_warp`, stands at `centre`, and carries `resolution` corner-aligned points per axis, point i at
-    (i/(resolution - 1) - 1/2) * box_warp from the centre. From each face `int(fraction * resolution)` points are trimmed. The default is
-    the slab of arXiv 2606.27305: x 64:192, y 64:205, z 102:231 of 256, so (D, H, W) = (129, 141, 128).
+    The cube has side `box_warp`, stands at `centre`, and carries `resolution` corner-aligned points per axis,
+    point i at (i/(resolution - 1) - 1/2) * box_warp from the centre. From each face
+    `int(fraction * resolution)` points are trimmed. The default is the slab of arXiv 2606.27305: x 64:192, y
+    64:205, z 102:231 of 256, so (D, H, W) = (129, 141, 128).
 
-    `lattice="skewed"` gives the points that the published reward was trained on. The authors' helper divides indices without rounding
-    down, so index (i, j, k) lies at (i + j/N + k/N^2, j + k/N, k), N = resolution; the drift stays under one voxel everywhere, under 0.9
-    in the published slab. Such a lattice is not a product of axes: it is decoded point by point.
+    `lattice="skewed"` gives the points that the published reward was trained on. The authors' helper divides
+    indices without rounding down, so index (i, j, k) lies at (i + j/N + k/N^2, j + k/N, k), N = resolution;
+    the drift stays under one voxel everywhere, under 0.9 in the published slab. Such a lattice is not a
+    product of axes: it is decoded point by point.
 
     Raises: ValueError for a value outside its range, or a crop that leaves fewer than 2 points on an axis.
     Deviates: the default lattice is straight, the authors' is skewed.
     """
 
     resolution: int = 256  # grid points per axis of the whole cube, >= 2
-    crop: tuple[float, float, float, float, float, float] = (0.25, 0.25, 0.25, 0.20, 0.40, 0.10)  # x_lo, x_hi, y_lo, ..., z_hi in [0, 1)
+    # x_lo, x_hi, y_lo, ..., z_hi in [0, 1)
+    crop: tuple[float, float, float, float, float, float] = (0.25, 0.25, 0.25, 0.20, 0.40, 0.10)
     box_warp: float = 1.0  # side of the scene cube, world units, > 0
     value_max: float = 100.0  # upper end of the self-normalised range, > 0
     lattice: str = "straight"  # 'straight', or 'skewed' as the published reward's training data
@@ -43,31 +48,49 @@ class SlabSpec:
 
     def __post_init__(self) -> None:
         if isinstance(self.resolution, bool) or not isinstance(self.resolution, int) or self.resolution < 2:
-            raise ValueError(f"SlabSpec: expected an integer resolution >= 2, got {self.resolution!r}. Use 256 for the published slab.")
+            raise ValueError(
+                f"SlabSpec: expected an integer resolution >= 2, got {self.resolution!r}. Use 256 for the"
+                " published slab."
+            )
         try:
             crop = tuple(float(fraction) for fraction in self.crop)
         except (TypeError, ValueError):
             crop = ()
         if len(crop) != 6 or not all(0.0 <= fraction < 1.0 for fraction in crop):
             raise ValueError(
-                f"SlabSpec: expected crop = (x_lo, x_hi, y_lo, y_hi, z_lo, z_hi), six fractions in [0, 1), got {self.crop!r}. "
-                "Give the fraction to trim from each face."
+                "SlabSpec: expected crop = (x_lo, x_hi, y_lo, y_hi, z_lo, z_hi), six fractions in [0, 1),"
+                f" got {self.crop!r}. Give the fraction to trim from each face."
             )
         object.__setattr__(self, "crop", crop)  # a list from JSON becomes hashable
         centre = tuple(float(value) for value in self.centre)
         if len(centre) != 3 or not all(math.isfinite(value) for value in centre):
-            raise ValueError(f"SlabSpec: expected centre = (x, y, z), finite, got {self.centre!r}. Use (0, 0, 0).")
+            raise ValueError(
+                f"SlabSpec: expected centre = (x, y, z), finite, got {self.centre!r}. Use (0, 0, 0)."
+            )
         object.__setattr__(self, "centre", centre)
         for name in ("box_warp", "value_max"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-                raise ValueError(f"SlabSpec: expected {name} > 0, got {value!r}. Give a positive finite number.")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or value <= 0
+            ):
+                raise ValueError(
+                    f"SlabSpec: expected {name} > 0, got {value!r}. Give a positive finite number."
+                )
             object.__setattr__(self, name, float(value))
         if self.lattice not in LATTICES:
-            raise ValueError(f"SlabSpec: expected a lattice of {', '.join(LATTICES)}, got {self.lattice!r}. Use 'straight'.")
+            raise ValueError(
+                f"SlabSpec: expected a lattice of {', '.join(LATTICES)}, got {self.lattice!r}. Use"
+                " 'straight'."
+            )
         for axis, (start, stop) in zip("xyz", self.index_ranges, strict=True):
             if stop - start < 2:
-                raise ValueError(f"SlabSpec: expected at least 2 points on {axis}, got indices {start}:{stop}. Trim less of {axis}.")
+                raise ValueError(
+                    f"SlabSpec: expected at least 2 points on {axis}, got indices {start}:{stop}. Trim less"
+                    f" of {axis}."
+                )
 
     @classmethod
     def cube(cls, resolution: int, box_warp: float = 1.0) -> "SlabSpec":
@@ -76,14 +99,26 @@ class SlabSpec:
 
     @classmethod
     def of(cls, bounds: Bounds, resolution: int, **place: Any) -> "SlabSpec":
-        """A grid in the bounds of a field or generator: the whole cube, or what `crop` and the other fields leave of it."""
-        return cls(**{"resolution": resolution, "crop": (0.0,) * 6, "box_warp": bounds.side, "centre": bounds.centre, **place})
+        """A grid in the bounds of a field or generator: the whole cube, or what `crop` and the other fields
+        leave of it.
+        """
+        return cls(
+            **{
+                "resolution": resolution,
+                "crop": (0.0,) * 6,
+                "box_warp": bounds.side,
+                "centre": bounds.centre,
+                **place,
+            }
+        )
 
     @property
     def index_ranges(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """(start, stop) indices into the whole cube for x, y and z; stop is exclusive."""
         trimmed = [int(fraction * self.resolution) for fraction in self.crop]
-        x, y, z = ((low, self.resolution - high) for low, high in zip(trimmed[::2], trimmed[1::2], strict=True))
+        x, y, z = (
+            (low, self.resolution - high) for low, high in zip(trimmed[::2], trimmed[1::2], strict=True)
+        )
         return x, y, z
 
     @property
@@ -103,7 +138,10 @@ class SlabSpec:
         Raises: ValueError for a skewed lattice, whose coordinates do not depend on one index each.
         """
         if self.lattice != "straight":
-            raise ValueError(f"SlabSpec.axes: expected a straight lattice, got {self.lattice!r}. Use points(), or lattice='straight'.")
+            raise ValueError(
+                f"SlabSpec.axes: expected a straight lattice, got {self.lattice!r}. Use points(), or"
+                " lattice='straight'."
+            )
         last = self.resolution - 1
         x, y, z = (
             ((torch.arange(start, stop, dtype=torch.float64) / last - 0.5) * self.box_warp + middle).float()
@@ -126,7 +164,9 @@ class SlabSpec:
         return index * self.voxel - self.box_warp / 2 + torch.tensor(self.centre)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, one per field; lattice and centre are named where they are not the usual ones."""
+        """Plain JSON values, one per field; lattice and centre are named where they are not
+        the usual ones.
+        """
         values = {**asdict(self), "crop": list(self.crop), "centre": list(self.centre)}
         for name in _LATER:  # descriptions and digests stay as they were before there was a choice
             if getattr(self, name) == getattr(type(self), name):
@@ -137,13 +177,16 @@ class SlabSpec:
     def from_dict(cls, values: Mapping[str, Any]) -> "SlabSpec":
         """The spec that `to_dict` wrote.
 
-        Raises: ValueError when a field is missing, unknown or out of range: a slab that only nearly is the one that the reward was trained
-        on would be scored without complaint.
+        Raises: ValueError when a field is missing, unknown or out of range: a slab that only nearly is the
+        one that the reward was trained on would be scored without complaint.
         """
         names = {field.name for field in fields(cls)}
         if not isinstance(values, Mapping) or set(values) | _LATER != names:
             got = sorted(values) if isinstance(values, Mapping) else type(values).__name__
-            raise ValueError(f"SlabSpec.from_dict: expected the fields {sorted(names)}, got {got}. Pass what SlabSpec.to_dict() gave.")
+            raise ValueError(
+                f"SlabSpec.from_dict: expected the fields {sorted(names)}, got {got}. Pass what"
+                " SlabSpec.to_dict() gave."
+            )
         return cls(**values)
 
     def digest(self) -> str:

@@ -1,10 +1,13 @@
-"""How far can a reward be trusted, before any tuning? The best of n latents by the reward, and what a judge thinks of it.
+"""How far can a reward be trusted, before any tuning? The best of n latents by the reward, and what a judge
+thinks of it.
 
-The more samples a reward chooses among, the more it chooses by its mistakes: the judge's mean rises, flattens, and falls (Gao et al. 2022,
-arXiv 2210.10760). Choosing the best of n moves the samples by KL = log n - (n - 1) / n nats. With d = sqrt(KL) the gain by the other
-measure follows d (alpha - beta d), which peaks at d* = alpha / (2 beta).
+The more samples a reward chooses among, the more it chooses by its mistakes: the judge's mean rises,
+flattens, and falls (Gao et al. 2022, arXiv 2210.10760). Choosing the best of n moves the samples by KL = log
+n - (n - 1) / n nats. With d = sqrt(KL) the gain by the other measure follows d (alpha - beta d), which peaks
+at d* = alpha / (2 beta).
 
-Letters: N latents, T numbers n to choose among, B resamples, A arms: single rewards, an ensemble's members, and its aggregates.
+Letters: N latents, T numbers n to choose among, B resamples, A arms: single rewards, an ensemble's members,
+and its aggregates.
 """
 
 import json
@@ -35,27 +38,34 @@ from eg3d_rlhf.tuning.gan.phase import CUTOFF
 from eg3d_rlhf.tuning.gan.watch import utilities
 from training.progress import tqdm
 
-# The maths: exact expectations of the best of n by one measure, valued by another, their intervals, and the law that they follow.
+# The maths: exact expectations of the best of n by one measure, valued by another, their intervals, and the
+# law that they follow.
 
 
 def chances(total: int, n: int) -> np.ndarray:
-    """Chance of the i-th of `total` in ascending order to be the best of n drawn without replacement: C(i - 1, n - 1) / C(N, n), [N]."""
+    """Chance of the i-th of `total` in ascending order to be the best of n drawn without replacement:
+    C(i - 1, n - 1) / C(N, n), [N].
+    """
     i = np.arange(total, 1, -1)
     falling = np.cumprod(np.clip((i - n) / (i - 1), 0, None))  # from the i-th to the one below it
     return n / total * np.concatenate([[1.0], falling])[::-1]
 
 
 def best_of(reward: np.ndarray, judge: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
-    """Expected judge's value of the best of n by the reward, for every n: exact over all subsets of the latents.
+    """Expected judge's value of the best of n by the reward, for every n: exact over all subsets of the
+    latents.
 
-    Args: reward, judge [N]; numbers: each 1 to N. Returns: [T]; n = 1 gives the judge's mean, n = N the value of the top latent.
+    Args: reward, judge [N]; numbers: each 1 to N. Returns: [T]; n = 1 gives the judge's mean, n = N the value
+        of the top latent.
     """
     ranked = by_rank(reward, judge)[1]
     return np.array([chances(len(ranked), n) @ ranked for n in numbers])
 
 
 def by_rank(reward: np.ndarray, judge: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Latents in ascending order of reward [N], and their judge's values in that order, those of equal rewards averaged."""
+    """Latents in ascending order of reward [N], and their judge's values in that order, those of equal
+    rewards averaged.
+    """
     _, place, count = np.unique(reward, return_inverse=True, return_counts=True)
     return np.argsort(reward, kind="stable"), np.repeat(np.bincount(place, judge) / count, count)
 
@@ -78,18 +88,25 @@ def peak(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
 
 def number_at(distance: float) -> float:
     """The n whose best lies at this distance sqrt(KL)."""
-    x = brentq(lambda log_n: log_n - 1 + np.exp(-log_n) - distance**2, 0, distance**2 + 2) if distance > 0 else 0.0
+    x = (
+        brentq(lambda log_n: log_n - 1 + np.exp(-log_n) - distance**2, 0, distance**2 + 2)
+        if distance > 0
+        else 0.0
+    )
     return float(np.exp(x))
 
 
-def resampled(reward: np.ndarray, judge: np.ndarray, numbers: Sequence[int], counts: np.ndarray) -> np.ndarray:
+def resampled(
+    reward: np.ndarray, judge: np.ndarray, numbers: Sequence[int], counts: np.ndarray
+) -> np.ndarray:
     """`best_of` over resamples of the latents: counts [B, N], how often each latent was drawn -> [B, T]."""
     order, ranked = by_rank(reward, judge)
     table = np.stack([chances(len(ranked), n) for n in numbers])  # [T, N]
     return np.stack([table @ np.repeat(ranked, drawn[order]) for drawn in counts])
 
 
-SCORES, CURVES = "scores", "best-of-n"
+SCORES = "scores"
+CURVES = "best-of-n"
 TITLE = "How far can a reward be trusted?"
 RESAMPLES = 1000
 INTERVAL = f"95 % percentile bootstrap over latents, {RESAMPLES:,} resamples, the same for all arms"
@@ -110,7 +127,9 @@ class Trial:
 
     def __post_init__(self) -> None:
         if self.most > self.n:
-            raise ValueError(f"--most: expected at most --n={self.n}, got {self.most}. Lower it, or raise --n.")
+            raise ValueError(
+                f"--most: expected at most --n={self.n}, got {self.most}. Lower it, or raise --n."
+            )
 
     @property
     def numbers(self) -> list[int]:
@@ -124,17 +143,25 @@ class Trial:
 
     def networks(self) -> dict[str, str]:
         judge = {} if self.judge is None else {"judge": self.judge[1]}
-        return {"generator": self.generator.hash, **{name: digest for name, (_, digest) in self.rewards.items()}, **judge}
+        return {
+            "generator": self.generator.hash,
+            **{name: digest for name, (_, digest) in self.rewards.items()},
+            **judge,
+        }
 
     def facts(self) -> Facts:
-        return Facts(n=self.n, seeds=seed_range(self.seeds), psi=self.psi, networks=self.networks(), interval=INTERVAL)
+        return Facts(
+            n=self.n, seeds=seed_range(self.seeds), psi=self.psi, networks=self.networks(), interval=INTERVAL
+        )
 
 
 Joined = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # members' scores by name -> scores of an arm [N]
 
 
 def arms(trial: Trial) -> tuple[dict[str, Reward], dict[str, Joined]]:
-    """What is scored by itself (single rewards, members, averages of weights), and what follows from those scores (aggregates)."""
+    """What is scored by itself (single rewards, members, averages of weights), and what follows from those
+    scores (aggregates).
+    """
     single: dict[str, Reward] = {}
     joined: dict[str, Joined] = {}
     for name, (reward, _) in trial.rewards.items():
@@ -146,7 +173,9 @@ def arms(trial: Trial) -> tuple[dict[str, Reward], dict[str, Joined]]:
         names = [f"{before}member {i + 1}" for i in range(len(network.members))]
         single.update(zip(names, reward.members(), strict=True))
         if reward.provenance.get("start"):
-            single[f"{before}{AVERAGE}"] = Reward(reward.observation, average_weights(network.members), reward.provenance)
+            single[f"{before}{AVERAGE}"] = Reward(
+                reward.observation, average_weights(network.members), reward.provenance
+            )
         standard = network.standard
         if standard is None:  # a mean of raw scores
             seen = untuned(trial.generator.generator, reward.observation, trial.psi, CUTOFF, trial.batch)
@@ -166,13 +195,17 @@ def _join(ensemble: RewardEnsemble, names: Sequence[str], scores: Mapping[str, n
 @torch.no_grad()
 def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
     """Every latent's scores by all single arms, and the judge's value, in one pass."""
-    generator, (single, _) = trial.generator.generator, arms(trial)
+    generator = trial.generator.generator
+    single, _ = arms(trial)
     scores: dict[str, list[float]] = {name: [] for name in single}
     judged: list[float] = []
     ws = ws_of_seeds(generator, trial.seeds, truncation_psi=trial.psi, truncation_cutoff=CUTOFF)
-    with tqdm(total=trial.n, desc="latents", unit="latent", disable=quiet, leave=False, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=trial.n, desc="latents", unit="latent", disable=quiet, leave=False, dynamic_ncols=True
+    ) as bar:
         for start, part in zip(range(0, trial.n, trial.batch), ws.split(trial.batch), strict=True):
-            field, seen = generator.field(part), dict[Observation, torch.Tensor]()
+            field = generator.field(part)
+            seen = dict[Observation, torch.Tensor]()
             for name, reward in (*single.items(), *([("", trial.judge[0])] if trial.judge else [])):
                 kind = reward.observation
                 if kind not in seen:
@@ -182,7 +215,10 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
                 judged += utilities(generator, trial.seeds[start : start + len(part)], trial.psi).tolist()
             bar.update(len(part))
     columns = {**scores, "judge": judged}
-    rows = [{"seed": seed, **{name: column[i] for name, column in columns.items()}} for i, seed in enumerate(trial.seeds)]
+    rows = [
+        {"seed": seed, **{name: column[i] for name, column in columns.items()}}
+        for i, seed in enumerate(trial.seeds)
+    ]
     return Finding(facts=trial.facts(), data={"scores": scores, "judge": judged}, rows=rows)
 
 
@@ -191,26 +227,51 @@ def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
     single, joined = arms(trial)
     known = {name: np.asarray(values) for name, values in scores.data["scores"].items()}
     values = {**known, **{name: join(known) for name, join in joined.items()}}
-    judge, numbers = np.asarray(scores.data["judge"]), trial.numbers
-    deviation, distance = float(judge.std()) or 1.0, np.sqrt(divergence_of(numbers))
+    judge = np.asarray(scores.data["judge"])
+    numbers = trial.numbers
+    deviation = float(judge.std()) or 1.0
+    distance = np.sqrt(divergence_of(numbers))
     random = np.random.default_rng(0)
-    counts = np.stack([np.bincount(random.integers(trial.n, size=trial.n), minlength=trial.n) for _ in range(RESAMPLES)])
-    found, last, rows = {}, {}, []
+    counts = np.stack(
+        [np.bincount(random.integers(trial.n, size=trial.n), minlength=trial.n) for _ in range(RESAMPLES)]
+    )
+    found = {}
+    last = {}
+    rows = []
     for name, reward in values.items():
         exact = best_of(reward, judge, numbers)
         draws = resampled(reward, judge, numbers, counts)
-        gain, gains = (exact - exact[0]) / deviation, (draws - draws[:, :1]) / deviation
-        (alpha, beta), fits = fit(distance, gain), fit(distance, gains)
+        gain = (exact - exact[0]) / deviation
+        gains = (draws - draws[:, :1]) / deviation
+        alpha, beta = fit(distance, gain)
+        fits = fit(distance, gains)
         own = (best_of(reward, reward, numbers) - reward.mean()) / (float(reward.std()) or 1.0)
         low, high = np.quantile(gains, [0.025, 0.975], axis=0)
-        steps = [dict(zip(("mean", "lo", "hi"), map(float, step), strict=True)) for step in zip(gain, low, high, strict=True)]
+        steps = [
+            dict(zip(("mean", "lo", "hi"), map(float, step), strict=True))
+            for step in zip(gain, low, high, strict=True)
+        ]
         found[name] = {
-            "steps": steps, "reward": own.tolist(), "fit": [float(alpha), float(beta)], "joined": name in joined,
-            "peak": [_finite(v) for v in (peak(alpha, beta), *np.quantile(peak(*fits.T), [0.025, 0.975], method="nearest"))],
-        }  # fmt: skip
+            "steps": steps,
+            "reward": own.tolist(),
+            "fit": [float(alpha), float(beta)],
+            "joined": name in joined,
+            "peak": [
+                _finite(v)
+                for v in (peak(alpha, beta), *np.quantile(peak(*fits.T), [0.025, 0.975], method="nearest"))
+            ],
+        }
         last[name] = gain[-1], gains[:, -1]
-        rows += [{"arm": name, "n": n, "judge": float(exact[t]), **steps[t], "reward": float(own[t])} for t, n in enumerate(numbers)]
-    data = {"numbers": numbers, "kl": divergence_of(numbers).tolist(), "arms": found, "against": _against(last, single, joined)}
+        rows += [
+            {"arm": name, "n": n, "judge": float(exact[t]), **steps[t], "reward": float(own[t])}
+            for t, n in enumerate(numbers)
+        ]
+    data = {
+        "numbers": numbers,
+        "kl": divergence_of(numbers).tolist(),
+        "arms": found,
+        "against": _against(last, single, joined),
+    }
     return Finding(facts=trial.facts(), data=data, rows=rows, says=_says(trial, data))
 
 
@@ -220,7 +281,9 @@ def _finite(value: float) -> float | None:
 
 
 def _against(last: Mapping[str, tuple[float, np.ndarray]], single: Mapping, joined: Mapping) -> list[dict]:
-    """What each aggregate's last gain is above that of the best member, which the judge itself has picked, and of the mean member."""
+    """What each aggregate's last gain is above that of the best member, which the judge itself has picked,
+    and of the mean member.
+    """
     rows = []
     for name in joined if single else ():
         before = name.rpartition(": ")[0]
@@ -228,40 +291,76 @@ def _against(last: Mapping[str, tuple[float, np.ndarray]], single: Mapping, join
         best = max(members, key=lambda member: last[member][0])
         for title, others in (("best member", [best]), ("mean member", members)):
             value = last[name][0] - np.mean([last[member][0] for member in others])
-            low, high = np.quantile(last[name][1] - np.mean([last[member][1] for member in others], axis=0), [0.025, 0.975])
-            rows.append({"arm": name, "against": title, "mean": float(value), "lo": float(low), "hi": float(high)})
+            low, high = np.quantile(
+                last[name][1] - np.mean([last[member][1] for member in others], axis=0), [0.025, 0.975]
+            )
+            rows.append(
+                {"arm": name, "against": title, "mean": float(value), "lo": float(low), "hi": float(high)}
+            )
     return rows
 
 
 def _says(trial: Trial, data: Mapping) -> list[str]:
-    most, says = data["numbers"][-1], []
+    most = data["numbers"][-1]
+    says = []
     reach = np.sqrt(data["kl"][-1])
     for name, arm in data["arms"].items():
-        end, (at, low, high) = arm["steps"][-1], arm["peak"]
+        end = arm["steps"][-1]
+        at, low, high = arm["peak"]
         if at is None or at > reach:
             where = f"no peak up to n = {most}"
         else:
             ends = [f"{v:.2f}" if v is not None else "none" for v in (low, high)]
             where = f"peak of the fit at d = {at:.2f} [{ends[0]}, {ends[1]}], n = {number_at(at):.0f}"
         gain = span(end["mean"], end["lo"], end["hi"], "+.2f")
-        says.append(f"{name}: the best of {most} is {gain} of the judge's deviations better than a mean latent; {where}.")
+        says.append(
+            f"{name}: the best of {most} is {gain} of the judge's deviations better than a mean latent;"
+            f" {where}."
+        )
     for row in data["against"]:
         if row["against"] == "best member" and not row["lo"] <= 0 <= row["hi"]:
-            says.append(f"{row['arm']} is {span(row['mean'], row['lo'], row['hi'], '+.2f')} above the member that the judge likes best.")
-    judge = "the formula whose noisy answers the labels are" if trial.judge is None else "another reward, with mistakes of its own"
-    return [*says, f"The judge is {judge}. Choosing is milder than tuning: a reward that fails here will fail there, not the other way."]
+            says.append(
+                f"{row['arm']} is {span(row['mean'], row['lo'], row['hi'], '+.2f')} above the member that the"
+                " judge likes best."
+            )
+    judge = (
+        "the formula whose noisy answers the labels are"
+        if trial.judge is None
+        else "another reward, with mistakes of its own"
+    )
+    return [
+        *says,
+        (
+            f"The judge is {judge}. Choosing is milder than tuning: a reward that fails here will fail there,"
+            " not the other way."
+        ),
+    ]
 
 
 def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Job]]:
     """The scores, which take the time, and a function from them to the curves."""
     judge = "annotator" if trial.judge is None else "reward"
-    inputs = {"networks": trial.networks(), "psi": trial.psi, "seed": trial.seed, "n": trial.n, "judge": judge}
-    first = Job(key=SCORES, title="Scores of single latents", compute=partial(score, trial, quiet=quiet), inputs=inputs)
+    inputs = {
+        "networks": trial.networks(),
+        "psi": trial.psi,
+        "seed": trial.seed,
+        "n": trial.n,
+        "judge": judge,
+    }
+    first = Job(
+        key=SCORES,
+        title="Scores of single latents",
+        compute=partial(score, trial, quiet=quiet),
+        inputs=inputs,
+    )
 
     def second(scores: Finding) -> Job:
         return Job(
-            key=CURVES, title="Best of n: the judge's value of what the reward chooses", compute=partial(curves, trial, scores),
-            plots={"judge": plot_judge, "reward": plot_reward, "peaks": plot_peaks}, inputs={**inputs, "most": trial.most},
+            key=CURVES,
+            title="Best of n: the judge's value of what the reward chooses",
+            compute=partial(curves, trial, scores),
+            plots={"judge": plot_judge, "reward": plot_reward, "peaks": plot_peaks},
+            inputs={**inputs, "most": trial.most},
         )
 
     return first, second
@@ -269,55 +368,106 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
 
 def _colours(data: Mapping) -> dict[str, str]:
     shown = [name for name, arm in data["arms"].items() if "member" not in name]
-    return {name: style.CYCLE[shown.index(name) % len(style.CYCLE)] if name in shown else style.colour("noise") for name in data["arms"]}
+    return {
+        name: style.CYCLE[shown.index(name) % len(style.CYCLE)] if name in shown else style.colour("noise")
+        for name in data["arms"]
+    }
 
 
 KL = "KL = log n - (n - 1)/n (nats)"
 
 
-@style.plot("small", size=(9.4, 4.4), xlabel=KL, ylabel="judge's gain (deviations)", title="What the judge thinks")
+@style.plot(
+    "small", size=(9.4, 4.4), xlabel=KL, ylabel="judge's gain (deviations)", title="What the judge thinks"
+)
 def plot_judge(axes, data: dict):
     """The judge's gain over KL: points, and the fits; the interval where one arm is shown."""
     alone = len(data["arms"]) == 1
-    kl, colours = np.asarray(data["kl"]), _colours(data)
+    kl = np.asarray(data["kl"])
+    colours = _colours(data)
     fine = np.linspace(0, kl[-1], 200)
     for name, arm in data["arms"].items():
         if "member" in name:
-            axes.plot(kl, [step["mean"] for step in arm["steps"]], "-", color=colours[name], linewidth=0.8, label=name)
+            axes.plot(
+                kl,
+                [step["mean"] for step in arm["steps"]],
+                "-",
+                color=colours[name],
+                linewidth=0.8,
+                label=name,
+            )
             continue
         if alone:
             style.band(axes, data["kl"], arm["steps"], colours[name], name, markersize=3, linewidth=0)
         else:  # bands would hide each other; the intervals at the largest n stand in plot_peaks
-            axes.plot(kl, [step["mean"] for step in arm["steps"]], "o", color=colours[name], label=name, markersize=3)
-        axes.plot(fine, np.sqrt(fine) * (arm["fit"][0] - arm["fit"][1] * np.sqrt(fine)), color=colours[name], linewidth=1)
+            axes.plot(
+                kl,
+                [step["mean"] for step in arm["steps"]],
+                "o",
+                color=colours[name],
+                label=name,
+                markersize=3,
+            )
+        axes.plot(
+            fine,
+            np.sqrt(fine) * (arm["fit"][0] - arm["fit"][1] * np.sqrt(fine)),
+            color=colours[name],
+            linewidth=1,
+        )
 
 
-@style.plot("small", size=(9.4, 3.4), xlabel=KL, ylabel="own gain (deviations)", title="What the reward thinks of its own choice")
+@style.plot(
+    "small",
+    size=(9.4, 3.4),
+    xlabel=KL,
+    ylabel="own gain (deviations)",
+    title="What the reward thinks of its own choice",
+)
 def plot_reward(axes, data: dict):
     """Every arm's own gain over KL."""
     for name, ink in _colours(data).items():
-        axes.plot(data["kl"], data["arms"][name]["reward"], color=ink, label=name, linewidth=0.8 if "member" in name else 1.5)
+        axes.plot(
+            data["kl"],
+            data["arms"][name]["reward"],
+            color=ink,
+            label=name,
+            linewidth=0.8 if "member" in name else 1.5,
+        )
 
 
 def plot_peaks(data: dict):
     """Where each fit peaks, and the judge's gain at the largest n."""
-    names, colours = list(data["arms"]), _colours(data)
+    names = list(data["arms"])
+    colours = _colours(data)
     drawn, (left, right) = style.figure(columns=2, size=(9.4, 0.32 * len(names) + 1.2))
     reach = float(np.sqrt(data["kl"][-1]))
     for i, name in enumerate(names):
         arm = data["arms"][name]
         at, low, high = (2 * reach if v is None else min(v, 2 * reach) for v in arm["peak"])
-        left.errorbar([at], [i], xerr=[[max(at - low, 0)], [max(high - at, 0)]], fmt="o", capsize=3, markersize=4, color=colours[name])
+        left.errorbar(
+            [at],
+            [i],
+            xerr=[[max(at - low, 0)], [max(high - at, 0)]],
+            fmt="o",
+            capsize=3,
+            markersize=4,
+            color=colours[name],
+        )
         end = arm["steps"][-1]
-        right.errorbar([end["mean"]], [i], xerr=style.errors(end), fmt="o", capsize=3, markersize=4, color=colours[name])
+        right.errorbar(
+            [end["mean"]], [i], xerr=style.errors(end), fmt="o", capsize=3, markersize=4, color=colours[name]
+        )
     left.axvline(reach, color=style.colour("noise"), linestyle="--", linewidth=1)
-    left.set(title=f"Peak of the fit (dashed: n = {data['numbers'][-1]})", xlabel="d = sqrt(KL); right edge: none", xlim=(0, 2.05 * reach))
+    left.set(
+        title=f"Peak of the fit (dashed: n = {data['numbers'][-1]})",
+        xlabel="d = sqrt(KL); right edge: none",
+        xlim=(0, 2.05 * reach),
+    )
     right.set(title=f"Judge's gain at n = {data['numbers'][-1]}", xlabel="deviations")
     for axis, shown in ((left, names), (right, [""] * len(names))):
         axis.set_yticks(range(len(names)), shown)
         axis.invert_yaxis()
     return drawn
-
 
 
 def trial_of(before, rewards, reward_watch, data, device, **sampling) -> Trial:
@@ -326,7 +476,9 @@ def trial_of(before, rewards, reward_watch, data, device, **sampling) -> Trial:
     with naming("--before"):
         generator = load_generator(before, where)
     paths = dict.fromkeys(rewards or [bundled.REWARD])
-    names = {path: path.parent.name if path.stem == "reward" and len(paths) > 1 else path.stem for path in paths}
+    names = {
+        path: path.parent.name if path.stem == "reward" and len(paths) > 1 else path.stem for path in paths
+    }
     if len(set(names.values())) < len(names):
         names = {path: str(path) for path in paths}
 
@@ -340,37 +492,80 @@ def trial_of(before, rewards, reward_watch, data, device, **sampling) -> Trial:
         return reward, file_hash(path)
 
     if reward_watch is None and not judged_by_annotator(generator, data):
-        raise ValueError("--reward-watch: expected a reward as the judge, got none; the annotator judges synthetic heads alone. Name one.")
+        raise ValueError(
+            "--reward-watch: expected a reward as the judge, got none; the annotator judges synthetic heads"
+            " alone. Name one."
+        )
     judge = None if reward_watch is None else load(reward_watch, "--reward-watch")
     loaded = {names[path]: load(path, "--reward-ckpt") for path in paths}
-    if judge is not None and any(digest == judge[1] or judge[0].is_member_of(one) for one, digest in loaded.values()):
-        raise ValueError("--reward-watch: expected a reward that is not on trial, got one that is. Train one on other labels.")
+    if judge is not None and any(
+        digest == judge[1] or judge[0].is_member_of(one) for one, digest in loaded.values()
+    ):
+        raise ValueError(
+            "--reward-watch: expected a reward that is not on trial, got one that is. Train one on other"
+            " labels."
+        )
     return Trial(generator=generator, rewards=loaded, judge=judge, **sampling)
 
 
 @click.command(cls=GroupedCommand)
-@shared("before reward-ckpt reward-watch n", before="Generator, untuned.", n={"default": 4096, "help": "Latents that are scored."},
-              reward_ckpt={"multiple": True, "default": (), "show_default": "the bundled one",
-                           "help": "Reward or ensemble on trial, or a kind that learns nothing, as soundness; may be given again."},
-              reward_watch={"show_default": "the annotator, for synthetic heads", "help": "Second reward as the judge."})
-@option("--most", group="Samples", metavar="INT", type=click.IntRange(min=2), default=512, help="Largest number to choose among.")
-@shared("out device dry-run", "data psi seed batch", out={"default": "runs/reports/best-of-n"}, psi={"default": 1.0},
-        data="What the generator was trained on; else the run's own.")
+@shared(
+    "before reward-ckpt reward-watch n",
+    before="Generator, untuned.",
+    n={"default": 4096, "help": "Latents that are scored."},
+    reward_ckpt={
+        "multiple": True,
+        "default": (),
+        "show_default": "the bundled one",
+        "help": (
+            "Reward or ensemble on trial, or a kind that learns nothing, as soundness; may be given again."
+        ),
+    },
+    reward_watch={
+        "show_default": "the annotator, for synthetic heads",
+        "help": "Second reward as the judge.",
+    },
+)
+@option(
+    "--most",
+    group="Samples",
+    metavar="INT",
+    type=click.IntRange(min=2),
+    default=512,
+    help="Largest number to choose among.",
+)
+@shared(
+    "out device dry-run",
+    "data psi seed batch",
+    out={"default": "runs/reports/best-of-n"},
+    psi={"default": 1.0},
+    data="What the generator was trained on; else the run's own.",
+)
 def main(before, reward_ckpt, reward_watch, data, out, device, dry_run, **sampling) -> None:
-    """How far can a reward be trusted, before any tuning? Lets rewards choose the best of n latents, and a judge say what that is worth.
+    """How far can a reward be trusted, before any tuning? Lets rewards choose the best of n latents, and a
+    judge say what that is worth.
 
-    A curve that falls before the largest n shows where the reward's mistakes take over. Of an ensemble, its members and all its aggregates
-    are compared. The judge is the annotator without noise for synthetic heads, else the reward that --reward-watch names.
+    A curve that falls before the largest n shows where the reward's mistakes take over. Of an ensemble, its
+    members and all its aggregates are compared. The judge is the annotator without noise for synthetic heads,
+    else the reward that --reward-watch names.
 
     \b
     Example:
-        eg3d-rlhf reward best-of-n --reward-ckpt=assets/reward.safetensors --n=256 --most=32 --out=runs/example/best-of-n
+        eg3d-rlhf reward best-of-n --reward-ckpt=assets/reward.safetensors --n=256 --most=32 --out=runs/best
     """
     trial = trial_of(before, reward_ckpt, reward_watch, data, device, **sampling)
     if dry_run:
         single, joined = arms(trial)
-        known = {"networks": trial.networks(), "judge": "annotator" if trial.judge is None else "reward", "arms": [*single, *joined]}
-        click.echo(json.dumps({**known, "numbers": trial.numbers, **sampling, "device": device, "out": str(out)}, indent=1))
+        known = {
+            "networks": trial.networks(),
+            "judge": "annotator" if trial.judge is None else "reward",
+            "arms": [*single, *joined],
+        }
+        click.echo(
+            json.dumps(
+                {**known, "numbers": trial.numbers, **sampling, "device": device, "out": str(out)}, indent=1
+            )
+        )
         return
     first, second = jobs(trial)
     scores = pages.run([first], out)[SCORES]
@@ -378,10 +573,10 @@ def main(before, reward_ckpt, reward_watch, data, out, device, dry_run, **sampli
     findings = pages.run([last], out, quiet=True)
     finding = findings[CURVES]
     introduction = (
-        f"{trial.n:,} latents of {trial.generator.path.name}, untuned; nothing was trained on them. Each point is the exact mean, over all "
-        "ways to draw n of them, of the judge's value of the one that the reward likes best."
+        f"{trial.n:,} latents of {trial.generator.path.name}, untuned; nothing was trained on them. Each"
+        " point is the exact mean, over all ways to draw n of them, of the judge's value of the one that the"
+        " reward likes best."
     )
     page = write_page(out / "index.html", TITLE, introduction, [last], findings, finding.says)
     click.echo("\n".join(finding.says))
     click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), figures/, data/")
-

@@ -1,7 +1,8 @@
 """A census of assets: how many meshes of each generator are solids, and which are the worst.
 
-Every file is measured (eg3d_rlhf/measures/meshes) by one of several processes, which get one file at a time: memory does not grow with the
-folder. A file that cannot be measured is a row with the reason. docs/guides/check-assets.md is the manual.
+Every file is measured (eg3d_rlhf/measures/meshes) by one of several processes, which get one file at a time:
+memory does not grow with the folder. A file that cannot be measured is a row with the reason.
+docs/guides/check-assets.md is the manual.
 """
 
 import contextlib
@@ -33,7 +34,9 @@ from training.progress import tqdm
 WORST = 24  # meshes that are drawn
 ENDED = "expected a mesh that can be measured with bounded memory and time, got one that takes more"
 _ROOT = Path(__file__).resolve().parents[2]
-HIDDEN, WALL = 0.01, 0.01  # at most so much of the area hidden; at least so thick a wall, in longest edges
+# at most so much of the area hidden; at least so thick a wall, in longest edges
+HIDDEN = 0.01
+WALL = 0.01
 DEMANDS: dict[str, Callable[[dict], bool]] = {  # what a solid is asked for; a share of each is reported
     "closed": lambda row: row["closed"],
     "manifold": lambda row: row["manifold"],
@@ -44,19 +47,35 @@ DEMANDS: dict[str, Callable[[dict], bool]] = {  # what a solid is asked for; a s
     "stands": lambda row: row["stands"] == "stands",
     "no crossing": lambda row: row["crossing"] == 0,
 }
-MEDIANS = ("faces", "parts", "open_length", "hidden", "buried", "thick_p01", "thick_median", "crossing", "tip", "bend", "solidity")
+MEDIANS = (
+    "faces",
+    "parts",
+    "open_length",
+    "hidden",
+    "buried",
+    "thick_p01",
+    "thick_median",
+    "crossing",
+    "tip",
+    "bend",
+    "solidity",
+)
 
 
 def found_files(folder: Path) -> list[Path]:
     """Mesh files of a folder and those below it, sorted. Raises: ValueError where there is none."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
-        raise ValueError(f"{folder}: expected {', '.join(SUFFIXES)} files in it or below, got none. Check the path.")
+        raise ValueError(
+            f"{folder}: expected {', '.join(SUFFIXES)} files in it or below, got none. Check the path."
+        )
     return files
 
 
 def generator_of(path: Path, folder: Path, by: str | None) -> str:
-    """Whose a file is: the first folder below `folder`, or what a regular expression finds in its path there (its first group, if any)."""
+    """Whose a file is: the first folder below `folder`, or what a regular expression finds in its path there
+    (its first group, if any).
+    """
     inner = path.relative_to(folder)
     if by is None:
         return inner.parts[0] if len(inner.parts) > 1 else folder.resolve().name
@@ -75,9 +94,13 @@ class _Worker:
             names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "IGL_NUM_THREADS")
             environment = {**os.environ, "PYTHONPATH": str(_ROOT), **dict.fromkeys(names, "1")}
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "eg3d_rlhf.evaluation.census_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, env=environment, text=True,
-            )  # fmt: skip
+                [sys.executable, "-m", "eg3d_rlhf.evaluation.census_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                text=True,
+            )
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -105,7 +128,8 @@ class _Worker:
 
 def answers(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
     """(place of a request, its answer) as they come, from `jobs` processes."""
-    waiting, done = queue.SimpleQueue[tuple[int, dict]](), queue.SimpleQueue[tuple[int, dict] | BaseException]()
+    waiting = queue.SimpleQueue[tuple[int, dict]]()
+    done = queue.SimpleQueue[tuple[int, dict] | BaseException]()
     for item in enumerate(requests):
         waiting.put(item)
     workers = [_Worker() for _ in range(min(jobs, len(requests)))]
@@ -147,8 +171,17 @@ def shares(rows: Iterable[dict]) -> list[dict]:
         for name, meets in DEMANDS.items():
             count = sum(bool(meets(row)) for row in group)
             interval = wilson_interval(count, len(group))
-            result.append({"generator": generator, "demand": name, "of": len(group), "count": count,
-                           "share": count / len(group), "lo": interval.lo, "hi": interval.hi})  # fmt: skip
+            result.append(
+                {
+                    "generator": generator,
+                    "demand": name,
+                    "of": len(group),
+                    "count": count,
+                    "share": count / len(group),
+                    "lo": interval.lo,
+                    "hi": interval.hi,
+                }
+            )
     return result
 
 
@@ -157,29 +190,52 @@ def _median(values: np.ndarray, drawn: np.ndarray, _columns: np.ndarray) -> floa
 
 
 def medians(rows: Iterable[dict], seed: int = 0) -> list[dict]:
-    """For every generator and measure: the median of those that have one, with a 95 % percentile bootstrap interval over files."""
+    """For every generator and measure: the median of those that have one, with a 95 % percentile bootstrap
+    interval over files.
+    """
     result = []
     for generator, group in _by_generator(rows):
         for name in MEDIANS:
             values = np.array([row[name] for row in group if row[name] is not None], dtype=np.float64)
             if len(values):
                 interval = two_way_interval(partial(_median, values), len(values), 1, seed=seed)
-                result.append({"generator": generator, "measure": name, "of": len(values), "median": float(np.median(values)),
-                               "lo": interval.lo, "hi": interval.hi})  # fmt: skip
+                result.append(
+                    {
+                        "generator": generator,
+                        "measure": name,
+                        "of": len(values),
+                        "median": float(np.median(values)),
+                        "lo": interval.lo,
+                        "hi": interval.hi,
+                    }
+                )
     return result
 
 
 def paired(rows: Iterable[dict]) -> list[dict]:
-    """Generators that have files of the same names: which meets a demand where the other does not, and McNemar's exact test."""
-    groups, result = dict(_by_generator(rows)), []
+    """Generators that have files of the same names: which meets a demand where the other does not, and
+    McNemar's exact test.
+    """
+    groups = dict(_by_generator(rows))
+    result = []
     named = {generator: {Path(row["file"]).stem: row for row in group} for generator, group in groups.items()}
     for a, b in itertools.combinations(sorted(named), 2):
         both = sorted(named[a].keys() & named[b].keys())
         for name, meets in DEMANDS.items() if len(both) > 1 else ():
             first, second = (np.array([bool(meets(named[side][stem])) for stem in both]) for side in (a, b))
-            more, fewer = int((first & ~second).sum()), int((second & ~first).sum())
-            result.append({"first": a, "second": b, "demand": name, "pairs": len(both), "only the first": more, "only the second": fewer,
-                           "p": binomial_test(more, more + fewer)})  # fmt: skip
+            more = int((first & ~second).sum())
+            fewer = int((second & ~first).sum())
+            result.append(
+                {
+                    "first": a,
+                    "second": b,
+                    "demand": name,
+                    "pairs": len(both),
+                    "only the first": more,
+                    "only the second": fewer,
+                    "p": binomial_test(more, more + fewer),
+                }
+            )
     return result
 
 
@@ -193,30 +249,83 @@ def _by_generator(rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
 
 
 def badness(row: dict) -> float:
-    """By how much a mesh is none of a solid: demands that it does not meet, then how open, hidden and crossed it is."""
-    return sum(not meets(row) for meets in DEMANDS.values()) + (min(row["open_length"] / 8, 1) + row["hidden"] + row["crossing"]) / 4
+    """By how much a mesh is none of a solid: demands that it does not meet, then how open, hidden and crossed
+    it is.
+    """
+    return (
+        sum(not meets(row) for meets in DEMANDS.values())
+        + (min(row["open_length"] / 8, 1) + row["hidden"] + row["crossing"]) / 4
+    )
 
 
 @click.command("check-assets", cls=GroupedCommand)
 @click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@option("--by", metavar="REGEX", default=None, show_default="first folder below FOLDER",
-        help="Whose a file is: what this finds in its path below FOLDER, its first group if it has one.")
-@option("--weld", metavar="FLOAT", type=click.FloatRange(0, MOST_TOLERANCE, min_open=True), default=TOLERANCE, group="Measures",
-        help="Corners nearer than this share of the longest edge are one.")
-@option("--up", type=click.Choice(UPS), default="y", group="Measures", help="Axis that points up: y in glTF, z in most STL.")
-@option("--samples", metavar="INT", type=click.IntRange(100), default=MeasureOptions.samples, group="Measures",
-        help="Points on each surface that see what is hidden, buried and thin.")
-@option("--thin", metavar="FLOAT", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=MeasureOptions.thin,
-        group="Measures", help="Walls below this share of the longest edge are thin.")
-@option("--leak", metavar="FLOAT", type=click.FloatRange(0, 0.25), default=MeasureOptions.leak, group="Measures",
-        help="Hollows behind holes that a ball of this radius does not pass are inner ones, in longest edges.")
-@option("--hull-mass", is_flag=True, group="Measures", help="Stand by the convex hull's centre of mass, as DSO does.")
+@option(
+    "--by",
+    metavar="REGEX",
+    default=None,
+    show_default="first folder below FOLDER",
+    help="Whose a file is: what this finds in its path below FOLDER, its first group if it has one.",
+)
+@option(
+    "--weld",
+    metavar="FLOAT",
+    type=click.FloatRange(0, MOST_TOLERANCE, min_open=True),
+    default=TOLERANCE,
+    group="Measures",
+    help="Corners nearer than this share of the longest edge are one.",
+)
+@option(
+    "--up",
+    type=click.Choice(UPS),
+    default="y",
+    group="Measures",
+    help="Axis that points up: y in glTF, z in most STL.",
+)
+@option(
+    "--samples",
+    metavar="INT",
+    type=click.IntRange(100),
+    default=MeasureOptions.samples,
+    group="Measures",
+    help="Points on each surface that see what is hidden, buried and thin.",
+)
+@option(
+    "--thin",
+    metavar="FLOAT",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=MeasureOptions.thin,
+    group="Measures",
+    help="Walls below this share of the longest edge are thin.",
+)
+@option(
+    "--leak",
+    metavar="FLOAT",
+    type=click.FloatRange(0, 0.25),
+    default=MeasureOptions.leak,
+    group="Measures",
+    help="Hollows behind holes that a ball of this radius does not pass are inner ones, in longest edges.",
+)
+@option(
+    "--hull-mass",
+    is_flag=True,
+    group="Measures",
+    help="Stand by the convex hull's centre of mass, as DSO does.",
+)
 @option("--seed", metavar="INT", type=click.IntRange(0), default=0, group="Measures", help="Of the samples.")
-@option("--jobs", metavar="INT", type=click.IntRange(1), default=None, show_default="cores", help="Processes.")
-@option("--out", metavar="PATH", type=click.Path(path_type=Path, file_okay=False), default=Path("census"),
-        help="Folder for index.html and data/*.csv, *.json.")
+@option(
+    "--jobs", metavar="INT", type=click.IntRange(1), default=None, show_default="cores", help="Processes."
+)
+@option(
+    "--out",
+    metavar="PATH",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("census"),
+    help="Folder for index.html and data/*.csv, *.json.",
+)
 def main(folder: Path, by: str | None, weld: float, up: str, jobs: int | None, out: Path, **options) -> None:
-    """How many meshes (GLB, OBJ, PLY, STL) of each generator in FOLDER are solids: closed, manifold, one body, with walls, standing.
+    """How many meshes (GLB, OBJ, PLY, STL) of each generator in FOLDER are solids: closed, manifold, one
+    body, with walls, standing.
 
     \b
     Example:
@@ -228,7 +337,9 @@ def main(folder: Path, by: str | None, weld: float, up: str, jobs: int | None, o
     except re.error as error:
         raise ValueError(f"--by: expected a regular expression, got {by!r}: {error}. Correct it.") from None
     if out.exists() and any(out.iterdir()) and not (out / "index.html").is_file():
-        raise ValueError(f"--out: expected a new folder, or one of an earlier census, got {out}. Choose another.")
+        raise ValueError(
+            f"--out: expected a new folder, or one of an earlier census, got {out}. Choose another."
+        )
     settings = MeasureOptions(**options)
     with naming("FOLDER"):
         files = found_files(folder)
@@ -236,24 +347,49 @@ def main(folder: Path, by: str | None, weld: float, up: str, jobs: int | None, o
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     rows: list[dict] = [{} for _ in files]
     with tqdm(total=len(files), desc="measured", unit="file", dynamic_ncols=True) as bar:
-        for number, answer in answers([{**request, "do": "measure", "path": str(path)} for path in files], jobs):
+        for number, answer in answers(
+            [{**request, "do": "measure", "path": str(path)} for path in files], jobs
+        ):
             path = files[number]
             name = {"file": path.relative_to(folder).as_posix(), "generator": generator_of(path, folder, by)}
             rows[number] = {**name, "reason": answer.pop("reason", ""), **answer}
             bar.update()
     measured = [row for row in rows if not row["reason"]]
     if not measured:
-        raise ValueError(f"FOLDER: expected a mesh that can be read, got {len(rows)} others; the first: {rows[0]['file']}: "
-                         f"{rows[0]['reason']}. Export GLB, OBJ, PLY or STL.")  # fmt: skip
+        raise ValueError(
+            f"FOLDER: expected a mesh that can be read, got {len(rows)} others; the first: {rows[0]['file']}:"
+            f" {rows[0]['reason']}. Export GLB, OBJ, PLY or STL."
+        )
     worst = sorted(measured, key=lambda row: (-badness(row), row["file"]))[:WORST]
     asked = [{**request, "do": "picture", "path": str(folder / row["file"])} for row in worst]
     pictures = {worst[number]["file"]: answer.get("picture", "") for number, answer in answers(asked, jobs)}
     header = {"weld": weld, "up": up, **asdict(settings), "hidden": HIDDEN, "wall": WALL}
     found = shares(rows)
-    page = write_census(out, folder, header, rows, {"shares": found, "medians": medians(rows), "paired": paired(rows)}, worst, pictures)
-    click.echo(aligned([("generator", "demand", "share", "95 %"), *(
-        (row["generator"], row["demand"], f"{row['count']} of {row['of']}", f"{row['lo']:.0%} to {row['hi']:.0%}") for row in found)
-    ]))  # fmt: skip
+    page = write_census(
+        out,
+        folder,
+        header,
+        rows,
+        {"shares": found, "medians": medians(rows), "paired": paired(rows)},
+        worst,
+        pictures,
+    )
+    click.echo(
+        aligned(
+            [
+                ("generator", "demand", "share", "95 %"),
+                *(
+                    (
+                        row["generator"],
+                        row["demand"],
+                        f"{row['count']} of {row['of']}",
+                        f"{row['lo']:.0%} to {row['hi']:.0%}",
+                    )
+                    for row in found
+                ),
+            ]
+        )
+    )
     refused = [row for row in rows if row["reason"]]
     for row in refused[:5]:
         click.echo(f"not measured: {row['file']}: {row['reason']}")

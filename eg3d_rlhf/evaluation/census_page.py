@@ -1,4 +1,6 @@
-"""The page of a census: shares and medians of each generator, pairs, the worst meshes as pictures, and every file as CSV and JSON."""
+"""The page of a census: shares and medians of each generator, pairs, the worst meshes as pictures, and every
+file as CSV and JSON.
+"""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -17,11 +19,13 @@ def words(header: Mapping) -> str:
     """Tolerance and thresholds, as they stand on top of the page."""
     mass = "its convex hull" if header["hull_mass"] else "the body itself"
     return (
-        f"Lengths are shares of the longest edge of the bounding box. Corners within {header['weld']:g} are welded; {header['up']} is up; "
-        f"{header['samples']:,} points per mesh, {header['rays']} rays each, seed {header['seed']}. Hidden: no ray leaves, on no side; "
-        f"'nothing hidden' allows {header['hidden']:.0%} of the area. 'Thick walls': 99 % of it is at least {header['wall']:g} thick; "
-        f"thin is below {header['thin']:g}; hollows behind holes of radius {header['leak']:g} are inner ones. 'Stands': can be tilted by 3 "
-        f"degrees or more, by the mass of {mass}. 'No crossing': no edge passes through a face that it does not touch."
+        f"Lengths are shares of the longest edge of the bounding box. Corners within {header['weld']:g} are"
+        f" welded; {header['up']} is up; {header['samples']:,} points per mesh, {header['rays']} rays each,"
+        f" seed {header['seed']}. Hidden: no ray leaves, on no side; 'nothing hidden' allows"
+        f" {header['hidden']:.0%} of the area. 'Thick walls': 99 % of it is at least {header['wall']:g}"
+        f" thick; thin is below {header['thin']:g}; hollows behind holes of radius {header['leak']:g} are"
+        f" inner ones. 'Stands': can be tilted by 3 degrees or more, by the mass of {mass}. 'No crossing': no"
+        " edge passes through a face that it does not touch."
     )
 
 
@@ -31,46 +35,88 @@ def _given(finding: Finding, _comparison: object) -> Finding:
 
 
 def write_census(
-    out: Path, folder: Path, header: Mapping, rows: Sequence[dict], tables: Mapping[str, list[dict]], worst: Sequence[dict],
+    out: Path,
+    folder: Path,
+    header: Mapping,
+    rows: Sequence[dict],
+    tables: Mapping[str, list[dict]],
+    worst: Sequence[dict],
     pictures: Mapping[str, str],
 ) -> Path:
     """<out>/index.html and <out>/data/*.json, *.csv.
 
-    Args: header: tolerance and thresholds; rows: of all files; tables: 'shares', 'medians' and 'paired'; worst: rows of the worst meshes,
-        the worst first; pictures: by file, PNG in base64. Returns: the page.
+    Args: header: tolerance and thresholds; rows: of all files; tables: 'shares', 'medians' and 'paired';
+        worst: rows of the worst meshes, the worst first; pictures: by file, PNG in base64. Returns: the page.
     """
-    measured, refused = sum(not row["reason"] for row in rows), [row for row in rows if row["reason"]]
+    measured = sum(not row["reason"] for row in rows)
+    refused = [row for row in rows if row["reason"]]
     facts: dict[str, Any] = {"n": measured, "unit": "meshes"}
     generators = sorted({row["generator"] for row in rows if not row["reason"]})
     findings = {
         "shares": Finding(
-            facts=Facts(**facts, interval="95 % Wilson intervals"), data={"rows": tables["shares"]}, rows=tables["shares"],
-            says=[f"{name}: {_sentence([row for row in tables['shares'] if row['generator'] == name])}" for name in generators],
+            facts=Facts(**facts, interval="95 % Wilson intervals"),
+            data={"rows": tables["shares"]},
+            rows=tables["shares"],
+            says=[
+                f"{name}: {_sentence([row for row in tables['shares'] if row['generator'] == name])}"
+                for name in generators
+            ],
         ),
-        "medians": Finding(facts=Facts(**facts, interval="95 % percentile bootstrap over files"), data={}, rows=tables["medians"]),
+        "medians": Finding(
+            facts=Facts(**facts, interval="95 % percentile bootstrap over files"),
+            data={},
+            rows=tables["medians"],
+        ),
         "paired": Finding(
-            facts=Facts(n=sum(row["pairs"] for row in tables["paired"][::8]), unit="pairs of files of one name", interval="McNemar, exact"),
-            data={}, rows=tables["paired"],
+            facts=Facts(
+                n=sum(row["pairs"] for row in tables["paired"][::8]),
+                unit="pairs of files of one name",
+                interval="McNemar, exact",
+            ),
+            data={},
+            rows=tables["paired"],
         ),
         "files": Finding(
-            facts=Facts(**facts), data={"header": dict(header)}, rows=rows,
-            says=[f"{len(refused)} of {len(rows)} files were not measured." if refused else "All files were measured.",
-                  *(f"{row['file']}: {row['reason']}" for row in refused[:REASONS])],
+            facts=Facts(**facts),
+            data={"header": dict(header)},
+            rows=rows,
+            says=[
+                (
+                    f"{len(refused)} of {len(rows)} files were not measured."
+                    if refused
+                    else "All files were measured."
+                ),
+                *(f"{row['file']}: {row['reason']}" for row in refused[:REASONS]),
+            ],
         ),
-    }  # fmt: skip
-    titles = {"shares": "Shares of solids", "medians": "Medians", "paired": "Same names, side by side", "files": "Files"}
+    }
+    titles = {
+        "shares": "Shares of solids",
+        "medians": "Medians",
+        "paired": "Same names, side by side",
+        "files": "Files",
+    }
     jobs = [
-        Job(key=key, title=titles[key], compute=partial(_given, finding),
-            plots={"shares": plot_shares} if key == "shares" else {})
-        for key, finding in findings.items() if finding.rows
-    ]  # fmt: skip
+        Job(
+            key=key,
+            title=titles[key],
+            compute=partial(_given, finding),
+            plots={"shares": plot_shares} if key == "shares" else {},
+        )
+        for key, finding in findings.items()
+        if finding.rows
+    ]
     pages.run(jobs, out, fresh=True, quiet=True)
     title = f"Census of {folder.resolve().name}: {measured} meshes"
-    return pages.write_page(out / "index.html", title, words(header), jobs, findings, extra=_tiles(worst, pictures))
+    return pages.write_page(
+        out / "index.html", title, words(header), jobs, findings, extra=_tiles(worst, pictures)
+    )
 
 
 def _sentence(rows: Sequence[dict]) -> str:
-    return "; ".join(f"{row['demand']} {row['share']:.0%} ({row['lo']:.0%} to {row['hi']:.0%})" for row in rows)
+    return "; ".join(
+        f"{row['demand']} {row['share']:.0%} ({row['lo']:.0%} to {row['hi']:.0%})" for row in rows
+    )
 
 
 def plot_shares(data: Mapping):
@@ -80,11 +126,27 @@ def plot_shares(data: Mapping):
     drawn, axes = style.figure(size=(9.4, 0.9 + len(demands) * (0.16 + 0.14 * len(generators))))
     for i, generator in enumerate(generators):
         own = [row for row in rows if row["generator"] == generator]
-        places = [demands.index(row["demand"]) + (i - (len(generators) - 1) / 2) * 0.7 / len(generators) for row in own]
+        places = [
+            demands.index(row["demand"]) + (i - (len(generators) - 1) / 2) * 0.7 / len(generators)
+            for row in own
+        ]
         ends = list(zip(*(style.errors(row, "share") for row in own), strict=True))
-        axes.errorbar([row["share"] for row in own], places, xerr=[[end[0] for end in side] for side in ends], fmt="o", capsize=3,
-                      markersize=4, color=style.CYCLE[i % len(style.CYCLE)], label=f"{generator or '-'} ({own[0]['of']})")  # fmt: skip
-    axes.set(xlim=(-0.02, 1.02), xlabel="share of meshes, 95 % Wilson interval", yticks=range(len(demands)), yticklabels=demands)
+        axes.errorbar(
+            [row["share"] for row in own],
+            places,
+            xerr=[[end[0] for end in side] for side in ends],
+            fmt="o",
+            capsize=3,
+            markersize=4,
+            color=style.CYCLE[i % len(style.CYCLE)],
+            label=f"{generator or '-'} ({own[0]['of']})",
+        )
+    axes.set(
+        xlim=(-0.02, 1.02),
+        xlabel="share of meshes, 95 % Wilson interval",
+        yticks=range(len(demands)),
+        yticklabels=demands,
+    )
     axes.invert_yaxis()
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     return drawn
@@ -99,9 +161,23 @@ def _tiles(worst: Sequence[dict], pictures: Mapping[str, str]) -> str:
         facts = [f"{row['faces']:,} triangles", f"{row['parts']} parts"]
         facts += [f"{row['open_edges']:,} open edges"] if row["open_edges"] else []
         facts += [f"{row['nonmanifold_edges']:,} shared edges"] if row["nonmanifold_edges"] else []
-        facts += [f"{row[name]:.1%} {word}" for name, word in (("hidden", "hidden"), ("crossing", "of faces cross")) if row[name] > 0.0005]
+        facts += [
+            f"{row[name]:.1%} {word}"
+            for name, word in (("hidden", "hidden"), ("crossing", "of faces cross"))
+            if row[name] > 0.0005
+        ]
         facts += [f"{row['stands']} ({row['tip']:.0f}°)"]
-        tiles.append(f'<figure style="margin:0"><img alt="{shown}" src="{uri}" style="width:100%;max-width:192px"><figcaption class="soft" '
-                     f'style="overflow-wrap:anywhere"><b>{shown}</b><br>{html.escape(", ".join(facts))}</figcaption></figure>')  # fmt: skip
-    intro = "The most demands unmet come first. Grey is outside, orange is inside: a hole shows what is behind it."
-    return f'<section id="worst"><h2>The worst</h2><p class="soft">{intro}</p><div style="{_TILE}">{"".join(tiles)}</div></section>'
+        tiles.append(
+            f'<figure style="margin:0"><img alt="{shown}" src="{uri}"'
+            ' style="width:100%;max-width:192px"><figcaption class="soft" '
+            f'style="overflow-wrap:anywhere"><b>{shown}</b><br>'
+            f"{html.escape(', '.join(facts))}</figcaption></figure>"
+        )
+    intro = (
+        "The most demands unmet come first. Grey is outside, orange is inside: a hole shows what is"
+        " behind it."
+    )
+    return (
+        f'<section id="worst"><h2>The worst</h2><p class="soft">{intro}</p><div'
+        f' style="{_TILE}">{"".join(tiles)}</div></section>'
+    )

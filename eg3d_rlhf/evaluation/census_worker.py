@@ -1,4 +1,5 @@
-"""Measures and pictures of mesh files, in a process of its own with limits on memory and time: a hostile file ends there, as a row.
+"""Measures and pictures of mesh files, in a process of its own with limits on memory and time: a hostile file
+ends there, as a row.
 
 Example:
     python -m eg3d_rlhf.evaluation.census_worker < requests.jsonl
@@ -17,11 +18,17 @@ from eg3d_rlhf.measures.meshes.clean import CleanMesh, clean_mesh, face_areas
 from eg3d_rlhf.measures.meshes.measure import MeasureOptions, measure_mesh
 from eg3d_rlhf.measures.meshes.space import Space
 
-MAX_BYTES, MAX_TRIANGLES = 512 << 20, 2_000_000  # of a file
-MEMORY, SECONDS = 8 << 30, 600  # address space, of which the libraries take most; processor time of one file
+# of a file
+MAX_BYTES = 512 << 20
+MAX_TRIANGLES = 2_000_000
+# address space, of which the libraries take most; processor time of one file
+MEMORY = 8 << 30
+SECONDS = 600
 SIDE = 192  # pixels of a picture
 _VIEW = np.array([0.55, 0.4, 0.75])  # from where it is drawn, y up
-_FRONT, _BACK = np.array([0.78, 0.80, 0.83]), np.array([0.90, 0.45, 0.10])  # colours of outsides and insides
+# colours of outsides and insides
+_FRONT = np.array([0.78, 0.80, 0.83])
+_BACK = np.array([0.90, 0.45, 0.10])
 
 
 def mesh_of(path: Path, tolerance: float, up: str) -> CleanMesh:
@@ -36,7 +43,9 @@ def mesh_of(path: Path, tolerance: float, up: str) -> CleanMesh:
 
 
 def picture(mesh: CleanMesh, side: int = SIDE) -> np.ndarray:
-    """The mesh from the front and above, uint8 [side, side, 4]: grey outside, orange inside, so that holes and inverted faces show."""
+    """The mesh from the front and above, uint8 [side, side, 4]: grey outside, orange inside, so that holes
+    and inverted faces show.
+    """
     forward = -_VIEW / np.linalg.norm(_VIEW)
     right = np.cross(forward, [0, 1, 0])
     right /= np.linalg.norm(right)
@@ -67,10 +76,15 @@ def answer(request: dict) -> dict:
             out = io.BytesIO()
             Image.fromarray(picture(mesh)).save(out, "PNG")
             return {"picture": base64.b64encode(out.getvalue()).decode()}
-        return {**measure_mesh(mesh, MeasureOptions(**request["options"])), "seconds": round(time.process_time() - began, 3)}
+        return {
+            **measure_mesh(mesh, MeasureOptions(**request["options"])),
+            "seconds": round(time.process_time() - began, 3),
+        }
     except (ValueError, OSError, MemoryError) as error:
         if isinstance(error, MemoryError):
-            return {"reason": "expected a mesh that can be measured with bounded memory, got one that takes more"}
+            return {
+                "reason": "expected a mesh that can be measured with bounded memory, got one that takes more"
+            }
         return {"reason": str(error) or type(error).__name__}
 
 

@@ -1,4 +1,5 @@
-"""What every report compares: a generator before and after tuning, with the control run, the rewards and the latents.
+"""What every report compares: a generator before and after tuning, with the control run, the rewards and the
+latents.
 
 Letters: N latents, L num_ws, W w_dim, D, H, W grid points.
 """
@@ -49,17 +50,22 @@ class Sources(Sampling):
 
     before: Path | None = None  # network file or run folder; the bundled generator
     after: Path | None = None  # the newest snapshot of `run`
-    control: Path | None = None  # the run of `runs_folder` that differs from `run` in lambda_r = 0 alone, if there is one
+    # the run of `runs_folder` that differs from `run` in lambda_r = 0 alone, if there is one
+    control: Path | None = None
     run: Path | None = None  # folder of the tuning run; the newest in `runs_folder` that began from `before`
     reward_ckpt: Path | None = None  # the run's own, or the bundled one
-    reward_watch: Path | None = None  # second reward; the run's own, or the bundled one beside the bundled reward
+    # second reward; the run's own, or the bundled one beside the bundled reward
+    reward_watch: Path | None = None
     data: str | None = None  # the run's own, or bundled.DATA for the bundled generator
     runs_folder: Path = Path("runs")
 
     def __post_init__(self) -> None:
         for flag, wanted, held in (("n", self.n, LATENTS), ("images", self.images, IMAGES)):
             if wanted > held.count:
-                raise ValueError(f"--{flag}: expected at most {held.count:,}, the seeds that are held out, got {wanted:,}. Lower it.")
+                raise ValueError(
+                    f"--{flag}: expected at most {held.count:,}, the seeds that are held out, got {wanted:,}."
+                    " Lower it."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +83,8 @@ class Comparison(Sampling):
     held_out_hash: str = ""
     data: str  # dataset as in train.py --data, '' where none is known
     mirror: bool = False  # whether the run doubled the data by mirroring
-    memory: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # scores that were computed already
+    # scores that were computed already
+    memory: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def synthetic(self) -> bool:
@@ -96,7 +103,9 @@ class Comparison(Sampling):
 
     def networks(self, *roles: str) -> dict[str, str]:
         """Role -> hash, of `roles` or of all generators and the reward."""
-        hashes = {role: generator.hash for role, generator in self.generators().items()} | {"reward": self.reward_hash}
+        hashes = {role: generator.hash for role, generator in self.generators().items()} | {
+            "reward": self.reward_hash
+        }
         if self.held_out is not None:
             hashes["held-out"] = self.held_out_hash
         return {role: hashes[role] for role in roles or hashes if role in hashes}
@@ -118,7 +127,11 @@ class Comparison(Sampling):
         return ws_of_seeds(generator.generator, list(seeds), truncation_psi=self.psi if psi is None else psi)
 
     def fields(
-        self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None, batch: int | None = None
+        self,
+        generator: LoadedGenerator,
+        seeds: Sequence[int],
+        psi: float | None = None,
+        batch: int | None = None,
     ) -> Iterator[Field]:
         """The shapes of seeds, at most `batch` (the comparison's where not given) in a field."""
         for part in self.ws(generator, seeds, psi).split(batch or self.batch):
@@ -133,17 +146,28 @@ class Comparison(Sampling):
             yield self.reward.observation.observe(field)
 
     @torch.no_grad()
-    def scores(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None, held_out: bool = False) -> torch.Tensor:
-        """Scores [N] of seeds on the CPU by the reward, or by the second one; kept, since several parts ask for the same.
+    def scores(
+        self,
+        generator: LoadedGenerator,
+        seeds: Sequence[int],
+        psi: float | None = None,
+        held_out: bool = False,
+    ) -> torch.Tensor:
+        """Scores [N] of seeds on the CPU by the reward, or by the second one; kept, since several parts ask
+        for the same.
 
         Raises: ValueError where the second reward is asked for and there is none.
         """
         if held_out and self.held_out is None:
-            raise ValueError("Comparison.scores: expected a second reward, got none. Name one with --reward-watch.")
+            raise ValueError(
+                "Comparison.scores: expected a second reward, got none. Name one with --reward-watch."
+            )
         case = (generator.hash, tuple(seeds), self.psi if psi is None else psi)
         asked = (self.held_out_hash if held_out else self.reward_hash, *case)
         if asked not in self.memory:
-            rewards = {self.reward_hash: self.reward} | ({} if self.held_out is None else {self.held_out_hash: self.held_out})
+            rewards = {self.reward_hash: self.reward} | (
+                {} if self.held_out is None else {self.held_out_hash: self.held_out}
+            )
             parts_by_reward: dict[str, list[torch.Tensor]] = {digest: [] for digest in rewards}
             for field in self.fields(generator, seeds, psi):
                 seen: dict[Observation, torch.Tensor] = {}  # what both rewards read is observed once
@@ -152,34 +176,77 @@ class Comparison(Sampling):
                     if kind not in seen:
                         seen[kind] = kind.observe(field)
                     parts_by_reward[digest].append(reward.score_observed(seen[kind]).cpu())
-            self.memory.update({(digest, *case): torch.cat(parts) for digest, parts in parts_by_reward.items()})
+            self.memory.update(
+                {(digest, *case): torch.cat(parts) for digest, parts in parts_by_reward.items()}
+            )
         return self.memory[asked]
 
     def facts(self, seeds: Sequence[int], roles: Sequence[str] = (), interval: str = "", **more) -> Facts:
-        stated = {"n": len(seeds), "seeds": seed_range(seeds), "psi": self.psi, "networks": self.networks(*roles), "interval": interval}
+        stated = {
+            "n": len(seeds),
+            "seeds": seed_range(seeds),
+            "psi": self.psi,
+            "networks": self.networks(*roles),
+            "interval": interval,
+        }
         return Facts(**{**stated, **more})
 
     def inputs(self, *roles: str, **more) -> Mapping:
-        """What a job depends on: hashes of `roles` (all where none are named), truncation, seed, device, and `more`."""
-        return {"networks": self.networks(*roles), "psi": self.psi, "seed": self.seed, "device": self.device.type, **more}
+        """What a job depends on: hashes of `roles` (all where none are named), truncation, seed, device, and
+        `more`.
+        """
+        return {
+            "networks": self.networks(*roles),
+            "psi": self.psi,
+            "seed": self.seed,
+            "device": self.device.type,
+            **more,
+        }
 
     def resolved(self) -> dict:
-        files = {role: {"file": str(generator.path), "hash": generator.hash} for role, generator in self.generators().items()}
-        return {**files, "reward": self.reward_hash, "data": self.data, "psi": self.psi, "n": self.n, "batch": self.batch,
-                "seed": self.seed, "device": str(self.device)}
+        files = {
+            role: {"file": str(generator.path), "hash": generator.hash}
+            for role, generator in self.generators().items()
+        }
+        return {
+            **files,
+            "reward": self.reward_hash,
+            "data": self.data,
+            "psi": self.psi,
+            "n": self.n,
+            "batch": self.batch,
+            "seed": self.seed,
+            "device": str(self.device),
+        }
 
     def job(
-        self, key: str, title: str, compute: Callable[["Comparison", Path], Finding], plots: Mapping[str, Callable] | None = None,
-        roles: Sequence[str] = (), version: int = 1, **more,
+        self,
+        key: str,
+        title: str,
+        compute: Callable[["Comparison", Path], Finding],
+        plots: Mapping[str, Callable] | None = None,
+        roles: Sequence[str] = (),
+        version: int = 1,
+        **more,
     ) -> Job:
-        """A part of a report, which depends on the networks of `roles` (all where none are named) and on `more`."""
-        return Job(key=key, title=title, compute=partial(compute, self), plots=plots or {}, version=version,
-                   inputs=self.inputs(*roles, **more))
+        """A part of a report, which depends on the networks of `roles` (all where none are named) and on
+        `more`.
+        """
+        return Job(
+            key=key,
+            title=title,
+            compute=partial(compute, self),
+            plots=plots or {},
+            version=version,
+            inputs=self.inputs(*roles, **more),
+        )
 
     def absent(self, key: str, title: str, why: str) -> Job:
         """A part without figures that says why, and how to get them."""
         finding = Finding(facts=Facts(n=0, networks=self.networks()), data={"absent": why}, says=[why])
-        return Job(key=key, title=title, compute=lambda folder: finding, inputs={"absent": why, **self.inputs()})
+        return Job(
+            key=key, title=title, compute=lambda folder: finding, inputs={"absent": why, **self.inputs()}
+        )
 
 
 def load_comparison(s: Sources) -> Comparison:
@@ -213,8 +280,15 @@ def load_comparison(s: Sources) -> Comparison:
     used = settings_of(run)
     data = used.get("data") or (bundled.DATA if before_path == bundled.GENERATOR else "")
     return Comparison(
-        **networks, run=run, control_run=_folder(control_path), reward=reward, reward_hash=file_hash(reward_path), held_out=held_out,
-        held_out_hash=held_out_hash, data=s.data if s.data is not None else str(data), mirror=bool(used.get("mirror", False)),
+        **networks,
+        run=run,
+        control_run=_folder(control_path),
+        reward=reward,
+        reward_hash=file_hash(reward_path),
+        held_out=held_out,
+        held_out_hash=held_out_hash,
+        data=s.data if s.data is not None else str(data),
+        mirror=bool(used.get("mirror", False)),
         **{field.name: getattr(s, field.name) for field in dataclasses.fields(Sampling)},
     )
 
@@ -234,12 +308,20 @@ def _run(s: Sources, before: Path) -> Path | None:
         return s.run
     if s.after is not None:
         return _folder(s.after)
-    known, init = ((run, recorded(run)) for run in _runs(s.runs_folder)), file_hash(before)
-    newest = next((run for run, settings in known if settings["lambda_r"] > 0 and settings.get("hashes", {}).get("init") == init), None)
+    known = ((run, recorded(run)) for run in _runs(s.runs_folder))
+    init = file_hash(before)
+    newest = next(
+        (
+            run
+            for run, settings in known
+            if settings["lambda_r"] > 0 and settings.get("hashes", {}).get("init") == init
+        ),
+        None,
+    )
     if newest is None:
         raise ValueError(
-            f"--after: expected a tuned network, got none, and no run in {s.runs_folder}/ began from {before.name}. "
-            "Run `make demo` first, or name --after=FILE or --run=DIR."
+            f"--after: expected a tuned network, got none, and no run in {s.runs_folder}/ began from"
+            f" {before.name}. Run `make demo` first, or name --after=FILE or --run=DIR."
         )
     return newest
 
@@ -256,29 +338,45 @@ def _check_pair(before: LoadedGenerator, other: LoadedGenerator) -> None:
 
 
 def _reward_path(s: Sources, run: Path | None, before: LoadedGenerator) -> Path:
-    """The named reward, the run's own where its file is still the one it used, or the bundled one, for the bundled generator alone."""
+    """The named reward, the run's own where its file is still the one it used, or the bundled one, for the
+    bundled generator alone.
+    """
     if s.reward_ckpt is not None:
         return s.reward_ckpt
     settings = settings_of(run)
-    used, digest = settings.get("reward_ckpt"), settings.get("hashes", {}).get("reward")
+    used = settings.get("reward_ckpt")
+    digest = settings.get("hashes", {}).get("reward")
     if digest == file_hash(bundled.REWARD):
         return bundled.REWARD
     if used is None or digest is None:
         if before.hash == load_reward(bundled.REWARD).provenance["generator"]:
             return bundled.REWARD
         raise ValueError(
-            f"--reward-ckpt: expected a reward of {before.path.name}, got none; the bundled one knows the bundled heads alone. Name a file."
+            f"--reward-ckpt: expected a reward of {before.path.name}, got none; the bundled one knows the"
+            " bundled heads alone. Name a file."
         )
     if not Path(used).is_file() or file_hash(used) != digest:
-        raise ValueError(f"--reward-ckpt: expected the run's reward ({digest[:12]}) at {used}, got another file or none. Name the file.")
+        raise ValueError(
+            f"--reward-ckpt: expected the run's reward ({digest[:12]}) at {used}, got another file or none."
+            " Name the file."
+        )
     return Path(used)
 
 
 def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[Reward | None, str]:
-    """The second reward with its hash: the named one, the one that watched the run, or the bundled one beside the bundled reward."""
-    path, digest, settings = s.reward_watch, file_hash(reward), settings_of(run)
+    """The second reward with its hash: the named one, the one that watched the run, or the bundled one beside
+    the bundled reward.
+    """
+    path = s.reward_watch
+    digest = file_hash(reward)
+    settings = settings_of(run)
     used = settings.get("reward_watch")
-    if path is None and used and Path(used).is_file() and file_hash(used) == settings.get("hashes", {}).get("watch"):
+    if (
+        path is None
+        and used
+        and Path(used).is_file()
+        and file_hash(used) == settings.get("hashes", {}).get("watch")
+    ):
         path = Path(used)
     elif path is None and digest == file_hash(bundled.REWARD) and bundled.WATCH.exists():
         path = bundled.WATCH
@@ -287,9 +385,11 @@ def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[Reward | None
     with naming("--reward-watch"):
         second = load_reward(path, s.device)
         if file_hash(path) == digest:
-            raise ValueError(f"expected another reward than the one that tuned, got the same file {path}. Train one on other labels.")
+            raise ValueError(
+                f"expected another reward than the one that tuned, got the same file {path}. Train one on"
+                " other labels."
+            )
     return second, file_hash(path)
-
 
 
 # Runs, as their folders record them.
@@ -301,10 +401,16 @@ def settings_of(run: Path | None) -> dict:
 
 
 def judged_by_annotator(generator: LoadedGenerator, data: str | None) -> bool:
-    """Whether a generator's latents name heads of people, and its data are those: --data, its run's record, or the bundled generator's."""
+    """Whether a generator's latents name heads of people, and its data are those: --data, its run's record,
+    or the bundled generator's.
+    """
     if data is None:
         folder = generator.path.parent
-        data = bundled.DATA if generator.path == bundled.GENERATOR else str(settings_of(folder).get("data") or "")
+        data = (
+            bundled.DATA
+            if generator.path == bundled.GENERATOR
+            else str(settings_of(folder).get("data") or "")
+        )
     return data.startswith("synthetic:") and names_people(generator.generator)
 
 
@@ -312,8 +418,12 @@ def snapshots(run: Path | None) -> list[tuple[float, Path]]:
     """(kimg, file) of a run's network snapshots in order of training; [] for no run."""
     if run is None:
         return []
-    found = [(read_meta(path, "network")["cur_nimg"] / 1000, path) for path in run.glob("network-snapshot-*.safetensors")]
-    for path in [] if found else sorted(run.glob("network-snapshot-*.pkl")):  # an older run's pickles, whose names alone say when
+    found = [
+        (read_meta(path, "network")["cur_nimg"] / 1000, path)
+        for path in run.glob("network-snapshot-*.safetensors")
+    ]
+    # an older run's pickles, whose names alone say when
+    for path in [] if found else sorted(run.glob("network-snapshot-*.pkl")):
         if (name := re.match(r"network-snapshot-(\d{6})", path.name)) is None:
             raise ValueError(f"{path}: expected network-snapshot-<kimg>.pkl, got another name. Rename it.")
         found.append((float(name.group(1)), path))
@@ -322,12 +432,20 @@ def snapshots(run: Path | None) -> list[tuple[float, Path]]:
 
 def _runs(folder: Path) -> list[Path]:
     """Run folders with a snapshot and a recorded reward, newest first."""
-    runs = [run for run in folder.glob("*") if recorded(run).get("reward") == "sigma" and any(run.glob("network-snapshot-*"))]
+    runs = [
+        run
+        for run in folder.glob("*")
+        if recorded(run).get("reward") == "sigma" and any(run.glob("network-snapshot-*"))
+    ]
     return sorted(runs, key=lambda run: (run / OPTIONS).stat().st_mtime, reverse=True)
 
 
 def newest_control(folder: Path, tuned: Path | None) -> Path | None:
-    """The newest run in `folder` that is the control of `tuned`: lambda_r = 0, all else that it depends on alike."""
+    """The newest run in `folder` that is the control of `tuned`: lambda_r = 0, all else that it depends on
+    alike.
+    """
     if not settings_of(tuned):
         return None
-    return next((run for run in _runs(folder) if not control_differs(settings_of(tuned), recorded(run))), None)
+    return next(
+        (run for run in _runs(folder) if not control_differs(settings_of(tuned), recorded(run))), None
+    )

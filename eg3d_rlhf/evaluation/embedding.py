@@ -1,4 +1,5 @@
-"""Where the reward sees the samples before and after tuning: a map of its global feature, the feature's main axis, separability, shapes.
+"""Where the reward sees the samples before and after tuning: a map of its global feature, the feature's main
+axis, separability, shapes.
 
 The global feature is the vector that the reward network makes of what it reads, before its trunk.
 Letters: N latents, F features, D, H, W grid points, R pixels.
@@ -25,24 +26,60 @@ from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.measures.feature_sets import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
 from training.progress import tqdm
 
-MAP, APART, SHAPES = "feature-map", "separability", "feature-shapes"
+MAP = "feature-map"
+APART = "separability"
+SHAPES = "feature-shapes"
 TITLE = "What the reward sees before and after tuning"
 ROLES = ("before", "after")
 UMAP_NEIGHBOURS = 15
-RESOLUTION, PIXELS, YAW, COLUMNS = 64, 96, 0.4, 20  # grid points per edge, pixels per picture, radians, pictures in a row of the sprite
-NO_UMAP = "No UMAP: the package umap-learn is not installed. Install it (pip install umap-learn) and run again; principal axes need none."
+# grid points per edge, pixels per picture, radians, pictures in a row of the sprite
+RESOLUTION = 64
+PIXELS = 96
+YAW = 0.4
+COLUMNS = 20
+NO_UMAP = (
+    "No UMAP: the package umap-learn is not installed. Install it (pip install umap-learn) and run again;"
+    " principal axes need none."
+)
 
 
 def jobs(c: Comparison) -> list[Job]:
-    """Map of the features, separability, and the pictures that the interactive map shows (a job without a section of its own)."""
+    """Map of the features, separability, and the pictures that the interactive map shows (a job without a
+    section of its own).
+    """
     umap = umap_version()
     layouts = {"umap": plot_umap} if umap else {}
     layouts |= {"principal-axes": plot_principal, "reward-along-the-axis": plot_axis}
     return [
-        c.job(MAP, "Map of the reward's global feature", feature_map, layouts, (*ROLES, "reward"), n=c.n, umap=umap),
-        c.job(APART, "Are tuned samples told apart from untuned ones?", separability, {"test": plot_test}, (*ROLES, "control", "reward"),
-              n=c.n, k=min(NEIGHBOURS, c.n // 2), permutations=PERMUTATIONS),
-        c.job(SHAPES, "Shapes of the map", shapes, roles=ROLES, n=c.n, resolution=RESOLUTION, pixels=PIXELS, yaw=YAW),
+        c.job(
+            MAP,
+            "Map of the reward's global feature",
+            feature_map,
+            layouts,
+            (*ROLES, "reward"),
+            n=c.n,
+            umap=umap,
+        ),
+        c.job(
+            APART,
+            "Are tuned samples told apart from untuned ones?",
+            separability,
+            {"test": plot_test},
+            (*ROLES, "control", "reward"),
+            n=c.n,
+            k=min(NEIGHBOURS, c.n // 2),
+            permutations=PERMUTATIONS,
+        ),
+        c.job(
+            SHAPES,
+            "Shapes of the map",
+            shapes,
+            roles=ROLES,
+            n=c.n,
+            resolution=RESOLUTION,
+            pixels=PIXELS,
+            yaw=YAW,
+        ),
     ]
 
 
@@ -52,17 +89,23 @@ def umap_version() -> str | None:
 
 
 @torch.no_grad()
-def features(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def features(
+    c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Global features [N, F] and rewards [N] of seeds, kept for the parts that share them."""
     case = ("global feature", c.reward_hash, generator.hash, tuple(seeds), c.psi)
     if case not in c.memory:
-        found = [(c.reward.network.features(x).cpu(), c.reward.score_observed(x).cpu()) for x in c.observed(generator, seeds)]
+        found = [
+            (c.reward.network.features(x).cpu(), c.reward.score_observed(x).cpu())
+            for x in c.observed(generator, seeds)
+        ]
         c.memory[case] = tuple(torch.cat(part).double().numpy() for part in zip(*found, strict=True))
     return c.memory[case]
 
 
 def principal_axes(untuned: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean [F], the two axes [2, F] of greatest spread, and their shares [2] of the variance of features [N, F].
+    """Mean [F], the two axes [2, F] of greatest spread, and their shares [2] of the variance of features
+    [N, F].
 
     The sign of an axis is arbitrary; its largest entry is made positive.
     """
@@ -84,7 +127,9 @@ def umap_layout(points: np.ndarray, seed: int) -> np.ndarray:
 
 
 def feature_map(c: Comparison, _folder: Path) -> Finding:
-    """Positions of all samples under UMAP and on the untuned samples' principal axes; rank correlation of reward and axes."""
+    """Positions of all samples under UMAP and on the untuned samples' principal axes; rank correlation of
+    reward and axes.
+    """
     seeds = c.seeds()
     found = {role: features(c, c.generators()[role], seeds) for role in ROLES}
     mean, axes, shares = principal_axes(found["before"][0])
@@ -95,27 +140,69 @@ def feature_map(c: Comparison, _folder: Path) -> Finding:
         positions["umap"] = dict(zip(ROLES, np.split(laid, 2), strict=True))
         flat = positions["umap"]["before"]
         centre, main, _ = principal_axes(flat)
-        along |= {"first axis of UMAP's layout": flat[:, 0], "main axis of UMAP's layout": (flat - centre) @ main[0]}
+        along |= {
+            "first axis of UMAP's layout": flat[:, 0],
+            "main axis of UMAP's layout": (flat - centre) @ main[0],
+        }
     ranks: list[dict] = []
     for name, place in along.items():
-        rho = spearman(place, found["before"][1]) if np.ptp(found["before"][1]) and np.ptp(place) else (None, None, None)
+        rho = (
+            spearman(place, found["before"][1])
+            if np.ptp(found["before"][1]) and np.ptp(place)
+            else (None, None, None)
+        )
         ranks.append({"axis": name, **dict(zip(("spearman", "lo", "hi"), rho, strict=True))})
     points = [
-        {"role": role, "seed": seed, "reward": float(found[role][1][i]),
-         **{f"{name}_{axis}": float(where[role][i, j]) for name, where in positions.items() for j, axis in enumerate("xy")}}
-        for role in ROLES for i, seed in enumerate(seeds)
+        {
+            "role": role,
+            "seed": seed,
+            "reward": float(found[role][1][i]),
+            **{
+                f"{name}_{axis}": float(where[role][i, j])
+                for name, where in positions.items()
+                for j, axis in enumerate("xy")
+            },
+        }
+        for role in ROLES
+        for i, seed in enumerate(seeds)
     ]
-    data = {"points": points, "ranks": ranks, "shares": shares.tolist(), "features": len(mean), "layouts": sorted(positions, reverse=True)}
+    data = {
+        "points": points,
+        "ranks": ranks,
+        "shares": shares.tolist(),
+        "features": len(mean),
+        "layouts": sorted(positions, reverse=True),
+    }
     facts = c.facts(seeds, (*ROLES, "reward"), RANK_INTERVAL)
     says = [
-        *(f"No rank correlation with the {row['axis']}: the reward or the axis is constant over these latents." if row["spearman"] is None
-          else f"Spearman's rho of the reward with the {row['axis']}, untuned samples: {span(row['spearman'], row['lo'], row['hi'])}."
-          for row in ranks),
-        "The sign of an axis is arbitrary: only the size of rho counts. The first principal axis holds "
-        f"{shares[0]:.0%} of the variance of {len(mean):,} features.",
-        "The reward is computed from this feature. A large rho says that what varies most in it is what the reward ranks by; it does not "
-        "say that the ranking is right.", NO_UMAP if umap_version() is None else
-        "UMAP keeps who is near whom. Distances between its clouds, their sizes and axes have no unit and turn with the seed.",
+        *(
+            (
+                f"No rank correlation with the {row['axis']}: the reward or the axis is constant over these"
+                " latents."
+                if row["spearman"] is None
+                else (
+                    f"Spearman's rho of the reward with the {row['axis']}, untuned samples:"
+                    f" {span(row['spearman'], row['lo'], row['hi'])}."
+                )
+            )
+            for row in ranks
+        ),
+        (
+            "The sign of an axis is arbitrary: only the size of rho counts. The first principal axis holds "
+            f"{shares[0]:.0%} of the variance of {len(mean):,} features."
+        ),
+        (
+            "The reward is computed from this feature. A large rho says that what varies most in it is what"
+            " the reward ranks by; it does not say that the ranking is right."
+        ),
+        (
+            NO_UMAP
+            if umap_version() is None
+            else (
+                "UMAP keeps who is near whom. Distances between its clouds, their sizes and axes have no unit"
+                " and turn with the seed."
+            )
+        ),
     ]
     return Finding(facts=facts, data=data, rows=[*ranks, *points], says=says)
 
@@ -125,22 +212,36 @@ def separability(c: Comparison, _folder: Path) -> Finding:
     seeds = c.seeds()
     before, _ = features(c, c.before, seeds)
     found = {
-        role: paired_separability(before, features(c, generator, seeds)[0], min(NEIGHBOURS, c.n // 2), PERMUTATIONS, c.seed)
-        for role, generator in c.generators().items() if role != "before"
+        role: paired_separability(
+            before, features(c, generator, seeds)[0], min(NEIGHBOURS, c.n // 2), PERMUTATIONS, c.seed
+        )
+        for role, generator in c.generators().items()
+        if role != "before"
     }
     rows = [
-        {"role": role, "share": f.share, "p": f.p, "k": f.k, "chance_97.5": float(np.quantile(f.chance, 0.975))}
+        {
+            "role": role,
+            "share": f.share,
+            "p": f.p,
+            "k": f.k,
+            "chance_97.5": float(np.quantile(f.chance, 0.975)),
+        }
         for role, f in found.items()
     ]
     says = []
     for role, f in found.items():
         verdict = "not shown to be apart" if f.p >= 0.05 else "apart" if f.share > 0.9 else "partly apart"
         sign = "<=" if f.p <= 1 / (1 + len(f.chance)) else "="
-        says.append(f"Before and {role}: {f.share:.1%} of a sample's {f.k} nearest neighbours come from its own network (50 % by chance; "
-                    f"p {sign} {f.p:.2g}): the two are {verdict}.")
+        says.append(
+            f"Before and {role}: {f.share:.1%} of a sample's {f.k} nearest neighbours come from its own"
+            f" network (50 % by chance; p {sign} {f.p:.2g}): the two are {verdict}."
+        )
     says += [
-        "Apart means that tuning moved samples further, as the reward sees them, than samples differ from each other. It does not say "
-        "in which direction, nor that the shapes are better.", *([NO_CONTROL] if c.control is None else []),
+        (
+            "Apart means that tuning moved samples further, as the reward sees them, than samples differ from"
+            " each other. It does not say in which direction, nor that the shapes are better."
+        ),
+        *([NO_CONTROL] if c.control is None else []),
     ]
     facts = c.facts(seeds, (*ROLES, "control", "reward"), f"{TEST}, {PERMUTATIONS:,} permutations")
     return Finding(facts=facts, data={role: f.to_dict() for role, f in found.items()}, rows=rows, says=says)
@@ -148,29 +249,63 @@ def separability(c: Comparison, _folder: Path) -> Finding:
 
 @torch.no_grad()
 def shapes(c: Comparison, folder: Path) -> Finding:
-    """One sheet of shaded shapes, COLUMNS in a row: before and after of the first latent, of the second, ..."""
+    """One sheet of shaded shapes, COLUMNS in a row: before and after of the first latent,
+    of the second, ...
+    """
     seeds = c.seeds()
     parts = [
-        torch.cat([shade(field.density_grid(SlabSpec.of(field.bounds, RESOLUTION)), YAW, PIXELS, field.level)
-                   for field in c.fields(generator, seeds)]) for generator in (c.before, c.after)
+        torch.cat(
+            [
+                shade(field.density_grid(SlabSpec.of(field.bounds, RESOLUTION)), YAW, PIXELS, field.level)
+                for field in c.fields(generator, seeds)
+            ]
+        )
+        for generator in (c.before, c.after)
     ]
     pictures = torch.stack(parts, dim=1).flatten(0, 2)  # [2N, R, R]
     rows = -(-len(pictures) // COLUMNS)
     white = torch.ones(rows * COLUMNS - len(pictures), PIXELS, PIXELS)
-    page = torch.cat([pictures, white]).unflatten(0, (rows, COLUMNS)).transpose(1, 2).reshape(rows * PIXELS, COLUMNS * PIXELS)
+    page = (
+        torch.cat([pictures, white])
+        .unflatten(0, (rows, COLUMNS))
+        .transpose(1, 2)
+        .reshape(rows * PIXELS, COLUMNS * PIXELS)
+    )
     name = f"{SHAPES}.jpg"
-    PIL.Image.fromarray((page.numpy() * 255).round().astype(np.uint8)).save(folder / name, quality=80, optimize=True)
-    data = {"file": name, "pixels": PIXELS, "columns": COLUMNS, "rows": rows, "seeds": list(seeds), "roles": list(ROLES)}
+    PIL.Image.fromarray((page.numpy() * 255).round().astype(np.uint8)).save(
+        folder / name, quality=80, optimize=True
+    )
+    data = {
+        "file": name,
+        "pixels": PIXELS,
+        "columns": COLUMNS,
+        "rows": rows,
+        "seeds": list(seeds),
+        "roles": list(ROLES),
+    }
     return Finding(facts=c.facts(seeds, ROLES), data=data, pictures={"shapes before and after": name})
 
 
 def _scatter(axes, data: dict, layout: str) -> None:
     chosen = {role: [p for p in data["points"] if p["role"] == role] for role in ROLES}
-    x, y = f"{layout}_x", f"{layout}_y"
-    drawn = axes.scatter([p[x] for p in chosen["before"]], [p[y] for p in chosen["before"]], c=[p["reward"] for p in chosen["before"]],
-                         s=14, label="before, coloured by reward")
-    axes.scatter([p[x] for p in chosen["after"]], [p[y] for p in chosen["after"]], marker="x", s=14, linewidths=0.9,
-                 color=style.colour("after"), label="after")
+    x = f"{layout}_x"
+    y = f"{layout}_y"
+    drawn = axes.scatter(
+        [p[x] for p in chosen["before"]],
+        [p[y] for p in chosen["before"]],
+        c=[p["reward"] for p in chosen["before"]],
+        s=14,
+        label="before, coloured by reward",
+    )
+    axes.scatter(
+        [p[x] for p in chosen["after"]],
+        [p[y] for p in chosen["after"]],
+        marker="x",
+        s=14,
+        linewidths=0.9,
+        color=style.colour("after"),
+        label="after",
+    )
     axes.figure.colorbar(drawn, ax=axes, label="reward before")
 
 
@@ -184,13 +319,17 @@ def plot_umap(axes, data: dict):
 def plot_principal(axes, data: dict):
     """Both networks on the untuned samples' principal axes."""
     _scatter(axes, data, "principal")
-    axes.set(**{f"{x}label": f"axis {i + 1} ({data['shares'][i]:.0%} of the variance)" for i, x in enumerate("xy")})
+    axes.set(
+        **{f"{x}label": f"axis {i + 1} ({data['shares'][i]:.0%} of the variance)" for i, x in enumerate("xy")}
+    )
 
 
 @style.plot(None, xlabel="position on the first principal axis", ylabel="reward before")
 def plot_axis(axes, data: dict):
     before = [p for p in data["points"] if p["role"] == "before"]
-    axes.plot([p["principal_x"] for p in before], [p["reward"] for p in before], ".", color=style.colour("before"))
+    axes.plot(
+        [p["principal_x"] for p in before], [p["reward"] for p in before], ".", color=style.colour("before")
+    )
     row = data["ranks"][0]
     rho = "" if row["spearman"] is None else f": rho {row['spearman']:.2f} [{row['lo']:.2f}, {row['hi']:.2f}]"
     axes.set(title=f"Reward along the main axis{rho}")
@@ -199,7 +338,9 @@ def plot_axis(axes, data: dict):
 @style.plot(7, ylabel="permutations", title="Nearest-neighbour separability")
 def plot_test(axes, data: dict):
     for role, found in data.items():
-        axes.hist(found["chance"], bins=30, color=style.colour(role), alpha=0.4, label=f"{role}: random swaps")
+        axes.hist(
+            found["chance"], bins=30, color=style.colour(role), alpha=0.4, label=f"{role}: random swaps"
+        )
         label = f"{role}: observed {found['share']:.3f}, p = {found['p']:.2g}"
         axes.axvline(found["share"], color=style.colour(role), linewidth=2, label=label)
     axes.set(xlabel=f"share of the {next(iter(data.values()))['k']} nearest neighbours from the own network")
@@ -209,13 +350,14 @@ def write(c: Comparison, out: Path, quiet: bool = False) -> dict:
     """Compute what is missing and write the page; returns the findings."""
     parts = jobs(c)
     findings = pages.run(parts, out, quiet=quiet)
-    drawn, sheet = findings[MAP].data, findings[SHAPES].data
+    drawn = findings[MAP].data
+    sheet = findings[SHAPES].data
     sprite = {**sheet, "uri": data_uri((out / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
     titles = {"umap": "UMAP", "principal": "principal axes"}
     chart = points_section(drawn["points"], [(name, titles[name]) for name in drawn["layouts"]], sprite)
     introduction = (
-        f"The global feature of the reward {c.reward_hash[:12]} for the same {c.n} held-out latents before and after tuning. Points at the "
-        "end of the page show their shapes."
+        f"The global feature of the reward {c.reward_hash[:12]} for the same {c.n} held-out latents before"
+        " and after tuning. Points at the end of the page show their shapes."
     )
     words = [findings[key].says[0] for key in (MAP, APART)]
     write_page(out / "index.html", TITLE, introduction, parts[:2], findings, words, chart)

@@ -1,7 +1,7 @@
 """Filters of shapes that need no labels and no training: the cheapest thing that tuning has to beat.
 
-A filter takes the values [n, n, n] of a shape, negative inside, and gives values again: where it changes nothing the surface keeps its
-place between the grid's points. Radii are voxels of 64^3.
+A filter takes the values [n, n, n] of a shape, negative inside, and gives values again: where it changes
+nothing the surface keeps its place between the grid's points. Radii are voxels of 64^3.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,9 @@ from eg3d_rlhf.measures.people import BROKEN, volume_error
 from eg3d_rlhf.preferences import annotator
 
 Filter = Callable[[np.ndarray], np.ndarray]
-SPARED, HARM = 0.02, 0.01  # at most this share of whole latents may be worse by so much of the whole head's volume
+# at most this share of whole latents may be worse by so much of the whole head's volume
+SPARED = 0.02
+HARM = 0.01
 
 
 def _with_inside(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -63,7 +65,9 @@ def hull(values: np.ndarray) -> np.ndarray:
     for layer in range(solid[:, 0].min(), solid[:, 0].max() + 1):
         y, z = np.meshgrid(*(np.arange(size) for size in values.shape[1:]), indexing="ij")
         level = layer * sides[:, 0] + sides[:, 3]
-        inside[layer] |= (y[..., None] * sides[:, 1] + z[..., None] * sides[:, 2] + level <= 1e-9).all(axis=-1)
+        inside[layer] |= (y[..., None] * sides[:, 1] + z[..., None] * sides[:, 2] + level <= 1e-9).all(
+            axis=-1
+        )
     return _with_inside(values, inside)
 
 
@@ -77,19 +81,29 @@ def _run(filters: Sequence[Filter], values: np.ndarray) -> np.ndarray:
 
 
 FILTERS: dict[str, Filter] = {
-    "largest part": largest_part, "blur .5": partial(blur, radius=0.5), "blur .75": partial(blur, radius=0.75),
-    "blur 1": partial(blur, radius=1), "blur 2": partial(blur, radius=2), "fill holes": fill_holes, "mirror": mirror, "convex hull": hull,
+    "largest part": largest_part,
+    "blur .5": partial(blur, radius=0.5),
+    "blur .75": partial(blur, radius=0.75),
+    "blur 1": partial(blur, radius=1),
+    "blur 2": partial(blur, radius=2),
+    "fill holes": fill_holes,
+    "mirror": mirror,
+    "convex hull": hull,
     **{f"closing {r}": partial(closing, radius=r) for r in (4, 8, 11, 14)},
-    **{f"largest part, closing {r}": chain(largest_part, partial(closing, radius=r), largest_part) for r in (4, 6, 8, 11, 14)},
+    **{
+        f"largest part, closing {r}": chain(largest_part, partial(closing, radius=r), largest_part)
+        for r in (4, 6, 8, 11, 14)
+    },
     "largest part, mirror, closing 4": chain(largest_part, mirror, partial(closing, radius=4)),
-}  # fmt: skip
+}
 
 
 Trial = dict[str, tuple[float, float]]
 
 
 def tried(values: np.ndarray, whole: np.ndarray) -> Trial:
-    """Of each filter: mean volume error behind of the shapes [N, n, n, n] that were broken, and share of the others that are worse by HARM.
+    """Of each filter: mean volume error behind of the shapes [N, n, n, n] that were broken, and share of the
+    others that are worse by HARM.
 
     Args: whole: [N, n, n, n], the whole heads of the same latents.
     """
@@ -97,13 +111,20 @@ def tried(values: np.ndarray, whole: np.ndarray) -> Trial:
     broken = before > BROKEN
     found = {}
     for name, made in FILTERS.items():
-        after = np.array([volume_error(made(shape), head).total for shape, head in zip(values, whole, strict=True)])
+        after = np.array(
+            [volume_error(made(shape), head).total for shape, head in zip(values, whole, strict=True)]
+        )
         harmed = float((after > before + HARM)[~broken].mean()) if not broken.all() else 0.0
         found[name] = float(after[broken].mean() if broken.any() else after.mean()), harmed
     return found
 
 
 def best_filter(trial: Trial, *, spares: bool) -> str:
-    """The filter that leaves least error; with `spares` among those that harm at most SPARED, or where none does, fewest."""
+    """The filter that leaves least error; with `spares` among those that harm at most SPARED, or where none
+    does, fewest.
+    """
     least_harm = max(SPARED, min(harmed for _, harmed in trial.values()))
-    return min((name for name, (_, harmed) in trial.items() if not spares or harmed <= least_harm), key=lambda name: trial[name][0])
+    return min(
+        (name for name, (_, harmed) in trial.items() if not spares or harmed <= least_harm),
+        key=lambda name: trial[name][0],
+    )

@@ -1,6 +1,8 @@
-"""What a reward says of several generators: raw, with their shapes laid where it looks, and with their density on the scale it knows.
+"""What a reward says of several generators: raw, with their shapes laid where it looks, and with their
+density on the scale it knows.
 
-It learnt from one generator, the reference. Of every other one a report says how far outside of that it lies, and how steady its ranks are.
+It learnt from one generator, the reference. Of every other one a report says how far outside of that it lies,
+and how steady its ranks are.
 Letters: N latents, K neighbours or samples, M entries of an embedding, P points, Q quantiles.
 """
 
@@ -35,12 +37,16 @@ from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from training.config import check_knobs, knob
 from training.storage import write_atomic
 
-# Where a foreign generator's shapes lie, and on what scale its density is, against the generator that a reward knows.
+# Where a foreign generator's shapes lie, and on what scale its density is, against the generator that a
+# reward knows.
 
 
 QUANTILES = 64  # of the density above the level, and as many below
 KEPT = 0.8  # share of nearest neighbours that a fit goes by
-_POINTS, _ROUNDS, _STILL = 6000, 100, 1e-7  # of a surface, at most; of the fit, at most; the largest change that ends it
+# of a surface, at most; of the fit, at most; the largest change that ends it
+_POINTS = 6000
+_ROUNDS = 100
+_STILL = 1e-7
 
 
 @torch.no_grad()
@@ -49,8 +55,11 @@ def fields_of(generator: Generator, seeds: Sequence[int], psi: float, cutoff: in
         yield generator.field(ws_of(generator, seeds[start : start + batch], psi, cutoff))
 
 
-def mean_surface(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, resolution: int) -> np.ndarray:
-    """Points [P, 3] of the front half of the typical shape: where half of the samples have density above the level.
+def mean_surface(
+    generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, resolution: int
+) -> np.ndarray:
+    """Points [P, 3] of the front half of the typical shape: where half of the samples have density above the
+    level.
 
     The pointwise median asks for no scale of the density. Caps at the cube's faces are left out.
     Raises: ValueError where the median shape has no surface.
@@ -74,26 +83,36 @@ class Alignment:
 def align(foreign: np.ndarray, reference: np.ndarray) -> Alignment:
     """Scale and shift that lay points [P, 3] of the reference on those of a foreign surface; no rotation.
 
-    Iterated nearest neighbours, both ways, the farthest fifth left out: parts that one surface lacks do not count.
+    Iterated nearest neighbours, both ways, the farthest fifth left out: parts that one surface lacks do not
+    count.
     """
-    centre, middle = foreign.mean(axis=0), reference.mean(axis=0)
-    scale = float(np.sqrt(((foreign - centre) ** 2).sum(1).mean() / ((reference - middle) ** 2).sum(1).mean()))
-    shift, tree = centre - scale * middle, cKDTree(reference)
+    centre = foreign.mean(axis=0)
+    middle = reference.mean(axis=0)
+    scale = float(
+        np.sqrt(((foreign - centre) ** 2).sum(1).mean() / ((reference - middle) ** 2).sum(1).mean())
+    )
+    shift = centre - scale * middle
+    tree = cKDTree(reference)
     residual = np.inf
     for _ in range(_ROUNDS):
         laid = (foreign - shift) / scale
         there, near = tree.query(laid)
         back, far = cKDTree(laid).query(reference)
-        one, other = there <= np.quantile(there, KEPT), back <= np.quantile(back, KEPT)
-        p, q = np.concatenate([foreign[one], foreign[far[other]]]), np.concatenate([reference[near[one]], reference[other]])
+        one = there <= np.quantile(there, KEPT)
+        other = back <= np.quantile(back, KEPT)
+        p = np.concatenate([foreign[one], foreign[far[other]]])
+        q = np.concatenate([reference[near[one]], reference[other]])
         residual = float(np.sqrt(np.square(np.concatenate([there[one], back[other]])).mean()))
-        p_mean, q_mean = p.mean(axis=0), q.mean(axis=0)
+        p_mean = p.mean(axis=0)
+        q_mean = q.mean(axis=0)
         before = np.append(shift, scale)
         scale = float(((p - p_mean) * (q - q_mean)).sum() / ((q - q_mean) ** 2).sum())
         shift = p_mean - scale * q_mean
         if np.abs(np.append(shift, scale) - before).max() < _STILL:
             break
-    return Alignment(similarity=Similarity(scale, (float(shift[0]), float(shift[1]), float(shift[2]))), residual=residual)
+    return Alignment(
+        similarity=Similarity(scale, (float(shift[0]), float(shift[1]), float(shift[2]))), residual=residual
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +124,19 @@ class DensityMap:
 
     def __call__(self, sigma: torch.Tensor) -> torch.Tensor:
         """Differentiable in sigma."""
-        knots, values = self.knots.to(sigma), self.values.to(sigma)
+        knots = self.knots.to(sigma)
+        values = self.values.to(sigma)
         place = torch.searchsorted(knots, sigma.detach().contiguous()).clamp(1, len(knots) - 1)
-        low, high = knots[place - 1], knots[place]
+        low = knots[place - 1]
+        high = knots[place]
         return values[place - 1] + (sigma - low) / (high - low) * (values[place] - values[place - 1])
 
 
-def calibrate_density(foreign: np.ndarray, reference: np.ndarray, level: float, reference_level: float) -> DensityMap:
-    """The map under which pooled values of foreign density have the quantiles of the reference's, above the level and below it.
+def calibrate_density(
+    foreign: np.ndarray, reference: np.ndarray, level: float, reference_level: float
+) -> DensityMap:
+    """The map under which pooled values of foreign density have the quantiles of the reference's, above the
+    level and below it.
 
     Below it, too: a self-normalised slab reads how empty the emptiest place is. The level becomes the level.
     Raises: ValueError where one of them has no values on one side of its level.
@@ -124,8 +148,8 @@ def calibrate_density(foreign: np.ndarray, reference: np.ndarray, level: float, 
         if min(map(len, own)) < QUANTILES:
             where = "above" if above else "below"
             raise ValueError(
-                f"calibration: expected {QUANTILES} densities {where} the level where the reward looks, got {min(map(len, own))}. "
-                "The shapes lie elsewhere: leave the network out."
+                f"calibration: expected {QUANTILES} densities {where} the level where the reward looks, got"
+                f" {min(map(len, own))}. The shapes lie elsewhere: leave the network out."
             )
         sides.append([np.quantile(values, np.linspace(0, 1, QUANTILES)) for values in own])
     knots = np.concatenate([sides[0][0], [level], sides[1][0]])
@@ -134,16 +158,23 @@ def calibrate_density(foreign: np.ndarray, reference: np.ndarray, level: float, 
     return DensityMap(torch.from_numpy(knots[rising]).float(), torch.from_numpy(values[rising]).float())
 
 
-def pooled(generator: Generator, seeds: Sequence[int], spec: SlabSpec, psi: float, cutoff: int | None) -> np.ndarray:
+def pooled(
+    generator: Generator, seeds: Sequence[int], spec: SlabSpec, psi: float, cutoff: int | None
+) -> np.ndarray:
     """Densities of seeds at all points of a grid, in one row."""
     grids = [field.density_grid(spec).flatten().cpu() for field in fields_of(generator, seeds, psi, cutoff)]
     return torch.cat(grids).double().numpy()
 
 
 STAGES = ("raw", "aligned", "calibrated")
-NEIGHBOURS, RARE, MOST_OUTSIDE = 5, 0.99, 0.5  # of an embedding; quantile of the reference's own; share above which ranks mean nothing
+# of an embedding; quantile of the reference's own; share above which ranks mean nothing
+NEIGHBOURS = 5
+RARE = 0.99
+MOST_OUTSIDE = 0.5
 STEADY = 0.8  # least rank correlation under a change that should not matter
-PIXELS, STRIP = 160, 5  # of a mesh in a strip; meshes in a row
+# of a mesh in a strip; meshes in a row
+PIXELS = 160
+STRIP = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +186,31 @@ class ScoreOptions:
     cutoff: int = knob(14, "Layers that truncation reaches.", "Samples", low=0, rare=True)
     seed: int = knob(0, "Other held-out latents per seed.", "Samples", low=0, rare=True)
     fit: int = knob(
-        64, "Further latents behind alignment and calibration.", "Samples", metavar="LATENTS", low=8, high=ALIGNMENT.count, rare=True
+        64,
+        "Further latents behind alignment and calibration.",
+        "Samples",
+        metavar="LATENTS",
+        low=8,
+        high=ALIGNMENT.count,
+        rare=True,
     )
-    known: int = knob(256, "Further latents of the reference that show what the reward knows.", "Samples", metavar="LATENTS",
-                      low=16, high=ALIGNMENT.count, rare=True)  # fmt: skip
-    resolution: int = knob(64, "Edge of the cubes in which surfaces are looked for.", "Samples", metavar="VOXELS", low=24, high=256)
+    known: int = knob(
+        256,
+        "Further latents of the reference that show what the reward knows.",
+        "Samples",
+        metavar="LATENTS",
+        low=16,
+        high=ALIGNMENT.count,
+        rare=True,
+    )
+    resolution: int = knob(
+        64,
+        "Edge of the cubes in which surfaces are looked for.",
+        "Samples",
+        metavar="VOXELS",
+        low=24,
+        high=256,
+    )
     batch: int = knob(8, "Shapes at once; bounds memory.", "Run", low=1, rare=True)
 
     def __post_init__(self) -> None:
@@ -187,9 +238,15 @@ class Trial:
 
     @property
     def spec(self) -> SlabSpec:
-        """The grid in which densities are compared: the one that the reward reads, else the reference's whole cube."""
+        """The grid in which densities are compared: the one that the reward reads, else the reference's whole
+        cube.
+        """
         own = getattr(self.reward.observation, "spec", None)
-        return own if isinstance(own, SlabSpec) else SlabSpec.of(self.reference.generator.bounds, self.options.resolution)
+        return (
+            own
+            if isinstance(own, SlabSpec)
+            else SlabSpec.of(self.reference.generator.bounds, self.options.resolution)
+        )
 
     @functools.cached_property
     def surface(self) -> np.ndarray:
@@ -200,11 +257,19 @@ class Trial:
     @functools.cached_property
     def density(self) -> np.ndarray:
         """The reference's, pooled over further latents."""
-        return pooled(self.reference.generator, ALIGNMENT.take(self.options.fit), self.spec, self.options.psi, self.options.cutoff)
+        return pooled(
+            self.reference.generator,
+            ALIGNMENT.take(self.options.fit),
+            self.spec,
+            self.options.psi,
+            self.options.cutoff,
+        )
 
     @functools.cached_property
     def known(self) -> tuple[cKDTree, float]:
-        """The reference's embeddings, and the distance to the fifth neighbour that one in a hundred of them exceeds."""
+        """The reference's embeddings, and the distance to the fifth neighbour that one in a hundred of them
+        exceeds.
+        """
         points = self.see(self.reference.generator, ALIGNMENT.take(self.options.known)).embedding
         tree = cKDTree(points)
         return tree, float(np.quantile(tree.query(points, NEIGHBOURS + 1)[0][:, -1], RARE))
@@ -216,7 +281,9 @@ class Trial:
 
     @torch.no_grad()
     def see(self, generator: Generator, seeds: Sequence[int], psi: float | None = None) -> Seen:
-        o, scores, embeddings = self.options, [], []
+        o = self.options
+        scores = []
+        embeddings = []
         for start in range(0, len(seeds), o.batch):
             ws = ws_of(generator, seeds[start : start + o.batch], o.psi if psi is None else psi, o.cutoff)
             embedding = self.reward.network.embed(self.reward.observation.observe(generator.field(ws)))
@@ -231,10 +298,17 @@ class Trial:
 
     def places(self, generator: Generator) -> tuple[dict[str, Place], Alignment]:
         """A generator's world as it is, aligned, and calibrated as well."""
-        o, bounds, cameras = self.options, self.reference.generator.bounds, self.reference.generator.cameras
+        o = self.options
+        bounds = self.reference.generator.bounds
+        cameras = self.reference.generator.cameras
         surface = mean_surface(generator, ALIGNMENT.take(o.fit), o.psi, o.cutoff, o.resolution)
         found = align(surface, self.surface)
-        aligned = Place(found.similarity, bounds, cameras=cameras, density=partial(scaled_density, factor=found.similarity.scale))
+        aligned = Place(
+            found.similarity,
+            bounds,
+            cameras=cameras,
+            density=partial(scaled_density, factor=found.similarity.scale),
+        )
         shown = Placed(generator, aligned)
         values = pooled(shown, ALIGNMENT.take(o.fit), self.spec, o.psi, o.cutoff)
         mapping = calibrate_density(values, self.density, shown.level, self.reference.generator.level)
@@ -244,13 +318,19 @@ class Trial:
 
     def facts(self, name: str | None = None) -> Facts:
         networks = {key: one.hash for key, one in self.networks.items() if name in (None, key)}
-        return Facts(n=self.options.n, seeds=seed_range(self.seeds), psi=self.options.psi, interval=RANK_INTERVAL,
-                     networks={**networks, "reference": self.reference.hash, "reward": self.reward_hash})  # fmt: skip
+        return Facts(
+            n=self.options.n,
+            seeds=seed_range(self.seeds),
+            psi=self.options.psi,
+            interval=RANK_INTERVAL,
+            networks={**networks, "reference": self.reference.hash, "reward": self.reward_hash},
+        )
 
 
 def changed(trial: Trial, generator: Generator, place: Place) -> dict[str, np.ndarray]:
     """Scores [N] of the same latents under changes that should not matter, and at another truncation."""
-    o, half = trial.options, trial.spec.voxel / 2 * place.similarity.scale
+    o = trial.options
+    half = trial.spec.voxel / 2 * place.similarity.scale
     found = {"mirrored": trial.see(Placed(generator, replace(place, mirrored=True)), trial.seeds).scores}
     for axis, way in enumerate(("sideways", "up", "forward")):
         x, y, z = (value + half * (i == axis) for i, value in enumerate(place.similarity.shift))
@@ -274,7 +354,10 @@ def score(trial: Trial, name: str, folder: Path) -> Finding:
     places, found = trial.places(generator)
     seen = {stage: trial.see(Placed(generator, place), trial.seeds) for stage, place in places.items()}
     last = seen["calibrated"].scores
-    agreement = {what: correlation(last, scores) for what, scores in changed(trial, generator, places["calibrated"]).items()}
+    agreement = {
+        what: correlation(last, scores)
+        for what, scores in changed(trial, generator, places["calibrated"]).items()
+    }
     data = {
         "alignment": {**asdict(found.similarity), "residual": found.residual},
         "scores": {stage: one.scores.tolist() for stage, one in seen.items()},
@@ -283,7 +366,10 @@ def score(trial: Trial, name: str, folder: Path) -> Finding:
         "reference": {stage: correlation(one.scores, trial.own.scores) for stage, one in seen.items()},
         "agreement": agreement,
     }
-    rows = [{"seed": seed, **{stage: float(one.scores[i]) for stage, one in seen.items()}} for i, seed in enumerate(trial.seeds)]
+    rows = [
+        {"seed": seed, **{stage: float(one.scores[i]) for stage, one in seen.items()}}
+        for i, seed in enumerate(trial.seeds)
+    ]
     picture = strip(trial, name, last, folder)
     return Finding(facts=trial.facts(name), data=data, rows=rows, says=says(data), pictures=picture)
 
@@ -297,13 +383,19 @@ def summary(scores: np.ndarray) -> dict[str, float]:
 @torch.no_grad()
 def strip(trial: Trial, name: str, scores: np.ndarray, folder: Path) -> dict[str, str]:
     """The meshes that the reward likes best, and least, drawn in the generator's own world."""
-    generator, o, order = trial.networks[name].generator, trial.options, np.argsort(-scores, kind="stable")
+    generator = trial.networks[name].generator
+    o = trial.options
+    order = np.argsort(-scores, kind="stable")
     rows: list[Row] = []
     for title, chosen in (("best", order[:STRIP]), ("worst", order[::-1][:STRIP])):
         cells = []
         for i in chosen:
-            surface = LevelSet.of(generator.field(ws_of(generator, [trial.seeds[int(i)]], o.psi, o.cutoff)), 96)
-            cells.append(to_uint8(shrink(paint(look(surface, camera(generator, 0.4), PIXELS * SUPERSAMPLE))).cpu()))
+            surface = LevelSet.of(
+                generator.field(ws_of(generator, [trial.seeds[int(i)]], o.psi, o.cutoff)), 96
+            )
+            cells.append(
+                to_uint8(shrink(paint(look(surface, camera(generator, 0.4), PIXELS * SUPERSAMPLE))).cpu())
+            )
         captions = [f"{trial.seeds[int(i)]}: {scores[int(i)]:.2f}" for i in chosen]
         rows.append(Row(cells=cells, name=title, captions=captions, parted=bool(rows)))
     file = f"strip-{list(trial.networks).index(name)}.png"
@@ -312,19 +404,26 @@ def strip(trial: Trial, name: str, scores: np.ndarray, folder: Path) -> dict[str
 
 
 def says(data: Mapping) -> list[str]:
-    place, outside = data["alignment"], data["outside"]["calibrated"]
+    place = data["alignment"]
+    outside = data["outside"]["calibrated"]
     shift = ", ".join(f"{value:+.3f}" for value in place["shift"])
     medians = ", ".join(f"{stage} {data['summary'][stage]['median']:.2f}" for stage in STAGES)
     lines = [
         f"Median reward: {medians}.",
-        f"Its shapes are {place['scale']:.3f} times as large as the reference's and lie at ({shift}); typical distance of the surfaces "
-        f"{place['residual']:.4f}.",
+        (
+            f"Its shapes are {place['scale']:.3f} times as large as the reference's and lie at ({shift});"
+            f" typical distance of the surfaces {place['residual']:.4f}."
+        ),
         f"{outside:.0%} of its shapes lie outside what the reward knows (1 % of the reference's own do).",
     ]
     if outside > MOST_OUTSIDE:
-        lines.insert(0, "Ranks not meaningful: more than half of the shapes lie outside what the reward knows.")
+        lines.insert(
+            0, "Ranks not meaningful: more than half of the shapes lie outside what the reward knows."
+        )
     kept = {what: found and found["mean"] for what, found in data["agreement"].items()}
-    listed = ", ".join(f"{what} {'none' if value is None else format(value, '.2f')}" for what, value in kept.items())
+    listed = ", ".join(
+        f"{what} {'none' if value is None else format(value, '.2f')}" for what, value in kept.items()
+    )
     lines.append(f"Rank correlation of the calibrated reward with itself: {listed}.")
     loose = [what for what, value in list(kept.items())[:-1] if value is None or value < STEADY]
     if loose:
@@ -333,33 +432,53 @@ def says(data: Mapping) -> list[str]:
 
 
 def compare(trial: Trial, findings: Mapping[str, Finding], _folder: Path) -> Finding:
-    data = {name: {**finding.data["summary"]["calibrated"], **finding.data["summary"]} for name, finding in findings.items()}
+    data = {
+        name: {**finding.data["summary"]["calibrated"], **finding.data["summary"]}
+        for name, finding in findings.items()
+    }
     rows = [
         {
-            "network": name, "stage": stage, **finding.data["summary"][stage], "outside": finding.data["outside"][stage],
+            "network": name,
+            "stage": stage,
+            **finding.data["summary"][stage],
+            "outside": finding.data["outside"][stage],
             "correlation with the reference's": (finding.data["reference"][stage] or {}).get("mean"),
         }
-        for name, finding in findings.items() for stage in STAGES
-    ]  # fmt: skip
+        for name, finding in findings.items()
+        for stage in STAGES
+    ]
     lines = [f"{name}: {line}" for name, finding in findings.items() for line in finding.says[:1]]
     lines.append(
-        "A latent means another shape to another network, unless one descends from the other: compare medians and spreads, not seeds. To "
-        "compare ranks within a network: the paper's reward kept 0.84 (EG3D) and 0.91 (HyPlaneHead) under mirroring, and 0.67 where "
-        "densities were clipped to their percentiles."
+        "A latent means another shape to another network, unless one descends from the other: compare medians"
+        " and spreads, not seeds. To compare ranks within a network: the paper's reward kept 0.84 (EG3D) and"
+        " 0.91 (HyPlaneHead) under mirroring, and 0.67 where densities were clipped to their percentiles."
     )
-    return Finding(facts=trial.facts(), data={"networks": data, "own": summary(trial.own.scores)}, rows=rows, says=lines)
+    return Finding(
+        facts=trial.facts(), data={"networks": data, "own": summary(trial.own.scores)}, rows=rows, says=lines
+    )
 
 
 @style.plot("small", size=(9.4, 4.0), ylabel="reward", title="Rewards: median, quartiles, ends")
 def plot_scores(axes, data: dict):
     """A bar from quartile to quartile per generator and stage; the reference's own quartiles behind."""
-    own, names = data["own"], list(data["networks"])
-    axes.axhspan(own["low"], own["high"], color=style.colour("noise"), alpha=0.2, label="reference, quartiles")
+    own = data["own"]
+    names = list(data["networks"])
+    axes.axhspan(
+        own["low"], own["high"], color=style.colour("noise"), alpha=0.2, label="reference, quartiles"
+    )
     for j, stage in enumerate(STAGES):
         for i, name in enumerate(names):
-            row, x = data["networks"][name][stage], i + 0.22 * (j - 1)
+            row = data["networks"][name][stage]
+            x = i + 0.22 * (j - 1)
             axes.plot([x, x], [row["min"], row["max"]], color=style.CYCLE[j], linewidth=1)
-            axes.bar([x], [row["high"] - row["low"]], 0.16, bottom=row["low"], color=style.CYCLE[j], label=None if i else stage)
+            axes.bar(
+                [x],
+                [row["high"] - row["low"]],
+                0.16,
+                bottom=row["low"],
+                color=style.CYCLE[j],
+                label=None if i else stage,
+            )
             axes.plot([x], [row["median"]], "_", color="white", markersize=9)
     axes.set_xticks(range(len(names)), names)
 
@@ -369,21 +488,39 @@ def jobs(trial: Trial) -> tuple[list[Job], Job]:
     shared = {**asdict(trial.options), "reward": trial.reward_hash, "reference": trial.reference.hash}
     keys = {name: f"network-{i}" for i, name in enumerate(trial.networks)}
     parts = [
-        Job(key=keys[name], title=name, compute=partial(score, trial, name), inputs={**shared, "name": name, "network": one.hash})
+        Job(
+            key=keys[name],
+            title=name,
+            compute=partial(score, trial, name),
+            inputs={**shared, "name": name, "network": one.hash},
+        )
         for name, one in trial.networks.items()
     ]
 
     def joined(folder: Path) -> Finding:
         stored = {name: json.loads((folder / f"{key}.json").read_text()) for name, key in keys.items()}
-        findings = {name: Finding(facts=trial.facts(name), data=one["data"], says=one["says"]) for name, one in stored.items()}
-        values = {name: {**finding.data, "seeds": list(trial.seeds), "says": finding.says} for name, finding in findings.items()}
-        write_atomic(folder.parent / "scores.json", (json.dumps({**shared, "networks": values}, indent=1) + "\n").encode())
+        findings = {
+            name: Finding(facts=trial.facts(name), data=one["data"], says=one["says"])
+            for name, one in stored.items()
+        }
+        values = {
+            name: {**finding.data, "seeds": list(trial.seeds), "says": finding.says}
+            for name, finding in findings.items()
+        }
+        write_atomic(
+            folder.parent / "scores.json",
+            (json.dumps({**shared, "networks": values}, indent=1) + "\n").encode(),
+        )
         return compare(trial, findings, folder)
 
     hashes = {name: one.hash for name, one in trial.networks.items()}
-    return parts, Job(key="comparison", title="All generators", compute=joined, plots={"rewards": plot_scores},
-                      inputs={**shared, "networks": hashes})  # fmt: skip
-
+    return parts, Job(
+        key="comparison",
+        title="All generators",
+        compute=joined,
+        plots={"rewards": plot_scores},
+        inputs={**shared, "networks": hashes},
+    )
 
 
 def named(loaded: list[LoadedGenerator]) -> dict[str, LoadedGenerator]:
@@ -404,29 +541,58 @@ def trial_of(networks, reward, reference, device: str, options: ScoreOptions) ->
     with naming("--reward"):
         loaded = load_reward(path, where)
     check_reward(loaded, known.generator, "--reference")
-    found, place = [], Place(bounds=known.generator.bounds, cameras=known.generator.cameras)
+    found = []
+    place = Place(bounds=known.generator.bounds, cameras=known.generator.cameras)
     for source in dict.fromkeys(networks or [reference]):
         with naming("--network"):
             found.append(load_generator(source, where))
             misfits = loaded.observation.misfits(Placed(found[-1].generator, place))
             if misfits:
-                raise ValueError(f"{found[-1].path}: expected a generator with {'; with '.join(misfits)}. Leave it out.")
-    return Trial(reward=loaded, reward_hash=file_hash(path), reference=known, networks=named(found), options=options)
+                raise ValueError(
+                    f"{found[-1].path}: expected a generator with {'; with '.join(misfits)}. Leave it out."
+                )
+    return Trial(
+        reward=loaded, reward_hash=file_hash(path), reference=known, networks=named(found), options=options
+    )
 
 
 @click.command(cls=GroupedCommand)
-@option("--network", "networks", group="What", metavar="FILE|RUN", type=PATH, multiple=True, show_default="the reference",
-        help="Generator to score, of any family; may be given again.")
-@option("--reward", group="What", metavar="FILE", type=PATH, default=None, show_default="the bundled one", help="Reward.")
-@option("--reference", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the bundled generator",
-        help="Generator whose shapes the reward knows.")
+@option(
+    "--network",
+    "networks",
+    group="What",
+    metavar="FILE|RUN",
+    type=PATH,
+    multiple=True,
+    show_default="the reference",
+    help="Generator to score, of any family; may be given again.",
+)
+@option(
+    "--reward",
+    group="What",
+    metavar="FILE",
+    type=PATH,
+    default=None,
+    show_default="the bundled one",
+    help="Reward.",
+)
+@option(
+    "--reference",
+    group="What",
+    metavar="FILE|RUN",
+    type=PATH,
+    default=None,
+    show_default="the bundled generator",
+    help="Generator whose shapes the reward knows.",
+)
 @options_of(ScoreOptions)
 @shared("out device dry-run", out={"default": Path("runs/scores")})
 def main(networks, reward, reference, out: Path, device: str, dry_run: bool, **settings) -> None:
-    """Score generators by a reward that knows one of them: rewards raw, aligned to where it looks, calibrated to densities that it knows.
+    """Score generators by a reward that knows one of them: rewards raw, aligned to where it looks, calibrated
+    to densities that it knows.
 
-    Says for each how many of its shapes lie outside what the reward knows, and how steady its ranks are. Writes a page with strips of
-    meshes, and scores.json.
+    Says for each how many of its shapes lie outside what the reward knows, and how steady its ranks are.
+    Writes a page with strips of meshes, and scores.json.
 
     \b
     Example:
@@ -436,19 +602,31 @@ def main(networks, reward, reference, out: Path, device: str, dry_run: bool, **s
     trial = trial_of(networks, reward, reference, device, options)
     if dry_run:
         shown = {name: str(one.path) for name, one in trial.networks.items()}
-        click.echo(json.dumps({"networks": shown, "reference": str(trial.reference.path), "out": str(out), **asdict(options)}, indent=1))
+        click.echo(
+            json.dumps(
+                {
+                    "networks": shown,
+                    "reference": str(trial.reference.path),
+                    "out": str(out),
+                    **asdict(options),
+                },
+                indent=1,
+            )
+        )
         return
     parts, last = jobs(trial)
     findings = pages.run(parts, out)
     findings |= pages.run([last], out, fresh=not (out / "scores.json").is_file(), quiet=True)
     introduction = (
-        f"{options.n} latents each. The reward learnt from shapes of {trial.reference.path.name}. Raw: its crop as a share of each "
-        "generator's own cube. Aligned: each generator's typical surface is laid on the reference's by scale and shift. Calibrated: "
-        "densities, too, are given the reference's quantiles. Alignment and calibration were fitted on other latents."
+        f"{options.n} latents each. The reward learnt from shapes of {trial.reference.path.name}. Raw: its"
+        " crop as a share of each generator's own cube. Aligned: each generator's typical surface is laid on"
+        " the reference's by scale and shift. Calibrated: densities, too, are given the reference's"
+        " quantiles. Alignment and calibration were fitted on other latents."
     )
     summary = findings[last.key].says
-    page = write_page(out / "index.html", "Scores across generators", introduction, [last, *parts], findings, summary)
+    page = write_page(
+        out / "index.html", "Scores across generators", introduction, [last, *parts], findings, summary
+    )
     for name, finding in zip(trial.networks, (findings[part.key] for part in parts), strict=True):
         click.echo("\n".join([f"{name}:", *(f"  {line}" for line in finding.says)]))
     click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), scores.json, data/")
-

@@ -1,6 +1,8 @@
-"""Geometry before and after, by measures that took no part in tuning: agreement of views, extracted surface, density, frontal depth.
+"""Geometry before and after, by measures that took no part in tuning: agreement of views, extracted surface,
+density, frontal depth.
 
-A reward reads slabs on each sample's own scale, so the density's raw scale is free: its statistics show whether tuning used that freedom.
+A reward reads slabs on each sample's own scale, so the density's raw scale is free: its statistics show
+whether tuning used that freedom.
 Letters: N latents, D, H, W grid points, V vertices, F faces, R pixels per edge.
 """
 
@@ -26,10 +28,13 @@ from eg3d_rlhf.measures.surface import main_surface, mean_curvature, topology
 from eg3d_rlhf.measures.views import MultiViewMeasures, lift, multi_view_measures, spec_for
 from training.gan import save_grid
 
-SHARE = 0.25  # of the report's latents for views, surfaces and depth; the rendered views are the most expensive part of it
-VIEWS = {"yaws": (-0.4, 0.0, 0.4), "samples": 32}  # radians from frontal; samples per ray in each of two passes
+# of the report's latents for views, surfaces and depth; the rendered views are the most expensive part of it
+SHARE = 0.25
+# radians from frontal; samples per ray in each of two passes
+VIEWS = {"yaws": (-0.4, 0.0, 0.4), "samples": 32}
 RESOLUTION = 96  # grid points per edge of the cube that meshes come from
-RIM_STEPS = 2  # grid steps from the cube's faces within which curvature is not taken: a body is cut and capped there
+# grid steps from the cube's faces within which curvature is not taken: a body is cut and capped there
+RIM_STEPS = 2
 LARGEST_CURVATURE = 2  # grid steps: a radius below this is not resolved, and counts as this
 VIEW_MEASURES = (  # of MultiViewMeasures
     Measure("depth disagreement", attrgetter("depth"), "lower", "share of the camera distance"),
@@ -37,15 +42,22 @@ VIEW_MEASURES = (  # of MultiViewMeasures
     Measure("photometric reprojection", attrgetter("photometric"), "lower", "L1 of 0..2"),
 )
 SURFACE_MEASURES = (  # of `mesh_values`
-    Measure("mean |curvature|", None, "lower", "1/world unit"), Measure("components", None, "lower", "count"),
-    Measure("holes", None, "lower", "handles and rims"), Measure("cavities", None, "lower", "count"),
-    Measure("not watertight", None, "lower", "share"), Measure("loose volume", None, "lower", "share"),
+    Measure("mean |curvature|", None, "lower", "1/world unit"),
+    Measure("components", None, "lower", "count"),
+    Measure("holes", None, "lower", "handles and rims"),
+    Measure("cavities", None, "lower", "count"),
+    Measure("not watertight", None, "lower", "share"),
+    Measure("loose volume", None, "lower", "share"),
 )
 SIGMA_RESOLUTION = 64  # grid points per edge of the whole cube
-EDGES = np.concatenate([[0.0], np.logspace(-1, 4, 51)])  # raw density; values above the last edge count in the last bin
-LARGEST, POSITIVE, SOLID = "largest σ", "positive σ", "solid σ"
+# raw density; values above the last edge count in the last bin
+EDGES = np.concatenate([[0.0], np.logspace(-1, 4, 51)])
+LARGEST = "largest σ"
+POSITIVE = "positive σ"
+SOLID = "solid σ"
 SIGMA_MEASURES = (  # of `sigma_values`
-    Measure(LARGEST, None, "", "raw density"), Measure(POSITIVE, None, "", "share of the cube"),
+    Measure(LARGEST, None, "", "raw density"),
+    Measure(POSITIVE, None, "", "share of the cube"),
     Measure(SOLID, None, "", "share of the cube above the surface's level"),
 )
 SHOWN = 8  # latents in the picture
@@ -56,8 +68,10 @@ NOSE = (-0.05, 0.05, -0.10, 0.0)
 CHEEKS = ((-0.09, -0.035, -0.08, -0.025), (0.035, 0.09, -0.08, -0.025))
 LEAST_PIXELS = 8  # in a window below which its measure is missing
 DEPTH_MEASURES = (  # of `measures`
-    Measure("valid pixels", None, "", "share of the image"), Measure("depth range of the face", None, "", "world units"),
-    Measure("face relief", None, "", "world units"), Measure("nose prominence", None, "", "world units"),
+    Measure("valid pixels", None, "", "share of the image"),
+    Measure("depth range of the face", None, "", "world units"),
+    Measure("face relief", None, "", "world units"),
+    Measure("nose prominence", None, "", "world units"),
 )
 
 
@@ -65,10 +79,26 @@ def jobs(c: Comparison) -> list[Job]:
     n = latents(c)
     plots = {"values": plot_values, "changes": plot_changes}
     return [
-        c.job("view-consistency", "Do views of one shape agree?", view_consistency, plots, ROLES, n=n, views=VIEWS),
+        c.job(
+            "view-consistency",
+            "Do views of one shape agree?",
+            view_consistency,
+            plots,
+            ROLES,
+            n=n,
+            views=VIEWS,
+        ),
         c.job("surfaces", "Curvature, components, holes", surfaces, plots, ROLES, n=n, resolution=RESOLUTION),
-        c.job("sigma-statistics", "Positive densities and the largest of each sample", sigma_statistics,
-              {"histogram": plot_histogram, "largest": plot_largest}, ROLES, version=2, n=c.n, resolution=SIGMA_RESOLUTION),
+        c.job(
+            "sigma-statistics",
+            "Positive densities and the largest of each sample",
+            sigma_statistics,
+            {"histogram": plot_histogram, "largest": plot_largest},
+            ROLES,
+            version=2,
+            n=c.n,
+            resolution=SIGMA_RESOLUTION,
+        ),
     ]
 
 
@@ -82,9 +112,9 @@ def view_consistency(c: Comparison, _folder: Path) -> Finding:
     seen = {role: view_measures(c, generator, seeds) for role, generator in c.generators().items()}
     compared = [f"{role} {views.covisible.mean():.0%}" for role, views in seen.items()]
     meaning = (
-        f"Pixels that two neighbouring views share were compared ({', '.join(compared)} of the foreground), at yaws {VIEWS['yaws']} "
-        "radians. Views that agree show that depth, normals and colour belong to one shape, not that it is a good head: a smooth ball "
-        "agrees too."
+        f"Pixels that two neighbouring views share were compared ({', '.join(compared)} of the foreground),"
+        f" at yaws {VIEWS['yaws']} radians. Views that agree show that depth, normals and colour belong to"
+        " one shape, not that it is a good head: a smooth ball agrees too."
     )
     return compare(c, seeds, seen, VIEW_MEASURES, [meaning, *([NO_CONTROL] if c.control is None else [])])
 
@@ -101,16 +131,31 @@ def surfaces(c: Comparison, _folder: Path) -> Finding:
     kept = [i for i in range(len(seeds)) if all(found[i] is not None for found in meshes.values())]
     lost = [seed for i, seed in enumerate(seeds) if i not in kept]
     notes = [
-        f"Meshes are the surface at the generator's own level (σ = {c.before.generator.level:g}) on {RESOLUTION}³ points. Curvature is the "
-        "area's mean of |H| on the largest component away from the cube's faces; lower is smoother, which is not better without end. Holes "
-        "count handles (genus) and rims; the mesher caps a body at the cube's faces, so a leak there is not seen.",
+        (
+            f"Meshes are the surface at the generator's own level (σ = {c.before.generator.level:g}) on"
+            f" {RESOLUTION}³ points. Curvature is the area's mean of |H| on the largest component away from"
+            " the cube's faces; lower is smoother, which is not better without end. Holes count handles"
+            " (genus) and rims; the mesher caps a body at the cube's faces, so a leak there is not seen."
+        ),
     ]
-    notes += [f"Left out, since one of the networks gives no surface there: seeds {', '.join(map(str, lost))}."] if lost else []
+    notes += (
+        [f"Left out, since one of the networks gives no surface there: seeds {', '.join(map(str, lost))}."]
+        if lost
+        else []
+    )
     if len(kept) < 2:
-        why = "Fewer than two latents have a surface in every network, so nothing can be compared. Check the checkpoints, or raise --n."
-        return Finding(facts=c.facts(seeds, ROLES), data={"measures": {}, "seeds": [], "absent": why}, says=[why, *notes])
+        why = (
+            "Fewer than two latents have a surface in every network, so nothing can be compared. Check the"
+            " checkpoints, or raise --n."
+        )
+        return Finding(
+            facts=c.facts(seeds, ROLES), data={"measures": {}, "seeds": [], "absent": why}, says=[why, *notes]
+        )
     columns = {
-        role: {m.name: np.array([mesh[m.name] for i in kept if (mesh := found[i]) is not None]) for m in SURFACE_MEASURES}
+        role: {
+            m.name: np.array([mesh[m.name] for i in kept if (mesh := found[i]) is not None])
+            for m in SURFACE_MEASURES
+        }
         for role, found in meshes.items()
     }
     notes += [NO_CONTROL] if c.control is None else []
@@ -118,9 +163,12 @@ def surfaces(c: Comparison, _folder: Path) -> Finding:
 
 
 @torch.no_grad()
-def surface_values(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]) -> list[dict[str, float] | None]:
+def surface_values(
+    c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
+) -> list[dict[str, float] | None]:
     """SURFACE_MEASURES of each seed's mesh; None where the density does not cross the level."""
-    spec, level = SlabSpec.of(generator.generator.bounds, RESOLUTION), generator.generator.level
+    spec = SlabSpec.of(generator.generator.bounds, RESOLUTION)
+    level = generator.generator.level
     meshes: list[dict[str, float] | None] = []
     for field in c.fields(generator, seeds, batch=max(1, c.batch // 4)):
         for sigma in field.density_grid(spec).cpu():
@@ -137,30 +185,53 @@ def mesh_values(vertices: np.ndarray, faces: np.ndarray, spec: SlabSpec) -> dict
     inner = (offset < spec.box_warp / 2 - RIM_STEPS * spec.voxel) & (area > 0)
     bend = np.minimum(np.abs(H[inner]), 1 / (LARGEST_CURVATURE * spec.voxel))
     return {
-        "mean |curvature|": float((bend * area[inner]).sum() / max(area[inner].sum(), 1e-30)), "components": float(shape.parts),
-        "holes": float(shape.holes), "cavities": float(shape.cavities), "not watertight": float(not shape.watertight),
+        "mean |curvature|": float((bend * area[inner]).sum() / max(area[inner].sum(), 1e-30)),
+        "components": float(shape.parts),
+        "holes": float(shape.holes),
+        "cavities": float(shape.cavities),
+        "not watertight": float(not shape.watertight),
         "loose volume": 1.0 - shape.main_share,
     }
 
 
 def sigma_statistics(c: Comparison, _folder: Path) -> Finding:
-    """Histogram of positive raw σ over the whole cube; per latent the largest σ and the shares of the cube that are positive and solid."""
-    seeds, counts, values = c.seeds(), {}, {}
+    """Histogram of positive raw σ over the whole cube; per latent the largest σ and the shares of the cube
+    that are positive and solid.
+    """
+    seeds = c.seeds()
+    counts = {}
+    values = {}
     for role, generator in c.generators().items():
         counts[role], values[role] = sigma_values(c, generator, seeds)
-    histogram = {"edges": EDGES.tolist(), "counts": {role: v.tolist() for role, v in counts.items()}, "level": c.before.generator.level}
+    histogram = {
+        "edges": EDGES.tolist(),
+        "counts": {role: v.tolist() for role, v in counts.items()},
+        "level": c.before.generator.level,
+    }
     meaning = (
-        f"σ is the decoder's raw density on {SIGMA_RESOLUTION}³ points of the whole cube. The largest value has no best size: the reward "
-        "rescales each slab by its own range, so a few very dense voxels shrink all else that it sees. A rise is a warning, not a fault."
+        f"σ is the decoder's raw density on {SIGMA_RESOLUTION}³ points of the whole cube. The largest value"
+        " has no best size: the reward rescales each slab by its own range, so a few very dense voxels"
+        " shrink all else that it sees. A rise is a warning, not a fault."
     )
-    return compare(c, seeds, values, SIGMA_MEASURES, notes=[meaning, *([NO_CONTROL] if c.control is None else [])], **histogram)
+    return compare(
+        c,
+        seeds,
+        values,
+        SIGMA_MEASURES,
+        notes=[meaning, *([NO_CONTROL] if c.control is None else [])],
+        **histogram,
+    )
 
 
 @torch.no_grad()
-def sigma_values(c: Comparison, generator: LoadedGenerator, seeds: range) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def sigma_values(
+    c: Comparison, generator: LoadedGenerator, seeds: range
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Counts [bins] of positive values over all samples, and SIGMA_MEASURES [N]."""
-    spec, level = SlabSpec.of(generator.generator.bounds, SIGMA_RESOLUTION), generator.generator.level
-    counts, values = np.zeros(len(EDGES) - 1, dtype=np.int64), {m.name: list[np.ndarray]() for m in SIGMA_MEASURES}
+    spec = SlabSpec.of(generator.generator.bounds, SIGMA_RESOLUTION)
+    level = generator.generator.level
+    counts = np.zeros(len(EDGES) - 1, dtype=np.int64)
+    values = {m.name: list[np.ndarray]() for m in SIGMA_MEASURES}
     for field in c.fields(generator, seeds):
         sigma = field.density_grid(spec).flatten(1).cpu().numpy()
         counts += np.histogram(np.minimum(sigma[sigma > 0], EDGES[-1]), EDGES)[0]
@@ -176,20 +247,38 @@ def plot_histogram(axes, data: dict):
     top = max(int(np.flatnonzero(counts)[-1]) if any(counts) else 1 for counts in data["counts"].values())
     for role, counts in data["counts"].items():
         share = np.asarray(counts) / max(1, sum(counts))
-        axes.stairs(share, np.concatenate([[edges[1] / 1.26], edges[1:]]), color=style.colour(role), label=role, linewidth=1.3,
-                    linestyle="--" if role == "control" else "-")
+        axes.stairs(
+            share,
+            np.concatenate([[edges[1] / 1.26], edges[1:]]),
+            color=style.colour(role),
+            label=role,
+            linewidth=1.3,
+            linestyle="--" if role == "control" else "-",
+        )
     axes.axvline(data["level"], color=style.colour("noise"), linewidth=1)
-    axes.set(xscale="log", xlabel="positive σ (first bin: all below 0.1; grey line: the surface)", ylabel="share of positive σ",
-             title="Distribution of positive σ", xlim=(None, edges[min(top + 4, len(edges) - 1)]))
+    axes.set(
+        xscale="log",
+        xlabel="positive σ (first bin: all below 0.1; grey line: the surface)",
+        ylabel="share of positive σ",
+        title="Distribution of positive σ",
+        xlim=(None, edges[min(top + 4, len(edges) - 1)]),
+    )
 
 
-@style.plot(7, xlabel="largest σ of a sample", ylabel="share of latents at or below", title="Largest σ per sample")
+@style.plot(
+    7, xlabel="largest σ of a sample", ylabel="share of latents at or below", title="Largest σ per sample"
+)
 def plot_largest(axes, data: dict):
     measure = data["measures"][LARGEST]
     for role, values in measure["values"].items():
-        ordered, mean = np.sort(values), measure["means"][role]
-        axes.plot(ordered, (np.arange(len(ordered)) + 1) / len(ordered), color=style.colour(role),
-                  label=f"{role}: mean {mean['mean']:.0f} [{mean['lo']:.0f}, {mean['hi']:.0f}]")
+        ordered = np.sort(values)
+        mean = measure["means"][role]
+        axes.plot(
+            ordered,
+            (np.arange(len(ordered)) + 1) / len(ordered),
+            color=style.colour(role),
+            label=f"{role}: mean {mean['mean']:.0f} [{mean['lo']:.0f}, {mean['hi']:.0f}]",
+        )
 
 
 # The frontal depth map of each latent: how much relief a face has, and where tuning moved it.
@@ -204,13 +293,27 @@ class DepthMaps(NamedTuple):
 
 def depth_jobs(c: Comparison) -> list[Job]:
     plots = {"measures": plot_values, "mean-change": plot_change}
-    return [c.job("canonical-depth", "Frontal depth: relief of the face", canonical_depth, plots, ROLES, version=2, n=latents(c),
-                  resolution=LOOK.resolution, shown=SHOWN)]
+    return [
+        c.job(
+            "canonical-depth",
+            "Frontal depth: relief of the face",
+            canonical_depth,
+            plots,
+            ROLES,
+            version=2,
+            n=latents(c),
+            resolution=LOOK.resolution,
+            shown=SHOWN,
+        )
+    ]
 
 
 def canonical_depth(c: Comparison, folder: Path) -> Finding:
-    """Valid pixels, depth range, relief and nose prominence per latent; the mean change of depth at each pixel; depth images."""
-    seeds, bounds = c.seeds(latents(c)), c.before.generator.bounds
+    """Valid pixels, depth range, relief and nose prominence per latent; the mean change of depth at each
+    pixel; depth images.
+    """
+    seeds = c.seeds(latents(c))
+    bounds = c.before.generator.bounds
     maps = {role: depth_maps(c, generator, seeds) for role, generator in c.generators().items()}
     values = {role: measures(found, bounds) for role, found in maps.items()}
     change = {role: _change(maps["before"], maps[role]) for role in maps if role != "before"}
@@ -220,30 +323,43 @@ def canonical_depth(c: Comparison, folder: Path) -> Finding:
     low, high = np.quantile(z[valid], [0.02, 0.998]) if valid.any() else (0.0, 1.0)
     shade = np.where(valid, 0.15 + 0.85 * np.clip((z - low) / max(high - low, 1e-9), 0, 1), 0.0)
     name = "canonical-depth.png"
-    save_grid(shade[:, None].repeat(2, axis=2).repeat(2, axis=3), (0, 1), min(SHOWN, len(seeds)), folder / name)
+    save_grid(
+        shade[:, None].repeat(2, axis=2).repeat(2, axis=3), (0, 1), min(SHOWN, len(seeds)), folder / name
+    )
     caption = (
-        f"Frontal depth of seeds {seeds[0]}..{seeds[min(SHOWN, len(seeds)) - 1]}, rows {', '.join(maps)}: near is bright, one scale for "
-        "all, black where nothing is hit."
+        f"Frontal depth of seeds {seeds[0]}..{seeds[min(SHOWN, len(seeds)) - 1]}, rows {', '.join(maps)}:"
+        " near is bright, one scale for all, black where nothing is hit."
     )
     missing = [measure for measure, entry in finding.data["measures"].items() if not entry["paired"]]
     notes = [
         *([f"Hardly any latent has {', '.join(missing)}. Are these aligned heads?"] if missing else []),
-        "These are diagnostics without a best value: a flattened face loses relief and nose, an exaggerated one gains them. "
-        + ("The annotator also reads whether the face is kept, so they are no evidence beside it." if c.synthetic else
-           "The windows of nose and cheeks suit aligned frontal heads alone."), *([NO_CONTROL] if c.control is None else []),
+        "These are diagnostics without a best value: a flattened face loses relief and nose, an exaggerated"
+        " one gains them. "
+        + (
+            "The annotator also reads whether the face is kept, so they are no evidence beside it."
+            if c.synthetic
+            else "The windows of nose and cheeks suit aligned frontal heads alone."
+        ),
+        *([NO_CONTROL] if c.control is None else []),
     ]
     return replace(finding, says=[*finding.says, *notes], pictures={caption: name})
 
 
 @torch.no_grad()
 def depth_maps(c: Comparison, generator: LoadedGenerator, seeds: range) -> DepthMaps:
-    """World points behind the pixels of the frontal camera, with constant noise and the same ray jitter in every call."""
-    points, valid = [], []
+    """World points behind the pixels of the frontal camera, with constant noise and the same ray jitter in
+    every call.
+    """
+    points = []
+    valid = []
     label = camera(generator.generator)  # [1, 25]
-    pose, intrinsics = label[:, :16].reshape(1, 4, 4), label[0, 16:].reshape(3, 3)
+    pose = label[:, :16].reshape(1, 4, 4)
+    intrinsics = label[0, 16:].reshape(3, 3)
     for field in c.fields(generator, seeds):
         (seen,) = render_each(field, [label], LOOK, c.seed)
-        depth, opacity = seen.depth.float(), seen.opacity.float()  # [n, 1, R, R]
+        # [n, 1, R, R]
+        depth = seen.depth.float()
+        opacity = seen.opacity.float()
         solid = (opacity >= OPACITY) & depth.isfinite()
         lifted = lift(torch.where(solid, depth, 0.0), pose, intrinsics)  # [n, 1, R, R, 3]
         points.append(lifted[:, 0].double().cpu().numpy())
@@ -254,9 +370,10 @@ def depth_maps(c: Comparison, generator: LoadedGenerator, seeds: range) -> Depth
 def measures(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
     """DEPTH_MEASURES [N] of depth maps; NaN where a window of the face holds too few pixels.
 
-    Depth range: 5th to 95th percentile of z in the window of the face. Relief: RMS of z about its best fit by a quadratic in x and y, which
-    takes the roundness of a head out, so that a flat or a balloon-like face has none. Nose prominence: 98th percentile of z in the nose's
-    window less the mean of the cheeks' 80th percentiles. Windows are fixed places of the cube where aligned heads have these parts.
+    Depth range: 5th to 95th percentile of z in the window of the face. Relief: RMS of z about its best fit by
+    a quadratic in x and y, which takes the roundness of a head out, so that a flat or a balloon-like face has
+    none. Nose prominence: 98th percentile of z in the nose's window less the mean of the cheeks' 80th
+    percentiles. Windows are fixed places of the cube where aligned heads have these parts.
     """
     values = {m.name: np.full(len(maps.valid), np.nan) for m in DEPTH_MEASURES}
     values["valid pixels"] = maps.valid.mean(axis=(1, 2))
@@ -270,7 +387,9 @@ def measures(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
             values["depth range of the face"][i], values["face relief"][i] = high - low, bent * bounds.side
         nose, *cheeks = (points[valid & _window(points, box, bounds)][:, 2] for box in (NOSE, *CHEEKS))
         if min(len(part) for part in (nose, *cheeks)) >= LEAST_PIXELS:
-            values["nose prominence"][i] = np.quantile(nose, 0.98) - np.mean([np.quantile(cheek, 0.8) for cheek in cheeks])
+            values["nose prominence"][i] = np.quantile(nose, 0.98) - np.mean(
+                [np.quantile(cheek, 0.8) for cheek in cheeks]
+            )
     return values
 
 
@@ -280,7 +399,9 @@ def _window(points: np.ndarray, box: tuple[float, float, float, float], bounds: 
 
 
 def _change(before: DepthMaps, after: DepthMaps) -> dict:
-    """Mean change of z [R, R] over the latents that are valid in both, in world units; None where fewer than half are."""
+    """Mean change of z [R, R] over the latents that are valid in both, in world units; None where fewer than
+    half are.
+    """
     both = before.valid & after.valid
     count = both.sum(axis=0)
     total = np.where(both, after.points[..., 2] - before.points[..., 2], 0.0).sum(axis=0)
@@ -293,7 +414,10 @@ def plot_change(data: dict):
     """Where, on average, the surface came nearer (red) or went back (blue)."""
     roles = list(data["change"])
     drawn, axes = style.figure(columns=len(roles), size=(4.4 * len(roles), 3.4))
-    fields = [np.array([[np.nan if v is None else v for v in row] for row in data["change"][role]["mean"]]) for role in roles]
+    fields = [
+        np.array([[np.nan if v is None else v for v in row] for row in data["change"][role]["mean"]])
+        for role in roles
+    ]
     top = max([float(np.nanmax(np.abs(f))) for f in fields if np.isfinite(f).any()], default=0.0) or 1e-6
     for axis, role, values in zip(np.atleast_1d(axes), roles, fields, strict=True):
         shown = axis.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")

@@ -1,7 +1,9 @@
-"""What tuning made of heads of people: held-out scans before and after, against the whole heads that their latents name.
+"""What tuning made of heads of people: held-out scans before and after, against the whole heads that their
+latents name.
 
-Of these measures an annotator knows completeness, attached growth, floaters and the face (eg3d_rlhf/preferences/annotator.py), from which
-labels, rewards and the early stop follow; F-score, identity and variety nobody reads before the end of a run.
+Of these measures an annotator knows completeness, attached growth, floaters and the face
+(eg3d_rlhf/preferences/annotator.py), from which labels, rewards and the early stop follow; F-score, identity
+and variety nobody reads before the end of a run.
 Letters: N latents, S training seeds; n grid points; R, C rows and columns of the face's window.
 """
 
@@ -48,10 +50,15 @@ Shapes = Mapping[str, np.ndarray]  # what `looked_at` saw of N shapes
 
 @torch.no_grad()
 def scans(generator: Generator, seeds: Sequence[int], psi: float = 1.0) -> np.ndarray:
-    """The generator's shapes [N, n, n, n] of seeds, negative inside. At psi 1 a latent names the whole head beside it."""
-    z, grids = latents(seeds, generator.z_dim).to(device_of(generator)), []
+    """The generator's shapes [N, n, n, n] of seeds, negative inside. At psi 1 a latent names the whole head
+    beside it.
+    """
+    z = latents(seeds, generator.z_dim).to(device_of(generator))
+    grids = []
     for part in z.split(AT_ONCE):
-        ws = generator.mapping(part, camera(generator, n=len(part)), truncation_psi=psi, truncation_cutoff=CUTOFF)
+        ws = generator.mapping(
+            part, camera(generator, n=len(part)), truncation_psi=psi, truncation_cutoff=CUTOFF
+        )
         grids.append(np.asarray(shape_grids(generator.field(ws), POINTS)))
     return np.concatenate(grids)
 
@@ -62,7 +69,9 @@ def named(generator: Generator, seeds: Sequence[int]) -> np.ndarray:
 
 
 def looked_at(shapes: np.ndarray, whole: np.ndarray) -> dict[str, np.ndarray]:
-    """All that the figures need of shapes [N, n, n, n] beside the whole heads [N, n, n, n] of their latents."""
+    """All that the figures need of shapes [N, n, n, n] beside the whole heads [N, n, n, n]
+    of their latents.
+    """
     back = behind(grid_points(shapes.shape[1]))
     return {
         **compared(shapes, whole),
@@ -96,10 +105,15 @@ def made_worse(before: Shapes, after: Shapes) -> float | None:
 
 
 def face_moved(before: Shapes, after: Shapes) -> np.ndarray:
-    """How far each face's surface has moved along the view, its median over the window [N], voxels; NaN where a face is gone."""
+    """How far each face's surface has moved along the view, its median over the window [N], voxels; NaN where
+    a face is gone.
+    """
     moved = np.abs(after["depth"] - before["depth"]).reshape(len(before["depth"]), -1)
     known = np.isfinite(moved).any(axis=1)
-    return np.array([np.nanmedian(row) if seen else np.nan for row, seen in zip(moved, known, strict=True)]) / VOXEL
+    return (
+        np.array([np.nanmedian(row) if seen else np.nan for row, seen in zip(moved, known, strict=True)])
+        / VOXEL
+    )
 
 
 def _relief(values: np.ndarray) -> np.ndarray:
@@ -116,7 +130,9 @@ def variety(seen: Shapes) -> float | None:
 
 def identity_kept(before: Shapes, after: Shapes) -> float | None:
     """Share of latents whose face is still likest to its own before; a face that is gone is none."""
-    there, left = (np.isfinite(seen["relief"]).reshape(len(seen["relief"]), -1).max(axis=1) for seen in (before, after))
+    there, left = (
+        np.isfinite(seen["relief"]).reshape(len(seen["relief"]), -1).max(axis=1) for seen in (before, after)
+    )
     if not there.all():
         return None
     known = list(before["relief"])
@@ -134,16 +150,24 @@ def changed(before: Shapes, after: Shapes) -> np.ndarray:
 
 def figures(before: Shapes, after: Shapes) -> dict:
     """The figures of one network, or of what else became of the scans."""
-    ill, known = broken(before), face_moved(before, after)
+    ill = broken(before)
+    known = face_moved(before, after)
     fell = repaired(error(before)[ill], error(after)[ill])
     return {
-        "repaired": fell, "repaired_ci95": interval(before, error(after)[None]) if fell is not None else None,
+        "repaired": fell,
+        "repaired_ci95": interval(before, error(after)[None]) if fell is not None else None,
         "error_whole": _mean(error(after)[~ill]),
-        "missing_broken": _mean(after["missing"][ill]), "extra_broken": _mean(after["extra"][ill]),
-        "whole_made_worse": made_worse(before, after), "identity_kept": identity_kept(before, after),
-        "face_moved_voxels": float(np.nanmedian(known)) if np.isfinite(known).any() else None, "variety": variety(after),
-        "fscore_broken": _mean(after["fscore"][ill]), "fscore_whole": _mean(after["fscore"][~ill]),
-        "utility": _mean(after["utility"]), "whole_share": float((error(after) <= BROKEN).mean()), "changed": _mean(changed(before, after)),
+        "missing_broken": _mean(after["missing"][ill]),
+        "extra_broken": _mean(after["extra"][ill]),
+        "whole_made_worse": made_worse(before, after),
+        "identity_kept": identity_kept(before, after),
+        "face_moved_voxels": float(np.nanmedian(known)) if np.isfinite(known).any() else None,
+        "variety": variety(after),
+        "fscore_broken": _mean(after["fscore"][ill]),
+        "fscore_whole": _mean(after["fscore"][~ill]),
+        "utility": _mean(after["utility"]),
+        "whole_share": float((error(after) <= BROKEN).mean()),
+        "changed": _mean(changed(before, after)),
         **{f"{name}_broken": _mean(measure.values(after)[ill]) for name, measure in MEASURES.items()},
         **{name: _mean(measure.values(after)) for name, measure in FRONT_MEASURES.items()},
     }
@@ -156,12 +180,17 @@ def shape_frechet(features: np.ndarray, reference: np.ndarray) -> float:
 
 
 def interval(before: Shapes, after: np.ndarray) -> list[float] | None:
-    """95 % interval of `repaired`, of the errors [S, N] of several training seeds: over seeds and broken latents."""
+    """95 % interval of `repaired`, of the errors [S, N] of several training seeds: over seeds and broken
+    latents.
+    """
     ill = broken(before)
-    first, then = error(before)[ill], after[:, ill]
+    first = error(before)[ill]
+    then = after[:, ill]
     if not ill.any():
         return None
-    found = two_way_interval(lambda seeds, items: 1 - then[np.ix_(seeds, items)].mean() / first[items].mean(), *then.shape)
+    found = two_way_interval(
+        lambda seeds, items: 1 - then[np.ix_(seeds, items)].mean() / first[items].mean(), *then.shape
+    )
     return [found.lo, found.hi]
 
 
@@ -173,11 +202,15 @@ def _mean(values: np.ndarray) -> float | None:
 
 PLACES = {"judge": JUDGE, "validation": VALIDATION}
 TABLE = {  # figure: words and form
-    "repaired": ("of the error of broken heads gone", ".1%"), "error_broken": ("volume error, broken", ".3f"),
+    "repaired": ("of the error of broken heads gone", ".1%"),
+    "error_broken": ("volume error, broken", ".3f"),
     "shape_frechet": ("shape Fréchet", ".2f"),
-    "whole_made_worse": ("whole heads made worse", ".1%"), "fscore_broken": ("F-score, broken", ".3f"),
-    "face_moved_voxels": ("face moved, voxels", ".3f"), "identity_kept": ("identity kept", ".0%"), "variety": ("variety, voxels", ".3f"),
-}  # fmt: skip
+    "whole_made_worse": ("whole heads made worse", ".1%"),
+    "fscore_broken": ("F-score, broken", ".3f"),
+    "face_moved_voxels": ("face moved, voxels", ".3f"),
+    "identity_kept": ("identity kept", ".0%"),
+    "variety": ("variety, voxels", ".3f"),
+}
 
 
 def rows_of(columns: Mapping[str, dict]) -> list[list[str]]:
@@ -193,7 +226,9 @@ def rows_of(columns: Mapping[str, dict]) -> list[list[str]]:
 
 def names_of(networks: Sequence[Path]) -> list[str]:
     """As few last parts of the paths as tell them apart. Raises click.UsageError where one stands twice."""
-    parts = [path.resolve().with_suffix("").parts if path.is_file() else path.resolve().parts for path in networks]
+    parts = [
+        path.resolve().with_suffix("").parts if path.is_file() else path.resolve().parts for path in networks
+    ]
     for count in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(names):
@@ -203,21 +238,41 @@ def names_of(networks: Sequence[Path]) -> list[str]:
 
 @click.command("heads", cls=GroupedCommand)
 @click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path))
-@option("--before", metavar="FILE|RUN", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
-        help="Generator before tuning.")
-@option("--held-out", "place", type=click.Choice(list(PLACES)), default="judge",
-        help="Whose latents: the table's, or for choosing settings.")
+@option(
+    "--before",
+    metavar="FILE|RUN",
+    type=click.Path(path_type=Path),
+    default=None,
+    show_default="the bundled generator",
+    help="Generator before tuning.",
+)
+@option(
+    "--held-out",
+    "place",
+    type=click.Choice(list(PLACES)),
+    default="judge",
+    help="Whose latents: the table's, or for choosing settings.",
+)
 @option("--n", metavar="LATENTS", type=click.IntRange(min=2), default=POINTS, help="How many.")
-@option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=None, help="JSON to write.")
+@option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="JSON to write.",
+)
 def command(networks: tuple[Path, ...], before: Path | None, place: str, n: int, out: Path | None) -> None:
-    """Networks of heads of people beside the whole heads that latents name, a line each: what is repaired, what harmed.
+    """Networks of heads of people beside the whole heads that latents name, a line each: what is repaired,
+    what harmed.
 
     \b
     Example:
         eg3d-rlhf report heads runs/00000-* --held-out=validation --n=60
     """
-    first, seeds = load_generator(before).generator, PLACES[place].take(n)
-    whole, columns = named(first, seeds), {}
+    first = load_generator(before).generator
+    seeds = PLACES[place].take(n)
+    whole = named(first, seeds)
+    columns = {}
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
     reference = features.of_grids(whole) if features else np.zeros((0, 0))
     start: Shapes = {}
@@ -228,7 +283,14 @@ def command(networks: tuple[Path, ...], before: Path | None, place: str, n: int,
         start = start or seen
         distance = {"shape_frechet": shape_frechet(features.of_grids(shapes), reference)} if features else {}
         columns[name] = figures(start, seen) | distance
-    click.echo("\n".join(markdown_rows(["network", *(words for words, _ in TABLE.values())], rows_of(columns))))
+    click.echo(
+        "\n".join(markdown_rows(["network", *(words for words, _ in TABLE.values())], rows_of(columns)))
+    )
     click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {int(broken(start).sum())} broken before.")
     if out is not None:
-        write_atomic(out, json.dumps({"held_out": place, "seeds": [seeds[0], seeds[-1]], "networks": columns}, indent=1).encode())
+        write_atomic(
+            out,
+            json.dumps(
+                {"held_out": place, "seeds": [seeds[0], seeds[-1]], "networks": columns}, indent=1
+            ).encode(),
+        )

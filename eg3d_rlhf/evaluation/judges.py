@@ -1,5 +1,6 @@
-"""What judges a reward run at its end, before against after on held-out latents: the whole heads that latents name, the annotator without
-noise, distances to the data, and measures of geometry that share nothing with the annotator.
+"""What judges a reward run at its end, before against after on held-out latents: the whole heads that latents
+name, the annotator without noise, distances to the data, and measures of geometry that share nothing with the
+annotator.
 
 Every change gets a verdict from its 95 % interval. Letters: N latents.
 """
@@ -56,14 +57,24 @@ FRECHET = Measure("Fréchet", None, "lower", "squared distance of images' featur
 
 
 def measured(measure: Measure, before: float, after: float, change: dict) -> dict:
-    """A line of `geometry` of the summary; `change` holds at least mean, mean_lo and mean_hi of after - before."""
+    """A line of `geometry` of the summary; `change` holds at least mean, mean_lo and mean_hi of
+    after - before.
+    """
     upwards = measure.better == "higher"
     better = after >= before if upwards else after <= before
-    return {"name": measure.name, "before": float(before), "after": float(after), "better": bool(better), "higher_is_better": upwards,
-            "paired": change, "verdict": measure.verdict(change["mean_lo"], change["mean_hi"])}
+    return {
+        "name": measure.name,
+        "before": float(before),
+        "after": float(after),
+        "better": bool(better),
+        "higher_is_better": upwards,
+        "paired": change,
+        "verdict": measure.verdict(change["mean_lo"], change["mean_hi"]),
+    }
 
 
-# What is seen of one network: arrays, from which the figures follow. Each is computed once, wherever it is asked for (`seen`).
+# What is seen of one network: arrays, from which the figures follow. Each is computed once, wherever it is
+# asked for (`seen`).
 
 Seen = dict[str, np.ndarray]
 
@@ -80,9 +91,13 @@ def _heads(c: Comparison, generator: LoadedGenerator) -> Seen:
 
 
 def _filters(c: Comparison, generator: LoadedGenerator) -> Seen:
-    """What the best filters make of the scans, chosen on validation latents: of those that spare whole latents, and of all (`any_...`)."""
-    chosen, held = ((heads.scans(generator.generator, seeds), heads.named(generator.generator, seeds))
-                    for seeds in (VALIDATION.take(CHOOSING), JUDGE.take(HEADS)))
+    """What the best filters make of the scans, chosen on validation latents: of those that spare whole
+    latents, and of all (`any_...`).
+    """
+    chosen, held = (
+        (heads.scans(generator.generator, seeds), heads.named(generator.generator, seeds))
+        for seeds in (VALIDATION.take(CHOOSING), JUDGE.take(HEADS))
+    )
     found: Seen = {}
     trial = tried(*chosen)
     for prefix, spares in (("", True), ("any_", False)):
@@ -94,14 +109,20 @@ def _filters(c: Comparison, generator: LoadedGenerator) -> Seen:
 
 
 def _images(c: Comparison, generator: LoadedGenerator) -> Seen:
-    network, dataset = load_features(c.inception, c.device), open_data(c)
-    chosen, cameras = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES), dataset.get_labels()
+    network = load_features(c.inception, c.device)
+    dataset = open_data(c)
+    chosen = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES)
+    cameras = dataset.get_labels()
     return {"features": collect(network, images_of(c, generator, cameras, IMAGES.take(FAKES), chosen))[1]}
 
 
 def _data(c: Comparison, _generator: LoadedGenerator) -> Seen:
     network = load_features(c.inception, c.device)
-    return {"features": collect(network, (images.to(c.device) for images in real_batches(open_data(c), REALS_AT_ONCE)))[1]}
+    return {
+        "features": collect(
+            network, (images.to(c.device) for images in real_batches(open_data(c), REALS_AT_ONCE))
+        )[1]
+    }
 
 
 def _views(c: Comparison, generator: LoadedGenerator) -> Seen:
@@ -113,11 +134,20 @@ def _views(c: Comparison, generator: LoadedGenerator) -> Seen:
 def _normal_maps(c: Comparison, generator: LoadedGenerator) -> Seen:
     """Features of normal maps."""
     features = ShapeFeatures.load()
-    return {"features": np.concatenate([features.of_grids(shape_grids(f)) for f in c.fields(generator, SHAPES.take(MAPPED), psi=1.0)])}
+    return {
+        "features": np.concatenate(
+            [features.of_grids(shape_grids(f)) for f in c.fields(generator, SHAPES.take(MAPPED), psi=1.0)]
+        )
+    }
 
 
 PARTS: dict[str, Callable[[Comparison, LoadedGenerator], Seen]] = {  # those that take longest first
-    "whole heads": _whole_heads, "images": _images, "filters": _filters, "heads": _heads, "normal maps": _normal_maps, "data": _data,
+    "whole heads": _whole_heads,
+    "images": _images,
+    "filters": _filters,
+    "heads": _heads,
+    "normal maps": _normal_maps,
+    "data": _data,
     "views": _views,
 }
 NEEDS = {"filters": "whole heads", "heads": "whole heads"}  # else two processes would make them
@@ -128,11 +158,18 @@ _OF_ONE_NETWORK = ("whole heads", "filters", "data")
 def parts_of(c: Comparison) -> list[tuple[str, str]]:
     """(part, network's role) of everything that the judges of a comparison see."""
     missing = {*(() if c.synthetic else _OF_THE_FAMILY), *(("normal maps",) if unmapped(c) else ())}
-    return [(part, role) for part in PARTS if part not in missing for role in ("before", *(() if part in _OF_ONE_NETWORK else ("after",)))]
+    return [
+        (part, role)
+        for part in PARTS
+        if part not in missing
+        for role in ("before", *(() if part in _OF_ONE_NETWORK else ("after",)))
+    ]
 
 
 def seen(c: Comparison, part: str, role: str = "before") -> Seen:
-    """What a part sees of the network before or after tuning; kept in the comparison, and of the bundled network on the disk."""
+    """What a part sees of the network before or after tuning; kept in the comparison, and of the bundled
+    network on the disk.
+    """
     case = ("judges", part, role)
     if case not in c.memory:
         path = _cache_path(c, part) if role == "before" else None
@@ -146,11 +183,33 @@ def seen(c: Comparison, part: str, role: str = "before") -> Seen:
 
 
 def _cache_path(c: Comparison, part: str) -> Path | None:
-    """A file in the user's cache, named by all that the part depends on; None for networks and data that are not the bundled ones."""
-    if c.before.hash != _bundled_hash() or c.data != bundled.DATA or c.inception is not None or c.device.type != "cpu":
+    """A file in the user's cache, named by all that the part depends on; None for networks and data that are
+    not the bundled ones.
+    """
+    if (
+        c.before.hash != _bundled_hash()
+        or c.data != bundled.DATA
+        or c.inception is not None
+        or c.device.type != "cpu"
+    ):
         return None
-    settings = [part, c.before.hash, c.n, c.seed, c.psi, c.batch, c.mirror, file_hash(resolve_dataset(c.data)), _sources()]
-    numerics = [torch.__version__, np.__version__, torch.backends.cpu.get_cpu_capability(), build.available("triplane_decode", "cpu")]
+    settings = [
+        part,
+        c.before.hash,
+        c.n,
+        c.seed,
+        c.psi,
+        c.batch,
+        c.mirror,
+        file_hash(resolve_dataset(c.data)),
+        _sources(),
+    ]
+    numerics = [
+        torch.__version__,
+        np.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        build.available("triplane_decode", "cpu"),
+    ]
     name = hashlib.sha256(json.dumps([*settings, *numerics]).encode()).hexdigest()[:16]
     return build.cache_dir().parent / "judges" / f"{part.replace(' ', '-')}-{name}.safetensors"
 
@@ -163,8 +222,11 @@ def _bundled_hash() -> str:
 @functools.cache
 def _sources() -> str:
     """Hash of our code and assets: whatever changes in them may change a value."""
-    root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
-    for path in sorted(path for room in ("eg3d_rlhf", "training", "torch_utils") for path in (root / room).rglob("*.*")):
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for path in sorted(
+        path for room in ("eg3d_rlhf", "training", "torch_utils") for path in (root / room).rglob("*.*")
+    ):
         if path.suffix in (".py", ".cpp", ".h"):
             digest.update(path.read_bytes())
     for path in sorted(ASSETS.glob("*.safetensors")):
@@ -183,7 +245,9 @@ def _read(path: Path) -> Seen | None:
 
 
 def _statistics(features: np.ndarray, batch: int) -> FeatureStatistics:
-    """Of features in the batches in which they were made, so that rounding does not depend on who made them."""
+    """Of features in the batches in which they were made,
+    so that rounding does not depend on who made them.
+    """
     found = FeatureStatistics(features.shape[1])
     for start in range(0, len(features), batch):
         found.update(features[start : start + batch])
@@ -191,13 +255,20 @@ def _statistics(features: np.ndarray, batch: int) -> FeatureStatistics:
 
 
 def blind_pairs(c: Comparison) -> dict:
-    """Share of held-out latents whose tuned shape the annotator prefers without noise; an exact tie counts half."""
+    """Share of held-out latents whose tuned shape the annotator prefers without noise; an exact tie counts
+    half.
+    """
     before, tuned = (seen(c, "heads", role)["utility"] for role in ROLES)
-    wins, ties = int((tuned > before).sum()), int((tuned == before).sum())
+    wins = int((tuned > before).sum())
+    ties = int((tuned == before).sum())
     low, high = wilson_interval(wins + ties // 2, len(before))
     return {
-        "win_rate": (wins + 0.5 * ties) / len(before), "win_rate_ci95": [low, high], "win_rate_n": len(before), "win_rate_ties": ties,
-        "utility_before": float(before.mean()), "utility_after": float(tuned.mean()),
+        "win_rate": (wins + 0.5 * ties) / len(before),
+        "win_rate_ci95": [low, high],
+        "win_rate_n": len(before),
+        "win_rate_ties": ties,
+        "utility_before": float(before.mean()),
+        "utility_after": float(tuned.mean()),
     }
 
 
@@ -211,18 +282,35 @@ def against_whole_heads(c: Comparison) -> dict:
     before = seen(c, "heads")
     filters = seen(c, "filters")
     strongest = {key.removeprefix("any_"): value for key, value in filters.items() if key.startswith("any_")}
-    columns = {"before": heads.figures(before, before), "after": figures_of_heads(c),
-               "filter": heads.figures(before, filters), "strongest_filter": heads.figures(before, strongest)}
+    columns = {
+        "before": heads.figures(before, before),
+        "after": figures_of_heads(c),
+        "filter": heads.figures(before, filters),
+        "strongest_filter": heads.figures(before, strongest),
+    }
     names = {"filter": _filter_name(filters), "strongest_filter": _filter_name(strongest)}
-    tuned, whole = columns["after"], columns["before"]["fscore_whole"]
+    tuned = columns["after"]
+    whole = columns["before"]["fscore_whole"]
     return {
-        "heads_n": HEADS, "heads_seeds": [JUDGE.take(HEADS)[0], JUDGE.take(HEADS)[-1]], "heads_psi": 1.0,
+        "heads_n": HEADS,
+        "heads_seeds": [JUDGE.take(HEADS)[0], JUDGE.take(HEADS)[-1]],
+        "heads_psi": 1.0,
         "broken_n": int(heads.broken(before).sum()),
-        "repaired": tuned["repaired"], "repaired_ci95": tuned["repaired_ci95"], "repaired_by_filter": columns["filter"]["repaired"],
-        "filters": names, "filters_chosen_on": CHOOSING, "whole_made_worse": tuned["whole_made_worse"],
-        "identity_kept": tuned["identity_kept"], "face_moved_voxels": tuned["face_moved_voxels"],
-        "variety_before": columns["before"]["variety"], "variety_after": tuned["variety"],
-        "fscore_behind": {"before": columns["before"]["fscore_broken"], "after": tuned["fscore_broken"], "whole": whole},
+        "repaired": tuned["repaired"],
+        "repaired_ci95": tuned["repaired_ci95"],
+        "repaired_by_filter": columns["filter"]["repaired"],
+        "filters": names,
+        "filters_chosen_on": CHOOSING,
+        "whole_made_worse": tuned["whole_made_worse"],
+        "identity_kept": tuned["identity_kept"],
+        "face_moved_voxels": tuned["face_moved_voxels"],
+        "variety_before": columns["before"]["variety"],
+        "variety_after": tuned["variety"],
+        "fscore_behind": {
+            "before": columns["before"]["fscore_broken"],
+            "after": tuned["fscore_broken"],
+            "whole": whole,
+        },
         "heads": columns,
     }
 
@@ -232,22 +320,31 @@ def _filter_name(found: Seen) -> str:
 
 
 def frechet(c: Comparison) -> dict:
-    network, real = load_features(c.inception, c.device), seen(c, "data")["features"]
+    network = load_features(c.inception, c.device)
+    real = seen(c, "data")["features"]
     fakes = [seen(c, "images", role)["features"] for role in ROLES]
     of_data = _statistics(real, REALS_AT_ONCE)
     before, tuned = (_statistics(features, c.batch).distance(of_data) for features in fakes)
     record = {
-        "frechet_before": before, "frechet_after": tuned, "frechet_ratio": tuned / before, "frechet_features": network.name,
+        "frechet_before": before,
+        "frechet_after": tuned,
+        "frechet_ratio": tuned / before,
+        "frechet_features": network.name,
         "frechet_images": FAKES,
     }
     if min(FAKES, len(real)) > network.dim:  # an Inception's 2048 features ask for more images
         found = frechet_change_interval(fakes[0], fakes[1], real, RESAMPLES)
-        record |= {"frechet_change_ci95": [found.lo, found.hi], "frechet_verdict": FRECHET.verdict(found.lo, found.hi)}
+        record |= {
+            "frechet_change_ci95": [found.lo, found.hi],
+            "frechet_verdict": FRECHET.verdict(found.lo, found.hi),
+        }
     return record
 
 
 def geometry(c: Comparison) -> dict:
-    """Measures that the annotator never used; 'better' compares means, the verdict is that of the paired interval beside it."""
+    """Measures that the annotator never used; 'better' compares means, the verdict is that of the paired
+    interval beside it.
+    """
     rows = []
     for measure in VIEWS:
         old, new = (seen(c, "views", role)[measure.name] for role in ROLES)
@@ -256,15 +353,31 @@ def geometry(c: Comparison) -> dict:
 
 
 def shapes(c: Comparison) -> dict:
-    """The Fréchet distance of shapes to true heads, of features of normal maps; where it is not measured, why."""
+    """The Fréchet distance of shapes to true heads, of features of normal maps; where it is not measured,
+    why.
+    """
     if why := unmapped(c):
         return {"shapes_missing": why, "geometry": []}
     both = [seen(c, "normal maps", role)["features"] for role in ROLES]
     true = ShapeFeatures.load().true.double().numpy()
-    distances = [FeatureStatistics(true.shape[1]).update(part).distance(FeatureStatistics(true.shape[1]).update(true)) for part in both]
+    distances = [
+        FeatureStatistics(true.shape[1]).update(part).distance(FeatureStatistics(true.shape[1]).update(true))
+        for part in both
+    ]
     change = frechet_change_interval(both[0], both[1], true, RESAMPLES)
-    paired = {"mean": change.mean, "mean_lo": change.lo, "mean_hi": change.hi, "confidence": 0.95, "n": MAPPED, "n_true": len(true)}
-    return {"shapes_n": MAPPED, "shapes_psi": 1.0, "geometry": [measured(SHAPE_FRECHET, distances[0], distances[1], paired)]}
+    paired = {
+        "mean": change.mean,
+        "mean_lo": change.lo,
+        "mean_hi": change.hi,
+        "confidence": 0.95,
+        "n": MAPPED,
+        "n_true": len(true),
+    }
+    return {
+        "shapes_n": MAPPED,
+        "shapes_psi": 1.0,
+        "geometry": [measured(SHAPE_FRECHET, distances[0], distances[1], paired)],
+    }
 
 
 def unmapped(c: Comparison) -> str:

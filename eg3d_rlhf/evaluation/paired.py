@@ -1,4 +1,5 @@
-"""Several measures of the same latents in each network: their means, paired changes, sentences and figures; and wording that parts share.
+"""Several measures of the same latents in each network: their means, paired changes, sentences and figures;
+and wording that parts share.
 
 Letters: N latents.
 """
@@ -16,8 +17,8 @@ from eg3d_rlhf.measures.measure import Measure
 
 BOOTSTRAP = "95 % percentile bootstrap over latents, 10,000 resamples"
 NO_CONTROL = (
-    "No control is shown: no run was named with --control, and none was found that differs from the tuned run in lambda_r = 0 alone. Run "
-    "train.py with the same flags, --seed among them, and --lambda-r=0."
+    "No control is shown: no run was named with --control, and none was found that differs from the tuned run"
+    " in lambda_r = 0 alone. Run train.py with the same flags, --seed among them, and --lambda-r=0."
 )
 ROLES = ("before", "after", "control")
 
@@ -42,25 +43,43 @@ def means_of_columns(values: np.ndarray) -> list[dict]:
     return [bootstrap_mean_interval(column)._asdict() for column in values.T]
 
 
-def paired_of(values: Mapping[str, np.ndarray], base: str = "before", roles: Sequence[str] | None = None) -> dict[str, dict]:
+def paired_of(
+    values: Mapping[str, np.ndarray], base: str = "before", roles: Sequence[str] | None = None
+) -> dict[str, dict]:
     """Changes of the same items from the base to every other role, or to those of `roles`."""
-    return {role: paired_summary(values[base], v)._asdict() for role, v in values.items() if role != base and role in (roles or values)}
+    return {
+        role: paired_summary(values[base], v)._asdict()
+        for role, v in values.items()
+        if role != base and role in (roles or values)
+    }
 
 
 def seed_rows(seeds: Sequence[int], columns: Mapping[str, np.ndarray]) -> list[dict]:
     """A table with a line for each seed; None where a value is not finite."""
     return [
-        {"seed": seed, **{name: float(column[i]) if np.isfinite(column[i]) else None for name, column in columns.items()}}
+        {
+            "seed": seed,
+            **{
+                name: float(column[i]) if np.isfinite(column[i]) else None for name, column in columns.items()
+            },
+        }
         for i, seed in enumerate(seeds)
     ]
 
 
 def compare(
-    c: Comparison, seeds: Sequence[int], seen: Mapping[str, Any], table: Sequence[Measure], notes: Sequence[str] = (), **more
+    c: Comparison,
+    seeds: Sequence[int],
+    seen: Mapping[str, Any],
+    table: Sequence[Measure],
+    notes: Sequence[str] = (),
+    **more,
 ) -> Finding:
-    """The finding of a table of measures: means and paired changes of each, over the latents that have it in all networks.
+    """The finding of a table of measures: means and paired changes of each, over the latents that have it in
+    all networks.
 
-    Args: seen: by role, what the measures are of; notes: sentences after those of the measures; more: further entries of the data.
+    Args: seen: by role, what the measures are of; notes: sentences after those of the measures; more: further
+        entries of the data.
     """
     values = {measure: {role: measure.values(what) for role, what in seen.items()} for measure in table}
     measures = {}
@@ -69,13 +88,20 @@ def compare(
         kept = {role: v[known] for role, v in by_role.items()}
         enough = known.sum() >= 2
         measures[measure.name] = {
-            "unit": measure.unit, "n": int(known.sum()), "values": {role: v.tolist() for role, v in kept.items()},
-            "means": means_of(kept) if enough else {}, "paired": paired_of(kept) if enough else {},
+            "unit": measure.unit,
+            "n": int(known.sum()),
+            "values": {role: v.tolist() for role, v in kept.items()},
+            "means": means_of(kept) if enough else {},
+            "paired": paired_of(kept) if enough else {},
         }
-    columns = {f"{measure.name} {role}": v for measure, by_role in values.items() for role, v in by_role.items()}
+    columns = {
+        f"{measure.name} {role}": v for measure, by_role in values.items() for role, v in by_role.items()
+    }
     return Finding(
-        facts=c.facts(seeds, ROLES, f"paired changes; {BOOTSTRAP}"), data={"measures": measures, "seeds": list(seeds), **more},
-        rows=seed_rows(seeds, columns), says=[*(_sentence(measure, measures[measure.name]) for measure in table), *notes],
+        facts=c.facts(seeds, ROLES, f"paired changes; {BOOTSTRAP}"),
+        data={"measures": measures, "seeds": list(seeds), **more},
+        rows=seed_rows(seeds, columns),
+        says=[*(_sentence(measure, measures[measure.name]) for measure in table), *notes],
     )
 
 
@@ -84,26 +110,41 @@ def _sentence(measure: Measure, entry: Mapping) -> str:
     name = measure.name
     if not entry["paired"]:
         return f"{name}: not measured, since fewer than two latents have it in every network."
-    means, change = entry["means"], entry["paired"]["after"]
+    means = entry["means"]
+    change = entry["paired"]["after"]
     shown = {role: span(p["mean"], p["mean_lo"], p["mean_hi"], "+.3g") for role, p in entry["paired"].items()}
     if contains_zero(change["mean_lo"], change["mean_hi"]):
         meaning = ": no change" if change["mean_lo"] == change["mean_hi"] == 0 else ": no change is shown"
     else:
         moved = "lower" if change["mean_hi"] < 0 else "higher"
-        meaning = f": {moved}, which is {measure.verdict(change['mean_lo'], change['mean_hi'])}" if measure.better else ""
+        meaning = (
+            f": {moved}, which is {measure.verdict(change['mean_lo'], change['mean_hi'])}"
+            if measure.better
+            else ""
+        )
     ends = f"{means['before']['mean']:.4g} before, {means['after']['mean']:.4g} after"
     control = f"; control {shown['control']}" if "control" in shown else ""
     return f"{name} ({entry['unit']}): {ends}, paired {shown['after']}{meaning}{control}."
 
 
 def plot_values(data: dict):
-    """Every latent's value of each measure per network, joined by lines, and the means with their intervals."""
+    """Every latent's value of each measure per network, joined by lines,
+    and the means with their intervals.
+    """
     count = len(data["measures"])
     drawn, axes = style.grid(count, 2.9)
     for axis, (name, measure) in zip(axes, data["measures"].items(), strict=True):
         roles = list(measure["values"])
         for latent in zip(*measure["values"].values(), strict=True):
-            axis.plot(range(len(roles)), latent, ".-", color=style.colour("noise"), linewidth=0.4, markersize=2.5, alpha=0.5)
+            axis.plot(
+                range(len(roles)),
+                latent,
+                ".-",
+                color=style.colour("noise"),
+                linewidth=0.4,
+                markersize=2.5,
+                alpha=0.5,
+            )
         for i, (role, mean) in enumerate(measure["means"].items()):
             style.interval(axis, i, mean, role, fmt="D", markersize=5, capsize=5)
         axis.set_xticks(range(len(roles)), roles)
@@ -121,14 +162,25 @@ def plot_changes(data: dict):
     for j, role in enumerate(roles):
         for i, name in enumerate(names):
             measure = data["measures"][name]
-            p, scale = measure["paired"][role], float(np.std(measure["values"]["before"]))
+            p = measure["paired"][role]
+            scale = float(np.std(measure["values"]["before"]))
             scale = scale or float(np.std(measure["values"][role])) or 1.0
-            axes.errorbar([p["mean"] / scale], [i + 0.18 * (j - (len(roles) - 1) / 2)],
-                          xerr=np.divide(style.errors(p, lo="mean_lo", hi="mean_hi"), scale), fmt="o", capsize=3, markersize=4,
-                          color=style.colour(role), label=role if i == 0 else None)
+            axes.errorbar(
+                [p["mean"] / scale],
+                [i + 0.18 * (j - (len(roles) - 1) / 2)],
+                xerr=np.divide(style.errors(p, lo="mean_lo", hi="mean_hi"), scale),
+                fmt="o",
+                capsize=3,
+                markersize=4,
+                color=style.colour(role),
+                label=role if i == 0 else None,
+            )
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set(xlabel="paired change, in deviations between latents before", title="Change of the same latents (left is lower)")
+    axes.set(
+        xlabel="paired change, in deviations between latents before",
+        title="Change of the same latents (left is lower)",
+    )
     axes.legend()
     return drawn

@@ -1,7 +1,9 @@
-"""Whether labels, and nothing cheaper, repair heads of people: every arm with several training seeds, in one table. `make proof`.
+"""Whether labels, and nothing cheaper, repair heads of people: every arm with several training seeds, in one
+table. `make proof`.
 
-Labels -> rewards -> tunings -> shapes of held-out latents -> proof.json -> proof.md, proof.png. The primary measures were fixed on 24
-November 2026, before any run: docs/lab-book/2026-11-heads.md. Letters: S training seeds, N latents, Q features; n grid points.
+Labels -> rewards -> tunings -> shapes of held-out latents -> proof.json -> proof.md, proof.png. The primary
+measures were fixed on 24 November 2026, before any run: docs/lab-book/2026-11-heads.md. Letters: S training
+seeds, N latents, Q features; n grid points.
 """
 
 import hashlib
@@ -41,11 +43,15 @@ from training.storage import write_atomic
 
 LABELS = "labels"
 ARMS = {  # words of the table
-    LABELS: "labels", "no-reward": "no reward (λ_r 0)", "filter": "best label-free filter that spares whole heads",
-    "truncation": "truncation, as many whole", "smoothness": "a reward that likes smooth surfaces",
+    LABELS: "labels",
+    "no-reward": "no reward (λ_r 0)",
+    "filter": "best label-free filter that spares whole heads",
+    "truncation": "truncation, as many whole",
+    "smoothness": "a reward that likes smooth surfaces",
     "permuted": "the reward, weights permuted",
-    "coin": "labels by coin", "turned": "labels turned over",
-}  # fmt: skip
+    "coin": "labels by coin",
+    "turned": "labels turned over",
+}
 BY_LABELS = (LABELS, "coin", "turned")  # a reward for each draw of labels and each seed of its training
 PRIMARIES = ("error_broken", "shape_frechet")  # lower is better; fixed before the run
 HARM = 0.02  # share of whole latents that an arm may make worse and still count as harmless
@@ -70,7 +76,8 @@ def turned(label: Preference) -> Preference:
 
 def permuted(reward: Reward, seed: int) -> Reward:
     """The same network with the entries of each tensor in another order, drawn by a seed."""
-    random, state = torch.Generator().manual_seed(seed), reward.network.state_dict()
+    random = torch.Generator().manual_seed(seed)
+    state = reward.network.state_dict()
     for values in state.values():
         values.copy_(values.flatten()[torch.randperm(values.numel(), generator=random)].view_as(values))
     return Reward(reward.observation, reward.network, {**reward.provenance, "permuted": seed})
@@ -101,9 +108,23 @@ class Plan:
         """What labels further draws of pairs."""
         count = len(load_labels(self.labels)) if self.draws > 1 else 0
         more = [f"--network={self.network}"] if self.network else []
-        return [Part(f"labels, draw {d}", self.draw(d).parent, DOOR,
-                     ("label", "synthetic", f"--pairs={count}", f"--seed={d}", f"--first-seed={FIRST_SEED + 20_000 * d}", *more,
-                      f"--out={self.draw(d)}")) for d in range(1, self.draws)]
+        return [
+            Part(
+                f"labels, draw {d}",
+                self.draw(d).parent,
+                DOOR,
+                (
+                    "label",
+                    "synthetic",
+                    f"--pairs={count}",
+                    f"--seed={d}",
+                    f"--first-seed={FIRST_SEED + 20_000 * d}",
+                    *more,
+                    f"--out={self.draw(d)}",
+                ),
+            )
+            for d in range(1, self.draws)
+        ]
 
     def bundled(self, arm: str, draw: int, seed: int) -> bool:
         """Whether a reward is the bundled one, which has learnt from the bundled labels."""
@@ -112,19 +133,36 @@ class Plan:
     def reward_part(self, arm: str, draw: int, seed: int) -> Part:
         """The training of a reward on labels."""
         more = [f"--network={self.network}"] if self.network else []
-        flags = [f"--labels={self.labels_of(arm, draw)}", f"--seed={seed}", f"--set=split_seed={seed}", *more, *self.train]
+        flags = [
+            f"--labels={self.labels_of(arm, draw)}",
+            f"--seed={seed}",
+            f"--set=split_seed={seed}",
+            *more,
+            *self.train,
+        ]
         folder = self.out / "rewards" / f"{arm}-d{draw}-r{seed}"
-        return Part(f"reward: {arm}, draw {draw}, seed {seed}", folder, TRAIN_REWARD, (*flags, f"--out={folder}"))
+        return Part(
+            f"reward: {arm}, draw {draw}, seed {seed}", folder, TRAIN_REWARD, (*flags, f"--out={folder}")
+        )
 
     def reward_parts(self) -> list[Part]:
         arms = [arm for arm in BY_LABELS if arm in self.arms]
-        return [self.reward_part(arm, d, r) for arm in arms for d in range(self.draws) for r in range(self.rewards)
-                if not self.bundled(arm, d, r)]
+        return [
+            self.reward_part(arm, d, r)
+            for arm in arms
+            for d in range(self.draws)
+            for r in range(self.rewards)
+            if not self.bundled(arm, d, r)
+        ]
 
     def reward(self, arm: str, draw: int = 0, seed: int = 0) -> Path:
         """The reward that an arm tunes by; made by `reward_parts` or `write_rewards`."""
         if arm in BY_LABELS:
-            return bundled.REWARD if self.bundled(arm, draw, seed) else self.reward_part(arm, draw, seed).folder / "reward.safetensors"
+            return (
+                bundled.REWARD
+                if self.bundled(arm, draw, seed)
+                else self.reward_part(arm, draw, seed).folder / "reward.safetensors"
+            )
         return self.out / "rewards" / f"{arm}{seed if arm == 'permuted' else ''}.safetensors"
 
     def tunings(self) -> dict[tuple[str, int, int, int], Part]:
@@ -134,11 +172,17 @@ class Plan:
             for case in self._cases(arm):
                 seed, d, r = case
                 source = self.reward(LABELS) if arm == "no-reward" else self.reward(arm, d, r)
-                flags = ["--reward=smoothness" if arm == "smoothness" else TUNED[0], f"--reward-ckpt={source}"]
+                flags = [
+                    "--reward=smoothness" if arm == "smoothness" else TUNED[0],
+                    f"--reward-ckpt={source}",
+                ]
                 flags += ["--lambda-r=0"] if arm == "no-reward" else []
                 flags += [f"--init={self.network}"] if self.network else []
-                parts[arm, *case] = Part.keyed(f"{arm}-s{seed}-d{d}-r{r}", self.out / "runs",
-                                               [*flags, f"--seed={seed}", "--no-summary", *self.tune])
+                parts[arm, *case] = Part.keyed(
+                    f"{arm}-s{seed}-d{d}-r{r}",
+                    self.out / "runs",
+                    [*flags, f"--seed={seed}", "--no-summary", *self.tune],
+                )
         return parts
 
     def _cases(self, arm: str) -> Iterator[tuple[int, int, int]]:
@@ -162,7 +206,9 @@ def write_labels_of_arms(plan: Plan) -> None:
 def write_rewards(plan: Plan) -> None:
     """Those that learn nothing."""
     if "smoothness" in plan.arms:
-        Reward(Smoothness.of(load_generator(plan.network).generator), AsSeen()).save(plan.reward("smoothness"))
+        Reward(Smoothness.of(load_generator(plan.network).generator), AsSeen()).save(
+            plan.reward("smoothness")
+        )
     for seed in range(plan.rewards if "permuted" in plan.arms else 0):
         permuted(load_reward(plan.reward(LABELS, 0, seed)), seed).save(plan.reward("permuted", 0, seed))
 
@@ -170,18 +216,23 @@ def write_rewards(plan: Plan) -> None:
 # What is seen of each arm's shapes.
 
 
-WHOLE, BEFORE, FILTER = "whole heads", "before", "filter"
+WHOLE = "whole heads"
+BEFORE = "before"
+FILTER = "filter"
 
 
 def _task_of_psi(psi: float) -> str:
     return f"psi {psi:g}"
 
 
-def _looker(network: Path | None, tuned: Mapping[str, Path], latents: int, held: HeldOut = LATENTS) -> Callable[[str], dict]:
+def _looker(
+    network: Path | None, tuned: Mapping[str, Path], latents: int, held: HeldOut = LATENTS
+) -> Callable[[str], dict]:
     """A process that looks at shapes: what it sees of a task."""
     torch.set_num_threads(1)
     load_plugins()
-    before, seeds = load_generator(network).generator, held.take(latents)
+    before = load_generator(network).generator
+    seeds = held.take(latents)
     whole = heads.named(before, seeds)
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
 
@@ -193,7 +244,9 @@ def _looker(network: Path | None, tuned: Mapping[str, Path], latents: int, held:
             return {"features": features.of_grids(whole) if features else np.zeros((0, 0))}
         if task == FILTER:
             validation = VALIDATION.take(min(CHOOSING, max(latents, 1)))
-            name = best_filter(tried(heads.scans(before, validation), heads.named(before, validation)), spares=True)
+            name = best_filter(
+                tried(heads.scans(before, validation), heads.named(before, validation)), spares=True
+            )
             made = np.stack([FILTERS[name](values) for values in heads.scans(before, seeds)])
             return {**seen(made), "filter": np.array([list(FILTERS).index(name)])}
         if task.startswith("psi "):
@@ -204,10 +257,15 @@ def _looker(network: Path | None, tuned: Mapping[str, Path], latents: int, held:
 
 
 def look(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
-    """What is seen of the whole heads, of the scans before, of every network, filter and truncation; kept in files, by network."""
+    """What is seen of the whole heads, of the scans before, of every network, filter and truncation; kept in
+    files, by network.
+    """
     folder = plan.out / "seen"
     folder.mkdir(parents=True, exist_ok=True)
-    cheap = [*([FILTER] if FILTER in plan.arms else []), *map(_task_of_psi, PSIS if "truncation" in plan.arms else ())]
+    cheap = [
+        *([FILTER] if FILTER in plan.arms else []),
+        *map(_task_of_psi, PSIS if "truncation" in plan.arms else ()),
+    ]
     tasks = [WHOLE, BEFORE, *cheap, *tuned]
     base = file_hash(plan.network or bundled.GENERATOR)
     features = file_hash(DEFAULT_ASSET) if DEFAULT_ASSET.is_file() else ""
@@ -217,15 +275,28 @@ def look(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
         return folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors"
 
     missing = [task for task in tasks if not path(task).is_file()]
-    with tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc="shapes of held-out latents", unit="arm") as bar:
+    with tqdm(
+        total=len(tasks), initial=len(tasks) - len(missing), desc="shapes of held-out latents", unit="arm"
+    ) as bar:
 
         def done(task: str, result: dict) -> None:
-            write_atomic(path(task), safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in result.items()}))
+            write_atomic(
+                path(task),
+                safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in result.items()}),
+            )
             bar.update()
 
         if missing:
-            needs = {task: [WHOLE] if WHOLE in missing and task != WHOLE else [] for task in missing}  # which writes them to the disk
-            run_tasks(needs, _looker, (plan.network, dict(tuned), plan.latents), min(jobs, len(missing)), plan.out / "logs", done)
+            # which writes them to the disk
+            needs = {task: [WHOLE] if WHOLE in missing and task != WHOLE else [] for task in missing}
+            run_tasks(
+                needs,
+                _looker,
+                (plan.network, dict(tuned), plan.latents),
+                min(jobs, len(missing)),
+                plan.out / "logs",
+                done,
+            )
     return {task: safetensors.numpy.load_file(path(task)) for task in tasks}
 
 
@@ -236,7 +307,9 @@ def row(seen: Mapping, before: Mapping, reference: np.ndarray | None) -> dict:
     """One network's figures."""
     found = heads.figures(before, seen)
     del found["repaired_ci95"]
-    return found | ({} if reference is None else {"shape_frechet": heads.shape_frechet(seen["features"], reference)})
+    return found | (
+        {} if reference is None else {"shape_frechet": heads.shape_frechet(seen["features"], reference)}
+    )
 
 
 def arm(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, before: Mapping) -> dict:
@@ -246,7 +319,11 @@ def arm(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, before: Mapping)
     """
     names = [name for name in next(iter(rows.values()))[0]]
     by_seed = {name: [_mean([one[name] for one in each]) for each in rows.values()] for name in names}
-    return {**by_seed, "repaired_ci95": heads.interval(before, errors), "runs": {str(seed): list(each) for seed, each in rows.items()}}
+    return {
+        **by_seed,
+        "repaired_ci95": heads.interval(before, errors),
+        "runs": {str(seed): list(each) for seed, each in rows.items()},
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -255,26 +332,40 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def truncated(seen: Mapping[float, Mapping], share: float) -> float:
-    """The largest psi at which as large a share of latents is whole; the one with the largest share where none is enough."""
+    """The largest psi at which as large a share of latents is whole; the one with the largest share where
+    none is enough.
+    """
     shares = {psi: float((heads.error(found) <= heads.BROKEN).mean()) for psi, found in seen.items()}
     enough = [psi for psi, reached in shares.items() if reached >= share]
     return max(enough) if enough else max(shares, key=lambda psi: (shares[psi], psi))
 
 
 def verdict(arms: Mapping[str, Mapping], primaries: Sequence[str]) -> dict:
-    """Whether labels are lower than every other arm in each primary with every training seed, at no more harm to whole heads.
+    """Whether labels are lower than every other arm in each primary with every training seed, at no more harm
+    to whole heads.
 
     Harm up to HARM counts as none.
     """
-    against, ours = {}, arms[LABELS]
+    against = {}
+    ours = arms[LABELS]
     for name, theirs in arms.items():
         if name == LABELS:
             continue
-        lower = {primary: [a < b for a, b in zip(ours[primary], theirs[primary], strict=True)] for primary in primaries}
+        lower = {
+            primary: [a < b for a, b in zip(ours[primary], theirs[primary], strict=True)]
+            for primary in primaries
+        }
         pairs = zip(ours["whole_made_worse"], theirs["whole_made_worse"], strict=True)
         harmless = [mine is None or mine <= max(HARM, other or 0.0) for mine, other in pairs]
-        against[name] = {"lower": lower, "no_more_harm": harmless, "beaten": all(map(all, lower.values())) and all(harmless)}
-    return {"labels_win": bool(against) and all(one["beaten"] for one in against.values()), "against": against}
+        against[name] = {
+            "lower": lower,
+            "no_more_harm": harmless,
+            "beaten": all(map(all, lower.values())) and all(harmless),
+        }
+    return {
+        "labels_win": bool(against) and all(one["beaten"] for one in against.values()),
+        "against": against,
+    }
 
 
 def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, int, int, int], str]) -> dict:
@@ -291,10 +382,15 @@ def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, i
             cases = {seed: [FILTER] for seed in plan.seeds}
         if name == "truncation":
             tried = {psi: seen[_task_of_psi(psi)] for psi in PSIS}
-            shares = {seed: truncated(tried, _mean(arms[LABELS]["whole_share"][i : i + 1]) or 0.0) for i, seed in enumerate(plan.seeds)}
+            shares = {
+                seed: truncated(tried, _mean(arms[LABELS]["whole_share"][i : i + 1]) or 0.0)
+                for i, seed in enumerate(plan.seeds)
+            }
             cases = {seed: [_task_of_psi(psi)] for seed, psi in shares.items()}
         rows = {seed: [row(seen[task], before, reference) for task in tasks] for seed, tasks in cases.items()}
-        errors[name] = np.stack([np.mean([heads.error(seen[task]) for task in tasks], axis=0) for tasks in cases.values()])
+        errors[name] = np.stack(
+            [np.mean([heads.error(seen[task]) for task in tasks], axis=0) for tasks in cases.values()]
+        )
         arms[name] = arm(rows, errors[name], before)
     untuned = row(before, before, reference)
     for name in arms:
@@ -303,10 +399,19 @@ def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, i
         if name != LABELS:
             arms[name]["error_over_labels"] = _over(errors[name] - errors[LABELS], heads.broken(before))
     return {
-        "primaries": primaries, "fixed": "2026-11-24", "seeds": list(plan.seeds), "rewards": plan.rewards, "draws": plan.draws,
-        "latents": plan.latents, "broken": int(heads.broken(before).sum()), "before": untuned, "arms": arms,
+        "primaries": primaries,
+        "fixed": "2026-11-24",
+        "seeds": list(plan.seeds),
+        "rewards": plan.rewards,
+        "draws": plan.draws,
+        "latents": plan.latents,
+        "broken": int(heads.broken(before).sum()),
+        "before": untuned,
+        "arms": arms,
         "filter": list(FILTERS)[int(seen[FILTER]["filter"][0])] if FILTER in seen else None,
-        "psi": {str(seed): psi for seed, psi in shares.items()}, "verdict": verdict(arms, primaries), "harm_allowed": HARM,
+        "psi": {str(seed): psi for seed, psi in shares.items()},
+        "verdict": verdict(arms, primaries),
+        "harm_allowed": HARM,
         "flags": {"tune": [*TUNED, *plan.tune], "train": list(plan.train)},
     }
 
@@ -318,21 +423,35 @@ def _share(before: float | None, after: float | None, best: float | None) -> flo
 
 
 def _over(difference: np.ndarray, ill: np.ndarray) -> dict | None:
-    """Mean of differences [S, N] over seeds and broken latents, with its interval over both, and over seeds alone."""
+    """Mean of differences [S, N] over seeds and broken latents, with its interval over both, and over seeds
+    alone.
+    """
     here = difference[:, ill]
     if not here.size:
         return None
     found = two_way_interval(lambda seeds, items: here[np.ix_(seeds, items)].mean(), *here.shape)
     over_seeds = t_mean_interval(here.mean(axis=1)) if len(here) > 1 else None
-    return {"mean": float(here.mean()), "ci95": [found.lo, found.hi], "ci95_over_seeds": over_seeds and [over_seeds.lo, over_seeds.hi]}
+    return {
+        "mean": float(here.mean()),
+        "ci95": [found.lo, found.hi],
+        "ci95_over_seeds": over_seeds and [over_seeds.lo, over_seeds.hi],
+    }
 
 
 FIGURES = {  # of the table: words and form
-    "error_broken": ("volume error behind", ".3f"), "shape_frechet": ("shape Fréchet", ".2f"), "repaired": ("repaired", ".0%"),
-    "whole_made_worse": ("whole made worse", ".0%"), "whole_share": ("whole now", ".0%"), "fscore_broken": ("F-score", ".3f"),
-    "missing_broken": ("missing", ".3f"), "extra_broken": ("too much", ".3f"), "variety": ("variety", ".3f"),
-    "identity_kept": ("identity", ".0%"), "face_moved_voxels": ("face moved", ".2f"), "changed": ("changed", ".3f"),
-}  # fmt: skip
+    "error_broken": ("volume error behind", ".3f"),
+    "shape_frechet": ("shape Fréchet", ".2f"),
+    "repaired": ("repaired", ".0%"),
+    "whole_made_worse": ("whole made worse", ".0%"),
+    "whole_share": ("whole now", ".0%"),
+    "fscore_broken": ("F-score", ".3f"),
+    "missing_broken": ("missing", ".3f"),
+    "extra_broken": ("too much", ".3f"),
+    "variety": ("variety", ".3f"),
+    "identity_kept": ("identity", ".0%"),
+    "face_moved_voxels": ("face moved", ".2f"),
+    "changed": ("changed", ".3f"),
+}
 
 
 def _cell(values: Sequence[float | None], form: str) -> str:
@@ -346,24 +465,41 @@ def _cell(values: Sequence[float | None], form: str) -> str:
 def markdown(data: Mapping) -> str:
     """The table, and what it says."""
     shown = {name: words for name, words in FIGURES.items() if name in data["before"]}
-    head = ["arm", *(words + (" (primary)" if name in data["primaries"] else "") for name, (words, _) in shown.items())]
+    head = [
+        "arm",
+        *(words + (" (primary)" if name in data["primaries"] else "") for name, (words, _) in shown.items()),
+    ]
     rows = [["before tuning", *(_cell([data["before"][name]], form) for name, (_, form) in shown.items())]]
     for name, figures in data["arms"].items():
-        psi = f" (ψ {', '.join(f'{psi:g}' for psi in sorted(set(data['psi'].values())))})" if name == "truncation" else ""
+        psi = (
+            f" (ψ {', '.join(f'{psi:g}' for psi in sorted(set(data['psi'].values())))})"
+            if name == "truncation"
+            else ""
+        )
         words = ARMS[name] + psi + (f" ({data['filter']})" if name == FILTER else "")
         rows.append([words, *(_cell(figures[key], form) for key, (_, form) in shown.items())])
     found = data["verdict"]
     unbeaten = [ARMS[name] for name, one in found["against"].items() if not one["beaten"]]
-    says = "Labels beat every other arm in each primary with every training seed, at no more harm to whole heads." if found["labels_win"] \
-        else f"Not beaten in each primary with every training seed at no more harm: {', '.join(unbeaten) or 'there was no other arm'}."
-    text = (
-        f"{data['latents']} held-out latents, ψ 1, {data['broken']} of them broken before tuning; training seeds "
-        f"{', '.join(map(str, data['seeds']))}, {data['rewards']} reward(s) for each of {data['draws']} draw(s) of labels. Means over "
-        "training seeds, in brackets the least and the greatest. Volume error, missing, too much: shares of the whole head's volume "
-        f"behind, of broken latents; F-score behind at one voxel, of broken latents. Made worse: by {heads.WORSE}. Lengths in voxels of "
-        "64³. Changed: share of the volume behind that became solid or empty."
+    says = (
+        "Labels beat every other arm in each primary with every training seed, at no more harm to whole"
+        " heads."
+        if found["labels_win"]
+        else (
+            "Not beaten in each primary with every training seed at no more harm:"
+            f" {', '.join(unbeaten) or 'there was no other arm'}."
+        )
     )
-    return "\n".join(["# What repairs heads of people", "", says, "", *markdown_rows(head, rows), "", text, ""])
+    text = (
+        f"{data['latents']} held-out latents, ψ 1, {data['broken']} of them broken before tuning; training"
+        f" seeds {', '.join(map(str, data['seeds']))}, {data['rewards']} reward(s) for each of"
+        f" {data['draws']} draw(s) of labels. Means over training seeds, in brackets the least and the"
+        " greatest. Volume error, missing, too much: shares of the whole head's volume behind, of broken"
+        f" latents; F-score behind at one voxel, of broken latents. Made worse: by {heads.WORSE}. Lengths in"
+        " voxels of 64³. Changed: share of the volume behind that became solid or empty."
+    )
+    return "\n".join(
+        ["# What repairs heads of people", "", says, "", *markdown_rows(head, rows), "", text, ""]
+    )
 
 
 def plot(data: Mapping):
@@ -373,7 +509,13 @@ def plot(data: Mapping):
     for axis, primary in zip(np.atleast_1d(axes), data["primaries"], strict=True):
         for place, name in enumerate(names):
             values = data["arms"][name][primary]
-            axis.plot(values, [place] * len(values), "o", markersize=4, color=style.colour("after" if name == LABELS else "control"))
+            axis.plot(
+                values,
+                [place] * len(values),
+                "o",
+                markersize=4,
+                color=style.colour("after" if name == LABELS else "control"),
+            )
         axis.axvline(data["before"][primary], color=style.colour("before"), linewidth=1)
         axis.set_yticks(range(len(names)), [ARMS[name] for name in names], fontsize=7)
         axis.invert_yaxis()
@@ -384,31 +526,85 @@ def plot(data: Mapping):
 @click.command(cls=GroupedCommand)
 @shared("network out dry-run", out={"default": "runs/proof"}, dry_run="Print the commands as JSON and stop.")
 @option("--seeds", metavar="LIST", default="0,1,2", help="Training seeds of every tuning.")
-@option("--rewards", metavar="INT", type=click.IntRange(min=1), default=2, help="Rewards for each draw of labels, with seeds 0, 1, ...")
-@option("--draws", metavar="INT", type=click.IntRange(min=1), default=2, help="Draws of labels; the first are the bundled ones.")
+@option(
+    "--rewards",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=2,
+    help="Rewards for each draw of labels, with seeds 0, 1, ...",
+)
+@option(
+    "--draws",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=2,
+    help="Draws of labels; the first are the bundled ones.",
+)
 @option("--only", metavar="LIST", default=",".join(ARMS), help="Arms; labels always are one.")
-@option("--latents", metavar="INT", type=click.IntRange(min=2, max=LATENTS.count), default=64, help="Held-out latents.")
-@option("--labels", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=BUNDLED_LABELS,
-        show_default="the bundled ones", help="Labels of the first draw.")
+@option(
+    "--latents",
+    metavar="INT",
+    type=click.IntRange(min=2, max=LATENTS.count),
+    default=64,
+    help="Held-out latents.",
+)
+@option(
+    "--labels",
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    default=BUNDLED_LABELS,
+    show_default="the bundled ones",
+    help="Labels of the first draw.",
+)
 @option("--train", metavar="FLAGS", default="", help='More flags of the rewards\' training, as "--epochs=4".')
-@option("--jobs", metavar="INT", type=click.IntRange(min=1), default=min(2, os.cpu_count() or 1), show_default="2, or the cores",
-        help="Trainings side by side.")
+@option(
+    "--jobs",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=min(2, os.cpu_count() or 1),
+    show_default="2, or the cores",
+    help="Trainings side by side.",
+)
 @click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
-def main(out: Path, network: Path | None, seeds: str, rewards: int, draws: int, only: str, latents: int, labels: Path, train: str,
-         jobs: int, dry_run: bool, more: tuple[str, ...]) -> None:
-    """Do labels repair heads of people, and does anything cheaper? Every arm with several training seeds, side by side: `make proof`.
+def main(
+    out: Path,
+    network: Path | None,
+    seeds: str,
+    rewards: int,
+    draws: int,
+    only: str,
+    latents: int,
+    labels: Path,
+    train: str,
+    jobs: int,
+    dry_run: bool,
+    more: tuple[str, ...],
+) -> None:
+    """Do labels repair heads of people, and does anything cheaper? Every arm with several training seeds,
+    side by side: `make proof`.
 
-    Arms: labels; no reward; the best filter without labels; truncation; a reward that likes smooth surfaces; the reward with its weights
-    permuted; labels by coin; labels turned over. All are tuned with the demo's settings. Finished parts are not repeated, interrupted ones
-    go on: the same command continues. Flags after -- go to train.py. Writes proof.json, proof.md and proof.png.
+    Arms: labels; no reward; the best filter without labels; truncation; a reward that likes smooth surfaces;
+    the reward with its weights permuted; labels by coin; labels turned over. All are tuned with the demo's
+    settings. Finished parts are not repeated, interrupted ones go on: the same command continues. Flags after
+    -- go to train.py. Writes proof.json, proof.md and proof.png.
 
     \b
     Example:
         eg3d-rlhf report proof --seeds=0,1,2 --rewards=1 --draws=1 --dry-run
     """
     chosen = [name for name in ARMS if name in {LABELS, *some_of("--only", only, ARMS)}]
-    plan = Plan(out=out, arms=chosen, seeds=list(dict.fromkeys(parse_seeds(seeds))), rewards=rewards, draws=draws, latents=latents,
-                network=network, labels=labels, train=tuple(shlex.split(train)), tune=more)
+    plan = Plan(
+        out=out,
+        arms=chosen,
+        seeds=list(dict.fromkeys(parse_seeds(seeds))),
+        rewards=rewards,
+        draws=draws,
+        latents=latents,
+        network=network,
+        labels=labels,
+        train=tuple(shlex.split(train)),
+        tune=more,
+    )
     taught = plan.reward_parts()
     if dry_run:
         parts = [*plan.label_parts(), *taught, *plan.tunings().values()]

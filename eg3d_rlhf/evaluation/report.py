@@ -1,4 +1,5 @@
-"""The evaluation report: which parts it has, what it says first, what its figures cannot say, and shapes to look at.
+"""The evaluation report: which parts it has, what it says first, what its figures cannot say, and shapes to
+look at.
 
 Letters: N latents, D, H, W grid points, R pixels per edge.
 """
@@ -30,7 +31,10 @@ TITLE = "Before and after tuning"
 
 
 def select(c: Comparison, keys: str | None = None) -> list[Job]:
-    """The report's parts, or those of a comma-separated list of keys. Raises: ValueError for an unknown key."""
+    """The report's parts, or those of a comma-separated list of keys.
+
+    Raises: ValueError for an unknown key.
+    """
     parts = (rewards.jobs, images.jobs, geometry.jobs, rewards.curve_jobs, geometry.depth_jobs, strip_jobs)
     jobs = [job for part in parts for job in part(c)]
     wanted = None if keys is None else some_of("--only", keys, [job.key for job in jobs])
@@ -48,17 +52,24 @@ def check_files(c: Comparison) -> None:
 
 
 def introduction(c: Comparison) -> str:
-    of = {role: f" of {run.name}" for role, run in (("after", c.run), ("control", c.control_run)) if run is not None}
+    of = {
+        role: f" of {run.name}"
+        for role, run in (("after", c.run), ("control", c.control_run))
+        if run is not None
+    }
     named = [f"{role} {generator.path.name}{of.get(role, '')}" for role, generator in c.generators().items()]
     return (
-        f"The same held-out latents through each generator: {', '.join(named)}{'; no control' if c.control is None else ''}. Every figure "
-        "states its latents, networks and interval; its data can be downloaded below it."
+        "The same held-out latents through each generator:"
+        f" {', '.join(named)}{'; no control' if c.control is None else ''}. Every figure states its latents,"
+        " networks and interval; its data can be downloaded below it."
     )
 
 
 def summary(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
     """What the numbers allow, then what they do not."""
-    return [f"Allowed: {text}" for text in _allowed(findings)] + [f"Not allowed: {text}" for text in _not_allowed(c, findings)]
+    return [f"Allowed: {text}" for text in _allowed(findings)] + [
+        f"Not allowed: {text}" for text in _not_allowed(c, findings)
+    ]
 
 
 def _allowed(findings: Mapping[str, Finding]) -> list[str]:
@@ -67,16 +78,31 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
     paired = data.get("reward-shift", {}).get("paired", {})
     if paired and paired["after"]["mean_lo"] > 0:
         alone = "control" in paired and abs(paired["control"]["mean"]) < 0.1 * paired["after"]["mean"]
-        cause = "; the control moved by less than a tenth of that, so the reward phase did it" if alone else ""
+        cause = (
+            "; the control moved by less than a tenth of that, so the reward phase did it" if alone else ""
+        )
         says.append(f"the optimised reward rose, by {paired['after']['mean']:.2f} on average{cause}.")
     for name, curve in data.get("over-optimisation", {}).get("curves", {}).items():
         if name != rewards.PROXY and curve["steps"][-1]["lo"] > 0:
-            end = "though it has passed its peak" if curve["divergence"] is not None else "without a point of divergence"
-            part = "whose noisy answers the labels are" if name == rewards.JUDGE else "which took no part in tuning"
-            says.append(f"the {name}, {part}, rose too ({curve['steps'][-1]['mean']:+.2f} deviations), {end}.")
+            end = (
+                "though it has passed its peak"
+                if curve["divergence"] is not None
+                else "without a point of divergence"
+            )
+            part = (
+                "whose noisy answers the labels are"
+                if name == rewards.JUDGE
+                else "which took no part in tuning"
+            )
+            says.append(
+                f"the {name}, {part}, rose too ({curve['steps'][-1]['mean']:+.2f} deviations), {end}."
+            )
     for change in data.get("image-distances", {}).get("changes", []):
         if change["role"] == "after" and not change["lo"] <= 0 <= change["hi"]:
-            says.append(f"images moved {'away from' if change['lo'] > 0 else 'towards'} the data ({change['distance']} distance).")
+            says.append(
+                f"images moved {'away from' if change['lo'] > 0 else 'towards'} the data"
+                f" ({change['distance']} distance)."
+            )
     for row in data.get("diversity", {}).get("rows", []):
         if row["role"] == "after" and (row["ratio_hi"] < 1 or row["ratio_lo"] > 1):
             kind = "less" if row["ratio_hi"] < 1 else "more"
@@ -85,41 +111,82 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
 
 
 def _not_allowed(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
-    says = ["that people prefer the tuned shapes: nobody was asked here. Compare them blind.",
-            "any statement on other training seeds: there is one run for each setting, and intervals run over latents."]
+    says = [
+        "that people prefer the tuned shapes: nobody was asked here. Compare them blind.",
+        (
+            "any statement on other training seeds: there is one run for each setting, and intervals run over"
+            " latents."
+        ),
+    ]
     if c.control is None:
         says.append("the cause of a change: without a control, further training alone may have made it.")
-    elif c.run and c.control_run and (other := control_differs(settings_of(c.run), settings_of(c.control_run))):
+    elif (
+        c.run and c.control_run and (other := control_differs(settings_of(c.run), settings_of(c.control_run)))
+    ):
         says.append(f"a clean comparison with the control: its run also differs in {', '.join(other)}.")
     if c.held_out is None or c.held_out.labels == c.reward.labels or c.held_out.labels & c.reward.labels:
-        says.append("freedom from over-optimisation in general: " + (
-            "there is no second reward." if c.held_out is None else "the second reward learnt from the same labels as the first."))
+        says.append(
+            "freedom from over-optimisation in general: "
+            + (
+                "there is no second reward."
+                if c.held_out is None
+                else "the second reward learnt from the same labels as the first."
+            )
+        )
     if c.synthetic:
-        says.append("anything on photographs of people: these are rendered heads, and the judge is a formula.")
+        says.append(
+            "anything on photographs of people: these are rendered heads, and the judge is a formula."
+        )
     missing = [key for key, finding in findings.items() if "absent" in finding.data]
     if missing:
-        says.append(f"what these parts would say, which could not be made (each says why): {', '.join(missing)}.")
+        says.append(
+            f"what these parts would say, which could not be made (each says why): {', '.join(missing)}."
+        )
     return says
 
 
-# Shapes to look at: the best and worst by reward, the same latents before and after, and an orbit. Pictures are of geometry alone (shaded
-# first crossings of sigma = 10), as labellers of geometry see it; none is chosen by hand.
+# Shapes to look at: the best and worst by reward, the same latents before and after, and an orbit. Pictures
+# are of geometry alone (shaded first crossings of sigma = 10), as labellers of geometry see it; none is
+# chosen by hand.
 
 K = 5  # shapes in a top or bottom strip, as in the paper
 SHOWN = 6  # latents in the before/after strip, of seeds fixed before any result was seen
-YAWS, BOTH_SIDES = (0.0, 0.5), (0.4, math.pi - 0.4)  # radians from frontal; of heads of people, whose scans are broken behind
-ORBIT_FRAMES, ORBIT_YAW = 16, 0.7  # one swing from left to right and back; of heads of people all the way to behind
+# radians from frontal; of heads of people, whose scans are broken behind
+YAWS = (0.0, 0.5)
+BOTH_SIDES = (0.4, math.pi - 0.4)
+# one swing from left to right and back; of heads of people all the way to behind
+ORBIT_FRAMES = 16
+ORBIT_YAW = 0.7
 ORBIT_STILLS = 7  # of the film strip
-FRAME_MS, SWINGS = 140, 2  # 4.5 s in all: it stops by itself
-RESOLUTION, PIXELS = 128, 128  # grid points per edge of the cube; pixels per edge of a picture
+# 4.5 s in all: it stops by itself
+FRAME_MS = 140
+SWINGS = 2
+# grid points per edge of the cube; pixels per edge of a picture
+RESOLUTION = 128
+PIXELS = 128
 
 
 def strip_jobs(c: Comparison) -> list[Job]:
     shown = list(c.seeds(SHOWN, JUDGE))
     size: dict[str, Any] = {"resolution": RESOLUTION, "pixels": PIXELS, "yaws": yaws_of(c)}
     return [
-        c.job("reward-strips", "Best and worst shapes by reward", reward_strips, roles=("before", "after", "reward"), n=c.n, k=K, **size),
-        c.job("same-latents", "The same latents before and after", same_latents, roles=(*ROLES, "reward"), seeds=shown, **size),
+        c.job(
+            "reward-strips",
+            "Best and worst shapes by reward",
+            reward_strips,
+            roles=("before", "after", "reward"),
+            n=c.n,
+            k=K,
+            **size,
+        ),
+        c.job(
+            "same-latents",
+            "The same latents before and after",
+            same_latents,
+            roles=(*ROLES, "reward"),
+            seeds=shown,
+            **size,
+        ),
         c.job("orbit", "Orbit", orbit, roles=("before", "after"), seeds=shown[:1], **size),
     ]
 
@@ -130,9 +197,12 @@ def yaws_of(c: Comparison) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def shapes(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws: Sequence[float]) -> torch.Tensor:
+def shapes(
+    c: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws: Sequence[float]
+) -> torch.Tensor:
     """Shaded shapes [N, yaws, 1, R, R] in 0..1; a latent without a surface is white."""
-    spec, parts = SlabSpec.of(generator.generator.bounds, RESOLUTION), []
+    spec = SlabSpec.of(generator.generator.bounds, RESOLUTION)
+    parts = []
     for field in c.fields(generator, seeds, batch=max(1, c.batch // 4)):
         sigma = field.density_grid(spec).cpu()
         parts.append(torch.stack([shade(sigma, yaw, PIXELS, field.level) for yaw in yaws], dim=1))
@@ -141,8 +211,11 @@ def shapes(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws
 
 def reward_strips(c: Comparison, folder: Path) -> Finding:
     """Two views of the K latents with the highest and the lowest reward, per network."""
-    seeds, rows, pictures = c.seeds(), [], {}
-    k, (above, below) = min(K, len(seeds) // 2), yaws_of(c)
+    seeds = c.seeds()
+    rows = []
+    pictures = {}
+    k = min(K, len(seeds) // 2)
+    above, below = yaws_of(c)
     for role in ("before", "after"):
         generator = c.generators()[role]
         scores = c.scores(generator, seeds).double().numpy()
@@ -153,48 +226,100 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
             name = f"reward-strips-{role}-{which}.png"
             save_grid(views.transpose(0, 1).flatten(0, 1), (0, 1), k, folder / name)
             listed = ", ".join(f"{seed}: {scores[seed - seeds[0]]:.2f}" for seed in picked)
-            pictures[f"{role}, {which} reward from left to right ({listed}); yaw {above:+.1f} above, {below:+.1f} radians below"] = name
-            rows += [{"role": role, "which": which, "rank": i + 1, "seed": s, "reward": float(scores[s - seeds[0]])}
-                     for i, s in enumerate(picked)]
+            pictures[
+                f"{role}, {which} reward from left to right ({listed}); yaw {above:+.1f} above, {below:+.1f}"
+                " radians below"
+            ] = name
+            rows += [
+                {
+                    "role": role,
+                    "which": which,
+                    "rank": i + 1,
+                    "seed": s,
+                    "reward": float(scores[s - seeds[0]]),
+                }
+                for i, s in enumerate(picked)
+            ]
     says = [
-        f"The {k} highest and {k} lowest of {len(seeds)} latents by the reward that tuned, each network by itself. What tells highest from "
-        "lowest is what the reward sees; whether the highest are better is for the eye, and a fault that they share is one that the reward "
-        "does not punish.",
+        (
+            f"The {k} highest and {k} lowest of {len(seeds)} latents by the reward that tuned, each network"
+            " by itself. What tells highest from lowest is what the reward sees; whether the highest are"
+            " better is for the eye, and a fault that they share is one that the reward does not punish."
+        ),
     ]
-    return Finding(facts=c.facts(seeds, ("before", "after", "reward")), data={"k": k}, rows=rows, says=says, pictures=pictures)
+    return Finding(
+        facts=c.facts(seeds, ("before", "after", "reward")),
+        data={"k": k},
+        rows=rows,
+        says=says,
+        pictures=pictures,
+    )
 
 
 def same_latents(c: Comparison, folder: Path) -> Finding:
     seeds = list(c.seeds(SHOWN, JUDGE))
     pictures = {}
-    views = {role: shapes(c, generator, seeds, yaws_of(c)) for role, generator in c.generators().items()}  # [N, yaws, 1, R, R] each
-    scores = {f"reward_{role}": c.scores(generator, seeds).double().tolist() for role, generator in c.generators().items()}
-    rows = [{"seed": seed, **dict(zip(scores, found, strict=True))} for seed, *found in zip(seeds, *scores.values(), strict=True)]
+    # [N, yaws, 1, R, R] each
+    views = {role: shapes(c, generator, seeds, yaws_of(c)) for role, generator in c.generators().items()}
+    scores = {
+        f"reward_{role}": c.scores(generator, seeds).double().tolist()
+        for role, generator in c.generators().items()
+    }
+    rows = [
+        {"seed": seed, **dict(zip(scores, found, strict=True))}
+        for seed, *found in zip(seeds, *scores.values(), strict=True)
+    ]
     for j, yaw in enumerate(yaws_of(c)):
         name = f"same-latents-{j}.png"
         save_grid(torch.cat([found[:, j] for found in views.values()]), (0, 1), len(seeds), folder / name)
-        pictures[f"Yaw {yaw:+.1f} radians; rows {', '.join(views)}; seeds {seeds[0]}..{seeds[-1]} from left to right"] = name
+        pictures[
+            f"Yaw {yaw:+.1f} radians; rows {', '.join(views)}; seeds {seeds[0]}..{seeds[-1]} from left to"
+            " right"
+        ] = name
     says = [
-        "Seeds were fixed before any result was seen, so these are ordinary samples and no selection. A few pictures show what kind of "
-        "change to expect; how often it happens is in the counted parts of this report.", *([NO_CONTROL] if c.control is None else []),
+        (
+            "Seeds were fixed before any result was seen, so these are ordinary samples and no selection. A"
+            " few pictures show what kind of change to expect; how often it happens is in the counted parts"
+            " of this report."
+        ),
+        *([NO_CONTROL] if c.control is None else []),
     ]
     data = {"seeds": seeds, "yaws": list(yaws_of(c))}
-    return Finding(facts=c.facts(seeds, (*ROLES, "reward")), data=data, rows=rows, says=says, pictures=pictures)
+    return Finding(
+        facts=c.facts(seeds, (*ROLES, "reward")), data=data, rows=rows, says=says, pictures=pictures
+    )
 
 
 def orbit(c: Comparison, folder: Path) -> Finding:
-    """One latent seen from an arc, before beside after: an animation (APNG), and stills that remain where motion is unwelcome."""
-    (seed,), reach = c.seeds(1, JUDGE), math.pi if c.of_people else ORBIT_YAW
+    """One latent seen from an arc, before beside after: an animation (APNG), and stills that remain where
+    motion is unwelcome.
+    """
+    (seed,) = c.seeds(1, JUDGE)
+    reach = math.pi if c.of_people else ORBIT_YAW
     yaws = (reach * np.sin(2 * np.pi * np.arange(ORBIT_FRAMES) / ORBIT_FRAMES)).tolist()
     stills = np.linspace(-reach, reach, ORBIT_STILLS).tolist()
-    both = [shapes(c, c.generators()[role], [seed], [*yaws, *stills])[0] for role in ("before", "after")]  # [frames + stills, 1, R, R] each
+    # [frames + stills, 1, R, R] each
+    both = [shapes(c, c.generators()[role], [seed], [*yaws, *stills])[0] for role in ("before", "after")]
     save_grid(torch.cat([found[ORBIT_FRAMES:] for found in both]), (0, 1), ORBIT_STILLS, folder / "orbit.png")
     frames = torch.cat([found[:ORBIT_FRAMES, 0] for found in both], dim=2)  # [frames, R, 2R]
     first, *more = (PIL.Image.fromarray(np.rint(frame * 255).astype(np.uint8)) for frame in frames.numpy())
-    first.save(folder / "orbit.apng", format="PNG", save_all=True, append_images=more, duration=FRAME_MS, loop=SWINGS)  # stops after these
+    # stops after these
+    first.save(
+        folder / "orbit.apng", format="PNG", save_all=True, append_images=more, duration=FRAME_MS, loop=SWINGS
+    )
     pictures = {
-        f"Seed {seed} swung through ±{reach:.2g} radians {SWINGS} times; before left, after right": "orbit.apng",
+        f"Seed {seed} swung through ±{reach:.2g} radians {SWINGS} times; before left, after right": (
+            "orbit.apng"
+        ),
         f"Seed {seed} from yaw {-reach:+.1f} to {reach:+.1f} radians; before above, after below": "orbit.png",
     }
-    says = ["One latent, the first of the fixed seeds. It shows the surface in the round and proves nothing about the others."]
-    return Finding(facts=c.facts([seed], ("before", "after")), data={"seed": seed, "yaws": yaws}, says=says, pictures=pictures)
+    says = [
+        "One latent, the first of the fixed seeds. It shows the surface in the round and proves nothing about"
+        " the others."
+    ]
+    return Finding(
+        facts=c.facts([seed], ("before", "after")),
+        data={"seed": seed, "yaws": yaws},
+        says=says,
+        pictures=pictures,
+    )

@@ -1,4 +1,6 @@
-"""Every evidence report of one tuning run, with one command: the run, its control where they are missing, and four reports of them."""
+"""Every evidence report of one tuning run, with one command: the run, its control where they are missing, and
+four reports of them.
+"""
 
 import json
 import os
@@ -19,29 +21,47 @@ SWEEP = ("--kimg=0.032", "--lambda-r=0,1,10", "--lambda-sigma=0,10", "--n=32", "
 
 def trainings(out: Path, kimg: float, seed: int) -> dict[str, Part]:
     shared = ("--snap=1", "--no-summary", f"--kimg={kimg:g}", f"--seed={seed}")
-    return {role: Part.keyed(f"{role}-s{seed}", out / "runs", ["--reward=sigma", f"--lambda-r={weight}", *shared])
-            for role, weight in RUNS.items()}
+    return {
+        role: Part.keyed(f"{role}-s{seed}", out / "runs", ["--reward=sigma", f"--lambda-r={weight}", *shared])
+        for role, weight in RUNS.items()
+    }
 
 
 def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]) -> dict[str, list[str]]:
     pair = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
-    flags = {"evaluate": [f"--run={runs['tuned']}", *pair], "attribute": pair[:1], "embed": pair, "sweep": [*SWEEP, f"--seeds={seed}"]}
-    return {name: [DOOR, "report", name, *flags[name], f"--out={out / name}"] for name in REPORTS if name in only}
+    flags = {
+        "evaluate": [f"--run={runs['tuned']}", *pair],
+        "attribute": pair[:1],
+        "embed": pair,
+        "sweep": [*SWEEP, f"--seeds={seed}"],
+    }
+    return {
+        name: [DOOR, "report", name, *flags[name], f"--out={out / name}"] for name in REPORTS if name in only
+    }
 
 
 @click.command(cls=GroupedCommand)
-@shared("out dry-run", out={"default": "runs/reports", "help": "Folder to write; holds both runs and a folder for each report."},
-        dry_run="Print the commands as JSON and stop.")
+@shared(
+    "out dry-run",
+    out={"default": "runs/reports", "help": "Folder to write; holds both runs and a folder for each report."},
+    dry_run="Print the commands as JSON and stop.",
+)
 @option("--only", group="Run", metavar="LIST", default=",".join(REPORTS), help="Reports to make.")
-@option("--kimg", group="Run", metavar="KIMG", type=click.FloatRange(min=0, min_open=True),
-        default=DEMO_KIMG, help="Length of both runs; the demo's unless given.")
+@option(
+    "--kimg",
+    group="Run",
+    metavar="KIMG",
+    type=click.FloatRange(min=0, min_open=True),
+    default=DEMO_KIMG,
+    help="Length of both runs; the demo's unless given.",
+)
 @option("--seed", group="Run", metavar="INT", type=click.IntRange(min=0), default=0, help="Training seed.")
 def main(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
     """Every evidence report of one tuning run, with one command: `make reports`.
 
-    Trains the demo run and its lambda_r = 0 control with a snapshot at every tick where they are missing, then calls evaluate.py,
-    attribute.py, embed.py and a small sweep.py. Each of them keeps what it has computed: a second call, or one after an interrupt, goes on
-    from there.
+    Trains the demo run and its lambda_r = 0 control with a snapshot at every tick where they are missing,
+    then calls evaluate.py, attribute.py, embed.py and a small sweep.py. Each of them keeps what it has
+    computed: a second call, or one after an interrupt, goes on from there.
 
     \b
     Example:
@@ -50,11 +70,14 @@ def main(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
     chosen = some_of("--only", only, REPORTS)
     parts = trainings(out, kimg, seed)
     if dry_run:
-        planned = {f"{role} run": "finished" if part.finished() else part.continued() for role, part in parts.items()}
+        planned = {
+            f"{role} run": "finished" if part.finished() else part.continued() for role, part in parts.items()
+        }
         folders = {role: part.run or part.folder for role, part in parts.items()}
         click.echo(json.dumps({**planned, **report_commands(out, folders, seed, chosen)}, indent=1))
         return
-    started, times = time.time(), dict[str, float]()
+    started = time.time()
+    times = dict[str, float]()
     for role, part in parts.items():
         if not part.finished():
             click.echo(f"\n== {role} run: {line_of(part)}", err=True)
@@ -63,7 +86,10 @@ def main(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
     runs = {role: part.run for role, part in parts.items() if part.run is not None}
     for name, command in report_commands(out, runs, seed, chosen).items():
         times[name] = call(name, command)
-    click.echo("\n" + ", ".join(f"{name} {spent:.0f} s" for name, spent in times.items()) + f"; in all {sum(times.values()):.0f} s on "
-               f"{os.cpu_count()} cores")
+    click.echo(
+        "\n"
+        + ", ".join(f"{name} {spent:.0f} s" for name, spent in times.items())
+        + f"; in all {sum(times.values()):.0f} s on {os.cpu_count()} cores"
+    )
     for name in chosen:
         click.echo(f"{name:<10} {out / name / 'index.html'}")

@@ -1,8 +1,10 @@
-"""`solid` of generators, a line each: its terms, fidelity, the reward, and the share that is closed; and of shapes that only look sound.
+"""`solid` of generators, a line each: its terms, fidelity, the reward, and the share that is closed; and of
+shapes that only look sound.
 
-Networks of fields are compared on held-out latents, tuned stages of flows on held-out conditions; every shape is read beside the untuned
-one of the same latent, or of the same condition and noise. Controls are what costs no training: filters of the untuned shapes, a ball of
-the same volume, and the best of n untuned ones by the reward.
+Networks of fields are compared on held-out latents, tuned stages of flows on held-out conditions; every shape
+is read beside the untuned one of the same latent, or of the same condition and noise. Controls are what costs
+no training: filters of the untuned shapes, a ball of the same volume, and the best of n untuned ones by the
+reward.
 
 Letters: N shapes; X, Y, Z voxels.
 """
@@ -61,19 +63,25 @@ def filtered(make: filters.Filter) -> Callable[[np.ndarray], np.ndarray]:
     return lambda solid: make(np.where(solid, -1.0, 1.0)) < 0
 
 
-def coarse(make: Callable[[np.ndarray, float], np.ndarray], radius: float) -> Callable[[np.ndarray], np.ndarray]:
+def coarse(
+    make: Callable[[np.ndarray, float], np.ndarray], radius: float
+) -> Callable[[np.ndarray], np.ndarray]:
     """A filter of `radius` voxels of 64^3, which on coarser grids is at least one of theirs."""
     return lambda solid: filtered(lambda values: make(values, max(radius, 64 / len(values))))(solid)
 
 
 CONTROLS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "closing 4": coarse(filters.closing, 4), "convex hull": filtered(filters.hull), "blur 2": coarse(filters.blur, 2),
+    "closing 4": coarse(filters.closing, 4),
+    "convex hull": filtered(filters.hull),
+    "blur 2": coarse(filters.blur, 2),
     "ball of its volume": ball,
-}  # fmt: skip
+}
 
 
 def seen(grids: Grids, untuned: Grids, rules: solids.Rules) -> dict[str, np.ndarray]:
-    """By name [N]: terms of the score, solid, fidelity, reward, and whether a shape is closed: in one part, and nothing hollow."""
+    """By name [N]: terms of the score, solid, fidelity, reward, and whether a shape is closed: in one part,
+    and nothing hollow.
+    """
     rows = []
     for grid, before in zip(grids, untuned, strict=True):
         judged = solids.beside(grid, [solids.repaired(before, rules)], rules)
@@ -89,18 +97,26 @@ def best_of(rewards: np.ndarray, groups: int) -> np.ndarray:
 
 
 def line(arm: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None) -> dict:
-    """Figures of an arm as JSON: means, the reward's change against what it is compared with, and the share that is closed."""
+    """Figures of an arm as JSON: means, the reward's change against what it is compared with, and the share
+    that is closed.
+    """
     share = wilson_interval(float(arm["closed"].sum()), len(arm["closed"]))
     reward = bootstrap_mean_interval(arm["reward"])
     row: dict[str, Any] = {name: float(values.mean()) for name, values in arm.items()}
-    row |= {"reward_ci95": [reward.lo, reward.hi], "closed_ci95": [share.lo, share.hi], "n": len(arm["closed"])}
+    row |= {
+        "reward_ci95": [reward.lo, reward.hi],
+        "closed_ci95": [share.lo, share.hi],
+        "n": len(arm["closed"]),
+    }
     if before is not None and len(before["reward"]) == len(arm["reward"]):
         change = paired_summary(before["reward"], arm["reward"])
         row |= {"change": change.mean, "change_ci95": [change.mean_lo, change.mean_hi]}
     return row
 
 
-def table(arms: Mapping[str, Grids], untuned: Grids, groups: int, rules: solids.Rules, on_arm: Callable[[], object]) -> dict[str, dict]:
+def table(
+    arms: Mapping[str, Grids], untuned: Grids, groups: int, rules: solids.Rules, on_arm: Callable[[], object]
+) -> dict[str, dict]:
     """Lines by name: untuned, the arms, the best of each group of untuned shapes, and controls.
 
     Args: groups: into which neighbouring shapes fall, for the best of n.
@@ -111,7 +127,9 @@ def table(arms: Mapping[str, Grids], untuned: Grids, groups: int, rules: solids.
         lines[name] = line(seen(grids, untuned, rules), before)
         on_arm()
     chosen = best_of(before["reward"], groups)
-    lines[f"best of {len(untuned) // groups}"] = line({name: values[chosen] for name, values in before.items()}, None)
+    lines[f"best of {len(untuned) // groups}"] = line(
+        {name: values[chosen] for name, values in before.items()}, None
+    )
     for name, change in CONTROLS.items():
         lines[name] = line(seen([change(grid) for grid in untuned], untuned, rules), before)
         on_arm()
@@ -123,7 +141,11 @@ def markdown(lines: Mapping[str, dict], rules: solids.Rules) -> list[str]:
     head = ["", *terms, "solid", "F", "R", "change of R", "closed"]
     rows = []
     for name, row in lines.items():
-        change = "" if "change" not in row else "{:+.3f} [{:+.3f}, {:+.3f}]".format(row["change"], *row["change_ci95"])
+        change = (
+            ""
+            if "change" not in row
+            else "{:+.3f} [{:+.3f}, {:+.3f}]".format(row["change"], *row["change_ci95"])
+        )
         closed = "{:.0%} [{:.0%}, {:.0%}]".format(row["closed"], *row["closed_ci95"])
         figures = [f"{row[term]:.3f}" for term in (*terms, "solid", "fidelity", "reward")]
         rows.append([name, *figures, change, closed])
@@ -133,26 +155,35 @@ def markdown(lines: Mapping[str, dict], rules: solids.Rules) -> list[str]:
 @torch.no_grad()
 def of_latents(generator: Generator, seeds: Sequence[int], psi: float) -> Grids:
     """The shapes of latents at EDGE^3 of the whole cube."""
-    spec, grids = SlabSpec.of(generator.bounds, solids.EDGE), []
+    spec = SlabSpec.of(generator.bounds, solids.EDGE)
+    grids = []
     for start in range(0, len(seeds), AT_ONCE):
-        ws = ws_of_seeds(generator, seeds[start : start + AT_ONCE], truncation_psi=psi, truncation_cutoff=CUTOFF)
+        ws = ws_of_seeds(
+            generator, seeds[start : start + AT_ONCE], truncation_psi=psi, truncation_cutoff=CUTOFF
+        )
         grids += occupancy(generator.field(ws), spec)
     return grids
 
 
-def of_conditions(problem: Problem, weights: Path | None, stage: str, conditions: Sequence[str], seeds: Sequence[int]) -> Grids:
+def of_conditions(
+    problem: Problem, weights: Path | None, stage: str, conditions: Sequence[str], seeds: Sequence[int]
+) -> Grids:
     """The shapes of conditions and noises, with a stage's tuned weights or without."""
     models = {}
     if weights is not None:
         folder = weights / stage if (weights / stage).is_dir() else weights
         models = {stage: tuned_model(stage_of(problem.pipeline, stage).model, folder)}
-    return [grid_of(problem.pipeline, asset) for asset in generate(problem.pipeline, conditions, seeds, models)]
+    return [
+        grid_of(problem.pipeline, asset) for asset in generate(problem.pipeline, conditions, seeds, models)
+    ]
 
 
 def source_of(pipeline: str, conditions: Path | None, runs: Sequence[Path]) -> ArmsSource:
-    """What a generator is opened from: a folder's is what its runs were begun with, so that what they held out is held out here.
+    """What a generator is opened from: a folder's is what its runs were begun with, so that what they held
+    out is held out here.
 
-    Args: conditions: in the place of the runs' own. Raises: ValueError for runs that held out different conditions, or may have.
+    Args: conditions: in the place of the runs' own. Raises: ValueError for runs that held out different
+        conditions, or may have.
     """
     sources: list[ArmsSource] = []
     if not family_of(Path(pipeline)).bundled:
@@ -161,30 +192,89 @@ def source_of(pipeline: str, conditions: Path | None, runs: Sequence[Path]) -> A
             source = ArmsSource() if values is None else from_dict(ArmsSource, values, str(run / OPTIONS))
             sources += [source] if source not in sources else []
     if len(sources) > 1:
-        raise ValueError("runs: expected one division into trained and held-out conditions, got several (by --seed). Name fewer.")
+        raise ValueError(
+            "runs: expected one division into trained and held-out conditions, got several (by --seed). Name"
+            " fewer."
+        )
     source = replace(sources[0] if sources else ArmsSource(), pipeline=pipeline)
     return source if conditions is None else replace(source, conditions=str(conditions))
 
 
 @click.command("solid", cls=GroupedCommand)
 @click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path, exists=True))
-@option("--before", metavar="FILE|RUN", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
-        help="Generator before tuning.")
-@option("--pipeline", metavar="toy|DIR", default=None, show_default="none: generators of fields",
-        help="Flow generator whose tuned runs are named.")
-@option("--conditions", metavar="FILE|DIR", default=None, type=click.Path(path_type=Path, exists=True),
-        show_default="those of the runs", help="With --pipeline=DIR: embeddings of its conditions.")
-@option("--stage", metavar="NAME", default=None, show_default="the first", help="With --pipeline: the stage that was tuned.")
-@option("--n", metavar="SHAPES", type=click.IntRange(min=CHOOSE), default=64, help="How many, rounded down to groups of four.")
-@option("--psi", metavar="FLOAT", type=click.FloatRange(0, 2, min_open=True), default=1.0, help="Truncation of latents.")
-@option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Other held-out latents, or noises, per seed.")
-@option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=None, help="JSON to write.")
+@option(
+    "--before",
+    metavar="FILE|RUN",
+    type=click.Path(path_type=Path),
+    default=None,
+    show_default="the bundled generator",
+    help="Generator before tuning.",
+)
+@option(
+    "--pipeline",
+    metavar="toy|DIR",
+    default=None,
+    show_default="none: generators of fields",
+    help="Flow generator whose tuned runs are named.",
+)
+@option(
+    "--conditions",
+    metavar="FILE|DIR",
+    default=None,
+    type=click.Path(path_type=Path, exists=True),
+    show_default="those of the runs",
+    help="With --pipeline=DIR: embeddings of its conditions.",
+)
+@option(
+    "--stage",
+    metavar="NAME",
+    default=None,
+    show_default="the first",
+    help="With --pipeline: the stage that was tuned.",
+)
+@option(
+    "--n",
+    metavar="SHAPES",
+    type=click.IntRange(min=CHOOSE),
+    default=64,
+    help="How many, rounded down to groups of four.",
+)
+@option(
+    "--psi",
+    metavar="FLOAT",
+    type=click.FloatRange(0, 2, min_open=True),
+    default=1.0,
+    help="Truncation of latents.",
+)
+@option(
+    "--seed",
+    metavar="INT",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Other held-out latents, or noises, per seed.",
+)
+@option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="JSON to write.",
+)
 @shared("device")
 def command(
-    networks: tuple[Path, ...], before: Path | None, pipeline: str | None, conditions: Path | None, stage: str | None, n: int, psi: float,
-    seed: int, out: Path | None, device: str,
+    networks: tuple[Path, ...],
+    before: Path | None,
+    pipeline: str | None,
+    conditions: Path | None,
+    stage: str | None,
+    n: int,
+    psi: float,
+    seed: int,
+    out: Path | None,
+    device: str,
 ) -> None:
-    """Are shapes sound bodies? Terms of `solid` before and after tuning, beside filters, hulls and balls, which only look so.
+    """Are shapes sound bodies? Terms of `solid` before and after tuning, beside filters, hulls and balls,
+    which only look so.
 
     \b
     Examples:
@@ -193,19 +283,32 @@ def command(
     """
     for flag, value in (("--stage", stage), ("--conditions", conditions)):
         if value is not None and pipeline is None:
-            raise ValueError(f"{flag}={value}: expected --pipeline with it, got none. Add it, or leave this out.")
-    folders = [path.parent if path.name.startswith("network-snapshot-") else path for path in map(Path.resolve, networks)]
+            raise ValueError(
+                f"{flag}={value}: expected --pipeline with it, got none. Add it, or leave this out."
+            )
+    folders = [
+        path.parent if path.name.startswith("network-snapshot-") else path
+        for path in map(Path.resolve, networks)
+    ]
     names = [path.stem if path.is_file() else path.name for path in folders]
     if len(set(names)) < len(names):
         raise ValueError(f"networks: expected different names, got {', '.join(names)}. Rename a folder.")
-    groups, where = n // CHOOSE, choose_device(device)
-    with tqdm(total=2 * len(networks) + 1 + len(CONTROLS), desc="shapes", unit="arm", leave=False, dynamic_ncols=True) as bar:
+    groups = n // CHOOSE
+    where = choose_device(device)
+    with tqdm(
+        total=2 * len(networks) + 1 + len(CONTROLS),
+        desc="shapes",
+        unit="arm",
+        leave=False,
+        dynamic_ncols=True,
+    ) as bar:
         if pipeline is None:
             seeds = LATENTS.take(groups * CHOOSE, seed)
             with naming("--before"):
                 untuned = of_latents(load_generator(before, where).generator, seeds, psi)
             bar.update()
-            arms, rules = {}, solids.HEADS
+            arms = {}
+            rules = solids.HEADS
             for name, path in zip(names, networks, strict=True):
                 arms[name] = of_latents(load_generator(path, where).generator, seeds, psi)
                 bar.update()
@@ -215,19 +318,27 @@ def command(
             stage = stage_of(problem.pipeline, stage or problem.pipeline.stages[0].name).name
             kept = list(problem.held_out_conditions)[:groups]
             if not kept:
-                raise ValueError("--conditions: expected two or more, one of which is held out, got one. Embed more.")
+                raise ValueError(
+                    "--conditions: expected two or more, one of which is held out, got one. Embed more."
+                )
             each = CHOOSE * (groups // len(kept))
             groups = len(kept) * each // CHOOSE
             names_of, noises = crossed(kept, each, seed)
             untuned = of_conditions(problem, None, stage, names_of, noises)
             bar.update()
-            arms, rules = {}, rules_for(untuned[0])
+            arms = {}
+            rules = rules_for(untuned[0])
             for name, path in zip(names, networks, strict=True):
                 arms[name] = of_conditions(problem, path, stage, names_of, noises)
                 bar.update()
             what = f"{len(kept)} held-out conditions x {each} noises, seed {seed}; stage {stage}"
         lines = table(arms, untuned, groups, rules, bar.update)
     click.echo("\n".join(markdown(lines, rules)))
-    click.echo(f"\n{what}. Brackets: 95 %, bootstrap over shapes; of shares Wilson's. Grids of {max(untuned[0].shape)}^3.")
+    click.echo(
+        f"\n{what}. Brackets: 95 %, bootstrap over shapes; of shares Wilson's. Grids of"
+        f" {max(untuned[0].shape)}^3."
+    )
     if out is not None:
-        write_atomic(out, json.dumps({"what": what, "weights": rules.weights, "lines": lines}, indent=1).encode())
+        write_atomic(
+            out, json.dumps({"what": what, "weights": rules.weights, "lines": lines}, indent=1).encode()
+        )

@@ -1,4 +1,5 @@
-"""The end of a reward run: the comparison of before and after that says whether it worked, its table and pictures.
+"""The end of a reward run: the comparison of before and after that says whether it worked, its table and
+pictures.
 
 Letters: N latents.
 """
@@ -52,13 +53,16 @@ def reward_shift(c: Comparison) -> dict:
     return {
         "reward_before": {"mean": float(before.mean()), "std": float(before.std())},
         "reward_after": {"mean": float(tuned.mean()), "std": float(tuned.std())},
-        "reward_delta_positive": int((delta > 0).sum()), "reward_delta_n": len(delta), "tuned_delta_mean": float(delta.mean()),
+        "reward_delta_positive": int((delta > 0).sum()),
+        "reward_delta_n": len(delta),
+        "tuned_delta_mean": float(delta.mean()),
         "reward_deltas": delta.tolist(),
     }
 
 
 def control_figures(settings: dict, delta: float) -> dict:
-    """Mean reward delta of the lambda_r = 0 run: this run's own where it is the control, else that of --control, else the recorded one.
+    """Mean reward delta of the lambda_r = 0 run: this run's own where it is the control, else that of
+    --control, else the recorded one.
 
     None, and what to do about it, where that run's settings are not those of this one.
     """
@@ -69,40 +73,67 @@ def control_figures(settings: dict, delta: float) -> dict:
     record = json.loads(path.read_text())
     options = path.parent / "training_options.json"  # a run's; the bundled record holds its own settings
     known = record.get("settings") or json.loads(options.read_text())
-    differ = control_differs(settings, {"kimg": record["images"] / 1000, "seed": record["seed"], "lambda_r": record["lambda_r"], **known})
+    differ = control_differs(
+        settings,
+        {"kimg": record["images"] / 1000, "seed": record["seed"], "lambda_r": record["lambda_r"], **known},
+    )
     if differ:
         remedy = "Run the same command with --lambda-r=0, and pass its folder as --control."
-        return {"control_delta_mean": None, "control_source": f"{path.name} is of another run: {'; '.join(differ[:4])}. {remedy}"}
-    return {"control_delta_mean": record["tuned_delta_mean"], "control_source": path.name,
-            **({"control_heads": record["heads"]["after"]} if "heads" in record else {})}
+        return {
+            "control_delta_mean": None,
+            "control_source": f"{path.name} is of another run: {'; '.join(differ[:4])}. {remedy}",
+        }
+    return {
+        "control_delta_mean": record["tuned_delta_mean"],
+        "control_source": path.name,
+        **({"control_heads": record["heads"]["after"]} if "heads" in record else {}),
+    }
 
 
 def summarise(c: Comparison, e: Evaluation) -> dict:
     """All figures of a run, as JSON values, but the time that it took."""
-    s, seeds = e.settings, c.seeds()
+    s = e.settings
+    seeds = c.seeds()
     record = reward_shift(c)
     record |= control_figures(s, record["tuned_delta_mean"])
     if c.synthetic:
         control = record.pop("control_heads", None)
         record |= against_whole_heads(c) | blind_pairs(c) | frechet(c)
         record["heads"] |= {"control": control} if control else {}
-    measures, judged = geometry(c), shapes(c) if c.synthetic else {"geometry": []}
+    measures = geometry(c)
+    judged = shapes(c) if c.synthetic else {"geometry": []}
     record |= once(c, CHANGE, lambda: surface_change(c, JUDGE.take(CHANGED)))
-    record |= {**measures, **judged, "geometry": measures["geometry"] + judged["geometry"], "reward_test_accuracy": None}
-    clean = e.reward.provenance.get("test_accuracy_clean")  # against the noise-free order, where the labels held one
+    record |= {
+        **measures,
+        **judged,
+        "geometry": measures["geometry"] + judged["geometry"],
+        "reward_test_accuracy": None,
+    }
+    # against the noise-free order, where the labels held one
+    clean = e.reward.provenance.get("test_accuracy_clean")
     if (found := clean or e.reward.provenance.get("test_accuracy")) is not None:
-        record |= {"reward_test_accuracy": found["accuracy"], "reward_test_accuracy_ci95": found["interval_95"],
-                   "reward_test_n": found["n"], "reward_test_against": "noise-free order" if clean else "labels"}
+        record |= {
+            "reward_test_accuracy": found["accuracy"],
+            "reward_test_accuracy_ci95": found["interval_95"],
+            "reward_test_n": found["n"],
+            "reward_test_against": "noise-free order" if clean else "labels",
+        }
     return record | {
-        "over_optimisation": e.watch.alarms if e.watch is not None else [], "seed": s["seed"],
-        "device": str(c.device), "versions": versions(), "lambda_r": s["lambda_r"], "lambda_sigma": s["lambda_sigma"],
+        "over_optimisation": e.watch.alarms if e.watch is not None else [],
+        "seed": s["seed"],
+        "device": str(c.device),
+        "versions": versions(),
+        "lambda_r": s["lambda_r"],
+        "lambda_sigma": s["lambda_sigma"],
         "seeds": {"reward": [seeds[0], seeds[-1]], "judge": [JUDGE.all[0], JUDGE.all[-1]], "psi": c.psi},
     }
 
 
-# The work of it, on as many processes as this one has threads: a small network keeps one core busy, and no more.
+# The work of it, on as many processes as this one has threads: a small network keeps one core busy, and no
+# more.
 
-CHANGE, PICTURES = "change of the surface", "pictures"
+CHANGE = "change of the surface"
+PICTURES = "pictures"
 
 
 def once(c: Comparison, task: str, make: Callable[[], Any]) -> Any:
@@ -115,15 +146,24 @@ def once(c: Comparison, task: str, make: Callable[[], Any]) -> Any:
 def work(c: Comparison, folder: Path, processes: int) -> None:
     """Do all that takes time, so that the figures and pictures find it in `c.memory` and in the run's folder.
 
-    Every number is the same in one process and in several: a part is one network's, and what joins them is computed here.
+    Every number is the same in one process and in several: a part is one network's, and what joins them is
+    computed here.
     """
     parts = {f"{part}, {role}": (part, role) for part, role in judges.parts_of(c)}
     tasks = [PICTURES, *parts, CHANGE]
-    with tempfile.TemporaryDirectory() as temporary, tqdm(total=len(tasks), desc="before and after", unit="part") as bar:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        tqdm(total=len(tasks), desc="before and after", unit="part") as bar,
+    ):
         paths = {role: Path(temporary) / f"{role}.safetensors" for role in judges.ROLES}
         for role, generator in c.generators().items():
-            networks.save(paths[role], replace(generator.nets, G=None, D=None, G_ema=generator.G), only_ema=True)
-        sampling = {name: getattr(c, name) for name in ("data", "mirror", "psi", "n", "seed", "batch", "inception", "run")}
+            networks.save(
+                paths[role], replace(generator.nets, G=None, D=None, G_ema=generator.G), only_ema=True
+            )
+        sampling = {
+            name: getattr(c, name)
+            for name in ("data", "mirror", "psi", "n", "seed", "batch", "inception", "run")
+        }
         sampling["memory"] = {CHOSEN: chosen(c)}  # by the reward, which the workers do not have
 
         def done(task: str, result: Any) -> None:
@@ -131,10 +171,20 @@ def work(c: Comparison, folder: Path, processes: int) -> None:
             bar.update()
 
         first = {part: task for task, (part, role) in parts.items() if role == "before"}
-        needs = {task: [first[judges.NEEDS[part]]] if part in judges.NEEDS else [] for task, (part, _) in parts.items()}
+        needs = {
+            task: [first[judges.NEEDS[part]]] if part in judges.NEEDS else []
+            for task, (part, _) in parts.items()
+        }
         if "filters" in first:  # of which the pictures show the strongest
             needs[PICTURES] = [first["filters"]]
-        run_tasks({task: needs.get(task, []) for task in tasks}, _worker, (paths, sampling, folder), processes, Path(temporary), done)
+        run_tasks(
+            {task: needs.get(task, []) for task in tasks},
+            _worker,
+            (paths, sampling, folder),
+            processes,
+            Path(temporary),
+            done,
+        )
 
 
 def _worker(paths: dict[str, Path], sampling: dict, folder: Path) -> Callable[[str], Any]:
@@ -143,21 +193,44 @@ def _worker(paths: dict[str, Path], sampling: dict, folder: Path) -> Callable[[s
     load_plugins()  # a family may be one's
     before, after = (load_generator(paths[role]) for role in judges.ROLES)
     c = Comparison(before=before, after=after, reward=cast(Reward, None), **sampling)
-    others = {CHANGE: lambda: surface_change(c, JUDGE.take(CHANGED)), PICTURES: lambda: write_pictures(c, folder)}
+    others = {
+        CHANGE: lambda: surface_change(c, JUDGE.take(CHANGED)),
+        PICTURES: lambda: write_pictures(c, folder),
+    }
     return lambda task: others[task]() if task in others else judges.seen(c, *task.split(", "))
 
 
 def finish(e: Evaluation, loop, started: float) -> dict:
-    """Evaluate the finished loop and write summary.json, pictures and meshes into its folder; prints the table."""
-    print("Comparing before and after on held-out latents, and drawing them (about a minute on 2 cores).", flush=True)
-    folder, nets, early = loop.files.folder, loop.subject.nets, e.early_stop
+    """Evaluate the finished loop and write summary.json, pictures and meshes into its folder; prints the
+    table.
+    """
+    print(
+        "Comparing before and after on held-out latents, and drawing them (about a minute on 2 cores).",
+        flush=True,
+    )
+    folder = loop.files.folder
+    nets = loop.subject.nets
+    early = e.early_stop
     nets = nets if early is None else early.networks(nets)
-    before, after = (LoadedGenerator(g, state_hash(g.module), folder, nets) for g in (e.before, of(nets.G_ema)))
-    c = Comparison(before=before, after=after, reward=e.reward, run=folder, data=e.settings["data"], mirror=e.settings["mirror"],
-                   device=next(nets.G_ema.parameters()).device)
+    before, after = (
+        LoadedGenerator(g, state_hash(g.module), folder, nets) for g in (e.before, of(nets.G_ema))
+    )
+    c = Comparison(
+        before=before,
+        after=after,
+        reward=e.reward,
+        run=folder,
+        data=e.settings["data"],
+        mirror=e.settings["mirror"],
+        device=next(nets.G_ema.parameters()).device,
+    )
     if c.device.type == "cpu" and torch.get_num_threads() > 1:
         work(c, folder, min(torch.get_num_threads(), MOST_PROCESSES))
-    record = {**summarise(c, e), "images": loop.cur_nimg, "early_stop": None if early is None else early.record()}
+    record = {
+        **summarise(c, e),
+        "images": loop.cur_nimg,
+        "early_stop": None if early is None else early.record(),
+    }
     record["seconds"] = time.time() - started
     storage.write_atomic(folder / "summary.json", json.dumps(record, indent=2, sort_keys=True).encode())
     written = once(c, PICTURES, lambda: write_pictures(c, folder))
@@ -170,12 +243,24 @@ def finish(e: Evaluation, loop, started: float) -> dict:
 
 def rows(record: dict) -> list[tuple[str, str, str]]:
     """(what, figure, goal) lines of the table."""
-    spreads = [f"{found['mean']:.3f} ± {found['std']:.3f}" for found in (record["reward_before"], record["reward_after"])]
-    positive = f"{record['reward_delta_positive']}/{record['reward_delta_n']}, mean {record['tuned_delta_mean']:+.3f}"
-    out = [("reward before / after (mean ± std)", " -> ".join(spreads), ""), ("positive reward deltas", positive, "")]
+    spreads = [
+        f"{found['mean']:.3f} ± {found['std']:.3f}"
+        for found in (record["reward_before"], record["reward_after"])
+    ]
+    positive = (
+        f"{record['reward_delta_positive']}/{record['reward_delta_n']}, mean"
+        f" {record['tuned_delta_mean']:+.3f}"
+    )
+    out = [
+        ("reward before / after (mean ± std)", " -> ".join(spreads), ""),
+        ("positive reward deltas", positive, ""),
+    ]
     if record.get("control_delta_mean") is not None:
         share = abs(record["control_delta_mean"]) / max(abs(record["tuned_delta_mean"]), 1e-12)
-        text = f"{record['control_delta_mean']:+.3f} ({share:.1%} of the tuned shift; {record['control_source']})"
+        text = (
+            f"{record['control_delta_mean']:+.3f} ({share:.1%} of the tuned shift;"
+            f" {record['control_source']})"
+        )
         out.append(("mean delta of the lambda_r = 0 control", text, "<= 10 %"))
     elif record.get("control_source"):
         out.append(("mean delta of the lambda_r = 0 control", f"none: {record['control_source']}", "<= 10 %"))
@@ -183,37 +268,61 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         low, high = record["win_rate_ci95"]
         text = f"{record['win_rate']:.1%} of {record['win_rate_n']} [{low:.1%}, {high:.1%}]"
         out.append(("annotator without noise prefers the tuned shape (95 % interval)", text, ""))
-        text = f"{record['frechet_before']:.3f} -> {record['frechet_after']:.3f} (x{record['frechet_ratio']:.3f}"
+        text = (
+            f"{record['frechet_before']:.3f} -> {record['frechet_after']:.3f} (x{record['frechet_ratio']:.3f}"
+        )
         text += f", {record['frechet_verdict']})" if "frechet_verdict" in record else ")"
         out.append(("Fréchet distance of images before -> after *", text, "<= x1.03"))
     for row in record["geometry"]:
         change = span(row["paired"]["mean"], row["paired"]["mean_lo"], row["paired"]["mean_hi"], "+.2g")
         upwards = ", higher is better" if row["higher_is_better"] else ""
-        out.append((f"{row['name']}{upwards} *", f"{row['before']:.4g} -> {row['after']:.4g} ({row['verdict']}: {change})", "better"))
+        out.append(
+            (
+                f"{row['name']}{upwards} *",
+                f"{row['before']:.4g} -> {row['after']:.4g} ({row['verdict']}: {change})",
+                "better",
+            )
+        )
     if "shapes_missing" in record:
         out.append(("shape Fréchet", f"not measured: {record['shapes_missing']}", ""))
     if (moved := record.get("surface_change_voxels")) and moved["n"]:
-        text = f"{moved['median']:.2f} voxels of 64^3 [{moved['quartiles'][0]:.2f}, {moved['quartiles'][1]:.2f}] of {moved['n']} latents"
+        text = (
+            f"{moved['median']:.2f} voxels of 64^3 [{moved['quartiles'][0]:.2f}, {moved['quartiles'][1]:.2f}]"
+            f" of {moved['n']} latents"
+        )
         out.append(("median change of the surface in the head (quartiles)", text, ""))
     if record.get("reward_test_accuracy") is not None:
         low, high = record["reward_test_accuracy_ci95"]
         text = f"{record['reward_test_accuracy']:.3f} [{low:.3f}, {high:.3f}] of {record['reward_test_n']}"
         out.append((f"reward's test accuracy against the {record['reward_test_against']}", text, ">= 0.85"))
     fallen = sorted({name for alarm in record["over_optimisation"] for name in alarm["fallen"]})
-    out.append(("over-optimisation watch", f"ALARM: {', '.join(fallen)} fell while the reward rose" if fallen else "quiet", "quiet"))
+    out.append(
+        (
+            "over-optimisation watch",
+            f"ALARM: {', '.join(fallen)} fell while the reward rose" if fallen else "quiet",
+            "quiet",
+        )
+    )
     if (kept := record.get("early_stop")) is not None:
-        text = f"after {kept['images']} of {kept['of']} images: second reward {kept['second']:+.3f}, distance {kept['distance']:.3f}"
+        text = (
+            f"after {kept['images']} of {kept['of']} images: second reward {kept['second']:+.3f}, distance"
+            f" {kept['distance']:.3f}"
+        )
         out.append(("early stop kept the snapshot", text, ""))
     out.append(("time", f"{record['seconds']:.0f} s on {record['device']}", "<= 420 s"))
     return out
 
 
 COLUMNS = {"before": "before", "after": "after", "control": "control", "filter": "best filter"}
-MEASURES = {  # of heads of people: words, form, the whole head's own value; a star: neither annotator nor reward nor early stop reads it
-    "error_broken": ("volume error behind, broken latents", ".3f", 0.0), "error_whole": ("volume error behind, whole latents", ".3f", 0.0),
+# of heads of people: words, form, the whole head's own value; a star: neither annotator nor reward nor early
+# stop reads it
+MEASURES = {
+    "error_broken": ("volume error behind, broken latents", ".3f", 0.0),
+    "error_whole": ("volume error behind, whole latents", ".3f", 0.0),
     "repaired": ("  of the error of broken latents gone", ".0%", 1.0),
     "whole_made_worse": ("  whole latents worse by .01", ".0%", None),
-    "missing_broken": ("  missing, broken latents", ".3f", 0.0), "extra_broken": ("  too much, broken latents", ".3f", 0.0),
+    "missing_broken": ("  missing, broken latents", ".3f", 0.0),
+    "extra_broken": ("  too much, broken latents", ".3f", 0.0),
     "fscore_broken": ("F-score behind at one voxel, broken latents *", ".3f", 1.0),
     "fscore_whole": ("F-score behind at one voxel, whole latents *", ".3f", 1.0),
     "fine_broken": ("F-score behind at a quarter voxel, broken latents *", ".3f", 1.0),
@@ -222,14 +331,18 @@ MEASURES = {  # of heads of people: words, form, the whole head's own value; a s
     "fine_front": ("F-score in front at a quarter voxel *", ".3f", 1.0),
     "distance_front": ("distance to the named head in front, voxels *", ".3f", 0.0),
     "amplitude": ("relief of the face over the named head's *", ".3f", 1.0),
-    "whole_share": ("latents that are whole", ".0%", 1.0), "face_moved_voxels": ("face moved, median voxels *", ".3f", None),
-    "identity_kept": ("identity of the face kept *", ".0%", None), "variety": ("variety of faces, voxels *", ".3f", None),
+    "whole_share": ("latents that are whole", ".0%", 1.0),
+    "face_moved_voxels": ("face moved, median voxels *", ".3f", None),
+    "identity_kept": ("identity of the face kept *", ".0%", None),
+    "variety": ("variety of faces, voxels *", ".3f", None),
     "utility": ("annotator's utility without noise", ".3f", 1.0),
-}  # fmt: skip
+}
 
 
 def table_of_heads(record: dict) -> list[tuple[str, ...]]:
-    """(what, before, after, control, best filter, whole heads) lines of the table of heads of people; [] where the run had none."""
+    """(what, before, after, control, best filter, whole heads) lines of the table of heads of people; []
+    where the run had none.
+    """
     if "heads" not in record:
         return []
     columns = {column: words for column, words in COLUMNS.items() if column in record["heads"]}
@@ -247,11 +360,17 @@ def notes(record: dict) -> list[str]:
     strongest = record["heads"]["strongest_filter"]
     spent = [strongest["repaired"], strongest["whole_made_worse"]]
     repaired, harmed = ("none" if value is None else f"{value:.0%}" for value in spent)
-    chosen, any_filter = record["filters"]["filter"], record["filters"]["strongest_filter"]
+    chosen = record["filters"]["filter"]
+    any_filter = record["filters"]["strongest_filter"]
     return [
-        f"{record['heads_n']} held-out latents at psi 1, {record['broken_n']} of them broken before tuning. Backs are damaged on purpose "
-        "in the training scans, as real scans are.",
-        f"Best filter: {chosen}, without labels, of those that spare whole latents, chosen on {record['filters_chosen_on']} others. The "
-        f"strongest of all, {any_filter}, repairs {repaired} and makes {harmed} of the whole latents worse.",
+        (
+            f"{record['heads_n']} held-out latents at psi 1, {record['broken_n']} of them broken before"
+            " tuning. Backs are damaged on purpose in the training scans, as real scans are."
+        ),
+        (
+            f"Best filter: {chosen}, without labels, of those that spare whole latents, chosen on"
+            f" {record['filters_chosen_on']} others. The strongest of all, {any_filter}, repairs {repaired}"
+            f" and makes {harmed} of the whole latents worse."
+        ),
         "*: neither annotator nor reward nor early stop reads it.",
     ]

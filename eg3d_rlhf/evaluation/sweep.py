@@ -1,6 +1,8 @@
-"""A sweep over the weights of the reward and of density consistency: what each setting gains in reward and pays in distance and geometry.
+"""A sweep over the weights of the reward and of density consistency: what each setting gains in reward and
+pays in distance and geometry.
 
-One cell for each pair of weights and seed, each a real run of train.py, resumable; measured against the network before tuning.
+One cell for each pair of weights and seed, each a real run of train.py, resumable; measured against the
+network before tuning.
 Letters: N latents, S seeds.
 """
 
@@ -38,11 +40,18 @@ from training.progress import tqdm
 
 TITLE = "Sweep of the reward's and the consistency term's weight"
 KEY = "front"
-REWARD, DISTANCE, GEOMETRY = "reward", "distance", "normal disagreement"
-SECOND, JUDGE, IMAGES = "held-out reward", "judge", "kernel distance of images"
+REWARD = "reward"
+DISTANCE = "distance"
+GEOMETRY = "normal disagreement"
+SECOND = "held-out reward"
+JUDGE = "judge"
+IMAGES = "kernel distance of images"
 LABELS = {
-    REWARD: "change of the tuned reward", DISTANCE: "mean |σ - σ before|, raw density", GEOMETRY: "change of normal disagreement, degrees",
-    SECOND: "change of the held-out reward", JUDGE: "change of the programmatic judge's utility",
+    REWARD: "change of the tuned reward",
+    DISTANCE: "mean |σ - σ before|, raw density",
+    GEOMETRY: "change of normal disagreement, degrees",
+    SECOND: "change of the held-out reward",
+    JUDGE: "change of the programmatic judge's utility",
     IMAGES: "change of the images' kernel distance",
 }
 GOALS = {REWARD: 1, DISTANCE: -1, GEOMETRY: -1}  # of the front: more is better, or less
@@ -57,7 +66,11 @@ class Cell:
 
     @property
     def setting(self) -> str:
-        return "control (λ_r = 0)" if self.lambda_r == 0 else f"λ_r = {self.lambda_r:g}, λ_σ = {self.lambda_sigma:g}"
+        return (
+            "control (λ_r = 0)"
+            if self.lambda_r == 0
+            else f"λ_r = {self.lambda_r:g}, λ_σ = {self.lambda_sigma:g}"
+        )
 
     @property
     def name(self) -> str:
@@ -65,29 +78,57 @@ class Cell:
 
 
 def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
-    """Every combination, the cells of a seed together; λ_r = 0 once for each seed, since such a run has no reward phase.
+    """Every combination, the cells of a seed together; λ_r = 0 once for each seed, since such a run has no
+    reward phase.
 
     Raises: ValueError for a negative weight or an empty list.
     """
     for flag, values in (("--lambda-r", lambda_r), ("--lambda-sigma", lambda_sigma), ("--seeds", seeds)):
         if not values or min(values) < 0:
-            raise ValueError(f"{flag}: expected one or more values >= 0, got {list(values)}. Write them with commas: 0,1,10.")
-    cells = [Cell(lambda_r=r, lambda_sigma=s if r else 0.0, seed=seed) for seed in seeds for r in lambda_r for s in lambda_sigma]
+            raise ValueError(
+                f"{flag}: expected one or more values >= 0, got {list(values)}. Write them with commas:"
+                " 0,1,10."
+            )
+    cells = [
+        Cell(lambda_r=r, lambda_sigma=s if r else 0.0, seed=seed)
+        for seed in seeds
+        for r in lambda_r
+        for s in lambda_sigma
+    ]
     return list(dict.fromkeys(cells))
 
 
 def part_of(cell: Cell, folder: Path, kimg: float, more: Sequence[str] = ()) -> Part:
-    """The run of train.py that a cell is. Args: folder: of all cells; kimg: length; more: flags that all cells share."""
-    weights = [f"--lambda-r={cell.lambda_r:g}", f"--lambda-sigma={cell.lambda_sigma:g}", f"--seed={cell.seed}", f"--kimg={kimg:g}"]
+    """The run of train.py that a cell is.
+
+    Args: folder: of all cells; kimg: length; more: flags that all cells share.
+    """
+    weights = [
+        f"--lambda-r={cell.lambda_r:g}",
+        f"--lambda-sigma={cell.lambda_sigma:g}",
+        f"--seed={cell.seed}",
+        f"--kimg={kimg:g}",
+    ]
     return Part.keyed(cell.name, folder, ["--reward=sigma", *weights, "--no-summary", *more])
 
 
 def cell_jobs(c: Comparison, networks: Mapping[Cell, Path]) -> list[Job]:
-    shared: dict[str, Any] = {"n": c.n, "images": c.images, "data": c.data, "views": VIEWS, "inception": identity_of_file(c.inception)}
+    shared: dict[str, Any] = {
+        "n": c.n,
+        "images": c.images,
+        "data": c.data,
+        "views": VIEWS,
+        "inception": identity_of_file(c.inception),
+    }
     return [
-        c.job(f"cell-{cell.name}", f"{cell.setting}, seed {cell.seed}", partial(measure_cell, cell=cell, path=path),
-              roles=("reward", "held-out"), **shared,
-              files={"before": c.before.hash, "cell": identity_of_file(path), "reward": c.reward_hash})
+        c.job(
+            f"cell-{cell.name}",
+            f"{cell.setting}, seed {cell.seed}",
+            partial(measure_cell, cell=cell, path=path),
+            roles=("reward", "held-out"),
+            **shared,
+            files={"before": c.before.hash, "cell": identity_of_file(path), "reward": c.reward_hash},
+        )
         for cell, path in networks.items()
     ]
 
@@ -96,8 +137,13 @@ def front_job(c: Comparison, cells: Sequence[Cell], findings: Mapping[str, Findi
     """The front over the findings of `cell_jobs`."""
     by_cell = {cell: findings[f"cell-{cell.name}"] for cell in cells}
     plots = {"reward-distance-geometry": plot_front, "other-measures": plot_others}
-    return Job(key=KEY, title="Reward, distance and geometry", compute=partial(front, c, by_cell), plots=plots,
-               inputs={cell.name: finding.data for cell, finding in by_cell.items()})
+    return Job(
+        key=KEY,
+        title="Reward, distance and geometry",
+        compute=partial(front, c, by_cell),
+        plots=plots,
+        inputs={cell.name: finding.data for cell, finding in by_cell.items()},
+    )
 
 
 def _kept(c: Comparison, name: str, make):
@@ -110,15 +156,22 @@ def _kept(c: Comparison, name: str, make):
 
 def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Finding:
     """Changes of every measure from before to one cell, per latent where the measure is."""
-    seeds, after = c.seeds(), c.load(path)
+    seeds = c.seeds()
+    after = c.load(path)
     values = {REWARD: (c.scores(after, seeds) - c.scores(c.before, seeds)).double().numpy()}
     if c.held_out is not None:
-        values[SECOND] = (c.scores(after, seeds, held_out=True) - c.scores(c.before, seeds, held_out=True)).double().numpy()
+        values[SECOND] = (
+            (c.scores(after, seeds, held_out=True) - c.scores(c.before, seeds, held_out=True))
+            .double()
+            .numpy()
+        )
     start = _kept(c, "density", lambda: rewards.densities(c, c.before, seeds))
     sigma = rewards.densities(c, after, seeds)
     values[DISTANCE] = density_l1(sigma, start).double().numpy()
     if c.synthetic:
-        values[JUDGE] = utilities(after.generator, seeds) - _kept(c, "judge", lambda: utilities(c.before.generator, seeds))
+        values[JUDGE] = utilities(after.generator, seeds) - _kept(
+            c, "judge", lambda: utilities(c.before.generator, seeds)
+        )
     values[GEOMETRY] = normals(c, after) - _kept(c, "normals", lambda: normals(c, c.before))
     steps = means_of(values)
     if c.data:
@@ -128,9 +181,18 @@ def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Findin
         pair = _kept(c, "images", lambda: fakes(c.before)), fakes(after)
         change = kernel_change_interval(*pair, real, images.RESAMPLES, c.seed)
         steps[IMAGES] = {"mean": change.mean, "lo": change.lo, "hi": change.hi}
-    facts = c.facts(seeds, interval=BOOTSTRAP, networks={"before": c.before.hash, "cell": after.hash, "reward": c.reward_hash})
-    rows = [{"seed": seed, **{name: float(v[i]) for name, v in values.items() if i < len(v)}} for i, seed in enumerate(seeds)]
-    return Finding(facts=facts, data={"cell": vars(cell), "network": after.hash, "measures": steps}, rows=rows)
+    facts = c.facts(
+        seeds,
+        interval=BOOTSTRAP,
+        networks={"before": c.before.hash, "cell": after.hash, "reward": c.reward_hash},
+    )
+    rows = [
+        {"seed": seed, **{name: float(v[i]) for name, v in values.items() if i < len(v)}}
+        for i, seed in enumerate(seeds)
+    ]
+    return Finding(
+        facts=facts, data={"cell": vars(cell), "network": after.hash, "measures": steps}, rows=rows
+    )
 
 
 def normals(c: Comparison, generator: LoadedGenerator) -> np.ndarray:
@@ -139,7 +201,9 @@ def normals(c: Comparison, generator: LoadedGenerator) -> np.ndarray:
 
 
 def pareto(values: np.ndarray) -> np.ndarray:
-    """Which of points [N, M] none other equals or beats everywhere and beats somewhere; more is better; [N] bool."""
+    """Which of points [N, M] none other equals or beats everywhere and beats somewhere; more is better; [N]
+    bool.
+    """
     at_least = np.all(values[None] >= values[:, None], axis=2)  # [i, j]: j is nowhere worse than i
     better = np.any(values[None] > values[:, None], axis=2)
     return ~np.any(at_least & better, axis=1)
@@ -155,8 +219,15 @@ def gather(by_cell: Mapping[Cell, Finding]) -> list[dict]:
         for name, step in first.data["measures"].items():
             each = [finding.data["measures"][name]["mean"] for finding in of_setting.values()]
             measures[name] = {**(t_mean_interval(each)._asdict() if len(each) > 1 else step), "each": each}
-        rows.append({"setting": setting, "lambda_r": cell.lambda_r, "lambda_sigma": cell.lambda_sigma if cell.lambda_r else None,
-                     "seeds": [cell.seed for cell in of_setting], "measures": measures})
+        rows.append(
+            {
+                "setting": setting,
+                "lambda_r": cell.lambda_r,
+                "lambda_sigma": cell.lambda_sigma if cell.lambda_r else None,
+                "seeds": [cell.seed for cell in of_setting],
+                "measures": measures,
+            }
+        )
     means = np.array([[sign * row["measures"][name]["mean"] for name, sign in GOALS.items()] for row in rows])
     for row, kept in zip(rows, pareto(means), strict=True):
         row["on_front"] = bool(kept)
@@ -168,41 +239,78 @@ def front(c: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Find
     rows = gather(by_cell)
     columns = {"": "mean", " lo": "lo", " hi": "hi"}
     table = [
-        {"setting": row["setting"], "front": "on the front" if row["on_front"] else "", "training seeds": " ".join(map(str, row["seeds"])),
-         **{f"{name}{end}": m[key] for name, m in row["measures"].items() for end, key in columns.items()}}
+        {
+            "setting": row["setting"],
+            "front": "on the front" if row["on_front"] else "",
+            "training seeds": " ".join(map(str, row["seeds"])),
+            **{f"{name}{end}": m[key] for name, m in row["measures"].items() for end, key in columns.items()},
+        }
         for row in rows
     ]
     networks = {"before": c.before.hash, "reward": c.reward_hash}
     networks |= {cell.name: finding.data["network"] for cell, finding in by_cell.items()}
-    facts = c.facts(c.seeds(), interval=SEEDS_INTERVAL, unit=f"latents for each of {len(by_cell)} runs", networks=networks)
+    facts = c.facts(
+        c.seeds(), interval=SEEDS_INTERVAL, unit=f"latents for each of {len(by_cell)} runs", networks=networks
+    )
     kept = [row for row in rows if row["on_front"]]
     says = [
-        f"On the front, by means ({len(kept)} of {len(rows)} settings): " + "; ".join(row["setting"] for row in kept) + ".",
-        "On the front: no other setting has at least this reward with no more distance and no more disagreement of normals.",
+        f"On the front, by means ({len(kept)} of {len(rows)} settings): "
+        + "; ".join(row["setting"] for row in kept)
+        + ".",
+        (
+            "On the front: no other setting has at least this reward with no more distance and no more"
+            " disagreement of normals."
+        ),
     ]
     for without, row in itertools.product(rows, rows):
-        if row["lambda_r"] and row["lambda_r"] == without["lambda_r"] and row["lambda_sigma"] and without["lambda_sigma"] == 0:
+        if (
+            row["lambda_r"]
+            and row["lambda_r"] == without["lambda_r"]
+            and row["lambda_sigma"]
+            and without["lambda_sigma"] == 0
+        ):
             share = 1 - row["measures"][DISTANCE]["mean"] / max(without["measures"][DISTANCE]["mean"], 1e-12)
             gain = row["measures"][REWARD]["mean"] / (without["measures"][REWARD]["mean"] or 1e-12)
-            says.append(f"At λ_r = {row['lambda_r']:g}, λ_σ = {row['lambda_sigma']:g} takes {share:.1%} off the distance of the run "
-                        f"without the consistency term, at {gain:.1%} of its reward.")
+            says.append(
+                f"At λ_r = {row['lambda_r']:g}, λ_σ = {row['lambda_sigma']:g} takes {share:.1%} off the"
+                f" distance of the run without the consistency term, at {gain:.1%} of its reward."
+            )
     if max(len(row["seeds"]) for row in rows) < 2:
-        says.append("One training seed for each setting: the intervals run over latents, and do not tell how runs differ. Add --seeds.")
+        says.append(
+            "One training seed for each setting: the intervals run over latents, and do not tell how runs"
+            " differ. Add --seeds."
+        )
     says += [
         "The front goes by means alone: settings whose intervals overlap may change places in another run.",
-        "The reward phase has an optimiser (Adam) of its own, whose step does not depend on the size of its loss: what matters is "
-        "λ_σ / λ_r, and without the consistency term all λ_r > 0 train nearly alike.",
-        "The distance is what the consistency term holds down; it orders how far a run went, not how good its shapes are.",
+        (
+            "The reward phase has an optimiser (Adam) of its own, whose step does not depend on the size of"
+            " its loss: what matters is λ_σ / λ_r, and without the consistency term all λ_r > 0 train nearly"
+            " alike."
+        ),
+        (
+            "The distance is what the consistency term holds down; it orders how far a run went, not how good"
+            " its shapes are."
+        ),
     ]
     return Finding(facts=facts, data={"rows": rows}, rows=table, says=says)
 
 
 def _panel(axes, rows: list[dict], x: str, y: str) -> None:
     for i, row in enumerate(rows):
-        here, colour = row["measures"], style.CYCLE[i % len(style.CYCLE)]
-        axes.errorbar(here[x]["mean"], here[y]["mean"], xerr=style.errors(here[x]), yerr=style.errors(here[y]), color=colour, linewidth=1,
-                      marker="o" if i < len(style.CYCLE) else "s", markersize=6, markerfacecolor=colour if row["on_front"] else "none",
-                      label=row["setting"] + (" (front)" if row["on_front"] else ""))
+        here = row["measures"]
+        colour = style.CYCLE[i % len(style.CYCLE)]
+        axes.errorbar(
+            here[x]["mean"],
+            here[y]["mean"],
+            xerr=style.errors(here[x]),
+            yerr=style.errors(here[y]),
+            color=colour,
+            linewidth=1,
+            marker="o" if i < len(style.CYCLE) else "s",
+            markersize=6,
+            markerfacecolor=colour if row["on_front"] else "none",
+            label=row["setting"] + (" (front)" if row["on_front"] else ""),
+        )
         if len(row["seeds"]) > 1:
             axes.plot(here[x]["each"], here[y]["each"], ".", color=colour, markersize=3)
     axes.axhline(0, color=style.colour("noise"), linewidth=0.8)
@@ -212,7 +320,9 @@ def _panel(axes, rows: list[dict], x: str, y: str) -> None:
 def plot_front(data: dict):
     """Reward over distance, and over geometry; filled points are on the front."""
     drawn, axes = style.figure(columns=2)
-    ordered = sorted((row for row in data["rows"] if row["on_front"]), key=lambda row: row["measures"][DISTANCE]["mean"])
+    ordered = sorted(
+        (row for row in data["rows"] if row["on_front"]), key=lambda row: row["measures"][DISTANCE]["mean"]
+    )
     path = [[row["measures"][name]["mean"] for row in ordered] for name in (DISTANCE, REWARD)]
     axes[0].plot(*path, "--", color=style.colour("noise"), linewidth=0.8)
     _panel(axes[0], data["rows"], DISTANCE, REWARD)
@@ -235,8 +345,8 @@ def write(c: Comparison, networks: Mapping[Cell, Path], out: Path, quiet: bool =
     job = front_job(c, list(networks), findings)
     fronts = pages.run([job], out, quiet=True)
     introduction = (
-        f"{len(networks)} runs of train.py from {c.before.path.name}, compared with it on the same {c.n} held-out latents. The data of "
-        "every run lies in data/cell-*.json."
+        f"{len(networks)} runs of train.py from {c.before.path.name}, compared with it on the same {c.n}"
+        " held-out latents. The data of every run lies in data/cell-*.json."
     )
     write_page(out / "index.html", TITLE, introduction, [job], fronts, fronts[KEY].says[:1])
     return fronts[KEY]
@@ -247,43 +357,119 @@ def numbers(flag: str, text: str, kind: type = float) -> list:
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"{flag}: expected numbers with commas between them, such as 0,1,10, got {text!r}. Correct the list.") from None
+        raise ValueError(
+            f"{flag}: expected numbers with commas between them, such as 0,1,10, got {text!r}. Correct the"
+            " list."
+        ) from None
 
 
 @click.command(cls=GroupedCommand)
-@shared("before reward-ckpt", before="Initial networks.", reward_ckpt={"help": "Reward that tunes.", "show_default": "bundled"})
-@option("--lambda-r", group="Grid", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control.")
-@option("--lambda-sigma", group="Grid", metavar="LIST", default="0,0.01,10", help="Density-consistency weights; 0 leaves the term out.")
-@option("--seeds", group="Grid", metavar="LIST", default="0", help="Training seeds of every cell; two or more give intervals over runs.")
-@option("--kimg", group="Grid", metavar="KIMG", type=click.FloatRange(min=0, min_open=True), default=0.24, help="Length of a cell.")
+@shared(
+    "before reward-ckpt",
+    before="Initial networks.",
+    reward_ckpt={"help": "Reward that tunes.", "show_default": "bundled"},
+)
+@option(
+    "--lambda-r", group="Grid", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control."
+)
+@option(
+    "--lambda-sigma",
+    group="Grid",
+    metavar="LIST",
+    default="0,0.01,10",
+    help="Density-consistency weights; 0 leaves the term out.",
+)
+@option(
+    "--seeds",
+    group="Grid",
+    metavar="LIST",
+    default="0",
+    help="Training seeds of every cell; two or more give intervals over runs.",
+)
+@option(
+    "--kimg",
+    group="Grid",
+    metavar="KIMG",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.24,
+    help="Length of a cell.",
+)
 @option("--train-flags", rare=True, default="", help="More flags of train.py, in one quoted string.")
-@option("--jobs", group="Grid", metavar="INT", type=click.IntRange(min=1), default=2, help="Cells trained at the same time.")
-@shared("n out device dry-run", "data psi seed images batch", n={"default": 32}, images={"default": 128}, data="Images.",
-              out={"default": "runs/reports/sweep", "help": "Folder to write; holds the cells' runs too."},
-              dry_run="Print the cells and what is left to train as JSON and stop.")
-def main(before, reward_ckpt, data, lambda_r, lambda_sigma, seeds, kimg, train_flags, jobs, out, device, dry_run, **sampling) -> None:
-    """What do the weights buy? Trains a grid of lambda_r and lambda_sigma, and draws reward against distance and geometry.
+@option(
+    "--jobs",
+    group="Grid",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=2,
+    help="Cells trained at the same time.",
+)
+@shared(
+    "n out device dry-run",
+    "data psi seed images batch",
+    n={"default": 32},
+    images={"default": 128},
+    data="Images.",
+    out={"default": "runs/reports/sweep", "help": "Folder to write; holds the cells' runs too."},
+    dry_run="Print the cells and what is left to train as JSON and stop.",
+)
+def main(
+    before,
+    reward_ckpt,
+    data,
+    lambda_r,
+    lambda_sigma,
+    seeds,
+    kimg,
+    train_flags,
+    jobs,
+    out,
+    device,
+    dry_run,
+    **sampling,
+) -> None:
+    """What do the weights buy? Trains a grid of lambda_r and lambda_sigma, and draws reward against distance
+    and geometry.
 
-    Every cell is a run of train.py. A finished cell is not run again, an interrupted one goes on from its checkpoint: give the same
-    command. lambda_sigma = 0 is the run without the density-consistency term, lambda_r = 0 the control. The table names the settings on
-    the front.
+    Every cell is a run of train.py. A finished cell is not run again, an interrupted one goes on from its
+    checkpoint: give the same command. lambda_sigma = 0 is the run without the density-consistency term,
+    lambda_r = 0 the control. The table names the settings on the front.
 
     \b
     Example:
-        eg3d-rlhf report sweep --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --out=runs/example/sweep
+        eg3d-rlhf report sweep --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --out=sweep
     """
-    lists = numbers("--lambda-r", lambda_r), numbers("--lambda-sigma", lambda_sigma), numbers("--seeds", seeds, int)
-    where, network = choose_device(device), find_network(before)
+    lists = (
+        numbers("--lambda-r", lambda_r),
+        numbers("--lambda-sigma", lambda_sigma),
+        numbers("--seeds", seeds, int),
+    )
+    where = choose_device(device)
+    network = find_network(before)
     given = {"init": before and network, "reward-ckpt": reward_ckpt, "data": data}
-    words = [f"--device={device}", *shlex.split(train_flags), *(f"--{name}={value}" for name, value in given.items() if value is not None)]
+    words = [
+        f"--device={device}",
+        *shlex.split(train_flags),
+        *(f"--{name}={value}" for name, value in given.items() if value is not None),
+    ]
     parts = {cell: part_of(cell, out / "cells", kimg, words) for cell in grid(*lists)}
     states = {cell.name: part.state() for cell, part in parts.items()}
     if dry_run:
         hashes = {"init": file_hash(network), "reward": file_hash(reward_ckpt or bundled.REWARD)}
-        shared = {"kimg": kimg, "train_flags": words, "hashes": hashes, "jobs": jobs, "device": str(where), **sampling}
+        shared = {
+            "kimg": kimg,
+            "train_flags": words,
+            "hashes": hashes,
+            "jobs": jobs,
+            "device": str(where),
+            **sampling,
+        }
         click.echo(json.dumps({**shared, "out": str(out), "cells": states}, indent=1))
         return
-    click.echo(f"{len(parts)} cells of {kimg:g} thousand images, {sum(s != 'finished' for s in states.values())} to train.", err=True)
+    click.echo(
+        f"{len(parts)} cells of {kimg:g} thousand images, {sum(s != 'finished' for s in states.values())} to"
+        " train.",
+        err=True,
+    )
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
     try:
         with tqdm(total=len(parts), desc="training", unit="cell", dynamic_ncols=True) as bar:
@@ -293,12 +479,27 @@ def main(before, reward_ckpt, data, lambda_r, lambda_sigma, seeds, kimg, train_f
         sys.exit(130)
     networks = {cell: path for cell, part in parts.items() if (path := part.network()) is not None}
     first = next(iter(networks.values()))
-    c = load_comparison(Sources(
-        before=before, after=first, reward_ckpt=reward_ckpt, data=data, device=where, runs_folder=out / "cells", **sampling
-    ))
+    c = load_comparison(
+        Sources(
+            before=before,
+            after=first,
+            reward_ckpt=reward_ckpt,
+            data=data,
+            device=where,
+            runs_folder=out / "cells",
+            **sampling,
+        )
+    )
     finding = write(c, networks, out)
     click.echo(f"{'setting':<26} " + " ".join(f"{name:>28}" for name in GOALS) + "  front")
     for row in finding.data["rows"]:
-        texts = [f"{m['mean']:.3g} [{m['lo']:.3g}, {m['hi']:.3g}]" for m in (row["measures"][name] for name in GOALS)]
-        click.echo(f"{row['setting']:<26} " + " ".join(f"{text:>28}" for text in texts) + f"  {'on the front' if row['on_front'] else '-'}")
+        texts = [
+            f"{m['mean']:.3g} [{m['lo']:.3g}, {m['hi']:.3g}]"
+            for m in (row["measures"][name] for name in GOALS)
+        ]
+        click.echo(
+            f"{row['setting']:<26} "
+            + " ".join(f"{text:>28}" for text in texts)
+            + f"  {'on the front' if row['on_front'] else '-'}"
+        )
     click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/, cells/ (the runs)")

@@ -1,7 +1,9 @@
-"""Our scripts as parts of a longer job, each in a child: done once for its command and the files that it reads, gone on with after a stop.
+"""Our scripts as parts of a longer job, each in a child: done once for its command and the files that it
+reads, gone on with after a stop.
 
-A part's folder holds part.json, which says what is made there and, once it is done, what that cost; a log; and what the script writes. A
-folder that was made by another command or from other files is emptied first, so give trainings that shall stay side by side `keyed` ones.
+A part's folder holds part.json, which says what is made there and, once it is done, what that cost; a log;
+and what the script writes. A folder that was made by another command or from other files is emptied first, so
+give trainings that shall stay side by side `keyed` ones.
 """
 
 import functools
@@ -30,16 +32,20 @@ from training import checkpoint
 from training.storage import write_atomic
 
 REPO = Path(__file__).resolve().parents[2]
-TRAIN, TRAIN_REWARD = "train.py", "tools/train_reward.py"
+TRAIN = "train.py"
+TRAIN_REWARD = "tools/train_reward.py"
 DOOR = "eg3d_rlhf"  # the package as a script: its first flags are a job's words
 _JOBS = {TRAIN: ["train"], TRAIN_REWARD: ["reward", "train"]}
-RECORD, LOG = "part.json", "log.txt"
+RECORD = "part.json"
+LOG = "log.txt"
 POLL = 0.05  # seconds between looks at the children
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of our scripts with its flags. The newest run in the folder is what train.py made; a `needed` file in it proves it finished."""
+    """One of our scripts with its flags. The newest run in the folder is what train.py made; a `needed` file
+    in it proves it finished.
+    """
 
     name: str  # in messages
     folder: Path
@@ -59,17 +65,28 @@ class Part:
         return [self.script, *self.flags, *([f"--outdir={self.folder}"] if self.script == TRAIN else [])]
 
     def inputs(self) -> dict[str, str]:
-        """Hashes of what it reads: what is bundled, and every file that a flag names, which parts before it may have made."""
-        files = {path.name: path for path in (bundled.GENERATOR, bundled.REWARD, bundled.WATCH, BUNDLED_LABELS)}
-        files |= {name: Path(value) for name, _, value in (flag.partition("=") for flag in self.flags)
-                  if value and name not in ("--data", "--out")}
+        """Hashes of what it reads: what is bundled, and every file that a flag names, which parts before it
+        may have made.
+        """
+        files = {
+            path.name: path for path in (bundled.GENERATOR, bundled.REWARD, bundled.WATCH, BUNDLED_LABELS)
+        }
+        files |= {
+            name: Path(value)
+            for name, _, value in (flag.partition("=") for flag in self.flags)
+            if value and name not in ("--data", "--out")
+        }
         return {name: _hash(path, path.stat().st_mtime_ns) for name, path in files.items() if path.is_file()}
 
     def record(self) -> dict:
-        """What is made here with this command from these files, and its cost where it is done; {} where it is not, or another is."""
+        """What is made here with this command from these files, and its cost where it is done; {} where it is
+        not, or another is.
+        """
         path = self.folder / RECORD
         known = json.loads(path.read_text()) if path.is_file() else {}
-        return known if known.get("command") == self.command() and known.get("inputs") == self.inputs() else {}
+        return (
+            known if known.get("command") == self.command() and known.get("inputs") == self.inputs() else {}
+        )
 
     @property
     def run(self) -> Path | None:
@@ -81,8 +98,14 @@ class Part:
         return "seconds" in self.record() and (self.script != TRAIN or self.complete())
 
     def complete(self) -> bool:
-        """Whether the newest run of train.py has come to its end: one that is asked to stop ends well, too."""
-        return self.network() is not None if not self.needed else self.run is not None and (self.run / self.needed).is_file()
+        """Whether the newest run of train.py has come to its end:
+        one that is asked to stop ends well, too.
+        """
+        return (
+            self.network() is not None
+            if not self.needed
+            else self.run is not None and (self.run / self.needed).is_file()
+        )
 
     def network(self) -> Path | None:
         """The newest snapshot of the newest run of train.py, where that has reached its length."""
@@ -95,7 +118,9 @@ class Part:
         return "finished" if self.finished() else "new" if self.continued() == self.command() else "begun"
 
     def continued(self) -> list[str]:
-        """The command that goes on with what an interrupted one left; the same where there is nothing to go on with."""
+        """The command that goes on with what an interrupted one left; the same where there is nothing to go
+        on with.
+        """
         if self.record():
             if self.script == TRAIN_REWARD and (self.folder / "state.pt").is_file():
                 return [TRAIN_REWARD, f"--resume={self.folder}"]
@@ -111,7 +136,8 @@ def _hash(path: Path, _modified: int) -> str:
 
 def _words(command: Sequence[str]) -> list[str]:
     """What runs a script; an installed package has no scripts beside it, but the jobs that they are."""
-    script, flags = command[0], command[1:]
+    script = command[0]
+    flags = command[1:]
     if script in _JOBS and not (REPO / script).is_file():
         script, flags = DOOR, [*_JOBS[script], *flags]
     return [sys.executable, str(REPO / script), *flags]
@@ -126,13 +152,15 @@ class _Child:
     threads: int | None
 
     def __post_init__(self) -> None:
-        part, command = self.part, self.part.continued()
+        part = self.part
+        command = self.part.continued()
         known = {"command": part.command(), "inputs": part.inputs()}
         if (part.folder / RECORD).is_file() and not part.record():
             shutil.rmtree(part.folder)  # another part's
         part.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(part.folder / RECORD, json.dumps(known, indent=1).encode())
-        self.known, self.started = known, time.time()
+        self.known = known
+        self.started = time.time()
         environment = {**os.environ, **({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})}
         with (part.folder / LOG).open("ab") as log:
             output, errors = (log, subprocess.STDOUT) if self.quiet else (None, None)
@@ -141,15 +169,20 @@ class _Child:
     def ended(self) -> bool:
         """Whether it has ended; its cost is then kept.
 
-        The peak memory is never below that of this program (0.4 GB), from which the script is forked. Raises: ValueError where it failed.
+        The peak memory is never below that of this program (0.4 GB), from which the script is forked. Raises:
+        ValueError where it failed.
         """
         number, status, usage = os.wait4(self.process.pid, os.WNOHANG)
         if not number:
             return False
-        part, code = self.part, os.waitstatus_to_exitcode(status)
+        part = self.part
+        code = os.waitstatus_to_exitcode(status)
         self.process.returncode = code
         if code or part.script == TRAIN and not part.complete():
-            raise ValueError(f"{part.name}: expected it to finish, but it {self._how(code)}; the same command goes on from there.")
+            raise ValueError(
+                f"{part.name}: expected it to finish, but it {self._how(code)}; the same command goes on from"
+                " there."
+            )
         unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # of ru_maxrss
         cost = {"seconds": time.time() - self.started, "megabytes": usage.ru_maxrss * unit / 1e6}
         write_atomic(part.folder / RECORD, json.dumps({**self.known, **cost}, indent=1).encode())
@@ -165,16 +198,22 @@ class _Child:
 
 
 def make(
-    chains: Collection[Sequence[Part]], jobs: int = 1, threads: int | None = None, quiet: bool = True,
+    chains: Collection[Sequence[Part]],
+    jobs: int = 1,
+    threads: int | None = None,
+    quiet: bool = True,
     tell: Callable[[Part], None] = lambda part: None,
 ) -> None:
-    """Make what is not finished: `jobs` chains side by side, the first listed first, the parts of a chain in order.
+    """Make what is not finished: `jobs` chains side by side, the first listed first, the parts of a chain in
+    order.
 
     An interrupt, or the failure of one part, asks the others to stop; trainings write a checkpoint first.
-    Args: threads: OMP_NUM_THREADS of a child; quiet: whether output goes to log.txt; tell: called for each part when it is done.
+    Args: threads: OMP_NUM_THREADS of a child; quiet: whether output goes to log.txt; tell: called for each
+        part when it is done.
     Raises: ValueError naming the part that failed, its last line and its log.
     """
-    waiting, running = [list(chain) for chain in chains], dict[int, _Child]()
+    waiting = [list(chain) for chain in chains]
+    running = dict[int, _Child]()
     try:
         with sigterm_interrupts():
             while any(waiting) or running:
@@ -207,5 +246,7 @@ def call(name: str, command: list[str]) -> float:
     started = time.time()
     code = subprocess.call(_words(command))
     if code:
-        raise ValueError(f"{name}: expected status 0, got {code}. Its message stands above; the same command goes on.")
+        raise ValueError(
+            f"{name}: expected status 0, got {code}. Its message stands above; the same command goes on."
+        )
     return time.time() - started

@@ -1,4 +1,5 @@
-"""Every reward on the bundled heads, side by side: how well it learnt the labels, and what tuning by it did to held-out latents.
+"""Every reward on the bundled heads, side by side: how well it learnt the labels, and what tuning by it did
+to held-out latents.
 
 Train and tune -> compute -> zoo.json -> page: `make zoo`. Letters: N rewards.
 """
@@ -49,31 +50,55 @@ class Entry:
     train: tuple[str, ...] | None  # flags of tools/train_reward.py; None: bundled
     tune: tuple[str, ...]  # flags of train.py
     minutes: float  # about, of the short table on one core: the longest is begun first
-    label: tuple[str, ...] = ()  # flags of eg3d-rlhf label synthetic, whose labels replace the bundled pairs in training
+    # flags of eg3d-rlhf label synthetic, whose labels replace the bundled pairs in training
+    label: tuple[str, ...] = ()
     short: tuple[str, ...] = ()  # more flags of its training in the short table
 
 
-UNPAIRED = (  # the pairs choose the epoch and make the test, no more; the divergence as published, beside the error in units of the score
-    "--set=pairs=0", "--set=scalar=0", "--set=bradley_terry=0", "--anchors=0", "--regression=25", "--divergence=1",
-)  # fmt: skip
+# the pairs choose the epoch and make the test, no more; the divergence as published, beside the error in
+# units of the score
+UNPAIRED = (
+    "--set=pairs=0",
+    "--set=scalar=0",
+    "--set=bradley_terry=0",
+    "--anchors=0",
+    "--regression=25",
+    "--divergence=1",
+)
 ENTRIES = {
-    "sigma": Entry(words="density slab, bundled", minutes=1, train=None, tune=("--reward=sigma", "--lambda-r=10")),
+    "sigma": Entry(
+        words="density slab, bundled", minutes=1, train=None, tune=("--reward=sigma", "--lambda-r=10")
+    ),
     "depth": Entry(
-        words="depth from the front", minutes=4, train=("--observation=depth",), tune=("--reward=depth",), short=("--preset=coarse",),
+        words="depth from the front",
+        minutes=4,
+        train=("--observation=depth",),
+        tune=("--reward=depth",),
+        short=("--preset=coarse",),
     ),
     "lifted-points": Entry(
-        words="points lifted from depth, PointNet", minutes=10, train=("--observation=lifted-points", "--preset=pointnet"),
-        tune=("--reward=lifted-points", "--lambda-r=10"), short=("--epochs=12",),
+        words="points lifted from depth, PointNet",
+        minutes=10,
+        train=("--observation=lifted-points", "--preset=pointnet"),
+        tune=("--reward=lifted-points", "--lambda-r=10"),
+        short=("--epochs=12",),
     ),
     "points": Entry(
-        words="points on the level set, PointNet", minutes=4, train=("--observation=points", "--preset=pointnet"),
-        tune=("--reward=points", "--lambda-r=10"), short=("--epochs=12",),
+        words="points on the level set, PointNet",
+        minutes=4,
+        train=("--observation=points", "--preset=pointnet"),
+        tune=("--reward=points", "--lambda-r=10"),
+        short=("--epochs=12",),
     ),
     "thumbs": Entry(
-        words="density slab, taught by thumbs up or down alone", minutes=5, label=("--kind=thumbs", "--pairs=1000", "--block=2"),
-        train=UNPAIRED, tune=("--reward=sigma", "--lambda-r=10"), short=("--epochs=8",),
+        words="density slab, taught by thumbs up or down alone",
+        minutes=5,
+        label=("--kind=thumbs", "--pairs=1000", "--block=2"),
+        train=UNPAIRED,
+        tune=("--reward=sigma", "--lambda-r=10"),
+        short=("--epochs=8",),
     ),
-}  # fmt: skip
+}
 
 
 def reward_of(out: Path, name: str) -> Path:
@@ -82,44 +107,91 @@ def reward_of(out: Path, name: str) -> Path:
 
 def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float) -> dict[str, Part]:
     """What makes a reward and tunes by it with each training seed, in order."""
-    entry, folder = ENTRIES[name], out / name
+    entry = ENTRIES[name]
+    folder = out / name
     scripts: dict[str, tuple[str, list[str]]] = {}
     if entry.label:
-        scripts["label"] = DOOR, ["label", "synthetic", *entry.label, f"--out={folder / 'label' / 'labels.jsonl'}"]
+        scripts["label"] = (
+            DOOR,
+            ["label", "synthetic", *entry.label, f"--out={folder / 'label' / 'labels.jsonl'}"],
+        )
     if entry.train is not None:
-        taught = [f"--labels={BUNDLED_LABELS}", f"--unpaired={folder / 'label' / 'labels.jsonl'}"] if entry.label else []
-        scripts["reward"] = TRAIN_REWARD, [*entry.train, *taught, *(() if full else entry.short), f"--out={folder / 'reward'}"]
-    flags = [*entry.tune, f"--reward-ckpt={reward_of(out, name)}", f"--reward-watch={bundled.WATCH}", f"--kimg={kimg:g}", "--no-summary"]
+        taught = (
+            [f"--labels={BUNDLED_LABELS}", f"--unpaired={folder / 'label' / 'labels.jsonl'}"]
+            if entry.label
+            else []
+        )
+        scripts["reward"] = (
+            TRAIN_REWARD,
+            [*entry.train, *taught, *(() if full else entry.short), f"--out={folder / 'reward'}"],
+        )
+    flags = [
+        *entry.tune,
+        f"--reward-ckpt={reward_of(out, name)}",
+        f"--reward-watch={bundled.WATCH}",
+        f"--kimg={kimg:g}",
+        "--no-summary",
+    ]
     scripts |= {f"seed{seed}": (TRAIN, [*flags, f"--seed={seed}"]) for seed in seeds}
-    return {part: Part(f"{name}, {part}", folder / part, script, tuple(words)) for part, (script, words) in scripts.items()}
+    return {
+        part: Part(f"{name}, {part}", folder / part, script, tuple(words))
+        for part, (script, words) in scripts.items()
+    }
 
 
 def tuned(c: Comparison) -> dict:
-    """What tuning did, in brief: rewards of 100 latents, what became of heads, the annotator's view of it, and pictures."""
+    """What tuning did, in brief: rewards of 100 latents, what became of heads, the annotator's view of it,
+    and pictures.
+    """
     heads = figures_of_heads(c)
-    return reward_shift(c) | blind_pairs(c) | {name: heads[name] for name in HEADS} | {"frechet_ratio": frechet(c)["frechet_ratio"]}
+    return (
+        reward_shift(c)
+        | blind_pairs(c)
+        | {name: heads[name] for name in HEADS}
+        | {"frechet_ratio": frechet(c)["frechet_ratio"]}
+    )
 
 
-def record(reward: Reward, tunings: Sequence[Mapping], seconds: Mapping[str, float], megabytes: float) -> dict:
+def record(
+    reward: Reward, tunings: Sequence[Mapping], seconds: Mapping[str, float], megabytes: float
+) -> dict:
     """One reward's line in zoo.json.
 
-    Args: tunings: what tuning did, for each training seed; seconds: of 'train' and 'tune'; megabytes: the largest peak of its processes.
+    Args: tunings: what tuning did, for each training seed; seconds: of 'train' and 'tune'; megabytes: the
+        largest peak of its processes.
     """
     clean, labels = (reward.provenance.get(name) for name in ("test_accuracy_clean", "test_accuracy"))
     test = clean or labels
     if test is None:
-        raise ValueError("zoo: expected a reward that states its accuracy on held-out pairs, got none. Use tools/train_reward.py.")
-    wins, n = sum(tuning["win_rate"] for tuning in tunings) / len(tunings), tunings[0]["win_rate_n"]
-    ends = [tunings[0]["win_rate_ci95"][0], tunings[0]["win_rate_ci95"][1]] if len(tunings) == 1 else \
-        [min(tuning["win_rate"] for tuning in tunings), max(tuning["win_rate"] for tuning in tunings)]
+        raise ValueError(
+            "zoo: expected a reward that states its accuracy on held-out pairs, got none. Use"
+            " tools/train_reward.py."
+        )
+    wins = sum(tuning["win_rate"] for tuning in tunings) / len(tunings)
+    n = tunings[0]["win_rate_n"]
+    ends = (
+        [tunings[0]["win_rate_ci95"][0], tunings[0]["win_rate_ci95"][1]]
+        if len(tunings) == 1
+        else [min(tuning["win_rate"] for tuning in tunings), max(tuning["win_rate"] for tuning in tunings)]
+    )
     by_seed = {name: [tuning[name] for tuning in tunings if tuning[name] is not None] for name in BY_SEED}
     return {
-        "accuracy": test["accuracy"], "ci95": test["interval_95"], "n": test["n"], "against": "noise-free order" if clean else "labels",
-        "accuracy_labels": labels and labels["accuracy"], "judge_rate": wins, "judge_range": ends, "judge_n": n,
+        "accuracy": test["accuracy"],
+        "ci95": test["interval_95"],
+        "n": test["n"],
+        "against": "noise-free order" if clean else "labels",
+        "accuracy_labels": labels and labels["accuracy"],
+        "judge_rate": wins,
+        "judge_range": ends,
+        "judge_n": n,
         **{name: float(np.mean(found)) if found else None for name, found in by_seed.items()},
         **{f"{name}_by_seed": found for name, found in by_seed.items()},
-        "rewards_up": [tuning["reward_delta_positive"] for tuning in tunings], "rewards_n": tunings[0]["reward_delta_n"],
-        "seconds": sum(seconds.values()), "seconds_by_part": dict(seconds), "memory_mb": megabytes, "seeds": len(tunings),
+        "rewards_up": [tuning["reward_delta_positive"] for tuning in tunings],
+        "rewards_n": tunings[0]["reward_delta_n"],
+        "seconds": sum(seconds.values()),
+        "seconds_by_part": dict(seconds),
+        "memory_mb": megabytes,
+        "seeds": len(tunings),
     }
 
 
@@ -129,26 +201,47 @@ def plot_rates(axes, data: dict) -> None:
     names = list(data["rewards"])
     for y, name in enumerate(names):
         row = data["rewards"][name]
-        at, judged = row["accuracy"], row["judge_rate"]
-        axes.errorbar([at], [y - 0.12], xerr=[[at - row["ci95"][0]], [row["ci95"][1] - at]], fmt="o", capsize=4, color="#2b6ca3")
+        at = row["accuracy"]
+        judged = row["judge_rate"]
+        axes.errorbar(
+            [at],
+            [y - 0.12],
+            xerr=[[at - row["ci95"][0]], [row["ci95"][1] - at]],
+            fmt="o",
+            capsize=4,
+            color="#2b6ca3",
+        )
         low, high = row["judge_range"]
-        axes.errorbar([judged], [y + 0.12], xerr=[[max(0.0, judged - low)], [max(0.0, high - judged)]], fmt="s", capsize=4, color="#b4561f")
+        axes.errorbar(
+            [judged],
+            [y + 0.12],
+            xerr=[[max(0.0, judged - low)], [max(0.0, high - judged)]],
+            fmt="s",
+            capsize=4,
+            color="#b4561f",
+        )
     axes.axvline(0.5, color="#999999", lw=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_title("blue: accuracy on held-out pairs; orange: judge prefers the tuned shape", fontsize="small")
+    axes.set_title(
+        "blue: accuracy on held-out pairs; orange: judge prefers the tuned shape", fontsize="small"
+    )
 
 
 def rows(rewards: Mapping[str, Mapping]) -> list[dict]:
     return [
         {
-            "reward": name, "reads": ENTRIES[name].words,
+            "reward": name,
+            "reads": ENTRIES[name].words,
             "accuracy": f"{row['accuracy']:.3f} [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}] of {row['n']}",
             "rewards up": ", ".join(f"{up}/{row['rewards_n']}" for up in row["rewards_up"]),
             "judge": f"{row['judge_rate']:.1%} [{row['judge_range'][0]:.1%}, {row['judge_range'][1]:.1%}]",
-            "repaired": _listed(row["repaired_by_seed"], ".0%"), "whole made worse": _listed(row["whole_made_worse_by_seed"], ".0%"),
-            "face moved": _listed(row["face_moved_voxels_by_seed"], ".3f"), "image Fréchet": _listed(row["frechet_ratio_by_seed"], "x.3f"),
-            "seconds": f"{row['seconds']:.0f}", "memory, MB": f"{row['memory_mb']:.0f}",
+            "repaired": _listed(row["repaired_by_seed"], ".0%"),
+            "whole made worse": _listed(row["whole_made_worse_by_seed"], ".0%"),
+            "face moved": _listed(row["face_moved_voxels_by_seed"], ".3f"),
+            "image Fréchet": _listed(row["frechet_ratio_by_seed"], "x.3f"),
+            "seconds": f"{row['seconds']:.0f}",
+            "memory, MB": f"{row['memory_mb']:.0f}",
         }
         for name, row in rewards.items()
     ]
@@ -159,20 +252,34 @@ def _listed(found: Sequence[float], form: str) -> str:
     return ", ".join(f"{sign}{value:{form.removeprefix('x')}}" for value in found) or "-"
 
 
-def strip(networks: Mapping[str, LoadedGenerator], seeds: Sequence[int], psi: float, o: PictureOptions = USUAL) -> np.ndarray:
+def strip(
+    networks: Mapping[str, LoadedGenerator], seeds: Sequence[int], psi: float, o: PictureOptions = USUAL
+) -> np.ndarray:
     """The same latents from behind under every network, a row each; uint8 [H, B, 3]."""
     lines = []
     for name, loaded in networks.items():
         label = camera(loaded.generator, *BEHIND)
-        sides = [Side.of(loaded.generator, ws, o.resolution)
-                 for ws in ws_of_seeds(loaded.generator, seeds, truncation_psi=psi).split(1)]
+        sides = [
+            Side.of(loaded.generator, ws, o.resolution)
+            for ws in ws_of_seeds(loaded.generator, seeds, truncation_psi=psi).split(1)
+        ]
         with torch.no_grad():
-            cells = [to_uint8(shrink(paint(look(side.surface, label, o.cell * SUPERSAMPLE))).cpu()) for side in sides]
+            cells = [
+                to_uint8(shrink(paint(look(side.surface, label, o.cell * SUPERSAMPLE))).cpu())
+                for side in sides
+            ]
         lines.append(Row(cells=cells, name=name))
     return sheet("", lines, names=190)
 
 
-def job(found: Mapping[str, Mapping], networks: Mapping[str, LoadedGenerator], shown: Sequence[int], *, psi: float, note: str) -> Job:
+def job(
+    found: Mapping[str, Mapping],
+    networks: Mapping[str, LoadedGenerator],
+    shown: Sequence[int],
+    *,
+    psi: float,
+    note: str,
+) -> Job:
     """The page's one part: table, plot and picture."""
 
     def compute(folder: Path) -> Finding:
@@ -181,20 +288,46 @@ def job(found: Mapping[str, Mapping], networks: Mapping[str, LoadedGenerator], s
         says = [
             note,
             f"Most of the error of broken heads gone: {best}, {found[best]['repaired'] or 0:.0%}.",
-            "The judge is the annotator without its noise: it shares its view of a head with the labels that taught every reward here.",
+            (
+                "The judge is the annotator without its noise: it shares its view of a head with the labels"
+                " that taught every reward here."
+            ),
         ]
-        facts = Facts(n=JUDGE.count, seeds=seed_range(JUDGE.all), psi=psi, networks={n: loaded.hash for n, loaded in networks.items()},
-                      interval="accuracy and judge: Wilson 95 %; of several training seeds the judge's least and greatest rate")
-        return Finding(facts=facts, data={"rewards": {name: dict(row) for name, row in found.items()}}, rows=rows(found), says=says,
-                       pictures={"The same latents before tuning, and after tuning by each reward": PICTURE})
+        facts = Facts(
+            n=JUDGE.count,
+            seeds=seed_range(JUDGE.all),
+            psi=psi,
+            networks={n: loaded.hash for n, loaded in networks.items()},
+            interval=(
+                "accuracy and judge: Wilson 95 %; of several training seeds the judge's least and greatest"
+                " rate"
+            ),
+        )
+        return Finding(
+            facts=facts,
+            data={"rewards": {name: dict(row) for name, row in found.items()}},
+            rows=rows(found),
+            says=says,
+            pictures={"The same latents before tuning, and after tuning by each reward": PICTURE},
+        )
 
-    inputs = {"rewards": {name: dict(row) for name, row in found.items()}, "networks": {n: loaded.hash for n, loaded in networks.items()},
-              "shown": list(shown)}
-    return Job(key="zoo", title="Accuracy and tuning by reward", compute=compute, plots={"rates": plot_rates}, inputs=inputs)
+    inputs = {
+        "rewards": {name: dict(row) for name, row in found.items()},
+        "networks": {n: loaded.hash for n, loaded in networks.items()},
+        "shown": list(shown),
+    }
+    return Job(
+        key="zoo",
+        title="Accuracy and tuning by reward",
+        compute=compute,
+        plots={"rates": plot_rates},
+        inputs=inputs,
+    )
 
 
 def measured(out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int) -> tuple[dict, dict, list[int]]:
-    """zoo.json's lines; the networks of the page's picture: before, and after by each reward with its first seed; the latents in it.
+    """zoo.json's lines; the networks of the page's picture: before, and after by each reward with its first
+    seed; the latents in it.
 
     These are chosen by what the first reward says of them before tuning.
     """
@@ -202,7 +335,8 @@ def measured(out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int) -> t
     latents: list[int] = []
 
     def line(name: str) -> dict:
-        figures, costs = [], {key: part.record() for key, part in plans[name].items()}
+        figures = []
+        costs = {key: part.record() for key, part in plans[name].items()}
         for part in plans[name].values():
             if part.script == TRAIN and (run := part.run) is not None:
                 c = load_comparison(Sources(run=run, after=run))
@@ -216,13 +350,20 @@ def measured(out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int) -> t
         return record(reward, figures, seconds, max(cost["megabytes"] for cost in costs.values()))
 
     with ThreadPoolExecutor(jobs) as pool:
-        lines = dict(zip(plans, tqdm(pool.map(line, plans), total=len(plans), desc="what tuning did", unit="reward"), strict=True))
+        lines = dict(
+            zip(
+                plans,
+                tqdm(pool.map(line, plans), total=len(plans), desc="what tuning did", unit="reward"),
+                strict=True,
+            )
+        )
     return lines, {name: networks[name] for name in ("before", *plans)}, latents
 
 
 def _tuned_once(c: Comparison, path: Path) -> dict:
     known = json.loads(path.read_text()) if path.is_file() else {}
-    if known.get("after") != c.after.hash or not known.keys() >= set(BY_SEED):  # another network, or of an older version
+    # another network, or of an older version
+    if known.get("after") != c.after.hash or not known.keys() >= set(BY_SEED):
         known = {**tuned(c), "after": c.after.hash}
         write_atomic(path, json.dumps(known).encode())
     return known
@@ -233,14 +374,21 @@ def _tuned_once(c: Comparison, path: Path) -> dict:
 @option("--only", metavar="LIST", default=",".join(ENTRIES), help="Rewards.")
 @option("--seeds", metavar="LIST", default="0", help="Training seeds of tuning.")
 @option("--full", is_flag=True, help="Train rewards and tune at default size and length.")
-@option("--jobs", metavar="INT", type=click.IntRange(min=1), default=min(2, os.cpu_count() or 1), show_default="2, or the cores",
-        help="Rewards worked on side by side.")
+@option(
+    "--jobs",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=min(2, os.cpu_count() or 1),
+    show_default="2, or the cores",
+    help="Rewards worked on side by side.",
+)
 def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) -> None:
-    """Train every reward on the bundled labels, tune the bundled generator by each, and put them side by side: `make zoo`.
+    """Train every reward on the bundled labels, tune the bundled generator by each, and put them side by
+    side: `make zoo`.
 
-    A short table by default: smaller depth maps, fewer epochs, half the length of tuning. --full takes every default. Finished parts are
-    not repeated, an interrupted training goes on. Writes zoo.json and a page with one table, one plot and the same latents tuned by every
-    reward.
+    A short table by default: smaller depth maps, fewer epochs, half the length of tuning. --full takes every
+    default. Finished parts are not repeated, an interrupted training goes on. Writes zoo.json and a page with
+    one table, one plot and the same latents tuned by every reward.
 
     \b
     Example:
@@ -251,7 +399,12 @@ def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool)
     numbers = list(dict.fromkeys(parse_seeds(seeds)))
     plans = {name: parts_of(out, name, numbers, full, length) for name in wanted}
     if dry_run:
-        click.echo(json.dumps({name: {key: part.command() for key, part in parts.items()} for name, parts in plans.items()}, indent=1))
+        click.echo(
+            json.dumps(
+                {name: {key: part.command() for key, part in parts.items()} for name, parts in plans.items()},
+                indent=1,
+            )
+        )
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     longest_first = sorted(plans, key=lambda name: -ENTRIES[name].minutes)
@@ -263,13 +416,23 @@ def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool)
 
         make([list(plans[name].values()) for name in longest_first], jobs, threads, tell=tell)
     lines, networks, shown = measured(out, plans, jobs)
-    write_atomic(out / "zoo.json", json.dumps({"rewards": lines, "full": full, "kimg": length}, indent=1).encode())
-    note = (f"{'Full' if full else 'Short'} table: {round(1000 * length)} images of tuning, {len(numbers)} training seed(s), "
-            f"{jobs} side by side with {threads} thread(s) each.")
+    write_atomic(
+        out / "zoo.json", json.dumps({"rewards": lines, "full": full, "kimg": length}, indent=1).encode()
+    )
+    note = (
+        f"{'Full' if full else 'Short'} table: {round(1000 * length)} images of tuning, {len(numbers)}"
+        f" training seed(s), {jobs} side by side with {threads} thread(s) each."
+    )
     part = job(lines, networks, shown, psi=1.0, note=note)
     findings = pages.run([part], out, fresh=True, quiet=True)
-    page = write_page(out / "index.html", "Every reward on the bundled heads", "Each learnt from the same labels, and tuned the same "
-                      "generator.", [part], findings, findings[part.key].says)
+    page = write_page(
+        out / "index.html",
+        "Every reward on the bundled heads",
+        "Each learnt from the same labels, and tuned the same generator.",
+        [part],
+        findings,
+        findings[part.key].says,
+    )
     table = rows(lines)
     click.echo(f"\n{aligned([list(table[0]), *(list(map(str, row.values())) for row in table)])}")
     click.echo(f"\nWritten to {out}: zoo.json, {page.name} (open it in a browser)")

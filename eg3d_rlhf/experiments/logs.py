@@ -1,4 +1,5 @@
-"""What a run measures, shown elsewhere besides stats.jsonl: TensorBoard's files in its folder, Weights & Biases, Trackio.
+"""What a run measures, shown elsewhere besides stats.jsonl: TensorBoard's files in its folder, Weights &
+Biases, Trackio.
 
     log = Log("tensorboard,wandb", folder, settings)
     log.line({"step": 10, "loss": 0.6, "time_bins": {"margin": [0.1, None]}})    loss, time_bins/margin/0
@@ -30,10 +31,14 @@ def named(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in NAMES:
-            raise ValueError(f"--log: expected {', '.join(NAMES)} with commas between them, got {name!r}. Correct it.")
+            raise ValueError(
+                f"--log: expected {', '.join(NAMES)} with commas between them, got {name!r}. Correct it."
+            )
         if importlib.util.find_spec(name) is None:
             install = f"Run pip install 'eg3d-rlhf[{name}]'"
-            raise ValueError(f"--log={name}: expected the package {name}, of the extra [{name}], got none. {install}.")
+            raise ValueError(
+                f"--log={name}: expected the package {name}, of the extra [{name}], got none. {install}."
+            )
     return names
 
 
@@ -53,10 +58,15 @@ def numbers(record: Mapping, before: str = "") -> Iterator[tuple[str, float]]:
 
 
 class Log:
-    """Where the lines of a run in `folder` go besides; nothing is opened before there is one. Args: names: see `named`, which it raises."""
+    """Where the lines of a run in `folder` go besides; nothing is opened before there is one.
+
+    Args: names: see `named`, which it raises.
+    """
 
     def __init__(self, names: str, folder: Path, settings: Mapping):
-        self.writers = [Board(folder) if name == TENSORBOARD else Tracker(name, folder, settings) for name in named(names)]
+        self.writers = [
+            Board(folder) if name == TENSORBOARD else Tracker(name, folder, settings) for name in named(names)
+        ]
 
     def line(self, record: Mapping) -> None:
         """A line of stats.jsonl, which has a step."""
@@ -111,11 +121,14 @@ class Tracker:
     """A run of Weights & Biases or of Trackio, which are called alike; the same folder is the same run."""
 
     def __init__(self, package: str, folder: Path, settings: Mapping):
-        self.name, self.folder, self.settings = package, folder.resolve(), settings
+        self.name = package
+        self.folder = folder.resolve()
+        self.settings = settings
 
     @functools.cached_property
     def package(self) -> Any:
-        package, digest = importlib.import_module(self.name), hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
+        package = importlib.import_module(self.name)
+        digest = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
         more = {"dir": str(self.folder), "id": digest} if self.name == "wandb" else {}
         run = f"{'-'.join(self.folder.parts[-4:])}-{digest}"
         package.init(project=PROJECT, name=run, config=dict(self.settings), resume="allow", **more)

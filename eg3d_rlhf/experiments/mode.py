@@ -1,12 +1,20 @@
 """A mode of train.py, and whatever else runs in a folder: its settings, what they open, and its work.
 
-    CLIMB = Mode(name="climb", help="Climb the reward from one seed.", settings=ClimbConfig, open=open_climb, work=climb)
+    CLIMB = Mode(
+        name="climb",
+        help="Climb the reward from one seed.",
+        settings=ClimbConfig,
+        open=open_climb,
+        work=climb,
+    )
     MODES.add("climb", CLIMB)
 
-    def open_climb(settings: ClimbConfig, run: Run):          raises ValueError before there is a folder; notes its files in run.inputs
-    def climb(settings: ClimbConfig, opened, run: Run):       what is left to do of the run, new or resumed
+    def open_climb(settings: ClimbConfig, run: Run):       raises ValueError before there is a folder; notes
+                                                           its files in run.inputs
+    def climb(settings: ClimbConfig, opened, run: Run):    what is left to do of the run, new or resumed
 
-Folder, lock, record, --resume, --dry-run, --outdir, --desc, --seed, --device, --timeout, signals and ranks come from here.
+Folder, lock, record, --resume, --dry-run, --outdir, --desc, --seed, --device, --timeout, signals and ranks
+come from here.
 """
 
 import contextlib
@@ -37,7 +45,10 @@ FREE = frozenset({"resume", "device", "timeout", "dry_run"})  # what may stand b
 
 
 class Flags(dict[str, Any]):
-    """What a command line says, by name; None: not given, so that a preset or a problem may decide. Args: written: names that it holds."""
+    """What a command line says, by name; None: not given, so that a preset or a problem may decide.
+
+    Args: written: names that it holds.
+    """
 
     def __init__(self, values: Mapping[str, Any] = {}, written: Iterable[str] = ()):  # noqa: B006 (only read)
         super().__init__(values)
@@ -49,14 +60,23 @@ class Flags(dict[str, Any]):
 
     def of(self, kind: type) -> dict[str, Any]:
         """What is given of the knobs of a settings dataclass, by field."""
-        knobs = {field.name: field.metadata["knob"] for field in dataclasses.fields(kind) if "knob" in field.metadata}
+        knobs = {
+            field.name: field.metadata["knob"]
+            for field in dataclasses.fields(kind)
+            if "knob" in field.metadata
+        }
         return self.some({knob.name or name: name for name, knob in knobs.items()})
 
     def belong(self, names: Iterable[str], applies: bool, where: str) -> None:
-        """Refuse those of `names` that were written where they do not apply. Raises: ValueError naming them, and `where` they do."""
+        """Refuse those of `names` that were written where they do not apply.
+
+        Raises: ValueError naming them, and `where` they do.
+        """
         extra = [flag(name) for name in names if name in self.written]
         if extra and not applies:
-            raise ValueError(f"{', '.join(extra)}: belongs to {where}, and would have no effect here. Leave it out.")
+            raise ValueError(
+                f"{', '.join(extra)}: belongs to {where}, and would have no effect here. Leave it out."
+            )
 
 
 def flag(name: str) -> str:
@@ -70,27 +90,37 @@ class Mode(Generic[S]):
     name: str
     help: str
     settings: type[S]  # a dataclass of knobs, maybe nested
-    open: Callable[[S, "Run"], Any]  # what the settings name, checked before there is a folder; files go into run.inputs
+    # what the settings name, checked before there is a folder; files go into run.inputs
+    open: Callable[[S, "Run"], Any]
     work: Callable[[S, Any, "Run"], None]  # what is left to do of a run
     title: Callable[[S, Any], str] | None = None  # (settings, opened) -> name of the folder; None: the mode's
     flags: Callable[[Any], Any] | None = None  # a decorator: flags of its own; None: one for each knob
     resolve: Callable[[Flags], S] | None = None  # settings of a command line; None: knobs by name
-    record: Callable[[S, Any], Mapping] | None = None  # (settings, opened) -> what is recorded; None: the mode's name and the settings
-    recorded: Callable[[Path, Flags, "Ranks"], S] | None = None  # settings of the run that --resume names; None: inverse of `record`
+    # (settings, opened) -> what is recorded; None: the mode's name and the settings
+    record: Callable[[S, Any], Mapping] | None = None
+    # settings of the run that --resume names; None: inverse of `record`
+    recorded: Callable[[Path, Flags, "Ranks"], S] | None = None
     shown: Callable[[S], Mapping] | None = None  # what --dry-run prints; None: the settings
     on_cpu: Callable[[S], bool] | None = None  # whether --device=auto means the CPU
     jobs: str = ""  # what --jobs shares among processes; "": nothing, and there is no such flag
     beside_resume: frozenset[str] = frozenset()  # flags of its own that may stand beside --resume
-    changes: frozenset[str] | None = frozenset()  # settings that a resumed run may change; None: all, they come from its state
+    # settings that a resumed run may change; None: all, they come from its state
+    changes: frozenset[str] | None = frozenset()
     again: str = "--resume=RUN"  # what goes on with a run that was stopped
-    resumable: Callable[[Path], bool] = lambda folder: True  # whether a folder that was begun has something to go on from
+    # whether a folder that was begun has something to go on from
+    resumable: Callable[[Path], bool] = lambda folder: True
 
-    def start(self, settings: S, outdir: Path, flags: Flags | None = None, ranks: "Ranks | None" = None) -> Path:
-        """A new run in `outdir`, or, after a restart by torchrun, the one that this launch had begun. Returns its folder."""
+    def start(
+        self, settings: S, outdir: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
+    ) -> Path:
+        """A new run in `outdir`, or, after a restart by torchrun, the one that this launch had begun. Returns
+        its folder.
+        """
         from eg3d_rlhf.experiments.run import begun_by_this_launch, next_free
         from training.distributed import SINGLE
 
-        flags, ranks = flags or Flags(), ranks or SINGLE
+        flags = flags or Flags()
+        ranks = ranks or SINGLE
         begun = begun_by_this_launch(outdir, ranks)
         if begun and ranks.broadcast(self.resumable(begun) if ranks.main else None):
             return self.go_on(settings, begun, flags, ranks)
@@ -101,19 +131,30 @@ class Mode(Generic[S]):
 
         return self.begin(settings, folder, flags, ranks)
 
-    def begin(self, settings: S, folder: Path | Callable[[Any], Path], flags: Flags | None = None, ranks: "Ranks | None" = None) -> Path:
-        """A new run in a folder, or one named by what was opened; where it is taken, in the next free one. Returns it."""
+    def begin(
+        self,
+        settings: S,
+        folder: Path | Callable[[Any], Path],
+        flags: Flags | None = None,
+        ranks: "Ranks | None" = None,
+    ) -> Path:
+        """A new run in a folder, or one named by what was opened; where it is taken, in the next free one.
+        Returns it.
+        """
         from eg3d_rlhf.experiments.run import claim
 
         run = self._run(folder if isinstance(folder, Path) else Path(), settings, flags, ranks)
         opened = self._open(settings, run)
-        run.folder = claim(folder if isinstance(folder, Path) else folder(opened), run.ranks)  # now: a mistake leaves no folder behind
+        # now: a mistake leaves no folder behind
+        run.folder = claim(folder if isinstance(folder, Path) else folder(opened), run.ranks)
         with run:
             run.begin()
             self._work(settings, opened, run)
         return run.folder
 
-    def go_on(self, settings: S, source: Path, flags: Flags | None = None, ranks: "Ranks | None" = None) -> Path:
+    def go_on(
+        self, settings: S, source: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
+    ) -> Path:
         """Go on with a run where it was. Args: source: its folder, or a state in it. Returns the folder.
 
         Raises: ValueError where files that it started from, or settings, have changed.
@@ -139,7 +180,8 @@ class Mode(Generic[S]):
         from eg3d_rlhf.experiments.run import Run
         from training.distributed import SINGLE
 
-        flags, ranks = flags or Flags(), ranks or SINGLE
+        flags = flags or Flags()
+        ranks = ranks or SINGLE
         name = flags.get("device") or "auto"
         if name == "auto" and self.on_cpu is not None and self.on_cpu(settings):
             name = "cpu"
@@ -149,9 +191,10 @@ class Mode(Generic[S]):
     def _open(self, settings: S, run: "Run") -> Any:
         opened = self.open(settings, run)
         run.settings = dict(
-            {"mode": self.name, "settings": dataclasses.asdict(settings)} if self.record is None  # type: ignore[call-overload]
+            {"mode": self.name, "settings": dataclasses.asdict(settings)}  # type: ignore[call-overload]
+            if self.record is None
             else self.record(settings, opened)
-        )  # fmt: skip
+        )
         return opened
 
     def _work(self, settings: S, opened: Any, run: "Run") -> None:
@@ -162,23 +205,36 @@ class Mode(Generic[S]):
     @functools.cached_property
     def command(self) -> GroupedCommand:
         """The click command: the common flags and the mode's own."""
-        mode, of_run = self, {"outdir", "desc", "resume", "dry_run", "timeout"}
+        mode = self
+        of_run = {"outdir", "desc", "resume", "dry_run", "timeout"}
 
         @click.command(f"train.py --mode={self.name}", cls=GroupedCommand, help=self.help)
         @run_flags(self)
         @self.flags or options_of(self.settings)
         @click.pass_context
         def command(context: click.Context, **given) -> Path | None:
-            written = {n for n in context.params if context.get_parameter_source(n) == ParameterSource.COMMANDLINE}
-            flags, resume = Flags(given, written), given["resume"]
-            extra = sorted(written - FREE - mode.beside_resume - ({"jobs"} if mode.jobs else set())) if resume is not None else []
+            written = {
+                n for n in context.params if context.get_parameter_source(n) == ParameterSource.COMMANDLINE
+            }
+            flags = Flags(given, written)
+            resume = given["resume"]
+            extra = (
+                sorted(written - FREE - mode.beside_resume - ({"jobs"} if mode.jobs else set()))
+                if resume is not None
+                else []
+            )
             if extra:
-                raise ValueError(f"{', '.join(map(flag, extra))}: expected the run's own with --resume, got others. Leave out.")
+                raise ValueError(
+                    f"{', '.join(map(flag, extra))}: expected the run's own with --resume, got others. Leave"
+                    " out."
+                )
             settings: Any = None
             if resume is None and mode.resolve is not None:
                 settings = mode.resolve(flags)
             elif resume is None:
-                settings = built(mode.settings, {n: v for n, v in given.items() if v is not None and n not in of_run})
+                settings = built(
+                    mode.settings, {n: v for n, v in given.items() if v is not None and n not in of_run}
+                )
             if given["dry_run"]:
                 settings = mode.read(resume, flags) if settings is None else settings
                 shown = dataclasses.asdict(settings) if mode.shown is None else mode.shown(settings)
@@ -194,7 +250,9 @@ class Mode(Generic[S]):
 
 @contextlib.contextmanager
 def running(device: str | None, timeout: float, again: str) -> "Iterator[Ranks]":
-    """The ranks of a run. One that was stopped says what goes on with it (`again`), and ends with status 130."""
+    """The ranks of a run. One that was stopped says what goes on with it (`again`),
+    and ends with status 130.
+    """
     from training.distributed import process_group
 
     try:
@@ -206,27 +264,83 @@ def running(device: str | None, timeout: float, again: str) -> "Iterator[Ranks]"
 
 
 def refuse_torchrun(several: bool, flags: str) -> None:
-    """Raises: ValueError where several trainings meet torchrun's several processes. Args: flags: that ask for several."""
+    """Raises: ValueError where several trainings meet torchrun's several processes.
+
+    Args: flags: that ask for several.
+    """
     if several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"{flags}: expected one process for several trainings, got torchrun's several. Use --jobs.")
+        raise ValueError(
+            f"{flags}: expected one process for several trainings, got torchrun's several. Use --jobs."
+        )
 
 
 def run_flags(mode: Mode):
     """A decorator: what every mode takes."""
     least = click.IntRange(min=0)
     flags = [
-        option("--mode", group=RUN, metavar="NAME", default=mode.name, expose_value=False, help="What is trained."),
-        option("--outdir", group=RUN, metavar="DIR", type=FOLDER, default=Path("runs"), help="Runs are numbered inside it."),
-        option("--desc", group=RUN, rare=mode.name != "gan", metavar="TEXT", help="Added to the run folder's name."),  # a flag of EG3D's
-        option("--seed", group=RUN, metavar="INT", type=least, default=0, help="Of everything that is drawn."),
-        option("--device", group=RUN, type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run."),
-        option("--resume", group=RUN, metavar="RUN", type=click.Path(path_type=Path),
-               help="Go on with a run where it was, with its own flags."),
-        option("-n", "--dry-run", group=RUN, is_flag=True, help="Print the resolved settings as JSON and stop."),
-        option("--timeout", group=RUN, rare=True, metavar="MINUTES", type=click.FloatRange(min=0, min_open=True), default=30,
-               help="With torchrun: longest wait for another process."),
-    ]  # fmt: skip
+        option(
+            "--mode",
+            group=RUN,
+            metavar="NAME",
+            default=mode.name,
+            expose_value=False,
+            help="What is trained.",
+        ),
+        option(
+            "--outdir",
+            group=RUN,
+            metavar="DIR",
+            type=FOLDER,
+            default=Path("runs"),
+            help="Runs are numbered inside it.",
+        ),
+        # a flag of EG3D's
+        option(
+            "--desc",
+            group=RUN,
+            rare=mode.name != "gan",
+            metavar="TEXT",
+            help="Added to the run folder's name.",
+        ),
+        option(
+            "--seed", group=RUN, metavar="INT", type=least, default=0, help="Of everything that is drawn."
+        ),
+        option(
+            "--device",
+            group=RUN,
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            help="Where to run.",
+        ),
+        option(
+            "--resume",
+            group=RUN,
+            metavar="RUN",
+            type=click.Path(path_type=Path),
+            help="Go on with a run where it was, with its own flags.",
+        ),
+        option(
+            "-n", "--dry-run", group=RUN, is_flag=True, help="Print the resolved settings as JSON and stop."
+        ),
+        option(
+            "--timeout",
+            group=RUN,
+            rare=True,
+            metavar="MINUTES",
+            type=click.FloatRange(min=0, min_open=True),
+            default=30,
+            help="With torchrun: longest wait for another process.",
+        ),
+    ]
     if mode.jobs:
-        flags.append(option("--jobs", group=RUN, metavar="INT", type=click.IntRange(min=1), default=2,
-                            help=f"With {mode.jobs}: processes, of one thread each."))  # fmt: skip
+        flags.append(
+            option(
+                "--jobs",
+                group=RUN,
+                metavar="INT",
+                type=click.IntRange(min=1),
+                default=2,
+                help=f"With {mode.jobs}: processes, of one thread each.",
+            )
+        )
     return together(*flags)

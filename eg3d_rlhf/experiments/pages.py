@@ -1,8 +1,10 @@
-"""What a report consists of: findings, computed once, kept as JSON, from which every figure, table and page is made.
+"""What a report consists of: findings, computed once, kept as JSON, from which every figure, table and page
+is made.
 
-compute -> JSON -> plot: a job's `compute` gives a finding, which is written to <out>/data/<key>.json; plots read that file alone. Jobs are
-cached by what they depend on, so that a second call or one after a crash goes on where the first stopped. Pages need neither network nor
-libraries, and work from disk with mouse, touch and keyboard; the report is dark or light and prints well.
+compute -> JSON -> plot: a job's `compute` gives a finding, which is written to <out>/data/<key>.json; plots
+read that file alone. Jobs are cached by what they depend on, so that a second call or one after a crash goes
+on where the first stopped. Pages need neither network nor libraries, and work from disk with mouse, touch and
+keyboard; the report is dark or light and prints well.
 Letters: V vertices, F faces.
 """
 
@@ -34,12 +36,22 @@ class Facts:
     unit: str = "latents"  # what an item is
     seeds: str = ""  # '200000..200099'
     psi: float | None = None  # truncation
-    networks: Mapping[str, str] = field(default_factory=dict)  # role ('before', 'after', 'reward') -> SHA-256, shown to 12 digits
+    # role ('before', 'after', 'reward') -> SHA-256, shown to 12 digits
+    networks: Mapping[str, str] = field(default_factory=dict)
     interval: str = ""  # how intervals are made: '95 % percentile bootstrap over latents, 10,000 resamples'
 
     def line(self) -> str:
-        parts = [f"n = {self.n:,} {self.unit}", self.seeds and f"seeds {self.seeds}", "" if self.psi is None else f"ψ = {self.psi:g}"]
-        return " · ".join(filter(None, [*parts, *(f"{role} {digest[:12]}" for role, digest in self.networks.items()), self.interval]))
+        parts = [
+            f"n = {self.n:,} {self.unit}",
+            self.seeds and f"seeds {self.seeds}",
+            "" if self.psi is None else f"ψ = {self.psi:g}",
+        ]
+        return " · ".join(
+            filter(
+                None,
+                [*parts, *(f"{role} {digest[:12]}" for role, digest in self.networks.items()), self.interval],
+            )
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +72,24 @@ class Finding:
 class Job:
     """One part of a report.
 
-    `compute(folder)` returns the finding and may write pictures into `folder`; `inputs` names all that the result depends on besides the
-    code, in JSON types (hashes of files, seeds, options): the finding is computed again when they or `version` change.
+    `compute(folder)` returns the finding and may write pictures into `folder`; `inputs` names all that the
+    result depends on besides the code, in JSON types (hashes of files, seeds, options): the finding is
+    computed again when they or `version` change.
     """
 
     key: str  # file name of the finding and anchor of its section
     title: str
     compute: Callable[[Path], Finding]
-    plots: Mapping[str, Callable] = field(default_factory=dict)  # name -> function of Finding.data that returns a matplotlib figure
+    # name -> function of Finding.data that returns a matplotlib figure
+    plots: Mapping[str, Callable] = field(default_factory=dict)
     inputs: Mapping = field(default_factory=dict)
     version: int = 1  # raised when the computation changes
 
     def identity(self) -> str:
         """SHA-256 over all that the finding depends on."""
-        text = json.dumps({"key": self.key, "version": self.version, "inputs": dict(self.inputs)}, sort_keys=True)
+        text = json.dumps(
+            {"key": self.key, "version": self.version, "inputs": dict(self.inputs)}, sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -97,8 +113,13 @@ def identity_of_file(path: str | Path | None) -> str | None:
 
 def seed_range(seeds: Sequence[int]) -> str:
     """'200000..200099' where the seeds are consecutive, else their number and ends."""
-    first, last = seeds[0], seeds[-1]
-    return f"{first}..{last}" if list(seeds) == list(range(first, last + 1)) else f"{len(seeds)} from {min(seeds)} to {max(seeds)}"
+    first = seeds[0]
+    last = seeds[-1]
+    return (
+        f"{first}..{last}"
+        if list(seeds) == list(range(first, last + 1))
+        else f"{len(seeds)} from {min(seeds)} to {max(seeds)}"
+    )
 
 
 def data_file(out: Path, key: str) -> Path:
@@ -111,7 +132,9 @@ def stored(out: Path, job: Job) -> Finding | None:
         values = json.loads(data_file(out, job.key).read_text())
     except (OSError, ValueError):
         return None
-    if values.get("identity") != job.identity() or not all((out / "data" / name).is_file() for name in values["pictures"].values()):
+    if values.get("identity") != job.identity() or not all(
+        (out / "data" / name).is_file() for name in values["pictures"].values()
+    ):
         return None
     known = {f.name: values[f.name] for f in dataclasses.fields(Finding)}
     return Finding(**{**known, "facts": Facts(**known["facts"])})
@@ -120,7 +143,8 @@ def stored(out: Path, job: Job) -> Finding | None:
 def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False) -> dict[str, Finding]:
     """Compute what is not there yet, draw all figures, write the tables.
 
-    Args: out: the report's folder, made where missing; fresh: compute everything again; quiet: no progress bar.
+    Args: out: the report's folder, made where missing; fresh: compute everything again; quiet: no progress
+        bar.
     Returns: findings by key, in order of the jobs.
     """
     (out / "data").mkdir(parents=True, exist_ok=True)
@@ -160,7 +184,8 @@ def first_sentences(jobs: Sequence[Job], findings: Mapping[str, Finding]) -> lis
     return [f"{'' if i else key:<{width}}{line}" for key, lines in says for i, line in enumerate(lines)]
 
 
-# Self-contained HTML files: a report, coloured meshes that a reader can turn, and a map of samples that shows their shapes.
+# Self-contained HTML files: a report, coloured meshes that a reader can turn, and a map of samples that shows
+# their shapes.
 
 
 STATIC = Path(__file__).parent / "static"
@@ -172,10 +197,14 @@ def data_uri(data: bytes, kind: str) -> str:
 
 
 def fill(name: str, **values) -> str:
-    """The template static/<name>.html with its style sheet, its script and these values, escaped but for what `safe` has marked."""
+    """The template static/<name>.html with its style sheet, its script and these values, escaped but for what
+    `safe` has marked.
+    """
     import jinja2
 
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True, keep_trailing_newline=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(STATIC), autoescape=True, keep_trailing_newline=True
+    )
     files = {key: STATIC / f"{name}.{kind}" for key, kind in (("css", "css"), ("script", "js"))}
     own = {key: safe(path.read_text()) for key, path in files.items() if path.is_file()}
     return environment.get_template(f"{name}.html").render(**own, **values)
@@ -189,31 +218,52 @@ def safe(text: str):
 
 
 def write_page(
-    path: Path, title: str, introduction: str, jobs: Sequence[Job], findings: Mapping[str, Finding], summary: Sequence[str] = (),
+    path: Path,
+    title: str,
+    introduction: str,
+    jobs: Sequence[Job],
+    findings: Mapping[str, Finding],
+    summary: Sequence[str] = (),
     extra: str = "",
 ) -> Path:
     """Assemble the report's page from the files that `jobs.run` wrote beside it.
 
     Args:
-        path: <out>/index.html; introduction: one paragraph of plain text; summary: sentences that stand first.
+        path: <out>/index.html; introduction: one paragraph of plain text; summary: sentences that stand
+            first.
         extra: HTML of the caller's, after the sections (an interactive view).
     Returns: path.
     """
     out = path.parent
 
     def cell(value: object) -> str:
-        text = f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+        text = (
+            f"{value:.4g}"
+            if isinstance(value, float)
+            else value
+            if isinstance(value, str)
+            else json.dumps(value)
+        )
         return "" if value is None else text
 
     def svg(name: str):
-        """A figure as an element of the page; its ids are made its own, since several figures share the page."""
+        """A figure as an element of the page; its ids are made its own,
+        since several figures share the page.
+        """
         drawn = (out / "figures" / f"{name}.svg").read_text()
         drawn = re.sub(r'\bid="', f'id="{name}-', drawn[drawn.index("<svg") :])
         return safe(re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", drawn.replace('xlink:href="#', 'href="#')))
 
     text = fill(
-        "page", title=title, introduction=introduction, summary=summary, extra=safe(extra),
-        shown=[(job, findings[job.key]) for job in jobs if job.key in findings], columns=columns, cell=cell, svg=svg,
+        "page",
+        title=title,
+        introduction=introduction,
+        summary=summary,
+        extra=safe(extra),
+        shown=[(job, findings[job.key]) for job in jobs if job.key in findings],
+        columns=columns,
+        cell=cell,
+        svg=svg,
         lines=40,  # of a table shown on the page; the whole is in the CSV
         picture=lambda name: data_uri((out / "data" / name).read_bytes(), "image/png"),
         json_uri=lambda job: data_uri(data_file(out, job.key).read_bytes(), "application/json"),
@@ -239,17 +289,27 @@ class ColouredMesh:
 
 
 def mesh_page(meshes: Sequence[ColouredMesh], title: str, reach: float = 0.5) -> str:
-    """A page of its own as text. Args: reach: half the side of the scene, world units; vertices are kept to 1/32767 of it."""
+    """A page of its own as text.
+
+    Args: reach: half the side of the scene, world units; vertices are kept to 1/32767 of it.
+    """
 
     def text(values: np.ndarray, kind: str) -> str:
         return base64.b64encode(values.astype(kind).tobytes()).decode()
 
     found = [
         {
-            "name": mesh.name, "positions": text(np.round(np.clip(mesh.vertices / reach, -1, 1) * 32767), "<i2"),
+            "name": mesh.name,
+            "positions": text(np.round(np.clip(mesh.vertices / reach, -1, 1) * 32767), "<i2"),
             "faces": text(mesh.faces, "<u4"),
-            "layers": [{"name": layer.name, "colours": text(layer.colours, "u1"),
-                        "legend": [[key, "rgb({}, {}, {})".format(*colour)] for key, colour in layer.legend]} for layer in mesh.layers],
+            "layers": [
+                {
+                    "name": layer.name,
+                    "colours": text(layer.colours, "u1"),
+                    "legend": [[key, "rgb({}, {}, {})".format(*colour)] for key, colour in layer.legend],
+                }
+                for layer in mesh.layers
+            ],
         }
         for mesh in meshes
     ]
@@ -265,17 +325,24 @@ def points_section(points: Sequence[dict], layouts: Sequence[tuple[str, str]], s
     """The map as HTML for `write_page`'s `extra`.
 
     Args:
-        points: {"role": "before" or "after", "seed", "reward", "<layout>_x", "<layout>_y"}; every seed with both roles.
+        points: {"role": "before" or "after", "seed", "reward", "<layout>_x", "<layout>_y"}; every seed with
+            both roles.
         layouts: (name in the points, title), the first is shown first.
-        sprite: {"uri": data: address of the sheet of pictures, "columns", "rows", "seeds", "roles"}; pictures row by row, the roles of the
-            first seed, of the second, ...
+        sprite: {"uri": data: address of the sheet of pictures, "columns", "rows", "seeds", "roles"}; pictures
+            row by row, the roles of the first seed, of the second, ...
     """
     low, high = (limit(p["reward"] for p in points if p["role"] == "before") for limit in (min, max))
     seeds = {seed: i for i, seed in enumerate(sprite["seeds"])}
     shown: list[dict] = [
         {
-            "role": p["role"], "seed": p["seed"], "reward": p["reward"],
-            "colour": shade_of((p["reward"] - low) / max(high - low, 1e-12)) if p["role"] == "before" else style.colour("after"),
+            "role": p["role"],
+            "seed": p["seed"],
+            "reward": p["reward"],
+            "colour": (
+                shade_of((p["reward"] - low) / max(high - low, 1e-12))
+                if p["role"] == "before"
+                else style.colour("after")
+            ),
             "picture": seeds[p["seed"]] * len(sprite["roles"]) + sprite["roles"].index(p["role"]),
             "at": {},
         }
@@ -284,13 +351,24 @@ def points_section(points: Sequence[dict], layouts: Sequence[tuple[str, str]], s
     for name, _ in layouts:
         for axis in "xy":
             values = [p[f"{name}_{axis}"] for p in points]
-            least, span = min(values), max(max(values) - min(values), 1e-12)
+            least = min(values)
+            span = max(max(values) - min(values), 1e-12)
             for one, value in zip(shown, values, strict=True):
                 one["at"].setdefault(name, []).append(round((value - least) / span, 5))
-    data = {"points": shown, "layouts": [{"name": n, "title": t} for n, t in layouts], "columns": sprite["columns"], "rows": sprite["rows"]}
+    data = {
+        "points": shown,
+        "layouts": [{"name": n, "title": t} for n, t in layouts],
+        "columns": sprite["columns"],
+        "rows": sprite["rows"],
+    }
     return fill(
-        "points", sprite=sprite, layouts=layouts, low=f"{low:.2f}", high=f"{high:.2f}",
-        scale=", ".join(shade_of(i / 8) for i in range(9)), data=_script_json(data, separators=(",", ":")),
+        "points",
+        sprite=sprite,
+        layouts=layouts,
+        low=f"{low:.2f}",
+        high=f"{high:.2f}",
+        scale=", ".join(shade_of(i / 8) for i in range(9)),
+        data=_script_json(data, separators=(",", ":")),
     )
 
 

@@ -1,9 +1,16 @@
 """Named tasks that need one another, on worker processes.
 
-Results travel as files; a task returns plain values. Workers are processes of their own (spawned, so that they share no handles), each with
-one handler for all its tasks. They end with this process, however it ends: tasks must bear being stopped at any point.
+Results travel as files; a task returns plain values. Workers are processes of their own (spawned, so that
+they share no handles), each with one handler for all its tasks. They end with this process, however it ends:
+tasks must bear being stopped at any point.
 
-    run_tasks({"base": [], "seed0": ["base"], "seed1": ["base"]}, handler_of, (settings,), workers=2, logs=folder / "logs")
+    run_tasks(
+        {"base": [], "seed0": ["base"], "seed1": ["base"]},
+        handler_of,
+        (settings,),
+        workers=2,
+        logs=folder / "logs",
+    )
 
 calls `handler_of(settings)` once in every worker and the handler that it returns with each task's name.
 """
@@ -22,25 +29,33 @@ from pathlib import Path
 from typing import Any
 
 Handler = Callable[[str], Any]  # task's name -> result
-Setup = Callable[..., Handler]  # (*arguments) -> a worker's handler; pickled by name, so it belongs at a module's top level
+# (*arguments) -> a worker's handler; pickled by name, so it belongs at a module's top level
+Setup = Callable[..., Handler]
 _worker: dict = {}  # of this process: setup and arguments, then the handler
 
 
 def run_tasks(
-    needs: Mapping[str, Sequence[str]], setup: Setup, arguments: Sequence, workers: int, logs: Path,
-    on_done: Callable[[str, Any], None] = lambda name, result: None, expected: tuple[type[Exception], ...] = (ValueError, OSError),
+    needs: Mapping[str, Sequence[str]],
+    setup: Setup,
+    arguments: Sequence,
+    workers: int,
+    logs: Path,
+    on_done: Callable[[str, Any], None] = lambda name, result: None,
+    expected: tuple[type[Exception], ...] = (ValueError, OSError),
 ) -> dict[str, Any]:
     """Run every task after those that it needs, the first listed first; returns their results by name.
 
     Args:
-        needs: by task; setup, arguments: what makes a handler; workers: processes; 1 runs the tasks in this one.
+        needs: by task; setup, arguments: what makes a handler; workers: processes; 1 runs the tasks in this
+            one.
         logs: folder for what the workers print; on_done: called here as tasks end.
         expected: errors that are no bugs, and come back as a ValueError with their message.
     Raises: ValueError with the first failed task's message, after the others have ended.
     """
     order = _Order(needs)
     if workers == 1:
-        handler, results = setup(*arguments), {}
+        handler = setup(*arguments)
+        results = {}
         for name in order:
             results[name] = handler(name)
             order.done(name)
@@ -65,7 +80,8 @@ class _Order:
 
     def __init__(self, needs: Mapping[str, Sequence[str]]):
         assert {before for names in needs.values() for before in names} <= set(needs)
-        self._graph, self._places = TopologicalSorter(needs), list(needs)
+        self._graph = TopologicalSorter(needs)
+        self._places = list(needs)
         self._ready: list[str] = []
         self._graph.prepare()  # raises for a circle
         self.done = self._graph.done
@@ -79,7 +95,9 @@ class _Order:
             yield self._ready.pop(0)
 
 
-def _dispatch(order: _Order, pool: ProcessPoolExecutor, workers: int, logs: Path, on_done, expected) -> dict[str, Any]:
+def _dispatch(
+    order: _Order, pool: ProcessPoolExecutor, workers: int, logs: Path, on_done, expected
+) -> dict[str, Any]:
     results: dict[str, Any] = {}
     running: dict[Future, str] = {}
     while True:
@@ -94,7 +112,9 @@ def _dispatch(order: _Order, pool: ProcessPoolExecutor, workers: int, logs: Path
             try:
                 results[name] = future.result()
             except BrokenProcessPool:
-                raise ValueError(f"{name}: expected a result, got the end of its process (see {logs}). Run the same again.") from None
+                raise ValueError(
+                    f"{name}: expected a result, got the end of its process (see {logs}). Run the same again."
+                ) from None
             except expected as error:
                 raise ValueError(f"{name}: {str(error).strip()}") from None
             except Exception as error:

@@ -24,7 +24,8 @@ class StoppedError(Exception):
 
 @contextlib.contextmanager
 def run_lock(folder: Path, enabled: bool = True) -> Iterator[None]:
-    """Hold `folder`/run.lock inside a with-statement; it is removed at the end, and free where its holder has died.
+    """Hold `folder`/run.lock inside a with-statement; it is removed at the end, and free where its holder has
+    died.
 
     Args:
         folder: an existing run folder; enabled: False does nothing (ranks other than the first).
@@ -33,18 +34,23 @@ def run_lock(folder: Path, enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    path, lock = folder / LOCK, FileLock(folder / LOCK, blocking=False)
+    path = folder / LOCK
+    lock = FileLock(folder / LOCK, blocking=False)
     try:
         lock.acquire()
     except Timeout:
         holder = path.read_text(errors="replace").strip() or "another process"
         raise ValueError(
-            f"run folder {folder}: expected no other run in it, got {holder}. Wait for it, stop it, or use another folder."
+            f"run folder {folder}: expected no other run in it, got {holder}. Wait for it, stop it, or use"
+            " another folder."
         ) from None
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-        print(f"Warning: {folder} is on a file system without locks; start one run at a time in it.", file=sys.stderr)
+        print(
+            f"Warning: {folder} is on a file system without locks; start one run at a time in it.",
+            file=sys.stderr,
+        )
     path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     try:
         yield
@@ -56,7 +62,8 @@ def run_lock(folder: Path, enabled: bool = True) -> Iterator[None]:
 class StopRequest:
     """A with-statement inside which the first SIGTERM or SIGINT is only noted.
 
-    After the first SIGINT the next one has its default effect. Outside the main thread, where Python allows no handlers, nothing changes.
+    After the first SIGINT the next one has its default effect. Outside the main thread, where Python allows
+    no handlers, nothing changes.
     """
 
     def __init__(self):
@@ -90,10 +97,13 @@ def sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def serve_requests(answer: Callable[[Any], Any], memory: int, seconds: int, largest_file: int | None = None) -> None:
+def serve_requests(
+    answer: Callable[[Any], Any], memory: int, seconds: int, largest_file: int | None = None
+) -> None:
     """Answer requests, JSON lines from standard input, each with a limit of processor time.
 
-    Args: memory: bytes of this process; seconds: for each request; largest_file: bytes of what it may write; None: any.
+    Args: memory: bytes of this process; seconds: for each request; largest_file: bytes of what it may write;
+        None: any.
     """
     import resource  # not on Windows
 

@@ -1,12 +1,14 @@
 """One run of a long job, of any kind, in its folder:
 
     run.lock                  while it lives
-    training_options.json     its settings, the SHA-256 of the files that it starts from, versions, the launch that began it
+    training_options.json     its settings, the SHA-256 of the files that it starts from, versions, the launch
+                              that began it
     stats.jsonl               what it measured; equal runs give equal bytes
     timing.jsonl              how long that took
     checkpoint-*.safetensors  the last two states to go on from
 
-Rank 0 alone writes and prints; every method may be called on all ranks. `experiments.mode.Mode` makes and ends runs.
+Rank 0 alone writes and prints; every method may be called on all ranks. `experiments.mode.Mode` makes and
+ends runs.
 
     with Run(claim(next_free(outdir, "toy"), ranks), settings, {"init": path}, ranks=ranks) as run:
         run.begin()  # or run.resume(), and run.read() for the state
@@ -35,7 +37,9 @@ from training import checkpoint, storage
 from training.distributed import SINGLE, Ranks, launch_identity
 from training.progress import tqdm
 
-OPTIONS, STATS, TIMING = "training_options.json", "stats.jsonl", "timing.jsonl"
+OPTIONS = "training_options.json"
+STATS = "stats.jsonl"
+TIMING = "timing.jsonl"
 _NUMBERED = re.compile(r"(\d{5})-(.*)")
 _OURS = ("versions", "hashes", "processes", "launch")  # what a record holds besides the settings
 
@@ -46,16 +50,31 @@ class Run:
     Args:
         folder: made by `claim`, or any that exists; settings: JSON-able, all that decides what the run does.
         inputs: files that it starts from, by name. ranks: this process among those of the run.
-        say: prints the status lines. device, jobs: where it runs, and on how many processes. flags: what else the command line says.
+        say: prints the status lines. device, jobs: where it runs, and on how many processes. flags: what else
+            the command line says.
         log: where lines go besides stats.jsonl, see logs.named.
     """
 
     def __init__(
-        self, folder: Path, settings: Mapping, inputs: Mapping[str, str | Path] | None = None, *, ranks: Ranks = SINGLE, say=None,
-        device: str = "cpu", jobs: int = 1, flags: Mapping | None = None, log: str = "",
-    ):  # fmt: skip
-        self.folder, self.settings, self.inputs, self.ranks = folder, dict(settings), dict(inputs or {}), ranks
-        self.device, self.jobs, self.flags = device, jobs, flags or {}
+        self,
+        folder: Path,
+        settings: Mapping,
+        inputs: Mapping[str, str | Path] | None = None,
+        *,
+        ranks: Ranks = SINGLE,
+        say=None,
+        device: str = "cpu",
+        jobs: int = 1,
+        flags: Mapping | None = None,
+        log: str = "",
+    ):
+        self.folder = folder
+        self.settings = dict(settings)
+        self.inputs = dict(inputs or {})
+        self.ranks = ranks
+        self.device = device
+        self.jobs = jobs
+        self.flags = flags or {}
         self.resumed: Path | None = None  # what it goes on from: its folder or a state in it; None: it is new
         self.began = time.time()
         self.last_checkpoint: Path | None = None
@@ -64,7 +83,8 @@ class Run:
         self._lock = contextlib.ExitStack()
         self._request = StopRequest()
         self._log = Log(log if ranks.main else "", folder, self.settings)
-        self._start, self._waited = (0.0, time.monotonic()), 0.0
+        self._start = (0.0, time.monotonic())
+        self._waited = 0.0
 
     def __enter__(self) -> "Run":
         self._lock.enter_context(run_lock(self.folder, enabled=self.ranks.main and self.folder.is_dir()))
@@ -77,15 +97,23 @@ class Run:
     # Beginning, and going on.
 
     def begin(self) -> None:
-        """Record settings and inputs of a new run; what an attempt left that ended before its first state is deleted."""
+        """Record settings and inputs of a new run; what an attempt left that ended before its first state is
+        deleted.
+        """
         if self.ranks.main:
             for name in (STATS, TIMING):
                 (self.folder / name).unlink(missing_ok=True)
-            known = {"versions": versions(), "hashes": self.hashes(), "processes": self.ranks.world, "launch": launch_identity()}
+            known = {
+                "versions": versions(),
+                "hashes": self.hashes(),
+                "processes": self.ranks.world,
+                "launch": launch_identity(),
+            }
             self.write(OPTIONS, {**self.settings, **known})
 
     def resume(self, free: Collection[str] | None = ()) -> None:
-        """Check that the run is the one that was begun here: the same bytes in its inputs, and the same settings.
+        """Check that the run is the one that was begun here: the same bytes in its inputs, and the same
+        settings.
 
         Args: free: settings that may have changed, by their own or their dotted name; None: all of them.
         Raises: ValueError naming what is another.
@@ -96,17 +124,26 @@ class Run:
             got = file_hash(path) if path.is_file() else "nothing"
             if name in self.inputs and got != expected:
                 raise ValueError(
-                    f"--resume: {name} {path}: expected the bytes that the run was begun with ({expected[:12]}...), got "
-                    f"others ({got[:12]}...). Restore the file, or start a new run."
+                    f"--resume: {name} {path}: expected the bytes that the run was begun with"
+                    f" ({expected[:12]}...), got others ({got[:12]}...). Restore the file, or start a new"
+                    " run."
                 )
-        old, new = _flat({k: v for k, v in before.items() if k not in _OURS}), _flat(json.loads(json.dumps(self.settings)))
-        names = new.keys() if before and free is not None else ()  # a setting that is gone was judged when it was read
-        groups = {name.rpartition(".")[0] for name in old} - {""}  # what one of these lacks, there was not yet when the run was begun
+        old = _flat({k: v for k, v in before.items() if k not in _OURS})
+        new = _flat(json.loads(json.dumps(self.settings)))
+        # a setting that is gone was judged when it was read
+        names = new.keys() if before and free is not None else ()
+        # what one of these lacks, there was not yet when the run was begun
+        groups = {name.rpartition(".")[0] for name in old} - {""}
         known = {name for name in names if name in old or name.rpartition(".")[0] not in groups}
-        changed = sorted(n for n in known if old.get(n) != new.get(n) and not {n, n.split(".")[-1]} & set(free or ()))
+        changed = sorted(
+            n for n in known if old.get(n) != new.get(n) and not {n, n.split(".")[-1]} & set(free or ())
+        )
         if changed:
             got = "; ".join(f"{name} {new.get(name)} instead of {old.get(name)}" for name in changed[:4])
-            raise ValueError(f"run {self.folder}: expected the settings that it was begun with, got {got}. Use those, or another folder.")
+            raise ValueError(
+                f"run {self.folder}: expected the settings that it was begun with, got {got}. Use those, or"
+                " another folder."
+            )
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the inputs."""
@@ -124,10 +161,18 @@ class Run:
         """Tell where lines go besides stats.jsonl of a picture that was written."""
         self._log.picture(name, path, step)
 
-    def status(self, at: Mapping[str, object], done: float, total: float, unit: str, more: Mapping[str, object] | None = None) -> None:
+    def status(
+        self,
+        at: Mapping[str, object],
+        done: float,
+        total: float,
+        unit: str,
+        more: Mapping[str, object] | None = None,
+    ) -> None:
         """Print a line with time, speed and time left, and note them in timing.jsonl.
 
-        Args: at: where it is, first in the line; done, total: work in `unit`s; more: last in the line. Pad what should stand in columns.
+        Args: at: where it is, first in the line; done, total: work in `unit`s; more: last in the line. Pad
+            what should stand in columns.
         """
         if not self.ranks.main:
             return
@@ -137,11 +182,17 @@ class Run:
         waited = {"waited": self._waited / seconds} if self._waited else {}
         more = {**{name: f"{share:.1%}" for name, share in waited.items()}, **(more or {})}
         fields = {
-            **at, "time": f"{tqdm.format_interval(seconds):<9s}", f"sec/{unit}": f"{rate:<7.4g}",
-            "eta": f"{tqdm.format_interval(rate * max(total - done, 0)):<9s}", "mem_gb": f"{memory:<5.2f}", **more,
+            **at,
+            "time": f"{tqdm.format_interval(seconds):<9s}",
+            f"sec/{unit}": f"{rate:<7.4g}",
+            "eta": f"{tqdm.format_interval(rate * max(total - done, 0)):<9s}",
+            "mem_gb": f"{memory:<5.2f}",
+            **more,
         }
         self._say(" ".join(f"{name} {value}" for name, value in fields.items()))
-        self._append(TIMING, {unit: done, "seconds": seconds, f"sec_per_{unit}": rate, "mem_gb": memory, **waited})
+        self._append(
+            TIMING, {unit: done, "seconds": seconds, f"sec_per_{unit}": rate, "mem_gb": memory, **waited}
+        )
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -153,8 +204,12 @@ class Run:
             self._waited += time.monotonic() - since
 
     def go_on(self, done: float, lines: int | None = None) -> None:
-        """Count time and work from here. Args: done: work so far; lines: of stats.jsonl that stay, where the run continues from a state."""
-        self._start, self._waited = (done, time.monotonic()), 0.0
+        """Count time and work from here.
+
+        Args: done: work so far; lines: of stats.jsonl that stay, where the run continues from a state.
+        """
+        self._start = (done, time.monotonic())
+        self._waited = 0.0
         if lines is not None and self.ranks.main:
             storage.remove_temporaries(self.folder)
             if (self.folder / STATS).exists():
@@ -170,7 +225,9 @@ class Run:
     def write(self, name: str, record: Mapping) -> None:
         """A JSON file of the run, such as its result: whole or not at all."""
         if self.ranks.main:
-            storage.write_atomic(self.folder / name, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
+            storage.write_atomic(
+                self.folder / name, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+            )
 
     def done(self) -> None:
         if self.ranks.main:
@@ -186,9 +243,16 @@ class Run:
         self.last_checkpoint = path
         return path
 
-    def read(self, source: Path | None = None, previous: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
-        """The newest state, or that of a named checkpoint, on every rank. Args: previous: see training.checkpoint.read."""
-        tensors, meta, path = checkpoint.read(source or self.folder, previous) if self.ranks.main else (None, None, None)
+    def read(
+        self, source: Path | None = None, previous: bool = False
+    ) -> tuple[dict[str, torch.Tensor], dict]:
+        """The newest state, or that of a named checkpoint, on every rank.
+
+        Args: previous: see training.checkpoint.read.
+        """
+        tensors, meta, path = (
+            checkpoint.read(source or self.folder, previous) if self.ranks.main else (None, None, None)
+        )
         meta, name = self.ranks.broadcast([meta, str(path)])
         self.last_checkpoint = Path(name)
         return self.ranks.broadcast_named(tensors), meta
@@ -201,13 +265,18 @@ class Run:
         except OSError as error:
             good = f"Last good checkpoint: {self.last_checkpoint or 'none was written yet'}"
             cause = str(error).rstrip(".")
-            raise OSError(f"run folder {self.folder}: expected to write into it, got: {cause}. {good}; continue with --resume.") from error
+            raise OSError(
+                f"run folder {self.folder}: expected to write into it, got: {cause}. {good}; continue with"
+                " --resume."
+            ) from error
 
     # Signals.
 
     @property
     def stop_requested(self) -> str | None:
-        """Name of the signal that asked this process to stop; None where none did. Ranks must agree on it among themselves."""
+        """Name of the signal that asked this process to stop; None where none did. Ranks must agree on it
+        among themselves.
+        """
         return self._request.received
 
     def stoppable(self) -> StopRequest:
@@ -216,12 +285,20 @@ class Run:
 
 
 def recorded_by(folder: Path, mode: str) -> dict:
-    """training_options.json of a run of a mode. Raises: FileNotFoundError; ValueError for another mode's run, naming that."""
+    """training_options.json of a run of a mode.
+
+    Raises: FileNotFoundError; ValueError for another mode's run, naming that.
+    """
     record = recorded(folder)
     if not record:
-        raise FileNotFoundError(f"--resume: expected a run folder with {OPTIONS}, got {folder}. Check the path.")
+        raise FileNotFoundError(
+            f"--resume: expected a run folder with {OPTIONS}, got {folder}. Check the path."
+        )
     if (other := record.get("mode", "gan")) != mode:
-        raise ValueError(f"--resume: expected a run of --mode={mode}, got one of --mode={other} in {folder}. Name its mode.")
+        raise ValueError(
+            f"--resume: expected a run of --mode={mode}, got one of --mode={other} in {folder}. Name its"
+            " mode."
+        )
     return record
 
 
@@ -247,7 +324,8 @@ def next_free(outdir: Path, name: str) -> Path:
 
 
 def claim(folder: Path, ranks: Ranks = SINGLE) -> Path:
-    """Make a run folder; where another run has taken its number meanwhile, the next one. That of an earlier attempt of this launch stays.
+    """Make a run folder; where another run has taken its number meanwhile, the next one. That of an earlier
+    attempt of this launch stays.
 
     Raises: OSError naming the folder that cannot be made.
     """
@@ -263,15 +341,20 @@ def claim(folder: Path, ranks: Ranks = SINGLE) -> Path:
             folder = next_free(folder.parent, numbered.group(2))
         except OSError as error:
             reason = error.strerror or error
-            raise OSError(f"--outdir: expected to make {folder}, got: {reason}. Choose a folder that can be written.") from error
+            raise OSError(
+                f"--outdir: expected to make {folder}, got: {reason}. Choose a folder that can be written."
+            ) from error
     return Path(ranks.broadcast(str(folder)))
 
 
 def begun_by_this_launch(outdir: Path, ranks: Ranks = SINGLE) -> Path | None:
-    """After a restart by torchrun, the newest run in `outdir` that this launch (see training.distributed.launch_identity) has begun."""
+    """After a restart by torchrun, the newest run in `outdir` that this launch (see
+    training.distributed.launch_identity) has begun.
+    """
     if not ranks.restarts:
         return None
-    launch, begun = launch_identity(), ""
+    launch = launch_identity()
+    begun = ""
     if ranks.main and launch is not None:
         numbered = (p for p in sorted(outdir.glob("*"), reverse=True) if _NUMBERED.fullmatch(p.name))
         begun = next((str(p) for p in numbered if _launch_of(p) == launch), "")

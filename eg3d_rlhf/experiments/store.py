@@ -1,4 +1,5 @@
-"""Work that is done once: a store's folders, each named by all that it is made from, found again by this run or another.
+"""Work that is done once: a store's folders, each named by all that it is made from, found again by this run
+or another.
 
     <store>/<kind>-<first digits of the hash of the inputs>/
         inputs.json    what it is made from; other artefacts by the hash of their content
@@ -10,15 +11,17 @@ A folder without done.json is unfinished: its maker is called again, on the same
 >>> import tempfile
 >>> store = Store(Path(tempfile.mkdtemp()))
 >>> def maker(folder: Path):
-...     (folder / "network.txt").write_text("trained")  # where an earlier call was interrupted, what it left lies here
+...     # where an earlier call was interrupted, what it left lies here
+...     (folder / "network.txt").write_text("trained")
 ...     return [folder / "network.txt"], {"loss": 0.5}  # the products, and a record in JSON
 >>> made = store.make("training", {"steps": 2, "seed": 0}, maker, "a training with seed 0")
->>> found = Store(store.root).make("training", {"seed": 0, "steps": 2}, maker)  # in another process, or tomorrow
+>>> # in another process, or tomorrow
+>>> found = Store(store.root).make("training", {"seed": 0, "steps": 2}, maker)
 >>> made.reused, found.reused, found.record["loss"], found.folder == made.folder
 (False, True, 0.5, True)
 
-What is made from an artefact has its `content` among the inputs, so that it is made anew where that was. Of a file: `core.cli.file_hash`.
-A maker that has no files returns `[], record`. Many at once: `pool.run_tasks`.
+What is made from an artefact has its `content` among the inputs, so that it is made anew where that was. Of a
+file: `core.cli.file_hash`. A maker that has no files returns `[], record`. Many at once: `pool.run_tasks`.
 """
 
 import hashlib
@@ -32,7 +35,8 @@ from eg3d_rlhf.experiments.process import run_lock
 from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
 
-INPUTS, DONE = "inputs.json", "done.json"
+INPUTS = "inputs.json"
+DONE = "done.json"
 FORMAT = 1  # goes up when equal inputs come to mean other results
 
 
@@ -46,8 +50,8 @@ class Artefact:
     reused: bool  # found, not made
 
 
-# Given the folder, in which it may find what an earlier, interrupted call left; returns files and folders inside it, without times or
-# places in them (equal inputs, equal bytes), and a record, JSON.
+# Given the folder, in which it may find what an earlier, interrupted call left; returns files and folders
+# inside it, without times or places in them (equal inputs, equal bytes), and a record, JSON.
 Maker = Callable[[Path], tuple[Iterable[Path], Mapping]]
 
 
@@ -62,23 +66,36 @@ def json_hash(values: Mapping) -> str:
 class Store:
     """A folder of artefacts. All ranks call alike; rank 0 alone decides, writes and prints.
 
-    Args: tell: is told of everything made or found. hashed: False where the root is a run's own folder: an artefact's is then named by its
-        kind alone, and guarded by the run's lock.
+    Args: tell: is told of everything made or found. hashed: False where the root is a run's own folder: an
+        artefact's is then named by its kind alone, and guarded by the run's lock.
     """
 
-    def __init__(self, root: Path, ranks: Ranks = SINGLE, tell: Callable[[str], None] = lambda line: None, hashed: bool = True):
-        self.root, self.ranks, self._tell, self._hashed = root, ranks, tell, hashed
+    def __init__(
+        self,
+        root: Path,
+        ranks: Ranks = SINGLE,
+        tell: Callable[[str], None] = lambda line: None,
+        hashed: bool = True,
+    ):
+        self.root = root
+        self.ranks = ranks
+        self._tell = tell
+        self._hashed = hashed
         self._seen: dict[str, Artefact] = {}  # checked in this process, by name
 
     def folder(self, kind: str, inputs: Mapping) -> Path:
         """Where the artefact of these inputs lies, once it is begun."""
-        return self.root / (f"{kind}-{json_hash({'format': FORMAT, **inputs})[:16]}" if self._hashed else kind)
+        return self.root / (
+            f"{kind}-{json_hash({'format': FORMAT, **inputs})[:16]}" if self._hashed else kind
+        )
 
     def make(self, kind: str, inputs: Mapping, maker: Maker, title: str = "") -> Artefact:
         """The artefact of these inputs: found, or made, or gone on with where its making was interrupted.
 
-        Args: kind: short word for the folder's name; inputs: JSON, all that the result depends on; title: for the progress line.
-        Raises: ValueError where the folder holds other inputs, or products that are not those it was finished with; what the maker raises.
+        Args: kind: short word for the folder's name; inputs: JSON, all that the result depends on; title: for
+            the progress line.
+        Raises: ValueError where the folder holds other inputs, or products that are not those it was finished
+            with; what the maker raises.
         """
         folder = self.folder(kind, inputs)
         name = folder.name
@@ -89,7 +106,10 @@ class Store:
         done = self.ranks.broadcast(self._finished(folder, inputs) if self.ranks.main else None)
         reused = done is not None
         if self.ranks.main:
-            self._tell(f"{title or name}: {'found in' if reused else 'going on in' if folder.exists() else 'into'} {folder}")
+            self._tell(
+                f"{title or name}: {'found in' if reused else 'going on in' if folder.exists() else 'into'}"
+                f" {folder}"
+            )
         if not reused:
             if self.ranks.main:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -100,12 +120,19 @@ class Store:
                 products, record = maker(folder)
                 self.ranks.barrier()
                 if self.ranks.main:
-                    paths = {file for path in products for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
+                    paths = {
+                        file
+                        for path in products
+                        for file in (path.rglob("*") if path.is_dir() else [path])
+                        if file.is_file()
+                    }
                     files = {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(paths)}
                     done = {"files": files, "content": json_hash(files), "record": record}
                     write_atomic(folder / DONE, _text(done))
                 done = self.ranks.broadcast(done)
-        self._seen[name] = Artefact(folder=folder, content=done["content"], record=done["record"], reused=reused)
+        self._seen[name] = Artefact(
+            folder=folder, content=done["content"], record=done["record"], reused=reused
+        )
         return self._seen[name]
 
     def _finished(self, folder: Path, inputs: Mapping) -> dict | None:
@@ -116,20 +143,27 @@ class Store:
             stated, done = (json.loads((folder / name).read_text()) for name in (INPUTS, DONE))
             files = dict(done["files"])
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(f"artefact {folder}: expected {INPUTS} and {DONE} whole, got: {error}. Delete the folder.") from None
+            raise ValueError(
+                f"artefact {folder}: expected {INPUTS} and {DONE} whole, got: {error}. Delete the folder."
+            ) from None
         if json_hash(stated) != json_hash(inputs):
-            raise ValueError(f"artefact {folder}: expected the inputs that its name stands for, got others. Delete the folder.")
+            raise ValueError(
+                f"artefact {folder}: expected the inputs that its name stands for, got others. Delete the"
+                " folder."
+            )
         for name, expected in files.items():
             path = folder / name
             got = file_hash(path) if path.is_file() else "nothing"
             if got != expected:
                 raise ValueError(
-                    f"artefact {folder}: expected {name} as it was finished ({expected[:8]}), got {got[:8]}. Delete the folder: it is made "
-                    "again."
+                    f"artefact {folder}: expected {name} as it was finished ({expected[:8]}), got {got[:8]}."
+                    " Delete the folder: it is made again."
                 )
         return done
 
 
 def _text(values: Mapping, sort_keys: bool = False) -> bytes:
-    """A record keeps its order, so that what is made from one that was found equals what is made from a fresh one."""
+    """A record keeps its order, so that what is made from one that was found equals what is made from a fresh
+    one.
+    """
     return (json.dumps(values, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n").encode()

@@ -1,4 +1,6 @@
-"""One look for every figure: light and dark, colours that colour-blind readers can tell apart, SVG and PNG."""
+"""One look for every figure: light and dark, colours that colour-blind readers can tell
+apart, SVG and PNG.
+"""
 
 import contextlib
 import functools
@@ -8,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 ROLES = {  # Okabe and Ito's palette, by what is shown
-    "before": "#0072B2", "after": "#D55E00", "control": "#009E73", "reward": "#CC79A7", "held-out": "#56B4E9", "noise": "#999999",
+    "before": "#0072B2",
+    "after": "#D55E00",
+    "control": "#009E73",
+    "reward": "#CC79A7",
+    "held-out": "#56B4E9",
+    "noise": "#999999",
 }
 CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
 _THEMES = {"light": ("#1c1f24", "#d9dce1"), "dark": ("#e6e8eb", "#3a3f47")}  # of text, and of the grid
@@ -22,18 +29,39 @@ def theme(name: str = "light") -> Iterator[None]:
 
     ink, grid = _THEMES[name]
     settings: dict[Any, Any] = {
-        "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "text.color": ink, "axes.labelcolor": ink,
-        "axes.edgecolor": grid, "xtick.color": ink, "ytick.color": ink, "axes.grid": True, "grid.color": grid, "grid.linewidth": 0.6,
-        "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": cycler(color=CYCLE),
-        "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False, "figure.constrained_layout.use": True,
-        "svg.fonttype": "none", "svg.hashsalt": "eg3d-rlhf", "image.cmap": "viridis", "font.family": "sans-serif",
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "savefig.facecolor": "none",
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": grid,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "axes.grid": True,
+        "grid.color": grid,
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": cycler(color=CYCLE),
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "legend.frameon": False,
+        "figure.constrained_layout.use": True,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "eg3d-rlhf",
+        "image.cmap": "viridis",
+        "font.family": "sans-serif",
     }
     with matplotlib.rc_context(settings):
         yield
 
 
 def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = None):
-    """(figure, axes) as `plt.subplots` gives them, without a display; axes is an array where there are several."""
+    """(figure, axes) as `plt.subplots` gives them, without a display; axes is an array where there are
+    several.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -55,7 +83,10 @@ def grid(count: int, height: float):
 
 
 def plot(legend: float | str | None = "medium", size: tuple[float, float] | None = None, **labels):
-    """Make `draw(axes, data)` a plot of a finding's data on one pair of axes. Args: legend: its font size, None for none; size: inches."""
+    """Make `draw(axes, data)` a plot of a finding's data on one pair of axes.
+
+    Args: legend: its font size, None for none; size: inches.
+    """
 
     def decorate(draw: Callable) -> Callable:
         @functools.wraps(draw)
@@ -90,20 +121,25 @@ def errors(row: Mapping, value: str = "mean", lo: str = "lo", hi: str = "hi") ->
 
 def interval(axis, x: float, row: Mapping, role: str, value: str = "mean", **look) -> None:
     """One point of a row with its interval, in the colour of a role."""
-    axis.errorbar([x], [row[value]], yerr=errors(row, value), color=colour(role), **{"fmt": "o", "capsize": 4, **look})
+    axis.errorbar(
+        [x], [row[value]], yerr=errors(row, value), color=colour(role), **{"fmt": "o", "capsize": 4, **look}
+    )
 
 
 def band(axes, x: Sequence[float], rows: Sequence[Mapping], ink: str, label: str, **look) -> None:
     """The means of rows over x, joined by lines, with their intervals as a band."""
     axes.plot(x, [row["mean"] for row in rows], "o-", color=ink, label=label, **look)
-    axes.fill_between(x, [row["lo"] for row in rows], [row["hi"] for row in rows], alpha=0.2, color=ink, linewidth=0)
+    axes.fill_between(
+        x, [row["lo"] for row in rows], [row["hi"] for row in rows], alpha=0.2, color=ink, linewidth=0
+    )
 
 
 def save(drawn, path: Path) -> None:
     """Write one figure; .svg without date, .png at 144 dots per inch on white."""
     from training.storage import write_atomic
 
-    buffer, kind = io.BytesIO(), path.suffix.lstrip(".")
+    buffer = io.BytesIO()
+    kind = path.suffix.lstrip(".")
     extra = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 144, "facecolor": "white"}
     drawn.savefig(buffer, format=kind, **extra)
     write_atomic(path, buffer.getvalue())

@@ -1,18 +1,22 @@
-"""Tables of arms x judges x training seeds: win rates with intervals as JSON; and from the JSON alone Markdown and a figure.
+"""Tables of arms x judges x training seeds: win rates with intervals as JSON; and from the JSON alone
+Markdown and a figure.
 
-Scores of an arm by a judge are [K, C, S]: K training seeds, C conditions, S noises per condition, the same for all arms, so that arms are
-compared asset by asset.
+Scores of an arm by a judge are [K, C, S]: K training seeds, C conditions, S noises per condition, the same
+for all arms, so that arms are compared asset by asset.
 
->>> tuned, base = [[[3.0, 1.0], [2.0, 2.0]]], [[[1.0, 1.0], [1.0, 1.0]]]  # one training seed, two conditions, two noises
+>>> # one training seed, two conditions, two noises
+>>> tuned, base = [[[3.0, 1.0], [2.0, 2.0]]], [[[1.0, 1.0], [1.0, 1.0]]]
 >>> table = Table(scores={"tuned": {"final": np.array(tuned)}}, base={"final": np.array(base)}, seeds=[0])
 >>> table.against_base("tuned")["final"]["win_rate"]  # ties count half
 0.875
->>> print("\\n".join(markdown_rows(["arm", "wins"], [["tuned", with_interval(table.against_base("tuned")["final"])]])))
+>>> rows = [["tuned", with_interval(table.against_base("tuned")["final"])]]
+>>> print("\\n".join(markdown_rows(["arm", "wins"], rows)))
 | arm | wins |
 | --- | --- |
 | tuned | 0.875 [0.750, 1.000] |
 
-A run then writes `write(data, folder, "grpo", markdown, plot)`: grpo.json, and grpo.md and grpo.png made of it.
+A run then writes `write(data, folder, "grpo", markdown, plot)`: grpo.json, and grpo.md and grpo.png made of
+it.
 """
 
 import json
@@ -35,20 +39,27 @@ INTERVAL = "95 % percentile bootstrap over conditions, each the mean over traini
 
 
 def rate(a: np.ndarray, b: np.ndarray, seeds: Sequence[int]) -> dict:
-    """How often scores a [K, C, S] beat b [K, C, S] on the same noises: win rate, interval over conditions, every seed's own."""
+    """How often scores a [K, C, S] beat b [K, C, S] on the same noises: win rate, interval over conditions,
+    every seed's own.
+    """
     won = (np.greater(a, b) + np.greater_equal(a, b).astype(float)) / 2  # 1, or 0.5 at a tie
     mean, lo, hi = bootstrap_mean_interval(won.mean(axis=(0, 2)))
     each = [bootstrap_mean_interval(of_seed.mean(axis=1)) for of_seed in won]
-    by_seed = [{"seed": seed, "win_rate": m.mean, "ci95": [m.lo, m.hi]} for seed, m in zip(seeds, each, strict=True)]
+    by_seed = [
+        {"seed": seed, "win_rate": m.mean, "ci95": [m.lo, m.hi]} for seed, m in zip(seeds, each, strict=True)
+    ]
     return {"win_rate": mean, "ci95": [lo, hi], "seeds": by_seed}
 
 
 def detectable(conditions: int, noises: int, seeds: int) -> float:
-    """Smallest true win rate that the interval sets apart from one half in 80 % of tables: 1/2 + (1.96 + 0.84) / 2 sqrt(C S K).
+    """Smallest true win rate that the interval sets apart from one half in 80 % of tables:
+    1/2 + (1.96 + 0.84) / 2 sqrt(C S K).
 
     Comparisons count as independent and ties as none; where conditions differ it takes more.
     """
-    return 0.5 + (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) / (2 * math.sqrt(conditions * noises * seeds))
+    return 0.5 + (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) / (
+        2 * math.sqrt(conditions * noises * seeds)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +73,18 @@ class Table:
     def against_base(self, arm: str) -> dict[str, dict]:
         """By judge, how often an arm beats the base; see `rate`."""
         K = len(self.seeds)
-        return {judge: rate(own, self.base[judge].repeat(K // len(self.base[judge]), 0), self.seeds)
-                for judge, own in self.scores[arm].items()}  # fmt: skip
+        return {
+            judge: rate(own, self.base[judge].repeat(K // len(self.base[judge]), 0), self.seeds)
+            for judge, own in self.scores[arm].items()
+        }
 
     def pairwise(self, judge: str, arms: Iterable[str] | None = None) -> dict[str, dict]:
-        """"x_vs_y": how often x beats y, for every two arms."""
+        """ "x_vs_y": how often x beats y, for every two arms."""
         names = self.scores if arms is None else arms
-        return {f"{x}_vs_{y}": rate(self.scores[x][judge], self.scores[y][judge], self.seeds) for x, y in combinations(names, 2)}
+        return {
+            f"{x}_vs_{y}": rate(self.scores[x][judge], self.scores[y][judge], self.seeds)
+            for x, y in combinations(names, 2)
+        }
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -80,7 +96,7 @@ class Table:
 
 
 def with_interval(value: Mapping, form: str = ".3f", name: str = "win_rate") -> str:
-    """"0.612 [0.580, 0.640]": a rate, or another value with "ci95" beside it."""
+    """ "0.612 [0.580, 0.640]": a rate, or another value with "ci95" beside it."""
     low, high = value["ci95"]
     return f"{value[name]:{form}} [{low:{form}}, {high:{form}}]"
 
@@ -96,15 +112,32 @@ def markdown_rows(head: Sequence, rows: Iterable[Sequence]) -> list[str]:
 def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping]]], note: str):
     """A figure of win rates with their intervals, and a tick for each training seed.
 
-    Args: panels: a label of the axis, and rates by what stands beside them; note: what a reader of the figure must know.
+    Args: panels: a label of the axis, and rates by what stands beside them; note: what a reader of the figure
+        must know.
     """
-    drawn, axes = style.figure(columns=len(panels), size=(9.4 if len(panels) > 1 else 5.6, 1.4 + 0.26 * len(panels[0][1])))
-    rates = [rate for _, rows in panels for one in rows.values() for rate in (*one["ci95"], *(s["win_rate"] for s in one.get("seeds", ())))]
+    drawn, axes = style.figure(
+        columns=len(panels), size=(9.4 if len(panels) > 1 else 5.6, 1.4 + 0.26 * len(panels[0][1]))
+    )
+    rates = [
+        rate
+        for _, rows in panels
+        for one in rows.values()
+        for rate in (*one["ci95"], *(s["win_rate"] for s in one.get("seeds", ())))
+    ]
     for axis, (label, rows) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
         for place, rated in enumerate(rows.values()):
-            low, high = rated["win_rate"] - rated["ci95"][0], rated["ci95"][1] - rated["win_rate"]
+            low = rated["win_rate"] - rated["ci95"][0]
+            high = rated["ci95"][1] - rated["win_rate"]
             around = [[max(0, low)], [max(0, high)]]
-            axis.errorbar(rated["win_rate"], place, xerr=around, fmt="o", markersize=4, color=style.colour("after"), capsize=2)
+            axis.errorbar(
+                rated["win_rate"],
+                place,
+                xerr=around,
+                fmt="o",
+                markersize=4,
+                color=style.colour("after"),
+                capsize=2,
+            )
             ticks = [seed["win_rate"] for seed in rated.get("seeds", ())]
             axis.plot(ticks, [place] * len(ticks), "|", color=style.colour("before"), markersize=7)
         axis.axvline(0.5, color=style.colour("noise"), linewidth=1)
@@ -117,7 +150,11 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping]]], note: str):
 
 
 def write(
-    data: Mapping, folder: Path, stem: str, markdown: Callable[[Mapping], str], plot: Callable[[Mapping], object] | None = None
+    data: Mapping,
+    folder: Path,
+    stem: str,
+    markdown: Callable[[Mapping], str],
+    plot: Callable[[Mapping], object] | None = None,
 ) -> list[Path]:
     """<stem>.json, .md and, with `plot`, .png; the latter are made of the first."""
     paths = [folder / f"{stem}.{ending}" for ending in ("json", "md", "png")]

@@ -1,7 +1,7 @@
 """Generators as the rest of the package meets them, and the registry of their families.
 
-A family is one file of this folder, or a plugin's (see docs/extending.md): a network, and a class that fits `Generator` around it. Network
-files name their family; `load_generator` reads them by that name.
+A family is one file of this folder, or a plugin's (see docs/extending.md): a network, and a class that fits
+`Generator` around it. Network files name their family; `load_generator` reads them by that name.
 
 Letters: N samples, Z z_dim, L layers of ws, W w_dim.
 """
@@ -62,15 +62,25 @@ class Generator(Protocol):
     def conditioned(self) -> bool:
         """Whether the mapping reads the camera."""
 
-    def mapping(self, z: torch.Tensor, c: torch.Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None) -> torch.Tensor:
+    def mapping(
+        self,
+        z: torch.Tensor,
+        c: torch.Tensor,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> torch.Tensor:
         """z [N, Z], conditioning camera c [N, 25] -> ws [N, L, W]."""
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Field:
-        """The shapes of ws [N, L, W], synthesised once, now. Noise modes: see `eg3d_rlhf.core.field.NOISE_MODES`."""
+        """The shapes of ws [N, L, W], synthesised once, now. Noise modes: see
+        `eg3d_rlhf.core.field.NOISE_MODES`.
+        """
 
 
 def count_of(generator: Generator) -> int | None:
-    """How many shapes a generator has that can be counted (attribute `count`): seeds 0 to `count` - 1 name them, and no others do."""
+    """How many shapes a generator has that can be counted (attribute `count`): seeds 0 to `count` - 1 name
+    them, and no others do.
+    """
     return getattr(generator, "count", None)
 
 
@@ -78,7 +88,10 @@ def check_seeds(generator: Generator, last: int, who: str) -> None:
     """Raise ValueError where seeds up to `last` are more than a generator has shapes."""
     count = count_of(generator)
     if count is not None and last >= count:
-        raise ValueError(f"{who}: expected seeds 0 to {count - 1}, one for each shape of this network, got {last}. Choose smaller ones.")
+        raise ValueError(
+            f"{who}: expected seeds 0 to {count - 1}, one for each shape of this network, got {last}. Choose"
+            " smaller ones."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +104,18 @@ class Family:
     wrap: Callable[[Any], Generator]  # a network -> what the package speaks to
 
 
-FAMILIES: Registry[Family] = Registry("generator family", {
-    "eg3d": "eg3d_rlhf.generators.eg3d",
-    "hyplanehead": "eg3d_rlhf.generators.full_heads",
-    "panohead": "eg3d_rlhf.generators.full_heads",
-    "spherehead": "eg3d_rlhf.generators.full_heads",
-    "assets": "eg3d_rlhf.generators.assets.asset",
-})  # fmt: skip
-KEPT = "network-kept.safetensors"  # in a run folder: the snapshot that an early stop chose (eg3d_rlhf.tuning.gan.early_stop)
+FAMILIES: Registry[Family] = Registry(
+    "generator family",
+    {
+        "eg3d": "eg3d_rlhf.generators.eg3d",
+        "hyplanehead": "eg3d_rlhf.generators.full_heads",
+        "panohead": "eg3d_rlhf.generators.full_heads",
+        "spherehead": "eg3d_rlhf.generators.full_heads",
+        "assets": "eg3d_rlhf.generators.assets.asset",
+    },
+)
+# in a run folder: the snapshot that an early stop chose (eg3d_rlhf.tuning.gan.early_stop)
+KEPT = "network-kept.safetensors"
 
 
 def register(family: Family) -> Family:
@@ -123,7 +140,10 @@ def of(network: Any) -> Generator:
     for kind in type(network).__mro__:  # families may build upon each other
         if kind in kinds:
             return kinds[kind].wrap(network)
-    raise TypeError(f"generator: expected a network of a known family ({', '.join(FAMILIES)}), got {type(network).__name__}")
+    raise TypeError(
+        f"generator: expected a network of a known family ({', '.join(FAMILIES)}), got"
+        f" {type(network).__name__}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +165,8 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
     """Load a network.
 
     Args:
-        source: a network file (ours, or a pickle of EG3D, which is read without running it), a run folder (the snapshot that it kept,
-            else its newest), or None for the bundled generator.
+        source: a network file (ours, or a pickle of EG3D, which is read without running it), a run folder
+            (the snapshot that it kept, else its newest), or None for the bundled generator.
     Raises: FileNotFoundError, ValueError.
 
     >>> load_generator().generator.z_dim
@@ -157,7 +177,9 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
     return LoadedGenerator(of(nets.G_ema), networks.state_hash(nets.G_ema), path, nets)
 
 
-def load_networks(path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None) -> networks.Networks:
+def load_networks(
+    path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None
+) -> networks.Networks:
     """`training.networks.load` for our files, `pickles.load` for EG3D's .pkl; see there."""
     if Path(path).suffix.lower() == ".pkl":
         return pickles.load(path, device, freeze_layers)
@@ -168,23 +190,32 @@ def find_network(source: str | Path | None) -> Path:
     """The network file that `source` names; see `load_generator`."""
     if source is None:
         if not bundled.GENERATOR.exists():
-            raise FileNotFoundError(f"bundled generator: expected {bundled.GENERATOR}, got nothing. Restore assets/ from the repository.")
+            raise FileNotFoundError(
+                f"bundled generator: expected {bundled.GENERATOR}, got nothing. Restore assets/ from the"
+                " repository."
+            )
         return bundled.GENERATOR
     path = Path(source)
     if path.is_dir():
         if (path / KEPT).is_file():
             return path / KEPT
-        snapshots = sorted(path.glob("network-snapshot-*.safetensors")) or sorted(path.glob("network-snapshot-*.pkl"))
+        snapshots = sorted(path.glob("network-snapshot-*.safetensors")) or sorted(
+            path.glob("network-snapshot-*.pkl")
+        )
         if not snapshots:
             wanted = "a network-snapshot-*.safetensors or .pkl"
-            raise FileNotFoundError(f"network: expected {wanted} in {path}, got none. Name a file or another run.")
+            raise FileNotFoundError(
+                f"network: expected {wanted} in {path}, got none. Name a file or another run."
+            )
         return snapshots[-1]
     return path
 
 
 def latents(seeds: Sequence[int], z_dim: int) -> torch.Tensor:
     """z [N, Z] of integer seeds: RandomState(seed).randn(z_dim), as the field's labels refer to them."""
-    return torch.from_numpy(np.stack([np.random.RandomState(int(s)).randn(z_dim) for s in seeds]).astype(np.float32))
+    return torch.from_numpy(
+        np.stack([np.random.RandomState(int(s)).randn(z_dim) for s in seeds]).astype(np.float32)
+    )
 
 
 def device_of(generator: Generator) -> torch.device:
@@ -192,7 +223,9 @@ def device_of(generator: Generator) -> torch.device:
     return next(generator.module.parameters()).device
 
 
-def camera(generator: Any, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, focal: float | None = None) -> torch.Tensor:
+def camera(
+    generator: Any, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, focal: float | None = None
+) -> torch.Tensor:
     """Camera labels [N, 25] of the generator's own camera family; yaw and pitch in radians about frontal."""
     generator = of(generator)
     cameras = generator.cameras if focal is None else dataclasses.replace(generator.cameras, focal=focal)
@@ -200,7 +233,9 @@ def camera(generator: Any, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, foc
 
 
 @torch.no_grad()
-def ws_of_seeds(generator: Any, seeds: Sequence[int], truncation_psi: float = 1.0, truncation_cutoff: int | None = 14) -> torch.Tensor:
+def ws_of_seeds(
+    generator: Any, seeds: Sequence[int], truncation_psi: float = 1.0, truncation_cutoff: int | None = 14
+) -> torch.Tensor:
     """ws [N, L, W] of seeds, conditioned on the frontal camera. Not differentiable.
 
     >>> ws_of_seeds(load_generator().generator, [1, 2], truncation_psi=0.7).shape[0]
@@ -209,4 +244,6 @@ def ws_of_seeds(generator: Any, seeds: Sequence[int], truncation_psi: float = 1.
     generator = of(generator)
     check_seeds(generator, max(seeds, default=0), "seeds")
     z = latents(seeds, generator.z_dim).to(device_of(generator))
-    return generator.mapping(z, camera(generator, n=len(z)), truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
+    return generator.mapping(
+        z, camera(generator, n=len(z)), truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff
+    )

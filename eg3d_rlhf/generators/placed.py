@@ -1,4 +1,5 @@
-"""A generator seen in another world: moved, scaled, mirrored, its density on another scale. So rewards read what was made elsewhere.
+"""A generator seen in another world: moved, scaled, mirrored, its density on another scale. So rewards read
+what was made elsewhere.
 
 Letters: N samples, P points, D, H, W = grid points along z, y, x.
 """
@@ -38,9 +39,11 @@ class Similarity:
 
 
 def scaled_density(sigma: torch.Tensor, factor: float) -> torch.Tensor:
-    """Raw density whose activation softplus(sigma - 1) is `factor` times that of the given one: optical depth is kept under scaling.
+    """Raw density whose activation softplus(sigma - 1) is `factor` times that of the given one: optical depth
+    is kept under scaling.
 
-    Differentiable in sigma. Deviates: far below zero, where the activation is exp(sigma - 1), log(factor) is added.
+    Differentiable in sigma. Deviates: far below zero, where the activation is exp(sigma - 1), log(factor) is
+    added.
     """
     x = sigma - 1
     activated = F.softplus(x.clamp_min(-15)) * factor
@@ -55,14 +58,17 @@ class Place:
     bounds: Bounds = Bounds()  # of our world
     mirrored: bool = False  # left and right exchanged about the bounds' centre
     cameras: CameraFamily | None = None  # of our world; None: the generator's own, as they are
-    density: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone  # raw density of theirs to ours, rising
+    # raw density of theirs to ours, rising
+    density: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone
 
 
 class PlacedField:
     """A field of the generator as our world has it."""
 
     def __init__(self, inner: Field, place: Place):
-        self._inner, self._place, self.bounds = inner, place, place.bounds
+        self._inner = inner
+        self._place = place
+        self.bounds = place.bounds
         self.level = float(place.density(torch.tensor(inner.level)))
 
     def __len__(self) -> int:
@@ -85,7 +91,9 @@ class PlacedField:
         return torch.where(self._within(moved).to(sigma.device), sigma, self.level - _FAR_BELOW)
 
     def density_grid(self, grid: SlabSpec) -> torch.Tensor:
-        """See `Field`; outside the generator's own cube the least density of that shape inside, so that self-normalised slabs keep it."""
+        """See `Field`; outside the generator's own cube the least density of that shape inside, so that
+        self-normalised slabs keep it.
+        """
         if grid.lattice != "straight" and self._place.mirrored:
             return self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
         low, high, *others = grid.crop
@@ -93,7 +101,9 @@ class PlacedField:
         crop = (high, low, down, up, back, front) if self._place.mirrored else grid.crop
         similarity = self._place.similarity
         centre = similarity.apply(self._flipped(torch.tensor(grid.centre, dtype=torch.float64))).tolist()
-        theirs = dataclasses.replace(grid, crop=crop, centre=tuple(centre), box_warp=grid.box_warp * similarity.scale)
+        theirs = dataclasses.replace(
+            grid, crop=crop, centre=tuple(centre), box_warp=grid.box_warp * similarity.scale
+        )
         sigma = self._inner.density_grid(theirs)
         within = self._within(theirs.points()).to(sigma.device)  # [D, H, W]
         if within.any() and not within.all():
@@ -108,7 +118,8 @@ class PlacedField:
 
     def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
         """See `Field`. The density's scale does not show: what a camera sees is the generator's own."""
-        moved, middle = cameras.clone(), self.bounds.centre[0]
+        moved = cameras.clone()
+        middle = self.bounds.centre[0]
         if self._place.mirrored:
             moved[:, 3] -= middle
             moved = mirror_label(moved)
@@ -120,10 +131,15 @@ class PlacedField:
 
 
 class Placed:
-    """`Generator` around another: its latents, its shapes in another place. Its mapping reads the generator's own cameras, see `ws_of`."""
+    """`Generator` around another: its latents, its shapes in another place. Its mapping reads the generator's
+    own cameras, see `ws_of`.
+    """
 
     def __init__(self, inner: Generator, place: Place):
-        self.inner, self.place, self.bounds, self.cameras = inner, place, place.bounds, place.cameras or inner.cameras
+        self.inner = inner
+        self.place = place
+        self.bounds = place.bounds
+        self.cameras = place.cameras or inner.cameras
         self.level = float(place.density(torch.tensor(inner.level)))
 
     def __getattr__(self, name: str) -> Any:

@@ -1,6 +1,8 @@
-"""From a field to a file: isosurface, largest part, decimation, checks and colours (.ply, .obj, .glb), or the density itself (.mrc).
+"""From a field to a file: isosurface, largest part, decimation, checks and colours (.ply, .obj, .glb), or the
+density itself (.mrc).
 
-Letters: V vertices, F faces, N grid points per axis, X, Y, Z = along x, y, z, P points, J hidden units, S = cells along a brick's edge.
+Letters: V vertices, F faces, N grid points per axis, X, Y, Z = along x, y, z, P points, J hidden units,
+S = cells along a brick's edge.
 """
 
 import functools
@@ -39,42 +41,58 @@ from eg3d_rlhf.geometry.slab import SeparableDensity, SeparableField
 from torch_utils.ops.slab_density import slab_density
 from training.storage import write_atomic
 
-# The surface of a field on a cube of grid points, without the density away from it. In the separable form h_j = A_j[x, y] + B_j[x, z] +
-# C_j[y, z] the extremes of the maps over a brick's index ranges bound every h_j in it, and softplus rises, so that over the brick
-#     sum_j max(w_j, 0) softplus(max h_j) + min(w_j, 0) softplus(min h_j) + b  >=  sigma  >=  the same with max h_j and min h_j exchanged.
-# A brick whose bound lies on one side of the level holds no surface and is neither evaluated nor meshed. Both bounds are densities of the
-# same form on the grid of bricks, with 2 J hidden units. Nothing is guessed: the surface is that of the whole volume.
+# The surface of a field on a cube of grid points, without the density away from it. In the separable form h_j
+# = A_j[x, y] + B_j[x, z] + C_j[y, z] the extremes of the maps over a brick's index ranges bound every h_j in
+# it, and softplus rises, so that over the brick sum_j max(w_j, 0) softplus(max h_j) + min(w_j, 0)
+# softplus(min h_j) + b  >=  sigma  >=  the same with max h_j and min h_j exchanged. A brick whose bound lies
+# on one side of the level holds no surface and is neither evaluated nor meshed. Both bounds are densities of
+# the same form on the grid of bricks, with 2 J hidden units. Nothing is guessed: the surface is that of the
+# whole volume.
 
 OUTSIDE = -1000.0  # raw density of a trimmed border, as EG3D's shape extraction sets it
-_ROUNDING = 2.0**-17  # of sum |w| softplus: 64 rounding errors of float32, for the difference between a bound and the density itself
+# of sum |w| softplus: 64 rounding errors of float32, for the difference between a bound and the density
+# itself
+_ROUNDING = 2.0**-17
 _REFINE_SHARE = 0.15  # of the bricks left undecided, above which finer bounds save more than they cost
 _DENSE_ROWS = 65  # rows of y in one call then
-_DENSE_SHARE = 0.5  # of a layer's bricks left undecided, above which evaluating all of it in one call is faster
+# of a layer's bricks left undecided, above which evaluating all of it in one call is faster
+_DENSE_SHARE = 0.5
 
 
 class FieldGrid:
-    """A field on a cube of grid points, given out in ranges of x: what `extract_mesh_blockwise` and `write_mrc` read.
+    """A field on a cube of grid points, given out in ranges of x: what `extract_mesh_blockwise` and
+    `write_mrc` read.
 
     Args:
         field: the field.
         resolution: grid points per axis, >= 2, on the corners of the scene cube.
-        border: share of the cube's edge that is trimmed from each face, 0 <= border < 0.5; trimmed points hold `OUTSIDE`.
+        border: share of the cube's edge that is trimmed from each face, 0 <= border < 0.5; trimmed points
+            hold `OUTSIDE`.
     Raises: ValueError where the border leaves nothing.
     """
 
     def __init__(self, field: Field, resolution: int, border: float = 0.0):
         assert len(field) == 1 and 0 <= border < 0.5
-        self.field, self.resolution = field, resolution
-        self.low, self.high = float("inf"), float("-inf")  # of the densities given out so far, a trimmed border's apart
+        self.field = field
+        self.resolution = resolution
+        # of the densities given out so far, a trimmed border's apart
+        self.low = float("inf")
+        self.high = float("-inf")
         self.axes: Sequence[torch.Tensor] = SlabSpec.of(field.bounds, resolution).axes()
         self.trim = int(border * resolution)  # points from each face that hold `OUTSIDE`
-        self.inside = slice(self.trim, resolution - self.trim)  # grid points along each axis that are not trimmed
+        # grid points along each axis that are not trimmed
+        self.inside = slice(self.trim, resolution - self.trim)
         if resolution - 2 * self.trim < 2:
-            raise ValueError(f"FieldGrid: expected at least 2 points inside the border, got a border of {border:g} on {resolution} points.")
+            raise ValueError(
+                f"FieldGrid: expected at least 2 points inside the border, got a border of {border:g} on"
+                f" {resolution} points."
+            )
 
     @torch.no_grad()
     def separable(self, *axes: torch.Tensor) -> SeparableDensity | None:
-        """The density at x, y, z, else of the points that are not trimmed, as maps; None where the planes have no such form."""
+        """The density at x, y, z, else of the points that are not trimmed, as maps; None where the planes
+        have no such form.
+        """
         x, y, z = axes or (axis[self.inside] for axis in self.axes)
         return self.field.separable(x, y, z) if isinstance(self.field, SeparableField) else None
 
@@ -89,39 +107,52 @@ class FieldGrid:
             block = self.field.density(points)[0].cpu().reshape(len(x), len(y), len(z))
         else:
             block = slab_density(density.maps, density.w, density.b, density.shape).cpu()
-        self.low, self.high = min(self.low, float(block.min())), max(self.high, float(block.max()))
+        self.low = min(self.low, float(block.min()))
+        self.high = max(self.high, float(block.max()))
         return block
 
     def __call__(self, x: slice) -> torch.Tensor:
         """Raw density [x, Y, Z] of the grid points with these x indices."""
-        low, high = self.inside.start, self.inside.stop
-        start, stop = max(x.start, low), min(x.stop, high)
+        low = self.inside.start
+        high = self.inside.stop
+        start = max(x.start, low)
+        stop = min(x.stop, high)
         if low == 0:
             return self._block(self.axes[0][x], *self.axes[1:])
         block = torch.full((x.stop - x.start, self.resolution, self.resolution), OUTSIDE)
         if start < stop:
             y, z = (axis[low:high] for axis in self.axes[1:])
-            block[start - x.start : stop - x.start, low:high, low:high] = self._block(self.axes[0][start:stop], y, z)
+            block[start - x.start : stop - x.start, low:high, low:high] = self._block(
+                self.axes[0][start:stop], y, z
+            )
         return block
 
 
-def extract_field_mesh(grid: FieldGrid, level: float, progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The surface sigma = level of a field's grid, the same as `extract_mesh_blockwise` gives; closed at the border of the volume.
+def extract_field_mesh(
+    grid: FieldGrid, level: float, progress: Progress | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The surface sigma = level of a field's grid, the same as `extract_mesh_blockwise` gives; closed at the
+    border of the volume.
 
-    A field without separable form, or on a GPU (which evaluates everything sooner than many small parts), goes through
-    `extract_mesh_blockwise`.
+    A field without separable form, or on a GPU (which evaluates everything sooner than many small parts),
+    goes through `extract_mesh_blockwise`.
 
     Args: progress: called with ("density", x indices done, X).
-    Returns: vertices [V, 3] float32 in world coordinates, faces [F, 3] int32 wound counter-clockwise seen from outside.
+    Returns: vertices [V, 3] float32 in world coordinates, faces [F, 3] int32 wound counter-clockwise seen
+        from outside.
     Raises: ValueError when sigma is not finite or the level is not crossed.
     """
     density = grid.separable()
     if density is None or density.w.device.type != "cpu" or (grid.trim and level <= OUTSIDE):
-        return extract_mesh_blockwise(grid, grid.axes, level, progress=progress, between=lambda: (grid.low, grid.high))
+        return extract_mesh_blockwise(
+            grid, grid.axes, level, progress=progress, between=lambda: (grid.low, grid.high)
+        )
     bounds = bound_bricks(density, level)
     axes = [axis[grid.inside].double().numpy() for axis in grid.axes]
-    builder, threads = SurfaceBuilder(axes, float(level)), torch.get_num_threads()
-    torch.set_num_threads(1)  # in each of as many threads: thousands of small operations would spend their time in barriers
+    builder = SurfaceBuilder(axes, float(level))
+    threads = torch.get_num_threads()
+    # in each of as many threads: thousands of small operations would spend their time in barriers
+    torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
             sampler = _LayerSampler(density, OUTSIDE if grid.trim else outside_value(level), pool)
@@ -161,65 +192,93 @@ def bound_bricks(density: SeparableDensity, level: float) -> BrickBounds:
 
 
 def bounds_of_size(density: SeparableDensity, level: float, size: int) -> BrickBounds:
-    """Bounds of the bricks with `size` cells along an edge. Raises: ValueError where a map holds NaN or infinity."""
+    """Bounds of the bricks with `size` cells along an edge.
+
+    Raises: ValueError where a map holds NaN or infinity.
+    """
     low, high = zip(*(_map_extremes(m, density.shape, size) for m in density.maps), strict=True)
     for least, greatest in zip(low, high, strict=True):
         check_finite(float(least.min()), float(greatest.max()))
     w = torch.cat([density.w.clamp(min=0), density.w.clamp(max=0)])  # [2 J]
     x, y, z = (bricks_along(n, size) for n in density.shape)
     shape = (x, y, z)
-    upper = slab_density([torch.cat(pair, dim=1) for pair in zip(high, low, strict=True)], w, density.b, shape)
-    lower = slab_density([torch.cat(pair, dim=1) for pair in zip(low, high, strict=True)], w, density.b, shape)
+    upper = slab_density(
+        [torch.cat(pair, dim=1) for pair in zip(high, low, strict=True)], w, density.b, shape
+    )
+    lower = slab_density(
+        [torch.cat(pair, dim=1) for pair in zip(low, high, strict=True)], w, density.b, shape
+    )
     reach = sum(m.abs().amax(dim=(0, 2, 3)) for m in (*low, *high))  # [J], no less than any |h_j|
-    slack = _ROUNDING * (float((density.w.abs() * (reach + 1)).sum()) + abs(float(density.b)) + max(abs(level), 1.0))
+    slack = _ROUNDING * (
+        float((density.w.abs() * (reach + 1)).sum()) + abs(float(density.b)) + max(abs(level), 1.0)
+    )
     whole = np.ones((), dtype=bool)
     for axis, points in enumerate(density.shape):
         first = np.arange(shape[axis]) * size
-        whole = whole & np.expand_dims((first > 0) & (first + size <= points), tuple(i for i in range(3) if i != axis))
-    below, above = (upper < level - slack).numpy(), (lower > level + slack).numpy()
+        whole = whole & np.expand_dims(
+            (first > 0) & (first + size <= points), tuple(i for i in range(3) if i != axis)
+        )
+    below = (upper < level - slack).numpy()
+    above = (lower > level + slack).numpy()
     undecided = ~(below | (above & whole))  # next to the outside, a brick above the level has its cap
     return BrickBounds(undecided, bool(below.any()), bool(above.any()))
 
 
 def _map_extremes(values: torch.Tensor, shape: Sequence[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A map's least and greatest values over the grid points of each brick, its faces included: [bricks, J, bricks, 1] and so on."""
-    low, high = values, values
+    """A map's least and greatest values over the grid points of each brick, its faces included:
+    [bricks, J, bricks, 1] and so on.
+    """
+    low = values
+    high = values
     for dim, points in ((0, shape[0]), (2, shape[1]), (3, shape[2])):
         if values.shape[dim] == 1:
             continue
-        starts = torch.arange(bricks_along(points, size)) * size - 1  # in grid points of the volume; the outside repeats its neighbour
+        # in grid points of the volume; the outside repeats its neighbour
+        starts = torch.arange(bricks_along(points, size)) * size - 1
         near = [(starts + step).clamp(0, points - 1) for step in range(size + 1)]
-        least, greatest = low.index_select(dim, near[0]), high.index_select(dim, near[0])
+        least = low.index_select(dim, near[0])
+        greatest = high.index_select(dim, near[0])
         for index in near[1:]:
             torch.minimum(least, low.index_select(dim, index), out=least)
             torch.maximum(greatest, high.index_select(dim, index), out=greatest)
-        low, high = least, greatest
+        low = least
+        high = greatest
     return low, high
 
 
 class _LayerSampler:
-    """Density of the undecided bricks, layer by layer. Every grid point keeps the value that it was first given, so that no seam opens."""
+    """Density of the undecided bricks, layer by layer. Every grid point keeps the value that it was first
+    given, so that no seam opens.
+    """
 
     def __init__(self, density: SeparableDensity, outside: float, pool: ThreadPoolExecutor):
-        self._density, self._outside, self._pool = density, outside, pool
-        self.low, self.high = np.inf, -np.inf  # of what was evaluated
+        self._density = density
+        self._outside = outside
+        self._pool = pool
+        # of what was evaluated
+        self.low = np.inf
+        self.high = -np.inf
         sides = [padded(n) for n in density.shape[1:]]
         self._layer = np.full((BRICK + 1, *sides), outside, dtype=np.float32)
         self._shared = self._layer[0].copy()  # last plane of the layer before, NaN where it was not evaluated
 
     def layer(self, number: int, wanted: np.ndarray) -> np.ndarray:
-        """Layer [S + 1, padded Y, padded Z]; holds the density in the bricks `wanted`, old or no values elsewhere."""
+        """Layer [S + 1, padded Y, padded Z]; holds the density in the bricks `wanted`, old or no values
+        elsewhere.
+        """
         points_x, points_y, points_z = self._density.shape
         first = number * BRICK - 1  # x index of the layer's first plane; -1 is outside
         planes = slice(max(first, 0), min(first + BRICK + 1, points_x))
         inner = (slice(1, points_y + 1), slice(1, points_z + 1))
         self._layer[-1][inner] = np.nan
         if wanted.mean() > _DENSE_SHARE:
-            rows = [slice(y, min(y + _DENSE_ROWS, points_y)) for y in range(0, points_y - 1, _DENSE_ROWS - 1)]  # two rows or more
+            # two rows or more
+            rows = [slice(y, min(y + _DENSE_ROWS, points_y)) for y in range(0, points_y - 1, _DENSE_ROWS - 1)]
             columns = [[slice(0, points_z)]] * len(rows)
         else:
             chosen = np.flatnonzero(wanted.any(axis=1)).tolist()
-            rows, columns = [_points(row, points_y) for row in chosen], [_runs(wanted[row], points_z) for row in chosen]
+            rows = [_points(row, points_y) for row in chosen]
+            columns = [_runs(wanted[row], points_z) for row in chosen]
         self._fill(first, planes, rows, columns)
         if first + BRICK + 1 > points_x:
             self._layer[points_x - first :] = self._outside
@@ -234,10 +293,13 @@ class _LayerSampler:
         part = functools.partial(self._density.part, slice(x.start - more, x.stop))
         for y, runs, sampled in zip(rows, columns, self._pool.map(part, rows, columns), strict=True):
             values = sampled.numpy()[more:]
-            self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
-            target, end = self._layer[x.start - first : x.stop - first, y.start + 1 : y.stop + 1], 0
+            self.low = min(self.low, float(values.min()))
+            self.high = max(self.high, float(values.max()))
+            target = self._layer[x.start - first : x.stop - first, y.start + 1 : y.stop + 1]
+            end = 0
             for run in runs:
-                start, end = end, end + run.stop - run.start
+                start = end
+                end = end + run.stop - run.start
                 target[:, :, run.start + 1 : run.stop + 1] = values[:, :, start:end]
 
 
@@ -249,7 +311,8 @@ def _points(brick: int, points: int) -> slice:
 
 def _runs(wanted: np.ndarray, points: int) -> list[slice]:
     """Runs of indices, two points or more in all, of the grid points in the chosen bricks of a row."""
-    change = np.flatnonzero(np.diff(wanted, prepend=False, append=False)).reshape(-1, 2)  # first chosen brick, first that is not
+    # first chosen brick, first that is not
+    change = np.flatnonzero(np.diff(wanted, prepend=False, append=False)).reshape(-1, 2)
     runs = [slice(max(first * BRICK - 1, 0), min(stop * BRICK, points)) for first, stop in change.tolist()]
     if len(runs) == 1 and runs[0].stop - runs[0].start == 1:
         return [slice(points - 2, points)]
@@ -267,23 +330,33 @@ def check_mesh_suffix(path: str | Path, who: str = "save_mesh") -> Path:
     """The path, where its suffix names a mesh format; ValueError otherwise."""
     path = Path(path)
     if path.suffix.lower() not in MESH_SUFFIXES:
-        raise ValueError(f"{who}: expected a file ending in {', '.join(MESH_SUFFIXES)}, got {path.name!r}. Change the suffix.")
+        raise ValueError(
+            f"{who}: expected a file ending in {', '.join(MESH_SUFFIXES)}, got {path.name!r}. Change the"
+            " suffix."
+        )
     return path
 
 
 def save_mesh(
-    path: str | Path, vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray | None = None, normals: np.ndarray | None = None
+    path: str | Path,
+    vertices: np.ndarray,
+    faces: np.ndarray,
+    colors: np.ndarray | None = None,
+    normals: np.ndarray | None = None,
 ) -> Path:
     """Write the mesh as .ply (binary), .obj or .glb, by the suffix, atomically; folders are made as needed.
 
-    Args: vertices [V, 3] world coordinates; faces [F, 3]; colors [V, 3] uint8; normals [V, 3] of unit length, pointing outwards.
+    Args: vertices [V, 3] world coordinates; faces [F, 3]; colors [V, 3] uint8; normals [V, 3] of unit length,
+        pointing outwards.
     Returns: the path written.
     Raises: ValueError for another suffix.
     """
     import trimesh
 
     path = check_mesh_suffix(path)
-    mesh = trimesh.Trimesh(vertices=vertices, faces=faces, vertex_colors=colors, vertex_normals=normals, process=False)
+    mesh = trimesh.Trimesh(
+        vertices=vertices, faces=faces, vertex_colors=colors, vertex_normals=normals, process=False
+    )
     kind = path.suffix.lower()[1:]
     options: dict[str, Any] = {"vertex_normal" if kind == "ply" else "include_normals": normals is not None}
     data: Any = mesh.export(file_type=kind, **options)
@@ -292,14 +365,20 @@ def save_mesh(
 
 
 def write_mrc(
-    path: str | Path, sample: Callable[[slice], torch.Tensor], resolution: int, step: float, progress: Progress | None = None
+    path: str | Path,
+    sample: Callable[[slice], torch.Tensor],
+    resolution: int,
+    step: float,
+    progress: Progress | None = None,
 ) -> Path:
     """Write a density cube as an MRC volume of mode 2 (float32), block by block, with EG3D's order of axes.
 
-    Section i, row j, column k hold the point with x index N - 1 - i, y index j and z index k: EG3D flips x and stores z fastest. One cell
-    is one unit of length, as in EG3D's files; a label in the header names the world step.
+    Section i, row j, column k hold the point with x index N - 1 - i, y index j and z index k: EG3D flips x
+    and stores z fastest. One cell is one unit of length, as in EG3D's files; a label in the header names the
+    world step.
 
-    Args: sample as for `extract_mesh_blockwise`; resolution N; step: world units between grid points; progress: ("density", done, N).
+    Args: sample as for `extract_mesh_blockwise`; resolution N; step: world units between grid points;
+        progress: ("density", done, N).
     Returns: the path written, atomically.
     """
     import mrcfile
@@ -342,13 +421,21 @@ class MeshOptions:
 
     def __post_init__(self) -> None:
         if not 16 <= self.resolution <= 1024:
-            raise ValueError(f"MeshOptions: expected a resolution of 16 to 1024, got {self.resolution}. Use 256.")
+            raise ValueError(
+                f"MeshOptions: expected a resolution of 16 to 1024, got {self.resolution}. Use 256."
+            )
         if self.level is not None and not np.isfinite(self.level):
-            raise ValueError(f"MeshOptions: expected a finite level, got {self.level}. Leave it out for the field's own.")
+            raise ValueError(
+                f"MeshOptions: expected a finite level, got {self.level}. Leave it out for the field's own."
+            )
         if self.component not in ("largest", "all"):
-            raise ValueError(f"MeshOptions: expected a component of 'largest' or 'all', got {self.component!r}.")
+            raise ValueError(
+                f"MeshOptions: expected a component of 'largest' or 'all', got {self.component!r}."
+            )
         if self.faces is not None and self.faces < 4:
-            raise ValueError(f"MeshOptions: expected at least 4 faces, got {self.faces}. Leave it out to keep all.")
+            raise ValueError(
+                f"MeshOptions: expected at least 4 faces, got {self.faces}. Leave it out to keep all."
+            )
 
 
 @dataclass(frozen=True)
@@ -387,24 +474,30 @@ class MeshReport:
         write_atomic(path, (json.dumps({**asdict(self), **more}, indent=1) + "\n").encode())
 
 
-def export_mesh(field: Field, options: MeshOptions, progress: Progress | None = None) -> tuple[Mesh, MeshReport]:
+def export_mesh(
+    field: Field, options: MeshOptions, progress: Progress | None = None
+) -> tuple[Mesh, MeshReport]:
     """Mesh of one field, and its checks.
 
-    Memory: the maps of two coordinates (134 MB at 512 points and 64 hidden units, 200 MB where a layout has all three), a
-    layer of the grid, and about 250 bytes per extracted face; the grid is never held as a whole.
+    Memory: the maps of two coordinates (134 MB at 512 points and 64 hidden units, 200 MB where a layout has
+    all three), a layer of the grid, and about 250 bytes per extracted face; the grid is never held as a
+    whole.
 
     Args: progress: called with (stage, units done, units in all).
     Raises: ValueError when the level is not crossed, or for a border that leaves nothing.
 
     >>> from eg3d_rlhf import load_generator, ws_of_seeds
     >>> generator = load_generator().generator
-    >>> mesh, report = export_mesh(generator.field(ws_of_seeds(generator, [1])), MeshOptions(resolution=32, colors=False))
+    >>> field = generator.field(ws_of_seeds(generator, [1]))
+    >>> mesh, report = export_mesh(field, MeshOptions(resolution=32, colors=False))
     >>> report.components
     1
     """
     tell = progress or (lambda stage, done, total: None)
     grid = FieldGrid(field, options.resolution, options.border)
-    vertices, faces = extract_field_mesh(grid, field.level if options.level is None else options.level, progress)
+    vertices, faces = extract_field_mesh(
+        grid, field.level if options.level is None else options.level, progress
+    )
     extracted = len(faces)
     tell("parts", 0, 1)
     if options.component == "largest":
@@ -429,9 +522,16 @@ def check_mesh(mesh: Mesh, field: Field, options: MeshOptions, extracted: int, c
     edges = count_edges(mesh.faces)
     volume = float(face_volumes(mesh.vertices, mesh.faces).sum())
     return MeshReport(
-        vertices=len(mesh.vertices), faces=len(mesh.faces), faces_extracted=extracted, components_extracted=components,
-        components=parts(mesh.faces, len(mesh.vertices))[0], open_edges=edges.open, shared_edges=edges.shared,
-        watertight=edges.watertight, volume=volume, outward=edges.watertight and volume > 0,
+        vertices=len(mesh.vertices),
+        faces=len(mesh.faces),
+        faces_extracted=extracted,
+        components_extracted=components,
+        components=parts(mesh.faces, len(mesh.vertices))[0],
+        open_edges=edges.open,
+        shared_edges=edges.shared,
+        watertight=edges.watertight,
+        volume=volume,
+        outward=edges.watertight and volume > 0,
         normals_down_density=normals_down_density(mesh, field, options),
         bounds=[mesh.vertices.min(axis=0).tolist(), mesh.vertices.max(axis=0).tolist()],
     )
@@ -439,17 +539,23 @@ def check_mesh(mesh: Mesh, field: Field, options: MeshOptions, extracted: int, c
 
 @torch.no_grad()
 def normals_down_density(mesh: Mesh, field: Field, options: MeshOptions) -> float:
-    """Share of (at most 20,000, evenly chosen) vertices at which the density outside, along the normal, is below the density inside.
+    """Share of (at most 20,000, evenly chosen) vertices at which the density outside, along the normal, is
+    below the density inside.
 
-    Vertices on the caps that close the surface at the border of the cube are left out: there the field does not end.
+    Vertices on the caps that close the surface at the border of the cube are left out: there the field does
+    not end.
     """
-    step, centre = field.bounds.side / (options.resolution - 1), np.asarray(field.bounds.centre, dtype=mesh.vertices.dtype)
-    inside = np.abs(mesh.vertices - centre).max(axis=1) < field.bounds.side * (0.5 - options.border) - 2 * step
+    step = field.bounds.side / (options.resolution - 1)
+    centre = np.asarray(field.bounds.centre, dtype=mesh.vertices.dtype)
+    inside = (
+        np.abs(mesh.vertices - centre).max(axis=1) < field.bounds.side * (0.5 - options.border) - 2 * step
+    )
     chosen = np.flatnonzero(inside)
     chosen = chosen[:: max(1, len(chosen) // _PROBES)]
     if len(chosen) == 0:
         return 1.0
-    points, offset = torch.from_numpy(mesh.vertices[chosen]), torch.from_numpy(mesh.normals[chosen]) * (_PROBE_STEP * step)
+    points = torch.from_numpy(mesh.vertices[chosen])
+    offset = torch.from_numpy(mesh.normals[chosen]) * (_PROBE_STEP * step)
     return float((field.density(points + offset) < field.density(points - offset)).double().mean())
 
 
@@ -459,21 +565,30 @@ def vertex_colors(field: Field, vertices: np.ndarray, progress: Progress | None 
     colors = np.empty((len(vertices), 3), dtype=np.uint8)
     for start in range(0, len(vertices), _COLOR_CHUNK):
         part = torch.from_numpy(vertices[start : start + _COLOR_CHUNK])
-        colors[start : start + len(part)] = (field.colour(part)[0].cpu() * 255).round().to(torch.uint8).numpy()
+        colors[start : start + len(part)] = (
+            (field.colour(part)[0].cpu() * 255).round().to(torch.uint8).numpy()
+        )
         if progress is not None:
             progress("colours", start + len(part), len(vertices))
     return colors
 
 
 def shape_suffix(name: str) -> str:
-    """'.ply', '.obj', '.glb' or '.mrc' from a format's name, with or without the dot. Raises: ValueError for another one."""
+    """'.ply', '.obj', '.glb' or '.mrc' from a format's name, with or without the dot.
+
+    Raises: ValueError for another one.
+    """
     suffix = "." + name.lower().removeprefix(".")
     if suffix not in SHAPE_SUFFIXES:
-        raise ValueError(f"expected a shape format of {', '.join(SHAPE_SUFFIXES)}, got {name!r}. Choose one of them.")
+        raise ValueError(
+            f"expected a shape format of {', '.join(SHAPE_SUFFIXES)}, got {name!r}. Choose one of them."
+        )
     return suffix
 
 
-def save_shape(path: str | Path, field: Field, options: MeshOptions, progress: Progress | None = None) -> Path:
+def save_shape(
+    path: str | Path, field: Field, options: MeshOptions, progress: Progress | None = None
+) -> Path:
     """Write the shape of a field: the density cube (.mrc), or its surface as a mesh (.ply, .obj, .glb).
 
     Of the options an .mrc has use for the resolution and the border only.
@@ -483,6 +598,8 @@ def save_shape(path: str | Path, field: Field, options: MeshOptions, progress: P
     suffix = shape_suffix(path.suffix)
     if suffix == ".mrc":
         grid = FieldGrid(field, options.resolution, options.border)
-        return write_mrc(path, grid, options.resolution, field.bounds.side / (options.resolution - 1), progress)
+        return write_mrc(
+            path, grid, options.resolution, field.bounds.side / (options.resolution - 1), progress
+        )
     mesh, _ = export_mesh(field, options, progress)
     return mesh.save(path)

@@ -1,10 +1,13 @@
-"""Is a shape on a grid a sound body? Measures and a score without labels, of what is solid: in one part, without inner walls, thick enough.
+"""Is a shape on a grid a sound body? Measures and a score without labels, of what is solid: in one part,
+without inner walls, thick enough.
 
-A grid is bool [X, Y, Z], True where solid, its second axis up; [D, H, W] of a density is one, too. The unit of length is the voxel inside
-and the grid's longest edge R in what is measured. Solid is 6-connected, so is background: a slit along a diagonal closes nothing that a
-slicer would trust. Balls by the Euclidean distance transform: grown by r is distance <= r, eroded by r is distance > r.
+A grid is bool [X, Y, Z], True where solid, its second axis up; [D, H, W] of a density is one, too. The unit
+of length is the voxel inside and the grid's longest edge R in what is measured. Solid is 6-connected, so is
+background: a slit along a diagonal closes nothing that a slicer would trust. Balls by the Euclidean distance
+transform: grown by r is distance <= r, eroded by r is distance > r.
 
-Alone the score is useless: a ball is a perfect solid. It is paired with fidelity to the shape before (`reward`).
+Alone the score is useless: a ball is a perfect solid. It is paired with fidelity to the shape before
+(`reward`).
 Reduce large grids first (`reduced`): the score takes .1 s at 64^3, all measures half a minute at 256^3.
 """
 
@@ -33,13 +36,19 @@ _FALLS = -90.0  # degrees, of what is empty
 class Rules:
     """What the score asks for."""
 
-    thin: float | None = 1.0  # voxels; what no ball of this radius fits in is too thin. None: not asked, nothing of 16^3 is thick
-    leak: float | None = None  # voxels; holes that a ball of this radius does not pass are bridged. None: LEAK of the edge
-    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # of TERMS; 0 leaves one out, as `stand` of a head cut by its cube
+    # voxels; what no ball of this radius fits in is too thin. None: not asked, nothing of 16^3 is thick
+    thin: float | None = 1.0
+    # voxels; holes that a ball of this radius does not pass are bridged. None: LEAK of the edge
+    leak: float | None = None
+    # of TERMS; 0 leaves one out, as `stand` of a head cut by its cube
+    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
         if len(self.weights) != len(TERMS) or min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
-            raise ValueError(f"Rules(weights): expected {len(TERMS)} weights >= 0, not all 0, got {self.weights}. Correct them.")
+            raise ValueError(
+                f"Rules(weights): expected {len(TERMS)} weights >= 0, not all 0, got {self.weights}. Correct"
+                " them."
+            )
         odd = [value for value in (self.thin, self.leak) if value is not None and not 0 < value < math.inf]
         if odd:
             raise ValueError(f"Rules: expected radii above 0, got {odd[0]}. Correct it.")
@@ -57,18 +66,28 @@ OCCUPANCY = Rules(thin=None, weights=(1.0, 1.0, 0.0, 0.0))  # of 16^3
 
 
 def occupied(density: np.ndarray, level: float, who: str = "solid") -> np.ndarray:
-    """Where a density [D, H, W] is above the level. Raises: ValueError for values that are not finite, and for no grid."""
+    """Where a density [D, H, W] is above the level.
+
+    Raises: ValueError for values that are not finite, and for no grid.
+    """
     density = np.asarray(density)
     if density.ndim != 3 or 0 in density.shape:
-        raise ValueError(f"{who}: expected a grid [X, Y, Z], got {list(density.shape)}. Give one shape at a time.")
+        raise ValueError(
+            f"{who}: expected a grid [X, Y, Z], got {list(density.shape)}. Give one shape at a time."
+        )
     bad = int((~np.isfinite(density)).sum())
     if bad:
-        raise ValueError(f"{who}: expected finite densities, got NaN or infinity in {bad:,} of {density.size:,}. Mend the generator.")
+        raise ValueError(
+            f"{who}: expected finite densities, got NaN or infinity in {bad:,} of {density.size:,}. Mend the"
+            " generator."
+        )
     return density > level
 
 
 def reduced(solid: np.ndarray, edge: int = EDGE) -> np.ndarray:
-    """At most `edge` voxels per axis: blocks of k^3 voxels become one, solid where more than half of them are. Smaller grids stay."""
+    """At most `edge` voxels per axis: blocks of k^3 voxels become one, solid where more than half of them
+    are. Smaller grids stay.
+    """
     k = -(-max(solid.shape) // edge)
     if k <= 1:
         return solid
@@ -82,16 +101,23 @@ def _checked(solid: np.ndarray, who: str) -> np.ndarray:
     solid = np.asarray(solid)
     if solid.ndim != 3 or solid.dtype != bool:
         got = f"{solid.dtype} {list(solid.shape)}"
-        raise ValueError(f"{who}: expected a grid of bool [X, Y, Z], got {got}. Compare a density with its level.")
+        raise ValueError(
+            f"{who}: expected a grid of bool [X, Y, Z], got {got}. Compare a density with its level."
+        )
     if max(solid.shape) > MOST:
-        raise ValueError(f"{who}: expected at most {MOST} voxels per edge, got {max(solid.shape)}. Reduce the grid to {EDGE}^3 first.")
+        raise ValueError(
+            f"{who}: expected at most {MOST} voxels per edge, got {max(solid.shape)}. Reduce the grid to"
+            f" {EDGE}^3 first."
+        )
     if not solid.any():
         raise ValueError(f"{who}: expected a shape, got an empty grid. Lower the level.")
     return solid
 
 
 def _box(solid: np.ndarray, margin: int) -> tuple[np.ndarray, tuple[slice, ...]]:
-    """The bounding box of what is solid, with a margin of background; and the slices of that box in it, without the margin."""
+    """The bounding box of what is solid, with a margin of background; and the slices of that box in it,
+    without the margin.
+    """
     where = ndimage.find_objects(solid.astype(np.uint8))[0]
     return np.pad(solid[where], margin), where
 
@@ -99,8 +125,14 @@ def _box(solid: np.ndarray, margin: int) -> tuple[np.ndarray, tuple[slice, ...]]
 def _back(part: np.ndarray, where: tuple[slice, ...], margin: int, shape: tuple[int, ...]) -> np.ndarray:
     """Inverse of `_box`. What lies in the margin is left out where the grid ends."""
     out = np.zeros(shape, dtype=bool)
-    there = [slice(max(s.start - margin, 0), min(s.stop + margin, size)) for s, size in zip(where, shape, strict=True)]
-    here = [slice(t.start - s.start + margin, t.stop - s.start + margin) for s, t in zip(where, there, strict=True)]
+    there = [
+        slice(max(s.start - margin, 0), min(s.stop + margin, size))
+        for s, size in zip(where, shape, strict=True)
+    ]
+    here = [
+        slice(t.start - s.start + margin, t.stop - s.start + margin)
+        for s, t in zip(where, there, strict=True)
+    ]
     out[tuple(there)] = part[tuple(here)]
     return out
 
@@ -136,9 +168,11 @@ def enclosed(solid: np.ndarray) -> np.ndarray:
 
 
 def fill(solid: np.ndarray, radius: float) -> np.ndarray:
-    """The shape with its hollows: closed ones, and those behind holes that a ball of this radius does not pass.
+    """The shape with its hollows: closed ones, and those behind holes that a ball of this radius does not
+    pass.
 
-    Background of the closing that does not reach the border is filled, the bridge itself is not: piercing a shell gains nothing.
+    Background of the closing that does not reach the border is filled, the bridge itself is not: piercing a
+    shell gains nothing.
     """
     return solid | enclosed(closing(solid, radius))
 
@@ -147,8 +181,11 @@ def fill(solid: np.ndarray, radius: float) -> np.ndarray:
 
 
 def exposed(labels: np.ndarray, count: int) -> np.ndarray:
-    """Faces of voxels that border on background or the grid's edge, of each of the parts 1 to count: [count]."""
-    padded, total = np.pad(labels, 1), np.zeros(count + 1, dtype=np.int64)
+    """Faces of voxels that border on background or the grid's edge,
+    of each of the parts 1 to count: [count].
+    """
+    padded = np.pad(labels, 1)
+    total = np.zeros(count + 1, dtype=np.int64)
     for axis in range(3):
         for before, after in ((slice(None, -1), slice(1, None)), (slice(1, None), slice(None, -1))):
             here, there = (padded[(slice(None),) * axis + (part,)] for part in (before, after))
@@ -169,9 +206,13 @@ def main_part(solid: np.ndarray) -> np.ndarray:
 
 
 def euler(solid: np.ndarray) -> int:
-    """Vertices - edges + faces - cubes of the union of closed cubes: bodies - tunnels + cavities; bodies that touch at a corner are one."""
-    padded, total = np.pad(solid, 1), 0
-    for thick in itertools.product((False, True), repeat=3):  # along the other axes a cell is shared by both neighbours
+    """Vertices - edges + faces - cubes of the union of closed cubes: bodies - tunnels + cavities; bodies that
+    touch at a corner are one.
+    """
+    padded = np.pad(solid, 1)
+    total = 0
+    # along the other axes a cell is shared by both neighbours
+    for thick in itertools.product((False, True), repeat=3):
         cells = padded
         for axis in (axis for axis in range(3) if not thick[axis]):
             cells = np.delete(cells, -1, axis) | np.delete(cells, 0, axis)
@@ -180,16 +221,21 @@ def euler(solid: np.ndarray) -> int:
 
 
 def tip(solid: np.ndarray) -> tuple[float, float]:
-    """How far it is from falling over: degrees that it can be tilted, and voxels by which its centre of mass is inside what it stands on.
+    """How far it is from falling over: degrees that it can be tilted, and voxels by which its centre of mass
+    is inside what it stands on.
 
-    That is the hull of the lowest layer's voxels; negative where the centre, projected, lies outside. -90 of an empty grid.
+    That is the hull of the lowest layer's voxels; negative where the centre, projected, lies outside. -90 of
+    an empty grid.
     """
     points = np.argwhere(solid)
     if not len(points):
         return _FALLS, -math.inf
-    floor, centre = points[:, 1].min(), points.mean(axis=0) + 0.5
+    floor = points[:, 1].min()
+    centre = points.mean(axis=0) + 0.5
     corners = points[points[:, 1] == floor][:, [0, 2]]
-    sides = ConvexHull(np.concatenate([corners + step for step in itertools.product((0, 1), repeat=2)])).equations
+    sides = ConvexHull(
+        np.concatenate([corners + step for step in itertools.product((0, 1), repeat=2)])
+    ).equations
     margin = -float((sides[:, :2] @ centre[[0, 2]] + sides[:, 2]).max())
     return math.degrees(math.atan2(margin, centre[1] - floor)), margin
 
@@ -201,7 +247,9 @@ def lost(solid: np.ndarray, radius: float) -> np.ndarray:
 
 def _solidity(points: np.ndarray) -> float:
     """Share of the volume of the hull of the voxels' corners."""
-    corners = np.unique(np.concatenate([points + step for step in itertools.product((0, 1), repeat=3)]), axis=0)
+    corners = np.unique(
+        np.concatenate([points + step for step in itertools.product((0, 1), repeat=3)]), axis=0
+    )
     try:
         return len(points) / ConvexHull(corners).volume
     except QhullError:  # cannot be: one voxel has a volume
@@ -211,34 +259,49 @@ def _solidity(points: np.ndarray) -> float:
 def measure_grid(solid: np.ndarray, rules: Rules = OBJECTS) -> dict:
     """All measures of a grid, as JSON values: shares are 0..1, lengths shares of the longest edge.
 
-    volume, surface; parts, parts_least (of LEAST voxels or more), main (largest part's share of the exposed faces), main_volume;
-    cavities, cavity_volume, cavity_share, leak_share (hollows behind holes), inner (all of them; share of the filled shape); euler;
-    thin (share lost); ridge (5 and 50 % of the thicknesses along the middle, low by up to a voxel); tip_angle, margin; cut (voxels on the
-    grid's faces that are solid); solidity; symmetry (IoU with the mirror image, along each axis).
+    volume, surface; parts, parts_least (of LEAST voxels or more), main (largest part's share of the exposed
+    faces), main_volume; cavities, cavity_volume, cavity_share, leak_share (hollows behind holes), inner
+    (all of them; share of the filled shape); euler; thin (share lost); ridge (5 and 50 % of the thicknesses
+    along the middle, low by up to a voxel); tip_angle, margin; cut (voxels on the grid's faces that are
+    solid); solidity; symmetry (IoU with the mirror image, along each axis).
     Raises: ValueError for an empty, a foreign and a gigantic grid.
     """
     solid = _checked(solid, "measure_grid")
-    edge, count = max(solid.shape), int(solid.sum())
+    edge = max(solid.shape)
+    count = int(solid.sum())
     labels, parts = ndimage.label(solid)
-    faces, sizes = exposed(labels, parts), np.bincount(labels.ravel())[1:]
+    faces = exposed(labels, parts)
+    sizes = np.bincount(labels.ravel())[1:]
     holes = enclosed(solid)
     filled = fill(solid, rules.bridge(solid)) | holes
     depth = ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1, 1:-1]
     ridge = (2 * depth[(ndimage.maximum_filter(depth, size=3) == depth) & solid] - 1) / edge
     angle, margin = tip(solid)
-    mirrored = [(solid & np.flip(solid, axis)).sum() / (solid | np.flip(solid, axis)).sum() for axis in range(3)]
+    mirrored = [
+        (solid & np.flip(solid, axis)).sum() / (solid | np.flip(solid, axis)).sum() for axis in range(3)
+    ]
     shell = count - int(solid[1:-1, 1:-1, 1:-1].sum())
     return {
-        "volume": count / solid.size, "surface": int(faces.sum()) / edge**2,
-        "parts": parts, "parts_least": int((sizes >= LEAST).sum()),
-        "main": float(faces.max() / faces.sum()), "main_volume": float(sizes.max() / count),
-        "cavities": int(ndimage.label(holes)[1]), "cavity_volume": int(holes.sum()) / solid.size,
+        "volume": count / solid.size,
+        "surface": int(faces.sum()) / edge**2,
+        "parts": parts,
+        "parts_least": int((sizes >= LEAST).sum()),
+        "main": float(faces.max() / faces.sum()),
+        "main_volume": float(sizes.max() / count),
+        "cavities": int(ndimage.label(holes)[1]),
+        "cavity_volume": int(holes.sum()) / solid.size,
         "cavity_share": float(holes.sum() / (holes.sum() + count)),
-        "leak_share": float((filled & ~solid & ~holes).sum() / filled.sum()), "inner": 1 - count / float(filled.sum()),
-        "euler": euler(solid), "thin": 0.0 if rules.thin is None else float(lost(solid, rules.thin).sum() / count),
-        "ridge": np.quantile(ridge, (0.05, 0.5)).tolist(), "tip_angle": angle, "margin": margin / edge, "cut": shell,
-        "solidity": _solidity(np.argwhere(solid)), "symmetry": [float(value) for value in mirrored],
-    }  # fmt: skip
+        "leak_share": float((filled & ~solid & ~holes).sum() / filled.sum()),
+        "inner": 1 - count / float(filled.sum()),
+        "euler": euler(solid),
+        "thin": 0.0 if rules.thin is None else float(lost(solid, rules.thin).sum() / count),
+        "ridge": np.quantile(ridge, (0.05, 0.5)).tolist(),
+        "tip_angle": angle,
+        "margin": margin / edge,
+        "cut": shell,
+        "solidity": _solidity(np.argwhere(solid)),
+        "symmetry": [float(value) for value in mirrored],
+    }
 
 
 # The score, and its pair.
@@ -246,9 +309,12 @@ def measure_grid(solid: np.ndarray, rules: Rules = OBJECTS) -> dict:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Terms in 0..1, and their geometric mean by the rules' weights: one failed demand cannot be bought with another."""
+    """Terms in 0..1, and their geometric mean by the rules' weights: one failed demand cannot be bought with
+    another.
+    """
 
-    main: float  # exp(-8 share outside the largest part): a floater of 3 % of the surface must cost more than rounding
+    # exp(-8 share outside the largest part): a floater of 3 % of the surface must cost more than rounding
+    main: float
     inner: float  # share of the filled shape that is solid
     thin: float  # exp(-8 share that is too thin)
     stand: float  # clip(1/2 + tip / 20 degrees)
@@ -264,24 +330,32 @@ NOTHING = Score(main=0.0, inner=0.0, thin=0.0, stand=0.0, solid=0.0)
 def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None = None) -> Score:
     """How sound a shape is; all 0 of an empty grid. Args: filled: `fill` of it, where that is known.
 
-    Parts and standing are those of the shape or of its opening, whichever is worse: a thread to a floater and a leg of one voxel carry
-    nothing. Raises: ValueError for a foreign and a gigantic grid.
+    Parts and standing are those of the shape or of its opening, whichever is worse: a thread to a floater and
+    a leg of one voxel carry nothing. Raises: ValueError for a foreign and a gigantic grid.
     """
     if solid.ndim == 3 and solid.dtype == bool and not solid.any():
         return NOTHING
     solid = _checked(solid, "solid")
     inner = float(solid.sum() / (fill(solid, rules.bridge(solid)) if filled is None else filled).sum())
     solid = _box(solid, 0)[0]
-    main, angle, thin = main_share(solid), tip(solid)[0], 1.0
+    main = main_share(solid)
+    angle = tip(solid)[0]
+    thin = 1.0
     if rules.thin is not None:
         opened = opening(solid, rules.thin)
         thick = grown(opened, 1) & solid
-        main, angle = min(main, main_share(opened)), min(angle, tip(thick)[0])
+        main = min(main, main_share(opened))
+        angle = min(angle, tip(thick)[0])
         thin = math.exp(-8 * (1 - thick.sum() / solid.sum()))
-    return joined({
-        "main": math.exp(-8 * (1 - main)), "inner": inner, "thin": thin,
-        "stand": min(max(0.5 + angle / 20, 0.0), 1.0),
-    }, rules)  # fmt: skip
+    return joined(
+        {
+            "main": math.exp(-8 * (1 - main)),
+            "inner": inner,
+            "thin": thin,
+            "stand": min(max(0.5 + angle / 20, 0.0), 1.0),
+        },
+        rules,
+    )
 
 
 def joined(terms: Mapping[str, float], rules: Rules) -> Score:
@@ -292,7 +366,9 @@ def joined(terms: Mapping[str, float], rules: Rules) -> Score:
 
 
 def repaired(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
-    """What a cure would leave: filled, without parts of less than CRUMB of the exposed faces. An empty grid stays."""
+    """What a cure would leave: filled, without parts of less than CRUMB of the exposed faces. An empty grid
+    stays.
+    """
     filled = fill(solid, rules.bridge(solid))
     labels, count = ndimage.label(filled)
     if count <= 1:
@@ -303,7 +379,9 @@ def repaired(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
 
 
 def overlap(filled: np.ndarray, reference: np.ndarray) -> float:
-    """F: IoU of a filled shape with the repaired one before, since the plain IoU punishes the cure. 0 where both are empty."""
+    """F: IoU of a filled shape with the repaired one before, since the plain IoU punishes the cure. 0 where
+    both are empty.
+    """
     union = int((filled | reference).sum())
     return float((filled & reference).sum() / union) if union else 0.0
 
@@ -317,7 +395,9 @@ class Judged:
 
     @property
     def reward(self) -> float:
-        """solid * clip((F - .75) / .2, 0, 1). The product of both lets a hull pass its shape; the gate does not."""
+        """solid * clip((F - .75) / .2, 0, 1). The product of both lets a hull pass its shape; the gate does
+        not.
+        """
         low, high = GATE
         return self.score.solid * min(max((self.fidelity - low) / (high - low), 0.0), 1.0)
 
@@ -326,15 +406,22 @@ class Judged:
 
 
 def beside(solid: np.ndarray, references: Sequence[np.ndarray], rules: Rules = OBJECTS) -> Judged:
-    """The score of a shape, and its fidelity to that of the references, `repaired` grids of its size, which it is likest to.
+    """The score of a shape, and its fidelity to that of the references, `repaired` grids of its size, which
+    it is likest to.
 
     Raises: ValueError for grids that differ in size, or are none.
     """
     for reference in references:
         if reference.shape != solid.shape:
-            raise ValueError(f"solid: expected grids of one size, got {list(solid.shape)} and {list(reference.shape)}. Sample both alike.")
+            raise ValueError(
+                f"solid: expected grids of one size, got {list(solid.shape)} and {list(reference.shape)}."
+                " Sample both alike."
+            )
     filled = fill(solid, rules.bridge(solid))
-    return Judged(score=score(solid, rules, filled), fidelity=max(overlap(filled, reference) for reference in references))
+    return Judged(
+        score=score(solid, rules, filled),
+        fidelity=max(overlap(filled, reference) for reference in references),
+    )
 
 
 def reward(solid: np.ndarray, untuned: np.ndarray, rules: Rules = OBJECTS) -> Judged:
@@ -352,17 +439,19 @@ def floaters(solid: np.ndarray) -> np.ndarray:
 
 
 def caps(solid: np.ndarray, radius: float) -> np.ndarray:
-    """What would close leaks and tunnels of the largest part that a ball of this radius does not pass; dents and pits are left.
+    """What would close leaks and tunnels of the largest part that a ball of this radius does not pass; dents
+    and pits are left.
 
-    Pieces of its closing whose addition raises the Euler number: a leak becomes a cavity (1 to 2), a tunnel is stopped (0 to 1). Misses
-    holes of radius h in a wall w where radius < (h^2 + w^2/4) / w, about.
+    Pieces of its closing whose addition raises the Euler number: a leak becomes a cavity (1 to 2), a tunnel
+    is stopped (0 to 1). Misses holes of radius h in a wall w where radius < (h^2 + w^2/4) / w, about.
     """
     body = main_part(solid)
     pieces, count = ndimage.label(closing(body, radius) & ~body, _AROUND)
     found = np.zeros_like(solid)
     for number, where in enumerate(ndimage.find_objects(pieces), start=1):
         around = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in where)
-        piece, before = pieces[around] == number, body[around]
+        piece = pieces[around] == number
+        before = body[around]
         if euler(before | piece) > euler(before):
             found[around] |= piece
     return found

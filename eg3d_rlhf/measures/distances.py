@@ -1,7 +1,9 @@
-"""Distances between two sets of image features: Fréchet (FID's formula) and the unbiased kernel distance (KID's).
+"""Distances between two sets of image features: Fréchet (FID's formula) and the unbiased kernel distance
+(KID's).
 
-The formulas know nothing of the network behind the features; see features.py for those. KID as published (Bińkowski, Sutherland, Arbel and
-Gretton 2018) averages over random subsets of 1000, which keeps the Gram matrices small and gives the spread of the estimate.
+The formulas know nothing of the network behind the features; see features.py for those. KID as published
+(Bińkowski, Sutherland, Arbel and Gretton 2018) averages over random subsets of 1000, which keeps the Gram
+matrices small and gives the spread of the estimate.
 Shape letters: N, M = samples, F = feature dimensions, S = subset size. All arithmetic is float64 numpy.
 """
 
@@ -13,7 +15,8 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-_PSD_TOLERANCE = 1e-6  # relative to the largest variance or eigenvalue; anything more negative is no covariance
+# relative to the largest variance or eigenvalue; anything more negative is no covariance
+_PSD_TOLERANCE = 1e-6
 SUBSETS = 100
 SUBSET_SIZE = 1000
 
@@ -29,23 +32,28 @@ class FeatureNetwork(Protocol):
 
 
 def _check_moments(mean: np.ndarray, cov: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    mean, cov = np.asarray(mean, dtype=np.float64), np.asarray(cov, dtype=np.float64)
+    mean = np.asarray(mean, dtype=np.float64)
+    cov = np.asarray(cov, dtype=np.float64)
     assert cov.shape == (mean.size, mean.size)
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise ValueError("frechet_distance: expected finite moments, got NaN or infinity. Look for NaN images.")
+        raise ValueError(
+            "frechet_distance: expected finite moments, got NaN or infinity. Look for NaN images."
+        )
     return mean, (cov + cov.T) / 2
 
 
 def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians (Fréchet 1957; Dowson and Landau 1982; Heusel et al. 2017, eq. 6).
+    """Squared 2-Wasserstein distance of two Gaussians (Fréchet 1957; Dowson and Landau 1982; Heusel et al.
+    2017, eq. 6).
 
-    d = |m_1 - m_2|^2 + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^1/2). With C_1 = L L^T the last trace is the sum of square roots of the
-    eigenvalues of the symmetric L^T C_2 L, so covariances without full rank (fewer samples than features) need no ridge and give no
-    complex part, and 2048 features take seconds.
+    d = |m_1 - m_2|^2 + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^1/2). With C_1 = L L^T the last trace is the sum of
+    square roots of the eigenvalues of the symmetric L^T C_2 L, so covariances without full rank
+    (fewer samples than features) need no ridge and give no complex part, and 2048 features take seconds.
 
     Args: means [F], covariances [F, F]. Returns d >= 0 in squared feature units.
     Raises ValueError on non-finite values, or a matrix that is no covariance.
-    Deviates from the common recipe, which takes sqrtm of the unsymmetric product C_1 C_2: equal in theory, stabler and faster.
+    Deviates from the common recipe, which takes sqrtm of the unsymmetric product C_1 C_2: equal in theory,
+    stabler and faster.
     """
     mean_1, cov_1 = _check_moments(mean_1, cov_1)
     mean_2, cov_2 = _check_moments(mean_2, cov_2)
@@ -54,19 +62,28 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     factor = np.empty((len(cov_1), rank))
     factor[pivots - 1] = np.tril(packed)[:, :rank]
     scale = np.abs(np.diagonal(cov_1)).max(initial=0.0)
-    rest = np.abs(cov_1 - factor @ factor.T).max(initial=0.0)  # what the factor leaves of an indefinite matrix
+    # what the factor leaves of an indefinite matrix
+    rest = np.abs(cov_1 - factor @ factor.T).max(initial=0.0)
     if rest > _PSD_TOLERANCE * scale + 1e-12:
-        raise ValueError(f"frechet_distance: expected a covariance (no negative eigenvalue), got one by {rest:.3g}. Check the moments.")
+        raise ValueError(
+            f"frechet_distance: expected a covariance (no negative eigenvalue), got one by {rest:.3g}. Check"
+            " the moments."
+        )
     product = factor.T @ cov_2 @ factor  # [r, r]
     values = np.linalg.eigvalsh((product + product.T) / 2)
     if values.size and values[0] < -_PSD_TOLERANCE * np.abs(values).max() - 1e-12:
-        raise ValueError(f"frechet_distance: expected a covariance (no negative eigenvalue), got {values[0]:.3g}. Check the second set.")
+        raise ValueError(
+            f"frechet_distance: expected a covariance (no negative eigenvalue), got {values[0]:.3g}. Check"
+            " the second set."
+        )
     cross = np.sqrt(np.maximum(values, 0.0)).sum()
     return max(0.0, float(((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2.0 * cross))
 
 
 class FeatureStatistics:
-    """Running mean and covariance of features, one batch at a time (Chan, Golub and LeVeque 1983: merge of partial sums)."""
+    """Running mean and covariance of features, one batch at a time (Chan, Golub and LeVeque 1983: merge of
+    partial sums).
+    """
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -76,13 +93,24 @@ class FeatureStatistics:
 
     def update(self, features: Tensor | np.ndarray) -> "FeatureStatistics":
         """Add a batch [N, F]; an empty batch changes nothing. Returns self."""
-        batch = np.asarray(features.detach().cpu() if isinstance(features, Tensor) else features, dtype=np.float64)
+        batch = np.asarray(
+            features.detach().cpu() if isinstance(features, Tensor) else features, dtype=np.float64
+        )
         if batch.ndim != 2 or batch.shape[1] != self.dim:
-            raise ValueError(f"FeatureStatistics: expected features [N, {self.dim}], got {list(batch.shape)}. Use one network throughout.")
+            raise ValueError(
+                f"FeatureStatistics: expected features [N, {self.dim}], got {list(batch.shape)}. Use one"
+                " network throughout."
+            )
         if len(batch):
-            count, mean = len(batch), batch.mean(axis=0)
-            total, delta = self.count + count, mean - self._mean
-            self._scatter = self._scatter + (batch - mean).T @ (batch - mean) + np.outer(delta, delta) * (self.count * count / total)
+            count = len(batch)
+            mean = batch.mean(axis=0)
+            total = self.count + count
+            delta = mean - self._mean
+            self._scatter = (
+                self._scatter
+                + (batch - mean).T @ (batch - mean)
+                + np.outer(delta, delta) * (self.count * count / total)
+            )
             self._mean = self._mean + delta * (count / total)
             self.count = total
         return self
@@ -90,7 +118,9 @@ class FeatureStatistics:
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean [F] and unbiased covariance [F, F]. Raises ValueError with fewer than two samples."""
         if self.count < 2:
-            raise ValueError(f"FeatureStatistics: expected at least 2 samples, got {self.count}. Add images first.")
+            raise ValueError(
+                f"FeatureStatistics: expected at least 2 samples, got {self.count}. Add images first."
+            )
         return self._mean.copy(), self._scatter / (self.count - 1)
 
     def distance(self, other: "FeatureStatistics") -> float:
@@ -99,13 +129,19 @@ class FeatureStatistics:
 
 
 def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy under k(x, y) = (x.y / F + 1)^3 (Bińkowski et al. 2018), on whole sets.
+    """Unbiased squared maximum mean discrepancy under k(x, y) = (x.y / F + 1)^3 (Bińkowski et al. 2018), on
+    whole sets.
 
-    Args: [N, F] and [M, F] with N, M >= 2. Returns a value that averages to 0 for equal distributions, and so may be negative.
+    Args: [N, F] and [M, F] with N, M >= 2. Returns a value that averages to 0 for equal distributions, and so
+        may be negative.
     """
-    first, second = np.asarray(features_1, dtype=np.float64), np.asarray(features_2, dtype=np.float64)
+    first = np.asarray(features_1, dtype=np.float64)
+    second = np.asarray(features_2, dtype=np.float64)
     if min(len(first), len(second)) < 2:
-        raise ValueError(f"kernel_distance: expected 2 images or more in each set, got {len(first)} and {len(second)}. Add images.")
+        raise ValueError(
+            f"kernel_distance: expected 2 images or more in each set, got {len(first)} and {len(second)}. Add"
+            " images."
+        )
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a @ b.T / a.shape[1] + 1.0) ** 3
@@ -119,8 +155,11 @@ def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
 
 @torch.no_grad()
 def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[FeatureStatistics, np.ndarray]:
-    """Statistics, and all features float32 [total, F], of a network over batches of images [N, 3, H, W] in [-1, 1]."""
-    statistics, kept = FeatureStatistics(network.dim), []
+    """Statistics, and all features float32 [total, F], of a network over batches of images [N, 3, H, W] in
+    [-1, 1].
+    """
+    statistics = FeatureStatistics(network.dim)
+    kept = []
     for images in batches:
         features = network(images)
         statistics.update(features)
@@ -128,22 +167,33 @@ def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[Feature
     return statistics, np.concatenate(kept) if kept else np.zeros((0, network.dim), dtype=np.float32)
 
 
-def draw_subsets(n: int, m: int, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Random index arrays ([S], [S]) into sets of n and m samples, without repetition inside a subset; S = min(size, n, m)."""
-    random, taken = np.random.RandomState(seed), min(size, n, m)
+def draw_subsets(
+    n: int, m: int, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Random index arrays ([S], [S]) into sets of n and m samples, without repetition inside a subset;
+    S = min(size, n, m).
+    """
+    random = np.random.RandomState(seed)
+    taken = min(size, n, m)
     for _ in range(subsets):
         yield random.choice(n, taken, replace=False), random.choice(m, taken, replace=False)
 
 
 def kernel_inception_distance(
-    features_1: np.ndarray, features_2: np.ndarray, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0,
+    features_1: np.ndarray,
+    features_2: np.ndarray,
+    subsets: int = SUBSETS,
+    size: int = SUBSET_SIZE,
+    seed: int = 0,
     draws: Iterable[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> tuple[float, float]:
-    """The published estimate from features [N, F] and [M, F], a mean over subsets, and its deviation between them (no standard error: they
-    overlap); repeatable for equal arguments. Lower is better.
+    """The published estimate from features [N, F] and [M, F], a mean over subsets, and its deviation between
+    them (no standard error: they overlap); repeatable for equal arguments. Lower is better.
 
     Args: draws: subsets to take in place of random ones.
     """
-    chosen = list(draw_subsets(len(features_1), len(features_2), subsets, size, seed) if draws is None else draws)
+    chosen = list(
+        draw_subsets(len(features_1), len(features_2), subsets, size, seed) if draws is None else draws
+    )
     values = [kernel_distance(features_1[first], features_2[second]) for first, second in chosen]
     return float(np.mean(values)), float(np.std(values))

@@ -1,8 +1,10 @@
-"""Networks behind the image distances: one of our own that needs no download, and any Inception file that the user names.
+"""Networks behind the image distances: one of our own that needs no download, and any Inception file that the
+user names.
 
-HeadFactorFeatures regresses what the renderer of heads of people knew (identity, hair, colours, camera) and how an image was damaged; its
-penultimate layer, standardised over clean heads, is the feature. Distances under different networks never compare: `name` tells them apart.
-Its training and the check of it stand below. Images are float [N, 3, H, W] in [-1, 1], background white (1).
+HeadFactorFeatures regresses what the renderer of heads of people knew (identity, hair, colours, camera) and
+how an image was damaged; its penultimate layer, standardised over clean heads, is the feature. Distances
+under different networks never compare: `name` tells them apart. Its training and the check of it stand below.
+Images are float [N, 3, H, W] in [-1, 1], background white (1).
 Shape letters: N images, H x W pixels, F features, T targets, K factors.
 """
 
@@ -35,8 +37,19 @@ DIM = 64  # F
 FORMAT = "eg3d-rlhf head-factor features 2"
 IDENTITY = 16  # leading components of a head's shape: 64 pixels show little of the others
 FACTOR_NAMES = (
-    *(f"component {i}" for i in range(IDENTITY)), "volume", "top", "long", "bun", "skin", "hair", "iris", "shirt", "lips", "brows",
-    "yaw", "pitch",
+    *(f"component {i}" for i in range(IDENTITY)),
+    "volume",
+    "top",
+    "long",
+    "bun",
+    "skin",
+    "hair",
+    "iris",
+    "shirt",
+    "lips",
+    "brows",
+    "yaw",
+    "pitch",
 )
 DAMAGE_NAMES = ("blur", "noise", "colour", "shift", "squeeze", "ghost")
 TARGET_NAMES = (*FACTOR_NAMES, *DAMAGE_NAMES)
@@ -44,13 +57,19 @@ DEFAULT_ASSET = ASSETS / "features.safetensors"
 
 
 class HeadFactorNet(nn.Module):
-    """Four strided convolutions, a 64-d hidden layer that serves as the feature, and a linear regression; 0.3 M parameters."""
+    """Four strided convolutions, a 64-d hidden layer that serves as the feature, and a linear regression; 0.3
+    M parameters.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        widths, layers = (3, 24, 48, 96, 128), []
+        widths = (3, 24, 48, 96, 128)
+        layers = []
         for i in range(4):
-            layers += [nn.Conv2d(widths[i], widths[i + 1], 5 if i == 0 else 3, stride=2, padding=2 if i == 0 else 1), nn.SiLU()]
+            layers += [
+                nn.Conv2d(widths[i], widths[i + 1], 5 if i == 0 else 3, stride=2, padding=2 if i == 0 else 1),
+                nn.SiLU(),
+            ]
         self.trunk = nn.Sequential(*layers)  # [N, 3, 64, 64] -> [N, 128, 4, 4]
         self.hidden = nn.Linear(widths[-1] * (RESOLUTION // 16) ** 2, DIM)
         self.head = nn.Linear(DIM, len(TARGET_NAMES))
@@ -71,10 +90,14 @@ class HeadFactorNet(nn.Module):
 def to_resolution(images: Tensor, resolution: int) -> Tensor:
     """Bilinear resize with antialiasing of images [N, 3, H, W]; unchanged where the size fits."""
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"features: expected images [N, 3, H, W], got {list(images.shape)}. Convert to RGB first.")
+        raise ValueError(
+            f"features: expected images [N, 3, H, W], got {list(images.shape)}. Convert to RGB first."
+        )
     if images.shape[-2:] == (resolution, resolution):
         return images
-    return functional.interpolate(images, (resolution, resolution), mode="bilinear", align_corners=False, antialias=True)
+    return functional.interpolate(
+        images, (resolution, resolution), mode="bilinear", align_corners=False, antialias=True
+    )
 
 
 class HeadFactorFeatures:
@@ -103,36 +126,58 @@ class HeadFactorFeatures:
 
     @classmethod
     def load(cls, path: Path | str | None = None, device: torch.device | str = "cpu") -> "HeadFactorFeatures":
-        """Read a saved network; None: the bundled one. Runs no code from the file. Raises: ValueError for another file."""
+        """Read a saved network; None: the bundled one. Runs no code from the file.
+
+        Raises: ValueError for another file.
+        """
         path = Path(path) if path is not None else DEFAULT_ASSET
         if not path.is_file():
-            raise ValueError(f"HeadFactorFeatures: expected a file at {path}, found none. Run eg3d-rlhf assets features to make it.")
+            raise ValueError(
+                f"HeadFactorFeatures: expected a file at {path}, found none. Run eg3d-rlhf assets features to"
+                " make it."
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
-            raise ValueError(f"HeadFactorFeatures: expected a safetensors file, got {path} ({error}). Was it cut short?") from error
+            raise ValueError(
+                f"HeadFactorFeatures: expected a safetensors file, got {path} ({error}). Was it cut short?"
+            ) from error
         net = HeadFactorNet()
         if metadata.get("format") != FORMAT or set(state) != set(net.state_dict()):
-            raise ValueError(f"HeadFactorFeatures: expected '{FORMAT}', got another file at {path}. Run eg3d-rlhf assets features.")
+            raise ValueError(
+                f"HeadFactorFeatures: expected '{FORMAT}', got another file at {path}. Run eg3d-rlhf assets"
+                " features."
+            )
         net.load_state_dict(state)
         return cls(net, json.loads(metadata["record"]), device)
 
 
 class InceptionFeatures:
-    """A TorchScript Inception of the user's, as the usual FID pipelines take: uint8 images in, 2048 features out.
+    """A TorchScript Inception of the user's, as the usual FID pipelines take: uint8 images in, 2048 features
+    out.
 
-    The file is called as net(images uint8 [N, 3, H, W], return_features=True) and resizes by itself. Only a file that the user names is
-    read, nothing is downloaded; TorchScript is interpreted by torch and can hold no Python.
+    The file is called as net(images uint8 [N, 3, H, W], return_features=True) and resizes by itself. Only a
+    file that the user names is read, nothing is downloaded; TorchScript is interpreted by torch and can hold
+    no Python.
     """
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu") -> None:
-        self.net = scripted(Path(path), "InceptionFeatures", "(uint8 images, return_features=True), as FID pipelines use", device)
-        self.device, self.name = torch.device(device), f"torchscript-{Path(path).stem}"
+        self.net = scripted(
+            Path(path),
+            "InceptionFeatures",
+            "(uint8 images, return_features=True), as FID pipelines use",
+            device,
+        )
+        self.device = torch.device(device)
+        self.name = f"torchscript-{Path(path).stem}"
         shape = list(self(torch.zeros(2, 3, 64, 64)).shape)
         if len(shape) != 2 or shape[0] != 2:
-            raise ValueError(f"InceptionFeatures: expected features [2, F] for 2 images, got {shape} from {path}. Name another detector.")
+            raise ValueError(
+                f"InceptionFeatures: expected features [2, F] for 2 images, got {shape} from {path}. Name"
+                " another detector."
+            )
         self.dim = shape[1]
 
     @torch.no_grad()
@@ -142,20 +187,30 @@ class InceptionFeatures:
         return self.net(pixels, return_features=True).float()
 
 
-def load_features(path: Path | str | None = None, device: torch.device | str = "cpu") -> HeadFactorFeatures | InceptionFeatures:
-    """The network of a file: None for the bundled one, .safetensors for our own, anything else as TorchScript."""
+def load_features(
+    path: Path | str | None = None, device: torch.device | str = "cpu"
+) -> HeadFactorFeatures | InceptionFeatures:
+    """The network of a file: None for the bundled one, .safetensors for our own, anything else as
+    TorchScript.
+    """
     if path is None or Path(path).suffix == ".safetensors":
         return HeadFactorFeatures.load(path, device)
     return InceptionFeatures(path, device)
 
 
-# Training of the bundled feature network on graded damage, and the check that distances under it rise with damage. Every kind of damage
-# takes a strength per image [N], 0 = unchanged, and is deterministic given its generator.
+# Training of the bundled feature network on graded damage, and the check that distances under it rise with
+# damage. Every kind of damage takes a strength per image [N], 0 = unchanged, and is deterministic given its
+# generator.
 
 
 Damage = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 DAMAGE_RANGE = {  # in the units of DAMAGES
-    "blur": (0.0, 2.5), "noise": (0.0, 0.4), "colour": (-0.4, 0.4), "shift": (-8.0, 8.0), "squeeze": (-0.25, 0.25), "ghost": (0.0, 0.5),
+    "blur": (0.0, 2.5),
+    "noise": (0.0, 0.4),
+    "colour": (-0.4, 0.4),
+    "shift": (-8.0, 8.0),
+    "squeeze": (-0.25, 0.25),
+    "ghost": (0.0, 0.5),
 }
 CLEAN_SHARE = 0.4  # of every batch left undamaged; the others get one or two kinds of damage
 
@@ -167,14 +222,18 @@ def blur(images: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
     kernel = torch.exp(-0.5 * (steps / sigma.clamp_min(1e-3)[:, None]) ** 2)
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)  # [N*3, taps]
     n, _, height, width = images.shape
-    flat = F.pad(images, (radius,) * 4, mode="replicate").reshape(1, n * 3, height + 2 * radius, width + 2 * radius)
+    flat = F.pad(images, (radius,) * 4, mode="replicate").reshape(
+        1, n * 3, height + 2 * radius, width + 2 * radius
+    )
     flat = F.conv2d(flat, kernel[:, None, :, None], groups=n * 3)
     return F.conv2d(flat, kernel[:, None, None, :], groups=n * 3).reshape(n, 3, height, width)
 
 
 def noise(images: Tensor, deviation: Tensor, generator: torch.Generator) -> Tensor:
     """White noise with standard deviation [N] in units of the [-1, 1] range, clipped to it."""
-    return (images + deviation[:, None, None, None] * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
+    return (images + deviation[:, None, None, None] * torch.randn(images.shape, generator=generator)).clamp(
+        -1, 1
+    )
 
 
 def colour(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor:
@@ -204,12 +263,15 @@ def squeeze(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tenso
 
 
 def ghost(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor:
-    """Blend each image with another one of the batch, `amount` [N] in [0, 1] of it, as averaged samples look."""
+    """Blend each image with another one of the batch, `amount` [N] in [0, 1] of it,
+    as averaged samples look.
+    """
     other = images[torch.randperm(len(images), generator=generator)]
     return torch.lerp(images, other, amount[:, None, None, None])
 
 
-DAMAGES: dict[str, tuple[Damage, tuple[float, ...], str]] = {  # name: function, rising strengths of the adequacy check, unit
+# name: function, rising strengths of the adequacy check, unit
+DAMAGES: dict[str, tuple[Damage, tuple[float, ...], str]] = {
     "blur": (blur, (0.5, 0.75, 1.0, 1.5, 2.5), "px"),
     "noise": (noise, (0.03, 0.06, 0.12, 0.25, 0.5), "of range/2"),
     "colour": (colour, (0.05, 0.1, 0.2, 0.3, 0.5), "of range/2"),
@@ -244,18 +306,25 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def factors(truth: HeadsTruth) -> Tensor:
-    """True factors [N, K] in the order of FACTOR_NAMES: coordinates of the latent that a picture shows, yaw and pitch in radians from
-    frontal. Scan quality is none of them: pictures show whole heads."""
+    """True factors [N, K] in the order of FACTOR_NAMES: coordinates of the latent that a picture shows, yaw
+    and pitch in radians from frontal. Scan quality is none of them: pictures show whole heads.
+    """
     position = truth.labels[:, [3, 7, 11]].astype(np.float64)  # camera centre, the last column of cam2world
     yaw = np.arctan2(position[:, 0], position[:, 2])
     pitch = np.arcsin(position[:, 1] / np.linalg.norm(position, axis=1))
-    shown = [truth.shape[:, :IDENTITY], truth.shape[:, people.COMPONENTS :], truth.appearance[:, : people.APPEARANCE]]
+    shown = [
+        truth.shape[:, :IDENTITY],
+        truth.shape[:, people.COMPONENTS :],
+        truth.appearance[:, : people.APPEARANCE],
+    ]
     columns = np.concatenate([*shown, np.stack([yaw, pitch], axis=1)], axis=1)
     return torch.from_numpy(columns.astype(np.float32))
 
 
 def damage_batch(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Damage part of a batch at random; returns the images and the strengths [N, 6], scaled to about [-1, 1], 0 where clean."""
+    """Damage part of a batch at random; returns the images and the strengths [N, 6], scaled to about [-1, 1],
+    0 where clean.
+    """
     n = len(images)
     strengths = torch.zeros(n, len(DAMAGE_NAMES))
     damaged = torch.rand(n, generator=generator) >= CLEAN_SHARE
@@ -272,16 +341,24 @@ def damage_batch(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def _finish(net: HeadFactorNet, images: Tensor, targets: Tensor, held_out: slice, record: dict) -> HeadFactorFeatures:
-    """Standardise the features over the training part and write explained variances of the held-out part into the record."""
+def _finish(
+    net: HeadFactorNet, images: Tensor, targets: Tensor, held_out: slice, record: dict
+) -> HeadFactorFeatures:
+    """Standardise the features over the training part and write explained variances of the held-out part into
+    the record.
+    """
     net.eval()
     raw = torch.cat([net.penultimate(to_float(part)) for part in images.split(256)])
     fitted = raw[: held_out.start]
     net.feature_mean.copy_(fitted.mean(dim=0))
     net.feature_std.copy_(fitted.std(dim=0).clamp_min(1e-3))
     predicted = net.head(raw[held_out])[:, : len(FACTOR_NAMES)]
-    residual = (predicted - targets[held_out]).square().mean(dim=0) / targets[held_out].var(dim=0).clamp_min(1e-6)
-    record["explained_variance"] = {name: round(1 - float(r), 3) for name, r in zip(FACTOR_NAMES, residual, strict=True)}
+    residual = (predicted - targets[held_out]).square().mean(dim=0) / targets[held_out].var(dim=0).clamp_min(
+        1e-6
+    )
+    record["explained_variance"] = {
+        name: round(1 - float(r), 3) for name, r in zip(FACTOR_NAMES, residual, strict=True)
+    }
     digest = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
         digest.update(name.encode() + value.numpy().tobytes())
@@ -290,30 +367,43 @@ def _finish(net: HeadFactorNet, images: Tensor, targets: Tensor, held_out: slice
 
 
 def train_features(
-    images: Tensor, true_factors: Tensor, options: FeatureTraining, on_step: Callable[[int, int, float], None] | None = None
+    images: Tensor,
+    true_factors: Tensor,
+    options: FeatureTraining,
+    on_step: Callable[[int, int, float], None] | None = None,
 ) -> HeadFactorFeatures:
     """Regress factors and damage from images by mean squared error on standardised targets.
 
     Args: `images` uint8 [N, 3, H, W]; `true_factors` [N, K]; `on_step` is told (step, steps, loss).
-    Returns the network with its record (settings, explained variance per factor on the held-out images, hash of the weights).
+    Returns the network with its record (settings, explained variance per factor on the held-out images, hash
+    of the weights).
     """
     assert true_factors.shape == (len(images), len(FACTOR_NAMES))
     held_out = slice(len(images) - max(1, round(options.held_out * len(images))), len(images))
-    images = to_resolution(images.float(), RESOLUTION).round().to(torch.uint8) if images.shape[-1] != RESOLUTION else images
-    centre, spread = true_factors[: held_out.start].mean(dim=0), true_factors[: held_out.start].std(dim=0).clamp_min(1e-6)
+    images = (
+        to_resolution(images.float(), RESOLUTION).round().to(torch.uint8)
+        if images.shape[-1] != RESOLUTION
+        else images
+    )
+    centre = true_factors[: held_out.start].mean(dim=0)
+    spread = true_factors[: held_out.start].std(dim=0).clamp_min(1e-6)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        net, generator = HeadFactorNet(), torch.Generator().manual_seed(options.seed)
+        net = HeadFactorNet()
+        generator = torch.Generator().manual_seed(options.seed)
     optimiser = torch.optim.Adam(net.parameters(), lr=options.learning_rate)
     per_epoch = max(1, held_out.start // options.batch)
     steps = options.epochs * per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
     for step in range(steps):
         if step % per_epoch == 0:
             order = torch.randperm(held_out.start, generator=generator)
         start = (step % per_epoch) * options.batch
         rows = order[start : start + options.batch]
-        batch, strengths = damage_batch(to_float(images[rows]), generator)  # not mirrored: the light stands to the right
+        # not mirrored: the light stands to the right
+        batch, strengths = damage_batch(to_float(images[rows]), generator)
         error = net(batch) - torch.cat([(true_factors[rows] - centre) / spread, 2 * strengths], dim=1)
         loss = error.square().mean()
         optimiser.zero_grad()
@@ -338,13 +428,18 @@ class AdequacyRow:
 
 @torch.no_grad()
 def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int = 250) -> list[AdequacyRow]:
-    """Distance of the second half of images uint8 [N, 3, H, W], damaged ever more, to the untouched first half; 130 or more."""
+    """Distance of the second half of images uint8 [N, 3, H, W], damaged ever more, to the untouched first
+    half; 130 or more.
+    """
     half = len(images) // 2
     if half < network.dim + 1:
-        raise ValueError(f"adequacy: expected at least {2 * network.dim + 2} images, got {len(images)}. Use a larger set.")
+        raise ValueError(
+            f"adequacy: expected at least {2 * network.dim + 2} images, got {len(images)}. Use a larger set."
+        )
 
     def statistics(part: Tensor, damage=None, strength: float = 0.0) -> FeatureStatistics:
-        generator, result = torch.Generator().manual_seed(seed), FeatureStatistics(network.dim)
+        generator = torch.Generator().manual_seed(seed)
+        result = FeatureStatistics(network.dim)
         for chunk in part.split(batch):
             pixels = to_float(chunk)
             if damage is not None:
@@ -356,6 +451,10 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
     floor = statistics(images[half:]).distance(reference)
     rows = []
     for name, (damage, strengths, unit) in DAMAGES.items():
-        distances = [statistics(images[half:], damage, strength).distance(reference) for strength in strengths]
-        rows.append(AdequacyRow(damage=name, unit=unit, strengths=(0.0, *strengths), distances=(floor, *distances)))
+        distances = [
+            statistics(images[half:], damage, strength).distance(reference) for strength in strengths
+        ]
+        rows.append(
+            AdequacyRow(damage=name, unit=unit, strengths=(0.0, *strengths), distances=(floor, *distances))
+        )
     return rows

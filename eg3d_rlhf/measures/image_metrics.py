@@ -1,7 +1,8 @@
-"""Distances between a generator's images and a dataset's: FID and KID where the features are Inception's, the same formulas elsewhere.
+"""Distances between a generator's images and a dataset's: FID and KID where the features are Inception's, the
+same formulas elsewhere.
 
-Fakes are drawn as EG3D's metrics draw them: z normal, cameras those of randomly chosen images of the set, conditioning and rendering camera
-the same, no truncation, noise random.
+Fakes are drawn as EG3D's metrics draw them: z normal, cameras those of randomly chosen images of the set,
+conditioning and rendering camera the same, no truncation, noise random.
 Shape letters: N images, C channels, R resolution, K camera numbers (25).
 """
 
@@ -25,7 +26,10 @@ from training.storage import write_atomic
 
 FULL = 50_000
 METRICS: dict[str, tuple[str, int | None]] = {  # name: formula, images (None: as many as asked for)
-    "fid": ("frechet", None), "kid": ("kernel", None), "fid50k_full": ("frechet", FULL), "kid50k_full": ("kernel", FULL),
+    "fid": ("frechet", None),
+    "kid": ("kernel", None),
+    "fid50k_full": ("frechet", FULL),
+    "kid50k_full": ("kernel", FULL),
     "faces": ("faces", None),
 }
 
@@ -45,12 +49,20 @@ class MetricOptions:
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown or not self.metrics or len(set(self.metrics)) < len(self.metrics):
             got = ", ".join(self.metrics) or "none"
-            raise ValueError(f"--metrics: expected some of {', '.join(METRICS)}, each once, got {got}. Correct the list.")
+            raise ValueError(
+                f"--metrics: expected some of {', '.join(METRICS)}, each once, got {got}. Correct the list."
+            )
         fixed = [name for name in self.metrics if METRICS[name][1] is not None]
         if fixed and self.n is not None:
-            raise ValueError(f"--n: expected none with {fixed[0]}, which takes {FULL:,} images, got {self.n}. Use fid or kid with --n.")
+            raise ValueError(
+                f"--n: expected none with {fixed[0]}, which takes {FULL:,} images, got {self.n}. Use fid or"
+                " kid with --n."
+            )
         if self.n is not None and self.n < 2 or self.batch < 1 or self.seed < 0:
-            raise ValueError(f"--n: expected n >= 2, batch >= 1 and seed >= 0, got {self.n}, {self.batch}, {self.seed}. Raise it.")
+            raise ValueError(
+                f"--n: expected n >= 2, batch >= 1 and seed >= 0, got {self.n}, {self.batch}, {self.seed}."
+                " Raise it."
+            )
 
     @property
     def images(self) -> int:
@@ -84,7 +96,9 @@ def fake_batches(generator: Generator, cameras: np.ndarray, options: MetricOptio
         yield images.expand(-1, 3, -1, -1)
 
 
-def _told(batches: Iterable[torch.Tensor], tell: Callable[[int], object], faces: list[np.ndarray] | None) -> Iterator[torch.Tensor]:
+def _told(
+    batches: Iterable[torch.Tensor], tell: Callable[[int], object], faces: list[np.ndarray] | None
+) -> Iterator[torch.Tensor]:
     """The batches, of which a bar is told when they are done, and `faces` which of their images have one."""
     for batch in batches:
         yield batch
@@ -94,46 +108,82 @@ def _told(batches: Iterable[torch.Tensor], tell: Callable[[int], object], faces:
 
 
 def evaluate(
-    generator: LoadedGenerator, dataset: ImageFolderDataset, network: Network, options: MetricOptions, bar: Callable[[int, str], Any]
+    generator: LoadedGenerator,
+    dataset: ImageFolderDataset,
+    network: Network,
+    options: MetricOptions,
+    bar: Callable[[int, str], Any],
 ) -> list[dict]:
-    """One record per metric: {'results': {name: value}, 'metric', 'features', 'images', 'reals', 'seed', 'snapshot', 'total_time', ...}.
+    """One record per metric: {'results': {name: value}, 'metric', 'features', 'images', 'reals', 'seed',
+    'snapshot', 'total_time', ...}.
 
-    Args: dataset with 25-number labels; bar: gets a number of images and a title, returns what is told the size of each batch.
-    Raises: ValueError when the set's resolution is not the generator's, a set has fewer than two images, or a feature is not finite.
+    Args: dataset with 25-number labels; bar: gets a number of images and a title, returns what is told the
+        size of each batch.
+    Raises: ValueError when the set's resolution is not the generator's, a set has fewer than two images, or a
+        feature is not finite.
     """
     resolution = generator.generator.img_resolution
     if dataset.resolution != resolution:
         raise ValueError(
-            f"--data: expected images of {resolution}x{resolution} as the generator's, got {dataset.resolution}x{dataset.resolution}. "
-            "Convert the set with tools/dataset_tool.py."
+            f"--data: expected images of {resolution}x{resolution} as the generator's, got"
+            f" {dataset.resolution}x{dataset.resolution}. Convert the set with tools/dataset_tool.py."
         )
     started = time.time()
     cameras = dataset.get_labels()
     faces: tuple[list, list] | tuple[None, None] = ([], []) if "faces" in options.metrics else (None, None)
-    real = collect(network, _told(real_batches(dataset, options.batch), bar(len(dataset), "features of the real images"), faces[0]))
+    real = collect(
+        network,
+        _told(
+            real_batches(dataset, options.batch), bar(len(dataset), "features of the real images"), faces[0]
+        ),
+    )
     made = fake_batches(generator.generator, cameras, options)
     fake = collect(network, _told(made, bar(options.images, "features of generated images"), faces[1]))
     records = []
     for metric in options.metrics:
-        formula, name = METRICS[metric][0], metric
-        if formula != "faces" and not isinstance(network, InceptionFeatures):  # a figure under our own features must not pass for an FID
+        formula = METRICS[metric][0]
+        name = metric
+        # a figure under our own features must not pass for an FID
+        if formula != "faces" and not isinstance(network, InceptionFeatures):
             name = f"{formula}_offline{metric[3:]}"
         if formula == "faces":
-            results = {who: float(np.concatenate(part).mean()) for who, part in zip(("faces_reals", "faces"), faces, strict=True) if part}
+            results = {
+                who: float(np.concatenate(part).mean())
+                for who, part in zip(("faces_reals", "faces"), faces, strict=True)
+                if part
+            }
         elif formula == "frechet":
             results = {name: fake[0].distance(real[0])}
         else:
-            results = dict(zip((name, f"{name}_std"), kernel_inception_distance(real[1], fake[1], seed=options.seed), strict=True))
-        records.append({
-            "results": results, "metric": name, "features": network.name, "dimensions": network.dim, "images": options.images,
-            "reals": len(dataset), "seed": options.seed, "snapshot": generator.path.name, "snapshot_sha256": generator.hash,
-            "timestamp": time.time(), "total_time": time.time() - started,
-        })
+            results = dict(
+                zip(
+                    (name, f"{name}_std"),
+                    kernel_inception_distance(real[1], fake[1], seed=options.seed),
+                    strict=True,
+                )
+            )
+        records.append(
+            {
+                "results": results,
+                "metric": name,
+                "features": network.name,
+                "dimensions": network.dim,
+                "images": options.images,
+                "reals": len(dataset),
+                "seed": options.seed,
+                "snapshot": generator.path.name,
+                "snapshot_sha256": generator.hash,
+                "timestamp": time.time(),
+                "total_time": time.time() - started,
+            }
+        )
     return records
 
 
 def training_options(network: Path) -> dict:
-    """'data' and 'mirror' of the run, ours or EG3D's, that a network file lies in; empty where it lies in none."""
+    """'data' and 'mirror' of the run, ours or EG3D's, that a network file lies in; empty where it lies in
+    none.
+    """
     values = recorded(network.parent)
     theirs = values.get("training_set_kwargs")
     if isinstance(theirs, dict):

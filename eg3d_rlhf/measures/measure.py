@@ -18,7 +18,8 @@ class Measure:
     """
 
     name: str  # in tables and JSON
-    of: Callable[..., Any] | None  # what was seen of N items -> values [N], NaN where an item has none; None: the entry of that name
+    # what was seen of N items -> values [N], NaN where an item has none; None: the entry of that name
+    of: Callable[..., Any] | None
     better: str  # "higher", "lower", or "" where neither is
     unit: str
     meaning: str = ""  # what it does not say by itself

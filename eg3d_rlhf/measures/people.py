@@ -1,8 +1,10 @@
-"""How near a shape is to the whole head of a person that its latent names: behind, where scans of the family are broken, and in front.
+"""How near a shape is to the whole head of a person that its latent names: behind, where scans of the family
+are broken, and in front.
 
-No annotator, reward or early stop reads these. A shape is a grid of values, negative inside: signed distances of a head, or level minus
-density. Shape letters: n points along x, y, z, the middles of the cube's voxels (`people_mesh.grid_points`); P points of a surface; R, C
-rows and columns of the face's window, from below and from the left.
+No annotator, reward or early stop reads these. A shape is a grid of values, negative inside: signed distances
+of a head, or level minus density. Shape letters: n points along x, y, z, the middles of the cube's voxels
+(`people_mesh.grid_points`); P points of a surface; R, C rows and columns of the face's window, from below and
+from the left.
 """
 
 from dataclasses import dataclass
@@ -56,14 +58,18 @@ def in_front(points: np.ndarray) -> np.ndarray:
 def volume_error(values: np.ndarray, whole: np.ndarray, place=behind) -> VolumeError:
     """What a shape [n, n, n] lacks of the whole head [n, n, n], and has too much of, at a place."""
     here = place(grid_points(len(values)))
-    shape, head = (values < 0) & here, (whole < 0) & here
+    shape = (values < 0) & here
+    head = (whole < 0) & here
     volume = head.sum()
-    return VolumeError(missing=float((head & ~shape).sum() / volume), extra=float((shape & ~head).sum() / volume))
+    return VolumeError(
+        missing=float((head & ~shape).sum() / volume), extra=float((shape & ~head).sum() / volume)
+    )
 
 
 def surface_points(values: np.ndarray) -> np.ndarray:
     """Points [P, 3] where values [n, n, n] change their sign between neighbours, linearly between the two."""
-    points, found = grid_points(len(values)), []
+    points = grid_points(len(values))
+    found = []
     for axis in range(3):
         first, second = (np.take(values, range(i, len(values) - 1 + i), axis) for i in (0, 1))
         crossed = (first < 0) != (second < 0)
@@ -74,26 +80,31 @@ def surface_points(values: np.ndarray) -> np.ndarray:
 
 
 def fscore(values: np.ndarray, whole: np.ndarray, place=behind, tolerance: float = VOXEL) -> float:
-    """Harmonic mean of the shares of either surface at a place that lie within a tolerance (world units) of the other one.
+    """Harmonic mean of the shares of either surface at a place that lie within a tolerance (world units) of
+    the other one.
 
-    0 where the shape has no surface there. At a whole voxel a true head that was blurred by .75 voxel still has 1; at a quarter of one it
-    has less.
+    0 where the shape has no surface there. At a whole voxel a true head that was blurred by .75 voxel still
+    has 1; at a quarter of one it has less.
     """
     return _fscore(_ways(surface_points(values), surface_points(whole), place), tolerance)
 
 
 def surfaces(values: np.ndarray, whole: np.ndarray) -> dict[str, float]:
-    """How near the surfaces of a shape and of the whole head are, behind and in front; what the measures below read.
+    """How near the surfaces of a shape and of the whole head are, behind and in front; what the measures
+    below read.
 
-    fscore: at one voxel; fine: at a quarter of one; completeness: share of the head's surface within that of the shape's; distance: mean
-    distance in voxels of either to the other, the mean of both ways, FARTHEST where there is none.
+    fscore: at one voxel; fine: at a quarter of one; completeness: share of the head's surface within that of
+    the shape's; distance: mean distance in voxels of either to the other, the mean of both ways, FARTHEST
+    where there is none.
     """
-    shape, head = surface_points(values), surface_points(whole)
+    shape = surface_points(values)
+    head = surface_points(whole)
     found: dict[str, float] = {}
     for suffix, place in (("", behind), ("_front", in_front)):
         ways = _ways(shape, head, place)
         found |= {
-            f"fscore{suffix}": _fscore(ways, VOXEL), f"fine{suffix}": _fscore(ways, FINE),
+            f"fscore{suffix}": _fscore(ways, VOXEL),
+            f"fine{suffix}": _fscore(ways, FINE),
             f"completeness{suffix}": float((ways[1] <= FINE).mean()),
             f"distance{suffix}": float(np.mean([np.minimum(way / VOXEL, FARTHEST).mean() for way in ways])),
         }
@@ -111,7 +122,9 @@ def _fscore(ways: tuple[np.ndarray, np.ndarray], tolerance: float) -> float:
 
 
 def _away(mine: np.ndarray, other: np.ndarray, place) -> np.ndarray:
-    """Distances of the points of one surface at a place to the other surface's points; infinite where either has none."""
+    """Distances of the points of one surface at a place to the other surface's points; infinite where either
+    has none.
+    """
     here = mine[place(mine)]
     return cKDTree(other).query(here)[0] if len(here) and len(other) else np.full(max(len(here), 1), np.inf)
 
@@ -120,7 +133,8 @@ def face_depth(values: np.ndarray) -> np.ndarray:
     """Depth [R, C] of the foremost surface in the face's window, world units; NaN where there is none."""
     n = len(values)
     steps = grid_points(n)[0, 0, :, 2]
-    columns, rows = np.abs(steps) < FACE[0], (steps > FACE[1]) & (steps < FACE[2])
+    columns = np.abs(steps) < FACE[0]
+    rows = (steps > FACE[1]) & (steps < FACE[2])
     rays = values[columns][:, rows][:, :, ::-1].transpose(1, 0, 2)  # [R, C, n], from the camera backwards
     inside = rays < 0
     hit = inside.argmax(axis=2)
@@ -141,8 +155,13 @@ def face_relief(values: np.ndarray) -> np.ndarray:
 
 
 def relief_amplitude(values: np.ndarray, whole: np.ndarray) -> float:
-    """Deviation of a face's relief over the whole head's own: below 1 where brows, nose and lips are flattened. 0 without a face."""
-    shape, head = (face_relief(grid) if np.isfinite(face_depth(grid)).any() else np.full((1, 1), np.nan) for grid in (values, whole))
+    """Deviation of a face's relief over the whole head's own: below 1 where brows, nose and lips are
+    flattened. 0 without a face.
+    """
+    shape, head = (
+        face_relief(grid) if np.isfinite(face_depth(grid)).any() else np.full((1, 1), np.nan)
+        for grid in (values, whole)
+    )
     return float(np.nanstd(shape) / np.nanstd(head)) if np.isfinite(shape).any() else 0.0
 
 
@@ -154,33 +173,66 @@ def relief_correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 def identified(reliefs: list[np.ndarray], known: list[np.ndarray]) -> np.ndarray:
     """Whether each relief [R, C] correlates best with the known one of its own number: [N] bool."""
-    return np.array([np.argmax([relief_correlation(relief, other) for other in known]) == i for i, relief in enumerate(reliefs)])
+    return np.array(
+        [
+            np.argmax([relief_correlation(relief, other) for other in known]) == i
+            for i, relief in enumerate(reliefs)
+        ]
+    )
 
 
-# The table. What stands here ranks true heads before their blurred selves and before their scans (tests/measures/test_people.py).
+# The table. What stands here ranks true heads before their blurred selves and before their scans
+# (tests/measures/test_people.py).
 
 
 def compared(shapes: np.ndarray, wholes: np.ndarray) -> dict[str, np.ndarray]:
-    """What the measures below read of shapes [N, n, n, n] beside the whole heads [N, n, n, n] that their latents name: [N] each."""
+    """What the measures below read of shapes [N, n, n, n] beside the whole heads [N, n, n, n] that their
+    latents name: [N] each.
+    """
     pairs = list(zip(shapes, wholes, strict=True))
-    errors, near = [volume_error(*pair) for pair in pairs], [surfaces(*pair) for pair in pairs]
+    errors = [volume_error(*pair) for pair in pairs]
+    near = [surfaces(*pair) for pair in pairs]
     return {
-        "missing": np.array([error.missing for error in errors]), "extra": np.array([error.extra for error in errors]),
+        "missing": np.array([error.missing for error in errors]),
+        "extra": np.array([error.extra for error in errors]),
         **{name: np.array([one[name] for one in near]) for name in near[0]},
         "amplitude": np.array([relief_amplitude(*pair) for pair in pairs]),
     }
 
 
 MEASURES = {  # by name in a summary; of what `compared` gives
-    "error": Measure("volume error behind", lambda seen: seen["missing"] + seen["extra"], "lower", "share",
-                     "missing and extra, of the whole head's volume behind"),
+    "error": Measure(
+        "volume error behind",
+        lambda seen: seen["missing"] + seen["extra"],
+        "lower",
+        "share",
+        "missing and extra, of the whole head's volume behind",
+    ),
     "fine": Measure("F-score behind at a quarter voxel", itemgetter("fine"), "higher", ""),
-    "completeness": Measure("completeness behind at a quarter voxel", itemgetter("completeness"), "higher", "share"),
-    "distance": Measure("distance to the named head behind", itemgetter("distance"), "lower", "voxels", "mean of both ways"),
-}  # fmt: skip
+    "completeness": Measure(
+        "completeness behind at a quarter voxel", itemgetter("completeness"), "higher", "share"
+    ),
+    "distance": Measure(
+        "distance to the named head behind", itemgetter("distance"), "lower", "voxels", "mean of both ways"
+    ),
+}
 FRONT_MEASURES = {  # nothing is broken there: tuning is to leave them alone
     "fine_front": Measure("F-score in front at a quarter voxel", itemgetter("fine_front"), "higher", ""),
-    "completeness_front": Measure("completeness in front at a quarter voxel", itemgetter("completeness_front"), "higher", "share"),
-    "distance_front": Measure("distance to the named head in front", itemgetter("distance_front"), "lower", "voxels", "mean of both ways"),
-    "amplitude": Measure("relief of the face over the named head's", itemgetter("amplitude"), "higher", "", "ratio of deviations"),
-}  # fmt: skip
+    "completeness_front": Measure(
+        "completeness in front at a quarter voxel", itemgetter("completeness_front"), "higher", "share"
+    ),
+    "distance_front": Measure(
+        "distance to the named head in front",
+        itemgetter("distance_front"),
+        "lower",
+        "voxels",
+        "mean of both ways",
+    ),
+    "amplitude": Measure(
+        "relief of the face over the named head's",
+        itemgetter("amplitude"),
+        "higher",
+        "",
+        "ratio of deviations",
+    ),
+}

@@ -1,9 +1,10 @@
 """Surfaces: a mesh's curvature, parts, handles and rims; how far a surface has moved.
 
-Topology is taken corner by corner: two corners of faces are the same point where an edge joins them, so surfaces that only touch at a
-vertex count as separate. Half-edges that several faces share, or that have no partner running the other way, count as open.
-Letters: V vertices, F faces, C = 3F corners of faces (corner 3f + i belongs to face f); N shapes, P points, S samples along a line,
-D, H, W grid points along z, y, x.
+Topology is taken corner by corner: two corners of faces are the same point where an edge joins them, so
+surfaces that only touch at a vertex count as separate. Half-edges that several faces share, or that have no
+partner running the other way, count as open.
+Letters: V vertices, F faces, C = 3F corners of faces (corner 3f + i belongs to face f); N shapes, P points, S
+samples along a line, D, H, W grid points along z, y, x.
 """
 
 from collections.abc import Iterable
@@ -45,7 +46,8 @@ class Topology:
 
 
 def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
-    """Parts, cavities, handles and rims of vertices [V, 3] and faces [F, 3], wound counter-clockwise seen from outside.
+    """Parts, cavities, handles and rims of vertices [V, 3] and faces [F, 3], wound counter-clockwise seen
+    from outside.
 
     Per connected surface, Euler's formula gives vertices - edges + faces = 2 - 2 genus - rims.
     """
@@ -53,10 +55,12 @@ def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
     partner = _partners(faces)  # [C] half-edge, -1 where open
     here = np.flatnonzero(partner >= 0)
     there = partner[here]  # runs the other way: its start is our end
-    point, points = _connected([(here, _next(there)), (_next(here), there)], len(partner))  # the point [C] that each corner is
+    # the point [C] that each corner is
+    point, points = _connected([(here, _next(there)), (_next(here), there)], len(partner))
     surface, surfaces = _surfaces(partner)
     first = surface[0::3]  # [F] surface of each face
-    opened, paired = partner < 0, partner >= 0
+    opened = partner < 0
+    paired = partner >= 0
     point_surface = np.zeros(points, dtype=np.int64)
     point_surface[point] = surface
     count = np.bincount(point_surface, minlength=surfaces)  # vertices of each surface
@@ -70,13 +74,20 @@ def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
     bodies = np.abs(volume[~cavity])
     share = float(bodies.max() / bodies.sum()) if bodies.size and bodies.sum() > 0 else 1.0
     return Topology(
-        parts=int((~cavity).sum()), cavities=int(cavity.sum()), handles=int(genus.sum()), rims=int(rims.sum()), euler=int(euler.sum()),
-        open_edges=int(opened.sum()), main_share=share,
+        parts=int((~cavity).sum()),
+        cavities=int(cavity.sum()),
+        handles=int(genus.sum()),
+        rims=int(rims.sum()),
+        euler=int(euler.sum()),
+        open_edges=int(opened.sum()),
+        main_share=share,
     )
 
 
 def main_surface(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Faces [F', 3] of the connected surface with the largest volume (the largest in faces where none encloses any)."""
+    """Faces [F', 3] of the connected surface with the largest volume (the largest in faces where none
+    encloses any).
+    """
     vertices, faces = _checked(vertices, faces)
     surface, surfaces = _surfaces(_partners(faces))
     volume = np.bincount(surface[0::3], weights=face_volumes(vertices, faces), minlength=surfaces)
@@ -87,9 +98,10 @@ def main_surface(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean curvature H [V] in 1/world unit, and the area [V] that each vertex stands for.
 
-    Meyer et al. 2003, eq. 8: 2 H n = 1/(2A) sum over neighbours of (cot alpha + cot beta)(x_i - x_j), alpha and beta the angles opposite
-    the edge and A the mixed Voronoi area (fig. 4). H > 0 where the surface bends away from its outside: 1/r on a sphere. NaN, with area 0,
-    at vertices on a rim and at vertices that no face uses. Not differentiable.
+    Meyer et al. 2003, eq. 8: 2 H n = 1/(2A) sum over neighbours of (cot alpha + cot beta)(x_i - x_j), alpha
+    and beta the angles opposite the edge and A the mixed Voronoi area (fig. 4). H > 0 where the surface bends
+    away from its outside: 1/r on a sphere. NaN, with area 0, at vertices on a rim and at vertices that no
+    face uses. Not differentiable.
     Deviates: faces without area are left out; the sign is that of the area-weighted vertex normal.
     """
     vertices, faces = _checked(vertices, faces)
@@ -99,16 +111,26 @@ def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
     normal = np.cross(sides[:, 0], sides[:, 1])  # [F, 3], length = twice the area
     double = np.linalg.norm(normal, axis=1)
     used = double**2 > _SLIVER * squared.max(axis=1) ** 2
-    faces_used, sides, squared, normal, double = faces[used], sides[used], squared[used], normal[used], double[used]
-    cot = -(np.roll(sides, 1, axis=1) * sides).sum(axis=2) / double[:, None]  # at corner i, between sides i - 1 and i
-    obtuse, laplace, area = (cot < 0).any(axis=1), np.zeros_like(vertices), np.zeros(len(vertices))
+    faces_used = faces[used]
+    sides = sides[used]
+    squared = squared[used]
+    normal = normal[used]
+    double = double[used]
+    # at corner i, between sides i - 1 and i
+    cot = -(np.roll(sides, 1, axis=1) * sides).sum(axis=2) / double[:, None]
+    obtuse = (cot < 0).any(axis=1)
+    laplace = np.zeros_like(vertices)
+    area = np.zeros(len(vertices))
     for i in range(3):  # side i lies opposite corner i + 2
-        a, b, pull = faces_used[:, i], faces_used[:, (i + 1) % 3], cot[:, (i + 2) % 3, None] * sides[:, i]
+        a = faces_used[:, i]
+        b = faces_used[:, (i + 1) % 3]
+        pull = cot[:, (i + 2) % 3, None] * sides[:, i]
         _add(laplace, a, -pull)
         _add(laplace, b, pull)
         before = (i + 2) % 3  # side i joins corners i and i + 1, side i + 2 joins i + 2 and i
         voronoi = (squared[:, before] * cot[:, (i + 1) % 3] + squared[:, i] * cot[:, before]) / 8
-        mixed = np.where(obtuse, np.where(cot[:, i] < 0, double / 4, double / 8), voronoi)  # half or a quarter where the face is obtuse
+        # half or a quarter where the face is obtuse
+        mixed = np.where(obtuse, np.where(cot[:, i] < 0, double / 4, double / 8), voronoi)
         area += np.bincount(a, weights=mixed, minlength=len(vertices))
     direction = np.zeros_like(vertices)
     for i in range(3):
@@ -127,19 +149,24 @@ def _add(total: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
 
 
 def _checked(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    vertices, faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces).astype(np.int64)
+    vertices = np.asarray(vertices, dtype=np.float64)
+    faces = np.asarray(faces).astype(np.int64)
     assert len(faces) and np.isfinite(vertices).all() and not (faces == np.roll(faces, 1, axis=1)).any()
     return vertices, faces
 
 
 def _partners(faces: np.ndarray) -> np.ndarray:
-    """For each half-edge [C] (corner i of a face to its next corner) the one running the other way; -1 where there is not exactly one."""
-    start, end = faces.reshape(-1), faces[:, [1, 2, 0]].reshape(-1)
+    """For each half-edge [C] (corner i of a face to its next corner) the one running the other way; -1 where
+    there is not exactly one.
+    """
+    start = faces.reshape(-1)
+    end = faces[:, [1, 2, 0]].reshape(-1)
     key = np.minimum(start, end) * (int(faces.max()) + 1) + np.maximum(start, end)
     order = np.argsort(key, kind="stable")  # half-edges of one edge together
     new = np.flatnonzero(np.diff(key[order], prepend=-1))
     at = new[np.diff(np.append(new, len(key))) == 2]
-    a, b = order[at], order[at + 1]
+    a = order[at]
+    b = order[at + 1]
     opposed = start[a] == end[b]
     partner = np.full(len(key), -1)
     partner[a[opposed]], partner[b[opposed]] = b[opposed], a[opposed]
@@ -163,12 +190,17 @@ def _connected(pairs: list[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[
 
 def _surfaces(partner: np.ndarray) -> tuple[np.ndarray, int]:
     """The connected surface [C] of each corner, and their number."""
-    here, corner = np.flatnonzero(partner >= 0), np.arange(len(partner))
+    here = np.flatnonzero(partner >= 0)
+    corner = np.arange(len(partner))
     return _connected([(here, partner[here]), (corner, _next(corner))], len(partner))
 
 
-def _rims(point: np.ndarray, opened: np.ndarray, points: int, surface: np.ndarray, surfaces: int) -> np.ndarray:
-    """Loops of open half-edges on each surface, [S]; each point of a rim has one edge that comes and one that goes."""
+def _rims(
+    point: np.ndarray, opened: np.ndarray, points: int, surface: np.ndarray, surfaces: int
+) -> np.ndarray:
+    """Loops of open half-edges on each surface, [S]; each point of a rim has one edge that comes and one that
+    goes.
+    """
     edge = np.flatnonzero(opened)
     if len(edge) == 0:
         return np.zeros(surfaces, dtype=np.int64)
@@ -179,7 +211,8 @@ def _rims(point: np.ndarray, opened: np.ndarray, points: int, surface: np.ndarra
     return np.bincount(surface[np.flatnonzero(on_rim)[first]], minlength=surfaces)
 
 
-# How far a surface has moved: signed distances along its normals between two shapes of one latent, and their size over many latents.
+# How far a surface has moved: signed distances along its normals between two shapes of one latent, and their
+# size over many latents.
 
 
 VOXELS = 64  # points per edge of the cube whose voxel is the unit
@@ -195,39 +228,49 @@ def voxel(spec: SlabSpec) -> float:
 
 @torch.no_grad()
 def displacement(before: LevelSet, points: Tensor, normals: Tensor, reach: float = REACH) -> Tensor:
-    """How far the surface has moved to come to be at points [P, 3], along their outward normals: [P] in voxels of 64^3.
+    """How far the surface has moved to come to be at points [P, 3], along their outward normals: [P] in
+    voxels of 64^3.
 
-    Positive where it has grown. Of the crossings of the line p + s n at which the shape before ends, the nearest one counts,
-    |s| <= reach; the displacement is -s. Where there is none it is +reach for a point that was outside before, -reach for one inside.
+    Positive where it has grown. Of the crossings of the line p + s n at which the shape before ends, the
+    nearest one counts, |s| <= reach; the displacement is -s. Where there is none it is +reach for a point
+    that was outside before, -reach for one inside.
     """
     unit = voxel(before.spec)
     half = max(2, round(reach * unit / before.spec.voxel))
     s = torch.linspace(-reach * unit, reach * unit, 2 * half + 1).to(points)
     found = torch.empty(len(points)).to(points)
     for part in torch.arange(len(points), device=points.device).split(_CHUNK):
-        p, n = points[part], normals[part]
+        p = points[part]
+        n = normals[part]
         inside = before.inside(p[:, None] + s[:, None] * n[:, None])  # [P, S]
         ends = (inside[:, :-1] >= 0) & (inside[:, 1:] < 0)
         at = between(s[:-1], s[1:], inside[:, :-1], inside[:, 1:]).where(ends, torch.inf)
         nearest = at.gather(1, at.abs().argmin(dim=1, keepdim=True))[:, 0]
         none = nearest.isinf()
         placed = before.place(p, n, nearest.masked_fill(none, 0.0))
-        found[part] = torch.where(none, torch.where(before.exactly_inside(p) >= 0, -reach, reach), -placed / unit)
+        found[part] = torch.where(
+            none, torch.where(before.exactly_inside(p) >= 0, -reach, reach), -placed / unit
+        )
     return found
 
 
 def _axis_crossings(sigma: Tensor, axis: int, from_high: bool, spec: SlabSpec, level: float) -> Tensor:
-    """First crossings of a level in one cube [D, H, W] along an axis (0 = z, 1 = y, 2 = x), world points [P, 3] as (x, y, z)."""
+    """First crossings of a level in one cube [D, H, W] along an axis (0 = z, 1 = y, 2 = x), world points
+    [P, 3] as (x, y, z).
+    """
     volume = sigma.movedim(axis, 0)
     coordinates = [spec.axes()[2 - i].to(sigma) for i in range(3)]  # z, y, x
-    along, rest = coordinates[axis], [c for i, c in enumerate(coordinates) if i != axis]
+    along = coordinates[axis]
+    rest = [c for i, c in enumerate(coordinates) if i != axis]
     if from_high:
-        volume, along = volume.flip(0), along.flip(0)
+        volume = volume.flip(0)
+        along = along.flip(0)
     inside = volume >= level
     hit = inside.any(dim=0)
     index = inside.to(torch.uint8).argmax(dim=0)
     before = (index - 1).clamp_min(0)
-    value, previous = volume.gather(0, index[None])[0], volume.gather(0, before[None])[0]
+    value = volume.gather(0, index[None])[0]
+    previous = volume.gather(0, before[None])[0]
     step = torch.where(index > 0, ((level - previous) / (value - previous).clamp_min(1e-9)).clamp(0, 1), 1.0)
     position = along[before] + step * (along[index] - along[before])
     first, second = torch.meshgrid(*rest, indexing="ij")
@@ -237,12 +280,15 @@ def _axis_crossings(sigma: Tensor, axis: int, from_high: bool, spec: SlabSpec, l
 
 
 def surface_points(sigma: Tensor, spec: SlabSpec, back: float = -0.05, level: float = LEVEL) -> Tensor:
-    """Visible surface of one raw density cube [D, H, W]: first crossings from the front and from both sides, world points [P, 3].
+    """Visible surface of one raw density cube [D, H, W]: first crossings from the front and from both sides,
+    world points [P, 3].
 
     Points behind z = `back` are left out. P varies with the shape and is 0 for a cube without surface.
     """
     sigma = sigma.nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4)
-    views = [_axis_crossings(sigma, axis, high, spec, level) for axis, high in ((0, True), (2, True), (2, False))]
+    views = [
+        _axis_crossings(sigma, axis, high, spec, level) for axis, high in ((0, True), (2, True), (2, False))
+    ]
     points = torch.cat(views)
     return points[points[:, 2] >= back]
 
@@ -254,7 +300,9 @@ def resample(points: Tensor, count: int, seed: int) -> Tensor:
 
 
 def in_head(points: Tensor, spec: SlabSpec) -> Tensor:
-    """Which of points [P, 3] lie in the box of the published slab, that is in the head without neck and shoulders: [P] bool."""
+    """Which of points [P, 3] lie in the box of the published slab, that is in the head without neck and
+    shoulders: [P] bool.
+    """
     box = SlabSpec(crop=SlabSpec().crop, box_warp=spec.box_warp, centre=spec.centre).axes()
     low, high = (points.new_tensor([float(axis[i]) for axis in box]) for i in (0, -1))
     return ((points >= low) & (points <= high)).all(dim=-1)
@@ -262,7 +310,9 @@ def in_head(points: Tensor, spec: SlabSpec) -> Tensor:
 
 @torch.no_grad()
 def median_change(before: LevelSet, after: LevelSet) -> float:
-    """Median |displacement| in voxels over points of both surfaces that the front and the sides see of the head; NaN without any."""
+    """Median |displacement| in voxels over points of both surfaces that the front and the sides see of the
+    head; NaN without any.
+    """
     moved = []
     for here, there in ((after, before), (before, after)):
         points = surface_points(here.cube.float(), here.spec, -here.spec.box_warp, here.level)
@@ -270,7 +320,9 @@ def median_change(before: LevelSet, after: LevelSet) -> float:
         if len(points):
             points = resample(points, _POINTS, 0)
             normals = here.normals(points)
-            points = points + here.place(points, normals, torch.zeros(len(points)).to(points))[:, None] * normals
+            points = (
+                points + here.place(points, normals, torch.zeros(len(points)).to(points))[:, None] * normals
+            )
             moved.append(displacement(there, points, normals).abs())
     return float(torch.cat(moved).median()) if moved else float("nan")
 

@@ -1,6 +1,8 @@
-"""What all transformers here are built of: attention, and two layers with GELU, under whichever names a checkpoint gives them.
+"""What all transformers here are built of: attention, and two layers with GELU, under whichever names a
+checkpoint gives them.
 
-Shape letters: N samples, T tokens that ask, L tokens that are asked, C channels, H heads, D channels of a head.
+Shape letters: N samples, T tokens that ask, L tokens that are asked, C channels, H heads, D channels of a
+head.
 """
 
 from typing import Any
@@ -10,8 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v: q [N, T, H, D], k and v [N, L, H, D] -> [N, T, H, D]. Differentiable in: q, k, v.
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v: q [N, T, H, D], k and v [N, L, H, D] -> [N, T, H, D]. Differentiable in: q,
+    k, v.
 
     Args: keep: [N, 1, 1, L] bool, which tokens are there.
     """
@@ -25,7 +30,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=bias), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [N, T, H, D] each

@@ -1,7 +1,9 @@
-"""The BLIP trunk of ImageReward and Reward3D: a ViT for the picture, and a BERT whose every layer also attends to the picture.
+"""The BLIP trunk of ImageReward and Reward3D: a ViT for the picture, and a BERT whose every layer also
+attends to the picture.
 
-Modules carry the published names (params/Reward3D_*.tsv), so that published files load as they are. Written from BLIP's description
-(2201.12086): pre-norm ViT with one class token; post-norm BERT, each layer self-attention, cross-attention, feed-forward; no token types.
+Modules carry the published names (params/Reward3D_*.tsv), so that published files load as they are. Written
+from BLIP's description (2201.12086): pre-norm ViT with one class token; post-norm BERT, each layer
+self-attention, cross-attention, feed-forward; no token types.
 
 Shape letters: B pictures, T tokens of a prompt, P patches + 1, D text width, E picture width.
 """
@@ -37,13 +39,19 @@ class BlipSizes:
     @classmethod
     def of(cls, state: Mapping[str, torch.Tensor], who: str) -> "BlipSizes":
         """The sizes that a file's shapes tell. Raises: ValueError for another network's file."""
-        vision, text = "blip.visual_encoder.", "blip.text_encoder."
+        vision = "blip.visual_encoder."
+        text = "blip.text_encoder."
         width, _, patch, _ = shape_of(state, f"{vision}patch_embed.proj.weight", who, 4)
         _, tokens, _ = shape_of(state, f"{vision}pos_embed", who, 3)
         vocabulary, text_width = shape_of(state, f"{text}embeddings.word_embeddings.weight", who, 2)
         return cls(
-            image=round((tokens - 1) ** 0.5) * patch, patch=patch, vision_width=width, vision_layers=count(state, f"{vision}blocks."),
-            text_width=text_width, text_layers=count(state, f"{text}encoder.layer."), vocabulary=vocabulary,
+            image=round((tokens - 1) ** 0.5) * patch,
+            patch=patch,
+            vision_width=width,
+            vision_layers=count(state, f"{vision}blocks."),
+            text_width=text_width,
+            text_layers=count(state, f"{text}encoder.layer."),
+            vocabulary=vocabulary,
             text_hidden=shape_of(state, f"{text}encoder.layer.0.intermediate.dense.weight", who, 2)[0],
             positions=shape_of(state, f"{text}embeddings.position_embeddings.weight", who, 2)[0],
             projection=shape_of(state, "blip.text_proj.weight", who, 2)[0],
@@ -56,7 +64,9 @@ class VisionEncoder(VisionTransformer):
     def __init__(self, sizes: BlipSizes):
         width = sizes.vision_width
         heads = max(width // HEAD, 1)
-        super().__init__(width, sizes.vision_layers, heads, 4 * width, sizes.patch, sizes.image // sizes.patch)
+        super().__init__(
+            width, sizes.vision_layers, heads, 4 * width, sizes.patch, sizes.image // sizes.patch
+        )
         self.side = sizes.image
 
 
@@ -65,14 +75,23 @@ class TextAttention(nn.Module):
 
     def __init__(self, width: int, key_width: int):
         super().__init__()
-        self.add_module("self", tree(query=nn.Linear(width, width), key=nn.Linear(key_width, width), value=nn.Linear(key_width, width)))
+        self.add_module(
+            "self",
+            tree(
+                query=nn.Linear(width, width),
+                key=nn.Linear(key_width, width),
+                value=nn.Linear(key_width, width),
+            ),
+        )
         self.output = tree(dense=nn.Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=1e-12))
 
     def forward(self, x: torch.Tensor, seen: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, T, D], seen [B, P, key width], mask [B, P] -> [B, T, D]."""
         layers: Any = self.get_submodule("self")
         heads = max(x.shape[-1] // HEAD, 1)
-        q, k, v = (y.unflatten(-1, (heads, -1)) for y in (layers.query(x), layers.key(seen), layers.value(seen)))
+        q, k, v = (
+            y.unflatten(-1, (heads, -1)) for y in (layers.query(x), layers.key(seen), layers.value(seen))
+        )
         attended = attend(q, k, v, None if mask is None else mask[:, None, None]).flatten(2)
         return self.output.LayerNorm(self.output.dense(attended) + x)
 
@@ -86,7 +105,9 @@ class TextLayer(nn.Module):
         self.attention = TextAttention(width, width)
         self.crossattention = TextAttention(width, sizes.vision_width)
         self.intermediate = tree(dense=nn.Linear(width, sizes.text_hidden))
-        self.output = tree(dense=nn.Linear(sizes.text_hidden, width), LayerNorm=nn.LayerNorm(width, eps=1e-12))
+        self.output = tree(
+            dense=nn.Linear(sizes.text_hidden, width), LayerNorm=nn.LayerNorm(width, eps=1e-12)
+        )
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
         """x [B, T, D], mask [B, T], picture [B, P, E] -> [B, T, D]."""
@@ -99,15 +120,19 @@ class TextEncoder(nn.Module):
 
     def __init__(self, sizes: BlipSizes):
         super().__init__()
-        self.vocabulary, width = sizes.vocabulary, sizes.text_width
+        self.vocabulary = sizes.vocabulary
+        width = sizes.text_width
         self.embeddings = tree(
-            word_embeddings=nn.Embedding(sizes.vocabulary, width), position_embeddings=nn.Embedding(sizes.positions, width),
+            word_embeddings=nn.Embedding(sizes.vocabulary, width),
+            position_embeddings=nn.Embedding(sizes.positions, width),
             LayerNorm=nn.LayerNorm(width, eps=1e-12),
         )
         self.encoder = tree(layer=nn.ModuleList(TextLayer(sizes) for _ in range(sizes.text_layers)))
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
-        """Features [B, T, D] of tokens [B, T] (mask [B, T] bool: True where there is one) that look at picture [B, P, E]."""
+        """Features [B, T, D] of tokens [B, T] (mask [B, T] bool: True where there is one) that look at
+        picture [B, P, E].
+        """
         place = self.embeddings.position_embeddings.weight[: tokens.shape[1]]
         x = self.embeddings.LayerNorm(self.embeddings.word_embeddings(tokens) + place)
         for layer in self.encoder.layer:
@@ -120,8 +145,10 @@ class Blip(nn.Module):
 
     def __init__(self, sizes: BlipSizes):
         super().__init__()
-        self.visual_encoder, self.text_encoder = VisionEncoder(sizes), TextEncoder(sizes)
-        self.vision_proj = nn.Linear(sizes.vision_width, sizes.projection)  # in the files; scoring does not use the two
+        self.visual_encoder = VisionEncoder(sizes)
+        self.text_encoder = TextEncoder(sizes)
+        # in the files; scoring does not use the two
+        self.vision_proj = nn.Linear(sizes.vision_width, sizes.projection)
         self.text_proj = nn.Linear(sizes.text_width, sizes.projection)
 
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,14 @@
-"""Hunyuan3D-2.1's networks: the flow of shapes, a transformer over a set of latent vectors with skips between its halves and mixtures of
-experts in its last blocks; and the autoencoder: points of a surface become a set of latents, and a transformer over the set, then
-cross-attention from points to it, says what is inside.
+"""Hunyuan3D-2.1's networks: the flow of shapes, a transformer over a set of latent vectors with skips between
+its halves and mixtures of experts in its last blocks; and the autoencoder: points of a surface become a set
+of latents, and a transformer over the set, then cross-attention from points to it, says what is inside.
 
-Data lie at t = 1. Written from the architecture as it is published (technical report arXiv:2506.15442; names of parameters and settings as
-its checkpoints and config.yaml have them), and equal to the original's own classes with random weights (tests/compat).
+Data lie at t = 1. Written from the architecture as it is published (technical report arXiv:2506.15442; names
+of parameters and settings as its checkpoints and config.yaml have them), and equal to the original's own
+classes with random weights (tests/compat).
 
-Shape letters: N samples, T latent tokens, S = T + 1 with the token of the time, C channels of a latent, W width, L tokens of a condition,
-E their size, H heads, D width of a head, X experts, k of them per token, P points, M of them kept, R points per axis of a grid, F
-frequencies of a coordinate.
+Shape letters: N samples, T latent tokens, S = T + 1 with the token of the time, C channels of a latent, W
+width, L tokens of a condition, E their size, H heads, D width of a head, X experts, k of them per token, P
+points, M of them kept, R points per axis of a grid, F frequencies of a coordinate.
 """
 
 import math
@@ -23,13 +24,16 @@ from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.attention import Mlp, attend
 
 EPS = 1e-6
-# Of bfloat16 passes with float32 weights: the norms of q and k then run unfused, with the exact result rounded to bfloat16.
+# Of bfloat16 passes with float32 weights: the norms of q and k then run unfused, with the exact result
+# rounded to bfloat16.
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserConfig:
-    """What config.yaml calls model.params, with the defaults of HunYuanDiTPlain, which passes over other names, mlp_ratio among them."""
+    """What config.yaml calls model.params, with the defaults of HunYuanDiTPlain, which passes over other
+    names, mlp_ratio among them.
+    """
 
     input_size: int = 1024  # T
     in_channels: int = 4  # C
@@ -52,15 +56,39 @@ class DenoiserConfig:
 
     def __post_init__(self):
         read = {
-            "norm_type": "layer", "qk_norm_type": "rms", "use_pos_emb": False, "use_attention_pooling": False, "with_decoupled_ca": False,
+            "norm_type": "layer",
+            "qk_norm_type": "rms",
+            "use_pos_emb": False,
+            "use_attention_pooling": False,
+            "with_decoupled_ca": False,
             "guidance_cond_proj_dim": None,
-        }  # fmt: skip
-        odd = [f"{name}={getattr(self, name)!r}" for name, value in read.items() if getattr(self, name) != value]
+        }
+        odd = [
+            f"{name}={getattr(self, name)!r}" for name, value in read.items() if getattr(self, name) != value
+        ]
         if odd:
-            raise ValueError(f"config.yaml, model: expected Hunyuan3D-2.1's form, got {', '.join(odd)}. Others are not read.")
-        sizes = (self.input_size, self.in_channels, self.context_dim, self.depth, self.num_heads, self.text_len)
-        if min(sizes) < 1 or self.hidden_size % self.num_heads or self.hidden_size % 2 or not 1 <= self.moe_top_k <= self.num_experts:
-            raise ValueError(f"config.yaml, model: expected sizes >= 1 and heads that divide an even width, got {self}. Restore the file.")
+            raise ValueError(
+                f"config.yaml, model: expected Hunyuan3D-2.1's form, got {', '.join(odd)}. Others are not"
+                " read."
+            )
+        sizes = (
+            self.input_size,
+            self.in_channels,
+            self.context_dim,
+            self.depth,
+            self.num_heads,
+            self.text_len,
+        )
+        if (
+            min(sizes) < 1
+            or self.hidden_size % self.num_heads
+            or self.hidden_size % 2
+            or not 1 <= self.moe_top_k <= self.num_experts
+        ):
+            raise ValueError(
+                f"config.yaml, model: expected sizes >= 1 and heads that divide an even width, got {self}."
+                " Restore the file."
+            )
 
 
 class TimeEmbedder(nn.Module):
@@ -75,13 +103,16 @@ class TimeEmbedder(nn.Module):
         half = self.width // 2
         rates = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = t.float()[:, None] * rates  # [N, W / 2]
-        return self.mlp(torch.cat([angles.sin(), angles.cos()], 1).to(next(self.mlp.parameters()).dtype))[:, None]
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], 1).to(next(self.mlp.parameters()).dtype))[
+            :, None
+        ]
 
 
 def interleaved(heads: int, *projected: torch.Tensor) -> list[torch.Tensor]:
     """Projections [N, S, W] each, side by side, dealt to the heads in turn -> [N, S, H, D] each.
 
-    Head h takes channels h m D to (h + 1) m D of the m projections in a row, so that its keys may come from what is called to_v.
+    Head h takes channels h m D to (h + 1) m D of the m projections in a row, so that its keys may come from
+    what is called to_v.
     """
     return list(torch.cat(projected, -1).unflatten(-1, (heads, -1)).chunk(len(projected), -1))
 
@@ -91,18 +122,23 @@ class Attention(nn.Module):
 
     def __init__(self, config: DenoiserConfig, context: int | None = None):
         super().__init__()
-        width, bias, self.heads = config.hidden_size, config.qkv_bias, config.num_heads
+        width = config.hidden_size
+        bias = config.qkv_bias
+        self.heads = config.num_heads
         self.cross = context is not None
         self.to_q = nn.Linear(width, width, bias=bias)
         self.to_k, self.to_v = (nn.Linear(context or width, width, bias=bias) for _ in range(2))
         size = width // self.heads
-        self.q_norm, self.k_norm = (nn.RMSNorm(size, eps=EPS) if config.qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(size, eps=EPS) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x [N, S, W]; y: x again, or a condition [N, L, E] -> [N, S, W]."""
         if self.cross:
-            (q,), (k, v) = interleaved(self.heads, self.to_q(x)), interleaved(self.heads, self.to_k(y), self.to_v(y))
+            (q,) = interleaved(self.heads, self.to_q(x))
+            k, v = interleaved(self.heads, self.to_k(y), self.to_v(y))
         else:
             q, k, v = interleaved(self.heads, self.to_q(x), self.to_k(y), self.to_v(y))
         return self.out_proj(attend(self.q_norm(q), self.k_norm(k), v).flatten(2))
@@ -135,10 +171,13 @@ class Gate(nn.Module):
 
     def __init__(self, width: int, experts: int, top_k: int):
         super().__init__()
-        self.weight, self.top_k = nn.Parameter(torch.randn(experts, width) / math.sqrt(width)), top_k
+        self.weight = nn.Parameter(torch.randn(experts, width) / math.sqrt(width))
+        self.top_k = top_k
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[R, W] -> weights [R, k], which need not sum to 1, and numbers [R, k]. Differentiable in: the weights."""
+        """[R, W] -> weights [R, k], which need not sum to 1, and numbers [R, k]. Differentiable in: the
+        weights.
+        """
         weights, numbers = F.linear(x, self.weight).softmax(-1).topk(self.top_k, -1)
         return weights, numbers
 
@@ -148,7 +187,8 @@ class Mixture(nn.Module):
 
     def __init__(self, config: DenoiserConfig):
         super().__init__()
-        width, inner = config.hidden_size, 4 * config.hidden_size
+        width = config.hidden_size
+        inner = 4 * config.hidden_size
         self.experts = nn.ModuleList(Expert(width, inner) for _ in range(config.num_experts))
         self.gate = Gate(width, config.num_experts, config.moe_top_k)
         self.shared_experts = Expert(width, inner)
@@ -170,14 +210,17 @@ class Block(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=EPS) for _ in range(3))
-        self.attn1, self.attn2 = Attention(config), Attention(config, config.context_dim)
+        self.attn1 = Attention(config)
+        self.attn2 = Attention(config, config.context_dim)
         if skip:
-            self.skip_linear, self.skip_norm = nn.Linear(2 * width, width), nn.LayerNorm(width, eps=EPS)
+            self.skip_linear = nn.Linear(2 * width, width)
+            self.skip_norm = nn.LayerNorm(width, eps=EPS)
         if mixture:
             self.moe = Mixture(config)
         else:
             self.mlp = Mlp(width, 4 * width)
-        self.skip, self.mixture = skip, mixture
+        self.skip = skip
+        self.mixture = mixture
 
     def forward(self, x: torch.Tensor, cond: torch.Tensor, skipped: torch.Tensor | None) -> torch.Tensor:
         """[N, S, W], [N, L, E], what an earlier block made -> [N, S, W]."""
@@ -196,14 +239,16 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, channels: int):
         super().__init__()
-        self.norm_final, self.linear = nn.LayerNorm(width, eps=EPS), nn.Linear(width, channels)
+        self.norm_final = nn.LayerNorm(width, eps=EPS)
+        self.linear = nn.Linear(width, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(self.norm_final(x)[:, 1:])
 
 
 class Denoiser(nn.Module):
-    """model(x [N, T, C], t [N] in 0..1 with data at 1, {"main": tokens [N, L, E]}) -> velocity towards the data, like x.
+    """model(x [N, T, C], t [N] in 0..1 with data at 1, {"main": tokens [N, L, E]}) -> velocity towards the
+    data, like x.
 
     Differentiable in: everything but t and the choice of experts.
     """
@@ -215,19 +260,33 @@ class Denoiser(nn.Module):
         self.x_embedder = nn.Linear(config.in_channels, config.hidden_size)
         self.t_embedder = TimeEmbedder(config.hidden_size)
         depth = config.depth
-        self.blocks = nn.ModuleList(Block(config, i > depth // 2, depth - i <= config.num_moe_layers) for i in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(config, i > depth // 2, depth - i <= config.num_moe_layers) for i in range(depth)
+        )
         self.final_layer = FinalLayer(config.hidden_size, config.in_channels)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, contexts: dict[str, torch.Tensor]) -> torch.Tensor:
-        config, cond = self.config, contexts["main"]
+        config = self.config
+        cond = contexts["main"]
         check_shape("Denoiser.x", x, ["N", "T", config.in_channels], "Give latents of this model's size.")
-        check_shape("Denoiser.contexts['main']", cond, [len(x), "L", config.context_dim], "Use the encoder it was trained with.")
-        dtype, half = self.x_embedder.weight.dtype, config.depth // 2
-        h, cond = torch.cat([self.t_embedder(t), self.x_embedder(x.to(dtype))], 1), cond.to(dtype)
+        check_shape(
+            "Denoiser.contexts['main']",
+            cond,
+            [len(x), "L", config.context_dim],
+            "Use the encoder it was trained with.",
+        )
+        dtype = self.x_embedder.weight.dtype
+        half = config.depth // 2
+        h = torch.cat([self.t_embedder(t), self.x_embedder(x.to(dtype))], 1)
+        cond = cond.to(dtype)
         kept: list[torch.Tensor] = []
         for number, block in enumerate(self.blocks):
             args = (h, cond, kept.pop() if number > half else None)
-            h = checkpoint(block, *args, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(*args)
+            h = (
+                checkpoint(block, *args, use_reentrant=False)
+                if self.recompute and torch.is_grad_enabled()
+                else block(*args)
+            )
             if number < half:
                 kept.append(h)
         return self.final_layer(h).to(x.dtype)
@@ -259,7 +318,8 @@ class AutoencoderConfig:
     use_ln_post: bool = True  # of the encoder
     pc_size: int = 5120  # points that are drawn on a surface
     pc_sharpedge_size: int = 5120  # and on its sharp edges
-    point_feats: int = 3  # numbers of a point besides its place: the normal, and with 4 whether it lies on a sharp edge
+    # numbers of a point besides its place: the normal, and with 4 whether it lies on a sharp edge
+    point_feats: int = 3
     downsample_ratio: float = 20  # points are kept, so many for each latent
     label_type: str = "binary"  # of training, as the next two are
     drop_path_rate: float = 0.0
@@ -267,13 +327,22 @@ class AutoencoderConfig:
 
     def __post_init__(self):
         if self.geo_decoder_downsample_ratio != 1 or not self.geo_decoder_ln_post:
-            raise ValueError("config.yaml, vae: expected geo_decoder_downsample_ratio 1 and geo_decoder_ln_post, got others. Not read.")
+            raise ValueError(
+                "config.yaml, vae: expected geo_decoder_downsample_ratio 1 and geo_decoder_ln_post, got"
+                " others. Not read."
+            )
         points = min(self.pc_size, self.pc_sharpedge_size + 1, self.downsample_ratio)
         if self.point_feats not in (3, 4) or not self.use_ln_post or points < 1:
-            raise ValueError(f"config.yaml, vae: expected point_feats 3 or 4, use_ln_post and points, got {self}. Others are not read.")
+            raise ValueError(
+                f"config.yaml, vae: expected point_feats 3 or 4, use_ln_post and points, got {self}. Others"
+                " are not read."
+            )
         least = min(self.num_latents, self.embed_dim, self.heads, self.num_decoder_layers)
         if least < 1 or self.width % self.heads or self.scale_factor <= 0:
-            raise ValueError(f"config.yaml, vae: expected sizes >= 1 and heads that divide the width, got {self}. Restore the file.")
+            raise ValueError(
+                f"config.yaml, vae: expected sizes >= 1 and heads that divide the width, got {self}. Restore"
+                " the file."
+            )
 
 
 class Heads(nn.Module):
@@ -293,8 +362,10 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        self.heads, width = config.heads, config.width
-        self.c_qkv, self.c_proj = nn.Linear(width, 3 * width, bias=config.qkv_bias), nn.Linear(width, width)
+        self.heads = config.heads
+        width = config.width
+        self.c_qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(width, width)
         self.attention = Heads(width // config.heads, config.qk_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -306,9 +377,12 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        self.heads, width = config.heads, config.width
-        self.c_q, self.c_kv = nn.Linear(width, width, bias=config.qkv_bias), nn.Linear(width, 2 * width, bias=config.qkv_bias)
-        self.c_proj, self.attention = nn.Linear(width, width), Heads(width // config.heads, config.qk_norm)
+        self.heads = config.heads
+        width = config.width
+        self.c_q = nn.Linear(width, width, bias=config.qkv_bias)
+        self.c_kv = nn.Linear(width, 2 * width, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(width, width)
+        self.attention = Heads(width // config.heads, config.qk_norm)
 
     def forward(self, x: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
         q, kv = (y.unflatten(-1, (self.heads, -1)) for y in (self.c_q(x), self.c_kv(data)))
@@ -320,7 +394,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        self.attn, self.mlp = SelfAttention(config), Mlp(config.width, 4 * config.width, _MLP)
+        self.attn = SelfAttention(config)
+        self.mlp = Mlp(config.width, 4 * config.width, _MLP)
         self.ln_1, self.ln_2 = (nn.LayerNorm(config.width, eps=1e-6) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -333,7 +408,8 @@ class CrossBlock(nn.Module):
 
     def __init__(self, config: AutoencoderConfig, expand: int):
         super().__init__()
-        self.attn, self.mlp = CrossAttention(config), Mlp(config.width, expand * config.width, _MLP)
+        self.attn = CrossAttention(config)
+        self.mlp = Mlp(config.width, expand * config.width, _MLP)
         self.ln_1, self.ln_2, self.ln_3 = (nn.LayerNorm(config.width, eps=1e-6) for _ in range(3))
 
     def forward(self, x: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
@@ -343,7 +419,9 @@ class CrossBlock(nn.Module):
 
 def embedded(points: torch.Tensor, config: AutoencoderConfig) -> torch.Tensor:
     """Places [..., 3] -> themselves, sines and cosines of 2^j times each coordinate, [..., 3 (2 F + 1)]."""
-    rates = 2.0 ** torch.arange(config.num_freqs, dtype=torch.float32, device=points.device) * (torch.pi if config.include_pi else 1)
+    rates = 2.0 ** torch.arange(config.num_freqs, dtype=torch.float32, device=points.device) * (
+        torch.pi if config.include_pi else 1
+    )
     angles = (points[..., None] * rates).flatten(-2)  # [..., 3 F]
     return torch.cat([points, angles.sin(), angles.cos()], -1)
 
@@ -356,7 +434,8 @@ class PointDecoder(nn.Module):
         self.config = config
         self.query_proj = nn.Linear(3 * (2 * config.num_freqs + 1), config.width)
         self.cross_attn_decoder = CrossBlock(config, config.geo_decoder_mlp_expand_ratio)
-        self.ln_post, self.output_proj = nn.LayerNorm(config.width), nn.Linear(config.width, 1)
+        self.ln_post = nn.LayerNorm(config.width)
+        self.output_proj = nn.Linear(config.width, 1)
 
     def forward(self, points: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """[N, P, 3], [N, T, W] -> [N, P]."""
@@ -384,7 +463,8 @@ class ShapeDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.post_kl = nn.Linear(config.embed_dim, config.width)
-        self.transformer, self.geo_decoder = Transformer(config, config.num_decoder_layers), PointDecoder(config)
+        self.transformer = Transformer(config, config.num_decoder_layers)
+        self.geo_decoder = PointDecoder(config)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the flow sees them, [N, T, C] -> what points are asked of, [N, T, W]."""
@@ -392,8 +472,11 @@ class ShapeDecoder(nn.Module):
 
     @torch.no_grad()
     def slab(self, decoded: torch.Tensor, axis: torch.Tensor, x: slice) -> torch.Tensor:
-        """What `forward` made of one shape [1, T, W] -> numbers at the product of axis[x], axis and axis, [., R, R] on the CPU."""
-        side, planes = len(axis), len(axis[x])
+        """What `forward` made of one shape [1, T, W] -> numbers at the product of axis[x], axis and axis,
+        [., R, R] on the CPU.
+        """
+        side = len(axis)
+        planes = len(axis[x])
         numbers = []
         for some in torch.arange(planes * side**2, device=axis.device).split(CHUNK):
             places = (axis[x][some // side**2], axis[some // side % side], axis[some % side])
@@ -411,13 +494,16 @@ class PointEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.input_proj = nn.Linear(3 * (2 * config.num_freqs + 1) + config.point_feats, config.width)
-        self.cross_attn, self.self_attn = CrossBlock(config, 4), Transformer(config, config.num_encoder_layers)
+        self.cross_attn = CrossBlock(config, 4)
+        self.self_attn = Transformer(config, config.num_encoder_layers)
         self.ln_post = nn.LayerNorm(config.width)
 
     def forward(self, queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         """[N, T, 3 + f] and [N, M, 3 + f]: places, normals, perhaps the flag of a sharp edge."""
         seen = [torch.cat([embedded(x[..., :3], self.config), x[..., 3:]], -1) for x in (queries, points)]
-        return self.ln_post(self.self_attn(self.cross_attn(*(self.input_proj(x.to(self.input_proj.weight)) for x in seen))))
+        return self.ln_post(
+            self.self_attn(self.cross_attn(*(self.input_proj(x.to(self.input_proj.weight)) for x in seen)))
+        )
 
 
 class ShapeEncoder(nn.Module):
@@ -426,7 +512,8 @@ class ShapeEncoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
-        self.encoder, self.pre_kl = PointEncoder(config), nn.Linear(config.width, 2 * config.embed_dim)
+        self.encoder = PointEncoder(config)
+        self.pre_kl = nn.Linear(config.width, 2 * config.embed_dim)
 
     def forward(self, queries: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """-> mean and logarithm of the variance, [N, T, C] each, not yet as the flow sees them."""
@@ -435,15 +522,23 @@ class ShapeEncoder(nn.Module):
 
     @torch.no_grad()
     def latents(self, surface: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        """Points of a surface [P, 3 + f], those on sharp edges last -> the mean [T, C] as the flow sees it; which are kept is drawn."""
+        """Points of a surface [P, 3 + f], those on sharp edges last -> the mean [T, C] as the flow sees it;
+        which are kept is drawn.
+        """
         device = self.pre_kl.weight.device
         queries, points = (x.to(device)[None] for x in chosen(surface.cpu(), self.config, draw))
         return self(queries, points)[0][0] * self.config.scale_factor
 
 
-def chosen(surface: torch.Tensor, config: AutoencoderConfig, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries [T, .] and kept points [M, .] of a surface's: from even ones and from those on sharp edges, to each by their share."""
-    parts, queries, kept = surface.split([config.pc_size, config.pc_sharpedge_size]), [], []
+def chosen(
+    surface: torch.Tensor, config: AutoencoderConfig, draw: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [T, .] and kept points [M, .] of a surface's: from even ones and from those on sharp edges, to
+    each by their share.
+    """
+    parts = surface.split([config.pc_size, config.pc_sharpedge_size])
+    queries = []
+    kept = []
     for part in parts:
         wanted = len(part) / len(surface) * config.num_latents
         some = part[torch.randperm(len(part), generator=draw)[: int(wanted * config.downsample_ratio)]]

@@ -1,6 +1,8 @@
-"""From the names of latent diffusion's own files to those of diffusers and transformers, and the sizes that a U-Net's shapes tell.
+"""From the names of latent diffusion's own files to those of diffusers and transformers, and the sizes that a
+U-Net's shapes tell.
 
-State dicts go in and come out; tensors are shared, but for 1 x 1 convolutions that become linear layers. Shape letters: C channels.
+State dicts go in and come out; tensors are shared, but for 1 x 1 convolutions that become linear layers.
+Shape letters: C channels.
 """
 
 import re
@@ -13,85 +15,145 @@ from eg3d_rlhf.models.weights import count, shape_of
 
 State = dict[str, torch.Tensor]
 UNET = {
-    "time_embed.0.": "time_embedding.linear_1.", "time_embed.2.": "time_embedding.linear_2.",
-    "camera_embed.0.": "class_embedding.linear_1.", "camera_embed.2.": "class_embedding.linear_2.",
-    "input_blocks.0.0.": "conv_in.", "out.0.": "conv_norm_out.", "out.2.": "conv_out.",
-    "middle_block.0.": "mid_block.resnets.0.", "middle_block.1.": "mid_block.attentions.0.", "middle_block.2.": "mid_block.resnets.1.",
+    "time_embed.0.": "time_embedding.linear_1.",
+    "time_embed.2.": "time_embedding.linear_2.",
+    "camera_embed.0.": "class_embedding.linear_1.",
+    "camera_embed.2.": "class_embedding.linear_2.",
+    "input_blocks.0.0.": "conv_in.",
+    "out.0.": "conv_norm_out.",
+    "out.2.": "conv_out.",
+    "middle_block.0.": "mid_block.resnets.0.",
+    "middle_block.1.": "mid_block.attentions.0.",
+    "middle_block.2.": "mid_block.resnets.1.",
 }
 RESNET = {
-    "in_layers.0.": "norm1.", "in_layers.2.": "conv1.", "emb_layers.1.": "time_emb_proj.", "out_layers.0.": "norm2.",
-    "out_layers.3.": "conv2.", "skip_connection.": "conv_shortcut.",
+    "in_layers.0.": "norm1.",
+    "in_layers.2.": "conv1.",
+    "emb_layers.1.": "time_emb_proj.",
+    "out_layers.0.": "norm2.",
+    "out_layers.3.": "conv2.",
+    "skip_connection.": "conv_shortcut.",
 }
 VAE = {
-    "mid.block_1.": "mid_block.resnets.0.", "mid.block_2.": "mid_block.resnets.1.", "mid.attn_1.": "mid_block.attentions.0.",
-    "norm_out.": "conv_norm_out.", "nin_shortcut.": "conv_shortcut.", "downsample.": "downsamplers.0.", "upsample.": "upsamplers.0.",
+    "mid.block_1.": "mid_block.resnets.0.",
+    "mid.block_2.": "mid_block.resnets.1.",
+    "mid.attn_1.": "mid_block.attentions.0.",
+    "norm_out.": "conv_norm_out.",
+    "nin_shortcut.": "conv_shortcut.",
+    "downsample.": "downsamplers.0.",
+    "upsample.": "upsamplers.0.",
 }
-VAE_ATTENTION = {"norm.": "group_norm.", "q.": "to_q.", "k.": "to_k.", "v.": "to_v.", "proj_out.": "to_out.0."}
+VAE_ATTENTION = {
+    "norm.": "group_norm.",
+    "q.": "to_q.",
+    "k.": "to_k.",
+    "v.": "to_v.",
+    "proj_out.": "to_out.0.",
+}
 
 CLIP = (  # open_clip -> transformers, in turn
-    (r"^visual\.(class_embedding)$", r"vision_model.embeddings.\1"), (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.(class_embedding)$", r"vision_model.embeddings.\1"),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
     (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."), (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
-    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."), (r"^visual\.proj$", "visual_projection.weight"),
-    (r"^token_embedding\.", "text_model.embeddings.token_embedding."), (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-    (r"^transformer\.resblocks\.", "text_model.encoder.layers."), (r"^text_projection$", "text_projection.weight"),
-    (r"\.ln_([12])\.", r".layer_norm\1."), (r"\.mlp\.c_fc\.", ".mlp.fc1."), (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
     (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
 )
 
 
 def unet_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """New name of the beginning of every name: which block of LDM's flat lists is which part of diffusers' tree.
+    """New name of the beginning of every name: which block of LDM's flat lists is which part of diffusers'
+    tree.
 
-    A level ends with the block that holds nothing but a resampling; an up block carries its upsampling as its last part.
+    A level ends with the block that holds nothing but a resampling; an up block carries its upsampling as its
+    last part.
     """
-    names, level, part = dict(UNET), 0, 0
+    names = dict(UNET)
+    level = 0
+    part = 0
     for i in range(1, count(state, "input_blocks.")):
         block = f"input_blocks.{i}."
         if any(n.startswith(f"{block}0.op.") for n in state):
             names[f"{block}0.op."] = f"down_blocks.{level}.downsamplers.0.conv."
-            level, part = level + 1, 0
+            level = level + 1
+            part = 0
             continue
-        names[f"{block}0."], names[f"{block}1."] = f"down_blocks.{level}.resnets.{part}.", f"down_blocks.{level}.attentions.{part}."
+        names[f"{block}0."], names[f"{block}1."] = (
+            f"down_blocks.{level}.resnets.{part}.",
+            f"down_blocks.{level}.attentions.{part}.",
+        )
         part += 1
     level = part = 0
     for i in range(count(state, "output_blocks.")):
         block = f"output_blocks.{i}."
-        names[f"{block}0."], names[f"{block}1."] = f"up_blocks.{level}.resnets.{part}.", f"up_blocks.{level}.attentions.{part}."
+        names[f"{block}0."], names[f"{block}1."] = (
+            f"up_blocks.{level}.resnets.{part}.",
+            f"up_blocks.{level}.attentions.{part}.",
+        )
         part += 1
-        resampled = [n[: -len("conv.weight")] for n in state if re.fullmatch(rf"{re.escape(block)}[12]\.conv\.weight", n)]
+        resampled = [
+            n[: -len("conv.weight")]
+            for n in state
+            if re.fullmatch(rf"{re.escape(block)}[12]\.conv\.weight", n)
+        ]
         if resampled:
             names[f"{resampled[0]}conv."] = f"up_blocks.{level}.upsamplers.0.conv."
-            level, part = level + 1, 0
+            level = level + 1
+            part = 0
     return names
 
 
 def to_diffusers_unet(state: Mapping[str, torch.Tensor]) -> State:
-    """A U-Net's state dict (without the prefix model.diffusion_model.) under diffusers' names; unknown names stay."""
-    names, new = unet_names(state), {}
+    """A U-Net's state dict (without the prefix model.diffusion_model.) under diffusers' names; unknown names
+    stay.
+    """
+    names = unet_names(state)
+    new = {}
     for name, tensor in state.items():
         start = max((old for old in names if name.startswith(old)), key=len, default="")
         rest = name.removeprefix(start)
         if "resnets." in names.get(start, ""):
-            rest = next((RESNET[old] + rest.removeprefix(old) for old in RESNET if rest.startswith(old)), rest)
+            rest = next(
+                (RESNET[old] + rest.removeprefix(old) for old in RESNET if rest.startswith(old)), rest
+            )
         new[names.get(start, "") + rest] = tensor
     return new
 
 
 def to_diffusers_vae(state: Mapping[str, torch.Tensor]) -> State:
-    """An autoencoder's state dict (without first_stage_model.) under diffusers' names. LDM counts up blocks from the picture."""
-    ups, new = count(state, "decoder.up."), {}
+    """An autoencoder's state dict (without first_stage_model.) under diffusers' names. LDM counts up blocks
+    from the picture.
+    """
+    ups = count(state, "decoder.up.")
+    new = {}
     for name, tensor in state.items():
-        name = re.sub(r"\.down\.(\d+)\.(?:block\.(\d+)\.)?", lambda m: f".down_blocks.{m[1]}." + (f"resnets.{m[2]}." if m[2] else ""), name)
         name = re.sub(
-            r"\.up\.(\d+)\.(?:block\.(\d+)\.)?", lambda m: f".up_blocks.{ups - 1 - int(m[1])}." + (f"resnets.{m[2]}." if m[2] else ""), name
+            r"\.down\.(\d+)\.(?:block\.(\d+)\.)?",
+            lambda m: f".down_blocks.{m[1]}." + (f"resnets.{m[2]}." if m[2] else ""),
+            name,
+        )
+        name = re.sub(
+            r"\.up\.(\d+)\.(?:block\.(\d+)\.)?",
+            lambda m: f".up_blocks.{ups - 1 - int(m[1])}." + (f"resnets.{m[2]}." if m[2] else ""),
+            name,
         )
         for old, now in VAE.items():
             name = name.replace(old, now) if f".{old}" in name else name
         before, mark, rest = name.partition("attentions.0.")
         if mark:
-            rest = next(now + rest.removeprefix(old) for old, now in VAE_ATTENTION.items() if rest.startswith(old))
+            rest = next(
+                now + rest.removeprefix(old) for old, now in VAE_ATTENTION.items() if rest.startswith(old)
+            )
             tensor = tensor[..., 0, 0] if tensor.ndim == 4 else tensor
         new[before + mark + rest] = tensor
     return new
@@ -105,30 +167,40 @@ def to_transformers_clip(state: Mapping[str, torch.Tensor]) -> State:
             name = re.sub(old, now, name)
         stem, mark, part = name.partition("attn.in_proj_")
         if mark:
-            new |= {f"{stem}self_attn.{q}_proj.{part}": x for q, x in zip("qkv", tensor.chunk(3), strict=True)}
+            new |= {
+                f"{stem}self_attn.{q}_proj.{part}": x for q, x in zip("qkv", tensor.chunk(3), strict=True)
+            }
         else:
             new[name] = tensor.T if name.endswith("_projection.weight") else tensor
     return new
 
 
 def to_transformers_text(state: Mapping[str, torch.Tensor], layers: int) -> State:
-    """open_clip's text half (transformer.resblocks.*, ln_final, ...) as the first `layers` layers of transformers' CLIPTextModel."""
+    """open_clip's text half (transformer.resblocks.*, ln_final, ...) as the first `layers` layers of
+    transformers' CLIPTextModel.
+    """
     last = f"text_model.encoder.layers.{layers}."
     return {
-        name: tensor for name, tensor in to_transformers_clip(state).items()
+        name: tensor
+        for name, tensor in to_transformers_clip(state).items()
         if name.startswith("text_model.") and not name.startswith(last)
     }
 
 
 def unet_config(state: Mapping[str, torch.Tensor], who: str, image_size: int) -> dict[str, Any]:
-    """Arguments of diffusers' UNet2DConditionModel that a state dict's shapes tell (LDM's names, without their prefix).
+    """Arguments of diffusers' UNet2DConditionModel that a state dict's shapes tell (LDM's names, without
+    their prefix).
 
-    Linear projections about the attention mean Stable Diffusion 2's form, heads of 64 channels; convolutions that of 1.x, 8 heads.
+    Linear projections about the attention mean Stable Diffusion 2's form, heads of 64 channels; convolutions
+    that of 1.x, 8 heads.
 
     Args: image_size: pixels per side of the latents. Raises: ValueError for another network's file.
     """
     first = shape_of(state, "input_blocks.0.0.weight", who, 4)
-    names, channels, attention, layers = unet_names(state), {}, {}, 0
+    names = unet_names(state)
+    channels = {}
+    attention = {}
+    layers = 0
     for block, target in names.items():
         match = re.match(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)", target)
         if match and match[2] == "resnets":
@@ -137,16 +209,25 @@ def unet_config(state: Mapping[str, torch.Tensor], who: str, image_size: int) ->
         elif match and f"{block}proj_in.weight" in state:
             attention[int(match[1])] = block
     if not channels or 0 not in attention and not attention:
-        raise ValueError(f"{who}: expected a U-Net with attention, got no such blocks. Is it another network's file?")
+        raise ValueError(
+            f"{who}: expected a U-Net with attention, got no such blocks. Is it another network's file?"
+        )
     block = next(iter(attention.values()))
     linear = state[f"{block}proj_in.weight"].ndim == 2
     widths = [channels[level] for level in sorted(channels)]
     camera = state.get("camera_embed.0.weight")
-    down = tuple("CrossAttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(widths)))
+    down = tuple(
+        "CrossAttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(widths))
+    )
     return {
-        "sample_size": image_size, "in_channels": first[1], "out_channels": shape_of(state, "out.2.weight", who, 4)[0],
-        "block_out_channels": tuple(widths), "layers_per_block": layers, "down_block_types": down,
-        "up_block_types": tuple(kind.replace("Down", "Up") for kind in reversed(down)), "use_linear_projection": linear,
+        "sample_size": image_size,
+        "in_channels": first[1],
+        "out_channels": shape_of(state, "out.2.weight", who, 4)[0],
+        "block_out_channels": tuple(widths),
+        "layers_per_block": layers,
+        "down_block_types": down,
+        "up_block_types": tuple(kind.replace("Down", "Up") for kind in reversed(down)),
+        "use_linear_projection": linear,
         "attention_head_dim": tuple(max(width // 64, 1) for width in widths) if linear else 8,
         "cross_attention_dim": shape_of(state, f"{block}transformer_blocks.0.attn2.to_k.weight", who, 2)[1],
         "class_embed_type": None if camera is None else "projection",

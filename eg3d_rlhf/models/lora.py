@@ -1,9 +1,11 @@
-"""Low-rank adapters on named linear layers: the base stays as it is, and the same network with its adapters off is the reference.
+"""Low-rank adapters on named linear layers: the base stays as it is, and the same network with its adapters
+off is the reference.
 
     y = W x + b + (alpha / rank) B A dropout(x)        Hu et al. 2021, LoRA, equation 3
 
-A [rank, in] is random and B [out, rank] zero at the start, so that an untrained adapter changes nothing. Parameters are called as PEFT
-calls them, less the name it gives an adapter: X.base_layer.weight, X.lora_A.weight, X.lora_B.weight.
+A [rank, in] is random and B [out, rank] zero at the start, so that an untrained adapter changes nothing.
+Parameters are called as PEFT calls them, less the name it gives an adapter: X.base_layer.weight,
+X.lora_A.weight, X.lora_B.weight.
 """
 
 import contextlib
@@ -30,15 +32,27 @@ class LoraConfig:
     """Size and place of the adapters."""
 
     rank: int = _adapter(16, "Of the adapters.", name="lora_rank", low=1)
-    alpha: float = _adapter(32.0, "Their update is multiplied by alpha / rank.", name="lora_alpha", above=0, rare=True)
-    dropout: float = _adapter(0.0, "Share of their inputs that is zeroed while training.", name="lora_dropout", low=0, below=1, rare=True)
-    targets: tuple[str, ...] = TARGETS  # last parts of the names of linear layers; "attn.to_q" is more exact than "to_q"
+    alpha: float = _adapter(
+        32.0, "Their update is multiplied by alpha / rank.", name="lora_alpha", above=0, rare=True
+    )
+    dropout: float = _adapter(
+        0.0,
+        "Share of their inputs that is zeroed while training.",
+        name="lora_dropout",
+        low=0,
+        below=1,
+        rare=True,
+    )
+    # last parts of the names of linear layers; "attn.to_q" is more exact than "to_q"
+    targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
         check_knobs(self)
         if not self.targets or not all(self.targets):
-            raise ValueError(f"LoraConfig.targets: expected names of layers, got {list(self.targets)}. Name one at least.")
+            raise ValueError(
+                f"LoraConfig.targets: expected names of layers, got {list(self.targets)}. Name one at least."
+            )
 
 
 class _Adapted(torch.autograd.Function):
@@ -57,32 +71,43 @@ class _Adapted(torch.autograd.Function):
     @once("LoraLinear")
     def backward(ctx, grad):
         x, low, weight, a, b = ctx.saved_tensors
-        rows, to_x = grad.flatten(0, -2), None
+        rows = grad.flatten(0, -2)
+        to_x = None
         to_low = ctx.scale * product(rows, b.t())  # [T, rank]
         if ctx.needs_input_grad[0]:
             to_x = product(rows, weight.t()).addmm_(to_low, a).view_as(x)
-        to_a, to_b = product(to_low.t(), x.flatten(0, -2).t()), ctx.scale * product(rows.t(), low.flatten(0, -2).t())
+        to_a = product(to_low.t(), x.flatten(0, -2).t())
+        to_b = ctx.scale * product(rows.t(), low.flatten(0, -2).t())
         return to_x, None, None, to_a, to_b, None
 
 
 class LoraLinear(nn.Module):
-    """A linear layer and its adapter. The adapter, zero as made, computes in float32 at least, whatever the base is in."""
+    """A linear layer and its adapter. The adapter, zero as made, computes in float32 at least, whatever the
+    base is in.
+    """
 
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
         weight = base_layer.weight
-        kind = {"bias": False, "device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        kind = {
+            "bias": False,
+            "device": weight.device,
+            "dtype": torch.promote_types(weight.dtype, torch.float32),
+        }
         self.base_layer = base_layer
         self.lora_A = nn.utils.skip_init(nn.Linear, base_layer.in_features, rank, **kind)
         self.lora_B = nn.utils.skip_init(nn.Linear, rank, base_layer.out_features, **kind)
         nn.init.zeros_(self.lora_A.weight)
         nn.init.zeros_(self.lora_B.weight)
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
         self.active = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]; exactly the base layer where the adapter is off."""
-        base, scale = self.base_layer, self.alpha / self.rank
+        base = self.base_layer
+        scale = self.alpha / self.rank
         if self.active and fits(x, base.weight) and not (self.dropout and self.training):
             return _Adapted.apply(x, base.weight, base.bias, self.lora_A.weight, self.lora_B.weight, scale)
         y = base(x)
@@ -104,47 +129,67 @@ class LoraLinear(nn.Module):
 
     def merged_weight(self) -> torch.Tensor:
         """Weight and update in one, [out, in], rounded to the base's type."""
-        update, weight = self.update(), self.base_layer.weight.detach()
+        update = self.update()
+        weight = self.base_layer.weight.detach()
         return (weight.to(update.dtype) + update).to(weight.dtype)
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
     """Put adapters on the target layers, in place, and freeze everything else; returns the layers' names.
 
-    A is uniform within 1 / sqrt(in) (He et al. 2015, as linear layers start), drawn on the CPU from `seed` in the order of the layers.
-    Raises: ValueError for a target that is not there, or is no plain linear layer; for a model that has adapters.
+    A is uniform within 1 / sqrt(in) (He et al. 2015, as linear layers start), drawn on the CPU from `seed` in
+    the order of the layers.
+    Raises: ValueError for a target that is not there, or is no plain linear layer; for a model that has
+        adapters.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     names = [n for n in modules if any(matches(n, t) for t in config.targets)]
     missing = [t for t in config.targets if not any(matches(n, t) for n in names)]
     if missing:
-        there = ", ".join(sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)})) or "none"
+        there = (
+            ", ".join(sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)})) or "none"
+        )
         who = f"add_lora({type(model).__name__})"
-        raise ValueError(f"{who}: expected layers named {', '.join(missing)}, got linear layers named {there}. Name targets among these.")
+        raise ValueError(
+            f"{who}: expected layers named {', '.join(missing)}, got linear layers named {there}. Name"
+            " targets among these."
+        )
     layers = attach(model, names, config.rank, config.alpha, config.dropout)
     generator = torch.Generator().manual_seed(seed)
     for layer in dict.fromkeys(layers.values()):
-        A, bound = layer.lora_A.weight, 1 / math.sqrt(layer.base_layer.in_features)
+        A = layer.lora_A.weight
+        bound = 1 / math.sqrt(layer.base_layer.in_features)
         with torch.no_grad():
             A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))
     return names
 
 
-def attach(model: nn.Module, names: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> dict[str, LoraLinear]:
-    """Wrap the linear layers of these names, in place, with adapters that are zero; everything else is frozen."""
+def attach(
+    model: nn.Module, names: Iterable[str], rank: int, alpha: float, dropout: float = 0.0
+) -> dict[str, LoraLinear]:
+    """Wrap the linear layers of these names, in place, with adapters that are zero; everything else is
+    frozen.
+    """
     if adapted_layers(model):
         raise ValueError(
-            f"add_lora: expected a network without adapters, got one with {len(adapted_layers(model))}. Merge them first (merged_state)."
+            f"add_lora: expected a network without adapters, got one with {len(adapted_layers(model))}. Merge"
+            " them first (merged_state)."
         )
-    modules, names = dict(model.named_modules(remove_duplicate=False)), list(names)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = list(names)
     odd = [f"{n} ({type(modules[n]).__name__})" for n in names if not _is_linear(modules[n])]
     if odd:
-        raise ValueError(f"add_lora: expected linear layers on plain tensors, got {', '.join(odd[:4])}. Choose other targets.")
+        raise ValueError(
+            f"add_lora: expected linear layers on plain tensors, got {', '.join(odd[:4])}. Choose other"
+            " targets."
+        )
     model.requires_grad_(False)
     wrapped: dict[nn.Module, LoraLinear] = {}  # a layer that is used under two names keeps one adapter
     for name in names:
         if modules[name] not in wrapped:
-            wrapped[modules[name]] = LoraLinear(modules[name], rank, alpha, dropout).train(modules[name].training)
+            wrapped[modules[name]] = LoraLinear(modules[name], rank, alpha, dropout).train(
+                modules[name].training
+            )
         owner, _, own = name.rpartition(".")
         setattr(modules[owner], own, wrapped[modules[name]])
     return {name: wrapped[modules[name]] for name in names}
@@ -167,23 +212,34 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The adapters' parameters, each once, in the order of the layers."""
-    return [p for layer in dict.fromkeys(adapted_layers(model).values()) for p in (layer.lora_A.weight, layer.lora_B.weight)]
+    return [
+        p
+        for layer in dict.fromkeys(adapted_layers(model).values())
+        for p in (layer.lora_A.weight, layer.lora_B.weight)
+    ]
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     layers = adapted_layers(model).items()
-    return {f"{name}.{part}.weight": getattr(layer, part).weight.detach() for name, layer in layers for part in ("lora_A", "lora_B")}
+    return {
+        f"{name}.{part}.weight": getattr(layer, part).weight.detach()
+        for name, layer in layers
+        for part in ("lora_A", "lora_B")
+    }
 
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it the network computes as its base does, to the last bit. Nests; run no backward pass within it.
+    """Within it the network computes as its base does, to the last bit. Nests; run no backward pass within
+    it.
 
     Raises: ValueError for a network without adapters.
     """
     layers = adapted_layers(model).values()
     if not layers:
-        raise ValueError("adapters_off: expected a network with adapters, got one without. Call add_lora first.")
+        raise ValueError(
+            "adapters_off: expected a network with adapters, got one without. Call add_lora first."
+        )
     before = [(layer, layer.active) for layer in layers]
     try:
         for layer in layers:
@@ -195,8 +251,11 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """State dict with the adapters worked into the weights, under the base's plain names and in its types and order."""
-    layers, state = adapted_layers(model), {}
+    """State dict with the adapters worked into the weights, under the base's plain names and in its types and
+    order.
+    """
+    layers = adapted_layers(model)
+    state = {}
     for key, value in model.state_dict().items():
         owner, _, leaf = key.rpartition(".")
         stem, _, part = owner.rpartition(".")
@@ -208,13 +267,16 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def merge_rounding(model: nn.Module) -> float:
-    """How much of the update is lost where weights are rounded to the base's type: norm of the rounding over norm of the update.
+    """How much of the update is lost where weights are rounded to the base's type: norm of the rounding over
+    norm of the update.
 
-    Near 0 for a float32 base. Training that moved float16 weights little may lose much of what it learned: keep the adapter then.
+    Near 0 for a float32 base. Training that moved float16 weights little may lose much of what it learned:
+    keep the adapter then.
     """
     lost = size = 0.0
     for layer in dict.fromkeys(adapted_layers(model).values()):
-        update, weight = layer.update().double(), layer.base_layer.weight.detach().double()
+        update = layer.update().double()
+        weight = layer.base_layer.weight.detach().double()
         lost += float((layer.merged_weight().double() - weight - update).square().sum())
         size += float(update.square().sum())
     return math.sqrt(lost / size) if size else 0.0

@@ -1,11 +1,12 @@
-"""Pictures cut out and resized as the programs do it that generators of shapes were trained with: OpenCV's ways of resizing in plain numpy,
-Pillow's and torch's by these themselves.
+"""Pictures cut out and resized as the programs do it that generators of shapes were trained with: OpenCV's
+ways of resizing in plain numpy, Pillow's and torch's by these themselves.
 
     on_white        Hunyuan3D-2.1: in the middle of a white square; OpenCV
     on_black        TRELLIS and TRELLIS.2: in a black square about it; Pillow
     object_inputs   SAM 3D Objects: about a soft mask and whole, with places in space; torch
 
-Shape letters: h, w of a picture, n its pixels along an axis before resizing, m after, s pixels per side of a square.
+Shape letters: h, w of a picture, n its pixels along an axis before resizing, m after, s pixels per side of a
+square.
 """
 
 from collections.abc import Callable
@@ -23,21 +24,27 @@ OPAQUE = 204  # alpha above which TRELLIS counts a pixel as shown: 0.8 of 255
 
 
 def read_cut_out(path: Path, cut: Callable[[Image.Image], Result]) -> Result:
-    """What `cut` makes of a picture with a transparent background, given as RGBA; palettes and greys with transparency are such, too.
+    """What `cut` makes of a picture with a transparent background, given as RGBA; palettes and greys with
+    transparency are such, too.
 
     Raises: ValueError with the file's name for a picture without transparency, or one that `cut` refuses.
     """
     with Image.open(path) as image:
-        mode, shown = image.mode, image.convert("RGBA")
+        mode = image.mode
+        shown = image.convert("RGBA")
     try:
         if shown.getchannel("A").getextrema()[0] == 255:
-            raise ValueError(f"expected a transparent background, got an opaque picture ({mode}). Remove the background first.")
+            raise ValueError(
+                f"expected a transparent background, got an opaque picture ({mode}). Remove the background"
+                " first."
+            )
         return cut(shown)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-# Resizing as OpenCV does it: along each axis a few pixels with their weights, column by column first; rounded as its arithmetic rounds.
+# Resizing as OpenCV does it: along each axis a few pixels with their weights, column by column first; rounded
+# as its arithmetic rounds.
 
 
 Taps = list[tuple[np.ndarray, np.ndarray]]  # pixels [m] that a target reads, and their weights [m], in turn
@@ -48,7 +55,8 @@ def opencv(pixels: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
 
     Args: how: "area", "cubic" (never widened, so that it aliases when it makes small) or "nearest".
     """
-    (height, width), (rows, columns) = pixels.shape[:2], size
+    height, width = pixels.shape[:2]
+    rows, columns = size
     if (height, width) == size:
         return pixels.copy()
     if how == "nearest":
@@ -79,7 +87,8 @@ def _kept(n: int, m: int) -> np.ndarray:
 def _area(n: int, m: int) -> Taps:
     """Each pixel weighs what a target pixel covers of it; less than 1/1000 counts as nothing."""
     low = np.arange(m) * _step(n, m)
-    high, taps = np.minimum(low + _step(n, m), n), []
+    high = np.minimum(low + _step(n, m), n)
+    taps = []
     for k in range(int(_step(n, m)) + 2):
         pixel = np.floor(low).astype(int) + k
         overlap = np.minimum(high, pixel + 1) - np.maximum(low, pixel)
@@ -90,17 +99,21 @@ def _area(n: int, m: int) -> Taps:
 def _cubic(n: int, m: int) -> Taps:
     """Keys' kernel with a = -0.75; pixels beyond the border are those at it."""
     place = (np.arange(m) + 0.5) * _step(n, m) - 0.5
-    left, a = np.floor(place).astype(int), -0.75
+    left = np.floor(place).astype(int)
+    a = -0.75
 
     def weight(x: np.ndarray) -> np.ndarray:
-        near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
         return np.where(x <= 1, near, far)
 
     return [((left + k).clip(0, n - 1), weight(np.abs(place - left - k))) for k in (-1, 0, 1, 2)]
 
 
 def _edges(n: int, m: int) -> Taps:
-    """What "area" is where a side grows: linear, but from a pixel's edge, not its middle; weights in 1/2048."""
+    """What "area" is where a side grows: linear, but from a pixel's edge, not its middle;
+    weights in 1/2048.
+    """
     target = np.arange(m)
     left = np.floor(target * _step(n, m)).astype(int)
     share = (target + 1) - (left + 1) * (m / n)
@@ -119,7 +132,9 @@ def _grown(pixels: np.ndarray, rows: Taps, columns: Taps) -> np.ndarray:
 
 
 def short_side(x: torch.Tensor, size: int) -> torch.Tensor:
-    """[N, C, h, w] -> the middle [N, C, size, size] with the shorter side of that many pixels: bilinear, widened when it makes small."""
+    """[N, C, h, w] -> the middle [N, C, size, size] with the shorter side of that many pixels: bilinear,
+    widened when it makes small.
+    """
     height, width = x.shape[-2:]
     long = size * max(height, width) // min(height, width)
     target = (long, size) if height > width else (size, long)
@@ -132,7 +147,8 @@ def short_side(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def on_white(image: Image.Image, size: int, border: float) -> tuple[np.ndarray, np.ndarray]:
-    """The box of all that is not transparent, in the middle of a white square with a border -> bytes [size, size, 3], mask [size, size].
+    """The box of all that is not transparent, in the middle of a white square with a border -> bytes
+    [size, size, 3], mask [size, size].
 
     Args: border: share of the square's side that is left free.
     Raises: ValueError for a picture that shows no more than one row or column.
@@ -142,14 +158,19 @@ def on_white(image: Image.Image, size: int, border: float) -> tuple[np.ndarray, 
 
 
 def framed(pixels: np.ndarray, border: float) -> np.ndarray:
-    """Bytes [h, w, 4] -> [s, s, 4], s the longer side, its box filling 1 - border of it. The box's last row and column are lost there."""
+    """Bytes [h, w, 4] -> [s, s, 4], s the longer side, its box filling 1 - border of it. The box's last row
+    and column are lost there.
+    """
     rows, columns = (np.flatnonzero(pixels[..., 3].any(axis)) for axis in (1, 0))
     height, width = (int(places[-1] - places[0]) if len(places) else 0 for places in (rows, columns))
     side = max(pixels.shape[:2])
     scale = int(side * (1 - border)) / max(height, width, 1)
     size = int(height * scale), int(width * scale)
     if min(size) < 1:
-        raise ValueError("expected something larger than a pixel that is not transparent, got less. Choose another picture.")
+        raise ValueError(
+            "expected something larger than a pixel that is not transparent, got less. Choose another"
+            " picture."
+        )
     part = opencv(pixels[rows[0] : rows[0] + height, columns[0] : columns[0] + width], size, "area")
     square = np.zeros((side, side, 4), np.uint8)
     top, left = ((side - length) // 2 for length in size)
@@ -167,18 +188,22 @@ def over_white(pixels: np.ndarray) -> np.ndarray:
 
 
 def on_black(image: Image.Image, size: int, margin: float = 1.2) -> torch.Tensor:
-    """What a picture shows, in the middle of a black square -> [3, size, size] of 0..1, in steps of 1/255, as TRELLIS's pipeline.
+    """What a picture shows, in the middle of a black square -> [3, size, size] of 0..1, in steps of 1/255, as
+    TRELLIS's pipeline.
 
-    With (l, t) and (r, b) the first and the last pixel of an opacity above 0.8, the square about their middle has sides of
-    2 floor(floor(margin max(r - l, b - t)) / 2), its corners rounded to the nearest pixel, halves to the even one. Resized by Lanczos, its
-    colours are multiplied by opacity and cut down, not rounded, to 8 bits.
+    With (l, t) and (r, b) the first and the last pixel of an opacity above 0.8, the square about their middle
+    has sides of 2 floor(floor(margin max(r - l, b - t)) / 2), its corners rounded to the nearest pixel,
+    halves to the even one. Resized by Lanczos, its colours are multiplied by opacity and cut down, not
+    rounded, to 8 bits.
     Raises: ValueError for a picture that shows nothing, or a pixel or two.
     """
     return _unit(over_black(squared(image, margin).resize((size, size), Image.Resampling.LANCZOS)))
 
 
 def on_black_first(image: Image.Image, sizes: tuple[int, ...], largest: int = 1024) -> list[torch.Tensor]:
-    """As `on_black` without a margin, but over black before it is resized, and of a longer side of `largest` at most: TRELLIS.2's."""
+    """As `on_black` without a margin, but over black before it is resized, and of a longer side of `largest`
+    at most: TRELLIS.2's.
+    """
     square = Image.fromarray(over_black(squared(at_most(image, largest), 1.0)))
     return [_unit(np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))) for size in sizes]
 
@@ -195,11 +220,15 @@ def squared(image: Image.Image, margin: float) -> Image.Image:
     box = image.getchannel("A").point(lambda a: 255 if a > OPAQUE else 0).getbbox()
     if box is None:
         raise ValueError("expected something that is not transparent, got nothing. Choose another picture.")
-    left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
+    left = box[0]
+    top = box[1]
+    right = box[2] - 1
+    bottom = box[3] - 1
     half = int(max(right - left, bottom - top) * margin) // 2
     if half < 1:
         raise ValueError("expected something larger than two pixels, got less. Choose another picture.")
-    x, y = (left + right) / 2, (top + bottom) / 2
+    x = (left + right) / 2
+    y = (top + bottom) / 2
     return image.crop((round(x - half), round(y - half), round(x + half), round(y + half)))
 
 
@@ -231,41 +260,58 @@ class ObjectCut:
 
 
 def object_inputs(pixels: np.ndarray, points: torch.Tensor | None, cut: ObjectCut) -> dict[str, torch.Tensor]:
-    """What SAM 3D's embedders are told of an object, [C, s, s] each: `image`, `mask`, `pointmap` cut out about the mask, and `rgb_image`,
-    `rgb_image_mask`, `rgb_pointmap` whole, in a square.
+    """What SAM 3D's embedders are told of an object, [C, s, s] each: `image`, `mask`, `pointmap` cut out
+    about the mask, and `rgb_image`, `rgb_image_mask`, `rgb_pointmap` whole, in a square.
 
     Args:
         pixels: bytes [h, w, 4], the mask as opacity, all around still in the colours.
-        points: [h', w', 3] places of the same picture, x left, y up, z forward; NaN where there is none. None: no maps.
-    Returns also pointmap_scale and pointmap_shift [3] each, where there are points: they became (p - shift) / scale.
+        points: [h', w', 3] places of the same picture, x left, y up, z forward; NaN where there is none.
+            None: no maps.
+    Returns also pointmap_scale and pointmap_shift [3] each, where there are points: they became
+    (p - shift) / scale.
     Raises: ValueError for a mask of less than three rows or columns.
     """
     whole = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)  # [4, h, w]
-    colours, mask = whole[:3], whole[3:]
-    fitted, told = None, {}
+    colours = whole[:3]
+    mask = whole[3:]
+    fitted = None
+    told = {}
     if points is not None:
-        places = F.interpolate(points.float().permute(2, 0, 1)[None], mask.shape[1:], mode="nearest")[0]  # [3, h, w]
+        # [3, h, w]
+        places = F.interpolate(points.float().permute(2, 0, 1)[None], mask.shape[1:], mode="nearest")[0]
         scale, shift = moments(places, mask[0] > 0.5, cut)
         unit = 1 / scale[:, None, None]
-        fitted = places if cut.moments_alone else places * unit - shift[:, None, None] * unit  # in this order: to the bit
+        # in this order: to the bit
+        fitted = places if cut.moments_alone else places * unit - shift[:, None, None] * unit
         told = {"pointmap_scale": scale, "pointmap_shift": shift}
     box = box_about(mask[0], cut.box_size_factor)
     wide = (_boxed(x, box) for x in (colours, mask))
     near = _padded(next(wide), cut, 0.0), _padded(next(wide), cut, 0.0)
     image = near[0] * near[1] if cut.rembg else near[0]
     told |= {"image": _shrunk(image, cut.size), "mask": _kept_pixels(near[1], cut.size)}
-    told |= {"rgb_image": _shrunk(in_square(colours), cut.size), "rgb_image_mask": _kept_pixels(in_square(mask), cut.size)}
+    told |= {
+        "rgb_image": _shrunk(in_square(colours), cut.size),
+        "rgb_image_mask": _kept_pixels(in_square(mask), cut.size),
+    }
     if fitted is not None:
         close = _padded(_boxed(fitted, box), cut, float("nan"))
         close = close.where(near[1] > 0, float("nan")) if cut.rembg else close
-        told |= {"pointmap": _kept_pixels(close, cut.size), "rgb_pointmap": _kept_pixels(in_square(fitted), cut.size)}
+        told |= {
+            "pointmap": _kept_pixels(close, cut.size),
+            "rgb_pointmap": _kept_pixels(in_square(fitted), cut.size),
+        }
     return told
 
 
-def moments(places: torch.Tensor, on_object: torch.Tensor, cut: ObjectCut) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift [3] of points [3, h, w]; medians leave NaN out, and take the lower of two in the middle."""
+def moments(
+    places: torch.Tensor, on_object: torch.Tensor, cut: ObjectCut
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift [3] of points [3, h, w]; medians leave NaN out, and take the lower of two in the
+    middle.
+    """
     seen = places[:, on_object]
-    shift, scale = torch.zeros(3), torch.ones(())
+    shift = torch.zeros(3)
+    scale = torch.ones(())
     if not seen.isfinite().all(0).any():
         return scale.expand(3), shift
     if cut.normaliser == "ObjectCentricSSI":
@@ -281,14 +327,18 @@ def moments(places: torch.Tensor, on_object: torch.Tensor, cut: ObjectCut) -> tu
 
 
 def box_about(mask: torch.Tensor, factor: float) -> tuple[int, int, int, int]:
-    """Top, bottom, left, right of the square about a mask [h, w]; corners cut down towards 0, so that it may be a pixel narrower."""
+    """Top, bottom, left, right of the square about a mask [h, w]; corners cut down towards 0, so that it may
+    be a pixel narrower.
+    """
     sides = []
     for axis in (1, 0):
         places = (mask > 0).any(axis).nonzero()
         first, last = (int(places[0]), int(places[-1])) if len(places) else (0, 0)
         sides.append((first, last))
     if min(last - first for first, last in sides) < 2:
-        raise ValueError("expected a mask of three rows and columns or more, got less. Choose another picture.")
+        raise ValueError(
+            "expected a mask of three rows and columns or more, got less. Choose another picture."
+        )
     half = int(factor * max(last - first for first, last in sides)) // 2
     (top, bottom), (left, right) = ((int((a + b) / 2 - half), int((a + b) / 2 + half)) for a, b in sides)
     return top, bottom, left, right
@@ -306,7 +356,8 @@ def in_square(x: torch.Tensor, around: float = 0.0) -> torch.Tensor:
     """[C, h, w] in the middle of a square [C, s, s]."""
     height, width = x.shape[1:]
     s = max(height, width)
-    top, left = (s - height) // 2, (s - width) // 2
+    top = (s - height) // 2
+    left = (s - width) // 2
     return F.pad(x, (left, s - width - left, top, s - height - top), value=around)
 
 

@@ -1,11 +1,16 @@
-"""Files of networks and adapters, plain state dicts and both layouts that PEFT writes; tuned networks, which are kept in folders of them,
-put on the base that they were tuned from, and swapped into a pipeline for a while.
+"""Files of networks and adapters, plain state dicts and both layouts that PEFT writes; tuned networks, which
+are kept in folders of them, put on the base that they were tuned from, and swapped into a pipeline for a
+while.
 
-    plain          X.weight, X.bias                                                  stock networks; adapters merged, or everything trained
-    PEFT, full     base_model.model.X.base_layer.weight, X.lora_A.default.weight     state dict of a wrapped network (DSO's checkpoints)
-    PEFT, adapter  base_model.model.X.lora_A.weight                                  adapter_model.safetensors beside adapter_config.json
+    plain          X.weight, X.bias
+                   stock networks; adapters merged, or everything trained
+    PEFT, full     base_model.model.X.base_layer.weight, X.lora_A.default.weight
+                   state dict of a wrapped network (DSO's checkpoints)
+    PEFT, adapter  base_model.model.X.lora_A.weight
+                   adapter_model.safetensors beside adapter_config.json
 
-The name that PEFT gives an adapter ("default") may be any one name, or none. The full layout does not hold alpha: it is asked for.
+The name that PEFT gives an adapter ("default") may be any one name, or none. The full layout does not hold
+alpha: it is asked for.
 A folder of a tuned network also has policy.json.
 """
 
@@ -27,17 +32,29 @@ from eg3d_rlhf.models.weights import check_finite, read, write
 from training.storage import check_fit, write_atomic
 
 PREFIX = "base_model.model."
-ADAPTER, CONFIG, MODEL = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+MODEL = "model.safetensors"
 FILES = (ADAPTER, "adapter_model.bin", MODEL)  # looked for in a folder
 Adapters = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by layer: A [rank, in], B [out, rank]
 _PART = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _FOREIGN = re.compile(r"\.(lora_\w+|modules_to_save|original_module|ia3_\w+|vera_\w+)(\.|$)")
-_PLAIN_START = (True, False, "gaussian", "orthogonal", "eva")  # PEFT's ways to start adapters that leave the base as it is
+# PEFT's ways to start adapters that leave the base as it is
+_PLAIN_START = (True, False, "gaussian", "orthogonal", "eva")
 _UNSUPPORTED = {  # of PEFT's settings: what they must be here, where they are stated
-    "peft_type": ("LORA",), "use_dora": (False,), "use_rslora": (False,), "fan_in_fan_out": (False,), "bias": ("none",),
-    "lora_bias": (False,), "modules_to_save": (None, []), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
-    "init_lora_weights": _PLAIN_START, "trainable_token_indices": (None,), "target_parameters": (None, []),
-}  # fmt: skip
+    "peft_type": ("LORA",),
+    "use_dora": (False,),
+    "use_rslora": (False,),
+    "fan_in_fan_out": (False,),
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "init_lora_weights": _PLAIN_START,
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +71,23 @@ class Weights:
 def read_weights(path: str | Path, alpha: float | None = None) -> Weights:
     """Read a file of any layout above, or the folder that holds it.
 
-    Args: alpha: of PEFT's full layout without an adapter_config.json beside it (DSO trained with twice the rank).
-    Raises: FileNotFoundError; ValueError for what is damaged, foreign, not finite, or uses what this package has not.
+    Args: alpha: of PEFT's full layout without an adapter_config.json beside it (DSO trained with twice the
+        rank).
+    Raises: FileNotFoundError; ValueError for what is damaged, foreign, not finite, or uses what this package
+        has not.
     """
     file = Path(path)
     if not file.is_file():
         files = [file / name for name in FILES if (file / name).is_file()]
         if not files:
-            raise FileNotFoundError(f"{path}: expected weights or a folder with {', '.join(FILES)}, got none. Check the path.")
+            raise FileNotFoundError(
+                f"{path}: expected weights or a folder with {', '.join(FILES)}, got none. Check the path."
+            )
         if len(files) > 1:
             names = " and ".join(f.name for f in files)
-            raise ValueError(f"{path}: expected one file of weights, got {names}. Name the file instead of its folder.")
+            raise ValueError(
+                f"{path}: expected one file of weights, got {names}. Name the file instead of its folder."
+            )
         file = files[0]
     state = read(file, "weights")
     check_finite(state, file.name)
@@ -74,33 +97,57 @@ def read_weights(path: str | Path, alpha: float | None = None) -> Weights:
     config = _read_config(file.with_name(CONFIG))
     stated = config.get("lora_alpha", alpha)
     if stated is None:
-        raise ValueError(f"{file.name}: expected {CONFIG} beside adapters or their alpha given, got neither. Give alpha (DSO: 2 x rank).")
+        raise ValueError(
+            f"{file.name}: expected {CONFIG} beside adapters or their alpha given, got neither. Give alpha"
+            " (DSO: 2 x rank)."
+        )
     if alpha is not None and alpha != stated:
         raise ValueError(f"{file.name}: expected alpha {stated} as in {CONFIG}, got {alpha}. Leave it out.")
-    ranks = {n for A, B in adapters.values() for n in (A.shape[0], B.shape[-1])} | ({config["r"]} if config else set())
+    ranks = {n for A, B in adapters.values() for n in (A.shape[0], B.shape[-1])} | (
+        {config["r"]} if config else set()
+    )
     if len(ranks) > 1 or any(A.ndim != 2 or B.ndim != 2 for A, B in adapters.values()):
         got = f"ranks {sorted(ranks)}"
-        raise ValueError(f"{file.name}: expected adapters of linear layers, all of one rank, got {got}. Merge them in PEFT.")
-    return Weights(source=file.name, plain=plain, adapters=adapters, alpha=float(stated), dropout=float(config.get("lora_dropout", 0.0)))
+        raise ValueError(
+            f"{file.name}: expected adapters of linear layers, all of one rank, got {got}. Merge them in"
+            " PEFT."
+        )
+    return Weights(
+        source=file.name,
+        plain=plain,
+        adapters=adapters,
+        alpha=float(stated),
+        dropout=float(config.get("lora_dropout", 0.0)),
+    )
 
 
 def split_state(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, torch.Tensor], Adapters]:
-    """The network's own tensors and the adapters of a state dict in any layout -> (by plain name, by layer)."""
+    """The network's own tensors and the adapters of a state dict in any layout ->
+    (by plain name, by layer).
+    """
     wrapper = "module." if all(key.startswith("module.") for key in state) else ""  # of distributed training
     names = {key: key.removeprefix(wrapper).removeprefix(PREFIX) for key in state}
     adapter_keys = {key: match for key, name in names.items() if (match := _PART.fullmatch(name))}
     called = sorted({match["adapter"] or "" for match in adapter_keys.values()})
     if len(called) > 1:
-        raise ValueError(f"{who}: expected one adapter, got those named {', '.join(called)}. Save the one to use alone.")
+        raise ValueError(
+            f"{who}: expected one adapter, got those named {', '.join(called)}. Save the one to use alone."
+        )
     foreign = [key for key in state if key not in adapter_keys and _FOREIGN.search(names[key])]
     if foreign:
-        raise ValueError(f"{who}: expected A and B of linear layers, got {', '.join(foreign[:4])}. Only plain LoRA is read.")
+        raise ValueError(
+            f"{who}: expected A and B of linear layers, got {', '.join(foreign[:4])}. Only plain LoRA is"
+            " read."
+        )
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, match in adapter_keys.items():
         parts.setdefault(match["layer"], {})[match["part"]] = state[key]
     single = [layer for layer, both in parts.items() if len(both) < 2]
     if single:
-        raise ValueError(f"{who}: expected A and B of every layer, got one of them at {', '.join(single[:4])}. Copy the file again.")
+        raise ValueError(
+            f"{who}: expected A and B of every layer, got one of them at {', '.join(single[:4])}. Copy the"
+            " file again."
+        )
     plain = {}
     for key, value in state.items():
         if key not in adapter_keys:
@@ -121,26 +168,37 @@ def _read_config(path: Path) -> dict:
         raise ValueError(f"{path.name}: expected r >= 1 and lora_alpha > 0, got others. Copy it again.")
     for name, allowed in _UNSUPPORTED.items():
         if name in config and config[name] not in allowed:
-            raise ValueError(f"{path.name}: expected {name} {allowed[0]!r}, got {config[name]!r}. Merge it in PEFT.")
+            raise ValueError(
+                f"{path.name}: expected {name} {allowed[0]!r}, got {config[name]!r}. Merge it in PEFT."
+            )
     return config
 
 
 def load_weights(model: nn.Module, weights: Weights) -> nn.Module:
     """Give a network without adapters what a file holds, in place; returns it.
 
-    Tensors of the network that differ are replaced, in their types; none is written into, so that networks which share them are left alone.
-    Where adapters are added, everything else is frozen.
+    Tensors of the network that differ are replaced, in their types; none is written into, so that networks
+    which share them are left alone. Where adapters are added, everything else is frozen.
     Raises: ValueError for missing, unexpected or misshapen tensors.
     """
     if adapted_layers(model):
-        raise ValueError(f"{weights.source}: expected a network without adapters to load into, got one with. Give its base.")
+        raise ValueError(
+            f"{weights.source}: expected a network without adapters to load into, got one with. Give its"
+            " base."
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, (A, B) in weights.adapters.items():
-        layer, got = modules.get(name), f"[{len(B)}, {A.shape[1]}]"
-        expected = f"[{layer.out_features}, {layer.in_features}]" if isinstance(layer, nn.Linear) else "no linear layer of that name"
+        layer = modules.get(name)
+        got = f"[{len(B)}, {A.shape[1]}]"
+        expected = (
+            f"[{layer.out_features}, {layer.in_features}]"
+            if isinstance(layer, nn.Linear)
+            else "no linear layer of that name"
+        )
         if expected != got:
             raise ValueError(
-                f"{weights.source}: expected adapters of this network, whose {name} is {expected}, got {got}. Give their own base."
+                f"{weights.source}: expected adapters of this network, whose {name} is {expected}, got {got}."
+                " Give their own base."
             )
     if weights.plain:
         replace_state(model, weights.plain, weights.source)
@@ -168,32 +226,52 @@ def write_adapter(model: nn.Module, folder: str | Path, base: str | None = None)
     Args: base: what PEFT calls base_model_name_or_path.
     Raises: ValueError for a network without adapters, or with adapters of several ranks.
     """
-    folder, layers = Path(folder), adapted_layers(model)
+    folder = Path(folder)
+    layers = adapted_layers(model)
     kinds = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
     if len(kinds) != 1:
-        raise ValueError(f"write_adapter: expected adapters of one kind, got {len(kinds)} kinds. Call add_lora first.")
+        raise ValueError(
+            f"write_adapter: expected adapters of one kind, got {len(kinds)} kinds. Call add_lora first."
+        )
     rank, alpha, dropout = kinds.pop()
     config = {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "inference_mode": True, "r": rank,
-        "lora_alpha": int(alpha) if math.floor(alpha) == alpha else alpha, "lora_dropout": dropout, "target_modules": targets_of(model),
-        "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": int(alpha) if math.floor(alpha) == alpha else alpha,
+        "lora_dropout": dropout,
+        "target_modules": targets_of(model),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
     write(folder / ADAPTER, {f"{PREFIX}{name}": value for name, value in adapter_state(model).items()})
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return folder
 
 
 def targets_of(model: nn.Module) -> list[str]:
-    """Names by which PEFT finds the layers with adapters: last parts where they mean just these, else whole names."""
+    """Names by which PEFT finds the layers with adapters: last parts where they mean just these, else whole
+    names.
+    """
     layers = adapted_layers(model)
     short = sorted({name.rpartition(".")[2] for name in layers})
     inner = [f"{name}." for name in layers]
-    others = [n for n, _ in model.named_modules(remove_duplicate=False) if n not in layers and not any(n.startswith(i) for i in inner)]
+    others = [
+        n
+        for n, _ in model.named_modules(remove_duplicate=False)
+        if n not in layers and not any(n.startswith(i) for i in inner)
+    ]
     return sorted(layers) if any(matches(name, target) for name in others for target in short) else short
 
 
 def write_merged(model: nn.Module, path: str | Path) -> Path:
-    """Write a network as a plain state dict, adapters merged, in the base's types; returns the path. See lora.merge_rounding."""
+    """Write a network as a plain state dict, adapters merged, in the base's types; returns the path. See
+    lora.merge_rounding.
+    """
     write(Path(path), merged_state(model))
     return Path(path)
 
@@ -202,17 +280,23 @@ META = "policy.json"
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A frozen network like `model` whose parameters and buffers are the same memory: for adapters, which leave the base alone.
+    """A frozen network like `model` whose parameters and buffers are the same memory: for adapters, which
+    leave the base alone.
 
     To train it without adapters, use copy.deepcopy.
     """
-    memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
     memo |= {id(b): b.detach() for b in model.buffers()}
     return copy.deepcopy(model, memo)
 
 
-def tuned_model(base: nn.Module, weights: str | Path, *, alpha: float | None = None, merge: bool = False) -> nn.Module:
-    """The network that a file or folder of weights makes of a base; frozen, in eval mode. The base is left as it is.
+def tuned_model(
+    base: nn.Module, weights: str | Path, *, alpha: float | None = None, merge: bool = False
+) -> nn.Module:
+    """The network that a file or folder of weights makes of a base; frozen, in eval mode. The base is left as
+    it is.
 
     Tensors that tuning has not changed are the base's own memory.
 
@@ -223,25 +307,39 @@ def tuned_model(base: nn.Module, weights: str | Path, *, alpha: float | None = N
     """
     model = load_weights(shared_copy(base), read_weights(weights, alpha))
     if merge and adapted_layers(model):
-        state, model = merged_state(model), shared_copy(base)
+        state = merged_state(model)
+        model = shared_copy(base)
         replace_state(model, state, str(weights))
     return model.eval().requires_grad_(False)
 
 
 def save_policy(model: nn.Module, folder: str | Path, meta: Mapping) -> Path:
-    """Write a tuned network: its adapters if it has any, else all of it; returns the folder. Equal networks give equal bytes.
+    """Write a tuned network: its adapters if it has any, else all of it; returns the folder. Equal networks
+    give equal bytes.
 
     Args: meta: JSON values for policy.json, such as the hash of the base, the step, the settings.
     Raises: ValueError for values that JSON cannot hold, or numbers that are not finite.
     """
-    folder, adapted = Path(folder), bool(adapted_layers(model))
-    bad = [name for name, value in model.state_dict().items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    folder = Path(folder)
+    adapted = bool(adapted_layers(model))
+    bad = [
+        name
+        for name, value in model.state_dict().items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
     if bad:
-        raise ValueError(f"save_policy: expected finite weights, got others in {', '.join(bad[:4])}. Lower the learning rate.")
+        raise ValueError(
+            f"save_policy: expected finite weights, got others in {', '.join(bad[:4])}. Lower the learning"
+            " rate."
+        )
     try:
-        text = json.dumps({"kind": "adapters" if adapted else "full", "meta": dict(meta)}, indent=1, sort_keys=True)
+        text = json.dumps(
+            {"kind": "adapters" if adapted else "full", "meta": dict(meta)}, indent=1, sort_keys=True
+        )
     except TypeError as error:
-        raise ValueError(f"save_policy(meta): expected plain JSON values, got: {error}. Convert tensors and paths first.") from None
+        raise ValueError(
+            f"save_policy(meta): expected plain JSON values, got: {error}. Convert tensors and paths first."
+        ) from None
     if adapted:
         write_adapter(model, folder)
     else:
@@ -253,7 +351,9 @@ def save_policy(model: nn.Module, folder: str | Path, meta: Mapping) -> Path:
 
 
 def link(source: Path, target: Path) -> None:
-    """The same file at another place: linked, or copied where the disk is another or has no links. What was there goes."""
+    """The same file at another place: linked, or copied where the disk is another or has no links. What was
+    there goes.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:

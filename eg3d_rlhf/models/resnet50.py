@@ -1,5 +1,6 @@
-"""ResNet-50 (He et al. 2016, arXiv 1512.03385), version 1.5: the stride is in the 3x3 convolution. As a frozen backbone, whose weights
-come from a local file in torchvision's format; torchvision itself is not needed and nothing is fetched.
+"""ResNet-50 (He et al. 2016, arXiv 1512.03385), version 1.5: the stride is in the 3x3 convolution. As a
+frozen backbone, whose weights come from a local file in torchvision's format; torchvision itself is not
+needed and nothing is fetched.
 
 Letters: N samples, C channels, H, W = rows and columns.
 """
@@ -19,16 +20,23 @@ _CLASSIFIER = ("fc.weight", "fc.bias")  # the ImageNet classes, not used
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (stride here), 1x1, each with batch normalisation, and a shortcut around them: [N, C, H, W] -> [N, 4 * inner, ...]."""
+    """1x1, 3x3 (stride here), 1x1, each with batch normalisation, and a shortcut around them:
+    [N, C, H, W] -> [N, 4 * inner, ...].
+    """
 
     def __init__(self, channels: int, inner: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, inner, 1, bias=False), nn.BatchNorm2d(inner)
-        self.conv2, self.bn2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False), nn.BatchNorm2d(inner)
-        self.conv3, self.bn3 = nn.Conv2d(inner, 4 * inner, 1, bias=False), nn.BatchNorm2d(4 * inner)
+        self.conv1 = nn.Conv2d(channels, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, 4 * inner, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * inner)
         self.downsample: nn.Module | None = None
         if stride != 1 or channels != 4 * inner:
-            self.downsample = nn.Sequential(nn.Conv2d(channels, 4 * inner, 1, stride, bias=False), nn.BatchNorm2d(4 * inner))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels, 4 * inner, 1, stride, bias=False), nn.BatchNorm2d(4 * inner)
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -37,11 +45,14 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """Images [N, 3, H, W] -> means over the last stage [N, 2048]. Names are torchvision's; there is no classifier."""
+    """Images [N, 3, H, W] -> means over the last stage [N, 2048]. Names are torchvision's; there is no
+    classifier.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
         channels = 64
         for number, (blocks, inner) in enumerate(_STAGES, 1):
             strides = [1 if number == 1 else 2] + [1] * (blocks - 1)
@@ -59,17 +70,19 @@ class ResNet50(nn.Module):
 
 
 def load_backbone(path: str | Path, sha256: str | None = None) -> ResNet50:
-    """A frozen ResNet-50 in eval mode with the weights of a state dict, a .pth or .safetensors file. Nothing in it is executed.
+    """A frozen ResNet-50 in eval mode with the weights of a state dict, a .pth or .safetensors file. Nothing
+    in it is executed.
 
     Args: sha256: of the backbone that a reward was trained on (`state_hash` of it); None accepts any.
-    Raises: FileNotFoundError; ValueError for another network's weights, and for those of another backbone than `sha256`.
+    Raises: FileNotFoundError; ValueError for another network's weights, and for those of another backbone
+        than `sha256`.
     """
     path = Path(path)
     state = {name: value for name, value in read(path, "--backbone").items() if name not in _CLASSIFIER}
     network = fill(ResNet50(), state, f"--backbone={path}")
     if sha256 is not None and (digest := state_hash(network)) != sha256:
         raise ValueError(
-            f"--backbone={path}: expected the backbone {sha256[:12]}... that the reward was trained on, got {digest[:12]}... "
-            "Its scores would mean nothing; name the right file."
+            f"--backbone={path}: expected the backbone {sha256[:12]}... that the reward was trained on, got"
+            f" {digest[:12]}... Its scores would mean nothing; name the right file."
         )
     return network.eval().requires_grad_(False)

@@ -1,10 +1,11 @@
-"""Latents as one tensor, on voxels, or as several tensors by name, alone and in batches, behind the few functions that a flow needs.
+"""Latents as one tensor, on voxels, or as several tensors by name, alone and in batches, behind the few
+functions that a flow needs.
 
-A sample's latent is a tensor such as [C, R, R, R] or [T, C], a `SparseSample`, or a `NamedSample`; a batch of them a tensor with N in
-front, a `SparseBatch`, or a `NamedBatch`.
+A sample's latent is a tensor such as [C, R, R, R] or [T, C], a `SparseSample`, or a `NamedSample`; a batch of
+them a tensor with N in front, a `SparseBatch`, or a `NamedBatch`.
 
-Shape letters: N samples, V voxels of all samples of a batch, v voxels of one, C channels, R grid points per axis, T tokens, D numbers of
-a sample.
+Shape letters: N samples, V voxels of all samples of a batch, v voxels of one, C channels, R grid points per
+axis, T tokens, D numbers of a sample.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +22,22 @@ class SparseSample:
 
     coords: torch.Tensor  # [v, 3] int32, voxel indices along axes 1, 2, 3 of the grid; each once
     feats: torch.Tensor  # [v, C]
-    given: torch.Tensor | None = None  # [v, G], what the stage before leaves on them besides, which the flow reads and does not make
+    # [v, G], what the stage before leaves on them besides, which the flow reads and does not make
+    given: torch.Tensor | None = None
     cells: int | None = None  # along an axis of its grid, where samples of a stage differ in it
 
     def __post_init__(self):
         check_shape("SparseSample.coords", self.coords, ["v", 3], "Give one row of three indices per voxel.")
-        check_shape("SparseSample.feats", self.feats, [len(self.coords), "C"], "Give one row of features per voxel.")
+        check_shape(
+            "SparseSample.feats", self.feats, [len(self.coords), "C"], "Give one row of features per voxel."
+        )
         if self.given is not None:
-            check_shape("SparseSample.given", self.given, [len(self.coords), "G"], "Give one row of features per voxel.")
+            check_shape(
+                "SparseSample.given",
+                self.given,
+                [len(self.coords), "G"],
+                "Give one row of features per voxel.",
+            )
 
     @property
     def places(self) -> torch.Tensor:
@@ -44,15 +53,26 @@ class SparseBatch:
     coords: torch.Tensor  # [V, 4] int32, contiguous: number of the sample, then the three voxel indices
     feats: torch.Tensor  # [V, C]
     size: int  # N; every sample has a voxel
-    cache: dict = field(default_factory=dict, compare=False, repr=False)  # what depends on the coordinates alone, by name; shared
+    # what depends on the coordinates alone, by name; shared
+    cache: dict = field(default_factory=dict, compare=False, repr=False)
     given: torch.Tensor | None = None  # [V, G], as of each sample
     cells: tuple[int | None, ...] = ()  # likewise
 
     def __post_init__(self):
-        check_shape("SparseBatch.coords", self.coords, ["V", 4], "Give one row per voxel: its sample, then three indices.")
-        check_shape("SparseBatch.feats", self.feats, [len(self.coords), "C"], "Give one row of features per voxel.")
+        check_shape(
+            "SparseBatch.coords",
+            self.coords,
+            ["V", 4],
+            "Give one row per voxel: its sample, then three indices.",
+        )
+        check_shape(
+            "SparseBatch.feats", self.feats, [len(self.coords), "C"], "Give one row of features per voxel."
+        )
         if not self.coords.is_contiguous():
-            raise ValueError("SparseBatch.coords: expected contiguous rows, got strides of another layout. Call contiguous() on them.")
+            raise ValueError(
+                "SparseBatch.coords: expected contiguous rows, got strides of another layout. Call"
+                " contiguous() on them."
+            )
 
     @classmethod
     def join(cls, samples: Sequence[SparseSample]) -> "SparseBatch":
@@ -60,10 +80,19 @@ class SparseBatch:
         coords = [torch.nn.functional.pad(s.coords.int(), (1, 0), value=i) for i, s in enumerate(samples)]
         given = [s.given for s in samples if s.given is not None]
         if given and len(given) < len(samples):
-            raise ValueError(f"collate: expected given features on all samples or none, got {len(given)} of {len(samples)}. Add them.")
+            raise ValueError(
+                f"collate: expected given features on all samples or none, got {len(given)} of"
+                f" {len(samples)}. Add them."
+            )
         feats = torch.cat([s.feats for s in samples])
         cells = tuple(s.cells for s in samples)
-        return cls(torch.cat(coords).contiguous(), feats, len(samples), given=torch.cat(given) if given else None, cells=cells)
+        return cls(
+            torch.cat(coords).contiguous(),
+            feats,
+            len(samples),
+            given=torch.cat(given) if given else None,
+            cells=cells,
+        )
 
     @property
     def sample(self) -> torch.Tensor:
@@ -93,7 +122,13 @@ class SparseBatch:
         """Apart again; views."""
         counts = self.lengths.tolist()
         given = [None] * self.size if self.given is None else self.given.split(counts)
-        parts = zip(self.coords.split(counts), self.feats.split(counts), given, self.cells or [None] * self.size, strict=True)
+        parts = zip(
+            self.coords.split(counts),
+            self.feats.split(counts),
+            given,
+            self.cells or [None] * self.size,
+            strict=True,
+        )
         return [SparseSample(coords[:, 1:], feats, more, cells) for coords, feats, more, cells in parts]
 
 
@@ -105,7 +140,10 @@ class NamedSample:
 
     def __post_init__(self):
         if not self.tensors or any(not name or "/" in name for name in self.tensors):
-            raise ValueError(f"{type(self).__name__}: expected tensors by names without '/', got {list(self.tensors)}. Name them.")
+            raise ValueError(
+                f"{type(self).__name__}: expected tensors by names without '/', got {list(self.tensors)}."
+                " Name them."
+            )
         object.__setattr__(self, "tensors", dict(sorted(self.tensors.items())))
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -125,7 +163,9 @@ class NamedBatch(NamedSample):
         super().__post_init__()
         if len({len(tensor) for tensor in self.tensors.values()}) != 1:
             got = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
-            raise ValueError(f"NamedBatch: expected one row per sample in every tensor, got {got}. Collate them again.")
+            raise ValueError(
+                f"NamedBatch: expected one row per sample in every tensor, got {got}. Collate them again."
+            )
 
     @property
     def size(self) -> int:
@@ -140,14 +180,21 @@ class NamedBatch(NamedSample):
     def with_feats(self, feats: torch.Tensor) -> "NamedBatch":
         """The same shapes with other numbers [N, D]."""
         parts = feats.split([tensor[0].numel() for tensor in self.tensors.values()], 1)
-        return NamedBatch({name: part.view(old.shape) for (name, old), part in zip(self.tensors.items(), parts, strict=True)})
+        return NamedBatch(
+            {
+                name: part.view(old.shape)
+                for (name, old), part in zip(self.tensors.items(), parts, strict=True)
+            }
+        )
 
     def like(self, tensors: Mapping[str, torch.Tensor]) -> "NamedBatch":
         """A batch of these tensors. Raises: ValueError where names or shapes are not those of this one."""
         got = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
         expected = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
         if got != expected:
-            raise ValueError(f"NamedBatch: expected {expected}, got {got}. Return a tensor for each, of its shape.")
+            raise ValueError(
+                f"NamedBatch: expected {expected}, got {got}. Return a tensor for each, of its shape."
+            )
         return NamedBatch(tensors)
 
     def to(self, *args, **kwargs) -> "NamedBatch":
@@ -156,7 +203,9 @@ class NamedBatch(NamedSample):
 
     def samples(self) -> list[NamedSample]:
         """Apart again; views."""
-        return [NamedSample({name: tensor[i] for name, tensor in self.tensors.items()}) for i in range(self.size)]
+        return [
+            NamedSample({name: tensor[i] for name, tensor in self.tensors.items()}) for i in range(self.size)
+        ]
 
 
 Latent = torch.Tensor | SparseSample | NamedSample
@@ -168,27 +217,51 @@ def collate(latents: Sequence[Latent]) -> Batch:
     kinds = {type(x) if isinstance(x, (SparseSample, NamedSample)) else torch.Tensor for x in latents}
     if len(kinds) != 1:
         got = sorted(kind.__name__ for kind in kinds) or "none"
-        raise ValueError(f"collate: expected latents of one kind, got {got}. Batch the stages apart, and one sample at least.")
+        raise ValueError(
+            f"collate: expected latents of one kind, got {got}. Batch the stages apart, and one sample at"
+            " least."
+        )
     named = [x for x in latents if isinstance(x, NamedSample)]
     if named:
         return NamedBatch({name: torch.stack([x[name] for x in named]) for name in named[0].tensors})
     sparse = [x for x in latents if isinstance(x, SparseSample)]
-    return SparseBatch.join(sparse) if sparse else torch.stack([x for x in latents if isinstance(x, torch.Tensor)])
+    return (
+        SparseBatch.join(sparse)
+        if sparse
+        else torch.stack([x for x in latents if isinstance(x, torch.Tensor)])
+    )
 
 
 def parts_of(latent: Latent) -> dict[str, torch.Tensor]:
-    """The tensors that a latent consists of, by name: "x" alone; coords, feats, maybe given, cells; or "/" before each of its own names."""
+    """The tensors that a latent consists of, by name: "x" alone; coords, feats, maybe given, cells; or "/"
+    before each of its own names.
+    """
     if isinstance(latent, SparseSample):
         more = {"given": latent.given, "cells": None if latent.cells is None else torch.tensor(latent.cells)}
-        return {"coords": latent.coords, "feats": latent.feats, **{name: x for name, x in more.items() if x is not None}}
-    return {f"/{name}": x for name, x in latent.tensors.items()} if isinstance(latent, NamedSample) else {"x": latent}
+        return {
+            "coords": latent.coords,
+            "feats": latent.feats,
+            **{name: x for name, x in more.items() if x is not None},
+        }
+    return (
+        {f"/{name}": x for name, x in latent.tensors.items()}
+        if isinstance(latent, NamedSample)
+        else {"x": latent}
+    )
 
 
 def latent_of(parts: Mapping[str, torch.Tensor]) -> Latent:
     """Inverse of parts_of."""
     if "coords" in parts:
-        return SparseSample(parts["coords"], parts["feats"], parts.get("given"), int(parts["cells"]) if "cells" in parts else None)
-    return parts["x"] if "x" in parts else NamedSample({name.removeprefix("/"): x for name, x in parts.items()})
+        return SparseSample(
+            parts["coords"],
+            parts["feats"],
+            parts.get("given"),
+            int(parts["cells"]) if "cells" in parts else None,
+        )
+    return (
+        parts["x"] if "x" in parts else NamedSample({name.removeprefix("/"): x for name, x in parts.items()})
+    )
 
 
 def latents_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Latent]:
@@ -236,22 +309,27 @@ def coords_of(latents: Sequence[Latent]) -> list[torch.Tensor | None]:
 
 
 def spread(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """One value per sample [N], in a shape that broadcasts against `feats_of(batch)`: [N, 1, ...] or [V, 1]."""
+    """One value per sample [N], in a shape that broadcasts against `feats_of(batch)`:
+    [N, 1, ...] or [V, 1].
+    """
     if isinstance(batch, SparseBatch):
         return values[batch.sample].unsqueeze(1)
     return values.view(-1, *[1] * (feats_of(batch).ndim - 1))
 
 
 def mean_per_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean over all that belongs to a sample, `values` like `feats_of(batch)` -> [N]; samples count alike, however many voxels they have,
-    and of several tensors each counts alike, however many numbers it has.
+    """Mean over all that belongs to a sample, `values` like `feats_of(batch)` -> [N]; samples count alike,
+    however many voxels they have, and of several tensors each counts alike, however many numbers it has.
 
     Differentiable in: values.
     """
     if isinstance(batch, NamedBatch):
-        return torch.stack([part.flatten(1).mean(1) for part in batch.with_feats(values).tensors.values()]).mean(0)
+        return torch.stack(
+            [part.flatten(1).mean(1) for part in batch.with_feats(values).tensors.values()]
+        ).mean(0)
     if not isinstance(batch, SparseBatch):
         return values.flatten(1).mean(1)
     rows = values.mean(1)  # [V]
-    sums = rows.new_zeros(batch.size, dtype=torch.float64).index_add(0, batch.sample, rows.double())  # thousands of rows: no error adds up
+    # thousands of rows: no error adds up
+    sums = rows.new_zeros(batch.size, dtype=torch.float64).index_add(0, batch.sample, rows.double())
     return (sums / batch.lengths).to(rows.dtype)

@@ -1,11 +1,13 @@
-"""TRELLIS.2's networks: its flows, over the cells of a grid and over the voxels of an object, and both halves of its autoencoders.
+"""TRELLIS.2's networks: its flows, over the cells of a grid and over the voxels of an object, and both halves
+of its autoencoders.
 
-Against TRELLIS: the flows have no convolutions or patches; positions are rotary; one modulation of the time is shared by all blocks, each
-of which adds a vector of its own to it; queries and keys are normalised in both attentions; a stage may read features on its voxels beside
-the latent ("concat_cond"), which makes the input layer wider and nothing else.
+Against TRELLIS: the flows have no convolutions or patches; positions are rotary; one modulation of the time
+is shared by all blocks, each of which adds a vector of its own to it; queries and keys are normalised in both
+attentions; a stage may read features on its voxels beside the latent ("concat_cond"), which makes the input
+layer wider and nothing else.
 
-Shape letters as in trellis/blocks.py; R grid points per axis, T = R^3, K channels of the features beside the latent, P = D / 2 planes of a
-head, V voxels, W voxels after a split.
+Shape letters as in trellis/blocks.py; R grid points per axis, T = R^3, K channels of the features beside the
+latent, P = D / 2 planes of a head, V voxels, W voxels after a split.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +26,17 @@ from eg3d_rlhf.models.trellis.sparse_conv import Kernel, coarser, submanifold_co
 
 # Rotary positions in three dimensions: attention that knows of two tokens only how far apart they are.
 #
-# A head's D channels are D / 2 planes. For each axis n = D // 6 planes turn by coordinate * rate_i, rate_i = f_0 / f_1^(i / n); planes left
-# over do not turn. The product of a turned query and a turned key depends on the difference of their angles alone, hence on that of their
-# coordinates (Su et al. 2021, here per axis).
+# A head's D channels are D / 2 planes. For each axis n = D // 6 planes turn by coordinate * rate_i, rate_i =
+# f_0 / f_1^(i / n); planes left over do not turn. The product of a turned query and a turned key depends on
+# the difference of their angles alone, hence on that of their coordinates (Su et al. 2021, here per axis).
 
 
-def angles_of(coords: torch.Tensor, head_channels: int, freq: tuple[float, float] = (1.0, 10000.0)) -> torch.Tensor:
-    """Angles of coordinates [V, 3] -> [V, P] float32: the planes of axis 1, of axis 2, of axis 3, then zeros."""
+def angles_of(
+    coords: torch.Tensor, head_channels: int, freq: tuple[float, float] = (1.0, 10000.0)
+) -> torch.Tensor:
+    """Angles of coordinates [V, 3] -> [V, P] float32: the planes of axis 1, of axis 2,
+    of axis 3, then zeros.
+    """
     count = head_channels // 6
     rates = freq[0] / freq[1] ** (torch.arange(count, dtype=torch.float32, device=coords.device) / count)
     turned = (coords.float()[:, :, None] * rates).flatten(1)  # [V, 3 count]
@@ -38,15 +44,21 @@ def angles_of(coords: torch.Tensor, head_channels: int, freq: tuple[float, float
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turn the planes, channels 2 i and 2 i + 1, of heads [..., V, H, D] by angles [V, P]; in float32. Differentiable in: x."""
+    """Turn the planes, channels 2 i and 2 i + 1, of heads [..., V, H, D] by angles [V, P]; in float32.
+    Differentiable in: x.
+    """
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., V, H, P]
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # [V, 1, P]
+    # [V, 1, P]
+    cos = angles.cos()[:, None]
+    sin = angles.sin()[:, None]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class RotaryLayout:
-    """A `Layout` whose tokens have places: self-attention turns queries and keys, attention to a condition does not."""
+    """A `Layout` whose tokens have places: self-attention turns queries and keys, attention to a condition
+    does not.
+    """
 
     inner: Layout
     angles: torch.Tensor  # [V, P], or [T, P] of the tokens that all samples have
@@ -62,16 +74,23 @@ class RotaryLayout:
 
 
 DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32, "f32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
-    "f16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-}  # fmt: skip
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "f32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "f16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
     """What a flow's JSON file calls args."""
 
-    resolution: int  # of the structure's grid; a flow on voxels does not use it, and files of the texture's say anything
+    # of the structure's grid; a flow on voxels does not use it, and files of the texture's say anything
+    resolution: int
     in_channels: int  # of the latent and of what is read beside it
     model_channels: int
     cond_channels: int
@@ -81,7 +100,8 @@ class FlowConfig:
     num_head_channels: int = 64
     mlp_ratio: float = 4
     pe_mode: str = "ape"
-    rope_freq: tuple[float, float] = (1.0, 10000.0)  # f_0 and f_1 of `angles_of`; the structure's flow takes these whatever it says
+    # f_0 and f_1 of `angles_of`; the structure's flow takes these whatever it says
+    rope_freq: tuple[float, float] = (1.0, 10000.0)
     dtype: str = "float32"  # of the blocks as built; files bring their own
     use_checkpoint: bool = False  # compute blocks again in the backward pass
     share_mod: bool = False
@@ -94,14 +114,20 @@ class FlowConfig:
         who = type(self).__name__
         if self.pe_mode != "rope" or self.dtype not in DTYPES:
             got = f"{self.pe_mode!r} and {self.dtype!r}"
-            raise ValueError(f"{who}: expected pe_mode 'rope' and dtype {', '.join(DTYPES)}, got {got}. Others are in no released model.")
+            raise ValueError(
+                f"{who}: expected pe_mode 'rope' and dtype {', '.join(DTYPES)}, got {got}. Others are in no"
+                " released model."
+            )
         if self.model_channels % self.heads or self.given < 0:
             got = f"{self.model_channels} / {self.heads}, {self.in_channels} and {self.out_channels}"
             expected = "model_channels to divide by heads and in_channels >= out_channels"
             raise ValueError(f"{who}: expected {expected}, got {got}. Correct the model's JSON file.")
         if self.head_channels % 2 or self.head_channels < 6 or len(self.rope_freq) != 2:
             got = f"{self.head_channels} channels and {self.rope_freq}"
-            raise ValueError(f"{who}: expected heads of an even number of channels, 6 or more, and two rope_freq, got {got}. Correct it.")
+            raise ValueError(
+                f"{who}: expected heads of an even number of channels, 6 or more, and two rope_freq, got"
+                f" {got}. Correct it."
+            )
 
     @property
     def heads(self) -> int:
@@ -120,13 +146,17 @@ class FlowConfig:
 
 
 class Block(blocks.ModulatedBlock):
-    """TRELLIS's block with a vector of its own, `modulation` [6 C], on top of the modulation that all blocks share."""
+    """TRELLIS's block with a vector of its own, `modulation` [6 C], on top of the modulation that all blocks
+    share.
+    """
 
     def __init__(self, channels: int, *args, **kwargs):
         super().__init__(channels, *args, share_mod=True, **kwargs)
         self.modulation = nn.Parameter(torch.randn(6 * channels) / channels**0.5)
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor, cond: torch.Tensor, layout: blocks.Layout) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, time: torch.Tensor, cond: torch.Tensor, layout: blocks.Layout
+    ) -> torch.Tensor:
         return super().forward(x, (time + self.modulation).to(time.dtype), cond, layout)
 
 
@@ -137,14 +167,21 @@ class Flow(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = config.use_checkpoint
-        channels, kind = config.model_channels, Block if config.share_mod else blocks.ModulatedBlock
+        channels = config.model_channels
+        kind = Block if config.share_mod else blocks.ModulatedBlock
         self.t_embedder = blocks.TimeEmbedder(channels)
         if config.share_mod:
             self.adaLN_modulation = blocks.modulation(channels)
         self.input_layer = nn.Linear(config.in_channels, channels)
         self.blocks = nn.ModuleList(
-            kind(channels, config.cond_channels, config.heads, config.mlp_ratio, qk_rms_norm=config.qk_rms_norm,
-                 qk_rms_norm_cross=config.qk_rms_norm_cross)
+            kind(
+                channels,
+                config.cond_channels,
+                config.heads,
+                config.mlp_ratio,
+                qk_rms_norm=config.qk_rms_norm,
+                qk_rms_norm_cross=config.qk_rms_norm_cross,
+            )
             for _ in range(config.num_blocks)
         )
         self.out_layer = nn.Linear(channels, config.out_channels)
@@ -155,15 +192,24 @@ class Flow(nn.Module):
         return angles_of(coords, self.config.head_channels, self.config.rope_freq)
 
     def transform(
-        self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, coords: torch.Tensor, layout: blocks.Layout
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        cond: torch.Tensor,
+        coords: torch.Tensor,
+        layout: blocks.Layout,
     ) -> torch.Tensor:
-        """Tokens [..., in_channels] at coordinates [V, 3] (or [T, 3]), t [N], cond [N, L, E] -> [..., out_channels], in x's type."""
-        config, dtype = self.config, blocks.torso_dtype(self.blocks)
+        """Tokens [..., in_channels] at coordinates [V, 3] (or [T, 3]), t [N], cond [N, L, E] -> [...,
+        out_channels], in x's type.
+        """
+        config = self.config
+        dtype = blocks.torso_dtype(self.blocks)
         time = self.t_embedder(t)
         if config.share_mod:
             time = self.adaLN_modulation(time)
         h = self.input_layer(x.float()).to(dtype)
-        time, cond = time.to(dtype), cond.to(dtype)
+        time = time.to(dtype)
+        cond = cond.to(dtype)
         layout = RotaryLayout(layout, self.angles(coords))
         for block in self.blocks:
             h = blocks.run_block(block, h, time, cond, layout, recompute=self.recompute)
@@ -172,7 +218,9 @@ class Flow(nn.Module):
 
 
 class StructureFlow(Flow):
-    """model(x_t [N, C, R, R, R], t [N] in 0..1, cond [N, L, E]) -> velocity, like x_t. Differentiable in: everything but t."""
+    """model(x_t [N, C, R, R, R], t [N] in 0..1, cond [N, L, E]) -> velocity, like x_t. Differentiable in:
+    everything but t.
+    """
 
     passes_over = True  # args that it does not know
 
@@ -180,7 +228,10 @@ class StructureFlow(Flow):
         super().__init__(config)
         if config.given:
             got = f"{config.in_channels} and {config.out_channels}"
-            raise ValueError(f"StructureFlow: expected in_channels = out_channels, got {got}. Correct the model's JSON file.")
+            raise ValueError(
+                f"StructureFlow: expected in_channels = out_channels, got {got}. Correct the model's JSON"
+                " file."
+            )
 
     def angles(self, coords: torch.Tensor) -> torch.Tensor:
         """The original forgets rope_freq here."""
@@ -192,41 +243,72 @@ class StructureFlow(Flow):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         config = self.config
-        check_shape("StructureFlow.x_t", x_t, ["N", config.in_channels, *[config.resolution] * 3], "Give latents of this model's size.")
-        check_shape("StructureFlow.cond", cond, [len(x_t), "L", config.cond_channels], "Use embeddings of the encoder it was trained with.")
-        v = self.transform(x_t.flatten(2).transpose(1, 2), t, cond, self.places(x_t.device), blocks.DenseLayout())
+        check_shape(
+            "StructureFlow.x_t",
+            x_t,
+            ["N", config.in_channels, *[config.resolution] * 3],
+            "Give latents of this model's size.",
+        )
+        check_shape(
+            "StructureFlow.cond",
+            cond,
+            [len(x_t), "L", config.cond_channels],
+            "Use embeddings of the encoder it was trained with.",
+        )
+        v = self.transform(
+            x_t.flatten(2).transpose(1, 2), t, cond, self.places(x_t.device), blocks.DenseLayout()
+        )
         return v.transpose(1, 2).unflatten(2, [config.resolution] * 3)
 
 
 class VoxelFlow(Flow):
-    """model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E]) -> velocity on the same voxels. Differentiable in: everything but t.
+    """model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E]) -> velocity on the same voxels. Differentiable
+    in: everything but t.
 
-    What is given on the voxels, [V, K], stands beside the latent in the input layer; it is neither noised nor predicted.
+    What is given on the voxels, [V, K], stands beside the latent in the input layer; it is neither noised nor
+    predicted.
     """
 
     def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor) -> SparseBatch:
         config = self.config
-        check_shape("VoxelFlow.x_t", x_t.feats, ["V", config.out_channels], "Give latents of this model's size.")
-        check_shape("VoxelFlow.cond", cond, [x_t.size, "L", config.cond_channels], "Use embeddings of the encoder it was trained with.")
-        x, width = x_t.feats, 0 if x_t.given is None else x_t.given.shape[1]
+        check_shape(
+            "VoxelFlow.x_t", x_t.feats, ["V", config.out_channels], "Give latents of this model's size."
+        )
+        check_shape(
+            "VoxelFlow.cond",
+            cond,
+            [x_t.size, "L", config.cond_channels],
+            "Use embeddings of the encoder it was trained with.",
+        )
+        x = x_t.feats
+        width = 0 if x_t.given is None else x_t.given.shape[1]
         if width != config.given:
             remedy = "Give the features that the stage before leaves, where the model reads some."
-            raise ValueError(f"VoxelFlow.x_t: expected {config.given} given features beside the latent, got {width}. {remedy}")
+            raise ValueError(
+                f"VoxelFlow.x_t: expected {config.given} given features beside the latent, got {width}."
+                f" {remedy}"
+            )
         if x_t.given is not None:
             x = torch.cat([x, x_t.given.to(x)], 1)
         return x_t.with_feats(self.transform(x, t, cond, x_t.coords[:, 1:], blocks.SparseLayout(x_t)))
 
 
-# Autoencoders: features on fine voxels -> latents on coarse ones and back, in steps that merge eight children into a voxel, or split it
-# into those of them that are there. Which are there the shape's decoder says itself; the one of materials is told.
+# Autoencoders: features on fine voxels -> latents on coarse ones and back, in steps that merge eight children
+# into a voxel, or split it into those of them that are there. Which are there the shape's decoder says
+# itself; the one of materials is told.
 #
-# A block is a submanifold convolution, a norm and a feed-forward beside a skip (as ConvNeXt); a split moves channels into space, in the
-# branch and in the skip, whose channels are repeated to the new number; a merge moves space into channels, and means are taken (Xiang et
-# al. 2025, sparse compression autoencoder). Child n lies at (n & 1, n >> 1 & 1, n >> 2 & 1) in its voxel.
+# A block is a submanifold convolution, a norm and a feed-forward beside a skip (as ConvNeXt); a split moves
+# channels into space, in the branch and in the skip, whose channels are repeated to the new number; a merge
+# moves space into channels, and means are taken (Xiang et al. 2025, sparse compression autoencoder). Child n
+# lies at (n & 1, n >> 1 & 1, n >> 2 & 1) in its voxel.
 
 
-BLOCK, SPLIT, MERGE = "SparseConvNeXtBlock3d", "SparseResBlockC2S3d", "SparseResBlockS2C3d"  # published names, the only ones that are read
-SHAPE_CHANNELS = 7  # of the shape's output: 3 place a vertex in its voxel, 3 say which edges are crossed, 1 how a face is split
+# published names, the only ones that are read
+BLOCK = "SparseConvNeXtBlock3d"
+SPLIT = "SparseResBlockC2S3d"
+MERGE = "SparseResBlockS2C3d"
+# of the shape's output: 3 place a vertex in its voxel, 3 say which edges are crossed, 1 how a face is split
+SHAPE_CHANNELS = 7
 MATERIAL_CHANNELS = 6  # base colour, metallic, roughness, alpha
 
 
@@ -247,18 +329,30 @@ class VoxelConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def check(self, between: Sequence[str], step: str, fits: Callable[[int, int], bool]) -> None:
-        """Raise ValueError for levels that are not alike, blocks of another kind, and channels of neighbours that do not fit."""
-        who, levels = type(self).__name__, len(self.model_channels)
-        if not levels or len(self.num_blocks) != levels or len(self.block_type) != levels or len(between) != levels - 1:
+        """Raise ValueError for levels that are not alike, blocks of another kind, and channels of neighbours
+        that do not fit.
+        """
+        who = type(self).__name__
+        levels = len(self.model_channels)
+        if (
+            not levels
+            or len(self.num_blocks) != levels
+            or len(self.block_type) != levels
+            or len(between) != levels - 1
+        ):
             got = f"{levels}, {len(self.num_blocks)}, {len(self.block_type)} and {len(between)}"
             expected = "model_channels, num_blocks and block_type for every level and a step between them"
             raise ValueError(f"{who}: expected {expected}, got {got}. Correct the model's JSON file.")
         foreign = sorted({*self.block_type} - {BLOCK} | {*between} - {step})
         if foreign:
-            raise ValueError(f"{who}: expected blocks {BLOCK} and {step}, got {', '.join(foreign)}. Others are not read.")
+            raise ValueError(
+                f"{who}: expected blocks {BLOCK} and {step}, got {', '.join(foreign)}. Others are not read."
+            )
         if not all(fits(a, b) for a, b in zip(self.model_channels, self.model_channels[1:], strict=False)):
             got = f"{list(self.model_channels)}"
-            raise ValueError(f"{who}: expected channels that eight children can share, got {got}. Correct its JSON file.")
+            raise ValueError(
+                f"{who}: expected channels that eight children can share, got {got}. Correct its JSON file."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +380,8 @@ class VoxelEncoderConfig(VoxelConfig):
     """Finest level first."""
 
     down_block_type: tuple[str, ...]  # between levels
-    in_channels: int = 6  # the shape's file leaves it out: 3 of the vertex in its voxel, 3 of crossed edges, less a half each
+    # the shape's file leaves it out: 3 of the vertex in its voxel, 3 of crossed edges, less a half each
+    in_channels: int = 6
 
     def __post_init__(self):
         super().__post_init__()
@@ -325,8 +420,10 @@ class SplitBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, pred_subdiv: bool):
         super().__init__()
-        self.norm1, self.norm2 = LayerNorm32(channels, affine=True), LayerNorm32(out_channels)
-        self.conv1, self.conv2 = Conv(channels, 8 * out_channels), Conv(out_channels, out_channels)
+        self.norm1 = LayerNorm32(channels, affine=True)
+        self.norm2 = LayerNorm32(out_channels)
+        self.conv1 = Conv(channels, 8 * out_channels)
+        self.conv2 = Conv(out_channels, out_channels)
         if pred_subdiv:
             self.to_subdiv = nn.Linear(channels, 8)
         self.repeats = out_channels // (channels // 8)
@@ -337,7 +434,8 @@ class SplitBlock(nn.Module):
 
     def forward(self, x: SparseBatch, there: torch.Tensor) -> SparseBatch:
         h = self.conv1(x.with_feats(F.silu(self.norm1(x.feats))))
-        y, h = split(x, there), split(h, there)
+        y = split(x, there)
+        h = split(h, there)
         h = self.conv2(y.with_feats(F.silu(self.norm2(h.feats))))
         return y.with_feats(h.feats + y.feats.repeat_interleave(self.repeats, 1))
 
@@ -347,8 +445,10 @@ class MergeBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
-        self.norm1, self.norm2 = LayerNorm32(channels, affine=True), LayerNorm32(out_channels)
-        self.conv1, self.conv2 = Conv(channels, out_channels // 8), Conv(out_channels, out_channels)
+        self.norm1 = LayerNorm32(channels, affine=True)
+        self.norm2 = LayerNorm32(out_channels)
+        self.conv1 = Conv(channels, out_channels // 8)
+        self.conv2 = Conv(out_channels, out_channels)
 
     def forward(self, x: SparseBatch) -> SparseBatch:
         h = merge(self.conv1(x.with_feats(F.silu(self.norm1(x.feats)))))
@@ -357,14 +457,18 @@ class MergeBlock(nn.Module):
 
 
 def split(x: SparseBatch, there: torch.Tensor) -> SparseBatch:
-    """Features [V, 8 C] on voxels -> [W, C] on their children; a voxel's channels are those of child 0, then of child 1, ...
+    """Features [V, 8 C] on voxels -> [W, C] on their children; a voxel's channels are those of child 0, then
+    of child 1, ...
 
     Args: there: [V, 8] bool. Differentiable in: feats. Raises: ValueError where no child is left.
     """
     check_shape("split.there", there, [len(x.feats), 8], "Give the children of these voxels.")
     voxel, child = there.nonzero().unbind(1)  # [W]: children stay in the order of their voxels
     if not len(voxel):
-        raise ValueError(f"decode: expected voxels with children, got {len(x.feats)} without any. Use other latents or weights.")
+        raise ValueError(
+            f"decode: expected voxels with children, got {len(x.feats)} without any. Use other latents or"
+            " weights."
+        )
     bits = torch.stack([child & 1, child >> 1 & 1, child >> 2 & 1], 1)  # [W, 3]
     coords = x.coords[voxel].clone()
     coords[:, 1:] = 2 * coords[:, 1:] + bits.int()
@@ -372,8 +476,11 @@ def split(x: SparseBatch, there: torch.Tensor) -> SparseBatch:
 
 
 def merge(x: SparseBatch) -> SparseBatch:
-    """Inverse of split: features [W, C] -> [V, 8 C] on the voxels that they lie in, sorted; zeros of children that are absent."""
-    to, bits = coarser(x), x.coords[:, 1:].long() & 1
+    """Inverse of split: features [W, C] -> [V, 8 C] on the voxels that they lie in, sorted; zeros of children
+    that are absent.
+    """
+    to = coarser(x)
+    bits = x.coords[:, 1:].long() & 1
     merged = x.feats.new_zeros(len(to.coords), 8, x.feats.shape[1])
     merged = merged.index_put((to.row, bits[:, 0] + 2 * bits[:, 1] + 4 * bits[:, 2]), x.feats)
     return SparseBatch(to.coords, merged.flatten(1), x.size, to.cache)
@@ -384,18 +491,26 @@ class VoxelNetwork(nn.Module):
 
     def __init__(self, config: VoxelConfig, step: Callable[[int, int], nn.Module]):
         super().__init__()
-        channels, args = config.model_channels, config.block_args or ({},) * len(config.model_channels)
+        channels = config.model_channels
+        args = config.block_args or ({},) * len(config.model_channels)
         self.blocks = nn.ModuleList()
         for i, (width, count) in enumerate(zip(channels, config.num_blocks, strict=True)):
             level = [ConvBlock(width, **args[i]) for _ in range(count)]
-            self.blocks.append(nn.ModuleList([*level, *(step(width, after) for after in channels[i + 1 : i + 2])]))
+            self.blocks.append(
+                nn.ModuleList([*level, *(step(width, after) for after in channels[i + 1 : i + 2])])
+            )
         if config.use_fp16:
             convert_torso([self.blocks], torch.float16, (nn.Linear, Kernel))
 
     def first(self, x: SparseBatch, layer: nn.Linear) -> SparseBatch:
         """Through a layer of full precision, and then of the blocks' type."""
         dtype = next((p.dtype for p in self.blocks.parameters() if p.ndim > 1), torch.float32)
-        check_shape(f"{type(self).__name__}.x", x.feats, ["V", layer.in_features], "Give features of this model's size.")
+        check_shape(
+            f"{type(self).__name__}.x",
+            x.feats,
+            ["V", layer.in_features],
+            "Give features of this model's size.",
+        )
         return x.with_feats(layer(x.feats.float()).to(dtype))
 
     def last(self, x: SparseBatch, layer: nn.Linear) -> SparseBatch:
@@ -415,15 +530,21 @@ class VoxelDecoder(VoxelNetwork):
     def forward(
         self, x: SparseBatch, told: Sequence[torch.Tensor] | None = None, levels: int | None = None
     ) -> tuple[SparseBatch, list[torch.Tensor]]:
-        """Latents [V, C] -> features on the finest voxels, and the children of every split as logits, [V, 8] each.
+        """Latents [V, C] -> features on the finest voxels, and the children of every split as logits, [V, 8]
+        each.
 
-        Args: told: these, for a decoder that does not say; levels: stop behind so many splits, before the output layer.
+        Args: told: these, for a decoder that does not say; levels: stop behind so many splits, before the
+            output layer.
         """
         config = self.config
         if not config.pred_subdiv and (told is None or len(told) != len(config.up_block_type)):
             got = "None" if told is None else len(told)
-            raise ValueError(f"VoxelDecoder: expected the children of {len(config.up_block_type)} splits, got {got}. Give the shape's.")
-        h, logits = self.first(x, self.from_latent), list[torch.Tensor]()
+            raise ValueError(
+                f"VoxelDecoder: expected the children of {len(config.up_block_type)} splits, got {got}. Give"
+                " the shape's."
+            )
+        h = self.first(x, self.from_latent)
+        logits = list[torch.Tensor]()
         for level in self.blocks:
             if len(logits) == levels:
                 return h, logits
@@ -457,14 +578,18 @@ class VoxelEncoder(VoxelNetwork):
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelAsset:
-    """An object as TRELLIS.2 decodes it: a vertex per voxel, faces where edges are crossed, a material per voxel."""
+    """An object as TRELLIS.2 decodes it: a vertex per voxel, faces where edges are crossed, a material per
+    voxel.
+    """
 
     coords: torch.Tensor  # [W, 3] int32
     resolution: int  # of their grid
     vertices: torch.Tensor  # [W, 3] places in the voxel: 0..1 inside, the margin beyond
-    crossed: torch.Tensor  # [W, 3] bool: whether the surface crosses the voxel's edge along each axis, at its far corner
+    # [W, 3] bool: whether the surface crosses the voxel's edge along each axis, at its far corner
+    crossed: torch.Tensor
     split: torch.Tensor  # [W] > 0: by which a face is cut into triangles
-    materials: torch.Tensor | None = None  # [W, 6] base colour, metallic, roughness, alpha of 0..1; to be clipped
+    # [W, 6] base colour, metallic, roughness, alpha of 0..1; to be clipped
+    materials: torch.Tensor | None = None
 
     @property
     def means(self) -> torch.Tensor:
@@ -474,7 +599,11 @@ class VoxelAsset:
     @property
     def colours(self) -> torch.Tensor:
         """[W, 3] of 0..1; grey where there are no materials."""
-        return torch.full_like(self.vertices, 0.5) if self.materials is None else self.materials[:, :3].clamp(0, 1)
+        return (
+            torch.full_like(self.vertices, 0.5)
+            if self.materials is None
+            else self.materials[:, :3].clamp(0, 1)
+        )
 
     @property
     def opacities(self) -> torch.Tensor:
@@ -483,18 +612,28 @@ class VoxelAsset:
 
     def to(self, device: str | torch.device) -> "VoxelAsset":
         """On another device."""
-        moved: dict[str, Any] = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()}
+        moved: dict[str, Any] = {
+            name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()
+        }
         return VoxelAsset(**moved)
 
 
-def assets_of(shape: SparseBatch, materials: SparseBatch | None, resolution: int, margin: float) -> list[VoxelAsset]:
+def assets_of(
+    shape: SparseBatch, materials: SparseBatch | None, resolution: int, margin: float
+) -> list[VoxelAsset]:
     """Assets of decoded features, shape [W, 7] and materials [W, 6] on the same voxels."""
     colours = [None] * shape.size if materials is None else [s.feats for s in materials.samples()]
     assets = []
     for sample, colour in zip(shape.samples(), colours, strict=True):
         place, crossed, cut = sample.feats.split([3, 3, 1], 1)
-        assets.append(VoxelAsset(
-            coords=sample.coords, resolution=resolution, vertices=(1 + 2 * margin) * place.sigmoid() - margin, crossed=crossed > 0,
-            split=F.softplus(cut[:, 0]), materials=None if colour is None else 0.5 + 0.5 * colour,
-        ))
+        assets.append(
+            VoxelAsset(
+                coords=sample.coords,
+                resolution=resolution,
+                vertices=(1 + 2 * margin) * place.sigmoid() - margin,
+                crossed=crossed > 0,
+                split=F.softplus(cut[:, 0]),
+                materials=None if colour is None else 0.5 + 0.5 * colour,
+            )
+        )
     return assets

@@ -1,8 +1,9 @@
-"""Weights of networks, from files of this machine: read without running anything, put into a network strictly, written back.
+"""Weights of networks, from files of this machine: read without running anything, put into a network
+strictly, written back.
 
-Every .safetensors, .ckpt, .pt and .pth that this project did not write goes through here (training/storage.py has those that it did; EG3D's
-pickles have generators/pickles). Nothing is fetched. An error names who asked (a flag or a file), what it
-expected and got, and the remedy.
+Every .safetensors, .ckpt, .pt and .pth that this project did not write goes through here (training/storage.py
+has those that it did; EG3D's pickles have generators/pickles). Nothing is fetched. An error names who asked
+(a flag or a file), what it expected and got, and the remedy.
 
     state = weights.read(path, "--prior")                        {name: tensor}
     vae = weights.empty(lambda: VAE(config))                     on the meta device, without memory
@@ -30,11 +31,22 @@ from torch import nn
 from training.storage import check_fit, write_atomic
 
 EXTRA = "pip install 'eg3d-rlhf[sd]'"
-SKIPPED = "position_ids"  # a counted buffer of older transformers: the only entry of a published network that may be in a file alone
+# a counted buffer of older transformers: the only entry of a published network that may be in a file alone
+SKIPPED = "position_ids"
 DAMAGED = (  # what the libraries raise for files of other bytes than they expect
-    safetensors.SafetensorError, RuntimeError, pickle.UnpicklingError, struct.error, EOFError, ValueError, LookupError, TypeError,
-    AttributeError, AssertionError, OverflowError, OSError,
-)  # fmt: skip
+    safetensors.SafetensorError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    OSError,
+)
 State = dict[str, torch.Tensor]
 Result = TypeVar("Result")
 Module = TypeVar("Module", bound=nn.Module)
@@ -43,7 +55,9 @@ Module = TypeVar("Module", bound=nn.Module)
 def existing(path: str | Path, who: str) -> Path:
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{who}: expected a local file or folder, got none at {path}. Nothing is fetched: check the path.")
+        raise FileNotFoundError(
+            f"{who}: expected a local file or folder, got none at {path}. Nothing is fetched: check the path."
+        )
     return path
 
 
@@ -64,10 +78,11 @@ def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -
 
 
 def content(path: str | Path, who: str) -> Any:
-    """All that a file holds, on the CPU: tensors by name of a .safetensors, what torch.save wrote of any other.
+    """All that a file holds, on the CPU: tensors by name of a .safetensors, what torch.save wrote of any
+    other.
 
-    A pickle is read with weights_only: one that asks for more than tensors and plain containers is refused before anything is called.
-    Files in torch's zip format are mapped into memory, not copied.
+    A pickle is read with weights_only: one that asks for more than tensors and plain containers is refused
+    before anything is called. Files in torch's zip format are mapped into memory, not copied.
     Raises: FileNotFoundError; ValueError for what asks for more, is damaged or cut short.
     """
     path = existing(path, who)
@@ -79,23 +94,33 @@ def content(path: str | Path, who: str) -> Any:
         operand = re.search(r"Unsupported operand \d+", str(error))  # no pickle at all
         if isinstance(error, pickle.UnpicklingError) and operand is None:
             raise ValueError(
-                f"{who}: expected {path.name} to hold weights alone, got a pickle that asks for more. It was not run: get the file from "
-                "its publisher, or save its state dict again."
+                f"{who}: expected {path.name} to hold weights alone, got a pickle that asks for more. It was"
+                " not run: get the file from its publisher, or save its state dict again."
             ) from error
         reason = operand[0] if operand else first_line(error)
-        raise ValueError(f"{who}: expected weights in {path.name}, got: {reason}. Truncated or foreign? Copy it again.") from error
+        raise ValueError(
+            f"{who}: expected weights in {path.name}, got: {reason}. Truncated or foreign? Copy it again."
+        ) from error
 
 
 def read(path: str | Path, who: str) -> State:
-    """Tensors by name of a .safetensors file or of a state dict that torch.save wrote, there perhaps under "state_dict".
+    """Tensors by name of a .safetensors file or of a state dict that torch.save wrote, there perhaps under
+    "state_dict".
 
     Raises: as `content`; ValueError for what holds anything else than tensors.
     """
     held = content(path, who)
     held = held.get("state_dict", held) if isinstance(held, dict) else held
-    if not isinstance(held, dict) or not held or not all(isinstance(value, torch.Tensor) for value in held.values()):
+    if (
+        not isinstance(held, dict)
+        or not held
+        or not all(isinstance(value, torch.Tensor) for value in held.values())
+    ):
         got = type(held).__name__
-        raise ValueError(f"{who}: expected tensors by name in {Path(path).name}, got {got}. Export the weights alone, or copy it again.")
+        raise ValueError(
+            f"{who}: expected tensors by name in {Path(path).name}, got {got}. Export the weights alone, or"
+            " copy it again."
+        )
     return dict(held)
 
 
@@ -118,13 +143,22 @@ def shape_of(state: Mapping[str, torch.Tensor], name: str, who: str, axes: int) 
 
 def count(names: Iterable[str], prefix: str) -> int:
     """1 + the largest N in names prefix.N.rest; 0 for none."""
-    return 1 + max((int(name.removeprefix(prefix).split(".")[0]) for name in names if name.startswith(prefix)), default=-1)
+    return 1 + max(
+        (int(name.removeprefix(prefix).split(".")[0]) for name in names if name.startswith(prefix)),
+        default=-1,
+    )
 
 
 def check_finite(state: Mapping[str, torch.Tensor], who: str) -> None:
-    bad = [n for n, t in state.items() if t.is_floating_point() and not t.is_meta and not bool(t.isfinite().all())]
+    bad = [
+        n
+        for n, t in state.items()
+        if t.is_floating_point() and not t.is_meta and not bool(t.isfinite().all())
+    ]
     if bad:
-        raise ValueError(f"{who}: expected finite numbers, got others in {', '.join(bad[:8])}. Use an earlier checkpoint.")
+        raise ValueError(
+            f"{who}: expected finite numbers, got others in {', '.join(bad[:8])}. Use an earlier checkpoint."
+        )
 
 
 def empty(make: Callable[[], Result]) -> Result:
@@ -135,13 +169,17 @@ def empty(make: Callable[[], Result]) -> Result:
 
 
 def fill(
-    module: Module, state: Mapping[str, torch.Tensor], who: str, *, types: Mapping[str, torch.dtype] | torch.dtype | None = None,
+    module: Module,
+    state: Mapping[str, torch.Tensor],
+    who: str,
+    *,
+    types: Mapping[str, torch.dtype] | torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> Module:
     """Copy tensors into a module, every entry of both; returns it.
 
-    A module on the meta device is first given memory on `device`, in the type, or by name the types, that `types` says, else in
-    those of the state.
+    A module on the meta device is first given memory on `device`, in the type, or by name the types, that
+    `types` says, else in those of the state.
     Raises: ValueError for missing, unexpected and misshapen entries, and for numbers that are not finite.
     """
     own = module.state_dict()
@@ -159,18 +197,25 @@ def fill(
 
 
 def adopt(module: Module, state: Mapping[str, torch.Tensor], who: str) -> Module:
-    """Have a module take tensors over as float32, without a copy where they are; every entry of both but position_ids; returns it.
+    """Have a module take tensors over as float32, without a copy where they are; every entry of both but
+    position_ids; returns it.
 
     It may be on the meta device. Raises: as `fill`.
     """
-    state = {name: t.float() if t.is_floating_point() else t for name, t in state.items() if not name.endswith(SKIPPED)}
+    state = {
+        name: t.float() if t.is_floating_point() else t
+        for name, t in state.items()
+        if not name.endswith(SKIPPED)
+    }
     check_fit({name: t for name, t in module.state_dict().items() if not name.endswith(SKIPPED)}, state, who)
     check_finite(state, who)
     module.load_state_dict(state, strict=False, assign=True)
     for name, counted in list(module.named_buffers()):
         if name.endswith(SKIPPED):  # no file's business, so it may still be on the meta device
             parent, _, leaf = name.rpartition(".")
-            module.get_submodule(parent).register_buffer(leaf, torch.arange(counted.shape[-1])[None], persistent=False)
+            module.get_submodule(parent).register_buffer(
+                leaf, torch.arange(counted.shape[-1])[None], persistent=False
+            )
     return module
 
 
@@ -179,7 +224,9 @@ def frozen(module: Module, device: str | torch.device) -> Module:
 
 
 def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """Eight digits of names, shapes and the first numbers of each tensor, the same for float16 and float32 files of one network."""
+    """Eight digits of names, shapes and the first numbers of each tensor, the same for float16 and float32
+    files of one network.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{list(tensor.shape)}".encode())
@@ -188,18 +235,26 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def in_types_of(stored: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> State:
-    """`stored` with the tensors of `state` in place of its own, in its types and on the CPU; others are passed on."""
-    new = {name: tensor.detach().cpu().to(stored[name].dtype).contiguous().clone() for name, tensor in state.items()}
+    """`stored` with the tensors of `state` in place of its own, in its types and on the CPU; others are
+    passed on.
+    """
+    new = {
+        name: tensor.detach().cpu().to(stored[name].dtype).contiguous().clone()
+        for name, tensor in state.items()
+    }
     return {**stored, **new}
 
 
 def write(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}  # safetensors refuses shared storage
+    # safetensors refuses shared storage
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
     write_atomic(path, safetensors.torch.save(plain, metadata={"format": "pt"}))
 
 
 def rewrite(path: Path, held: Any) -> None:
-    """What `content` gives, in a file of the path's kind, whole or not at all; large ones never stand in memory twice."""
+    """What `content` gives, in a file of the path's kind, whole or not at all; large ones never stand in
+    memory twice.
+    """
     unfinished = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -219,7 +274,9 @@ def one_line(who: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except DAMAGED as error:
-        raise ValueError(f"{who}: expected its published layout, got: {first_line(error)} {remedy}") from error
+        raise ValueError(
+            f"{who}: expected its published layout, got: {first_line(error)} {remedy}"
+        ) from error
 
 
 def require_extra(flag: str, *modules: str) -> None:
@@ -227,7 +284,10 @@ def require_extra(flag: str, *modules: str) -> None:
         try:
             __import__(name)
         except ImportError as error:
-            raise ValueError(f"{flag}: expected {' and '.join(modules)} for these files, got: {first_line(error)}. Run {EXTRA}") from error
+            raise ValueError(
+                f"{flag}: expected {' and '.join(modules)} for these files, got: {first_line(error)}. Run"
+                f" {EXTRA}"
+            ) from error
 
 
 @functools.cache
@@ -236,17 +296,27 @@ def tell_once(text: str) -> None:
 
 
 def from_folder(cls: Any, folder: Path, flag: str) -> Any:
-    """A network of diffusers or transformers from its local folder: config.json and safetensors, every entry read, float32, eval mode.
+    """A network of diffusers or transformers from its local folder: config.json and safetensors, every entry
+    read, float32, eval mode.
 
-    Raises: FileNotFoundError; ValueError for missing files, pickles, other shapes, and entries that are missing or unknown.
+    Raises: FileNotFoundError; ValueError for missing files, pickles, other shapes, and entries that are
+        missing or unknown.
     """
     who = f"{flag}: {folder.parent.name}/{folder.name}"
     existing(folder / "config.json", flag)
     variant = None if any(folder.glob("*model.safetensors")) else "fp16"
     if not any(folder.glob("*model.fp16.safetensors" if variant else "*model.safetensors")):
-        raise ValueError(f"{who}: expected weights as .safetensors, got none. Pickles are not read: convert them, or get the safetensors.")
+        raise ValueError(
+            f"{who}: expected weights as .safetensors, got none. Pickles are not read: convert them, or get"
+            " the safetensors."
+        )
     with one_line(who, "Copy the folder again."):
-        options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "variant": variant}
+        options = {
+            "local_files_only": True,
+            "use_safetensors": True,
+            "output_loading_info": True,
+            "variant": variant,
+        }
         if cls.__module__.startswith("diffusers."):  # it warns at length where it has to choose
             options["low_cpu_mem_usage"] = importlib.util.find_spec("accelerate") is not None
         model, told = cls.from_pretrained(str(folder), **options)

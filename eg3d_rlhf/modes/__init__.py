@@ -1,4 +1,6 @@
-"""What train.py can train, by the name that --mode has: one file each, with its flags, its settings and what they compose."""
+"""What train.py can train, by the name that --mode has: one file each, with its flags, its settings and what
+they compose.
+"""
 
 from typing import Any
 
@@ -8,16 +10,19 @@ from eg3d_rlhf.core.cli import user_errors
 from eg3d_rlhf.core.registry import Registry, load_plugins
 from eg3d_rlhf.experiments.mode import Mode
 
-MODES: Registry[Mode] = Registry("--mode", {
-    "gan": "eg3d_rlhf.modes.gan",
-    "circular-dpo": "eg3d_rlhf.modes.circular_dpo",
-    "online": "eg3d_rlhf.modes.online",
-    "grpo": "eg3d_rlhf.modes.online",
-    "offline": "eg3d_rlhf.modes.offline",
-    "distill": "eg3d_rlhf.modes.distill",
-    "reward": "eg3d_rlhf.modes.reward_training",
-    "mesh-reward": "eg3d_rlhf.modes.mesh_reward",
-})  # fmt: skip
+MODES: Registry[Mode] = Registry(
+    "--mode",
+    {
+        "gan": "eg3d_rlhf.modes.gan",
+        "circular-dpo": "eg3d_rlhf.modes.circular_dpo",
+        "online": "eg3d_rlhf.modes.online",
+        "grpo": "eg3d_rlhf.modes.online",
+        "offline": "eg3d_rlhf.modes.offline",
+        "distill": "eg3d_rlhf.modes.distill",
+        "reward": "eg3d_rlhf.modes.reward_training",
+        "mesh-reward": "eg3d_rlhf.modes.mesh_reward",
+    },
+)
 
 
 class ModeCommand(click.Command):
@@ -46,7 +51,9 @@ class ModeCommand(click.Command):
 
 def mode_of(args: list[str]) -> tuple[str, list[str]]:
     """Value of the last --mode, 'gan' where there is none, and the other arguments."""
-    mode, rest, i = "gan", [], 0
+    mode = "gan"
+    rest = []
+    i = 0
     while i < len(args) and args[i] != "--":
         if args[i] == "--mode" and i + 1 < len(args):
             i, mode = i + 1, args[i + 1]
@@ -60,4 +67,8 @@ def mode_of(args: list[str]) -> tuple[str, list[str]]:
 
 def flags_of(command: Any) -> set[str]:
     """All spellings of a command's settings, rare ones as if they were flags."""
-    return {name for option in [*command.params, *command.rare.values()] for name in option.opts + option.secondary_opts}
+    return {
+        name
+        for option in [*command.params, *command.rare.values()]
+        for name in option.opts + option.secondary_opts
+    }

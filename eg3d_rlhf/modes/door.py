@@ -3,7 +3,8 @@
     eg3d-rlhf                        all jobs on one screen
     eg3d-rlhf samples mesh --help    one of them
 
-A job is a line of JOBS. The scripts of tools/ are the same commands under names that EG3D's users and the papers' readers know.
+A job is a line of JOBS. The scripts of tools/ are the same commands under names that EG3D's users and the
+papers' readers know.
 """
 
 import importlib
@@ -20,22 +21,40 @@ PROGRAM = "eg3d-rlhf"
 JOBS: dict[str, tuple[str, str]] = {
     "train": ("eg3d_rlhf.modes.door:train", "a generator, with or without a reward; --mode: other ways"),
     "label": ("eg3d_rlhf.people.label.commands:main", "shapes or any 3D assets in the browser; export, ..."),
-    "label synthetic": ("eg3d_rlhf.modes.labels:synthetic", "a generator's seeds, by the programmatic annotator"),
+    "label synthetic": (
+        "eg3d_rlhf.modes.labels:synthetic",
+        "a generator's seeds, by the programmatic annotator",
+    ),
     "label elo": ("eg3d_rlhf.modes.labels:elo", "rate methods from pairwise judgements"),
     "study": ("eg3d_rlhf.people.study.commands:main", "compare two generators blind, with several people"),
-    "reward train": ("eg3d_rlhf.modes.reward_training:train", "on labels: pairs or single shapes; slabs, depth or points"),
-    "reward mesh": ("eg3d_rlhf.modes.mesh_reward:main", "of meshes, on unpaired labels: RewardCS, reconstructed"),
-    "reward latent": ("eg3d_rlhf.modes.latent_reward:latent", "of a flow stage's latents, so that nothing is decoded"),
+    "reward train": (
+        "eg3d_rlhf.modes.reward_training:train",
+        "on labels: pairs or single shapes; slabs, depth or points",
+    ),
+    "reward mesh": (
+        "eg3d_rlhf.modes.mesh_reward:main",
+        "of meshes, on unpaired labels: RewardCS, reconstructed",
+    ),
+    "reward latent": (
+        "eg3d_rlhf.modes.latent_reward:latent",
+        "of a flow stage's latents, so that nothing is decoded",
+    ),
     "reward join": ("eg3d_rlhf.modes.reward_files:join", "several into one file"),
     "reward import": ("eg3d_rlhf.modes.reward_files:release", "the paper's released reward"),
-    "reward best-of-n": ("eg3d_rlhf.evaluation.best_of_n:main", "how far it can be trusted, before any tuning"),
+    "reward best-of-n": (
+        "eg3d_rlhf.evaluation.best_of_n:main",
+        "how far it can be trusted, before any tuning",
+    ),
     "check-assets": ("eg3d_rlhf.evaluation.census:main", "how many meshes of a folder are solids"),
     "score": ("eg3d_rlhf.evaluation.foreign_scores:main", "generators of any family by one reward"),
     "flow new": ("eg3d_rlhf.modes.flow_new:new", "a folder WORK for a generator and its prompts or pictures"),
     "flow draw": ("eg3d_rlhf.modes.flow_draw:draw", "assets to compare, with their latents"),
     "flow label": ("eg3d_rlhf.modes.flow_label:label", "compare them in the browser"),
     "flow tune": ("eg3d_rlhf.modes.flow_tune:tune_command", "stages learn from the answers, if these teach"),
-    "flow export": ("eg3d_rlhf.modes.flow_export:export_command", "the tuned generator in its released layout"),
+    "flow export": (
+        "eg3d_rlhf.modes.flow_export:export_command",
+        "the tuned generator in its released layout",
+    ),
     "flow study": ("eg3d_rlhf.modes.flow_study:study", "tuned against what it was and its control, blind"),
     "flow check": ("eg3d_rlhf.modes.flow_check:check", "whether a folder fits, and what it is good for"),
     "report evaluate": ("eg3d_rlhf.modes.reports:evaluate", "what tuning changed, and whether it got better"),
@@ -46,19 +65,40 @@ JOBS: dict[str, tuple[str, str]] = {
     "report pictures": ("eg3d_rlhf.modes.reports:pictures", "those that end a reward run, drawn again"),
     "report method": ("eg3d_rlhf.modes.reports:method", "the method as one picture"),
     "report seeds": ("eg3d_rlhf.evaluation.over_seeds:main", "the demo with several training seeds"),
-    "report heads": ("eg3d_rlhf.evaluation.heads:command", "networks beside the whole heads that latents name"),
+    "report heads": (
+        "eg3d_rlhf.evaluation.heads:command",
+        "networks beside the whole heads that latents name",
+    ),
     "report solid": ("eg3d_rlhf.evaluation.solids:command", "whether shapes are sound bodies"),
-    "report proof": ("eg3d_rlhf.evaluation.proof:main", "labels beside every cheaper way, with several seeds"),
+    "report proof": (
+        "eg3d_rlhf.evaluation.proof:main",
+        "labels beside every cheaper way, with several seeds",
+    ),
     "report zoo": ("eg3d_rlhf.evaluation.zoo:main", "every kind of reward: trained, tuned by, in one table"),
-    "generator inspect": ("eg3d_rlhf.modes.network_files:inspect_network", "what a network file holds; pickles are never run"),
-    "generator convert": ("eg3d_rlhf.modes.network_files:convert", "to .safetensors, a state dict or a tri-grid"),
-    "generator invert": ("eg3d_rlhf.evaluation.inversion.command:main", "from an image to a shape, with a reward"),
+    "generator inspect": (
+        "eg3d_rlhf.modes.network_files:inspect_network",
+        "what a network file holds; pickles are never run",
+    ),
+    "generator convert": (
+        "eg3d_rlhf.modes.network_files:convert",
+        "to .safetensors, a state dict or a tri-grid",
+    ),
+    "generator invert": (
+        "eg3d_rlhf.evaluation.inversion.command:main",
+        "from an image to a shape, with a reward",
+    ),
     "samples images": ("eg3d_rlhf.modes.samples:images", "three views of every seed (gen_samples)"),
     "samples videos": ("eg3d_rlhf.modes.samples:videos", "orbits through seeds (gen_videos)"),
     "samples mesh": ("eg3d_rlhf.modes.samples:mesh", "one seed as a closed, checked mesh"),
     "samples sheet": ("eg3d_rlhf.modes.samples:sheet", "contact sheets beside the data, and of shapes"),
-    "data convert": ("eg3d_rlhf.modes.image_sets:convert", "images to the form that training reads (dataset_tool)"),
-    "data metrics": ("eg3d_rlhf.modes.image_sets:metrics", "FID, KID and the offline distances (calc_metrics)"),
+    "data convert": (
+        "eg3d_rlhf.modes.image_sets:convert",
+        "images to the form that training reads (dataset_tool)",
+    ),
+    "data metrics": (
+        "eg3d_rlhf.modes.image_sets:metrics",
+        "FID, KID and the offline distances (calc_metrics)",
+    ),
     "assets build": ("eg3d_rlhf.modes.assets:build", "what is bundled, part by part"),
     "assets shapes": ("eg3d_rlhf.modes.assets:shapes", "those of the shape Fréchet distance"),
     "assets features": ("eg3d_rlhf.modes.assets:features", "those of the Fréchet distance"),
@@ -91,7 +131,11 @@ class Door(click.Group):
         job = f"{self.noun} {cmd_name}".strip()
         if job in JOBS:
             return command_of(job)
-        return Door(job, help=f"Jobs of {PROGRAM} {job}.") if any(known.startswith(f"{job} ") for known in JOBS) else None
+        return (
+            Door(job, help=f"Jobs of {PROGRAM} {job}.")
+            if any(known.startswith(f"{job} ") for known in JOBS)
+            else None
+        )
 
     def invoke(self, ctx: click.Context):
         """Find and run the job; an extra that it needs and that is missing is named."""
@@ -99,7 +143,9 @@ class Door(click.Group):
             return super().invoke(ctx)
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
-        """The longest words that name a job: `label synthetic` is one, whatever follows another `label` goes to the labelling command."""
+        """The longest words that name a job: `label synthetic` is one, whatever follows another `label` goes
+        to the labelling command.
+        """
         job = " ".join(args[:2])
         if not self.noun and job in JOBS:
             return job, command_of(job), args[2:]
@@ -110,16 +156,26 @@ class Door(click.Group):
                 return job, PEOPLE[args[1]], args[2:]
         if self.get_command(ctx, args[0]) is None:
             where = f"{PROGRAM} {self.noun}".strip()
-            click.echo(f"Error: {args[0]}: expected a job of {where}, got none of that name. See {where} --help.", err=True)
+            click.echo(
+                f"Error: {args[0]}: expected a job of {where}, got none of that name. See {where} --help.",
+                err=True,
+            )
             sys.exit(2)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """One line a job; nothing is imported."""
         with formatter.section("Jobs"):
-            formatter.write_dl([(words, JOBS[job][1]) for words, job in zip(self.list_commands(ctx), self.jobs(), strict=True)])
+            formatter.write_dl(
+                [
+                    (words, JOBS[job][1])
+                    for words, job in zip(self.list_commands(ctx), self.jobs(), strict=True)
+                ]
+            )
 
 
 train = ModeCommand("train")  # as train.py, from any folder
-main = Door(help="Rewards on the density field of 3D-aware generators. Every job takes --help.",
-            context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
+main = Door(
+    help="Rewards on the density field of 3D-aware generators. Every job takes --help.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140},
+)

@@ -1,7 +1,9 @@
-"""Whether a folder of a flow generator is what this package reads, and what can be done with it, on one screen.
+"""Whether a folder of a flow generator is what this package reads, and what can be done with it, on one
+screen.
 
-Which networks lie in a folder, and what they should hold, its `FlowFamily` says. Names and shapes are those of our networks of the folder's
-own settings, which are the original's (tests/compat/test_family_*.py); only headers are read.
+Which networks lie in a folder, and what they should hold, its `FlowFamily` says. Names and shapes are those
+of our networks of the folder's own settings, which are the original's (tests/compat/test_family_*.py); only
+headers are read.
 """
 
 import math
@@ -16,17 +18,30 @@ from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.models.weights import shapes
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, family_of
 
-WIDTH, LISTED, FIRST = 118, 12, 8  # columns; files and names that are listed
+# columns; files and names that are listed
+WIDTH = 118
+LISTED = 12
+FIRST = 8
 _LICENCE = ("licen", "notice")  # how names of such files begin
-DONE = {"embed": "conditions of pictures", "embed_texts": "conditions of texts", "show": "draw", "release": "export"}
+DONE = {
+    "embed": "conditions of pictures",
+    "embed_texts": "conditions of texts",
+    "show": "draw",
+    "release": "export",
+}
 
 
 @click.command(cls=GroupedCommand)
 @click.argument("root", metavar="ROOT", type=click.Path(path_type=Path, file_okay=False), required=False)
-@option("--memory", is_flag=True, help="Instead: memory of drawing and of an update, from settings; without ROOT, of those published.")
+@option(
+    "--memory",
+    is_flag=True,
+    help="Instead: memory of drawing and of an update, from settings; without ROOT, of those published.",
+)
 @click.pass_context
 def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
-    """Whether ROOT is a flow generator's folder that can be used, and for what; exit code 0 only where everything fits.
+    """Whether ROOT is a flow generator's folder that can be used, and for what; exit code 0 only where
+    everything fits.
 
     \b
     Example:
@@ -51,7 +66,9 @@ def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
 
 
 def memory_of(root: Path | None) -> Iterator[str]:
-    """Lines of what adapters' training and drawing take at passes in bfloat16; some seconds to minutes for each stage."""
+    """Lines of what adapters' training and drawing take at passes in bfloat16; some seconds to minutes for
+    each stage.
+    """
     from eg3d_rlhf.tuning.flow.estimate import estimate, table  # only here: brings all families
     from eg3d_rlhf.tuning.flow.families.released import RELEASED, of_folder
 
@@ -66,34 +83,61 @@ def memory_of(root: Path | None) -> Iterator[str]:
 def faults(network: Network) -> list[str]:
     """What does not fit, a line each: missing, unexpected and misshapen tensors, the first eight of them."""
     if not network.found:
-        return [] if network.without else [f"{network.name}: expected its tensors in {network.file}, got none. Restore the file."]
+        return (
+            []
+            if network.without
+            else [f"{network.name}: expected its tensors in {network.file}, got none. Restore the file."]
+        )
     expected = {name: list(shape) for name, shape in network.expected.items()}
     found = shapes(network.found)
     shared = sorted(expected.keys() & found.keys())
     odd = {
-        "missing": sorted(expected.keys() - found.keys()), "unexpected": sorted(found.keys() - expected.keys()),
-        "misshapen": [f"{name} {found[name]} instead of {expected[name]}" for name in shared if found[name] != expected[name]],
-    }  # fmt: skip
-    listed = (f"{kind}: {', '.join(names[:FIRST])}{' ...' if len(names) > FIRST else ''}" for kind, names in odd.items() if names)
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} {found[name]} instead of {expected[name]}"
+            for name in shared
+            if found[name] != expected[name]
+        ],
+    }
+    listed = (
+        f"{kind}: {', '.join(names[:FIRST])}{' ...' if len(names) > FIRST else ''}"
+        for kind, names in odd.items()
+        if names
+    )
     got = "; ".join(listed)
-    return [f"{network.name}: expected the tensors of its settings, {got}. Restore {network.file.name}."] if got else []
+    return (
+        [f"{network.name}: expected the tensors of its settings, {got}. Restore {network.file.name}."]
+        if got
+        else []
+    )
 
 
-def screen(root: Path, family: FlowFamily, networks: Sequence[Network], problems: Sequence[str]) -> Iterator[str]:
+def screen(
+    root: Path, family: FlowFamily, networks: Sequence[Network], problems: Sequence[str]
+) -> Iterator[str]:
     """The lines."""
     read = dict(family.files(root))
     used = {path.resolve() for path in (*read.values(), *(network.file for network in networks))}
     hidden = set(root.rglob(".*"))
-    there = [path for path in sorted(root.rglob("*")) if path.is_file() and not {path, *path.parents} & hidden]
+    there = [
+        path for path in sorted(root.rglob("*")) if path.is_file() and not {path, *path.parents} & hidden
+    ]
     yield from rows("family", [f"{family.name} ({family.version or family.layout})"])
-    yield from rows("read", [f"{_short(path, root)} ({_bytes(path.stat().st_size)})" for path in _existing(read.values())])
+    yield from rows(
+        "read", [f"{_short(path, root)} ({_bytes(path.stat().st_size)})" for path in _existing(read.values())]
+    )
     yield from rows("not read", [_short(path, root) for path in there if path.resolve() not in used])
     for network in networks:
         yield from rows("network", [_described(network)])
     yield from rows("licence", [family.notice or "see the publisher's"])
     yield from rows("", [f"files of it: {_names(licences(root), root) or 'none: fetch them'}"])
     can = [words for hook, words in DONE.items() if getattr(family, hook) is not None]
-    lost = [f"{network.name} is not there: no {network.without}" for network in networks if network.without and not network.found]
+    lost = [
+        f"{network.name} is not there: no {network.without}"
+        for network in networks
+        if network.without and not network.found
+    ]
     loop = ["no loop: stages one by one"] if family.judge is None else [] if lost else ["the loop"]
     yield from rows("can", [*can, f"tune {', '.join(family.stages)}", *loop])
     if family.encoder is not None and not lost:
@@ -102,20 +146,32 @@ def screen(root: Path, family: FlowFamily, networks: Sequence[Network], problems
         yield from rows("cannot", [line])
     for problem in problems:
         yield from rows("FAULT", [problem])
-    yield from rows("", ["everything fits" if not problems else f"{len(problems)} faults: not usable as it is"])
+    yield from rows(
+        "", ["everything fits" if not problems else f"{len(problems)} faults: not usable as it is"]
+    )
 
 
 def licences(root: Path) -> list[Path]:
     """Files of a licence, in a folder or beside it."""
-    below = [path for path in sorted(root.rglob("*")) if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    return [path for path in (*below, *sorted(root.parent.glob("*"))) if path.name.lower().startswith(_LICENCE) and path.is_file()]
+    below = [
+        path
+        for path in sorted(root.rglob("*"))
+        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
+    return [
+        path
+        for path in (*below, *sorted(root.parent.glob("*")))
+        if path.name.lower().startswith(_LICENCE) and path.is_file()
+    ]
 
 
 def rows(title: str, parts: Iterable[str]) -> list[str]:
     """A titled line, wrapped."""
     parts = list(parts)
     shown = parts[:LISTED] + ([f"{len(parts) - LISTED} more"] if len(parts) > LISTED else [])
-    wrapped = textwrap.wrap(", ".join(shown), WIDTH - 10, break_long_words=False, break_on_hyphens=False) or ["none"]
+    wrapped = textwrap.wrap(", ".join(shown), WIDTH - 10, break_long_words=False, break_on_hyphens=False) or [
+        "none"
+    ]
     return [f"{title if not number else '':<10}{line}" for number, line in enumerate(wrapped)]
 
 
@@ -143,4 +199,6 @@ def _names(paths: Sequence[Path], root: Path) -> str:
 
 
 def _bytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB" if size >= 1e4 else f"{size} bytes"
+    return (
+        f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB" if size >= 1e4 else f"{size} bytes"
+    )

@@ -12,15 +12,39 @@ from training.progress import tqdm
 
 AGAIN = "The same command"
 work_argument = click.argument("folder", metavar="WORK", type=click.Path(path_type=Path, file_okay=False))
-device_flag = option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where networks run.")
+device_flag = option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where networks run."
+)
 drawing_flags = together(
-    option("--cells", rare=True, metavar="N", type=click.IntRange(2), default=None, show_default="the family's",
-           help="Per axis of the grid that meshes are read on: 128 for Hunyuan3D-2.1, 384 as published."),
-    option("--few-steps", rare=True, metavar="N", type=click.IntRange(1), default=None,
-           help="Draw in N steps, without guidance, where a network reads how long a step is (SAM 3D's structure)."),
-    option("--timeout", rare=True, metavar="MINUTES", type=click.FloatRange(min=0, min_open=True), default=30,
-           help="With torchrun: longest wait for another process."),
-)  # fmt: skip
+    option(
+        "--cells",
+        rare=True,
+        metavar="N",
+        type=click.IntRange(2),
+        default=None,
+        show_default="the family's",
+        help="Per axis of the grid that meshes are read on: 128 for Hunyuan3D-2.1, 384 as published.",
+    ),
+    option(
+        "--few-steps",
+        rare=True,
+        metavar="N",
+        type=click.IntRange(1),
+        default=None,
+        help=(
+            "Draw in N steps, without guidance, where a network reads how long a step is (SAM 3D's"
+            " structure)."
+        ),
+    ),
+    option(
+        "--timeout",
+        rare=True,
+        metavar="MINUTES",
+        type=click.FloatRange(min=0, min_open=True),
+        default=30,
+        help="With torchrun: longest wait for another process.",
+    ),
+)
 
 
 @click.command("draw", cls=GroupedCommand)
@@ -28,7 +52,8 @@ drawing_flags = together(
 @device_flag
 @drawing_flags
 def draw(folder: Path, device: str, cells: int | None, few_steps: int | None, timeout: float) -> None:
-    """Assets of the generator as it is, to compare, with the latents that they came from; those of test conditions are not drawn.
+    """Assets of the generator as it is, to compare, with the latents that they came from; those of test
+    conditions are not drawn.
 
     Where it was stopped, it goes on. torchrun's processes share the work.
 
@@ -55,7 +80,12 @@ def draw(folder: Path, device: str, cells: int | None, few_steps: int | None, ti
 def drawn_with_bar(drawing: Drawing) -> Drawn:
     """Draw, with the time that is left."""
     total = len(drawing.jobs)
-    with tqdm(total=total, desc=f"drawing {drawing.folder.name}", unit="asset", disable=None if drawing.ranks.main else True) as bar:
+    with tqdm(
+        total=total,
+        desc=f"drawing {drawing.folder.name}",
+        unit="asset",
+        disable=None if drawing.ranks.main else True,
+    ) as bar:
         done = drawing.run(bar.update)
         bar.update(total - bar.n)  # what other ranks drew
     return done

@@ -1,4 +1,6 @@
-"""`eg3d-rlhf flow export`: out goes the tuned generator, of a folder of the six commands or of runs of train.py."""
+"""`eg3d-rlhf flow export`: out goes the tuned generator, of a folder of the six commands or of runs of
+train.py.
+"""
 
 import json
 from collections.abc import Sequence
@@ -20,14 +22,39 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.argument("sources", metavar="[WORK|RUN...]", nargs=-1, type=FOLDER)
 @option("--out", required=True, metavar="DIR", type=FOLDER, help="New folder to write.")
 @option("--adapter", is_flag=True, help="PEFT's folder of every tuned stage, in place of whole networks.")
-@option("--tune", "name", metavar="NAME", default=None, show_default="the latest", help="Of WORK: a training, such as tune-00.")
-@option("--pipeline", "root", metavar="ROOT", type=FOLDER, default=None, show_default="as it was tuned", help="Folder of the generator.")
-@option("--weights", metavar="STAGE=PATH", multiple=True, help="Weights of a stage from elsewhere: a folder or file (with --pipeline).")
+@option(
+    "--tune",
+    "name",
+    metavar="NAME",
+    default=None,
+    show_default="the latest",
+    help="Of WORK: a training, such as tune-00.",
+)
+@option(
+    "--pipeline",
+    "root",
+    metavar="ROOT",
+    type=FOLDER,
+    default=None,
+    show_default="as it was tuned",
+    help="Folder of the generator.",
+)
+@option(
+    "--weights",
+    metavar="STAGE=PATH",
+    multiple=True,
+    help="Weights of a stage from elsewhere: a folder or file (with --pipeline).",
+)
 def export_command(
-    sources: Sequence[Path], out: Path, adapter: bool, name: str | None, root: Path | None, weights: Sequence[str]
+    sources: Sequence[Path],
+    out: Path,
+    adapter: bool,
+    name: str | None,
+    root: Path | None,
+    weights: Sequence[str],
 ) -> None:
-    """The tuned generator in its released layout, which the original's own program loads. RUN is a run's folder of train.py; stages that
-    several tuned go out together.
+    """The tuned generator in its released layout, which the original's own program loads. RUN is a run's
+    folder of train.py; stages that several tuned go out together.
 
     \b
     Examples:
@@ -41,20 +68,28 @@ def export_command(
     if adapter:
         whole = [stage for stage, path in tuned.items() if not (path / ADAPTER).is_file()]
         if whole:
-            raise ValueError(f"--adapter: expected stages tuned by adapters, got every parameter of {', '.join(whole)}. Leave it out.")
+            raise ValueError(
+                f"--adapter: expected stages tuned by adapters, got every parameter of {', '.join(whole)}."
+                " Leave it out."
+            )
         for stage, path in tuned.items():
             for file in (ADAPTER, CONFIG):
                 link(path / file, out / stage / file)
-            click.echo(f"{out / stage}: PeftModel.from_pretrained(network of stage {stage}, {str(out / stage)!r})")
+            click.echo(
+                f"{out / stage}: PeftModel.from_pretrained(network of stage {stage}, {str(out / stage)!r})"
+            )
         return
     click.echo(json.dumps(export(root, out, tuned), indent=1))
     family = family_of(root)
     click.echo(f"{out}: {family.loaded_by.format(out=out) or 'as any folder of ' + family.name}")
 
 
-def tuned_of(sources: Sequence[Path], name: str | None, given: Path | None, weights: Sequence[str]) -> tuple[Path, dict[str, Path]]:
+def tuned_of(
+    sources: Sequence[Path], name: str | None, given: Path | None, weights: Sequence[str]
+) -> tuple[Path, dict[str, Path]]:
     """The generator that was tuned, and its tuned weights by stage. Raises: FileNotFoundError, ValueError."""
-    roots, found = [] if given is None else [given], list[tuple[str, Path]]()
+    roots = [] if given is None else [given]
+    found = list[tuple[str, Path]]()
     for source in sources:
         if (source / FILE).is_file():
             work = Work.open(source)
@@ -65,18 +100,29 @@ def tuned_of(sources: Sequence[Path], name: str | None, given: Path | None, weig
             read = (recorded(source).get("run") or {}).get("source") or {}
             stages = sorted(path.parent.name for path in source.glob(f"*/{META}"))
             if not read or not stages:
-                raise FileNotFoundError(f"export: expected WORK or a finished run of train.py, got no tuned stage in {source}. Finish it.")
+                raise FileNotFoundError(
+                    f"export: expected WORK or a finished run of train.py, got no tuned stage in {source}."
+                    " Finish it."
+                )
             roots.append(Path(read["pipeline"]))
             found += [(stage, source / stage) for stage in stages]
     parted = [text.partition("=") for text in weights]
     odd = [name + sign + path for name, sign, path in parted if not (name and path)]
     if odd or (parted and not roots):
-        raise ValueError(f"--weights: expected STAGE=PATH and --pipeline=ROOT, got {' '.join(odd) or 'no --pipeline'}. Name both.")
+        raise ValueError(
+            f"--weights: expected STAGE=PATH and --pipeline=ROOT, got {' '.join(odd) or 'no --pipeline'}."
+            " Name both."
+        )
     if not found and not parted:
-        raise ValueError("export: expected WORK, runs of train.py or --weights, got none. Name what was tuned.")
+        raise ValueError(
+            "export: expected WORK, runs of train.py or --weights, got none. Name what was tuned."
+        )
     root = roots[0]
     if given is None and any(place.resolve() != root.resolve() for place in roots):
-        raise ValueError(f"export: expected stages of one generator, got those of {root} and {roots[-1]}. Export them one by one.")
+        raise ValueError(
+            f"export: expected stages of one generator, got those of {root} and {roots[-1]}. Export them one"
+            " by one."
+        )
     check_stages("export", family_of(root), [stage for stage, _ in found])
     twice = [stage for stage, path in found if dict(found)[stage] != path]
     if twice:

@@ -17,8 +17,22 @@ SECONDS = 8  # that an answer takes
 
 @click.command("label", cls=GroupedCommand)
 @work_argument
-@option("--pairs", metavar="N", type=click.IntRange(1), default=None, show_default="as many as assets", help="How many are compared.")
-@option("--campaign", rare=True, metavar="NAME", default=None, show_default="WORK's", help="Another one, of labels.db.")
+@option(
+    "--pairs",
+    metavar="N",
+    type=click.IntRange(1),
+    default=None,
+    show_default="as many as assets",
+    help="How many are compared.",
+)
+@option(
+    "--campaign",
+    rare=True,
+    metavar="NAME",
+    default=None,
+    show_default="WORK's",
+    help="Another one, of labels.db.",
+)
 @launch.server_options("access.jsonl in WORK")
 def label(folder: Path, pairs: int | None, campaign: str | None, **server) -> None:
     """Compare what was drawn, two assets of one condition at a time, in the browser; prints the address.
@@ -33,7 +47,9 @@ def label(folder: Path, pairs: int | None, campaign: str | None, **server) -> No
     assets = len(work.lines())
     with open_store(work.database, create=True) as store:
         if flags.exposed:
-            launch.check_annotators(store, flags.host, f"eg3d-rlhf label add-annotator NAME --db={work.database}")
+            launch.check_annotators(
+                store, flags.host, f"eg3d-rlhf label add-annotator NAME --db={work.database}"
+            )
         name = campaign or work.campaign
         stored = store.campaign(name)
         if stored is None:
@@ -45,10 +61,18 @@ def label(folder: Path, pairs: int | None, campaign: str | None, **server) -> No
             asked = f"{stored.settings.extra[launch.FLAGS]['pairs']}, as campaign {name!r} was planned"
             raise ValueError(f"--pairs: expected {asked}, got {pairs}. Leave it out, or --set campaign=NAME.")
         answered = sum(1 for _ in store.judgements(name))
-        click.echo(f"{stored.pairs} pairs, about {duration(SECONDS * stored.pairs)} at {SECONDS} s each; {answered} answers so far")
-        launch.serve_campaign(store, work.database, name, flags, lambda address: [
-            f"label at {address}  (Ctrl-C stops)", f"next: eg3d-rlhf flow tune {folder}"
-        ], "answer")  # fmt: skip
+        click.echo(
+            f"{stored.pairs} pairs, about {duration(SECONDS * stored.pairs)} at {SECONDS} s each; {answered}"
+            " answers so far"
+        )
+        launch.serve_campaign(
+            store,
+            work.database,
+            name,
+            flags,
+            lambda address: [f"label at {address}  (Ctrl-C stops)", f"next: eg3d-rlhf flow tune {folder}"],
+            "answer",
+        )
 
 
 def request_of(work: Work, name: str, pairs: int) -> launch.Request:
@@ -57,7 +81,14 @@ def request_of(work: Work, name: str, pairs: int) -> launch.Request:
     pairing = PairingOptions(pairs=pairs, seed=work.seed, strategy="random")
     assets = str(work.drawn().resolve())
     return launch.Request(
-        name=name, network=None, after=None, pairing=pairing, settings=settings, assets=assets, up=work.up, lenient=True
+        name=name,
+        network=None,
+        after=None,
+        pairing=pairing,
+        settings=settings,
+        assets=assets,
+        up=work.up,
+        lenient=True,
     )
 
 

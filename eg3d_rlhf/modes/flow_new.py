@@ -1,4 +1,6 @@
-"""`eg3d-rlhf flow new`: a folder WORK for a generator and what it is told, on which the five other commands go on."""
+"""`eg3d-rlhf flow new`: a folder WORK for a generator and what it is told, on which the five other commands
+go on.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,29 +19,90 @@ from eg3d_rlhf.tuning.flow.work import FILE, SHARES, SHOWN, SPLITS, TEST, Work, 
 from training.storage import write_atomic
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
-PICTURES, MAPS = (".png", ".webp"), ".npy"  # files of pictures, and of what may lie beside one under its name
+# files of pictures, and of what may lie beside one under its name
+PICTURES = (".png", ".webp")
+MAPS = ".npy"
 PROMPTS = "prompts.txt"
 LONGEST = 2000  # characters of a prompt that the page shows
 
 
 @click.command("new", cls=GroupedCommand)
 @click.argument("folder", metavar="WORK", type=FOLDER)
-@option("--pipeline", metavar="ROOT", required=True, help="Folder of a generator that is known (docs/reference/families.md), or toy.")
-@option("--prompts", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=None,
-        help="Texts, one per line, for generators of texts; the toy has its own.")
-@option("--pictures", metavar="DIR", type=FOLDER, default=None, help="Pictures with transparent backgrounds, for generators of pictures.")
-@option("--conditions", "embeddings", metavar="FILE|DIR", type=click.Path(path_type=Path), default=None,
-        help="Embeddings that others made, by name, in place of the generator's encoder.")
-@option("--each", metavar="N", type=click.IntRange(2), default=4, help="Assets that are drawn per condition, to compare.")
+@option(
+    "--pipeline",
+    metavar="ROOT",
+    required=True,
+    help="Folder of a generator that is known (docs/reference/families.md), or toy.",
+)
+@option(
+    "--prompts",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Texts, one per line, for generators of texts; the toy has its own.",
+)
+@option(
+    "--pictures",
+    metavar="DIR",
+    type=FOLDER,
+    default=None,
+    help="Pictures with transparent backgrounds, for generators of pictures.",
+)
+@option(
+    "--conditions",
+    "embeddings",
+    metavar="FILE|DIR",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Embeddings that others made, by name, in place of the generator's encoder.",
+)
+@option(
+    "--each",
+    metavar="N",
+    type=click.IntRange(2),
+    default=4,
+    help="Assets that are drawn per condition, to compare.",
+)
 @option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where networks run.")
-@option("--seed", rare=True, metavar="INT", type=click.IntRange(0), default=0, help="Divides the conditions, plans the pairs.")
-@option("--split", rare=True, metavar="SHARES", default=",".join(f"{share:g}" for share in SHARES),
-        help="Of the conditions, to train, to choose and to test on.")
-@option("--precision", rare=True, type=click.Choice(list(PRECISIONS)), default="auto", help="Of drawing and training.")
-@option("--batch", rare=True, metavar="N", type=click.IntRange(1), default=None, help="Assets drawn at once, pairs in one pass.")
+@option(
+    "--seed",
+    rare=True,
+    metavar="INT",
+    type=click.IntRange(0),
+    default=0,
+    help="Divides the conditions, plans the pairs.",
+)
+@option(
+    "--split",
+    rare=True,
+    metavar="SHARES",
+    default=",".join(f"{share:g}" for share in SHARES),
+    help="Of the conditions, to train, to choose and to test on.",
+)
+@option(
+    "--precision",
+    rare=True,
+    type=click.Choice(list(PRECISIONS)),
+    default="auto",
+    help="Of drawing and training.",
+)
+@option(
+    "--batch",
+    rare=True,
+    metavar="N",
+    type=click.IntRange(1),
+    default=None,
+    help="Assets drawn at once, pairs in one pass.",
+)
 @option("--up", rare=True, type=click.Choice(["y", "z"]), default=None, help="Axis of assets that points up.")
 def new(
-    folder: Path, pipeline: str, prompts: Path | None, pictures: Path | None, embeddings: Path | None, device: str, **flags
+    folder: Path,
+    pipeline: str,
+    prompts: Path | None,
+    pictures: Path | None,
+    embeddings: Path | None,
+    device: str,
+    **flags,
 ) -> None:
     """A folder WORK that remembers a generator, its prompts or pictures, and everything after.
 
@@ -48,8 +111,11 @@ def new(
         eg3d-rlhf flow new WORK --pipeline=/data/Hunyuan3D-2.1 --pictures=PICTURES
     """
     if (folder / FILE).exists():
-        raise ValueError(f"WORK: expected a new folder, got {folder} with a {FILE}. Go on with it, or name another.")
-    family, where = family_of(Path(pipeline), say=lambda text: None), choose_device(device)
+        raise ValueError(
+            f"WORK: expected a new folder, got {folder} with a {FILE}. Go on with it, or name another."
+        )
+    family = family_of(Path(pipeline), say=lambda text: None)
+    where = choose_device(device)
     for line in examined(family, Path(pipeline)):
         click.echo(line)
     given = None if embeddings is None else read_conditions(embeddings, zero_null=family.zero_null)
@@ -70,12 +136,22 @@ def new(
         copy_pictures(folder / "inputs", names)
     write_conditions(folder / CONDITIONS, given)
     work = Work(
-        folder=folder, pipeline=pipeline if family.bundled else str(Path(pipeline).resolve()), family=family.name, stages=family.stages,
-        kind="prompts" if pictures is None else "pictures", up=flags["up"] or family.up, splits=divided,
-        files=hashes(family.files(Path(pipeline))), seed=flags["seed"], each=flags["each"],
-        precision=precision, batch=flags["batch"] or family.batch,
-        inputs={} if pictures is None else {name: path.name for name, path in names.items() if path is not None},
-    ).write()  # fmt: skip
+        folder=folder,
+        pipeline=pipeline if family.bundled else str(Path(pipeline).resolve()),
+        family=family.name,
+        stages=family.stages,
+        kind="prompts" if pictures is None else "pictures",
+        up=flags["up"] or family.up,
+        splits=divided,
+        files=hashes(family.files(Path(pipeline))),
+        seed=flags["seed"],
+        each=flags["each"],
+        precision=precision,
+        batch=flags["batch"] or family.batch,
+        inputs=(
+            {} if pictures is None else {name: path.name for name, path in names.items() if path is not None}
+        ),
+    ).write()
     for line in chosen(work, where):
         click.echo(line)
 
@@ -85,30 +161,48 @@ def shares_of(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--split: expected shares of {', '.join(SPLITS)}, got {text!r}. Write 0.6,0.2,0.2 or so.") from None
+        raise ValueError(
+            f"--split: expected shares of {', '.join(SPLITS)}, got {text!r}. Write 0.6,0.2,0.2 or so."
+        ) from None
 
 
 def examined(family: FlowFamily, root: Path) -> Iterator[str]:
-    """What the generator's folder is, and what it lacks. Raises: ValueError for a folder that cannot be used."""
+    """What the generator's folder is, and what it lacks.
+
+    Raises: ValueError for a folder that cannot be used.
+    """
     networks = list(family.networks(root)) if family.networks is not None else []
     where = f"Fetch the folder again: {family.address}" if family.address else "Restore the folder."
     for problem in (problem for network in networks for problem in faults(network)):
         raise ValueError(f"--pipeline: {problem} {where}")
-    yield from rows("generator", [f"{family.name} ({family.version or family.layout})", f"stages {', '.join(family.stages)}"])
+    yield from rows(
+        "generator",
+        [f"{family.name} ({family.version or family.layout})", f"stages {', '.join(family.stages)}"],
+    )
     papers = licences(root)
-    yield from rows("licence", [family.notice or ("this package's" if family.bundled else "see the publisher's")])
+    yield from rows(
+        "licence", [family.notice or ("this package's" if family.bundled else "see the publisher's")]
+    )
     if not family.bundled:
         listed = ", ".join(path.name for path in papers) or f"none, see {family.address or 'the publisher'}"
         yield from rows("", [f"files of it: {listed}"])
     for network in networks:
         if network.without and not network.found:
             place = f", which {family.address} has" if family.address else ""
-            yield from rows("missing", [f"{network.name} in {network.file}{place}: without it no {network.without}"])
+            yield from rows(
+                "missing", [f"{network.name} in {network.file}{place}: without it no {network.without}"]
+            )
 
 
-def takes(family: FlowFamily, root: Path, device: torch.device, precision: str, batches: Sequence[int]) -> Iterator[str]:
-    """Memory and time of drawing and of an update on this device. Raises: ValueError where a stage fits in no way."""
-    if family.bundled or family.encoder is None or family.told is None:  # its networks are small, or a plugin's that does not say
+def takes(
+    family: FlowFamily, root: Path, device: torch.device, precision: str, batches: Sequence[int]
+) -> Iterator[str]:
+    """Memory and time of drawing and of an update on this device.
+
+    Raises: ValueError where a stage fits in no way.
+    """
+    # its networks are small, or a plugin's that does not say
+    if family.bundled or family.encoder is None or family.told is None:
         return
     from eg3d_rlhf.tuning.flow.estimate import check_fits, estimate, table  # only here: brings all families
     from eg3d_rlhf.tuning.flow.families.released import of_folder
@@ -121,34 +215,54 @@ def takes(family: FlowFamily, root: Path, device: torch.device, precision: str, 
         return
     found = estimate(stages, precision=precision, batches=batches, device=str(device))
     check_fits(found, free_bytes(device), "flow new")
-    yield from (f"{'' if number else 'takes':<10}{line}" for number, line in enumerate(table(found).splitlines()))
+    yield from (
+        f"{'' if number else 'takes':<10}{line}" for number, line in enumerate(table(found).splitlines())
+    )
 
 
 def conditions_of(
     family: FlowFamily, prompts: Path | None, pictures: Path | None, given: Conditions | None = None
 ) -> dict[str, Path | None]:
-    """Names of conditions, with the files of pictures. Raises: ValueError, FileNotFoundError for what does not fit the generator."""
+    """Names of conditions, with the files of pictures.
+
+    Raises: ValueError, FileNotFoundError for what does not fit the generator.
+    """
     if given is not None:
         if prompts is not None or pictures is not None:
-            raise ValueError("--conditions: expected no --prompts or --pictures beside it: embeddings have names. Leave one out.")
+            raise ValueError(
+                "--conditions: expected no --prompts or --pictures beside it: embeddings have names. Leave"
+                " one out."
+            )
         return dict.fromkeys(given.names)
     if prompts is None and pictures is None and family.prompts:
         return dict.fromkeys(family.prompts)
     if (prompts is None) == (pictures is None):
-        raise ValueError("new: expected --prompts or --pictures, got neither or both. Name what the generator is told.")
+        raise ValueError(
+            "new: expected --prompts or --pictures, got neither or both. Name what the generator is told."
+        )
     if family.embed is None and family.embed_texts is None:
-        raise ValueError(f"new: expected --conditions for {family.name}, which has no encoder here. Name a file of embeddings.")
+        raise ValueError(
+            f"new: expected --conditions for {family.name}, which has no encoder here. Name a file of"
+            " embeddings."
+        )
     if pictures is not None:
         if family.embed is None:
-            raise ValueError(f"--pictures: expected --prompts for {family.name}, which is told texts. Name a file of them.")
+            raise ValueError(
+                f"--pictures: expected --prompts for {family.name}, which is told texts. Name a file of them."
+            )
         return dict(pictures_in(pictures))
     if family.embed_texts is None:
-        raise ValueError(f"--prompts: expected --pictures for {family.name}, which is told pictures. Name their folder.")
+        raise ValueError(
+            f"--prompts: expected --pictures for {family.name}, which is told pictures. Name their folder."
+        )
     assert prompts is not None
     lines = [" ".join(line.split()) for line in prompts.read_text(encoding="utf-8").splitlines()]
     bad = next((line for line in lines if len(line) > LONGEST or not line.isprintable()), None)
     if bad is not None:
-        raise ValueError(f"--prompts: expected printable lines of up to {LONGEST} characters, got {bad[:40]!r}. Correct it.")
+        raise ValueError(
+            f"--prompts: expected printable lines of up to {LONGEST} characters, got {bad[:40]!r}."
+            " Correct it."
+        )
     unknown = next((line for line in lines if line and line not in family.prompts), None)
     if family.prompts and unknown is not None:
         known = f"prompts that the {family.name} knows, such as {family.prompts[0]!r}"
@@ -158,16 +272,24 @@ def conditions_of(
 
 
 def pictures_in(folder: Path) -> dict[str, Path]:
-    """The pictures of a folder by name. Raises: ValueError, FileNotFoundError for none, or for one under two names."""
+    """The pictures of a folder by name.
+
+    Raises: ValueError, FileNotFoundError for none, or for one under two names.
+    """
     paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in PICTURES]
     if not paths:
-        raise FileNotFoundError(f"--pictures: expected pictures ({', '.join(PICTURES)}), got none in {folder}. Name their folder.")
-    by_name, by_content = dict[str, Path](), dict[str, Path]()
+        raise FileNotFoundError(
+            f"--pictures: expected pictures ({', '.join(PICTURES)}), got none in {folder}. Name their folder."
+        )
+    by_name = dict[str, Path]()
+    by_content = dict[str, Path]()
     for path in paths:
         for known, key, what in ((by_name, path.stem, "name"), (by_content, file_hash(path), "picture")):
             other = known.setdefault(key, path)
             if other is not path:  # it could be trained on under one name and tested under the other
-                raise ValueError(f"--pictures: expected every {what} once, got {other.name} and {path.name}. Remove one.")
+                raise ValueError(
+                    f"--pictures: expected every {what} once, got {other.name} and {path.name}. Remove one."
+                )
     return by_name
 
 
@@ -185,5 +307,11 @@ def chosen(work: Work, device: torch.device) -> Iterator[str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     yield from rows("device", [f"{name}, {work.precision}", f"{work.batch} assets at once"])
     count = work.each * len(work.names(*SHOWN))
-    yield from rows("to draw", [f"{count} assets, {work.each} of each condition; {len(work.names(TEST))} conditions are kept for the test"])
+    yield from rows(
+        "to draw",
+        [
+            f"{count} assets, {work.each} of each condition; {len(work.names(TEST))} conditions are kept for"
+            " the test"
+        ],
+    )
     yield from rows("next", [f"eg3d-rlhf flow draw {work.folder}"])

@@ -24,46 +24,100 @@ from training.distributed import Ranks
 
 PATH = click.Path(path_type=Path)
 LOOP_SAYS = "The loop, on the toy level with this, plain DPO (docs/understand/circular-dpo.md)."
-LOOP_ONLY = ("rounds", "loop_beta", "loop_loser_weight", "loop_sft_weight", "loop_lr", "loop_steps", "loop_pairs", "roles")
-LOSER_WEIGHT = 0.5  # where none is given: at 1, the papers' DPO, networks run away from the rejected ones (docs/results/flows.md)
+LOOP_ONLY = (
+    "rounds",
+    "loop_beta",
+    "loop_loser_weight",
+    "loop_sft_weight",
+    "loop_lr",
+    "loop_steps",
+    "loop_pairs",
+    "roles",
+)
+# where none is given: at 1, the papers' DPO, networks run away from the rejected ones (docs/results/flows.md)
+LOSER_WEIGHT = 0.5
 RARE = ("lora_rank", "batch_gpu", "loss", "beta", "rounds")  # of the flags of a training
 what_flags = together(
     option("--loop", group="What is tuned", is_flag=True, help=LOOP_SAYS),
-    option("--stage", "stages", group="What is tuned", metavar="NAME", multiple=True, show_default="all",
-           help="This stage; may be given again."),
-    option("--labels", group="What is tuned", metavar="FILE|DIR", type=PATH, default=None, show_default=False,
-           help="Of WORK's assets, or a folder of others, ranked."),
-    option("--pairs-only", group="What is tuned", is_flag=True, help="Make WORK/pairs, for train.py, and stop."),
-    option("--no-control", group="What is tuned", is_flag=True, help="Skip the same training on shuffled labels: half the time."),
-    option("--seed", group="What is tuned", metavar="INT", type=click.IntRange(0), default=None, show_default="WORK's",
-           help="Of everything that is drawn."),
-    option("-n", "--dry-run", group="What is tuned", is_flag=True, help="Print the settings as JSON and stop."),
-    option("--timeout", rare=True, metavar="MINUTES", type=click.FloatRange(min=0, min_open=True), default=30,
-           help="With torchrun: longest wait for another process."),
-)  # fmt: skip
+    option(
+        "--stage",
+        "stages",
+        group="What is tuned",
+        metavar="NAME",
+        multiple=True,
+        show_default="all",
+        help="This stage; may be given again.",
+    ),
+    option(
+        "--labels",
+        group="What is tuned",
+        metavar="FILE|DIR",
+        type=PATH,
+        default=None,
+        show_default=False,
+        help="Of WORK's assets, or a folder of others, ranked.",
+    ),
+    option(
+        "--pairs-only", group="What is tuned", is_flag=True, help="Make WORK/pairs, for train.py, and stop."
+    ),
+    option(
+        "--no-control",
+        group="What is tuned",
+        is_flag=True,
+        help="Skip the same training on shuffled labels: half the time.",
+    ),
+    option(
+        "--seed",
+        group="What is tuned",
+        metavar="INT",
+        type=click.IntRange(0),
+        default=None,
+        show_default="WORK's",
+        help="Of everything that is drawn.",
+    ),
+    option(
+        "-n", "--dry-run", group="What is tuned", is_flag=True, help="Print the settings as JSON and stop."
+    ),
+    option(
+        "--timeout",
+        rare=True,
+        metavar="MINUTES",
+        type=click.FloatRange(min=0, min_open=True),
+        default=30,
+        help="With torchrun: longest wait for another process.",
+    ),
+)
 
 
 @click.command("tune", cls=GroupedCommand)
 @work_argument
 @together(
-    what_flags, device_flag, options_of(EncodingSource),
+    what_flags,
+    device_flag,
+    options_of(EncodingSource),
     rarely(RARE, together(tuning_flags, options_of(TrainConfig, everywhere="its own"), loop_flags)),
 )
 @click.pass_context
 def tune_command(context: click.Context, folder: Path, device: str, **given) -> None:
-    """Tune the generator's stages on people's answers, and say of each whether the labels taught it anything; else nothing is kept. The
-    same command goes on with a training that was stopped.
+    """Tune the generator's stages on people's answers, and say of each whether the labels taught it anything;
+    else nothing is kept. The same command goes on with a training that was stopped.
 
     \b
     Example:
         eg3d-rlhf flow tune WORK
     """
     source = click.core.ParameterSource.COMMANDLINE
-    flags = Flags({**given, "choose_noises": None}, {name for name in given if context.get_parameter_source(name) == source})
+    flags = Flags(
+        {**given, "choose_noises": None},
+        {name for name in given if context.get_parameter_source(name) == source},
+    )
     flags.belong(LOOP_ONLY, flags["loop"], "--loop")
     check_tuning(flags)
     if flags["loop"] and flags["stages"]:
-        raise ValueError("--stage: expected the loop, which tunes all stages, or some stages by themselves, got both. Leave one out.")
+        raise ValueError(
+            "--stage: expected the loop, which tunes all stages, or some stages by themselves, got both."
+            " Leave one out."
+        )
     work = Work.open(folder)
     check_stages("--stage", work.check_pipeline(), flags["stages"])
     asked = asked_of(flags, work)
@@ -80,16 +134,25 @@ def asked_of(flags: Flags, work: Work) -> Tuning:
     circular = replace(settings(flags, default_settings(work.pipeline)), choosing=None)
     dpo = circular.human.dpo
     if dpo.kind == "sigmoid" and flags.get("loser_weight") is None and not flags["loop"]:
-        circular = replace(circular, human=replace(circular.human, dpo=replace(dpo, loser_weight=LOSER_WEIGHT)))
+        circular = replace(
+            circular, human=replace(circular.human, dpo=replace(dpo, loser_weight=LOSER_WEIGHT))
+        )
     if flags.get("batch_gpu") is None:  # pairs in a pass, as `new` found them to fit
-        fits = max(size for size in range(1, circular.human.batch + 1) if circular.human.batch % size == 0 and size <= work.batch)
+        fits = max(
+            size
+            for size in range(1, circular.human.batch + 1)
+            if circular.human.batch % size == 0 and size <= work.batch
+        )
         circular = replace(circular, human=replace(circular.human, batch_gpu=fits))
-    return Tuning(circular=circular, stages=tuple(flags["stages"]), loop=flags["loop"], control=not flags["no_control"])
+    return Tuning(
+        circular=circular, stages=tuple(flags["stages"]), loop=flags["loop"], control=not flags["no_control"]
+    )
 
 
 def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: Ranks) -> None:
     """One training, or what is left of it."""
-    family, where = work.check_pipeline(), choose_device(device) if ranks.world == 1 else ranks.device
+    family = work.check_pipeline()
+    where = choose_device(device) if ranks.world == 1 else ranks.device
     encoding = flags.of(EncodingSource)
     imported = imported_of(work, family, flags["labels"], where, encoding)
     if ranks.main:
@@ -100,7 +163,9 @@ def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: Ranks) -> N
         return
     ranks.barrier()  # all read what the first wrote
     problem = problem_of(work, family, imported, where, encoding)
-    record = json.loads(json.dumps({"mode": "flow tune", "tuning": asdict(asked), "problem": dict(problem.identity)}))
+    record = json.loads(
+        json.dumps({"mode": "flow tune", "tuning": asdict(asked), "problem": dict(problem.identity)})
+    )
     folder = Path(ranks.broadcast(str(folder_of(work, record)) if ranks.main else None))
     begun = ranks.broadcast(bool(recorded(folder)) if ranks.main else None)
     if ranks.main:
@@ -108,7 +173,14 @@ def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: Ranks) -> N
     with Run(folder, record, ranks=ranks, device=str(where)) as held:
         if not begun:
             held.begin()
-        tune(problem, asked, folder, labels=imported.report, ranks=ranks, samples=strip_of(work, family, problem, asked))
+        tune(
+            problem,
+            asked,
+            folder,
+            labels=imported.report,
+            ranks=ranks,
+            samples=strip_of(work, family, problem, asked),
+        )
         held.done()
     if ranks.main:
         click.echo((folder / f"{REPORT}.md").read_text())
@@ -116,14 +188,23 @@ def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: Ranks) -> N
 
 def strip_of(work: Work, family: FlowFamily, problem: Problem, asked: Tuning) -> Strip | None:
     """Draws the first conditions to choose on; None where the family shows nothing, or none has answers."""
-    names = [name for name in work.names(CHOOSE) if name in problem.choosing_conditions][: asked.circular.human.samples]
+    names = [name for name in work.names(CHOOSE) if name in problem.choosing_conditions][
+        : asked.circular.human.samples
+    ]
     size = () if family.cells is None else (family.cells // 2,)  # coarse and quick
-    return Strip(pipeline=problem.pipeline, family=family, conditions=names, size=size) if names and family.show else None
+    return (
+        Strip(pipeline=problem.pipeline, family=family, conditions=names, size=size)
+        if names and family.show
+        else None
+    )
 
 
 def folder_of(work: Work, record: dict) -> Path:
-    """The last training of WORK where it is the same but for what may change, which then goes on, else a new one."""
-    there, asked = work.numbered("tune"), decided(record)
+    """The last training of WORK where it is the same but for what may change, which then goes on, else a new
+    one.
+    """
+    there = work.numbered("tune")
+    asked = decided(record)
     if there and asked.items() <= decided(recorded(there[-1])).items():
         return there[-1]
     return work.next("tune")
@@ -131,10 +212,17 @@ def folder_of(work: Work, record: dict) -> Path:
 
 def decided(record: Mapping) -> dict:
     """What decides a training's result."""
-    return {name: decided(value) if isinstance(value, Mapping) else value for name, value in record.items() if name not in FREE}
+    return {
+        name: decided(value) if isinstance(value, Mapping) else value
+        for name, value in record.items()
+        if name not in FREE
+    }
 
 
 def told(report: Mapping, pairs: Mapping[str, int]) -> Sequence[str]:
     """What was said, and what it makes."""
     facts = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in report.items())
-    return [facts, "pairs with a majority: " + ", ".join(f"{count} of stage {stage}" for stage, count in pairs.items())]
+    return [
+        facts,
+        "pairs with a majority: " + ", ".join(f"{count} of stage {stage}" for stage, count in pairs.items()),
+    ]

@@ -1,7 +1,9 @@
-"""`python train.py`: the GAN, alone or tuned by a reward on its density field. Defaults, flags, settings, and what they compose.
+"""`python train.py`: the GAN, alone or tuned by a reward on its density field. Defaults, flags, settings, and
+what they compose.
 
-`HEADS` is the run of `python train.py --reward=sigma --lambda-r=10`, every number of it; other rows say what differs from the knobs' own
-defaults (training/config.py, eg3d_rlhf/tuning/gan/settings.py). What a run consists of is built in eg3d_rlhf/tuning/gan/run.py.
+`HEADS` is the run of `python train.py --reward=sigma --lambda-r=10`, every number of it; other rows say what
+differs from the knobs' own defaults (training/config.py, eg3d_rlhf/tuning/gan/settings.py). What a run
+consists of is built in eg3d_rlhf/tuning/gan/run.py.
 """
 
 import os
@@ -37,31 +39,93 @@ if TYPE_CHECKING:
     from training.distributed import Ranks
 
 EG3D = "Accepted for EG3D's sake"
-GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSettings, RoundConfig)  # in the order of --help
+# in the order of --help
+GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSettings, RoundConfig)
 
-HEADS = {  # `python train.py --reward=sigma --lambda-r=10`, but for --reward and the bundled rewards that come with it
+# `python train.py --reward=sigma --lambda-r=10`, but for --reward and the bundled rewards that come with it
+HEADS = {
     # Length and pace, in thousands of images: 150 iterations.
-    "kimg": DEMO_KIMG, "batch": 4, "batch_gpu": None, "tick": 0.12, "snap": 0, "checkpoint_ticks": 1, "workers": None,
-    # Data and networks: the bundled generator goes on from its moving average. What fresh networks alone follow is in the file.
-    "data": bundled.DATA, "cond": True, "mirror": False, "start": "G_ema", "mbstd_group": 4, "freezed": 0, "cbase": 2048, "cmax": 64,
-    "map_depth": 2, "plane_layout": "fixed", "sr_module": None, "sr_noise_mode": "none", "sr_num_fp16_res": 4, "g_num_fp16_res": 0,
-    "d_num_fp16_res": 4, "c_scale": 1.0, "disc_c_noise": 0.0, "decoder_lr_mul": 1.0,
+    "kimg": DEMO_KIMG,
+    "batch": 4,
+    "batch_gpu": None,
+    "tick": 0.12,
+    "snap": 0,
+    "checkpoint_ticks": 1,
+    "workers": None,
+    # Data and networks: the bundled generator goes on from its moving average. What fresh networks alone
+    # follow is in the file.
+    "data": bundled.DATA,
+    "cond": True,
+    "mirror": False,
+    "start": "G_ema",
+    "mbstd_group": 4,
+    "freezed": 0,
+    "cbase": 2048,
+    "cmax": 64,
+    "map_depth": 2,
+    "plane_layout": "fixed",
+    "sr_module": None,
+    "sr_noise_mode": "none",
+    "sr_num_fp16_res": 4,
+    "g_num_fp16_res": 0,
+    "d_num_fp16_res": 4,
+    "c_scale": 1.0,
+    "disc_c_noise": 0.0,
+    "decoder_lr_mul": 1.0,
     # The GAN's game: nothing fades any more, no augmentation, no camera in the mapping.
-    "gamma": 0.3, "aug": "noaug", "p": 0.2, "target": 0.6, "ada_kimg": 100.0, "style_mixing_prob": 0.0, "gen_pose_cond": False,
-    "gpc_reg_prob": 0.5, "gpc_reg_fade_kimg": 0.0, "blur_fade_kimg": 0.0, "nrr_initial": 64, "nrr_final": None, "nrr_fade_kimg": 1000.0,
-    "density_reg": 0.25, "density_reg_every": 4, "density_reg_p_dist": 0.004, "reg_type": "l1",
+    "gamma": 0.3,
+    "aug": "noaug",
+    "p": 0.2,
+    "target": 0.6,
+    "ada_kimg": 100.0,
+    "style_mixing_prob": 0.0,
+    "gen_pose_cond": False,
+    "gpc_reg_prob": 0.5,
+    "gpc_reg_fade_kimg": 0.0,
+    "blur_fade_kimg": 0.0,
+    "nrr_initial": 64,
+    "nrr_final": None,
+    "nrr_fade_kimg": 1000.0,
+    "density_reg": 0.25,
+    "density_reg_every": 4,
+    "density_reg_p_dist": 0.004,
+    "reg_type": "l1",
     # Optimisers: Adam on G, on D, and on G once more for the reward.
-    "glr": 2e-5, "dlr": 1e-4, "rlr": 1.2e-3, "ema_kimg": 0.1, "ema_rampup": None, "amp": "off",
-    # The reward: its weight, what holds the density to the untuned generator's, and the trust region. Adam sees the weights' ratio alone.
-    # Broken shapes are pushed up to the clip and free to move; whole ones score above it, get no push, and are held with full weight.
-    "lambda_r": 10.0, "lambda_sigma": 5.0, "lambda_front": 0.0, "lambda_nose": 0.0, "nose_floor": "window",
-    "reward_clip": "-10,q0.55", "reward_shaping": "standardised", "anchor_gate": 0.01, "anchor_psi": 1.0, "anchor_resolution": 32,
-    "reference": None, "early_stop": None, "early_stop_distance": None, "control": None,
+    "glr": 2e-5,
+    "dlr": 1e-4,
+    "rlr": 1.2e-3,
+    "ema_kimg": 0.1,
+    "ema_rampup": None,
+    "amp": "off",
+    # The reward: its weight, what holds the density to the untuned generator's, and the trust region. Adam
+    # sees the weights' ratio alone. Broken shapes are pushed up to the clip and free to move; whole ones
+    # score above it, get no push, and are held with full weight.
+    "lambda_r": 10.0,
+    "lambda_sigma": 5.0,
+    "lambda_front": 0.0,
+    "lambda_nose": 0.0,
+    "nose_floor": "window",
+    "reward_clip": "-10,q0.55",
+    "reward_shaping": "standardised",
+    "anchor_gate": 0.01,
+    "anchor_psi": 1.0,
+    "anchor_resolution": 32,
+    "reference": None,
+    "early_stop": None,
+    "early_stop_distance": None,
+    "control": None,
     # Rounds of labels, rewards and tuning: none.
-    "rounds": 0, "round_pairs": 400, "round_labels": SYNTHETIC, "round_doubtful": 0.5, "round_members": 5, "round_preset": None,
-    "round_aggregate": None, "round_start": "pretrained",
+    "rounds": 0,
+    "round_pairs": 400,
+    "round_labels": SYNTHETIC,
+    "round_doubtful": 0.5,
+    "round_members": 5,
+    "round_preset": None,
+    "round_aggregate": None,
+    "round_start": "pretrained",
 }
-_START = {"ema_kimg": None, "rlr": None, "gen_pose_cond": False}  # None: follows another, or the flag is required
+# None: follows another, or the flag is required
+_START = {"ema_kimg": None, "rlr": None, "gen_pose_cond": False}
 _LOADED = {**_START, "blur_fade_kimg": 0.0, "gpc_reg_fade_kimg": 0.0, "kimg": 2500.0, "batch": 32}
 _PAPER = {**_LOADED, "kimg": 20.0, "batch": 16, "tick": 1.0, "snap": 5}
 PRESETS: dict[tuple[str, str], dict] = {  # by --cfg and task: what differs from the knobs' own defaults
@@ -69,8 +133,20 @@ PRESETS: dict[tuple[str, str], dict] = {  # by --cfg and task: what differs from
     ("afhq", SCRATCH): {**_START, "gamma": None, "batch": None},
     ("shapenet", SCRATCH): {**_START, "gamma": None, "batch": None},
     ("heads64", SCRATCH): {
-        **_START, "cbase": 2048, "cmax": 64, "plane_layout": "fixed", "anchor_resolution": 32, "nrr_initial": 64, "gamma": 0.2,
-        "gpc_reg_fade_kimg": 5.0, "blur_fade_kimg": 0.0, "kimg": 50.0, "batch": 4, "tick": 1.0, "snap": 4, "ema_kimg": 1.0,
+        **_START,
+        "cbase": 2048,
+        "cmax": 64,
+        "plane_layout": "fixed",
+        "anchor_resolution": 32,
+        "nrr_initial": 64,
+        "gamma": 0.2,
+        "gpc_reg_fade_kimg": 5.0,
+        "blur_fade_kimg": 0.0,
+        "kimg": 50.0,
+        "batch": 4,
+        "tick": 1.0,
+        "snap": 4,
+        "ema_kimg": 1.0,
     },
     ("ffhq", TUNING): {**_LOADED, "gamma": 1.0},
     ("afhq", TUNING): {**_LOADED, "gamma": 5.0, "aug": "ada"},
@@ -83,10 +159,15 @@ PRESETS: dict[tuple[str, str], dict] = {  # by --cfg and task: what differs from
 }
 OBSERVED: dict[str, dict] = {  # what suits another observation than sigma, as published
     "depth": {
-        "lambda_r": 1.0, "lambda_sigma": 0.0, "lambda_nose": 1.0, "reward_shaping": "standardised", "reward_clip": "-10,10",
+        "lambda_r": 1.0,
+        "lambda_sigma": 0.0,
+        "lambda_nose": 1.0,
+        "reward_shaping": "standardised",
+        "reward_clip": "-10,10",
         "anchor_gate": 1.0,
     },
-    "solid": {"lambda_sigma": 0.02, "reward_shaping": "none", "reward_clip": "none", "anchor_gate": 1.0},  # what is sound gets no push
+    # what is sound gets no push
+    "solid": {"lambda_sigma": 0.02, "reward_shaping": "none", "reward_clip": "none", "anchor_gate": 1.0},
 }
 
 
@@ -100,9 +181,12 @@ def resolve(flags: Mapping) -> Settings:
     Raises: ValueError, one line per mistake, naming the flag.
     """
     given = {k: v for k, v in flags.items() if v is not None}
-    cfg, reward = given.setdefault("cfg", "heads64"), given.get("reward", "none")
+    cfg = given.setdefault("cfg", "heads64")
+    reward = given.get("reward", "none")
     if cfg != "heads64" and "data" not in given:
-        raise ValueError(f"--data: expected a dataset for --cfg={cfg}, got nothing. Name a zip or folder in EG3D's format.")
+        raise ValueError(
+            f"--data: expected a dataset for --cfg={cfg}, got nothing. Name a zip or folder in EG3D's format."
+        )
     init = given.setdefault("init", "bundled" if cfg == "heads64" else "scratch")
     task = task_of(init, reward)
     if reward != "none":
@@ -111,15 +195,23 @@ def resolve(flags: Mapping) -> Settings:
         with naming("--reward"):
             OBSERVATIONS[reward]
         if init == "scratch":
-            raise ValueError(f"--reward={reward}: expected pretrained networks, got --init=scratch. Name a file or use --init=bundled.")
+            raise ValueError(
+                f"--reward={reward}: expected pretrained networks, got --init=scratch. Name a file or use"
+                " --init=bundled."
+            )
         if (cfg, reward) == ("heads64", "sigma") and given.get("rounds"):
             given.setdefault("reward_watch", str(bundled.WATCH))
-        elif (cfg, reward) == ("heads64", "sigma") and given.setdefault("reward_ckpt", str(bundled.REWARD)) == str(bundled.REWARD):
+        elif (cfg, reward) == ("heads64", "sigma") and given.setdefault(
+            "reward_ckpt", str(bundled.REWARD)
+        ) == str(bundled.REWARD):
             given.setdefault("reward_watch", str(bundled.WATCH))
     check_rounds(given, reward)
     if given.get("early_stop") is not None and given.get("reward_watch") is None:
         lacking = "--reward" if reward == "none" else "--reward-watch"
-        raise ValueError(f"--early-stop: expected {lacking}, whose scores choose the snapshot, got none. Add it, or leave this out.")
+        raise ValueError(
+            f"--early-stop: expected {lacking}, whose scores choose the snapshot, got none. Add it, or leave"
+            " this out."
+        )
     if Path(init).is_dir():  # its newest network now, which a resume will look for
         from eg3d_rlhf.generators import find_network
 
@@ -129,41 +221,58 @@ def resolve(flags: Mapping) -> Settings:
     values = {"task": task, **PRESETS[cfg, task], **OBSERVED.get(reward, {}), **found, **given}
     for name in ("gamma", "batch"):
         if values[name] is None:
-            raise ValueError(f"--{name}: expected a value for --cfg={cfg}, got nothing. Published runs used --gamma=1 --batch=32.")
+            raise ValueError(
+                f"--{name}: expected a value for --cfg={cfg}, got nothing. Published runs used --gamma=1"
+                " --batch=32."
+            )
     if values["ema_kimg"] is None:
         values["ema_kimg"] = values["batch"] * 10 / 32
     if cfg != "heads64":  # as EG3D scales its flag
-        values["blur_fade_kimg"] = values.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * values["batch"] / 32
+        values["blur_fade_kimg"] = (
+            values.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * values["batch"] / 32
+        )
     values["rlr"] = values["rlr"] or values.get("glr", GanConfig.glr)
     if given.get("lambda_sigma") == 0 or given.get("reward_clip") == "none":
         values["anchor_gate"] = given.get("anchor_gate", 1.0)  # a preset's gate needs an anchor and a clip
     control = given.get("control")
     if control is not None and not Path(control).exists():
-        raise ValueError(f"--control: expected a run folder or its summary.json, got nothing at {control}. Check the path.")
+        raise ValueError(
+            f"--control: expected a run folder or its summary.json, got nothing at {control}. Check the path."
+        )
     return Settings.of(values)
 
 
 def check_rounds(given: Mapping, reward: str) -> None:
     """Raise ValueError for flags that do not go together with --rounds, or without it."""
     flags = {"round_pairs": "--round-pairs", "round_labels": "--round-labels"}
-    own, without = [flags.get(name, f"--set {name}") for name in given if name.startswith("round_")], not given.get("rounds")
+    own = [flags.get(name, f"--set {name}") for name in given if name.startswith("round_")]
+    without = not given.get("rounds")
     if without and own:
         raise ValueError(f"{own[0]}: expected --rounds with it, got none. Add it, or leave {own[0]} out.")
     if without:
         return
     if reward == "none":
-        raise ValueError("--rounds: expected --reward, the kind of reward that is trained in each round, got none. Add --reward=sigma.")
-    if "reward_ckpt" in given:
-        raise ValueError(f"--reward-ckpt={given['reward_ckpt']}: expected none with --rounds, which train their own. Leave it out.")
-    if given.get("round_labels", SYNTHETIC) == SYNTHETIC and not given.get("data", DataConfig.data).startswith("synthetic:"):
         raise ValueError(
-            f"--round-labels: expected people for --data={given['data']}, got {SYNTHETIC}: the annotator of heads judges synthetic ones "
-            "alone. Add --round-labels=people."
+            "--rounds: expected --reward, the kind of reward that is trained in each round, got none. Add"
+            " --reward=sigma."
+        )
+    if "reward_ckpt" in given:
+        raise ValueError(
+            f"--reward-ckpt={given['reward_ckpt']}: expected none with --rounds, which train their own. Leave"
+            " it out."
+        )
+    if given.get("round_labels", SYNTHETIC) == SYNTHETIC and not given.get(
+        "data", DataConfig.data
+    ).startswith("synthetic:"):
+        raise ValueError(
+            f"--round-labels: expected people for --data={given['data']}, got {SYNTHETIC}: the annotator of"
+            " heads judges synthetic ones alone. Add --round-labels=people."
         )
 
 
 def network_facts(source: str | None) -> dict:
-    """Settings that a network file brings: rendered resolution, conditioning on the camera, minibatch-std group. None: the bundled one.
+    """Settings that a network file brings: rendered resolution, conditioning on the camera, minibatch-std
+    group. None: the bundled one.
 
     Raises: ValueError naming --init.
     """
@@ -177,52 +286,101 @@ def network_facts(source: str | None) -> dict:
         if path.suffix.lower() == ".pkl":
             snapshot = pickles.read(path)
             plans = pickles.plan(snapshot)
-            G, D = plans["G_ema"].kwargs, plans["D"].kwargs if "D" in plans else None
+            G = plans["G_ema"].kwargs
+            D = plans["D"].kwargs if "D" in plans else None
             rendered: int | None = neural_rendering_resolution(snapshot.networks["G_ema"])
         else:
             meta = storage.read_meta(path, "network")
             classes_of(meta.get("architecture", EG3D))
-            G, D, rendered = meta["G_kwargs"], meta["D_kwargs"], meta.get("neural_rendering_resolution")
+            G = meta["G_kwargs"]
+            D = meta["D_kwargs"]
+            rendered = meta.get("neural_rendering_resolution")
     group = (D or {}).get("epilogue_kwargs", {}).get("mbstd_group_size", NetworkConfig.mbstd_group)
     conditioned = not G.get("rendering_kwargs", {}).get("c_gen_conditioning_zero", False)
-    return {"gen_pose_cond": conditioned, "mbstd_group": group, **({} if rendered is None else {"nrr_initial": rendered})}
+    return {
+        "gen_pose_cond": conditioned,
+        "mbstd_group": group,
+        **({} if rendered is None else {"nrr_initial": rendered}),
+    }
 
 
 FRESH = (  # what only fresh networks can follow
-    "cbase", "cmax", "plane_layout", "map_depth", "sr_module", "sr_num_fp16_res", "g_num_fp16_res", "d_num_fp16_res", "c_scale",
-    "disc_c_noise", "sr_noise_mode", "decoder_lr_mul",
+    "cbase",
+    "cmax",
+    "plane_layout",
+    "map_depth",
+    "sr_module",
+    "sr_num_fp16_res",
+    "g_num_fp16_res",
+    "d_num_fp16_res",
+    "c_scale",
+    "disc_c_noise",
+    "sr_noise_mode",
+    "decoder_lr_mul",
 )
 
 # The mode.
 
 _OWN = {knob.name or field.name: field.default for kind in GROUPS for field, _, knob in knobs_of(kind)}
-BY_PRESET = {name: "by preset" for row in PRESETS.values() for name, value in row.items() if value != _OWN.get(name, value)}
+BY_PRESET = {
+    name: "by preset"
+    for row in PRESETS.values()
+    for name, value in row.items()
+    if value != _OWN.get(name, value)
+}
 _IGNORED = (  # EG3D's flags that have no effect here: name, type, why
     ("--metrics", str, "Not computed while training: see tools/calc_metrics.py."),
-    ("--nobench", bool, "Ignored: convolution benchmarking is off."), ("--c-noise", float, "Ignored, as in EG3D; see --disc-c-noise."),
+    ("--nobench", bool, "Ignored: convolution benchmarking is off."),
+    ("--c-noise", float, "Ignored, as in EG3D; see --disc-c-noise."),
     ("--resume-blur", bool, "Ignored: --resume continues every fade; with --init there is none by default."),
-    ("--sr-first-cutoff", int, "Ignored, as in EG3D."), ("--sr-first-stopband", float, "Ignored, as in EG3D."),
+    ("--sr-first-cutoff", int, "Ignored, as in EG3D."),
+    ("--sr-first-stopband", float, "Ignored, as in EG3D."),
 )
 _OF_EG3D = ("gpus", *(name.removeprefix("--").replace("-", "_") for name, _, _ in _IGNORED))
 
 gan_flags = together(
-    option("--resume-previous", group=RUN, is_flag=True, help="With --resume: use the previous checkpoint where the newest is damaged."),
-    option("--no-summary", group=RUN, is_flag=True, help="Skip the before/after evaluation that ends a reward run."),
+    option(
+        "--resume-previous",
+        group=RUN,
+        is_flag=True,
+        help="With --resume: use the previous checkpoint where the newest is damaged.",
+    ),
+    option(
+        "--no-summary",
+        group=RUN,
+        is_flag=True,
+        help="Skip the before/after evaluation that ends a reward run.",
+    ),
     options_of(*GROUPS, **BY_PRESET),
-    option("--gpus", group=EG3D, metavar="INT", type=click.IntRange(min=1), help="Must agree with torchrun --nproc-per-node."),
+    option(
+        "--gpus",
+        group=EG3D,
+        metavar="INT",
+        type=click.IntRange(min=1),
+        help="Must agree with torchrun --nproc-per-node.",
+    ),
     *(option(name, group=EG3D, type=kind, help=why) for name, kind, why in _IGNORED),
 )
 
 
 def check_eg3d(flags: Mapping) -> None:
     """Name EG3D's flags that have no effect here on stderr. Raises: ValueError for --gpus that is not so."""
-    gpus, world = flags.get("gpus"), int(os.environ.get("WORLD_SIZE", "1"))
+    gpus = flags.get("gpus")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     if gpus is not None and gpus != world:
         remedy = f"Start with torchrun --nproc-per-node={gpus} train.py."
         raise ValueError(f"--gpus: expected {world}, the number of processes, got {gpus}. {remedy}")
-    given = [name for name in _OF_EG3D[1:] if flags.get(name) is not None and (name, flags[name]) != ("metrics", "none")]
+    given = [
+        name
+        for name in _OF_EG3D[1:]
+        if flags.get(name) is not None and (name, flags[name]) != ("metrics", "none")
+    ]
     if given:
-        print(f"Warning: {', '.join('--' + name.replace('_', '-') for name in given)} ignored; see train.py --help.", file=sys.stderr)
+        print(
+            f"Warning: {', '.join('--' + name.replace('_', '-') for name in given)} ignored; see train.py"
+            " --help.",
+            file=sys.stderr,
+        )
 
 
 def resolve_flags(flags: Flags) -> Settings:
@@ -232,14 +390,22 @@ def resolve_flags(flags: Flags) -> Settings:
     settings = resolve(flags)
     ignored = ["--" + name.replace("_", "-") for name in FRESH if flags[name] is not None]
     if ignored and settings.net.init != "scratch":
-        print(f"Warning: {', '.join(ignored)} ignored: the networks of --init={settings.net.init} are as they are.", file=sys.stderr)
+        print(
+            f"Warning: {', '.join(ignored)} ignored: the networks of --init={settings.net.init} are as they"
+            " are.",
+            file=sys.stderr,
+        )
     if settings.reward.keeping.early_stop is not None and settings.reward.terms.lambda_r == 0:
-        print("Warning: --early-stop ignored: with --lambda-r=0 the whole run is the control.", file=sys.stderr)
+        print(
+            "Warning: --early-stop ignored: with --lambda-r=0 the whole run is the control.", file=sys.stderr
+        )
     return settings
 
 
 def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
-    """The settings of a run folder's newest state, or of the state that is named, but for what may change at a resume."""
+    """The settings of a run folder's newest state, or of the state that is named, but for what may change at
+    a resume.
+    """
     from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
     from eg3d_rlhf.experiments.run import recorded as options_of_run
     from training import checkpoint
@@ -252,16 +418,22 @@ def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
     changes |= {"device": flags["device"]} if "device" in flags.written else {}
     if source.is_dir() and (options := options_of_run(source)).get("rounds"):
         if "kimg" in changes:
-            raise ValueError(f"--kimg: expected none with --resume of rounds, got {changes['kimg']:g}. Start a new run.")
+            raise ValueError(
+                f"--kimg: expected none with --resume of rounds, got {changes['kimg']:g}. Start a new run."
+            )
         return Settings.of({**options, **changes})
     if (source / OPTIONS).is_file() and not checkpoint.available(source):
         recorded_by(source, "gan")  # another mode's run has checkpoints of its own
-    state = ranks.broadcast(checkpoint.read(newest(source, ranks), previous(flags, ranks))[1]["options"] if ranks.main else None)
+    state = ranks.broadcast(
+        checkpoint.read(newest(source, ranks), previous(flags, ranks))[1]["options"] if ranks.main else None
+    )
     return Settings.of({**state, **changes})
 
 
 def newest(source: Path, ranks: "Ranks") -> Path:
-    """What --resume goes on from: after a restart by torchrun the run's folder, as this launch has come further than the named state."""
+    """What --resume goes on from: after a restart by torchrun the run's folder, as this launch has come
+    further than the named state.
+    """
     from training import checkpoint
 
     folder = source if source.is_dir() else source.parent
@@ -269,7 +441,9 @@ def newest(source: Path, ranks: "Ranks") -> Path:
 
 
 def previous(flags: Mapping, ranks: "Ranks") -> bool:
-    """Whether the state before the newest will do where that is damaged: where the user says so, and after a restart by torchrun."""
+    """Whether the state before the newest will do where that is damaged: where the user says so, and after a
+    restart by torchrun.
+    """
     return bool(flags.get("resume_previous") or ranks.restarts)
 
 
@@ -297,12 +471,21 @@ def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
     if run.ranks.main and run.resumed is None:
         where = f"{objects.loop.device}" + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
         print(f"Training for {s.loop.kimg:g} thousand images on {where}.", flush=True)
-    if gan.train(objects, run) and objects.before is not None and objects.reward is not None and not s.run.no_summary:
+    if (
+        gan.train(objects, run)
+        and objects.before is not None
+        and objects.reward is not None
+        and not s.run.no_summary
+    ):
         from eg3d_rlhf.evaluation.summary import Evaluation, finish
         from eg3d_rlhf.generators import of
 
         known = {**s.to_dict(), "hashes": run.hashes()}
-        finish(Evaluation(known, of(objects.before), objects.reward, objects.watch, objects.early_stop), objects.loop, run.began)
+        finish(
+            Evaluation(known, of(objects.before), objects.reward, objects.watch, objects.early_stop),
+            objects.loop,
+            run.began,
+        )
     return None
 
 
@@ -337,8 +520,9 @@ GAN: Mode[Settings] = Mode(
     changes=None,
     beside_resume=frozenset({"resume_previous", "kimg", "workers", *_OF_EG3D}),
     resumable=resumable,
-    help=f"""Train a 3D-aware GAN, or fine-tune it with a reward on its density field (--reward=sigma). Other things are trained with
-    --mode={', '.join(name for name in MODES if name != "gan")}; each has flags of its own: train.py --mode=NAME --help.
+    help=f"""Train a 3D-aware GAN, or fine-tune it with a reward on its density field (--reward=sigma). Other
+    things are trained with --mode={", ".join(name for name in MODES if name != "gan")}; each has flags of its
+    own: train.py --mode=NAME --help.
 
     \b
     Example:
@@ -349,7 +533,8 @@ MODES.add("gan", GAN)
 
 
 def tune(**flags: object) -> Path:
-    """Train or tune a generator as `python train.py` does; returns the run's folder, which `load_generator` takes.
+    """Train or tune a generator as `python train.py` does; returns the run's folder, which `load_generator`
+    takes.
 
     Args: flags: train.py's, with underscores; True stands for a flag without a value.
     Raises: ValueError, with the message of the command line.
@@ -357,11 +542,15 @@ def tune(**flags: object) -> Path:
     >>> import contextlib, io, tempfile
     >>> from eg3d_rlhf import load_generator
     >>> with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-    ...     tuned = load_generator(tune(reward="sigma", lambda_r=10, kimg=0.004, no_summary=True, outdir=folder)).generator
+    ...     run = tune(reward="sigma", lambda_r=10, kimg=0.004, no_summary=True, outdir=folder)
+    ...     tuned = load_generator(run).generator
     >>> tuned.z_dim
     64
     """
-    words = [name if value is True else f"{name}={value}" for name, value in ((_flag(name), value) for name, value in flags.items())]
+    words = [
+        name if value is True else f"{name}={value}"
+        for name, value in ((_flag(name), value) for name, value in flags.items())
+    ]
     try:
         return GAN.command.main(words, prog_name="tune", standalone_mode=False)
     except click.ClickException as error:

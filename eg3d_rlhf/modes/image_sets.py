@@ -1,4 +1,6 @@
-"""Jobs on image sets: conversion to the form that training reads, and distances between a set and a generator's images."""
+"""Jobs on image sets: conversion to the form that training reads, and distances between a set and a
+generator's images.
+"""
 
 import json
 import os
@@ -22,24 +24,78 @@ from training.synthetic_heads import resolve_dataset
 
 
 @click.command("convert", cls=GroupedCommand)
-@option("--source", metavar="PATH|NAME", required=True, help="Folder (searched recursively), zip, or synthetic:people<R>@n=...")
-@option("--dest", metavar="PATH", type=click.Path(path_type=Path), required=True, help="Zip to write, or a new or empty folder.")
-@option("--max-images", metavar="INT", type=click.IntRange(min=1), default=None, show_default="all", group="Images",
-        help="Take the first so many, in the order of their names.")
-@option("--transform", type=click.Choice(TRANSFORMS), default=None, show_default="none", group="Images", help="See above.")
-@option("--resolution", metavar="WxH", default=None, show_default="as they are", group="Images", help="Size of the result, pixels.")
-@option("--mirror", is_flag=True, group="Images", help="Write every image mirrored as well, right after itself, with its pose mirrored.")
-@option("--labels", type=click.Choice(["check", "drop"]), default="check", group="Labels",
-        help="Check them, and refuse a set in which only some images have one; or write none.")
-@option("--jobs", "--workers", "jobs", metavar="INT", type=click.IntRange(min=1), default=None, show_default="cores",
-        help="Processes; no effect on the result.")
+@option(
+    "--source",
+    metavar="PATH|NAME",
+    required=True,
+    help="Folder (searched recursively), zip, or synthetic:people<R>@n=...",
+)
+@option(
+    "--dest",
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Zip to write, or a new or empty folder.",
+)
+@option(
+    "--max-images",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=None,
+    show_default="all",
+    group="Images",
+    help="Take the first so many, in the order of their names.",
+)
+@option(
+    "--transform",
+    type=click.Choice(TRANSFORMS),
+    default=None,
+    show_default="none",
+    group="Images",
+    help="See above.",
+)
+@option(
+    "--resolution",
+    metavar="WxH",
+    default=None,
+    show_default="as they are",
+    group="Images",
+    help="Size of the result, pixels.",
+)
+@option(
+    "--mirror",
+    is_flag=True,
+    group="Images",
+    help="Write every image mirrored as well, right after itself, with its pose mirrored.",
+)
+@option(
+    "--labels",
+    type=click.Choice(["check", "drop"]),
+    default="check",
+    group="Labels",
+    help="Check them, and refuse a set in which only some images have one; or write none.",
+)
+@option(
+    "--jobs",
+    "--workers",
+    "jobs",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=None,
+    show_default="cores",
+    help="Processes; no effect on the result.",
+)
 @option("--overwrite", is_flag=True, help="Replace a zip that exists.")
 @shared("dry-run")
-def convert(source, dest, max_images, transform, resolution, mirror, labels, jobs, overwrite, dry_run) -> None:
-    """Convert a folder or zip of images to the dataset form that train.py reads, with camera labels checked and kept.
+def convert(
+    source, dest, max_images, transform, resolution, mirror, labels, jobs, overwrite, dry_run
+) -> None:
+    """Convert a folder or zip of images to the dataset form that train.py reads, with camera labels checked
+    and kept.
 
-    The result holds square PNGs of one size under running names (00000/img00000000.png, ...), without compression, and dataset.json. The
-    source's labels stand in its own dataset.json, {"labels": [[image name, label], ...]}; a set without that file gets "labels": null.
+    The result holds square PNGs of one size under running names (00000/img00000000.png, ...), without
+    compression, and dataset.json. The source's labels stand in its own dataset.json,
+    {"labels": [[image name, label], ...]}; a set without that file gets "labels": null.
 
     \b
     Transforms, both with --resolution=WxH:
@@ -49,25 +105,37 @@ def convert(source, dest, max_images, transform, resolution, mirror, labels, job
 
     \b
     Example:
-        python tools/dataset_tool.py --source=synthetic:people64@n=64 --dest=runs/example/people32.zip --resolution=32x32 --mirror
+        eg3d-rlhf data convert --source=synthetic:people64@n=64 --dest=people.zip --resolution=32x32 --mirror
     """
     sides = None if resolution is None else re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", resolution)
     if resolution is not None and sides is None:
         raise ValueError(f"--resolution: expected WxH such as 512x512, got {resolution!r}. Correct it.")
     size = sides and (int(sides[1]), int(sides[2]))
-    options = ConvertOptions(transform=transform, resolution=size, max_images=max_images, mirror=mirror, labels=labels)
+    options = ConvertOptions(
+        transform=transform, resolution=size, max_images=max_images, mirror=mirror, labels=labels
+    )
     with naming("--source"):
         path = resolve_dataset(source)
         count = len(ImageFiles(path).images)
     count = min(count, max_images or count)
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if dry_run:
-        click.echo(json.dumps({"source": str(path), "dest": str(dest), "images": count, "workers": jobs, **asdict(options)}, indent=1))
+        click.echo(
+            json.dumps(
+                {"source": str(path), "dest": str(dest), "images": count, "workers": jobs, **asdict(options)},
+                indent=1,
+            )
+        )
         return
     with tqdm(total=count, desc=f"writing {dest.name}", unit="image") as bar:
         done = convert_dataset(path, dest, options, jobs, bar.update, overwrite)
-    kind = {0: "without labels", 1: "with class labels"}.get(done.labels, f"with labels of {done.labels} numbers")
-    click.echo(f"{dest}: {done.images} images of {done.shape[1]}x{done.shape[2]}, {'RGB' if done.shape[0] == 3 else 'greyscale'}, {kind}")
+    kind = {0: "without labels", 1: "with class labels"}.get(
+        done.labels, f"with labels of {done.labels} numbers"
+    )
+    click.echo(
+        f"{dest}: {done.images} images of {done.shape[1]}x{done.shape[2]},"
+        f" {'RGB' if done.shape[0] == 3 else 'greyscale'}, {kind}"
+    )
     if done.enlarged:
         click.echo(f"{done.enlarged} images were smaller than {resolution} and have been enlarged.")
     if done.cropped_labels:
@@ -76,46 +144,92 @@ def convert(source, dest, max_images, transform, resolution, mirror, labels, job
 
 @click.command("metrics", cls=GroupedCommand)
 @shared("network data", data={"help": "Folder, zip or synthetic:people<R>@n=..."})
-@option("--mirror", rare=True, type=bool, help="Count every real image mirrored as well, with mirrored poses; else as the run did.")
-@option("--inception", metavar="FILE", type=click.Path(path_type=Path), default=None, show_default="the bundled features", group="What",
-        help="TorchScript detector: net(uint8 images, return_features=True).")
+@option(
+    "--mirror",
+    rare=True,
+    type=bool,
+    help="Count every real image mirrored as well, with mirrored poses; else as the run did.",
+)
+@option(
+    "--inception",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    default=None,
+    show_default="the bundled features",
+    group="What",
+    help="TorchScript detector: net(uint8 images, return_features=True).",
+)
 @option("--metrics", metavar="LIST", default="fid,kid", group="What", help="Comma-separated; see above.")
-@shared("n", "seed",
-        n={"type": click.IntRange(min=2), "default": None, "show_default": "50000", "help": "Generated images for fid and kid."},
-        seed="Seed of latents, cameras, noise and subsets.")
-@shared("outdir", "batch", outdir={"show_default": "the network's run folder", "help": "Append the lines to metric-<name>.jsonl there."},
-        batch={"default": 8})
+@shared(
+    "n",
+    "seed",
+    n={
+        "type": click.IntRange(min=2),
+        "default": None,
+        "show_default": "50000",
+        "help": "Generated images for fid and kid.",
+    },
+    seed="Seed of latents, cameras, noise and subsets.",
+)
+@shared(
+    "outdir",
+    "batch",
+    outdir={
+        "show_default": "the network's run folder",
+        "help": "Append the lines to metric-<name>.jsonl there.",
+    },
+    batch={"default": 8},
+)
 @shared("device dry-run")
 def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, device, dry_run) -> None:
     """Distances between a generator's images and a dataset's, printed as JSON lines.
 
-    With --inception=FILE (a TorchScript detector of yours, as FID pipelines use it) they are FID and KID. Without it the bundled feature
-    network of synthetic heads stands in, and the figures are called frechet_offline and kernel_offline: they compare generators of such
-    heads with each other, never with published FIDs. Nothing is downloaded.
+    With --inception=FILE (a TorchScript detector of yours, as FID pipelines use it) they are FID and KID.
+    Without it the bundled feature network of synthetic heads stands in, and the figures are called
+    frechet_offline and kernel_offline: they compare generators of such heads with each other, never with
+    published FIDs. Nothing is downloaded.
 
     \b
     Metrics:
         fid, kid                  on --n generated images against the whole set
         fid50k_full, kid50k_full  the same on 50,000, under EG3D's names
-        faces                     share of --n images, and of the set's, in which scikit-image's detector finds a face
+        faces                     share of --n images, and of the set's, in which scikit-image's detector
+                                  finds a face
 
     \b
     Example:
         python tools/calc_metrics.py --data=synthetic:people64@n=64 --metrics=fid,kid --n=64
     """
-    options = MetricOptions(metrics=tuple(name.strip() for name in metrics.split(",")), n=n, seed=seed, batch=batch)
+    options = MetricOptions(
+        metrics=tuple(name.strip() for name in metrics.split(",")), n=n, seed=seed, batch=batch
+    )
     target = choose_device(device)
     with naming("--network"):
         generator = load_generator(network, target)
     trained = training_options(generator.path)
     data = data or trained.get("data") or (bundled.DATA if generator.path == bundled.GENERATOR else None)
     if data is None:
-        raise ValueError(f"--data: expected a dataset, got none, and {generator.path.name} has no {OPTIONS} beside it. Name the set.")
-    data, mirror = str(data), bool(trained.get("mirror", False)) if mirror is None else mirror
+        raise ValueError(
+            f"--data: expected a dataset, got none, and {generator.path.name} has no {OPTIONS} beside it."
+            " Name the set."
+        )
+    data = str(data)
+    mirror = bool(trained.get("mirror", False)) if mirror is None else mirror
     outdir = outdir or (generator.path.parent if (generator.path.parent / OPTIONS).is_file() else None)
     if dry_run:
-        settings = {"network": generator.path.name, "data": data, "mirror": mirror, "inception": inception and str(inception)}
-        settings |= {"outdir": outdir and str(outdir), "metrics": options.metrics, "n": options.images, "seed": seed, "batch": batch}
+        settings = {
+            "network": generator.path.name,
+            "data": data,
+            "mirror": mirror,
+            "inception": inception and str(inception),
+        }
+        settings |= {
+            "outdir": outdir and str(outdir),
+            "metrics": options.metrics,
+            "n": options.images,
+            "seed": seed,
+            "batch": batch,
+        }
         click.echo(json.dumps(settings))
         return
     with naming("--inception"):
@@ -131,4 +245,3 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
         click.echo(json.dumps(record))
     if outdir is not None:
         append_records(outdir, records)
-

@@ -21,16 +21,29 @@ from training.storage import write_atomic
 
 
 @click.command("synthetic", cls=GroupedCommand)
-@option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Labels to write (.jsonl or .csv).")
+@option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="Labels to write (.jsonl or .csv).",
+)
 @shared("network", network={"type": click.Path(path_type=Path, exists=True), "help": "Generator to sample."})
 @options_of(AnnotationOptions)
-@option("--shuffled", is_flag=True, group="Judgement", help="Thumbs or scores dealt to the shapes at random: a control.")
+@option(
+    "--shuffled",
+    is_flag=True,
+    group="Judgement",
+    help="Thumbs or scores dealt to the shapes at random: a control.",
+)
 @shared("device dry-run")
-def synthetic(out: Path, network: Path | None, shuffled: bool, device: str, dry_run: bool, **settings) -> None:
+def synthetic(
+    out: Path, network: Path | None, shuffled: bool, device: str, dry_run: bool, **settings
+) -> None:
     """Label seeds of a generator of heads of people, in pairs or one by one, with the programmatic annotator.
 
-    It looks at geometry alone, and knows the whole head that each latent names. Writes labels (JSON lines; of pairs, CSV as well) and,
-    beside them, a .meta.json with settings and temperature.
+    It looks at geometry alone, and knows the whole head that each latent names. Writes labels (JSON lines; of
+    pairs, CSV as well) and, beside them, a .meta.json with settings and temperature.
 
     \b
     Example:
@@ -38,11 +51,20 @@ def synthetic(out: Path, network: Path | None, shuffled: bool, device: str, dry_
     """
     options = AnnotationOptions(**{name: value for name, value in settings.items() if value is not None})
     if shuffled and options.kind == "pairs":
-        raise ValueError("--shuffled: expected --kind=thumbs or scores, got pairs. Name one, or leave it out.")
+        raise ValueError(
+            "--shuffled: expected --kind=thumbs or scores, got pairs. Name one, or leave it out."
+        )
     if options.kind != "pairs" and out.suffix != ".jsonl":
-        raise ValueError(f"--out: expected a name ending in .jsonl for --kind={options.kind}, got {out.name}. Rename it.")
+        raise ValueError(
+            f"--out: expected a name ending in .jsonl for --kind={options.kind}, got {out.name}. Rename it."
+        )
     if dry_run:
-        resolved = {"out": str(out), "network": str(network or "bundled"), "shuffled": shuffled, "device": device}
+        resolved = {
+            "out": str(out),
+            "network": str(network or "bundled"),
+            "shuffled": shuffled,
+            "device": device,
+        }
         click.echo(json.dumps({**resolved, **asdict(options)}, indent=1))
         return
     generator = load_generator(network, choose_device(device))
@@ -61,9 +83,13 @@ def synthetic(out: Path, network: Path | None, shuffled: bool, device: str, dry_
         labels = annotation.unpaired(generator.hash, shuffled)
         write_unpaired(out, labels)
         flipped = sum(label.preferred is not None and label.preferred != label.clean for label in labels)
-        count, meta = len(labels), {**meta, "flipped": flipped, "shuffled": shuffled}
+        count = len(labels)
+        meta = {**meta, "flipped": flipped, "shuffled": shuffled}
     out.with_suffix(".meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    click.echo(f"{out}: {count} labels, {meta['flipped']} against the noise-free order, temperature {annotation.temperature:.4g}")
+    click.echo(
+        f"{out}: {count} labels, {meta['flipped']} against the noise-free order, temperature"
+        f" {annotation.temperature:.4g}"
+    )
 
 
 def read_held(path: Path | None) -> dict[str, dict[str, float]]:
@@ -73,22 +99,45 @@ def read_held(path: Path | None) -> dict[str, dict[str, float]]:
     with naming("--held"):
         try:
             tables = json.loads(path.read_text())
-            return {c: {name: float(row["elo"]) for name, row in table["ratings"].items()} for c, table in tables.items()}
+            return {
+                c: {name: float(row["elo"]) for name, row in table["ratings"].items()}
+                for c, table in tables.items()
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: expected what --out writes, got: {error!r}. Name such a file.") from None
+            raise ValueError(
+                f"{path}: expected what --out writes, got: {error!r}. Name such a file."
+            ) from None
 
 
 @click.command("elo", cls=GroupedCommand)
-@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False))
-@option("--draws", type=click.Choice(DRAWS), default="both", help="A draw is a win for both, as GPTEval3D has it, or Davidson's tie.")
-@option("--held", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
-        help="Ratings that stay (an --out file): only new methods move.")
-@option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Write the ratings as JSON, too.")
+@click.argument(
+    "files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False)
+)
+@option(
+    "--draws",
+    type=click.Choice(DRAWS),
+    default="both",
+    help="A draw is a win for both, as GPTEval3D has it, or Davidson's tie.",
+)
+@option(
+    "--held",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Ratings that stay (an --out file): only new methods move.",
+)
+@option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the ratings as JSON, too.",
+)
 def elo(files, draws, held, out) -> None:
-    """Rate methods by Elo from pairwise judgements of their assets: GPTEval3D's tournament, people's or a judge's.
+    """Rate methods by Elo from pairwise judgements of their assets: GPTEval3D's tournament, people's or a
+    judge's.
 
-    A judgement is a line of JSON: {"a": "sds", "b": "dreamdpo", "winner": "b", "prompt": "a bust", "criterion": "overall"}; winner is a, b
-    or tie, prompt and criterion may be left out. Runs of train.py --mode=distill --compare=... write judgements.jsonl.
+    A judgement is a line of JSON: {"a": "sds", "b": "dreamdpo", "winner": "b", "prompt": "a bust",
+    "criterion": "overall"}; winner is a, b or tie, prompt and criterion may be left out. Runs of train.py
+    --mode=distill --compare=... write judgements.jsonl.
 
     \b
     Example:
@@ -107,5 +156,7 @@ def elo(files, draws, held, out) -> None:
             continue
         tables[criterion] = ratings(judgements, draws=draws, held=stay)
     if out is not None:
-        write_atomic(out, (json.dumps({c: table.to_dict() for c, table in tables.items()}, indent=1) + "\n").encode())
+        write_atomic(
+            out, (json.dumps({c: table.to_dict() for c, table in tables.items()}, indent=1) + "\n").encode()
+        )
     click.echo(markdown(tables))

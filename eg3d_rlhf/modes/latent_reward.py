@@ -19,17 +19,46 @@ from training.progress import tqdm
 
 @click.command("latent", cls=GroupedCommand)
 @together(options_of(ProblemSource))
-@option("--stage", group="What is trained", metavar="NAME", default=None, show_default="the last", help="Whose latents are read.")
-@option("--seed", group="Run", metavar="INT", type=click.IntRange(min=0), default=0, help="First training seed, whose reward is written.")
-@option("--seeds", group="Run", metavar="INT", type=click.IntRange(min=1), default=3, help="Trainings, from --seed on.")
-@option("--out", group="Run", metavar="FILE", required=True, type=click.Path(path_type=Path, dir_okay=False),
-        help="Reward to write, .safetensors.")
+@option(
+    "--stage",
+    group="What is trained",
+    metavar="NAME",
+    default=None,
+    show_default="the last",
+    help="Whose latents are read.",
+)
+@option(
+    "--seed",
+    group="Run",
+    metavar="INT",
+    type=click.IntRange(min=0),
+    default=0,
+    help="First training seed, whose reward is written.",
+)
+@option(
+    "--seeds",
+    group="Run",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=3,
+    help="Trainings, from --seed on.",
+)
+@option(
+    "--out",
+    group="Run",
+    metavar="FILE",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Reward to write, .safetensors.",
+)
 @shared("device")
 def latent(stage: str | None, seed: int, seeds: int, out: Path, device: str, **source) -> None:
-    """Teach a reward to read the latents of a flow's stage, for --mode=online --reward=FILE, which then decodes nothing.
+    """Teach a reward to read the latents of a flow's stage, for --mode=online --reward=FILE, which then
+    decodes nothing.
 
-    It learns from people's pairs; where these teach a reward of finished assets, too, from what that says of them. Both stand side by
-    side: the accuracy on pairs of conditions that neither saw, with several training seeds, and how many samples a second each scores.
+    It learns from people's pairs; where these teach a reward of finished assets, too, from what that says of
+    them. Both stand side by side: the accuracy on pairs of conditions that neither saw, with several training
+    seeds, and how many samples a second each scores.
 
     \b
     Example:
@@ -42,16 +71,33 @@ def latent(stage: str | None, seed: int, seeds: int, out: Path, device: str, **s
     reward, beside = compared(problem, name, range(seed, seed + seeds), tqdm.write)
     reward.taught |= {"told": beside.shown()}
     click.echo("\n".join(markdown(beside)))
-    click.echo(f"\n{save(out, reward)}: stage {name}, training seed {seed}. {beside.pairs} pairs of {beside.conditions} held-out "
-               f"conditions; {seeds} trainings; brackets: 95 % over pairs, clustered by condition.")
+    click.echo(
+        f"\n{save(out, reward)}: stage {name}, training seed {seed}. {beside.pairs} pairs of"
+        f" {beside.conditions} held-out conditions; {seeds} trainings; brackets: 95 % over pairs, clustered"
+        " by condition."
+    )
 
 
 def markdown(beside: Beside) -> list[str]:
     rows = []
     for kind, found in beside.kinds.items():
         accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*found.accuracy)
-        rows.append([kind, accuracy, ", ".join(f"{share:.3f}" for share in found.by_seed), f"{found.samples_per_second:,.0f}"])
+        rows.append(
+            [
+                kind,
+                accuracy,
+                ", ".join(f"{share:.3f}" for share in found.by_seed),
+                f"{found.samples_per_second:,.0f}",
+            ]
+        )
     if beside.difference is not None:
         ratio = beside.kinds[LATENT].samples_per_second / beside.kinds[DECODED].samples_per_second
-        rows.append(["latent beside decoded", "{:+.3f} [{:+.3f}, {:+.3f}]".format(*beside.difference), "", f"x{ratio:.2f}"])
+        rows.append(
+            [
+                "latent beside decoded",
+                "{:+.3f} [{:+.3f}, {:+.3f}]".format(*beside.difference),
+                "",
+                f"x{ratio:.2f}",
+            ]
+        )
     return markdown_rows(["reward", "accuracy", "seeds", "samples a second"], rows)

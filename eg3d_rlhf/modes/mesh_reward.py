@@ -1,4 +1,6 @@
-"""`train.py --mode=mesh-reward`: RewardCS (DreamCS, reconstructed), a reward of meshes, from unpaired labels; or the table of its arms."""
+"""`train.py --mode=mesh-reward`: RewardCS (DreamCS, reconstructed), a reward of meshes, from unpaired labels;
+or the table of its arms.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,16 +14,33 @@ from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.run import Run, recorded, recorded_by
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.rewards.evaluation import auc_interval, too_few_shapes
-from eg3d_rlhf.rewards.meshes.train import REWARD, TABLE, MeshRewardTraining, MeshTraining, run_table, run_training
+from eg3d_rlhf.rewards.meshes.train import (
+    REWARD,
+    TABLE,
+    MeshRewardTraining,
+    MeshTraining,
+    run_table,
+    run_training,
+)
 from training.progress import tqdm
 
 NAME = "mesh-reward"
 
 flags = together(
     options_of(MeshRewardTraining),
-    option("--seeds", group="Run", metavar="INT", type=click.IntRange(min=1), default=None, show_default="off",
-           help="Train every arm (lambda 1 and 0, shuffled, areas alone) with so many seeds and print their table."),
-)  # fmt: skip
+    option(
+        "--seeds",
+        group="Run",
+        metavar="INT",
+        type=click.IntRange(min=1),
+        default=None,
+        show_default="off",
+        help=(
+            "Train every arm (lambda 1 and 0, shuffled, areas alone) with so many seeds and print their"
+            " table."
+        ),
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +55,10 @@ def resolve(flags: Flags) -> MeshRewardRun:
     """The run that the flags describe. Raises: ValueError naming what does not fit."""
     training = MeshRewardTraining(**flags.of(MeshRewardTraining))
     if flags["seeds"] is not None and (training.shuffled or training.area_only):
-        raise ValueError("--seeds: expected neither shuffled nor area_only, got one of them. The table has its own arms. Leave it out.")
+        raise ValueError(
+            "--seeds: expected neither shuffled nor area_only, got one of them. The table has its own arms."
+            " Leave it out."
+        )
     return MeshRewardRun(training=training, seeds=flags["seeds"])
 
 
@@ -52,7 +74,8 @@ def read_record(folder: Path, flags: Flags, ranks: object) -> MeshRewardRun:
     if not set(names) <= values.keys():
         recorded_by(folder, NAME)  # says what it is instead
     values = {name: value for name, value in values.items() if name in {*names, "table_seeds"}}
-    seeds, data = values.pop("table_seeds", None), values["data"]
+    seeds = values.pop("table_seeds", None)
+    data = values["data"]
     return MeshRewardRun(training=MeshRewardTraining(**{**values, "data": data and Path(data)}), seeds=seeds)
 
 
@@ -79,7 +102,9 @@ def lines(summary: dict[str, dict]) -> list[str]:
         low, high = row["auc_range"]
         kinds = "  ".join(f"{kind} {value:.3f}" for kind, value in row["auc_by_kind"].items())
         apart = f"D {row['divergence']:6.3f}, at one width {row['divergence_fixed']:6.3f}"
-        rows.append(f"{arm:9s}  n {row['n']}  AUC {row['auc']:.3f} ({low:.3f} to {high:.3f})  {apart}  {kinds}")
+        rows.append(
+            f"{arm:9s}  n {row['n']}  AUC {row['auc']:.3f} ({low:.3f} to {high:.3f})  {apart}  {kinds}"
+        )
     return rows
 
 
@@ -87,14 +112,19 @@ def work(run_settings: MeshRewardRun, training: MeshTraining | None, run: Run) -
     """Do what is left of a run, and say what it gives."""
     if training is None:
         with bar(run_settings.training) as shapes:
-            made = run_table(run_settings.training, run.folder, run_settings.seeds or 1, shapes.update, tqdm.write)
+            made = run_table(
+                run_settings.training, run.folder, run_settings.seeds or 1, shapes.update, tqdm.write
+            )
         click.echo("\n".join([*lines(made["summary"]), f"rows in {run.folder / TABLE}"]))
         return
     report = run_training(training, run)
     kinds = "".join(f", {kind} {value:.3f}" for kind, value in report["auc_by_kind"].items())
     good, others = report["n"]
     low, high = auc_interval(report["auc"], good, others)
-    figures = f"held-out AUC {report['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f} ({good} preferred, {others} others{kinds})"
+    figures = (
+        f"held-out AUC {report['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f} ({good} preferred, {others}"
+        f" others{kinds})"
+    )
     click.echo(f"{figures}; D {report['divergence']:.3f}")
     if short := too_few_shapes(good, others):
         click.echo(short)
@@ -106,21 +136,24 @@ MESH_REWARD = Mode(
     settings=MeshRewardRun,
     open=open_training,
     work=work,
-    title=lambda run, opened: f"{NAME}-{run.training.data.stem if run.training.data else run.training.source}",
+    title=lambda run, opened: (
+        f"{NAME}-{run.training.data.stem if run.training.data else run.training.source}"
+    ),
     flags=flags,
     resolve=resolve,
     record=record,
     recorded=read_record,
     shown=lambda run: record(run, None),
     on_cpu=lambda run: True,
-    help="""Train RewardCS (DreamCS, reconstructed), a reward of meshes, from unpaired labels: drawn meshes with known defects, or your own.
+    help="""Train RewardCS (DreamCS, reconstructed), a reward of meshes, from unpaired labels: drawn meshes
+    with known defects, or your own.
 
-    Writes reward.safetensors, its description reward.json, and the figures of held-out meshes, report.json. One thread: the same command
-    writes the same bytes on the same machine.
+    Writes reward.safetensors, its description reward.json, and the figures of held-out meshes, report.json.
+    One thread: the same command writes the same bytes on the same machine.
 
     \b
     Example:
-        eg3d-rlhf reward mesh --shapes=60 --steps=20 --set batch=8 --set patches=8 --set faces=8 --set width=16
+        eg3d-rlhf reward mesh --shapes=60 --steps=9 --set batch=8 --set patches=8 --set faces=8 --set width=16
     """,
 )
 MODES.add(NAME, MESH_REWARD)

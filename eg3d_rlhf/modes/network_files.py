@@ -33,45 +33,77 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
     nets = load_networks(find_network(source))
     G = nets.G_ema
     general = {
-        "networks": {n: describe_module(m) for n in ("G", "D", "G_ema") if (m := getattr(nets, n)) is not None},
-        "constructor": {"G": nets.G_kwargs, "D": nets.D_kwargs}, "training_set": nets.training_set, "cur_nimg": nets.cur_nimg,
+        "networks": {
+            n: describe_module(m) for n in ("G", "D", "G_ema") if (m := getattr(nets, n)) is not None
+        },
+        "constructor": {"G": nets.G_kwargs, "D": nets.D_kwargs},
+        "training_set": nets.training_set,
+        "cur_nimg": nets.cur_nimg,
     }
     if not hasattr(G, "plane_layout"):  # a family without planes
-        return general | {"generator": {name: getattr(of(G), name) for name in ("z_dim", "w_dim", "num_ws", "img_resolution", "level")}}
+        return general | {
+            "generator": {
+                name: getattr(of(G), name) for name in ("z_dim", "w_dim", "num_ws", "img_resolution", "level")
+            }
+        }
     planes = {"layout": G.plane_layout, "resolution": G.plane_resolution, "channels": G.plane_channels}
     return general | {
         "generator": {
-            **{name: getattr(G, name) for name in ("z_dim", "c_dim", "w_dim", "num_ws", "img_resolution", "neural_rendering_resolution")},
-            "planes": planes, "superresolution": type(G.superresolution).__name__, "rendering_kwargs": G.rendering_kwargs,
+            **{
+                name: getattr(G, name)
+                for name in (
+                    "z_dim",
+                    "c_dim",
+                    "w_dim",
+                    "num_ws",
+                    "img_resolution",
+                    "neural_rendering_resolution",
+                )
+            },
+            "planes": planes,
+            "superresolution": type(G.superresolution).__name__,
+            "rendering_kwargs": G.rendering_kwargs,
         },
         "psi": psi_statistics(nets, seeds),
     }
 
 
 def describe_module(module: torch.nn.Module) -> dict[str, Any]:
-    """Class, tensors, numbers of parameters and of buffer elements, elements that are not finite, hash of the state."""
-    state, parameters = module.state_dict(), dict(module.named_parameters())
+    """Class, tensors, numbers of parameters and of buffer elements, elements that are not finite, hash of the
+    state.
+    """
+    state = module.state_dict()
+    parameters = dict(module.named_parameters())
     return {
-        "class": type(module).__name__, "tensors": len(state), "parameters": sum(p.numel() for p in parameters.values()),
+        "class": type(module).__name__,
+        "tensors": len(state),
+        "parameters": sum(p.numel() for p in parameters.values()),
         "buffers": sum(v.numel() for k, v in state.items() if k not in parameters),
-        "not_finite": sum(int((~torch.isfinite(v)).sum()) for v in state.values()), "hash": networks.state_hash(module),
+        "not_finite": sum(int((~torch.isfinite(v)).sum()) for v in state.values()),
+        "hash": networks.state_hash(module),
     }
 
 
 def psi_statistics(nets: networks.Networks, seeds: int) -> dict[str, float]:
-    """How far latents lie from the centre of truncation, w(psi) = w_avg + psi (w - w_avg), conditioned on the frontal camera.
+    """How far latents lie from the centre of truncation, w(psi) = w_avg + psi (w - w_avg), conditioned on the
+    frontal camera.
 
-    Returns: w_avg_norm; w_norm_mean, distance_mean, distance_std of |w| and |w - w_avg| over the seeds; centre_error = |mean w - w_avg|,
-        small against distance_mean where w_avg is the mean for this camera; component_std, the mean deviation of a component of w.
+    Returns: w_avg_norm; w_norm_mean, distance_mean, distance_std of |w| and |w - w_avg| over the seeds;
+        centre_error = |mean w - w_avg|, small against distance_mean where w_avg is the mean for this camera;
+        component_std, the mean deviation of a component of w.
     """
     G_ema: Any = nets.G_ema
     w_avg = G_ema.backbone.mapping.w_avg
     w = ws_of_seeds(G_ema, range(seeds))[:, 0]  # [N, W]
     distance = (w - w_avg).norm(dim=1)
     return {
-        "seeds": seeds, "w_avg_norm": float(w_avg.norm()), "w_norm_mean": float(w.norm(dim=1).mean()),
-        "distance_mean": float(distance.mean()), "distance_std": float(distance.std(unbiased=False)),
-        "centre_error": float((w.mean(dim=0) - w_avg).norm()), "component_std": float(w.std(dim=0, unbiased=False).mean()),
+        "seeds": seeds,
+        "w_avg_norm": float(w_avg.norm()),
+        "w_norm_mean": float(w.norm(dim=1).mean()),
+        "distance_mean": float(distance.mean()),
+        "distance_std": float(distance.std(unbiased=False)),
+        "centre_error": float((w.mean(dim=0) - w_avg).norm()),
+        "component_std": float(w.std(dim=0, unbiased=False).mean()),
     }
 
 
@@ -79,19 +111,30 @@ def lines(description: dict[str, Any], indent: int = 0) -> list[str]:
     out = []
     for key, value in description.items():
         nested = isinstance(value, dict) and value
-        out.append(f"{'  ' * indent}{key}:" + ("" if nested else f" {value:.6g}" if isinstance(value, float) else f" {value}"))
+        out.append(
+            f"{'  ' * indent}{key}:"
+            + ("" if nested else f" {value:.6g}" if isinstance(value, float) else f" {value}")
+        )
         out += lines(value, indent + 1) if nested else []
     return out
 
 
 @click.command("inspect", cls=GroupedCommand)
 @click.argument("file", type=click.Path(path_type=Path), required=False)
-@option("--n", metavar="LATENTS", type=click.IntRange(2, 100_000), default=256, help="Latents for the statistics of w.")
+@option(
+    "--n",
+    metavar="LATENTS",
+    type=click.IntRange(2, 100_000),
+    default=256,
+    help="Latents for the statistics of w.",
+)
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
-    """Show what a network file holds: architecture, sizes, plane layout, truncation statistics, SHA-256, and every global it asks for.
+    """Show what a network file holds: architecture, sizes, plane layout, truncation statistics, SHA-256, and
+    every global it asks for.
 
-    FILE is a network file of ours, a pickle of EG3D (.pkl; nothing in it is run), a run folder, or nothing for the bundled generator.
+    FILE is a network file of ours, a pickle of EG3D (.pkl; nothing in it is run), a run folder, or nothing
+    for the bundled generator.
 
     \b
     Example:
@@ -104,18 +147,31 @@ def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
 
 @click.command("convert", cls=GroupedCommand)
 @click.argument("file", type=click.Path(path_type=Path))
-@option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Where to: .safetensors or .pt.")
+@option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="Where to: .safetensors or .pt.",
+)
 @option("--only-ema", is_flag=True, help="Write G_ema alone.")
 @option("--overwrite", is_flag=True, help="Replace an existing file.")
-@option("--tri-grid", metavar="NUM", type=click.FloatRange(min=1, max=100),
-        help="Convert to PanoHead's kind, its slices along so many sides of the box: from 1.5 on the density is the same, 1 is PanoHead's "
-             "own.")
+@option(
+    "--tri-grid",
+    metavar="NUM",
+    type=click.FloatRange(min=1, max=100),
+    help=(
+        "Convert to PanoHead's kind, its slices along so many sides of the box: from 1.5 on the density is"
+        " the same, 1 is PanoHead's own."
+    ),
+)
 def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: float | None) -> None:
-    """Convert a network file (a pickle of EG3D, of which nothing is run, a file of ours or a run folder) to .safetensors or a plain state
-    dict.
+    """Convert a network file (a pickle of EG3D, of which nothing is run, a file of ours or a run folder) to
+    .safetensors or a plain state dict.
 
-    --out=X.safetensors is our format. --out=X.pt is a plain state dict for a checkout of EG3D; docs/reference/checkpoints.md has the
-    lines that load it, and says when --tri-grid is of use: it makes a generator of EG3D one of PanoHead's kind with the same shapes.
+    --out=X.safetensors is our format. --out=X.pt is a plain state dict for a checkout of EG3D;
+    docs/reference/checkpoints.md has the lines that load it, and says when --tri-grid is of use: it makes a
+    generator of EG3D one of PanoHead's kind with the same shapes.
 
     \b
     Example:
@@ -123,16 +179,28 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
     """
     check_suffix(out)
     if out.exists() and not overwrite:
-        raise ValueError(f"--out: expected a new file, got {out}, which exists. Choose another or add --overwrite.")
+        raise ValueError(
+            f"--out: expected a new file, got {out}, which exists. Choose another or add --overwrite."
+        )
     source = find_network(file)
     click.echo(f"Reading {source}.")
     nets = load_networks(source)
     if tri_grid is not None:
         nets, residual = to_tri_grid(nets, tri_grid)
-        click.echo(f"Tri-grid of 3 slices along {tri_grid:g} sides of the box: features within {residual:.2g} of the planes', relative.")
+        click.echo(
+            f"Tri-grid of 3 slices along {tri_grid:g} sides of the box: features within {residual:.2g} of the"
+            " planes', relative."
+        )
     sizes = foreign_sizes(nets)
     if out.suffix != ".safetensors" and sizes:
-        click.echo(f"Warning: a checkout of EG3D cannot build this generator, whose sizes it hard-wires: {', '.join(sizes)}.", err=True)
+        click.echo(
+            "Warning: a checkout of EG3D cannot build this generator, whose sizes it hard-wires:"
+            f" {', '.join(sizes)}.",
+            err=True,
+        )
     counts = write(nets, out, only_ema)
-    click.echo(f"{out}: " + ", ".join(f"{name} {count} tensors" for name, count in counts.items()) + ", read back and equal.")
-
+    click.echo(
+        f"{out}: "
+        + ", ".join(f"{name} {count} tensors" for name, count in counts.items())
+        + ", read back and equal."
+    )

@@ -1,4 +1,6 @@
-"""`train.py --mode=offline`: a stage is tuned by labels of single assets, or by rankings of them, on stored latents."""
+"""`train.py --mode=offline`: a stage is tuned by labels of single assets, or by rankings of them, on stored
+latents.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +23,19 @@ from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging
 from eg3d_rlhf.tuning.flow.train import StageTraining
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 
-# The default runs, of the bundled toy; chosen with its chooser on CHOOSING, by people and training seeds that the table does not use.
+# The default runs, of the bundled toy; chosen with its chooser on CHOOSING, by people and training seeds that
+# the table does not use.
 
 LORA = LoraConfig(rank=16, alpha=32)
 _TOY: dict[str, Any] = {
-    "lora": LORA, "lr": 1e-3, "warmup": 10, "held_out_every": 25, "log_every": 5, "checkpoint_every": 50, "max_drop": 1.0,
-}  # fmt: skip
+    "lora": LORA,
+    "lr": 1e-3,
+    "warmup": 10,
+    "held_out_every": 25,
+    "log_every": 5,
+    "checkpoint_every": 50,
+    "max_drop": 1.0,
+}
 TOY_SINGLES = {
     "nft": SinglesConfig(loss="nft", trust=0.1, steps=100, batch=32, **_TOY),
     "dgpo": SinglesConfig(loss="dgpo", beta=50.0, steps=100, batch=4, **_TOY),
@@ -37,22 +46,47 @@ TOY_DPO = TrainConfig(dpo=DpoConfig(beta=20.0), steps=100, batch=16, **_TOY)
 def default_run(pipeline: str, loss: str) -> OfflineRun:
     """What a run does where it is not told otherwise."""
     if pipeline == TOY:
-        return OfflineRun(singles=TOY_SINGLES[loss], dpo=TOY_DPO, choosing=Choosing(per_condition=4), judging=Judging(per_condition=4))
+        return OfflineRun(
+            singles=TOY_SINGLES[loss],
+            dpo=TOY_DPO,
+            choosing=Choosing(per_condition=4),
+            judging=Judging(per_condition=4),
+        )
     return OfflineRun(singles=SinglesConfig(loss=loss), dpo=TrainConfig(), judging=Judging(batch=4))
 
 
 FILE = click.Path(path_type=Path)
 what_flags = together(
     options_of(OfflineSource),
-    option("--assets", group=WHAT, metavar="DIR|FILE", type=FILE, default=None, show_default="the toy's own",
-           help="The folder that `eg3d-rlhf flow draw` wrote, or its list."),
-    option("--labels", group=WHAT, metavar="FILE", default=None, show_default="the list's ranks; of the toy thumbs, with dgpo ranks",
-           help="What people said of these assets: thumbs, scores, ranks or pairs (docs/guides/single-labels.md)."),
+    option(
+        "--assets",
+        group=WHAT,
+        metavar="DIR|FILE",
+        type=FILE,
+        default=None,
+        show_default="the toy's own",
+        help="The folder that `eg3d-rlhf flow draw` wrote, or its list.",
+    ),
+    option(
+        "--labels",
+        group=WHAT,
+        metavar="FILE",
+        default=None,
+        show_default="the list's ranks; of the toy thumbs, with dgpo ranks",
+        help=(
+            "What people said of these assets: thumbs, scores, ranks or pairs (docs/guides/single-labels.md)."
+        ),
+    ),
     stage_flag,
 )
 train_flags = together(tuning_flags, options_of(SinglesConfig, everywhere=OWN))
-arms_flag = option("--arms", group=TABLE, metavar="LIST", default=LABELS,
-                   help=f"What is trained and compared, with commas: {', '.join(ARMS)}.")  # fmt: skip
+arms_flag = option(
+    "--arms",
+    group=TABLE,
+    metavar="LIST",
+    default=LABELS,
+    help=f"What is trained and compared, with commas: {', '.join(ARMS)}.",
+)
 
 
 def check(flags: Flags) -> None:
@@ -63,7 +97,9 @@ def check(flags: Flags) -> None:
     flags.belong(("group", "group_beta"), flags["loss"] == "dgpo", "--loss=dgpo")
     check_arms(flags, "," in flags["arms"])
     if not toy and flags["assets"] is None:
-        raise ValueError("--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none. Name it.")
+        raise ValueError(
+            "--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none. Name it."
+        )
 
 
 def resolve(flags: Flags) -> OfflineRun:
@@ -73,14 +109,20 @@ def resolve(flags: Flags) -> OfflineRun:
     tuned = tuned_as(flags, defaults.singles.lora)
     return OfflineRun(
         singles=replace(defaults.singles, **flags.of(SinglesConfig), **tuned),
-        dpo=replace(defaults.dpo, **flags.of(StageTraining), lora=tuned["lora"]),  # what every training of a stage has
-        source=source_of(OfflineSource, flags), assets=None if flags["assets"] is None else str(flags["assets"]), labels=flags["labels"],
+        # what every training of a stage has
+        dpo=replace(defaults.dpo, **flags.of(StageTraining), lora=tuned["lora"]),
+        source=source_of(OfflineSource, flags),
+        assets=None if flags["assets"] is None else str(flags["assets"]),
+        labels=flags["labels"],
         **fields_of(flags, defaults, names_of(flags)),
     )
 
 
 def open_run(settings: OfflineRun, run: Run) -> Opened:
-    """The problem and the labelled assets of a run. Raises: ValueError where they have not what the run needs."""
+    """The problem and the labelled assets of a run.
+
+    Raises: ValueError where they have not what the run needs.
+    """
     if settings.labels is not None and settings.labels not in OWN_KINDS:
         run.inputs["labels"] = Path(settings.labels)
     opened = settings.open(run.device)
@@ -91,16 +133,23 @@ def open_run(settings: OfflineRun, run: Run) -> Opened:
         if arm == LABELS:
             check_singles(bench.problem.pipeline, bench.stage, bench.answers(arm), settings.singles.loss)
         elif not bench.answers(arm):
-            raise ValueError("--arms=dpo: expected people's pairs, got none. Name --pairs, or leave the arm out.")
+            raise ValueError(
+                "--arms=dpo: expected people's pairs, got none. Name --pairs, or leave the arm out."
+            )
     return opened
 
 
 OFFLINE = mode_of_arms(
-    "offline", OfflineRun, lambda settings: settings.singles.loss, open_run, resolve=resolve,
+    "offline",
+    OfflineRun,
+    lambda settings: settings.singles.loss,
+    open_run,
+    resolve=resolve,
     flags=together(what_flags, train_flags, arms_flag, table_flags),
-    help=f"""Tuning of one stage of a flow generator by what people said of single assets: thumbs or scores (--loss={LOSSES[0]}), or
-    rankings that are not cut into pairs (--loss={LOSSES[1]}), by default of the bundled toy. Nothing is sampled while it trains but for
-    win rates. A run that was stopped goes on with --resume=RUN.
+    help=f"""Tuning of one stage of a flow generator by what people said of single assets: thumbs or scores
+    (--loss={LOSSES[0]}), or rankings that are not cut into pairs (--loss={LOSSES[1]}), by default of the
+    bundled toy. Nothing is sampled while it trains but for win rates. A run that was stopped goes on with
+    --resume=RUN.
 
     \b
     Examples:

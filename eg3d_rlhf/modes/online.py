@@ -18,19 +18,32 @@ from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging
 from eg3d_rlhf.tuning.flow.train import StageTraining
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 
-# The default runs of the bundled toy: 1,024 samples each. Learning rate and length chosen by its second judge on CHOOSING, by training
-# seed 20, which no table uses.
+# The default runs of the bundled toy: 1,024 samples each. Learning rate and length chosen by its second judge
+# on CHOOSING, by training seed 20, which no table uses.
 
 LORA = LoraConfig(rank=16, alpha=32)
 _TOY = OnlineConfig(
-    lora=LORA, steps=16, batch=8, group=8, lr=2e-3, warmup=2, kl=0.1, draws=1, sampler_steps=4, held_out_every=8, log_every=2,
-    checkpoint_every=8, max_drop=1.0,
-)  # fmt: skip
+    lora=LORA,
+    steps=16,
+    batch=8,
+    group=8,
+    lr=2e-3,
+    warmup=2,
+    kl=0.1,
+    draws=1,
+    sampler_steps=4,
+    held_out_every=8,
+    log_every=2,
+    checkpoint_every=8,
+    max_drop=1.0,
+)
 _STEPS = replace(_TOY, passes=2, window=2, window_end=3, sde_step="cps", noise=0.5)
 TOY_LOSSES = Losses(
     nft=_TOY,
     grpo=replace(_STEPS, loss="grpo"),
-    grpo_plain=replace(_TOY, loss="grpo", advantage="group", sampler_steps=8, trained_steps=3, clip_range=1e-3),
+    grpo_plain=replace(
+        _TOY, loss="grpo", advantage="group", sampler_steps=8, trained_steps=3, clip_range=1e-3
+    ),
     grpo_guard=replace(_STEPS, loss="grpo-guard"),
     dppo=replace(_STEPS, loss="dppo"),
     dgpo=replace(_TOY, loss="dgpo", advantage="ranks", group_beta=10.0, decay="copy"),
@@ -38,22 +51,48 @@ TOY_LOSSES = Losses(
 TOY_RUN = OnlineRun(
     losses=TOY_LOSSES,
     dpo=TrainConfig(
-        dpo=DpoConfig(beta=60.0), lora=LORA, steps=50, batch=16, lr=1e-3, warmup=5, held_out_every=20, log_every=5,
-        checkpoint_every=20, max_drop=1.0,
+        dpo=DpoConfig(beta=60.0),
+        lora=LORA,
+        steps=50,
+        batch=16,
+        lr=1e-3,
+        warmup=5,
+        held_out_every=20,
+        log_every=5,
+        checkpoint_every=20,
+        max_drop=1.0,
     ),
     judging=Judging(per_condition=4),
-)  # fmt: skip
+)
 
-# --mode=grpo on the toy: 3,200 samples, chosen with the second judge on CHOOSING by a training seed that its table does not use.
+# --mode=grpo on the toy: 3,200 samples, chosen with the second judge on CHOOSING by a training seed that its
+# table does not use.
 
 _EVERY_STEP = OnlineConfig(
-    loss="grpo", lora=LORA, steps=50, batch=8, group=8, lr=1e-3, warmup=5, kl=0.1, advantage="group", trained_steps=3, clip_range=1e-3,
-    max_away=None, held_out_every=25, log_every=5, checkpoint_every=10, max_drop=1.0,
-)  # fmt: skip
+    loss="grpo",
+    lora=LORA,
+    steps=50,
+    batch=8,
+    group=8,
+    lr=1e-3,
+    warmup=5,
+    kl=0.1,
+    advantage="group",
+    trained_steps=3,
+    clip_range=1e-3,
+    max_away=None,
+    held_out_every=25,
+    log_every=5,
+    checkpoint_every=10,
+    max_drop=1.0,
+)
 TOY_GRPO = replace(
-    TOY_RUN, losses=replace(TOY_LOSSES, grpo=_EVERY_STEP, grpo_plain=_EVERY_STEP), choosing=Choosing(per_condition=4), arms=("grpo",),
+    TOY_RUN,
+    losses=replace(TOY_LOSSES, grpo=_EVERY_STEP, grpo_plain=_EVERY_STEP),
+    choosing=Choosing(per_condition=4),
+    arms=("grpo",),
     dpo=replace(TOY_RUN.dpo, steps=100, warmup=10, held_out_every=25, checkpoint_every=50),
-)  # fmt: skip
+)
 
 # Of other generators: for latents of ten thousand numbers and more.
 
@@ -81,15 +120,37 @@ def default_run(pipeline: str, preset: str = "nft") -> OnlineRun:
 what_flags = together(
     options_of(ArmsSource),
     stage_flag,
-    option("--reward", group=WHAT, metavar="A,B:WEIGHT", default=OWN_REWARD,
-           help="Of finished assets: the problem's own, or plugins'. Several are each normalised in their group, then added."),
-    option("--gate", group=WHAT, metavar="LIST", default=None,
-           help="Rewards that must confirm: the distance is paid where what is trained on alone praises a sample."),
-)  # fmt: skip
+    option(
+        "--reward",
+        group=WHAT,
+        metavar="A,B:WEIGHT",
+        default=OWN_REWARD,
+        help=(
+            "Of finished assets: the problem's own, or plugins'. Several are each normalised in their group,"
+            " then added."
+        ),
+    ),
+    option(
+        "--gate",
+        group=WHAT,
+        metavar="LIST",
+        default=None,
+        help=(
+            "Rewards that must confirm: the distance is paid where what is trained on alone praises a sample."
+        ),
+    ),
+)
 train_flags = together(tuning_flags, options_of(OnlineConfig, everywhere=OWN))
 arms_flag = option(
-    "--arms", group=TABLE, metavar="LIST", default=None, show_default="--loss alone",
-    help=f"What is trained and compared, with commas: {', '.join(KINDS)}; each with -shuffled or -inverted rewards; or all.",
+    "--arms",
+    group=TABLE,
+    metavar="LIST",
+    default=None,
+    show_default="--loss alone",
+    help=(
+        f"What is trained and compared, with commas: {', '.join(KINDS)}; each with -shuffled or -inverted"
+        " rewards; or all."
+    ),
 )
 
 
@@ -109,12 +170,19 @@ def check(flags: Flags, arms: tuple[str, ...]) -> None:
     check_arms(flags, len(arms) > 1)
     flags.belong(EARLY, flags["choose_noises"] != 0, "early stopping, which --choose-noises=0 leaves out")
     kinds = {divided(arm)[0] for arm in arms}
-    flags.belong(("window", "window_end", "window_moves", "window_updates", "trained_steps", "sde_step", "sde_noise"),
-                 bool(kinds - {*ON_LATENTS, "dpo"}), "losses on the sampler's steps")  # fmt: skip
+    flags.belong(
+        ("window", "window_end", "window_moves", "window_updates", "trained_steps", "sde_step", "sde_noise"),
+        bool(kinds - {*ON_LATENTS, "dpo"}),
+        "losses on the sampler's steps",
+    )
     flags.belong(("curvature", "plain"), "nft" in kinds, "--loss=nft")
     flags.belong(("group_beta",), "dgpo" in kinds, "--loss=dgpo")
     flags.belong(("draws", "decay", "guided"), bool(kinds & {*ON_LATENTS}), "losses on finished samples")
-    flags.belong(("advantage",), len(weighed(flags["reward"])) == 1, "one reward; several are normalised each in its group")
+    flags.belong(
+        ("advantage",),
+        len(weighed(flags["reward"])) == 1,
+        "one reward; several are normalised each in its group",
+    )
 
 
 def resolve(flags: Flags, preset: str) -> OnlineRun:
@@ -124,12 +192,19 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
     defaults = default_run(flags["pipeline"] or TOY, preset)
     tuned = tuned_as(flags, defaults.losses.nft.lora)
     changes = {name: value for name, value in flags.of(OnlineConfig).items() if name != "loss"} | tuned
-    losses = Losses(**{field.name: changed(getattr(defaults.losses, field.name), changes) for field in fields(Losses)})
-    common = {name: value for name, value in flags.of(StageTraining).items() if name != "steps"}  # of DPO: passes over as many samples
+    losses = Losses(
+        **{field.name: changed(getattr(defaults.losses, field.name), changes) for field in fields(Losses)}
+    )
+    # of DPO: passes over as many samples
+    common = {name: value for name, value in flags.of(StageTraining).items() if name != "steps"}
     return OnlineRun(
-        losses=losses, dpo=replace(defaults.dpo, **common, lora=tuned["lora"]), source=source_of(ArmsSource, flags),
-        reward=flags["reward"], gate=flags["gate"], **fields_of(flags, defaults, arms),
-    )  # fmt: skip
+        losses=losses,
+        dpo=replace(defaults.dpo, **common, lora=tuned["lora"]),
+        source=source_of(ArmsSource, flags),
+        reward=flags["reward"],
+        gate=flags["gate"],
+        **fields_of(flags, defaults, arms),
+    )
 
 
 def changed(config: OnlineConfig, changes: dict) -> OnlineConfig:
@@ -154,10 +229,14 @@ def open_online(settings: OnlineRun, run: Run) -> Opened:
 def mode_named(name: str, preset: str) -> Mode:
     """The mode under one of its two names. Args: preset: the loss where none is named."""
     return mode_of_arms(
-        name, OnlineRun, lambda settings: settings.arms[0] if len(settings.arms) == 1 else "arms", open_online,
-        flags=together(what_flags, train_flags, arms_flag, table_flags), resolve=lambda flags: resolve(flags, preset),
-        help=f"""Online tuning of one stage of a flow generator by rewards, by default of the bundled toy: for where a reward is at
-    hand, and pairs are not. A run that was stopped goes on with --resume=RUN.
+        name,
+        OnlineRun,
+        lambda settings: settings.arms[0] if len(settings.arms) == 1 else "arms",
+        open_online,
+        flags=together(what_flags, train_flags, arms_flag, table_flags),
+        resolve=lambda flags: resolve(flags, preset),
+        help=f"""Online tuning of one stage of a flow generator by rewards, by default of the bundled toy: for
+        where a reward is at hand, and pairs are not. A run that was stopped goes on with --resume=RUN.
 
     \b
     Examples:
@@ -165,7 +244,7 @@ def mode_named(name: str, preset: str) -> Mode:
         python train.py --mode={name} --arms={preset},{preset}-shuffled,{preset}-inverted,dpo
         python train.py --mode={name} --stage=structure --kl=0.3
     """,
-    )  # fmt: skip
+    )
 
 
 MODES.add("online", mode_named("online", "nft"))

@@ -38,19 +38,49 @@ def _keep_summary(out: Path, words: list[str]) -> None:
 
 
 @click.command("evaluate", cls=GroupedCommand)
-@shared("before after run control reward-ckpt reward-watch n", "data", run="Run folder with snapshots, for trajectories.",
-              reward_ckpt="Reward that tuned.", data="Images to measure distances to.")
-@option("--inception", rare=True, type=PATH, help="TorchScript detector: net(uint8 images, return_features=True).")
-@option("--lpips", rare=True, type=PATH, help="TorchScript distance f(a, b) of image batches in [-1, 1]; without it LPIPS is left out.")
-@option("--identity", rare=True, type=PATH, help="TorchScript embedding of image batches in [-1, 1]; without it identity is left out.")
-@option("--only", group="Run", metavar="KEYS", default=None, show_default="all", help="Parts to make, comma-separated; see --dry-run.")
-@shared("out device dry-run", "psi seed images batch", out={"default": "runs/reports/evaluate"},
-              dry_run="Print the resolved settings and parts as JSON and stop.")
+@shared(
+    "before after run control reward-ckpt reward-watch n",
+    "data",
+    run="Run folder with snapshots, for trajectories.",
+    reward_ckpt="Reward that tuned.",
+    data="Images to measure distances to.",
+)
+@option(
+    "--inception", rare=True, type=PATH, help="TorchScript detector: net(uint8 images, return_features=True)."
+)
+@option(
+    "--lpips",
+    rare=True,
+    type=PATH,
+    help="TorchScript distance f(a, b) of image batches in [-1, 1]; without it LPIPS is left out.",
+)
+@option(
+    "--identity",
+    rare=True,
+    type=PATH,
+    help="TorchScript embedding of image batches in [-1, 1]; without it identity is left out.",
+)
+@option(
+    "--only",
+    group="Run",
+    metavar="KEYS",
+    default=None,
+    show_default="all",
+    help="Parts to make, comma-separated; see --dry-run.",
+)
+@shared(
+    "out device dry-run",
+    "psi seed images batch",
+    out={"default": "runs/reports/evaluate"},
+    dry_run="Print the resolved settings and parts as JSON and stop.",
+)
 def evaluate(out, only, dry_run, device, **sources) -> None:
-    """What did tuning change, and did it get better? Compares a generator before and after tuning on held-out latents.
+    """What did tuning change, and did it get better? Compares a generator before and after tuning on held-out
+    latents.
 
-    With no options: the bundled generator against the newest tuned run in runs/, with the lambda_r = 0 run of the same settings where there
-    is one. Writes one self-contained page with every figure, its data and a summary in words. A second call computes only what is new.
+    With no options: the bundled generator against the newest tuned run in runs/, with the lambda_r = 0 run of
+    the same settings where there is one. Writes one self-contained page with every figure, its data and a
+    summary in words. A second call computes only what is new.
 
     \b
     Example:
@@ -59,8 +89,16 @@ def evaluate(out, only, dry_run, device, **sources) -> None:
     c = load_comparison(Sources(device=choose_device(device), **sources))
     parts = report.select(c, only)
     if dry_run:
-        more = {name: getattr(c, name) and str(getattr(c, name)) for name in ("run", "control_run", "inception", "lpips", "identity")}
-        more |= {"reward_watch": c.held_out_hash or None, "mirror": c.mirror, "images": c.images, "out": str(out)}
+        more = {
+            name: getattr(c, name) and str(getattr(c, name))
+            for name in ("run", "control_run", "inception", "lpips", "identity")
+        }
+        more |= {
+            "reward_watch": c.held_out_hash or None,
+            "mirror": c.mirror,
+            "images": c.images,
+            "out": str(out),
+        }
         click.echo(json.dumps({**c.resolved(), **more, "parts": [job.key for job in parts]}, indent=1))
         return
     report.check_files(c)
@@ -69,20 +107,29 @@ def evaluate(out, only, dry_run, device, **sources) -> None:
     _keep_summary(out, words)
     page = write_page(out / "index.html", report.TITLE, report.introduction(c), parts, findings, words)
     click.echo("\n".join(pages.first_sentences(parts, findings)))
-    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/")
+    click.echo(
+        f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/"
+    )
 
 
 def attribution_introduction(study: Study) -> str:
     c = study.c
     return (
-        f"The same held-out latents before ({c.before.path.name}) and after tuning ({c.after.path.name}). A coalition's value is the "
-        "reward of the original slab with the coalition's regions replaced by the tuned slab's, each slab on its own normalised scale."
+        f"The same held-out latents before ({c.before.path.name}) and after tuning ({c.after.path.name}). A"
+        " coalition's value is the reward of the original slab with the coalition's regions replaced by the"
+        " tuned slab's, each slab on its own normalised scale."
     )
 
 
 def attribution_summary(findings) -> list[str]:
     says = [findings["shapley"].says[0], *findings["shapley"].says[1:2], findings["redrawn-reward"].says[0]]
-    return [*says, "These are statements about this reward and these latents; whether people see the same, nobody was asked."]
+    return [
+        *says,
+        (
+            "These are statements about this reward and these latents; whether people see the same, nobody"
+            " was asked."
+        ),
+    ]
 
 
 def viewer(out: Path) -> str:
@@ -91,47 +138,104 @@ def viewer(out: Path) -> str:
     if not path.is_file() or not path.stat().st_size:
         return ""
     frame = html.escape(path.read_text())
-    return f'<section id="turn"><h2>Turn the surface</h2><iframe title="Attribution on the surface" srcdoc="{frame}"></iframe></section>'
+    return (
+        '<section id="turn"><h2>Turn the surface</h2><iframe title="Attribution on the surface"'
+        f' srcdoc="{frame}"></iframe></section>'
+    )
 
 
 @click.command("attribute", cls=GroupedCommand)
 @shared("before after run reward-ckpt", "data", reward_ckpt="Reward whose change is divided.")
-@option("--regions", group="Regions", metavar="people|boxes|landmarks|head|FILE", default=None,
-        show_default="people for heads of people, landmarks with --landmarks, else boxes",
-        help="Parts of the head that a latent names, fixed boxes, boxes about landmarks, the whole head in eight parts about landmarks, or "
-             "a label volume (.npy; names in the .json beside it).")
+@option(
+    "--regions",
+    group="Regions",
+    metavar="people|boxes|landmarks|head|FILE",
+    default=None,
+    show_default="people for heads of people, landmarks with --landmarks, else boxes",
+    help=(
+        "Parts of the head that a latent names, fixed boxes, boxes about landmarks, the whole head in eight"
+        " parts about landmarks, or a label volume (.npy; names in the .json beside it)."
+    ),
+)
 @option("--landmarks", rare=True, type=PATH, help="JSON of 98 WFLW points in the frontal view.")
-@option("--method", group="How", type=click.Choice(METHODS), default="exact", help="How Shapley values are computed.")
-@option("--permutations", rare=True, group="How", type=click.IntRange(min=2), help="Orders of the sampled methods.")
-@option("--steps", rare=True, group="How", type=click.IntRange(min=2), help="Of Integrated Gradients at first; they double.")
+@option(
+    "--method",
+    group="How",
+    type=click.Choice(METHODS),
+    default="exact",
+    help="How Shapley values are computed.",
+)
+@option(
+    "--permutations",
+    rare=True,
+    group="How",
+    type=click.IntRange(min=2),
+    help="Orders of the sampled methods.",
+)
+@option(
+    "--steps",
+    rare=True,
+    group="How",
+    type=click.IntRange(min=2),
+    help="Of Integrated Gradients at first; they double.",
+)
 @option("--most-steps", rare=True, group="How", type=click.IntRange(min=2), help="Where the doubling ends.")
-@option("--gap-bound", rare=True, group="How", type=click.FloatRange(min=0, min_open=True), help="Largest efficiency gap, as a share.")
+@option(
+    "--gap-bound",
+    rare=True,
+    group="How",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Largest efficiency gap, as a share.",
+)
 @option("--draws", rare=True, group="How", type=click.IntRange(min=2), help="Rewards with re-drawn weights.")
-@option("--checked", rare=True, group="How", type=click.IntRange(min=1), help="Latents that those rewards see.")
-@shared("n out device dry-run", "psi seed batch", n={"default": 6, "type": click.IntRange(min=2)},
-        out={"default": "runs/reports/attribute"}, batch="Slabs at once; bounds memory.",
-        psi={"default": None, "show_default": f"1 for heads of people, else {Sources.psi}"})
+@option(
+    "--checked", rare=True, group="How", type=click.IntRange(min=1), help="Latents that those rewards see."
+)
+@shared(
+    "n out device dry-run",
+    "psi seed batch",
+    n={"default": 6, "type": click.IntRange(min=2)},
+    out={"default": "runs/reports/attribute"},
+    batch="Slabs at once; bounds memory.",
+    psi={"default": None, "show_default": f"1 for heads of people, else {Sources.psi}"},
+)
 def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None:
-    """Why does the reward like the tuned shapes? Divides the change of the reward among the regions of the face.
+    """Why does the reward like the tuned shapes? Divides the change of the reward among the regions of the
+    face.
 
-    With no options: the bundled generator against the newest tuned run in runs/. The value of a set of regions is the reward of the
-    original slab with those regions replaced by the tuned slab's. Draws the regions on a mesh first, then computes Shapley values,
-    Integrated Gradients, occlusion and a noise baseline, compares them with each other and with rewards of random weights, and shows single
-    voxels on the surface.
+    With no options: the bundled generator against the newest tuned run in runs/. The value of a set of
+    regions is the reward of the original slab with those regions replaced by the tuned slab's. Draws the
+    regions on a mesh first, then computes Shapley values, Integrated Gradients, occlusion and a noise
+    baseline, compares them with each other and with rewards of random weights, and shows single voxels on the
+    surface.
 
     \b
     Example:
-        python tools/attribute.py --after=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10 --n=4
+        python tools/attribute.py --after=runs/00000-heads64-sigma-lambda10 --n=4
     """
-    rare = {name: flags.pop(name) for name in ("permutations", "steps", "most_steps", "gap_bound", "draws", "checked")}
-    how = {"method": method, "landmarks": landmarks, **{name: value for name, value in rare.items() if value is not None}}
-    Settings(**{**how, "regions": LANDMARKS if landmarks else BOXES})  # a wrong flag is named before networks are loaded
+    rare = {
+        name: flags.pop(name)
+        for name in ("permutations", "steps", "most_steps", "gap_bound", "draws", "checked")
+    }
+    how = {
+        "method": method,
+        "landmarks": landmarks,
+        **{name: value for name, value in rare.items() if value is not None},
+    }
+    # a wrong flag is named before networks are loaded
+    Settings(**{**how, "regions": LANDMARKS if landmarks else BOXES})
     psi = flags.pop("psi")
-    c = load_comparison(Sources(device=choose_device(device), **flags, **({} if psi is None else {"psi": psi})))
+    c = load_comparison(
+        Sources(device=choose_device(device), **flags, **({} if psi is None else {"psi": psi}))
+    )
     if c.of_people and psi is None:
         c = replace(c, psi=1.0)
-    regions = regions or (LANDMARKS if landmarks is not None else PEOPLE if c.of_people and c.psi == 1 else BOXES)
-    chosen = Settings(regions=regions if regions in (BOXES, LANDMARKS, HEAD, PEOPLE) else Path(regions), **how)
+    regions = regions or (
+        LANDMARKS if landmarks is not None else PEOPLE if c.of_people and c.psi == 1 else BOXES
+    )
+    chosen = Settings(
+        regions=regions if regions in (BOXES, LANDMARKS, HEAD, PEOPLE) else Path(regions), **how
+    )
     study = Study(c, chosen, progress=tqdm.write)
     if dry_run:
         paths = {"regions": str(chosen.regions), "landmarks": landmarks and str(landmarks), "out": str(out)}
@@ -144,27 +248,52 @@ def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None
     findings |= pages.run(parts[1:], out)
     words = attribution_summary(findings)
     _keep_summary(out, words)
-    page = write_page(out / "index.html", attribution.TITLE, attribution_introduction(study), parts, findings, words, viewer(out))
+    page = write_page(
+        out / "index.html",
+        attribution.TITLE,
+        attribution_introduction(study),
+        parts,
+        findings,
+        words,
+        viewer(out),
+    )
     data = findings["shapley"].data
     click.echo(f"\n{'region':<18} {'Shapley value':>14}  95 % interval")
-    for name, mean in sorted(zip(data["names"], data["means"], strict=True), key=lambda pair: -pair[1]["mean"]):
+    for name, mean in sorted(
+        zip(data["names"], data["means"], strict=True), key=lambda pair: -pair[1]["mean"]
+    ):
         click.echo(f"{name:<18} {mean['mean']:>+14.4f}  [{mean['lo']:+.4f}, {mean['hi']:+.4f}]")
-    total, turned = data["difference"]["mean"], f", data/{PAGE}" if "surface" in findings else ""
-    click.echo(f"{'sum':<18} {total:>+14.4f}  largest efficiency gap {data['largest_relative_gap']:.1e} of the difference\n")
+    total = data["difference"]["mean"]
+    turned = f", data/{PAGE}" if "surface" in findings else ""
+    click.echo(
+        f"{'sum':<18} {total:>+14.4f}  largest efficiency gap {data['largest_relative_gap']:.1e} of the"
+        " difference\n"
+    )
     click.echo("\n".join(pages.first_sentences(parts, findings)))
-    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/{turned}")
+    click.echo(
+        f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/,"
+        f" data/{turned}"
+    )
 
 
 @click.command("embed", cls=GroupedCommand)
-@shared("before after control reward-ckpt n out device dry-run", "psi seed batch", out={"default": "runs/reports/embed"},
-        after={"show_default": "the newest tuned run in runs/"}, reward_ckpt="Reward whose feature is mapped.",
-        control="The same run with --lambda-r=0, for the test of separability.",
-        n="Latents, each in both networks.", seed="Other held-out latents, and UMAP, per seed.")
+@shared(
+    "before after control reward-ckpt n out device dry-run",
+    "psi seed batch",
+    out={"default": "runs/reports/embed"},
+    after={"show_default": "the newest tuned run in runs/"},
+    reward_ckpt="Reward whose feature is mapped.",
+    control="The same run with --lambda-r=0, for the test of separability.",
+    n="Latents, each in both networks.",
+    seed="Other held-out latents, and UMAP, per seed.",
+)
 def embed(out, dry_run, device, **sources) -> None:
-    """Where does the reward see tuned samples? Maps its global feature before and after tuning, with the shape behind every point.
+    """Where does the reward see tuned samples? Maps its global feature before and after tuning, with the
+    shape behind every point.
 
-    With no options: the bundled generator against the newest tuned run in runs/. Writes one self-contained page: UMAP and principal axes,
-    rank correlation of the reward with the main axis, a test of separability, and a map whose points show their shapes.
+    With no options: the bundled generator against the newest tuned run in runs/. Writes one self-contained
+    page: UMAP and principal axes, rank correlation of the reward with the main axis, a test of separability,
+    and a map whose points show their shapes.
 
     \b
     Example:
@@ -176,19 +305,34 @@ def embed(out, dry_run, device, **sources) -> None:
         return
     findings = embedding.write(c, out)
     for row in findings[embedding.MAP].data["ranks"]:
-        rho = "none: constant" if row["spearman"] is None else f"{row['spearman']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
+        rho = (
+            "none: constant"
+            if row["spearman"] is None
+            else f"{row['spearman']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
+        )
         click.echo(f"reward with the {row['axis']:<36}  {rho}")
     for row in findings[embedding.APART].rows:
-        click.echo(f"before and {row['role']:<8} same-network neighbours      {row['share']:.1%}, p = {row['p']:.2g}")
+        click.echo(
+            f"before and {row['role']:<8} same-network neighbours      {row['share']:.1%}, p = {row['p']:.2g}"
+        )
     click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/")
 
 
 @click.command("pictures", cls=GroupedCommand)
 @shared("before run reward-ckpt out device dry-run", out={"show_default": "the run folder"})
-@option("--pairs", metavar="INT", type=click.IntRange(min=1), default=None,
-        help="Draw so many pairs from behind alone, sides by coin, for people to choose: pairs.png (heads of people).")
+@option(
+    "--pairs",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=None,
+    help=(
+        "Draw so many pairs from behind alone, sides by coin, for people to choose: pairs.png (heads of"
+        " people)."
+    ),
+)
 def pictures(out, device, dry_run, pairs, **sources) -> None:
-    """Draw the pictures of a finished reward run again, without evaluating it: comparison.png, turntable.webp and meshes.
+    """Draw the pictures of a finished reward run again, without evaluating it: comparison.png, turntable.webp
+    and meshes.
 
     Prints the median change of the surface, too, which summary.json holds.
 
@@ -225,15 +369,24 @@ def _method_lines(summary: dict) -> list[tuple[str, str]]:
     """What the picture's last box says of a run: words and figure."""
     lines = [("win rate by the judge,\nheld-out latents", f"{summary['win_rate']:.0%}")]
     if summary.get("repaired") is not None:
-        lines = [("of the error of\nbroken heads gone", f"{summary['repaired']:.0%}"),
-                 ("by the best filter\nwithout labels", f"{summary['repaired_by_filter']:.0%}"),
-                 ("of whole heads\nmade worse", f"{summary['whole_made_worse']:.0%}")]
+        lines = [
+            ("of the error of\nbroken heads gone", f"{summary['repaired']:.0%}"),
+            ("by the best filter\nwithout labels", f"{summary['repaired_by_filter']:.0%}"),
+            ("of whole heads\nmade worse", f"{summary['whole_made_worse']:.0%}"),
+        ]
     return lines
 
 
 @click.command("method", cls=GroupedCommand)
-@shared("run out", run={"type": click.Path(path_type=Path, exists=True, file_okay=False), "required": True, "help": "A finished run."},
-        out={"metavar": "FILE", "type": PATH, "required": True, "help": "Picture to write (.png or .svg)."})
+@shared(
+    "run out",
+    run={
+        "type": click.Path(path_type=Path, exists=True, file_okay=False),
+        "required": True,
+        "help": "A finished run.",
+    },
+    out={"metavar": "FILE", "type": PATH, "required": True, "help": "Picture to write (.png or .svg)."},
+)
 @torch.no_grad()
 def method(run: Path, out: Path) -> None:
     """Draw the method as one picture of four boxes, from real data: labels, reward, tuning, report.
@@ -242,22 +395,26 @@ def method(run: Path, out: Path) -> None:
 
     \b
     Example:
-        eg3d-rlhf report method --run=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10 --out=out/method.png
+        eg3d-rlhf report method --run=runs/00000-heads64-sigma-lambda10 --out=out/method.png
     """
     with naming("--run"):
         summary = json.loads((run / "summary.json").read_text())
-        before, after = load_generator().generator, load_generator(run).generator
+        before = load_generator().generator
+        after = load_generator(run).generator
     reward = load_reward(bundled.REWARD)
     ws = ws_of_seeds(before, list(METHOD_POOL), METHOD_PSI)
     scores = reward.score(before.field(ws))
-    worst, best = int(scores.argmin()), int(scores.argmax())
+    worst = int(scores.argmin())
+    best = int(scores.argmax())
     low, high = (before.field(ws[i : i + 1]) for i in (worst, best))
     tuned = after.field(ws_of_seeds(after, [METHOD_POOL[worst]], METHOD_PSI))
     with style.theme():
         drawn, axes = style.figure(4, 1, (11, 4.6))
         titles = (
-            "1 Labels\npeople say which shape is better", "2 Reward\nlearns it from the density",
-            "3 Tuning\none more phase of the training", "4 Report\nwhat changed",
+            "1 Labels\npeople say which shape is better",
+            "2 Reward\nlearns it from the density",
+            "3 Tuning\none more phase of the training",
+            "4 Report\nwhat changed",
         )
         for ax, title in zip(axes, titles, strict=True):
             ax.set_title(title, loc="center", fontsize=10)
@@ -267,20 +424,38 @@ def method(run: Path, out: Path) -> None:
         for ax in axes[:-1]:
             ax.text(1.08, 0.5, "→", transform=ax.transAxes, ha="center", va="center", size=16)
         axes[0].imshow(np.vstack([_shaded(high), _shaded(low)]), cmap="gray", vmin=0, vmax=1, aspect="equal")
-        axes[0].text(0.98, 0.52, "✓", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("control"))
-        axes[0].text(0.98, 0.03, "✗", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("after"))
+        axes[0].text(
+            0.98, 0.52, "✓", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("control")
+        )
+        axes[0].text(
+            0.98, 0.03, "✗", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("after")
+        )
         for half, field, index in ((0, high, best), (1, low, worst)):
             seen = reward.observation.observe(field)[0, 0]
             part = axes[1].inset_axes((0, 0.5 - 0.5 * half, 1, 0.5))
             part.imshow(seen[:, :, seen.shape[2] // 2].T.flip(0), cmap="magma", aspect="auto")
             part.set(xticks=[], yticks=[])
-            part.text(0.97, 0.06, f"{float(scores[index]):+.1f}", transform=part.transAxes, ha="right", size=12, color="white")
+            part.text(
+                0.97,
+                0.06,
+                f"{float(scores[index]):+.1f}",
+                transform=part.transAxes,
+                ha="right",
+                size=12,
+                color="white",
+            )
         axes[2].imshow(np.vstack([_shaded(low), _shaded(tuned)]), cmap="gray", vmin=0, vmax=1)
         for height, text, role in ((0.52, "before", "before"), (0.03, "after", "after")):
-            axes[2].text(0.98, height, text, transform=axes[2].transAxes, ha="right", color=style.colour(role))
+            axes[2].text(
+                0.98, height, text, transform=axes[2].transAxes, ha="right", color=style.colour(role)
+            )
         axes[3].axis("off")
         for place, (words, value) in enumerate(_method_lines(summary)):
-            axes[3].text(0.5, 0.92 - 0.3 * place, value, transform=axes[3].transAxes, ha="center", va="top", size=17)
-            axes[3].text(0.5, 0.8 - 0.3 * place, words, transform=axes[3].transAxes, ha="center", va="top", size=8)
+            axes[3].text(
+                0.5, 0.92 - 0.3 * place, value, transform=axes[3].transAxes, ha="center", va="top", size=17
+            )
+            axes[3].text(
+                0.5, 0.8 - 0.3 * place, words, transform=axes[3].transAxes, ha="center", va="top", size=8
+            )
         style.save(drawn, out)
     click.echo(f"{out}")

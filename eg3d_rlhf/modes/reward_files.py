@@ -19,28 +19,49 @@ from eg3d_rlhf.rewards.reward import check_reward, load_reward
 from eg3d_rlhf.rewards.reward import join as joined
 from training.progress import tqdm
 
-_written = option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True,
-                  help="Reward to write (.safetensors; its description is written beside it as .json).")
+_written = option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="Reward to write (.safetensors; its description is written beside it as .json).",
+)
 
 
 @click.command("join", cls=GroupedCommand)
 @click.argument("rewards", metavar="REWARD...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @_written
-@option("--aggregate", type=click.Choice(CHOICES), default="softmin",
-        help="What the members become; warm is the mean of their weights, for members that share a trained start.")
-@option("--strength", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=None, show_default="1, 0.5, 0.5",
-        help="k of lcb, lambda of uwo, beta of softmin.")
-@shared("network batch device dry-run", network="The rewards' generator, untuned.", batch={"default": 16},
-        dry_run="Check and join everything, print the description as JSON, write nothing.")
+@option(
+    "--aggregate",
+    type=click.Choice(CHOICES),
+    default="softmin",
+    help=(
+        "What the members become; warm is the mean of their weights, for members that share a trained start."
+    ),
+)
+@option(
+    "--strength",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    show_default="1, 0.5, 0.5",
+    help="k of lcb, lambda of uwo, beta of softmin.",
+)
+@shared(
+    "network batch device dry-run",
+    network="The rewards' generator, untuned.",
+    batch={"default": 16},
+    dry_run="Check and join everything, print the description as JSON, write nothing.",
+)
 def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> None:
     """Join rewards into one file whose score is an aggregate of theirs, for train.py --reward-ckpt.
 
-    Members are put on one scale by their scores of the same untuned samples. They should differ in their labels and in their
-    initialisation; five are usual. The reward that watches a run must not be among them.
+    Members are put on one scale by their scores of the same untuned samples. They should differ in their
+    labels and in their initialisation; five are usual. The reward that watches a run must not be among them.
 
     \b
     Example:
-        eg3d-rlhf reward join assets/reward.safetensors assets/reward-watch.safetensors --out=runs/example/joined.safetensors
+        eg3d-rlhf reward join assets/reward.safetensors assets/reward-watch.safetensors --out=both.safetensors
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a name ending in .safetensors, got {out.name}. Rename it.")
@@ -55,27 +76,48 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     if dry_run:
         click.echo(json.dumps(reward.describe(), indent=1))
         return
-    path, known = reward.save(out), reward.provenance
-    click.echo(f"{path}: {aggregate} of {len(known['joined'])} members; mean {known['score_mean']:.3f}, deviation {known['score_std']:.3f} "
-               f"over {SCALES.count} untuned samples")
+    path = reward.save(out)
+    known = reward.provenance
+    click.echo(
+        f"{path}: {aggregate} of {len(known['joined'])} members; mean {known['score_mean']:.3f}, deviation"
+        f" {known['score_std']:.3f} over {SCALES.count} untuned samples"
+    )
 
 
 @click.command("import", cls=GroupedCommand)
 @click.argument("source", metavar="SOURCE")
 @_written
-@option("--transform", type=click.Choice(["config", "published"]), default="config", group="Release",
-        help="Grid and value range from the configuration, or the published 256 points and [0, 100].")
-@option("--lattice", type=click.Choice(LATTICES), default="straight", group="Release",
-        help="Lattice that the written reward reads; skewed is the one it was trained on, and several times slower.")
-@shared("network latents device dry-run", network="Generator whose samples are scored.",
-        latents={"default": "0-3", "help": "Seeds to score, such as 0,2-5, or none."},
-        dry_run="Read and check everything, print what was found as JSON, write and score nothing.")
+@option(
+    "--transform",
+    type=click.Choice(["config", "published"]),
+    default="config",
+    group="Release",
+    help="Grid and value range from the configuration, or the published 256 points and [0, 100].",
+)
+@option(
+    "--lattice",
+    type=click.Choice(LATTICES),
+    default="straight",
+    group="Release",
+    help=(
+        "Lattice that the written reward reads; skewed is the one it was trained on, and several times"
+        " slower."
+    ),
+)
+@shared(
+    "network latents device dry-run",
+    network="Generator whose samples are scored.",
+    latents={"default": "0-3", "help": "Seeds to score, such as 0,2-5, or none."},
+    dry_run="Read and check everything, print what was found as JSON, write and score nothing.",
+)
 def release(source, out, transform, lattice, network, latents, device, dry_run) -> None:
-    """Convert the paper's released reward to this project's format, once, and show what its skewed training lattice makes of it.
+    """Convert the paper's released reward to this project's format, once, and show what its skewed training
+    lattice makes of it.
 
-    SOURCE is the folder with best_model.pt and release_config.yaml (or run_config.yaml), the weights file itself, or the word
-    synthetic:reward for a small untrained one in the same layout. Nothing in the files is executed. The reward is then scored on samples
-    of a generator, on the straight grid and on the lattice of its training data.
+    SOURCE is the folder with best_model.pt and release_config.yaml (or run_config.yaml), the weights file
+    itself, or the word synthetic:reward for a small untrained one in the same layout. Nothing in the files is
+    executed. The reward is then scored on samples of a generator, on the straight grid and on the lattice of
+    its training data.
 
     \b
     Example:
@@ -84,14 +126,19 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     with naming("--latents"):
         seeds = [] if latents == "none" else parse_seeds(latents)
     with naming("SOURCE"), tempfile.TemporaryDirectory() as folder:
-        reward = import_release(write_example(folder) if source == "synthetic:reward" else source, transform, lattice)
+        reward = import_release(
+            write_example(folder) if source == "synthetic:reward" else source, transform, lattice
+        )
     if dry_run:
         click.echo(json.dumps(reward.describe(), indent=1))
         return
     with naming("--out"):
         path = reward.save(out)
     parameters = sum(p.numel() for p in reward.parameters())
-    click.echo(f"{path}: {parameters:,} parameters, slab {list(reward.observation.shape[1:])} (z, y, x), {lattice} lattice")
+    click.echo(
+        f"{path}: {parameters:,} parameters, slab {list(reward.observation.shape[1:])} (z, y, x), {lattice}"
+        " lattice"
+    )
     if not seeds:
         return
     where = choose_device(device)

@@ -1,7 +1,9 @@
-"""Training a reward on labels of a generator's shapes, `train.py --mode=reward`, too. That of meshes is mesh_reward.py.
+"""Training a reward on labels of a generator's shapes, `train.py --mode=reward`, too. That of meshes is
+mesh_reward.py.
 
-With no flags: the bundled labels of the bundled generator, slabs of its density at 64 points per axis, the 'heads' network, the
-epoch chosen on 15 % of the labels and judged on another 15 %; a few minutes on two cores, into runs/NNNNN-reward-labels-heads-s0.
+With no flags: the bundled labels of the bundled generator, slabs of its density at 64 points per axis, the
+'heads' network, the epoch chosen on 15 % of the labels and judged on another 15 %; a few minutes on two
+cores, into runs/NNNNN-reward-labels-heads-s0.
 """
 
 from pathlib import Path
@@ -20,73 +22,224 @@ from eg3d_rlhf.rewards.train import default_options, with_changes
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS, STATE, TRAINING, RewardRun
 from training.distributed import SINGLE, Ranks, launch_identity
 
-HELP = """Train a reward network from labelled pairs of seeds, from labels of single seeds, or from both, and the generator that drew them.
+HELP = """Train a reward network from labelled pairs of seeds, from labels of single seeds, or from both, and
+the generator that drew them.
 
-With no options: the bundled generator and labels, a small network, a few minutes on two cores. Writes the reward, its accuracy on held-out
-pairs with a 95 % interval, and its learning curves into a run folder.
+With no options: the bundled generator and labels, a small network, a few minutes on two cores. Writes the
+reward, its accuracy on held-out pairs with a 95 % interval, and its learning curves into a run folder.
 
 \b
 Example:
-    python tools/train_reward.py --labels=runs/example/labels.jsonl --preset=tiny --epochs=2 --out=runs/example/reward
+    python tools/train_reward.py --labels=runs/example/labels.jsonl --preset=tiny --epochs=2 --out=runs/reward
 """
 BY_PRESET = "by preset"
 STORE = "Labels of a store"
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
 flags_of_rewards = together(
-    option("--labels", group="Data", metavar="FILE|URL", type=labels_source, default=None,
-           show_default="the bundled labels, or --unpaired alone",
-           help="Labels of pairs, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db."),
-    option("--observation", group="Data", metavar="KIND", default="sigma",
-           help="What the reward reads of a shape: sigma, its density slab; points, a cloud on its surface; lifted-points or "
-           "published-points, a cloud lifted from depth."),
-    option("--crop", group="Data", metavar="X X Y Y Z Z", type=click.FloatRange(0, 0.9), nargs=6, default=None,
-           show_default="of a slab, a head's for heads, else the paper's", help="Shares trimmed from each face of the cube."),
-    option("--any-generator", group="Data", is_flag=True, rare=True, help="Accept labels that name another generator."),
-    option("--wrong-faces", group="Data", is_flag=True,
-           help="A control: read other shapes than those that were labelled. Accuracy must then be near one half."),
-    option("--more-network", "more_networks", group="Data", rare=True, metavar="FILE", type=click.Path(path_type=Path), multiple=True,
-           show_default="none", help="A further generator that labels name; may be given again."),
-    option("--fractions", group="Data", rare=True, metavar="TRAIN VAL TEST", type=click.FloatRange(0, 1), nargs=3, default=None,
-           help="Shares of the labels per split."),
-    option("--campaign", group=STORE, metavar="NAME", default=None, show_default="all that collect preferences", help="Campaign."),
-    option("--annotator", "annotators", group=STORE, rare=True, metavar="NAME", multiple=True, help="Annotator; may be given again.",
-           show_default="all"),
-    option("--least-gold-accuracy", group=STORE, rare=True, metavar="0..1", type=click.FloatRange(0, 1), default=None, show_default="any",
-           help="Leave out annotators who got fewer gold checks right, or answered none."),
-    option("--drop-repeats", group=STORE, rare=True, is_flag=True, help="Keep each annotator's first answer to a pair alone."),
-    option("--min-milliseconds", group=STORE, rare=True, metavar="MS", type=click.IntRange(min=0), help="Leave out faster answers."),
-    option("--since", group=STORE, rare=True, metavar="TIME", default=None, show_default="the beginning",
-           help="Received from then on: ISO 8601, or seconds since 1970."),
-    option("--question", group=STORE, rare=True, metavar="NAME", default=None, show_default="which is better",
-           help="Take the votes on this question."),
-    option("--preset", group="Network", metavar="NAME", default=None, show_default="heads for sigma, else the observation's first",
-           help="Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma; pointnet, pointnet2 or curvenet "
-           "for points; small, coarse or resnet50 for depth, with -3 for three views."),
+    option(
+        "--labels",
+        group="Data",
+        metavar="FILE|URL",
+        type=labels_source,
+        default=None,
+        show_default="the bundled labels, or --unpaired alone",
+        help="Labels of pairs, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db.",
+    ),
+    option(
+        "--observation",
+        group="Data",
+        metavar="KIND",
+        default="sigma",
+        help=(
+            "What the reward reads of a shape: sigma, its density slab; points, a cloud on its surface;"
+            " lifted-points or published-points, a cloud lifted from depth."
+        ),
+    ),
+    option(
+        "--crop",
+        group="Data",
+        metavar="X X Y Y Z Z",
+        type=click.FloatRange(0, 0.9),
+        nargs=6,
+        default=None,
+        show_default="of a slab, a head's for heads, else the paper's",
+        help="Shares trimmed from each face of the cube.",
+    ),
+    option(
+        "--any-generator",
+        group="Data",
+        is_flag=True,
+        rare=True,
+        help="Accept labels that name another generator.",
+    ),
+    option(
+        "--wrong-faces",
+        group="Data",
+        is_flag=True,
+        help=(
+            "A control: read other shapes than those that were labelled. Accuracy must then be near one half."
+        ),
+    ),
+    option(
+        "--more-network",
+        "more_networks",
+        group="Data",
+        rare=True,
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        show_default="none",
+        help="A further generator that labels name; may be given again.",
+    ),
+    option(
+        "--fractions",
+        group="Data",
+        rare=True,
+        metavar="TRAIN VAL TEST",
+        type=click.FloatRange(0, 1),
+        nargs=3,
+        default=None,
+        help="Shares of the labels per split.",
+    ),
+    option(
+        "--campaign",
+        group=STORE,
+        metavar="NAME",
+        default=None,
+        show_default="all that collect preferences",
+        help="Campaign.",
+    ),
+    option(
+        "--annotator",
+        "annotators",
+        group=STORE,
+        rare=True,
+        metavar="NAME",
+        multiple=True,
+        help="Annotator; may be given again.",
+        show_default="all",
+    ),
+    option(
+        "--least-gold-accuracy",
+        group=STORE,
+        rare=True,
+        metavar="0..1",
+        type=click.FloatRange(0, 1),
+        default=None,
+        show_default="any",
+        help="Leave out annotators who got fewer gold checks right, or answered none.",
+    ),
+    option(
+        "--drop-repeats",
+        group=STORE,
+        rare=True,
+        is_flag=True,
+        help="Keep each annotator's first answer to a pair alone.",
+    ),
+    option(
+        "--min-milliseconds",
+        group=STORE,
+        rare=True,
+        metavar="MS",
+        type=click.IntRange(min=0),
+        help="Leave out faster answers.",
+    ),
+    option(
+        "--since",
+        group=STORE,
+        rare=True,
+        metavar="TIME",
+        default=None,
+        show_default="the beginning",
+        help="Received from then on: ISO 8601, or seconds since 1970.",
+    ),
+    option(
+        "--question",
+        group=STORE,
+        rare=True,
+        metavar="NAME",
+        default=None,
+        show_default="which is better",
+        help="Take the votes on this question.",
+    ),
+    option(
+        "--preset",
+        group="Network",
+        metavar="NAME",
+        default=None,
+        show_default="heads for sigma, else the observation's first",
+        help=(
+            "Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma;"
+            " pointnet, pointnet2 or curvenet for points; small, coarse or resnet50 for depth, with -3 for"
+            " three views."
+        ),
+    ),
     options_of(RewardRun, everywhere=BY_PRESET),
-    option("--bootstrap/--no-bootstrap", group="Network", rare=True, default=None, show_default="with several members",
-           help="Draw the training pairs with replacement, for each member by its own seed."),
-    option("--shared-start", group="Network", is_flag=True,
-           help="Train one network first, from which all members go on; --aggregate=warm does so anyway."),
-    option("--cosine/--no-cosine", group="Training", rare=True, default=None, help="Let the learning rate fall to 0; by the preset."),
-    option("--mirror/--no-mirror", group="Training", rare=True, default=None, show_default=BY_PRESET,
-           help="Augment what is read at random: slabs are flipped left-right."),
-    option("--out", group="Run", metavar="FOLDER", type=FOLDER, default=None, show_default="a numbered one in --outdir",
-           help="The run's folder itself."),
-    option("--cache", group="Run", metavar="FOLDER", type=FOLDER, default=None, show_default="RAM alone",
-           help="Keep what is drawn here between runs."),
-)  # fmt: skip
+    option(
+        "--bootstrap/--no-bootstrap",
+        group="Network",
+        rare=True,
+        default=None,
+        show_default="with several members",
+        help="Draw the training pairs with replacement, for each member by its own seed.",
+    ),
+    option(
+        "--shared-start",
+        group="Network",
+        is_flag=True,
+        help="Train one network first, from which all members go on; --aggregate=warm does so anyway.",
+    ),
+    option(
+        "--cosine/--no-cosine",
+        group="Training",
+        rare=True,
+        default=None,
+        help="Let the learning rate fall to 0; by the preset.",
+    ),
+    option(
+        "--mirror/--no-mirror",
+        group="Training",
+        rare=True,
+        default=None,
+        show_default=BY_PRESET,
+        help="Augment what is read at random: slabs are flipped left-right.",
+    ),
+    option(
+        "--out",
+        group="Run",
+        metavar="FOLDER",
+        type=FOLDER,
+        default=None,
+        show_default="a numbered one in --outdir",
+        help="The run's folder itself.",
+    ),
+    option(
+        "--cache",
+        group="Run",
+        metavar="FOLDER",
+        type=FOLDER,
+        default=None,
+        show_default="RAM alone",
+        help="Keep what is drawn here between runs.",
+    ),
+)
 
 
 def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict:
-    """What unpaired labels change of the defaults: their terms have weight, and, alone, nothing is learnt from pairs.
+    """What unpaired labels change of the defaults: their terms have weight, and, alone, nothing is learnt
+    from pairs.
 
-    The error counts in units of the score, 25 (reward - score / 5)^2, beside the divergence; beside pairs both count 25 times less.
+    The error counts in units of the score, 25 (reward - score / 5)^2, beside the divergence; beside pairs
+    both count 25 times less.
     """
     if unpaired is None:
         return {}
     paired = {name: 0 for name in ("pairs", "scalar", "bradley_terry")} if alone else {}
-    changed = {**paired, **({"regression": 25.0, "divergence": 1.0} if alone else {"regression": 1.0, "divergence": 0.04})}
+    changed = {
+        **paired,
+        **({"regression": 25.0, "divergence": 1.0} if alone else {"regression": 1.0, "divergence": 0.04}),
+    }
     if not any(options[name] for name in paired) and alone:
         changed["anchors"] = 0
     return {name: value for name, value in changed.items() if options[name] is None}
@@ -94,15 +247,31 @@ def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict
 
 def resolve(flags: Flags) -> RewardRun:
     """Command-line values -> the run, with the preset's defaults for what was not given."""
-    apart = ("labels", "observation", "preset", "outdir", "out", "desc", "device", "resume", "dry_run", "timeout")
+    apart = (
+        "labels",
+        "observation",
+        "preset",
+        "outdir",
+        "out",
+        "desc",
+        "device",
+        "resume",
+        "dry_run",
+        "timeout",
+    )
     options = {name: value for name, value in flags.items() if name not in apart}
-    names, unpaired, observation = set(RewardRun.__dataclass_fields__), flags["unpaired"], flags["observation"]
+    names = set(RewardRun.__dataclass_fields__)
+    unpaired = flags["unpaired"]
+    observation = flags["observation"]
     options |= unpaired_settings(unpaired, flags["labels"] is None, options)
     labels = flags["labels"] or unpaired or BUNDLED_LABELS
     filters = {k: value for k in LabelFilters.__dataclass_fields__ if (value := options.pop(k)) is not None}
     source = source_named(labels, unpaired, options["split_seed"] or 0, filters)
     given = {k: v for k, v in options.items() if k in names and v is not None}
-    given = {**{k: v for k, v in find_preset(flags["preset"], observation).observe.items() if k in names}, **given}
+    given = {
+        **{k: v for k, v in find_preset(flags["preset"], observation).observe.items() if k in names},
+        **given,
+    }
     defaults = default_options(flags["preset"], observation)
     if options["bootstrap"] is None:
         options["bootstrap"] = given.get("members", 1) > 1
@@ -110,10 +279,19 @@ def resolve(flags: Flags) -> RewardRun:
     return RewardRun(labels=source, observation=observation, train=trained, **given)
 
 
-def source_named(labels: str | Path, unpaired: Path | None, split_seed: int, filters: dict | None) -> LabelSource:
-    """Labels by the name of their file or store; of single shapes alone, the pairs that they make. Raises: ValueError."""
+def source_named(
+    labels: str | Path, unpaired: Path | None, split_seed: int, filters: dict | None
+) -> LabelSource:
+    """Labels by the name of their file or store; of single shapes alone, the pairs that they make.
+
+    Raises: ValueError.
+    """
     source = label_source(labels, LabelFilters(**(filters or {})))
-    return source_of_unpaired(Path(labels), split_seed) if unpaired is not None and Path(labels) == unpaired else source
+    return (
+        source_of_unpaired(Path(labels), split_seed)
+        if unpaired is not None and Path(labels) == unpaired
+        else source
+    )
 
 
 def settings_of(folder: Path, flags: Flags, ranks: Ranks) -> RewardRun:
@@ -121,32 +299,68 @@ def settings_of(folder: Path, flags: Flags, ranks: Ranks) -> RewardRun:
     del flags
     values = ranks.broadcast(recorded(folder) if ranks.main else None)
     if not values:
-        raise FileNotFoundError(f"--resume: expected the folder of a reward's training, got {folder}. Check the path.")
+        raise FileNotFoundError(
+            f"--resume: expected the folder of a reward's training, got {folder}. Check the path."
+        )
     if "train" not in values or "labels" not in values:
-        raise ValueError(f"--resume: expected the folder of a reward's training, got another run's, {folder}. Name another.")
+        raise ValueError(
+            f"--resume: expected the folder of a reward's training, got another run's, {folder}. Name"
+            " another."
+        )
     unpaired = None if values["unpaired"] is None else Path(values["unpaired"])
-    filters = values["filters"] and {**values["filters"], "annotators": tuple(values["filters"]["annotators"])}
-    return RewardRun.from_dict(values, source_named(labels_source(values["labels"]), unpaired, values["split_seed"], filters))
+    filters = values["filters"] and {
+        **values["filters"],
+        "annotators": tuple(values["filters"]["annotators"]),
+    }
+    return RewardRun.from_dict(
+        values, source_named(labels_source(values["labels"]), unpaired, values["split_seed"], filters)
+    )
 
 
 class RewardMode(Mode[RewardRun]):
     """A mode whose run may have a folder of its own name, `--out`."""
 
-    def start(self, settings: RewardRun, outdir: Path, flags: Flags | None = None, ranks: Ranks | None = None) -> Path:
+    def start(
+        self, settings: RewardRun, outdir: Path, flags: Flags | None = None, ranks: Ranks | None = None
+    ) -> Path:
         """As `Mode.start`. Raises: ValueError where --out is taken."""
-        folder, ranks = (flags or Flags()).get("out"), ranks or SINGLE
+        folder = (flags or Flags()).get("out")
+        ranks = ranks or SINGLE
         if folder is None:
             return super().start(settings, outdir, flags, ranks)
-        launched = ranks.restarts and ranks.broadcast(recorded(folder).get("launch") == launch_identity() if ranks.main else None)
+        launched = ranks.restarts and ranks.broadcast(
+            recorded(folder).get("launch") == launch_identity() if ranks.main else None
+        )
         if taken := ranks.broadcast((folder / STATE).exists() if ranks.main else None):
             if not launched:
-                raise ValueError(f"--out: expected a new folder, got {folder} with a run in it. Pass --resume={folder}, or another --out.")
-        return self.go_on(settings, folder, flags, ranks) if taken else self.begin(settings, folder, flags, ranks)
+                raise ValueError(
+                    f"--out: expected a new folder, got {folder} with a run in it. Pass --resume={folder}, or"
+                    " another --out."
+                )
+        return (
+            self.go_on(settings, folder, flags, ranks)
+            if taken
+            else self.begin(settings, folder, flags, ranks)
+        )
 
 
-MODES.add("reward", RewardMode(
-    name=TRAINING.name, help=HELP, settings=RewardRun, open=TRAINING.open, work=TRAINING.work, flags=flags_of_rewards, resolve=resolve,
-    title=lambda settings, _: f"reward-{source_stem(settings.labels.settings['labels'])}-{settings.train.preset}-s{settings.train.seed}",
-    record=TRAINING.record, recorded=settings_of, shown=TRAINING.shown, changes=None,
-))  # fmt: skip
+MODES.add(
+    "reward",
+    RewardMode(
+        name=TRAINING.name,
+        help=HELP,
+        settings=RewardRun,
+        open=TRAINING.open,
+        work=TRAINING.work,
+        flags=flags_of_rewards,
+        resolve=resolve,
+        title=lambda settings, _: (
+            f"reward-{source_stem(settings.labels.settings['labels'])}-{settings.train.preset}-s{settings.train.seed}"
+        ),
+        record=TRAINING.record,
+        recorded=settings_of,
+        shown=TRAINING.shown,
+        changes=None,
+    ),
+)
 train = MODES["reward"].command

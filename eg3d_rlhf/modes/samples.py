@@ -18,48 +18,111 @@ from eg3d_rlhf.evaluation.pictures import image_sheet, shape_sheet
 from eg3d_rlhf.experiments.media import rendering
 from eg3d_rlhf.experiments.media.video import Film, FilmOptions, check_mp4, write_mp4
 from eg3d_rlhf.generators import check_seeds, load_generator, ws_of_seeds
-from eg3d_rlhf.geometry.mesh_export import MeshOptions, check_mesh_suffix, export_mesh, save_shape, shape_suffix
+from eg3d_rlhf.geometry.mesh_export import (
+    MeshOptions,
+    check_mesh_suffix,
+    export_mesh,
+    save_shape,
+    shape_suffix,
+)
 from training.dataset import ImageFolderDataset
 from training.heads.people import LATENT
 from training.progress import tqdm
 from training.storage import write_atomic
 from training.synthetic_heads import resolve_dataset
 
-YAWS, PITCH = (0.4, 0.0, -0.4), -0.2  # radians, of the three views
+# radians, of the three views
+YAWS = (0.4, 0.0, -0.4)
+PITCH = -0.2
 SURFACE = MeshOptions()
 _PSI = {"default": 1.0, "type": click.FloatRange(min=0)}
 _sampling = together(
-    shared("outdir network latents psi", "cutoff", outdir={"required": True}, latents={"required": True}, psi=_PSI),
-    option("--noise-mode", rare=True, type=click.Choice(NOISE_MODES), default="const",
-           help="Noise of the synthesis; random is drawn from the (first) seed."),
+    shared(
+        "outdir network latents psi",
+        "cutoff",
+        outdir={"required": True},
+        latents={"required": True},
+        psi=_PSI,
+    ),
+    option(
+        "--noise-mode",
+        rare=True,
+        type=click.Choice(NOISE_MODES),
+        default="const",
+        help="Noise of the synthesis; random is drawn from the (first) seed.",
+    ),
 )
 
 
 def _shapes(rare: bool = False):
     return together(
-        option("--shapes", metavar="BOOL", type=bool, default=False, group="Shapes",
-               help="Write shapes too; of a film, of every frame's first cell."),
-        option("--shape-res", rare=rare, metavar="POINTS", type=click.IntRange(16, 1024), default=512, group="Shapes",
-               help="Grid points per axis."),
-        option("--shape-format", rare=rare, metavar="NAME", default=".mrc", group="Shapes",
-               help=".mrc (density), .ply, .obj or .glb (surface)."),
-    )  # fmt: skip
+        option(
+            "--shapes",
+            metavar="BOOL",
+            type=bool,
+            default=False,
+            group="Shapes",
+            help="Write shapes too; of a film, of every frame's first cell.",
+        ),
+        option(
+            "--shape-res",
+            rare=rare,
+            metavar="POINTS",
+            type=click.IntRange(16, 1024),
+            default=512,
+            group="Shapes",
+            help="Grid points per axis.",
+        ),
+        option(
+            "--shape-format",
+            rare=rare,
+            metavar="NAME",
+            default=".mrc",
+            group="Shapes",
+            help=".mrc (density), .ply, .obj or .glb (surface).",
+        ),
+    )
 
 
 @click.command("images", cls=GroupedCommand)
 @_sampling
-@option("--fov-deg", metavar="DEGREES", type=click.FloatRange(0, 180, min_open=True, max_open=True), default=rendering.FFHQ_FOV,
-        group="Samples", help="Field of view over the image's diagonal; the default of EG3D's tool is 18.")
+@option(
+    "--fov-deg",
+    metavar="DEGREES",
+    type=click.FloatRange(0, 180, min_open=True, max_open=True),
+    default=rendering.FFHQ_FOV,
+    group="Samples",
+    help="Field of view over the image's diagonal; the default of EG3D's tool is 18.",
+)
 @_shapes()
 @option("--shape-level", rare=True, type=float, help="Raw density of the surface; else the generator's own.")
-@option("--shape-border", rare=True, type=click.FloatRange(0, 0.5, max_open=True),
-        help="Share of the cube to clear along each face; else the generator's, 30/256 of EG3D's.")
+@option(
+    "--shape-border",
+    rare=True,
+    type=click.FloatRange(0, 0.5, max_open=True),
+    help="Share of the cube to clear along each face; else the generator's, 30/256 of EG3D's.",
+)
 @shared("device dry-run")
-def images(outdir, network, latents, psi, cutoff, noise_mode, fov_deg, shapes, shape_res, shape_format, shape_level, shape_border,
-           device, dry_run) -> None:
+def images(
+    outdir,
+    network,
+    latents,
+    psi,
+    cutoff,
+    noise_mode,
+    fov_deg,
+    shapes,
+    shape_res,
+    shape_format,
+    shape_level,
+    shape_border,
+    device,
+    dry_run,
+) -> None:
     """Render samples of a generator: three views per seed side by side, and their shapes on request.
 
-    Writes seedXXXX.png into the output folder, seen from yaw +0.4, 0 and -0.4 at pitch -0.2; --shapes adds seedXXXX.ply (.obj, .glb, .mrc).
+    Writes seedXXXX.png into the output folder, seen from yaw +0.4, 0 and -0.4 at pitch -0.2; --shapes adds
+    seedXXXX.ply (.obj, .glb, .mrc).
 
     \b
     Example:
@@ -71,9 +134,19 @@ def images(outdir, network, latents, psi, cutoff, noise_mode, fov_deg, shapes, s
         suffix = shape_suffix(shape_format)
     if dry_run:
         settings = {
-            "outdir": str(outdir), "network": str(network or "bundled"), "seeds": seeds, "trunc": psi, "trunc_cutoff": cutoff,
-            "noise_mode": noise_mode, "fov_deg": fov_deg, "shapes": shapes, "shape_res": shape_res, "shape_format": suffix,
-            "shape_level": shape_level, "shape_border": shape_border, "device": device,
+            "outdir": str(outdir),
+            "network": str(network or "bundled"),
+            "seeds": seeds,
+            "trunc": psi,
+            "trunc_cutoff": cutoff,
+            "noise_mode": noise_mode,
+            "fov_deg": fov_deg,
+            "shapes": shapes,
+            "shape_res": shape_res,
+            "shape_format": suffix,
+            "shape_level": shape_level,
+            "shape_border": shape_border,
+            "device": device,
         }
         click.echo(json.dumps(settings, indent=1))
         return
@@ -96,29 +169,94 @@ def images(outdir, network, latents, psi, cutoff, noise_mode, fov_deg, shapes, s
 
 @click.command("videos", cls=GroupedCommand)
 @_sampling
-@option("--interpolate", metavar="BOOL", type=bool, default=True, help="Walk through the seeds, or film each on its own.", group="Film")
+@option(
+    "--interpolate",
+    metavar="BOOL",
+    type=bool,
+    default=True,
+    help="Walk through the seeds, or film each on its own.",
+    group="Film",
+)
 @option("--grid", metavar="WxH", default="1x1", help="Cells across and down.", group="Film")
-@option("--num-keyframes", "keyframes", rare=True, type=click.IntRange(min=1),
-        help="Latents that a cell walks through; else seeds / cells.")
-@option("--w-frames", "frames", metavar="INT", type=click.IntRange(min=1), default=120, help="Frames between two keyframes.", group="Film")
-@option("--shuffle-seed", rare=True, type=click.IntRange(0, 2**32 - 1), help="Seed of the order of the seeds; else as given.")
-@option("--image_mode", "--image-mode", "mode", metavar="NAME", type=click.Choice(rendering.MODES), default="image", group="Film",
-        help="image, image_depth or image_raw.")
-@option("--cfg", metavar="NAME", type=click.Choice(list(rendering.CAMERAS), case_sensitive=False), default=None, group="Film",
-        show_default="the network's own camera", help="Pivot and field of view of FFHQ, AFHQ or Shapenet.")
-@option("--sample_mult", "--sample-mult", "sample_mult", rare=True, type=click.FloatRange(0, min_open=True), default=2.0,
-        help="Times the samples per ray.")
-@option("--nrr", rare=True, type=click.IntRange(min=1), help="Rendered pixels per edge; else the network's own.")
+@option(
+    "--num-keyframes",
+    "keyframes",
+    rare=True,
+    type=click.IntRange(min=1),
+    help="Latents that a cell walks through; else seeds / cells.",
+)
+@option(
+    "--w-frames",
+    "frames",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=120,
+    help="Frames between two keyframes.",
+    group="Film",
+)
+@option(
+    "--shuffle-seed",
+    rare=True,
+    type=click.IntRange(0, 2**32 - 1),
+    help="Seed of the order of the seeds; else as given.",
+)
+@option(
+    "--image_mode",
+    "--image-mode",
+    "mode",
+    metavar="NAME",
+    type=click.Choice(rendering.MODES),
+    default="image",
+    group="Film",
+    help="image, image_depth or image_raw.",
+)
+@option(
+    "--cfg",
+    metavar="NAME",
+    type=click.Choice(list(rendering.CAMERAS), case_sensitive=False),
+    default=None,
+    group="Film",
+    show_default="the network's own camera",
+    help="Pivot and field of view of FFHQ, AFHQ or Shapenet.",
+)
+@option(
+    "--sample_mult",
+    "--sample-mult",
+    "sample_mult",
+    rare=True,
+    type=click.FloatRange(0, min_open=True),
+    default=2.0,
+    help="Times the samples per ray.",
+)
+@option(
+    "--nrr", rare=True, type=click.IntRange(min=1), help="Rendered pixels per edge; else the network's own."
+)
 @option("--fps", rare=True, type=click.FloatRange(1, 240), default=60.0, help="Frames per second.")
 @option("--bitrate", rare=True, default="10M", help="Of the mp4, in ffmpeg's notation.")
 @_shapes(rare=True)
 @shared("device dry-run")
-def videos(outdir, network, latents, interpolate, grid, cfg, sample_mult, nrr, fps, bitrate, shapes, shape_res, shape_format,
-           device, dry_run, **film) -> None:
+def videos(
+    outdir,
+    network,
+    latents,
+    interpolate,
+    grid,
+    cfg,
+    sample_mult,
+    nrr,
+    fps,
+    bitrate,
+    shapes,
+    shape_res,
+    shape_format,
+    device,
+    dry_run,
+    **film,
+) -> None:
     """Film a generator: the camera swings about each sample while the latent walks through the seeds.
 
-    Writes interpolation.mp4, or with --interpolate=False one SEED.mp4 per seed in which the latent stands still. The frames are
-    keyframes x --w-frames; a keyframe is a seed of one cell of the grid.
+    Writes interpolation.mp4, or with --interpolate=False one SEED.mp4 per seed in which the latent stands
+    still. The frames are keyframes x --w-frames; a keyframe is a seed of one cell of the grid.
 
     \b
     Example:
@@ -140,9 +278,20 @@ def videos(outdir, network, latents, interpolate, grid, cfg, sample_mult, nrr, f
         counts = {name: len(options.cells(group)[0]) * options.frames for name, group in groups.items()}
     if dry_run:
         settings = {
-            "outdir": str(outdir), "network": str(network or "bundled"), "films": {f"{name}.mp4": n for name, n in counts.items()},
-            "interpolate": interpolate, **asdict(options), "cfg": cfg, "sample_mult": sample_mult, "nrr": nrr, "fps": fps,
-            "bitrate": bitrate, "shapes": shapes, "shape_res": shape_res, "shape_format": suffix, "device": device,
+            "outdir": str(outdir),
+            "network": str(network or "bundled"),
+            "films": {f"{name}.mp4": n for name, n in counts.items()},
+            "interpolate": interpolate,
+            **asdict(options),
+            "cfg": cfg,
+            "sample_mult": sample_mult,
+            "nrr": nrr,
+            "fps": fps,
+            "bitrate": bitrate,
+            "shapes": shapes,
+            "shape_res": shape_res,
+            "shape_format": suffix,
+            "device": device,
         }
         click.echo(json.dumps(settings, indent=1))
         return
@@ -154,32 +303,79 @@ def videos(outdir, network, latents, interpolate, grid, cfg, sample_mult, nrr, f
     look = RenderOptions(resolution=nrr, sample_mult=sample_mult)
     for name, group in groups.items():
         frames = Film(generator, group, cameras, options, look)
-        path = write_mp4(outdir / f"{name}.mp4", tqdm(frames, total=frames.count, unit="frame", desc=f"{name}.mp4"), fps, bitrate)
+        path = write_mp4(
+            outdir / f"{name}.mp4",
+            tqdm(frames, total=frames.count, unit="frame", desc=f"{name}.mp4"),
+            fps,
+            bitrate,
+        )
         click.echo(f"{path}: {frames.count} frames")
-        for index in tqdm(range(frames.count if shapes else 0), unit="shape", desc=f"{name}_shapes/", disable=not shapes):  # first cell
+        # first cell
+        for index in tqdm(
+            range(frames.count if shapes else 0), unit="shape", desc=f"{name}_shapes/", disable=not shapes
+        ):
             with rendering.StageBar(f"frame {index} ") as bar:
                 shape = generator.field(frames.ws(index)[0], options.noise_mode)
                 save_shape(outdir / f"{name}_shapes" / f"{index:04d}_shape{suffix}", shape, surface, bar)
 
 
 @click.command("mesh", cls=GroupedCommand)
-@option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Mesh to write (.ply, .obj, .glb).")
-@shared("network seed psi", "cutoff", seed={"type": click.IntRange(0, 2**32 - 1), "help": "Seed of the latent."}, psi=_PSI)
-@option("--resolution", "--shape-res", "resolution", metavar="POINTS", type=click.IntRange(16, 1024), default=SURFACE.resolution,
-        help="Grid points per axis.", group="Surface")
+@option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="Mesh to write (.ply, .obj, .glb).",
+)
+@shared(
+    "network seed psi",
+    "cutoff",
+    seed={"type": click.IntRange(0, 2**32 - 1), "help": "Seed of the latent."},
+    psi=_PSI,
+)
+@option(
+    "--resolution",
+    "--shape-res",
+    "resolution",
+    metavar="POINTS",
+    type=click.IntRange(16, 1024),
+    default=SURFACE.resolution,
+    help="Grid points per axis.",
+    group="Surface",
+)
 @option("--level", rare=True, type=float, help="Raw density of the surface; else the generator's own.")
-@option("--border", rare=True, type=click.FloatRange(0, 0.5, max_open=True), default=SURFACE.border,
-        help="Share of the cube to trim from each face.")
-@option("--component", rare=True, type=click.Choice(["largest", "all"]), default=SURFACE.component,
-        help="Parts to keep: the one of largest volume, or all.")
-@option("--faces", metavar="INT", type=click.IntRange(min=4), default=None, help="Decimate to about so many faces.", group="Surface",
-        show_default="all")
-@option("--colors", rare=True, type=bool, default=SURFACE.colors, help="Vertex colours from the radiance field.")
+@option(
+    "--border",
+    rare=True,
+    type=click.FloatRange(0, 0.5, max_open=True),
+    default=SURFACE.border,
+    help="Share of the cube to trim from each face.",
+)
+@option(
+    "--component",
+    rare=True,
+    type=click.Choice(["largest", "all"]),
+    default=SURFACE.component,
+    help="Parts to keep: the one of largest volume, or all.",
+)
+@option(
+    "--faces",
+    metavar="INT",
+    type=click.IntRange(min=4),
+    default=None,
+    help="Decimate to about so many faces.",
+    group="Surface",
+    show_default="all",
+)
+@option(
+    "--colors", rare=True, type=bool, default=SURFACE.colors, help="Vertex colours from the radiance field."
+)
 @shared("device dry-run")
 def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     """Turn one sample of a generator into a closed triangle mesh, and check it.
 
-    Writes FILE (.ply, .obj or .glb) and, beside it, a report FILE.json. Exit code 1 where the mesh is not watertight.
+    Writes FILE (.ply, .obj or .glb) and, beside it, a report FILE.json. Exit code 1 where the mesh is not
+    watertight.
 
     \b
     Example:
@@ -190,7 +386,13 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         check_mesh_suffix(out, "samples mesh")
     latent = {"seed": seed, "trunc": psi, "trunc_cutoff": cutoff, "noise_mode": "const"}
     if dry_run:
-        resolved = {"out": str(out), "network": str(network or "bundled"), **latent, "device": device, **asdict(options)}
+        resolved = {
+            "out": str(out),
+            "network": str(network or "bundled"),
+            **latent,
+            "device": device,
+            **asdict(options),
+        }
         click.echo(json.dumps(resolved, indent=1))
         return
     with naming("--network"):
@@ -206,22 +408,40 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         bar("writing", 1, 1)
     report.write(out.with_name(out.name + ".json"), network=loaded.hash, **latent, options=asdict(options))
     parts = f"{report.components} of {report.components_extracted} parts"
-    tight = "watertight" if report.watertight else f"NOT watertight ({report.open_edges} open, {report.shared_edges} shared half-edges)"
+    tight = (
+        "watertight"
+        if report.watertight
+        else f"NOT watertight ({report.open_edges} open, {report.shared_edges} shared half-edges)"
+    )
     normals = "normals outward" if report.outward else "normals NOT outward"
-    click.echo(f"{out}: {report.vertices} vertices, {report.faces} faces, {parts}, {tight}, {normals}, volume {report.volume:.4g}")
+    click.echo(
+        f"{out}: {report.vertices} vertices, {report.faces} faces, {parts}, {tight}, {normals}, volume"
+        f" {report.volume:.4g}"
+    )
     if not report.watertight:
         sys.exit(1)
 
 
 @click.command("sheet", cls=GroupedCommand)
-@shared("outdir network data latents psi", outdir={"required": True},
-        data={"default": bundled.DATA, "show_default": True, "help": "Images to show beside."},
-        latents={"default": f"{JUDGE.first}-{JUDGE.first + 31}"},
-        psi={"default": None, "show_default": f"{Sources.psi}; shapes of heads of people 1"})
-@option("--shapes", metavar="INT", type=click.IntRange(0), default=16, group="Samples", help="How many of the seeds to show as shapes.")
+@shared(
+    "outdir network data latents psi",
+    outdir={"required": True},
+    data={"default": bundled.DATA, "show_default": True, "help": "Images to show beside."},
+    latents={"default": f"{JUDGE.first}-{JUDGE.first + 31}"},
+    psi={"default": None, "show_default": f"{Sources.psi}; shapes of heads of people 1"},
+)
+@option(
+    "--shapes",
+    metavar="INT",
+    type=click.IntRange(0),
+    default=16,
+    group="Samples",
+    help="How many of the seeds to show as shapes.",
+)
 @shared("device dry-run")
 def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
-    """Draw contact sheets of a generator: images.png (beside as many of the data, under their cameras), shapes.png (in front and behind).
+    """Draw contact sheets of a generator: images.png (beside as many of the data, under their cameras),
+    shapes.png (in front and behind).
 
     \b
     Example:
@@ -230,8 +450,15 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
     with naming("--latents"):
         seeds = rendering.parse_seeds(latents)
     if dry_run:
-        settings = {"outdir": str(outdir), "network": str(network or "bundled"), "data": data, "latents": seeds, "shapes": shapes,
-                    "psi": psi, "device": device}
+        settings = {
+            "outdir": str(outdir),
+            "network": str(network or "bundled"),
+            "data": data,
+            "latents": seeds,
+            "shapes": shapes,
+            "psi": psi,
+            "device": device,
+        }
         click.echo(json.dumps(settings, indent=1))
         return
     with naming("--network"):
@@ -239,11 +466,15 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
     with naming("--data"):
         dataset = ImageFolderDataset(resolve_dataset(data), use_labels=True, c_dim=25)
         if len(dataset) < len(seeds):
-            raise ValueError(f"expected at least {len(seeds)} images, got {len(dataset)}. Name fewer --latents.")
+            raise ValueError(
+                f"expected at least {len(seeds)} images, got {len(dataset)}. Name fewer --latents."
+            )
     named = data.startswith("synthetic:") and generator.z_dim == LATENT  # a truncated latent names no head
     sheets = {"images.png": image_sheet(generator, dataset, seeds, Sources.psi if psi is None else psi)}
     if shapes:
-        sheets["shapes.png"] = shape_sheet(generator, seeds[:shapes], psi if psi is not None else 1.0 if named else Sources.psi)
+        sheets["shapes.png"] = shape_sheet(
+            generator, seeds[:shapes], psi if psi is not None else 1.0 if named else Sources.psi
+        )
     for name, picture in sheets.items():
         write_atomic(outdir / name, rendering.png(picture))
     click.echo(f"{outdir}: {', '.join(sheets)}")

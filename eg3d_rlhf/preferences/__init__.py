@@ -1,3 +1,5 @@
 """Preference labels: formats, splits, losses, and the annotators that give them."""
 
-GOOD, BAD = 4.0, 3.5  # of a single shape: least score of a preferred one, highest of one that is not
+# of a single shape: least score of a preferred one, highest of one that is not
+GOOD = 4.0
+BAD = 3.5

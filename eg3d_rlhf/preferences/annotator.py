@@ -1,12 +1,16 @@
-"""A programmatic annotator of heads of people: says which of two scans is the better one, by the whole heads that their latents name.
+"""A programmatic annotator of heads of people: says which of two scans is the better one, by the whole heads
+that their latents name.
 
-A shape is a grid of values, negative inside: signed distances of a head, or level minus density; the whole head is one of distances. Only
-where values change their sign counts, and how they do within two voxels of it, never how steep they are.
-utility = sum_d WEIGHTS[d] * exp(-defect_d / SCALES[d]) lies in (0, 1], is 1 for the whole head itself, and falls strictly with every
-defect.
-Labels follow Bradley and Terry (1952), with lapses: P(a preferred over b) = LAPSES + (1 - 2 LAPSES) / (1 + exp(-(u_a - u_b) / T)).
+A shape is a grid of values, negative inside: signed distances of a head, or level minus density; the whole
+head is one of distances. Only where values change their sign counts, and how they do within two voxels of it,
+never how steep they are.
+utility = sum_d WEIGHTS[d] * exp(-defect_d / SCALES[d]) lies in (0, 1], is 1 for the whole head itself, and
+falls strictly with every defect.
+Labels follow Bradley and Terry (1952), with lapses: P(a preferred over b) = LAPSES + (1 - 2
+LAPSES) / (1 + exp(-(u_a - u_b) / T)).
 
-Shape letters: n points along x, y, z, the middles of the cube's voxels (`people_mesh.grid_points`); S = samples, P = pairs.
+Shape letters: n points along x, y, z, the middles of the cube's voxels (`people_mesh.grid_points`);
+S = samples, P = pairs.
 """
 
 import functools
@@ -28,7 +32,8 @@ DETAIL = 0.016  # world units; relief finer than a Gaussian of this deviation is
 
 DEFECTS = ("missing", "extra", "floaters", "roughness", "face")
 WEIGHTS = {"missing": 0.52, "extra": 0.24, "floaters": 0.08, "roughness": 0.06, "face": 0.10}
-SCALES = {"missing": 0.6, "extra": 0.4, "floaters": 0.1, "roughness": 0.5, "face": 0.5}  # defects that cost 63 % of their part
+# defects that cost 63 % of their part
+SCALES = {"missing": 0.6, "extra": 0.4, "floaters": 0.1, "roughness": 0.5, "face": 0.5}
 
 ANNOTATOR = "people"  # name in the labels
 LAPSES = 0.02  # share of answers that are mistakes of the hand, whatever the shapes are
@@ -74,7 +79,8 @@ def _at_surface(inside: np.ndarray) -> np.ndarray:
     """Voxels [n, n, n] with a neighbour on the other side of the surface."""
     beside = np.zeros_like(inside)
     for axis in range(3):
-        mine, other = np.moveaxis(beside, axis, 0), np.moveaxis(inside, axis, 0)
+        mine = np.moveaxis(beside, axis, 0)
+        other = np.moveaxis(inside, axis, 0)
         changes = other[1:] != other[:-1]
         mine[1:] |= changes
         mine[:-1] |= changes
@@ -88,27 +94,42 @@ def largest_part(inside: np.ndarray) -> np.ndarray:
 
 
 def defects(values: np.ndarray, whole: np.ndarray) -> dict[str, float]:
-    """DEFECTS of a shape [n, n, n] against the whole head [n, n, n]; 0 is ideal, larger is worse, all finite for any values.
+    """DEFECTS of a shape [n, n, n] against the whole head [n, n, n]; 0 is ideal, larger is worse, all finite
+    for any values.
 
-    missing: what the head has and the shape's largest part has not, over the volume of the head's back. extra: what that part has too
-    much, likewise. floaters: all other parts, likewise. roughness: |log| of the ratio of the fine relief of both surfaces where they run
-    close together, so that a surface which is smoother than the head's own has it, too. face: mean distance of the face's surface to the
-    shape's, in voxels.
+    missing: what the head has and the shape's largest part has not, over the volume of the head's back.
+    extra: what that part has too much, likewise. floaters: all other parts, likewise. roughness: |log| of the
+    ratio of the fine relief of both surfaces where they run close together, so that a surface which is
+    smoother than the head's own has it, too. face: mean distance of the face's surface to the shape's, in
+    voxels.
     """
     assert values.shape == whole.shape and values.ndim == 3
     values = np.nan_to_num(np.asarray(values, np.float32), nan=1e4, posinf=1e4, neginf=-1e4)
     head, back, face = _places(len(values))
-    inside, named = values < 0, whole < 0
+    inside = values < 0
+    named = whole < 0
     if inside.all():  # no surface is to be seen
         inside = ~inside
-    part, body = largest_part(inside), largest_part(named)
+    part = largest_part(inside)
+    body = largest_part(named)
     volume = max(int((body & back).sum()), 1)
-    shares = {name: float((mask & head).sum() / volume)
-              for name, mask in (("missing", body & ~part), ("extra", part & ~body), ("floaters", inside & ~part & ~named))}
-    mine, own = _offsets(values), _offsets(np.asarray(whole, np.float32))
+    shares = {
+        name: float((mask & head).sum() / volume)
+        for name, mask in (
+            ("missing", body & ~part),
+            ("extra", part & ~body),
+            ("floaters", inside & ~part & ~named),
+        )
+    }
+    mine = _offsets(values)
+    own = _offsets(np.asarray(whole, np.float32))
     surface = _at_surface(named) & head
     both = surface & (np.abs(mine) < NEAR)
-    rough = [float(np.sqrt(np.square(_detail(offsets)[both]).mean())) for offsets in (mine, own)] if both.any() else [0.0, 1.0]
+    rough = (
+        [float(np.sqrt(np.square(_detail(offsets)[both]).mean())) for offsets in (mine, own)]
+        if both.any()
+        else [0.0, 1.0]
+    )
     seen = surface & face
     return {
         **shares,
@@ -118,7 +139,9 @@ def defects(values: np.ndarray, whole: np.ndarray) -> dict[str, float]:
 
 
 def utility(values: np.ndarray, whole: np.ndarray) -> Utility:
-    """Judge a shape [n, n, n] by the whole head [n, n, n] that its latent names; 64 points along an axis are the intended range."""
+    """Judge a shape [n, n, n] by the whole head [n, n, n] that its latent names; 64 points along an axis are
+    the intended range.
+    """
     found = defects(values, whole)
     parts = {name: float(np.exp(-found[name] / SCALES[name])) for name in DEFECTS}
     return Utility(total=sum(WEIGHTS[name] * parts[name] for name in DEFECTS), parts=parts, defects=found)
@@ -132,7 +155,9 @@ class PairLabel(NamedTuple):
     clean: bool  # the noise-free order agrees (a tie counts as agreeing)
 
 
-def _gaps(utilities: ArrayLike, pairs: Sequence[tuple[int, int]] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _gaps(
+    utilities: ArrayLike, pairs: Sequence[tuple[int, int]] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Pairs as int64 [P, 2] and their utility differences u_a - u_b, float64 [P]."""
     index = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
     values = np.asarray(utilities, dtype=np.float64)
@@ -141,19 +166,25 @@ def _gaps(utilities: ArrayLike, pairs: Sequence[tuple[int, int]] | np.ndarray) -
 
 
 def label_pairs(
-    utilities: ArrayLike, pairs: Sequence[tuple[int, int]] | np.ndarray, temperature: float, rng: np.random.Generator
+    utilities: ArrayLike,
+    pairs: Sequence[tuple[int, int]] | np.ndarray,
+    temperature: float,
+    rng: np.random.Generator,
 ) -> list[PairLabel]:
     """Draw one judgement per pair.
 
-    Args: `utilities` [S]; `pairs` [P, 2] of indices into them; `temperature` >= 0 in units of utility, 0 for labels without noise and
-    lapses; `rng` is advanced by exactly P uniform draws.
+    Args: `utilities` [S]; `pairs` [P, 2] of indices into them; `temperature` >= 0 in units of utility, 0 for
+    labels without noise and lapses; `rng` is advanced by exactly P uniform draws.
     Returns P labels in the order of `pairs`.
     """
     assert temperature >= 0
     index, gap = _gaps(utilities, pairs)
     draw = rng.random(len(index))
     noisy = temperature > 0
-    chance = LAPSES + (1 - 2 * LAPSES) * expit(gap / temperature) if noisy else np.where(gap == 0, 0.5, gap > 0)  # P(a preferred) [P]
+    # P(a preferred) [P]
+    chance = (
+        LAPSES + (1 - 2 * LAPSES) * expit(gap / temperature) if noisy else np.where(gap == 0, 0.5, gap > 0)
+    )
     first = draw < chance
     return [
         PairLabel(int(a if won else b), int(b if won else a), bool((delta >= 0) if won else (delta <= 0)))
@@ -161,26 +192,38 @@ def label_pairs(
     ]
 
 
-def solve_temperature(utilities: ArrayLike, pairs: Sequence[tuple[int, int]] | np.ndarray, flip_rate: float = 0.12) -> float:
-    """Temperature at which the expected share of labels against the noise-free order is `flip_rate` over these pairs, lapses included.
+def solve_temperature(
+    utilities: ArrayLike, pairs: Sequence[tuple[int, int]] | np.ndarray, flip_rate: float = 0.12
+) -> float:
+    """Temperature at which the expected share of labels against the noise-free order is `flip_rate` over
+    these pairs, lapses included.
 
-    E[flips] = mean over pairs of 1 / (1 + exp(|u_a - u_b| / T)) rises from 0 to 1/2 with T, so the root is unique. Ties are left out.
-    Args: `flip_rate` 0, or from LAPSES to below 0.5. Returns T >= 0 in units of utility. Raises ValueError when all pairs tie.
+    E[flips] = mean over pairs of 1 / (1 + exp(|u_a - u_b| / T)) rises from 0 to 1/2 with T, so the root is
+    unique. Ties are left out.
+    Args: `flip_rate` 0, or from LAPSES to below 0.5. Returns T >= 0 in units of utility. Raises ValueError
+        when all pairs tie.
     """
     assert 0.0 <= flip_rate < 0.5
     _, gap = _gaps(utilities, pairs)
     gap = np.abs(gap[gap != 0])
     if gap.size == 0:
-        raise ValueError("solve_temperature: expected at least one pair whose utilities differ, got only ties. Sample other pairs.")
+        raise ValueError(
+            "solve_temperature: expected at least one pair whose utilities differ, got only ties. Sample"
+            " other pairs."
+        )
     if flip_rate == 0.0:
         return 0.0
     wanted = max((flip_rate - LAPSES) / (1 - 2 * LAPSES), 1e-4)
     scale = float(np.median(gap))
-    return scale * float(np.exp(brentq(lambda log_t: expit(-gap / (scale * np.exp(log_t))).mean() - wanted, -60.0, 60.0)))
+    return scale * float(
+        np.exp(brentq(lambda log_t: expit(-gap / (scale * np.exp(log_t))).mean() - wanted, -60.0, 60.0))
+    )
 
 
 def blocks_of_pairs(count: int, block: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` pairs [P, 2] of indices from 0: all pairs of each block of so many, which are drawn; a split by block shares no sample."""
+    """`count` pairs [P, 2] of indices from 0: all pairs of each block of so many, which are drawn; a split by
+    block shares no sample.
+    """
     first, second = np.triu_indices(block, 1)
     blocks = -(-count // len(first))
     members = rng.permutation(blocks * block).reshape(blocks, block)

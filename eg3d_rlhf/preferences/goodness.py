@@ -1,19 +1,23 @@
-"""How good each of some assets is, r in 0..1, from whatever people said of them: one JSON object per line, of one kind in a file.
+"""How good each of some assets is, r in 0..1, from whatever people said of them: one JSON object per line, of
+one kind in a file.
 
-| line                                                  | said of             | who writes it                             |
-| ----------------------------------------------------- | ------------------- | ----------------------------------------- |
-| {"asset", "condition", "thumb": true}                 | an asset            | you; `label` in place of `thumb`: the     |
-| {"asset", "condition", "score": 4, "rater": "ann"}    | an asset            | labelling tool's `--kind=asset-scores`    |
-| {"asset", "condition", "p": 0.8, "rater": "member-1"} | an asset: P(good)   | an ensemble of rewards                    |
-| {"asset", "condition", "rank": 1}                     | an asset; 1 is best | `--kind=rankings`, `ranking.jsonl`        |
-| {"preferred": "a.ply", "rejected": "b.ply"}           | a pair              | `--kind=asset-pairs`; "tie": true: neither |
+| line                                               | said of            | who writes it                    |
+| -------------------------------------------------- | ------------------ | -------------------------------- |
+| {"asset", "condition", "thumb": true}              | an asset           | you; as `label`: `asset-scores`  |
+| {"asset", "condition", "score": 4, "rater": "ann"} | an asset           | `asset-scores`                   |
+| {"asset", "condition", "p": 0.8, "rater": "m-1"}   | an asset's P(good) | an ensemble of rewards           |
+| {"asset", "condition", "rank": 1}                  | an asset; 1: best  | `rankings`, `ranking.jsonl`      |
+| {"preferred": "a.ply", "rejected": "b.ply"}        | a pair             | `asset-pairs`; "tie" for neither |
 
-An asset is named as in the list of assets, or by the path of a file of its, relative to the labels; `condition` may be left out, `mesh`
-stands for `asset`, `annotator` for `rater`. Other fields are passed over. Ranks are one judgement of the assets of a condition.
+An asset is named as in the list of assets, or by the path of a file of its, relative to the labels;
+`condition` may be left out, `mesh` stands for `asset`, `annotator` for `rater`. Other fields are passed over.
+Ranks are one judgement of the assets of a condition. `asset-scores`, `rankings` and `asset-pairs` are what
+the labelling tool exports under these names of its `--kind`; `"tie": true` says that neither is preferred.
 
-A = 2 r - 1 sums up to 0 over the assets of every condition: a flow that is taught by r is drawn to all of a finite set where A > 0
-throughout, and driven from it where A < 0. An asset that is alone in its condition is compared with nothing: r = 1/2, which teaches
-nothing. Where centring leaves a condition's A beyond ±1, all of its are divided by the largest: clipping them would move the sum.
+A = 2 r - 1 sums up to 0 over the assets of every condition: a flow that is taught by r is drawn to all of a
+finite set where A > 0 throughout, and driven from it where A < 0. An asset that is alone in its condition is
+compared with nothing: r = 1/2, which teaches nothing. Where centring leaves a condition's A beyond ±1, all of
+its are divided by the largest: clipping them would move the sum.
 """
 
 import math
@@ -47,11 +51,15 @@ def of_ranks(ranks: Mapping[str, float]) -> dict[str, float]:
     """
     places = rankdata(list(ranks.values()))  # 1 .. K, the mean of places for ties
     K = len(ranks)
-    return {name: float((K - place) / (K - 1)) if K > 1 else 0.5 for name, place in zip(ranks, places, strict=True)}
+    return {
+        name: float((K - place) / (K - 1)) if K > 1 else 0.5
+        for name, place in zip(ranks, places, strict=True)
+    }
 
 
 def of_votes(votes: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """p = (good + 2 s) / (n + 2) of each asset, s the share of good votes in the condition; A = 2 p - 1, centred.
+    """p = (good + 2 s) / (n + 2) of each asset, s the share of good votes in the condition; A = 2 p - 1,
+    centred.
 
     >>> {name: round(r, 3) for name, r in of_votes([("a", True), ("b", False)]).items()}
     {'a': 0.667, 'b': 0.333}
@@ -60,11 +68,15 @@ def of_votes(votes: Iterable[tuple[str, bool]]) -> dict[str, float]:
     for name, good in votes:
         said[name].append(good)
     share = float(np.mean([good for one in said.values() for good in one]))
-    return centred({name: (2 * (sum(one) + PRIOR * share) / (len(one) + PRIOR)) - 1 for name, one in said.items()})
+    return centred(
+        {name: (2 * (sum(one) + PRIOR * share) / (len(one) + PRIOR)) - 1 for name, one in said.items()}
+    )
 
 
 def of_probabilities(given: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Mean of the P(good) of each asset, not P of a mean: members of an ensemble that differ leave it near 1/2; A = 2 p - 1, centred."""
+    """Mean of the P(good) of each asset, not P of a mean: members of an ensemble that differ leave it near
+    1/2; A = 2 p - 1, centred.
+    """
     said: dict[str, list[float]] = defaultdict(list)
     for name, p in given:
         said[name].append(p)
@@ -72,9 +84,9 @@ def of_probabilities(given: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def of_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
-    """r from judgements of pairs. Two assets that met each other alone: (wins + ties / 2 + 1) / (n + 2). Others: the mean over an asset's
-    opponents of P(it beats them) by Bradley-Terry strengths of all that a chain of comparisons links, which a share of wins would owe to
-    whom one met; A = 2 r - 1, centred.
+    """r from judgements of pairs. Two assets that met each other alone: (wins + ties / 2 + 1) / (n + 2).
+    Others: the mean over an asset's opponents of P(it beats them) by Bradley-Terry strengths of all that a
+    chain of comparisons links, which a share of wins would owe to whom one met; A = 2 r - 1, centred.
 
     >>> {name: round(r, 3) for name, r in of_pairs([Comparison("a", "b")]).items()}
     {'a': 0.667, 'b': 0.333}
@@ -93,16 +105,24 @@ def of_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
             for c in group:
                 met[c.winner].add(c.loser)
                 met[c.loser].add(c.winner)
-            values = {name: float(np.mean([expit(strength[name] - strength[other]) for other in met[name]])) for name in names}
+            values = {
+                name: float(np.mean([expit(strength[name] - strength[other]) for other in met[name]]))
+                for name in names
+            }
         found |= values
     return centred({name: 2 * r - 1 for name, r in found.items()})
 
 
 def _linked(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
     """The comparisons, apart where no chain of them links their items."""
-    items = {item: i for i, item in enumerate(dict.fromkeys(item for c in comparisons for item in (c.winner, c.loser)))}
+    items = {
+        item: i
+        for i, item in enumerate(dict.fromkeys(item for c in comparisons for item in (c.winner, c.loser)))
+    }
     ends = [items[c.winner] for c in comparisons], [items[c.loser] for c in comparisons]
-    _, group = connected_components(coo_matrix((np.ones(len(comparisons)), ends), shape=(len(items), len(items))), directed=False)
+    _, group = connected_components(
+        coo_matrix((np.ones(len(comparisons)), ends), shape=(len(items), len(items))), directed=False
+    )
     parts: dict[int, list[Comparison]] = defaultdict(list)
     for c in comparisons:
         parts[int(group[items[c.winner]])].append(c)
@@ -110,7 +130,9 @@ def _linked(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
 
 
 def of_scores(scores: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """A = half the mean of an asset's scores, which are in their raters' deviations already (`by_rater`), centred."""
+    """A = half the mean of an asset's scores, which are in their raters' deviations already (`by_rater`),
+    centred.
+    """
     said: dict[str, list[float]] = defaultdict(list)
     for name, score in scores:
         said[name].append(score)
@@ -118,7 +140,9 @@ def of_scores(scores: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def by_rater(scores: Iterable[tuple[str, float]]) -> list[float]:
-    """(score - the rater's mean) / the rater's deviation over all that they scored, of (rater, score); 0 of one who never differs."""
+    """(score - the rater's mean) / the rater's deviation over all that they scored, of (rater, score); 0 of
+    one who never differs.
+    """
     given = list(scores)
     said: dict[str, list[float]] = defaultdict(list)
     for rater, score in given:
@@ -139,7 +163,8 @@ def centred(advantages: Mapping[str, float]) -> dict[str, float]:
 
 
 def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Advantages [K] of ranks by r: the normal's quantile at (place - 1/2) / K, with mean 0 and deviation 1; 0 where all are tied.
+    """Advantages [K] of ranks by r: the normal's quantile at (place - 1/2) / K, with mean 0 and deviation 1;
+    0 where all are tied.
 
     >>> normal_scores([0.2, 0.9])
     array([-1.,  1.])
@@ -153,15 +178,19 @@ def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def as_used(goodness: Goodness, conditions: Mapping[str, str], use: str, seed: int) -> dict[str, float]:
-    """r for a training or for one of its controls: "shuffled" gives each asset that of another of its condition, so that it says nothing;
-    "inverted" 1 - r. Args: conditions: of every asset."""
+    """r for a training or for one of its controls: "shuffled" gives each asset that of another of its
+    condition, so that it says nothing; "inverted" 1 - r. Args: conditions: of every asset.
+    """
     if use == "inverted":
         return {name: 1 - r for name, r in goodness.items()}
     if use != "shuffled":
         return dict(goodness)
-    rng, shuffled = np.random.default_rng([seed, 3]), dict[str, float]()
+    rng = np.random.default_rng([seed, 3])
+    shuffled = dict[str, float]()
     for names in _by_condition(goodness, conditions).values():
-        shuffled |= {name: goodness[other] for name, other in zip(names, rng.permutation(names).tolist(), strict=True)}
+        shuffled |= {
+            name: goodness[other] for name, other in zip(names, rng.permutation(names).tolist(), strict=True)
+        }
     return {name: shuffled[name] for name in goodness}
 
 
@@ -189,7 +218,10 @@ class Known:
         name = self.files.get((folder / named).resolve())
         if name is None:
             some = ", ".join(list(self.conditions)[:3])
-            raise ValueError(f"expected one of {len(self.conditions)} assets ({some}, ...), got {named!r}. Name an asset of the list.")
+            raise ValueError(
+                f"expected one of {len(self.conditions)} assets ({some}, ...), got {named!r}. Name an asset"
+                " of the list."
+            )
         return name
 
 
@@ -213,31 +245,41 @@ EXAMPLE = '{"asset": NAME, "condition": NAME, "thumb": true}'
 def read_said(path: Path, known: Known) -> list[Said]:
     """The lines of a file of labels, of one kind; see the module for them.
 
-    Raises: FileNotFoundError; ValueError naming the file, the line and a remedy: for lines that do not fit, assets that are not known or
-        are said to be of another condition, several kinds in one file, and none.
+    Raises: FileNotFoundError; ValueError naming the file, the line and a remedy: for lines that do not fit,
+        assets that are not known or are said to be of another condition, several kinds in one file, and none.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--labels: expected a .jsonl file of labels, got nothing at {path}. Check the path.")
+        raise FileNotFoundError(
+            f"--labels: expected a .jsonl file of labels, got nothing at {path}. Check the path."
+        )
     lines: list[Said] = []
     for number, record in jsonl_records(path, EXAMPLE):
         try:
             lines.append(_parse(number, record, known, path.parent))
             if lines[-1].kind != lines[0].kind:
-                raise ValueError(f"expected {lines[0].kind}s as in line {lines[0].number}, got a {lines[-1].kind}. Keep a file for each.")
+                raise ValueError(
+                    f"expected {lines[0].kind}s as in line {lines[0].number}, got a {lines[-1].kind}. Keep a"
+                    " file for each."
+                )
         except ValueError as error:
             raise ValueError(f"{path.name}, line {number}: {error}") from None
     if not lines:
-        raise ValueError(f"{path.name}, line 1: expected at least one label, got an empty file. Label some assets first.")
+        raise ValueError(
+            f"{path.name}, line 1: expected at least one label, got an empty file. Label some assets first."
+        )
     return lines
 
 
 def read_goodness(path: Path, known: Known) -> dict[str, float]:
-    """r by asset of those that a file of labels speaks of. Raises: see `read_said`; also for labels that tell no assets of a condition
-    apart."""
+    """r by asset of those that a file of labels speaks of. Raises: see `read_said`; also for labels that tell
+    no assets of a condition apart.
+    """
     lines = read_said(path, known)
     goodness = _of_lines(lines, known.conditions, path.name)
     if all(abs(r - 0.5) < 1e-9 for r in goodness.values()):
-        raise ValueError(f"{path.name}, lines {lines[0].number} to {lines[-1].number}: {_nothing(lines, known.conditions)}")
+        raise ValueError(
+            f"{path.name}, lines {lines[0].number} to {lines[-1].number}: {_nothing(lines, known.conditions)}"
+        )
     return goodness
 
 
@@ -252,30 +294,56 @@ def _parse(number: int, record: Mapping, known: Known, folder: Path) -> Said:
         condition = record.get("condition")
         if condition is not None and condition != known.conditions[name]:
             got = f"got {condition!r}. Correct one of them"
-            raise ValueError(f"expected condition {known.conditions[name]!r} of asset {named!r}, as in the list of assets, {got}.")
+            raise ValueError(
+                f"expected condition {known.conditions[name]!r} of asset {named!r}, as in the list of assets,"
+                f" {got}."
+            )
         return name
 
     if "preferred" in record or "rejected" in record:
-        better, worse, tie = asset("preferred"), asset("rejected"), record.get("tie", False)
-        if better == worse or known.conditions[better] != known.conditions[worse] or not isinstance(tie, bool):
-            raise ValueError(f"expected two assets of one condition, and tie true or false, got {record!r:.120}. Correct the line.")
+        better = asset("preferred")
+        worse = asset("rejected")
+        tie = record.get("tie", False)
+        if (
+            better == worse
+            or known.conditions[better] != known.conditions[worse]
+            or not isinstance(tie, bool)
+        ):
+            raise ValueError(
+                f"expected two assets of one condition, and tie true or false, got {record!r:.120}. Correct"
+                " the line."
+            )
         return Said(number=number, kind="pair", asset=better, other=worse, tie=tie)
     given = [key for key in ALONE if record.get(key) is not None]
     if len(given) != 1:
-        raise ValueError(f"expected one of {', '.join(ALONE)}, got {' and '.join(given) or 'none'}. Write {EXAMPLE}.")
-    kind, value = "thumb" if given == ["label"] else given[0], record[given[0]]
-    if kind == "thumb" and value not in (True, False) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(
+            f"expected one of {', '.join(ALONE)}, got {' and '.join(given) or 'none'}. Write {EXAMPLE}."
+        )
+    kind = "thumb" if given == ["label"] else given[0]
+    value = record[given[0]]
+    if (
+        kind == "thumb"
+        and value not in (True, False)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+    ):
         wanted = "true or false" if kind == "thumb" else "a number"
         raise ValueError(f"expected {given[0]} to be {wanted}, got {value!r}. Correct the line.")
     if kind == "p" and not 0 <= value <= 1:
         raise ValueError(f"expected p from 0 to 1, got {value!r}. Marks on another scale are a score.")
     rater = str(record.get("rater") or record.get("annotator") or "")
-    return Said(number=number, kind=kind, asset=asset("asset", "mesh", "look_at"), value=float(value), rater=rater)
+    return Said(
+        number=number, kind=kind, asset=asset("asset", "mesh", "look_at"), value=float(value), rater=rater
+    )
 
 
 def _of_lines(lines: Sequence[Said], conditions: Mapping[str, str], file: str) -> dict[str, float]:
     kind = lines[0].kind
-    values = by_rater((line.rater, line.value) for line in lines) if kind == "score" else [line.value for line in lines]
+    values = (
+        by_rater((line.rater, line.value) for line in lines)
+        if kind == "score"
+        else [line.value for line in lines]
+    )
     groups: dict[str, list[tuple[Said, float]]] = defaultdict(list)
     for line, value in zip(lines, values, strict=True):
         groups[conditions[line.asset]].append((line, value))
@@ -285,7 +353,7 @@ def _of_lines(lines: Sequence[Said], conditions: Mapping[str, str], file: str) -
         "p": lambda group: of_probabilities([(line.asset, value) for line, value in group]),
         "pair": lambda group: of_pairs([Comparison(line.asset, line.other, line.tie) for line, _ in group]),
         "rank": lambda group: of_ranks(_once(group, file)),
-    }  # fmt: skip
+    }
     return {name: r for group in groups.values() for name, r in makers[kind](group).items()}
 
 
@@ -293,23 +361,38 @@ def _once(group: Sequence[tuple[Said, float]], file: str) -> dict[str, float]:
     ranks: dict[str, float] = {}
     for line, value in group:
         if line.asset in ranks:
-            raise ValueError(f"{file}, line {line.number}: expected one rank for each asset, got another of {line.asset!r}. Keep one.")
+            raise ValueError(
+                f"{file}, line {line.number}: expected one rank for each asset, got another of"
+                f" {line.asset!r}. Keep one."
+            )
         ranks[line.asset] = value
     return ranks
 
 
 def _nothing(lines: Sequence[Said], conditions: Mapping[str, str]) -> str:
     """Why labels say nothing, and what to do."""
-    kind, judged = lines[0].kind, {name for line in lines for name in (line.asset, line.other) if name}
+    kind = lines[0].kind
+    judged = {name for line in lines for name in (line.asset, line.other) if name}
     if len(judged) == len({conditions[name] for name in judged}):
-        return "expected two assets or more under one condition, got one under each: nothing to compare. Label several of a condition."
+        return (
+            "expected two assets or more under one condition, got one under each: nothing to compare. Label"
+            " several of a condition."
+        )
     if kind == "thumb" and len({line.value for line in lines}) == 1:
-        return f"expected some of both, got {len(lines)} that are all {'good' if lines[0].value else 'bad'}. Label others, or score them."
+        return (
+            f"expected some of both, got {len(lines)} that are all {'good' if lines[0].value else 'bad'}."
+            " Label others, or score them."
+        )
     what = "ties everywhere" if kind in ("rank", "pair") else f"{kind}s that are alike"
-    return f"expected labels that tell assets of a condition apart, got {what}. Label more, or in finer steps."
+    return (
+        f"expected labels that tell assets of a condition apart, got {what}. Label more, or in finer steps."
+    )
 
 
 def contrast(goodness: Goodness, conditions: Collection[str], of: Mapping[str, str]) -> dict[str, float]:
-    """Those of some conditions that are not alone there: what a training reads. Args: of: the condition of every asset."""
+    """Those of some conditions that are not alone there: what a training reads.
+
+    Args: of: the condition of every asset.
+    """
     groups = _by_condition(goodness, of)
     return {name: r for name, r in goodness.items() if of[name] in conditions and len(groups[of[name]]) > 1}

@@ -1,4 +1,5 @@
-"""The open label format: which of two latent seeds has the better geometry, one record per line, as JSON lines or as CSV with a header.
+"""The open label format: which of two latent seeds has the better geometry, one record per line, as JSON
+lines or as CSV with a header.
 
 | field     | meaning                                                                                   |
 | --------- | ----------------------------------------------------------------------------------------- |
@@ -11,7 +12,8 @@
 | tie       | true: no preference; winner and loser are then merely the two seeds                       |
 | clean     | seed that a noise-free annotator prefers, where it is known (true / false: winner / loser) |
 
-Other fields are kept in `extra` and written back. Readers stream; writers replace a file at once or not at all.
+Other fields are kept in `extra` and written back. Readers stream; writers replace a file at once or not at
+all.
 """
 
 import contextlib
@@ -61,23 +63,34 @@ class Preference:
         if self.winner == self.loser:
             raise ValueError(f"expected two different seeds, got {self.winner} twice. Remove the line.")
         if self.clean is not None and self.clean not in (self.winner, self.loser):
-            raise ValueError(f"expected clean to be {self.winner} or {self.loser}, got {self.clean!r}. Write the better seed.")
+            raise ValueError(
+                f"expected clean to be {self.winner} or {self.loser}, got {self.clean!r}. Write the better"
+                " seed."
+            )
         check_psi(self.psi)
 
     @classmethod
     def from_dict(cls, record: Mapping) -> "Preference":
         """Inverse of `to_dict`; unknown names become `extra`."""
-        return cls(**{k: v for k, v in record.items() if k in FIELDS}, extra={k: v for k, v in record.items() if k not in FIELDS})
+        return cls(
+            **{k: v for k, v in record.items() if k in FIELDS},
+            extra={k: v for k, v in record.items() if k not in FIELDS},
+        )
 
     def to_dict(self) -> dict:
         """Plain JSON types; fields that say nothing are left out."""
         known = {name: getattr(self, name) for name in FIELDS}
-        return {**{k: v for k, v in known.items() if v is not None and not (k == "tie" and not v)}, **self.extra}
+        return {
+            **{k: v for k, v in known.items() if v is not None and not (k == "tie" and not v)},
+            **self.extra,
+        }
 
 
 @dataclass(frozen=True)
 class LabelSource:
-    """Where a training's labels come from: a file, or what grows while the training runs, so that a run keeps those of the moment."""
+    """Where a training's labels come from: a file, or what grows while the training runs, so that a run keeps
+    those of the moment.
+    """
 
     name: str  # what to call them; without secrets
     read: Callable[[], list[Preference]]  # the labels of the moment; raises OSError, ValueError
@@ -87,20 +100,28 @@ class LabelSource:
     @classmethod
     def of_file(cls, path: Path) -> "LabelSource":
         """All labels of a .jsonl or .csv file; see `load_labels`."""
-        return cls(path.name, functools.partial(load_labels, path), {"labels": str(path), "filters": None}, path)
+        return cls(
+            path.name, functools.partial(load_labels, path), {"labels": str(path), "filters": None}, path
+        )
 
 
 def read_labels(path: str | Path) -> Iterator[Preference]:
-    """Stream the labels of a .jsonl or .csv file; two-column ranked-seeds tables (index, rank1, rank2) are recognised by their header.
+    """Stream the labels of a .jsonl or .csv file; two-column ranked-seeds tables (index, rank1, rank2) are
+    recognised by their header.
 
     Raises: FileNotFoundError; ValueError with file, line and remedy for the first record that does not fit.
     """
     path = Path(path)
     readers = {".jsonl": jsonl_records, ".ndjson": jsonl_records, ".csv": _csv_records}
     if path.suffix not in readers:
-        raise ValueError(f"read_labels: expected a .jsonl or .csv file, got {path.name}. Rename or convert it.")
+        raise ValueError(
+            f"read_labels: expected a .jsonl or .csv file, got {path.name}. Rename or convert it."
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"read_labels: expected a label file, got none at {path}. Check the path, or label some pairs first.")
+        raise FileNotFoundError(
+            f"read_labels: expected a label file, got none at {path}. Check the path, or label some pairs"
+            " first."
+        )
     for line, record in readers[path.suffix](path):
         try:
             yield _parse(record)
@@ -118,7 +139,10 @@ def load_labels(path: str | Path) -> list[Preference]:
     """
     labels = list(read_labels(path))
     if not labels:
-        raise ValueError(f"{Path(path).name}, line 1: expected at least one label, got an empty file. Label some pairs first.")
+        raise ValueError(
+            f"{Path(path).name}, line 1: expected at least one label, got an empty file. Label some pairs"
+            " first."
+        )
     return labels
 
 
@@ -132,7 +156,9 @@ def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
     """
     path = Path(path)
     if path.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"write_labels: expected a name ending in .jsonl or .csv, got {path.name}. Rename it.")
+        raise ValueError(
+            f"write_labels: expected a name ending in .jsonl or .csv, got {path.name}. Rename it."
+        )
     records = [label.to_dict() for label in labels]
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(record) + "\n" for record in records)
@@ -148,7 +174,9 @@ def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
 
 
 def labels_hash(labels: Iterable["Preference | UnpairedPreference"]) -> str:
-    """sha256 hex over the labels' canonical JSON lines, in order; the same for the .jsonl and the .csv of one list of known fields."""
+    """sha256 hex over the labels' canonical JSON lines, in order; the same for the .jsonl and the .csv of one
+    list of known fields.
+    """
     digest = hashlib.sha256()
     for label in labels:
         digest.update((json.dumps(label.to_dict(), sort_keys=True) + "\n").encode())
@@ -164,10 +192,14 @@ def jsonl_records(path: Path, example: str = "{'winner': ..., 'loser': ...}") ->
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path.name}, line {number}: expected one JSON object, got: {error}. Correct the line.") from error
+                raise ValueError(
+                    f"{path.name}, line {number}: expected one JSON object, got: {error}. Correct the line."
+                ) from error
             if not isinstance(record, dict):
                 kind = type(record).__name__
-                raise ValueError(f"{path.name}, line {number}: expected a JSON object, got {kind}. Write {example}.")
+                raise ValueError(
+                    f"{path.name}, line {number}: expected a JSON object, got {kind}. Write {example}."
+                )
             yield number, record
 
 
@@ -179,13 +211,17 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict]]:
         names = ["index", "winner", "loser"] if ranked else header
         if not {"winner", "loser"} <= set(names):
             raise ValueError(
-                f"{path.name}, line 1: expected a header with winner and loser (or: index, rank1, rank2), got {header}. Add it."
+                f"{path.name}, line 1: expected a header with winner and loser (or: index, rank1, rank2), got"
+                f" {header}. Add it."
             )
         for row in rows:
             if not any(cell.strip() for cell in row):
                 continue
             if len(row) != len(names):
-                raise ValueError(f"{path.name}, line {rows.line_num}: expected {len(names)} cells, got {len(row)}. Correct the line.")
+                raise ValueError(
+                    f"{path.name}, line {rows.line_num}: expected {len(names)} cells, got {len(row)}. Correct"
+                    " the line."
+                )
             record = dict(zip(names, (cell.strip() for cell in row), strict=True))
             if ranked:
                 record.pop("index")
@@ -197,18 +233,30 @@ def _parse(record: Mapping) -> Preference:
     missing = [name for name in ("winner", "loser") if record.get(name) is None]
     if missing:
         single = " Labels of single shapes go to --unpaired." if "seed" in record else ""
-        raise ValueError(f"expected winner and loser, got no {' and no '.join(missing)}. Add the seed.{single}")
-    winner, loser = parse_seed(record["winner"], "winner"), parse_seed(record["loser"], "loser")
-    tie, clean = record.get("tie", False), record.get("clean")
+        raise ValueError(
+            f"expected winner and loser, got no {' and no '.join(missing)}. Add the seed.{single}"
+        )
+    winner = parse_seed(record["winner"], "winner")
+    loser = parse_seed(record["loser"], "loser")
+    tie = record.get("tie", False)
+    clean = record.get("clean")
     tied = tie if isinstance(tie, bool) else _TRUTH.get(str(tie).lower())
     if tied is None:
         raise ValueError(f"expected tie to be true or false, got {tie!r}. Correct it or leave it out.")
     if str(clean).lower() in ("true", "false"):
         clean = winner if str(clean).lower() == "true" else loser
-    generator, annotator = (None if record.get(name) is None else str(record[name]) for name in ("generator", "annotator"))
+    generator, annotator = (
+        None if record.get(name) is None else str(record[name]) for name in ("generator", "annotator")
+    )
     return Preference(
-        winner=winner, loser=loser, psi=parse_number(record, "psi"), time=parse_time(record.get("time")), tie=tied, generator=generator,
-        annotator=annotator, clean=None if clean is None else parse_seed(clean, "clean"),
+        winner=winner,
+        loser=loser,
+        psi=parse_number(record, "psi"),
+        time=parse_time(record.get("time")),
+        tie=tied,
+        generator=generator,
+        annotator=annotator,
+        clean=None if clean is None else parse_seed(clean, "clean"),
         extra={k: v for k, v in record.items() if k not in FIELDS},
     )
 
@@ -216,13 +264,18 @@ def _parse(record: Mapping) -> Preference:
 def check_seed(name: str, seed: object) -> None:
     """Raises: ValueError without file and line, as all of these."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"expected {name} to be a seed from 0 to {MAX_SEED}, got {seed!r}. Write the latent's integer seed.")
+        raise ValueError(
+            f"expected {name} to be a seed from 0 to {MAX_SEED}, got {seed!r}. Write the latent's integer"
+            " seed."
+        )
 
 
 def check_psi(psi: float | None) -> None:
     """Truncation, where it is stated."""
     if psi is not None and not (math.isfinite(psi) and 0 <= psi <= 2):
-        raise ValueError(f"expected psi from 0 to 2, got {psi}. Write the truncation the shapes were drawn at.")
+        raise ValueError(
+            f"expected psi from 0 to 2, got {psi}. Write the truncation the shapes were drawn at."
+        )
 
 
 def parse_number(record: Mapping, name: str) -> float | None:
@@ -231,7 +284,9 @@ def parse_number(record: Mapping, name: str) -> float | None:
     try:
         return None if value is None else float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"expected {name} to be a number, got {value!r}. Correct it or leave it out.") from None
+        raise ValueError(
+            f"expected {name} to be a number, got {value!r}. Correct it or leave it out."
+        ) from None
 
 
 def parse_seed(value, name: str) -> int:
@@ -241,7 +296,9 @@ def parse_seed(value, name: str) -> int:
             raise ValueError
         return int(value)
     except (TypeError, ValueError):
-        raise ValueError(f"expected {name} to be an integer seed, got {value!r}. Write the latent's integer seed.") from None
+        raise ValueError(
+            f"expected {name} to be an integer seed, got {value!r}. Write the latent's integer seed."
+        ) from None
 
 
 def parse_time(value) -> str | float | None:
@@ -253,5 +310,7 @@ def parse_time(value) -> str | float | None:
     try:
         datetime.fromisoformat(str(value))
     except ValueError:
-        raise ValueError(f"expected time in ISO 8601 or seconds since 1970, got {value!r}. Correct it or leave it out.") from None
+        raise ValueError(
+            f"expected time in ISO 8601 or seconds since 1970, got {value!r}. Correct it or leave it out."
+        ) from None
     return str(value)

@@ -1,8 +1,11 @@
-"""Preference losses: the one of a per-pair margin, the reward network's terms, and the weighted sum of the paper. Pure and unreduced.
+"""Preference losses: the one of a per-pair margin, the reward network's terms, and the weighted sum of the
+paper. Pure and unreduced.
 
 The margin is a difference of rewards or of flow-matching errors:
-    reward model    delta = r_preferred - r_rejected                                                   Bradley and Terry (1952)
-    flow            delta = (e_ref - e)_preferred - (e_ref - e)_rejected, e the flow-matching errors    Circular-DPO, equation 6
+    reward model    delta = r_preferred - r_rejected
+                    Bradley and Terry (1952)
+    flow            delta = (e_ref - e)_preferred - (e_ref - e)_rejected, e the flow-matching errors
+                    Circular-DPO, equation 6
 The reward network's terms: arXiv 2606.27305 (2026), reward training.
 
 Shape letters: N samples, P pairs given as (better, worse), D, H, W = z, y, x.
@@ -17,29 +20,41 @@ import torch.nn.functional as F
 
 from training.config import check_knobs, knob
 
-# How far two sets of embeddings lie apart. Letters: m, n members of the two sets, N samples, M entries of an embedding.
+# How far two sets of embeddings lie apart. Letters: m, n members of the two sets, N samples, M entries of an
+# embedding.
 
 
 ESTIMATORS = ("V", "U")
 
 
-def cs_divergence(x: torch.Tensor, y: torch.Tensor, bandwidth: torch.Tensor | float, estimator: str = "V") -> torch.Tensor:
-    """log mean k(x, x') + log mean k(y, y') - 2 log mean k(x, y), k(a, b) = exp(-|a - b|^2 / (2 bandwidth^2)).
+def cs_divergence(
+    x: torch.Tensor, y: torch.Tensor, bandwidth: torch.Tensor | float, estimator: str = "V"
+) -> torch.Tensor:
+    """log mean k(x, x') + log mean k(y, y') - 2 log mean k(x, y), k(a, b) = exp(-|a - b|^2 / (2
+    bandwidth^2)).
 
     It says how far apart the sets are and not which one is better: exchanging them changes nothing.
 
-    Args: x [m, M], y [n, M]; bandwidth: > 0, in the embeddings' units; estimator: 'V' takes every pair, a member with itself included, is
-    at least 0 and too large in many dimensions (by about log((1/m + (1 - 1/m) A) / A) of each set, A = mean k of different members); 'U'
-    leaves those pairs out of the first two means, has less bias and may be below 0: for measuring, not for training.
+    Args: x [m, M], y [n, M]; bandwidth: > 0, in the embeddings' units; estimator: 'V' takes every pair, a
+    member with itself included, is at least 0 and too large in many dimensions (by about log((1/m + (1 - 1/m)
+    A) / A) of each set, A = mean k of different members); 'U' leaves those pairs out of the first two means,
+    has less bias and may be below 0: for measuring, not for training.
     Returns: []. Differentiable in: x, y, bandwidth. Identical sets have gradient 0.
     """
-    assert estimator in ESTIMATORS and x.ndim == y.ndim == 2 and min(len(x), len(y)) >= {"V": 1, "U": 2}[estimator]
+    assert (
+        estimator in ESTIMATORS
+        and x.ndim == y.ndim == 2
+        and min(len(x), len(y)) >= {"V": 1, "U": 2}[estimator]
+    )
 
     def log_mean(a: torch.Tensor, b: torch.Tensor, within: bool = False) -> torch.Tensor:
-        squares = (a[:, None] - b[None]).square().sum(2)  # [m, n]; exact for near points, unlike the expanded form
-        exponents, count = -squares / (2 * bandwidth**2), squares.numel()
+        # [m, n]; exact for near points, unlike the expanded form
+        squares = (a[:, None] - b[None]).square().sum(2)
+        exponents = -squares / (2 * bandwidth**2)
+        count = squares.numel()
         if within and estimator == "U":
-            exponents, count = exponents[~torch.eye(len(a), dtype=torch.bool, device=a.device)], count - len(a)
+            exponents = exponents[~torch.eye(len(a), dtype=torch.bool, device=a.device)]
+            count = count - len(a)
         return torch.logsumexp(exponents.flatten(), 0) - math.log(count)
 
     between = log_mean(x, y) + log_mean(y, x)  # both ways, so that exchanging the sets keeps the last bit
@@ -47,18 +62,24 @@ def cs_divergence(x: torch.Tensor, y: torch.Tensor, bandwidth: torch.Tensor | fl
 
 
 def median_distance(points: torch.Tensor) -> torch.Tensor:
-    """Median distance [] between different members of [N, M]; the mean of the two middle ones of an even number. Without gradient."""
+    """Median distance [] between different members of [N, M]; the mean of the two middle ones of an even
+    number. Without gradient.
+    """
     return F.pdist(points.detach()).quantile(0.5)
 
 
 TERMS = "Loss weights"  # title of their flags
 
 
-def preference_loss(delta: torch.Tensor, beta: float = 1.0, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """-log sigmoid(beta weight delta) of each pair's margin, unreduced (Rafailov et al. 2023 and Circular-DPO, equation 7 of both).
+def preference_loss(
+    delta: torch.Tensor, beta: float = 1.0, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """-log sigmoid(beta weight delta) of each pair's margin, unreduced (Rafailov et al. 2023 and
+    Circular-DPO, equation 7 of both).
 
     Args:
-        delta: [P], positive where the preferred one is ahead; beta: > 0, per unit of delta; weight: [P], rescales what is asked of a pair.
+        delta: [P], positive where the preferred one is ahead; beta: > 0, per unit of delta; weight: [P],
+            rescales what is asked of a pair.
     Returns: [P]. Differentiable in: delta, weight.
 
     >>> preference_loss(torch.tensor([0.0, 2.0])).round(decimals=3)
@@ -71,14 +92,21 @@ def preference_loss(delta: torch.Tensor, beta: float = 1.0, weight: torch.Tensor
 
 
 def pair_loss_both_orders(better_first: torch.Tensor, worse_first: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy [P] of the pair head's logits [P, 2] of (better, worse), target 0, and of (worse, better), target 1."""
+    """Mean cross-entropy [P] of the pair head's logits [P, 2] of (better, worse), target 0, and of
+    (worse, better), target 1.
+    """
     return 0.5 * (_cross_entropy(better_first, 0) + _cross_entropy(worse_first, 1))
 
 
-def pair_loss_drawn_order(better_first: torch.Tensor, worse_first: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Cross-entropy of one presentation order per pair, drawn with probability one half each, [P]. Arguments as above."""
+def pair_loss_drawn_order(
+    better_first: torch.Tensor, worse_first: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Cross-entropy of one presentation order per pair, drawn with probability one half each, [P]. Arguments
+    as above.
+    """
     both = torch.stack([_cross_entropy(better_first, 0), _cross_entropy(worse_first, 1)], dim=1)  # [P, 2]
-    drawn = torch.multinomial(torch.full((both.shape[0], 2), 0.5), 1, generator=generator)  # [P, 1] on the CPU, whatever the device
+    # [P, 1] on the CPU, whatever the device
+    drawn = torch.multinomial(torch.full((both.shape[0], 2), 0.5), 1, generator=generator)
     return both.gather(1, drawn.to(both.device)).squeeze(1)
 
 
@@ -89,20 +117,26 @@ def _cross_entropy(logits: torch.Tensor, target: int) -> torch.Tensor:
 def margin_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
     """-log sigmoid(better - worse), [P] -> [P], of rewards, or of *log* strengths.
 
-    Of strengths it is -log(l_better / (l_better + l_worse)). Deviates: computed from the logarithms' difference, without overflow of exp.
+    Of strengths it is -log(l_better / (l_better + l_worse)). Deviates: computed from the logarithms'
+    difference, without overflow of exp.
     """
     return preference_loss(better - worse)
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, slab: torch.Tensor) -> torch.Tensor:
-    """L1 between a slab and its reconstruction rescaled to the slab's own range, [N, 1, D, H, W] twice -> [N].
+    """L1 between a slab and its reconstruction rescaled to the slab's own range, [N, 1, D, H, W]
+    twice -> [N].
 
-    r' = (r - min r) / (max r - min r) * (max o - min o) + min o per sample, then mean |r' - o| over its voxels.
+    r' = (r - min r) / (max r - min r) * (max o - min o) + min o per sample, then mean |r' - o| over its
+    voxels.
     Differentiable in: both. Minimum and maximum are in the graph, so an affine map of r gets no gradient.
     Deviates: a constant reconstruction gives r' = min o, where the formula has 0/0.
     """
-    r, o = reconstruction.flatten(1), slab.flatten(1)  # [N, D*H*W]
-    r_low, o_low = r.amin(1, keepdim=True), o.amin(1, keepdim=True)
+    # [N, D*H*W]
+    r = reconstruction.flatten(1)
+    o = slab.flatten(1)
+    r_low = r.amin(1, keepdim=True)
+    o_low = o.amin(1, keepdim=True)
     span = (r.amax(1, keepdim=True) - r_low).clamp_min(torch.finfo(r.dtype).tiny)
     return ((r - r_low) / span * (o.amax(1, keepdim=True) - o_low) + o_low - o).abs().mean(1)
 
@@ -115,17 +149,26 @@ class LossWeights:
     scalar: float = knob(1e-3, "Margin of the reward itself.", TERMS, low=0, rare=True)
     bradley_terry: float = knob(1e-3, "Strengths.", TERMS, low=0, rare=True)
     strength: float = knob(1e-8, "Norm of the strengths, without gradient.", TERMS, low=0, flag=False)
-    reconstruction: float = knob(1e-2, "L1 between what is read and its reconstruction.", TERMS, low=0, rare=True)
+    reconstruction: float = knob(
+        1e-2, "L1 between what is read and its reconstruction.", TERMS, low=0, rare=True
+    )
     regression: float = knob(0.0, "Squared error of the reward on unpaired labels.", TERMS, low=0)
-    divergence: float = knob(0.0, "Cauchy-Schwarz divergence between embeddings of preferred and other unpaired shapes.", TERMS, low=0)
-    drawn_from_epoch: int = knob(3, "Epoch (0-based) from which one presentation order is drawn per pair.", TERMS, low=0, flag=False)
+    divergence: float = knob(
+        0.0,
+        "Cauchy-Schwarz divergence between embeddings of preferred and other unpaired shapes.",
+        TERMS,
+        low=0,
+    )
+    drawn_from_epoch: int = knob(
+        3, "Epoch (0-based) from which one presentation order is drawn per pair.", TERMS, low=0, flag=False
+    )
 
     def __post_init__(self):
         check_knobs(self)
         if self.divergence and not (self.regression or self.on_pairs):
             raise ValueError(
-                f"--divergence: expected --regression or a loss on pairs above 0 with it, got {self.divergence:g} alone. It says that two "
-                "sets lie apart, not which is better."
+                "--divergence: expected --regression or a loss on pairs above 0 with it, got"
+                f" {self.divergence:g} alone. It says that two sets lie apart, not which is better."
             )
 
     @property
@@ -140,30 +183,43 @@ class UnpairedOutput:
 
     scalar: torch.Tensor  # [U] rewards
     target: torch.Tensor  # [U] what they should be
-    embedding: torch.Tensor  # [B, M] of the whole step, of length 1; differentiable in this process's rows alone
+    # [B, M] of the whole step, of length 1; differentiable in this process's rows alone
+    embedding: torch.Tensor
     preferred: torch.Tensor  # [B] bool
     bandwidth: float  # of the divergence's kernel, > 0
 
 
 class PreferenceLoss:
-    """The paper's weighted sum, from a reward network's output and index pairs; and the terms of unpaired labels.
+    """The paper's weighted sum, from a reward network's output and index pairs; and the terms of unpaired
+    labels.
 
-    Call: (output, better [P], worse [P], pair_logits, observed, epoch, generator) -> dict of weighted scalar terms that the loop sums.
-    Pairs are averaged over the batch, samples likewise; a term of weight 0 is neither computed nor returned.
+    Call: (output, better [P], worse [P], pair_logits, observed, epoch, generator) -> dict of weighted scalar
+    terms that the loop sums. Pairs are averaged over the batch, samples likewise; a term of weight 0 is
+    neither computed nor returned.
     """
 
     def __init__(self, weights: LossWeights):
         self.weights = weights
 
     def __call__(
-        self, output, better: torch.Tensor, worse: torch.Tensor, *, pair_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        observed: torch.Tensor, epoch: int, generator: torch.Generator,
+        self,
+        output,
+        better: torch.Tensor,
+        worse: torch.Tensor,
+        *,
+        pair_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        observed: torch.Tensor,
+        epoch: int,
+        generator: torch.Generator,
     ) -> dict[str, torch.Tensor]:
-        """Args: `output` a RewardOutput over N samples; `better`, `worse` int64 indices into them; `pair_logits` the model's pair head."""
+        """Args: `output` a RewardOutput over N samples; `better`, `worse` int64 indices into them;
+        `pair_logits` the model's pair head.
+        """
         w = self.weights
         terms: dict[str, torch.Tensor] = {}
         if w.pairs:
-            first, second = output.embedding[better], output.embedding[worse]
+            first = output.embedding[better]
+            second = output.embedding[worse]
             logits = pair_logits(first, second), pair_logits(second, first)
             drawn = epoch >= w.drawn_from_epoch
             per_pair = pair_loss_drawn_order(*logits, generator) if drawn else pair_loss_both_orders(*logits)
@@ -171,21 +227,31 @@ class PreferenceLoss:
         if w.scalar:
             terms["scalar"] = w.scalar * margin_loss(output.scalar[better], output.scalar[worse]).mean()
         if w.bradley_terry:
-            terms["bradley_terry"] = w.bradley_terry * margin_loss(output.log_strength[better], output.log_strength[worse]).mean()
-        if w.strength:  # L2 norm of all strengths of the batch; detached as in the paper's code: a figure to log, no gradient
+            terms["bradley_terry"] = (
+                w.bradley_terry * margin_loss(output.log_strength[better], output.log_strength[worse]).mean()
+            )
+        # L2 norm of all strengths of the batch; detached as in the paper's code: a figure to log, no gradient
+        if w.strength:
             terms["strength"] = w.strength * output.log_strength.detach().exp().norm()
         if w.reconstruction and output.reconstruction is not None:
-            terms["reconstruction"] = w.reconstruction * reconstruction_loss(output.reconstruction, observed).mean()
+            terms["reconstruction"] = (
+                w.reconstruction * reconstruction_loss(output.reconstruction, observed).mean()
+            )
         return terms
 
     def unpaired(self, shapes: UnpairedOutput) -> dict[str, torch.Tensor]:
-        """`regression` = w mean (reward - target)^2, and `divergence` = -w D, which is no mean over samples: it needs the whole step."""
+        """`regression` = w mean (reward - target)^2, and `divergence` = -w D, which is no mean over samples:
+        it needs the whole step.
+        """
         w = self.weights
         terms: dict[str, torch.Tensor] = {}
         if w.regression:
             terms["regression"] = w.regression * (shapes.scalar - shapes.target).square().mean()
         if w.divergence:
-            good, others = shapes.embedding[shapes.preferred], shapes.embedding[~shapes.preferred]
+            good = shapes.embedding[shapes.preferred]
+            others = shapes.embedding[~shapes.preferred]
             bound = 4 / shapes.bandwidth**2  # of vectors of length 1
-            terms["divergence"] = -w.divergence * cs_divergence(good, others, shapes.bandwidth).clamp(max=bound)
+            terms["divergence"] = -w.divergence * cs_divergence(good, others, shapes.bandwidth).clamp(
+                max=bound
+            )
         return terms

@@ -1,15 +1,16 @@
-"""Labels of single shapes, thumbs or scores: one JSON object per line, as `eg3d_rlhf.preferences.labels` has those of pairs.
+"""Labels of single shapes, thumbs or scores: one JSON object per line, as `eg3d_rlhf.preferences.labels` has
+those of pairs.
 
-| field     | meaning                                                                                             |
-| --------- | --------------------------------------------------------------------------------------------------- |
-| seed      | of the shape, z = RandomState(seed).randn(z_dim); required                                          |
-| label     | 1 or true: preferred, 0 or false: not; this or score is required                                    |
-| score     | from 0 to 5; from 4.0 on the shape is preferred, up to 3.5 it is not, in between it is left out     |
-| generator | sha256 hex of the generator's weights that drew the shape                                           |
-| psi       | truncation it was drawn at                                                                          |
-| annotator | who or what judged                                                                                  |
-| time      | when: ISO 8601 text, or seconds since 1970                                                          |
-| clean     | 1 or 0: what a noise-free annotator would say, where it is known                                    |
+| field     | meaning                                                                                   |
+| --------- | ----------------------------------------------------------------------------------------- |
+| seed      | of the shape, z = RandomState(seed).randn(z_dim); required                                |
+| label     | 1 or true: preferred, 0 or false: not; this or score is required                          |
+| score     | from 0 to 5; from 4.0 on the shape is preferred, up to 3.5 not, in between it is left out |
+| generator | sha256 hex of the generator's weights that drew the shape                                 |
+| psi       | truncation it was drawn at                                                                |
+| annotator | who or what judged                                                                        |
+| time      | when: ISO 8601 text, or seconds since 1970                                                |
+| clean     | 1 or 0: what a noise-free annotator would say, where it is known                          |
 
 Other fields are kept in `extra` and written back.
 """
@@ -61,7 +62,9 @@ class UnpairedPreference:
         check_seed("seed", self.seed)
         if (self.label is None) == (self.score is None):
             got = "neither" if self.label is None else "both"
-            raise ValueError(f"expected a label (1 or 0) or a score (0 to {SCALE:g}), got {got}. Write one of them.")
+            raise ValueError(
+                f"expected a label (1 or 0) or a score (0 to {SCALE:g}), got {got}. Write one of them."
+            )
         if self.score is not None and not 0 <= self.score <= SCALE:
             raise ValueError(f"expected a score from 0 to {SCALE:g}, got {self.score:g}. Rescale the scores.")
         check_psi(self.psi)
@@ -81,18 +84,31 @@ class UnpairedPreference:
     def to_dict(self) -> dict:
         """Plain JSON types; fields that say nothing are left out."""
         known = {name: getattr(self, name) for name in FIELDS}
-        return {**{k: int(v) if isinstance(v, bool) else v for k, v in known.items() if v is not None}, **self.extra}
+        return {
+            **{k: int(v) if isinstance(v, bool) else v for k, v in known.items() if v is not None},
+            **self.extra,
+        }
 
 
 def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
-    """All labels of a .jsonl file; of a file of pairs, what `from_pairs` makes of them. Raises: FileNotFoundError, ValueError."""
+    """All labels of a .jsonl file; of a file of pairs, what `from_pairs` makes of them.
+
+    Raises: FileNotFoundError, ValueError.
+    """
     path = Path(path)
-    if path.suffix == ".csv" or (path.is_file() and "winner" in next((record for _, record in jsonl_records(path, "")), {})):
+    if path.suffix == ".csv" or (
+        path.is_file() and "winner" in next((record for _, record in jsonl_records(path, "")), {})
+    ):
         return from_pairs(load_labels(path))
     if path.suffix not in (".jsonl", ".ndjson"):
-        raise ValueError(f"load_unpaired: expected a .jsonl or .csv file, got {path.name}. Rename or convert it.")
+        raise ValueError(
+            f"load_unpaired: expected a .jsonl or .csv file, got {path.name}. Rename or convert it."
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"load_unpaired: expected a label file, got none at {path}. Check the path, or label some shapes first.")
+        raise FileNotFoundError(
+            f"load_unpaired: expected a label file, got none at {path}. Check the path, or label some shapes"
+            " first."
+        )
     labels = []
     for line, record in jsonl_records(path, "{'seed': ..., 'label': ...}"):
         try:
@@ -100,7 +116,9 @@ def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
         except ValueError as error:
             raise ValueError(f"{path.name}, line {line}: {error}") from error
     if not labels:
-        raise ValueError(f"{path.name}, line 1: expected at least one label, got an empty file. Label some shapes first.")
+        raise ValueError(
+            f"{path.name}, line 1: expected at least one label, got an empty file. Label some shapes first."
+        )
     return labels
 
 
@@ -116,10 +134,18 @@ def write_unpaired(path: str | Path, labels: Iterable[UnpairedPreference]) -> Pa
 def _parse(record: Mapping) -> UnpairedPreference:
     if record.get("seed") is None:
         raise ValueError("expected seed, got none. Add it.")
-    generator, annotator = (None if record.get(name) is None else str(record[name]) for name in ("generator", "annotator"))
+    generator, annotator = (
+        None if record.get(name) is None else str(record[name]) for name in ("generator", "annotator")
+    )
     return UnpairedPreference(
-        seed=parse_seed(record["seed"], "seed"), label=_truth(record, "label"), score=parse_number(record, "score"), generator=generator,
-        psi=parse_number(record, "psi"), annotator=annotator, time=parse_time(record.get("time")), clean=_truth(record, "clean"),
+        seed=parse_seed(record["seed"], "seed"),
+        label=_truth(record, "label"),
+        score=parse_number(record, "score"),
+        generator=generator,
+        psi=parse_number(record, "psi"),
+        annotator=annotator,
+        time=parse_time(record.get("time")),
+        clean=_truth(record, "clean"),
         extra={k: v for k, v in record.items() if k not in FIELDS},
     )
 
@@ -127,15 +153,18 @@ def _parse(record: Mapping) -> UnpairedPreference:
 def _truth(record: Mapping, name: str) -> bool | None:
     value = record.get(name)
     if value not in (None, 0, 1):
-        raise ValueError(f"expected {name} to be 1 or 0, got {value!r}. Correct it; marks on a scale are a score.")
+        raise ValueError(
+            f"expected {name} to be 1 or 0, got {value!r}. Correct it; marks on a scale are a score."
+        )
     return None if value is None else bool(value)
 
 
 def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
     """Judgements of pairs as those of shapes: a winner is preferred, a loser not.
 
-    A shape with both roles goes by its Bradley-Terry strength among those of its kind: the lower ones are not preferred, the upper ones
-    are, and the middle fifth is left out. One label a shape, by seed; shapes of several generators are told apart.
+    A shape with both roles goes by its Bradley-Terry strength among those of its kind: the lower ones are not
+    preferred, the upper ones are, and the middle fifth is left out. One label a shape, by seed; shapes of
+    several generators are told apart.
     """
     roles: dict[tuple, set[bool]] = defaultdict(set)
     first: dict[tuple, Preference] = {}
@@ -146,39 +175,54 @@ def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
     both = [key for key, won in roles.items() if len(won) == 2]
     preferred = {key: next(iter(won)) for key, won in roles.items() if len(won) == 1}
     if both:
-        compared = [Comparison((p.generator or "", p.winner), (p.generator or "", p.loser), p.tie) for p in labels]
+        compared = [
+            Comparison((p.generator or "", p.winner), (p.generator or "", p.loser), p.tie) for p in labels
+        ]
         fitted = bradley_terry(compared)
         strength = dict(zip(fitted.items, fitted.strength, strict=True))
         low, high = np.quantile([strength[key] for key in both], [0.5 - MIDDLE / 2, 0.5 + MIDDLE / 2])
         preferred |= {key: strength[key] > high for key in both if not low <= strength[key] <= high}
     return [
         UnpairedPreference(
-            seed=seed, label=bool(preferred[generator, seed]), generator=first[generator, seed].generator, psi=first[generator, seed].psi,
+            seed=seed,
+            label=bool(preferred[generator, seed]),
+            generator=first[generator, seed].generator,
+            psi=first[generator, seed].psi,
             annotator=first[generator, seed].annotator,
         )
         for generator, seed in sorted(preferred)
-    ]  # fmt: skip
+    ]
 
 
 def to_pairs(labels: Sequence[UnpairedPreference], seed: int = 0) -> list[Preference]:
-    """Disjoint pairs of a preferred and another shape, drawn by `seed`: what accuracy on pairs needs where nobody judged any.
+    """Disjoint pairs of a preferred and another shape, drawn by `seed`: what accuracy on pairs needs where
+    nobody judged any.
 
     Raises: ValueError where all shapes, or all labels of a shape, are of one kind.
     """
     rng = np.random.default_rng([seed, 1])
     good, bad = ({label.seed: label for label in labels if label.preferred is kind} for kind in (True, False))
     if not set(good) - set(bad) or not set(bad) - set(good):
-        raise ValueError(f"unpaired labels: expected shapes of both kinds, got {len(good)} preferred and {len(bad)} others. Label more.")
-    winners, losers = (rng.permutation(sorted(set(a) - set(b))).tolist() for a, b in ((good, bad), (bad, good)))
+        raise ValueError(
+            f"unpaired labels: expected shapes of both kinds, got {len(good)} preferred and {len(bad)}"
+            " others. Label more."
+        )
+    winners, losers = (
+        rng.permutation(sorted(set(a) - set(b))).tolist() for a, b in ((good, bad), (bad, good))
+    )
     return [
-        Preference(winner=a, loser=b, generator=good[a].generator, psi=good[a].psi, clean=_better(good[a], bad[b]))
+        Preference(
+            winner=a, loser=b, generator=good[a].generator, psi=good[a].psi, clean=_better(good[a], bad[b])
+        )
         for a, b in zip(winners, losers, strict=False)
     ]
 
 
 def source_of_unpaired(path: Path, seed: int = 0) -> LabelSource:
     """`to_pairs` of a file, where a training has no labels of pairs."""
-    return LabelSource(path.name, lambda: to_pairs(load_unpaired(path), seed), {"labels": str(path), "filters": None}, path)
+    return LabelSource(
+        path.name, lambda: to_pairs(load_unpaired(path), seed), {"labels": str(path), "filters": None}, path
+    )
 
 
 def _better(first: UnpairedPreference, second: UnpairedPreference) -> int | None:
@@ -191,9 +235,11 @@ def _better(first: UnpairedPreference, second: UnpairedPreference) -> int | None
 def split_unpaired(
     labels: Sequence[UnpairedPreference], pairs: Splits, fractions: Sequence[float], seed: int = 0
 ) -> dict[str, tuple[UnpairedPreference, ...]]:
-    """Usable labels per split ('train', 'val', 'test'): those of a shape that pairs hold go with them, the others are dealt by `fractions`.
+    """Usable labels per split ('train', 'val', 'test'): those of a shape that pairs hold go with them, the
+    others are dealt by `fractions`.
 
-    No shape is in two splits. Each kind of label is dealt by itself, so that every split gets its share of both.
+    No shape is in two splits. Each kind of label is dealt by itself, so that every split gets its share of
+    both.
     """
     home = {s: name for name in SPLITS for pair in getattr(pairs, name) for s in (pair.winner, pair.loser)}
     rng = np.random.default_rng([seed, 2])
@@ -206,8 +252,12 @@ def split_unpaired(
     return {name: tuple(label for label in usable if home[label.seed] == name) for name in SPLITS}
 
 
-def batches_of(labels: Sequence[UnpairedPreference], size: int, rng: np.random.Generator) -> Iterator[list[UnpairedPreference]]:
-    """Endless batches of `size` labels, the preferred half first; each kind comes in a new order whenever it has run out."""
+def batches_of(
+    labels: Sequence[UnpairedPreference], size: int, rng: np.random.Generator
+) -> Iterator[list[UnpairedPreference]]:
+    """Endless batches of `size` labels, the preferred half first; each kind comes in a new order whenever it
+    has run out.
+    """
     kinds = [[label for label in labels if label.preferred is kind] for kind in (True, False)]
 
     def endless(shapes: list[UnpairedPreference]) -> Iterator[UnpairedPreference]:

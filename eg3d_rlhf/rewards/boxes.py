@@ -1,12 +1,15 @@
-"""The CPU test problem: box heads of 16^3 voxels whose four sides are recessed, and a prior that sees one side at a time.
+"""The CPU test problem: box heads of 16^3 voxels whose four sides are recessed, and a prior that sees one
+side at a time.
 
-A side is *plain*, or a *face*: two painted eyes and a nose that stands in the recess without protruding from it, so that what one side
-shows never changes what another camera sees. Two kinds of prompts:
+A side is *plain*, or a *face*: two painted eyes and a nose that stands in the recess without protruding from
+it, so that what one side shows never changes what another camera sees. Two kinds of prompts:
 
-- **mini-Janus**: the prior's modes are face and plain. Each side starts near the face with probability p, and the prior keeps what it
-  finds, so the number of noses is binomial: with p = .45, two or more of four are P = .609, as DreamFusion's published .61. This tests
-  whether a method removes surplus faces, not whether score distillation invents them.
-- **mode**: two emblems that are one another's mirror images, transposes or colour permutations; the first is preferred. Sides start grey.
+- **mini-Janus**: the prior's modes are face and plain. Each side starts near the face with probability p, and
+  the prior keeps what it finds, so the number of noses is binomial: with p = .45, two or more of four are
+  P = .609, as DreamFusion's published .61. This tests whether a method removes surplus faces, not whether
+  score distillation invents them.
+- **mode**: two emblems that are one another's mirror images, transposes or colour permutations; the first is
+  preferred. Sides start grey.
 
 Letters: A assets, V = 4 views, B = A V, K modes, N voxels per edge, R = 16 pixels.
 """
@@ -26,23 +29,36 @@ from eg3d_rlhf.generators.assets.views import four_views
 RESOLUTION = 16
 SIDES = 4
 FACE_PROBABILITY = 0.45  # of DreamFusion's Janus ratio; .40 gives .525, MVDream's
-SOLID, EMPTY = 3.0, -2.0  # `Voxels.shape` of a finished object
-_STARTED_SOLID, _STARTED_EMPTY = 1.5, -1.2  # the same at the start: soft enough to change
-_NEAR, _FAR = (0.7, 0.95), (0.05, 0.3)  # how much of a face a side has at the start, where it is near the face and where not
+# `Voxels.shape` of a finished object
+SOLID = 3.0
+EMPTY = -2.0
+# the same at the start: soft enough to change
+_STARTED_SOLID = 1.5
+_STARTED_EMPTY = -1.2
+# how much of a face a side has at the start, where it is near the face and where not
+_NEAR = (0.7, 0.95)
+_FAR = (0.05, 0.3)
 _START_NOISE = 0.1  # deviation of all parameters at the start
 
 # in voxels of 0..15, both ends included; a side's own axes: across, up, towards the camera
-_BODY, _RECESS, FLOOR = (1, 14), (4, 11), 11
+_BODY = (1, 14)
+_RECESS = (4, 11)
+FLOOR = 11
 _NOSE = ((6, 9), (6, 9), (12, 13))  # two of the recess's three voxels deep
 _EYES = (((5, 5), (9, 10)), ((10, 10), (9, 10)))
 
 COLOURS = {
-    "red": (0.85, 0.15, 0.15), "green": (0.15, 0.85, 0.15), "blue": (0.15, 0.15, 0.85), "yellow": (0.85, 0.85, 0.15),
-    "grey": (0.5, 0.5, 0.5), "white": (0.85, 0.85, 0.85),
-}  # fmt: skip
+    "red": (0.85, 0.15, 0.15),
+    "green": (0.15, 0.85, 0.15),
+    "blue": (0.15, 0.15, 0.85),
+    "yellow": (0.85, 0.85, 0.15),
+    "grey": (0.5, 0.5, 0.5),
+    "white": (0.85, 0.85, 0.85),
+}
 _DARK = (0.1, 0.1, 0.1)
 
-Inside = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # whether (across, up) of the recess's floor is painted
+# whether (across, up) of the recess's floor is painted
+Inside = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _EMBLEMS: dict[str, Inside] = {  # 6 x 6 voxels at most: those beside it belong to the next side, too
     "disc": lambda u, v: (u - 7.5) ** 2 + (v - 7.5) ** 2 < 8,
     "upright bar": lambda u, v: ((u - 7.5).abs() < 1.1) & ((v - 7.5).abs() < 2.6),
@@ -81,14 +97,29 @@ def _mode(body: str, first: tuple[str, str], second: tuple[str, str]) -> Prompt:
 
 _HUES = ("red", "green", "blue", "yellow")
 PROMPTS: tuple[Prompt, ...] = (
-    *(_janus(body, nose) for body, nose in [
-        ("white", "red"), ("white", "green"), ("white", "blue"), ("grey", "red"), ("grey", "green"), ("grey", "blue"), ("grey", "yellow"),
-        ("yellow", "red"), ("yellow", "blue"), ("blue", "red"), ("green", "yellow"),
-    ]),
-    *(_mode("grey", ("disc", a), ("disc", b)) for a, b in [("red", "blue"), ("green", "red"), ("blue", "green")]),
+    *(
+        _janus(body, nose)
+        for body, nose in [
+            ("white", "red"),
+            ("white", "green"),
+            ("white", "blue"),
+            ("grey", "red"),
+            ("grey", "green"),
+            ("grey", "blue"),
+            ("grey", "yellow"),
+            ("yellow", "red"),
+            ("yellow", "blue"),
+            ("blue", "red"),
+            ("green", "yellow"),
+        ]
+    ),
+    *(
+        _mode("grey", ("disc", a), ("disc", b))
+        for a, b in [("red", "blue"), ("green", "red"), ("blue", "green")]
+    ),
     *(_mode("grey", ("upright bar", hue), ("level bar", hue)) for hue in _HUES),
     *(_mode("grey", ("left half", hue), ("right half", hue)) for hue in _HUES),
-)  # fmt: skip
+)
 SEEDS = 5  # of each prompt: 22 x 5 = 110 pairs, as many as GPTEval3D's prompts
 _BY_TEXT = {prompt.text: prompt for prompt in PROMPTS}
 
@@ -97,7 +128,10 @@ def prompt_of(text: str) -> Prompt:
     """The prompt of a text. Raises: ValueError for one that the problem does not know."""
     if text not in _BY_TEXT:
         example = PROMPTS[0].text
-        raise ValueError(f"--prompt: expected one of the test problem's {len(PROMPTS)} prompts, got {text!r}. The first is {example!r}.")
+        raise ValueError(
+            f"--prompt: expected one of the test problem's {len(PROMPTS)} prompts, got {text!r}. The first is"
+            f" {example!r}."
+        )
     return _BY_TEXT[text]
 
 
@@ -117,8 +151,9 @@ def _coordinates(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def side_axes(n: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(across, up, towards the camera) [N, N, N] of voxels as side 0..3 has them (front, +x, back, -x), in 0..15; across rises to the
-    camera's right."""
+    """(across, up, towards the camera) [N, N, N] of voxels as side 0..3 has them (front, +x, back, -x), in
+    0..15; across rises to the camera's right.
+    """
     x, y, z = _coordinates(n)
     return ((x, y, z), (15 - z, y, x), (15 - x, y, 15 - z), (z, y, 15 - x))[side]
 
@@ -150,7 +185,9 @@ def _painted(n: int, side: int, shown: Side) -> list[tuple[torch.Tensor, tuple[f
 
 
 def emblem_points(prompt: Prompt, side: int, n: int = RESOLUTION) -> tuple[torch.Tensor, torch.Tensor]:
-    """World points [P, 3] of a side's floor at which a prompt's two emblems differ, and the colours [2, P, 3] that they have there."""
+    """World points [P, 3] of a side's floor at which a prompt's two emblems differ, and the colours [2, P, 3]
+    that they have there.
+    """
     body = torch.tensor(COLOURS[prompt.body])
     painted = torch.stack([body.expand(n, n, n, 3).clone() for _ in prompt.sides])
     for mode, shown in enumerate(prompt.sides):
@@ -166,7 +203,9 @@ def _logit(colour: Sequence[float]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def build(prompt: Prompt, shares: torch.Tensor, n: int = RESOLUTION, solid: float = SOLID, empty: float = EMPTY) -> Voxels:
+def build(
+    prompt: Prompt, shares: torch.Tensor, n: int = RESOLUTION, solid: float = SOLID, empty: float = EMPTY
+) -> Voxels:
     """Objects [A] of a prompt whose sides lie between their second mode (share 0) and their first (1).
 
     Args: shares [A, 4] in 0..1; solid, empty: `Voxels.shape` of matter and of nothing.
@@ -183,7 +222,9 @@ def build(prompt: Prompt, shares: torch.Tensor, n: int = RESOLUTION, solid: floa
         for mode, weight in ((1, 1 - share), (0, share)):
             for mask, colour in _painted(n, side, prompt.sides[mode]):
                 there = voxels.paint[:, :, mask]  # [A, 3, voxels]
-                voxels.paint[:, :, mask] = there + weight[:, None, None] * (_logit(colour) - _logit(COLOURS[prompt.body]))
+                voxels.paint[:, :, mask] = there + weight[:, None, None] * (
+                    _logit(colour) - _logit(COLOURS[prompt.body])
+                )
         if prompt.kind == "janus":
             voxels.shape[:, nose_voxels(n, side)] = (empty + share * (solid - empty))[:, None]
     return voxels
@@ -191,7 +232,9 @@ def build(prompt: Prompt, shares: torch.Tensor, n: int = RESOLUTION, solid: floa
 
 @functools.cache
 def modes() -> torch.Tensor:
-    """Latents [K, 4, R, R] of all modes in -1..1, two of each prompt in the order of `PROMPTS`: RGB and inverse depth of a side."""
+    """Latents [K, 4, R, R] of all modes in -1..1, two of each prompt in the order of `PROMPTS`: RGB and
+    inverse depth of a side.
+    """
     both = []
     for prompt in PROMPTS:
         made = build(prompt, torch.eye(2)[:, :1].expand(2, SIDES))
@@ -207,12 +250,14 @@ def modes_of(texts: Sequence[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def start(texts: Sequence[str], generators: Sequence[torch.Generator], p: float = FACE_PROBABILITY) -> Voxels:
-    """Voxels [A] to begin with, of A prompts with a generator each: whole bodies; each side of a head near the face with probability p,
-    emblems half way between both. Raises: ValueError for an unknown prompt.
+    """Voxels [A] to begin with, of A prompts with a generator each: whole bodies; each side of a head near
+    the face with probability p, emblems half way between both. Raises: ValueError for an unknown prompt.
     """
     started = Voxels(len(texts), RESOLUTION)
     for i, (text, rng) in enumerate(zip(texts, generators, strict=True)):
-        prompt, u, v = prompt_of(text), torch.rand(SIDES, generator=rng), torch.rand(SIDES, generator=rng)
+        prompt = prompt_of(text)
+        u = torch.rand(SIDES, generator=rng)
+        v = torch.rand(SIDES, generator=rng)
         low, width = (torch.where(u < p, near, far) for near, far in zip(_NEAR, _FAR, strict=True))
         share = torch.lerp(low, width, v) if prompt.kind == "janus" else torch.full((SIDES,), 0.5)
         made = build(prompt, share[None], RESOLUTION, _STARTED_SOLID, _STARTED_EMPTY)
@@ -221,8 +266,9 @@ def start(texts: Sequence[str], generators: Sequence[torch.Generator], p: float 
     return started
 
 
-# How many sides of a box head have a nose: the detector of the test problem. It reads surfaces, never what a reward reads. A share of
-# "two or more" (the Janus ratio) alone calls it a success when every nose is gone: whoever reports, reports none, one and more. R rays.
+# How many sides of a box head have a nose: the detector of the test problem. It reads surfaces, never what a
+# reward reads. A share of "two or more" (the Janus ratio) alone calls it a success when every nose is gone:
+# whoever reports, reports none, one and more. R rays.
 
 _WINDOW = 0.25  # half-width of the part of a side that is searched, in sides of the cube: the recess
 _STEP = 0.06  # least height over the floor, in sides of the cube: half of a nose's
@@ -233,21 +279,34 @@ RAYS = 32  # of a side, along each edge
 
 @torch.no_grad()
 def _heights(field: Field) -> torch.Tensor:
-    """Heights [A, 4, R, R] of the outermost surface towards front, +x, back, -x, from the cube's middle, in sides of the cube; rows are y
-    rising, columns to the camera's right; -1 where nothing is. From where the density crosses the level along each axis."""
+    """Heights [A, 4, R, R] of the outermost surface towards front, +x, back, -x, from the cube's middle, in
+    sides of the cube; rows are y rising, columns to the camera's right; -1 where nothing is. From where the
+    density crosses the level along each axis.
+    """
     grid = SlabSpec.of(field.bounds, RAYS)
     solid = field.density_grid(grid) >= field.level  # [A, z, y, x]
-    along_z, along_x = solid.permute(0, 2, 3, 1), solid.permute(0, 2, 1, 3)  # [A, y, x, z], [A, y, z, x]
+    # [A, y, x, z], [A, y, z, x]
+    along_z = solid.permute(0, 2, 3, 1)
+    along_x = solid.permute(0, 2, 1, 3)
     sides = [along_z, along_x.flip(2), along_z.flip(2, 3), along_x.flip(3)]
     height = torch.linspace(-0.5, 0.5, RAYS)
-    return torch.stack([torch.where(side, height.to(field.density(torch.zeros(1, 3)).device), -1).amax(dim=3) for side in sides], dim=1)
+    return torch.stack(
+        [
+            torch.where(side, height.to(field.density(torch.zeros(1, 3)).device), -1).amax(dim=3)
+            for side in sides
+        ],
+        dim=1,
+    )
 
 
 def noses(field: Field) -> torch.Tensor:
-    """Sides with a nose [A] (0..4) of a field: with at least one connected bump of fitting height and area in the recess."""
+    """Sides with a nose [A] (0..4) of a field: with at least one connected bump of fitting height and area in
+    the recess.
+    """
     from scipy import ndimage
 
-    heights, window = _heights(field), torch.linspace(-0.5, 0.5, RAYS).abs() <= _WINDOW
+    heights = _heights(field)
+    window = torch.linspace(-0.5, 0.5, RAYS).abs() <= _WINDOW
     inner = heights[:, :, window][:, :, :, window]  # [A, 4, w, w]
     floor = inner.flatten(2).quantile(_FLOOR_QUANTILE, dim=2)[:, :, None, None]
     raised = (inner > floor + _STEP).cpu().numpy()

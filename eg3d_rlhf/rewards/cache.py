@@ -1,4 +1,5 @@
-"""Observations by seed for reward training: drawn once from a generator, kept as float16, read as float32 batches.
+"""Observations by seed for reward training: drawn once from a generator, kept as float16, read as float32
+batches.
 
 Shape letters: N seeds; [N, ...] is what the observation gives.
 """
@@ -23,8 +24,12 @@ from training.storage import write_atomic
 Source = Callable[[Sequence[int]], torch.Tensor]  # seeds -> [N, ...]
 
 
-def observe_seeds(generator: Any, observation: Observation, *, psi: float = 1.0, cutoff: int | None = 14) -> Source:
-    """A source of what a generator's shapes look like from the front, with `Observation.ops`, truncation `psi`, constant noise."""
+def observe_seeds(
+    generator: Any, observation: Observation, *, psi: float = 1.0, cutoff: int | None = 14
+) -> Source:
+    """A source of what a generator's shapes look like from the front, with `Observation.ops`, truncation
+    `psi`, constant noise.
+    """
     generator = of(generator)
 
     def draw(seeds: Sequence[int]) -> torch.Tensor:
@@ -34,8 +39,12 @@ def observe_seeds(generator: Any, observation: Observation, *, psi: float = 1.0,
     return draw
 
 
-def untuned(generator: Any, observation: Observation, psi: float, cutoff: int | None, batch: int = 16) -> Iterator[torch.Tensor]:
-    """Batches [N, ...] of what is seen of the untuned samples on which an ensemble's members are standardised."""
+def untuned(
+    generator: Any, observation: Observation, psi: float, cutoff: int | None, batch: int = 16
+) -> Iterator[torch.Tensor]:
+    """Batches [N, ...] of what is seen of the untuned samples on which an ensemble's members are
+    standardised.
+    """
     draw = observe_seeds(generator, observation, psi=psi, cutoff=cutoff)
     return (draw(SCALES.all[first : first + batch]) for first in range(0, SCALES.count, batch))
 
@@ -49,8 +58,8 @@ def cache_name(generator: str, observation: Observation, psi: float, cutoff: int
 class ObservationCache:
     """Observations of a set of seeds in RAM, optionally kept in a file between runs.
 
-    Values are rounded to float16, at most 0.05 % of a value off; scores move less than training noise does. Published rewards were
-    trained on float16 volumes as well.
+    Values are rounded to float16, at most 0.05 % of a value off; scores move less than training noise does.
+    Published rewards were trained on float16 volumes as well.
 
     Args:
         source: draws for seeds it has not seen.
@@ -58,25 +67,33 @@ class ObservationCache:
     """
 
     def __init__(self, source: Source, cache: Path | None = None):
-        self._source, self._cache = source, cache
+        self._source = source
+        self._cache = cache
         self._kept: dict[int, torch.Tensor] = {}  # seed -> float16 [...]
         if cache is not None and cache.is_file():
             try:
                 stored = safetensors.torch.load_file(cache)
                 self._kept = dict(zip(stored["seeds"].tolist(), stored["observed"], strict=True))
             except (safetensors.SafetensorError, KeyError) as error:
-                raise ValueError(f"ObservationCache({cache.name}): expected a cache, got: {error}. Delete the file.") from error
+                raise ValueError(
+                    f"ObservationCache({cache.name}): expected a cache, got: {error}. Delete the file."
+                ) from error
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def fill(
-        self, seeds: Iterable[int], batch: int = 16, on_drawn: Callable[[int], None] | None = None, ranks: Ranks = SINGLE
+        self,
+        seeds: Iterable[int],
+        batch: int = 16,
+        on_drawn: Callable[[int], None] | None = None,
+        ranks: Ranks = SINGLE,
     ) -> int:
         """Draw the seeds that are missing, `batch` at a time, in turn over the ranks; every rank gets all.
 
-        They are drawn in ascending order, never in that of the labels: a ray's jitter depends on its shape's place in the batch, and where
-        winners have even places and losers odd ones, a network learns that instead of shapes.
+        They are drawn in ascending order, never in that of the labels: a ray's jitter depends on its shape's
+        place in the batch, and where winners have even places and losers odd ones, a network learns that
+        instead of shapes.
 
         `on_drawn` hears how many were added here. Returns the number drawn.
         """
@@ -84,11 +101,14 @@ class ObservationCache:
             self._kept = {}  # the machines' caches differ
         missing = sorted({seed for seed in seeds if seed not in self._kept})
         drawn: dict[int, torch.Tensor] = {}
-        for part in [missing[start : start + batch] for start in range(0, len(missing), batch)][ranks.rank :: ranks.world]:
+        for part in [missing[start : start + batch] for start in range(0, len(missing), batch)][
+            ranks.rank :: ranks.world
+        ]:
             drawn.update(zip(part, self._source(part).to("cpu", torch.float16), strict=True))
             if on_drawn:
                 on_drawn(len(part))
-        if ranks.world > 1 and missing:  # each was drawn on one rank; where none was drawn here, one is, for its shape
+        # each was drawn on one rank; where none was drawn here, one is, for its shape
+        if ranks.world > 1 and missing:
             shape = next(iter(drawn.values())).shape if drawn else self._source(missing[:1]).shape[1:]
             nothing = torch.zeros(shape, dtype=torch.float16)
             for start in range(0, len(missing), 64):
@@ -106,5 +126,8 @@ class ObservationCache:
     def save(self) -> None:
         """Write the cache file, if there is one, atomically."""
         if self._cache is not None and self._kept:
-            stored = {"seeds": torch.tensor(list(self._kept), dtype=torch.int64), "observed": torch.stack(list(self._kept.values()))}
+            stored = {
+                "seeds": torch.tensor(list(self._kept), dtype=torch.int64),
+                "observed": torch.stack(list(self._kept.values())),
+            }
             write_atomic(self._cache, safetensors.torch.save(stored))

@@ -1,10 +1,13 @@
-"""Several reward networks as one: how the scores of members that were trained apart become a reward, and the average of their weights.
+"""Several reward networks as one: how the scores of members that were trained apart become a reward, and the
+average of their weights.
 
-A generator that is tuned on one reward finds that reward's mistakes. Members with other initialisations and other draws of the labels make
-other mistakes, and an aggregate that distrusts what they disagree on leaves less to find. Members that share their labels or their start
-share mistakes, too: ensembles lessen over-optimisation, they do not end it (Eisenstein et al. 2023, arXiv 2312.09244).
+A generator that is tuned on one reward finds that reward's mistakes. Members with other initialisations and
+other draws of the labels make other mistakes, and an aggregate that distrusts what they disagree on leaves
+less to find. Members that share their labels or their start share mistakes, too: ensembles lessen
+over-optimisation, they do not end it (Eisenstein et al. 2023, arXiv 2312.09244).
 
-Letters: N samples, E members, P pairs, M entries of an embedding; [N, ...] is what the networks' observation gives.
+Letters: N samples, E members, P pairs, M entries of an embedding; [N, ...] is what the networks' observation
+gives.
 """
 
 import copy
@@ -22,29 +25,39 @@ _EPS = 1e-6  # standard deviations below this count as agreement: there the root
 
 
 def mean(scores: torch.Tensor, _strength: float) -> torch.Tensor:
-    """Mean over members (Lakshminarayanan et al. 2017, arXiv 1612.01474): less variance than one member, no pessimism."""
+    """Mean over members (Lakshminarayanan et al. 2017, arXiv 1612.01474): less variance than one member, no
+    pessimism.
+    """
     return scores.mean(dim=0)
 
 
 def least(scores: torch.Tensor, _strength: float) -> torch.Tensor:
-    """The lowest member ("worst case", Coste et al. 2023, arXiv 2310.02743); the gradient is that of the lowest alone."""
+    """The lowest member ("worst case", Coste et al. 2023, arXiv 2310.02743); the gradient is that of the
+    lowest alone.
+    """
     return scores.amin(dim=0)
 
 
 def lower_bound(scores: torch.Tensor, k: float) -> torch.Tensor:
-    """mean - k sd, sd the population's. Pushes away from a member above mean + sd / k; no gradient from sd where members agree."""
+    """mean - k sd, sd the population's. Pushes away from a member above mean + sd / k; no gradient from sd
+    where members agree.
+    """
     variance = scores.var(dim=0, correction=0)
     spread = variance.clamp_min(_EPS**2).sqrt() * (variance > _EPS**2)
     return scores.mean(dim=0) - k * spread
 
 
 def variance_penalty(scores: torch.Tensor, weight: float) -> torch.Tensor:
-    """mean - lambda var, var the population's (UWO of Coste et al. 2023). Pushes away from a member above mean + 1 / (2 lambda)."""
+    """mean - lambda var, var the population's (UWO of Coste et al. 2023). Pushes away from a member above
+    mean + 1 / (2 lambda).
+    """
     return scores.mean(dim=0) - weight * scores.var(dim=0, correction=0)
 
 
 def soft_minimum(scores: torch.Tensor, beta: float) -> torch.Tensor:
-    """-beta log mean exp(-r / beta) (arXiv 2606.09073): between min (beta to 0) and mean; every member's weight stays in [0, 1]."""
+    """-beta log mean exp(-r / beta) (arXiv 2606.09073): between min (beta to 0) and mean; every member's
+    weight stays in [0, 1].
+    """
     low = scores.detach().amin(dim=0)  # exact where members agree
     return low - beta * ((low - scores) / beta).exp().mean(dim=0).log()
 
@@ -57,42 +70,58 @@ class _Kind:
 
 
 KINDS = {
-    "mean": _Kind(mean), "min": _Kind(least), "lcb": _Kind(lower_bound, 1.0, "k"), "uwo": _Kind(variance_penalty, 0.5, "lambda"),
+    "mean": _Kind(mean),
+    "min": _Kind(least),
+    "lcb": _Kind(lower_bound, 1.0, "k"),
+    "uwo": _Kind(variance_penalty, 0.5, "lambda"),
     "softmin": _Kind(soft_minimum, 0.5, "beta"),
-}  # fmt: skip
-AVERAGE = "warm"  # the average of the weights, which is a single network and not an ensemble (arXiv 2401.12187)
+}
+# the average of the weights, which is a single network and not an ensemble (arXiv 2401.12187)
+AVERAGE = "warm"
 CHOICES = (*KINDS, AVERAGE)
 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """How members' scores become one. Raises: ValueError for an unknown kind, and a strength where none belongs or that is not above 0."""
+    """How members' scores become one.
+
+    Raises: ValueError for an unknown kind, and a strength where none belongs or that is not above 0.
+    """
 
     kind: str = "mean"
     strength: float | None = None  # k of lcb, lambda of uwo, beta of softmin; None: the default
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"--aggregate: expected one of {', '.join(CHOICES)}, got {self.kind!r}. Choose one of them.")
+            raise ValueError(
+                f"--aggregate: expected one of {', '.join(CHOICES)}, got {self.kind!r}. Choose one of them."
+            )
         known = KINDS[self.kind]
         if self.strength is not None and not known.called:
-            raise ValueError(f"--strength: expected none for --aggregate={self.kind}, got {self.strength}. Leave it out.")
+            raise ValueError(
+                f"--strength: expected none for --aggregate={self.kind}, got {self.strength}. Leave it out."
+            )
         if self.strength is not None and not (math.isfinite(self.strength) and self.strength > 0):
-            raise ValueError(f"--strength: expected {known.called} above 0, got {self.strength}. The default is {known.strength}.")
+            raise ValueError(
+                f"--strength: expected {known.called} above 0, got {self.strength}. The default is"
+                f" {known.strength}."
+            )
         if self.strength is None and known.called:
             object.__setattr__(self, "strength", known.strength)
 
     def __call__(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores [E, N], standardised so that no member decides by its scale alone -> [N]. Differentiable.
 
-        A constant added to all scores is added to the result, and the order of members does not matter; mean >= softmin >= min.
+        A constant added to all scores is added to the result, and the order of members does not matter;
+        mean >= softmin >= min.
         """
         return KINDS[self.kind].join(scores, self.strength or 0.0)
 
 
 @dataclass(frozen=True)
 class Standard:
-    """What puts members on one scale: mean and standard deviation of each one's scores of the same samples, [E] each.
+    """What puts members on one scale: mean and standard deviation of each one's scores of the same samples,
+    [E] each.
 
     Raises: ValueError for lengths that differ, and deviations that are not above 0.
     """
@@ -101,10 +130,14 @@ class Standard:
     scales: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if len(self.offsets) != len(self.scales) or not all(map(math.isfinite, (*self.offsets, *self.scales))) or min(self.scales) <= 0:
+        if (
+            len(self.offsets) != len(self.scales)
+            or not all(map(math.isfinite, (*self.offsets, *self.scales)))
+            or min(self.scales) <= 0
+        ):
             raise ValueError(
-                f"ensemble: expected an offset and a scale above 0 per member, got {list(self.offsets)} and {list(self.scales)}. "
-                "A member that scores all samples alike says nothing: leave it out."
+                f"ensemble: expected an offset and a scale above 0 per member, got {list(self.offsets)} and"
+                f" {list(self.scales)}. A member that scores all samples alike says nothing: leave it out."
             )
 
     @classmethod
@@ -117,26 +150,44 @@ class Standard:
 
 
 class RewardEnsemble(nn.Module):
-    """One score from networks that were trained apart. Used like a RewardNetwork, for as many times the cost; not trained itself.
+    """One score from networks that were trained apart. Used like a RewardNetwork, for as many times the cost;
+    not trained itself.
 
-    With a `standard`, r = mean(scales) * aggregate((r_e - offset_e) / scale_e) + mean(offsets): members count alike, and the result keeps
-    the members' unit, so that weights and clips of one reward suit it. Without, raw scores are aggregated.
+    With a `standard`, r = mean(scales) * aggregate((r_e - offset_e) / scale_e) + mean(offsets): members count
+    alike, and the result keeps the members' unit, so that weights and clips of one reward suit it. Without,
+    raw scores are aggregated.
 
     Raises: ValueError for a standard of another number of members.
     """
 
-    def __init__(self, members: Sequence[RewardNetwork], aggregate: Aggregate = Aggregate(), standard: Standard | None = None):
+    def __init__(
+        self,
+        members: Sequence[RewardNetwork],
+        aggregate: Aggregate = Aggregate(),
+        standard: Standard | None = None,
+    ):
         super().__init__()
-        self.members: Sequence[RewardNetwork] = nn.ModuleList(members)  # type: ignore[assignment]  # it holds nothing else
-        self.aggregate, self.standard = aggregate, standard
+        # it holds nothing else
+        self.members: Sequence[RewardNetwork] = nn.ModuleList(members)  # type: ignore[assignment]
+        self.aggregate = aggregate
+        self.standard = standard
         if standard is not None and len(standard.scales) != len(members):
-            raise ValueError(f"ensemble: expected {len(members)} offsets and scales, got {len(standard.scales)}. Copy the file again.")
+            raise ValueError(
+                f"ensemble: expected {len(members)} offsets and scales, got {len(standard.scales)}. Copy the"
+                " file again."
+            )
 
     @classmethod
     def of(
-        cls, networks: Sequence[RewardNetwork], aggregate: Aggregate = Aggregate(), observed: Iterable[torch.Tensor] | None = None
+        cls,
+        networks: Sequence[RewardNetwork],
+        aggregate: Aggregate = Aggregate(),
+        observed: Iterable[torch.Tensor] | None = None,
     ) -> "RewardEnsemble":
-        """Join copies of trained networks. Args: observed: batches [N, ...] of untuned samples to standardise on; None keeps raw scores."""
+        """Join copies of trained networks.
+
+        Args: observed: batches [N, ...] of untuned samples to standardise on; None keeps raw scores.
+        """
         members = [copy.deepcopy(network) for network in networks]
         standard = None if observed is None else Standard.of(members, observed)
         return cls(members, aggregate, standard).eval().requires_grad_(False)
@@ -147,7 +198,13 @@ class RewardEnsemble(nn.Module):
         described: dict[str, Any] = {**each[0], "members": len(each)} if same else {"members": each}
         if self.aggregate == Aggregate() and self.standard is None:
             return described  # as files have been from the first
-        return {**described, "ensemble": {**asdict(self.aggregate), **({} if self.standard is None else asdict(self.standard))}}
+        return {
+            **described,
+            "ensemble": {
+                **asdict(self.aggregate),
+                **({} if self.standard is None else asdict(self.standard)),
+            },
+        }
 
     def check(self, shape: Sequence[int]) -> None:
         for member in self.members:
@@ -170,7 +227,9 @@ class RewardEnsemble(nn.Module):
         stacked = torch.stack(list(scores))  # [E, N]
         if self.standard is None:
             return self.aggregate(stacked)
-        offsets, scales = (stacked.new_tensor(values)[:, None] for values in (self.standard.offsets, self.standard.scales))
+        offsets, scales = (
+            stacked.new_tensor(values)[:, None] for values in (self.standard.offsets, self.standard.scales)
+        )
         return self.aggregate((stacked - offsets) / scales) * scales.mean() + offsets.mean()
 
     def score(self, observed: torch.Tensor) -> torch.Tensor:
@@ -182,26 +241,34 @@ class RewardEnsemble(nn.Module):
         return self.joined([member.score_embedding(part) for member, part in parts])
 
     def pair_margin(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Logit that `first` is better, from embeddings [P, E * M] each -> [P]: the aggregate of the members' order-free logits.
+        """Logit that `first` is better, from embeddings [P, E * M] each -> [P]: the aggregate of the members'
+        order-free logits.
 
-        These are log odds and need no standard. Swapping the pair negates the mean; the others are pessimistic about the first.
+        These are log odds and need no standard. Swapping the pair negates the mean; the others are
+        pessimistic about the first.
         """
         parts = zip(self.members, self._parts(first), self._parts(second), strict=True)
         return self.aggregate(torch.stack([member.pair_margin(a, b) for member, a, b in parts]))
 
 
 def average_weights(networks: Sequence[RewardNetwork]) -> RewardNetwork:
-    """One network with the mean of all weights, for one network's cost (WARM: Ramé et al. 2024, arXiv 2401.12187).
+    """One network with the mean of all weights, for one network's cost (WARM: Ramé et al. 2024, arXiv
+    2401.12187).
 
-    It needs linear connectivity: weights between two members must be good weights, too. Networks that went on from one trained start have
-    it as a rule; networks of one architecture with other initialisations do not, and their average is worth nothing.
+    It needs linear connectivity: weights between two members must be good weights, too. Networks that went on
+    from one trained start have it as a rule; networks of one architecture with other initialisations do not,
+    and their average is worth nothing.
 
     Raises: ValueError where architectures differ.
     """
     first, *others = (network.describe() for network in networks)
     if any(other != first for other in others):
-        raise ValueError(f"--aggregate={AVERAGE}: expected members of one architecture, got several. Use mean, min or softmin.")
-    average, states = copy.deepcopy(networks[0]), [network.state_dict() for network in networks]
+        raise ValueError(
+            f"--aggregate={AVERAGE}: expected members of one architecture, got several. Use mean, min or"
+            " softmin."
+        )
+    average = copy.deepcopy(networks[0])
+    states = [network.state_dict() for network in networks]
     with torch.no_grad():
         for name, value in average.state_dict().items():
             if value.is_floating_point():
@@ -214,35 +281,57 @@ def check_joining(kind: str | None, strength: float | None) -> None:
     if kind not in (None, AVERAGE):
         Aggregate(kind, strength)
     elif strength is not None:
-        raise ValueError(f"--strength: expected --aggregate=lcb, uwo or softmin with it, got {kind or 'none'}. Leave it out.")
+        raise ValueError(
+            f"--strength: expected --aggregate=lcb, uwo or softmin with it, got {kind or 'none'}. Leave it"
+            " out."
+        )
 
 
 def combine(
-    networks: Sequence[RewardNetwork], kind: str | None, strength: float | None, observed: Iterable[torch.Tensor]
+    networks: Sequence[RewardNetwork],
+    kind: str | None,
+    strength: float | None,
+    observed: Iterable[torch.Tensor],
 ) -> RewardNetwork | RewardEnsemble:
     """Trained networks as one reward.
 
-    Args: kind: one of CHOICES, or None for the mean of raw scores; observed: batches [N, ...] of untuned samples, read for ensembles of
-        standardised members alone.
+    Args: kind: one of CHOICES, or None for the mean of raw scores; observed: batches [N, ...] of untuned
+        samples, read for ensembles of standardised members alone.
     Raises: ValueError, see `Aggregate`, `Standard` and `average_weights`.
     """
     check_joining(kind, strength)
     if kind == AVERAGE:
         return average_weights(networks)
-    return RewardEnsemble.of(networks) if kind is None else RewardEnsemble.of(networks, Aggregate(kind, strength), observed)
+    return (
+        RewardEnsemble.of(networks)
+        if kind is None
+        else RewardEnsemble.of(networks, Aggregate(kind, strength), observed)
+    )
 
 
 def build_network(kind: str, description: Mapping[str, Any]) -> RewardNetwork | RewardEnsemble:
-    """An untrained network, or several, as described. Raises: ValueError for other fields than the network's."""
-    build, values = readers_of(kind).build, dict(description)
-    members, joined = values.pop("members", 1), values.pop("ensemble", None)
+    """An untrained network, or several, as described.
+
+    Raises: ValueError for other fields than the network's.
+    """
+    build = readers_of(kind).build
+    values = dict(description)
+    members = values.pop("members", 1)
+    joined = values.pop("ensemble", None)
     if joined is None and members == 1:
         return build(values)
-    networks = [build(member) for member in members] if isinstance(members, list) else [build(values) for _ in range(members)]
+    networks = (
+        [build(member) for member in members]
+        if isinstance(members, list)
+        else [build(values) for _ in range(members)]
+    )
     if joined is None:
         return RewardEnsemble(networks)
     try:
         standard = Standard(tuple(joined["offsets"]), tuple(joined["scales"])) if "scales" in joined else None
         return RewardEnsemble(networks, Aggregate(joined["kind"], joined["strength"]), standard)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"ensemble: expected kind, strength, offsets and scales, got no such {error}. Copy the file again.") from error
+        raise ValueError(
+            f"ensemble: expected kind, strength, offsets and scales, got no such {error}. Copy the file"
+            " again."
+        ) from error

@@ -1,8 +1,10 @@
-"""A U-Net's features or maps, and their gradient to the slab and the weights, through fused ops on a CPU: the network's own up to rounding.
+"""A U-Net's features or maps, and their gradient to the slab and the weights, through fused ops on a CPU: the
+network's own up to rounding.
 
-Group normalisation is a scale and a shift per sample and channel once the sums are known, and these come out of the pass before: every
-volume is written once and read once. The backward pass is written out (`torch_utils.ops.volume_block`): a block keeps what it reads, what
-lies between its convolutions and what its gates read, and no normalised, activated or gated volume.
+Group normalisation is a scale and a shift per sample and channel once the sums are known, and these come out
+of the pass before: every volume is written once and read once. The backward pass is written out
+(`torch_utils.ops.volume_block`): a block keeps what it reads, what lies between its convolutions and what its
+gates read, and no normalised, activated or gated volume.
 
 Letters: N slabs, C channels, M features, R responses, D, H, W = z, y, x.
 """
@@ -27,22 +29,32 @@ if TYPE_CHECKING:
 
 
 class WeightGradients:
-    """What a backward pass found, by parameter: the 3x3x3 kernels' where wanted, for they cost most, and all others'."""
+    """What a backward pass found, by parameter: the 3x3x3 kernels' where wanted, for they cost most, and all
+    others'.
+    """
 
     def __init__(self, wanted: Iterable[torch.Tensor]):
         self._wanted = set(wanted)
         self.gradients: dict[torch.Tensor, torch.Tensor] = {}
 
     def convolution(
-        self, layer: Any, arrived: tuple[torch.Tensor, torch.Tensor, torch.Tensor], x: torch.Tensor, mix: torch.Tensor | None,
-        sums: torch.Tensor, behind: torch.Tensor,
+        self,
+        layer: Any,
+        arrived: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        x: torch.Tensor,
+        mix: torch.Tensor | None,
+        sums: torch.Tensor,
+        behind: torch.Tensor,
     ) -> None:
         """Of a normalised convolution (NormConv).
 
-        Args: arrived: g, h and factors as `volume_conv_gradient` takes them; x: its input, or with mix [C, 2] the channel of which it is
-        made; sums: of the input and its square; behind: what `volume_conv_gradient` returned.
+        Args: arrived: g, h and factors as `volume_conv_gradient` takes them; x: its input, or with mix [C, 2]
+        the channel of which it is made; sums: of the input and its square; behind: what
+        `volume_conv_gradient` returned.
         """
-        norm, kernel, voxels = layer.groupnorm, layer.conv.weight, x[0, 0].numel()
+        norm = layer.groupnorm
+        kernel = layer.conv.weight
+        voxels = x[0, 0].numel()
         if kernel in self._wanted:
             scale, shift = group_affine(norm, sums, voxels)
             if mix is not None:
@@ -51,15 +63,23 @@ class WeightGradients:
         self.gradients[norm.weight], self.gradients[norm.bias] = group_weights(norm, sums, behind, voxels)
 
     def gates(self, module: Any, linear: list[torch.Tensor], gates: torch.Tensor) -> None:
-        """Of both gates (ScSE): linear: those of cSE, in its order; gates: the sums of `volume_gate_gradient`."""
+        """Of both gates (ScSE): linear: those of cSE, in its order; gates: the sums of
+        `volume_gate_gradient`.
+        """
         self.gradients.update(zip(module.cSE.parameters(), linear, strict=True))
-        layer, channels = module.sSE.conv, len(linear[0])
+        layer = module.sSE.conv
+        channels = len(linear[0])
         whole = gates[:, channels:].sum(dim=0).float()
-        self.gradients[layer.weight], self.gradients[layer.bias] = whole[:channels].view_as(layer.weight), whole[channels:]
+        self.gradients[layer.weight], self.gradients[layer.bias] = (
+            whole[:channels].view_as(layer.weight),
+            whole[channels:],
+        )
 
     def pointwise(self, layer: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
         """Of a 1x1x1 convolution of x, from the gradient of its result."""
-        self.gradients[layer.weight] = torch.einsum("nov,ncv->oc", grad.flatten(2), x.flatten(2)).view_as(layer.weight)
+        self.gradients[layer.weight] = torch.einsum("nov,ncv->oc", grad.flatten(2), x.flatten(2)).view_as(
+            layer.weight
+        )
         self.gradients[layer.bias] = grad.sum(dim=(0, 2, 3, 4))
 
     def upsampling(self, layer: nn.ConvTranspose3d, x: torch.Tensor, grad: torch.Tensor) -> None:
@@ -67,13 +87,16 @@ class WeightGradients:
         if layer.weight in self._wanted:
             fine = [2 * n - 1 for n in x.shape[2:]]
             grad = torch.ops.aten.upsample_nearest3d_backward(grad, grad.shape[2:], [*grad.shape[:2], *fine])
-            grad, x = (t.contiguous(memory_format=torch.channels_last_3d) for t in (grad, x))  # faster by more than it takes
+            # faster by more than it takes
+            grad, x = (t.contiguous(memory_format=torch.channels_last_3d) for t in (grad, x))
             self.gradients[layer.weight] = torch.ops.aten.convolution_backward(
                 grad, x, layer.weight, None, [2] * 3, [1] * 3, [1] * 3, True, [0] * 3, 1, [False, True, False]
             )[1]
 
 
-# Group normalisation from sums over each channel's voxels: as a scale and a shift, and its gradients. G groups.
+# Group normalisation from sums over each channel's voxels: as a scale and a shift, and its gradients. G
+# groups.
+
 
 def statistics(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and inverse deviation [N, C] of each channel's group."""
@@ -85,19 +108,25 @@ def statistics(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[tor
 
 
 def group_affine(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Group normalisation as scale and shift [N, C] from sums [N, C, 2] float64 of values and squares over `voxels` per channel."""
+    """Group normalisation as scale and shift [N, C] from sums [N, C, 2] float64 of values and squares over
+    `voxels` per channel.
+    """
     mean, inverse = statistics(norm, sums, voxels)
     scale = norm.weight.double() * inverse
     return scale.float(), (norm.bias.double() - mean * scale).float()
 
 
-def group_gradient(norm: nn.GroupNorm, sums: torch.Tensor, arrived: torch.Tensor, voxels: int) -> torch.Tensor:
-    """Its gradient as f0 g + f1 x + f2, [N, C, 3] float64; arrived: sums [N, C, 2] float64 of g and g x, g being the gradient that arrives.
+def group_gradient(
+    norm: nn.GroupNorm, sums: torch.Tensor, arrived: torch.Tensor, voxels: int
+) -> torch.Tensor:
+    """Its gradient as f0 g + f1 x + f2, [N, C, 3] float64; arrived: sums [N, C, 2] float64 of g and g x, g
+    being the gradient that arrives.
 
     With x' = (x - mean) inverse and the means over a group: inverse (w g - mean(w g) - x' mean(w g x')).
     """
     mean, inverse = statistics(norm, sums, voxels)
-    w, each = norm.weight.double(), sums.shape[1] // norm.num_groups
+    w = norm.weight.double()
+    each = sums.shape[1] // norm.num_groups
 
     def over_group(values: torch.Tensor) -> torch.Tensor:
         return values.unflatten(1, (norm.num_groups, -1)).mean(dim=2).repeat_interleave(each, dim=1) / voxels
@@ -108,10 +137,14 @@ def group_gradient(norm: nn.GroupNorm, sums: torch.Tensor, arrived: torch.Tensor
     return torch.stack([(w * inverse).expand_as(slope), slope, -inverse * plain - slope * mean], dim=2)
 
 
-def group_weights(norm: nn.GroupNorm, sums: torch.Tensor, arrived: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def group_weights(
+    norm: nn.GroupNorm, sums: torch.Tensor, arrived: torch.Tensor, voxels: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of its weight and bias [C]; arguments as above."""
     mean, inverse = statistics(norm, sums, voxels)
-    return ((arrived[..., 1] - mean * arrived[..., 0]) * inverse).sum(dim=0).float(), arrived[..., 0].sum(dim=0).float()
+    return ((arrived[..., 1] - mean * arrived[..., 0]) * inverse).sum(dim=0).float(), arrived[..., 0].sum(
+        dim=0
+    ).float()
 
 
 _LANES = 8  # channels that the ops take at a time
@@ -121,7 +154,11 @@ _kernels: "WeakKeyDictionary[nn.Module, dict[str, tuple[int, int, torch.Tensor]]
 
 def applies(model: "RewardModel", slab: torch.Tensor) -> bool:
     """Whether the fused ops cover this network and slab: a CPU, float32, whole lanes of channels."""
-    if slab.device.type != "cpu" or slab.dtype != torch.float32 or any(c % _LANES for c in model.arch.feature_maps):
+    if (
+        slab.device.type != "cpu"
+        or slab.dtype != torch.float32
+        or any(c % _LANES for c in model.arch.feature_maps)
+    ):
         return False
     return next(model.parameters()).dtype == torch.float32 and ops.differentiable()
 
@@ -140,7 +177,9 @@ def features(model: "RewardModel", slab: torch.Tensor) -> torch.Tensor:
 
 
 def maps(model: "RewardModel", slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the U-Net makes of slabs [N, C, D, H, W], see `UNet3d.forward`. Differentiable in the slab and the weights, once."""
+    """What the U-Net makes of slabs [N, C, D, H, W], see `UNet3d.forward`. Differentiable in the slab and the
+    weights, once.
+    """
     net = model.Conv3DModule
     weights = [*net.encoders.parameters(), *net.decoders.parameters()]
     whole, coarsest = _Maps.apply(slab, model, torch.is_grad_enabled(), *weights)
@@ -148,7 +187,9 @@ def maps(model: "RewardModel", slab: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def pointwise(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """A 1x1x1 convolution with bias as a product of matrices: [N, C, D, H, W] -> [N, O, D, H, W]. Differentiable in all."""
+    """A 1x1x1 convolution with bias as a product of matrices: [N, C, D, H, W] -> [N, O, D, H, W].
+    Differentiable in all.
+    """
     weight = layer.weight.flatten(1).expand(len(x), -1, -1)
     return torch.baddbmm(layer.bias[:, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
@@ -178,7 +219,8 @@ class _Maps(torch.autograd.Function):
     @staticmethod
     @once("reward")
     def backward(ctx, whole, coarsest):
-        weights, needed = ctx.saved_tensors, ctx.needs_input_grad
+        weights = ctx.saved_tensors
+        needed = ctx.needs_input_grad
         gathered = WeightGradients(w for w, asked in zip(weights, needed[3:], strict=True) if asked)
         slab = ctx.run.gradient_of_maps(whole, coarsest, gathered)
         return slab if needed[0] else None, None, None, *(gathered.gradients.get(w) for w in weights)
@@ -209,7 +251,10 @@ class _Pass:
     """One forward pass, and, where its volumes are kept, its backward pass."""
 
     def __init__(self, model: "RewardModel", kept: bool, learns: bool = False):
-        self.arch, self.net, self.kept, self.learns = model.arch, model.Conv3DModule, kept, learns
+        self.arch = model.arch
+        self.net = model.Conv3DModule
+        self.kept = kept
+        self.learns = learns
         self.down: list[_Block] = []
         self.up: list[_Block] = []
         self.memory: dict[str, torch.Tensor] = {}
@@ -222,11 +267,14 @@ class _Pass:
     def maps(self, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The last volume after its gates, and the coarsest one."""
         coarsest = self._coarsest(slab)
-        return self._gated(self.up[-1])[0], coarsest.detach()  # not the tensor that a block has kept: it would keep itself
+        # not the tensor that a block has kept: it would keep itself
+        return self._gated(self.up[-1])[0], coarsest.detach()
 
     def _coarsest(self, slab: torch.Tensor) -> torch.Tensor:
         """Runs all blocks; the coarsest volume after its gates."""
-        x, skips, net = slab, [], self.net
+        x = slab
+        skips = []
+        net = self.net
         for level, encoder in enumerate(net.encoders):
             block = self._encode(encoder.basic_module, x)
             block.read = x if self.learns else None
@@ -234,9 +282,11 @@ class _Pass:
             skips.append(whole)
             self.down.append(block)
             x = whole if pooled is None else pooled
-        bottleneck, last = skips.pop(), None
+        bottleneck = skips.pop()
+        last = None
         for decoder in net.decoders:
-            convolution, skip = _upsampling(decoder), skips.pop()
+            convolution = _upsampling(decoder)
+            skip = skips.pop()
             x = bottleneck if last is None else self._gated(last)[0]
             kernel = _kernel(convolution, "up", ops.transposed_kernel)
             r, sums = ops.volume_up(skip, x, convolution.weight, kernel, out=skip)
@@ -250,22 +300,33 @@ class _Pass:
             r = x if isinstance(module.conv1, nn.Identity) else pointwise(module.conv1, x)
             return self._block(module, r, _sums(*_moments(r), r[0, 0].numel()))
         # conv1 reads one channel, r_c = w_c x + b_c, so its normalisation is an affine function of x as well
-        w, b = module.conv1.weight.reshape(1, -1).double(), module.conv1.bias[None].double()
+        w = module.conv1.weight.reshape(1, -1).double()
+        b = module.conv1.bias[None].double()
         mean, variance = _moments(x)  # [N, 1]
         sums = _sums(mean * w + b, variance * w.square(), x[0, 0].numel())
         return self._block(module, x, sums, torch.cat([w, b]).T.float().contiguous(), mean, variance)
 
     def _block(
-        self, module: Any, r: torch.Tensor, sums: torch.Tensor, mix: torch.Tensor | None = None, *moments: torch.Tensor
+        self,
+        module: Any,
+        r: torch.Tensor,
+        sums: torch.Tensor,
+        mix: torch.Tensor | None = None,
+        *moments: torch.Tensor,
     ) -> _Block:
-        channels, voxels = sums.shape[1], r[0, 0].numel()
+        channels = sums.shape[1]
+        voxels = r[0, 0].numel()
         scale, shift = group_affine(module.conv2.groupnorm, sums, voxels)
         room = self._memory("inner", r, channels)
         if mix is None:
             kernel = _kernel(module.conv2.conv, "conv", ops.transformed_kernel)
-            inner, second = ops.volume_conv(r, scale, shift, module.conv2.conv.weight, kernel, relu=True, out=room)
+            inner, second = ops.volume_conv(
+                r, scale, shift, module.conv2.conv.weight, kernel, relu=True, out=room
+            )
         else:
-            inner, second = ops.volume_conv(r, *_of_one_channel(module, mix, scale, shift, *moments), relu=True, out=room)
+            inner, second = ops.volume_conv(
+                r, *_of_one_channel(module, mix, scale, shift, *moments), relu=True, out=room
+            )
         scale, shift = group_affine(module.conv3.groupnorm, second, voxels)
         kernel = _kernel(module.conv3.conv, "conv", ops.transformed_kernel)
         room = None if self.kept else r if mix is None else self._memory("outer", r, channels)
@@ -273,10 +334,22 @@ class _Pass:
             inner, scale, shift, module.conv3.conv.weight, kernel, residual=r, mix=mix, relu=True, out=room
         )
         squeezed = (third[..., 0] / voxels).float()
-        return _Block(module, r, mix, sums, inner, second, h, squeezed, _channel_gate(squeezed, *module.se_module.cSE.parameters()))
+        return _Block(
+            module,
+            r,
+            mix,
+            sums,
+            inner,
+            second,
+            h,
+            squeezed,
+            _channel_gate(squeezed, *module.se_module.cSE.parameters()),
+        )
 
     def _memory(self, role: str, like: torch.Tensor, channels: int) -> torch.Tensor | None:
-        """Without a backward pass, memory that is used again: the system takes as long to hand out new pages as a pass over them."""
+        """Without a backward pass, memory that is used again: the system takes as long to hand out new pages
+        as a pass over them.
+        """
         if self.kept:
             return None
         shape = (len(like), channels, *like.shape[2:])
@@ -286,13 +359,18 @@ class _Pass:
         return self.memory[role][:size].view(shape)
 
     def _gated(self, block: _Block, pool: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return ops.volume_gate(block.h, block.gate, *block.spatial(), out=None if self.kept else block.h, pool=pool)
+        return ops.volume_gate(
+            block.h, block.gate, *block.spatial(), out=None if self.kept else block.h, pool=pool
+        )
 
     def _pooled(self, bottleneck: torch.Tensor) -> torch.Tensor:
         """The features; what `gradient` needs of them is a small graph of torch's own, from leaves."""
-        arch, last, final = self.arch, self.up[-1], self.net.final_conv
+        arch = self.arch
+        last = self.up[-1]
+        final = self.net.final_conv
         assert final.bias is not None
-        weight, bias = final.weight.detach()[arch.recon_channels :, :, 0, 0, 0], final.bias.detach()[arch.recon_channels :]
+        weight = final.weight.detach()[arch.recon_channels :, :, 0, 0, 0]
+        bias = final.bias.detach()[arch.recon_channels :]
         with torch.set_grad_enabled(self.kept):
             if arch.pooling == "slice_max":
                 _, places = ops.volume_profile(last.h, last.gate, *last.spatial(), weight, bias)
@@ -301,14 +379,19 @@ class _Pass:
                 self.leaves = [last.h.flatten(2).gather(2, self.places), last.gate]
                 values, gate = (t.requires_grad_(self.kept) for t in self.leaves)
                 w, b = last.spatial()
-                gated = values * torch.maximum(gate[..., None], torch.sigmoid(torch.einsum("ncd,c->nd", values, w) + b)[:, None])
+                gated = values * torch.maximum(
+                    gate[..., None], torch.sigmoid(torch.einsum("ncd,c->nd", values, w) + b)[:, None]
+                )
                 profile = (torch.einsum("ncd,rc->nrd", gated, weight) + bias[:, None]).amax(dim=1)
                 self.result = profile[:, slice_windows(profile.shape[1], arch.pool_size)].amax(dim=2)
             else:
                 self.leaves = [t.requires_grad_(self.kept) for t in (self._gated(last)[0], bottleneck)]
                 whole, coarse = self.leaves
                 response = F.conv3d(whole, weight[..., None, None, None], bias)
-                self.result = torch.cat([grid_feature(response, arch.final_cells), grid_feature(coarse, arch.bottleneck_cells)], dim=1)
+                self.result = torch.cat(
+                    [grid_feature(response, arch.final_cells), grid_feature(coarse, arch.bottleneck_cells)],
+                    dim=1,
+                )
         return self.result.detach()
 
     @torch.no_grad()
@@ -323,18 +406,28 @@ class _Pass:
         return self._back(arrived, second.double(), None)
 
     @torch.no_grad()
-    def gradient_of_maps(self, whole: torch.Tensor, coarsest: torch.Tensor | None, weights: WeightGradients) -> torch.Tensor:
+    def gradient_of_maps(
+        self, whole: torch.Tensor, coarsest: torch.Tensor | None, weights: WeightGradients
+    ) -> torch.Tensor:
         """The gradient to the slab, from those to the maps; those to the weights are added to `weights`."""
         return self._back(*_ungated(self.up[-1], whole, None), coarsest, weights)
 
     def _back(
-        self, arrived: torch.Tensor, gates: torch.Tensor, coarsest: torch.Tensor | None, weights: WeightGradients | None = None
+        self,
+        arrived: torch.Tensor,
+        gates: torch.Tensor,
+        coarsest: torch.Tensor | None,
+        weights: WeightGradients | None = None,
     ) -> torch.Tensor:
-        """From gradients to the last volume before its gates, to its gates, and to the coarsest volume after them."""
-        passed, skips = self._through(self.up[-1], arrived, gates, weights), []
+        """From gradients to the last volume before its gates, to its gates, and to the coarsest volume after
+        them.
+        """
+        passed = self._through(self.up[-1], arrived, gates, weights)
+        skips = []
         for k in reversed(range(len(self.up))):
             skips.append(passed)
-            below, layer = self.up[k - 1] if k else self.down[-1], _upsampling(self.net.decoders[k])
+            below = self.up[k - 1] if k else self.down[-1]
+            layer = _upsampling(self.net.decoders[k])
             if weights is not None:
                 weights.upsampling(layer, self.up[k].read, passed)
             kernel = _kernel(layer, "up gradient", lambda w: ops.transposed_kernel(w.transpose(0, 1)))
@@ -352,38 +445,51 @@ class _Pass:
                 weight = block.module.conv1.weight.flatten(1)  # [O, C]
                 passed = (weight.T @ passed.flatten(2)).unflatten(2, passed.shape[2:])
             if level:
-                whole, pooled = skips.pop(), passed
+                whole = skips.pop()
+                pooled = passed
         return passed
 
     def _through(
         self, block: _Block, arrived: torch.Tensor, gates: torch.Tensor, weights: WeightGradients | None
     ) -> torch.Tensor:
-        """The gradient to a block's residual, from those to h and to the gates: the channels' [N, C], and the voxels' weights behind them.
+        """The gradient to a block's residual, from those to h and to the gates: the channels' [N, C], and the
+        voxels' weights behind them.
 
         Of a frozen block whose residual is made of one channel it is that one's.
         """
-        module, voxels, r, mix = block.module, block.h[0, 0].numel(), block.r, block.mix
-        squeezed, *linear = (t.detach().requires_grad_() for t in (block.squeezed, *module.se_module.cSE.parameters()))
+        module = block.module
+        voxels = block.h[0, 0].numel()
+        r = block.r
+        mix = block.mix
+        squeezed, *linear = (
+            t.detach().requires_grad_() for t in (block.squeezed, *module.se_module.cSE.parameters())
+        )
         with torch.enable_grad():
             gate = _channel_gate(squeezed, *linear)
             mean, *linear = torch.autograd.grad(gate, [squeezed, *linear], gates[:, : gate.shape[1]].float())
         mean = mean[..., None].double() / voxels
         factors = torch.cat([torch.ones_like(mean), torch.zeros_like(mean), mean], dim=2).float()
         outer, inner = (
-            _kernel(c, "gradient", lambda w: ops.transformed_kernel(ops.turned(w))) for c in (module.conv3.conv, module.conv2.conv)
+            _kernel(c, "gradient", lambda w: ops.transformed_kernel(ops.turned(w)))
+            for c in (module.conv3.conv, module.conv2.conv)
         )
         g, sums = ops.volume_conv_gradient(arrived, block.h, factors, outer, block.inner)
         if weights is not None:
             weights.gates(module.se_module, linear, gates)
-            weights.convolution(module.conv3, (arrived, block.h, factors), block.inner, None, block.second, sums)
+            weights.convolution(
+                module.conv3, (arrived, block.h, factors), block.inner, None, block.second, sums
+            )
         factors = group_gradient(module.conv3.groupnorm, block.second, sums, voxels).float()
         after = g
         g, sums = ops.volume_conv_gradient(after, block.inner, factors, inner, r, mix)
         if weights is not None:
             weights.convolution(module.conv2, (after, block.inner, factors), r, mix, block.first, sums)
             if mix is not None:
-                r, mix = torch.addcmul(mix[:, 1, None, None, None], r, mix[:, 0, None, None, None]), None
-        factors = torch.cat([mean, group_gradient(module.conv2.groupnorm, block.first, sums, voxels)], dim=2).float()
+                r = torch.addcmul(mix[:, 1, None, None, None], r, mix[:, 0, None, None, None])
+                mix = None
+        factors = torch.cat(
+            [mean, group_gradient(module.conv2.groupnorm, block.first, sums, voxels)], dim=2
+        ).float()
         return ops.volume_join(arrived, block.h, g, r, factors, mix)
 
 
@@ -391,7 +497,9 @@ def _upsampling(decoder: Any) -> nn.ConvTranspose3d:
     return decoder.upsampling.upsample.conv_transposed
 
 
-def _ungated(block: _Block, whole: torch.Tensor | None, pooled: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _ungated(
+    block: _Block, whole: torch.Tensor | None, pooled: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     return ops.volume_gate_gradient(block.h, block.gate, *block.spatial(), whole, pooled)
 
 
@@ -401,11 +509,17 @@ def _channel_gate(squeezed: torch.Tensor, *linear: torch.Tensor) -> torch.Tensor
 
 
 def _of_one_channel(
-    module: Any, mix: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor
+    module: Any,
+    mix: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scale, shift [N, 2] and kernels [N, O, 2, 3, 3, 3] of conv2 where its C inputs are made of one.
 
-    The convolution of C such channels is one of two: the standardised slab, and ones, which feel the zeros outside.
+    The convolution of C such channels is one of two: the standardised slab, and ones, which feel the zeros
+    outside.
     """
     w, b = mix.double().T[:, None]  # [1, C]
     deviation = variance.sqrt().clamp_min(1e-12)
@@ -419,7 +533,8 @@ def _of_one_channel(
 def _kernel(layer: nn.Module, role: str, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """A layer's weights as an op reads them, kept until they change."""
     weight: Any = layer.weight
-    known, state = _kernels.setdefault(layer, {}), (weight.data_ptr(), weight._version)
+    known = _kernels.setdefault(layer, {})
+    state = (weight.data_ptr(), weight._version)
     if role not in known or known[role][:2] != state:
         known[role] = (*state, make(weight.detach()))
     return known[role][2]

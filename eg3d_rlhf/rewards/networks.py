@@ -1,6 +1,8 @@
-"""What all reward networks share: a trunk and three preference heads on a feature vector; and which networks read what.
+"""What all reward networks share: a trunk and three preference heads on a feature vector; and which networks
+read what.
 
-A network that reads another observation is a subclass of `RewardNetwork` with `features` and `describe`, made known by `register`.
+A network that reads another observation is a subclass of `RewardNetwork` with `features` and `describe`, made
+known by `register`.
 
 Letters: N samples, P pairs, M entries of a vector; [N, ...] is what the network's observation gives.
 """
@@ -18,28 +20,36 @@ from eg3d_rlhf.rewards import observations
 
 
 class MLP(nn.Module):
-    """Linear layers with softplus between hidden layers and one residual connection, exactly as published checkpoints use it.
+    """Linear layers with softplus between hidden layers and one residual connection, exactly as published
+    checkpoints use it.
 
         x = input_layer(v); r = x                          no activation here
         x = hidden_layers[j](x) for all j but the last
-        x = x + r                                          with two hidden sizes the loop is empty: x = 2 * input_layer(v)
+        x = x + r                                          with two hidden sizes the loop is empty:
+                                                           x = 2 * input_layer(v)
         out = output_layer(hidden_layers[-1](x))           no activation on the output
 
     Args:
         size_in, size_out: lengths of input and output vectors.
         hidden: hidden sizes, at least two; the residual needs all but the last to be equal.
 
-    Deviates: nothing; the doubling with two hidden sizes is kept because the published weights were trained with it.
+    Deviates: nothing; the doubling with two hidden sizes is kept because the published weights were trained
+    with it.
     """
 
     def __init__(self, size_in: int, hidden: Sequence[int], size_out: int):
         super().__init__()
         hidden = list(hidden)
         if len(hidden) < 2 or len(set(hidden[:-1])) > 1:
-            raise ValueError(f"MLP(hidden): expected two or more sizes, equal but for the last, got {hidden}. Change the head's sizes.")
+            raise ValueError(
+                f"MLP(hidden): expected two or more sizes, equal but for the last, got {hidden}. Change the"
+                " head's sizes."
+            )
         self.input_layer = nn.Linear(size_in, hidden[0])
         pairs = zip(hidden[:-1], hidden[1:], strict=True)
-        self.hidden_layers = nn.ModuleList(nn.Sequential(nn.Linear(a, b), nn.Softplus(), nn.Identity()) for a, b in pairs)
+        self.hidden_layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(a, b), nn.Softplus(), nn.Identity()) for a, b in pairs
+        )
         self.output_layer = nn.Linear(hidden[-1], size_out)
 
     def forward(self, v: torch.Tensor) -> torch.Tensor:  # [N, M_in] -> [N, M_out]
@@ -62,7 +72,9 @@ class Architecture:
         try:
             return cls(**{name: _tuples(value) for name, value in values.items()})
         except TypeError as error:
-            raise ValueError(f"{cls.__name__}: expected its own fields, got: {error}. Is the file from a later version?") from error
+            raise ValueError(
+                f"{cls.__name__}: expected its own fields, got: {error}. Is the file from a later version?"
+            ) from error
 
 
 def _tuples(value: Any) -> Any:
@@ -80,9 +92,12 @@ class RewardOutput:
 
     def rows(self, first: int, last: int) -> "RewardOutput":
         """That of samples first .. last - 1."""
-        some, read = slice(first, last), self.reconstruction
+        some = slice(first, last)
+        read = self.reconstruction
         return RewardOutput(
-            embedding=self.embedding[some], scalar=self.scalar[some], log_strength=self.log_strength[some],
+            embedding=self.embedding[some],
+            scalar=self.scalar[some],
+            log_strength=self.log_strength[some],
             reconstruction=None if read is None else read[some],
         )
 
@@ -90,11 +105,17 @@ class RewardOutput:
 class RewardNetwork(nn.Module, ABC):
     """Trunk and heads on the features of a subclass; `score` is the reward used downstream.
 
-    Args: feature_size: length of `features`; trunk: hidden sizes of the trunk; embedding: length of its output; heads: hidden sizes of each
-    of the three heads.
+    Args: feature_size: length of `features`; trunk: hidden sizes of the trunk; embedding: length of its
+    output; heads: hidden sizes of each of the three heads.
     """
 
-    def __init__(self, feature_size: int, trunk: Sequence[int] = (64, 64), embedding: int = 64, heads: Sequence[int] = (32, 16)):
+    def __init__(
+        self,
+        feature_size: int,
+        trunk: Sequence[int] = (64, 64),
+        embedding: int = 64,
+        heads: Sequence[int] = (32, 16),
+    ):
         super().__init__()
         self.MLP = MLP(feature_size, trunk, embedding)
         self.scalar_rwd_head_BT = MLP(embedding, heads, 1)
@@ -128,25 +149,43 @@ class RewardNetwork(nn.Module, ABC):
         return self.scalar_rwd_head(embedding).squeeze(1)
 
     def pair_logits(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Pair head on embeddings [P, M] and [P, M] -> [P, 2]; index 0 says "the first is better". The order matters."""
+        """Pair head on embeddings [P, M] and [P, M] -> [P, 2]; index 0 says "the first is better". The order
+        matters.
+        """
         return self.scalar_rwd_head_pairs(torch.cat([first, second], dim=1))
 
     def pair_margin(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Order-free logit that `first` is better, [P]: half the difference of both orders' logits. Swapping the pair negates it."""
-        forward, backward = self.pair_logits(first, second), self.pair_logits(second, first)
+        """Order-free logit that `first` is better, [P]: half the difference of both orders' logits. Swapping
+        the pair negates it.
+        """
+        forward = self.pair_logits(first, second)
+        backward = self.pair_logits(second, first)
         return 0.5 * ((forward[:, 0] - forward[:, 1]) - (backward[:, 0] - backward[:, 1]))
 
     def reconstruct(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`features` and what is read, as a decoder makes it of them. Raises: ValueError where there is none."""
-        raise ValueError("reward network: expected a U-Net to reconstruct, got one that has no decoder. Use --set reconstruction=0.")
+        """`features` and what is read, as a decoder makes it of them.
+
+        Raises: ValueError where there is none.
+        """
+        raise ValueError(
+            "reward network: expected a U-Net to reconstruct, got one that has no decoder. Use --set"
+            " reconstruction=0."
+        )
 
     def forward(self, observed: torch.Tensor, reconstruct: bool = False) -> RewardOutput:
-        """Everything the training losses read: [N, ...] -> RewardOutput. Raises: ValueError where it cannot reconstruct."""
-        features, reconstruction = self.reconstruct(observed) if reconstruct else (self.features(observed), None)
+        """Everything the training losses read: [N, ...] -> RewardOutput.
+
+        Raises: ValueError where it cannot reconstruct.
+        """
+        features, reconstruction = (
+            self.reconstruct(observed) if reconstruct else (self.features(observed), None)
+        )
         embedding = self.MLP(features)
         return RewardOutput(
-            embedding=embedding, scalar=self.score_embedding(embedding),
-            log_strength=self.scalar_rwd_head_BT(embedding).squeeze(1), reconstruction=reconstruction,
+            embedding=embedding,
+            scalar=self.score_embedding(embedding),
+            log_strength=self.scalar_rwd_head_BT(embedding).squeeze(1),
+            reconstruction=reconstruction,
         )
 
 
@@ -156,7 +195,8 @@ class Preset:
 
     network: Mapping[str, Any]  # as `RewardNetwork.describe` gives it
     train: Mapping[str, Any] = field(default_factory=dict)  # fields of TrainOptions
-    observe: Mapping[str, Any] = field(default_factory=dict)  # settings of the observation, see `Observation.of`
+    # settings of the observation, see `Observation.of`
+    observe: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,27 +207,44 @@ class Readers:
     presets: Mapping[str, Preset]  # the first is the default
 
 
-# an observation's file registers its networks, too; the slab's class stands elsewhere, since much reads it that trains nothing
-READERS: Registry[Readers] = Registry("network of an observation", {"sigma": "eg3d_rlhf.rewards.slab_network"})
+# an observation's file registers its networks, too; the slab's class stands elsewhere, since much reads it
+# that trains nothing
+READERS: Registry[Readers] = Registry(
+    "network of an observation", {"sigma": "eg3d_rlhf.rewards.slab_network"}
+)
 
 
-def register(kind: str, build: Callable[[Mapping[str, Any]], RewardNetwork], presets: Mapping[str, Preset]) -> None:
+def register(
+    kind: str, build: Callable[[Mapping[str, Any]], RewardNetwork], presets: Mapping[str, Preset]
+) -> None:
     """Make the networks known that read an observation."""
     READERS.add(kind, Readers(build, presets))
 
 
 def readers_of(kind: str) -> Readers:
-    """The networks that read a kind. Raises: ValueError for an unknown kind, and one that no network reads."""
-    observations.OBSERVATIONS[kind]  # imports its file; says which are known, where there is none of this name
+    """The networks that read a kind.
+
+    Raises: ValueError for an unknown kind, and one that no network reads.
+    """
+    # imports its file; says which are known, where there is none of this name
+    observations.OBSERVATIONS[kind]
     return READERS[kind]
 
 
 def preset(name: str | None = None, kind: str = "sigma") -> Preset:
-    """A preset of the networks that read `kind`, the default one for None. Raises: ValueError with the list of names."""
+    """A preset of the networks that read `kind`, the default one for None.
+
+    Raises: ValueError with the list of names.
+    """
     presets = readers_of(kind).presets
     if not presets:
-        raise ValueError(f"reward preset: expected an observation whose networks learn, got {kind}. Use its score as it is.")
+        raise ValueError(
+            f"reward preset: expected an observation whose networks learn, got {kind}. Use its score as"
+            " it is."
+        )
     name = next(iter(presets)) if name is None else name
     if name not in presets:
-        raise ValueError(f"reward preset: expected one of {', '.join(presets)}, got {name!r}. Choose one of them.")
+        raise ValueError(
+            f"reward preset: expected one of {', '.join(presets)}, got {name!r}. Choose one of them."
+        )
     return presets[name]

@@ -1,4 +1,6 @@
-"""What the networks on clouds of points share: their description, their normalisation, the check of what they read."""
+"""What the networks on clouds of points share: their description, their normalisation, the check of what they
+read.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ from torch import nn
 from eg3d_rlhf.rewards.networks import Architecture, RewardNetwork
 
 NORMS = ("batch", "layer")
-_NARROW = 8  # layers of fewer channels are not normalised: of one or two channels nothing but a sign would be left
+# layers of fewer channels are not normalised: of one or two channels nothing but a sign would be left
+_NARROW = 8
 
 
 def one_of(name: str, value: str, known: Sequence[str]) -> None:
@@ -22,11 +25,14 @@ def one_of(name: str, value: str, known: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PointArch(Architecture):
-    """Everything that decides the parameters' names and shapes, and the function they compute. The defaults are the published ones."""
+    """Everything that decides the parameters' names and shapes, and the function they compute. The defaults
+    are the published ones.
+    """
 
     network: ClassVar[str]  # as files name it
     inputs: int = 3  # channels of a point: position, or position and normal (6)
-    norm: str = "batch"  # 'batch' = the published; 'layer' = over the channels of each point, so that no sample depends on another
+    # 'batch' = the published; 'layer' = over the channels of each point, so that no sample depends on another
+    norm: str = "batch"
     trunk: tuple[int, ...] = (512, 512)  # hidden sizes of the trunk
     embedding: int = 512  # length of the trunk's output, which all heads read
     heads: tuple[int, ...] = (256, 128)  # hidden sizes of each of the three heads
@@ -34,7 +40,10 @@ class PointArch(Architecture):
     def __post_init__(self) -> None:
         one_of(f"{type(self).__name__}.norm", self.norm, NORMS)
         if self.inputs not in (3, 6):
-            raise ValueError(f"{type(self).__name__}.inputs: expected 3 or 6, got {self.inputs!r}. Points have positions, perhaps normals.")
+            raise ValueError(
+                f"{type(self).__name__}.inputs: expected 3 or 6, got {self.inputs!r}. Points have positions,"
+                " perhaps normals."
+            )
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -47,14 +56,18 @@ class PointArch(Architecture):
 
 
 class PointNorm(nn.LayerNorm):
-    """Layer normalisation of each point's channels, [N, C, ...], as the batch normalisations whose place it takes."""
+    """Layer normalisation of each point's channels, [N, C, ...], as the batch normalisations whose place it
+    takes.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def norm(kind: str, channels: int, axes: int = 1) -> nn.Module:
-    """A normalisation of [N, channels, ...] with so many axes behind the channels (batch: 1, also none; or 2)."""
+    """A normalisation of [N, channels, ...] with so many axes behind the channels (batch: 1, also none; or
+    2).
+    """
     if kind == "batch":
         return nn.BatchNorm2d(channels) if axes == 2 else nn.BatchNorm1d(channels)
     return PointNorm(channels) if channels >= _NARROW else nn.Identity()
@@ -72,13 +85,17 @@ class PointNetwork(RewardNetwork):
         """Clouds of so many channels, and any number of points."""
         if len(shape) != 2 or shape[0] != self.arch.inputs:
             raise ValueError(
-                f"reward: expected clouds of {self.arch.inputs} channels per point, got {list(shape)}. Use its own observation."
+                f"reward: expected clouds of {self.arch.inputs} channels per point, got {list(shape)}. Use"
+                " its own observation."
             )
 
     def _read(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The cloud itself and its positions [N, 3, P]. Raises: ValueError for other shapes."""
         if observed.ndim != 3:
-            raise ValueError(f"reward: expected clouds [N, {self.arch.inputs}, P], got {list(observed.shape)}. Pass what is observed.")
+            raise ValueError(
+                f"reward: expected clouds [N, {self.arch.inputs}, P], got {list(observed.shape)}. Pass what"
+                " is observed."
+            )
         self.check(observed.shape[1:])
         return observed, observed[:, :3]
 
@@ -88,7 +105,8 @@ def leaky(x: torch.Tensor) -> torch.Tensor:
     return F.leaky_relu(x, 0.2)
 
 
-# Which points of a cloud stand near which: farthest points, balls, nearest ones. Always the same answer for the same cloud.
+# Which points of a cloud stand near which: farthest points, balls, nearest ones. Always the same answer for
+# the same cloud.
 
 
 STARTS = ("first", "farthest")
@@ -102,9 +120,11 @@ def distances(centres: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def farthest_points(points: torch.Tensor, count: int, start: str = "first") -> torch.Tensor:
-    """Indices of `count` points, each farthest from those before it; of equal ones the lowest index. [N, 3, P] -> int64 [N, count].
+    """Indices of `count` points, each farthest from those before it; of equal ones the lowest index.
+    [N, 3, P] -> int64 [N, count].
 
-    Args: start: 'first' begins at index 0, 'farthest' with the point farthest from the centroid, wherever it stands in the order.
+    Args: start: 'first' begins at index 0, 'farthest' with the point farthest from the centroid, wherever it
+        stands in the order.
     """
     points = points.double()
     chosen = torch.zeros(len(points), count, dtype=torch.int64, device=points.device)
@@ -119,13 +139,17 @@ def farthest_points(points: torch.Tensor, count: int, start: str = "first") -> t
 
 
 @torch.no_grad()
-def ball(centres: torch.Tensor, points: torch.Tensor, radius: float, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points nearer than `radius` to each centre, lowest index first, at most `limit`; the first fills what is left.
+def ball(
+    centres: torch.Tensor, points: torch.Tensor, radius: float, limit: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points nearer than `radius` to each centre, lowest index first, at most `limit`; the first fills what
+    is left.
 
     Args: centres [N, 3, S] of the points [N, 3, P] themselves, so that no ball is empty.
     Returns: indices int64 [N, S, K], K = min(limit, P), and how many of them are real, int64 [N, S].
     """
-    index, total = torch.arange(points.shape[2], device=points.device), points.shape[2]
+    index = torch.arange(points.shape[2], device=points.device)
+    total = points.shape[2]
     near = torch.where(distances(centres, points) < radius, index, total)
     near = near.topk(min(limit, total), dim=2, largest=False).values  # sorted
     return torch.where(near < total, near, near[..., :1]), (near < total).sum(dim=2)
@@ -133,7 +157,9 @@ def ball(centres: torch.Tensor, points: torch.Tensor, radius: float, limit: int)
 
 @torch.no_grad()
 def nearest(points: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the `count` nearest points of each point, itself the first: [N, 3, P] -> int64 [N, P, K], K = min(count, P)."""
+    """Indices of the `count` nearest points of each point, itself the first: [N, 3, P] -> int64 [N, P, K],
+    K = min(count, P).
+    """
     return distances(points, points).topk(min(count, points.shape[2]), dim=2, largest=False).indices
 
 

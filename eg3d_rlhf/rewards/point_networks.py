@@ -1,7 +1,9 @@
-"""The networks that read clouds of points: PointNet, PointNet++ and CurveNet as published, and variants of ours without their faults.
+"""The networks that read clouds of points: PointNet, PointNet++ and CurveNet as published, and variants of
+ours without their faults.
 
-Ours normalise each point by itself (a score depends on no other sample, and a batch may be one), start farthest points wherever the order
-puts the one farthest from the centroid, and mix CurveNet's curves with their own weights.
+Ours normalise each point by itself (a score depends on no other sample, and a batch may be one), start
+farthest points wherever the order puts the one farthest from the centroid, and mix CurveNet's curves with
+their own weights.
 """
 
 import math
@@ -15,10 +17,22 @@ from torch import nn
 
 from eg3d_rlhf.preferences.losses import LossWeights
 from eg3d_rlhf.rewards.networks import Preset
-from eg3d_rlhf.rewards.point_layers import STARTS, PointArch, PointNetwork, ball, farthest_points, leaky, nearest, norm, one_of, take
+from eg3d_rlhf.rewards.point_layers import (
+    STARTS,
+    PointArch,
+    PointNetwork,
+    ball,
+    farthest_points,
+    leaky,
+    nearest,
+    norm,
+    one_of,
+    take,
+)
 
-# CurveNet (Xiang et al. 2021, arXiv 2105.01288) as the published point reward has it: blocks that walk curves over a cloud's features.
-# First its curves: where they begin, how they walk from neighbour to neighbour, and how points read them.
+# CurveNet (Xiang et al. 2021, arXiv 2105.01288) as the published point reward has it: blocks that walk curves
+# over a cloud's features. First its curves: where they begin, how they walk from neighbour to neighbour, and
+# how points read them.
 
 _EPS = 1e-8  # least product of norms in a cosine
 
@@ -28,27 +42,37 @@ class Walk(nn.Module):
 
     def __init__(self, channels: int, steps: int, mix: str, kind: str):
         super().__init__()
-        self.steps, self.mix = steps, mix
+        self.steps = steps
+        self.mix = mix
         self.agent_mlp = nn.Sequential(nn.Conv2d(2 * channels, 1, 1, bias=False), norm(kind, 1, 2))
         self.momentum_mlp = nn.Sequential(nn.Conv1d(2 * channels, 2, 1, bias=False), norm(kind, 2))
 
     def _mixed(self, current: torch.Tensor, descriptor: torch.Tensor) -> torch.Tensor:
         """The curve's descriptor after a step, of [N, C, Q] each: a mixture with where it stands."""
         weights = F.softmax(self.momentum_mlp(torch.cat([current, descriptor], dim=1)), dim=1)  # [N, 2, Q]
-        if self.mix == "reshaped":  # as published: curve i reads the flat entries 2i and 2i + 1, of other curves
+        # as published: curve i reads the flat entries 2i and 2i + 1, of other curves
+        if self.mix == "reshaped":
             weights = weights.reshape(len(weights), -1, 2).transpose(1, 2)
         return weights[:, :1] * current + weights[:, 1:] * descriptor
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """Features [N, C, P], neighbours without oneself [N, P, K], first points [N, Q] -> features along the curves [N, C, Q, T]."""
-        place, current = start, take(x, start)  # [N, Q], [N, C, Q]
-        descriptor, curve = current, []
+        """Features [N, C, P], neighbours without oneself [N, P, K], first points [N, Q] -> features along the
+        curves [N, C, Q, T].
+        """
+        # [N, Q], [N, C, Q]
+        place = start
+        current = take(x, start)
+        descriptor = current
+        curve = []
         for step in range(self.steps):
             if step:
                 descriptor = self._mixed(current, descriptor)
             choices = index.gather(1, place[..., None].expand(-1, -1, index.shape[2]))  # [N, Q, K]
             near = take(x, choices)  # [N, C, Q, K]
-            logits = self.agent_mlp(torch.cat([near, descriptor[..., None].expand_as(near)], dim=1)).squeeze(1)  # [N, Q, K]
+            # [N, Q, K]
+            logits = self.agent_mlp(torch.cat([near, descriptor[..., None].expand_as(near)], dim=1)).squeeze(
+                1
+            )
             if step:
                 logits = logits * onward(current - descriptor, near - current[..., None])
             soft = F.softmax(logits, dim=2)
@@ -62,7 +86,9 @@ class Walk(nn.Module):
 
 @torch.no_grad()
 def onward(direction: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Factors in 0..1 that keep curves from turning back: 1 + cosine of the last step [N, C, Q] and the next [N, C, Q, K], [N, Q, K]."""
+    """Factors in 0..1 that keep curves from turning back: 1 + cosine of the last step [N, C, Q] and the next
+    [N, C, Q, K], [N, Q, K].
+    """
     dot = (direction[..., None] * steps).sum(dim=1)
     return (1 + dot / (direction.norm(dim=1)[..., None] * steps.norm(dim=1)).clamp_min(_EPS)).clamp(0, 1)
 
@@ -87,7 +113,9 @@ class CurveGrouping(nn.Module):
 
 
 class CurveAggregation(nn.Module):
-    """Every point reads the curves by dot-product attention: their means over steps, and their means over curves."""
+    """Every point reads the curves by dot-product attention: their means over steps, and their means over
+    curves.
+    """
 
     def __init__(self, channels: int, kind: str):
         super().__init__()
@@ -110,11 +138,18 @@ class CurveAggregation(nn.Module):
         return leaky(x + self.convd(torch.cat(read, dim=1)))
 
 
-Block = tuple[int, int, float, int, bool]  # channels, points, ball radius, bottleneck ratio, whether curves are walked
+# channels, points, ball radius, bottleneck ratio, whether curves are walked
+Block = tuple[int, int, float, int, bool]
 PUBLISHED: tuple[Block, ...] = (
-    (64, 1024, 0.05, 2, True), (64, 1024, 0.05, 4, True), (128, 1024, 0.05, 2, True), (128, 1024, 0.1, 4, True),
-    (256, 256, 0.1, 2, False), (256, 256, 0.2, 4, False), (512, 64, 0.2, 2, False), (512, 64, 0.4, 4, False),
-)  # fmt: skip
+    (64, 1024, 0.05, 2, True),
+    (64, 1024, 0.05, 4, True),
+    (128, 1024, 0.05, 2, True),
+    (128, 1024, 0.1, 4, True),
+    (256, 256, 0.1, 2, False),
+    (256, 256, 0.2, 4, False),
+    (512, 64, 0.2, 2, False),
+    (512, 64, 0.4, 4, False),
+)
 MIXES = ("reshaped", "transposed")
 
 
@@ -129,21 +164,29 @@ class CurveNetArch(PointArch):
     k: int = 20  # neighbours
     curves: int = 100  # at most
     steps: int = 5  # points of a curve
-    mix: str = "reshaped"  # 'reshaped' = the published slip, curves get each other's weights; 'transposed' = each curve its own
-    start: str = "first"  # of farthest points: 'first' point of the cloud, or 'farthest' from its centroid, whatever the order
+    # 'reshaped' = the published slip, curves get each other's weights; 'transposed' = each curve its own
+    mix: str = "reshaped"
+    # of farthest points: 'first' point of the cloud, or 'farthest' from its centroid, whatever the order
+    start: str = "first"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("CurveNetArch.mix", self.mix, MIXES)
         one_of("CurveNetArch.start", self.start, STARTS)
-        if not self.blocks or any(len(block) != 5 or block[2] <= 0 or block[3] < 1 or block[0] % block[3] for block in self.blocks):
+        if not self.blocks or any(
+            len(block) != 5 or block[2] <= 0 or block[3] < 1 or block[0] % block[3] for block in self.blocks
+        ):
             expected = "(channels, points, radius > 0, ratio, curves) with ratios that divide channels"
             raise ValueError(f"CurveNetArch.blocks: expected {expected}, got {self.blocks}. Correct them.")
 
 
 def conv(size_in: int, size_out: int, kind: str, axes: int = 1) -> nn.Sequential:
     """A convolution of width 1 without bias and its normalisation, over [N, C, P] or [N, C, P, K]."""
-    layer = nn.Conv2d(size_in, size_out, 1, bias=False) if axes == 2 else nn.Conv1d(size_in, size_out, 1, bias=False)
+    layer = (
+        nn.Conv2d(size_in, size_out, 1, bias=False)
+        if axes == 2
+        else nn.Conv1d(size_in, size_out, 1, bias=False)
+    )
     return nn.Sequential(layer, norm(kind, size_out, axes))
 
 
@@ -168,7 +211,9 @@ class LocalAggregation(nn.Module):
         """Features [N, C, P] or none, points [N, 3, P], neighbours [N, P, K] -> [N, C', P]."""
         near = surroundings(points, index)  # [N, 9, P, K]
         if self.initial:
-            return leaky(self.mlp(near if x is None else torch.cat([near, take(x, index)], dim=1))).amax(dim=3)
+            return leaky(self.mlp(near if x is None else torch.cat([near, take(x, index)], dim=1))).amax(
+                dim=3
+            )
         assert x is not None
         return leaky(self.mlp(leaky(take(x, index) - x[..., None] + self.xyz2feature(near)))).mean(dim=3)
 
@@ -179,13 +224,15 @@ class CurveBlock(nn.Module):
     def __init__(self, size_in: int, block: Block, arch: CurveNetArch):
         super().__init__()
         size_out, self.points, self.radius, ratio, curves = block
-        self.k, self.start = arch.k, arch.start
+        self.k = arch.k
+        self.start = arch.start
         width = size_in // ratio
         if curves:
             self.curveaggregation = CurveAggregation(width, arch.norm)
             self.curvegrouping = CurveGrouping(width, arch.curves, arch.steps, arch.mix, arch.norm)
         self.curves = curves
-        self.conv1, self.conv2 = conv(size_in, width, arch.norm), conv(width, size_out, arch.norm)
+        self.conv1 = conv(size_in, width, arch.norm)
+        self.conv2 = conv(width, size_out, arch.norm)
         self.shortcut = conv(size_in, size_out, arch.norm) if size_in != size_out else nn.Identity()
         self.lpfa = LocalAggregation(width, width, arch.norm)
 
@@ -193,7 +240,8 @@ class CurveBlock(nn.Module):
         """Features [N, C, P], points [N, 3, P] -> features [N, C', P'], points [N, 3, P']."""
         if self.points < points.shape[2]:
             centres = take(points, farthest_points(points, self.points, self.start))
-            x, points = take(x, ball(centres, points, self.radius, self.k)[0]).amax(dim=3), centres
+            x = take(x, ball(centres, points, self.radius, self.k)[0]).amax(dim=3)
+            points = centres
         shortcut = self.shortcut(x)
         x = leaky(self.conv1(x))
         index = nearest(points, self.k + 1)  # itself the first
@@ -215,7 +263,8 @@ class CurveNetModule(nn.Module):
             self.add_module(name, CurveBlock(size, block, arch))
         self.conv0 = conv(sizes[-1], arch.last, arch.norm)
         if arch.norm == "batch":  # of a classifier, in published state dicts, never used
-            self.conv1, self.conv2 = nn.Linear(2 * arch.last, 512, bias=False), nn.Linear(512, 1)
+            self.conv1 = nn.Linear(2 * arch.last, 512, bias=False)
+            self.conv2 = nn.Linear(512, 1)
             self.bn1 = nn.BatchNorm1d(512)
 
     def forward(self, cloud: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -241,7 +290,8 @@ class CurveNet(PointNetwork):
         return self.CurveNetModule(*self._read(observed))
 
 
-# PointNet++ (Qi et al. 2017, arXiv 1706.02413) as the published point reward has it: two set abstractions and a global one.
+# PointNet++ (Qi et al. 2017, arXiv 1706.02413) as the published point reward has it: two set abstractions and
+# a global one.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,9 +310,17 @@ class PointNet2Arch(PointArch):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("PointNet2Arch.start", self.start, STARTS)
-        if len(self.ratios) != 2 or len(self.radii) != 2 or min(*self.ratios, *self.radii) <= 0 or max(self.ratios) > 1:
+        if (
+            len(self.ratios) != 2
+            or len(self.radii) != 2
+            or min(*self.ratios, *self.radii) <= 0
+            or max(self.ratios) > 1
+        ):
             got = f"{self.ratios} and {self.radii}"
-            raise ValueError(f"PointNet2Arch: expected two ratios in (0, 1] and two radii above 0, got {got}. Correct them.")
+            raise ValueError(
+                f"PointNet2Arch: expected two ratios in (0, 1] and two radii above 0, got {got}. Correct"
+                " them."
+            )
 
 
 def layers(sizes: Sequence[int], kind: str) -> nn.Sequential:
@@ -272,11 +330,16 @@ def layers(sizes: Sequence[int], kind: str) -> nn.Sequential:
 
 
 class SetAbstraction(nn.Module):
-    """Of every centre: the largest over its neighbours of layers on [features of the neighbour, where it lies from the centre]."""
+    """Of every centre: the largest over its neighbours of layers on [features of the neighbour, where it lies
+    from the centre].
+    """
 
     def __init__(self, ratio: float, radius: float, sizes: Sequence[int], arch: PointNet2Arch):
         super().__init__()
-        self.ratio, self.radius, self.limit, self.start = ratio, radius, arch.limit, arch.start
+        self.ratio = ratio
+        self.radius = radius
+        self.limit = arch.limit
+        self.start = arch.start
         self.point_conv = nn.ModuleDict({"local_nn": layers(sizes, arch.norm)})  # as published names have it
 
     def forward(self, x: torch.Tensor | None, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -288,8 +351,10 @@ class SetAbstraction(nn.Module):
         near = take(points, index) - centres[..., None]  # [N, 3, S, K]
         if x is not None:
             near = torch.cat([take(x, index), near], dim=1)
-        edges = self.point_conv["local_nn"](near.movedim(1, -1)[real])  # [E, C'], real ones alone: they are what a batch norm counts
-        dense = edges.new_full((*real.shape, edges.shape[1]), -torch.inf).index_put((real,), edges)  # [N, S, K, C']
+        # [E, C'], real ones alone: they are what a batch norm counts
+        edges = self.point_conv["local_nn"](near.movedim(1, -1)[real])
+        # [N, S, K, C']
+        dense = edges.new_full((*real.shape, edges.shape[1]), -torch.inf).index_put((real,), edges)
         return dense.amax(dim=2).transpose(1, 2), centres
 
 
@@ -298,9 +363,13 @@ class PointNet2Module(nn.Module):
 
     def __init__(self, arch: PointNet2Arch):
         super().__init__()
-        self.affine_offset, self.affine_scale = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))  # published, never used
+        # published, never used
+        self.affine_offset = nn.Parameter(torch.zeros(()))
+        self.affine_scale = nn.Parameter(torch.ones(()))
         self.sa1_module = SetAbstraction(arch.ratios[0], arch.radii[0], (arch.inputs, *arch.first), arch)
-        self.sa2_module = SetAbstraction(arch.ratios[1], arch.radii[1], (arch.first[-1] + 3, *arch.second), arch)
+        self.sa2_module = SetAbstraction(
+            arch.ratios[1], arch.radii[1], (arch.first[-1] + 3, *arch.second), arch
+        )
         self.sa3_module = nn.ModuleDict({"mlp": layers((arch.second[-1] + 3, *arch.whole), arch.norm)})
 
     def forward(self, cloud: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -325,7 +394,8 @@ class PointNet2(PointNetwork):
         return self.PointNet2Module(*self._read(observed))
 
 
-# PointNet (Qi et al. 2017, arXiv 1612.00593) as the published point reward has it: no transform nets, softplus, maximum over points.
+# PointNet (Qi et al. 2017, arXiv 1612.00593) as the published point reward has it: no transform nets,
+# softplus, maximum over points.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,7 +404,8 @@ class PointNetArch(PointArch):
 
     network: ClassVar[str] = "pointnet"
     widths: tuple[int, int, int] = (64, 128, 1024)  # channels per point
-    pool: str = "max"  # 'max' = the published; 'max-mean' joins the mean, through which every point gets a gradient
+    # 'max' = the published; 'max-mean' joins the mean, through which every point gets a gradient
+    pool: str = "max"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -351,7 +422,9 @@ class PointNet(PointNetwork):
         super().__init__(arch.widths[-1] * (2 if arch.pool == "max-mean" else 1), **arch.sizes)
         self.arch: PointNetArch = arch
         a, b, c = arch.widths
-        self.conv1, self.conv2, self.conv3 = nn.Conv1d(arch.inputs, a, 1), nn.Conv1d(a, b, 1), nn.Conv1d(b, c, 1)
+        self.conv1 = nn.Conv1d(arch.inputs, a, 1)
+        self.conv2 = nn.Conv1d(a, b, 1)
+        self.conv3 = nn.Conv1d(b, c, 1)
         self.bn1, self.bn2, self.bn3 = (norm(arch.norm, width) for width in arch.widths)
 
     def features(self, observed: torch.Tensor) -> torch.Tensor:
@@ -369,8 +442,12 @@ _NETWORKS: Mapping[str, tuple[type[PointArch], Any]] = {
 }
 HEAD_CROP = (0.16, 0.16, 0.26, 0.20, 0.24, 0.25)  # head and face of the bundled heads without their shoulders
 _CURVE_BLOCKS = (
-    (32, 128, 0.15, 1, True), (32, 128, 0.15, 2, True), (64, 64, 0.25, 1, True), (64, 64, 0.25, 2, True), (96, 32, 0.35, 2, False),
-)  # fmt: skip
+    (32, 128, 0.15, 1, True),
+    (32, 128, 0.15, 2, True),
+    (64, 64, 0.25, 1, True),
+    (64, 64, 0.25, 2, True),
+    (96, 32, 0.35, 2, False),
+)
 
 
 def build(description: Mapping[str, Any]) -> PointNetwork:
@@ -384,21 +461,43 @@ def build(description: Mapping[str, Any]) -> PointNetwork:
 
 def own_presets(inputs: int, observe: Mapping[str, Any]) -> dict[str, Preset]:
     """Networks for a few thousand pairs and one core."""
-    small: dict[str, Any] = {"inputs": inputs, "norm": "layer", "trunk": (64, 64), "embedding": 64, "heads": (32, 16)}
+    small: dict[str, Any] = {
+        "inputs": inputs,
+        "norm": "layer",
+        "trunk": (64, 64),
+        "embedding": 64,
+        "heads": (32, 16),
+    }
     archs = {
         "pointnet": PointNetArch(widths=(32, 64, 128), pool="max-mean", **small),
         "pointnet2": PointNet2Arch(
-            ratios=(0.25, 0.25), radii=(0.15, 0.35), limit=16, first=(16, 16, 32), second=(32, 32, 64), whole=(64, 128), start="farthest",
+            ratios=(0.25, 0.25),
+            radii=(0.15, 0.35),
+            limit=16,
+            first=(16, 16, 32),
+            second=(32, 32, 64),
+            whole=(64, 128),
+            start="farthest",
             **small,
         ),
         "curvenet": CurveNetArch(
-            first=16, blocks=_CURVE_BLOCKS, last=128, k=12, curves=16, steps=5, mix="transposed", start="farthest", **small
+            first=16,
+            blocks=_CURVE_BLOCKS,
+            last=128,
+            k=12,
+            curves=16,
+            steps=5,
+            mix="transposed",
+            start="farthest",
+            **small,
         ),
-    }  # fmt: skip
+    }
     train = {"epochs": 20, "patience": 20, "batch": 16, "lr": 1e-3, "weight_decay": 0.1, "decoupled": True}
     slow = {"epochs": 10, "patience": 10}  # a step of it takes five times as long
     return {
-        name: Preset(network=arch.to_dict(), train={**train, **(slow if name == "curvenet" else {})}, observe=observe)
+        name: Preset(
+            network=arch.to_dict(), train={**train, **(slow if name == "curvenet" else {})}, observe=observe
+        )
         for name, arch in archs.items()
     }
 
@@ -408,8 +507,15 @@ def published_presets() -> dict[str, Preset]:
     presets = {}
     for arch, batch, anchors in ((PointNetArch(), 4, 1000), (PointNet2Arch(), 2, 0), (CurveNetArch(), 2, 0)):
         train = {
-            "epochs": 10, "patience": 3, "batch": batch, "lr": 1e-5, "cosine": False, "anchors": anchors,
+            "epochs": 10,
+            "patience": 3,
+            "batch": batch,
+            "lr": 1e-5,
+            "cosine": False,
+            "anchors": anchors,
             "weights": replace(LossWeights(), reconstruction=0.0),
-        }  # fmt: skip
-        presets[f"paper-{arch.network}"] = Preset(network=arch.to_dict(), train=train, observe={"resolution": 128})
+        }
+        presets[f"paper-{arch.network}"] = Preset(
+            network=arch.to_dict(), train=train, observe={"resolution": 128}
+        )
     return presets

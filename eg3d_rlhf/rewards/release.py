@@ -1,13 +1,15 @@
 """The paper's released reward: read from its published files with weights only, and scored on both lattices.
 
-A release is a folder with `best_model.pt` (a plain state dict, or one under 'state_dict') and `release_config.yaml` or `run_config.yaml`.
-Layer sizes come from the weights. The configuration is the record of a training run: YAML with `${...}` references. It comes from
-elsewhere, so it is read as plain data (no tags that build objects, no aliases), and of its fields only those below are looked at:
+A release is a folder with `best_model.pt` (a plain state dict, or one under 'state_dict') and
+`release_config.yaml` or `run_config.yaml`. Layer sizes come from the weights. The configuration is the record
+of a training run: YAML with `${...}` references. It comes from elsewhere, so it is read as plain data
+(no tags that build objects, no aliases), and of its fields only those below are looked at:
 
     data.dset_dict.selected_dtypes     first entry sigma_field_<N>: the cube has N points per axis
     data.augmentations.tune            the transform of fine-tuning: self-normalisation to [lower, upper]
     data.augmentations.upper_norm      the upper end, where `tune` leaves it out
-    model                              num_groups, f_maps, layer_order, in_channels, is_segmentation, residual, input_size, external
+    model                              num_groups, f_maps, layer_order, in_channels, is_segmentation,
+                                       residual, input_size, external
 
 The crop is no field: the published code derives it from N with the fractions that are SlabSpec's default.
 Shape letters: N samples, D, H, W = z, y, x.
@@ -51,8 +53,10 @@ _MAX_STEPS = 64  # references followed for one value
 _REFERENCE = re.compile(r"\$\{([^${}]*)\}")  # innermost first
 _ENDS = dict.fromkeys(("lo", "low", "lower", "lower_norm", "min"), "lower")
 _ENDS |= dict.fromkeys(("hi", "high", "upper", "upper_norm", "max"), "upper")
-_NEUTRAL = ("_target_", "_partial_", "_convert_", "_recursive_", "keys")  # of a transform: how it is built, not what it computes
-_FIXED = {"layer_order": "gcr", "in_channels": 1, "is_segmentation": False, "residual": True}  # what our network computes
+# of a transform: how it is built, not what it computes
+_NEUTRAL = ("_target_", "_partial_", "_convert_", "_recursive_", "keys")
+# what our network computes
+_FIXED = {"layer_order": "gcr", "in_channels": 1, "is_segmentation": False, "residual": True}
 _REMEDY = "Pass --transform=published to use the published slab instead."
 
 
@@ -68,22 +72,31 @@ class ReleaseConfig:
 
 
 def import_release(source: str | Path, transform: str = "config", lattice: str = "straight") -> Reward:
-    """Read a released reward, in eval mode; nothing in its files is executed. Its provenance names both files and their SHA-256.
+    """Read a released reward, in eval mode; nothing in its files is executed. Its provenance names both files
+    and their SHA-256.
 
     Args:
-        source: the folder, or the weights file itself, such as `swa_weights.pt`, with its configuration beside it.
+        source: the folder, or the weights file itself, such as `swa_weights.pt`, with its configuration
+            beside it.
         transform: see `read_config`; lattice: that the reward reads, see `SlabSpec`.
 
-    Raises: FileNotFoundError; ValueError on damaged or foreign files, entries that do not fit, or a configuration that is not understood.
+    Raises: FileNotFoundError; ValueError on damaged or foreign files, entries that do not fit, or a
+        configuration that is not understood.
     """
     source = Path(source)
     file = source / WEIGHTS if source.is_dir() else source
     state = read(file, "import_release")
     configs = [file.parent / name for name in CONFIG_NAMES if (file.parent / name).is_file()]
     if not configs:
-        raise FileNotFoundError(f"import_release: expected {' or '.join(CONFIG_NAMES)} in {file.parent}, got neither. Put it there.")
+        raise FileNotFoundError(
+            f"import_release: expected {' or '.join(CONFIG_NAMES)} in {file.parent}, got neither. Put it"
+            " there."
+        )
     if len({read_config(path, transform) for path in configs}) == 2:  # both may be there if they say the same
-        raise ValueError(f"import_release: expected one configuration, got two that disagree in {file.parent}. Remove the wrong one.")
+        raise ValueError(
+            f"import_release: expected one configuration, got two that disagree in {file.parent}. Remove the"
+            " wrong one."
+        )
     config = configs[0]
     settings = read_config(config, transform)
     arch = arch_from_state(state, settings)
@@ -91,25 +104,35 @@ def import_release(source: str | Path, transform: str = "config", lattice: str =
     spec = SlabSpec(resolution=settings.resolution, value_max=settings.value_max, lattice=lattice)
     if min(spec.shape) < arch.smallest_side:
         raise ValueError(
-            f"import_release: expected a slab with sides of at least {arch.smallest_side} points, got {list(spec.shape)} from "
-            f"{config.name}. Use the configuration that belongs to these weights."
+            f"import_release: expected a slab with sides of at least {arch.smallest_side} points, got"
+            f" {list(spec.shape)} from {config.name}. Use the configuration that belongs to these weights."
         )
     provenance = {
-        "preset": "paper" if arch == PAPER else "release", "weights": file.name, "weights_sha256": file_hash(file),
-        "config": config.name, "config_sha256": file_hash(config), "transform": transform, "trained_on_lattice": "skewed",
+        "preset": "paper" if arch == PAPER else "release",
+        "weights": file.name,
+        "weights_sha256": file_hash(file),
+        "config": config.name,
+        "config_sha256": file_hash(config),
+        "transform": transform,
+        "trained_on_lattice": "skewed",
     }
     return Reward(SigmaSlab(spec), model, provenance).eval().requires_grad_(False)
 
 
 def arch_from_state(state: Mapping[str, torch.Tensor], settings: ReleaseConfig) -> RewardArch:
-    """Architecture whose entries have the shapes of `state`; the paper's where entries are missing, so that a check can name them.
+    """Architecture whose entries have the shapes of `state`; the paper's where entries are missing, so that a
+    check can name them.
 
     Half of the last convolution's channels reconstruct, the other half are the feature (4 + 4 in the paper).
     Raises: ValueError when the configuration names other sizes than the weights have.
     """
 
-    def sizes(pattern: str) -> tuple[int, ...]:  # first dimension of the numbered entries, as far as they go; one at least
-        names = [pattern.format(0), *itertools.takewhile(state.__contains__, map(pattern.format, itertools.count(1)))]
+    # first dimension of the numbered entries, as far as they go; one at least
+    def sizes(pattern: str) -> tuple[int, ...]:
+        names = [
+            pattern.format(0),
+            *itertools.takewhile(state.__contains__, map(pattern.format, itertools.count(1))),
+        ]
         return tuple(len(state[name]) for name in names)
 
     def hidden(name: str) -> tuple[int, ...]:
@@ -117,29 +140,48 @@ def arch_from_state(state: Mapping[str, torch.Tensor], settings: ReleaseConfig) 
 
     try:
         maps = sizes("Conv3DModule.encoders.{}.basic_module.conv2.conv.weight")
-        channels, trunk, heads = len(state["Conv3DModule.final_conv.weight"]), hidden("MLP"), hidden("scalar_rwd_head")
-        pool_size, embedding = state["MLP.input_layer.weight"].shape[1], len(state["MLP.output_layer.weight"])
+        channels = len(state["Conv3DModule.final_conv.weight"])
+        trunk = hidden("MLP")
+        heads = hidden("scalar_rwd_head")
+        pool_size = state["MLP.input_layer.weight"].shape[1]
+        embedding = len(state["MLP.output_layer.weight"])
     except (KeyError, IndexError, TypeError):
         return replace(PAPER, groups=settings.groups)
-    for name, got, wanted in (("f_maps", maps, settings.feature_maps), ("input_size", pool_size, settings.input_size)):
+    for name, got, wanted in (
+        ("f_maps", maps, settings.feature_maps),
+        ("input_size", pool_size, settings.input_size),
+    ):
         if wanted is not None and wanted != got:
             raise ValueError(
-                f"import_release: expected weights for the configuration's {name} = {wanted}, got {got}. Use the files of one release."
+                f"import_release: expected weights for the configuration's {name} = {wanted}, got {got}. Use"
+                " the files of one release."
             )
     return RewardArch(
-        feature_maps=maps, groups=settings.groups, recon_channels=channels // 2, feature_channels=channels - channels // 2,
-        pool_size=pool_size, trunk=trunk, embedding=embedding, heads=heads,
+        feature_maps=maps,
+        groups=settings.groups,
+        recon_channels=channels // 2,
+        feature_channels=channels - channels // 2,
+        pool_size=pool_size,
+        trunk=trunk,
+        embedding=embedding,
+        heads=heads,
     )
 
 
 @torch.no_grad()
-def compare_lattices(reward: Reward, generator: Generator, seeds: Sequence[int], psi: float = 1.0) -> Iterator[tuple[int, float, float]]:
-    """Each seed, with the rewards of its shape on the straight lattice and on the skewed one that the published reward was trained on.
+def compare_lattices(
+    reward: Reward, generator: Generator, seeds: Sequence[int], psi: float = 1.0
+) -> Iterator[tuple[int, float, float]]:
+    """Each seed, with the rewards of its shape on the straight lattice and on the skewed one that the
+    published reward was trained on.
 
     Raises: ValueError for a reward that reads no slabs.
     """
     if not isinstance(reward.observation, SigmaSlab):
-        raise ValueError(f"compare_lattices: expected a reward that reads slabs, got one of {reward.observation.kind}. Name another.")
+        raise ValueError(
+            f"compare_lattices: expected a reward that reads slabs, got one of {reward.observation.kind}."
+            " Name another."
+        )
     slabs = [SigmaSlab(replace(reward.observation.spec, lattice=lattice)) for lattice in LATTICES]
     for seed in seeds:
         field = generator.field(ws_of_seeds(generator, [seed], psi, 14))
@@ -162,8 +204,10 @@ def write_example(folder: str | Path, seed: int = 0) -> Path:
 def read_config(path: str | Path, transform: str = "config") -> ReleaseConfig:
     """Read the fields listed at the top of this file.
 
-    Args: path of the YAML file; transform: 'config' takes grid and range from it, 'published' takes 256 points and [0, 100].
-    Raises: FileNotFoundError; ValueError naming the field for anything that is missing, not understood, or not what our network computes.
+    Args: path of the YAML file; transform: 'config' takes grid and range from it, 'published' takes 256
+        points and [0, 100].
+    Raises: FileNotFoundError; ValueError naming the field for anything that is missing, not understood, or
+        not what our network computes.
     """
     where = f"reward config {Path(path).name}"
     root = read_yaml(Path(path), where, _MAX_BYTES, aliases=0)
@@ -175,8 +219,9 @@ def read_config(path: str | Path, transform: str = "config") -> ReleaseConfig:
     match = re.fullmatch(r"sigma_field_(\d{1,4})", kind) if isinstance(kind, str) else None
     if match is None:
         raise ValueError(
-            f"{where}: data.dset_dict.selected_dtypes: expected sigma_field_<points> first, got {kind!r}. Rewards on depth maps or point "
-            "clouds are not read; for a sigma-field reward without this field pass --transform=published."
+            f"{where}: data.dset_dict.selected_dtypes: expected sigma_field_<points> first, got {kind!r}."
+            " Rewards on depth maps or point clouds are not read; for a sigma-field reward without this"
+            " field pass --transform=published."
         )
     return ReleaseConfig(resolution=int(match[1]), value_max=_value_max(root, where), **settings)
 
@@ -191,12 +236,17 @@ def lookup(root: Mapping, dotted: str) -> Any:
 
 
 def resolve(root: Mapping, value: Any, where: str) -> Any:
-    """Follow `${a.b}` and `${multiply:x,y}` in a scalar; anything else is returned as it is. Raises: ValueError."""
+    """Follow `${a.b}` and `${multiply:x,y}` in a scalar; anything else is returned as it is.
+
+    Raises: ValueError.
+    """
     for _ in range(_MAX_STEPS):
         reference = _REFERENCE.search(value) if isinstance(value, str) else None
         if reference is None:
             if isinstance(value, str) and "${" in value:
-                raise ValueError(f"{where}: expected whole references, got {value[:80]!r}. Write the value out.")
+                raise ValueError(
+                    f"{where}: expected whole references, got {value[:80]!r}. Write the value out."
+                )
             return value
         name, colon, rest = (inside := reference[1].strip()).partition(":")
         if colon and name == "multiply":
@@ -209,7 +259,10 @@ def resolve(root: Mapping, value: Any, where: str) -> Any:
         elif isinstance(target, (str, int, float)):
             value = value[: reference.start()] + str(target) + value[reference.end() :]
         else:
-            raise ValueError(f"{where}: expected a scalar inside {value[:80]!r}, got {type(target).__name__}. Write the value out.")
+            raise ValueError(
+                f"{where}: expected a scalar inside {value[:80]!r}, got {type(target).__name__}. Write the"
+                " value out."
+            )
         if isinstance(value, str) and len(value) > 4096:
             break
     raise ValueError(f"{where}: expected references that end, got a circle. Write the values out.")
@@ -228,7 +281,8 @@ def _number(value: Any, what: str) -> int | float:
 
 def _value_max(root: Mapping, where: str) -> float:
     """Upper end of the range that `data.augmentations.tune` normalises to."""
-    what, bounds = f"{where}: data.augmentations.tune", {}
+    what = f"{where}: data.augmentations.tune"
+    bounds = {}
     transforms = list(_leaves(root, lookup(root, "data.augmentations.tune"), what))
     if len(transforms) > 1:
         raise ValueError(f"{what}: expected one self-normalisation, got {len(transforms)}. {_REMEDY}")
@@ -236,19 +290,25 @@ def _value_max(root: Mapping, where: str) -> float:
         if key in _ENDS:
             bounds[_ENDS[key]] = _number(resolve(root, value, what), f"{what}.{key}")
         elif key not in _NEUTRAL:
-            raise ValueError(f"{what}: expected the bounds of a self-normalisation, got the setting {key!r}. {_REMEDY}")
+            raise ValueError(
+                f"{what}: expected the bounds of a self-normalisation, got the setting {key!r}. {_REMEDY}"
+            )
     if bounds.get("lower", 0) != 0:
         raise ValueError(f"{what}: expected a range that starts at 0, got {bounds['lower']}. {_REMEDY}")
     if "upper" in bounds:
         return float(bounds["upper"])
     default = lookup(root, "data.augmentations.upper_norm")
     if default is None:
-        raise ValueError(f"{what}: expected an upper end there or in data.augmentations.upper_norm, got neither. {_REMEDY}")
+        raise ValueError(
+            f"{what}: expected an upper end there or in data.augmentations.upper_norm, got neither. {_REMEDY}"
+        )
     return float(_number(resolve(root, default, what), f"{where}: data.augmentations.upper_norm"))
 
 
 def _leaves(root: Mapping, node: Any, what: str) -> Iterator[Mapping]:
-    """The self-normalisations inside a transform: one mapping with `_target_`, a list, a composition, or a mapping of named ones."""
+    """The self-normalisations inside a transform: one mapping with `_target_`, a list, a composition, or a
+    mapping of named ones.
+    """
     pending = [node]
     for _ in range(_MAX_STEPS):  # references may lead back to where they stand
         if not pending:
@@ -262,26 +322,40 @@ def _leaves(root: Mapping, node: Any, what: str) -> Iterator[Mapping]:
             elif "normalise" in plain and "self" in plain:
                 yield node
             else:
-                raise ValueError(f"{what}: expected a self-normalisation to a fixed range, got {name[:60]!r}. {_REMEDY}")
+                raise ValueError(
+                    f"{what}: expected a self-normalisation to a fixed range, got {name[:60]!r}. {_REMEDY}"
+                )
         elif isinstance(node, (list, Mapping)):
             pending += list(node.values() if isinstance(node, Mapping) else node)[:_MAX_STEPS]
         elif node is not None:
             raise ValueError(f"{what}: expected a transform, got {node!r}. {_REMEDY}")
-    raise ValueError(f"{what}: expected at most {_MAX_STEPS} entries and references that end, got more. {_REMEDY}")
+    raise ValueError(
+        f"{what}: expected at most {_MAX_STEPS} entries and references that end, got more. {_REMEDY}"
+    )
 
 
 def _model_settings(root: Mapping, where: str) -> Iterator[tuple[str, Any]]:
-    """Settings of the `model` node that the weights do not show, checked against what our network computes."""
+    """Settings of the `model` node that the weights do not show,
+    checked against what our network computes.
+    """
     if lookup(root, "model.external"):
-        raise ValueError(f"{where}: model.external: expected none for a sigma-field reward, got one: this reward reads depth maps.")
+        raise ValueError(
+            f"{where}: model.external: expected none for a sigma-field reward, got one: this reward reads"
+            " depth maps."
+        )
     for path, key, value in _walk(root.get("model"), "model"):
         value = resolve(root, value, where)
         if key in _FIXED and value is not None and value != _FIXED[key]:
-            raise ValueError(f"{where}: {path}: expected {_FIXED[key]!r}, got {value!r}. Its scores cannot be reproduced.")
+            raise ValueError(
+                f"{where}: {path}: expected {_FIXED[key]!r}, got {value!r}. Its scores cannot be reproduced."
+            )
         if key == "num_groups":
             yield "groups", int(_number(value, f"{where}: {path}"))
         elif key == "f_maps" and isinstance(value, list):
-            yield "feature_maps", tuple(int(_number(resolve(root, entry, where), f"{where}: {path}")) for entry in value)
+            yield (
+                "feature_maps",
+                tuple(int(_number(resolve(root, entry, where), f"{where}: {path}")) for entry in value),
+            )
     size = resolve(root, lookup(root, "model.mlp_global.input_size"), where)
     if size is not None:
         yield "input_size", int(_number(size, f"{where}: model.mlp_global.input_size"))

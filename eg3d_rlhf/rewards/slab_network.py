@@ -1,4 +1,5 @@
-"""The networks that read σ slabs: a 3-D U-Net (the paper's), or three strided convolutions where labels are few.
+"""The networks that read σ slabs: a 3-D U-Net (the paper's), or three strided convolutions where labels are
+few.
 
 Shape letters: N samples, C channels, D, H, W = z, y, x, M entries of a vector (see eg3d_rlhf/core/shapes.py).
 """
@@ -25,17 +26,21 @@ _FLOOR = 0.3  # smallest voxel deviation, as a share of the mean one: keeps empt
 class RewardArch(Architecture):
     """Everything that decides the parameters' names and shapes, and the function they compute."""
 
-    feature_maps: tuple[int, ...]  # channels per U-Net level, finest first; each divisible by `groups` or below it
+    # channels per U-Net level, finest first; each divisible by `groups` or below it
+    feature_maps: tuple[int, ...]
     groups: int = 8  # groups of every GroupNorm
     recon_channels: int = 4  # first channels of the final convolution, for the reconstruction
     feature_channels: int = 4  # the channels after them, for the feature
-    patch: int = 1  # the slab is cut into patch^3 voxels that become channels; 1 = the paper's, 2 is 8 times cheaper
+    # the slab is cut into patch^3 voxels that become channels; 1 = the paper's, 2 is 8 times cheaper
+    patch: int = 1
     input_scale: float = 1.0  # factor on the slab's [0, 100] before the first layer; 1 = the paper's
-    pooling: str = "slice_max"  # 'slice_max' = the paper's profile along z; 'grid' = mean and max over cells of final and bottleneck maps
+    # 'slice_max' = the paper's profile along z; 'grid' = mean and max over cells of final and bottleneck maps
+    pooling: str = "slice_max"
     pool_size: int = 8192  # 'slice_max': length of the stretched profile
     final_cells: tuple[int, int, int] = (4, 4, 4)  # 'grid': cells along z, y, x over the final maps
     bottleneck_cells: tuple[int, int, int] = (2, 2, 2)  # 'grid': the same over the coarsest encoder maps
-    extractor: str = "unet3d"  # 'unet3d' = the paper's; 'strided' = see StridedConv3d, feature_maps[0] channels, pooling unused
+    # 'unet3d' = the paper's; 'strided' = see StridedConv3d, feature_maps[0] channels, pooling unused
+    extractor: str = "unet3d"
     slab_shape: tuple[int, ...] = ()  # 'strided': the one slab shape (D, H, W) it reads
     dropout: float = 0.0  # 'strided': share of features dropped in training, [0, 1)
     trunk: tuple[int, ...] = (512, 512)  # hidden sizes of the trunk
@@ -45,17 +50,31 @@ class RewardArch(Architecture):
     def __post_init__(self):
         for name, known in (("pooling", ("slice_max", "grid")), ("extractor", ("unet3d", "strided"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"RewardArch.{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}. Choose one of them.")
-        sizes = (self.groups, self.recon_channels, self.feature_channels, self.patch, self.pool_size, self.embedding)
+                raise ValueError(
+                    f"RewardArch.{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}."
+                    " Choose one of them."
+                )
+        sizes = (
+            self.groups,
+            self.recon_channels,
+            self.feature_channels,
+            self.patch,
+            self.pool_size,
+            self.embedding,
+        )
         shaped = len(self.slab_shape) == 3 if self.extractor == "strided" else len(self.feature_maps) >= 2
         if min(sizes) < 1 or not shaped or not 0 <= self.dropout < 1:
-            raise ValueError(f"RewardArch: expected sizes from 1, a slab's shape or two levels, dropout below 1, got {self}. Correct it.")
+            raise ValueError(
+                "RewardArch: expected sizes from 1, a slab's shape or two levels, dropout below 1, got"
+                f" {self}. Correct it."
+            )
 
     @property
     def feature_size(self) -> int:
         """Length of the pooled feature vector, the trunk's input."""
         if self.extractor == "strided":
-            return 4 * self.feature_maps[0] * math.prod(-(-(n // 2) // 4) for n in self.slab_shape)  # flattened
+            # flattened
+            return 4 * self.feature_maps[0] * math.prod(-(-(n // 2) // 4) for n in self.slab_shape)
         if self.pooling == "slice_max":
             return self.pool_size
         cells = [a * b * c for a, b, c in (self.final_cells, self.bottleneck_cells)]
@@ -69,21 +88,37 @@ class RewardArch(Architecture):
 
 PAPER = RewardArch(feature_maps=(8, 16, 32, 64, 128, 256))
 SMALL = RewardArch(
-    feature_maps=(8, 16, 32), patch=2, input_scale=0.02, pooling="grid", feature_channels=8, trunk=(64, 64), embedding=64, heads=(32, 16)
+    feature_maps=(8, 16, 32),
+    patch=2,
+    input_scale=0.02,
+    pooling="grid",
+    feature_channels=8,
+    trunk=(64, 64),
+    embedding=64,
+    heads=(32, 16),
 )
 HEADS = RewardArch(
-    feature_maps=(8,), extractor="strided", slab_shape=(39, 45, 36), dropout=0.7, trunk=(64, 64), embedding=64, heads=(32, 16)
+    feature_maps=(8,),
+    extractor="strided",
+    slab_shape=(39, 45, 36),
+    dropout=0.7,
+    trunk=(64, 64),
+    embedding=64,
+    heads=(32, 16),
 )
 
 
 class StridedConv3d(nn.Module):
-    """Two input channels (standardised slab, standardised |slab - mirrored slab|), three convolutions of stride 2, flattened.
+    """Two input channels (standardised slab, standardised |slab - mirrored slab|), three convolutions of
+    stride 2, flattened.
 
-    Samples of one generator differ little from their mean, and pooling forgets where; with one or two thousand pairs it pays to hand the
-    network the deviation from the mean slab and to keep positions up to the first linear layer.
+    Samples of one generator differ little from their mean, and pooling forgets where; with one or two
+    thousand pairs it pays to hand the network the deviation from the mean slab and to keep positions up to
+    the first linear layer.
 
-    In eval mode the features of the slab and of its mirror image are averaged, so that a score does not depend on handedness; in training
-    mode one of them is used (the training data are flipped at random instead) and features are dropped with probability `dropout`.
+    In eval mode the features of the slab and of its mirror image are averaged, so that a score does not
+    depend on handedness; in training mode one of them is used (the training data are flipped at random
+    instead) and features are dropped with probability `dropout`.
     """
 
     slab_mean: torch.Tensor
@@ -112,7 +147,10 @@ class StridedConv3d(nn.Module):
             getattr(self, f"{name}_scale").copy_(scale.clamp_min(_FLOOR * float(scale.mean()) + 1e-6))
 
     def _features(self, slab: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
-        channels = [(slab - self.slab_mean) / self.slab_scale, (difference - self.difference_mean) / self.difference_scale]
+        channels = [
+            (slab - self.slab_mean) / self.slab_scale,
+            (difference - self.difference_mean) / self.difference_scale,
+        ]
         x = torch.cat(channels, dim=1)  # [N, 2, D, H, W]
         for layer in (self.first, self.second, self.third):
             x = F.silu(layer(x))
@@ -123,7 +161,10 @@ class StridedConv3d(nn.Module):
         expected = tuple(self.slab_mean.shape)
         if tuple(slab.shape[2:]) != expected:
             got = list(slab.shape[2:])
-            raise ValueError(f"StridedConv3d: expected slabs of {list(expected)} voxels, got {got}. Use the reward's own SlabSpec.")
+            raise ValueError(
+                f"StridedConv3d: expected slabs of {list(expected)} voxels, got {got}. Use the reward's own"
+                " SlabSpec."
+            )
         mirrored = slab.flip(-1)
         difference = (slab - mirrored).abs()  # its mirror image is itself
         if self.training:
@@ -135,7 +176,8 @@ class StridedConv3d(nn.Module):
 class RewardModel(RewardNetwork):
     """U-Net features, a trunk MLP and three heads; `score` is the reward used downstream.
 
-    The samples of a batch never influence each other (group normalisation only), so a batch equals its items one by one.
+    The samples of a batch never influence each other (group normalisation only), so a batch equals its items
+    one by one.
     Deviates: published code loops over the batch; this runs it at once, with equal results.
 
     Args: `arch`, see RewardArch; the default is the paper's network, 12,686,699 parameters.
@@ -156,7 +198,10 @@ class RewardModel(RewardNetwork):
     def check(self, shape: Sequence[int]) -> None:
         """The strided network reads one shape, a U-Net any that its levels can halve."""
         if self.arch.extractor == "strided" and tuple(shape[1:]) != self.arch.slab_shape:
-            raise ValueError(f"reward: expected slabs of {list(self.arch.slab_shape)} points, got {list(shape[1:])}. Use its own crop.")
+            raise ValueError(
+                f"reward: expected slabs of {list(self.arch.slab_shape)} points, got {list(shape[1:])}. Use"
+                " its own crop."
+            )
 
     def calibrate(self, take: Callable[[], torch.Tensor]) -> None:
         """Means and deviations per voxel, where the network standardises."""
@@ -164,27 +209,38 @@ class RewardModel(RewardNetwork):
             self.extractor.calibrate(take())
 
     def _pooled(self, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final maps of the U-Net [N, C, D/p, H/p, W/p], and the features pooled from them and the coarsest ones."""
-        arch, patches = self.arch, self._patches(slab)
-        final, bottleneck = fused.maps(self, patches) if fused.applies(self, slab) else self.Conv3DModule(patches)
+        """Final maps of the U-Net [N, C, D/p, H/p, W/p], and the features pooled from them and the coarsest
+        ones.
+        """
+        arch = self.arch
+        patches = self._patches(slab)
+        final, bottleneck = (
+            fused.maps(self, patches) if fused.applies(self, slab) else self.Conv3DModule(patches)
+        )
         response = final[:, arch.recon_channels :]
         if arch.pooling == "slice_max":
             return final, slice_max_feature(response, arch.pool_size)
-        return final, torch.cat([grid_feature(response, arch.final_cells), grid_feature(bottleneck, arch.bottleneck_cells)], dim=1)
+        return final, torch.cat(
+            [grid_feature(response, arch.final_cells), grid_feature(bottleneck, arch.bottleneck_cells)], dim=1
+        )
 
     def _patches(self, slab: torch.Tensor) -> torch.Tensor:
         """What the U-Net reads, [N, p^3, D/p, H/p, W/p]."""
         arch = self.arch
         if min(slab.shape[2:]) < arch.smallest_side:
             raise ValueError(
-                f"RewardModel(slab): expected sides of at least {arch.smallest_side} voxels, got {list(slab.shape[2:])}. "
-                "Raise the slab's resolution or use fewer feature_maps."
+                f"RewardModel(slab): expected sides of at least {arch.smallest_side} voxels, got"
+                f" {list(slab.shape[2:])}. Raise the slab's resolution or use fewer feature_maps."
             )
         return to_patches(slab * arch.input_scale if arch.input_scale != 1 else slab, arch.patch)
 
     def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Global feature vector before the trunk: slab [N, 1, D, H, W] in [0, 100] -> [N, arch.feature_size]."""
-        check_shape("RewardModel(slab)", observed, ("N", 1, "D", "H", "W"), "Pass what its observation gives.")
+        """Global feature vector before the trunk: slab [N, 1, D, H, W] in [0, 100] ->
+        [N, arch.feature_size].
+        """
+        check_shape(
+            "RewardModel(slab)", observed, ("N", 1, "D", "H", "W"), "Pass what its observation gives."
+        )
         if self.arch.extractor == "strided":
             return self.extractor(observed)
         if fused.applies(self, observed) and not fused.learns(self):
@@ -195,9 +251,12 @@ class RewardModel(RewardNetwork):
         """See `RewardNetwork`: slab [N, 1, D, H, W] -> features, reconstruction [N, 1, D, H, W]."""
         if self.arch.extractor == "strided":
             return super().reconstruct(observed)
-        check_shape("RewardModel(slab)", observed, ("N", 1, "D", "H", "W"), "Pass what its observation gives.")
+        check_shape(
+            "RewardModel(slab)", observed, ("N", 1, "D", "H", "W"), "Pass what its observation gives."
+        )
         final, features = self._pooled(observed)
-        out, affine = final[:, : self.arch.recon_channels].max(dim=1, keepdim=True).values, self.Conv3DModule.conv3d_for_recon
+        out = final[:, : self.arch.recon_channels].max(dim=1, keepdim=True).values
+        affine = self.Conv3DModule.conv3d_for_recon
         out = fused.pointwise(affine, out) if fused.applies(self, observed) else affine(out)
         if self.arch.patch > 1:
             out = F.interpolate(out, scale_factor=self.arch.patch, mode="nearest")
@@ -206,7 +265,9 @@ class RewardModel(RewardNetwork):
 
 
 def to_patches(slab: torch.Tensor, patch: int) -> torch.Tensor:
-    """Cut [N, 1, D, H, W] into patch^3 channels, [N, patch^3, D/p, H/p, W/p]; a short last patch repeats its edge."""
+    """Cut [N, 1, D, H, W] into patch^3 channels, [N, patch^3, D/p, H/p, W/p]; a short last patch repeats its
+    edge.
+    """
     if patch == 1:
         return slab
     missing = [-size % patch for size in slab.shape[2:]]
@@ -218,7 +279,9 @@ def to_patches(slab: torch.Tensor, patch: int) -> torch.Tensor:
 
 
 PRESETS = {
-    "heads": Preset(  # about 0.1 M parameters, heads of the bundled generator from brow to nape without shoulders: slabs of 39 x 45 x 36
+    # about 0.1 M parameters, heads of the bundled generator from brow to nape without shoulders: slabs of 39
+    # x 45 x 36
+    "heads": Preset(
         network=HEADS.to_dict(),
         train={"epochs": 12, "patience": 12, "batch": 8, "lr": 1e-3, "weight_decay": 0.3, "decoupled": True},
         observe={"resolution": 64, "crop": (0.22, 0.22, 0.20, 0.12, 0.10, 0.30)},
@@ -226,13 +289,26 @@ PRESETS = {
     "paper": Preset(  # 12,686,699 parameters, slabs 129 x 141 x 128
         network=PAPER.to_dict(),
         train={
-            "epochs": 10, "patience": 10, "batch": 1, "lr": 1e-5, "cosine": False, "anchors": 1000, "mirror": False,
+            "epochs": 10,
+            "patience": 10,
+            "batch": 1,
+            "lr": 1e-5,
+            "cosine": False,
+            "anchors": 1000,
+            "mirror": False,
             "weights": LossWeights(),
         },
         observe={"resolution": 256},
     ),
     "small": Preset(network=SMALL.to_dict()),  # about 0.25 M parameters, slabs of about 33 x 36 x 32
-    "small-slice": Preset(network=replace(SMALL, pooling="slice_max", pool_size=256, feature_channels=4).to_dict()),  # the paper's pooling
-    "tiny": Preset(network=replace(SMALL, feature_maps=(8, 16), feature_channels=4, trunk=(32, 32), embedding=32).to_dict()),
+    # the paper's pooling
+    "small-slice": Preset(
+        network=replace(SMALL, pooling="slice_max", pool_size=256, feature_channels=4).to_dict()
+    ),
+    "tiny": Preset(
+        network=replace(
+            SMALL, feature_maps=(8, 16), feature_channels=4, trunk=(32, 32), embedding=32
+        ).to_dict()
+    ),
 }
 register("sigma", lambda description: RewardModel(RewardArch.from_dict(description)), PRESETS)

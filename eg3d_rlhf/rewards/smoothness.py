@@ -23,21 +23,27 @@ STEP = 0.02  # world units over which density is taken to fall from solid to emp
 
 
 def roughness(sigma: torch.Tensor, level: float, spacing: float) -> torch.Tensor:
-    """Mean squared bend [N] of the level sets about the surface of raw densities [N, D, H, W], per squared world unit; differentiable.
+    """Mean squared bend [N] of the level sets about the surface of raw densities [N, D, H, W], per squared
+    world unit; differentiable.
 
     How fast the direction of the density's slope turns, where the density is near the level.
     """
     slope = torch.stack(torch.gradient(sigma, spacing=spacing, dim=(1, 2, 3)), dim=1)  # [N, 3, D, H, W]
     size = slope.square().sum(dim=1, keepdim=True).sqrt()
     direction = slope / (size + 1e-3 * size.detach().amax(dim=(2, 3, 4), keepdim=True) + 1e-8)
-    turns = torch.stack(torch.gradient(direction, spacing=spacing, dim=(2, 3, 4)), dim=2)  # [N, 3, 3, D, H, W]
+    # [N, 3, 3, D, H, W]
+    turns = torch.stack(torch.gradient(direction, spacing=spacing, dim=(2, 3, 4)), dim=2)
     near = torch.exp(-0.5 * ((sigma - level) / (size[:, 0].detach() * STEP + 1e-3)).square())
-    return (turns.square().sum(dim=(1, 2)) * near).sum(dim=(1, 2, 3)) / near.sum(dim=(1, 2, 3)).clamp_min(1e-6)
+    return (turns.square().sum(dim=(1, 2)) * near).sum(dim=(1, 2, 3)) / near.sum(dim=(1, 2, 3)).clamp_min(
+        1e-6
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class WholeCube(observations.Observation):
-    """One that is a score itself, [N, 1], of raw densities on a grid of the whole cube; `AsSeen` is the network of its reward."""
+    """One that is a score itself, [N, 1], of raw densities on a grid of the whole cube; `AsSeen` is the
+    network of its reward.
+    """
 
     spec: SlabSpec = SlabSpec.cube(48)
 

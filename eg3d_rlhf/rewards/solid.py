@@ -1,6 +1,8 @@
-"""Rewards that nobody has to label: is the shape a sound body? The score of `eg3d_rlhf.geometry.solids`, and a surrogate with a gradient.
+"""Rewards that nobody has to label: is the shape a sound body? The score of `eg3d_rlhf.geometry.solids`, and
+a surrogate with a gradient.
 
-    solid        minus `solid_loss`, which a generator can be tuned with: 0 where there is nothing to mend. Experimental
+    solid        minus `solid_loss`, which a generator can be tuned with: 0 where there is nothing to mend.
+                 Experimental
     soundness    the score itself beside the shape's own repair; it chooses, and it has no gradient
 
 Letters: N shapes; D, H, W = grid points along z, y, x.
@@ -29,24 +31,35 @@ REACH = 5.0  # voxels; bridges holes of radius h in walls w while REACH > (h^2 +
 
 
 def solid_loss(
-    density: torch.Tensor, level: float, *, reach: float = REACH, margin: float = 1.0, slope: float | None = None, hollows: bool = False
+    density: torch.Tensor,
+    level: float,
+    *,
+    reach: float = REACH,
+    margin: float = 1.0,
+    slope: float | None = None,
+    hollows: bool = False,
 ) -> torch.Tensor:
-    """What is wrong with densities [N, D, H, W] as [N]: floaters to go and leaks to close, 0 without either. Differentiable in density.
+    """What is wrong with densities [N, D, H, W] as [N]: floaters to go and leaks to close, 0 without either.
+    Differentiable in density.
 
-    (sum over floaters of softplus(d - level + m) + sum over caps of softplus(level + m - d)) / voxels that are solid, d and the margin m in
-    units of the density's slope per voxel. The masks are hard (`solids.floaters`, `solids.caps`) and have no gradient: nothing else moves,
-    so it grows no blob. Nothing pulls towards the shape before: hold the density to it beside this. Voxels that are solid on both sides of
+    (sum over floaters of softplus(d - level + m) + sum over caps of softplus(level + m - d)) / voxels that
+    are solid, d and the margin m in units of the density's slope per voxel. The masks are hard
+    (`solids.floaters`, `solids.caps`) and have no gradient: nothing else moves, so it grows no blob. Nothing
+    pulls towards the shape before: hold the density to it beside this. Voxels that are solid on both sides of
     the level are found anew in every call.
 
-    Args: reach: radius in voxels of the ball that must not get in; slope: of the density; None: each shape's own at its surface; hollows:
-    fill closed cavities, too.
+    Args: reach: radius in voxels of the ball that must not get in; slope: of the density; None: each shape's
+    own at its surface; hollows: fill closed cavities, too.
     Raises: ValueError for densities that are not finite. An empty shape gives 0, and no gradient.
-    Misses holes of radius h in walls w where reach < (h^2 + w^2/4) / w, and closes wanted openings that are narrower.
+    Misses holes of radius h in walls w where reach < (h^2 + w^2/4) / w, and closes wanted openings that are
+    narrower.
     """
     return torch.stack([_loss(grid, level, reach, margin, slope, hollows) for grid in density])
 
 
-def _loss(grid: torch.Tensor, level: float, reach: float, margin: float, slope: float | None, hollows: bool) -> torch.Tensor:
+def _loss(
+    grid: torch.Tensor, level: float, reach: float, margin: float, slope: float | None, hollows: bool
+) -> torch.Tensor:
     solid = solids.occupied(grid.detach().cpu().numpy(), level, "solid_loss")
     if not solid.any():
         return grid.sum() * 0
@@ -56,12 +69,15 @@ def _loss(grid: torch.Tensor, level: float, reach: float, margin: float, slope: 
         grow |= solids.enclosed(solid)
     d = (grid - level) / unit
     shrink_at, grow_at = (torch.from_numpy(mask).to(grid.device) for mask in (solids.floaters(solid), grow))
-    return (F.softplus(d[shrink_at] + margin).sum() + F.softplus(margin - d[grow_at]).sum()) / int(solid.sum())
+    return (F.softplus(d[shrink_at] + margin).sum() + F.softplus(margin - d[grow_at]).sum()) / int(
+        solid.sum()
+    )
 
 
 def slope_at(grid: torch.Tensor, level: float) -> float:
     """Median change of a density [D, H, W] from voxel to voxel across its surface; 1 where there is none."""
-    inside, steps = grid > level, []
+    inside = grid > level
+    steps = []
     for axis in range(3):
         crossed = inside.diff(dim=axis)
         steps.append(grid.diff(dim=axis)[crossed].abs())
@@ -72,7 +88,9 @@ def slope_at(grid: torch.Tensor, level: float) -> float:
 @observations.register
 @dataclasses.dataclass(frozen=True)
 class Solid(WholeCube):
-    """Minus `solid_loss` on the whole cube, [N, 1]: the slab that other rewards read is cut, and what is cut is open."""
+    """Minus `solid_loss` on the whole cube, [N, 1]: the slab that other rewards read is cut, and what is cut
+    is open.
+    """
 
     reach: float = REACH  # voxels
     kind: ClassVar[str] = "solid"
@@ -91,7 +109,9 @@ class Solid(WholeCube):
 @observations.register
 @dataclasses.dataclass(frozen=True)
 class Soundness(WholeCube):
-    """solid * gate(F) of the whole cube at EDGE^3 beside its own repair, [N, 1]; no gradient. 0 for an empty shape."""
+    """solid * gate(F) of the whole cube at EDGE^3 beside its own repair, [N, 1]; no gradient. 0 for an empty
+    shape.
+    """
 
     spec: SlabSpec = SlabSpec.cube(solids.EDGE)
     weights: tuple[float, float, float, float] = HEADS.weights
@@ -100,7 +120,8 @@ class Soundness(WholeCube):
 
     @torch.no_grad()
     def observe(self, field: Field) -> torch.Tensor:
-        rules, grids = solids.Rules(weights=self.weights), occupancy(field, self.spec)
+        rules = solids.Rules(weights=self.weights)
+        grids = occupancy(field, self.spec)
         return torch.tensor([[solids.reward(grid, grid, rules).reward] for grid in grids])
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +134,10 @@ class Soundness(WholeCube):
 
 @torch.no_grad()
 def occupancy(field: Field, spec: SlabSpec) -> list[np.ndarray]:
-    """Which points of a grid are solid, bool [D, H, W] of every shape. Raises: ValueError for densities that are not finite."""
+    """Which points of a grid are solid, bool [D, H, W] of every shape.
+
+    Raises: ValueError for densities that are not finite.
+    """
     return [solids.occupied(grid, field.level) for grid in field.density_grid(spec).float().cpu().numpy()]
 
 

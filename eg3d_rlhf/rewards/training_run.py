@@ -1,4 +1,6 @@
-"""A whole reward training: labels and a generator in; a stored reward, its test figures and its learning curves out."""
+"""A whole reward training: labels and a generator in; a stored reward, its test figures and its learning
+curves out.
+"""
 
 import json
 import sys
@@ -15,7 +17,15 @@ from eg3d_rlhf.core.seeds import refuse_held_out
 from eg3d_rlhf.experiments.mode import Mode
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
-from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, numbered, on_wrong_faces, split_by_seed
+from eg3d_rlhf.preferences.dataset import (
+    ANCHOR_PSI,
+    Splits,
+    anchor_seeds,
+    common_value,
+    numbered,
+    on_wrong_faces,
+    split_by_seed,
+)
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
 from eg3d_rlhf.preferences.losses import LossWeights
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, load_unpaired, split_unpaired
@@ -46,7 +56,9 @@ from training.progress import tqdm
 from training.storage import write_atomic
 
 BUNDLED_LABELS = ASSETS / "labels.jsonl"
-STATE, REPORT = "state.pt", "report.json"  # in the run's folder: of the first member; figures of the held-out pairs
+# in the run's folder: of the first member; figures of the held-out pairs
+STATE = "state.pt"
+REPORT = "report.json"
 KEPT = "labels.jsonl"  # the labels of a growing source, as they were when the run began
 MEMBER_STRIDE = 1000  # between the seeds of an ensemble's members
 
@@ -56,35 +68,74 @@ class RewardRun:
     """What a training reads; `train` decides the rest."""
 
     network: Path | None = knob(
-        None, "Generator of the labelled seeds: a network file or a run folder.", "Data", metavar="FILE", shown="the bundled generator"
+        None,
+        "Generator of the labelled seeds: a network file or a run folder.",
+        "Data",
+        metavar="FILE",
+        shown="the bundled generator",
     )
     more_networks: tuple[Path, ...] = ()  # of further generators that labels name
     labels: LabelSource = LabelSource.of_file(BUNDLED_LABELS)
-    unpaired: Path | None = knob(None, "Labels of single shapes, .jsonl.", "Data", metavar="FILE", shown="none")
+    unpaired: Path | None = knob(
+        None, "Labels of single shapes, .jsonl.", "Data", metavar="FILE", shown="none"
+    )
     observation: str = "sigma"  # kind of what the reward reads
     resolution: int | None = knob(
-        None, "Of the observation: grid points per axis of the whole cube, before the crop; pixels.", "Data", metavar="POINTS", low=16,
-        high=512, shown="of a slab, 256 for paper, else 64",
+        None,
+        "Of the observation: grid points per axis of the whole cube, before the crop; pixels.",
+        "Data",
+        metavar="POINTS",
+        low=16,
+        high=512,
+        shown="of a slab, 256 for paper, else 64",
     )
     points: int | None = knob(
-        None, "Of an observation of points: points of a cloud.", "Data", low=1, high=16384, shown="512, and 2048 for published-points"
+        None,
+        "Of an observation of points: points of a cloud.",
+        "Data",
+        low=1,
+        high=16384,
+        shown="512, and 2048 for published-points",
     )
-    crop: tuple[float, float, float, float, float, float] | None = None  # of the observation: trimmed shares (x, x, y, y, z, z)
-    psi: float | None = knob(None, "Truncation of the labelled shapes.", "Data", low=0, high=2, shown="the labels', else 1", rare=True)
-    cutoff: int = knob(14, "Layers that truncation reaches.", "Data", metavar="LAYERS", low=0, shown="14", rare=True)
+    # of the observation: trimmed shares (x, x, y, y, z, z)
+    crop: tuple[float, float, float, float, float, float] | None = None
+    psi: float | None = knob(
+        None,
+        "Truncation of the labelled shapes.",
+        "Data",
+        low=0,
+        high=2,
+        shown="the labels', else 1",
+        rare=True,
+    )
+    cutoff: int = knob(
+        14, "Layers that truncation reaches.", "Data", metavar="LAYERS", low=0, shown="14", rare=True
+    )
     any_generator: bool = False  # accept labels made with another generator
     wrong_faces: bool = False  # a control: each label is about other shapes than those that are read
     fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)  # train, val, test shares of the labels
-    split_seed: int = knob(0, "Which labels are held out, whatever --seed is.", "Data", low=0, shown="0", rare=True)
+    split_seed: int = knob(
+        0, "Which labels are held out, whatever --seed is.", "Data", low=0, shown="0", rare=True
+    )
     cache: Path | None = None  # folder that keeps observations between runs; None keeps them in RAM
     slab_batch: int = knob(16, "Shapes drawn at once.", "Run", low=1, shown="16", rare=True)
-    members: int = knob(1, "Train so many networks with different seeds, and join them.", "Network", low=1, shown="1")
+    members: int = knob(
+        1, "Train so many networks with different seeds, and join them.", "Network", low=1, shown="1"
+    )
     aggregate: str | None = knob(
-        None, "What members become. Their scores are standardised, but for the default; warm is the mean of their weights.", "Network",
-        choices=CHOICES, shown="the mean of raw scores",
+        None,
+        "What members become. Their scores are standardised, but for the default; warm is the mean of their"
+        " weights.",
+        "Network",
+        choices=CHOICES,
+        shown="the mean of raw scores",
     )
     strength: float | None = knob(
-        None, "Of the aggregate: k of lcb, lambda of uwo, beta of softmin.", "Network", above=0, shown="1, 0.5, 0.5"
+        None,
+        "Of the aggregate: k of lcb, lambda of uwo, beta of softmin.",
+        "Network",
+        above=0,
+        shown="1, 0.5, 0.5",
     )
     shared_start: bool = False  # members go on from one network that is trained first
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -93,12 +144,20 @@ class RewardRun:
         check_knobs(self)
         check_joining(self.aggregate, self.strength)
         if self.unpaired is not None and self.more_networks:
-            raise ValueError(f"--unpaired: expected labels of one generator, got more_networks={self.more_networks[0]}. Leave one out.")
+            raise ValueError(
+                f"--unpaired: expected labels of one generator, got more_networks={self.more_networks[0]}."
+                " Leave one out."
+            )
         if self.unpaired is not None and self.wrong_faces:
-            raise ValueError(f"--wrong-faces: expected pairs alone, got --unpaired={self.unpaired}. Leave one of the two out.")
+            raise ValueError(
+                f"--wrong-faces: expected pairs alone, got --unpaired={self.unpaired}. Leave one of the two"
+                " out."
+            )
         if self.members < 2 and (self.aggregate is not None or self.shared_start):
             flag = "--shared-start" if self.aggregate is None else f"--aggregate={self.aggregate}"
-            raise ValueError(f"--members: expected 2 or more with {flag}, got {self.members}. Five are usual.")
+            raise ValueError(
+                f"--members: expected 2 or more with {flag}, got {self.members}. Five are usual."
+            )
 
     def to_dict(self) -> dict:
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k != "labels"}
@@ -107,9 +166,14 @@ class RewardRun:
 
     @classmethod
     def from_dict(cls, values: Mapping, labels: LabelSource) -> Self:
-        """Inverse of `to_dict`; entries that are no settings are left out. Args: labels: the source that it names."""
+        """Inverse of `to_dict`; entries that are no settings are left out.
+
+        Args: labels: the source that it names.
+        """
         names = cls.__dataclass_fields__.keys() & values.keys() - {"labels", "train"}
-        given: dict[str, Any] = {name: tuple(value) if isinstance(value := values[name], list) else value for name in names}
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value := values[name], list) else value for name in names
+        }
         given |= {name: Path(given[name]) for name in ("unpaired", "cache") if given.get(name) is not None}
         given["network"] = None if given["network"] == "bundled" else Path(given["network"])
         given["more_networks"] = tuple(map(Path, given["more_networks"]))
@@ -130,10 +194,16 @@ class Opened:
 
 
 def open_training(settings: RewardRun, run: Run) -> Opened:
-    """Labels, generators and what is read of their shapes. Raises: ValueError or FileNotFoundError for those that do not fit."""
+    """Labels, generators and what is read of their shapes.
+
+    Raises: ValueError or FileNotFoundError for those that do not fit.
+    """
     labels = read_labels(settings.labels, run.folder if run.resumed else None, run.ranks)
     unpaired = [] if settings.unpaired is None else load_unpaired(settings.unpaired)
-    refuse_held_out((seed for label in labels for seed in (label.winner, label.loser)), f"--labels={settings.labels.settings['labels']}")
+    refuse_held_out(
+        (seed for label in labels for seed in (label.winner, label.loser)),
+        f"--labels={settings.labels.settings['labels']}",
+    )
     refuse_held_out((label.seed for label in unpaired), f"--unpaired={settings.unpaired}")
     generators = open_generators(settings, [*labels, *unpaired], run.device)
     stated = common_value([*labels, *unpaired], "psi")
@@ -141,49 +211,83 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
         raise ValueError(f"--set psi: expected the labels' own {stated}, got {settings.psi}. Leave it out.")
     psi = next((value for value in (settings.psi, stated) if value is not None), 1.0)
     judged = on_wrong_faces(labels, settings.split_seed) if settings.wrong_faces else labels
-    observation, splits = what_is_read(settings, generators), split_by_seed(judged, settings.fractions, settings.split_seed)
-    new_network(settings.train, settings.observation).check(observation.shape)  # a mistake leaves no folder behind
-    run.inputs |= {"network": generators[0].path, **{f"network {i + 2}": g.path for i, g in enumerate(generators[1:])}}
+    observation = what_is_read(settings, generators)
+    splits = split_by_seed(judged, settings.fractions, settings.split_seed)
+    # a mistake leaves no folder behind
+    new_network(settings.train, settings.observation).check(observation.shape)
+    run.inputs |= {
+        "network": generators[0].path,
+        **{f"network {i + 2}": g.path for i, g in enumerate(generators[1:])},
+    }
     files = (("labels", settings.labels.file), ("unpaired", settings.unpaired))
     run.inputs |= {name: file for name, file in files if file is not None}
-    return Opened(labels=labels, unpaired=unpaired, splits=splits, generators=generators, observation=observation, psi=psi)
+    return Opened(
+        labels=labels,
+        unpaired=unpaired,
+        splits=splits,
+        generators=generators,
+        observation=observation,
+        psi=psi,
+    )
 
 
 def open_generators(
     settings: RewardRun, labels: Sequence[Preference | UnpairedPreference], device: str = "cpu"
 ) -> list[LoadedGenerator]:
-    """The generators that drew the labelled shapes, --network's first. Raises: ValueError for labels of another one, or of none."""
+    """The generators that drew the labelled shapes, --network's first.
+
+    Raises: ValueError for labels of another one, or of none.
+    """
     generators = [load_generator(source, device) for source in (settings.network, *settings.more_networks)]
     if settings.any_generator and len(generators) == 1:
         return generators
     if settings.any_generator:
-        raise ValueError("--set any_generator: expected one --network, got more_networks as well. Leave one of the two out.")
-    hashes, counts = [g.hash for g in generators], Counter(label.generator for label in labels)
+        raise ValueError(
+            "--set any_generator: expected one --network, got more_networks as well. Leave one of the two"
+            " out."
+        )
+    hashes = [g.hash for g in generators]
+    counts = Counter(label.generator for label in labels)
     strange = [name for name in counts if name not in hashes and not (name is None and len(generators) == 1)]
     if strange:
-        names, wrong = ", ".join(f"{h[:12]}..." for h in hashes), strange[0]
-        got = f"{counts[wrong]} labels that name no generator" if wrong is None else f"{counts[wrong]} labels of {wrong[:12]}..."
+        names = ", ".join(f"{h[:12]}..." for h in hashes)
+        wrong = strange[0]
+        got = (
+            f"{counts[wrong]} labels that name no generator"
+            if wrong is None
+            else f"{counts[wrong]} labels of {wrong[:12]}..."
+        )
         raise ValueError(
-            f"labels: expected judgements of generator {names}, got {got}. Pass the labels' --network, --set more_networks=FILE "
-            "for a second one, or --set any_generator=true if the seeds mean the same shapes; or label this one's: "
-            "eg3d-rlhf label synthetic --out=FILE."
+            f"labels: expected judgements of generator {names}, got {got}. Pass the labels' --network, --set"
+            " more_networks=FILE for a second one, or --set any_generator=true if the seeds mean the same"
+            " shapes; or label this one's: eg3d-rlhf label synthetic --out=FILE."
         )
     return generators
 
 
 def what_is_read(settings: RewardRun, generators: Sequence[LoadedGenerator]) -> Observation:
-    """What the reward observes: as its preset says, or the run. Raises: ValueError where it would read generators differently."""
+    """What the reward observes: as its preset says, or the run.
+
+    Raises: ValueError where it would read generators differently.
+    """
     given = {"resolution": settings.resolution, "crop": settings.crop, "points": settings.points}
-    observe = {**preset(settings.train.preset, settings.observation).observe, **{k: v for k, v in given.items() if v is not None}}
+    observe = {
+        **preset(settings.train.preset, settings.observation).observe,
+        **{k: v for k, v in given.items() if v is not None},
+    }
     first, *others = (observation_of(settings.observation, g.generator, **observe) for g in generators)
     for other, generator in zip(others, generators[1:], strict=True):
         if other != first:
-            raise ValueError(f"--set more_networks={generator.path}: expected bounds as --network's, got others. Leave it out.")
+            raise ValueError(
+                f"--set more_networks={generator.path}: expected bounds as --network's, got others. Leave it"
+                " out."
+            )
     return first
 
 
 def read_labels(source: LabelSource, resumed: Path | None = None, ranks: Ranks = SINGLE) -> list[Preference]:
-    """The labels of a source; a run that goes on in folder `resumed` gets those it began with. All ranks get rank 0's.
+    """The labels of a source; a run that goes on in folder `resumed` gets those it began with. All ranks get
+    rank 0's.
 
     Raises: as the source.
     """
@@ -191,19 +295,25 @@ def read_labels(source: LabelSource, resumed: Path | None = None, ranks: Ranks =
         return source.read()
     if resumed is not None and (resumed / KEPT).is_file():
         return load_labels(resumed / KEPT)
-    records = ranks.broadcast([label.to_dict() for label in source.read()])  # somebody may have answered between two ranks' reading
+    # somebody may have answered between two ranks' reading
+    records = ranks.broadcast([label.to_dict() for label in source.read()])
     return [Preference.from_dict(record) for record in records]
 
 
 def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
-    """Train, choose the epoch on validation pairs, score the test pairs once, write everything, and say how well it orders them.
+    """Train, choose the epoch on validation pairs, score the test pairs once, write everything, and say how
+    well it orders them.
 
     Ranks draw shapes, train and score validation pairs together; rank 0 alone tests and writes.
-    Writes reward.safetensors and .json, report.json, curves.json and .png, stats.jsonl, training_options.json, state.pt; also labels.jsonl
-    when they come from a store, which may go on growing.
+    Writes reward.safetensors and .json, report.json, curves.json and .png, stats.jsonl,
+    training_options.json, state.pt; also labels.jsonl when they come from a store, which may go on growing.
     Raises: StoppedError after SIGTERM or SIGINT.
     """
-    labels, unpaired, splits, generators, psi = opened.labels, opened.unpaired, opened.splits, opened.generators, opened.psi
+    labels = opened.labels
+    unpaired = opened.unpaired
+    splits = opened.splits
+    generators = opened.generators
+    psi = opened.psi
     if run.ranks.main and settings.labels.file is None and not (run.folder / KEPT).is_file():
         write_labels(run.folder / KEPT, labels)
     generator = generators[0]
@@ -214,7 +324,9 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
     learns = bool(settings.train.weights.on_pairs) or not unpaired
     few = too_few(splits.counts(), settings.fractions) if learns else ""
     if unpaired and not few:
-        few = too_few_shapes(*(sum(label.preferred is kind for label in single["test"]) for kind in (True, False)))
+        few = too_few_shapes(
+            *(sum(label.preferred is kind for label in single["test"]) for kind in (True, False))
+        )
     if few and run.ranks.main:
         print(f"Warning: {few}", file=sys.stderr, flush=True)
     data = collect_observations(settings, opened, splits, single, shapes, run.ranks)
@@ -228,29 +340,59 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
         observed = untuned(generator.generator, opened.observation, psi, settings.cutoff, settings.slab_batch)
         model = combine([state.model for state in states], settings.aggregate, settings.strength, observed)
     report = assess(settings, model, states, data, splits) | {"too_few": few}
-    if isinstance(opened.observation, SigmaSlab) and not shapes and any(label.clean is not None for label in splits.test):
+    if (
+        isinstance(opened.observation, SigmaSlab)
+        and not shapes
+        and any(label.clean is not None for label in splits.test)
+    ):
         report["test_by_volume"] = ordered_by(volumes(settings, opened, splits.test), splits.test)
     learnt = (labels if settings.labels.file != settings.unpaired else [], unpaired)
-    report["labels_file"], report["labels_sha256"] = settings.labels.name, "+".join(labels_hash(part) for part in learnt if part)
+    report["labels_file"], report["labels_sha256"] = (
+        settings.labels.name,
+        "+".join(labels_hash(part) for part in learnt if part),
+    )
     report |= {"generator": generator.hash, "psi": psi}
     if unpaired:
-        counts = {name: len(part) for name, part in single.items()} | {"unused": len(unpaired) - sum(map(len, single.values()))}
-        figures = {name: evaluate_unpaired(model, states[0].model, data.store, single[name]) for name in ("val", "test")}
-        report["unpaired"] = {"file": settings.unpaired and settings.unpaired.name, "splits": counts, **figures}
+        counts = {name: len(part) for name, part in single.items()} | {
+            "unused": len(unpaired) - sum(map(len, single.values()))
+        }
+        figures = {
+            name: evaluate_unpaired(model, states[0].model, data.store, single[name])
+            for name in ("val", "test")
+        }
+        report["unpaired"] = {
+            "file": settings.unpaired and settings.unpaired.name,
+            "splits": counts,
+            **figures,
+        }
     options = settings.train
     provenance = {
-        "generator": generator.hash, "architecture": generator.generator.architecture, "psi": psi, "truncation_cutoff": settings.cutoff,
-        "labels": report["labels_sha256"], "preset": options.preset, "seed": options.seed, "temperature": report["temperature"],
-        "test_accuracy": report["test"]["labels"], "test_accuracy_clean": report["test"].get("clean"),
-        "score_mean": report["score_mean"], "score_std": report["score_std"], **({"start": start} if start else {}),
-    }  # fmt: skip
+        "generator": generator.hash,
+        "architecture": generator.generator.architecture,
+        "psi": psi,
+        "truncation_cutoff": settings.cutoff,
+        "labels": report["labels_sha256"],
+        "preset": options.preset,
+        "seed": options.seed,
+        "temperature": report["temperature"],
+        "test_accuracy": report["test"]["labels"],
+        "test_accuracy_clean": report["test"].get("clean"),
+        "score_mean": report["score_mean"],
+        "score_std": report["score_std"],
+        **({"start": start} if start else {}),
+    }
     if settings.wrong_faces:
         provenance["wrong_faces"] = True
     if len(generators) > 1:
         provenance["generators"] = [g.hash for g in generators]
     path = Reward(opened.observation, model, provenance).save(run.folder / "reward.safetensors")
     write_atomic(run.folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
-    context = {"pairs": len(splits.train), "validation": len(splits.val), "seed": options.seed, "preset": options.preset}
+    context = {
+        "pairs": len(splits.train),
+        "validation": len(splits.val),
+        "seed": options.seed,
+        "preset": options.preset,
+    }
     context |= {"member": f"1 of {len(states)}", "generator": generator.hash[:8]}
     run.write("curves.json", collect_curves(states[0].history, states[0].best_epoch, context))
     plot_curves(run.folder / "curves.json", run.folder / "curves.png")
@@ -259,15 +401,22 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
 
 @torch.no_grad()
 def volumes(settings: RewardRun, opened: Opened, labels: Iterable[Preference]) -> dict[int, float]:
-    """Share of the slab that each labelled shape fills, by seed: slabs themselves are on each shape's own scale."""
-    generator, observation = opened.generators[0].generator, opened.observation
+    """Share of the slab that each labelled shape fills, by seed: slabs themselves are on each shape's own
+    scale.
+    """
+    generator = opened.generators[0].generator
+    observation = opened.observation
     assert isinstance(observation, SigmaSlab)
     seeds = list(dict.fromkeys(seed for label in labels for seed in (label.winner, label.loser)))
     filled: dict[int, float] = {}
     for start in range(0, len(seeds), settings.slab_batch):
         part = seeds[start : start + settings.slab_batch]
-        density = generator.field(ws_of_seeds(generator, part, opened.psi, settings.cutoff)).density_grid(observation.spec)
-        filled.update(zip(part, (density > generator.level).flatten(1).double().mean(dim=1).tolist(), strict=True))
+        density = generator.field(ws_of_seeds(generator, part, opened.psi, settings.cutoff)).density_grid(
+            observation.spec
+        )
+        filled.update(
+            zip(part, (density > generator.level).flatten(1).double().mean(dim=1).tolist(), strict=True)
+        )
     return filled
 
 
@@ -275,21 +424,27 @@ def lines_of(report: dict, path: Path) -> Iterator[str]:
     """What a report says, line by line. Args: path: of the reward."""
     test = report["test"]
     titles = {
-        "labels": "test pairs ordered as labelled", "clean": "test pairs ordered as without label noise",
+        "labels": "test pairs ordered as labelled",
+        "clean": "test pairs ordered as without label noise",
         "apart": f"those whose volume errors differ by at least {APART}",
-    }  # fmt: skip
+    }
     by_volume = report.get("test_by_volume", {})
     for name, title in titles.items():
         if name in test:
             low, high = test[name]["interval_95"]
             counts = f"{test[name]['correct']}/{test[name]['n']} = {test[name]['accuracy']:.3f}"
-            alone = f"; by the slab's volume alone {by_volume[name]['accuracy']:.3f}" if name in by_volume else ""
+            alone = (
+                f"; by the slab's volume alone {by_volume[name]['accuracy']:.3f}" if name in by_volume else ""
+            )
             yield f"{title}: {counts}, 95 % interval {low:.3f} to {high:.3f}{alone}"
     if "unpaired" in report:
         single = report["unpaired"]["test"]
-        (good, others), (low, high) = single["n"], single["auc_interval_95"]
+        good, others = single["n"]
+        low, high = single["auc_interval_95"]
         kinds = f"{good} preferred, {others} others"
-        yield f"unpaired test labels: AUC {single['auc']:.3f} ({kinds}), 95 % interval {low:.3f} to {high:.3f}"
+        yield (
+            f"unpaired test labels: AUC {single['auc']:.3f} ({kinds}), 95 % interval {low:.3f} to {high:.3f}"
+        )
     if report["too_few"]:
         yield report["too_few"].replace("below", "above")
     yield f"expected calibration error {test['calibration_error']:.3f}; reward written to {path}"
@@ -302,77 +457,140 @@ def _bar(total: int, what: str, unit: str, ranks: Ranks) -> Callable[[int], None
 
 
 def collect_observations(
-    settings: RewardRun, opened: Opened, splits: Splits, single: Mapping[str, Sequence[UnpairedPreference]], shapes: list[tuple[str, int]],
+    settings: RewardRun,
+    opened: Opened,
+    splits: Splits,
+    single: Mapping[str, Sequence[UnpairedPreference]],
+    shapes: list[tuple[str, int]],
     ranks: Ranks = SINGLE,
 ) -> TrainData:
-    """What is seen of every labelled seed at `psi` and of the training anchors at 0.25, drawn or read from the cache.
+    """What is seen of every labelled seed at `psi` and of the training anchors at 0.25, drawn or read from
+    the cache.
 
     Args: single: unpaired labels by split.
-    shapes: generator and seed of the numbers in the splits, where there are several generators; anchors are the first one's.
+    shapes: generator and seed of the numbers in the splits, where there are several generators; anchors are
+    the first one's.
     """
-    generators, observation, psi, cutoff = opened.generators, opened.observation, opened.psi, settings.cutoff
+    generators = opened.generators
+    observation = opened.observation
+    psi = opened.psi
+    cutoff = settings.cutoff
 
-    def filled(seeds: Iterable[int], psi: float, what: str, generator: LoadedGenerator = generators[0]) -> ObservationCache:
+    def filled(
+        seeds: Iterable[int], psi: float, what: str, generator: LoadedGenerator = generators[0]
+    ) -> ObservationCache:
         unique = list(dict.fromkeys(seeds))
-        cache = None if settings.cache is None else settings.cache / cache_name(generator.hash, observation, psi, cutoff)
-        store = ObservationCache(observe_seeds(generator.generator, observation, psi=psi, cutoff=cutoff), cache)
-        if store.fill(unique, settings.slab_batch, _bar(-(-len(unique) // ranks.world), what, "shape", ranks), ranks) and ranks.main:
+        cache = (
+            None
+            if settings.cache is None
+            else settings.cache / cache_name(generator.hash, observation, psi, cutoff)
+        )
+        store = ObservationCache(
+            observe_seeds(generator.generator, observation, psi=psi, cutoff=cutoff), cache
+        )
+        if (
+            store.fill(
+                unique, settings.slab_batch, _bar(-(-len(unique) // ranks.world), what, "shape", ranks), ranks
+            )
+            and ranks.main
+        ):
             store.save()
         return store
 
-    seeds = [seed for part in (splits.train, splits.val, splits.test) for label in part for seed in (label.winner, label.loser)]
+    seeds = [
+        seed
+        for part in (splits.train, splits.val, splits.test)
+        for label in part
+        for seed in (label.winner, label.loser)
+    ]
     seeds += [label.seed for part in single.values() for label in part]
     labelled = [seed for _, seed in shapes] or seeds
     wanted = settings.train.anchors
     anchors = anchor_seeds(wanted, settings.fractions, exclude=labelled)["train"] if wanted else ()
     if shapes:
-        parts = {g.hash: filled([seed for name, seed in shapes if name == g.hash], psi, "shapes", g) for g in generators}
-        store = ObservationCache(lambda numbers: torch.cat([parts[name].take([seed]) for name, seed in (shapes[n] for n in numbers)]))
+        parts = {
+            g.hash: filled([seed for name, seed in shapes if name == g.hash], psi, "shapes", g)
+            for g in generators
+        }
+        store = ObservationCache(
+            lambda numbers: torch.cat(
+                [parts[name].take([seed]) for name, seed in (shapes[n] for n in numbers)]
+            )
+        )
         store.fill(seeds, settings.slab_batch)
     else:
         store = filled(seeds, psi, "shapes")
     anchor_store = filled(anchors, ANCHOR_PSI, "anchors") if anchors else None
     return TrainData(
-        train=splits.train, val=splits.val, store=store, anchors=anchors, anchor_store=anchor_store, observation=observation,
-        unpaired=single["train"], unpaired_val=single["val"],
+        train=splits.train,
+        val=splits.val,
+        store=store,
+        anchors=anchors,
+        anchor_store=anchor_store,
+        observation=observation,
+        unpaired=single["train"],
+        unpaired_val=single["val"],
     )
 
 
 def _train(settings: RewardRun, run: Run, data: TrainData) -> tuple[list[TrainState], str]:
     """Train every member of the ensemble, each from its own seed; the first member's is the run's.
 
-    Returns: the members, and the SHA-256 of the network that they went on from, '' where there is none. It counts as member 0.
+    Returns: the members, and the SHA-256 of the network that they went on from, '' where there is none. It
+        counts as member 0.
     """
-    shared, options = settings.shared_start or settings.aggregate == AVERAGE, settings.train
-    advance = _bar(data.steps(options) * options.epochs * (settings.members + shared), "training", "step", run.ranks)
+    shared = settings.shared_start or settings.aggregate == AVERAGE
+    options = settings.train
+    advance = _bar(
+        data.steps(options) * options.epochs * (settings.members + shared), "training", "step", run.ranks
+    )
 
-    def member(number: int, options: TrainOptions, name: str, start: RewardNetwork | None = None) -> TrainState:
+    def member(
+        number: int, options: TrainOptions, name: str, start: RewardNetwork | None = None
+    ) -> TrainState:
         def on_epoch(epoch: dict) -> None:
             run.stats({"member": number, **epoch})
             if run.ranks.main:
                 tqdm.write(
-                    f"member {number}  epoch {epoch['epoch'] + 1:3d}  train {epoch['train_accuracy']:6.3f}  "
-                    f"val {epoch['val_accuracy']:6.3f}  val log loss {epoch['val_log_loss']:7.4f}  lr {epoch['lr']:.2e}  "
-                    f"{epoch['seconds']:6.1f} s"
+                    f"member {number}  epoch {epoch['epoch'] + 1:3d}  train {epoch['train_accuracy']:6.3f} "
+                    f" val {epoch['val_accuracy']:6.3f}  val log loss {epoch['val_log_loss']:7.4f}  lr"
+                    f" {epoch['lr']:.2e}  {epoch['seconds']:6.1f} s"
                 )
 
         return train_reward(
-            data, options, device=run.device, state_file=run.folder / name, ranks=run.ranks, on_step=lambda: advance(1),
-            on_epoch=on_epoch, start=start,
+            data,
+            options,
+            device=run.device,
+            state_file=run.folder / name,
+            ranks=run.ranks,
+            on_step=lambda: advance(1),
+            on_epoch=on_epoch,
+            start=start,
         )
 
     start = member(0, replace(options, bootstrap=False), "state-start.pt").model if shared else None
     digest = "" if start is None else state_hash(start)
-    each = [replace(options, seed=options.seed + MEMBER_STRIDE * number, start=digest) for number in range(settings.members)]
+    each = [
+        replace(options, seed=options.seed + MEMBER_STRIDE * number, start=digest)
+        for number in range(settings.members)
+    ]
     names = [STATE, *(f"state-{number + 1}.pt" for number in range(1, settings.members))]
-    return [member(i + 1, trained, name, start) for i, (trained, name) in enumerate(zip(each, names, strict=True))], digest
+    return [
+        member(i + 1, trained, name, start) for i, (trained, name) in enumerate(zip(each, names, strict=True))
+    ], digest
 
 
-def assess(settings: RewardRun, model: Network, states: list[TrainState], data: TrainData, splits: Splits) -> dict:
-    """Figures of validation and test pairs, the test pairs for the first and only time; temperature and score scale from elsewhere."""
+def assess(
+    settings: RewardRun, model: Network, states: list[TrainState], data: TrainData, splits: Splits
+) -> dict:
+    """Figures of validation and test pairs, the test pairs for the first and only time; temperature and score
+    scale from elsewhere.
+    """
     train_seeds = [seed for label in data.train for seed in (label.winner, label.loser)]
     scores = torch.tensor(list(score_seeds(model, data.store, train_seeds).values()), dtype=torch.float64)
-    val_scores = score_seeds(model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)])
+    val_scores = score_seeds(
+        model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)]
+    )
     temperature = fit_temperature(margins(val_scores, data.val))
     return {
         "test": evaluate(model, data.store, splits.test, temperature),
@@ -383,7 +601,11 @@ def assess(settings: RewardRun, model: Network, states: list[TrainState], data: 
         "splits": splits.counts(),
         "best_epoch": states[0].best_epoch + 1,
         "epochs": states[0].epoch,
-        "members": [evaluate(state.model, data.store, splits.val, temperature) for state in states] if len(states) > 1 else [],
+        "members": (
+            [evaluate(state.model, data.store, splits.val, temperature) for state in states]
+            if len(states) > 1
+            else []
+        ),
         "seconds_training": sum(record["seconds"] for state in states for record in state.history),
         "preset": settings.train.preset,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -392,6 +614,12 @@ def assess(settings: RewardRun, model: Network, states: list[TrainState], data: 
 
 
 TRAINING: Mode[RewardRun] = Mode(
-    name="reward", help="Train a reward on labels.", settings=RewardRun, open=open_training, work=train_and_judge,
-    record=lambda settings, _: {"mode": "reward", **settings.to_dict()}, shown=RewardRun.to_dict, changes=None,
-)  # fmt: skip
+    name="reward",
+    help="Train a reward on labels.",
+    settings=RewardRun,
+    open=open_training,
+    work=train_and_judge,
+    record=lambda settings, _: {"mode": "reward", **settings.to_dict()},
+    shown=RewardRun.to_dict,
+    changes=None,
+)

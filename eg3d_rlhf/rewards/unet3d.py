@@ -1,8 +1,9 @@
-"""Residual squeeze-and-excitation 3-D U-Net that reads a density slab; parameter names match published reward checkpoints.
+"""Residual squeeze-and-excitation 3-D U-Net that reads a density slab; parameter names match published reward
+checkpoints.
 
-Sources: U-Net in 3-D (Cicek 2016, arXiv 1606.06650), residual blocks with summation joining (Lee 2017, arXiv 1706.00120),
-concurrent spatial and channel squeeze-and-excitation, joined by maximum (Roy 2018, arXiv 1803.02579), group normalisation
-(Wu 2018, arXiv 1803.08494).
+Sources: U-Net in 3-D (Cicek 2016, arXiv 1606.06650), residual blocks with summation joining (Lee 2017, arXiv
+1706.00120), concurrent spatial and channel squeeze-and-excitation, joined by maximum (Roy 2018, arXiv
+1803.02579), group normalisation (Wu 2018, arXiv 1803.08494).
 
 Shape letters: N samples, C channels, D, H, W = z, y, x (see eg3d_rlhf/core/shapes.py).
 """
@@ -27,18 +28,26 @@ class ScSE(nn.Module):
         self.sSE = nn.ModuleDict({"conv": nn.Conv3d(channels, 1, kernel_size=1)})
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:  # [N, C, D, H, W] -> same
-        g = torch.sigmoid(self.cSE["fc2"](F.relu(self.cSE["fc1"](h.mean(dim=(2, 3, 4))))))[:, :, None, None, None]  # [N, C, 1, 1, 1]
+        # [N, C, 1, 1, 1]
+        g = torch.sigmoid(self.cSE["fc2"](F.relu(self.cSE["fc1"](h.mean(dim=(2, 3, 4))))))[
+            :, :, None, None, None
+        ]
         return torch.maximum(h * g, h * torch.sigmoid(self.sSE["conv"](h)))
 
 
 class NormConv(nn.Module):
-    """GroupNorm, then a 3x3x3 convolution without bias. Fewer channels than groups: one group, the checkpoints' rule."""
+    """GroupNorm, then a 3x3x3 convolution without bias. Fewer channels than groups: one group, the
+    checkpoints' rule.
+    """
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
         groups = 1 if channels < groups else groups
         if channels % groups:
-            raise ValueError(f"NormConv: expected channels divisible by {groups} groups, got {channels}. Change feature_maps or groups.")
+            raise ValueError(
+                f"NormConv: expected channels divisible by {groups} groups, got {channels}. Change"
+                " feature_maps or groups."
+            )
         self.groupnorm = nn.GroupNorm(groups, channels, eps=1e-5)
         self.conv = nn.Conv3d(channels, channels, kernel_size=3, padding=1, bias=False)
 
@@ -49,12 +58,17 @@ class NormConv(nn.Module):
 class ResidualBlock(nn.Module):
     """r = conv1(x); h = relu(r + conv3(norm(relu(conv2(norm(r)))))); out = scSE(h). The residual is r, not x.
 
-    conv1 is a biased 1x1x1 convolution where the channel count changes, and absent (no parameters) where it does not.
+    conv1 is a biased 1x1x1 convolution where the channel count changes, and absent (no parameters) where it
+    does not.
     """
 
     def __init__(self, channels_in: int, channels_out: int, groups: int):
         super().__init__()
-        self.conv1 = nn.Identity() if channels_in == channels_out else nn.Conv3d(channels_in, channels_out, kernel_size=1)
+        self.conv1 = (
+            nn.Identity()
+            if channels_in == channels_out
+            else nn.Conv3d(channels_in, channels_out, kernel_size=1)
+        )
         self.conv2 = NormConv(channels_out, groups)
         self.conv3 = NormConv(channels_out, groups)
         self.se_module = ScSE(channels_out)
@@ -78,14 +92,19 @@ class Encoder(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """Transposed convolution n -> 2n - 1, then nearest-neighbour resampling to the skip's size (src = floor(dst * in / out))."""
+    """Transposed convolution n -> 2n - 1, then nearest-neighbour resampling to the skip's size
+    (src = floor(dst * in / out)).
+    """
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
-        convolution = nn.ConvTranspose3d(channels_in, channels_out, kernel_size=3, stride=2, padding=1, bias=False)
+        convolution = nn.ConvTranspose3d(
+            channels_in, channels_out, kernel_size=3, stride=2, padding=1, bias=False
+        )
         self.upsample = nn.ModuleDict({"conv_transposed": convolution})  # a name level of the state dict
 
-    def forward(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:  # [N, C_in, d, h, w] -> [N, C_out, *size]
+    # [N, C_in, d, h, w] -> [N, C_out, *size]
+    def forward(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         return F.interpolate(self.upsample["conv_transposed"](x), size=tuple(size), mode="nearest")
 
 
@@ -102,7 +121,8 @@ class Decoder(nn.Module):
 
 
 class UNet3d(nn.Module):
-    """The U-Net, its final 1x1x1 convolution, and the scalar affine that turns its first channels into a reconstruction.
+    """The U-Net, its final 1x1x1 convolution, and the scalar affine that turns its first channels into a
+    reconstruction.
 
     Args:
         in_channels: channels of the input (1 for a slab, p^3 for a slab cut into p^3 patches).
@@ -110,13 +130,16 @@ class UNet3d(nn.Module):
         out_channels: channels of the final convolution.
         groups: groups of every GroupNorm.
 
-    Differentiable in: input and parameters. `conv1d_for_recon` is in the checkpoints' state dict but never used: its grad stays None.
+    Differentiable in: input and parameters. `conv1d_for_recon` is in the checkpoints' state dict but never
+    used: its grad stays None.
     """
 
     def __init__(self, in_channels: int, feature_maps: Sequence[int], out_channels: int, groups: int):
         super().__init__()
         f = list(feature_maps)
-        self.encoders = nn.ModuleList(Encoder([in_channels, *f][k], f[k], groups, pool=k > 0) for k in range(len(f)))
+        self.encoders = nn.ModuleList(
+            Encoder([in_channels, *f][k], f[k], groups, pool=k > 0) for k in range(len(f))
+        )
         self.decoders = nn.ModuleList(Decoder(f[k + 1], f[k], groups) for k in reversed(range(len(f) - 1)))
         self.final_conv = nn.Conv3d(f[0], out_channels, kernel_size=1)
         self.conv1d_for_recon = nn.Conv1d(1, 1, kernel_size=1)
@@ -126,7 +149,9 @@ class UNet3d(nn.Module):
         nn.init.uniform_(self.conv3d_for_recon.bias, -0.005, 0.005)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [N, C_in, D, H, W], each side at least 2^(levels - 1) -> maps [N, C_out, D, H, W], and the coarsest [N, C_last, d, h, w]."""
+        """x [N, C_in, D, H, W], each side at least 2^(levels - 1) -> maps [N, C_out, D, H, W], and the
+        coarsest [N, C_last, d, h, w].
+        """
         skips = []
         for encoder in self.encoders:
             x = encoder(x)
@@ -139,8 +164,10 @@ class UNet3d(nn.Module):
 
 # What a reward's head reads of a U-Net's maps: the paper's profile of slices, or means and maxima over cells.
 
+
 def slice_windows(slices: int, bins: int) -> torch.Tensor:
-    """Index table [bins, K] int64 of the slices that each bin of an adaptive pool covers, the last one repeated to fill K.
+    """Index table [bins, K] int64 of the slices that each bin of an adaptive pool covers, the last one
+    repeated to fill K.
 
     Bin i covers floor(i * D / bins) ... ceil((i + 1) * D / bins) - 1.
     """
@@ -152,10 +179,12 @@ def slice_windows(slices: int, bins: int) -> torch.Tensor:
 
 
 def slice_max_feature(x: torch.Tensor, bins: int) -> torch.Tensor:
-    """The paper's global feature: the profile of slices along z, stretched to `bins` values, [N, C, D, H, W] -> [N, bins].
+    """The paper's global feature: the profile of slices along z, stretched to `bins` values,
+    [N, C, D, H, W] -> [N, bins].
 
-    Equals AdaptiveMaxPool3d((bins, 1, 1)) of the channel maximum, gradients included: an entry that straddles two slices takes the
-    larger and passes its gradient there. At 129 slices it holds at most 129 distinct values, so no pool of 8192 cells is run.
+    Equals AdaptiveMaxPool3d((bins, 1, 1)) of the channel maximum, gradients included: an entry that straddles
+    two slices takes the larger and passes its gradient there. At 129 slices it holds at most 129 distinct
+    values, so no pool of 8192 cells is run.
     """
     profile = x.max(dim=1).values.flatten(2).max(dim=2).values  # [N, D], the largest response per depth slice
     windows = slice_windows(profile.shape[1], bins).to(x.device)  # [bins, K]
@@ -163,7 +192,8 @@ def slice_max_feature(x: torch.Tensor, bins: int) -> torch.Tensor:
 
 
 def grid_feature(x: torch.Tensor, cells: tuple[int, int, int]) -> torch.Tensor:
-    """Mean and maximum of every channel in every cell of a coarse z, y, x grid: [N, C, D, H, W] -> [N, 2 * C * cells].
+    """Mean and maximum of every channel in every cell of a coarse z, y, x grid: [N, C, D, H, W] -> [N, 2 * C
+    * cells].
 
     Differentiable in: x. Keeps where along y and x a response lies, which the slice profile forgets.
     """

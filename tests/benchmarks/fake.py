@@ -22,7 +22,15 @@ def case(fast_seconds: float, slow_seconds: float, error: float = 0.0, gradient_
     return Case(fast=path(fast_seconds, error, gradient_error), reference=path(slow_seconds, 0.0, 0.0))
 
 
-def row(name: str = "sleep", *, fast: float = 0.002, slow: float = 0.01, size: str = "full", calls: list | None = None, **errors) -> Row:
+def row(
+    name: str = "sleep",
+    *,
+    fast: float = 0.002,
+    slow: float = 0.01,
+    size: str = "full",
+    calls: list | None = None,
+    **errors,
+) -> Row:
     """A row of fake paths; `calls` notes each making of a case that is not tiny."""
 
     def make(device: str, tiny: bool) -> Case:

@@ -21,7 +21,10 @@ def bench(tmp_path, monkeypatch):
 
     def call(rows, *flags):
         monkeypatch.setattr(run, "all_rows", lambda: rows)
-        return CliRunner().invoke(run.main, ["--threads=1", "--no-memory", "--repeats=2", f"--out={tmp_path / 'out'}", *map(str, flags)])
+        return CliRunner().invoke(
+            run.main,
+            ["--threads=1", "--no-memory", "--repeats=2", f"--out={tmp_path / 'out'}", *map(str, flags)],
+        )
 
     yield call
     torch.set_num_threads(threads)
@@ -52,10 +55,13 @@ def test_compare_flags_a_regression_and_passes_an_improvement(bench, tmp_path, s
 
 def test_list_runs_nothing(bench):
     calls = []
-    result = bench([fake.row("first", calls=calls), fake.row("second", size="bundled", calls=calls)], "--list")
+    result = bench(
+        [fake.row("first", calls=calls), fake.row("second", size="bundled", calls=calls)], "--list"
+    )
     assert result.exit_code == 0 and calls == []
     assert [line.split() for line in result.stdout.splitlines()] == [
-        [size, name, "at", "least", "1.5x,", "aim", "3x"] for size, name in (("full", "first"), ("bundled", "second"))
+        [size, name, "at", "least", "1.5x,", "aim", "3x"]
+        for size, name in (("full", "first"), ("bundled", "second"))
     ]
 
 
@@ -72,7 +78,11 @@ def test_a_quick_run_leaves_the_real_figures_alone(bench, tmp_path):
     assert json.loads((tmp_path / "out" / "quick.json").read_text())["rows"][0]["met"] is None
 
 
-@pytest.mark.parametrize("row", [row for row in all_rows() if "all phases" not in row.name], ids=lambda row: f"{row.name}, {row.size}")
+@pytest.mark.parametrize(
+    "row",
+    [row for row in all_rows() if "all phases" not in row.name],
+    ids=lambda row: f"{row.name}, {row.size}",
+)
 def test_both_paths_of_every_row_agree_on_tiny_inputs(row):
     from benchmarks.session import Options, run_row
 
@@ -81,7 +91,9 @@ def test_both_paths_of_every_row_agree_on_tiny_inputs(row):
 
 
 def test_peak_memory_is_what_a_path_allocates(repo):
-    """Also after a larger peak earlier in the process, which is one of its own: what other tests freed is used again."""
+    """Also after a larger peak earlier in the process, which is one of its own: what other tests freed is
+    used again.
+    """
     code = """
 import torch
 from benchmarks import session
@@ -98,8 +110,19 @@ print(meter.extra_bytes())
 
 @pytest.mark.long
 def test_a_real_row_end_to_end_with_memory(repo, tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "--rows=op bias_act, forward", "--quick", "--memory", "--threads=1", f"--out={tmp_path}"]
-    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "--rows=op bias_act, forward",
+        "--quick",
+        "--memory",
+        "--threads=1",
+        f"--out={tmp_path}",
+    ]
+    done = subprocess.run(
+        command, cwd=repo, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "quick.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["op bias_act, forward"]

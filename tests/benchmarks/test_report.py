@@ -33,15 +33,22 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_deviations_are_relative_to_the_largest_value_and_gradient():
-    reference = Outcome({"a": torch.tensor([100.0, 1.0]), "b": torch.tensor([0.1])}, {"w": torch.tensor([8.0]), "v": torch.tensor([0.01])})
-    fast = Outcome({"a": torch.tensor([100.0, 1.5]), "b": torch.tensor([0.2])}, {"w": torch.tensor([8.0]), "v": torch.tensor([0.05])})
+    reference = Outcome(
+        {"a": torch.tensor([100.0, 1.0]), "b": torch.tensor([0.1])},
+        {"w": torch.tensor([8.0]), "v": torch.tensor([0.01])},
+    )
+    fast = Outcome(
+        {"a": torch.tensor([100.0, 1.5]), "b": torch.tensor([0.2])},
+        {"w": torch.tensor([8.0]), "v": torch.tensor([0.05])},
+    )
     found = compare(fast, reference)
     assert found.max_abs_error == pytest.approx(0.5) and found.relative_error == pytest.approx(0.1)
     assert found.gradient_error == pytest.approx(0.04 / 8)
 
 
 def test_equal_infinities_agree_and_a_lone_nan_does_not():
-    inf, nan = float("inf"), float("nan")
+    inf = float("inf")
+    nan = float("nan")
     same = Outcome({"a": torch.tensor([inf, 1.0, nan])})
     assert compare(same, same).max_abs_error == 0
     for odd in ([nan, 1.0, nan], [inf, nan, nan], [-inf, 1.0, nan]):
@@ -50,6 +57,10 @@ def test_equal_infinities_agree_and_a_lone_nan_does_not():
 
 def test_other_names_and_shapes_disagree():
     one = Outcome({"a": torch.zeros(2)})
-    for other in (Outcome({"b": torch.zeros(2)}), Outcome({"a": torch.zeros(3)}), Outcome({"a": torch.zeros(2)}, {"w": torch.zeros(1)})):
+    for other in (
+        Outcome({"b": torch.zeros(2)}),
+        Outcome({"a": torch.zeros(3)}),
+        Outcome({"a": torch.zeros(2)}, {"w": torch.zeros(1)}),
+    ):
         with pytest.raises(DisagreementError):
             compare(other, one)

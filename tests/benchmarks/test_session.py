@@ -15,8 +15,24 @@ from tests.benchmarks import fake
 from torch_utils.ops import implementations
 
 REQUIRED = {
-    "name", "size", "device", "reference_s", "fast_s", "ratio", "max_abs_error", "extra_memory_mb", "reference_extra_memory_mb",
-    "gradient_error", "repeats", "target", "met", "ratio_low", "ratio_high", "fast_min_s", "fast_max_s", "reference_min_s",
+    "name",
+    "size",
+    "device",
+    "reference_s",
+    "fast_s",
+    "ratio",
+    "max_abs_error",
+    "extra_memory_mb",
+    "reference_extra_memory_mb",
+    "gradient_error",
+    "repeats",
+    "target",
+    "met",
+    "ratio_low",
+    "ratio_high",
+    "fast_min_s",
+    "fast_max_s",
+    "reference_min_s",
     "reference_max_s",
 }
 
@@ -42,7 +58,10 @@ def test_a_faster_path_gets_its_ratio_and_all_fields(options, repo):
     assert {"machine", "threads", "versions", "rows", "compiled_ops"} <= result.keys()
     (record,) = result["rows"]
     assert REQUIRED <= record.keys()
-    assert record["repeats"] == 3 and (record["extra_memory_mb"], record["reference_extra_memory_mb"]) == (3, 90)
+    assert record["repeats"] == 3 and (record["extra_memory_mb"], record["reference_extra_memory_mb"]) == (
+        3,
+        90,
+    )
     assert record["fast_s"] >= 0.01 and record["reference_s"] >= 0.05
     assert record["ratio"] == pytest.approx(record["reference_s"] / record["fast_s"])
     assert record["ratio_low"] <= record["ratio"] <= record["ratio_high"]
@@ -50,10 +69,17 @@ def test_a_faster_path_gets_its_ratio_and_all_fields(options, repo):
     assert record["met"] is True and record["target"] == {"at_least": 1.5, "aim": 3}
     assert record["max_abs_error"] == 0 and record["gradient_error"] == 0
     table = (settings.out / "latest.md").read_text()
-    assert f"torch {torch.__version__}" in table and f"{torch.get_num_threads()} threads" in table and "| sleep | full | cpu |" in table
+    assert (
+        f"torch {torch.__version__}" in table
+        and f"{torch.get_num_threads()} threads" in table
+        and "| sleep | full | cpu |" in table
+    )
     text = table + (settings.out / "latest.json").read_text()  # names no host and no path
     assert str(repo) not in text and str(settings.out) not in text
-    assert platform.node() not in text.replace(report.machine("cpu")["processor"], "") or len(platform.node()) < 4
+    assert (
+        platform.node() not in text.replace(report.machine("cpu")["processor"], "")
+        or len(platform.node()) < 4
+    )
 
 
 def test_a_target_is_missed_by_speed_or_memory(options):
@@ -64,7 +90,12 @@ def test_a_target_is_missed_by_speed_or_memory(options):
 
 
 @pytest.mark.parametrize(
-    ("errors", "word"), [({"error": 1e-3}, "outputs"), ({"gradient_error": 1e-2}, "gradients"), ({"error": float("nan")}, "outputs")]
+    ("errors", "word"),
+    [
+        ({"error": 1e-3}, "outputs"),
+        ({"gradient_error": 1e-2}, "gradients"),
+        ({"error": float("nan")}, "outputs"),
+    ],
 )
 def test_paths_that_disagree_are_an_error(options, errors, word):
     with pytest.raises(DisagreementError, match=word):
@@ -125,7 +156,10 @@ def test_further_columns_are_timed_and_their_failures_named(options):
     row = row_of(Case(fast=base.fast, reference=base.reference, others=others))
     assert "others" not in run_row(row, options())
     record = run_row(row, options(torch_compile=True))
-    assert record["others"]["torch"] >= 0.002 and record["others"]["compiled_torch"] == "RuntimeError: no compiler"
+    assert (
+        record["others"]["torch"] >= 0.002
+        and record["others"]["compiled_torch"] == "RuntimeError: no compiler"
+    )
     assert record["others"]["compiled_reference"].startswith("disagrees: expected outputs within")
     assert record["others_processor"].keys() == {"torch"}
 

@@ -20,7 +20,12 @@ def test_every_case_is_shown():
     assert [line.split("  waits")[0].split() for line in lines] == [
         [name, count, "workers"] for name in ("elsewhere", "here") for count in ("0", "2")
     ]
-    assert all(re.search(r"waits +\d+\.\d\d ms of +\d\.\d{3} s: +\d+\.\d{3}%; floats \d+ ms; first batch after", line) for line in lines)
+    assert all(
+        re.search(
+            r"waits +\d+\.\d\d ms of +\d\.\d{3} s: +\d+\.\d{3}%; floats \d+ ms; first batch after", line
+        )
+        for line in lines
+    )
     assert multiprocessing.active_children() == []
 
 

@@ -1,6 +1,7 @@
 """Reading the reference values of score distillation, and the stand-in prior that they were made with.
 
-Cases, sizes, seeds and salts come from the JSON and the arrays: a second set of the same layout runs, whatever it leaves out.
+Cases, sizes, seeds and salts come from the JSON and the arrays: a second set of the same layout runs,
+whatever it leaves out.
 """
 
 import functools
@@ -35,7 +36,11 @@ def recipe(name: str) -> dict:
 
 def under(name: str, prefix: str) -> dict[str, torch.Tensor]:
     """The arrays below a prefix, without it."""
-    return {key.removeprefix(prefix + "/"): value for key, value in values(name).items() if key.startswith(prefix + "/")}
+    return {
+        key.removeprefix(prefix + "/"): value
+        for key, value in values(name).items()
+        if key.startswith(prefix + "/")
+    }
 
 
 def cases(name: str, prefix: str) -> list[str]:
@@ -49,7 +54,9 @@ def members(name: str, group: str) -> list[str]:
 
 
 def filled(entry: dict) -> dict[str, torch.Tensor]:
-    """Weights by the JSON's fill rule: tensor i of `order` from RandomState(base + i), scaled by `scale` or by kind."""
+    """Weights by the JSON's fill rule: tensor i of `order` from RandomState(base + i), scaled by `scale` or
+    by kind.
+    """
     made = {}
     for i, (name, shape) in enumerate(entry["order"]):
         z = np.random.RandomState(entry["base"] + i).standard_normal(shape)
@@ -65,47 +72,68 @@ def filled(entry: dict) -> dict[str, torch.Tensor]:
 
 def needs(name: str):
     """Mark for tests of a set."""
-    return pytest.mark.skipif(not values(name), reason=f"no {ROOT / name}.npz; set EG3D_RLHF_FIXTURES to the folder of references")
+    return pytest.mark.skipif(
+        not values(name), reason=f"no {ROOT / name}.npz; set EG3D_RLHF_FIXTURES to the folder of references"
+    )
 
 
 def close(got, want, tolerance: float) -> None:
     """Equal within `tolerance` of the largest entry."""
-    got, want = torch.as_tensor(got).detach().double(), torch.as_tensor(want).double()
+    got = torch.as_tensor(got).detach().double()
+    want = torch.as_tensor(want).double()
     assert got.shape == want.shape, f"expected shape {list(want.shape)}, got {list(got.shape)}"
     error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
     assert error <= tolerance, f"largest error {error:.3g} of the largest entry"
 
 
 class StandIn:
-    """eps = (1 + u.e) P x + (1 + v.e) (t / 1000) Q + r mean over the asset's views of x + cameras.cam; matrices as autoencoder."""
+    """eps = (1 + u.e) P x + (1 + v.e) (t / 1000) Q + r mean over the asset's views of x + cameras.cam;
+    matrices as autoencoder.
+    """
 
     def __init__(
-        self, arrays: dict[str, torch.Tensor], alphas_cumprod: torch.Tensor, embeddings: dict[str, torch.Tensor], views: int = 1,
+        self,
+        arrays: dict[str, torch.Tensor],
+        alphas_cumprod: torch.Tensor,
+        embeddings: dict[str, torch.Tensor],
+        views: int = 1,
         scale: float = 1.0,
     ):
         self.scale = scale  # of latents
         self.net = {key.removeprefix("net_"): value for key, value in arrays.items()}
-        self.alphas_cumprod, self.embeddings, self.views = alphas_cumprod, embeddings, views
+        self.alphas_cumprod = alphas_cumprod
+        self.embeddings = embeddings
+        self.views = views
         self.latent_shape = tuple(self.net["P"].shape)
         self.calls: list[torch.Tensor] = []  # t of each
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return self.scale * torch.einsum("ij,bjhw->bihw", self.net.get("E", self.net.get("vae_E")), 2 * images - 1)
+        return self.scale * torch.einsum(
+            "ij,bjhw->bihw", self.net.get("E", self.net.get("vae_E")), 2 * images - 1
+        )
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         matrix = self.net.get("Dm", self.net.get("vae_Dm"))
         return (torch.einsum("ij,bjhw->bihw", matrix, latents / self.scale) / 2 + 0.5).clamp(0, 1)
 
     def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
-        keys = prompts if directions is None else [f"{p}, {d}" for p, d in zip(prompts, directions, strict=True)]
+        keys = (
+            prompts if directions is None else [f"{p}, {d}" for p, d in zip(prompts, directions, strict=True)]
+        )
         return torch.stack([self.embeddings[key] for key in keys])
 
     def predict_noise(self, x_t, t, cond, cameras=None):
         self.calls.append(t)
-        net, e = self.net, cond.mean(1)  # [B, D]
+        # [B, D]
+        net = self.net
+        e = cond.mean(1)
         mean = x_t.unflatten(0, (-1, self.views)).mean(1).repeat_interleave(self.views, 0)
         column = (-1, 1, 1, 1)
-        out = (1 + e @ net["u"]).view(column) * net["P"] * x_t + ((1 + e @ net["v"]) * t / 1000).view(column) * net["Q"] + net["r"] * mean
+        out = (
+            (1 + e @ net["u"]).view(column) * net["P"] * x_t
+            + ((1 + e @ net["v"]) * t / 1000).view(column) * net["Q"]
+            + net["r"] * mean
+        )
         return out if cameras is None else out + (cameras @ net["cam"]).view(column)
 
 
@@ -123,10 +151,14 @@ class Recorded:
 class Pictures:
     """A reward that is linear in each picture, or recites recorded scores; keeps what it saw."""
 
-    views, modality, differentiable = 1, "image", True
+    views = 1
+    modality = "image"
+    differentiable = True
 
     def __init__(self, w: torch.Tensor | None = None, recited: torch.Tensor | None = None):
-        self.w, self.recited, self.seen = w, recited, None
+        self.w = w
+        self.recited = recited
+        self.seen = None
 
     def score(self, pixels, prompts):
         self.seen = pixels

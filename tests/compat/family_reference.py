@@ -1,4 +1,6 @@
-"""Reading the reference values of families of flow generators: cases are found, and what a set leaves out is skipped with the reason."""
+"""Reading the reference values of families of flow generators: cases are found, and what a set leaves out is
+skipped with the reason.
+"""
 
 import ast
 import json
@@ -16,7 +18,8 @@ class Case:
     """A folder with case.json and values.npz."""
 
     def __init__(self, folder: Path):
-        self.folder, self.facts = folder, json.loads((folder / "case.json").read_text())
+        self.folder = folder
+        self.facts = json.loads((folder / "case.json").read_text())
         path = folder / "values.npz"
         self._values = np.load(path) if path.is_file() else {}
         self.names = list(self._values)
@@ -59,7 +62,9 @@ class Case:
 
 def folders(family: str) -> list:
     """Folders of a family's cases, as pytest's parameters."""
-    return [pytest.param(path.parent, id=path.parent.name) for path in sorted((ROOT / family).glob("*/case.json"))]
+    return [
+        pytest.param(path.parent, id=path.parent.name) for path in sorted((ROOT / family).glob("*/case.json"))
+    ]
 
 
 def cases(family: str):
@@ -94,7 +99,9 @@ def largest(parameters) -> float:
 
 
 def check_gradients(got, wanted, least: float = 1e-3) -> None:
-    """Tensors by name, each in units of its largest number, or of a share of the largest of all; none stands for zeros."""
+    """Tensors by name, each in units of its largest number, or of a share of the largest of all; none stands
+    for zeros.
+    """
     least *= largest(wanted.values())
     for name, grad in wanted.items():
         made = torch.zeros_like(grad) if got[name] is None else got[name]
@@ -108,4 +115,6 @@ def gradients(model) -> dict:
 
 def grad_norm(model) -> float:
     """Of all parameters."""
-    return float(sum(grad.double().square().sum() for grad in gradients(model).values() if grad is not None).sqrt())
+    return float(
+        sum(grad.double().square().sum() for grad in gradients(model).values() if grad is not None).sqrt()
+    )

@@ -1,4 +1,6 @@
-"""How far values of families of flow generators may be from the original's: largest difference over largest value, float32."""
+"""How far values of families of flow generators may be from the original's: largest difference over largest
+value, float32.
+"""
 
 VELOCITY = 1e-6  # also of losses, blocks, tokens of times
 GRADIENT = 1e-5

@@ -1,4 +1,6 @@
-"""Reference values of the online losses (flow_losses): cases found in the files, options read from their JSON, every value to be read."""
+"""Reference values of the online losses (flow_losses): cases found in the files, options read from their
+JSON, every value to be read.
+"""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +12,8 @@ import torch
 from tests.compat.reference import ROOT, array_names, arrays, read_json
 
 FOLDER = ROOT / "flow_losses"
-LOSS, GRADIENT = 1e-6, 1e-5
+LOSS = 1e-6
+GRADIENT = 1e-5
 
 
 def options(name: str) -> dict:
@@ -18,7 +21,9 @@ def options(name: str) -> dict:
 
 
 def cases(name: str) -> list[str]:
-    """Of a file: what stands before the last part of its values' names. One that is absent counts, so that the skip is seen."""
+    """Of a file: what stands before the last part of its values' names. One that is absent counts, so that
+    the skip is seen.
+    """
     return sorted({key.rpartition("/")[0] for key in array_names(FOLDER / f"{name}.npz")}) or ["absent"]
 
 
@@ -33,7 +38,11 @@ class Values(Mapping[str, np.ndarray]):
     def __init__(self, name: str, case: str):
         prefix = f"{case}/" if case else ""
         with arrays(FOLDER / f"{name}.npz") as stored:
-            self._values = {key.removeprefix(prefix): stored[key] for key in stored.files if key.rpartition("/")[0] == case}
+            self._values = {
+                key.removeprefix(prefix): stored[key]
+                for key in stored.files
+                if key.rpartition("/")[0] == case
+            }
         self._read: set[str] = set()
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -54,7 +63,8 @@ class Values(Mapping[str, np.ndarray]):
         return torch.as_tensor(self[key])
 
     def holds(self, key: str, got, tolerance: float | None = None, single: bool = False) -> None:
-        """Compare, relative to the largest number: at 1e-9 what was computed in float64, at `tolerance` (or 1e-4) what in float32.
+        """Compare, relative to the largest number: at 1e-9 what was computed in float64, at `tolerance`
+        (or 1e-4) what in float32.
 
         Args: single: it was, though it is stored as float64.
         """
@@ -65,10 +75,14 @@ class Values(Mapping[str, np.ndarray]):
         if want.dtype == bool:
             assert (got == want).all(), key
         else:
-            np.testing.assert_allclose(got.astype(float), want, rtol=limit, atol=limit * np.abs(want).max(initial=0), err_msg=key)
+            np.testing.assert_allclose(
+                got.astype(float), want, rtol=limit, atol=limit * np.abs(want).max(initial=0), err_msg=key
+            )
 
     def done(self) -> None:
-        assert self._read == set(self._values), f"not compared: {', '.join(sorted(set(self._values) - self._read))}"
+        assert self._read == set(self._values), (
+            f"not compared: {', '.join(sorted(set(self._values) - self._read))}"
+        )
 
 
 def present(name: str, case: str) -> Values:

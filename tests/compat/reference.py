@@ -1,4 +1,6 @@
-"""How the reference values were made: draw injection, weight recipes, discovery and error measures (eg3d.md, section 11)."""
+"""How the reference values were made: draw injection, weight recipes, discovery and error measures
+(eg3d.md, section 11).
+"""
 
 import contextlib
 import json
@@ -62,7 +64,9 @@ def arrays(path: Path):
 
 
 def hold(reference: Mapping[str, np.ndarray], computed: Mapping[str, Callable[[np.ndarray], None]]) -> None:
-    """Run the check of every value that a set has, with the value; skips the test where it has none of them."""
+    """Run the check of every value that a set has, with the value;
+    skips the test where it has none of them.
+    """
     present = [key for key in computed if key in reference]
     if not present:
         pytest.skip(f"this set has no {', '.join(computed)}")
@@ -94,15 +98,21 @@ def weight_of(name: str, shape, gain: float, salt: str) -> torch.Tensor:
 
 def close(got, want, tolerance: float) -> None:
     """Equal within `tolerance` of the value, and as much of the largest entry."""
-    got, want = np.asarray(got.detach() if isinstance(got, torch.Tensor) else got, np.float64), np.asarray(want, np.float64)
-    np.testing.assert_allclose(got.reshape(want.shape), want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+    got = np.asarray(got.detach() if isinstance(got, torch.Tensor) else got, np.float64)
+    want = np.asarray(want, np.float64)
+    np.testing.assert_allclose(
+        got.reshape(want.shape), want, rtol=tolerance, atol=tolerance * np.abs(want).max()
+    )
 
 
 class Draws:
-    """Replacement for torch's random functions: draw k is RandomState(base + k), or the midpoints of the 'fixed' mode."""
+    """Replacement for torch's random functions: draw k is RandomState(base + k), or the midpoints of the
+    'fixed' mode.
+    """
 
     def __init__(self, base: int | None):
-        self.base, self.log = base, []
+        self.base = base
+        self.log = []
 
     def _draw(self, kind: str, shape) -> torch.Tensor:
         shape = [int(s) for s in shape]
@@ -120,7 +130,9 @@ class Draws:
 
     def _sized(self, kind: str):
         def function(*size, **_kwargs):
-            return self._draw(kind, size[0] if len(size) == 1 and isinstance(size[0], (list, tuple, torch.Size)) else size)
+            return self._draw(
+                kind, size[0] if len(size) == 1 and isinstance(size[0], (list, tuple, torch.Size)) else size
+            )
 
         return function
 
@@ -131,8 +143,10 @@ class Draws:
     def injected(self):
         """Patch torch.rand, randn, rand_like and randn_like."""
         with (
-            mock.patch("torch.rand", self._sized("rand")), mock.patch("torch.randn", self._sized("randn")),
-            mock.patch("torch.rand_like", self._like("rand")), mock.patch("torch.randn_like", self._like("randn")),
+            mock.patch("torch.rand", self._sized("rand")),
+            mock.patch("torch.randn", self._sized("randn")),
+            mock.patch("torch.rand_like", self._like("rand")),
+            mock.patch("torch.randn_like", self._like("randn")),
         ):
             yield self
 
@@ -156,7 +170,9 @@ def load_case(name: str):
     for prefix, module in (("G/", G), ("D/", D)):
         if state.exists():
             arrays = np.load(state)
-            tensors = {k.removeprefix(prefix): torch.as_tensor(arrays[k]) for k in arrays if k.startswith(prefix)}
+            tensors = {
+                k.removeprefix(prefix): torch.as_tensor(arrays[k]) for k in arrays if k.startswith(prefix)
+            }
             module.load_state_dict(tensors, strict=True)
         else:
             deterministic_fill(module, prefix.replace("/", "."))

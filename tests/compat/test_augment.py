@@ -1,4 +1,6 @@
-"""AugmentPipe against the reference values: draw k is replaced by RandomState(50000 + k) numbers of the listed kind and shape."""
+"""AugmentPipe against the reference values: draw k is replaced by RandomState(50000 + k) numbers of the
+listed kind and shape.
+"""
 
 import re
 
@@ -15,7 +17,8 @@ RECIPE = read_json(MISC.with_suffix(".json"))
 CASES = [name for name in RECIPE if name.startswith("aug/")]
 PERCENTILES = [  # (case, percentile) of the arrays aug/<n>/debug_percentile_<p>
     (name.rpartition("/")[0], float(name.rpartition("_")[2]))
-    for name in array_names(MISC.with_suffix(".npz")) if "debug_percentile" in name
+    for name in array_names(MISC.with_suffix(".npz"))
+    if "debug_percentile" in name
 ]
 
 
@@ -26,7 +29,9 @@ def values(fixtures_dir):
 
 
 def build(case: dict) -> tuple[AugmentPipe, torch.Tensor]:
-    seed, shape = re.fullmatch(r"RandomState\((\d+)\)\.random_sample\(\((.*)\)\)\*2-1", case["input"]).groups()
+    seed, shape = re.fullmatch(
+        r"RandomState\((\d+)\)\.random_sample\(\((.*)\)\)\*2-1", case["input"]
+    ).groups()
     images = np.random.RandomState(int(seed)).random_sample([int(s) for s in shape.split(",")]) * 2 - 1
     pipe = AugmentPipe(**case["kwargs"])
     pipe.p.fill_(case["p"])
@@ -52,7 +57,9 @@ def test_same_draws_give_the_same_images(name, values):
 def test_debug_percentile(name, percentile, values):
     pipe, images = build(RECIPE[name])
     with Draws(RECIPE[name]["draw_base"]).injected():
-        assert_close(pipe(images, debug_percentile=percentile), values[f"{name}/debug_percentile_{percentile}"])
+        assert_close(
+            pipe(images, debug_percentile=percentile), values[f"{name}/debug_percentile_{percentile}"]
+        )
 
 
 @pytest.mark.parametrize("buffer", ["Hz_geom", "Hz_fbank"])

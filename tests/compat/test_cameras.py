@@ -10,13 +10,16 @@ from tests.compat.reference import ROOT, Draws, read_json
 from training.rendering import cameras
 
 RECIPE = read_json(ROOT / "eg3d" / "misc.json")
-DRAW_BASE = RECIPE.get("camera_draw_base", 500)  # of the stochastic cases: draw k is RandomState(DRAW_BASE + k)
+# of the stochastic cases: draw k is RandomState(DRAW_BASE + k)
+DRAW_BASE = RECIPE.get("camera_draw_base", 500)
 
 
 @pytest.fixture(scope="module")
 def misc(fixtures_dir):
     with np.load(fixtures_dir / "eg3d" / "misc.npz") as data:
-        return {name: data[name] for name in data.files if name.startswith(("lookat", "gauss", "uniform", "fov"))}
+        return {
+            name: data[name] for name in data.files if name.startswith(("lookat", "gauss", "uniform", "fov"))
+        }
 
 
 def test_look_at_poses_match_reference(misc):
@@ -31,9 +34,13 @@ def test_gaussian_without_deviation(misc):
     np.testing.assert_allclose(got.numpy(), misc["gauss_nostd/c2w"], atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "sampler"), [
-    ("gauss", cameras.GaussianCameraPoseSampler), ("uniform", cameras.UniformCameraPoseSampler),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "sampler"),
+    [
+        ("gauss", cameras.GaussianCameraPoseSampler),
+        ("uniform", cameras.UniformCameraPoseSampler),
+    ],
+)
 def test_yaw_is_drawn_then_pitch(kind, sampler, misc):
     with Draws(DRAW_BASE).injected():
         count = RECIPE[f"{kind}_std"][0][1][0]
@@ -60,7 +67,9 @@ def test_poses_are_rotations_and_look_at_the_pivot():
 
 
 def test_label_round_trip_and_mirror():
-    poses = cameras.GaussianCameraPoseSampler.sample(math.pi / 2, math.pi / 2, 0.5, 0.2, radius=2.7, batch_size=4)
+    poses = cameras.GaussianCameraPoseSampler.sample(
+        math.pi / 2, math.pi / 2, 0.5, 0.2, radius=2.7, batch_size=4
+    )
     c = cameras.pack_label(poses, cameras.intrinsics_matrix(cameras.FFHQ_FOCAL))
     assert c.shape == (4, 25)
     back, k = cameras.unpack_label(c)

@@ -1,4 +1,6 @@
-"""The Cauchy-Schwarz divergence against the published codes' values and gradients, for every case of both sets."""
+"""The Cauchy-Schwarz divergence against the published codes' values and gradients, for every case of both
+sets.
+"""
 
 import math
 import re
@@ -15,7 +17,9 @@ MISC = ROOT / "reward_zoo" / "misc.npz"
 NAMES = {"divergence": "v", "d_dx": "dv_dx", "d_dy": "dv_dy"}  # of the first set -> of the second
 ZOO = sorted(name[:-2] for name in np.load(MISC) if re.fullmatch(r"cs\d+_x", name)) if MISC.is_file() else []
 CASES = [("distill", name) for name in members("cs_divergence", "cs")] + [("zoo", name) for name in ZOO]
-pytestmark = pytest.mark.skipif(not CASES, reason=f"no reference values at {ROOT}; set EG3D_RLHF_FIXTURES to their folder")
+pytestmark = pytest.mark.skipif(
+    not CASES, reason=f"no reference values at {ROOT}; set EG3D_RLHF_FIXTURES to their folder"
+)
 
 
 @pytest.fixture(params=CASES, ids="-".join)
@@ -25,7 +29,9 @@ def case(request):
         values = {key: value.numpy() for key, value in under("cs_divergence", f"cs/{name}").items()}
         return values | {theirs: values[ours] for ours, theirs in NAMES.items()}
     with np.load(MISC) as reference:
-        return {key.removeprefix(f"{name}_"): reference[key] for key in reference if key.startswith(f"{name}_")}
+        return {
+            key.removeprefix(f"{name}_"): reference[key] for key in reference if key.startswith(f"{name}_")
+        }
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -38,7 +44,10 @@ def test_values_and_gradients(case, dtype, tolerance):
     for got, name in ((x.grad, "dv_dx"), (y.grad, "dv_dy")):
         np.testing.assert_allclose(got, case[name], rtol=0, atol=tolerance)
     if "u" in case:
-        assert abs(float(cs_divergence(x, y, float(case["sigma"]), "U").detach()) - case["u"]) <= tolerance * scale
+        assert (
+            abs(float(cs_divergence(x, y, float(case["sigma"]), "U").detach()) - case["u"])
+            <= tolerance * scale
+        )
 
 
 def test_its_kernel_is_the_published_one(case):
@@ -51,7 +60,9 @@ def test_its_kernel_is_the_published_one(case):
 
 
 def test_median_distance_is_the_root_of_the_published_median_square(case):
-    """The median of squares of an even number lies between two of them; that of distances a little elsewhere between the same two."""
+    """The median of squares of an even number lies between two of them; that of distances a little elsewhere
+    between the same two.
+    """
     (wanted,) = of_set(case, "median_squared_distance")
     both = torch.cat([torch.as_tensor(case[name]) for name in "xy"])
     assert max(0.01, float(median_distance(both)) ** 2) == pytest.approx(float(wanted), rel=1e-3)

@@ -8,17 +8,34 @@ import torch
 from eg3d_rlhf.tuning.distill.gradients import distillation_loss
 from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo
 from eg3d_rlhf.tuning.distill.methods import PRESETS
-from tests.compat.distill_reference import Pictures, Recorded, cases, close, multiview, needs, recipe, seen_by, under, values
+from tests.compat.distill_reference import (
+    Pictures,
+    Recorded,
+    cases,
+    close,
+    multiview,
+    needs,
+    recipe,
+    seen_by,
+    under,
+    values,
+)
 
 pytestmark = needs("dreamdpo")
-NAME, F4 = "dreamdpo", 1e-5
+NAME = "dreamdpo"
+F4 = 1e-5
 
 
 class Votes:
-    """DreamDPO's count of affirmative answers for each picture; for questions after faults the fewer, the better."""
+    """DreamDPO's count of affirmative answers for each picture; for questions after faults the fewer, the
+    better.
+    """
 
     def __init__(self, first: torch.Tensor, second: torch.Tensor, faults: bool):
-        self.answers = [0 if (a < b if faults else a > b) else 1 for a, b in zip(first.tolist(), second.tolist(), strict=True)]
+        self.answers = [
+            0 if (a < b if faults else a > b) else 1
+            for a, b in zip(first.tolist(), second.tolist(), strict=True)
+        ]
 
     def judge(self, prompts, pairs, shuffle_order=True):
         return self.answers
@@ -26,7 +43,8 @@ class Votes:
 
 @pytest.mark.parametrize("case", cases(NAME, "case/"))
 def test_case(case):
-    v, entry = under(NAME, case), recipe(NAME)["cases"][case]
+    v = under(NAME, case)
+    entry = recipe(NAME)["cases"][case]
     prior = multiview(NAME)
     shown = v["input"].clone().requires_grad_()
     images = shown.permute(0, 3, 1, 2)
@@ -35,7 +53,9 @@ def test_case(case):
     reward = Pictures(values(NAME)["reward/w"]) if "linear" in case else Pictures(recited=scores)
     released = PRESETS["dreamdpo-released"]
     settings = dataclasses.replace(
-        released, tau=entry["tau"], prior=dataclasses.replace(released.prior, guidance_scale=entry["guidance_scale"])
+        released,
+        tau=entry["tau"],
+        prior=dataclasses.replace(released.prior, guidance_scale=entry["guidance_scale"]),
     )
     judge = Votes(v["judge_1"], v["judge_2"], entry["neg_prompt"]) if "judge_1" in v else None
     streams = Recorded(v["noise_1"], v["noise_2"])

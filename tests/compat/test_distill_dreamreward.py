@@ -6,10 +6,22 @@ import torch
 from eg3d_rlhf.tuning.distill.gradients import digits, distillation_loss
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
 from eg3d_rlhf.tuning.distill.methods import PRESETS
-from tests.compat.distill_reference import Recorded, cases, close, multiview, needs, present, recipe, seen_by, under, values
+from tests.compat.distill_reference import (
+    Recorded,
+    cases,
+    close,
+    multiview,
+    needs,
+    present,
+    recipe,
+    seen_by,
+    under,
+    values,
+)
 
 pytestmark = needs("dreamreward")
-NAME, F6 = "dreamreward", 1e-5
+NAME = "dreamreward"
+F6 = 1e-5
 
 
 def test_the_weight_of_printed_numbers():
@@ -21,10 +33,15 @@ def test_the_weight_of_printed_numbers():
 class FourViews:
     """The stand-in reward: linear in the pictures, and a tenth of the prompts' numbers."""
 
-    views, modality, differentiable, view_prompts = 4, "multiview", True, True
+    views = 4
+    modality = "multiview"
+    differentiable = True
+    view_prompts = True
 
     def __init__(self, w: torch.Tensor, ids: torch.Tensor):
-        self.w, self.ids, self.seen = w, ids, None
+        self.w = w
+        self.ids = ids
+        self.seen = None
 
     def score(self, pixels, prompts):
         self.seen = pixels.detach()
@@ -34,14 +51,18 @@ class FourViews:
 
 @pytest.mark.parametrize("case", cases(NAME, "guidance"))
 def test_guidance(case):
-    v, entry, prior = under(NAME, case), recipe(NAME)["cases"][case], multiview(NAME)
+    v = under(NAME, case)
+    entry = recipe(NAME)["cases"][case]
+    prior = multiview(NAME)
     reward = FourViews(values(NAME)["reward/w"], v.get("prompt_ids", torch.zeros(1)).float())
     settings = PRESETS[f"dreamreward-released-{entry['variant']}"]
     guidance = DreamReward(prior, settings, views=4, streams=Recorded(v["noise"]), reward=reward)
     shown = v["input"].clone().requires_grad_()
     images = shown.permute(0, 3, 1, 2)
     x = prior.encode(images)
-    output = guidance(x, v["t"].expand(len(x)), ["text"] * len(x), seen_by(v["c2w"]), entry["step"], images.detach())
+    output = guidance(
+        x, v["t"].expand(len(x)), ["text"] * len(x), seen_by(v["c2w"]), entry["step"], images.detach()
+    )
     assert (output.scores is not None) == entry["rewarded"]
     if entry["rewarded"]:
         close(reward.seen, v["reward_image"], F6)

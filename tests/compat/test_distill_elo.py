@@ -15,23 +15,31 @@ RESULT = {-1: "a", 1: "b", 0: "tie"}
 def rated(name: str, **options) -> tuple[np.ndarray, dict, bool]:
     reference = {key: array.numpy() for key, array in under(NAME, name).items()}
     starts = zip(reference.get("init", ()), reference["elo"], strict=False)
-    held = {str(k): float(start) for k, (start, end) in enumerate(starts) if start == end} or None  # the others have moved
+    # the others have moved
+    held = {str(k): float(start) for k, (start, end) in enumerate(starts) if start == end} or None
     judgements = [Judgement(str(i), str(j), RESULT[int(result)]) for i, j, result in reference["comparisons"]]
     rating = elo(judgements, held=held, resamples=0, **options)
-    return np.array([rating.ratings[str(k)].elo for k in range(len(rating.ratings))]), reference, rating.regularised
+    return (
+        np.array([rating.ratings[str(k)].elo for k in range(len(rating.ratings))]),
+        reference,
+        rating.regularised,
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_ratings(name):
     got, reference, regularised = rated(name)
     assert regularised == (CASES[name].get("finite_maximum") is False)
-    if regularised:  # no maximum: what is stored is where the source's 10,000 steps stopped, the order alone can be compared
+    # no maximum: what is stored is where the source's 10,000 steps stopped, the order alone can be compared
+    if regularised:
         assert list(np.argsort(got)) == list(np.argsort(reference["elo"])) and np.isfinite(got).all()
         return
     shift = 0.0 if "init" in reference else reference["elo"].mean() - got.mean()
     np.testing.assert_allclose(got + shift, reference["elo"], rtol=0, atol=0.1)
     if "exact_elo" in reference:
-        np.testing.assert_allclose(got - got.mean(), reference["exact_elo"] - reference["exact_elo"].mean(), rtol=0, atol=0.05)
+        np.testing.assert_allclose(
+            got - got.mean(), reference["exact_elo"] - reference["exact_elo"].mean(), rtol=0, atol=0.05
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].get("finite_maximum") is not False])
@@ -39,4 +47,6 @@ def test_davidsons_ties_keep_the_order_of_methods_far_apart(name):
     both, *_ = rated(name)
     davidson, *_ = rated(name, draws="davidson")
     far = np.abs(np.subtract.outer(both, both)) > 60
-    assert (np.sign(np.subtract.outer(both, both)) == np.sign(np.subtract.outer(davidson, davidson)))[far].all()
+    assert (np.sign(np.subtract.outer(both, both)) == np.sign(np.subtract.outer(davidson, davidson)))[
+        far
+    ].all()

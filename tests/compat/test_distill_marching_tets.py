@@ -1,7 +1,8 @@
-"""Marching tetrahedra against the reference values: every sign case, every field, plain and deformed, with gradients.
+"""Marching tetrahedra against the reference values: every sign case, every field, plain and deformed, with
+gradients.
 
-The reference has its field positive inside and faces that point inward then; ours is negative inside and faces point outward. So its field
-is negated, and its triangles are turned over.
+The reference has its field positive inside and faces that point inward then; ours is negative inside and
+faces point outward. So its field is negated, and its triangles are turned over.
 """
 
 import pytest
@@ -13,9 +14,16 @@ from tests.compat.distill_reference import close, members, needs, present, recip
 
 NAME = "marching_tets"
 pytestmark = needs(NAME)
-RESOLUTIONS = {field: entry["resolution"] for field, entry in recipe(NAME)["cases"].items() if "resolution" in entry}
+RESOLUTIONS = {
+    field: entry["resolution"] for field, entry in recipe(NAME)["cases"].items() if "resolution" in entry
+}
 SIGNS = [case for case in members(NAME, "tet") if f"tet/{case}/sdf" in values(NAME)]
-FIELDS = [(field, kind) for field in RESOLUTIONS for kind in members(NAME, field) if f"{field}/{kind}/verts" in values(NAME)]
+FIELDS = [
+    (field, kind)
+    for field in RESOLUTIONS
+    for kind in members(NAME, field)
+    if f"{field}/{kind}/verts" in values(NAME)
+]
 
 
 def triangles(faces, turned=False) -> set[tuple]:
@@ -57,7 +65,8 @@ def test_fields_and_their_gradients(field, kind):
     mesh = marching_tetrahedra(-sdf, Lattice.of(vertices, tetrahedra, 1 / RESOLUTIONS[field]), moved)
     close(mesh.vertices, v["verts"], 1e-6)
     assert triangles(mesh.faces) == triangles(v["faces"], turned=True)
-    total, volume = (mesh.vertices * v["weight"]).sum(), -signed_volume(mesh)
+    total = (mesh.vertices * v["weight"]).sum()
+    volume = -signed_volume(mesh)
     assert abs(float(volume.detach() - v["signed_volume"])) <= 1e-6
     close(gradient(total, sdf), v["dsum_dsdf"], 1e-5)
     close(gradient(volume, sdf), v["dvolume_dsdf"], 1e-5)

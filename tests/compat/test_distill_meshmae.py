@@ -8,7 +8,9 @@ from eg3d_rlhf.rewards.meshes.model import NUMBERS, EncoderOptions, MeshEncoder,
 from eg3d_rlhf.rewards.meshes.patchifiers import face_features, placed
 from tests.compat.distill_reference import close, filled, needs, present, recipe, under
 
-NAME, PUBLISHED = "meshmae", 256  # patches of the published code, which pads up to so many
+# patches of the published code, which pads up to so many
+NAME = "meshmae"
+PUBLISHED = 256
 needs_values = needs(NAME)
 MESHES = [case for case, entry in recipe(NAME)["cases"].items() if "patches" in entry]
 
@@ -16,13 +18,22 @@ MESHES = [case for case, entry in recipe(NAME)["cases"].items() if "patches" in 
 @needs_values
 @pytest.mark.parametrize("case", MESHES)
 def test_features_and_centres(case):
-    v, patches = under(NAME, case), recipe(NAME)["cases"][case]["patches"]
-    vertices, faces, pick = v["vertices"], v["faces"].long(), v["face_index"].long()
+    v = under(NAME, case)
+    patches = recipe(NAME)["cases"][case]["patches"]
+    vertices = v["vertices"]
+    faces = v["faces"].long()
+    pick = v["face_index"].long()
     features, centres = face_features(vertices, faces, "raw")
-    torch.testing.assert_close(features[pick].permute(2, 0, 1), v["feats"], rtol=0, atol=1e-5, check_dtype=False)
+    torch.testing.assert_close(
+        features[pick].permute(2, 0, 1), v["feats"], rtol=0, atol=1e-5, check_dtype=False
+    )
     torch.testing.assert_close(centres[pick], v["centers"], rtol=0, atol=1e-5, check_dtype=False)
-    torch.testing.assert_close(placed(Mesh(vertices, faces), "box"), v["normalised"], rtol=0, atol=1e-6, check_dtype=False)
-    assert torch.equal(pick, torch.arange(patches)[:, None] + patches * torch.arange(pick.shape[1])), "the order of our maps"
+    torch.testing.assert_close(
+        placed(Mesh(vertices, faces), "box"), v["normalised"], rtol=0, atol=1e-6, check_dtype=False
+    )
+    assert torch.equal(pick, torch.arange(patches)[:, None] + patches * torch.arange(pick.shape[1])), (
+        "the order of our maps"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +41,24 @@ def network():
     """Encoder with the reference weights, all weights, and its patches [A, P, F, 10], [A, P, F, 3]."""
     if "encoder" not in recipe(NAME):
         pytest.skip("this set has no encoder")
-    entry, v = recipe(NAME)["encoder"], under(NAME, "encoder")
-    weights, config = filled(entry), entry["config"]
+    entry = recipe(NAME)["encoder"]
+    v = under(NAME, "encoder")
+    weights = filled(entry)
+    config = entry["config"]
     features, centres = present(v, "feats", "centers")
     features = features.permute(0, 2, 3, 1)
     assert features.shape[3] == config["channels"] == NUMBERS
     options = EncoderOptions(
-        faces=features.shape[2], width=config["embed_dim"], depth=config["encoder_depth"], heads=config["num_heads"]
+        faces=features.shape[2],
+        width=config["embed_dim"],
+        depth=config["encoder_depth"],
+        heads=config["num_heads"],
     )
     encoder = MeshEncoder(options).eval()
     left = load_meshmae(encoder, weights)
-    assert "cls_token" in left and not any(name.startswith(("blocks", "norm", "to_patch", "pos_")) for name in left)
+    assert "cls_token" in left and not any(
+        name.startswith(("blocks", "norm", "to_patch", "pos_")) for name in left
+    )
     return encoder, weights, Patches(features, centres, torch.ones(features.shape[:2], dtype=torch.bool))
 
 
@@ -50,7 +68,8 @@ def test_encoder(network):
     encoder, weights, patches = network
     tokens = encoder(patches)
     close(tokens, under(NAME, "encoder")["tokens"], 2e-5)
-    published = masked_max(tokens, patches.mask).clamp_min(0)  # zero tokens behind the real ones, which take part in its maximum
+    # zero tokens behind the real ones, which take part in its maximum
+    published = masked_max(tokens, patches.mask).clamp_min(0)
     out = torch.nn.functional.linear(published, weights["head.weight"], weights["head.bias"])
     close(out, under(NAME, "encoder")["out40"], 2e-5)
 
@@ -61,12 +80,19 @@ def test_missing_patches_change_nothing_where_the_published_padding_does(network
     encoder, weights, patches = network
     (wanted,) = present(under(NAME, "encoder"), "out40_zero_padded")
     count = patches.features.shape[1]
-    features, centres = (torch.cat([part[:1], part.new_zeros(1, PUBLISHED - count, *part.shape[2:])], 1) for part in patches[:2])
+    features, centres = (
+        torch.cat([part[:1], part.new_zeros(1, PUBLISHED - count, *part.shape[2:])], 1)
+        for part in patches[:2]
+    )
     padded = Patches(features, centres, torch.arange(PUBLISHED)[None] < count)
-    plain, masked = encoder(Patches(*(part[:1] for part in patches))), encoder(padded)
+    plain = encoder(Patches(*(part[:1] for part in patches)))
+    masked = encoder(padded)
     attended = encoder(padded._replace(mask=torch.ones(1, PUBLISHED, dtype=torch.bool)))
     torch.testing.assert_close(masked[:, :count], plain)
     torch.testing.assert_close(masked_max(masked, padded.mask), plain.amax(1))
-    out = [torch.nn.functional.linear(tokens.amax(1), weights["head.weight"], weights["head.bias"]) for tokens in (attended, plain)]
+    out = [
+        torch.nn.functional.linear(tokens.amax(1), weights["head.weight"], weights["head.bias"])
+        for tokens in (attended, plain)
+    ]
     close(out[0], wanted, 2e-5)
     assert float((out[0] - out[1]).abs().max()) > 0.01 * float(wanted.abs().max())

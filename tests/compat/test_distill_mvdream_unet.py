@@ -10,14 +10,16 @@ from eg3d_rlhf.models.weights import adopt, empty
 from eg3d_rlhf.tuning.distill.priors.latent_diffusion import join_views
 from tests.compat.distill_reference import cases, close, filled, needs, recipe, under
 
-NAME, BOUND = "mvdream_unet", 2e-5
+NAME = "mvdream_unet"
+BOUND = 2e-5
 pytestmark = needs(NAME)
 
 
 def original(case: str, side: int):
     """U-Net with the reference weights, of latents of `side` pixels."""
     entry = recipe(NAME)[case]
-    state, heads = filled(entry), entry["config"]
+    state = filled(entry)
+    heads = entry["config"]
     config = unet_config(state, "test", side)
     widths = config["block_out_channels"]
     assert widths == tuple(heads["model_channels"] * m for m in heads["channel_mult"])
@@ -38,7 +40,9 @@ def test_the_converted_network_is_the_original(case):
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'eg3d-rlhf[sd]'")
     v = under(NAME, case)
     views = int(re.search(r"num_frames (\d+)", recipe(NAME)["cases"][case]["what"])[1])
-    unet, x, context = original(case, v["x"].shape[-1]), v["x"].clone().requires_grad_(), v["context"].clone().requires_grad_()
+    unet = original(case, v["x"].shape[-1])
+    x = v["x"].clone().requires_grad_()
+    context = v["context"].clone().requires_grad_()
     joined = join_views(unet, views)
     out = joined(x, v["t"], context, class_labels=v["camera"]).sample
     close(out, v["out"], BOUND)
@@ -49,4 +53,8 @@ def test_the_converted_network_is_the_original(case):
         if "out_no_camera" in v:
             close(joined(x, v["t"], context, class_labels=None).sample, v["out_no_camera"], BOUND)
         if "out_one_view" in v:
-            close(join_views(unet, 1)(x, v["t"], context, class_labels=v["camera"]).sample, v["out_one_view"], BOUND)
+            close(
+                join_views(unet, 1)(x, v["t"], context, class_labels=v["camera"]).sample,
+                v["out_one_view"],
+                BOUND,
+            )

@@ -27,7 +27,8 @@ def test_padding_keeps_the_whole_picture(height, width):
     before = grey.detach().clone()
     out = pad_preprocess(grey, 16)
     assert out.shape == (1, 3, 16, 16) and torch.equal(grey.detach(), before)
-    shown = out.detach() * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)  # back in 0..1
+    # back in 0..1
+    shown = out.detach() * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
     long = max(height, width)
     expected = max(round(height * 16 / long), 1) * max(round(width * 16 / long), 1) / 256
     torch.testing.assert_close(shown.mean(), torch.tensor(0.5 * expected), rtol=1e-4, atol=1e-5)

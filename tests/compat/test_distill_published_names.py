@@ -14,7 +14,9 @@ from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork
 from tests.compat.reference import ROOT
 
 FOLDER = ROOT / "distill" / "params"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason=f"no reference values at {FOLDER}; set EG3D_RLHF_FIXTURES to their folder")
+pytestmark = pytest.mark.skipif(
+    not FOLDER.exists(), reason=f"no reference values at {FOLDER}; set EG3D_RLHF_FIXTURES to their folder"
+)
 
 
 def published(name: str) -> dict[str, list[int]]:
@@ -46,11 +48,15 @@ def test_reward3d(kind):
 def test_image_reward_is_the_trunk_and_the_mlp():
     state = {n: t for n, t in on_meta("Reward3D_Scorer").items() if not n.startswith("Scorer.")}
     network = Reward3dNetwork.of(state, "test")
-    assert network.kind == "ImageReward" and {*shapes(network), "blip.text_encoder.embeddings.position_ids"} == set(state)
+    assert network.kind == "ImageReward" and {
+        *shapes(network),
+        "blip.text_encoder.embeddings.position_ids",
+    } == set(state)
 
 
 def test_open_clips_text_half_is_that_of_stable_diffusion_2():
-    converted = to_transformers_text(on_meta("hpsv2_open_clip_vit_h14"), 23)  # the same encoder; its last layer is not used
+    # the same encoder; its last layer is not used
+    converted = to_transformers_text(on_meta("hpsv2_open_clip_vit_h14"), 23)
     assert {n: list(t.shape) for n, t in converted.items()} == published("sd21_text_encoder")
 
 
@@ -64,20 +70,35 @@ TEXT = {"sd15": (768, 12, "quick_gelu"), "sd21": (1024, 23, "gelu")}
 def text_config(form):
     width, layers, act = TEXT[form]
     return {
-        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": width // 64,
-        "hidden_act": act, "projection_dim": width,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "hidden_act": act,
+        "projection_dim": width,
     }
 
 
 @libraries
 @pytest.mark.parametrize("form", TEXT)
 def test_stable_diffusion_folders(form, tmp_path):
-    """config.json as published, so the sizes told before a run are the real ones; the libraries' entries are the published ones."""
+    """config.json as published, so the sizes told before a run are the real ones; the libraries' entries are
+    the published ones.
+    """
     heads = {"sd15": 8, "sd21": [5, 10, 20, 20]}[form]
-    unet = {"sample_size": 64, "cross_attention_dim": TEXT[form][0], "attention_head_dim": heads, "use_linear_projection": form == "sd21"}
+    unet = {
+        "sample_size": 64,
+        "cross_attention_dim": TEXT[form][0],
+        "attention_head_dim": heads,
+        "use_linear_projection": form == "sd21",
+    }
     vae = {
-        "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "layers_per_block": 2,
-        "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 4, "scaling_factor": 0.18215,
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
     }
     for part, config in (("unet", unet), ("vae", vae), ("text_encoder", text_config(form))):
         (tmp_path / part).mkdir()
@@ -86,7 +107,9 @@ def test_stable_diffusion_folders(form, tmp_path):
 
     prior = meta_prior(tmp_path, PriorOptions(device="meta", half=True))
     assert shapes(prior.unet) == published(f"{form}_unet")
-    assert shapes(prior.vae) == published("sd_vae") and shapes(prior.text) == published(f"{form}_text_encoder")
+    assert shapes(prior.vae) == published("sd_vae") and shapes(prior.text) == published(
+        f"{form}_text_encoder"
+    )
     assert prior.latent_shape == (4, 64, 64) and prior.image_size == 512
     costs = prior_costs(tmp_path, 1, PriorOptions(half=True))
     numbers = [round(n / 1e6, 1) for n, _ in costs.weights.values()]
@@ -112,7 +135,9 @@ def test_mvdream_files(form):
     plain = {n: s for n, s in shapes(networks["unet"]).items() if not n.startswith("class_embedding.")}
     assert plain == published({"sd15": "sd15_unet", "sd21_base": "sd21_unet"}[form])
     assert shapes(networks["vae"]) == published("sd_vae")
-    assert shapes(networks["text"]) == published({"sd15": "sd15_text_encoder", "sd21_base": "sd21_text_encoder"}[form])
+    assert shapes(networks["text"]) == published(
+        {"sd15": "sd15_text_encoder", "sd21_base": "sd21_text_encoder"}[form]
+    )
     assert networks["unet"].config.attention_head_dim == (8 if form == "sd15" else (5, 10, 20, 20))
 
 
@@ -120,5 +145,7 @@ def test_mvdream_files(form):
 def test_hpsv2():
     state = on_meta("hpsv2_open_clip_vit_h14")
     network = hpsv2_network(state, "test")
-    assert shapes(network) == {name: list(tensor.shape) for name, tensor in to_transformers_clip(state).items()}
+    assert shapes(network) == {
+        name: list(tensor.shape) for name, tensor in to_transformers_clip(state).items()
+    }
     assert sum(t.numel() for t in network.parameters()) == 986_109_441

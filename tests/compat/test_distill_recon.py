@@ -9,26 +9,40 @@ from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 from tests.compat.distill_reference import StandIn, cases, close, latent_scale, needs, recipe, under
 
 pytestmark = needs("mvdream_recon")
-NAME, F3 = "mvdream_recon", 1e-5
+NAME = "mvdream_recon"
+F3 = 1e-5
 SCHEDULE = NoiseSchedule()
 
 
 @pytest.mark.parametrize("case", cases(NAME, "case/"))
 def test_case(case):
-    v, entry, net = under(NAME, case), recipe(NAME)["cases"][case], under(NAME, "net")
+    v = under(NAME, case)
+    entry = recipe(NAME)["cases"][case]
+    net = under(NAME, "net")
     config = entry["config"]
     views = config["n_view"] if "camera_input" in v else 1  # without cameras its network sees each view alone
-    prior = StandIn({k: a for k, a in net.items() if k not in ("cond", "null")}, SCHEDULE.alphas_cumprod, {}, views, latent_scale(NAME))
+    prior = StandIn(
+        {k: a for k, a in net.items() if k not in ("cond", "null")},
+        SCHEDULE.alphas_cumprod,
+        {},
+        views,
+        latent_scale(NAME),
+    )
     shown = v["input"].clone().requires_grad_()
     x = prior.encode(shown.permute(0, 3, 1, 2)) if "image" in entry["input_is"] else shown
     t = v["t"].expand(len(x))
     with torch.no_grad():
         x_t = SCHEDULE.mix(x, v["noise"], t)
-        text, null = (prior.predict_noise(x_t, t, net[kind].expand(len(x), -1, -1), v.get("camera_input")) for kind in ("cond", "null"))
+        text, null = (
+            prior.predict_noise(x_t, t, net[kind].expand(len(x), -1, -1), v.get("camera_input"))
+            for kind in ("cond", "null")
+        )
         close(text, v["eps_text"], F3)
         close(null, v["eps_null"], F3)
         x0 = SCHEDULE.x0(x_t, gradients.guided(text, null, config["guidance_scale"]), t)
-        target = gradients.reconstruction_target(x0, SCHEDULE.x0(x_t, text, t), config["recon_std_rescale"], config["n_view"])
+        target = gradients.reconstruction_target(
+            x0, SCHEDULE.x0(x_t, text, t), config["recon_std_rescale"], config["n_view"]
+        )
     loss = target_loss(x, gradients.reconstruction(x.detach(), target))
     close(loss, v["loss_sds"], F3)
     close(torch.autograd.grad(loss, shown)[0], v["dloss_dinput"], F3)

@@ -16,7 +16,14 @@ def reference(kind: str):
     """(network with the reference weights, arrays)."""
     width = recipe(NAME)["MLP"]["order"][0][1][1]  # of the features
     sizes = BlipSizes(
-        image=32, vision_width=64, vision_layers=1, text_width=width, text_layers=1, text_hidden=64, vocabulary=50, projection=8
+        image=32,
+        vision_width=64,
+        vision_layers=1,
+        text_width=width,
+        text_layers=1,
+        text_hidden=64,
+        vocabulary=50,
+        projection=8,
     )
     network = Reward3dNetwork(kind, sizes).eval()
     for name, entry in PARTS.items():
@@ -27,10 +34,14 @@ def reference(kind: str):
     return network, values(NAME)
 
 
-@pytest.mark.parametrize(("kind", "case", "std"), [("Scorer", "scorer", STD), ("CrossViewFusion", "fusion", FUSION_STD)])
+@pytest.mark.parametrize(
+    ("kind", "case", "std"), [("Scorer", "scorer", STD), ("CrossViewFusion", "fusion", FUSION_STD)]
+)
 def test_rewards_and_gradients_of_the_heads(kind, case, std):
     network, arrays = reference(kind)
-    features, rewards, raw, slope = present(arrays, *(f"{case}/{name}" for name in ("features", "reward", "raw", "dreward_dfeatures")))
+    features, rewards, raw, slope = present(
+        arrays, *(f"{case}/{name}" for name in ("features", "reward", "raw", "dreward_dfeatures"))
+    )
     features = features.clone().requires_grad_()
     reward = network.head(features)
     assert relative_error(reward[:, None], rewards) < 1e-5
@@ -39,14 +50,20 @@ def test_rewards_and_gradients_of_the_heads(kind, case, std):
     assert relative_error(features.grad, slope) < 1e-5
 
 
-@pytest.mark.parametrize(("case", "entry", "wanted"), [
-    ("mlp", "features", "out"), ("fusion", "features", "fused"), ("scorer", "features", "feature128"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "entry", "wanted"),
+    [
+        ("mlp", "features", "out"),
+        ("fusion", "features", "fused"),
+        ("scorer", "features", "feature128"),
+    ],
+)
 def test_the_parts_in_between(case, entry, wanted):
     network, arrays = reference("CrossViewFusion" if case == "fusion" else "Scorer")
     features, out = present(arrays, f"{case}/{entry}", f"{case}/{wanted}")
     part = {
-        "mlp": network.mlp, "scorer": network.mlp.wide,
+        "mlp": network.mlp,
+        "scorer": network.mlp.wide,
         "fusion": lambda x: network.cross_view_adapter(x.unflatten(0, (-1, VIEWS))),
-    }[case]  # fmt: skip
+    }[case]
     assert relative_error(part(features), out) < 1e-5

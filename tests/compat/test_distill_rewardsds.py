@@ -10,13 +10,28 @@ from eg3d_rlhf.tuning.distill.gradients import NoiseWeighting, distillation_loss
 from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds
 from eg3d_rlhf.tuning.distill.methods import PRESETS
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, ddim_times
-from tests.compat.distill_reference import Pictures, Recorded, cases, close, members, multiview, needs, recipe, seen_by, under, values
+from tests.compat.distill_reference import (
+    Pictures,
+    Recorded,
+    cases,
+    close,
+    members,
+    multiview,
+    needs,
+    recipe,
+    seen_by,
+    under,
+    values,
+)
 
 pytestmark = needs("rewardsds")
-NAME, F5 = "rewardsds", 2e-5
+NAME = "rewardsds"
+F5 = 2e-5
 SCHEDULE = NoiseSchedule()
 STRATEGIES = [
-    (count, name) for count in members(NAME, "strategy3d") for name in members(NAME, f"strategy3d/{count}")
+    (count, name)
+    for count in members(NAME, "strategy3d")
+    for name in members(NAME, f"strategy3d/{count}")
     if f"strategy3d/{count}/{name}/weights" in values(NAME)
 ]
 
@@ -25,9 +40,14 @@ def weighting_of(name: str) -> NoiseWeighting:
     """As cases are named: best, best3, min-max, minmax_WEIGHT_WEIGHT_BEST_WORST, weighted, none."""
     kind, *numbers = name.split("_")
     if kind == "minmax":
-        (best_weight, worst_weight), (best, worst) = map(float, numbers[:2]), map(int, numbers[2:])
+        best_weight, worst_weight = map(float, numbers[:2])
+        best, worst = map(int, numbers[2:])
         return NoiseWeighting(best_weight=best_weight, worst_weight=worst_weight, best=best, worst=worst)
-    return NoiseWeighting(strategy="best", best=int(kind[4:] or 1)) if kind.startswith("best") else NoiseWeighting(strategy=kind)
+    return (
+        NoiseWeighting(strategy="best", best=int(kind[4:] or 1))
+        if kind.startswith("best")
+        else NoiseWeighting(strategy=kind)
+    )
 
 
 @pytest.mark.parametrize(("count", "name"), STRATEGIES)
@@ -41,17 +61,25 @@ def test_strategies(count, name):
 
 @pytest.mark.parametrize("case", cases(NAME, "full3d/"))
 def test_the_guidance_in_3d(case):
-    v, entry, prior = under(NAME, case), recipe(NAME)["cases"][case], multiview(NAME)
-    released, reward = PRESETS["rewardsds-released"], Pictures(values(NAME)["reward/w"])
+    v = under(NAME, case)
+    entry = recipe(NAME)["cases"][case]
+    prior = multiview(NAME)
+    released = PRESETS["rewardsds-released"]
+    reward = Pictures(values(NAME)["reward/w"])
     form = {} if entry["recon_loss"] else {"form": "sds"}
     settings = dataclasses.replace(
-        released, noises=int(case.split("_")[1]), until=entry["reward_until"], weighting=weighting_of(case.split("/")[1].split("_")[0]),
+        released,
+        noises=int(case.split("_")[1]),
+        until=entry["reward_until"],
+        weighting=weighting_of(case.split("/")[1].split("_")[0]),
         prior=dataclasses.replace(released.prior, guidance_scale=entry["guidance_scale"], **form),
     )
     shown = v["input"].clone().requires_grad_()
-    x, t = shown, v["t"].expand(len(shown))
+    x = shown
+    t = v["t"].expand(len(shown))
     guidance = RewardSds(prior, settings, views=4, streams=Recorded(*v["noise"]), reward=reward)
-    decode, explored = prior.decode, []
+    decode = prior.decode
+    explored = []
     prior.decode = lambda latents: decode(explored.append(latents) or latents)
     output = guidance(x.detach(), t, ["text"] * len(x), seen_by(v["c2w"]), entry["step"])
     close(torch.autograd.grad(distillation_loss(x, output), shown)[0], v["dloss_dinput"], F5)
@@ -67,9 +95,15 @@ def test_the_guidance_in_3d(case):
 
 @pytest.mark.parametrize("case", cases(NAME, "full2d/"))
 def test_the_parts_in_2d(case):
-    """Its chain starts at the schedule's first step <= t though the latent is at t, and each loss is divided by the number kept."""
-    v, entry, prior = under(NAME, case), recipe(NAME)["cases"][case], multiview(NAME, views=1)
-    x, t, noise = v["input"], v["t"], v["noise"]
+    """Its chain starts at the schedule's first step <= t though the latent is at t, and each loss is divided
+    by the number kept.
+    """
+    v = under(NAME, case)
+    entry = recipe(NAME)["cases"][case]
+    prior = multiview(NAME, views=1)
+    x = v["input"]
+    t = v["t"]
+    noise = v["noise"]
     count = len(noise)
     text, null = (prior.embed([name]).expand(count, -1, -1) for name in ("text", ""))
     asked = []
@@ -84,7 +118,9 @@ def test_the_parts_in_2d(case):
         steps = entry["exploration_steps"]
         times = [time for time in ddim_times(steps) if time <= int(t)]
         falling = [torch.full((count,), time) for time in [*times, times[-1] - 1000 // steps]]
-        end = SCHEDULE.ddim_chain(x_t, falling, lambda latents, now: predict(latents, now, entry["exploration_cfg"]))
+        end = SCHEDULE.ddim_chain(
+            x_t, falling, lambda latents, now: predict(latents, now, entry["exploration_cfg"])
+        )
         images = prior.decode(end)
         close(images, v["images"], F5)
         rewards = (images * values(NAME)["reward/w"]).mean((1, 2, 3))

@@ -1,4 +1,6 @@
-"""Tables, forward process, DDIM, cameras and time windows against diffusers, MVDream and threestudio (F1 and the integers of F2)."""
+"""Tables, forward process, DDIM, cameras and time windows against diffusers, MVDream and threestudio
+(F1 and the integers of F2).
+"""
 
 import json
 import re
@@ -10,13 +12,17 @@ from eg3d_rlhf.generators.assets.views import network_cameras, to_z_up, unit_dis
 from eg3d_rlhf.tuning.distill.schedule import STEPS, NoiseSchedule, Ramp, TimeWindow, betas_of, ddim_times
 from tests.compat.distill_reference import StandIn, close, members, needs, present, recipe, under, values
 
-NAME, SDS, F1 = "schedules", "sds_threestudio", 2e-6
+NAME = "schedules"
+SDS = "sds_threestudio"
+F1 = 2e-6
 pytestmark = needs(NAME)
 # as diffusers' schedulers call them; the set's JSON has the configuration of "sd" alone
 OTHER_TABLES = {
-    "mvdream": {}, "zero_snr": {"zero_snr": True}, "ddpm_linear": {"kind": "linear", "start": 1e-4, "end": 0.02},
+    "mvdream": {},
+    "zero_snr": {"zero_snr": True},
+    "ddpm_linear": {"kind": "linear", "start": 1e-4, "end": 0.02},
     "ddpm_cosine": {"kind": "squaredcos_cap_v2"},
-}  # fmt: skip
+}
 
 
 def betas() -> torch.Tensor:
@@ -66,8 +72,13 @@ def test_mvdreams_forward_and_back(schedule):
 
 @pytest.mark.parametrize("case", members(NAME, "ddim_step"))
 def test_ddim_steps(schedule, case):
-    v, (kind, n) = under(NAME, f"ddim_step/{case}"), case.rsplit("_", 1)
-    noise_of = {"epsilon": lambda x, e, _t: e, "v_prediction": schedule.noise_of_velocity, "sample": schedule.noise_of_x0}[kind]
+    v = under(NAME, f"ddim_step/{case}")
+    kind, n = case.rsplit("_", 1)
+    noise_of = {
+        "epsilon": lambda x, e, _t: e,
+        "v_prediction": schedule.noise_of_velocity,
+        "sample": schedule.noise_of_x0,
+    }[kind]
     noise = noise_of(v["sample"], v["model_output"], v["t"])
     close(schedule.ddim_step(v["sample"], noise, v["t"], v["t"] - STEPS // int(n)), v["prev_sample"], F1)
     close(schedule.x0(v["sample"], noise, v["t"]), v["pred_original_sample"], F1)
@@ -75,7 +86,8 @@ def test_ddim_steps(schedule, case):
 
 @pytest.mark.parametrize("case", members(NAME, "ddim_chain"))
 def test_ddim_chains(schedule, case):
-    v, n = under(NAME, f"ddim_chain/{case}"), int(case)
+    v = under(NAME, f"ddim_chain/{case}")
+    n = int(case)
     net = StandIn({k: a for k, a in v.items() if k.startswith("net_")}, schedule.alphas_cumprod, {})
 
     def predict(x, t):
@@ -88,13 +100,16 @@ def test_ddim_chains(schedule, case):
 
 @pytest.mark.parametrize("case", members(NAME, "camera"))
 def test_our_front_is_the_networks_front(case):
-    """nVIEWS_eELEVATION_aFIRST_sSPAN: MVDream's table counts azimuth from -y; the front, +x, is at its 90 degrees."""
+    """nVIEWS_eELEVATION_aFIRST_sSPAN: MVDream's table counts azimuth from -y; the front, +x, is at its 90
+    degrees.
+    """
     (theirs,) = present(values(NAME), f"camera/{case}/blender")
     views, elevation, first, span = map(int, re.fullmatch(r"n(\d+)_e(-?\d+)_a(-?\d+)_s(\d+)", case).groups())
     azimuth = first + torch.arange(views, dtype=torch.float64) * span / views
     rest = [torch.full_like(azimuth, value) for value in (elevation, 1.0, 40.0)]
     same, turned = (views_at(angle, *rest).cameras[:, :16] for angle in (azimuth, azimuth - 90))
-    same, world = same.reshape(-1, 4, 4), theirs.reshape(-1, 4, 4)
+    same = same.reshape(-1, 4, 4)
+    world = theirs.reshape(-1, 4, 4)
     torch.testing.assert_close(to_z_up(same), world, rtol=0, atol=2e-6)
     if f"camera/{case}/opengl" in values(NAME):  # their y-up matrix keeps OpenGL's camera axes
         y_up = values(NAME)[f"camera/{case}/opengl"].reshape(-1, 4, 4)
@@ -103,7 +118,9 @@ def test_our_front_is_the_networks_front(case):
     torch.testing.assert_close(network_cameras(turned), theirs, rtol=1e-5, atol=1e-5)
     assert torch.equal(turned, before)
     front = views_at(*(torch.tensor([value], dtype=torch.float64) for value in (0.0, 0.0, 2.7, 40.0))).cameras
-    torch.testing.assert_close(network_cameras(front).view(4, 4)[:3, 3], torch.tensor([1.0, 0.0, 0.0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        network_cameras(front).view(4, 4)[:3, 3], torch.tensor([1.0, 0.0, 0.0]), rtol=0, atol=1e-5
+    )
 
 
 def test_the_translation_gets_norm_one_and_the_argument_stays():
@@ -132,5 +149,8 @@ def test_time_windows(case):
 def test_ramps(case):
     spec = specs("ramp")[case]  # numbers, or "[...] log-linear"
     numbers = json.loads(spec[: spec.index("]") + 1]) if isinstance(spec, str) else spec
-    ramp, rows = Ramp(tuple(numbers), log="log" in str(spec)), values(SDS)[f"ramp/{case}/rows"]
-    close(torch.tensor([ramp(int(step)) for step, _ in rows.tolist()], dtype=torch.float64), rows[:, 1], 1e-12)
+    ramp = Ramp(tuple(numbers), log="log" in str(spec))
+    rows = values(SDS)[f"ramp/{case}/rows"]
+    close(
+        torch.tensor([ramp(int(step)) for step, _ in rows.tolist()], dtype=torch.float64), rows[:, 1], 1e-12
+    )

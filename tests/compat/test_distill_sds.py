@@ -1,4 +1,6 @@
-"""SDS, its variants, Perp-Neg and directions against threestudio (F2), from the recorded draws through our prior interface."""
+"""SDS, its variants, Perp-Neg and directions against threestudio (F2), from the recorded draws through our
+prior interface.
+"""
 
 import pytest
 import torch
@@ -7,10 +9,21 @@ from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.gradients import target_loss
 from eg3d_rlhf.tuning.distill.guidance.denoiser import DIRECTIONS, direction_of, mixture
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
-from tests.compat.distill_reference import StandIn, cases, close, latent_scale, needs, present, recipe, under, values
+from tests.compat.distill_reference import (
+    StandIn,
+    cases,
+    close,
+    latent_scale,
+    needs,
+    present,
+    recipe,
+    under,
+    values,
+)
 
 pytestmark = needs("sds_threestudio")
-NAME, F2 = "sds_threestudio", 2e-5
+NAME = "sds_threestudio"
+F2 = 2e-5
 SCHEDULE = NoiseSchedule()
 
 
@@ -27,37 +40,49 @@ def conditions(config: dict, perp_neg: bool, count: int):
         return v["prompt/text"].expand(count, -1, -1), v["prompt/null"].expand(count, -1, -1), None, None
     views = list(zip(v["views/elevation"].tolist(), v["views/azimuth"].tolist(), strict=True))
     index = [DIRECTIONS.index(direction_of(*view)) for view in views]
-    text, null = dict(zip(DIRECTIONS, v["prompt/text_vd"], strict=True)), v["prompt/null_vd"][index]
+    text = dict(zip(DIRECTIONS, v["prompt/text_vd"], strict=True))
+    null = v["prompt/null_vd"][index]
     if not perp_neg:
         return v["prompt/text_vd"][index], null, None, None
     mixed = [mixture(*view) for view in views]
     positive = torch.stack([sum(share * text[d] for d, share in shares.items()) for shares, _, _ in mixed])
-    negatives = [torch.stack([null[b] if m[1][i] is None else text[m[1][i]] for b, m in enumerate(mixed)]) for i in range(2)]
+    negatives = [
+        torch.stack([null[b] if m[1][i] is None else text[m[1][i]] for b, m in enumerate(mixed)])
+        for i in range(2)
+    ]
     return positive, null, torch.stack(negatives), torch.tensor([weights for *_, weights in mixed])
 
 
 def prior_of() -> StandIn:
-    return StandIn({**under(NAME, "net"), **under(NAME, "vae")}, SCHEDULE.alphas_cumprod, {}, scale=latent_scale(NAME))
+    return StandIn(
+        {**under(NAME, "net"), **under(NAME, "vae")}, SCHEDULE.alphas_cumprod, {}, scale=latent_scale(NAME)
+    )
 
 
 @pytest.mark.parametrize("case", cases(NAME, "case/"))
 def test_case(case):
-    v, entry, prior = under(NAME, case), recipe(NAME)["cases"][case], prior_of()
-    config, perp = entry["config"], "neg_weights" in v
+    v = under(NAME, case)
+    entry = recipe(NAME)["cases"][case]
+    prior = prior_of()
+    config = entry["config"]
+    perp = "neg_weights" in v
     shown = v["input"].clone().requires_grad_()
     images = shown.permute(0, 3, 1, 2)
     x = prior.encode(images) if "image" in entry["input_is"] else images
-    t, noise = v["t"], v["noise"]
+    t = v["t"]
+    noise = v["noise"]
     text, null, negatives, weights = conditions(config, perp, len(x))
     with torch.no_grad():
         bar = SCHEDULE.alpha(t, x)
         u = ((1 - bar) / bar).sqrt()
         z = x + u * noise
         x_t = z / (1 + u.square()).sqrt() if config.get("use_sjc") else SCHEDULE.mix(x, noise, t)
-        p_text, p_null = prior.predict_noise(x_t, t, text), prior.predict_noise(x_t, t, null)
+        p_text = prior.predict_noise(x_t, t, text)
+        p_null = prior.predict_noise(x_t, t, null)
         close(torch.cat([p_text, p_null]), v["eps_all"][: 2 * len(x)], F2)
         if perp:
-            interleaved = negatives.transpose(0, 1).flatten(0, 1)  # b0n0, b0n1, b1n0, ..: but the source repeats pictures as b0, b1, b2, ..
+            # b0n0, b0n1, b1n0, ..: but the source repeats pictures as b0, b1, b2, ..
+            interleaved = negatives.transpose(0, 1).flatten(0, 1)
             recorded = prior.predict_noise(x_t.repeat(2, 1, 1, 1), t.repeat(2), interleaved)
             close(recorded, v["eps_all"][2 * len(x) :], F2)
             others = recorded.unflatten(0, (-1, 2)).transpose(0, 1)  # [2, B, C, H, W]
@@ -89,4 +114,8 @@ def test_perpendicular_is_at_right_angles():
 
 
 def test_an_azimuth_may_be_turned_round():
-    assert [direction_of(0, 359.0), direction_of(0, 540.0), direction_of(0, -450.0)] == ["front", "back", "side"]
+    assert [direction_of(0, 359.0), direction_of(0, 540.0), direction_of(0, -450.0)] == [
+        "front",
+        "back",
+        "side",
+    ]

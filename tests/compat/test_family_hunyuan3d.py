@@ -1,4 +1,6 @@
-"""Hunyuan3D-2.1 against values of the original's own classes (fixtures/flow_hunyuan3d); case.json says what its keys mean."""
+"""Hunyuan3D-2.1 against values of the original's own classes (fixtures/flow_hunyuan3d); case.json says what
+its keys mean.
+"""
 
 import json
 from dataclasses import replace
@@ -16,7 +18,16 @@ from eg3d_rlhf.models import hunyuan3d
 from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder, chosen, embedded
 from eg3d_rlhf.models.lora import adapter_state, merged_state
 from eg3d_rlhf.models.pictures import framed, on_white, over_white
-from eg3d_rlhf.models.policies import ADAPTER, CONFIG, PREFIX, load_weights, read_weights, split_state, tuned_model, write_adapter
+from eg3d_rlhf.models.policies import (
+    ADAPTER,
+    CONFIG,
+    PREFIX,
+    load_weights,
+    read_weights,
+    split_state,
+    tuned_model,
+    write_adapter,
+)
 from eg3d_rlhf.models.vit import Dino, hub_names
 from eg3d_rlhf.models.weights import below, content, empty, shapes
 from eg3d_rlhf.modes.flow_check import check
@@ -26,7 +37,16 @@ from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
 from eg3d_rlhf.tuning.flow.generate import generate, times, trajectory
 from eg3d_rlhf.tuning.flow.work import Work
 from tests.compat.family_reference import cases, check_gradients, error, grad_norm, gradients, released, table
-from tests.compat.family_tolerances import ADAPTED, DECODED, ENCODER, GRADIENT, HALF, TOKENS, TRAJECTORY, VELOCITY
+from tests.compat.family_tolerances import (
+    ADAPTED,
+    DECODED,
+    ENCODER,
+    GRADIENT,
+    HALF,
+    TOKENS,
+    TRAJECTORY,
+    VELOCITY,
+)
 from tests.tuning.flow.documented_commands import run_section
 
 COUNTS = 2  # of 255, of pictures
@@ -76,12 +96,16 @@ def test_names_and_shapes_are_the_originals(path, section, tmp_path):
     if section == "model":
         assert shapes(empty(lambda: Denoiser(files.model)).state_dict()) == want
     elif section == "vae":
-        halves = [empty(lambda kind=kind: kind(files.vae)).state_dict() for kind in (ShapeDecoder, ShapeEncoder)]
+        halves = [
+            empty(lambda kind=kind: kind(files.vae)).state_dict() for kind in (ShapeDecoder, ShapeEncoder)
+        ]
         assert not halves[0].keys() & halves[1].keys() and shapes(halves[0] | halves[1]) == want
     else:
         listed = {name: torch.empty(shape, device="meta") for name, shape in want.items()}
         assert all(name.startswith(family.ENCODER) for name in listed)
-        assert shapes(hub_names(below(listed, family.ENCODER))) == shapes(empty(lambda: Dino(files.encoder)).state_dict())
+        assert shapes(hub_names(below(listed, family.ENCODER))) == shapes(
+            empty(lambda: Dino(files.encoder)).state_dict()
+        )
 
 
 @RELEASED
@@ -90,12 +114,24 @@ def test_the_released_settings_are_resolved_as_the_original_does(path, tmp_path)
     config = json.loads(path.read_text())
     shown = config["conditioner"]["params"]["main_image_encoder"]["kwargs"]
     patches = (shown.get("image_size", 224) // shown["config"]["patch_size"]) ** 2
-    assert files.tokens == [patches + shown.get("use_cls_token", True), config["model"]["params"]["context_dim"]]
+    assert files.tokens == [
+        patches + shown.get("use_cls_token", True),
+        config["model"]["params"]["context_dim"],
+    ]
     cut, shift = (config.get(section, {}).get("params", {}) for section in ("image_processor", "scheduler"))
     shift = shift.get("shift", 1.0)
-    assert (files.picture, files.border, files.shift) == (cut.get("size", 512), cut.get("border_ratio", 0.15), shift)
+    assert (files.picture, files.border, files.shift) == (
+        cut.get("size", 512),
+        cut.get("border_ratio", 0.15),
+        shift,
+    )
     made = family.sampling(files.shift)
-    assert (made.steps, made.cfg_strength, made.cfg_interval, made.rescale_t) == (49, 4.0, (0.0, 1.0), 1 / shift)
+    assert (made.steps, made.cfg_strength, made.cfg_interval, made.rescale_t) == (
+        49,
+        4.0,
+        (0.0, 1.0),
+        1 / shift,
+    )
     pipeline = family.ShapePipeline(files, empty(lambda: Denoiser(files.model)), None, lambda name: None)
     (stage,) = pipeline.stages
     assert (stage.latents.tokens, stage.latents.channels) == (files.model.input_size, files.model.in_channels)
@@ -104,15 +140,20 @@ def test_the_released_settings_are_resolved_as_the_original_does(path, tmp_path)
 
 def test_velocity_blocks_and_the_token_of_the_time(case, model):
     x, t, cond = case.of("x", "t", "cond")
-    made, token = [], []
-    hooks = [block.register_forward_hook(lambda module, given, out: made.append(out)) for block in model.blocks]
+    made = []
+    token = []
+    hooks = [
+        block.register_forward_hook(lambda module, given, out: made.append(out)) for block in model.blocks
+    ]
     hooks.append(model.t_embedder.register_forward_hook(lambda module, given, out: token.append(out)))
     hooks.append(model.t_embedder.mlp.register_forward_pre_hook(lambda module, given: token.append(given[0])))
     with torch.no_grad():
         y = model(x, t, {"main": cond})
         assert error(y, case["y"]) < VELOCITY
         if "t_token" in case:
-            assert error(token[0], case["t_sincos"]) < VELOCITY and error(token[1], case["t_token"]) < VELOCITY
+            assert (
+                error(token[0], case["t_sincos"]) < VELOCITY and error(token[1], case["t_token"]) < VELOCITY
+            )
         made.clear()
         model(x[:1], t[1:2], {"main": cond[:1]})
     for hook in hooks:
@@ -124,28 +165,38 @@ def test_velocity_blocks_and_the_token_of_the_time(case, model):
 def test_gradients(case, model, recompute):
     x, t, cond, weight = case.of("x", "t", "cond", "grad_weight")
     model.requires_grad_(True).train().recompute = recompute
-    x, cond = x.requires_grad_(), cond.requires_grad_()
+    x = x.requires_grad_()
+    cond = cond.requires_grad_()
     total = (model(x, t, {"main": cond}) * weight).sum()
     total.backward()
     assert error(x.grad, case["grad_x"]) < GRADIENT and error(cond.grad, case["grad_cond"]) < GRADIENT
-    assert total.item() == pytest.approx(float(case["grad_scalar"]), abs=VELOCITY * float((weight * case["y"]).abs().sum()))
+    assert total.item() == pytest.approx(
+        float(case["grad_scalar"]), abs=VELOCITY * float((weight * case["y"]).abs().sum())
+    )
     check_gradients(gradients(model), case.below("grad/"))
     assert grad_norm(model) == pytest.approx(float(case["grad_norm"]), rel=GRADIENT)
 
 
 def test_the_path_and_its_loss(case, model):
     data, noise, t, cond = case.of("fm_x0", "fm_noise", "fm_t", "cond")
-    (stage,) = family.ShapePipeline(family.read_files(case.folder), model.requires_grad_(True).train(), None, lambda name: None).stages
+    (stage,) = family.ShapePipeline(
+        family.read_files(case.folder), model.requires_grad_(True).train(), None, lambda name: None
+    ).stages
     ours = 1 - t
     x_t = stage.path.mix(data, ours, noise)
-    assert error(x_t, case["fm_x_t"]) < VELOCITY and error(-stage.path.velocity(data, noise), case["fm_target"]) < VELOCITY
+    assert (
+        error(x_t, case["fm_x_t"]) < VELOCITY
+        and error(-stage.path.velocity(data, noise), case["fm_target"]) < VELOCITY
+    )
     v = stage.velocity(x_t, ours, {"main": cond})
     assert error(-v, case["fm_pred"]) < VELOCITY
     errors = stage.path.errors(v, data, noise)
     assert error(errors, case["fm_loss_each"]) < VELOCITY and error(errors.mean(), case["fm_loss"]) < VELOCITY
     errors.mean().backward()
     gate = [block.moe.gate.weight for block in model.blocks if block.mixture]
-    checked = {"fm_grad_block0_to_q": model.blocks[0].attn1.to_q.weight} | ({"fm_grad_gate": gate[-1]} if gate else {})
+    checked = {"fm_grad_block0_to_q": model.blocks[0].attn1.to_q.weight} | (
+        {"fm_grad_gate": gate[-1]} if gate else {}
+    )
     for name, parameter in checked.items():
         if name in case:
             assert error(parameter.grad, case[name]) < GRADIENT, name
@@ -153,11 +204,14 @@ def test_the_path_and_its_loss(case, model):
 
 
 def test_the_original_balances_its_experts_by_a_term_that_is_left_out_here(case, model):
-    """0.01 sum_e mean(p_e) f_e, f_e the share of choices that fell on e, times X: from what the gates are given."""
+    """0.01 sum_e mean(p_e) f_e, f_e the share of choices that fell on e, times X: from what the gates are
+    given.
+    """
     terms = []
 
     def balance(gate, given, out):
-        p, experts = torch.nn.functional.linear(given[0], gate.weight).softmax(-1), len(gate.weight)
+        p = torch.nn.functional.linear(given[0], gate.weight).softmax(-1)
+        experts = len(gate.weight)
         share = torch.nn.functional.one_hot(out[1], experts).double().mean((0, 1)) * experts
         terms.append(0.01 * (p.mean(0) * share.to(p)).sum())
 
@@ -176,7 +230,10 @@ def test_samplers(case, opened, model):
     files, _ = opened
     (stage,) = family.ShapePipeline(files, model, None, lambda name: None).stages
     if "smp_times_50" in case:
-        assert error(1 - torch.tensor([*times(stage.sampling), 0.0], dtype=torch.float64), case["smp_times_50"]) < VELOCITY
+        assert (
+            error(1 - torch.tensor([*times(stage.sampling), 0.0], dtype=torch.float64), case["smp_times_50"])
+            < VELOCITY
+        )
     noise, cond = case.of("smp_noise", "smp_cond")
     tried = 0
     for name, asked in case.fact("samplings").items():
@@ -185,7 +242,10 @@ def test_samplers(case, opened, model):
             continue  # guidance of 0..1 is refused here
         tried += 1
         sampling = replace(stage.sampling, steps=asked["points"] - 1, cfg_strength=w)
-        assert error(1 - torch.tensor([*times(sampling), 0.0], dtype=torch.float64), case[f"smp_{name}_times"]) < VELOCITY
+        assert (
+            error(1 - torch.tensor([*times(sampling), 0.0], dtype=torch.float64), case[f"smp_{name}_times"])
+            < VELOCITY
+        )
         null = {"main": torch.zeros_like(cond)}
         states = [x for x, _ in trajectory(stage, noise, {"main": cond}, null, sampling)]
         assert error(torch.stack([*states, states[-1]]), case[f"smp_{name}_x_t"]) < TRAJECTORY, name
@@ -212,7 +272,9 @@ def test_pictures(case, opened):
 def test_tokens_and_the_empty_condition(case, opened):
     files, sections = opened
     with torch.no_grad():
-        tokens = family.picture_tokens(files, family.image_encoder(files, sections), case["enc_image"] / 2 + 0.5)
+        tokens = family.picture_tokens(
+            files, family.image_encoder(files, sections), case["enc_image"] / 2 + 0.5
+        )
     assert error(tokens, case["enc_tokens"]) < TOKENS and list(tokens.shape[1:]) == files.tokens
     null = Conditions(tokens={"a": {"main": tokens[0]}}, zero_null=True).null(len(tokens))["main"]
     assert torch.equal(null, case["enc_null"])
@@ -230,21 +292,31 @@ def test_a_picture_becomes_the_tokens_that_files_of_conditions_hold(case, root, 
         assert error(made.tokens[str(k)]["main"], case[f"pre{k}_tokens"][0]) < HALF
     family.load(root, made)
     with pytest.raises(ValueError, match="conditions: .* Embed them with"):
-        family.load(root, Conditions(tokens=made.tokens, encoder=made.encoder.replace("border", "margin"), zero_null=True))
+        family.load(
+            root,
+            Conditions(tokens=made.tokens, encoder=made.encoder.replace("border", "margin"), zero_null=True),
+        )
 
 
 def test_decoder_at_points(case, decoder):
     latents, points = case.of("dec_latents", "dec_points")
     with torch.no_grad():
         tokens = decoder(latents)
-        assert error(tokens, case["dec_tokens"]) < VELOCITY and error(embedded(points, decoder.config), case["dec_embedded"]) < VELOCITY
+        assert (
+            error(tokens, case["dec_tokens"]) < VELOCITY
+            and error(embedded(points, decoder.config), case["dec_embedded"]) < VELOCITY
+        )
         assert error(decoder.geo_decoder(points, tokens), case["dec_logits"]) < VELOCITY
 
 
 def test_the_surface_is_the_originals_on_a_straight_grid(case, decoder):
-    """Published vertices are index / n * 2 b - b, not index / (n - 1); ours are closed at the border of the box."""
-    (latents,), cells = case["dec_latents"], case.fact("octree_resolution")
-    bound, n = case.fact("bounds"), cells + 1
+    """Published vertices are index / n * 2 b - b, not index / (n - 1); ours are closed at the border of the
+    box.
+    """
+    (latents,) = case["dec_latents"]
+    cells = case.fact("octree_resolution")
+    bound = case.fact("bounds")
+    n = cells + 1
     if bound != family.BOUND:
         pytest.skip(f"{case.folder.name}: its box is +-{bound}, not the pipeline's own")
     with torch.no_grad():
@@ -252,7 +324,8 @@ def test_the_surface_is_the_originals_on_a_straight_grid(case, decoder):
         grid = decoder.slab(decoder(latents[None]), axis, slice(0, n))
     assert error(grid[None], case["dec_grid"]) < DECODED
     vertices, faces = family.ShapeAsset(latents, decoder).surface(cells)
-    published, theirs = case["dec_vertices"].double().numpy(), case["dec_faces"].numpy()
+    published = case["dec_vertices"].double().numpy()
+    theirs = case["dec_faces"].numpy()
     straight = (published + bound) * n / (n - 1) - bound
     step = 2 * bound / cells
 
@@ -303,7 +376,13 @@ def adapter(case, tmp_path):
     lora = case.fact("lora")
     (tmp_path / "PEFT").mkdir()
     (tmp_path / "PEFT" / ADAPTER).write_bytes(case.file(lora["file"]).read_bytes())
-    settings = {"peft_type": "LORA", "r": lora["rank"], "lora_alpha": lora["alpha"], "target_modules": lora["targets"], "bias": "none"}
+    settings = {
+        "peft_type": "LORA",
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "target_modules": lora["targets"],
+        "bias": "none",
+    }
     (tmp_path / "PEFT" / CONFIG).write_text(json.dumps(settings))
     return tmp_path / "PEFT"
 
@@ -315,8 +394,13 @@ def test_adapters_are_pefts(case, model, adapter, tmp_path):
         assert error(tuned(x, t, {"main": cond}), case["lora_y"]) < ADAPTED
         model.load_state_dict(merged_state(tuned))
         assert error(model(x, t, {"main": cond}), case["lora_y"]) < ADAPTED
-    written, given = (content(path / ADAPTER, "test") for path in (write_adapter(tuned, tmp_path / "ours"), adapter))
-    assert shapes(split_state(given, "PEFT")[0]) == {} and {f"{PREFIX}{name}" for name in adapter_state(tuned)} == written.keys()
+    written, given = (
+        content(path / ADAPTER, "test") for path in (write_adapter(tuned, tmp_path / "ours"), adapter)
+    )
+    assert (
+        shapes(split_state(given, "PEFT")[0]) == {}
+        and {f"{PREFIX}{name}" for name in adapter_state(tuned)} == written.keys()
+    )
     assert written.keys() == given.keys() and all(torch.equal(written[name], given[name]) for name in given)
 
 
@@ -333,9 +417,15 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(case, opened, a
     for section, state in sections.items():
         assert shapes(made[section]) == shapes(state)
         assert all(made[section][name].dtype == tensor.dtype for name, tensor in state.items())
-    changed = {name for name, tensor in sections["model"].items() if not torch.equal(tensor, made["model"][name])}
+    changed = {
+        name for name, tensor in sections["model"].items() if not torch.equal(tensor, made["model"][name])
+    }
     assert {name.rpartition(".")[0] for name in changed} == set(read_weights(adapter).adapters)
-    assert all(torch.equal(tensor, made[section][name]) for section in ("vae", "conditioner") for name, tensor in sections[section].items())
+    assert all(
+        torch.equal(tensor, made[section][name])
+        for section in ("vae", "conditioner")
+        for name, tensor in sections[section].items()
+    )
     x, t, cond = case.of("x", "t", "cond")
     with torch.no_grad():
         again = family.denoiser(family.read_files(tmp_path / "TUNED"), made)
@@ -374,7 +464,10 @@ def test_a_checkpoint_in_float16_as_released(case, opened, adapter, tmp_path):
     files, sections = opened
     (tmp_path / "ROOT" / family.FOLDER).mkdir(parents=True)
     (tmp_path / "ROOT" / family.FOLDER / family.CONFIG).write_bytes((files.root / family.CONFIG).read_bytes())
-    nested = {section: {name: tensor.half() for name, tensor in state.items()} for section, state in sections.items()}
+    nested = {
+        section: {name: tensor.half() for name, tensor in state.items()}
+        for section, state in sections.items()
+    }
     torch.save(nested, tmp_path / "ROOT" / family.FOLDER / family.CHECKPOINTS[0])
     export(tmp_path / "ROOT", tmp_path / "TUNED", {"shape": adapter})
     made = family.read_files(tmp_path / "TUNED")

@@ -1,4 +1,5 @@
-"""SAM 3D Objects against values of the original's own classes (fixtures/flow_sam3d); case.json says what its keys mean.
+"""SAM 3D Objects against values of the original's own classes (fixtures/flow_sam3d); case.json says what its
+keys mean.
 
 Times in the values run the other way: data is at t = 1.
 """
@@ -81,14 +82,18 @@ def batch(case, short, name):
 
 def distances(made, want) -> dict[str, float]:
     """Errors by latent."""
-    made, want = ({"": x.feats} if isinstance(x, SparseBatch) else dict(getattr(x, "tensors", x)) for x in (made, want))
+    made, want = (
+        {"": x.feats} if isinstance(x, SparseBatch) else dict(getattr(x, "tensors", x)) for x in (made, want)
+    )
     assert made.keys() == want.keys()
     return {name: error(made[name], want[name]) for name in want}
 
 
 def called(model, x, t, cond, *step):
     """The network's own call, in its own time."""
-    return (family.call_voxels if isinstance(x, SparseBatch) else family.call_mixture)(model, x, t, cond, *step)
+    return (family.call_voxels if isinstance(x, SparseBatch) else family.call_mixture)(
+        model, x, t, cond, *step
+    )
 
 
 # Velocities and gradients.
@@ -101,7 +106,9 @@ def steps_of(case, short, model):
 
 def test_velocities(case, short, flows):
     model = flows[STAGE_OF[short]]
-    x, (t, cond), step = batch(case, short, "x"), case.of(f"{short}_t", f"{short}_cond"), steps_of(case, short, model)
+    x = batch(case, short, "x")
+    t, cond = case.of(f"{short}_t", f"{short}_cond")
+    step = steps_of(case, short, model)
     asked = {"y": (cond, *step), "y_null": (torch.zeros_like(cond), *step)}
     if step:
         asked |= {"y_d0": (cond,)}
@@ -113,8 +120,12 @@ def test_velocities(case, short, flows):
 
 def test_times_positions_and_blocks(case, flows):
     model = flows["structure"]
-    x, (t, cond), step = batch(case, "ss", "x"), case.of("ss_t", "ss_cond"), steps_of(case, "ss", model)
-    token, given, made = [], [], []
+    x = batch(case, "ss", "x")
+    t, cond = case.of("ss_t", "ss_cond")
+    step = steps_of(case, "ss", model)
+    token = []
+    given = []
+    made = []
     model.t_embedder.mlp.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
     model.blocks[0].register_forward_pre_hook(lambda module, inputs: token.append(inputs[1]))
     for block in model.blocks:
@@ -134,7 +145,9 @@ def test_times_positions_and_blocks(case, flows):
 def test_gradients(case, short, flows, recompute):
     model = flows[STAGE_OF[short]].requires_grad_(True).train()
     model.recompute = recompute
-    x, (t, cond), step = batch(case, short, "x"), case.of(f"{short}_t", f"{short}_cond"), steps_of(case, short, model)
+    x = batch(case, short, "x")
+    t, cond = case.of(f"{short}_t", f"{short}_cond")
+    step = steps_of(case, short, model)
     weight = batch(case, short, "grad_weight")
     leaves = {"": x.feats} if isinstance(x, SparseBatch) else x.tensors
     for leaf in (*leaves.values(), cond):
@@ -153,11 +166,17 @@ def test_gradients(case, short, flows, recompute):
 
 def test_the_pose_does_not_pull_at_the_shape_and_the_shape_needs_no_pose(case, flows):
     model = flows["structure"].requires_grad_(True)
-    x, (t, cond), weight = case.below("ss_x/"), case.of("ss_t", "ss_cond"), case.below("ss_grad_weight/")
+    x = case.below("ss_x/")
+    t, cond = case.of("ss_t", "ss_cond")
+    weight = case.below("ss_grad_weight/")
     x[SHAPE].requires_grad_()
     y = model(x, t, cond)
     sum((y[name] * weight[name]).sum() for name in y if name != SHAPE).backward()
-    assert x[SHAPE].grad is None and not case["ss_posegrad_x_shape"].any() and not case["ss_posegrad_norm_shape_parameters"]
+    assert (
+        x[SHAPE].grad is None
+        and not case["ss_posegrad_x_shape"].any()
+        and not case["ss_posegrad_norm_shape_parameters"]
+    )
     pulled = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
     assert pulled and not any(SHAPE in name.split(".") for name in pulled)
     with torch.no_grad():
@@ -168,15 +187,23 @@ def test_the_pose_does_not_pull_at_the_shape_and_the_shape_needs_no_pose(case, f
 
 
 def test_the_path_and_its_loss(case, short, stages, flows):
-    stage, model = stages[STAGE_OF[short]], flows[STAGE_OF[short]].requires_grad_(True)
-    data, noise, wanted, target, v = (batch(case, short, f"fm_{name}") for name in ("data", "noise", "x_t", "target", "pred"))
-    t, cond = 1 - case[f"{short}_fm_t"].double(), case[f"{short}_cond"]
+    stage = stages[STAGE_OF[short]]
+    model = flows[STAGE_OF[short]].requires_grad_(True)
+    data, noise, wanted, target, v = (
+        batch(case, short, f"fm_{name}") for name in ("data", "noise", "x_t", "target", "pred")
+    )
+    t = 1 - case[f"{short}_fm_t"].double()
+    cond = case[f"{short}_cond"]
     x_t = stage.path.mix(data, t.float(), noise)
     assert max(distances(x_t, wanted).values()) < VELOCITY
     assert error(-feats_of(stage.path.velocity(data, noise)), feats_of(target)) < VELOCITY
     made = stage.velocity(x_t, t.float(), cond)
     assert error(-feats_of(made), feats_of(v)) < VELOCITY
-    losses = {"loss": stage.path} if short == "slat" else {"loss_plain": stage.path, "loss_published": weighted(stage, case)}
+    losses = (
+        {"loss": stage.path}
+        if short == "slat"
+        else {"loss_plain": stage.path, "loss_published": weighted(stage, case)}
+    )
     for name, path in losses.items():
         model.zero_grad()
         loss = path.errors(stage.velocity(wanted, t.float(), cond), data, noise).mean()
@@ -196,7 +223,8 @@ def weighted(stage, case):
 
 def test_what_a_network_of_steps_is_compared_with(case, flows):
     """The original's second loss, which is not trained here: its target by our network."""
-    x, (t, d, cond) = batch(case, "ss", "sc_x_t"), case.of("ss_sc_t", "ss_sc_d", "ss_sc_cond")
+    x = batch(case, "ss", "sc_x_t")
+    t, d, cond = case.of("ss_sc_t", "ss_sc_d", "ss_sc_cond")
     model = flows["structure"]
     with torch.no_grad():
         first = called(model, x, t, cond, d)
@@ -204,25 +232,37 @@ def test_what_a_network_of_steps_is_compared_with(case, flows):
         second = called(model, there, t + d, cond, d)
         target = x.with_feats((first.feats + second.feats) / 2)
         assert max(distances(target, batch(case, "ss", "sc_target_whole_plain")).values()) < VELOCITY
-        assert max(distances(called(model, x, t, cond, 2 * d), batch(case, "ss", "sc_pred")).values()) < VELOCITY
+        assert (
+            max(distances(called(model, x, t, cond, 2 * d), batch(case, "ss", "sc_pred")).values()) < VELOCITY
+        )
 
 
 def sampling_of(stage, asked):
     scale = stage.sampling.time_scale
     low, high = (min(end / scale, 1.0) for end in asked["interval"])
     return replace(
-        stage.sampling, steps=asked["steps"], rescale_t=asked["rescale_t"], cfg_strength=asked["strength"],
-        cfg_interval=(1 - high, 1 - low), shortcut=asked.get("shortcut", False),
+        stage.sampling,
+        steps=asked["steps"],
+        rescale_t=asked["rescale_t"],
+        cfg_strength=asked["strength"],
+        cfg_interval=(1 - high, 1 - low),
+        shortcut=asked.get("shortcut", False),
     )
 
 
 def test_samplers(case, short, stages):
-    stage, noise, cond = stages[STAGE_OF[short]], batch(case, short, "smp_noise"), case[f"{short}_smp_cond"]
+    stage = stages[STAGE_OF[short]]
+    noise = batch(case, short, "smp_noise")
+    cond = case[f"{short}_smp_cond"]
     for name, asked in case.fact(f"{short}_samplings").items():
         sampling = sampling_of(stage, asked)
-        assert error(1 - torch.tensor(times(sampling)[:-1]).double(), case[f"{short}_smp_{name}_t"]) < VELOCITY
+        assert (
+            error(1 - torch.tensor(times(sampling)[:-1]).double(), case[f"{short}_smp_{name}_t"]) < VELOCITY
+        )
         states = [x for x, _ in trajectory(stage, noise, cond, torch.zeros_like(cond), sampling)]
-        for latent, wanted in ({"": case[f"slat_smp_{name}_x"]} if short == "slat" else case.below(f"ss_smp_{name}_x/")).items():
+        for latent, wanted in (
+            {"": case[f"slat_smp_{name}_x"]} if short == "slat" else case.below(f"ss_smp_{name}_x/")
+        ).items():
             made = torch.stack([feats_of(x) if not latent else x[latent] for x in states])
             assert error(made, wanted) < TRAJECTORY, (name, latent)
 
@@ -231,19 +271,38 @@ def test_what_is_not_named_is_what_the_originals_code_says(case, file):
     """And not what the generators' files say; a key of pipeline.yaml counts."""
     said = case.fact("config", "pipeline")
     for stage, strength in (("structure", 7), ("latent", 5)):
-        short, sampling = files.SHORT[stage], file.sampling[stage]
+        short = files.SHORT[stage]
+        sampling = file.sampling[stage]
         backbone = case.fact("config", f"{short}_generator", "module", "generator", "backbone")
         scale = backbone.get("time_scale", 1000)
         low, high = said.get(f"{short}_cfg_interval", (0, 500))
-        assert (sampling.steps, sampling.rescale_t) == (said.get(f"{short}_inference_steps", 25), said.get(f"{short}_rescale_t", 3))
+        assert (sampling.steps, sampling.rescale_t) == (
+            said.get(f"{short}_inference_steps", 25),
+            said.get(f"{short}_rescale_t", 3),
+        )
         assert sampling.cfg_strength == said.get(f"{short}_cfg_strength", strength) and not sampling.shortcut
-        assert sampling.cfg_interval == (1 - min(high / scale, 1), 1 - min(low / scale, 1)) and sampling.time_scale == scale
+        assert (
+            sampling.cfg_interval == (1 - min(high / scale, 1), 1 - min(low / scale, 1))
+            and sampling.time_scale == scale
+        )
         assert sampling.single == backbone["_target_"].endswith("FlowMatching")
-        path, drawn = file.generators[stage].path, backbone.get("training_time_sampler_fn", {"mean": -1, "std": 1})
-        assert (path.sigma_min, path.mean, path.std) == (backbone.get("sigma_min", 0), -drawn["mean"], drawn["std"])
-    assert file.prune == said.get("downsample_ss_dist", 0) and file.pose == said.get("pose_decoder_name", pose.SHIFTED)
+        path = file.generators[stage].path
+        drawn = backbone.get("training_time_sampler_fn", {"mean": -1, "std": 1})
+        assert (path.sigma_min, path.mean, path.std) == (
+            backbone.get("sigma_min", 0),
+            -drawn["mean"],
+            drawn["std"],
+        )
+    assert file.prune == said.get("downsample_ss_dist", 0) and file.pose == said.get(
+        "pose_decoder_name", pose.SHIFTED
+    )
     want = case["ss_times_pipeline_t"]
-    assert error(1 - torch.tensor(times(replace(file.sampling["structure"], steps=len(want) - 1))).double(), want) < VELOCITY
+    assert (
+        error(
+            1 - torch.tensor(times(replace(file.sampling["structure"], steps=len(want) - 1))).double(), want
+        )
+        < VELOCITY
+    )
 
 
 @RELEASED
@@ -256,7 +315,9 @@ def test_the_released_settings(path, stage, strength, tmp_path):
     assert (made.steps, made.rescale_t, made.cfg_strength) == (25, 3.0, strength)
     assert made.cfg_interval == (0.5, 1.0) and sum(guides(made, t) for t in times(made)[:-1]) == 19
     assert (generator.path.sigma_min, generator.path.mean, generator.path.std) == (0, 1, 1)
-    said = quoted[f"{files.SHORT[stage]}_generator"]["module"]["generator"]["backbone"].get("loss_weights", {})
+    said = quoted[f"{files.SHORT[stage]}_generator"]["module"]["generator"]["backbone"].get(
+        "loss_weights", {}
+    )
     assert (generator.weights or {}) == {name: value for name, value in said.items() if name != "_target_"}
 
 
@@ -272,11 +333,17 @@ def generator_of(quoted, short, stage, folder):
 @RELEASED
 @pytest.mark.parametrize("short", ["ss", "slat"])
 def test_names_and_shapes_of_generators(path, short, tmp_path):
-    listed = {name: torch.empty(shape, device="meta") for name, shape in table(path.with_name(f"released__{short}_generator.tsv")).items()}
+    listed = {
+        name: torch.empty(shape, device="meta")
+        for name, shape in table(path.with_name(f"released__{short}_generator.tsv")).items()
+    }
     generator = generator_of(json.loads(path.read_text()), short, STAGE_OF[short], tmp_path)
-    flow, embedder = files.flow_state(generator, listed), files.embedder_state(generator, listed)
+    flow = files.flow_state(generator, listed)
+    embedder = files.embedder_state(generator, listed)
     assert len(flow) + len(embedder) == len(listed)
-    assert shapes(empty(lambda: files.network_of(generator.config)(generator.config)).state_dict()) == shapes(flow)
+    assert shapes(empty(lambda: files.network_of(generator.config)(generator.config)).state_dict()) == shapes(
+        flow
+    )
     assert shapes(files.embedder_of(generator, embedder).state_dict()) == shapes(embedder)
 
 
@@ -284,11 +351,20 @@ def test_names_and_shapes_of_generators(path, short, tmp_path):
 @pytest.mark.parametrize("name", ["ss_decoder", "slat_decoder_gs", "slat_decoder_gs_4", "ss_encoder"])
 def test_names_and_shapes_of_autoencoders(path, name, file, tmp_path):
     """The encoder's sizes are a guess: those of TRELLIS."""
-    guess = {"in_channels": 1, "latent_channels": 8, "num_res_blocks": 2, "num_res_blocks_middle": 2, "channels": [32, 128, 512]}
+    guess = {
+        "in_channels": 1,
+        "latent_channels": 8,
+        "num_res_blocks": 2,
+        "num_res_blocks_middle": 2,
+        "channels": [32, 128, 512],
+    }
     (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(json.loads(path.read_text()).get(name, guess)))
     parts = {known: part for part, (known, *_) in files.AUTOENCODERS.items()}
     part = parts[name.removesuffix("_4")]
-    places = {f"{name.removesuffix('_4')}.config": tmp_path / f"{name}.yaml", f"{name.removesuffix('_4')}.ckpt": tmp_path / "no.ckpt"}
+    places = {
+        f"{name.removesuffix('_4')}.config": tmp_path / f"{name}.yaml",
+        f"{name.removesuffix('_4')}.ckpt": tmp_path / "no.ckpt",
+    }
     make, config, _ = files.part_of(replace(file, files=places), part)
     kind = "guess" if name == "ss_encoder" else "released"
     assert shapes(empty(lambda: make(config)).state_dict()) == table(path.with_name(f"{kind}__{name}.tsv"))
@@ -307,13 +383,19 @@ def written(case, folder, k):
 
 def told(case, file, short, k):
     """Opaque pictures, too: refused as files, not by the way they are cut out."""
-    return object_inputs(case[f"pre{k}_rgba"].numpy(), case[f"pre{k}_points"] if short == "ss" else None, file.cuts[STAGE_OF[short]])
+    return object_inputs(
+        case[f"pre{k}_rgba"].numpy(),
+        case[f"pre{k}_points"] if short == "ss" else None,
+        file.cuts[STAGE_OF[short]],
+    )
 
 
 def test_what_the_embedders_are_told(case, short, file):
     for k in range(len(case.fact("pictures"))):
         made = told(case, file, short, k)
-        wanted = {name.partition("/")[2]: case[name] for name in case.names if name.startswith(f"pre{k}_{short}/")}
+        wanted = {
+            name.partition("/")[2]: case[name] for name in case.names if name.startswith(f"pre{k}_{short}/")
+        }
         for name, want in wanted.items():
             got = made[name.replace("rgb_pointmap_s", "pointmap_s")]  # scale and shift are stored twice
             assert torch.equal(got.isfinite(), want.isfinite())
@@ -324,7 +406,11 @@ def test_tokens(case, short, file):
     embedder = files.load_embedder(file.generators[STAGE_OF[short]])
     for k in range(len(case.fact("pictures"))):
         given = told(case, file, short, k)
-        given |= {name: case[f"pre{k}_{short}/{name}"] for name in embedder.names if f"pre{k}_{short}/{name}" in case}
+        given |= {
+            name: case[f"pre{k}_{short}/{name}"]
+            for name in embedder.names
+            if f"pre{k}_{short}/{name}" in case
+        }
         with torch.no_grad():
             made = embedder({name: given[name][None] for name in embedder.names})[0]
         assert error(made, case[f"pre{k}_{short}_tokens"]) < TOKENS, k
@@ -351,7 +437,12 @@ def test_pictures_become_conditions(case, root, conditions):
         assert error(told[family.SHIFT], case[f"pre{name}_ss/pointmap_shift"]) < INPUTS
     family.load(root, conditions)
     with pytest.raises(ValueError, match="conditions: expected embeddings of .* Embed them with"):
-        family.load(root, Conditions(tokens=conditions.tokens, encoder=conditions.encoder.replace("box", "side"), zero_null=True))
+        family.load(
+            root,
+            Conditions(
+                tokens=conditions.tokens, encoder=conditions.encoder.replace("box", "side"), zero_null=True
+            ),
+        )
 
 
 # Voxels, decoders, the pose.
@@ -399,12 +490,16 @@ def test_a_shape_of_too_many_voxels_is_made_small(case):
 
 def test_pose(case):
     latents = case.below("pose_in/")
-    scale, shift = (case[f"pose_scene_{name}"].expand(len(latents["scale"]), 3) for name in ("scale", "shift"))
+    scale, shift = (
+        case[f"pose_scene_{name}"].expand(len(latents["scale"]), 3) for name in ("scale", "shift")
+    )
     for how in case.fact("pose_decoders"):
-        made, want = pose.decoded(latents, how, scale, shift), case.below(f"pose_{how}/")
+        made = pose.decoded(latents, how, scale, shift)
+        want = case.below(f"pose_{how}/")
         assert error(made.translation[:, None], want["translation"]) < DECODED
         assert error(made.scale[:, None], want["scale"]) < DECODED
-        turned = torch.where(want["rotation"][..., :1] < 0, -1, 1) * want["rotation"]  # q and -q are one rotation
+        # q and -q are one rotation
+        turned = torch.where(want["rotation"][..., :1] < 0, -1, 1) * want["rotation"]
         assert error(made.quaternion[:, None], turned) < DECODED
 
 
@@ -415,8 +510,19 @@ def test_gaussians(case, file):
     assert error(scaled, feats) < VELOCITY
     with torch.no_grad():
         (made,) = decoder(SparseBatch(coords, feats, 1))
-    raw = {"xyz": made.xyz, "features_dc": made.features_dc, "scaling": made.scaling, "rotation": made.rotation, "opacity": made.opacity}
-    drawn = {"get_xyz": made.means, "get_scaling": made.scales, "get_rotation": made.rotations, "get_opacity": made.opacities}
+    raw = {
+        "xyz": made.xyz,
+        "features_dc": made.features_dc,
+        "scaling": made.scaling,
+        "rotation": made.rotation,
+        "opacity": made.opacity,
+    }
+    drawn = {
+        "get_xyz": made.means,
+        "get_scaling": made.scales,
+        "get_rotation": made.rotations,
+        "get_opacity": made.opacities,
+    }
     for name, tensor in (raw | drawn).items():
         assert error(tensor, case[f"gs_{name}"]) < DECODED, name
     assert error(decoder.offset_perturbation, case["gs_offset_perturbation"]) < VELOCITY
@@ -432,23 +538,31 @@ def adapter(case):
 
 
 def test_adapters_are_pefts(case, flows, adapter, tmp_path):
-    x, (t, cond) = batch(case, "ss", "x"), case.of("ss_t", "ss_cond")
-    step, model = steps_of(case, "ss", flows["structure"]), flows["structure"]
+    x = batch(case, "ss", "x")
+    t, cond = case.of("ss_t", "ss_cond")
+    step = steps_of(case, "ss", flows["structure"])
+    model = flows["structure"]
     tuned = tuned_model(model, adapter)
     want = case.below("lora_ss_y/")
     with torch.no_grad():
         assert max(distances(called(tuned, x, t, cond, *step), want).values()) < ADAPTED
         model.load_state_dict(merged_state(tuned))
         assert max(distances(called(model, x, t, cond, *step), want).values()) < ADAPTED
-    made, given = (content(path / ADAPTER, "test") for path in (write_adapter(tuned, tmp_path / "ours"), adapter))
+    made, given = (
+        content(path / ADAPTER, "test") for path in (write_adapter(tuned, tmp_path / "ours"), adapter)
+    )
     assert made.keys() == given.keys() == {f"{PREFIX}{name}" for name in adapter_state(tuned)}
     assert all(torch.equal(made[name], given[name]) for name in given)
 
 
 def test_a_step_of_dpo(case, stages, flows, adapter):
-    stage, model = stages["structure"], load_weights(flows["structure"], read_weights(adapter))
+    stage = stages["structure"]
+    model = load_weights(flows["structure"], read_weights(adapter))
     pairs = [NamedBatch(case.below(f"dpo_{name}/")) for name in ("preferred", "rejected", "noise")]
-    both = [NamedBatch({name: torch.cat([a[name], b[name]]) for name in a.tensors}) for a, b in (pairs[:2], pairs[2:] * 2)]
+    both = [
+        NamedBatch({name: torch.cat([a[name], b[name]]) for name in a.tensors})
+        for a, b in (pairs[:2], pairs[2:] * 2)
+    ]
     t, cond = (torch.cat([x, x]) for x in (1 - case["dpo_t"], case["dpo_cond"]))
     x_t = stage.path.mix(both[0], t, both[1])
 
@@ -458,7 +572,12 @@ def test_a_step_of_dpo(case, stages, flows, adapter):
     with torch.no_grad(), adapters_off(model):
         reference = errors()
     found = PairErrors.split(errors(), reference)
-    made_of = {"w": found.preferred, "l": found.rejected, "ref_w": found.ref_preferred, "ref_l": found.ref_rejected}
+    made_of = {
+        "w": found.preferred,
+        "l": found.rejected,
+        "ref_w": found.ref_preferred,
+        "ref_l": found.ref_rejected,
+    }
     for name, made in made_of.items():
         want = torch.stack([*case.below(f"dpo_error_{name}/").values()]).mean(0)
         assert error(made, want) < VELOCITY, name
@@ -477,10 +596,15 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, fil
     old, new = (content(path, "test") for path in (generator.checkpoint, made / generator.checkpoint.name))
     assert old.keys() == new.keys() and shapes(old["state_dict"]) == shapes(new["state_dict"])
     assert all(new["state_dict"][name].dtype == tensor.dtype for name, tensor in old["state_dict"].items())
-    changed = {name for name, tensor in old["state_dict"].items() if not torch.equal(tensor, new["state_dict"][name])}
-    assert {name.removesuffix(".weight") for name in changed} == {files.FLOW + name for name in read_weights(adapter).adapters}
+    changed = {
+        name for name, tensor in old["state_dict"].items() if not torch.equal(tensor, new["state_dict"][name])
+    }
+    assert {name.removesuffix(".weight") for name in changed} == {
+        files.FLOW + name for name in read_weights(adapter).adapters
+    }
     again = files.load_flow(files.read_pipeline(tmp_path / "TUNED").generators["structure"], torch.float32)
-    x, (t, cond) = batch(case, "ss", "x"), case.of("ss_t", "ss_cond")
+    x = batch(case, "ss", "x")
+    t, cond = case.of("ss_t", "ss_cond")
     with torch.no_grad():
         y = called(again, x, t, cond, *steps_of(case, "ss", again))
     assert max(distances(y, case.below("lora_ss_y/")).values()) < ADAPTED

@@ -30,8 +30,16 @@ def peft(fixtures_dir):
     """The fixture's parts: full and adapter state dicts, settings, outputs."""
     with np.load(fixtures_dir / "trellis" / "ss_flow_lora_peft.npz") as d:
         state = {k: torch.from_numpy(d[k]) for k in d.files if k != "lora_json"}
-        parts = {kind: {k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{kind}/")} for kind in ("full", "adapter")}
-        return {**parts, "config": json.loads(d["lora_json"].tobytes()), "on": state["y_on"], "off": state["y_off"]}
+        parts = {
+            kind: {k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{kind}/")}
+            for kind in ("full", "adapter")
+        }
+        return {
+            **parts,
+            "config": json.loads(d["lora_json"].tobytes()),
+            "on": state["y_on"],
+            "off": state["y_off"],
+        }
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,11 @@ def flow(fixtures_dir):
     with np.load(fixtures_dir / "trellis" / "ss_flow_p1.npz") as d:
         state = {k.removeprefix("sd/"): torch.from_numpy(d[k]) for k in d.files if k.startswith("sd/")}
         x, t, cond = (torch.from_numpy(d[k]) for k in ("x", "t", "cond"))
-        return {"config": StructureFlowConfig(**json.loads(d["config_json"].tobytes())), "state": state, "inputs": (x, t / 1000, cond)}
+        return {
+            "config": StructureFlowConfig(**json.loads(d["config_json"].tobytes())),
+            "state": state,
+            "inputs": (x, t / 1000, cond),
+        }
 
 
 @pytest.fixture
@@ -70,7 +82,9 @@ def test_both_layouts_hold_the_same(peft, flow):
     none, same = split_state(peft["adapter"], "adapter")
     assert none == {} and set(plain) == set(flow["state"])
     assert len(adapters) == 10 and list(adapters) == list(same)
-    assert all(torch.equal(a, b) for layer in adapters for a, b in zip(adapters[layer], same[layer], strict=True))
+    assert all(
+        torch.equal(a, b) for layer in adapters for a, b in zip(adapters[layer], same[layer], strict=True)
+    )
 
 
 def test_outputs_with_and_without_adapters(peft, flow, files):
@@ -86,15 +100,20 @@ def test_outputs_with_and_without_adapters(peft, flow, files):
 
 def test_merged_equals_adapter_on(peft, flow, files):
     base = network(flow, flow["state"])
-    model, merged = tuned_model(base, files / "adapter"), tuned_model(base, files / "adapter", merge=True)
+    model = tuned_model(base, files / "adapter")
+    merged = tuned_model(base, files / "adapter", merge=True)
     assert list(merged.state_dict()) == list(base.state_dict()) == list(merged_state(model))
     torch.testing.assert_close(run(merged, flow), run(model, flow), rtol=0, atol=MERGED_TOLERANCE)
 
 
 def test_the_full_layout_brings_its_own_base(peft, flow, files):
-    """PEFT had merged the adapters into the fixture's base layers when it wrote this state: without them it is already y_on."""
+    """PEFT had merged the adapters into the fixture's base layers when it wrote this state: without them it
+    is already y_on.
+    """
     alpha = peft["config"]["lora_alpha"]
-    model = load_weights(StructureFlow(flow["config"]), read_weights(files / "full.safetensors", alpha=alpha)).eval()
+    model = load_weights(
+        StructureFlow(flow["config"]), read_weights(files / "full.safetensors", alpha=alpha)
+    ).eval()
     with adapters_off(model):
         torch.testing.assert_close(run(model, flow), peft["on"], rtol=0, atol=MERGED_TOLERANCE)
     merged = merged_state(tuned_model(network(flow, flow["state"]), files / "adapter"))
@@ -106,7 +125,10 @@ def test_a_full_state_of_the_base_gives_the_same_network(peft, flow, files):
     on = tuned_model(network(flow, flow["state"]), files / "adapter")
     state = {f"{PREFIX}{name}": value for name, value in on.state_dict().items()}
     assert set(state) == {name.replace(".default.", ".") for name in peft["full"]}
-    save_file({name: state[name.replace(".default.", ".")].clone() for name in peft["full"]}, files / "full.safetensors")
+    save_file(
+        {name: state[name.replace(".default.", ".")].clone() for name in peft["full"]},
+        files / "full.safetensors",
+    )
     full = tuned_model(network(flow, flow["state"]), files / "full.safetensors", alpha=8)
     kept = tuned_model(network(flow, flow["state"]), save_policy(on, files / "kept", {}))
     assert torch.equal(run(full, flow), run(on, flow)) and torch.equal(run(kept, flow), run(on, flow))
@@ -116,7 +138,9 @@ def test_written_as_peft_wrote_it(peft, flow, files):
     model = tuned_model(network(flow, flow["state"]), files / "adapter")
     again = read_weights(write_adapter(model, files / "again"))
     written = {f"{PREFIX}{name}": value for name, value in adapter_state(model).items()}
-    assert set(written) == set(peft["adapter"]) and all(torch.equal(written[name], peft["adapter"][name]) for name in written)
+    assert set(written) == set(peft["adapter"]) and all(
+        torch.equal(written[name], peft["adapter"][name]) for name in written
+    )
     config = json.loads((files / "again" / CONFIG).read_text())
     want = peft["config"] | {"target_modules": sorted(peft["config"]["target_modules"])}
     assert {name: config[name] for name in want} == want

@@ -1,4 +1,5 @@
-"""Paths, flow-matching losses, preference losses and sampler trajectories against values recorded from TRELLIS and DSO.
+"""Paths, flow-matching losses, preference losses and sampler trajectories against values recorded from
+TRELLIS and DSO.
 
 The networks are elsewhere: here their recorded velocities and errors go in.
 """
@@ -34,7 +35,9 @@ def recorded(fixtures_dir):
 @STRUCTURE
 def test_path_and_target(recorded, name):
     r = recorded(name)
-    torch.testing.assert_close(PATH.mix(r["fm_x0"], r["fm_t"], r["fm_noise"]), r["fm_x_t"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        PATH.mix(r["fm_x0"], r["fm_t"], r["fm_noise"]), r["fm_x_t"], rtol=1e-5, atol=1e-6
+    )
     torch.testing.assert_close(PATH.velocity(r["fm_x0"], r["fm_noise"]), r["fm_target"], rtol=1e-5, atol=1e-6)
 
 
@@ -45,7 +48,9 @@ def test_dso_preference_loss(recorded, name, beta):
     r = recorded(name)
     errors = PairErrors.split(r["dpo_mse_theta"], r["dpo_mse_ref"])
     config = DpoConfig(beta=0.5 * beta)
-    torch.testing.assert_close(pair_loss(errors, config).mean(), r[f"dso_dpo_beta{beta}"].reshape([]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        pair_loss(errors, config).mean(), r[f"dso_dpo_beta{beta}"].reshape([]), rtol=1e-5, atol=1e-6
+    )
 
 
 @STRUCTURE
@@ -58,17 +63,25 @@ def test_dso_losses_without_a_reference(recorded, name, kind):
 
 
 class Replay(torch.nn.Module):
-    """Answers with recorded velocities at their times; with guidance on, split so that only the right mixture gives them back."""
+    """Answers with recorded velocities at their times; with guidance on, split so that only the right mixture
+    gives them back.
+    """
 
-    def __init__(self, points: list[float], velocities: list[torch.Tensor], sampling: Sampling, empty: torch.Tensor):
+    def __init__(
+        self, points: list[float], velocities: list[torch.Tensor], sampling: Sampling, empty: torch.Tensor
+    ):
         super().__init__()
-        self.points, self.velocities, self.sampling, self.empty = points, velocities, sampling, empty
+        self.points = points
+        self.velocities = velocities
+        self.sampling = sampling
+        self.empty = empty
 
     def forward(self, x_t, t, cond):
         assert (t == t[0]).all()
         step = int(np.argmin(np.abs(np.array(self.points[:-1]) - float(t[0]))))
         assert self.points[step] == pytest.approx(float(t[0]), abs=1e-6)
-        v, w = self.velocities[step], self.sampling.cfg_strength
+        v = self.velocities[step]
+        w = self.sampling.cfg_strength
         low, high = self.sampling.cfg_interval
         guided = w > 0 and low <= self.points[step] <= high
         unguided = torch.equal(cond, self.empty.expand_as(cond))
@@ -79,11 +92,16 @@ class Replay(torch.nn.Module):
 
 
 def replay(noise, x_t: torch.Tensor, x_0: torch.Tensor, sampling: Sampling, empty: torch.Tensor) -> FlowStage:
-    """A stage whose model knows a recorded run: x_0 = (1 - s) x - (s + (1 - s) t) v at each step, solved for v."""
-    r, s = sampling.rescale_t, PATH.sigma_min
+    """A stage whose model knows a recorded run: x_0 = (1 - s) x - (s + (1 - s) t) v at each step, solved for
+    v.
+    """
+    r = sampling.rescale_t
+    s = PATH.sigma_min
     points = [r * t / (1 + (r - 1) * t) for t in np.linspace(1, 0, sampling.steps + 1)]
     before = [feats_of(noise), *x_t[:-1]]
-    velocities = [((1 - s) * x - e) / (s + (1 - s) * t) for x, e, t in zip(before, x_0, points[:-1], strict=True)]
+    velocities = [
+        ((1 - s) * x - e) / (s + (1 - s) * t) for x, e, t in zip(before, x_0, points[:-1], strict=True)
+    ]
     model = Replay(points, velocities, sampling, empty)
     sparse = isinstance(noise, SparseBatch)
     channels = feats_of(noise).shape[1]
@@ -102,7 +120,8 @@ def follow(stage: FlowStage, noise, cond, empty, x_t, x_0) -> None:
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_trajectories_of_the_first_stage(recorded, name, kind):
     r = recorded(name)
-    x_t, x_0 = r[f"smp_{kind}_x_t"], r[f"smp_{kind}_x_0"]
+    x_t = r[f"smp_{kind}_x_t"]
+    x_0 = r[f"smp_{kind}_x_0"]
     sampling = Sampling(steps=len(x_t), **SAMPLERS[kind])
     stage = replay(r["smp_noise"], x_t, x_0, sampling, r["smp_neg"])
     follow(stage, r["smp_noise"], r["smp_cond"], r["smp_neg"], x_t, x_0)

@@ -21,7 +21,10 @@ def loss_cases() -> list[tuple[str, str]]:
 
 def gan_config(case: dict, rendering_kwargs: dict) -> GanConfig:
     """EG3D's names to ours."""
-    names = {"r1_gamma": "gamma", **{f"neural_rendering_resolution_{k}": f"nrr_{k}" for k in ("initial", "final", "fade_kimg")}}
+    names = {
+        "r1_gamma": "gamma",
+        **{f"neural_rendering_resolution_{k}": f"nrr_{k}" for k in ("initial", "final", "fade_kimg")},
+    }
     kwargs = {names.get(key, key): value for key, value in case["loss_kwargs"].items()}
     kwargs |= {key: rendering_kwargs[key] for key in ("density_reg", "density_reg_p_dist", "reg_type")}
     if kwargs.get("gpc_reg_prob", 0.5) is None:
@@ -55,24 +58,29 @@ def test_phase(name, loss_case, phase):
     assert draws.log == [d[:2] for d in spec["draws"]]
     prefix = f"{loss_case}/{phase}"
     for stat in spec["stats"]:
-        expected, got = ref[f"{prefix}/stat/{stat}"], stats[stat]
+        expected = ref[f"{prefix}/stat/{stat}"]
+        got = stats[stat]
         got = got.mean(keepdims=True) if expected.shape == (1,) else got
         assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected), stat
     compare_gradients(G if phase[0] == "G" else D, ref, prefix)
     if phase == "Dmain":
-        w_avg, expected = G.backbone.mapping.w_avg.numpy(), ref[f"{loss_case}/w_avg_after_Dmain"]
+        w_avg = G.backbone.mapping.w_avg.numpy()
+        expected = ref[f"{loss_case}/w_avg_after_Dmain"]
         assert np.linalg.norm(w_avg - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 def compare_gradients(module: torch.nn.Module, ref, prefix: str) -> None:
-    """L2 norm, a random projection and the peak of every parameter's gradient, relative to the norm (and 2e-6 of the largest norm).
+    """L2 norm, a random projection and the peak of every parameter's gradient, relative to the norm
+    (and 2e-6 of the largest norm).
 
-    A noise strength is one number whose gradient sums a whole feature map times random noise; most of the sum cancels, in the float32
-    reference as here. Its error is therefore taken relative to the gradient of the same layer's weight, its projection also to the factor,
-    and 2e-3 of it is allowed: b32.conv0 of small_a, Greg, is 9.280e-3 in our float64, 4.4e-5 off in the reference, 6e-6 in our float32.
-    R1 is a second-order gradient. A bias has one only through the deviation over the batch, some hundredth of its weight's, and signs of
-    rounding decide at which units: b16.conv0.bias of small_a is 1.7e-3 off on one processor and 3.5e-3 on another, 2e-5 and 4e-5 of its
-    weight's gradient, the float32 reference 1.4e-3. A tenth of that weight's gradient is therefore added to the scale of a bias of Dreg.
+    A noise strength is one number whose gradient sums a whole feature map times random noise; most of the sum
+    cancels, in the float32 reference as here. Its error is therefore taken relative to the gradient of the
+    same layer's weight, its projection also to the factor, and 2e-3 of it is allowed: b32.conv0 of small_a,
+    Greg, is 9.280e-3 in our float64, 4.4e-5 off in the reference, 6e-6 in our float32. R1 is a second-order
+    gradient. A bias has one only through the deviation over the batch, some hundredth of its weight's, and
+    signs of rounding decide at which units: b16.conv0.bias of small_a is 1.7e-3 off on one processor and
+    3.5e-3 on another, 2e-5 and 4e-5 of its weight's gradient, the float32 reference 1.4e-3. A tenth of that
+    weight's gradient is therefore added to the scale of a bias of Dreg.
     """
     compared = 0
     parameters = dict(module.named_parameters())
@@ -83,7 +91,8 @@ def compare_gradients(module: torch.nn.Module, ref, prefix: str) -> None:
         gradient = parameters[name].grad.double().numpy()
         norm, projection, peak = ref[key]
         direction = crc_random(f"proj:{name}", gradient.shape).astype(np.float32)
-        scale = norm + 2e-6 * largest  # the bias of a density, in a difference of densities, is rounding alone
+        # the bias of a density, in a difference of densities, is rounding alone
+        scale = norm + 2e-6 * largest
         if name.endswith("noise_strength"):
             scale = 2 * (scale + ref[key.replace("noise_strength", "weight")][0])
         if prefix.endswith("Dreg") and name.endswith(".bias"):

@@ -11,7 +11,8 @@ import torch
 from tests.compat.reference import ROOT, Draws, array_names, build, discover, load_case, relative_error
 from training.discriminator import filtered_resizing
 
-DRAWN = re.compile(r"rng(\d+)(?:_noise_(\w+?))?_image_raw_sub")  # images under recorded draws from a base, and their noise mode
+# images under recorded draws from a base, and their noise mode
+DRAWN = re.compile(r"rng(\d+)(?:_noise_(\w+?))?_image_raw_sub")
 CASES = discover("small_*") + discover("full_*")
 pytestmark = pytest.mark.usefixtures("fixtures_dir")
 
@@ -34,7 +35,9 @@ def run(name: str) -> dict:
         out["planes_nonoise_mean"] = G.planes(ws, noise_mode="none").mean([3, 4]).flatten(1)
         fields = G.sample_mixed(points, None, ws, noise_mode="const")
         out["sigma"], out["rgb"] = fields["sigma"], fields["rgb"][:, : ref["rgb"].shape[1]]
-        out["sigma_sample_psi07"] = G.sample(points, None, z, cond, truncation_psi=0.7, noise_mode="const")["sigma"]
+        out["sigma_sample_psi07"] = G.sample(points, None, z, cond, truncation_psi=0.7, noise_mode="const")[
+            "sigma"
+        ]
         out.update(render(G, D, ws, c, ref, case["inference"]))
     return out
 
@@ -72,21 +75,41 @@ def render(G, D, ws, c, ref, recipe: dict) -> dict:
     out["D_logits_real"] = D({"image": real, "image_raw": filtered_resizing(real, res)}, c)
     for key in (key for key in ref if DRAWN.fullmatch(key)):
         base, noise = DRAWN.fullmatch(key).groups()
-        prefix, mode = key.removesuffix("_image_raw_sub"), noise or "const"
+        prefix = key.removesuffix("_image_raw_sub")
+        mode = noise or "const"
         with Draws(int(base)).injected():
             img = G.synthesis(ws, c, noise_mode=mode)
-        out[f"{prefix}_image_raw_sub"], out[f"{prefix}_depth_sub"] = img["image_raw"][:, :, ::2, ::2], img["image_depth"][:, :, ::2, ::2]
+        out[f"{prefix}_image_raw_sub"], out[f"{prefix}_depth_sub"] = (
+            img["image_raw"][:, :, ::2, ::2],
+            img["image_depth"][:, :, ::2, ::2],
+        )
     return out
 
 
 TOLERANCE = {
-    **{key: 1e-5 for key in ("ws", "ws_psi07", "ws_psi07_cut5", "planes_sub", "planes_mean", "planes_std", "planes_nonoise_mean")},
+    **{
+        key: 1e-5
+        for key in (
+            "ws",
+            "ws_psi07",
+            "ws_psi07_cut5",
+            "planes_sub",
+            "planes_mean",
+            "planes_std",
+            "planes_nonoise_mean",
+        )
+    },
     **{key: 1e-5 for key in ("sigma", "rgb", "sigma_sample_psi07", "ray_origins", "ray_dirs_sub")},
     **{key: 1e-4 for key in ("feature_samples_sub", "weights_total", "image_raw", "image_depth")},
     **{key: 1e-4 for key in ("image_sub", "image_mean_std", "image_crop")},
     **{key: 1e-4 for key in ("D_logits_fake", "D_logits_real")},
 }
-CHECKS = [(name, key) for name in CASES for key in array_names(ROOT / "eg3d" / f"{name}_infer.npz") if key in TOLERANCE or "rng" in key]
+CHECKS = [
+    (name, key)
+    for name in CASES
+    for key in array_names(ROOT / "eg3d" / f"{name}_infer.npz")
+    if key in TOLERANCE or "rng" in key
+]
 
 
 @pytest.mark.parametrize(("name", "key"), CHECKS)
@@ -98,11 +121,15 @@ def test_inference(name, key):
 @pytest.mark.parametrize("name", CASES)
 def test_every_reference_array_is_compared(name):
     out = run(name)
-    assert {k for k in out["_ref"] if not k.startswith("in_")} - {"num_ws"} <= {key for case, key in CHECKS if case == name}
+    assert {k for k in out["_ref"] if not k.startswith("in_")} - {"num_ws"} <= {
+        key for case, key in CHECKS if case == name
+    }
     assert [d[:2] for d in out["_case"]["inference"]["fixed_draws"]] == out["_fixed_draws"]
 
 
-@pytest.mark.parametrize(("network", "table"), [(0, "full_G_state_dict_shapes.tsv"), (1, "full_D_state_dict_shapes.tsv")])
+@pytest.mark.parametrize(
+    ("network", "table"), [(0, "full_G_state_dict_shapes.tsv"), (1, "full_D_state_dict_shapes.tsv")]
+)
 def test_full_size_state_dict(network, table):
     """Names, order, shapes and kinds of the published configuration."""
     path = ROOT / "eg3d" / table
@@ -114,6 +141,9 @@ def test_full_size_state_dict(network, table):
     config = json.loads((ROOT / "eg3d" / f"{names[0]}.json").read_text())["config"]
     module = build(config)[network]
     parameters = dict(module.named_parameters())
-    ours = [[k, str(list(v.shape)), "param" if k in parameters else "buffer", str(v.dtype)] for k, v in module.state_dict().items()]
+    ours = [
+        [k, str(list(v.shape)), "param" if k in parameters else "buffer", str(v.dtype)]
+        for k, v in module.state_dict().items()
+    ]
     theirs = list(csv.reader(path.open(), delimiter="\t"))[1:]
     assert ours == theirs

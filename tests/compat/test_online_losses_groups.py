@@ -1,4 +1,6 @@
-"""Advantages of five programs, several rewards, GARDO's gate, and windows of steps against what they computed."""
+"""Advantages of five programs, several rewards, GARDO's gate, and windows of steps against what they
+computed.
+"""
 
 import itertools
 import random
@@ -12,9 +14,11 @@ from eg3d_rlhf.tuning.flow.online.windows import progressive_window, random_wind
 from tests.compat.online_reference import Values, each, options, present
 
 PROGRAMS = {  # how each divides
-    "flow_grpo": {"correction": 0}, "verl": {"correction": 1}, "unirl": {"correction": 1, "plus": 1e-8},
+    "flow_grpo": {"correction": 0},
+    "verl": {"correction": 1},
+    "unirl": {"correction": 1, "plus": 1e-8},
     "flow_factory": {"plus": 0.0, "least": 1e-6},
-}  # fmt: skip
+}
 SINGLE = 1e-6  # ours end in float32
 
 
@@ -24,7 +28,8 @@ def close(got: torch.Tensor, want: np.ndarray) -> None:
 
 @each("advantages")
 def test_advantages(case):
-    program, settings = case.split("/")[0], options("advantages")
+    program = case.split("/")[0]
+    settings = options("advantages")
     if program in ("", "trap", "gardo"):
         return
     rewards = Values("advantages", "").tensor("rewards")
@@ -36,7 +41,9 @@ def test_advantages(case):
         else:
             over = {"True": "raw", "False": "group", "std": "none"}[key.rpartition("_")[2]]
             whole = key.startswith("sum")  # Flow-Factory adds its rewards first
-            first = (torch.tensor(settings["weights"]).view(-1, 1, 1) * rewards).sum(0) if whole else rewards[0]
+            first = (
+                (torch.tensor(settings["weights"]).view(-1, 1, 1) * rewards).sum(0) if whole else rewards[0]
+            )
             options_of = {} if over == "none" else PROGRAMS[program]
             got = advantages(first, Scale(over=over, **({"plus": 0.0} if over == "none" else options_of)))
         close(got, want)
@@ -46,7 +53,10 @@ def test_advantages(case):
 def test_a_group_without_spread_teaches_nothing_where_published_code_makes_it_noise():
     known = present("advantages", "trap")
     rewards = known.tensor("rewards32")
-    assert not advantages(rewards[None]).any() and not advantages(rewards[None], Scale(correction=1, plus=1e-8)).any()
+    assert (
+        not advantages(rewards[None]).any()
+        and not advantages(rewards[None], Scale(correction=1, plus=1e-8)).any()
+    )
     if "unirl" in known:
         assert np.abs(known["unirl"]).max() > 1e-3
     if "flow_grpo" in known:
@@ -55,8 +65,11 @@ def test_a_group_without_spread_teaches_nothing_where_published_code_makes_it_no
 
 
 def test_the_gate_with_the_sign_of_its_purpose_is_the_shipped_one_on_negated_rewards():
-    known, gate = present("advantages", "gardo"), Gate()
-    number, gates, shares = 0, [], []
+    known = present("advantages", "gardo")
+    gate = Gate()
+    number = 0
+    gates = []
+    shares = []
     while f"rewards{number}" in known:
         rewards = -known.tensor(f"rewards{number}").double()
         gates.append(gate(rewards[0], rewards[1:]).numpy())
@@ -66,7 +79,8 @@ def test_the_gate_with_the_sign_of_its_purpose_is_the_shipped_one_on_negated_rew
         if key in known:
             known.holds(key, got)
     if "embedding" in known:
-        settings, rewards = options("advantages"), Values("advantages", "").tensor("rewards")[0]
+        settings = options("advantages")
+        rewards = Values("advantages", "").tensor("rewards")[0]
         embeddings = known.tensor("embedding").view(settings["groups"], settings["group"], -1)
         close(diverse(rewards, embeddings).float(), known["advantages_diverse"])
     known.done()
@@ -77,9 +91,16 @@ def test_the_gate_with_the_sign_of_its_purpose_is_the_shipped_one_on_negated_rew
 
 def window_cases(pick: bool) -> list[tuple[str, object]]:
     found = options("windows").get("cases", {})
-    every = [(name, case) for name, case in found.items() if isinstance(case, dict)] if not pick else [
-        (f"{name}{i}", case) for name, of_name in found.items() if isinstance(of_name, list) for i, case in enumerate(of_name)
-    ]  # fmt: skip
+    every = (
+        [(name, case) for name, case in found.items() if isinstance(case, dict)]
+        if not pick
+        else [
+            (f"{name}{i}", case)
+            for name, of_name in found.items()
+            if isinstance(of_name, list)
+            for i, case in enumerate(of_name)
+        ]
+    )
     return every or [("absent", None)]
 
 
@@ -88,22 +109,43 @@ def test_windows_that_move(name, case):
     """As recorded, but for those that shrank or stood empty: ours stay whole."""
     if case is None:
         pytest.skip("this set has no windows")
-    settings, recorded = case["settings"], case["windows"]
-    size, steps = settings["group_size"], settings["max_timesteps"]
-    whole = [list(range(min(window[0], steps - size), min(window[0], steps - size) + size)) for window in recorded if window]
+    settings = case["settings"]
+    recorded = case["windows"]
+    size = settings["group_size"]
+    steps = settings["max_timesteps"]
+    whole = [
+        list(range(min(window[0], steps - size), min(window[0], steps - size) + size))
+        for window in recorded
+        if window
+    ]
     if settings.get("sample_strategy") == "random":
         ours = [list(random_window(size, 0, steps, lambda low, high: 0))]  # it begins at 0
         for seed in range(len(recorded) - 1):
             draw = np.random.default_rng(seed)
-            ours.append(list(random_window(size, 0, steps, lambda low, high, draw=draw: int(draw.integers(low, high + 1)))))
+            ours.append(
+                list(
+                    random_window(
+                        size, 0, steps, lambda low, high, draw=draw: int(draw.integers(low, high + 1))
+                    )
+                )
+            )
         assert ours == recorded
         return
     stride = settings.get("stride", 1) if settings.get("prog_overlap") else size
-    facts = {"stride": stride, "rounds": settings["iters_per_group"], "again": settings.get("roll_back", False)}
-    ours = [list(progressive_window(i, size, 0, steps, **facts)) for i in range((settings["iters_per_group"] + 1) * len(recorded))]
+    facts = {
+        "stride": stride,
+        "rounds": settings["iters_per_group"],
+        "again": settings.get("roll_back", False),
+    }
+    ours = [
+        list(progressive_window(i, size, 0, steps, **facts))
+        for i in range((settings["iters_per_group"] + 1) * len(recorded))
+    ]
     wanted = [window for window, _ in itertools.groupby(whole)]
     assert [window for window, _ in itertools.groupby(ours)][: len(wanted)] == wanted
-    for mine, theirs in zip(ours, itertools.takewhile(lambda window: len(window) == size, recorded), strict=False):
+    for mine, theirs in zip(
+        ours, itertools.takewhile(lambda window: len(window) == size, recorded), strict=False
+    ):
         assert mine == theirs or settings.get("sample_strategy") == "exp_decay"
     assert all(len(window) == size for window in ours)
 

@@ -40,9 +40,12 @@ def test_nft(case):
     given, u = of_set("nft", case)
     if "/" not in case:
         return  # what the set's cases are made of
-    curvature, plain = number("beta", case), "plain" in case
+    curvature = number("beta", case)
+    plain = "plain" in case
     v = given.tensor("new").requires_grad_(True)
-    old, reference, r = given.tensor("old"), given.tensor("ref"), goodness(given.tensor("advantages"), clip)
+    old = given.tensor("old")
+    reference = given.tensor("ref")
+    r = goodness(given.tensor("advantages"), clip)
     errors = nft_errors(v, old, u, given.tensor("t"), curvature, adaptive=not plain)
     policy = nft_loss(errors, r, clip, curvature)
     known.holds("per_sample_policy", policy, LOSS)
@@ -51,8 +54,14 @@ def test_nft(case):
         return known.done()
     kl = error(v, reference)
     loss = policy.mean() + number("kl", case) * kl.mean()
-    for key, got in {"loss": loss, "r": r, "positive": errors.positive, "negative": errors.negative, "kl": kl.mean(),
-                     "old_deviate": error(v, old).mean()}.items():  # fmt: skip
+    for key, got in {
+        "loss": loss,
+        "r": r,
+        "positive": errors.positive,
+        "negative": errors.negative,
+        "kl": kl.mean(),
+        "old_deviate": error(v, old).mean(),
+    }.items():
         known.holds(key, got, LOSS)
     known.holds("grad", gradient(loss, v), GRADIENT)
     known.done()
@@ -68,12 +77,16 @@ def test_dgpo(case):
     given, u = of_set("dgpo", case)
     if "/" not in case:
         numbers = given["group"]
-        assert (np.diff(numbers) >= 0).all() and len(set(sizes(numbers))) == 1  # groups stand together, and are of one size
+        # groups stand together, and are of one size
+        assert (np.diff(numbers) >= 0).all() and len(set(sizes(numbers))) == 1
         return
-    known, beta = Values("dgpo", case), number("beta", case)
+    known = Values("dgpo", case)
+    beta = number("beta", case)
     size = int(sizes(given["group"])[0])
     v = given.tensor("new").requires_grad_(True)
-    errors, ref_errors, old_errors = (error(x, u).view(-1, size) for x in (v, given.tensor("ref"), given.tensor("old")))
+    errors, ref_errors, old_errors = (
+        error(x, u).view(-1, size) for x in (v, given.tensor("ref"), given.tensor("old"))
+    )
     advantage = given.tensor("advantages").view(-1, size)
     known.holds("errors", errors.flatten())
     known.holds("loss", (dgpo.weights(errors, ref_errors, advantage, beta) * errors).mean(), LOSS)
@@ -90,7 +103,8 @@ def test_awm_and_flow_dpo(case):
     given, u = of_set("awm_dpo", case)
     if "/" not in case:
         return
-    known, v = Values("awm_dpo", case), given.tensor("new").requires_grad_(True)
+    known = Values("awm_dpo", case)
+    v = given.tensor("new").requires_grad_(True)
     errors = error(v, u)
     if "dpo" in case:  # rows are chosen and rejected in turn
         margin = (error(given.tensor("ref"), u) - errors).view(-1, 2)
@@ -98,13 +112,17 @@ def test_awm_and_flow_dpo(case):
         known.holds("loss", loss, LOSS)
         known.holds("grad", gradient(loss, v), GRADIENT)
         return known.done()
-    times, weight = given.tensor("t"), case.rpartition("_")[2]
-    log_p, old = awm_log_p(errors, times, weight), awm_log_p(error(given.tensor("old"), u), times, weight)
+    times = given.tensor("t")
+    weight = case.rpartition("_")[2]
+    log_p = awm_log_p(errors, times, weight)
+    old = awm_log_p(error(given.tensor("old"), u), times, weight)
     known.holds("log_p", log_p, LOSS)
     known.holds("log_p_old", old, LOSS)
     known.holds("grad_sum", gradient(log_p.sum(), v), GRADIENT, single=True)
     advantage = given.tensor("advantages").clamp(-5, 5)
-    per_sample = clipped_loss(awm_log_p(error(v, u), times, weight), old, advantage, options("awm_dpo")["clip"])
+    per_sample = clipped_loss(
+        awm_log_p(error(v, u), times, weight), old, advantage, options("awm_dpo")["clip"]
+    )
     known.holds("per_sample", per_sample, LOSS)
     known.holds("loss", per_sample.mean(), LOSS)
     known.holds("grad", gradient(per_sample.mean(), v), GRADIENT, single=True)

@@ -1,4 +1,5 @@
-"""Steps of stochastic samplers, their densities, and what GRPO, GRPO-Guard and Flow-DPPO make of them, against their own programs.
+"""Steps of stochastic samplers, their densities, and what GRPO, GRPO-Guard and Flow-DPPO make of them,
+against their own programs.
 
 Those ran in float32; ours takes the same numbers to float64 first.
 """
@@ -38,16 +39,23 @@ def test_steps(case):
         return
     with arrays(FOLDER / "sde_steps.npz") as stored:
         times = stored["sigmas"].astype(float)
-    known, name = Values("sde_steps", case), case.split("/")[1]
+    known = Values("sde_steps", case)
+    name = case.split("/")[1]
     kind = next(kind for kind in options("sde_steps")["levels"] if name.startswith(kind))
-    steps = [KINDS[kind](PATH, t, until, number(kind, name)) for t, until in zip(times[:-1], times[1:], strict=True)]
+    steps = [
+        KINDS[kind](PATH, t, until, number(kind, name))
+        for t, until in zip(times[:-1], times[1:], strict=True)
+    ]
     x, v, old, z, to = *(double(given, key) for key in ("x", "v", "v_old", "z")), double(known, "next")
     v.requires_grad_(True)
     rows = [slice(b, b + 1) for b in range(len(x))]
-    mean, mean_old = (torch.cat([step.mean(x[b], w[b]) for step, b in zip(steps, rows, strict=False)]) for w in (v, old))
+    mean, mean_old = (
+        torch.cat([step.mean(x[b], w[b]) for step, b in zip(steps, rows, strict=False)]) for w in (v, old)
+    )
     std = torch.tensor([step.std for step in steps[: len(x)]], dtype=torch.float64)
     log_p, log_p_old = (
-        torch.cat([log_p_of(kind, step, to[b], m[b]) for step, b in zip(steps, rows, strict=False)]) for m in (mean, mean_old)
+        torch.cat([log_p_of(kind, step, to[b], m[b]) for step, b in zip(steps, rows, strict=False)])
+        for m in (mean, mean_old)
     )
     known.holds("mean", mean)
     known.holds("mean_old", mean_old)
@@ -66,30 +74,38 @@ def test_objectives(case):
     t, until = settings["sigmas"][settings["step"] : settings["step"] + 2]
     step = KINDS["sde"](PATH, t, until, settings["level"])
     x, v, v_old, v_ref, to = (double(given, key) for key in ("x", "v", "v_old", "v_ref", "next"))
-    advantage, v = double(given, "advantages"), v.requires_grad_(True)
-    mean, mean_old = step.mean(x, v), step.mean(x, v_old)
-    log_p, old = log_density(to, mean, step.std), log_density(to, mean_old, step.std)
+    advantage = double(given, "advantages")
+    v = v.requires_grad_(True)
+    mean = step.mean(x, v)
+    mean_old = step.mean(x, v_old)
+    log_p = log_density(to, mean, step.std)
+    old = log_density(to, mean_old, step.std)
     if "/" not in case:
         for key, got in {"mean": mean, "mean_old": mean_old, "log_p": log_p, "log_p_old": old}.items():
             given.holds(key, got)
         given.holds("sqrt_dt", torch.full_like(old, step.length).sqrt())
         given.holds("std_dev_t", torch.full_like(old, step.std / step.length**0.5))
         return given.done()
-    known, name = Values("objectives", case), case.split("/")[1]
+    known = Values("objectives", case)
+    name = case.split("/")[1]
     cut = advantage.clamp(-settings["adv_clip"], settings["adv_clip"])
-    ratio, far = torch.exp(log_p - old), divergence(mean, mean_old, step.std)
+    ratio = torch.exp(log_p - old)
+    far = divergence(mean, mean_old, step.std)
     if name == "kl_flow_grpo":
         loss = divergence(mean, step.mean(x, v_ref), step.std / step.length**0.5)
     elif name.startswith("clip"):
         limit = number("clip", name)
-        loss, out = clipped_loss(log_p, old, cut, limit), outside(ratio, cut, limit)
+        loss = clipped_loss(log_p, old, cut, limit)
+        out = outside(ratio, cut, limit)
         known.holds("clip_share", (out.high | out.low).float().mean())
         known.holds("ratio_mean", ratio.mean())
     elif name.startswith("guard"):
-        guarded, limit = guarded_ratio(log_p, old, far, step.std), number("guard", name)
+        guarded = guarded_ratio(log_p, old, far, step.std)
+        limit = number("guard", name)
         loss = guard_loss(guarded, cut, limit, step.length)
         known.holds("flow_factory_loss", guard_loss(guarded, cut, limit, 1.0).mean())
-        assert list(known["flow_factory_ratio_shape"]) == [len(x), *[1] * (x.ndim - 2), len(x)]  # its ratios of all with all
+        # its ratios of all with all
+        assert list(known["flow_factory_ratio_shape"]) == [len(x), *[1] * (x.ndim - 2), len(x)]
     else:
         drop = dropped(ratio, far, advantage, number("dppo", name))
         loss = dppo_loss(ratio, advantage, drop)
@@ -106,7 +122,8 @@ def test_objectives(case):
 def test_a_step_of_cps_without_noise_is_the_flows_own(name):
     """On the recorded numbers: x - (t - u) v."""
     given = Values("sde_steps", name)
-    x, v = double(given, "x"), double(given, "v")
+    x = double(given, "x")
+    v = double(given, "v")
     for kind in ("cps", "exact"):
         step = KINDS[kind](PATH, 0.8, 0.6, 0.0)
         np.testing.assert_allclose(step.mean(x, v), x - 0.2 * v, rtol=1e-12, atol=1e-12)

@@ -1,7 +1,9 @@
-"""Every op against the reference values: results, first derivatives, and second derivatives along a given direction.
+"""Every op against the reference values: results, first derivatives, and second derivatives along a given
+direction.
 
-A case <name> of ops.npz holds in_* (inputs), out, dy (cotangent of out), grad_* (= d<out, dy>/d in_*), v_* (directions) and
-grad2_* (= d(sum <grad_*, v_*>) / d in_* or dy). All were computed in float64 from float32 inputs.
+A case <name> of ops.npz holds in_* (inputs), out, dy (cotangent of out), grad_* (= d<out, dy>/d in_*), v_*
+(directions) and grad2_* (= d(sum <grad_*, v_*>) / d in_* or dy). All were computed in float64 from float32
+inputs.
 """
 
 import numpy as np
@@ -47,7 +49,9 @@ def run(attributes: dict, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
         f = taps(a, "filter")
         a.pop("filter")
-        return modulated_conv2d(x, inputs["weight"], inputs["styles"], noise=inputs.get("noise"), resample_filter=f, **a)
+        return modulated_conv2d(
+            x, inputs["weight"], inputs["styles"], noise=inputs.get("noise"), resample_filter=f, **a
+        )
     if op == "normalize_2nd_moment":
         from training.layers import normalize_2nd_moment
 
@@ -68,15 +72,24 @@ def assert_close(name: str, actual: torch.Tensor, expected: np.ndarray):
     assert error <= RELATIVE_ERROR * max(np.abs(expected).max(initial=0), 1e-12), f"{name}: {error}"
 
 
-@pytest.mark.parametrize("case", sorted(CASES) or [pytest.param("", marks=pytest.mark.skip(reason=f"no reference values at {ROOT}"))])
+@pytest.mark.parametrize(
+    "case",
+    sorted(CASES) or [pytest.param("", marks=pytest.mark.skip(reason=f"no reference values at {ROOT}"))],
+)
 def test_result_and_derivatives(case, values):
-    own = {k.removeprefix(f"{case}/"): torch.from_numpy(v) for k, v in values.items() if k.startswith(f"{case}/")}
-    inputs = {k.removeprefix("in_"): v.double().requires_grad_() for k, v in own.items() if k.startswith("in_")}
+    own = {
+        k.removeprefix(f"{case}/"): torch.from_numpy(v) for k, v in values.items() if k.startswith(f"{case}/")
+    }
+    inputs = {
+        k.removeprefix("in_"): v.double().requires_grad_() for k, v in own.items() if k.startswith("in_")
+    }
     dy = own["dy"].double().requires_grad_()
     out = run(CASES[case], inputs)
     assert_close("out", out, own["out"].numpy())
 
-    grads = dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), dy, create_graph=True), strict=True))
+    grads = dict(
+        zip(inputs, torch.autograd.grad(out, list(inputs.values()), dy, create_graph=True), strict=True)
+    )
     assert {k for k in own if k.startswith("grad_")} == {f"grad_{k}" for k in grads}
     for name, grad in grads.items():
         assert_close(f"grad_{name}", grad, own[f"grad_{name}"].numpy())
@@ -95,7 +108,9 @@ def test_result_and_derivatives(case, values):
 @pytest.mark.parametrize("case", sorted(c for c, a in CASES.items() if a.get("prepared_filter")))
 def test_setup_filter_prepares_the_same_taps(case):
     expected = torch.tensor(CASES[case]["prepared_filter"], dtype=torch.float32)
-    torch.testing.assert_close(upfirdn2d.setup_filter(CASES[case]["setup_filter_input"]), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        upfirdn2d.setup_filter(CASES[case]["setup_filter_input"]), expected, rtol=1e-6, atol=0
+    )
 
 
 def test_activation_defaults():

@@ -1,4 +1,6 @@
-"""The reward network and its losses against reference values computed with the published network (fixtures/reward)."""
+"""The reward network and its losses against reference values computed with the published network
+(fixtures/reward).
+"""
 
 import functools
 
@@ -29,13 +31,17 @@ close = functools.partial(reference.close, tolerance=OUTPUT_TOLERANCE)
 
 
 def recipe_state(model):
-    """Weights that every name determines: normal draws seeded by crc32(name), scaled by the fixtures' recipe."""
+    """Weights that every name determines: normal draws seeded by crc32(name),
+    scaled by the fixtures' recipe.
+    """
     state = {}
     for name, old in model.state_dict().items():
         n = crc_random(name, tuple(old.shape))
         if old.ndim >= 2:
             n = n / np.sqrt(np.prod(old.shape[1:]))
-            if name == "MLP.input_layer.weight" or name.endswith(("se_module.cSE.fc1.weight", "se_module.sSE.conv.weight")):
+            if name == "MLP.input_layer.weight" or name.endswith(
+                ("se_module.cSE.fc1.weight", "se_module.sSE.conv.weight")
+            ):
                 n = 0.02 * n
         else:
             n = 1 + 0.1 * n if name.endswith("groupnorm.weight") else 0.1 * n
@@ -45,7 +51,9 @@ def recipe_state(model):
 
 def recipe_slab(depth, height, width, seed):
     r = np.random.RandomState(seed)
-    a, b, c = r.standard_normal(depth), r.standard_normal(height), r.standard_normal(width)
+    a = r.standard_normal(depth)
+    b = r.standard_normal(height)
+    c = r.standard_normal(width)
     v = a[:, None, None] + b[:, None] + c + 0.5 * r.standard_normal((depth, height, width))
     v = v.astype(np.float32)
     return torch.from_numpy((v - v.min()) / (v.max() - v.min()) * np.float32(100))[None, None]
@@ -115,11 +123,16 @@ def test_nearest_resampling_picks_the_reference_indices(folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 @pytest.mark.parametrize("file", ["red_odd", "red_even"])
 def test_reduced_network_stages_and_outputs_match(folder, file, dtype):
-    model, prefix = reduced(folder, dtype), "" if dtype is torch.float32 else "f64_"
+    model = reduced(folder, dtype)
+    prefix = "" if dtype is torch.float32 else "f64_"
     tolerance = OUTPUT_TOLERANCE if dtype is torch.float32 else 1e-10
     stages = {}
     unet = model.Conv3DModule
-    for kind, modules in (("enc", unet.encoders), ("dec", unet.decoders), ("up", [d.upsampling for d in unet.decoders])):
+    for kind, modules in (
+        ("enc", unet.encoders),
+        ("dec", unet.decoders),
+        ("up", [d.upsampling for d in unet.decoders]),
+    ):
         for i, module in enumerate(modules):
             module.register_forward_hook(lambda _m, _i, out, key=f"{kind}{i}": stages.__setitem__(key, out))
     unet.final_conv.register_forward_hook(lambda _m, _i, out: stages.__setitem__("final_conv", out))
@@ -131,8 +144,16 @@ def test_reduced_network_stages_and_outputs_match(folder, file, dtype):
                 step = 4 if key.startswith("enc") else 5
                 close(value[0, :, ::step, ::step, ::step], d[f"{prefix}{item}_{key}"], tolerance=tolerance)
                 if f"{prefix}{item}_{key}_sum" in d.files:
-                    close([value.double().sum(), value.double().abs().sum()], d[f"{prefix}{item}_{key}_sum"], tolerance=tolerance)
-            close(slice_max_feature(stages["final_conv"][:, 4:], slab.shape[2]), d[f"{prefix}{item}_slice_max"], tolerance=tolerance)
+                    close(
+                        [value.double().sum(), value.double().abs().sum()],
+                        d[f"{prefix}{item}_{key}_sum"],
+                        tolerance=tolerance,
+                    )
+            close(
+                slice_max_feature(stages["final_conv"][:, 4:], slab.shape[2]),
+                d[f"{prefix}{item}_slice_max"],
+                tolerance=tolerance,
+            )
             close(model.features(slab), d[f"{prefix}{item}_global"], tolerance=tolerance)
             close(out.embedding, d[f"{prefix}{item}_feat"], tolerance=tolerance)
             close(out.scalar, d[f"{prefix}{item}_scalar"], tolerance=tolerance)
@@ -140,7 +161,11 @@ def test_reduced_network_stages_and_outputs_match(folder, file, dtype):
             close(out.log_strength, d[f"{prefix}{item}_bt_log"], tolerance=tolerance)
             close(out.log_strength.exp(), d[f"{prefix}{item}_bt"], tolerance=2 * tolerance)
             recon = out.reconstruction.double()
-            close([recon.min(), recon.max(), recon.sum(), recon.abs().sum()], d[f"{prefix}{item}_recon_stats"], tolerance=tolerance)
+            close(
+                [recon.min(), recon.max(), recon.sum(), recon.abs().sum()],
+                d[f"{prefix}{item}_recon_stats"],
+                tolerance=tolerance,
+            )
             if dtype is torch.float32:
                 close(out.reconstruction, d[f"{item}_recon"], tolerance=tolerance)
         both = torch.from_numpy(np.stack([d["slab_a"], d["slab_b"]])).to(dtype)[:, None]
@@ -153,7 +178,8 @@ def test_reduced_network_stages_and_outputs_match(folder, file, dtype):
 @pytest.mark.parametrize("file", ["red_odd", "red_even"])
 @pytest.mark.parametrize("source", ["scalar_a", "scalar_raw"])
 def test_reduced_scalar_gradients_match(folder, file, dtype, source):
-    model, prefix = reduced(folder, dtype), "" if dtype is torch.float32 else "f64_"
+    model = reduced(folder, dtype)
+    prefix = "" if dtype is torch.float32 else "f64_"
     tolerance = GRADIENT_TOLERANCE if dtype is torch.float32 else 1e-8
     with arrays(folder / f"{file}.npz") as d:
         start = d["slab_a"] if source == "scalar_a" else d["raw"]
@@ -180,7 +206,8 @@ def combined(model, slabs, reconstruct, epoch=0, seed=0):
 @pytest.mark.parametrize("file", ["red_odd", "red_even"])
 @pytest.mark.parametrize("variant", ["loss", "loss_norecon"])
 def test_reduced_losses_and_their_gradients_match(folder, file, dtype, variant):
-    model, key = reduced(folder, dtype), ("" if dtype is torch.float32 else "f64_") + variant
+    model = reduced(folder, dtype)
+    key = ("" if dtype is torch.float32 else "f64_") + variant
     single = dtype is torch.float32
     with arrays(folder / f"{file}.npz") as d:
         slabs = torch.from_numpy(np.stack([d["slab_a"], d["slab_b"]])).to(dtype)[:, None]
@@ -193,9 +220,15 @@ def test_reduced_losses_and_their_gradients_match(folder, file, dtype, variant):
         close(total, d[f"{key}_total_loss"], tolerance=OUTPUT_TOLERANCE if single else 1e-9)
         if variant == "loss":
             recon = model(slabs, reconstruct=True).reconstruction
-            close(losses.reconstruction_loss(recon, slabs), d[f"{key}_recon_per_item"], tolerance=OUTPUT_TOLERANCE if single else 1e-9)
+            close(
+                losses.reconstruction_loss(recon, slabs),
+                d[f"{key}_recon_per_item"],
+                tolerance=OUTPUT_TOLERANCE if single else 1e-9,
+            )
         total.backward()
-        limit = {True: RECON_GRADIENT_TOLERANCE, False: GRADIENT_TOLERANCE}[variant == "loss"] if single else 1e-7
+        limit = (
+            {True: RECON_GRADIENT_TOLERANCE, False: GRADIENT_TOLERANCE}[variant == "loss"] if single else 1e-7
+        )
         check_gradients(collect(model), *(d[f"{key}_grad_{k}"] for k in ("names", "norm", "proj")), limit)
         nothing = {str(k) for k in d[f"{variant}_none_grads"]}
         assert {k for k, p in model.named_parameters() if p.grad is None} == nothing
@@ -214,7 +247,11 @@ def test_from_epoch_three_one_order_is_drawn(folder, file):
 def full_size(dtype=torch.float32):
     model = RewardModel(PAPER)
     model.load_state_dict(recipe_state(model))
-    return model.to(dtype), recipe_slab(129, 141, 128, 2024).to(dtype), recipe_slab(129, 141, 128, 2025).to(dtype)
+    return (
+        model.to(dtype),
+        recipe_slab(129, 141, 128, 2024).to(dtype),
+        recipe_slab(129, 141, 128, 2025).to(dtype),
+    )
 
 
 def test_full_size_network_matches(folder):
@@ -228,9 +265,12 @@ def test_full_size_network_matches(folder):
         for kind, modules in (("enc", model.Conv3DModule.encoders), ("dec", model.Conv3DModule.decoders)):
             for i, module in enumerate(modules):
                 module.register_forward_hook(
-                    lambda _m, _i, o, key=f"{kind}{i}": sums.__setitem__(key, (o.shape, [o.double().sum(), o.double().abs().sum()]))
+                    lambda _m, _i, o, key=f"{kind}{i}": sums.__setitem__(
+                        key, (o.shape, [o.double().sum(), o.double().abs().sum()])
+                    )
                 )
-        embeddings, features = {}, []
+        embeddings = {}
+        features = []
         model.MLP.register_forward_pre_hook(lambda _m, inputs: features.append(inputs[0]))
         for item, slab in (("a", slab_a), ("b", slab_b)):
             out = model(slab, reconstruct=item == "a")
@@ -246,7 +286,10 @@ def test_full_size_network_matches(folder):
                     close(value, d[f"{key}_sum"])
                 recon = out.reconstruction
                 close(recon[0, 0, ::8, ::8, ::8], d["a_recon_sub"])
-                close([recon.min(), recon.max(), recon.double().sum(), recon.double().abs().sum()], d["a_recon_stats"])
+                close(
+                    [recon.min(), recon.max(), recon.double().sum(), recon.double().abs().sum()],
+                    d["a_recon_stats"],
+                )
         close(model.pair_logits(embeddings["a"], embeddings["b"]), d["pairs_ab"])
         close(model.pair_logits(embeddings["b"], embeddings["a"]), d["pairs_ba"])
 
@@ -259,7 +302,9 @@ def test_full_size_scalar_gradients_match(folder):
     score.sum().backward()
     with arrays(folder / "full_grad.npz") as d:
         close(score, d["scalar"])
-        check_gradients(collect(model, slab), d["grad_names"], d["grad_norm"], d["grad_proj"], GRADIENT_TOLERANCE)
+        check_gradients(
+            collect(model, slab), d["grad_names"], d["grad_norm"], d["grad_proj"], GRADIENT_TOLERANCE
+        )
         close(slab.grad[0, 0, ::8, ::8, ::8], d["input_grad_sub"], tolerance=GRADIENT_TOLERANCE)
 
 

@@ -14,13 +14,17 @@ def _first(count, n=17, **options):
     return list(itertools.islice(InfiniteSampler(range(n), **options), count))
 
 
-@pytest.mark.parametrize("key", [name for name in array_names(ROOT / "eg3d" / "misc.npz") if name.startswith("sampler/")])
+@pytest.mark.parametrize(
+    "key", [name for name in array_names(ROOT / "eg3d" / "misc.npz") if name.startswith("sampler/")]
+)
 def test_order_matches_reference(key):
     replicas, rank = map(int, re.fullmatch(r"sampler/replicas(\d+)_rank(\d+)", key).groups())
     recipe = read_json(ROOT / "eg3d" / "misc.json").get("sampler", {})
     with np.load(ROOT / "eg3d" / "misc.npz") as data:
         expected = data[key]
-    drawn = _first(len(expected), recipe.get("n", 17), seed=recipe.get("seed", 5), num_replicas=replicas, rank=rank)
+    drawn = _first(
+        len(expected), recipe.get("n", 17), seed=recipe.get("seed", 5), num_replicas=replicas, rank=rank
+    )
     assert drawn == expected.tolist()
 
 

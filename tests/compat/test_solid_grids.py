@@ -1,4 +1,6 @@
-"""Grids of the specification of `solid`: measures, the score with its pair, and the surrogate's two trainings, as its files say."""
+"""Grids of the specification of `solid`: measures, the score with its pair, and the surrogate's two
+trainings, as its files say.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from eg3d_rlhf.rewards.solid import solid_loss
 from tests.compat.reference import ROOT, arrays, existing, read_json
 
 FOLDER = ROOT / "solid"
-GRIDS, SCORES = read_json(FOLDER / "grids.json"), read_json(FOLDER / "score.json")
+GRIDS = read_json(FOLDER / "grids.json")
+SCORES = read_json(FOLDER / "score.json")
 COUNTS = {"parts", "parts_least", "cavities", "euler"}
 AS_IT_IS = "as it is"
 OURS = {"score": "solid", "gated": "reward"}  # names that differ
@@ -55,7 +58,9 @@ class Surrogate:
     def __init__(self):
         stored = arrays(existing(FOLDER / "surrogate.npz"))
         self.density = torch.from_numpy(stored["density"].astype(np.float32))
-        self.ideal, self.hole, self.floater = (unpacked(stored[key], len(self.density)) for key in ("ideal", "hole", "floater"))
+        self.ideal, self.hole, self.floater = (
+            unpacked(stored[key], len(self.density)) for key in ("ideal", "hole", "floater")
+        )
         self.before = (self.density > 0).numpy()
 
     def iou(self, solid: np.ndarray) -> float:
@@ -86,19 +91,22 @@ def test_the_surrogate_mends_voxels_and_nothing_else():
 
 
 def test_the_surrogate_mends_what_a_smooth_generator_makes():
-    """12^3 coefficients: a voxel cannot move alone, so the 2 voxels about a defect, half a coefficient's cell, are not elsewhere.
+    """12^3 coefficients: a voxel cannot move alone, so the 2 voxels about a defect, half a coefficient's
+    cell, are not elsewhere.
 
     What holds the density pulls the floater back where the loss is 0: the best step counts.
     """
     case = Surrogate()
     coefficients = torch.zeros(1, 1, 12, 12, 12, requires_grad=True)
     optimizer = torch.optim.Adam([coefficients], lr=0.3)
-    least, solid = float("inf"), case.before
+    least = float("inf")
+    solid = case.before
     for _ in range(60):
         density = case.density + F.interpolate(coefficients, size=case.density.shape, mode="trilinear")[0, 0]
         loss = case.loss(density)
         if loss.item() < least:
-            least, solid = loss.item(), (density.detach() > 0).numpy()
+            least = loss.item()
+            solid = (density.detach() > 0).numpy()
         optimizer.zero_grad()
         (loss + 0.005 * (density - case.density).square().mean()).backward()
         optimizer.step()

@@ -1,6 +1,8 @@
-"""Measures of meshes against the reference shapes: every closed form, every reference value, trimesh, libigl and manifold3d.
+"""Measures of meshes against the reference shapes: every closed form, every reference value, trimesh, libigl
+and manifold3d.
 
-Sets and shapes are found in the folder. A set states lengths in its own units or in longest edges; its area says which.
+Sets and shapes are found in the folder. A set states lengths in its own units or in longest edges; its area
+says which.
 """
 
 import functools
@@ -19,15 +21,46 @@ from tests.compat.reference import ROOT
 
 pytest.importorskip("igl", reason="extra solid")
 FILES = [path for path in sorted((ROOT / "solid").glob("meshes*.json")) if path.with_suffix(".npz").is_file()]
-CASES = [pytest.param(path, name, id=f"{path.stem}-{name}") for path in FILES for name in json.loads(path.read_text())]
-SIZES = {"area": 2, "volume": 3, "thick_p01": 1, "thick_p05": 1, "thick_median": 1, "gap_p01": 1, "gap_p05": 1, "gap_median": 1}
-COUNTS = {"open_edges", "nonmanifold_edges", "pinched", "euler", "rims", "genus", "parts", "bodies", "cavities", "inverted_bodies",
-          "closed", "welded", "degenerate", "duplicate", "manifold", "oriented"}  # fmt: skip
-LENGTHS = {"open_share", "open_length", "flipped_share", "raw_open_share", "edge_L"}  # of edges alone, which nothing blurs
+CASES = [
+    pytest.param(path, name, id=f"{path.stem}-{name}")
+    for path in FILES
+    for name in json.loads(path.read_text())
+]
+SIZES = {
+    "area": 2,
+    "volume": 3,
+    "thick_p01": 1,
+    "thick_p05": 1,
+    "thick_median": 1,
+    "gap_p01": 1,
+    "gap_p05": 1,
+    "gap_median": 1,
+}
+COUNTS = {
+    "open_edges",
+    "nonmanifold_edges",
+    "pinched",
+    "euler",
+    "rims",
+    "genus",
+    "parts",
+    "bodies",
+    "cavities",
+    "inverted_bodies",
+    "closed",
+    "welded",
+    "degenerate",
+    "duplicate",
+    "manifold",
+    "oriented",
+}
+# of edges alone, which nothing blurs
+LENGTHS = {"open_share", "open_length", "flipped_share", "raw_open_share", "edge_L"}
 ANGLES = {"tip"}
 SAMPLES = 4000  # of the reference
 SIMULATED = {"mujoco_stands"}  # the verdict of MuJoCo, told by the sign of the tip
-NOT_OURS = {"note", "libraries", "rays"}  # words; measured by libraries below; what solid angles were chosen over
+# words; measured by libraries below; what solid angles were chosen over
+NOT_OURS = {"note", "libraries", "rays"}
 QUANTILES = {"thick_p01": 0.01, "thick_p05": 0.05, "thick_median": 0.5}  # of another draw of samples
 
 
@@ -44,8 +77,10 @@ def mesh_of(path, name: str) -> CleanMesh:
 @functools.cache
 def case(path, name: str) -> tuple[dict, dict, dict, float]:
     """Closed forms, reference values, our measures, and the set's unit in longest edges."""
-    record, mesh = json.loads(path.read_text())[name], mesh_of(path, name)
-    measures, reference = measure_mesh(mesh), record.get("reference", {})
+    record = json.loads(path.read_text())[name]
+    mesh = mesh_of(path, name)
+    measures = measure_mesh(mesh)
+    reference = record.get("reference", {})
     closed = record.get("closed_form", {})
     area = reference.get("area", closed.get("area", measures["area"]))
     unit = mesh.edge if abs(measures["area"] * mesh.edge**2 - area) < abs(measures["area"] - area) else 1.0
@@ -85,7 +120,8 @@ def test_reference_values(path, name):
     closed, reference, measures, unit = case(path, name)
     for key, wanted in {**reference, **reference.get("clean", {})}.items():
         if key in NOT_OURS | {"clean"} | closed.keys() or (key == "tip" and measures["mass"] != "volume"):
-            continue  # the reference takes an open body's mass from its area, the specification from what it encloses
+            # the reference takes an open body's mass from its area, the specification from what it encloses
+            continue
         if key == "crossing" and measures[key] != pytest.approx(wanted, abs=1e-4):
             assert in_one_plane(mesh_of(path, name)), key  # only there it is not defined
             continue
@@ -100,14 +136,17 @@ def test_reference_values(path, name):
 def walls(path, name: str) -> np.ndarray:
     """Ways through the body that are not infinite, from a draw of its own."""
     mesh = mesh_of(path, name)
-    space, (points, normals) = Space(mesh), sample(mesh, SAMPLES, seed=1)
+    space = Space(mesh)
+    points, normals = sample(mesh, SAMPLES, seed=1)
     seen = ~sides(space, points, normals)[0]
     found = ways(space, points[seen], -normals[seen])
     return found[np.isfinite(found)]
 
 
 def quantile_range(path, name: str, p: float) -> tuple[float, float]:
-    """Where the p-quantile of another draw lies: four standard errors of a difference of two draws to either side."""
+    """Where the p-quantile of another draw lies: four standard errors of a difference of two draws to either
+    side.
+    """
     spread = 4 * (2 * p * (1 - p) / SAMPLES) ** 0.5
     return tuple(np.quantile(walls(path, name), [max(p - spread, 0), min(p + spread, 1)]))
 
@@ -117,7 +156,8 @@ def in_one_plane(mesh: CleanMesh) -> bool:
     normals, _ = face_areas(mesh)
     corners = mesh.vertices[mesh.faces]
     offset = (normals * corners[:, 0]).sum(axis=1)
-    low, high = corners.min(axis=1) - 1e-6, corners.max(axis=1) + 1e-6
+    low = corners.min(axis=1) - 1e-6
+    high = corners.max(axis=1) + 1e-6
     sign = np.sign(normals[np.arange(len(normals)), np.abs(normals).argmax(axis=1)])[:, None]
     key = np.round(np.concatenate([normals, offset[:, None]], axis=1) * sign, 4)
     _, plane = np.unique(key, axis=0, return_inverse=True)
@@ -168,8 +208,11 @@ def test_manifold3d_agrees(path, name):
 
 @pytest.mark.parametrize("path, name", CASES)
 def test_parts_hold_the_mesh_together(path, name):
-    """Euler's formula and volumes of the parts, each measured alone, add up to the whole's where no vertex is pinched."""
-    measures, mesh = case(path, name)[2], mesh_of(path, name)
+    """Euler's formula and volumes of the parts, each measured alone, add up to the whole's where no vertex is
+    pinched.
+    """
+    measures = case(path, name)[2]
+    mesh = mesh_of(path, name)
     part, parts = Edges(mesh).part
     alone = [compact(mesh.vertices, mesh.faces[part == i]) for i in range(parts)]
     assert math.isclose(sum(face_volumes(*piece).sum() for piece in alone), measures["volume"], abs_tol=1e-12)

@@ -1,4 +1,6 @@
-"""TRELLIS's two flows and its autoencoders against reference values (fixtures/trellis): random weights, of the sparse ones real spconv."""
+"""TRELLIS's two flows and its autoencoders against reference values (fixtures/trellis): random weights, of
+the sparse ones real spconv.
+"""
 
 import ast
 import functools
@@ -20,38 +22,82 @@ from eg3d_rlhf.models.trellis.autoencoders import (
     grid_of,
     voxels_of,
 )
-from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig, from_patches, to_patches
+from eg3d_rlhf.models.trellis.flows import (
+    LatentFlow,
+    LatentFlowConfig,
+    StructureFlow,
+    StructureFlowConfig,
+    from_patches,
+    to_patches,
+)
 from eg3d_rlhf.models.trellis.sparse_conv import downsample
 from eg3d_rlhf.tuning.flow.generate import trajectory
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels
 from tests.compat import reference
 
-OUTPUT, GRADIENT = 1e-5, 1e-3
+OUTPUT = 1e-5
+GRADIENT = 1e-3
 close = functools.partial(reference.close, tolerance=OUTPUT)
 FLOWS = ("ss_flow_p1", "ss_flow_p2", "slat_flow")
 LARGE = dict(
-    resolution=16, in_channels=8, out_channels=8, model_channels=1024, num_blocks=24, num_heads=16, mlp_ratio=4, patch_size=1,
-    pe_mode="ape", qk_rms_norm=True, use_fp16=True,
+    resolution=16,
+    in_channels=8,
+    out_channels=8,
+    model_channels=1024,
+    num_blocks=24,
+    num_heads=16,
+    mlp_ratio=4,
+    patch_size=1,
+    pe_mode="ape",
+    qk_rms_norm=True,
+    use_fp16=True,
 )
 SPARSE = {**LARGE, "resolution": 64, "patch_size": 2, "num_io_res_blocks": 2, "io_block_channels": [128]}
 VAE = dict(latent_channels=8, num_res_blocks=2, num_res_blocks_middle=2, use_fp16=True)
 AUTOENCODER = dict(
-    resolution=64, model_channels=768, latent_channels=8, num_blocks=12, num_heads=12, mlp_ratio=4, attn_mode="swin", window_size=8,
+    resolution=64,
+    model_channels=768,
+    latent_channels=8,
+    num_blocks=12,
+    num_heads=12,
+    mlp_ratio=4,
+    attn_mode="swin",
+    window_size=8,
     use_fp16=True,
 )
 GAUSSIANS = {
-    "lr": {"_xyz": 1.0, "_features_dc": 1.0, "_opacity": 1.0, "_scaling": 1.0, "_rotation": 0.1}, "perturb_offset": True, "voxel_size": 1.5,
-    "num_gaussians": 32, "2d_filter_kernel_size": 0.1, "3d_filter_kernel_size": 9e-4, "scaling_bias": 4e-3, "opacity_bias": 0.1,
+    "lr": {"_xyz": 1.0, "_features_dc": 1.0, "_opacity": 1.0, "_scaling": 1.0, "_rotation": 0.1},
+    "perturb_offset": True,
+    "voxel_size": 1.5,
+    "num_gaussians": 32,
+    "2d_filter_kernel_size": 0.1,
+    "3d_filter_kernel_size": 9e-4,
+    "scaling_bias": 4e-3,
+    "opacity_bias": 0.1,
     "scaling_activation": "softplus",
-}  # fmt: skip
+}
 TABLES = {
-    "ss_flow_txt_dit_L_16l8_fp16__denoiser": lambda: StructureFlow(StructureFlowConfig(cond_channels=768, **LARGE)),
-    "ss_flow_img_dit_L_16l8_fp16__denoiser": lambda: StructureFlow(StructureFlowConfig(cond_channels=1024, **LARGE)),
-    "ss_vae_conv3d_16l8_fp16__encoder": lambda: StructureEncoder(StructureVAEConfig(in_channels=1, channels=(32, 128, 512), **VAE)),
-    "ss_vae_conv3d_16l8_fp16__decoder": lambda: StructureDecoder(StructureVAEConfig(out_channels=1, channels=(512, 128, 32), **VAE)),
-    "slat_flow_txt_dit_L_64l8p2_fp16__denoiser": lambda: LatentFlow(LatentFlowConfig(cond_channels=768, **SPARSE)),
-    "slat_flow_img_dit_L_64l8p2_fp16__denoiser": lambda: LatentFlow(LatentFlowConfig(cond_channels=1024, **SPARSE)),
-    "slat_vae_enc_dec_gs_swin8_B_64l8_fp16__encoder": lambda: LatentEncoder(LatentEncoderConfig(in_channels=1024, **AUTOENCODER)),
+    "ss_flow_txt_dit_L_16l8_fp16__denoiser": lambda: StructureFlow(
+        StructureFlowConfig(cond_channels=768, **LARGE)
+    ),
+    "ss_flow_img_dit_L_16l8_fp16__denoiser": lambda: StructureFlow(
+        StructureFlowConfig(cond_channels=1024, **LARGE)
+    ),
+    "ss_vae_conv3d_16l8_fp16__encoder": lambda: StructureEncoder(
+        StructureVAEConfig(in_channels=1, channels=(32, 128, 512), **VAE)
+    ),
+    "ss_vae_conv3d_16l8_fp16__decoder": lambda: StructureDecoder(
+        StructureVAEConfig(out_channels=1, channels=(512, 128, 32), **VAE)
+    ),
+    "slat_flow_txt_dit_L_64l8p2_fp16__denoiser": lambda: LatentFlow(
+        LatentFlowConfig(cond_channels=768, **SPARSE)
+    ),
+    "slat_flow_img_dit_L_64l8p2_fp16__denoiser": lambda: LatentFlow(
+        LatentFlowConfig(cond_channels=1024, **SPARSE)
+    ),
+    "slat_vae_enc_dec_gs_swin8_B_64l8_fp16__encoder": lambda: LatentEncoder(
+        LatentEncoderConfig(in_channels=1024, **AUTOENCODER)
+    ),
     "slat_vae_enc_dec_gs_swin8_B_64l8_fp16__decoder": lambda: GaussianDecoder(
         GaussianDecoderConfig(representation_config=GAUSSIANS, **AUTOENCODER)
     ),
@@ -79,7 +125,10 @@ def config_of(values):
 
 
 def loaded(model, values, prefix="sd/"):
-    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in values.items() if name.startswith(prefix)}, strict=True)
+    model.load_state_dict(
+        {name.removeprefix(prefix): tensor for name, tensor in values.items() if name.startswith(prefix)},
+        strict=True,
+    )
     return model
 
 
@@ -98,7 +147,9 @@ def values(request, folder):
 
 @pytest.fixture
 def flow(values):
-    kind, config = (LatentFlow, LatentFlowConfig) if "coords" in values else (StructureFlow, StructureFlowConfig)
+    kind, config = (
+        (LatentFlow, LatentFlowConfig) if "coords" in values else (StructureFlow, StructureFlowConfig)
+    )
     model = kind(config(**config_of(values)))
     if "sd/pos_emb" in values:
         close(model.pos_emb, values["sd/pos_emb"])
@@ -115,7 +166,9 @@ def test_full_size_parameters_have_trellis_names_shapes_and_types(folder, name):
     rows = [line.split("\t") for line in (folder / "params" / f"{name}.tsv").read_text().splitlines()]
     with torch.device("meta"):
         state = TABLES[name]().state_dict()
-    ours = [(key, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for key, tensor in state.items()]
+    ours = [
+        (key, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for key, tensor in state.items()
+    ]
     assert ours == [(key, ast.literal_eval(shape), dtype) for key, shape, dtype in rows]
 
 
@@ -127,17 +180,28 @@ def test_flow_output(flow, values):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_flow_matching_loss_and_gradients(flow, values, recompute):
     flow.recompute = recompute
-    path, x_0, t, eps = FlowPath(), given(values, "fm_x0"), values["fm_t"], given(values, "fm_noise")
-    x_t, target = path.mix(x_0, t, eps), feats_of(path.velocity(x_0, eps))
+    path = FlowPath()
+    x_0 = given(values, "fm_x0")
+    t = values["fm_t"]
+    eps = given(values, "fm_noise")
+    x_t = path.mix(x_0, t, eps)
+    target = feats_of(path.velocity(x_0, eps))
     for found, key in ((x_t, "fm_x_t"), (target, "fm_target")):
         if key in values:
             close(found, values[key])
-    loss = (feats_of(flow(x_t, t, values["cond"])) - target).square().mean()  # TRELLIS's own: one mean over the whole batch
+    # TRELLIS's own: one mean over the whole batch
+    loss = (feats_of(flow(x_t, t, values["cond"])) - target).square().mean()
     close(loss, values["fm_loss"])
     loss.backward()
-    close(torch.stack([p.grad.norm() for p in flow.parameters()]).norm(), values["fm_grad_norm"], tolerance=GRADIENT)
+    close(
+        torch.stack([p.grad.norm() for p in flow.parameters()]).norm(),
+        values["fm_grad_norm"],
+        tolerance=GRADIENT,
+    )
     sparse = "coords" in values
-    got = flow.input_blocks[0].conv1.conv.weight.grad if sparse else flow.blocks[0].self_attn.to_qkv.weight.grad
+    got = (
+        flow.input_blocks[0].conv1.conv.weight.grad if sparse else flow.blocks[0].self_attn.to_qkv.weight.grad
+    )
     want = values["fm_grad_conv1" if sparse else "fm_grad_block0_to_qkv"]
     assert (got - want).norm() <= GRADIENT * want.norm()
 
@@ -148,9 +212,15 @@ def test_sampler(flow, values, name):
         pytest.skip("this set has no such trajectory")
     config = config_of(values)
     kind = SparseVoxels if "coords" in values else DenseGrid
-    stage = FlowStage(name="flow", model=flow, latents=kind(channels=config["in_channels"], resolution=config["resolution"]))
+    stage = FlowStage(
+        name="flow", model=flow, latents=kind(channels=config["in_channels"], resolution=config["resolution"])
+    )
     cond = values.get("smp_cond", values["cond"])
-    steps = list(trajectory(stage, given(values, "smp_noise"), cond, values["smp_neg"].expand_as(cond), SAMPLINGS[name]))
+    steps = list(
+        trajectory(
+            stage, given(values, "smp_noise"), cond, values["smp_neg"].expand_as(cond), SAMPLINGS[name]
+        )
+    )
     close(torch.stack([feats_of(x) for x, _ in steps]), values[f"smp_{name}x_t"])
     close(torch.stack([feats_of(x_0) for _, x_0 in steps]), values[f"smp_{name}x_0"])
     if f"smp_{name}out" in values:
@@ -181,7 +251,10 @@ def test_structure_autoencoder(folder):
     close(logits, values["logits"])
     coords = values["coords"]
     voxels = voxels_of(values["logits"])
-    assert torch.equal(torch.cat(voxels), coords[:, 1:]) and [len(v) for v in voxels] == torch.bincount(coords[:, 0]).tolist()
+    assert (
+        torch.equal(torch.cat(voxels), coords[:, 1:])
+        and [len(v) for v in voxels] == torch.bincount(coords[:, 0]).tolist()
+    )
     assert torch.equal(grid_of(voxels, 8), (values["logits"] > 0).float())
 
 
@@ -217,7 +290,10 @@ def test_half_precision_and_autocast_stay_near_float32_and_give_gradients(flow, 
     if "coords" in values:
         pytest.skip("of the dense flow; the sparse one: tests/models/test_trellis_flows.py")
     half = loaded(StructureFlow(StructureFlowConfig(**{**config_of(values), "use_fp16": True})), values)
-    assert half.out_layer.weight.dtype == torch.float32 and half.blocks[0].mlp.mlp[0].weight.dtype == torch.float16
+    assert (
+        half.out_layer.weight.dtype == torch.float32
+        and half.blocks[0].mlp.mlp[0].weight.dtype == torch.float16
+    )
     with torch.no_grad():
         close(output(half, values), values["y"], tolerance=2e-2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -225,4 +301,7 @@ def test_half_precision_and_autocast_stay_near_float32_and_give_gradients(flow, 
     assert got.dtype == torch.float32
     close(got, values["y"], tolerance=0.1)
     got.square().mean().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in flow.parameters())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in flow.parameters()
+    )

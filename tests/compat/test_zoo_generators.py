@@ -1,8 +1,8 @@
-"""Full-head generators against the original implementations, for every generator in the fixtures: plane samplers with gradients, then whole
-networks, whose weights come from their names.
+"""Full-head generators against the original implementations, for every generator in the fixtures: plane
+samplers with gradients, then whole networks, whose weights come from their names.
 
-Which network a case is, is told by its state dict alone, as the reader of pickles does; salts, seeds, sizes, cameras and resolution by its
-JSON, partly in words.
+Which network a case is, is told by its state dict alone, as the reader of pickles does; salts, seeds, sizes,
+cameras and resolution by its JSON, partly in words.
 """
 
 import contextlib
@@ -26,14 +26,18 @@ from training.rendering.renderer import generate_planes
 
 FOLDER = ROOT / "reward_zoo"
 CASES = [
-    (path.stem, name) for path in sorted(FOLDER.glob("*_generator.json"))
-    for name, case in json.loads(path.read_text()).items() if isinstance(case, dict) and "kwargs" in case
+    (path.stem, name)
+    for path in sorted(FOLDER.glob("*_generator.json"))
+    for name, case in json.loads(path.read_text()).items()
+    if isinstance(case, dict) and "kwargs" in case
 ]
 SINGULAR = 1e6  # reference gradients beyond are those of a pole
 
 pytestmark = [
     pytest.mark.usefixtures("fixtures_dir"),
-    pytest.mark.skipif(not CASES, reason=f"no reference generators at {FOLDER}; set EG3D_RLHF_FIXTURES to the folder above"),
+    pytest.mark.skipif(
+        not CASES, reason=f"no reference generators at {FOLDER}; set EG3D_RLHF_FIXTURES to the folder above"
+    ),
 ]
 
 
@@ -61,21 +65,29 @@ class Recipe:
 
     def labels(self, yaws: list[float], pitch: float) -> torch.Tensor:
         """Cameras [N, 25]."""
-        target = torch.tensor([float(part) for part in self.after("cameras", r"look-at \(", r"\)").split(",")])
+        target = torch.tensor(
+            [float(part) for part in self.after("cameras", r"look-at \(", r"\)").split(",")]
+        )
         poses = [
-            LookAtPoseSampler.sample(np.pi / 2 + yaw, np.pi / 2 + pitch, target, radius=self.number("radius")) for yaw in yaws
+            LookAtPoseSampler.sample(np.pi / 2 + yaw, np.pi / 2 + pitch, target, radius=self.number("radius"))
+            for yaw in yaws
         ]
         return pack_label(torch.cat(poses), FOV_to_intrinsics(self.number("fov")))
 
     def cameras(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """That of the mapping, for every latent, and those that look: the JSON's, in turn where there are more latents."""
-        yaws, count = numbers(self.after("cameras", "cameras yaw", ", pitch").replace("and", " ")), len(self.told["seeds"])
+        """That of the mapping, for every latent, and those that look: the JSON's, in turn where there are
+        more latents.
+        """
+        yaws = numbers(self.after("cameras", "cameras yaw", ", pitch").replace("and", " "))
+        count = len(self.told["seeds"])
         front = self.labels([0.0], 0.0).expand(count, -1)
         return front, self.labels([yaws[i % len(yaws)] for i in range(count)], self.number("pitch pi/2"))
 
     def drawn(self, part: str, shape=None) -> torch.Tensor:
         """Normal draws of the sampler's test: 'planes' of the stated shape, else of this one."""
-        seed, stated = re.search(rf"{part}.*?RandomState\((\d+)\)(?:\.standard_normal\(([\d, ]+)\))?", self.told["sampler"]).groups()
+        seed, stated = re.search(
+            rf"{part}.*?RandomState\((\d+)\)(?:\.standard_normal\(([\d, ]+)\))?", self.told["sampler"]
+        ).groups()
         shape = tuple(map(int, stated.split(","))) if shape is None else tuple(shape)
         return torch.from_numpy(np.random.RandomState(int(seed)).standard_normal(shape))
 
@@ -89,7 +101,10 @@ def shapes_of(file: str, case: str) -> dict[str, tuple[int, ...]]:
     """The entries of a case's state dict."""
     with (FOLDER / f"{file.removesuffix('_generator')}_{case}_state_dict.tsv").open() as table:
         rows = list(csv.DictReader(table, delimiter="\t"))
-    return {row["name"]: () if row["shape"] == "scalar" else tuple(map(int, row["shape"].split("x"))) for row in rows}
+    return {
+        row["name"]: () if row["shape"] == "scalar" else tuple(map(int, row["shape"].split("x")))
+        for row in rows
+    }
 
 
 def scaled(salt: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -113,9 +128,16 @@ def scaled(salt: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
 def build(file: str, case: str):
     """(network with its weights, reference arrays by name)."""
     told = recipe(file).told
-    about, salt = told[case], told["salt"]
-    kwargs, shapes = about["kwargs"], shapes_of(file, case)
-    G = kind_of(about["class_name"].rpartition(".")[2], shapes, kwargs["rendering_kwargs"]).cls(**kwargs).eval().requires_grad_(False)
+    about = told[case]
+    salt = told["salt"]
+    kwargs = about["kwargs"]
+    shapes = shapes_of(file, case)
+    G = (
+        kind_of(about["class_name"].rpartition(".")[2], shapes, kwargs["rendering_kwargs"])
+        .cls(**kwargs)
+        .eval()
+        .requires_grad_(False)
+    )
     for name, tensor in G.state_dict().items():
         if not name.endswith("resample_filter"):
             tensor.copy_(torch.as_tensor(scaled(salt, name, tuple(tensor.shape)).astype(np.float32)))
@@ -128,19 +150,33 @@ def build(file: str, case: str):
 @functools.cache
 def outputs(file: str, case: str, impl: str) -> dict:
     """What the reference recorded, computed here."""
-    (G, ref), told = build(file, case), recipe(file)
+    G, ref = build(file, case)
+    told = recipe(file)
     seeds = told.told["seeds"]
-    z = torch.from_numpy(np.stack([np.random.RandomState(seed).randn(G.z_dim) for seed in seeds]).astype(np.float32))
+    z = torch.from_numpy(
+        np.stack([np.random.RandomState(seed).randn(G.z_dim) for seed in seeds]).astype(np.float32)
+    )
     front, c = told.cameras()
     with torch.no_grad(), implementation(impl) if impl == "ref" else contextlib.nullcontext():
-        ws = G.mapping(z, front, truncation_psi=told.number("psi"), truncation_cutoff=int(told.number("cutoff")))
+        ws = G.mapping(
+            z, front, truncation_psi=told.number("psi"), truncation_cutoff=int(told.number("cutoff"))
+        )
         moved = G.moved_camera(z, c)
-        computed = {"ws": ws, "ws_psi1": G.mapping(z, front), "c_after": moved, "delta_c": (moved - c)[:, [3, 7, 11]]}
+        computed = {
+            "ws": ws,
+            "ws_psi1": G.mapping(z, front),
+            "c_after": moved,
+            "delta_c": (moved - c)[:, [3, 7, 11]],
+        }
         for prefix, label in (("", c), ("adapted_", moved)):
             with Draws(None).injected():
-                out = G.synthesis(ws, label, neural_rendering_resolution=int(told.number("render")), noise_mode="const")
+                out = G.synthesis(
+                    ws, label, neural_rendering_resolution=int(told.number("render")), noise_mode="const"
+                )
             computed |= {prefix + key: value for key, value in out.items()}
-        out = G.sample_mixed(torch.from_numpy(ref["points"]).expand(len(z), -1, -1), None, ws, noise_mode="const")
+        out = G.sample_mixed(
+            torch.from_numpy(ref["points"]).expand(len(z), -1, -1), None, ws, noise_mode="const"
+        )
         computed["sigma"], computed["rgb"] = out["sigma"].squeeze(2), out["rgb"]
         computed["field"] = of(G).field(ws).density(torch.from_numpy(ref["points"][0]))
     return computed
@@ -148,11 +184,18 @@ def outputs(file: str, case: str, impl: str) -> dict:
 
 def thinned(value: torch.Tensor, expected: np.ndarray) -> torch.Tensor:
     """Every so many entries of each axis, as the reference has kept them."""
-    return value[tuple(slice(None, None, -(-have // want)) for have, want in zip(value.shape, expected.shape, strict=True))]
+    return value[
+        tuple(
+            slice(None, None, -(-have // want))
+            for have, want in zip(value.shape, expected.shape, strict=True)
+        )
+    ]
 
 
 def even_points(G, points: np.ndarray) -> np.ndarray:
-    """Which points [P, 3] have an angle that does not hang on the sign of a zero: of HyPlaneHead not the origin, lower pole, seam."""
+    """Which points [P, 3] have an angle that does not hang on the sign of a zero: of HyPlaneHead not the
+    origin, lower pole, seam.
+    """
     x, y, z = points.T
     hangs = (z == 0) & ((x < 0) | ((x == 0) & (y <= 0)))
     return ~hangs | (not isinstance(G, HyPlaneHeadGenerator))
@@ -160,7 +203,8 @@ def even_points(G, points: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("file", "case"), CASES)
 def test_the_sampler_and_its_gradients(file, case):
-    (G, ref), told = build(file, case), recipe(file)
+    G, ref = build(file, case)
+    told = recipe(file)
     values, expected = of_set(ref, "sample_features_sub", "sample_d_points")
     planes = told.drawn("planes")
     if isinstance(G, PanoHeadGenerator):  # stated for one number of slices
@@ -168,7 +212,8 @@ def test_the_sampler_and_its_gradients(file, case):
         planes = told.drawn("planes", shape)
     planes = planes.float().requires_grad_()
     points = torch.from_numpy(ref["points"]).repeat(len(planes), 1, 1).requires_grad_()
-    ours = planes.unflatten(2, (32, -1)) if isinstance(G, PanoHeadGenerator) else planes  # channel c, slice d is their channel c D + d
+    # channel c, slice d is their channel c D + d
+    ours = planes.unflatten(2, (32, -1)) if isinstance(G, PanoHeadGenerator) else planes
     features = G.renderer.read(generate_planes("panohead"), ours, points, told.number("box_warp", "sampler"))
     (features * told.drawn("cotangent", features.shape).float()).sum().backward()
     kept = even_points(G, ref["points"][0])
@@ -198,7 +243,8 @@ def test_the_whole_network(file, case, impl):
         assert relative_error(value, wanted) < tolerance, name
 
     def ws_sub(wanted):
-        layers, kept = computed["ws"].shape[1], wanted.shape[1]
+        layers = computed["ws"].shape[1]
+        kept = wanted.shape[1]
         assert relative_error(computed["ws"][:, [*range(kept - 1), layers - 1]], wanted) < 2e-5
 
     def ws_sum(wanted):
@@ -210,7 +256,8 @@ def test_the_whole_network(file, case, impl):
     def depth(wanted):
         if "image_mask" not in ref:
             return
-        opacity = (ref["image_mask"] + 0.001) / 1.002  # a ray of 1e-7 has a mean depth by weights that rounding makes
+        # a ray of 1e-7 has a mean depth by weights that rounding makes
+        opacity = (ref["image_mask"] + 0.001) / 1.002
         seen = computed["image_depth"].numpy()
         assert relative_error(seen * opacity, wanted * opacity) < 1e-5
         assert relative_error(seen[opacity > 1e-3], wanted[opacity > 1e-3]) < 1e-4
@@ -219,13 +266,25 @@ def test_the_whole_network(file, case, impl):
         return lambda wanted: np.testing.assert_allclose(totals(computed[name]), wanted, rtol=tolerance)
 
     exact = 1e-4 if impl == "auto" else 1e-3  # torch's exp is another on other processors
-    hold(ref, {
-        "num_ws": layers, "ws_sub": ws_sub, "ws_psi1_sum": ws_sum, "delta_c": near("delta_c", 2e-5), "c_after": near("c_after", 2e-5),
-        "image_depth": depth, "image_raw": near("image_raw", 1e-4), "image_mask": near("image_mask", 1e-4),
-        "adapted_image_raw_sum": summed("adapted_image_raw"), "adapted_image_depth_sum": summed("adapted_image_depth", exact),
-        "adapted_image_mask_sum": summed("adapted_image_mask"), "image_sub": near("image", 1e-4), "image_sum": summed("image"),
-        "rgb_sub": near("rgb", 1e-4),
-    })
+    hold(
+        ref,
+        {
+            "num_ws": layers,
+            "ws_sub": ws_sub,
+            "ws_psi1_sum": ws_sum,
+            "delta_c": near("delta_c", 2e-5),
+            "c_after": near("c_after", 2e-5),
+            "image_depth": depth,
+            "image_raw": near("image_raw", 1e-4),
+            "image_mask": near("image_mask", 1e-4),
+            "adapted_image_raw_sum": summed("adapted_image_raw"),
+            "adapted_image_depth_sum": summed("adapted_image_depth", exact),
+            "adapted_image_mask_sum": summed("adapted_image_mask"),
+            "image_sub": near("image", 1e-4),
+            "image_sum": summed("image"),
+            "rgb_sub": near("rgb", 1e-4),
+        },
+    )
 
 
 @pytest.mark.parametrize("key", ["sigma", "field"])

@@ -1,5 +1,5 @@
-"""What the reward zoo computes beside its networks against the reference values: aggregates, schedules of projectors, cameras, clouds, the
-nose floor.
+"""What the reward zoo computes beside its networks against the reference values: aggregates, schedules of
+projectors, cameras, clouds, the nose floor.
 """
 
 import math
@@ -17,8 +17,17 @@ from eg3d_rlhf.tuning.gan.nose import floor_loss
 from tests.compat.reference import ROOT, array_names, of_set, read_json
 
 SETS = sorted((ROOT / "reward_zoo").glob("misc*.npz"))
-AGGREGATES = sorted({name.removeprefix("agg_") for path in SETS for name in array_names(path) if re.match("agg_(?!grad_)", name)})
-pytestmark = pytest.mark.skipif(not SETS, reason=f"no reward_zoo/misc*.npz in {ROOT}; set EG3D_RLHF_FIXTURES to the folder of references")
+AGGREGATES = sorted(
+    {
+        name.removeprefix("agg_")
+        for path in SETS
+        for name in array_names(path)
+        if re.match("agg_(?!grad_)", name)
+    }
+)
+pytestmark = pytest.mark.skipif(
+    not SETS, reason=f"no reward_zoo/misc*.npz in {ROOT}; set EG3D_RLHF_FIXTURES to the folder of references"
+)
 
 
 @pytest.fixture(scope="module", params=SETS, ids=lambda path: path.stem)
@@ -30,7 +39,7 @@ def values(request):
 @pytest.mark.parametrize("case", AGGREGATES)
 def test_aggregates_of_ensembles(case, values):
     kind, strength = re.fullmatch(r"([a-z]+)(?:_[a-z]+([\d.]+))?", case).groups()
-    (_, scores) = of_set(values, f"agg_{case}", "members")
+    _, scores = of_set(values, f"agg_{case}", "members")
     members = torch.as_tensor(scores).requires_grad_(True)  # [E, N] float64
     joined = Aggregate(kind, strength and float(strength))(members)
     (joined * torch.as_tensor(values["cotangent"])).sum().backward()
@@ -38,10 +47,14 @@ def test_aggregates_of_ensembles(case, values):
     np.testing.assert_allclose(members.grad, values[f"agg_grad_{case}"], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "schedule"), [("projector_lr", learning_rate), ("projector_noise_over_wstd", noise_scale)])
+@pytest.mark.parametrize(
+    ("name", "schedule"), [("projector_lr", learning_rate), ("projector_noise_over_wstd", noise_scale)]
+)
 def test_schedules_of_projectors(name, schedule, values):
     (wanted,) = of_set(values, name)  # [500]
-    np.testing.assert_allclose([schedule(step, len(wanted)) for step in range(len(wanted))], wanted, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        [schedule(step, len(wanted)) for step in range(len(wanted))], wanted, rtol=0, atol=1e-12
+    )
 
 
 def test_cameras(values):
@@ -53,13 +66,16 @@ def test_cameras(values):
 
 def test_nose_floor(values):
     depths, least, expected, gradient = of_set(values, "depth", "nose_floor", "nose_loss", "nose_grad")
-    maps, floor = torch.from_numpy(depths)[None].requires_grad_(), float(least)
+    maps = torch.from_numpy(depths)[None].requires_grad_()
+    floor = float(least)
     loss = floor_loss(maps, floor, violators=True)
     loss.sum().backward()
     assert loss.item() == pytest.approx(float(expected), rel=1e-5)
     np.testing.assert_allclose(maps.grad[0], gradient, rtol=1e-5, atol=1e-8)
     share = float((maps < floor).float().mean())
-    assert floor_loss(maps, floor).item() == pytest.approx(share * float(expected), rel=1e-5), "ours counts all pixels"
+    assert floor_loss(maps, floor).item() == pytest.approx(share * float(expected), rel=1e-5), (
+        "ours counts all pixels"
+    )
 
 
 def test_lifting_normalisation_and_gradient(values):
@@ -72,6 +88,10 @@ def test_lifting_normalisation_and_gradient(values):
         if name in values:
             np.testing.assert_allclose(lifted[0].detach(), values[name], rtol=0, atol=1e-6)
     (expected,) = of_set(values, "depth_grad_of_scaled")
-    cotangent = np.random.RandomState(values["recipe"]["seed"] + 1).standard_normal(scaled.shape[1:]).astype(np.float32)
+    cotangent = (
+        np.random.RandomState(values["recipe"]["seed"] + 1)
+        .standard_normal(scaled.shape[1:])
+        .astype(np.float32)
+    )
     (scaled * torch.from_numpy(cotangent)).sum().backward()
     np.testing.assert_allclose(depth.grad[0, 0], expected, rtol=0, atol=1e-5 * np.abs(cotangent).sum() ** 0.5)

@@ -1,6 +1,8 @@
-"""Point networks and lifted clouds against the reference values, for every set in the fixtures that is about points.
+"""Point networks and lifted clouds against the reference values, for every set in the fixtures that is about
+points.
 
-A set `<name>.npz` with `<name>_state_dict.tsv` belongs to the network whose entries it lists, whatever its name.
+A set `<name>.npz` with `<name>_state_dict.tsv` belongs to the network whose entries it lists, whatever its
+name.
 """
 
 import functools
@@ -16,14 +18,22 @@ from eg3d_rlhf.rewards.point_networks import CurveNet, CurveNetArch, PointNet, P
 from tests.compat.reference import ROOT, crc_random, hold, of_set, weight_of
 
 FOLDER = ROOT / "reward_zoo"
-NETWORKS = {"bn3.weight": "pointnet", "PointNet2Module.affine_scale": "pointnet2", "CurveNetModule.conv0.0.weight": "curvenet"}
-PARAMETER_GRADIENTS = {"pointnet": 1e-4, "pointnet2": 5e-3, "curvenet": 2e-3}  # of the norm + 1e-3 of the largest; specification 2.5
+NETWORKS = {
+    "bn3.weight": "pointnet",
+    "PointNet2Module.affine_scale": "pointnet2",
+    "CurveNetModule.conv0.0.weight": "curvenet",
+}
+# of the norm + 1e-3 of the largest; specification 2.5
+PARAMETER_GRADIENTS = {"pointnet": 1e-4, "pointnet2": 5e-3, "curvenet": 2e-3}
 PRECISIONS = {"": torch.float32, "f64_": torch.float64}
 
 
 def listed(name: str) -> list[tuple[str, str]]:
     """(name, shape) of every entry, in state-dict order."""
-    return [tuple(line.split("\t")[1:3]) for line in (FOLDER / f"{name}_state_dict.tsv").read_text().splitlines()[1:]]
+    return [
+        tuple(line.split("\t")[1:3])
+        for line in (FOLDER / f"{name}_state_dict.tsv").read_text().splitlines()[1:]
+    ]
 
 
 def discover() -> dict[str, str]:
@@ -38,7 +48,10 @@ def discover() -> dict[str, str]:
 
 
 SETS = discover()
-needs_sets = pytest.mark.skipif(not SETS, reason=f"no reference sets of point networks in {FOLDER}; set EG3D_RLHF_FIXTURES to their folder")
+needs_sets = pytest.mark.skipif(
+    not SETS,
+    reason=f"no reference sets of point networks in {FOLDER}; set EG3D_RLHF_FIXTURES to their folder",
+)
 
 
 @functools.cache
@@ -54,9 +67,13 @@ def clouds(name: str) -> torch.Tensor:
     case, _ = reference(name)
     made = []
     for seed in case["seeds"]:
-        r, n = np.random.RandomState(seed), case["n_points"]
-        u, v, e = r.random_sample(n), r.random_sample(n), r.standard_normal((n, 3))
-        phi, cosine = 2 * np.pi * u, 1 - 1.2 * v
+        r = np.random.RandomState(seed)
+        n = case["n_points"]
+        u = r.random_sample(n)
+        v = r.random_sample(n)
+        e = r.standard_normal((n, 3))
+        phi = 2 * np.pi * u
+        cosine = 1 - 1.2 * v
         sine = np.sqrt(1 - cosine**2)
         p = np.stack([0.75 * sine * np.cos(phi), sine * np.sin(phi), 0.9 * cosine], axis=1) + 0.02 * e
         p[:, 2] += 0.25 * np.exp(-(p[:, 0] ** 2 + p[:, 1] ** 2) / 0.02)
@@ -69,7 +86,12 @@ def network(name: str, dtype: torch.dtype = torch.float32, **changes) -> torch.n
     """The published network with the recipe's weights, in eval mode."""
     model = build({"network": SETS[name], **changes})
     case, _ = reference(name)
-    model.load_state_dict({entry: weight_of(entry, value.shape, case["gain"], case["salt"]) for entry, value in model.state_dict().items()})
+    model.load_state_dict(
+        {
+            entry: weight_of(entry, value.shape, case["gain"], case["salt"])
+            for entry, value in model.state_dict().items()
+        }
+    )
     return model.to(dtype).eval()
 
 
@@ -82,23 +104,36 @@ def gap(value, expected: np.ndarray) -> float:
 @functools.cache
 def ran(name: str, precision: str, mode: str) -> dict:
     """What a network gives for the set's clouds, once for all tests."""
-    model, cloud = network(name, PRECISIONS[precision]), clouds(name).to(PRECISIONS[precision], copy=True).requires_grad_()
+    model = network(name, PRECISIONS[precision])
+    cloud = clouds(name).to(PRECISIONS[precision], copy=True).requires_grad_()
     model.train(mode == "train")
     features = model.features(cloud)
     embedding = model.MLP(features)
     scalar = model.score_embedding(embedding)
     scalar.sum().backward()
     gradients = {entry: parameter.grad for entry, parameter in model.named_parameters()}
-    values = {"global": features, "feat": embedding, "scalar": scalar, "bt_log": model.scalar_rwd_head_BT(embedding)}
-    values |= {"pairs": model.pair_logits(embedding[:1], embedding[1:2]), "input_grad": cloud.grad}  # the first and the second
-    return {"values": {k: v.detach() for k, v in values.items()}, "gradients": gradients, "state": model.state_dict()}
+    values = {
+        "global": features,
+        "feat": embedding,
+        "scalar": scalar,
+        "bt_log": model.scalar_rwd_head_BT(embedding),
+    }
+    # the first and the second
+    values |= {"pairs": model.pair_logits(embedding[:1], embedding[1:2]), "input_grad": cloud.grad}
+    return {
+        "values": {k: v.detach() for k, v in values.items()},
+        "gradients": gradients,
+        "state": model.state_dict(),
+    }
 
 
 @needs_sets
 @pytest.mark.parametrize("name", SETS)
 def test_state_dict_and_clouds(name):
     state = network(name).state_dict()
-    assert [(entry, "x".join(map(str, value.shape)) or "scalar") for entry, value in state.items()] == listed(name)
+    assert [(entry, "x".join(map(str, value.shape)) or "scalar") for entry, value in state.items()] == listed(
+        name
+    )
     (first,) = of_set(reference(name)[1], "cloud_check")
     np.testing.assert_array_equal(clouds(name)[:, :, : first.shape[2]], first)
 
@@ -112,7 +147,8 @@ def test_values(name, precision, mode):
     values = ran(name, precision, mode)["values"]
     close = 1e-12 if precision else 5e-6 if mode == "eval" else 1e-4
     tolerances = dict.fromkeys(("global", "feat", "scalar", "bt_log", "pairs"), close)
-    if precision or mode == "eval" or SETS[name] == "pointnet":  # elsewhere the largest neighbour and the chosen path hang on rounding
+    # elsewhere the largest neighbour and the chosen path hang on rounding
+    if precision or mode == "eval" or SETS[name] == "pointnet":
         tolerances["input_grad"] = 2e-7 if precision else 1e-3
 
     def near(key: str, tolerance: float):
@@ -121,21 +157,29 @@ def test_values(name, precision, mode):
 
         return check
 
-    hold(expected, {f"{precision}{mode}_{key}": near(key, tolerance) for key, tolerance in tolerances.items()})
+    hold(
+        expected, {f"{precision}{mode}_{key}": near(key, tolerance) for key, tolerance in tolerances.items()}
+    )
 
 
 @needs_sets
 @pytest.mark.parametrize(
     ("name", "precision", "mode"),
-    [  # in float32 and train mode the references' own gradients are off by 0.05 and more where choices hang on rounding
-        (name, precision, mode) for name in SETS for precision in PRECISIONS for mode in ("eval", "train")
+    # in float32 and train mode the references' own gradients are off by 0.05 and more where choices hang on
+    # rounding
+    [
+        (name, precision, mode)
+        for name in SETS
+        for precision in PRECISIONS
+        for mode in ("eval", "train")
         if precision or mode == "eval" or SETS[name] == "pointnet"
     ],
 )
 def test_parameter_gradients(name, precision, mode):
     _, expected = reference(name)
     entries, rows = of_set(expected, "grad_names", f"{precision}{mode}_grad")
-    gradients, largest = ran(name, precision, mode)["gradients"], np.nanmax(rows[:, 0])
+    gradients = ran(name, precision, mode)["gradients"]
+    largest = np.nanmax(rows[:, 0])
     for entry, row in zip(entries, rows, strict=True):
         gradient = gradients[entry]
         if np.isnan(row[0]):
@@ -144,7 +188,9 @@ def test_parameter_gradients(name, precision, mode):
         values = gradient.double().numpy()
         projected = (values * crc_random(f"proj:{entry}", values.shape)).sum()
         error = np.abs(np.array([np.linalg.norm(values), projected, np.abs(values).max()]) - row).max()
-        assert error / (row[0] + 1e-3 * largest) < (1e-9 if precision else PARAMETER_GRADIENTS[SETS[name]]), entry
+        assert error / (row[0] + 1e-3 * largest) < (1e-9 if precision else PARAMETER_GRADIENTS[SETS[name]]), (
+            entry
+        )
 
 
 @needs_sets
@@ -159,12 +205,15 @@ def test_running_statistics_after_a_step(name, precision):
 
 def of_kind(kind: str):
     names = [name for name, known in SETS.items() if known == kind]
-    return pytest.mark.parametrize("name", names or [pytest.param("", marks=pytest.mark.skip(reason=f"no set of {kind} in {FOLDER}"))])
+    return pytest.mark.parametrize(
+        "name", names or [pytest.param("", marks=pytest.mark.skip(reason=f"no set of {kind} in {FOLDER}"))]
+    )
 
 
 @of_kind("pointnet")
 def test_the_largest_points(name):
-    model, cloud = network(name), clouds(name)
+    model = network(name)
+    cloud = clouds(name)
     seen = []
     model.bn3.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
     model.features(cloud)
@@ -176,13 +225,19 @@ def test_the_largest_points(name):
 @of_kind("pointnet2")
 def test_farthest_points_balls_and_stages(name):
     _, expected = reference(name)
-    cloud, arch, model = clouds(name), PointNet2Arch(), network(name)
+    cloud = clouds(name)
+    arch = PointNet2Arch()
+    model = network(name)
     total = cloud.shape[2]
     chosen = farthest_points(cloud, math.ceil(arch.ratios[0] * total))
-    np.testing.assert_array_equal((chosen + torch.arange(len(cloud))[:, None] * total).flatten(), *of_set(expected, "fps1"))
+    np.testing.assert_array_equal(
+        (chosen + torch.arange(len(cloud))[:, None] * total).flatten(), *of_set(expected, "fps1")
+    )
     centres = cloud.gather(2, chosen[:, None].expand(-1, 3, -1))
     for limit, key in ((arch.limit, "ball1_counts"), (total, "ball1_uncut_counts")):
-        np.testing.assert_array_equal(ball(centres, cloud, arch.radii[0], limit)[1].flatten(), *of_set(expected, key))
+        np.testing.assert_array_equal(
+            ball(centres, cloud, arch.radii[0], limit)[1].flatten(), *of_set(expected, key)
+        )
     assert isinstance(model, PointNet2)
     x, at = model.PointNet2Module.sa1_module(None, cloud)
     y, _ = model.PointNet2Module.sa2_module(x, at)
@@ -196,23 +251,39 @@ def test_farthest_points_balls_and_stages(name):
 @of_kind("curvenet")
 def test_curve_stages(name):
     _, expected = reference(name)
-    model, seen = network(name, torch.float64), {}
+    model = network(name, torch.float64)
+    seen = {}
     assert isinstance(model, CurveNet)
     for stage in ("lpfa", *model.CurveNetModule.names):
-        hook = lambda _module, _inputs, out, stage=stage: seen.update({stage: out if stage == "lpfa" else out[0]})  # noqa: E731
+
+        def hook(_module, _inputs, out, stage=stage):
+            seen[stage] = out if stage == "lpfa" else out[0]
+
         getattr(model.CurveNetModule, stage).register_forward_hook(hook)
     model.features(clouds(name).double())
     for stage in model.CurveNetModule.names:
         if f"eval_{stage}_sum" in expected:
             assert list(seen[stage].shape) == expected[f"eval_{stage}_shape"].tolist()
-            assert gap(torch.stack([seen[stage].sum(), seen[stage].abs().sum()]), expected[f"eval_{stage}_sum"]) < 5e-6, stage
+            assert (
+                gap(torch.stack([seen[stage].sum(), seen[stage].abs().sum()]), expected[f"eval_{stage}_sum"])
+                < 5e-6
+            ), stage
     (first,) = of_set(expected, "eval_l0_sub")
-    assert gap(seen["lpfa"][:, :: seen["lpfa"].shape[1] // first.shape[1], :: seen["lpfa"].shape[2] // first.shape[2]], first) < 5e-6
+    assert (
+        gap(
+            seen["lpfa"][
+                :, :: seen["lpfa"].shape[1] // first.shape[1], :: seen["lpfa"].shape[2] // first.shape[2]
+            ],
+            first,
+        )
+        < 5e-6
+    )
 
 
 @of_kind("curvenet")
 def test_the_correct_mix_is_another_network(name):
-    cloud, published = clouds(name), ran(name, "", "eval")["values"]["global"]
+    cloud = clouds(name)
+    published = ran(name, "", "eval")["values"]["global"]
     with torch.no_grad():
         corrected = network(name, mix="transposed").features(cloud)
         alone = network(name).features(cloud[:1])

@@ -1,4 +1,6 @@
-"""train.py from the outside: its flags, its dry run, and one line with exit code 2 for every mistake a user can make."""
+"""train.py from the outside: its flags, its dry run, and one line with exit code 2 for every mistake a user
+can make.
+"""
 
 import json
 import subprocess
@@ -24,7 +26,10 @@ def run(*flags: str):
 
 def test_help_loads_no_tensors():
     """What --help and a wrong flag wait for: torch, numpy and scipy take seconds."""
-    code = "import sys, train\ntry:\n    train.main(sys.argv[1:])\nfinally:\n    print({'torch', 'numpy', 'scipy'} & sys.modules.keys())"
+    code = (
+        "import sys, train\ntry:\n    train.main(sys.argv[1:])\nfinally:\n    print({'torch', 'numpy',"
+        " 'scipy'} & sys.modules.keys())"
+    )
     for flags in (["--help"], ["--batch=0"]):
         done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, cwd=REPO)
         assert done.stdout.splitlines()[-1] == "set()", done.stderr
@@ -33,12 +38,13 @@ def test_help_loads_no_tensors():
 
 def test_eg3d_spellings_with_underscores_mean_the_same():
     eg3d = (
-        "--gen_pose_cond=False --neural_rendering_resolution_initial=32 --density_reg=0.5 --blur_fade_kimg=3 --gpc_reg_prob=0.4 "
-        "--sr_noise_mode=none --reg_type=monotonic-detach --decoder_lr_mul=2 --disc_c_noise=0.1 --style_mixing_prob=0.1 --cbase=2048 "
-        "--map-depth=3 --gpus=1 --metrics=none"
+        "--gen_pose_cond=False --neural_rendering_resolution_initial=32 --density_reg=0.5 --blur_fade_kimg=3"
+        " --gpc_reg_prob=0.4 --sr_noise_mode=none --reg_type=monotonic-detach --decoder_lr_mul=2"
+        " --disc_c_noise=0.1 --style_mixing_prob=0.1 --cbase=2048 --map-depth=3 --gpus=1 --metrics=none"
     ).split()
     ours = [flag.replace("_", "-") for flag in eg3d]
-    first, second = run("-n", "--init=scratch", *eg3d), run("-n", "--init=scratch", *ours)
+    first = run("-n", "--init=scratch", *eg3d)
+    second = run("-n", "--init=scratch", *ours)
     assert first.exit_code == 0 and first.stdout == second.stdout and first.stderr == ""
     assert json.loads(first.stdout)["density_reg"] == 0.5
 
@@ -47,7 +53,10 @@ def test_flags_without_effect_are_named_and_those_that_differ_refused(tmp_path):
     result = run("-n", "--workers=3", "--metrics=fid50k_full", "--nobench=True")
     assert result.exit_code == 0 and "--metrics, --nobench ignored" in result.stderr
     assert json.loads(result.stdout)["workers"] == 3
-    assert_one_line(run("-n", "--gpus=8"), "--gpus: expected 1, the number of processes, got 8. Start with torchrun --nproc-per-node=8")
+    assert_one_line(
+        run("-n", "--gpus=8"),
+        "--gpus: expected 1, the number of processes, got 8. Start with torchrun --nproc-per-node=8",
+    )
     assert_one_line(run("--resume=ffhq.pkl"), "Use --init=ffhq.pkl to start from its weights.")
 
 
@@ -56,7 +65,14 @@ def test_dry_run_prints_the_settings_as_json_and_touches_nothing(tmp_path):
     assert result.exit_code == 0, result.stderr
     settings = json.loads(result.stdout)
     assert list(settings) == sorted(settings)
-    expected = {"reward": "sigma", "lambda_r": 3.0, "init": "bundled", "data": bundled.DATA, "batch": 4, "reward_clip": "-10,q0.55"}
+    expected = {
+        "reward": "sigma",
+        "lambda_r": 3.0,
+        "init": "bundled",
+        "data": bundled.DATA,
+        "batch": 4,
+        "reward_clip": "-10,q0.55",
+    }
     assert {k: settings[k] for k in expected} == expected
     filled = ("kimg", "glr", "dlr", "rlr", "gamma", "tick", "snap", "ema_kimg", "nrr_initial", "reward_ckpt")
     assert None not in [settings[k] for k in filled]
@@ -67,27 +83,56 @@ def test_published_presets_keep_eg3ds_defaults():
     flags = ("-n", "--cfg=ffhq", "--data=x.zip", "--gamma=1", "--batch=16")
     settings = json.loads(run(*flags).stdout)
     expected = {
-        "init": "scratch", "glr": 0.0025, "dlr": 0.002, "kimg": 25000, "cbase": 32768, "cmax": 512, "ema_kimg": 5.0,
-        "blur_fade_kimg": 100.0, "nrr_initial": 64, "plane_layout": "eg3d", "gen_pose_cond": False, "tick": 4, "snap": 50,
+        "init": "scratch",
+        "glr": 0.0025,
+        "dlr": 0.002,
+        "kimg": 25000,
+        "cbase": 32768,
+        "cmax": 512,
+        "ema_kimg": 5.0,
+        "blur_fade_kimg": 100.0,
+        "nrr_initial": 64,
+        "plane_layout": "eg3d",
+        "gen_pose_cond": False,
+        "tick": 4,
+        "snap": 50,
     }
     assert {k: settings[k] for k in expected} == expected
 
 
 MISTAKES = {  # flags -> what the line must say
     "clip": (["--reward=sigma", "--reward-clip=5,1"], "--reward-clip: expected LOW,HIGH"),
-    "gate without a clip": (["--reward=sigma", "--anchor-gate=0.1", "--reward-clip=none"], "--anchor-gate=0.1: expected --reward-clip"),
+    "gate without a clip": (
+        ["--reward=sigma", "--anchor-gate=0.1", "--reward-clip=none"],
+        "--anchor-gate=0.1: expected --reward-clip",
+    ),
     "clip words": (["--reward=sigma", "--reward-clip=wide"], "--reward-clip: expected LOW,HIGH"),
     "batch split": (["--batch=8", "--batch-gpu=3"], "--batch-gpu: expected a divisor of --batch=8, got 3"),
     "no data": (["--cfg=ffhq", "--gamma=1", "--batch=8"], "--data: expected a dataset for --cfg=ffhq"),
     "no gamma": (["--cfg=ffhq", "--data=x.zip", "--batch=8"], "--gamma: expected a value"),
     "no batch": (["--cfg=ffhq", "--data=x.zip", "--gamma=1"], "--batch: expected a value"),
-    "reward from scratch": (["--reward=sigma", "--init=scratch"], "--reward=sigma: expected pretrained networks, got --init=scratch"),
+    "reward from scratch": (
+        ["--reward=sigma", "--init=scratch"],
+        "--reward=sigma: expected pretrained networks, got --init=scratch",
+    ),
     "unconditional": (["--cond=False"], "--cond: expected True"),
-    "missing data": (["--data={tmp}/missing.zip"], "--data: dataset {tmp}/missing.zip: expected a folder or a .zip file"),
+    "missing data": (
+        ["--data={tmp}/missing.zip"],
+        "--data: dataset {tmp}/missing.zip: expected a folder or a .zip file",
+    ),
     "bad synthetic name": (["--data=synthetic:cats"], "--data: parse_name: expected 'synthetic:people<R>"),
-    "missing control": (["--reward=sigma", "--control={tmp}/none"], "--control: expected a run folder or its summary.json"),
-    "missing resume": (["--resume={tmp}/none"], "--resume: expected a run folder or checkpoint file, got nothing at {tmp}/none"),
-    "empty resume": (["--resume={tmp}"], "--resume: expected a run folder with checkpoint-*.safetensors, got {tmp}"),
+    "missing control": (
+        ["--reward=sigma", "--control={tmp}/none"],
+        "--control: expected a run folder or its summary.json",
+    ),
+    "missing resume": (
+        ["--resume={tmp}/none"],
+        "--resume: expected a run folder or checkpoint file, got nothing at {tmp}/none",
+    ),
+    "empty resume": (
+        ["--resume={tmp}"],
+        "--resume: expected a run folder with checkpoint-*.safetensors, got {tmp}",
+    ),
 }
 
 
@@ -103,7 +148,9 @@ def assert_one_line(result, *texts: str) -> None:
 def test_mistakes_in_flags(case, tmp_path):
     flags, text = MISTAKES[case]
     resumed = "--resume" in flags[0]
-    result = run(*(f.format(tmp=tmp_path) for f in flags), *([] if resumed else [f"--outdir={tmp_path / 'runs'}"]))
+    result = run(
+        *(f.format(tmp=tmp_path) for f in flags), *([] if resumed else [f"--outdir={tmp_path / 'runs'}"])
+    )
     assert_one_line(result, text.format(tmp=tmp_path))
     assert not (tmp_path / "runs").exists()
 
@@ -113,7 +160,11 @@ def attempt(tiny_data, tiny_networks, tmp_path):
     """Run the tiny set-up with flags that must fail; nothing may be left behind."""
 
     def go(*flags: str, **paths):
-        result = run(*tiny_runs.train_flags(paths.get("data", tiny_data), paths.get("init", tiny_networks), tmp_path / "runs", *flags))
+        result = run(
+            *tiny_runs.train_flags(
+                paths.get("data", tiny_data), paths.get("init", tiny_networks), tmp_path / "runs", *flags
+            )
+        )
         assert not (tmp_path / "runs").exists()
         return result
 
@@ -121,20 +172,64 @@ def attempt(tiny_data, tiny_networks, tmp_path):
 
 
 BAD_FILES = {  # what is changed of the tiny set-up -> what the line must say
-    "missing network": (lambda where, **_: {"init": where / "missing"}, "--init: ", "expected a network file"),
-    "folder without networks": (lambda where, **_: {"init": where}, "--init: ", "network-snapshot-*.safetensors"),
-    "truncated network": (lambda where, networks, **_: {"init": written(where / "cut.safetensors", networks.read_bytes()[:-1000])},
-                          "--init: ", "truncated"),
-    "a reward for a network": (lambda reward, **_: {"init": reward}, "--init: ", "Name a file that train.py or a tool wrote"),
-    "no discriminator": (lambda where, **_: {"init": without_discriminator(where)}, "--init: ", "G, D and G_ema"),
-    "another resolution": (lambda where, **_: {"data": tiny_runs.write_dataset(where / "large.zip", resolution=64)}, "--data: ", "got 64"),
-    "grey data": (lambda where, **_: {"data": tiny_runs.write_dataset(where / "grey.zip", mode="L")}, "--data: ", "expected RGB images"),
-    "minibatch-std groups": (lambda **_: {"flags": ["--batch=6"]}, "--batch: ", "minibatch-std group of 4, got 6"),
-    "groups of a part": (lambda **_: {"flags": ["--batch=12", "--batch-gpu=6"]}, "--batch-gpu: ", "minibatch-std group of 4, got 6"),
+    "missing network": (
+        lambda where, **_: {"init": where / "missing"},
+        "--init: ",
+        "expected a network file",
+    ),
+    "folder without networks": (
+        lambda where, **_: {"init": where},
+        "--init: ",
+        "network-snapshot-*.safetensors",
+    ),
+    "truncated network": (
+        lambda where, networks, **_: {
+            "init": written(where / "cut.safetensors", networks.read_bytes()[:-1000])
+        },
+        "--init: ",
+        "truncated",
+    ),
+    "a reward for a network": (
+        lambda reward, **_: {"init": reward},
+        "--init: ",
+        "Name a file that train.py or a tool wrote",
+    ),
+    "no discriminator": (
+        lambda where, **_: {"init": without_discriminator(where)},
+        "--init: ",
+        "G, D and G_ema",
+    ),
+    "another resolution": (
+        lambda where, **_: {"data": tiny_runs.write_dataset(where / "large.zip", resolution=64)},
+        "--data: ",
+        "got 64",
+    ),
+    "grey data": (
+        lambda where, **_: {"data": tiny_runs.write_dataset(where / "grey.zip", mode="L")},
+        "--data: ",
+        "expected RGB images",
+    ),
+    "minibatch-std groups": (
+        lambda **_: {"flags": ["--batch=6"]},
+        "--batch: ",
+        "minibatch-std group of 4, got 6",
+    ),
+    "groups of a part": (
+        lambda **_: {"flags": ["--batch=12", "--batch-gpu=6"]},
+        "--batch-gpu: ",
+        "minibatch-std group of 4, got 6",
+    ),
     "conditioning": (lambda **_: {"flags": ["--gen-pose-cond=False"]}, "--gen-pose-cond: expected True"),
-    "missing reward": (lambda where, **_: {"flags": ["--reward=sigma", f"--reward-ckpt={where}/none.safetensors"]}, "--reward-ckpt: "),
-    "missing watch": (lambda where, reward, **_: {"flags": ["--reward=sigma", f"--reward-ckpt={reward}", f"--reward-watch={where}/none"]},
-                      "--reward-watch: "),
+    "missing reward": (
+        lambda where, **_: {"flags": ["--reward=sigma", f"--reward-ckpt={where}/none.safetensors"]},
+        "--reward-ckpt: ",
+    ),
+    "missing watch": (
+        lambda where, reward, **_: {
+            "flags": ["--reward=sigma", f"--reward-ckpt={reward}", f"--reward-watch={where}/none"]
+        },
+        "--reward-watch: ",
+    ),
 }
 
 
@@ -162,7 +257,10 @@ def test_data_of_sizes_that_networks_do_not_have(tmp_path):
     for flags, words in (
         (("--init=scratch", f"--data={odd}"), ("power of two", "got 40")),
         ((*published, f"--data={odd}"), ("--data: ", "512, 256, 128", "got 40")),
-        ((*published, f"--data={large}", "--cbase=512", "--cmax=8", "--nrr-final=160"), ("--nrr-initial, --nrr-final: ", "128", "got 160")),
+        (
+            (*published, f"--data={large}", "--cbase=512", "--cmax=8", "--nrr-final=160"),
+            ("--nrr-initial, --nrr-final: ", "128", "got 160"),
+        ),
     ):
         assert_one_line(run(*flags, f"--outdir={tmp_path / 'runs'}"), *words)
         assert not (tmp_path / "runs").exists()
@@ -180,7 +278,11 @@ def test_cuda_where_there_is_none(attempt, monkeypatch):
 
 
 def test_an_unknown_mode_names_those_that_are_known():
-    assert_one_line(run("--mode=gann", "--kimg=1"), "--mode: expected one of gan, circular-dpo, online, grpo, offline, distill", "gann")
+    assert_one_line(
+        run("--mode=gann", "--kimg=1"),
+        "--mode: expected one of gan, circular-dpo, online, grpo, offline, distill",
+        "gann",
+    )
 
 
 def test_flags_of_another_mode_are_refused_by_name():

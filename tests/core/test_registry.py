@@ -1,4 +1,6 @@
-"""Things by name are imported when asked for, plugins bring theirs, and an unknown name says which are known."""
+"""Things by name are imported when asked for, plugins bring theirs,
+and an unknown name says which are known.
+"""
 
 import sys
 from pathlib import Path
@@ -13,7 +15,9 @@ MODULE = "from {table} import THINGS\n\nTHINGS.add({name!r}, {value})\n"
 
 @pytest.fixture
 def things(tmp_path, monkeypatch):
-    """A registry of two modules in a package of its own, of which only one exists yet in `sys.modules`; and the folder."""
+    """A registry of two modules in a package of its own, of which only one exists yet in `sys.modules`; and
+    the folder.
+    """
     package = f"things_{tmp_path.name.replace('-', '_')}"
     (tmp_path / package).mkdir()
     ours = {"one": f"{package}.first", "two": f"{package}.second"}
@@ -42,7 +46,8 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(name, things):
 
 def test_a_plugin_adds_a_name_and_may_ask_while_it_is_loaded(things, tmp_path, monkeypatch):
     table, package = things
-    asking = "try:\n    THINGS['later']\nexcept ValueError:\n    pass\n"  # loads plugins again, which must not run this file again
+    # loads plugins again, which must not run this file again
+    asking = "try:\n    THINGS['later']\nexcept ValueError:\n    pass\n"
     plugin = tmp_path / f"plugin_of_{package}.py"
     plugin.write_text(MODULE.format(table=package, name="three", value=3) + asking)
     monkeypatch.setenv(registry.VARIABLE, str(plugin))

@@ -25,17 +25,24 @@ def test_ranges_do_not_overlap():
 def test_the_package_writes_no_held_out_seed_elsewhere(repo):
     for path in sorted((repo / "eg3d_rlhf").rglob("*.py")):
         if path.name != "seeds.py":
-            numbers = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+            numbers = [
+                node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
+            ]
             whole = [n for n in numbers if type(n) is int]
-            assert not [n for n in whole for held in HELD_OUT if n in held.all], f"{path}: draw from eg3d_rlhf/core/seeds.py instead"
+            assert not [n for n in whole for held in HELD_OUT if n in held.all], (
+                f"{path}: draw from eg3d_rlhf/core/seeds.py instead"
+            )
 
 
 @pytest.mark.parametrize(
     ("drawn", "named"),
     [
-        ([5, 210_003, 300_000], "210003 (judge, 210000 to 210199)"), (range(199_990, 200_010), "200000 (latents, 200000 to 209999)"),
-        ([3_210_003], "3210003 (judge of --seed=3, 3210000 to 3210199)"), ([300_031], "300031 (watch, 300000 to 300031)"),
-        ([500_127], "500127 (calibration, 500000 to 500127)"), ([220_000], "220000 (geometry, 220000 to 220039)"),
+        ([5, 210_003, 300_000], "210003 (judge, 210000 to 210199)"),
+        (range(199_990, 200_010), "200000 (latents, 200000 to 209999)"),
+        ([3_210_003], "3210003 (judge of --seed=3, 3210000 to 3210199)"),
+        ([300_031], "300031 (watch, 300000 to 300031)"),
+        ([500_127], "500127 (calibration, 500000 to 500127)"),
+        ([220_000], "220000 (geometry, 220000 to 220039)"),
     ],
 )
 def test_a_held_out_seed_is_refused_by_name(drawn, named):
@@ -47,13 +54,25 @@ def test_a_held_out_seed_is_refused_by_name(drawn, named):
 def test_other_seeds_pass():
     refuse_held_out([0, 9_999, 100_000, 199_999, 210_200, 300_032, 1_300_000, 1_500_000, 2**32 - 1], "labels")
     refuse_held_out([seed for part in anchor_seeds().values() for seed in part], "anchors")
-    refuse_held_out([seed for label in load_labels(BUNDLED_LABELS) for seed in (label.winner, label.loser)], "bundled labels")
+    refuse_held_out(
+        [seed for label in load_labels(BUNDLED_LABELS) for seed in (label.winner, label.loser)],
+        "bundled labels",
+    )
 
 
 def test_reward_training_refuses_labels_of_held_out_seeds(tmp_path):
     path = tmp_path / "labels.jsonl"
-    write_labels(path, [Preference(winner=1, loser=2), Preference(winner=3, loser=300_007), Preference(winner=210_000, loser=5)])
-    with pytest.raises(ValueError, match=r"labels.jsonl: expected seeds that are not held out, got 300007 \(watch"):
+    write_labels(
+        path,
+        [
+            Preference(winner=1, loser=2),
+            Preference(winner=3, loser=300_007),
+            Preference(winner=210_000, loser=5),
+        ],
+    )
+    with pytest.raises(
+        ValueError, match=r"labels.jsonl: expected seeds that are not held out, got 300007 \(watch"
+    ):
         TRAINING.begin(RewardRun(labels=LabelSource.of_file(path)), tmp_path / "out")
 
 

@@ -15,7 +15,9 @@ def test_easydict_is_dict_and_attributes():
 
 
 def test_classes_are_constructed_by_name():
-    layer = dnnlib.construct_class_by_name(3, 5, class_name="training.layers.FullyConnectedLayer", activation="lrelu")
+    layer = dnnlib.construct_class_by_name(
+        3, 5, class_name="training.layers.FullyConnectedLayer", activation="lrelu"
+    )
     assert layer.weight.shape == (5, 3)
     assert dnnlib.get_obj_by_name("torch.nn.functional.softplus").__name__ == "softplus"
 

@@ -1,4 +1,6 @@
-"""Comparisons small enough for a test: tiny generators that differ by noise on their weights, a run with snapshots, a control."""
+"""Comparisons small enough for a test: tiny generators that differ by noise on their weights, a run with
+snapshots, a control.
+"""
 
 import copy
 import dataclasses
@@ -20,7 +22,8 @@ SMALL = {"n": 16, "images": 20, "batch": 8}
 def moved(amount: float, seed: int = 1) -> networks.Networks:
     """The tiny networks of seed 0 with noise on every weight of the moving average."""
     nets = tiny_runs.build_networks()
-    G_ema, random = copy.deepcopy(nets.G_ema), torch.Generator().manual_seed(seed)
+    G_ema = copy.deepcopy(nets.G_ema)
+    random = torch.Generator().manual_seed(seed)
     for parameter in G_ema.parameters():
         parameter.data += amount * torch.randn(parameter.shape, generator=random)
     return dataclasses.replace(nets, G_ema=G_ema)
@@ -29,7 +32,15 @@ def moved(amount: float, seed: int = 1) -> networks.Networks:
 def write_run(folder: Path, amounts: dict[int, float], lambda_r: float, noise: int = 1, **settings) -> Path:
     """A run folder: snapshots after so many images with noise of these amounts, and the recorded settings."""
     folder.mkdir(parents=True)
-    record = {"reward": "sigma", "lambda_r": lambda_r, "data": "", "mirror": False, "batch": 4, "hashes": {}, **settings}
+    record = {
+        "reward": "sigma",
+        "lambda_r": lambda_r,
+        "data": "",
+        "mirror": False,
+        "batch": 4,
+        "hashes": {},
+        **settings,
+    }
     (folder / OPTIONS).write_text(json.dumps(record))
     for i, (nimg, amount) in enumerate(amounts.items()):
         nets = moved(amount, noise)
@@ -62,10 +73,12 @@ def replaced(loaded: LoadedGenerator, hash: str = "stand-in", **answers) -> Load
 class Bodies:
     """A field of known bodies: `density(spec)` gives [D, H, W] or [N, D, H, W]."""
 
-    level, bounds = 10.0, Bounds()
+    level = 10.0
+    bounds = Bounds()
 
     def __init__(self, density, n: int):
-        self._density, self._n = density, n
+        self._density = density
+        self._n = n
 
     def density_grid(self, grid):
         return self._density(grid).expand(self._n, *grid.shape)

@@ -25,7 +25,9 @@ if mode == "fail": sys.exit("ValueError: --batch: too many")
 
 @pytest.fixture
 def fake_train(tmp_path, monkeypatch):
-    """A stand-in for train.py that notes its calls; its snapshots are pickles of 0 kimg, and so long are its runs."""
+    """A stand-in for train.py that notes its calls; its snapshots are pickles of 0 kimg, and so long are its
+    runs.
+    """
     script, calls, mode = (tmp_path / name for name in ("train.py", "calls.txt", "mode.txt"))
     script.write_text(FAKE)
     mode.write_text("train")
@@ -38,7 +40,9 @@ def tiny_pair(tmp_path_factory):
     """Folders (tuned, control) of two tiny runs."""
     root = tmp_path_factory.mktemp("pair")
     tuned = comparisons.write_run(root / "00000-tuned", {64: 0.02, 128: 0.05, 192: 0.1}, 10.0)
-    return tuned, comparisons.write_run(root / "00001-control", {64: 0.001, 128: 0.002, 192: 0.002}, 0.0, noise=2)
+    return tuned, comparisons.write_run(
+        root / "00001-control", {64: 0.001, 128: 0.002, 192: 0.002}, 0.0, noise=2
+    )
 
 
 @pytest.fixture(scope="session")

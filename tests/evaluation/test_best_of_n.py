@@ -1,4 +1,6 @@
-"""The best of n: against all subsets by hand and on planted laws; the report sees planted mistakes, and pessimism helps where it must."""
+"""The best of n: against all subsets by hand and on planted laws; the report sees planted mistakes, and
+pessimism helps where it must.
+"""
 
 import itertools
 import json
@@ -30,17 +32,24 @@ def test_the_mean_over_all_subsets(drawn, n):
 
 
 def test_a_judge_that_is_the_reward_rises_and_its_opposite_falls():
-    reward, numbers = np.random.default_rng(2).normal(size=4096), [1, 2, 3, 10, 50, 512]
-    same, opposite = best_of(reward, reward, numbers), best_of(reward, -reward, numbers)
+    reward = np.random.default_rng(2).normal(size=4096)
+    numbers = [1, 2, 3, 10, 50, 512]
+    same = best_of(reward, reward, numbers)
+    opposite = best_of(reward, -reward, numbers)
     assert (np.diff(same) > 0).all() and np.array_equal(same, -opposite)
     assert same[1] == pytest.approx(1 / math.sqrt(math.pi), abs=0.03)  # the larger of two normals
 
 
 def test_equal_rewards_share_their_chances():
-    reward, judge = np.array([0.0, 1, 1, 1]), np.array([5.0, 1, 2, 6])
-    assert best_of(reward, judge, [4])[0] == pytest.approx(3) and best_of(reward, judge, [2])[0] == pytest.approx(3)
+    reward = np.array([0.0, 1, 1, 1])
+    judge = np.array([5.0, 1, 2, 6])
+    assert best_of(reward, judge, [4])[0] == pytest.approx(3) and best_of(reward, judge, [2])[
+        0
+    ] == pytest.approx(3)
     order = [2, 0, 3, 1]
-    np.testing.assert_allclose(best_of(reward[order], judge[order], [1, 2, 3, 4]), best_of(reward, judge, [1, 2, 3, 4]))
+    np.testing.assert_allclose(
+        best_of(reward[order], judge[order], [1, 2, 3, 4]), best_of(reward, judge, [1, 2, 3, 4])
+    )
 
 
 def test_the_law_is_found_again():
@@ -74,20 +83,35 @@ def members(tiny_reward):
 @pytest.fixture(scope="module")
 def ensemble(members):
     networks = [one.network for one in members]
-    return Reward(members[0].observation, RewardEnsemble(networks, standard=Standard((0.0,) * 3, (1.0,) * 3)), {"labels": "0+1+2"})
+    return Reward(
+        members[0].observation,
+        RewardEnsemble(networks, standard=Standard((0.0,) * 3, (1.0,) * 3)),
+        {"labels": "0+1+2"},
+    )
 
 
 @pytest.fixture(scope="module")
 def trial(ensemble, tiny_networks):
-    return best_of_n.Trial(generator=load_generator(tiny_networks), rewards={"reward": (ensemble, "f" * 64)}, judge=None, n=N, most=128)
+    return best_of_n.Trial(
+        generator=load_generator(tiny_networks),
+        rewards={"reward": (ensemble, "f" * 64)},
+        judge=None,
+        n=N,
+        most=128,
+    )
 
 
 def planted(errors: float) -> Finding:
-    """Scores of three members: the judge's values and small noise, and now and then a large mistake of one member alone."""
+    """Scores of three members: the judge's values and small noise, and now and then a large mistake of one
+    member alone.
+    """
     random = np.random.default_rng(0)
     judge = random.normal(size=N)
     scores = judge + 0.3 * random.normal(size=(3, N)) + errors * (random.random((3, N)) < 0.02)
-    return Finding(facts=None, data={"scores": {f"member {i + 1}": list(s) for i, s in enumerate(scores)}, "judge": judge.tolist()})
+    return Finding(
+        facts=None,
+        data={"scores": {f"member {i + 1}": list(s) for i, s in enumerate(scores)}, "judge": judge.tolist()},
+    )
 
 
 def test_mistakes_of_single_members_are_seen_and_pessimism_avoids_them(trial, tmp_path):
@@ -95,11 +119,18 @@ def test_mistakes_of_single_members_are_seen_and_pessimism_avoids_them(trial, tm
     arms = found.data["arms"]
     assert set(arms) == {"member 1", "member 2", "member 3", "mean", "min", "lcb 1", "uwo 0.5", "softmin 0.5"}
     last = {name: arm["steps"][-1]["mean"] for name, arm in arms.items()}
-    assert all(last["min"] > 1.5 > last[f"member {i}"] for i in (1, 2, 3)) and last["softmin 0.5"] > last["mean"]
+    assert (
+        all(last["min"] > 1.5 > last[f"member {i}"] for i in (1, 2, 3)) and last["softmin 0.5"] > last["mean"]
+    )
     assert all(row["lo"] > 0 for row in found.data["against"] if row["arm"] in ("min", "softmin 0.5"))
     at, low, high = arms["member 1"]["peak"]
     assert 0 < low <= at <= high < np.sqrt(found.data["kl"][-1]) and "peak of the fit" in " ".join(found.says)
-    assert arms["member 1"]["reward"][-1] > arms["member 1"]["reward"][3] > 0 == arms["member 1"]["steps"][0]["mean"]
+    assert (
+        arms["member 1"]["reward"][-1]
+        > arms["member 1"]["reward"][3]
+        > 0
+        == arms["member 1"]["steps"][0]["mean"]
+    )
     for plot in (best_of_n.plot_judge, best_of_n.plot_reward, best_of_n.plot_peaks):
         plot(json.loads(json.dumps(found.data)))
 
@@ -112,25 +143,46 @@ def test_without_mistakes_nothing_peaks(trial, tmp_path):
 
 def test_one_pass_scores_as_each_does_alone(ensemble, members, tiny_networks, tmp_path):
     small = best_of_n.Trial(
-        generator=load_generator(tiny_networks), rewards={"a": (ensemble, "a"), "b": (members[0], "b")},
-        judge=(members[1], "c"), n=6, most=2, batch=4,
+        generator=load_generator(tiny_networks),
+        rewards={"a": (ensemble, "a"), "b": (members[0], "b")},
+        judge=(members[1], "c"),
+        n=6,
+        most=2,
+        batch=4,
     )
     found = best_of_n.score(small, tmp_path, quiet=True)
-    assert set(found.data["scores"]) == {"a: member 1", "a: member 2", "a: member 3", "b"} and len(found.data["judge"]) == 6
-    assert found.data["scores"]["a: member 1"] == found.data["scores"]["b"] and [row["seed"] for row in found.rows] == list(small.seeds)
-    assert set(best_of_n.arms(small)[1]) == {f"a: {kind}" for kind in ("mean", "min", "lcb 1", "uwo 0.5", "softmin 0.5")}
+    assert (
+        set(found.data["scores"]) == {"a: member 1", "a: member 2", "a: member 3", "b"}
+        and len(found.data["judge"]) == 6
+    )
+    assert found.data["scores"]["a: member 1"] == found.data["scores"]["b"] and [
+        row["seed"] for row in found.rows
+    ] == list(small.seeds)
+    assert set(best_of_n.arms(small)[1]) == {
+        f"a: {kind}" for kind in ("mean", "min", "lcb 1", "uwo 0.5", "softmin 0.5")
+    }
 
 
 @pytest.fixture
 def command(members, ensemble, tiny_networks, tmp_path):
     """Flags of the command on files of these rewards."""
     files = {f"m{i}": one.save(tmp_path / f"m{i}.safetensors") for i, one in enumerate(members)}
-    shared = Reward(ensemble.observation, RewardEnsemble([one.network for one in members[:2]]), {"labels": "0+1", "start": "s"})
+    shared = Reward(
+        ensemble.observation,
+        RewardEnsemble([one.network for one in members[:2]]),
+        {"labels": "0+1", "start": "s"},
+    )
     files["joined"] = shared.save(tmp_path / "joined.safetensors")
 
     def go(*flags: str):
         named = [flag.format(**files, tmp=tmp_path) for flag in flags]
-        common = [f"--before={tiny_networks}", "--n=32", "--most=8", "--device=cpu", f"--out={tmp_path / 'page'}"]
+        common = [
+            f"--before={tiny_networks}",
+            "--n=32",
+            "--most=8",
+            "--device=cpu",
+            f"--out={tmp_path / 'page'}",
+        ]
         return CliRunner().invoke(main, [*common, *named]), tmp_path / "page"
 
     return go
@@ -141,12 +193,22 @@ def test_the_page_with_a_reward_as_judge(command):
     flags = ("--reward-ckpt={joined}", "--reward-watch={m2}")
     done, out = command(*flags)
     assert done.exit_code == 0, done.output
-    assert "warm: the best of 8" in done.stdout and "softmin 0.5: the best of 8" in done.stdout and "another reward" in done.stdout
+    assert (
+        "warm: the best of 8" in done.stdout
+        and "softmin 0.5: the best of 8" in done.stdout
+        and "another reward" in done.stdout
+    )
     assert "How far can a reward be trusted?" in (out / "index.html").read_text()
-    assert {"best-of-n-judge.svg", "best-of-n-peaks.png"} <= {path.name for path in (out / "figures").iterdir()}
+    assert {"best-of-n-judge.svg", "best-of-n-peaks.png"} <= {
+        path.name for path in (out / "figures").iterdir()
+    }
     before = (out / "data" / "scores.json").stat().st_mtime_ns
     again, _ = command(*flags, "--most=4")
-    assert again.exit_code == 0 and (out / "data" / "scores.json").stat().st_mtime_ns == before and "best of 4" in again.stdout
+    assert (
+        again.exit_code == 0
+        and (out / "data" / "scores.json").stat().st_mtime_ns == before
+        and "best of 4" in again.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,4 +223,9 @@ def test_the_page_with_a_reward_as_judge(command):
 )
 def test_mistakes_are_one_line(command, flags, text):
     done, out = command(*flags)
-    assert done.exit_code == 2 and text in done.stderr and len(done.stderr.splitlines()) == 1 and not out.exists()
+    assert (
+        done.exit_code == 2
+        and text in done.stderr
+        and len(done.stderr.splitlines()) == 1
+        and not out.exists()
+    )

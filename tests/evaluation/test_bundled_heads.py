@@ -1,4 +1,6 @@
-"""What the bundled generator of heads of people shows: faces that their latents name, and backs that differ.."""
+"""What the bundled generator of heads of people shows:
+faces that their latents name, and backs that differ..
+"""
 
 import itertools
 
@@ -31,7 +33,10 @@ def test_faces_are_those_that_latents_name(generator, whole):
     alike = [relief_correlation(face_relief(scan), face_relief(head)) for scan, head in pairs]
     away = [np.nanmedian(np.abs(face_depth(scan) - face_depth(head))) / VOXEL for scan, head in pairs]
     enough = np.sum(np.array(alike) >= 0.9)
-    print(f"relief: median {np.median(alike):.3f}, {enough} of 100 at least .9; distance {np.median(away):.3f} voxel")
+    print(
+        f"relief: median {np.median(alike):.3f}, {enough} of 100 at least .9; distance {np.median(away):.3f}"
+        " voxel"
+    )
     assert enough >= 90 and np.median(away) <= 0.25
 
 
@@ -48,5 +53,8 @@ def test_backs_differ(generator, whole):
     apart = [a - b for a, b in itertools.combinations(depths, 2) if np.isfinite(a - b).any()]
     pairs = [np.nanmedian(np.abs(difference)) / VOXEL for difference in apart]
     broken = heads.broken(heads.looked_at(scans, whole[: len(scans)])).mean()
-    print(f"backs of two latents differ by {np.median(pairs):.2f} voxels in the median; {broken:.0%} of 40 are broken")
+    print(
+        f"backs of two latents differ by {np.median(pairs):.2f} voxels in the median; {broken:.0%} of 40 are"
+        " broken"
+    )
     assert np.median(pairs) >= 1

@@ -15,19 +15,38 @@ from eg3d_rlhf.modes.door import main
 
 pytest.importorskip("igl", reason="extra solid")
 GOOD = {
-    "closed": True, "manifold": True, "oriented": True, "inverted_bodies": 0, "bodies": 1, "hidden": 0.0, "thick_p01": 0.1,
+    "closed": True,
+    "manifold": True,
+    "oriented": True,
+    "inverted_bodies": 0,
+    "bodies": 1,
+    "hidden": 0.0,
+    "thick_p01": 0.1,
     "stands": "stands",
-    "crossing": 0.0, "open_length": 0.0, "faces": 12, "parts": 1, "buried": 0.0, "thick_median": 0.2, "tip": 9.0, "bend": 1.0,
-    "solidity": None, "reason": "",
-}  # fmt: skip
+    "crossing": 0.0,
+    "open_length": 0.0,
+    "faces": 12,
+    "parts": 1,
+    "buried": 0.0,
+    "thick_median": 0.2,
+    "tip": 9.0,
+    "bend": 1.0,
+    "solidity": None,
+    "reason": "",
+}
 
 
 def rows(generator: str, count: int, good: int) -> list[dict]:
-    return [{**GOOD, "generator": generator, "file": f"{generator}/{i}.glb", "closed": i < good} for i in range(count)]
+    return [
+        {**GOOD, "generator": generator, "file": f"{generator}/{i}.glb", "closed": i < good}
+        for i in range(count)
+    ]
 
 
 def test_shares_have_the_intervals_of_the_specification():
-    found = {(row["generator"], row["demand"]): row for row in shares([*rows("a", 100, 91), *rows("b", 100, 0)])}
+    found = {
+        (row["generator"], row["demand"]): row for row in shares([*rows("a", 100, 91), *rows("b", 100, 0)])
+    }
     assert [round(found["a", "closed"][end], 2) for end in ("share", "lo", "hi")] == [0.91, 0.84, 0.95]
     assert [round(found["b", "closed"][end], 3) for end in ("share", "lo", "hi")] == [0, 0, 0.037]
     assert len(found) == 2 * len(DEMANDS) and found["a", "stands"]["share"] == 1
@@ -37,19 +56,28 @@ def test_refused_files_and_missing_values_count_for_nothing():
     given = [*rows("a", 4, 4), {"generator": "a", "file": "a/x.glb", "reason": "expected more"}]
     assert {row["of"] for row in shares(given)} == {4}
     found = medians(given)
-    assert "solidity" not in {row["measure"] for row in found} and all(row["lo"] <= row["median"] <= row["hi"] for row in found)
+    assert "solidity" not in {row["measure"] for row in found} and all(
+        row["lo"] <= row["median"] <= row["hi"] for row in found
+    )
 
 
 def test_pairs_are_files_of_one_name():
     (found,) = [row for row in paired([*rows("a", 10, 9), *rows("b", 10, 2)]) if row["demand"] == "closed"]
-    assert (found["pairs"], found["only the first"], found["only the second"]) == (10, 7, 0) and found["p"] == pytest.approx(2 / 2**7)
+    assert (found["pairs"], found["only the first"], found["only the second"]) == (10, 7, 0) and found[
+        "p"
+    ] == pytest.approx(2 / 2**7)
     assert badness(rows("a", 1, 0)[0]) > badness(rows("a", 1, 1)[0])
 
 
 def test_generators_are_folders_or_what_an_expression_finds(tmp_path):
     path = tmp_path / "trellis" / "seed1" / "chair.glb"
-    assert generator_of(path, tmp_path, None) == "trellis" and generator_of(path, tmp_path, r"seed\d") == "seed1"
-    assert generator_of(path, tmp_path, r"/(\w+)\.glb") == "chair" and generator_of(tmp_path / "a.glb", tmp_path, None) == tmp_path.name
+    assert (
+        generator_of(path, tmp_path, None) == "trellis" and generator_of(path, tmp_path, r"seed\d") == "seed1"
+    )
+    assert (
+        generator_of(path, tmp_path, r"/(\w+)\.glb") == "chair"
+        and generator_of(tmp_path / "a.glb", tmp_path, None) == tmp_path.name
+    )
 
 
 def test_a_process_that_dies_is_a_row_and_the_next_file_is_measured(tmp_path, monkeypatch):
@@ -69,14 +97,17 @@ def test_a_process_that_dies_is_a_row_and_the_next_file_is_measured(tmp_path, mo
 
 @pytest.mark.long
 def test_the_command_writes_rows_page_and_tables(tmp_path):
-    folder, out = tmp_path / "assets", tmp_path / "out"
+    folder = tmp_path / "assets"
+    out = tmp_path / "out"
     for generator, box in (("good", trimesh.creation.box()), ("open", trimesh.creation.box())):
         (folder / generator).mkdir(parents=True)
         if generator == "open":
             box.update_faces(np.arange(len(box.faces)) > 1)
         box.export(folder / generator / "chair.glb")
     (folder / "open" / "broken.glb").write_bytes(b"<html>")
-    done = CliRunner().invoke(main, ["check-assets", str(folder), f"--out={out}", "--samples=500", "--jobs=1"])
+    done = CliRunner().invoke(
+        main, ["check-assets", str(folder), f"--out={out}", "--samples=500", "--jobs=1"]
+    )
     assert done.exit_code == 0, done.output
     assert "2 measured, 1 not" in done.output and "broken.glb: expected GLB" in done.output
     with (out / "data" / "files.csv").open() as file:
@@ -84,16 +115,32 @@ def test_the_command_writes_rows_page_and_tables(tmp_path):
     assert found["good/chair.glb"]["closed"] == "True" and found["open/chair.glb"]["closed"] == "False"
     assert found["open/broken.glb"]["reason"] and not found["open/broken.glb"].get("closed")
     page = (out / "index.html").read_text()
-    assert "1e-05" in page and "0.01 thick" in page and page.count("<img alt=") >= 2 and "data:image/png;base64,iVBOR" in page
-    assert {row["demand"] for row in json.loads((out / "data" / "shares.json").read_text())["rows"]} == set(DEMANDS)
+    assert (
+        "1e-05" in page
+        and "0.01 thick" in page
+        and page.count("<img alt=") >= 2
+        and "data:image/png;base64,iVBOR" in page
+    )
+    assert {row["demand"] for row in json.loads((out / "data" / "shares.json").read_text())["rows"]} == set(
+        DEMANDS
+    )
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--weld=0.01"], "--weld"), (["--by=("], "--by"), ([], "FOLDER"), (["--samples=1"], "--samples"), (["--out={tmp}"], "--out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--weld=0.01"], "--weld"),
+        (["--by=("], "--by"),
+        ([], "FOLDER"),
+        (["--samples=1"], "--samples"),
+        (["--out={tmp}"], "--out"),
+    ],
+)
 def test_bad_input_is_one_line(tmp_path, flags, word):
     (tmp_path / "empty").mkdir()
-    done = CliRunner().invoke(main, ["check-assets", str(tmp_path / "empty"), *(flag.format(tmp=tmp_path) for flag in flags)])
+    done = CliRunner().invoke(
+        main, ["check-assets", str(tmp_path / "empty"), *(flag.format(tmp=tmp_path) for flag in flags)]
+    )
     assert done.exit_code == 2 and word in done.stderr
 
 

@@ -17,7 +17,10 @@ from tests.evaluation import comparisons
 
 def test_roles_and_hashes(tiny_comparison, tiny_reward):
     c = tiny_comparison
-    assert list(c.generators()) == ["before", "after", "control"] and len({g.hash for g in c.generators().values()}) == 3
+    assert (
+        list(c.generators()) == ["before", "after", "control"]
+        and len({g.hash for g in c.generators().values()}) == 3
+    )
     assert c.networks()["reward"] == file_hash(tiny_reward) and "held-out" not in c.networks()
     assert c.networks("after", "held-out") == {"after": c.after.hash} and not c.synthetic
 
@@ -44,23 +47,36 @@ def test_scores_are_the_rewards_and_are_kept(tiny_comparison, monkeypatch):
 
 def test_rewards_share_what_both_observe(monkeypatch):
     c = load_comparison(Sources(after=bundled.GENERATOR, n=3, images=16))
-    seeds, drawn = c.seeds(3), []
+    seeds = c.seeds(3)
+    drawn = []
     observe = SigmaSlab.observe
     monkeypatch.setattr(SigmaSlab, "observe", lambda *a: drawn.append(1) or observe(*a))
-    first, second = c.scores(c.before, seeds), c.scores(c.before, seeds, held_out=True)
+    first = c.scores(c.before, seeds)
+    second = c.scores(c.before, seeds, held_out=True)
     assert drawn == [1] and c.synthetic and not torch.equal(first, second)
     torch.testing.assert_close(second, c.held_out.score(next(c.fields(c.before, seeds))).cpu())
 
 
 def test_the_bundled_reward_is_no_silent_default(tiny_networks, tiny_reward, tmp_path, capsys):
-    with pytest.raises(ValueError, match="--reward-ckpt: expected a reward of .*, got none; the bundled one knows the bundled heads alone"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "--reward-ckpt: expected a reward of .*, got none; the bundled one knows the bundled heads alone"
+        ),
+    ):
         load_comparison(Sources(before=tiny_networks, after=tiny_networks))
     load_comparison(Sources(after=bundled.GENERATOR))
     assert "Warning" not in capsys.readouterr().err
-    load_comparison(Sources(before=tiny_networks, after=tiny_networks, reward_ckpt=bundled.REWARD, reward_watch=tiny_reward))
+    load_comparison(
+        Sources(
+            before=tiny_networks, after=tiny_networks, reward_ckpt=bundled.REWARD, reward_watch=tiny_reward
+        )
+    )
     assert "Warning: --reward-ckpt: it was trained on shapes of" in capsys.readouterr().err
     other = load_reward(tiny_reward)
-    moved = Reward(SigmaSlab(replace(other.observation.spec, box_warp=2.0)), other.network).save(tmp_path / "moved.safetensors")
+    moved = Reward(SigmaSlab(replace(other.observation.spec, box_warp=2.0)), other.network).save(
+        tmp_path / "moved.safetensors"
+    )
     with pytest.raises(ValueError, match="--reward-ckpt: expected a generator with box_warp 2.0, got 1"):
         load_comparison(Sources(before=tiny_networks, after=tiny_networks, reward_ckpt=moved))
 
@@ -73,7 +89,10 @@ def test_newest_run_and_its_control_are_found(tiny_networks, tiny_reward, tmp_pa
     comparisons.write_run(tmp_path / "runs/00003-other-seed", {64: 0.02}, 0.0, **{**init, "seed": 1})
     c = comparisons.load(tiny_networks, tiny_reward, runs_folder=tmp_path / "runs")
     assert (c.run, c.control_run) == (tuned, control)
-    assert newest_control(tmp_path / "runs", tmp_path / "runs/00003-other-seed") == tmp_path / "runs/00003-other-seed"
+    assert (
+        newest_control(tmp_path / "runs", tmp_path / "runs/00003-other-seed")
+        == tmp_path / "runs/00003-other-seed"
+    )
 
 
 def test_without_a_run_the_user_is_told_what_to_do(tiny_networks, tiny_reward, tmp_path):
@@ -84,14 +103,21 @@ def test_without_a_run_the_user_is_told_what_to_do(tiny_networks, tiny_reward, t
 @pytest.mark.parametrize(
     ("sources", "text"),
     [
-        ({"after": bundled.GENERATOR}, "--after: expected a generator like"), ({"control": bundled.GENERATOR}, "--control: expected"),
-        ({"reward_ckpt": "none.safetensors"}, "--reward-ckpt"), ({"lpips": "none.pt"}, "--lpips: expected a file"),
-        ({"identity": "none.pt"}, "--identity: expected a file"), ({"n": 10_001}, "--n: expected at most"),
+        ({"after": bundled.GENERATOR}, "--after: expected a generator like"),
+        ({"control": bundled.GENERATOR}, "--control: expected"),
+        ({"reward_ckpt": "none.safetensors"}, "--reward-ckpt"),
+        ({"lpips": "none.pt"}, "--lpips: expected a file"),
+        ({"identity": "none.pt"}, "--identity: expected a file"),
+        ({"n": 10_001}, "--n: expected at most"),
     ],
 )
 def test_mistakes_name_the_flag(tiny_networks, tiny_reward, sources, text):
     with pytest.raises((ValueError, OSError), match=text):
-        load_comparison(Sources(**{"before": tiny_networks, "after": tiny_networks, "reward_ckpt": tiny_reward, **sources}))
+        load_comparison(
+            Sources(
+                **{"before": tiny_networks, "after": tiny_networks, "reward_ckpt": tiny_reward, **sources}
+            )
+        )
 
 
 def test_a_damaged_record_is_named(tiny_networks, tiny_reward, tmp_path):

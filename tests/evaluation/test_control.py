@@ -18,7 +18,10 @@ def settings(*flags: str) -> dict:
     result = CliRunner().invoke(train.main, ["-n", "--reward=sigma", *flags])
     assert result.exit_code == 0, result.stderr
     resolved = json.loads(result.stdout)
-    return {**resolved, "hashes": {name: file_hash(path) for name, path in input_files(Settings.of(resolved)).items()}}
+    return {
+        **resolved,
+        "hashes": {name: file_hash(path) for name, path in input_files(Settings.of(resolved)).items()},
+    }
 
 
 @pytest.fixture
@@ -35,27 +38,42 @@ def recorded(tmp_path, monkeypatch):
 def test_the_recorded_control_is_quoted_by_the_demo(recorded):
     found = control_figures(settings(), 1.5)
     assert found == {"control_delta_mean": 0.125, "control_source": "control-summary.json"}
-    assert control_figures(settings("--lambda-r=3", "--lambda-sigma=0", "--desc=x", "--set=rlr=0.1"), 1.5) == found
+    assert (
+        control_figures(settings("--lambda-r=3", "--lambda-sigma=0", "--desc=x", "--set=rlr=0.1"), 1.5)
+        == found
+    )
 
 
 def test_the_bundled_control_is_that_of_the_demo():
-    assert control_figures(settings(), 1.5)["control_delta_mean"] == json.loads(bundled.CONTROL.read_text())["tuned_delta_mean"]
+    assert (
+        control_figures(settings(), 1.5)["control_delta_mean"]
+        == json.loads(bundled.CONTROL.read_text())["tuned_delta_mean"]
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--kimg=1"], "kimg 0.6 instead of 1.0"), (["--data=x.zip"], f"data {bundled.DATA} instead of x.zip"),
-        (["--seed=3"], "seed 0 instead of 3"), (["--batch=16", "--glr=0.001"], "batch 4 instead of 16"),
+        (["--kimg=1"], "kimg 0.6 instead of 1.0"),
+        (["--data=x.zip"], f"data {bundled.DATA} instead of x.zip"),
+        (["--seed=3"], "seed 0 instead of 3"),
+        (["--batch=16", "--glr=0.001"], "batch 4 instead of 16"),
     ],
 )
 def test_the_recorded_control_of_other_settings_is_not_quoted(recorded, flags, text):
     found = control_figures(settings(*flags), 1.5)
-    assert found["control_delta_mean"] is None and text in found["control_source"] and "--lambda-r=0" in found["control_source"]
+    assert (
+        found["control_delta_mean"] is None
+        and text in found["control_source"]
+        and "--lambda-r=0" in found["control_source"]
+    )
 
 
 def test_the_recorded_control_of_another_network_is_not_quoted(recorded, tiny_networks, tiny_reward):
-    for flag, name in ((f"--init={tiny_networks}", "init (bytes)"), (f"--reward-ckpt={tiny_reward}", "reward (bytes)")):
+    for flag, name in (
+        (f"--init={tiny_networks}", "init (bytes)"),
+        (f"--reward-ckpt={tiny_reward}", "reward (bytes)"),
+    ):
         found = control_figures(settings(flag), 1.5)
         assert found["control_delta_mean"] is None and name in found["control_source"]
 
@@ -67,7 +85,10 @@ def test_a_named_control_is_checked_like_the_recorded_one(tmp_path):
     own = settings("--gamma=0.5", f"--control={tmp_path}")
     assert control_figures(own, 1.5) == {"control_delta_mean": 0.25, "control_source": "summary.json"}
     other = control_figures({**own, "gamma": 0.3}, 1.5)
-    assert other["control_delta_mean"] is None and "summary.json is of another run: gamma 0.5 instead of 0.3" in other["control_source"]
+    assert (
+        other["control_delta_mean"] is None
+        and "summary.json is of another run: gamma 0.5 instead of 0.3" in other["control_source"]
+    )
     (tmp_path / "training_options.json").write_text(json.dumps({**own, "lambda_r": 10.0, "kimg": 0.08}))
     told = control_figures(own, 1.5)["control_source"]
     assert "kimg 0.08 instead of 0.6" in told and "lambda_r 10.0 instead of 0" in told

@@ -1,4 +1,6 @@
-"""Feature map, main axis, separability and the pictures behind the points, on planted features and tiny networks."""
+"""Feature map, main axis, separability and the pictures behind the points, on planted features and tiny
+networks.
+"""
 
 import json
 
@@ -24,7 +26,8 @@ N = 16
 def planted(c, found):
     """The comparison with these (features, rewards) by role, as if they had been computed."""
     memory = {
-        ("global feature", c.reward_hash, c.generators()[role].hash, tuple(c.seeds()), c.psi): values for role, values in found.items()
+        ("global feature", c.reward_hash, c.generators()[role].hash, tuple(c.seeds()), c.psi): values
+        for role, values in found.items()
     }
     return Comparison(**{**vars(c), "memory": memory})
 
@@ -32,7 +35,9 @@ def planted(c, found):
 @pytest.fixture
 def quick_umap(monkeypatch):
     """The first two features instead of UMAP, whose first layout compiles for half a minute."""
-    monkeypatch.setattr(embedding, "umap_layout", lambda points, seed: np.asarray(points)[:, :2].astype(float))
+    monkeypatch.setattr(
+        embedding, "umap_layout", lambda points, seed: np.asarray(points)[:, :2].astype(float)
+    )
     monkeypatch.setattr(embedding, "umap_version", lambda: "stand-in")
 
 
@@ -49,11 +54,17 @@ def test_principal_axes_are_those_of_the_covariance():
 def test_reward_along_a_planted_axis(tiny_comparison, quick_umap):
     reward = RNG.normal(size=N)
     before = np.stack([-4 * reward, *RNG.normal(size=(3, N)) * 0.1], axis=1)
-    found = embedding.feature_map(planted(tiny_comparison, {"before": (before, reward), "after": (before + 9, reward + 1)}), None)
+    found = embedding.feature_map(
+        planted(tiny_comparison, {"before": (before, reward), "after": (before + 9, reward + 1)}), None
+    )
     row = found.data["ranks"][0]
     assert row["spearman"] == pytest.approx(-1, abs=0.02) and found.data["shares"][0] > 0.95
     points = found.data["points"]
-    assert len(points) == 2 * N and points[0]["seed"] == 200_000 and {p["role"] for p in points} == {"before", "after"}
+    assert (
+        len(points) == 2 * N
+        and points[0]["seed"] == 200_000
+        and {p["role"] for p in points} == {"before", "after"}
+    )
     moved = [points[N + i]["principal_x"] - points[i]["principal_x"] for i in range(N)]
     np.testing.assert_allclose(moved, moved[0])
     assert "does not say that the ranking is right" in " ".join(found.says)
@@ -61,43 +72,63 @@ def test_reward_along_a_planted_axis(tiny_comparison, quick_umap):
 
 def test_a_constant_reward_has_no_rank(tiny_comparison, quick_umap):
     before = RNG.normal(size=(N, 4))
-    found = embedding.feature_map(planted(tiny_comparison, {"before": (before, np.ones(N)), "after": (before, np.ones(N))}), None)
+    found = embedding.feature_map(
+        planted(tiny_comparison, {"before": (before, np.ones(N)), "after": (before, np.ones(N))}), None
+    )
     assert found.data["ranks"][0]["spearman"] is None and "constant" in found.says[0]
 
 
 def test_without_umap_the_rest_is_there(tiny_comparison, monkeypatch):
     monkeypatch.setattr(embedding, "umap_version", lambda: None)
-    c = planted(tiny_comparison, {role: (RNG.normal(size=(N, 4)), RNG.normal(size=N)) for role in ("before", "after")})
+    c = planted(
+        tiny_comparison, {role: (RNG.normal(size=(N, 4)), RNG.normal(size=N)) for role in ("before", "after")}
+    )
     job = embedding.jobs(c)[0]
     found = job.compute(None)
-    assert "umap" not in job.plots and found.data["layouts"] == ["principal"] and embedding.NO_UMAP in found.says
+    assert (
+        "umap" not in job.plots and found.data["layouts"] == ["principal"] and embedding.NO_UMAP in found.says
+    )
 
 
 def test_features_are_what_the_reward_pools(tiny_comparison):
     c = tiny_comparison
     values, rewards = embedding.features(c, c.before, c.seeds())
-    network, seen = c.reward.network, torch.cat(list(c.observed(c.before, c.seeds())))
+    network = c.reward.network
+    seen = torch.cat(list(c.observed(c.before, c.seeds())))
     with torch.no_grad():
-        np.testing.assert_allclose(network.score_embedding(network.MLP(torch.tensor(values).float())), rewards, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            network.score_embedding(network.MLP(torch.tensor(values).float())), rewards, rtol=1e-4, atol=1e-5
+        )
         two = RewardEnsemble([network, network]).features(seen)
     np.testing.assert_allclose(two, np.concatenate([values, values], axis=1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(rewards, c.scores(c.before, c.seeds()), rtol=1e-4, atol=1e-5)
 
 
 def test_clouds_apart_are_told_and_equal_ones_are_not(tiny_comparison):
-    base, reward = RNG.normal(size=(N, 4)), RNG.normal(size=N)
-    c = planted(tiny_comparison, {"before": (base, reward), "after": (base + 50, reward), "control": (base + 1e-9, reward)})
+    base = RNG.normal(size=(N, 4))
+    reward = RNG.normal(size=N)
+    c = planted(
+        tiny_comparison,
+        {"before": (base, reward), "after": (base + 50, reward), "control": (base + 1e-9, reward)},
+    )
     found = embedding.separability(c, None)
-    assert found.data["after"]["share"] == 1 and found.data["after"]["p"] < 0.001 and found.data["control"]["p"] > 0.05
+    assert (
+        found.data["after"]["share"] == 1
+        and found.data["after"]["p"] < 0.001
+        and found.data["control"]["p"] > 0.05
+    )
     assert ": the two are apart" in found.says[0] and "not shown to be apart" in found.says[1]
 
 
 def test_separability_is_the_share_written_out():
-    a, b = RNG.normal(size=(8, 3)), RNG.normal(size=(8, 3)) + 0.5
+    a = RNG.normal(size=(8, 3))
+    b = RNG.normal(size=(8, 3)) + 0.5
     near = neighbours(np.concatenate([a, b]), 3)
     share = np.mean([(i < 8) == (j < 8) for i in range(16) for j in near[i]])
     found = paired_separability(a, b, k=3, permutations=199, seed=1)
-    assert found.share == pytest.approx(share) and found.p == (1 + (found.chance >= share - 1e-12).sum()) / 200
+    assert (
+        found.share == pytest.approx(share) and found.p == (1 + (found.chance >= share - 1e-12).sum()) / 200
+    )
     assert found.chance.mean() == pytest.approx(0.5, abs=0.05)
 
 
@@ -120,18 +151,32 @@ def test_pictures_lie_where_the_page_looks_for_them(tiny_comparison, tmp_path, m
         assert np.abs(found - expected).mean() < 0.03  # JPEG
 
 
-def test_the_tool_from_files_to_page(tiny_networks, tiny_reward, tiny_pair, tmp_path, quick_umap, monkeypatch):
-    flags = [f"--before={tiny_networks}", f"--reward-ckpt={tiny_reward}", f"--after={tiny_pair[0]}", f"--control={tiny_pair[1]}", "--n=16",
-             "--device=cpu", f"--out={tmp_path / 'out'}"]
+def test_the_tool_from_files_to_page(
+    tiny_networks, tiny_reward, tiny_pair, tmp_path, quick_umap, monkeypatch
+):
+    flags = [
+        f"--before={tiny_networks}",
+        f"--reward-ckpt={tiny_reward}",
+        f"--after={tiny_pair[0]}",
+        f"--control={tiny_pair[1]}",
+        "--n=16",
+        "--device=cpu",
+        f"--out={tmp_path / 'out'}",
+    ]
     done = CliRunner().invoke(reports.embed, flags)
     assert done.exit_code == 0, done.output
     assert "before and control" in done.output and str(tmp_path / "out") in done.output
     text = (tmp_path / "out/index.html").read_text()
-    assert 'id="points-data"' in text and text.count("data:image/jpeg") == 1 and "http://www.w3.org/2000/svg" in text
+    assert (
+        'id="points-data"' in text
+        and text.count("data:image/jpeg") == 1
+        and "http://www.w3.org/2000/svg" in text
+    )
     written = (tmp_path / "out/data/feature-map.json").stat().st_mtime_ns
     monkeypatch.setattr(pages, "draw", lambda job, out: [])
     assert CliRunner().invoke(reports.embed, flags).exit_code == 0
-    assert (tmp_path / "out/data/feature-map.json").stat().st_mtime_ns == written  # nothing was computed again
+    # nothing was computed again
+    assert (tmp_path / "out/data/feature-map.json").stat().st_mtime_ns == written
     resolved = json.loads(CliRunner().invoke(reports.embed, [*flags, "--dry-run"]).output)
     assert resolved["n"] == 16 and len(resolved["after"]["hash"]) == 64
     wrong = CliRunner().invoke(reports.embed, [*flags[:2], f"--after={tmp_path / 'nothing'}"])
@@ -145,4 +190,6 @@ def test_neighbours_skip_the_partner_and_match_loops():
     for i, row in enumerate(found):
         allowed = [j for j in range(18) if j not in (i, (i + 9) % 18)]
         gaps = {j: np.linalg.norm(pooled[i] - pooled[j]) for j in allowed}
-        assert set(row) <= set(allowed) and sorted(gaps[j] for j in row) == pytest.approx(sorted(gaps.values())[:4], abs=1e-6)
+        assert set(row) <= set(allowed) and sorted(gaps[j] for j in row) == pytest.approx(
+            sorted(gaps.values())[:4], abs=1e-6
+        )

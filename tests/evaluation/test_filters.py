@@ -26,12 +26,14 @@ def solid(values: np.ndarray) -> int:
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_a_whole_ball_stays(name):
-    whole, made = ball(), FILTERS[name](ball())
+    whole = ball()
+    made = FILTERS[name](ball())
     assert made.shape == whole.shape
     assert np.abs(solid(made) / solid(whole) - 1) < (0.25 if name == "blur 2" else 0.1)
     if not name.startswith("blur"):
         kept = (made < 0) == (whole < 0)
-        np.testing.assert_array_equal(made[kept], whole[kept])  # its surface keeps its place between the points
+        # its surface keeps its place between the points
+        np.testing.assert_array_equal(made[kept], whole[kept])
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -47,10 +49,17 @@ def test_a_floater_goes(name):
     assert solid(np.maximum(kept, floater)) == 0 and solid(kept) >= solid(ball()) * 0.99
 
 
-@pytest.mark.parametrize(("name", "radius", "closes"), [
-    ("closing 4", 0.04, True), ("closing 4", 0.12, False), ("closing 11", 0.12, True), ("convex hull", 0.12, True),
-    ("fill holes", 0.04, False), ("largest part, closing 11", 0.12, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "radius", "closes"),
+    [
+        ("closing 4", 0.04, True),
+        ("closing 4", 0.12, False),
+        ("closing 11", 0.12, True),
+        ("convex hull", 0.12, True),
+        ("fill holes", 0.04, False),
+        ("largest part, closing 11", 0.12, True),
+    ],
+)
 def test_a_hole_closes_that_the_ball_does_not_enter(name, radius, closes):
     lacking = solid(ball()) - solid(holed(radius))
     left = solid(np.maximum(ball(), -FILTERS[name](holed(radius))))
@@ -73,4 +82,6 @@ def test_the_best_filter_closes_most_and_the_best_that_spares_harms_none():
     assert set(trial) == set(FILTERS)
     assert errors[best_filter(trial, spares=False)] == min(errors.values())
     spared = best_filter(trial, spares=True)
-    assert trial[spared][1] == min(harmed for _, harmed in trial.values()) and errors[spared] >= min(errors.values())
+    assert trial[spared][1] == min(harmed for _, harmed in trial.values()) and errors[spared] >= min(
+        errors.values()
+    )

@@ -1,4 +1,6 @@
-"""Scores across generators: copies of the bundled one in other worlds are recovered, strange shapes are called so, the page is made."""
+"""Scores across generators: copies of the bundled one in other worlds are recovered, strange shapes are
+called so, the page is made.
+"""
 
 import dataclasses
 import json
@@ -20,9 +22,12 @@ from eg3d_rlhf.rewards.reward import load_reward
 from tests.generators.foreign import Foreign
 
 COPIES = {
-    "scaled": {"scale": 1.3, "shift": (0.0, 0.05, -0.1)}, "moved": {"shift": (0.03, -0.02, 0.04)}, "mirrored": {"mirrored": True},
-    "rescaled": {"gain": 4.0}, "all": {"scale": 0.8, "shift": (-0.1, 0.02, 0.06), "mirrored": True, "gain": 0.5},
-}  # fmt: skip
+    "scaled": {"scale": 1.3, "shift": (0.0, 0.05, -0.1)},
+    "moved": {"shift": (0.03, -0.02, 0.04)},
+    "mirrored": {"mirrored": True},
+    "rescaled": {"gain": 4.0},
+    "all": {"scale": 0.8, "shift": (-0.1, 0.02, 0.06), "mirrored": True, "gain": 0.5},
+}
 OPTIONS = fs.ScoreOptions(n=32, fit=12, known=32, resolution=40)
 
 
@@ -35,12 +40,21 @@ def reference():
 def trial(reference):
     made = {name: Foreign(reference.generator, **how) for name, how in COPIES.items()}
     copies = {name: dataclasses.replace(reference, generator=one, hash=name) for name, one in made.items()}
-    return fs.Trial(reward=load_reward(bundled.REWARD), reward_hash="r", reference=reference, networks=copies, options=OPTIONS)
+    return fs.Trial(
+        reward=load_reward(bundled.REWARD),
+        reward_hash="r",
+        reference=reference,
+        networks=copies,
+        options=OPTIONS,
+    )
 
 
-@pytest.mark.parametrize("name", ["scaled", *(pytest.param(one, marks=pytest.mark.long) for one in list(COPIES)[1:])])
+@pytest.mark.parametrize(
+    "name", ["scaled", *(pytest.param(one, marks=pytest.mark.long) for one in list(COPIES)[1:])]
+)
 def test_copies_are_recovered(trial, name):
-    generator, truth = trial.networks[name].generator, {"scale": 1.0, "shift": (0.0, 0.0, 0.0), **COPIES[name]}
+    generator = trial.networks[name].generator
+    truth = {"scale": 1.0, "shift": (0.0, 0.0, 0.0), **COPIES[name]}
     places, found = trial.places(generator)
     assert found.similarity.scale == pytest.approx(truth["scale"], rel=0.01)
     np.testing.assert_allclose(found.similarity.shift, truth["shift"], atol=0.01 * generator.bounds.side)
@@ -52,11 +66,19 @@ def test_copies_are_recovered(trial, name):
 
 @pytest.mark.long
 def test_the_finding_of_a_copy_says_what_it_is_worth(trial, tmp_path):
-    small = dataclasses.replace(trial, options=dataclasses.replace(OPTIONS, n=16, fit=8, known=16, resolution=32))
+    small = dataclasses.replace(
+        trial, options=dataclasses.replace(OPTIONS, n=16, fit=8, known=16, resolution=32)
+    )
     found = fs.score(small, "rescaled", tmp_path)
     data = json.loads(json.dumps(found.data))
     assert data["reference"]["calibrated"]["mean"] > 0.95 and len(data["scores"]["raw"]) == 16
-    assert set(data["agreement"]) == {"mirrored", "half a voxel sideways", "half a voxel up", "half a voxel forward", "ψ 0.5"}
+    assert set(data["agreement"]) == {
+        "mirrored",
+        "half a voxel sideways",
+        "half a voxel up",
+        "half a voxel forward",
+        "ψ 0.5",
+    }
     assert data["agreement"]["ψ 0.5"]["mean"] < 1
     assert (tmp_path / next(iter(found.pictures.values()))).stat().st_size > 1000
     fs.plot_scores({"networks": {"a": data["summary"]}, "own": fs.summary(small.own.scores)})
@@ -64,18 +86,28 @@ def test_the_finding_of_a_copy_says_what_it_is_worth(trial, tmp_path):
 
 def test_strange_shapes_lie_outside_and_unsteady_ranks_are_said(trial):
     data = {
-        "alignment": {"scale": 1.0, "shift": (0, 0, 0), "residual": 0.1}, "outside": dict.fromkeys(fs.STAGES, 0.7),
+        "alignment": {"scale": 1.0, "shift": (0, 0, 0), "residual": 0.1},
+        "outside": dict.fromkeys(fs.STAGES, 0.7),
         "summary": dict.fromkeys(fs.STAGES, fs.summary(np.arange(5.0))),
-        "agreement": {"mirrored": {"mean": 0.5}, "half a voxel up": {"mean": 0.9}, "half a voxel sideways": None, "ψ 0.5": {"mean": 0.1}},
+        "agreement": {
+            "mirrored": {"mean": 0.5},
+            "half a voxel up": {"mean": 0.9},
+            "half a voxel sideways": None,
+            "ψ 0.5": {"mean": 0.1},
+        },
     }
     lines = fs.says(data)
-    assert lines[0].startswith("Ranks not meaningful") and lines[-1].startswith("Unsteady: mirrored and half a voxel sideways, ranks")
+    assert lines[0].startswith("Ranks not meaningful") and lines[-1].startswith(
+        "Unsteady: mirrored and half a voxel sideways, ranks"
+    )
     known = trial.own.embedding
     assert trial.outside(known + 100) == 1.0 and trial.outside(known) < 0.5
 
 
 def test_a_place_is_a_change_of_coordinates(reference):
-    """Density at points, on grids and in cameras agree with each other, and a placed foreign copy is the original."""
+    """Density at points, on grids and in cameras agree with each other, and a placed foreign copy is the
+    original.
+    """
     inner = reference.generator
     ws = ws_of_seeds(inner, [1], 0.7)
     how = {"scale": 1.3, "shift": (0.0, 0.05, -0.1), "mirrored": True}
@@ -84,24 +116,33 @@ def test_a_place_is_a_change_of_coordinates(reference):
     spec = SlabSpec.of(inner.bounds, 20, crop=(0.3, 0.1, 0.2, 0.1, 0.3, 0.0))
     own = inner.field(ws).density_grid(spec)
     torch.testing.assert_close(back.density_grid(spec), own, rtol=1e-3, atol=1e-2)
-    torch.testing.assert_close(back.density(spec.points().reshape(-1, 3)).unflatten(1, spec.shape), own, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        back.density(spec.points().reshape(-1, 3)).unflatten(1, spec.shape), own, rtol=1e-3, atol=1e-2
+    )
     mirrored = Placed(inner, Place(mirrored=True, bounds=inner.bounds)).field(ws)
-    seen, = render_each(mirrored, [inner.cameras.label(0.4)], RenderOptions(resolution=12))
-    other, = render_each(inner.field(ws), [inner.cameras.label(-0.4)], RenderOptions(resolution=12))
+    (seen,) = render_each(mirrored, [inner.cameras.label(0.4)], RenderOptions(resolution=12))
+    (other,) = render_each(inner.field(ws), [inner.cameras.label(-0.4)], RenderOptions(resolution=12))
     torch.testing.assert_close(seen.depth, other.depth.flip(-1), rtol=1e-3, atol=1e-2)
 
 
 def test_a_reward_of_depth_sees_a_foreign_copy_as_the_original(reference):
     inner = reference.generator
     own = inner.cameras
-    away = Place(Similarity(1 / 1.3, (0.1 / 1.3, 0.0, 0.0)), Bounds(1.3 * inner.bounds.side, (-0.1, 0.0, 0.0)),
-                 cameras=dataclasses.replace(own, radius=1.3 * own.radius))  # fmt: skip
+    away = Place(
+        Similarity(1 / 1.3, (0.1 / 1.3, 0.0, 0.0)),
+        Bounds(1.3 * inner.bounds.side, (-0.1, 0.0, 0.0)),
+        cameras=dataclasses.replace(own, radius=1.3 * own.radius),
+    )
     foreign = Placed(inner, away)
     depth = observation_of("depth", inner, resolution=16)
-    assert depth.misfits(foreign) and not depth.misfits(placed := Placed(foreign, Place(Similarity(1.3, (-0.1, 0, 0)), cameras=own)))
+    assert depth.misfits(foreign) and not depth.misfits(
+        placed := Placed(foreign, Place(Similarity(1.3, (-0.1, 0, 0)), cameras=own))
+    )
     ws = ws_of(foreign, [1], 0.7, 14)
     assert torch.equal(ws, ws_of_seeds(inner, [1], 0.7))
-    torch.testing.assert_close(depth.observe(placed.field(ws)), depth.observe(inner.field(ws)), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        depth.observe(placed.field(ws)), depth.observe(inner.field(ws)), rtol=1e-2, atol=1e-2
+    )
 
 
 def test_scaled_density_keeps_optical_depth():
@@ -118,12 +159,16 @@ def test_alignment_ignores_what_one_surface_lacks():
     sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
     lacking = sphere[sphere[:, 1] > -0.8]
     found = align(lacking * 2 + [1, 0, 0], sphere)
-    assert found.similarity.scale == pytest.approx(2, rel=0.02) and np.abs(np.subtract(found.similarity.shift, (1, 0, 0))).max() < 0.04
+    assert (
+        found.similarity.scale == pytest.approx(2, rel=0.02)
+        and np.abs(np.subtract(found.similarity.shift, (1, 0, 0))).max() < 0.04
+    )
 
 
 def test_densities_get_the_references_quantiles_and_the_level_its_level():
     rng = np.random.default_rng(0)
-    theirs, ours = np.exp(rng.normal(3, 1, 50_000)) - 10, rng.normal(5, 20, 40_000)
+    theirs = np.exp(rng.normal(3, 1, 50_000)) - 10
+    ours = rng.normal(5, 20, 40_000)
     mapping = calibrate_density(theirs, ours, 12.0, 10.0)
     assert mapping(torch.tensor([12.0])).item() == pytest.approx(10, abs=1e-4)
     made = mapping(torch.from_numpy(theirs)).numpy()

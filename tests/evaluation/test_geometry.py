@@ -1,5 +1,6 @@
-"""Geometry before and after: known bodies and faces in place of the networks', a network against itself, what has no surface."""
-
+"""Geometry before and after: known bodies and faces in place of the networks', a network against itself, what
+has no surface.
+"""
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ def with_bodies(monkeypatch, c, bodies):
     """The comparison in which each network, by role, gives `bodies[role](spec)` for every latent."""
     monkeypatch.setattr(geometry, "RESOLUTION", 32)
     networks = {
-        role: replaced(generator, field=lambda ws, role=role: Bodies(bodies[role], len(ws))) for role, generator in c.generators().items()
+        role: replaced(generator, field=lambda ws, role=role: Bodies(bodies[role], len(ws)))
+        for role, generator in c.generators().items()
     }
     return Comparison(**{**vars(c), **networks})
 
@@ -35,13 +37,21 @@ def body_with_a_floater(spec):
 
 
 def test_known_bodies(tiny_comparison, monkeypatch, tmp_path):
-    c = with_bodies(monkeypatch, tiny_comparison, {"before": body_with_a_floater, "after": ball, "control": body_with_a_floater})
+    c = with_bodies(
+        monkeypatch,
+        tiny_comparison,
+        {"before": body_with_a_floater, "after": ball, "control": body_with_a_floater},
+    )
     finding = geometry.surfaces(c, tmp_path)
-    means = {name: {role: m["mean"] for role, m in entry["means"].items()} for name, entry in finding.data["measures"].items()}
+    means = {
+        name: {role: m["mean"] for role, m in entry["means"].items()}
+        for name, entry in finding.data["measures"].items()
+    }
     assert means["components"] == {"before": 2, "after": 1, "control": 2}
     assert means["mean |curvature|"]["before"] == pytest.approx(1 / 0.25, rel=0.03)
     assert means["mean |curvature|"]["after"] == pytest.approx(1 / 0.3, rel=0.03)
-    assert means["loose volume"]["before"] == pytest.approx(0.08**3 / (0.25**3 + 0.08**3), rel=0.1)  # coarse grids lose volume
+    # coarse grids lose volume
+    assert means["loose volume"]["before"] == pytest.approx(0.08**3 / (0.25**3 + 0.08**3), rel=0.1)
     assert set(means["holes"].values()) == set(means["not watertight"].values()) == {0}
     text = "\n".join(finding.says)
     assert "components (count): 2 before, 1 after" in text and "lower, which is better" in text
@@ -49,12 +59,17 @@ def test_known_bodies(tiny_comparison, monkeypatch, tmp_path):
 
 
 def test_latents_without_a_surface_are_named(tiny_comparison, monkeypatch, tmp_path):
-    c = with_bodies(monkeypatch, tiny_comparison, {"before": ball, "after": lambda spec: torch.zeros(spec.shape), "control": ball})
+    c = with_bodies(
+        monkeypatch,
+        tiny_comparison,
+        {"before": ball, "after": lambda spec: torch.zeros(spec.shape), "control": ball},
+    )
     finding = geometry.surfaces(c, tmp_path)
     assert "absent" in finding.data and "raise --n" in finding.says[0]
     assert str(tiny_comparison.seeds()[0]) in finding.says[-1]
     job = next(j for j in geometry.jobs(c) if j.key == "surfaces")
-    assert pages.run([job], tmp_path, quiet=True)["surfaces"].data["measures"] == {}  # its figures are drawn too
+    # its figures are drawn too
+    assert pages.run([job], tmp_path, quiet=True)["surfaces"].data["measures"] == {}
 
 
 def test_the_cut_at_the_border_is_no_curvature():
@@ -70,7 +85,9 @@ def test_a_generator_against_itself(unchanged, tmp_path):
     for entry in finding.data["measures"].values():
         p = entry["paired"]["after"]
         assert p["mean"] == p["mean_lo"] == p["mean_hi"] == 0 and np.isfinite(entry["values"]["before"]).all()
-    assert sum("no change" in line for line in finding.says) == 3 and any("--control" in line for line in finding.says)
+    assert sum("no change" in line for line in finding.says) == 3 and any(
+        "--control" in line for line in finding.says
+    )
     assert finding.facts.n == geometry.latents(unchanged) == len(finding.rows)
 
 
@@ -80,10 +97,15 @@ def coarse(monkeypatch):
 
 
 def test_densities_equal_direct_counts(tiny_comparison, coarse):
-    c, seeds = tiny_comparison, tiny_comparison.seeds()
+    c = tiny_comparison
+    seeds = tiny_comparison.seeds()
     counts, values = geometry.sigma_values(c, c.before, seeds)
     with torch.no_grad():
-        sigma = c.before.generator.field(c.ws(c.before, seeds)).density_grid(SlabSpec.of(c.before.generator.bounds, 12)).numpy()
+        sigma = (
+            c.before.generator.field(c.ws(c.before, seeds))
+            .density_grid(SlabSpec.of(c.before.generator.bounds, 12))
+            .numpy()
+        )
     assert counts.sum() == (sigma > 0).sum()
     assert counts[0] == ((sigma > 0) & (sigma < 0.1)).sum()
     assert np.allclose(values[geometry.LARGEST], sigma.max(axis=(1, 2, 3)))
@@ -93,8 +115,13 @@ def test_densities_equal_direct_counts(tiny_comparison, coarse):
 def test_densities_of_a_generator_against_itself_and_figures(unchanged, coarse, tmp_path):
     job = next(j for j in geometry.jobs(unchanged) if j.key == "sigma-statistics")
     finding = pages.run([job], tmp_path, quiet=True)["sigma-statistics"]
-    assert finding.data["measures"][geometry.LARGEST]["paired"]["after"]["mean"] == 0 and "no change" in finding.says[0]
-    assert len(finding.rows) == unchanged.n and (tmp_path / "figures" / "sigma-statistics-largest.png").is_file()
+    assert (
+        finding.data["measures"][geometry.LARGEST]["paired"]["after"]["mean"] == 0
+        and "no change" in finding.says[0]
+    )
+    assert (
+        len(finding.rows) == unchanged.n and (tmp_path / "figures" / "sigma-statistics-largest.png").is_file()
+    )
     assert any("--control" in line for line in finding.says)
 
 
@@ -102,7 +129,9 @@ def face(nose=0.0, bend=0.0, tilt=0.0, valid=None, side=80):
     """Maps of one face z(x, y) on a regular grid of the cube's front."""
     y, x = np.meshgrid(np.linspace(0.5, -0.5, side), np.linspace(-0.5, 0.5, side), indexing="ij")
     z = 0.1 + tilt * x - bend * (x**2 + y**2) + nose * np.exp(-((x / 0.015) ** 2) - ((y + 0.04) / 0.03) ** 2)
-    return DepthMaps(np.stack([x, y, z], -1)[None], np.ones((1, side, side), bool) if valid is None else valid[None])
+    return DepthMaps(
+        np.stack([x, y, z], -1)[None], np.ones((1, side, side), bool) if valid is None else valid[None]
+    )
 
 
 def test_a_plane_has_no_relief_and_no_nose():
@@ -115,7 +144,10 @@ def test_a_nose_stands_out_by_its_length():
     small, large = (measures(face(nose=length), Bounds()) for length in (0.02, 0.04))
     assert large["nose prominence"][0] == pytest.approx(2 * small["nose prominence"][0], rel=1e-6)
     assert 0.03 < large["nose prominence"][0] <= 0.04
-    assert large["face relief"][0] == pytest.approx(2 * small["face relief"][0], rel=1e-6) and small["face relief"][0] > 0
+    assert (
+        large["face relief"][0] == pytest.approx(2 * small["face relief"][0], rel=1e-6)
+        and small["face relief"][0] > 0
+    )
 
 
 def test_a_missing_face_is_missing():
@@ -124,11 +156,14 @@ def test_a_missing_face_is_missing():
 
 
 def test_change_leaves_pixels_out_that_few_latents_hit():
-    before, after = face(), face(nose=0.03)
+    before = face()
+    after = face(nose=0.03)
     valid = np.ones((1, 80, 80), bool)
     valid[0, :40] = False
     mean = np.array(geometry._change(before, DepthMaps(after.points, valid))["mean"], dtype=float)
-    assert np.isnan(mean[:40]).all() and np.nanmax(mean) == pytest.approx((after.points - before.points)[0, 40:, :, 2].max(), abs=1e-6)
+    assert np.isnan(mean[:40]).all() and np.nanmax(mean) == pytest.approx(
+        (after.points - before.points)[0, 40:, :, 2].max(), abs=1e-6
+    )
 
 
 def test_depth_of_a_generator_against_itself(unchanged, tmp_path):

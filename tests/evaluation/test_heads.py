@@ -21,17 +21,38 @@ def shapes_seen(missing, extra=0.0, fscore=0.5) -> dict:
     """What is seen of shapes with these errors; faces are the same random ones."""
     missing = np.asarray(missing, dtype=float)
     faces = np.random.default_rng(0).normal(0.1, 0.01, (len(missing), 6, 5)).astype(np.float32)
-    known = ("fscore", "fine", "completeness", "distance", "fine_front", "completeness_front", "distance_front", "amplitude")
-    return {"missing": missing, "extra": np.full(len(missing), extra), **{name: np.full(len(missing), fscore) for name in known},
-            "utility": 1 - missing, "depth": faces, "relief": faces - faces.mean(axis=(1, 2), keepdims=True),
-            "solid": np.zeros((len(missing), 4), np.uint8), "volume": np.full(len(missing), 20)}
+    known = (
+        "fscore",
+        "fine",
+        "completeness",
+        "distance",
+        "fine_front",
+        "completeness_front",
+        "distance_front",
+        "amplitude",
+    )
+    return {
+        "missing": missing,
+        "extra": np.full(len(missing), extra),
+        **{name: np.full(len(missing), fscore) for name in known},
+        "utility": 1 - missing,
+        "depth": faces,
+        "relief": faces - faces.mean(axis=(1, 2), keepdims=True),
+        "solid": np.zeros((len(missing), 4), np.uint8),
+        "volume": np.full(len(missing), 20),
+    }
 
 
 def test_figures_of_made_up_shapes():
-    before, after = shapes_seen([0.6, 0.4, 0.02, 0.03]), shapes_seen([0.1, 0.1, 0.02, 0.05])
+    before = shapes_seen([0.6, 0.4, 0.02, 0.03])
+    after = shapes_seen([0.1, 0.1, 0.02, 0.05])
     found = heads.figures(before, after)
     assert heads.broken(before).tolist() == [True, True, False, False] and before["missing"][2] < BROKEN
-    assert found["repaired"] == pytest.approx(0.8) and found["whole_made_worse"] == 0.5 and found["whole_share"] == 1
+    assert (
+        found["repaired"] == pytest.approx(0.8)
+        and found["whole_made_worse"] == 0.5
+        and found["whole_share"] == 1
+    )
     assert found["error_broken"] == pytest.approx(0.1) and found["missing_broken"] == pytest.approx(0.1)
     assert found["identity_kept"] == 1 and found["face_moved_voxels"] == 0 and found["changed"] == 0
     assert found["repaired_ci95"][0] <= 0.8 <= found["repaired_ci95"][1]
@@ -43,21 +64,35 @@ def test_faces_that_move_lose_their_identity_and_variety():
     after = {**before, "depth": before["depth"] + 0.5 / 64, "relief": before["relief"][::-1].copy()}
     found = heads.figures(before, after)
     assert found["face_moved_voxels"] == pytest.approx(0.5, abs=1e-4) and found["identity_kept"] == 0
-    assert heads.variety({**before, "relief": np.repeat(before["relief"][:1], 4, axis=0)}) == pytest.approx(0, abs=1e-6)
-    gone = {**before, "depth": np.full_like(before["depth"], np.nan), "relief": np.full_like(before["depth"], np.nan)}
-    assert heads.figures(before, gone)["identity_kept"] == 0 and heads.figures(before, gone)["variety"] is None
+    assert heads.variety({**before, "relief": np.repeat(before["relief"][:1], 4, axis=0)}) == pytest.approx(
+        0, abs=1e-6
+    )
+    gone = {
+        **before,
+        "depth": np.full_like(before["depth"], np.nan),
+        "relief": np.full_like(before["depth"], np.nan),
+    }
+    assert (
+        heads.figures(before, gone)["identity_kept"] == 0 and heads.figures(before, gone)["variety"] is None
+    )
 
 
 def test_without_broken_latents_nothing_is_repaired():
     before = shapes_seen([0.01, 0.02])
-    assert heads.figures(before, before)["repaired"] is None and heads.figures(before, before)["fscore_broken"] is None
+    assert (
+        heads.figures(before, before)["repaired"] is None
+        and heads.figures(before, before)["fscore_broken"] is None
+    )
     assert heads.figures(shapes_seen([0.9]), shapes_seen([0.5]))["whole_made_worse"] is None
 
 
 def test_the_interval_grows_with_the_spread_of_seeds():
     before = shapes_seen(np.linspace(0.3, 0.7, 12))
-    alike, apart = (np.stack([0.2 + np.full(12, shift) for shift in shifts]) for shifts in ((0, 0, 0), (-0.1, 0, 0.1)))
-    narrow, wide = heads.interval(before, alike), heads.interval(before, apart)
+    alike, apart = (
+        np.stack([0.2 + np.full(12, shift) for shift in shifts]) for shifts in ((0, 0, 0), (-0.1, 0, 0.1))
+    )
+    narrow = heads.interval(before, alike)
+    wide = heads.interval(before, apart)
     assert wide[1] - wide[0] > narrow[1] - narrow[0] and narrow[0] < 0.6 < narrow[1]
     found = two_way_interval(lambda rows, columns: float(rows.mean()), 1, 5)
     assert found == (0.0, 0.0)  # a single seed stays as it is
@@ -66,8 +101,13 @@ def test_the_interval_grows_with_the_spread_of_seeds():
 def test_a_cut_back_is_seen_and_no_face():
     whole = whole_grids(torch.from_numpy(np.random.RandomState(1).randn(2, 64)), N)
     cut = np.maximum(whole, (-0.05 - grid_points(N)[..., 2]))  # nothing behind z = -.05
-    seen, itself = heads.looked_at(cut, whole), heads.looked_at(whole, whole)
-    assert (heads.error(itself) == 0).all() and (itself["fscore"] == 1).all() and itself["utility"] == pytest.approx(1)
+    seen = heads.looked_at(cut, whole)
+    itself = heads.looked_at(whole, whole)
+    assert (
+        (heads.error(itself) == 0).all()
+        and (itself["fscore"] == 1).all()
+        and itself["utility"] == pytest.approx(1)
+    )
     assert heads.broken(seen).all() and (seen["extra"] == 0).all() and (seen["fscore"] < 0.5).all()
     found = heads.figures(seen, itself)
     assert found["repaired"] == 1 and found["identity_kept"] == 1 and found["face_moved_voxels"] == 0
@@ -75,11 +115,17 @@ def test_a_cut_back_is_seen_and_no_face():
 
 
 def test_networks_stand_side_by_side(tmp_path):
-    done = CliRunner().invoke(heads.command, [str(bundled.GENERATOR), "--n=2", "--held-out=validation", f"--out={tmp_path / 'heads.json'}"])
+    done = CliRunner().invoke(
+        heads.command,
+        [str(bundled.GENERATOR), "--n=2", "--held-out=validation", f"--out={tmp_path / 'heads.json'}"],
+    )
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "heads.json").read_text())["networks"]
     assert list(found) == ["before", "generator"] and found["generator"] == found["before"]
-    assert found["generator"]["face_moved_voxels"] == 0 and found["generator"]["whole_made_worse"] in (0, None)
+    assert found["generator"]["face_moved_voxels"] == 0 and found["generator"]["whole_made_worse"] in (
+        0,
+        None,
+    )
     assert "| generator |" in done.output and "2 latents (validation" in done.output
 
 

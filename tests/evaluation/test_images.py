@@ -1,4 +1,6 @@
-"""Images: a generator against itself, against a collapsed one, and what is missing; drift, and what the user's networks add."""
+"""Images: a generator against itself, against a collapsed one, and what is missing; drift, and what the
+user's networks add.
+"""
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from tests.measures.test_image_similarity import Embed, Pair
 class Means:
     """A feature network with few features, so that few images carry a covariance."""
 
-    name, dim = "means", 3
+    name = "means"
+    dim = 3
 
     def __call__(self, images):
         return images.mean(dim=(2, 3))
@@ -43,7 +46,9 @@ def test_images_moved_away_are_told(unchanged, few_features, tmp_path):
 
     c = Comparison(**{**vars(unchanged), "after": replaced(unchanged.after, field=brighter)})
     found = images.distances(c, tmp_path)
-    assert all(change["lo"] > 0 for change in found.data["changes"]) and "farther from" in " ".join(found.says)
+    assert all(change["lo"] > 0 for change in found.data["changes"]) and "farther from" in " ".join(
+        found.says
+    )
     shown = {(row["measure"], row["role"]): row["value"] for row in found.data["precision_recall"]}
     assert shown["precision", "after"] == shown["recall", "after"] == 0
 
@@ -55,7 +60,9 @@ def test_too_few_images_leave_the_frechet_distance_out(tiny_comparison, tmp_path
     assert any("No Fréchet distance" in text and "--images" in text for text in found["image-distances"].says)
     assert {row["role"] for row in found["diversity"].rows} == {"before", "after", "control"}
     assert {path.name for path in (tmp_path / "figures").glob("*.png")} == {
-        "image-distances-distances.png", "image-distances-precision-recall.png", "diversity-pairwise.png",
+        "image-distances-distances.png",
+        "image-distances-precision-recall.png",
+        "diversity-pairwise.png",
     }
 
 
@@ -78,16 +85,24 @@ def test_collapse_shows(unchanged, tmp_path):
     found = images.spread(c, tmp_path)
     # ray jitter, which differs within a batch, keeps equal shapes' images apart
     ratios = {row["of"]: row["ratio"] for row in found.rows if row["role"] == "after"}
-    assert ratios["σ slabs"] < 0.01 and ratios["image features"] < 0.5 and " less diverse" in " ".join(found.says)
+    assert (
+        ratios["σ slabs"] < 0.01
+        and ratios["image features"] < 0.5
+        and " less diverse" in " ".join(found.says)
+    )
     same = [row for row in images.spread(unchanged, tmp_path).rows if row["role"] == "after"]
-    np.testing.assert_allclose([[row["ratio"], row["ratio_lo"], row["ratio_hi"]] for row in same], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(
+        [[row["ratio"], row["ratio_lo"], row["ratio_hi"]] for row in same], 1.0, rtol=1e-6
+    )
 
 
 @pytest.fixture()
 def with_networks(tiny_comparison, tmp_path):
     torch.jit.script(Pair()).save(str(tmp_path / "pair.pt"))
     torch.jit.script(Embed()).save(str(tmp_path / "embed.pt"))
-    return Comparison(**{**vars(tiny_comparison), "lpips": tmp_path / "pair.pt", "identity": tmp_path / "embed.pt"})
+    return Comparison(
+        **{**vars(tiny_comparison), "lpips": tmp_path / "pair.pt", "identity": tmp_path / "embed.pt"}
+    )
 
 
 def test_no_drift_against_itself(unchanged, tmp_path):
@@ -102,7 +117,8 @@ def test_the_users_networks(with_networks, tmp_path):
     parts = images.jobs(with_networks)[2:]
     found = pages.run(parts, tmp_path / "out", quiet=True)
     assert list(found["appearance-drift"].data["measures"]) == ["PSNR, dB", "SSIM", "LPIPS"]
-    c, seeds = with_networks, with_networks.seeds()
+    c = with_networks
+    seeds = with_networks.seeds()
     before, after = (images.renderings(c, g, seeds, images.YAW) for g in (c.before, c.after))
     expected = (before - after).abs().mean(dim=(1, 2, 3)).tolist()
     assert found["appearance-drift"].data["measures"]["LPIPS"]["after"] == pytest.approx(expected, rel=1e-5)

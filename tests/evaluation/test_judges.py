@@ -1,4 +1,6 @@
-"""The judges of a run's end: verdicts, what became of broken heads; a network against itself and whole heads in a network's place."""
+"""The judges of a run's end: verdicts, what became of broken heads; a network against itself and whole heads
+in a network's place.
+"""
 
 from pathlib import Path
 
@@ -21,15 +23,21 @@ N = 32
 @pytest.mark.parametrize(
     ("ends", "way", "expected"),
     [
-        ((0.1, 0.2), "lower", "worse"), ((0.1, 0.2), "higher", "better"), ((-0.2, -0.1), "lower", "better"),
-        ((-0.2, -0.1), "higher", "worse"), ((-0.1, 0.2), "lower", "no clear change"), ((0.0, 0.2), "higher", "no clear change"),
+        ((0.1, 0.2), "lower", "worse"),
+        ((0.1, 0.2), "higher", "better"),
+        ((-0.2, -0.1), "lower", "better"),
+        ((-0.2, -0.1), "higher", "worse"),
+        ((-0.1, 0.2), "lower", "no clear change"),
+        ((0.0, 0.2), "higher", "no clear change"),
         ((0.0, 0.0), "lower", "no clear change"),
     ],
 )
 def test_verdicts_follow_the_interval_and_the_direction(ends, way, expected):
     change = {"mean": sum(ends) / 2, "mean_lo": ends[0], "mean_hi": ends[1]}
     row = measured(Measure("x", None, way, "1"), 1.0, 1.0 + sum(ends) / 2, change)
-    assert row["verdict"] == expected and row["better"] is ((sum(ends) >= 0) if way == "higher" else (sum(ends) <= 0))
+    assert row["verdict"] == expected and row["better"] is (
+        (sum(ends) >= 0) if way == "higher" else (sum(ends) <= 0)
+    )
 
 
 def whole(seeds) -> np.ndarray:
@@ -44,7 +52,9 @@ def cut(shapes: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def healed(unchanged, monkeypatch):
-    """A comparison whose generator makes of every other latent a head without a back before tuning, and whole ones afterwards."""
+    """A comparison whose generator makes of every other latent a head without a back before tuning, and whole
+    ones afterwards.
+    """
     after = replaced(unchanged.after)
     monkeypatch.setattr(judges, "HEADS", 4)
     monkeypatch.setattr(judges, "CHOOSING", 2)
@@ -53,17 +63,34 @@ def healed(unchanged, monkeypatch):
         monkeypatch.setattr(room, "FILTERS", few)
     monkeypatch.setattr(Comparison, "synthetic", True)
     monkeypatch.setattr(heads, "named", lambda generator, seeds: whole(seeds))
-    monkeypatch.setattr(heads, "scans", lambda generator, seeds: whole(seeds) if generator is after.generator else cut(whole(seeds)))
+    monkeypatch.setattr(
+        heads,
+        "scans",
+        lambda generator, seeds: whole(seeds) if generator is after.generator else cut(whole(seeds)),
+    )
     return Comparison(**{**vars(unchanged), "after": after, "n": 4, "batch": 4, "memory": {}})
 
 
 def test_a_generator_of_whole_heads_repairs_all(healed):
     record = judges.against_whole_heads(healed) | judges.blind_pairs(healed)
-    assert record["repaired"] == 1 and record["repaired_by_filter"] < 0.3 and record["broken_n"] == 2 and record["heads_n"] == 4
+    assert (
+        record["repaired"] == 1
+        and record["repaired_by_filter"] < 0.3
+        and record["broken_n"] == 2
+        and record["heads_n"] == 4
+    )
     assert (record["whole_made_worse"], record["identity_kept"], record["face_moved_voxels"]) == (0, 1, 0)
-    assert record["fscore_behind"]["before"] < record["fscore_behind"]["after"] == record["fscore_behind"]["whole"] == 1
-    assert record["variety_after"] == pytest.approx(record["variety_before"]) and record["win_rate"] == 0.75  # two ties
-    assert set(record["heads"]) == {"before", "after", "filter", "strongest_filter"} and record["utility_after"] == pytest.approx(1)
+    assert (
+        record["fscore_behind"]["before"]
+        < record["fscore_behind"]["after"]
+        == record["fscore_behind"]["whole"]
+        == 1
+    )
+    # two ties
+    assert record["variety_after"] == pytest.approx(record["variety_before"]) and record["win_rate"] == 0.75
+    assert set(record["heads"]) == {"before", "after", "filter", "strongest_filter"} and record[
+        "utility_after"
+    ] == pytest.approx(1)
 
 
 def test_without_features_of_shapes_the_summary_says_so(unchanged, monkeypatch, tmp_path):
@@ -84,12 +111,15 @@ def test_what_depends_on_bundled_files_alone_is_kept_on_the_disk(unchanged, monk
     monkeypatch.setenv("EG3D_RLHF_CACHE", str(tmp_path))
     monkeypatch.setattr(judges, "GEOMETRY", HeldOut("geometry", 220_000, 3, ""))
     monkeypatch.setattr(judges, "resolve_dataset", lambda name: Path(__file__))
-    made, views = [], judges.PARTS["views"]
+    made = []
+    views = judges.PARTS["views"]
     monkeypatch.setitem(judges.PARTS, "views", lambda *what: made.append(what) or views(*what))
 
     def seen(role="before", **change):
         values = {"data": bundled.DATA, "memory": {}, **change}
-        return judges.seen(Comparison(**{**vars(unchanged), **values}), "views", role)["depth disagreement"].tolist()
+        return judges.seen(Comparison(**{**vars(unchanged), **values}), "views", role)[
+            "depth disagreement"
+        ].tolist()
 
     first = seen()
     assert not list(tmp_path.rglob("*.safetensors"))  # another network than the bundled one

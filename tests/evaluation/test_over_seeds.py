@@ -1,4 +1,6 @@
-"""Figures over training seeds: their means and spread, what is left out, and the tool that repeats only what is missing."""
+"""Figures over training seeds: their means and spread, what is left out, and the tool that repeats only what
+is missing.
+"""
 
 import json
 
@@ -14,20 +16,37 @@ from eg3d_rlhf.evaluation.over_seeds import over_seeds, spread, table
 def record(gap: float, shift: float) -> dict:
     """A run's summary, of the parts that matter here."""
     paired = paired_summary([0.0, 0.0, 0.1, 0.2], [shift, shift, 0.1 + shift, 0.2 + shift])._asdict()
-    row = {"name": "depth", "before": 0.1, "after": 0.1 + shift, "higher_is_better": False, "paired": paired,
-           "verdict": "better" if shift < 0 else "worse"}
-    return {"tuned_delta_mean": 7.0, "repaired": gap, "repaired_ci95": [gap - 0.1, gap + 0.1], "geometry": [row], "seconds": 100.0,
-            "over_optimisation": []}
+    row = {
+        "name": "depth",
+        "before": 0.1,
+        "after": 0.1 + shift,
+        "higher_is_better": False,
+        "paired": paired,
+        "verdict": "better" if shift < 0 else "worse",
+    }
+    return {
+        "tuned_delta_mean": 7.0,
+        "repaired": gap,
+        "repaired_ci95": [gap - 0.1, gap + 0.1],
+        "geometry": [row],
+        "seconds": 100.0,
+        "over_optimisation": [],
+    }
 
 
 def test_means_spread_and_intervals():
     found = over_seeds({"0": record(0.5, -0.1), "1": record(0.6, -0.2), "2": record(0.7, 0.3)})
-    gap, (depth,) = found["repaired"], found["geometry"]
+    gap = found["repaired"]
+    (depth,) = found["geometry"]
     assert found["seeds"] == [0, 1, 2] and gap["by_seed"] == {"0": 0.5, "1": 0.6, "2": 0.7}
     assert (gap["mean"], gap["std"]) == (pytest.approx(0.6), pytest.approx(0.1))
-    assert gap["ci95_over_seeds"] == pytest.approx([0.6 - 4.302653 * 0.1 / 3**0.5, 0.6 + 4.302653 * 0.1 / 3**0.5])
+    assert gap["ci95_over_seeds"] == pytest.approx(
+        [0.6 - 4.302653 * 0.1 / 3**0.5, 0.6 + 4.302653 * 0.1 / 3**0.5]
+    )
     assert gap["ci95_by_seed"]["1"] == pytest.approx([0.5, 0.7])
-    assert depth["verdicts"] == {"0": "better", "1": "better", "2": "worse"} and depth["change"]["mean"] == pytest.approx(0)
+    assert depth["verdicts"] == {"0": "better", "1": "better", "2": "worse"} and depth["change"][
+        "mean"
+    ] == pytest.approx(0)
     cells = {row[0]: row[1:] for row in table(found)}
     assert cells["of the error of broken heads gone"] == ["50.0%", "60.0%", "70.0%", "60.0% ± 10.0%"]
     assert cells["depth, change"][2] == "+0.3 worse"
@@ -65,10 +84,16 @@ def test_finished_runs_are_not_repeated(training, tmp_path):
     out = tmp_path / "seeds"
     first = run(out)
     assert first.exit_code == 0, first.output
-    assert [part.flags[-1] for part in training] == ["--seed=0", "--seed=5"] and "of the error of broken heads gone" in first.stdout
+    assert [part.flags[-1] for part in training] == [
+        "--seed=0",
+        "--seed=5",
+    ] and "of the error of broken heads gone" in first.stdout
     assert json.loads((out / "summary.json").read_text())["repaired"]["by_seed"] == {"0": 0.1, "5": 0.2}
     assert json.loads(run(out, "-n").stdout) == {"0": "finished", "5": "finished"}
     assert run(out).exit_code == 0 and len(training) == 2
     assert run(out, "--", "--kimg=0.5").exit_code == 0 and len(training) == 4  # other settings are other runs
     (training[1].run / "summary.json").unlink()
-    assert json.loads(run(out, "-n").stdout)["5"][0] == "train.py" and json.loads(run(out, "-n").stdout)["0"] == "finished"
+    assert (
+        json.loads(run(out, "-n").stdout)["5"][0] == "train.py"
+        and json.loads(run(out, "-n").stdout)["0"] == "finished"
+    )

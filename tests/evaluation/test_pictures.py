@@ -1,4 +1,6 @@
-"""The pictures that end a run: their size, which latents they show, what stands beside, and contact sheets."""
+"""The pictures that end a run: their size, which latents they show, what stands beside,
+and contact sheets.
+"""
 
 import json
 
@@ -18,19 +20,25 @@ from training.dataset import ImageFolderDataset
 from training.heads import people, people_mesh
 
 CELL = 40
-SMALL = pictures.PictureOptions(shown=2, meshes=1, resolution=32, cell=CELL, film=CELL, thumb=CELL, rays=8, turns=3, samples=4)
+SMALL = pictures.PictureOptions(
+    shown=2, meshes=1, resolution=32, cell=CELL, film=CELL, thumb=CELL, rays=8, turns=3, samples=4
+)
 FRONT = CameraFamily().label(0.4)
 
 
 def with_spheres(loaded, radius: float, z_dim: int = people.LATENT):
-    """A loaded generator of latents of people whose fields are spheres: the tiny network's own have no surface."""
+    """A loaded generator of latents of people whose fields are spheres: the tiny network's own have no
+    surface.
+    """
     generator = loaded.generator
 
     class Sphere:
-        level, bounds = 10.0, generator.bounds
+        level = 10.0
+        bounds = generator.bounds
 
         def __init__(self, ws):
-            self._ws, self._field = ws, generator.field(ws)
+            self._ws = ws
+            self._field = generator.field(ws)
             self._radius = radius + 0.02 * ws.mean(dim=(1, 2))[:, None]
 
         def __len__(self):
@@ -55,8 +63,13 @@ def with_spheres(loaded, radius: float, z_dim: int = people.LATENT):
 def heads(tiny_networks, tiny_reward, tiny_pair):
     """A comparison of generators of spheres, of a synthetic set by name, whose latents are already chosen."""
     c = comparisons.load(tiny_networks, tiny_reward, after=tiny_pair[0], data="synthetic:people32@n=8")
-    known = {pictures.CHOSEN: [210_003, 210_001], ("judges", "filters", "before"): {"any_filter": np.array([0])}}
-    return comparisons.dataclasses.replace(c, before=with_spheres(c.before, 0.2), after=with_spheres(c.after, 0.24), memory=known)
+    known = {
+        pictures.CHOSEN: [210_003, 210_001],
+        ("judges", "filters", "before"): {"any_filter": np.array([0])},
+    }
+    return comparisons.dataclasses.replace(
+        c, before=with_spheres(c.before, 0.2), after=with_spheres(c.after, 0.24), memory=known
+    )
 
 
 @pytest.mark.parametrize("of_people", [True, False])
@@ -64,7 +77,10 @@ def test_the_pictures_are_written_with_and_without_heads_of_people(heads, of_peo
     monkeypatch.setattr(pictures, "GRID", 16)
     c = heads if of_people else comparisons.dataclasses.replace(heads, data="")
     assert pictures.write_pictures(c, tmp_path, SMALL) == ["comparison.png", "turntable.webp", "meshes/*.ply"]
-    assert sorted(path.name for path in (tmp_path / "meshes").iterdir()) == ["seed210003-after.ply", "seed210003-before.ply"]
+    assert sorted(path.name for path in (tmp_path / "meshes").iterdir()) == [
+        "seed210003-after.ply",
+        "seed210003-before.ply",
+    ]
     height, width = (round(CELL * pictures.CROP[2 + i]) - round(CELL * pictures.CROP[i]) for i in (1, 0))
     picture = np.array(PIL.Image.open(tmp_path / "comparison.png"))
     assert picture.shape[1] == pictures.NAMES + 2 * width + 24
@@ -80,11 +96,19 @@ def test_the_caption_says_that_scans_are_broken_on_purpose(heads):
 
 def test_latents_are_shown_by_rule_and_kept_for_another_process(heads):
     c = comparisons.dataclasses.replace(heads, memory={})
-    shown, pool = pictures.chosen(c, 6), pictures.JUDGE.take(pictures.POOL)
+    shown = pictures.chosen(c, 6)
+    pool = pictures.JUDGE.take(pictures.POOL)
     scores = c.scores(c.before, pool, 1.0).tolist()
     rewards = [scores[pool.index(seed)] for seed in shown]
-    assert rewards == sorted(rewards) and (rewards[0], rewards[-1]) == (min(scores), max(scores)) and len(set(shown)) == 6
-    assert pictures.chosen(comparisons.dataclasses.replace(c, reward=None, memory={pictures.CHOSEN: shown})) == shown
+    assert (
+        rewards == sorted(rewards)
+        and (rewards[0], rewards[-1]) == (min(scores), max(scores))
+        and len(set(shown)) == 6
+    )
+    assert (
+        pictures.chosen(comparisons.dataclasses.replace(c, reward=None, memory={pictures.CHOSEN: shown}))
+        == shown
+    )
 
 
 def test_shapes_without_a_surface_are_white_and_stop_nothing(tiny_comparison, tmp_path):
@@ -122,8 +146,11 @@ def test_the_change_of_a_generator_against_itself_is_none(heads):
 
 def test_contact_sheets(heads, tiny_networks, tiny_data):
     generator = load_generator(tiny_networks).generator
-    images = image_sheet(generator, ImageFolderDataset(tiny_data, use_labels=True, c_dim=25), range(9), 0.7, samples=4)
-    assert images.shape[1] == 2 * (8 * 128 + 24) and images.dtype == np.uint8  # 32 pixels four times as large, twice
+    images = image_sheet(
+        generator, ImageFolderDataset(tiny_data, use_labels=True, c_dim=25), range(9), 0.7, samples=4
+    )
+    # 32 pixels four times as large, twice
+    assert images.shape[1] == 2 * (8 * 128 + 24) and images.dtype == np.uint8
     shapes = shape_sheet(heads.before.generator, range(3), 1.0, SMALL)
     height, width = (round(CELL * pictures.CROP[2 + i]) - round(CELL * pictures.CROP[i]) for i in (1, 0))
     assert shapes.shape[1] == 3 * width + 24 and 2 * height < shapes.shape[0] < 2 * height + 220
@@ -134,15 +161,33 @@ def run(tool, *flags):
 
 
 def test_the_tool_that_draws_contact_sheets(tiny_networks, tiny_data, tmp_path):
-    found = run(samples.sheet, f"--network={tiny_networks}", f"--data={tiny_data}", "--seeds=0-3", "--shapes=1", f"--outdir={tmp_path}/a")
+    found = run(
+        samples.sheet,
+        f"--network={tiny_networks}",
+        f"--data={tiny_data}",
+        "--seeds=0-3",
+        "--shapes=1",
+        f"--outdir={tmp_path}/a",
+    )
     assert found.exit_code == 0, found.output
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["images.png", "shapes.png"]
-    few = run(samples.sheet, f"--network={tiny_networks}", f"--data={tiny_data}", "--seeds=0-99", f"--outdir={tmp_path}/b")
-    assert few.exit_code == 2 and "--data: expected at least 100 images, got 24. Name fewer --latents." in few.stderr
+    few = run(
+        samples.sheet,
+        f"--network={tiny_networks}",
+        f"--data={tiny_data}",
+        "--seeds=0-99",
+        f"--outdir={tmp_path}/b",
+    )
+    assert (
+        few.exit_code == 2
+        and "--data: expected at least 100 images, got 24. Name fewer --latents." in few.stderr
+    )
     assert not (tmp_path / "b").exists()
 
 
-def test_the_tool_that_draws_a_run_again_states_what_it_compares(tiny_networks, tiny_reward, tiny_pair, tmp_path):
+def test_the_tool_that_draws_a_run_again_states_what_it_compares(
+    tiny_networks, tiny_reward, tiny_pair, tmp_path
+):
     named = [f"--before={tiny_networks}", f"--run={tiny_pair[0]}", f"--reward-ckpt={tiny_reward}"]
     found = run(reports.pictures, *named, "--dry-run")
     assert found.exit_code == 0 and json.loads(found.stdout)["out"] == str(tiny_pair[0])

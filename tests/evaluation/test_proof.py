@@ -23,7 +23,10 @@ from training import networks
 def test_labels_by_coin_and_turned_over():
     labels = [Preference(winner=2 * i, loser=2 * i + 1, clean=2 * i) for i in range(400)]
     over = [turned(label) for label in labels]
-    assert all((a.winner, a.loser, a.clean) == (b.loser, b.winner, b.clean) for a, b in zip(labels, over, strict=True))
+    assert all(
+        (a.winner, a.loser, a.clean) == (b.loser, b.winner, b.clean)
+        for a, b in zip(labels, over, strict=True)
+    )
     tossed = coin(labels, 0)
     swapped = np.mean([a.winner != b.winner for a, b in zip(labels, tossed, strict=True)])
     assert 0.4 < swapped < 0.6 and tossed == coin(labels, 0) != coin(labels, 1)
@@ -31,7 +34,8 @@ def test_labels_by_coin_and_turned_over():
 
 
 def test_permuted_weights_are_the_same_numbers_elsewhere(tiny_reward):
-    first, other = load_reward(tiny_reward), permuted(load_reward(tiny_reward), 3)
+    first = load_reward(tiny_reward)
+    other = permuted(load_reward(tiny_reward), 3)
     pairs = list(zip(first.network.state_dict().values(), other.network.state_dict().values(), strict=True))
     assert all(torch.equal(a.flatten().sort().values, b.flatten().sort().values) for a, b in pairs)
     assert not all(torch.equal(a, b) for a, b in pairs) and other.provenance["permuted"] == 3
@@ -44,7 +48,8 @@ def arm_of(error, frechet, harm) -> dict:
 
 
 def test_the_verdict_asks_for_every_seed_and_both_primaries():
-    labels, primaries = arm_of([0.1, 0.1], [1.0, 1.0], [0.02, 0.0]), ["error_broken", "shape_frechet"]
+    labels = arm_of([0.1, 0.1], [1.0, 1.0], [0.02, 0.0])
+    primaries = ["error_broken", "shape_frechet"]
 
     def beaten(**other) -> bool:
         return verdict({LABELS: labels, **other}, primaries)["labels_win"]
@@ -55,12 +60,22 @@ def test_the_verdict_asks_for_every_seed_and_both_primaries():
     assert not beaten(coin=arm_of([0.5, 0.5], [2.0, 0.9], [0.0, 0.0]))
     found = verdict({LABELS: {**labels, "whole_made_worse": [0.1, 0.0]}, "coin": weak}, primaries)
     assert not found["labels_win"] and found["against"]["coin"]["no_more_harm"] == [False, True]
-    assert verdict({LABELS: labels, "coin": {**weak, "shape_frechet": [0.0, 0.0]}}, ["error_broken"])["labels_win"]
+    assert verdict({LABELS: labels, "coin": {**weak, "shape_frechet": [0.0, 0.0]}}, ["error_broken"])[
+        "labels_win"
+    ]
 
 
 def test_truncation_takes_the_largest_psi_that_reaches_the_share():
-    seen = {0.9: shapes_seen([0.5, 0.5, 0.0]), 0.5: shapes_seen([0.5, 0.0, 0.0]), 0.2: shapes_seen([0.0, 0.0, 0.0])}
-    assert (truncated(seen, 0.6), truncated(seen, 0.7), truncated({0.9: seen[0.9], 0.5: seen[0.5]}, 0.9)) == (0.5, 0.2, 0.5)
+    seen = {
+        0.9: shapes_seen([0.5, 0.5, 0.0]),
+        0.5: shapes_seen([0.5, 0.0, 0.0]),
+        0.2: shapes_seen([0.0, 0.0, 0.0]),
+    }
+    assert (truncated(seen, 0.6), truncated(seen, 0.7), truncated({0.9: seen[0.9], 0.5: seen[0.5]}, 0.9)) == (
+        0.5,
+        0.2,
+        0.5,
+    )
 
 
 def planned(*flags: str) -> dict:
@@ -72,13 +87,27 @@ def planned(*flags: str) -> dict:
 def test_commands(tmp_path):
     plan = planned(f"--out={tmp_path}", "--seeds=0,4", "--rewards=2", "--draws=2", "--", "--kimg=0.1")
     kinds = {arm: sum(name.startswith(f"{arm}-s") for name in plan) for arm in ARMS}
-    assert kinds == {LABELS: 8, "no-reward": 2, "filter": 0, "truncation": 0, "smoothness": 2, "permuted": 4, "coin": 8, "turned": 8}
+    assert kinds == {
+        LABELS: 8,
+        "no-reward": 2,
+        "filter": 0,
+        "truncation": 0,
+        "smoothness": 2,
+        "permuted": 4,
+        "coin": 8,
+        "turned": 8,
+    }
     assert sum(name.startswith("reward: ") for name in plan) == 3 * 4 - 1  # one is bundled
     tuned = [command for name, command in plan.items() if "-s4" in name]
     assert all({"--seed=4", "--no-summary", "--kimg=0.1"} <= set(command) for command in tuned)
-    assert "--lambda-r=0" in plan["no-reward-s4-d0-r0"] and "--reward=smoothness" in plan["smoothness-s0-d0-r0"]
-    assert list(planned("--only=coin", "--seeds=0", "--rewards=1", "--draws=1")) == ["reward: coin, draw 0, seed 0",
-                                                                                   "labels-s0-d0-r0", "coin-s0-d0-r0"]
+    assert (
+        "--lambda-r=0" in plan["no-reward-s4-d0-r0"] and "--reward=smoothness" in plan["smoothness-s0-d0-r0"]
+    )
+    assert list(planned("--only=coin", "--seeds=0", "--rewards=1", "--draws=1")) == [
+        "reward: coin, draw 0, seed 0",
+        "labels-s0-d0-r0",
+        "coin-s0-d0-r0",
+    ]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,9 +133,14 @@ def in_this_process(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("arms", [
-    [LABELS, "filter", "truncation"], pytest.param([name for name in ARMS if name != "turned"], marks=pytest.mark.long),
-], ids=["few", "most"])  # fmt: skip
+@pytest.mark.parametrize(
+    "arms",
+    [
+        [LABELS, "filter", "truncation"],
+        pytest.param([name for name in ARMS if name != "turned"], marks=pytest.mark.long),
+    ],
+    ids=["few", "most"],
+)
 def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(heads, "POINTS", 32)
     monkeypatch.setattr(proof, "CHOOSING", 2)
@@ -123,16 +157,36 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
     generator = load_generator(tmp_path / "tiny.safetensors").hash
     pairs = [Preference(winner=2 * i, loser=2 * i + 1, generator=generator) for i in range(12)]
     labels = write_labels(tmp_path / "labels.jsonl", pairs)
-    flags = [f"--network={tmp_path / 'tiny.safetensors'}", f"--labels={labels}", f"--out={tmp_path / 'proof'}", "--seeds=0,1",
-             "--rewards=1", "--draws=1", "--latents=3", "--jobs=1", f"--only={','.join(arms)}",
-             "--train=--preset=tiny --epochs=1 --resolution=24", "--"]
-    tune = [flag for flag in tiny_runs.train_flags(tiny_data, "", "") if not flag.startswith(("--init", "--outdir"))]
+    flags = [
+        f"--network={tmp_path / 'tiny.safetensors'}",
+        f"--labels={labels}",
+        f"--out={tmp_path / 'proof'}",
+        "--seeds=0,1",
+        "--rewards=1",
+        "--draws=1",
+        "--latents=3",
+        "--jobs=1",
+        f"--only={','.join(arms)}",
+        "--train=--preset=tiny --epochs=1 --resolution=24",
+        "--",
+    ]
+    tune = [
+        flag
+        for flag in tiny_runs.train_flags(tiny_data, "", "")
+        if not flag.startswith(("--init", "--outdir"))
+    ]
     result = CliRunner().invoke(proof.main, [*flags, *tune, "--kimg=0.008"])
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "proof" / "proof.json").read_text())
     assert list(data["arms"]) == arms and data["primaries"] == ["error_broken", "shape_frechet"]
-    assert all(len(figures["error_broken"]) == len(figures["shape_frechet"]) == 2 for figures in data["arms"].values())
+    assert all(
+        len(figures["error_broken"]) == len(figures["shape_frechet"]) == 2
+        for figures in data["arms"].values()
+    )
     assert set(data["verdict"]["against"]) == set(arms) - {LABELS} and set(data["psi"]) == {"0", "1"}
     assert "volume error behind (primary)" in (tmp_path / "proof" / "proof.md").read_text()
     done = len(in_this_process)
-    assert CliRunner().invoke(proof.main, [*flags, *tune, "--kimg=0.008"]).exit_code == 0 and len(in_this_process) == done
+    assert (
+        CliRunner().invoke(proof.main, [*flags, *tune, "--kimg=0.008"]).exit_code == 0
+        and len(in_this_process) == done
+    )

@@ -1,4 +1,6 @@
-"""The whole report: its command, its page, what it says first; resumed, selected, refused; its strips of shapes."""
+"""The whole report: its command, its page, what it says first; resumed, selected, refused; its strips of
+shapes.
+"""
 
 import json
 
@@ -22,8 +24,17 @@ from tests.tools.examples import run_example
 def flags(tiny_networks, tiny_reward, tiny_pair, tiny_data, tmp_path):
     tuned, control = tiny_pair
     return [
-        f"--before={tiny_networks}", f"--after={tuned}", f"--control={control}", f"--reward-ckpt={tiny_reward}", f"--set=data={tiny_data}",
-        "--n=16", "--set=images=20", "--set=batch=8", "--device=cpu", f"--out={tmp_path / 'out'}", "--only=reward-psi,rank-consistency",
+        f"--before={tiny_networks}",
+        f"--after={tuned}",
+        f"--control={control}",
+        f"--reward-ckpt={tiny_reward}",
+        f"--set=data={tiny_data}",
+        "--n=16",
+        "--set=images=20",
+        "--set=batch=8",
+        "--device=cpu",
+        f"--out={tmp_path / 'out'}",
+        "--only=reward-psi,rank-consistency",
     ]
 
 
@@ -35,9 +46,13 @@ def test_page_summary_and_table(flags, tmp_path):
     done = run(flags)
     assert done.exit_code == 0, done.output
     out = tmp_path / "out"
-    page, words = (out / "index.html").read_text(), (out / "summary.txt").read_text()
+    page = (out / "index.html").read_text()
+    words = (out / "summary.txt").read_text()
     assert 'id="reward-psi"' in page and 'id="rank-consistency"' in page and 'id="diversity"' not in page
-    assert "Not allowed: that people prefer the tuned shapes" in words and "Not allowed: that people prefer the tuned shapes" in page
+    assert (
+        "Not allowed: that people prefer the tuned shapes" in words
+        and "Not allowed: that people prefer the tuned shapes" in page
+    )
     assert "Highest mean reward" in done.output and "index.html" in done.output
     assert {"reward-psi.json", "reward-psi.csv"} <= {path.name for path in (out / "data").iterdir()}
 
@@ -52,15 +67,20 @@ def test_dry_run_prints_what_would_be_done(flags, tmp_path):
     done = run(flags, "--dry-run")
     values = json.loads(done.output)
     assert done.exit_code == 0 and values["parts"] == ["reward-psi", "rank-consistency"] and values["n"] == 16
-    assert len({values[role]["hash"] for role in ("before", "after", "control")}) == 3 and not (tmp_path / "out").exists()
+    assert (
+        len({values[role]["hash"] for role in ("before", "after", "control")}) == 3
+        and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        (("--only=reward-shift,nothing",), "--only: expected some of reward-shift"), (("--only=,",), "--only: "),
+        (("--only=reward-shift,nothing",), "--only: expected some of reward-shift"),
+        (("--only=,",), "--only: "),
         (("--set=data=none.zip", "--only=image-distances"), "none.zip"),
-        (("--set=lpips=none.pt",), "--set lpips=VALUE: expected a file"), (("--run=none",), "--run: expected a run"),
+        (("--set=lpips=none.pt",), "--set lpips=VALUE: expected a file"),
+        (("--run=none",), "--run: expected a run"),
         (("--reward-watch=none.safetensors",), "--reward-watch"),
     ],
 )
@@ -74,19 +94,32 @@ def finding(data):
 
 
 def shift(after, control):
-    return finding({"paired": {"after": {"mean": after, "mean_lo": after - 0.1}, "control": {"mean": control}}})
+    return finding(
+        {"paired": {"after": {"mean": after, "mean_lo": after - 0.1}, "control": {"mean": control}}}
+    )
 
 
 def test_what_a_shift_allows(tiny_comparison):
     allowed = report.summary(tiny_comparison, {"reward-shift": shift(5.0, 0.1)})[0]
-    assert allowed.startswith("Allowed: the optimised reward rose, by 5.00") and "so the reward phase did it" in allowed
-    assert "so the reward phase did it" not in report.summary(tiny_comparison, {"reward-shift": shift(5.0, 2.0)})[0]
+    assert (
+        allowed.startswith("Allowed: the optimised reward rose, by 5.00")
+        and "so the reward phase did it" in allowed
+    )
+    assert (
+        "so the reward phase did it"
+        not in report.summary(tiny_comparison, {"reward-shift": shift(5.0, 2.0)})[0]
+    )
     assert "Allowed: nothing" in report.summary(tiny_comparison, {"reward-shift": shift(0.05, 0.0)})[0]
 
 
 def test_what_is_not_allowed(tiny_comparison, unchanged):
     text = "\n".join(report.summary(unchanged, {"identity-drift": finding({"absent": "no network"})}))
-    assert "without a control" in text and "no second reward" in text and "identity-drift" in text and "rendered heads" not in text
+    assert (
+        "without a control" in text
+        and "no second reward" in text
+        and "identity-drift" in text
+        and "rendered heads" not in text
+    )
     assert "without a control" not in "\n".join(report.summary(tiny_comparison, {}))
 
 
@@ -99,7 +132,9 @@ def test_a_control_that_differs_is_told(tiny_comparison, tmp_path):
 @pytest.mark.long
 def test_the_example_with_nothing_but_a_run(tmp_path):
     """All defaults: the newest run in runs/ that began from the bundled generator."""
-    run = comparisons.write_run(tmp_path / "runs/00000-tuned", {}, 10.0, hashes={"init": file_hash(bundled.GENERATOR)})
+    run = comparisons.write_run(
+        tmp_path / "runs/00000-tuned", {}, 10.0, hashes={"init": file_hash(bundled.GENERATOR)}
+    )
     (run / "network-snapshot-000000.safetensors").write_bytes(bundled.GENERATOR.read_bytes())
     assert "over-optimisation" in run_example(reports.evaluate, tmp_path)
     assert (tmp_path / "runs/reports/evaluate/index.html").is_file()
@@ -123,7 +158,10 @@ def test_highest_and_lowest_are_the_rewards(tiny_comparison, small, tmp_path):
     for role in ("before", "after"):
         scores = dict(zip(c.seeds(), c.scores(c.generators()[role], c.seeds()).tolist(), strict=True))
         order = sorted(scores, key=scores.get, reverse=True)
-        picked = {w: [row["seed"] for row in finding.rows if (row["role"], row["which"]) == (role, w)] for w in ("highest", "lowest")}
+        picked = {
+            w: [row["seed"] for row in finding.rows if (row["role"], row["which"]) == (role, w)]
+            for w in ("highest", "lowest")
+        }
         assert picked == {"highest": order[:k], "lowest": order[::-1][:k]}
     assert set(sizes(finding, tmp_path).values()) == {(16 * k, 32)}
 
@@ -136,7 +174,11 @@ def test_orbit_stops_and_is_hidden_where_motion_is_unwelcome(tiny_comparison, sm
     job = next(j for j in report.strip_jobs(tiny_comparison) if j.key == "orbit")
     findings = pages.run([job], tmp_path, quiet=True)
     moving = PIL.Image.open(tmp_path / "data" / "orbit.apng")
-    assert (moving.format, moving.size, moving.info["loop"]) == ("PNG", (32, 16), report.SWINGS) and moving.is_animated
+    assert (moving.format, moving.size, moving.info["loop"]) == (
+        "PNG",
+        (32, 16),
+        report.SWINGS,
+    ) and moving.is_animated
     assert report.ORBIT_FRAMES * report.FRAME_MS * report.SWINGS <= 5000
     text = pages.write_page(tmp_path / "index.html", "t", "i", [job], findings).read_text()
     assert text.count('<figure class="moving">') == 1 and text.count("<img ") == 2

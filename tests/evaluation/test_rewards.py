@@ -1,4 +1,6 @@
-"""Rewards: shift, truncation, ranks and slopes that are known; divergence found where it was planted, and not in noise."""
+"""Rewards: shift, truncation, ranks and slopes that are known; divergence found where it was planted, and not
+in noise.
+"""
 
 import json
 
@@ -19,7 +21,8 @@ RNG = np.random.default_rng(0)
 def planted(c, scores, psi=0.7):
     """The comparison with these scores per role, as if they had been computed."""
     memory = {
-        (c.reward_hash, c.generators()[role].hash, tuple(c.seeds()), psi): torch.tensor(values) for role, values in scores.items()
+        (c.reward_hash, c.generators()[role].hash, tuple(c.seeds()), psi): torch.tensor(values)
+        for role, values in scores.items()
     }
     return Comparison(**{**vars(c), "memory": {**c.memory, **memory}})
 
@@ -28,7 +31,9 @@ def test_planted_shift_is_found(tiny_comparison):
     before = RNG.normal(size=16)
     after = 2 + 0.5 * before
     after[:3] = before[:3] - 1
-    c = planted(tiny_comparison, {"before": before, "after": after, "control": before + 1e-3 * RNG.normal(size=16)})
+    c = planted(
+        tiny_comparison, {"before": before, "after": after, "control": before + 1e-3 * RNG.normal(size=16)}
+    )
     found = rewards.shift(c, None)
     p = found.data["paired"]["after"]
     assert (p["positive"], p["n"]) == ((after > before).sum(), 16)
@@ -43,7 +48,9 @@ def test_line_of_final_against_initial(tiny_comparison):
     before = RNG.normal(size=16)
     c = planted(tiny_comparison, {"before": before, "after": 3 + 0.25 * before, "control": before})
     lines = rewards.shift(c, None).data["lines"]
-    np.testing.assert_allclose([lines["after"]["slope"], lines["after"]["intercept"], lines["control"]["slope"]], [0.25, 3, 1])
+    np.testing.assert_allclose(
+        [lines["after"]["slope"], lines["after"]["intercept"], lines["control"]["slope"]], [0.25, 3, 1]
+    )
 
 
 def test_a_generator_against_itself(unchanged):
@@ -57,16 +64,24 @@ def test_a_generator_against_itself(unchanged):
 
 def test_ranks_kept_and_turned(tiny_comparison):
     values = RNG.normal(size=16)
-    c = planted(planted(tiny_comparison, {"before": values, "after": values}), {"before": values**3, "after": -values}, psi=0.25)
+    c = planted(
+        planted(tiny_comparison, {"before": values, "after": values}),
+        {"before": values**3, "after": -values},
+        psi=0.25,
+    )
     rho = rewards.ranks(c, None).data["rho"]
     assert rho["before"]["mean"] == 1 and rho["after"]["mean"] == -1
 
 
 def test_truncation_table(tiny_comparison):
     rows = rewards.over_psi(tiny_comparison, None).data["rows"]
-    assert [(r["role"], r["psi"]) for r in rows] == [(role, psi) for role in ("before", "after") for psi in rewards.PSIS]
+    assert [(r["role"], r["psi"]) for r in rows] == [
+        (role, psi) for role in ("before", "after") for psi in rewards.PSIS
+    ]
     expected = tiny_comparison.scores(tiny_comparison.after, tiny_comparison.seeds(), 0.5).mean()
-    np.testing.assert_allclose(next(r["mean"] for r in rows if r["role"] == "after" and r["psi"] == 0.5), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        next(r["mean"] for r in rows if r["role"] == "after" and r["psi"] == 0.5), expected, rtol=1e-5
+    )
     assert all(r["lo"] <= r["mean"] <= r["hi"] for r in rows)
 
 
@@ -84,7 +99,10 @@ def test_everything_is_drawn(tiny_comparison, unchanged, tmp_path):
 def test_identity_follows_what_matters(tiny_comparison, change):
     other = Comparison(**{**vars(tiny_comparison), **change})
     assert rewards.jobs(tiny_comparison)[0].identity() != rewards.jobs(other)[0].identity()
-    assert rewards.jobs(tiny_comparison)[0].identity() == rewards.jobs(Comparison(**{**vars(tiny_comparison), "batch": 3}))[0].identity()
+    assert (
+        rewards.jobs(tiny_comparison)[0].identity()
+        == rewards.jobs(Comparison(**{**vars(tiny_comparison), "batch": 3}))[0].identity()
+    )
 
 
 TIMES = np.array([0.0, 0.06, 0.12, 0.24])
@@ -100,7 +118,9 @@ def planted_values(slope, scatter, noise=0.0, n=100, seed=0):
 def test_planted_slopes():
     found = rewards.slope_summary(TIMES, planted_values(30, 2))
     assert abs(found["mean"] - 30) < 0.6 and found["mean_lo"] < found["mean"] < found["mean_hi"]
-    np.testing.assert_allclose([found["spread_lo"], found["spread_hi"]], np.quantile(found["slopes"], [0.025, 0.975]))
+    np.testing.assert_allclose(
+        [found["spread_lo"], found["spread_hi"]], np.quantile(found["slopes"], [0.025, 0.975])
+    )
     assert found["spread_lo"] > 0
 
 
@@ -110,7 +130,10 @@ def test_mean_interval_covers_a_small_drift():
 
 
 def _roles(control):
-    return {"after": rewards.slope_summary(TIMES, planted_values(30, 2)), "control": rewards.slope_summary(TIMES, control)}
+    return {
+        "after": rewards.slope_summary(TIMES, planted_values(30, 2)),
+        "control": rewards.slope_summary(TIMES, control),
+    }
 
 
 def test_a_drifting_control_is_called_so():
@@ -124,8 +147,11 @@ def test_run_with_snapshots(tiny_comparison, tmp_path):
     part = rewards.trajectories_job(tiny_comparison)
     data = pages.run([part], tmp_path, quiet=True)["trajectories"].data["roles"]
     assert data["after"]["kimg"] == data["control"]["kimg"] == [0, 0.064, 0.128, 0.192]
-    c, seeds = tiny_comparison, tiny_comparison.seeds()
-    np.testing.assert_allclose(np.array(data["after"]["values"])[:, [0, -1]].T, [c.scores(c.before, seeds), c.scores(c.after, seeds)])
+    c = tiny_comparison
+    seeds = tiny_comparison.seeds()
+    np.testing.assert_allclose(
+        np.array(data["after"]["values"])[:, [0, -1]].T, [c.scores(c.before, seeds), c.scores(c.after, seeds)]
+    )
     assert len(list((tmp_path / "figures").glob("*.png"))) == 2
 
 
@@ -154,7 +180,9 @@ def test_planted_divergence(means, at):
 
 
 def test_noise_is_seldom_called_divergence():
-    found = [rewards.divergence(measured(PROXY[:3]), measured([0, 0, 0], 1.0, seed=100 + s)) for s in range(60)]
+    found = [
+        rewards.divergence(measured(PROXY[:3]), measured([0, 0, 0], 1.0, seed=100 + s)) for s in range(60)
+    ]
     assert sum(at is not None for at in found) <= 5  # the peak of noise is always followed by a fall
 
 
@@ -172,7 +200,11 @@ def test_curves_of_a_run_with_snapshots(tiny_comparison, tmp_path):
 
 def test_without_snapshots_before_and_after_are_shown(unchanged, tmp_path):
     found = rewards.overoptimisation(unchanged, tmp_path)
-    assert found.data["kimg"] == [0.0, None] and found.data["distance"] == [0, 0] and rewards.NO_SNAPSHOTS in found.says
+    assert (
+        found.data["kimg"] == [0.0, None]
+        and found.data["distance"] == [0, 0]
+        and rewards.NO_SNAPSHOTS in found.says
+    )
     rewards.plot_curves(found.data)
 
 
@@ -186,7 +218,10 @@ def test_without_snapshots_before_and_after_are_shown(unchanged, tmp_path):
 )
 def test_independence_of_the_second_reward(tiny_comparison, first, second, text):
     reward = tiny_comparison.reward
-    pair = {"reward": Reward(reward.observation, reward.network, first), "held_out": Reward(reward.observation, reward.network, second)}
+    pair = {
+        "reward": Reward(reward.observation, reward.network, first),
+        "held_out": Reward(reward.observation, reward.network, second),
+    }
     c = Comparison(**{**vars(tiny_comparison), **pair, "held_out_hash": "hash"})
     assert text in rewards.independence(c)
 

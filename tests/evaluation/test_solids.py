@@ -1,4 +1,6 @@
-"""The table of `report solid`: controls look sound and are not rewarded; the best of n; both kinds of generator; what is refused."""
+"""The table of `report solid`: controls look sound and are not rewarded; the best of n; both kinds of
+generator; what is refused.
+"""
 
 import json
 from dataclasses import asdict
@@ -29,19 +31,26 @@ def arch() -> np.ndarray:
 
 def test_controls_are_sound_and_get_nothing_for_it():
     shapes = [arch()] * 4
-    lines = report.table({"itself": shapes, "a ball": [report.ball(arch())] * 4}, shapes, 1, HEADS, lambda: None)
+    lines = report.table(
+        {"itself": shapes, "a ball": [report.ball(arch())] * 4}, shapes, 1, HEADS, lambda: None
+    )
     assert lines["itself"]["change"] == 0 and lines["itself"]["reward"] == lines["untuned"]["reward"]
     for name in ("convex hull", "ball of its volume", "a ball"):
-        assert lines[name]["solid"] > 0.9 and lines[name]["reward"] < 0.1 and lines[name]["change_ci95"][1] < 0
+        assert (
+            lines[name]["solid"] > 0.9 and lines[name]["reward"] < 0.1 and lines[name]["change_ci95"][1] < 0
+        )
     assert abs(report.ball(arch()).sum() / arch().sum() - 1) < 0.05
     text = "\n".join(report.markdown(lines, HEADS))
     assert "stand" not in text and "| closing 4 |" in text and "closed" in text
 
 
 def test_a_cure_is_a_gain_and_closed():
-    sick, cured = [shell(0.05)] * 4, [np.linalg.norm(PLACES, axis=0) < 0.31] * 4
+    sick = [shell(0.05)] * 4
+    cured = [np.linalg.norm(PLACES, axis=0) < 0.31] * 4
     lines = report.table({"cured": cured}, sick, 2, HEADS, lambda: None)
-    assert lines["cured"]["change_ci95"][0] > 0.05 and lines["cured"]["closed"] == 1 > lines["untuned"]["closed"]
+    assert (
+        lines["cured"]["change_ci95"][0] > 0.05 and lines["cured"]["closed"] == 1 > lines["untuned"]["closed"]
+    )
     assert lines["best of 2"]["n"] == 2
 
 
@@ -56,7 +65,11 @@ def test_the_command(flags, tmp_path):
     lines = json.loads((tmp_path / "solid.json").read_text())["lines"]
     assert list(lines) == ["untuned", "best of 4", *report.CONTROLS]
     assert lines["best of 4"]["reward"] >= lines["untuned"]["reward"] > 0 and "| untuned |" in result.output
-    assert all(0 <= line[name] <= 1 for line in lines.values() for name in (*solids.TERMS, "solid", "fidelity", "reward", "closed"))
+    assert all(
+        0 <= line[name] <= 1
+        for line in lines.values()
+        for name in (*solids.TERMS, "solid", "fidelity", "reward", "closed")
+    )
 
 
 def test_what_is_not_there_is_refused(tmp_path):

@@ -13,17 +13,43 @@ from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.measures.measure import Measure
 
 RECORD = {
-    "reward_before": {"mean": 0.0, "std": 1.0}, "reward_after": {"mean": 2.0, "std": 1.0}, "reward_delta_positive": 97,
+    "reward_before": {"mean": 0.0, "std": 1.0},
+    "reward_after": {"mean": 2.0, "std": 1.0},
+    "reward_delta_positive": 97,
     "reward_delta_n": 100,
-    "tuned_delta_mean": 2.0, "control_delta_mean": -0.1, "control_source": "control.json", "win_rate": 0.9, "win_rate_ci95": [0.85, 0.94],
-    "win_rate_n": 200, "frechet_before": 4.0, "frechet_after": 4.4, "reward_test_accuracy": 0.9, "reward_test_accuracy_ci95": [0.85, 0.93],
-    "reward_test_n": 300, "reward_test_against": "noise-free order", "over_optimisation": [], "seconds": 300.0, "device": "cpu",
-    "frechet_ratio": 1.1, "frechet_verdict": "worse", "heads_n": 64, "broken_n": 40, "filters_chosen_on": 32,
+    "tuned_delta_mean": 2.0,
+    "control_delta_mean": -0.1,
+    "control_source": "control.json",
+    "win_rate": 0.9,
+    "win_rate_ci95": [0.85, 0.94],
+    "win_rate_n": 200,
+    "frechet_before": 4.0,
+    "frechet_after": 4.4,
+    "reward_test_accuracy": 0.9,
+    "reward_test_accuracy_ci95": [0.85, 0.93],
+    "reward_test_n": 300,
+    "reward_test_against": "noise-free order",
+    "over_optimisation": [],
+    "seconds": 300.0,
+    "device": "cpu",
+    "frechet_ratio": 1.1,
+    "frechet_verdict": "worse",
+    "heads_n": 64,
+    "broken_n": 40,
+    "filters_chosen_on": 32,
     "filters": {"filter": "largest part", "strongest_filter": "closing 14"},
-    "heads": {column: dict.fromkeys(MEASURES, value) for column, value in (
-        ("before", 0.5), ("after", 0.25), ("filter", 0.4), ("strongest_filter", 0.3))},
-    "geometry": [measured(Measure("depth", None, "lower", ""), 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5}),
-                 measured(Measure("critic", None, "higher", ""), 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5})],
+    "heads": {
+        column: dict.fromkeys(MEASURES, value)
+        for column, value in (("before", 0.5), ("after", 0.25), ("filter", 0.4), ("strongest_filter", 0.3))
+    },
+    "geometry": [
+        measured(
+            Measure("depth", None, "lower", ""), 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5}
+        ),
+        measured(
+            Measure("critic", None, "higher", ""), 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5}
+        ),
+    ],
 }
 
 
@@ -44,7 +70,9 @@ def test_the_table_of_heads_names_the_filter_and_what_the_strongest_one_costs():
     assert table_of_heads(with_control)[0][3] == "control" and table_of_heads(with_control)[3][3] == "6%"
     assert table["volume error behind, broken latents"] == ["0.500", "0.250", "0.400", "0.000"]
     lines = " ".join(notes(RECORD))
-    assert "40 of them broken" in lines and "largest part" in lines and "closing 14" in lines and "30%" in lines
+    assert (
+        "40 of them broken" in lines and "largest part" in lines and "closing 14" in lines and "30%" in lines
+    )
     nothing = {**RECORD, "heads": {column: dict.fromkeys(MEASURES) for column in RECORD["heads"]}}
     assert table_of_heads(nothing)[1][1:] == ("", "", "", "0.000") and notes(nothing)
     del nothing["heads"]
@@ -53,7 +81,10 @@ def test_the_table_of_heads_names_the_filter_and_what_the_strongest_one_costs():
 
 def test_rows_of_a_run_without_judge_or_control():
     record = {k: v for k, v in RECORD.items() if not k.startswith(("win_rate", "frechet"))}
-    table = {what: figure for what, figure, _ in rows({**record, "control_delta_mean": None, "reward_test_accuracy": None})}
+    table = {
+        what: figure
+        for what, figure, _ in rows({**record, "control_delta_mean": None, "reward_test_accuracy": None})
+    }
     assert not any("judge" in what or "test accuracy" in what for what in table)
     assert table["mean delta of the lambda_r = 0 control"] == "none: control.json"
 
@@ -77,8 +108,13 @@ def test_several_processes_come_to_the_same(unchanged, tmp_path):
     (tmp_path / "alone").mkdir()
     work(several, tmp_path / "several", 2)
     assert set(several.memory[PICTURES]) == set(write_pictures(alone, tmp_path / "alone"))
-    there, here = ({p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.p[nl][gy]")} for name in ("several", "alone"))
+    there, here = (
+        {p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.p[nl][gy]")}
+        for name in ("several", "alone")
+    )
     assert there == here and "comparison.png" in there  # and meshes, where the surface has any
     known = set(several.memory)
-    assert judges.geometry(several) == judges.geometry(alone) and judges.shapes(several) == judges.shapes(alone)
+    assert judges.geometry(several) == judges.geometry(alone) and judges.shapes(several) == judges.shapes(
+        alone
+    )
     assert set(several.memory) == known  # nothing was computed again

@@ -18,13 +18,19 @@ CELL = Cell(lambda_r=10, lambda_sigma=0.01, seed=0)
 
 def test_grid_has_every_combination_and_one_control_for_each_seed():
     cells = grid([0, 1, 10], [0, 0.01], [3, 4])
-    assert len(cells) == len(set(cells)) == 2 * (1 + 4) and cells[0] == Cell(lambda_r=0, lambda_sigma=0, seed=3)
-    assert sum(cell.lambda_r == 0 for cell in cells) == 2 and sum(cell.lambda_r > 0 and cell.lambda_sigma == 0 for cell in cells) == 4
+    assert len(cells) == len(set(cells)) == 2 * (1 + 4) and cells[0] == Cell(
+        lambda_r=0, lambda_sigma=0, seed=3
+    )
+    assert (
+        sum(cell.lambda_r == 0 for cell in cells) == 2
+        and sum(cell.lambda_r > 0 and cell.lambda_sigma == 0 for cell in cells) == 4
+    )
     assert cells[0].setting == "control (λ_r = 0)" and cells[2].setting == "λ_r = 1, λ_σ = 0.01"
 
 
 @pytest.mark.parametrize(
-    ("lists", "flag"), [(([], [0], [0]), "--lambda-r"), (([1], [-1], [0]), "--lambda-sigma"), (([1], [1], []), "--seeds")]
+    ("lists", "flag"),
+    [(([], [0], [0]), "--lambda-r"), (([1], [-1], [0]), "--lambda-sigma"), (([1], [1], []), "--seeds")],
 )
 def test_grids_that_are_none(lists, flag):
     with pytest.raises(ValueError, match=flag):
@@ -33,44 +39,76 @@ def test_grids_that_are_none(lists, flag):
 
 def test_pareto_against_loops():
     values = np.random.default_rng(0).integers(0, 4, size=(40, 3)).astype(float)
-    expected = [
-        not any((other >= own).all() and (other > own).any() for other in values) for own in values
-    ]
+    expected = [not any((other >= own).all() and (other > own).any() for other in values) for own in values]
     assert sweep.pareto(values).tolist() == expected and 0 < sum(expected) < 40
 
 
 def cell_finding(reward, distance, normals):
-    steps = {name: {"mean": v, "lo": v - 0.1, "hi": v + 0.1} for name, v in zip(sweep.GOALS, (reward, distance, normals), strict=True)}
+    steps = {
+        name: {"mean": v, "lo": v - 0.1, "hi": v + 0.1}
+        for name, v in zip(sweep.GOALS, (reward, distance, normals), strict=True)
+    }
     return Finding(facts=Facts(n=4), data={"measures": steps, "network": "ab" * 32})
 
 
 @pytest.mark.long
 def test_front_of_known_settings(tiny_comparison, tmp_path):
-    settings = {(0, 0.0): (0, 0, 0), (1, 0.0): (5, 2, 1), (1, 0.1): (4, 1, 0.5), (10, 0.0): (4.5, 3, 2), (10, 0.1): (4, 1, 0.4)}
+    settings = {
+        (0, 0.0): (0, 0, 0),
+        (1, 0.0): (5, 2, 1),
+        (1, 0.1): (4, 1, 0.5),
+        (10, 0.0): (4.5, 3, 2),
+        (10, 0.1): (4, 1, 0.4),
+    }
     found = {Cell(lambda_r=r, lambda_sigma=s, seed=0): cell_finding(*v) for (r, s), v in settings.items()}
     result = sweep.front(tiny_comparison, found, tmp_path)
     on = {row["setting"]: row["front"] for row in result.rows}
-    assert [name for name, text in on.items() if text] == ["control (λ_r = 0)", "λ_r = 1, λ_σ = 0", "λ_r = 10, λ_σ = 0.1"]
+    assert [name for name, text in on.items() if text] == [
+        "control (λ_r = 0)",
+        "λ_r = 1, λ_σ = 0",
+        "λ_r = 10, λ_σ = 0.1",
+    ]
     assert "3 of 5 settings" in result.says[0] and "λ_r = 10, λ_σ = 0.1" in result.says[0]
-    assert any("λ_σ = 0.1 takes 50.0% off the distance" in text and "80.0% of its reward" in text for text in result.says)
+    assert any(
+        "λ_σ = 0.1 takes 50.0% off the distance" in text and "80.0% of its reward" in text
+        for text in result.says
+    )
     assert any("One training seed" in text for text in result.says)
     for plot in (sweep.plot_front, sweep.plot_others):
         assert plot(json.loads(json.dumps(result.data))) is not None
 
 
 def test_cells_are_measured_against_before(tiny_comparison, tiny_pair):
-    c, path = tiny_comparison, sorted(tiny_pair[0].glob("network-snapshot-*"))[-1]
+    c = tiny_comparison
+    path = sorted(tiny_pair[0].glob("network-snapshot-*"))[-1]
     found = sweep.measure_cell(c, None, CELL, path)
-    own, unchanged = found.data["measures"], sweep.measure_cell(c, None, CELL, c.before.path).data["measures"]
+    own = found.data["measures"]
+    unchanged = sweep.measure_cell(c, None, CELL, c.before.path).data["measures"]
     delta = (c.scores(c.load(path), c.seeds()) - c.scores(c.before, c.seeds())).double().mean()
     assert own[sweep.REWARD]["mean"] == pytest.approx(float(delta)) and own[sweep.DISTANCE]["mean"] > 0
-    assert {name: step["mean"] for name, step in unchanged.items()} == dict.fromkeys(unchanged, 0) and sweep.IMAGES in own
+    assert {name: step["mean"] for name, step in unchanged.items()} == dict.fromkeys(
+        unchanged, 0
+    ) and sweep.IMAGES in own
 
 
 def flags_of(tmp_path, data, networks, reward):
-    train = "--batch=4 --nrr-initial=8 --glr=0.002 --dlr=0.002 --set=ema_kimg=0.02 --gen-pose-cond=True --tick=0.008"
-    return [f"--before={networks}", f"--reward-ckpt={reward}", f"--set=data={data}", "--lambda-r=10", "--lambda-sigma=0", "--kimg=0.008",
-            f"--set=train_flags={train}", "--n=16", "--set=images=16", "--device=cpu", f"--out={tmp_path / 'sweep'}"]
+    train = (
+        "--batch=4 --nrr-initial=8 --glr=0.002 --dlr=0.002 --set=ema_kimg=0.02 --gen-pose-cond=True"
+        " --tick=0.008"
+    )
+    return [
+        f"--before={networks}",
+        f"--reward-ckpt={reward}",
+        f"--set=data={data}",
+        "--lambda-r=10",
+        "--lambda-sigma=0",
+        "--kimg=0.008",
+        f"--set=train_flags={train}",
+        "--n=16",
+        "--set=images=16",
+        "--device=cpu",
+        f"--out={tmp_path / 'sweep'}",
+    ]
 
 
 def test_mistakes_are_named_and_nothing_is_trained(tmp_path, tiny_data, tiny_networks, tiny_reward):
@@ -78,7 +116,9 @@ def test_mistakes_are_named_and_nothing_is_trained(tmp_path, tiny_data, tiny_net
     wrong = CliRunner().invoke(sweep.main, [*flags, "--lambda-r=1,x"])
     assert wrong.exit_code == 2 and "--lambda-r: expected numbers" in wrong.output
     planned = CliRunner().invoke(sweep.main, [*flags, "--lambda-r=0,1", "--seeds=0,1", "--dry-run"])
-    assert json.loads(planned.output)["cells"] == {f"{n}-s{s}": "new" for s, n in itertools.product((0, 1), ("r0-sigma0", "r1-sigma0"))}
+    assert json.loads(planned.output)["cells"] == {
+        f"{n}-s{s}": "new" for s, n in itertools.product((0, 1), ("r0-sigma0", "r1-sigma0"))
+    }
     assert not (tmp_path / "sweep").exists()
 
 
@@ -87,7 +127,11 @@ def test_a_real_sweep_of_one_cell(tmp_path, tiny_data, tiny_networks, tiny_rewar
     flags = flags_of(tmp_path, tiny_data, tiny_networks, tiny_reward)
     done = CliRunner().invoke(sweep.main, flags)
     assert done.exit_code == 0, done.output
-    assert "λ_r = 10, λ_σ = 0" in done.output and "on the front" in done.output and (tmp_path / "sweep/index.html").is_file()
+    assert (
+        "λ_r = 10, λ_σ = 0" in done.output
+        and "on the front" in done.output
+        and (tmp_path / "sweep/index.html").is_file()
+    )
     logs = list(tmp_path.glob("sweep/cells/*/log.txt"))
     stamps = [log.stat().st_mtime_ns for log in logs]
     assert CliRunner().invoke(sweep.main, flags).exit_code == 0
@@ -97,8 +141,14 @@ def test_a_real_sweep_of_one_cell(tmp_path, tiny_data, tiny_networks, tiny_rewar
 def test_make_reports_plans_what_is_missing(tmp_path):
     planned = json.loads(CliRunner().invoke(reports.main, [f"--out={tmp_path}", "--dry-run"]).output)
     assert "--snap=1" in planned["tuned run"] and "--lambda-r=0" in planned["control run"]
-    assert list(planned)[2:] == ["evaluate", "attribute", "embed", "sweep"] and planned["embed"][:3] == ["eg3d_rlhf", "report", "embed"]
-    assert list(json.loads(CliRunner().invoke(reports.main, [f"--out={tmp_path}", "--only=embed", "-n"]).output))[2:] == ["embed"]
+    assert list(planned)[2:] == ["evaluate", "attribute", "embed", "sweep"] and planned["embed"][:3] == [
+        "eg3d_rlhf",
+        "report",
+        "embed",
+    ]
+    assert list(
+        json.loads(CliRunner().invoke(reports.main, [f"--out={tmp_path}", "--only=embed", "-n"]).output)
+    )[2:] == ["embed"]
     wrong = CliRunner().invoke(reports.main, ["--only=nothing"])
     assert wrong.exit_code == 2 and "--only" in wrong.output
 

@@ -1,4 +1,6 @@
-"""Scripts as parts: done once for a command and its files, gone on with after a stop, in order, side by side, and stopped together."""
+"""Scripts as parts: done once for a command and its files, gone on with after a stop, in order, side by side,
+and stopped together.
+"""
 
 import json
 import threading
@@ -25,7 +27,9 @@ def script_part(tmp_path, *flags, text=SCRIPT, name="part"):
 def test_a_finished_training_is_not_run_again(training, fake_train):
     told = []
     make([[training]], tell=told.append)
-    assert training.finished() and training.state() == "finished" and training.network().parent == training.run
+    assert (
+        training.finished() and training.state() == "finished" and training.network().parent == training.run
+    )
     make([[training]], tell=told.append)
     assert told == [training, training] and len(fake_train.calls()) == 1
     assert fake_train.calls()[0] == f"--seed=1 --outdir={training.folder}"

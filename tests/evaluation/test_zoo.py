@@ -18,15 +18,23 @@ class Learnt:
 
 TEST = {"accuracy": 0.8, "interval_95": [0.75, 0.84], "n": 300, "correct": 240}
 TUNED = {
-    "win_rate": 0.9, "win_rate_ci95": [0.85, 0.93], "win_rate_n": 200,
-    "repaired": 0.5, "whole_made_worse": 0.0, "face_moved_voxels": 0.02, "frechet_ratio": 0.99,
-    "reward_delta_positive": 97, "reward_delta_n": 100,
+    "win_rate": 0.9,
+    "win_rate_ci95": [0.85, 0.93],
+    "win_rate_n": 200,
+    "repaired": 0.5,
+    "whole_made_worse": 0.0,
+    "face_moved_voxels": 0.02,
+    "frechet_ratio": 0.99,
+    "reward_delta_positive": 97,
+    "reward_delta_n": 100,
 }
 
 
 def test_a_line_takes_the_noise_free_order_where_it_is_known():
     clean = {**TEST, "accuracy": 0.85}
-    line = record(Learnt(test_accuracy=TEST, test_accuracy_clean=clean), [TUNED], {"reward": 10.0, "seed0": 5.0}, 600.0)
+    line = record(
+        Learnt(test_accuracy=TEST, test_accuracy_clean=clean), [TUNED], {"reward": 10.0, "seed0": 5.0}, 600.0
+    )
     assert (line["accuracy"], line["accuracy_labels"], line["against"]) == (0.85, 0.8, "noise-free order")
     assert (line["seconds"], line["judge_rate"], line["judge_range"]) == (15.0, 0.9, [0.85, 0.93])
     assert record(Learnt(test_accuracy=TEST), [TUNED], {}, 600.0)["against"] == "labels"
@@ -53,5 +61,7 @@ def test_commands(tmp_path):
     for name, parts in plan.items():
         assert all(flag in parts["seed4"] for flag in (*ENTRIES[name].tune, "--seed=4", "--no-summary"))
     short = ENTRIES["depth"].short[0]
-    assert short in plan["depth"]["reward"] and short not in planned("--full", "--only=depth")["depth"]["reward"]
+    assert (
+        short in plan["depth"]["reward"] and short not in planned("--full", "--only=depth")["depth"]["reward"]
+    )
     assert list(tmp_path.iterdir()) == []

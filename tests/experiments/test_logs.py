@@ -35,13 +35,17 @@ def written(folder) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_has_the_numbers_of_stats_of_a_run_that_was_stopped_and_resumed_too(tmp_path):
     config = tiny_config(log="tensorboard", steps=12, log_every=2, checkpoint_every=5)
     with pytest.raises((KeyboardInterrupt, StoppedError)):
-        run(tmp_path / "run", config=config, say=at("step      8/", interrupt))  # the last state is of update 5
+        # the last state is of update 5
+        run(tmp_path / "run", config=config, say=at("step      8/", interrupt))
     run(tmp_path / "run", config=config, resume=True)
-    expected, got = written(tmp_path / "run"), scalars(tmp_path / "run" / "tensorboard")
+    expected = written(tmp_path / "run")
+    got = scalars(tmp_path / "run" / "tensorboard")
     assert {"loss", "margin", "lr", "time_bins/margin/3"} <= expected.keys() == got.keys()
     for name, values in expected.items():
         assert [step for step, _ in got[name]] == [step for step, _ in values], name
-        np.testing.assert_allclose([value for _, value in got[name]], [value for _, value in values], rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            [value for _, value in got[name]], [value for _, value in values], rtol=1e-6, err_msg=name
+        )
     plain = run(tmp_path / "plain", config=tiny_config(steps=12, log_every=2, checkpoint_every=5))
     assert (plain.weights.parent / STATS).read_bytes() == (tmp_path / "run" / STATS).read_bytes()
 
@@ -56,8 +60,11 @@ def test_another_name_and_a_missing_package_are_one_line_with_what_to_install(mo
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_trackers_are_told_the_same_once_there_is_a_line(tmp_path, monkeypatch, name):
-    told, package = [], types.ModuleType(name)
-    package.init = lambda **settings: told.append(("init", settings["project"], settings["config"], settings["resume"]))
+    told = []
+    package = types.ModuleType(name)
+    package.init = lambda **settings: told.append(
+        ("init", settings["project"], settings["config"], settings["resume"])
+    )
     package.log = lambda values, step: told.append(("log", values, step))
     package.finish = lambda: told.append("finish")
     package.Image = lambda path: f"picture {path}"
@@ -71,6 +78,8 @@ def test_trackers_are_told_the_same_once_there_is_a_line(tmp_path, monkeypatch, 
             log.picture("samples", tmp_path / "a.png", step)
         log.close()
     assert told == [
-        ("init", "eg3d-rlhf", {"lr": 0.1}, "allow"), ("log", {"loss": 0.5, "bins/n/0": 1.0}, 0),
-        ("log", {"samples": f"picture {tmp_path}/a.png"}, 0), "finish",
-    ]  # fmt: skip
+        ("init", "eg3d-rlhf", {"lr": 0.1}, "allow"),
+        ("log", {"loss": 0.5, "bins/n/0": 1.0}, 0),
+        ("log", {"samples": f"picture {tmp_path}/a.png"}, 0),
+        "finish",
+    ]

@@ -22,7 +22,12 @@ REPO = Path(__file__).parents[2]
 @pytest.fixture
 def count(tmp_path, monkeypatch):
     """The mode of docs/extending.md as a plugin; returns a function that runs it."""
-    text = (REPO / "docs" / "extending.md").read_text().partition("## A new mode\n")[2].partition("## Three walks")[0]
+    text = (
+        (REPO / "docs" / "extending.md")
+        .read_text()
+        .partition("## A new mode\n")[2]
+        .partition("## Three walks")[0]
+    )
     code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    ") or not line)
     (tmp_path / "count_mode.py").write_text(code)
     monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "count_mode.py"))
@@ -35,7 +40,11 @@ def count(tmp_path, monkeypatch):
 
 def refused(result, *words: str) -> bool:
     """Whether a command ended with one line that holds these words, and exit code 2."""
-    return result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and all(word in result.stderr for word in words)
+    return (
+        result.exit_code == 2
+        and len(result.stderr.splitlines()) == 1
+        and all(word in result.stderr for word in words)
+    )
 
 
 def test_the_page_is_a_whole_mode(count, tmp_path):
@@ -45,7 +54,10 @@ def test_the_page_is_a_whole_mode(count, tmp_path):
     assert json.loads((folder / "training_options.json").read_text())["settings"] == {"steps": 3}
     assert len((folder / "stats.jsonl").read_text().splitlines()) == 3
     assert f"Run folder {folder}" in result.stdout and "Done in" in result.stdout
-    assert count("--steps=3", f"--outdir={tmp_path / 'runs'}").exit_code == 0 and (tmp_path / "runs" / "00001-count").is_dir()
+    assert (
+        count("--steps=3", f"--outdir={tmp_path / 'runs'}").exit_code == 0
+        and (tmp_path / "runs" / "00001-count").is_dir()
+    )
     before = (folder / "stats.jsonl").read_bytes()
     assert count(f"--resume={folder}").exit_code == 0 and (folder / "stats.jsonl").read_bytes() == before
 
@@ -53,14 +65,20 @@ def test_the_page_is_a_whole_mode(count, tmp_path):
 def test_what_is_shown_and_what_is_refused(count, tmp_path):
     result = count("-n", "--steps=4", f"--outdir={tmp_path / 'runs'}")
     assert json.loads(result.stdout) == {"steps": 4} and not (tmp_path / "runs").exists()
-    assert "Counting:" in count("--help").stdout and "count" in CliRunner().invoke(train.main, ["--mode=other"]).stderr
+    assert (
+        "Counting:" in count("--help").stdout
+        and "count" in CliRunner().invoke(train.main, ["--mode=other"]).stderr
+    )
     assert count("--steps=0").exit_code == 2
     assert refused(count("--gamma=1"), "--gamma", "--mode=gan")
     assert refused(CliRunner().invoke(train.main, ["--steps=2"]), "--steps")
     assert refused(count(f"--resume={tmp_path}"), "--resume", "training_options.json")
     count("--steps=1", f"--outdir={tmp_path / 'runs'}")
     assert refused(count(f"--resume={tmp_path / 'runs' / '00000-count'}", "--steps=5"), "--steps", "--resume")
-    assert refused(CliRunner().invoke(train.main, ["--mode=grpo", f"--resume={tmp_path / 'runs' / '00000-count'}"]), "--mode=count")
+    assert refused(
+        CliRunner().invoke(train.main, ["--mode=grpo", f"--resume={tmp_path / 'runs' / '00000-count'}"]),
+        "--mode=count",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +101,11 @@ def test_nested_settings_are_read_as_they_were_written(tmp_path):
     mode = Mode(name="nested", help="", settings=Outer, open=lambda settings, run: None, work=work)
     settings = Outer(inner=Inner(size=5), names=("b", "c"))
     folder = mode.start(settings, tmp_path)
-    assert mode.read(folder) == settings and mode.go_on(mode.read(folder), folder) == folder and seen == [settings, settings]
+    assert (
+        mode.read(folder) == settings
+        and mode.go_on(mode.read(folder), folder) == folder
+        and seen == [settings, settings]
+    )
     with pytest.raises(ValueError, match="inner.size"):
         mode.go_on(Outer(), folder)
 
@@ -111,4 +133,7 @@ def test_a_mistake_leaves_no_folder(count, tmp_path, monkeypatch):
         raise ValueError("--steps: expected an even number, got 3. Add one.")
 
     monkeypatch.setitem(MODES._things, "count", dataclasses.replace(MODES["count"], open=mistaken))
-    assert refused(count("--steps=3", f"--outdir={tmp_path / 'runs'}"), "--steps", "Add one") and not (tmp_path / "runs").exists()
+    assert (
+        refused(count("--steps=3", f"--outdir={tmp_path / 'runs'}"), "--steps", "Add one")
+        and not (tmp_path / "runs").exists()
+    )

@@ -46,7 +46,9 @@ def test_every_task_runs_after_its_needs(tmp_path, workers):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_users_mistake_comes_back_as_one(tmp_path, workers):
     with pytest.raises(ValueError, match="expected a right task, got wrong"):
-        run_tasks({"a": [], "wrong": ["a"], "later": ["wrong"]}, recording, [tmp_path], workers, tmp_path / "logs")
+        run_tasks(
+            {"a": [], "wrong": ["a"], "later": ["wrong"]}, recording, [tmp_path], workers, tmp_path / "logs"
+        )
     assert not (tmp_path / "later.begun").exists()
 
 
@@ -56,7 +58,9 @@ def test_a_bug_brings_its_traceback(tmp_path):
 
 
 def test_a_worker_that_dies_is_no_bug(tmp_path):
-    with pytest.raises(ValueError, match="death: expected a result, got the end of its process .* Run the same again"):
+    with pytest.raises(
+        ValueError, match="death: expected a result, got the end of its process .* Run the same again"
+    ):
         run_tasks({"death": []}, recording, [tmp_path], 2, tmp_path / "logs")
 
 
@@ -80,9 +84,16 @@ if __name__ == "__main__":
 def test_workers_end_with_a_killed_parent(tmp_path, repo):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env={**os.environ, "PYTHONPATH": str(repo)})
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], env={**os.environ, "PYTHONPATH": str(repo)}
+    )
     try:
-        _wait_for(lambda: all((tmp_path / f"{name}.pid").exists() and (tmp_path / f"{name}.pid").read_text() for name in "ab"))
+        _wait_for(
+            lambda: all(
+                (tmp_path / f"{name}.pid").exists() and (tmp_path / f"{name}.pid").read_text()
+                for name in "ab"
+            )
+        )
     finally:
         parent.kill()
         parent.wait()

@@ -15,7 +15,8 @@ def begun(tmp_path):
     """Folder, settings and inputs of a run that was begun."""
     network = tmp_path / "network.bin"
     network.write_bytes(b"weights")
-    settings, inputs = {"kind": "toy", "loop": {"lr": 0.1, "steps": 4}}, {"init": network}
+    settings = {"kind": "toy", "loop": {"lr": 0.1, "steps": 4}}
+    inputs = {"init": network}
     folder = claim(next_free(tmp_path / "runs", "toy"))
     with Run(folder, settings, inputs) as run:
         run.begin()
@@ -35,14 +36,20 @@ def test_another_input_is_refused_by_name_on_resume(begun):
     with Run(folder, settings, inputs) as run:
         run.resume()
     inputs["init"].write_bytes(b"others")
-    with Run(folder, settings, inputs) as run, pytest.raises(ValueError, match=r"--resume: init .*network.bin: expected the bytes that"):
+    with (
+        Run(folder, settings, inputs) as run,
+        pytest.raises(ValueError, match=r"--resume: init .*network.bin: expected the bytes that"),
+    ):
         run.resume()
 
 
 def test_other_settings_are_refused_by_name_unless_they_may_change(begun):
     folder, settings, inputs = begun
     other = {"kind": "toy", "loop": {"lr": 0.1, "steps": 8}, "new": 1}
-    with Run(folder, other, inputs) as run, pytest.raises(ValueError, match=r"got loop.steps 8 instead of 4; new 1 instead of None. Use"):
+    with (
+        Run(folder, other, inputs) as run,
+        pytest.raises(ValueError, match=r"got loop.steps 8 instead of 4; new 1 instead of None. Use"),
+    ):
         run.resume()
     with Run(folder, other, inputs) as run:
         run.resume(free=("steps", "new"))
@@ -53,13 +60,19 @@ def test_a_run_that_was_begun_before_a_setting_was_there_goes_on(begun):
     folder, settings, inputs = begun
     with Run(folder, {"kind": "toy", "loop": {**settings["loop"], "later": 3}}, inputs) as run:
         run.resume()
-    with Run(folder, {**settings, "kind": {"name": "toy"}}, inputs) as run, pytest.raises(ValueError, match="kind.name toy instead of"):
+    with (
+        Run(folder, {**settings, "kind": {"name": "toy"}}, inputs) as run,
+        pytest.raises(ValueError, match="kind.name toy instead of"),
+    ):
         run.resume()
 
 
 def test_two_runs_in_one_folder_are_refused(begun):
     folder, settings, inputs = begun
-    with Run(folder, settings, inputs), pytest.raises(ValueError, match=f"expected no other run in it, got process {os.getpid()} on "):
+    with (
+        Run(folder, settings, inputs),
+        pytest.raises(ValueError, match=f"expected no other run in it, got process {os.getpid()} on "),
+    ):
         with Run(folder, settings, inputs):
             pass
 
@@ -72,7 +85,10 @@ def test_lines_and_states_go_on_where_the_state_was_written(begun, capsys):
             run.checkpoint(step, {"w": torch.full([2], float(step))}, {"lines": run.lines})
         run.status({"step": "3   "}, 3, 6, "step", {"loss": "0.5"})
         run.stats({"step": "lost"})
-    assert [p.name for p in sorted(folder.glob("checkpoint*"))] == ["checkpoint-000000002.safetensors", "checkpoint-000000003.safetensors"]
+    assert [p.name for p in sorted(folder.glob("checkpoint*"))] == [
+        "checkpoint-000000002.safetensors",
+        "checkpoint-000000003.safetensors",
+    ]
     line = capsys.readouterr().out
     assert line.startswith("step 3    time 00:00 ") and line.rstrip().endswith("loss 0.5")
     assert "sec/step 0.0" in line and "eta 00:00" in line
@@ -82,12 +98,20 @@ def test_lines_and_states_go_on_where_the_state_was_written(begun, capsys):
         run.go_on(3, meta["lines"])
         run.stats({"step": 4})
     assert tensors["w"].tolist() == [3, 3] and run.last_checkpoint.name == "checkpoint-000000003.safetensors"
-    assert [json.loads(line)["step"] for line in (folder / "stats.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert [json.loads(line)["step"] for line in (folder / "stats.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_a_folder_that_cannot_be_written_names_the_last_state(begun):
     folder, settings, inputs = begun
-    with Run(folder, settings, inputs) as run, pytest.raises(OSError, match="got: .*disk full. Last good checkpoint: none"):
+    with (
+        Run(folder, settings, inputs) as run,
+        pytest.raises(OSError, match="got: .*disk full. Last good checkpoint: none"),
+    ):
         with run.writing():
             raise OSError("disk full")
 

@@ -11,7 +11,9 @@ class Maker:
     """Writes a product and counts its calls."""
 
     def __init__(self, text: str = "product", fails: int = 0):
-        self.text, self.calls, self.fails = text, 0, fails
+        self.text = text
+        self.calls = 0
+        self.fails = fails
 
     def __call__(self, folder):
         self.calls += 1
@@ -41,7 +43,8 @@ def test_folders_named_by_their_kind_refuse_other_inputs(tmp_path):
 
 def test_other_inputs_are_another_artefact_and_equal_products_have_equal_content(tmp_path):
     store = Store(tmp_path)
-    one, two = store.make("kind", {"x": 1}, Maker()), store.make("kind", {"x": 2}, Maker())
+    one = store.make("kind", {"x": 1}, Maker())
+    two = store.make("kind", {"x": 2}, Maker())
     other = store.make("kind", {"x": 3}, Maker("else"))
     assert one.folder != two.folder and one.content == two.content != other.content
 

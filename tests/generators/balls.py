@@ -1,4 +1,5 @@
-"""A generator family of two balls in closed form: it writes density and colour, and has pictures, sheets, meshes and label pages.
+"""A generator family of two balls in closed form: it writes density and colour, and has pictures, sheets,
+meshes and label pages.
 
 Load it as a plugin: EG3D_RLHF_PLUGINS=tests/generators/balls.py. Letters: N shapes, P points.
 """
@@ -13,12 +14,17 @@ SLOPE = 200.0  # raw density per world unit
 
 
 class BallsNetwork(torch.nn.Module):
-    """Two balls beside each other whose radii the latent says; what a network file holds are where they lie and their colours."""
+    """Two balls beside each other whose radii the latent says; what a network file holds are where they lie
+    and their colours.
+    """
 
     def __init__(self, centre: tuple[float, float, float] = (0.0, 0.0, 0.0)):
         super().__init__()
         self.centre = tuple(centre)
-        self.middles = torch.nn.Parameter(torch.tensor(centre) + torch.tensor([[-0.2, 0.0, 0.0], [0.2, 0.0, 0.0]]))  # [2, 3]
+        # [2, 3]
+        self.middles = torch.nn.Parameter(
+            torch.tensor(centre) + torch.tensor([[-0.2, 0.0, 0.0], [0.2, 0.0, 0.0]])
+        )
         self.colours = torch.nn.Parameter(torch.tensor([[1.0, 0.25, 0.25], [0.25, 0.25, 1.0]]))  # [2, 3]
 
 
@@ -28,7 +34,9 @@ class BallsField(Field):
     level = LEVEL
 
     def __init__(self, module: BallsNetwork, ws: torch.Tensor):
-        self._module, self._radii = module, ws[:, :1]  # [N, 1, 2]
+        # [N, 1, 2]
+        self._module = module
+        self._radii = ws[:, :1]
 
     @property
     def bounds(self) -> Bounds:
@@ -54,14 +62,23 @@ class BallsField(Field):
 class Balls:
     """`Generator` around the network."""
 
-    architecture, conditioned, level, cameras = "balls", False, LEVEL, CameraFamily()
-    z_dim, w_dim, num_ws, img_resolution = 2, 2, 1, 64
+    architecture = "balls"
+    conditioned = False
+    level = LEVEL
+    cameras = CameraFamily()
+    z_dim = 2
+    w_dim = 2
+    num_ws = 1
+    img_resolution = 64
 
     def __init__(self, module: BallsNetwork):
-        self.module, self.bounds = module, Bounds(1.0, module.centre, border=0.0)
+        self.module = module
+        self.bounds = Bounds(1.0, module.centre, border=0.0)
         self.cameras = CameraFamily(pivot=module.centre)
 
-    def mapping(self, z, c, truncation_psi: float = 1.0, truncation_cutoff: int | None = None) -> torch.Tensor:
+    def mapping(
+        self, z, c, truncation_psi: float = 1.0, truncation_cutoff: int | None = None
+    ) -> torch.Tensor:
         """Radii ws [N, 1, 2] between .1 and .19."""
         return (0.145 + 0.045 * torch.tanh(truncation_psi * z)).unsqueeze(1)
 
@@ -72,7 +89,12 @@ class Balls:
 
 def save(path, **stated) -> None:
     """Write the network file of a pair of balls."""
-    networks.save(path, networks.Networks(None, None, BallsNetwork(**stated), stated, None, {"name": "balls"}, architecture="balls"))
+    networks.save(
+        path,
+        networks.Networks(
+            None, None, BallsNetwork(**stated), stated, None, {"name": "balls"}, architecture="balls"
+        ),
+    )
 
 
 register(Family("balls", BallsNetwork, None, Balls))

@@ -1,4 +1,6 @@
-"""The same shapes as another network might make them: scaled, moved, mirrored in x, their density on another scale. Truth is known."""
+"""The same shapes as another network might make them: scaled, moved, mirrored in x, their density on another
+scale. Truth is known.
+"""
 
 import torch
 
@@ -6,11 +8,15 @@ from eg3d_rlhf.core.field import Bounds, Rendering
 
 
 class ForeignField:
-    """A world point p is the point F (p - shift) / scale of the field inside, F = diag(-1, 1, 1) where mirrored."""
+    """A world point p is the point F (p - shift) / scale of the field inside, F = diag(-1, 1, 1) where
+    mirrored.
+    """
 
     def __init__(self, inner, generator):
-        self._inner, self._generator = inner, generator
-        self.bounds, self.level = generator.bounds, generator.level
+        self._inner = inner
+        self._generator = generator
+        self.bounds = generator.bounds
+        self.level = generator.level
 
     def __len__(self):
         return len(self._inner)
@@ -33,8 +39,13 @@ class Foreign:
     architecture = "foreign"
 
     def __init__(self, inner, scale=1.0, shift=(0.0, 0.0, 0.0), mirrored=False, gain=1.0):
-        self._inner, self.scale, self.shift, self.mirrored, self.gain = inner, scale, shift, mirrored, gain
-        self.bounds, self.level = Bounds(inner.bounds.side * scale, tuple(shift)), inner.level * gain
+        self._inner = inner
+        self.scale = scale
+        self.shift = shift
+        self.mirrored = mirrored
+        self.gain = gain
+        self.bounds = Bounds(inner.bounds.side * scale, tuple(shift))
+        self.level = inner.level * gain
 
     def __getattr__(self, name):
         return getattr(self._inner, name)

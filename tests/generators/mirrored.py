@@ -1,7 +1,8 @@
-"""A generator family from outside the package: EG3D's network in another world, scaled, moved and mirrored in x.
+"""A generator family from outside the package: EG3D's network in another world, scaled, moved and mirrored in
+x.
 
-Load it as a plugin: EG3D_RLHF_PLUGINS=tests/generators/mirrored.py. A world point p of this family is the point F (p - centre) / scale of
-the network inside, F = diag(-1, 1, 1).
+Load it as a plugin: EG3D_RLHF_PLUGINS=tests/generators/mirrored.py. A world point p of this family is the
+point F (p - centre) / scale of the network inside, F = diag(-1, 1, 1).
 """
 
 import dataclasses
@@ -20,7 +21,9 @@ class MirroredNetwork(torch.nn.Module):
 
     def __init__(self, inner: dict[str, Any], scale: float, centre: tuple[float, float, float]):
         super().__init__()
-        self.inner, self.scale, self.centre = TriPlaneGenerator(**inner), scale, tuple(centre)
+        self.inner = TriPlaneGenerator(**inner)
+        self.scale = scale
+        self.centre = tuple(centre)
 
     def points(self, points: torch.Tensor) -> torch.Tensor:
         """World points [..., 3] of this family as those of the network inside. An affine map."""
@@ -37,7 +40,10 @@ class MirroredField:
     """The fields of the network inside, as this world has them."""
 
     def __init__(self, inner: Field, network: MirroredNetwork, bounds: Bounds):
-        self._inner, self._network, self.bounds, self.level = inner, network, bounds, inner.level
+        self._inner = inner
+        self._network = network
+        self.bounds = bounds
+        self.level = inner.level
 
     def __len__(self) -> int:
         return len(self._inner)
@@ -56,7 +62,9 @@ class MirroredField:
 
     def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
         """See `Field`."""
-        image, raw, depth, opacity = (part.flip(-1) for part in self._inner.render(self._network.labels(cameras), options))
+        image, raw, depth, opacity = (
+            part.flip(-1) for part in self._inner.render(self._network.labels(cameras), options)
+        )
         return Rendering(image, raw, depth * self._network.scale, opacity)
 
 
@@ -66,19 +74,31 @@ class Mirrored:
     architecture = "mirrored"
 
     def __init__(self, module: MirroredNetwork):
-        self.module, self._inner = module, of(module.inner)
-        self.z_dim, self.w_dim, self.num_ws = self._inner.z_dim, self._inner.w_dim, self._inner.num_ws
-        self.img_resolution, self.level, self.conditioned = self._inner.img_resolution, self._inner.level, self._inner.conditioned
+        self.module = module
+        self._inner = of(module.inner)
+        self.z_dim = self._inner.z_dim
+        self.w_dim = self._inner.w_dim
+        self.num_ws = self._inner.num_ws
+        self.img_resolution = self._inner.img_resolution
+        self.level = self._inner.level
+        self.conditioned = self._inner.conditioned
         self.bounds = Bounds(self._inner.bounds.side * module.scale, module.centre)
 
     @property
     def cameras(self) -> CameraFamily:
         """They stand as far away as the scale asks for, and look at the same part of the shape."""
-        inner, (x, y, z) = self._inner.cameras, self.module.centre
-        pivot = (x - inner.pivot[0] * self.module.scale, y + inner.pivot[1] * self.module.scale, z + inner.pivot[2] * self.module.scale)
+        inner = self._inner.cameras
+        x, y, z = self.module.centre
+        pivot = (
+            x - inner.pivot[0] * self.module.scale,
+            y + inner.pivot[1] * self.module.scale,
+            z + inner.pivot[2] * self.module.scale,
+        )
         return dataclasses.replace(inner, radius=inner.radius * self.module.scale, pivot=pivot)
 
-    def mapping(self, z, c, truncation_psi: float = 1.0, truncation_cutoff: int | None = None) -> torch.Tensor:
+    def mapping(
+        self, z, c, truncation_psi: float = 1.0, truncation_cutoff: int | None = None
+    ) -> torch.Tensor:
         """See `Generator`."""
         return self._inner.mapping(z, self.module.labels(c), truncation_psi, truncation_cutoff)
 

@@ -1,4 +1,6 @@
-"""The bundled generator as a tri-grid: the same density, colours, pictures and meshes through PanoHead's path."""
+"""The bundled generator as a tri-grid: the same density, colours, pictures and meshes through PanoHead's
+path.
+"""
 
 import json
 
@@ -15,7 +17,8 @@ from tests import tiny_runs
 from tests.generators.pickles.writer import head_generator
 from training import networks
 
-SEEDS, PSI = [1, 2], 0.7
+SEEDS = [1, 2]
+PSI = 0.7
 
 
 def run(tool, *flags):
@@ -27,7 +30,9 @@ def files(tmp_path_factory):
     """(bundled generator, the same as a tri-grid, its file)."""
     path = tmp_path_factory.mktemp("converted") / "tri-grid.safetensors"
     result = run(network_files.convert, bundled.GENERATOR, "--tri-grid=1.5", f"--out={path}")
-    assert result.exit_code == 0 and "Tri-grid of 3 slices along 1.5 sides of the box" in result.stdout, result.output
+    assert result.exit_code == 0 and "Tri-grid of 3 slices along 1.5 sides of the box" in result.stdout, (
+        result.output
+    )
     return load_generator(), load_generator(path), path
 
 
@@ -44,7 +49,8 @@ def test_the_blend_of_slices():
     shares, residual = slice_shares(EXACT)
     torch.testing.assert_close(shares, torch.ones(3, dtype=torch.float64))
     assert residual < 1e-12
-    shares, residual = slice_shares(1.0)  # PanoHead's own slices: no blend is even up to the faces, where half is lost
+    # PanoHead's own slices: no blend is even up to the faces, where half is lost
+    shares, residual = slice_shares(1.0)
     assert shares[0] == pytest.approx(float(shares[2])) and 0.2 < residual < 0.5
     assert slice_shares(1.4)[1] < residual
 
@@ -63,7 +69,8 @@ def test_density_and_colour_are_the_same(files, fields):
 
 
 def test_pictures_are_the_same(files, fields):
-    label, seen = camera(files[0].generator, 0.3, -0.1), []
+    label = camera(files[0].generator, 0.3, -0.1)
+    seen = []
     for field in fields:
         torch.manual_seed(0)
         with torch.no_grad():
@@ -71,25 +78,31 @@ def test_pictures_are_the_same(files, fields):
     before, after = seen
     for name in ("image", "raw", "opacity"):
         error = (getattr(before, name) - getattr(after, name)).abs()
-        assert float(error.mean()) < 1e-5 and float(error.max()) < 5e-3, name  # single fine samples move with rounding
+        # single fine samples move with rounding
+        assert float(error.mean()) < 1e-5 and float(error.max()) < 5e-3, name
     solid = before.opacity > 0.5
     assert solid.float().mean() > 0.1 and float((before.depth - after.depth)[solid].abs().mean()) < 1e-4
 
 
 @pytest.mark.parametrize("layout", ["eg3d", "fixed"])
 def test_other_networks_are_converted_too(layout):
-    """With super-resolution, noise, rays that leave the box, slices along two axes only, and no white behind."""
+    """With super-resolution, noise, rays that leave the box, slices along two axes only,
+    and no white behind.
+    """
     nets = tiny_runs.build_networks(plane_layout=layout)
     converted, residual = to_tri_grid(nets, extent=6)
     assert residual < 1e-12
     assert converted.D is nets.D and json.dumps(converted.G_kwargs)
-    before, after = nets.G_ema, converted.G_ema
+    before = nets.G_ema
+    after = converted.G_ema
     ws = before.mapping(torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 25))
     label = camera(before, 0.2, 0.1, n=2)
     for a, b in zip(*(picture(G, ws, label) for G in (before, after)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     grid = SlabSpec.cube(9)
-    torch.testing.assert_close(of(after).field(ws).density_grid(grid), of(before).field(ws).density_grid(grid), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        of(after).field(ws).density_grid(grid), of(before).field(ws).density_grid(grid), rtol=1e-4, atol=1e-4
+    )
 
 
 def picture(G, ws, label):
@@ -102,6 +115,11 @@ def test_what_cannot_be_converted(tmp_path):
     G, kwargs = head_generator("panohead")
     path = tmp_path / "x.safetensors"
     networks.save(path, networks.Networks(None, None, G, kwargs, None, {}, architecture="panohead"))
-    for flag, message in (("--tri-grid=1.5", "expected a generator of eg3d, got one of panohead"), ("--tri-grid=0.5", "--tri-grid")):
+    for flag, message in (
+        ("--tri-grid=1.5", "expected a generator of eg3d, got one of panohead"),
+        ("--tri-grid=0.5", "--tri-grid"),
+    ):
         result = run(network_files.convert, path, flag, f"--out={tmp_path / 'y.safetensors'}")
-        assert result.exit_code == 2 and message in result.stderr and not (tmp_path / "y.safetensors").exists()
+        assert (
+            result.exit_code == 2 and message in result.stderr and not (tmp_path / "y.safetensors").exists()
+        )

@@ -1,4 +1,6 @@
-"""A generator family that the package has never heard of goes through the public tools: labelled, scored, exported, evaluated."""
+"""A generator family that the package has never heard of goes through the public tools: labelled, scored,
+exported, evaluated.
+"""
 
 import json
 import sys
@@ -25,15 +27,25 @@ from training import networks, storage
 from training.rendering.cameras import mirror_label
 
 PLUGIN = Path(__file__).with_name("mirrored.py")
-SCALE, CENTRE = 1.25, (0.05, -0.03, 0.02)
+SCALE = 1.25
+CENTRE = (0.05, -0.03, 0.02)
 PSI = 0.7
 PARTS = ("reward-shift", "surfaces")
-MORE = ("view-consistency", "sigma-statistics", "canonical-depth", "reward-strips", "diversity", "over-optimisation")
+MORE = (
+    "view-consistency",
+    "sigma-statistics",
+    "canonical-depth",
+    "reward-strips",
+    "diversity",
+    "over-optimisation",
+)
 
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """(file of the foreign family around the bundled network, the network inside as a generator); the plugin is named, not imported."""
+    """(file of the foreign family around the bundled network, the network inside as a generator); the plugin
+    is named, not imported.
+    """
     inner = load_generator()
     patch = pytest.MonkeyPatch()
     patch.setenv(registry.VARIABLE, str(PLUGIN))
@@ -44,7 +56,9 @@ def foreign(tmp_path_factory):
     network = sys.modules[PLUGIN.stem].MirroredNetwork(**kwargs).eval().requires_grad_(False)
     network.inner.load_state_dict(G.state_dict())
     path = tmp_path_factory.mktemp("foreign") / "mirrored.safetensors"
-    networks.save(path, networks.Networks(None, None, network, kwargs, None, {"name": "heads"}, architecture="mirrored"))
+    networks.save(
+        path, networks.Networks(None, None, network, kwargs, None, {"name": "heads"}, architecture="mirrored")
+    )
     yield path, inner.generator
     patch.undo()
     tiny_runs.forget_plugin("mirrored")
@@ -52,12 +66,20 @@ def foreign(tmp_path_factory):
 
 def test_tuning_says_what_is_missing(foreign, tiny_data, tmp_path):
     unheard = tmp_path / "unheard.safetensors"
-    storage.write_tensors(unheard, "network", {}, {"architecture": "unheard-of", "G_kwargs": {}, "D_kwargs": None})
+    storage.write_tensors(
+        unheard, "network", {}, {"architecture": "unheard-of", "G_kwargs": {}, "D_kwargs": None}
+    )
     known = "expected one of eg3d, hyplanehead, panohead, spherehead, assets, mirrored"
     lacks = {foreign[0]: "expected a network file with G, D and G_ema", unheard: known}
     for init, message in lacks.items():
-        result = CliRunner().invoke(train.main, [f"--init={init}", f"--data={tiny_data}", f"--outdir={tmp_path}"])
-        assert result.exit_code == 2 and result.stderr.startswith("Error: --init: ") and message in result.stderr.splitlines()[-1]
+        result = CliRunner().invoke(
+            train.main, [f"--init={init}", f"--data={tiny_data}", f"--outdir={tmp_path}"]
+        )
+        assert (
+            result.exit_code == 2
+            and result.stderr.startswith("Error: --init: ")
+            and message in result.stderr.splitlines()[-1]
+        )
         assert len(result.stderr.splitlines()) == 1
 
 
@@ -83,11 +105,13 @@ def inside(points: torch.Tensor) -> torch.Tensor:
 def test_density_and_colour_are_those_inside_at_the_mirrored_point(pair):
     generator, inner, ws = pair
     points = torch.rand(200, 3, generator=torch.Generator().manual_seed(0)) * 0.8 - 0.4
-    field, own = generator.field(ws), inner.field(ws)
+    field = generator.field(ws)
+    own = inner.field(ws)
     torch.testing.assert_close(field.density(points), own.density(inside(points)))
     torch.testing.assert_close(field.colour(points), own.colour(inside(points)))
     grid = SlabSpec.of(generator.bounds, 20)
-    mirrored = own.density_grid(SlabSpec.of(inner.bounds, 20)).flip(-1)  # a cube about the box is the inner cube, x reversed
+    # a cube about the box is the inner cube, x reversed
+    mirrored = own.density_grid(SlabSpec.of(inner.bounds, 20)).flip(-1)
     torch.testing.assert_close(field.density_grid(grid), mirrored, rtol=1e-3, atol=1e-3)
 
 
@@ -106,11 +130,13 @@ def test_a_mirrored_camera_sees_the_mirrored_picture(pair):
 
 
 def test_its_mesh_lies_in_its_bounds_mirrored_and_watertight(foreign, tmp_path):
-    path, out = foreign[0], tmp_path / "mirrored.ply"
+    path = foreign[0]
+    out = tmp_path / "mirrored.ply"
     flags = ["--seed=1", f"--trunc={PSI}", "--resolution=48"]
     run(samples.mesh, f"--network={path}", f"--out={out}", *flags)
     run(samples.mesh, f"--out={tmp_path / 'own.ply'}", *flags)
-    mesh, own = trimesh.load(out), trimesh.load(tmp_path / "own.ply")
+    mesh = trimesh.load(out)
+    own = trimesh.load(tmp_path / "own.ply")
     assert mesh.is_watertight and mesh.is_winding_consistent and mesh.volume > 0
     assert json.loads(out.with_name("mirrored.ply.json").read_text())["options"]["level"] == 10
     expected = np.sort((own.bounds * [-1, 1, 1]) * SCALE + CENTRE, axis=0)
@@ -121,21 +147,35 @@ def test_its_mesh_lies_in_its_bounds_mirrored_and_watertight(foreign, tmp_path):
 
 @pytest.fixture(scope="module")
 def reward(pair, tmp_path_factory):
-    """File of an untrained reward that reads slabs of the foreign generator, mirrored ones of the one inside."""
+    """File of an untrained reward that reads slabs of the foreign generator,
+    mirrored ones of the one inside.
+    """
     torch.manual_seed(3)
     arch = RewardArch(
-        feature_maps=(8, 16), patch=2, input_scale=0.02, pooling="grid", trunk=(16, 16), embedding=16, heads=(8, 8), groups=4,
-        final_cells=(2, 2, 2), bottleneck_cells=(1, 1, 1),
+        feature_maps=(8, 16),
+        patch=2,
+        input_scale=0.02,
+        pooling="grid",
+        trunk=(16, 16),
+        embedding=16,
+        heads=(8, 8),
+        groups=4,
+        final_cells=(2, 2, 2),
+        bottleneck_cells=(1, 1, 1),
     )
     observation = SigmaSlab.of(pair[0], resolution=24)
-    return Reward(observation, RewardModel(arch)).save(tmp_path_factory.mktemp("reward") / "mirrored.safetensors")
+    return Reward(observation, RewardModel(arch)).save(
+        tmp_path_factory.mktemp("reward") / "mirrored.safetensors"
+    )
 
 
 def test_a_reward_made_for_its_box_scores_it_and_the_bundled_one_is_refused(pair, reward):
     generator, inner, ws = pair
-    own, bundled_reward = load_reward(reward), load_reward(bundled.REWARD)
+    own = load_reward(reward)
+    bundled_reward = load_reward(bundled.REWARD)
     check_reward(own, generator)
-    slab = SigmaSlab.of(inner, resolution=24).observe(inner.field(ws)).flip(-1)  # the crop is the same on both sides of x
+    # the crop is the same on both sides of x
+    slab = SigmaSlab.of(inner, resolution=24).observe(inner.field(ws)).flip(-1)
     torch.testing.assert_close(own.score(generator.field(ws)), own.score_observed(slab), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"expected a generator with box_warp 1.0, got 1.25; with centre"):
         check_reward(bundled_reward, generator)

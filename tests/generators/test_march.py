@@ -52,7 +52,9 @@ def pair(balls):
 
 
 def test_pictures_in_closed_form(pair):
-    """From the front, each camera looking at a ball: the way to its surface, its colour, and nothing beside it."""
+    """From the front, each camera looking at a ball: the way to its surface, its colour, and nothing beside
+    it.
+    """
     generator, field, radii = pair
     assert isinstance(field, Field) and not isinstance(field, DecodedField)
     options = RenderOptions(resolution=41, samples=1000)
@@ -66,7 +68,9 @@ def test_pictures_in_closed_form(pair):
         ways += torch.tensor([entry(radius) for radius in radii[:, ball].tolist()])
         torch.testing.assert_close(picture.depth[:, 0, MIDDLE, MIDDLE].double(), ways, rtol=0, atol=1e-4)
         assert picture.raw[:, :, MIDDLE, MIDDLE].flatten().tolist() == pytest.approx(colour * 2, abs=0.1)
-        assert (picture.opacity[:, 0, MIDDLE, MIDDLE] > 0.95).all() and (picture.opacity[:, 0, 0, 0] == 0).all()
+        assert (picture.opacity[:, 0, MIDDLE, MIDDLE] > 0.95).all() and (
+            picture.opacity[:, 0, 0, 0] == 0
+        ).all()
         assert (picture.raw[:, :, 0, 0] == -1).all()
 
 
@@ -74,7 +78,8 @@ def test_one_pass_or_two_are_the_same():
     asset = TriPlanes(2, 8)
 
     class TwoPasses(Field):
-        bounds, level = asset.bounds, asset.level
+        bounds = asset.bounds
+        level = asset.level
 
         def __len__(self):
             return len(asset)
@@ -85,7 +90,8 @@ def test_one_pass_or_two_are_the_same():
         def colour(self, points):
             return asset.colour(points)
 
-    options, cameras = RenderOptions(resolution=9, samples=12), camera(load_generator().generator, 0.3, 0.1, n=2)
+    options = RenderOptions(resolution=9, samples=12)
+    cameras = camera(load_generator().generator, 0.3, 0.1, n=2)
     for once, twice in zip(asset.render(cameras, options), march(TwoPasses(), cameras, options), strict=True):
         assert torch.equal(once, twice)
 
@@ -93,8 +99,20 @@ def test_one_pass_or_two_are_the_same():
 def test_sheets_and_meshes(balls, pair, tmp_path):
     _, _, radii = pair
     for command, flags in (
-        (samples.images, ["--seeds=1", "--shapes=1", "--shape-res=24", "--shape-format=.glb", f"--outdir={tmp_path}"]),
-        (samples.mesh, ["--seed=1", "--trunc=1", "--resolution=96", "--set=component=all", f"--out={tmp_path / 'balls.ply'}"]),
+        (
+            samples.images,
+            ["--seeds=1", "--shapes=1", "--shape-res=24", "--shape-format=.glb", f"--outdir={tmp_path}"],
+        ),
+        (
+            samples.mesh,
+            [
+                "--seed=1",
+                "--trunc=1",
+                "--resolution=96",
+                "--set=component=all",
+                f"--out={tmp_path / 'balls.ply'}",
+            ],
+        ),
     ):
         done = CliRunner().invoke(command, [f"--network={balls}", *flags])
         assert done.exit_code == 0, (done.output, done.exception)

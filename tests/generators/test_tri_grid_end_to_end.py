@@ -1,4 +1,6 @@
-"""PanoHead's path from end to end: the bundled generator as a tri-grid is labelled, gives a reward, is scored, tuned and exported."""
+"""PanoHead's path from end to end: the bundled generator as a tri-grid is labelled, gives a reward, is
+scored, tuned and exported.
+"""
 
 import json
 from pathlib import Path
@@ -30,39 +32,75 @@ def read(path: Path) -> list[dict]:
 
 
 def test_labelled_scored_tuned_exported(tmp_path):
-    network, labels, reward = tmp_path / "tri-grid.safetensors", tmp_path / "labels.jsonl", tmp_path / "reward"
+    network = tmp_path / "tri-grid.safetensors"
+    labels = tmp_path / "labels.jsonl"
+    reward = tmp_path / "reward"
     run(network_files.convert, bundled.GENERATOR, "--tri-grid=1.5", f"--out={network}")
     before = load_generator(network)
 
     flags = ["--pairs=24", "--resolution=24"]
     run(synthetic, f"--network={network}", f"--out={labels}", *flags)
     run(synthetic, f"--out={tmp_path / 'own.jsonl'}", *flags)
-    found, own = read(labels), read(tmp_path / "own.jsonl")
+    found = read(labels)
+    own = read(tmp_path / "own.jsonl")
     assert len(found) == 24 and [{k: v for k, v in row.items() if k != "generator"} for row in found] == [
         {k: v for k, v in row.items() if k != "generator"} for row in own
     ]  # the same shapes get the same labels
     assert json.loads(labels.with_suffix(".meta.json").read_text())["generator"] == before.hash
 
-    run(reward_training.train, f"--labels={labels}", f"--network={network}", "--preset=tiny", "--epochs=1", f"--out={reward}")
-    trained, released = load_reward(reward / "reward.safetensors"), load_reward(bundled.REWARD)
+    run(
+        reward_training.train,
+        f"--labels={labels}",
+        f"--network={network}",
+        "--preset=tiny",
+        "--epochs=1",
+        f"--out={reward}",
+    )
+    trained = load_reward(reward / "reward.safetensors")
+    released = load_reward(bundled.REWARD)
     field = before.generator.field(ws_of_seeds(before.generator, [11, 12], 0.7))
     with torch.no_grad():
         for one in (trained, released):
             check_reward(one, before.generator)
             assert one.score(field).isfinite().all()
 
-    small = ["--batch=4", "--mbstd-group=4", "--kimg=0.008", "--tick=0.004", "--snap=1", "--no-summary", "--nrr-initial=16", "--seed=1"]
+    small = [
+        "--batch=4",
+        "--mbstd-group=4",
+        "--kimg=0.008",
+        "--tick=0.004",
+        "--snap=1",
+        "--no-summary",
+        "--nrr-initial=16",
+        "--seed=1",
+    ]
     run(
-        train.main, f"--init={network}", "--data=synthetic:people64@n=8", "--reward=sigma",
-        f"--reward-ckpt={reward / 'reward.safetensors'}", "--lambda-r=1", f"--outdir={tmp_path / 'runs'}", *small,
+        train.main,
+        f"--init={network}",
+        "--data=synthetic:people64@n=8",
+        "--reward=sigma",
+        f"--reward-ckpt={reward / 'reward.safetensors'}",
+        "--lambda-r=1",
+        f"--outdir={tmp_path / 'runs'}",
+        *small,
     )
     (folder,) = (tmp_path / "runs").iterdir()
     after = load_generator(folder)
-    assert after.generator.architecture == "panohead" and storage.read_meta(after.path)["G_kwargs"] == before.nets.G_kwargs
+    assert (
+        after.generator.architecture == "panohead"
+        and storage.read_meta(after.path)["G_kwargs"] == before.nets.G_kwargs
+    )
     assert networks.state_hash(after.nets.G) != networks.state_hash(before.nets.G)
-    moved = {n.split(".")[0] for n, p in after.nets.G.named_parameters() if not torch.equal(p, before.nets.G.get_parameter(n))}
+    moved = {
+        n.split(".")[0]
+        for n, p in after.nets.G.named_parameters()
+        if not torch.equal(p, before.nets.G.get_parameter(n))
+    }
     assert {"backbone", "decoder", "bcg_synthesis", "torgb"} <= moved
-    assert any("Loss/Grlhf/reward" in json.dumps(row) or "RLHF" in json.dumps(row) for row in read(folder / "stats.jsonl"))
+    assert any(
+        "Loss/Grlhf/reward" in json.dumps(row) or "RLHF" in json.dumps(row)
+        for row in read(folder / "stats.jsonl")
+    )
 
     out = tmp_path / "tuned.ply"
     run(samples.mesh, f"--network={folder}", "--seed=1", "--trunc=0.7", "--resolution=48", f"--out={out}")

@@ -19,8 +19,12 @@ def random_weights(channels: int, hidden: int, dtype=torch.float32, seed: int = 
     return DecoderWeights(normal(hidden, channels) * 2, normal(hidden), normal(hidden), normal(1)[0])
 
 
-def random_planes(samples: int, channels: int, rows: int, columns: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(samples, 3, channels, rows, columns, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def random_planes(
+    samples: int, channels: int, rows: int, columns: int, dtype=torch.float32, seed: int = 0
+) -> torch.Tensor:
+    return torch.randn(
+        samples, 3, channels, rows, columns, generator=torch.Generator().manual_seed(seed), dtype=dtype
+    )
 
 
 class StandIn:

@@ -1,4 +1,6 @@
-"""Blockwise meshing against the whole volume, the mesh checks against meshes whose faults are known, and the files."""
+"""Blockwise meshing against the whole volume, the mesh checks against meshes whose faults are known, and the
+files.
+"""
 
 import mrcfile
 import numpy as np
@@ -23,7 +25,9 @@ from eg3d_rlhf.geometry.mesh import (
 from eg3d_rlhf.geometry.mesh_export import OUTSIDE, FieldGrid, MeshOptions, export_mesh, save_mesh, write_mrc
 from tests.geometry.stand_in import StandIn, sigma_grid
 
-CENTRE, RADIUS, POINTS = np.array([0.05, -0.1, 0.02]), 0.3, 48
+CENTRE = np.array([0.05, -0.1, 0.02])
+RADIUS = 0.3
+POINTS = 48
 AXES = SlabSpec.cube(POINTS).axes()
 PLANES = (1, 2, 7, 16, 47, 48, 100)
 
@@ -36,7 +40,9 @@ def ball(centre=CENTRE, radius=RADIUS) -> torch.Tensor:
 
 
 def noise(kind: str) -> torch.Tensor:
-    """Volumes with many parts, hollows and bodies at the border; 'steps' has grid points exactly on the level."""
+    """Volumes with many parts, hollows and bodies at the border; 'steps' has grid points exactly on the
+    level.
+    """
     volume = np.random.RandomState(0).randn(21, 19, 17)
     if kind != "raw":
         volume = gaussian_filter(volume, 1.2)
@@ -70,14 +76,16 @@ def test_blocks_give_the_whole_volumes_surface(kind, planes):
     mesh = extract_mesh_blockwise(lambda part: sigma[part], axes, 0.0, planes)
     assert_same_surface(mesh, extract_mesh(sigma.permute(2, 1, 0), axes, 0.0))
     assert count_edges(mesh[1]).watertight
-    assert len(np.unique(mesh[0], axis=0)) == len(mesh[0])  # a reader that merges equal vertices changes nothing
+    # a reader that merges equal vertices changes nothing
+    assert len(np.unique(mesh[0], axis=0)) == len(mesh[0])
     assert trimesh.Trimesh(*mesh).is_watertight
 
 
 def assert_same_surface(mesh, other) -> None:
     """The same triangles, wound the same way, in whatever order."""
     assert len(mesh[0]) == len(other[0]) and len(mesh[1]) == len(other[1])
-    (vertices, faces), (other_vertices, other_faces) = mesh, other
+    vertices, faces = mesh
+    other_vertices, other_faces = other
     distance, match = cKDTree(other_vertices).query(vertices)
     assert distance.max() < 1e-6 and len(np.unique(match)) == len(vertices)
     rolled = []
@@ -88,7 +96,9 @@ def assert_same_surface(mesh, other) -> None:
 
 
 def test_every_plane_is_asked_for_once_and_progress_ends_at_the_last():
-    asked, told, sigma = [], [], ball()
+    asked = []
+    told = []
+    sigma = ball()
 
     def sample(part):
         asked.extend(range(part.start, part.stop))
@@ -110,7 +120,9 @@ def test_edges_of_a_tetrahedron_with_faults():
 
 
 def test_the_largest_part_is_the_largest_body_not_its_hollow():
-    outer, hollow, small = (trimesh.creation.icosphere(subdivisions=s, radius=r) for s, r in ((1, 1.0), (4, 0.9), (3, 0.4)))
+    outer, hollow, small = (
+        trimesh.creation.icosphere(subdivisions=s, radius=r) for s, r in ((1, 1.0), (4, 0.9), (3, 0.4))
+    )
     hollow.invert()
     small.apply_translation([3, 0, 0])
     all_three = trimesh.util.concatenate([small, hollow, outer])
@@ -124,7 +136,9 @@ def test_decimation_keeps_a_sphere_closed_and_near():
     vertices, faces = extract_mesh(ball().permute(2, 1, 0), AXES)
     few = decimate(vertices, faces, 600)
     assert 550 <= len(few[1]) <= 660
-    assert solid(few).is_watertight and solid(few).volume == pytest.approx(solid((vertices, faces)).volume, rel=0.02)
+    assert solid(few).is_watertight and solid(few).volume == pytest.approx(
+        solid((vertices, faces)).volume, rel=0.02
+    )
     assert decimate(vertices, faces, 10**6)[1] is faces
 
 
@@ -146,7 +160,9 @@ def field() -> Field:
 
 @pytest.mark.parametrize("layout", ["eg3d", "fixed"])
 def test_blocks_of_a_field_are_the_grid(layout):
-    G, ws, spec = StandIn(layout, box_warp=1.2), torch.ones(1, 2, 3), SlabSpec.cube(20, 1.2)
+    G = StandIn(layout, box_warp=1.2)
+    ws = torch.ones(1, 2, 3)
+    spec = SlabSpec.cube(20, 1.2)
     grid = FieldGrid(Field(G, ws), 20)
     assert G.noise_modes == ["const"]
     blocks = torch.cat([grid(slice(0, 7)), grid(slice(7, 8)), grid(slice(8, 20))])
@@ -155,7 +171,8 @@ def test_blocks_of_a_field_are_the_grid(layout):
 
 
 def test_a_border_is_cleared(field):
-    whole, trimmed = FieldGrid(field, 20)(slice(0, 20)), FieldGrid(field, 20, border=0.2)
+    whole = FieldGrid(field, 20)(slice(0, 20))
+    trimmed = FieldGrid(field, 20, border=0.2)
     got = torch.cat([trimmed(slice(0, 3)), trimmed(slice(3, 10)), trimmed(slice(10, 20))])
     inside = torch.zeros_like(got, dtype=torch.bool)
     inside[4:16, 4:16, 4:16] = True
@@ -164,7 +181,8 @@ def test_a_border_is_cleared(field):
 
 
 def test_mrc_volume_reads_back_in_eg3ds_order(field, tmp_path):
-    grid, told = FieldGrid(field, 21), []
+    grid = FieldGrid(field, 21)
+    told = []
     path = write_mrc(tmp_path / "new" / "a.mrc", grid, 21, 1.2 / 20, lambda *call: told.append(call))
     assert mrcfile.validate(path)
     with mrcfile.open(path) as file:
@@ -187,7 +205,9 @@ def test_colours_and_normals_read_back(tmp_path, suffix):
         (mesh,) = mesh.geometry.values()
     assert mesh.is_watertight and len(mesh.faces) == len(faces)
     np.testing.assert_allclose(mesh.vertices[mesh.faces], vertices[faces], atol=1e-6)
-    np.testing.assert_allclose(mesh.visual.vertex_colors[mesh.faces][..., :3].astype(int), colors[faces].astype(int), atol=1)
+    np.testing.assert_allclose(
+        mesh.visual.vertex_colors[mesh.faces][..., :3].astype(int), colors[faces].astype(int), atol=1
+    )
     np.testing.assert_allclose(mesh.vertex_normals[mesh.faces], normals[faces], atol=1e-3)
 
 
@@ -212,8 +232,12 @@ def test_the_report_of_an_export(tiny_networks, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "text"),
-    [({"resolution": 8}, "16 to 1024, got 8"), ({"level": np.nan}, "finite level"), ({"component": "some"}, "'largest' or 'all'"),
-     ({"faces": 3}, "at least 4 faces, got 3")],
+    [
+        ({"resolution": 8}, "16 to 1024, got 8"),
+        ({"level": np.nan}, "finite level"),
+        ({"component": "some"}, "'largest' or 'all'"),
+        ({"faces": 3}, "at least 4 faces, got 3"),
+    ],
 )
 def test_options_out_of_range(settings, text):
     with pytest.raises(ValueError, match=text):

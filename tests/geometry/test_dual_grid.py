@@ -1,4 +1,6 @@
-"""The dual grid of a mesh: what of its surface stays; against the original's own in tests/compat/test_family_trellis2.py."""
+"""The dual grid of a mesh: what of its surface stays; against the original's own in
+tests/compat/test_family_trellis2.py.
+"""
 
 import pytest
 import torch

@@ -41,7 +41,10 @@ def whole_surface(grid: FieldGrid, level: float):
 
 
 @pytest.mark.parametrize("layout", ["eg3d", "fixed"])
-@pytest.mark.parametrize(("resolution", "border", "share"), [(22, 0, 0.5), (23, 0.0, 0.9), (24, 0.2, 0.3), (31, 0.1, 0.7), (56, 0.0, 0.97)])
+@pytest.mark.parametrize(
+    ("resolution", "border", "share"),
+    [(22, 0, 0.5), (23, 0.0, 0.9), (24, 0.2, 0.3), (31, 0.1, 0.7), (56, 0.0, 0.97)],
+)
 def test_the_surface_is_that_of_the_whole_volume(layout, resolution, border, share):
     grid = FieldGrid(smooth_field(layout), resolution, border)
     level = level_of(grid, share)
@@ -50,7 +53,11 @@ def test_the_surface_is_that_of_the_whole_volume(layout, resolution, border, sha
     assert count_edges(mesh[1]).watertight and len(np.unique(mesh[0], axis=0)) == len(mesh[0])
 
 
-@pytest.mark.parametrize(("refine", "dense"), [(-1.0, 2.0), (2.0, 2.0), (2.0, -1.0)], ids=["finer bounds", "single bricks", "whole layers"])
+@pytest.mark.parametrize(
+    ("refine", "dense"),
+    [(-1.0, 2.0), (2.0, 2.0), (2.0, -1.0)],
+    ids=["finer bounds", "single bricks", "whole layers"],
+)
 @pytest.mark.parametrize("scale", [0.5, 40.0])
 def test_every_way_of_evaluating_gives_the_same_surface(monkeypatch, refine, dense, scale):
     monkeypatch.setattr(mesh_export, "_REFINE_SHARE", refine)
@@ -79,7 +86,8 @@ def test_bounds_hold_and_decide(layout, size, scale):
 
 
 def test_density_far_from_the_surface_is_not_evaluated(monkeypatch):
-    evaluated, part = [], SeparableDensity.part
+    evaluated = []
+    part = SeparableDensity.part
 
     def counted(self, *ranges):
         values = part(self, *ranges)
@@ -94,7 +102,9 @@ def test_density_far_from_the_surface_is_not_evaluated(monkeypatch):
 
 @pytest.mark.parametrize("size", [7, 8, 9, 15, 16, 17])
 def test_a_box_whose_corners_lie_on_corners_of_bricks(size):
-    """Edges of the surface run through, along and just past the faces that bricks share; half of the boxes touch the border."""
+    """Edges of the surface run through, along and just past the faces that bricks share; half of the boxes
+    touch the border.
+    """
     for first in (0, 7, 8):
         volume = np.full((26, 25, 24), -1.0, dtype=np.float32)
         volume[first : first + size, first : first + size, first : first + size] = 1.0
@@ -141,7 +151,9 @@ class Points:
     """A field without separable form around another."""
 
     def __init__(self, field):
-        self.bounds, self.level, self.density = field.bounds, field.level, field.density
+        self.bounds = field.bounds
+        self.level = field.level
+        self.density = field.density
 
     def __len__(self):
         return 1
@@ -155,7 +167,8 @@ def test_a_level_that_is_not_crossed_is_answered_with_one_that_is(form, border, 
     field = smooth_field() if form == "planes" else Points(smooth_field())
     grid = FieldGrid(field, 24, border)
     inside = volume_of(grid)[(grid.inside,) * 3]
-    low, high = float(inside.min()), float(inside.max())
+    low = float(inside.min())
+    high = float(inside.max())
     with pytest.raises(ValueError, match="expected sigma on both sides of level") as error:
         extract_field_mesh(FieldGrid(field, 24, border), low - 1 if side < 0 else high + 1)
     assert f"got [{low:g}, {high:g}]. Choose a level in between, such as " in str(error.value)

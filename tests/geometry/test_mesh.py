@@ -10,13 +10,18 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.geometry.mesh import extract_mesh
 from eg3d_rlhf.geometry.mesh_export import save_mesh
 
-CENTRE, RADIUS = np.array([0.05, -0.1, 0.02]), 0.3
+CENTRE = np.array([0.05, -0.1, 0.02])
+RADIUS = 0.3
 
 
 def ball(spec: SlabSpec, centre=CENTRE, radius=RADIUS) -> torch.Tensor:
     """sigma [D, H, W] that crosses level 10 on a sphere, with slope 100 per unit."""
     x, y, z = (axis.double() for axis in spec.axes())
-    distance = ((x[None, None] - centre[0]) ** 2 + (y[None, :, None] - centre[1]) ** 2 + (z[:, None, None] - centre[2]) ** 2).sqrt()
+    distance = (
+        (x[None, None] - centre[0]) ** 2
+        + (y[None, :, None] - centre[1]) ** 2
+        + (z[:, None, None] - centre[2]) ** 2
+    ).sqrt()
     return (10 + 100 * (radius - distance)).float()
 
 
@@ -29,7 +34,8 @@ def test_a_sphere_has_its_volume_centre_and_area(spec):
     mesh = trimesh.Trimesh(vertices, faces, process=False)
     assert mesh.is_watertight
     assert mesh.is_winding_consistent
-    assert mesh.volume == pytest.approx(4 / 3 * np.pi * RADIUS**3, rel=0.02)  # positive: the faces look outwards
+    # positive: the faces look outwards
+    assert mesh.volume == pytest.approx(4 / 3 * np.pi * RADIUS**3, rel=0.02)
     np.testing.assert_allclose(mesh.center_mass, CENTRE, atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(vertices - CENTRE, axis=1), RADIUS, atol=spec.voxel / 10)
     assert vertices.dtype == np.float32
@@ -65,5 +71,7 @@ def test_user_errors(tmp_path):
         extract_mesh(torch.full((16, 16, 16), 99.0), spec)
     with pytest.raises(ValueError, match="expected finite sigma"):
         extract_mesh(torch.where(sigma > 20, torch.nan, sigma), spec)
-    with pytest.raises(ValueError, match="save_mesh: expected a file ending in .ply, .obj, .glb, got 'a.stl'"):
+    with pytest.raises(
+        ValueError, match="save_mesh: expected a file ending in .ply, .obj, .glb, got 'a.stl'"
+    ):
         save_mesh(tmp_path / "a.stl", np.zeros((3, 3)), np.array([[0, 1, 2]]))

@@ -46,7 +46,9 @@ def test_scaled_or_mirrored_axes_are_not_separable(scale):
 
 @pytest.mark.parametrize("box_warp", [1.0, 1.7, 0.6])  # 0.6: part of the slab lies outside the planes
 def test_equals_pointwise_with_gradients(layout, box_warp):
-    planes, weights, axes = random_planes(2, 5, 16, 21), random_weights(5, 7), generate_planes(layout)
+    planes = random_planes(2, 5, 16, 21)
+    weights = random_weights(5, 7)
+    axes = generate_planes(layout)
     fast, fast_grads = forward_backward(planes, weights, axes, "separable", box_warp)
     slow, slow_grads = forward_backward(planes, weights, axes, "pointwise", box_warp)
     assert fast.shape == (2, *SPEC.shape)
@@ -56,7 +58,9 @@ def test_equals_pointwise_with_gradients(layout, box_warp):
 
 
 def test_a_second_derivative_is_refused_and_every_point_on_its_own_has_it(layout):
-    planes, weights, axes = random_planes(1, 3, 9, 9), random_weights(3, 4), generate_planes(layout)
+    planes = random_planes(1, 3, 9, 9)
+    weights = random_weights(3, 4)
+    axes = generate_planes(layout)
     planes = planes.requires_grad_()
     with pytest.raises(RuntimeError, match="expected one derivative"):
         torch.autograd.grad(sigma_from_planes(planes, axes, weights, SPEC).sum(), planes, create_graph=True)
@@ -67,38 +71,49 @@ def test_a_second_derivative_is_refused_and_every_point_on_its_own_has_it(layout
 
 def test_one_point_by_hand():
     """float64 numpy, from the definition: bilinear samples, mean over planes, two layers."""
-    planes, weights = random_planes(1, 2, 8, 8, torch.float64), random_weights(2, 3, torch.float64)
+    planes = random_planes(1, 2, 8, 8, torch.float64)
+    weights = random_weights(2, 3, torch.float64)
     sigma = sigma_from_planes(planes, generate_planes("eg3d"), weights, SPEC)
-    d, h, w = 5, 7, 3
+    d = 5
+    h = 7
+    w = 3
     x, y, z = (float(axis[i]) * 2 for axis, i in zip(SPEC.axes(), (w, h, d), strict=True))
     feature = np.zeros(2)
     for plane, (u, v) in zip(planes[0].numpy(), ((x, y), (x, z), (z, x)), strict=True):
-        column, row = ((u + 1) * 8 - 1) / 2, ((v + 1) * 8 - 1) / 2
+        column = ((u + 1) * 8 - 1) / 2
+        row = ((v + 1) * 8 - 1) / 2
         for i in (int(np.floor(row)), int(np.floor(row)) + 1):
             for j in (int(np.floor(column)), int(np.floor(column)) + 1):
                 if 0 <= i < 8 and 0 <= j < 8:
                     feature += plane[:, i, j] * (1 - abs(row - i)) * (1 - abs(column - j)) / 3
     w0, b0, w_sigma, b_sigma = (t.numpy() for t in weights)
-    assert sigma[0, d, h, w].item() == pytest.approx(w_sigma @ np.log1p(np.exp(w0 @ feature + b0)) + b_sigma, rel=1e-10)
+    assert sigma[0, d, h, w].item() == pytest.approx(
+        w_sigma @ np.log1p(np.exp(w0 @ feature + b0)) + b_sigma, rel=1e-10
+    )
 
 
 def random_maps(size, pairs, dtype, scale=1.0):
     x, j, y, z = size
     shapes = {"xy": (x, j, y, 1), "xz": (x, j, 1, z), "yz": (1, j, y, z)}
     rng = torch.Generator().manual_seed(11)
-    return [(torch.randn(shapes[pair], generator=rng, dtype=dtype) * scale).requires_grad_() for pair in pairs]
+    return [
+        (torch.randn(shapes[pair], generator=rng, dtype=dtype) * scale).requires_grad_() for pair in pairs
+    ]
 
 
 def test_chunks_do_not_change_the_values():
     maps = random_maps((6, 5, 7, 4), ("xy", "xz", "yz"), torch.float32)
-    w, b = torch.randn(5), torch.zeros(())
+    w = torch.randn(5)
+    b = torch.zeros(())
     values = [slab_density(maps, w, b, (6, 7, 4), chunk=chunk) for chunk in (1, 37, 140, 300, 10**6)]
     for other in values[1:]:
         torch.testing.assert_close(other, values[0], rtol=1e-6, atol=1e-6)
 
 
 def test_saved_for_backward_does_not_grow_with_the_volume_times_hidden(layout):
-    """What autograd keeps is the pair maps, the planes and small matrices: far below volume * hidden, whatever the resolution."""
+    """What autograd keeps is the pair maps, the planes and small matrices: far below volume * hidden,
+    whatever the resolution.
+    """
     planes, weights = with_grad(random_planes(1, 4, 16, 16), random_weights(4, 32))
     sizes = {}
     for resolution in (16, 32):
@@ -134,20 +149,31 @@ def test_values_and_gradients(layout, slices, extent):
     rng = torch.Generator().manual_seed(slices)
     planes = torch.randn(2, 3, 4, slices, 7, 9, generator=rng, dtype=torch.float64, requires_grad=True)
     weights = DecoderWeights(*(w.requires_grad_() for w in random_weights(4, 6, torch.float64)))
-    axes = [torch.linspace(-1.1, 1.2, 6).double(), torch.linspace(-0.7, 1, 5).double(), torch.linspace(-1, 0.9, 8).double()]
+    axes = [
+        torch.linspace(-1.1, 1.2, 6).double(),
+        torch.linspace(-0.7, 1, 5).double(),
+        torch.linspace(-1, 0.9, 8).double(),
+    ]
     orders = [tuple(row.argmax(dim=1).tolist()) for row in generate_planes(layout)]
-    found, expected = tri_grid_density(planes, orders, weights, axes, extent), at_points(planes, layout, weights, axes, extent)
+    found = tri_grid_density(planes, orders, weights, axes, extent)
+    expected = at_points(planes, layout, weights, axes, extent)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     cotangent = torch.randn(found.shape, generator=rng, dtype=torch.float64)
-    for ours, theirs in zip(*(torch.autograd.grad(s, (planes, *weights), cotangent) for s in (found, expected)), strict=True):
+    for ours, theirs in zip(
+        *(torch.autograd.grad(s, (planes, *weights), cotangent) for s in (found, expected)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
     with torch.no_grad():
-        torch.testing.assert_close(tri_grid_density(planes, orders, weights, axes, extent), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            tri_grid_density(planes, orders, weights, axes, extent), expected, rtol=0, atol=1e-12
+        )
 
 
 def test_blocks_of_any_size_give_the_same(monkeypatch):
-    planes, weights = torch.randn(1, 3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1)), random_weights(4, 6)
-    axes, orders = [torch.linspace(-1, 1, 9)] * 3, [(0, 1, 2), (0, 2, 1), (1, 2, 0)]
+    planes = torch.randn(1, 3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    weights = random_weights(4, 6)
+    axes = [torch.linspace(-1, 1, 9)] * 3
+    orders = [(0, 1, 2), (0, 2, 1), (1, 2, 0)]
     whole = tri_grid_density(planes, orders, weights, axes)
     monkeypatch.setattr("eg3d_rlhf.geometry.slab._CPU_BLOCK", 6 * 9 * 2)  # two rows of x
     torch.testing.assert_close(tri_grid_density(planes, orders, weights, axes), whole)

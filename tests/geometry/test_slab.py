@@ -16,7 +16,9 @@ from training.triplane import TriPlaneGenerator
 
 SPEC = SlabSpec(resolution=20)
 
-volumes = arrays.arrays(np.float64, st.tuples(st.integers(1, 3), *[st.integers(1, 4)] * 3), elements=st.floats(-1e3, 1e3))
+volumes = arrays.arrays(
+    np.float64, st.tuples(st.integers(1, 3), *[st.integers(1, 4)] * 3), elements=st.floats(-1e3, 1e3)
+)
 
 
 def latents(samples=2):
@@ -33,22 +35,32 @@ def test_one_synthesis_pass_with_the_noise_mode_asked_for(stand_in):
 
 def test_gradient_reaches_the_latents(stand_in):
     ws = latents().requires_grad_()
-    grads = [torch.autograd.grad(sigma_grid(stand_in, ws, SPEC, impl=impl).square().mean(), ws)[0] for impl in ("separable", "pointwise")]
+    grads = [
+        torch.autograd.grad(sigma_grid(stand_in, ws, SPEC, impl=impl).square().mean(), ws)[0]
+        for impl in ("separable", "pointwise")
+    ]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
 
 
 def test_the_generators_box_warp_scales_the_planes():
     """Twice the box on both sides is the same slab."""
-    small, large = StandIn(box_warp=1.0), StandIn(box_warp=2.0)
+    small = StandIn(box_warp=1.0)
+    large = StandIn(box_warp=2.0)
     torch.testing.assert_close(
-        sigma_grid(small, latents(), SlabSpec(resolution=20)), sigma_grid(large, latents(), SlabSpec(resolution=20, box_warp=2.0))
+        sigma_grid(small, latents(), SlabSpec(resolution=20)),
+        sigma_grid(large, latents(), SlabSpec(resolution=20, box_warp=2.0)),
     )
 
 
 def test_oblique_planes_fall_back_with_one_warning(stand_in):
     angle = torch.tensor(0.3)
-    c, s, o, i = angle.cos(), angle.sin(), torch.tensor(0.0), torch.tensor(1.0)
-    stand_in.renderer.plane_axes = stand_in.renderer.plane_axes @ torch.stack([c, s, o, -s, c, o, o, o, i]).view(3, 3)
+    c = angle.cos()
+    s = angle.sin()
+    o = torch.tensor(0.0)
+    i = torch.tensor(1.0)
+    stand_in.renderer.plane_axes = stand_in.renderer.plane_axes @ torch.stack(
+        [c, s, o, -s, c, o, o, o, i]
+    ).view(3, 3)
     _warn_not_separable.cache_clear()
     with pytest.warns(UserWarning, match="not axis-aligned"):
         first = sigma_grid(stand_in, latents(), SPEC)
@@ -62,25 +74,50 @@ def test_oblique_planes_fall_back_with_one_warning(stand_in):
 
 
 def test_the_real_generator_agrees_with_its_own_point_sampler(layout):
-    """TriPlaneGenerator.sample_mixed, which knows nothing of this package, is the oracle; gradients reach mapping and backbone."""
+    """TriPlaneGenerator.sample_mixed, which knows nothing of this package, is the oracle; gradients reach
+    mapping and backbone.
+    """
     torch.manual_seed(0)
     rendering = {
-        "superresolution_module": "training.superresolution.SuperresolutionHybrid2X", "sr_antialias": True, "box_warp": 1.0,
-        "c_gen_conditioning_zero": False, "c_scale": 1, "superresolution_noise_mode": "none", "density_noise": 0,
+        "superresolution_module": "training.superresolution.SuperresolutionHybrid2X",
+        "sr_antialias": True,
+        "box_warp": 1.0,
+        "c_gen_conditioning_zero": False,
+        "c_scale": 1,
+        "superresolution_noise_mode": "none",
+        "density_noise": 0,
     }
     G = TriPlaneGenerator(
-        16, 25, 512, 128, 3, rendering_kwargs=rendering, mapping_kwargs={"num_layers": 2}, plane_resolution=16, plane_channels=8,
-        plane_layout=layout, channel_base=256, channel_max=16, decoder_hidden_dim=16,
+        16,
+        25,
+        512,
+        128,
+        3,
+        rendering_kwargs=rendering,
+        mapping_kwargs={"num_layers": 2},
+        plane_resolution=16,
+        plane_channels=8,
+        plane_layout=layout,
+        channel_base=256,
+        channel_max=16,
+        decoder_hidden_dim=16,
         sr_kwargs={"channel_base": 1024, "channel_max": 16, "fused_modconv_default": "inference_only"},
     ).eval()
     ws = G.mapping(torch.randn(2, 16), torch.randn(2, 25))
     sigma = sigma_grid(G, ws, SPEC)
     x, y, z = SPEC.axes()
-    points = torch.stack(torch.meshgrid(z, y, x, indexing="ij")[::-1], dim=-1).reshape(1, -1, 3).expand(2, -1, -1)
+    points = (
+        torch.stack(torch.meshgrid(z, y, x, indexing="ij")[::-1], dim=-1).reshape(1, -1, 3).expand(2, -1, -1)
+    )
     expected = G.sample_mixed(points, None, ws, noise_mode="const")["sigma"].view(2, *SPEC.shape)
     torch.testing.assert_close(sigma, expected, rtol=1e-4, atol=1e-5)
     sigma.square().mean().backward()
-    for name in ("backbone.mapping.fc0.weight", "backbone.synthesis.b16.conv1.weight", "decoder.net.0.weight", "decoder.net.2.bias"):
+    for name in (
+        "backbone.mapping.fc0.weight",
+        "backbone.synthesis.b16.conv1.weight",
+        "decoder.net.0.weight",
+        "decoder.net.2.bias",
+    ):
         assert G.get_parameter(name).grad.abs().sum() > 0, name
 
 
@@ -90,7 +127,9 @@ def test_normalisation_ignores_scale_and_offset(values, scale, offset):
     span = sigma.flatten(1).amax(1) - sigma.flatten(1).amin(1)
     if ((span > 0) & (span < 1e-3)).any():  # the offset would round such a span away
         return
-    torch.testing.assert_close(normalise_slab(sigma * scale + offset), normalise_slab(sigma), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        normalise_slab(sigma * scale + offset), normalise_slab(sigma), rtol=1e-6, atol=1e-6
+    )
 
 
 @given(volumes, st.floats(0.1, 1000))
@@ -100,7 +139,12 @@ def test_normalisation_spans_zero_to_value_max(values, value_max):
     constant = sigma.flatten(1).amax(1) == sigma.flatten(1).amin(1)
     assert not flat.isnan().any()
     assert (flat.amin(1) == 0).all()
-    torch.testing.assert_close(flat.amax(1), torch.where(constant, 0.0, torch.tensor(value_max, dtype=torch.float64)), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        flat.amax(1),
+        torch.where(constant, 0.0, torch.tensor(value_max, dtype=torch.float64)),
+        rtol=1e-9,
+        atol=0,
+    )
 
 
 def test_constant_slab_gives_zeros_and_no_gradient_beside_an_ordinary_one():

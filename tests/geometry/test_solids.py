@@ -1,4 +1,6 @@
-"""Sound bodies on grids: closed forms, the order of the spec's table, invariances, and what a gradient leaves alone."""
+"""Sound bodies on grids: closed forms, the order of the spec's table, invariances, and what a gradient leaves
+alone.
+"""
 
 import math
 
@@ -35,15 +37,19 @@ def tube(hole: float = 0.0) -> np.ndarray:
 
 
 SHAPES = {
-    "shell": shell(), "leaky": shell(0.05) | ball(0.05, (0.42, 0.42, 0.42)), "tube": tube(),
-    "two": ball(0.2, (-0.2, 0, 0)) | ball(0.1, (0.3, 0.1, 0)), "tower": box((-0.1, 0.12), (-0.4, 0.4), (-0.1, 0.1)),
+    "shell": shell(),
+    "leaky": shell(0.05) | ball(0.05, (0.42, 0.42, 0.42)),
+    "tube": tube(),
+    "two": ball(0.2, (-0.2, 0, 0)) | ball(0.1, (0.3, 0.1, 0)),
+    "tower": box((-0.1, 0.12), (-0.4, 0.4), (-0.1, 0.1)),
 }
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_nothing_depends_on_where_a_shape_lies_or_how_it_is_turned_about_the_upright(name):
     shape = np.pad(SHAPES[name], 4)
-    moved, turned = np.roll(shape, (2, -3, 4), axis=(0, 1, 2)), np.rot90(shape, axes=(0, 2))
+    moved = np.roll(shape, (2, -3, 4), axis=(0, 1, 2))
+    turned = np.rot90(shape, axes=(0, 2))
     rules = Rules(leak=3.2)
     expected = solids.score(shape, rules).to_dict()
     for other in (moved, turned):
@@ -53,10 +59,16 @@ def test_nothing_depends_on_where_a_shape_lies_or_how_it_is_turned_about_the_upr
 
 def test_closed_forms():
     assert solids.euler(ball(0.3)) == 1 and solids.euler(shell()) == 2 and solids.euler(shell(0.05)) == 1
-    assert solids.euler(box((-0.3, 0.3), (-0.1, 0.1), (-0.3, 0.3)) & ~box((-0.1, 0.1), (-1, 1), (-0.1, 0.1))) == 0
+    assert (
+        solids.euler(box((-0.3, 0.3), (-0.1, 0.1), (-0.3, 0.3)) & ~box((-0.1, 0.1), (-1, 1), (-0.1, 0.1)))
+        == 0
+    )
     angle, margin = solids.tip(box((-0.25, 0.25), (-0.25, 0.25), (-0.25, 0.25)))
     assert (angle, margin) == (pytest.approx(45), pytest.approx(N / 4))
-    leaning = np.stack([np.roll(box((-0.15, 0.15), (-0.4, 0.4), (-0.15, 0.15))[:, y], y // 3, axis=0) for y in range(N)], axis=1)
+    leaning = np.stack(
+        [np.roll(box((-0.15, 0.15), (-0.4, 0.4), (-0.15, 0.15))[:, y], y // 3, axis=0) for y in range(N)],
+        axis=1,
+    )
     assert abs(solids.tip(leaning)[0] - math.degrees(math.atan2(0.15 - 0.4 / 3, 0.4))) < 2
     assert solids.enclosed(shell()).sum() == ball(0.3 - 4 / N).sum()
 
@@ -69,7 +81,9 @@ def test_a_slit_along_a_diagonal_closes_nothing_for_a_slicer():
 
 
 def test_holes_up_to_the_bridge_are_no_way_out():
-    """r > (h^2 + w^2/4) / w, give or take 1.6 voxels: piercing a shell gains nothing, a mouth is left open."""
+    """r > (h^2 + w^2/4) / w, give or take 1.6 voxels: piercing a shell gains nothing,
+    a mouth is left open.
+    """
     assert solids.fill(shell(1.8 / N), 3.2).sum() > 1.5 * shell().sum()
     assert solids.fill(shell(8 / N), 3.2).sum() == shell(8 / N).sum()
     pierced, closed = (solids.score(shape, Rules(leak=3.2)) for shape in (shell(1.8 / N), shell()))
@@ -80,7 +94,8 @@ def test_the_pair_knows_a_cure_from_a_blob():
     sick = SHAPES["leaky"]
     cured = ball(0.3)
     blobs = (ball(0.45), box((-0.3, 0.5), (-0.3, 0.5), (-0.3, 0.5)), np.roll(ball(0.3), 9, axis=0))
-    as_it_is, repair = solids.reward(sick, sick), solids.reward(cured, sick)
+    as_it_is = solids.reward(sick, sick)
+    repair = solids.reward(cured, sick)
     assert repair.reward > 0.95 and repair.reward > as_it_is.reward + 0.1
     for blob in blobs:
         found = solids.reward(blob, sick)
@@ -96,7 +111,9 @@ def test_a_thread_joins_nothing_and_a_leg_of_one_voxel_carries_nothing():
     top = box((-0.3, 0.3), (0.1, 0.2), (-0.3, 0.3)) | box((-0.3, -0.2), (-0.3, 0.2), (-0.3, 0.3))
     leg = box((0.2, 0.2 + 1.01 / N), (-0.3, 0.2), (-1.01 / N, 0.01))
     thick = box((0.15, 0.25), (-0.3, 0.2), (-0.1, 0.1))
-    assert leg.any(axis=1).sum() <= 2 and solids.score(top | thick).stand > solids.score(top | leg).stand + 0.2
+    assert (
+        leg.any(axis=1).sum() <= 2 and solids.score(top | thick).stand > solids.score(top | leg).stand + 0.2
+    )
 
 
 def test_what_is_empty_gets_nothing_and_what_is_no_grid_is_refused():
@@ -127,9 +144,12 @@ def test_large_grids_become_small_ones_by_majority():
 
 def test_weights_leave_terms_out():
     leaning = SHAPES["two"]
-    found, head = solids.score(leaning, OBJECTS), solids.score(leaning, HEADS)
+    found = solids.score(leaning, OBJECTS)
+    head = solids.score(leaning, HEADS)
     assert head.solid == pytest.approx((head.main * head.inner * head.thin) ** (1 / 3))
-    assert found.solid == pytest.approx((found.main * found.inner * found.thin * max(found.stand, 0.01)) ** 0.25)
+    assert found.solid == pytest.approx(
+        (found.main * found.inner * found.thin * max(found.stand, 0.01)) ** 0.25
+    )
 
 
 @pytest.mark.parametrize("shape", [ball(0.3), tube(), box((-0.3, 0.3), (-0.3, 0.3), (-0.05, 0.05)), shell()])
@@ -158,7 +178,9 @@ def test_a_hole_is_mended_and_a_mouth_is_kept():
 
 def test_the_loss_knows_the_density_up_to_its_unit():
     sick = SHAPES["leaky"]
-    distance = torch.from_numpy(ndimage.distance_transform_edt(sick) - ndimage.distance_transform_edt(~sick)).float()[None]
+    distance = torch.from_numpy(
+        ndimage.distance_transform_edt(sick) - ndimage.distance_transform_edt(~sick)
+    ).float()[None]
     small, large = (solid_loss(unit * distance + 10, 10.0) for unit in (1.0, 50.0))
     assert small.item() == pytest.approx(large.item(), rel=1e-4) and small.item() > 0
     assert slope_at(distance[0], 0.0) == pytest.approx(2, abs=0.01)  # from -1 to 1

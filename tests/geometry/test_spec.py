@@ -36,7 +36,10 @@ def test_cube_reaches_the_faces_of_the_box():
 
 
 @given(
-    resolution=st.integers(32, 600), crop=st.tuples(*[fraction] * 6), box_warp=st.floats(0.1, 10), value_max=st.floats(0.1, 1e4)
+    resolution=st.integers(32, 600),
+    crop=st.tuples(*[fraction] * 6),
+    box_warp=st.floats(0.1, 10),
+    value_max=st.floats(0.1, 1e4),
 )
 def test_round_trip_through_json(resolution, crop, box_warp, value_max):
     spec = SlabSpec(resolution=resolution, crop=crop, box_warp=box_warp, value_max=value_max)
@@ -47,7 +50,13 @@ def test_round_trip_through_json(resolution, crop, box_warp, value_max):
 
 
 def test_digest_tells_specs_apart():
-    specs = [SlabSpec(), SlabSpec(resolution=255), SlabSpec(box_warp=1.6), SlabSpec(value_max=1), SlabSpec.cube(256)]
+    specs = [
+        SlabSpec(),
+        SlabSpec(resolution=255),
+        SlabSpec(box_warp=1.6),
+        SlabSpec(value_max=1),
+        SlabSpec.cube(256),
+    ]
     assert len({spec.digest() for spec in specs}) == len(specs)
 
 
@@ -90,8 +99,11 @@ SMALL = {"resolution": 20, "crop": (0.25, 0.25, 0.25, 0.20, 0.40, 0.10)}
 
 
 def loop_points(resolution: int, ranges, box_warp: float = 1.0) -> np.ndarray:
-    """Points [D, H, W, 3] by the authors' rule: one running number over the cube, divided without rounding down."""
-    n, ((x0, x1), (y0, y1), (z0, z1)) = resolution, ranges
+    """Points [D, H, W, 3] by the authors' rule: one running number over the cube, divided without rounding
+    down.
+    """
+    n = resolution
+    (x0, x1), (y0, y1), (z0, z1) = ranges
     out = np.empty((z1 - z0, y1 - y0, x1 - x0, 3))
     for i in range(x0, x1):
         for j in range(y0, y1):
@@ -107,7 +119,9 @@ def test_points_follow_the_authors_rule(resolution, box_warp):
     spec = SlabSpec(resolution=resolution, box_warp=box_warp, lattice="skewed")
     points = spec.points()
     assert points.dtype == torch.float32 and points.shape == (*spec.shape, 3)
-    np.testing.assert_allclose(points.numpy(), loop_points(resolution, spec.index_ranges, box_warp), rtol=0, atol=2e-7 * box_warp)
+    np.testing.assert_allclose(
+        points.numpy(), loop_points(resolution, spec.index_ranges, box_warp), rtol=0, atol=2e-7 * box_warp
+    )
 
 
 def test_published_slab_has_the_reference_coordinates_to_the_last_bit(fixtures_dir):
@@ -123,7 +137,8 @@ def test_densities_are_those_of_the_loops_points(stand_in):
     points = torch.from_numpy(loop_points(20, spec.index_ranges)).reshape(-1, 3).float()
     expected = sigma_at(stand_in.planes(ws, "const"), stand_in.renderer.plane_axes, stand_in.weights, points)
     sigma = sigma_grid(stand_in, ws, spec)
-    torch.testing.assert_close(sigma.flatten(1), expected, rtol=1e-4, atol=2e-4)  # coordinates differ by rounding
+    # coordinates differ by rounding
+    torch.testing.assert_close(sigma.flatten(1), expected, rtol=1e-4, atol=2e-4)
     straight = sigma_grid(stand_in, ws, SlabSpec(**SMALL))
     assert sigma.shape == straight.shape and (sigma - straight).abs().max() > 0.01
     slab = sample_slab(stand_in, ws, spec)
@@ -131,19 +146,23 @@ def test_densities_are_those_of_the_loops_points(stand_in):
 
 
 def test_what_needs_axes_refuses_it():
-    spec, ws = SlabSpec(**SMALL, lattice="skewed"), torch.zeros(1, 2, 3)
+    spec = SlabSpec(**SMALL, lattice="skewed")
+    ws = torch.zeros(1, 2, 3)
     with pytest.raises(ValueError, match=r"axes: expected a straight lattice, got 'skewed'. Use points\(\)"):
         spec.axes()
     with pytest.raises(ValueError, match="expected a straight lattice for impl='separable'"):
         sigma_grid(StandIn(), ws, spec, impl="separable")
     with pytest.raises(ValueError, match="expected a straight lattice"):
         extract_mesh(torch.zeros(spec.shape), spec)
-    with pytest.raises(ValueError, match="expected a lattice of straight, skewed, got 'bent'. Use 'straight'"):
+    with pytest.raises(
+        ValueError, match="expected a lattice of straight, skewed, got 'bent'. Use 'straight'"
+    ):
         SlabSpec(lattice="bent")
 
 
 def test_descriptions_of_straight_slabs_stay_as_they_were():
-    straight, skewed = SlabSpec(**SMALL), SlabSpec(**SMALL, lattice="skewed")
+    straight = SlabSpec(**SMALL)
+    skewed = SlabSpec(**SMALL, lattice="skewed")
     assert set(straight.to_dict()) == {"resolution", "crop", "box_warp", "value_max"}
     assert skewed.to_dict()["lattice"] == "skewed" and straight.digest() != skewed.digest()
     for spec in (straight, skewed):

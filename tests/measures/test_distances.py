@@ -1,5 +1,6 @@
-"""Fréchet and kernel distances against closed forms, other formulas, direct sums, and torchmetrics with the same feature module."""
-
+"""Fréchet and kernel distances against closed forms, other formulas, direct sums, and torchmetrics with the
+same feature module.
+"""
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def test_streaming_equals_whole_set_at_any_split():
 
 def test_kernel_distance_matches_direct_sums_and_is_centred():
     rng = np.random.RandomState(5)
-    a, b = rng.randn(7, 3), rng.randn(5, 3) + 1
+    a = rng.randn(7, 3)
+    b = rng.randn(5, 3) + 1
     k = lambda x, y: (x @ y / 3 + 1) ** 3  # noqa: E731
     aa = np.mean([k(a[i], a[j]) for i in range(7) for j in range(7) if i != j])
     bb = np.mean([k(b[i], b[j]) for i in range(5) for j in range(5) if i != j])
@@ -62,7 +64,9 @@ class Detector(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.register_buffer("weight", torch.randn(dim, 3 * 8 * 8, generator=generator) / 14)
-        self.name, self.dim, self.num_features = "detector", dim, dim
+        self.name = "detector"
+        self.dim = dim
+        self.num_features = dim
 
     def forward(self, images):
         pixels = nn.functional.adaptive_avg_pool2d(images.float() / 127.5 - 1, 8).flatten(1)
@@ -83,7 +87,9 @@ def features(detector, pixels):
 @pytest.mark.parametrize("dim", [24, pytest.param(2048, marks=pytest.mark.long)])
 def test_fid_equals_torchmetrics_with_the_same_module(dim):
     image = pytest.importorskip("torchmetrics.image.fid", reason=MISSING)
-    detector, real, fake = Detector(dim), images(300, 1), images(260, 2, 30)
+    detector = Detector(dim)
+    real = images(300, 1)
+    fake = images(260, 2, 30)
     metric = image.FrechetInceptionDistance(feature=detector, normalize=False)
     metric.update(real, real=True)
     metric.update(fake, real=False)
@@ -93,7 +99,9 @@ def test_fid_equals_torchmetrics_with_the_same_module(dim):
 
 def test_kid_equals_torchmetrics_on_the_same_subsets():
     image = pytest.importorskip("torchmetrics.image.kid", reason=MISSING)
-    detector, real, fake = Detector(), images(300, 1), images(260, 2, 30)
+    detector = Detector()
+    real = images(300, 1)
+    fake = images(260, 2, 30)
     metric = image.KernelInceptionDistance(feature=detector, subsets=7, subset_size=50, normalize=False)
     metric.update(real, real=True)
     metric.update(fake, real=False)
@@ -121,7 +129,8 @@ def reference(mean_1, cov_1, mean_2, cov_2):
 
 @pytest.mark.parametrize("samples", [60, 400])
 def test_frechet_distance_with_and_without_full_rank(samples):
-    first, second = moments(0, 100, samples), moments(1, 100, samples)
+    first = moments(0, 100, samples)
+    second = moments(1, 100, samples)
     assert frechet_distance(*first, *second) == pytest.approx(reference(*first, *second), rel=1e-6)
     assert frechet_distance(*second, *first) == pytest.approx(frechet_distance(*first, *second), rel=1e-6)
     assert frechet_distance(*first, *first) == pytest.approx(0, abs=1e-5 * np.trace(first[1]))

@@ -11,12 +11,22 @@ from eg3d_rlhf.core.seeds import IMAGES
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.measures.faces import faces_found
 from training.heads.people import named_people, picture
-from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at, pack_label
+from training.rendering.cameras import (
+    FFHQ_FOCAL,
+    FFHQ_RADIUS,
+    camera_position,
+    intrinsics_matrix,
+    look_at,
+    pack_label,
+)
 
 
 def pose(yaw: float) -> torch.Tensor:
     """cam2world [1, 4, 4] of a level camera, yaw from frontal."""
-    angles = torch.tensor([[math.pi / 2 + yaw]], dtype=torch.float64), torch.tensor([[math.pi / 2]], dtype=torch.float64)
+    angles = (
+        torch.tensor([[math.pi / 2 + yaw]], dtype=torch.float64),
+        torch.tensor([[math.pi / 2]], dtype=torch.float64),
+    )
     return look_at(camera_position(*angles, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
 
 
@@ -35,8 +45,15 @@ def test_true_heads_have_a_face_in_front_alone():
 @pytest.mark.long
 def test_the_bundled_generator_draws_faces():
     generator = load_generator().generator
-    camera, found = pack_label(pose(0.0), intrinsics_matrix(FFHQ_FOCAL)), []
+    camera = pack_label(pose(0.0), intrinsics_matrix(FFHQ_FOCAL))
+    found = []
     for ws in ws_of_seeds(generator, IMAGES.take(24), truncation_psi=0.7).split(4):
         with torch.no_grad():
-            found.append(faces_found(generator.field(ws).render(camera.expand(len(ws), -1), RenderOptions(resolution=128)).image))
+            found.append(
+                faces_found(
+                    generator.field(ws)
+                    .render(camera.expand(len(ws), -1), RenderOptions(resolution=128))
+                    .image
+                )
+            )
     assert np.concatenate(found).mean() >= 0.5

@@ -1,10 +1,17 @@
-"""Sets of features: pairwise distances and their jackknife; improved precision and recall against the paper's definition."""
+"""Sets of features: pairwise distances and their jackknife; improved precision and recall against the paper's
+definition.
+"""
 
 import numpy as np
 import pytest
 
 from eg3d_rlhf.measures import feature_sets
-from eg3d_rlhf.measures.feature_sets import mean_pairwise, pairwise_distances, pairwise_ratio, precision_recall
+from eg3d_rlhf.measures.feature_sets import (
+    mean_pairwise,
+    pairwise_distances,
+    pairwise_ratio,
+    precision_recall,
+)
 
 RNG = np.random.default_rng(5)
 
@@ -29,7 +36,8 @@ def test_jackknife_is_leaving_each_item_out():
 
 
 def test_interval_covers():
-    rng, hits = np.random.default_rng(2), 0
+    rng = np.random.default_rng(2)
+    hits = 0
     truth = 2 / np.sqrt(np.pi)  # E|x - y| of standard normals
     for _ in range(1000):
         found = mean_pairwise(pairwise_distances(rng.normal(size=(60, 1))))
@@ -54,8 +62,13 @@ def test_equal_items_have_no_ratio():
 
 def brute_force(points, manifold, k):
     """Equation 1 with loops in float64."""
-    radii = [sorted(np.linalg.norm(a - b) for j, b in enumerate(manifold) if j != i)[k - 1] for i, a in enumerate(manifold)]
-    return np.array([any(np.linalg.norm(p - a) <= r for a, r in zip(manifold, radii, strict=True)) for p in points])
+    radii = [
+        sorted(np.linalg.norm(a - b) for j, b in enumerate(manifold) if j != i)[k - 1]
+        for i, a in enumerate(manifold)
+    ]
+    return np.array(
+        [any(np.linalg.norm(p - a) <= r for a, r in zip(manifold, radii, strict=True)) for p in points]
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -63,16 +76,25 @@ def brute_force(points, manifold, k):
 def test_equals_brute_force(k, block, monkeypatch):
     monkeypatch.setattr(feature_sets, "_BLOCK_CELLS", block)
     random = np.random.RandomState(k)
-    fake, real = random.randn(40, 4) * 1.3 + 0.7 + 50, random.randn(55, 4) + 50  # far from the origin: rounding of squares shows
+    # far from the origin: rounding of squares shows
+    fake = random.randn(40, 4) * 1.3 + 0.7 + 50
+    real = random.randn(55, 4) + 50
     found = precision_recall(fake, real, k)
-    assert (found.fake_inside == brute_force(fake, real, k)).all() and (found.real_inside == brute_force(real, fake, k)).all()
-    assert found.precision == found.fake_inside.mean() and found.recall == found.real_inside.mean() and found.k == k
+    assert (found.fake_inside == brute_force(fake, real, k)).all() and (
+        found.real_inside == brute_force(real, fake, k)
+    ).all()
+    assert (
+        found.precision == found.fake_inside.mean()
+        and found.recall == found.real_inside.mean()
+        and found.k == k
+    )
     assert 0 < found.precision < 1 and 0 < found.recall < 1
 
 
 def test_a_collapse_lowers_recall_alone():
     random = np.random.RandomState(1)
-    real, collapsed = random.randn(300, 3), 0.05 * random.randn(300, 3)
+    real = random.randn(300, 3)
+    collapsed = 0.05 * random.randn(300, 3)
     found = precision_recall(collapsed, real)
     assert found.precision > 0.99 and found.recall < 0.05
     noisy = precision_recall(random.randn(300, 3) * 4, real)

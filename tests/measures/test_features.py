@@ -1,4 +1,6 @@
-"""The bundled feature network: distances under it rise with every kind of damage, and files are checked before use."""
+"""The bundled feature network: distances under it rise with every kind of damage, and files are checked
+before use.
+"""
 
 import pytest
 import torch
@@ -27,7 +29,9 @@ from training.synthetic_heads import load_truth, resolve_dataset
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory):
     """256 clean heads of a seed that no training used: uint8 [256, 3, 64, 64] and their factors."""
-    path = resolve_dataset("synthetic:people64@n=256,seed=123", tmp_path_factory.mktemp("heads"), processes=1, progress=False)
+    path = resolve_dataset(
+        "synthetic:people64@n=256,seed=123", tmp_path_factory.mktemp("heads"), processes=1, progress=False
+    )
     return read_images(path), factors(load_truth(path))
 
 
@@ -41,7 +45,8 @@ def bundled():
 def test_distance_rises_with_every_damage(bundled, heads):
     rows = adequacy(bundled, heads[0])
     assert [row.damage for row in rows] == list(DAMAGES)
-    for row in rows:  # with 128 images per half the smallest strength drowns in the sampling error; with 2000 every step rises
+    # with 128 images per half the smallest strength drowns in the sampling error; with 2000 every step rises
+    for row in rows:
         rising = row.distances[1:]
         assert all(a < b for a, b in zip(rising, rising[1:], strict=False)), row
         assert row.distances[-1] > 2 * row.distances[0], row
@@ -57,7 +62,8 @@ def test_features_are_standardised_and_accept_other_sizes(bundled, heads):
 
 def test_training_repeats_and_survives_saving(heads, tmp_path):
     options = FeatureTraining(epochs=2, batch=32)
-    first, second = train_features(*heads, options), train_features(*heads, options)
+    first = train_features(*heads, options)
+    second = train_features(*heads, options)
     assert first.name == second.name and first.record == second.record
     first.save(tmp_path / "features.safetensors")
     loaded = HeadFactorFeatures.load(tmp_path / "features.safetensors")

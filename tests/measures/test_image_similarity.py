@@ -15,10 +15,18 @@ def images(seed=0, n=3, size=(24, 31)):
 def test_ssim_is_scikit_images():
     from skimage.metrics import structural_similarity
 
-    first, second = images(0), (images(0) + 0.4 * images(1)).clamp(-1, 1)
+    first = images(0)
+    second = (images(0) + 0.4 * images(1)).clamp(-1, 1)
     theirs = [
-        structural_similarity(a.double().numpy(), b.double().numpy(), data_range=2, channel_axis=0, gaussian_weights=True, sigma=1.5,
-                              use_sample_covariance=False)
+        structural_similarity(
+            a.double().numpy(),
+            b.double().numpy(),
+            data_range=2,
+            channel_axis=0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
         for a, b in zip(first, second, strict=True)
     ]
     np.testing.assert_allclose(ssim(first, second), theirs, rtol=1e-9)
@@ -28,8 +36,12 @@ def test_ssim_is_scikit_images():
 def test_psnr_is_scikit_images_and_capped():
     from skimage.metrics import peak_signal_noise_ratio
 
-    first, second = images(0), images(1)
-    theirs = [peak_signal_noise_ratio(a.double().numpy(), b.double().numpy(), data_range=2) for a, b in zip(first, second, strict=True)]
+    first = images(0)
+    second = images(1)
+    theirs = [
+        peak_signal_noise_ratio(a.double().numpy(), b.double().numpy(), data_range=2)
+        for a, b in zip(first, second, strict=True)
+    ]
     np.testing.assert_allclose(psnr(first, second), theirs, rtol=1e-10)
     assert psnr(first, first).tolist() == [PSNR_CAP] * 3
 
@@ -54,15 +66,19 @@ def scripts(tmp_path):
 
 
 def test_networks_of_the_user(scripts):
-    first, second = images(0), images(1)
-    torch.testing.assert_close(load_lpips(scripts["pair"])(first, second), (first - second).abs().mean(dim=(1, 2, 3)))
+    first = images(0)
+    second = images(1)
+    torch.testing.assert_close(
+        load_lpips(scripts["pair"])(first, second), (first - second).abs().mean(dim=(1, 2, 3))
+    )
     torch.testing.assert_close(load_identity(scripts["embed"])(first).norm(dim=1), torch.ones(3))
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda s: load_lpips(s["text"]), "--lpips: expected a TorchScript"), (lambda s: load_identity(s["text"]), "--identity: expected"),
+        (lambda s: load_lpips(s["text"]), "--lpips: expected a TorchScript"),
+        (lambda s: load_identity(s["text"]), "--identity: expected"),
         (lambda s: load_lpips(s["embed"])(images(), images()), "--lpips: expected a net"),
         (lambda s: load_identity(s["pair"])(images()), "--identity: expected a net"),
     ],

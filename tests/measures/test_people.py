@@ -1,4 +1,6 @@
-"""Measures of heads of people: the true head is best, a blurred one worse, a damaged one worse still, and no filter makes it good."""
+"""Measures of heads of people: the true head is best, a blurred one worse, a damaged one worse still, and no
+filter makes it good.
+"""
 
 from functools import partial
 
@@ -75,8 +77,14 @@ def test_the_true_head_is_best_a_blurred_one_worse_a_damaged_one_worse_still(hea
 def test_a_filter_goes_at_most_half_way(heads, scans):
     for whole, scan in zip(heads[1], scans, strict=True):
         filters = [blurred(scan, 0.75), blurred(scan, 1.5), closed(scan, 3), closed(scan, 5)]
-        assert min(measures.volume_error(shape, whole).total for shape in filters) > measures.volume_error(scan, whole).total / 2
-        best, before = (max(measures.fscore(shape, whole, tolerance=VOXEL) for shape in shapes) for shapes in (filters, [scan]))
+        assert (
+            min(measures.volume_error(shape, whole).total for shape in filters)
+            > measures.volume_error(scan, whole).total / 2
+        )
+        best, before = (
+            max(measures.fscore(shape, whole, tolerance=VOXEL) for shape in shapes)
+            for shapes in (filters, [scan])
+        )
         assert best - before < (1 - before) / 2
 
 
@@ -92,13 +100,22 @@ def test_what_is_done_behind_leaves_the_front_and_the_face(heads, scans):
 
 
 @pytest.mark.parametrize("measure", measures.MEASURES.values(), ids=lambda measure: measure.name)
-def test_a_measure_of_the_back_ranks_true_heads_before_blurred_ones_and_scans_and_no_filter_is_half_way(measure, heads, scans):
+def test_a_measure_of_the_back_ranks_true_heads_before_blurred_ones_and_scans_and_no_filter_is_half_way(
+    measure, heads, scans
+):
     wholes = np.stack(heads[1])
     better = 1 if measure.better == "higher" else -1
     of = lambda shapes: better * measure.values(measures.compared(np.stack(shapes), wholes))  # noqa: E731
-    true, soft, broken = of(wholes), of([blurred(whole, SOFT) for whole in wholes]), of(scans)
+    true = of(wholes)
+    soft = of([blurred(whole, SOFT) for whole in wholes])
+    broken = of(scans)
     assert true.mean() > soft.mean() and (soft > broken).all()
-    filters = [partial(blurred, voxels=0.75), partial(blurred, voxels=1.5), partial(closed, radius=3), partial(closed, radius=5)]
+    filters = [
+        partial(blurred, voxels=0.75),
+        partial(blurred, voxels=1.5),
+        partial(closed, radius=3),
+        partial(closed, radius=5),
+    ]
     best = max(of([made(scan) for scan in scans]).mean() for made in filters)
     assert best - broken.mean() <= (true.mean() - broken.mean()) / 2
 
@@ -107,8 +124,10 @@ def test_a_measure_of_the_back_ranks_true_heads_before_blurred_ones_and_scans_an
 def test_a_measure_of_the_front_ranks_true_heads_before_blurred_ones_and_spares_scans(measure, heads, scans):
     wholes = np.stack(heads[1])
     better = 1 if measure.better == "higher" else -1
-    true, soft, broken = (better * measure.values(measures.compared(np.stack(shapes), wholes))
-                          for shapes in (wholes, [blurred(whole, SOFT) for whole in wholes], scans))  # fmt: skip
+    true, soft, broken = (
+        better * measure.values(measures.compared(np.stack(shapes), wholes))
+        for shapes in (wholes, [blurred(whole, SOFT) for whole in wholes], scans)
+    )
     assert (true > soft).all() and (broken > soft).all()
 
 

@@ -1,11 +1,18 @@
-"""Intervals of distances: they hold the known distance of Gaussians as often as stated, where percentiles of resamples never do."""
+"""Intervals of distances: they hold the known distance of Gaussians as often as stated, where percentiles of
+resamples never do.
+"""
 
 import numpy as np
 import pytest
 
 from eg3d_rlhf.measures import resampling
 from eg3d_rlhf.measures.distances import FeatureStatistics, kernel_distance
-from eg3d_rlhf.measures.resampling import frechet_change_interval, frechet_interval, kernel_change_interval, kernel_interval
+from eg3d_rlhf.measures.resampling import (
+    frechet_change_interval,
+    frechet_interval,
+    kernel_change_interval,
+    kernel_interval,
+)
 
 
 def normal(seed, n, F, shift=0.0, scale=1.0):
@@ -17,46 +24,70 @@ def frechet_truth(F, shift, scale):
 
 
 def kernel_mean(first, second):
-    """E (x.y / F + 1)^3 of independent Gaussians (mean, covariance), from their raw moments of order 1 to 3."""
+    """E (x.y / F + 1)^3 of independent Gaussians (mean, covariance),
+    from their raw moments of order 1 to 3.
+    """
+
     def moments(m, C):
-        third = np.einsum("a,b,c->abc", m, m, m) + sum(np.einsum(f"{o[0]},{o[1:]}->abc", m, C) for o in ("abc", "bac", "cab"))
+        third = np.einsum("a,b,c->abc", m, m, m) + sum(
+            np.einsum(f"{o[0]},{o[1:]}->abc", m, C) for o in ("abc", "bac", "cab")
+        )
         return m, C + np.outer(m, m), third
 
     F = len(first[0])
-    return 1 + sum(weight * (a * b).sum() / F**k for k, weight, a, b in zip((1, 2, 3), (3, 3, 1), moments(*first), moments(*second),
-                                                                            strict=True))
+    return 1 + sum(
+        weight * (a * b).sum() / F**k
+        for k, weight, a, b in zip((1, 2, 3), (3, 3, 1), moments(*first), moments(*second), strict=True)
+    )
 
 
 def kernel_truth(F, shift, scale):
-    one, two = (np.zeros(F), np.eye(F)), (np.full(F, shift), scale**2 * np.eye(F))
+    one = (np.zeros(F), np.eye(F))
+    two = (np.full(F, shift), scale**2 * np.eye(F))
     return kernel_mean(one, one) + kernel_mean(two, two) - 2 * kernel_mean(one, two)
 
 
 def test_measured_is_the_distance_of_all_samples():
-    fake, real = normal(0, 80, 6), normal(1, 90, 6, 0.4, 1.3)
+    fake = normal(0, 80, 6)
+    real = normal(1, 90, 6, 0.4, 1.3)
     statistics = [FeatureStatistics(6).update(part) for part in (fake, real)]
-    assert frechet_interval(fake, real).measured == pytest.approx(statistics[0].distance(statistics[1]), rel=1e-9)
+    assert frechet_interval(fake, real).measured == pytest.approx(
+        statistics[0].distance(statistics[1]), rel=1e-9
+    )
     found = kernel_interval(fake, real)
-    assert found.measured == found.mean == pytest.approx(kernel_distance(fake, real), rel=1e-9) and found.bias == 0
+    assert (
+        found.measured == found.mean == pytest.approx(kernel_distance(fake, real), rel=1e-9)
+        and found.bias == 0
+    )
 
 
 @pytest.mark.parametrize("block", [37, 4_000_000])
 def test_kernel_resample_equals_loops_over_drawn_items(block, monkeypatch):
     monkeypatch.setattr(resampling, "_BLOCK_CELLS", block)
-    fake, real = normal(0, 9, 2), normal(1, 8, 2, 0.5)
-    i, j = np.random.RandomState(2).randint(9, size=9), np.random.RandomState(3).randint(8, size=8)
-    found = resampling._Kernel(fake, real).resampled(np.bincount(i, minlength=9)[None], np.bincount(j, minlength=8)[None])[0]
+    fake = normal(0, 9, 2)
+    real = normal(1, 8, 2, 0.5)
+    i = np.random.RandomState(2).randint(9, size=9)
+    j = np.random.RandomState(3).randint(8, size=8)
+    found = resampling._Kernel(fake, real).resampled(
+        np.bincount(i, minlength=9)[None], np.bincount(j, minlength=8)[None]
+    )[0]
 
     def k(a, b):
         return (a @ b / 2 + 1) ** 3
 
-    within = [np.mean([k(x[a], x[b]) for a in drawn for b in drawn if a != b]) for x, drawn in ((fake, i), (real, j))]
-    assert found == pytest.approx(sum(within) - 2 * np.mean([k(fake[a], real[b]) for a in i for b in j]), rel=1e-9)
+    within = [
+        np.mean([k(x[a], x[b]) for a in drawn for b in drawn if a != b])
+        for x, drawn in ((fake, i), (real, j))
+    ]
+    assert found == pytest.approx(
+        sum(within) - 2 * np.mean([k(fake[a], real[b]) for a in i for b in j]), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("kind", [resampling._Frechet, resampling._Kernel])
 def test_influence_is_the_derivative_in_an_items_weight(kind):
-    statistic, step = kind(normal(0, 40, 3), normal(1, 50, 3, 0.4, 1.5)), 1e-4
+    statistic = kind(normal(0, 40, 3), normal(1, 50, 3, 0.4, 1.5))
+    step = 1e-4
     slopes = statistic.influence()
     for which, size in enumerate((40, 50)):
         assert abs(slopes[which].mean()) < 1e-9
@@ -68,7 +99,8 @@ def test_influence_is_the_derivative_in_an_items_weight(kind):
                 weights[which][0, item] += sign * step
                 values.append(statistic.resampled(*weights)[0])
             derivative = (values[0] - values[1]) / (2 * step) * size
-            assert derivative == pytest.approx(slopes[which][item], rel=0.06, abs=0.06)  # n - 1 and the pairs with itself differ by 1/n
+            # n - 1 and the pairs with itself differ by 1/n
+            assert derivative == pytest.approx(slopes[which][item], rel=0.06, abs=0.06)
 
 
 def coverage(function, truth, runs, make):
@@ -78,16 +110,27 @@ def coverage(function, truth, runs, make):
 
 def test_frechet_interval_holds_the_truth_where_percentiles_do_not():
     truth = frechet_truth(6, 0.2, 1.2)
-    found, share = coverage(frechet_interval, truth, 60, lambda r: (normal(r, 200, 6), normal(r + 999, 200, 6, 0.2, 1.2)))
+    found, share = coverage(
+        frechet_interval, truth, 60, lambda r: (normal(r, 200, 6), normal(r + 999, 200, 6, 0.2, 1.2))
+    )
     measured = np.mean([i.measured for i in found])
-    assert share >= 0.87 and measured > 1.25 * truth and np.mean([i.mean for i in found]) == pytest.approx(truth, rel=0.1)
+    assert (
+        share >= 0.87
+        and measured > 1.25 * truth
+        and np.mean([i.mean for i in found]) == pytest.approx(truth, rel=0.1)
+    )
     assert all(i.bias > 0 for i in found)
 
 
 def test_change_of_paired_fakes_is_narrower_than_of_separate_ones():
-    base, real = normal(0, 200, 4), normal(1, 200, 4)
-    for function, single in ((frechet_change_interval, frechet_interval), (kernel_change_interval, kernel_interval)):
-        change, parts = function(base + 0.3, base + 0.4, real), [single(base + shift, real) for shift in (0.3, 0.4)]
+    base = normal(0, 200, 4)
+    real = normal(1, 200, 4)
+    for function, single in (
+        (frechet_change_interval, frechet_interval),
+        (kernel_change_interval, kernel_interval),
+    ):
+        change = function(base + 0.3, base + 0.4, real)
+        parts = [single(base + shift, real) for shift in (0.3, 0.4)]
         assert change.hi - change.lo < 0.5 * np.hypot(*(p.hi - p.lo for p in parts))
         assert change.measured == pytest.approx(parts[1].measured - parts[0].measured)
         same = function(base, base, real)
@@ -109,12 +152,27 @@ def test_frechet_needs_more_samples_than_features():
 @pytest.mark.parametrize(
     ("function", "truth", "F", "n", "shift", "scale"),
     [
-        *((frechet_interval, frechet_truth, *case) for case in (
-            (8, 300, 0.2, 1.2), (16, 400, 0.1, 1.1), (16, 160, 0.1, 1.1), (10, 100, 0.15, 0.9), (4, 60, 0.2, 0.9), (8, 60, 0.2, 1.2),
-        )),
-        *((kernel_interval, kernel_truth, *case) for case in (
-            (8, 400, 0.2, 1.2), (8, 100, 0.05, 1.05), (8, 100, 0.0, 1.0), (4, 60, 0.2, 0.9), (16, 160, 0.1, 1.1),
-        )),
+        *(
+            (frechet_interval, frechet_truth, *case)
+            for case in (
+                (8, 300, 0.2, 1.2),
+                (16, 400, 0.1, 1.1),
+                (16, 160, 0.1, 1.1),
+                (10, 100, 0.15, 0.9),
+                (4, 60, 0.2, 0.9),
+                (8, 60, 0.2, 1.2),
+            )
+        ),
+        *(
+            (kernel_interval, kernel_truth, *case)
+            for case in (
+                (8, 400, 0.2, 1.2),
+                (8, 100, 0.05, 1.05),
+                (8, 100, 0.0, 1.0),
+                (4, 60, 0.2, 0.9),
+                (16, 160, 0.1, 1.1),
+            )
+        ),
     ],
 )
 def test_coverage(function, truth, F, n, shift, scale):

@@ -1,4 +1,6 @@
-"""Normal maps against spheres and true heads; the shape features: what they rank, what their file holds, and that training repeats."""
+"""Normal maps against spheres and true heads; the shape features: what they rank, what their file holds, and
+that training repeats.
+"""
 
 import json
 import math
@@ -48,7 +50,8 @@ def test_normals_of_a_sphere(centre):
     v, u = torch.meshgrid((LOWEST + line).flip(0), line - WIDTH / 2, indexing="ij")
     v = v - centre[1]
     for yaw, maps in zip(YAWS, normal_maps(sphere(radius, centre))[0], strict=True):
-        across = u - (centre[0] * math.cos(yaw) - centre[2] * math.sin(yaw))  # the view's right is (cos, 0, -sin)
+        # the view's right is (cos, 0, -sin)
+        across = u - (centre[0] * math.cos(yaw) - centre[2] * math.sin(yaw))
         inside = across**2 + v**2 <= (0.85 * radius) ** 2
         expected = torch.stack([across, v, (radius**2 - across**2 - v**2).clamp_min(0).sqrt()]) / radius
         angle = torch.rad2deg((maps[:3] * expected).sum(dim=0)[inside].clamp(-1, 1).acos())
@@ -77,14 +80,17 @@ def test_neither_unit_nor_ramp_tells_a_head_and_the_back_is_seen(heads):
     dense = normal_maps(torch.from_numpy(filled(distances[:2], EDGES[-1])))
     assert (plain - dense).abs().mean() < 0.03
     behind = YAWS.index(math.pi)
-    cut = np.maximum(distances[:1], -0.08 - grid_points(N)[..., 2]).astype(np.float32)  # nothing is left behind z = -0.08
+    # nothing is left behind z = -0.08
+    cut = np.maximum(distances[:1], -0.08 - grid_points(N)[..., 2]).astype(np.float32)
     changed = (normal_maps(torch.from_numpy(cut)) - plain[:1]).abs().mean(dim=(0, 2, 3, 4))
     assert changed[0] < 0.01 and changed[behind] > 5 * changed[0]
 
 
 def test_mirrored_maps_are_those_of_the_mirror_image(heads):
     values = torch.from_numpy(heads[1][:1])
-    torch.testing.assert_close(mirrored(normal_maps(values, (0.0,))), normal_maps(values.flip(1), (0.0,)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        mirrored(normal_maps(values, (0.0,))), normal_maps(values.flip(1), (0.0,)), atol=1e-4, rtol=0
+    )
 
 
 QUICK = ShapeTraining(heads=5, reference=40, held_out=5, grid=16, epochs=1, batch=20)
@@ -92,7 +98,9 @@ QUICK = ShapeTraining(heads=5, reference=40, held_out=5, grid=16, epochs=1, batc
 
 def eggs(z, grid, on_shape=None):
     """Signed distances, about, of egg-like shapes in place of heads: quickly made."""
-    return np.stack([np.linalg.norm(grid_points(grid) * (1 + 0.1 * row[:3]), axis=-1) - 0.2 for row in z]).astype(np.float32)
+    return np.stack(
+        [np.linalg.norm(grid_points(grid) * (1 + 0.1 * row[:3]), axis=-1) - 0.2 for row in z]
+    ).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +114,20 @@ def test_training_repeats(features, heads, monkeypatch):
     monkeypatch.setattr(shape_features, "true_grids", eggs)
     again = train_shape_features(heads[0], QUICK)
     assert torch.equal(features.true, again.true) and again.record == features.record
-    assert features.true.shape == (40, FEATURES) and features.true.std(dim=0).allclose(torch.ones(FEATURES), atol=1e-3)
+    assert features.true.shape == (40, FEATURES) and features.true.std(dim=0).allclose(
+        torch.ones(FEATURES), atol=1e-3
+    )
 
 
 def test_the_file_holds_all_and_stays_small(features, heads, tmp_path):
     path = tmp_path / "shapes.safetensors"
     features.save(path)
-    loaded, maps = ShapeFeatures.load(path), true_maps(heads[1][:3])
+    loaded = ShapeFeatures.load(path)
+    maps = true_maps(heads[1][:3])
     assert torch.equal(loaded(maps), features(maps)) and loaded.frechet(maps) == features.frechet(maps)
-    assert loaded.record == json.loads(path.with_suffix(".json").read_text()) and path.stat().st_size < 400_000
+    assert (
+        loaded.record == json.loads(path.with_suffix(".json").read_text()) and path.stat().st_size < 400_000
+    )
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ValueError, match="shape features file"):
         ShapeFeatures.load(path)
@@ -131,11 +144,17 @@ def test_the_bundled_features_rank_true_blurred_and_broken_heads():
 
 @pytest.mark.long
 def test_a_blur_of_the_generators_shapes_does_not_pay():
-    generator, features = load_generator().generator, ShapeFeatures.load()
+    generator = load_generator().generator
+    features = ShapeFeatures.load()
     with torch.no_grad():
-        shapes = np.concatenate([shape_grids(generator.field(ws)) for ws in ws_of_seeds(generator, range(80)).split(4)])
+        shapes = np.concatenate(
+            [shape_grids(generator.field(ws)) for ws in ws_of_seeds(generator, range(80)).split(4)]
+        )
     blurred = np.stack([gaussian_filter(shape, 0.75) for shape in shapes])
-    before, after = (features.frechet(torch.cat([normal_maps(torch.from_numpy(s[None])) for s in part])) for part in (shapes, blurred))
+    before, after = (
+        features.frechet(torch.cat([normal_maps(torch.from_numpy(s[None])) for s in part]))
+        for part in (shapes, blurred)
+    )
     assert after > before
 
 

@@ -1,4 +1,6 @@
-"""Statistics against scipy and written out; intervals hold the truth as often as they say, by simulation or by counting every outcome."""
+"""Statistics against scipy and written out; intervals hold the truth as often as they say, by simulation or
+by counting every outcome.
+"""
 
 import numpy as np
 import pytest
@@ -27,9 +29,13 @@ def test_wilson_matches_scipy(successes, n, confidence):
     assert (lo, hi) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-@pytest.mark.parametrize(("successes", "n", "rate"), [(0, 1, 0.5), (3, 12, 0.5), (9, 12, 0.5), (17, 40, 0.3), (300, 1000, 0.27)])
+@pytest.mark.parametrize(
+    ("successes", "n", "rate"), [(0, 1, 0.5), (3, 12, 0.5), (9, 12, 0.5), (17, 40, 0.3), (300, 1000, 0.27)]
+)
 def test_binomial_matches_scipy(successes, n, rate):
-    assert binomial_test(successes, n, rate) == pytest.approx(stats.binomtest(successes, n, rate).pvalue, rel=1e-8)
+    assert binomial_test(successes, n, rate) == pytest.approx(
+        stats.binomtest(successes, n, rate).pvalue, rel=1e-8
+    )
 
 
 def test_bootstrap_matches_the_normal_interval_and_repeats():
@@ -49,24 +55,34 @@ def test_t_interval_is_scipys():
 
 
 def test_paired_summary_counts_and_negates():
-    before, after = np.array([0.0, 1, 2, 3, 4]), np.array([1.0, 1, 4, 2, 9])
+    before = np.array([0.0, 1, 2, 3, 4])
+    after = np.array([1.0, 1, 4, 2, 9])
     summary = paired_summary(before, after)
     assert (summary.n, summary.positive, summary.negative, summary.ties) == (5, 3, 1, 1)
     assert summary.mean == pytest.approx(1.4)
     assert summary.sign_p == pytest.approx(stats.binomtest(3, 4).pvalue)
     swapped = paired_summary(after, before)
-    assert (swapped.mean, swapped.positive, swapped.sign_p) == (-summary.mean, summary.negative, summary.sign_p)
+    assert (swapped.mean, swapped.positive, swapped.sign_p) == (
+        -summary.mean,
+        summary.negative,
+        summary.sign_p,
+    )
     assert all(isinstance(value, int | float) for value in summary._asdict().values())
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: wilson_interval(5, 4), "0 <= successes <= n"), (lambda: wilson_interval(1, 4, 95), "confidence"),
-        (lambda: binomial_test(1, 4, 1.5), "rate"), (lambda: bootstrap_mean_interval([1.0, float("nan")]), "finite"),
-        (lambda: paired_summary([1.0], [1.0, 2.0]), "Pair by item"), (lambda: t_mean_interval([1.0]), "two values or more"),
-        (lambda: fit_line([1, 1, 1], [1, 2, 3]), "one alone"), (lambda: fit_line([1, 2], [1, 2]), "at least 3"),
-        (lambda: slopes([0, 0], [[1, 2]]), "not all equal"), (lambda: spearman([1, 1, 1, 1], [1, 2, 3, 4]), "a constant"),
+        (lambda: wilson_interval(5, 4), "0 <= successes <= n"),
+        (lambda: wilson_interval(1, 4, 95), "confidence"),
+        (lambda: binomial_test(1, 4, 1.5), "rate"),
+        (lambda: bootstrap_mean_interval([1.0, float("nan")]), "finite"),
+        (lambda: paired_summary([1.0], [1.0, 2.0]), "Pair by item"),
+        (lambda: t_mean_interval([1.0]), "two values or more"),
+        (lambda: fit_line([1, 1, 1], [1, 2, 3]), "one alone"),
+        (lambda: fit_line([1, 2], [1, 2]), "at least 3"),
+        (lambda: slopes([0, 0], [[1, 2]]), "not all equal"),
+        (lambda: spearman([1, 1, 1, 1], [1, 2, 3, 4]), "a constant"),
         (lambda: spearman([1, 2, np.nan, 3], [1, 2, 3, 4]), "finite"),
     ],
 )
@@ -81,13 +97,15 @@ RNG = np.random.default_rng(3)
 def test_line_is_scipys():
     x = RNG.normal(size=40)
     y = 0.3 * x - 2 + RNG.normal(size=40)
-    ours, theirs = fit_line(x, y), stats.linregress(x, y)
+    ours = fit_line(x, y)
+    theirs = stats.linregress(x, y)
     np.testing.assert_allclose([ours.slope, ours.intercept], [theirs.slope, theirs.intercept], rtol=1e-10)
     assert ours.lo < ours.slope < ours.hi and ours.n == 40
 
 
 def test_hc3_is_the_sandwich_written_out():
-    x, y = RNG.normal(size=25), RNG.normal(size=25)
+    x = RNG.normal(size=25)
+    y = RNG.normal(size=25)
     design = np.stack([np.ones(25), x], axis=1)
     bread = np.linalg.inv(design.T @ design)
     residual = y - design @ (bread @ design.T @ y)
@@ -99,12 +117,16 @@ def test_hc3_is_the_sandwich_written_out():
 
 
 def test_slopes_are_fitted_lines():
-    times, values = np.array([0.0, 0.1, 0.4, 0.5]), RNG.normal(size=(6, 4))
-    np.testing.assert_allclose(slopes(times, values), [fit_line(times, row).slope for row in values], rtol=1e-10)
+    times = np.array([0.0, 0.1, 0.4, 0.5])
+    values = RNG.normal(size=(6, 4))
+    np.testing.assert_allclose(
+        slopes(times, values), [fit_line(times, row).slope for row in values], rtol=1e-10
+    )
 
 
 def test_spearman_is_scipys_with_ties():
-    x, y = RNG.integers(0, 6, 50), RNG.integers(0, 6, 50)
+    x = RNG.integers(0, 6, 50)
+    y = RNG.integers(0, 6, 50)
     found = spearman(x, y)
     np.testing.assert_allclose(found.mean, stats.spearmanr(x, y).statistic, rtol=1e-12)
     assert -1 < found.lo < found.mean < found.hi < 1
@@ -174,7 +196,8 @@ def test_the_spread_of_slopes_holds_their_mean():
 
 
 def test_separability_rejects_no_difference_as_often_as_stated():
-    rng, found = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    found = []
     for run in range(400):
         shared = rng.normal(size=(20, 4))  # pairs are alike: a test that forgot them would never reject
         a, b = (shared + 0.3 * rng.normal(size=(20, 4)) for _ in range(2))
@@ -183,9 +206,12 @@ def test_separability_rejects_no_difference_as_often_as_stated():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("function", "F", "n"), [(frechet_change_interval, 6, 300), (kernel_change_interval, 6, 300)])
+@pytest.mark.parametrize(
+    ("function", "F", "n"), [(frechet_change_interval, 6, 300), (kernel_change_interval, 6, 300)]
+)
 def test_change_of_a_distance_is_held(function, F, n):
     """Fakes move a little away from the reals; the truth is that of samples without end."""
+
     def sets(rng, n):
         base = rng.normal(size=(n, F))
         return base + 0.2, 1.1 * base + 0.3, rng.normal(size=(n, F))
@@ -193,5 +219,9 @@ def test_change_of_a_distance_is_held(function, F, n):
     if function is frechet_change_interval:
         truth = F * (0.3**2 + 0.1**2) - F * 0.2**2
     else:  # unbiased, so a mean over many small samples tells
-        truth = np.mean([function(*sets(np.random.default_rng(s), 400), resamples=50).mean for s in range(2000, 2400)])
-    assert as_stated(share_that_holds(truth, lambda *x: function(*x, resamples=60)[:3], lambda rng: sets(rng, n), runs=800))
+        truth = np.mean(
+            [function(*sets(np.random.default_rng(s), 400), resamples=50).mean for s in range(2000, 2400)]
+        )
+    assert as_stated(
+        share_that_holds(truth, lambda *x: function(*x, resamples=60)[:3], lambda rng: sets(rng, n), runs=800)
+    )

@@ -24,25 +24,37 @@ from tests.geometry.test_level_set import SPEC, body, sphere
 
 def grid_faces(rows, columns, wrap_rows, wrap_columns):
     """Two triangles per cell of a grid of points, row by row."""
-    i, j = np.meshgrid(np.arange(rows - (not wrap_rows)), np.arange(columns - (not wrap_columns)), indexing="ij")
-    a, b = i * columns + j, i * columns + (j + 1) % columns
-    c, d = (i + 1) % rows * columns + j, (i + 1) % rows * columns + (j + 1) % columns
+    i, j = np.meshgrid(
+        np.arange(rows - (not wrap_rows)), np.arange(columns - (not wrap_columns)), indexing="ij"
+    )
+    a = i * columns + j
+    b = i * columns + (j + 1) % columns
+    c = (i + 1) % rows * columns + j
+    d = (i + 1) % rows * columns + (j + 1) % columns
     return np.concatenate([np.stack([a, c, b], -1).reshape(-1, 3), np.stack([b, c, d], -1).reshape(-1, 3)])
 
 
 def torus(R=0.3, r=0.1, rows=48, columns=40):
     """Vertices, faces, and the mean curvature (R + 2 r cos t) / (2 r (R + r cos t)) at each vertex."""
-    u, t = np.meshgrid(np.arange(rows) * 2 * np.pi / rows, np.arange(columns) * 2 * np.pi / columns, indexing="ij")
+    u, t = np.meshgrid(
+        np.arange(rows) * 2 * np.pi / rows, np.arange(columns) * 2 * np.pi / columns, indexing="ij"
+    )
     ring = R + r * np.cos(t)
     vertices = np.stack([ring * np.cos(u), ring * np.sin(u), r * np.sin(t)], -1).reshape(-1, 3)
-    return vertices, grid_faces(rows, columns, True, True), ((R + 2 * r * np.cos(t)) / (2 * r * ring)).reshape(-1)
+    return (
+        vertices,
+        grid_faces(rows, columns, True, True),
+        ((R + 2 * r * np.cos(t)) / (2 * r * ring)).reshape(-1),
+    )
 
 
 def ball(radius=0.3, resolution=40, centre=(0, 0, 0)):
     """Density 10 on the surface, in a cube."""
     spec = SlabSpec.cube(resolution)
     x, y, z = (axis.double().numpy() for axis in spec.axes())
-    distance = np.sqrt((x - centre[0]) ** 2 + (y[:, None] - centre[1]) ** 2 + (z[:, None, None] - centre[2]) ** 2)
+    distance = np.sqrt(
+        (x - centre[0]) ** 2 + (y[:, None] - centre[1]) ** 2 + (z[:, None, None] - centre[2]) ** 2
+    )
     return 10 + 100 * (radius - distance), spec
 
 
@@ -59,7 +71,13 @@ def test_sphere():
     assert area.sum() == pytest.approx(4 * np.pi * 0.09, rel=0.01)
     assert (H * area).sum() / area.sum() == pytest.approx(1 / 0.3, rel=0.01)
     found = topology(vertices, faces)
-    assert (found.parts, found.cavities, found.handles, found.rims, found.euler) == (1, 0, 0, 0, 2) and found.watertight
+    assert (found.parts, found.cavities, found.handles, found.rims, found.euler) == (
+        1,
+        0,
+        0,
+        0,
+        2,
+    ) and found.watertight
 
 
 def test_torus_vertex_by_vertex():
@@ -68,24 +86,39 @@ def test_torus_vertex_by_vertex():
     assert np.abs(H - expected).max() < 0.02 * np.abs(expected).max()
     assert area.sum() == pytest.approx(4 * np.pi**2 * 0.3 * 0.1, rel=0.01)
     found = topology(vertices, faces)
-    assert (found.parts, found.handles, found.rims, found.euler, found.holes) == (1, 1, 0, 0, 1) and found.watertight
+    assert (found.parts, found.handles, found.rims, found.euler, found.holes) == (
+        1,
+        1,
+        0,
+        0,
+        1,
+    ) and found.watertight
 
 
 def test_a_plane_is_flat_and_its_rim_unknown():
     i, j = np.meshgrid(np.arange(5.0), np.arange(6.0), indexing="ij")
     vertices = np.stack([i, j, 0 * i], -1).reshape(-1, 3)
     H, area = mean_curvature(vertices, grid_faces(5, 6, False, False))
-    assert np.isfinite(H).sum() == 3 * 4 and np.nanmax(np.abs(H)) < 1e-12 and area.sum() == pytest.approx(3 * 4)
+    assert (
+        np.isfinite(H).sum() == 3 * 4 and np.nanmax(np.abs(H)) < 1e-12 and area.sum() == pytest.approx(3 * 4)
+    )
 
 
 def test_open_half_sphere_has_one_rim():
     found = topology(*half_sphere())
-    assert (found.parts, found.cavities, found.handles, found.rims, found.euler) == (1, 0, 0, 1, 1) and not found.watertight
+    assert (found.parts, found.cavities, found.handles, found.rims, found.euler) == (
+        1,
+        0,
+        0,
+        1,
+        1,
+    ) and not found.watertight
     assert found.open_edges == count_edges(half_sphere()[1]).open
 
 
 def test_two_spheres_and_their_share():
-    (one, spec), (two, _) = ball(0.2, 48, (-0.2, 0, 0)), ball(0.1, 48, (0.3, 0, 0))
+    one, spec = ball(0.2, 48, (-0.2, 0, 0))
+    two, _ = ball(0.1, 48, (0.3, 0, 0))
     vertices, faces = extract_mesh(np.maximum(one, two), spec)
     found = topology(vertices, faces)
     assert (found.parts, found.cavities, found.handles, found.euler) == (2, 0, 0, 4)

@@ -1,4 +1,6 @@
-"""Multi-view measures on an exactly known surface: nearly zero there, and each grows under the damage that it is meant to see."""
+"""Multi-view measures on an exactly known surface: nearly zero there, and each grows under the damage that it
+is meant to see.
+"""
 
 import numpy as np
 import pytest
@@ -23,12 +25,15 @@ SPEC = ViewSpec(resolution=64)
 
 
 class AnalyticSphere:
-    """A textured sphere of radius 0.3 at the origin, rendered exactly; `damage(depth, c)` alters its depth maps."""
+    """A textured sphere of radius 0.3 at the origin, rendered exactly; `damage(depth, c)` alters its depth
+    maps.
+    """
 
     cameras = CameraFamily(radius=2.7, pivot=(0.0, 0.0, 0.2))
 
     def __init__(self, damage=None, texture=True):
-        self.damage, self.texture = damage, texture
+        self.damage = damage
+        self.texture = texture
 
     def field(self, ws, noise_mode="const"):
         assert noise_mode == "const"
@@ -36,10 +41,13 @@ class AnalyticSphere:
         return self
 
     def render(self, cameras, options):
-        c, res = cameras.expand(self.samples, -1), options.resolution
-        cam2world, intrinsics = c[:, :16].reshape(-1, 4, 4), c[:, 16:].reshape(-1, 3, 3)
+        c = cameras.expand(self.samples, -1)
+        res = options.resolution
+        cam2world = c[:, :16].reshape(-1, 4, 4)
+        intrinsics = c[:, 16:].reshape(-1, 3, 3)
         o, d = RaySampler()(cam2world, intrinsics, res)
-        b, q = (o * d).sum(-1), (o * o).sum(-1) - 0.3**2
+        b = (o * d).sum(-1)
+        q = (o * o).sum(-1) - 0.3**2
         disc = b * b - q
         hit = disc > 0
         depth = torch.where(hit, -b - disc.clamp_min(0).sqrt(), 3.3)
@@ -81,9 +89,11 @@ def test_measures_grow_with_noise_on_the_depth(clean):
         def damage(depth, c):
             generator = torch.Generator().manual_seed(int(1000 * c[0, 3].abs()))
             return depth + scale * torch.randn(depth.shape, generator=generator)
+
         return multi_view_measures(AnalyticSphere(damage), WS, SPEC)
 
-    small, large = noisy(0.003), noisy(0.01)
+    small = noisy(0.003)
+    large = noisy(0.01)
     for name in ("photometric", "depth", "normal"):
         values = [getattr(m, name).mean() for m in (clean, small, large)]
         assert values[0] < values[1] < values[2], (name, values)
@@ -91,14 +101,21 @@ def test_measures_grow_with_noise_on_the_depth(clean):
 
 def test_nothing_to_see_is_the_worst_not_nan():
     views = render_views(AnalyticSphere().field(WS), SPEC)
-    empty = views_from_maps(views.image, torch.full_like(views.depth, float("nan")), torch.zeros_like(views.depth), SPEC)
+    empty = views_from_maps(
+        views.image, torch.full_like(views.depth, float("nan")), torch.zeros_like(views.depth), SPEC
+    )
     measures = compare_views(empty, SPEC)
-    assert (measures.photometric == WORST_COLOUR).all() and (measures.normal == 180).all() and (measures.covisible == 0).all()
+    assert (
+        (measures.photometric == WORST_COLOUR).all()
+        and (measures.normal == 180).all()
+        and (measures.covisible == 0).all()
+    )
     assert np.isfinite(measures.depth).all()
 
 
 def test_lift_and_project_are_inverse():
-    cam2world, intrinsics = SPEC.cam2world(), SPEC.intrinsics()
+    cam2world = SPEC.cam2world()
+    intrinsics = SPEC.intrinsics()
     depth = torch.rand(2, 5, 9, 9) + 2
     points = lift(depth, cam2world, intrinsics)
     steps = (torch.arange(9) + 0.5) / 9
@@ -120,7 +137,8 @@ def test_normals_of_a_sphere_point_outwards():
 def test_rendering_leaves_no_trace_and_repeats():
     G = AnalyticSphere()
     state = torch.get_rng_state()
-    first, second = multi_view_measures(G, WS, SPEC), multi_view_measures(G, WS, SPEC, batch=1)
+    first = multi_view_measures(G, WS, SPEC)
+    second = multi_view_measures(G, WS, SPEC, batch=1)
     assert torch.equal(torch.get_rng_state(), state)
     np.testing.assert_allclose(first.photometric, second.photometric)
 

@@ -1,4 +1,6 @@
-"""A flow of a few hundred parameters, on dense latents and on voxels, whose layers bear the names that adapters look for; and its pairs."""
+"""A flow of a few hundred parameters, on dense latents and on voxels, whose layers bear the names that
+adapters look for; and its pairs.
+"""
 
 import torch
 from torch import nn
@@ -7,7 +9,10 @@ from eg3d_rlhf.models.sparse import SparseBatch, SparseSample, feats_of, with_fe
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowStage, SparseVoxels
 
-CHANNELS, RESOLUTION, TOKENS, EMBEDDING = 3, 4, 2, 5
+CHANNELS = 3
+RESOLUTION = 4
+TOKENS = 2
+EMBEDDING = 5
 
 
 class Block(nn.Module):
@@ -49,7 +54,14 @@ class AdaptableFlow(nn.Module):
         for block in self.blocks:
             h = block(h, cond.mean(1)[sample].to(dtype))
         v = self.out_layer(h).to(feats.dtype)
-        return with_feats(x_t, v if sparse else v.reshape(len(feats), *[RESOLUTION] * 3, CHANNELS).permute(0, 4, 1, 2, 3).contiguous())
+        return with_feats(
+            x_t,
+            (
+                v
+                if sparse
+                else v.reshape(len(feats), *[RESOLUTION] * 3, CHANNELS).permute(0, 4, 1, 2, 3).contiguous()
+            ),
+        )
 
 
 def inputs(sparse: bool, n: int = 3, seed: int = 0):
@@ -65,7 +77,9 @@ def latent(sparse: bool, g: torch.Generator, i: int = 0):
     if not sparse:
         return torch.randn(CHANNELS, *[RESOLUTION] * 3, generator=g)
     places = torch.randperm(RESOLUTION**3, generator=g)[: 5 + i]
-    coords = torch.stack([places // RESOLUTION**2, places // RESOLUTION % RESOLUTION, places % RESOLUTION], 1).int()
+    coords = torch.stack(
+        [places // RESOLUTION**2, places // RESOLUTION % RESOLUTION, places % RESOLUTION], 1
+    ).int()
     return SparseSample(coords, torch.randn(len(coords), CHANNELS, generator=g))
 
 
@@ -80,7 +94,10 @@ def pairs(of: FlowStage, n: int = 4) -> tuple[list[PreferencePair], torch.Tensor
     """Pairs of a stage and their conditions' tokens [n, T, E]."""
     g = torch.Generator().manual_seed(1)
     both = [[latent(isinstance(of.latents, SparseVoxels), g, i + k) for k in range(2)] for i in range(n)]
-    found = [PreferencePair(id=f"p{i}", condition=f"c{i}", stage=of.name, preferred=a, rejected=b) for i, (a, b) in enumerate(both)]
+    found = [
+        PreferencePair(id=f"p{i}", condition=f"c{i}", stage=of.name, preferred=a, rejected=b)
+        for i, (a, b) in enumerate(both)
+    ]
     return found, torch.randn(n, TOKENS, EMBEDDING, generator=g)
 
 

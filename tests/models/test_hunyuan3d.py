@@ -1,4 +1,6 @@
-"""Hunyuan3D-2.1's autoencoder, where a choice is left to chance; its numbers are held in tests/compat/test_family_hunyuan3d.py."""
+"""Hunyuan3D-2.1's autoencoder, where a choice is left to chance; its numbers are held in
+tests/compat/test_family_hunyuan3d.py.
+"""
 
 import pytest
 import torch
@@ -8,9 +10,17 @@ from eg3d_rlhf.models.hunyuan3d import AutoencoderConfig, ShapeDecoder, ShapeEnc
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import surface_points
 
 CONFIG = AutoencoderConfig(
-    num_latents=6, embed_dim=4, width=8, heads=2, num_decoder_layers=1, num_encoder_layers=1, num_freqs=2, pc_size=600,
-    pc_sharpedge_size=0, point_feats=4,
-)  # fmt: skip
+    num_latents=6,
+    embed_dim=4,
+    width=8,
+    heads=2,
+    num_decoder_layers=1,
+    num_encoder_layers=1,
+    num_freqs=2,
+    pc_size=600,
+    pc_sharpedge_size=0,
+    point_feats=4,
+)
 
 
 def draw(seed=0):
@@ -25,12 +35,15 @@ def box(size=(2.0, 1.0, 0.5), place=(3.0, 4.0, 5.0)) -> Mesh:
 
 def test_the_decoder_says_on_a_grid_what_it_says_at_points():
     torch.manual_seed(4)
-    model, axis = ShapeDecoder(CONFIG).eval(), torch.linspace(-1.01, 1.01, 3)
+    model = ShapeDecoder(CONFIG).eval()
+    axis = torch.linspace(-1.01, 1.01, 3)
     with torch.no_grad():
         decoded = model(torch.randn(1, 6, 4))
         whole, part = (model.slab(decoded, axis, x) for x in (slice(0, 3), slice(1, 3)))
         point = torch.tensor([[[-1.01, 0.0, 1.01]]])
-        assert float(whole[0, 1, 2]) == pytest.approx(float(model.geo_decoder(point, decoded)[0, 0]), abs=1e-5)
+        assert float(whole[0, 1, 2]) == pytest.approx(
+            float(model.geo_decoder(point, decoded)[0, 0]), abs=1e-5
+        )
     torch.testing.assert_close(part, whole[1:])
 
 
@@ -53,7 +66,9 @@ def test_queries_lie_far_from_each_other_among_the_points_that_are_kept():
     line = torch.stack([torch.arange(101) / 100, torch.zeros(101), torch.zeros(101)], 1)
     apart = sorted(line[farthest(line, 5, draw()), 0].tolist())
     assert min(b - a for a, b in zip(apart, apart[1:], strict=False)) > 0.1
-    few = AutoencoderConfig(**{**vars(CONFIG), "downsample_ratio": 10, "pc_size": 400, "pc_sharpedge_size": 200})
+    few = AutoencoderConfig(
+        **{**vars(CONFIG), "downsample_ratio": 10, "pc_size": 400, "pc_sharpedge_size": 200}
+    )
     surface = torch.rand(600, 7)
     queries, kept = chosen(surface, few, draw())
     assert queries.shape == (6, 7) and kept.shape == (60, 7)

@@ -10,7 +10,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from eg3d_rlhf.models import lora
-from eg3d_rlhf.models.lora import LoraConfig, LoraLinear, adapters_off, add_lora, lora_parameters, merged_state
+from eg3d_rlhf.models.lora import (
+    LoraConfig,
+    LoraLinear,
+    adapters_off,
+    add_lora,
+    lora_parameters,
+    merged_state,
+)
 from eg3d_rlhf.models.sparse import feats_of
 from tests.models.adaptable_flow import AdaptableFlow, inputs, shake
 
@@ -32,7 +39,8 @@ def tuned(config=SMALL, base=None):
 
 @KINDS
 def test_off_is_the_base_to_the_last_bit(sparse):
-    want, model = run(AdaptableFlow(), sparse), tuned()
+    want = run(AdaptableFlow(), sparse)
+    model = tuned()
     assert not torch.equal(run(model, sparse), want)
     with adapters_off(model):
         assert torch.equal(run(model, sparse), want)
@@ -41,14 +49,16 @@ def test_off_is_the_base_to_the_last_bit(sparse):
 
 @KINDS
 def test_an_untrained_adapter_changes_nothing(sparse):
-    model, want = AdaptableFlow(), run(AdaptableFlow(), sparse)
+    model = AdaptableFlow()
+    want = run(AdaptableFlow(), sparse)
     add_lora(model, SMALL, seed=0)
     assert torch.equal(run(model, sparse), want)
 
 
 @KINDS
 def test_merged_is_the_same_network_under_the_base_s_names(sparse):
-    model, plain = tuned(), AdaptableFlow(seed=9)
+    model = tuned()
+    plain = AdaptableFlow(seed=9)
     state = merged_state(model)
     assert list(state) == list(plain.state_dict())
     plain.load_state_dict(state)
@@ -59,8 +69,10 @@ def test_the_formula():
     layer = LoraLinear(nn.Linear(5, 4), rank=3, alpha=7.5)
     shake(layer)
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-    W, b, A, B, X = (t.detach().double().numpy() for t in (
-        layer.base_layer.weight, layer.base_layer.bias, layer.lora_A.weight, layer.lora_B.weight, x))  # fmt: skip
+    W, b, A, B, X = (
+        t.detach().double().numpy()
+        for t in (layer.base_layer.weight, layer.base_layer.bias, layer.lora_A.weight, layer.lora_B.weight, x)
+    )
     np.testing.assert_allclose(layer(x).detach().numpy(), X @ W.T + b + 7.5 / 3 * X @ A.T @ B.T, atol=2e-6)
 
 
@@ -69,7 +81,11 @@ def test_only_adapters_are_trained():
     names = add_lora(model, SMALL, seed=0)
     assert names == [f"blocks.{i}.{n}" for i in range(2) for n in ("to_qkv", "to_q", "to_kv", "to_out")]
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"{n}.lora_{part}.weight" for n in names for part in "AB"} == set(lora.adapter_state(model))
+    assert (
+        trained
+        == {f"{n}.lora_{part}.weight" for n in names for part in "AB"}
+        == set(lora.adapter_state(model))
+    )
     assert {id(p) for p in lora_parameters(model)} == {id(p) for p in model.parameters() if p.requires_grad}
     assert sum(p.numel() for p in lora_parameters(model)) == 2 * 2 * ((8 + 24) + (8 + 8) + (5 + 16) + (8 + 8))
     feats_of(model(*inputs(False))).square().mean().backward()
@@ -77,11 +93,14 @@ def test_only_adapters_are_trained():
 
 
 def test_start_depends_on_the_seed_alone_and_leaves_the_global_generator():
-    models, before = [AdaptableFlow() for _ in range(3)], torch.get_rng_state()
+    models = [AdaptableFlow() for _ in range(3)]
+    before = torch.get_rng_state()
     for model, seed in zip(models, (1, 1, 2), strict=True):
         add_lora(model, LoraConfig(rank=16), seed)
     assert torch.equal(torch.get_rng_state(), before)
-    a, same, other = ([layer.lora_A.weight.detach() for layer in lora.adapted_layers(m).values()] for m in models)
+    a, same, other = (
+        [layer.lora_A.weight.detach() for layer in lora.adapted_layers(m).values()] for m in models
+    )
     assert all(map(torch.equal, a, same)) and not any(map(torch.equal, a, other))
     assert all(not layer.lora_B.weight.any() for layer in lora.adapted_layers(models[0]).values())
     flat = torch.cat([w.flatten() * math.sqrt(w.shape[1]) for w in a])  # uniform on -1..1
@@ -89,7 +108,8 @@ def test_start_depends_on_the_seed_alone_and_leaves_the_global_generator():
 
 
 def test_off_nests_and_comes_back_after_an_error():
-    model, base = tuned(), run(AdaptableFlow())
+    model = tuned()
+    base = run(AdaptableFlow())
     on = run(model)
     with adapters_off(model):
         with adapters_off(model):
@@ -115,7 +135,8 @@ def test_a_pass_without_adapters_between_forward_and_backward_changes_no_gradien
 
 
 def test_dropout_acts_on_the_adapter_in_training_alone():
-    model, plain = tuned(LoraConfig(rank=2, alpha=8, dropout=0.5)), tuned()
+    model = tuned(LoraConfig(rank=2, alpha=8, dropout=0.5))
+    plain = tuned()
     base = run(AdaptableFlow())
     assert torch.equal(run(model.eval()), run(plain))
     model.train()
@@ -126,7 +147,8 @@ def test_dropout_acts_on_the_adapter_in_training_alone():
 
 def test_half_precision_base_keeps_float32_adapters():
     half = AdaptableFlow().half()
-    want, model = run(half), tuned(LoraConfig(rank=2, alpha=0.01), AdaptableFlow().half())
+    want = run(half)
+    model = tuned(LoraConfig(rank=2, alpha=0.01), AdaptableFlow().half())
     assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
     with adapters_off(model):
         assert torch.equal(run(model), want)
@@ -145,7 +167,8 @@ def test_works_under_autocast():
 
 
 def test_targets_are_whole_parts_of_names():
-    a, b = nn.ModuleDict({"to_q": nn.Linear(2, 2), "into_q": nn.Linear(2, 2)}), nn.ModuleDict({"to_q": nn.Linear(2, 2)})
+    a = nn.ModuleDict({"to_q": nn.Linear(2, 2), "into_q": nn.Linear(2, 2)})
+    b = nn.ModuleDict({"to_q": nn.Linear(2, 2)})
     net = nn.ModuleDict({"a": a, "b": b})
     assert add_lora(copy.deepcopy(net), LoraConfig(targets=("to_q",)), 0) == ["a.to_q", "b.to_q"]
     assert add_lora(copy.deepcopy(net), LoraConfig(targets=["a.to_q"]), 0) == ["a.to_q"]
@@ -176,17 +199,26 @@ class VoxelLinear(nn.Linear):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: add_lora(m, LoraConfig(targets=("to_q", "to_v")), 0), r"add_lora\(AdaptableFlow\): expected layers named to_v, got "
-         "linear layers named input_layer, out_layer, to_kv, to_out, to_q, to_qkv. Name"),
-        (lambda m: add_lora(m, LoraConfig(targets=("blocks",)), 0), r"linear layers on plain tensors, got blocks \(ModuleList\)"),
-        (lambda m: (add_lora(m, SMALL, 0), add_lora(m, SMALL, 0)), "expected a network without adapters, got one with 8. Merge"),
+        (
+            lambda m: add_lora(m, LoraConfig(targets=("to_q", "to_v")), 0),
+            r"add_lora\(AdaptableFlow\): expected layers named to_v, got "
+            "linear layers named input_layer, out_layer, to_kv, to_out, to_q, to_qkv. Name",
+        ),
+        (
+            lambda m: add_lora(m, LoraConfig(targets=("blocks",)), 0),
+            r"linear layers on plain tensors, got blocks \(ModuleList\)",
+        ),
+        (
+            lambda m: (add_lora(m, SMALL, 0), add_lora(m, SMALL, 0)),
+            "expected a network without adapters, got one with 8. Merge",
+        ),
         (lambda m: adapters_off(m).__enter__(), "expected a network with adapters, got one without"),
         (lambda m: LoraConfig(rank=0), "rank must be >= 1"),
         (lambda m: LoraConfig(alpha=float("nan")), "alpha: expected a finite number"),
         (lambda m: LoraConfig(dropout=1), "dropout must be < 1"),
         (lambda m: LoraConfig(targets=()), "LoraConfig.targets: expected names"),
     ],
-)  # fmt: skip
+)
 def test_refusals(change, message):
     with pytest.raises(ValueError, match=message):
         change(AdaptableFlow())

@@ -1,4 +1,6 @@
-"""Adapters and networks in files: three layouts read alike, what is written is read back, everything else is refused with its reason."""
+"""Adapters and networks in files: three layouts read alike, what is written is read back, everything else is
+refused with its reason.
+"""
 
 import json
 import os
@@ -57,7 +59,9 @@ def test_adapters_come_back_as_they_were(model, tmp_path):
     assert (read.plain, read.alpha, read.dropout) == ({}, 8, 0.25)
     again = load_weights(AdaptableFlow(), read)
     assert torch.equal(run(again), run(model))
-    assert {n: p.requires_grad for n, p in again.named_parameters()} == {n: p.requires_grad for n, p in model.named_parameters()}
+    assert {n: p.requires_grad for n, p in again.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
     assert [layer.dropout for layer in adapted_layers(again).values()] == [0.25] * 8
     assert torch.equal(run(load_weights(AdaptableFlow(), read_weights(tmp_path / "a" / ADAPTER))), run(model))
 
@@ -65,14 +69,28 @@ def test_adapters_come_back_as_they_were(model, tmp_path):
 def test_what_is_written_is_what_peft_reads(model, tmp_path):
     write_adapter(model, tmp_path, base="some/base")
     assert sorted(os.listdir(tmp_path)) == [CONFIG, ADAPTER]
-    names = [f"{PREFIX}blocks.{i}.{n}.lora_{part}.weight" for i in range(2) for n in ("to_qkv", "to_q", "to_kv", "to_out") for part in "AB"]
+    names = [
+        f"{PREFIX}blocks.{i}.{n}.lora_{part}.weight"
+        for i in range(2)
+        for n in ("to_qkv", "to_q", "to_kv", "to_out")
+        for part in "AB"
+    ]
     assert set(load_file(tmp_path / ADAPTER)) == set(names)
     config = json.loads((tmp_path / CONFIG).read_text())
     assert config == {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": "some/base", "inference_mode": True, "r": 2, "lora_alpha": 8,
-        "lora_dropout": 0.25, "target_modules": ["to_kv", "to_out", "to_q", "to_qkv"], "bias": "none", "fan_in_fan_out": False,
-        "init_lora_weights": True, "modules_to_save": None,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": "some/base",
+        "inference_mode": True,
+        "r": 2,
+        "lora_alpha": 8,
+        "lora_dropout": 0.25,
+        "target_modules": ["to_kv", "to_out", "to_q", "to_qkv"],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
 
 
 def test_peft_gives_the_same_numbers(model, tmp_path):
@@ -84,26 +102,39 @@ def test_peft_gives_the_same_numbers(model, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     assert torch.equal(run(load_weights(AdaptableFlow(), read_weights(tmp_path / "theirs"))), run(model))
     save_file(theirs.state_dict(), tmp_path / "full.safetensors")
-    assert torch.equal(run(load_weights(AdaptableFlow(seed=1), read_weights(tmp_path / "full.safetensors", alpha=8))), run(model))
+    assert torch.equal(
+        run(load_weights(AdaptableFlow(seed=1), read_weights(tmp_path / "full.safetensors", alpha=8))),
+        run(model),
+    )
 
 
 @pytest.mark.parametrize("wrap", ["", "module."])
 @pytest.mark.parametrize("file", ["full.safetensors", "full.pt"])
 def test_peft_s_full_layout_brings_base_and_adapters(model, tmp_path, file, wrap):
     state = {wrap + name: value for name, value in peft_full(model, "learner").items()}
-    save_file(state, tmp_path / file) if file.endswith("s") else torch.save({"state_dict": state}, tmp_path / file)
+    (
+        save_file(state, tmp_path / file)
+        if file.endswith("s")
+        else torch.save({"state_dict": state}, tmp_path / file)
+    )
     read = read_weights(tmp_path / file, alpha=8)
-    assert set(read.plain) == set(AdaptableFlow().state_dict()) and set(read.adapters) == set(adapted_layers(model))
+    assert set(read.plain) == set(AdaptableFlow().state_dict()) and set(read.adapters) == set(
+        adapted_layers(model)
+    )
     assert torch.equal(run(load_weights(AdaptableFlow(seed=7), read)), run(model))
 
 
 def test_plain_weights_come_back_as_they_were(model, tmp_path):
     path = write_merged(model, tmp_path / "merged.safetensors")
     read = read_weights(path)
-    assert (read.adapters, read.alpha) == ({}, None) and list(read.plain) == sorted(AdaptableFlow().state_dict())
+    assert (read.adapters, read.alpha) == ({}, None) and list(read.plain) == sorted(
+        AdaptableFlow().state_dict()
+    )
     plain = load_weights(AdaptableFlow(seed=7), read)
     want = merged_state(model)
-    assert not adapted_layers(plain) and all(torch.equal(value, want[name]) for name, value in plain.state_dict().items())
+    assert not adapted_layers(plain) and all(
+        torch.equal(value, want[name]) for name, value in plain.state_dict().items()
+    )
     torch.testing.assert_close(run(plain), run(model), rtol=0, atol=5e-7)
 
 
@@ -125,7 +156,9 @@ def test_the_network_s_own_types_are_kept(model, tmp_path):
 
 
 def test_targets_are_short_where_they_mean_just_the_layers():
-    net = nn.ModuleDict({"a": nn.ModuleDict({"to_q": nn.Linear(2, 2)}), "b": nn.ModuleDict({"to_q": nn.Linear(2, 2)})})
+    net = nn.ModuleDict(
+        {"a": nn.ModuleDict({"to_q": nn.Linear(2, 2)}), "b": nn.ModuleDict({"to_q": nn.Linear(2, 2)})}
+    )
     add_lora(net, LoraConfig(targets=("a.to_q",)), 0)
     assert targets_of(net) == ["a.to_q"]
     whole = AdaptableFlow()
@@ -156,7 +189,10 @@ ONE = f"{PREFIX}blocks.0.to_q.lora_A.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f, m: (f / CONFIG).unlink(), r"expected adapter_config.json beside adapters or their alpha given, got neither. Give alpha"),
+        (
+            lambda f, m: (f / CONFIG).unlink(),
+            r"expected adapter_config.json beside adapters or their alpha given, got neither. Give alpha",
+        ),
         (lambda f, m: (f / CONFIG).write_text("{"), "adapter_config.json: expected PEFT's settings"),
         (changed_config(r=0), "expected r >= 1 and lora_alpha > 0"),
         (changed_config(use_dora=True), "expected use_dora False, got True. Merge it in PEFT"),
@@ -165,18 +201,43 @@ ONE = f"{PREFIX}blocks.0.to_q.lora_A.weight"
         (changed_config(rank_pattern={"to_q": 4}), "expected rank_pattern"),
         (changed_config(init_lora_weights="pissa"), "expected init_lora_weights True, got 'pissa'"),
         (changed_config(r=3), r"all of one rank, got ranks \[2, 3\]"),
-        (changed_tensors(lambda t: t.pop(ONE)), "expected A and B of every layer, got one of them at blocks.0.to_q"),
-        (changed_tensors(lambda t: t.__setitem__(ONE, t[ONE] / 0)), f"expected finite numbers, got others in {ONE}"),
-        (changed_tensors(lambda t: t.__setitem__(ONE.replace("_A.", "_A.x."), t.pop(ONE))), "expected one adapter, got those named , x"),
-        (changed_tensors(lambda t: t.__setitem__(ONE.replace("lora_A", "lora_magnitude_vector"), t[ONE].clone())),
-         "lora_magnitude_vector.*plain LoRA"),
-        (changed_tensors(lambda t: t.__setitem__(ONE, t[ONE][:, :-1].clone())), r"whose blocks.0.to_q is \[8, 8\], got \[8, 7\]"),
-        (changed_tensors(lambda t: [t.__setitem__(k.replace("to_q.", "to_v."), t.pop(k)) for k in list(t) if "1.to_q." in k]),
-         "whose blocks.1.to_v is no linear layer of that name"),
+        (
+            changed_tensors(lambda t: t.pop(ONE)),
+            "expected A and B of every layer, got one of them at blocks.0.to_q",
+        ),
+        (
+            changed_tensors(lambda t: t.__setitem__(ONE, t[ONE] / 0)),
+            f"expected finite numbers, got others in {ONE}",
+        ),
+        (
+            changed_tensors(lambda t: t.__setitem__(ONE.replace("_A.", "_A.x."), t.pop(ONE))),
+            "expected one adapter, got those named , x",
+        ),
+        (
+            changed_tensors(
+                lambda t: t.__setitem__(ONE.replace("lora_A", "lora_magnitude_vector"), t[ONE].clone())
+            ),
+            "lora_magnitude_vector.*plain LoRA",
+        ),
+        (
+            changed_tensors(lambda t: t.__setitem__(ONE, t[ONE][:, :-1].clone())),
+            r"whose blocks.0.to_q is \[8, 8\], got \[8, 7\]",
+        ),
+        (
+            changed_tensors(
+                lambda t: [
+                    t.__setitem__(k.replace("to_q.", "to_v."), t.pop(k)) for k in list(t) if "1.to_q." in k
+                ]
+            ),
+            "whose blocks.1.to_v is no linear layer of that name",
+        ),
         (lambda f, m: (f / ADAPTER).write_bytes((f / ADAPTER).read_bytes()[:-9]), "Truncated or foreign"),
-        (lambda f, m: write_merged(m, f / "model.safetensors"), "expected one file of weights, got adapter_model.safetensors and model"),
+        (
+            lambda f, m: write_merged(m, f / "model.safetensors"),
+            "expected one file of weights, got adapter_model.safetensors and model",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refusals(model, tmp_path, change, message):
     write_adapter(model, tmp_path)
     change(tmp_path, model)
@@ -185,7 +246,9 @@ def test_refusals(model, tmp_path, change, message):
 
 
 def test_more_refusals(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected weights or a folder with adapter_model.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match="expected weights or a folder with adapter_model.safetensors"
+    ):
         read_weights(tmp_path)
     with pytest.raises(ValueError, match="write_adapter: expected adapters of one kind, got 0 kinds"):
         write_adapter(AdaptableFlow(), tmp_path)

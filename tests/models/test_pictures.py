@@ -39,7 +39,8 @@ def test_resizing_keeps_what_is_even_and_both_axes_alike(how, size):
     assert (opencv(even, size, how) == 77).all() and opencv(even, size, how).shape == (*size, 4)
     pixels = noise(16, 24)
     turned = opencv(pixels.T.copy(), size[::-1], how).T
-    assert np.abs(opencv(pixels, size, how).astype(int) - turned).max() <= 1  # columns are first: rounded by another order
+    # columns are first: rounded by another order
+    assert np.abs(opencv(pixels, size, how).astype(int) - turned).max() <= 1
     assert np.array_equal(opencv(pixels, (16, 24), how), pixels)
 
 
@@ -59,14 +60,23 @@ def test_cubic_goes_through_a_straight_line_within_the_border():
 def test_palettes_with_transparency_are_taken_and_opaque_pictures_refused_by_name(tmp_path):
     shown().quantize(16).save(tmp_path / "palette.png")
     assert Image.open(tmp_path / "palette.png").mode == "P"
-    assert read_cut_out(tmp_path / "palette.png", lambda image: image.getchannel("A").getbbox()) == (20, 10, 60, 50)
+    assert read_cut_out(tmp_path / "palette.png", lambda image: image.getchannel("A").getbbox()) == (
+        20,
+        10,
+        60,
+        50,
+    )
     shown().convert("LA").save(tmp_path / "grey.png")
     assert read_cut_out(tmp_path / "grey.png", lambda image: image.mode) == "RGBA"
     shown().convert("RGB").save(tmp_path / "opaque.png")
     with pytest.raises(ValueError, match=r"opaque.png: .*\(RGB\). Remove the background"):
         read_cut_out(tmp_path / "opaque.png", lambda image: image)
     shown((3, 3, 4, 4)).save(tmp_path / "dot.png")
-    for cut in (lambda image: on_white(image, 8, 0.15), lambda image: on_black(image, 8), lambda image: on_black_first(image, (8,))):
+    for cut in (
+        lambda image: on_white(image, 8, 0.15),
+        lambda image: on_black(image, 8),
+        lambda image: on_black_first(image, (8,)),
+    ):
         with pytest.raises(ValueError, match="dot.png: .*Choose another picture"):
             read_cut_out(tmp_path / "dot.png", cut)
 
@@ -83,10 +93,15 @@ def test_the_box_stands_in_the_middle_of_a_white_square():
 
 def test_over_black_before_resizing_differs_from_after_it():
     image = shown((20, 10, 60, 50))
-    first, last = on_black_first(image, (16,))[0], on_black(image, 16, margin=1.0)
+    first = on_black_first(image, (16,))[0]
+    last = on_black(image, 16, margin=1.0)
     assert first.shape == last.shape == (3, 16, 16)
     assert at_most(image, 50).size == (50, 40) and at_most(image, 100) is image
-    assert over_black(image)[0, 0].tolist() == [0, 0, 0] and over_black(image)[20, 30].tolist() == [200, 100, 50]
+    assert over_black(image)[0, 0].tolist() == [0, 0, 0] and over_black(image)[20, 30].tolist() == [
+        200,
+        100,
+        50,
+    ]
 
 
 def test_the_shorter_side_and_the_middle():
@@ -96,7 +111,11 @@ def test_the_shorter_side_and_the_middle():
 
 @pytest.mark.parametrize(
     ("place", "crop"),  # pixels shown: first and last of x, of y; and the square cut out, by hand
-    [((40, 59, 20, 39), (38, 18, 60, 40)), ((0, 30, 5, 14), (-3, -8, 33, 28)), ((10, 31, 7, 8), (8, -4, 32, 20))],
+    [
+        ((40, 59, 20, 39), (38, 18, 60, 40)),
+        ((0, 30, 5, 14), (-3, -8, 33, 28)),
+        ((10, 31, 7, 8), (8, -4, 32, 20)),
+    ],
 )
 def test_the_square_and_its_pixels_are_those_of_trellis(place, crop):
     left, right, top, bottom = place
@@ -104,15 +123,20 @@ def test_the_square_and_its_pixels_are_those_of_trellis(place, crop):
     y, x = np.mgrid[:60, :100]
     pixels[..., :3] = np.stack([2 * x + 20, 4 * y, 128 + 60 * np.sin(x / 9) * np.cos(y / 7)], -1)
     pixels[top : bottom + 1, left : right + 1, 3] = 205 + (x + y)[top : bottom + 1, left : right + 1] % 50
-    pixels[max(top - 1, 0), left : right + 1, 3] = np.maximum(pixels[max(top - 1, 0), left : right + 1, 3], 204)  # not quite opaque enough
+    # not quite opaque enough
+    pixels[max(top - 1, 0), left : right + 1, 3] = np.maximum(
+        pixels[max(top - 1, 0), left : right + 1, 3], 204
+    )
     room = np.pad(pixels, ((60, 60), (60, 60), (0, 0)))
     x0, y0, x1, y1 = (v + 60 for v in crop)
     square = Image.fromarray(room[y0:y1, x0:x1]).resize((518, 518), Image.Resampling.LANCZOS)
-    rgb, alpha = (np.asarray(part, np.float32) / np.float32(255) for part in (square.convert("RGB"), square.getchannel("A")))
+    rgb, alpha = (
+        np.asarray(part, np.float32) / np.float32(255)
+        for part in (square.convert("RGB"), square.getchannel("A"))
+    )
     want = np.floor(rgb * alpha[..., None] * np.float32(255)) / np.float32(255)
     got = on_black(Image.fromarray(pixels), 518)
     assert np.array_equal(got.permute(1, 2, 0).numpy(), want.astype(np.float32)) and got.max() > 0.5
-
 
 
 def test_an_object_is_cut_out_by_its_mask_with_its_places():
@@ -123,7 +147,10 @@ def test_an_object_is_cut_out_by_its_mask_with_its_places():
     points[4:, :, :] = torch.rand(16, 30, 3) + torch.tensor([0.0, 0.0, 2.0])
     cut = ObjectCut(size=12)
     told = object_inputs(pixels, points, cut)
-    assert all(told[name].shape == (channels, 12, 12) for name, channels in (("image", 3), ("mask", 1), ("pointmap", 3)))
+    assert all(
+        told[name].shape == (channels, 12, 12)
+        for name, channels in (("image", 3), ("mask", 1), ("pointmap", 3))
+    )
     assert box_about(torch.from_numpy(pixels[..., 3]), 1.2) == (3, 15, 7, 19)
     assert told["mask"].mean() > 0.4 and told["rgb_image_mask"].mean() < 0.2
     assert told["pointmap_shift"][2] > 2 and told["rgb_pointmap"].isnan().any()

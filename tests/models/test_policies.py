@@ -1,4 +1,6 @@
-"""Tuned networks kept and found again, on a base that is left alone, and pipelines that get their own networks back."""
+"""Tuned networks kept and found again, on a base that is left alone, and pipelines that get their own
+networks back.
+"""
 
 import copy
 import json
@@ -39,7 +41,8 @@ def places(model):
 
 @pytest.mark.parametrize("make", [adapted, all_tuned])
 def test_a_kept_policy_is_the_same_network(make, tmp_path):
-    model, base = make(), AdaptableFlow()
+    model = make()
+    base = AdaptableFlow()
     before = copy.deepcopy(base.state_dict())
     again = tuned_model(base, save_policy(model, tmp_path / "kept", {"step": 7}))
     assert torch.equal(run(again), run(model)) and not torch.equal(run(again), run(base))
@@ -59,7 +62,8 @@ def test_what_tuning_left_is_the_base_s_memory(tmp_path):
 
 
 def test_adapters_can_be_merged_so_that_others_fit(tmp_path):
-    model, base = adapted(), AdaptableFlow()
+    model = adapted()
+    base = AdaptableFlow()
     merged = tuned_model(base, save_policy(model, tmp_path, {}), merge=True)
     assert list(merged.state_dict()) == list(base.state_dict())
     torch.testing.assert_close(run(merged), run(model), rtol=0, atol=5e-7)
@@ -98,11 +102,16 @@ def test_another_kind_takes_the_place_of_the_old(tmp_path):
 
 def test_refusals(tmp_path):
     model = adapted()
-    with pytest.raises(ValueError, match=r"save_policy\(meta\): expected plain JSON values, got: .*PosixPath"):
+    with pytest.raises(
+        ValueError, match=r"save_policy\(meta\): expected plain JSON values, got: .*PosixPath"
+    ):
         save_policy(model, tmp_path, {"a": tmp_path})
     with torch.no_grad():
         model.blocks[0].to_q.lora_B.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="save_policy: expected finite weights, got others in blocks.0.to_q.lora_B.weight. Lower"):
+    with pytest.raises(
+        ValueError,
+        match="save_policy: expected finite weights, got others in blocks.0.to_q.lora_B.weight. Lower",
+    ):
         save_policy(model, tmp_path, {})
     assert os.listdir(tmp_path) == []
 
@@ -113,7 +122,8 @@ class Two:
 
 
 def test_a_pipeline_gets_its_own_networks_back():
-    pipeline, other = Two(), AdaptableFlow(seed=4)
+    pipeline = Two()
+    other = AdaptableFlow(seed=4)
     own = [s.model for s in pipeline.stages]
     with with_models(pipeline, {"voxels": other}) as same:
         assert same is pipeline and [s.model for s in pipeline.stages] == [own[0], other]
@@ -122,6 +132,9 @@ def test_a_pipeline_gets_its_own_networks_back():
         raise KeyError
     assert [s.model for s in pipeline.stages] == own
     wrong = {"structure": other, "mesh": other}
-    with pytest.raises(ValueError, match="expected one of structure, voxels, got 'mesh'"), with_models(pipeline, wrong):
+    with (
+        pytest.raises(ValueError, match="expected one of structure, voxels, got 'mesh'"),
+        with_models(pipeline, wrong),
+    ):
         pass
     assert [s.model for s in pipeline.stages] == own

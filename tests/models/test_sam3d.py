@@ -1,9 +1,19 @@
-"""SAM 3D's networks, beside the reference values (tests/compat/test_family_sam3d.py): batches, the step size, what points become."""
+"""SAM 3D's networks, beside the reference values (tests/compat/test_family_sam3d.py): batches, the step size,
+what points become.
+"""
 
 import pytest
 import torch
 
-from eg3d_rlhf.models.sam3d import REMAPS, LatentConfig, MixtureConfig, MixtureFlow, VoxelFlow, VoxelFlowConfig, remapped
+from eg3d_rlhf.models.sam3d import (
+    REMAPS,
+    LatentConfig,
+    MixtureConfig,
+    MixtureFlow,
+    VoxelFlow,
+    VoxelFlowConfig,
+    remapped,
+)
 from tests.models.test_trellis_flows import SMALL, inputs
 
 POSE = {"6drotation_normalized": 6, "translation": 3, "scale": 3, "translation_scale": 1}
@@ -11,7 +21,14 @@ LATENTS = {"shape": LatentConfig(in_channels=2, tokens=8, resolution=2)} | {
     name: LatentConfig(in_channels=channels, tokens=1) for name, channels in POSE.items()
 }
 SIZES = dict(
-    latents=LATENTS, model_channels=12, cond_channels=5, num_blocks=2, num_heads=2, mlp_ratio=2, is_shortcut_model=True, qk_rms_norm=True,
+    latents=LATENTS,
+    model_channels=12,
+    cond_channels=5,
+    num_blocks=2,
+    num_heads=2,
+    mlp_ratio=2,
+    is_shortcut_model=True,
+    qk_rms_norm=True,
     latent_share_transformer={"6drotation_normalized": tuple(POSE)},
 )
 
@@ -29,7 +46,8 @@ def drawn(size=2, seed=0):
 
 @torch.no_grad()
 def test_a_sample_is_the_same_in_any_batch():
-    model, (x, t, cond) = flow(), drawn(3)
+    model = flow()
+    x, t, cond = drawn(3)
     together = model(x, t, cond)
     alone = model({name: part[1:2] for name, part in x.items()}, t[1:2], cond[1:2])
     for name, part in alone.items():
@@ -38,10 +56,15 @@ def test_a_sample_is_the_same_in_any_batch():
 
 @torch.no_grad()
 def test_latents_and_steps_that_are_refused():
-    model, (x, t, cond) = flow(), drawn()
-    with pytest.raises(ValueError, match="expected 6drotation_normalized, .* or the shape alone, got scale, shape"):
+    model = flow()
+    x, t, cond = drawn()
+    with pytest.raises(
+        ValueError, match="expected 6drotation_normalized, .* or the shape alone, got scale, shape"
+    ):
         model({name: x[name] for name in ("shape", "scale")}, t, cond)
-    with pytest.raises(ValueError, match=r"MixtureFlow: expected no step size, since this model reads none, got \[0.5, 0.5\]"):
+    with pytest.raises(
+        ValueError, match=r"MixtureFlow: expected no step size, since this model reads none, got \[0.5, 0.5\]"
+    ):
         flow(is_shortcut_model=False)(x, t, cond, torch.full([2], 0.5))
     with pytest.raises(ValueError, match="VoxelFlow: expected no step size"):
         VoxelFlow(VoxelFlowConfig(**SMALL))(*inputs(), torch.zeros(2))
@@ -51,11 +74,20 @@ def test_latents_and_steps_that_are_refused():
 
 def test_what_points_become():
     x, y, z = point = (0.5, -2.0, 4.0)
-    asinh, log = (lambda v: float(torch.tensor(v).asinh())), (lambda v: float(torch.tensor(v).log()))
+
+    def asinh(v):
+        return float(torch.tensor(v).asinh())
+
+    def log(v):
+        return float(torch.tensor(v).log())
+
     want = {
-        "linear": point, "sinh": tuple(map(asinh, point)), "exp": (x / (1 + z), y / (1 + z), log(1 + z)),
-        "exp_disparity": (x / z, y / z, log(z)), "sinh_exp": (asinh(x), asinh(y), log(z)),
-    }  # fmt: skip
+        "linear": point,
+        "sinh": tuple(map(asinh, point)),
+        "exp": (x / (1 + z), y / (1 + z), log(1 + z)),
+        "exp_disparity": (x / z, y / z, log(z)),
+        "sinh_exp": (asinh(x), asinh(y), log(z)),
+    }
     assert set(want) == set(REMAPS)
     for how, values in want.items():
         assert remapped(torch.tensor(point)[None], how)[0].tolist() == pytest.approx(values, rel=1e-6)

@@ -8,7 +8,8 @@ import torch
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.blocks import SparseLayout, curve_windows, windows
 
-H, D = 2, 4
+H = 2
+D = 4
 
 
 def batch(lengths=(7, 7, 12, 1, 9), grid=6, seed=0):
@@ -38,14 +39,25 @@ def along_curve(x, window, shift=0, start=0):
     """Which rows each row sees, with bits and windows written out."""
 
     def code(row):
-        return int("".join("".join(bits) for bits in zip(*(f"{int(c) + shift:010b}" for c in x.coords[row, 1:]), strict=True)), 2)
+        return int(
+            "".join(
+                "".join(bits)
+                for bits in zip(*(f"{int(c) + shift:010b}" for c in x.coords[row, 1:]), strict=True)
+            ),
+            2,
+        )
 
     together = torch.zeros(len(x.coords), len(x.coords), dtype=torch.bool)
     for sample in range(x.size):
         rows = sorted((r for r in range(len(x.coords)) if int(x.sample[r]) == sample), key=code)
-        n, parts = len(rows), math.ceil(len(rows) / window)
+        n = len(rows)
+        parts = math.ceil(len(rows) / window)
         for i in range(parts):
-            kept = range(math.floor(i * n / parts + start), math.floor((i + 1) * n / parts + start)) if parts > 1 else range(n)
+            kept = (
+                range(math.floor(i * n / parts + start), math.floor((i + 1) * n / parts + start))
+                if parts > 1
+                else range(n)
+            )
             left = math.floor((i + 0.5) * n / parts + start - window / 2)
             seen = range(left, left + window) if parts > 1 else range(n)
             for p in kept:
@@ -56,14 +68,20 @@ def along_curve(x, window, shift=0, start=0):
 @pytest.mark.parametrize(("window", "shift"), [(None, 0), (4, 0), (4, 2), (2, 1), (8, 4), (64, 0)])
 def test_self_attention_joins_voxels_of_a_sample_or_window(window, shift):
     x = batch()
-    assert_attends(x, None if window is None else windows(x, window, shift), same_window(x, window or 64, shift))
+    assert_attends(
+        x, None if window is None else windows(x, window, shift), same_window(x, window or 64, shift)
+    )
 
 
-@pytest.mark.parametrize(("window", "shift", "start"), [(4, 0, 0), (4, 16, 0), (4, 0, 2), (5, 3, 1), (12, 0, 0), (64, 16, 0)])
+@pytest.mark.parametrize(
+    ("window", "shift", "start"), [(4, 0, 0), (4, 16, 0), (4, 0, 2), (5, 3, 1), (12, 0, 0), (64, 16, 0)]
+)
 def test_windows_along_the_curve_overlap_and_each_voxel_keeps_one_result(window, shift, start):
     x = batch()
     assert_attends(x, curve_windows(x, window, shift, start), along_curve(x, window, shift, start))
-    assert curve_windows(x, window, shift, start) is curve_windows(x.with_feats(x.feats + 1), window, shift, start)
+    assert curve_windows(x, window, shift, start) is curve_windows(
+        x.with_feats(x.feats + 1), window, shift, start
+    )
 
 
 def assert_attends(x, groups, together):
@@ -73,12 +91,17 @@ def assert_attends(x, groups, together):
     want = oracle(q, k, v, together)
     torch.testing.assert_close(out, want)
     cotangent = heads(len(x.coords), 2, 1)[0]
-    for got, expected in zip(torch.autograd.grad(out, (q, k, v), cotangent), torch.autograd.grad(want, (q, k, v), cotangent), strict=True):
+    for got, expected in zip(
+        torch.autograd.grad(out, (q, k, v), cotangent),
+        torch.autograd.grad(want, (q, k, v), cotangent),
+        strict=True,
+    ):
         torch.testing.assert_close(got, expected)
 
 
 def test_cross_attention_reads_the_tokens_of_its_sample():
-    x, tokens = batch(), 5
+    x = batch()
+    tokens = 5
     q = heads(len(x.coords), 1, 1)[0]
     k, v = (h.view(x.size, tokens, H, D) for h in heads(x.size * tokens, 2, 2))
     own = x.sample[:, None] == torch.arange(x.size).repeat_interleave(tokens)

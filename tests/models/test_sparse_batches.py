@@ -79,7 +79,9 @@ def test_other_features_share_what_the_coordinates_decide():
     other = with_feats(batch, feats_of(batch).new_zeros(71, 5))
     assert other.cache is batch.cache and other.coords is batch.coords
     half = batch.to(torch.bfloat16)
-    assert half.feats.dtype == torch.bfloat16 and half.coords.dtype == torch.int32 and half.cache is batch.cache
+    assert (
+        half.feats.dtype == torch.bfloat16 and half.coords.dtype == torch.int32 and half.cache is batch.cache
+    )
 
 
 def test_shapes_that_do_not_fit_are_refused():

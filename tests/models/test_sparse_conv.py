@@ -28,13 +28,17 @@ def random_batch(channels=3, share=0.4, size=2, seed=0, dtype=torch.float64):
     for _ in range(size):
         coords = (torch.rand(R, R, R, generator=g) < share).nonzero()
         coords = coords[torch.randperm(len(coords), generator=g)]
-        samples.append(SparseSample(coords.int(), torch.randn(len(coords), channels, generator=g, dtype=dtype)))
+        samples.append(
+            SparseSample(coords.int(), torch.randn(len(coords), channels, generator=g, dtype=dtype))
+        )
     return SparseBatch.join(samples)
 
 
 def kernel(channels=3, out=4, seed=1, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(out, 3, 3, 3, channels, generator=g, dtype=dtype), torch.randn(out, generator=g, dtype=dtype)
+    return torch.randn(out, 3, 3, 3, channels, generator=g, dtype=dtype), torch.randn(
+        out, generator=g, dtype=dtype
+    )
 
 
 def dense_oracle(x, weight, bias):
@@ -49,26 +53,37 @@ def dense_oracle(x, weight, bias):
 @pytest.mark.parametrize("numbers", [15, 10_000])
 def test_equals_a_dense_convolution_with_its_gradients(share, numbers, monkeypatch):
     monkeypatch.setattr(sparse_conv, "NUMBERS", numbers)
-    x, (weight, bias) = random_batch(share=share), kernel()
+    x = random_batch(share=share)
+    weight, bias = kernel()
     inputs = [v.requires_grad_() for v in (x.feats.clone(), weight, bias)]
     out = submanifold_conv(x.with_feats(inputs[0]), *inputs[1:]).feats
     want = dense_oracle(x.with_feats(inputs[0]), *inputs[1:])
     torch.testing.assert_close(out, want)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
-    for got, expected in zip(torch.autograd.grad(out, inputs, cotangent), torch.autograd.grad(want, inputs, cotangent), strict=True):
+    for got, expected in zip(
+        torch.autograd.grad(out, inputs, cotangent), torch.autograd.grad(want, inputs, cotangent), strict=True
+    ):
         torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("share", [0.1, 1.0])
 def test_features_of_halved_voxels_are_those_of_every_voxel_in_them(share):
-    x, (weight, bias) = random_batch(share=share), kernel()
+    x = random_batch(share=share)
+    weight, bias = kernel()
     row = coarser(x).row
-    features = torch.randn(len(coarser(x).coords), weight.shape[-1], generator=torch.Generator().manual_seed(3), dtype=weight.dtype)
+    features = torch.randn(
+        len(coarser(x).coords),
+        weight.shape[-1],
+        generator=torch.Generator().manual_seed(3),
+        dtype=weight.dtype,
+    )
     inputs = [v.requires_grad_() for v in (features, weight, bias)]
     out = submanifold_conv(x, *inputs[1:], coarse=inputs[0]).feats
     want = submanifold_conv(x.with_feats(inputs[0][row]), *inputs[1:]).feats
     torch.testing.assert_close(out, want)
-    for got, expected in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (out, want)), strict=True):
+    for got, expected in zip(
+        *(torch.autograd.grad(y.square().sum(), inputs) for y in (out, want)), strict=True
+    ):
         torch.testing.assert_close(got, expected)
 
 
@@ -82,12 +97,19 @@ def test_opposite_borders_of_the_grid_are_no_neighbours():
 def test_refuses_what_it_cannot_compute():
     weight, bias = kernel()
     twice = SparseBatch(torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.float64), 1)
-    with pytest.raises(ValueError, match="expected every voxel once and no negative index, got others. Remove the repeated rows"):
+    with pytest.raises(
+        ValueError,
+        match="expected every voxel once and no negative index, got others. Remove the repeated rows",
+    ):
         submanifold_conv(twice, weight, bias)
-    below = SparseBatch(torch.tensor([[0, -1, 0, 0]], dtype=torch.int32), torch.zeros(1, 3, dtype=torch.float64), 1)
+    below = SparseBatch(
+        torch.tensor([[0, -1, 0, 0]], dtype=torch.int32), torch.zeros(1, 3, dtype=torch.float64), 1
+    )
     with pytest.raises(ValueError, match="no negative index"):
         submanifold_conv(below, weight, bias)
-    with pytest.raises(ValueError, match=r"submanifold_conv.weight: expected \[B, 3, 3, 3, 3\], got \[4, 3, 3, 3, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"submanifold_conv.weight: expected \[B, 3, 3, 3, 3\], got \[4, 3, 3, 3, 2\]"
+    ):
         submanifold_conv(random_batch(), weight[..., :2], bias)
     with pytest.raises(ValueError, match="expected one of auto, torch, spconv, got 'dense'. Choose one"):
         SubmanifoldConv(3, 4, backend="dense")
@@ -95,7 +117,10 @@ def test_refuses_what_it_cannot_compute():
 
 def test_refuses_spconv_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(sparse_conv, "has_spconv", lambda: False)
-    with pytest.raises(ValueError, match="expected the package spconv, got none. Install it for this CUDA version, or use 'torch'"):
+    with pytest.raises(
+        ValueError,
+        match="expected the package spconv, got none. Install it for this CUDA version, or use 'torch'",
+    ):
         SubmanifoldConv(3, 4, backend="spconv")
 
 
@@ -110,7 +135,9 @@ def test_downsampling_divides_the_sum_of_n_by_n_plus_1_in_sorted_order():
     got = downsample(x)
     assert list(map(tuple, got.coords.tolist())) == sorted(cells)
     assert got.coords.dtype == torch.int32 and got.coords.is_contiguous() and got.size == x.size
-    torch.testing.assert_close(got.feats, torch.stack([sum(cells[key]) / (len(cells[key]) + 1) for key in sorted(cells)]))
+    torch.testing.assert_close(
+        got.feats, torch.stack([sum(cells[key]) / (len(cells[key]) + 1) for key in sorted(cells)])
+    )
 
 
 def test_gradients_reach_the_features():
@@ -123,7 +150,8 @@ def test_gradients_reach_the_features():
 @pytest.mark.parametrize(("resample", "channels"), [("", 4), ("", 6), ("down", 6)])
 def test_a_block_with_dead_convolutions_is_its_skip(resample, channels):
     torch.manual_seed(0)
-    x, block = random_batch(channels=4, dtype=torch.float32), SparseResBlock(4, channels, 5, resample=resample)
+    x = random_batch(channels=4, dtype=torch.float32)
+    block = SparseResBlock(4, channels, 5, resample=resample)
     for parameter in block.conv2.parameters():
         torch.nn.init.zeros_(parameter)
     got = block(x, torch.randn(2, 5))

@@ -23,13 +23,34 @@ from eg3d_rlhf.models.trellis2 import (
 )
 
 FLOW = dict(
-    resolution=4, in_channels=3, out_channels=3, model_channels=24, cond_channels=5, num_blocks=1, num_heads=2, mlp_ratio=2, share_mod=True,
-    qk_rms_norm=True, qk_rms_norm_cross=True, pe_mode="rope",
+    resolution=4,
+    in_channels=3,
+    out_channels=3,
+    model_channels=24,
+    cond_channels=5,
+    num_blocks=1,
+    num_heads=2,
+    mlp_ratio=2,
+    share_mod=True,
+    qk_rms_norm=True,
+    qk_rms_norm_cross=True,
+    pe_mode="rope",
 )
 DECODER = dict(
-    model_channels=(16, 8), latent_channels=3, num_blocks=(1, 0), block_type=(BLOCK, BLOCK), up_block_type=(SPLIT,), block_args=({}, {})
+    model_channels=(16, 8),
+    latent_channels=3,
+    num_blocks=(1, 0),
+    block_type=(BLOCK, BLOCK),
+    up_block_type=(SPLIT,),
+    block_args=({}, {}),
 )
-ENCODER = dict(model_channels=(8, 16), latent_channels=3, num_blocks=(0, 1), block_type=(BLOCK, BLOCK), down_block_type=(MERGE,))
+ENCODER = dict(
+    model_channels=(8, 16),
+    latent_channels=3,
+    num_blocks=(0, 1),
+    block_type=(BLOCK, BLOCK),
+    down_block_type=(MERGE,),
+)
 
 
 def shapes(module):
@@ -40,7 +61,9 @@ def voxels(seed=0, size=2, side=4, channels=3):
     g = torch.Generator().manual_seed(seed)
     samples = []
     for i in range(size):
-        coords = torch.cartesian_prod(*[torch.arange(side)] * 3)[torch.randperm(side**3, generator=g)[: 6 + 3 * i]]
+        coords = torch.cartesian_prod(*[torch.arange(side)] * 3)[
+            torch.randperm(side**3, generator=g)[: 6 + 3 * i]
+        ]
         samples.append(SparseSample(coords.int(), torch.randn(len(coords), channels, generator=g)))
     return SparseBatch.join(samples)
 
@@ -56,8 +79,11 @@ def built(kind, **changes):
 
 
 def test_a_key_and_a_query_meet_by_the_difference_of_their_places():
-    q, k, far = torch.randn(1, 1, 24), torch.randn(1, 1, 24), torch.tensor([[5, -3, 9]])
-    here, there = torch.tensor([[1, 2, 3]]), torch.tensor([[4, 0, 2]])
+    q = torch.randn(1, 1, 24)
+    k = torch.randn(1, 1, 24)
+    far = torch.tensor([[5, -3, 9]])
+    here = torch.tensor([[1, 2, 3]])
+    there = torch.tensor([[4, 0, 2]])
 
     def product(a, b):
         return (rotate(q, angles_of(a, 24)) * rotate(k, angles_of(b, 24))).sum()
@@ -67,19 +93,25 @@ def test_a_key_and_a_query_meet_by_the_difference_of_their_places():
 
 
 def test_a_flow_sees_no_shift_of_all_voxels_but_one_of_some():
-    flow, x, (t, cond) = built(VoxelFlow, resolution=32), voxels(), inputs()
+    flow = built(VoxelFlow, resolution=32)
+    x = voxels()
+    t, cond = inputs()
     moved = x.coords.clone()
     moved[:, 1:] += torch.tensor([9, 2, 17], dtype=torch.int32)
     some = x.coords.clone()
     some[0, 1:] += 4
     with torch.no_grad():
-        before, after, other = (flow(SparseBatch(c, x.feats, 2), t, cond).feats for c in (x.coords, moved, some))
+        before, after, other = (
+            flow(SparseBatch(c, x.feats, 2), t, cond).feats for c in (x.coords, moved, some)
+        )
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
     assert (before - other).abs().max() > 1e-4
 
 
 def test_on_all_voxels_both_flows_are_the_same_network():
-    dense, sparse, (t, cond) = built(StructureFlow), built(VoxelFlow), inputs(1)
+    dense = built(StructureFlow)
+    sparse = built(VoxelFlow)
+    t, cond = inputs(1)
     sparse.load_state_dict(dense.state_dict())
     x = torch.randn(1, 3, 4, 4, 4)
     coords = dense.places().int()
@@ -90,12 +122,16 @@ def test_on_all_voxels_both_flows_are_the_same_network():
 
 
 def test_features_beside_the_latent_widen_the_input_and_nothing_else():
-    plain, wide = built(VoxelFlow), built(VoxelFlow, in_channels=7)
+    plain = built(VoxelFlow)
+    wide = built(VoxelFlow, in_channels=7)
     changed = {name for name, shape in shapes(wide).items() if shape != shapes(plain)[name]}
     assert changed == {"input_layer.weight"} and wide.input_layer.weight.shape == (24, 7)
     state = plain.state_dict()
-    wide.load_state_dict(state | {"input_layer.weight": torch.nn.functional.pad(state["input_layer.weight"], (0, 4))})
-    x, (t, cond) = voxels(), inputs()
+    wide.load_state_dict(
+        state | {"input_layer.weight": torch.nn.functional.pad(state["input_layer.weight"], (0, 4))}
+    )
+    x = voxels()
+    t, cond = inputs()
     more = replace(x, given=torch.randn(len(x.feats), 4))
     with torch.no_grad():
         assert torch.equal(wide(more, t, cond).feats, plain(x, t, cond).feats)  # read by zeros
@@ -108,8 +144,10 @@ def test_features_beside_the_latent_widen_the_input_and_nothing_else():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pe_mode": "ape"}, "expected pe_mode 'rope'"), ({"dtype": "f8"}, "and dtype float32, fp32, .* got 'rope' and 'f8'"),
-        ({"num_heads": 5}, "expected model_channels to divide by heads"), ({"in_channels": 2}, "in_channels >= out_channels"),
+        ({"pe_mode": "ape"}, "expected pe_mode 'rope'"),
+        ({"dtype": "f8"}, "and dtype float32, fp32, .* got 'rope' and 'f8'"),
+        ({"num_heads": 5}, "expected model_channels to divide by heads"),
+        ({"in_channels": 2}, "in_channels >= out_channels"),
         ({"num_heads": 8}, "expected heads of an even number of channels, 6 or more"),
     ],
 )
@@ -130,24 +168,36 @@ def test_split_moves_channels_into_space_and_merge_back():
     there[0, 0] = there[0, 1] = there[1, 4] = True
     out = split(x, there)
     assert out.coords.tolist() == [[0, 2, 4, 6], [0, 3, 4, 6], [1, 0, 0, 1]]
-    assert out.feats.tolist() == [[0, 1], [2, 3], [24, 25]]  # child 4 of the second: channels 8 and 9 of its 16
+    # child 4 of the second: channels 8 and 9 of its 16
+    assert out.feats.tolist() == [[0, 1], [2, 3], [24, 25]]
     back = merge(out)
-    assert torch.equal(back.coords, coords) and torch.equal(back.feats, x.feats * there.repeat_interleave(2, 1))
+    assert torch.equal(back.coords, coords) and torch.equal(
+        back.feats, x.feats * there.repeat_interleave(2, 1)
+    )
     every = split(x, torch.ones(2, 8, dtype=torch.bool))
-    assert torch.equal(every.feats.flatten(), x.feats.flatten()) and len(torch.unique(every.coords, dim=0)) == 16
+    assert (
+        torch.equal(every.feats.flatten(), x.feats.flatten()) and len(torch.unique(every.coords, dim=0)) == 16
+    )
     with pytest.raises(ValueError, match="expected voxels with children"):
         split(x, torch.zeros(2, 8, dtype=torch.bool))
 
 
 def test_a_decoder_that_is_told_finds_the_voxels_of_the_one_that_says():
     torch.manual_seed(1)
-    says, told = (VoxelDecoder(VoxelDecoderConfig(**DECODER, **more)) for more in ({}, dict(pred_subdiv=False, out_channels=6)))
+    says, told = (
+        VoxelDecoder(VoxelDecoderConfig(**DECODER, **more))
+        for more in ({}, dict(pred_subdiv=False, out_channels=6))
+    )
     x = voxels()
     with torch.no_grad():
         shape, children = says(x)
         colours, _ = told(x, children)
         coarse, none = says(x, levels=0)
-    assert shape.feats.shape[1] == 7 and colours.feats.shape[1] == 6 and torch.equal(shape.coords, colours.coords)
+    assert (
+        shape.feats.shape[1] == 7
+        and colours.feats.shape[1] == 6
+        and torch.equal(shape.coords, colours.coords)
+    )
     assert len(shape.coords) == int((children[0] > 0).sum()) and none == []
     assert torch.equal(coarse.coords, x.coords)
     with pytest.raises(ValueError, match="expected the children of 1 splits, got None"):
@@ -157,7 +207,8 @@ def test_a_decoder_that_is_told_finds_the_voxels_of_the_one_that_says():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_blocks": (1,)}, "for every level"), ({"block_type": (BLOCK, "SparseResBlock3d")}, "got SparseResBlock3d. Others are"),
+        ({"num_blocks": (1,)}, "for every level"),
+        ({"block_type": (BLOCK, "SparseResBlock3d")}, "got SparseResBlock3d. Others are"),
         ({"model_channels": (16, 7)}, "channels that eight children can share"),
     ],
 )

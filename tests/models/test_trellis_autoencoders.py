@@ -23,10 +23,16 @@ from tests.models.test_sparse_attention import along_curve, oracle
 from tests.models.test_sparse_conv import R, random_batch
 
 SETTINGS = {
-    "lr": {"_xyz": 1.0, "_features_dc": 1.0, "_opacity": 1.0, "_scaling": 1.0, "_rotation": 0.1}, "perturb_offset": True, "voxel_size": 1.5,
-    "num_gaussians": 4, "2d_filter_kernel_size": 0.1, "3d_filter_kernel_size": 9e-4, "scaling_bias": 4e-3, "opacity_bias": 0.1,
+    "lr": {"_xyz": 1.0, "_features_dc": 1.0, "_opacity": 1.0, "_scaling": 1.0, "_rotation": 0.1},
+    "perturb_offset": True,
+    "voxel_size": 1.5,
+    "num_gaussians": 4,
+    "2d_filter_kernel_size": 0.1,
+    "3d_filter_kernel_size": 9e-4,
+    "scaling_bias": 4e-3,
+    "opacity_bias": 0.1,
     "scaling_activation": "softplus",
-}  # fmt: skip
+}
 SMALL = dict(resolution=R, model_channels=12, latent_channels=3, num_blocks=2, num_heads=2, window_size=2)
 
 
@@ -44,12 +50,19 @@ def decoder(**changes):
     return GaussianDecoder(GaussianDecoderConfig(representation_config={**SETTINGS, **changes}, **SMALL))
 
 
-CHANGES = [{}, {"attn_mode": "full"}, {"attn_mode": "shift_window"}, {"qk_rms_norm": True}, {"use_checkpoint": True}]
+CHANGES = [
+    {},
+    {"attn_mode": "full"},
+    {"attn_mode": "shift_window"},
+    {"qk_rms_norm": True},
+    {"use_checkpoint": True},
+]
 
 
 @pytest.mark.parametrize("changes", CHANGES)
 def test_encodes_every_voxel_and_trains_every_parameter(changes):
-    x, model = random_batch(dtype=torch.float32), encoder(**changes)
+    x = random_batch(dtype=torch.float32)
+    model = encoder(**changes)
     mean, logvar = model(x)
     assert mean.feats.shape == logvar.feats.shape == (len(x.coords), 3) and mean.coords is x.coords
     (mean.feats.sum() + logvar.feats.square().sum()).backward()
@@ -73,8 +86,11 @@ def test_every_other_block_sees_over_the_borders_of_windows():
 
 @pytest.mark.parametrize(("mode", "odd"), [("shift_window", {"shift": 16}), ("shift_sequence", {"start": 1})])
 def test_windows_along_the_curve_of_every_block(mode, odd):
-    """The whole encoder in float64 with masked attention; every other block has a curve, or cuts, of its own."""
-    x, model = random_batch(dtype=torch.float32), encoder(attn_mode=mode, window_size=3, num_blocks=3)
+    """The whole encoder in float64 with masked attention;
+    every other block has a curve, or cuts, of its own.
+    """
+    x = random_batch(dtype=torch.float32)
+    model = encoder(attn_mode=mode, window_size=3, num_blocks=3)
     x.coords[:, 1:] *= 11  # far enough apart that 16 voxels make another curve
     p = {name: value.double() for name, value in model.state_dict().items()}
     together = [along_curve(x, 3), along_curve(x, 3, **odd)]
@@ -101,16 +117,21 @@ def test_windows_along_the_curve_of_every_block(mode, odd):
 @pytest.mark.parametrize("activation", ["softplus", "exp"])
 def test_zeros_mean_the_biases_of_the_file(activation):
     zeros = Gaussians(
-        xyz=torch.full([1, 3], 0.5), features_dc=torch.zeros(1, 1, 3), scaling=torch.zeros(1, 3), rotation=torch.zeros(1, 4),
-        opacity=torch.zeros(1, 1), settings=gaussian_settings(scaling_activation=activation),
-    )  # fmt: skip
+        xyz=torch.full([1, 3], 0.5),
+        features_dc=torch.zeros(1, 1, 3),
+        scaling=torch.zeros(1, 3),
+        rotation=torch.zeros(1, 4),
+        opacity=torch.zeros(1, 1),
+        settings=gaussian_settings(scaling_activation=activation),
+    )
     assert zeros.means.tolist() == [[0, 0, 0]] and zeros.rotations.tolist() == [[1, 0, 0, 0]]
     torch.testing.assert_close(zeros.scales, torch.full([1, 3], math.hypot(4e-3, 9e-4)))
     torch.testing.assert_close(zeros.opacities, torch.tensor([[0.1]]))
 
 
 def test_gaussians_stay_within_reach_of_their_voxel():
-    x, model = random_batch(dtype=torch.float32), decoder()
+    x = random_batch(dtype=torch.float32)
+    model = decoder()
     found = model(x)
     assert [len(g.xyz) for g in found] == (4 * x.lengths).tolist()
     centre = ((x.samples()[0].coords + 0.5) / R).repeat_interleave(4, 0)
@@ -129,7 +150,10 @@ def test_without_offsets_gaussians_lie_on_a_hammersley_set():
     ("changes", "text"),
     [
         ({"voxel_size": 1.0}, "expected voxel_size > 1 with perturb_offset, got 1.0"),
-        ({"lr": {"_xyz": 1.0}}, "expected lr for _xyz, _features_dc, _scaling, _rotation, _opacity, got _xyz"),
+        (
+            {"lr": {"_xyz": 1.0}},
+            "expected lr for _xyz, _features_dc, _scaling, _rotation, _opacity, got _xyz",
+        ),
         ({"scaling_activation": "relu"}, "expected scaling_activation exp or softplus, got 'relu'"),
         ({"opacity_bias": 1.0}, "0 < opacity_bias < 1"),
         ({"sh_degree": 3}, "expected the names of representation_config, got .*sh_degree"),
@@ -140,7 +164,8 @@ def test_refuses_settings_of_gaussians_that_do_not_fit(changes, text):
         decoder(**changes)
 
 
-# The occupancy autoencoder with group norms against the same written out in float64; of layer norms tests/compat has reference values.
+# The occupancy autoencoder with group norms against the same written out in float64; of layer norms
+# tests/compat has reference values.
 
 
 GRIDS = dict(latent_channels=3, num_res_blocks=1, num_res_blocks_middle=1, norm_type="group")
@@ -162,7 +187,9 @@ class Oracle:
         for sample, into in zip(x, out, strict=True):
             for g in range(32):
                 group = sample[g * size : (g + 1) * size]
-                into[g * size : (g + 1) * size] = (group - group.mean()) / (group.var(correction=0) + 1e-5).sqrt()
+                into[g * size : (g + 1) * size] = (group - group.mean()) / (
+                    group.var(correction=0) + 1e-5
+                ).sqrt()
         return out * self.p[f"{name}.weight"].view(-1, 1, 1, 1) + self.p[f"{name}.bias"].view(-1, 1, 1, 1)
 
     def residual(self, x, name):
@@ -186,7 +213,8 @@ def drawn(model, seed=0):
 def test_encoder_with_group_norms():
     torch.manual_seed(0)
     model = drawn(StructureEncoder(StructureVAEConfig(in_channels=1, channels=(32, 64), **GRIDS)))
-    x, o = (torch.rand(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1)) > 0.5).float(), Oracle(model)
+    x = (torch.rand(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1)) > 0.5).float()
+    o = Oracle(model)
     h = o.residual(o.conv(x.double(), "input_layer", padding=1), "blocks.0")
     h = o.residual(o.conv(h, "blocks.1.conv", stride=2), "blocks.2")
     want = o.out(o.residual(h, "middle_block.0"))
@@ -197,7 +225,8 @@ def test_encoder_with_group_norms():
 def test_decoder_with_group_norms():
     torch.manual_seed(0)
     model = drawn(StructureDecoder(StructureVAEConfig(out_channels=1, channels=(64, 32), **GRIDS)))
-    x, o = torch.randn(2, 3, 2, 2, 2, generator=torch.Generator().manual_seed(1)), Oracle(model)
+    x = torch.randn(2, 3, 2, 2, 2, generator=torch.Generator().manual_seed(1))
+    o = Oracle(model)
     h = o.residual(o.residual(o.conv(x.double(), "input_layer", padding=1), "middle_block.0"), "blocks.0")
     h = o.conv(h, "blocks.1.conv", padding=1)  # [2, 8 * 32, 2, 2, 2]
     up = torch.empty(2, 32, 4, 4, 4, dtype=torch.float64)
@@ -213,5 +242,7 @@ def test_decoder_with_group_norms():
 def test_norms_that_are_refused():
     with pytest.raises(ValueError, match="expected norm_type layer or group, got 'batch'"):
         StructureVAEConfig(in_channels=1, channels=(32,), **{**GRIDS, "norm_type": "batch"})
-    with pytest.raises(ValueError, match=r"expected channels in multiples of 32 with norm_type 'group', got \[8, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"expected channels in multiples of 32 with norm_type 'group', got \[8, 32\]"
+    ):
         StructureVAEConfig(in_channels=1, channels=(8, 32), **GRIDS)

@@ -13,7 +13,14 @@ from eg3d_rlhf.models.trellis.sparse_conv import Kernel
 from tests.models.test_sparse_conv import R, random_batch
 
 SMALL = dict(
-    resolution=R, in_channels=3, out_channels=3, model_channels=24, cond_channels=5, num_blocks=2, num_heads=2, io_block_channels=(12,),
+    resolution=R,
+    in_channels=3,
+    out_channels=3,
+    model_channels=24,
+    cond_channels=5,
+    num_blocks=2,
+    num_heads=2,
+    io_block_channels=(12,),
     qk_rms_norm=True,
 )
 
@@ -25,11 +32,16 @@ def model(**changes):
 
 def inputs(size=2):
     g = torch.Generator().manual_seed(5)
-    return random_batch(dtype=torch.float32, size=size), torch.rand(size, generator=g), torch.randn(size, 4, 5, generator=g)
+    return (
+        random_batch(dtype=torch.float32, size=size),
+        torch.rand(size, generator=g),
+        torch.randn(size, 4, 5, generator=g),
+    )
 
 
 def test_samples_of_a_batch_know_nothing_of_each_other():
-    flow, (x, t, cond) = model(), inputs(3)
+    flow = model()
+    x, t, cond = inputs(3)
     with torch.no_grad():
         together = flow(x, t, cond).samples()
         for i, sample in enumerate(x.samples()):
@@ -40,7 +52,8 @@ def test_samples_of_a_batch_know_nothing_of_each_other():
 def test_recomputation_changes_no_bit():
     results = []
     for recompute in (False, True):
-        flow, (x, t, cond) = model(use_checkpoint=recompute), inputs()
+        flow = model(use_checkpoint=recompute)
+        x, t, cond = inputs()
         loss = flow(x, t, cond).feats.square().mean()
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in flow.parameters())])
@@ -51,12 +64,15 @@ def test_recomputation_changes_no_bit():
 def test_recomputation_keeps_less():
     kept = {}
     for recompute in (False, True):
-        flow, (x, t, cond) = model(use_checkpoint=recompute, num_blocks=6), inputs()
+        flow = model(use_checkpoint=recompute, num_blocks=6)
+        x, t, cond = inputs()
         flow.requires_grad_(False)
         add_lora(flow, LoraConfig(rank=2), 0)
         flow(x, t, cond)  # what depends on coordinates alone is found
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda v, sizes=sizes: sizes.append(v.numel()) or v, lambda v: v):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda v, sizes=sizes: sizes.append(v.numel()) or v, lambda v: v
+        ):
             flow(x, t, cond)
         kept[recompute] = sum(sizes)
     assert kept[True] < kept[False] / 5
@@ -65,14 +81,20 @@ def test_recomputation_keeps_less():
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(patch_size=1, io_block_channels=None), dict(resolution=8, patch_size=4, io_block_channels=[8, 16]), dict(num_io_res_blocks=3),
-        dict(num_io_res_blocks=1), dict(use_skip_connection=False), dict(share_mod=True), dict(qk_rms_norm_cross=True),
+        dict(patch_size=1, io_block_channels=None),
+        dict(resolution=8, patch_size=4, io_block_channels=[8, 16]),
+        dict(num_io_res_blocks=3),
+        dict(num_io_res_blocks=1),
+        dict(use_skip_connection=False),
+        dict(share_mod=True),
+        dict(qk_rms_norm_cross=True),
         dict(num_heads=None, num_head_channels=12),
     ],
     ids=lambda c: ",".join(c),
 )
 def test_variants_compute_and_train_every_parameter(changes):
-    flow, (x, t, cond) = model(**changes), inputs()
+    flow = model(**changes)
+    x, t, cond = inputs()
     out = flow(x, t, cond)
     assert out.coords is x.coords and out.feats.shape == x.feats.shape
     out.feats.square().sum().backward()
@@ -80,10 +102,13 @@ def test_variants_compute_and_train_every_parameter(changes):
 
 
 def test_half_precision_blocks_between_float32_ends():
-    flow, (x, t, cond) = model(), inputs()
+    flow = model()
+    x, t, cond = inputs()
     with torch.no_grad():
         full = flow(x, t, cond).feats
-        convert_torso((flow.input_blocks, flow.blocks, flow.out_blocks), torch.bfloat16, (torch.nn.Linear, Kernel))
+        convert_torso(
+            (flow.input_blocks, flow.blocks, flow.out_blocks), torch.bfloat16, (torch.nn.Linear, Kernel)
+        )
         half = flow(x, t, cond).feats
     assert half.dtype == torch.float32 and flow.out_layer.weight.dtype == torch.float32
     torch.testing.assert_close(half, full, rtol=0.1, atol=0.1)
@@ -91,7 +116,8 @@ def test_half_precision_blocks_between_float32_ends():
 
 
 def test_time_reaches_the_output_as_a_thousandfold():
-    flow, (x, _, cond) = model(), inputs()
+    flow = model()
+    x, _, cond = inputs()
     seen = []
     flow.t_embedder.mlp[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     flow(x, torch.tensor([0.001, 0.25]), cond)

@@ -35,17 +35,28 @@ def _bytes(content: bytes):
     return lambda path: path.write_bytes(content)
 
 
-@pytest.mark.parametrize(("write", "says"), [
-    (_bytes(b""), "a.pt"), (_bytes(b"junk"), "a.pt"), (_bytes(b"PK\x03\x04" * 9), "a.pt"), (lambda path: torch.save([1], path), "list"),
-    (lambda path: torch.save({}, path), "dict"), (lambda path: torch.save({"a": "text"}, path), "dict"),
-    (_bytes(pickle.dumps({"a": Bomb()}, 2)), "a pickle that asks for more"),
-    (lambda path: torch.save({"a": Bomb()}, path), "a pickle that asks for more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (_bytes(b""), "a.pt"),
+        (_bytes(b"junk"), "a.pt"),
+        (_bytes(b"PK\x03\x04" * 9), "a.pt"),
+        (lambda path: torch.save([1], path), "list"),
+        (lambda path: torch.save({}, path), "dict"),
+        (lambda path: torch.save({"a": "text"}, path), "dict"),
+        (_bytes(pickle.dumps({"a": Bomb()}, 2)), "a pickle that asks for more"),
+        (lambda path: torch.save({"a": Bomb()}, path), "a pickle that asks for more"),
+    ],
+)
 def test_what_is_no_state_dict_is_refused_in_one_line_and_not_run(write, says, tmp_path, capfd):
     write(tmp_path / "a.pt")
     with pytest.raises(ValueError, match=says) as caught:
         weights.read(tmp_path / "a.pt", "--x")
-    assert str(caught.value).startswith("--x: expected") and "\n" not in str(caught.value) and "ran" not in capfd.readouterr().out
+    assert (
+        str(caught.value).startswith("--x: expected")
+        and "\n" not in str(caught.value)
+        and "ran" not in capfd.readouterr().out
+    )
 
 
 def test_nothing_is_fetched(tmp_path):
@@ -58,9 +69,12 @@ def test_nothing_is_fetched(tmp_path):
 def test_every_entry_goes_in_and_nothing_else(put, make, state):
     module = put(make(), state, "x")
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
-    wrong = {"missing: bias": {"weight": state["weight"]}, "unexpected: more": {**state, "more": torch.ones(1)},
-             r"misshapen: bias \[2\] instead of \[3\]": {**state, "bias": torch.ones(2)},
-             "finite numbers, got others in bias": {**state, "bias": torch.full((3,), torch.nan)}}  # fmt: skip
+    wrong = {
+        "missing: bias": {"weight": state["weight"]},
+        "unexpected: more": {**state, "more": torch.ones(1)},
+        r"misshapen: bias \[2\] instead of \[3\]": {**state, "bias": torch.ones(2)},
+        "finite numbers, got others in bias": {**state, "bias": torch.full((3,), torch.nan)},
+    }
     for says, tensors in wrong.items():
         with pytest.raises(ValueError, match=f"x: .*{says}"):
             put(make(), tensors, "x")
@@ -70,7 +84,9 @@ def test_types_are_the_files_or_those_asked_for(state):
     half = {name: tensor.half() for name, tensor in state.items()}
     made = weights.fill(weights.empty(lambda: nn.Linear(2, 3)), half, "x", types={"bias": torch.float32})
     assert (made.weight.dtype, made.bias.dtype) == (torch.float16, torch.float32)
-    assert {t.dtype for t in weights.adopt(weights.empty(lambda: nn.Linear(2, 3)), half, "x").parameters()} == {torch.float32}
+    assert {
+        t.dtype for t in weights.adopt(weights.empty(lambda: nn.Linear(2, 3)), half, "x").parameters()
+    } == {torch.float32}
     assert {t.dtype for t in weights.in_types_of(half, {"bias": state["bias"]}).values()} == {torch.float16}
 
 
@@ -86,7 +102,10 @@ def test_a_file_written_anew_is_whole_or_not_there(name, state, tmp_path, monkey
 
 
 def test_parts_are_found_by_their_prefix(state):
-    whole = {f"model.0.{name}": tensor for name, tensor in state.items()} | {"model.11.a": torch.ones(1), "other": torch.ones(2)}
+    whole = {f"model.0.{name}": tensor for name, tensor in state.items()} | {
+        "model.11.a": torch.ones(1),
+        "other": torch.ones(2),
+    }
     assert weights.below(whole, "model.0.").keys() == state.keys()
     assert (weights.count(whole, "model."), weights.count(whole, "x.")) == (12, 0)
     assert weights.shape_of(whole, "model.0.weight", "x", 2) == (3, 2)

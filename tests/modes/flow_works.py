@@ -23,7 +23,9 @@ from tests.tuning.flow.trellis.tiny_trellis import write_hub
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 400_000  # milliseconds that shapes may take to be prepared, on a busy machine
 READY = "['label', 'explained', 'finished'].includes(window.labelState?.state)"
-NAMES = [f"{colour} {shape}" for shape in ("ball", "box", "cup") for colour in ("red", "green", "blue", "pink")]
+NAMES = [
+    f"{colour} {shape}" for shape in ("ball", "box", "cup") for colour in ("red", "green", "blue", "pink")
+]
 
 
 def write_pictures(folder: Path, count: int = 8) -> Path:
@@ -62,8 +64,19 @@ def flow(job: str, *flags, code: int = 0) -> str:
 def serving(browser, *flags, job: str, cwd: Path) -> Iterator[Page]:
     """The page of `flow label` or `flow study`, served by the command in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "eg3d_rlhf", "flow", job, *map(str, flags), "--port=0", "--set=cache=cache"]
-    with subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "eg3d_rlhf",
+        "flow",
+        job,
+        *map(str, flags),
+        "--port=0",
+        "--set=cache=cache",
+    ]
+    with subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             said = next((line for line in process.stdout if line.startswith(f"{job} at ")), None)
             assert said is not None, process.stderr.read()
@@ -81,9 +94,14 @@ def serving(browser, *flags, job: str, cwd: Path) -> Iterator[Page]:
 
 
 def answer_all(
-    page: Page, database: str, better: Callable[[Shape, Shape], bool | None], most: int = 500, enough: int | None = None
+    page: Page,
+    database: str,
+    better: Callable[[Shape, Shape], bool | None],
+    most: int = 500,
+    enough: int | None = None,
 ) -> int:
-    """Answer pair by pair until there are no more, as a person who prefers the left one where `better(left, right)`, None: a tie.
+    """Answer pair by pair until there are no more, as a person who prefers the left one where
+    `better(left, right)`, None: a tie.
 
     Args: enough: stop after so many keys.
     """
@@ -99,7 +117,10 @@ def answer_all(
         token = page.state("pair.assignment")
         choice = better(*sides_of(database, token))
         page.answer({True: "ArrowLeft", False: "ArrowRight", None: "ArrowDown"}[choice])
-        page.wait("before => window.labelState.pair?.assignment !== before || window.labelState.state !== 'label'", token)
+        page.wait(
+            "before => window.labelState.pair?.assignment !== before || window.labelState.state !== 'label'",
+            token,
+        )
     raise AssertionError(f"more than {most} answers were asked")
 
 
@@ -110,6 +131,9 @@ def sides_of(database: str, token: str) -> tuple[Shape, Shape]:
         row = connection.execute(select(assignments).where(assignments.c.token == token)).one()
         pair = connection.execute(select(pairs).where(pairs.c.id == row.pair_id)).one()
         numbers = (pair.first_id, pair.second_id) if row.first_is_left else (pair.second_id, pair.first_id)
-        sides = [shape_of(connection.execute(select(shapes).where(shapes.c.id == number)).one()) for number in numbers]
+        sides = [
+            shape_of(connection.execute(select(shapes).where(shapes.c.id == number)).one())
+            for number in numbers
+        ]
     opened.close()
     return sides[0], sides[1]

@@ -1,4 +1,6 @@
-"""`train.py --mode=distill` from the outside: a comparison with all its files, the same bytes again, and one line for mistakes."""
+"""`train.py --mode=distill` from the outside: a comparison with all its files, the same bytes again, and one
+line for mistakes.
+"""
 
 import json
 
@@ -38,16 +40,38 @@ def test_a_comparison_writes_table_page_and_assets(compared):
     judgements = [json.loads(line) for line in (folder / "judgements.jsonl").read_text().splitlines()]
     assert len(judgements) == 6 * 2 and {j["winner"] for j in judgements} <= {"a", "b", "tie"}
     lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
-    assert [(x["arm"], x["batch"], x["step"]) for x in lines[:4]] == [("sds", 0, 2), ("sds", 0, 4), ("dreamdpo", 0, 2), ("dreamdpo", 0, 4)]
-    assert {"first_wins", "gap_50", "one_sided", "cosine", "preference_norm", "sds_norm", "log_prob", "opacity"} <= lines[2].keys()
+    assert [(x["arm"], x["batch"], x["step"]) for x in lines[:4]] == [
+        ("sds", 0, 2),
+        ("sds", 0, 4),
+        ("dreamdpo", 0, 2),
+        ("dreamdpo", 0, 4),
+    ]
+    assert {
+        "first_wins",
+        "gap_50",
+        "one_sided",
+        "cosine",
+        "preference_norm",
+        "sds_norm",
+        "log_prob",
+        "opacity",
+    } <= lines[2].keys()
     page = (folder / "report" / "index.html").read_text()
     assert "data:video/mp4" in page and 'src="http' not in page and 'href="http' not in page
-    for name in ("grid.png", "turntable.mp4", "assets-dreamdpo.safetensors", "meshes/sds/000.glb", "meshes/sds/000.ply"):
+    for name in (
+        "grid.png",
+        "turntable.mp4",
+        "assets-dreamdpo.safetensors",
+        "meshes/sds/000.glb",
+        "meshes/sds/000.ply",
+    ):
         assert (folder / name).stat().st_size > 0, name
 
 
 def test_the_learned_prior_takes_the_exact_one_s_place(tmp_path):
-    result = run(*SHORT, "--prior=bundled-unet", "--method=dreamdpo", f"--prompt={PROMPT}", f"--outdir={tmp_path}")
+    result = run(
+        *SHORT, "--prior=bundled-unet", "--method=dreamdpo", f"--prompt={PROMPT}", f"--outdir={tmp_path}"
+    )
     assert result.exit_code == 0, result.output
     folder = tmp_path / "00000-distill-bundled-unet-dreamdpo"
     assert set(json.loads((folder / "training_options.json").read_text())["hashes"]) == {"prior"}
@@ -60,19 +84,40 @@ def test_the_learned_prior_takes_the_exact_one_s_place(tmp_path):
 def test_the_same_command_gives_the_same_bytes_and_a_finished_run_stays(compared, tmp_path):
     folder, _ = compared
     before = (folder / "stats.jsonl").read_bytes()
-    again = run(*SHORT, "--compare=dreamdpo", "--set=batch=1", f"--prompt={folder.parent / 'prompts.txt'}", f"--outdir={tmp_path}")
+    again = run(
+        *SHORT,
+        "--compare=dreamdpo",
+        "--set=batch=1",
+        f"--prompt={folder.parent / 'prompts.txt'}",
+        f"--outdir={tmp_path}",
+    )
     assert again.exit_code == 0, again.output
     other = tmp_path / folder.name
-    for name in ("stats.jsonl", "compare.json", "judgements.jsonl", "assets-dreamdpo.safetensors", "assets-sds.safetensors"):
+    for name in (
+        "stats.jsonl",
+        "compare.json",
+        "judgements.jsonl",
+        "assets-dreamdpo.safetensors",
+        "assets-sds.safetensors",
+    ):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
     assert run(f"--resume={folder}").exit_code == 0 and (folder / "stats.jsonl").read_bytes() == before
 
 
 def test_every_setting_is_a_flag_or_can_be_set(tmp_path):
-    names, flags = {field.name for kind in SETTINGS for field, *_ in knobs_of(kind)}, {param.name for param in DISTILL.command.params}
+    names = {field.name for kind in SETTINGS for field, *_ in knobs_of(kind)}
+    flags = {param.name for param in DISTILL.command.params}
     assert names <= flags | DISTILL.command.rare.keys() and len(flags) <= 27
-    (tmp_path / "mine.json").write_text('{"sparsity": "0,0.1,0.2,50", "checkpoint_ticks": 5, "steps": 70, "tau": 0.25}')
-    options = [f"--settings={tmp_path / 'mine.json'}", "--set", "checkpoint-ticks=7", "--steps=80", "--method=dreamdpo"]
+    (tmp_path / "mine.json").write_text(
+        '{"sparsity": "0,0.1,0.2,50", "checkpoint_ticks": 5, "steps": 70, "tau": 0.25}'
+    )
+    options = [
+        f"--settings={tmp_path / 'mine.json'}",
+        "--set",
+        "checkpoint-ticks=7",
+        "--steps=80",
+        "--method=dreamdpo",
+    ]
     settings = json.loads(run("-n", *options).stdout)
     assert settings["loop"]["sparsity"] == "0,0.1,0.2,50" and settings["guidance"]["tau"] == 0.25
     assert settings["loop"]["checkpoint_ticks"] == 7 and settings["loop"]["steps"] == 80
@@ -81,36 +126,50 @@ def test_every_setting_is_a_flag_or_can_be_set(tmp_path):
 def test_dry_run_resolves_and_writes_nothing(tmp_path):
     result = run("-n", f"--outdir={tmp_path / 'runs'}")
     settings = json.loads(result.stdout)
-    assert settings["arms"][:2] == ["sds", "dreamdpo"] and settings["arms"][-2:] == ["dreamdpo-inverted", "dreamdpo-random"]
-    assert len(settings["prompts"]) * settings["scene"]["assets"] == 110 and settings["methods"]["dreamdpo"]["tau_mode"] == "quantile"
+    assert settings["arms"][:2] == ["sds", "dreamdpo"] and settings["arms"][-2:] == [
+        "dreamdpo-inverted",
+        "dreamdpo-random",
+    ]
+    assert (
+        len(settings["prompts"]) * settings["scene"]["assets"] == 110
+        and settings["methods"]["dreamdpo"]["tau_mode"] == "quantile"
+    )
     assert not (tmp_path / "runs").exists()
     preset = json.loads(run("-n", "--preset=dreamdpo-released").stdout)
     assert preset["arms"] == ["dreamdpo"] and preset["methods"]["dreamdpo"]["subtract_noise"] is False
 
 
-@pytest.mark.parametrize(("flags", "says"), [
-    (["--method=sds", "--reward=one-face"], "--reward: belongs to a method with a reward"),
-    (["--method=dreamdpo", "--set=samples=2"], "--set samples=VALUE: belongs to --method=sds"),
-    (["--set", "nothing=1"], "--settings: expected a setting"), (["--set", "sparsity"], "--set: expected NAME=VALUE"),
-    (["--set", "checkpoint_ticks=0"], "checkpoint_ticks: "), (["--settings=nowhere.json"], "--settings"),
-    (["--prior=heads", "--compare=sds+geometry", "--geometry-reward=one-nose"], "--geometry-reward: one-nose belongs to --prior=bundled"),
-    (["--set=views=4"], "--set views=VALUE: belongs to a --prior from files"),
-    (["--set=geometry_weight=1"], "--set geometry_weight=VALUE: belongs to a --geometry-reward"),
-    (["--compare=sds,foo"], "--compare: expected arms such as"),
-    (["--compare=sds-random"], "--compare: expected arms such as"),
-    (["--method=sds", "--compare=sds,dreamdpo"], "got both"),
-    (["--prompt=a cube"], "--prompt: expected one of the test problem's"),
-    (["--prompt= "], "--prompt: expected a text"),
-    (["--prior=nowhere", "--prompt=x"], "--prior: expected a local file or folder"),
-    (["--prior=nowhere"], "--prompt: expected what is to be made"),
-    (["--method=dreamdpo", "--reward=foo"], "--reward: expected one of"),
-    (["--method=dreamdpo", "--judge=foo"], "--judge: expected questions"),
-    (["--method=sds", "--geometry-reward=nowhere"], "--geometry-reward: expected"),
-    (["--set=t_max=0.01"], "TimeWindow: expected low <= high"),
-    (["--set=t_max=a"], "--set t_max: expected a number or a ramp"),
-    (["--resume=nowhere"], "--resume: expected a run folder"),
-    (["--kimg=3"], "--kimg: belongs to --mode=gan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--method=sds", "--reward=one-face"], "--reward: belongs to a method with a reward"),
+        (["--method=dreamdpo", "--set=samples=2"], "--set samples=VALUE: belongs to --method=sds"),
+        (["--set", "nothing=1"], "--settings: expected a setting"),
+        (["--set", "sparsity"], "--set: expected NAME=VALUE"),
+        (["--set", "checkpoint_ticks=0"], "checkpoint_ticks: "),
+        (["--settings=nowhere.json"], "--settings"),
+        (
+            ["--prior=heads", "--compare=sds+geometry", "--geometry-reward=one-nose"],
+            "--geometry-reward: one-nose belongs to --prior=bundled",
+        ),
+        (["--set=views=4"], "--set views=VALUE: belongs to a --prior from files"),
+        (["--set=geometry_weight=1"], "--set geometry_weight=VALUE: belongs to a --geometry-reward"),
+        (["--compare=sds,foo"], "--compare: expected arms such as"),
+        (["--compare=sds-random"], "--compare: expected arms such as"),
+        (["--method=sds", "--compare=sds,dreamdpo"], "got both"),
+        (["--prompt=a cube"], "--prompt: expected one of the test problem's"),
+        (["--prompt= "], "--prompt: expected a text"),
+        (["--prior=nowhere", "--prompt=x"], "--prior: expected a local file or folder"),
+        (["--prior=nowhere"], "--prompt: expected what is to be made"),
+        (["--method=dreamdpo", "--reward=foo"], "--reward: expected one of"),
+        (["--method=dreamdpo", "--judge=foo"], "--judge: expected questions"),
+        (["--method=sds", "--geometry-reward=nowhere"], "--geometry-reward: expected"),
+        (["--set=t_max=0.01"], "TimeWindow: expected low <= high"),
+        (["--set=t_max=a"], "--set t_max: expected a number or a ramp"),
+        (["--resume=nowhere"], "--resume: expected a run folder"),
+        (["--kimg=3"], "--kimg: belongs to --mode=gan"),
+    ],
+)
 def test_mistakes_are_one_line_that_names_the_flag(flags, says, tmp_path):
     result = run(f"--outdir={tmp_path / 'runs'}", *flags) if "--resume=nowhere" not in flags else run(*flags)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1 and says in result.stderr, result.stderr

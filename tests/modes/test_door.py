@@ -1,4 +1,6 @@
-"""The command eg3d-rlhf: every job on one screen, quickly; each opens what it names; scripts of tools/ are the same commands."""
+"""The command eg3d-rlhf: every job on one screen, quickly; each opens what it names; scripts of tools/ are
+the same commands.
+"""
 
 import importlib
 import json
@@ -65,21 +67,30 @@ def test_scripts_are_jobs(script, monkeypatch):
 
 WITHOUT = """
 import sys
-sys.modules |= dict.fromkeys(("fastapi", "uvicorn", "sqlalchemy", "jinja2", "segno", "confusable_homoglyphs"))  # as where there are none
+# as where there are none
+sys.modules |= dict.fromkeys(("fastapi", "uvicorn", "sqlalchemy", "jinja2", "segno", "confusable_homoglyphs"))
 import runpy
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__") if sys.argv[0].endswith(".py") else runpy.run_module(sys.argv[0], run_name="__main__")
+run = runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module
+run(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("words", [["eg3d_rlhf", "label"], ["tools/label.py"], ["tools/study.py"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["eg3d_rlhf", "label"], ["tools/label.py"], ["tools/study.py"]], ids=" ".join
+)
 def test_a_missing_extra_is_named_with_its_command(words):
     path = f"{REPO / 'tools'}:{REPO}"
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, *words], cwd=REPO, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+        [sys.executable, "-c", WITHOUT, *words],
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and re.fullmatch(
-        r"Error: .* the extra label: \w+ is not installed\. Run pip install 'eg3d-rlhf\[label\]'\.", done.stderr.splitlines()[-1]
+        r"Error: .* the extra label: \w+ is not installed\. Run pip install 'eg3d-rlhf\[label\]'\.",
+        done.stderr.splitlines()[-1],
     ), done.stderr
 
 
@@ -105,24 +116,45 @@ def test_help_needs_no_extra_and_jobs_name_it():
     jobs = ["label", "study", "flow label", "flow study"]
     blocked = WITHOUT.partition("import runpy")[0]
     path = f"{REPO / 'tools'}:{REPO}"
-    done = subprocess.run([sys.executable, "-c", blocked + HELP_AND_RUN, *jobs], cwd=REPO, env={**os.environ, "PYTHONPATH": path},
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + HELP_AND_RUN, *jobs],
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     lines = done.stdout.splitlines()
-    refused = [line for line in lines if line.startswith("2 Error: ") and "pip install 'eg3d-rlhf[label]'" in line]
+    refused = [
+        line for line in lines if line.startswith("2 Error: ") and "pip install 'eg3d-rlhf[label]'" in line
+    ]
     helped = [line for line in lines if line.startswith("0 Usage: eg3d-rlhf ")]
-    assert len(refused) == len(jobs) and len(helped) > 15 and len(lines) == len(refused) + len(helped), done.stdout + done.stderr
+    assert len(refused) == len(jobs) and len(helped) > 15 and len(lines) == len(refused) + len(helped), (
+        done.stdout + done.stderr
+    )
 
 
 def test_a_flow_is_drawn_tuned_and_exported_without_the_page():
-    jobs = "import sys; from eg3d_rlhf.modes.door import command_of; [command_of(job) for job in sys.argv[1:]]"
+    jobs = (
+        "import sys; from eg3d_rlhf.modes.door import command_of; [command_of(job) for job in sys.argv[1:]]"
+    )
     blocked = WITHOUT.partition("import runpy")[0]
-    done = subprocess.run([sys.executable, "-c", blocked + jobs, "flow draw", "flow tune", "flow export"], cwd=REPO, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + jobs, "flow draw", "flow tune", "flow export"],
+        cwd=REPO,
+        stderr=subprocess.PIPE,
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_an_output_that_nobody_reads_on_ends_a_job_without_a_word():
     reads, writes = os.pipe()
     os.close(reads)
-    done = subprocess.run([sys.executable, "-m", "eg3d_rlhf", "--help"], cwd=REPO, stdout=writes, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "eg3d_rlhf", "--help"],
+        cwd=REPO,
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     os.close(writes)
     assert done.returncode == 1 and not done.stderr

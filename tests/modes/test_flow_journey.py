@@ -1,4 +1,5 @@
-"""The six commands of docs/guides/flow.md in the browser, from prompts or pictures to an exported generator; no file is written by hand.
+"""The six commands of docs/guides/flow.md in the browser, from prompts or pictures to an exported generator;
+no file is written by hand.
 
 What the answers prefer is the mean of a stage's latent, which tiny generators can learn.
 """
@@ -25,7 +26,16 @@ from eg3d_rlhf.tuning.flow.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
 from eg3d_rlhf.tuning.flow.toy.pipeline import COLOURS, SHAPES
 from eg3d_rlhf.tuning.flow.work import CHOOSE, SHOWN, TEST, TRAIN, Work
-from tests.modes.flow_works import ROOT, answer_all, flow, serving, sides_of, with_encoder, write_pictures, write_prompts
+from tests.modes.flow_works import (
+    ROOT,
+    answer_all,
+    flow,
+    serving,
+    sides_of,
+    with_encoder,
+    write_pictures,
+    write_prompts,
+)
 from tests.people.label.browser import browser, needs_chromium
 from tests.people.label.serving import SAME, answer
 from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import write_hunyuan3d
@@ -33,12 +43,22 @@ from tests.tuning.flow.trellis.tiny_trellis import write_image_trellis
 
 __all__ = ["browser"]
 pytestmark = pytest.mark.long
-SMALL = ("--device=cpu", "--steps=30", "--lr=1e-3", "--batch=32", "--seed=1",
-         *(f"--set={name}" for name in ("held_out_every=10", "warmup=0", "beta=20", "lora_rank=4", "loser_weight=1")))  # fmt: skip
+SMALL = (
+    "--device=cpu",
+    "--steps=30",
+    "--lr=1e-3",
+    "--batch=32",
+    "--seed=1",
+    *(
+        f"--set={name}"
+        for name in ("held_out_every=10", "warmup=0", "beta=20", "lora_rank=4", "loser_weight=1")
+    ),
+)
 # At half weight a network of random weights learns what any data look like before it learns which are better.
 PROMPTS = [f"{colour} {shape}" for colour in list(COLOURS)[:6] for shape in SHAPES[:8]]
 PICTURES = 24
-LIKED = {"toy": ("latents", "1.feats"), "trellis": ("structure", "mean"), "hunyuan3d": ("latents", "0.x")}  # file and tensor of a line
+# file and tensor of a line
+LIKED = {"toy": ("latents", "1.feats"), "trellis": ("structure", "mean"), "hunyuan3d": ("latents", "0.x")}
 CELLS = {"hunyuan3d": ("--set=cells=24",)}
 
 
@@ -69,7 +89,10 @@ def run(*words, cwd: Path) -> str:
 def goodness(work: Work, kind: str) -> dict[tuple[str, int], float]:
     """Of drawn assets, by condition and seed."""
     file, tensor = LIKED[kind]
-    return {(line["condition"], line["seed"]): load_file(work.drawn() / line[file])[tensor].mean().item() for line in work.lines()}
+    return {
+        (line["condition"], line["seed"]): load_file(work.drawn() / line[file])[tensor].mean().item()
+        for line in work.lines()
+    }
 
 
 def answer_rest(url: str, database: str, better: Callable[[Shape, Shape], bool]) -> int:
@@ -96,22 +119,37 @@ def conditions_in(database: str) -> set[str]:
 
 
 def check_conditions(work: Work) -> None:
-    """No test condition was drawn for annotators, shown, trained on or used to choose; the study's are test conditions alone."""
-    shown, test = set(work.names(*SHOWN)), set(work.names(TEST))
+    """No test condition was drawn for annotators, shown, trained on or used to choose; the study's are test
+    conditions alone.
+    """
+    shown = set(work.names(*SHOWN))
+    test = set(work.names(TEST))
     drawn = work.drawn()
     prompts = [json.loads(line) for line in (drawn / "prompts.jsonl").read_text().splitlines()]
     assert {line["condition"] for line in work.lines()} == {line["prompt"] for line in prompts} == shown
-    assert {path.name for path in (drawn / "inputs").glob("*")} == {work.inputs[name] for name in shown & set(work.inputs)}
-    assert len({path.name.split("-")[0] for path in drawn.glob("0*-*")}) == len(shown)  # nothing beside what is listed
+    assert {path.name for path in (drawn / "inputs").glob("*")} == {
+        work.inputs[name] for name in shown & set(work.inputs)
+    }
+    # nothing beside what is listed
+    assert len({path.name.split("-")[0] for path in drawn.glob("0*-*")}) == len(shown)
     assert conditions_in(work.database) <= shown
     problem = json.loads((work.numbered("tune")[-1] / "training_options.json").read_text())["problem"]
     train, choosing, telling = map(set, problem["splits"])
-    assert train <= set(work.names(TRAIN)) and choosing | telling <= set(work.names(CHOOSE)) and not choosing & telling
+    assert (
+        train <= set(work.names(TRAIN))
+        and choosing | telling <= set(work.names(CHOOSE))
+        and not choosing & telling
+    )
     for stage in work.stages:
         assert {pair.condition for pair in read_pairs(work.folder / "pairs" / stage)[0]} <= shown
     for name in ("test-base", "tuned-00", "control-00"):
         assert {line["condition"] for line in work.lines(name)} == test
-    assert {path.name for path in (work.folder / "drawn").iterdir()} == {"base", "test-base", "tuned-00", "control-00"}
+    assert {path.name for path in (work.folder / "drawn").iterdir()} == {
+        "base",
+        "test-base",
+        "tuned-00",
+        "control-00",
+    }
     for against in ("base", "control"):
         study = work.folder / "study-00" / against
         design = json.loads((study / "design.json").read_text())
@@ -148,12 +186,20 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
     assert report["kept"] and report["labels"]["answers"] >= assets
 
     for against in ("base", "control"):
-        with serving(browser, "WORK", "--n=4", "--device=cpu", *CELLS.get(kind, ()), job="study", cwd=here) as page:
+        with serving(
+            browser, "WORK", "--n=4", "--device=cpu", *CELLS.get(kind, ()), job="study", cwd=here
+        ) as page:
             words = page.page.evaluate("document.body.innerText").lower()
             assert "tuned" not in words and "control" not in words
             if work.kind == "prompts":
-                assert any(name in words for name in work.names(TEST)) and not any(name in words for name in work.names(*SHOWN))
-            answer_all(page, f"sqlite:///{here}/WORK/study-00/{against}/study.db", lambda left, right: "tuned-00" in left.source)
+                assert any(name in words for name in work.names(TEST)) and not any(
+                    name in words for name in work.names(*SHOWN)
+                )
+            answer_all(
+                page,
+                f"sqlite:///{here}/WORK/study-00/{against}/study.db",
+                lambda left, right: "tuned-00" in left.source,
+            )
     said = run("study", "WORK", "--report", cwd=here)
     assert "tune-00 against base: 4 of 4 pairs" in said and "tune-00 against control: 4 of 4 pairs" in said
     check_conditions(work)
@@ -162,19 +208,33 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
     run("export", "WORK", "--out=ADAPTERS", "--adapter", cwd=here)
     assert {path.name for path in (here / "ADAPTERS").iterdir()} == set(report["kept"])
     if kind == "toy":
-        changed = {stage: (load_network(stage), load_network(stage, here / "TUNED")) for stage in report["kept"]}
+        changed = {
+            stage: (load_network(stage), load_network(stage, here / "TUNED")) for stage in report["kept"]
+        }
     else:
         run("check", "TUNED", cwd=here)
-        both = [family_of(path, say=lambda text: None).load(path, work.conditions(TEST), dtype=torch.float32, device="cpu")
-                for path in (here / "ROOT", here / "TUNED")]  # fmt: skip
-        changed = {stage.name: (stage.model, other.model) for stage, other in zip(both[0].stages, both[1].stages, strict=True)}
+        both = [
+            family_of(path, say=lambda text: None).load(
+                path, work.conditions(TEST), dtype=torch.float32, device="cpu"
+            )
+            for path in (here / "ROOT", here / "TUNED")
+        ]
+        changed = {
+            stage.name: (stage.model, other.model)
+            for stage, other in zip(both[0].stages, both[1].stages, strict=True)
+        }
     for stage, (before, after) in changed.items():
-        moved = any(not torch.equal(x, y) for x, y in zip(before.state_dict().values(), after.state_dict().values(), strict=True))
+        moved = any(
+            not torch.equal(x, y)
+            for x, y in zip(before.state_dict().values(), after.state_dict().values(), strict=True)
+        )
         assert moved == (stage in report["kept"]), stage
 
 
 def test_embeddings_of_test_conditions_change_nothing_until_the_study(here):
-    """With other tokens in their place every file is the same, to the byte: what is drawn, trained, chosen and told."""
+    """With other tokens in their place every file is the same, to the byte: what is drawn, trained, chosen
+    and told.
+    """
     found = []
     for name in ("WORK", "OTHER"):
         flow("new", name, *told("toy", here), "--device=cpu", "--each=2", "--set=split=0.4,0.4,0.2")
@@ -185,12 +245,26 @@ def test_embeddings_of_test_conditions_change_nothing_until_the_study(here):
             write_conditions(work.conditions_file, replace(own, tokens=other))
         flow("draw", name, "--device=cpu")
         ranks = here / f"{name}.jsonl"
-        scores = [{"asset": str(work.drawn() / line["look_at"]), "score": line["seed"]} for line in work.lines()]
+        scores = [
+            {"asset": str(work.drawn() / line["look_at"]), "score": line["seed"]} for line in work.lines()
+        ]
         ranks.write_text("".join(json.dumps(score) + "\n" for score in scores))
-        flow("tune", name, *SMALL, "--steps=2", "--set=held_out_every=1", f"--labels={ranks}", "--stage=structure")
+        flow(
+            "tune",
+            name,
+            *SMALL,
+            "--steps=2",
+            "--set=held_out_every=1",
+            f"--labels={ranks}",
+            "--stage=structure",
+        )
         tune = work.numbered("tune")[-1]
         report = json.loads((tune / "report.json").read_text())["stages"]
         weights = load_file(next((tune / "control").rglob("*.safetensors")))
-        files = {path.name: path.read_bytes() for path in work.drawn().iterdir() if path.suffix in (".ply", ".safetensors")}
+        files = {
+            path.name: path.read_bytes()
+            for path in work.drawn().iterdir()
+            if path.suffix in (".ply", ".safetensors")
+        }
         found.append((report, {key: x.tolist() for key, x in weights.items()}, files))
     assert found[0] == found[1]

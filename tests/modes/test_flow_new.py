@@ -28,28 +28,48 @@ def here(tmp_path, monkeypatch):
 
 def test_the_toy_brings_its_prompts_or_takes_some_of_them(here):
     said = flow("new", "WORK", "--pipeline=toy")
-    assert "192: 116 to train on, 38 to choose on, 38 to test on" in said and "eg3d-rlhf flow draw WORK" in said
+    assert (
+        "192: 116 to train on, 38 to choose on, 38 to test on" in said and "eg3d-rlhf flow draw WORK" in said
+    )
     work = Work.open(here / "WORK")
     assert work.up == "z" and work.precision == "float32"
     assert len((here / "WORK" / "inputs" / "prompts.txt").read_text().splitlines()) == 192
-    said = flow("new", "FEW", "--pipeline=toy", f"--prompts={write_prompts(here / 'p.txt')}", "--each=2", "--set=seed=3")
+    said = flow(
+        "new",
+        "FEW",
+        "--pipeline=toy",
+        f"--prompts={write_prompts(here / 'p.txt')}",
+        "--each=2",
+        "--set=seed=3",
+    )
     few = Work.open(here / "FEW")
     assert sorted(few.names()) == sorted(NAMES) and few.each == 2 and few.seed == 3
     assert set(read_conditions(few.conditions_file).names) == set(NAMES)
 
 
 def test_pictures_of_trellis_are_embedded_kept_and_shown_beside_what_is_drawn(here):
-    root, pictures = write_image_trellis(here / "ROOT"), write_pictures(here / "PICTURES")
+    root = write_image_trellis(here / "ROOT")
+    pictures = write_pictures(here / "PICTURES")
     said = flow("new", "WORK", f"--pipeline={root}", f"--pictures={pictures}", "--each=2")
-    for words in ("stages structure, latent", "huggingface.co/microsoft", "8: 4 to train on, 2 to choose on, 2 to test on"):
+    for words in (
+        "stages structure, latent",
+        "huggingface.co/microsoft",
+        "8: 4 to train on, 2 to choose on, 2 to test on",
+    ):
         assert words in said, said
     work = Work.open(here / "WORK")
     assert work.kind == "pictures" and work.up == "z" and sorted(work.inputs) == sorted(work.names())
     said = flow("draw", "WORK")
     assert "12 assets" in said and "2 conditions are kept for the test" in said
-    prompts = {line["prompt"]: line["image"] for line in map(json.loads, (work.drawn() / "prompts.jsonl").read_text().splitlines())}
+    prompts = {
+        line["prompt"]: line["image"]
+        for line in map(json.loads, (work.drawn() / "prompts.jsonl").read_text().splitlines())
+    }
     assert set(prompts) == set(work.names(*SHOWN))
-    assert all((work.drawn() / image).read_bytes() == (pictures / f"{name}.png").read_bytes() for name, image in prompts.items())
+    assert all(
+        (work.drawn() / image).read_bytes() == (pictures / f"{name}.png").read_bytes()
+        for name, image in prompts.items()
+    )
     assert {"structure", "latent", "look_at"} < set(work.lines()[0])
     weights = next(root.rglob("*flow*.safetensors"))
     shutil.copyfile(weights, here / "copy")
@@ -58,7 +78,9 @@ def test_pictures_of_trellis_are_embedded_kept_and_shown_beside_what_is_drawn(he
 
 
 def test_what_does_not_fit_the_generator_is_refused(here, monkeypatch):
-    root, pictures, prompts = write_image_trellis(here / "ROOT"), write_pictures(here / "PICTURES"), write_prompts(here / "p.txt")
+    root = write_image_trellis(here / "ROOT")
+    pictures = write_pictures(here / "PICTURES")
+    prompts = write_prompts(here / "p.txt")
     shapes = write_hunyuan3d(here / "SHAPES")
     (here / "hunyuan3d-2.1").mkdir()
     asked = {
@@ -67,12 +89,20 @@ def test_what_does_not_fit_the_generator_is_refused(here, monkeypatch):
         "--prompts or --pictures": ("WORK", f"--pipeline={root}"),
         "expected --pictures": ("WORK", f"--pipeline={shapes}", f"--prompts={prompts}"),
         "expected --prompts": ("WORK", "--pipeline=toy", f"--pictures={pictures}"),
-        "expected --pictures for a pipeline of pictures": ("WORK", f"--pipeline={root}", f"--prompts={prompts}"),
-        "red lamp": ("WORK", "--pipeline=toy", f"--prompts={write_prompts(here / 'odd.txt', [NAMES[0], 'red lamp'])}"),
+        "expected --pictures for a pipeline of pictures": (
+            "WORK",
+            f"--pipeline={root}",
+            f"--prompts={prompts}",
+        ),
+        "red lamp": (
+            "WORK",
+            "--pipeline=toy",
+            f"--prompts={write_prompts(here / 'odd.txt', [NAMES[0], 'red lamp'])}",
+        ),
         "0 to train": ("WORK", "--pipeline=toy", f"--prompts={write_prompts(here / 'two.txt', NAMES[:2])}"),
         "0 to test": ("WORK", "--pipeline=toy", f"--prompts={prompts}", "--set=split=0.8,0.2,0"),
         "add up": ("WORK", "--pipeline=toy", f"--prompts={prompts}", "--set=split=0.8,0.8,0.1"),
-    }  # fmt: skip
+    }
     for words, flags in asked.items():
         assert words in flow("new", *flags, code=2), words
         assert not (here / "WORK").exists()
@@ -85,19 +115,31 @@ def test_what_does_not_fit_the_generator_is_refused(here, monkeypatch):
 
 
 def test_what_is_missing_is_named_with_its_address(here, monkeypatch):
-    root, pictures = write_image_trellis(here / "ROOT"), write_pictures(here / "PICTURES")
+    root = write_image_trellis(here / "ROOT")
+    pictures = write_pictures(here / "PICTURES")
     shutil.rmtree(here / "torch")
     said = flow("new", "WORK", f"--pipeline={root}", f"--pictures={pictures}", code=2)
     assert "hf download facebook/dinov2-with-registers-large" in said
     monkeypatch.setitem(sys.modules, "transformers", None)
     texts = write_trellis(here / "TEXTS")
-    assert "eg3d-rlhf[sd]" in flow("new", "WORK", f"--pipeline={texts}", f"--prompts={write_prompts(here / 'p.txt')}", code=2)
+    assert "eg3d-rlhf[sd]" in flow(
+        "new", "WORK", f"--pipeline={texts}", f"--prompts={write_prompts(here / 'p.txt')}", code=2
+    )
     shapes = write_hunyuan3d(here / "SHAPES")
-    sections = {name: dict(tensors) for name, tensors in hunyuan3d.read_sections(shapes / "model.fp16.ckpt").items()}
-    held = {name: {n: x.clone() for n, x in of.items() if not n.startswith(hunyuan3d.ENCODER_HALF)} for name, of in sections.items()}
+    sections = {
+        name: dict(tensors) for name, tensors in hunyuan3d.read_sections(shapes / "model.fp16.ckpt").items()
+    }
+    held = {
+        name: {n: x.clone() for n, x in of.items() if not n.startswith(hunyuan3d.ENCODER_HALF)}
+        for name, of in sections.items()
+    }
     torch.save(held, shapes / "model.fp16.ckpt")
     said = flow("new", "WORK", f"--pipeline={shapes}", f"--pictures={pictures}")
-    assert "missing" in said and "no pairs of meshes of your own" in " ".join(said.split()) and "European Union" in said
+    assert (
+        "missing" in said
+        and "no pairs of meshes of your own" in " ".join(said.split())
+        and "European Union" in said
+    )
     del held["model"]["x_embedder.weight"]
     torch.save(held, shapes / "model.fp16.ckpt")
     said = flow("new", "OTHER", f"--pipeline={shapes}", f"--pictures={pictures}", code=2)
@@ -118,13 +160,18 @@ def test_a_folder_is_made_once_and_the_next_commands_ask_for_it(here):
 
 @pytest.mark.long
 def test_memory_and_time_are_told_and_a_device_too_small_is_refused(tmp_path, monkeypatch):
-    root, cpu = write_hunyuan3d(tmp_path / "ROOT"), torch.device("cpu")
+    root = write_hunyuan3d(tmp_path / "ROOT")
+    cpu = torch.device("cpu")
     family = family_of(root, say=lambda text: None)
     assert "no concern" in " ".join(takes(family, root, cpu, "float32", [1]))
     monkeypatch.setattr(fit, "LARGE", 1)
     monkeypatch.setattr(estimate, "speed", lambda device, precision: 1e9)
     lines = list(takes(family, root, cpu, "float32", [1, 2]))
-    assert lines[0].startswith("takes") and sum("draw" in line for line in lines) == 2 and sum("lora" in line for line in lines) == 4
+    assert (
+        lines[0].startswith("takes")
+        and sum("draw" in line for line in lines) == 2
+        and sum("lora" in line for line in lines) == 4
+    )
     monkeypatch.setattr(fit, "free_bytes", lambda device: 1 << 10)
     with pytest.raises(ValueError, match="GiB free for stage 'shape'"):
         list(takes(family, root, cpu, "float32", [1]))

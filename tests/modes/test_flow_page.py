@@ -32,7 +32,8 @@ def test_the_picture_is_beside_the_pair_and_one_broken_asset_stops_nothing(here,
     root = write_image_trellis(here / "ROOT")
     flow("new", "WORK", f"--pipeline={root}", f"--pictures={write_pictures(here / 'PICTURES')}", "--each=2")
     flow("draw", "WORK")
-    work, seen = Work.open(here / "WORK"), set()
+    work = Work.open(here / "WORK")
+    seen = set()
     broken = work.lines()[0]
     (work.drawn() / broken["look_at"]).write_bytes(b"ply\nbroken")
 
@@ -48,9 +49,15 @@ def test_the_picture_is_beside_the_pair_and_one_broken_asset_stops_nothing(here,
     assert asked >= labels.pairs == 5  # of six conditions of two assets each, one has a broken one
     assert seen == set(work.names(*SHOWN)) - {broken["condition"]} | ({broken["condition"]} & seen)
     assert not seen & set(work.names(TEST))
-    assert all(by == 0 or to == 0 for by, to in (
-        labels.votes(*(work.drawn() / line["look_at"] for line in work.lines() if line["condition"] == name)) for name in work.names(*SHOWN)
-    ))  # fmt: skip
+    assert all(
+        by == 0 or to == 0
+        for by, to in (
+            labels.votes(
+                *(work.drawn() / line["look_at"] for line in work.lines() if line["condition"] == name)
+            )
+            for name in work.names(*SHOWN)
+        )
+    )
 
 
 def write_tuned(folder, stage, scale):
@@ -64,7 +71,14 @@ def write_tuned(folder, stage, scale):
 
 
 def test_a_study_shows_test_conditions_alone_first_against_the_base_then_against_the_control(here, browser):
-    flow("new", "WORK", "--pipeline=toy", f"--prompts={write_prompts(here / 'p.txt')}", "--each=2", "--set=split=0.5,0.25,0.25")
+    flow(
+        "new",
+        "WORK",
+        "--pipeline=toy",
+        f"--prompts={write_prompts(here / 'p.txt')}",
+        "--each=2",
+        "--set=split=0.5,0.25,0.25",
+    )
     work = Work.open(here / "WORK")
     flow("draw", "WORK")
     write_tuned(here / "WORK" / "tune-00", "voxels", 0.2)
@@ -77,7 +91,9 @@ def test_a_study_shows_test_conditions_alone_first_against_the_base_then_against
 
             def tuned(left, right, seen=seen):
                 seen.update((left.condition, right.condition))
-                return "tuned" in left.source if ("tuned" in left.source) != ("tuned" in right.source) else None
+                return (
+                    "tuned" in left.source if ("tuned" in left.source) != ("tuned" in right.source) else None
+                )
 
             assert "tuned" not in page.page.evaluate("document.body.innerText").lower()  # blind
             answer_all(page, database, tuned)
@@ -86,7 +102,10 @@ def test_a_study_shows_test_conditions_alone_first_against_the_base_then_against
         assert design["up"] == "z" and {row["prompt"] for row in design["assets"]} <= set(work.names(TEST))
         sources = {design[side]["source"].rpartition("/")[2] for side in ("a", "b")}
         assert sources == {"tuned-00", "test-base" if against == "base" else "control-00"}
-    lines = {name: {(line["condition"], line["seed"]) for line in work.lines(name)} for name in ("test-base", "tuned-00", "control-00")}
+    lines = {
+        name: {(line["condition"], line["seed"]) for line in work.lines(name)}
+        for name in ("test-base", "tuned-00", "control-00")
+    }
     assert lines["test-base"] == lines["tuned-00"] == lines["control-00"]
     said = flow("study", "WORK", "--report")
     assert "tune-00 against base: 4 of 4 pairs" in said and "tune-00 against control: 4 of 4 pairs" in said

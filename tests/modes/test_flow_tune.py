@@ -1,4 +1,6 @@
-"""`flow tune` and `flow export` on the toy: what people's answers taught, what is kept, what goes out, and what is refused."""
+"""`flow tune` and `flow export` on the toy: what people's answers taught, what is kept, what goes out, and
+what is refused.
+"""
 
 import json
 
@@ -33,8 +35,15 @@ FEW = ("--steps=4", "--batch=4", "--lr=1e-3", "--device=cpu", "--set=held_out_ev
 def made(tmp_path_factory):
     """WORK with drawn assets, and a list of them."""
     folder = tmp_path_factory.mktemp("tune")
-    flow("new", folder / "WORK", "--pipeline=toy", f"--prompts={write_prompts(folder / 'prompts.txt', NAMES)}", "--each=2", "--device=cpu",
-         "--set=split=0.4,0.4,0.2")  # fmt: skip
+    flow(
+        "new",
+        folder / "WORK",
+        "--pipeline=toy",
+        f"--prompts={write_prompts(folder / 'prompts.txt', NAMES)}",
+        "--each=2",
+        "--device=cpu",
+        "--set=split=0.4,0.4,0.2",
+    )
     flow("draw", folder / "WORK", "--device=cpu")
     return Work.open(folder / "WORK")
 
@@ -44,26 +53,43 @@ def answer(work: Work, pairs: int | None = None) -> None:
     lines: dict[str, list[dict]] = {}
     for line in work.lines():
         lines.setdefault(line["condition"], []).append(line)
-    shapes = {(line["condition"], line["seed"]): Shape.of_asset(
-        generator="base", source=str(work.drawn() / line["look_at"]), seed=line["seed"], file=file_hash(work.drawn() / line["look_at"]),
-        condition=line["condition"],
-    ) for of in lines.values() for line in of}  # fmt: skip
-    planned = [PlannedPair(first=shapes[name, 0], second=shapes[name, 1]) for name, of in lines.items() if len(of) == 2][:pairs]
+    shapes = {
+        (line["condition"], line["seed"]): Shape.of_asset(
+            generator="base",
+            source=str(work.drawn() / line["look_at"]),
+            seed=line["seed"],
+            file=file_hash(work.drawn() / line["look_at"]),
+            condition=line["condition"],
+        )
+        for of in lines.values()
+        for line in of
+    }
+    planned = [
+        PlannedPair(first=shapes[name, 0], second=shapes[name, 1])
+        for name, of in lines.items()
+        if len(of) == 2
+    ][:pairs]
     with open_store(work.database, create=True) as store:
-        settings = CampaignSettings(name=work.campaign, repeat_share=0, swap_share=0, gold_every=0, both_bad=True)
+        settings = CampaignSettings(
+            name=work.campaign, repeat_share=0, swap_share=0, gold_every=0, both_bad=True
+        )
         campaign = store.create_campaign(settings, planned)
         person = store.annotator_without_token("ann").id
         known = dict(store.shapes(campaign))
         while given := store.assignments(campaign, person, 1):
             left, right = (known[token] for token in (given[0].left, given[0].right))
             choice = Choice.LEFT if left.file > right.file else Choice.RIGHT
-            store.submit(campaign, person, Answer(key=given[0].token, assignment=given[0].token, choice=choice))
+            store.submit(
+                campaign, person, Answer(key=given[0].token, assignment=given[0].token, choice=choice)
+            )
 
 
 def test_no_answers_yet_and_foreign_ones_are_refused(made, tmp_path):
     assert "expected people's answers, got none yet" in flow("tune", made.folder, *FEW, code=2)
     assert "--set rounds=VALUE: belongs to --loop" in flow("tune", made.folder, "--set=rounds=2", code=2)
-    assert "expected stages among structure, voxels, got mesh" in flow("tune", made.folder, "--stage=mesh", code=2)
+    assert "expected stages among structure, voxels, got mesh" in flow(
+        "tune", made.folder, "--stage=mesh", code=2
+    )
     other = tmp_path / "labels.jsonl"
     other.write_text(json.dumps({"preferred": "x.ply", "rejected": "y.ply"}) + "\n")
     assert "x.ply" in flow("tune", made.folder, *FEW, f"--labels={other}", code=2)
@@ -74,23 +100,32 @@ def test_no_answers_yet_and_foreign_ones_are_refused(made, tmp_path):
 def test_answers_are_tuned_on_told_of_and_exported(made, tmp_path):
     answer(made)
     said = flow("tune", made.folder, *FEW, "--stage=structure")
-    assert "answers: 19; pairs: 19; ties: 0" in said and "pairs with a majority: 19 of stage structure" in said
+    assert (
+        "answers: 19; pairs: 19; ties: 0" in said and "pairs with a majority: 19 of stage structure" in said
+    )
     (tune,) = made.numbered("tune")
     report = json.loads((tune / "report.json").read_text())
     found = report["stages"]["structure"]
     train, choosing, telling = splits_of(made, made.names())
-    assert found["held_out"]["conditions"] <= len(telling) and not {*train, *choosing, *telling} & set(made.names("test"))
+    assert found["held_out"]["conditions"] <= len(telling) and not {*train, *choosing, *telling} & set(
+        made.names("test")
+    )
     strips = sorted((tune / "training" / "structure" / "samples").iterdir())
     assert [strip.name for strip in strips] == ["000000.png", "000002.png", "000004.png"]
     pictures = [np.asarray(Image.open(strip)) for strip in strips]
     shown = min(4, len(choosing))
-    assert {picture.shape for picture in pictures} == {(SIDE, shown * SIDE, 3)} and all(0.02 < (p < 255).mean() < 0.98 for p in pictures)
+    assert {picture.shape for picture in pictures} == {(SIDE, shown * SIDE, 3)} and all(
+        0.02 < (p < 255).mean() < 0.98 for p in pictures
+    )
     assert report["labels"]["ties"] == 0 and (tune / "control" / "structure").is_dir()
-    assert found["learnt"] == (tune / "structure").is_dir() and not found["learnt"]  # answers by the files' hashes
+    # answers by the files' hashes
+    assert found["learnt"] == (tune / "structure").is_dir() and not found["learnt"]
     assert "the base stays" in said
     again = flow("tune", made.folder, *FEW, "--stage=structure")  # goes on, with nothing left to do
     assert len(made.numbered("tune")) == 1 and "The labels teach nothing" in again
-    assert "expected tuned weights, got none" in flow("export", made.folder, f"--out={tmp_path / 'X'}", code=2)
+    assert "expected tuned weights, got none" in flow(
+        "export", made.folder, f"--out={tmp_path / 'X'}", code=2
+    )
 
     weights = tune / "control" / "structure"
     weights.rename(tune / "structure")  # as if it had learnt
@@ -100,9 +135,14 @@ def test_answers_are_tuned_on_told_of_and_exported(made, tmp_path):
     torch.testing.assert_close(merged.state_dict(), tuned.state_dict(), atol=2e-3, rtol=2e-3)
     assert "with files in it" in flow("export", made.folder, f"--out={tmp_path / 'TUNED'}", code=2)
     flow("export", made.folder, f"--out={tmp_path / 'ADAPTER'}", "--adapter")
-    assert {path.name for path in (tmp_path / "ADAPTER" / "structure").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "ADAPTER" / "structure").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     peft = pytest.importorskip("peft", reason="stock PEFT reads the exported adapter: pip install peft")
-    wrapped = peft.PeftModel.from_pretrained(load_network("structure"), tmp_path / "ADAPTER" / "structure").merge_and_unload()
+    wrapped = peft.PeftModel.from_pretrained(
+        load_network("structure"), tmp_path / "ADAPTER" / "structure"
+    ).merge_and_unload()
     torch.testing.assert_close(wrapped.state_dict(), tuned.state_dict())
 
 
@@ -113,12 +153,24 @@ def test_help_is_one_screen():
 def test_too_few_answers_and_other_labels(made, tmp_path):
     ranks = tmp_path / "ranks.jsonl"
     lines = [line for line in made.lines() if line["condition"] in set(made.names("train"))]
-    ranks.write_text("".join(json.dumps({"asset": str(made.drawn() / x["look_at"]), "score": x["seed"]}) + "\n" for x in lines))
+    ranks.write_text(
+        "".join(
+            json.dumps({"asset": str(made.drawn() / x["look_at"]), "score": x["seed"]}) + "\n" for x in lines
+        )
+    )
     assert "0 to choose on, 0 to tell by" in flow("tune", made.folder, *FEW, f"--labels={ranks}", code=2)
     lines = made.lines()
-    ranks.write_text("".join(json.dumps({"asset": str(made.drawn() / x["look_at"]), "score": x["seed"]}) + "\n" for x in lines))
+    ranks.write_text(
+        "".join(
+            json.dumps({"asset": str(made.drawn() / x["look_at"]), "score": x["seed"]}) + "\n" for x in lines
+        )
+    )
     shown = json.loads(flow("tune", made.folder, *FEW, f"--labels={ranks}", "-n"))
-    assert shown["circular"]["human"]["steps"] == 4 and shown["control"] and shown["circular"]["choosing"] is None
+    assert (
+        shown["circular"]["human"]["steps"] == 4
+        and shown["control"]
+        and shown["circular"]["choosing"] is None
+    )
     said = flow("tune", made.folder, *FEW, f"--labels={ranks}", "--stage=voxels", "--no-control")
     assert "labels: ranks.jsonl" in said
 
@@ -142,46 +194,69 @@ def toy_assets(work: Work, name: str) -> tuple[list, list[str]]:
     decoder = ToyPipeline(torch.nn.Identity(), torch.nn.Identity())
     lines = sorted(work.lines(name), key=lambda x: (x["condition"], x["seed"]))
     latents = [read_latents(work.drawn(name) / line["latents"])["voxels"] for line in lines]
-    return [decoder.decode(SparseBatch.join([latent]))[0] for latent in latents], [line["condition"] for line in lines]
+    return [decoder.decode(SparseBatch.join([latent]))[0] for latent in latents], [
+        line["condition"] for line in lines
+    ]
 
 
 def mirrored(asset: ToyAsset) -> ToyAsset:
-    """The cheapest filter, which needs no labels: the largest part and its mirror image, coloured as the nearest voxel."""
+    """The cheapest filter, which needs no labels: the largest part and its mirror image, coloured as the
+    nearest voxel.
+    """
     parts, _ = ndimage.label(asset.occupancy.numpy())
     largest = torch.from_numpy(parts == 1 + np.bincount(parts.ravel())[1:].argmax())
     filled = largest | largest.flip(0)
-    nearest = ndimage.distance_transform_edt(~asset.occupancy.numpy(), return_distances=False, return_indices=True)
+    nearest = ndimage.distance_transform_edt(
+        ~asset.occupancy.numpy(), return_distances=False, return_indices=True
+    )
     return ToyAsset(filled, asset.colours[tuple(map(torch.from_numpy, nearest))] * filled[..., None])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(5))
 def test_the_default_betters_assets_and_a_network_that_runs_away_is_told(tmp_path, seed):
-    """Ranks by one measure of the toy's assets; wins on test conditions, by another. `pytest -s` prints them."""
+    """Ranks by one measure of the toy's assets; wins on test conditions, by another.
+    `pytest -s` prints them.
+    """
     flow("new", tmp_path / "WORK", "--pipeline=toy", f"--set=seed={seed}")
     flow("draw", tmp_path / "WORK")
     work = Work.open(tmp_path / "WORK")
-    ranks, lines = tmp_path / "ranks.jsonl", sorted(work.lines(), key=lambda x: (x["condition"], x["seed"]))
+    ranks = tmp_path / "ranks.jsonl"
+    lines = sorted(work.lines(), key=lambda x: (x["condition"], x["seed"]))
     scores = LabelOracle()(*toy_assets(work, "base")).tolist()
-    ranks.write_text("".join(
-        json.dumps({"asset": str(work.drawn() / line["look_at"]), "score": score}) + "\n" for line, score in zip(lines, scores, strict=True)
-    ))  # fmt: skip
-    family, reports, wins = work.check_pipeline(), {}, {}
+    ranks.write_text(
+        "".join(
+            json.dumps({"asset": str(work.drawn() / line["look_at"]), "score": score}) + "\n"
+            for line, score in zip(lines, scores, strict=True)
+        )
+    )
+    family = work.check_pipeline()
+    reports = {}
+    wins = {}
     for number, flags in enumerate(([], ["--set=loser_weight=1"])):
         flow("tune", work.folder, f"--labels={ranks}", "--no-control", *flags)
         reports[number] = json.loads((work.numbered("tune")[-1] / "report.json").read_text())["stages"]
         arms = {"test-base": None, f"tuned-{number:02}": work.tuned(work.numbered("tune")[-1])}
         for name, weights in arms.items():
             drawing_of(work, family, name, ["test"], torch.device("cpu"), SINGLE, tuned=weights).run()
-        base, tuned = ((FinalOracle()(assets, names), names) for assets, names in (toy_assets(work, name) for name in arms))
+        base, tuned = (
+            (FinalOracle()(assets, names), names)
+            for assets, names in (toy_assets(work, name) for name in arms)
+        )
         wins[number] = clustered_rate((0.5 * (1 + (tuned[0] - base[0]).sign())).numpy(), base[1])
         for stage, found in reports[number].items():
-            print(f"\nseed {seed}, {flags or 'default'}, {stage}: accuracy {found['held_out']['accuracy']:.3f}, error of the preferred "
-                  + "{:+.1%} [{:+.1%}, {:+.1%}]".format(*found["held_out"]["preferred_error"]))  # fmt: skip
+            print(
+                f"\nseed {seed}, {flags or 'default'}, {stage}: accuracy {found['held_out']['accuracy']:.3f},"
+                " error of the preferred "
+                + "{:+.1%} [{:+.1%}, {:+.1%}]".format(*found["held_out"]["preferred_error"])
+            )
         print("wins against the untuned on test conditions: {:.3f} [{:.3f}, {:.3f}]".format(*wins[number]))
     assets, names = toy_assets(work, "test-base")
     for judge in (FinalOracle(), LabelOracle()):
-        gains = [judge(of, names) - judge(assets, names) for of in ([mirrored(asset) for asset in assets], toy_assets(work, "tuned-00")[0])]
+        gains = [
+            judge(of, names) - judge(assets, names)
+            for of in ([mirrored(asset) for asset in assets], toy_assets(work, "tuned-00")[0])
+        ]
         found = [clustered_rate((0.5 * (1 + gain.sign())).numpy(), names) for gain in gains]
         said = ("{:.3f} [{:.3f}, {:.3f}]".format(*of) for of in found)
         print(f"{type(judge).__name__}: largest part, mirrored, {', the default '.join(said)}")

@@ -22,7 +22,11 @@ def test_a_reward_is_written_beside_the_decoded_one(tmp_path, monkeypatch):
     path = tmp_path / "latent.safetensors"
     result = CliRunner().invoke(main, ["reward", "latent", f"--out={path}", "--seeds=2"])
     assert result.exit_code == 0, result.output
-    assert "| latent |" in result.stdout and "| decoded |" in result.stdout and "8 pairs of 8 held-out conditions" in result.stdout
+    assert (
+        "| latent |" in result.stdout
+        and "| decoded |" in result.stdout
+        and "8 pairs of 8 held-out conditions" in result.stdout
+    )
     told = read_tensors(path, "latent-reward")[1]["taught"]["told"]
     assert told["latent"]["samples_per_second"] > 0 and len(told["decoded"]["by_seed"]) == 2
     structure, voxels = problem.pipeline.stages

@@ -34,35 +34,80 @@ def resolved(*flags) -> dict:
 def test_a_released_checkpoint_needs_no_further_flags(released, repo):
     """Every value is the one that docs/reference/settings.md lists."""
     found = resolved("--cfg=ffhq", "--data=faces.zip", f"--init={released}", "--reward=sigma")
-    assert found == resolved("--cfg=ffhq", "--data=faces.zip", f"--init={released}", "--reward=sigma", "--lambda-r=10")
+    assert found == resolved(
+        "--cfg=ffhq", "--data=faces.zip", f"--init={released}", "--reward=sigma", "--lambda-r=10"
+    )
     page = (repo / "docs" / "reference" / "settings.md").read_text().split("## A released checkpoint")[1]
     listed = {name: value.strip() for name, value in re.findall(r"^\| `(\w+)` \| ([^|]*) \|", page, re.M)}
-    shown = {name: "" if value is None else f"{value:g}" if type(value) in (int, float) else str(value) for name, value in found.items()}
+    shown = {
+        name: "" if value is None else f"{value:g}" if type(value) in (int, float) else str(value)
+        for name, value in found.items()
+    }
     assert {**shown, "init": "X.pkl"} == listed and shown["init"].endswith("X.pkl")
 
 
 def test_fine_tuning_without_a_reward_takes_eg3ds_row(released):
     found = resolved("--cfg=afhq", "--data=cats.zip", f"--init={released}")
-    expected = {"task": "tuning", "gamma": 5.0, "batch": 32, "kimg": 2500.0, "aug": "ada", "blur_fade_kimg": 0.0, "gpc_reg_fade_kimg": 0.0}
-    assert {name: found[name] for name in expected} == expected and found["nrr_initial"] == 128 and found["gen_pose_cond"] is True
+    expected = {
+        "task": "tuning",
+        "gamma": 5.0,
+        "batch": 32,
+        "kimg": 2500.0,
+        "aug": "ada",
+        "blur_fade_kimg": 0.0,
+        "gpc_reg_fade_kimg": 0.0,
+    }
+    assert (
+        {name: found[name] for name in expected} == expected
+        and found["nrr_initial"] == 128
+        and found["gen_pose_cond"] is True
+    )
 
 
 def test_flags_win_over_the_network_and_the_preset(released):
-    flags = ("--nrr-initial=32", "--gamma=3", "--mbstd-group=2", "--blur-fade-kimg=50", "--kimg=7", "--gen-pose-cond=False")
+    flags = (
+        "--nrr-initial=32",
+        "--gamma=3",
+        "--mbstd-group=2",
+        "--blur-fade-kimg=50",
+        "--kimg=7",
+        "--gen-pose-cond=False",
+    )
     found = resolved("--cfg=ffhq", "--data=x.zip", f"--init={released}", *flags)
-    assert (found["nrr_initial"], found["gamma"], found["mbstd_group"], found["kimg"], found["gen_pose_cond"]) == (32, 3.0, 2, 7.0, False)
+    assert (
+        found["nrr_initial"],
+        found["gamma"],
+        found["mbstd_group"],
+        found["kimg"],
+        found["gen_pose_cond"],
+    ) == (32, 3.0, 2, 7.0, False)
     assert found["blur_fade_kimg"] == 50.0  # as EG3D scales it: times batch/32
 
 
 def test_what_depends_on_the_task_and_is_no_flag(tiny_networks):
     scratch, tuning = (resolve({"init": init}).gan for init in ("scratch", str(tiny_networks)))
-    assert (scratch.ema_rampup, scratch.ada_kimg) == (0.05, 500.0) and (tuning.ema_rampup, tuning.ada_kimg) == (None, 100.0)
+    assert (scratch.ema_rampup, scratch.ada_kimg) == (0.05, 500.0) and (
+        tuning.ema_rampup,
+        tuning.ada_kimg,
+    ) == (None, 100.0)
 
 
 def test_the_main_run_is_written_out():
     """`HEADS` holds every number of `python train.py --reward=sigma --lambda-r=10`, and no other."""
     settings = resolve({"reward": "sigma", "lambda_r": 10.0})
-    ruled = {"task", "cfg", "init", "reward", "reward_ckpt", "reward_watch", "seed", "desc", "device", "no_summary"}  # by flags and files
+    # by flags and files
+    ruled = {
+        "task",
+        "cfg",
+        "init",
+        "reward",
+        "reward_ckpt",
+        "reward_watch",
+        "seed",
+        "desc",
+        "device",
+        "no_summary",
+    }
     values = {**settings.to_dict(), "ema_rampup": settings.gan.ema_rampup, "ada_kimg": settings.gan.ada_kimg}
     assert {name: value for name, value in values.items() if name not in ruled} == HEADS
 
@@ -86,6 +131,10 @@ def test_minibatch_std_groups_of_a_loaded_network_are_the_runs(tiny_networks, tm
 
 
 def test_records_are_read_as_they_were_written(tiny_networks):
-    for settings in (resolve({}), resolve({"init": str(tiny_networks), "amp": "bf16"}), resolve({"reward": "sigma", "lambda_r": 3.0})):
+    for settings in (
+        resolve({}),
+        resolve({"init": str(tiny_networks), "amp": "bf16"}),
+        resolve({"reward": "sigma", "lambda_r": 3.0}),
+    ):
         record = json.loads(json.dumps(settings.to_dict()))
         assert Settings.of(record) == settings and Settings.of(record).to_dict() == record

@@ -24,7 +24,8 @@ def test_kappa_of_a_two_by_two_table():
 
 
 def test_kappa_and_its_error_in_the_example_of_fleiss_cohen_and_everitt():
-    result = cohen_kappa(*answers([[106, 10, 4], [22, 28, 10], [2, 12, 6]]))  # 1969, n = 200: kappa 0.429, variance 0.002885
+    # 1969, n = 200: kappa 0.429, variance 0.002885
+    result = cohen_kappa(*answers([[106, 10, 4], [22, 28, 10], [2, 12, 6]]))
     assert result.value == pytest.approx(0.429, abs=5e-4)
     assert ((result.hi - result.lo) / (2 * 1.959964)) ** 2 == pytest.approx(0.002885, rel=0.06)
 
@@ -36,7 +37,11 @@ def test_kappa_is_one_for_equal_and_zero_for_independent_answers():
 
 
 def test_kappa_is_undefined_where_nobody_varies_or_nothing_is_shared():
-    assert cohen_kappa("aaa", "aaa").value is None and cohen_kappa("", "").to_dict() == {"value": None, "ci95": None, "n": 0}
+    assert cohen_kappa("aaa", "aaa").value is None and cohen_kappa("", "").to_dict() == {
+        "value": None,
+        "ci95": None,
+        "n": 0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -72,8 +77,19 @@ def test_alpha_agrees_with_a_loop_over_the_definition():
     pairable = [list(u.values()) for u in units if len(u) > 1]
     everything = [v for u in pairable for v in u]
     n = len(everything)
-    observed = sum((a != b) / (len(u) - 1) for u in pairable for x, a in enumerate(u) for y, b in enumerate(u) if x != y) / n
-    expected = sum(a != b for x, a in enumerate(everything) for y, b in enumerate(everything) if x != y) / (n * (n - 1))
+    observed = (
+        sum(
+            (a != b) / (len(u) - 1)
+            for u in pairable
+            for x, a in enumerate(u)
+            for y, b in enumerate(u)
+            if x != y
+        )
+        / n
+    )
+    expected = sum(a != b for x, a in enumerate(everything) for y, b in enumerate(everything) if x != y) / (
+        n * (n - 1)
+    )
     assert krippendorff_alpha(units).value == pytest.approx(1 - observed / expected, rel=1e-12)
 
 
@@ -85,7 +101,9 @@ def test_alpha_is_undefined_without_variation():
 
 def check_coverage(units: int, studies: int, full: bool, least: float) -> None:
     found = [agreement_coverage(kind, studies, seed=1) for kind in agreement_grid(units, full)]
-    assert 0.93 <= np.mean(found) <= 0.97 and min(found) >= least, list(zip(found, agreement_grid(units, full), strict=True))
+    assert 0.93 <= np.mean(found) <= 0.97 and min(found) >= least, list(
+        zip(found, agreement_grid(units, full), strict=True)
+    )
 
 
 def test_intervals_hold_the_truth_at_the_fewest_units_that_are_shown():

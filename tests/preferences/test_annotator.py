@@ -1,4 +1,6 @@
-"""The annotator on heads of people: the whole head scores 1, every defect costs, and labels flip as often as asked."""
+"""The annotator on heads of people: the whole head scores 1, every defect costs, and labels flip as often as
+asked.
+"""
 
 import functools
 
@@ -50,7 +52,9 @@ def _broken(whole: np.ndarray, amount: float) -> np.ndarray:
 
 def _rough(whole: np.ndarray, amount: float) -> np.ndarray:
     x, y, z = np.moveaxis(grid_points(N), -1, 0)
-    return (whole + amount * 0.012 * np.sin(90 * x) * np.sin(95 * y + 1) * np.sin(85 * z + 2)).astype(np.float32)
+    return (whole + amount * 0.012 * np.sin(90 * x) * np.sin(95 * y + 1) * np.sin(85 * z + 2)).astype(
+        np.float32
+    )
 
 
 DAMAGE = {  # by amount in 0..1; what must cost
@@ -58,7 +62,9 @@ DAMAGE = {  # by amount in 0..1; what must cost
     "extra": lambda whole, amount: np.minimum(whole, _ball((0.0, -0.1, -0.22), 0.05 + 0.07 * amount)),
     "floaters": lambda whole, amount: np.minimum(whole, _ball((0.38, 0.38, -0.38), 0.03 + 0.04 * amount)),
     "roughness": _rough,
-    "face": lambda whole, amount: np.maximum(whole, grid_points(N)[..., 2].astype(np.float32) - 0.2 + 0.08 * amount),
+    "face": lambda whole, amount: np.maximum(
+        whole, grid_points(N)[..., 2].astype(np.float32) - 0.2 + 0.08 * amount
+    ),
 }
 
 
@@ -69,7 +75,10 @@ def test_the_whole_head_scores_one(whole):
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_every_defect_costs_through_its_own_part_and_more_of_it_costs_more(whole, defect):
-    judged = [utility(whole, whole), *(utility(DAMAGE[defect](whole, amount), whole) for amount in (0.3, 0.65, 1.0))]
+    judged = [
+        utility(whole, whole),
+        *(utility(DAMAGE[defect](whole, amount), whole) for amount in (0.3, 0.65, 1.0)),
+    ]
     for values in ([found.total for found in judged], [found.parts[defect] for found in judged]):
         assert all(a > b for a, b in zip(values, values[1:], strict=False)), values
 
@@ -106,10 +115,13 @@ def test_no_surface_is_worse_than_any_broken_head_and_never_nan(value, whole):
 @pytest.mark.parametrize("rate", [0.05, 0.12, 0.25])
 def test_labels_flip_as_often_as_asked(rate):
     rng = np.random.default_rng(2)
-    utilities, pairs = rng.normal(0.5, 0.1, 20_000), rng.permutation(20_000).reshape(-1, 2)
+    utilities = rng.normal(0.5, 0.1, 20_000)
+    pairs = rng.permutation(20_000).reshape(-1, 2)
     temperature = solve_temperature(utilities, pairs, rate)
     labels = label_pairs(utilities, pairs, temperature, np.random.default_rng(3))
-    assert np.mean([not label.clean for label in labels]) == pytest.approx(rate, abs=4 * np.sqrt(rate / 10_000))
+    assert np.mean([not label.clean for label in labels]) == pytest.approx(
+        rate, abs=4 * np.sqrt(rate / 10_000)
+    )
     for label, pair in zip(labels[:200], pairs[:200], strict=True):
         assert {label.winner, label.loser} == set(pair.tolist())
         assert label.clean == (utilities[label.winner] >= utilities[label.loser])
@@ -121,9 +133,13 @@ def test_the_clearest_pair_is_mistaken_now_and_then():
 
 
 def test_no_noise_at_temperature_zero_and_same_labels_from_the_same_seed():
-    utilities, pairs = np.arange(40.0), np.arange(40).reshape(-1, 2)
+    utilities = np.arange(40.0)
+    pairs = np.arange(40).reshape(-1, 2)
     assert solve_temperature(utilities, pairs, 0.0) == 0.0
-    assert all(label.clean and label.winner > label.loser for label in label_pairs(utilities, pairs, 0.0, np.random.default_rng(1)))
+    assert all(
+        label.clean and label.winner > label.loser
+        for label in label_pairs(utilities, pairs, 0.0, np.random.default_rng(1))
+    )
     first, second = (label_pairs(utilities, pairs, 9.0, np.random.default_rng(5)) for _ in range(2))
     assert first == second
 

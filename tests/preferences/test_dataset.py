@@ -65,11 +65,17 @@ def test_anchors_are_the_papers_and_avoid_labelled_seeds():
     found = anchor_seeds()
     assert [len(found[k]) for k in ("train", "val", "test")] == [700, 150, 150]
     assert found["train"][0] == 100000 and found["test"][-1] == 100999
-    assert 100005 not in anchor_seeds(10, exclude=[100005])["train"] + anchor_seeds(10, exclude=[100005])["val"]
+    assert (
+        100005 not in anchor_seeds(10, exclude=[100005])["train"] + anchor_seeds(10, exclude=[100005])["val"]
+    )
 
 
 def test_common_value_refuses_mixed_labels():
-    labels = [Preference(winner=1, loser=2, psi=0.7), Preference(winner=3, loser=4), Preference(winner=5, loser=6, psi=1.0)]
+    labels = [
+        Preference(winner=1, loser=2, psi=0.7),
+        Preference(winner=3, loser=4),
+        Preference(winner=5, loser=6, psi=1.0),
+    ]
     assert common_value(labels[:2], "psi") == 0.7 and common_value(labels[1:2], "psi") is None
     with pytest.raises(ValueError, match="one psi throughout"):
         common_value(labels, "psi")

@@ -25,11 +25,15 @@ RNG = np.random.default_rng(0)
 NAMES = [f"a{i}" for i in range(7)]
 ANY = {
     "ranks": lambda: of_ranks(dict(zip(NAMES, RNG.integers(1, 5, 7).tolist(), strict=True))),
-    "votes": lambda: of_votes([(NAMES[i], bool(good)) for i, good in zip(RNG.integers(0, 7, 30), RNG.random(30) < 0.8, strict=True)]),
+    "votes": lambda: of_votes(
+        [(NAMES[i], bool(good)) for i, good in zip(RNG.integers(0, 7, 30), RNG.random(30) < 0.8, strict=True)]
+    ),
     "a thumb each": lambda: of_votes(zip(NAMES, [True] * 6 + [False], strict=True)),
     "scores": lambda: of_scores(zip(NAMES, 3 * RNG.standard_normal(7), strict=True)),
     "probabilities": lambda: of_probabilities([(name, p) for name in NAMES for p in RNG.random(3)]),
-    "pairs": lambda: of_pairs([Comparison(*RNG.choice(NAMES, 2, replace=False).tolist(), tie=bool(i % 5 == 0)) for i in range(25)]),
+    "pairs": lambda: of_pairs(
+        [Comparison(*RNG.choice(NAMES, 2, replace=False).tolist(), tie=bool(i % 5 == 0)) for i in range(25)]
+    ),
 }
 
 
@@ -44,13 +48,21 @@ def test_ranks():
     assert of_ranks({"a": 1, "b": 2}) == {"a": 1, "b": 0}
     assert of_ranks({"a": 7, "b": 7}) == {"a": 0.5, "b": 0.5} and of_ranks({"a": 3}) == {"a": 0.5}
     ranks = dict(zip(NAMES, [2, 9, 2, 4, 1, 4, 4], strict=True))
-    expected = {a: (sum(ranks[b] > ranks[a] for b in NAMES) + sum(ranks[b] == ranks[a] for b in NAMES if b != a) / 2) / 6 for a in NAMES}
+    expected = {
+        a: (
+            (sum(ranks[b] > ranks[a] for b in NAMES) + sum(ranks[b] == ranks[a] for b in NAMES if b != a) / 2)
+            / 6
+        )
+        for a in NAMES
+    }
     assert of_ranks(ranks) == pytest.approx(expected)
     assert of_ranks(dict(reversed(ranks.items()))) == pytest.approx(expected)
 
 
 def test_votes_are_shares_with_a_prior_of_the_condition():
-    good, n, share = np.array([3, 0, 1]), np.array([4, 1, 2]), 4 / 7
+    good = np.array([3, 0, 1])
+    n = np.array([4, 1, 2])
+    share = 4 / 7
     votes = [(name, i < g) for name, g, k in zip("abc", good, n, strict=True) for i in range(k)]
     advantage = 2 * (good + 2 * share) / (n + 2) - 1
     expected = 0.5 + (advantage - advantage.mean()) / 2
@@ -59,8 +71,16 @@ def test_votes_are_shares_with_a_prior_of_the_condition():
 
 def test_one_pair_is_laplace_and_several_are_bradley_terry():
     assert of_pairs([Comparison("a", "b")]) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
-    assert of_pairs([Comparison("a", "b")] * 3 + [Comparison("b", "a"), Comparison("a", "b", True)])["a"] == pytest.approx(4.5 / 7)
-    chain = [Comparison("a", "b"), Comparison("b", "c"), Comparison("c", "a"), Comparison("a", "c"), Comparison("a", "b")]
+    assert of_pairs([Comparison("a", "b")] * 3 + [Comparison("b", "a"), Comparison("a", "b", True)])[
+        "a"
+    ] == pytest.approx(4.5 / 7)
+    chain = [
+        Comparison("a", "b"),
+        Comparison("b", "c"),
+        Comparison("c", "a"),
+        Comparison("a", "c"),
+        Comparison("a", "b"),
+    ]
     fit = bradley_terry(chain)
     theta = dict(zip(fit.items, fit.strength, strict=True))
 
@@ -83,14 +103,19 @@ def test_raters_of_another_scale_and_level_say_the_same():
 
 
 def test_members_that_differ_are_near_one_half():
-    sure, torn = of_probabilities([("a", 0.9), ("b", 0.1)]), of_probabilities([("a", 1.0), ("a", 0.2), ("b", 0.4), ("b", 0.6)])
+    sure = of_probabilities([("a", 0.9), ("b", 0.1)])
+    torn = of_probabilities([("a", 1.0), ("a", 0.2), ("b", 0.4), ("b", 0.6)])
     assert sure["a"] == pytest.approx(0.9) and torn["a"] == pytest.approx(0.55)
 
 
 def test_normal_scores_have_mean_0_deviation_1_and_the_order_of_r():
     r = RNG.random(9)
     scores = normal_scores(r)
-    assert scores.mean() == pytest.approx(0) and scores.std() == pytest.approx(1) and (scores.argsort() == r.argsort()).all()
+    assert (
+        scores.mean() == pytest.approx(0)
+        and scores.std() == pytest.approx(1)
+        and (scores.argsort() == r.argsort()).all()
+    )
     assert normal_scores([1, 0]).tolist() == [1, -1] and normal_scores([0.3] * 4).tolist() == [0] * 4
     assert normal_scores(-r) == pytest.approx(-scores)
     order = RNG.permutation(9)
@@ -100,17 +125,23 @@ def test_normal_scores_have_mean_0_deviation_1_and_the_order_of_r():
 def test_controls_keep_what_they_should():
     of = {name: "xyz"[i % 3] for i, name in enumerate(f"a{i}" for i in range(30))}
     r = dict(zip(of, RNG.random(30).tolist(), strict=True))
-    shuffled, again = as_used(r, of, "shuffled", 5), as_used(r, of, "shuffled", 5)
+    shuffled = as_used(r, of, "shuffled", 5)
+    again = as_used(r, of, "shuffled", 5)
     assert shuffled == again != r and as_used(r, of, "labels", 5) == r and list(shuffled) == list(r)
     for condition in "xyz":
-        assert sorted(shuffled[a] for a in r if of[a] == condition) == sorted(r[a] for a in r if of[a] == condition)
+        assert sorted(shuffled[a] for a in r if of[a] == condition) == sorted(
+            r[a] for a in r if of[a] == condition
+        )
     turned = as_used(r, of, "inverted", 5)
     assert all(turned[name] == 1 - r[name] for name in r)
 
 
 def test_assets_alone_in_their_condition_teach_nothing():
     of = {"a": "x", "b": "x", "c": "y", "d": "z", "e": "z"}
-    assert contrast({"a": 1.0, "b": 0.0, "c": 0.5, "d": 0.7, "e": 0.3}, {"x", "y"}, of) == {"a": 1.0, "b": 0.0}
+    assert contrast({"a": 1.0, "b": 0.0, "c": 0.5, "d": 0.7, "e": 0.3}, {"x", "y"}, of) == {
+        "a": 1.0,
+        "b": 0.0,
+    }
 
 
 # Files.
@@ -129,46 +160,104 @@ def thumb(asset, value, **more):
 
 
 def test_every_kind_is_read(tmp_path):
-    thumbs = read_goodness(written(tmp_path, thumb("a", True), "", thumb("b", False), thumb("c", True)), KNOWN)
+    thumbs = read_goodness(
+        written(tmp_path, thumb("a", True), "", thumb("b", False), thumb("c", True)), KNOWN
+    )
     assert thumbs == of_votes([("a", True), ("b", False), ("c", True)])
-    scores = written(tmp_path, *({"asset": a, "score": s, "rater": r} for a, s, r in (("a", 5, "p"), ("b", 1, "p"), ("c", 3, "q"))))
-    assert read_goodness(scores, KNOWN) == pytest.approx({"a": 0.75, "b": 0.25, "c": 0.5})  # a deviation is A = 1/2
-    ranks = written(tmp_path, {"asset": "a", "rank": 2}, {"asset": "b", "rank": 1}, {"asset": "c", "rank": 3}, {"asset": "d", "rank": 1})
+    scores = written(
+        tmp_path,
+        *({"asset": a, "score": s, "rater": r} for a, s, r in (("a", 5, "p"), ("b", 1, "p"), ("c", 3, "q"))),
+    )
+    # a deviation is A = 1/2
+    assert read_goodness(scores, KNOWN) == pytest.approx({"a": 0.75, "b": 0.25, "c": 0.5})
+    ranks = written(
+        tmp_path,
+        {"asset": "a", "rank": 2},
+        {"asset": "b", "rank": 1},
+        {"asset": "c", "rank": 3},
+        {"asset": "d", "rank": 1},
+    )
     assert read_goodness(ranks, KNOWN) == {"a": 0.5, "b": 1.0, "c": 0.0, "d": 0.5}
-    pairs = written(tmp_path, {"preferred": "a", "rejected": "b"}, {"preferred": "b", "rejected": "c", "tie": True})
+    pairs = written(
+        tmp_path, {"preferred": "a", "rejected": "b"}, {"preferred": "b", "rejected": "c", "tie": True}
+    )
     assert read_goodness(pairs, KNOWN) == of_pairs([Comparison("a", "b"), Comparison("b", "c", True)])
-    members = written(tmp_path, *({"asset": a, "p": p, "rater": m} for a, p, m in (("a", 0.9, "1"), ("a", 0.7, "2"), ("b", 0.4, "1"))))
+    members = written(
+        tmp_path,
+        *(
+            {"asset": a, "p": p, "rater": m}
+            for a, p, m in (("a", 0.9, "1"), ("a", 0.7, "2"), ("b", 0.4, "1"))
+        ),
+    )
     assert read_goodness(members, KNOWN) == pytest.approx({"a": 0.7, "b": 0.3})
 
 
 def test_the_labelling_tools_fields_are_read_and_files_stand_for_assets(tmp_path):
-    known = Known(conditions={"000001": "chair", "000002": "chair"},
-                  files={(tmp_path / "shapes" / f"{i}.glb").resolve(): f"00000{i}" for i in (1, 2)})  # fmt: skip
-    rows = [{"mesh": "shapes/1.glb", "prompt": "a chair", "label": 1, "generator": "g", "condition": "chair", "annotator": "ann"},
-            {"mesh": str(tmp_path / "shapes/2.glb"), "prompt": "a chair", "label": 0, "condition": "chair", "rater": "ann"}]  # fmt: skip
+    known = Known(
+        conditions={"000001": "chair", "000002": "chair"},
+        files={(tmp_path / "shapes" / f"{i}.glb").resolve(): f"00000{i}" for i in (1, 2)},
+    )
+    rows = [
+        {
+            "mesh": "shapes/1.glb",
+            "prompt": "a chair",
+            "label": 1,
+            "generator": "g",
+            "condition": "chair",
+            "annotator": "ann",
+        },
+        {
+            "mesh": str(tmp_path / "shapes/2.glb"),
+            "prompt": "a chair",
+            "label": 0,
+            "condition": "chair",
+            "rater": "ann",
+        },
+    ]
     assert read_goodness(written(tmp_path, *rows), known) == of_votes([("000001", True), ("000002", False)])
 
 
 MISTAKES = {
-    "all good": ([thumb("a", True), thumb("b", True)], "labels.jsonl, lines 1 to 2: expected some of both, got 2 that are all good"),
-    "ties": ([{"asset": n, "rank": 3} for n in "abc"], "lines 1 to 3: expected labels that tell assets of a condition apart, got ties"),
+    "all good": (
+        [thumb("a", True), thumb("b", True)],
+        "labels.jsonl, lines 1 to 2: expected some of both, got 2 that are all good",
+    ),
+    "ties": (
+        [{"asset": n, "rank": 3} for n in "abc"],
+        "lines 1 to 3: expected labels that tell assets of a condition apart, got ties",
+    ),
     "scores alike": ([{"asset": n, "score": 3} for n in "abc"], "got scores that are alike"),
-    "alone": ([thumb("a", True), {"asset": "d", "thumb": False}], "lines 1 to 2: expected two assets or more under one condition"),
-    "unknown": ([thumb("a", True), thumb("nose", True)], "line 2: expected one of 4 assets (a, b, c, ...), got 'nose'. Name an asset"),
-    "condition": ([thumb("d", True)], "line 1: expected condition 'y' of asset 'd', as in the list of assets, got 'x'"),
-    "two kinds": ([thumb("a", True), {"asset": "b", "rank": 1}], "line 2: expected thumbs as in line 1, got a rank"),
+    "alone": (
+        [thumb("a", True), {"asset": "d", "thumb": False}],
+        "lines 1 to 2: expected two assets or more under one condition",
+    ),
+    "unknown": (
+        [thumb("a", True), thumb("nose", True)],
+        "line 2: expected one of 4 assets (a, b, c, ...), got 'nose'. Name an asset",
+    ),
+    "condition": (
+        [thumb("d", True)],
+        "line 1: expected condition 'y' of asset 'd', as in the list of assets, got 'x'",
+    ),
+    "two kinds": (
+        [thumb("a", True), {"asset": "b", "rank": 1}],
+        "line 2: expected thumbs as in line 1, got a rank",
+    ),
     "no label": ([{"asset": "a"}], "line 1: expected one of thumb, label, score, p, rank, got none"),
     "thumb": ([thumb("a", 3)], "line 1: expected thumb to be true or false, got 3"),
     "score": ([{"asset": "a", "score": "good"}], "line 1: expected score to be a number, got 'good'"),
     "nan": (['{"asset": "a", "score": NaN}'], "expected score to be a number, got nan"),
     "p": ([{"asset": "a", "p": 3}], "expected p from 0 to 1, got 3"),
-    "two ranks": ([{"asset": "a", "rank": 1}, {"asset": "a", "rank": 2}], "line 2: expected one rank for each asset, got another of 'a'"),
+    "two ranks": (
+        [{"asset": "a", "rank": 1}, {"asset": "a", "rank": 2}],
+        "line 2: expected one rank for each asset, got another of 'a'",
+    ),
     "itself": ([{"preferred": "a", "rejected": "a"}], "line 1: expected two assets of one condition"),
     "apart": ([{"preferred": "a", "rejected": "d"}], "line 1: expected two assets of one condition"),
     "no asset": ([{"thumb": True}], "line 1: expected asset, got none"),
     "no JSON": (["{"], "line 1: expected one JSON object"),
     "empty": ([], "line 1: expected at least one label, got an empty file"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", MISTAKES)
@@ -176,7 +265,9 @@ def test_mistakes_name_file_line_and_remedy(case, tmp_path):
     records, text = MISTAKES[case]
     with pytest.raises(ValueError) as error:
         read_goodness(written(tmp_path, *records), KNOWN)
-    assert text in str(error.value) and "labels.jsonl, line" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        text in str(error.value) and "labels.jsonl, line" in str(error.value) and "\n" not in str(error.value)
+    )
 
 
 def test_no_file(tmp_path):

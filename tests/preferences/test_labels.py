@@ -7,7 +7,9 @@ import pytest
 from eg3d_rlhf.preferences.labels import Preference, labels_hash, load_labels, write_labels
 
 LABELS = [
-    Preference(winner=3, loser=7, generator="ab" * 32, psi=0.7, annotator="anna", time="2026-01-02T03:04:05", clean=7),
+    Preference(
+        winner=3, loser=7, generator="ab" * 32, psi=0.7, annotator="anna", time="2026-01-02T03:04:05", clean=7
+    ),
     Preference(winner=9, loser=2, tie=True, time=1.5),
     Preference(winner=0, loser=2**32 - 1),
 ]
@@ -38,15 +40,19 @@ def test_clean_is_a_seed_or_says_whether_the_winner_is_better(tmp_path, clean, s
     ("name", "text", "words"),
     [
         ("a.jsonl", '{"winner": 1, "loser": 2}\n{"winner": 1}\n', "line 2.*no loser"),
-        ("a.jsonl", '{"winner": 1, "loser": 2\n', "line 1.*JSON"), ("a.jsonl", "[1, 2]\n", "got list"),
-        ("a.jsonl", '{"winner": 1, "loser": 1}\n', "1 twice"), ("a.jsonl", "", "empty file"),
-        ("a.jsonl", '{"winner": 1.5, "loser": 1}\n', "winner.*1.5"), ("a.jsonl", '{"winner": -1, "loser": 1}\n', "winner.*-1"),
+        ("a.jsonl", '{"winner": 1, "loser": 2\n', "line 1.*JSON"),
+        ("a.jsonl", "[1, 2]\n", "got list"),
+        ("a.jsonl", '{"winner": 1, "loser": 1}\n', "1 twice"),
+        ("a.jsonl", "", "empty file"),
+        ("a.jsonl", '{"winner": 1.5, "loser": 1}\n', "winner.*1.5"),
+        ("a.jsonl", '{"winner": -1, "loser": 1}\n', "winner.*-1"),
         ("a.jsonl", '{"winner": 1, "loser": 2, "psi": 9}\n', "psi.*9"),
         ("a.jsonl", '{"winner": 1, "loser": 2, "clean": 3}\n', "clean.*1 or 2"),
         ("a.jsonl", '{"winner": 1, "loser": 2, "time": "noon"}\n', "time.*noon"),
         ("a.csv", "winner,loser\n1,2\n3\n", "line 3.*2 cells, got 1"),
         ("a.jsonl", '{"winner": 1, "loser": 2, "tie": "maybe"}\n', "tie.*maybe"),
-        ("a.csv", "first,second\n1,2\n", "line 1.*header"), ("a.csv", "winner,loser\n1,x\n", "line 2.*loser.*'x'"),
+        ("a.csv", "first,second\n1,2\n", "line 1.*header"),
+        ("a.csv", "winner,loser\n1,x\n", "line 2.*loser.*'x'"),
         ("a.txt", "", ".jsonl or .csv"),
     ],
 )
@@ -72,7 +78,9 @@ def test_two_column_table_is_recognised(tmp_path):
 def test_published_table_imports(fixtures_dir):
     path = fixtures_dir.parent / "data" / "ranked_seeds.csv"
     if not path.is_file():
-        pytest.skip(f"published preferences not found at {path}; they are not redistributed with this repository")
+        pytest.skip(
+            f"published preferences not found at {path}; they are not redistributed with this repository"
+        )
     labels = load_labels(path)
     assert len(labels) == 4346
     assert (labels[0].winner, labels[0].loser) == (35539, 23763)

@@ -1,4 +1,6 @@
-"""Strengths behind comparisons: closed forms and a published table, Elo, leaderboards, cycles; intervals that cover a known truth."""
+"""Strengths behind comparisons: closed forms and a published table, Elo, leaderboards, cycles; intervals that
+cover a known truth.
+"""
 
 import itertools
 import json
@@ -34,9 +36,11 @@ def games(first: str, second: str, wins: int, losses: int, ties: int = 0, start:
 def two(scores, annotator=None, prompt=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     n = len(scores)
     design = Design(
-        cells=np.array([[0, 1]]), cell=np.zeros(n, dtype=int), annotator=np.zeros(n, dtype=int) if annotator is None else annotator,
+        cells=np.array([[0, 1]]),
+        cell=np.zeros(n, dtype=int),
+        annotator=np.zeros(n, dtype=int) if annotator is None else annotator,
         prompt=np.arange(n) if prompt is None else prompt,
-    )  # fmt: skip
+    )
     return strengths(np.array(scores, dtype=float)[None], design)
 
 
@@ -44,30 +48,45 @@ def test_of_two_generators_and_independent_games_the_interval_is_wilsons():
     found, lo, hi = two([1] * 700 + [0] * 300)
     share = 1 / (1 + np.exp(-2 * np.array([lo[0, 0], found[0, 0], hi[0, 0]])))
     wilson = wilson_interval(700, 1000)
-    assert share == pytest.approx([wilson.lo, 700.5 / 1001, wilson.hi], abs=1e-3) and found.sum() == pytest.approx(0)
+    assert share == pytest.approx(
+        [wilson.lo, 700.5 / 1001, wilson.hi], abs=1e-3
+    ) and found.sum() == pytest.approx(0)
 
 
 def test_a_hundred_points_ahead_win_64_per_cent():
-    (first, second), = leaderboard(games("a", "b", 640, 360)).groups
+    ((first, second),) = leaderboard(games("a", "b", 640, 360)).groups
     assert first.name == "a" and first.points - second.points == pytest.approx(100, abs=1)
     assert first.points + second.points == pytest.approx(2000)
     assert first.lo < first.points < first.hi and first.score == 0.64
 
 
 def test_one_who_always_wins_has_finite_points_and_a_bound_on_one_side_alone():
-    board = leaderboard([*games("best", "a", 30, 0), *games("best", "b", 30, 0, start=30), *games("a", "b", 15, 15, start=60)])
+    board = leaderboard(
+        [*games("best", "a", 30, 0), *games("best", "b", 30, 0, start=30), *games("a", "b", 15, 15, start=60)]
+    )
     rows = {s.name: s for s in board.groups[0]}
-    assert math.isfinite(rows["best"].points) and rows["best"].hi is None and 1000 < rows["best"].lo < rows["best"].points
-    assert rows["a"].hi is not None and "best has never lost: nothing tells how far ahead" in " ".join(board.notes())
+    assert (
+        math.isfinite(rows["best"].points)
+        and rows["best"].hi is None
+        and 1000 < rows["best"].lo < rows["best"].points
+    )
+    assert rows["a"].hi is not None and "best has never lost: nothing tells how far ahead" in " ".join(
+        board.notes()
+    )
     json.dumps(board.to_dict(), allow_nan=False)
 
 
 def test_ties_count_half_and_both_bad_is_one():
     even = [g._replace(bad=True) for g in games("a", "b", 0, 0, ties=40)]
     a, b = leaderboard(even).groups[0]
-    assert (a.points, b.points) == pytest.approx((1000, 1000)) and (a.ties, a.both_bad, a.wins, a.score) == (40, 40, 0, 0.5)
-    (a, _), = leaderboard(games("a", "b", 30, 10, ties=40)).groups
-    (same, _), = leaderboard(games("a", "b", 50, 30)).groups
+    assert (a.points, b.points) == pytest.approx((1000, 1000)) and (a.ties, a.both_bad, a.wins, a.score) == (
+        40,
+        40,
+        0,
+        0.5,
+    )
+    ((a, _),) = leaderboard(games("a", "b", 30, 10, ties=40)).groups
+    ((same, _),) = leaderboard(games("a", "b", 50, 30)).groups
     assert a.points == pytest.approx(same.points) and a.hi - a.lo < same.hi - same.lo  # half the variance
 
 
@@ -79,7 +98,11 @@ def test_groups_that_never_met_are_not_compared():
 
 def test_too_few_games_or_prompts_have_no_points_and_the_sentence_what_is_missing():
     board = leaderboard([*games("a", "b", 12, 7)])
-    assert board.groups == () and board.few[0].points is None and board.notes()[-1] == "b: 19 comparisons over 19; needs 1 more comparison."
+    assert (
+        board.groups == ()
+        and board.few[0].points is None
+        and board.notes()[-1] == "b: 19 comparisons over 19; needs 1 more comparison."
+    )
     same = [g._replace(prompt=i % 9, annotator=str(i)) for i, g in enumerate(games("a", "b", 30, 15))]
     assert "needs 1 more prompt" in leaderboard(same).notes()[-1]
     board = leaderboard([*games("a", "b", 20, 10), *games("b", "late", 3, 2, start=90)])
@@ -91,15 +114,21 @@ def test_too_few_games_or_prompts_have_no_points_and_the_sentence_what_is_missin
 def test_annotators_who_disagree_widen_the_interval():
     people = np.repeat(np.arange(6), 10)
     mixed = [i % 10 < 6 for i in range(60)]
-    apart = [i < 36 for i in range(60)]  # the same share of wins, but each annotator gives always the same answer
+    # the same share of wins, but each annotator gives always the same answer
+    apart = [i < 36 for i in range(60)]
     even, by_person = (two(scores, people) for scores in (mixed, apart))
-    assert even[0] == pytest.approx(by_person[0]) and (by_person[2] - by_person[1])[0, 0] > 1.5 * (even[2] - even[1])[0, 0]
+    assert (
+        even[0] == pytest.approx(by_person[0])
+        and (by_person[2] - by_person[1])[0, 0] > 1.5 * (even[2] - even[1])[0, 0]
+    )
 
 
 def check_coverage(prompts: int, studies: int, full: bool, least: float, most: float) -> None:
     kinds = list(leaderboard_grid(prompts, full))
     found = [leaderboard_coverage(kind, studies, seed=1) for kind in kinds]
-    assert 0.93 <= np.mean(found) <= 0.97 and min(found) >= least and max(found) <= most, list(zip(found, kinds, strict=True))
+    assert 0.93 <= np.mean(found) <= 0.97 and min(found) >= least and max(found) <= most, list(
+        zip(found, kinds, strict=True)
+    )
 
 
 def test_intervals_hold_the_truth_at_the_fewest_prompts_that_are_shown():
@@ -130,7 +159,8 @@ def gap(found) -> float:
 
 def test_two_methods_have_the_log_odds_in_elo():
     assert gap(elo(of(30, 10), resamples=0)) == pytest.approx(400 * math.log10(3))
-    assert gap(elo(of(30, 10, 20), resamples=0)) == pytest.approx(400 * math.log10(50 / 30))  # draws win for both
+    # draws win for both
+    assert gap(elo(of(30, 10, 20), resamples=0)) == pytest.approx(400 * math.log10(50 / 30))
     assert gap(elo(of(30, 10, 20), draws="davidson", resamples=0)) == pytest.approx(400 * math.log10(3))
     assert sum(r.elo for r in elo(of(30, 10), resamples=0).ratings.values()) == pytest.approx(2000)
 
@@ -150,7 +180,10 @@ def write(path: Path, records) -> Path:
 
 
 def records(wins: int, losses: int, criterion: str = "overall"):
-    return [{**j._asdict(), "prompt": str(k), "criterion": criterion, "more": 1} for k, j in enumerate(of(wins, losses))]
+    return [
+        {**j._asdict(), "prompt": str(k), "criterion": criterion, "more": 1}
+        for k, j in enumerate(of(wins, losses))
+    ]
 
 
 def call(*arguments):
@@ -158,7 +191,8 @@ def call(*arguments):
 
 
 def test_the_tool_rates_each_criterion_and_goes_on_from_its_own_file(tmp_path):
-    source, out = write(tmp_path / "j.jsonl", records(30, 10) + records(10, 30, "texture")), tmp_path / "elo.json"
+    source = write(tmp_path / "j.jsonl", records(30, 10) + records(10, 30, "texture"))
+    out = tmp_path / "elo.json"
     done = call(source, f"--out={out}")
     assert done.exit_code == 0, done.output
     tables = json.loads(out.read_text())
@@ -168,10 +202,14 @@ def test_the_tool_rates_each_criterion_and_goes_on_from_its_own_file(tmp_path):
     new = write(tmp_path / "new.jsonl", [{"a": "new", "b": "x", "winner": w} for w in "ab"])
     again = call(source, new, f"--held={out}")
     assert "texture: left out" in again.stderr
-    assert again.exit_code == 0 and f"| new | {tables['overall']['ratings']['x']['elo']:.1f} |" in again.output
+    assert (
+        again.exit_code == 0 and f"| new | {tables['overall']['ratings']['x']['elo']:.1f} |" in again.output
+    )
 
 
-@pytest.mark.parametrize("text", ['{"a": "x"', '{"a": "x", "b": "y"}', '{"a": "x", "b": "x", "winner": "a"}', ""])
+@pytest.mark.parametrize(
+    "text", ['{"a": "x"', '{"a": "x", "b": "y"}', '{"a": "x", "b": "x", "winner": "a"}', ""]
+)
 def test_damaged_files_are_refused_in_one_line(tmp_path, text):
     path = tmp_path / "j.jsonl"
     path.write_text(text + "\n")
@@ -214,22 +252,38 @@ def test_two_items_with_ties_have_davidsons_closed_form():
 
 
 def test_the_american_league_of_1987():
-    teams = ("Milwaukee", "Detroit", "Toronto", "New York", "Boston", "Cleveland", "Baltimore")  # Agresti, Categorical Data Analysis
-    rows = ([0, 7, 9, 7, 7, 9, 11], [6, 0, 7, 5, 11, 9, 9], [4, 6, 0, 7, 7, 8, 12], [6, 8, 6, 0, 6, 7, 10], [6, 2, 6, 7, 0, 7, 12],
-            [4, 4, 5, 6, 6, 0, 6], [2, 4, 1, 3, 1, 7, 0])  # fmt: skip
-    result = bradley_terry(drawn_games({(teams[i], teams[j]): n for i, row in enumerate(rows) for j, n in enumerate(row)}))
+    # Agresti, Categorical Data Analysis
+    teams = ("Milwaukee", "Detroit", "Toronto", "New York", "Boston", "Cleveland", "Baltimore")
+    rows = (
+        [0, 7, 9, 7, 7, 9, 11],
+        [6, 0, 7, 5, 11, 9, 9],
+        [4, 6, 0, 7, 7, 8, 12],
+        [6, 8, 6, 0, 6, 7, 10],
+        [6, 2, 6, 7, 0, 7, 12],
+        [4, 4, 5, 6, 6, 0, 6],
+        [2, 4, 1, 3, 1, 7, 0],
+    )
+    result = bradley_terry(
+        drawn_games({(teams[i], teams[j]): n for i, row in enumerate(rows) for j, n in enumerate(row)})
+    )
     over_baltimore = [strength(result, team) - strength(result, "Baltimore") for team in teams]
     assert over_baltimore == pytest.approx([1.58, 1.44, 1.29, 1.25, 1.11, 0.68, 0.0], abs=6e-3)
-    i, j = result.items.index("Milwaukee"), result.items.index("Baltimore")
+    i = result.items.index("Milwaukee")
+    j = result.items.index("Baltimore")
     error = math.sqrt(result.covariance[i, i] + result.covariance[j, j] - 2 * result.covariance[i, j])
     assert error == pytest.approx(0.343, abs=2e-3)
 
 
 def test_the_score_equations_hold_at_the_maximum():
     rng = np.random.default_rng(0)
-    pairs = [Comparison(*rng.choice(8, 2, replace=False).tolist(), tie=bool(rng.random() < 0.2)) for _ in range(300)]
+    pairs = [
+        Comparison(*rng.choice(8, 2, replace=False).tolist(), tie=bool(rng.random() < 0.2))
+        for _ in range(300)
+    ]
     result = bradley_terry(pairs)
-    points, expected, draws = np.zeros(8), np.zeros(8), 0.0
+    points = np.zeros(8)
+    expected = np.zeros(8)
+    draws = 0.0
     s = {item: math.exp(strength(result, item)) for item in range(8)}
     for a, b, tie in pairs:
         points[a] += 0.5 if tie else 1
@@ -239,25 +293,46 @@ def test_the_score_equations_hold_at_the_maximum():
         expected[a] += (s[a] + root / 2) / total
         expected[b] += (s[b] + root / 2) / total
         draws += root / total
-    assert expected == pytest.approx(points, abs=1e-6) and draws == pytest.approx(sum(p.tie for p in pairs), abs=1e-6)
+    assert expected == pytest.approx(points, abs=1e-6) and draws == pytest.approx(
+        sum(p.tie for p in pairs), abs=1e-6
+    )
 
 
 def test_an_unbeaten_item_is_held_by_the_prior_and_reported():
     result = bradley_terry(drawn_games({("a", "b"): 5, ("b", "c"): 3, ("c", "b"): 2}))
-    assert result.regularised and np.isfinite(result.strength).all() and result.strength.argmax() == result.items.index("a")
+    assert (
+        result.regularised
+        and np.isfinite(result.strength).all()
+        and result.strength.argmax() == result.items.index("a")
+    )
     separate = bradley_terry(drawn_games({("a", "b"): 5, ("b", "a"): 2, ("c", "d"): 4, ("d", "c"): 4}))
-    assert separate.regularised and strength(separate, "c") == pytest.approx(strength(separate, "d"), abs=1e-9)
+    assert separate.regularised and strength(separate, "c") == pytest.approx(
+        strength(separate, "d"), abs=1e-9
+    )
 
 
 def test_pairs_without_a_majority_make_no_cycle():
     circle = drawn_games({("a", "b"): 1, ("b", "c"): 1, ("c", "a"): 1})
-    assert cycles(circle) == {"triples": 1, "cyclic": 1, "share": 1.0, "share_by_chance": 0.25, "largest_knot": 3}
-    assert cycles(circle + drawn_games({("a", "c"): 1}))["share"] is None and cycles([Comparison("a", "b", True)])["largest_knot"] == 0
+    assert cycles(circle) == {
+        "triples": 1,
+        "cyclic": 1,
+        "share": 1.0,
+        "share_by_chance": 0.25,
+        "largest_knot": 3,
+    }
+    assert (
+        cycles(circle + drawn_games({("a", "c"): 1}))["share"] is None
+        and cycles([Comparison("a", "b", True)])["largest_knot"] == 0
+    )
 
 
 def test_cycles_agree_with_a_loop():
     rng = np.random.default_rng(2)
-    beats = {(a, b) if rng.random() < 0.5 else (b, a) for a, b in itertools.combinations(range(12), 2) if rng.random() < 0.8}
+    beats = {
+        (a, b) if rng.random() < 0.5 else (b, a)
+        for a, b in itertools.combinations(range(12), 2)
+        if rng.random() < 0.8
+    }
     triples = cyclic = 0
     for trio in itertools.combinations(range(12), 3):
         edges = [e for e in itertools.permutations(trio, 2) if e in beats]

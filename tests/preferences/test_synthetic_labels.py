@@ -17,9 +17,13 @@ RADIUS = 0.3
 
 
 class _Heads:
-    """Stands in for a generator: a ball that is cut off behind a plane as deep as the latent's first number."""
+    """Stands in for a generator: a ball that is cut off behind a plane as deep as the
+    latent's first number.
+    """
 
-    z_dim, bounds, cameras = 64, Bounds(), CameraFamily()
+    z_dim = 64
+    bounds = Bounds()
+    cameras = CameraFamily()
     module = torch.nn.Linear(1, 1)
 
     def mapping(self, z, c, truncation_psi, truncation_cutoff):
@@ -57,12 +61,14 @@ def test_shapes_are_read_at_the_middles_of_voxels_along_x_y_z():
     ws[0, 0, 0] = 2.0
     values = shape_values(_Heads().field(ws), 16)[0]
     middles = (np.arange(16) + 0.5) / 16 - 0.5
-    assert values[8, 8, 0] == pytest.approx(600 * (-0.1 - middles[0]), rel=1e-4)  # behind, in front of nothing
+    # behind, in front of nothing
+    assert values[8, 8, 0] == pytest.approx(600 * (-0.1 - middles[0]), rel=1e-4)
     assert values[0, 8, 8] == pytest.approx(600 * (np.linalg.norm(middles[[0, 8, 8]]) - RADIUS), rel=1e-4)
 
 
 def test_annotation_repeats_whatever_the_batch(generator):
-    first, second = annotate(generator, OPTIONS), annotate(generator, AnnotationOptions(pairs=28, resolution=32, batch=40, flip_rate=0.1))
+    first = annotate(generator, OPTIONS)
+    second = annotate(generator, AnnotationOptions(pairs=28, resolution=32, batch=40, flip_rate=0.1))
     assert first.labels == second.labels and first.temperature == second.temperature
     np.testing.assert_array_equal(first.utilities, second.utilities)
 
@@ -90,7 +96,9 @@ def test_labels_survive_the_open_format(generator, tmp_path):
     assert labels[0].generator == "abc" and labels[0].annotator == ANNOTATOR and labels[0].psi == 1
     summary = json.loads(json.dumps(annotation.summary()))
     assert summary["flipped"] == sum(label.clean == label.loser for label in labels)
-    assert summary["agreement"] == pytest.approx(1 - summary["flipped"] / 28, abs=1e-3) and summary["seeds"] == 8
+    assert (
+        summary["agreement"] == pytest.approx(1 - summary["flipped"] / 28, abs=1e-3) and summary["seeds"] == 8
+    )
 
 
 def test_progress_is_reported(generator):
@@ -125,4 +133,8 @@ def test_pairs_that_are_handed_in_are_labelled_with_a_given_noise(generator):
     pairs = [(7, 300), (12, 40), (7, 6)]
     annotation = annotate(generator, AnnotationOptions(pairs=3, resolution=32), pairs=pairs, temperature=0.0)
     assert [{label.winner, label.loser} for label in annotation.labels] == [set(pair) for pair in pairs]
-    assert annotation.temperature == 0.0 and all(label.clean for label in annotation.labels) and len(annotation.judged) == 5
+    assert (
+        annotation.temperature == 0.0
+        and all(label.clean for label in annotation.labels)
+        and len(annotation.judged) == 5
+    )

@@ -1,4 +1,6 @@
-"""Labels of single shapes: files, thresholds, import from pairs, splits that share no shape, and what the annotator writes."""
+"""Labels of single shapes: files, thresholds, import from pairs, splits that share no shape, and what the
+annotator writes.
+"""
 
 import json
 
@@ -26,7 +28,16 @@ def thumbs(count, start=0):
 
 def test_files_keep_everything(tmp_path):
     labels = [
-        UnpairedPreference(seed=3, label=True, generator="ab" * 32, psi=0.7, annotator="ann", time=12.5, clean=False, extra={"view": "x"}),
+        UnpairedPreference(
+            seed=3,
+            label=True,
+            generator="ab" * 32,
+            psi=0.7,
+            annotator="ann",
+            time=12.5,
+            clean=False,
+            extra={"view": "x"},
+        ),
         UnpairedPreference(seed=4, score=2.5),
         UnpairedPreference(seed=4, label=False),
     ]
@@ -45,10 +56,15 @@ def test_thresholds_and_targets():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"seed": 1, "score": 5.5}', "0 to 5, got 5.5"), ('{"seed": 1, "score": NaN}', "got nan"),
+        ('{"seed": 1, "score": 5.5}', "0 to 5, got 5.5"),
+        ('{"seed": 1, "score": NaN}', "got nan"),
         ('{"seed": 1, "label": 3}', "1 or 0, got 3"),
-        ('{"seed": 1}', "got neither"), ('{"seed": 1, "label": 1, "score": 2}', "got both"), ('{"label": 1}', "expected seed"),
-        ('{"seed": -1, "label": 1}', "seed from 0"), ('{"seed": 1, "label": 1, "psi": 7}', "psi from 0"), ("[1]", "got list"),
+        ('{"seed": 1}', "got neither"),
+        ('{"seed": 1, "label": 1, "score": 2}', "got both"),
+        ('{"label": 1}', "expected seed"),
+        ('{"seed": -1, "label": 1}', "seed from 0"),
+        ('{"seed": 1, "label": 1, "psi": 7}', "psi from 0"),
+        ("[1]", "got list"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, words):
@@ -65,23 +81,38 @@ def test_pairs_become_roles_and_both_roles_become_strengths(tmp_path):
     assert (simple[0].generator, simple[0].psi) == ("g", 0.7)
     for name in ("pairs.jsonl", "pairs.csv"):
         assert load_unpaired(write_labels(tmp_path / name, pairs)) == simple
-    chain = [Preference(winner=a, loser=b) for a in range(11) for b in range(a + 1, 11)]  # 0 beats all, 10 none; 1..9 have both roles
+    # 0 beats all, 10 none; 1..9 have both roles
+    chain = [Preference(winner=a, loser=b) for a in range(11) for b in range(a + 1, 11)]
     found = {label.seed: label.label for label in from_pairs(chain)}
-    assert found == {**dict.fromkeys(range(5), True), **dict.fromkeys(range(6, 11), False)}, "the middle one of nine is left out"
+    assert found == {
+        **dict.fromkeys(range(5), True),
+        **dict.fromkeys(range(6, 11), False),
+    }, "the middle one of nine is left out"
 
 
 def test_splits_follow_the_pairs_and_share_no_shape():
     pairs = split_by_seed([Preference(winner=2 * i, loser=2 * i + 1) for i in range(100)])
-    labels = thumbs(200) + [UnpairedPreference(seed=1000 + i, score=4.5 if i < 120 else 1) for i in range(160)]
+    labels = thumbs(200) + [
+        UnpairedPreference(seed=1000 + i, score=4.5 if i < 120 else 1) for i in range(160)
+    ]
     labels += [UnpairedPreference(seed=5000, score=3.7)]
     parts = split_unpaired(labels, pairs, (0.7, 0.15, 0.15))
     seeds = {name: {label.seed for label in part} for name, part in parts.items()}
     assert sum(map(len, parts.values())) == 360 and len(set.union(*seeds.values())) == 360
     for name in seeds:
-        assert {s for s in seeds[name] if s < 200} == {s for pair in getattr(pairs, name) for s in (pair.winner, pair.loser)}
-    free = [[sum(s >= 1120 for s in seeds[name]), sum(1000 <= s < 1120 for s in seeds[name])] for name in ("train", "val", "test")]
+        assert {s for s in seeds[name] if s < 200} == {
+            s for pair in getattr(pairs, name) for s in (pair.winner, pair.loser)
+        }
+    free = [
+        [sum(s >= 1120 for s in seeds[name]), sum(1000 <= s < 1120 for s in seeds[name])]
+        for name in ("train", "val", "test")
+    ]
     assert free == [[28, 84], [6, 18], [6, 18]]
-    assert parts == split_unpaired(labels, pairs, (0.7, 0.15, 0.15)) != split_unpaired(labels, pairs, (0.7, 0.15, 0.15), 1)
+    assert (
+        parts
+        == split_unpaired(labels, pairs, (0.7, 0.15, 0.15))
+        != split_unpaired(labels, pairs, (0.7, 0.15, 0.15), 1)
+    )
 
 
 def test_pairs_for_validation_are_disjoint_and_of_both_kinds():
@@ -105,7 +136,10 @@ def test_batches_hold_half_of_each_kind_and_use_every_label():
 def annotation():
     rng = np.random.default_rng(0)
     options = AnnotationOptions(pairs=500, block=2, kind="scores")
-    judged = {seed: Utility(total=float(value), parts={}, defects={}) for seed, value in enumerate(rng.normal(size=1000))}
+    judged = {
+        seed: Utility(total=float(value), parts={}, defects={})
+        for seed, value in enumerate(rng.normal(size=1000))
+    }
     return Annotation(options=options, labels=[], judged=judged, temperature=0.1)
 
 
@@ -115,8 +149,20 @@ def test_scores_follow_the_utility_and_shuffled_ones_do_not(annotation):
     for shuffled, expected in ((False, 0.95), (True, 0.0)):
         labels = annotation.unpaired("g", shuffled)
         scores = np.array([label.score for label in labels])
-        assert abs(np.corrcoef(np.argsort(np.argsort(scores)), np.argsort(np.argsort(annotation.utilities)))[0, 1] - expected) < 0.08
-        assert sum(label.preferred is True for label in labels) == sum(label.preferred is False for label in labels) == 470
+        assert (
+            abs(
+                np.corrcoef(np.argsort(np.argsort(scores)), np.argsort(np.argsort(annotation.utilities)))[
+                    0, 1
+                ]
+                - expected
+            )
+            < 0.08
+        )
+        assert (
+            sum(label.preferred is True for label in labels)
+            == sum(label.preferred is False for label in labels)
+            == 470
+        )
     same = replace(annotation, options=replace(annotation.options, kind="thumbs"))
     assert [(label.seed, label.label) for label in same.unpaired("g")] == [
         (label.seed, label.preferred) for label in annotation.unpaired("g") if label.preferred is not None

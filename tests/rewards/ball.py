@@ -1,4 +1,6 @@
-"""A ball of density as a field, seen through the project's own renderer: where it is, is known, and everything follows where it moves."""
+"""A ball of density as a field, seen through the project's own renderer: where it is, is known, and
+everything follows where it moves.
+"""
 
 import torch
 
@@ -14,7 +16,8 @@ class Renderer(ImportanceRenderer):
 
     def __init__(self, centres: torch.Tensor, size: float):
         super().__init__()
-        self.centres, self.size = centres, size
+        self.centres = centres
+        self.size = size
 
     def run_model(self, planes, decoder, sample_coordinates, *_args, **_options):
         distance = (sample_coordinates - self.centres[:, None]).square().sum(dim=2, keepdim=True)
@@ -28,21 +31,28 @@ class Renderer(ImportanceRenderer):
 class Ball:
     """N balls with centres [N, 3]."""
 
-    bounds, level = Bounds(), 10.0
+    bounds = Bounds()
+    level = 10.0
     cameras = CameraFamily()
 
     def __init__(self, centres: torch.Tensor, size: float = 0.15):
-        self.centres, self.size = centres, size
+        self.centres = centres
+        self.size = size
 
     def __len__(self):
         return len(self.centres)
 
     def render(self, cameras, options=OWN):
-        n, r = len(self), options.resolution
+        n = len(self)
+        r = options.resolution
         cameras = cameras.expand(n, -1).float()
-        origins, directions = RaySampler()(cameras[:, :16].reshape(-1, 4, 4), cameras[:, 16:].reshape(-1, 3, 3), r)
+        origins, directions = RaySampler()(
+            cameras[:, :16].reshape(-1, 4, 4), cameras[:, 16:].reshape(-1, 3, 3), r
+        )
         samples = {"depth_resolution": options.samples, "depth_resolution_importance": options.samples}
         renderer = Renderer(self.centres, self.size)
-        found = renderer(torch.zeros(n, 3, 1, 2, 2), torch.nn.Identity(), origins, directions, {**OPTIONS, **samples})
+        found = renderer(
+            torch.zeros(n, 3, 1, 2, 2), torch.nn.Identity(), origins, directions, {**OPTIONS, **samples}
+        )
         rgb, depth, opacity = (part.transpose(1, 2).reshape(n, -1, r, r) for part in found)
         return Rendering(rgb, rgb, depth, opacity)

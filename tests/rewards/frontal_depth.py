@@ -1,4 +1,5 @@
-"""A plugin: a reward reads how far away the surface is that the frontal camera sees, through three convolutions.
+"""A plugin: a reward reads how far away the surface is that the frontal camera sees, through three
+convolutions.
 
     EG3D_RLHF_PLUGINS=tests/rewards/frontal_depth.py python tools/train_reward.py --observation=frontal-depth
 """
@@ -16,7 +17,9 @@ from eg3d_rlhf.rewards import networks, observations
 @observations.register
 @dataclass(frozen=True, kw_only=True)
 class FrontalDepth(observations.Observation):
-    """Depth maps [N, 1, r, r]: 0 at the camera's pivot, 1 at one and a half of it towards the camera, where nothing is seen 0."""
+    """Depth maps [N, 1, r, r]: 0 at the camera's pivot, 1 at one and a half of it towards the camera, where
+    nothing is seen 0.
+    """
 
     kind: ClassVar[str] = "frontal-depth"
     resolution: int = 16  # r, pixels
@@ -52,9 +55,13 @@ class FrontalDepth(observations.Observation):
 
     def misfits(self, generator):
         """The camera must stand where the generator's do."""
-        mine, theirs = CameraFamily(self.radius, self.pivot, self.focal), generator.cameras
-        return [f"{name} {getattr(mine, name)}, got {getattr(theirs, name)}" for name in ("radius", "pivot", "focal")
-                if getattr(mine, name) != getattr(theirs, name)]  # fmt: skip
+        mine = CameraFamily(self.radius, self.pivot, self.focal)
+        theirs = generator.cameras
+        return [
+            f"{name} {getattr(mine, name)}, got {getattr(theirs, name)}"
+            for name in ("radius", "pivot", "focal")
+            if getattr(mine, name) != getattr(theirs, name)
+        ]
 
 
 class DepthNetwork(networks.RewardNetwork):
@@ -64,9 +71,13 @@ class DepthNetwork(networks.RewardNetwork):
         super().__init__(4 * channels * (resolution // 8) ** 2, trunk=(32, 32), embedding=32)
         self.arguments = {"resolution": resolution, "channels": channels}
         sizes = (1, channels, 2 * channels, 4 * channels)
-        self.layers = nn.Sequential(*(
-            layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Conv2d(a, b, 4, stride=2, padding=1), nn.SiLU())
-        ))  # fmt: skip
+        self.layers = nn.Sequential(
+            *(
+                layer
+                for a, b in zip(sizes, sizes[1:], strict=False)
+                for layer in (nn.Conv2d(a, b, 4, stride=2, padding=1), nn.SiLU())
+            )
+        )
 
     def features(self, observed):
         """See `RewardNetwork`."""
@@ -79,8 +90,15 @@ class DepthNetwork(networks.RewardNetwork):
     def check(self, shape):
         """One resolution is read."""
         if tuple(shape) != (1, self.arguments["resolution"], self.arguments["resolution"]):
-            raise ValueError(f"reward: expected depth maps of {self.arguments['resolution']} pixels, got {list(shape)}. Use its own.")
+            raise ValueError(
+                f"reward: expected depth maps of {self.arguments['resolution']} pixels, got {list(shape)}."
+                " Use its own."
+            )
 
 
-PRESETS = {"depth": networks.Preset(network={"resolution": 16}, train={"epochs": 8, "batch": 8}, observe={"resolution": 16})}
+PRESETS = {
+    "depth": networks.Preset(
+        network={"resolution": 16}, train={"epochs": 8, "batch": 8}, observe={"resolution": 16}
+    )
+}
 networks.register("frontal-depth", lambda description: DepthNetwork(**description), PRESETS)

@@ -1,4 +1,6 @@
-"""The test problem: its prompts and objects, the detector of noses on surfaces of any kind, and a prior that looks at one side."""
+"""The test problem: its prompts and objects, the detector of noses on surfaces of any kind, and a prior that
+looks at one side.
+"""
 
 import math
 
@@ -12,8 +14,11 @@ from eg3d_rlhf.rewards.boxes import noses
 from eg3d_rlhf.tuning.distill.schedule import Streams
 from tests.tuning.distill.problem_runs import BLACK, exact_prior, heads, shares
 
-HEAD, BOX = problem.PROMPTS[0], problem.PROMPTS[14]
-FACES = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.float32)
+HEAD = problem.PROMPTS[0]
+BOX = problem.PROMPTS[14]
+FACES = torch.tensor(
+    [[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.float32
+)
 
 
 def pictures(asset):
@@ -33,7 +38,8 @@ def test_what_a_side_shows_is_no_other_sides_business():
         both = problem.modes_of([prompt.text])[0]
         for asset, sides in zip(seen, FACES, strict=True):
             for view, face in zip(asset, sides, strict=True):
-                assert torch.allclose(view, both[0 if face else 1], atol=0.06)  # a little of the next side shines through
+                # a little of the next side shines through
+                assert torch.allclose(view, both[0 if face else 1], atol=0.06)
     assert float((both[0] - both[1]).abs().max()) > 0.3
 
 
@@ -70,8 +76,11 @@ def test_the_prior_knows_the_prompts_and_looks_at_one_side():
     assert isinstance(prior, DiffusionPrior) and prior.views == 1 and prior.latent_shape == (4, 16, 16)
     head = pictures(problem.build(HEAD, FACES))
     x = prior.encode(head)
-    fits, other = (prior.log_prob(x, prior.embed([prompt.text] * len(x))) for prompt in (HEAD, problem.PROMPTS[7]))
+    fits, other = (
+        prior.log_prob(x, prior.embed([prompt.text] * len(x))) for prompt in (HEAD, problem.PROMPTS[7])
+    )
     assert (fits > other + 20).all() and torch.allclose(prior.decode(x), head, atol=1e-6)
     t = torch.full((len(x),), 300)
     noise = prior.predict_noise(x, t, prior.embed([HEAD.text] * len(x)))
-    assert torch.allclose(noise[:1], prior.predict_noise(x[:1], t[:1], prior.embed([HEAD.text])), atol=1e-5)  # whatever stands beside it
+    # whatever stands beside it
+    assert torch.allclose(noise[:1], prior.predict_noise(x[:1], t[:1], prior.embed([HEAD.text])), atol=1e-5)

@@ -1,4 +1,6 @@
-"""Rewards that read depth maps, from the command line: trained, stored, controlled, refused; and their networks' promises."""
+"""Rewards that read depth maps, from the command line: trained, stored, controlled, refused; and their
+networks' promises.
+"""
 
 import json
 from dataclasses import replace
@@ -17,7 +19,15 @@ from eg3d_rlhf.preferences.dataset import on_wrong_faces
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.cache import ObservationCache
-from eg3d_rlhf.rewards.depth import PUBLISHED_FOCAL, PUBLISHED_RESOLUTION, VIEWS, Depth, SmallDepth, build, mirror
+from eg3d_rlhf.rewards.depth import (
+    PUBLISHED_FOCAL,
+    PUBLISHED_RESOLUTION,
+    VIEWS,
+    Depth,
+    SmallDepth,
+    build,
+    mirror,
+)
 from eg3d_rlhf.rewards.evaluation import evaluate
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.rewards.train import TrainData, default_options, train_reward, with_changes
@@ -51,7 +61,9 @@ def pairs(count, start=0):
 
 def trained(labels, options):
     store = ObservationCache(humps)
-    train, val, test = labels[:96], labels[96:120], labels[120:]
+    train = labels[:96]
+    val = labels[96:120]
+    test = labels[120:]
     store.fill(s for label in labels for s in (label.winner, label.loser))
     state = train_reward(TrainData(train=train, val=val, store=store, observation=Depth()), options)
     return evaluate(state.model, store, test)["labels"]["accuracy"]
@@ -65,9 +77,16 @@ def test_the_small_network_learns_and_its_control_does_not():
 
 
 def test_wrong_faces_are_other_labelled_ones_and_the_same_for_a_seed():
-    labels = [Preference(winner=a, loser=b, clean=c, psi=0.7) for a, b, c in ((1, 2, 1), (3, 1, 1), (2, 3, 3), (7, 9, 9))]
+    labels = [
+        Preference(winner=a, loser=b, clean=c, psi=0.7)
+        for a, b, c in ((1, 2, 1), (3, 1, 1), (2, 3, 3), (7, 9, 9))
+    ]
     found = on_wrong_faces(labels, seed=4)
-    other = {old: new for a, b in zip(labels, found, strict=True) for old, new in ((a.winner, b.winner), (a.loser, b.loser))}
+    other = {
+        old: new
+        for a, b in zip(labels, found, strict=True)
+        for old, new in ((a.winner, b.winner), (a.loser, b.loser))
+    }
     for a, b in zip(labels, found, strict=True):
         assert (other[a.winner], other[a.loser], other[a.clean]) == (b.winner, b.loser, b.clean)
     assert set(other.values()) == set(other) and all(old != new for old, new in other.items())
@@ -77,22 +96,31 @@ def test_wrong_faces_are_other_labelled_ones_and_the_same_for_a_seed():
 @pytest.mark.parametrize("views", [1, 3])
 def test_scores_do_not_depend_on_handedness_nor_on_company(views):
     torch.manual_seed(0)
-    network, maps = SmallDepth(views=views, resolution=16).eval(), torch.rand(3, views, 2, 16, 16)
+    network = SmallDepth(views=views, resolution=16).eval()
+    maps = torch.rand(3, views, 2, 16, 16)
     network.calibrate(lambda: maps)
     with torch.no_grad():
         torch.testing.assert_close(network.score(maps), network.score(maps.flip(1, 4)), rtol=0, atol=1e-5)
         torch.testing.assert_close(network.score(maps)[1:2], network.score(maps[1:2]), rtol=0, atol=1e-5)
         swapped = network.pair_margin(network.embed(maps[:1]), network.embed(maps[1:2]))
-        torch.testing.assert_close(swapped, -network.pair_margin(network.embed(maps[1:2]), network.embed(maps[:1])))
+        torch.testing.assert_close(
+            swapped, -network.pair_margin(network.embed(maps[1:2]), network.embed(maps[:1]))
+        )
 
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory):
-    return write_labels(tmp_path_factory.mktemp("labels") / "labels.jsonl", [Preference(winner=s, loser=s + 1) for s in range(0, 24, 2)])
+    return write_labels(
+        tmp_path_factory.mktemp("labels") / "labels.jsonl",
+        [Preference(winner=s, loser=s + 1) for s in range(0, 24, 2)],
+    )
 
 
 def run(*flags):
-    return CliRunner().invoke(main, ["--observation=depth", "--set=any_generator=true", "--device=cpu", *(str(flag) for flag in flags)])
+    return CliRunner().invoke(
+        main,
+        ["--observation=depth", "--set=any_generator=true", "--device=cpu", *(str(flag) for flag in flags)],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +128,9 @@ def reward(labels, tiny_networks, tmp_path_factory):
     """One that reads three views of the tiny generator, and what its training said."""
     out = tmp_path_factory.mktemp("depth") / "run"
     flags = ("--epochs=1", "--set=fractions=0.5 0.25 0.25")
-    result = run("--preset=small-3", f"--network={tiny_networks}", f"--labels={labels}", f"--out={out}", *flags)
+    result = run(
+        "--preset=small-3", f"--network={tiny_networks}", f"--labels={labels}", f"--out={out}", *flags
+    )
     assert result.exit_code == 0, result.output
     assert "test pairs ordered as labelled" in result.output
     return out / "reward.safetensors"
@@ -118,18 +148,25 @@ def backbone(tmp_path_factory):
     """Weights of a ResNet-50 as torchvision writes them."""
     torch.manual_seed(5)
     path = tmp_path_factory.mktemp("backbone") / "resnet50.pth"
-    torch.save({**ResNet50().state_dict(), "fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}, path)
+    torch.save(
+        {**ResNet50().state_dict(), "fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}, path
+    )
     return path
 
 
 def test_the_backbone_stays_out_of_files_and_in_eval_mode(backbone, tmp_path, monkeypatch):
     network = build({"extractor": "resnet50", "views": 1, "backbone": str(backbone)}).train()
-    assert not network.external.training and not any(name.startswith("external") for name in network.state_dict())
+    assert not network.external.training and not any(
+        name.startswith("external") for name in network.state_dict()
+    )
     buffers = {name: value.clone() for name, value in network.external.state_dict().items()}
     maps = torch.rand(1, 1, 1, 16, 16)
     network(maps).scalar.sum().backward()
     tiny_runs.assert_same(buffers, network.external.state_dict())
-    assert all((p.grad is None) == name.startswith(("external", "scalar_rwd_head_")) for name, p in network.named_parameters())
+    assert all(
+        (p.grad is None) == name.startswith(("external", "scalar_rwd_head_"))
+        for name, p in network.named_parameters()
+    )
     again = build(network.describe())
     again.load_state_dict(network.state_dict())
     with torch.no_grad():
@@ -141,7 +178,9 @@ def test_the_backbone_stays_out_of_files_and_in_eval_mode(backbone, tmp_path, mo
     assert build(network.describe()).describe() == network.describe()
     other = ResNet50().state_dict()
     torch.save({**other, "bn1.bias": other["bn1.bias"] + 1}, moved)
-    with pytest.raises(ValueError, match="expected the backbone [0-9a-f]{12}... that the reward was trained on, got"):
+    with pytest.raises(
+        ValueError, match="expected the backbone [0-9a-f]{12}... that the reward was trained on, got"
+    ):
         build(network.describe())
 
 
@@ -149,17 +188,23 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(labels, tiny_networks, t
     weights = tmp_path / "other.pth"
     torch.save({"conv1.weight": torch.zeros(64, 3, 3, 3)}, weights)
     for flags, text in (
-        (["--preset=resnet50"], "--backbone: "), (["--preset=resnet50", f"--backbone={tmp_path / 'none.pth'}"], "--backbone: "),
-        (["--preset=resnet50", f"--backbone={weights}"], "other.pth: "), ([f"--backbone={weights}"], "--backbone: expected none"),
-        (["--resolution=32"], "expected maps of [1, 2, 64, 64]"), (["--crop", *[0.1] * 6], "--crop: "),
+        (["--preset=resnet50"], "--backbone: "),
+        (["--preset=resnet50", f"--backbone={tmp_path / 'none.pth'}"], "--backbone: "),
+        (["--preset=resnet50", f"--backbone={weights}"], "other.pth: "),
+        ([f"--backbone={weights}"], "--backbone: expected none"),
+        (["--resolution=32"], "expected maps of [1, 2, 64, 64]"),
+        (["--crop", *[0.1] * 6], "--crop: "),
         (["--preset=heads"], "reward preset"),
     ):
         result = run(*flags, f"--network={tiny_networks}", f"--labels={labels}", f"--out={tmp_path / 'run'}")
-        assert result.exit_code == 2 and text in result.stderr and len(result.stderr.strip().splitlines()) <= 2, result.stderr
+        assert (
+            result.exit_code == 2 and text in result.stderr and len(result.stderr.strip().splitlines()) <= 2
+        ), result.stderr
         assert not (tmp_path / "run").exists()
 
 
-# Depth maps: closed forms, gradients through the renderer, one synthesis for all views, and what cannot be seen.
+# Depth maps: closed forms, gradients through the renderer, one synthesis for all views, and what cannot be
+# seen.
 
 
 PIXELS = 32
@@ -173,22 +218,33 @@ def small(views: int = 1) -> SmallDepth:
 def test_depth_follows_a_ball_that_moves():
     centres = torch.zeros(1, 3)
     for moved in (0.02, -0.05):
-        before, after = (Depth(resolution=PIXELS, masked=False, near=2.2, far=3.2, pivot=(0.0, 0.0, 0.0)).observe(Ball(centre))[0, 0, 0]
-                         for centre in (centres, centres + torch.tensor([0.0, 0.0, moved])))  # fmt: skip
+        before, after = (
+            Depth(resolution=PIXELS, masked=False, near=2.2, far=3.2, pivot=(0.0, 0.0, 0.0)).observe(
+                Ball(centre)
+            )[0, 0, 0]
+            for centre in (centres, centres + torch.tensor([0.0, 0.0, moved]))
+        )
         middle = slice(PIXELS // 2 - 2, PIXELS // 2 + 2)
-        assert (after - before)[middle, middle].mean().item() == pytest.approx(moved / (3.2 - 2.2), rel=0.05), "nearer is brighter"
+        assert (after - before)[middle, middle].mean().item() == pytest.approx(
+            moved / (3.2 - 2.2), rel=0.05
+        ), "nearer is brighter"
 
 
 @pytest.mark.parametrize("views", [1, 3])
 def test_a_shapes_reward_has_the_gradient_of_central_differences(views):
     """Through both passes of the renderer."""
-    observation = Depth(yaws=VIEWS[views], resolution=PIXELS, samples=64, near=2.2, far=3.2, pivot=(0.0, 0.0, 0.0))
+    observation = Depth(
+        yaws=VIEWS[views], resolution=PIXELS, samples=64, near=2.2, far=3.2, pivot=(0.0, 0.0, 0.0)
+    )
     network = small(views)
 
     def score(z):
-        return network.score(observation.observe(Ball(torch.stack([torch.zeros_like(z), torch.zeros_like(z), z], dim=1)))).sum()
+        return network.score(
+            observation.observe(Ball(torch.stack([torch.zeros_like(z), torch.zeros_like(z), z], dim=1)))
+        ).sum()
 
-    z, step = torch.tensor([-0.1], requires_grad=True), 0.002
+    z = torch.tensor([-0.1], requires_grad=True)
+    step = 0.002
     score(z).backward()
     with torch.no_grad():
         wanted = (score(z + step) - score(z - step)) / (2 * step)
@@ -210,8 +266,11 @@ def generator(tiny_networks):
 
 
 def test_views_of_a_sample_share_its_planes(generator, monkeypatch):
-    calls, synthesis = [], generator.module.backbone.synthesis.forward
-    monkeypatch.setattr(generator.module.backbone.synthesis, "forward", lambda *a, **k: calls.append(1) or synthesis(*a, **k))
+    calls = []
+    synthesis = generator.module.backbone.synthesis.forward
+    monkeypatch.setattr(
+        generator.module.backbone.synthesis, "forward", lambda *a, **k: calls.append(1) or synthesis(*a, **k)
+    )
     observation = replace(Depth.of(generator, views=3, resolution=PIXELS), samples=4)
     reward = Reward(observation, small(3))
     ws = ws_of_seeds(generator, [1, 2]).requires_grad_()
@@ -225,7 +284,9 @@ def test_a_shape_looks_the_same_twice_and_the_draws_of_others_stay(generator):
     torch.manual_seed(3)
     before = torch.rand(4)
     torch.manual_seed(3)
-    assert torch.equal(observation.observe(field), observation.observe(field)) and torch.equal(before, torch.rand(4))
+    assert torch.equal(observation.observe(field), observation.observe(field)) and torch.equal(
+        before, torch.rand(4)
+    )
 
 
 def test_mirrored_views_change_places(generator):
@@ -235,7 +296,9 @@ def test_mirrored_views_change_places(generator):
     assert torch.equal(seen[0], mirror(maps)[0]) and torch.equal(seen[1], maps[1])
     ball = torch.tensor([[0.1, 0.05, 0.0]])
     observation = Depth(yaws=VIEWS[3], resolution=PIXELS, near=2.2, far=3.2, pivot=(0.0, 0.0, 0.0))
-    left, right = (observation.observe(Ball(centre)) for centre in (ball, ball * torch.tensor([-1.0, 1.0, 1.0])))
+    left, right = (
+        observation.observe(Ball(centre)) for centre in (ball, ball * torch.tensor([-1.0, 1.0, 1.0]))
+    )
     assert (mirror(left) - right).abs().mean() < 0.1 * left.abs().mean(), "up to the jitter of the rays"
     assert (left - right).abs().mean() > 0.5 * left.abs().mean()
 
@@ -246,7 +309,13 @@ def stand_in(**cameras):
 
 def test_a_generators_own_rays_and_cameras():
     ffhq = Depth.of(stand_in(pivot=(0.0, 0.0, 0.2), span=(2.25, 3.3)), views=3, published=True)
-    assert (ffhq.near, ffhq.far, ffhq.focal, ffhq.resolution, ffhq.samples) == (2.25, 3.3, PUBLISHED_FOCAL, PUBLISHED_RESOLUTION, None)
+    assert (ffhq.near, ffhq.far, ffhq.focal, ffhq.resolution, ffhq.samples) == (
+        2.25,
+        3.3,
+        PUBLISHED_FOCAL,
+        PUBLISHED_RESOLUTION,
+        None,
+    )
     assert ffhq.shape == (3, 1, 128, 128) and ffhq.pivot == (0.0, 0.0, 0.2)
     assert (Depth.of(stand_in()).near, Depth.of(stand_in()).far) == pytest.approx((2.2, 3.2))
     again = observations.from_dict(ffhq.to_dict())
@@ -265,7 +334,9 @@ def test_what_a_generator_cannot_give_is_refused_in_one_line():
 
 @pytest.mark.parametrize("kind", ["depth", "lifted-points"])
 def test_training_may_draw_maps_with_compiled_ops(kind, generator):
-    """What is kept, in half precision, is the same but for its last bit; slabs keep to plain torch, which repeats to the byte."""
+    """What is kept, in half precision, is the same but for its last bit; slabs keep to plain torch, which
+    repeats to the byte.
+    """
     assert observations.OBSERVATIONS["sigma"].ops == "torch" and observations.OBSERVATIONS[kind].ops == "auto"
     observation = observations.OBSERVATIONS[kind].of(of(generator), resolution=24)
     field = of(generator).field(ws_of_seeds(of(generator), [3, 4], 0.7, 14))

@@ -21,7 +21,8 @@ from tests.rewards.test_train import OPTIONS, filled, toy_labels
 SPEC = SlabSpec(resolution=32)
 SHAPE = SPEC.shape
 EACH = pytest.mark.parametrize("kind", KINDS)
-WEIGHED = pytest.mark.parametrize("kind", ["mean", "min", "softmin"])  # those that never push away from a member
+# those that never push away from a member
+WEIGHED = pytest.mark.parametrize("kind", ["mean", "min", "softmin"])
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,8 @@ def scores(members=5, n=40, seed=0):
 
 @EACH
 def test_a_shift_of_all_shifts_the_result_and_order_is_nothing(kind):
-    r, join = scores(), Aggregate(kind)
+    r = scores()
+    join = Aggregate(kind)
     torch.testing.assert_close(join(r + 3.5), join(r) + 3.5, rtol=0, atol=1e-12)
     torch.testing.assert_close(join(r[[3, 0, 4, 1, 2]]), join(r), rtol=0, atol=1e-12)
 
@@ -60,18 +62,23 @@ def test_the_weights_of_members_sum_to_one(kind):
     r = scores(members=3, n=100).requires_grad_(True)
     Aggregate(kind)(r).sum().backward()
     torch.testing.assert_close(r.grad.sum(dim=0), torch.ones(100, dtype=torch.float64))
-    assert bool((r.grad < -1e-9).any()) == (kind in ("lcb", "uwo"))  # these push away from the most optimistic
+    # these push away from the most optimistic
+    assert bool((r.grad < -1e-9).any()) == (kind in ("lcb", "uwo"))
 
 
 def test_the_order_of_pessimism_and_its_limits():
     r = scores()
-    mean, low = r.mean(dim=0), r.amin(dim=0)
+    mean = r.mean(dim=0)
+    low = r.amin(dim=0)
     soft = Aggregate("softmin")(r)
     assert (mean >= soft).all() and (soft >= low).all()
     assert (soft >= Aggregate("softmin", 0.1)(r)).all()
     torch.testing.assert_close(Aggregate("softmin", 1e-4)(r), low, rtol=0, atol=1e-3)
     close = 0.01 * r
-    torch.testing.assert_close(Aggregate("softmin", 1.0)(close), Aggregate("uwo", 0.5)(close), rtol=0, atol=1e-5)  # lambda = 1 / (2 beta)
+    # lambda = 1 / (2 beta)
+    torch.testing.assert_close(
+        Aggregate("softmin", 1.0)(close), Aggregate("uwo", 0.5)(close), rtol=0, atol=1e-5
+    )
     assert (Aggregate("softmin", 0.5)(1e4 * r).isfinite()).all()
 
 
@@ -79,7 +86,9 @@ def test_the_order_of_pessimism_and_its_limits():
 def test_one_member_is_the_reward_itself_bit_for_bit(members, kind):
     x = slabs(3)
     alone = RewardEnsemble.of(members[:1], Aggregate(kind))
-    assert torch.equal(alone.score(x), members[0].score(x)) and torch.equal(alone.score_embedding(alone.embed(x)), members[0].score(x))
+    assert torch.equal(alone.score(x), members[0].score(x)) and torch.equal(
+        alone.score_embedding(alone.embed(x)), members[0].score(x)
+    )
 
 
 def test_no_member_decides_by_its_scale(members):
@@ -87,10 +96,14 @@ def test_no_member_decides_by_its_scale(members):
         def score_embedding(self, embedding):
             return 1000 * super().score_embedding(embedding) - 7
 
-    samples, x = [slabs(16, 9)], slabs(5)
+    samples = [slabs(16, 9)]
+    x = slabs(5)
     loud = Loud(members[2].arch).eval()
     loud.load_state_dict(members[2].state_dict())
-    one, other = (RewardEnsemble.of([*members[:2], third], Aggregate("softmin"), samples) for third in (members[2], loud))
+    one, other = (
+        RewardEnsemble.of([*members[:2], third], Aggregate("softmin"), samples)
+        for third in (members[2], loud)
+    )
     torch.testing.assert_close(*(standardised(e, e.score(x)) for e in (one, other)), rtol=1e-3, atol=1e-3)
 
 
@@ -102,8 +115,12 @@ def standardised(ensemble, score):
 def test_standard_of_known_scores(members):
     found = Standard.of(members[:2], [slabs(3, 1), slabs(5, 2)])
     r = torch.stack([m.score(torch.cat([slabs(3, 1), slabs(5, 2)])) for m in members[:2]]).double()
-    torch.testing.assert_close(torch.tensor(found.offsets, dtype=torch.float64), r.mean(dim=1), rtol=0, atol=1e-6)
-    torch.testing.assert_close(torch.tensor(found.scales, dtype=torch.float64), r.std(dim=1, correction=0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor(found.offsets, dtype=torch.float64), r.mean(dim=1), rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(
+        torch.tensor(found.scales, dtype=torch.float64), r.std(dim=1, correction=0), rtol=0, atol=1e-6
+    )
     with pytest.raises(ValueError, match="scores all samples alike"):
         Standard.of(members, [slabs(1)])
     with pytest.raises(ValueError, match="expected 3 offsets"):
@@ -111,14 +128,18 @@ def test_standard_of_known_scores(members):
 
 
 def test_pair_margin_is_the_mean_and_swapping_negates_it(members):
-    a, b = slabs(2), slabs(2, 1)
+    a = slabs(2)
+    b = slabs(2, 1)
     ensemble = RewardEnsemble.of(members)
     margin = ensemble.pair_margin(ensemble.embed(a), ensemble.embed(b))
     torch.testing.assert_close(margin, sum(m.pair_margin(m.embed(a), m.embed(b)) for m in members) / 3)
     torch.testing.assert_close(margin, -ensemble.pair_margin(ensemble.embed(b), ensemble.embed(a)))
 
 
-@pytest.mark.parametrize(("aggregate", "samples"), [(Aggregate(), None), (Aggregate("uwo", 0.25), None), (Aggregate("lcb"), [slabs(6, 4)])])
+@pytest.mark.parametrize(
+    ("aggregate", "samples"),
+    [(Aggregate(), None), (Aggregate("uwo", 0.25), None), (Aggregate("lcb"), [slabs(6, 4)])],
+)
 def test_saved_and_loaded_ensemble_scores_the_same(members, tmp_path, aggregate, samples):
     ensemble = RewardEnsemble.of(members, aggregate, samples)
     loaded = load_reward(Reward(SigmaSlab(SPEC), ensemble).save(tmp_path / "r.safetensors"))
@@ -138,15 +159,23 @@ def test_members_may_differ_in_architecture(members, tmp_path):
     loaded = load_reward(Reward(SigmaSlab(SPEC), ensemble).save(tmp_path / "r.safetensors"))
     x = slabs(3)
     assert torch.equal(loaded.score_observed(x), torch.minimum(members[0].score(x), other.score(x)))
-    torch.testing.assert_close(loaded.network.score_embedding(loaded.network.embed(x)), loaded.score_observed(x))
+    torch.testing.assert_close(
+        loaded.network.score_embedding(loaded.network.embed(x)), loaded.score_observed(x)
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [({"scales": [1.0]}, "expected an offset and a scale"), ({"kind": "most"}, "--aggregate"), ({"offsets": None}, "offsets and scales")],
+    [
+        ({"scales": [1.0]}, "expected an offset and a scale"),
+        ({"kind": "most"}, "--aggregate"),
+        ({"offsets": None}, "offsets and scales"),
+    ],
 )
 def test_damaged_descriptions_are_named(members, tmp_path, change, text):
-    path = Reward(SigmaSlab(SPEC), RewardEnsemble.of(members, Aggregate("lcb"), [slabs(6)])).save(tmp_path / "r.safetensors")
+    path = Reward(SigmaSlab(SPEC), RewardEnsemble.of(members, Aggregate("lcb"), [slabs(6)])).save(
+        tmp_path / "r.safetensors"
+    )
     values = json.loads(path.with_suffix(".json").read_text())
     values["network"]["ensemble"] |= change
     path.with_suffix(".json").write_text(json.dumps(values))
@@ -160,31 +189,48 @@ def test_score_is_differentiable_in_the_slab_and_in_no_weight(members, kind):
     ensemble = RewardEnsemble.of(members, Aggregate(kind), [slabs(6, 4)])
     ensemble.score(x).sum().backward()
     assert x.grad.abs().sum() > 0 and x.grad.isfinite().all()
-    assert all(p.grad is None for p in ensemble.parameters()) and all(p.grad is None for m in members for p in m.parameters())
+    assert all(p.grad is None for p in ensemble.parameters()) and all(
+        p.grad is None for m in members for p in m.parameters()
+    )
 
 
 def test_the_average_of_weights(members):
     average = average_weights(members)
     for name, value in average.state_dict().items():
-        torch.testing.assert_close(value, torch.stack([m.state_dict()[name] for m in members]).mean(dim=0), msg=name)
+        torch.testing.assert_close(
+            value, torch.stack([m.state_dict()[name] for m in members]).mean(dim=0), msg=name
+        )
     assert torch.equal(average_weights([members[1]] * 2).score(slabs(2)), members[1].score(slabs(2)))
     assert type(average) is RewardModel and not any(p.requires_grad for p in average.parameters())
     with pytest.raises(ValueError, match="one architecture"):
         average_weights([members[0], RewardModel(replace(HEADS, slab_shape=SHAPE, embedding=24))])
 
 
-# Training several members at once: what sets them apart, what they share where asked, and the file that they become.
+# Training several members at once: what sets them apart, what they share where asked, and the file that they
+# become.
 
 
 @pytest.fixture
 def train(tiny_networks, tmp_path):
     """Run the command on 24 pairs of the tiny generator."""
-    pairs = [Preference(winner=2 * i, loser=2 * i + 1, generator=load_generator(tiny_networks).hash, psi=0.7) for i in range(24)]
+    pairs = [
+        Preference(winner=2 * i, loser=2 * i + 1, generator=load_generator(tiny_networks).hash, psi=0.7)
+        for i in range(24)
+    ]
     labels = write_labels(tmp_path / "labels.jsonl", pairs)
-    common = [f"--network={tiny_networks}", f"--labels={labels}", "--preset=tiny", "--epochs=2", "--resolution=32", "--device=cpu"]
+    common = [
+        f"--network={tiny_networks}",
+        f"--labels={labels}",
+        "--preset=tiny",
+        "--epochs=2",
+        "--resolution=32",
+        "--device=cpu",
+    ]
 
     def go(name: str, *flags: str):
-        done = CliRunner().invoke(main, [*common, f"--out={tmp_path / name}", f"--cache={tmp_path / 'cache'}", *flags])
+        done = CliRunner().invoke(
+            main, [*common, f"--out={tmp_path / name}", f"--cache={tmp_path / 'cache'}", *flags]
+        )
         return done, tmp_path / name
 
     return go
@@ -199,7 +245,11 @@ def test_members_differ_and_repeat(train):
     done, out = train("run", "--members=2", "--aggregate=min")
     assert done.exit_code == 0, done.output
     reward = load_reward(out / "reward.safetensors")
-    assert reward.network.aggregate.kind == "min" and reward.network.standard is not None and "start" not in reward.provenance
+    assert (
+        reward.network.aggregate.kind == "min"
+        and reward.network.standard is not None
+        and "start" not in reward.provenance
+    )
     first, second = (member.network.state_dict() for member in reward.members())
     assert any(not torch.equal(first[name], second[name]) for name in first)
     before = (out / "reward.safetensors").read_bytes()
@@ -214,13 +264,16 @@ def test_members_differ_and_repeat(train):
 def test_warm_averages_members_that_went_on_from_one_network(train):
     done, out = train("run", "--members=2", "--aggregate=warm")
     assert done.exit_code == 0, done.output
-    reward, states = load_reward(out / "reward.safetensors"), [weights(out / name) for name in ("state.pt", "state-2.pt")]
+    reward = load_reward(out / "reward.safetensors")
+    states = [weights(out / name) for name in ("state.pt", "state-2.pt")]
     assert reward.members() == [reward] and len(reward.provenance["start"]) == 64
     assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
     for name, value in reward.network.state_dict().items():
         torch.testing.assert_close(value, (states[0][name] + states[1][name]) / 2, msg=name)
     lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
-    assert [line["member"] for line in lines] == [0, 0, 1, 1, 2, 2] and len(json.loads((out / "report.json").read_text())["members"]) == 2
+    assert [line["member"] for line in lines] == [0, 0, 1, 1, 2, 2] and len(
+        json.loads((out / "report.json").read_text())["members"]
+    ) == 2
 
 
 def test_a_start_is_where_training_begins():
@@ -234,7 +287,8 @@ def test_a_start_is_where_training_begins():
 
 def test_bootstrap_draws_as_many_pairs_by_the_seed():
     labels = toy_labels(40), toy_labels(8, 100)
-    store, drawn = filled(*labels), []
+    store = filled(*labels)
+    drawn = []
     taken = store.take
     data = TrainData(train=labels[0], val=labels[1], store=store)
 
@@ -244,17 +298,26 @@ def test_bootstrap_draws_as_many_pairs_by_the_seed():
         train_reward(data, with_changes(OPTIONS, epochs=1, bootstrap=True, seed=seed))
         return sorted(seed for batch in drawn[:-1] for seed in batch[: len(batch) // 2] if seed < 100)
 
-    first, again, other = listed(0), listed(0), listed(1)
+    first = listed(0)
+    again = listed(0)
+    other = listed(1)
     assert first == again != other and len(set(first)) < 40
 
 
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--aggregate=min"], "--members: expected 2 or more with --aggregate=min, got 1"), (["--shared-start"], "with --shared-start"),
-        (["--members=2", "--strength=1"], "--strength"), (["--members=2", "--aggregate=min", "--strength=1"], "--strength: expected none"),
+        (["--aggregate=min"], "--members: expected 2 or more with --aggregate=min, got 1"),
+        (["--shared-start"], "with --shared-start"),
+        (["--members=2", "--strength=1"], "--strength"),
+        (["--members=2", "--aggregate=min", "--strength=1"], "--strength: expected none"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(train, flags, text):
     done, out = train("run", *flags)
-    assert done.exit_code == 2 and text in done.stderr and len(done.stderr.splitlines()) == 1 and not out.exists()
+    assert (
+        done.exit_code == 2
+        and text in done.stderr
+        and len(done.stderr.splitlines()) == 1
+        and not out.exists()
+    )

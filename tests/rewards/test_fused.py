@@ -18,7 +18,10 @@ from torch_utils.ops.implementations import implementation
 pytestmark = needs_cpp
 HEADS = {"trunk": (16, 16), "embedding": 16, "heads": (8, 8)}
 NETWORKS = {
-    **{name: (RewardArch.from_dict(PRESETS[name].network), (24, 27, 23)) for name in ("tiny", "small", "small-slice")},
+    **{
+        name: (RewardArch.from_dict(PRESETS[name].network), (24, 27, 23))
+        for name in ("tiny", "small", "small-slice")
+    },
     "whole slabs": (RewardArch(feature_maps=(8, 16, 32, 64), pool_size=64, **HEADS), (17, 21, 19)),
     "whole slabs, cells": (RewardArch(feature_maps=(8, 16), pooling="grid", **HEADS), (9, 10, 33)),
     "no conv1": (RewardArch(feature_maps=(8, 16), patch=2, pool_size=64, **HEADS), (18, 17, 16)),
@@ -79,7 +82,8 @@ def test_weights_that_change_are_read_again():
 
 def test_it_goes_backward_twice_but_has_no_second_derivative():
     arch, shape = NETWORKS["small"]
-    model, x = frozen(arch), slabs(1, *shape).requires_grad_()
+    model = frozen(arch)
+    x = slabs(1, *shape).requires_grad_()
     score = model.score(x)
     first, second = (torch.autograd.grad(score, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second) and first.abs().max() > 0
@@ -91,14 +95,19 @@ def test_it_goes_backward_twice_but_has_no_second_derivative():
 
 
 def learnt(model, x, impl="auto"):
-    """Gradients to the slab and the U-Net's weights of a random combination of features and reconstruction, by name."""
+    """Gradients to the slab and the U-Net's weights of a random combination of features and reconstruction,
+    by name.
+    """
     model.zero_grad(set_to_none=True)
     x = x.clone().requires_grad_()
     with implementation(impl):
         made = model.reconstruct(x)
         weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(2)).to(t) for t in made]
         sum((t * w).sum() for t, w in zip(made, weights, strict=True)).backward()
-    return {"slab": x.grad, **{name: p.grad for name, p in model.Conv3DModule.named_parameters() if p.grad is not None}}
+    return {
+        "slab": x.grad,
+        **{name: p.grad for name, p in model.Conv3DModule.named_parameters() if p.grad is not None},
+    }
 
 
 def check_weights(model, x):
@@ -107,8 +116,11 @@ def check_weights(model, x):
     used = (name for name, _ in model.Conv3DModule.named_parameters() if "conv1d_for_recon" not in name)
     assert gradients.keys() == truth.keys() == {"slab", *used}
     largest = max(t.abs().max() for t in truth.values())
-    for name, expected in truth.items():  # sums over whole volumes that cancel: plain float32 is as far off there
-        bound = max(1e-5 * expected.abs().max(), 2e-6 * largest if "se_module" in name or "for_recon" in name else 0)
+    # sums over whole volumes that cancel: plain float32 is as far off there
+    for name, expected in truth.items():
+        bound = max(
+            1e-5 * expected.abs().max(), 2e-6 * largest if "se_module" in name or "for_recon" in name else 0
+        )
         assert (gradients[name] - expected).abs().max() <= bound, name
     return gradients
 
@@ -116,7 +128,8 @@ def check_weights(model, x):
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_gradients_of_the_weights(name):
     arch, shape = NETWORKS[name]
-    model, x = frozen(arch).requires_grad_(True), slabs(2, *shape)
+    model = frozen(arch).requires_grad_(True)
+    x = slabs(2, *shape)
     gradients = check_weights(model, x)
     again = learnt(model, x)
     assert all(torch.equal(value, again[key]) for key, value in gradients.items())
@@ -124,13 +137,17 @@ def test_gradients_of_the_weights(name):
 
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same():
     arch, shape = NETWORKS["small-slice"]
-    model, x = frozen(arch).requires_grad_(True), slabs(1, *shape)
+    model = frozen(arch).requires_grad_(True)
+    x = slabs(1, *shape)
     whole = learnt(model, x)
     for name, p in model.Conv3DModule.named_parameters():
         p.requires_grad_("conv2" in name or "conv1.bias" in name)
     some = learnt(model, x)
-    assert {name for name in whole if "conv2" in name or "conv1.bias" in name or name == "slab"} == some.keys()
-    for name, value in some.items():  # whether a weight is frozen decides how torch multiplies on some processors
+    assert {
+        name for name in whole if "conv2" in name or "conv1.bias" in name or name == "slab"
+    } == some.keys()
+    # whether a weight is frozen decides how torch multiplies on some processors
+    for name, value in some.items():
         torch.testing.assert_close(value, whole[name], rtol=0, atol=1e-5 * float(whole[name].abs().max()))
 
 
@@ -146,7 +163,8 @@ def test_weights_that_changed_since_are_refused():
 
 def test_volumes_go_with_the_maps():
     arch, shape = NETWORKS["small"]
-    model, x = frozen(arch).requires_grad_(True), slabs(1, *shape)
+    model = frozen(arch).requires_grad_(True)
+    x = slabs(1, *shape)
     maps = fused.maps(model, model._patches(x))
     run = weakref.ref(maps[1].grad_fn.run)
     assert run() is not None
@@ -156,19 +174,22 @@ def test_volumes_go_with_the_maps():
 
 @pytest.mark.parametrize("preset", ["tiny", "small-slice"])
 def test_training_steps_lose_what_the_reference_does(preset):
-    train, val = toy_labels(8), toy_labels(4, 100)
+    train = toy_labels(8)
+    val = toy_labels(4, 100)
     data = TrainData(train=train, val=val, store=filled(train, val))
     options = with_changes(OPTIONS, preset=preset, epochs=2, lr=1e-4, reconstruction=0.01)
     history = train_reward(data, options).history
     with implementation("ref"):
         expected = train_reward(data, options).history
-    for epoch, tolerance in ((0, 1e-5), (1, 1e-4)):  # Adam's first steps are signs of gradients: rounding turns some
+    # Adam's first steps are signs of gradients: rounding turns some
+    for epoch, tolerance in ((0, 1e-5), (1, 1e-4)):
         assert history[epoch]["loss"] == pytest.approx(expected[epoch]["loss"], rel=tolerance, abs=tolerance)
 
 
 def test_other_networks_run_as_they_are():
     arch, shape = NETWORKS["small"]
-    model, x = frozen(arch), slabs(1, *shape)
+    model = frozen(arch)
+    x = slabs(1, *shape)
     assert not fused.applies(model.double(), x.double())
     narrow = frozen(RewardArch(feature_maps=(4, 8), pool_size=64, **HEADS))  # fewer channels than lanes
     assert not fused.applies(narrow, x)
@@ -197,17 +218,22 @@ def test_group_normalisation_and_its_gradient():
     scale, shift = group_affine(norm, sums(x.detach()), 60)
     torch.testing.assert_close(x * spread(scale) + spread(shift), norm(x), atol=1e-5, rtol=1e-5)
     f = group_gradient(norm, sums(x.detach()), sums(g), 60)
-    torch.testing.assert_close(spread(f[..., 0]) * g + spread(f[..., 1]) * x.detach() + spread(f[..., 2]), truth)
+    torch.testing.assert_close(
+        spread(f[..., 0]) * g + spread(f[..., 1]) * x.detach() + spread(f[..., 2]), truth
+    )
     for value, expected in zip(group_weights(norm, sums(x.detach()), sums(g), 60), weights, strict=True):
         torch.testing.assert_close(value, expected.float())
 
 
 @pytest.mark.long
 def test_full_size():
-    slab = torch.nn.functional.interpolate(slabs(1, 9, 9, 9), size=(129, 141, 128), mode="trilinear", align_corners=True)
+    slab = torch.nn.functional.interpolate(
+        slabs(1, 9, 9, 9), size=(129, 141, 128), mode="trilinear", align_corners=True
+    )
     model = frozen(PAPER)
     features, gradient = found(model.double(), slab.double(), "ref")
     value, near = found(model.float(), slab)
     assert (value - features).abs().max() < 3e-6 * features.abs().max()
-    # two values that rounding makes the larger in turn hand their gradient to one voxel or the next, in plain float32 as well
+    # two values that rounding makes the larger in turn hand their gradient to one voxel or the next, in plain
+    # float32 as well
     assert ((near - gradient).abs() > 3e-6 * gradient.abs().max()).double().mean() < 1e-3

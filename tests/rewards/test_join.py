@@ -1,5 +1,6 @@
-"""Reward files joined into one: what is written, what is refused, and that the reward phase takes it as any other."""
-
+"""Reward files joined into one: what is written, what is refused, and that the reward phase takes it as any
+other.
+"""
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from tests import tiny_runs
 
 def moved(reward: Reward, seed: int, **provenance) -> Reward:
     """The same architecture with noise on its weights."""
-    network, random = type(reward.network)(reward.network.arch), torch.Generator().manual_seed(seed)
-    network.load_state_dict({k: v + 0.2 * torch.randn(v.shape, generator=random) for k, v in reward.network.state_dict().items()})
+    network = type(reward.network)(reward.network.arch)
+    random = torch.Generator().manual_seed(seed)
+    network.load_state_dict(
+        {k: v + 0.2 * torch.randn(v.shape, generator=random) for k, v in reward.network.state_dict().items()}
+    )
     return Reward(reward.observation, network.eval().requires_grad_(False), provenance)
 
 
@@ -30,8 +34,11 @@ def generator(tiny_networks):
 
 @pytest.fixture(scope="module")
 def files(tiny_reward, generator, tmp_path_factory):
-    """Three rewards of the tiny generator that share a start, each with labels of its own, and by name ones that do not fit."""
-    folder, tiny = tmp_path_factory.mktemp("members"), load_reward(tiny_reward)
+    """Three rewards of the tiny generator that share a start, each with labels of its own, and by name ones
+    that do not fit.
+    """
+    folder = tmp_path_factory.mktemp("members")
+    tiny = load_reward(tiny_reward)
     known = {"generator": generator.hash, "psi": 0.7, "temperature": 2.0, "start": "s" * 64}
     made = {name: moved(tiny, i, labels=name * 64, **known) for i, name in enumerate("abc")}
     made["elsewhere"] = moved(tiny, 5, **{**known, "generator": "f" * 64})
@@ -47,7 +54,13 @@ def join(files, tiny_networks, tmp_path):
 
     def go(*names: str, aggregate="softmin", flags=(), network=tiny_networks):
         out = tmp_path / "joined.safetensors"
-        arguments = [*(files[name] for name in names), f"--out={out}", f"--aggregate={aggregate}", f"--network={network}", *flags]
+        arguments = [
+            *(files[name] for name in names),
+            f"--out={out}",
+            f"--aggregate={aggregate}",
+            f"--network={network}",
+            *flags,
+        ]
         done = CliRunner().invoke(main, [str(a) for a in (*arguments, "--device=cpu", "--batch=64")])
         assert out.exists() == (done.exit_code == 0 and "-n" not in flags), done.output
         return done, out
@@ -58,15 +71,28 @@ def join(files, tiny_networks, tmp_path):
 def test_the_file_scores_as_its_members_say(join, files, generator):
     done, out = join("a", "b", "c", aggregate="min")
     assert done.exit_code == 0 and "min of 3 members" in done.stdout, done.output
-    joined, alone = load_reward(out), [load_reward(files[name]) for name in "abc"]
+    joined = load_reward(out)
+    alone = [load_reward(files[name]) for name in "abc"]
     x = torch.cat(list(untuned(generator.generator, joined.observation, 0.7, 14)))
     r = torch.stack([one.score_observed(x) for one in alone]).double()
-    offsets, scales = r.mean(dim=1), r.std(dim=1, correction=0)
+    offsets = r.mean(dim=1)
+    scales = r.std(dim=1, correction=0)
     expected = ((r - offsets[:, None]) / scales[:, None]).amin(dim=0) * scales.mean() + offsets.mean()
-    torch.testing.assert_close(joined.score_observed(x).double(), expected, rtol=1e-4, atol=1e-4 * float(scales.mean()))
-    assert joined.labels == {"a" * 64, "b" * 64, "c" * 64} and joined.temperature == 2.0 and joined.provenance["psi"] == 0.7
+    torch.testing.assert_close(
+        joined.score_observed(x).double(), expected, rtol=1e-4, atol=1e-4 * float(scales.mean())
+    )
+    assert (
+        joined.labels == {"a" * 64, "b" * 64, "c" * 64}
+        and joined.temperature == 2.0
+        and joined.provenance["psi"] == 0.7
+    )
     assert joined.provenance["score_mean"] == pytest.approx(float(expected.mean()), rel=1e-3)
-    assert [one.is_member_of(joined) for one in (*alone, load_reward(files["no start"]))] == [True, True, True, False]
+    assert [one.is_member_of(joined) for one in (*alone, load_reward(files["no start"]))] == [
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_an_ensemble_gives_its_members(join, files, generator, tmp_path):
@@ -75,16 +101,22 @@ def test_an_ensemble_gives_its_members(join, files, generator, tmp_path):
     done, _ = join("c", aggregate="lcb", flags=[nested, "--strength=2"])
     assert done.exit_code == 0, done.output
     network = load_reward(out).network
-    assert isinstance(network, RewardEnsemble) and len(network.members) == 3 and network.aggregate.strength == 2
+    assert (
+        isinstance(network, RewardEnsemble) and len(network.members) == 3 and network.aggregate.strength == 2
+    )
 
 
 @pytest.mark.parametrize(
     ("names", "aggregate", "flags", "text"),
     [
-        (["a"], "min", [], "two members or more"), (["a", "b", "a"], "min", [], "again"),
-        (["a", "finer"], "min", [], "expected one observation"), (["a", "elsewhere"], "min", [], "expected one generator"),
-        (["a", "other psi"], "min", [], "expected one psi"), (["a", "no start"], "warm", [], "--shared-start"),
-        (["a", "b"], "min", ["--strength=1"], "--strength: expected none"), (["a", "b"], "warm", ["--strength=1"], "--strength"),
+        (["a"], "min", [], "two members or more"),
+        (["a", "b", "a"], "min", [], "again"),
+        (["a", "finer"], "min", [], "expected one observation"),
+        (["a", "elsewhere"], "min", [], "expected one generator"),
+        (["a", "other psi"], "min", [], "expected one psi"),
+        (["a", "no start"], "warm", [], "--shared-start"),
+        (["a", "b"], "min", ["--strength=1"], "--strength: expected none"),
+        (["a", "b"], "warm", ["--strength=1"], "--strength"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(join, names, aggregate, flags, text):
@@ -103,9 +135,15 @@ def test_another_generator_is_refused(join, tmp_path):
 @pytest.mark.parametrize("shaping", ["none", "standardised", "reference"])
 def test_the_reward_phase_takes_it(join, tiny_networks, tiny_data, shaping):
     _, out = join("a", "b", "c", aggregate="lcb")
-    nets, reward = tiny_runs.networks.load(tiny_networks), load_reward(out)
+    nets = tiny_runs.networks.load(tiny_networks)
+    reward = load_reward(out)
     nets.G.requires_grad_(True)
-    terms = RewardTerms(nets.G, nets.G_ema, reward, RewardConfig(anchor_resolution=12, reward_shaping=shaping, reward_clip="iqr"))
+    terms = RewardTerms(
+        nets.G,
+        nets.G_ema,
+        reward,
+        RewardConfig(anchor_resolution=12, reward_shaping=shaping, reward_clip="iqr"),
+    )
     low, high = terms.state.bounds.tolist()
     assert low < high and terms.initial_scores.isfinite().all()
     for loss in terms.losses(tiny_runs.batch(tiny_data)):
@@ -116,7 +154,17 @@ def test_the_reward_phase_takes_it(join, tiny_networks, tiny_data, shaping):
 
 def test_a_member_may_not_watch(join, files, tiny_networks, tiny_data, tmp_path):
     _, out = join("a", "b")
-    flags = ["--reward=sigma", f"--reward-ckpt={out}", f"--reward-watch={files['b']}", "--no-summary", "--kimg=0.008"]
+    flags = [
+        "--reward=sigma",
+        f"--reward-ckpt={out}",
+        f"--reward-watch={files['b']}",
+        "--no-summary",
+        "--kimg=0.008",
+    ]
     done = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path / "runs", *flags))
-    assert done.exit_code == 2 and "--reward-watch: expected a reward that does not tune, got a member of --reward-ckpt" in done.stderr
+    assert (
+        done.exit_code == 2
+        and "--reward-watch: expected a reward that does not tune, got a member of --reward-ckpt"
+        in done.stderr
+    )
     assert not (tmp_path / "runs").exists()

@@ -32,11 +32,14 @@ def slabs(n, seed=0):
 
 def test_batch_equals_items_one_by_one(model):
     x = slabs(3)
-    torch.testing.assert_close(model.score(x), torch.cat([model.score(item[None]) for item in x]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.score(x), torch.cat([model.score(item[None]) for item in x]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_swapping_a_pair_negates_the_margin(model):
-    a, b = model.embed(slabs(4)), model.embed(slabs(4, 1))
+    a = model.embed(slabs(4))
+    b = model.embed(slabs(4, 1))
     torch.testing.assert_close(model.pair_margin(a, b), -model.pair_margin(b, a))
     torch.testing.assert_close(model.pair_margin(a, a), torch.zeros(4))
 
@@ -50,7 +53,11 @@ def test_forward_agrees_with_score_and_reconstructs_at_the_slabs_size(model):
         return
     out = model(x, reconstruct=True)
     torch.testing.assert_close(out.scalar, model.score(x))
-    assert out.reconstruction.shape == x.shape and out.log_strength.shape == (2,) and model(x).reconstruction is None
+    assert (
+        out.reconstruction.shape == x.shape
+        and out.log_strength.shape == (2,)
+        and model(x).reconstruction is None
+    )
 
 
 def strided():
@@ -59,13 +66,15 @@ def strided():
 
 
 def test_strided_score_ignores_handedness_and_positions_matter():
-    model, x = strided(), slabs(3)
+    model = strided()
+    x = slabs(3)
     torch.testing.assert_close(model.score(x), model.score(x.flip(-1)))
     assert not torch.allclose(model.score(x), model.score(x.flip(-2)))
 
 
 def test_strided_extractor_standardises_by_training_slabs():
-    model, x = strided(), slabs(8)
+    model = strided()
+    x = slabs(8)
     model.extractor.calibrate(x)
     both = torch.cat([x, x.flip(-1)])[:, 0]
     torch.testing.assert_close(model.extractor.slab_mean, both.mean(dim=0))
@@ -78,7 +87,8 @@ def test_score_gradient_reaches_the_slab(model):
     (g,) = torch.autograd.grad(model.score(x).sum(), x)
     assert torch.isfinite(g).all() and g.abs().sum() > 0
     d = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    m, x64 = model.double(), x.detach().double()
+    m = model.double()
+    x64 = x.detach().double()
     (g64,) = torch.autograd.grad(m.score(x64.requires_grad_()).sum(), x64)
     h = 1e-6
     numeric = (m.score(x64 + h * d) - m.score(x64 - h * d)).sum() / (2 * h)
@@ -91,14 +101,17 @@ def test_slice_feature_equals_the_adaptive_pool_and_its_gradient(depth, bins):
     direction = torch.randn(2, bins, dtype=torch.float64)
     mine = slice_max_feature(x, bins)
     (mine * direction).sum().backward()
-    gradient, x.grad = x.grad, None
+    gradient = x.grad
+    x.grad = None
     theirs = F.adaptive_max_pool3d(x.max(dim=1).values, (bins, 1, 1)).view(2, bins)
     (theirs * direction).sum().backward()
     assert torch.equal(mine, theirs)
     torch.testing.assert_close(gradient, x.grad)
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(2, *SHAPE), torch.zeros(0, 1, *SHAPE), torch.zeros(1, 1, 2, 18, 16)])
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(2, *SHAPE), torch.zeros(0, 1, *SHAPE), torch.zeros(1, 1, 2, 18, 16)]
+)
 def test_wrong_slabs_are_explained(bad):
     with pytest.raises(ValueError, match="RewardModel.slab.: expected"):
         RewardModel(PRESETS["small"]).score(bad)
@@ -129,7 +142,8 @@ def saved(tmp_path):
 
 
 def test_truncated_and_foreign_files_are_explained(saved, tmp_path):
-    whole, described = saved.read_bytes(), saved.with_suffix(".json")
+    whole = saved.read_bytes()
+    described = saved.with_suffix(".json")
     for damaged in (whole[: len(whole) // 2], b"", b"hello"):
         saved.write_bytes(damaged)
         with pytest.raises(ValueError, match="r.safetensors.*Copy it again"):
@@ -154,5 +168,7 @@ def test_published_state_dict_loads_from_pt_with_or_without_wrapper(tmp_path):
 
 def test_meta_must_be_json(tmp_path):
     with pytest.raises(ValueError, match="plain JSON values"):
-        Reward(SigmaSlab(SPEC), RewardModel(PRESETS["tiny"]), {"x": torch.zeros(1)}).save(tmp_path / "r.safetensors")
+        Reward(SigmaSlab(SPEC), RewardModel(PRESETS["tiny"]), {"x": torch.zeros(1)}).save(
+            tmp_path / "r.safetensors"
+        )
     assert not list(tmp_path.iterdir())

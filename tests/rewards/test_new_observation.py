@@ -1,4 +1,6 @@
-"""Another observation in one file: a plugin's depth maps train a reward, which tunes, watches and is resumed."""
+"""Another observation in one file: a plugin's depth maps train a reward, which tunes,
+watches and is resumed.
+"""
 
 import json
 import shutil
@@ -40,8 +42,11 @@ def reward(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("depth")
     succeed(synthetic, "--pairs=24", "--block=2", "--resolution=24", f"--out={folder / 'labels.jsonl'}")
     said = succeed(
-        reward_training.train, "--observation=frontal-depth",
-        f"--labels={folder / 'labels.jsonl'}", f"--out={folder / 'run'}", "--epochs=2",
+        reward_training.train,
+        "--observation=frontal-depth",
+        f"--labels={folder / 'labels.jsonl'}",
+        f"--out={folder / 'run'}",
+        "--epochs=2",
         "--set=fractions=0.6 0.2 0.2",
     )
     assert "test pairs ordered as labelled" in said
@@ -49,16 +54,22 @@ def reward(tmp_path_factory) -> Path:
 
 
 def test_the_file_says_what_it_reads_and_a_field_is_scored(reward):
-    loaded, generator = load_reward(reward), load_generator().generator
+    loaded = load_reward(reward)
+    generator = load_generator().generator
     assert json.loads(reward.with_suffix(".json").read_text())["observation"]["kind"] == "frontal-depth"
-    assert type(loaded.observation) is observations.OBSERVATIONS["frontal-depth"] and loaded.provenance["architecture"] == "eg3d"
+    assert (
+        type(loaded.observation) is observations.OBSERVATIONS["frontal-depth"]
+        and loaded.provenance["architecture"] == "eg3d"
+    )
     field = generator.field(ws_of_seeds(generator, [5, 6]).requires_grad_())
     scores = loaded.score(field)
     scores.sum().backward()
     assert scores.shape == (2,) and field.ws.grad.abs().sum() > 0
     depth = loaded.observation.observe(field).detach()
     assert depth.shape == (2, *loaded.observation.shape)
-    assert depth[:, :, 8, 8].min() > depth[:, :, 0, 0].abs().max(), "the head's middle is near, a corner empty"
+    assert depth[:, :, 8, 8].min() > depth[:, :, 0, 0].abs().max(), (
+        "the head's middle is near, a corner empty"
+    )
     check_reward(loaded, generator)
     elsewhere = Reward(type(loaded.observation)(radius=1.0), loaded.network)
     with pytest.raises(ValueError, match=r"expected a generator with radius 1.0, got 2.7"):
@@ -69,15 +80,25 @@ def test_the_file_says_what_it_reads_and_a_field_is_scored(reward):
 def test_it_tunes_is_watched_and_resumed(reward, tmp_path):
     data = tiny_runs.write_dataset(tmp_path / "data.zip", resolution=64)
     flags = [
-        "--reward=frontal-depth", "--lambda-r=1", f"--reward-ckpt={reward}", f"--reward-watch={reward}", f"--data={data}", "--kimg=0.016",
-        "--tick=0.008", "--no-summary", f"--outdir={tmp_path / 'runs'}", "--device=cpu",
+        "--reward=frontal-depth",
+        "--lambda-r=1",
+        f"--reward-ckpt={reward}",
+        f"--reward-watch={reward}",
+        f"--data={data}",
+        "--kimg=0.016",
+        "--tick=0.008",
+        "--no-summary",
+        f"--outdir={tmp_path / 'runs'}",
+        "--device=cpu",
     ]
     result = tiny_runs.run(*flags)
     assert result.exit_code == 0, result.output
     run = tiny_runs.only_run(tmp_path / "runs")
     assert run.name.endswith("frontal-depth-lambda1") and "Warning" not in result.stderr
     lines = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and all({"RLHF/reward", "Watch/reward", "Watch/second"} <= line.keys() for line in lines)
+    assert len(lines) == 2 and all(
+        {"RLHF/reward", "Watch/reward", "Watch/second"} <= line.keys() for line in lines
+    )
     resumed = tmp_path / "resumed"
     shutil.copytree(run, resumed)
     final = checkpoint.available(resumed)[-1]
@@ -87,17 +108,30 @@ def test_it_tunes_is_watched_and_resumed(reward, tmp_path):
     tiny_runs.assert_same(*(storage.read_tensors(folder / final.name)[0] for folder in (run, resumed)))
 
 
-@pytest.mark.parametrize(("flags", "text"), [(["--observation=smell"], f"one of {KNOWN}, got"), (["--preset=heads"], "one of depth")])
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [(["--observation=smell"], f"one of {KNOWN}, got"), (["--preset=heads"], "one of depth")],
+)
 def test_what_is_unknown_is_refused_by_name(flags, text, tmp_path):
-    result = CliRunner().invoke(reward_training.train, ["--observation=frontal-depth", *flags, f"--out={tmp_path / 'run'}"])
+    result = CliRunner().invoke(
+        reward_training.train, ["--observation=frontal-depth", *flags, f"--out={tmp_path / 'run'}"]
+    )
     assert result.exit_code == 2 and text in result.stderr and "Traceback" not in result.stderr
 
 
 def test_train_refuses_another_kind_than_the_file_reads(reward, tmp_path):
     for flags, text in (
         (["--reward=smell"], f"--reward: observation: expected one of {KNOWN}, got 'smell'"),
-        (["--reward=frontal-depth"], "--reward-ckpt: expected a reward for --cfg=heads64 --reward=frontal-depth, got nothing"),
-        (["--reward=sigma", f"--reward-ckpt={reward}"], "--reward=sigma: expected a reward that reads this, got one of frontal-depth"),
+        (
+            ["--reward=frontal-depth"],
+            "--reward-ckpt: expected a reward for --cfg=heads64 --reward=frontal-depth, got nothing",
+        ),
+        (
+            ["--reward=sigma", f"--reward-ckpt={reward}"],
+            "--reward=sigma: expected a reward that reads this, got one of frontal-depth",
+        ),
     ):
-        result = tiny_runs.run(*flags, f"--outdir={tmp_path}", "--data=synthetic:people64@n=8", "--device=cpu")
+        result = tiny_runs.run(
+            *flags, f"--outdir={tmp_path}", "--data=synthetic:people64@n=8", "--device=cpu"
+        )
         assert result.exit_code == 2 and text in result.stderr, result.stderr

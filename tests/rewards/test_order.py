@@ -16,4 +16,6 @@ def test_a_feature_is_counted_by_the_noise_free_order_and_apart_where_errors_dif
     found = ordered_by({1: 0.9, 2: 0.1, 3: 0.5}, labels)
     assert (found["clean"]["correct"], found["clean"]["n"]) == (2, 3)
     assert (found["apart"]["correct"], found["apart"]["n"]) == (2, 2)
-    assert "apart" not in ordered_by(dict.fromkeys(range(4), 0.0), labels[2:]) and np.isfinite(found["clean"]["accuracy"])
+    assert "apart" not in ordered_by(dict.fromkeys(range(4), 0.0), labels[2:]) and np.isfinite(
+        found["clean"]["accuracy"]
+    )

@@ -18,7 +18,16 @@ from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.networks import preset, readers_of
 from eg3d_rlhf.rewards.point_layers import ball, farthest_points, nearest
 from eg3d_rlhf.rewards.point_networks import PointNetArch, build
-from eg3d_rlhf.rewards.points import LevelSetPoints, LiftedPoints, PublishedPoints, draw, level_set, lift, mirror, self_scaled
+from eg3d_rlhf.rewards.points import (
+    LevelSetPoints,
+    LiftedPoints,
+    PublishedPoints,
+    draw,
+    level_set,
+    lift,
+    mirror,
+    self_scaled,
+)
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 
 OURS = ("pointnet", "pointnet2", "curvenet")
@@ -33,17 +42,22 @@ def network(name: str, kind: str = "points", double: bool = True, **changes):
 
 def clouds(n: int = 3, points: int = 160, channels: int = 6, seed: int = 0) -> torch.Tensor:
     """Noisy spheres of radius 0.6 with normals, float64."""
-    normals = torch.nn.functional.normalize(torch.randn(n, 3, points, generator=torch.Generator().manual_seed(seed)).double(), dim=1)
+    normals = torch.nn.functional.normalize(
+        torch.randn(n, 3, points, generator=torch.Generator().manual_seed(seed)).double(), dim=1
+    )
     return torch.cat([0.6 * normals + 0.05 * normals.roll(1, dims=2), normals], dim=1)[:, :channels]
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_no_sample_depends_on_another_and_a_batch_may_be_one(name):
-    model, cloud = network(name), clouds()
+    model = network(name)
+    cloud = clouds()
     for training in (False, True):
         model.train(training)
         together = model.score(cloud)
-        torch.testing.assert_close(together, torch.cat([model.score(one[None]) for one in cloud]), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            together, torch.cat([model.score(one[None]) for one in cloud]), rtol=1e-9, atol=1e-12
+        )
         assert torch.equal(together, model.score(cloud)), "two calls agree to the bit"
     assert len(together.unique()) == 3 and not list(model.buffers())
 
@@ -51,10 +65,13 @@ def test_no_sample_depends_on_another_and_a_batch_may_be_one(name):
 @pytest.mark.parametrize(
     ("kind", "name", "changes"),
     [
-        ("points", "pointnet", {}), ("points", "pointnet2", {"limit": 160}), ("points", "curvenet", {}),
-        ("published-points", "paper-pointnet", {}), ("published-points", "paper-pointnet2", {"limit": 160, "start": "farthest"}),
+        ("points", "pointnet", {}),
+        ("points", "pointnet2", {"limit": 160}),
+        ("points", "curvenet", {}),
+        ("published-points", "paper-pointnet", {}),
+        ("published-points", "paper-pointnet2", {"limit": 160, "start": "farthest"}),
     ],
-)  # fmt: skip
+)
 def test_the_order_of_points_does_not_matter(kind, name, changes):
     model = network(name, kind, **changes)
     cloud = clouds(channels=model.arch.inputs)
@@ -79,12 +96,20 @@ def test_neighbours_of_a_line():
     assert farthest_points(line, 3).tolist() == [[0, 5, 4]]
     assert farthest_points(line, 2, "farthest").tolist() == [[5, 0]]
     index, counts = ball(line[:, :, [2, 5]], line, 1.5, 2)
-    assert index.tolist() == [[[1, 2], [5, 5]]] and counts.tolist() == [[2, 1]], "lowest index first, the first fills up"
+    assert index.tolist() == [[[1, 2], [5, 5]]] and counts.tolist() == [[2, 1]], (
+        "lowest index first, the first fills up"
+    )
     assert nearest(line, 2)[0, :, 0].tolist() == list(range(6)) and nearest(line, 9).shape == (1, 6, 6)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in ("points", "lifted-points", "published-points")
-                                            for name in readers_of(kind).presets])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (kind, name)
+        for kind in ("points", "lifted-points", "published-points")
+        for name in readers_of(kind).presets
+    ],
+)
 def test_presets_are_rebuilt_from_json(kind, name):
     described = preset(name, kind).network
     assert build(json.loads(json.dumps(described))).describe() == described
@@ -93,16 +118,24 @@ def test_presets_are_rebuilt_from_json(kind, name):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: build({"network": "dgcnn"}), "one of pointnet"), (lambda: build({"network": "pointnet", "layers": 3}), "its own fields"),
+        (lambda: build({"network": "dgcnn"}), "one of pointnet"),
+        (lambda: build({"network": "pointnet", "layers": 3}), "its own fields"),
         (lambda: build({"network": "pointnet", "widths": [64]}), "three widths"),
         (lambda: build({"network": "pointnet2", "radii": [0.2]}), "two radii"),
         (lambda: build({"network": "curvenet", "blocks": [[8, 4, 0.1, 3, True]]}), "divide channels"),
-        (lambda: Reward(LevelSetPoints(), build({"network": "pointnet"})), r"3 channels per point, got \[6, 512\]"),
-        (lambda: LevelSetPoints(points=0), "at least 1"), (lambda: LiftedPoints(seed=True), "at least 0"),
+        (
+            lambda: Reward(LevelSetPoints(), build({"network": "pointnet"})),
+            r"3 channels per point, got \[6, 512\]",
+        ),
+        (lambda: LevelSetPoints(points=0), "at least 1"),
+        (lambda: LiftedPoints(seed=True), "at least 0"),
         (lambda: LiftedPoints(resolution=16, points=257), "--points: .* 256 pixels"),
         (lambda: observations.from_dict({"kind": "points"}), "fields"),
         (lambda: LevelSetPoints(spec=replace(GRID, lattice="skewed")), "straight"),
-        (lambda: LevelSetPoints(spec=SlabSpec.cube(4), points=999).observe(sphere(0.3)), "999 places, got 144"),
+        (
+            lambda: LevelSetPoints(spec=SlabSpec.cube(4), points=999).observe(sphere(0.3)),
+            "999 places, got 144",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(make, text):
@@ -123,14 +156,24 @@ def labels(tmp_path_factory) -> Path:
     return path
 
 
-LONG = [pytest.param(*other, marks=pytest.mark.long) for other in (("points", "pointnet2"), ("lifted-points", "pointnet"))]
+LONG = [
+    pytest.param(*other, marks=pytest.mark.long)
+    for other in (("points", "pointnet2"), ("lifted-points", "pointnet"))
+]
 
 
 @pytest.mark.parametrize(("kind", "name"), [("points", "pointnet"), *LONG])
 def test_it_trains_and_has_a_gradient(kind, name, labels, tmp_path):
     succeed(
-        reward_training.train, f"--observation={kind}", f"--preset={name}", "--resolution=24", "--points=96", f"--labels={labels}",
-        f"--out={tmp_path / 'reward'}", "--epochs=1", "--set=fractions=0.5 0.25 0.25",
+        reward_training.train,
+        f"--observation={kind}",
+        f"--preset={name}",
+        "--resolution=24",
+        "--points=96",
+        f"--labels={labels}",
+        f"--out={tmp_path / 'reward'}",
+        "--epochs=1",
+        "--set=fractions=0.5 0.25 0.25",
     )
     reward = load_reward(tmp_path / "reward" / "reward.safetensors")
     assert reward.observation.kind == kind and reward.observation.points == 96
@@ -139,16 +182,21 @@ def test_it_trains_and_has_a_gradient(kind, name, labels, tmp_path):
     reward.score(field).sum().backward()
     assert field.ws.grad.isfinite().all() and field.ws.grad.abs().sum() > 0
 
-# Clouds on known shapes, where every point and its derivative has a closed form; and what rewards' files say of them.
+
+# Clouds on known shapes, where every point and its derivative has a closed form; and what rewards' files say
+# of them.
 
 
 GRID = SlabSpec.cube(24)
-RADIUS, STEEPNESS = 0.31, 50.0
+RADIUS = 0.31
+STEEPNESS = 50.0
 
 
 @dataclass
 class Ball:
-    """Spheres of radius r [N] about `at`: density level + steepness (r - |p - at|); seen from the front on an empty background."""
+    """Spheres of radius r [N] about `at`: density level + steepness (r - |p - at|); seen from the front on an
+    empty background.
+    """
 
     r: torch.Tensor
     at: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -171,7 +219,9 @@ class Ball:
         from_centre = origins - torch.tensor(self.at).to(self.r)
         along = (from_centre * directions).sum(dim=2)
         inside = along**2 - (from_centre**2).sum(dim=2) + self.r[:, None] ** 2  # [N, M]
-        depth = torch.where(inside > 0, -along - inside.clamp_min(1e-12).sqrt(), torch.full_like(inside, self.far))
+        depth = torch.where(
+            inside > 0, -along - inside.clamp_min(1e-12).sqrt(), torch.full_like(inside, self.far)
+        )
         shape = (len(self), 1, options.resolution, options.resolution)
         nothing = depth.new_zeros(0)
         return Rendering(nothing, nothing, depth.reshape(shape), (inside > 0).to(depth).reshape(shape))
@@ -182,7 +232,8 @@ def sphere(*radii):
 
 
 def test_points_of_a_sphere_lie_on_it_and_move_with_it():
-    field, grid = sphere(RADIUS, 0.2), SlabSpec.cube(96)
+    field = sphere(RADIUS, 0.2)
+    grid = SlabSpec.cube(96)
     points, normals, found = level_set(field.density_grid(grid), LEVEL, grid, 300, seed=0)
     radius = points.norm(dim=2)
     assert found.all() and (radius - field.r[:, None]).abs().max() <= grid.voxel**2 / (8 * 0.2)
@@ -198,15 +249,23 @@ def test_points_of_a_sphere_lie_on_it_and_move_with_it():
 
 def test_the_derivative_of_a_point():
     small = SlabSpec.cube(3)
-    density = torch.rand(1, 3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    density = torch.rand(
+        1, 3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     assert torch.autograd.gradcheck(lambda d: level_set(d, 0.5, small, 6, seed=0)[:2], density)
     along_x = SlabSpec(resolution=2, crop=(0,) * 6)
-    s_a, s_b, level = 0.2, 0.9, 0.4
+    s_a = 0.2
+    s_b = 0.9
+    level = 0.4
     pair = torch.tensor([s_a, s_b], dtype=torch.float64).expand(2, 2, 2)[None].clone().requires_grad_()
     points = level_set(pair, level, along_x, 4, seed=0)[0]
-    torch.testing.assert_close(points[..., 0], torch.full_like(points[..., 0], -0.5 + (level - s_a) / (s_b - s_a)))
+    torch.testing.assert_close(
+        points[..., 0], torch.full_like(points[..., 0], -0.5 + (level - s_a) / (s_b - s_a))
+    )
     points[..., 0].sum().backward()
-    torch.testing.assert_close(pair.grad[0, 0, 0, 0], torch.tensor(-(s_b - level) / (s_b - s_a) ** 2).double())
+    torch.testing.assert_close(
+        pair.grad[0, 0, 0, 0], torch.tensor(-(s_b - level) / (s_b - s_a) ** 2).double()
+    )
 
 
 def test_edges_without_slope_give_finite_gradients():
@@ -222,7 +281,9 @@ def test_the_draw_is_the_same_and_changes_one_point_at_a_time():
     usable = torch.rand(1, 500, generator=torch.Generator().manual_seed(0)) < 0.4
     chosen, _ = draw(usable, 60, seed=3)
     assert usable[0, chosen[0]].all() and len(chosen[0].unique()) == 60
-    assert torch.equal(chosen, draw(usable, 60, seed=3)[0]) and not torch.equal(chosen, draw(usable, 60, seed=4)[0])
+    assert torch.equal(chosen, draw(usable, 60, seed=3)[0]) and not torch.equal(
+        chosen, draw(usable, 60, seed=4)[0]
+    )
     usable[0, chosen[0, 7]] = False
     assert len(set(chosen[0].tolist()) ^ set(draw(usable, 60, seed=3)[0][0].tolist())) == 2
     few = torch.zeros(2, 100, dtype=torch.bool)
@@ -233,7 +294,10 @@ def test_the_draw_is_the_same_and_changes_one_point_at_a_time():
 
 
 def test_a_shape_without_surface_is_zeros_without_gradient():
-    for observation in (LevelSetPoints(spec=GRID, points=50), LiftedPoints(resolution=16, points=50, centre=(0.1, 0.0, 0.0))):
+    for observation in (
+        LevelSetPoints(spec=GRID, points=50),
+        LiftedPoints(resolution=16, points=50, centre=(0.1, 0.0, 0.0)),
+    ):
         field = sphere(RADIUS, -2.0)
         if isinstance(observation, LiftedPoints):
             field = Ball(field.r.clamp_min(1e-9) * 1.0)
@@ -241,11 +305,17 @@ def test_a_shape_without_surface_is_zeros_without_gradient():
         cloud = observation.observe(field)
         cloud.sum().backward()
         gradient = field.r.grad
-        assert cloud[1].abs().max() == 0 and gradient[1] == 0 and gradient.isfinite().all() and cloud[0].abs().max() > 0.3
+        assert (
+            cloud[1].abs().max() == 0
+            and gradient[1] == 0
+            and gradient.isfinite().all()
+            and cloud[0].abs().max() > 0.3
+        )
 
 
 def test_size_and_place_stay_in_ours_and_not_in_the_published_cloud():
-    ours, published = LevelSetPoints(spec=GRID, points=200), PublishedPoints(resolution=32, points=200)
+    ours = LevelSetPoints(spec=GRID, points=200)
+    published = PublishedPoints(resolution=32, points=200)
     radius = ours.observe(sphere(0.2, 0.3))[:, :3].norm(dim=1).mean(dim=1)
     torch.testing.assert_close(radius, torch.tensor([0.4, 0.6]).double(), rtol=0, atol=0.01)
     cloud = torch.rand(2, 40, 3, dtype=torch.float64)
@@ -258,9 +328,13 @@ def test_lifted_points_leave_the_background_out():
     observation = LiftedPoints(resolution=48, points=300)
     field = Ball(torch.tensor([RADIUS], dtype=torch.float64), at=(0.05, 0.1, 0.0))
     cloud = observation.observe(field)[0] / 2  # world units
-    torch.testing.assert_close((cloud - torch.tensor([[0.05], [0.1], [0.0]])).norm(dim=0), torch.full((300,), RADIUS).double())
+    torch.testing.assert_close(
+        (cloud - torch.tensor([[0.05], [0.1], [0.0]])).norm(dim=0), torch.full((300,), RADIUS).double()
+    )
     columns = lift(torch.ones(1, 1, 48, 48), CameraFamily().label())[0, :, 0].unique()
-    assert len(columns) > 0 and len((cloud[0] * 1e4).round().unique()) > 100, "all columns of the picture are drawn from"
+    assert len(columns) > 0 and len((cloud[0] * 1e4).round().unique()) > 100, (
+        "all columns of the picture are drawn from"
+    )
 
 
 def test_mirror_changes_x_of_positions_and_normals_alone():
@@ -272,7 +346,12 @@ def test_mirror_changes_x_of_positions_and_normals_alone():
 
 
 @pytest.mark.parametrize(
-    "observation", [LevelSetPoints(spec=GRID, points=9), LiftedPoints(resolution=20, points=9), PublishedPoints(points=100, seed=2)]
+    "observation",
+    [
+        LevelSetPoints(spec=GRID, points=9),
+        LiftedPoints(resolution=20, points=9),
+        PublishedPoints(points=100, seed=2),
+    ],
 )
 def test_a_file_gives_it_back(observation):
     again = observations.from_dict(json.loads(json.dumps(observation.to_dict())))
@@ -287,4 +366,6 @@ def test_another_generator_is_named():
 
     assert LevelSetPoints().misfits(Other()) == ["box_warp 1.0, got 2.0"]
     assert LiftedPoints().misfits(Other()) == ["radius 2.7, got 1.5", "box_side 1.0, got 2.0"]
-    assert LiftedPoints.of(Other()).misfits(Other()) == [] and LevelSetPoints.of(Other()).misfits(Other()) == []
+    assert (
+        LiftedPoints.of(Other()).misfits(Other()) == [] and LevelSetPoints.of(Other()).misfits(Other()) == []
+    )

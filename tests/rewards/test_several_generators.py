@@ -1,4 +1,6 @@
-"""Labels of several generators in one training: each seed is drawn from its own, no latent stands on two sides, strangers are refused."""
+"""Labels of several generators in one training: each seed is drawn from its own, no latent stands on two
+sides, strangers are refused.
+"""
 
 import json
 from pathlib import Path
@@ -12,13 +14,24 @@ from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
 from eg3d_rlhf.rewards.cache import observe_seeds
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.rewards.train import default_options, with_changes
-from eg3d_rlhf.rewards.training_run import REPORT, TRAINING, Opened, RewardRun, collect_observations, open_generators, what_is_read
+from eg3d_rlhf.rewards.training_run import (
+    REPORT,
+    TRAINING,
+    Opened,
+    RewardRun,
+    collect_observations,
+    open_generators,
+    what_is_read,
+)
 from tests import tiny_runs
 from training import networks
 
 
 def labels_of(generator: str, count: int, first: int = 0) -> list[Preference]:
-    return [Preference(winner=first + 2 * i, loser=first + 2 * i + 1, generator=generator, psi=1.0) for i in range(count)]
+    return [
+        Preference(winner=first + 2 * i, loser=first + 2 * i + 1, generator=generator, psi=1.0)
+        for i in range(count)
+    ]
 
 
 def seeds_of(part) -> set[int]:
@@ -44,7 +57,10 @@ def test_numbers_stand_for_a_seed_of_a_generator():
     assert len(shapes) == len(set(shapes)) == 80
     for part in ("train", "val", "test"):
         for was, now in zip(getattr(splits, part), getattr(found, part), strict=True):
-            assert shapes[now.winner] == (was.generator, was.winner) and shapes[now.loser] == (was.generator, was.loser)
+            assert shapes[now.winner] == (was.generator, was.winner) and shapes[now.loser] == (
+                was.generator,
+                was.loser,
+            )
             assert now.clean == (now.loser if was.clean == 7 and was.generator == "a" else None)
 
 
@@ -59,7 +75,14 @@ def two(tiny_networks, tmp_path_factory) -> list[Path]:
 def run_of(two: list[Path], labels: list[Preference], folder: Path, **more) -> RewardRun:
     source = LabelSource.of_file(write_labels(folder / "labels.jsonl", labels))
     options = with_changes(default_options("tiny"), epochs=1)
-    values = {"network": two[0], "more_networks": tuple(two[1:]), "labels": source, "resolution": 24, "train": options, **more}
+    values = {
+        "network": two[0],
+        "more_networks": tuple(two[1:]),
+        "labels": source,
+        "resolution": 24,
+        "train": options,
+        **more,
+    }
     return RewardRun(**values)
 
 
@@ -75,11 +98,15 @@ def test_every_shape_is_drawn_from_its_own_generator(two, tmp_path):
     generators = open_generators(run, labels)
     splits, shapes = numbered(split_by_seed(labels))
     observation = what_is_read(run, generators)
-    opened = Opened(labels=labels, unpaired=[], splits=splits, generators=generators, observation=observation, psi=1.0)
+    opened = Opened(
+        labels=labels, unpaired=[], splits=splits, generators=generators, observation=observation, psi=1.0
+    )
     data = collect_observations(run, opened, splits, dict.fromkeys(SPLITS, ()), shapes)
     by_hash = {g.hash: observe_seeds(g.generator, observation) for g in generators}
     for number, (name, seed) in enumerate(shapes):
-        torch.testing.assert_close(data.store.take([number]), by_hash[name]([seed]).half().float(), rtol=0, atol=0.1)
+        torch.testing.assert_close(
+            data.store.take([number]), by_hash[name]([seed]).half().float(), rtol=0, atol=0.1
+        )
     same = [number for number, (_, seed) in enumerate(shapes) if seed == 12]
     assert len(same) == 2 and not torch.equal(data.store.take(same[:1]), data.store.take(same[1:]))
     assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -92,16 +119,22 @@ def test_training_on_both_and_its_provenance(two, tmp_path):
     known = load_reward(tmp_path / "reward" / "reward.safetensors").provenance
     assert known["generators"] == hashes and known["generator"] == hashes[0]
     options = json.loads((tmp_path / "reward" / "training_options.json").read_text())
-    assert set(options["hashes"]) == {"network", "network 2", "labels"} and options["more_networks"] == [str(two[1])]
+    assert set(options["hashes"]) == {"network", "network 2", "labels"} and options["more_networks"] == [
+        str(two[1])
+    ]
 
 
 def test_strangers_and_nameless_labels_are_refused(two, tmp_path):
     first, second = (load_generator(path).hash for path in two)
     for networks_, other, words, more in (
-        (two, "f" * 64, "got 12 labels of ffffffffffff", {}), (two, None, "that name no generator", {}),
+        (two, "f" * 64, "got 12 labels of ffffffffffff", {}),
+        (two, None, "that name no generator", {}),
         (two[:1], second, f"got 12 labels of {second[:12]}", {}),
         (two, second, "any_generator: expected one --network", {"any_generator": True}),
     ):
         with pytest.raises(ValueError, match=words):
-            train(run_of(networks_, [*labels_of(first, 12), *labels_of(other, 12, first=50)], tmp_path, **more), tmp_path)
+            train(
+                run_of(networks_, [*labels_of(first, 12), *labels_of(other, 12, first=50)], tmp_path, **more),
+                tmp_path,
+            )
     assert not (tmp_path / "reward").exists()

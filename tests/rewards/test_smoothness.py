@@ -25,7 +25,8 @@ def test_a_sphere_bends_by_both_its_curvatures(radius):
 class Bumpy:
     """A sphere with waves of this height, and one without."""
 
-    bounds, level = Bounds(), 10.0
+    bounds = Bounds()
+    level = 10.0
 
     def __init__(self, height: torch.Tensor):
         self.height = height
@@ -33,7 +34,12 @@ class Bumpy:
     def density_grid(self, grid):
         places = grid.points()
         waves = torch.cos(40 * places).prod(dim=-1)
-        return torch.stack([10 + (0.25 - places.norm(dim=-1) + height * waves) * 600 for height in (self.height, 0 * self.height)])
+        return torch.stack(
+            [
+                10 + (0.25 - places.norm(dim=-1) + height * waves) * 600
+                for height in (self.height, 0 * self.height)
+            ]
+        )
 
 
 def test_bumps_cost_and_the_way_down_is_known(tmp_path):
@@ -43,6 +49,8 @@ def test_bumps_cost_and_the_way_down_is_known(tmp_path):
     assert rough < smooth - 0.5
     rough.backward()
     assert height.grad is not None and height.grad < 0
-    assert torch.isfinite(reward.score(Bumpy(torch.tensor(0.0)))).all() and reward.observation == Smoothness(CUBE)
+    assert torch.isfinite(reward.score(Bumpy(torch.tensor(0.0)))).all() and reward.observation == Smoothness(
+        CUBE
+    )
     with pytest.raises(ValueError, match="smoothness"):
         preset(kind="smoothness")  # nothing to learn

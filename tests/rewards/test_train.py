@@ -1,4 +1,6 @@
-"""Reward training end to end on toy slabs whose blob volume decides the preference, and the command line around it."""
+"""Reward training end to end on toy slabs whose blob volume decides the preference, and the command line
+around it.
+"""
 
 import json
 import math
@@ -36,19 +38,25 @@ def radius(seed):
 
 
 def blobs(seeds):
-    """One soft ball per seed, at a place and of a radius that the seed decides, in noise: [N, 1, D, H, W] in [0, 100]."""
+    """One soft ball per seed, at a place and of a radius that the seed decides, in noise: [N, 1, D, H, W] in
+    [0, 100].
+    """
     z, y, x = np.meshgrid(*[np.linspace(0, 1, n) for n in SHAPE], indexing="ij")
     volumes = []
     for seed in seeds:
         rng = np.random.RandomState(seed)
-        r, (cz, cy, cx) = rng.uniform(0.15, 0.4), rng.uniform(0.4, 0.6, 3)
-        v = 1 / (1 + np.exp((np.sqrt((z - cz) ** 2 + (y - cy) ** 2 + (x - cx) ** 2) - r) * 20)) + 0.05 * rng.randn(*SHAPE)
+        r = rng.uniform(0.15, 0.4)
+        cz, cy, cx = rng.uniform(0.4, 0.6, 3)
+        v = 1 / (
+            1 + np.exp((np.sqrt((z - cz) ** 2 + (y - cy) ** 2 + (x - cx) ** 2) - r) * 20)
+        ) + 0.05 * rng.randn(*SHAPE)
         volumes.append((v - v.min()) / np.ptp(v) * 100)
     return torch.tensor(np.stack(volumes)[:, None], dtype=torch.float32)
 
 
 def toy_labels(count, start=0, noise=0.0):
-    labels, rng = [], np.random.RandomState(start + 1)
+    labels = []
+    rng = np.random.RandomState(start + 1)
     for a in range(start, start + 2 * count, 2):
         best, worst = sorted((a, a + 1), key=radius, reverse=True)
         winner, loser = (worst, best) if rng.rand() < noise else (best, worst)
@@ -66,14 +74,18 @@ OPTIONS = TrainOptions(preset="tiny", epochs=6, lr=4e-3, batch=8)
 
 
 def test_learns_which_blob_is_larger_in_seconds():
-    train, val, test = toy_labels(160, noise=0.05), toy_labels(40, 1000), toy_labels(100, 2000, noise=0.1)
+    train = toy_labels(160, noise=0.05)
+    val = toy_labels(40, 1000)
+    test = toy_labels(100, 2000, noise=0.1)
     store = filled(train, val, test)
     state = train_reward(TrainData(train=train, val=val, store=store), OPTIONS)
     report = evaluate(state.model, store, test)
     assert report["clean"]["accuracy"] > 0.9, report
     low, high = report["clean"]["interval_95"]
     assert low < report["clean"]["accuracy"] < high
-    assert report["labels"]["accuracy"] == pytest.approx(report["clean"]["accuracy"] - report["label_noise"], abs=0.08)
+    assert report["labels"]["accuracy"] == pytest.approx(
+        report["clean"]["accuracy"] - report["label_noise"], abs=0.08
+    )
     assert state.history[state.best_epoch]["val_accuracy"] == max(r["val_accuracy"] for r in state.history)
     swapped = [Preference(winner=p.loser, loser=p.winner) for p in test]
     scores = {s: float(state.model.score(store.take([s]))) for p in test for s in (p.winner, p.loser)}
@@ -82,7 +94,8 @@ def test_learns_which_blob_is_larger_in_seconds():
 
 @pytest.mark.parametrize("anchors", [0, 6])
 def test_resume_and_repetition_equal_the_straight_run(tmp_path, anchors):
-    train, val = toy_labels(20), toy_labels(8, 100)
+    train = toy_labels(20)
+    val = toy_labels(8, 100)
     store = filled(train, val)
     seeds = tuple(range(500, 500 + anchors))
     anchor_store = filled(toy_labels(anchors // 2, 500)) if anchors else None
@@ -115,7 +128,8 @@ def test_resume_and_repetition_equal_the_straight_run(tmp_path, anchors):
 
 
 def test_training_leaves_the_global_generator_alone():
-    train, val = toy_labels(8), toy_labels(4, 100)
+    train = toy_labels(8)
+    val = toy_labels(4, 100)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     train_reward(TrainData(train=train, val=val, store=filled(train, val)), with_changes(OPTIONS, epochs=1))
@@ -126,7 +140,14 @@ def test_paper_preset_has_the_papers_settings():
     o = default_options("paper")
     assert (o.lr, o.weight_decay, o.batch, o.epochs, o.anchors, o.mirror) == (1e-5, 1e-4, 1, 10, 1000, False)
     w = o.weights
-    assert (w.pairs, w.scalar, w.bradley_terry, w.strength, w.reconstruction, w.drawn_from_epoch) == (1, 1e-3, 1e-3, 1e-8, 1e-2, 3)
+    assert (w.pairs, w.scalar, w.bradley_terry, w.strength, w.reconstruction, w.drawn_from_epoch) == (
+        1,
+        1e-3,
+        1e-3,
+        1e-8,
+        1e-2,
+        3,
+    )
     with pytest.raises(ValueError, match="expected one of heads, paper, small"):
         default_options("huge")
 
@@ -134,7 +155,8 @@ def test_paper_preset_has_the_papers_settings():
 def test_calibration_error_and_temperature_recover_known_odds():
     rng = np.random.default_rng(0)
     logit = rng.normal(0, 2, 40_000)
-    margin = np.where(rng.random(logit.size) < 1 / (1 + np.exp(-logit)), logit, -logit)  # sign follows its own odds
+    # sign follows its own odds
+    margin = np.where(rng.random(logit.size) < 1 / (1 + np.exp(-logit)), logit, -logit)
     assert calibration_error(margin) < 0.01
     assert calibration_error(margin * 4) > 0.08
     assert fit_temperature(margin * 4) == pytest.approx(4, rel=0.1)
@@ -162,14 +184,20 @@ def test_store_draws_each_seed_once_and_survives_in_a_file(tmp_path):
 
 
 def test_a_place_in_a_batch_does_not_tell_winners_from_losers():
-    """Labels name the winner first. What depends on the place in a batch, such as a ray's jitter, must not say so."""
+    """Labels name the winner first. What depends on the place in a batch, such as a ray's jitter, must not
+    say so.
+    """
     rng = np.random.default_rng(0)
     pairs = rng.permutation(512).reshape(256, 2)  # winner, loser: of equal worth
-    store = ObservationCache(lambda seeds: torch.arange(len(seeds), dtype=torch.float32).reshape(-1, 1, 1, 1) % 2)
+    store = ObservationCache(
+        lambda seeds: torch.arange(len(seeds), dtype=torch.float32).reshape(-1, 1, 1, 1) % 2
+    )
     store.fill(pairs.flatten().tolist(), batch=16)
     won, lost = (store.take(pairs[:, side].tolist()).flatten() for side in (0, 1))
     assert abs(won.mean() - lost.mean()) < 0.2
-    backwards = ObservationCache(lambda seeds: torch.arange(len(seeds), dtype=torch.float32).reshape(-1, 1, 1, 1) % 2)
+    backwards = ObservationCache(
+        lambda seeds: torch.arange(len(seeds), dtype=torch.float32).reshape(-1, 1, 1, 1) % 2
+    )
     backwards.fill(pairs[:, ::-1].flatten().tolist(), batch=16)
     assert torch.equal(backwards.take(range(512)), store.take(range(512)))
 
@@ -188,7 +216,20 @@ def test_command_trains_and_writes_everything(network, tmp_path):
     path, generator = network
     pairs = [Preference(winner=2 * i, loser=2 * i + 1, generator=generator, psi=0.7) for i in range(24)]
     labels = write_labels(tmp_path / "labels.jsonl", pairs)
-    run = ["--network", path, "--labels", labels, "--out", tmp_path / "run", "--preset", "tiny", "--epochs", 2, "--resolution", 32]
+    run = [
+        "--network",
+        path,
+        "--labels",
+        labels,
+        "--out",
+        tmp_path / "run",
+        "--preset",
+        "tiny",
+        "--epochs",
+        2,
+        "--resolution",
+        32,
+    ]
     result = invoke(*run, "--anchors", 10, "--cache", tmp_path / "cache")
     assert result.exit_code == 0, result.output
     assert "test pairs ordered as labelled" in result.output and "95 % interval" in result.output
@@ -196,8 +237,15 @@ def test_command_trains_and_writes_everything(network, tmp_path):
     assert "too few labels" in result.stdout.splitlines()[-2] and "figures above" in result.stdout
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {
-        "reward.safetensors", "reward.json", "report.json", "curves.json", "curves.png", "stats.jsonl", "training_options.json", "state.pt",
-    }  # fmt: skip
+        "reward.safetensors",
+        "reward.json",
+        "report.json",
+        "curves.json",
+        "curves.png",
+        "stats.jsonl",
+        "training_options.json",
+        "state.pt",
+    }
     reward = load_reward(tmp_path / "run" / "reward.safetensors")
     known = reward.provenance
     assert reward.observation.spec.resolution == 32
@@ -212,8 +260,18 @@ def test_command_trains_and_writes_everything(network, tmp_path):
     before = (tmp_path / "run" / "reward.safetensors").read_bytes()
     assert invoke("--resume", tmp_path / "run").exit_code == 0
     assert (tmp_path / "run" / "reward.safetensors").read_bytes() == before
-    numbered = invoke(*run[:4], "--preset=tiny", "--epochs=1", "--resolution=32", "--outdir", tmp_path / "runs", "--set=desc=again")
-    assert numbered.exit_code == 0 and [p.name for p in (tmp_path / "runs").iterdir()] == ["00000-reward-labels-tiny-s0-again"]
+    numbered = invoke(
+        *run[:4],
+        "--preset=tiny",
+        "--epochs=1",
+        "--resolution=32",
+        "--outdir",
+        tmp_path / "runs",
+        "--set=desc=again",
+    )
+    assert numbered.exit_code == 0 and [p.name for p in (tmp_path / "runs").iterdir()] == [
+        "00000-reward-labels-tiny-s0-again"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -226,16 +284,27 @@ def test_command_trains_and_writes_everything(network, tmp_path):
 )
 def test_user_errors_are_one_line_and_exit_code_two(network, tmp_path, label, extra, words):
     common = {"generator": label.generator, "psi": label.psi}
-    labels = write_labels(tmp_path / "labels.csv", [Preference(winner=2 * i, loser=2 * i + 1, **common) for i in range(20)])
+    labels = write_labels(
+        tmp_path / "labels.csv", [Preference(winner=2 * i, loser=2 * i + 1, **common) for i in range(20)]
+    )
     result = invoke("--network", network[0], "--labels", labels, "--out", tmp_path / "run", *extra)
     assert result.exit_code == 2 and words in result.output
-    assert len([line for line in result.output.splitlines() if line.startswith("Error")]) == 1 and "Traceback" not in result.output
+    assert (
+        len([line for line in result.output.splitlines() if line.startswith("Error")]) == 1
+        and "Traceback" not in result.output
+    )
 
 
 def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
-    result = invoke("--dry-run", "--preset", "paper", "--lr", "0.5", "--set=scalar=2", "--out", tmp_path / "run")
+    result = invoke(
+        "--dry-run", "--preset", "paper", "--lr", "0.5", "--set=scalar=2", "--out", tmp_path / "run"
+    )
     settings = json.loads(result.stdout)
-    assert settings["train"]["lr"] == 0.5 and settings["train"]["weights"]["scalar"] == 2 and settings["resolution"] == 256
+    assert (
+        settings["train"]["lr"] == 0.5
+        and settings["train"]["weights"]["scalar"] == 2
+        and settings["resolution"] == 256
+    )
     assert settings["train"]["anchors"] == 1000 and not (tmp_path / "run").exists()
 
 
@@ -247,9 +316,14 @@ FRACTIONS = (0.7, 0.15, 0.15)
 
 def test_too_few_pairs_are_told_with_how_many_are_wanted():
     said = too_few({"train": 17, "val": 4, "test": 3}, FRACTIONS)
-    assert said.startswith("too few labels: 17 pairs to train, 4 to choose the epoch by and 3 to test; some 360 labels are wanted")
+    assert said.startswith(
+        "too few labels: 17 pairs to train, 4 to choose the epoch by and 3 to test; some 360 labels are"
+        " wanted"
+    )
     assert too_few({"train": 252, "val": 54, "test": 54}, FRACTIONS) == ""
-    assert "too few" in too_few({"train": 252, "val": 54, "test": 53}, FRACTIONS) and "too few" in too_few_shapes(26, 60)
+    assert "too few" in too_few(
+        {"train": 252, "val": 54, "test": 53}, FRACTIONS
+    ) and "too few" in too_few_shapes(26, 60)
     assert too_few_shapes(27, 27) == ""
 
 
@@ -263,9 +337,12 @@ def test_an_auc_of_one_has_room_for_doubt():
     assert auc_interval(0.7, 50, 50) == pytest.approx((0.59, 0.79), abs=0.02)
 
 
-@pytest.mark.parametrize(("good", "others", "apart"), [(10, 10, 0.0), (10, 10, 1.5), (25, 25, 0.8), (8, 30, 1.0)])
+@pytest.mark.parametrize(
+    ("good", "others", "apart"), [(10, 10, 0.0), (10, 10, 1.5), (25, 25, 0.8), (8, 30, 1.0)]
+)
 def test_the_interval_of_an_auc_holds_the_truth(good, others, apart):
-    rng, truth = np.random.default_rng(0), 0.5 * (1 + math.erf(apart / 2))
+    rng = np.random.default_rng(0)
+    truth = 0.5 * (1 + math.erf(apart / 2))
     held = []
     for _ in range(600):
         low, high = auc_interval(auc(rng.normal(apart, 1, good), rng.normal(0, 1, others)), good, others)

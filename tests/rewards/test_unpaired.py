@@ -12,9 +12,24 @@ from eg3d_rlhf.preferences.unpaired import UnpairedPreference, write_unpaired
 from eg3d_rlhf.rewards.evaluation import auc, evaluate, evaluate_unpaired, silhouette
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.rewards.train import TrainData, train_reward, with_changes
-from tests.rewards.test_train import OPTIONS, blobs, filled, invoke, network, radius, toy_labels  # noqa: F401 (network is a fixture)
+from tests.rewards.test_train import (  # noqa: F401 (network is a fixture)
+    OPTIONS,
+    blobs,
+    filled,
+    invoke,
+    network,
+    radius,
+    toy_labels,
+)
 
-ALONE = {"pairs": 0.0, "scalar": 0.0, "bradley_terry": 0.0, "regression": 1.0, "divergence": 1.0, "unpaired_batch": 32}
+ALONE = {
+    "pairs": 0.0,
+    "scalar": 0.0,
+    "bradley_terry": 0.0,
+    "regression": 1.0,
+    "divergence": 1.0,
+    "unpaired_batch": 32,
+}
 
 
 def toy_thumbs(count, start=0, scores=False, shuffled=False):
@@ -22,7 +37,10 @@ def toy_thumbs(count, start=0, scores=False, shuffled=False):
     order = np.random.RandomState(start).permutation(count) if shuffled else range(count)
     mark = [radius(start + i) for i in order]
     if scores:
-        return [UnpairedPreference(seed=s, score=float(np.interp(r, [0.15, 0.4], [1, 5]))) for s, r in zip(seeds, mark, strict=True)]
+        return [
+            UnpairedPreference(seed=s, score=float(np.interp(r, [0.15, 0.4], [1, 5])))
+            for s, r in zip(seeds, mark, strict=True)
+        ]
     return [UnpairedPreference(seed=s, label=r > 0.275) for s, r in zip(seeds, mark, strict=True)]
 
 
@@ -32,8 +50,10 @@ def usable(labels):
 
 @pytest.fixture(scope="module")
 def data():
-    train, val = toy_labels(160), toy_labels(60, 1000)
-    single, apart = toy_thumbs(320), toy_thumbs(120, 1000)
+    train = toy_labels(160)
+    val = toy_labels(60, 1000)
+    single = toy_thumbs(320)
+    apart = toy_thumbs(120, 1000)
     store = filled(train, val, toy_labels(100, 2000))
     return TrainData(train=train, val=val, store=store, unpaired=single, unpaired_val=apart)
 
@@ -43,7 +63,11 @@ MIXED = {"regression": 0.3, "divergence": 0.3, "epochs": 4}
 
 @pytest.mark.parametrize(
     "changes",
-    [ALONE, pytest.param({**ALONE, "divergence": 0.0}, marks=pytest.mark.long), pytest.param(MIXED, marks=pytest.mark.long)],
+    [
+        ALONE,
+        pytest.param({**ALONE, "divergence": 0.0}, marks=pytest.mark.long),
+        pytest.param(MIXED, marks=pytest.mark.long),
+    ],
     ids=["alone", "plain", "mixed"],
 )
 def test_learns_which_blob_is_larger(data, changes):
@@ -54,17 +78,25 @@ def test_learns_which_blob_is_larger(data, changes):
     single = toy_thumbs(200, 2000)
     figures = evaluate_unpaired(state.model, state.model, data.store, single)
     assert figures["auc"] > 0.95 and figures["silhouette"] > 0.3 and figures["divergence"] > 0.3
-    assert state.bandwidth is not None and ("divergence" in state.history[0]["loss"]) == bool(changes["divergence"])
+    assert state.bandwidth is not None and ("divergence" in state.history[0]["loss"]) == bool(
+        changes["divergence"]
+    )
 
 
 @pytest.mark.long
 def test_scores_teach_as_well_and_shuffled_ones_teach_nothing(data):
     test = toy_labels(100, 2000)
     learnt = [
-        evaluate(train_reward(replace(data, unpaired=usable(toy_thumbs(320, 0, True, shuffled))), with_changes(OPTIONS, **ALONE)).model,
-                 data.store, test)["clean"]["accuracy"]
+        evaluate(
+            train_reward(
+                replace(data, unpaired=usable(toy_thumbs(320, 0, True, shuffled))),
+                with_changes(OPTIONS, **ALONE),
+            ).model,
+            data.store,
+            test,
+        )["clean"]["accuracy"]
         for shuffled in (False, True)
-    ]  # fmt: skip
+    ]
     assert learnt[0] > 0.9 > 0.75 > learnt[1]
 
 
@@ -82,7 +114,9 @@ def test_resume_equals_the_straight_run(data, tmp_path):
     with pytest.raises(StoppedHereError):
         train_reward(data, options, state_file=tmp_path / "state.pt", on_epoch=stop)
     resumed = train_reward(data, options, state_file=tmp_path / "state.pt")
-    assert resumed.bandwidth == straight.bandwidth and resumed.history[2]["loss"] == straight.history[2]["loss"]
+    assert (
+        resumed.bandwidth == straight.bandwidth and resumed.history[2]["loss"] == straight.history[2]["loss"]
+    )
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
@@ -93,34 +127,66 @@ def test_weights_and_labels_that_do_not_go_together_are_refused(data):
     with pytest.raises(ValueError, match="--anchors: expected 0"):
         with_changes(OPTIONS, **ALONE, anchors=4)
     with pytest.raises(ValueError, match="unpaired labels of both kinds, got none of one kind"):
-        train_reward(replace(data, unpaired=[label for label in data.unpaired if label.label]), with_changes(OPTIONS, **ALONE))
+        train_reward(
+            replace(data, unpaired=[label for label in data.unpaired if label.label]),
+            with_changes(OPTIONS, **ALONE),
+        )
     with pytest.raises(ValueError, match="unpaired labels of both kinds, got none"):
         train_reward(replace(data, unpaired=()), with_changes(OPTIONS, regression=1.0))
 
 
 def test_auc_and_silhouette_of_known_scores():
-    assert auc([2, 3], [1, 0]) == 1 and auc([0], [1]) == 0 and auc([1, 1], [1]) == 0.5 and auc([1, 3], [2]) == 0.5
+    assert (
+        auc([2, 3], [1, 0]) == 1
+        and auc([0], [1]) == 0
+        and auc([1, 1], [1]) == 0.5
+        and auc([1, 3], [2]) == 0.5
+    )
     kind = np.array([True, True, False, False])
     points = np.array([[0.0], [1.0], [10.0], [11.0]])
-    assert silhouette(points, kind) == pytest.approx(np.mean([1 - 1 / 10.5, 1 - 1 / 9.5, 1 - 1 / 9.5, 1 - 1 / 10.5]))
+    assert silhouette(points, kind) == pytest.approx(
+        np.mean([1 - 1 / 10.5, 1 - 1 / 9.5, 1 - 1 / 9.5, 1 - 1 / 10.5])
+    )
     assert silhouette(points, kind[[0, 2, 1, 3]]) < 0
 
 
 def test_the_command_takes_unpaired_labels_alone_and_with_pairs(network, tmp_path):  # noqa: F811
     path, generator = network
-    labels = [UnpairedPreference(seed=i, score=4.5 if i % 2 else 1, generator=generator, psi=0.7) for i in range(60)]
+    labels = [
+        UnpairedPreference(seed=i, score=4.5 if i % 2 else 1, generator=generator, psi=0.7) for i in range(60)
+    ]
     single = write_unpaired(tmp_path / "single.jsonl", labels)
-    common = ["--network", path, "--preset", "tiny", "--epochs", 2, "--resolution", 32, "--unpaired", single, "--set", "unpaired_batch=8"]
+    common = [
+        "--network",
+        path,
+        "--preset",
+        "tiny",
+        "--epochs",
+        2,
+        "--resolution",
+        32,
+        "--unpaired",
+        single,
+        "--set",
+        "unpaired_batch=8",
+    ]
     alone = invoke(*common, "--out", tmp_path / "alone")
     assert alone.exit_code == 0, alone.output
     assert "AUC" in alone.output
     report = json.loads((tmp_path / "alone" / "report.json").read_text())
-    assert report["unpaired"]["splits"] == {"train": 42, "val": 10, "test": 8, "unused": 0} and report["unpaired"]["test"]["n"] == [4, 4]
+    assert report["unpaired"]["splits"] == {"train": 42, "val": 10, "test": 8, "unused": 0} and report[
+        "unpaired"
+    ]["test"]["n"] == [4, 4]
     assert len(load_reward(tmp_path / "alone" / "reward.safetensors").labels) == 1
     losses = json.loads((tmp_path / "alone" / "stats.jsonl").read_text().splitlines()[0])["loss"]
     assert set(losses) == {"regression", "divergence"}
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"winner": 100 + 2 * i, "loser": 101 + 2 * i, "generator": generator}) + "\n" for i in range(24)))
+    pairs.write_text(
+        "".join(
+            json.dumps({"winner": 100 + 2 * i, "loser": 101 + 2 * i, "generator": generator}) + "\n"
+            for i in range(24)
+        )
+    )
     both = invoke(*common, "--labels", pairs, "--out", tmp_path / "both")
     assert both.exit_code == 0, both.output
     losses = json.loads((tmp_path / "both" / "stats.jsonl").read_text().splitlines()[0])["loss"]
@@ -131,7 +197,8 @@ def test_the_command_takes_unpaired_labels_alone_and_with_pairs(network, tmp_pat
 @pytest.mark.parametrize(
     ("line", "flags", "words"),
     [
-        ('{"seed": 1, "score": 7}', [], "line 1: "), ('{"seed": 200000, "score": 5}', [], "both kinds"),
+        ('{"seed": 1, "score": 7}', [], "line 1: "),
+        ('{"seed": 200000, "score": 5}', [], "both kinds"),
         ('{"seed": 1, "label": 1}', ["--set", "unpaired_batch=7"], "unpaired_batch"),
         ('{"seed": 1, "label": 1}', ["--set", "more_networks=x"], "--unpaired"),
         ('{"seed": 1, "label": 1}', ["--regression=0"], "--divergence"),
@@ -140,5 +207,7 @@ def test_the_command_takes_unpaired_labels_alone_and_with_pairs(network, tmp_pat
 def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, line, flags, words):
     (tmp_path / "labels.jsonl").write_text(line + "\n")
     result = invoke("--unpaired", tmp_path / "labels.jsonl", "--out", tmp_path / "run", *flags)
-    assert result.exit_code == 2 and words in result.output and result.stderr.count("Error") == 1, result.output
+    assert result.exit_code == 2 and words in result.output and result.stderr.count("Error") == 1, (
+        result.output
+    )
     assert not (tmp_path / "run").exists()

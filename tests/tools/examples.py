@@ -24,7 +24,9 @@ def example_of(command: click.Command) -> str:
 
 
 def arguments_of(words: list[str]) -> list[str]:
-    """What starts a command line of ours from any folder: `python SCRIPT ...` or `eg3d-rlhf NOUN VERB ...`."""
+    """What starts a command line of ours from any folder:
+    `python SCRIPT ...` or `eg3d-rlhf NOUN VERB ...`.
+    """
     start = [str(REPO / words[1]), *words[2:]] if words[0] == "python" else ["-m", "eg3d_rlhf", *words[1:]]
     return [sys.executable, *start]
 
@@ -37,6 +39,8 @@ def own_cache(folder: Path) -> dict[str, str]:
 def run_example(command: click.Command, folder: Path, *more: str) -> str:
     """Run the example of a command's help in `folder`; returns what it printed."""
     line = [*arguments_of(shlex.split(example_of(command))), *more]
-    done = subprocess.run(line, cwd=folder, env=own_cache(folder), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        line, cwd=folder, env=own_cache(folder), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,4 +1,6 @@
-"""Dataset conversion: pixels, names, labels, mirrored and cropped cameras, archives, and the text of every error."""
+"""Dataset conversion: pixels, names, labels, mirrored and cropped cameras, archives, and the text of every
+error.
+"""
 
 import json
 import re
@@ -27,7 +29,9 @@ def source(tmp_path, width=16, height=16, labels=camera, name="source.zip"):
 
 
 def run(src, dest, *flags):
-    return CliRunner().invoke(image_sets.convert, [f"--source={src}", f"--dest={dest}", "--workers=1", *flags])
+    return CliRunner().invoke(
+        image_sets.convert, [f"--source={src}", f"--dest={dest}", "--workers=1", *flags]
+    )
 
 
 def converted(src, dest, *flags):
@@ -37,15 +41,20 @@ def converted(src, dest, *flags):
 
 
 def test_pixels_names_and_labels_are_kept(tmp_path):
-    src, dest = source(tmp_path), tmp_path / "out.zip"
+    src = source(tmp_path)
+    dest = tmp_path / "out.zip"
     result = converted(src, dest)
     assert "11 images of 16x16, RGB, with labels of 25 numbers" in result.stdout
     with zipfile.ZipFile(dest) as archive:
         infos = archive.infolist()
         assert {info.compress_type for info in infos} == {zipfile.ZIP_STORED}
-        assert [info.filename for info in infos] == [*(f"00000/img{i:08d}.png" for i in range(COUNT)), "dataset.json"]
+        assert [info.filename for info in infos] == [
+            *(f"00000/img{i:08d}.png" for i in range(COUNT)),
+            "dataset.json",
+        ]
         rows = json.loads(archive.read("dataset.json"))["labels"]
-    assert rows == [[f"00000/img{i:08d}.png", camera(i)] for i in range(COUNT)]  # numbers as stored, to the last bit
+    # numbers as stored, to the last bit
+    assert rows == [[f"00000/img{i:08d}.png", camera(i)] for i in range(COUNT)]
     data = ImageFolderDataset(dest, c_dim=25)
     for i in range(COUNT):
         np.testing.assert_array_equal(data[i][0], pixels(i).transpose(2, 0, 1))
@@ -58,7 +67,8 @@ def test_folders_in_and_out_agree_with_zips(tmp_path):
     (tmp_path / "out").mkdir()  # an empty folder may be there
     converted(tmp_path / "folder", tmp_path / "out", "--max-images=5", "--resolution=8x8")
     converted(src, tmp_path / "out.zip", "--max-images=5", "--resolution=8x8")
-    first, second = ImageFolderDataset(tmp_path / "out", c_dim=25), ImageFolderDataset(tmp_path / "out.zip", c_dim=25)
+    first = ImageFolderDataset(tmp_path / "out", c_dim=25)
+    second = ImageFolderDataset(tmp_path / "out.zip", c_dim=25)
     assert len(first) == len(second) == 5 and first.resolution == 8
     for i in range(5):
         np.testing.assert_array_equal(first[i][0], second[i][0])
@@ -76,7 +86,8 @@ def test_workers_do_not_change_a_byte(tmp_path):
 
 def test_mirroring_mirrors_pixels_and_poses(tmp_path):
     converted(source(tmp_path), tmp_path / "out.zip", "--mirror")
-    data, reference = ImageFolderDataset(tmp_path / "out.zip", c_dim=25), ImageFolderDataset(source(tmp_path), c_dim=25, xflip=True)
+    data = ImageFolderDataset(tmp_path / "out.zip", c_dim=25)
+    reference = ImageFolderDataset(source(tmp_path), c_dim=25, xflip=True)
     assert len(data) == 2 * COUNT
     for i in range(COUNT):
         for ours, theirs in ((2 * i, i), (2 * i + 1, COUNT + i)):
@@ -86,8 +97,13 @@ def test_mirroring_mirrors_pixels_and_poses(tmp_path):
 
 def test_class_labels_and_sets_without_labels(tmp_path):
     converted(source(tmp_path, labels=lambda i: i % 3, name="classes.zip"), tmp_path / "a.zip", "--mirror")
-    assert ImageFolderDataset(tmp_path / "a.zip").get_labels().argmax(axis=1).tolist() == [i // 2 % 3 for i in range(2 * COUNT)]
-    for name, src, flags in (("b", source(tmp_path, labels=None, name="bare.zip"), ()), ("c", source(tmp_path), ("--labels=drop",))):
+    assert ImageFolderDataset(tmp_path / "a.zip").get_labels().argmax(axis=1).tolist() == [
+        i // 2 % 3 for i in range(2 * COUNT)
+    ]
+    for name, src, flags in (
+        ("b", source(tmp_path, labels=None, name="bare.zip"), ()),
+        ("c", source(tmp_path), ("--labels=drop",)),
+    ):
         result = converted(src, tmp_path / f"{name}.zip", *flags)
         assert "without labels" in result.stdout
         with zipfile.ZipFile(tmp_path / f"{name}.zip") as archive:
@@ -114,16 +130,23 @@ def test_center_crop_wide_sets_the_picture_on_black():
 def test_cameras_follow_the_crop(transform, size):
     """A marked pixel of the source and its ray's direction end at the same place of the result."""
     width, height = size
-    options = ConvertOptions(transform=transform, resolution=(32, 16) if transform.endswith("wide") else (32, 32))
+    options = ConvertOptions(
+        transform=transform, resolution=(32, 16) if transform.endswith("wide") else (32, 32)
+    )
     label = np.array(camera(1))
     label[[18, 21]] = 0.45, 0.55  # off the centre
     image = np.zeros((height, width), np.uint8)
-    x, y = width // 2 + 3, height // 2 - 2
+    x = width // 2 + 3
+    y = height // 2 - 2
     image[y - 1 : y + 2, x - 1 : x + 2] = 255
-    ray = [((x + 0.5) / width - label[18]) / label[16], ((y + 0.5) / height - label[21]) / label[20]]  # K^-1 of the pixel's centre
+    # K^-1 of the pixel's centre
+    ray = [((x + 0.5) / width - label[18]) / label[16], ((y + 0.5) / height - label[21]) / label[20]]
     result = np.asarray(transform_image(PIL.Image.fromarray(image), options), np.float64)
     rows, columns = np.indices(result.shape)
-    seen = [((columns + 0.5) * result).sum() / result.sum() / result.shape[1], ((rows + 0.5) * result).sum() / result.sum() / len(result)]
+    seen = [
+        ((columns + 0.5) * result).sum() / result.sum() / result.shape[1],
+        ((rows + 0.5) * result).sum() / result.sum() / len(result),
+    ]
     after = transform_camera(label, options, width, height)
     np.testing.assert_array_equal(after[:16], label[:16])
     expected = [after[16] * ray[0] + after[18], after[20] * ray[1] + after[21]]
@@ -136,7 +159,9 @@ def test_cropped_set_says_so_and_mirrors_after_the_crop(tmp_path):
     assert "Intrinsics of 11 camera labels follow the crop." in result.stdout
     assert "11 images were smaller than 32x32 and have been enlarged." in result.stdout
     labels = ImageFolderDataset(tmp_path / "out.zip", c_dim=25).get_labels()
-    assert labels[0, 16] == pytest.approx(4.2647 * 1.5, rel=1e-5) and labels[0, 20] == pytest.approx(4.2647, rel=1e-5)
+    assert labels[0, 16] == pytest.approx(4.2647 * 1.5, rel=1e-5) and labels[0, 20] == pytest.approx(
+        4.2647, rel=1e-5
+    )
     np.testing.assert_allclose(labels[1::2], mirror_label(torch.from_numpy(labels[::2])).numpy(), atol=1e-6)
 
 
@@ -154,7 +179,12 @@ ROWS = rows_with(0, camera(0))
 MISTAKES = {  # entries, labels, flags, what the message names
     "resolution": (entries_with("1.png", png(pixels(1))), ROWS, ["--resolution=64"], "--resolution"),
     "no size": (entries_with("1.png", png(pixels(1))), ROWS, ["--transform=center-crop"], "--resolution"),
-    "tall": (entries_with("1.png", png(pixels(1))), ROWS, ["--transform=center-crop-wide", "--resolution=8x16"], "--resolution"),
+    "tall": (
+        entries_with("1.png", png(pixels(1))),
+        ROWS,
+        ["--transform=center-crop-wide", "--resolution=8x16"],
+        "--resolution",
+    ),
     "not square": (entries_with("0.png", png(pixels(0, 16, 8))), ROWS, [], "'0.png'.*16x8"),
     "no power": (entries_with("1.png", png(pixels(1))), ROWS, ["--resolution=12x12"], "12x12"),
     "sizes": (entries_with("2.png", png(pixels(2, 32, 32))), ROWS, [], "'2.png'.*--resolution"),
@@ -163,8 +193,18 @@ MISTAKES = {  # entries, labels, flags, what the message names
     "cut": (entries_with("1.png", png(pixels(1))[:80]), ROWS, [], "'1.png'.*80 bytes"),
     "cut, in a worker": (entries_with("1.png", png(pixels(1))[:80]), ROWS, ["--workers=2"], "'1.png'"),
     "one label missing": (entries_with("1.png", png(pixels(1))), ROWS[:2], [], "'2.png'"),
-    "rotation": (entries_with("1.png", png(pixels(1))), rows_with(1, [2 * v for v in camera(1)]), [], "'1.png'.*rotation"),
-    "other labels": (entries_with("1.png", png(pixels(1))), [[f"{i}.png", [1.0]] for i in range(3)], ["--mirror"], "--mirror"),
+    "rotation": (
+        entries_with("1.png", png(pixels(1))),
+        rows_with(1, [2 * v for v in camera(1)]),
+        [],
+        "'1.png'.*rotation",
+    ),
+    "other labels": (
+        entries_with("1.png", png(pixels(1))),
+        [[f"{i}.png", [1.0]] for i in range(3)],
+        ["--mirror"],
+        "--mirror",
+    ),
     "no images": ({"a.txt": b""}, ROWS, [], "--source"),
 }
 
@@ -180,11 +220,19 @@ def test_mistakes_end_in_one_line_and_leave_nothing(case, tmp_path):
 
 
 def test_targets_that_exist_are_safe(tmp_path):
-    src, dest, full = source(tmp_path), tmp_path / "out.zip", tmp_path / "full"
+    src = source(tmp_path)
+    dest = tmp_path / "out.zip"
+    full = tmp_path / "full"
     dest.write_bytes(b"old")
     full.mkdir()
     (full / "a").write_bytes(b"")
-    for target, message in ((dest, "--overwrite"), (full, "empty"), (src, "--source"), (tmp_path / "x.tar", ".zip"), (tmp_path, "than")):
+    for target, message in (
+        (dest, "--overwrite"),
+        (full, "empty"),
+        (src, "--source"),
+        (tmp_path / "x.tar", ".zip"),
+        (tmp_path, "than"),
+    ):
         result = run(src, target)
         assert result.exit_code == 2 and message in result.stderr, result.stderr
     assert dest.read_bytes() == b"old" and [p.name for p in full.iterdir()] == ["a"]
@@ -201,7 +249,9 @@ def test_a_disk_that_refuses_ends_in_one_line(tmp_path, monkeypatch):
     src = source(tmp_path)
     monkeypatch.setattr(zipfile.ZipFile, "writestr", refuse)
     result = run(src, tmp_path / "out.zip")
-    assert result.exit_code == 2 and "--dest: cannot write" in result.stderr and "No space left" in result.stderr
+    assert (
+        result.exit_code == 2 and "--dest: cannot write" in result.stderr and "No space left" in result.stderr
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["source.zip"]
 
 

@@ -1,4 +1,6 @@
-"""The examples in the help of train.py and of the jobs around labels, rewards and assets, run as a user would."""
+"""The examples in the help of train.py and of the jobs around labels, rewards and assets, run as a user
+would.
+"""
 
 import pytest
 
@@ -13,17 +15,20 @@ def test_labels_and_the_reward_that_is_trained_on_them(tmp_path):
     run_example(labels.synthetic, tmp_path)
     assert len((tmp_path / "runs/example/labels.jsonl").read_text().splitlines()) == 100
     assert "ordered as labelled" in run_example(reward_training.train, tmp_path)
-    assert (tmp_path / "runs/example/reward/reward.safetensors").exists()
+    assert (tmp_path / "runs/reward/reward.safetensors").exists()
 
 
 @pytest.mark.long
 def test_the_shape_features(tmp_path):
     assert "shape Fréchet distance" in run_example(assets.shapes, tmp_path)
-    assert (tmp_path / "runs/shape-features.safetensors").exists()
+    assert (tmp_path / "new.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", [assets.build, assets.toy_flow, pytest.param(assets.features, marks=pytest.mark.long)],
-                         ids=lambda command: command.name)
+@pytest.mark.parametrize(
+    "command",
+    [assets.build, assets.toy_flow, pytest.param(assets.features, marks=pytest.mark.long)],
+    ids=lambda command: command.name,
+)
 def test_examples_that_only_print(command, tmp_path):
     assert run_example(command, tmp_path).strip()
 
@@ -32,7 +37,7 @@ def test_examples_that_only_print(command, tmp_path):
 def test_examples_that_write(repo, tmp_path):
     (tmp_path / "assets").symlink_to(repo / "assets")
     run_example(image_sets.convert, tmp_path)
-    assert len(ImageFolderDataset(tmp_path / "runs/example/people32.zip", resolution=32, c_dim=25)) == 128
+    assert len(ImageFolderDataset(tmp_path / "people.zip", resolution=32, c_dim=25)) == 128
     assert "members" in run_example(reward_files.join, tmp_path)
 
 

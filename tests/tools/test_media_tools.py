@@ -1,4 +1,6 @@
-"""Pictures, films and meshes of a generator from the outside: their examples, files, flags, and one line for every mistake."""
+"""Pictures, films and meshes of a generator from the outside: their examples, files, flags, and one line for
+every mistake.
+"""
 
 import json
 import shlex
@@ -17,8 +19,10 @@ from tests.tools.examples import arguments_of, example_of
 
 EG3DS = {  # flags of EG3D's scripts of the same names
     samples.images: "network seeds trunc trunc-cutoff outdir shapes shape-res fov-deg shape-format",
-    samples.videos: "network seeds shuffle-seed grid num-keyframes w-frames trunc trunc-cutoff outdir cfg image_mode "
-                    "sample_mult nrr shapes interpolate",
+    samples.videos: (
+        "network seeds shuffle-seed grid num-keyframes w-frames trunc trunc-cutoff outdir cfg image_mode "
+        "sample_mult nrr shapes interpolate"
+    ),
 }
 
 
@@ -43,7 +47,9 @@ def execute(command, repo):
 
 @pytest.mark.parametrize("tool", EG3DS)
 def test_eg3ds_flags_are_known(tool):
-    assert {f"--{name}" for name in EG3DS[tool].split()} <= {name for p in (*tool.params, *tool.rare.values()) for name in p.opts}
+    assert {f"--{name}" for name in EG3DS[tool].split()} <= {
+        name for p in (*tool.params, *tool.rare.values()) for name in p.opts
+    }
 
 
 def test_the_example_of_gen_samples(repo, tmp_path):
@@ -88,15 +94,28 @@ def test_shapes_of_gen_samples(suffix, tmp_path):
 
 
 def test_density_of_gen_samples(tmp_path):
-    assert run(samples.images, "--seeds=1", "--shapes=True", "--shape-res=32", f"--outdir={tmp_path}").exit_code == 0
+    assert (
+        run(samples.images, "--seeds=1", "--shapes=True", "--shape-res=32", f"--outdir={tmp_path}").exit_code
+        == 0
+    )
     with mrcfile.open(tmp_path / "seed0001.mrc") as file:
         assert file.data.shape == (32, 32, 32)
         assert (file.data[:3] == -1000).all() and (file.data[:, -3:] == -1000).all() and file.data.max() > 10
 
 
 def test_films_of_single_seeds_with_shapes(tmp_path):
-    flags = ["--seeds=3,5", "--interpolate=False", "--w-frames=2", "--image_mode=image_raw", "--set=nrr=10", "--cfg=shapenet", "--shapes=1",
-             "--set=shape_res=16", f"--outdir={tmp_path}", "--set=sample_mult=0.5"]
+    flags = [
+        "--seeds=3,5",
+        "--interpolate=False",
+        "--w-frames=2",
+        "--image_mode=image_raw",
+        "--set=nrr=10",
+        "--cfg=shapenet",
+        "--shapes=1",
+        "--set=shape_res=16",
+        f"--outdir={tmp_path}",
+        "--set=sample_mult=0.5",
+    ]
     result = run(samples.videos, *flags)
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["3.mp4", "3_shapes", "5.mp4", "5_shapes"]
@@ -108,9 +127,18 @@ def test_films_of_single_seeds_with_shapes(tmp_path):
 
 def test_decimation_colours_and_parts(tmp_path):
     out = tmp_path / "a.ply"
-    result = run(samples.mesh, "--seed=1", "--resolution=48", "--faces=800", "--set=colors=false", "--set=component=all", f"--out={out}")
+    result = run(
+        samples.mesh,
+        "--seed=1",
+        "--resolution=48",
+        "--faces=800",
+        "--set=colors=false",
+        "--set=component=all",
+        f"--out={out}",
+    )
     assert result.exit_code == 0, result.output
-    report, mesh = json.loads(out.with_name("a.ply.json").read_text()), trimesh.load(out)
+    report = json.loads(out.with_name("a.ply.json").read_text())
+    mesh = trimesh.load(out)
     assert 700 <= report["faces"] <= 1300 and len(mesh.faces) == report["faces"] < report["faces_extracted"]
     assert mesh.is_watertight and mesh.visual.kind != "vertex"
 
@@ -133,9 +161,16 @@ def test_a_mesh_that_is_not_watertight_ends_with_1(tmp_path, monkeypatch):
 MISTAKES = {
     "seeds": (samples.images, ["--seeds=5-2", "--outdir={tmp}"], "--seeds: "),
     "format": (samples.images, ["--seeds=1", "--shape-format=.stl", "--outdir={tmp}"], "--shape-format: "),
-    "network": (samples.images, ["--seeds=1", "--network={tmp}/no.safetensors", "--outdir={tmp}"], "--network: "),
-    "level": (samples.images, "--seeds=1 --shapes=1 --shape-res=16 --shape-format=ply --set=shape_level=1e9 --outdir={tmp}".split(),
-              "level 1e+09"),
+    "network": (
+        samples.images,
+        ["--seeds=1", "--network={tmp}/no.safetensors", "--outdir={tmp}"],
+        "--network: ",
+    ),
+    "level": (
+        samples.images,
+        "--seeds=1 --shapes=1 --shape-res=16 --shape-format=ply --set=shape_level=1e9 --outdir={tmp}".split(),
+        "level 1e+09",
+    ),
     "grid": (samples.videos, ["--seeds=1", "--grid=2", "--outdir={tmp}"], "--grid: "),
     "cells": (samples.videos, ["--seeds=1-3", "--grid=2x2", "--outdir={tmp}"], "--seeds: "),
     "video network": (samples.videos, ["--seeds=1", "--network={tmp}", "--outdir={tmp}"], "--network: "),
@@ -151,12 +186,21 @@ def test_mistakes_are_one_line(name, tmp_path):
     result = run(tool, *(flag.format(tmp=tmp_path) for flag in flags))
     assert result.exit_code == 2, (result.exit_code, result.exception)
     errors = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("Error:")]
-    assert len(errors) == 1 and text in errors[0] and result.stderr.rstrip().endswith(errors[0]) and list(tmp_path.glob("*.ply")) == []
+    assert (
+        len(errors) == 1
+        and text in errors[0]
+        and result.stderr.rstrip().endswith(errors[0])
+        and list(tmp_path.glob("*.ply")) == []
+    )
 
 
 @pytest.mark.parametrize("tool", [samples.images, samples.videos, samples.mesh])
 def test_dry_runs_print_json_and_write_nothing(tool, tmp_path):
-    target = ["--out", tmp_path / "x" / "a.ply"] if tool is samples.mesh else ["--seeds=0-3", "--outdir", tmp_path / "x"]
+    target = (
+        ["--out", tmp_path / "x" / "a.ply"]
+        if tool is samples.mesh
+        else ["--seeds=0-3", "--outdir", tmp_path / "x"]
+    )
     result = run(tool, "-n", *target)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["network"] == "bundled"

@@ -1,4 +1,6 @@
-"""What a test of ops needs: numbers, and a compiler. Only a missing compiler skips it; an op that does not build is a failure."""
+"""What a test of ops needs: numbers, and a compiler. Only a missing compiler skips it; an op that does not
+build is a failure.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ needs_nvcc = pytest.mark.skipif(missing("cuda") is not None, reason=str(missing(
 
 
 def require(device_type: str) -> None:
-    """Skip without a compiler; fail where an op of the device does not build, or on a GPU does not pass its check."""
+    """Skip without a compiler; fail where an op of the device does not build, or on a GPU does not pass its
+    check.
+    """
     if (reason := missing(device_type)) is not None:
         pytest.skip(reason)
     for op in build.ops(device_type):
@@ -31,7 +35,9 @@ def require(device_type: str) -> None:
         except build.BuildError as error:
             pytest.fail(f"{op} ({device_type}): {error}")
         if device_type == "cpu" or torch.cuda.is_available():
-            assert build.available(op, device_type), f"{op} ({device_type}) was built, but does not load or gives wrong results"
+            assert build.available(op, device_type), (
+                f"{op} ({device_type}) was built, but does not load or gives wrong results"
+            )
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -33,8 +33,21 @@ print("".join(str(c.message) for c in caught))
 
 def python(code: str, cache: Path, **environment: str) -> subprocess.Popen:
     none = str(cache / "none")  # what this checkout's setup.py compiled stays out of sight
-    env = {**os.environ, "EG3D_RLHF_CACHE": str(cache), "EG3D_RLHF_AHEAD": none, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    env = {
+        **os.environ,
+        "EG3D_RLHF_CACHE": str(cache),
+        "EG3D_RLHF_AHEAD": none,
+        "PYTHONPATH": str(ROOT),
+        **environment,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 @needs_cpp
@@ -44,8 +57,11 @@ def test_two_processes_build_one_library_once(tmp_path):
     outputs = [process.communicate()[0] for process in both]
     assert all(out.startswith("0 True 51.05") for out in outputs), outputs
     (folder,) = (tmp_path / "ops").iterdir()
-    assert sorted(p.name for p in folder.iterdir() if p.name.startswith("slab") or p.name.startswith("build")) == [
-        "build.log", "slab_density.so",
+    assert sorted(
+        p.name for p in folder.iterdir() if p.name.startswith("slab") or p.name.startswith("build")
+    ) == [
+        "build.log",
+        "slab_density.so",
     ]
     library = folder / "slab_density.so"
     before = library.stat().st_mtime_ns
@@ -58,7 +74,9 @@ def test_two_processes_build_one_library_once(tmp_path):
 def test_a_process_finds_what_setup_compiled_and_asks_for_no_compiler(tmp_path):
     ahead = str(tmp_path / "ahead")
     command = [sys.executable, "setup.py", "build_ops", "--only=slab_density"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "EG3D_RLHF_AHEAD": ahead}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "EG3D_RLHF_AHEAD": ahead}, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "slab_density" in done.stdout, done.stderr
     out = python(USE, tmp_path, EG3D_RLHF_AHEAD=ahead, CXX="/no/compiler").communicate()[0]
     assert out.startswith("0 True 51.05"), out
@@ -71,10 +89,22 @@ def test_a_process_finds_what_setup_compiled_and_asks_for_no_compiler(tmp_path):
 @pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3"])
 def test_the_ops_are_right_on_processors_with_shorter_vectors(level, tmp_path):
     compiler = tmp_path / "compiler"
-    compiler.write_text(f'#!/bin/sh\nexec {build.compiler("cpu")} "$@" -march={level}\n')  # the last one counts
+    # the last one counts
+    compiler.write_text(f'#!/bin/sh\nexec {build.compiler("cpu")} "$@" -march={level}\n')
     compiler.chmod(0o755)
     files = [path for path in Path(__file__).parent.glob("test_*.py") if path != Path(__file__)]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not long and not gpu", *map(str, files)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not long and not gpu",
+        *map(str, files),
+    ]
     env = {**os.environ, "EG3D_RLHF_CACHE": str(tmp_path / "cache"), "CXX": str(compiler)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -83,7 +113,9 @@ def test_the_ops_are_right_on_processors_with_shorter_vectors(level, tmp_path):
 
 def test_a_failing_compiler_costs_one_warning_that_names_the_log_and_no_result(tmp_path):
     wrong = tmp_path / "broken-compiler"
-    wrong.write_text("#!/bin/sh\ncase $1 in --version) echo broken 1.0;; *) echo 'it cannot be done' >&2; exit 1;; esac\n")
+    wrong.write_text(
+        "#!/bin/sh\ncase $1 in --version) echo broken 1.0;; *) echo 'it cannot be done' >&2; exit 1;; esac\n"
+    )
     wrong.chmod(0o755)
     out = python(USE, tmp_path / "a cache", CXX=str(wrong)).communicate()[0]
     assert out.startswith("1 False 51.05"), out
@@ -110,7 +142,9 @@ def test_a_full_disk_costs_one_warning_for_all_ops_together(tmp_path, monkeypatc
     if who == "the compiler":
         full = tmp_path / "full-compiler"
         text = "ld: final link failed: No space left on device"
-        full.write_text(f"#!/bin/sh\ncase $1 in --version) echo full 1.0;; *) echo '{text}' >&2; exit 1;; esac\n")
+        full.write_text(
+            f"#!/bin/sh\ncase $1 in --version) echo full 1.0;; *) echo '{text}' >&2; exit 1;; esac\n"
+        )
         full.chmod(0o755)
         monkeypatch.setenv("CXX", str(full))
     else:
@@ -168,7 +202,9 @@ def test_the_folder_changes_with_source_compiler_and_flags(tmp_path, monkeypatch
 
 
 def test_a_wheel_holds_every_file_that_is_compiled_or_included(monkeypatch):
-    setuptools = pytest.importorskip("setuptools", reason="setuptools is not installed: pip install setuptools")
+    setuptools = pytest.importorskip(
+        "setuptools", reason="setuptools is not installed: pip install setuptools"
+    )
     monkeypatch.chdir(ROOT)
     distribution = setuptools.Distribution()
     distribution.parse_config_files()
@@ -176,13 +212,18 @@ def test_a_wheel_holds_every_file_that_is_compiled_or_included(monkeypatch):
     command.ensure_finalized()
     command.manifest_files = {}  # nothing but what the tables of pyproject.toml say
     packed = {Path(file).name for file in command.find_data_files("torch_utils.ops", "torch_utils/ops")}
-    wanted = {build.SOURCES / (op + suffix) for device, suffix in build.SUFFIX.items() for op in build.ops(device)}
+    wanted = {
+        build.SOURCES / (op + suffix) for device, suffix in build.SUFFIX.items() for op in build.ops(device)
+    }
     found: set[Path] = set()
     while wanted - found:
         path = (wanted - found).pop()
         found.add(path)
-        included = [path.parent / name for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)]
-        wanted |= {other for other in included if other.exists()}  # the emulated device's header is the tests'
+        included = [
+            path.parent / name for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)
+        ]
+        # the emulated device's header is the tests'
+        wanted |= {other for other in included if other.exists()}
     assert {path.suffix for path in found} == {".cpp", ".cu", ".h", ".cuh"}
     assert {path.name for path in found} - packed == set()
     assert "torch_utils.ops" in command.packages and "tests" not in command.packages

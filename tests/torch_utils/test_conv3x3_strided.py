@@ -14,7 +14,10 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("size", [(1, 16, 32, 4, 5), (2, 48, 16, 7, 3), (3, 32, 64, 40, 33), (2, 96, 80, 9, 13), (1, 512, 432, 3, 4)])
+@pytest.mark.parametrize(
+    "size",
+    [(1, 16, 32, 4, 5), (2, 48, 16, 7, 3), (3, 32, 64, 40, 33), (2, 96, 80, 9, 13), (1, 512, 432, 3, 4)],
+)
 @pytest.mark.parametrize("up", [False, True])
 def test_values_and_derivatives_of_two_orders(size, up):
     """The gradient of a function of the gradients, as R1 takes it."""
@@ -42,11 +45,13 @@ def test_what_does_not_fit_goes_to_torch():
         conv3x3_down(randn(1, 16, 8, 9), randn(16, 16, 3, 3), impl="compiled")  # an even side
     with pytest.raises(ValueError, match="conv3x3_strided"):
         conv3x3_up(randn(1, 8, 8, 9), randn(8, 16, 3, 3), impl="compiled")  # half a vector of channels
-    x, w = randn(1, 8, 66, 70), randn(16, 8, 3, 3)
+    x = randn(1, 8, 66, 70)
+    w = randn(16, 8, 3, 3)
     assert torch.equal(conv3x3_down(x, w), F.conv2d(x, w, stride=2))
 
 
 def test_no_gradient_is_made_that_nobody_asks_for():
-    x, w = randn(1, 16, 9, 9).requires_grad_(), randn(16, 16, 3, 3)
+    x = randn(1, 16, 9, 9).requires_grad_()
+    w = randn(16, 16, 3, 3)
     conv3x3_down(x, w, impl="compiled").sum().backward()
     assert x.grad is not None and w.grad is None

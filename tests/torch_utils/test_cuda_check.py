@@ -1,4 +1,6 @@
-"""The self-check of CUDA ops, with made-up ops on the CPU: a right one stays on, a wrong or failing one is switched off once."""
+"""The self-check of CUDA ops, with made-up ops on the CPU: a right one stays on, a wrong or failing one is
+switched off once.
+"""
 
 import warnings
 
@@ -39,12 +41,21 @@ def test_an_op_that_agrees_is_used_and_asked_once(made_up):
 
 
 @pytest.mark.parametrize(
-    "actual", [torch.tensor([1.0, 2.1]), torch.tensor([1.0, float("nan")]), torch.tensor([1.0]), torch.tensor([[1.0, 2.0]])], ids=str
+    "actual",
+    [
+        torch.tensor([1.0, 2.1]),
+        torch.tensor([1.0, float("nan")]),
+        torch.tensor([1.0]),
+        torch.tensor([[1.0, 2.0]]),
+    ],
+    ids=str,
 )
 def test_an_op_that_disagrees_is_switched_off_with_one_warning(made_up, actual):
     right = torch.tensor([1.0, 2.0])
     calls = made_up("wrong", [(right, right), (actual, right)])
-    with pytest.warns(UserWarning, match="op wrong on cpu: switched off, plain torch is used, .* differ") as caught:
+    with pytest.warns(
+        UserWarning, match="op wrong on cpu: switched off, plain torch is used, .* differ"
+    ) as caught:
         assert not passes("wrong", CPU)
         assert not passes("wrong", CPU)
     assert len(calls) == len(caught) == 1
@@ -55,7 +66,9 @@ def test_an_op_that_fails_is_switched_off(made_up):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
     made_up("failing", fail)
-    with pytest.warns(UserWarning, match=r"RuntimeError: CUDA error: an illegal memory access was encountered\."):
+    with pytest.warns(
+        UserWarning, match=r"RuntimeError: CUDA error: an illegal memory access was encountered\."
+    ):
         assert not passes("failing", CPU)
 
 

@@ -26,21 +26,38 @@ kind, entry = sys.argv[1:]
 sys.argv = [entry, "--help"]
 sys.path.insert(0, os.path.dirname(os.path.abspath(entry)) if kind == "path" else os.getcwd())
 try:
-    runpy.run_path(entry, run_name="__main__") if kind == "path" else runpy.run_module(entry, run_name="__main__", alter_sys=True)
+    if kind == "path":
+        runpy.run_path(entry, run_name="__main__")
+    else:
+        runpy.run_module(entry, run_name="__main__", alter_sys=True)
 except SystemExit:  # help that needs no torch
     print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
 """
 
 
 def policy_when_torch_loads(kind: str, entry: str, **environment: str) -> str:
-    """What the environment says when the entry point first asks for torch, where the process ends, or after help without it."""
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTHONPATH")} | environment
-    done = subprocess.run([sys.executable, "-c", WATCH, kind, entry], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    """What the environment says when the entry point first asks for torch, where the process ends, or after
+    help without it.
+    """
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTHONPATH")
+    } | environment
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, kind, entry],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("kind", "entry"), [*(("path", script) for script in SCRIPTS), *(("module", module) for module in MODULES)])
+@pytest.mark.parametrize(
+    ("kind", "entry"),
+    [*(("path", script) for script in SCRIPTS), *(("module", module) for module in MODULES)],
+)
 def test_set_before_torch(kind, entry):
     assert policy_when_torch_loads(kind, entry) == "passive 2000"
 

@@ -1,4 +1,6 @@
-"""Ray marching on scalars: a numpy loop as oracle, the implementations against each other, gradients, and the importance pass."""
+"""Ray marching on scalars: a numpy loop as oracle, the implementations against each other, gradients, and the
+importance pass.
+"""
 
 import math
 
@@ -25,10 +27,13 @@ def case(rays=19, samples=12, dtype=torch.float32, seed=0, ties=True):
 
 def loop(densities, depths):
     """The definition, ray by ray, in numpy."""
-    weights, depth_sum, total = np.zeros(densities.shape), np.zeros(len(densities)), np.zeros(len(densities))
+    weights = np.zeros(densities.shape)
+    depth_sum = np.zeros(len(densities))
+    total = np.zeros(len(densities))
     for b in range(len(densities)):
         order = np.argsort(depths[b], kind="stable")
-        s, d = densities[b][order], depths[b][order]
+        s = densities[b][order]
+        d = depths[b][order]
         through = 1.0
         for k in range(len(s) - 1):
             alpha = 1 - math.exp(-math.log1p(math.exp((s[k] + s[k + 1]) / 2 - 1)) * (d[k + 1] - d[k]))
@@ -45,16 +50,21 @@ def loop(densities, depths):
 @pytest.mark.parametrize("samples", [2, 3, 7, 96, 200])
 def test_agrees_with_a_loop_over_samples(impl, samples):
     densities, depths = case(samples=samples, dtype=torch.float64)
-    for found, expected in zip(ray_march(densities, depths, impl=impl), loop(densities.numpy(), depths.numpy()), strict=True):
+    for found, expected in zip(
+        ray_march(densities, depths, impl=impl), loop(densities.numpy(), depths.numpy()), strict=True
+    ):
         np.testing.assert_allclose(found, expected, atol=1e-13, rtol=1e-12)
 
 
 @needs_cpp
-@pytest.mark.parametrize(("rays", "samples"), [(1, 2), (16, 3), (17, 28), (33, 96), (5, 129), (40, 200), (3000, 8)])
+@pytest.mark.parametrize(
+    ("rays", "samples"), [(1, 2), (16, 3), (17, 28), (33, 96), (5, 129), (40, 200), (3000, 8)]
+)
 def test_agrees_with_the_reference_in_single_precision(rays, samples):
     densities, depths = case(rays, samples)
     densities.requires_grad_()
-    fast, expected = ray_march(densities, depths, impl="compiled"), ray_march(densities, depths, impl="ref")
+    fast = ray_march(densities, depths, impl="compiled")
+    expected = ray_march(densities, depths, impl="ref")
     torch.testing.assert_close(fast, expected, atol=1e-5, rtol=1e-6)
     cotangents = [torch.randn(value.shape, generator=torch.Generator().manual_seed(2)) for value in expected]
     found, value = (torch.autograd.grad(out, densities, cotangents)[0] for out in (fast, expected))
@@ -90,10 +100,18 @@ def test_nearly_empty_rays_keep_their_relative_precision(impl):
 def test_extreme_and_missing_numbers():
     densities, depths = case(6, 9)
     densities[0], densities[1], densities[2] = 1e30, -1e30, 300.0
-    fast, expected = ray_march(densities, depths, impl="compiled"), ray_march(densities, depths, impl="ref")
+    fast = ray_march(densities, depths, impl="compiled")
+    expected = ray_march(densities, depths, impl="ref")
     torch.testing.assert_close(fast, expected, atol=1e-6, rtol=1e-5)
     densities[3, 4] = math.nan
-    assert ray_march(densities, depths, impl="compiled")[2].isnan().tolist() == [False, False, False, True, False, False]
+    assert ray_march(densities, depths, impl="compiled")[2].isnan().tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 @needs_cpp
@@ -130,7 +148,9 @@ def test_importance_depths_gather_where_the_weight_is(impl):
     depths = torch.linspace(2.0, 3.0, 48).expand(30, 48).contiguous()
     densities = torch.full((30, 48), -20.0)
     densities[:, 24:26] = 400.0
-    fine = importance_depths(densities, depths, torch.rand(30, 64, generator=torch.Generator().manual_seed(0)), impl=impl)
+    fine = importance_depths(
+        densities, depths, torch.rand(30, 64, generator=torch.Generator().manual_seed(0)), impl=impl
+    )
     assert ((fine - depths[0, 24]).abs() < 0.06).float().mean() > 0.6
     assert fine.min() >= 2.0 and fine.max() <= 3.0
 
@@ -141,7 +161,9 @@ def test_inputs_need_not_be_contiguous():
     expected = ray_march(densities, depths, impl="compiled")
     strided = [t.t().contiguous().t() for t in (densities, depths)]
     torch.testing.assert_close(ray_march(*strided, impl="compiled"), expected, atol=0, rtol=0)
-    grad = torch.autograd.grad(ray_march(strided[0].requires_grad_(), strided[1])[0].t().contiguous().t().square().sum(), strided[0])[0]
+    grad = torch.autograd.grad(
+        ray_march(strided[0].requires_grad_(), strided[1])[0].t().contiguous().t().square().sum(), strided[0]
+    )[0]
     assert grad.shape == densities.shape and grad.isfinite().all()
 
 
@@ -152,7 +174,9 @@ def test_is_registered_as_torch_expects():
     torch.library.opcheck(torch.ops.eg3d_rlhf.ray_march, (densities.clone().requires_grad_(), depths))
     grads = torch.randn_like(densities), torch.randn(len(densities)), torch.randn(len(densities))
     torch.library.opcheck(torch.ops.eg3d_rlhf.ray_march_backward, (*grads, densities, depths))
-    torch.library.opcheck(torch.ops.eg3d_rlhf.importance_depths, (densities, depths.sort()[0], torch.rand(len(densities), 5)))
+    torch.library.opcheck(
+        torch.ops.eg3d_rlhf.importance_depths, (densities, depths.sort()[0], torch.rand(len(densities), 5))
+    )
 
 
 def test_compiles_whole():
@@ -161,7 +185,9 @@ def test_compiles_whole():
 
     def run(densities):
         weights, depth_sum, total = ray_march(densities, depths)
-        return weights.square().sum() + (depth_sum * total).sum() + importance_depths(densities, depths, u).sum()
+        return (
+            weights.square().sum() + (depth_sum * total).sum() + importance_depths(densities, depths, u).sum()
+        )
 
     leaf = densities.requires_grad_()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

@@ -19,7 +19,8 @@ def random_inputs(kinds, shape, units, dtype=torch.float64, scale=1.0, seed=0):
     x, y, z = shape
     sizes = {"xy": (x, units, y, 1), "xz": (x, units, 1, z), "yz": (1, units, y, z)}
     maps = [torch.randn(sizes[kind], generator=rng, dtype=torch.float64) * scale for kind in kinds]
-    w, b = torch.randn(units, generator=rng, dtype=torch.float64), torch.randn((), generator=rng, dtype=torch.float64)
+    w = torch.randn(units, generator=rng, dtype=torch.float64)
+    b = torch.randn((), generator=rng, dtype=torch.float64)
     return [t.to(dtype).requires_grad_() for t in (*maps, w, b)]
 
 
@@ -39,14 +40,18 @@ def test_fast_paths_agree_with_the_definition(kinds, shape, units, impl):
     sigma, grads = run([t.detach().float().requires_grad_() for t in double], shape, impl)
     torch.testing.assert_close(sigma.double(), expected, rtol=1e-6, atol=1e-5)
     for grad, wanted in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
+        torch.testing.assert_close(
+            grad.double(), wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max()))
+        )
 
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("compiled", marks=needs_cpp)])
 @pytest.mark.parametrize("kinds", LAYOUTS)
 def test_gradients_are_those_of_finite_differences(kinds, impl):
     inputs = random_inputs(kinds, (3, 2, 5), 2)
-    assert torch.autograd.gradcheck(lambda *t: slab_density(t[:-2], t[-2], t[-1], (3, 2, 5), impl=impl), inputs)
+    assert torch.autograd.gradcheck(
+        lambda *t: slab_density(t[:-2], t[-2], t[-1], (3, 2, 5), impl=impl), inputs
+    )
 
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("compiled", marks=needs_cpp)])
@@ -54,7 +59,9 @@ def test_a_second_derivative_is_refused_and_the_definition_has_it(impl):
     *maps, w, b = random_inputs(("xy", "xz"), (3, 2, 5), 2)
     with pytest.raises(RuntimeError, match="slab_density: expected one derivative"):
         torch.autograd.grad(slab_density(maps, w, b, (3, 2, 5), impl=impl).sum(), maps, create_graph=True)
-    first = torch.autograd.grad(slab_density(maps, w, b, (3, 2, 5), impl="ref").sum(), maps, create_graph=True)
+    first = torch.autograd.grad(
+        slab_density(maps, w, b, (3, 2, 5), impl="ref").sum(), maps, create_graph=True
+    )
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(sum(g.square().sum() for g in first), maps))
 
 
@@ -67,7 +74,9 @@ def test_pre_activations_beyond_the_range_of_exp_stay_finite_and_right(scale, im
     sigma, grads = run([t.detach().float().requires_grad_() for t in double], shape, impl)
     torch.testing.assert_close(sigma.double(), expected, rtol=1e-5, atol=1e-4)
     for grad, wanted in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=2e-5 * max(1.0, float(wanted.abs().max())))
+        torch.testing.assert_close(
+            grad.double(), wanted, rtol=0, atol=2e-5 * max(1.0, float(wanted.abs().max()))
+        )
 
 
 @needs_cpp
@@ -80,11 +89,17 @@ def test_a_nan_in_a_map_reaches_the_density_and_nothing_else():
 
 @needs_cpp
 def test_same_bits_every_time_and_non_contiguous_maps_are_fine():
-    shape, inputs = (30, 20, 40), random_inputs(("xy", "xz", "yz"), (30, 20, 40), 16, torch.float32)
+    shape = (30, 20, 40)
+    inputs = random_inputs(("xy", "xz", "yz"), (30, 20, 40), 16, torch.float32)
     first, first_grads = run(inputs, shape, "compiled")
-    strided = [t.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() if t.ndim == 4 else t for t in inputs]
+    strided = [
+        t.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() if t.ndim == 4 else t
+        for t in inputs
+    ]
     second, second_grads = run(strided, shape, "compiled")
-    assert torch.equal(first, second) and all(torch.equal(a, b) for a, b in zip(first_grads, second_grads, strict=True))
+    assert torch.equal(first, second) and all(
+        torch.equal(a, b) for a, b in zip(first_grads, second_grads, strict=True)
+    )
 
 
 @needs_cpp
@@ -93,14 +108,18 @@ def test_torch_sees_a_proper_operator():
     *maps, w, b = random_inputs(("xy", "xz"), (3, 4, 5), 2)
     flat = [m.detach().reshape(m.shape[0], m.shape[1], -1).requires_grad_() for m in maps]
     torch.library.opcheck(torch.ops.eg3d_rlhf.slab_density.default, (*flat, None, w, b, [3, 4, 5]))
-    whole = torch.compile(lambda *t: slab_density(t[:-2], t[-2], t[-1], (3, 4, 5)), fullgraph=True, backend="aot_eager")
+    whole = torch.compile(
+        lambda *t: slab_density(t[:-2], t[-2], t[-1], (3, 4, 5)), fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(whole(*maps, w, b), slab_density_ref(maps, w, b, (3, 4, 5)))
 
 
 def test_a_block_decides_what_auto_means(monkeypatch):
     *maps, w, b = random_inputs(("xy", "xz"), (3, 4, 5), 2)
     calls = []
-    monkeypatch.setattr(module, "slab_density_ref", lambda *args: calls.append("ref") or slab_density_ref(*args))
+    monkeypatch.setattr(
+        module, "slab_density_ref", lambda *args: calls.append("ref") or slab_density_ref(*args)
+    )
     with implementation("ref"):
         slab_density(maps, w, b, (3, 4, 5))
     slab_density(maps, w, b, (3, 4, 5))

@@ -17,7 +17,9 @@ def noise(*shape, seed=0):
 
 def with_gradients(call, *inputs, trained=None):
     """Result, and gradients of the inputs under a fixed cotangent."""
-    leaves = [x.detach().clone().requires_grad_(trained is None or i in trained) for i, x in enumerate(inputs)]
+    leaves = [
+        x.detach().clone().requires_grad_(trained is None or i in trained) for i, x in enumerate(inputs)
+    ]
     y = call(*leaves)
     cotangent = noise(*y.shape, seed=9).to(y.dtype)
     return y.detach(), torch.autograd.grad(y, [x for x in leaves if x.requires_grad], cotangent)
@@ -28,7 +30,9 @@ def assert_alike(call, oracle, *inputs, trained=None):
     want, wanted = with_gradients(oracle, *(x.double() for x in inputs), trained=trained)
     torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-5 * float(want.abs().max()))
     for got, expected in zip(gradients, wanted, strict=True):  # one token's queries and keys have none
-        torch.testing.assert_close(got.double(), expected, rtol=0, atol=max(1e-5 * float(expected.abs().max()), 1e-7))
+        torch.testing.assert_close(
+            got.double(), expected, rtol=0, atol=max(1e-5 * float(expected.abs().max()), 1e-7)
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +50,12 @@ def test_linear(shape, trained):
 
 
 def test_linear_of_strided_tensors_and_without_bias():
-    assert_alike(lambda x, w: linear(x.t(), w.t()), lambda x, w: F.linear(x.t(), w.t()), noise(6, 7), noise(6, 4, seed=1))
+    assert_alike(
+        lambda x, w: linear(x.t(), w.t()),
+        lambda x, w: F.linear(x.t(), w.t()),
+        noise(6, 7),
+        noise(6, 4, seed=1),
+    )
 
 
 @pytest.mark.parametrize("trained", [(0,), (0, 1, 2, 3, 4), (1, 4)])
@@ -69,7 +78,9 @@ def attention(qkv, q_gain=None, k_gain=None):
     """The formula."""
     q, k, v = qkv.unbind(2)
     q, k = (x if g is None else x / x.norm(dim=-1, keepdim=True) * g for x, g in ((q, q_gain), (k, k_gain)))
-    return torch.einsum("nhij,njhd->nihd", (torch.einsum("nihd,njhd->nhij", q, k) * q.shape[-1] ** -0.5).softmax(-1), v)
+    return torch.einsum(
+        "nhij,njhd->nihd", (torch.einsum("nihd,njhd->nhij", q, k) * q.shape[-1] ** -0.5).softmax(-1), v
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 37])
@@ -90,7 +101,9 @@ def test_a_known_result_is_returned_and_its_gradients_are_those_of_the_formula()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.skipif(not fits(noise(2, 2)), reason="products are torch's own where the processor has no AVX-512")
+@pytest.mark.skipif(
+    not fits(noise(2, 2)), reason="products are torch's own where the processor has no AVX-512"
+)
 def test_a_second_derivative_is_refused_where_there_is_none():
     feed = noise(9, 6), noise(24, 6, seed=1), noise(24, seed=2), noise(6, 24, seed=3), noise(6, seed=4)
     for call, inputs in ((feed_forward, feed), (self_attention, (noise(1, 37, 3, 2, 8),))):
@@ -100,7 +113,8 @@ def test_a_second_derivative_is_refused_where_there_is_none():
 
 
 def test_the_reference_is_torchs_own():
-    x, weight = noise(5, 6), noise(4, 6, seed=1)
+    x = noise(5, 6)
+    weight = noise(4, 6, seed=1)
     qkv = noise(1, 37, 3, 2, 8)
     with implementation("ref"):
         assert torch.equal(linear(x, weight), F.linear(x, weight))

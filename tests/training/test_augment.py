@@ -11,7 +11,9 @@ EVERYTHING = dict(**GEOMETRY, **COLOUR, imgfilter=1, noise=1, cutout=1)
 
 
 def images(n: int = 2, channels: int = 3, size: int = 24, dtype=torch.float32) -> torch.Tensor:
-    return torch.rand([n, channels, size, size], generator=torch.Generator().manual_seed(3), dtype=dtype) * 2 - 1
+    return (
+        torch.rand([n, channels, size, size], generator=torch.Generator().manual_seed(3), dtype=dtype) * 2 - 1
+    )
 
 
 def pipe(p: float = 1.0, **options) -> AugmentPipe:
@@ -27,8 +29,10 @@ def test_probability_zero_is_the_identity(channels):
 
 
 def smooth_images(size: int = 32) -> torch.Tensor:
-    """Slow waves without symmetry, slope up to 0.1 per pixel. With a flip between them the two wavelet filters no longer cancel
-    exactly but shift the image by about a tenth of a pixel, which a second flip undoes."""
+    """Slow waves without symmetry, slope up to 0.1 per pixel. With a flip between them the two wavelet
+    filters no longer cancel exactly but shift the image by about a tenth of a pixel, which a second flip
+    undoes.
+    """
     y, x = torch.meshgrid(torch.arange(size) / size, torch.arange(size) / size, indexing="ij")
     waves = torch.stack([(3 * x + y).sin(), (2 * y - x).cos(), (x + 3 * y + 1).sin()])
     return waves[None]
@@ -39,7 +43,8 @@ def inside(images: torch.Tensor) -> torch.Tensor:
 
 
 def test_xflip_mirrors_and_twice_is_the_identity():
-    x, flip = smooth_images(), pipe(xflip=1)
+    x = smooth_images()
+    flip = pipe(xflip=1)
     once = flip(x, debug_percentile=0.9)
     torch.testing.assert_close(inside(once), inside(x.flip(3)), rtol=0, atol=0.012)
     torch.testing.assert_close(inside(flip(once, debug_percentile=0.9)), inside(x), rtol=0, atol=1e-3)
@@ -55,7 +60,8 @@ def test_rotate90_turns_by_whole_quarters():
 def test_constant_images_survive_geometry():
     x = torch.full([2, 3, 24, 24], 0.3)
     torch.manual_seed(0)
-    out = pipe(scale=1, rotate=1, aniso=1, xflip=1, rotate90=1, scale_std=0.05, aniso_std=0.05)(x)  # mirrored borders cover all
+    # mirrored borders cover all
+    out = pipe(scale=1, rotate=1, aniso=1, xflip=1, rotate90=1, scale_std=0.05, aniso_std=0.05)(x)
     torch.testing.assert_close(out, x, rtol=0, atol=1e-4)
 
 
@@ -76,7 +82,9 @@ def test_hue_and_saturation_keep_the_grey_part():
 
 def test_lumaflip_mirrors_the_grey_part():
     x = images()
-    torch.testing.assert_close(pipe(lumaflip=1)(x, debug_percentile=0.9).mean(1), -x.mean(1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        pipe(lumaflip=1)(x, debug_percentile=0.9).mean(1), -x.mean(1), rtol=0, atol=1e-5
+    )
 
 
 def test_cutout_blanks_a_quarter():
@@ -86,7 +94,9 @@ def test_cutout_blanks_a_quarter():
 
 
 def test_second_derivatives_through_everything_are_exact_and_finite():
-    """R1: a penalty on the gradient with respect to the images. Checked against central differences in float64."""
+    """R1: a penalty on the gradient with respect to the images. Checked against central differences in
+    float64.
+    """
     x = images(n=1, size=24, dtype=torch.float64).requires_grad_()
     augment = pipe(**EVERYTHING)
 
@@ -97,7 +107,8 @@ def test_second_derivatives_through_everything_are_exact_and_finite():
 
     (grad,) = torch.autograd.grad(penalty(x), x)
     assert torch.isfinite(grad).all() and grad.abs().max() > 0
-    v, h = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 1e-5
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    h = 1e-5
     numeric = (penalty(x + h * v) - penalty(x - h * v)) / (2 * h)
     torch.testing.assert_close((grad * v).sum(), numeric, rtol=1e-5, atol=0)
 

@@ -1,4 +1,6 @@
-"""Images read ahead by worker processes: the same bits whatever their number; they end with the run, however it ends, in one line."""
+"""Images read ahead by worker processes: the same bits whatever their number; they end with the run, however
+it ends, in one line.
+"""
 
 import itertools
 import multiprocessing
@@ -73,11 +75,16 @@ def test_order_and_bits_are_the_same_whatever_the_number_of_workers(tiny_data, t
             assert np.array_equal(images, np.stack([image for image, _ in items]))
             assert np.array_equal(labels, np.stack([label for _, label in items]))
     later = taken(data, 6, 2, 4, start=36)
-    assert all(np.array_equal(a, b) for first, second in zip(found[6:], later, strict=True) for a, b in zip(first, second, strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for first, second in zip(found[6:], later, strict=True)
+        for a, b in zip(first, second, strict=True)
+    )
 
 
 def test_workers_read_a_bounded_number_of_batches_ahead_into_memory_claimed_once(tiny_data):
-    data, drawn = ImageFolderDataset(tiny_data), itertools.count()
+    data = ImageFolderDataset(tiny_data)
+    drawn = itertools.count()
     reader = read_batches(data, (next(drawn) % len(data) for _ in itertools.count()), 4, 2)
     memory = set()
     for k in range(12):
@@ -128,7 +135,8 @@ def test_a_users_mistake_comes_back_in_one_line(tiny_data, tmp_path):
 
 
 def test_workers_that_cannot_all_be_started_are_ended(tiny_data, monkeypatch):
-    fork, forks = os.fork, []
+    fork = os.fork
+    forks = []
 
     def limited():
         forks.append(1)
@@ -138,7 +146,10 @@ def test_workers_that_cannot_all_be_started_are_ended(tiny_data, monkeypatch):
 
     monkeypatch.setattr(os, "fork", limited)
     reader = read_batches(ImageFolderDataset(tiny_data), itertools.cycle(range(8)), 4, 3)
-    with pytest.raises(OSError, match=r"--workers: expected to start 3 processes, got: Resource temporarily unavailable. Use fewer."):
+    with pytest.raises(
+        OSError,
+        match=r"--workers: expected to start 3 processes, got: Resource temporarily unavailable. Use fewer.",
+    ):
         next(reader)
     wait_until(lambda: multiprocessing.active_children() == [])
 
@@ -152,7 +163,9 @@ def straight(tiny_data, tiny_networks, tmp_path_factory) -> Path:
     return whole_run(tiny_data, tiny_networks, tmp_path_factory.mktemp("straight"), *RUN, "--workers=0")
 
 
-def test_a_run_and_one_resumed_with_another_number_give_the_same_bits(straight, tiny_data, tiny_networks, tmp_path):
+def test_a_run_and_one_resumed_with_another_number_give_the_same_bits(
+    straight, tiny_data, tiny_networks, tmp_path
+):
     folder = whole_run(tiny_data, tiny_networks, tmp_path, *RUN, "--workers=2")
     assert_equal_end(straight, folder)
     assert multiprocessing.active_children() == []
@@ -174,7 +187,9 @@ def at_iteration(monkeypatch, number: int, do) -> None:
     monkeypatch.setattr(TrainingLoop, "step", stepped)
 
 
-def test_a_killed_worker_ends_the_run_with_a_checkpoint(straight, tiny_data, tiny_networks, tmp_path, monkeypatch):
+def test_a_killed_worker_ends_the_run_with_a_checkpoint(
+    straight, tiny_data, tiny_networks, tmp_path, monkeypatch
+):
     at_iteration(monkeypatch, 6, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
     result = run(*train_flags(tiny_data, tiny_networks, tmp_path, *RUN, "--workers=2"))
     folder = only_run(tmp_path)
@@ -187,8 +202,11 @@ def test_a_killed_worker_ends_the_run_with_a_checkpoint(straight, tiny_data, tin
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_data_that_vanish_in_mid_run_end_it_with_a_checkpoint(straight, tiny_data, tiny_networks, tmp_path, monkeypatch, kind):
-    data, gone = tmp_path / ("data" if kind == "folder" else "data.zip"), tmp_path / "elsewhere"
+def test_data_that_vanish_in_mid_run_end_it_with_a_checkpoint(
+    straight, tiny_data, tiny_networks, tmp_path, monkeypatch, kind
+):
+    data = tmp_path / ("data" if kind == "folder" else "data.zip")
+    gone = tmp_path / "elsewhere"
     with zipfile.ZipFile(tiny_data) as archive:
         archive.extractall(data) if kind == "folder" else shutil.copy(tiny_data, data)
 
@@ -202,7 +220,12 @@ def test_data_that_vanish_in_mid_run_end_it_with_a_checkpoint(straight, tiny_dat
     at_iteration(monkeypatch, 6, vanish)
     result = run(*train_flags(data, tiny_networks, tmp_path / "runs", *RUN, "--workers=1"))
     folder = only_run(tmp_path / "runs")
-    assert_one_line(result, f"dataset {data}: cannot read entry", "gone or damaged", f"continue with --resume={folder}, from checkpoint-")
+    assert_one_line(
+        result,
+        f"dataset {data}: cannot read entry",
+        "gone or damaged",
+        f"continue with --resume={folder}, from checkpoint-",
+    )
     assert 24 <= int(re.search(r"Stopped at (\d+) images", result.stderr).group(1)) <= 24 + 4 * (AHEAD + 1)
     assert multiprocessing.active_children() == []
     assert_one_line(run(f"--resume={folder}"), str(data))
@@ -237,8 +260,14 @@ ENDS = {  # what happens after iteration 6: the exit code, what is said
 def test_workers_end_with_the_process_after_a_signal_to_all(tiny_data, tiny_networks, tmp_path, how):
     code, expected, text = ENDS[how]
     env = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SIGNALLED.format(code), *train_flags(tiny_data, tiny_networks, tmp_path, *RUN, "--workers=2")]
-    with open(tmp_path.parent / f"{tmp_path.name}.txt", "w+") as said:  # no pipe, which those that are left would hold open
+    command = [
+        sys.executable,
+        "-c",
+        SIGNALLED.format(code),
+        *train_flags(tiny_data, tiny_networks, tmp_path, *RUN, "--workers=2"),
+    ]
+    # no pipe, which those that are left would hold open
+    with open(tmp_path.parent / f"{tmp_path.name}.txt", "w+") as said:
         process = subprocess.Popen(command, env=env, stdout=said, stderr=said, start_new_session=True)
         assert process.wait(timeout=120) == expected
         wait_until(lambda: session(process.pid) == [])
@@ -254,7 +283,9 @@ def test_a_device_gets_the_images_of_the_cpu(tiny_data):
         found = []
         for device in ("cpu", "cuda"):
             nets = build_networks().to(device)
-            gan = Gan(nets, ImageFolderDataset(tiny_data), GanConfig(**GAN), LoopConfig(**LOOP), workers=workers)
+            gan = Gan(
+                nets, ImageFolderDataset(tiny_data), GanConfig(**GAN), LoopConfig(**LOOP), workers=workers
+            )
             gan.begin(0)
             for _ in range(8):
                 gan.fetch()

@@ -41,7 +41,11 @@ def test_flags_follow_from_the_fields():
     given = {"kind": "b", "steps": 4, "lr": 0.1, "share": None, "file": Path("x"), "mirror": True}
     assert result.stdout.strip() == repr(sorted(given.items()))
     text = CliRunner().invoke(command, ["--help"]).stdout
-    assert text.index("Data:") < text.index("Training:") and "Updates.  [default: 3]" in text and "[default: a; by moon]" in text
+    assert (
+        text.index("Data:") < text.index("Training:")
+        and "Updates.  [default: 3]" in text
+        and "[default: a; by moon]" in text
+    )
     assert "hidden" not in text and "[default: by preset]" in text and "UPDATES" in text
 
 
@@ -52,7 +56,11 @@ def test_ranges_and_choices_of_flags(flag):
 
 @pytest.mark.parametrize(
     ("values", "text"),
-    [({"steps": 0}, "steps must be >= 1, got 0"), ({"lr": 0.0}, "lr must be > 0, got 0"), ({"share": 1}, "share must be < 1, got 1")],
+    [
+        ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"lr": 0.0}, "lr must be > 0, got 0"),
+        ({"share": 1}, "share must be < 1, got 1"),
+    ],
 )
 def test_ranges_of_objects(values, text):
     with pytest.raises(ValueError, match=text):

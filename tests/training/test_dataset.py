@@ -12,7 +12,8 @@ from tests.pictures import camera, png, write_zip
 from training.dataset import ImageFolderDataset
 from training.rendering.cameras import mirror_pose
 
-COUNT, SIZE = 6, 8
+COUNT = 6
+SIZE = 8
 NAMES = [f"00000/img{i:08d}.png" for i in range(COUNT)]
 
 
@@ -49,7 +50,8 @@ def test_zip_and_folder_agree(tmp_path):
 def test_items_are_copies_and_workers_reopen_the_file(tmp_path):
     data = ImageFolderDataset(write(tmp_path / "set.zip"))
     image, label = data[2]
-    image[:], label[:] = 0, 0
+    image[:] = 0
+    label[:] = 0
     again = pickle.loads(pickle.dumps(data))
     assert data[2][0].any() and data[2][1].any() and np.array_equal(again[2][0], data[2][0])
 
@@ -60,7 +62,9 @@ def test_xflip_mirrors_image_and_pose(tmp_path):
     image, label = data[1]
     flipped, mirrored = data[COUNT + 1]
     np.testing.assert_array_equal(flipped, image[:, :, ::-1])
-    np.testing.assert_allclose(mirrored[:16].reshape(4, 4), mirror_pose(torch.from_numpy(label[:16].reshape(4, 4))).numpy())
+    np.testing.assert_allclose(
+        mirrored[:16].reshape(4, 4), mirror_pose(torch.from_numpy(label[:16].reshape(4, 4))).numpy()
+    )
     np.testing.assert_array_equal(mirrored[16:], label[16:])
     np.testing.assert_array_equal(np.stack([data.get_label(i) for i in range(len(data))]), data.get_labels())
 
@@ -70,7 +74,9 @@ def test_subset_matches_reference(fixtures_dir, tmp_path):
         raw, flipped = values["dataset/raw_idx_n20_max7_seed3_xflip"]
     mark = np.eye(SIZE, dtype=np.uint8)[..., None]
     entries = {f"{i:03d}.png": png(np.full((SIZE, SIZE, 3), i, np.uint8) + mark) for i in range(20)}
-    data = ImageFolderDataset(write_zip(tmp_path / "set.zip", entries), use_labels=False, max_size=7, xflip=True, random_seed=3)
+    data = ImageFolderDataset(
+        write_zip(tmp_path / "set.zip", entries), use_labels=False, max_size=7, xflip=True, random_seed=3
+    )
     assert [int(data[i][0][0, 0].min()) for i in range(len(data))] == raw.tolist()
     unmirrored = [data[i][0][0, 0, 0] > data[i][0][0, 0, 1] for i in range(len(data))]
     assert unmirrored == [not f for f in flipped]
@@ -90,11 +96,13 @@ def test_class_labels_become_one_hot_and_null_means_none(tmp_path):
 LABEL_ERRORS = {  # labels, what the message names
     "missing file": ("none", "dataset.json.* got none. Add"),
     "missing image": ([[n, camera(0)] for n in NAMES[:-2]], f"2 of.*'{NAMES[4]}'"),
-    "length": (rows(at3=[1.0] * 24), f"'{NAMES[3]}'.* got 24"), "not a list": (rows(at3="x"), f"'{NAMES[3]}'.* got 'x'"),
+    "length": (rows(at3=[1.0] * 24), f"'{NAMES[3]}'.* got 24"),
+    "not a list": (rows(at3="x"), f"'{NAMES[3]}'.* got 'x'"),
     "not numbers": (rows(at3=["x"] * 25), "dataset.json: expected labels to hold numbers"),
     "nan": (rows(at3=[float("nan")] * 25), f"'{NAMES[3]}'.*finite"),
     "rotation": (rows(at1=[1.5 * camera(1)[0], *camera(1)[1:]]), f"'{NAMES[1]}'.*rotation.*1 of 6 labels"),
-    "last row": (rows(at1=[*camera(1)[:12], 0, 0, 1, 1, *camera(1)[16:]]), f"'{NAMES[1]}'.*0 0 0 1"), "malformed": ([1, 2], "dataset.json"),
+    "last row": (rows(at1=[*camera(1)[:12], 0, 0, 1, 1, *camera(1)[16:]]), f"'{NAMES[1]}'.*0 0 0 1"),
+    "malformed": ([1, 2], "dataset.json"),
 }
 
 
@@ -107,8 +115,10 @@ def test_label_errors(tmp_path, case):
 
 
 IMAGE_ERRORS = {
-    "not square": (png(pixels(0)[:6]), "square.* got 8x6"), "truncated": (png(pixels(0))[:90], "whole image, got 90 bytes"),
-    "not an image": (b"hello", "whole image, got 5 bytes"), "size": (png(pixels(0, 16, 16)), r"got \[3, 16, 16\]"),
+    "not square": (png(pixels(0)[:6]), "square.* got 8x6"),
+    "truncated": (png(pixels(0))[:90], "whole image, got 90 bytes"),
+    "not an image": (b"hello", "whole image, got 5 bytes"),
+    "size": (png(pixels(0, 16, 16)), r"got \[3, 16, 16\]"),
     "mode": (png(np.zeros((8, 8, 4), np.uint8)), "RGBA. Convert"),
 }
 
@@ -133,7 +143,8 @@ def test_file_errors(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     refused(path, "truncated or of another kind")
-    start, damaged = whole.index(png(pixels(3))), bytearray(whole)
+    start = whole.index(png(pixels(3)))
+    damaged = bytearray(whole)
     damaged[start + 60 : start + 70] = bytes(10)
     path.write_bytes(damaged)
     refused(path, f"'{NAMES[3]}'.*damaged")

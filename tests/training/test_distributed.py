@@ -1,4 +1,6 @@
-"""Several processes give what one gives, and end together: equality, signals, a dead rank, a restart by torchrun."""
+"""Several processes give what one gives, and end together: equality, signals, a dead rank, a restart by
+torchrun.
+"""
 
 import contextlib
 import os
@@ -23,8 +25,9 @@ from training.phases import Layout, RowDraws
 RUN = "import sys, train; train.main(sys.argv[1:])"
 TEN = ("--kimg=0.04", "--tick=0.02", "--snap=0", "--no-summary")  # 10 iterations of 4 images, two checkpoints
 
-# Sums over a batch are added up in another order, 1e-7 apart. Three iterations keep that; then a leaky ReLU or |sigma - sigma_ref| flips
-# its sign at a value that is zero but for rounding, and Adam without momentum makes a small gradient's change as large a share of a step.
+# Sums over a batch are added up in another order, 1e-7 apart. Three iterations keep that; then a leaky ReLU
+# or |sigma - sigma_ref| flips its sign at a value that is zero but for rounding, and Adam without momentum
+# makes a small gradient's change as large a share of a step.
 MAGNIFIED_ROUNDING = 5e-4
 
 
@@ -34,13 +37,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(code: str, *flags: str, world: int = 2, repo: Path = Path(train.__file__).parent) -> list[subprocess.Popen]:
+def start(
+    code: str, *flags: str, world: int = 2, repo: Path = Path(train.__file__).parent
+) -> list[subprocess.Popen]:
     """The processes that torchrun would start, without its own."""
     env = {**os.environ, "PYTHONPATH": f"{repo}:{repo / 'tools'}", "OMP_NUM_THREADS": "1"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = [{"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(world)} for i in range(world)]
-    return [subprocess.Popen([sys.executable, "-c", code, *flags], env={**env, **rank}, **pipes) for rank in ranks]
+    return [
+        subprocess.Popen([sys.executable, "-c", code, *flags], env={**env, **rank}, **pipes) for rank in ranks
+    ]
 
 
 def finish(processes: list[subprocess.Popen], codes: tuple[int, ...] = (0, 0)) -> list[tuple[str, str]]:
@@ -70,7 +77,9 @@ def last_state(outdir: Path) -> dict[str, torch.Tensor]:
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """Largest relative difference of a parameter or buffer, in the Euclidean norm."""
     assert a.keys() == b.keys()
-    return max(float((a[k].double() - b[k].double()).norm() / a[k].double().norm().clamp_min(1e-12)) for k in a)
+    return max(
+        float((a[k].double() - b[k].double()).norm() / a[k].double().norm().clamp_min(1e-12)) for k in a
+    )
 
 
 # What a part of a batch draws.
@@ -82,7 +91,14 @@ def test_random_rows_are_those_of_the_whole_batch(rows):
         torch.manual_seed(3)
         x = torch.zeros([m, 2])
         u = torch.rand(m * 5, 2).reshape(m, 5, 2)  # five values a sample, as rays have them
-        return [torch.randn([m, 3]), torch.rand([]).expand(m), torch.randn_like(x), torch.rand_like(x), u, torch.randn(size=[m, 1])]
+        return [
+            torch.randn([m, 3]),
+            torch.rand([]).expand(m),
+            torch.randn_like(x),
+            torch.rand_like(x),
+            u,
+            torch.randn(size=[m, 1]),
+        ]
 
     whole = draw(6)
     with RowDraws(rows, 6):
@@ -92,13 +108,16 @@ def test_random_rows_are_those_of_the_whole_batch(rows):
 
 
 def test_dropout_and_drawn_orders_come_in_blocks():
-    rows, x = [1, 3], torch.randn([8, 40])  # two blocks of four samples
+    # two blocks of four samples
+    rows = [1, 3]
+    x = torch.randn([8, 40])
 
     def draw(x):
         torch.manual_seed(0)
         return torch.nn.functional.dropout(x, 0.7), torch.multinomial(torch.full((len(x), 2), 0.5), 1)
 
-    whole, blocks = draw(x), [1, 3, 5, 7]
+    whole = draw(x)
+    blocks = [1, 3, 5, 7]
     with RowDraws(rows, 4, blocks=True):
         part = draw(x[blocks])
     assert all(torch.equal(a[blocks], b) for a, b in zip(whole, part, strict=True))
@@ -122,7 +141,9 @@ def test_rounds_cover_the_batch_once_and_keep_minibatch_std_groups():
 
 
 def assert_but_for_rounding(one, other):
-    """On some processors a sign flips early and moves a few parameters further; a wrong mean over ranks or rounds moves all of them."""
+    """On some processors a sign flips early and moves a few parameters further; a wrong mean over ranks or
+    rounds moves all of them.
+    """
     apart = torch.cat([(one[name] - other[name]).abs().flatten() for name in one])
     assert apart.quantile(0.99) <= MAGNIFIED_ROUNDING and apart.max() <= 100 * MAGNIFIED_ROUNDING
 
@@ -132,8 +153,11 @@ def assert_but_for_rounding(one, other):
 
 @pytest.fixture(scope="module")
 def pairs_of_two(tmp_path_factory) -> Path:
-    """The tiny networks with minibatch-std groups of 2, which fit into half of a batch of 4; no parameter is still at its initial zero."""
-    nets, generator = build_networks(mbstd_group=2), torch.Generator().manual_seed(5)
+    """The tiny networks with minibatch-std groups of 2, which fit into half of a batch of 4; no parameter is
+    still at its initial zero.
+    """
+    nets = build_networks(mbstd_group=2)
+    generator = torch.Generator().manual_seed(5)
     for net in (nets.G, nets.D):
         for parameter in net.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -146,7 +170,12 @@ def pairs_of_two(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=["RLHF", pytest.param("GAN", marks=pytest.mark.long)])
 def two_ranks(request, tiny_data, pairs_of_two, tiny_reward, tmp_path_factory):
     """Flags of a run of ten iterations, without its folder, and the folder in which two ranks ran it."""
-    reward = ["--reward=sigma", f"--reward-ckpt={tiny_reward}", "--lambda-r=1", "--set=reward_shaping=reference"]
+    reward = [
+        "--reward=sigma",
+        f"--reward-ckpt={tiny_reward}",
+        "--lambda-r=1",
+        "--set=reward_shaping=reference",
+    ]
     reward = reward if request.param == "RLHF" else ["--reward=none"]
     outdir = tmp_path_factory.mktemp(request.param)
     more = ("--glr=0.0005", "--dlr=0.0005", "--style-mixing-prob=0.5", "--aug=ada", *reward)
@@ -162,14 +191,18 @@ def two_ranks(request, tiny_data, pairs_of_two, tiny_reward, tmp_path_factory):
 def test_two_ranks_equal_two_rounds_of_one_rank_to_the_last_bit(two_ranks, tmp_path):
     flags, outdir, _ = two_ranks
     one_process(*flags(tmp_path), "--batch-gpu=2")
-    expected, got = last_state(tmp_path), last_state(outdir)
+    expected = last_state(tmp_path)
+    got = last_state(outdir)
     assert [k for k in expected if not torch.equal(expected[k], got[k])] == []
 
 
 def test_two_ranks_equal_one_rank_at_the_same_batch(two_ranks, tmp_path):
     flags, outdir, _ = two_ranks
     one_process(*flags(tmp_path))
-    parameters = [{k: v for k, v in last_state(d).items() if k.split(".")[0] in ("G", "D", "G_ema")} for d in (tmp_path, outdir)]
+    parameters = [
+        {k: v for k, v in last_state(d).items() if k.split(".")[0] in ("G", "D", "G_ema")}
+        for d in (tmp_path, outdir)
+    ]
     assert_but_for_rounding(*parameters)
     texts = [(only_run(d) / "stats.jsonl").read_text() for d in (tmp_path, outdir)]
     counts = [re.findall(r'"num": (\d+)', text) for text in texts]
@@ -193,11 +226,14 @@ with process_group(torch.device("cpu"), 2) as ranks:
     if ranks.main:
         torch.save(found, sys.argv[1])
 """
-UNDECIDED = ("output_layer.bias", "conv3d_for_recon.bias")  # only differences of scores and affine-free slabs enter the losses
+# only differences of scores and affine-free slabs enter the losses
+UNDECIDED = ("output_layer.bias", "conv3d_for_recon.bias")
 
 
 def reward_training(ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Two epochs of five steps on toy slabs, the last step of an epoch with one pair; with anchors, dropped features and flips."""
+    """Two epochs of five steps on toy slabs, the last step of an epoch with one pair; with anchors, dropped
+    features and flips.
+    """
     from dataclasses import replace
 
     from eg3d_rlhf.rewards.networks import Preset
@@ -205,21 +241,29 @@ def reward_training(ranks: Ranks) -> dict[str, torch.Tensor]:
     from eg3d_rlhf.rewards.train import TrainData, TrainOptions, train_reward, with_changes
     from tests.rewards.test_train import SHAPE, filled, toy_labels
 
-    pairs, val, anchors = toy_labels(17), toy_labels(6, 100), toy_labels(3, 500)
+    pairs = toy_labels(17)
+    val = toy_labels(6, 100)
+    anchors = toy_labels(3, 500)
     seeds = [s for p in anchors for s in (p.winner, p.loser)]
-    data = TrainData(train=pairs, val=val, store=filled(pairs, val), anchors=seeds, anchor_store=filled(anchors))
+    data = TrainData(
+        train=pairs, val=val, store=filled(pairs, val), anchors=seeds, anchor_store=filled(anchors)
+    )
     PRESETS["rank-test"] = Preset(network=replace(HEADS, slab_shape=SHAPE).to_dict())
-    options = with_changes(TrainOptions(preset="rank-test"), epochs=2, patience=2, batch=4, anchors=6, drawn_from_epoch=1)
+    options = with_changes(
+        TrainOptions(preset="rank-test"), epochs=2, patience=2, batch=4, anchors=6, drawn_from_epoch=1
+    )
     return train_reward(data, options, ranks=ranks).model.state_dict()
 
 
 @pytest.mark.long
 def test_reward_training_on_two_ranks_equals_one(tmp_path):
     finish(start(REWARD, str(tmp_path / "two.pt")))
-    two, one = torch.load(tmp_path / "two.pt", weights_only=True), reward_training(SINGLE)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    one = reward_training(SINGLE)
     decided = [{k: v for k, v in states.items() if not k.endswith(UNDECIDED)} for states in (one, two)]
     assert largest_difference(*decided) <= 1e-5
-    for name in one.keys() - decided[0].keys():  # their gradient is zero but for rounding, which Adam enlarges to its step at most
+    # their gradient is zero but for rounding, which Adam enlarges to its step at most
+    for name in one.keys() - decided[0].keys():
         assert float((one[name] - two[name]).abs().max()) < 1e-3
 
 
@@ -244,8 +288,17 @@ def test_the_reward_tool_on_two_ranks_draws_the_same_slabs_stops_and_resumes(tin
     from eg3d_rlhf.modes.reward_training import train as main
     from eg3d_rlhf.preferences.labels import Preference, write_labels
 
-    labels = write_labels(tmp_path / "labels.jsonl", [Preference(winner=2 * i, loser=2 * i + 1) for i in range(24)])
-    flags = [f"--network={tiny_networks}", f"--labels={labels}", "--preset=tiny", "--epochs=2", "--batch=4", "--resolution=32"]
+    labels = write_labels(
+        tmp_path / "labels.jsonl", [Preference(winner=2 * i, loser=2 * i + 1) for i in range(24)]
+    )
+    flags = [
+        f"--network={tiny_networks}",
+        f"--labels={labels}",
+        "--preset=tiny",
+        "--epochs=2",
+        "--batch=4",
+        "--resolution=32",
+    ]
     flags.append("--set=slab_batch=5")
 
     def cached(folder: str) -> list[str]:
@@ -259,7 +312,9 @@ def test_the_reward_tool_on_two_ranks_draws_the_same_slabs_stops_and_resumes(tin
     (_, said), _ = finish(start(REWARD_STOPPED, *cached("stopped")), (130, 130))
     assert "--resume=RUN goes on from there" in said
     finish(start(REWARD_TOOL, f"--resume={tmp_path / 'stopped'}"))
-    assert (tmp_path / "stopped" / "reward.safetensors").read_bytes() == (tmp_path / "two" / "reward.safetensors").read_bytes()
+    assert (tmp_path / "stopped" / "reward.safetensors").read_bytes() == (
+        tmp_path / "two" / "reward.safetensors"
+    ).read_bytes()
 
 
 # Ending together.
@@ -270,7 +325,8 @@ from training.loop import TrainingLoop
 step = TrainingLoop.step
 def signalled_step(self):
     step(self)
-    if self.batch_idx == 7 and self.ranks.rank == {rank} and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if self.batch_idx == 7 and self.ranks.rank == {rank} and first:
         os.kill(os.getpid(), signal.{signal})
         time.sleep(0.2)
 TrainingLoop.step = signalled_step
@@ -291,7 +347,8 @@ def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_is_the_straight_one(
 
 def assert_equal(first: Path, second: Path) -> None:
     """Final state and statistics, to the last bit."""
-    a, b = last_state(first), last_state(second)
+    a = last_state(first)
+    b = last_state(second)
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
     assert (only_run(first) / "stats.jsonl").read_text() == (only_run(second) / "stats.jsonl").read_text()
 
@@ -299,7 +356,9 @@ def assert_equal(first: Path, second: Path) -> None:
 @pytest.mark.long
 def test_a_killed_rank_ends_the_others_with_one_line(two_ranks, tmp_path):
     flags, straight, _ = two_ranks
-    started = start(PAUSING.format(rank=1, signal="SIGKILL"), *flags(tmp_path), "--set=timeout=0.5", "--workers=1")
+    started = start(
+        PAUSING.format(rank=1, signal="SIGKILL"), *flags(tmp_path), "--set=timeout=0.5", "--workers=1"
+    )
     output = finish(started, (2, -signal.SIGKILL))
     errors = [line for line in output[0][1].splitlines() if line.startswith("Error:")]
     assert len(errors) == 1 and "rank 0 of 2: expected every rank to" in errors[0] and "--resume" in errors[0]
@@ -321,9 +380,19 @@ def torchrun(*flags: str, code: str, folder: Path):
     """torchrun with two processes; yields its process."""
     script = folder / "script.py"
     script.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+        str(script),
+    ]
     env = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *flags], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *flags], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         yield process
     finally:

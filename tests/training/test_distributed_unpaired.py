@@ -13,23 +13,43 @@ from tests.rewards.test_train import SHAPE, filled, toy_labels
 from tests.training.test_distributed import REWARD, UNDECIDED, finish, largest_difference, start
 from training.distributed import SINGLE, Ranks
 
-UNPAIRED = REWARD.replace("test_distributed import reward_training", "test_distributed_unpaired import unpaired_training").replace(
-    "reward_training(", "unpaired_training("
-)
+UNPAIRED = REWARD.replace(
+    "test_distributed import reward_training", "test_distributed_unpaired import unpaired_training"
+).replace("reward_training(", "unpaired_training(")
 
 
 def unpaired_training(ranks: Ranks) -> dict[str, torch.Tensor]:
-    """An epoch with unpaired labels beside the pairs, then one step on these alone; the losses and the bandwidth, too."""
-    pairs, val, single = toy_labels(9), toy_labels(6, 100), toy_labels(10, 200)
-    data = TrainData(train=pairs, val=val, store=filled(pairs, val, single), unpaired=from_pairs(single), unpaired_val=from_pairs(val))
+    """An epoch with unpaired labels beside the pairs, then one step on these alone; the losses and the
+    bandwidth, too.
+    """
+    pairs = toy_labels(9)
+    val = toy_labels(6, 100)
+    single = toy_labels(10, 200)
+    data = TrainData(
+        train=pairs,
+        val=val,
+        store=filled(pairs, val, single),
+        unpaired=from_pairs(single),
+        unpaired_val=from_pairs(val),
+    )
     PRESETS["rank-test"] = Preset(network=replace(HEADS, slab_shape=SHAPE).to_dict())
-    options = with_changes(TrainOptions(preset="rank-test"), epochs=1, batch=4, unpaired_batch=6, regression=0.5, divergence=1.0)
+    options = with_changes(
+        TrainOptions(preset="rank-test"), epochs=1, batch=4, unpaired_batch=6, regression=0.5, divergence=1.0
+    )
     found = {}
-    for name, changes in {"mixed": {}, "alone": {"pairs": 0.0, "scalar": 0.0, "bradley_terry": 0.0, "unpaired_batch": 20}}.items():
+    for name, changes in {
+        "mixed": {},
+        "alone": {"pairs": 0.0, "scalar": 0.0, "bradley_terry": 0.0, "unpaired_batch": 20},
+    }.items():
         trained = train_reward(data, with_changes(options, **changes), ranks=ranks)
         found |= {f"{name}.{key}": value for key, value in trained.model.state_dict().items()}
         record = trained.history[0]
-        figures = {**record["loss"], "correct": record["train_accuracy"], "auc": record["val_auc"], "bandwidth": trained.bandwidth}
+        figures = {
+            **record["loss"],
+            "correct": record["train_accuracy"],
+            "auc": record["val_auc"],
+            "bandwidth": trained.bandwidth,
+        }
         found |= {f"{name} {key}": torch.tensor(value) for key, value in figures.items()}
     return found
 
@@ -37,11 +57,14 @@ def unpaired_training(ranks: Ranks) -> dict[str, torch.Tensor]:
 @pytest.mark.long
 def test_unpaired_labels_on_two_ranks_equal_one(tmp_path):
     finish(start(UNPAIRED, str(tmp_path / "two.pt")))
-    two, one = torch.load(tmp_path / "two.pt", weights_only=True), unpaired_training(SINGLE)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    one = unpaired_training(SINGLE)
     assert one.keys() == two.keys() and float(one["alone divergence"]) < -0.01
     figures = [name for name in one if " " in name]
     differences = {name: float((one[name] - two[name]).abs()) for name in figures}
     assert max(differences["mixed divergence"], differences["alone divergence"]) <= 1e-6, differences
     assert max(differences.values()) <= 5e-6, differences
-    decided = [{k: v for k, v in states.items() if "." in k and not k.endswith(UNDECIDED)} for states in (one, two)]
+    decided = [
+        {k: v for k, v in states.items() if "." in k and not k.endswith(UNDECIDED)} for states in (one, two)
+    ]
     assert largest_difference(*decided) <= 1e-5

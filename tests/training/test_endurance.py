@@ -1,4 +1,6 @@
-"""What may go wrong under a run: each ends with one clear line and exit code 2, or as asked, and nothing is lost."""
+"""What may go wrong under a run: each ends with one clear line and exit code 2, or as asked, and nothing is
+lost.
+"""
 
 import json
 import os
@@ -14,7 +16,17 @@ from safetensors.torch import save
 
 import train
 from eg3d_rlhf.experiments.process import LOCK, StopRequest, run_lock
-from tests.tiny_runs import assert_same, batch, build_loop, build_networks, only_run, run, state, train_flags, whole_run
+from tests.tiny_runs import (
+    assert_same,
+    batch,
+    build_loop,
+    build_networks,
+    only_run,
+    run,
+    state,
+    train_flags,
+    whole_run,
+)
 from training import checkpoint, storage
 from training.gan_phases import GanConfig, GanPhases
 
@@ -73,12 +85,17 @@ def signalled(name: str, then: str, *flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.long)])
-def test_a_signal_ends_the_run_after_the_iteration_and_it_resumes_exactly(name, straight, tiny_data, tiny_networks, tmp_path):
+def test_a_signal_ends_the_run_after_the_iteration_and_it_resumes_exactly(
+    name, straight, tiny_data, tiny_networks, tmp_path
+):
     done = signalled(name, "pass", *train_flags(tiny_data, tiny_networks, tmp_path, *RUN))
     assert done.returncode == 0, done.stderr
     folder = only_run(tmp_path)
     assert f"{name}: stopped at 24 images. Continue with --resume={folder}" in done.stdout
-    assert checkpoint.available(folder)[-1].name == "checkpoint-000000024.safetensors" and not (folder / LOCK).exists()
+    assert (
+        checkpoint.available(folder)[-1].name == "checkpoint-000000024.safetensors"
+        and not (folder / LOCK).exists()
+    )
     result = run(f"--resume={folder}")
     assert result.exit_code == 0, result.output
     assert_equal_end(straight, folder)
@@ -86,7 +103,11 @@ def test_a_signal_ends_the_run_after_the_iteration_and_it_resumes_exactly(name, 
 
 @pytest.mark.long
 def test_a_second_interrupt_ends_at_once(tiny_data, tiny_networks, tmp_path):
-    done = signalled("SIGINT", "os.kill(os.getpid(), signal.SIGINT)", *train_flags(tiny_data, tiny_networks, tmp_path, *RUN))
+    done = signalled(
+        "SIGINT",
+        "os.kill(os.getpid(), signal.SIGINT)",
+        *train_flags(tiny_data, tiny_networks, tmp_path, *RUN),
+    )
     assert done.returncode == -signal.SIGINT
     assert [p.name for p in checkpoint.available(only_run(tmp_path))] == ["checkpoint-000000016.safetensors"]
 
@@ -105,7 +126,10 @@ def test_handlers_are_put_back():
 def test_two_runs_on_one_folder(copy):
     before = {p.name: p.read_bytes() for p in copy.iterdir()}
     with run_lock(copy):
-        assert_one_line(run(f"--resume={copy}"), f"run folder {copy}: expected no other run in it, got process {os.getpid()} on ")
+        assert_one_line(
+            run(f"--resume={copy}"),
+            f"run folder {copy}: expected no other run in it, got process {os.getpid()} on ",
+        )
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
     assert run(f"--resume={copy}").exit_code == 0
 
@@ -114,7 +138,10 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     code = "import os, signal\nfrom eg3d_rlhf.experiments.process import run_lock\nfrom pathlib import Path\n"
     code += f"with run_lock(Path({str(tmp_path)!r})):\n"
     code += "    os.kill(os.getpid(), signal.SIGKILL)"
-    killed = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(train.__file__).parent), "PATH": os.environ["PATH"]})
+    killed = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(Path(train.__file__).parent), "PATH": os.environ["PATH"]},
+    )
     assert killed.returncode == -signal.SIGKILL and (tmp_path / LOCK).exists()
     with run_lock(tmp_path):
         assert f"process {os.getpid()}" in (tmp_path / LOCK).read_text()
@@ -128,21 +155,34 @@ def test_a_full_disk_while_statistics_are_written(copy):
     (copy / "timing.jsonl").unlink()
     (copy / "timing.jsonl").symlink_to("/dev/full")  # every write fails as on a full disk
     result = run(f"--resume={copy}")
-    assert_one_line(result, f"run folder {copy}: expected to write into it", "No space left on device", "Last good checkpoint: ")
+    assert_one_line(
+        result,
+        f"run folder {copy}: expected to write into it",
+        "No space left on device",
+        "Last good checkpoint: ",
+    )
     assert "checkpoint-000000032.safetensors" in result.stderr
 
 
 def test_a_full_disk_while_a_checkpoint_is_written(straight, copy, monkeypatch):
-    kept, fsync = checkpoint.available(copy)[-1].read_bytes(), os.fsync
+    kept = checkpoint.available(copy)[-1].read_bytes()
+    fsync = os.fsync
 
     def full(file):
-        if os.readlink(f"/proc/self/fd/{file}").endswith(".tmp") and "checkpoint" in os.readlink(f"/proc/self/fd/{file}"):
+        if os.readlink(f"/proc/self/fd/{file}").endswith(".tmp") and "checkpoint" in os.readlink(
+            f"/proc/self/fd/{file}"
+        ):
             raise OSError(28, "No space left on device")
         fsync(file)
 
     monkeypatch.setattr(storage.os, "fsync", full)
     result = run(f"--resume={copy}")
-    assert_one_line(result, "checkpoint-000000048.safetensors: expected to write ", "No space left on device", "Last good checkpoint: ")
+    assert_one_line(
+        result,
+        "checkpoint-000000048.safetensors: expected to write ",
+        "No space left on device",
+        "Last good checkpoint: ",
+    )
     assert checkpoint.available(copy)[-1].read_bytes() == kept and not list(copy.glob(".*"))
     monkeypatch.undo()
     assert run(f"--resume={copy}").exit_code == 0
@@ -152,7 +192,9 @@ def test_a_full_disk_while_a_checkpoint_is_written(straight, copy, monkeypatch):
 def test_a_folder_that_cannot_be_made(tiny_data, tiny_networks, tmp_path):
     (tmp_path / "file").write_text("in the way")
     result = run(*train_flags(tiny_data, tiny_networks, tmp_path / "file" / "runs", *RUN))
-    assert_one_line(result, "--outdir: expected to make ", "Not a directory", "Choose a folder that can be written")
+    assert_one_line(
+        result, "--outdir: expected to make ", "Not a directory", "Choose a folder that can be written"
+    )
 
 
 # Damage.
@@ -179,7 +221,9 @@ def test_every_flipped_byte_is_noticed_or_harmless(small_file):
                 found, described = storage.read_tensors(small_file, "checkpoint")
             except ValueError as error:
                 noticed += 1
-                assert "\n" not in str(error) and "small.safetensors: expected a checkpoint file" in str(error)
+                assert "\n" not in str(error) and "small.safetensors: expected a checkpoint file" in str(
+                    error
+                )
             else:
                 assert_same(tensors, found)
                 assert described == meta
@@ -187,8 +231,11 @@ def test_every_flipped_byte_is_noticed_or_harmless(small_file):
 
 
 def test_files_of_the_first_format_keep_their_checksum_and_later_formats_are_refused(tmp_path, monkeypatch):
-    tensors, content, path = {"a": torch.ones(2)}, {"kind": "checkpoint", "meta": {"x": 1}}, tmp_path / "a.safetensors"
-    described = json.dumps({**content, storage.CHECKSUM_KEY: storage.checksum(tensors, content)})  # as it was before there was a number
+    tensors = {"a": torch.ones(2)}
+    content = {"kind": "checkpoint", "meta": {"x": 1}}
+    path = tmp_path / "a.safetensors"
+    # as it was before there was a number
+    described = json.dumps({**content, storage.CHECKSUM_KEY: storage.checksum(tensors, content)})
     path.write_bytes(save(tensors, metadata={storage.HEADER_KEY: described}))
     assert storage.read_tensors(path, "checkpoint")[1] == {"x": 1}
     with monkeypatch.context() as later:
@@ -196,7 +243,10 @@ def test_files_of_the_first_format_keep_their_checksum_and_later_formats_are_ref
         storage.write_tensors(path, "checkpoint", tensors, {"x": 1})
         assert storage.read_tensors(path, "checkpoint")[1] == {"x": 1}
     for read in (storage.read_tensors, storage.read_meta):
-        with pytest.raises(ValueError, match=r"expected a checkpoint file, got one of format 2. .* later version: use a later"):
+        with pytest.raises(
+            ValueError,
+            match=r"expected a checkpoint file, got one of format 2. .* later version: use a later",
+        ):
             read(path, "checkpoint")
 
 
@@ -204,7 +254,10 @@ def test_files_of_the_first_format_keep_their_checksum_and_later_formats_are_ref
 
 
 def test_bf16_trains_with_fp32_weights_and_stays_finite(tiny_data, tmp_path):
-    loops = [build_loop(tiny_data, tmp_path / str(amp), gan={"amp": amp}, nets=build_networks()) for amp in ("off", "bf16")]
+    loops = [
+        build_loop(tiny_data, tmp_path / str(amp), gan={"amp": amp}, nets=build_networks())
+        for amp in ("off", "bf16")
+    ]
     for loop in loops:
         loop.run()
     full, reduced = (state(loop.subject.nets.G) for loop in loops)

@@ -1,5 +1,6 @@
-"""Schedules, style mixing and the shape of the four phases; the reference values are in tests/compat/test_losses.py."""
-
+"""Schedules, style mixing and the shape of the four phases; the reference values are in
+tests/compat/test_losses.py.
+"""
 
 import pytest
 import torch
@@ -18,14 +19,16 @@ def test_blur_fades_linearly(kimg, expected):
 
 @pytest.mark.parametrize(("kimg", "expected"), [(0, 1.0), (250, 0.875), (1000, 0.5), (5000, 0.5)])
 def test_camera_swapping_fades_from_always_to_its_probability(kimg, expected):
-    assert schedule(GanConfig(gpc_reg_prob=0.5, gpc_reg_fade_kimg=1000), kimg * 1000).swapping_prob == pytest.approx(expected)
+    assert schedule(
+        GanConfig(gpc_reg_prob=0.5, gpc_reg_fade_kimg=1000), kimg * 1000
+    ).swapping_prob == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("kimg", "expected"), [(0, 64), (250, 80), (506, 96), (510, 97), (1000, 128), (9000, 128)])
+@pytest.mark.parametrize(
+    ("kimg", "expected"), [(0, 64), (250, 80), (506, 96), (510, 97), (1000, 128), (9000, 128)]
+)
 def test_rendering_resolution_fades_in_whole_pixels(kimg, expected):
-    config = GanConfig(
-        nrr_initial=64, nrr_final=128, nrr_fade_kimg=1000
-    )
+    config = GanConfig(nrr_initial=64, nrr_final=128, nrr_fade_kimg=1000)
     assert schedule(config, kimg * 1000).neural_rendering_resolution == expected
 
 
@@ -60,11 +63,15 @@ def test_style_mixing_runs_in_every_phase(tiny_data, phase, reg_type):
     assert total > 0 and any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
 
 
-@pytest.mark.parametrize("swap", [torch.ones([4, 1], dtype=torch.bool), torch.tensor([[True], [False], [True], [False]]), None])
+@pytest.mark.parametrize(
+    "swap", [torch.ones([4, 1], dtype=torch.bool), torch.tensor([[True], [False], [True], [False]]), None]
+)
 def test_the_latent_that_is_mixed_in_sees_the_true_camera(tiny_data, swap):
     """EG3D's order of draws: where to cut, whether to, then the second latent."""
-    phases, batch = phases_of(style_mixing_prob=1.0), tiny_runs.batch(tiny_data)
-    z, c = batch.gen_z, batch.gen_c
+    phases = phases_of(style_mixing_prob=1.0)
+    batch = tiny_runs.batch(tiny_data)
+    z = batch.gen_z
+    c = batch.gen_c
     cond = torch.zeros_like(c) if swap is None else torch.where(swap, c.roll(1, 0), c)
     for seed in range(4):
         torch.manual_seed(seed)
@@ -84,7 +91,10 @@ def test_swapping_conditions_on_the_neighbours_camera(tiny_data):
     assert torch.equal(swapped, phases.G.mapping(batch.gen_z, batch.gen_c.roll(1, 0)))
     kept = phases.ws(batch.gen_z, batch.gen_c, torch.zeros([], dtype=torch.bool))
     assert torch.equal(kept, phases.G.mapping(batch.gen_z, batch.gen_c))
-    assert torch.equal(phases.ws(batch.gen_z, batch.gen_c, None), phases.G.mapping(batch.gen_z, torch.zeros_like(batch.gen_c)))
+    assert torch.equal(
+        phases.ws(batch.gen_z, batch.gen_c, None),
+        phases.G.mapping(batch.gen_z, torch.zeros_like(batch.gen_c)),
+    )
 
 
 def test_r1_is_the_squared_gradient_at_both_images():
@@ -92,7 +102,9 @@ def test_r1_is_the_squared_gradient_at_both_images():
     logits = (2 * image.sum(dim=[1, 2, 3]) + 3 * raw.square().sum(dim=[1, 2, 3]))[:, None]
     penalty = gan_phases.r1_penalty(logits, image, raw)
     torch.testing.assert_close(penalty, 48 * 4 + 36 * raw.square().sum(dim=[1, 2, 3]))
-    assert torch.allclose(gan_phases.r1_penalty((2 * image.sum(dim=[1, 2, 3]))[:, None], image), torch.full([2], 192.0))
+    assert torch.allclose(
+        gan_phases.r1_penalty((2 * image.sum(dim=[1, 2, 3]))[:, None], image), torch.full([2], 192.0)
+    )
 
 
 def test_density_terms():
@@ -114,4 +126,6 @@ def test_blur_keeps_constants_inside_and_vanishes_below_a_third_of_a_pixel():
     impulse[0, 0, 8, 8] = 1
     taps = [2 ** -((k / 1.5) ** 2) for k in range(-4, 5)]
     expected = torch.tensor([[a * b for b in taps] for a in taps]) / sum(taps) ** 2
-    torch.testing.assert_close(gan_phases.blur(impulse, 1.5)[0, 0, 4:13, 4:13], expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        gan_phases.blur(impulse, 1.5)[0, 0, 4:13, 4:13], expected, rtol=1e-5, atol=1e-7
+    )

@@ -8,7 +8,14 @@ import pytest
 
 from training.dataset import ImageFolderDataset
 from training.heads import people
-from training.synthetic_heads import PeopleOptions, head_parameters, load_truth, parse_name, resolve_dataset, write_heads
+from training.synthetic_heads import (
+    PeopleOptions,
+    head_parameters,
+    load_truth,
+    parse_name,
+    resolve_dataset,
+    write_heads,
+)
 
 
 def test_dataset_does_not_depend_on_the_process_count(tmp_path):
@@ -27,12 +34,22 @@ def test_images_depend_on_seed_and_index_only():
     other = head_parameters(PeopleOptions(seed=10), range(2, 5))
     assert not np.array_equal(few[0], other[0])
     shape, appearance, labels = few
-    assert shape.shape == (3, people.SHAPE) and shape.shape[1] + appearance.shape[1] == people.LATENT and labels.shape == (3, 25)
+    assert (
+        shape.shape == (3, people.SHAPE)
+        and shape.shape[1] + appearance.shape[1] == people.LATENT
+        and labels.shape == (3, 25)
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(zipfile.ZipFile, "writestr", Mock(side_effect=OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match=r"people16-n1-\w+.zip: expected to write .*, got: No space left on device. Make room, or set EG3D_"):
+    with pytest.raises(
+        OSError,
+        match=(
+            r"people16-n1-\w+.zip: expected to write .*, got: No space left on device. Make room, or set"
+            r" EG3D_"
+        ),
+    ):
         resolve_dataset("synthetic:people16@n=1", tmp_path, processes=1, progress=False)
     assert not list(tmp_path.iterdir())
 
@@ -42,12 +59,16 @@ def test_resolve_writes_once_and_round_trips(tmp_path):
     path = resolve_dataset(name, tmp_path, processes=1, progress=False)
     stamp = path.stat().st_mtime_ns
     assert resolve_dataset(name, tmp_path) == path and path.stat().st_mtime_ns == stamp
-    data, truth = ImageFolderDataset(path, resolution=16, c_dim=25), load_truth(path)
+    data = ImageFolderDataset(path, resolution=16, c_dim=25)
+    truth = load_truth(path)
     np.testing.assert_array_equal(data.get_labels(), truth.labels)
     np.testing.assert_array_equal(head_parameters(parse_name(name), range(5))[0], truth.shape)
     assert truth.depth.shape == (5, 16, 16) and 2.2 < truth.depth[np.isfinite(truth.depth)].mean() < 2.8
     with zipfile.ZipFile(path) as archive:
-        assert archive.namelist()[0] == "00000/img00000000.png" and archive.getinfo("dataset.json").compress_type == zipfile.ZIP_STORED
+        assert (
+            archive.namelist()[0] == "00000/img00000000.png"
+            and archive.getinfo("dataset.json").compress_type == zipfile.ZIP_STORED
+        )
     assert resolve_dataset("some/folder") == type(path)("some/folder")
     path.with_suffix(".npz").unlink()
     with pytest.raises(ValueError, match="load_truth: expected .* beside the dataset, got none"):
@@ -73,5 +94,7 @@ def test_name_errors(name, text):
 
 def test_names_and_hashes_tell_sets_apart():
     assert parse_name("synthetic:people64") == PeopleOptions()
-    assert parse_name("synthetic:people32@n=7,yaw=0.2@seed=3") == PeopleOptions(resolution=32, n=7, yaw=0.2, seed=3)
+    assert parse_name("synthetic:people32@n=7,yaw=0.2@seed=3") == PeopleOptions(
+        resolution=32, n=7, yaw=0.2, seed=3
+    )
     assert PeopleOptions().stem() != PeopleOptions(seed=1).stem()

@@ -1,5 +1,6 @@
-"""The training loop on tiny networks: optimisers, moving average, ADA, errors, and what may not depend on what."""
-
+"""The training loop on tiny networks: optimisers, moving average, ADA, errors, and what may not depend on
+what.
+"""
 
 import pytest
 import torch
@@ -34,10 +35,21 @@ def test_lazy_adam_scales_learning_rate_and_betas(interval, share):
 
 
 def test_phases_share_optimisers_and_scale_the_lazy_ones(tiny_data, tmp_path):
-    phases = {p.name: p for p in build_loop(tiny_data, tmp_path, gan={"density_reg_every": 4, "d_reg_interval": 16}).phases}
+    phases = {
+        p.name: p
+        for p in build_loop(tiny_data, tmp_path, gan={"density_reg_every": 4, "d_reg_interval": 16}).phases
+    }
     assert list(phases) == ["Gmain", "Greg", "Dmain", "Dreg"]
-    assert {n: (p.interval, p.gain) for n, p in phases.items()} == {"Gmain": (1, 1), "Greg": (4, 4), "Dmain": (1, 1), "Dreg": (16, 16)}
-    assert phases["Gmain"].optimizer is phases["Greg"].optimizer and phases["Dmain"].optimizer is phases["Dreg"].optimizer
+    assert {n: (p.interval, p.gain) for n, p in phases.items()} == {
+        "Gmain": (1, 1),
+        "Greg": (4, 4),
+        "Dmain": (1, 1),
+        "Dreg": (16, 16),
+    }
+    assert (
+        phases["Gmain"].optimizer is phases["Greg"].optimizer
+        and phases["Dmain"].optimizer is phases["Dreg"].optimizer
+    )
     assert phases["Gmain"].optimizer.param_groups[0]["lr"] == pytest.approx(0.002 * 4 / 5)
     assert phases["Dmain"].optimizer.param_groups[0]["lr"] == pytest.approx(0.002 * 16 / 17)
 
@@ -63,24 +75,34 @@ def test_lazy_phases_run_every_interval_iterations(tiny_data, tmp_path):
 def test_a_phase_optimises_its_own_network_alone(tiny_data, tmp_path):
     loop = begin(build_loop(tiny_data, tmp_path))
     for phase in loop.phases:
-        before_G, before_D = state(loop.subject.nets.G), state(loop.subject.nets.D)
+        before_G = state(loop.subject.nets.G)
+        before_D = state(loop.subject.nets.D)
         loop._run_phase(phase)
-        other, before = (loop.subject.nets.D, before_D) if phase.name[0] == "G" else (loop.subject.nets.G, before_G)
+        other, before = (
+            (loop.subject.nets.D, before_D) if phase.name[0] == "G" else (loop.subject.nets.G, before_G)
+        )
         buffers = dict(other.named_buffers())  # w_avg moves in the discriminator's pass
         now = state(other)
-        assert_same({k: v for k, v in before.items() if k not in buffers}, {k: v for k, v in now.items() if k not in buffers})
-        assert not any(p.requires_grad for net in (loop.subject.nets.G, loop.subject.nets.D) for p in net.parameters())
+        assert_same(
+            {k: v for k, v in before.items() if k not in buffers},
+            {k: v for k, v in now.items() if k not in buffers},
+        )
+        assert not any(
+            p.requires_grad for net in (loop.subject.nets.G, loop.subject.nets.D) for p in net.parameters()
+        )
 
 
 @pytest.mark.parametrize(("cur_nimg", "rampup"), [(0, 0.05), (100, 0.05), (10_000, 0.05), (100, None)])
 def test_moving_average(tiny_data, tmp_path, cur_nimg, rampup):
     loop = build_loop(tiny_data, tmp_path, gan={"ema_kimg": 0.02, "ema_rampup": rampup})
-    G, G_ema = loop.subject.nets.G, loop.subject.nets.G_ema
+    G = loop.subject.nets.G
+    G_ema = loop.subject.nets.G_ema
     generator = torch.Generator().manual_seed(1)
     for tensor in G.state_dict().values():
         tensor += torch.randn(tensor.shape, generator=generator)
     G.neural_rendering_resolution = 12
-    before, target = state(G_ema), state(G)
+    before = state(G_ema)
+    target = state(G)
     loop.subject.after_step(cur_nimg, 1)
     half_life = 20.0 if rampup is None else min(20.0, cur_nimg * rampup)
     beta = 0.5 ** (4 / half_life) if half_life > 0 else 0.0
@@ -99,10 +121,20 @@ def test_moving_average(tiny_data, tmp_path, cur_nimg, rampup):
 def ada_loop(data, folder, p):
     pipe = AugmentPipe(xflip=1).requires_grad_(False)
     pipe.p.fill_(p)
-    return build_loop(data, folder, augment_pipe=pipe, gan={"aug": "ada", "target": 0.6, "ada_interval": 2, "ada_kimg": 0.1}), pipe
+    return (
+        build_loop(
+            data,
+            folder,
+            augment_pipe=pipe,
+            gan={"aug": "ada", "target": 0.6, "ada_interval": 2, "ada_kimg": 0.1},
+        ),
+        pipe,
+    )
 
 
-@pytest.mark.parametrize(("sign", "p", "expected"), [(0.9, 0.2, 0.28), (0.1, 0.2, 0.12), (0.6, 0.2, 0.2), (-1.0, 0.05, 0.0)])
+@pytest.mark.parametrize(
+    ("sign", "p", "expected"), [(0.9, 0.2, 0.28), (0.1, 0.2, 0.12), (0.6, 0.2, 0.2), (-1.0, 0.05, 0.0)]
+)
 def test_ada_moves_towards_its_target_and_stops_at_zero(tiny_data, tmp_path, sign, p, expected):
     loop, pipe = ada_loop(tiny_data, tmp_path, p)  # a step is 4 images * 2 iterations / 100 images = 0.08
     loop.subject.ada_stats.report("Loss/signs/real", torch.tensor(sign, dtype=torch.float64))
@@ -158,11 +190,14 @@ def test_a_further_phase_without_gradient_changes_nothing(tiny_data, tmp_path):
 def test_frozen_layers_of_d_take_no_gradient_and_keep_their_names(tiny_data, tmp_path):
     free = build_networks()
     loop = begin(build_loop(tiny_data, tmp_path, nets=build_networks(freezed=3)))
-    D, before = loop.subject.nets.D, state(loop.subject.nets.D)
+    D = loop.subject.nets.D
+    before = state(loop.subject.nets.D)
     assert set(before) == set(free.D.state_dict())
     frozen = set(dict(D.named_buffers())) & {k for k, _ in free.D.named_parameters()}
     # The first block has fromrgb, conv0, conv1 and skip: layers 0 to 3.
-    assert frozen == {f"b32.{layer}.{kind}" for layer in ("fromrgb", "conv0", "conv1") for kind in ("weight", "bias")}
+    assert frozen == {
+        f"b32.{layer}.{kind}" for layer in ("fromrgb", "conv0", "conv1") for kind in ("weight", "bias")
+    }
     loop.step()
     now = state(D)
     assert all(torch.equal(now[k], before[k]) and not D.get_buffer(k).requires_grad for k in frozen)
@@ -173,9 +208,18 @@ def test_a_run_leaves_the_documented_files(tiny_data, tmp_path):
     loop = build_loop(tiny_data, tmp_path / "run")
     loop.run()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "checkpoint-000000016.safetensors", "checkpoint-000000032.safetensors", "fakes000000-032.png", "fakes000000-032_depth.png",
-        "fakes000000-032_raw.png", "fakes_init.png", "fakes_init_depth.png", "fakes_init_raw.png",
-        "network-snapshot-000000-032.safetensors", "reals.png", "stats.jsonl", "timing.jsonl",
+        "checkpoint-000000016.safetensors",
+        "checkpoint-000000032.safetensors",
+        "fakes000000-032.png",
+        "fakes000000-032_depth.png",
+        "fakes000000-032_raw.png",
+        "fakes_init.png",
+        "fakes_init_depth.png",
+        "fakes_init_raw.png",
+        "network-snapshot-000000-032.safetensors",
+        "reals.png",
+        "stats.jsonl",
+        "timing.jsonl",
     ]
     saved = tiny_runs.networks.load(tmp_path / "run" / "network-snapshot-000000-032.safetensors")
     assert_same(state(saved.G_ema), state(loop.subject.nets.G_ema))
@@ -188,7 +232,9 @@ class Slope:
     device = torch.device("cpu")
 
     def __init__(self):
-        self.net, self.collectors, self.seen = torch.nn.Linear(1, 1, bias=False).requires_grad_(False), {}, 0
+        self.net = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+        self.collectors = {}
+        self.seen = 0
         self.net.weight.zero_()
         self.moving = self.net
 
@@ -206,7 +252,9 @@ class Slope:
     begin = end = fetch = observe = snapshot = idle
 
     def batch_for(self, phase, cur_nimg):
-        return lambda turn: torch.randn([4, 1], generator=torch.Generator().manual_seed(derive_seed(phase, cur_nimg)))
+        return lambda turn: torch.randn(
+            [4, 1], generator=torch.Generator().manual_seed(derive_seed(phase, cur_nimg))
+        )
 
     def after_step(self, cur_nimg, batch_idx):
         self.seen += 1
@@ -227,7 +275,8 @@ def slope_loop(folder, kimg: float) -> TrainingLoop:
 
 
 def test_the_loop_trains_what_is_no_gan_and_resumes_it_exactly(tmp_path, capsys):
-    straight, stopped = slope_loop(tmp_path / "straight", 0.8), slope_loop(tmp_path / "stopped", 0.4)
+    straight = slope_loop(tmp_path / "straight", 0.8)
+    stopped = slope_loop(tmp_path / "stopped", 0.4)
     straight.run()
     stopped.run()
     resumed = slope_loop(tmp_path / "stopped", 0.8)
@@ -235,5 +284,7 @@ def test_the_loop_trains_what_is_no_gan_and_resumes_it_exactly(tmp_path, capsys)
     resumed.run()
     assert float(straight.subject.net.weight) == pytest.approx(3, abs=0.1) and resumed.subject.seen == 200
     assert_same(straight.subject.net.state_dict(), resumed.subject.net.state_dict())
-    assert (tmp_path / "straight" / "stats.jsonl").read_text() == (tmp_path / "stopped" / "stats.jsonl").read_text()
+    assert (tmp_path / "straight" / "stats.jsonl").read_text() == (
+        tmp_path / "stopped" / "stats.jsonl"
+    ).read_text()
     assert "weight 3.0" in capsys.readouterr().out

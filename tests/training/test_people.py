@@ -1,4 +1,6 @@
-"""Heads of people: what latents name, distances by the winding number, damage, pictures, and the file of the basis."""
+"""Heads of people: what latents name, distances by the winding number, damage, pictures, and the file of the
+basis.
+"""
 
 import importlib.metadata
 import math
@@ -60,7 +62,8 @@ def test_winding_numbers_are_those_of_all_triangles():
     corners = people.load_basis().mean[people.load_basis().triangles].astype(float)
     points = rng.normal(0, 0.01, (40, 3)) + [0.0, 0.05, 0.15]
     everything = people_mesh.solid_angles(corners, points).sum(axis=1) / (4 * np.pi)
-    np.testing.assert_allclose(people_mesh.winding_number(corners, points), everything, atol=0.02)  # far groups are one dipole each
+    # far groups are one dipole each
+    np.testing.assert_allclose(people_mesh.winding_number(corners, points), everything, atol=0.02)
 
 
 def test_nearest_place_on_a_triangle():
@@ -71,13 +74,17 @@ def test_nearest_place_on_a_triangle():
 
 
 def test_distance_has_unit_slope_and_the_right_side(heads):
-    head, basis = heads[2], people.load_basis()
+    head = heads[2]
+    basis = people.load_basis()
     rng = np.random.default_rng(1)
-    smooth = basis.masks["scalp"] + basis.masks["neck"] > 0.5  # no lids, nostrils or lips, whose rims are folded
+    # no lids, nostrils or lips, whose rims are folded
+    smooth = basis.masks["scalp"] + basis.masks["neck"] > 0.5
     rows = rng.choice(np.flatnonzero(smooth), 150)
     out = head.vertices[rows] + 0.02 * head.normals[rows]
     assert (people_mesh.head_distance(head, out) > 0).mean() > 0.98
-    assert (people_mesh.head_distance(head, head.vertices[rows] - 0.02 * head.normals[rows]) < 0).mean() > 0.98
+    assert (
+        people_mesh.head_distance(head, head.vertices[rows] - 0.02 * head.normals[rows]) < 0
+    ).mean() > 0.98
     known = np.array([[0, 0, 0], [0, -0.35, 0.0], [0, 0, 0.45], [0, 0.45, 0], [0.4, 0.2, 0]])
     assert (np.sign(people_mesh.head_distance(head, known)) == [-1, -1, 1, 1, 1]).all()
     step = 1e-3
@@ -92,7 +99,8 @@ def test_a_grid_has_the_points_distances(heads):
     chosen = np.random.default_rng(2).choice(len(points), 300, replace=False)
     for head in heads[:2]:
         grid = people_mesh.head_grid(head, 20)
-        exact, quick = people_mesh.head_distance(head, points[chosen]), grid.ravel()[chosen]
+        exact = people_mesh.head_distance(head, points[chosen])
+        quick = grid.ravel()[chosen]
         near = (np.abs(exact) < 2 / 20) & (points[chosen, 1] > -0.2)
         assert (np.sign(quick) == np.sign(exact)).all()
         np.testing.assert_allclose(quick[near], exact[near], atol=3e-3)
@@ -152,7 +160,9 @@ def test_depth_of_a_picture_lies_on_the_surface(heads):
     way = np.stack([x / FFHQ_FOCAL, -y / FFHQ_FOCAL, -np.ones(len(x))], axis=1)
     points = [0, 0, FFHQ_RADIUS] + way / np.linalg.norm(way, axis=1, keepdims=True) * depth[hit][:, None]
     chosen = (np.abs(points[:, 0]) < 0.3) & (points[:, 1] > -0.3)
-    away = people_mesh.nearest_places(heads[3].vertices[people.load_basis().triangles].astype(float), points[chosen])[2]
+    away = people_mesh.nearest_places(
+        heads[3].vertices[people.load_basis().triangles].astype(float), points[chosen]
+    )[2]
     assert away.max() < 1e-5
 
 
@@ -161,7 +171,9 @@ def test_the_data_set_is_named_rendered_and_known(tmp_path):
     shape, appearance, _ = head_parameters(options, range(2))
     together = np.concatenate([shape, appearance], axis=1)
     np.testing.assert_allclose((together**2).mean(axis=1), 1, atol=1e-5)
-    truth = load_truth(resolve_dataset("synthetic:people32@n=3,seed=5", tmp_path, processes=1, progress=False))
+    truth = load_truth(
+        resolve_dataset("synthetic:people32@n=3,seed=5", tmp_path, processes=1, progress=False)
+    )
     np.testing.assert_array_equal(truth.shape[:2], shape)
     assert truth.depth.shape == (3, 32, 32)
     with pytest.raises(ValueError, match="background"):
@@ -176,7 +188,8 @@ def test_the_basis_ships_small_with_its_licences():
 
 
 def test_a_missing_or_damaged_basis_and_another_version_are_refused(tmp_path):
-    damaged_file, other = tmp_path / "damaged.safetensors", tmp_path / "other.safetensors"
+    damaged_file = tmp_path / "damaged.safetensors"
+    other = tmp_path / "other.safetensors"
     shutil.copyfile(people.ASSET, damaged_file)
     with open(damaged_file, "r+b") as file:
         file.seek(-1000, 2)
@@ -191,7 +204,9 @@ def test_a_missing_or_damaged_basis_and_another_version_are_refused(tmp_path):
 
 
 def test_without_its_package_the_basis_cannot_be_made(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", Mock(side_effect=importlib.metadata.PackageNotFoundError))
+    monkeypatch.setattr(
+        importlib.metadata, "version", Mock(side_effect=importlib.metadata.PackageNotFoundError)
+    )
     with pytest.raises(ValueError, match="pip install anny=="):
         people_basis.build()
     monkeypatch.setattr(importlib.metadata, "version", Mock(return_value="0.1"))
@@ -201,21 +216,45 @@ def test_without_its_package_the_basis_cannot_be_made(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory, latents, heads):
-    """A folder with one small file, whose distances are our own: the package that makes real ones is not here."""
-    folder, rng = tmp_path_factory.mktemp("pool"), np.random.default_rng(6)
+    """A folder with one small file, whose distances are our own: the package that makes real ones is not
+    here.
+    """
+    folder = tmp_path_factory.mktemp("pool")
+    rng = np.random.default_rng(6)
     sizes = PoolOptions(face=100, eyes=50, rest=100, behind=100, anywhere=50, walls=50)
-    stored = [np.round(draw_points(head, people.load_basis(), sizes, rng) / POINT_STEP).astype(np.int16) for head in heads[:2]]
-    distance = [people_mesh.head_distance(head, at * POINT_STEP) for head, at in zip(heads, stored, strict=False)]
+    stored = [
+        np.round(draw_points(head, people.load_basis(), sizes, rng) / POINT_STEP).astype(np.int16)
+        for head in heads[:2]
+    ]
+    distance = [
+        people_mesh.head_distance(head, at * POINT_STEP) for head, at in zip(heads, stored, strict=False)
+    ]
     colour = rng.integers(256, size=(2, sizes.total, 3)).astype(np.uint8)
-    columns = {"z": latents[:2].astype(np.float32), "points": np.stack(stored), "distance": np.stack(distance).astype(np.float16)}
+    columns = {
+        "z": latents[:2].astype(np.float32),
+        "points": np.stack(stored),
+        "distance": np.stack(distance).astype(np.float16),
+    }
     np.savez(folder / "chunk-0000.npz", **columns, colour=colour)
     return folder
 
 
 def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path, pool):
-    points = {"heads": 2, "candidates": 300, "near": 80, "behind": 20, "hard": 20, "others": 20, "save_every": 1,
-              "empty": 50, "debris": 10, "window": 8}
-    both = PeopleTraining(steps=(1, 1), lr=(0.01, 0.01), colour=(4.0, 4.0), planes=(64, 128), pictures=(0.0, 1.0), **points)
+    points = {
+        "heads": 2,
+        "candidates": 300,
+        "near": 80,
+        "behind": 20,
+        "hard": 20,
+        "others": 20,
+        "save_every": 1,
+        "empty": 50,
+        "debris": 10,
+        "window": 8,
+    }
+    both = PeopleTraining(
+        steps=(1, 1), lr=(0.01, 0.01), colour=(4.0, 4.0), planes=(64, 128), pictures=(0.0, 1.0), **points
+    )
     first = PeopleTraining(steps=(1,), lr=(0.01,), colour=(4.0,), planes=(64,), pictures=(0.0,), **points)
     straight = networks.load(train(tmp_path / "straight", Pool(pool), both))
     train(tmp_path / "stopped", Pool(pool), first)
@@ -227,8 +266,19 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path, pool):
 def test_the_discriminator_learns_and_the_generator_stays(tmp_path, pool, monkeypatch):
     monkeypatch.setenv("EG3D_RLHF_CACHE", str(tmp_path))
     short = PeopleTraining(
-        steps=(1,), lr=(0.01,), colour=(4.0,), planes=(64,), pictures=(0.0,), heads=2, candidates=300, near=80, behind=20, hard=20,
-        others=20, empty=50, debris=10,
+        steps=(1,),
+        lr=(0.01,),
+        colour=(4.0,),
+        planes=(64,),
+        pictures=(0.0,),
+        heads=2,
+        candidates=300,
+        near=80,
+        behind=20,
+        hard=20,
+        others=20,
+        empty=50,
+        debris=10,
     )
     network = networks.load(train(tmp_path / "run", Pool(pool), short))
     before = [networks.state_hash(module) for module in (network.G_ema, network.D)]

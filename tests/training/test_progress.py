@@ -16,8 +16,13 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"desc": "surfaces", "unit": "head"}, "surfaces: 300 heads in 00:00\n"), ({"total": 400}, "done: 300 of 400 in 00:00\n"),
-     ({"leave": False}, ""), ({"disable": True}, ""), ({"disable": None}, "")],
+    [
+        ({"desc": "surfaces", "unit": "head"}, "surfaces: 300 heads in 00:00\n"),
+        ({"total": 400}, "done: 300 of 400 in 00:00\n"),
+        ({"leave": False}, ""),
+        ({"disable": True}, ""),
+        ({"disable": None}, ""),
+    ],
 )
 def test_one_line_in_a_log(options, text):
     file = io.StringIO()

@@ -1,4 +1,6 @@
-"""The renderer from scalars against the renderer that sorts features: same images, gradients and random sequence."""
+"""The renderer from scalars against the renderer that sorts features: same images, gradients and random
+sequence.
+"""
 
 import pytest
 import torch
@@ -11,10 +13,22 @@ from training.rendering.renderer import ImportanceRenderer, MipRayMarcher2, unif
 from training.triplane import OSGDecoder
 
 FAST = ("auto", "torch")
-OPTIONS = {"ray_start": 2.25, "ray_end": 3.3, "box_warp": 1.0, "depth_resolution": 9, "depth_resolution_importance": 7}
+OPTIONS = {
+    "ray_start": 2.25,
+    "ray_end": 3.3,
+    "box_warp": 1.0,
+    "depth_resolution": 9,
+    "depth_resolution_importance": 7,
+}
 VARIANTS = [
-    {}, {"depth_resolution_importance": 0}, {"white_back": True}, {"density_noise": 0.5}, {"disparity_space_sampling": True},
-    {"ray_start": "auto", "ray_end": "auto"}, {"importance_stratified": True}, {"box_warp": 0.6},
+    {},
+    {"depth_resolution_importance": 0},
+    {"white_back": True},
+    {"density_noise": 0.5},
+    {"disparity_space_sampling": True},
+    {"ray_start": "auto", "ray_end": "auto"},
+    {"importance_stratified": True},
+    {"box_warp": 0.6},
     {"depth_resolution": 2, "depth_resolution_importance": 1},
 ]
 
@@ -43,7 +57,9 @@ def render(renderer, arguments, impl):
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_images_gradients_and_the_random_sequence_are_those_of_the_reference(impl, layout, options):
     renderer, arguments = scene(layout, options=options)
-    (found, next_found), (expected, next_expected) = (render(renderer, arguments, which) for which in (impl, "ref"))
+    (found, next_found), (expected, next_expected) = (
+        render(renderer, arguments, which) for which in (impl, "ref")
+    )
     assert torch.equal(next_found, next_expected)
     for value, reference in zip(found, expected, strict=True):
         assert value.shape == reference.shape
@@ -58,7 +74,8 @@ def test_images_gradients_and_the_random_sequence_are_those_of_the_reference(imp
 @pytest.mark.parametrize("options", [{}, {"density_noise": 0.5}])
 def test_without_gradients_rays_go_through_in_parts(monkeypatch, options):
     renderer, arguments = scene(options=options)
-    (expected, after), _ = render(renderer, arguments, "auto"), None
+    expected, after = render(renderer, arguments, "auto")
+    _ = None
     monkeypatch.setattr(renderer_module, "_CPU_SAMPLES", 2 * 9 * 5)  # five of 36 rays at once
     with torch.no_grad():
         found, after_parts = render(renderer, arguments, "auto")

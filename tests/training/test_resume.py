@@ -1,4 +1,6 @@
-"""A run that was killed and resumed equals the straight run, bit for bit; damaged and foreign checkpoints are refused."""
+"""A run that was killed and resumed equals the straight run, bit for bit; damaged and foreign checkpoints are
+refused.
+"""
 
 import json
 import os
@@ -28,7 +30,15 @@ def mortal_step(self):
 TrainingLoop.step = mortal_step
 train.main(sys.argv[1:])
 """
-FLAGS = ("--kimg=0.064", "--tick=0.016", "--snap=2", "--aug=ada", "--style-mixing-prob=0.5", "--mirror=True", "--blur-fade-kimg=0.04")
+FLAGS = (
+    "--kimg=0.064",
+    "--tick=0.016",
+    "--snap=2",
+    "--aug=ada",
+    "--style-mixing-prob=0.5",
+    "--mirror=True",
+    "--blur-fade-kimg=0.04",
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,10 @@ def straight(tiny_data, tiny_networks, tmp_path_factory) -> Path:
 def assert_equal_runs(first: Path, second: Path) -> None:
     """Equal statistics, final checkpoint (weights, moments, counters) and final networks."""
     assert (first / "stats.jsonl").read_text() == (second / "stats.jsonl").read_text()
-    for name, kind in (("checkpoint-000000064.safetensors", "checkpoint"), ("network-snapshot-000000-064.safetensors", "network")):
+    for name, kind in (
+        ("checkpoint-000000064.safetensors", "checkpoint"),
+        ("network-snapshot-000000-064.safetensors", "network"),
+    ):
         (a, meta_a), (b, meta_b) = (storage.read_tensors(folder / name, kind) for folder in (first, second))
         assert_same(a, b)
         assert meta_a == meta_b
@@ -53,7 +66,8 @@ def test_killed_and_resumed_equals_straight(straight, tiny_data, tiny_networks, 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = only_run(tmp_path)
     assert [p.name for p in checkpoint.available(folder)] == ["checkpoint-000000016.safetensors"]
-    (folder / ".checkpoint-000000032.safetensors.1.tmp").write_bytes(b"half")  # a write that the signal cut short
+    # a write that the signal cut short
+    (folder / ".checkpoint-000000032.safetensors.1.tmp").write_bytes(b"half")
     with open(folder / "stats.jsonl", "a") as file:  # and a line that came after the checkpoint
         file.write('{"tick": 2, "nimg')
     result = run(f"--resume={folder}")
@@ -63,7 +77,10 @@ def test_killed_and_resumed_equals_straight(straight, tiny_data, tiny_networks, 
 
 
 def test_two_checkpoints_are_kept_and_nothing_temporary(straight):
-    assert [p.name for p in checkpoint.available(straight)] == ["checkpoint-000000048.safetensors", "checkpoint-000000064.safetensors"]
+    assert [p.name for p in checkpoint.available(straight)] == [
+        "checkpoint-000000048.safetensors",
+        "checkpoint-000000064.safetensors",
+    ]
     assert not list(straight.glob("*tmp*")) and not list(straight.glob(".*"))
     lines = [json.loads(line) for line in (straight / "stats.jsonl").read_text().splitlines()]
     assert [(line["tick"], line["nimg"]) for line in lines] == [(1, 16), (2, 32), (3, 48), (4, 64)]
@@ -91,7 +108,9 @@ def test_a_damaged_checkpoint_is_refused_by_default(damaged):
     before = (damaged / "stats.jsonl").read_text()
     result = run(f"--resume={damaged}")
     assert_one_line(
-        result, "--resume: ", "checkpoint-000000064.safetensors: expected a checkpoint file, got a truncated or foreign one",
+        result,
+        "--resume: ",
+        "checkpoint-000000064.safetensors: expected a checkpoint file, got a truncated or foreign one",
         "Add --resume-previous to continue from checkpoint-000000048.safetensors.",
     )
     assert (damaged / "stats.jsonl").read_text() == before
@@ -106,7 +125,10 @@ def test_the_previous_checkpoint_gives_the_same_run(straight, damaged):
 def test_two_damaged_checkpoints_are_an_error_even_then(damaged):
     older = checkpoint.available(damaged)[0]
     older.write_bytes(b"")
-    assert_one_line(run(f"--resume={damaged}", "--resume-previous"), "checkpoint-000000048.safetensors: expected a checkpoint file")
+    assert_one_line(
+        run(f"--resume={damaged}", "--resume-previous"),
+        "checkpoint-000000048.safetensors: expected a checkpoint file",
+    )
 
 
 def test_a_named_checkpoint_is_used(straight, tmp_path):
@@ -118,7 +140,11 @@ def test_a_named_checkpoint_is_used(straight, tmp_path):
 
 
 def test_foreign_files_are_refused(straight, tiny_networks, tmp_path):
-    assert_one_line(run(f"--resume={tiny_networks}"), "--resume: ", "expected a checkpoint file, got one of kind 'network'")
+    assert_one_line(
+        run(f"--resume={tiny_networks}"),
+        "--resume: ",
+        "expected a checkpoint file, got one of kind 'network'",
+    )
     (tmp_path / "notes.txt").write_text("hello")
     assert_one_line(run(f"--resume={tmp_path / 'notes.txt'}"), "--resume: ", "got a truncated or foreign one")
 
@@ -126,7 +152,10 @@ def test_foreign_files_are_refused(straight, tiny_networks, tmp_path):
 def test_a_checkpoint_of_other_networks_is_refused(straight, tiny_data, tmp_path):
     loop = build_loop(tiny_data, tmp_path, nets=None, augment_pipe=AugmentPipe().requires_grad_(False))
     loop.subject.nets.D = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"\(D\): expected the network's own tensors, got missing: bias, weight; unexpected: b16"):
+    with pytest.raises(
+        ValueError,
+        match=r"\(D\): expected the network's own tensors, got missing: bias, weight; unexpected: b16",
+    ):
         loop.resume(straight)
 
 
@@ -157,7 +186,9 @@ def test_another_initial_network_is_refused_by_name(straight, tiny_data, tiny_ne
     networks.save(init, build_networks(seed=9))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     result = run(f"--resume={folder}", "--kimg=0.032")
-    assert_one_line(result, f"--resume: init {init}: expected the bytes that the run was begun with", "Restore the file")
+    assert_one_line(
+        result, f"--resume: init {init}: expected the bytes that the run was begun with", "Restore the file"
+    )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     init.write_bytes(tiny_networks.read_bytes())
     assert run(f"--resume={folder}", "--kimg=0.032").exit_code == 0

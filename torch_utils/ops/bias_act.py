@@ -19,14 +19,18 @@ class Activation:
 
     func: Callable[[torch.Tensor, float], torch.Tensor]  # func(x, alpha), any shape, out of place
     def_alpha: float = 0.0  # default slope; read by lrelu only
-    def_gain: float = 1.0  # default factor after the activation; sqrt(2) keeps unit variance through a rectifier
-    homogeneous_: Callable[[torch.Tensor, float], torch.Tensor] | None = None  # in-place func with g f(x) = f(g x) for g > 0
+    # default factor after the activation; sqrt(2) keeps unit variance through a rectifier
+    def_gain: float = 1.0
+    # in-place func with g f(x) = f(g x) for g > 0
+    homogeneous_: Callable[[torch.Tensor, float], torch.Tensor] | None = None
 
 
 _SQRT2 = math.sqrt(2)
 activation_funcs: dict[str, Activation] = {
     "linear": Activation(func=lambda x, alpha: x, homogeneous_=lambda x, alpha: x),
-    "relu": Activation(func=lambda x, alpha: F.relu(x), def_gain=_SQRT2, homogeneous_=lambda x, alpha: F.relu_(x)),
+    "relu": Activation(
+        func=lambda x, alpha: F.relu(x), def_gain=_SQRT2, homogeneous_=lambda x, alpha: F.relu_(x)
+    ),
     "lrelu": Activation(
         func=lambda x, alpha: F.leaky_relu(x, alpha),
         def_alpha=0.2,
@@ -62,9 +66,11 @@ def bias_act(
         dim: axis of `x` the bias runs along, 0 <= dim < x.ndim; ignored without a bias.
         act: a key of `activation_funcs`.
         alpha: slope of lrelu below zero; None = 0.2; other activations ignore it.
-        gain: factor after the activation; None = the activation's own (sqrt 2 for relu, lrelu, swish, else 1).
+        gain: factor after the activation; None = the activation's own (sqrt 2 for relu, lrelu, swish, else
+            1).
         clamp: largest magnitude of the result, >= 0; None does not clamp.
-        impl: see `torch_utils.ops.implementations`; "compiled" needs float32 or float64, gain > 0 and alpha >= 0.
+        impl: see `torch_utils.ops.implementations`; "compiled" needs float32 or float64, gain > 0 and
+            alpha >= 0.
     Returns: like `x`. It is `x` itself when there is nothing to do. `x` is never written to.
     Differentiable in x and b, to any order where the activation is.
     Raises: ValueError for an unknown `impl`.
@@ -74,7 +80,13 @@ def bias_act(
     spec = activation_funcs[act]
     alpha = spec.def_alpha if alpha is None else float(alpha)
     gain = spec.def_gain if gain is None else float(gain)
-    applies = x.dtype in COMPILED_DTYPES[x.device.type == "cuda"] and gain > 0 and alpha >= 0 and x.numel() > 0 and x.ndim > 0
+    applies = (
+        x.dtype in COMPILED_DTYPES[x.device.type == "cuda"]
+        and gain > 0
+        and alpha >= 0
+        and x.numel() > 0
+        and x.ndim > 0
+    )
     chosen = choose("bias_act", impl, "bias_act", x.device.type, applies)
     if b is None and act == "linear" and gain == 1 and clamp is None:
         return x
@@ -82,11 +94,19 @@ def bias_act(
         return (bias_act_ref if chosen == "ref" else _bias_act_torch)(x, b, dim, spec, alpha, gain, clamp)
     dim = dim if b is not None else min(1, x.ndim - 1)
     b = None if b is None else b.to(x.dtype).contiguous()
-    return torch.ops.eg3d_rlhf.bias_act(dense(x), b, dim, _NAMES.index(act), alpha, gain, -1.0 if clamp is None else float(clamp))
+    return torch.ops.eg3d_rlhf.bias_act(
+        dense(x), b, dim, _NAMES.index(act), alpha, gain, -1.0 if clamp is None else float(clamp)
+    )
 
 
 def bias_act_ref(
-    x: torch.Tensor, b: torch.Tensor | None, dim: int, spec: Activation, alpha: float, gain: float, clamp: float | None
+    x: torch.Tensor,
+    b: torch.Tensor | None,
+    dim: int,
+    spec: Activation,
+    alpha: float,
+    gain: float,
+    clamp: float | None,
 ) -> torch.Tensor:
     """The definition, one operation after the other."""
     if b is not None:
@@ -97,12 +117,18 @@ def bias_act_ref(
 
 
 def _bias_act_torch(
-    x: torch.Tensor, b: torch.Tensor | None, dim: int, spec: Activation, alpha: float, gain: float, clamp: float | None
+    x: torch.Tensor,
+    b: torch.Tensor | None,
+    dim: int,
+    spec: Activation,
+    alpha: float,
+    gain: float,
+    clamp: float | None,
 ) -> torch.Tensor:
     """bias_act in plain torch, in as few passes over memory as the activation allows.
 
-    Rectifiers commute with a positive gain, so bias and gain become one pass (gain*b + gain*x) and the activation
-    follows in place on that fresh tensor. Agrees with the literal formula to rounding.
+    Rectifiers commute with a positive gain, so bias and gain become one pass (gain*b + gain*x) and the
+    activation follows in place on that fresh tensor. Agrees with the literal formula to rounding.
     """
     if b is not None:
         b = b.to(x.dtype).reshape([-1 if i == dim else 1 for i in range(x.ndim)])  # [1, .., B, .., 1]
@@ -129,8 +155,11 @@ def _gradients(ctx, grad):
     dim, act, alpha, gain, clamp = ctx.rest
     need_x, need_b = ctx.needs_input_grad[:2]
     if _NAMES[act] not in _PIECEWISE:
-        x, b = ctx.saved_tensors  # through torch: differentiable again, at the price of its passes over memory
-        value, slope = _SLOPES[_NAMES[act]](x if b is None else x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)]))
+        # through torch: differentiable again, at the price of its passes over memory
+        x, b = ctx.saved_tensors
+        value, slope = _SLOPES[_NAMES[act]](
+            x if b is None else x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
+        )
         grad = grad * gain * slope
         if clamp >= 0:
             grad = grad * (value * gain).detach().abs().le(clamp)
@@ -147,7 +176,8 @@ def _elu(z: torch.Tensor, scale: float, alpha: float) -> tuple[torch.Tensor, tor
     return scale * torch.where(z > 0, z, below - alpha), scale * torch.where(z > 0, torch.ones_like(z), below)
 
 
-_SLOPES: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {  # value and derivative at z
+# value and derivative at z
+_SLOPES: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
     "tanh": lambda z: ((t := z.tanh()), 1 - t.square()),
     "sigmoid": lambda z: ((s := z.sigmoid()), s * (1 - s)),
     "elu": lambda z: _elu(z, 1.0, 1.0),
@@ -176,25 +206,37 @@ def _save_slope(ctx, inputs, output) -> None:
 
 def _gradients_slope(ctx, grad):
     (out,) = ctx.saved_tensors
-    grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(like_layout(grad, out), out, *ctx.rest, ctx.has_bias)
+    grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(
+        like_layout(grad, out), out, *ctx.rest, ctx.has_bias
+    )
     return grad_x, grad_b if ctx.has_bias else None, *[None] * 6
 
 
-# The compiled ops. x is dense, contiguous or channels-last, and so is what comes out; act is the place in activation_funcs (0 linear,
-# 1 relu, 2 lrelu, 3 tanh, 4 sigmoid, 5 elu, 6 selu, 7 softplus, 8 swish); gain > 0; clamp < 0 does not clamp; dim names B's axis also
-# where there is no bias. The last two exist for acts 0, 1, 2 and are each other's adjoint. slope(out) = gain * (act 1: 1 or 0, act 2:
-# 1 or alpha, by the sign of out, 0 counting as negative), and 0 where |out| >= clamp.
+# The compiled ops. x is dense, contiguous or channels-last, and so is what comes out; act is the place in
+# activation_funcs (0 linear, 1 relu, 2 lrelu, 3 tanh, 4 sigmoid, 5 elu, 6 selu, 7 softplus, 8 swish); gain >
+# 0; clamp < 0 does not clamp; dim names B's axis also where there is no bias. The last two exist for acts 0,
+# 1, 2 and are each other's adjoint. slope(out) = gain * (act 1: 1 or 0, act 2: 1 or alpha, by the sign of
+# out, 0 counting as negative), and 0 where |out| >= clamp.
 define(
     "bias_act(Tensor x, Tensor? b, int dim, int act, float alpha, float gain, float clamp) -> Tensor",
-    lambda x, *rest: torch.empty_like(x), _gradients, _save,
+    lambda x, *rest: torch.empty_like(x),
+    _gradients,
+    _save,
 )
 define(  # (slope(out) * grad, its sum over all axes but dim: [B], or [0] without with_bias)
-    "bias_act_backward(Tensor grad, Tensor out, int dim, int act, float alpha, float gain, float clamp, bool with_bias) "
-    "-> (Tensor, Tensor)",
-    lambda grad, out, dim, *rest: (torch.empty_like(grad), grad.new_empty(grad.shape[dim] if rest[-1] else 0)),
-    _gradients_backward, _save_backward,
+    "bias_act_backward(Tensor grad, Tensor out, int dim, int act, float alpha, float gain, float clamp, bool"
+    " with_bias) -> (Tensor, Tensor)",
+    lambda grad, out, dim, *rest: (
+        torch.empty_like(grad),
+        grad.new_empty(grad.shape[dim] if rest[-1] else 0),
+    ),
+    _gradients_backward,
+    _save_backward,
 )
 define(  # slope(out) * (x + b)
-    "bias_act_slope(Tensor x, Tensor? b, Tensor out, int dim, int act, float alpha, float gain, float clamp) -> Tensor",
-    lambda x, *rest: torch.empty_like(x), _gradients_slope, _save_slope,
+    "bias_act_slope(Tensor x, Tensor? b, Tensor out, int dim, int act, float alpha, float gain, float clamp)"
+    " -> Tensor",
+    lambda x, *rest: torch.empty_like(x),
+    _gradients_slope,
+    _save_slope,
 )

@@ -1,4 +1,5 @@
-"""2-D convolution with optional up- or downsampling around it; modulated, its input channels are scaled per sample.
+"""2-D convolution with optional up- or downsampling around it; modulated, its input channels are scaled per
+sample.
 
 Shapes: N batch, I (or C) input and O output channels, G groups, H x W pixels, K or k kernel size.
 """
@@ -29,8 +30,9 @@ def conv2d_resample(
 ) -> torch.Tensor:
     """Upsample by `up`, convolve, downsample by `down`, with all padding applied once, before anything else.
 
-    The three steps are linear and commute, so each case runs in its cheapest order: 1x1 kernels convolve on the smaller
-    image, KxK kernels use a strided convolution (down) or a strided transposed one (up) with the low-pass next to it.
+    The three steps are linear and commute, so each case runs in its cheapest order: 1x1 kernels convolve on
+    the smaller image, KxK kernels use a strided convolution (down) or a strided transposed one (up) with the
+    low-pass next to it.
 
     Args:
         x: [N, I, H, W].
@@ -70,14 +72,28 @@ def conv2d_resample(
     return upfirdn2d(x, f, down=down, flip_filter=flip_filter, impl=impl) if down > 1 else x
 
 
-def _convolve(x: torch.Tensor, w: torch.Tensor, pads: Pads, stride: int, groups: int, flip_weight: bool, impl: str) -> torch.Tensor:
+def _convolve(
+    x: torch.Tensor, w: torch.Tensor, pads: Pads, stride: int, groups: int, flip_weight: bool, impl: str
+) -> torch.Tensor:
     """Strided convolution with any padding: x [N, I, H, W], w [O, I/G, K, K] -> [N, O, H', W']."""
     if not flip_weight and w.shape[2:] != (1, 1):
         w = w.flip([2, 3])
     x0, x1, y0, y1 = pads
-    if w.shape[2:] == (3, 3) and stride == groups == 1 and x0 == x1 == y0 == y1 and 0 <= x0 <= 2 and min(x.shape[2:]) + 2 * x0 >= 3:
+    if (
+        w.shape[2:] == (3, 3)
+        and stride == groups == 1
+        and x0 == x1 == y0 == y1
+        and 0 <= x0 <= 2
+        and min(x.shape[2:]) + 2 * x0 >= 3
+    ):
         return conv3x3(x, w, x0, impl=impl)
-    if w.shape[2:] == (1, 1) and stride == groups == 1 and pads == (0, 0, 0, 0) and impl != "ref" and x.device.type == "cpu":
+    if (
+        w.shape[2:] == (1, 1)
+        and stride == groups == 1
+        and pads == (0, 0, 0, 0)
+        and impl != "ref"
+        and x.device.type == "cpu"
+    ):
         return _pointwise(x, w)
     if w.shape[2:] == (3, 3) and (stride, groups, pads) == (2, 1, (0, 0, 0, 0)):
         return conv3x3_down(x, w, impl=impl)
@@ -87,9 +103,12 @@ def _convolve(x: torch.Tensor, w: torch.Tensor, pads: Pads, stride: int, groups:
 
 
 def _pointwise(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """1x1 convolution as a matrix product: torch takes a slow path for it on a CPU, above all backward. The layout stays."""
+    """1x1 convolution as a matrix product: torch takes a slow path for it on a CPU, above all backward. The
+    layout stays.
+    """
     w = w[:, :, 0, 0]
-    if is_channels_last(x) and x.shape[1] < 16:  # image row by row: the kernel's gradient as one product over all pixels is slow
+    # image row by row: the kernel's gradient as one product over all pixels is slow
+    if is_channels_last(x) and x.shape[1] < 16:
         rows = x.permute(0, 2, 3, 1).flatten(0, 1)  # [N*H, W, I]
         return torch.bmm(rows, w.t().expand(len(rows), -1, -1)).unflatten(0, (len(x), -1)).permute(0, 3, 1, 2)
     if is_channels_last(x):
@@ -105,10 +124,14 @@ def _transposed(
     Returns: the image, and the padding (before, after along x, then y) that is left to the low-pass.
     """
     kh, kw = w.shape[2:]
-    w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # [I, O/G, K, K], as conv_transpose2d wants it
+    # [I, O/G, K, K], as conv_transpose2d wants it
+    w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     if flip_weight:
         w = w.flip([2, 3])
-    x0, x1, y0, y1 = pads[0] - (kw - 1), pads[1] - (kw - up), pads[2] - (kh - 1), pads[3] - (kh - up)
+    x0 = pads[0] - (kw - 1)
+    x1 = pads[1] - (kw - up)
+    y0 = pads[2] - (kh - 1)
+    y1 = pads[3] - (kh - up)
     inside = max(min(-x0, -x1), 0), max(min(-y0, -y1), 0)  # what conv_transpose2d can crop by itself
     if (up, groups, inside, w.shape[2:]) == (2, 1, (0, 0), (3, 3)):
         x = conv3x3_up(x, w, impl=impl)
@@ -133,25 +156,40 @@ def modulated_conv2d(
 ) -> torch.Tensor:
     """Convolution whose input channels are scaled per sample (Karras et al. 2020, section 2.2).
 
-    w'[n,o,c] = w[o,c] s[n,c]; demodulated by d[n,o] = rsqrt(sum_{c,k} w'^2 + 1e-8); noise is added after demodulation.
+    w'[n,o,c] = w[o,c] s[n,c]; demodulated by d[n,o] = rsqrt(sum_{c,k} w'^2 + 1e-8); noise is added after
+    demodulation.
 
     Args:
         x: [N, C, H, W]; weight: [O, C, k, k]; styles: [N, C].
         noise: broadcast to the output, or None.
-        fused_modconv: one grouped convolution with w'd; otherwise scale x, convolve once for the batch, scale the result. "auto" and
-            "compiled" choose by themselves on a CPU: a single sample has its kernels scaled, which needs no groups, a batch never.
+        fused_modconv: one grouped convolution with w'd; otherwise scale x, convolve once for the batch, scale
+            the result. "auto" and "compiled" choose by themselves on a CPU: a single sample has its kernels
+            scaled, which needs no groups, a batch never.
         impl: see `torch_utils.ops.implementations`; the same for the convolution and the filter inside.
     Returns: [N, O, H*up/down, W*up/down]. Differentiable in x, weight, styles, noise.
     Raises: ValueError for an unknown `impl`.
     """
     impl = current(impl, "modulated_conv2d")
-    if x.dtype == torch.float16 and demodulate:  # keep the sum of squares inside half's range; demodulation cancels both factors
+    # keep the sum of squares inside half's range; demodulation cancels both factors
+    if x.dtype == torch.float16 and demodulate:
         largest = weight.norm(float("inf"), dim=[1, 2, 3], keepdim=True)
         weight = weight * (1 / math.sqrt(weight[0].numel()) / largest)
         styles = styles / styles.norm(float("inf"), dim=1, keepdim=True)
-    resample: dict[str, Any] = {"f": resample_filter, "up": up, "down": down, "padding": padding, "flip_weight": flip_weight, "impl": impl}
-    fused = fused_modconv if impl == "ref" else len(x) == 1 or (fused_modconv and (impl == "torch" or x.device.type != "cpu"))
-    own = weight[None] * styles[:, None, :, None, None] if impl == "ref" or (fused and len(x) > 1) else None  # w', [N, O, C, k, k]
+    resample: dict[str, Any] = {
+        "f": resample_filter,
+        "up": up,
+        "down": down,
+        "padding": padding,
+        "flip_weight": flip_weight,
+        "impl": impl,
+    }
+    fused = (
+        fused_modconv
+        if impl == "ref"
+        else len(x) == 1 or (fused_modconv and (impl == "torch" or x.device.type != "cpu"))
+    )
+    # w', [N, O, C, k, k]
+    own = weight[None] * styles[:, None, :, None, None] if impl == "ref" or (fused and len(x) > 1) else None
     coefficients = None  # d, [N, O]
     if demodulate and impl == "ref":
         assert own is not None
@@ -164,7 +202,9 @@ def modulated_conv2d(
         x = x if coefficients is None else x * coefficients.to(x.dtype)[:, :, None, None]
     elif own is not None:  # each sample with its own kernels, as groups of one convolution
         w = own if coefficients is None else own * coefficients[:, :, None, None, None]
-        y = conv2d_resample(x=x.reshape(1, -1, *x.shape[2:]), w=w.flatten(0, 1).to(x.dtype), groups=len(x), **resample)
+        y = conv2d_resample(
+            x=x.reshape(1, -1, *x.shape[2:]), w=w.flatten(0, 1).to(x.dtype), groups=len(x), **resample
+        )
         x = y.reshape(len(x), -1, *y.shape[2:])
     else:
         scale = styles if coefficients is None else coefficients.t() * styles  # [1 or O, C]

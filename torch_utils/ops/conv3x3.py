@@ -1,12 +1,14 @@
-"""3x3 convolution by minimal filtering: a quarter of the definition's products with stride 1, three fifths of them with stride 2.
+"""3x3 convolution by minimal filtering: a quarter of the definition's products with stride 1, three fifths of
+them with stride 2.
 
-Winograd's F(m x m, 3x3) (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4): a tile of m x m results is
-Y = A^T [(G g G^T) * (B^T d B)] A of a kernel g and a patch d of m + 2 by m + 2 pixels, * elementwise and summed over the input channels,
-which makes (m + 2)^2 matrix products of it; the gradient of the kernel is G^T [sum over tiles (B^T d B) * (A dY A^T)] G. m = 4 takes 36
-products where the definition takes 144, m = 2 takes 16 for 36.
+Winograd's F(m x m, 3x3) (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4):
+a tile of m x m results is Y = A^T [(G g G^T) * (B^T d B)] A of a kernel g and a patch d of m + 2 by m + 2
+pixels, * elementwise and summed over the input channels, which makes (m + 2)^2 matrix products of it; the
+gradient of the kernel is G^T [sum over tiles (B^T d B) * (A dY A^T)] G. m = 4 takes 36 products where the
+definition takes 144, m = 2 takes 16 for 36.
 
-Largest rounding errors in float32, relative to the largest value, 32 to 512 channels: m = 4 2.6e-6 of results and gradients alike, m = 2
-5e-7, torch's own convolution 2.6e-6.
+Largest rounding errors in float32, relative to the largest value, 32 to 512 channels: m = 4 2.6e-6 of results
+and gradients alike, m = 2 5e-7, torch's own convolution 2.6e-6.
 
 With stride 2, and transposed:
 
@@ -14,12 +16,14 @@ With stride 2, and transposed:
     up     its transpose: x[n, c, 2 i + a, 2 j + b] += y[n, o, i, j] w[o, c, a, b]
     weight the gradient to w of the sum of y g
 
-Each is the derivative of the others. The compiled op takes 49 products where the definition takes 81 (3 x 3 small pixels at a time): along
-a line the outer two taps are a filter over every second pixel, three results by Cook and Toom's four products, and the middle tap is
-multiplied as it is, 4 + 3 products for 9. Largest rounding errors in float32, 32 to 512 channels: 3e-7 to 9e-7 of the largest value,
-torch's 5e-7 to 2.2e-6.
+Each is the derivative of the others. The compiled op takes 49 products where the definition takes 81
+(3 x 3 small pixels at a time): along a line the outer two taps are a filter over every second pixel, three
+results by Cook and Toom's four products, and the middle tap is multiplied as it is, 4 + 3 products for 9.
+Largest rounding errors in float32, 32 to 512 channels: 3e-7 to 9e-7 of the largest value, torch's 5e-7 to
+2.2e-6.
 
-Shapes: N batch, I input and O output channels (strided: I of the large and O of the small image), H x W pixels.
+Shapes: N batch, I input and O output channels (strided: I of the large and O of the small image), H x W
+pixels.
 """
 
 import torch
@@ -28,12 +32,16 @@ import torch.nn.functional as F
 from torch_utils.ops.implementations import alike, choose, define, is_channels_last
 
 _LANES = 16  # channels that the transformations take at a time
-_LEAST_CHANNELS = 32  # where the transformations, whose work is per channel, cost more than the saved products
+# where the transformations, whose work is per channel, cost more than the saved products
+_LEAST_CHANNELS = 32
 _LEAST_PIXELS = 32 * 32  # where transforming the kernel is no longer small beside the rest
-# Tiles of 4x4 from which they beat those of 2x2, whose kernels take less transforming: time of F(2x2) / F(4x4), forward and both gradients,
-# one thread of a Zen 4, is 0.8 to 1.0 with 16 tiles, 1.2 with 32 (64 and 512 channels) and 1.1 to 1.5 with 64 (32 to 512 channels).
+# Tiles of 4x4 from which they beat those of 2x2, whose kernels take less transforming: time of F(2x2) /
+# F(4x4), forward and both gradients, one thread of a Zen 4, is 0.8 to 1.0 with 16 tiles, 1.2 with 32 (64 and
+# 512 channels) and 1.1 to 1.5 with 64 (32 to 512 channels).
 _LEAST_TILES = 32
-_LEAST_SAVING = 3  # tiles of 2x2 that one of 4x4 replaces, 4 where all are full: 0.8 with 2.25, 1.0 with 2.8, 1.2 with 3.1 of them
+# tiles of 2x2 that one of 4x4 replaces, 4 where all are full: 0.8 with 2.25, 1.0 with 2.8, 1.2 with 3.1 of
+# them
+_LEAST_SAVING = 3
 
 
 def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "auto") -> torch.Tensor:
@@ -42,24 +50,40 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
     Args:
         x: [N, I, H, W]; w: [O, I, 3, 3].
         padding: pixels of zeros on every side, 0 to 2.
-        impl: see `torch_utils.ops.implementations`; "ref" and "torch" are torch's convolution, "compiled" (CPU, float32 or float64, I and O
-            multiples of 16) is Winograd's and returns channels-last.
+        impl: see `torch_utils.ops.implementations`; "ref" and "torch" are torch's convolution, "compiled"
+            (CPU, float32 or float64, I and O multiples of 16) is Winograd's and returns channels-last.
     Returns: [N, O, H + 2 padding - 2, W + 2 padding - 2].
     Differentiable in x and w, to any order.
     Raises: ValueError for an unknown `impl`.
     """
-    assert x.ndim == w.ndim == 4 and w.shape[1:] == (x.shape[1], 3, 3) and padding in (0, 1, 2) and min(x.shape[2:]) + 2 * padding >= 3
+    assert (
+        x.ndim == w.ndim == 4
+        and w.shape[1:] == (x.shape[1], 3, 3)
+        and padding in (0, 1, 2)
+        and min(x.shape[2:]) + 2 * padding >= 3
+    )
     lanes = x.shape[1] % _LANES == 0 and w.shape[0] % _LANES == 0
     applies = lanes and alike(x, w)
-    dropped = min(x.shape[1], w.shape[0]) < _LEAST_CHANNELS or x.shape[2] * x.shape[3] < _LEAST_PIXELS or x.dtype == torch.float64
-    if choose("conv3x3", impl, "conv3x3", x.device.type, applies and x.device.type == "cpu", dropped) == "compiled":
+    dropped = (
+        min(x.shape[1], w.shape[0]) < _LEAST_CHANNELS
+        or x.shape[2] * x.shape[3] < _LEAST_PIXELS
+        or x.dtype == torch.float64
+    )
+    if (
+        choose("conv3x3", impl, "conv3x3", x.device.type, applies and x.device.type == "cpu", dropped)
+        == "compiled"
+    ):
         tile = _tile(len(x), x.shape[2] + 2 * padding - 2, x.shape[3] + 2 * padding - 2)
-        return torch.ops.eg3d_rlhf.conv3x3(x.contiguous(memory_format=torch.channels_last), w.contiguous(), padding, False, tile)
+        return torch.ops.eg3d_rlhf.conv3x3(
+            x.contiguous(memory_format=torch.channels_last), w.contiguous(), padding, False, tile
+        )
     return F.conv2d(x, w, padding=padding)
 
 
 def _tile(n: int, h: int, w: int) -> int:
-    """Side of the tiles, 2 or 4, in which n images of h x w results are fastest; the gradients take the same."""
+    """Side of the tiles, 2 or 4, in which n images of h x w results are fastest;
+    the gradients take the same.
+    """
     twos, fours = (n * -(-h // m) * -(-w // m) for m in (2, 4))
     return 4 if fours >= _LEAST_TILES and twos >= _LEAST_SAVING * fours else 2
 
@@ -77,7 +101,8 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, grad):
     x, w = ctx.saved_tensors
     need_x, need_w = ctx.needs_input_grad[:2]
-    grad, p = grad.contiguous(memory_format=torch.channels_last), ctx.padding
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    p = ctx.padding
     grad_x = torch.ops.eg3d_rlhf.conv3x3(grad, w, 2 - p, not ctx.transposed, ctx.tile) if need_x else None
     grad_w = None
     if need_w:  # transposed, the kernel leads from grad to x
@@ -94,16 +119,27 @@ def _save_weight(ctx, inputs, output) -> None:
 def _gradients_weight(ctx, grad_w):
     x, grad = ctx.saved_tensors
     need_x, need_grad = ctx.needs_input_grad[:2]
-    grad_w, p = grad_w.contiguous(), ctx.padding
+    grad_w = grad_w.contiguous()
+    p = ctx.padding
     grad_x = torch.ops.eg3d_rlhf.conv3x3(grad, grad_w, 2 - p, True, ctx.tile) if need_x else None
-    return grad_x, torch.ops.eg3d_rlhf.conv3x3(x, grad_w, p, False, ctx.tile) if need_grad else None, None, None
+    return (
+        grad_x,
+        torch.ops.eg3d_rlhf.conv3x3(x, grad_w, p, False, ctx.tile) if need_grad else None,
+        None,
+        None,
+    )
 
 
-# x and the result channels-last, padding 0..2, w [O, I, 3, 3] contiguous; or, transposed, [I, O, 3, 3] and read back to front; tile 2 or 4
-define("conv3x3(Tensor x, Tensor w, int padding, bool transposed, int tile) -> Tensor", _fake, _gradients, _save)
+# x and the result channels-last, padding 0..2, w [O, I, 3, 3] contiguous; or, transposed, [I, O, 3, 3] and
+# read back to front; tile 2 or 4
+define(
+    "conv3x3(Tensor x, Tensor w, int padding, bool transposed, int tile) -> Tensor", _fake, _gradients, _save
+)
 define(  # d<conv3x3(x, w, padding, False, tile), grad>/dw
     "conv3x3_weight(Tensor x, Tensor grad, int padding, int tile) -> Tensor",
-    lambda x, grad, padding, tile: x.new_empty([grad.shape[1], x.shape[1], 3, 3]), _gradients_weight, _save_weight,
+    lambda x, grad, padding, tile: x.new_empty([grad.shape[1], x.shape[1], 3, 3]),
+    _gradients_weight,
+    _save_weight,
 )
 
 
@@ -111,11 +147,14 @@ define(  # d<conv3x3(x, w, padding, False, tile), grad>/dw
 
 
 _LANES = 16  # channels that the transformations take at a time
-_LEAST_PIXELS_STRIDED = 32 * 32  # of the small image: with 16 x 16 of 512 channels torch is 1.2 times as fast, with 32 x 32 0.8 times
+# of the small image: with 16 x 16 of 512 channels torch is 1.2 times as fast, with 32 x 32 0.8 times
+_LEAST_PIXELS_STRIDED = 32 * 32
 
 
 def conv3x3_down(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Tensor:
-    """x [N, I, H, W], w [O, I, 3, 3] -> [N, O, (H - 1) // 2, (W - 1) // 2]; `impl` as in `conv3x3`. Differentiable to any order."""
+    """x [N, I, H, W], w [O, I, 3, 3] -> [N, O, (H - 1) // 2, (W - 1) // 2]; `impl` as in `conv3x3`.
+    Differentiable to any order.
+    """
     odd = x.shape[2] % 2 == x.shape[3] % 2 == 1
     if _compiled(x, w, (x.shape[2] - 1) // 2 * ((x.shape[3] - 1) // 2), impl, odd):
         return _Convolution.apply(x, w, False)
@@ -123,7 +162,9 @@ def conv3x3_down(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.
 
 
 def conv3x3_up(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Tensor:
-    """x [N, O, h, w], w [O, I, 3, 3] -> [N, I, 2 h + 1, 2 w + 1]; `impl` as in `conv3x3`. Differentiable to any order."""
+    """x [N, O, h, w], w [O, I, 3, 3] -> [N, I, 2 h + 1, 2 w + 1]; `impl` as in `conv3x3`. Differentiable to
+    any order.
+    """
     if _compiled(x, w, x.shape[2] * x.shape[3], impl):
         return _Convolution.apply(x, w, True)
     return F.conv_transpose2d(x, w, stride=2)
@@ -131,7 +172,9 @@ def conv3x3_up(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Te
 
 def _compiled(x: torch.Tensor, w: torch.Tensor, pixels: int, impl: str, fits: bool = True) -> bool:
     lanes = w.shape[0] % _LANES == w.shape[1] % _LANES == 0 and w.shape[2:] == (3, 3) and x.ndim == 4
-    applies = fits and lanes and alike(x, w) and x.dtype == torch.float32 and x.device.type == "cpu" and pixels > 0
+    applies = (
+        fits and lanes and alike(x, w) and x.dtype == torch.float32 and x.device.type == "cpu" and pixels > 0
+    )
     dropped = pixels < _LEAST_PIXELS_STRIDED or not is_channels_last(x)
     return choose("conv3x3_strided", impl, "conv3x3_strided", x.device.type, applies, dropped) == "compiled"
 
@@ -143,14 +186,20 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, w, up):
         ctx.save_for_backward(x, w)
         ctx.up = up
-        return torch.ops.eg3d_rlhf.conv3x3_strided(x.contiguous(memory_format=torch.channels_last), w.contiguous(), up)
+        return torch.ops.eg3d_rlhf.conv3x3_strided(
+            x.contiguous(memory_format=torch.channels_last), w.contiguous(), up
+        )
 
     @staticmethod
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         large, small = (grad, x) if ctx.up else (x, grad)
         need_x, need_w, _ = ctx.needs_input_grad
-        return _Convolution.apply(grad, w, not ctx.up) if need_x else None, _Weight.apply(large, small) if need_w else None, None
+        return (
+            _Convolution.apply(grad, w, not ctx.up) if need_x else None,
+            _Weight.apply(large, small) if need_w else None,
+            None,
+        )
 
 
 class _Weight(torch.autograd.Function):
@@ -164,13 +213,19 @@ class _Weight(torch.autograd.Function):
     def backward(ctx, grad_w):
         x, grad = ctx.saved_tensors
         need_x, need_grad = ctx.needs_input_grad
-        return _Convolution.apply(grad, grad_w, True) if need_x else None, _Convolution.apply(x, grad_w, False) if need_grad else None
+        return _Convolution.apply(grad, grad_w, True) if need_x else None, (
+            _Convolution.apply(x, grad_w, False) if need_grad else None
+        )
 
 
 define(
     "conv3x3_strided(Tensor x, Tensor w, bool up) -> Tensor",
     lambda x, w, up: x.new_empty(
-        [len(x), *((2 * size + 1 if up else (size - 1) // 2) for size in x.shape[2:]), w.shape[1 if up else 0]]
+        [
+            len(x),
+            *((2 * size + 1 if up else (size - 1) // 2) for size in x.shape[2:]),
+            w.shape[1 if up else 0],
+        ]
     ).permute(0, 3, 1, 2),
 )
 define(

@@ -1,6 +1,7 @@
 """Bilinear image sampling that can be differentiated twice in the image.
 
-torch's own grid_sample has no second derivative; R1 regularisation through augmentation needs the one in the image.
+torch's own grid_sample has no second derivative; R1 regularisation through augmentation needs the one in the
+image.
 
 Shapes: N batch, C channels, H x W input pixels, h x w output pixels.
 """
@@ -8,17 +9,21 @@ Shapes: N batch, C channels, H x W input pixels, h x w output pixels.
 import torch
 import torch.nn.functional as F
 
-_BILINEAR, _ZEROS = 0, 0  # aten's codes for the interpolation and padding modes
+# aten's codes for the interpolation and padding modes
+_BILINEAR = 0
+_ZEROS = 0
 
 
 def grid_sample(input: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """Sample an image at given points: bilinear, zeros outside, corners not aligned (-1 and 1 are the image's borders).
+    """Sample an image at given points: bilinear, zeros outside, corners not aligned (-1 and 1 are the image's
+    borders).
 
     Args:
         input: [N, C, H, W].
         grid: [N, h, w, 2], (x, y) in [-1, 1] inside the image.
     Returns: [N, C, h, w].
-    Differentiable in `input` to any order (the operation is linear in it); in `grid` once, and not in combination.
+    Differentiable in `input` to any order (the operation is linear in it); in `grid` once, and not in
+    combination.
     """
     assert input.ndim == grid.ndim == 4 and len(grid) == len(input) and grid.shape[3] == 2
     return _Sample.apply(input, grid)
@@ -40,7 +45,9 @@ class _Sample(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return dx, None
         mask = [False, True]
-        _, dgrid = torch.ops.aten.grid_sampler_2d_backward(dy.detach(), x.detach(), grid.detach(), _BILINEAR, _ZEROS, False, mask)
+        _, dgrid = torch.ops.aten.grid_sampler_2d_backward(
+            dy.detach(), x.detach(), grid.detach(), _BILINEAR, _ZEROS, False, mask
+        )
         return dx, dgrid
 
 

@@ -1,7 +1,7 @@
 """Products with weight matrices in float32 on a CPU.
 
-torch multiplies float32 matrices by MKL, which leaves AVX-512 unused on some processors that have it; oneDNN, which torch ships as well,
-uses it.
+torch multiplies float32 matrices by MKL, which leaves AVX-512 unused on some processors that have it; oneDNN,
+which torch ships as well, uses it.
 
 Shape letters: A features in, B features out.
 """
@@ -17,10 +17,13 @@ from torch_utils.ops.implementations import current
 LARGE = 1 << 22  # multiplications from which on finding oneDNN's kernel is not felt
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, impl: str = "auto") -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, impl: str = "auto"
+) -> torch.Tensor:
     """x W^T + b: x [..., A], weight [B, A], bias [B] -> [..., B].
 
-    Args: impl: see `torch_utils.ops.implementations`; "ref" is F.linear, with which the others agree to rounding.
+    Args: impl: see `torch_utils.ops.implementations`; "ref" is F.linear, with which the others agree to
+        rounding.
     Differentiable in: x, weight, bias.
     """
     if x.numel() * len(weight) < LARGE or not fits(x, weight, impl=impl):
@@ -38,7 +41,9 @@ class Linear(nn.Linear):
 def fits(*tensors: torch.Tensor, impl: str = "auto") -> bool:
     """Whether products of these tensors go to oneDNN: float32 on a CPU that has AVX-512."""
     plain = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-    other = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or current(impl, "linear") == "ref"
+    other = (
+        torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or current(impl, "linear") == "ref"
+    )
     return plain and not other and _wide()
 
 

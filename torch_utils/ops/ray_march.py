@@ -1,10 +1,11 @@
-"""Ray marching on scalars: compositing weights of samples in any order, and the depths of the importance pass.
+"""Ray marching on scalars: compositing weights of samples in any order, and the depths of the importance
+pass.
 
 With density s, depth d and the samples sorted by depth, neighbouring samples bound intervals:
 delta_k = d_{k+1} - d_k, sigma_k = softplus((s_k + s_{k+1})/2 - 1), alpha_k = 1 - exp(-sigma_k delta_k),
 w_k = alpha_k prod_{j<k} (1 - alpha_j + 1e-10)   (Max 1995, as EG3D uses it).
-Colours are composited as sum_k w_k (c_k + c_{k+1})/2 = sum_s v_s c_s with sample weights v_s = (w_{s-1} + w_s)/2, so that no colour is ever
-sorted.
+Colours are composited as sum_k w_k (c_k + c_{k+1})/2 = sum_s v_s c_s with sample weights
+v_s = (w_{s-1} + w_s)/2, so that no colour is ever sorted.
 
 Shapes: B rays, S samples along a ray, F fine samples.
 """
@@ -16,12 +17,17 @@ from torch_utils.ops.implementations import alike, choose, define
 _CUDA_SAMPLES = 512  # samples along a ray that the CUDA kernels take
 
 
-def ray_march(densities: torch.Tensor, depths: torch.Tensor, impl: str = "auto") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def ray_march(
+    densities: torch.Tensor, depths: torch.Tensor, impl: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compositing weights of samples in any order.
 
-    Args: densities [B, S] raw; depths [B, S], world units, in any order (equal depths keep theirs); impl: see `implementations`.
-    Returns: sample weights v [B, S] in the order of the arguments, sum_k w_k (d_k + d_{k+1})/2 [B], sum_k w_k [B].
-    Differentiable in densities and depths, to any order (compiled: once in densities; everything else through plain torch).
+    Args: densities [B, S] raw; depths [B, S], world units, in any order (equal depths keep theirs); impl: see
+        `implementations`.
+    Returns: sample weights v [B, S] in the order of the arguments, sum_k w_k (d_k + d_{k+1})/2 [B], sum_k w_k
+        [B].
+    Differentiable in densities and depths, to any order (compiled: once in densities; everything else through
+    plain torch).
     Raises: ValueError for an unknown `impl`.
     """
     applies = _applies(densities, depths) and not (depths.requires_grad and torch.is_grad_enabled())
@@ -30,13 +36,19 @@ def ray_march(densities: torch.Tensor, depths: torch.Tensor, impl: str = "auto")
     return ray_march_ref(densities, depths)
 
 
-def ray_march_ref(densities: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def ray_march_ref(
+    densities: torch.Tensor, depths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The definition, and the torch path: sort, march, scatter back."""
     depths, order = depths.sort(dim=-1, stable=True)
     weights, mids = interval_weights(densities.gather(-1, order), depths)
     halves = weights / 2
     at_sorted = torch.nn.functional.pad(halves, (0, 1)) + torch.nn.functional.pad(halves, (1, 0))
-    return torch.zeros_like(at_sorted).scatter(-1, order, at_sorted), (weights * mids).sum(dim=-1), weights.sum(dim=-1)
+    return (
+        torch.zeros_like(at_sorted).scatter(-1, order, at_sorted),
+        (weights * mids).sum(dim=-1),
+        weights.sum(dim=-1),
+    )
 
 
 def interval_weights(densities: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,13 +66,17 @@ def interval_weights(densities: torch.Tensor, depths: torch.Tensor) -> tuple[tor
     return alpha * torch.cumprod(shifted, dim=-1)[..., :-1], depths_mid
 
 
-def importance_depths(densities: torch.Tensor, depths: torch.Tensor, u: torch.Tensor, impl: str = "auto") -> torch.Tensor:
-    """Depths of the fine samples from the coarse pass: its weights, their smoothing and inverse-transform sampling in one.
+def importance_depths(
+    densities: torch.Tensor, depths: torch.Tensor, u: torch.Tensor, impl: str = "auto"
+) -> torch.Tensor:
+    """Depths of the fine samples from the coarse pass: its weights, their smoothing and inverse-transform
+    sampling in one.
 
-    The histogram covers the weights but for the first and the last while its edges start at the first mid depth, which shifts samples half
-    a bin towards the camera: EG3D's behaviour, kept.
+    The histogram covers the weights but for the first and the last while its edges start at the first mid
+    depth, which shifts samples half a bin towards the camera: EG3D's behaviour, kept.
 
-    Args: densities [B, S] raw; depths [B, S] ascending; u [B, F] uniform draws in [0, 1); impl: see `implementations`.
+    Args: densities [B, S] raw; depths [B, S] ascending; u [B, F] uniform draws in [0, 1); impl: see
+        `implementations`.
     Returns: [B, F] in the order of u, detached.
     Raises: ValueError for an unknown `impl`.
     """
@@ -69,13 +85,16 @@ def importance_depths(densities: torch.Tensor, depths: torch.Tensor, u: torch.Te
     chosen = choose("importance_depths", impl, "ray_march", densities.device.type, applies)
     with torch.no_grad():
         if chosen == "compiled":
-            return torch.ops.eg3d_rlhf.importance_depths(densities.detach().contiguous(), depths.detach().contiguous(), u.contiguous())
+            return torch.ops.eg3d_rlhf.importance_depths(
+                densities.detach().contiguous(), depths.detach().contiguous(), u.contiguous()
+            )
         weights, mids = interval_weights(densities, depths)
         return invert_density(mids, smooth_weights(weights), u)
 
 
 def smooth_weights(weights: torch.Tensor) -> torch.Tensor:
-    """Interval weights [B, S-1], widened (max-pool 2, then average-pool 2), lifted by 0.01, without the first and the last: [B, S-3].
+    """Interval weights [B, S-1], widened (max-pool 2, then average-pool 2), lifted by 0.01, without the first
+    and the last: [B, S-3].
 
     S = 2 gives none.
     """
@@ -83,7 +102,9 @@ def smooth_weights(weights: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.avg_pool1d(widened, 2, 1).squeeze(1) + 0.01)[:, 1:-1]
 
 
-def invert_density(bins: torch.Tensor, weights: torch.Tensor, u: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+def invert_density(
+    bins: torch.Tensor, weights: torch.Tensor, u: torch.Tensor, eps: float = 1e-5
+) -> torch.Tensor:
     """Inverse-transform sampling of a piecewise-constant density.
 
     Args: bins [B, K+2] edges, of which the last is never reached; weights [B, K]; u [B, F] in [0, 1).
@@ -94,9 +115,12 @@ def invert_density(bins: torch.Tensor, weights: torch.Tensor, u: torch.Tensor, e
     pdf = weights / weights.sum(dim=-1, keepdim=True)
     cdf = torch.cat([torch.zeros_like(bins[:, :1]), torch.cumsum(pdf, dim=-1)], dim=-1)  # [B, K+1]
     index = torch.searchsorted(cdf, u.contiguous(), right=True)
-    below, above = (index - 1).clamp_min(0), index.clamp_max(k)
-    cdf_below, cdf_above = cdf.gather(1, below), cdf.gather(1, above)
-    bin_below, bin_above = bins.gather(1, below), bins.gather(1, above)
+    below = (index - 1).clamp_min(0)
+    above = index.clamp_max(k)
+    cdf_below = cdf.gather(1, below)
+    cdf_above = cdf.gather(1, above)
+    bin_below = bins.gather(1, below)
+    bin_above = bins.gather(1, above)
     width = cdf_above - cdf_below
     width = torch.where(width < eps, torch.ones_like(width), width)
     return bin_below + (u - cdf_below) / width * (bin_above - bin_below)
@@ -105,23 +129,38 @@ def invert_density(bins: torch.Tensor, weights: torch.Tensor, u: torch.Tensor, e
 def _applies(densities: torch.Tensor, depths: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether the compiled op covers them."""
     assert densities.ndim == 2 and densities.shape == depths.shape and densities.shape[1] >= 2
-    return alike(densities, depths, *others) and (densities.device.type != "cuda" or densities.shape[1] <= _CUDA_SAMPLES)
+    return alike(densities, depths, *others) and (
+        densities.device.type != "cuda" or densities.shape[1] <= _CUDA_SAMPLES
+    )
 
 
 def _gradients(ctx, *grads):
     densities, depths = ctx.saved_tensors
     if torch.is_grad_enabled():  # a gradient that is to be differentiated again
-        return torch.autograd.grad(ray_march_ref(densities, depths.detach()), densities, grads, create_graph=True)[0], None
+        return (
+            torch.autograd.grad(
+                ray_march_ref(densities, depths.detach()), densities, grads, create_graph=True
+            )[0],
+            None,
+        )
     return torch.ops.eg3d_rlhf.ray_march_backward(*(g.contiguous() for g in grads), densities, depths), None
 
 
 define(
     "ray_march(Tensor densities, Tensor depths) -> (Tensor, Tensor, Tensor)",
-    lambda densities, depths: (torch.empty_like(densities), *(densities.new_empty(len(densities)) for _ in range(2))), _gradients,
+    lambda densities, depths: (
+        torch.empty_like(densities),
+        *(densities.new_empty(len(densities)) for _ in range(2)),
+    ),
+    _gradients,
     lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 define(
-    "ray_march_backward(Tensor grad_sample_weights, Tensor grad_depth_sum, Tensor grad_total, Tensor densities, Tensor depths) -> Tensor",
+    "ray_march_backward(Tensor grad_sample_weights, Tensor grad_depth_sum, Tensor grad_total, Tensor"
+    " densities, Tensor depths) -> Tensor",
     lambda *tensors: torch.empty_like(tensors[3]),
 )
-define("importance_depths(Tensor densities, Tensor depths, Tensor u) -> Tensor", lambda densities, depths, u: torch.empty_like(u))
+define(
+    "importance_depths(Tensor densities, Tensor depths, Tensor u) -> Tensor",
+    lambda densities, depths, u: torch.empty_like(u),
+)

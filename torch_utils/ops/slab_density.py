@@ -1,9 +1,10 @@
-"""sigma_raw on a straight grid from maps of two coordinates each: the part of the separable form that is counted in grid points.
+"""sigma_raw on a straight grid from maps of two coordinates each: the part of the separable form that is
+counted in grid points.
 
     sigma_raw[x, y, z] = sum_j w[j] softplus(A[x, j, y] + B[x, j, z] + C[j, y, z]) + b
 
-A map that a plane layout does not have is left out (released EG3D checkpoints have A and B). Nothing of size X*Y*Z*J is ever stored: the
-backward recomputes the pre-activations.
+A map that a plane layout does not have is left out (released EG3D checkpoints have A and B). Nothing of size
+X*Y*Z*J is ever stored: the backward recomputes the pre-activations.
 
 Letters: J hidden units, X, Y, Z = grid points per axis.
 """
@@ -20,7 +21,8 @@ from torch_utils.ops.implementations import alike, choose, define, once
 
 _T = TypeVar("_T")
 
-_CPU_CHUNK = 1 << 17  # elements of one buffer, 512 KiB in float32: two of them stay in a core's second-level cache
+# elements of one buffer, 512 KiB in float32: two of them stay in a core's second-level cache
+_CPU_CHUNK = 1 << 17
 _CUDA_CHUNK = 1 << 24  # 64 MiB: large enough to fill the device
 _EXP_RANGE = 85.0  # |h| bound under which exp(h) and all its partial products are normal float32 numbers
 
@@ -46,11 +48,16 @@ def slab_density(
     """
     x, y, z = shape = tuple(int(n) for n in shape)
     kinds: dict[tuple[int, ...], tuple[str, int]] = {  # name, axis of length 1
-        (x, len(w), y, 1): ("xy", 3), (x, len(w), 1, z): ("xz", 2), (1, len(w), y, z): ("yz", 0),
+        (x, len(w), y, 1): ("xy", 3),
+        (x, len(w), 1, z): ("xz", 2),
+        (1, len(w), y, z): ("yz", 0),
     }
     names = [kinds[tuple(m.shape)] for m in maps if tuple(m.shape) in kinds]
     if not maps or len(names) < len(maps) or (len(set(names)) != len(names) and min(shape) > 1):
-        raise ValueError(f"slab_density: expected maps of X, Y, Z = {list(shape)}, J = {len(w)}, got {[list(m.shape) for m in maps]}.")
+        raise ValueError(
+            f"slab_density: expected maps of X, Y, Z = {list(shape)}, J = {len(w)}, got"
+            f" {[list(m.shape) for m in maps]}."
+        )
     applies = alike(w, *maps, b) and min(shape) > 1  # at one point an axis, shapes do not tell maps apart
     chosen = choose("slab_density", impl, "slab_density", w.device.type, applies)
     if chosen == "ref":
@@ -58,10 +65,14 @@ def slab_density(
     if chosen == "torch":
         return _SlabDensity.apply(shape, chunk, w, b, *maps)
     flat = {name: m.squeeze(axis).contiguous() for (name, axis), m in zip(names, maps, strict=True)}
-    return torch.ops.eg3d_rlhf.slab_density(flat.get("xy"), flat.get("xz"), flat.get("yz"), w.contiguous(), b, list(shape))
+    return torch.ops.eg3d_rlhf.slab_density(
+        flat.get("xy"), flat.get("xz"), flat.get("yz"), w.contiguous(), b, list(shape)
+    )
 
 
-def slab_density_ref(maps: Sequence[torch.Tensor], w: torch.Tensor, b: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def slab_density_ref(
+    maps: Sequence[torch.Tensor], w: torch.Tensor, b: torch.Tensor, shape: Sequence[int]
+) -> torch.Tensor:
     """The definition: every pre-activation at once, [X, J, Y, Z]."""
     hidden: Any = sum(m.expand(shape[0], len(w), shape[1], shape[2]) for m in maps)
     return torch.einsum("j,xjyz->xyz", w, F.softplus(hidden)) + b
@@ -79,16 +90,27 @@ def _gradients(ctx, grad):
     rest = iter(saved)
     maps = [next(rest) if there else None for there in ctx.present]
     grad_w, *grad_maps = torch.ops.eg3d_rlhf.slab_density_backward(grad.contiguous(), *maps, w)
-    return *(g if there else None for g, there in zip(grad_maps, ctx.present, strict=True)), grad_w, grad.sum(), None
+    return (
+        *(g if there else None for g, there in zip(grad_maps, ctx.present, strict=True)),
+        grad_w,
+        grad.sum(),
+        None,
+    )
 
 
 define(
     "slab_density(Tensor? xy, Tensor? xz, Tensor? yz, Tensor w, Tensor b, int[] shape) -> Tensor",
-    lambda xy, xz, yz, w, b, shape: w.new_empty(shape), _gradients, _save,
+    lambda xy, xz, yz, w, b, shape: w.new_empty(shape),
+    _gradients,
+    _save,
 )
 define(
-    "slab_density_backward(Tensor grad, Tensor? xy, Tensor? xz, Tensor? yz, Tensor w) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda grad, xy, xz, yz, w: (torch.empty_like(w), *(w.new_empty(0) if m is None else torch.empty_like(m) for m in (xy, xz, yz))),
+    "slab_density_backward(Tensor grad, Tensor? xy, Tensor? xz, Tensor? yz, Tensor w) -> (Tensor, Tensor,"
+    " Tensor, Tensor)",
+    lambda grad, xy, xz, yz, w: (
+        torch.empty_like(w),
+        *(w.new_empty(0) if m is None else torch.empty_like(m) for m in (xy, xz, yz)),
+    ),
 )
 
 
@@ -98,10 +120,12 @@ def _cut(tensor: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
 
 
 class _Volume:
-    """Walks the volume block by block: fills one reused buffer with exp(h), or with h where the exponentials would leave float32.
+    """Walks the volume block by block: fills one reused buffer with exp(h), or with h where the exponentials
+    would leave float32.
 
-    exp(A + B + C) = exp(A) exp(B) exp(C), and the three factors are maps: with them no exponential is taken per point, and
-    softplus(h) = log1p(t), sigmoid(h) = t / (1 + t) for t = exp(h). float64 always takes the direct form.
+    exp(A + B + C) = exp(A) exp(B) exp(C), and the three factors are maps: with them no exponential is taken
+    per point, and softplus(h) = log1p(t), sigmoid(h) = t / (1 + t) for t = exp(h). float64 always takes the
+    direct form.
     """
 
     def __init__(self, maps: Sequence[torch.Tensor], shape: tuple[int, int, int], chunk: int | None):
@@ -116,10 +140,12 @@ class _Volume:
     def parts(self, work: Callable[[range], _T]) -> list[_T]:
         """work(range of x) over the whole of X, on a CPU with one range for each of torch's threads.
 
-        Threads over ranges, each with serial operations, in place of threads inside every small operation: without a barrier per operation
-        a busy machine does not stall it. torch's thread count is restored on return.
+        Threads over ranges, each with serial operations, in place of threads inside every small operation:
+        without a barrier per operation a busy machine does not stall it. torch's thread count is restored on
+        return.
         """
-        count_x, before = self.shape[0], torch.get_num_threads()
+        count_x = self.shape[0]
+        before = torch.get_num_threads()
         threads = min(before, count_x) if self.on_cpu else 1
         if threads == 1:
             return [work(range(count_x))]
@@ -134,7 +160,8 @@ class _Volume:
     def blocks(self, over: range) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """(x, y, t or h [x, J, y, Z]) for every block of the x in `over`, about `chunk` elements each.
 
-        A block is whole x-slices together, or one x-slice's band of y. The tensor is overwritten by the next one.
+        A block is whole x-slices together, or one x-slice's band of y. The tensor is overwritten by the next
+        one.
         """
         _, count_y, count_z = self.shape
         units = self.factors[0].shape[1]
@@ -144,7 +171,8 @@ class _Volume:
         buffer = self.factors[0].new_empty(min(step_x, len(over)) * units * step_y * count_z)
         for start_x in range(over.start, over.stop, step_x):
             for start_y in range(0, count_y, step_y):
-                x, y = slice(start_x, min(start_x + step_x, over.stop)), slice(start_y, min(start_y + step_y, count_y))
+                x = slice(start_x, min(start_x + step_x, over.stop))
+                y = slice(start_y, min(start_y + step_y, count_y))
                 shape = (x.stop - x.start, units, y.stop - y.start, count_z)
                 yield x, y, self._fill(buffer[: math.prod(shape)].view(shape), x, y)
 
@@ -168,19 +196,25 @@ class _Volume:
 
 
 class _SlabDensity(torch.autograd.Function):
-    """sigma_raw [X, Y, Z] from the pair maps; the backward recomputes h block by block, so nothing of size X*Y*Z*J is ever stored."""
+    """sigma_raw [X, Y, Z] from the pair maps; the backward recomputes h block by block, so nothing of size
+    X*Y*Z*J is ever stored.
+    """
 
     @staticmethod
     def forward(ctx, shape, chunk, w, b, *maps):
         ctx.save_for_backward(w, *maps)
-        ctx.shape, ctx.chunk = shape, chunk
+        ctx.shape = shape
+        ctx.chunk = chunk
         volume = _Volume(maps, shape, chunk)
-        sigma, weight = w.new_empty(shape), w.detach()
+        sigma = w.new_empty(shape)
+        weight = w.detach()
 
         def work(over: range) -> None:
             for x, y, block in volume.blocks(over):
                 activation = volume.softplus(block, out=block)
-                sigma[x, y] = torch.matmul(weight, activation.flatten(2)).view(block.shape[0], block.shape[2], block.shape[3])
+                sigma[x, y] = torch.matmul(weight, activation.flatten(2)).view(
+                    block.shape[0], block.shape[2], block.shape[3]
+                )
 
         volume.parts(work)
         return sigma.add_(b)
@@ -190,21 +224,31 @@ class _SlabDensity(torch.autograd.Function):
     def backward(ctx, grad):
         w, *maps = ctx.saved_tensors
         _, _, need_w, need_b, *need_maps = ctx.needs_input_grad
-        grad_w, grad_maps = _volume_gradients(_Volume(maps, ctx.shape, ctx.chunk), grad, w.detach(), maps, need_w, need_maps)
+        grad_w, grad_maps = _volume_gradients(
+            _Volume(maps, ctx.shape, ctx.chunk), grad, w.detach(), maps, need_w, need_maps
+        )
         return None, None, grad_w, grad.sum() if need_b else None, *grad_maps
 
 
 def _volume_gradients(
-    volume: _Volume, grad: torch.Tensor, w: torch.Tensor, maps: Sequence[torch.Tensor], need_w: bool, need_maps: Sequence[bool]
+    volume: _Volume,
+    grad: torch.Tensor,
+    w: torch.Tensor,
+    maps: Sequence[torch.Tensor],
+    need_w: bool,
+    need_maps: Sequence[bool],
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients for w [J] and the maps from that of sigma [X, Y, Z], each None where it is not needed:
 
-    d/dw[j] = sum grad * softplus(h[j]),   d/dmap[j] = w[j] * sum grad * sigmoid(h[j]) over the axes that the map lacks.
+    d/dw[j] = sum grad * softplus(h[j]),   d/dmap[j] = w[j] * sum grad * sigmoid(h[j]) over the axes that the
+                                           map lacks.
     """
     shared = [torch.zeros_like(m) if need else None for m, need in zip(maps, need_maps, strict=True)]
 
     def work(over: range) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Maps with an x axis are written at disjoint places; the sums over x are kept per range and added up in order."""
+        """Maps with an x axis are written at disjoint places; the sums over x are kept per range and added up
+        in order.
+        """
         own_w = torch.zeros_like(w)
         own = [torch.zeros_like(m) if m is not None and m.shape[0] == 1 else m for m in shared]
         scratch = w.new_empty(0)
@@ -217,7 +261,8 @@ def _volume_gradients(
                 own_w += torch.matmul(activation.flatten(2), part.flatten(1)[..., None]).sum(dim=(0, 2))
             if any(need_maps):
                 slope = volume.sigmoid_(block, scratch=spare).mul_(part[:, None])  # [x, J, y, Z]
-                for target in (_cut(m, x, y) for m in own if m is not None):  # the sum over the axes along which it was broadcast
+                # the sum over the axes along which it was broadcast
+                for target in (_cut(m, x, y) for m in own if m is not None):
                     summed = [axis for axis in range(4) if target.shape[axis] == 1 and slope.shape[axis] > 1]
                     target += slope.sum(dim=summed, keepdim=True) if summed else slope
         return own_w, own

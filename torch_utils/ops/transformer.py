@@ -1,7 +1,8 @@
 """Layers of transformers that are made in parts, so that these stay in cache, and again in the backward pass.
 
-Attention of a sequence to itself, from the one matrix that holds queries, keys and values: scores are made per head for a tile of queries,
-and queries and keys are normalised on the way, so that no copy of them is kept. And linear, GELU (tanh form), linear, some rows at a time.
+Attention of a sequence to itself, from the one matrix that holds queries, keys and values: scores are made
+per head for a tile of queries, and queries and keys are normalised on the way, so that no copy of them is
+kept. And linear, GELU (tanh form), linear, some rows at a time.
 
 Shape letters: N samples, T tokens, H heads, D channels of a head; A features in and out, B hidden features.
 """
@@ -17,21 +18,30 @@ TILE = 1 << 19  # scores at a time
 
 
 def self_attention(
-    qkv: torch.Tensor, q_gain: torch.Tensor | None = None, k_gain: torch.Tensor | None = None, result: torch.Tensor | None = None, *,
+    qkv: torch.Tensor,
+    q_gain: torch.Tensor | None = None,
+    k_gain: torch.Tensor | None = None,
+    result: torch.Tensor | None = None,
+    *,
     impl: str = "auto",
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v of qkv [N, T, 3, H, D] -> [N, T, H, D].
 
     Args:
         q_gain, k_gain: [H, D]: queries and keys are first x / |x| * gain; None leaves them.
-        result: what this would return, where it is known: it is not computed again. Gradients are those of the formula.
-        impl: see `torch_utils.ops.implementations`; "ref" is torch's fused attention, with which the others agree to rounding.
+        result: what this would return, where it is known: it is not computed again. Gradients are those of
+            the formula.
+        impl: see `torch_utils.ops.implementations`; "ref" is torch's fused attention, with which the others
+            agree to rounding.
     Differentiable in: qkv, q_gain, k_gain (once, where tiles are used).
     """
     if tiled(qkv, impl):
         return _SelfAttention.apply(qkv.contiguous(), q_gain, k_gain, (result,))
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # [N, H, T, D]
-    q, k = (x if gain is None else F.normalize(x, dim=-1) * gain[:, None] for x, gain in ((q, q_gain), (k, k_gain)))
+    q, k = (
+        x if gain is None else F.normalize(x, dim=-1) * gain[:, None]
+        for x, gain in ((q, q_gain), (k, k_gain))
+    )
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
@@ -51,7 +61,8 @@ class _SelfAttention(torch.autograd.Function):
         out = torch.empty_like(qkv[:, :, 0])
         for n, h in _heads(qkv):
             q, k, v = (_head(qkv[n, :, i, h], gain, h)[0] for i, gain in enumerate((q_gain, k_gain, None)))
-            q, v = q * q.shape[-1] ** -0.5, v.t()
+            q = q * q.shape[-1] ** -0.5
+            v = v.t()
             for rows, to in zip(*_tiles(q, out[n, :, h]), strict=True):
                 scores = product(rows, k)
                 to.copy_(product(torch.softmax(scores, -1, out=scores), v))
@@ -62,12 +73,20 @@ class _SelfAttention(torch.autograd.Function):
     def backward(ctx, grad):
         qkv, *gains = ctx.saved_tensors
         to_qkv = torch.empty_like(qkv)
-        to_gains = [torch.zeros_like(g) if need else None for g, need in zip(gains, ctx.needs_input_grad[1:3], strict=True)]
+        to_gains = [
+            torch.zeros_like(g) if need else None
+            for g, need in zip(gains, ctx.needs_input_grad[1:3], strict=True)
+        ]
         for n, h in _heads(qkv):
-            (q, *of_q), (k, *of_k), (v, *_) = (_head(qkv[n, :, i, h], gain, h) for i, gain in enumerate((*gains, None)))
-            scale, g = q.shape[-1] ** -0.5, grad[n, :, h].contiguous()
+            (q, *of_q), (k, *of_k), (v, *_) = (
+                _head(qkv[n, :, i, h], gain, h) for i, gain in enumerate((*gains, None))
+            )
+            scale = q.shape[-1] ** -0.5
+            g = grad[n, :, h].contiguous()
             q = q * scale
-            to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k.t()).contiguous(), torch.zeros_like(v.t()).contiguous()
+            to_q = torch.empty_like(q)
+            to_k = torch.zeros_like(k.t()).contiguous()
+            to_v = torch.zeros_like(v.t()).contiguous()
             for rows, one, to in zip(*_tiles(q, g, to_q), strict=True):
                 p = product(rows, k)
                 torch.softmax(p, -1, out=p)
@@ -77,7 +96,9 @@ class _SelfAttention(torch.autograd.Function):
                 to.copy_(product(to_p, k.t()))
                 to_k += product(rows.t(), to_p.t())
             to_q *= scale
-            for i, (x, gain, (unit, length)) in enumerate(((to_q, gains[0], of_q), (to_k.t(), gains[1], of_k))):
+            for i, (x, gain, (unit, length)) in enumerate(
+                ((to_q, gains[0], of_q), (to_k.t(), gains[1], of_k))
+            ):
                 if gain is not None:  # x / |x|: what points along x does not count
                     if (to_gain := to_gains[i]) is not None:
                         to_gain[h] += (x * unit).sum(0)
@@ -93,7 +114,9 @@ def _heads(qkv: torch.Tensor) -> list[tuple[int, int]]:
     return [(n, h) for n in range(qkv.shape[0]) for h in range(qkv.shape[3])]
 
 
-def _head(x: torch.Tensor, gain: torch.Tensor | None, h: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _head(
+    x: torch.Tensor, gain: torch.Tensor | None, h: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [T, D] -> x / |x| * gain, x / |x|, |x|; without gain x, and nothing of use."""
     x = x.contiguous()
     if gain is None:
@@ -113,8 +136,14 @@ PART = 1 << 20  # hidden numbers at a time
 
 
 def feed_forward(
-    x: torch.Tensor, weight_1: torch.Tensor, bias_1: torch.Tensor, weight_2: torch.Tensor, bias_2: torch.Tensor, *,
-    impl: str = "auto", skip: bool = False,
+    x: torch.Tensor,
+    weight_1: torch.Tensor,
+    bias_1: torch.Tensor,
+    weight_2: torch.Tensor,
+    bias_2: torch.Tensor,
+    *,
+    impl: str = "auto",
+    skip: bool = False,
 ) -> torch.Tensor:
     """W_2 gelu(W_1 x + b_1) + b_2: x [..., A], weight_1 [B, A], weight_2 [A, B] -> [..., A].
 
@@ -150,12 +179,16 @@ class _FeedForward(torch.autograd.Function):
         parameters = (weight_1, bias_1, weight_2, weight_2[:, 0])  # the last as the second bias
         trained = [torch.zeros_like(p) if need else None for p, need in zip(parameters, needed, strict=True)]
         to_weight_1, to_bias_1, to_weight_2, to_bias_2 = trained
-        for rows, g, to in zip(*_parts(len(weight_1), x, grad.contiguous(), x if to_x is None else to_x), strict=True):
+        for rows, g, to in zip(
+            *_parts(len(weight_1), x, grad.contiguous(), x if to_x is None else to_x), strict=True
+        ):
             hidden = product(rows, weight_1, bias_1)
             if to_weight_2 is not None:
                 to_weight_2 += product(g.t(), F.gelu(hidden, approximate="tanh").t())
             to_hidden = product(g, weight_2.t())
-            torch.ops.aten.gelu_backward.grad_input(to_hidden, hidden, approximate="tanh", grad_input=to_hidden)
+            torch.ops.aten.gelu_backward.grad_input(
+                to_hidden, hidden, approximate="tanh", grad_input=to_hidden
+            )
             if to_x is not None:
                 to.copy_(product(to_hidden, weight_1.t()))
             if to_weight_1 is not None:

@@ -1,10 +1,13 @@
 """Raw density and colour of scattered points: tri-plane look-up and the two-layer decoder in one op.
 
-    f = 1/K sum_k bilinear(plane_k, (width, height) coordinates of the point on plane k)         zeros outside, align_corners=False
-    h = softplus(w0 f + b0),   out = w1 h + b1,   sigma_raw = out[0],   features = sigmoid(out[1:]) * 1.002 - 0.001
+    f = 1/K sum_k bilinear(plane_k, (width, height) coordinates of the point on plane k)
+        zeros outside, align_corners=False
+    h = softplus(w0 f + b0),   out = w1 h + b1,   sigma_raw = out[0],
+    features = sigmoid(out[1:]) * 1.002 - 0.001
 
-Planes that read the same pair of coordinates are added up first, which is exact because the look-up is linear: released EG3D
-checkpoints project onto (x, y), (x, z), (z, x), where the third is read as the second, transposed.
+Planes that read the same pair of coordinates are added up first, which is exact because the look-up is
+linear: released EG3D checkpoints project onto (x, y), (x, z), (z, x), where the third is read as the second,
+transposed.
 
 Shapes: N batch, K planes, C plane channels, H x W plane size, P points, J hidden units,
 D colour features (0: only the density is computed).
@@ -20,10 +23,16 @@ from torch_utils.ops.implementations import alike, choose, define
 
 Pairs = tuple[tuple[int, int], ...]  # per plane (width axis, height axis), 0 = x, 1 = y, 2 = z
 
-_POINT_CHUNK = 1 << 14  # points of the torch path at once where no gradient is asked for: 4 MB at 64 hidden units
-_SCALE, _SHIFT = 1 + 2 * 0.001, 0.001  # colours reach slightly beyond 0..1
+# points of the torch path at once where no gradient is asked for: 4 MB at 64 hidden units
+_POINT_CHUNK = 1 << 14
+# colours reach slightly beyond 0..1
+_SCALE = 1 + 2 * 0.001
+_SHIFT = 0.001
 
-_CUDA_CHANNELS, _CUDA_PLANES, _CUDA_UNITS = 32, 8, 128  # what the CUDA kernels' shared memory holds in float32
+# what the CUDA kernels' shared memory holds in float32
+_CUDA_CHANNELS = 32
+_CUDA_PLANES = 8
+_CUDA_UNITS = 128
 
 
 class MergedPlanes(NamedTuple):
@@ -50,8 +59,10 @@ class DecoderWeights(NamedTuple):
 def projection_axes(plane_axes: torch.Tensor) -> Pairs | None:
     """Which world axis each plane reads along its width and its height.
 
-    Args: plane_axes [K, 3, 3]; plane k reads the first two components of coords @ inverse(plane_axes[k]) as (width, height).
-    Returns: per plane (width axis, height axis), 0 = x, 1 = y, 2 = z; None when a plane is not axis-aligned (there is no separable form).
+    Args: plane_axes [K, 3, 3]; plane k reads the first two components of coords @ inverse(plane_axes[k]) as
+        (width, height).
+    Returns: per plane (width axis, height axis), 0 = x, 1 = y, 2 = z; None when a plane is not axis-aligned
+        (there is no separable form).
     """
     pairs = []
     for matrix in torch.linalg.inv(plane_axes.detach().double().cpu()):
@@ -65,7 +76,8 @@ def projection_axes(plane_axes: torch.Tensor) -> Pairs | None:
 
 
 def project_onto_planes(planes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-    """(width, height) coordinates of points on every plane: the first two components of coordinates @ inverse(plane).
+    """(width, height) coordinates of points on every plane: the first two components of coordinates @
+    inverse(plane).
 
     Args:
         planes: [K, 3, 3]; coordinates: [N, P, 3].
@@ -83,26 +95,34 @@ def sample_planes_channels_first(
     """Bilinear plane features at points, zero outside the box; every plane on its own.
 
     Args:
-        plane_axes: [K, 3, 3]; plane_features: [N, K, C, H, W]; coordinates: [N, P, 3] world units; box_warp: side of the box.
+        plane_axes: [K, 3, 3]; plane_features: [N, K, C, H, W]; coordinates: [N, P, 3] world units; box_warp:
+            side of the box.
     Returns: [N, K, C, P]. Differentiable in plane_features and coordinates.
     """
     n, k, c, h, w = plane_features.shape
     grid = project_onto_planes(plane_axes, (2 / box_warp) * coordinates).unsqueeze(1)  # [N*K, 1, P, 2]
     features = F.grid_sample(
-        plane_features.reshape(n * k, c, h, w), grid.to(plane_features), mode="bilinear", padding_mode="zeros", align_corners=False
+        plane_features.reshape(n * k, c, h, w),
+        grid.to(plane_features),
+        mode="bilinear",
+        padding_mode="zeros",
+        align_corners=False,
     )
     return features.reshape(n, k, c, -1)
 
 
 def merge_planes(planes: torch.Tensor, pairs: Pairs) -> MergedPlanes:
-    """Add up planes that read the same pair of coordinates and put channels last, once for all look-ups into the same planes.
+    """Add up planes that read the same pair of coordinates and put channels last, once for all look-ups into
+    the same planes.
 
-    Args: planes [N, K, C, H, W]; pairs: see `projection_axes`. A plane that reads a pair in the other order is transposed, if H == W.
+    Args: planes [N, K, C, H, W]; pairs: see `projection_axes`. A plane that reads a pair in the other order
+        is transposed, if H == W.
     Differentiable in planes, to any order.
     """
     square = planes.shape[3] == planes.shape[4]
     sums: dict[tuple[int, int], torch.Tensor] = {}
-    for (width, height), plane in zip(pairs, planes.permute(0, 3, 4, 1, 2).unbind(3), strict=True):  # [N, H, W, C]
+    # [N, H, W, C]
+    for (width, height), plane in zip(pairs, planes.permute(0, 3, 4, 1, 2).unbind(3), strict=True):
         if square and (height, width) in sums:
             width, height, plane = height, width, plane.transpose(1, 2)
         sums[width, height] = sums[width, height] + plane if (width, height) in sums else plane
@@ -121,30 +141,46 @@ def triplane_decode(
     """Colour features and raw density at points.
 
     Args:
-        planes: [N, K, C, H, W]; plane_axes: [K, 3, 3], or what `projection_axes` makes of it (as torch.compile wants it).
+        planes: [N, K, C, H, W]; plane_axes: [K, 3, 3], or what `projection_axes` makes of it
+            (as torch.compile wants it).
         points: [N, P, 3], world units; box_warp: side of the cube that the planes span, world units.
         weights: of the decoder, in the dtype of the planes; with D = 0 no colours are computed.
-        impl: see `torch_utils.ops.implementations`. The compiled op takes axis-aligned planes in float32 or float64 and points that ask
-            for no gradient.
+        impl: see `torch_utils.ops.implementations`. The compiled op takes axis-aligned planes in float32 or
+            float64 and points that ask for no gradient.
         merged: `merge_planes` of the same planes, where several calls share it.
     Returns: features [N, P, D] in (-0.001, 1.001), sigma_raw [N, P, 1].
     Differentiable in planes and weights, twice; in points once (through plain torch).
     Raises: ValueError for an unknown `impl`.
     """
     weights = DecoderWeights(*weights)
-    assert planes.ndim == 5 and points.shape[2:] == (3,) and len(points) == len(planes) and planes.shape[2] == weights.w0.shape[1]
-    assert weights.b0.shape == weights.w0.shape[:1] == weights.w1.shape[1:] and weights.b1.shape == weights.w1.shape[:1]
+    assert (
+        planes.ndim == 5
+        and points.shape[2:] == (3,)
+        and len(points) == len(planes)
+        and planes.shape[2] == weights.w0.shape[1]
+    )
+    assert (
+        weights.b0.shape == weights.w0.shape[:1] == weights.w1.shape[1:]
+        and weights.b1.shape == weights.w1.shape[:1]
+    )
     pairs = plane_axes if not isinstance(plane_axes, torch.Tensor) else None
     if pairs is None and merged is None:
         assert isinstance(plane_axes, torch.Tensor)
         pairs = projection_axes(plane_axes)
     aligned = merged is not None or pairs is not None
     fixed = not (points.requires_grad and torch.is_grad_enabled())
-    applies = aligned and fixed and alike(points, planes, *weights) and (planes.device.type != "cuda" or _fits_cuda(planes, weights))
+    applies = (
+        aligned
+        and fixed
+        and alike(points, planes, *weights)
+        and (planes.device.type != "cuda" or _fits_cuda(planes, weights))
+    )
     chosen = choose("triplane_decode", impl, "triplane_decode", planes.device.type, applies)
     if chosen == "ref" or not aligned:
         if not isinstance(plane_axes, torch.Tensor):  # a basis whose `projection_axes` these are
-            order = torch.tensor([(width, height, 3 - width - height) for width, height in plane_axes], device=points.device)
+            order = torch.tensor(
+                [(width, height, 3 - width - height) for width, height in plane_axes], device=points.device
+            )
             plane_axes = torch.eye(3, dtype=points.dtype, device=points.device)[order]
         return triplane_decode_ref(planes, plane_axes, points, box_warp, weights)
     if not merged:
@@ -155,31 +191,50 @@ def triplane_decode(
     if chosen == "torch":
         return _decode_torch(merged.sums, merged.pairs, scaled.to(planes), *weights)
     axes = [axis for pair in merged.pairs for axis in pair]
-    return torch.ops.eg3d_rlhf.triplane_decode(merged.sums, axes, scaled, *(weight.contiguous() for weight in weights))
+    return torch.ops.eg3d_rlhf.triplane_decode(
+        merged.sums, axes, scaled, *(weight.contiguous() for weight in weights)
+    )
 
 
 def _fits_cuda(planes: torch.Tensor, weights: DecoderWeights) -> bool:
-    """Whether the CUDA kernels cover these sizes, and torch has not been asked for determinism: they add up plane gradients atomically."""
+    """Whether the CUDA kernels cover these sizes, and torch has not been asked for determinism: they add up
+    plane gradients atomically.
+    """
     if torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled():
         return False
     units, channels = weights.w0.shape
-    few = channels <= _CUDA_CHANNELS and len(weights.b1) - 1 <= _CUDA_CHANNELS and planes.shape[1] <= _CUDA_PLANES
+    few = (
+        channels <= _CUDA_CHANNELS
+        and len(weights.b1) - 1 <= _CUDA_CHANNELS
+        and planes.shape[1] <= _CUDA_PLANES
+    )
     return few and units * planes.element_size() <= _CUDA_UNITS * 4
 
 
 def triplane_decode_ref(
-    planes: torch.Tensor, plane_axes: torch.Tensor, points: torch.Tensor, box_warp: float, weights: DecoderWeights
+    planes: torch.Tensor,
+    plane_axes: torch.Tensor,
+    points: torch.Tensor,
+    box_warp: float,
+    weights: DecoderWeights,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, all points at once: each plane sampled on its own, their mean through the decoder."""
     w0, b0, w1, b1 = weights
-    features = sample_planes_channels_first(plane_axes, planes, points, box_warp).mean(dim=1).transpose(1, 2)  # [N, P, C]
+    # [N, P, C]
+    features = sample_planes_channels_first(plane_axes, planes, points, box_warp).mean(dim=1).transpose(1, 2)
     out = F.linear(F.softplus(F.linear(features, w0, b0)), w1, b1)
     return torch.sigmoid(out[..., 1:]) * _SCALE - _SHIFT, out[..., :1]
 
 
-def _decode_torch(sums: torch.Tensor, pairs: Pairs, points: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`triplane_decode` of merged planes [N, K', H, W, C] at points [N, P, 3] in plane units; the mean over planes is in w0."""
-    if points.device.type != "cpu" or (torch.is_grad_enabled() and any(t.requires_grad for t in (sums, points, *weights))):
+def _decode_torch(
+    sums: torch.Tensor, pairs: Pairs, points: torch.Tensor, *weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`triplane_decode` of merged planes [N, K', H, W, C] at points [N, P, 3] in plane units; the mean over
+    planes is in w0.
+    """
+    if points.device.type != "cpu" or (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (sums, points, *weights))
+    ):
         return _decode_torch_chunk(sums, pairs, points, *weights)
     parts = [_decode_torch_chunk(sums, pairs, part, *weights) for part in points.split(_POINT_CHUNK, dim=1)]
     features, sigma = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
@@ -188,11 +243,18 @@ def _decode_torch(sums: torch.Tensor, pairs: Pairs, points: torch.Tensor, *weigh
 
 def _decode_torch_chunk(sums, pairs, points, w0, b0, w1, b1) -> tuple[torch.Tensor, torch.Tensor]:
     """`_decode_torch`, all points at once."""
-    twice = not points.requires_grad  # torch's own grid_sample has a gradient for points, this one a second one for planes
+    # torch's own grid_sample has a gradient for points, this one a second one for planes
+    twice = not points.requires_grad
     sampled: Any = None
     for k, pair in enumerate(pairs):
-        plane, grid = sums[:, k].permute(0, 3, 1, 2), points[:, None, :, list(pair)]  # [N, C, H, W] with channels last, [N, 1, P, 2]
-        part = grid_sample_gradfix.grid_sample(plane, grid) if twice else F.grid_sample(plane, grid, align_corners=False)
+        # [N, C, H, W] with channels last, [N, 1, P, 2]
+        plane = sums[:, k].permute(0, 3, 1, 2)
+        grid = points[:, None, :, list(pair)]
+        part = (
+            grid_sample_gradfix.grid_sample(plane, grid)
+            if twice
+            else F.grid_sample(plane, grid, align_corners=False)
+        )
         sampled = part if sampled is None else sampled + part
     out = F.linear(F.softplus(F.linear(sampled.squeeze(2).transpose(1, 2), w0, b0)), w1, b1)
     return torch.sigmoid(out[..., 1:]) * _SCALE - _SHIFT, out[..., :1]
@@ -210,22 +272,33 @@ def _gradients(ctx, grad_features, grad_sigma):
         pairs = tuple(zip(ctx.axes[::2], ctx.axes[1::2], strict=True))
         inputs = [t for t in (planes, *weights) if t.requires_grad]
         outputs = _decode_torch_chunk(planes, pairs, points.detach(), *weights)
-        found = iter(torch.autograd.grad(outputs, inputs, (grad_features, grad_sigma), create_graph=True, allow_unused=True))
+        found = iter(
+            torch.autograd.grad(
+                outputs, inputs, (grad_features, grad_sigma), create_graph=True, allow_unused=True
+            )
+        )
         grad_planes, *grad_weights = (next(found) if t.requires_grad else None for t in (planes, *weights))
     else:
         grads = (grad_features.contiguous(), grad_sigma.contiguous())
-        grad_planes, *grad_weights = torch.ops.eg3d_rlhf.triplane_decode_backward(*grads, planes, ctx.axes, points, *weights)
+        grad_planes, *grad_weights = torch.ops.eg3d_rlhf.triplane_decode_backward(
+            *grads, planes, ctx.axes, points, *weights
+        )
     return grad_planes, None, None, *grad_weights
 
 
 _WEIGHTS = "Tensor w0, Tensor b0, Tensor w1, Tensor b1"
 define(
     f"triplane_decode(Tensor planes, int[] axes, Tensor points, {_WEIGHTS}) -> (Tensor, Tensor)",
-    lambda planes, axes, points, w0, b0, w1, b1: tuple(points.new_empty(*points.shape[:2], n) for n in (w1.shape[0] - 1, 1)),
-    _gradients, _save,
+    lambda planes, axes, points, w0, b0, w1, b1: tuple(
+        points.new_empty(*points.shape[:2], n) for n in (w1.shape[0] - 1, 1)
+    ),
+    _gradients,
+    _save,
 )
 define(
-    f"triplane_decode_backward(Tensor grad_features, Tensor grad_sigma, Tensor planes, int[] axes, Tensor points, {_WEIGHTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda grad_features, grad_sigma, planes, axes, points, *weights: tuple(torch.empty_like(t) for t in (planes, *weights)),
+    "triplane_decode_backward(Tensor grad_features, Tensor grad_sigma, Tensor planes, int[] axes, Tensor"
+    f" points, {_WEIGHTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda grad_features, grad_sigma, planes, axes, points, *weights: tuple(
+        torch.empty_like(t) for t in (planes, *weights)
+    ),
 )

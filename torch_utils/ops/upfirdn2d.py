@@ -1,6 +1,8 @@
-"""Zero-insertion, padding, FIR filtering and decimation of images: the resampling kernel of StyleGAN-family networks.
+"""Zero-insertion, padding, FIR filtering and decimation of images: the resampling kernel of StyleGAN-family
+networks.
 
-Shapes: N batch, C channels, H x W pixels, K taps. Paddings are in pixels of the zero-inserted image; negative ones crop.
+Shapes: N batch, C channels, H x W pixels, K taps. Paddings are in pixels of the zero-inserted image; negative
+ones crop.
 Everything here is linear in x, so it is differentiable in x to any order; the filter is a constant.
 """
 
@@ -65,7 +67,8 @@ def upfirdn2d(
 ) -> torch.Tensor:
     """Resample with a FIR filter: insert zeros, pad, filter, keep every down-th pixel.
 
-    Along each axis y[n] = sum_m f[K-1-m] u[n*down + m - pad0], where u[i*up] = x[i] and 0 elsewhere (trailing zeros included).
+    Along each axis y[n] = sum_m f[K-1-m] u[n*down + m - pad0], where u[i*up] = x[i] and 0 elsewhere
+    (trailing zeros included).
 
     Args:
         x: [N, C, H, W].
@@ -80,16 +83,25 @@ def upfirdn2d(
     Raises: ValueError for an empty result or an unknown `impl`.
     """
     assert x.ndim == 4 and (f is None or f.ndim in (1, 2))
-    up, down, padding = _parse_scaling(up), _parse_scaling(down), _parse_padding(padding)
+    up = _parse_scaling(up)
+    down = _parse_scaling(down)
+    padding = _parse_padding(padding)
     f = torch.ones([1, 1], device=x.device) if f is None else f.detach()
     for size, k in zip(_padded_size(x, up, padding), filter_size(f), strict=True):
         if size < k:
-            raise ValueError(f"upfirdn2d: expected at least {k} pixels after padding, got {size}. Use larger images than {list(x.shape)}.")
+            raise ValueError(
+                f"upfirdn2d: expected at least {k} pixels after padding, got {size}. Use larger images than"
+                f" {list(x.shape)}."
+            )
     applies = x.dtype in COMPILED_DTYPES[x.device.type == "cuda"] and x.numel() > 0
     chosen = choose("upfirdn2d", impl, "upfirdn2d", x.device.type, applies)
     if chosen != "compiled":
-        return (upfirdn2d_ref if chosen == "ref" else _upfirdn2d_torch)(x, f, up, down, padding, flip_filter, gain)
-    return torch.ops.eg3d_rlhf.upfirdn2d(dense(x), f.to(x.dtype).contiguous(), up, down, padding, flip_filter, float(gain))
+        return (upfirdn2d_ref if chosen == "ref" else _upfirdn2d_torch)(
+            x, f, up, down, padding, flip_filter, gain
+        )
+    return torch.ops.eg3d_rlhf.upfirdn2d(
+        dense(x), f.to(x.dtype).contiguous(), up, down, padding, flip_filter, float(gain)
+    )
 
 
 def _padded_size(x: torch.Tensor, up: Pair, padding: Pads) -> Pair:
@@ -98,8 +110,12 @@ def _padded_size(x: torch.Tensor, up: Pair, padding: Pads) -> Pair:
     return x.shape[3] * up[0] + x0 + x1, x.shape[2] * up[1] + y0 + y1
 
 
-def upfirdn2d_ref(x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, padding: Pads, flip_filter: bool, gain: float) -> torch.Tensor:
-    """The definition, one step after the other: insert zeros, pad or crop, filter every channel, keep every down-th pixel."""
+def upfirdn2d_ref(
+    x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, padding: Pads, flip_filter: bool, gain: float
+) -> torch.Tensor:
+    """The definition, one step after the other: insert zeros, pad or crop, filter every channel, keep every
+    down-th pixel.
+    """
     n, channels, height, width = x.shape
     if up != (1, 1):
         x = x.reshape(n, channels, height, 1, width, 1)
@@ -112,7 +128,9 @@ def upfirdn2d_ref(x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, paddin
     return x[:, :, :: down[1], :: down[0]]
 
 
-def _upfirdn2d_torch(x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, padding: Pads, flip_filter: bool, gain: float) -> torch.Tensor:
+def _upfirdn2d_torch(
+    x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, padding: Pads, flip_filter: bool, gain: float
+) -> torch.Tensor:
     """upfirdn2d in plain torch: one depthwise convolution, or two for 1-D taps."""
     f = (f * gain ** (f.ndim / 2)).to(x.dtype)
     if f.ndim == 2:
@@ -121,18 +139,22 @@ def _upfirdn2d_torch(x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, pad
     return _filter_pass(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0, *padding[2:]), flip_filter)  # along H
 
 
-def _filter_pass(x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, padding: Pads, flip_filter: bool) -> torch.Tensor:
+def _filter_pass(
+    x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, padding: Pads, flip_filter: bool
+) -> torch.Tensor:
     """upfirdn2d for taps [KH, KW] of x's dtype.
 
-    Without zero-insertion it is a strided depthwise correlation. With it, a depthwise transposed convolution: its full
-    output z[j] = sum_i x[i] f[j - i*up] holds y[n] = z[n + K-1 - pad0], so padding turns into cropping and no zeros are multiplied.
+    Without zero-insertion it is a strided depthwise correlation. With it, a depthwise transposed convolution:
+    its full output z[j] = sum_i x[i] f[j - i*up] holds y[n] = z[n + K-1 - pad0], so padding turns into
+    cropping and no zeros are multiplied.
     """
     channels = x.shape[1]
     kh, kw = f.shape
     x0, x1, y0, y1 = padding
     if up == (1, 1):
         kernel = (f if flip_filter else f.flip([0, 1])).expand(channels, 1, kh, kw)
-        inside = max(min(x0, x1), 0), max(min(y0, y1), 0)  # what conv2d can pad by itself, on both sides alike
+        # what conv2d can pad by itself, on both sides alike
+        inside = max(min(x0, x1), 0), max(min(y0, y1), 0)
         rest = (x0 - inside[0], x1 - inside[0], y0 - inside[1], y1 - inside[1])
         x = F.pad(x, rest) if any(rest) else x
         return F.conv2d(x, kernel, stride=(down[1], down[0]), padding=(inside[1], inside[0]), groups=channels)
@@ -153,43 +175,67 @@ def _fake(x, f, up, down, padding, flip_filter, gain):
 
 
 def _save(ctx, inputs, output) -> None:
-    """`ctx.padding`: that with which upfirdn2d, its factors swapped and its filter flipped, is the transpose."""
+    """`ctx.padding`: that with which upfirdn2d, its factors swapped and its filter flipped,
+    is the transpose.
+    """
     x, f, ctx.up, ctx.down, padding, ctx.flip_filter, ctx.gain = inputs
     ctx.save_for_backward(f)
     ctx.padding = []
     for axis, k in enumerate(filter_size(f)):
-        before, size, out = padding[2 * axis], x.shape[3 - axis], output.shape[3 - axis]
+        before = padding[2 * axis]
+        size = x.shape[3 - axis]
+        out = output.shape[3 - axis]
         ctx.padding += [k - 1 - before, (size - 1) * ctx.up[axis] - out * ctx.down[axis] + 1 + before]
 
 
 def _gradients(ctx, grad):
     (f,) = ctx.saved_tensors
-    grad = torch.ops.eg3d_rlhf.upfirdn2d(dense(grad), f, ctx.down, ctx.up, ctx.padding, not ctx.flip_filter, ctx.gain)
+    grad = torch.ops.eg3d_rlhf.upfirdn2d(
+        dense(grad), f, ctx.down, ctx.up, ctx.padding, not ctx.flip_filter, ctx.gain
+    )
     return grad, None, None, None, None, None, None
 
 
-# x is contiguous or channels-last and the result lies alike; f [K] or [KH, KW] of x's dtype and device, contiguous; up, down (x, y);
-# padding (x_before, x_after, y_before, y_after), any sign; the result is never empty.
+# x is contiguous or channels-last and the result lies alike; f [K] or [KH, KW] of x's dtype and device,
+# contiguous; up, down (x, y); padding (x_before, x_after, y_before, y_after), any sign; the result is never
+# empty.
 define(
-    "upfirdn2d(Tensor x, Tensor f, int[] up, int[] down, int[] padding, bool flip_filter, float gain) -> Tensor", _fake, _gradients, _save
+    "upfirdn2d(Tensor x, Tensor f, int[] up, int[] down, int[] padding, bool flip_filter, float gain) ->"
+    " Tensor",
+    _fake,
+    _gradients,
+    _save,
 )
 
 
 def filter2d(
-    x: torch.Tensor, f: torch.Tensor | None, padding: Scale = 0, flip_filter: bool = False, gain: float = 1, impl: str = "auto"
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    padding: Scale = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """Filter an image and keep its size; `padding` adds to the pads that do so.
 
     Args and errors as `upfirdn2d`. Returns [N, C, H, W] (plus the extra padding).
     """
-    return upfirdn2d(x, f, padding=same_size_padding(f, padding), flip_filter=flip_filter, gain=gain, impl=impl)
+    return upfirdn2d(
+        x, f, padding=same_size_padding(f, padding), flip_filter=flip_filter, gain=gain, impl=impl
+    )
 
 
 def upsample2d(
-    x: torch.Tensor, f: torch.Tensor | None, up: Scale = 2, padding: Scale = 0, flip_filter: bool = False, gain: float = 1,
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: Scale = 2,
+    padding: Scale = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Enlarge an image by whole factors, keeping its mean; `padding` adds to the pads that give exactly up*H x up*W.
+    """Enlarge an image by whole factors, keeping its mean; `padding` adds to the pads that give exactly up*H
+    x up*W.
 
     Args and errors as `upfirdn2d`. Returns [N, C, up*H, up*W] (plus the extra padding).
     """
@@ -199,18 +245,33 @@ def upsample2d(
 
 
 def downsample2d(
-    x: torch.Tensor, f: torch.Tensor | None, down: Scale = 2, padding: Scale = 0, flip_filter: bool = False, gain: float = 1,
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    down: Scale = 2,
+    padding: Scale = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Shrink an image by whole factors; `padding` adds to the pads that give exactly H/down x W/down.
 
     Args and errors as `upfirdn2d`. Returns [N, C, H/down, W/down] (plus the extra padding).
     """
-    return upfirdn2d(x, f, down=down, padding=same_size_padding(f, padding, down=down), flip_filter=flip_filter, gain=gain, impl=impl)
+    return upfirdn2d(
+        x,
+        f,
+        down=down,
+        padding=same_size_padding(f, padding, down=down),
+        flip_filter=flip_filter,
+        gain=gain,
+        impl=impl,
+    )
 
 
 def same_size_padding(f: torch.Tensor | None, padding: Scale = 0, up: Scale = 1, down: Scale = 1) -> Pads:
-    """`padding` and what makes the result exactly up / down times as large as the image, where one of the two is 1."""
+    """`padding` and what makes the result exactly up / down times as large as the image, where one of the two
+    is 1.
+    """
     pads = _parse_padding(padding)
     added = []
     for k, u, d in zip(filter_size(f), _parse_scaling(up), _parse_scaling(down), strict=True):

@@ -1,18 +1,21 @@
-"""Parts of a residual squeeze-and-excitation block on volumes, and their gradients to what they read and to its weights: on a CPU.
+"""Parts of a residual squeeze-and-excitation block on volumes, and their gradients to what they read and to
+its weights: on a CPU.
 
-    conv     y = [relu](conv3x3x3(scale * x + shift, zeros outside) [+ residual]), with each channel's sum and sum of squares
-    up       y = skip + the transposed convolution (3x3x3, stride 2, padding 1) of x, resampled to the skip's size by its nearest neighbour,
-             floor(i * in / out), with the same sums
+    conv     y = [relu](conv3x3x3(scale * x + shift, zeros outside) [+ residual]), with each channel's sum and
+             sum of squares
+    up       y = skip + the transposed convolution (3x3x3, stride 2, padding 1) of x, resampled to the skip's
+             size by its nearest neighbour, floor(i * in / out), with the same sums
     gate     y = h * max(channel gate, sigmoid(w . h + b)) for h >= 0
     profile  largest response per depth slice of a 1x1x1 convolution after `gate`
 
-The sums make the next group normalisation a scale and a shift per channel, so that no pass over the volume is its own. Its gradient is
-a factor of the gradient that arrives, one of the volume and an offset, once the sums of both products are known; these come out of the
-gradient's own convolution, and the pass that reads them next applies them with the ReLU's mask (`volume_conv_gradient`).
+The sums make the next group normalisation a scale and a shift per channel, so that no pass over the volume is
+its own. Its gradient is a factor of the gradient that arrives, one of the volume and an offset, once the sums
+of both products are known; these come out of the gradient's own convolution, and the pass that reads them
+next applies them with the ReLU's mask (`volume_conv_gradient`).
 
-The convolution is
-direct along z and x and Winograd's F(4, 3) along y (Lavin & Gray 2016): half the definition's products. Largest deviation from torch's
-convolution, relative to the largest value: 1e-6 (8 and 16 channels).
+The convolution is direct along z and x and Winograd's F(4, 3) along y (Lavin & Gray 2016): half the
+definition's products. Largest deviation from torch's convolution, relative to the largest value: 1e-6
+(8 and 16 channels).
 
 Shapes: N batch, C input and O output channels, D, H, W.
 """
@@ -26,17 +29,40 @@ from torch_utils.ops.implementations import choose, define
 
 _LANES = 8  # output channels at a time
 _LEAST_WIDTH = 4
-define("volume_conv(Tensor x, Tensor scale, Tensor shift, Tensor u, Tensor? residual, Tensor? mix, bool relu, Tensor(a!) y) -> Tensor")
+define(
+    "volume_conv(Tensor x, Tensor scale, Tensor shift, Tensor u, Tensor? residual, Tensor? mix, bool relu,"
+    " Tensor(a!) y) -> Tensor"
+)
 define("volume_up(Tensor skip, Tensor x, Tensor w, Tensor(a!) y) -> Tensor")
 define("volume_gate(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor(a!) y, bool pool) -> Tensor")
-define("volume_profile(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor final_w, Tensor final_b) -> (Tensor, Tensor)")
-define("volume_conv_gradient(Tensor g, Tensor h, Tensor factors, Tensor u, Tensor other, Tensor? mix, Tensor(a!) y) -> Tensor")
-define("volume_gate_gradient(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor? whole, Tensor? pooled, Tensor(a!) y) -> Tensor")
-define("volume_join(Tensor g, Tensor h, Tensor inner, Tensor r, Tensor factors, Tensor? mix, Tensor(a!) y) -> ()")
-define("volume_conv_weight(Tensor g, Tensor h, Tensor factors, Tensor x, Tensor scale, Tensor shift) -> Tensor")
+define(
+    "volume_profile(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor final_w, Tensor final_b) -> (Tensor,"
+    " Tensor)"
+)
+define(
+    "volume_conv_gradient(Tensor g, Tensor h, Tensor factors, Tensor u, Tensor other, Tensor? mix, Tensor(a!)"
+    " y) -> Tensor"
+)
+define(
+    "volume_gate_gradient(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor? whole, Tensor? pooled,"
+    " Tensor(a!) y) -> Tensor"
+)
+define(
+    "volume_join(Tensor g, Tensor h, Tensor inner, Tensor r, Tensor factors, Tensor? mix, Tensor(a!) y) -> ()"
+)
+define(
+    "volume_conv_weight(Tensor g, Tensor h, Tensor factors, Tensor x, Tensor scale, Tensor shift) -> Tensor"
+)
 define("volume_up_gradient(Tensor grad, Tensor u, Tensor(a!) y) -> ()")
 # F(4, 3): transformed taps of the kernel along y
-_TAPS = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))
+_TAPS = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
 
 
 def _compiled(impl: str, *tensors: torch.Tensor | None) -> bool:
@@ -47,7 +73,9 @@ def _compiled(impl: str, *tensors: torch.Tensor | None) -> bool:
 
 
 def transformed_kernel(w: torch.Tensor) -> torch.Tensor:
-    """Kernels w [(N,) O, C, 3, 3, 3] as `volume_conv` reads them, [N or 1, O/8, 6, 3, C, 3, 8]: y taps, z, input, x, output."""
+    """Kernels w [(N,) O, C, 3, 3, 3] as `volume_conv` reads them, [N or 1, O/8, 6, 3, C, 3, 8]: y taps, z,
+    input, x, output.
+    """
     w = w[None] if w.ndim == 5 else w
     taps = torch.tensor(_TAPS, dtype=torch.float64)
     u = torch.einsum("ky,noczyx->nokzcx", taps, w.detach().double().cpu()).float()  # [N, O, 6, 3, C, 3]
@@ -74,30 +102,50 @@ def _finished(y: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, 
 
 
 def volume_conv(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, w: torch.Tensor, u: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None, mix: torch.Tensor | None = None, relu: bool = False, out: torch.Tensor | None = None,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    w: torch.Tensor,
+    u: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    mix: torch.Tensor | None = None,
+    relu: bool = False,
+    out: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The normalised 3x3x3 convolution.
 
     Args:
         x: [N, C, D, H, W], or one channel from which all C inputs are made; scale, shift: [N, C].
-        w: [O, C, 3, 3, 3], or [N, O, C, 3, 3, 3] with kernels for each sample; u: `transformed_kernel(w)`, made where not given.
+        w: [O, C, 3, 3, 3], or [N, O, C, 3, 3, 3] with kernels for each sample; u: `transformed_kernel(w)`,
+            made where not given.
         residual: like the result; or [N, 1, D, H, W] with mix [O, 2], a factor and an offset per output.
         out: memory for y, contiguous; may be the residual's.
     Returns: y [N, O, D, H, W] and sums [N, O, 2] float64 of y and y^2.
-    "auto" takes the compiled op where O is a multiple of 8 and W is at least 4; narrower volumes fill its vectors badly.
+    "auto" takes the compiled op where O is a multiple of 8 and W is at least 4; narrower volumes fill its
+    vectors badly.
     """
     samples, inputs = scale.shape
-    assert x.ndim == 5 and w.shape[-4:] == (inputs, 3, 3, 3) and x.shape[1] in (1, inputs) and (w.ndim == 5 or len(w) == samples)
+    assert (
+        x.ndim == 5
+        and w.shape[-4:] == (inputs, 3, 3, 3)
+        and x.shape[1] in (1, inputs)
+        and (w.ndim == 5 or len(w) == samples)
+    )
     fits = w.shape[-5] % _LANES == 0 and (impl == "compiled" or x.shape[4] >= _LEAST_WIDTH)
     if fits and _compiled(impl, x, scale, shift, residual, mix):
         u = transformed_kernel(w) if u is None else u
         residual, mix = (None if t is None else t.contiguous() for t in (residual, mix))
         y = _memory(out, x, (samples, w.shape[-5], *x.shape[2:]))
-        return y, torch.ops.eg3d_rlhf.volume_conv(x.contiguous(), scale.contiguous(), shift.contiguous(), u, residual, mix, relu, y)
+        return y, torch.ops.eg3d_rlhf.volume_conv(
+            x.contiguous(), scale.contiguous(), shift.contiguous(), u, residual, mix, relu, y
+        )
     x = x * scale[:, :, None, None, None] + shift[:, :, None, None, None]
-    y = F.conv3d(x, w, padding=1) if w.ndim == 5 else torch.cat([F.conv3d(a[None], k, padding=1) for a, k in zip(x, w, strict=True)])
+    y = (
+        F.conv3d(x, w, padding=1)
+        if w.ndim == 5
+        else torch.cat([F.conv3d(a[None], k, padding=1) for a, k in zip(x, w, strict=True)])
+    )
     if mix is not None and residual is not None:
         residual = residual * mix[None, :, 0, None, None, None] + mix[None, :, 1, None, None, None]
     y = y if residual is None else y + residual
@@ -105,58 +153,93 @@ def volume_conv(
 
 
 def volume_up(
-    skip: torch.Tensor, x: torch.Tensor, w: torch.Tensor, u: torch.Tensor | None = None, out: torch.Tensor | None = None, impl: str = "auto"
+    skip: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    u: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """skip [N, O, D, H, W] + the transposed convolution of x [N, C, d, h, w] by w [C, O, 3, 3, 3], resampled; and sums [N, O, 2].
+    """skip [N, O, D, H, W] + the transposed convolution of x [N, C, d, h, w] by w [C, O, 3, 3, 3], resampled;
+    and sums [N, O, 2].
 
     u: `transposed_kernel(w)`, made where not given; out: memory for the result, contiguous; may be skip.
     """
     if skip.shape[1] % _LANES == 0 and _compiled(impl, skip, x):
         y = _memory(out, skip, skip.shape)
-        return y, torch.ops.eg3d_rlhf.volume_up(skip.contiguous(), x.contiguous(), transposed_kernel(w) if u is None else u, y)
-    y = skip + F.interpolate(F.conv_transpose3d(x, w, stride=2, padding=1), size=tuple(skip.shape[2:]), mode="nearest")
+        return y, torch.ops.eg3d_rlhf.volume_up(
+            skip.contiguous(), x.contiguous(), transposed_kernel(w) if u is None else u, y
+        )
+    y = skip + F.interpolate(
+        F.conv_transpose3d(x, w, stride=2, padding=1), size=tuple(skip.shape[2:]), mode="nearest"
+    )
     return _finished(y, out)
 
 
 def volume_gate(
-    h: torch.Tensor, channel: torch.Tensor, w: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None, pool: bool = False,
+    h: torch.Tensor,
+    channel: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor | None = None,
+    pool: bool = False,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """h [N, C, D, H, W] >= 0 times the larger of channel [N, C] and sigmoid(w [C] . h + b [1]); with `pool`, its maxima over 2^3 voxels.
+    """h [N, C, D, H, W] >= 0 times the larger of channel [N, C] and sigmoid(w [C] . h + b [1]); with `pool`,
+    its maxima over 2^3 voxels.
 
     out: memory for the result, contiguous; may be h.
     """
     if _compiled(impl, h, channel, w, b):
         y = _memory(out, h, h.shape)
-        small = torch.ops.eg3d_rlhf.volume_gate(h.contiguous(), channel.contiguous(), w.contiguous(), b, y, pool)
+        small = torch.ops.eg3d_rlhf.volume_gate(
+            h.contiguous(), channel.contiguous(), w.contiguous(), b, y, pool
+        )
         return y, small if pool else None
-    y = h * torch.maximum(channel[:, :, None, None, None], torch.sigmoid(torch.einsum("ncdhw,c->ndhw", h, w) + b)[:, None])
+    y = h * torch.maximum(
+        channel[:, :, None, None, None], torch.sigmoid(torch.einsum("ncdhw,c->ndhw", h, w) + b)[:, None]
+    )
     y = y if out is None else out.copy_(y)
     return y, F.max_pool3d(y, 2) if pool else None
 
 
 def volume_profile(
-    h: torch.Tensor, channel: torch.Tensor, w: torch.Tensor, b: torch.Tensor, final_w: torch.Tensor, final_b: torch.Tensor,
+    h: torch.Tensor,
+    channel: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor,
+    final_w: torch.Tensor,
+    final_b: torch.Tensor,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest of final_w [R, C] . gated h + final_b [R] over responses, rows and columns of each slice, [N, D], and where, y W + x.
+    """Largest of final_w [R, C] . gated h + final_b [R] over responses, rows and columns of each slice,
+    [N, D], and where, y W + x.
 
     See `volume_gate`.
     """
     if _compiled(impl, h, channel, w, b, final_w, final_b):
         given = (h, channel, w, b, final_w, final_b)
         return torch.ops.eg3d_rlhf.volume_profile(*(t.contiguous() for t in given))
-    response = torch.einsum("ncdhw,rc->nrdhw", volume_gate(h, channel, w, b, impl=impl)[0], final_w) + final_b[:, None, None, None]
+    response = (
+        torch.einsum("ncdhw,rc->nrdhw", volume_gate(h, channel, w, b, impl=impl)[0], final_w)
+        + final_b[:, None, None, None]
+    )
     return response.amax(dim=1).flatten(2).max(dim=2)
 
 
 def volume_conv_gradient(
-    g: torch.Tensor, h: torch.Tensor, factors: torch.Tensor, u: torch.Tensor, other: torch.Tensor, mix: torch.Tensor | None = None
+    g: torch.Tensor,
+    h: torch.Tensor,
+    factors: torch.Tensor,
+    u: torch.Tensor,
+    other: torch.Tensor,
+    mix: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of a normalised convolution's input, from (f0 g + f1 h + f2 where h > 0) of its result h, with sums for its own.
+    """The gradient of a normalised convolution's input, from (f0 g + f1 h + f2 where h > 0) of its result h,
+    with sums for its own.
 
-    Args: g, h [N, O, D, H, W]; factors [N, O, 3]; u: `transformed_kernel(turned(w))`; other: the input [N, C, D, H, W], or, with mix
-    [C, 2], one channel of which each is a factor and an offset.
+    Args: g, h [N, O, D, H, W]; factors [N, O, 3]; u: `transformed_kernel(turned(w))`; other: the input
+    [N, C, D, H, W], or, with mix [C, 2], one channel of which each is a factor and an offset.
     Returns: y [N, C, D, H, W] and the sums [N, C, 2] float64 of y and y * other.
     """
     y = g.new_empty([len(g), u.shape[1] * _LANES, *g.shape[2:]])
@@ -164,35 +247,60 @@ def volume_conv_gradient(
 
 
 def volume_conv_weight(
-    g: torch.Tensor, h: torch.Tensor, factors: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+    g: torch.Tensor,
+    h: torch.Tensor,
+    factors: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
 ) -> torch.Tensor:
-    """The gradient of a normalised convolution's kernels, [O, C, 3, 3, 3]; the same bits for any number of threads.
+    """The gradient of a normalised convolution's kernels, [O, C, 3, 3, 3]; the same bits for any number of
+    threads.
 
-    Args: g, h, factors: the gradient of its result, see `volume_conv_gradient`; x, scale, shift: its input, see `volume_conv`.
+    Args: g, h, factors: the gradient of its result, see `volume_conv_gradient`; x, scale, shift: its input,
+        see `volume_conv`.
     """
-    return torch.ops.eg3d_rlhf.volume_conv_weight(g, h, factors.contiguous(), x, scale.contiguous(), shift.contiguous())[0].float()
+    return torch.ops.eg3d_rlhf.volume_conv_weight(
+        g, h, factors.contiguous(), x, scale.contiguous(), shift.contiguous()
+    )[0].float()
 
 
 def volume_gate_gradient(
-    h: torch.Tensor, channel: torch.Tensor, w: torch.Tensor, b: torch.Tensor, whole: torch.Tensor | None, pooled: torch.Tensor | None
+    h: torch.Tensor,
+    channel: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor,
+    whole: torch.Tensor | None,
+    pooled: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `volume_gate` to h, [N, C, D, H, W], and to channel, w and b in turn, [N, 2 C + 1] float64.
+    """Gradients of `volume_gate` to h, [N, C, D, H, W], and to channel, w and b in turn, [N, 2 C + 1]
+    float64.
 
     whole, pooled: of its two results, None for 0.
 
-    A maximum's gradient goes to the first voxel that attains it. Where h is 0 the gradient is not defined: the ReLU before it drops it.
+    A maximum's gradient goes to the first voxel that attains it. Where h is 0 the gradient is not defined:
+    the ReLU before it drops it.
     """
     whole, pooled = (None if t is None else t.contiguous() for t in (whole, pooled))
     y = torch.empty_like(h)
-    return y, torch.ops.eg3d_rlhf.volume_gate_gradient(h, channel.contiguous(), w.contiguous(), b, whole, pooled, y)
+    return y, torch.ops.eg3d_rlhf.volume_gate_gradient(
+        h, channel.contiguous(), w.contiguous(), b, whole, pooled, y
+    )
 
 
 def volume_join(
-    g: torch.Tensor, h: torch.Tensor, inner: torch.Tensor, r: torch.Tensor, factors: torch.Tensor, mix: torch.Tensor | None = None
+    g: torch.Tensor,
+    h: torch.Tensor,
+    inner: torch.Tensor,
+    r: torch.Tensor,
+    factors: torch.Tensor,
+    mix: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of a block's residual r: (g + f0 where h > 0) + f1 inner + f2 r + f3, factors [N, C, 4]; in the memory of g.
+    """The gradient of a block's residual r: (g + f0 where h > 0) + f1 inner + f2 r + f3, factors [N, C, 4];
+    in the memory of g.
 
-    With mix [C, 2] the channels of r are a factor and an offset of the one that is given, and the result, in new memory, is that one's.
+    With mix [C, 2] the channels of r are a factor and an offset of the one that is given, and the result, in
+    new memory, is that one's.
     """
     y = g if mix is None else torch.empty_like(r)
     torch.ops.eg3d_rlhf.volume_join(g, h, inner, r, factors.contiguous(), mix, y)
@@ -200,7 +308,9 @@ def volume_join(
 
 
 def volume_up_gradient(grad: torch.Tensor, u: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """The gradient of `volume_up` to x [N, C, *size] from one of its result [N, O, D, H, W]; u: `transposed_kernel(w.transpose(0, 1))`."""
+    """The gradient of `volume_up` to x [N, C, *size] from one of its result [N, O, D, H, W]; u:
+    `transposed_kernel(w.transpose(0, 1))`.
+    """
     y = grad.new_empty([len(grad), u.shape[0] * _LANES, *size])
     torch.ops.eg3d_rlhf.volume_up_gradient(grad.contiguous(), u, y)
     return y
@@ -213,4 +323,7 @@ def turned(w: torch.Tensor) -> torch.Tensor:
 
 def differentiable() -> bool:
     """Whether the gradients can be had here: they are compiled or not at all."""
-    return all(choose("volume_block", "auto", op, "cpu") == "compiled" for op in ("volume_block", "volume_block_gradients"))
+    return all(
+        choose("volume_block", "auto", op, "cpu") == "compiled"
+        for op in ("volume_block", "volume_block_gradients")
+    )

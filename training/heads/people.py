@@ -1,9 +1,10 @@
 """Heads of people: the family `synthetic:people64`, each head a scan of mixed quality that a latent names.
 
-A latent of 64 coordinates, scaled to unit root mean square as a mapping network scales it, is 36 components of identity, 4 of hair, 6 of
-appearance and 18 of scan quality. The first 40 give a mesh by a linear basis (training/heads/people_basis.py makes it once from MakeHuman's
-data), the next 6 its colours; the last 18 say what the scan is missing or has too much of, see `training.heads.people_damage`: the *whole*
-head is what the first 46 name. World axes: x right, y up, z to the camera, in the cube of side 1.
+A latent of 64 coordinates, scaled to unit root mean square as a mapping network scales it, is 36 components
+of identity, 4 of hair, 6 of appearance and 18 of scan quality. The first 40 give a mesh by a linear basis
+(training/heads/people_basis.py makes it once from MakeHuman's data), the next 6 its colours; the last 18 say
+what the scan is missing or has too much of, see `training.heads.people_damage`: the *whole* head is what the
+first 46 name. World axes: x right, y up, z to the camera, in the cube of side 1.
 
 Shape letters: N heads, V vertices, T triangles, K components, H hair fields, P points, M masks.
 """
@@ -19,8 +20,12 @@ from scipy.special import ndtr
 
 from training import storage
 
-KIND, VERSION = "people-basis", 1
-COMPONENTS, HAIR_FIELDS, APPEARANCE, QUALITY = 36, 4, 6, 18
+KIND = "people-basis"
+VERSION = 1
+COMPONENTS = 36
+HAIR_FIELDS = 4
+APPEARANCE = 6
+QUALITY = 18
 SHAPE = COMPONENTS + HAIR_FIELDS  # coordinates of a head's shape
 LATENT = COMPONENTS + HAIR_FIELDS + APPEARANCE + QUALITY
 UNIT = 1.15  # lengths below are of a head that is 0.4 high; ours are so much larger
@@ -28,12 +33,37 @@ EYE = (0.0512, 0.005)  # the mean head's eyes: distance from the middle, height
 ASSET = storage.ASSETS / "people-basis.safetensors"
 LIGHT = np.array([0.30, 0.50, 0.81], np.float32) / np.linalg.norm([0.30, 0.50, 0.81])
 
-_SKIN = np.array([[0.30, 0.18, 0.12], [0.48, 0.31, 0.21], [0.68, 0.47, 0.34], [0.86, 0.66, 0.53], [0.95, 0.79, 0.69]])
-_HAIR = np.array([[0.05, 0.04, 0.04], [0.13, 0.08, 0.05], [0.28, 0.17, 0.09], [0.50, 0.27, 0.12], [0.74, 0.56, 0.30], [0.60, 0.58, 0.56]])
-_IRIS = np.array([[0.17, 0.09, 0.04], [0.30, 0.18, 0.08], [0.22, 0.34, 0.20], [0.16, 0.34, 0.55], [0.34, 0.42, 0.50]])
-_SHIRT = np.array([[0.75, 0.22, 0.20], [0.82, 0.62, 0.22], [0.30, 0.55, 0.32], [0.20, 0.45, 0.68], [0.45, 0.30, 0.60], [0.24, 0.25, 0.28]])
+_SKIN = np.array(
+    [[0.30, 0.18, 0.12], [0.48, 0.31, 0.21], [0.68, 0.47, 0.34], [0.86, 0.66, 0.53], [0.95, 0.79, 0.69]]
+)
+_HAIR = np.array(
+    [
+        [0.05, 0.04, 0.04],
+        [0.13, 0.08, 0.05],
+        [0.28, 0.17, 0.09],
+        [0.50, 0.27, 0.12],
+        [0.74, 0.56, 0.30],
+        [0.60, 0.58, 0.56],
+    ]
+)
+_IRIS = np.array(
+    [[0.17, 0.09, 0.04], [0.30, 0.18, 0.08], [0.22, 0.34, 0.20], [0.16, 0.34, 0.55], [0.34, 0.42, 0.50]]
+)
+_SHIRT = np.array(
+    [
+        [0.75, 0.22, 0.20],
+        [0.82, 0.62, 0.22],
+        [0.30, 0.55, 0.32],
+        [0.20, 0.45, 0.68],
+        [0.45, 0.30, 0.60],
+        [0.24, 0.25, 0.28],
+    ]
+)
 
-LEVEL, INSIDE, OUTSIDE = 10.0, 60.0, -10.0  # raw density of the surface, and its bounds
+# raw density of the surface, and its bounds
+LEVEL = 10.0
+INSIDE = 60.0
+OUTSIDE = -10.0
 
 Numbers = TypeVar("Numbers", np.ndarray, torch.Tensor)
 
@@ -52,11 +82,16 @@ class Basis:
 
     @functools.cached_property
     def drawn(self) -> np.ndarray:
-        """What colours are made of, of each vertex [V, 8]: the mean head's place, lips, scalp, eyes, long hair, sky."""
-        long, eyes = np.linalg.norm(self.hair[2], axis=1), self.masks["eyes"]
-        bare = eyes * ramp(0.05, 0.3, self.sky)  # the eyeball under the lids takes their colour: they are thin
+        """What colours are made of, of each vertex [V, 8]: the mean head's place, lips, scalp, eyes, long
+        hair, sky.
+        """
+        long = np.linalg.norm(self.hair[2], axis=1)
+        eyes = self.masks["eyes"]
+        # the eyeball under the lids takes their colour: they are thin
+        bare = eyes * ramp(0.05, 0.3, self.sky)
         x, y, z = (self.mean / UNIT).T
-        about = (np.hypot(np.abs(x) - EYE[0], y - EYE[1]) < 0.036) & (z > 0.05)  # not seen, but near: insides of lids
+        # not seen, but near: insides of lids
+        about = (np.hypot(np.abs(x) - EYE[0], y - EYE[1]) < 0.036) & (z > 0.05)
         sky = np.where(about, np.maximum(self.sky, 0.7), self.sky)
         columns = [self.masks["lips"], self.masks["scalp"], bare, long / long.max(), sky]
         return np.concatenate([self.mean, np.stack(columns, axis=1)], axis=1).astype(np.float32)
@@ -68,14 +103,21 @@ def load_basis(path: Path = ASSET) -> Basis:
     try:
         tensors, meta = storage.read_tensors(path, KIND)
         if meta.get("version") != VERSION:
-            raise ValueError(f"{path}: expected a basis of heads of version {VERSION}, got {meta.get('version')}. Restore it.")
+            raise ValueError(
+                f"{path}: expected a basis of heads of version {VERSION}, got {meta.get('version')}."
+                " Restore it."
+            )
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{error} Or make it again: eg3d-rlhf assets build people.") from None
     masks = tensors["masks"].float().numpy() / 255
     return Basis(
-        mean=tensors["mean"].numpy(), components=(tensors["components"].float() * tensors["component_step"][:, None, None]).numpy(),
-        hair=tensors["hair"].float().numpy(), triangles=tensors["triangles"].numpy().astype(np.int64),
-        masks=dict(zip(meta["masks"], masks, strict=True)), sky=tensors["sky"].float().numpy() / 255, meta=meta,
+        mean=tensors["mean"].numpy(),
+        components=(tensors["components"].float() * tensors["component_step"][:, None, None]).numpy(),
+        hair=tensors["hair"].float().numpy(),
+        triangles=tensors["triangles"].numpy().astype(np.int64),
+        masks=dict(zip(meta["masks"], masks, strict=True)),
+        sky=tensors["sky"].float().numpy() / 255,
+        meta=meta,
     )
 
 
@@ -83,10 +125,16 @@ def load_basis(path: Path = ASSET) -> Basis:
 
 
 def scaled(z: torch.Tensor | np.ndarray) -> np.ndarray:
-    """Latents [N, 64] at unit root mean square, float64. Raises: ValueError for another number of coordinates."""
+    """Latents [N, 64] at unit root mean square, float64.
+
+    Raises: ValueError for another number of coordinates.
+    """
     z = z.detach().cpu().numpy() if isinstance(z, torch.Tensor) else np.asarray(z)
     if z.ndim != 2 or z.shape[1] != LATENT:
-        raise ValueError(f"heads of people: expected latents [N, {LATENT}], got {list(z.shape)}. Use a generator of synthetic:people64.")
+        raise ValueError(
+            f"heads of people: expected latents [N, {LATENT}], got {list(z.shape)}. Use a generator of"
+            " synthetic:people64."
+        )
     z = z.astype(np.float64)
     return z / np.sqrt((z * z).mean(axis=1, keepdims=True) + 1e-8)
 
@@ -104,14 +152,18 @@ def ramp(low: float, high: float, x: Numbers) -> Numbers:
 
 
 def density_of(distance: torch.Tensor, edge: float) -> torch.Tensor:
-    """Raw density of signed distances [...], world units; `edge` is the depth at which it is full. The surface is `LEVEL` for any edge."""
+    """Raw density of signed distances [...], world units; `edge` is the depth at which it is full. The
+    surface is `LEVEL` for any edge.
+    """
     return (LEVEL - distance * ((INSIDE - LEVEL) / edge)).clamp(OUTSIDE, INSIDE)
 
 
 def hair_amounts(hair: np.ndarray) -> np.ndarray:
     """Amounts [N, H] in 0..1 of volume, top, long and bun, of coordinates [N, H]."""
     share = ndtr(hair)
-    return np.stack([share[:, 0], share[:, 1] ** 2, ramp(0.45, 0.8, share[:, 2]), ramp(0.72, 0.9, share[:, 3])], axis=1)
+    return np.stack(
+        [share[:, 0], share[:, 1] ** 2, ramp(0.45, 0.8, share[:, 2]), ramp(0.72, 0.9, share[:, 3])], axis=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,19 +197,36 @@ def named_people(z: torch.Tensor | np.ndarray, basis: Basis | None = None) -> li
     heads = []
     for i, offsets in enumerate(moved):
         vertices = (basis.mean + offsets).astype(np.float32)
-        heads.append(Head(vertices=vertices, normals=vertex_normals(vertices, basis.triangles), long=float(amounts[i, 2]),
-                          appearance=appearance[i], quality=quality[i]))
+        heads.append(
+            Head(
+                vertices=vertices,
+                normals=vertex_normals(vertices, basis.triangles),
+                long=float(amounts[i, 2]),
+                appearance=appearance[i],
+                quality=quality[i],
+            )
+        )
     return heads
 
 
-BUST_RADIUS, BUST_FLOOR, BUST_ROUND = 0.44, -0.46, 0.04  # the rounded cylinder that closes a bust
+# the rounded cylinder that closes a bust
+BUST_RADIUS = 0.44
+BUST_FLOOR = -0.46
+BUST_ROUND = 0.04
 
 
 def bust_end(points: np.ndarray) -> np.ndarray:
-    """Signed distance [...] of points [..., 3] to the rounded cylinder about the y axis that closes every bust below."""
+    """Signed distance [...] of points [..., 3] to the rounded cylinder about the y axis that closes every
+    bust below.
+    """
     x, y, z = np.moveaxis(points, -1, 0)
-    out, below = np.hypot(x, z) - BUST_RADIUS + BUST_ROUND, BUST_FLOOR + BUST_ROUND - y
-    return np.hypot(np.maximum(out, 0), np.maximum(below, 0)) + np.minimum(np.maximum(out, below), 0) - BUST_ROUND
+    out = np.hypot(x, z) - BUST_RADIUS + BUST_ROUND
+    below = BUST_FLOOR + BUST_ROUND - y
+    return (
+        np.hypot(np.maximum(out, 0), np.maximum(below, 0))
+        + np.minimum(np.maximum(out, below), 0)
+        - BUST_ROUND
+    )
 
 
 # Colours
@@ -177,10 +246,15 @@ def surface_colour(head: Head, drawn: np.ndarray, normals: np.ndarray) -> np.nda
 
     Args: drawn: [P, 8], `Basis.drawn` interpolated there; normals: [P, 3] unit.
     """
-    place, (lips, scalp, eyes, long, sky) = drawn[:, :3] / UNIT, drawn[:, 3:].T
+    place = drawn[:, :3] / UNIT
+    lips, scalp, eyes, long, sky = drawn[:, 3:].T
     a = head.appearance
-    skin, hair, iris, shirt = (_palette(p, c) for p, c in ((_SKIN, a[0]), (_HAIR, a[1]), (_IRIS, a[2]), (_SHIRT, a[3])))
-    x, y, z = np.abs(place[:, 0]), place[:, 1] - EYE[1], place[:, 2]
+    skin, hair, iris, shirt = (
+        _palette(p, c) for p, c in ((_SKIN, a[0]), (_HAIR, a[1]), (_IRIS, a[2]), (_SHIRT, a[3]))
+    )
+    x = np.abs(place[:, 0])
+    y = place[:, 1] - EYE[1]
+    z = place[:, 2]
     albedo = np.broadcast_to(skin, (len(place), 3))
     blush = np.exp(-(((x - 0.068) / 0.035) ** 2 + ((y + 0.055) / 0.03) ** 2)) * (z > 0.03)
     albedo = _mix(albedo, skin * np.array([1.0, 0.72, 0.68]), 0.5 * blush)
@@ -207,17 +281,23 @@ def surface_colour(head: Head, drawn: np.ndarray, normals: np.ndarray) -> np.nda
 # Pictures of meshes
 
 
-def rasterise(vertices: np.ndarray, triangles: np.ndarray, cam2world: np.ndarray, focal: float, size: int) -> tuple[np.ndarray, ...]:
-    """Nearest triangle of every pixel of a pinhole camera (OpenCV axes): index [R, R] (-1: none), weights of its corners [R, R, 3], and
-    depth along the axis [R, R] (inf: none). The weights are perspective-correct."""
+def rasterise(
+    vertices: np.ndarray, triangles: np.ndarray, cam2world: np.ndarray, focal: float, size: int
+) -> tuple[np.ndarray, ...]:
+    """Nearest triangle of every pixel of a pinhole camera (OpenCV axes): index [R, R] (-1: none), weights of
+    its corners [R, R, 3], and depth along the axis [R, R] (inf: none). The weights are perspective-correct.
+    """
     local = (vertices - cam2world[:3, 3]) @ cam2world[:3, :3]
     depth = local[:, 2]
     pixel = (local[:, :2] / depth[:, None] * focal + 0.5) * size - 0.5
-    corner, far = pixel[triangles], depth[triangles]  # [T, 3, 2], [T, 3]
+    # [T, 3, 2], [T, 3]
+    corner = pixel[triangles]
+    far = depth[triangles]
     low = np.clip(np.ceil(corner.min(axis=1)).astype(int), 0, size)
     high = np.clip(np.floor(corner.max(axis=1)).astype(int) + 1, 0, size)
     extent = np.clip(high - low, 0, None)
-    nearest, owner = np.full(size * size, np.inf), np.full(size * size, -1)
+    nearest = np.full(size * size, np.inf)
+    owner = np.full(size * size, -1)
     weights = np.zeros((size * size, 3))
     count = extent.prod(axis=1)
     order = np.argsort(count, kind="stable")
@@ -231,16 +311,22 @@ def rasterise(vertices: np.ndarray, triangles: np.ndarray, cam2world: np.ndarray
         p = np.stack([column, row], axis=1)
         area = _cross(b - a, c - a)
         area = np.where(np.abs(area) < 1e-12, np.inf, area)
-        share = np.stack([_cross(c - b, p - b), _cross(a - c, p - c), _cross(b - a, p - a)], axis=1) / area[:, None]
+        share = (
+            np.stack([_cross(c - b, p - b), _cross(a - c, p - c), _cross(b - a, p - a)], axis=1)
+            / area[:, None]
+        )
         inside = (share >= -1e-9).all(axis=1)
-        index, share, place = index[inside], share[inside], (row * size + column)[inside]
+        index = index[inside]
+        share = share[inside]
+        place = (row * size + column)[inside]
         over = share / far[index]
         distance = 1 / over.sum(axis=1)
         last = np.lexsort((-distance, place))  # the nearest of each pixel comes last, and stays
         first_of_pixel = np.r_[np.diff(place[last]) > 0, True] if len(last) else np.zeros(0, bool)
         keep = last[first_of_pixel]
         keep = keep[distance[keep] < nearest[place[keep]]]
-        nearest[place[keep]], owner[place[keep]] = distance[keep], index[keep]
+        nearest[place[keep]] = distance[keep]
+        owner[place[keep]] = index[keep]
         weights[place[keep]] = over[keep] * distance[keep, None]
     return owner.reshape(size, size), weights.reshape(size, size, 3), nearest.reshape(size, size)
 
@@ -250,8 +336,9 @@ def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def picture(head: Head, cam2world: np.ndarray, focal: float, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The whole head in colour on white, [R, R, 3] in 0..1, and the distance [R, R] along the unit ray through each pixel's centre (inf
-    where it misses)."""
+    """The whole head in colour on white, [R, R, 3] in 0..1, and the distance [R, R] along the unit ray
+    through each pixel's centre (inf where it misses).
+    """
     basis = load_basis()
     fine = 2 * size
     owner, weights, _ = rasterise(head.vertices, basis.triangles, cam2world, focal, fine)
@@ -259,7 +346,8 @@ def picture(head: Head, cam2world: np.ndarray, focal: float, size: int) -> tuple
     seen = owner >= 0
     corners = basis.triangles[owner[seen]]
     drawn, normals = (
-        np.einsum("pcd,pc->pd", values[corners], weights[seen]).astype(np.float32) for values in (basis.drawn, head.normals)
+        np.einsum("pcd,pc->pd", values[corners], weights[seen]).astype(np.float32)
+        for values in (basis.drawn, head.normals)
     )
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
     image[seen] = surface_colour(head, drawn, normals)

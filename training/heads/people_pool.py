@@ -1,4 +1,5 @@
-"""Exact distances and colours of whole heads of people at many points, once, by the package `warp`: what the generator's training reads.
+"""Exact distances and colours of whole heads of people at many points, once, by the package `warp`: what the
+generator's training reads.
 
 Only building the assets needs it; `training.heads.people_mesh` has the same distances without it.
 
@@ -29,7 +30,9 @@ from training.heads.people import (
     surface_colour,
 )
 
-CHUNKS, HEADS = 32, 50  # files of the pool, and heads of each
+# files of the pool, and heads of each
+CHUNKS = 32
+HEADS = 50
 POINT_STEP = 0.7 / 32767  # of stored coordinates, world units
 NAMED = COMPONENTS + HAIR_FIELDS + APPEARANCE  # coordinates that say what a whole head is
 
@@ -52,9 +55,7 @@ def _kernels() -> tuple[Any, Any, Any]:
             hit[i] = 1
 
     @wp.kernel
-    def nearest(
-        mesh: wp.uint64, points: vectors, distance: numbers, face: integers, weights: pairs
-    ):
+    def nearest(mesh: wp.uint64, points: vectors, distance: numbers, face: integers, weights: pairs):
         i = wp.tid()
         query = wp.mesh_query_point_sign_winding_number(mesh, points[i], 4.0, 2.0, 0.5)
         if query.result:
@@ -77,15 +78,23 @@ def ray_hits(mesh: Any, origins: np.ndarray, ways: np.ndarray, reach: float) -> 
     """Whether rays [P, 3] meet the mesh within `reach`: [P] bool."""
     wp, rays, _ = _kernels()
     hit = wp.zeros(len(origins), dtype=wp.int32)
-    wp.launch(rays, len(origins), inputs=[mesh.id, wp.array(origins, dtype=wp.vec3), wp.array(ways, dtype=wp.vec3), reach, hit])
+    wp.launch(
+        rays,
+        len(origins),
+        inputs=[mesh.id, wp.array(origins, dtype=wp.vec3), wp.array(ways, dtype=wp.vec3), reach, hit],
+    )
     return hit.numpy() > 0
 
 
 def nearest(mesh: Any, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Signed distance [P] to a mesh by its winding number, the nearest triangle [P] and the weights [P, 3] of its corners there."""
+    """Signed distance [P] to a mesh by its winding number, the nearest triangle [P] and the weights [P, 3] of
+    its corners there.
+    """
     wp, _, kernel = _kernels()
     n = len(points)
-    distance, face, weights = wp.zeros(n, dtype=float), wp.zeros(n, dtype=wp.int32), wp.zeros(n, dtype=wp.vec2)
+    distance = wp.zeros(n, dtype=float)
+    face = wp.zeros(n, dtype=wp.int32)
+    weights = wp.zeros(n, dtype=wp.vec2)
     wp.launch(kernel, n, inputs=[mesh.id, wp.array(points, dtype=wp.vec3), distance, face, weights])
     uv = weights.numpy()
     return distance.numpy(), face.numpy(), np.concatenate([uv, 1 - uv.sum(axis=1, keepdims=True)], axis=1)
@@ -108,7 +117,9 @@ class PoolOptions:
         return self.face + self.eyes + self.rest + self.behind + self.anywhere + self.walls
 
 
-def _on_surface(head: Head, basis: Basis, share: np.ndarray, count: int, spread: float, rng: np.random.Generator) -> np.ndarray:
+def _on_surface(
+    head: Head, basis: Basis, share: np.ndarray, count: int, spread: float, rng: np.random.Generator
+) -> np.ndarray:
     """Points [P, 3] about the surface, drawn by area times `share` [V]."""
     corners = head.vertices[basis.triangles]
     area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
@@ -120,38 +131,51 @@ def _on_surface(head: Head, basis: Basis, share: np.ndarray, count: int, spread:
 
 def draw_points(head: Head, basis: Basis, o: PoolOptions, rng: np.random.Generator) -> np.ndarray:
     """Points [P, 3] of a head, shuffled."""
-    x, y = np.abs(basis.mean[:, 0]) / UNIT, basis.mean[:, 1] / UNIT - 0.005
+    x = np.abs(basis.mean[:, 0]) / UNIT
+    y = basis.mean[:, 1] / UNIT - 0.005
     eyes = np.exp(-(((x - 0.051) / 0.028) ** 2 + (y / 0.02) ** 2)) * (basis.mean[:, 2] > 0.05)
     face = basis.masks["face"] + basis.masks["lips"] + basis.masks["eyes"]
     side = 1 + 2 * o.margin
     walls = (rng.random((o.walls, 3)) - 0.5) * side
-    axis, sign = rng.choice([0, 1, 2, 2], o.walls), rng.choice([-1, -1, 1], o.walls)
+    axis = rng.choice([0, 1, 2, 2], o.walls)
+    sign = rng.choice([-1, -1, 1], o.walls)
     walls[np.arange(o.walls), axis] = sign * rng.uniform(0.36, 0.5 + o.margin, o.walls)
-    points = np.concatenate([
-        _on_surface(head, basis, np.minimum(face, 1), o.face, 0.010, rng),
-        _on_surface(head, basis, eyes, o.eyes, 0.006, rng),
-        _on_surface(head, basis, 1.02 - np.minimum(face, 1), o.rest, 0.015, rng),
-        rng.uniform([-0.25, -0.36, -0.34], [0.25, 0.32, 0.06], (o.behind, 3)),
-        (rng.random((o.anywhere, 3)) - 0.5) * side,
-        walls,
-    ])
+    points = np.concatenate(
+        [
+            _on_surface(head, basis, np.minimum(face, 1), o.face, 0.010, rng),
+            _on_surface(head, basis, eyes, o.eyes, 0.006, rng),
+            _on_surface(head, basis, 1.02 - np.minimum(face, 1), o.rest, 0.015, rng),
+            rng.uniform([-0.25, -0.36, -0.34], [0.25, 0.32, 0.06], (o.behind, 3)),
+            (rng.random((o.anywhere, 3)) - 0.5) * side,
+            walls,
+        ]
+    )
     return points[rng.permutation(len(points))].clip(-0.62, 0.62)
 
 
 def head_points(head: Head, basis: Basis, o: PoolOptions, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Points of a whole head, in steps, with their distances and the shaded colours of the nearest places of the surface."""
+    """Points of a whole head, in steps, with their distances and the shaded colours of the nearest places of
+    the surface.
+    """
     stored = np.round(draw_points(head, basis, o, rng) / POINT_STEP).astype(np.int16)
     points = stored.astype(np.float32) * np.float32(POINT_STEP)
     distance, face, weights = nearest(warp_mesh(head.vertices, basis.triangles), points)
     corners = basis.triangles[face]
-    drawn, normals = (np.einsum("pcd,pc->pd", values[corners], weights) for values in (basis.drawn, head.normals))
+    drawn, normals = (
+        np.einsum("pcd,pc->pd", values[corners], weights) for values in (basis.drawn, head.normals)
+    )
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
     colour = surface_colour(head, drawn, normals)
-    return {"points": stored, "distance": np.maximum(distance, bust_end(points)).astype(np.float16),
-            "colour": np.round(255 * colour).astype(np.uint8)}
+    return {
+        "points": stored,
+        "distance": np.maximum(distance, bust_end(points)).astype(np.float16),
+        "colour": np.round(255 * colour).astype(np.uint8),
+    }
 
 
-def write_chunk(path: Path, basis: Basis, seed: int, heads: int = HEADS, o: PoolOptions = PoolOptions()) -> None:
+def write_chunk(
+    path: Path, basis: Basis, seed: int, heads: int = HEADS, o: PoolOptions = PoolOptions()
+) -> None:
     """One file of the pool: latents drawn, named and asked. A file that exists is whole, and stays."""
     if path.exists():
         return

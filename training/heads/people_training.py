@@ -1,10 +1,13 @@
-"""Teaches a tri-plane generator the density and colour of scans of people, at points of a pool and without rendering.
+"""Teaches a tri-plane generator the density and colour of scans of people, at points of a pool and without
+rendering.
 
-L = mean |sigma - sigma*| / 10 + w mean |colour - colour*|, as `people.density_of` has it: sigma* is the scan's, with damage that is drawn
-afresh at every step, colour* the shaded one of the nearest place of the whole head. A latent's 46 coordinates of the whole head and its 18
-of damage have unit root mean square together, so damage is redrawn at the length that the head leaves.
+L = mean |sigma - sigma*| / 10 + w mean |colour - colour*|, as `people.density_of` has it: sigma* is the
+scan's, with damage that is drawn afresh at every step, colour* the shaded one of the nearest place of the
+whole head. A latent's 46 coordinates of the whole head and its 18 of damage have unit root mean square
+together, so damage is redrawn at the length that the head leaves.
 
-Shape letters: N heads, Z = 64 coordinates, P points, K of them nearest to the surface, Q = 18 coordinates of damage.
+Shape letters: N heads, Z = 64 coordinates, P points, K of them nearest to the surface, Q = 18 coordinates of
+damage.
 """
 
 import copy
@@ -34,10 +37,15 @@ from training.progress import tqdm
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at
 from training.synthetic_heads import resolve_dataset
 
-PLANES, PIXELS = 128, 64  # texels of a plane's edge, pixels of the pictures that D sees
-CHANNELS, HIDDEN = 24, 64  # of a plane, of the decoder
+# texels of a plane's edge, pixels of the pictures that D sees
+PLANES = 128
+PIXELS = 64
+# of a plane, of the decoder
+CHANNELS = 24
+HIDDEN = 64
 SIDE = 1.24  # of the cube and its margin, where points of the pool lie
-EMPTY_VOXELS = 62  # along the edge of the cube and its margin, in which no head of the pool and no damage comes near
+# along the edge of the cube and its margin, in which no head of the pool and no damage comes near
+EMPTY_VOXELS = 62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +55,8 @@ class PeopleTraining:
     steps: tuple[int, ...] = (6000, 6000, 7000)
     lr: tuple[float, ...] = (0.02, 0.012, 0.01)
     colour: tuple[float, ...] = (4.0, 8.0, 8.0)  # weight of colour against density
-    planes: tuple[int, ...] = (64, 128, 128)  # texels of the planes' edge that are taught; the first stage needs no more
+    # texels of the planes' edge that are taught; the first stage needs no more
+    planes: tuple[int, ...] = (64, 128, 128)
     pictures: tuple[float, ...] = (0.0, 0.0, 4.0)  # weight of windows of pictures from in front
     heads: int = 4  # per step
     candidates: int = 16_000  # points of a head that are looked at
@@ -61,7 +70,8 @@ class PeopleTraining:
     unseen: float = 0.2  # weight of colours that no ray meets
     eyes: float = 3.0  # weight of the colours of eyes
     window: int = 24  # pixels of a window's edge
-    edge: float = 0.015  # depth at which a head is fully dense, world units; twice that in the soft share of the first stage
+    # depth at which a head is fully dense, world units; twice that in the soft share of the first stage
+    edge: float = 0.015
     soft: float = 0.35
     ema: float = 0.995
     seed: int = 0
@@ -76,7 +86,8 @@ def fresh_networks(seed: int) -> nets.Networks:
     G_kwargs.update(plane_resolution=PLANES, plane_channels=CHANNELS, decoder_hidden_dim=HIDDEN)
     made = nets.build(G_kwargs, D_kwargs, {"name": "synthetic:people64", "resolution": PIXELS})
     for module in (made.G, made.G_ema):
-        torch.nn.init.zeros_(module.backbone.synthesis.b128.torgb.weight)  # it is not taught in the first stage
+        # it is not taught in the first stage
+        torch.nn.init.zeros_(module.backbone.synthesis.b128.torgb.weight)
         module.neural_rendering_resolution = PIXELS
     return made
 
@@ -85,7 +96,8 @@ class Pool:
     """The heads of all files of a folder."""
 
     def __init__(self, folder: Path):
-        self.z, self._heads = np.zeros((0, 64), np.float32), list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
+        self.z = np.zeros((0, 64), np.float32)
+        self._heads = list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
         for path in sorted(folder.glob("chunk-*.npz")):
             with np.load(path) as data:
                 self.z = np.concatenate([self.z, data["z"]])
@@ -93,45 +105,85 @@ class Pool:
 
     @functools.cached_property
     def empty(self) -> torch.Tensor:
-        """Lowest corners [E, 3] of the voxels, world units, that every scan leaves empty. A voxel without a point is not among them."""
+        """Lowest corners [E, 3] of the voxels, world units, that every scan leaves empty. A voxel without a
+        point is not among them.
+        """
         least = np.full((EMPTY_VOXELS,) * 3, np.inf, np.float32)
         for at, distance, _ in self._heads:
-            x, y, z = np.floor((at * np.float32(POINT_STEP) / SIDE + 0.5) * EMPTY_VOXELS).astype(int).clip(0, EMPTY_VOXELS - 1).T
+            x, y, z = (
+                np.floor((at * np.float32(POINT_STEP) / SIDE + 0.5) * EMPTY_VOXELS)
+                .astype(int)
+                .clip(0, EMPTY_VOXELS - 1)
+                .T
+            )
             np.minimum.at(least, (x, y, z), distance)
-        corner = (np.moveaxis(np.indices(least.shape), 0, -1) / EMPTY_VOXELS - 0.5).astype(np.float32) * np.float32(SIDE)
+        corner = (np.moveaxis(np.indices(least.shape), 0, -1) / EMPTY_VOXELS - 0.5).astype(
+            np.float32
+        ) * np.float32(SIDE)
         x, y, z = np.moveaxis(corner, -1, 0)
         swollen = (np.abs(x) < 0.27) & (np.abs(y + 0.06) < 0.3) & (z > -0.40) & (z < 0)
         return torch.from_numpy(corner[(least > 0.03) & np.isfinite(least) & ~swollen])
 
     def draw(self, rng: np.random.Generator, rows: np.ndarray, points: int) -> tuple[torch.Tensor, ...]:
-        """Latents of whole heads [N, 46], points [N, P, 3], distances [N, P], colours [N, P, 3]: neighbours in the shuffled order."""
+        """Latents of whole heads [N, 46], points [N, P, 3], distances [N, P], colours [N, P, 3]: neighbours
+        in the shuffled order.
+        """
         parts = []
         for row in rows:
             at, distance, colour = self._heads[row]
             start = rng.integers(len(at) - points)
             piece = slice(start, start + points)
-            parts.append((at[piece] * np.float32(POINT_STEP), distance[piece].astype(np.float32), colour[piece] / np.float32(255)))
-        return torch.from_numpy(self.z[rows, :NAMED]), *(torch.from_numpy(np.stack(x)) for x in zip(*parts, strict=True))
+            parts.append(
+                (
+                    at[piece] * np.float32(POINT_STEP),
+                    distance[piece].astype(np.float32),
+                    colour[piece] / np.float32(255),
+                )
+            )
+        return torch.from_numpy(self.z[rows, :NAMED]), *(
+            torch.from_numpy(np.stack(x)) for x in zip(*parts, strict=True)
+        )
 
 
 class Pictures:
-    """A picture of each whole head of a pool from a camera in front, and where its eyes, nose and mouth are."""
+    """A picture of each whole head of a pool from a camera in front, and where its eyes,
+    nose and mouth are.
+    """
 
-    PLACES = np.array([[UNIT * EYE[0], UNIT * EYE[1], 0.13], [-UNIT * EYE[0], UNIT * EYE[1], 0.13], [0, -0.06, 0.16], [0, -0.11, 0.15]])
+    PLACES = np.array(
+        [
+            [UNIT * EYE[0], UNIT * EYE[1], 0.13],
+            [-UNIT * EYE[0], UNIT * EYE[1], 0.13],
+            [0, -0.06, 0.16],
+            [0, -0.11, 0.15],
+        ]
+    )
 
     def __init__(self, z: np.ndarray, seed: int, size: int = 128):
-        rng, self.size = np.random.default_rng([seed, 3]), size
+        rng = np.random.default_rng([seed, 3])
+        self.size = size
         yaw, pitch = torch.from_numpy(math.pi / 2 + rng.standard_normal((2, len(z), 1)) * [[[0.4]], [[0.2]]])
         poses = look_at(camera_position(yaw, pitch, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
-        self.poses, self.intrinsics = poses, intrinsics_matrix(FFHQ_FOCAL)
-        drawn = [picture(head, pose.numpy(), FFHQ_FOCAL, size)[0] for head, pose in zip(named_people(z), tqdm(poses), strict=True)]
+        self.poses = poses
+        self.intrinsics = intrinsics_matrix(FFHQ_FOCAL)
+        drawn = [
+            picture(head, pose.numpy(), FFHQ_FOCAL, size)[0]
+            for head, pose in zip(named_people(z), tqdm(poses), strict=True)
+        ]
         self.images = torch.from_numpy(np.round(255 * np.stack(drawn)).astype(np.uint8))  # [H, R, R, 3]
-        local = np.einsum("hpd,hdc->hpc", self.PLACES - poses[:, None, :3, 3].numpy(), poses[:, :3, :3].numpy())
-        self.places = (local[..., :2] / local[..., 2:] * FFHQ_FOCAL + 0.5) * size  # [H, 4, 2] columns and rows
+        local = np.einsum(
+            "hpd,hdc->hpc", self.PLACES - poses[:, None, :3, 3].numpy(), poses[:, :3, :3].numpy()
+        )
+        # [H, 4, 2] columns and rows
+        self.places = (local[..., :2] / local[..., 2:] * FFHQ_FOCAL + 0.5) * size
 
     def windows(self, rng: np.random.Generator, rows: np.ndarray, edge: int) -> torch.Tensor:
-        """Pixels [N, edge^2] of a window of each of the pictures `rows`, about an eye, the nose or the mouth."""
-        middle = self.places[rows, rng.choice(4, len(rows), p=[0.35, 0.35, 0.1, 0.2])] + rng.uniform(-8, 8, (len(rows), 2))
+        """Pixels [N, edge^2] of a window of each of the pictures `rows`, about an eye,
+        the nose or the mouth.
+        """
+        middle = self.places[rows, rng.choice(4, len(rows), p=[0.35, 0.35, 0.1, 0.2])] + rng.uniform(
+            -8, 8, (len(rows), 2)
+        )
         first = np.clip(np.round(middle - edge / 2).astype(int), 0, self.size - edge)  # [N, 2]
         row, column = np.divmod(np.arange(edge * edge), edge)
         return torch.from_numpy((first[:, 1:] + row) * self.size + first[:, :1] + column)
@@ -145,11 +197,17 @@ class Pictures:
         error = colour - self.images[rows].flatten(1, 2).gather(1, index) / 255
         edge = math.isqrt(pixels.shape[1])
         square = error.unflatten(1, (edge, edge))
-        return error.abs().mean(dim=[1, 2]) + square.diff(dim=1).abs().mean(dim=[1, 2, 3]) + square.diff(dim=2).abs().mean(dim=[1, 2, 3])
+        return (
+            error.abs().mean(dim=[1, 2])
+            + square.diff(dim=1).abs().mean(dim=[1, 2, 3])
+            + square.diff(dim=2).abs().mean(dim=[1, 2, 3])
+        )
 
 
 def fresh_damage(named: torch.Tensor) -> torch.Tensor:
-    """Coordinates of damage [N, Q] that bring the latents' 46 of the whole head to unit root mean square, from torch's generator."""
+    """Coordinates of damage [N, Q] that bring the latents' 46 of the whole head to unit root mean square,
+    from torch's generator.
+    """
     quality = torch.randn(len(named), 64 - NAMED)
     length = (64 - named.square().sum(dim=1, keepdim=True)).clamp_min(0).sqrt()
     return quality / quality.norm(dim=1, keepdim=True) * length
@@ -172,22 +230,28 @@ def planes_of(G: Any, ws: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _among(wanted: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices [N, count] of points drawn among those that are wanted [N, P], and of others where there are too few."""
+    """Indices [N, count] of points drawn among those that are wanted [N, P], and of others where there are
+    too few.
+    """
     return (wanted + torch.rand(wanted.shape)).topk(count, dim=1, sorted=False).indices
 
 
 def losses(
     G: Any, batch: tuple[torch.Tensor, ...], empty: torch.Tensor, o: PeopleTraining, edge: float, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean absolute errors [N] of density, in tenths of the raw scale, and of colour near the surface; the planes.
+    """Mean absolute errors [N] of density, in tenths of the raw scale, and of colour near the surface; the
+    planes.
 
-    Args: batch: as `Pool.draw`; empty: as `Pool.empty`; edge: world units; size: texels of the planes' edge that are taught.
+    Args: batch: as `Pool.draw`; empty: as `Pool.empty`; edge: world units; size: texels of the planes' edge
+        that are taught.
     """
     named, points, distance, colour = batch
     quality = fresh_damage(named)
     z = torch.cat([named, quality], dim=1)
     planes = planes_of(G, G.mapping(z, torch.zeros(len(z), 25), update_emas=True), size)
-    decode = functools.partial(G.renderer.run_model, planes, G.decoder, sample_directions=None, options=G.rendering_kwargs)
+    decode = functools.partial(
+        G.renderer.run_model, planes, G.decoder, sample_directions=None, options=G.rendering_kwargs
+    )
     with torch.no_grad():
         scan = damaged(points, distance, quality)
         target = density_of(scan, edge)
@@ -195,17 +259,31 @@ def losses(
         behind = _among((distance < 0.05) & (points[..., 2] < 0.04) & (points[..., 1] > -0.36), o.behind)
         wrong = (decode(sample_coordinates=points, sigma_only=True)["sigma"].squeeze(2) - target).abs()
         hard = wrong.topk(o.hard, dim=1, sorted=False).indices
-        chosen = torch.cat([near, behind, hard, torch.randint(points.shape[1], (len(named), o.others))], dim=1)
-        free = empty[torch.randint(len(empty), (len(named), o.empty))] + torch.rand(len(named), o.empty, 3) * (SIDE / EMPTY_VOXELS)
-        dense = decode(sample_coordinates=free, sigma_only=True)["sigma"].squeeze(2).topk(o.debris, dim=1, sorted=False).indices
-        points, free = (x.gather(1, i.unsqueeze(2).expand(-1, -1, 3)) for x, i in ((points, chosen), (free, dense)))
+        chosen = torch.cat(
+            [near, behind, hard, torch.randint(points.shape[1], (len(named), o.others))], dim=1
+        )
+        free = empty[torch.randint(len(empty), (len(named), o.empty))] + torch.rand(
+            len(named), o.empty, 3
+        ) * (SIDE / EMPTY_VOXELS)
+        dense = (
+            decode(sample_coordinates=free, sigma_only=True)["sigma"]
+            .squeeze(2)
+            .topk(o.debris, dim=1, sorted=False)
+            .indices
+        )
+        points, free = (
+            x.gather(1, i.unsqueeze(2).expand(-1, -1, 3)) for x, i in ((points, chosen), (free, dense))
+        )
         points = torch.cat([points, free], dim=1)
         target = torch.cat([target.gather(1, chosen), torch.full(dense.shape, OUTSIDE)], dim=1)
         colour = colour.gather(1, near.unsqueeze(2).expand(-1, -1, 3))
         depth = distance.gather(1, near)
-        seen = torch.where((depth > -o.edge) & (depth < o.edge / 3), 1.0, o.unseen)  # what rays meet where they become opaque
+        # what rays meet where they become opaque
+        seen = torch.where((depth > -o.edge) & (depth < o.edge / 3), 1.0, o.unseen)
         x, y, z = points[:, : o.near].unbind(2)
-        seen = seen * torch.where((torch.hypot(x.abs() - UNIT * EYE[0], y - UNIT * EYE[1]) < 0.035) & (z > 0.05), o.eyes, 1.0)
+        seen = seen * torch.where(
+            (torch.hypot(x.abs() - UNIT * EYE[0], y - UNIT * EYE[1]) < 0.035) & (z > 0.05), o.eyes, 1.0
+        )
     out = decode(sample_coordinates=points)
     density = (out["sigma"].squeeze(2) - target).abs().mean(dim=1) / 10
     error = (out["rgb"][:, : o.near, :3] - colour).abs().mean(dim=2)
@@ -226,35 +304,57 @@ class Step:
 
 def schedule(o: PeopleTraining) -> Iterator[Step]:
     """All steps in order."""
-    for stage, (steps, lr, colour, planes, pictures) in enumerate(zip(o.steps, o.lr, o.colour, o.planes, o.pictures, strict=True)):
+    for stage, (steps, lr, colour, planes, pictures) in enumerate(
+        zip(o.steps, o.lr, o.colour, o.planes, o.pictures, strict=True)
+    ):
         for step in range(steps):
             edge = o.edge * (2 if stage == 0 and step < o.soft * steps else 1)
-            yield Step(stage=stage, lr=cosine(lr, step / steps), colour=colour, pictures=pictures, edge=edge, planes=planes)
+            yield Step(
+                stage=stage,
+                lr=cosine(lr, step / steps),
+                colour=colour,
+                pictures=pictures,
+                edge=edge,
+                planes=planes,
+            )
 
 
 def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Path:
-    """Train, or go on from `folder`'s newest whole checkpoint; the network file. A log.jsonl lies beside them."""
+    """Train, or go on from `folder`'s newest whole checkpoint; the network file. A log.jsonl lies beside
+    them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     made = fresh_networks(o.seed)
-    G, G_ema = made.G.requires_grad_(True), made.G_ema
+    G = made.G.requires_grad_(True)
+    G_ema = made.G_ema
     optimizer = torch.optim.Adam(G.parameters(), lr=o.lr[0], betas=(0.9, 0.99))
-    modules, begin = torch.nn.ModuleDict({"G": G, "G_ema": G_ema}), 0
+    modules = torch.nn.ModuleDict({"G": G, "G_ema": G_ema})
+    begin = 0
     if checkpoint.available(folder):
         held, meta, path = checkpoint.read(folder, fall_back=True)
-        storage.load_strict(modules, {name: held[name] for name in held if not name.startswith("optim_G.")}, str(path))
+        storage.load_strict(
+            modules, {name: held[name] for name in held if not name.startswith("optim_G.")}, str(path)
+        )
         checkpoint.restore_optimizer("optim_G", optimizer, held)
         begin = meta["step"]
-    total, started, sums = sum(o.steps), time.time(), np.zeros(4)
-    out, pictures = folder / "network.safetensors", None
+    total = sum(o.steps)
+    started = time.time()
+    sums = np.zeros(4)
+    out = folder / "network.safetensors"
+    pictures = None
     for number, step in enumerate(schedule(o)):
         if number < begin:
             continue
         optimizer.param_groups[0]["lr"] = step.lr
-        rng = np.random.default_rng([o.seed, number])  # of the step alone, so that a run that goes on draws what it would have drawn
+        # of the step alone, so that a run that goes on draws what it would have drawn
+        rng = np.random.default_rng([o.seed, number])
         torch.manual_seed(int(rng.integers(1 << 62)))
         rows = rng.integers(len(pool.z), size=o.heads)
-        density, colour, planes = losses(G, pool.draw(rng, rows, o.candidates), pool.empty, o, step.edge, step.planes)
-        loss, picture_error = density + step.colour * colour, torch.zeros(1)
+        density, colour, planes = losses(
+            G, pool.draw(rng, rows, o.candidates), pool.empty, o, step.edge, step.planes
+        )
+        loss = density + step.colour * colour
+        picture_error = torch.zeros(1)
         if step.pictures > 0:
             pictures = pictures or Pictures(pool.z, o.seed)
             picture_error = pictures.loss(G, planes, rows, pictures.windows(rng, rows, o.window))
@@ -271,9 +371,18 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
         sums += [*(float(error.detach().mean()) for error in (density, colour, picture_error)), 1]
         if (number + 1) % 100 == 0:
             rate = (time.time() - started) / (number + 1 - begin)
-            means = {name: round(float(value / sums[3]), 4) for name, value in zip(("density", "colour", "picture"), sums, strict=False)}
-            line = {"step": number + 1, "stage": step.stage, "lr": round(step.lr, 5), **means, "seconds_a_step": round(rate, 3),
-                    "minutes_left": round(rate * (total - number - 1) / 60, 1)}
+            means = {
+                name: round(float(value / sums[3]), 4)
+                for name, value in zip(("density", "colour", "picture"), sums, strict=False)
+            }
+            line = {
+                "step": number + 1,
+                "stage": step.stage,
+                "lr": round(step.lr, 5),
+                **means,
+                "seconds_a_step": round(rate, 3),
+                "minutes_left": round(rate * (total - number - 1) / 60, 1),
+            }
             with open(folder / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
             print(line, flush=True)
@@ -300,19 +409,29 @@ class FrontTraining:
 
 def train_discriminator(made: nets.Networks, o: FrontTraining = FrontTraining()) -> list[float]:
     """Teach D; the losses, step by step. Fakes are G_ema's, from the cameras of the pictures."""
-    config = GanConfig(gen_pose_cond=False, gamma=o.gamma, dlr=o.lr, blur_fade_kimg=0, density_reg=0, nrr_initial=PIXELS)
+    config = GanConfig(
+        gen_pose_cond=False, gamma=o.gamma, dlr=o.lr, blur_fade_kimg=0, density_reg=0, nrr_initial=PIXELS
+    )
     dataset = ImageFolderDataset(resolve_dataset(o.data), resolution=PIXELS, c_dim=25)
-    G, D = copy.deepcopy(made.G_ema), made.D.requires_grad_(True)
-    phases, optimizer = GanPhases(G, D, config), lazy_adam(D, config.dlr, config.d_reg_interval)
+    G = copy.deepcopy(made.G_ema)
+    D = made.D.requires_grad_(True)
+    phases = GanPhases(G, D, config)
+    optimizer = lazy_adam(D, config.dlr, config.d_reg_interval)
     losses = []
     for step in range(o.steps):
         rng = np.random.default_rng([o.seed, step])
         torch.manual_seed(int(rng.integers(1 << 62)))
         images, labels = zip(*(dataset[i] for i in rng.integers(len(dataset), size=o.batch)), strict=True)
-        cameras = torch.from_numpy(np.stack([dataset.get_label(i) for i in rng.integers(len(dataset), size=o.batch)]))
+        cameras = torch.from_numpy(
+            np.stack([dataset.get_label(i) for i in rng.integers(len(dataset), size=o.batch)])
+        )
         real = torch.from_numpy(np.stack(images)).float() / 127.5 - 1
-        batch = Batch(real, torch.from_numpy(np.stack(labels)), torch.randn(o.batch, 64), cameras, step * o.batch)
-        terms = [(phases.d_main, 1)] + [(phases.d_reg, config.d_reg_interval)] * (step % config.d_reg_interval == 0)
+        batch = Batch(
+            real, torch.from_numpy(np.stack(labels)), torch.randn(o.batch, 64), cameras, step * o.batch
+        )
+        terms = [(phases.d_main, 1)] + [(phases.d_reg, config.d_reg_interval)] * (
+            step % config.d_reg_interval == 0
+        )
         for term, gain in terms:
             optimizer.zero_grad(set_to_none=True)
             total = 0.0

@@ -1,6 +1,8 @@
-"""Cameras and their rays: look-at pose samplers, intrinsics from a field of view, label packing, pose mirroring, one ray per pixel centre.
+"""Cameras and their rays: look-at pose samplers, intrinsics from a field of view, label packing, pose
+mirroring, one ray per pixel centre.
 
-World axes: x right, +y up, +z towards the camera of a frontal portrait. Camera axes are OpenCV's: x right, y down, z forward.
+World axes: x right, +y up, +z towards the camera of a frontal portrait. Camera axes are OpenCV's: x right, y
+down, z forward.
 
 Shape letters: N cameras, M = R*R rays, R resolution.
 """
@@ -12,7 +14,8 @@ import torch
 POSE_NUMBERS = 16  # row-major cam2world
 INTRINSICS_NUMBERS = 9  # row-major 3x3, normalised by the image size
 LABEL_NUMBERS = POSE_NUMBERS + INTRINSICS_NUMBERS
-FFHQ_FOCAL = 2985.29 / 700  # 4.2647, focal length over image size of the FFHQ labels; 18.83 degrees by FOV_to_intrinsics' rule
+# 4.2647, focal length over image size of the FFHQ labels; 18.83 degrees by FOV_to_intrinsics' rule
+FFHQ_FOCAL = 2985.29 / 700
 FFHQ_RADIUS = 2.7  # camera distance from its pivot, world units
 
 _PITCH_MARGIN = 1e-5  # keeps the camera off the poles, where "up" is undefined
@@ -25,8 +28,8 @@ def camera_position(horizontal: torch.Tensor, vertical: torch.Tensor, radius: fl
 
     Args:
         horizontal: [N, 1] yaw h in radians; pi/2 is frontal, smaller values move the camera towards -x.
-        vertical: [N, 1] pitch parameter v in (0, pi); pi/2 is level, smaller looks from above. It is uniform in height, hence the polar
-            angle phi equals v only at pi/2, where d phi / d v = 2/pi.
+        vertical: [N, 1] pitch parameter v in (0, pi); pi/2 is level, smaller looks from above. It is uniform
+            in height, hence the polar angle phi equals v only at pi/2, where d phi / d v = 2/pi.
         radius: distance from the origin, world units.
     Returns: [N, 3] positions. Differentiable in horizontal and vertical inside the clamp [1e-5, pi - 1e-5].
     """
@@ -37,10 +40,11 @@ def camera_position(horizontal: torch.Tensor, vertical: torch.Tensor, radius: fl
 
 
 def look_at(position: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """cam2world matrices of cameras at `position` [N, 3] that look at `target` [3] or [N, 3], with world y up.
+    """cam2world matrices of cameras at `position` [N, 3] that look at `target` [3] or [N, 3], with world y
+    up.
 
-    Columns: right = -normalise(up x forward), down = forward x right, forward; then the position. The first two signs make the matrix
-    OpenCV's (y down) while the world keeps y up.
+    Columns: right = -normalise(up x forward), down = forward x right, forward; then the position. The first
+    two signs make the matrix OpenCV's (y down) while the world keeps y up.
 
     Returns: [N, 4, 4]. Differentiable in both arguments; singular when the view direction is vertical.
     """
@@ -49,42 +53,76 @@ def look_at(position: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     right = -torch.nn.functional.normalize(torch.linalg.cross(world_up, forward), dim=-1)
     down = torch.nn.functional.normalize(torch.linalg.cross(forward, right), dim=-1)
     top = torch.stack([right, down, forward, position], dim=-1)  # [N, 3, 4]
-    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=position.dtype, device=position.device).expand(len(position), 1, 4)
+    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=position.dtype, device=position.device).expand(
+        len(position), 1, 4
+    )
     return torch.cat([top, bottom], dim=1)
 
 
 class LookAtPoseSampler:
     """Normally distributed poses on a sphere about the origin, looking at any point.
 
-    EG3D's name and argument order. Draws from torch's global generator, the yaw noise [N, 1] before the pitch noise [N, 1], even when
-    both deviations are 0 (the draw order is part of the interface).
+    EG3D's name and argument order. Draws from torch's global generator, the yaw noise [N, 1] before the pitch
+    noise [N, 1], even when both deviations are 0 (the draw order is part of the interface).
     """
 
     @staticmethod
     def sample(
-        horizontal_mean, vertical_mean, lookat_position, horizontal_stddev=0, vertical_stddev=0, radius=1, batch_size=1, device="cpu"
+        horizontal_mean,
+        vertical_mean,
+        lookat_position,
+        horizontal_stddev=0,
+        vertical_stddev=0,
+        radius=1,
+        batch_size=1,
+        device="cpu",
     ) -> torch.Tensor:
-        """cam2world [N, 4, 4]; angles and deviations in radians (see `camera_position`), lookat_position [3] in world units."""
+        """cam2world [N, 4, 4]; angles and deviations in radians (see `camera_position`), lookat_position [3]
+        in world units.
+        """
         h = torch.randn((batch_size, 1), device=device) * horizontal_stddev + horizontal_mean
         v = torch.randn((batch_size, 1), device=device) * vertical_stddev + vertical_mean
-        return look_at(camera_position(h, v, radius), torch.as_tensor(lookat_position, dtype=torch.float32, device=device))
+        return look_at(
+            camera_position(h, v, radius),
+            torch.as_tensor(lookat_position, dtype=torch.float32, device=device),
+        )
 
 
 class GaussianCameraPoseSampler:
-    """Normally distributed poses on a sphere, looking at the origin. EG3D's name and argument order; draws as LookAtPoseSampler."""
+    """Normally distributed poses on a sphere, looking at the origin. EG3D's name and argument order; draws as
+    LookAtPoseSampler.
+    """
 
     @staticmethod
-    def sample(horizontal_mean, vertical_mean, horizontal_stddev=0, vertical_stddev=0, radius=1, batch_size=1, device="cpu"):
+    def sample(
+        horizontal_mean,
+        vertical_mean,
+        horizontal_stddev=0,
+        vertical_stddev=0,
+        radius=1,
+        batch_size=1,
+        device="cpu",
+    ):
         """cam2world [N, 4, 4]; angles and deviations in radians."""
         spread = horizontal_stddev, vertical_stddev, radius, batch_size, device
         return LookAtPoseSampler.sample(horizontal_mean, vertical_mean, (0, 0, 0), *spread)
 
 
 class UniformCameraPoseSampler:
-    """Poses uniform in [mean - stddev, mean + stddev] on a sphere, looking at the origin. The yaw is drawn before the pitch."""
+    """Poses uniform in [mean - stddev, mean + stddev] on a sphere, looking at the origin. The yaw is drawn
+    before the pitch.
+    """
 
     @staticmethod
-    def sample(horizontal_mean, vertical_mean, horizontal_stddev=0, vertical_stddev=0, radius=1, batch_size=1, device="cpu"):
+    def sample(
+        horizontal_mean,
+        vertical_mean,
+        horizontal_stddev=0,
+        vertical_stddev=0,
+        radius=1,
+        batch_size=1,
+        device="cpu",
+    ):
         """cam2world [N, 4, 4]; angles in radians, the "stddev" arguments are half-widths (EG3D's naming)."""
         h = (torch.rand((batch_size, 1), device=device) * 2 - 1) * horizontal_stddev + horizontal_mean
         v = (torch.rand((batch_size, 1), device=device) * 2 - 1) * vertical_stddev + vertical_mean
@@ -92,21 +130,25 @@ class UniformCameraPoseSampler:
 
 
 def intrinsics_matrix(focal: float, device="cpu") -> torch.Tensor:
-    """[3, 3] intrinsics with both focal lengths `focal` (in image sizes) and the principal point at the image's centre (.5, .5)."""
+    """[3, 3] intrinsics with both focal lengths `focal` (in image sizes) and the principal point at the
+    image's centre (.5, .5).
+    """
     return torch.tensor([[focal, 0.0, 0.5], [0.0, focal, 0.5], [0.0, 0.0, 1.0]], device=device)
 
 
 def FOV_to_intrinsics(fov_degrees: float, device="cpu") -> torch.Tensor:  # noqa: N802 (EG3D's public name)
     """[3, 3] intrinsics, normalised by the image size, of a square image whose DIAGONAL spans `fov_degrees`.
 
-    f = 1 / (1.414 tan(fov * 3.14159 / 360)), with the reference's rounded constants: 18.837 degrees give 4.2634, where the FFHQ labels
-    themselves hold 4.2647 (`FFHQ_FOCAL`).
+    f = 1 / (1.414 tan(fov * 3.14159 / 360)), with the reference's rounded constants: 18.837 degrees give
+    4.2634, where the FFHQ labels themselves hold 4.2647 (`FFHQ_FOCAL`).
     """
     return intrinsics_matrix(1 / (math.tan(fov_degrees * 3.14159 / 360) * 1.414), device)
 
 
 def pack_label(cam2world: torch.Tensor, intrinsics: torch.Tensor) -> torch.Tensor:
-    """Camera label c [N, 25] from cam2world [N, 4, 4] and intrinsics [3, 3] or [N, 3, 3]: both row-major, pose first."""
+    """Camera label c [N, 25] from cam2world [N, 4, 4] and intrinsics [3, 3] or [N, 3, 3]: both row-major,
+    pose first.
+    """
     assert cam2world.ndim == 3 and cam2world.shape[1:] == (4, 4) and intrinsics.shape[-2:] == (3, 3)
     k = intrinsics.expand(len(cam2world), 3, 3)
     return torch.cat([cam2world.reshape(-1, POSE_NUMBERS), k.reshape(-1, INTRINSICS_NUMBERS)], dim=1)
@@ -119,7 +161,8 @@ def unpack_label(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mirror_pose(cam2world: torch.Tensor) -> torch.Tensor:
-    """Pose [..., 4, 4] that shows the x-mirrored world as the mirrored image: F P F with F = diag(-1, 1, 1, 1).
+    """Pose [..., 4, 4] that shows the x-mirrored world as the mirrored image: F P F with F = diag(-1, 1, 1,
+    1).
 
     Negates the entries (0,1), (0,2), (1,0), (2,0) and (0,3). An involution. Differentiable in its argument.
     """
@@ -128,16 +171,22 @@ def mirror_pose(cam2world: torch.Tensor) -> torch.Tensor:
 
 
 def mirror_label(c: torch.Tensor) -> torch.Tensor:
-    """Camera labels [N, 25] of the horizontally mirrored images: the pose mirrored, skew negated, cx -> 1 - cx."""
+    """Camera labels [N, 25] of the horizontally mirrored images: the pose mirrored, skew negated,
+    cx -> 1 - cx.
+    """
     cam2world, k = unpack_label(c.clone())
     k[:, 0, 1], k[:, 0, 2] = -k[:, 0, 1], 1 - k[:, 0, 2]
     return pack_label(mirror_pose(cam2world), k)
 
 
 class RaySampler(torch.nn.Module):
-    """World-space rays from OpenCV cameras (x right, y down, z forward); intrinsics are normalised by the image size."""
+    """World-space rays from OpenCV cameras (x right, y down, z forward); intrinsics are normalised by the
+    image size.
+    """
 
-    def forward(self, cam2world_matrix: torch.Tensor, intrinsics: torch.Tensor, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, cam2world_matrix: torch.Tensor, intrinsics: torch.Tensor, resolution: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rays in row-major pixel order.
 
         Pixel (row, col) has u = (col+.5)/R, v = (row+.5)/R and camera point
@@ -147,10 +196,16 @@ class RaySampler(torch.nn.Module):
             cam2world_matrix: [N, 4, 4]; intrinsics: [N, 3, 3]; resolution: pixels per edge.
         Returns: origins [N, M, 3] and unit directions [N, M, 3].
         """
-        steps = (torch.arange(resolution, dtype=torch.float32, device=intrinsics.device) + 0.5) * (1.0 / resolution)
+        steps = (torch.arange(resolution, dtype=torch.float32, device=intrinsics.device) + 0.5) * (
+            1.0 / resolution
+        )
         v, u = torch.meshgrid(steps, steps, indexing="ij")
-        u, v = u.reshape(1, -1), v.reshape(1, -1)  # [1, M]
-        fx, fy, cx, cy, skew = (intrinsics[:, i, j].unsqueeze(-1) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2), (0, 1)))
+        # [1, M]
+        u = u.reshape(1, -1)
+        v = v.reshape(1, -1)
+        fx, fy, cx, cy, skew = (
+            intrinsics[:, i, j].unsqueeze(-1) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2), (0, 1))
+        )
         y = (v - cy) / fy
         x = (u - cx + cy * skew / fy - skew * v / fy) / fx
         points = torch.stack([x, y, torch.ones_like(x)], dim=-1)  # [N, M, 3]
@@ -160,7 +215,9 @@ class RaySampler(torch.nn.Module):
         return origins, directions
 
 
-def ray_limits_box(origins: torch.Tensor, directions: torch.Tensor, box_side: float) -> tuple[torch.Tensor, torch.Tensor]:
+def ray_limits_box(
+    origins: torch.Tensor, directions: torch.Tensor, box_side: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Entry and exit distances of rays through the cube [-box_side/2, box_side/2]^3 (slab method).
 
     Args:
@@ -169,7 +226,8 @@ def ray_limits_box(origins: torch.Tensor, directions: torch.Tensor, box_side: fl
     """
     half = box_side / 2
     inverse = 1 / directions
-    t0, t1 = (-half - origins) * inverse, (half - origins) * inverse
+    t0 = (-half - origins) * inverse
+    t1 = (half - origins) * inverse
     near = torch.minimum(t0, t1).amax(dim=-1, keepdim=True)
     far = torch.maximum(t0, t1).amin(dim=-1, keepdim=True)
     miss = near > far

@@ -1,6 +1,7 @@
 """The players of an attribution: a partition of the slab's voxels into named regions.
 
-Letters: R regions, D, H, W = grid points along z, y, x of the slab. A box is (x from, x to, y from, y to, z from, z to).
+Letters: R regions, D, H, W = grid points along z, y, x of the slab. A box is (x from, x to, y from, y to, z
+from, z to).
 """
 
 import functools
@@ -19,7 +20,8 @@ from training.heads import people
 Box = tuple[float, float, float, float, float, float]
 OTHER = "other"
 MOST_EXACT = 16  # regions up to which 2^R coalitions are reasonable
-# In the slab's unit coordinates: x 0 left to 1 right, y 0 chin to 1 forehead, z 0 back to 1 camera; the first box that holds a point wins.
+# In the slab's unit coordinates: x 0 left to 1 right, y 0 chin to 1 forehead, z 0 back to 1 camera; the first
+# box that holds a point wins.
 FACE_BOXES: tuple[tuple[str, Box], ...] = (
     ("brow", (0.25, 0.75, 0.70, 0.88, 0.45, 0.82)),
     ("left eye orbit", (0.14, 0.38, 0.50, 0.72, 0.52, 0.86)),
@@ -34,15 +36,23 @@ FACE_BOXES: tuple[tuple[str, Box], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """Every voxel belongs to one region; a region may be empty, which makes it a player that changes nothing."""
+    """Every voxel belongs to one region; a region may be empty,
+    which makes it a player that changes nothing.
+    """
 
     names: tuple[str, ...]
     labels: torch.Tensor  # int64, 0..R-1, [D, H, W] of slabs; of another observation its `region_shape`
 
     def __post_init__(self) -> None:
-        assert self.labels.dtype == torch.int64 and 0 <= self.labels.min() and self.labels.max() < len(self.names)
+        assert (
+            self.labels.dtype == torch.int64
+            and 0 <= self.labels.min()
+            and self.labels.max() < len(self.names)
+        )
         if len(set(self.names)) != len(self.names):
-            raise ValueError(f"Partition.names: expected different names, got {list(self.names)}. Rename one.")
+            raise ValueError(
+                f"Partition.names: expected different names, got {list(self.names)}. Rename one."
+            )
 
     def counts(self) -> list[int]:
         return torch.bincount(self.labels.flatten(), minlength=len(self.names)).tolist()
@@ -55,19 +65,24 @@ class Partition:
 
 
 def region_shape(observed: Sequence[int]) -> tuple[int, ...]:
-    """Shape of the labels of one shape's observation: [D, H, W] of a slab [1, D, H, W], else all of its sides."""
+    """Shape of the labels of one shape's observation: [D, H, W] of a slab [1, D, H, W], else all of its
+    sides.
+    """
     return tuple(observed[1:]) if len(observed) > 1 and observed[0] == 1 else tuple(observed)
 
 
 def unit_coordinates(spec: SlabSpec) -> torch.Tensor:
-    """[D, H, W, 3] float64, components x, y, z of every voxel, 0 at the slab's first point and 1 at its last along each axis."""
+    """[D, H, W, 3] float64, components x, y, z of every voxel, 0 at the slab's first point and 1 at its last
+    along each axis.
+    """
     depth, height, width = spec.shape
     z, y, x = (torch.linspace(0, 1, count, dtype=torch.float64) for count in (depth, height, width))
     return torch.stack(torch.meshgrid(z, y, x, indexing="ij")[::-1], dim=-1)
 
 
 def from_boxes(boxes: Sequence[tuple[str, Box]], coordinates: torch.Tensor) -> Partition:
-    """The first box that holds a voxel's coordinates [D, H, W, 3], limits included, wins; what none holds is the last region, 'other'.
+    """The first box that holds a voxel's coordinates [D, H, W, 3], limits included, wins; what none holds is
+    the last region, 'other'.
 
     Boxes of one name make one region.
     """
@@ -75,7 +90,8 @@ def from_boxes(boxes: Sequence[tuple[str, Box]], coordinates: torch.Tensor) -> P
     labels = torch.full(coordinates.shape[:3], len(names), dtype=torch.int64)
     free = torch.ones(coordinates.shape[:3], dtype=torch.bool)
     for name, box in boxes:
-        low, high = coordinates.new_tensor(box[::2]), coordinates.new_tensor(box[1::2])
+        low = coordinates.new_tensor(box[::2])
+        high = coordinates.new_tensor(box[1::2])
         assert (low <= high).all()
         inside = ((coordinates >= low - 1e-9) & (coordinates <= high + 1e-9)).all(dim=-1) & free
         labels[inside] = names.index(name)
@@ -90,7 +106,8 @@ def face_partition(spec: SlabSpec) -> Partition:
 def read_masks(path: str | Path, shape: Sequence[int]) -> Partition:
     """A user's label volume (.npy): integers of this shape, [D, H, W] = [z, y, x] of a slab.
 
-    Names come from the .json of the same stem: {"0": "background", "1": "nose", ...} or a list in order of the labels.
+    Names come from the .json of the same stem: {"0": "background", "1": "nose", ...} or a list in order of
+    the labels.
     Raises: ValueError, FileNotFoundError.
     """
     path = Path(path)
@@ -100,39 +117,61 @@ def read_masks(path: str | Path, shape: Sequence[int]) -> Partition:
         volume = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}: expected .npy, got: {error}. Save it with numpy.save.") from error
-    if not isinstance(volume, np.ndarray) or volume.shape != tuple(shape) or not np.issubdtype(volume.dtype, np.integer):
+    if (
+        not isinstance(volume, np.ndarray)
+        or volume.shape != tuple(shape)
+        or not np.issubdtype(volume.dtype, np.integer)
+    ):
         sides = "[D, H, W] = " if len(shape) == 3 else ""
-        raise ValueError(f"{path}: expected integers {sides}{list(shape)}, got others. Save them so with numpy.save.")
+        raise ValueError(
+            f"{path}: expected integers {sides}{list(shape)}, got others. Save them so with numpy.save."
+        )
     names = _read_names(path.with_suffix(".json"))
     found = sorted(int(label) for label in np.unique(volume))
     missing = [label for label in found if label not in names]
     if missing:
-        raise ValueError(f"{path.with_suffix('.json')}: expected a name for each label, got none for {missing}. Add them.")
+        raise ValueError(
+            f"{path.with_suffix('.json')}: expected a name for each label, got none for {missing}. Add them."
+        )
     if len(found) < 2:
-        raise ValueError(f"{path}: expected at least two regions, got label {found} alone. There is nothing to divide.")
-    return Partition(names=tuple(names[label] for label in found), labels=torch.from_numpy(np.searchsorted(found, volume).astype(np.int64)))
+        raise ValueError(
+            f"{path}: expected at least two regions, got label {found} alone. There is nothing to divide."
+        )
+    return Partition(
+        names=tuple(names[label] for label in found),
+        labels=torch.from_numpy(np.searchsorted(found, volume).astype(np.int64)),
+    )
 
 
 def _read_names(path: Path) -> dict[int, str]:
     if not path.is_file():
-        raise FileNotFoundError(f"expected the regions' names in {path}, got nothing. Write {{\"0\": \"background\", \"1\": \"nose\"}}.")
+        raise FileNotFoundError(
+            f'expected the regions\' names in {path}, got nothing. Write {{"0": "background", "1": "nose"}}.'
+        )
     try:
         values = json.loads(path.read_text())
         pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
         return {int(label): str(name) for label, name in pairs}
     except (ValueError, TypeError) as error:
-        raise ValueError(f'{path}: expected {{"label": "name"}} or a list of names, got: {error}. Correct the file.') from error
+        raise ValueError(
+            f'{path}: expected {{"label": "name"}} or a list of names, got: {error}. Correct the file.'
+        ) from error
 
 
-# Regions anchored to the 98 landmarks of WFLW (Wu et al. 2018, "Look at Boundary"): boxes around groups of them.
+# Regions anchored to the 98 landmarks of WFLW (Wu et al. 2018, "Look at Boundary"): boxes around groups of
+# them.
 
 
 COUNT = 98
 BACKGROUND = "background"  # what none of the boxes holds
-SIDE, BEHIND, FRONT = 0.015, 0.12, 0.03  # margins of a box, in units of the scene cube's side: in x and y, towards the back, to the camera
+# margins of a box, in units of the scene cube's side: in x and y, towards the back, to the camera
+SIDE = 0.015
+BEHIND = 0.12
+FRONT = 0.03
 LEAST_VALID = 0.05  # share of the depth map's pixels that must show a surface
-# WFLW: 0-32 contour from the picture's left ear over the chin to the right, 33-41 and 42-50 brows, 51-54 bridge of the nose, 55-59 base,
-# 60-67 and 68-75 eyes, 76-87 outer and 88-95 inner lips, 96 and 97 pupils. In the order in which boxes win.
+# WFLW: 0-32 contour from the picture's left ear over the chin to the right, 33-41 and 42-50 brows, 51-54
+# bridge of the nose, 55-59 base, 60-67 and 68-75 eyes, 76-87 outer and 88-95 inner lips, 96 and 97 pupils. In
+# the order in which boxes win.
 GROUPS: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("nose", tuple(range(51, 60))),
     ("mouth", tuple(range(76, 96))),
@@ -143,7 +182,8 @@ GROUPS: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("right cheek", (*range(23, 31), 59, 74, 82)),
     ("chin and jaw", tuple(range(9, 24))),
 )
-CONTOUR, BROWS = tuple(range(33)), tuple(range(33, 51))
+CONTOUR = tuple(range(33))
+BROWS = tuple(range(33, 51))
 
 
 @dataclass(frozen=True)
@@ -159,14 +199,19 @@ class PixelLandmarks:
         found = self.by_seed.get(seed, self.shared)
         if found is None:
             known = ", ".join(str(s) for s in sorted(self.by_seed)[:8])
-            raise ValueError(f"--landmarks: expected points for seed {seed}, got them for {known}. Add it, or give 'points' for all.")
+            raise ValueError(
+                f"--landmarks: expected points for seed {seed}, got them for {known}. Add it, or give"
+                " 'points' for all."
+            )
         return found
 
 
 def read_landmarks(path: str | Path) -> PixelLandmarks:
-    """JSON {"image_size": 512, "points": [[x, y] * 98]} for all latents, or {"image_size": 512, "seeds": {"200000": [[x, y] * 98], ...}}.
+    """JSON {"image_size": 512, "points": [[x, y] * 98]} for all latents, or {"image_size": 512, "seeds":
+    {"200000": [[x, y] * 98], ...}}.
 
-    Points are pixel coordinates in the frontal view, (0, 0) the upper left corner of the picture. Raises: ValueError, FileNotFoundError.
+    Points are pixel coordinates in the frontal view, (0, 0) the upper left corner of the picture. Raises:
+    ValueError, FileNotFoundError.
     """
     path = Path(path)
     if not path.is_file():
@@ -176,15 +221,22 @@ def read_landmarks(path: str | Path) -> PixelLandmarks:
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got: {error}. Correct the file.") from error
     if not isinstance(values, Mapping) or "image_size" not in values or not {"points", "seeds"} & set(values):
-        raise ValueError(f'{path}: expected {{"image_size": 512, "points": [[x, y], ...]}} (or "seeds"), got other JSON. See the docs.')
+        raise ValueError(
+            f'{path}: expected {{"image_size": 512, "points": [[x, y], ...]}} (or "seeds"), got other JSON.'
+            " See the docs."
+        )
     size = values["image_size"]
     if isinstance(size, bool) or not isinstance(size, (int, float)) or size <= 0:
-        raise ValueError(f"{path}: expected image_size in pixels, got {size!r}. Name the edge of the picture.")
+        raise ValueError(
+            f"{path}: expected image_size in pixels, got {size!r}. Name the edge of the picture."
+        )
     shared = _points(path, "points", values["points"], size) if "points" in values else None
     seeds = {}
     for seed, points in dict(values.get("seeds", {})).items():
         if not str(seed).isdigit():
-            raise ValueError(f"{path}: expected seeds as keys of 'seeds', got {seed!r}. Name each face by its seed.")
+            raise ValueError(
+                f"{path}: expected seeds as keys of 'seeds', got {seed!r}. Name each face by its seed."
+            )
         seeds[int(seed)] = _points(path, f"seeds[{seed}]", points, size)
     return PixelLandmarks(float(size), shared, seeds)
 
@@ -195,22 +247,33 @@ def _points(path: Path, where: str, values: object, size: float) -> np.ndarray:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: expected numbers in {where}, got: {error}. Correct the file.") from error
     if points.shape != (COUNT, 2) or not np.isfinite(points).all():
-        raise ValueError(f"{path}: expected {COUNT} finite [x, y] in {where}, got {list(points.shape)}. WFLW has {COUNT}.")
+        raise ValueError(
+            f"{path}: expected {COUNT} finite [x, y] in {where}, got {list(points.shape)}. WFLW has {COUNT}."
+        )
     if points.min() < 0 or points.max() > size:
-        raise ValueError(f"{path}: expected points of {where} inside 0..{size:g}, got {points.min():g}..{points.max():g}. See image_size.")
+        raise ValueError(
+            f"{path}: expected points of {where} inside 0..{size:g}, got {points.min():g}..{points.max():g}."
+            " See image_size."
+        )
     return points
 
 
 def back_project(pixels: np.ndarray, size: float, points: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """World positions [L, 3] of landmarks [L, 2] through a frontal depth map: the surface point behind the nearest valid pixel.
+    """World positions [L, 3] of landmarks [L, 2] through a frontal depth map: the surface point behind the
+    nearest valid pixel.
 
-    Landmarks on the contour may fall just beside the head; the nearest pixel that shows a surface stands for them.
+    Landmarks on the contour may fall just beside the head; the nearest pixel that shows a surface stands for
+    them.
 
-    Args: size: edge of the picture that `pixels` refer to; points [R, R, 3] world positions behind the depth map's pixels; valid [R, R].
+    Args: size: edge of the picture that `pixels` refer to; points [R, R, 3] world positions behind the depth
+        map's pixels; valid [R, R].
     Raises: ValueError where the map shows next to no surface.
     """
     if valid.mean() < LEAST_VALID:
-        raise ValueError(f"expected a face in the frontal depth map, got a surface in {valid.mean():.1%} of it. Use --regions=boxes.")
+        raise ValueError(
+            f"expected a face in the frontal depth map, got a surface in {valid.mean():.1%} of it. Use"
+            " --regions=boxes."
+        )
     rows, columns = np.nonzero(valid)
     at = pixels / size * len(valid) - 0.5  # the centre of pixel i lies at i
     nearest = ((columns[None] - at[:, :1]) ** 2 + (rows[None] - at[:, 1:]) ** 2).argmin(axis=1)
@@ -218,23 +281,32 @@ def back_project(pixels: np.ndarray, size: float, points: np.ndarray, valid: np.
 
 
 def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, Box]]:
-    """Boxes in world coordinates around the groups of landmarks [L, 3], and what lies about the face: forehead, ears, front of camera.
+    """Boxes in world coordinates around the groups of landmarks [L, 3], and what lies about the face:
+    forehead, ears, front of camera.
 
-    The forehead reaches as far above the brows as the chin lies below the base of the nose, the ears from the brows to the mouth, outside
-    the contour. In front of all landmarks' margin is air, where only floaters can be. Everything else is the background.
+    The forehead reaches as far above the brows as the chin lies below the base of the nose, the ears from the
+    brows to the mouth, outside the contour. In front of all landmarks' margin is air, where only floaters can
+    be. Everything else is the background.
     """
-    side, behind, front = SIDE * box_warp, BEHIND * box_warp, FRONT * box_warp
+    side = SIDE * box_warp
+    behind = BEHIND * box_warp
+    front = FRONT * box_warp
     boxes = []
     for name, group in GROUPS:
-        low, high = landmarks[list(group)].min(axis=0), landmarks[list(group)].max(axis=0)
+        low = landmarks[list(group)].min(axis=0)
+        high = landmarks[list(group)].max(axis=0)
         boxes.append((name, _box(low - [side, side, behind], high + [side, side, front])))
-    brows, contour = landmarks[list(BROWS)], landmarks[list(CONTOUR)]
-    top, base, chin = brows[:, 1].max(), landmarks[57, 1], contour[:, 1].min()
+    brows = landmarks[list(BROWS)]
+    contour = landmarks[list(CONTOUR)]
+    top = brows[:, 1].max()
+    base = landmarks[57, 1]
+    chin = contour[:, 1].min()
     rise = max(base - chin, 2 * side)
     low = [brows[:, 0].min() - side, top, brows[:, 2].min() - behind]
     high = [brows[:, 0].max() + side, top + rise, brows[:, 2].max() + front]
     boxes.append(("forehead", _box(low, high)))
-    mouth, depth = landmarks[76:88, 1].mean(), contour[[0, 32], 2].mean()
+    mouth = landmarks[76:88, 1].mean()
+    depth = contour[[0, 32], 2].mean()
     reach = 0.08 * box_warp
     for edge, inner, outer in ((contour[:, 0].min(), side, reach), (contour[:, 0].max(), -side, -reach)):
         x = sorted((edge + inner, edge - outer))
@@ -245,15 +317,20 @@ def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[s
 
 
 def head_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, Box]]:
-    """Boxes in world coordinates that divide the whole scene coarsely about the landmarks [L, 3]: the face is one of eight parts.
+    """Boxes in world coordinates that divide the whole scene coarsely about the landmarks [L, 3]: the face is
+    one of eight parts.
 
-    The face is what lies before the ears, brows and chin (less a margin), inside the contour, up to the top of the forehead; above it is
-    the crown, behind it the back of the head, beside it the sides (hair, ears), below it neck and shoulders, which the contour's width
-    tells apart.
+    The face is what lies before the ears, brows and chin (less a margin), inside the contour, up to the top
+    of the forehead; above it is the crown, behind it the back of the head, beside it the sides (hair, ears),
+    below it neck and shoulders, which the contour's width tells apart.
     """
-    side, front, far = SIDE * box_warp, FRONT * box_warp, 10 * box_warp
+    side = SIDE * box_warp
+    front = FRONT * box_warp
+    far = 10 * box_warp
     contour = landmarks[list(CONTOUR)]
-    left, right, chin = contour[:, 0].min() - side, contour[:, 0].max() + side, contour[:, 1].min() - side
+    left = contour[:, 0].min() - side
+    right = contour[:, 0].max() + side
+    chin = contour[:, 1].min() - side
     top = landmarks[list(BROWS), 1].max() + max(landmarks[57, 1] - contour[:, 1].min(), 2 * side)
     depth = min(contour[[0, 32], 2].mean(), landmarks[list(BROWS), 2].min(), landmarks[16, 2]) - front
     air = landmarks[:, 2].max() + front
@@ -287,20 +364,26 @@ def head_partition(landmarks: np.ndarray, spec: SlabSpec) -> Partition:
 
 # Parts of heads of people, by the segmentation of their basis.
 
-PARTS = ("ears", "lips", "eyes", "brows", "back", "scalp", "face", "neck", "torso")  # the first mask above a half wins
+# the first mask above a half wins
+PARTS = ("ears", "lips", "eyes", "brows", "back", "scalp", "face", "neck", "torso")
 
 
 @functools.cache
 def parts_of_vertices() -> np.ndarray:
-    """Index into PARTS of each vertex [V] of the basis; of the few that no mask holds, that of the nearest one that has one."""
+    """Index into PARTS of each vertex [V] of the basis; of the few that no mask holds, that of the nearest
+    one that has one.
+    """
     basis = people.load_basis()
     held = np.stack([basis.masks[name] for name in PARTS]) > 0.5  # [parts, V]
-    part, known = held.argmax(axis=0), held.any(axis=0)
+    part = held.argmax(axis=0)
+    known = held.any(axis=0)
     part[~known] = part[known][cKDTree(basis.mean[known]).query(basis.mean[~known])[1]]
     return part
 
 
 def people_partition(head: people.Head, spec: SlabSpec) -> Partition:
-    """A voxel belongs to the part of the nearest vertex of the head that its latent names, whether the scan has that part or not."""
+    """A voxel belongs to the part of the nearest vertex of the head that its latent names, whether the scan
+    has that part or not.
+    """
     nearest = cKDTree(head.vertices).query(spec.points().reshape(-1, 3).numpy())[1]
     return Partition(names=PARTS, labels=torch.from_numpy(parts_of_vertices()[nearest].reshape(spec.shape)))

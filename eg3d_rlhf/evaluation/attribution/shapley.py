@@ -1,11 +1,16 @@
-"""Shapley values of regions, exact or from sampled permutations (in antithetic pairs), and the methods that they are held against.
+"""Shapley values of regions, exact or from sampled permutations (in antithetic pairs), and the methods that
+they are held against.
 
-The value of a coalition of regions is the reward of the original slab with those regions replaced by the tuned slab's. Both slabs are
-normalised already, each on its own scale; the mixture is not normalised again, so that a voxel keeps its value.
+The value of a coalition of regions is the reward of the original slab with those regions replaced by the
+tuned slab's. Both slabs are normalised already, each on its own scale; the mixture is not normalised again,
+so that a voxel keeps its value.
 Shapley (1953): phi_i = sum over coalitions S without i of |S|! (R - |S| - 1)! / R! (v(S + i) - v(S)).
-Integrated Gradients run along the straight path from the original slab to the tuned one (Sundararajan et al. 2017):
-IG = (x - x') * integral over a in [0, 1] of grad r(x' + a (x - x')); its sum is r(x) - r(x'), which is checked.
-Letters: N latents, K draws, M coalitions, R regions, P permutations, B slabs at once, V voxels, D, H, W = z, y, x.
+Integrated Gradients run along the straight path from the original slab to the tuned one (Sundararajan et al.
+2017):
+IG = (x - x') * integral over a in [0, 1] of grad r(x' + a (x - x')); its sum is r(x) - r(x'), which is
+checked.
+Letters: N latents, K draws, M coalitions, R regions, P permutations, B slabs at once, V voxels, D, H, W = z,
+y, x.
 """
 
 import copy
@@ -30,32 +35,50 @@ class CoalitionValues:
     """Values of coalitions of one latent; each is computed once, in batches.
 
     Args:
-        score: the reward; original, tuned: what it reads of one shape each, [1, D, H, W] of slabs; labels: int64, the region of each of
-            its values, [D, H, W]. regions: R; batch: slabs at once, which bounds memory: B slabs and what the reward makes of them.
+        score: the reward; original, tuned: what it reads of one shape each, [1, D, H, W] of slabs; labels:
+            int64, the region of each of its values, [D, H, W]. regions: R; batch: slabs at once, which bounds
+            memory: B slabs and what the reward makes of them.
     """
 
-    def __init__(self, score: Score, original: torch.Tensor, tuned: torch.Tensor, labels: torch.Tensor, regions: int, batch: int = 16):
+    def __init__(
+        self,
+        score: Score,
+        original: torch.Tensor,
+        tuned: torch.Tensor,
+        labels: torch.Tensor,
+        regions: int,
+        batch: int = 16,
+    ):
         assert original.shape == tuned.shape and region_shape(original.shape) == tuple(labels.shape)
-        self.score, self.regions, self.batch = score, regions, batch
-        self.original, self.tuned = original, tuned
+        self.score = score
+        self.regions = regions
+        self.batch = batch
+        self.original = original
+        self.tuned = tuned
         flat = labels.flatten().to(original.device)
-        self.voxels = [torch.nonzero(flat == region).squeeze(1) for region in range(regions)]  # [V of the region] each
+        # [V of the region] each
+        self.voxels = [torch.nonzero(flat == region).squeeze(1) for region in range(regions)]
         self.differs = [bool((original.flatten()[v] != tuned.flatten()[v]).any()) for v in self.voxels]
         self.known: dict[int, float] = {}
         self.evaluations = 0  # slabs that the reward has read
 
     def keys(self, coalitions: torch.Tensor) -> list[int]:
-        """One integer per coalition; regions in which the slabs are equal do not count, since they change nothing."""
+        """One integer per coalition; regions in which the slabs are equal do not count, since they change
+        nothing.
+        """
         weights = torch.tensor([1 << i if d else 0 for i, d in enumerate(self.differs)], dtype=torch.int64)
         return (coalitions.cpu().to(torch.int64) * weights).sum(dim=1).tolist()
 
     def mixed(self, keys: Sequence[int]) -> torch.Tensor:
         """Slabs [B, 1, D, H, W] of coalitions.
 
-        Neighbours in the list mostly share regions, so each slab is a copy of the one before with the regions that differ written over.
+        Neighbours in the list mostly share regions, so each slab is a copy of the one before with the regions
+        that differ written over.
         """
         slabs = self.original.new_empty(len(keys), self.original.numel())
-        sources, before, last = (self.original.flatten(), self.tuned.flatten()), None, None
+        sources = (self.original.flatten(), self.tuned.flatten())
+        before = None
+        last = None
         for row, key in zip(slabs, keys, strict=True):
             changed = list(range(self.regions))
             if last is not None:
@@ -63,7 +86,8 @@ class CoalitionValues:
                 changed = [i for i in changed if (last ^ key) >> i & 1]
             for i in changed:
                 row[self.voxels[i]] = sources[key >> i & 1][self.voxels[i]]
-            before, last = row, key
+            before = row
+            last = key
         return slabs.reshape(len(keys), *self.original.shape)
 
     @torch.no_grad()
@@ -80,7 +104,9 @@ class CoalitionValues:
 
     @torch.no_grad()
     def difference(self) -> float:
-        """Reward of the tuned slab less that of the original one, from the slabs themselves: no regions, masks or cache are involved."""
+        """Reward of the tuned slab less that of the original one, from the slabs themselves: no regions,
+        masks or cache are involved.
+        """
         tuned, original = (float(self.score(slab[None]).double()) for slab in (self.tuned, self.original))
         return tuned - original
 
@@ -125,13 +151,16 @@ def exact(value: Value, regions: int) -> np.ndarray:
     """Shapley values [R] from all 2^R coalitions. Raises: ValueError for more regions than MOST_EXACT."""
     if not 1 <= regions <= MOST_EXACT:
         raise ValueError(
-            f"--method=exact: expected 1 to {MOST_EXACT} regions, got {regions}, for 2^{regions} evaluations. Use --method=antithetic."
+            f"--method=exact: expected 1 to {MOST_EXACT} regions, got {regions}, for 2^{regions} evaluations."
+            " Use --method=antithetic."
         )
     return exact_from_table(value(all_coalitions(regions)).numpy())
 
 
 def exact_from_table(table: np.ndarray) -> np.ndarray:
-    """Shapley values [R] of a game given as the values [2^R] of all coalitions; bit i of the index says whether i takes part."""
+    """Shapley values [R] of a game given as the values [2^R] of all coalitions; bit i of the index says
+    whether i takes part.
+    """
     regions = len(table).bit_length() - 1
     index = np.arange(1 << regions)
     size = np.array([int(k).bit_count() for k in index])
@@ -143,16 +172,26 @@ def exact_from_table(table: np.ndarray) -> np.ndarray:
     return out
 
 
-def sampled(value: Value, regions: int, samples: int, seed: int, antithetic: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard errors [R] of marginal contributions along `samples` random orders (Castro et al. 2009).
+def sampled(
+    value: Value, regions: int, samples: int, seed: int, antithetic: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard errors [R] of marginal contributions along `samples` random orders (Castro et al.
+    2009).
 
-    Args: antithetic: orders in pairs, each with its reverse (Mitchell et al. 2022, section 4.1); errors from the pairs' means.
+    Args: antithetic: orders in pairs, each with its reverse (Mitchell et al. 2022, section 4.1); errors from
+        the pairs' means.
     """
     if antithetic and samples % 2:
-        raise ValueError(f"--permutations: expected an even number of permutations for antithetic pairs, got {samples}. Add one.")
+        raise ValueError(
+            f"--permutations: expected an even number of permutations for antithetic pairs, got {samples}."
+            " Add one."
+        )
     count = samples // 2 if antithetic else samples
     if count < 2:
-        raise ValueError(f"--permutations: expected at least 2 permutations (4 for antithetic pairs), got {count}. Errors need a spread.")
+        raise ValueError(
+            f"--permutations: expected at least 2 permutations (4 for antithetic pairs), got {count}. Errors"
+            " need a spread."
+        )
     rng = np.random.default_rng(seed)
     orders = np.stack([rng.permutation(regions) for _ in range(count)])
     along = marginals(value, np.concatenate([orders, orders[:, ::-1]]) if antithetic else orders)  # [P, R]
@@ -170,16 +209,26 @@ def marginals(value: Value, orders: np.ndarray) -> np.ndarray:
     return np.take_along_axis(np.diff(values, axis=1), joined, axis=1)
 
 
-def shapley(value: Value, regions: int, difference: float, method: str = "exact", samples: int = 64, seed: int = 0) -> Attribution:
+def shapley(
+    value: Value, regions: int, difference: float, method: str = "exact", samples: int = 64, seed: int = 0
+) -> Attribution:
     """Shapley values by one of METHODS with their efficiency gap.
 
-    Args: difference: r_tuned - r_original, computed apart from the coalitions; samples: permutations of the sampled methods.
+    Args: difference: r_tuned - r_original, computed apart from the coalitions; samples: permutations of the
+        sampled methods.
     """
     if method == "exact":
-        values, errors = exact(value, regions), None
+        values = exact(value, regions)
+        errors = None
     else:
         values, errors = sampled(value, regions, samples, seed, method == "antithetic")
-    return Attribution(method=method, values=values, errors=errors, gap=float(values.sum() - difference), difference=difference)
+    return Attribution(
+        method=method,
+        values=values,
+        errors=errors,
+        gap=float(values.sum() - difference),
+        difference=difference,
+    )
 
 
 def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], bound: float) -> None:
@@ -192,24 +241,28 @@ def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], bound: 
     if not gaps[worst] <= bound:
         a = attributions[worst]
         raise ValueError(
-            f"--gap-bound: expected an efficiency gap of at most {bound:g} of the reward difference, got {gaps[worst]:.3g} for seed "
-            f"{seeds[worst]} (sum {a.values.sum():.6g}, difference {a.difference:.6g}). The attribution does not add up: raise the bound "
-            "if the difference is all but zero, else leave that seed out with another --seed."
+            f"--gap-bound: expected an efficiency gap of at most {bound:g} of the reward difference, got"
+            f" {gaps[worst]:.3g} for seed {seeds[worst]} (sum {a.values.sum():.6g}, difference"
+            f" {a.difference:.6g}). The attribution does not add up: raise the bound if the difference is all"
+            " but zero, else leave that seed out with another --seed."
         )
 
 
-# What Shapley values are held against: Integrated Gradients, occlusion, noise of the change's size, rewards with re-drawn weights.
+# What Shapley values are held against: Integrated Gradients, occlusion, noise of the change's size, rewards
+# with re-drawn weights.
 
 
 BOUND = 0.01  # completeness gap, as a share of the reward difference
-STEPS, MOST_STEPS = 32, 1024
+STEPS = 32
+MOST_STEPS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntegratedGradients:
     """Attribution of every voxel, and how well it adds up."""
 
-    voxels: torch.Tensor  # [D, H, W] float64 on the CPU, in units of the reward; of another observation its own shape
+    # [D, H, W] float64 on the CPU, in units of the reward; of another observation its own shape
+    voxels: torch.Tensor
     steps: int  # of the last integral
     gap: float  # sum of voxels - difference
     difference: float  # r_tuned - r_original
@@ -221,44 +274,66 @@ class IntegratedGradients:
 
 
 def integrated_gradients(
-    score: Score, original: torch.Tensor, tuned: torch.Tensor, difference: float, steps: int = STEPS, most_steps: int = MOST_STEPS,
+    score: Score,
+    original: torch.Tensor,
+    tuned: torch.Tensor,
+    difference: float,
+    steps: int = STEPS,
+    most_steps: int = MOST_STEPS,
     batch: int = 16,
 ) -> IntegratedGradients:
-    """Attribute r(tuned) - r(original) to voxels; the step count doubles until the gap is within 1 % of the difference.
+    """Attribute r(tuned) - r(original) to voxels; the step count doubles until the gap is within 1 % of the
+    difference.
 
-    Args: original, tuned: [1, D, H, W]; difference: computed from the slabs alone; batch: slabs with gradients at once.
+    Args: original, tuned: [1, D, H, W]; difference: computed from the slabs alone; batch: slabs with
+        gradients at once.
     Returns: the integral with the most steps; `complete` is False where `most_steps` did not suffice.
     """
-    from captum.attr import IntegratedGradients as Captum  # only here: the rest of the package works without it
+    # only here: the rest of the package works without it
+    from captum.attr import IntegratedGradients as Captum
 
-    method, tried = Captum(score, multiply_by_inputs=True), []
+    method = Captum(score, multiply_by_inputs=True)
+    tried = []
     while True:
         voxels = method.attribute(
-            tuned[None], baselines=original[None], n_steps=steps, method="gausslegendre", internal_batch_size=max(batch, 2),
+            tuned[None],
+            baselines=original[None],
+            n_steps=steps,
+            method="gausslegendre",
+            internal_batch_size=max(batch, 2),
         )
         voxels = voxels[0].reshape(region_shape(original.shape)).detach().double().cpu()
         gap = float(voxels.sum()) - difference
         tried.append((steps, relative_gap(gap, difference)))
         if tried[-1][1] <= BOUND or 2 * steps > most_steps:
-            return IntegratedGradients(voxels=voxels, steps=steps, gap=gap, difference=difference, tried=tuple(tried))
+            return IntegratedGradients(
+                voxels=voxels, steps=steps, gap=gap, difference=difference, tried=tuple(tried)
+            )
         steps *= 2
 
 
 def occlusion(value: Value, regions: int) -> np.ndarray:
-    """What the tuned slab loses when one region is set back to the original, [R]: v(all) - v(all but i) (Zeiler and Fergus 2014)."""
+    """What the tuned slab loses when one region is set back to the original, [R]: v(all) - v(all but i)
+    (Zeiler and Fergus 2014).
+    """
     everything = torch.ones(regions + 1, regions, dtype=torch.bool)
     everything[torch.arange(regions), torch.arange(regions)] = False
     values = value(everything).numpy()
     return values[-1] - values[:-1]
 
 
-def shuffled_change(original: torch.Tensor, tuned: torch.Tensor, labels: torch.Tensor, seed: int) -> torch.Tensor:
-    """The original slab [1, D, H, W] with the change tuned - original shuffled among the voxels of each region [D, H, W].
+def shuffled_change(
+    original: torch.Tensor, tuned: torch.Tensor, labels: torch.Tensor, seed: int
+) -> torch.Tensor:
+    """The original slab [1, D, H, W] with the change tuned - original shuffled among the voxels of each
+    region [D, H, W].
 
-    Same regions, same amount of change in each, no shape: whatever is attributed to it is the reward's response to noise of that energy.
+    Same regions, same amount of change in each, no shape: whatever is attributed to it is the reward's
+    response to noise of that energy.
     """
     change = (tuned - original).flatten().cpu()
-    flat, out = labels.flatten().cpu(), torch.empty_like(change)
+    flat = labels.flatten().cpu()
+    out = torch.empty_like(change)
     generator = torch.Generator().manual_seed(seed)
     for region in range(int(flat.max()) + 1):
         voxels = torch.nonzero(flat == region).squeeze(1)
@@ -267,7 +342,9 @@ def shuffled_change(original: torch.Tensor, tuned: torch.Tensor, labels: torch.T
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray, kind: str = "spearman") -> float | None:
-    """Spearman's rho or Kendall's tau-b of two attributions [R]; None where one of them is constant and has no ranks."""
+    """Spearman's rho or Kendall's tau-b of two attributions [R]; None where one of them is constant and has
+    no ranks.
+    """
     from scipy.stats import kendalltau, spearmanr
 
     if np.ptp(first) == 0 or np.ptp(second) == 0:
@@ -278,8 +355,8 @@ def rank_correlation(first: np.ndarray, second: np.ndarray, kind: str = "spearma
 def agreement(methods: Mapping[str, np.ndarray]) -> list[dict]:
     """Rank correlation of every pair of methods, each [N, R].
 
-    Returns: per pair and kind: per latent values, their mean with a bootstrap interval over latents, and the correlation of the mean
-    attributions ("overall").
+    Returns: per pair and kind: per latent values, their mean with a bootstrap interval over latents, and the
+    correlation of the mean attributions ("overall").
     """
     out = []
     for (one, a), (two, b) in combinations(methods.items(), 2):
@@ -288,15 +365,21 @@ def agreement(methods: Mapping[str, np.ndarray]) -> list[dict]:
             per_latent = [rank_correlation(x, y, kind) for x, y in zip(a, b, strict=True)]
             known = [v for v in per_latent if v is not None]
             mean = bootstrap_mean_interval(known)._asdict() if known else None
-            entry[kind] = {"per_latent": per_latent, "mean": mean, "overall": rank_correlation(a.mean(axis=0), b.mean(axis=0), kind)}
+            entry[kind] = {
+                "per_latent": per_latent,
+                "mean": mean,
+                "overall": rank_correlation(a.mean(axis=0), b.mean(axis=0), kind),
+            }
         out.append(entry)
     return out
 
 
 def redrawn(reward: Network, seed: int) -> Network:
-    """A copy of a reward whose parameters are drawn anew: normal, with each tensor's own mean and deviation (Adebayo et al. 2018).
+    """A copy of a reward whose parameters are drawn anew: normal, with each tensor's own mean and deviation
+    (Adebayo et al. 2018).
 
-    Buffers (the slab's statistics) are kept: what it has learnt is gone, its scale is not. A tensor of one entry takes a random sign.
+    Buffers (the slab's statistics) are kept: what it has learnt is gone, its scale is not. A tensor of one
+    entry takes a random sign.
     """
     other = copy.deepcopy(reward)
     generator = torch.Generator().manual_seed(seed)

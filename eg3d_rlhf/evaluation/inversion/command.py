@@ -12,9 +12,22 @@ from eg3d_rlhf.core.cli import naming, option, options_of, together
 from eg3d_rlhf.evaluation.comparison import judged_by_annotator
 from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.inversion import report
-from eg3d_rlhf.evaluation.inversion.projector import PUBLISHED, Guidance, InversionConfig, load_perceptual, prior_of
+from eg3d_rlhf.evaluation.inversion.projector import (
+    PUBLISHED,
+    Guidance,
+    InversionConfig,
+    load_perceptual,
+    prior_of,
+)
 from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup, write_json
-from eg3d_rlhf.evaluation.inversion.targets import Judges, annotator_judge, of_file, of_seed, parse_camera, reward_judge
+from eg3d_rlhf.evaluation.inversion.targets import (
+    Judges,
+    annotator_judge,
+    of_file,
+    of_seed,
+    parse_camera,
+    reward_judge,
+)
 from eg3d_rlhf.experiments import pages
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.experiments.media.video import check_mp4
@@ -29,13 +42,20 @@ WEIGHTS = "0,0.01,0.03,0.1,0.3,1"  # of the strip
 
 
 def parse_weights(text: str) -> list[float]:
-    """Weights of the reward in rising order. Raises: ValueError for anything but different finite numbers >= 0."""
+    """Weights of the reward in rising order.
+
+    Raises: ValueError for anything but different finite numbers >= 0.
+    """
     try:
         weights = sorted(float(part) for part in text.split(","))
     except ValueError:
         weights = [math.nan]
-    if not all(math.isfinite(w) and w >= 0 for w in weights) or len({f"{w:g}" for w in weights}) < len(weights):
-        raise ValueError(f"expected different numbers >= 0 such as {WEIGHTS}, got {text!r}. Correct the list.")
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or len({f"{w:g}" for w in weights}) < len(
+        weights
+    ):
+        raise ValueError(
+            f"expected different numbers >= 0 such as {WEIGHTS}, got {text!r}. Correct the list."
+        )
     return weights
 
 
@@ -67,9 +87,13 @@ class InversionRun:
         if self.latents is not None and self.mask is not None:
             raise ValueError("--mask: expected none with --latents, got one. Leave it out.")
         if self.image is not None and self.start == "truth":
-            raise ValueError("--start: expected mean with --image, whose truth is not known, got truth. Leave it out.")
+            raise ValueError(
+                "--start: expected mean with --image, whose truth is not known, got truth. Leave it out."
+            )
         if 0 < self.shape_res < 16 or self.turns == 1:
-            raise ValueError("--shape-res, --turns: expected 0, or at least 16 points and 2 views. Correct them.")
+            raise ValueError(
+                "--shape-res, --turns: expected 0, or at least 16 points and 2 views. Correct them."
+            )
 
 
 def resolve(flags: Flags) -> InversionRun:
@@ -78,18 +102,25 @@ def resolve(flags: Flags) -> InversionRun:
         weights = tuple(parse_weights(flags["weights"]))
     config = InversionConfig(**{**PRESETS[flags["preset"]], **flags.of(InversionConfig)})
     names = [name for name in InversionRun.__dataclass_fields__ if name not in ("weights", "config")]
-    given: dict[str, Any] = {name: str(flags[name]) if isinstance(flags[name], Path) else flags[name] for name in names}
+    given: dict[str, Any] = {
+        name: str(flags[name]) if isinstance(flags[name], Path) else flags[name] for name in names
+    }
     return InversionRun(**given, weights=weights, config=config)
 
 
 def recorded(folder: Path, *_: object) -> InversionRun:
     """Settings of a run folder. Raises: FileNotFoundError, ValueError for another folder."""
     settings = recorded_by(folder, "inversion")["settings"]
-    return InversionRun(**{**settings, "weights": tuple(settings["weights"]), "config": InversionConfig(**settings["config"])})
+    return InversionRun(
+        **{**settings, "weights": tuple(settings["weights"]), "config": InversionConfig(**settings["config"])}
+    )
 
 
 def open_setup(s: InversionRun, run: Run) -> Setup:
-    """Load and check what the settings name; files by the names under which a run records them. Raises: ValueError naming the flag."""
+    """Load and check what the settings name; files by the names under which a run records them.
+
+    Raises: ValueError naming the flag.
+    """
     if s.turns:
         check_mp4("orbit.mp4")
     with naming("--network"):
@@ -98,19 +129,27 @@ def open_setup(s: InversionRun, run: Run) -> Setup:
     with naming("--camera"):
         label = parse_camera(generator, s.camera)
     with naming("--perceptual"):
-        features = load_perceptual(None if s.perceptual is None else Path(s.perceptual), generator.img_resolution, run.device)
+        features = load_perceptual(
+            None if s.perceptual is None else Path(s.perceptual), generator.img_resolution, run.device
+        )
     guided = s.reward_ckpt is not None or max(s.weights) > 0
-    files = {"reward-ckpt": (s.reward_ckpt or bundled.REWARD) if guided else None, "reward-watch": s.reward_watch}
+    files = {
+        "reward-ckpt": (s.reward_ckpt or bundled.REWARD) if guided else None,
+        "reward-watch": s.reward_watch,
+    }
     rewards = {}
     for flag, path in files.items():
         if path is not None:
             with naming(f"--{flag}"):
                 rewards[flag] = load_reward(path, run.device)
             check_reward(rewards[flag], generator, f"--{flag}")
-    reward, watch = rewards.get("reward-ckpt"), rewards.get("reward-watch")
+    reward = rewards.get("reward-ckpt")
+    watch = rewards.get("reward-watch")
     judges = Judges(reward=reward)
     if watch is not None:
-        judges = Judges(reward=reward, judge=reward_judge(watch), name=f"reward {Path(s.reward_watch or '').stem}")
+        judges = Judges(
+            reward=reward, judge=reward_judge(watch), name=f"reward {Path(s.reward_watch or '').stem}"
+        )
     elif judged_by_annotator(loaded, s.data):
         judges = Judges(reward=reward, judge=annotator_judge, name="the annotator without noise")
     if s.image is not None:
@@ -122,20 +161,32 @@ def open_setup(s: InversionRun, run: Run) -> Setup:
     files |= {"network": loaded.path, "image": s.image, "mask": s.mask, "perceptual": s.perceptual}
     run.inputs |= {name: path for name, path in files.items() if path is not None}
     return Setup(
-        loaded=loaded, perceptual=features, prior=prior_of(generator), guidance=None if reward is None else Guidance(generator, reward),
-        judges=judges, cases=cases, weights=s.weights, config=s.config, from_truth=s.start == "truth", shown=min(s.shown, len(cases)),
+        loaded=loaded,
+        perceptual=features,
+        prior=prior_of(generator),
+        guidance=None if reward is None else Guidance(generator, reward),
+        judges=judges,
+        cases=cases,
+        weights=s.weights,
+        config=s.config,
+        from_truth=s.start == "truth",
+        shown=min(s.shown, len(cases)),
     )
 
 
 def work(s: InversionRun, setup: Setup, run: Run) -> None:
-    inversions, weights = Inversions(run, setup), ",".join(f"{weight:g}" for weight in s.weights)
-    click.echo(f"{len(setup.cases)} target(s), weights {weights}, perceptual features {setup.perceptual.name}")
+    inversions = Inversions(run, setup)
+    weights = ",".join(f"{weight:g}" for weight in s.weights)
+    click.echo(
+        f"{len(setup.cases)} target(s), weights {weights}, perceptual features {setup.perceptual.name}"
+    )
     inversions.go()
     finish(inversions, s.shape_res, s.turns)
 
 
 def finish(inversions: Inversions, shape_res: int, turns: int) -> None:
-    setup, folder = inversions.setup, inversions.run.folder
+    setup = inversions.setup
+    folder = inversions.run.folder
     for case in setup.cases[: setup.shown]:
         report.draw(inversions, case, shape_res, turns)
     records = inversions.records()
@@ -147,8 +198,9 @@ def finish(inversions: Inversions, shape_res: int, turns: int) -> None:
     count = "One target" if len(setup.cases) == 1 else f"{len(setup.cases)} targets"
     says = report.verdict_sentences(summary, setup.judges.name, setup.perceptual.name)
     introduction = (
-        f"{count} under {setup.loaded.path.name}: {setup.config.w_steps} steps on a latent, then "
-        f"{setup.config.pivot_steps} on a copy of the generator for every weight of the reward. At weight 0 it is the plain projector."
+        f"{count} under {setup.loaded.path.name}: {setup.config.w_steps} steps on a latent, then"
+        f" {setup.config.pivot_steps} on a copy of the generator for every weight of the reward. At weight 0"
+        " it is the plain projector."
     )
     page = pages.write_page(folder / "index.html", report.TITLE, introduction, parts, findings, says)
     click.echo("\n".join(says))
@@ -156,38 +208,104 @@ def finish(inversions: Inversions, shape_res: int, turns: int) -> None:
 
 
 _FLAGS = together(
-    option("--image", group="Target", metavar="FILE", type=FILE, default=None, help="Image of the generator's size."),
-    option("--mask", group="Target", metavar="FILE", type=FILE, default=None, show_default="all counts", help="Grey image: white counts."),
-    option("--camera", group="Target", metavar="YAW,PITCH|25 NUMBERS|JSON", default=None, show_default="frontal",
-           help="Radians from frontal, or 16 numbers of cam2world and 9 of the intrinsics."),
-    option("--latents", "--seeds", "latents", group="Target", metavar="LIST", default=None,
-           help="Samples of the generator as targets, such as 0,2-5."),
+    option(
+        "--image",
+        group="Target",
+        metavar="FILE",
+        type=FILE,
+        default=None,
+        help="Image of the generator's size.",
+    ),
+    option(
+        "--mask",
+        group="Target",
+        metavar="FILE",
+        type=FILE,
+        default=None,
+        show_default="all counts",
+        help="Grey image: white counts.",
+    ),
+    option(
+        "--camera",
+        group="Target",
+        metavar="YAW,PITCH|25 NUMBERS|JSON",
+        default=None,
+        show_default="frontal",
+        help="Radians from frontal, or 16 numbers of cam2world and 9 of the intrinsics.",
+    ),
+    option(
+        "--latents",
+        "--seeds",
+        "latents",
+        group="Target",
+        metavar="LIST",
+        default=None,
+        help="Samples of the generator as targets, such as 0,2-5.",
+    ),
     option("--psi", rare=True, type=click.FloatRange(min=0), default=1.0, help="Their truncation."),
     option("--start", rare=True, type=click.Choice(["mean", "truth"]), default="mean", help="First latent."),
-    shared("network reward-ckpt reward-watch", "data", network={"group": "What"},
-           reward_ckpt={"show_default": "bundled, where a weight is above 0", "help": "Reward that guides."},
-           reward_watch={"show_default": "the annotator, for synthetic heads", "help": "Second reward as the judge."},
-           data="What the generator was trained on; else the run's own."),
-    option("--perceptual", rare=True, type=FILE, help="TorchScript network (the projectors' VGG16) or .safetensors of ours."),
+    shared(
+        "network reward-ckpt reward-watch",
+        "data",
+        network={"group": "What"},
+        reward_ckpt={"show_default": "bundled, where a weight is above 0", "help": "Reward that guides."},
+        reward_watch={
+            "show_default": "the annotator, for synthetic heads",
+            "help": "Second reward as the judge.",
+        },
+        data="What the generator was trained on; else the run's own.",
+    ),
+    option(
+        "--perceptual",
+        rare=True,
+        type=FILE,
+        help="TorchScript network (the projectors' VGG16) or .safetensors of ours.",
+    ),
     option("--weights", group="What", metavar="LIST", default=WEIGHTS, help="Weights of the reward."),
-    option("--preset", group="Stages", metavar="NAME", type=click.Choice(list(PRESETS)), default="small",
-           help="small, or published: the projectors' own; flags below go before it."),
+    option(
+        "--preset",
+        group="Stages",
+        metavar="NAME",
+        type=click.Choice(list(PRESETS)),
+        default="small",
+        help="small, or published: the projectors' own; flags below go before it.",
+    ),
     options_of(InversionConfig),
-    option("--shown", rare=True, type=click.IntRange(min=0), default=1, help="Targets with strip, orbit, meshes and kept generators."),
-    option("--shape-res", rare=True, type=click.IntRange(0, 1024), default=128, help="Of meshes, per axis; 0: none."),
+    option(
+        "--shown",
+        rare=True,
+        type=click.IntRange(min=0),
+        default=1,
+        help="Targets with strip, orbit, meshes and kept generators.",
+    ),
+    option(
+        "--shape-res",
+        rare=True,
+        type=click.IntRange(0, 1024),
+        default=128,
+        help="Of meshes, per axis; 0: none.",
+    ),
     option("--turns", rare=True, type=click.IntRange(min=0), default=12, help="Views of the orbit; 0: none."),
 )
+HELP = """From one image to a shape, with a reward on geometry: a latent for the image, then a generator
+around it for each weight.
+
+Give an image with its camera, or --latents: samples of the generator itself, of which the truth is known
+and all errors can be measured. Writes a run folder: per target a strip, an orbit, a mesh and a generator
+for each weight; index.html with curves; inversion.json.
+
+\b
+Example:
+    eg3d-rlhf generator invert --latents=3 --weights=0,0.1 --set=w_steps=8 --set=pivot_steps=4 --set=turns=0
+"""
 INVERSION = Mode(
-    name="inversion", settings=InversionRun, open=open_setup, work=work, flags=_FLAGS, resolve=resolve, recorded=recorded,
-    help="""From one image to a shape, with a reward on geometry: a latent for the image, then a generator around it for each weight.
-
-    Give an image with its camera, or --latents: samples of the generator itself, of which the truth is known and all errors can be
-    measured. Writes a run folder: per target a strip, an orbit, a mesh and a generator for each weight; index.html with curves;
-    inversion.json.
-
-    \b
-    Example:
-        eg3d-rlhf generator invert --latents=3 --weights=0,0.1 --set=w_steps=8 --set=pivot_steps=4 --set=turns=0 --outdir=runs/inversion
-    """,
+    name="inversion",
+    settings=InversionRun,
+    open=open_setup,
+    work=work,
+    flags=_FLAGS,
+    resolve=resolve,
+    recorded=recorded,
+    help=HELP,
 )
 main = INVERSION.command

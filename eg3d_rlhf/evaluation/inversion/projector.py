@@ -1,11 +1,14 @@
-"""The two stages of an inversion, step by step: a latent under a frozen generator, then a copy of the generator around that latent.
+"""The two stages of an inversion, step by step: a latent under a frozen generator, then a copy of the
+generator around that latent.
 
-As the projectors of PanoHead and SphereHead have them (reward-zoo.md, section 4.1): Adam on one w per layer from the mean latent, with a
-learning rate that rises and falls and with noise that fades; then Adam on all parameters (Roich et al. 2021, without their regulariser).
-Whatever is random in step t follows from (seed, t), so a stage goes on from its state as if it had never stopped.
+As the projectors of PanoHead and SphereHead have them (reward-zoo.md, section 4.1): Adam on one w per layer
+from the mean latent, with a learning rate that rises and falls and with noise that fades; then Adam on all
+parameters (Roich et al. 2021, without their regulariser). Whatever is random in step t follows from
+(seed, t), so a stage goes on from its state as if it had never stopped.
 
-Deviates: one set of ray samples throughout, twice as many as in training (`PUBLISHED` draws others in every step); pi is not 3.14; the
-small generator's 64 features leave more to the squared error, and its latents lie wider, so its own weights differ.
+Deviates: one set of ray samples throughout, twice as many as in training (`PUBLISHED` draws others in every
+step); pi is not 3.14; the small generator's 64 features leave more to the squared error, and its latents lie
+wider, so its own weights differ.
 Letters: N images or shapes, L layers of ws, W w_dim, R, H, W pixels, F features, D, H, W grid points.
 """
 
@@ -31,20 +34,24 @@ from eg3d_rlhf.tuning.gan.phase import CUTOFF, Standardised, density_l1
 from training.checkpoint import optimizer_tensors, restore_optimizer
 from training.config import check_knobs, knob
 
-# How far apart two images look: a network's features that gradients pass through, the bundled ones or a TorchScript file's.
+# How far apart two images look: a network's features that gradients pass through, the bundled ones or a
+# TorchScript file's.
 
 
 LARGEST = 256  # pixels per edge that a file's network is shown at most, as the published projectors have it
 
 
 class Perceptual:
-    """A distance [N] between images [N, 3, H, W] in [-1, 1]; `name` says whose, and distances under different names never compare.
+    """A distance [N] between images [N, 3, H, W] in [-1, 1]; `name` says whose, and distances under different
+    names never compare.
 
     Args: features: images -> [N, F], differentiable; mean: divide the sum of squared differences by F.
     """
 
     def __init__(self, name: str, features: Callable[[Tensor], Tensor], mean: bool):
-        self.name, self.features, self._mean = name, features, mean
+        self.name = name
+        self.features = features
+        self._mean = mean
 
     def distance(self, seen: Tensor, wanted: Tensor) -> Tensor:
         """Squared difference [N] of features [N, F]; wanted may be [1, F]. Differentiable in both."""
@@ -57,11 +64,13 @@ class Perceptual:
 
 
 def load_perceptual(path: Path | None, resolution: int, device: torch.device | str = "cpu") -> Perceptual:
-    """The distance of a file: None for the bundled head-factor network, .safetensors for another of its kind, else TorchScript.
+    """The distance of a file: None for the bundled head-factor network, .safetensors for another of its kind,
+    else TorchScript.
 
-    TorchScript is called as the projectors of the StyleGAN family call their VGG16: net(images in 0..255 of at most 256 pixels,
-    resize_images=False, return_lpips=True) -> [N, F], or net(images) where it takes no such options; its squared differences are summed.
-    The bundled network's standardised features are averaged.
+    TorchScript is called as the projectors of the StyleGAN family call their VGG16: net(images in 0..255 of
+    at most 256 pixels, resize_images=False, return_lpips=True) -> [N, F], or net(images) where it takes no
+    such options; its squared differences are summed. The bundled network's standardised features are
+    averaged.
 
     Args: resolution: pixels per edge of the images to come, with which the file is tried.
     Raises: ValueError for another file, one that gives something else, or one that lets no gradient through.
@@ -70,18 +79,24 @@ def load_perceptual(path: Path | None, resolution: int, device: torch.device | s
         own = HeadFactorFeatures.load(path, device)
 
         def features(images: Tensor) -> Tensor:
-            return (own.net.penultimate(to_resolution(images, RESOLUTION)) - own.net.feature_mean) / own.net.feature_std
+            return (
+                own.net.penultimate(to_resolution(images, RESOLUTION)) - own.net.feature_mean
+            ) / own.net.feature_std
 
         return Perceptual(own.name, features, mean=True)
     try:
         net = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"expected a TorchScript file or .safetensors, got {path} ({reason}). Name another.") from error
+        raise ValueError(
+            f"expected a TorchScript file or .safetensors, got {path} ({reason}). Name another."
+        ) from error
     for parameter in net.parameters():
         parameter.requires_grad_(False)
     takes = {argument.name for argument in net.forward.schema.arguments}
-    options = {name: value for name, value in {"resize_images": False, "return_lpips": True}.items() if name in takes}
+    options = {
+        name: value for name, value in {"resize_images": False, "return_lpips": True}.items() if name in takes
+    }
 
     def scripted(images: Tensor) -> Tensor:
         pixels = (images + 1) * 127.5
@@ -93,23 +108,34 @@ def load_perceptual(path: Path | None, resolution: int, device: torch.device | s
     return Perceptual(f"torchscript-{path.stem}", scripted, mean=False)
 
 
-def _try(features: Callable[[Tensor], Tensor], path: Path, resolution: int, device: torch.device | str) -> None:
+def _try(
+    features: Callable[[Tensor], Tensor], path: Path, resolution: int, device: torch.device | str
+) -> None:
     images = torch.zeros(2, 3, resolution, resolution, device=device, requires_grad=True)
     try:
         found = features(images)
     except RuntimeError as error:
         reason = next((line for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)
-        raise ValueError(f"expected a net of images [N, 3, H, W], got {path} ({reason.strip()}). Name a VGG16 of projectors.") from None
+        raise ValueError(
+            f"expected a net of images [N, 3, H, W], got {path} ({reason.strip()}). Name a VGG16 of"
+            " projectors."
+        ) from None
     if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != 2:
-        raise ValueError(f"expected features [N, F] from {path}, got {getattr(found, 'shape', type(found))}. Name another.")
+        raise ValueError(
+            f"expected features [N, F] from {path}, got {getattr(found, 'shape', type(found))}. Name another."
+        )
     if not found.requires_grad:
-        raise ValueError(f"expected features that gradients pass through, got none from {path}. Export the network without no_grad.")
+        raise ValueError(
+            f"expected features that gradients pass through, got none from {path}. Export the network without"
+            " no_grad."
+        )
 
 
 # Where the reward enters an inversion:
 #     L = L_image + lambda * (-clip(r, -10, 10) / 10) + lambda_sigma * mean |sigma - sigma_pivot|
-# r is the reward's score, standardised on samples of the untuned generator; sigma_pivot is the density of the latent that the second stage
-# starts from, over the whole cube, so that the reward cannot trade what the image does not show.
+# r is the reward's score, standardised on samples of the untuned generator; sigma_pivot is the density of the
+# latent that the second stage starts from, over the whole cube, so that the reward cannot trade what the
+# image does not show.
 
 
 CLIP = 10.0  # of the standardised reward
@@ -148,14 +174,23 @@ def moved(field: Field, cube: SlabSpec, pivot: Tensor) -> Tensor:
     return density_l1(field.density_grid(cube), pivot)
 
 
-STAGES, LOSS = "Stages", "Loss"  # titles of flags
-LATENTS, LATENT_SEED = 10_000, 123  # behind mean and deviation of w
-FADED, RISING, FALLING = 0.75, 0.05, 0.25  # shares of the steps: noise, and the learning rate's two ramps
+# titles of flags
+STAGES = "Stages"
+LOSS = "Loss"
+# behind mean and deviation of w
+LATENTS = 10_000
+LATENT_SEED = 123
+# shares of the steps: noise, and the learning rate's two ramps
+FADED = 0.75
+RISING = 0.05
+FALLING = 0.25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InversionConfig:
-    """Settings of both stages; the defaults are those of the small bundled generator, `PUBLISHED` the projectors' own."""
+    """Settings of both stages; the defaults are those of the small bundled generator, `PUBLISHED` the
+    projectors' own.
+    """
 
     w_steps: int = knob(128, "Steps on the latent.", STAGES, low=1, rare=True)
     pivot_steps: int = knob(64, "Steps on the generator.", STAGES, low=0, rare=True)
@@ -165,27 +200,49 @@ class InversionConfig:
     fresh_rays: bool = knob(False, "Draw other ray samples in every step.", STAGES, rare=True)
     sample_mult: float = knob(2.0, "Times the network's samples per ray.", STAGES, above=0, rare=True)
     seed: int = knob(0, "Of noise and ray samples.", STAGES, low=0, flag=False)  # that of the run
-    lambda_mse: float = knob(10.0, "Weight of the mean squared error, images in [-1, 1].", LOSS, low=0, rare=True)
-    lambda_w: float = knob(0.03, "Weight of the mean squared distance to the mean latent.", LOSS, low=0, rare=True)
+    lambda_mse: float = knob(
+        10.0, "Weight of the mean squared error, images in [-1, 1].", LOSS, low=0, rare=True
+    )
+    lambda_w: float = knob(
+        0.03, "Weight of the mean squared distance to the mean latent.", LOSS, low=0, rare=True
+    )
     lambda_sigma: float = knob(
-        0.01, "Weight of the density's change from the pivot, where the reward's is above 0.", LOSS, low=0, rare=True
+        0.01,
+        "Weight of the density's change from the pivot, where the reward's is above 0.",
+        LOSS,
+        low=0,
+        rare=True,
     )
     reward_every: int = knob(
-        2, "Steps between two looks at the density; its terms count as often as they are left out.", LOSS, low=1, rare=True
+        2,
+        "Steps between two looks at the density; its terms count as often as they are left out.",
+        LOSS,
+        low=1,
+        rare=True,
     )
-    reward_in_w: bool = knob(False, "Let the reward act in the second half of the first stage, too.", LOSS, rare=True)
+    reward_in_w: bool = knob(
+        False, "Let the reward act in the second half of the first stage, too.", LOSS, rare=True
+    )
 
     def __post_init__(self):
         check_knobs(self)
 
 
 PUBLISHED = {
-    "w_steps": 500, "pivot_steps": 500, "noise": 0.05, "fresh_rays": True, "sample_mult": 1.0, "lambda_mse": 0.1, "lambda_w": 1.0,
+    "w_steps": 500,
+    "pivot_steps": 500,
+    "noise": 0.05,
+    "fresh_rays": True,
+    "sample_mult": 1.0,
+    "lambda_mse": 0.1,
+    "lambda_w": 1.0,
 }
 
 
 def learning_rate(step: int, steps: int, largest: float = 0.1) -> float:
-    """Of the first stage in `step` of 0..steps-1: from 0 to `largest` over the first 5 %, down along a cosine over the last 25 %."""
+    """Of the first stage in `step` of 0..steps-1: from 0 to `largest` over the first 5 %, down along a cosine
+    over the last 25 %.
+    """
     t = step / steps
     return largest * (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / FALLING))) * min(1.0, t / RISING)
 
@@ -214,9 +271,12 @@ class Prior(NamedTuple):
 def prior_of(generator: Generator) -> Prior:
     """Mean and deviation of w over 10,000 latents under the frontal camera."""
     device = device_of(generator)
-    z = torch.from_numpy(np.random.RandomState(LATENT_SEED).randn(LATENTS, generator.z_dim).astype(np.float32)).to(device)
+    z = torch.from_numpy(
+        np.random.RandomState(LATENT_SEED).randn(LATENTS, generator.z_dim).astype(np.float32)
+    ).to(device)
     front = camera(generator)
-    w = torch.cat([generator.mapping(part, front.expand(len(part), -1))[:, 0] for part in z.split(1000)])  # [10000, W]
+    # [10000, W]
+    w = torch.cat([generator.mapping(part, front.expand(len(part), -1))[:, 0] for part in z.split(1000)])
     mean = w.mean(dim=0)
     return Prior(mean[None, None], float((w - mean).square().sum(dim=1).mean().sqrt()))
 
@@ -224,8 +284,17 @@ def prior_of(generator: Generator) -> Prior:
 class Objective:
     """The image part of the loss for one target, and the guidance where there is one."""
 
-    def __init__(self, config: InversionConfig, target: Target, perceptual: Perceptual, guidance: Guidance | None = None):
-        self.config, self.target, self.perceptual, self.guidance = config, target, perceptual, guidance
+    def __init__(
+        self,
+        config: InversionConfig,
+        target: Target,
+        perceptual: Perceptual,
+        guidance: Guidance | None = None,
+    ):
+        self.config = config
+        self.target = target
+        self.perceptual = perceptual
+        self.guidance = guidance
         self.look = RenderOptions(sample_mult=config.sample_mult)
         self.share = 1.0 if target.mask is None else float(target.mask.mean())
         with torch.no_grad():
@@ -238,7 +307,8 @@ class Objective:
 
     def seen(self, image: Tensor) -> Tensor:
         """An image [1, 3, R, R]; outside the mask the target's own."""
-        target, mask = self.target.image, self.target.mask
+        target = self.target.image
+        mask = self.target.mask
         return image if mask is None else target + mask * (image - target)
 
     def image_loss(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -261,10 +331,22 @@ class LatentStage:
 
     name = "w"
 
-    def __init__(self, generator: Generator, objective: Objective, prior: Prior, start: Tensor | None = None, weight: float = 0.0):
-        """Args: start: ws [1, L, W]; None is the mean latent. weight: of the reward in the second half, where the settings want it."""
+    def __init__(
+        self,
+        generator: Generator,
+        objective: Objective,
+        prior: Prior,
+        start: Tensor | None = None,
+        weight: float = 0.0,
+    ):
+        """Args: start: ws [1, L, W]; None is the mean latent. weight: of the reward in the second half, where
+        the settings want it.
+        """
         generator.module.eval().requires_grad_(False)
-        self.generator, self.objective, self.prior, self.weight = generator, objective, prior, weight
+        self.generator = generator
+        self.objective = objective
+        self.prior = prior
+        self.weight = weight
         self.steps = objective.config.w_steps
         ws = prior.mean.repeat(1, generator.num_ws, 1) if start is None else start
         self.ws = ws.detach().clone().requires_grad_(True)
@@ -275,12 +357,15 @@ class LatentStage:
         config = self.objective.config
         scale = self.prior.deviation * noise_scale(step, self.steps, config.noise)
         draws = torch.Generator().manual_seed((config.seed << 20) + step)
-        field = self.generator.field(self.ws + scale * torch.randn(self.ws.shape, generator=draws).to(self.ws))
+        field = self.generator.field(
+            self.ws + scale * torch.randn(self.ws.shape, generator=draws).to(self.ws)
+        )
         loss, found = self.objective.image_loss(self.objective.render(field, step))
         loss = loss + config.lambda_w * (self.ws - self.prior.mean).square().mean()
         if config.reward_in_w and step >= self.steps // 2:
             extra, more = self.objective.guided(field, step, self.weight)
-            loss, found = loss + extra, {**found, **more}
+            loss = loss + extra
+            found = {**found, **more}
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, self.steps, config.w_lr)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -304,9 +389,14 @@ class PivotalStage:
 
     def __init__(self, generator: Generator, objective: Objective, ws: Tensor, weight: float = 0.0):
         module = copy.deepcopy(generator.module).eval().requires_grad_(True)
-        self.generator, self.objective, self.ws, self.weight = of(module), objective, ws.detach(), weight
+        self.generator = of(module)
+        self.objective = objective
+        self.ws = ws.detach()
+        self.weight = weight
         self.steps = objective.config.pivot_steps
-        self.optimizer = torch.optim.Adam(module.parameters(), lr=objective.config.pivot_lr, betas=(0.9, 0.999))
+        self.optimizer = torch.optim.Adam(
+            module.parameters(), lr=objective.config.pivot_lr, betas=(0.9, 0.999)
+        )
         self.cube = cube_of(generator)
         with torch.no_grad():
             self.pivot = generator.field(self.ws).density_grid(self.cube)
@@ -332,5 +422,7 @@ class PivotalStage:
         return {"ws": self.ws, **network, **optimizer_tensors("adam", self.optimizer)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.generator.module.load_state_dict({k.removeprefix("G."): v for k, v in state.items() if k.startswith("G.")})
+        self.generator.module.load_state_dict(
+            {k.removeprefix("G."): v for k, v in state.items() if k.startswith("G.")}
+        )
         restore_optimizer("adam", self.optimizer, state)

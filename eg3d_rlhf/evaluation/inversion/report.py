@@ -1,4 +1,5 @@
-"""The page of an inversion: measures over the weight of the reward with paired intervals, the losses step by step, the strips.
+"""The page of an inversion: measures over the weight of the reward with paired intervals, the losses step by
+step, the strips.
 
 Letters: N targets, R pixels per edge, T frames.
 """
@@ -28,14 +29,22 @@ from eg3d_rlhf.generators import Generator, load_generator
 from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
 from training import storage
 
-# What an inversion looks like: a strip of the target and of every weight, in colour and as a shape; an orbit; a mesh for every weight.
+# What an inversion looks like: a strip of the target and of every weight, in colour and as a shape; an orbit;
+# a mesh for every weight.
 
 
-CELL, FILM = 192, 128  # pixels per edge of a cell of the strip, and of the film
-RAYS, SAMPLES = 128, 40  # per edge, and per ray and pass, of coloured renderings
+# pixels per edge of a cell of the strip, and of the film
+CELL = 192
+FILM = 128
+# per edge, and per ray and pass, of coloured renderings
+RAYS = 128
+SAMPLES = 40
 GRID = 128  # grid points per edge of the cube that finds surfaces
-SWING, FPS = 0.9, 12  # radians to either side of the target's camera; pictures per second
-STRIP, ORBIT = "strip.png", "orbit.mp4"
+# radians to either side of the target's camera; pictures per second
+SWING = 0.9
+FPS = 12
+STRIP = "strip.png"
+ORBIT = "orbit.mp4"
 
 
 class Arm(NamedTuple):
@@ -48,7 +57,9 @@ class Arm(NamedTuple):
 
 def arms_of(inversions: Inversions, case: Case) -> list[Arm]:
     """The truth where it is known, and every weight's generator, from its files."""
-    own, folder, found = inversions.setup.loaded.generator, inversions.folder(case), []
+    own = inversions.setup.loaded.generator
+    folder = inversions.folder(case)
+    found = []
     if case.truth is not None:
         found.append(Arm("truth", own, Side.of(own, case.truth.ws, GRID)))
     for weight in inversions.setup.weights:
@@ -62,12 +73,18 @@ def cells(arm: Arm, camera: torch.Tensor, pixels: int, factor: int = 1) -> tuple
     """An arm in colour and as clay, uint8 [R, R, 3]."""
     image = colours(arm.side.field, arm.generator, camera, min(RAYS, pixels), SAMPLES, pixels)
     shape = paint(look(arm.side.surface, camera, pixels * factor))
-    return to_uint8(image.movedim(0, -1).cpu()), to_uint8((shrink(shape, factor) if factor > 1 else shape).cpu())
+    return to_uint8(image.movedim(0, -1).cpu()), to_uint8(
+        (shrink(shape, factor) if factor > 1 else shape).cpu()
+    )
 
 
 def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
-    """Target and arms side by side: colour and shape from the target's camera, and the shape turned by half the swing."""
-    image = torch.nn.functional.interpolate(case.target.image.float() / 2 + 0.5, (CELL, CELL), mode="bicubic", antialias=True)[0]
+    """Target and arms side by side: colour and shape from the target's camera, and the shape turned by half
+    the swing.
+    """
+    image = torch.nn.functional.interpolate(
+        case.target.image.float() / 2 + 0.5, (CELL, CELL), mode="bicubic", antialias=True
+    )[0]
     blank = np.full((CELL, CELL, 3), 255, dtype=np.uint8)
     rows: list[list[np.ndarray]] = [[to_uint8(image.movedim(0, -1).cpu())], [blank], [blank]]
     aside = turned(case.target.camera, SWING / 2, arms[0].generator.cameras.pivot)
@@ -92,11 +109,14 @@ def orbit(case: Case, arms: Sequence[Arm], turns: int) -> Iterator[np.ndarray]:
 
 
 def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> None:
-    """strip.png, orbit.mp4 and <weight>.ply of a target whose generators were kept; what cannot be drawn is said, and the rest is.
+    """strip.png, orbit.mp4 and <weight>.ply of a target whose generators were kept; what cannot be drawn is
+    said, and the rest is.
 
-    Args: resolution: grid points per axis of the meshes; 0 for none. turns: views of the orbit from side to side; 0 for none.
+    Args: resolution: grid points per axis of the meshes; 0 for none. turns: views of the orbit from side to
+        side; 0 for none.
     """
-    folder, arms = inversions.folder(case), arms_of(inversions, case)
+    folder = inversions.folder(case)
+    arms = arms_of(inversions, case)
     storage.write_atomic(folder / STRIP, png(strip(case, arms)))
     if turns:
         write_mp4(check_mp4(folder / ORBIT), orbit(case, arms, turns), FPS, "2M")
@@ -110,7 +130,10 @@ def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> Non
 
 
 TITLE = "Inversion with a reward"
-INTERVAL = "95 % percentile bootstrap over targets, 10,000 resamples; paired with weight 0; somewhat too narrow for few targets"
+INTERVAL = (
+    "95 % percentile bootstrap over targets, 10,000 resamples; paired with weight 0; somewhat too narrow for"
+    " few targets"
+)
 BY_NAME = {measure.name: measure for measure in MEASURES}
 KNEE = 0.5  # dB that the target's own view may lose
 
@@ -118,12 +141,21 @@ KNEE = 0.5  # dB that the target's own view may lose
 def facts(setup: Setup) -> Facts:
     names = ", ".join(case.name for case in setup.cases[:16])
     unit, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
-    return Facts(n=len(setup.cases), unit=unit, seeds=names, networks={"generator": setup.loaded.hash}, interval=interval)
+    return Facts(
+        n=len(setup.cases),
+        unit=unit,
+        seeds=names,
+        networks={"generator": setup.loaded.hash},
+        interval=interval,
+    )
 
 
 def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
-    """Means of every measure by arm, and paired changes of every weight against 0 (against the first where 0 is not among them)."""
-    names, base = [f"{weight:g}" for weight in weights], f"{weights[0]:g}"
+    """Means of every measure by arm, and paired changes of every weight against 0 (against the first where 0
+    is not among them).
+    """
+    names = [f"{weight:g}" for weight in weights]
+    base = f"{weights[0]:g}"
     arms = list(dict.fromkeys(record["arm"] for record in records))
     table: dict[str, dict] = {}
     for name in (measure.name for measure in MEASURES):
@@ -137,8 +169,8 @@ def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
 def verdicts(table: Mapping[str, Mapping], names: Sequence[str], base: str) -> dict:
     """Whether the reward rises with the weight, the knee, and where the judge falls.
 
-    The knee is the last weight up to which the mean loss of PSNR at the target's camera stays under KNEE. A weight over-optimises where
-    the judge's mean is below the base's; 'clearly' where the whole interval is.
+    The knee is the last weight up to which the mean loss of PSNR at the target's camera stays under KNEE. A
+    weight over-optimises where the judge's mean is below the base's; 'clearly' where the whole interval is.
     """
     means = [table["reward"]["means"][name]["mean"] for name in names] if "reward" in table else []
     judged = table["judge"]["paired"] if "judge" in table else {}
@@ -148,54 +180,84 @@ def verdicts(table: Mapping[str, Mapping], names: Sequence[str], base: str) -> d
             break
         knee = name
     return {
-        "reward_rises": bool(means) and all(a < b for a, b in zip(means, means[1:], strict=False)), "knee": knee,
+        "reward_rises": bool(means) and all(a < b for a, b in zip(means, means[1:], strict=False)),
+        "knee": knee,
         "over_optimised": [name for name in names[1:] if name in judged and judged[name]["mean"] < 0],
-        "clearly_over_optimised": [name for name in names[1:] if name in judged and judged[name]["mean_hi"] < 0],
+        "clearly_over_optimised": [
+            name for name in names[1:] if name in judged and judged[name]["mean_hi"] < 0
+        ],
     }
 
 
 def verdict_sentences(summary: Mapping, judge: str, features: str) -> list[str]:
-    says, table = [f"Perceptual features: {features}. Judge: {judge}."], summary["measures"]
+    says = [f"Perceptual features: {features}. Judge: {judge}."]
+    table = summary["measures"]
     if len(summary["weights"]) == 1:
         return says
     last = f"{summary['weights'][-1]:g}"
     for name in ("psnr", "psnr_side", "depth_side", "reward", "judge"):
         if name in table:
-            says.append(f"{name} at λ {last}: {changed(table[name]['paired'][last])} against λ {summary['base']}.")
+            says.append(
+                f"{name} at λ {last}: {changed(table[name]['paired'][last])} against λ {summary['base']}."
+            )
     says.append(f"Knee: up to λ {summary['knee']} the target's own view loses less than {KNEE} dB.")
     if "reward" in table:
-        says.append(f"The mean reward {'rises' if summary['reward_rises'] else 'does not rise'} from every weight to the next.")
+        says.append(
+            f"The mean reward {'rises' if summary['reward_rises'] else 'does not rise'} from every weight to"
+            " the next."
+        )
     for name in summary["over_optimised"]:
         sure = "" if name in summary["clearly_over_optimised"] else ", though the interval holds 0"
-        says.append(f"Over-optimised at λ {name}: the judge's mean is below that of λ {summary['base']}{sure}.")
+        says.append(
+            f"Over-optimised at λ {name}: the judge's mean is below that of λ {summary['base']}{sure}."
+        )
     return says
 
 
 def measure_sentences(summary: Mapping) -> list[str]:
     """Every measure's mean and its changes."""
-    says, base = [], summary["base"]
+    says = []
+    base = summary["base"]
     for name, entry in summary["measures"].items():
         ends = ", ".join(f"λ {arm}: {changed(row)}" for arm, row in entry["paired"].items())
-        says.append(f"{name} ({BY_NAME[name].unit}): {entry['means'][base]['mean']:.4g} at λ {base}; change at {ends or 'no other'}.")
-    return [*says, "In the figures, dashed: the truth; dotted: the latent before the second stage; a cross: over-optimised."]
+        says.append(
+            f"{name} ({BY_NAME[name].unit}): {entry['means'][base]['mean']:.4g} at λ {base}; change at"
+            f" {ends or 'no other'}."
+        )
+    return [
+        *says,
+        (
+            "In the figures, dashed: the truth; dotted: the latent before the second stage; a cross:"
+            " over-optimised."
+        ),
+    ]
 
 
 def changed(row: Mapping) -> str:
     """A paired change with its interval, which one target alone does not have."""
-    return f"{row['mean']:+.3g}" if row["n"] == 1 else span(row["mean"], row["mean_lo"], row["mean_hi"], "+.3g")
+    return (
+        f"{row['mean']:+.3g}" if row["n"] == 1 else span(row["mean"], row["mean_lo"], row["mean_hi"], "+.3g")
+    )
 
 
 def curves(folder: Path) -> dict:
-    """Means over targets of what each step measured, by stage: {'w': {...}, 'pivot 0.1': {'mse': [[step, mean], ...], ...}}."""
+    """Means over targets of what each step measured, by stage: {'w': {...}, 'pivot 0.1': {'mse':
+    [[step, mean], ...], ...}}.
+    """
     sums: dict[str, dict[str, dict[int, list[float]]]] = {}
     for line in (folder / STATS).read_text().splitlines():
         record = json.loads(line)
         stage = record["stage"] if record["weight"] is None else f"{record['stage']} {record['weight']:g}"
         for name in ("loss", "mse", "perceptual", "reward", "moved"):
             if name in record:
-                sums.setdefault(stage, {}).setdefault(name, {}).setdefault(record["step"], []).append(record[name])
+                sums.setdefault(stage, {}).setdefault(name, {}).setdefault(record["step"], []).append(
+                    record[name]
+                )
     return {
-        stage: {name: [[step, float(np.mean(values))] for step, values in sorted(steps.items())] for name, steps in measured.items()}
+        stage: {
+            name: [[step, float(np.mean(values))] for step, values in sorted(steps.items())]
+            for name, steps in measured.items()
+        }
         for stage, measured in sums.items()
     }
 
@@ -216,25 +278,44 @@ def jobs(inversions: Inversions) -> list[Job]:
     def stepped(folder: Path) -> Finding:
         del folder
         found = curves(inversions.run.folder)
-        rows = [{"stage": stage, "measure": name, "step": step, "mean": value}
-                for stage, own in found.items() for name, points in own.items() for step, value in points]
+        rows = [
+            {"stage": stage, "measure": name, "step": step, "mean": value}
+            for stage, own in found.items()
+            for name, points in own.items()
+            for step, value in points
+        ]
         return Finding(facts=facts(setup), data={"curves": found}, rows=rows)
 
     def drawn(folder: Path) -> Finding:
         for name, path in strips.items():
             shutil.copyfile(path, folder / f"strip-{name}.png")
-        return Finding(facts=facts(setup), data={}, pictures={
-            f"{name}: the target, then {'the truth and ' if case.truth else ''}every weight; below the same as shapes": f"strip-{name}.png"
-            for name, case in zip(strips, shown, strict=True)
-        })
+        return Finding(
+            facts=facts(setup),
+            data={},
+            pictures={
+                f"{name}: the target, then {'the truth and ' if case.truth else ''}every weight;"
+                " below the same as shapes": f"strip-{name}.png"
+                for name, case in zip(strips, shown, strict=True)
+            },
+        )
 
     found = [Job(key="strips", title="Pictures", compute=drawn, inputs=inputs)] if shown else []
     return [
         *found,
-        Job(key="weights", title="Measures over the weight of the reward", compute=measured, inputs=inputs,
-            plots={"means": plot_means, **({"changes": plot_changes} if len(setup.weights) > 1 else {})}),
-        Job(key="steps", title="Step by step", compute=stepped, inputs=inputs,
-            plots={name: partial(plot_steps, name) for name in ("mse", "perceptual")}),
+        Job(
+            key="weights",
+            title="Measures over the weight of the reward",
+            compute=measured,
+            inputs=inputs,
+            plots={"means": plot_means, **({"changes": plot_changes} if len(setup.weights) > 1 else {})},
+        ),
+        Job(
+            key="steps",
+            title="Step by step",
+            compute=stepped,
+            inputs=inputs,
+            plots={name: partial(plot_steps, name) for name in ("mse", "perceptual")},
+        ),
     ]
 
 
@@ -249,7 +330,9 @@ def plot_means(data: dict):
             if arm in means:
                 axis.axhline(means[arm]["mean"], linestyle=line, color=style.colour("noise"))
         for name in data["over_optimised"] if measure == "judge" else ():
-            axis.plot([names.index(name)], [means[name]["mean"]], "x", color=style.colour("before"), markersize=9)
+            axis.plot(
+                [names.index(name)], [means[name]["mean"]], "x", color=style.colour("before"), markersize=9
+            )
         axis.set_xticks(range(len(names)), names)
         axis.set(title=f"{measure} ({BY_NAME[measure].better} is better)", xlabel="weight of the reward")
     return drawn
@@ -274,8 +357,15 @@ def plot_steps(measure: str, data: dict):
     drawn, axes = style.figure(columns=2)
     for stage, found in data["curves"].items():
         points = found.get(measure, [])
-        axis, name = (axes[1], stage.removeprefix("pivot ")) if stage.startswith("pivot") else (axes[0], stage)
-        axis.plot([p[0] for p in points], [max(p[1], 1e-12) for p in points], label=f"λ {name}" if axis is axes[1] else name, linewidth=1)
+        axis, name = (
+            (axes[1], stage.removeprefix("pivot ")) if stage.startswith("pivot") else (axes[0], stage)
+        )
+        axis.plot(
+            [p[0] for p in points],
+            [max(p[1], 1e-12) for p in points],
+            label=f"λ {name}" if axis is axes[1] else name,
+            linewidth=1,
+        )
     for axis, title in zip(axes, ("the latent", "the generator"), strict=True):
         axis.set(title=f"{measure}: {title}", xlabel="step", yscale="log")
         axis.legend(fontsize="small")

@@ -1,8 +1,11 @@
-"""Many inversions as one run: every target, its latent once, then the generator once per weight of the reward; resumable at every step.
+"""Many inversions as one run: every target, its latent once, then the generator once per weight of the
+reward; resumable at every step.
 
     targets/<name>/w.safetensors             the first stage's result, which the weights share
-    targets/<name>/<weight>.json             measures at a weight ('0', '0.01', ...), at 'w' (before the second stage) and of the truth
-    targets/<name>/<weight>.safetensors      the tuned generator, for targets whose pictures are drawn; its latent stands in <weight>-ws
+    targets/<name>/<weight>.json             measures at a weight ('0', '0.01', ...), at 'w'
+                                             (before the second stage) and of the truth
+    targets/<name>/<weight>.safetensors      the tuned generator, for targets whose pictures are drawn; its
+                                             latent stands in <weight>-ws
 
 The run's checkpoint holds the stage that is under way. Letters: L layers of ws, W w_dim.
 """
@@ -70,7 +73,8 @@ class Inversions:
     """The loop over targets and legs. Args: run: entered; setup: what to do."""
 
     def __init__(self, run: Run, setup: Setup):
-        self.run, self.setup = run, setup
+        self.run = run
+        self.setup = setup
         self.done = 0  # steps
         self.legs = legs(setup.config, setup.weights)
 
@@ -84,7 +88,8 @@ class Inversions:
         state: dict[str, Tensor] = {}
         if checkpoint.available(self.run.folder):
             state, meta = self.run.read()
-            at, self.done = tuple(meta["at"]), meta["done"]
+            at = tuple(meta["at"])
+            self.done = meta["done"]
             self.run.go_on(self.done, meta["lines"])
         else:
             self.run.begin()
@@ -97,7 +102,8 @@ class Inversions:
 
     def _target(self, i: int, case: Case, at: tuple[int, ...], state: dict[str, Tensor]) -> None:
         """The legs of target i from leg at[0], step at[1], whose state is given."""
-        setup, folder = self.setup, self.folder(case)
+        setup = self.setup
+        folder = self.folder(case)
         if at == (0, 0):
             write_json(folder / "truth.json", measure_truth(setup.loaded.generator, case, setup.judges))
         objective = projector.Objective(setup.config, case.target, setup.perceptual, setup.guidance)
@@ -112,11 +118,17 @@ class Inversions:
             self._checkpoint((i, j + 1, 0) if j + 1 < len(self.legs) else (i + 1, 0, 0), {})
 
     def _stage(self, leg: Leg, case: Case, objective: projector.Objective) -> Stage:
-        generator, weight = self.setup.loaded.generator, leg.weight or 0.0
+        generator = self.setup.loaded.generator
+        weight = leg.weight or 0.0
         if leg.stage == "pivot":
             own = self.folder(case) / f"{weight:g}-w.safetensors"
             source = own if self.setup.config.reward_in_w else self.folder(case) / "w.safetensors"
-            return projector.PivotalStage(generator, objective, storage.read_tensors(source, KIND)[0]["ws"].to(case.target.image), weight)
+            return projector.PivotalStage(
+                generator,
+                objective,
+                storage.read_tensors(source, KIND)[0]["ws"].to(case.target.image),
+                weight,
+            )
         start = case.truth.ws if self.setup.from_truth and case.truth is not None else None
         stage = projector.LatentStage(generator, objective, self.setup.prior, start, weight)
         if leg.first:
@@ -127,19 +139,29 @@ class Inversions:
         name = leg.stage if leg.weight is None else f"{leg.stage} {leg.weight:g}"
         for step in range(max(first, leg.first), leg.last):
             found = stage.step(step)
-            self.run.stats({"target": case.name, "stage": leg.stage, "weight": leg.weight, "step": step, **found})
+            self.run.stats(
+                {"target": case.name, "stage": leg.stage, "weight": leg.weight, "step": step, **found}
+            )
             self.done += 1
             if self.run.stop_requested:
                 self._checkpoint((*place, step + 1), stage.state())
-                raise StoppedError(f"stopped by {self.run.stop_requested} at {case.name}, {name}, step {step + 1}")
+                raise StoppedError(
+                    f"stopped by {self.run.stop_requested} at {case.name}, {name}, step {step + 1}"
+                )
             if (step + 1) % EVERY == 0 or step + 1 == leg.last:
-                at = {"target": f"{place[0] + 1}/{len(self.setup.cases)} {case.name}", "stage": f"{name:<10}", "at": f"{step + 1:<4}"}
+                at = {
+                    "target": f"{place[0] + 1}/{len(self.setup.cases)} {case.name}",
+                    "stage": f"{name:<10}",
+                    "at": f"{step + 1:<4}",
+                }
                 self.run.status(at, self.done, self.setup.steps, "step", {"mse": f"{found['mse']:.2e}"})
                 if step + 1 < leg.last:
                     self._checkpoint((*place, step + 1), stage.state())
 
     def _finish(self, stage: Stage, leg: Leg, i: int, objective: projector.Objective) -> None:
-        setup, case, generator = self.setup, self.setup.cases[i], self.setup.loaded.generator
+        setup = self.setup
+        case = self.setup.cases[i]
+        generator = self.setup.loaded.generator
         folder = self.folder(case)
         if isinstance(stage, projector.LatentStage):
             name = "w" if leg.weight is None else f"{leg.weight:g}-w"
@@ -148,10 +170,16 @@ class Inversions:
                 return
             with torch.no_grad():
                 pivot = generator.field(stage.ws).density_grid(projector.cube_of(generator))
-            write_json(folder / f"{name}.json", measure(generator, case, stage.ws.detach(), pivot, objective, setup.judges))
+            write_json(
+                folder / f"{name}.json",
+                measure(generator, case, stage.ws.detach(), pivot, objective, setup.judges),
+            )
             return
         name = f"{leg.weight:g}"
-        write_json(folder / f"{name}.json", measure(stage.generator, case, stage.ws, stage.pivot, objective, setup.judges))
+        write_json(
+            folder / f"{name}.json",
+            measure(stage.generator, case, stage.ws, stage.pivot, objective, setup.judges),
+        )
         if i < setup.shown:
             tuned = replace(setup.loaded.nets, G=None, D=None, G_ema=stage.generator.module)
             networks.save(folder / f"{name}.safetensors", tuned, only_ema=True)
@@ -166,7 +194,8 @@ class Inversions:
         arms = ["truth", *([f"{name}-w" for name in own] if self.setup.config.reward_in_w else ["w"]), *own]
         return [
             {"target": case.name, "arm": arm, **json.loads((self.folder(case) / f"{arm}.json").read_text())}
-            for case in self.setup.cases for arm in arms
+            for case in self.setup.cases
+            for arm in arms
         ]
 
 

@@ -30,17 +30,28 @@ _SCALED = 10_000  # totals from here on are shown with k and M
 
 
 def cameras_of(generator: Generator, fov: float = FFHQ_FOV, **place) -> CameraFamily:
-    """A generator's own cameras, with a field of view over the image's diagonal in degrees; `place` overrides radius or pivot.
+    """A generator's own cameras, with a field of view over the image's diagonal in degrees; `place` overrides
+    radius or pivot.
 
     Raises: ValueError for a field of view outside 0 < fov < 180.
     """
     if not 0 < fov < 180:
-        raise ValueError(f"cameras: expected a field of view of 0 < fov < 180 degrees, got {fov:g}. Correct it.")
-    return dataclasses.replace(generator.cameras, focal=1 / (math.tan(fov * 3.14159 / 360) * 1.414), **place)  # as FOV_to_intrinsics
+        raise ValueError(
+            f"cameras: expected a field of view of 0 < fov < 180 degrees, got {fov:g}. Correct it."
+        )
+    # as FOV_to_intrinsics
+    return dataclasses.replace(generator.cameras, focal=1 / (math.tan(fov * 3.14159 / 360) * 1.414), **place)
 
 
-def camera(cameras: CameraFamily, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, device: str | torch.device = "cpu") -> torch.Tensor:
-    """Camera labels [n, 25] of a family, at angles in radians from frontal as EG3D's tools count them (negative pitch looks from above).
+def camera(
+    cameras: CameraFamily,
+    yaw: float = 0.0,
+    pitch: float = 0.0,
+    n: int = 1,
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:
+    """Camera labels [n, 25] of a family, at angles in radians from frontal as EG3D's tools count them
+    (negative pitch looks from above).
 
     Torch's random state stays as it is.
     """
@@ -50,24 +61,38 @@ def camera(cameras: CameraFamily, yaw: float = 0.0, pitch: float = 0.0, n: int =
 
 @torch.no_grad()
 def conditioned_ws(
-    generator: Generator, seeds: Sequence[int], cameras: CameraFamily, psi: float = 1.0, cutoff: int | None = 14
+    generator: Generator,
+    seeds: Sequence[int],
+    cameras: CameraFamily,
+    psi: float = 1.0,
+    cutoff: int | None = 14,
 ) -> torch.Tensor:
-    """ws [N, L, W] of seeds, conditioned on the frontal camera of a family, as EG3D's tools condition them."""
+    """ws [N, L, W] of seeds, conditioned on the frontal camera of a family,
+    as EG3D's tools condition them.
+    """
     check_seeds(generator, max(seeds, default=0), "--seeds")
     device = device_of(generator)
     c = camera(cameras, n=len(seeds), device=device)
-    return generator.mapping(latents(seeds, generator.z_dim).to(device), c, truncation_psi=psi, truncation_cutoff=cutoff)
+    return generator.mapping(
+        latents(seeds, generator.z_dim).to(device), c, truncation_psi=psi, truncation_cutoff=cutoff
+    )
 
 
 @torch.no_grad()
 def render(
-    generator: Generator, ws: torch.Tensor, labels: Sequence[torch.Tensor], seed: int = 0, noise_mode: str = "const", mode: str = "image",
+    generator: Generator,
+    ws: torch.Tensor,
+    labels: Sequence[torch.Tensor],
+    seed: int = 0,
+    noise_mode: str = "const",
+    mode: str = "image",
     options: RenderOptions = OWN,
 ) -> list[np.ndarray]:
     """Pictures of ws [1, L, W] from cameras [1, 25], from one synthesis pass.
 
-    The ray sampler's jitter and the noise come from torch's global generator; it is seeded before every picture and its state put back, so
-    that a picture depends on nothing that was drawn before. The first picture follows on the noise of the synthesis, as EG3D draws it.
+    The ray sampler's jitter and the noise come from torch's global generator; it is seeded before every
+    picture and its state put back, so that a picture depends on nothing that was drawn before. The first
+    picture follows on the noise of the synthesis, as EG3D draws it.
 
     Args: mode: 'image', 'image_raw' (before super-resolution) or 'image_depth'.
     Returns: one array per camera, uint8 [H, B, 3], or `distances` for 'image_depth'.
@@ -78,7 +103,10 @@ def render(
         first = [field.render(label.to(ws.device), options) for label in labels[:1]]
     renderings = first + render_each(field, (label.to(ws.device) for label in labels[1:]), options, seed)
     maps = {"image": "image", "image_raw": "raw"}
-    return [distances(out) if mode == "image_depth" else to_uint8(getattr(out, maps[mode])[0].float().cpu()) for out in renderings]
+    return [
+        distances(out) if mode == "image_depth" else to_uint8(getattr(out, maps[mode])[0].float().cpu())
+        for out in renderings
+    ]
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
@@ -96,16 +124,20 @@ def png(picture: np.ndarray) -> bytes:
 
 
 def distances(out: Rendering) -> np.ndarray:
-    """Distances along the rays [H, B] float32 of a rendering, infinite where a ray's opacity is under one half.
+    """Distances along the rays [H, B] float32 of a rendering, infinite where a ray's opacity is under one
+    half.
 
     Deviates: EG3D shows what the march leaves there, the mean distance of next to nothing.
     """
-    depth, opacity = out.depth[0, 0].float(), out.opacity[0, 0]
+    depth = out.depth[0, 0].float()
+    opacity = out.opacity[0, 0]
     return torch.where(opacity >= 0.5, depth, torch.full_like(depth, torch.inf)).cpu().numpy()
 
 
 def shade_depth(depth: np.ndarray) -> np.ndarray:
-    """Distances [H, B] to grey uint8 [H, B, 3], each picture from dark grey (far) to white (near); infinite ones are black."""
+    """Distances [H, B] to grey uint8 [H, B, 3], each picture from dark grey (far) to white (near); infinite
+    ones are black.
+    """
     seen = np.isfinite(depth)
     low, high = (float(depth[seen].min()), float(depth[seen].max())) if seen.any() else (0.0, 0.0)
     share = (high - np.where(seen, depth, high)) / max(high - low, 1e-12)  # 0 far, 1 near
@@ -122,20 +154,29 @@ def tile(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Seeds of a comma-separated list of numbers and inclusive ranges, in the order given: '0,2-5' -> [0, 2, 3, 4, 5].
+    """Seeds of a comma-separated list of numbers and inclusive ranges, in the order given:
+    '0,2-5' -> [0, 2, 3, 4, 5].
 
-    Raises: ValueError for anything else, an empty list, a range that runs backwards, a seed above 2^32 - 1, over 100,000 seeds.
+    Raises: ValueError for anything else, an empty list, a range that runs backwards, a seed above 2^32 - 1,
+        over 100,000 seeds.
     """
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"seeds: expected numbers and ranges such as 0,2-5, got {text!r}. Correct {part.strip()!r}.")
-        start, end = int(first), int(last or first)
+            raise ValueError(
+                f"seeds: expected numbers and ranges such as 0,2-5, got {text!r}. Correct {part.strip()!r}."
+            )
+        start = int(first)
+        end = int(last or first)
         if start > end or end > _LARGEST:
-            raise ValueError(f"seeds: expected ranges that rise, up to {_LARGEST}, got {part.strip()!r}. Correct it.")
+            raise ValueError(
+                f"seeds: expected ranges that rise, up to {_LARGEST}, got {part.strip()!r}. Correct it."
+            )
         if len(seeds) + end - start >= MOST_SEEDS:
-            raise ValueError(f"seeds: expected at most {MOST_SEEDS} seeds, got more in {text!r}. Run in parts.")
+            raise ValueError(
+                f"seeds: expected at most {MOST_SEEDS} seeds, got more in {text!r}. Run in parts."
+            )
         seeds += range(start, end + 1)
     return seeds
 
@@ -144,7 +185,8 @@ class StageBar(contextlib.AbstractContextManager):
     """A bar per stage, with time left; called with (stage, units done, units in all)."""
 
     def __init__(self, prefix: str = ""):
-        self._prefix, self._stage = prefix, ""
+        self._prefix = prefix
+        self._stage = ""
         self._bar: tqdm | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:

@@ -17,7 +17,10 @@ from eg3d_rlhf import generators
 from eg3d_rlhf.core.field import OWN, CameraFamily, RenderOptions
 from eg3d_rlhf.experiments.media.rendering import camera, conditioned_ws, render, shade_depth, tile
 
-YAW_RANGE, PITCH_RANGE, PITCH_MEAN = 0.35, 0.25, -0.05  # radians, of EG3D's gen_videos
+# radians, of EG3D's gen_videos
+YAW_RANGE = 0.35
+PITCH_RANGE = 0.25
+PITCH_MEAN = -0.05
 _SAME_BYTES = ["-f", "mp4", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-threads", "1"]  # each time
 _WRAPS = 2  # copies of the keyframes before and after, so that the cubic closes smoothly
 
@@ -36,18 +39,22 @@ class FilmOptions:
     noise_mode: str = "const"  # of the synthesis
 
     def cells(self, seeds: Sequence[int]) -> list[list[int]]:
-        """The seeds that each cell walks through, N lists of K; the seeds are repeated where there are too few.
+        """The seeds that each cell walks through, N lists of K; the seeds are repeated where there are too
+        few.
 
-        Raises: ValueError for no seeds, or where the number of keyframes is not given and the seeds do not fill the grid evenly.
+        Raises: ValueError for no seeds, or where the number of keyframes is not given and the seeds do not
+            fill the grid evenly.
         """
         if not seeds:
             raise ValueError("seeds: expected at least one seed, got none.")
-        cells, keyframes = self.grid[0] * self.grid[1], self.keyframes
+        cells = self.grid[0] * self.grid[1]
+        keyframes = self.keyframes
         if keyframes is None:
             if len(seeds) % cells:
                 raise ValueError(
-                    f"seeds: expected a multiple of {cells} seeds for a grid of {self.grid[0]}x{self.grid[1]}, got {len(seeds)}. "
-                    "Change the seeds or the grid, or give the number of keyframes."
+                    f"seeds: expected a multiple of {cells} seeds for a grid of"
+                    f" {self.grid[0]}x{self.grid[1]}, got {len(seeds)}. Change the seeds or the grid, or give"
+                    " the number of keyframes."
                 )
             keyframes = len(seeds) // cells
         chosen = [seeds[i % len(seeds)] for i in range(cells * keyframes)]
@@ -57,14 +64,17 @@ class FilmOptions:
 
 
 class LatentWalk:
-    """A closed cubic spline through keyframes ws [K, L, W], at the times 0, 1, ..., K - 1, and back to the first at K."""
+    """A closed cubic spline through keyframes ws [K, L, W], at the times 0, 1, ..., K - 1, and back to the
+    first at K.
+    """
 
     def __init__(self, ws: torch.Tensor):
         from scipy.interpolate import interp1d
 
         count = len(ws)
         times = np.arange(-count * _WRAPS, count * (_WRAPS + 1))
-        self._ws, self._device = ws, ws.device
+        self._ws = ws
+        self._device = ws.device
         values = np.tile(ws.cpu().double().numpy(), (2 * _WRAPS + 1, 1, 1))
         self._spline = interp1d(times, values, kind="cubic", axis=0) if count > 1 else None
 
@@ -85,16 +95,28 @@ class Film:
     """All frames of one film.
 
     Args: seeds: see `FilmOptions.cells`; look: how cameras look at the fields.
-    Deviates: the swing closes (EG3D writes pi as 3.14), and frames do not depend on one another's random numbers.
+    Deviates: the swing closes (EG3D writes pi as 3.14), and frames do not depend on one another's random
+    numbers.
     """
 
     def __init__(
-        self, generator: generators.Generator, seeds: Sequence[int], cameras: CameraFamily, options: FilmOptions, look: RenderOptions = OWN
+        self,
+        generator: generators.Generator,
+        seeds: Sequence[int],
+        cameras: CameraFamily,
+        options: FilmOptions,
+        look: RenderOptions = OWN,
     ):
-        self.generator, self.cameras, self.options, self.look = generator, cameras, options, look
+        self.generator = generator
+        self.cameras = cameras
+        self.options = options
+        self.look = look
         cells = options.cells(seeds)
         self.first_seed = cells[0][0]
-        self.walks = [LatentWalk(conditioned_ws(generator, cell, cameras, options.psi, options.cutoff)) for cell in cells]
+        self.walks = [
+            LatentWalk(conditioned_ws(generator, cell, cameras, options.psi, options.cutoff))
+            for cell in cells
+        ]
         self.count = len(cells[0]) * options.frames  # T
 
     def ws(self, index: int) -> list[torch.Tensor]:
@@ -103,9 +125,13 @@ class Film:
 
     def frame(self, index: int) -> np.ndarray:
         """Frame `index` of 0..T-1, uint8 [rows, columns, 3]."""
-        label, options = camera_at(self.cameras, index / self.count), self.options
+        label = camera_at(self.cameras, index / self.count)
+        options = self.options
         pictures = [
-            render(self.generator, ws, [label], self.first_seed, options.noise_mode, options.mode, self.look)[0] for ws in self.ws(index)
+            render(self.generator, ws, [label], self.first_seed, options.noise_mode, options.mode, self.look)[
+                0
+            ]
+            for ws in self.ws(index)
         ]
         if options.mode == "image_depth":
             pictures = [shade_depth(picture) for picture in pictures]
@@ -116,11 +142,13 @@ class Film:
 
 
 def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, bitrate: str = "10M") -> Path:
-    """Write frames, uint8 [H, B, 3] of one size, as H.264 in an .mp4, atomically; the same frames give the same bytes.
+    """Write frames, uint8 [H, B, 3] of one size, as H.264 in an .mp4, atomically; the same frames give the
+    same bytes.
 
     Odd sizes are filled up to even ones by repeating the last row or column, as the format needs.
 
-    Raises: ValueError for another suffix, no frames, or where imageio-ffmpeg is missing; OSError where ffmpeg fails.
+    Raises: ValueError for another suffix, no frames, or where imageio-ffmpeg is missing; OSError where ffmpeg
+        fails.
     """
     path = check_mp4(path)
     import imageio_ffmpeg
@@ -133,15 +161,24 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, b
             frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
             if writer is None:
                 writer = imageio_ffmpeg.write_frames(
-                    str(temporary), (frame.shape[1], frame.shape[0]), fps=fps, codec="libx264", bitrate=bitrate, macro_block_size=2,
-                    ffmpeg_log_level="error", output_params=_SAME_BYTES,
+                    str(temporary),
+                    (frame.shape[1], frame.shape[0]),
+                    fps=fps,
+                    codec="libx264",
+                    bitrate=bitrate,
+                    macro_block_size=2,
+                    ffmpeg_log_level="error",
+                    output_params=_SAME_BYTES,
                 )
                 writer.send(None)
             try:
                 writer.send(np.ascontiguousarray(frame))
             except OSError as error:
                 last = str(error).strip().splitlines()[-1]
-                raise OSError(f"{path}: expected ffmpeg to take frame after frame, got {last!r}. Check the disk's free space.") from error
+                raise OSError(
+                    f"{path}: expected ffmpeg to take frame after frame, got {last!r}. Check the disk's free"
+                    " space."
+                ) from error
         if writer is None:
             raise ValueError("write_mp4: expected at least one frame, got none.")
         writer.close()

@@ -1,8 +1,8 @@
-"""Assets under optimisation: a `Field` whose numbers are parameters. Slabs, depth maps, clouds, meshes and rewards read it as any other.
-What is finished is a generator family.
+"""Assets under optimisation: a `Field` whose numbers are parameters. Slabs, depth maps, clouds, meshes and
+rewards read it as any other. What is finished is a generator family.
 
-Letters: A assets, P points, D, H, W = grid points along z, y, x, M rays, S samples along a ray, r pixels per edge; of the
-generator N samples, Z z_dim.
+Letters: A assets, P points, D, H, W = grid points along z, y, x, M rays, S samples along a ray, r pixels per
+edge; of the generator N samples, Z z_dim.
 """
 
 import abc
@@ -23,15 +23,19 @@ from training.storage import load_strict, read_tensors
 ARCHITECTURE = "assets"  # as network files name their family
 RESOLUTION = 64  # pixels per edge of a rendering that does not say
 _EDGE = 1e-4  # share of half a side by which a point may lie outside: rays end on the bounds
-KINDS: Registry[type["Asset"]] = Registry("kind of asset", {
-    "voxels": "eg3d_rlhf.generators.assets.grids",
-    "planes": "eg3d_rlhf.generators.assets.grids",
-    "latents": "eg3d_rlhf.generators.assets.latents",
-})  # fmt: skip
+KINDS: Registry[type["Asset"]] = Registry(
+    "kind of asset",
+    {
+        "voxels": "eg3d_rlhf.generators.assets.grids",
+        "planes": "eg3d_rlhf.generators.assets.grids",
+        "latents": "eg3d_rlhf.generators.assets.latents",
+    },
+)
 
 
 class Asset(torch.nn.Module, abc.ABC):
-    """A assets at once, each with parameters of its own: the first axis of every parameter is A. Fills the unit cube about the origin.
+    """A assets at once, each with parameters of its own: the first axis of every parameter is A. Fills the
+    unit cube about the origin.
 
     Renderings are without jitter, black where nothing is, and differentiable in the parameters.
     """
@@ -95,19 +99,30 @@ class Asset(torch.nn.Module, abc.ABC):
         """A copy of some of the assets, as meshes want one."""
         chosen = copy.deepcopy(self)
         for name, parameter in self.named_parameters():
-            kept = torch.nn.Parameter(parameter.detach()[indices].clone(), requires_grad=parameter.requires_grad)
+            kept = torch.nn.Parameter(
+                parameter.detach()[indices].clone(), requires_grad=parameter.requires_grad
+            )
             setattr(chosen, name, kept)
         return chosen
 
     def save(self, path: str | Path, pairs: Sequence[tuple[str, int]] = ()) -> None:
-        """Write as a network file, which tools take as a generator. Args: pairs: prompt and seed of each asset."""
-        held, made = torch.nn.ModuleDict({"asset": self}), {"field": self.kind, "assets": len(self), "settings": self.settings}
+        """Write as a network file, which tools take as a generator.
+
+        Args: pairs: prompt and seed of each asset.
+        """
+        held = torch.nn.ModuleDict({"asset": self})
+        made = {"field": self.kind, "assets": len(self), "settings": self.settings}
         trained = {"name": "distilled", **({"pairs": [list(pair) for pair in pairs]} if pairs else {})}
-        networks.save(path, networks.Networks(None, None, held, made, None, trained, architecture=ARCHITECTURE))
+        networks.save(
+            path, networks.Networks(None, None, held, made, None, trained, architecture=ARCHITECTURE)
+        )
 
 
 class AssetNetwork(torch.nn.Module):
-    """What a network file of assets holds: the field of a kind, so many assets, the settings of the kind. Raises: ValueError."""
+    """What a network file of assets holds: the field of a kind, so many assets, the settings of the kind.
+
+    Raises: ValueError.
+    """
 
     def __init__(self, field: str, assets: int, settings: dict):
         super().__init__()
@@ -119,16 +134,25 @@ def load_assets(path: str | Path) -> Asset:
     tensors, meta = read_tensors(path, "network")
     if meta.get("architecture") != ARCHITECTURE:
         got = meta.get("architecture", networks.EG3D)
-        raise ValueError(f"load_assets({Path(path).name}): expected finished assets, got a generator of {got}. Pass another file.")
+        raise ValueError(
+            f"load_assets({Path(path).name}): expected finished assets, got a generator of {got}. Pass"
+            " another file."
+        )
     network = AssetNetwork(**meta["G_kwargs"])
-    load_strict(network, {name.removeprefix("G_ema."): value for name, value in tensors.items()}, f"load_assets({Path(path).name})")
+    load_strict(
+        network,
+        {name.removeprefix("G_ema."): value for name, value in tensors.items()},
+        f"load_assets({Path(path).name})",
+    )
     return network.asset
 
 
 def sparsity(raw: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
-    """Penalties [A] of raw density [A, ...] at points `step` world units apart, on their opacity o = 1 - exp(-softplus(raw - 1) step).
+    """Penalties [A] of raw density [A, ...] at points `step` world units apart, on their opacity
+    o = 1 - exp(-softplus(raw - 1) step).
 
-    Returns: 'sparsity', the mean of o; 'opacity', its mean binary entropy in nats, which is 0 where all is either full or empty.
+    Returns: 'sparsity', the mean of o; 'opacity', its mean binary entropy in nats, which is 0 where all is
+        either full or empty.
     """
     free = torch.nn.functional.softplus(raw - 1) * step  # optical depth
     opacity = -torch.expm1(-free)
@@ -136,24 +160,37 @@ def sparsity(raw: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
     return {"sparsity": opacity.flatten(1).mean(dim=1), "opacity": entropy.flatten(1).mean(dim=1)}
 
 
-# Finished assets as a generator family: the file that a run writes for an arm; seeds 0, 1, 2, ... name its assets in order. Labelling, the
-# blind study, meshes, pictures and rewards then take it as any generator. It cannot be tuned: a shape per seed is all it has.
+# Finished assets as a generator family: the file that a run writes for an arm; seeds 0, 1, 2, ... name its
+# assets in order. Labelling, the blind study, meshes, pictures and rewards then take it as any generator. It
+# cannot be tuned: a shape per seed is all it has.
 
 
 class AssetGenerator:
     """`Generator` around A assets, which can be counted."""
 
-    architecture, conditioned = ARCHITECTURE, False
-    z_dim, w_dim, num_ws = 8, 1, 1
+    architecture = ARCHITECTURE
+    conditioned = False
+    z_dim = 8
+    w_dim = 1
+    num_ws = 1
     img_resolution = RESOLUTION
     cameras = CameraFamily(radius=6.0)  # the whole cube, also from its corners, with the lens of portraits
 
     def __init__(self, module: AssetNetwork):
-        self.module, self.count = module, len(module.asset)
-        self.bounds, self.level = module.asset.bounds, module.asset.level
+        self.module = module
+        self.count = len(module.asset)
+        self.bounds = module.asset.bounds
+        self.level = module.asset.level
 
-    def mapping(self, z: torch.Tensor, c: torch.Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None) -> torch.Tensor:
-        """ws [N, 1, 1], the numbers of the assets whose seeds have the latents z [N, Z]. Camera and truncation change nothing.
+    def mapping(
+        self,
+        z: torch.Tensor,
+        c: torch.Tensor,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> torch.Tensor:
+        """ws [N, 1, 1], the numbers of the assets whose seeds have the latents z [N, Z]. Camera and
+        truncation change nothing.
 
         Raises: ValueError for the latent of no asset.
         """
@@ -161,11 +198,17 @@ class AssetGenerator:
         known = latents(range(self.count), self.z_dim).to(z)  # [A, Z]
         same = (z[:, None] == known).all(dim=2)  # [N, A]
         if not bool(same.any(dim=1).all()):
-            raise ValueError(f"assets: expected latents of seeds 0 to {self.count - 1}, got others. This file has {self.count} shapes.")
+            raise ValueError(
+                f"assets: expected latents of seeds 0 to {self.count - 1}, got others. This file has"
+                f" {self.count} shapes."
+            )
         return same.float().argmax(dim=1).view(-1, 1, 1).to(z)
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Asset:
-        """The assets of numbers ws [N, 1, 1]. Raises: ValueError for what is between them: there is nothing."""
+        """The assets of numbers ws [N, 1, 1].
+
+        Raises: ValueError for what is between them: there is nothing.
+        """
         del noise_mode
         numbers = ws.flatten().tolist()
         if ws.shape[1:] != (1, 1) or not all(number in range(self.count) for number in numbers):

@@ -1,6 +1,7 @@
 """Assets on grids of parameters: voxels, the test problem's field, and tri-planes with a decoder each.
 
-Letters: A assets, N voxels per edge, P points, X, Y, Z = grid points along x, y, z; C plane channels, J hidden units, R texels per edge.
+Letters: A assets, N voxels per edge, P points, X, Y, Z = grid points along x, y, z; C plane channels, J
+hidden units, R texels per edge.
 """
 
 import torch
@@ -12,14 +13,16 @@ from eg3d_rlhf.generators.assets.asset import Asset, sparsity
 from torch_utils.ops.triplane_decode import sample_planes_channels_first
 from training.rendering.renderer import generate_planes
 
-GAIN = 10.0  # raw density per unit of the parameter: an optimiser's steps of .05 then fill or empty a voxel in some tens
+# raw density per unit of the parameter: an optimiser's steps of .05 then fill or empty a voxel in some tens
+GAIN = 10.0
 
 
 class Voxels(Asset):
-    """raw density = LEVEL + GAIN shape, colour = sigmoid(paint), interpolated between corner-aligned points: voxel i of an axis is at
-    (i/(N - 1) - 1/2) of the side.
+    """raw density = LEVEL + GAIN shape, colour = sigmoid(paint), interpolated between corner-aligned points:
+    voxel i of an axis is at (i/(N - 1) - 1/2) of the side.
 
-    Starts as grey fog of `start`: at -1.1 a ray through the cube is a tenth absorbed, so gradients reach every voxel.
+    Starts as grey fog of `start`: at -1.1 a ray through the cube is a tenth absorbed, so gradients reach
+    every voxel.
     """
 
     kind = "voxels"
@@ -55,7 +58,10 @@ class Voxels(Asset):
         """See `Asset`: trilinear, of the colour before its sigmoid."""
         values = torch.cat([self.raw.unsqueeze(1), self.paint], dim=1)  # [A, 4, N, N, N]
         where = (points * (2 / self.bounds.side))[:, None, None]  # [A, 1, 1, P, 3], components x, y, z
-        read = F.grid_sample(values, where, mode="bilinear", padding_mode="border", align_corners=True)[:, :, 0, 0]  # [A, 4, P]
+        # [A, 4, P]
+        read = F.grid_sample(values, where, mode="bilinear", padding_mode="border", align_corners=True)[
+            :, :, 0, 0
+        ]
         return read[:, 0], torch.sigmoid(read[:, 1:]).transpose(1, 2)
 
     def density_product(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -71,13 +77,19 @@ class Voxels(Asset):
         return self.density_product(*grid.axes()).permute(0, 3, 2, 1).contiguous()
 
     def _hats(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """Weights [P, N] of the voxels along an axis at world coordinates [P]; the border's value beyond it."""
+        """Weights [P, N] of the voxels along an axis at world coordinates [P];
+        the border's value beyond it.
+        """
         last = self.resolution - 1
         place = (coordinates.to(self.shape) / self.bounds.side + 0.5) * last
-        return (1 - (place.clamp(0, last)[:, None] - torch.arange(self.resolution).to(self.shape)).abs()).clamp_min(0)
+        return (
+            1 - (place.clamp(0, last)[:, None] - torch.arange(self.resolution).to(self.shape)).abs()
+        ).clamp_min(0)
 
     def regularisers(self) -> dict[str, torch.Tensor]:
-        """'sparsity' and 'opacity', see `sparsity`; 'roughness', the mean squared step of `shape` between neighbours."""
+        """'sparsity' and 'opacity', see `sparsity`; 'roughness', the mean squared step of `shape` between
+        neighbours.
+        """
         steps = [self.shape.diff(dim=dim).square().flatten(1).mean(dim=1) for dim in (1, 2, 3)]
         return {**sparsity(self.raw, self.pitch), "roughness": torch.stack(steps).mean(dim=0)}
 
@@ -86,16 +98,20 @@ class Voxels(Asset):
         return {"grid": [self.shape, self.paint]}
 
 
-_BLOB = 20.0  # raw density added at the centre, falling to 0 at _REACH: text-to-3D's density bias 10 (1 - |p| / .5) in a cube of side 2
+# raw density added at the centre, falling to 0 at _REACH: text-to-3D's density bias 10 (1 - |p| / .5) in a
+# cube of side 2
+_BLOB = 20.0
 _REACH = 0.25  # world units
 _PROBES = 16  # grid points per edge at which regularisers read the density
 
 
 class TriPlanes(Asset):
-    """raw = w1[0] softplus(w0 f + b0) + b1[0] + 1 + 20 (1 - |p| / .25) and colours of w1[1:] as `training.triplane.OSGDecoder` has them.
+    """raw = w1[0] softplus(w0 f + b0) + b1[0] + 1 + 20 (1 - |p| / .25) and colours of w1[1:] as
+    `training.triplane.OSGDecoder` has them.
 
-    f [C] is the mean over three planes of their features at p (the layout with three different planes). Deviates from text-to-3D's usual
-    field: planes and a decoder for each asset, where threestudio has a hash grid that needs CUDA.
+    f [C] is the mean over three planes of their features at p (the layout with three different planes).
+    Deviates from text-to-3D's usual field: planes and a decoder for each asset, where threestudio has a hash
+    grid that needs CUDA.
     """
 
     kind = "planes"
@@ -103,21 +119,31 @@ class TriPlanes(Asset):
 
     def __init__(self, assets: int, resolution: int = 32, channels: int = 8, hidden: int = 16, seed: int = 0):
         super().__init__()
-        self.resolution, self.channels, self.hidden, self.seed = resolution, channels, hidden, seed
+        self.resolution = resolution
+        self.channels = channels
+        self.hidden = hidden
+        self.seed = seed
         rng = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int, scale: float) -> torch.nn.Parameter:
             return torch.nn.Parameter(torch.randn(assets, *shape, generator=rng) * scale)
 
         self.planes = normal(3, channels, resolution, resolution, scale=0.1)
-        self.w0, self.b0 = normal(hidden, channels, scale=channels**-0.5), torch.nn.Parameter(torch.zeros(assets, hidden))
-        self.w1, self.b1 = normal(4, hidden, scale=hidden**-0.5), torch.nn.Parameter(torch.zeros(assets, 4))
+        self.w0 = normal(hidden, channels, scale=channels**-0.5)
+        self.b0 = torch.nn.Parameter(torch.zeros(assets, hidden))
+        self.w1 = normal(4, hidden, scale=hidden**-0.5)
+        self.b1 = torch.nn.Parameter(torch.zeros(assets, 4))
         self.register_buffer("plane_axes", generate_planes("fixed"), persistent=False)
 
     @property
     def settings(self) -> dict:
         """See `Asset`."""
-        return {"resolution": self.resolution, "channels": self.channels, "hidden": self.hidden, "seed": self.seed}
+        return {
+            "resolution": self.resolution,
+            "channels": self.channels,
+            "hidden": self.hidden,
+            "seed": self.seed,
+        }
 
     @property
     def samples(self) -> int:
@@ -126,17 +152,27 @@ class TriPlanes(Asset):
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Asset`."""
-        features = sample_planes_channels_first(self.plane_axes, self.planes, points, self.bounds.side).mean(dim=1)  # [A, C, P]
+        # [A, C, P]
+        features = sample_planes_channels_first(self.plane_axes, self.planes, points, self.bounds.side).mean(
+            dim=1
+        )
         hidden = F.softplus(torch.baddbmm(self.b0.unsqueeze(2), self.w0, features))  # [A, J, P]
         out = torch.baddbmm(self.b1.unsqueeze(2), self.w1, hidden)  # [A, 4, P]
         blob = _BLOB * (1 - points.norm(dim=2) / _REACH)
-        return 1 + blob + out[:, 0], (torch.sigmoid(out[:, 1:]) * (1 + 2 * 0.001) - 0.001).clamp(0, 1).transpose(1, 2)
+        return 1 + blob + out[:, 0], (torch.sigmoid(out[:, 1:]) * (1 + 2 * 0.001) - 0.001).clamp(
+            0, 1
+        ).transpose(1, 2)
 
     def regularisers(self) -> dict[str, torch.Tensor]:
-        """'sparsity' and 'opacity' on a coarse grid, see `sparsity`; 'roughness', the mean squared step between neighbouring texels."""
+        """'sparsity' and 'opacity' on a coarse grid, see `sparsity`; 'roughness', the mean squared step
+        between neighbouring texels.
+        """
         probes = SlabSpec.of(self.bounds, _PROBES)
         steps = [self.planes.diff(dim=dim).square().flatten(1).mean(dim=1) for dim in (3, 4)]
-        return {**sparsity(self.density_grid(probes), probes.voxel), "roughness": torch.stack(steps).mean(dim=0)}
+        return {
+            **sparsity(self.density_grid(probes), probes.voxel),
+            "roughness": torch.stack(steps).mean(dim=0),
+        }
 
     def groups(self) -> dict[str, list[torch.nn.Parameter]]:
         """See `Asset`."""

@@ -1,6 +1,7 @@
 """Assets as latents of the bundled generator: its shapes, moved through its own latent space.
 
-A reward that learned from this generator's shapes is asked about nothing else. Letters: A assets, L layers of ws, W w_dim, P points.
+A reward that learned from this generator's shapes is asked about nothing else. Letters: A assets, L layers of
+ws, W w_dim, P points.
 """
 
 import functools
@@ -28,11 +29,17 @@ class Latents(Asset):
     kind = "latents"
 
     def __init__(self, assets: int, generator: str | None = None):
-        """Args: generator: SHA-256 of the state that the latents are of; None: that of the bundled one. Raises: ValueError for another."""
+        """Args: generator: SHA-256 of the state that the latents are of; None: that of the bundled one.
+
+        Raises: ValueError for another.
+        """
         super().__init__()
         if generator not in (None, _bundled().hash):
             bundled = _bundled().hash[:12]
-            raise ValueError(f"Latents: expected those of the bundled generator {bundled}, got {generator:.12}. Bring its file.")
+            raise ValueError(
+                f"Latents: expected those of the bundled generator {bundled}, got {generator:.12}. Bring its"
+                " file."
+            )
         mean = ws_of_seeds(_bundled().generator, [0], truncation_psi=0.0)
         self.ws = torch.nn.Parameter(mean.repeat(assets, 1, 1))
 
@@ -73,9 +80,14 @@ class Latents(Asset):
         return self.field.density_grid(grid)
 
     def regularisers(self) -> dict[str, torch.Tensor]:
-        """'sparsity' and 'opacity' on a coarse grid, see `sparsity`; 'roughness', the mean squared step between the layers' latents."""
+        """'sparsity' and 'opacity' on a coarse grid, see `sparsity`; 'roughness', the mean squared step
+        between the layers' latents.
+        """
         probes = SlabSpec.of(self.bounds, _PROBES)
-        return {**sparsity(self.density_grid(probes), probes.voxel), "roughness": self.ws.diff(dim=1).square().flatten(1).mean(dim=1)}
+        return {
+            **sparsity(self.density_grid(probes), probes.voxel),
+            "roughness": self.ws.diff(dim=1).square().flatten(1).mean(dim=1),
+        }
 
     def groups(self) -> dict[str, list[torch.nn.Parameter]]:
         """See `Asset`."""

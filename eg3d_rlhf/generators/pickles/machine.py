@@ -1,7 +1,9 @@
-"""The pickle machine: opcodes of protocols 2 to 5 to plain data and inert records. It imports nothing and calls nothing that a file names.
+"""The pickle machine: opcodes of protocols 2 to 5 to plain data and inert records. It imports nothing and
+calls nothing that a file names.
 
-What a name, a call or a state means is up to the `Rules`; whatever they do not admit ends the reading. Work is bounded by a `Budget`
-that the stream and the tensor streams inside it share: opcodes, and bytes that are decoded.
+What a name, a call or a state means is up to the `Rules`; whatever they do not admit ends the reading. Work
+is bounded by a `Budget` that the stream and the tensor streams inside it share: opcodes, and bytes that are
+decoded.
 """
 
 import dataclasses
@@ -13,25 +15,31 @@ from typing import Any
 MAX_OPCODES = 1_000_000  # a published snapshot has about 40,000
 MAX_INTEGER_BYTES = 16  # torch's magic number has 10
 MAX_NAME = 200  # characters of a module or class name
-LONG_TEXT = 1 << 16  # longer texts stay undecoded: nothing but source code and protocol 2's bytes are that long
+# longer texts stay undecoded: nothing but source code and protocol 2's bytes are that long
+LONG_TEXT = 1 << 16
 MAX_TEXT = 1 << 27  # bytes, of one long text (a tensor of protocol 2 is one) and of all short ones together
 
 
 class Refusal(ValueError):
-    """Why a stream is not read, as the middle of a sentence: 'the global os.system', 'the end of the file'."""
+    """Why a stream is not read, as the middle of a sentence:
+    'the global os.system', 'the end of the file'.
+    """
 
 
 @dataclasses.dataclass
 class Budget:
     """What may still be spent on one file."""
 
-    decoded: int  # bytes that texts may become; the file's size. One text named over and over spends them, too
+    # bytes that texts may become; the file's size. One text named over and over spends them, too
+    decoded: int
     opcodes: int = MAX_OPCODES  # or as much work as so many
     texts: int = MAX_TEXT  # bytes of short texts
 
     def spend(self, *, opcodes: int = 0, decoded: int = 0, texts: int = 0) -> None:
         """Take from what is left. Raises: Refusal where none is."""
-        self.opcodes, self.decoded, self.texts = self.opcodes - opcodes, self.decoded - decoded, self.texts - texts
+        self.opcodes = self.opcodes - opcodes
+        self.decoded = self.decoded - decoded
+        self.texts = self.texts - texts
         if self.opcodes < 0:
             raise Refusal(f"more than {MAX_OPCODES} opcodes")
         if self.decoded < 0:
@@ -80,7 +88,9 @@ def brief_text(text: str, limit: int = 80) -> str:
 
 
 def is_key(value: Any) -> bool:
-    """Keys of cheap and unforgeable hash: no tuples (their hash may take forever), no integers that collide on purpose."""
+    """Keys of cheap and unforgeable hash: no tuples (their hash may take forever), no integers that collide
+    on purpose.
+    """
     return value is None or isinstance(value, str) or (isinstance(value, int) and abs(value) < 1 << 60)
 
 
@@ -112,7 +122,8 @@ def fill(target: dict, *, items: list) -> dict:
 
 
 class Rules:
-    """What the records of a stream mean. Every method raises Refusal for what it does not admit; these admit nothing.
+    """What the records of a stream mean. Every method raises Refusal for what it does not admit; these admit
+    nothing.
 
     Args: budget: shared by all streams of a file; asked: counts the names asked for.
     """
@@ -120,7 +131,8 @@ class Rules:
     inside = ""  # where, in messages
 
     def __init__(self, budget: Budget, asked: Counter):
-        self.budget, self.asked = budget, asked
+        self.budget = budget
+        self.asked = asked
 
     def find(self, name: Global) -> Global:
         """A name, if admitted."""
@@ -151,7 +163,9 @@ class Machine:
     """
 
     def __init__(self, data: memoryview, start: int, rules: Rules):
-        self.data, self.position, self.rules = data, start, rules
+        self.data = data
+        self.position = start
+        self.rules = rules
         self.stack: list = []
         self.below: list[list] = []  # stacks under the open marks
         self.memo: dict[int, Any] = {}
@@ -182,7 +196,9 @@ class Machine:
         """The next bytes, uncopied. Raises: Refusal where the file is shorter than claimed."""
         left = len(self.data) - self.position
         if size > left:
-            raise Refusal("the end of the file" if size <= 8 else f"a claim of {size} bytes where {left} are left")
+            raise Refusal(
+                "the end of the file" if size <= 8 else f"a claim of {size} bytes where {left} are left"
+            )
         self.position += size
         return self.data[self.position - size : self.position]
 
@@ -243,7 +259,8 @@ class Machine:
         """Everything above the last mark."""
         if not self.below:
             raise Refusal("an opcode without its mark")
-        items, self.stack = self.stack, self.below.pop()
+        items = self.stack
+        self.stack = self.below.pop()
         return items
 
     def mark(self) -> None:
@@ -292,27 +309,55 @@ class Machine:
             raise Refusal(f"a frame of {size} bytes where {left} are left")
 
 
-OPERATIONS: dict[int, Callable[[Machine], object]] = {  # arguments are evaluated as written: the topmost value first
-    0x95: Machine.frame, 0x28: Machine.mark, 0x32: lambda m: m.push(m.top()),
-    0x30: lambda m: m.stack.pop() if m.stack else m.pop_to_mark(), 0x31: lambda m: m.pop_to_mark(),  # POP also closes an empty mark
-    0x4E: lambda m: m.push(None), 0x88: lambda m: m.push(True), 0x89: lambda m: m.push(False),
-    0x4A: lambda m: m.push(m.number("<i")), 0x4B: lambda m: m.push(m.u1()), 0x4D: lambda m: m.push(m.number("<H")),
-    0x8A: lambda m: m.push(m.integer(m.u1())), 0x8B: lambda m: m.push(m.integer(m.number("<i"))), 0x47: lambda m: m.push(m.number(">d")),
-    0x58: lambda m: m.push(m.text(m.number("<I"))), 0x8C: lambda m: m.push(m.text(m.u1())), 0x8D: lambda m: m.push(m.text(m.number("<Q"))),
-    0x42: lambda m: m.push(m.take(m.number("<I"))), 0x43: lambda m: m.push(m.take(m.u1())), 0x8E: lambda m: m.push(m.take(m.number("<Q"))),
+# arguments are evaluated as written: the topmost value first
+OPERATIONS: dict[int, Callable[[Machine], object]] = {
+    0x95: Machine.frame,
+    0x28: Machine.mark,
+    0x32: lambda m: m.push(m.top()),
+    # POP also closes an empty mark
+    0x30: lambda m: m.stack.pop() if m.stack else m.pop_to_mark(),
+    0x31: lambda m: m.pop_to_mark(),
+    0x4E: lambda m: m.push(None),
+    0x88: lambda m: m.push(True),
+    0x89: lambda m: m.push(False),
+    0x4A: lambda m: m.push(m.number("<i")),
+    0x4B: lambda m: m.push(m.u1()),
+    0x4D: lambda m: m.push(m.number("<H")),
+    0x8A: lambda m: m.push(m.integer(m.u1())),
+    0x8B: lambda m: m.push(m.integer(m.number("<i"))),
+    0x47: lambda m: m.push(m.number(">d")),
+    0x58: lambda m: m.push(m.text(m.number("<I"))),
+    0x8C: lambda m: m.push(m.text(m.u1())),
+    0x8D: lambda m: m.push(m.text(m.number("<Q"))),
+    0x42: lambda m: m.push(m.take(m.number("<I"))),
+    0x43: lambda m: m.push(m.take(m.u1())),
+    0x8E: lambda m: m.push(m.take(m.number("<Q"))),
     0x96: lambda m: m.push(m.take(m.number("<Q"))),  # BYTEARRAY8
-    0x29: lambda m: m.push(()), 0x74: lambda m: m.push(tuple(m.pop_to_mark())), 0x85: lambda m: m.tuple_of(1),
-    0x86: lambda m: m.tuple_of(2), 0x87: lambda m: m.tuple_of(3),
-    0x5D: lambda m: m.push([]), 0x6C: lambda m: m.push(m.pop_to_mark()),
-    0x61: lambda m: m.extend([m.pop()], list), 0x65: lambda m: m.extend(m.pop_to_mark(), list),
-    0x7D: lambda m: m.push({}), 0x64: lambda m: m.push(fill({}, items=m.pop_to_mark())),
+    0x29: lambda m: m.push(()),
+    0x74: lambda m: m.push(tuple(m.pop_to_mark())),
+    0x85: lambda m: m.tuple_of(1),
+    0x86: lambda m: m.tuple_of(2),
+    0x87: lambda m: m.tuple_of(3),
+    0x5D: lambda m: m.push([]),
+    0x6C: lambda m: m.push(m.pop_to_mark()),
+    0x61: lambda m: m.extend([m.pop()], list),
+    0x65: lambda m: m.extend(m.pop_to_mark(), list),
+    0x7D: lambda m: m.push({}),
+    0x64: lambda m: m.push(fill({}, items=m.pop_to_mark())),
     0x73: lambda m: fill(items=[m.pop(), m.pop()][::-1], target=m.top(dict)),
-    0x75: lambda m: fill(items=m.pop_to_mark(), target=m.top(dict)), 0x8F: lambda m: m.push(set()),
-    0x90: lambda m: m.extend(m.pop_to_mark(), set), 0x91: lambda m: m.push(frozenset(members(m.pop_to_mark()))),
-    0x71: lambda m: m.put(m.u1()), 0x72: lambda m: m.put(m.number("<I")), 0x94: lambda m: m.put(len(m.memo)),
-    0x68: lambda m: m.get(m.u1()), 0x6A: lambda m: m.get(m.number("<I")),
-    0x63: lambda m: m.find(m.line(), m.line()), 0x93: lambda m: m.find(name=m.pop(str), module=m.pop(str)),
+    0x75: lambda m: fill(items=m.pop_to_mark(), target=m.top(dict)),
+    0x8F: lambda m: m.push(set()),
+    0x90: lambda m: m.extend(m.pop_to_mark(), set),
+    0x91: lambda m: m.push(frozenset(members(m.pop_to_mark()))),
+    0x71: lambda m: m.put(m.u1()),
+    0x72: lambda m: m.put(m.number("<I")),
+    0x94: lambda m: m.put(len(m.memo)),
+    0x68: lambda m: m.get(m.u1()),
+    0x6A: lambda m: m.get(m.number("<I")),
+    0x63: lambda m: m.find(m.line(), m.line()),
+    0x93: lambda m: m.find(name=m.pop(str), module=m.pop(str)),
     0x52: lambda m: m.push(m.rules.reduce(args=m.pop(tuple), function=m.pop())),
-    0x81: lambda m: m.push(m.rules.new(args=m.pop(tuple), cls=m.pop())), 0x62: lambda m: m.rules.build(state=m.pop(), record=m.top()),
+    0x81: lambda m: m.push(m.rules.new(args=m.pop(tuple), cls=m.pop())),
+    0x62: lambda m: m.rules.build(state=m.pop(), record=m.top()),
     0x51: lambda m: m.push(m.rules.persistent(m.pop())),  # BINPERSID
 }

@@ -1,4 +1,6 @@
-"""Networks from a snapshot: the architecture from its constructor arguments, checked by name and value; the tensors copied name by name."""
+"""Networks from a snapshot: the architecture from its constructor arguments, checked by name and value; the
+tensors copied name by name.
+"""
 
 import dataclasses
 import math
@@ -10,7 +12,15 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.generators.pickles.machine import Refusal, brief, brief_text
-from eg3d_rlhf.generators.pickles.snapshot import ModuleRecord, Snapshot, TensorRecord, plain, read, refusing, tensors
+from eg3d_rlhf.generators.pickles.snapshot import (
+    ModuleRecord,
+    Snapshot,
+    TensorRecord,
+    plain,
+    read,
+    refusing,
+    tensors,
+)
 from training import networks, storage
 from training.discriminator import DualDiscriminator
 from training.fullhead import ACTIVATIONS, HyPlaneHeadGenerator, PanoHeadGenerator, SphereHeadGenerator
@@ -18,7 +28,8 @@ from training.rendering.renderer import generate_planes
 from training.superresolution import MODULES
 from training.triplane import TriPlaneGenerator
 
-# Which constructor arguments and rendering options a network of a pickle may state, and their plausible values.
+# Which constructor arguments and rendering options a network of a pickle may state, and their plausible
+# values.
 
 Check = tuple[Callable[[Any], bool], str]  # whether a value is admitted; what is, in words
 
@@ -40,31 +51,68 @@ def one_of(*values: Any) -> Check:
 
 NUMBER = (lambda v: type(v) in (int, float) and abs(v) < 1e9, "a number")
 FLAG = one_of(True, False)
-SIZE, CHANNELS = whole(1, 1 << 16), whole(1, 1 << 24)
+SIZE = whole(1, 1 << 16)
+CHANNELS = whole(1, 1 << 24)
 MODCONV = one_of(True, False, "inference_only")
 FILTER = (lambda v: v == [1, 3, 3, 1], "[1, 3, 3, 1]")
 HALF = whole(0, 32)
 MAPPING = {
-    "num_layers": whole(1, 64), "embed_features": maybe(SIZE), "layer_features": maybe(SIZE), "lr_multiplier": NUMBER,
-    "w_avg_beta": maybe(NUMBER), "activation": one_of("lrelu", "relu", "linear", "swish"),
+    "num_layers": whole(1, 64),
+    "embed_features": maybe(SIZE),
+    "layer_features": maybe(SIZE),
+    "lr_multiplier": NUMBER,
+    "w_avg_beta": maybe(NUMBER),
+    "activation": one_of("lrelu", "relu", "linear", "swish"),
 }
 BLOCK: dict[str, Any] = {
-    "fused_modconv_default": MODCONV, "use_noise": FLAG, "fp16_channels_last": FLAG, "architecture": one_of("skip"),
-    "resample_filter": FILTER, "activation": one_of("lrelu"),
+    "fused_modconv_default": MODCONV,
+    "use_noise": FLAG,
+    "fp16_channels_last": FLAG,
+    "architecture": one_of("skip"),
+    "resample_filter": FILTER,
+    "activation": one_of("lrelu"),
 }
-SYNTHESIS = {"channel_base": CHANNELS, "channel_max": SIZE, "num_fp16_res": HALF, "conv_clamp": maybe(NUMBER), **BLOCK}
+SYNTHESIS = {
+    "channel_base": CHANNELS,
+    "channel_max": SIZE,
+    "num_fp16_res": HALF,
+    "conv_clamp": maybe(NUMBER),
+    **BLOCK,
+}
 G_OPTIONS = {
-    "z_dim": SIZE, "c_dim": whole(0, 1 << 16), "w_dim": SIZE, "img_resolution": whole(4, 8192), "img_channels": one_of(3),
-    "sr_num_fp16_res": HALF, "mapping_kwargs": {**MAPPING, "w_avg_beta": NUMBER}, "sr_kwargs": SYNTHESIS, **SYNTHESIS,
+    "z_dim": SIZE,
+    "c_dim": whole(0, 1 << 16),
+    "w_dim": SIZE,
+    "img_resolution": whole(4, 8192),
+    "img_channels": one_of(3),
+    "sr_num_fp16_res": HALF,
+    "mapping_kwargs": {**MAPPING, "w_avg_beta": NUMBER},
+    "sr_kwargs": SYNTHESIS,
+    **SYNTHESIS,
 }
 D_OPTIONS = {
-    "c_dim": whole(0, 1 << 16), "img_resolution": whole(4, 8192), "img_channels": one_of(3), "channel_base": CHANNELS,
-    "channel_max": SIZE, "num_fp16_res": HALF, "conv_clamp": maybe(NUMBER), "cmap_dim": maybe(SIZE), "disc_c_noise": NUMBER,
-    "architecture": one_of("resnet"), "mapping_kwargs": MAPPING,
+    "c_dim": whole(0, 1 << 16),
+    "img_resolution": whole(4, 8192),
+    "img_channels": one_of(3),
+    "channel_base": CHANNELS,
+    "channel_max": SIZE,
+    "num_fp16_res": HALF,
+    "conv_clamp": maybe(NUMBER),
+    "cmap_dim": maybe(SIZE),
+    "disc_c_noise": NUMBER,
+    "architecture": one_of("resnet"),
+    "mapping_kwargs": MAPPING,
     "block_kwargs": {
-        "freeze_layers": whole(0, 64), "fp16_channels_last": FLAG, "activation": one_of("lrelu"), "resample_filter": FILTER,
+        "freeze_layers": whole(0, 64),
+        "fp16_channels_last": FLAG,
+        "activation": one_of("lrelu"),
+        "resample_filter": FILTER,
     },
-    "epilogue_kwargs": {"mbstd_group_size": maybe(SIZE), "mbstd_num_channels": whole(0, 64), "activation": one_of("lrelu")},
+    "epilogue_kwargs": {
+        "mbstd_group_size": maybe(SIZE),
+        "mbstd_num_channels": whole(0, 64),
+        "activation": one_of("lrelu"),
+    },
 }
 FIXED = ("architecture", "resample_filter")  # one value is admitted, ours is built in
 BUILT_IN_ACTIVATION = ("sr_kwargs", "block_kwargs", "epilogue_kwargs", "")  # where ours takes no `activation`
@@ -72,15 +120,31 @@ BUILT_IN_ACTIVATION = ("sr_kwargs", "block_kwargs", "epilogue_kwargs", "")  # wh
 RAY_LIMIT = (lambda v: v == "auto" or NUMBER[0](v), "a number or 'auto'")
 POSITIVE = (lambda v: type(v) in (int, float) and 0 < v < 1e6, "a number above 0")
 RENDERING = {  # needed to render; others are kept as they are
-    "c_gen_conditioning_zero": FLAG, "superresolution_noise_mode": one_of("none", "random", "const"), "sr_antialias": FLAG,
-    "box_warp": POSITIVE, "depth_resolution": whole(1, 4096), "clamp_mode": one_of("softplus"),
-    "ray_start": RAY_LIMIT, "ray_end": RAY_LIMIT,
-    "superresolution_module": (lambda v: isinstance(v, str) and v.rpartition(".")[2] in MODULES, f"one of {', '.join(MODULES)}"),
+    "c_gen_conditioning_zero": FLAG,
+    "superresolution_noise_mode": one_of("none", "random", "const"),
+    "sr_antialias": FLAG,
+    "box_warp": POSITIVE,
+    "depth_resolution": whole(1, 4096),
+    "clamp_mode": one_of("softplus"),
+    "ray_start": RAY_LIMIT,
+    "ray_end": RAY_LIMIT,
+    "superresolution_module": (
+        lambda v: isinstance(v, str) and v.rpartition(".")[2] in MODULES,
+        f"one of {', '.join(MODULES)}",
+    ),
 }
 OPTIONAL_RENDERING = {
-    "depth_resolution_importance": whole(0, 4096), "decoder_lr_mul": POSITIVE, "c_scale": NUMBER, "disparity_space_sampling": FLAG,
-    "white_back": FLAG, "density_noise": NUMBER, "avg_camera_radius": POSITIVE,
-    "avg_camera_pivot": (lambda v: isinstance(v, list) and len(v) == 3 and all(NUMBER[0](x) for x in v), "three numbers"),
+    "depth_resolution_importance": whole(0, 4096),
+    "decoder_lr_mul": POSITIVE,
+    "c_scale": NUMBER,
+    "disparity_space_sampling": FLAG,
+    "white_back": FLAG,
+    "density_noise": NUMBER,
+    "avg_camera_radius": POSITIVE,
+    "avg_camera_pivot": (
+        lambda v: isinstance(v, list) and len(v) == 3 and all(NUMBER[0](x) for x in v),
+        "three numbers",
+    ),
 }
 
 
@@ -99,11 +163,13 @@ def check(values: dict, table: dict, where: str) -> None:
             raise Refusal(f"{title} = {brief(value)} instead of {rule[1]}")
 
 
-# Which family a generator's pickle belongs to, by the names and shapes of its tensors; classes and options follow from that. The released
-# files of all families carry the same few class names, so that these decide nothing; nor is any text in a file consulted.
+# Which family a generator's pickle belongs to, by the names and shapes of its tensors; classes and options
+# follow from that. The released files of all families carry the same few class names, so that these decide
+# nothing; nor is any text in a file consulted.
 
 RENDER_MODE = "TriPlane_SingSph_flatten"
-_PLANES, _CHANNELS = 3, 32
+_PLANES = 3
+_CHANNELS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,23 +185,47 @@ class Kind:
 
 
 _HEAD = {
-    "triplane_size": whole(4, 4096), "triplane_depth": whole(1, 64), "decoder_activation": one_of(*ACTIVATIONS), "use_torgb_raw": FLAG,
+    "triplane_size": whole(4, 4096),
+    "triplane_depth": whole(1, 64),
+    "decoder_activation": one_of(*ACTIVATIONS),
+    "use_torgb_raw": FLAG,
     "use_background": FLAG,
 }
 _OURS = {"triplane_extent": POSITIVE, "side_margin": maybe(NUMBER)}
-EG3D = Kind(architecture="eg3d", cls=TriPlaneGenerator, class_names=("TriPlaneGenerator",), layouts=("eg3d", "fixed"), rendering={})
+EG3D = Kind(
+    architecture="eg3d",
+    cls=TriPlaneGenerator,
+    class_names=("TriPlaneGenerator",),
+    layouts=("eg3d", "fixed"),
+    rendering={},
+)
 PANOHEAD = Kind(
-    architecture="panohead", cls=PanoHeadGenerator, class_names=("TriPlaneGenerator", "TriGridGenerator"), layouts=("panohead",),
-    rendering=_HEAD, optional=_OURS,
+    architecture="panohead",
+    cls=PanoHeadGenerator,
+    class_names=("TriPlaneGenerator", "TriGridGenerator"),
+    layouts=("panohead",),
+    rendering=_HEAD,
+    optional=_OURS,
 )
 SPHEREHEAD = Kind(
-    architecture="spherehead", cls=SphereHeadGenerator, class_names=("TriPlaneGenerator",), layouts=(),
-    rendering={**_HEAD, "triplane_depth": one_of(3)}, optional={**_OURS, "parsing_flag": one_of(False)},
+    architecture="spherehead",
+    cls=SphereHeadGenerator,
+    class_names=("TriPlaneGenerator",),
+    layouts=(),
+    rendering={**_HEAD, "triplane_depth": one_of(3)},
+    optional={**_OURS, "parsing_flag": one_of(False)},
 )
 HYPLANEHEAD = Kind(
-    architecture="hyplanehead", cls=HyPlaneHeadGenerator, class_names=("TriPlaneSingSphGenerator_flatten",), layouts=("panohead",),
+    architecture="hyplanehead",
+    cls=HyPlaneHeadGenerator,
+    class_names=("TriPlaneSingSphGenerator_flatten",),
+    layouts=("panohead",),
     rendering={
-        **_HEAD, "triplane_depth": one_of(1), "multiplane_num": one_of(1), "render_mode": one_of(RENDER_MODE), "sph2cir_flag": FLAG,
+        **_HEAD,
+        "triplane_depth": one_of(1),
+        "multiplane_num": one_of(1),
+        "render_mode": one_of(RENDER_MODE),
+        "sph2cir_flag": FLAG,
         "cir2squ_flag": FLAG,
     },
     optional=_OURS,
@@ -153,10 +243,13 @@ def check_class(class_name: str) -> None:
 def kind_of(class_name: str, shapes: dict[str, tuple[int, ...]], rendering: dict) -> Kind:
     """The family of a generator by its state dict's names and shapes.
 
-    Two stacks of convolutions: SphereHead. Else a network for the camera and one map of 32 channels: HyPlaneHead; or 96 to a slice:
-    PanoHead. Without that network: EG3D. Raises: Refusal for a class of another family, other channels, or an unknown render_mode.
+    Two stacks of convolutions: SphereHead. Else a network for the camera and one map of 32 channels:
+    HyPlaneHead; or 96 to a slice: PanoHead. Without that network: EG3D. Raises: Refusal for a class of
+    another family, other channels, or an unknown render_mode.
     """
-    heads = [name for name in shapes if name.startswith("backbone.synthesis.b") and name.endswith(".torgb.weight")]
+    heads = [
+        name for name in shapes if name.startswith("backbone.synthesis.b") and name.endswith(".torgb.weight")
+    ]
     last = max(heads, key=lambda name: (len(name), name), default="")
     channels = shapes[last][0] if last and shapes[last] else 0
     if "ConvA.0.weight" in shapes:
@@ -182,7 +275,8 @@ D_NAMES = ("c_dim", "img_resolution", "img_channels")
 
 def _arguments(module: ModuleRecord, names: tuple[str, ...], who: str) -> dict:
     """_init_args by their names, and _init_kwargs; all of `names` are among them."""
-    args, kwargs = plain(module.state.get("_init_args", ())), plain(module.state.get("_init_kwargs", {}))
+    args = plain(module.state.get("_init_args", ()))
+    kwargs = plain(module.state.get("_init_kwargs", {}))
     if not isinstance(args, list) or not isinstance(kwargs, dict) or len(args) > len(names):
         raise Refusal(f"constructor arguments that are {brief(args)} and {brief(kwargs)}")
     return _with({**dict(zip(names, args, strict=False)), **kwargs}, names, who)
@@ -221,7 +315,9 @@ def generator_plan(module: ModuleRecord, name: str) -> "Plan":
     known = {**needed, **OPTIONAL_RENDERING, **kind.optional}
     check({k: v for k, v in rendering.items() if k in known}, known, "rendering_kwargs.")
     layout = {"plane_layout": plane_layout(module, kind)} if kind.layouts else {}
-    return Plan(kind.cls, {**_ours(kwargs), "rendering_kwargs": rendering, **layout}, records, kind.architecture)
+    return Plan(
+        kind.cls, {**_ours(kwargs), "rendering_kwargs": rendering, **layout}, records, kind.architecture
+    )
 
 
 def _inside(module: ModuleRecord, part: str, name: str) -> Any:
@@ -233,7 +329,11 @@ def _inside(module: ModuleRecord, part: str, name: str) -> Any:
 def plane_layout(module: ModuleRecord, kind: Kind) -> str:
     """One of the kind's layouts, from renderer.plane_axes. Raises: Refusal for other axes, or none."""
     renderer = _inside(module, "_modules", "renderer")
-    axes = renderer.state.get("plane_axes") if isinstance(renderer, ModuleRecord) and renderer.state is not None else None
+    axes = (
+        renderer.state.get("plane_axes")
+        if isinstance(renderer, ModuleRecord) and renderer.state is not None
+        else None
+    )
     if not isinstance(axes, TensorRecord) or axes.shape != (3, 3, 3):
         raise Refusal("a generator whose renderer carries no plane_axes [3, 3, 3]")
     value = axes.tensor().to(torch.float32)
@@ -270,14 +370,18 @@ class Plan:
         return module
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None) -> networks.Networks:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None
+) -> networks.Networks:
     """Read an EG3D pickle (network-snapshot-*.pkl, ffhq512-128.pkl, ...) without running anything in it.
 
     Args:
         freeze_layers: as in `training.networks.load`.
-    Returns: as `training.networks.load`; `training_set` holds 'options' (training_set_kwargs), 'label_std' (dataset_label_std of G_ema) and
-        'augment' ('options' and 'p' of ADA) where the file has them. cur_nimg is not in such files, and 0.
-    Raises: FileNotFoundError; ValueError of one line for anything that is not such a file, with missing, unexpected and misshapen names.
+    Returns: as `training.networks.load`; `training_set` holds 'options' (training_set_kwargs), 'label_std'
+        (dataset_label_std of G_ema) and 'augment' ('options' and 'p' of ADA) where the file has them.
+        cur_nimg is not in such files, and 0.
+    Raises: FileNotFoundError; ValueError of one line for anything that is not such a file, with missing,
+        unexpected and misshapen names.
     """
     return rebuild(read(path), freeze_layers).to(device)
 
@@ -293,12 +397,16 @@ def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Ne
     for name, module in built.items():
         module.train(name != "G_ema").requires_grad_(False)
     D_kwargs = plans["D"].kwargs if "D" in plans else None
-    G_kwargs, name = plans["G_ema"].kwargs, plans["G_ema"].architecture
-    return networks.Networks(built.get("G"), built.get("D"), built["G_ema"], G_kwargs, D_kwargs, training_set, architecture=name)
+    G_kwargs = plans["G_ema"].kwargs
+    name = plans["G_ema"].architecture
+    return networks.Networks(
+        built.get("G"), built.get("D"), built["G_ema"], G_kwargs, D_kwargs, training_set, architecture=name
+    )
 
 
 def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan]:
-    """Check every network of a snapshot against the architecture that it states, before anything of its size is allocated.
+    """Check every network of a snapshot against the architecture that it states, before anything of its size
+    is allocated.
 
     Raises: ValueError of one line.
     """
@@ -311,12 +419,17 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
                 neural_rendering_resolution(module)
                 plans[name] = generator_plan(module, name)
         if "G" in plans and plans["G"].kwargs != plans["G_ema"].kwargs:
-            ours, theirs = plans["G_ema"].kwargs, plans["G"].kwargs
+            ours = plans["G_ema"].kwargs
+            theirs = plans["G"].kwargs
             differing = sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
             raise Refusal(f"G and G_ema that differ in {', '.join(differing)}")
         D = snapshot.networks.get("D")
         if D is not None and D.class_name != "DualDiscriminator":
-            print(f"Warning: {snapshot.who}: D of class {brief(D.class_name)} ignored; only a DualDiscriminator is read.", file=sys.stderr)
+            print(
+                f"Warning: {snapshot.who}: D of class {brief(D.class_name)} ignored; only a DualDiscriminator"
+                " is read.",
+                file=sys.stderr,
+            )
         elif D is not None:
             kwargs = _arguments(D, D_NAMES, "a discriminator")
             check(kwargs, D_OPTIONS, "")
@@ -340,26 +453,46 @@ def _check_shapes(planned: Plan, who: str) -> None:
     try:
         with torch.device("meta"):
             module = planned.cls(**planned.kwargs)
-    except (RuntimeError, ZeroDivisionError) as error:  # sizes beyond what torch can count, or layers without channels
+    # sizes beyond what torch can count, or layers without channels
+    except (RuntimeError, ZeroDivisionError) as error:
         reason = brief_text(str(error))
-        raise ValueError(f"{who}: expected a network of possible size, got {reason}. Get the file again from its source.") from None
+        raise ValueError(
+            f"{who}: expected a network of possible size, got {reason}. Get the file again from its source."
+        ) from None
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
-    kinds = sorted({str(t.storage.dtype) for t in planned.tensors.values() if not t.storage.dtype.is_floating_point})
+    kinds = sorted(
+        {str(t.storage.dtype) for t in planned.tensors.values() if not t.storage.dtype.is_floating_point}
+    )
     if kinds:
-        raise ValueError(f"{who}: expected tensors of floating-point numbers, got {', '.join(kinds)}. Get the file again from its source.")
+        raise ValueError(
+            f"{who}: expected tensors of floating-point numbers, got {', '.join(kinds)}. Get the file again"
+            " from its source."
+        )
     if any(math.prod(t.shape) > 1 << 40 for t in planned.tensors.values()):
-        raise ValueError(f"{who}: expected tensors of possible size, got one above 2^40 elements. Get the file again from its source.")
-    state = {k: (v.shape, v.device) for k, v in module.state_dict().items()}  # filters are real: a few numbers
-    like = {k: state[k][1] if k in state and state[k][0] == t.shape else "meta" for k, t in planned.tensors.items()}
-    storage.load_strict(module, {k: torch.empty(t.shape, device=like[k]) for k, t in planned.tensors.items()}, who)
+        raise ValueError(
+            f"{who}: expected tensors of possible size, got one above 2^40 elements. Get the file again from"
+            " its source."
+        )
+    # filters are real: a few numbers
+    state = {k: (v.shape, v.device) for k, v in module.state_dict().items()}
+    like = {
+        k: state[k][1] if k in state and state[k][0] == t.shape else "meta"
+        for k, t in planned.tensors.items()
+    }
+    storage.load_strict(
+        module, {k: torch.empty(t.shape, device=like[k]) for k, t in planned.tensors.items()}, who
+    )
 
 
 def _training_set(snapshot: Snapshot) -> dict:
     """What the file says of the dataset: see `load`. Raises: Refusal."""
     stated = snapshot.training_set
     path = stated.get("path")
-    described: dict = {"name": Path(path).stem if isinstance(path, str) else "", "resolution": stated.get("resolution")}
+    described: dict = {
+        "name": Path(path).stem if isinstance(path, str) else "",
+        "resolution": stated.get("resolution"),
+    }
     if stated:
         described["options"] = dict(stated)
     std = _inside(snapshot.networks["G_ema"], "_buffers", "dataset_label_std")  # which training adds to G
@@ -374,5 +507,9 @@ def _training_set(snapshot: Snapshot) -> dict:
         if not math.isfinite(value := float(p.tensor())):
             raise Refusal(f"an augment_pipe with p = {value}")
         options = plain(snapshot.augment_pipe.state.get("_init_kwargs", {}))
-        described["augment"] = {"class_name": snapshot.augment_pipe.class_name, "options": options, "p": value}
+        described["augment"] = {
+            "class_name": snapshot.augment_pipe.class_name,
+            "options": options,
+            "p": value,
+        }
     return described

@@ -1,8 +1,10 @@
-"""A snapshot of EG3D as records: what it holds, what it asked for, and the tensors of its modules by state-dict name.
+"""A snapshot of EG3D as records: what it holds, what it asked for, and the tensors of its modules by
+state-dict name.
 
-A snapshot embeds the source of its modules and asks to run it. Here the call becomes a `ModuleRecord`, the source stays text. Its tensors
-lie in legacy torch streams: a storage is a stream of five small pickles (magic number, protocol 1001, system, the storage's persistent id,
-list of keys), the number of elements (int64) and their bytes, little-endian. Claims about shape and stride are checked before anything is
+A snapshot embeds the source of its modules and asks to run it. Here the call becomes a `ModuleRecord`, the
+source stays text. Its tensors lie in legacy torch streams: a storage is a stream of five small pickles
+(magic number, protocol 1001, system, the storage's persistent id, list of keys), the number of elements
+(int64) and their bytes, little-endian. Claims about shape and stride are checked before anything is
 allocated.
 """
 
@@ -19,16 +21,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from eg3d_rlhf.generators.pickles.machine import Budget, Global, LongText, Machine, Refusal, Rules, brief, brief_text, decode, members
+from eg3d_rlhf.generators.pickles.machine import (
+    Budget,
+    Global,
+    LongText,
+    Machine,
+    Refusal,
+    Rules,
+    brief,
+    brief_text,
+    decode,
+    members,
+)
 
 # The names that EG3D's snapshots use, and the inert record that each one stands for (eg3d.md, section 9).
 
-MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
+MAGIC = 0x1950A86A20F9469CFC6C
+VERSION = 1001
 MAX_DIMENSIONS = 8
 DTYPES = {
-    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
 }
 
 
@@ -61,7 +82,11 @@ class TensorRecord:
             return torch.empty(self.shape, dtype=dtype)
         size = dtype.itemsize
         view = np.ndarray(
-            self.shape, dtype=f"<i{size}", buffer=self.storage.data, offset=self.offset * size, strides=[s * size for s in self.stride]
+            self.shape,
+            dtype=f"<i{size}",
+            buffer=self.storage.data,
+            offset=self.offset * size,
+            strides=[s * size for s in self.stride],
         )
         return torch.from_numpy(view.copy(order="C")).view(dtype)
 
@@ -85,9 +110,15 @@ class StorageRules(Rules):
         return name
 
     def persistent(self, pid: Any) -> Any:
-        """('storage', class, key, location, count, view), with view None. The location is where it once was; we read to the CPU."""
+        """('storage', class, key, location, count, view), with view None. The location is where it once was;
+        we read to the CPU.
+        """
         kinds: tuple[type, ...] = (str, Global, str, str, int, type(None))
-        if not isinstance(pid, tuple) or len(pid) != 6 or not all(isinstance(v, k) for v, k in zip(pid, kinds, strict=True)):
+        if (
+            not isinstance(pid, tuple)
+            or len(pid) != 6
+            or not all(isinstance(v, k) for v, k in zip(pid, kinds, strict=True))
+        ):
             raise Refusal(f"a storage id that is {brief(pid)}")
         if pid[0] != "storage" or isinstance(pid[4], bool) or pid[4] < 0:
             raise Refusal(f"a storage id that begins with {brief(pid[0])} and holds {brief(pid[4])} elements")
@@ -99,7 +130,8 @@ def read_storage(data: memoryview, budget: Budget, asked: Counter) -> StorageRec
 
     Raises: Refusal for another format, a name outside DTYPES, or a size that is not what the stream holds.
     """
-    position, values = 0, []
+    position = 0
+    values = []
     for _ in range(5):
         machine = Machine(data, position, StorageRules(budget, asked))
         values.append(machine.run())
@@ -109,7 +141,12 @@ def read_storage(data: memoryview, budget: Budget, asked: Counter) -> StorageRec
         raise Refusal("a tensor stream of another format")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise Refusal("a tensor stream of a big-endian machine")
-    if not isinstance(storage, _StorageId) or not isinstance(keys, list) or len(keys) != 1 or keys[0] != storage.key:
+    if (
+        not isinstance(storage, _StorageId)
+        or not isinstance(keys, list)
+        or len(keys) != 1
+        or keys[0] != storage.key
+    ):
         raise Refusal("a tensor stream that does not hold exactly one storage")
     if len(data) - position < 8:
         raise Refusal("the end of a tensor stream")
@@ -122,13 +159,27 @@ def read_storage(data: memoryview, budget: Budget, asked: Counter) -> StorageRec
 
 
 PLAIN_MODULES = {
-    "training.triplane.OSGDecoder", "training.volumetric_rendering.renderer.ImportanceRenderer",
-    "training.volumetric_rendering.ray_sampler.RaySampler", "training.volumetric_rendering.ray_marcher.MipRayMarcher2",
-    "torch.nn.modules.activation.Softplus", "torch.nn.modules.container.Sequential",
+    "training.triplane.OSGDecoder",
+    "training.volumetric_rendering.renderer.ImportanceRenderer",
+    "training.volumetric_rendering.ray_sampler.RaySampler",
+    "training.volumetric_rendering.ray_marcher.MipRayMarcher2",
+    "torch.nn.modules.activation.Softplus",
+    "torch.nn.modules.container.Sequential",
 }
 DICTIONARIES = {"collections.OrderedDict", "dnnlib.util.EasyDict"}
 SCALARS = {  # NumPy's code -> struct's
-    "f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?",
+    "f8": "d",
+    "f4": "f",
+    "f2": "e",
+    "i8": "q",
+    "i4": "i",
+    "i2": "h",
+    "i1": "b",
+    "u8": "Q",
+    "u4": "I",
+    "u2": "H",
+    "u1": "B",
+    "b1": "?",
 }
 
 
@@ -157,12 +208,16 @@ class SnapshotRules(Rules):
             "torch_utils.persistence._reconstruct_persistent_obj": self._module,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": self._parameter,
-            "torch.storage._load_from_bytes": lambda args: read_storage(_only(args, memoryview, "storage"), self.budget, self.asked),
+            "torch.storage._load_from_bytes": lambda args: read_storage(
+                _only(args, memoryview, "storage"), self.budget, self.asked
+            ),
             "numpy.dtype": self._dtype,
             "numpy.core.multiarray.scalar": self._scalar,
             "numpy._core.multiarray.scalar": self._scalar,
             # protocol 2 writes bytes and sets as calls
-            "_codecs.encode": self._bytes, "__builtin__.bytes": self._empty_bytes, "__builtin__.set": self._set,
+            "_codecs.encode": self._bytes,
+            "__builtin__.bytes": self._empty_bytes,
+            "__builtin__.set": self._set,
             "builtins.set": self._set,
         }
 
@@ -196,7 +251,12 @@ class SnapshotRules(Rules):
         """The state of a module (once), or of a scalar type."""
         if isinstance(record, ModuleRecord) and record.state is None and self._is_state(state):
             record.state = state
-        elif isinstance(record, DtypeRecord) and isinstance(state, tuple) and len(state) >= 2 and state[1] in ("<", "|", ">"):
+        elif (
+            isinstance(record, DtypeRecord)
+            and isinstance(state, tuple)
+            and len(state) >= 2
+            and state[1] in ("<", "|", ">")
+        ):
             record.order = ">" if state[1] == ">" else "<"
         else:
             raise Refusal(f"a state of {brief(state)} for {brief(record)}")
@@ -209,25 +269,35 @@ class SnapshotRules(Rules):
 
     def _module(self, args: tuple) -> ModuleRecord:
         meta = _only(args, dict, "module")
-        if meta.get("type") != "class" or not isinstance(meta.get("class_name"), str) or not self._is_state(meta.get("state")):
+        if (
+            meta.get("type") != "class"
+            or not isinstance(meta.get("class_name"), str)
+            or not self._is_state(meta.get("state"))
+        ):
             raise Refusal("a module description without type, class_name or state")
         return ModuleRecord(meta["class_name"], meta["state"])
 
     def _tensor(self, args: tuple) -> TensorRecord:
         """The view that a stream claims.
 
-        Refused unless all indices lie in the storage and no element is used twice over (a stride of 0 makes gigabytes from one number).
+        Refused unless all indices lie in the storage and no element is used twice over (a stride of 0 makes
+        gigabytes from one number).
         """
         if not 6 <= len(args) <= 7:
             raise Refusal(f"a tensor of {len(args)} arguments")
         storage, offset, shape, stride = args[:4]
         if not isinstance(storage, StorageRecord):
             raise Refusal(f"a tensor on {brief(storage)}")
-        if not isinstance(shape, tuple) or not isinstance(stride, tuple) or not len(shape) == len(stride) <= MAX_DIMENSIONS:
+        if (
+            not isinstance(shape, tuple)
+            or not isinstance(stride, tuple)
+            or not len(shape) == len(stride) <= MAX_DIMENSIONS
+        ):
             raise Refusal(f"a tensor of shape {brief(shape)} and stride {brief(stride)}")
         if not all(type(v) is int and 0 <= v < 1 << 62 for v in (offset, *shape, *stride)):
             raise Refusal("a tensor whose offset, shape or stride is not made of whole numbers >= 0")
-        count, elements = math.prod(shape), len(storage.data) // storage.dtype.itemsize
+        count = math.prod(shape)
+        elements = len(storage.data) // storage.dtype.itemsize
         last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if count else offset
         if count > elements or last >= max(elements, 1):
             raise Refusal(f"a tensor of {count} elements, the last at {last}, in a storage of {elements}")
@@ -281,7 +351,9 @@ def _only(args: tuple, kind: type, what: str) -> Any:
 
 MAX_DEPTH = 24  # modules in modules, lists in lists
 MAX_NODES = 20_000  # modules and tensors of one network, or values of one option
-MAX_KEY, MAX_OPTION = 200, 4096  # characters of a name, of an option
+# characters of a name, of an option
+MAX_KEY = 200
+MAX_OPTION = 4096
 NETWORKS = ("G", "D", "G_ema")
 
 
@@ -299,7 +371,8 @@ class Snapshot:
 
 
 def read(path: str | Path) -> Snapshot:
-    """Read a snapshot without running anything in it. The file is mapped into memory, tensors stay where they are.
+    """Read a snapshot without running anything in it. The file is mapped into memory, tensors stay where they
+    are.
 
     Raises: FileNotFoundError, ValueError (one line, whatever the file holds).
     """
@@ -316,7 +389,11 @@ def parse(data: memoryview, who: str) -> Snapshot:
             root = {"G_ema": root}
         if not isinstance(root, dict):
             raise Refusal(f"{brief(root)} instead of a dictionary")
-        modules = {name: _module(root[name], name) for name in (*NETWORKS, "augment_pipe") if root.get(name) is not None}
+        modules = {
+            name: _module(root[name], name)
+            for name in (*NETWORKS, "augment_pipe")
+            if root.get(name) is not None
+        }
         augment = modules.pop("augment_pipe", None)
         training_set = plain(root.get("training_set_kwargs") or {})
         if not isinstance(training_set, dict):
@@ -343,7 +420,9 @@ def _mapped(path: str | Path) -> memoryview:
         raise FileNotFoundError(f"{path}: expected a network pickle, got nothing there. Check the path.")
     with open(path, "rb") as file:
         if path.stat().st_size == 0:
-            raise ValueError(f"{path}: expected a network pickle, got an empty file. Get it again from its source.")
+            raise ValueError(
+                f"{path}: expected a network pickle, got an empty file. Get it again from its source."
+            )
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
@@ -365,7 +444,11 @@ def plain(value: Any) -> Any:
         count += 1
         if count > MAX_NODES or depth > MAX_DEPTH:
             raise Refusal(f"options of more than {MAX_NODES} values or {MAX_DEPTH} levels")
-        if value is None or isinstance(value, (bool, int)) or (isinstance(value, str) and len(value) <= MAX_OPTION):
+        if (
+            value is None
+            or isinstance(value, (bool, int))
+            or (isinstance(value, str) and len(value) <= MAX_OPTION)
+        ):
             return value
         if isinstance(value, float) and math.isfinite(value):
             return value
@@ -377,7 +460,9 @@ def plain(value: Any) -> Any:
             return {k: convert(v, depth + 1) for k, v in value.items()}
         if isinstance(value, TensorRecord) and 0 < value.nbytes <= 1 << 12:
             return convert(value.tensor().tolist(), depth + 1)
-        raise Refusal(f"an option that is {'a long text' if isinstance(value, (str, LongText)) else brief(value)}")
+        raise Refusal(
+            f"an option that is {'a long text' if isinstance(value, (str, LongText)) else brief(value)}"
+        )
 
     return convert(value, 0)
 
@@ -385,7 +470,8 @@ def plain(value: Any) -> Any:
 def tensors(module: ModuleRecord, name: str) -> dict[str, TensorRecord]:
     """State-dict name -> tensor, of a module and those in it, in the order of torch's state_dict.
 
-    Raises: Refusal for what is no module, and for more than MAX_NODES of them, as where modules contain themselves.
+    Raises: Refusal for what is no module, and for more than MAX_NODES of them, as where modules contain
+        themselves.
     """
     records: dict[str, TensorRecord] = {}
     count = 0

@@ -1,10 +1,12 @@
 """Reading GLB 2.0 without trust: whitelisted parts become a `Model`, anything else is left out or refused.
 
-Left out, as nothing of it is seen or as the picture stands without it: names, extras, cameras, lights, animations, materials' finer
-extensions. Refused, as what is left would show something else or cannot be trusted: external files, compression (Draco, meshopt, KTX2),
-skins, instancing, points and lines, anything out of bounds, and claims out of proportion to the file.
+Left out, as nothing of it is seen or as the picture stands without it: names, extras, cameras, lights,
+animations, materials' finer extensions. Refused, as what is left would show something else or cannot be
+trusted: external files, compression (Draco, meshopt, KTX2), skins, instancing, points and lines, anything out
+of bounds, and claims out of proportion to the file.
 
-Nothing is allocated by a file's claim: arrays are views into the file, and what must be copied is counted before.
+Nothing is allocated by a file's claim: arrays are views into the file, and what must be copied is counted
+before.
 """
 
 import base64
@@ -31,10 +33,11 @@ from eg3d_rlhf.geometry.files.model import (
     Primitive,
     kind_of_picture,
     stripped,
-)  # fmt: skip
+)
 
 MAX_JSON = 16 << 20  # bytes; Python takes up to some forty times as many
-MAX_NODES, MAX_PARTS = 20_000, 20_000
+MAX_NODES = 20_000
+MAX_PARTS = 20_000
 MAX_DEPTH = 500  # of the tree of nodes, which browsers go down by recursion
 MAX_TRIANGLES = 20_000_000  # as drawn: a mesh that is shown twice counts twice
 MAX_PIXELS = 3 * 8192 * 8192  # of all textures
@@ -43,12 +46,20 @@ _SHARE = 4
 _REACH = 1e18  # beyond it, nothing can be drawn in 32 bits
 KEPT = {"KHR_materials_unlit", "KHR_texture_transform", "KHR_mesh_quantization"}
 _RESOLVED = KEPT | {"EXT_texture_webp"}
-_NAMES = {"POSITION": (3,), "NORMAL": (3,), "TANGENT": (4,), "COLOR_0": (3, 4), **{f"TEXCOORD_{i}": (2,) for i in range(4)}}
+_NAMES = {
+    "POSITION": (3,),
+    "NORMAL": (3,),
+    "TANGENT": (4,),
+    "COLOR_0": (3, 4),
+    **{f"TEXCOORD_{i}": (2,) for i in range(4)},
+}
 _TRIANGLE_MODES = (4, 5, 6)
 _SAMPLERS = {
-    "magFilter": (9728, 9729), "minFilter": (9728, 9729, 9984, 9985, 9986, 9987), "wrapS": (33071, 33648, 10497),
+    "magFilter": (9728, 9729),
+    "minFilter": (9728, 9729, 9984, 9985, 9986, 9987),
+    "wrapS": (33071, 33648, 10497),
     "wrapT": (33071, 33648, 10497),
-}  # fmt: skip
+}
 
 
 def read_glb(data: memoryview) -> Model:
@@ -57,7 +68,9 @@ def read_glb(data: memoryview) -> Model:
     try:
         return _Reader(document, binary, _SHARE * len(data) + SPARE).model()
     except (TypeError, KeyError, OverflowError, AttributeError) as error:
-        raise ValueError(f"expected the records of glTF 2.0, got something else ({type(error).__name__})") from None
+        raise ValueError(
+            f"expected the records of glTF 2.0, got something else ({type(error).__name__})"
+        ) from None
 
 
 def _chunks(data: memoryview) -> tuple[dict, memoryview]:
@@ -65,11 +78,15 @@ def _chunks(data: memoryview) -> tuple[dict, memoryview]:
         raise ValueError("expected a whole GLB, got one that is cut off")
     magic, version, length = GLB_HEADER.unpack_from(data)
     if magic != GLB_MAGIC or version != 2 or length > len(data):
-        raise ValueError(f"expected a whole GLB of version 2, got version {version} and {len(data)} of {length} bytes")
+        raise ValueError(
+            f"expected a whole GLB of version 2, got version {version} and {len(data)} of {length} bytes"
+        )
     size, kind = CHUNK_HEADER.unpack_from(data, GLB_HEADER.size)
     start = GLB_HEADER.size + CHUNK_HEADER.size
     if kind != JSON_CHUNK or size > MAX_JSON or start + size > length:
-        raise ValueError(f"expected a GLB that begins with up to {MAX_JSON >> 20} MB of JSON, got {size} bytes")
+        raise ValueError(
+            f"expected a GLB that begins with up to {MAX_JSON >> 20} MB of JSON, got {size} bytes"
+        )
     try:
         document = json.loads(bytes(data[start : start + size]).decode())
     except (ValueError, RecursionError):
@@ -90,7 +107,9 @@ class _Reader:
     """One file on its way to a model. Args: budget: bytes that all arrays together may hold."""
 
     def __init__(self, document: dict, binary: memoryview, budget: int):
-        self.document, self.binary, self.budget = document, binary, budget
+        self.document = document
+        self.binary = binary
+        self.budget = budget
         self.pixels = MAX_PIXELS
         self.out = Model()
         self._arrays: dict[tuple[int, bool], Array] = {}
@@ -99,7 +118,9 @@ class _Reader:
     def model(self) -> Model:
         required = set(self.document.get("extensionsRequired", [])) - _RESOLVED
         if required:
-            raise ValueError(f"expected a GLB without {', '.join(sorted(map(str, required)))[:200]}, got one that needs it")
+            raise ValueError(
+                f"expected a GLB without {', '.join(sorted(map(str, required)))[:200]}, got one that needs it"
+            )
         if len(self._records("buffers")) > 1 or any("uri" in buffer for buffer in self._records("buffers")):
             raise ValueError("expected all data inside the GLB, got a reference to another file")
         scenes = self._records("scenes")
@@ -155,7 +176,10 @@ class _Reader:
             if depth > MAX_DEPTH:
                 raise ValueError(f"expected a tree of nodes up to {MAX_DEPTH} deep, got a deeper one")
             if number in seen or len(seen) >= MAX_NODES:
-                raise ValueError(f"expected a tree of up to {MAX_NODES:,} nodes, got one that is larger or comes back to itself")
+                raise ValueError(
+                    f"expected a tree of up to {MAX_NODES:,} nodes, got one that is larger or comes back to"
+                    " itself"
+                )
             seen.add(number)
             order.append((number, parent))
             waiting += [(child, number, depth + 1) for child in reversed(record.get("children", []))]
@@ -164,8 +188,14 @@ class _Reader:
         for number, parent in reversed(order):  # children before their parents
             record = self._record("nodes", number)
             if "skin" in record or "EXT_mesh_gpu_instancing" in record.get("extensions", {}):
-                raise ValueError("expected a static mesh, got one with a skin or instances; export it as it stands")
-            mesh = None if "mesh" not in record else self._once("meshes", record["mesh"], self.out.meshes, self._mesh)
+                raise ValueError(
+                    "expected a static mesh, got one with a skin or instances; export it as it stands"
+                )
+            mesh = (
+                None
+                if "mesh" not in record
+                else self._once("meshes", record["mesh"], self.out.meshes, self._mesh)
+            )
             if mesh is not None or number in children:
                 made[number] = Node(children.get(number, [])[::-1], mesh, _place(record))
                 children.setdefault(parent, []).append(number)
@@ -189,7 +219,9 @@ class _Reader:
         mode = record.get("mode", 4)
         if mode not in _TRIANGLE_MODES:
             raise ValueError("expected triangles, got points or lines")
-        attributes = {name: self._array(number) for name, number in record["attributes"].items() if name in _NAMES}
+        attributes = {
+            name: self._array(number) for name, number in record["attributes"].items() if name in _NAMES
+        }
         if "POSITION" not in attributes:
             raise ValueError("expected positions, got a part without")
         count = len(attributes["POSITION"].values)
@@ -200,12 +232,18 @@ class _Reader:
                 raise ValueError(f"expected finite numbers in {name}, got others")
             if array.values.dtype.str == "<u4":
                 raise ValueError(f"expected {name} as floats or short integers, got long ones")
-            plain = name == "COLOR_0" or (name.startswith("TEXCOORD") and array.normalized and array.values.dtype.kind == "u")
+            plain = name == "COLOR_0" or (
+                name.startswith("TEXCOORD") and array.normalized and array.values.dtype.kind == "u"
+            )
             if array.values.dtype.itemsize < 4 and not plain:
                 self.out.extensions.add("KHR_mesh_quantization")
         indices = None if "indices" not in record else self._array(record["indices"], indices=True)
         if indices is not None:
-            if indices.values.shape[1] != 1 or indices.values.dtype.kind != "u" or (len(indices.values) and indices.values.max() >= count):
+            if (
+                indices.values.shape[1] != 1
+                or indices.values.dtype.kind != "u"
+                or (len(indices.values) and indices.values.max() >= count)
+            ):
                 raise ValueError(f"expected indices of {count} vertices, got others")
         material = None
         if "material" in record:
@@ -224,7 +262,9 @@ class _Reader:
     def _read_array(self, record: dict) -> Array:
         if record.get("componentType") not in COMPONENTS or record.get("type") not in WIDTHS:
             raise ValueError("expected an array of known numbers, got another")
-        dtype, width, count = np.dtype(COMPONENTS[record["componentType"]]), WIDTHS[record["type"]], _count(record, "count")
+        dtype = np.dtype(COMPONENTS[record["componentType"]])
+        width = WIDTHS[record["type"]]
+        count = _count(record, "count")
         self.budget -= count * width * dtype.itemsize
         if self.budget < 0:
             raise ValueError(f"expected arrays in proportion to the file, got {count:,} x {width} and more")
@@ -237,22 +277,31 @@ class _Reader:
         return Array(values, bool(record.get("normalized", False)) and dtype.kind != "f")
 
     def _sparse(self, record: dict, values: np.ndarray) -> np.ndarray:
-        some, places, numbers = _count(record, "count"), record["indices"], record["values"]
+        some = _count(record, "count")
+        places = record["indices"]
+        numbers = record["values"]
         kind = np.dtype(COMPONENTS[places["componentType"]])
         at = self._view(places["bufferView"], _count(places, "byteOffset", 0), kind, 1, some)[:, 0]
         if kind.kind != "u" or (some and at.max() >= len(values)):
             raise ValueError("expected the places of a sparse array to lie within it, got others")
         values = values.copy()
-        values[at] = self._view(numbers["bufferView"], _count(numbers, "byteOffset", 0), values.dtype, values.shape[1], some)
+        values[at] = self._view(
+            numbers["bufferView"], _count(numbers, "byteOffset", 0), values.dtype, values.shape[1], some
+        )
         return values
 
     def _bytes(self, number: Any) -> tuple[memoryview, dict]:
         record = self._record("bufferViews", number)
-        if "EXT_meshopt_compression" in record.get("extensions", {}) or "KHR_meshopt_compression" in record.get("extensions", {}):
+        if "EXT_meshopt_compression" in record.get(
+            "extensions", {}
+        ) or "KHR_meshopt_compression" in record.get("extensions", {}):
             raise ValueError("expected plain arrays, got meshopt compression; export the GLB without it")
-        start, length = _count(record, "byteOffset", 0), _count(record, "byteLength")
+        start = _count(record, "byteOffset", 0)
+        length = _count(record, "byteLength")
         if record.get("buffer") != 0 or start + length > len(self.binary):
-            raise ValueError(f"expected data within the GLB's {len(self.binary)} bytes, got {start}..{start + length}")
+            raise ValueError(
+                f"expected data within the GLB's {len(self.binary)} bytes, got {start}..{start + length}"
+            )
         return self.binary[start : start + length], record
 
     def _view(self, number: Any, offset: int, dtype: np.dtype, width: int, count: int) -> np.ndarray:
@@ -279,7 +328,11 @@ class _Reader:
             if name in pbr:
                 surface[name] = self._texture(pbr[name])
         out["pbrMetallicRoughness"] = surface
-        for name, amount in (("normalTexture", "scale"), ("occlusionTexture", "strength"), ("emissiveTexture", "")):
+        for name, amount in (
+            ("normalTexture", "scale"),
+            ("occlusionTexture", "strength"),
+            ("emissiveTexture", ""),
+        ):
             if name in record:
                 out[name] = self._texture(record[name])
                 if amount in record[name]:
@@ -303,7 +356,9 @@ class _Reader:
             out["texCoord"] = _set(info["texCoord"])
         transform = info.get("extensions", {}).get("KHR_texture_transform")
         if transform is not None:
-            placed: dict = {name: _numbers(transform[name], 2) for name in ("offset", "scale") if name in transform}
+            placed: dict = {
+                name: _numbers(transform[name], 2) for name in ("offset", "scale") if name in transform
+            }
             placed |= {"rotation": _number(transform["rotation"])} if "rotation" in transform else {}
             placed |= {"texCoord": _set(transform["texCoord"])} if "texCoord" in transform else {}
             out["extensions"] = {"KHR_texture_transform": placed}
@@ -314,7 +369,9 @@ class _Reader:
         extensions = record.get("extensions", {})
         source = extensions.get("EXT_texture_webp", {}).get("source", record.get("source"))
         if source is None:
-            raise ValueError(f"expected PNG, JPEG or WebP textures, got {', '.join(map(str, extensions))[:80] or 'none'}")
+            raise ValueError(
+                f"expected PNG, JPEG or WebP textures, got {', '.join(map(str, extensions))[:80] or 'none'}"
+            )
         out = {"source": self._once("images", source, self.out.pictures, self._picture)}
         if "sampler" in record:
             out["sampler"] = self._once("samplers", record["sampler"], self.out.samplers, _sampler)

@@ -1,7 +1,8 @@
 """A mesh as it is shown: all of a GLB that can be seen and nothing else, and its bytes as GLB 2.0.
 
-Whatever a mesh is read from becomes a `Model`, and what is sent is written from that alone: no name, comment, extra or generator survives.
-Arrays are kept as they were stored, so positions, normals and texture coordinates keep every bit.
+Whatever a mesh is read from becomes a `Model`, and what is sent is written from that alone: no name, comment,
+extra or generator survives. Arrays are kept as they were stored, so positions, normals and texture
+coordinates keep every bit.
 
 Letters: N vertices or indices, W numbers in each.
 """
@@ -14,14 +15,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-GLB_MAGIC, JSON_CHUNK, BIN_CHUNK = b"glTF", 0x4E4F534A, 0x004E4942
-GLB_HEADER, CHUNK_HEADER = struct.Struct("<4sII"), struct.Struct("<II")
-COMPONENTS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}  # glTF's numbers of component types
+GLB_MAGIC = b"glTF"
+JSON_CHUNK = 0x4E4F534A
+BIN_CHUNK = 0x004E4942
+GLB_HEADER = struct.Struct("<4sII")
+CHUNK_HEADER = struct.Struct("<II")
+# glTF's numbers of component types
+COMPONENTS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
 TRIANGLES = 4  # glTF's number of a mode: three indices each
 _NUMBERS = {np.dtype(name).str: number for number, name in COMPONENTS.items()}
 _TYPES = {width: name for name, width in WIDTHS.items()}
-_VERTICES, _INDICES = 34962, 34963  # targets of buffer views
+# targets of buffer views
+_VERTICES = 34962
+_INDICES = 34963
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,20 +99,27 @@ class _Buffer:
 
     def accessor(self, array: Array, indices: bool = False) -> int:
         if id(array) not in self._written:
-            values, fields = array.values, {}
+            values = array.values
+            fields = {}
             count, width = values.shape
             size = width * values.itemsize
             if not indices and size % 4:  # vertices begin at multiples of 4 bytes
-                values = np.concatenate([
-                    np.ascontiguousarray(values).view(np.uint8).reshape(count, size), np.zeros((count, -size % 4), np.uint8)
-                ], axis=1)  # fmt: skip
+                values = np.concatenate(
+                    [
+                        np.ascontiguousarray(values).view(np.uint8).reshape(count, size),
+                        np.zeros((count, -size % 4), np.uint8),
+                    ],
+                    axis=1,
+                )
                 fields = {"byteStride": size + -size % 4}
             data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
             record = {
-                "bufferView": self.view(data, target=_INDICES if indices else _VERTICES, **fields), "count": count,
-                "componentType": _NUMBERS[array.values.dtype.str], "type": _TYPES[width],
+                "bufferView": self.view(data, target=_INDICES if indices else _VERTICES, **fields),
+                "count": count,
+                "componentType": _NUMBERS[array.values.dtype.str],
+                "type": _TYPES[width],
                 **({"normalized": True} if array.normalized else {}),
-            }  # fmt: skip
+            }
             self.accessors.append(record)
             self._written[id(array)] = len(self.accessors) - 1
         return self._written[id(array)]
@@ -115,23 +129,45 @@ def glb_parts(model: Model) -> list[bytes | memoryview]:
     """The bytes of a GLB in parts, so that large arrays are not copied; `b"".join` makes one of them."""
     buffer = _Buffer()
     meshes = [{"primitives": [_primitive(buffer, part) for part in mesh]} for mesh in model.meshes]
-    images = [{"bufferView": buffer.view(picture.data), "mimeType": picture.kind} for picture in model.pictures]
+    images = [
+        {"bufferView": buffer.view(picture.data), "mimeType": picture.kind} for picture in model.pictures
+    ]
     nodes = [
-        {**({"children": n.children} if n.children else {}), **({} if n.mesh is None else {"mesh": n.mesh}), **n.place} for n in model.nodes
+        {
+            **({"children": n.children} if n.children else {}),
+            **({} if n.mesh is None else {"mesh": n.mesh}),
+            **n.place,
+        }
+        for n in model.nodes
     ]
     document = {
-        "asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": model.roots}], "nodes": nodes, "meshes": meshes,
-        "materials": model.materials, "textures": model.textures, "samplers": model.samplers, "images": images,
-        "accessors": buffer.accessors, "bufferViews": buffer.views, "buffers": [{"byteLength": buffer.length}],
-        "extensionsUsed": sorted(model.extensions), "extensionsRequired": sorted(model.extensions & {"KHR_mesh_quantization"}),
-    }  # fmt: skip
-    text = json.dumps({k: v for k, v in document.items() if v or k == "scene"}, separators=(",", ":"), allow_nan=False).encode()
+        "asset": {"version": "2.0"},
+        "scene": 0,
+        "scenes": [{"nodes": model.roots}],
+        "nodes": nodes,
+        "meshes": meshes,
+        "materials": model.materials,
+        "textures": model.textures,
+        "samplers": model.samplers,
+        "images": images,
+        "accessors": buffer.accessors,
+        "bufferViews": buffer.views,
+        "buffers": [{"byteLength": buffer.length}],
+        "extensionsUsed": sorted(model.extensions),
+        "extensionsRequired": sorted(model.extensions & {"KHR_mesh_quantization"}),
+    }
+    text = json.dumps(
+        {k: v for k, v in document.items() if v or k == "scene"}, separators=(",", ":"), allow_nan=False
+    ).encode()
     text += b" " * (-len(text) % 4)
     total = GLB_HEADER.size + 2 * CHUNK_HEADER.size + len(text) + buffer.length
     return [
-        GLB_HEADER.pack(GLB_MAGIC, 2, total), CHUNK_HEADER.pack(len(text), JSON_CHUNK), text,
-        CHUNK_HEADER.pack(buffer.length, BIN_CHUNK), *buffer.pieces,
-    ]  # fmt: skip
+        GLB_HEADER.pack(GLB_MAGIC, 2, total),
+        CHUNK_HEADER.pack(len(text), JSON_CHUNK),
+        text,
+        CHUNK_HEADER.pack(buffer.length, BIN_CHUNK),
+        *buffer.pieces,
+    ]
 
 
 def _primitive(buffer: _Buffer, part: Primitive) -> dict:
@@ -155,15 +191,29 @@ def linear(srgb: np.ndarray) -> np.ndarray:
 
 
 def triangles(
-    positions: np.ndarray, faces: np.ndarray, *, uv: np.ndarray | None = None, colours: np.ndarray | None = None,
-    normals: np.ndarray | None = None, material: int | None = None,
+    positions: np.ndarray,
+    faces: np.ndarray,
+    *,
+    uv: np.ndarray | None = None,
+    colours: np.ndarray | None = None,
+    normals: np.ndarray | None = None,
+    material: int | None = None,
 ) -> Primitive:
     """A primitive of arrays.
 
-    Args: positions [N, 3]; faces [F, 3]; uv [N, 2] as glTF has them, v downwards; colours [N, 3 or 4] uint8, sRGB; normals [N, 3].
+    Args: positions [N, 3]; faces [F, 3]; uv [N, 2] as glTF has them, v downwards; colours [N, 3 or 4] uint8,
+        sRGB; normals [N, 3].
     """
-    positions, faces = np.asarray(positions, dtype="<f4"), np.asarray(faces)
-    if positions.ndim != 2 or positions.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3 or not len(faces) or not len(positions):
+    positions = np.asarray(positions, dtype="<f4")
+    faces = np.asarray(faces)
+    if (
+        positions.ndim != 2
+        or positions.shape[1] != 3
+        or faces.ndim != 2
+        or faces.shape[1] != 3
+        or not len(faces)
+        or not len(positions)
+    ):
         raise ValueError(f"expected a mesh of triangles, got {len(positions)} points and {len(faces)} faces")
     if not np.isfinite(positions).all():
         raise ValueError("expected finite positions, got others")
@@ -182,10 +232,14 @@ def triangles(
         shown[:, :3] = linear(shown[:, :3])
         attributes["COLOR_0"] = Array(np.ascontiguousarray(shown, dtype="<f4"))
     narrow = "<u2" if len(positions) <= 65535 else "<u4"
-    return Primitive(attributes, Array(np.ascontiguousarray(faces, dtype=narrow).reshape(-1, 1)), material=material)
+    return Primitive(
+        attributes, Array(np.ascontiguousarray(faces, dtype=narrow).reshape(-1, 1)), material=material
+    )
 
 
-def scene_of(primitives: Iterable[Primitive], materials: Iterable[dict] = (), pictures: Iterable[Picture] = ()) -> Model:
+def scene_of(
+    primitives: Iterable[Primitive], materials: Iterable[dict] = (), pictures: Iterable[Picture] = ()
+) -> Model:
     """A model of one mesh at the origin; texture i is picture i."""
     shown = list(pictures)
     textures = [{"source": i} for i in range(len(shown))]
@@ -194,13 +248,15 @@ def scene_of(primitives: Iterable[Primitive], materials: Iterable[dict] = (), pi
 
 # ---- textures and prompts' pictures
 #
-# PNG, JPEG and WebP files without what is not their picture: EXIF, comments, colour profiles, previews, whatever follows the end. The
-# compressed pixels are copied byte by byte; nothing is decoded, so a small file that would unpack to a huge picture costs nothing here, and
-# is refused by the size that it states.
+# PNG, JPEG and WebP files without what is not their picture: EXIF, comments, colour profiles, previews,
+# whatever follows the end. The compressed pixels are copied byte by byte; nothing is decoded, so a small file
+# that would unpack to a huge picture costs nothing here, and is refused by the size that it states.
 
-MAX_SIDE, MAX_PIXELS = 16384, 8192 * 8192
+MAX_SIDE = 16384
+MAX_PIXELS = 8192 * 8192
 SMALL = 1024  # pixels: longest side of a prompt's picture
-PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+PNG = b"\x89PNG\r\n\x1a\n"
+JPEG = b"\xff\xd8\xff"
 _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 _JPEG_SIZES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # start of frame
 _JPEG_KEPT = {*_JPEG_SIZES, 0xC4, 0xDB, 0xDD, 0xEE}  # ... tables, restart interval, Adobe's kind of colour
@@ -234,7 +290,10 @@ def stripped(data: bytes | memoryview) -> tuple[Picture, int]:
 
 
 def small(data: bytes | memoryview) -> bytes:
-    """A picture of at most SMALL pixels a side as WebP, as it is shown beside a pair. Raises: ValueError for what is none."""
+    """A picture of at most SMALL pixels a side as WebP, as it is shown beside a pair.
+
+    Raises: ValueError for what is none.
+    """
     from PIL import Image, ImageOps
 
     stripped(data)  # no other format reaches the decoders, and no more pixels than are allowed
@@ -244,7 +303,9 @@ def small(data: bytes | memoryview) -> bytes:
             image = ImageOps.exif_transpose(opened)
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"expected a picture that can be decoded, got a damaged one ({type(error).__name__})") from None
+        raise ValueError(
+            f"expected a picture that can be decoded, got a damaged one ({type(error).__name__})"
+        ) from None
     image.thumbnail((SMALL, SMALL), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     image.save(out, "WEBP", quality=90, exif=b"", xmp=b"", icc_profile=b"")
@@ -252,7 +313,9 @@ def small(data: bytes | memoryview) -> bytes:
 
 
 def _png(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
-    pieces, at, size = [data[:8]], 8, (0, 0)
+    pieces = [data[:8]]
+    at = 8
+    size = (0, 0)
     while True:
         length, name = struct.unpack_from(">I4s", data, at)
         chunk = data[at : at + 12 + length]
@@ -270,7 +333,8 @@ def _png(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
 
 
 def _jpeg(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
-    pieces, size = [data[:2], _JFIF], (0, 0)
+    pieces = [data[:2], _JFIF]
+    size = (0, 0)
     adobe = False
     for marker, segment in _jpeg_segments(data):
         if marker in _JPEG_SIZES:
@@ -319,7 +383,9 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _webp(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
     pieces: list[bytes] = []
-    at, size, canvas = 12, (0, 0), None
+    at = 12
+    size = (0, 0)
+    canvas = None
     seen: set[bytes] = set()
     stated = struct.unpack_from("<I", data, 4)[0] + 8
     if stated > len(data):
@@ -331,7 +397,8 @@ def _webp(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
             raise ValueError("expected a whole WebP, got a damaged one")
         if name in (b"ANIM", b"ANMF"):
             raise ValueError("expected one picture, got a film in WebP")
-        if name in _WEBP_KEPT and name in seen or name in (b"VP8 ", b"VP8L") and seen & {b"VP8 ", b"VP8L"}:  # decoders may take the other
+        # decoders may take the other
+        if name in _WEBP_KEPT and name in seen or name in (b"VP8 ", b"VP8L") and seen & {b"VP8 ", b"VP8L"}:
             raise ValueError("expected one picture, got several in one WebP")
         seen.add(name)
         if name == b"VP8X":

@@ -1,7 +1,7 @@
 """OBJ files with their materials (MTL) and textures, which must lie in the same folder or below it.
 
-Faces of any number of corners become triangles; smooth groups are left out, as normals say the same. The textures' bytes are embedded as
-they are. Where the MTL file is missing the mesh is grey.
+Faces of any number of corners become triangles; smooth groups are left out, as normals say the same. The
+textures' bytes are embedded as they are. Where the MTL file is missing the mesh is grey.
 """
 
 import re
@@ -14,7 +14,9 @@ import numpy as np
 from eg3d_rlhf.geometry.files.model import Model, Picture, linear, scene_of, stripped, triangles
 from eg3d_rlhf.geometry.files.polygons import triangulated
 
-MAX_MTL, MAX_TEXTURE = 4 << 20, 128 << 20  # bytes
+# bytes
+MAX_MTL = 4 << 20
+MAX_TEXTURE = 128 << 20
 MAX_MATERIALS = 1000
 _LIBRARY = re.compile(rb"^[ \t]*mtllib[ \t]+([^\r\n]+)", re.MULTILINE)
 GREY = [0.4, 0.4, 0.4, 1.0]  # linear
@@ -31,8 +33,9 @@ class Material:
 
 
 def companions(data: bytes | memoryview, path: Path) -> list[Path]:
-    """The files that an OBJ file needs and has, each once, in order. Raises: ValueError naming one that it may not have, or a texture that
-    is not there."""
+    """The files that an OBJ file needs and has, each once, in order. Raises: ValueError naming one that it
+    may not have, or a texture that is not there.
+    """
     files: dict[Path, None] = {}
     for library in _libraries(data, path)[0]:
         files[library] = None
@@ -55,13 +58,22 @@ def as_text(data: bytes | memoryview) -> str:
 
 
 def utf16(head: bytes) -> str | None:
-    """The encoding of text in UTF-16 by its first bytes, of Latin letters where it has no mark; None for anything else."""
+    """The encoding of text in UTF-16 by its first bytes, of Latin letters where it has no mark; None for
+    anything else.
+    """
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
-    even, odd = head[: len(head) // 2 * 2 : 2], head[1::2]
+    even = head[: len(head) // 2 * 2 : 2]
+    odd = head[1::2]
     if len(head) < 8 or b"\0\0" in head:
         return None
-    return "utf-16-le" if not any(odd) and b"\0" not in even else "utf-16-be" if not any(even) and b"\0" not in odd else None
+    return (
+        "utf-16-le"
+        if not any(odd) and b"\0" not in even
+        else "utf-16-be"
+        if not any(even) and b"\0" not in odd
+        else None
+    )
 
 
 def read_obj(data: bytes | memoryview, path: Path) -> Model:
@@ -76,15 +88,23 @@ def read_obj(data: bytes | memoryview, path: Path) -> Model:
     records, pictures = _records([materials[name] for name in used])
     if missing:
         numbers = dict.fromkeys([part[0] for part in parts], 0)
-        records = [{"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": 1, "baseColorFactor": GREY}, "doubleSided": True}]
-    return scene_of([triangles(**arrays, material=numbers.get(name)) for name, arrays in parts], records, pictures)
+        records = [
+            {
+                "pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": 1, "baseColorFactor": GREY},
+                "doubleSided": True,
+            }
+        ]
+    return scene_of(
+        [triangles(**arrays, material=numbers.get(name)) for name, arrays in parts], records, pictures
+    )
 
 
 class _Lines:
     """What the lines of an OBJ file say: points, and faces with the numbers of their corners."""
 
     def __init__(self, text: str):
-        self.words: dict[str, list[str]] = {"v": [], "vt": [], "vn": [], "f": []}  # all numbers of a kind, and all corners
+        # all numbers of a kind, and all corners
+        self.words: dict[str, list[str]] = {"v": [], "vt": [], "vn": [], "f": []}
         self.widths: dict[str, list[int]] = {kind: [] for kind in self.words}  # of each line
         self.lines: list[int] = []  # number of each face's line
         self.names: list[str] = []  # material of each face
@@ -107,13 +127,18 @@ class _Lines:
             raise ValueError("expected triangles in the OBJ file, got none")
 
     def _counted(self, word: str, line: int) -> str:
-        """A corner whose numbers below 0 count back from the last point above its line, with numbers from 1 on."""
+        """A corner whose numbers below 0 count back from the last point above its line, with numbers from 1
+        on.
+        """
         parts = word.split("/")
         for i, (part, kind) in enumerate(zip(parts, self.widths, strict=False)):
             if part.startswith("-") and part[1:].isdecimal():
                 parts[i] = str(len(self.widths[kind]) + int(part) + 1)
                 if int(parts[i]) < 1:
-                    raise ValueError(f"expected indices of {len(self.widths['v'])} vertices, got {word[:40]!r} in line {line}")
+                    raise ValueError(
+                        f"expected indices of {len(self.widths['v'])} vertices, got {word[:40]!r} in line"
+                        f" {line}"
+                    )
         return "/".join(parts)
 
     def corners(self) -> np.ndarray:
@@ -123,14 +148,23 @@ class _Lines:
         if len(slashes) > 1 or "//" in (text := " ".join(words)) or "/ " in text or text.endswith("/"):
             split = [[*(part or "0" for part in word.split("/")), "0", "0"] for word in words]
             words = ["/".join(parts[: max(3, len(parts) - 2)]) for parts in split]
-            slashes, text = {word.count("/") for word in words}, " ".join(words)
+            slashes = {word.count("/") for word in words}
+            text = " ".join(words)
         width = slashes.pop() + 1
         numbers = _numbers(text.replace("/", " "), np.int64)
-        if slashes or width > 3 or len(numbers) != width * len(words) or (numbers < 0).any() or not numbers[::width].all():
+        if (
+            slashes
+            or width > 3
+            or len(numbers) != width * len(words)
+            or (numbers < 0).any()
+            or not numbers[::width].all()
+        ):
             right = re.compile(r"0*[1-9]\d*(/\d*){0,2}")
             wrong = next((i for i, word in enumerate(self.words["f"]) if not right.fullmatch(word)), 0)
             line = self.lines[int(np.searchsorted(np.cumsum(self.widths["f"]), wrong, side="right"))]
-            raise ValueError(f"expected corners such as 1 or 1/1/1 in line {line}, got {self.words['f'][wrong][:40]!r}")
+            raise ValueError(
+                f"expected corners such as 1 or 1/1/1 in line {line}, got {self.words['f'][wrong][:40]!r}"
+            )
         found = np.full((len(words), 3), -1)
         found[:, :width] = numbers.reshape(-1, width) - 1
         return found
@@ -145,14 +179,22 @@ class _Lines:
         return numbers[(np.cumsum(widths) - widths)[:, None] + np.arange(width)]
 
     def parts(self) -> list[tuple[str, dict]]:
-        """Of each material: its name, and arrays as `triangles` takes them; vertices of their own where texture or normals have a seam."""
-        points, uv, normals = self._table("v", 3, 7), self._table("vt", 1, 2), self._table("vn", 3, 3)
+        """Of each material: its name, and arrays as `triangles` takes them; vertices of their own where
+        texture or normals have a seam.
+        """
+        points = self._table("v", 3, 7)
+        uv = self._table("vt", 1, 2)
+        normals = self._table("vn", 3, 3)
         corners = self.corners()
         sizes = np.array([len(points), len(uv), len(normals)])
         wrong = corners >= sizes
         if wrong[:, 0].any():
             raise ValueError(f"expected indices of {len(points)} vertices, got {corners[:, 0].max() + 1}")
-        kept = [i for i, values in ((1, uv), (2, normals)) if len(values) and not (wrong[:, i] | (corners[:, i] < 0)).any()]
+        kept = [
+            i
+            for i, values in ((1, uv), (2, normals))
+            if len(values) and not (wrong[:, i] | (corners[:, i] < 0)).any()
+        ]
         cut, face = triangulated(points[:, :3], corners[:, 0], np.array(self.widths["f"]))
         names = {name: i for i, name in enumerate(dict.fromkeys(self.names))}
         material = np.array([names[name] for name in self.names])[face]
@@ -206,12 +248,19 @@ def _records(materials: list[Material]) -> tuple[list[dict], list[Picture]]:
 
 
 def _libraries(data: bytes | memoryview, path: Path) -> tuple[list[Path], list[str]]:
-    """The files of materials, and the names of those that are not there. Raises: ValueError for one elsewhere."""
+    """The files of materials, and the names of those that are not there.
+
+    Raises: ValueError for one elsewhere.
+    """
     if utf16(bytes(data[:512])) is not None:
         data = as_text(data).encode()
-    names = dict.fromkeys(match.group(1).decode("utf-8", "replace").strip().strip('"') for match in _LIBRARY.finditer(data))
+    names = dict.fromkeys(
+        match.group(1).decode("utf-8", "replace").strip().strip('"') for match in _LIBRARY.finditer(data)
+    )
     there = {name: _beside(path, name, MAX_MTL, optional=True) for name in names}
-    return [file for file in there.values() if file is not None], [name for name, file in there.items() if file is None]
+    return [file for file in there.values() if file is not None], [
+        name for name, file in there.items() if file is None
+    ]
 
 
 def _materials(text: str, path: Path) -> dict[str, Material]:
@@ -221,16 +270,21 @@ def _materials(text: str, path: Path) -> dict[str, Material]:
         words = line.split(maxsplit=1)
         if len(words) < 2 or words[0].startswith("#"):
             continue
-        key, value = words[0].lower(), words[1].strip()
+        key = words[0].lower()
+        value = words[1].strip()
         if key == "newmtl":
             current = materials[" ".join(value.split())] = Material()
             if len(materials) > MAX_MATERIALS:
                 raise ValueError(f"expected up to {MAX_MATERIALS} materials in {path.name}, got more")
         elif key in ("kd", "d"):
             try:
-                numbers = tuple(min(max(float(word), 0.0), 1.0) for word in value.split()[: 3 if key == "kd" else 1])
+                numbers = tuple(
+                    min(max(float(word), 0.0), 1.0) for word in value.split()[: 3 if key == "kd" else 1]
+                )
             except ValueError:
-                raise ValueError(f"expected numbers after {words[0]} in {path.name}, got {value[:40]!r}") from None
+                raise ValueError(
+                    f"expected numbers after {words[0]} in {path.name}, got {value[:40]!r}"
+                ) from None
             if key == "d":
                 current.opacity = numbers[0]
             elif len(numbers) == 3:
@@ -255,7 +309,9 @@ def _beside(path: Path, name: str, limit: int, optional: bool = False) -> Path |
     file = path.parent / name.replace("\\", "/").strip('"')
     folder = path.parent.resolve()
     if not file.resolve().is_relative_to(folder):
-        raise ValueError(f"expected files beside {path.name}, got {name[:80]!r} named in it, which leads elsewhere")
+        raise ValueError(
+            f"expected files beside {path.name}, got {name[:80]!r} named in it, which leads elsewhere"
+        )
     if not file.is_file():
         if optional:
             return None

@@ -1,21 +1,22 @@
-"""PLY files: what their headers claim, held against their size before anything is read; meshes, and Gaussian splats.
+"""PLY files: what their headers claim, held against their size before anything is read; meshes, and Gaussian
+splats.
 
 Faces of a mesh may have any number of corners.
 
 Splats are the usual file of 3D Gaussian splatting (Kerbl et al. 2023): x, y, z, f_dc_0..2, f_rest_*, opacity
 (a logit), scale_0..2 (logarithms) and rot_0..3 (w, x, y, z); they are sent as GSP1, little-endian:
 
-| bytes                       | what                                                                          |
-| --------------------------- | ----------------------------------------------------------------------------- |
-| 4                           | magic 'GSP1'                                                                  |
-| 2 x uint32                  | N Gaussians, degree d of the spherical harmonics, 0..3                        |
-| 3 x float32, 3 x float32    | least corner and extent of the centres                                        |
-| N x 3 x float32             | centres, as in the file                                                       |
-| N x 3 x float16             | logarithms of the scales                                                      |
-| N x 4 x int16               | rotations, unit quaternions w, x, y, z as q / 32767                           |
-| N x uint8                   | opacities as x / 255                                                          |
-| N x 3 x float16             | colours: coefficients of degree 0                                             |
-| N x 3 ((d+1)^2 - 1) float16 | the others, channel after channel as f_rest_*                                 |
+| bytes                       | what                                                   |
+| --------------------------- | ------------------------------------------------------ |
+| 4                           | magic 'GSP1'                                           |
+| 2 x uint32                  | N Gaussians, degree d of the spherical harmonics, 0..3 |
+| 3 x float32, 3 x float32    | least corner and extent of the centres                 |
+| N x 3 x float32             | centres, as in the file                                |
+| N x 3 x float16             | logarithms of the scales                               |
+| N x 4 x int16               | rotations, unit quaternions w, x, y, z as q / 32767    |
+| N x uint8                   | opacities as x / 255                                   |
+| N x 3 x float16             | colours: coefficients of degree 0                      |
+| N x 3 ((d+1)^2 - 1) float16 | the others, channel after channel as f_rest_*          |
 
 Each array begins at a multiple of 4 bytes.
 """
@@ -35,11 +36,40 @@ MAX_SPLATS = 4_000_000
 MAX_FACES = 20_000_000
 _MOST = 2**40  # of anything
 _TYPES = {
-    "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2", "uint16": "u2", "int": "i4",
-    "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4", "double": "f8", "float64": "f8",
-}  # fmt: skip
+    "char": "i1",
+    "int8": "i1",
+    "uchar": "u1",
+    "uint8": "u1",
+    "short": "i2",
+    "int16": "i2",
+    "ushort": "u2",
+    "uint16": "u2",
+    "int": "i4",
+    "int32": "i4",
+    "uint": "u4",
+    "uint32": "u4",
+    "float": "f4",
+    "float32": "f4",
+    "double": "f8",
+    "float64": "f8",
+}
 _ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">", "ascii": ""}
-_SPLAT = ("x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity", "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3")
+_SPLAT = (
+    "x",
+    "y",
+    "z",
+    "f_dc_0",
+    "f_dc_1",
+    "f_dc_2",
+    "opacity",
+    "scale_0",
+    "scale_1",
+    "scale_2",
+    "rot_0",
+    "rot_1",
+    "rot_2",
+    "rot_3",
+)
 _DEGREES = {3 * ((d + 1) ** 2 - 1): d for d in range(4)}  # by the number of f_rest_*
 
 
@@ -67,12 +97,17 @@ class Header:
 
     @property
     def splats(self) -> bool:
-        return any(element.name == "vertex" and {"f_dc_0", "opacity", "scale_0", "rot_0"} <= set(element.properties)
-                   for element in self.elements)  # fmt: skip
+        return any(
+            element.name == "vertex" and {"f_dc_0", "opacity", "scale_0", "rot_0"} <= set(element.properties)
+            for element in self.elements
+        )
 
 
 def read_header(data: memoryview) -> Header:
-    """The header of a PLY file whose bytes are all there. Raises: ValueError for a damaged one, or claims that the file cannot hold."""
+    """The header of a PLY file whose bytes are all there.
+
+    Raises: ValueError for a damaged one, or claims that the file cannot hold.
+    """
     head = bytes(data[:MAX_HEADER])
     end = head.find(b"end_header")
     stop = head.find(b"\n", end)
@@ -100,9 +135,12 @@ def read_header(data: memoryview) -> Header:
     rest = len(data) - header.length
     for element in header.elements:
         rest -= min(element.count, _MOST) * (element.row if order else 2 * len(element.properties))
-        if not 0 <= element.count <= _MOST or rest < (0 if order else -1):  # text may end without a line break
+        # text may end without a line break
+        if not 0 <= element.count <= _MOST or rest < (0 if order else -1):
             claimed = f"{str(element.count)[:20]} of {element.name!r:.40}"
-            raise ValueError(f"expected a PLY file that holds what it claims, got {claimed} in {len(data):,} bytes")
+            raise ValueError(
+                f"expected a PLY file that holds what it claims, got {claimed} in {len(data):,} bytes"
+            )
     return header
 
 
@@ -120,27 +158,36 @@ def read_mesh(data: bytes | memoryview) -> Model:
     header = read_header(memoryview(data))
     check_mesh(header)
     tables = _tables(memoryview(data), header)
-    vertices, faces = tables["vertex"], tables["face"]
+    vertices = tables["vertex"]
+    faces = tables["face"]
     place = np.stack([_column(vertices, name) for name in "xyz"], axis=1)
     named = next((name for name in ("vertex_indices", "vertex_index") if name in faces), None)
     if named is None:
-        raise ValueError(f"expected vertex_indices of the faces in the PLY file, got {', '.join(faces)[:80] or 'none'}")
+        raise ValueError(
+            f"expected vertex_indices of the faces in the PLY file, got {', '.join(faces)[:80] or 'none'}"
+        )
     counts, corners = faces[named]
     corners = corners.astype(np.int64)
     if not len(corners) or corners.min() < 0 or corners.max() >= len(place):
         got = f"{corners.min()}..{corners.max()}" if len(corners) else "none"
         raise ValueError(f"expected indices of {len(place)} vertices, got {got}")
     cut, face = triangulated(place, corners, counts)
-    triangle, colours, normals, painted = corners[cut], _colours(vertices), None, _colours(faces)
+    triangle = corners[cut]
+    colours = _colours(vertices)
+    normals = None
+    painted = _colours(faces)
     if all(name in vertices for name in ("nx", "ny", "nz")):
         normals = np.stack([_column(vertices, name) for name in ("nx", "ny", "nz")], axis=1)
     if painted is not None and colours is None:
-        place, colours, normals = place[triangle.reshape(-1)], np.repeat(painted[face], 3, axis=0), None
+        place = place[triangle.reshape(-1)]
+        colours = np.repeat(painted[face], 3, axis=0)
+        normals = None
         triangle = np.arange(len(place)).reshape(-1, 3)
     return scene_of([triangles(place, triangle, colours=colours, normals=normals)])
 
 
-Table = dict[str, "np.ndarray | tuple[np.ndarray, np.ndarray]"]  # by property: values [N], or lengths [N] and all items of lists
+# by property: values [N], or lengths [N] and all items of lists
+Table = dict[str, "np.ndarray | tuple[np.ndarray, np.ndarray]"]
 
 
 def _column(table: Table, name: str) -> np.ndarray:
@@ -158,19 +205,34 @@ def _colours(table: Table) -> np.ndarray | None:
     if columns.dtype.kind == "f":
         return np.rint(np.nan_to_num(columns).clip(0, 1) * 255)
     most = np.iinfo(columns.dtype).max
-    return np.rint(columns.clip(0, most) / most * 255) if most in (32767, 65535) else columns.clip(0, 255).astype(np.uint8)
+    return (
+        np.rint(columns.clip(0, most) / most * 255)
+        if most in (32767, 65535)
+        else columns.clip(0, 255).astype(np.uint8)
+    )
 
 
 def _tables(data: memoryview, header: Header) -> dict[str, Table]:
-    """All elements of a PLY file. Raises: ValueError for one that ends early, or whose text is not numbers."""
-    at, tables = header.length, dict[str, Table]()
+    """All elements of a PLY file.
+
+    Raises: ValueError for one that ends early, or whose text is not numbers.
+    """
+    at = header.length
+    tables = dict[str, Table]()
     words = None if header.order else bytes(data[at:]).split()
     at = at if header.order else 0
     for element in header.elements:
         try:
-            table, at = _of_text(words, at, element) if words is not None else _of_bytes(data, at, element, header.order)
+            table, at = (
+                _of_text(words, at, element)
+                if words is not None
+                else _of_bytes(data, at, element, header.order)
+            )
         except (struct.error, IndexError, ValueError, OverflowError):
-            raise ValueError(f"expected {element.count:,} of {element.name!r:.40} in the PLY file, got fewer, or damaged ones") from None
+            raise ValueError(
+                f"expected {element.count:,} of {element.name!r:.40} in the PLY file, got fewer, or damaged"
+                " ones"
+            ) from None
         tables.setdefault(element.name, table)
     return tables
 
@@ -201,9 +263,15 @@ def _of_bytes(data: memoryview, at: int, element: Element, order: str) -> tuple[
         (name,) = element.lists
         before = sum(np.dtype(kind).itemsize for kind in list(kinds.values())[: list(kinds).index(name)])
         length = int(np.frombuffer(data, order + kinds[name], 1, at + before)[0])
-        fields = [field for key, kind in kinds.items() for field in (
-            [(key, order + kind), (f"{key} items", order + element.lists[key], (length,))] if key == name else [(key, order + kind)]
-        )]  # fmt: skip
+        fields = [
+            field
+            for key, kind in kinds.items()
+            for field in (
+                [(key, order + kind), (f"{key} items", order + element.lists[key], (length,))]
+                if key == name
+                else [(key, order + kind)]
+            )
+        ]
         if 0 <= length <= len(data) and at + np.dtype(fields).itemsize * element.count <= len(data):
             rows = np.frombuffer(data, fields, element.count, at)
             if (rows[name] == length).all():
@@ -220,13 +288,18 @@ def _of_bytes(data: memoryview, at: int, element: Element, order: str) -> tuple[
                 found = np.frombuffer(data, order + element.lists[name], int(values[name][-1]), at)
                 items[name].append(found)
                 at += found.nbytes
-    return _typed(element, values, {name: np.concatenate(rows) if rows else [] for name, rows in items.items()}), at
+    return (
+        _typed(element, values, {name: np.concatenate(rows) if rows else [] for name, rows in items.items()}),
+        at,
+    )
 
 
 def _typed(element: Element, values: dict[str, list], items: dict) -> Table:
     columns = {name: np.array(values[name]).astype(kind) for name, kind in element.properties.items()}
-    return {name: (column, np.asarray(items[name]).astype(element.lists[name])) if name in items else column
-            for name, column in columns.items()}  # fmt: skip
+    return {
+        name: (column, np.asarray(items[name]).astype(element.lists[name])) if name in items else column
+        for name, column in columns.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -247,7 +320,12 @@ def read_splats(data: memoryview) -> Splats:
     header = read_header(data)
     count = check_splats(header)
     first = header.elements[0]
-    rows = np.frombuffer(data, [(name, header.order + kind) for name, kind in first.properties.items()], first.count, header.length)
+    rows = np.frombuffer(
+        data,
+        [(name, header.order + kind) for name, kind in first.properties.items()],
+        first.count,
+        header.length,
+    )
 
     def columns(*wanted: str) -> np.ndarray:
         """[N, number of names]"""
@@ -258,13 +336,19 @@ def read_splats(data: memoryview) -> Splats:
 
     turns = columns(*_SPLAT[10:])
     lengths = np.linalg.norm(turns, axis=1, keepdims=True)
-    turns = np.where(lengths > 0, turns / np.where(lengths > 0, lengths, 1), np.array([1, 0, 0, 0], np.float32))
+    turns = np.where(
+        lengths > 0, turns / np.where(lengths > 0, lengths, 1), np.array([1, 0, 0, 0], np.float32)
+    )
     logits = columns("opacity")[:, 0].clip(-80, 80)
     return Splats(
-        columns(*_SPLAT[:3]), _half(columns(*_SPLAT[7:10])), np.rint(turns * 32767).astype("<i2"),
-        np.rint(255 / (1 + np.exp(-logits))).astype("u1"), _half(columns(*_SPLAT[3:6])),
-        _rest(rows, count), _DEGREES[count],
-    )  # fmt: skip
+        columns(*_SPLAT[:3]),
+        _half(columns(*_SPLAT[7:10])),
+        np.rint(turns * 32767).astype("<i2"),
+        np.rint(255 / (1 + np.exp(-logits))).astype("u1"),
+        _half(columns(*_SPLAT[3:6])),
+        _rest(rows, count),
+        _DEGREES[count],
+    )
 
 
 def check_splats(header: Header) -> int:
@@ -280,7 +364,9 @@ def check_splats(header: Header) -> int:
     rest = [name for name in first.properties if name.startswith("f_rest_")]
     if missing or len(rest) not in _DEGREES or set(rest) != {f"f_rest_{i}" for i in range(len(rest))}:
         lacking = f", without {', '.join(missing)}" if missing else ""
-        raise ValueError(f"expected splats with harmonics of degree 0 to 3, got {len(rest)} f_rest_*{lacking}")
+        raise ValueError(
+            f"expected splats with harmonics of degree 0 to 3, got {len(rest)} f_rest_*{lacking}"
+        )
     return len(rest)
 
 
@@ -300,9 +386,22 @@ def _half(values: np.ndarray) -> np.ndarray:
 def splat_parts(splats: Splats) -> list[bytes | memoryview]:
     """GSP1 in parts."""
     least = splats.centres.min(axis=0)
-    header = HEADER.pack(MAGIC, len(splats.centres), splats.degree, *least.tolist(), *(splats.centres.max(axis=0) - least).tolist())
+    header = HEADER.pack(
+        MAGIC,
+        len(splats.centres),
+        splats.degree,
+        *least.tolist(),
+        *(splats.centres.max(axis=0) - least).tolist(),
+    )
     parts: list[bytes | memoryview] = [header]
-    for values in (splats.centres, splats.scales, splats.rotations, splats.opacities, splats.colours, splats.rest):
+    for values in (
+        splats.centres,
+        splats.scales,
+        splats.rotations,
+        splats.opacities,
+        splats.colours,
+        splats.rest,
+    ):
         data = np.ascontiguousarray(values).tobytes()
         parts += [data, bytes(-len(data) % 4)]
     return parts

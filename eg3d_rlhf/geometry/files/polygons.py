@@ -8,11 +8,14 @@ import numpy as np
 MAX_CORNERS = 4096  # of one face
 
 
-def triangulated(positions: np.ndarray, corners: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def triangulated(
+    positions: np.ndarray, corners: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The triangles of faces, each a run of corners.
 
-    A quad is cut along the diagonal that leaves the better two triangles; a larger face loses its ears (Meisters 1975), in the plane of
-    its area (Newell). No corner is added, and the winding stays. Faces of fewer than three corners are left out.
+    A quad is cut along the diagonal that leaves the better two triangles; a larger face loses its ears
+    (Meisters 1975), in the plane of its area (Newell). No corner is added, and the winding stays. Faces of
+    fewer than three corners are left out.
 
     Args: positions [V, 3]; corners [C], vertices, one face's after the other's; counts [F], corners of each.
     Returns: triangles [T, 3] as places in `corners`, and the face [T] of each, which rises.
@@ -21,8 +24,10 @@ def triangulated(positions: np.ndarray, corners: np.ndarray, counts: np.ndarray)
     counts = np.asarray(counts, dtype=np.int64)
     if counts.max(initial=0) > MAX_CORNERS:
         raise ValueError(f"expected faces of up to {MAX_CORNERS:,} corners, got one of {counts.max():,}")
-    start, points = np.cumsum(counts) - counts, np.asarray(positions, dtype=np.float64)
-    three, four = np.flatnonzero(counts == 3), np.flatnonzero(counts == 4)
+    start = np.cumsum(counts) - counts
+    points = np.asarray(positions, dtype=np.float64)
+    three = np.flatnonzero(counts == 3)
+    four = np.flatnonzero(counts == 4)
     found = [start[three, None] + np.arange(3), _of_quads(points, corners, start[four])]
     faces = [three, np.repeat(four, 2)]
     for number in np.flatnonzero(counts > 4):
@@ -53,7 +58,8 @@ def _of_polygon(points: np.ndarray) -> np.ndarray:
     centred = points - points.mean(axis=0)
     normal = np.cross(centred, np.roll(centred, -1, axis=0)).sum(axis=0)
     axis = int(np.abs(normal).argmax())
-    plane = centred[:, [(axis + 1) % 3, (axis + 2) % 3]] * [1 if normal[axis] >= 0 else -1, 1]  # counter-clockwise
+    # counter-clockwise
+    plane = centred[:, [(axis + 1) % 3, (axis + 2) % 3]] * [1 if normal[axis] >= 0 else -1, 1]
     turns = _cross(np.roll(plane, 1, axis=0), plane, np.roll(plane, -1, axis=0))
     number = np.arange(1, len(points) - 1)
     if (turns >= 0).all():
@@ -62,8 +68,12 @@ def _of_polygon(points: np.ndarray) -> np.ndarray:
 
 
 def _ears(plane: np.ndarray) -> list[tuple[int, int, int]]:
-    """Cut off a corner whose triangle holds no other, again and again; where a face cuts itself, the most open one."""
-    left, found, at = list(range(len(plane))), [], 0
+    """Cut off a corner whose triangle holds no other, again and again; where a face cuts itself, the most
+    open one.
+    """
+    left = list(range(len(plane)))
+    found = []
+    at = 0
     while len(left) > 3:
         for tried in range(len(left)):
             i = (at + tried) % len(left)
@@ -92,4 +102,6 @@ def _is_ear(plane: np.ndarray, left: list[int], ear: tuple[int, int, int]) -> bo
 
 def _cross(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """Twice the signed areas of triangles [.., 2]."""
-    return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (c[..., 0] - a[..., 0])
+    return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (
+        c[..., 0] - a[..., 0]
+    )

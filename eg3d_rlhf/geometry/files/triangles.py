@@ -1,4 +1,5 @@
-"""Any mesh file as vertices and triangles, all of its parts together: what is measured, learnt from and encoded.
+"""Any mesh file as vertices and triangles, all of its parts together: what is measured, learnt from and
+encoded.
 
 GLB, PLY and OBJ are read as they are shown; what trimesh reads besides, such as STL, as it gives it.
 
@@ -13,11 +14,16 @@ from eg3d_rlhf.geometry.files import glb, obj, ply
 from eg3d_rlhf.geometry.files.model import GLB_MAGIC, Model, Primitive
 
 SUFFIXES = (".glb", ".ply", ".obj", ".stl")  # of meshes that are looked for in folders
-_STRIP, _FAN = 5, 6  # glTF's numbers of modes
+# glTF's numbers of modes
+_STRIP = 5
+_FAN = 6
 
 
 def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices [V, 3] float64 and faces [F, 3] int64 of a file, told apart by its content. Raises: ValueError, OSError."""
+    """Vertices [V, 3] float64 and faces [F, 3] int64 of a file, told apart by its content.
+
+    Raises: ValueError, OSError.
+    """
     data = path.read_bytes()
     if data[:4] == GLB_MAGIC:
         return triangles_of(glb.read_glb(memoryview(data)))
@@ -33,17 +39,24 @@ def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     try:
         loaded = trimesh.load_mesh(path, process=False)
-        vertices, faces = np.asarray(loaded.vertices, np.float64), np.asarray(loaded.faces, np.int64)
+        vertices = np.asarray(loaded.vertices, np.float64)
+        faces = np.asarray(loaded.faces, np.int64)
     except Exception as error:  # its readers raise what they like
-        raise ValueError(f"expected a mesh that trimesh reads, got another or a damaged one ({type(error).__name__})") from None
+        raise ValueError(
+            f"expected a mesh that trimesh reads, got another or a damaged one ({type(error).__name__})"
+        ) from None
     if not len(faces):
         raise ValueError("expected triangles, got none")
     return vertices, faces
 
 
 def triangles_of(model: Model) -> tuple[np.ndarray, np.ndarray]:
-    """The triangles of a model's scene, its nodes' places applied; a mesh shown twice counts twice, a mirrored one stays outside out."""
-    vertices, faces, count = [], [], 0
+    """The triangles of a model's scene, its nodes' places applied; a mesh shown twice counts twice, a
+    mirrored one stays outside out.
+    """
+    vertices = []
+    faces = []
+    count = 0
     waiting = [(number, np.eye(4)) for number in reversed(model.roots)]
     while waiting:
         number, above = waiting.pop()
@@ -51,7 +64,8 @@ def triangles_of(model: Model) -> tuple[np.ndarray, np.ndarray]:
         matrix = above @ _matrix(node.place)
         waiting += [(child, matrix) for child in reversed(node.children)]
         for part in model.meshes[node.mesh] if node.mesh is not None else ():
-            points, sides = _points(part), _sides(part)
+            points = _points(part)
+            sides = _sides(part)
             if np.linalg.det(matrix[:3, :3]) < 0:
                 sides = sides[:, ::-1]
             vertices.append(points @ matrix[:3, :3].T + matrix[:3, 3])
@@ -89,11 +103,13 @@ def _matrix(place: dict) -> np.ndarray:
         return np.array(place["matrix"], dtype=np.float64).reshape(4, 4).T  # by columns
     matrix = np.eye(4)
     x, y, z, w = place.get("rotation", (0, 0, 0, 1))
-    turn = np.array([
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ])  # fmt: skip
+    turn = np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )
     matrix[:3, :3] = turn * np.array(place.get("scale", (1, 1, 1)), dtype=np.float64)
     matrix[:3, 3] = place.get("translation", (0, 0, 0))
     return matrix

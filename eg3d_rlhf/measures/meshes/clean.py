@@ -1,7 +1,8 @@
 """A mesh as every measure reads it: its longest edge 1, corners at one place welded, no face twice.
 
-GLB, OBJ and STL give corners of their own to the faces at a seam; so one model in three formats would give three answers. Slivers without
-area stay, as a T-junction opens without them. The tolerance decides on bad assets and belongs beside every figure.
+GLB, OBJ and STL give corners of their own to the faces at a seam; so one model in three formats would give
+three answers. Slivers without area stay, as a T-junction opens without them. The tolerance decides on bad
+assets and belongs beside every figure.
 
 Letters: V vertices, F faces.
 """
@@ -33,26 +34,41 @@ class CleanMesh:
         return replace(self, faces=np.ascontiguousarray(self.faces[:, ::-1]))
 
 
-def clean_mesh(vertices: np.ndarray, faces: np.ndarray, tolerance: float = TOLERANCE, up: str = "y") -> CleanMesh:
+def clean_mesh(
+    vertices: np.ndarray, faces: np.ndarray, tolerance: float = TOLERANCE, up: str = "y"
+) -> CleanMesh:
     """Vertices [V, 3] and triangles [F, 3] in the form that is measured.
 
-    Corners are welded where x / tolerance rounds to the same numbers, x in shares of the longest edge; two that straddle a step stay two.
+    Corners are welded where x / tolerance rounds to the same numbers, x in shares of the longest edge; two
+    that straddle a step stay two.
 
     Args: up: axis that points up in the file, 'y' (glTF) or 'z' (STL, OBJ of CAD).
-    Raises: ValueError for a mesh that is empty, not finite, without area, or names vertices that are not there.
+    Raises: ValueError for a mesh that is empty, not finite, without area, or names vertices that are not
+        there.
     """
     if not 0 < tolerance <= MOST_TOLERANCE:
-        raise ValueError(f"--weld: expected 0 < tolerance <= {MOST_TOLERANCE:g} of the longest edge, got {tolerance:g}. Lower it.")
+        raise ValueError(
+            f"--weld: expected 0 < tolerance <= {MOST_TOLERANCE:g} of the longest edge, got {tolerance:g}."
+            " Lower it."
+        )
     if up not in UPS:
         raise ValueError(f"--up: expected one of {', '.join(UPS)}, got {up!r}. Choose one.")
-    vertices, faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces)
-    if vertices.ndim != 2 or vertices.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3 or not len(faces):
+    vertices = np.asarray(vertices, dtype=np.float64)
+    faces = np.asarray(faces)
+    if (
+        vertices.ndim != 2
+        or vertices.shape[1] != 3
+        or faces.ndim != 2
+        or faces.shape[1] != 3
+        or not len(faces)
+    ):
         raise ValueError(f"expected a mesh of triangles, got {len(vertices)} points and {len(faces)} faces")
     faces = faces.astype(np.int64)
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f"expected indices of {len(vertices)} vertices, got {faces.min()}..{faces.max()}")
     vertices, faces = _used(vertices, faces)
-    low, high = vertices.min(axis=0), vertices.max(axis=0)
+    low = vertices.min(axis=0)
+    high = vertices.max(axis=0)
     with np.errstate(over="ignore", invalid="ignore"):
         edge = float((high - low).max())
     if not np.isfinite(edge):
@@ -62,7 +78,9 @@ def clean_mesh(vertices: np.ndarray, faces: np.ndarray, tolerance: float = TOLER
     x = (vertices - (low / 2 + high / 2)) / edge
     if up == "z":
         x = np.stack([x[:, 0], x[:, 2], -x[:, 1]], axis=1)
-    cells, first, place = np.unique(np.rint(x / tolerance).astype(np.int64), axis=0, return_index=True, return_inverse=True)
+    cells, first, place = np.unique(
+        np.rint(x / tolerance).astype(np.int64), axis=0, return_index=True, return_inverse=True
+    )
     welded = place.reshape(-1)[faces]
     kept = (welded != np.roll(welded, 1, axis=1)).all(axis=1)
     whole = welded[kept]
@@ -72,8 +90,14 @@ def clean_mesh(vertices: np.ndarray, faces: np.ndarray, tolerance: float = TOLER
         raise ValueError("expected a mesh with an area, got none")
     points, single = _used(x[first], single)
     mesh = CleanMesh(
-        vertices=points, faces=single, edge=edge, welded=len(x) - len(cells), degenerate=int((~kept).sum()),
-        duplicate=len(whole) - len(single), raw_open_share=_open_share(faces, len(x)), tolerance=tolerance,
+        vertices=points,
+        faces=single,
+        edge=edge,
+        welded=len(x) - len(cells),
+        degenerate=int((~kept).sum()),
+        duplicate=len(whole) - len(single),
+        raw_open_share=_open_share(faces, len(x)),
+        tolerance=tolerance,
     )
     if not face_areas(mesh)[1].sum() > 0:
         raise ValueError("expected a mesh with an area, got none")
@@ -85,7 +109,10 @@ def face_areas(mesh: CleanMesh) -> tuple[np.ndarray, np.ndarray]:
     a, b, c = (mesh.vertices[mesh.faces[:, i]] for i in range(3))
     normals = np.cross(b - a, c - a)
     double = np.linalg.norm(normals, axis=1)
-    return np.divide(normals, double[:, None], out=np.zeros_like(normals), where=double[:, None] > 0), double / 2
+    return (
+        np.divide(normals, double[:, None], out=np.zeros_like(normals), where=double[:, None] > 0),
+        double / 2,
+    )
 
 
 def _used(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,9 +1,11 @@
-"""What the edges of a mesh tell: whether it is closed, a manifold, wound one way; its parts, rims and handles.
+"""What the edges of a mesh tell: whether it is closed, a manifold, wound one way; its parts, rims and
+handles.
 
-Two faces are neighbours where they share an edge, whatever their winding. A corner is a face at a vertex; corners around a vertex that
-shared edges join are a fan, and a vertex of several fans is pinched.
+Two faces are neighbours where they share an edge, whatever their winding. A corner is a face at a vertex;
+corners around a vertex that shared edges join are a fan, and a vertex of several fans is pinched.
 
-Letters: V vertices, F faces, E unique edges, C = 3F corners (corner 3f + i belongs to face f; half-edge 3f + i runs from it to the next).
+Letters: V vertices, F faces, E unique edges, C = 3F corners (corner 3f + i belongs to face f; half-edge
+3f + i runs from it to the next).
 """
 
 import functools
@@ -20,15 +22,19 @@ class Edges:
 
     def __init__(self, mesh: CleanMesh):
         self.mesh = mesh
-        start, end = mesh.faces.reshape(-1), mesh.faces[:, [1, 2, 0]].reshape(-1)  # [C]
-        low, high = np.minimum(start, end), np.maximum(start, end)
+        # [C]
+        start = mesh.faces.reshape(-1)
+        end = mesh.faces[:, [1, 2, 0]].reshape(-1)
+        low = np.minimum(start, end)
+        high = np.maximum(start, end)
         key = low * len(mesh.vertices) + high
         self.order = np.argsort(key, kind="stable")  # half-edges [C], those of one edge together
         new = np.flatnonzero(np.diff(key[self.order], prepend=-1))  # where the next edge begins
         self.faces = np.diff(np.append(new, len(key)))  # [E] faces at each edge
         first = self.order[new]
         self.ends = np.stack([low[first], high[first]], axis=1)  # [E, 2]
-        self.upward = (start < end)[self.order]  # [C] of the sorted half-edges, whether they run from the lower vertex to the higher
+        # [C] of the sorted half-edges, whether they run from the lower vertex to the higher
+        self.upward = (start < end)[self.order]
         self.new = new
 
     @functools.cached_property
@@ -69,8 +75,10 @@ class Edges:
         a, b = self.neighbours
         vertex = self.mesh.faces.reshape(-1)
         same = vertex[a] == vertex[b]  # both begin at the same vertex
-        after_a, after_b = _after(a), _after(b)
-        ours, theirs = np.concatenate([a, after_a]), np.concatenate([np.where(same, b, after_b), np.where(same, after_b, b)])
+        after_a = _after(a)
+        after_b = _after(b)
+        ours = np.concatenate([a, after_a])
+        theirs = np.concatenate([np.where(same, b, after_b), np.where(same, after_b, b)])
         return _components(ours, theirs, 3 * len(self.mesh.faces))
 
     def rims(self) -> int:
@@ -89,28 +97,45 @@ def edge_measures(edges: Edges) -> dict:
     """Counts and shares by name; see docs/guides/check-assets.md."""
     mesh = edges.mesh
     _, areas = face_areas(mesh)
-    area, single, shared = float(areas.sum()), edges.faces == 1, edges.faces > 2
+    area = float(areas.sum())
+    single = edges.faces == 1
+    shared = edges.faces > 2
     part, parts = edges.part
     pinched = edges.fan[1] - len(mesh.vertices)
     euler = len(mesh.vertices) - len(edges.ends) + len(mesh.faces)
     rims = edges.rims()
-    part_areas, part_volumes = np.bincount(part, areas, parts), np.bincount(part, face_volumes(mesh.vertices, mesh.faces), parts)
+    part_areas = np.bincount(part, areas, parts)
+    part_volumes = np.bincount(part, face_volumes(mesh.vertices, mesh.faces), parts)
     summed = float(np.abs(part_volumes).sum())
     surfaces = topology(mesh.vertices, mesh.faces)
     return {
-        "faces": len(mesh.faces), "area": area, "volume": float(part_volumes.sum()),
-        "open_edges": int(single.sum()), "open_share": float(single.mean()), "open_length": float(edges.lengths[single].sum()) / area**0.5,
-        "nonmanifold_edges": int(shared.sum()), "pinched": pinched,
+        "faces": len(mesh.faces),
+        "area": area,
+        "volume": float(part_volumes.sum()),
+        "open_edges": int(single.sum()),
+        "open_share": float(single.mean()),
+        "open_length": float(edges.lengths[single].sum()) / area**0.5,
+        "nonmanifold_edges": int(shared.sum()),
+        "pinched": pinched,
         "flipped_share": float(edges.flipped.mean()) if len(edges.flipped) else 0.0,
-        "closed": not single.any(), "manifold": not shared.any() and pinched == 0, "oriented": not edges.flipped.any(),
-        "euler": euler, "rims": rims, "genus": (2 * parts - rims - euler) / 2, "parts": parts,
-        "bodies": surfaces.parts, "cavities": surfaces.cavities,
-        "main_area": float(part_areas.max()) / area, "main_volume": float(np.abs(part_volumes).max()) / summed if summed > 0 else 0.0,
-    }  # fmt: skip
+        "closed": not single.any(),
+        "manifold": not shared.any() and pinched == 0,
+        "oriented": not edges.flipped.any(),
+        "euler": euler,
+        "rims": rims,
+        "genus": (2 * parts - rims - euler) / 2,
+        "parts": parts,
+        "bodies": surfaces.parts,
+        "cavities": surfaces.cavities,
+        "main_area": float(part_areas.max()) / area,
+        "main_volume": float(np.abs(part_volumes).max()) / summed if summed > 0 else 0.0,
+    }
 
 
 def bend(edges: Edges) -> float:
-    """Sum over edges of length times |angle between the faces' normals| / 2: the integral of (|k1| + |k2|) / 2 of a smooth surface."""
+    """Sum over edges of length times |angle between the faces' normals| / 2: the integral of
+    (|k1| + |k2|) / 2 of a smooth surface.
+    """
     normals, _ = face_areas(edges.mesh)
     a, b = (normals[half // 3] for half in edges.pairs)
     angle = np.arctan2(np.linalg.norm(np.cross(a, b), axis=1), (a * b).sum(axis=1))
@@ -125,5 +150,7 @@ def _components(a: np.ndarray, b: np.ndarray, count: int) -> tuple[np.ndarray, i
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    number, label = connected_components(coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count)), directed=False)
+    number, label = connected_components(
+        coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count)), directed=False
+    )
     return label.astype(np.int64), int(number)

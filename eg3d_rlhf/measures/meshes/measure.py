@@ -31,29 +31,39 @@ class MeasureOptions:
     samples: int = 4000  # points on the surface; shares have a standard error of .8 % at most
     rays: int = 64  # directions from each point
     thin: float = 0.01  # of the longest edge: a wall below is thin
-    leak: float = 0.05  # of the longest edge: hollows behind holes that a ball of this radius does not pass are inner ones
+    # of the longest edge: hollows behind holes that a ball of this radius does not pass are inner ones
+    leak: float = 0.05
     hull_mass: bool = False  # whether a body stands is told by its hull's centre of mass, as DSO does
     seed: int = 0
 
     def __post_init__(self):
         if self.samples < 100 or self.rays < 1 or not 0 < self.thin < 1 or self.leak < 0:
-            raise ValueError(f"measures of meshes: expected samples >= 100, rays >= 1, 0 < thin < 1, leak >= 0, got {self}. Correct them.")
+            raise ValueError(
+                "measures of meshes: expected samples >= 100, rays >= 1, 0 < thin < 1, leak >= 0, got"
+                f" {self}. Correct them."
+            )
 
 
 DEFAULT = MeasureOptions()
 
 
 def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT, without: Collection[str] = ()) -> dict:
-    """Every measure by name: counts, truth values, shares, lengths in longest edges, angles in degrees; None where it has no meaning.
+    """Every measure by name: counts, truth values, shares, lengths in longest edges, angles in degrees; None
+    where it has no meaning.
 
     Args: without: 'crossing', 'overlap', 'symmetry' (with 'inner'): what costs most and may be left out.
     Raises: ValueError naming the extra `solid` where a library is missing.
     """
-    edges, space = Edges(mesh), Space(mesh)
+    edges = Edges(mesh)
+    space = Space(mesh)
     measures = {
-        "edge_L": mesh.edge, "welded": mesh.welded, "degenerate": mesh.degenerate, "duplicate": mesh.duplicate,
-        "raw_open_share": mesh.raw_open_share, **edge_measures(edges),
-    }  # fmt: skip
+        "edge_L": mesh.edge,
+        "welded": mesh.welded,
+        "degenerate": mesh.degenerate,
+        "duplicate": mesh.duplicate,
+        "raw_open_share": mesh.raw_open_share,
+        **edge_measures(edges),
+    }
     points, normals = sample(mesh, options.samples, options.seed)
     measures |= side_measures(space, points, normals, options.thin, options.rays, options.seed)
     body = measures["closed"] and measures["oriented"]
@@ -64,11 +74,19 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT, without: Co
     mass, centre = mass_centre(mesh, measures, solid, hull if options.hull_mass else None)
     degrees = standing.tip(mesh.vertices, centre)
     measures |= {
-        "inverted_bodies": len(inverted), "overhang": standing.overhang(mesh), "tip": degrees, "stands": standing.verdict(degrees),
-        "mass": mass, "solidity": None, "bend": None,
-    }  # fmt: skip
+        "inverted_bodies": len(inverted),
+        "overhang": standing.overhang(mesh),
+        "tip": degrees,
+        "stands": standing.verdict(degrees),
+        "mass": mass,
+        "solidity": None,
+        "bend": None,
+    }
     if hull is not None:
-        measures |= {"solidity": measures["volume"] / signed_volume(hull), "bend": bend(edges) / bend(Edges(hull))}
+        measures |= {
+            "solidity": measures["volume"] / signed_volume(hull),
+            "bend": bend(edges) / bend(Edges(hull)),
+        }
     if "crossing" not in without:
         measures["crossing"] = float(space.crossing_faces(edges).mean())
     if "overlap" not in without:
@@ -101,13 +119,19 @@ def hull_of(mesh: CleanMesh) -> CleanMesh | None:
     return replace(mesh, vertices=vertices, faces=faces)
 
 
-def mass_centre(mesh: CleanMesh, measures: dict, solid: np.ndarray | None, hull: CleanMesh | None) -> tuple[str, np.ndarray]:
+def mass_centre(
+    mesh: CleanMesh, measures: dict, solid: np.ndarray | None, hull: CleanMesh | None
+) -> tuple[str, np.ndarray]:
     """What the mass is of, see `standing.MASSES`, and its centre [3]."""
     if hull is not None and (centre := standing.volume_centre(hull)) is not None:
         return "hull", centre
     if measures["closed"] and measures["oriented"] and (centre := standing.volume_centre(mesh)) is not None:
         return "volume", centre
-    if solid is not None and measures["sheet"] <= 0.5 and (centre := standing.voxel_centre(solid)) is not None:
+    if (
+        solid is not None
+        and measures["sheet"] <= 0.5
+        and (centre := standing.voxel_centre(solid)) is not None
+    ):
         return "voxels", centre
     return "area", standing.area_centre(mesh)
 
@@ -119,8 +143,11 @@ def negative_parts(edges: Edges) -> np.ndarray:
 
 
 def contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarray:
-    """Whether each of some parts lies inside others: the winding number of the rest at a point beside its largest face is not 0."""
-    mesh, (part, _) = edges.mesh, edges.part
+    """Whether each of some parts lies inside others: the winding number of the rest at a point beside its
+    largest face is not 0.
+    """
+    mesh = edges.mesh
+    part, _ = edges.part
     normals, areas = face_areas(mesh)
     result = np.zeros(len(numbers), dtype=bool)
     for i, number in enumerate(numbers):
@@ -128,16 +155,21 @@ def contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarray:
         face = own[areas[own].argmax()]
         point = (mesh.vertices[mesh.faces[face]].mean(axis=0) + OFFSET * normals[face])[None]
         rest = np.ascontiguousarray(mesh.faces[part != number])
-        result[i] = bool(len(rest)) and abs(float(space.igl.winding_number(mesh.vertices, rest, point)[0])) > 0.5
+        result[i] = (
+            bool(len(rest)) and abs(float(space.igl.winding_number(mesh.vertices, rest, point)[0])) > 0.5
+        )
     return result
 
 
 def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
-    """Share of the volume that several bodies claim: 1 - volume of their union / summed volume, cavities taken off both.
+    """Share of the volume that several bodies claim: 1 - volume of their union / summed volume, cavities
+    taken off both.
 
-    None where manifold3d takes a part for no solid, or there are more than MOST_BODIES parts. Args: cavities: numbers of parts.
+    None where manifold3d takes a part for no solid, or there are more than MOST_BODIES parts. Args: cavities:
+    numbers of parts.
     """
-    mesh, (part, parts) = edges.mesh, edges.part
+    mesh = edges.mesh
+    part, parts = edges.part
     if parts == 1:
         return 0.0
     if parts > MOST_BODIES:

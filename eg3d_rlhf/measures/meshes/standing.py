@@ -1,8 +1,8 @@
 """Whether a body stands: how far it can be tilted before its centre of mass leaves its foot.
 
-The foot is the convex hull of what touches the floor, as MuJoCo collides hulls; the mass is the body's own, not the hull's (which is
-MuJoCo's default, and DSO's). Between 0 and 3 degrees neither answer is worth a verdict; a ball gets 7.6 from the height that counts as
-touching.
+The foot is the convex hull of what touches the floor, as MuJoCo collides hulls; the mass is the body's own,
+not the hull's (which is MuJoCo's default, and DSO's). Between 0 and 3 degrees neither answer is worth a
+verdict; a ball gets 7.6 from the height that counts as touching.
 
 Letters: V vertices, F faces, P points of the foot.
 """
@@ -16,22 +16,33 @@ from eg3d_rlhf.measures.meshes.clean import CleanMesh, face_areas
 
 FOOT = 0.01  # of the height: vertices so near to the lowest touch the floor
 STANDS = 3.0  # degrees, at least
-STEEP, GROUND = math.cos(math.radians(45)), 0.02  # overhang: downward part of the normal, and the share of the height that is floor
-MASSES = {"volume": "its volume", "voxels": "voxels inside, as it is open", "area": "its area, as it is a sheet", "hull": "its hull"}
+# overhang: downward part of the normal, and the share of the height that is floor
+STEEP = math.cos(math.radians(45))
+GROUND = 0.02
+MASSES = {
+    "volume": "its volume",
+    "voxels": "voxels inside, as it is open",
+    "area": "its area, as it is a sheet",
+    "hull": "its hull",
+}
 
 
 def tip(vertices: np.ndarray, centre: np.ndarray) -> float:
     """Degrees that a body with vertices [V, 3] and centre of mass [3] can be tilted; negative where it falls.
 
-    atan2(signed distance of the centre's projection to the border of the foot, height of the centre above the floor); y is up.
+    atan2(signed distance of the centre's projection to the border of the foot, height of the centre above the
+    floor); y is up.
     """
-    low, high = float(vertices[:, 1].min()), float(vertices[:, 1].max())
+    low = float(vertices[:, 1].min())
+    high = float(vertices[:, 1].max())
     foot = vertices[vertices[:, 1] <= low + FOOT * (high - low)][:, [0, 2]]
     return math.degrees(math.atan2(inside_distance(foot, centre[[0, 2]]), float(centre[1]) - low))
 
 
 def inside_distance(foot: np.ndarray, point: np.ndarray) -> float:
-    """Distance of a point [2] to the border of the convex hull of points [P, 2]: positive inside, negative or 0 outside and of a line."""
+    """Distance of a point [2] to the border of the convex hull of points [P, 2]: positive inside, negative or
+    0 outside and of a line.
+    """
     from scipy.spatial import ConvexHull, QhullError
 
     foot = np.unique(foot, axis=0)
@@ -69,13 +80,18 @@ def area_centre(mesh: CleanMesh) -> np.ndarray:
 
 def voxel_centre(solid: np.ndarray) -> np.ndarray | None:
     """Centre of mass [3] of voxels [x, y, z] of the cube about the origin; None where none is solid."""
-    return np.argwhere(solid).mean(axis=0) / solid.shape[0] + 0.5 / solid.shape[0] - 0.5 if solid.any() else None
+    return (
+        np.argwhere(solid).mean(axis=0) / solid.shape[0] + 0.5 / solid.shape[0] - 0.5 if solid.any() else None
+    )
 
 
 def overhang(mesh: CleanMesh) -> float:
-    """Share of the area that looks down by more than 45 degrees, but for what lies within 2 % of the height above the floor."""
+    """Share of the area that looks down by more than 45 degrees, but for what lies within 2 % of the height
+    above the floor.
+    """
     normals, areas = face_areas(mesh)
-    height, low = mesh.vertices[mesh.faces][:, :, 1].mean(axis=1), mesh.vertices[:, 1].min()
+    height = mesh.vertices[mesh.faces][:, :, 1].mean(axis=1)
+    low = mesh.vertices[:, 1].min()
     hangs = (normals[:, 1] < -STEEP - 1e-9) & (height > low + GROUND * np.ptp(mesh.vertices[:, 1]))
     return float(areas[hangs].sum() / areas.sum())
 

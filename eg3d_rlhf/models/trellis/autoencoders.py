@@ -1,8 +1,8 @@
-"""TRELLIS's autoencoders: of occupancy grids, 64^3 voxels <-> 16^3 points with 8 channels; and of objects, image features on voxels to
-latents on the same, and latents to a few Gaussians per voxel.
+"""TRELLIS's autoencoders: of occupancy grids, 64^3 voxels <-> 16^3 points with 8 channels; and of objects,
+image features on voxels to latents on the same, and latents to a few Gaussians per voxel.
 
-Shape letters: N samples, C channels, R voxels per axis, r points per axis of a latent, c its channels; V voxels, F features of the image
-network, K Gaussians per voxel, M Gaussians of an object.
+Shape letters: N samples, C channels, R voxels per axis, r points per axis of a latent, c its channels; V
+voxels, F features of the image network, K Gaussians per voxel, M Gaussians of an object.
 """
 
 import math
@@ -30,21 +30,28 @@ class StructureVAEConfig:
     in_channels: int | None = None
     out_channels: int | None = None
     num_res_blocks_middle: int = 2
-    norm_type: str = "layer"  # over the channels of a point, or "group": over 32 groups of channels and all points
+    # over the channels of a point, or "group": over 32 groups of channels and all points
+    norm_type: str = "layer"
     use_fp16: bool = False  # type of the inner convolutions as built; files bring their own
 
     def __post_init__(self):
         object.__setattr__(self, "channels", tuple(self.channels))
         if self.norm_type not in NORMS:
             got = self.norm_type
-            raise ValueError(f"StructureVAEConfig: expected norm_type {' or '.join(NORMS)}, got {got!r}. Correct the JSON file.")
+            raise ValueError(
+                f"StructureVAEConfig: expected norm_type {' or '.join(NORMS)}, got {got!r}. Correct the JSON"
+                " file."
+            )
         if self.norm_type == "group" and any(channels % GROUPS for channels in self.channels):
             raise ValueError(
-                f"StructureVAEConfig: expected channels in multiples of {GROUPS} with norm_type 'group', got {list(self.channels)}. "
-                "Correct the JSON file."
+                f"StructureVAEConfig: expected channels in multiples of {GROUPS} with norm_type 'group', got"
+                f" {list(self.channels)}. Correct the JSON file."
             )
         if not self.channels or (self.in_channels is None) == (self.out_channels is None):
-            raise ValueError("StructureVAEConfig: expected channels, and in_channels or out_channels, got others. Correct the JSON file.")
+            raise ValueError(
+                "StructureVAEConfig: expected channels, and in_channels or out_channels, got others. Correct"
+                " the JSON file."
+            )
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -113,16 +120,28 @@ class StructureEncoder(nn.Module):
     def __init__(self, config: StructureVAEConfig):
         super().__init__()
         self.config = config
-        first, last = config.channels[0], config.channels[-1]
+        first = config.channels[0]
+        last = config.channels[-1]
         self.input_layer = nn.Conv3d(config.in_channels or 1, first, 3, padding=1)
         self.blocks = _levels(config, down)
-        self.middle_block = nn.Sequential(*[ResBlock(last, config.norm_type) for _ in range(config.num_res_blocks_middle)])
-        self.out_layer = nn.Sequential(NORMS[config.norm_type](last), nn.SiLU(), nn.Conv3d(last, 2 * config.latent_channels, 3, padding=1))
+        self.middle_block = nn.Sequential(
+            *[ResBlock(last, config.norm_type) for _ in range(config.num_res_blocks_middle)]
+        )
+        self.out_layer = nn.Sequential(
+            NORMS[config.norm_type](last),
+            nn.SiLU(),
+            nn.Conv3d(last, 2 * config.latent_channels, 3, padding=1),
+        )
         if config.use_fp16:
             convert_torso([self.blocks, self.middle_block], torch.float16)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        check_shape("StructureEncoder.x", x, ["N", self.config.in_channels or 1, "R", "R", "R"], "Give occupancy grids.")
+        check_shape(
+            "StructureEncoder.x",
+            x,
+            ["N", self.config.in_channels or 1, "R", "R", "R"],
+            "Give occupancy grids.",
+        )
         h = self.input_layer(x).to(torso_dtype(self.blocks))
         for block in self.blocks:
             h = block(h)
@@ -131,21 +150,33 @@ class StructureEncoder(nn.Module):
 
 
 class StructureDecoder(nn.Module):
-    """Latents [N, c, r, r, r] -> logits of occupancy [N, 1, R, R, R]; a voxel is there where its logit is positive."""
+    """Latents [N, c, r, r, r] -> logits of occupancy [N, 1, R, R, R]; a voxel is there where its logit is
+    positive.
+    """
 
     def __init__(self, config: StructureVAEConfig):
         super().__init__()
         self.config = config
-        first, last = config.channels[0], config.channels[-1]
+        first = config.channels[0]
+        last = config.channels[-1]
         self.input_layer = nn.Conv3d(config.latent_channels, first, 3, padding=1)
-        self.middle_block = nn.Sequential(*[ResBlock(first, config.norm_type) for _ in range(config.num_res_blocks_middle)])
+        self.middle_block = nn.Sequential(
+            *[ResBlock(first, config.norm_type) for _ in range(config.num_res_blocks_middle)]
+        )
         self.blocks = _levels(config, Up)
-        self.out_layer = nn.Sequential(NORMS[config.norm_type](last), nn.SiLU(), nn.Conv3d(last, config.out_channels or 1, 3, padding=1))
+        self.out_layer = nn.Sequential(
+            NORMS[config.norm_type](last), nn.SiLU(), nn.Conv3d(last, config.out_channels or 1, 3, padding=1)
+        )
         if config.use_fp16:
             convert_torso([self.blocks, self.middle_block], torch.float16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_shape("StructureDecoder.x", x, ["N", self.config.latent_channels, "r", "r", "r"], "Give latents of the first stage.")
+        check_shape(
+            "StructureDecoder.x",
+            x,
+            ["N", self.config.latent_channels, "r", "r", "r"],
+            "Give latents of the first stage.",
+        )
         h = self.middle_block(self.input_layer(x).to(torso_dtype(self.blocks)))
         for block in self.blocks:
             h = block(h)
@@ -153,7 +184,9 @@ class StructureDecoder(nn.Module):
 
 
 def voxels_of(logits: torch.Tensor) -> list[torch.Tensor]:
-    """The voxels of each sample, [v, 3] int32, where logits [N, 1, R, R, R] are positive. Not differentiable."""
+    """The voxels of each sample, [v, 3] int32, where logits [N, 1, R, R, R] are positive.
+    Not differentiable.
+    """
     return [(sample[0] > 0).nonzero().int().contiguous() for sample in logits]
 
 
@@ -166,8 +199,9 @@ def grid_of(voxels: list[torch.Tensor], resolution: int) -> torch.Tensor:
     return grid
 
 
-# Objects: both halves are transformers with attention in windows, which every other block shifts: by half a window ("swin" and
-# "shift_sequence", the latter along the Z-order curve), or by CURVE_SHIFT voxels per axis, which moves the curve itself ("shift_window").
+# Objects: both halves are transformers with attention in windows, which every other block shifts: by half a
+# window ("swin" and "shift_sequence", the latter along the Z-order curve), or by CURVE_SHIFT voxels per axis,
+# which moves the curve itself ("shift_window").
 
 
 ATTENTION = ("swin", "full", "shift_window", "shift_sequence")
@@ -179,7 +213,8 @@ class SwinConfig(blocks.TransformerConfig):
     """What encoder and decoder have in common of what their JSON files call args."""
 
     latent_channels: int
-    attn_mode: str = "swin"  # in windows; "full": among all voxels of a sample; "shift_...": along a curve through them
+    # in windows; "full": among all voxels of a sample; "shift_...": along a curve through them
+    attn_mode: str = "swin"
     window_size: int = 8  # voxels per axis, or along the curve
 
     def __post_init__(self):
@@ -188,8 +223,8 @@ class SwinConfig(blocks.TransformerConfig):
             got = f"{self.attn_mode!r} and {self.window_size}"
             who = type(self).__name__
             raise ValueError(
-                f"{who}: expected attn_mode {', '.join(ATTENTION)} and window_size >= 2, got {got}. Correct the JSON file; the Hilbert "
-                "curve of shift_order is in no released model."
+                f"{who}: expected attn_mode {', '.join(ATTENTION)} and window_size >= 2, got {got}. Correct"
+                " the JSON file; the Hilbert curve of shift_order is in no released model."
             )
 
 
@@ -198,7 +233,8 @@ class SwinBlock(nn.Module):
 
     def __init__(self, channels: int, heads: int, mlp_ratio: float, qk_rms_norm: bool):
         super().__init__()
-        self.norm1, self.norm2 = blocks.LayerNorm32(channels), blocks.LayerNorm32(channels)
+        self.norm1 = blocks.LayerNorm32(channels)
+        self.norm2 = blocks.LayerNorm32(channels)
         self.attn = blocks.SelfAttention(channels, heads, qk_rms_norm)
         self.mlp = blocks.FeedForward(channels, mlp_ratio)
 
@@ -216,7 +252,8 @@ class SwinTransformer(nn.Module):
         self.recompute = config.use_checkpoint
         self.input_layer = nn.Linear(in_channels, config.model_channels)
         self.blocks = nn.ModuleList(
-            SwinBlock(config.model_channels, config.heads, config.mlp_ratio, config.qk_rms_norm) for _ in range(config.num_blocks)
+            SwinBlock(config.model_channels, config.heads, config.mlp_ratio, config.qk_rms_norm)
+            for _ in range(config.num_blocks)
         )
         self.out_layer = nn.Linear(config.model_channels, out_channels)
         if config.use_fp16:
@@ -224,9 +261,17 @@ class SwinTransformer(nn.Module):
 
     def transform(self, x: SparseBatch) -> SparseBatch:
         """Input layer, positions, blocks, norm, output layer. Differentiable in: feats and parameters."""
-        who, config = type(self).__name__, self.config
-        check_shape(f"{who}.feats", x.feats, ["V", self.input_layer.in_features], "Give features of the kind that it was trained on.")
-        h = self.input_layer(x.feats.float()) + blocks.position_embedding(x.coords[:, 1:], config.model_channels)
+        who = type(self).__name__
+        config = self.config
+        check_shape(
+            f"{who}.feats",
+            x.feats,
+            ["V", self.input_layer.in_features],
+            "Give features of the kind that it was trained on.",
+        )
+        h = self.input_layer(x.feats.float()) + blocks.position_embedding(
+            x.coords[:, 1:], config.model_channels
+        )
         h = h.to(blocks.torso_dtype(self.blocks))
         layouts = [blocks.SparseLayout(x, self._groups(x, odd)) for odd in range(2)]
         for i, block in enumerate(self.blocks):
@@ -236,7 +281,8 @@ class SwinTransformer(nn.Module):
 
     def _groups(self, x: SparseBatch, odd: int) -> blocks.Groups:
         """Voxels that attend to each other in even blocks (0) or odd ones (1)."""
-        mode, window = self.config.attn_mode, self.config.window_size
+        mode = self.config.attn_mode
+        window = self.config.window_size
         if mode == "full":
             return blocks.samples(x)
         if mode == "swin":
@@ -265,7 +311,8 @@ class LatentEncoder(SwinTransformer):
         return x.with_feats(mean), x.with_feats(logvar)
 
 
-LAYOUT = {"_xyz": 3, "_features_dc": 3, "_scaling": 3, "_rotation": 4, "_opacity": 1}  # numbers per Gaussian, in the order of the output
+# numbers per Gaussian, in the order of the output
+LAYOUT = {"_xyz": 3, "_features_dc": 3, "_scaling": 3, "_rotation": 4, "_opacity": 1}
 SIZE = sum(LAYOUT.values())
 ACTIVATIONS = ("exp", "softplus")
 
@@ -285,14 +332,26 @@ class GaussianSettings:
     scaling_activation: str
 
     def __post_init__(self):
-        who, advice = "GaussianSettings", "Correct representation_config in the model's JSON file."
+        who = "GaussianSettings"
+        advice = "Correct representation_config in the model's JSON file."
         if set(self.lr) != set(LAYOUT):
-            raise ValueError(f"{who}: expected lr for {', '.join(LAYOUT)}, got {', '.join(self.lr) or 'none'}. {advice}")
-        if self.scaling_activation not in ACTIVATIONS:
-            raise ValueError(f"{who}: expected scaling_activation {' or '.join(ACTIVATIONS)}, got {self.scaling_activation!r}. {advice}")
-        if self.num_gaussians < 1 or not 0 < self.opacity_bias < 1 or self.scaling_bias <= 0 or self.voxel_size <= 0:
             raise ValueError(
-                f"{who}: expected num_gaussians >= 1, 0 < opacity_bias < 1, scaling_bias > 0 and voxel_size > 0, got {self}. {advice}"
+                f"{who}: expected lr for {', '.join(LAYOUT)}, got {', '.join(self.lr) or 'none'}. {advice}"
+            )
+        if self.scaling_activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{who}: expected scaling_activation {' or '.join(ACTIVATIONS)}, got"
+                f" {self.scaling_activation!r}. {advice}"
+            )
+        if (
+            self.num_gaussians < 1
+            or not 0 < self.opacity_bias < 1
+            or self.scaling_bias <= 0
+            or self.voxel_size <= 0
+        ):
+            raise ValueError(
+                f"{who}: expected num_gaussians >= 1, 0 < opacity_bias < 1, scaling_bias > 0 and voxel_size >"
+                f" 0, got {self}. {advice}"
             )
 
 
@@ -304,16 +363,22 @@ class GaussianDecoderConfig(SwinConfig):
 
     @property
     def gaussians(self) -> GaussianSettings:
-        values, renamed = self.representation_config, {"2d_filter_kernel_size": "filter_2d", "3d_filter_kernel_size": "filter_3d"}
+        values = self.representation_config
+        renamed = {"2d_filter_kernel_size": "filter_2d", "3d_filter_kernel_size": "filter_3d"}
         try:
             return GaussianSettings(**{renamed.get(name, name): value for name, value in values.items()})
         except TypeError as error:
-            raise ValueError(f"GaussianSettings: expected the names of representation_config, got {sorted(values)}: {error}.") from error
+            raise ValueError(
+                f"GaussianSettings: expected the names of representation_config, got {sorted(values)}:"
+                f" {error}."
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussians:
-    """One object. The tensors are raw, as decoded; the properties are what a renderer draws. Differentiable in: the tensors."""
+    """One object. The tensors are raw, as decoded; the properties are what a renderer draws. Differentiable
+    in: the tensors.
+    """
 
     xyz: torch.Tensor  # [M, 3] in the cube 0..1
     features_dc: torch.Tensor  # [M, 1, 3] constant spherical-harmonic coefficients
@@ -334,7 +399,8 @@ class Gaussians:
         if self.settings.scaling_activation == "exp":
             scales = (self.scaling + math.log(bias)).exp()
         else:
-            scales = F.softplus(self.scaling + bias + math.log(-math.expm1(-bias)))  # softplus^-1(b) = b + log(1 - exp(-b))
+            # softplus^-1(b) = b + log(1 - exp(-b))
+            scales = F.softplus(self.scaling + bias + math.log(-math.expm1(-bias)))
         return (scales.square() + self.settings.filter_3d**2).sqrt()
 
     @property
@@ -350,7 +416,9 @@ class Gaussians:
 
 
 class GaussianDecoder(SwinTransformer):
-    """Latents [V, C], not normalised, -> the Gaussians of every sample. Differentiable in: feats and parameters."""
+    """Latents [V, C], not normalised, -> the Gaussians of every sample. Differentiable in: feats and
+    parameters.
+    """
 
     def __init__(self, config: GaussianDecoderConfig):
         settings = config.gaussians
@@ -360,23 +428,36 @@ class GaussianDecoder(SwinTransformer):
 
     def forward(self, x: SparseBatch) -> list[Gaussians]:
         """xyz = voxel's centre + tanh(offset + perturbation) voxel_size / (2 resolution)."""
-        s, count, objects = self.settings, self.settings.num_gaussians, []
+        s = self.settings
+        count = self.settings.num_gaussians
+        objects = []
         for sample in self.transform(x).samples():
             parts = sample.feats.split([count * size for size in LAYOUT.values()], 1)
-            raw = {name: part.unflatten(1, (count, -1)) * s.lr[name] for name, part in zip(LAYOUT, parts, strict=True)}  # [V, K, size]
+            # [V, K, size]
+            raw = {
+                name: part.unflatten(1, (count, -1)) * s.lr[name]
+                for name, part in zip(LAYOUT, parts, strict=True)
+            }
             offset = raw["_xyz"] + self.offset_perturbation if s.perturb_offset else raw["_xyz"]
             reach = 0.5 * s.voxel_size / self.config.resolution
             centre = (sample.coords + 0.5) / self.config.resolution  # [V, 3]
             flat = {name: part.flatten(0, 1) for name, part in raw.items()}
-            objects.append(Gaussians(
-                xyz=(centre[:, None] + offset.tanh() * reach).flatten(0, 1), features_dc=flat["_features_dc"][:, None],
-                scaling=flat["_scaling"], rotation=flat["_rotation"], opacity=flat["_opacity"], settings=s,
-            ))
+            objects.append(
+                Gaussians(
+                    xyz=(centre[:, None] + offset.tanh() * reach).flatten(0, 1),
+                    features_dc=flat["_features_dc"][:, None],
+                    scaling=flat["_scaling"],
+                    rotation=flat["_rotation"],
+                    opacity=flat["_opacity"],
+                    settings=s,
+                )
+            )
         return objects
 
 
 def perturbation(settings: GaussianSettings) -> torch.Tensor:
-    """Offsets [K, 3] that put the Gaussians of a voxel on a Hammersley set over it: atanh((2 point - 1) / voxel_size).
+    """Offsets [K, 3] that put the Gaussians of a voxel on a Hammersley set over it:
+    atanh((2 point - 1) / voxel_size).
 
     Raises: ValueError where voxel_size is at most 1, which leaves no offset for the set's first point.
     """
@@ -384,13 +465,17 @@ def perturbation(settings: GaussianSettings) -> torch.Tensor:
     points = torch.tensor([[i / count, _radical_inverse(2, i), _radical_inverse(3, i)] for i in range(count)])
     if settings.perturb_offset and settings.voxel_size <= 1:
         got = settings.voxel_size
-        raise ValueError(f"GaussianSettings: expected voxel_size > 1 with perturb_offset, got {got}. Correct the JSON file.")
+        raise ValueError(
+            f"GaussianSettings: expected voxel_size > 1 with perturb_offset, got {got}. Correct the JSON"
+            " file."
+        )
     return ((2 * points - 1) / settings.voxel_size).atanh()
 
 
 def _radical_inverse(base: int, n: int) -> float:
     """n's digits in a base, mirrored at the point: 6 = 110 in base 2 -> 0.011 = 3/8."""
-    value, place = 0.0, 1.0
+    value = 0.0
+    place = 1.0
     while n:
         place /= base
         value += place * (n % base)

@@ -1,14 +1,15 @@
 """The pieces that both of TRELLIS's flows are built of; parameters bear its names.
 
-Tokens are [N, T, C] on a dense grid and [V, C] on voxels. What a block needs to know of the difference is a `Layout`.
+Tokens are [N, T, C] on a dense grid and [V, C] on voxels. What a block needs to know of the difference is a
+`Layout`.
 
-On voxels attention is within each sample, within windows of each sample, and to each sample's condition. Groups of tokens have lengths of
-their own. Groups of one length are attended to in one call of torch's fused attention, which keeps no matrix of weights; hence no padding,
-no mask, and memory linear in the number of voxels. Which rows go together depends on the coordinates alone and is kept in the batch's
-cache.
+On voxels attention is within each sample, within windows of each sample, and to each sample's condition.
+Groups of tokens have lengths of their own. Groups of one length are attended to in one call of torch's fused
+attention, which keeps no matrix of weights; hence no padding, no mask, and memory linear in the number of
+voxels. Which rows go together depends on the coordinates alone and is kept in the batch's cache.
 
-Shape letters: N samples, T tokens or voxels of a dense batch, V voxels of a sparse one, C channels, H heads, D channels of a head,
-L tokens of a condition, E their size.
+Shape letters: N samples, T tokens or voxels of a dense batch, V voxels of a sparse one, C channels, H heads,
+D channels of a head, L tokens of a condition, E their size.
 """
 
 import math
@@ -49,10 +50,16 @@ class TransformerConfig:
     def __post_init__(self):
         who = type(self).__name__
         if self.pe_mode != "ape":
-            raise ValueError(f"{who}: expected pe_mode 'ape', got {self.pe_mode!r}. Rotary positions are in no released model.")
+            raise ValueError(
+                f"{who}: expected pe_mode 'ape', got {self.pe_mode!r}. Rotary positions are in no released"
+                " model."
+            )
         if self.model_channels % self.heads:
             got = f"{self.model_channels} / {self.heads}"
-            raise ValueError(f"{who}: expected model_channels to divide by heads, got {got}. Correct the model's JSON file.")
+            raise ValueError(
+                f"{who}: expected model_channels to divide by heads, got {got}. Correct the model's JSON"
+                " file."
+            )
 
     @property
     def heads(self) -> int:
@@ -74,10 +81,13 @@ class Layout(Protocol):
 
 
 class DenseLayout:
-    """Tokens [N, T, C], of which only those of `keep` [N, 1, 1, T] are there; None: all. Maybe of a block that is passed twice."""
+    """Tokens [N, T, C], of which only those of `keep` [N, 1, 1, T] are there; None: all. Maybe of a block
+    that is passed twice.
+    """
 
     def __init__(self, keep: torch.Tensor | None = None, passes: "Passes | None" = None):
-        self.keep, self.passes = keep, passes
+        self.keep = keep
+        self.passes = passes
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
         return values.unsqueeze(1)
@@ -90,7 +100,9 @@ class DenseLayout:
 
 
 class LayerNorm32(nn.LayerNorm):
-    """Layer norm computed in float32 whatever the type of its input. Parameters only with `elementwise_affine`."""
+    """Layer norm computed in float32 whatever the type of its input. Parameters only with
+    `elementwise_affine`.
+    """
 
     def __init__(self, channels: int, affine: bool = False, eps: float = 1e-6):
         super().__init__(channels, eps=eps, elementwise_affine=affine)
@@ -99,7 +111,9 @@ class LayerNorm32(nn.LayerNorm):
         return super().forward(x.float()).to(x.dtype)
 
     def modulated(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """norm(x) (1 + scale) + shift, of a norm without parameters; in one pass where that is one row [1, 1, C] for all."""
+        """norm(x) (1 + scale) + shift, of a norm without parameters; in one pass where that is one row
+        [1, 1, C] for all.
+        """
         if x.dtype == scale.dtype == torch.float32 and scale.numel() == x.shape[-1]:
             return F.layer_norm(x, self.normalized_shape, 1 + scale.flatten(), shift.flatten(), self.eps)
         return self(x) * (1 + scale) + shift
@@ -122,7 +136,9 @@ class HeadRMSNorm(nn.Module):
 
 
 def time_rates(count: int) -> torch.Tensor:
-    """Angles per unit of scaled time, MAX_PERIOD^(-i / count) [count] float32: in float32 as released weights were trained with."""
+    """Angles per unit of scaled time, MAX_PERIOD^(-i / count) [count] float32: in float32 as released weights
+    were trained with.
+    """
     return torch.exp(-math.log(MAX_PERIOD) * torch.arange(count, dtype=torch.float32) / count)
 
 
@@ -131,15 +147,20 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, channels), nn.SiLU(), nn.Linear(channels, channels))
+        self.mlp = nn.Sequential(
+            nn.Linear(TIME_FREQUENCIES, channels), nn.SiLU(), nn.Linear(channels, channels)
+        )
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        angles = (TIME_SCALE * t).float()[:, None] * time_rates(TIME_FREQUENCIES // 2).to(t.device)  # [N, half]
+        # [N, half]
+        angles = (TIME_SCALE * t).float()[:, None] * time_rates(TIME_FREQUENCIES // 2).to(t.device)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
 
 
 def position_embedding(coords: torch.Tensor, channels: int) -> torch.Tensor:
-    """Sines and cosines of coordinates, [V, 3] -> [V, channels] float32: per axis all sines, then all cosines; zeros fill up the rest."""
+    """Sines and cosines of coordinates, [V, 3] -> [V, channels] float32: per axis all sines, then all
+    cosines; zeros fill up the rest.
+    """
     count = channels // 3 // 2
     rates = 1 / MAX_PERIOD ** (torch.arange(count, dtype=torch.float32, device=coords.device) / count)
     angles = coords.float()[:, :, None] * rates  # [V, 3, count]
@@ -153,7 +174,9 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int, ratio: float):
         super().__init__()
         hidden = int(channels * ratio)
-        self.mlp = nn.Sequential(Linear(channels, hidden), nn.GELU(approximate="tanh"), Linear(hidden, channels))
+        self.mlp = nn.Sequential(
+            Linear(channels, hidden), nn.GELU(approximate="tanh"), Linear(hidden, channels)
+        )
 
     def forward(self, x: torch.Tensor, skip: bool = False) -> torch.Tensor:
         """Tokens [..., C]; skip: nobody reads the result, as long as it has its gradients."""
@@ -170,7 +193,9 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_qkv = Linear(channels, 3 * channels)
-        self.q_rms_norm, self.k_rms_norm = (HeadRMSNorm(heads, channels // heads) if qk_rms_norm else nn.Identity() for _ in range(2))
+        self.q_rms_norm, self.k_rms_norm = (
+            HeadRMSNorm(heads, channels // heads) if qk_rms_norm else nn.Identity() for _ in range(2)
+        )
         self.to_out = Linear(channels, channels)
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -178,7 +203,9 @@ class SelfAttention(nn.Module):
         if isinstance(layout, DenseLayout) and layout.keep is None and tiled(qkv):
             norms = (self.q_rms_norm, self.k_rms_norm)
             q_gain, k_gain = (norm.gain() if isinstance(norm, HeadRMSNorm) else None for norm in norms)
-            out = self_attention(qkv, q_gain, k_gain, None if layout.passes is None else layout.passes.attention)
+            out = self_attention(
+                qkv, q_gain, k_gain, None if layout.passes is None else layout.passes.attention
+            )
             if layout.passes is not None and layout.passes.keep:
                 layout.passes.attention = out.detach()
         else:
@@ -195,7 +222,9 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.to_q = Linear(channels, channels)
         self.to_kv = Linear(cond_channels, 2 * channels)
-        self.q_rms_norm, self.k_rms_norm = (HeadRMSNorm(heads, channels // heads) if qk_rms_norm else nn.Identity() for _ in range(2))
+        self.q_rms_norm, self.k_rms_norm = (
+            HeadRMSNorm(heads, channels // heads) if qk_rms_norm else nn.Identity() for _ in range(2)
+        )
         self.to_out = Linear(channels, channels)
 
     def forward(self, x: torch.Tensor, cond: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -205,10 +234,19 @@ class CrossAttention(nn.Module):
 
 
 class ModulatedBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward; the time shifts, scales and gates the first and the last."""
+    """Self-attention, cross-attention and feed-forward; the time shifts, scales and gates the first and the
+    last.
+    """
 
     def __init__(
-        self, channels: int, cond_channels: int, heads: int, mlp_ratio: float = 4, *, share_mod: bool = False, qk_rms_norm: bool = False,
+        self,
+        channels: int,
+        cond_channels: int,
+        heads: int,
+        mlp_ratio: float = 4,
+        *,
+        share_mod: bool = False,
+        qk_rms_norm: bool = False,
         qk_rms_norm_cross: bool = False,
     ):
         super().__init__()
@@ -222,10 +260,14 @@ class ModulatedBlock(nn.Module):
             self.adaLN_modulation = modulation(channels)
         self.share_mod = share_mod
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor, cond: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, time: torch.Tensor, cond: torch.Tensor, layout: Layout
+    ) -> torch.Tensor:
         """Tokens [..., C], time [N, C] (shared modulation: [N, 6 C]) and cond [N, L, E] -> tokens."""
         values = time if self.share_mod else self.adaLN_modulation(time)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (layout.per_token(v) for v in values.chunk(6, -1))
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
+            layout.per_token(v) for v in values.chunk(6, -1)
+        )
         x = torch.addcmul(x, gate, self.self_attn(self.norm1.modulated(x, shift, scale), layout))
         x = x + self.cross_attn(self.norm2(x), cond, layout)
         again = isinstance(layout, DenseLayout) and layout.passes is not None and layout.passes.second
@@ -239,21 +281,28 @@ def modulation(channels: int) -> nn.Sequential:
 
 
 class Passes:
-    """A block's pass, and the second one through it in the backward pass, to which the first may leave its attention."""
+    """A block's pass, and the second one through it in the backward pass, to which the first may leave its
+    attention.
+    """
 
     def __init__(self, keep: bool):
-        self.keep, self.second = keep, False
+        self.keep = keep
+        self.second = False
         self.attention: torch.Tensor | None = None  # [N, T, H, D]
 
 
 def run_block(block: nn.Module, *args, recompute: bool) -> Any:
-    """A block's result; with `recompute` its inside is computed again in the backward pass instead of being kept."""
+    """A block's result; with `recompute` its inside is computed again in the backward pass instead of being
+    kept.
+    """
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
 
 
-def convert_torso(modules: Iterable[nn.Module], dtype: torch.dtype, kinds: tuple[type, ...] = (nn.Linear, nn.Conv3d)) -> None:
+def convert_torso(
+    modules: Iterable[nn.Module], dtype: torch.dtype, kinds: tuple[type, ...] = (nn.Linear, nn.Conv3d)
+) -> None:
     """Give linear layers and convolutions inside these modules another type, in place; norms keep theirs."""
     for module in modules:
         for part in module.modules():
@@ -262,7 +311,9 @@ def convert_torso(modules: Iterable[nn.Module], dtype: torch.dtype, kinds: tuple
 
 
 def torso_dtype(blocks: nn.Module) -> torch.dtype:
-    """The type that blocks compute in: that of the first linear layer or convolution. Read off, so that no flag can disagree with it."""
+    """The type that blocks compute in: that of the first linear layer or convolution. Read off, so that no
+    flag can disagree with it.
+    """
     for part in blocks.modules():
         if isinstance(part, (nn.Linear, nn.Conv3d)):
             return part.weight.dtype
@@ -271,9 +322,12 @@ def torso_dtype(blocks: nn.Module) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows of a batch, put in order such that groups are contiguous. A row may be in several: its result is then that of one of them."""
+    """Rows of a batch, put in order such that groups are contiguous. A row may be in several: its result is
+    then that of one of them.
+    """
 
-    runs: tuple[tuple[int, int], ...]  # (number of groups, rows of each), one entry per stretch of groups of one length
+    # (number of groups, rows of each), one entry per stretch of groups of one length
+    runs: tuple[tuple[int, int], ...]
     order: torch.Tensor | None = None  # [sum of sizes] rows in that order; None: as they are
     inverse: torch.Tensor | None = None  # [V] where each row's result is
 
@@ -290,7 +344,8 @@ class SparseLayout:
     """
 
     def __init__(self, batch: SparseBatch, groups: Groups | None = None):
-        self.batch, self.groups = batch, groups or samples(batch)
+        self.batch = batch
+        self.groups = groups or samples(batch)
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
         """[N, C] -> [V, C]."""
@@ -314,7 +369,9 @@ class SparseLayout:
 def _runs(x: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
     """[V, H, D] -> per run [groups, rows of each, H, D]."""
     ordered = x if groups.order is None else x[groups.order]
-    return [part.unflatten(0, run) for part, run in zip(ordered.split(groups.sizes), groups.runs, strict=True)]
+    return [
+        part.unflatten(0, run) for part, run in zip(ordered.split(groups.sizes), groups.runs, strict=True)
+    ]
 
 
 def samples(batch: SparseBatch) -> Groups:
@@ -331,7 +388,9 @@ def samples(batch: SparseBatch) -> Groups:
 
 
 def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
-    """One group per window that has voxels: those of a sample with one value of (coordinate + shift) // window on every axis."""
+    """One group per window that has voxels: those of a sample with one value of (coordinate + shift) //
+    window on every axis.
+    """
     name = f"windows {window} {shift}"
     if name not in batch.cache:
         cells = (batch.coords[:, 1:].long() + shift) // window  # [V, 3]
@@ -349,25 +408,33 @@ def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
 def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 0) -> Groups:
     """Stretches of the Z-order curve through each sample's voxels.
 
-    A sample of n voxels is cut into m = ceil(n / window) parts of equal length along the curve. Each of several sees the `window` voxels
-    about its middle, over its own ends and round those of the curve; results are kept of the part alone.
-    Args: window: voxels; shift: added to coordinates, which moves the curve; start: voxels by which the cuts move along it.
+    A sample of n voxels is cut into m = ceil(n / window) parts of equal length along the curve. Each of
+    several sees the `window` voxels about its middle, over its own ends and round those of the curve; results
+    are kept of the part alone.
+    Args: window: voxels; shift: added to coordinates, which moves the curve; start: voxels by which the cuts
+        move along it.
     """
     name = f"curve {window} {shift} {start}"
     if name not in batch.cache:
         code = z_order(batch.coords[:, 1:] + shift)
         runs: list[tuple[int, int]] = []
         order: list[torch.Tensor] = []
-        inverse, first, done = torch.empty_like(code), 0, 0
+        inverse = torch.empty_like(code)
+        first = 0
+        done = 0
         for n in batch.lengths.tolist():
-            along = first + torch.argsort(code[first : first + n])  # this sample's rows in the order of the curve
+            # this sample's rows in the order of the curve
+            along = first + torch.argsort(code[first : first + n])
             count = -(-n // window)
-            size, length = (n, n) if count <= 1 else (window, n / count)  # rows seen and kept; the latter need not be whole
+            # rows seen and kept; the latter need not be whole
+            size, length = (n, n) if count <= 1 else (window, n / count)
             for i in range(count):
                 low, high = (0, n) if count == 1 else (math.floor((i + k) * length + start) for k in (0, 1))
                 left = 0 if count == 1 else math.floor((i + 0.5) * length + start - 0.5 * window)
                 order.append(along[torch.arange(left, left + size, device=along.device) % n])
-                inverse[order[-1][low - left : high - left]] = torch.arange(done + low - left, done + high - left, device=along.device)
+                inverse[order[-1][low - left : high - left]] = torch.arange(
+                    done + low - left, done + high - left, device=along.device
+                )
                 done += size
             if count:
                 runs.append((count, size))
@@ -377,7 +444,9 @@ def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 
 
 
 def z_order(coords: torch.Tensor) -> torch.Tensor:
-    """Places on the Z-order curve, [V, 3] of 0..1023 -> [V] int64: the bits of x, y and z in turn, x's above y's above z's."""
+    """Places on the Z-order curve, [V, 3] of 0..1023 -> [V] int64: the bits of x, y and z in turn, x's above
+    y's above z's.
+    """
     code = coords.new_zeros(len(coords), dtype=torch.int64)
     for bit in range(10):
         for axis in range(3):

@@ -1,5 +1,5 @@
-"""TRELLIS's two flows: a transformer over the dense latent of an occupancy grid, and one over the latents of an object's voxels, between
-convolutions at full resolution.
+"""TRELLIS's two flows: a transformer over the dense latent of an occupancy grid, and one over the latents of
+an object's voxels, between convolutions at full resolution.
 
 Shape letters as in blocks.py; R grid points per axis, p patch size, G = R / p, T = G^3 tokens.
 """
@@ -38,24 +38,39 @@ class FlowConfig(blocks.TransformerConfig):
         super().__post_init__()
         if self.resolution % self.patch_size:
             got = f"{self.resolution} / {self.patch_size}"
-            raise ValueError(f"{type(self).__name__}: expected patch_size to divide resolution, got {got}. Correct the model's JSON file.")
+            raise ValueError(
+                f"{type(self).__name__}: expected patch_size to divide resolution, got {got}. Correct the"
+                " model's JSON file."
+            )
 
     def blocks(self) -> nn.ModuleList:
         """The transformer's."""
         return nn.ModuleList(
             blocks.ModulatedBlock(
-                self.model_channels, self.cond_channels, self.heads, self.mlp_ratio, share_mod=self.share_mod,
-                qk_rms_norm=self.qk_rms_norm, qk_rms_norm_cross=self.qk_rms_norm_cross,
+                self.model_channels,
+                self.cond_channels,
+                self.heads,
+                self.mlp_ratio,
+                share_mod=self.share_mod,
+                qk_rms_norm=self.qk_rms_norm,
+                qk_rms_norm_cross=self.qk_rms_norm_cross,
             )
             for _ in range(self.num_blocks)
         )
 
 
 def run_blocks(
-    modules: nn.ModuleList, x: torch.Tensor, time: torch.Tensor, cond: torch.Tensor, layout: blocks.Layout, lengths: list[int], *,
+    modules: nn.ModuleList,
+    x: torch.Tensor,
+    time: torch.Tensor,
+    cond: torch.Tensor,
+    layout: blocks.Layout,
+    lengths: list[int],
+    *,
     recompute: bool,
 ) -> torch.Tensor:
-    """Tokens through blocks in turn; on a CPU large samples one after the other, so that they share working memory.
+    """Tokens through blocks in turn; on a CPU large samples one after the other, so that they share working
+    memory.
 
     Args: as a ModulatedBlock; lengths: [N], tokens of each sample.
     """
@@ -69,7 +84,9 @@ def run_blocks(
             keep = part.shape[1] >= LONG and place < KEPT * len(modules)
             passes = blocks.Passes(keep) if recompute and torch.is_grad_enabled() else None
             single = blocks.DenseLayout(passes=passes)
-            parts[i] = blocks.run_block(block, part, time[i : i + 1], cond[i : i + 1], single, recompute=recompute)
+            parts[i] = blocks.run_block(
+                block, part, time[i : i + 1], cond[i : i + 1], single, recompute=recompute
+            )
             if passes is not None:
                 passes.second = True
     return torch.cat([part[0] for part in parts]).view_as(x)
@@ -80,13 +97,16 @@ class StructureFlowConfig(FlowConfig):
 
 
 class StructureFlow(nn.Module):
-    """model(x_t [N, C, R, R, R], t [N] in 0..1, cond [N, L, E]) -> velocity, like x_t. Differentiable in: everything but t."""
+    """model(x_t [N, C, R, R, R], t [N] in 0..1, cond [N, L, E]) -> velocity, like x_t. Differentiable in:
+    everything but t.
+    """
 
     def __init__(self, config: StructureFlowConfig):
         super().__init__()
         self.config = config
         self.recompute = config.use_checkpoint
-        channels, cells = config.model_channels, config.patch_size**3
+        channels = config.model_channels
+        cells = config.patch_size**3
         grid = torch.arange(config.resolution // config.patch_size)
         coords = torch.cartesian_prod(grid, grid, grid)  # [T, 3]
         self.t_embedder = blocks.TimeEmbedder(channels)
@@ -101,17 +121,32 @@ class StructureFlow(nn.Module):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         config = self.config
-        check_shape("StructureFlow.x_t", x_t, ["N", config.in_channels, *[config.resolution] * 3], "Give latents of this model's size.")
-        check_shape("StructureFlow.cond", cond, [len(x_t), "L", config.cond_channels], "Use embeddings of the encoder it was trained with.")
-        dtype, layout = blocks.torso_dtype(self.blocks), blocks.DenseLayout()
+        check_shape(
+            "StructureFlow.x_t",
+            x_t,
+            ["N", config.in_channels, *[config.resolution] * 3],
+            "Give latents of this model's size.",
+        )
+        check_shape(
+            "StructureFlow.cond",
+            cond,
+            [len(x_t), "L", config.cond_channels],
+            "Use embeddings of the encoder it was trained with.",
+        )
+        dtype = blocks.torso_dtype(self.blocks)
+        layout = blocks.DenseLayout()
         time = self.t_embedder(t)
         if config.share_mod:
             time = self.adaLN_modulation(time)
         h = self.input_layer(to_patches(x_t.float(), config.patch_size)) + self.pos_emb
-        h, time, cond = h.to(dtype), time.to(dtype), cond.to(dtype)
+        h = h.to(dtype)
+        time = time.to(dtype)
+        cond = cond.to(dtype)
         h = run_blocks(self.blocks, h, time, cond, layout, [h.shape[1]] * len(h), recompute=self.recompute)
         h = F.layer_norm(h.to(x_t.dtype), h.shape[-1:])
-        return from_patches(self.out_layer(h.to(self.out_layer.weight.dtype)), config.patch_size).to(x_t.dtype)
+        return from_patches(self.out_layer(h.to(self.out_layer.weight.dtype)), config.patch_size).to(
+            x_t.dtype
+        )
 
 
 def to_patches(x: torch.Tensor, p: int) -> torch.Tensor:
@@ -140,8 +175,9 @@ class LatentFlowConfig(FlowConfig):
     def __post_init__(self):
         if self.patch_size != 2 ** len(self.io_channels) or self.num_io_res_blocks < 1:
             raise ValueError(
-                f"LatentFlowConfig: expected patch_size 2^(number of io_block_channels) and num_io_res_blocks >= 1, got {self.patch_size}, "
-                f"{self.io_channels} and {self.num_io_res_blocks}. Correct the model's JSON file."
+                "LatentFlowConfig: expected patch_size 2^(number of io_block_channels) and num_io_res_blocks"
+                f" >= 1, got {self.patch_size}, {self.io_channels} and {self.num_io_res_blocks}. Correct the"
+                " model's JSON file."
             )
         super().__post_init__()
 
@@ -152,7 +188,9 @@ class LatentFlowConfig(FlowConfig):
 
 
 class LatentFlow(nn.Module):
-    """model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E]) -> velocity on the same voxels. Differentiable in: everything but t."""
+    """model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E]) -> velocity on the same voxels. Differentiable
+    in: everything but t.
+    """
 
     def __init__(self, config: LatentFlowConfig):
         super().__init__()
@@ -165,44 +203,70 @@ class LatentFlow(nn.Module):
             self.adaLN_modulation = blocks.modulation(channels)
         self.input_layer = nn.Linear(config.in_channels, outer)
         block = functools.partial(SparseResBlock, time_channels=channels, backend=config.sparse_conv)
-        kept, width = config.num_io_res_blocks - 1, 2 if config.use_skip_connection else 1
-        self.input_blocks = nn.ModuleList()  # per resolution, finest first: blocks that keep it, then one that halves it
+        kept = config.num_io_res_blocks - 1
+        width = 2 if config.use_skip_connection else 1
+        # per resolution, finest first: blocks that keep it, then one that halves it
+        self.input_blocks = nn.ModuleList()
         for finer, coarser in itertools.pairwise((*config.io_channels, channels)):
-            self.input_blocks.extend([block(finer, finer) for _ in range(kept)] + [block(finer, coarser, resample="down")])
+            self.input_blocks.extend(
+                [block(finer, finer) for _ in range(kept)] + [block(finer, coarser, resample="down")]
+            )
         self.blocks = config.blocks()
-        self.out_blocks = nn.ModuleList()  # coarsest first: one block that doubles it, then blocks that keep it
+        # coarsest first: one block that doubles it, then blocks that keep it
+        self.out_blocks = nn.ModuleList()
         for coarser, finer in itertools.pairwise((channels, *reversed(config.io_channels))):
             self.out_blocks.append(block(width * coarser, finer, resample="up"))
             self.out_blocks.extend([block(width * finer, finer) for _ in range(kept)])
         self.out_layer = nn.Linear(outer, config.out_channels)
         if config.use_fp16:
-            blocks.convert_torso((self.input_blocks, self.blocks, self.out_blocks), torch.float16, (nn.Linear, Kernel))
+            blocks.convert_torso(
+                (self.input_blocks, self.blocks, self.out_blocks), torch.float16, (nn.Linear, Kernel)
+            )
 
     def time(self, t: torch.Tensor) -> torch.Tensor:
         """Times [N] as the blocks read them, [N, C] float32."""
         return self.t_embedder(t)
 
-    def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor | None) -> SparseBatch:
+    def forward(
+        self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor | None
+    ) -> SparseBatch:
         config = self.config
-        check_shape("LatentFlow.x_t", x_t.feats, ["V", config.in_channels], "Give latents of this model's size.")
-        check_shape("LatentFlow.cond", cond, [x_t.size, "L", config.cond_channels], "Use embeddings of the encoder it was trained with.")
+        check_shape(
+            "LatentFlow.x_t", x_t.feats, ["V", config.in_channels], "Give latents of this model's size."
+        )
+        check_shape(
+            "LatentFlow.cond",
+            cond,
+            [x_t.size, "L", config.cond_channels],
+            "Use embeddings of the encoder it was trained with.",
+        )
         dtype = blocks.torso_dtype(self.blocks)
         time = self.time(t, *step)
         shared = self.adaLN_modulation(time) if config.share_mod else time
-        time, shared, cond = time.to(dtype), shared.to(dtype), cond.to(dtype)
+        time = time.to(dtype)
+        shared = shared.to(dtype)
+        cond = cond.to(dtype)
         h = x_t.with_feats(self.input_layer(x_t.feats.float()).to(dtype))
-        skips, finer = [], []  # the features behind each input block, and the batch before each halving
+        # the features behind each input block, and the batch before each halving
+        skips = []
+        finer = []
         for block in self.input_blocks:
             if block.resample:
                 finer.append(h)
             h = blocks.run_block(block, h, time, recompute=self.recompute)
             skips.append(h.feats)
-        feats, layout = h.feats + blocks.position_embedding(h.coords[:, 1:], config.model_channels).to(dtype), blocks.SparseLayout(h)
-        feats = run_blocks(self.blocks, feats, shared, cond, layout, h.lengths.tolist(), recompute=self.recompute)
+        feats = h.feats + blocks.position_embedding(h.coords[:, 1:], config.model_channels).to(dtype)
+        layout = blocks.SparseLayout(h)
+        feats = run_blocks(
+            self.blocks, feats, shared, cond, layout, h.lengths.tolist(), recompute=self.recompute
+        )
         h = h.with_feats(feats)
-        for block, skip in zip(self.out_blocks, reversed(skips), strict=True):  # which sees its input block's features beside its own
+        # which sees its input block's features beside its own
+        for block, skip in zip(self.out_blocks, reversed(skips), strict=True):
             if config.use_skip_connection:
                 h = h.with_feats(torch.cat([h.feats, skip], 1))
-            h = blocks.run_block(block, h, time, finer.pop() if block.resample else None, recompute=self.recompute)
+            h = blocks.run_block(
+                block, h, time, finer.pop() if block.resample else None, recompute=self.recompute
+            )
         feats = F.layer_norm(h.feats.to(x_t.feats.dtype), h.feats.shape[-1:])
         return x_t.with_feats(self.out_layer(feats.to(self.out_layer.weight.dtype)).to(x_t.feats.dtype))

@@ -1,12 +1,16 @@
-"""Sparse grids: convolution, halving and doubling, and the residual block that TRELLIS's second flow makes of them.
+"""Sparse grids: convolution, halving and doubling, and the residual block that TRELLIS's second flow makes of
+them.
 
-The convolution is submanifold, 3 x 3 x 3: outputs on the voxels of the input alone, from those neighbours that exist.
+The convolution is submanifold, 3 x 3 x 3: outputs on the voxels of the input alone, from those neighbours
+that exist.
 
     y[u] = b + sum over taps (i, j, k) of W[:, i, j, k, :] x[u + (i - 1, j - 1, k - 1)]
 
-That is a dense cross-correlation read off at the voxels (Graham, Engelcke and van der Maaten 2018). Weights lie as spconv stores them.
+That is a dense cross-correlation read off at the voxels (Graham, Engelcke and van der Maaten 2018). Weights
+lie as spconv stores them.
 
-Shape letters: N samples, V voxels, W voxels of the coarser grid, A channels in, B channels out, P pairs of neighbours at a tap.
+Shape letters: N samples, V voxels, W voxels of the coarser grid, A channels in, B channels out, P pairs of
+neighbours at a tap.
 """
 
 import functools
@@ -55,20 +59,28 @@ class Kernel(nn.Module):
 
 
 def submanifold_conv(
-    x: SparseBatch, weight: torch.Tensor, bias: torch.Tensor, backend: str = "auto", coarse: torch.Tensor | None = None
+    x: SparseBatch,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    backend: str = "auto",
+    coarse: torch.Tensor | None = None,
 ) -> SparseBatch:
     """The formula above on the voxels of x, feats [V, A] -> [V, B]; in autocast's type where that is on.
 
     Args:
-        coarse: [W, A], features in place of those of x on the voxels of x halved; each voxel of x has those of the one that it falls into.
+        coarse: [W, A], features in place of those of x on the voxels of x halved; each voxel of x has those
+            of the one that it falls into.
         weight: [B, 3, 3, 3, A]; bias: [B].
-        backend: "torch"; "spconv", which computes backwards on CUDA only; "auto": spconv on CUDA where it is installed.
+        backend: "torch"; "spconv", which computes backwards on CUDA only; "auto": spconv on CUDA where it is
+            installed.
     Differentiable in: feats, weight, bias (once).
     Raises: ValueError where shapes disagree, a voxel comes twice, or spconv is asked for and missing.
     """
     feats = x.feats if coarse is None else coarse
     channels = feats.shape[1]
-    check_shape("submanifold_conv.weight", weight, ["B", 3, 3, 3, channels], "Give a kernel for these features.")
+    check_shape(
+        "submanifold_conv.weight", weight, ["B", 3, 3, 3, channels], "Give a kernel for these features."
+    )
     check_backend(backend)
     device = feats.device.type
     if torch.is_autocast_enabled(device):
@@ -85,9 +97,14 @@ def submanifold_conv(
 def check_backend(backend: str) -> None:
     """Raise ValueError for a name that is none, or spconv where it is not installed."""
     if backend not in BACKENDS:
-        raise ValueError(f"sparse convolution: expected one of {', '.join(BACKENDS)}, got {backend!r}. Choose one.")
+        raise ValueError(
+            f"sparse convolution: expected one of {', '.join(BACKENDS)}, got {backend!r}. Choose one."
+        )
     if backend == "spconv" and not has_spconv():
-        raise ValueError("sparse convolution: expected the package spconv, got none. Install it for this CUDA version, or use 'torch'.")
+        raise ValueError(
+            "sparse convolution: expected the package spconv, got none. Install it for this CUDA version, or"
+            " use 'torch'."
+        )
 
 
 def neighbours(x: SparseBatch) -> list[Pairs]:
@@ -98,30 +115,44 @@ def neighbours(x: SparseBatch) -> list[Pairs]:
     if "neighbours" in x.cache:
         return x.cache["neighbours"]
     places = x.coords.long()
-    side = int(places[:, 1:].max()) + 3  # a margin on either side: no neighbour is mistaken for one in the next row
+    # a margin on either side: no neighbour is mistaken for one in the next row
+    side = int(places[:, 1:].max()) + 3
     strides = torch.tensor([side**3, side**2, side, 1], device=places.device)
     codes = (places * strides).sum(1) + strides[1:].sum()
     known, rows = codes.sort()
     if bool((known[1:] == known[:-1]).any()) or bool((places < 0).any()):
-        raise ValueError("sparse convolution: expected every voxel once and no negative index, got others. Remove the repeated rows.")
+        raise ValueError(
+            "sparse convolution: expected every voxel once and no negative index, got others. Remove the"
+            " repeated rows."
+        )
     before = []
     for tap in range(TAPS // 2):
-        i, j, k = tap // 9 - 1, tap // 3 % 3 - 1, tap % 3 - 1
+        i = tap // 9 - 1
+        j = tap // 3 % 3 - 1
+        k = tap % 3 - 1
         wanted = codes + (i * strides[1] + j * strides[2] + k)
         at = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
         written = (known[at] == wanted).nonzero().squeeze(1)
         before.append((written, rows[at[written]]))
     itself = torch.arange(len(codes), device=places.device)
-    x.cache["neighbours"] = [*before, (itself, itself), *((read, written) for written, read in reversed(before))]
+    x.cache["neighbours"] = [
+        *before,
+        (itself, itself),
+        *((read, written) for written, read in reversed(before)),
+    ]
     return x.cache["neighbours"]
 
 
-def _taps(pairs: list[Pairs], weight: torch.Tensor, rows: int) -> Iterator[tuple[int, torch.Tensor, Pairs, bool]]:
-    """(tap, its weights [B, A], pairs, whether these are more than all `rows` of the input) of taps that have any, as many pairs at a
-    time as NUMBERS allows."""
+def _taps(
+    pairs: list[Pairs], weight: torch.Tensor, rows: int
+) -> Iterator[tuple[int, torch.Tensor, Pairs, bool]]:
+    """(tap, its weights [B, A], pairs, whether these are more than all `rows` of the input) of taps that have
+    any, as many pairs at a time as NUMBERS allows.
+    """
     most = max(NUMBERS // max(len(weight), weight.shape[2]), 1)
     for tap, (written, read) in enumerate(pairs):
-        kernel, many = weight[:, tap].contiguous(), len(read) >= rows
+        kernel = weight[:, tap].contiguous()
+        many = len(read) >= rows
         count = max(len(read), 1) if many else most
         for pair in zip(written.split(count), read.split(count), strict=True):
             if len(pair[0]):
@@ -130,32 +161,46 @@ def _taps(pairs: list[Pairs], weight: torch.Tensor, rows: int) -> Iterator[tuple
 
 def _sums(rows: int, channels: int, like: torch.Tensor) -> torch.Tensor:
     """Zeros to add up in: float32 at least."""
-    return torch.zeros(rows, channels, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return torch.zeros(
+        rows, channels, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
+    )
 
 
 class _Convolve(torch.autograd.Function):
-    """Gather, multiply, add, tap by tap; where a tap joins more pairs than there are rows to read, these are multiplied once each.
+    """Gather, multiply, add, tap by tap; where a tap joins more pairs than there are rows to read, these are
+    multiplied once each.
 
     Both passes keep nothing but their arguments; a frozen kernel keeps no features.
     """
 
     @staticmethod
-    def forward(ctx, feats: torch.Tensor, weight: torch.Tensor, pairs: list[Pairs], voxels: int) -> torch.Tensor:  # weight [B, 27, A]
+    # weight [B, 27, A]
+    def forward(
+        ctx, feats: torch.Tensor, weight: torch.Tensor, pairs: list[Pairs], voxels: int
+    ) -> torch.Tensor:
         ctx.save_for_backward(feats if ctx.needs_input_grad[1] else None, weight)
-        ctx.pairs, ctx.shape = pairs, feats.shape
+        ctx.pairs = pairs
+        ctx.shape = feats.shape
         ctx.multiply = multiply = product if fits(feats, weight) else F.linear
         out = _sums(voxels, len(weight), feats)
         for _, own, (written, read), many in _taps(pairs, weight, len(feats)):
-            part = multiply(feats, own).index_select(0, read) if many else multiply(feats.index_select(0, read), own)
+            part = (
+                multiply(feats, own).index_select(0, read)
+                if many
+                else multiply(feats.index_select(0, read), own)
+            )
             out.index_add_(0, written, part.to(out.dtype))
         return out.to(feats.dtype)
 
     @staticmethod
     @once("sparse convolution", "There is no second one.")
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # [V, B]
-        (feats, weight), (rows, channels) = ctx.saved_tensors, ctx.shape
+        feats, weight = ctx.saved_tensors
+        rows, channels = ctx.shape
         to_feats = _sums(rows, channels, grad) if ctx.needs_input_grad[0] else None
-        to_weight = _sums(len(weight), TAPS * channels, grad).view(weight.shape) if ctx.needs_input_grad[1] else None
+        to_weight = (
+            _sums(len(weight), TAPS * channels, grad).view(weight.shape) if ctx.needs_input_grad[1] else None
+        )
         for tap, own, (written, read), many in _taps(ctx.pairs, weight, rows):
             part = grad.index_select(0, written)
             if many:
@@ -165,7 +210,9 @@ class _Convolve(torch.autograd.Function):
                 own_part = ctx.multiply(part, own.t()).to(to_feats.dtype)
                 to_feats = to_feats.add_(own_part) if many else to_feats.index_add_(0, read, own_part)
             if to_weight is not None:
-                to_weight[:, tap] += ctx.multiply(part.t(), (feats if many else feats.index_select(0, read)).t())
+                to_weight[:, tap] += ctx.multiply(
+                    part.t(), (feats if many else feats.index_select(0, read)).t()
+                )
         return (*(None if g is None else g.to(grad.dtype) for g in (to_feats, to_weight)), None, None)
 
 
@@ -221,23 +268,36 @@ def downsample(x: SparseBatch) -> SparseBatch:
 
 
 def upsample(x: SparseBatch, fine: SparseBatch) -> SparseBatch:
-    """Features of the coarse voxels on the voxels of `fine`, whose downsampling gave x's; [W, C] -> [V, C]. Differentiable in: x's feats.
+    """Features of the coarse voxels on the voxels of `fine`, whose downsampling gave x's; [W, C] -> [V, C].
+    Differentiable in: x's feats.
 
     Raises: ValueError where x does not lie on the halved voxels of `fine`.
     """
     to = coarser(fine)
     if len(to.coords) != len(x.feats):
-        raise ValueError(f"upsample: expected {len(to.coords)} coarse voxels, got {len(x.feats)}. Give the batch that was downsampled.")
+        raise ValueError(
+            f"upsample: expected {len(to.coords)} coarse voxels, got {len(x.feats)}. Give the batch that was"
+            " downsampled."
+        )
     return fine.with_feats(x.feats[to.row])
 
 
 class SparseResBlock(nn.Module):
-    """Two convolutions beside a skip; the time scales and shifts between them. The grid is halved, doubled or kept before both.
+    """Two convolutions beside a skip; the time scales and shifts between them. The grid is halved, doubled or
+    kept before both.
 
     h = conv1(silu(norm1(x)));  y = skip(x) + conv2(silu(norm2(h) (1 + scale) + shift))
     """
 
-    def __init__(self, channels: int, out_channels: int, time_channels: int, *, resample: str = "", backend: str = "auto"):
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        time_channels: int,
+        *,
+        resample: str = "",
+        backend: str = "auto",
+    ):
         super().__init__()
         self.resample = resample  # "down", "up" or neither
         self.norm1 = LayerNorm32(channels, affine=True)
@@ -252,11 +312,14 @@ class SparseResBlock(nn.Module):
         if self.resample == "down":
             x = downsample(x)
         scale, shift = self.emb_layers(time).chunk(2, -1)
-        h, skip = F.silu(self.norm1(x.feats)), self.skip_connection(x.feats)
+        h = F.silu(self.norm1(x.feats))
+        skip = self.skip_connection(x.feats)
         if self.resample == "up":  # what is done row by row is done before rows are repeated
             assert fine is not None
-            x, coarse = upsample(x.with_feats(skip), fine), h
-            h, skip = self.conv1(x, coarse).feats, x.feats
+            x = upsample(x.with_feats(skip), fine)
+            coarse = h
+            h = self.conv1(x, coarse).feats
+            skip = x.feats
         else:
             h = self.conv1(x.with_feats(h)).feats
         h = self.norm2(h) * (1 + scale[x.sample]) + shift[x.sample]

@@ -1,7 +1,9 @@
-"""Who may label: links that log an annotator in, and the commands that make, list and revoke annotators. Imports no torch, no server.
+"""Who may label: links that log an annotator in, and the commands that make, list and revoke annotators.
+Imports no torch, no server.
 
-A link is the token in another form and is valid as long: made void by another token (`new-token`) or by revoking. The token stands
-behind '#', which browsers send to no server: neither logs nor a Referer hold it, and what fetches a link for a preview logs nobody in.
+A link is the token in another form and is valid as long: made void by another token (`new-token`) or by
+revoking. The token stands behind '#', which browsers send to no server: neither logs nor a Referer hold it,
+and what fetches a link for a preview logs nobody in.
 """
 
 import datetime
@@ -23,17 +25,33 @@ if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
 
 PICTURES = (".svg", ".png")
-address = option("--address", metavar="URL", default=None, help="Where annotators reach the server, as https://host:8000: for the link.",
-                 show_default="a link without it")  # fmt: skip
-qr = option("--qr", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=None,
-            help="The link's QR code as a new .svg or .png; needs --address.")  # fmt: skip
+address = option(
+    "--address",
+    metavar="URL",
+    default=None,
+    help="Where annotators reach the server, as https://host:8000: for the link.",
+    show_default="a link without it",
+)
+qr = option(
+    "--qr",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="The link's QR code as a new .svg or .png; needs --address.",
+)
 handed_over = together(address, qr)
 
 
 def check_address(address: str) -> str:
     """The server's address without what a browser may have added. Raises: ValueError."""
     parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or "@" in parts.netloc
+        or parts.query
+        or parts.fragment
+    ):
         raise ValueError(f"expected the server's address, got {address!r}. Write it as https://host:8000.")
     return f"{parts.scheme}://{parts.netloc}"
 
@@ -75,7 +93,14 @@ def write_qr(path: Path, link: str) -> None:
 @database
 def add_annotator(name: str, admin: bool, address: str | None, qr: Path | None, db: str) -> None:
     """Make an annotator and print the token, this once; only its hash is stored."""
-    _hand_over(name, address, qr, db, True, lambda store: store.add_annotator(name, "admin" if admin else "annotator"))
+    _hand_over(
+        name,
+        address,
+        qr,
+        db,
+        True,
+        lambda store: store.add_annotator(name, "admin" if admin else "annotator"),
+    )
 
 
 @click.command("new-token", cls=GroupedCommand)
@@ -83,17 +108,23 @@ def add_annotator(name: str, admin: bool, address: str | None, qr: Path | None, 
 @handed_over
 @database
 def new_token(name: str, address: str | None, qr: Path | None, db: str) -> None:
-    """Replace an annotator's token, or give one to somebody revoked: the old one, its link and all sessions end, the work stays."""
+    """Replace an annotator's token, or give one to somebody revoked: the old one, its link and all sessions
+    end, the work stays.
+    """
     _hand_over(name, address, qr, db, False, lambda store: store.new_token(name))
 
 
-def _hand_over(name: str, address: str | None, qr: Path | None, db: str, create: bool, make: Callable[["Store"], str]) -> None:
+def _hand_over(
+    name: str, address: str | None, qr: Path | None, db: str, create: bool, make: Callable[["Store"], str]
+) -> None:
     """Print a new token on stdout, and on stderr what goes with it."""
     with naming("--address"):
         server = check_address(address) if address else ""
     with naming("--qr"):
         if qr is not None and not server:
-            raise ValueError("expected --address as well, got none, without which a phone finds no server. Add it.")
+            raise ValueError(
+                "expected --address as well, got none, without which a phone finds no server. Add it."
+            )
         if qr is not None:
             check_picture(qr)
     with open_store(db, create) as store:
@@ -115,10 +146,16 @@ def _hand_over(name: str, address: str | None, qr: Path | None, db: str, create:
 @click.argument("name")
 @database
 def revoke(name: str, db: str) -> None:
-    """Withdraw an annotator's token, link and sessions; the judgements stay. `new-token` lets her in again."""
+    """Withdraw an annotator's token, link and sessions; the judgements stay.
+    `new-token` lets her in again.
+    """
     with open_store(db, create=False) as store:
         store.revoke_annotator(name)
-        left = [person for person in store.annotators() if person.role == "admin" and person.revoked is None and person.name != LOCAL]
+        left = [
+            person
+            for person in store.annotators()
+            if person.role == "admin" and person.revoked is None and person.name != LOCAL
+        ]
         role = next(person.role for person in store.annotators() if person.name == name)
     click.echo(f"{name}: token revoked")
     if role == "admin" and not left:
@@ -132,7 +169,15 @@ def annotators(as_json: bool, db: str) -> None:
     """List annotators, roles and revocations."""
     with open_store(db, create=False) as store:
         people = store.annotators()
-    rows = [{"name": a.name, "role": a.role, "created": _date(a.created), "revoked": a.revoked and _date(a.revoked)} for a in people]
+    rows = [
+        {
+            "name": a.name,
+            "role": a.role,
+            "created": _date(a.created),
+            "revoked": a.revoked and _date(a.revoked),
+        }
+        for a in people
+    ]
     if as_json:
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
@@ -148,21 +193,31 @@ def status(as_json: bool, db: str) -> None:
     """Show campaigns, pairs, judgements and annotators."""
     with open_store(db, create=False) as store:
         known = store.annotators()
-        work, campaigns = store.tally(), store.campaigns()
+        work = store.tally()
+        campaigns = store.campaigns()
     rows: list[dict] = []
     for campaign in campaigns:
         tallies = [tally for tally in work if tally.campaign_id == campaign.id]
-        rows.append({
-            "name": campaign.settings.name, "mode": campaign.settings.mode.value, "pairs": campaign.pairs,
-            "judgements": sum(tally.judgements for tally in tallies), "annotators": {tally.name: tally.judgements for tally in tallies},
-            "created": _date(campaign.created), "last": _date(max(tally.last for tally in tallies)) if tallies else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": campaign.settings.name,
+                "mode": campaign.settings.mode.value,
+                "pairs": campaign.pairs,
+                "judgements": sum(tally.judgements for tally in tallies),
+                "annotators": {tally.name: tally.judgements for tally in tallies},
+                "created": _date(campaign.created),
+                "last": _date(max(tally.last for tally in tallies)) if tallies else None,
+            }
+        )
     if as_json:
         click.echo(json.dumps({"campaigns": rows, "annotators": len(known)}, indent=1, ensure_ascii=False))
         return
     for row in rows:
         count = f"{row['pairs']} pairs, {row['judgements']} judgements of {len(row['annotators'])} annotators"
-        click.echo(f"{row['name']}: {row['mode']}, {count}, made {row['created']}, last answer {row['last'] or 'none'}")
+        click.echo(
+            f"{row['name']}: {row['mode']}, {count}, made {row['created']}, last answer"
+            f" {row['last'] or 'none'}"
+        )
     click.echo(f"{len(rows)} campaigns, {len(known)} annotators")
 
 

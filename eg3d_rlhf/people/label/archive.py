@@ -1,11 +1,12 @@
 """A store's campaigns without loss, as JSON lines: for archives, and for moving to another database.
 
-One record per line with a field `record`: campaign, shape, pair, annotator, assignment, judgement; those are the tables' rows, with names
-and tokens where the tables have numbers. Judgements come in order of receipt, with undos. Token hashes, sessions and leases stay behind.
-Reading a file again adds only what is new.
+One record per line with a field `record`: campaign, shape, pair, annotator, assignment, judgement; those are
+the tables' rows, with names and tokens where the tables have numbers. Judgements come in order of receipt,
+with undos. Token hashes, sessions and leases stay behind. Reading a file again adds only what is new.
 
-Also ranked-seeds tables: CSV with a row number, the preferred seed and the other, as published with arXiv 2606.27305. A table says neither
-who judged, nor when, nor on which side a shape was: sides are drawn by a hash, so that no side bias is invented.
+Also ranked-seeds tables: CSV with a row number, the preferred seed and the other, as published with arXiv
+2606.27305. A table says neither who judged, nor when, nor on which side a shape was: sides are drawn by a
+hash, so that no side bias is invented.
 """
 
 import hashlib
@@ -22,8 +23,27 @@ from sqlalchemy.exc import IntegrityError
 
 from eg3d_rlhf.core.seeds import refuse_held_out
 from eg3d_rlhf.people.label.campaigns import create, settings_from_json
-from eg3d_rlhf.people.label.database import Lock, annotators, assignments, campaigns, insert_all, judgements, pairs, shapes
-from eg3d_rlhf.people.label.entities import LOCAL, ROLES, CampaignSettings, Choice, Kind, Mode, PlannedPair, Shape, check_stored
+from eg3d_rlhf.people.label.database import (
+    Lock,
+    annotators,
+    assignments,
+    campaigns,
+    insert_all,
+    judgements,
+    pairs,
+    shapes,
+)
+from eg3d_rlhf.people.label.entities import (
+    LOCAL,
+    ROLES,
+    CampaignSettings,
+    Choice,
+    Kind,
+    Mode,
+    PlannedPair,
+    Shape,
+    check_stored,
+)
 from eg3d_rlhf.people.label.store import KNOWN, NAME, Store, find_or_add
 from eg3d_rlhf.people.label.store_labels import LabelFilters, preferences_of
 from eg3d_rlhf.preferences.labels import load_labels
@@ -45,7 +65,11 @@ KEPT = {  # by kind of record, whatever is referred to first
     "shape": Kept(shapes, "asset", {}),
     "pair": Kept(pairs, "position", {"first_id": "shape", "second_id": "shape"}),
     "assignment": Kept(assignments, "token", {"annotator_id": "annotator", "pair_id": "pair"}),
-    "judgement": Kept(judgements, "key", {"annotator_id": "annotator", "assignment_id": "assignment", "takes_back": "judgement"}),
+    "judgement": Kept(
+        judgements,
+        "key",
+        {"annotator_id": "annotator", "assignment_id": "assignment", "takes_back": "judgement"},
+    ),
 }
 STATE = {"takes_back", "answered", "leased", "taken"}  # columns that are not written as they are
 
@@ -56,7 +80,9 @@ def export_judgements(store: Store, path: str | Path, campaign: str | None = Non
         query = select(campaigns).order_by(campaigns.c.id)
         rows = list(c.execute(query if campaign is None else query.where(campaigns.c.name == campaign)))
         if campaign is not None and not rows:
-            raise ValueError(f"campaign: expected one of the store's, got {campaign!r}. `campaigns` lists them.")
+            raise ValueError(
+                f"campaign: expected one of the store's, got {campaign!r}. `campaigns` lists them."
+            )
         lines = [json.dumps({"record": "format", "version": FORMAT})]
         for row in rows:
             lines += [json.dumps(record) for record in _records(c, row)]
@@ -65,40 +91,69 @@ def export_judgements(store: Store, path: str | Path, campaign: str | None = Non
 
 
 def _records(c: Connection, campaign: Row) -> Iterator[dict]:
-    yield {"record": "campaign", "name": campaign.name, "settings": json.loads(campaign.settings), "created": campaign.created}
+    yield {
+        "record": "campaign",
+        "name": campaign.name,
+        "settings": json.loads(campaign.settings),
+        "created": campaign.created,
+    }
     known = list(c.execute(KNOWN.order_by(annotators.c.id)))
     called: dict[str, dict] = {"annotator": {annotator.id: annotator.name for annotator in known}}
     for kind, kept in KEPT.items():
-        rows = list(c.execute(select(kept.table).where(kept.table.c.campaign_id == campaign.id).order_by(kept.table.c.id)))
+        rows = list(
+            c.execute(
+                select(kept.table).where(kept.table.c.campaign_id == campaign.id).order_by(kept.table.c.id)
+            )
+        )
         if kind == "assignment":
             taking_part = {row.annotator_id for row in rows}
             yield from (
-                {"record": "annotator", "name": a.name, "role": a.role, "created": a.created} for a in known if a.id in taking_part
+                {"record": "annotator", "name": a.name, "role": a.role, "created": a.created}
+                for a in known
+                if a.id in taking_part
             )
         called[kind] = {row.id: row._mapping[kept.name] for row in rows}
         for row in rows:
-            plain = {k: v for k, v in row._mapping.items() if k != "id" and not k.endswith("_id") and k not in STATE}
-            linked = {column.removesuffix("_id"): called[other].get(row._mapping[column]) for column, other in kept.links.items()}
+            plain = {
+                k: v
+                for k, v in row._mapping.items()
+                if k != "id" and not k.endswith("_id") and k not in STATE
+            }
+            linked = {
+                column.removesuffix("_id"): called[other].get(row._mapping[column])
+                for column, other in kept.links.items()
+            }
             yield {"record": kind, "campaign": campaign.name, **plain, **linked}
 
 
 def import_judgements(store: Store, path: str | Path) -> int:
-    """Add a file's campaigns, or what is new of them; all of it or nothing. Returns the number of new judgements, undos included."""
+    """Add a file's campaigns, or what is new of them; all of it or nothing. Returns the number of new
+    judgements, undos included.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"import_judgements: expected an exported file, got none at {path}. Check the path.")
+        raise FileNotFoundError(
+            f"import_judgements: expected an exported file, got none at {path}. Check the path."
+        )
     locks = (Lock.SCHEMA, 1), (Lock.SCHEMA, 2)
     with path.open(encoding="utf-8", errors="replace") as file, store.database.write(*locks) as c:
-        reading, line = _Import(c, store.clock()), 0
+        reading = _Import(c, store.clock())
+        line = 0
         try:
             for line, text in enumerate(file, 1):
                 try:
                     record = json.loads(text)
                     kind = record["record"]
                 except (ValueError, TypeError, KeyError):
-                    raise ValueError(f"{path.name}, line {line}: expected an exported record, got {text[:40]!r}. Export again.") from None
+                    raise ValueError(
+                        f"{path.name}, line {line}: expected an exported record, got {text[:40]!r}. Export"
+                        " again."
+                    ) from None
                 if line == 1 and (kind != "format" or record.get("version") != FORMAT):
-                    raise ValueError(f"{path.name}, line 1: expected format {FORMAT}, got {text[:60]!r}. Export with this program.")
+                    raise ValueError(
+                        f"{path.name}, line 1: expected format {FORMAT}, got {text[:60]!r}. Export with this"
+                        " program."
+                    )
                 try:
                     if line > 1:
                         reading.add(record)
@@ -109,15 +164,22 @@ def import_judgements(store: Store, path: str | Path) -> int:
             reading.settle()
         except IntegrityError as error:
             reason = str(error.orig).strip().splitlines()[0]
-            raise ValueError(f"{path.name}, up to line {line}: the store has others there ({reason}). Import into another store.") from None
+            raise ValueError(
+                f"{path.name}, up to line {line}: the store has others there ({reason}). Import into another"
+                " store."
+            ) from None
     return reading.new
 
 
 class _Import:
-    """Adds records, many at a time: what waits is of one kind and one campaign, and is written before anything asks for its ids."""
+    """Adds records, many at a time: what waits is of one kind and one campaign, and is written before
+    anything asks for its ids.
+    """
 
     def __init__(self, c: Connection, now: float):
-        self.c, self.now, self.new = c, now, 0
+        self.c = c
+        self.now = now
+        self.new = 0
         self.campaigns: dict[str, int] = {}
         self.learnt_from: set[str] = set()  # campaigns that collect preferences
         self.annotators: dict[str, int] = {}  # known to the file
@@ -127,7 +189,11 @@ class _Import:
 
     def add(self, record: dict) -> None:
         kind = record["record"]
-        adds = {"campaign": self._add_campaign, "annotator": self._add_annotator, **dict.fromkeys(KEPT, self._add_row)}
+        adds = {
+            "campaign": self._add_campaign,
+            "annotator": self._add_annotator,
+            **dict.fromkeys(KEPT, self._add_row),
+        }
         if kind not in adds:
             raise ValueError(f"expected a known record, got {kind!r}. Export with this program.")
         try:
@@ -144,8 +210,14 @@ class _Import:
         counting = select(func.max(judgements.c.id)).where(*chosen).scalar_subquery()
         taken_back = (judgements.c.assignment_id == assignments.c.id, judgements.c.type == "undo")
         last_undo = select(func.max(judgements.c.received_at)).where(*taken_back).scalar_subquery()
-        waiting = assignments.c.answered.is_(None) & (assignments.c.released.is_(None) | (assignments.c.released < last_undo))
-        holding = (assignments.c.pair_id == pairs.c.id, assignments.c.kind == Kind.PAIR.value, assignments.c.released.is_(None))
+        waiting = assignments.c.answered.is_(None) & (
+            assignments.c.released.is_(None) | (assignments.c.released < last_undo)
+        )
+        holding = (
+            assignments.c.pair_id == pairs.c.id,
+            assignments.c.kind == Kind.PAIR.value,
+            assignments.c.released.is_(None),
+        )
         held = select(func.count()).where(*holding).scalar_subquery()
         for campaign_id in self.campaigns.values():
             theirs = update(assignments).where(assignments.c.campaign_id == campaign_id)
@@ -155,7 +227,8 @@ class _Import:
 
     def _add_campaign(self, record: dict) -> None:
         self._write()
-        name, settings = record["name"], json.dumps(record["settings"], sort_keys=True)
+        name = record["name"]
+        settings = json.dumps(record["settings"], sort_keys=True)
         try:
             parsed = settings_from_json(settings)
         except (KeyError, TypeError, ValueError):
@@ -164,10 +237,16 @@ class _Import:
             raise ValueError(f"expected the settings of campaign {name!r}, got others. Export again.")
         known = self.c.execute(select(campaigns).where(campaigns.c.name == name)).first()
         if known is not None and known.settings != settings:
-            raise ValueError(f"expected a new campaign, got {name!r}, which the store uses for another. Use another store.")
+            raise ValueError(
+                f"expected a new campaign, got {name!r}, which the store uses for another. Use another store."
+            )
         values = _checked(campaigns, {**record, "settings": settings})
         self.learnt_from |= {name} if parsed.mode is not Mode.STUDY else set()
-        self.campaigns[name] = known.id if known else self.c.execute(insert(campaigns).returning(campaigns.c.id), values).scalar_one()
+        self.campaigns[name] = (
+            known.id
+            if known
+            else self.c.execute(insert(campaigns).returning(campaigns.c.id), values).scalar_one()
+        )
 
     def _add_annotator(self, record: dict) -> None:
         values = _checked(annotators, {"created": self.now, **record, "token_hash": None, "revoked": None})
@@ -178,12 +257,21 @@ class _Import:
         self.annotators[record["name"]] = known.id
 
     def _add_row(self, record: dict) -> None:
-        kind, campaign = record["record"], record["campaign"]
+        kind = record["record"]
+        campaign = record["campaign"]
         kept = KEPT[kind]
         linked: dict[str, Any] = {}
         for column, other in kept.links.items():
-            name = record.get(column.removesuffix("_id")) if kept.table.c[column].nullable else record[column.removesuffix("_id")]
-            linked[column] = None if name is None else self._id(other, campaign, (linked["annotator_id"], name) if other == kind else name)
+            name = (
+                record.get(column.removesuffix("_id"))
+                if kept.table.c[column].nullable
+                else record[column.removesuffix("_id")]
+            )
+            linked[column] = (
+                None
+                if name is None
+                else self._id(other, campaign, (linked["annotator_id"], name) if other == kind else name)
+            )
         name = (linked["annotator_id"], record[kept.name]) if kind == "judgement" else record[kept.name]
         if (kind, campaign) != self.kind:
             self._write()
@@ -201,17 +289,27 @@ class _Import:
             self._write()
         known = self.annotators if kind == "annotator" else self._known(kind, campaign)
         if name not in known:
-            raise ValueError(f"expected the {kind} to be named earlier in the file, got {name!r}. Export again.")
+            raise ValueError(
+                f"expected the {kind} to be named earlier in the file, got {name!r}. Export again."
+            )
         return known[name]
 
     def _known(self, kind: str, campaign: str) -> dict:
         if (kind, campaign) not in self.ids:
             if campaign not in self.campaigns:
-                raise ValueError(f"expected a campaign named earlier in the file, got {campaign!r}. Export again.")
+                raise ValueError(
+                    f"expected a campaign named earlier in the file, got {campaign!r}. Export again."
+                )
             columns = KEPT[kind].table.c
-            wanted = columns.id, columns[KEPT[kind].name], *([columns.annotator_id] if kind == "judgement" else [])
+            wanted = (
+                columns.id,
+                columns[KEPT[kind].name],
+                *([columns.annotator_id] if kind == "judgement" else []),
+            )
             rows = self.c.execute(select(*wanted).where(columns.campaign_id == self.campaigns[campaign]))
-            self.ids[kind, campaign] = {(annotator[0], name) if annotator else name: id for id, name, *annotator in rows}
+            self.ids[kind, campaign] = {
+                (annotator[0], name) if annotator else name: id for id, name, *annotator in rows
+            }
         return self.ids[kind, campaign]
 
     def _write(self) -> None:
@@ -222,32 +320,58 @@ class _Import:
 
 
 def _checked(table: Table, record: dict) -> dict:
-    """A record's values for every column of a table. Raises: ValueError for values of a wrong type, which a database may not mind."""
+    """A record's values for every column of a table.
+
+    Raises: ValueError for values of a wrong type, which a database may not mind.
+    """
     values: dict[str, Any] = {}
     for column in table.columns:
         if column.name == "id":
             continue
         value = record.get(column.name)
         kinds = (int, float) if column.type.python_type is float else (column.type.python_type,)
-        if not (value is None and column.nullable) and (isinstance(value, bool) or not isinstance(value, kinds)):
-            raise ValueError(f"expected {column.name} of type {kinds[-1].__name__}, got {value!r}. Export again.")
+        if not (value is None and column.nullable) and (
+            isinstance(value, bool) or not isinstance(value, kinds)
+        ):
+            raise ValueError(
+                f"expected {column.name} of type {kinds[-1].__name__}, got {value!r}. Export again."
+            )
         values[column.name] = value
     if values.get("votes") is not None:
         check_stored(values["votes"])
     return values
 
 
-def import_ranked_seeds(store: Store, path: str | Path, campaign: str | None = None, annotator: str = "imported") -> int:
-    """Make a campaign of a table's pairs, all answered by `annotator`; returns their number. Args: campaign: None: the file's name."""
+def import_ranked_seeds(
+    store: Store, path: str | Path, campaign: str | None = None, annotator: str = "imported"
+) -> int:
+    """Make a campaign of a table's pairs, all answered by `annotator`; returns their number.
+
+    Args: campaign: None: the file's name.
+    """
     path = Path(path)
-    labels, header = load_labels(path), path.read_text(encoding="utf-8").partition("\n")[0].strip()
+    labels = load_labels(path)
+    header = path.read_text(encoding="utf-8").partition("\n")[0].strip()
     if not header.endswith(",rank1,rank2"):  # of another table, ties would be taken for preferences
-        raise ValueError(f"{path.name}, line 1: expected the columns row number, rank1, rank2, got {header[:80]!r}. Correct it.")
+        raise ValueError(
+            f"{path.name}, line 1: expected the columns row number, rank1, rank2, got {header[:80]!r}."
+            " Correct it."
+        )
     name = campaign or path.stem
     extra = {"origin": "ranked-seeds table", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     settings = CampaignSettings(name=name, repeat_share=0, swap_share=0, gold_every=0, extra=extra)
-    known: dict[str, Any] = {"generator": "", "source": "", "psi": math.nan, "level": math.nan, "resolution": 0, "triangles": 0}
-    planned = [PlannedPair(first=Shape(seed=pref.winner, **known), second=Shape(seed=pref.loser, **known)) for pref in labels]
+    known: dict[str, Any] = {
+        "generator": "",
+        "source": "",
+        "psi": math.nan,
+        "level": math.nan,
+        "resolution": 0,
+        "triangles": 0,
+    }
+    planned = [
+        PlannedPair(first=Shape(seed=pref.winner, **known), second=Shape(seed=pref.loser, **known))
+        for pref in labels
+    ]
     who = store.annotator_without_token(annotator)
     with store.database.write((Lock.SCHEMA, 1)) as c:
         now = store.clock()
@@ -257,27 +381,60 @@ def import_ranked_seeds(store: Store, path: str | Path, campaign: str | None = N
 
 
 def export_ranked_seeds(store: Store, path: str | Path, **filters) -> None:
-    """Write the paper's table, rows numbered from 0; ties, which it cannot hold, are left out. Filters as `LabelFilters`."""
+    """Write the paper's table, rows numbered from 0; ties, which it cannot hold, are left out. Filters as
+    `LabelFilters`.
+    """
     decided = [label for label in preferences_of(store, LabelFilters(**filters)) if not label.tie]
     if not decided:
-        raise ValueError("export: expected at least one preference that passes the filters, got none. Ask for less.")
-    lines = [",rank1,rank2", *(f"{number},{label.winner},{label.loser}" for number, label in enumerate(decided))]
+        raise ValueError(
+            "export: expected at least one preference that passes the filters, got none. Ask for less."
+        )
+    lines = [
+        ",rank1,rank2",
+        *(f"{number},{label.winner},{label.loser}" for number, label in enumerate(decided)),
+    ]
     write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
 def _answer_all(c: Connection, mine: dict, ids: list[int], now: float) -> None:
-    campaign, numbers = mine["campaign_id"], range(len(ids))
+    campaign = mine["campaign_id"]
+    numbers = range(len(ids))
     first_left = [hashlib.sha256(f"{campaign} {number}".encode()).digest()[0] & 1 for number in numbers]
-    given = insert_all(c, assignments, [
-        {**mine, "token": secrets.token_urlsafe(18), "pair_id": pair, "sequence": number + 1, "kind": Kind.PAIR.value,
-         "first_is_left": left, "leased": now}
-        for pair, number, left in zip(ids, numbers, first_left, strict=True)
-    ])  # fmt: skip
-    c.execute(insert(judgements), [
-        {**mine, "key": f"{campaign}-{number}", "type": "choice", "choice": (Choice.LEFT if left else Choice.RIGHT).value,
-         "assignment_id": assigned, "milliseconds": 0, "views": "[]", "received_at": now, "page_version": "import"}
-        for assigned, number, left in zip(given, numbers, first_left, strict=True)
-    ])  # fmt: skip
-    judgement = select(judgements.c.id).where(judgements.c.assignment_id == assignments.c.id).scalar_subquery()
+    given = insert_all(
+        c,
+        assignments,
+        [
+            {
+                **mine,
+                "token": secrets.token_urlsafe(18),
+                "pair_id": pair,
+                "sequence": number + 1,
+                "kind": Kind.PAIR.value,
+                "first_is_left": left,
+                "leased": now,
+            }
+            for pair, number, left in zip(ids, numbers, first_left, strict=True)
+        ],
+    )
+    c.execute(
+        insert(judgements),
+        [
+            {
+                **mine,
+                "key": f"{campaign}-{number}",
+                "type": "choice",
+                "choice": (Choice.LEFT if left else Choice.RIGHT).value,
+                "assignment_id": assigned,
+                "milliseconds": 0,
+                "views": "[]",
+                "received_at": now,
+                "page_version": "import",
+            }
+            for assigned, number, left in zip(given, numbers, first_left, strict=True)
+        ],
+    )
+    judgement = (
+        select(judgements.c.id).where(judgements.c.assignment_id == assignments.c.id).scalar_subquery()
+    )
     c.execute(update(assignments).where(assignments.c.campaign_id == campaign).values(answered=judgement))
     c.execute(update(pairs).where(pairs.c.campaign_id == campaign).values(taken=pairs.c.places))

@@ -1,4 +1,6 @@
-"""The command line of the labelling application: a server with flags of its own, and what is done beside it."""
+"""The command line of the labelling application: a server with flags of its own,
+and what is done beside it.
+"""
 
 import functools
 import json
@@ -11,11 +13,24 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, check_extra, naming, option, options_of
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.access import PEOPLE
-from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, database, open_store, sqlite_file, store_exists
+from eg3d_rlhf.people.label.db_flag import (
+    DATABASE,
+    DB,
+    EXTRA,
+    database,
+    open_store,
+    sqlite_file,
+    store_exists,
+)
 from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Mode, parse_questions
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.quality import as_text, leaderboard_of
-from eg3d_rlhf.people.label.store_labels import export_assets, export_labels, export_unpaired, without_password
+from eg3d_rlhf.people.label.store_labels import (
+    export_assets,
+    export_labels,
+    export_unpaired,
+    without_password,
+)
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
@@ -24,18 +39,25 @@ MAKE = "python tools/label.py add-annotator NAME"
 
 
 def _archive(what: str, *args, **options) -> Any:
-    """Call a function that reads or writes the tables themselves: its module needs the extra, which help does without."""
+    """Call a function that reads or writes the tables themselves: its module needs the extra, which help does
+    without.
+    """
     from eg3d_rlhf.people.label import archive
 
     return getattr(archive, what)(*args, **options)
 
 
-KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of exports: the files' suffixes, and what writes them
-    "labels": ((".jsonl", ".csv"), export_labels), "unpaired": ((".jsonl",), export_unpaired),
+# of exports: the files' suffixes, and what writes them
+KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {
+    "labels": ((".jsonl", ".csv"), export_labels),
+    "unpaired": ((".jsonl",), export_unpaired),
     "judgements": ((".jsonl",), functools.partial(_archive, "export_judgements")),
     "ranked-seeds": ((".csv",), functools.partial(_archive, "export_ranked_seeds")),
-    **{kind: ((".jsonl",), functools.partial(export_assets, kind=kind)) for kind in ("asset-pairs", "rankings", "asset-scores")},
-}  # fmt: skip
+    **{
+        kind: ((".jsonl",), functools.partial(export_assets, kind=kind))
+        for kind in ("asset-pairs", "rankings", "asset-scores")
+    },
+}
 
 
 class LabelGroup(GroupedCommand, click.Group):
@@ -47,30 +69,93 @@ class LabelGroup(GroupedCommand, click.Group):
 
 
 @click.command("label", cls=LabelGroup, invoke_without_command=True)
-@option("--network", metavar="PATH", default=None, show_default="the bundled generator", help="Network file or run folder.", group="Pairs")
-@option("--assets", metavar="PATH", default=None, show_default="a generator's shapes", group="Pairs",
-        help="Finished assets, GLB, PLY, OBJ, splats or videos: a folder GENERATOR/PROMPT.glb, or a list (.jsonl).")
-@option("--up", type=click.Choice(["y", "z"]), default="y", group="Pairs", help="Of finished assets: the axis that points up.")
+@option(
+    "--network",
+    metavar="PATH",
+    default=None,
+    show_default="the bundled generator",
+    help="Network file or run folder.",
+    group="Pairs",
+)
+@option(
+    "--assets",
+    metavar="PATH",
+    default=None,
+    show_default="a generator's shapes",
+    group="Pairs",
+    help=(
+        "Finished assets, GLB, PLY, OBJ, splats or videos: a folder GENERATOR/PROMPT.glb, or a list (.jsonl)."
+    ),
+)
+@option(
+    "--up",
+    type=click.Choice(["y", "z"]),
+    default="y",
+    group="Pairs",
+    help="Of finished assets: the axis that points up.",
+)
 @options_of(PairingOptions)
-@option("--reward", "rewards", metavar="FILE", multiple=True, show_default="the bundled two", group="Pairs",
-        help="Active: a reward of the ensemble; may be given again.")
-@option("--after", metavar="NAME", default=None, group="Pairs", help="Tournament: campaign whose results decide this next round.")
+@option(
+    "--reward",
+    "rewards",
+    metavar="FILE",
+    multiple=True,
+    show_default="the bundled two",
+    group="Pairs",
+    help="Active: a reward of the ensemble; may be given again.",
+)
+@option(
+    "--after",
+    metavar="NAME",
+    default=None,
+    group="Pairs",
+    help="Tournament: campaign whose results decide this next round.",
+)
 @options_of(CampaignSettings)
-@option("--show-render/--no-show-render", default=False, group="Pairs", rare=True,
-        help="Whether the RGB picture may be asked for.")
-@option("--both-bad/--no-both-bad", default=True, group="Pairs", rare=True,
-        help="Whether 'both are bad' may be answered; no with --single.")
-@option("--questions", metavar="LIST", default="", show_default="none", group="Pairs",
-        help=f"Asked besides which is better, with commas between: {', '.join(QUESTIONS)}, or NAME=TEXT.")
-@option("--reveal/--no-reveal", default=False, group="Pairs", rare=True, help="Whether the generators' names are told after each answer.")
+@option(
+    "--show-render/--no-show-render",
+    default=False,
+    group="Pairs",
+    rare=True,
+    help="Whether the RGB picture may be asked for.",
+)
+@option(
+    "--both-bad/--no-both-bad",
+    default=True,
+    group="Pairs",
+    rare=True,
+    help="Whether 'both are bad' may be answered; no with --single.",
+)
+@option(
+    "--questions",
+    metavar="LIST",
+    default="",
+    show_default="none",
+    group="Pairs",
+    help=f"Asked besides which is better, with commas between: {', '.join(QUESTIONS)}, or NAME=TEXT.",
+)
+@option(
+    "--reveal/--no-reveal",
+    default=False,
+    group="Pairs",
+    rare=True,
+    help="Whether the generators' names are told after each answer.",
+)
 @option("--db", metavar="URL", default=DB, help=DATABASE)
 @option("--campaign", metavar="NAME", default="labels", help="Made if it is new, else taken up again.")
 @option("-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
 @launch.server_options("access.jsonl beside the database")
 @click.pass_context
 def main(
-    ctx: click.Context, db: str, campaign: str, network: str | None, assets: str | None, after: str | None, rewards: tuple,
-    dry_run: bool, **flags,
+    ctx: click.Context,
+    db: str,
+    campaign: str,
+    network: str | None,
+    assets: str | None,
+    after: str | None,
+    rewards: tuple,
+    dry_run: bool,
+    **flags,
 ) -> None:
     """Label pairs of shapes, or shapes one by one, in the browser; prints the address.
 
@@ -97,60 +182,106 @@ def main(
 
 
 def _request(
-    ctx: click.Context, campaign: str, network: str | None, assets: str | None, after: str | None, rewards: tuple, flags: dict
+    ctx: click.Context,
+    campaign: str,
+    network: str | None,
+    assets: str | None,
+    after: str | None,
+    rewards: tuple,
+    flags: dict,
 ) -> tuple[launch.Request, set[str]]:
     given = launch.given_flags(ctx)
     if assets is not None:
         _refuse_generators_flags(ctx, given, flags["strategy"])
     elif "up" in given:
-        raise ValueError("--up: expected --assets beside it, got none; a generator's shapes stand upright. Leave it out.")
+        raise ValueError(
+            "--up: expected --assets beside it, got none; a generator's shapes stand upright. Leave it out."
+        )
     flags = launch.filled(flags, PairingOptions, CampaignSettings)
     if after is not None and flags["strategy"] != "tournament":
-        raise ValueError(f"--after: expected --strategy=tournament, got {flags['strategy']}. Add it, or leave --after out.")
-    pairing = PairingOptions(rewards=rewards, **{name: flags[name] for name in PairingOptions.__dataclass_fields__ if name != "rewards"})
+        raise ValueError(
+            f"--after: expected --strategy=tournament, got {flags['strategy']}. Add it, or leave --after out."
+        )
+    pairing = PairingOptions(
+        rewards=rewards,
+        **{name: flags[name] for name in PairingOptions.__dataclass_fields__ if name != "rewards"},
+    )
     from eg3d_rlhf.generators import find_network
 
     with naming("--network"):
         source = find_network(network).resolve() if network else None
         if source is not None and not source.is_file():
-            raise FileNotFoundError(f"expected a network file or a run folder, got nothing at {network}. Check the path.")
+            raise FileNotFoundError(
+                f"expected a network file or a run folder, got nothing at {network}. Check the path."
+            )
     settings = {name: flags[name] for name in launch.SETTINGS}
     settings["questions"] = tuple(part.strip() for part in flags["questions"].split(",") if part.strip())
     if pairing.single:
-        settings |= {name: value for name, value in (("swap_share", 0.0), ("both_bad", False)) if name not in given}
+        settings |= {
+            name: value for name, value in (("swap_share", 0.0), ("both_bad", False)) if name not in given
+        }
     request = launch.Request(
-        name=campaign, network=str(source) if source else None, after=after, pairing=pairing, settings=settings,
-        assets=str(Path(assets).resolve()) if assets else None, up=flags["up"],
-    )  # fmt: skip
+        name=campaign,
+        network=str(source) if source else None,
+        after=after,
+        pairing=pairing,
+        settings=settings,
+        assets=str(Path(assets).resolve()) if assets else None,
+        up=flags["up"],
+    )
     if "prompt" in settings["questions"] and assets is None:
-        raise ValueError("--questions: expected no 'prompt' without --assets: a generator's shapes have none. Leave it out.")
+        raise ValueError(
+            "--questions: expected no 'prompt' without --assets: a generator's shapes have none. Leave it"
+            " out."
+        )
     parse_questions(settings["questions"])
     request.campaign_settings({})  # checks the shares before anything slow
     return request, given
 
 
 def _refuse_generators_flags(ctx: click.Context, given: set[str], strategy: str | None) -> None:
-    """Flags that say how a generator's shapes are drawn say nothing of finished assets. Raises: ValueError naming them."""
+    """Flags that say how a generator's shapes are drawn say nothing of finished assets.
+
+    Raises: ValueError naming them.
+    """
     if strategy not in (None, "random"):
         raise ValueError(f"--strategy={strategy}: expected random pairs with --assets. Leave it out.")
     shared = {"pairs", "strategy", "seed", "gold", "training", "single"}
-    drawn = (set(PairingOptions.__dataclass_fields__) - shared) | {"network", "rewards", "after", "show_render"}
+    drawn = (set(PairingOptions.__dataclass_fields__) - shared) | {
+        "network",
+        "rewards",
+        "after",
+        "show_render",
+    }
     if wrong := launch.named_flags(ctx, given & drawn):
-        raise ValueError(f"{', '.join(wrong)}: expected no such flag with --assets, which are finished. Leave it out.")
+        raise ValueError(
+            f"{', '.join(wrong)}: expected no such flag with --assets, which are finished. Leave it out."
+        )
 
 
-def _dry_run(db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]) -> dict:
+def _dry_run(
+    db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]
+) -> dict:
     resumed = False
     if store_exists(db):
         with open_store(db, create=False) as store:
             stored = store.campaign(request.name)
             if stored is not None:
-                resumed, wanted = True, dict(launch.check_resumed(stored, wanted, given))
+                resumed = True
+                wanted = dict(launch.check_resumed(stored, wanted, given))
     kept = {"db": without_password(db), "access_log": str(server.access_log)}
-    return {"campaign": request.name, "action": "resume" if resumed else "plan", **wanted, **server.to_dict(), **kept}
+    return {
+        "campaign": request.name,
+        "action": "resume" if resumed else "plan",
+        **wanted,
+        **server.to_dict(),
+        **kept,
+    }
 
 
-def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]) -> None:
+def _start(
+    db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]
+) -> None:
     planned = None
     if not store_exists(db):  # whatever is wrong comes to light before a database is made
         if server.exposed:
@@ -167,35 +298,81 @@ def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted:
         else:
             launch.check_resumed(campaign, wanted, given)
             answered = sum(1 for _ in store.judgements(request.name))
-            click.echo(f"campaign {request.name!r}: taken up again, {campaign.pairs} pairs, {answered} judgements so far")
+            click.echo(
+                f"campaign {request.name!r}: taken up again, {campaign.pairs} pairs, {answered} judgements"
+                " so far"
+            )
         have = f"{len(launch.with_access(store))} can log in, add-annotator NAME makes more"
         more = [f"other machines can reach this server, by a token: {have}"] if server.exposed else []
-        launch.serve_campaign(store, db, request.name, server, lambda address: [f"label at {address}  (Ctrl-C stops)", *more], "judgement")
+        launch.serve_campaign(
+            store,
+            db,
+            request.name,
+            server,
+            lambda address: [f"label at {address}  (Ctrl-C stops)", *more],
+            "judgement",
+        )
 
 
 @click.command("export", cls=GroupedCommand)
 @click.argument("out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
-@option("--kind", type=click.Choice(tuple(KINDS)), default="labels",
-        help="Labels of pairs in the open form (.jsonl, .csv), of single shapes (.jsonl), all judgements without loss (.jsonl), or the "
-             "paper's table of ranked seeds (.csv). Of assets: pairs of files, rankings of each prompt's, scores of single ones.")
+@option(
+    "--kind",
+    type=click.Choice(tuple(KINDS)),
+    default="labels",
+    help=(
+        "Labels of pairs in the open form (.jsonl, .csv), of single shapes (.jsonl), all judgements without"
+        " loss (.jsonl), or the paper's table of ranked seeds (.csv). Of assets: pairs of files, rankings of"
+        " each prompt's, scores of single ones."
+    ),
+)
 @option("--campaign", metavar="NAME", default=None, show_default="all", help="One campaign alone.")
-@option("--annotator", "annotators", metavar="NAME", multiple=True, show_default="all", help="May be given again.")
-@option("--least-gold-accuracy", metavar="0..1", type=click.FloatRange(0, 1), default=None, help="Leave out annotators below it.")
+@option(
+    "--annotator", "annotators", metavar="NAME", multiple=True, show_default="all", help="May be given again."
+)
+@option(
+    "--least-gold-accuracy",
+    metavar="0..1",
+    type=click.FloatRange(0, 1),
+    default=None,
+    help="Leave out annotators below it.",
+)
 @option("--drop-repeats", is_flag=True, help="Keep each annotator's first answer to a pair alone.")
-@option("--question", metavar="NAME", default=None, show_default="which is better", help="Take the votes on this question as the answers.")
-@option("--from-pairs", is_flag=True, help="Unpaired, asset-scores: both of each pair that was answered with 'both are bad', as not good.")
+@option(
+    "--question",
+    metavar="NAME",
+    default=None,
+    show_default="which is better",
+    help="Take the votes on this question as the answers.",
+)
+@option(
+    "--from-pairs",
+    is_flag=True,
+    help="Unpaired, asset-scores: both of each pair that was answered with 'both are bad', as not good.",
+)
 @database
 @click.pass_context
-def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, from_pairs: bool, **filters) -> None:
+def export(
+    ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, from_pairs: bool, **filters
+) -> None:
     """Write labels or judgements to FILE."""
     if from_pairs and (kind not in ("unpaired", "asset-scores") or filters["question"]):
-        raise ValueError(f"--from-pairs: expected --kind=unpaired or asset-scores and no --question, got --kind={kind}. Leave it out.")
+        raise ValueError(
+            f"--from-pairs: expected --kind=unpaired or asset-scores and no --question, got --kind={kind}."
+            " Leave it out."
+        )
     suffixes, write = KINDS[kind]
     if out.suffix not in suffixes:
-        raise ValueError(f"FILE: expected a name with {' or '.join(suffixes)} for --kind={kind}, got {out.name}. Rename it.")
+        raise ValueError(
+            f"FILE: expected a name with {' or '.join(suffixes)} for --kind={kind}, got {out.name}."
+            " Rename it."
+        )
     if kind == "judgements":
         if used := launch.named_flags(ctx, launch.given_flags(ctx) & set(filters)):
-            raise ValueError(f"{', '.join(used)}: expected no filter with --kind=judgements, which leaves nothing out. Leave the flag out.")
+            raise ValueError(
+                f"{', '.join(used)}: expected no filter with --kind=judgements, which leaves nothing out."
+                " Leave the flag out."
+            )
         filters = {}
     with open_store(db, create=False) as store:
         write(store, out, campaign=campaign, **filters, **({"from_pairs": True} if from_pairs else {}))
@@ -206,15 +383,28 @@ def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: s
 
 @click.command("import", cls=GroupedCommand)
 @click.argument("source", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@option("--campaign", metavar="NAME", default=None, show_default="the file's name", help="Of ranked seeds: campaign to make.")
-@option("--annotator", metavar="NAME", default=None, show_default="imported", help="Of ranked seeds: who judged.")
+@option(
+    "--campaign",
+    metavar="NAME",
+    default=None,
+    show_default="the file's name",
+    help="Of ranked seeds: campaign to make.",
+)
+@option(
+    "--annotator", metavar="NAME", default=None, show_default="imported", help="Of ranked seeds: who judged."
+)
 @database
 def import_(source: Path, campaign: str | None, annotator: str | None, db: str) -> None:
     """Read FILE: judgements that were exported (.jsonl), or a table of ranked seeds (.csv)."""
     if source.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"FILE: expected .jsonl (judgements) or .csv (ranked seeds), got {source.name}. Rename it.")
+        raise ValueError(
+            f"FILE: expected .jsonl (judgements) or .csv (ranked seeds), got {source.name}. Rename it."
+        )
     if source.suffix == ".jsonl" and (campaign or annotator):
-        raise ValueError("--campaign, --annotator: expected only with ranked seeds; judgements bring theirs. Leave the flag out.")
+        raise ValueError(
+            "--campaign, --annotator: expected only with ranked seeds; judgements bring theirs. Leave the"
+            " flag out."
+        )
     with open_store(db, create=True) as store:
         if source.suffix == ".csv":
             count = _archive("import_ranked_seeds", store, source, campaign, annotator or "imported")
@@ -224,8 +414,20 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
 
 
 @click.command("leaderboard", cls=GroupedCommand)
-@option("--campaign", metavar="NAME", default=None, show_default="all that collect preferences", help="One campaign alone.")
-@option("--question", metavar="NAME", default=None, show_default="which is better", help="The votes on this question.")
+@option(
+    "--campaign",
+    metavar="NAME",
+    default=None,
+    show_default="all that collect preferences",
+    help="One campaign alone.",
+)
+@option(
+    "--question",
+    metavar="NAME",
+    default=None,
+    show_default="which is better",
+    help="The votes on this question.",
+)
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 @database
 def leaderboard(campaign: str | None, question: str | None, as_json: bool, db: str) -> None:
@@ -235,10 +437,17 @@ def leaderboard(campaign: str | None, question: str | None, as_json: bool, db: s
         rows = list(store.judgements(campaign))
     asked = sorted({name for row in rows for name in row.votes})
     if question is not None and question not in asked:
-        raise ValueError(f"--question: expected one with votes ({', '.join(asked) or 'there is none'}), got {question}. Name another.")
+        raise ValueError(
+            f"--question: expected one with votes ({', '.join(asked) or 'there is none'}), got {question}."
+            " Name another."
+        )
     board = leaderboard_of(rows, question)
     if as_json:
-        click.echo(json.dumps({"campaign": campaign, "question": question, **board.to_dict()}, indent=1, ensure_ascii=False))
+        click.echo(
+            json.dumps(
+                {"campaign": campaign, "question": question, **board.to_dict()}, indent=1, ensure_ascii=False
+            )
+        )
     else:
         click.echo(as_text(board))
 
@@ -248,8 +457,15 @@ def _check(store: "Store", campaign: str | None) -> None:
     if campaign is not None and stored is None:
         raise ValueError(f"--campaign: expected one of this database, got {campaign}. `status` lists them.")
     if stored is not None and stored.settings.mode is not Mode.LABEL:
-        remedy = "tools/study.py report gives its result" if stored.settings.mode is Mode.STUDY else "it compares nothing"
-        raise ValueError(f"--campaign: expected one that collects preferences, got {campaign} ({stored.settings.mode}): {remedy}.")
+        remedy = (
+            "tools/study.py report gives its result"
+            if stored.settings.mode is Mode.STUDY
+            else "it compares nothing"
+        )
+        raise ValueError(
+            f"--campaign: expected one that collects preferences, got {campaign} ({stored.settings.mode}):"
+            f" {remedy}."
+        )
 
 
 for command in (*PEOPLE.values(), export, import_, leaderboard):

@@ -1,4 +1,6 @@
-"""The store at --db: the flag, whether there is a store, and opening it. Nothing of the extra is imported before one is opened."""
+"""The store at --db: the flag, whether there is a store, and opening it. Nothing of the extra is imported
+before one is opened.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +15,15 @@ if TYPE_CHECKING:
 EXTRA = "label"  # of pyproject.toml; what does much before it opens a store looks for it first
 DB = "sqlite:///runs/labels/labels.db"
 DATABASE = "Database: sqlite:///FILE or postgresql://user@host/database."
-database = option("--db", metavar="URL", default=None, show_default=f"{DB}; of a study, its own", help=DATABASE,  # or before the name
-                  callback=lambda ctx, _, given: given or ctx.obj or DB)
+# or before the name
+database = option(
+    "--db",
+    metavar="URL",
+    default=None,
+    show_default=f"{DB}; of a study, its own",
+    help=DATABASE,
+    callback=lambda ctx, _, given: given or ctx.obj or DB,
+)
 
 
 def sqlite_file(url: str) -> Path | None:

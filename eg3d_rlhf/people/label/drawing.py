@@ -1,7 +1,8 @@
 """From a shape's record to what the browser gets: the mesh, and the picture of the same latent.
 
-Also damage that nobody can overlook, done to a density on purpose: one side of every pair whose answer must be known. It moves the surface
-alone and is measured by the surface's own size, so it looks alike for any generator, whatever its densities are.
+Also damage that nobody can overlook, done to a density on purpose: one side of every pair whose answer must
+be known. It moves the surface alone and is measured by the surface's own size, so it looks alike for any
+generator, whatever its densities are.
 
 Letters: V vertices, F triangles; X, Y, Z = grid points along x, y, z.
 """
@@ -26,19 +27,26 @@ from torch_utils.ops.implementations import implementation
 _SLACK = 1.1  # times the wanted triangles that a mesh may have
 _PASSES = 5  # of decimation, each of which stops where edges are too costly
 _DUST = 16  # triangles; smaller parts are left out
-_PLACES, _FEWEST = 6, 3  # lumps or bites, and how few will do
+# lumps or bites, and how few will do
+_PLACES = 6
+_FEWEST = 3
 _TRIED = 2000  # places looked at for lumps
-_LUMP, _BITE = 0.075, 0.10  # their radii, in sizes of the body
-_GRAIN, _REACH = 0.07, 0.03  # of the roughness: width of its bumps and the standard deviation of the displacement, in sizes
+# their radii, in sizes of the body
+_LUMP = 0.075
+_BITE = 0.10
+# of the roughness: width of its bumps and the standard deviation of the displacement, in sizes
+_GRAIN = 0.07
+_REACH = 0.03
 _STEEP = 1e3  # slope of the density at the new surface, in levels per world unit
 _HELD = 2  # generators in memory: the two of a study
 
 
 def surface(generator: Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices [V, 3] float32 and triangles [F, 3] of a shape's surface, all its parts that can be seen, decimated.
+    """Vertices [V, 3] float32 and triangles [F, 3] of a shape's surface, all its parts that can be seen,
+    decimated.
 
-    The border of the generator's cube is cleared. Hollows inside the body and dust are left out. In plain torch: what is judged should
-    not depend on the compiler of the machine, nor wait for it.
+    The border of the generator's cube is cleared. Hollows inside the body and dust are left out. In plain
+    torch: what is judged should not depend on the compiler of the machine, nor wait for it.
     """
     with implementation("torch"):
         field = generator.field(ws_of_seeds(generator, [shape.seed], shape.psi))
@@ -47,14 +55,18 @@ def surface(generator: Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]
         if shape.degradation:
             axes = tuple(axis.double().numpy() for axis in grid.axes)
             sigma = grid(slice(0, shape.resolution)).numpy()
-            sigma = damage(shape.degradation, sigma, axes, shape.level, visible_parts(vertices, faces)[0], shape.seed)
+            sigma = damage(
+                shape.degradation, sigma, axes, shape.level, visible_parts(vertices, faces)[0], shape.seed
+            )
             vertices, faces = extract_mesh_blockwise(lambda x: sigma[x], axes, shape.level)
     vertices, faces = visible_parts(vertices, faces)
     return within_budget(vertices, faces, shape.triangles)
 
 
 def visible_parts(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mesh without hollows (parts that enclose a negative volume) and without dust; always with the largest part."""
+    """The mesh without hollows (parts that enclose a negative volume) and without dust; always with the
+    largest part.
+    """
     count, part = parts(faces, len(vertices))
     if count == 1:
         return vertices, faces
@@ -65,7 +77,8 @@ def visible_parts(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, 
 
 
 def within_budget(vertices: np.ndarray, faces: np.ndarray, triangles: int) -> tuple[np.ndarray, np.ndarray]:
-    """About so many triangles, closed where that can be had; a mesh that stays closed only with more is opened instead.
+    """About so many triangles, closed where that can be had; a mesh that stays closed only with more is
+    opened instead.
 
     What is looked at must load in time and need not be closed.
     """
@@ -94,17 +107,25 @@ class ShapeDrawer:
         return compress(encode_mesh(*surface(self.generator(shape).generator, shape)))
 
     def picture(self, shape: Shape) -> bytes:
-        """The frontal rendering as PNG; that of a damaged shape shows the latent undamaged, as the image is not drawn from the mesh."""
+        """The frontal rendering as PNG; that of a damaged shape shows the latent undamaged, as the image is
+        not drawn from the mesh.
+        """
         generator = self.generator(shape).generator
         with implementation("torch"):
-            (pixels,) = render(generator, ws_of_seeds(generator, [shape.seed], shape.psi), [camera(cameras_of(generator))])
+            (pixels,) = render(
+                generator, ws_of_seeds(generator, [shape.seed], shape.psi), [camera(cameras_of(generator))]
+            )
         return png(pixels)
 
     def generator(self, shape: Shape) -> LoadedGenerator:
         loaded = self._load(shape.source)
         if loaded.hash != shape.generator:
-            wanted, got = shape.generator[:12], loaded.hash[:12]
-            raise ValueError(f"{loaded.path.name}: expected the campaign's weights {wanted}..., got {got}... Restore the file.")
+            wanted = shape.generator[:12]
+            got = loaded.hash[:12]
+            raise ValueError(
+                f"{loaded.path.name}: expected the campaign's weights {wanted}..., got {got}... Restore the"
+                " file."
+            )
         return loaded
 
 
@@ -140,7 +161,8 @@ class Body:
 
 def floaters(body: Body) -> np.ndarray:
     """Round lumps that hang in the air in front of the surface."""
-    radius, near = _LUMP * body.size, body.front()[:_TRIED]
+    radius = _LUMP * body.size
+    near = body.front()[:_TRIED]
     low, high = (np.array([axis[i] for axis in body.axes]) for i in (0, -1))
     direction = body.rng.normal(size=near.shape)
     direction[:, 2] = abs(direction[:, 2])
@@ -173,10 +195,15 @@ def rough(body: Body) -> np.ndarray:
     return ndimage.map_coordinates(body.sigma, at, order=1, mode="nearest")
 
 
-def damage(name: str, sigma: np.ndarray, axes: tuple[np.ndarray, ...], level: float, surface: np.ndarray, seed: int):
+def damage(
+    name: str, sigma: np.ndarray, axes: tuple[np.ndarray, ...], level: float, surface: np.ndarray, seed: int
+):
     """The density [X, Y, Z] after damage `name`; equal arguments give equal values."""
     if name not in DAMAGES:
-        raise ValueError(f"damage: expected one of {', '.join(DAMAGES)}, got {name!r}. Make the campaign with this version.")
+        raise ValueError(
+            f"damage: expected one of {', '.join(DAMAGES)}, got {name!r}. Make the campaign with this"
+            " version."
+        )
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     damaged = {function.__name__: function for function in (floaters, holes, rough)}[name]
     return damaged(Body(sigma, axes, level, surface, rng)).astype(np.float32)
@@ -191,5 +218,8 @@ def _scattered(name: str, places: np.ndarray, least: float) -> np.ndarray:
             if len(kept) == _PLACES:
                 break
     if len(kept) < _FEWEST:
-        raise ValueError(f"damage({name}): expected room for {_FEWEST} places, got {len(kept)}. Choose another seed, psi or level.")
+        raise ValueError(
+            f"damage({name}): expected room for {_FEWEST} places, got {len(kept)}. Choose another seed, psi"
+            " or level."
+        )
     return np.array(kept)

@@ -1,4 +1,6 @@
-"""Judgements: taking answers and taking them back, each once per key in one short transaction; and reading them, a page at a time."""
+"""Judgements: taking answers and taking them back, each once per key in one short transaction; and reading
+them, a page at a time.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -25,7 +27,10 @@ from eg3d_rlhf.people.label.entities import (
     check_votes,
 )
 
-MAX_TEXT, MAX_COMMENT, MAX_VIEWS, MAX_MILLISECONDS = 200, 500, 64, 2**53
+MAX_TEXT = 200
+MAX_COMMENT = 500
+MAX_VIEWS = 64
+MAX_MILLISECONDS = 2**53
 PAGE = 2000  # judgements read at once
 FIRST = 2**31 - 1  # above every sequence
 
@@ -34,70 +39,127 @@ BY_KEY = select(j).where(j.c.annotator_id == bindparam("annotator"), j.c.key == 
 BY_TOKEN = select(a).where(a.c.token == bindparam("token"), MINE)
 LAST = select(a).where(MINE, a.c.answered.is_not(None)).order_by(a.c.answered.desc()).limit(1)
 RECORD = insert(j)
-CLOSE = update(a).where(a.c.id == bindparam("assignment")).values(answered=bindparam("judgement"), undone=None, leased=bindparam("now"))
+CLOSE = (
+    update(a)
+    .where(a.c.id == bindparam("assignment"))
+    .values(answered=bindparam("judgement"), undone=None, leased=bindparam("now"))
+)
 CLOSE = CLOSE.returning(a.c.released)
 OWN = select(
-    a.c.sequence, a.c.token, a.c.pair_id, a.c.first_is_left, a.c.kind, j.c.choice, j.c.reason, j.c.votes, j.c.comment, j.c.received_at
-).join_from(a, j, j.c.id == a.c.answered)  # fmt: skip
+    a.c.sequence,
+    a.c.token,
+    a.c.pair_id,
+    a.c.first_is_left,
+    a.c.kind,
+    j.c.choice,
+    j.c.reason,
+    j.c.votes,
+    j.c.comment,
+    j.c.received_at,
+).join_from(a, j, j.c.id == a.c.answered)
 OWN = OWN.where(MINE, a.c.kind != Kind.TRAINING.value, a.c.sequence < bindparam("before"))
 OWN = OWN.order_by(a.c.sequence.desc()).limit(bindparam("count"))
 COMMENTS = select(annotators.c.name.label("annotator"), j.c.received_at, j.c.choice, j.c.comment)
-COMMENTS = COMMENTS.join_from(j, a, a.c.answered == j.c.id).join(annotators, annotators.c.id == j.c.annotator_id)
-COMMENTS = COMMENTS.where(j.c.campaign_id == bindparam("campaign"), j.c.comment.is_not(None)).order_by(j.c.id.desc())
+COMMENTS = COMMENTS.join_from(j, a, a.c.answered == j.c.id).join(
+    annotators, annotators.c.id == j.c.annotator_id
+)
+COMMENTS = COMMENTS.where(j.c.campaign_id == bindparam("campaign"), j.c.comment.is_not(None)).order_by(
+    j.c.id.desc()
+)
 COMMENTS = COMMENTS.limit(bindparam("count"))
-TRIALS = select(func.count()).where(a.c.campaign_id == bindparam("campaign"), a.c.kind == Kind.PAIR.value, a.c.answered.is_not(None))
+TRIALS = select(func.count()).where(
+    a.c.campaign_id == bindparam("campaign"), a.c.kind == Kind.PAIR.value, a.c.answered.is_not(None)
+)
 GIVEN = select(j.c.choice).where(j.c.id == bindparam("judgement"))
 
 
 def check_answer(answer: Answer) -> None:
-    """Raises: ValueError for what cannot be stored as it is; scripts call the store without the server's own checks."""
+    """Raises: ValueError for what cannot be stored as it is; scripts call the store without the server's own
+    checks.
+    """
     for name, text in (("key", answer.key), *(("view", view) for view in answer.views)):
         check_text(name, text)
     check_text("page_version", answer.page_version, least=0)
     if answer.comment is not None:
         check_text("comment", answer.comment, most=MAX_COMMENT)
     if len(answer.views) > MAX_VIEWS:
-        raise ValueError(f"answer: expected at most {MAX_VIEWS} views, got {len(answer.views)}. Send each once.")
+        raise ValueError(
+            f"answer: expected at most {MAX_VIEWS} views, got {len(answer.views)}. Send each once."
+        )
     if not 0 <= answer.milliseconds <= MAX_MILLISECONDS:
-        raise ValueError(f"answer: expected milliseconds from 0 to 2**53, got {answer.milliseconds}. Send the time to answer.")
+        raise ValueError(
+            f"answer: expected milliseconds from 0 to 2**53, got {answer.milliseconds}. Send the time to"
+            " answer."
+        )
     if answer.answered_at is not None and not abs(answer.answered_at) < 1e15:
-        raise ValueError(f"answer: expected answered_at in seconds since 1970, got {answer.answered_at}. Correct or drop it.")
+        raise ValueError(
+            f"answer: expected answered_at in seconds since 1970, got {answer.answered_at}. Correct or"
+            " drop it."
+        )
     if answer.reason is not None and (answer.choice is not Choice.SKIP or answer.reason not in SKIP_REASONS):
         reasons = ", ".join(SKIP_REASONS)
-        raise ValueError(f"answer: expected a reason with a skip alone, one of {reasons}, got {answer.reason!r}. Choose one of them.")
+        raise ValueError(
+            f"answer: expected a reason with a skip alone, one of {reasons}, got {answer.reason!r}. Choose"
+            " one of them."
+        )
 
 
 def check_text(name: str, value: str, least: int = 1, most: int = MAX_TEXT) -> None:
-    """Raises: ValueError for texts that are too long or not printable: control characters, halves of surrogate pairs."""
+    """Raises: ValueError for texts that are too long or not printable: control characters, halves of
+    surrogate pairs.
+    """
     if not least <= len(value) <= most or not value.isprintable():
-        raise ValueError(f"answer: expected {name} of {least} to {most} printable characters, got {value[:40]!r}. Send another.")
+        raise ValueError(
+            f"answer: expected {name} of {least} to {most} printable characters, got {value[:40]!r}. Send"
+            " another."
+        )
 
 
 def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: float) -> Submitted:
     """Record a choice. Raises as `Store.submit`."""
     before = _by_key(c, annotator_id, answer.key)
     if before is not None and before.type != "choice":
-        raise ConflictError(f"answer: expected a new key, got {answer.key!r}, which an undo has used. Send another key.")
+        raise ConflictError(
+            f"answer: expected a new key, got {answer.key!r}, which an undo has used. Send another key."
+        )
     if before is not None:
         assigned = c.execute(select(a).where(a.c.id == before.assignment_id)).one()
         kept = (assigned.token, before.choice, before.reason, before.votes)
         if kept != (answer.assignment, answer.choice.value, answer.reason, _votes(answer)):
-            raise ConflictError(f"answer: expected a new key, got {answer.key!r}, which another answer has used. Send another key.")
+            raise ConflictError(
+                f"answer: expected a new key, got {answer.key!r}, which another answer has used. Send another"
+                " key."
+            )
         return _outcome(plan, assigned, before.id, Choice(before.choice), duplicate=True)
     assigned = _assignment(c, plan.campaign.id, annotator_id, answer.assignment)
     settings = plan.campaign.settings
     allowed = [choice for choice in SCALES[settings.scale] if choice is not Choice.BAD or settings.both_bad]
     if answer.choice not in (*allowed, Choice.SKIP):
-        raise ValueError(f"answer: expected one of {', '.join(allowed)} or skip, got {answer.choice}. Reload the page.")
+        raise ValueError(
+            f"answer: expected one of {', '.join(allowed)} or skip, got {answer.choice}. Reload the page."
+        )
     check_votes(settings.questions, answer.votes, answer.choice)
     if assigned.answered is not None:
-        raise ConflictError(f"answer: expected an open assignment, got {answer.assignment}, which is answered. Undo that answer first.")
+        raise ConflictError(
+            f"answer: expected an open assignment, got {answer.assignment}, which is answered. Undo that"
+            " answer first."
+        )
     values = {
-        "campaign_id": plan.campaign.id, "annotator_id": annotator_id, "key": answer.key, "type": "choice", "assignment_id": assigned.id,
-        "choice": answer.choice.value, "reason": answer.reason, "milliseconds": answer.milliseconds, "views": json.dumps(answer.views),
-        "answered_at": answer.answered_at, "received_at": now, "page_version": answer.page_version,
-        "votes": _votes(answer), "comment": answer.comment,
-    }  # fmt: skip
+        "campaign_id": plan.campaign.id,
+        "annotator_id": annotator_id,
+        "key": answer.key,
+        "type": "choice",
+        "assignment_id": assigned.id,
+        "choice": answer.choice.value,
+        "reason": answer.reason,
+        "milliseconds": answer.milliseconds,
+        "views": json.dumps(answer.views),
+        "answered_at": answer.answered_at,
+        "received_at": now,
+        "page_version": answer.page_version,
+        "votes": _votes(answer),
+        "comment": answer.comment,
+    }
     judgement = c.execute(RECORD.returning(j.c.id), values).scalar_one()
     closed = {"assignment": assigned.id, "judgement": judgement, "now": now}
     released = c.execute(CLOSE, closed).scalar_one()  # of this moment
@@ -110,20 +172,32 @@ def _votes(answer: Answer) -> str | None:
     return json.dumps(dict(answer.votes), sort_keys=True) if answer.votes else None
 
 
-def undo(c: Connection, plan: Plan, annotator_id: int, key: str, assignment: str | None, now: float) -> str | None:
-    """Record that a choice is taken back; the token of the assignment that is open again. Raises as `Store.undo`."""
+def undo(
+    c: Connection, plan: Plan, annotator_id: int, key: str, assignment: str | None, now: float
+) -> str | None:
+    """Record that a choice is taken back; the token of the assignment that is open again. Raises as
+    `Store.undo`.
+    """
     campaign_id = plan.campaign.id
     before = _by_key(c, annotator_id, key)
     if before is not None:
         if before.type != "undo":
-            raise ConflictError(f"undo: expected a new key, got {key!r}, which an answer has used. Send another key.")
+            raise ConflictError(
+                f"undo: expected a new key, got {key!r}, which an answer has used. Send another key."
+            )
         return c.execute(select(a.c.token).where(a.c.id == before.assignment_id)).scalar()
     if assignment is not None:
         latest: Row | None = _assignment(c, campaign_id, annotator_id, assignment)
     else:
         latest = c.execute(LAST, {"campaign": campaign_id, "annotator": annotator_id}).first()
     target = latest if latest is not None and latest.answered is not None else None
-    values = {"campaign_id": campaign_id, "annotator_id": annotator_id, "key": key, "type": "undo", "received_at": now}
+    values = {
+        "campaign_id": campaign_id,
+        "annotator_id": annotator_id,
+        "key": key,
+        "type": "undo",
+        "received_at": now,
+    }
     if target is not None:
         check_open(c, plan, target, now)
         values |= {"assignment_id": target.id, "takes_back": target.answered}
@@ -139,22 +213,38 @@ def _by_key(c: Connection, annotator_id: int, key: str) -> Row | None:
 def _assignment(c: Connection, campaign_id: int, annotator_id: int, token: str) -> Row:
     row = None
     if token.isprintable():
-        row = c.execute(BY_TOKEN, {"token": token, "campaign": campaign_id, "annotator": annotator_id}).first()
+        row = c.execute(
+            BY_TOKEN, {"token": token, "campaign": campaign_id, "annotator": annotator_id}
+        ).first()
     if row is None:
-        raise LookupError(f"assignment: expected one of this annotator's, got {token[:60]!r}. Ask for assignments.")
+        raise LookupError(
+            f"assignment: expected one of this annotator's, got {token[:60]!r}. Ask for assignments."
+        )
     return row
 
 
 def _outcome(plan: Plan, assigned: Row, judgement: int, choice: Choice, duplicate: bool) -> Submitted:
     if assigned.kind != Kind.TRAINING:
         names = revealed(plan, assigned, choice)
-        return Submitted(judgement=judgement, duplicate=duplicate, training=False, correct=None, explanation="", reveal=names)
+        return Submitted(
+            judgement=judgement,
+            duplicate=duplicate,
+            training=False,
+            correct=None,
+            explanation="",
+            reveal=names,
+        )
     pair = plan.pairs[assigned.pair_id]
     expected = expected_side(pair.expected, bool(assigned.first_is_left), plan.campaign.settings.mode)
     correct = None if expected is None or choice is Choice.SKIP else choice.meets(expected)
     return Submitted(
-        judgement=judgement, duplicate=duplicate, training=True, correct=correct, explanation=pair.explanation, better=expected
-    )  # fmt: skip
+        judgement=judgement,
+        duplicate=duplicate,
+        training=True,
+        correct=correct,
+        explanation=pair.explanation,
+        better=expected,
+    )
 
 
 def expected_side(expected: str | None, first_is_left: bool, mode: Mode) -> str | None:
@@ -169,17 +259,44 @@ def expected_side(expected: str | None, first_is_left: bool, mode: Mode) -> str 
 def read_judgements(
     database: Database, campaign: str | None = None, names: Sequence[str] = (), include_undone: bool = False
 ) -> Iterator[JudgementRow]:
-    """Choices of a campaign (None: of all) by some annotators (none named: all), those taken back only on request."""
-    first, second = shapes.alias("first"), shapes.alias("second")
-    named = [first.c[name].label(f"first_{name}") for name in FIELDS] + [second.c[name].label(f"second_{name}") for name in FIELDS]
+    """Choices of a campaign (None: of all) by some annotators (none named: all), those taken back only on
+    request.
+    """
+    first = shapes.alias("first")
+    second = shapes.alias("second")
+    named = [first.c[name].label(f"first_{name}") for name in FIELDS] + [
+        second.c[name].label(f"second_{name}") for name in FIELDS
+    ]
     columns = (
-        j.c.id, j.c.choice, j.c.reason, j.c.milliseconds, j.c.views, j.c.answered_at, j.c.received_at, j.c.page_version, j.c.votes,
-        j.c.comment, a.c.token, a.c.sequence, a.c.kind, a.c.first_is_left, a.c.answered, a.c.pair_id, pairs.c.expected,
-        annotators.c.name.label("annotator"), campaigns.c.name.label("campaign"), campaigns.c.settings, *named,
-    )  # fmt: skip
-    joined = j.join(a, and_(a.c.id == j.c.assignment_id, j.c.type == "choice")).join(pairs, pairs.c.id == a.c.pair_id)
+        j.c.id,
+        j.c.choice,
+        j.c.reason,
+        j.c.milliseconds,
+        j.c.views,
+        j.c.answered_at,
+        j.c.received_at,
+        j.c.page_version,
+        j.c.votes,
+        j.c.comment,
+        a.c.token,
+        a.c.sequence,
+        a.c.kind,
+        a.c.first_is_left,
+        a.c.answered,
+        a.c.pair_id,
+        pairs.c.expected,
+        annotators.c.name.label("annotator"),
+        campaigns.c.name.label("campaign"),
+        campaigns.c.settings,
+        *named,
+    )
+    joined = j.join(a, and_(a.c.id == j.c.assignment_id, j.c.type == "choice")).join(
+        pairs, pairs.c.id == a.c.pair_id
+    )
     joined = joined.join(first, first.c.id == pairs.c.first_id).join(second, second.c.id == pairs.c.second_id)
-    joined = joined.join(annotators, annotators.c.id == j.c.annotator_id).join(campaigns, campaigns.c.id == j.c.campaign_id)
+    joined = joined.join(annotators, annotators.c.id == j.c.annotator_id).join(
+        campaigns, campaigns.c.id == j.c.campaign_id
+    )
     query = select(*columns).select_from(joined)
     query = query.where(campaigns.c.name == campaign) if campaign is not None else query
     query = query.where(annotators.c.name.in_(list(names))) if names else query
@@ -197,10 +314,14 @@ def read_judgements(
 
 
 def tally(c: Connection) -> list[Row]:
-    """Judgements that count by campaign and annotator, in order of their first: campaign_id, name, judgements, last (time of receipt)."""
+    """Judgements that count by campaign and annotator, in order of their first: campaign_id, name,
+    judgements, last (time of receipt).
+    """
     figures = func.count().label("judgements"), func.max(j.c.received_at).label("last")
     query = select(j.c.campaign_id, annotators.c.name, *figures).join_from(a, j, j.c.id == a.c.answered)
-    query = query.join(annotators, annotators.c.id == j.c.annotator_id).group_by(j.c.campaign_id, j.c.annotator_id, annotators.c.name)
+    query = query.join(annotators, annotators.c.id == j.c.annotator_id).group_by(
+        j.c.campaign_id, j.c.annotator_id, annotators.c.name
+    )
     return list(c.execute(query.order_by(func.min(j.c.id))))
 
 
@@ -208,53 +329,102 @@ def _row(row: Row, modes: dict[str, str]) -> JudgementRow:
     if row.campaign not in modes:
         modes[row.campaign] = settings_from_json(row.settings).mode.value
     first_is_left = bool(row.first_is_left)
-    first, second = shape_of(row, "first_"), shape_of(row, "second_")
+    first = shape_of(row, "first_")
+    second = shape_of(row, "second_")
     left, right = (first, second) if first_is_left else (second, first)
     return JudgementRow(
-        id=row.id, campaign=row.campaign, mode=modes[row.campaign], annotator=row.annotator, assignment=row.token, sequence=row.sequence,
-        pair=row.pair_id, kind=Kind(row.kind), left=left, right=right, first_is_left=first_is_left, choice=Choice(row.choice),
-        reason=row.reason, expected=expected_side(row.expected, first_is_left, Mode(modes[row.campaign])), milliseconds=row.milliseconds,
-        views=tuple(json.loads(row.views)), answered_at=row.answered_at, received_at=row.received_at, page_version=row.page_version,
-        undone=row.answered != row.id, votes=json.loads(row.votes) if row.votes else {}, comment=row.comment,
-    )  # fmt: skip
+        id=row.id,
+        campaign=row.campaign,
+        mode=modes[row.campaign],
+        annotator=row.annotator,
+        assignment=row.token,
+        sequence=row.sequence,
+        pair=row.pair_id,
+        kind=Kind(row.kind),
+        left=left,
+        right=right,
+        first_is_left=first_is_left,
+        choice=Choice(row.choice),
+        reason=row.reason,
+        expected=expected_side(row.expected, first_is_left, Mode(modes[row.campaign])),
+        milliseconds=row.milliseconds,
+        views=tuple(json.loads(row.views)),
+        answered_at=row.answered_at,
+        received_at=row.received_at,
+        page_version=row.page_version,
+        undone=row.answered != row.id,
+        votes=json.loads(row.votes) if row.votes else {},
+        comment=row.comment,
+    )
 
 
-# ---- an annotator's own answers; checks and repeats are listed as other pairs are, which tells neither what is one nor how many there are
+# ---- an annotator's own answers; checks and repeats are listed as other pairs are, which tells neither what
+# is one nor how many there are
 
-def own_answers(c: Connection, plan: Plan, annotator_id: int, before: int | None, count: int, now: float) -> list[OwnAnswer]:
+
+def own_answers(
+    c: Connection, plan: Plan, annotator_id: int, before: int | None, count: int, now: float
+) -> list[OwnAnswer]:
     """The annotator's answers, the pair that was handed out last first: changing one does not move it."""
-    known = {"campaign": plan.campaign.id, "annotator": annotator_id, "before": FIRST if before is None else before, "count": count}
+    known = {
+        "campaign": plan.campaign.id,
+        "annotator": annotator_id,
+        "before": FIRST if before is None else before,
+        "count": count,
+    }
     over = study_over(c, plan, now)
     answers = []
     for row in c.execute(OWN, known):
-        pair, choice = plan.pairs[row.pair_id], Choice(row.choice)
+        pair = plan.pairs[row.pair_id]
+        choice = Choice(row.choice)
         left, right = (pair.first, pair.second) if row.first_is_left else (pair.second, pair.first)
-        answers.append(OwnAnswer(
-            sequence=row.sequence, assignment=row.token, left=left, right=right, choice=choice, reason=row.reason,
-            votes=json.loads(row.votes) if row.votes else {}, comment=row.comment, answered=row.received_at,
-            changeable=not over and not _told(plan, row.kind, choice),
-        ))  # fmt: skip
+        answers.append(
+            OwnAnswer(
+                sequence=row.sequence,
+                assignment=row.token,
+                left=left,
+                right=right,
+                choice=choice,
+                reason=row.reason,
+                votes=json.loads(row.votes) if row.votes else {},
+                comment=row.comment,
+                answered=row.received_at,
+                changeable=not over and not _told(plan, row.kind, choice),
+            )
+        )
     return answers
 
 
 def comments(c: Connection, campaign_id: int, count: int) -> list[Row]:
-    """What annotators remarked with answers that count, newest first: annotator, received_at, choice, comment."""
+    """What annotators remarked with answers that count, newest first: annotator, received_at, choice,
+    comment.
+    """
     return list(c.execute(COMMENTS, {"campaign": campaign_id, "count": count}))
 
 
 def check_open(c: Connection, plan: Plan, assigned: Row, now: float) -> None:
     """Raises: ConflictError for an answer that may not be taken back any more."""
-    choice = Choice(c.execute(GIVEN, {"judgement": assigned.answered}).scalar_one()) if plan.campaign.settings.reveal else Choice.SKIP
+    choice = (
+        Choice(c.execute(GIVEN, {"judgement": assigned.answered}).scalar_one())
+        if plan.campaign.settings.reveal
+        else Choice.SKIP
+    )
     if _told(plan, assigned.kind, choice):
-        raise ConflictError("answer: expected one that may be changed, got one after which this campaign tells the names. It stays.")
+        raise ConflictError(
+            "answer: expected one that may be changed, got one after which this campaign tells the names. It"
+            " stays."
+        )
     if study_over(c, plan, now):
-        raise ConflictError("answer: expected a study that goes on, got one that is complete. The answer stays.")
+        raise ConflictError(
+            "answer: expected a study that goes on, got one that is complete. The answer stays."
+        )
 
 
 def study_over(c: Connection, plan: Plan, now: float) -> bool:
     """Whether the stopping rule of a study that names it is met: answers stay as they are from then on."""
     settings = plan.campaign.settings
-    trials, until = settings.extra.get("trials"), settings.extra.get("until")
+    trials = settings.extra.get("trials")
+    until = settings.extra.get("until")
     if settings.mode is not Mode.STUDY or trials is None:
         return False
     if until is not None and now >= datetime.fromisoformat(until).astimezone(UTC).timestamp():
@@ -263,7 +433,9 @@ def study_over(c: Connection, plan: Plan, now: float) -> bool:
 
 
 def revealed(plan: Plan, assigned: Row, choice: Choice) -> tuple[str, str] | None:
-    """The generators' names of the left and the right shape, where the campaign tells them and this is a pair for its own sake."""
+    """The generators' names of the left and the right shape, where the campaign tells them and this is a pair
+    for its own sake.
+    """
     if not _told(plan, assigned.kind, choice) or assigned.kind != Kind.PAIR:
         return None
     pair = plan.pairs[assigned.pair_id]
@@ -272,5 +444,7 @@ def revealed(plan: Plan, assigned: Row, choice: Choice) -> tuple[str, str] | Non
 
 
 def _told(plan: Plan, kind: str, choice: Choice) -> bool:
-    """Whether the annotator learns from the reply what she may not know while she answers: names, or by their lack that it was a check."""
+    """Whether the annotator learns from the reply what she may not know while she answers: names, or by their
+    lack that it was a check.
+    """
     return plan.campaign.settings.reveal and kind != Kind.TRAINING and choice is not Choice.SKIP

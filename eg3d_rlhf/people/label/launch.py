@@ -1,4 +1,6 @@
-"""What the labelling tools start: a campaign planned from flags or taken up again, its store, and the server's flags."""
+"""What the labelling tools start: a campaign planned from flags or taken up again, its store, and the
+server's flags.
+"""
 
 import socket
 from collections.abc import Callable, Mapping
@@ -25,7 +27,13 @@ if TYPE_CHECKING:
     from eg3d_rlhf.generators import LoadedGenerator
     from eg3d_rlhf.people.label.store import Store
 
-SETTINGS = (*(field.name for field, _, _ in knobs_of(CampaignSettings)), "show_render", "both_bad", "questions", "reveal")
+SETTINGS = (
+    *(field.name for field, _, _ in knobs_of(CampaignSettings)),
+    "show_render",
+    "both_bad",
+    "questions",
+    "reveal",
+)
 FLAGS = "flags"  # where a campaign's `extra` keeps what it was planned from
 
 
@@ -56,7 +64,8 @@ class Request:
 
     def campaign_settings(self, extra: Mapping) -> CampaignSettings:
         how = {"mode": Mode.SINGLE, "scale": self.pairing.single} if self.pairing.single else {}
-        return CampaignSettings(name=self.name, seed=self.pairing.seed, extra=dict(extra), **self.settings, **how)  # type: ignore[arg-type]
+        settings = {**self.settings, **how}
+        return CampaignSettings(name=self.name, seed=self.pairing.seed, extra=dict(extra), **settings)
 
 
 def check_resumed(campaign: StoredCampaign, wanted: Mapping, given: set[str]) -> dict:
@@ -64,15 +73,25 @@ def check_resumed(campaign: StoredCampaign, wanted: Mapping, given: set[str]) ->
     name = campaign.settings.name
     stored = campaign.settings.extra.get(FLAGS)
     if stored is None:
-        raise ValueError(f"--campaign={name}: expected a campaign that was planned by this command, got another. Choose another name.")
+        raise ValueError(
+            f"--campaign={name}: expected a campaign that was planned by this command, got another. Choose"
+            " another name."
+        )
     for flag in sorted(given & set(wanted)):
         if stored.get(flag) != wanted[flag]:
-            wrong = f"expected {stored.get(flag)}, with which campaign {name!r} was planned, got {wanted[flag]}"
-            raise ValueError(f"--{flag.replace('_', '-')}: {wrong}. Leave the flag out, or begin another with --campaign=NAME.")
+            wrong = (
+                f"expected {stored.get(flag)}, with which campaign {name!r} was planned, got {wanted[flag]}"
+            )
+            raise ValueError(
+                f"--{flag.replace('_', '-')}: {wrong}. Leave the flag out, or begin another with"
+                " --campaign=NAME."
+            )
     return stored
 
 
-def plan_campaign(store: "Store | None", request: Request, tell: Callable[[str], None]) -> tuple[CampaignSettings, list[PlannedPair]]:
+def plan_campaign(
+    store: "Store | None", request: Request, tell: Callable[[str], None]
+) -> tuple[CampaignSettings, list[PlannedPair]]:
     """A new campaign, not kept yet."""
     from eg3d_rlhf.generators import load_generator
 
@@ -80,13 +99,20 @@ def plan_campaign(store: "Store | None", request: Request, tell: Callable[[str],
         with naming("--assets"):
             collection = read_collection(Path(request.assets), tell, request.lenient)
             assets = plan_assets(request.pairing, collection, tell)
-        extra = {FLAGS: request.to_json(), "plan": assets.report, "conditions": conditions(collection), "up": request.up}
+        extra = {
+            FLAGS: request.to_json(),
+            "plan": assets.report,
+            "conditions": conditions(collection),
+            "up": request.up,
+        }
         return request.campaign_settings(extra), assets.pairs
     results = []
     if request.after is not None:
         with naming("--after"):
             if store is None:
-                raise ValueError(f"expected a campaign of the database, got {request.after!r} and no database. Check --db.")
+                raise ValueError(
+                    f"expected a campaign of the database, got {request.after!r} and no database. Check --db."
+                )
             results = preferences_of(store, LabelFilters(campaign=request.after))
     with naming("--network"):
         generator = load_generator(request.network)
@@ -105,7 +131,10 @@ def with_access(store: "Store") -> list[str]:
 def check_annotators(store: "Store | None", host: str, make: str) -> None:
     """Refuse to expose a server that nobody could use. Args: make: the command that makes an annotator."""
     if store is None or not with_access(store):
-        raise ValueError(f"--host={host}: expected at least one annotator, as tokens are compulsory, got none. Make one with: {make}")
+        raise ValueError(
+            f"--host={host}: expected at least one annotator, as tokens are compulsory, got none. Make one"
+            f" with: {make}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +152,10 @@ class ServerFlags:
 
     def __post_init__(self):
         if (self.certificate is None) != (self.key is None):
-            raise ValueError("--certificate, --key: expected both or neither. Give the PEM files of the certificate and of its key.")
+            raise ValueError(
+                "--certificate, --key: expected both or neither. Give the PEM files of the certificate and of"
+                " its key."
+            )
 
     @classmethod
     def of(cls, flags: Mapping, folder: Path) -> "ServerFlags":
@@ -136,44 +168,115 @@ class ServerFlags:
         return not is_loopback(self.host) or self.proxy is not None
 
     def to_dict(self) -> dict:
-        reached = {"host": self.host, "port": self.port, "exposed": self.exposed, "https": self.certificate is not None}
+        reached = {
+            "host": self.host,
+            "port": self.port,
+            "exposed": self.exposed,
+            "https": self.certificate is not None,
+        }
         return {**reached, "proxy": self.proxy, "title": self.title, "cache": str(self.cache)}
 
 
 def server_options(access_log: str, title: str = "Heading of the page."):
-    """A decorator: the flags that a labelling server takes; `access_log` says where that file lies by default."""
+    """A decorator: the flags that a labelling server takes; `access_log` says where that file lies by
+    default.
+    """
     file = click.Path(path_type=Path, dir_okay=False)
     pem = click.Path(path_type=Path, exists=True, dir_okay=False)
     flags = (
-        option("--host", metavar="ADDRESS", default="127.0.0.1", group="Server",
-               help="Address to bind to. Any but loopback makes annotators' tokens compulsory."),
-        option("--port", metavar="INT", type=click.IntRange(0, 65535), default=8000, help="0: a free one.", group="Server"),
-        option("--certificate", metavar="FILE", type=pem, default=None, group="Server",
-               help="PEM file; with --key, the server speaks https."),
-        option("--key", metavar="FILE", type=pem, default=None, group="Server", help="PEM file of the certificate's key."),
-        option("--proxy", metavar="ADDRESS", default=None, group="Server",
-               help="Reverse proxy whose X-Forwarded headers are believed; makes tokens compulsory."),
-        option("--access-log", metavar="FILE", type=file, default=None, group="Server", show_default=access_log, rare=True,
-               help="Requests as JSON lines, without tokens."),
-        option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, group="Server",
-               help="Where shapes are kept.", rare=True),
-        option("--title", metavar="TEXT", default=AppOptions.title, help=title, group="Server",
-               show_default="the question, in the annotator's language"),
+        option(
+            "--host",
+            metavar="ADDRESS",
+            default="127.0.0.1",
+            group="Server",
+            help="Address to bind to. Any but loopback makes annotators' tokens compulsory.",
+        ),
+        option(
+            "--port",
+            metavar="INT",
+            type=click.IntRange(0, 65535),
+            default=8000,
+            help="0: a free one.",
+            group="Server",
+        ),
+        option(
+            "--certificate",
+            metavar="FILE",
+            type=pem,
+            default=None,
+            group="Server",
+            help="PEM file; with --key, the server speaks https.",
+        ),
+        option(
+            "--key",
+            metavar="FILE",
+            type=pem,
+            default=None,
+            group="Server",
+            help="PEM file of the certificate's key.",
+        ),
+        option(
+            "--proxy",
+            metavar="ADDRESS",
+            default=None,
+            group="Server",
+            help="Reverse proxy whose X-Forwarded headers are believed; makes tokens compulsory.",
+        ),
+        option(
+            "--access-log",
+            metavar="FILE",
+            type=file,
+            default=None,
+            group="Server",
+            show_default=access_log,
+            rare=True,
+            help="Requests as JSON lines, without tokens.",
+        ),
+        option(
+            "--cache",
+            metavar="DIR",
+            type=click.Path(path_type=Path, file_okay=False),
+            default=DEFAULT_FOLDER,
+            group="Server",
+            help="Where shapes are kept.",
+            rare=True,
+        ),
+        option(
+            "--title",
+            metavar="TEXT",
+            default=AppOptions.title,
+            help=title,
+            group="Server",
+            show_default="the question, in the annotator's language",
+        ),
     )
     return together(*flags)
 
 
-def serve_campaign(store: "Store", db: str, campaign: str, server: ServerFlags, announce: Callable[[str], list[str]], what: str) -> None:
+def serve_campaign(
+    store: "Store",
+    db: str,
+    campaign: str,
+    server: ServerFlags,
+    announce: Callable[[str], list[str]],
+    what: str,
+) -> None:
     """Prepare a campaign's shapes and serve it until interrupted."""
     from eg3d_rlhf.people.label.server.app import serve
 
-    cache, stored = ShapeCache(server.cache), store.campaign(campaign)
+    cache = ShapeCache(server.cache)
+    stored = store.campaign(campaign)
     if stored is not None:
         cache.forget_passing(shape for _, shape in store.shapes(stored.id) if shape.file)
     options = AppOptions(
-        store=store, campaign=campaign, cache=cache, preparation=Preparation(db, campaign, cache), exposed=server.exposed,
-        title=server.title, access_log=server.access_log,
-    )  # fmt: skip
+        store=store,
+        campaign=campaign,
+        cache=cache,
+        preparation=Preparation(db, campaign, cache),
+        exposed=server.exposed,
+        title=server.title,
+        access_log=server.access_log,
+    )
 
     def listening(address: str) -> None:
         for everywhere in ("//0.0.0.0:", "//[::]:"):
@@ -183,21 +286,36 @@ def serve_campaign(store: "Store", db: str, campaign: str, server: ServerFlags, 
         if server.key is not None and server.key.stat().st_mode & 0o077:
             click.echo(f"--key: other accounts of this machine can read it; chmod 600 {server.key}")
         if server.exposed and server.certificate is None and server.proxy is None:
-            click.echo("tokens travel unencrypted: give --certificate and --key, or use a proxy with https, outside a trusted network")
+            click.echo(
+                "tokens travel unencrypted: give --certificate and --key, or use a proxy with https, outside"
+                " a trusted network"
+            )
 
     try:
         serve(
-            options, server.host, server.port, certificate=server.certificate, key=server.key, proxy=server.proxy, on_listening=listening
+            options,
+            server.host,
+            server.port,
+            certificate=server.certificate,
+            key=server.key,
+            proxy=server.proxy,
+            on_listening=listening,
         )
     except KeyboardInterrupt:
         click.echo(f"stopped; every {what} is kept, the same command goes on")
 
 
 def refuse_flags_before(ctx: click.Context, *allowed: str) -> None:
-    """Sub-commands take these parameters alone from before their name. Raises: ValueError naming the others that were given."""
+    """Sub-commands take these parameters alone from before their name.
+
+    Raises: ValueError naming the others that were given.
+    """
     if used := named_flags(ctx, given_flags(ctx) - set(allowed)):
         names = " and ".join(f"--{name}" for name in allowed)
-        raise ValueError(f"{', '.join(used)}: expected only {names} before {ctx.invoked_subcommand}. Write other flags after it.")
+        raise ValueError(
+            f"{', '.join(used)}: expected only {names} before {ctx.invoked_subcommand}. Write other flags"
+            " after it."
+        )
 
 
 def given_flags(ctx: click.Context) -> set[str]:
@@ -207,13 +325,18 @@ def given_flags(ctx: click.Context) -> set[str]:
 
 def named_flags(ctx: click.Context, names: set[str]) -> list[str]:
     """Of these parameters, rare ones among them, the flags as the code writes them."""
-    return [p.opts[0] for p in (*ctx.command.params, *getattr(ctx.command, "rare", {}).values()) if p.name in names]
+    return [
+        p.opts[0]
+        for p in (*ctx.command.params, *getattr(ctx.command, "rare", {}).values())
+        if p.name in names
+    ]
 
 
 # ---- a campaign of labels for one round of tuning
 
 LEAST_ANSWERED = 0.9  # share of the pairs, skips included
-ASKED = {"show_render": False, "both_bad": True, "questions": (), "reveal": False}  # as label.py asks, unless told otherwise
+# as label.py asks, unless told otherwise
+ASKED = {"show_render": False, "both_bad": True, "questions": (), "reveal": False}
 
 
 def label_command(url: str, campaign: str) -> str:
@@ -222,12 +345,16 @@ def label_command(url: str, campaign: str) -> str:
 
 
 def make_round(url: str, name: str, network: Path, pairing: PairingOptions) -> bool:
-    """Plan and store a campaign on the shapes of `network`; one that is there is left as it is. Returns whether it was made."""
+    """Plan and store a campaign on the shapes of `network`; one that is there is left as it is. Returns
+    whether it was made.
+    """
     with open_store(url, create=True) as store:
         if store.campaign(name) is not None:
             return False
         defaults = filled(dict.fromkeys(SETTINGS), CampaignSettings) | ASKED
-        request = Request(name=name, network=str(network.resolve()), after=None, pairing=pairing, settings=defaults)
+        request = Request(
+            name=name, network=str(network.resolve()), after=None, pairing=pairing, settings=defaults
+        )
         store.create_campaign(*plan_campaign(store, request, print))
         return True
 
@@ -240,9 +367,14 @@ def round_labels(url: str, name: str, generator: "LoadedGenerator", pairs: int) 
     least = max(1, round(LEAST_ANSWERED * pairs))
     if judged < least:
         remedy = f"Label on: {label_command(url, name)}"
-        raise ValueError(f"{name}: expected answers to at least {least} of {pairs} pairs, got {judged}. {remedy}")
+        raise ValueError(
+            f"{name}: expected answers to at least {least} of {pairs} pairs, got {judged}. {remedy}"
+        )
     strange = {label.generator for label in labels} - {generator.hash}
     if strange:
         got = str(strange.pop())[:12]
-        raise ValueError(f"{name}: expected judgements of generator {generator.hash[:12]}..., got some of {got}... Restore the database.")
+        raise ValueError(
+            f"{name}: expected judgements of generator {generator.hash[:12]}..., got some of {got}... Restore"
+            " the database."
+        )
     return labels

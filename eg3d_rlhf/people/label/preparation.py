@@ -1,7 +1,9 @@
-"""Draw the shapes of a campaign ahead of the annotators, in a process of its own that leaves the machine to others.
+"""Draw the shapes of a campaign ahead of the annotators, in a process of its own that leaves the machine to
+others.
 
-It works through the shapes in the order of the plan, keeps to one thread, may be ended at any moment and takes up where it was. A shape
-that cannot be drawn is noted and passed over. It ends by itself when the process that started it is gone, however that ended.
+It works through the shapes in the order of the plan, keeps to one thread, may be ended at any moment and
+takes up where it was. A shape that cannot be drawn is noted and passed over. It ends by itself when the
+process that started it is gone, however that ended.
 
 
 Example:
@@ -65,25 +67,39 @@ def progress_file(cache: ShapeCache, url: str, campaign: str) -> Path:
 
 
 def prepare(
-    shapes: Iterable[Shape], cache: ShapeCache, drawer: Any, renders: bool = False, tell: Callable[[dict], None] = lambda fields: None
+    shapes: Iterable[Shape],
+    cache: ShapeCache,
+    drawer: Any,
+    renders: bool = False,
+    tell: Callable[[dict], None] = lambda fields: None,
 ) -> None:
     """Draw whatever of the shapes is missing in the cache, in order.
 
-    Args: renders: also the RGB pictures; tell: hears the fields of `ShapeProgress` that it knows, before the first shape and after each.
+    Args: renders: also the RGB pictures; tell: hears the fields of `ShapeProgress` that it knows, before the
+        first shape and after each.
     """
     distinct = {shape_key(shape): shape for shape in shapes}
     failed = {key for key, shape in distinct.items() if cache.failure(shape)}
-    drawn = {key for key, shape in distinct.items() if cache.mesh(shape) and (not renders or cache.render(shape))}
+    drawn = {
+        key for key, shape in distinct.items() if cache.mesh(shape) and (not renders or cache.render(shape))
+    }
     missing = [key for key in distinct if key not in failed and key not in drawn]
     seconds: deque[float] = deque(maxlen=_RECENT)
     reason = next((cache.failure(distinct[key]) for key in failed), None)
 
     def report(left: int) -> None:
         pace = sum(seconds) / len(seconds) if seconds else None
-        tell({
-            "done": len(distinct) - len(failed) - left, "total": len(distinct), "failed": len(failed), "reason": reason,
-            "seconds_per_shape": pace, "seconds_left": 0.0 if left == 0 else pace and pace * left, "finished": left == 0,
-        })  # fmt: skip
+        tell(
+            {
+                "done": len(distinct) - len(failed) - left,
+                "total": len(distinct),
+                "failed": len(failed),
+                "reason": reason,
+                "seconds_per_shape": pace,
+                "seconds_left": 0.0 if left == 0 else pace and pace * left,
+                "finished": left == 0,
+            }
+        )
 
     report(len(missing))
     for number, key in enumerate(missing, 1):
@@ -100,7 +116,9 @@ def prepare(
 
 
 def _draw(shape: Shape, cache: ShapeCache, drawer: Any, renders: bool) -> ValueError | None:
-    """Draw what is missing of one shape; the picture first, as a shape counts as prepared with its mesh. Returns why it cannot be drawn."""
+    """Draw what is missing of one shape; the picture first, as a shape counts as prepared with its mesh.
+    Returns why it cannot be drawn.
+    """
     try:
         picture = drawer.picture(shape) if renders and cache.render(shape) is None else None
         mesh = drawer.mesh(shape) if cache.mesh(shape) is None else None
@@ -139,7 +157,8 @@ def prepare_prompts(conditions: Iterable[Mapping], cache: ShapeCache) -> None:
 
 
 _ROOT = Path(__file__).resolve().parents[3]  # found by the worker, wherever the server was started
-URL_VARIABLE = "EG3D_RLHF_LABEL_URL"  # passes the database's address, password included, out of sight of the process list
+# passes the database's address, password included, out of sight of the process list
+URL_VARIABLE = "EG3D_RLHF_LABEL_URL"
 _WRITE_EVERY = 0.5  # seconds between two writes of the progress
 _WATCH_EVERY = 0.5  # seconds between two looks at the parent
 _PATIENCE = 5.0  # seconds that a worker has to end when it is asked to
@@ -147,7 +166,9 @@ _RESTARTS = 3  # of a worker that died, without a shape in between
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process at once when `parent` is no longer its parent. What it writes it writes whole, so it may be cut off anywhere."""
+    """End this process at once when `parent` is no longer its parent. What it writes it writes whole, so it
+    may be cut off anywhere.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -158,10 +179,29 @@ def end_with_parent(parent: int) -> None:
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
-@option("--url", metavar="URL", required=True, envvar=URL_VARIABLE, show_envvar=True, help="Database of the labelling application.")
+@option(
+    "--url",
+    metavar="URL",
+    required=True,
+    envvar=URL_VARIABLE,
+    show_envvar=True,
+    help="Database of the labelling application.",
+)
 @option("--campaign", metavar="NAME", required=True, help="Campaign whose shapes are drawn.")
-@option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
-@option("--nice", metavar="0..19", type=click.IntRange(0, 19), default=10, help="How far other processes go first.")
+@option(
+    "--cache",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=DEFAULT_FOLDER,
+    help="Where shapes are kept.",
+)
+@option(
+    "--nice",
+    metavar="0..19",
+    type=click.IntRange(0, 19),
+    default=10,
+    help="How far other processes go first.",
+)
 @option("--parent", metavar="PID", type=int, default=None, help="Process with which this one ends.")
 def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) -> None:
     """The worker; see the module."""
@@ -175,7 +215,9 @@ def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) ->
     torch.set_num_threads(1)
     shapes = ShapeCache(cache)
     shapes.remove_leftovers()
-    file, progress, last = progress_file(shapes, url, campaign), ShapeProgress(campaign=campaign), -float("inf")
+    file = progress_file(shapes, url, campaign)
+    progress = ShapeProgress(campaign=campaign)
+    last = -float("inf")
 
     def tell(fields: dict) -> None:
         nonlocal progress, last
@@ -206,12 +248,18 @@ def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) ->
 class Preparation:
     """The worker of one campaign, as the server sees it. Its methods may be called from any thread."""
 
-    def __init__(self, url: str, campaign: str, cache: ShapeCache | str | Path = DEFAULT_FOLDER, nice: int = 10):
+    def __init__(
+        self, url: str, campaign: str, cache: ShapeCache | str | Path = DEFAULT_FOLDER, nice: int = 10
+    ):
         self.cache = cache if isinstance(cache, ShapeCache) else ShapeCache(cache)
-        self.url, self.campaign, self.nice = url, campaign, nice
+        self.url = url
+        self.campaign = campaign
+        self.nice = nice
         self._file = progress_file(self.cache, url, campaign)
         self._process: subprocess.Popen | None = None
-        self._restarts, self._done = 0, 0  # starts after a death, and how many shapes there were at the last one
+        # starts after a death, and how many shapes there were at the last one
+        self._restarts = 0
+        self._done = 0
         self._lock = threading.RLock()
 
     @property
@@ -235,12 +283,21 @@ class Preparation:
                 self._file.unlink()  # what an earlier worker said is no longer so
             threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
             path = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part)
-            flags = [f"--campaign={self.campaign}", f"--cache={self.cache.folder}", f"--nice={self.nice}", f"--parent={os.getpid()}"]
+            flags = [
+                f"--campaign={self.campaign}",
+                f"--cache={self.cache.folder}",
+                f"--nice={self.nice}",
+                f"--parent={os.getpid()}",
+            ]
             with self.log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "eg3d_rlhf.people.label.preparation", *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    start_new_session=True, env={**os.environ, **threads, "PYTHONPATH": path, URL_VARIABLE: self.url},
-                )  # fmt: skip
+                    [sys.executable, "-m", "eg3d_rlhf.people.label.preparation", *flags],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    env={**os.environ, **threads, "PYTHONPATH": path, URL_VARIABLE: self.url},
+                )
 
     def stop(self) -> None:
         with self._lock:
@@ -255,7 +312,9 @@ class Preparation:
             self._process = None
 
     def ensure(self) -> None:
-        """Start a worker that was started and died before it was done; gives up after three deaths without a shape in between."""
+        """Start a worker that was started and died before it was done; gives up after three deaths without a
+        shape in between.
+        """
         with self._lock:
             if self._process is None or self.running or self._process.returncode == 0:
                 return
@@ -268,8 +327,14 @@ class Preparation:
 
     def progress(self) -> dict:
         progress = ShapeProgress.read(self._file) or ShapeProgress(campaign=self.campaign)
-        process, error = self._process, progress.error
-        if error is None and not progress.finished and process is not None and process.poll() not in (None, 0):
+        process = self._process
+        error = progress.error
+        if (
+            error is None
+            and not progress.finished
+            and process is not None
+            and process.poll() not in (None, 0)
+        ):
             error = f"the worker ended with code {process.returncode}; see {self.log}"
         return {**asdict(progress), "error": error, "running": self.running}
 

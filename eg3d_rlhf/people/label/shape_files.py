@@ -1,7 +1,9 @@
-"""Files of prepared shapes: the mesh as the browser gets it, and the cache where each lies under a hash of all that it is drawn from.
+"""Files of prepared shapes: the mesh as the browser gets it, and the cache where each lies under a hash of
+all that it is drawn from.
 
-A file that is there is right, so it is never written again; several campaigns, servers and workers may share a folder, and every file
-appears whole or not at all. Assets (label/assets/) are a GLB or GSP1 with gzip, or an MP4. Meshes are little-endian, compressed with gzip:
+A file that is there is right, so it is never written again; several campaigns, servers and workers may share
+a folder, and every file appears whole or not at all. Assets (label/assets/) are a GLB or GSP1 with gzip, or
+an MP4. Meshes are little-endian, compressed with gzip:
 
 | bytes                | what                                                        |
 | -------------------- | ----------------------------------------------------------- |
@@ -32,8 +34,17 @@ VERSION = 1  # of how shapes are drawn and written; a change makes other files
 ASSET_VERSION = 1  # the same of assets
 DEFAULT_FOLDER = Path("~/.cache/eg3d-rlhf/shapes")
 _STALE = 3600  # seconds after which what a killed writer left is removed
-# all that a shape is drawn from, with kinds: psi 1 and 1.0 are one shape; where the weights lie makes no difference
-_DRAWN_FROM = {"generator": str, "seed": int, "psi": float, "level": float, "resolution": int, "triangles": int, "degradation": str}
+# all that a shape is drawn from, with kinds: psi 1 and 1.0 are one shape; where the weights lie makes no
+# difference
+_DRAWN_FROM = {
+    "generator": str,
+    "seed": int,
+    "psi": float,
+    "level": float,
+    "resolution": int,
+    "triangles": int,
+    "degradation": str,
+}
 MAGIC = b"SHP1"
 _HEADER = struct.Struct("<4sII3f3f")
 _STEPS = 65535  # quantisation steps along each axis
@@ -45,19 +56,30 @@ def encode_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
 
     Positions move by half a step at most, 1/131070 of the extent along each axis.
     """
-    vertices, faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces)
+    vertices = np.asarray(vertices, dtype=np.float64)
+    faces = np.asarray(faces)
     for name, values in (("vertices", vertices), ("faces", faces)):
         if values.ndim != 2 or values.shape[1] != 3 or len(values) == 0:
-            raise ValueError(f"mesh: expected {name} [.., 3], at least one, got {list(values.shape)}. Pass a mesh that holds a surface.")
+            raise ValueError(
+                f"mesh: expected {name} [.., 3], at least one, got {list(values.shape)}. Pass a mesh that"
+                " holds a surface."
+            )
     if not np.isfinite(vertices).all():
-        raise ValueError("mesh: expected finite positions, got NaN or infinity. Check the generator's weights.")
+        raise ValueError(
+            "mesh: expected finite positions, got NaN or infinity. Check the generator's weights."
+        )
     least = vertices.min(axis=0).astype("<f4")
     extent = (vertices.max(axis=0) - least).astype("<f4")
     scaled = np.divide(vertices - least, extent, out=np.zeros_like(vertices), where=extent > 0)
     positions = np.rint(scaled.clip(0, 1) * _STEPS).astype("<u2")
     header = _HEADER.pack(MAGIC, len(vertices), len(faces), *least.tolist(), *extent.tolist())
     padding = bytes(-(len(header) + positions.nbytes) % 4)
-    return header + positions.tobytes() + padding + faces.astype("<u2" if len(vertices) <= _SHORT else "<u4").tobytes()
+    return (
+        header
+        + positions.tobytes()
+        + padding
+        + faces.astype("<u2" if len(vertices) <= _SHORT else "<u4").tobytes()
+    )
 
 
 def compress(data: bytes) -> bytes:
@@ -66,7 +88,8 @@ def compress(data: bytes) -> bytes:
 
 
 def shape_key(shape: Shape) -> str:
-    """SHA-256 hex of the generator's hash, seed, psi, level, resolution, triangles, damage and the version of the drawing.
+    """SHA-256 hex of the generator's hash, seed, psi, level, resolution, triangles, damage and the version of
+    the drawing.
 
     Of an asset: of its file's hash, the damage and where it is, and the version of the cleaning.
     """
@@ -101,7 +124,9 @@ class ShapeCache:
         return self._put(shape, ".png", data)
 
     def put_failure(self, shape: Shape, reason: str, passing: bool = False) -> Path:
-        """Remember that this shape cannot be drawn, however often it is tried; `passing`: until `forget_passing`."""
+        """Remember that this shape cannot be drawn, however often it is tried; `passing`: until
+        `forget_passing`.
+        """
         record = {"seed": shape.seed, "reason": reason, **({"passing": True} if passing else {})}
         return self._put(shape, ".failed.json", (json.dumps(record) + "\n").encode())
 

@@ -1,4 +1,6 @@
-"""The store of the labelling application: campaigns, annotators, assignments and append-only judgements in SQLite or PostgreSQL."""
+"""The store of the labelling application: campaigns, annotators, assignments and append-only judgements in
+SQLite or PostgreSQL.
+"""
 
 import hashlib
 import re
@@ -34,19 +36,26 @@ from eg3d_rlhf.people.label.entities import (
 from eg3d_rlhf.people.label.judgements import comments, own_answers
 
 _ANY = {"COMMON", "INHERITED"}
-_TOGETHER = ({"LATIN", "HAN", "HIRAGANA", "KATAKANA"}, {"LATIN", "HAN", "BOPOMOFO"}, {"LATIN", "HAN", "HANGUL"})
+_TOGETHER = (
+    {"LATIN", "HAN", "HIRAGANA", "KATAKANA"},
+    {"LATIN", "HAN", "BOPOMOFO"},
+    {"LATIN", "HAN", "HANGUL"},
+)
 NAME = re.compile(r"\w[\w .@+-]{0,79}")
 KNOWN = select(*(annotators.c[name] for name in StoredAnnotator.__dataclass_fields__))
 
 
 class Store:
-    """Thread-safe; several processes may use one database. Whatever a method has returned from writing is on the disk.
+    """Thread-safe; several processes may use one database. Whatever a method has returned from writing is on
+    the disk.
 
-    Imports and exports read and write the tables themselves, through `database`; `clock` gives seconds since 1970.
+    Imports and exports read and write the tables themselves, through `database`; `clock` gives seconds since
+    1970.
     """
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.time):
-        self.database, self.clock = database, clock
+        self.database = database
+        self.clock = clock
         self._plans: dict[int, Plan] = {}  # a campaign never changes
         self._reach = Reach()
         self._names: dict[int, str] = {}
@@ -99,23 +108,36 @@ class Store:
 
     def add_annotator(self, name: str, role: str = "annotator") -> str:
         if not NAME.fullmatch(name) or name != name.strip():
-            raise ValueError(f"annotator: expected a name of 1 to 80 letters, digits, spaces or . _ @ + -, got {name!r}. Choose another.")
+            raise ValueError(
+                f"annotator: expected a name of 1 to 80 letters, digits, spaces or . _ @ + -, got {name!r}."
+                " Choose another."
+            )
         if role not in ROLES:
-            raise ValueError(f"annotator {name}: expected a role of {', '.join(ROLES)}, got {role!r}. Choose one of them.")
+            raise ValueError(
+                f"annotator {name}: expected a role of {', '.join(ROLES)}, got {role!r}. Choose one of them."
+            )
         token = secrets.token_urlsafe(24)
         with self.database.write((Lock.SCHEMA, 2)) as c:
             check_name(name, [LOCAL, *c.execute(select(annotators.c.name)).scalars()])
-            c.execute(insert(annotators).values(name=name, role=role, token_hash=secret_hash(token), created=self.clock()))
+            c.execute(
+                insert(annotators).values(
+                    name=name, role=role, token_hash=secret_hash(token), created=self.clock()
+                )
+            )
         return token
 
     def new_token(self, name: str, keep_session: str = "") -> str:
-        """A new token for an annotator, which is shown this once: the old one and all sessions end, the judgements and her place in the
-        plan stay. Of somebody revoked, the access returns.
+        """A new token for an annotator, which is shown this once: the old one and all sessions end, the
+        judgements and her place in the plan stay. Of somebody revoked, the access returns.
         """
         token = secrets.token_urlsafe(24)
         with self.database.write((Lock.SCHEMA, 2)) as c:
             annotator = _with_token(c, name)
-            c.execute(update(annotators).where(annotators.c.id == annotator.id).values(token_hash=secret_hash(token), revoked=None))
+            c.execute(
+                update(annotators)
+                .where(annotators.c.id == annotator.id)
+                .values(token_hash=secret_hash(token), revoked=None)
+            )
             ended = sessions.c.annotator_id == annotator.id, sessions.c.id_hash != secret_hash(keep_session)
             c.execute(delete(sessions).where(*ended))
         return token
@@ -126,16 +148,34 @@ class Store:
             annotator = _with_token(c, name)
             if annotator.revoked is not None:
                 return
-            others = KNOWN.where(annotators.c.role == "admin", annotators.c.revoked.is_(None), annotators.c.token_hash.is_not(None))
-            if keep_an_admin and annotator.role == "admin" and _one(c, others.where(annotators.c.id != annotator.id)) is None:
-                raise ConflictError(f"annotator {name}: expected another admin with access, got none. Make one first.")
+            others = KNOWN.where(
+                annotators.c.role == "admin",
+                annotators.c.revoked.is_(None),
+                annotators.c.token_hash.is_not(None),
+            )
+            if (
+                keep_an_admin
+                and annotator.role == "admin"
+                and _one(c, others.where(annotators.c.id != annotator.id)) is None
+            ):
+                raise ConflictError(
+                    f"annotator {name}: expected another admin with access, got none. Make one first."
+                )
             c.execute(update(annotators).where(annotators.c.id == annotator.id).values(revoked=self.clock()))
 
     def withdrawn(self, secret: str) -> bool:
-        """Whether a token, or the id of a session that would still last, is of somebody whose access was revoked."""
-        digest, now = secret_hash(secret), self.clock()
-        lasting = select(sessions.c.annotator_id).where(sessions.c.id_hash == digest, sessions.c.expires > now)
-        theirs = annotators.c.revoked.is_not(None), (annotators.c.token_hash == digest) | annotators.c.id.in_(lasting)
+        """Whether a token, or the id of a session that would still last, is of somebody whose access was
+        revoked.
+        """
+        digest = secret_hash(secret)
+        now = self.clock()
+        lasting = select(sessions.c.annotator_id).where(
+            sessions.c.id_hash == digest, sessions.c.expires > now
+        )
+        theirs = (
+            annotators.c.revoked.is_not(None),
+            (annotators.c.token_hash == digest) | annotators.c.id.in_(lasting),
+        )
         with self.database.read() as c:
             return _one(c, KNOWN.where(*theirs)) is not None
 
@@ -145,24 +185,40 @@ class Store:
 
     def authenticate(self, token: str) -> StoredAnnotator | None:
         with self.database.read() as c:
-            return _one(c, KNOWN.where(annotators.c.token_hash == secret_hash(token), annotators.c.revoked.is_(None)))
+            return _one(
+                c, KNOWN.where(annotators.c.token_hash == secret_hash(token), annotators.c.revoked.is_(None))
+            )
 
     def annotator_without_token(self, name: str, role: str = "annotator") -> StoredAnnotator:
-        """The annotator of that name, made if new, to whom no token leads: for imports, and LOCAL, who sits at this machine."""
+        """The annotator of that name, made if new, to whom no token leads: for imports, and LOCAL, who sits
+        at this machine.
+        """
         with self.database.write((Lock.SCHEMA, 2)) as c:
             return find_or_add(c, name, role, self.clock())
 
     def open_session(self, annotator_id: int, seconds: float) -> str:
-        """A login of so many seconds; returns the random id for the cookie. Sessions that have ended are cleared away."""
-        session_id, now = secrets.token_urlsafe(32), self.clock()
-        record = {"id_hash": secret_hash(session_id), "annotator_id": annotator_id, "created": now, "expires": now + seconds}
+        """A login of so many seconds; returns the random id for the cookie. Sessions that have ended are
+        cleared away.
+        """
+        session_id = secrets.token_urlsafe(32)
+        now = self.clock()
+        record = {
+            "id_hash": secret_hash(session_id),
+            "annotator_id": annotator_id,
+            "created": now,
+            "expires": now + seconds,
+        }
         with self.database.write() as c:
             c.execute(delete(sessions).where(sessions.c.expires <= now))
             c.execute(insert(sessions), record)
         return session_id
 
     def session(self, session_id: str) -> StoredAnnotator | None:
-        lasting = (sessions.c.id_hash == secret_hash(session_id), sessions.c.expires > self.clock(), annotators.c.revoked.is_(None))
+        lasting = (
+            sessions.c.id_hash == secret_hash(session_id),
+            sessions.c.expires > self.clock(),
+            annotators.c.revoked.is_(None),
+        )
         with self.database.read() as c:
             return _one(c, KNOWN.join(sessions, sessions.c.annotator_id == annotators.c.id).where(*lasting))
 
@@ -174,27 +230,45 @@ class Store:
     # --- work
 
     def assignments(
-        self, campaign_id: int, annotator_id: int, count: int = 3, ready: Callable[[str], bool] | None = None,
+        self,
+        campaign_id: int,
+        annotator_id: int,
+        count: int = 3,
+        ready: Callable[[str], bool] | None = None,
         lost: Callable[[str], bool] | None = None,
     ) -> list[AssignedPair]:
-        """Up to `count` open assignments, an undone one first, then the oldest; new ones are issued until there are so many.
+        """Up to `count` open assignments, an undone one first, then the oldest; new ones are issued until
+        there are so many.
 
-        `ready(asset)`: issue only pairs both of whose shapes are prepared. Practice is waited for, unless a shape of it is `lost(asset)`:
-        it will never be prepared. Fewer or none when the annotator is done or must wait.
+        `ready(asset)`: issue only pairs both of whose shapes are prepared. Practice is waited for, unless a
+        shape of it is `lost(asset)`: it will never be prepared. Fewer or none when the annotator is done or
+        must wait.
         """
         prepared = (lambda pair: ready(pair.first) and ready(pair.second)) if ready else (lambda pair: True)
-        issuer = Issuer(self.database, self._plan(campaign_id), annotator_id, self._name(annotator_id), self.clock, _lost(lost))
+        issuer = Issuer(
+            self.database,
+            self._plan(campaign_id),
+            annotator_id,
+            self._name(annotator_id),
+            self.clock,
+            _lost(lost),
+        )
         return issuer.assignments(count, prepared)
 
     def submit(self, campaign_id: int, annotator_id: int, answer: Answer) -> Submitted:
-        """Record an answer. The same answer with the same key again changes nothing and gives the first result."""
+        """Record an answer. The same answer with the same key again changes nothing and gives the first
+        result.
+        """
         judgements.check_answer(answer)
         plan = self._plan(campaign_id)
         with self.database.write((Lock.ANNOTATOR, annotator_id)) as c:
             return judgements.submit(c, plan, annotator_id, answer, self.clock())
 
-    def undo(self, campaign_id: int, annotator_id: int, key: str, assignment: str | None = None) -> str | None:
-        """Take back the annotator's last counting answer, or that of `assignment`, with a further record; idempotent by key.
+    def undo(
+        self, campaign_id: int, annotator_id: int, key: str, assignment: str | None = None
+    ) -> str | None:
+        """Take back the annotator's last counting answer, or that of `assignment`, with a further record;
+        idempotent by key.
 
         Returns the token of the assignment that is open again, None if there was nothing to take back.
         """
@@ -203,7 +277,9 @@ class Store:
         with self.database.write((Lock.ANNOTATOR, annotator_id)) as c:
             return judgements.undo(c, plan, annotator_id, key, assignment, self.clock())
 
-    def answers(self, campaign_id: int, annotator_id: int, before: int | None = None, count: int = 20) -> list[OwnAnswer]:
+    def answers(
+        self, campaign_id: int, annotator_id: int, before: int | None = None, count: int = 20
+    ) -> list[OwnAnswer]:
         """The annotator's answers that count, practice aside, the pair that was handed out last first."""
         plan = self._plan(campaign_id)
         with self.database.read() as c:
@@ -213,14 +289,19 @@ class Store:
         with self.database.read() as c:
             return comments(c, campaign_id, count)
 
-    def progress(self, campaign_id: int, annotator_id: int, lost: Callable[[str], bool] | None = None) -> Progress:
+    def progress(
+        self, campaign_id: int, annotator_id: int, lost: Callable[[str], bool] | None = None
+    ) -> Progress:
         """How far the annotator is; `lost` as for `assignments`."""
-        plan, name = self._plan(campaign_id), self._name(annotator_id)
+        plan = self._plan(campaign_id)
+        name = self._name(annotator_id)
         with self.database.read() as c:
             return read_progress(c, plan, annotator_id, name, self.clock(), self._reach, _lost(lost))
 
     def tally(self) -> list[Row]:
-        """How much each annotator has done in each campaign, practice and checks included: campaign_id, name, judgements, last (when)."""
+        """How much each annotator has done in each campaign, practice and checks included: campaign_id, name,
+        judgements, last (when).
+        """
         with self.database.read() as c:
             return judgements.tally(c)
 
@@ -269,7 +350,9 @@ def _with_token(c: Connection, name: str) -> StoredAnnotator:
 def find_or_add(c: Connection, name: str, role: str, now: float) -> StoredAnnotator:
     """The annotator of that name, made if there is none, to whom no token leads: local work and imports."""
     record = {"name": name, "role": role, "created": now}
-    return find(c, name) or StoredAnnotator(**c.execute(insert(annotators).returning(*KNOWN.selected_columns), record).one()._mapping)
+    return find(c, name) or StoredAnnotator(
+        **c.execute(insert(annotators).returning(*KNOWN.selected_columns), record).one()._mapping
+    )
 
 
 def _one(c: Connection, query: Select) -> StoredAnnotator | None:
@@ -283,23 +366,32 @@ def _one(c: Connection, query: Select) -> StoredAnnotator | None:
 def check_name(name: str, known: Iterable[str]) -> None:
     """Refuse a name that is mistaken for one of `known`, by eye or by capitals alone.
 
-    After Unicode's TS #39 (skeletons of confusable characters; scripts mixed as in its "highly restrictive" level). Only new names are
-    checked: a database that holds others goes on working. Raises: ValueError.
+    After Unicode's TS #39 (skeletons of confusable characters; scripts mixed as in its "highly restrictive"
+    level). Only new names are checked: a database that holds others goes on working. Raises: ValueError.
     """
     scripts = categories.unique_aliases(unicodedata.normalize("NFKC", name)) - _ANY
     if len(scripts) > 1 and not any(scripts <= allowed for allowed in _TOGETHER):
         mixed = " and ".join(sorted(script.capitalize() for script in scripts))
-        raise ValueError(f"annotator: expected letters of one script, got {name!r} of {mixed}. Choose another name.")
+        raise ValueError(
+            f"annotator: expected letters of one script, got {name!r} of {mixed}. Choose another name."
+        )
     looks = _looks(name)
     for other in known:
         if other == name:
-            raise ValueError(f"annotator: expected a new name, got {name!r}, which is in use. Choose another.")
+            raise ValueError(
+                f"annotator: expected a new name, got {name!r}, which is in use. Choose another."
+            )
         if looks & _looks(other):
-            raise ValueError(f"annotator: expected a name unlike the others, got {name!r}, which is too like {other!r}. Choose another.")
+            raise ValueError(
+                f"annotator: expected a name unlike the others, got {name!r}, which is too like {other!r}."
+                " Choose another."
+            )
 
 
 def _looks(name: str) -> set[str]:
-    """Of two names that are mistaken for each other, some are the same: what is seen, and what is seen of small letters."""
+    """Of two names that are mistaken for each other, some are the same: what is seen, and what is seen of
+    small letters.
+    """
     name = unicodedata.normalize("NFKC", " ".join(name.split()))
     return {_skeleton(name), _skeleton(name.casefold()), _skeleton(name).casefold()}
 

@@ -1,4 +1,5 @@
-"""Preferences out of a store: which judgements count, what they say in the open label format, and how a store is named.
+"""Preferences out of a store: which judgements count, what they say in the open label format, and how a store
+is named.
 
 Importing this needs no database package; reading a store does.
 """
@@ -19,7 +20,15 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from eg3d_rlhf.people.label.entities import Choice, JudgementRow, Kind, Mode, Shape, answers_to, parse_questions
+from eg3d_rlhf.people.label.entities import (
+    Choice,
+    JudgementRow,
+    Kind,
+    Mode,
+    Shape,
+    answers_to,
+    parse_questions,
+)
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
 from eg3d_rlhf.preferences.strengths import Comparison, bradley_terry
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, write_unpaired
@@ -29,8 +38,13 @@ if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
 
 _STORE = re.compile(r"(sqlite|postgresql|postgres)(\+\w+)?:")
-COMPARED = (Kind.PAIR, Kind.REPEAT, Kind.SWAP)  # gold and training pairs have known answers and damaged shapes
-WORDS = {Mode.LABEL: "one that collects preferences", Mode.STUDY: "a study", Mode.SINGLE: "one of shapes judged one by one"}
+# gold and training pairs have known answers and damaged shapes
+COMPARED = (Kind.PAIR, Kind.REPEAT, Kind.SWAP)
+WORDS = {
+    Mode.LABEL: "one that collects preferences",
+    Mode.STUDY: "a study",
+    Mode.SINGLE: "one of shapes judged one by one",
+}
 _PASSWORD = re.compile(r"(//[^:/@]*):[^/]*@")
 
 
@@ -62,11 +76,14 @@ class LabelFilters:
 
     campaign: str | None = None  # name; None: all that collect preferences
     annotators: tuple[str, ...] = ()  # names; empty: all
-    least_gold_accuracy: float | None = None  # 0..1; annotators below it, or without an answered gold check, are left out
+    # 0..1; annotators below it, or without an answered gold check, are left out
+    least_gold_accuracy: float | None = None
     drop_repeats: bool = False  # keep each annotator's first answer to a pair alone
     min_milliseconds: int = 0  # leave out faster answers
-    question: str | None = None  # take the votes on it as answers; judgements without one are left out. None: which one is better
-    since: str | float | None = None  # received from then on: ISO 8601 (local time unless it says otherwise), or seconds since 1970
+    # take the votes on it as answers; judgements without one are left out. None: which one is better
+    question: str | None = None
+    # received from then on: ISO 8601 (local time unless it says otherwise), or seconds since 1970
+    since: str | float | None = None
 
     def __post_init__(self):
         if self.least_gold_accuracy is not None and not 0 <= self.least_gold_accuracy <= 1:
@@ -84,85 +101,144 @@ class LabelFilters:
         try:
             return datetime.fromisoformat(str(self.since)).timestamp()
         except ValueError:
-            raise ValueError(f"since: expected ISO 8601 or seconds since 1970, got {self.since!r}. Write 2025-01-31 or so.") from None
+            raise ValueError(
+                f"since: expected ISO 8601 or seconds since 1970, got {self.since!r}. Write 2025-01-31 or so."
+            ) from None
 
     def keep(self, rows: Iterable[JudgementRow], mode: Mode = Mode.LABEL) -> list[JudgementRow]:
         """The judgements that count, in their order. Args: mode: of the campaigns, where none is named."""
         rows = [row for row in rows if not row.undone and (row.mode == mode or row.campaign == self.campaign)]
-        rows = [row for row in rows if self.campaign in (None, row.campaign) and (not self.annotators or row.annotator in self.annotators)]
+        rows = [
+            row
+            for row in rows
+            if self.campaign in (None, row.campaign)
+            and (not self.annotators or row.annotator in self.annotators)
+        ]
         trusted = {row.annotator for row in rows}
-        if self.least_gold_accuracy is not None:  # those whose gold checks suffice, over all their checks in these rows
+        # those whose gold checks suffice, over all their checks in these rows
+        if self.least_gold_accuracy is not None:
             hits: dict[str, list[bool]] = defaultdict(list)
             for row in rows:
                 if row.kind is Kind.GOLD and row.choice is not Choice.SKIP:
                     hits[row.annotator].append(row.choice.meets(row.expected))
-            trusted = {name for name, right in hits.items() if sum(right) >= self.least_gold_accuracy * len(right)}
+            trusted = {
+                name for name, right in hits.items() if sum(right) >= self.least_gold_accuracy * len(right)
+            }
         kinds = COMPARED[:1] if self.drop_repeats else COMPARED
         kept = [
-            row for row in rows
-            if row.kind in kinds and row.choice is not Choice.SKIP and row.annotator in trusted
-            and row.milliseconds >= self.min_milliseconds and row.received_at >= self.start
-        ]  # fmt: skip
+            row
+            for row in rows
+            if row.kind in kinds
+            and row.choice is not Choice.SKIP
+            and row.annotator in trusted
+            and row.milliseconds >= self.min_milliseconds
+            and row.received_at >= self.start
+        ]
         return kept if self.question is None else answers_to(self.question, kept)
 
 
 def label_source(source: str | Path, filters: LabelFilters | None = None) -> LabelSource:
-    """Labels by the name of their file or the URL of their store. Raises: ValueError when a file is to be filtered."""
+    """Labels by the name of their file or the URL of their store.
+
+    Raises: ValueError when a file is to be filtered.
+    """
     if is_store_url(source):
-        name, filters = without_password(str(source)), filters or LabelFilters()
-        return LabelSource(name, functools.partial(read_preferences, str(source), filters), {"labels": name, "filters": asdict(filters)})
-    given = [name for name, value in asdict(filters or LabelFilters()).items() if value != getattr(LabelFilters(), name)]
+        name = without_password(str(source))
+        filters = filters or LabelFilters()
+        return LabelSource(
+            name,
+            functools.partial(read_preferences, str(source), filters),
+            {"labels": name, "filters": asdict(filters)},
+        )
+    given = [
+        name
+        for name, value in asdict(filters or LabelFilters()).items()
+        if value != getattr(LabelFilters(), name)
+    ]
     if given:
         flags = ", ".join("--campaign" if name == "campaign" else f"--set {name}" for name in given)
-        raise ValueError(f"{flags}: expected a store in --labels, got {Path(source).name}. Write --labels=sqlite:///labels.db.")
+        raise ValueError(
+            f"{flags}: expected a store in --labels, got {Path(source).name}. Write"
+            " --labels=sqlite:///labels.db."
+        )
     return LabelSource.of_file(Path(source))
 
 
 def to_preference(row: JudgementRow) -> Preference:
-    """A judgement of a pair in the open label format, its provenance in `extra`: texts and numbers alone, so that CSV holds them too."""
-    left, right = row.left, row.right
+    """A judgement of a pair in the open label format, its provenance in `extra`: texts and numbers alone, so
+    that CSV holds them too.
+    """
+    left = row.left
+    right = row.right
     refuse_assets(row, "asset-pairs")
     if row.choice.good is not None:
-        raise ValueError(f"campaign {row.campaign}: expected pairs, got shapes one by one. Export it with --kind=unpaired.")
+        raise ValueError(
+            f"campaign {row.campaign}: expected pairs, got shapes one by one. Export it with --kind=unpaired."
+        )
     if _drawn(left) != _drawn(right) or left.seed == right.seed or left.degradation or right.degradation:
         wrong = "expected two seeds of one generator, got a pair that seeds alone do not tell apart"
-        raise ValueError(f"judgement {row.id} of campaign {row.campaign}: {wrong}. Export the judgements whole.")
+        raise ValueError(
+            f"judgement {row.id} of campaign {row.campaign}: {wrong}. Export the judgements whole."
+        )
     winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
     side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
     both = "bad" if row.choice is Choice.BAD else None
     known = {**_known(row), "side": side, "left_seed": left.seed, "both": both}
     return Preference(
-        winner=winner.seed, loser=loser.seed, generator=left.generator or None, psi=None if math.isnan(left.psi) else left.psi,
-        annotator=row.annotator, time=row.received_at, tie=row.choice.equal,
+        winner=winner.seed,
+        loser=loser.seed,
+        generator=left.generator or None,
+        psi=None if math.isnan(left.psi) else left.psi,
+        annotator=row.annotator,
+        time=row.received_at,
+        tie=row.choice.equal,
         extra={k: v for k, v in known.items() if v is not None},
-    )  # fmt: skip
+    )
 
 
 def _known(row: JudgementRow) -> dict:
     shape = row.left
     return {
-        "campaign": row.campaign, "judgement": row.id, "pair": row.pair, "kind": row.kind.value, "milliseconds": row.milliseconds,
-        "views": " ".join(row.views), "answered_at": row.answered_at, "page_version": row.page_version,
-        "level": None if math.isnan(shape.level) else shape.level, "resolution": shape.resolution, "triangles": shape.triangles,
-    }  # fmt: skip
+        "campaign": row.campaign,
+        "judgement": row.id,
+        "pair": row.pair,
+        "kind": row.kind.value,
+        "milliseconds": row.milliseconds,
+        "views": " ".join(row.views),
+        "answered_at": row.answered_at,
+        "page_version": row.page_version,
+        "level": None if math.isnan(shape.level) else shape.level,
+        "resolution": shape.resolution,
+        "triangles": shape.triangles,
+    }
 
 
 def to_unpaired(row: JudgementRow, shape: Shape) -> UnpairedPreference:
-    """What a judgement says of a shape by itself, its provenance in `extra`; "both are bad" says of either: not good."""
+    """What a judgement says of a shape by itself, its provenance in `extra`; "both are bad" says of either:
+    not good.
+    """
     score = float(row.choice.value) if row.choice.value.isdigit() else None
     label = False if row.choice is Choice.BAD else row.choice.good if score is None else None
     refuse_assets(row, "asset-scores")
     return UnpairedPreference(
-        seed=shape.seed, label=label, score=score, generator=shape.generator or None,
-        psi=None if math.isnan(shape.psi) else shape.psi, annotator=row.annotator, time=row.received_at,
+        seed=shape.seed,
+        label=label,
+        score=score,
+        generator=shape.generator or None,
+        psi=None if math.isnan(shape.psi) else shape.psi,
+        annotator=row.annotator,
+        time=row.received_at,
         extra={k: v for k, v in _known(row).items() if v is not None},
-    )  # fmt: skip
+    )
 
 
 def refuse_assets(row: JudgementRow, kind: str = "asset-pairs") -> None:
     """Raises: ValueError for a judgement of files, which seeds cannot name."""
     if row.left.file or row.right.file:
-        raise ValueError(f"campaign {row.campaign}: expected shapes of a generator's seeds, got files. Export it with --kind={kind}.")
+        raise ValueError(
+            f"campaign {row.campaign}: expected shapes of a generator's seeds, got files. Export it with"
+            f" --kind={kind}."
+        )
 
 
 def _drawn(shape: Shape) -> tuple:
@@ -181,7 +257,9 @@ def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> list[Ju
         campaign = store.campaign(chosen.campaign)
         if campaign is None:
             known = ", ".join(c.settings.name for c in store.campaigns()) or "none"
-            raise ValueError(f"campaign: expected one of the store's ({known}), got {chosen.campaign!r}. Name one of them.")
+            raise ValueError(
+                f"campaign: expected one of the store's ({known}), got {chosen.campaign!r}. Name one of them."
+            )
         if campaign.settings.mode is not mode:
             wanted, got = (WORDS[m] for m in (mode, campaign.settings.mode))
             raise ValueError(f"campaign {chosen.campaign}: expected {wanted}, got {got}. Name another.")
@@ -190,12 +268,17 @@ def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> list[Ju
         asked = {question.name for c in named for question in parse_questions(c.settings.questions)}
         if chosen.question not in asked:
             listed = ", ".join(sorted(asked)) or "none"
-            raise ValueError(f"question: expected one that was asked ({listed}), got {chosen.question!r}. Name one of them.")
+            raise ValueError(
+                f"question: expected one that was asked ({listed}), got {chosen.question!r}. Name one of"
+                " them."
+            )
     names = {annotator.name for annotator in store.annotators()}
     unknown = sorted(set(chosen.annotators) - names)
     if unknown:
         listed = ", ".join(sorted(names)) or "none"
-        raise ValueError(f"annotator: expected some of the store's ({listed}), got {', '.join(unknown)}. Name others.")
+        raise ValueError(
+            f"annotator: expected some of the store's ({listed}), got {', '.join(unknown)}. Name others."
+        )
     return chosen.keep(store.judgements(chosen.campaign, chosen.annotators), mode)
 
 
@@ -204,22 +287,31 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
     try:
         from eg3d_rlhf.people.label.store import Store
     except ImportError as error:
-        raise ValueError(f"--labels: expected SQLAlchemy to read a store, got: {error}. pip install 'eg3d-rlhf[label]'.") from None
+        raise ValueError(
+            f"--labels: expected SQLAlchemy to read a store, got: {error}. pip install 'eg3d-rlhf[label]'."
+        ) from None
     with Store.open(url, create=False) as store:
         labels = preferences_of(store, filters)
     if not labels:
         name = without_password(url)
-        raise ValueError(f"{name}: expected at least one label, got none that passes the filters. Label some pairs first, or ask for less.")
+        raise ValueError(
+            f"{name}: expected at least one label, got none that passes the filters. Label some pairs first,"
+            " or ask for less."
+        )
     return labels
 
 
 def export_labels(store: "Store", path: str | Path, **filters) -> Path:
-    """Write .jsonl or .csv in the open label format, with everything known of each judgement as further fields. Returns the path."""
+    """Write .jsonl or .csv in the open label format, with everything known of each judgement as further
+    fields. Returns the path.
+    """
     return write_labels(path, preferences_of(store, LabelFilters(**filters)))
 
 
 def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, **filters) -> Path:
-    """Write .jsonl of the labels of single shapes, with everything known of each judgement as further fields. Returns the path."""
+    """Write .jsonl of the labels of single shapes, with everything known of each judgement as further fields.
+    Returns the path.
+    """
     rows = kept_judgements(store, LabelFilters(**filters), Mode.LABEL if from_pairs else Mode.SINGLE)
     shown = [(row, row.left) for row in rows]
     if from_pairs:
@@ -229,12 +321,13 @@ def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, 
 
 # ---- judgements of assets as files that trainings read, JSON lines:
 #
-#     asset-pairs    {"condition", "prompt", "preferred", "rejected", "tie", ...}     whoever trains a reward of images
-#     rankings       {"condition", "rank", "asset", "strength", "judgements", ...}    eg3d-rlhf flow tune --labels
-#     asset-scores   {"mesh", "prompt", "score" or "label", ...}                      eg3d-rlhf reward mesh --data
+#     asset-pairs    {"condition", "prompt", "preferred", "rejected", "tie", ...}     whoever trains a reward
+# of images rankings       {"condition", "rank", "asset", "strength", "judgements", ...}    eg3d-rlhf flow
+# tune --labels asset-scores   {"mesh", "prompt", "score" or "label", ...}                      eg3d-rlhf
+# reward mesh --data
 #
-# Paths are relative to the file where an asset lies below its folder, else absolute. An asset that a generator's tool drew
-# (eg3d_rlhf.tuning.flow) brings along where its latents are, as its list says.
+# Paths are relative to the file where an asset lies below its folder, else absolute. An asset that a
+# generator's tool drew (eg3d_rlhf.tuning.flow) brings along where its latents are, as its list says.
 
 DRAWN = "ranking.jsonl"  # a generator's tool lists there what it drew
 PLACES = ("structure", "latent", "latents", "look_at", "asset")  # fields of its lines that are paths
@@ -242,14 +335,24 @@ Where = Callable[[Path | str], str]  # a path as it is written
 
 
 def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = False, **filters) -> Path:
-    """Write asset-pairs, rankings or asset-scores of a store; `filters` as of `LabelFilters`. Returns the path."""
+    """Write asset-pairs, rankings or asset-scores of a store; `filters` as of `LabelFilters`. Returns the
+    path.
+    """
     mode = Mode.SINGLE if kind == "asset-scores" and not from_pairs else Mode.LABEL
     rows = kept_judgements(store, LabelFilters(**filters), mode)
     if from_pairs:
-        rows = [replace(row, left=shape) for row in rows if row.choice is Choice.BAD for shape in (row.left, row.right)]
+        rows = [
+            replace(row, left=shape)
+            for row in rows
+            if row.choice is Choice.BAD
+            for shape in (row.left, row.right)
+        ]
     rows = [row for row in rows if row.left.file]
     if not rows:
-        raise ValueError(f"--kind={kind}: expected judgements of assets, got none that passes the filters. Label some with --assets.")
+        raise ValueError(
+            f"--kind={kind}: expected judgements of assets, got none that passes the filters. Label some with"
+            " --assets."
+        )
     texts = {c.settings.name: c.settings.extra.get("conditions", {}) for c in store.campaigns()}
 
     def where(place: Path | str) -> str:
@@ -257,7 +360,11 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
         folder = path.parent.resolve()
         return str(place.relative_to(folder)) if place.is_relative_to(folder) else str(place)
 
-    lines = rankings(rows, where) if kind == "rankings" else [KINDS[kind](row, prompt_of(row, texts), where) for row in rows]
+    lines = (
+        rankings(rows, where)
+        if kind == "rankings"
+        else [KINDS[kind](row, prompt_of(row, texts), where) for row in rows]
+    )
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return path
 
@@ -271,17 +378,31 @@ def to_pair(row: JudgementRow, prompt: str, where: Where) -> dict:
     """A judgement of two assets."""
     winner, loser = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
     known = {
-        "condition": row.left.condition, "prompt": prompt, "preferred": where(winner.source), "rejected": where(loser.source),
-        "tie": row.choice not in (Choice.LEFT, Choice.RIGHT), "preferred_generator": winner.generator,
+        "condition": row.left.condition,
+        "prompt": prompt,
+        "preferred": where(winner.source),
+        "rejected": where(loser.source),
+        "tie": row.choice not in (Choice.LEFT, Choice.RIGHT),
+        "preferred_generator": winner.generator,
         "rejected_generator": loser.generator,
-    }  # fmt: skip
+    }
     return {**known, "choice": row.choice.value, **_provenance(row)}
 
 
 def to_score(row: JudgementRow, prompt: str, where: Where) -> dict:
     """A judgement of one asset."""
-    said: dict = {"score": float(row.choice.value)} if row.choice.value.isdigit() else {"label": int(bool(row.choice.good))}
-    known = {"mesh": where(row.left.source), "prompt": prompt, **said, "generator": row.left.generator, "condition": row.left.condition}
+    said: dict = (
+        {"score": float(row.choice.value)}
+        if row.choice.value.isdigit()
+        else {"label": int(bool(row.choice.good))}
+    )
+    known = {
+        "mesh": where(row.left.source),
+        "prompt": prompt,
+        **said,
+        "generator": row.left.generator,
+        "condition": row.left.condition,
+    }
     return {**known, **_provenance(row)}
 
 
@@ -289,43 +410,70 @@ KINDS = {"asset-pairs": to_pair, "asset-scores": to_score}
 
 
 def _provenance(row: JudgementRow) -> dict:
-    known = {"annotator": row.annotator, "time": row.received_at, "campaign": row.campaign, "judgement": row.id, "kind": row.kind.value}
-    return {**known, **{name: value for name, value in (("votes", row.votes), ("comment", row.comment)) if value}}
+    known = {
+        "annotator": row.annotator,
+        "time": row.received_at,
+        "campaign": row.campaign,
+        "judgement": row.id,
+        "kind": row.kind.value,
+    }
+    return {
+        **known,
+        **{name: value for name, value in (("votes", row.votes), ("comment", row.comment)) if value},
+    }
 
 
 def rankings(rows: Sequence[JudgementRow], where: Where = str) -> list[dict]:
-    """A line per asset that was compared, best first within its prompt: ranks by Bradley-Terry strengths, equal ones for equal strengths.
+    """A line per asset that was compared, best first within its prompt: ranks by Bradley-Terry strengths,
+    equal ones for equal strengths.
 
-    Of assets that no chain of comparisons links, those of the largest group alone are ranked: their strengths say nothing of each other.
+    Of assets that no chain of comparisons links, those of the largest group alone are ranked: their strengths
+    say nothing of each other.
     """
     by_condition: dict[str, list[JudgementRow]] = defaultdict(list)
     for row in rows:
         by_condition[row.left.condition].append(row)
-    lines, drawn = [], _Drawn()
+    lines = []
+    drawn = _Drawn()
     for condition, judged in by_condition.items():
         assets = {shape.source: shape for row in judged for shape in (row.left, row.right)}
-        comparisons = largest_group([
-            Comparison(*((row.right.source, row.left.source) if row.choice is Choice.RIGHT else (row.left.source, row.right.source)),
-                       tie=row.choice not in (Choice.LEFT, Choice.RIGHT))
-            for row in judged
-        ])  # fmt: skip
+        comparisons = largest_group(
+            [
+                Comparison(
+                    *(
+                        (row.right.source, row.left.source)
+                        if row.choice is Choice.RIGHT
+                        else (row.left.source, row.right.source)
+                    ),
+                    tie=row.choice not in (Choice.LEFT, Choice.RIGHT),
+                )
+                for row in judged
+            ]
+        )
         fit = bradley_terry(comparisons)
         strengths = dict(zip(map(str, fit.items), fit.strength.round(9).tolist(), strict=True))
         for source in sorted(strengths, key=lambda source: (-strengths[source], source)):
             known = {
-                "condition": condition, "rank": 1 + sum(other > strengths[source] for other in strengths.values()),
-                "generator": assets[source].generator, "strength": strengths[source],
+                "condition": condition,
+                "rank": 1 + sum(other > strengths[source] for other in strengths.values()),
+                "generator": assets[source].generator,
+                "strength": strengths[source],
                 "judgements": sum(source in (c.winner, c.loser) for c in comparisons),
-            }  # fmt: skip
+            }
             lines.append({**(drawn.of(assets[source], where) or {"asset": where(source)}), **known})
     return lines
 
 
 def largest_group(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The comparisons within the largest group of items that a chain of comparisons links."""
-    items = {item: i for i, item in enumerate(dict.fromkeys(item for c in comparisons for item in (c.winner, c.loser)))}
+    items = {
+        item: i
+        for i, item in enumerate(dict.fromkeys(item for c in comparisons for item in (c.winner, c.loser)))
+    }
     ends = [items[c.winner] for c in comparisons], [items[c.loser] for c in comparisons]
-    _, group = connected_components(coo_matrix((np.ones(len(comparisons)), ends), shape=(len(items), len(items))), directed=False)
+    _, group = connected_components(
+        coo_matrix((np.ones(len(comparisons)), ends), shape=(len(items), len(items))), directed=False
+    )
     largest = np.bincount(group).argmax()
     return [c for c in comparisons if group[items[c.winner]] == largest]
 
@@ -337,12 +485,15 @@ class _Drawn:
     def of(self, shape: Shape, where: Where) -> dict:
         path = Path(shape.source)
         if path.parent not in self._lists:
-            self._lists[path.parent] = {str(line.get("look_at")): line for line in _lines(path.parent / DRAWN)}
+            self._lists[path.parent] = {
+                str(line.get("look_at")): line for line in _lines(path.parent / DRAWN)
+            }
         line = self._lists[path.parent].get(path.name, {})
         return {
             name: where(path.parent / value) if name in PLACES and isinstance(value, str) else value
-            for name, value in line.items() if name != "rank"
-        }  # fmt: skip
+            for name, value in line.items()
+            if name != "rank"
+        }
 
 
 def _lines(path: Path) -> Iterable[dict]:

@@ -1,4 +1,5 @@
-"""A study's report: compute, then JSON, then the page, which reads only the JSON; and the sentences that its figures allow.
+"""A study's report: compute, then JSON, then the page, which reads only the JSON; and the sentences that its
+figures allow.
 
 Letters: N latents.
 """
@@ -29,33 +30,61 @@ YAW = 0.35  # radians: the face and one side
 
 
 def compute(
-    design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = False, pictures: int = 6, device: str = "cpu",
+    design: StudyDesign,
+    rows: Iterable[JudgementRow],
+    interim: bool = False,
+    pictures: int = 6,
+    device: str = "cpu",
     now: datetime | None = None,
 ) -> dict:
-    """All that a report holds, JSON types only. Args: pictures: pairs shown of either end; 0 needs no generator."""
+    """All that a report holds, JSON types only.
+
+    Args: pictures: pairs shown of either end; 0 needs no generator.
+    """
     analysis = analyse(design, rows, interim, now)
-    best, worst = analysis["pairs"], analysis["pairs"][::-1]  # shown are those that went most for b and for a
-    shown = {"best": [p for p in best if p["win_rate"] > 0.5][:pictures], "worst": [p for p in worst if p["win_rate"] < 0.5][:pictures]}
+    # shown are those that went most for b and for a
+    best = analysis["pairs"]
+    worst = analysis["pairs"][::-1]
+    shown = {
+        "best": [p for p in best if p["win_rate"] > 0.5][:pictures],
+        "worst": [p for p in worst if p["win_rate"] < 0.5][:pictures],
+    }
     if any(shown.values()):
         seeds = sorted({p["seed"] for pairs in shown.values() for p in pairs})
         drawn = {side: draw(design, getattr(design, side), seeds, device) for side in ("a", "b")}
-        shown = {end: [{**p, **{side: drawn[side][p["seed"]] for side in drawn}} for p in pairs] for end, pairs in shown.items()}
-    return {**analysis, "conclusions": conclusions(analysis), "pictures": shown if any(shown.values()) else None}
+        shown = {
+            end: [{**p, **{side: drawn[side][p["seed"]] for side in drawn}} for p in pairs]
+            for end, pairs in shown.items()
+        }
+    return {
+        **analysis,
+        "conclusions": conclusions(analysis),
+        "pictures": shown if any(shown.values()) else None,
+    }
 
 
 def load_contender(of: Contender, device: str = "cpu") -> "LoadedGenerator":
-    """The generator of a design. Raises: FileNotFoundError; ValueError where the file holds other weights than were designed."""
+    """The generator of a design.
+
+    Raises: FileNotFoundError; ValueError where the file holds other weights than were designed.
+    """
     from eg3d_rlhf.generators import load_generator
 
     loaded = load_generator(of.source or None, device)
     if loaded.hash != of.generator:
-        wanted, got = of.generator[:12], loaded.hash[:12]
-        raise ValueError(f"{of.label}: expected the design's weights {wanted}... in {loaded.path}, got {got}... Restore the file.")
+        wanted = of.generator[:12]
+        got = loaded.hash[:12]
+        raise ValueError(
+            f"{of.label}: expected the design's weights {wanted}... in {loaded.path}, got {got}... Restore"
+            " the file."
+        )
     return loaded
 
 
 def draw(design: StudyDesign, of: Contender, seeds: Sequence[int], device: str = "cpu") -> dict[int, str]:
-    """Shaded pictures of latents, PNG data addresses by seed; camera, light, level and crop are the same for every generator."""
+    """Shaded pictures of latents, PNG data addresses by seed; camera, light, level and crop are the same for
+    every generator.
+    """
     import PIL.Image
     import torch
 
@@ -63,14 +92,18 @@ def draw(design: StudyDesign, of: Contender, seeds: Sequence[int], device: str =
     from eg3d_rlhf.experiments.media.sheet import shade
     from eg3d_rlhf.generators import ws_of_seeds
 
-    generator, out = load_contender(of, device).generator, {}
+    generator = load_contender(of, device).generator
+    out = {}
     grid = SlabSpec.of(generator.bounds, design.resolution)
     for seed in seeds:
         with torch.no_grad():
-            sigma = generator.field(ws_of_seeds(generator, [seed], design.psi)).density_grid(grid)  # [1, D, H, W]
+            # [1, D, H, W]
+            sigma = generator.field(ws_of_seeds(generator, [seed], design.psi)).density_grid(grid)
         grey = shade(sigma, YAW, PICTURE, design.level)[0, 0].numpy()  # [H, W] in 0..1
         buffer = io.BytesIO()
-        PIL.Image.fromarray((grey.clip(0, 1) * 255).round().astype("uint8")).save(buffer, format="png", optimize=True)
+        PIL.Image.fromarray((grey.clip(0, 1) * 255).round().astype("uint8")).save(
+            buffer, format="png", optimize=True
+        )
         out[seed] = data_uri(buffer.getvalue(), "image/png")
     return out
 
@@ -81,10 +114,12 @@ def page(report: dict) -> str:
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True)
     filters: dict[str, Callable[..., str]] = {
-        "percent": lambda share: "none" if share is None else percent(share), "p_value": p_value,
+        "percent": lambda share: "none" if share is None else percent(share),
+        "p_value": p_value,
         "interval": lambda ends: "" if ends is None else f"{percent(ends[0])} to {percent(ends[1])}",
-        "x": lambda share, more=0: f"{210 + 390 * share + more:.1f}",  # where a share 0..1 lies on the figures' common axis
-    }  # fmt: skip
+        # where a share 0..1 lies on the figures' common axis
+        "x": lambda share, more=0: f"{210 + 390 * share + more:.1f}",
+    }
     environment.filters |= filters
     settings = {k: v for k, v in report["design"].items() if k not in ("plan", "latent_seeds", "hash")}
     for side in ("a", "b"):
@@ -109,15 +144,20 @@ def write(report: dict, folder: Path) -> tuple[Path, Path]:
 
 def conclusions(analysis: dict) -> list[str]:
     """Sentences in the order in which they matter."""
-    result, design = analysis["result"], analysis["design"]
+    result = analysis["result"]
+    design = analysis["design"]
     out = []
     if analysis["interim"]:
         out.append(
-            f"INTERIM: {analysis['answered']} of {design['trials']} trials were answered when this was made. The stopping rule is not met; "
-            "deciding on such a look makes false alarms more frequent than the interval says."
+            f"INTERIM: {analysis['answered']} of {design['trials']} trials were answered when this was made."
+            " The stopping rule is not met; deciding on such a look makes false alarms more frequent than"
+            " the interval says."
         )
     if result["win_rate"] is None:
-        return [*out, "No trial counts, so nothing can be said about the two generators. The exclusions below say why."]
+        return [
+            *out,
+            "No trial counts, so nothing can be said about the two generators. The exclusions below say why.",
+        ]
     return [*out, *_main(result, design), *_doubts(analysis)]
 
 
@@ -133,28 +173,38 @@ def p_value(p: float) -> str:
 
 def _main(result: dict, design: dict) -> list[str]:
     lo, hi = result["interval"]
-    a, b = design["a"]["label"], design["b"]["label"]
+    a = design["a"]["label"]
+    b = design["b"]["label"]
     ties = "ties count half" if design["ties"] == "half" else "ties left out"
     first = (
-        f"{b} won over {a} in {percent(result['win_rate'])} of {result['n']} trials ({ties}); the {result['confidence']:.0%} interval, "
-        f"which allows for {result['annotators']} annotators and {result['latents']} latents, is {percent(lo)} to {percent(hi)}."
+        f"{b} won over {a} in {percent(result['win_rate'])} of {result['n']} trials ({ties}); the"
+        f" {result['confidence']:.0%} interval, which allows for {result['annotators']} annotators and"
+        f" {result['latents']} latents, is {percent(lo)} to {percent(hi)}."
     )
     if lo > 0.5 or hi < 0.5:
         better, worse, least = (b, a, lo) if lo > 0.5 else (a, b, 1 - hi)
-        second = f"The shapes of {better} are preferred to those of {worse}, in {percent(least)} of such trials at least, by that interval."
+        second = (
+            f"The shapes of {better} are preferred to those of {worse}, in {percent(least)} of such trials at"
+            " least, by that interval."
+        )
     else:
         second = (
-            f"The interval contains one half: this study does not show that either is preferred. It rules out that {b} is preferred in "
-            f"more than {percent(hi)} or in less than {percent(lo)} of such trials; it does not show that the two are equal."
+            "The interval contains one half: this study does not show that either is preferred. It rules out"
+            f" that {b} is preferred in more than {percent(hi)} or in less than {percent(lo)} of such trials;"
+            " it does not show that the two are equal."
         )
     if result["p_exact"] is None:
         return [first, second, "Every trial was a tie, so there is nothing to test."]
-    text = f"Exact binomial test of the {result['a_wins'] + result['b_wins']} decided trials against one half: {p_value(result['p_exact'])}"
+    text = (
+        f"Exact binomial test of the {result['a_wins'] + result['b_wins']} decided trials against one half:"
+        f" {p_value(result['p_exact'])}"
+    )
     effect = result["design_effect"]
     if effect > 1.2:
         text += (
-            f". It takes trials as independent, but here they are worth {1 / effect:.0%} of as many independent ones (design effect "
-            f"{effect:.1f}); allowing for that: {p_value(result['p_clustered'])}."
+            f". It takes trials as independent, but here they are worth {1 / effect:.0%} of as many"
+            f" independent ones (design effect {effect:.1f}); allowing for that:"
+            f" {p_value(result['p_clustered'])}."
         )
     else:
         text += f"; allowing for annotators and latents: {p_value(result['p_clustered'])}."
@@ -162,31 +212,48 @@ def _main(result: dict, design: dict) -> list[str]:
 
 
 def _doubts(analysis: dict) -> list[str]:
-    result, sides = analysis["result"], analysis["sides"]
-    out, (lo, hi) = [], result["interval"]
+    result = analysis["result"]
+    sides = analysis["sides"]
+    out = []
+    lo, hi = result["interval"]
     if result["annotators"] == 1:
-        out.append("One annotator answered: the result speaks of that annotator's taste and of nobody else's.")
+        out.append(
+            "One annotator answered: the result speaks of that annotator's taste and of nobody else's."
+        )
     elif result["annotators"] < FEW_ANNOTATORS:
-        out.append(f"With {result['annotators']} annotators, how much people differ is barely known; that is why the interval is wide.")
+        out.append(
+            f"With {result['annotators']} annotators, how much people differ is barely known; that is why the"
+            " interval is wide."
+        )
     if hi - lo > 2 * WIDE:
-        out.append(f"The interval is {percent(hi - lo)} wide: the study is too small for more than a first impression.")
+        out.append(
+            f"The interval is {percent(hi - lo)} wide: the study is too small for more than a first"
+            " impression."
+        )
     wide_lo, wide_hi = result["wilson"]
     if hi - lo < wide_hi - wide_lo:
         out.append(
-            "The interval happens to be narrower than Wilson's for independent trials, because the annotators agreed more than chance "
-            f"makes likely; who prefers caution reads Wilson's, {percent(wide_lo)} to {percent(wide_hi)}."
+            "The interval happens to be narrower than Wilson's for independent trials, because the"
+            " annotators agreed more than chance makes likely; who prefers caution reads Wilson's,"
+            f" {percent(wide_lo)} to {percent(wide_hi)}."
         )
     all_in = analysis["sensitivity"]["without exclusions"]
     if analysis["exclusions"] and all_in["win_rate"] is not None:
         lo, hi = all_in["interval"]
-        out.append(f"With nobody excluded the win rate is {percent(all_in['win_rate'])} ({percent(lo)} to {percent(hi)}).")
+        out.append(
+            f"With nobody excluded the win rate is {percent(all_in['win_rate'])} ({percent(lo)} to"
+            f" {percent(hi)})."
+        )
         if len({(low > 0.5) - (high < 0.5) for low, high in (all_in["interval"], result["interval"])}) > 1:
             out.append("That leads to another conclusion: the result rests on the exclusions.")
     if sides["p_random"] < 0.001:
-        out.append(f"b was on the left in {sides['b_left']} of {sides['n']} trials, which random sides hardly give: look into it.")
+        out.append(
+            f"b was on the left in {sides['b_left']} of {sides['n']} trials, which random sides hardly give:"
+            " look into it."
+        )
     if sides["left_share"] is not None and not sides["left_ci"][0] <= 0.5 <= sides["left_ci"][1]:
         out.append(
-            f"The annotators chose the left in {percent(sides['left_share'])} of the decided trials. Random sides keep this from favouring "
-            "either generator; it moves the win rate towards one half."
+            f"The annotators chose the left in {percent(sides['left_share'])} of the decided trials. Random"
+            " sides keep this from favouring either generator; it moves the win rate towards one half."
         )
     return out

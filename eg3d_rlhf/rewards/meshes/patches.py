@@ -1,11 +1,13 @@
-"""From fields to patches that a mesh reward reads. Cuts and patches are chosen without gradient every k steps, and kept between.
+"""From fields to patches that a mesh reward reads. Cuts and patches are chosen without gradient every k
+steps, and kept between.
 
     read = MeshReader(cube(16), PatchOptions(patches=32, faces=32))
     patches = read(field, step)           # differentiable in what made the field
     reward.score(patches, prompts)
 
-Between rebuilds every crossing stays on its lattice edge and moves along it; one whose edge is no longer crossed waits at its end, without
-gradient. A surface therefore neither appears nor vanishes until the next rebuild, and topology gets no gradient at all.
+Between rebuilds every crossing stays on its lattice edge and moves along it; one whose edge is no longer
+crossed waits at its end, without gradient. A surface therefore neither appears nor vanishes until the next
+rebuild, and topology gets no gradient at all.
 Letters: A assets, V vertices of the lattice.
 """
 
@@ -47,7 +49,10 @@ class PatchOptions:
     def __post_init__(self) -> None:
         for name, known in (("kind", tuple(PATCHIFIERS)), ("area", AREAS), ("place", PLACES)):
             if getattr(self, name) not in known:
-                raise ValueError(f"PatchOptions: expected {name} of {', '.join(known)}, got {getattr(self, name)!r}. Choose one.")
+                raise ValueError(
+                    f"PatchOptions: expected {name} of {', '.join(known)}, got {getattr(self, name)!r}."
+                    " Choose one."
+                )
 
     def plan(self, mesh: Mesh) -> Plan:
         """Which faces stand in which patch."""
@@ -82,7 +87,8 @@ class _Batch(NamedTuple):
 
     ends: torch.Tensor  # [2 N] of levels [A * V]: the first ends, then the second ones
     net: Net  # of all assets; vertex 0 stands still
-    mixture: tuple[torch.Tensor, torch.Tensor] | None  # [U, 3] of the net's vertices, weights [U, 3, 1]; None: U are the net's own
+    # [U, 3] of the net's vertices, weights [U, 3, 1]; None: U are the net's own
+    mixture: tuple[torch.Tensor, torch.Tensor] | None
     faces: torch.Tensor  # [M, 3] of U
     owners: Owners  # of U and M
     corners: torch.Tensor  # [A, P, F, 3] of U
@@ -91,19 +97,24 @@ class _Batch(NamedTuple):
 
 
 class MeshReader:
-    """Fields to patches. Call it with steps in order; `state_dict` and `load_state_dict` carry on where a run was cut off.
+    """Fields to patches. Call it with steps in order; `state_dict` and `load_state_dict` carry on where a run
+    was cut off.
 
-    Args: lattice: a `cube`; every: steps between rebuilds. A vertex takes longer than 20 to leave its edge at the default learning rate.
+    Args: lattice: a `cube`; every: steps between rebuilds. A vertex takes longer than 20 to leave its edge at
+        the default learning rate.
     """
 
     def __init__(self, lattice: Lattice, options: PatchOptions, every: int = 20):
-        self.lattice, self.options, self.every = lattice, options, every
+        self.lattice = lattice
+        self.options = options
+        self.every = every
         self.held: list[Held] = []
         self._batch: _Batch | None = None
 
     def __call__(self, field: Field, step: int) -> Patches:
-        """Patches [A, ...] of a field of A shapes. Differentiable in what made the field, but that vertex normals stand still between
-        rebuilds. Rebuilds at multiples of `every`."""
+        """Patches [A, ...] of a field of A shapes. Differentiable in what made the field, but that vertex
+        normals stand still between rebuilds. Rebuilds at multiples of `every`.
+        """
         density = densities(field, self.lattice)  # [A, V]
         if step % self.every == 0 or len(self.held) != len(density):
             self.held = self._rebuilt(density.detach(), field.level)
@@ -134,32 +145,64 @@ class MeshReader:
     @torch.no_grad()
     def _joined(self) -> _Batch:
         """One graph for all assets. What an asset without a surface reads is vertex 0."""
-        places, shape = self.lattice.vertices, (self.options.patches, self.options.faces, 3)
-        nets, sources, weights, faces, corners, around, counts = [], [], [], [], [], [], []
-        mixed, first, new = any(held.plan.source is not None for held in self.held), 1, 1
+        places = self.lattice.vertices
+        shape = (self.options.patches, self.options.faces, 3)
+        nets = []
+        sources = []
+        weights = []
+        faces = []
+        corners = []
+        around = []
+        counts = []
+        mixed = any(held.plan.source is not None for held in self.held)
+        first = 1
+        new = 1
         for i, (_, normals, known, plan) in enumerate(self.held):
-            nets.append((known.edges + i * len(places), known.corners + first, known.row + 3 * first, known.reach, known.base))
+            nets.append(
+                (
+                    known.edges + i * len(places),
+                    known.corners + first,
+                    known.row + 3 * first,
+                    known.reach,
+                    known.base,
+                )
+            )
             if plan.source is not None and plan.weight is not None:
                 sources.append(plan.source + first)
                 weights.append(plan.weight)
             there = len(plan.faces) > 0
-            pick = plan.faces[plan.select] if there else torch.zeros(shape, dtype=torch.int64, device=places.device)  # [P, F, 3]
+            # [P, F, 3]
+            pick = (
+                plan.faces[plan.select]
+                if there
+                else torch.zeros(shape, dtype=torch.int64, device=places.device)
+            )
             around.append(normals[pick] if there else places.new_zeros(*shape, 3))
             corners.append(pick + new if there else pick)
             faces.append(plan.faces + new)
             counts.append((len(normals), len(plan.faces)))
-            first, new = first + len(known.base) // 3, new + len(normals)
+            first = first + len(known.base) // 3
+            new = new + len(normals)
         edges, cells, row, reach, base = (torch.cat(parts) for parts in zip(*nets, strict=True))
         index = torch.arange(len(self.held), device=places.device)
-        of_vertices, of_faces = (index.repeat_interleave(torch.tensor(n, device=places.device)) for n in zip(*counts, strict=True))
+        of_vertices, of_faces = (
+            index.repeat_interleave(torch.tensor(n, device=places.device)) for n in zip(*counts, strict=True)
+        )
         still = torch.zeros(1, 3, dtype=torch.int64, device=places.device)  # the new vertex 0
         return _Batch(
             ends=edges.T.flatten(),
             net=Net(edges, cells, row, reach, torch.cat([base.new_zeros(3), base])),
-            mixture=(torch.cat([still, *sources]), torch.cat([places.new_zeros(1, 3), *weights])[..., None]) if mixed else None,
-            faces=torch.cat(faces), owners=Owners(len(self.held), torch.cat([still[0, :1], of_vertices]), of_faces),
-            corners=torch.stack(corners), around=torch.stack(around), mask=torch.stack([held.plan.mask for held in self.held]),
-        )  # fmt: skip
+            mixture=(
+                (torch.cat([still, *sources]), torch.cat([places.new_zeros(1, 3), *weights])[..., None])
+                if mixed
+                else None
+            ),
+            faces=torch.cat(faces),
+            owners=Owners(len(self.held), torch.cat([still[0, :1], of_vertices]), of_faces),
+            corners=torch.stack(corners),
+            around=torch.stack(around),
+            mask=torch.stack([held.plan.mask for held in self.held]),
+        )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs, as tensors by name."""
@@ -171,8 +214,10 @@ class MeshReader:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what `state_dict` gave."""
-        self.held, self._batch = [], None
+        self.held = []
+        self._batch = None
         while (first := f"{len(self.held)}.") + "inside" in state:
             parts = [part(*(state.get(first + name) for name in part._fields)) for part in (Net, Plan)]  # type: ignore[arg-type]
-            inside, around = state[first + "inside"], state[first + "around"]
+            inside = state[first + "inside"]
+            around = state[first + "around"]
             self.held.append(Held(inside, around, *parts))  # type: ignore[arg-type]

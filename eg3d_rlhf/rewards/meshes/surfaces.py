@@ -1,8 +1,8 @@
-"""Surfaces of a level: a cube cut into tetrahedra (6 around the main diagonal of every cell, any resolution, nothing stored), marching
-tetrahedra, and nets with one vertex per cell.
+"""Surfaces of a level: a cube cut into tetrahedra (6 around the main diagonal of every cell, any resolution,
+nothing stored), marching tetrahedra, and nets with one vertex per cell.
 
-Letters: R cells per edge, V = (R + 1)^3 vertices of the lattice, T tetrahedra, E edges; N vertices of a mesh, M faces; of a net N
-crossings, N' vertices, M = 2 N faces.
+Letters: R cells per edge, V = (R + 1)^3 vertices of the lattice, T tetrahedra, E edges; N vertices of a mesh,
+M faces; of a net N crossings, N' vertices, M = 2 N faces.
 """
 
 import functools
@@ -28,11 +28,15 @@ class Lattice:
     edges_of: torch.Tensor  # [T, 6] int64, numbers of the edges EDGES of each tetrahedron
     step: float  # a cell's edge, world units: deformations stay below it
     border: torch.Tensor  # [V] bool: on the surface of the cube
-    axes: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # x, y, z whose product the vertices are, z the fastest
+    # x, y, z whose product the vertices are, z the fastest
+    axes: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of(cls, vertices: torch.Tensor, tetrahedra: torch.Tensor, step: float, axes=None) -> "Lattice":
-        """Any tetrahedra [T, 4] of vertices [V, 3]; what lies on their bounding box is the border. Args: axes: see there."""
+        """Any tetrahedra [T, 4] of vertices [V, 3]; what lies on their bounding box is the border.
+
+        Args: axes: see there.
+        """
         ends = tetrahedra[:, EDGES].sort(dim=2).values  # [T, 6, 2]
         keys, edges_of = (ends[..., 0] * len(vertices) + ends[..., 1]).unique(return_inverse=True)
         edges = torch.stack([keys.div(len(vertices), rounding_mode="floor"), keys % len(vertices)], dim=1)
@@ -41,7 +45,9 @@ class Lattice:
 
     def to(self, device: str | torch.device) -> "Lattice":
         """The lattice on a device: that of the field."""
-        parts: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        parts: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
         if self.axes is not None:
             parts["axes"] = tuple(axis.to(device) for axis in self.axes)
         return replace(self, **parts)
@@ -54,8 +60,11 @@ class Lattice:
 
 @functools.lru_cache(maxsize=8)
 def cube(resolution: int, bounds: Bounds | None = None) -> Lattice:
-    """R^3 cells of a cube, by default the unit cube about the origin; vertices in the order of x, y, z, the last one fastest."""
-    bounds, side = bounds or Bounds(), resolution + 1
+    """R^3 cells of a cube, by default the unit cube about the origin; vertices in the order of x, y, z, the
+    last one fastest.
+    """
+    bounds = bounds or Bounds()
+    side = resolution + 1
     axis = (torch.arange(side) / resolution - 0.5) * bounds.side
     x, y, z = (axis + c for c in bounds.centre)
     vertices = torch.cartesian_prod(x, y, z)
@@ -67,23 +76,30 @@ def cube(resolution: int, bounds: Bounds | None = None) -> Lattice:
         odd = sum(a > b for a, b in itertools.combinations(order, 2)) % 2
         corners.append([path[0], path[1], path[3], path[2]] if odd else path)
     cells = index[:-1, :-1, :-1].reshape(-1, 1, 1)
-    return Lattice.of(vertices, (cells + torch.tensor(corners)).reshape(-1, 4), bounds.side / resolution, (x, y, z))
+    return Lattice.of(
+        vertices, (cells + torch.tensor(corners)).reshape(-1, 4), bounds.side / resolution, (x, y, z)
+    )
 
 
-# Marching tetrahedra: a level on a lattice as a closed triangle mesh, differentiable in the level and in where the lattice's vertices are.
-# The level is negative inside; 0 is outside. Faces point outward: the signed volume is positive. Which tetrahedra are cut is a choice of
-# signs: topology gets no gradient, only the positions of the vertices that are there do. Source: DMTet (Shen et al. 2021); its 16 cases are
-# derived here from the signs.
+# Marching tetrahedra: a level on a lattice as a closed triangle mesh, differentiable in the level and in
+# where the lattice's vertices are. The level is negative inside; 0 is outside. Faces point outward: the
+# signed volume is positive. Which tetrahedra are cut is a choice of signs: topology gets no gradient, only
+# the positions of the vertices that are there do. Source: DMTet (Shen et al. 2021); its 16 cases are derived
+# here from the signs.
 
 LEAST_STEP = 1e-8  # between the levels of an edge's ends; tetrahedra with a cut edge below it are skipped
-_DIAGONALS = (((0, 2), (1, 3)), ((0, 3), (1, 2)), ((0, 1), (2, 3)))  # opposite edges; a quadrilateral is cut along the first pair
+# opposite edges; a quadrilateral is cut along the first pair
+_DIAGONALS = (((0, 2), (1, 3)), ((0, 3), (1, 2)), ((0, 1), (2, 3)))
 
 
 def _cases() -> tuple[torch.Tensor, torch.Tensor]:
-    """Triangles [16, 2, 3] as numbers of EDGES and how many there are [16]; bit i of a case: vertex i is inside."""
+    """Triangles [16, 2, 3] as numbers of EDGES and how many there are [16]; bit i of a case: vertex i is
+    inside.
+    """
     corner = torch.cat([torch.zeros(1, 3), torch.eye(3)])  # a positively oriented tetrahedron
     middle = {edge: (corner[edge[0]] + corner[edge[1]]) / 2 for edge in EDGES}
-    triangles, count = torch.zeros(16, 2, 3, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)
+    triangles = torch.zeros(16, 2, 3, dtype=torch.int64)
+    count = torch.zeros(16, dtype=torch.int64)
     for case in range(1, 15):
         inside = [bool(case >> i & 1) for i in range(4)]
         cut = [edge for edge in EDGES if inside[edge[0]] != inside[edge[1]]]
@@ -103,17 +119,23 @@ def _cases() -> tuple[torch.Tensor, torch.Tensor]:
 TRIANGLES, COUNT = _cases()
 
 
-def marching_tetrahedra(level: torch.Tensor, lattice: Lattice, deformation: torch.Tensor | None = None) -> Mesh:
+def marching_tetrahedra(
+    level: torch.Tensor, lattice: Lattice, deformation: torch.Tensor | None = None
+) -> Mesh:
     """The surface level = 0. On a cut edge a-b it lies at (v_a s_b - v_b s_a) / (s_b - s_a), s = level.
 
-    Args: level [V], negative inside; deformation [V, 3], any number: vertices move by tanh(deformation) cells.
-    Returns: vertices in the order of the sorted edges that are cut; no vertex and no face where the sign is everywhere the same.
+    Args: level [V], negative inside; deformation [V, 3], any number: vertices move by tanh(deformation)
+        cells.
+    Returns: vertices in the order of the sorted edges that are cut; no vertex and no face where the sign is
+        everywhere the same.
     Differentiable in: level, deformation, lattice.vertices. Not in: which edges are cut.
     Raises: ValueError for NaN.
     """
     assert level.shape == (len(lattice.vertices),)
     if not bool(level.detach().isfinite().all()):
-        raise ValueError("marching_tetrahedra: expected finite levels, got NaN or infinity. Check the field's density.")
+        raise ValueError(
+            "marching_tetrahedra: expected finite levels, got NaN or infinity. Check the field's density."
+        )
     edges, faces = cut(level.detach(), lattice)
     where = lattice.vertices if deformation is None else lattice.vertices + deformation.tanh() * lattice.step
     a, b = edges.unbind(1)
@@ -122,11 +144,15 @@ def marching_tetrahedra(level: torch.Tensor, lattice: Lattice, deformation: torc
 
 @torch.no_grad()
 def cut(level: torch.Tensor, lattice: Lattice) -> tuple[torch.Tensor, torch.Tensor]:
-    """The edges [N, 2] that the surface crosses, as pairs of lattice vertices, and faces [M, 3] between their crossings."""
-    inside, ends = level < 0, lattice.edges
+    """The edges [N, 2] that the surface crosses, as pairs of lattice vertices, and faces [M, 3] between their
+    crossings.
+    """
+    inside = level < 0
+    ends = lattice.edges
     crossed = inside[ends[:, 0]] != inside[ends[:, 1]]  # [E]
     flat = crossed & ((level[ends[:, 0]] - level[ends[:, 1]]).abs() < LEAST_STEP)
-    triangles, count = TRIANGLES.to(level.device), COUNT.to(level.device)
+    triangles = TRIANGLES.to(level.device)
+    count = COUNT.to(level.device)
     case = (inside[lattice.tetrahedra] << torch.arange(4, device=level.device)).sum(dim=1)  # [T]
     used = ((case > 0) & (case < 15)).nonzero()[:, 0]
     used = used[~flat[lattice.edges_of[used]].any(dim=1)]
@@ -138,14 +164,17 @@ def cut(level: torch.Tensor, lattice: Lattice) -> tuple[torch.Tensor, torch.Tens
 
 
 def crossed(s_a: torch.Tensor, s_b: torch.Tensor) -> torch.Tensor:
-    """The share [N] of an edge at which levels s_a, s_b [N] at its ends cross 0; 0 or 1, the end nearer to 0, where their signs are the
-    same, without gradient."""
+    """The share [N] of an edge at which levels s_a, s_b [N] at its ends cross 0; 0 or 1, the end nearer to 0,
+    where their signs are the same, without gradient.
+    """
     lost = (s_a < 0) == (s_b < 0)
     return torch.where(lost, (s_a.abs() >= s_b.abs()).to(s_a), s_a / torch.where(lost, 1.0, s_a - s_b))
 
 
 def signed_volume(mesh: Mesh) -> torch.Tensor:
-    """Volume [] that a closed mesh encloses, world units^3; positive where faces point outward. Differentiable in the vertices."""
+    """Volume [] that a closed mesh encloses, world units^3; positive where faces point outward.
+    Differentiable in the vertices.
+    """
     a, b, c = mesh.vertices[mesh.faces].unbind(1)
     return (a * torch.linalg.cross(b, c)).sum() / 6
 
@@ -153,7 +182,8 @@ def signed_volume(mesh: Mesh) -> torch.Tensor:
 def closed_level(level: torch.Tensor, lattice: Lattice) -> torch.Tensor:
     """Level [..., V] with the lattice's border outside, so that a body that runs into it is closed there.
 
-    The cap lies about 1/1000 of a cell from the border. Differentiable in level, but not on the border where it was inside.
+    The cap lies about 1/1000 of a cell from the border. Differentiable in level, but not on the border where
+    it was inside.
     """
     least = 1e-3 * level.detach().abs().mean(dim=-1, keepdim=True) + LEAST_STEP
     return torch.where(lattice.border, level.maximum(least), level)
@@ -166,15 +196,19 @@ def densities(field: Field, lattice: Lattice) -> torch.Tensor:
     return field.density(lattice.vertices)
 
 
-# Fusion: the surface on a cube's lattice with one vertex per cell, the mean of where the surface crosses the cell's edges.
-# A quarter of the faces of marching tetrahedra, of like size, and every vertex moves with about four crossings: what a mesh reward reads.
-# V' = P V, rows of P convex: which crossings a vertex is the mean of is a choice of signs, without gradient (Gibson 1998, surface nets).
+# Fusion: the surface on a cube's lattice with one vertex per cell, the mean of where the surface crosses the
+# cell's edges. A quarter of the faces of marching tetrahedra, of like size, and every vertex moves with about
+# four crossings: what a mesh reward reads. V' = P V, rows of P convex: which crossings a vertex is the mean
+# of is a choice of signs, without gradient (Gibson 1998, surface nets).
 
 
 class Net(NamedTuple):
-    """Which edges of cells are crossed, and what that makes of the four cells around each: a quadrilateral of their vertices."""
+    """Which edges of cells are crossed, and what that makes of the four cells around each: a quadrilateral of
+    their vertices.
+    """
 
-    edges: torch.Tensor  # [N, 2] int64, lattice vertices at the ends, the one with the smaller coordinate first
+    # [N, 2] int64, lattice vertices at the ends, the one with the smaller coordinate first
+    edges: torch.Tensor
     corners: torch.Tensor  # [N, 4] int64, vertices of the mesh; counterclockwise from outside
     row: torch.Tensor  # [N, 4] int64 of 3 N': the coordinates that a crossing moves, and
     reach: torch.Tensor  # [N, 4]: by how much on its way from one end to the other, world units
@@ -187,7 +221,11 @@ class Net(NamedTuple):
 
     def vertices(self, share: torch.Tensor) -> torch.Tensor:
         """[N', 3] of where the surface crosses each edge, as a share [N] of it. Differentiable in share."""
-        return self.base.to(share).index_add(0, self.row.flatten(), (share[:, None] * self.reach).flatten().to(share)).view(-1, 3)
+        return (
+            self.base.to(share)
+            .index_add(0, self.row.flatten(), (share[:, None] * self.reach).flatten().to(share))
+            .view(-1, 3)
+        )
 
 
 @torch.no_grad()
@@ -195,19 +233,29 @@ def net(level: torch.Tensor, lattice: Lattice) -> Net:
     """Of a level [V], negative inside, whose border lies outside (`closed_level`)."""
     inside = lattice.grid(level) < 0  # [R + 1, R + 1, R + 1]
     assert not bool((lattice.grid(lattice.border) & inside).any()), "pass it through closed_level"
-    side, places = inside.shape[0], lattice.vertices
-    jump, cell = (side * side, side, 1), ((side - 1) ** 2, side - 1, 1)  # from a vertex, or a cell, to the next one along x, y, z
-    edges, around, axes = [], [], []
+    side = inside.shape[0]
+    places = lattice.vertices
+    # from a vertex, or a cell, to the next one along x, y, z
+    jump = (side * side, side, 1)
+    cell = ((side - 1) ** 2, side - 1, 1)
+    edges = []
+    around = []
+    axes = []
     for axis in range(3):
-        first, second = inside.narrow(axis, 0, side - 1), inside.narrow(axis, 1, side - 1)
+        first = inside.narrow(axis, 0, side - 1)
+        second = inside.narrow(axis, 1, side - 1)
         place = (first != second).nonzero()  # [n, 3] of the first end
         start, here = ((place * place.new_tensor(by)).sum(dim=1) for by in (jump, cell))
-        before, below = cell[(axis + 1) % 3], cell[(axis + 2) % 3]
-        quad = torch.stack([here - before - below, here - below, here, here - before], dim=1)  # counterclockwise from the second end
+        before = cell[(axis + 1) % 3]
+        below = cell[(axis + 2) % 3]
+        # counterclockwise from the second end
+        quad = torch.stack([here - before - below, here - below, here, here - before], dim=1)
         around.append(torch.where(first[tuple(place.T)][:, None], quad, quad.flip(1)))
         edges.append(torch.stack([start, start + jump[axis]], dim=1))
         axes.append(torch.full_like(start, axis))
-    cells, ends, axis_of = torch.cat(around), torch.cat(edges), torch.cat(axes)
+    cells = torch.cat(around)
+    ends = torch.cat(edges)
+    axis_of = torch.cat(axes)
     used = torch.zeros((side - 1) ** 3, dtype=torch.bool, device=level.device)
     used[cells.flatten()] = True
     corners = (used.cumsum(0) - 1)[cells]  # [N, 4]
@@ -218,6 +266,8 @@ def net(level: torch.Tensor, lattice: Lattice) -> Net:
 
 
 def net_mesh(level: torch.Tensor, lattice: Lattice, known: Net | None = None) -> Mesh:
-    """The surface level = 0 of a level [V], on a net that is already known or its own. Differentiable in: level."""
+    """The surface level = 0 of a level [V], on a net that is already known or its own. Differentiable in:
+    level.
+    """
     known = known or net(level.detach(), lattice)
     return Mesh(known.vertices(crossed(*level[known.edges.T])), known.faces)

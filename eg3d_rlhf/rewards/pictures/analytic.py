@@ -1,7 +1,9 @@
-"""Rewards in closed form: of pictures, and of geometry. What they judge is known, so what a method makes of them can be checked.
+"""Rewards in closed form: of pictures, and of geometry. What they judge is known, so what a method makes of
+them can be checked.
 
-`RewardModel` of pictures: scores [B] of [B, C, h, w] in 0..1 (C is 3, or 4 with inverse depth). `GeometryReward` (guidance/geometry.py) of
-fields: scores [A]. Neither is the judge (judges.py) nor the detector (`boxes.noses`). Letters: A assets, V views of each, B = A V.
+`RewardModel` of pictures: scores [B] of [B, C, h, w] in 0..1 (C is 3, or 4 with inverse depth).
+`GeometryReward` (guidance/geometry.py) of fields: scores [A]. Neither is the judge (judges.py) nor the
+detector (`boxes.noses`). Letters: A assets, V views of each, B = A V.
 """
 
 from collections.abc import Sequence
@@ -16,16 +18,22 @@ from eg3d_rlhf.core.interfaces import Modality, RewardModel
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.rewards.boxes import RESOLUTION, SIDES, modes_of, nose_voxels, prompt_of
 
-_SHARP = 6.0  # slope of the soft "this view is a face" in the difference of squared distances over that of the modes
+# slope of the soft "this view is a face" in the difference of squared distances over that of the modes
+_SHARP = 6.0
 
 
 def nearer_first(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """(|x - second|^2 - |x - first|^2) / |first - second|^2 [B] of a prompt's two modes: 1 at the first, -1 at the second."""
+    """(|x - second|^2 - |x - first|^2) / |first - second|^2 [B] of a prompt's two modes: 1 at the first, -1
+    at the second.
+    """
     channels = pixels.shape[1]
     first, second = modes_of(prompts)[:, :, :channels].to(pixels).unbind(1)
     if pixels.shape != first.shape:
         expected = list(first.shape[2:])
-        raise ValueError(f"--reward: expected the test problem's pictures of {expected} pixels, got {list(pixels.shape[2:])}. Use another.")
+        raise ValueError(
+            f"--reward: expected the test problem's pictures of {expected} pixels, got"
+            f" {list(pixels.shape[2:])}. Use another."
+        )
     apart = (pixels - second).square().flatten(1).sum(1) - (pixels - first).square().flatten(1).sum(1)
     return apart / (first - second).square().flatten(1).sum(1)
 
@@ -34,30 +42,38 @@ class _EachPicture:
     """Scores each picture alone, with a gradient."""
 
     modality: ClassVar[Modality] = "image"
-    views, differentiable = 1, True
+    views = 1
+    differentiable = True
 
 
 class ModeDistance(_EachPicture):
-    """Each view alone: how near the prompt's first mode. Of heads that is a face in every view: the bias of 2D rewards towards Janus."""
+    """Each view alone: how near the prompt's first mode. Of heads that is a face in every view: the bias of
+    2D rewards towards Janus.
+    """
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return nearer_first(pixels, prompts)
 
 
 class OneFace:
-    """Four views of an asset together. Heads: the largest face-likeness less all others'; boxes: the mean of `ModeDistance`.
+    """Four views of an asset together. Heads: the largest face-likeness less all others'; boxes: the mean of
+    `ModeDistance`.
 
-    The face-likeness of a view is sigmoid(6 nearer_first). Best is exactly one face: 1 less what the other three have of one.
+    The face-likeness of a view is sigmoid(6 nearer_first). Best is exactly one face: 1 less what the other
+    three have of one.
     """
 
     modality: ClassVar[Modality] = "multiview"
-    views, differentiable = SIDES, True
+    views = SIDES
+    differentiable = True
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         near = nearer_first(pixels, prompts).unflatten(0, (-1, self.views))  # [A, V]
         faces = torch.sigmoid(_SHARP * near)
         of_heads = 2 * faces.amax(dim=1) - faces.sum(dim=1)
-        heads = torch.tensor([prompt_of(text).kind == "janus" for text in prompts[:: self.views]], device=pixels.device)
+        heads = torch.tensor(
+            [prompt_of(text).kind == "janus" for text in prompts[:: self.views]], device=pixels.device
+        )
         return torch.where(heads, of_heads, near.mean(dim=1)).repeat_interleave(self.views)
 
 
@@ -71,7 +87,9 @@ class MeanPixel(_EachPicture):
 
 @dataclass(frozen=True)
 class Random:
-    """Numbers of 0..1 that mean nothing, the same for the same pictures: a control. The fraction of a large random projection."""
+    """Numbers of 0..1 that mean nothing, the same for the same pictures: a control. The fraction of a large
+    random projection.
+    """
 
     seed: int = 0
     views: int = 1
@@ -81,7 +99,9 @@ class Random:
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         del prompts
         flat = pixels.detach().unflatten(0, (-1, self.views)).flatten(1).double()
-        weights = torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64).to(flat)
+        weights = torch.randn(
+            flat.shape[1], generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64
+        ).to(flat)
         return ((flat @ weights) * 1e4).remainder(1.0).to(pixels).repeat_interleave(self.views)
 
 
@@ -90,7 +110,9 @@ class Inverted:
 
     def __init__(self, reward: RewardModel):
         self._reward = reward
-        self.modality, self.views, self.differentiable = reward.modality, reward.views, reward.differentiable
+        self.modality = reward.modality
+        self.views = reward.views
+        self.differentiable = reward.differentiable
         self.view_prompts = getattr(reward, "view_prompts", False)
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -98,28 +120,37 @@ class Inverted:
 
 
 def occupancy(field: Field, resolution: int = RESOLUTION) -> torch.Tensor:
-    """Opacity [A, D, H, W] of a grid's cells, 1 - exp(-softplus(raw - 1) step). Differentiable in the field."""
+    """Opacity [A, D, H, W] of a grid's cells, 1 - exp(-softplus(raw - 1) step).
+    Differentiable in the field.
+    """
     grid = SlabSpec.of(field.bounds, resolution)
     return -torch.expm1(-torch.nn.functional.softplus(field.density_grid(grid) - 1) * grid.voxel)
 
 
 class OneNose:
-    """-(sum - largest) of four nose masses, each the mean opacity where a side's nose would be: an oracle's ceiling for learned rewards.
+    """-(sum - largest) of four nose masses, each the mean opacity where a side's nose would be: an oracle's
+    ceiling for learned rewards.
 
-    Deviates from "no more than one nose's worth" of the sum, which removes all noses of most assets and still lowers the Janus ratio.
+    Deviates from "no more than one nose's worth" of the sum, which removes all noses of most assets and still
+    lowers the Janus ratio.
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
         """See `GeometryReward`; 0 for prompts that are not of heads."""
         del step
         filled = occupancy(field)
-        mass = torch.stack([filled[:, nose_voxels(RESOLUTION, side).to(filled.device)].mean(dim=1) for side in range(SIDES)], dim=1)
+        mass = torch.stack(
+            [filled[:, nose_voxels(RESOLUTION, side).to(filled.device)].mean(dim=1) for side in range(SIDES)],
+            dim=1,
+        )
         heads = torch.tensor([prompt_of(text).kind == "janus" for text in prompts], device=filled.device)
         return torch.where(heads, mass.amax(dim=1) - mass.sum(dim=1), 0.0)
 
 
 class Floaters:
-    """Minus the share of the filled volume that hangs apart from the largest connected part. Parts are found without gradient."""
+    """Minus the share of the filled volume that hangs apart from the largest connected part. Parts are found
+    without gradient.
+    """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
         del prompts, step

@@ -1,5 +1,5 @@
-"""A reward of pictures from a path: which of the published files it is, with checks at its edge; and objects of the user's own with
-imscore's signature.
+"""A reward of pictures from a path: which of the published files it is, with checks at its edge; and objects
+of the user's own with imscore's signature.
 
 Shape letters: B pictures.
 """
@@ -25,13 +25,18 @@ class CheckedReward:
 
     def __init__(self, reward: RewardModel):
         self.reward = reward
-        self.modality, self.views, self.differentiable = reward.modality, reward.views, reward.differentiable
+        self.modality = reward.modality
+        self.views = reward.views
+        self.differentiable = reward.differentiable
         self.view_prompts = getattr(reward, "view_prompts", False)
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Scores [B] of pictures [B, 3, h, w] in 0..1. Raises: ValueError."""
         if len(prompts) != len(pixels):
-            raise ValueError(f"{FLAG}: expected one prompt per picture, got {len(prompts)} for {len(pixels)}. Repeat them per view.")
+            raise ValueError(
+                f"{FLAG}: expected one prompt per picture, got {len(prompts)} for {len(pixels)}. Repeat them"
+                " per view."
+            )
         check_views(len(pixels), self.views, FLAG)
         check_pictures(pixels, FLAG)
         scores = self.reward.score(pixels, prompts)
@@ -51,24 +56,35 @@ class ImscoreReward:
 
     def __init__(self, model: Any):
         if not callable(getattr(model, "score", None)):
-            raise ValueError(f"{FLAG}: expected an object with score(pixels, prompts), got {type(model).__name__}. Use one of imscore's.")
+            raise ValueError(
+                f"{FLAG}: expected an object with score(pixels, prompts), got {type(model).__name__}. Use one"
+                " of imscore's."
+            )
         self.model = model.eval() if hasattr(model, "eval") else model
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Scores [B] of pictures [B, 3, h, w] in 0..1. Raises: ValueError for another number of scores."""
         low, high = (float(x) for x in pixels.detach().aminmax())
         if not (low >= -SLACK and high <= 1 + SLACK):
-            warnings.warn(f"{FLAG}: expected pictures within 0..1, got {low:.3g}..{high:.3g}. Its scores mean little.", stacklevel=2)
+            warnings.warn(
+                f"{FLAG}: expected pictures within 0..1, got {low:.3g}..{high:.3g}. Its scores mean little.",
+                stacklevel=2,
+            )
         scores = self.model.score(pixels, prompts)
         if scores.numel() != len(pixels):
-            raise ValueError(f"{FLAG}: expected {len(pixels)} scores, got {list(scores.shape)}. The model must score each picture.")
+            raise ValueError(
+                f"{FLAG}: expected {len(pixels)} scores, got {list(scores.shape)}. The model must score each"
+                " picture."
+            )
         return scores.reshape(-1)
 
 
 def load_reward(path: str | Path, device: str | torch.device = "cpu") -> CheckedReward:
-    """ImageReward, Reward3D or HPSv2 (a file, or a folder with one), or CLIP score (a transformers folder). In eval mode, with checks.
+    """ImageReward, Reward3D or HPSv2 (a file, or a folder with one), or CLIP score (a transformers folder).
+    In eval mode, with checks.
 
-    Raises: FileNotFoundError; ValueError for foreign files: one line with flag and remedy. Nothing in a file is run.
+    Raises: FileNotFoundError; ValueError for foreign files: one line with flag and remedy. Nothing in a file
+        is run.
     """
     path = existing(path, FLAG)
     if (path / "config.json").is_file():
@@ -85,7 +101,9 @@ def weights_of(path: Path) -> Path:
 
 
 def reward_costs(path: str | Path, pictures: int, noises: int = 1) -> Costs:
-    """What a reward will hold in memory for a step of B pictures, from its file's shapes alone: K B of them scored, B back-propagated."""
+    """What a reward will hold in memory for a step of B pictures, from its file's shapes alone: K B of them
+    scored, B back-propagated.
+    """
     path = existing(path, FLAG)
     if (path / "config.json").is_file():
         require_extra(FLAG, "transformers")
@@ -118,23 +136,34 @@ def _costs(network: torch.nn.Module, run: Any, pictures: int, noises: int, side:
         with torch.no_grad():
             return run(torch.empty(noises * pictures, 3, side, side, device="meta"))
 
-    stages = {f"score {noises * pictures} pictures of {side}^2": scored, f"score {pictures} of them, and back": back}
+    stages = {
+        f"score {noises * pictures} pictures of {side}^2": scored,
+        f"score {pictures} of them, and back": back,
+    }
     return Costs(
-        weights={"reward, float32": weight_row(network)}, stages={name: peak_bytes(stage) for name, stage in stages.items()}
+        weights={"reward, float32": weight_row(network)},
+        stages={name: peak_bytes(stage) for name, stage in stages.items()},
     )
 
 
 def _clip_folder(path: Path) -> Path:
     kind = json.loads((path / "config.json").read_text()).get("model_type")
     if kind != "clip":
-        raise ValueError(f"{FLAG}: expected a folder of transformers' CLIPModel, got model_type {kind!r} in {path}. Use a CLIP folder.")
+        raise ValueError(
+            f"{FLAG}: expected a folder of transformers' CLIPModel, got model_type {kind!r} in {path}. Use a"
+            " CLIP folder."
+        )
     return path
 
 
 def _is_blip(state: dict[str, torch.Tensor], file: Path) -> bool:
     """Whether the file is ImageReward's or Reward3D's, not HPSv2's. Raises: ValueError for neither."""
-    blip, clip = any(name.startswith("blip.") for name in state), "visual.conv1.weight" in state
+    blip = any(name.startswith("blip.") for name in state)
+    clip = "visual.conv1.weight" in state
     if not blip and not clip:
         known = "ImageReward (blip.*), Reward3D (blip.*) or HPSv2 (visual.*)"
-        raise ValueError(f"{FLAG}: expected {known} in {file.name}, got {', '.join(sorted(state)[:3])}. Is it another network's file?")
+        raise ValueError(
+            f"{FLAG}: expected {known} in {file.name}, got {', '.join(sorted(state)[:3])}. Is it another"
+            " network's file?"
+        )
     return blip

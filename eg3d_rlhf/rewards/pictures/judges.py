@@ -1,7 +1,8 @@
 """Who says which of two is better: analytic judges, yes/no questions, a vision-language model of the user's.
 
-`PairwiseJudge` of pictures [V, C, h, w] in 0..1: 0 or 1 for the better one, -1 where there is no answer. `AssetJudge` compares finished
-assets by what no reward reads, and is the judge of comparisons. Letters: A assets, V views, B = A V.
+`PairwiseJudge` of pictures [V, C, h, w] in 0..1: 0 or 1 for the better one, -1 where there is no answer.
+`AssetJudge` compares finished assets by what no reward reads, and is the judge of comparisons. Letters: A
+assets, V views, B = A V.
 """
 
 import base64
@@ -24,7 +25,8 @@ from eg3d_rlhf.generators.assets.views import FourViews
 from eg3d_rlhf.rewards.boxes import COLOURS, RESOLUTION, SIDES, emblem_points, modes_of, noses, prompt_of
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-Answers = Callable[[torch.Tensor, str, Sequence[str]], str]  # (pictures [V, C, h, w], prompt, questions) -> a line for each
+# (pictures [V, C, h, w], prompt, questions) -> a line for each
+Answers = Callable[[torch.Tensor, str, Sequence[str]], str]
 _FACE_PIXELS = 8  # of a nose's sixteen
 _CLOSE = 0.3  # distance of a pixel to a colour, RGB of 0..1, under which it has it
 _PLAUSIBLE = 0.01  # RMS difference to the nearest mode, of pictures in 0..1, that one asset must be ahead by
@@ -76,24 +78,36 @@ def analytic_answers(pictures: torch.Tensor, prompt: str, questions: Sequence[st
 
 @dataclass(frozen=True)
 class YesNoJudge:
-    """Score of a picture: the lines of its answers that hold "Yes", as DreamDPO's judge counts them; the higher score wins."""
+    """Score of a picture: the lines of its answers that hold "Yes", as DreamDPO's judge counts them; the
+    higher score wins.
+    """
 
     answers: Answers = analytic_answers
     questions: Callable[[str], Sequence[str]] = problem_questions
 
     def score(self, pictures: torch.Tensor, prompt: str) -> int:
-        return sum("yes" in line.lower() for line in self.answers(pictures, prompt, self.questions(prompt)).splitlines())
+        return sum(
+            "yes" in line.lower()
+            for line in self.answers(pictures, prompt, self.questions(prompt)).splitlines()
+        )
 
     def judge(self, prompts: list[str], pairs: list[Pair], shuffle_order: bool = True) -> list[int]:
         """See `PairwiseJudge`. Each picture is asked about alone, so there is no order."""
         del shuffle_order
-        return [verdict(*(self.score(side, prompt) for side in pair)) for prompt, pair in zip(prompts, pairs, strict=True)]
+        return [
+            verdict(*(self.score(side, prompt) for side in pair))
+            for prompt, pair in zip(prompts, pairs, strict=True)
+        ]
 
 
 @torch.no_grad()
 def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
-    """Minus the RMS difference [A] of an asset's four pictures to the nearest mode each, as a function of its prompts."""
-    pictures = FourViews().render(asset, FourViews().draw(len(asset), torch.Generator()), torch.zeros(3)).images
+    """Minus the RMS difference [A] of an asset's four pictures to the nearest mode each, as a function of its
+    prompts.
+    """
+    pictures = (
+        FourViews().render(asset, FourViews().draw(len(asset), torch.Generator()), torch.zeros(3)).images
+    )
 
     def of(prompts: Sequence[str]) -> torch.Tensor:
         both = modes_of([text for text in prompts for _ in range(SIDES)]).to(pictures)
@@ -106,15 +120,18 @@ def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
 class AssetJudge:
     """Finished assets, by their surface and its colour: trained by nothing, read by no reward.
 
-    Heads: the number of noses nearer to one, counted on the surface. Boxes: more sides whose floor has the first emblem's colours.
-    Then, where one is ahead by 0.01: the smaller RMS difference of its pictures to the prior's nearest modes.
+    Heads: the number of noses nearer to one, counted on the surface. Boxes: more sides whose floor has the
+    first emblem's colours. Then, where one is ahead by 0.01: the smaller RMS difference of its pictures to
+    the prior's nearest modes.
     """
 
     @torch.no_grad()
     def score(self, asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
         """First criterion [A]: 0 is best."""
         kinds = torch.tensor([prompt_of(text).kind == "janus" for text in prompts])
-        return torch.where(kinds, -(noses(asset).cpu() - 1).abs(), emblem_sides(asset, prompts) - SIDES).double()
+        return torch.where(
+            kinds, -(noses(asset).cpu() - 1).abs(), emblem_sides(asset, prompts) - SIDES
+        ).double()
 
     def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
         """0, 1 or -1 of each of A pairs of assets with a prompt each."""
@@ -128,7 +145,9 @@ class AssetJudge:
 
 @torch.no_grad()
 def emblem_sides(asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
-    """Sides [A] whose floor has the first emblem's colours: a vote of the points on which the two emblems differ; 0 for heads."""
+    """Sides [A] whose floor has the first emblem's colours: a vote of the points on which the two emblems
+    differ; 0 for heads.
+    """
     counts = []
     for i, text in enumerate(prompts):
         prompt = prompt_of(text)
@@ -145,26 +164,35 @@ def emblem_sides(asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
     return torch.tensor(counts)
 
 
-# A vision-language model as judge: any server that speaks the chat-completions protocol, local or hosted. The key comes from the
-# environment alone, never from a flag, a file or the source; without one, none is sent (local servers need none).
+# A vision-language model as judge: any server that speaks the chat-completions protocol, local or hosted. The
+# key comes from the environment alone, never from a flag, a file or the source; without one, none is sent
+# (local servers need none).
 
 KEY_VARIABLE = "EG3D_RLHF_JUDGE_KEY"
 _WHICH = (
-    "Each picture shows one 3D object from several sides. The object was made for: {prompt!r}. Which is better: the first or the second? "
-    "Consider whether it fits the text, whether the shape is plausible from all sides, and detail. Answer with 1 or 2 alone."
+    "Each picture shows one 3D object from several sides. The object was made for: {prompt!r}. Which is"
+    " better: the first or the second? Consider whether it fits the text, whether the shape is plausible from"
+    " all sides, and detail. Answer with 1 or 2 alone."
 )
-_ABOUT = "The picture shows one 3D object from several sides, made for: {prompt!r}. Answer each question with a line 'Yes' or 'No'.\n{list}"
+_ABOUT = (
+    "The picture shows one 3D object from several sides, made for: {prompt!r}. Answer each question with a"
+    " line 'Yes' or 'No'.\n{list}"
+)
 
 
 def picture(views: torch.Tensor) -> bytes:
     """Views [V, C, h, w] in 0..1 side by side, as PNG."""
-    pixels = (views[:, :3].detach().clamp(0, 1).permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    pixels = (
+        (views[:, :3].detach().clamp(0, 1).permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    )
     return png(np.asarray(tile(list(pixels), len(pixels))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionLanguageJudge:
-    """`PairwiseJudge`, and the answers of a `YesNoJudge`. A server that says neither 1 nor 2 gives no answer (-1); one that fails warns."""
+    """`PairwiseJudge`, and the answers of a `YesNoJudge`. A server that says neither 1 nor 2 gives no answer
+    (-1); one that fails warns.
+    """
 
     url: str  # of the chat completions, as http://localhost:8000/v1/chat/completions
     model: str
@@ -172,15 +200,23 @@ class VisionLanguageJudge:
 
     def __post_init__(self) -> None:
         if not re.match(r"https?://", self.url):
-            raise ValueError(f"--judge: expected the address of a server, http:// or https://, got {self.url!r}. Give its completions.")
+            raise ValueError(
+                f"--judge: expected the address of a server, http:// or https://, got {self.url!r}. Give its"
+                " completions."
+            )
 
     def judge(self, prompts: list[str], pairs: list[Pair], shuffle_order: bool = True) -> list[int]:
-        """See `PairwiseJudge`. Whether the two change places is drawn from their pixels: the same pair is asked in the same order."""
+        """See `PairwiseJudge`. Whether the two change places is drawn from their pixels: the same pair is
+        asked in the same order.
+        """
         verdicts = []
         for prompt, (first, second) in zip(prompts, pairs, strict=True):
             pictures = [picture(first), picture(second)]
             swapped = shuffle_order and hashlib.sha256(b"".join(sorted(pictures))).digest()[0] % 2 == 1
-            said = re.search(r"[12]", self._ask(_WHICH.format(prompt=prompt), pictures[::-1] if swapped else pictures) or "")
+            said = re.search(
+                r"[12]",
+                self._ask(_WHICH.format(prompt=prompt), pictures[::-1] if swapped else pictures) or "",
+            )
             verdicts.append(-1 if said is None else (int(said.group()) - 1) ^ int(swapped))
         return verdicts
 
@@ -203,6 +239,12 @@ class VisionLanguageJudge:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 return str(json.load(response)["choices"][0]["message"]["content"])
         except (urllib.error.URLError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
-            reason = type(error).__name__ + (f" {error.code}" if isinstance(error, urllib.error.HTTPError) else "")
-            warnings.warn(f"judge {self.model}: expected an answer, got {reason}. Check the server, and {KEY_VARIABLE}.", stacklevel=3)
+            reason = type(error).__name__ + (
+                f" {error.code}" if isinstance(error, urllib.error.HTTPError) else ""
+            )
+            warnings.warn(
+                f"judge {self.model}: expected an answer, got {reason}. Check the server, and"
+                f" {KEY_VARIABLE}.",
+                stacklevel=3,
+            )
             return None

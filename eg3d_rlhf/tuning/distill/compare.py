@@ -1,4 +1,5 @@
-"""Arms of a comparison against plain score distillation: win rates by a judge that trains nothing, with intervals, paired changes, and Elo.
+"""Arms of a comparison against plain score distillation: win rates by a judge that trains nothing, with
+intervals, paired changes, and Elo.
 
 Letters: N pairs of (prompt, seed); every arm has an asset for each.
 """
@@ -16,7 +17,10 @@ from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.preferences.strengths import Judgement, elo
 
 BASE = "sds"
-INTERVAL = "95 % Wilson interval over pairs of prompt and seed, ties count half; means: percentile bootstrap, 10,000 resamples"
+INTERVAL = (
+    "95 % Wilson interval over pairs of prompt and seed, ties count half; means: percentile bootstrap, 10,000"
+    " resamples"
+)
 _WINNER = {0: "a", 1: "b", -1: "tie"}
 _POINTS = {0: 1.0, 1: 0.0, -1: 0.5}
 
@@ -29,35 +33,60 @@ class FinalJudge(Protocol):
 
 
 def compare(
-    assets: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], judge: FinalJudge, measured: Mapping[str, Mapping[str, torch.Tensor]]
+    assets: Mapping[str, Asset],
+    pairs: Sequence[tuple[str, int]],
+    judge: FinalJudge,
+    measured: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> tuple[dict, list[Judgement]]:
     """The table as JSON, and every judgement behind it.
 
     Args:
-        assets: N of every arm, in the order of the pairs (prompt, seed). measured: by arm, by name, figures [N] to report beside the win
-            rates; NaN where one does not apply, and one that applies to none is left out.
+        assets: N of every arm, in the order of the pairs (prompt, seed). measured: by arm, by name, figures
+            [N] to report beside the win rates; NaN where one does not apply, and one that applies to none is
+            left out.
     """
     assert BASE in assets and {len(made) for made in assets.values()} == {len(pairs)}
-    prompts, names = [prompt for prompt, _ in pairs], [f"{prompt} #{seed}" for prompt, seed in pairs]
+    prompts = [prompt for prompt, _ in pairs]
+    names = [f"{prompt} #{seed}" for prompt, seed in pairs]
     answers = {(a, b): judge.compare(assets[a], assets[b], prompts) for a, b in combinations(assets, 2)}
     judgements = [
-        Judgement(a, b, _WINNER[answer], name) for (a, b), said in answers.items() for answer, name in zip(said, names, strict=True)
+        Judgement(a, b, _WINNER[answer], name)
+        for (a, b), said in answers.items()
+        for answer, name in zip(said, names, strict=True)
     ]
-    rated, arms = elo(judgements), {}
+    rated = elo(judgements)
+    arms = {}
     for arm in assets:
         if (BASE, arm) in answers:
             won = 1 - np.array([_POINTS[answer] for answer in answers[BASE, arm]])
         else:
-            won = np.array([_POINTS[answer] for answer in answers.get((arm, BASE), [-1] * len(pairs))])  # sds itself ties
+            # sds itself ties
+            won = np.array([_POINTS[answer] for answer in answers.get((arm, BASE), [-1] * len(pairs))])
         rating = rated.ratings[arm]
         arms[arm] = {
-            "win_rate": float(won.mean()), "ci95": list(wilson_interval(float(won.sum()), len(won))), "n": len(won),
-            "ties": int((won == 0.5).sum()), "elo": {"mean": rating.elo, "ci95": [rating.lo, rating.hi]},
-            "measures": {name: _mean(values) for name, values in measured[arm].items() if not bool(values.isnan().all())},
-            "changes": {name: _mean(change) for name, values in measured[arm].items()
-                        if not bool((change := values - measured[BASE][name]).isnan().all())},  # paired
-        }  # fmt: skip
-    return {"arms": arms, "base": BASE, "n": len(pairs), "interval": INTERVAL, "elo_regularised": rated.regularised}, judgements
+            "win_rate": float(won.mean()),
+            "ci95": list(wilson_interval(float(won.sum()), len(won))),
+            "n": len(won),
+            "ties": int((won == 0.5).sum()),
+            "elo": {"mean": rating.elo, "ci95": [rating.lo, rating.hi]},
+            "measures": {
+                name: _mean(values)
+                for name, values in measured[arm].items()
+                if not bool(values.isnan().all())
+            },
+            "changes": {
+                name: _mean(change)
+                for name, values in measured[arm].items()
+                if not bool((change := values - measured[BASE][name]).isnan().all())
+            },  # paired
+        }
+    return {
+        "arms": arms,
+        "base": BASE,
+        "n": len(pairs),
+        "interval": INTERVAL,
+        "elo_regularised": rated.regularised,
+    }, judgements
 
 
 def _mean(values: torch.Tensor) -> dict:
@@ -70,14 +99,24 @@ def markdown(table: Mapping) -> str:
     arms = table["arms"]
     measures = list(arms[BASE]["measures"])
     rows = [
-        [arm, "" if arm == BASE else with_interval(row), *(f"{row['measures'][name]['mean']:.3g}" for name in measures),
-         with_interval(row["elo"], ".0f", "mean")]
+        [
+            arm,
+            "" if arm == BASE else with_interval(row),
+            *(f"{row['measures'][name]['mean']:.3g}" for name in measures),
+            with_interval(row["elo"], ".0f", "mean"),
+        ]
         for arm, row in arms.items()
-    ]  # fmt: skip
-    lines = [f"{table['n']} pairs of prompt and seed, the same for all arms. The judge: {table['judge']}.", "",
-             *markdown_rows(["arm", f"wins against {BASE}", *measures, "Elo"], rows)]  # fmt: skip
+    ]
+    lines = [
+        f"{table['n']} pairs of prompt and seed, the same for all arms. The judge: {table['judge']}.",
+        "",
+        *markdown_rows(["arm", f"wins against {BASE}", *measures, "Elo"], rows),
+    ]
     others = {arm: row["changes"] for arm, row in arms.items() if arm != BASE}
-    changed = [[arm, *(with_interval(changes[name], "+.3g", "mean") for name in measures)] for arm, changes in others.items()]
+    changed = [
+        [arm, *(with_interval(changes[name], "+.3g", "mean") for name in measures)]
+        for arm, changes in others.items()
+    ]
     if measures and changed:
         lines += ["", f"Changes against {BASE}, paired:", "", *markdown_rows(["arm", *measures], changed)]
     return "\n".join([*lines, "", f"Brackets: {table['interval']}.", ""])

@@ -1,4 +1,6 @@
-"""Settings of `train.py --mode=distill`: one tree from flags to JSON, and presets as a table with a row for each kind of prior."""
+"""Settings of `train.py --mode=distill`: one tree from flags to JSON, and presets as a table with a row for
+each kind of prior.
+"""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,8 +12,12 @@ from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.tuning.distill.schedule import Ramp, TimeWindow
 from training.config import built, check_knobs, knob
 
-ASSETS, REAL, METHOD, OPT = "What is made", "With a prior from files", "Method", "Optimisation"
-TWISTS = ("inverted", "random")  # of a reward: its sign turned, or replaced by noise; of one that looks at shapes, its weights shuffled
+ASSETS = "What is made"
+REAL = "With a prior from files"
+METHOD = "Method"
+OPT = "Optimisation"
+# of a reward: its sign turned, or replaced by noise; of one that looks at shapes, its weights shuffled
+TWISTS = ("inverted", "random")
 _TWIST = rf"(?:-({'|'.join(TWISTS)}))?"
 
 
@@ -26,19 +32,24 @@ class Method:
     judged: bool = False  # takes judge=: a judge of pairs may rank in the reward's place
 
 
-METHODS: Registry[Method] = Registry("--method", {
-    "sds": "eg3d_rlhf.tuning.distill.guidance.sds",
-    "dreamdpo": "eg3d_rlhf.tuning.distill.guidance.dreamdpo",
-    "rewardsds": "eg3d_rlhf.tuning.distill.guidance.rewardsds",
-    "dreamreward": "eg3d_rlhf.tuning.distill.guidance.dreamreward",
-    "psd": "eg3d_rlhf.tuning.distill.guidance.psd",
-    "best-of-n": "eg3d_rlhf.tuning.distill.guidance.sds",
-})  # fmt: skip
+METHODS: Registry[Method] = Registry(
+    "--method",
+    {
+        "sds": "eg3d_rlhf.tuning.distill.guidance.sds",
+        "dreamdpo": "eg3d_rlhf.tuning.distill.guidance.dreamdpo",
+        "rewardsds": "eg3d_rlhf.tuning.distill.guidance.rewardsds",
+        "dreamreward": "eg3d_rlhf.tuning.distill.guidance.dreamreward",
+        "psd": "eg3d_rlhf.tuning.distill.guidance.psd",
+        "best-of-n": "eg3d_rlhf.tuning.distill.guidance.sds",
+    },
+)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One column of a comparison: a method, what is done to its reward, and whether a reward looks at the geometry, too."""
+    """One column of a comparison: a method, what is done to its reward, and whether a reward looks at the
+    geometry, too.
+    """
 
     method: str
     twist: str | None = None
@@ -52,8 +63,9 @@ class Arm:
         parts = re.fullmatch(pattern, text.strip())
         if parts is None or (parts[2] and not METHODS[parts[1]].rewarded):
             raise ValueError(
-                f"expected arms such as {', '.join(METHODS)}, with -{' or -'.join(TWISTS)} after a method that has a reward, and "
-                f"+geometry at the end, twisted likewise, got {text.strip()!r}. Correct it."
+                f"expected arms such as {', '.join(METHODS)}, with -{' or -'.join(TWISTS)} after a method"
+                f" that has a reward, and +geometry at the end, twisted likewise, got {text.strip()!r}."
+                " Correct it."
             )
         return cls(parts[1], parts[2], bool(parts[3]), parts[4])
 
@@ -77,18 +89,44 @@ class LoopConfig:
     """How assets are optimised, whatever the method."""
 
     steps: int = knob(100, "Steps of each asset.", OPT, low=1, shown="100; 10000 with a prior from files")
-    batch: int = knob(55, "Assets that are optimised together; processes share the batches.", OPT, low=1,
-                      shown="55; 1 with a prior from files", rare=True)
-    lr: float = knob(0.05, "Learning rate of voxels or planes (Adam, betas 0.9 and 0.99).", OPT, above=0, rare=True)
-    lr_end: float = knob(0.05, "Learning rates at the end, as a share of those at the start; linear in between.", OPT, low=0,
-                         high=1, rare=True)
+    batch: int = knob(
+        55,
+        "Assets that are optimised together; processes share the batches.",
+        OPT,
+        low=1,
+        shown="55; 1 with a prior from files",
+        rare=True,
+    )
+    lr: float = knob(
+        0.05, "Learning rate of voxels or planes (Adam, betas 0.9 and 0.99).", OPT, above=0, rare=True
+    )
+    lr_end: float = knob(
+        0.05,
+        "Learning rates at the end, as a share of those at the start; linear in between.",
+        OPT,
+        low=0,
+        high=1,
+        rare=True,
+    )
     decoder_lr: float = knob(0.001, "Learning rate of decoders.", OPT, above=0, rare=True)
-    t_min: str = knob("0.02", "Least time, as a share of 1000: a number, or a ramp over steps s0,v0,v1,s1.", OPT, metavar="RAMP",
-                      shown="by prior", rare=True)
+    t_min: str = knob(
+        "0.02",
+        "Least time, as a share of 1000: a number, or a ramp over steps s0,v0,v1,s1.",
+        OPT,
+        metavar="RAMP",
+        shown="by prior",
+        rare=True,
+    )
     t_max: str = knob("0.98", "Largest time, likewise.", OPT, metavar="RAMP", shown="by prior", rare=True)
-    shared_time: bool = knob(True, "One time for all views of an asset; priors that see views together need it.", OPT, rare=True)
-    sparsity: str = knob("0", "Weight of the mean opacity along rays: a number or a ramp.", OPT, metavar="RAMP", rare=True)
-    opacity: str = knob("0", "Weight of the entropy of the opacity: a number or a ramp.", OPT, metavar="RAMP", rare=True)
+    shared_time: bool = knob(
+        True, "One time for all views of an asset; priors that see views together need it.", OPT, rare=True
+    )
+    sparsity: str = knob(
+        "0", "Weight of the mean opacity along rays: a number or a ramp.", OPT, metavar="RAMP", rare=True
+    )
+    opacity: str = knob(
+        "0", "Weight of the entropy of the opacity: a number or a ramp.", OPT, metavar="RAMP", rare=True
+    )
     tick: int = knob(20, "Steps between two lines of stats.jsonl.", OPT, low=1, rare=True)
     checkpoint_ticks: int = knob(3, "Lines between two states to go on from.", OPT, low=1, rare=True)
 
@@ -106,28 +144,59 @@ class LoopConfig:
     def window(self) -> TimeWindow:
         return TimeWindow(low=ramp_of(self.t_min), high=ramp_of(self.t_max))
 
+
 @dataclass(frozen=True, kw_only=True)
 class SceneConfig:
     """What is made, and who has a say in it."""
 
-    prior: str = knob("bundled", "Diffusion model of pictures: the bundled problem's, in closed form or as a U-Net that learned it, "
-                      "the heads of people's, a Stable Diffusion folder, or an MVDream file.", ASSETS,
-                      metavar="bundled|bundled-unet|heads|DIR|FILE")
-    reward: str | None = knob(None, "What prefers: one-face, mode-distance, symmetry or mean-pixel with the bundled prior; a file of "
-                              "ImageReward, Reward3D or HPSv2, or a CLIP folder.", ASSETS, metavar="NAME|FILE",
-                              shown="one-face with the bundled prior")
-    judge: str | None = knob(None, "Ranks pairs in the reward's place, for dreamdpo and psd: questions, with the bundled prior.",
-                             ASSETS, metavar="NAME", shown="none")
-    geometry_reward: str = knob("none", "A reward on the shape itself, beside the method: sigma is the bundled reward of densities, "
-                                "solid closes leaks; with the bundled prior also one-nose and floaters, in closed form.", ASSETS,
-                                metavar="none|NAME|FILE")
-    assets: int = knob(1, "Assets of each prompt, of different seeds.", ASSETS, low=1,
-                      shown="1; 5 for the bundled comparison, 2 for that of heads")
+    prior: str = knob(
+        "bundled",
+        "Diffusion model of pictures: the bundled problem's, in closed form or as a U-Net that learned it, "
+        "the heads of people's, a Stable Diffusion folder, or an MVDream file.",
+        ASSETS,
+        metavar="bundled|bundled-unet|heads|DIR|FILE",
+    )
+    reward: str | None = knob(
+        None,
+        "What prefers: one-face, mode-distance, symmetry or mean-pixel with the bundled prior; a file of "
+        "ImageReward, Reward3D or HPSv2, or a CLIP folder.",
+        ASSETS,
+        metavar="NAME|FILE",
+        shown="one-face with the bundled prior",
+    )
+    judge: str | None = knob(
+        None,
+        "Ranks pairs in the reward's place, for dreamdpo and psd: questions, with the bundled prior.",
+        ASSETS,
+        metavar="NAME",
+        shown="none",
+    )
+    geometry_reward: str = knob(
+        "none",
+        "A reward on the shape itself, beside the method: sigma is the bundled reward of densities, "
+        "solid closes leaks; with the bundled prior also one-nose and floaters, in closed form.",
+        ASSETS,
+        metavar="none|NAME|FILE",
+    )
+    assets: int = knob(
+        1,
+        "Assets of each prompt, of different seeds.",
+        ASSETS,
+        low=1,
+        shown="1; 5 for the bundled comparison, 2 for that of heads",
+    )
     views: int = knob(4, "Views of each asset in a step.", REAL, low=1, rare=True)
-    resolution: int = knob(64, "Rendered pixels per edge; the prior sees them enlarged to its own size.", REAL, low=8, rare=True)
+    resolution: int = knob(
+        64, "Rendered pixels per edge; the prior sees them enlarged to its own size.", REAL, low=8, rare=True
+    )
     planes: int = knob(64, "Texels per edge of an asset's planes.", REAL, low=4, rare=True)
-    amp: str = knob("auto", "Half precision for the prior's network alone; auto: on a GPU.", REAL, choices=("auto", "off",
-                    "half"), rare=True)
+    amp: str = knob(
+        "auto",
+        "Half precision for the prior's network alone; auto: on a GPU.",
+        REAL,
+        choices=("auto", "off", "half"),
+        rare=True,
+    )
 
     def __post_init__(self) -> None:
         check_knobs(self)
@@ -141,15 +210,21 @@ class DistillSettings:
     arms: tuple[str, ...]  # names of `Arm`s; one: no comparison
     scene: SceneConfig = field(default_factory=SceneConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    guidance: Mapping[str, Any] = field(default_factory=dict)  # settings of methods that flags have changed, by name
+    # settings of methods that flags have changed, by name
+    guidance: Mapping[str, Any] = field(default_factory=dict)
     preset: str | None = None  # of a method, below `guidance`
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompts or len(set(self.prompts)) != len(self.prompts):
-            raise ValueError(f"--prompt: expected different prompts, at least one, got {list(self.prompts)[:3]}. For more use --assets.")
+            raise ValueError(
+                f"--prompt: expected different prompts, at least one, got {list(self.prompts)[:3]}. For more"
+                " use --assets."
+            )
         if not self.arms or len(set(self.arms)) != len(self.arms):
-            raise ValueError(f"--compare: expected different arms, at least one, got {','.join(self.arms)}. Leave one out.")
+            raise ValueError(
+                f"--compare: expected different arms, at least one, got {','.join(self.arms)}. Leave one out."
+            )
         for name in self.arms:
             Arm.parse(name)
 
@@ -166,5 +241,14 @@ class DistillSettings:
 
     @classmethod
     def of(cls, record: Mapping) -> "DistillSettings":
-        scene, loop = built(SceneConfig, record["scene"]), built(LoopConfig, record["loop"])
-        return cls(**{**record, "prompts": tuple(record["prompts"]), "arms": tuple(record["arms"]), "scene": scene, "loop": loop})
+        scene = built(SceneConfig, record["scene"])
+        loop = built(LoopConfig, record["loop"])
+        return cls(
+            **{
+                **record,
+                "prompts": tuple(record["prompts"]),
+                "arms": tuple(record["arms"]),
+                "scene": scene,
+                "loop": loop,
+            }
+        )

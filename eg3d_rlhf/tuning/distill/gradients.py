@@ -1,8 +1,10 @@
-"""The gradients of score distillation on a picture, as pure functions: unreduced, without logging, no draws; then the weights of several
-noises, the loss of a gradient, and how two gradients of different size are brought together.
+"""The gradients of score distillation on a picture, as pure functions: unreduced, without logging, no draws;
+then the weights of several noises, the loss of a gradient, and how two gradients of different size are
+brought together.
 
-Letters: K noises, A assets, V views of an asset, B = A V pictures, Q negatives. e a noise, p a prediction of it, w weights [B, 1, 1, 1].
-The identity behind all of them: p - e = (a / s) (x - x0), so a step moves x towards the one-step denoised x0.
+Letters: K noises, A assets, V views of an asset, B = A V pictures, Q negatives. e a noise, p a prediction of
+it, w weights [B, 1, 1, 1]. The identity behind all of them: p - e = (a / s) (x - x0), so a step moves x
+towards the one-step denoised x0.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ from training.config import check_knobs, knob
 
 
 def guided(text: torch.Tensor, null: torch.Tensor, scale: float) -> torch.Tensor:
-    """Classifier-free guidance p(null) + scale (p(text) - p(null)); scale 1 is p(text) alone. Ho and Salimans (2022).
+    """Classifier-free guidance p(null) + scale (p(text) - p(null)); scale 1 is p(text) alone. Ho and Salimans
+    (2022).
 
     threestudio's Stable Diffusion guidance writes p(text) + scale (p(text) - p(null)): its 100 is 101 here.
     """
@@ -36,7 +39,10 @@ def perp_neg(
     Args: text, null [B, C, H, W]; negatives [Q, B, C, H, W]; weights [B, Q], below 0.
     """
     p = text - null
-    push = [w.view(-1, 1, 1, 1) * perpendicular(n - null, p) for n, w in zip(negatives, weights.unbind(1), strict=True)]
+    push = [
+        w.view(-1, 1, 1, 1) * perpendicular(n - null, p)
+        for n, w in zip(negatives, weights.unbind(1), strict=True)
+    ]
     return null + scale * (p + torch.stack(push).sum(0))
 
 
@@ -45,41 +51,68 @@ def sds(predicted: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor) -> t
     return weight * (predicted - noise)
 
 
-def sjc(x: torch.Tensor, z: torch.Tensor, predicted: torch.Tensor, u: torch.Tensor, *, variance_reduced: bool = True) -> torch.Tensor:
-    """(x - D) / u, or (z - D) / u, with z = x + u e, u = s / a and D = z - u p (Wang et al. 2023, Score Jacobian Chaining)."""
+def sjc(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    predicted: torch.Tensor,
+    u: torch.Tensor,
+    *,
+    variance_reduced: bool = True,
+) -> torch.Tensor:
+    """(x - D) / u, or (z - D) / u, with z = x + u e, u = s / a and D = z - u p (Wang et al. 2023, Score
+    Jacobian Chaining).
+    """
     return ((x if variance_reduced else z) - (z - u * predicted)) / u
 
 
 def image_loss(images: torch.Tensor, decoded: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """weight (images - decoded), on the rendered pictures [B, 3, h, w]; weight = w a / s (HiFA, Zhu et al. 2023)."""
+    """weight (images - decoded), on the rendered pictures [B, 3, h, w]; weight = w a / s (HiFA, Zhu et al.
+    2023).
+    """
     return weight * (images - decoded)
 
 
-def reconstruction_target(x0: torch.Tensor, x0_text: torch.Tensor, rescale: float, views: int) -> torch.Tensor:
-    """rescale x0 std(x0_text) / std(x0) + (1 - rescale) x0, std over an asset's views, channels and pixels (MVDream, section 3.3)."""
+def reconstruction_target(
+    x0: torch.Tensor, x0_text: torch.Tensor, rescale: float, views: int
+) -> torch.Tensor:
+    """rescale x0 std(x0_text) / std(x0) + (1 - rescale) x0, std over an asset's views, channels and pixels
+    (MVDream, section 3.3).
+    """
     spread, spread_text = (a.reshape(a.shape[0] // views, -1).std(1) + 1e-8 for a in (x0, x0_text))
     ratio = (spread_text / spread).repeat_interleave(views).view(-1, 1, 1, 1)
     return rescale * (x0 * ratio) + (1 - rescale) * x0
 
 
 def reconstruction(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """x - target, of 0.5 |x - target|^2: the form that MVDream and all built on it use; no weight, no clamp."""
+    """x - target, of 0.5 |x - target|^2: the form that MVDream and all built on it use;
+    no weight, no clamp.
+    """
     return x - target
 
 
 def reward_weighted(residuals: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """sum_k weight_k residual_k, [K, B, C, H, W] and [K, B] -> [B, C, H, W] (RewardSDS, equation 5; DreamDPO with weights 1, -1)."""
+    """sum_k weight_k residual_k, [K, B, C, H, W] and [K, B] -> [B, C, H, W] (RewardSDS, equation 5; DreamDPO
+    with weights 1, -1).
+    """
     return torch.stack([w.view(-1, 1, 1, 1) * r for r, w in zip(residuals, weights, strict=True)]).sum(0)
 
 
 def dreamdpo(
-    predicted: torch.Tensor, noise: torch.Tensor, weights: torch.Tensor, weight: torch.Tensor, *, subtract_noise: bool = True
+    predicted: torch.Tensor,
+    noise: torch.Tensor,
+    weights: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    subtract_noise: bool = True,
 ) -> torch.Tensor:
-    """w [(p - e)_win - (p - e)_lose] where the gap is large enough, else w (p - e)_win (DreamDPO, Zhou et al. 2025, equations 8 and 9).
+    """w [(p - e)_win - (p - e)_lose] where the gap is large enough, else w (p - e)_win (DreamDPO, Zhou et al.
+    2025, equations 8 and 9).
 
-    Args: predicted: [2, B, C, H, W], the loser's at its own guidance scale; weights: [2, B], 1 of the winner and -1 or 0 of the loser;
-        subtract_noise: False leaves e out where only the winner counts, as the released code does.
-    Two-sided, with one guidance scale for both, it is w (a / s) (x0_lose - x0_win): nothing anchors the picture then.
+    Args: predicted: [2, B, C, H, W], the loser's at its own guidance scale; weights: [2, B], 1 of the winner
+        and -1 or 0 of the loser; subtract_noise: False leaves e out where only the winner counts, as the
+        released code does.
+    Two-sided, with one guidance scale for both, it is w (a / s) (x0_lose - x0_win): nothing anchors the
+    picture then.
     """
     if not subtract_noise:
         noise = noise * (weights != 0).all(0).view(1, -1, 1, 1, 1)
@@ -87,19 +120,27 @@ def dreamdpo(
 
 
 def psd(
-    anchors: torch.Tensor, win: torch.Tensor, lose: torch.Tensor, noise_win: torch.Tensor, noise_lose: torch.Tensor, *,
-    strength: torch.Tensor, weight: torch.Tensor,
+    anchors: torch.Tensor,
+    win: torch.Tensor,
+    lose: torch.Tensor,
+    noise_win: torch.Tensor,
+    noise_lose: torch.Tensor,
+    *,
+    strength: torch.Tensor,
+    weight: torch.Tensor,
 ) -> torch.Tensor:
-    """mean_k anchor_k + strength w [(q - e)_win - (q - e)_lose], PSD reconstructed (2603.01594; our derivation).
+    """mean_k anchor_k + strength w [(q - e)_win - (q - e)_lose], PSD reconstructed (2603.01594; our
+    derivation).
 
-    Args: anchors: [K, B, ...] score distillation of each noise, weighted; win, lose: q, of the same predictor that was ranked;
-        strength: [B], eta times what the gap says.
+    Args: anchors: [K, B, ...] score distillation of each noise, weighted; win, lose: q, of the same predictor
+        that was ranked; strength: [B], eta times what the gap says.
     """
     push = weight * ((win - noise_win) - (lose - noise_lose))
     return anchors.mean(0) + strength.view(-1, 1, 1, 1) * push
 
 
-# From scores of several noises to their weights in the gradient: RewardSDS's strategies, and DreamDPO's push as the case of two.
+# From scores of several noises to their weights in the gradient: RewardSDS's strategies, and DreamDPO's push
+# as the case of two.
 
 NOISES = "Noises and rewards"
 STRATEGIES = ("min-max", "best", "weighted", "none", "push")
@@ -107,13 +148,22 @@ STRATEGIES = ("min-max", "best", "weighted", "none", "push")
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseWeighting:
-    """Weights of noises: mean of the best, softmax, best minus worst, all alike, or winner minus loser. One noise always weighs 1."""
+    """Weights of noises: mean of the best, softmax, best minus worst, all alike, or winner minus loser. One
+    noise always weighs 1.
+    """
 
-    strategy: str = knob("min-max", "Which noises count: the best, a softmax, best minus worst, all.", NOISES, choices=STRATEGIES)
+    strategy: str = knob(
+        "min-max",
+        "Which noises count: the best, a softmax, best minus worst, all.",
+        NOISES,
+        choices=STRATEGIES,
+    )
     best: int = knob(2, "Noises counted as the best.", NOISES, low=1, rare=True)
     worst: int = knob(2, "Noises counted as the worst.", NOISES, low=1, rare=True)
     best_weight: float = knob(0.9, "Weight of the best ones' mean, of min-max.", NOISES, low=0, rare=True)
-    worst_weight: float = knob(0.1, "Weight of the worst ones' mean, of min-max, subtracted.", NOISES, low=0, rare=True)
+    worst_weight: float = knob(
+        0.1, "Weight of the worst ones' mean, of min-max, subtracted.", NOISES, low=0, rare=True
+    )
 
     def __post_init__(self):
         check_knobs(self)
@@ -121,7 +171,8 @@ class NoiseWeighting:
     def __call__(self, scores: torch.Tensor, push: torch.Tensor | None = None) -> torch.Tensor:
         """Weights [K, N] of scores [K, N].
 
-        Args: push: [N] bool, of the strategy push: whether the loser is pushed away, too; None: always. Equal scores: the first wins.
+        Args: push: [N] bool, of the strategy push: whether the loser is pushed away, too; None: always. Equal
+            scores: the first wins.
         """
         count = len(scores)
         if count == 1:
@@ -134,12 +185,15 @@ class NoiseWeighting:
         if self.strategy == "push":
             away = torch.ones_like(scores[:1]) if push is None else push[None].to(scores)
             return torch.zeros_like(scores).scatter_(0, order[:1], 1.0).scatter_add_(0, order[-1:], -away)
-        best, worst = min(self.best, count), min(self.worst, count)
+        best = min(self.best, count)
+        worst = min(self.worst, count)
         kept = torch.full_like(scores[:best], 1 / best)
         if self.strategy == "best":
             return torch.zeros_like(scores).scatter_(0, order[:best], kept)
         weights = torch.zeros_like(scores).scatter_(0, order[:best], self.best_weight * kept)
-        return weights.scatter_add_(0, order[-worst:], torch.full_like(scores[:worst], -self.worst_weight / worst))
+        return weights.scatter_add_(
+            0, order[-worst:], torch.full_like(scores[:worst], -self.worst_weight / worst)
+        )
 
 
 # From a gradient on pictures to a loss, and how two gradients of different size are brought together.
@@ -161,7 +215,9 @@ def target_loss(x: torch.Tensor, grad: torch.Tensor, *, clamp: float | None = No
 def distillation_loss(
     x: torch.Tensor, output: GuidanceOutput, *, images: torch.Tensor | None = None, clamp: float | None = None
 ) -> torch.Tensor:
-    """The loss of one step, []: `output.grad` on the latents x [B, C, H, W], and `output.image_grad` on the pictures where there is one."""
+    """The loss of one step, []: `output.grad` on the latents x [B, C, H, W], and `output.image_grad` on the
+    pictures where there is one.
+    """
     loss = target_loss(x, output.grad, clamp=clamp)
     if output.image_grad is None:
         return loss
@@ -177,7 +233,9 @@ class Window:
     """Numbers of the last steps, newest last: all of the state that most methods have."""
 
     def __init__(self, window: int, rows: torch.Tensor, name: str):
-        self.window, self.rows, self.name = window, rows, name
+        self.window = window
+        self.rows = rows
+        self.name = name
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {self.name: self.rows}
@@ -187,13 +245,17 @@ class Window:
 
 
 class Balance(Window):
-    """Scales a second gradient to a fraction of the first one's norm, each a mean of the last steps. One number per asset, or one alone."""
+    """Scales a second gradient to a fraction of the first one's norm, each a mean of the last steps. One
+    number per asset, or one alone.
+    """
 
     def __init__(self, window: int = 50):
         super().__init__(window, torch.zeros(2, 0, 0), "norms")  # [2, steps, A]
 
     def __call__(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """mean |first| / mean |second| over the last steps, [A], from this step's norms [A]; 0 where the second has been 0 throughout."""
+        """mean |first| / mean |second| over the last steps, [A], from this step's norms [A]; 0 where the
+        second has been 0 throughout.
+        """
         now = torch.stack([first, second]).detach().cpu()[:, None]  # [2, 1, A]
         past = self.rows if self.rows.shape[2] == now.shape[2] else self.rows.new_zeros(2, 0, now.shape[2])
         self.rows = torch.cat([past, now.nan_to_num()], 1)[:, -self.window :]
@@ -209,7 +271,9 @@ class History(Window):
         super().__init__(window, torch.zeros(0, 0), "rows")  # [steps, numbers of a step]
 
     def add(self, numbers: torch.Tensor) -> None:
-        """Append one step's numbers, any shape; not-finite ones count as 0. Another number of them than before starts afresh."""
+        """Append one step's numbers, any shape; not-finite ones count as 0. Another number of them than
+        before starts afresh.
+        """
         row = numbers.detach().flatten()[None].nan_to_num().cpu()
         past = self.rows if self.rows.shape[1] == row.shape[1] else self.rows.new_zeros(0, row.shape[1])
         self.rows = torch.cat([past, row])[-self.window :]
@@ -230,5 +294,7 @@ class History(Window):
 
 
 def digits(loss: float) -> int:
-    """Characters before the point of the printed number, as DreamReward's released code counts: 5 of 1e-05, 1 of 9.5e-05."""
+    """Characters before the point of the printed number, as DreamReward's released code counts: 5 of 1e-05, 1
+    of 9.5e-05.
+    """
     return len(str(loss).split(".")[0])

@@ -2,7 +2,8 @@
 
     render -> encode -> time and noise -> guidance's gradient -> asset's parameters
 
-Letters: A assets, V views of each, B = A * V pictures, K noises. Everything that is drawn comes from `Streams` by (seed, stream, step).
+Letters: A assets, V views of each, B = A * V pictures, K noises. Everything that is drawn comes from
+`Streams` by (seed, stream, step).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +23,8 @@ from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, Streams
 from training import checkpoint
 from training.phases import LossNotFiniteError
 
-# What a run of score distillation says of itself: the figures of a tick, and the signs of known failures. A tick is a number of steps; its
-# figures are means over them.
+# What a run of score distillation says of itself: the figures of a tick, and the signs of known failures. A
+# tick is a number of steps; its figures are means over them.
 
 WINDOW = 200  # last scores whose range new ones are held against
 _SHARES = (0.1, 0.5, 0.9)  # quantiles of the gap
@@ -48,8 +49,11 @@ class Tick:
         if output.scores is not None:
             scores = output.scores.detach().float().cpu()  # [K, A]
             if self.scores.rows.numel():
-                low, high = self.scores.rows.min(), self.scores.rows.max()
-                self._note("scores_out_of_range", *((scores < low) | (scores > high)).float().flatten().tolist())
+                low = self.scores.rows.min()
+                high = self.scores.rows.max()
+                self._note(
+                    "scores_out_of_range", *((scores < low) | (scores > high)).float().flatten().tolist()
+                )
             self.scores.add(scores)
             self._note("reward", *scores.flatten().tolist())
             self._note("gap", *(scores.amax(0) - scores.amin(0)).tolist())
@@ -73,37 +77,65 @@ class Tick:
             if name == "gap":
                 record |= {f"gap_{int(100 * share)}": float(tensor.quantile(share)) for share in _SHARES}
             else:
-                record[name] = float({"image_low": tensor.min, "image_high": tensor.max}.get(name, tensor.mean)())
+                record[name] = float(
+                    {"image_low": tensor.min, "image_high": tensor.max}.get(name, tensor.mean)()
+                )
         self.values = {}
         return record
 
 
 def signs(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """Signs of known failures in the newest line, by name, each with its remedy."""
-    last, warnings = lines[-1], {}
+    last = lines[-1]
+    warnings = {}
     if last.get("one_sided") == 1:
-        warnings["gaps"] = "every gap lies below --tau: losers push nothing away. Lower tau, or use --set tau_mode=quantile."
+        warnings["gaps"] = (
+            "every gap lies below --tau: losers push nothing away. Lower tau, or use --set tau_mode=quantile."
+        )
     if last.get("gap_90") == 0:
-        warnings["flat"] = "all noises got the same reward: there is no preference to follow. Check the reward, or give it larger pictures."
+        warnings["flat"] = (
+            "all noises got the same reward: there is no preference to follow. Check the reward, or give it"
+            " larger pictures."
+        )
     if last.get("first_wins") in (0, 1):
-        warnings["winner"] = f"the first noise won {last['first_wins']:.0%} of the pairs: a judge that looks at places. Shuffle its order."
+        warnings["winner"] = (
+            f"the first noise won {last['first_wins']:.0%} of the pairs: a judge that looks at places."
+            " Shuffle its order."
+        )
     if last.get("unanswered", 0) > 0.5:
-        warnings["unanswered"] = f"{last['unanswered']:.0%} of the pairs had no answer: those steps only pull. Check the judge."
+        warnings["unanswered"] = (
+            f"{last['unanswered']:.0%} of the pairs had no answer: those steps only pull. Check the judge."
+        )
     if last.get("image_low", 0) < -0.01 or last.get("image_high", 1) > 1.01:
         reach = f"{last['image_low']:.2f} to {last['image_high']:.2f}"
         warnings["range"] = f"pictures reach {reach}, expected 0 to 1: priors and rewards misread them."
     if len(lines) >= 4 and "reward" in last:
         then = lines[-4]
-        away = [then[n] - last[n] if n == "log_prob" else last[n] - then[n] for n in ("log_prob", "prior_error") if n in last]
+        away = [
+            then[n] - last[n] if n == "log_prob" else last[n] - then[n]
+            for n in ("log_prob", "prior_error")
+            if n in last
+        ]
         size = max((abs(then[n]) for n in ("log_prob", "prior_error") if n in last), default=1.0)
         if away and away[0] > _DIFFER * max(size, 1e-9) and last["reward"] > then["reward"]:
-            warnings["drift"] = "the reward rises while the prior knows the pictures less: the reward is being exploited. Lower its weight."
+            warnings["drift"] = (
+                "the reward rises while the prior knows the pictures less: the reward is being exploited."
+                " Lower its weight."
+            )
     return warnings
 
 
 def shown(record: Mapping[str, float], steps: int) -> dict[str, str]:
-    columns = {"first_wins": "5.2f", "gap_50": "8.2g", "one_sided": "4.2f", "cosine": "5.2f", "reward": "8.3g", "log_prob": "8.3g",
-               "prior_error": "6.3f", "opacity": "4.2f"}  # fmt: skip
+    columns = {
+        "first_wins": "5.2f",
+        "gap_50": "8.2g",
+        "one_sided": "4.2f",
+        "cosine": "5.2f",
+        "reward": "8.3g",
+        "log_prob": "8.3g",
+        "prior_error": "6.3f",
+        "opacity": "4.2f",
+    }
     return {"step": f"{int(record['step']):>{len(str(steps))}}/{steps}"} | {
         name: f"{record[name]:<{width}}" for name, width in columns.items() if name in record
     }
@@ -125,14 +157,18 @@ class Distillation:
     streams: Streams
     background: torch.Tensor | None = None  # [3] in 0..1; None: a colour of its own for each asset and step
     geometry: ProgressiveGeometry | None = None
-    log_prob: Callable[[torch.Tensor, list[str]], torch.Tensor] | None = None  # of latents [B, C, H, W], where the prior knows it: [B]
+    # of latents [B, C, H, W], where the prior knows it: [B]
+    log_prob: Callable[[torch.Tensor, list[str]], torch.Tensor] | None = None
     optimizer: torch.optim.Optimizer = field(init=False)
     tick: Tick = field(init=False)
 
     def __post_init__(self) -> None:
         assert len(self.prompts) == len(self.asset)
         self.rates = {"grid": self.config.lr, "decoder": self.config.decoder_lr}
-        groups = [{"params": parameters, "lr": self.rates[name], "name": name} for name, parameters in self.asset.groups().items()]
+        groups = [
+            {"params": parameters, "lr": self.rates[name], "name": name}
+            for name, parameters in self.asset.groups().items()
+        ]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15)
         self.tick = Tick()
 
@@ -142,18 +178,31 @@ class Distillation:
         views, pictures = self.look("views", step)
         x = self.prior.encode(pictures.images)
         per_asset = len(x) // len(self.asset)
-        t = self.config.window.draw(step, len(self.asset), per_asset, self.streams.generator("t", step), shared=self.config.shared_time)
+        t = self.config.window.draw(
+            step,
+            len(self.asset),
+            per_asset,
+            self.streams.generator("t", step),
+            shared=self.config.shared_time,
+        )
         prompts = [prompt for prompt in self.prompts for _ in range(per_asset)]
-        output = self.guidance(x, t.to(x.device), prompts, views.cameras[:, :16].to(x.device), step, pictures.images)
+        output = self.guidance(
+            x, t.to(x.device), prompts, views.cameras[:, :16].to(x.device), step, pictures.images
+        )
         if not bool(torch.isfinite(output.grad).all()):
-            raise LossNotFiniteError(f"--prior: expected finite predictions, got NaN or infinity at step {step}. Lower --guidance-scale.")
+            raise LossNotFiniteError(
+                f"--prior: expected finite predictions, got NaN or infinity at step {step}. Lower"
+                " --guidance-scale."
+            )
         loss = distillation_loss(x, output, images=pictures.images)
         figures = {"opacity": float(pictures.opacity.detach().mean()), "grad": float(output.grad.norm())}
         for name in ("sparsity", "opacity"):
             if weight := ramp_of(getattr(self.config, name))(step):
                 loss = loss + weight * self.asset.regularisers()[name].mean()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rates[group["name"]] * (1 - (1 - self.config.lr_end) * step / self.config.steps)
+            group["lr"] = self.rates[group["name"]] * (
+                1 - (1 - self.config.lr_end) * step / self.config.steps
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.geometry is not None:
@@ -171,26 +220,37 @@ class Distillation:
 
     @torch.no_grad()
     def drift(self) -> dict[str, float]:
-        """How well the prior knows what it sees: log density where it has one, else the error of its prediction of a fixed noise."""
+        """How well the prior knows what it sees: log density where it has one, else the error of its
+        prediction of a fixed noise.
+        """
         views, pictures = self.look("drift", 0)
         x = self.prior.encode(pictures.images)
         prompts = [prompt for prompt in self.prompts for _ in range(len(x) // len(self.asset))]
         if self.log_prob is not None:
             return {"log_prob": float(self.log_prob(x, prompts).median())}
-        schedule, t = NoiseSchedule(self.prior.alphas_cumprod), torch.full((len(x),), DRIFT_TIME, device=x.device)
+        schedule = NoiseSchedule(self.prior.alphas_cumprod)
+        t = torch.full((len(x),), DRIFT_TIME, device=x.device)
         noise = self.streams.noises(1, x, -1)[0]
-        seen = self.prior.predict_noise(schedule.mix(x, noise, t), t, self.prior.embed(prompts), views.cameras[:, :16].to(x))
+        seen = self.prior.predict_noise(
+            schedule.mix(x, noise, t), t, self.prior.embed(prompts), views.cameras[:, :16].to(x)
+        )
         return {"prior_error": float((seen - noise).square().mean())}
 
     @torch.no_grad()
     def finished(self) -> Asset:
-        """What a run keeps: all assets, or of several starts the best. They are seen from the same sides, on white or their background."""
+        """What a run keeps: all assets, or of several starts the best. They are seen from the same sides, on
+        white or their background.
+        """
         if not isinstance(self.guidance, BestOfN):
             return self.asset
         views = evenly_around(len(self.asset), self.guidance.denoiser.views, **FINISHED)
-        seen = self.renderer.render(self.asset, views, torch.ones(3) if self.background is None else self.background)
+        seen = self.renderer.render(
+            self.asset, views, torch.ones(3) if self.background is None else self.background
+        )
         prompts = [prompt for prompt in self.prompts for _ in range(self.guidance.denoiser.views)]
-        return self.asset.pick(self.guidance.best(seen.images, prompts, views.cameras[:, :16].to(seen.images)))
+        return self.asset.pick(
+            self.guidance.best(seen.images, prompts, views.cameras[:, :16].to(seen.images))
+        )
 
     # States.
 

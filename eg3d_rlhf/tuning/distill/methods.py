@@ -21,21 +21,36 @@ from training.config import built
 MVDREAM = DenoiserSettings(guidance_scale=50.0, form="recon", rescale=0.5)
 PRESETS = {
     "sds": SdsSettings(),
-    "dreamfusion": SdsSettings(prior=DenoiserSettings(guidance_scale=101.0, view_prompts=True)),  # threestudio writes 100
+    # threestudio writes 100
+    "dreamfusion": SdsSettings(prior=DenoiserSettings(guidance_scale=101.0, view_prompts=True)),
     "mvdream": SdsSettings(prior=MVDREAM),
     "dreamreward": DreamRewardSettings(),
     "dreamreward-released-1": DreamRewardSettings(
-        prior=MVDREAM, weight=Ramp(0.6), balance="digits", ceiling=4.0, through="images", x0_until=100, reward_from=6000,
+        prior=MVDREAM,
+        weight=Ramp(0.6),
+        balance="digits",
+        ceiling=4.0,
+        through="images",
+        x0_until=100,
+        reward_from=6000,
         reward_only_from=9801,
     ),
     "dreamreward-released-2": DreamRewardSettings(
-        prior=MVDREAM, weight=Ramp(0.3), balance="digits", ceiling=4.0, through="images", x0_until=300, reward_from=1001,
+        prior=MVDREAM,
+        weight=Ramp(0.3),
+        balance="digits",
+        ceiling=4.0,
+        through="images",
+        x0_until=300,
+        reward_from=1001,
         reward_only_from=9801,
     ),
     "dreamdpo": DreamDpoSettings(),
     "dreamdpo-formula": DreamDpoSettings(lose_guidance_scale=None),
     "dreamdpo-released": DreamDpoSettings(
-        tau=0.01, subtract_noise=False, ranking=RankingSettings(pair_level="view", standardise=False, judge_mode="or")
+        tau=0.01,
+        subtract_noise=False,
+        ranking=RankingSettings(pair_level="view", standardise=False, judge_mode="or"),
     ),
     "rewardsds": RewardSdsSettings(),
     "rewardsds-released": RewardSdsSettings(
@@ -50,9 +65,12 @@ RAMPS = ("weight",)  # settings that may change with the step: text in flags and
 
 
 def settings_of(name: str, values: Mapping[str, Any], preset: str | None = None) -> Any:
-    """A method's settings: the preset's, where it is one of this method, else its own, with `values` by name over them."""
+    """A method's settings: the preset's, where it is one of this method, else its own, with `values` by name
+    over them.
+    """
     kind = METHODS[name].settings
-    base = PRESETS[preset] if preset is not None and issubclass(kind, type(PRESETS[preset])) else kind()  # best-of-n has those of sds
+    # best-of-n has those of sds
+    base = PRESETS[preset] if preset is not None and issubclass(kind, type(PRESETS[preset])) else kind()
     given = {name: ramp_of(value) if name in RAMPS else value for name, value in values.items()}
     return built(kind, {**flat(base), **given})
 
@@ -66,15 +84,24 @@ def flat(settings: Any) -> dict[str, Any]:
 
 
 def guidance_of(
-    name: str, settings: Any, prior: DiffusionPrior, reward: RewardModel | None, judge: PairwiseJudge | None, views: int, streams: Streams
+    name: str,
+    settings: Any,
+    prior: DiffusionPrior,
+    reward: RewardModel | None,
+    judge: PairwiseJudge | None,
+    views: int,
+    streams: Streams,
 ) -> Guidance:
     """The guidance of a method. Raises: ValueError for a method without the reward that it needs."""
-    method, more = METHODS[name], dict[str, Any]()
+    method = METHODS[name]
+    more = dict[str, Any]()
     if method.judged:
         more["judge"] = judge
     if method.rewarded:
         if reward is None and more.get("judge") is None:
-            raise ValueError(f"--reward: expected a reward for --method={name}, got none. Name one, or use --method=sds.")
+            raise ValueError(
+                f"--reward: expected a reward for --method={name}, got none. Name one, or use --method=sds."
+            )
         more["reward"] = reward
     return method.guidance(prior, settings, views=views, streams=streams, **more)
 
@@ -88,7 +115,9 @@ def owners() -> dict[str, list[str]]:
 
 
 def of_arm(settings: DistillSettings, arm: str) -> tuple[Any, int, int]:
-    """An arm's settings of its method, how many starts each asset has, and how many noises a picture gets in a step."""
+    """An arm's settings of its method, how many starts each asset has, and how many noises a picture gets in
+    a step.
+    """
     method = Arm.parse(arm).method
     chosen = settings_of(method, settings.guidance, settings.preset)
     return chosen, getattr(chosen, "starts", 1), METHODS[method].noises(chosen)

@@ -1,4 +1,5 @@
-"""What a finished run gives: assets and meshes, a grid of pictures, a turntable, the comparison's table, and one page.
+"""What a finished run gives: assets and meshes, a grid of pictures, a turntable, the comparison's table, and
+one page.
 
     assets-<arm>.safetensors             all assets of an arm, in the order of the pairs
     meshes/<arm>/<number>.glb, .ply      of the first --show assets
@@ -33,14 +34,21 @@ from eg3d_rlhf.tuning.distill.scene import Scene
 from training.progress import tqdm
 from training.storage import write_atomic
 
-CELL, FRAMES, FPS = 176, 24, 8  # least pixels per cell, frames of a turn, frames per second
+# least pixels per cell, frames of a turn, frames per second
+CELL = 176
+FRAMES = 24
+FPS = 8
 MESH = 64  # grid points per edge
 
 
 def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
-    pairs, arms = settings.pairs(), {}
+    pairs = settings.pairs()
+    arms = {}
     for arm in settings.arms:
-        batches = [load_assets(run.folder / PARTS / Part(arm, k).name / ASSETS) for k in range(len(settings.batches()))]
+        batches = [
+            load_assets(run.folder / PARTS / Part(arm, k).name / ASSETS)
+            for k in range(len(settings.batches()))
+        ]
         arms[arm] = joined(batches)
         arms[arm].save(run.folder / f"assets-{arm}.safetensors", pairs)
     prompts = [prompt for prompt, _ in pairs]
@@ -51,7 +59,10 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
         table, judgements = compare(arms, pairs, scene.final, measured)
         table |= {"judge": scene.judge, "settings": settings.to_dict()}
         run.write("compare.json", table)
-        write_atomic(run.folder / "judgements.jsonl", "".join(json.dumps(j._asdict()) + "\n" for j in judgements).encode())
+        write_atomic(
+            run.folder / "judgements.jsonl",
+            "".join(json.dumps(j._asdict()) + "\n" for j in judgements).encode(),
+        )
     pictures(arms, pairs, run.folder, show)
     page = write_page_of(settings, run.folder, table, min(show, len(pairs)))
     if table is not None:
@@ -79,7 +90,11 @@ def pictures(arms: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder
     write_atomic(folder / "grid.png", png(sheet("", rows, names=30 + 15 * max(map(len, drawn)))))
     films = [turns(asset, FRAMES) for asset in chosen.values()]
     frames = (tile([cell for cells in step for cell in cells], count) for step in zip(*films, strict=True))
-    write_mp4(folder / "turntable.mp4", tqdm(frames, total=FRAMES, desc="turntable", unit="frame", dynamic_ncols=True), fps=FPS)
+    write_mp4(
+        folder / "turntable.mp4",
+        tqdm(frames, total=FRAMES, desc="turntable", unit="frame", dynamic_ncols=True),
+        fps=FPS,
+    )
     for arm, asset in tqdm(chosen.items(), desc="meshes", unit="arm", dynamic_ncols=True):
         for k in range(count):
             try:
@@ -94,7 +109,9 @@ def pictures(arms: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder
 
 @torch.no_grad()
 def turns(asset: Asset, frames: int) -> Iterator[list[np.ndarray]]:
-    """Frames of a full turn, each the pictures uint8 [R, R, 3] of all assets; a single one from a little to the right of the front."""
+    """Frames of a full turn, each the pictures uint8 [R, R, 3] of all assets; a single one from a little to
+    the right of the front.
+    """
     pixels = min(128, 3 * asset.samples // 2)  # more would show nothing but interpolation
     views = evenly_around(1, frames, **FINISHED)
     device = next(asset.parameters()).device
@@ -102,11 +119,14 @@ def turns(asset: Asset, frames: int) -> Iterator[list[np.ndarray]]:
     for camera in turned.to(device):
         seen = render_each(asset, [camera[None]], RenderOptions(resolution=pixels))[0]
         white = (seen.raw + (1 - seen.opacity) * 2).clamp(-1, 1)
-        white = white.repeat_interleave(-(-CELL // pixels), dim=2).repeat_interleave(-(-CELL // pixels), dim=3)
+        white = white.repeat_interleave(-(-CELL // pixels), dim=2).repeat_interleave(
+            -(-CELL // pixels), dim=3
+        )
         yield [to_uint8(picture.cpu()) for picture in white]
 
 
-# One page of a run: the table of its arms with intervals, what the lines of training show, pictures and the film; one file, no network.
+# One page of a run: the table of its arms with intervals, what the lines of training show, pictures and the
+# film; one file, no network.
 
 CURVES = ("reward", "gap_50", "first_wins", "one_sided", "cosine", "log_prob", "prior_error", "opacity")
 
@@ -117,38 +137,69 @@ def write_page_of(settings: DistillSettings, folder: Path, table: Mapping | None
     findings = pages.run(made, out, quiet=True)
     what = f"{len(settings.pairs())} assets: {len(settings.prompts)} prompts x {settings.scene.assets} seeds"
     introduction = (
-        f"Text to 3D by score distillation, {what}, {settings.loop.steps} steps each, prior {Path(settings.scene.prior).name}, seed "
-        f"{settings.seed}. All arms share starts, views, times and noises. {notes(settings)}"
+        f"Text to 3D by score distillation, {what}, {settings.loop.steps} steps each, prior"
+        f" {Path(settings.scene.prior).name}, seed {settings.seed}. All arms share starts, views, times and"
+        f" noises. {notes(settings)}"
     )
     film = folder / "turntable.mp4"
     extra = ""
     if shown and film.exists():
         video = data_uri(film.read_bytes(), "video/mp4")
-        extra = f'<section><h2>Turntable</h2><video controls loop muted style="max-width:100%" src="{video}"></video></section>'
-    return write_page(out / "index.html", "Text to 3D: " + ", ".join(settings.arms), introduction, made, findings, extra=extra)
+        extra = (
+            '<section><h2>Turntable</h2><video controls loop muted style="max-width:100%"'
+            f' src="{video}"></video></section>'
+        )
+    return write_page(
+        out / "index.html",
+        "Text to 3D: " + ", ".join(settings.arms),
+        introduction,
+        made,
+        findings,
+        extra=extra,
+    )
 
 
 def notes(settings: DistillSettings) -> str:
     """What arms cost that do more work than a method's own; empty where none does."""
     starts = {arm: of_arm(settings, arm)[1] for arm in settings.arms}
-    return " ".join(f"{arm} optimises {n} starts of each asset and keeps one: {n} times the steps." for arm, n in starts.items() if n > 1)
+    return " ".join(
+        f"{arm} optimises {n} starts of each asset and keeps one: {n} times the steps."
+        for arm, n in starts.items()
+        if n > 1
+    )
 
 
 def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: int) -> list[Job]:
-    facts = Facts(n=len(settings.pairs()), unit="pairs of prompt and seed", seeds=str(settings.seed), interval=INTERVAL if table else "")
+    facts = Facts(
+        n=len(settings.pairs()),
+        unit="pairs of prompt and seed",
+        seeds=str(settings.seed),
+        interval=INTERVAL if table else "",
+    )
     lines = [json.loads(line) for line in (folder / STATS).read_text().splitlines()]
 
     def compared(where: Path) -> Finding:
         del where
         arms = (table or {})["arms"]
         rows = [
-            {"arm": arm, "win rate": row["win_rate"], "low": row["ci95"][0], "high": row["ci95"][1], "n": row["n"]}
-            | {name: value["mean"] for name, value in row["measures"].items()} | {"Elo": row["elo"]["mean"]}
+            {
+                "arm": arm,
+                "win rate": row["win_rate"],
+                "low": row["ci95"][0],
+                "high": row["ci95"][1],
+                "n": row["n"],
+            }
+            | {name: value["mean"] for name, value in row["measures"].items()}
+            | {"Elo": row["elo"]["mean"]}
             for arm, row in arms.items()
-        ]  # fmt: skip
+        ]
         says = [f"Judge: {(table or {})['judge']}."]
-        says += [f"{arm} beats {BASE} in {row['win_rate']:.1%} of pairs [{row['ci95'][0]:.1%}, {row['ci95'][1]:.1%}]."
-                 for arm, row in arms.items() if arm != BASE]
+        says += [
+            f"{arm} beats {BASE} in {row['win_rate']:.1%} of pairs [{row['ci95'][0]:.1%},"
+            f" {row['ci95'][1]:.1%}]."
+            for arm, row in arms.items()
+            if arm != BASE
+        ]
         return Finding(facts=facts, data={"arms": arms}, rows=rows, says=says)
 
     def drawn(where: Path) -> Finding:
@@ -161,10 +212,30 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: 
         return Finding(facts=facts, data={"curves": curves(lines)}, rows=lines)
 
     identity = {"settings": settings.to_dict(), "lines": lines}
-    made = [Job(key="arms", title=f"Arms against {BASE}", compute=compared, plots={"wins": plot_wins},
-                inputs={"table": table})] if table else []
+    made = (
+        [
+            Job(
+                key="arms",
+                title=f"Arms against {BASE}",
+                compute=compared,
+                plots={"wins": plot_wins},
+                inputs={"table": table},
+            )
+        ]
+        if table
+        else []
+    )
     made += [Job(key="pictures", title="Pictures", compute=drawn, inputs=identity)] if shown else []
-    return [*made, Job(key="steps", title="While training", compute=stepped, plots={"curves": plot_curves}, inputs=identity)]
+    return [
+        *made,
+        Job(
+            key="steps",
+            title="While training",
+            compute=stepped,
+            plots={"curves": plot_curves},
+            inputs=identity,
+        ),
+    ]
 
 
 def curves(lines: list[dict]) -> dict:
@@ -173,9 +244,14 @@ def curves(lines: list[dict]) -> dict:
     for line in lines:
         for name in CURVES:
             if name in line:
-                sums.setdefault(name, {}).setdefault(line["arm"], {}).setdefault(line["step"], []).append(line[name])
+                sums.setdefault(name, {}).setdefault(line["arm"], {}).setdefault(line["step"], []).append(
+                    line[name]
+                )
     return {
-        name: {arm: [[step, sum(values) / len(values)] for step, values in sorted(steps.items())] for arm, steps in arms.items()}
+        name: {
+            arm: [[step, sum(values) / len(values)] for step, values in sorted(steps.items())]
+            for arm, steps in arms.items()
+        }
         for name, arms in sums.items()
     }
 

@@ -1,9 +1,12 @@
-"""A run of score distillation from its settings to finished assets: arms x batches of assets, here, on worker processes, or on torchrun's.
+"""A run of score distillation from its settings to finished assets: arms x batches of assets, here, on worker
+processes, or on torchrun's.
 
-    parts/<arm>/<batch>/     a run of its own: its lines, states, and at the end assets.safetensors and result.json
+    parts/<arm>/<batch>/     a run of its own: its lines, states, and at the end assets.safetensors and
+                             result.json
     stats.jsonl              the lines of all parts, when they are done
 
-Arms of a comparison see the same prompts, starts, views, times and noises. Nothing depends on how many processes share the work.
+Arms of a comparison see the same prompts, starts, views, times and noises. Nothing depends on how many
+processes share the work.
 """
 
 import json
@@ -23,7 +26,9 @@ from eg3d_rlhf.tuning.distill.scene import Scene, open_scene
 from training import checkpoint
 from training.progress import tqdm
 
-PARTS, RESULT, ASSETS = "parts", "result.json", "assets.safetensors"
+PARTS = "parts"
+RESULT = "result.json"
+ASSETS = "assets.safetensors"
 FREE = ("loop.checkpoint_ticks",)  # settings that a resumed run may change
 
 
@@ -48,7 +53,9 @@ def parts_of(settings: DistillSettings) -> list[Part]:
     return [Part(arm, batch) for batch in range(len(settings.batches())) for arm in settings.arms]
 
 
-def distil(settings: DistillSettings, scene: Scene, part: Part, folder: Path, say: Callable[[str], None] = print) -> dict:
+def distil(
+    settings: DistillSettings, scene: Scene, part: Part, folder: Path, say: Callable[[str], None] = print
+) -> dict:
     """Optimise one part to its end, from where it was; returns its result, JSON.
 
     Raises: StoppedError after a signal, its state on the disk; LossNotFiniteError; what the pieces raise.
@@ -62,12 +69,17 @@ def distil(settings: DistillSettings, scene: Scene, part: Part, folder: Path, sa
             run.begin()
         if (folder / RESULT).exists():
             return json.loads((folder / RESULT).read_text())
-        work, lines, seen = scene.distillation(settings, Arm.parse(part.arm), part.batch), [], set()
-        step, kept = 0, 0
+        work = scene.distillation(settings, Arm.parse(part.arm), part.batch)
+        lines = []
+        seen = set()
+        step = 0
+        kept = 0
         if checkpoint.available(folder):
             tensors, meta = run.read(previous=True)
             work.load(tensors, meta)
-            step, lines, kept = meta["step"], meta["records"], meta["lines"]
+            step = meta["step"]
+            lines = meta["records"]
+            kept = meta["lines"]
         run.go_on(step, kept)
         loop = settings.loop
         with run.stoppable():
@@ -90,7 +102,13 @@ def distil(settings: DistillSettings, scene: Scene, part: Part, folder: Path, sa
                     _checkpoint(run, work, step, lines)
         finished = work.finished()
         finished.save(folder / ASSETS)
-        result = {"arm": part.arm, "batch": part.batch, "assets": len(finished), "last": lines[-1], "warnings": sorted(seen)}
+        result = {
+            "arm": part.arm,
+            "batch": part.batch,
+            "assets": len(finished),
+            "last": lines[-1],
+            "warnings": sorted(seen),
+        }
         run.write(RESULT, result)
         for path in checkpoint.available(folder):
             path.unlink()
@@ -108,7 +126,9 @@ def _checkpoint(run: Run, work: Distillation, step: int, lines: Sequence[dict]) 
 def handler(settings: DistillSettings, folder: Path, device: str) -> Callable[[str], dict]:
     torch.set_num_threads(1)
     scene = open_scene(settings, torch.device(device))
-    return lambda name: distil(settings, scene, Part.of(name), folder / PARTS / name, partial(print, flush=True))
+    return lambda name: distil(
+        settings, scene, Part.of(name), folder / PARTS / name, partial(print, flush=True)
+    )
 
 
 def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
@@ -122,11 +142,18 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
         for name in mine:
             distil(settings, scene, Part.of(name), run.folder / PARTS / name, partial(print, flush=True))
     else:
-        print(f"{len(mine)} parts on {jobs} processes; what they print is in {run.folder / 'logs'}.", flush=True)
+        print(
+            f"{len(mine)} parts on {jobs} processes; what they print is in {run.folder / 'logs'}.", flush=True
+        )
         with tqdm(total=len(mine), unit="part", desc="distilling", dynamic_ncols=True) as bar:
             run_tasks(
-                dict.fromkeys(mine, ()), handler, (settings, run.folder, run.device), jobs, run.folder / "logs",
-                on_done=lambda name, result: bar.update() and None, expected=(ValueError, OSError, StoppedError),
+                dict.fromkeys(mine, ()),
+                handler,
+                (settings, run.folder, run.device),
+                jobs,
+                run.folder / "logs",
+                on_done=lambda name, result: bar.update() and None,
+                expected=(ValueError, OSError, StoppedError),
             )
     run.ranks.barrier()
 

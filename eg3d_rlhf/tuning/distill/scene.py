@@ -1,4 +1,6 @@
-"""What an optimisation runs on: prior, views, starts, rewards, judge; opened from the settings, joined with an arm to a `Distillation`."""
+"""What an optimisation runs on: prior, views, starts, rewards, judge; opened from the settings, joined with
+an arm to a `Distillation`.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,13 @@ from eg3d_rlhf.rewards.pictures.analytic import Inverted, Random
 from eg3d_rlhf.rewards.pictures.from_files import load_reward, reward_costs
 from eg3d_rlhf.tuning.distill.compare import FinalJudge
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
-from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, GeometrySettings, ProgressiveGeometry, dealt_anew, load_geometry
+from eg3d_rlhf.tuning.distill.guidance.geometry import (
+    GeometryReward,
+    GeometrySettings,
+    ProgressiveGeometry,
+    dealt_anew,
+    load_geometry,
+)
 from eg3d_rlhf.tuning.distill.loop import Distillation
 from eg3d_rlhf.tuning.distill.methods import guidance_of, of_arm
 from eg3d_rlhf.tuning.distill.priors.latent_diffusion import PriorOptions, load_prior, prior_costs
@@ -33,9 +41,11 @@ class Scene:
     prior: DiffusionPrior
     renderer: Renderer
     views: int  # of each asset
-    start: Callable[[Sequence[str], Sequence[torch.Generator]], Asset]  # assets to begin with, a generator each
+    # assets to begin with, a generator each
+    start: Callable[[Sequence[str], Sequence[torch.Generator]], Asset]
     reward: RewardModel | None
-    measures: Callable[[Asset, Sequence[str]], dict[str, torch.Tensor]]  # of finished assets, by name [A]; NaN where one does not apply
+    # of finished assets, by name [A]; NaN where one does not apply
+    measures: Callable[[Asset, Sequence[str]], dict[str, torch.Tensor]]
     final: FinalJudge | None = None  # of comparisons
     judge: str = ""  # the same in words
     pair_judge: PairwiseJudge | None = None  # ranks noises in the reward's place
@@ -46,9 +56,13 @@ class Scene:
     inputs: Mapping[str, Path] = field(default_factory=dict)  # files whose bytes a run depends on
 
     def distillation(self, settings: DistillSettings, arm: Arm, batch: int) -> Distillation:
-        """A batch of assets under one arm. Starts, views, times and noises are the same for all arms; of several starts the first is."""
+        """A batch of assets under one arm. Starts, views, times and noises are the same for all arms; of
+        several starts the first is.
+        """
         method, starts, _ = of_arm(settings, arm.name)
-        begun = [(prompt, seed, start) for start in range(starts) for prompt, seed in settings.batches()[batch]]
+        begun = [
+            (prompt, seed, start) for start in range(starts) for prompt, seed in settings.batches()[batch]
+        ]
         prompts = [prompt for prompt, _, _ in begun]
         names = [(prompt, seed, *((start,) if start else ())) for prompt, seed, start in begun]
         draws = [torch.Generator().manual_seed(derive_seed(settings.seed, "start", *name)) for name in names]
@@ -56,18 +70,33 @@ class Scene:
         asset = self.start(prompts, draws).to(self.device)
         judge = None if arm.twist else self.pair_judge  # the controls have their own reward alone
         return Distillation(
-            asset=asset, prompts=prompts, prior=self.prior, renderer=self.renderer, config=settings.loop, streams=streams,
-            guidance=guidance_of(arm.method, method, self.prior, self._reward(arm), judge, self.views, streams),
-            background=self.background, geometry=self._geometry(settings, arm) if arm.geometry else None, log_prob=self.log_prob,
-        )  # fmt: skip
+            asset=asset,
+            prompts=prompts,
+            prior=self.prior,
+            renderer=self.renderer,
+            config=settings.loop,
+            streams=streams,
+            guidance=guidance_of(
+                arm.method, method, self.prior, self._reward(arm), judge, self.views, streams
+            ),
+            background=self.background,
+            geometry=self._geometry(settings, arm) if arm.geometry else None,
+            log_prob=self.log_prob,
+        )
 
     def _geometry(self, settings: DistillSettings, arm: Arm) -> ProgressiveGeometry:
         if self.geometry is None:
-            raise ValueError("--geometry-reward: expected a reward for the arms with +geometry, got none. Name one, or leave them out.")
-        reward, sign = self.geometry(), -1 if arm.geometry_twist == "inverted" else 1
+            raise ValueError(
+                "--geometry-reward: expected a reward for the arms with +geometry, got none. Name one, or"
+                " leave them out."
+            )
+        reward = self.geometry()
+        sign = -1 if arm.geometry_twist == "inverted" else 1
         if arm.geometry_twist == "random":
             reward = dealt_anew(reward, settings.seed)
-        return ProgressiveGeometry(reward, built(GeometrySettings, settings.guidance), settings.loop.steps, sign)
+        return ProgressiveGeometry(
+            reward, built(GeometrySettings, settings.guidance), settings.loop.steps, sign
+        )
 
     def _reward(self, arm: Arm) -> RewardModel | None:
         if self.reward is None or arm.twist is None:
@@ -82,14 +111,19 @@ class SceneKind:
 
     open: Callable[[DistillSettings, torch.device], Scene]
     check: Callable[[tuple[str, ...], int | None, bool], tuple[tuple[str, ...], int]]
-    """(prompts, assets of each or None, whether arms are compared) -> both, its own where none are given. Raises: ValueError."""
+    """(prompts, assets of each or None, whether arms are compared) -> both, its own where none are given.
+    Raises: ValueError.
+    """
 
 
-SCENES: Registry[SceneKind] = Registry("--prior", {
-    "bundled": "eg3d_rlhf.tuning.distill.scene_boxes",
-    "bundled-unet": "eg3d_rlhf.tuning.distill.scene_boxes",
-    "heads": "eg3d_rlhf.tuning.distill.scene_heads",
-})  # fmt: skip
+SCENES: Registry[SceneKind] = Registry(
+    "--prior",
+    {
+        "bundled": "eg3d_rlhf.tuning.distill.scene_boxes",
+        "bundled-unet": "eg3d_rlhf.tuning.distill.scene_boxes",
+        "heads": "eg3d_rlhf.tuning.distill.scene_heads",
+    },
+)
 
 
 def open_scene(settings: DistillSettings, device: torch.device) -> Scene:
@@ -101,30 +135,47 @@ def open_scene(settings: DistillSettings, device: torch.device) -> Scene:
 
 
 def scene_of_files(settings: DistillSettings, device: torch.device) -> Scene:
-    """The scene of a prior from local files; says first what it will take of memory. Raises: ValueError, OSError."""
+    """The scene of a prior from local files; says first what it will take of memory.
+
+    Raises: ValueError, OSError.
+    """
     scene = settings.scene
     if scene.judge is not None:
-        raise ValueError(f"--judge: expected none with --prior={scene.prior}, got {scene.judge}. Name a --reward.")
+        raise ValueError(
+            f"--judge: expected none with --prior={scene.prior}, got {scene.judge}. Name a --reward."
+        )
     options = PriorOptions(device=device, half={"off": False, "half": True}.get(scene.amp))
     print(memory(settings, options), flush=True)
     prior = load_prior(scene.prior, options)
     check_views(scene.views, prior.views)
     reward = None if scene.reward is None else load_reward(scene.reward, device)
-    files = {name: Path(path) for name, path in (("prior", scene.prior), ("reward", scene.reward)) if path is not None}
+    files = {
+        name: Path(path)
+        for name, path in (("prior", scene.prior), ("reward", scene.reward))
+        if path is not None
+    }
     return Scene(
-        prior=prior, renderer=PerspectiveViews(scene.resolution, CameraDraws(views=scene.views)), views=scene.views,
-        start=_start(scene.planes), reward=reward,
-        geometry=load_geometry(scene.geometry_reward, scene.prior, device), measures=lambda asset, prompts: {}, device=device,
+        prior=prior,
+        renderer=PerspectiveViews(scene.resolution, CameraDraws(views=scene.views)),
+        views=scene.views,
+        start=_start(scene.planes),
+        reward=reward,
+        geometry=load_geometry(scene.geometry_reward, scene.prior, device),
+        measures=lambda asset, prompts: {},
+        device=device,
         inputs={name: path for name, path in files.items() if path.is_file()},
-    )  # fmt: skip
+    )
 
 
 def memory(settings: DistillSettings, options: PriorOptions) -> Costs:
-    scene, tables = settings.scene, []
+    scene = settings.scene
+    tables = []
     views = scene.views * min(settings.loop.batch, len(settings.pairs()))
     for starts, noises in {of_arm(settings, arm)[1:] for arm in settings.arms}:
         costs = prior_costs(scene.prior, starts * views, options, noises)
-        tables.append(costs if scene.reward is None else costs + reward_costs(scene.reward, starts * views, noises))
+        tables.append(
+            costs if scene.reward is None else costs + reward_costs(scene.reward, starts * views, noises)
+        )
     return max(tables, key=lambda costs: costs.total)
 
 

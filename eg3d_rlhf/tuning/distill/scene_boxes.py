@@ -1,5 +1,5 @@
-"""The bundled problem as a scene: box heads and emblems seen from four sides, a mixture in closed form as the prior, or a U-Net that
-has learned it; analytic rewards, and a judge that none of them knows.
+"""The bundled problem as a scene: box heads and emblems seen from four sides, a mixture in closed form as the
+prior, or a U-Net that has learned it; analytic rewards, and a judge that none of them knows.
 
 Letters: A assets.
 """
@@ -25,15 +25,22 @@ from eg3d_rlhf.tuning.distill.scene import SCENES, Scene, SceneKind
 
 REWARD = "one-face"
 REWARDS: dict[str, Callable] = {
-    "one-face": analytic.OneFace, "mode-distance": analytic.ModeDistance, "mean-pixel": analytic.MeanPixel,
-}  # fmt: skip
-_NARROW, _BROAD = 0.1, 1.0  # deviations about a mode, in latents of -1..1
+    "one-face": analytic.OneFace,
+    "mode-distance": analytic.ModeDistance,
+    "mean-pixel": analytic.MeanPixel,
+}
+# deviations about a mode, in latents of -1..1
+_NARROW = 0.1
+_BROAD = 1.0
 _NEVER = -60.0  # logit of a component that a condition does not have
 PRIORS = ("bundled", "bundled-unet")  # exact, learned
 
 
 def check(prompts: tuple[str, ...], assets: int | None, comparison: bool) -> tuple[tuple[str, ...], int]:
-    """Prompts and assets of each: the problem's own where none are given. Raises: ValueError for a prompt that it does not know."""
+    """Prompts and assets of each: the problem's own where none are given.
+
+    Raises: ValueError for a prompt that it does not know.
+    """
     for text in prompts:
         problem.prompt_of(text)
     chosen = prompts or tuple(dict.fromkeys(text for text, _ in problem.pairs(1)))
@@ -41,9 +48,11 @@ def check(prompts: tuple[str, ...], assets: int | None, comparison: bool) -> tup
 
 
 def mixture() -> GmmPrior:
-    """Every mode as a narrow component and as a broad one: a prompt has its two narrow ones in equal parts, the null all broad ones.
+    """Every mode as a narrow component and as a broad one: a prompt has its two narrow ones in equal parts,
+    the null all broad ones.
 
-    The broad null makes guidance an anchor: e(text) - e(null) then points to the modes (DreamDPO's push away has no other).
+    The broad null makes guidance an anchor: e(text) - e(null) then points to the modes (DreamDPO's push away
+    has no other).
     """
     modes = problem.modes()
     k = len(modes)
@@ -56,31 +65,54 @@ def mixture() -> GmmPrior:
 
 def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
     if device.type != "cpu":
-        raise ValueError(f"--device: expected cpu with the bundled prior, got {device}. Its problem is too small for a GPU.")
-    exact, name, judge = mixture(), settings.scene.reward, settings.scene.judge
+        raise ValueError(
+            f"--device: expected cpu with the bundled prior, got {device}. Its problem is too small for a"
+            " GPU."
+        )
+    exact = mixture()
+    name = settings.scene.reward
+    judge = settings.scene.judge
     learned = settings.scene.prior == "bundled-unet"
     if name is not None and name not in REWARDS:
-        raise ValueError(f"--reward: expected one of {', '.join(REWARDS)} with the bundled prior, got {name}. Choose one of them.")
+        raise ValueError(
+            f"--reward: expected one of {', '.join(REWARDS)} with the bundled prior, got {name}. Choose one"
+            " of them."
+        )
     if judge not in (None, "questions"):
-        raise ValueError(f"--judge: expected questions with the bundled prior, got {judge}. Use that, or leave it out.")
+        raise ValueError(
+            f"--judge: expected questions with the bundled prior, got {judge}. Use that, or leave it out."
+        )
     return Scene(
-        prior=load_view_prior() if learned else exact, renderer=FourViews(), views=problem.SIDES, start=problem.start,
-        reward=None if name is None else cast(RewardModel, REWARDS[name]()), pair_judge=None if judge is None else YesNoJudge(),
-        geometry=load_geometry(settings.scene.geometry_reward, settings.scene.prior, device), measures=measures,
+        prior=load_view_prior() if learned else exact,
+        renderer=FourViews(),
+        views=problem.SIDES,
+        start=problem.start,
+        reward=None if name is None else cast(RewardModel, REWARDS[name]()),
+        pair_judge=None if judge is None else YesNoJudge(),
+        geometry=load_geometry(settings.scene.geometry_reward, settings.scene.prior, device),
+        measures=measures,
         final=AssetJudge(),
-        judge="noses counted on the surface, nearer to one; of boxes, sides with the preferred emblem; then nearness to the prior's "
-              "modes. It trained nothing",
-        background=torch.zeros(3), log_prob=lambda x, prompts: exact.log_prob(x, exact.embed(prompts)),
+        judge=(
+            "noses counted on the surface, nearer to one; of boxes, sides with the preferred emblem; then"
+            " nearness to the prior's modes. It trained nothing"
+        ),
+        background=torch.zeros(3),
+        log_prob=lambda x, prompts: exact.log_prob(x, exact.embed(prompts)),
         inputs={"prior": VIEW_PRIOR} if learned else {},
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
 def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Figures [A] of finished assets: noses of heads, preferred sides of boxes, RMS difference of pictures to the prior's nearest modes."""
+    """Figures [A] of finished assets: noses of heads, preferred sides of boxes, RMS difference of pictures to
+    the prior's nearest modes.
+    """
     heads = torch.tensor([problem.prompt_of(text).kind == "janus" for text in prompts])
     counts = noses(asset).cpu()
-    shares = {name: hit.double() for name, hit in (("no nose", counts == 0), ("one nose", counts == 1), ("more", counts > 1))}
+    shares = {
+        name: hit.double()
+        for name, hit in (("no nose", counts == 0), ("one nose", counts == 1), ("more", counts > 1))
+    }
     return {
         **{name: torch.where(heads, share, torch.nan) for name, share in shares.items()},
         "preferred sides": torch.where(heads, torch.nan, emblem_sides(asset, prompts) / problem.SIDES),

@@ -1,9 +1,10 @@
-"""Text to 3D on heads of people: a prompt names one, the prior is a mixture of its pictures in closed form, what is optimised are latents
-of the bundled generator, and what is finished is held against the whole head.
+"""Text to 3D on heads of people: a prompt names one, the prior is a mixture of its pictures in closed form,
+what is optimised are latents of the bundled generator, and what is finished is held against the whole head.
 
-The cameras stand close together in front, so pictures leave the back open. Assets are latents because a learned reward is exploited where
-every texel is free: its score rises without bound and the shape gets worse.
-Letters: A assets, V views of each, B = A V, K cameras, H heads, M components, R pixels, n grid points along an edge of the cube.
+The cameras stand close together in front, so pictures leave the back open. Assets are latents because a
+learned reward is exploited where every texel is free: its score rises without bound and the shape gets worse.
+Letters: A assets, V views of each, B = A V, K cameras, H heads, M components, R pixels, n grid points along
+an edge of the cube.
 """
 
 import functools
@@ -35,27 +36,40 @@ from training.heads.people_mesh import head_grid
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS
 from training.synthetic_heads import head_parameters, parse_name
 
-HEADS, SEEDS = 8, 2  # of the default comparison
+# of the default comparison
+HEADS = 8
+SEEDS = 2
 AZIMUTHS = (-12.0, 0.0, 12.0)  # degrees, of the K cameras: so few that pictures leave much of the shape open
-VIEWS, PIXELS, SAMPLES = 1, 32, 48
+VIEWS = 1
+PIXELS = 32
+SAMPLES = 48
 JUDGED = 64  # grid points per edge of the cubes that are judged
-_DATA = "synthetic:people64@seed=81"  # whose heads are named: neither a generator nor the image features learn from these
+# whose heads are named: neither a generator nor the image features learn from these
+_DATA = "synthetic:people64@seed=81"
 _WIDTH = 0.1  # deviation about a picture, in latents of -1..1
 _NEVER = -1e6  # logit of a component that a condition does not have: likelihoods differ by thousands of nats
 _SAME = 1e-3  # distance of two cam2world matrices that are one camera
 
 
 def check(prompts: tuple[str, ...], assets: int | None, comparison: bool) -> tuple[tuple[str, ...], int]:
-    """Prompts and assets of each: 'head 0' and following where none are given. Raises: ValueError for another prompt."""
+    """Prompts and assets of each: 'head 0' and following where none are given.
+
+    Raises: ValueError for another prompt.
+    """
     head_numbers(prompts)
-    return prompts or tuple(f"head {i}" for i in range(HEADS)), assets or (SEEDS if comparison and not prompts else 1)
+    return prompts or tuple(f"head {i}" for i in range(HEADS)), assets or (
+        SEEDS if comparison and not prompts else 1
+    )
 
 
 def head_numbers(prompts: Sequence[str]) -> list[int]:
     matches = [re.fullmatch(r"head (\d{1,4})", prompt) for prompt in prompts]
     for prompt, match in zip(prompts, matches, strict=True):
         if match is None:
-            raise ValueError(f"--prompt: expected 'head N' with a number up to 9999 and --prior=heads, got {prompt!r}. Name one.")
+            raise ValueError(
+                f"--prompt: expected 'head N' with a number up to 9999 and --prior=heads, got {prompt!r}."
+                " Name one."
+            )
     return [int(match[1]) for match in matches if match is not None]
 
 
@@ -100,9 +114,13 @@ def modes(numbers: tuple[int, ...]) -> torch.Tensor:
 
 
 class ViewMixture(GmmPrior):
-    """A mixture whose components belong to a camera each: a picture's camera leaves those of its own. Without cameras all remain."""
+    """A mixture whose components belong to a camera each: a picture's camera leaves those of its own. Without
+    cameras all remain.
+    """
 
-    def __init__(self, means: torch.Tensor, stds: torch.Tensor, prompts: dict[str, torch.Tensor], cameras: torch.Tensor):
+    def __init__(
+        self, means: torch.Tensor, stds: torch.Tensor, prompts: dict[str, torch.Tensor], cameras: torch.Tensor
+    ):
         super().__init__(means, stds, prompts)
         self.cameras = cameras
 
@@ -116,24 +134,37 @@ class ViewMixture(GmmPrior):
 
 
 def mixture(prompts: Sequence[str]) -> ViewMixture:
-    """The K pictures of a prompt's head as narrow components in equal parts; the null has those of all prompts."""
+    """The K pictures of a prompt's head as narrow components in equal parts; the null has those of all
+    prompts.
+    """
     means = modes(tuple(head_numbers(prompts))).flatten(0, 1) * 2 - 1
-    each, embeddings = len(AZIMUTHS), {"": torch.zeros(len(means))}
+    each = len(AZIMUTHS)
+    embeddings = {"": torch.zeros(len(means))}
     for i, prompt in enumerate(prompts):
         embeddings[prompt] = torch.full((len(means),), _NEVER)
         embeddings[prompt][each * i : each * (i + 1)] = 0
-    return ViewMixture(means, torch.full((len(means),), _WIDTH), embeddings, all_cameras().cameras[:, :16].repeat(len(prompts), 1))
+    return ViewMixture(
+        means,
+        torch.full((len(means),), _WIDTH),
+        embeddings,
+        all_cameras().cameras[:, :16].repeat(len(prompts), 1),
+    )
 
 
 def start(prompts: Sequence[str], draws: Sequence[torch.Generator]) -> Latents:
-    """Assets to begin with, of held-out latents that follow from the draws alone; the prompts say nothing of them."""
+    """Assets to begin with, of held-out latents that follow from the draws alone; the prompts say nothing of
+    them.
+    """
     del prompts
-    return Latents.of_seeds([DISTILLED.all[int(torch.randint(DISTILLED.count, (1,), generator=rng))] for rng in draws])
+    return Latents.of_seeds(
+        [DISTILLED.all[int(torch.randint(DISTILLED.count, (1,), generator=rng))] for rng in draws]
+    )
 
 
 def distance(values: np.ndarray, head: np.ndarray) -> float:
-    """Mean distance of either surface of [n, n, n] to the other one above the shoulders, world units; half the cube's side where a shape
-    has none."""
+    """Mean distance of either surface of [n, n, n] to the other one above the shoulders, world units; half
+    the cube's side where a shape has none.
+    """
     clouds = [points[points[:, 1] > BASE] for points in map(surface_points, (values, head))]
     if not all(map(len, clouds)):
         return 0.5
@@ -143,12 +174,16 @@ def distance(values: np.ndarray, head: np.ndarray) -> float:
 
 @torch.no_grad()
 def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Figures [A] of finished assets: both bundled rewards, and against the head that the prompt names the annotator's utility without
-    noise, the distance of the surfaces, the volume error behind, and the RMS difference of all K pictures to its own.
+    """Figures [A] of finished assets: both bundled rewards, and against the head that the prompt names the
+    annotator's utility without noise, the distance of the surfaces, the volume error behind, and the RMS
+    difference of all K pictures to its own.
     """
-    numbers, values = head_numbers(prompts), shape_grids(asset, JUDGED)
+    numbers = head_numbers(prompts)
+    values = shape_grids(asset, JUDGED)
     pairs = [(cube, whole(number)) for cube, number in zip(values, numbers, strict=True)]
-    seen = PerspectiveViews(PIXELS, samples=SAMPLES).render(asset, all_cameras(len(asset)), torch.ones(3)).images
+    seen = (
+        PerspectiveViews(PIXELS, samples=SAMPLES).render(asset, all_cameras(len(asset)), torch.ones(3)).images
+    )
     wanted = modes(tuple(numbers)).flatten(0, 1)
     return {
         "reward": load_reward(bundled.REWARD).score(asset).double(),
@@ -166,25 +201,42 @@ class ShapeJudge:
 
     def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
         heads = [whole(number) for number in head_numbers(prompts)]
-        scores = [[-distance(cube, head) for cube, head in zip(shape_grids(a, JUDGED), heads, strict=True)] for a in (first, second)]
+        scores = [
+            [-distance(cube, head) for cube, head in zip(shape_grids(a, JUDGED), heads, strict=True)]
+            for a in (first, second)
+        ]
         return [verdict(a, b) for a, b in zip(*scores, strict=True)]
 
 
 def heads_scene(settings: DistillSettings, device: torch.device) -> Scene:
     if device.type != "cpu":
-        raise ValueError(f"--device: expected cpu with --prior=heads, got {device}. Its prior is too small for a GPU.")
+        raise ValueError(
+            f"--device: expected cpu with --prior=heads, got {device}. Its prior is too small for a GPU."
+        )
     rewarded = [arm.method for arm in map(Arm.parse, settings.arms) if METHODS[arm.method].rewarded]
     if rewarded:
-        raise ValueError(f"--method={rewarded[0]}: expected sds with --prior=heads, which has no reward of pictures. Use sds+geometry.")
+        raise ValueError(
+            f"--method={rewarded[0]}: expected sds with --prior=heads, which has no reward of pictures. Use"
+            " sds+geometry."
+        )
     prior = mixture(settings.prompts)
     return Scene(
-        prior=prior, renderer=PerspectiveViews(PIXELS, FrontCameras(), SAMPLES), views=VIEWS, start=start, reward=None,
+        prior=prior,
+        renderer=PerspectiveViews(PIXELS, FrontCameras(), SAMPLES),
+        views=VIEWS,
+        start=start,
+        reward=None,
         geometry=load_geometry(settings.scene.geometry_reward, settings.scene.prior, device),
-        measures=measures, final=ShapeJudge(),
-        judge="the distance of the surface to that of the head that the prompt names, which no part of a run reads",
-        background=torch.ones(3), log_prob=lambda x, prompts: prior.log_prob(x, prior.embed(prompts)),
+        measures=measures,
+        final=ShapeJudge(),
+        judge=(
+            "the distance of the surface to that of the head that the prompt names, which no part of a run"
+            " reads"
+        ),
+        background=torch.ones(3),
+        log_prob=lambda x, prompts: prior.log_prob(x, prior.embed(prompts)),
         inputs={"generator": bundled.GENERATOR},
-    )  # fmt: skip
+    )
 
 
 SCENES.add("heads", SceneKind(open=heads_scene, check=check))

@@ -1,6 +1,8 @@
-"""How noise is mixed into pictures, which times are drawn, quantities that change with the step, and where random draws come from.
+"""How noise is mixed into pictures, which times are drawn, quantities that change with the step, and where
+random draws come from.
 
-Letters: B pictures, C, H, W of latents. a = sqrt(alphas_cumprod[t]), s = sqrt(1 - alphas_cumprod[t]); x_t = a x + s e.
+Letters: B pictures, C, H, W of latents. a = sqrt(alphas_cumprod[t]), s = sqrt(1 - alphas_cumprod[t]); x_t = a
+x + s e.
 """
 
 import itertools
@@ -17,10 +19,14 @@ STEPS = 1000
 WEIGHTINGS = ("sds", "uniform", "fantasia3d")
 
 
-def betas_of(kind: str = "scaled_linear", *, start: float = 0.00085, end: float = 0.012, zero_snr: bool = False) -> torch.Tensor:
-    """Betas [1000], float32: scaled_linear (in their roots; Stable Diffusion, MVDream), linear, or squaredcos_cap_v2.
+def betas_of(
+    kind: str = "scaled_linear", *, start: float = 0.00085, end: float = 0.012, zero_snr: bool = False
+) -> torch.Tensor:
+    """Betas [1000], float32: scaled_linear (in their roots; Stable Diffusion, MVDream), linear, or
+    squaredcos_cap_v2.
 
-    zero_snr: shifted and scaled so that no signal is left at t = 999 (Lin et al. 2023); such a prior must predict v.
+    zero_snr: shifted and scaled so that no signal is left at t = 999 (Lin et al. 2023); such a prior must
+    predict v.
     """
     if kind == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, STEPS) ** 2
@@ -46,7 +52,9 @@ class NoiseSchedule:
         assert self.alphas_cumprod.shape == (STEPS,), self.alphas_cumprod.shape
 
     def alpha(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """alphas_cumprod at t [B], [B, 1, 1, 1] beside `like`. A time before 0 is the end of a chain: as at 0."""
+        """alphas_cumprod at t [B], [B, 1, 1, 1] beside `like`. A time before 0 is the end of a chain: as at
+        0.
+        """
         bar = self.alphas_cumprod.to(like.device)[t.to(like.device).clamp_min(0)]
         return bar.view(-1, *[1] * (like.ndim - 1))
 
@@ -81,14 +89,21 @@ class NoiseSchedule:
             return torch.ones_like(bar)
         return (1 - bar) if kind == "sds" else bar.sqrt() * (1 - bar)
 
-    def ddim_step(self, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    def ddim_step(
+        self, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, before: torch.Tensor
+    ) -> torch.Tensor:
         """From time t [B] to an earlier one, without new noise (Song et al. 2020, eta 0)."""
         return self.mix(self.x0(x_t, noise, t), noise, before)
 
     def ddim_chain(
-        self, x_t: torch.Tensor, times: Sequence[torch.Tensor], predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+        self,
+        x_t: torch.Tensor,
+        times: Sequence[torch.Tensor],
+        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Through all times [B] in their order, the last without a prediction; a picture whose time does not change stays as it is."""
+        """Through all times [B] in their order, the last without a prediction; a picture whose time does not
+        change stays as it is.
+        """
         for now, after in itertools.pairwise(times):
             moved = self.ddim_step(x_t, predict(x_t, now), now, after)
             x_t = torch.where((now == after).to(x_t.device).view(-1, *[1] * (x_t.ndim - 1)), x_t, moved)
@@ -98,7 +113,8 @@ class NoiseSchedule:
 def ddim_times(n: int, spacing: Literal["leading", "trailing", "linspace", "floor"] = "leading") -> list[int]:
     """n falling times of 0..999.
 
-    leading, trailing, linspace: as diffusers rounds them, leading with an offset of 1; floor: linspace rounded down, as RewardSDS explores.
+    leading, trailing, linspace: as diffusers rounds them, leading with an offset of 1; floor: linspace
+    rounded down, as RewardSDS explores.
     """
     if spacing == "leading":
         return [i * (STEPS // n) + 1 for i in reversed(range(n))]
@@ -113,7 +129,8 @@ def ddim_times(n: int, spacing: Literal["leading", "trailing", "linspace", "floo
 class Ramp:
     """A number that may change with the step: for windows of time, weights of rewards and regularisers.
 
-    A constant; [v0, v1, s1] from step 0; [s0, v0, v1, s1]; or [s0, v0, v1, s1, v2, s2, ...]. Linear between steps, held outside.
+    A constant; [v0, v1, s1] from step 0; [s0, v0, v1, s1]; or [s0, v0, v1, s1, v2, s2, ...]. Linear between
+    steps, held outside.
     """
 
     spec: float | tuple[float, ...]
@@ -121,10 +138,19 @@ class Ramp:
 
     def __post_init__(self):
         numbers = (self.spec,) if isinstance(self.spec, (int, float)) else tuple(self.spec)
-        knots = [step for step, _ in self.knots()] if len(numbers) in (1, 3) or (len(numbers) >= 4 and len(numbers) % 2 == 0) else []
-        if not knots or not all(math.isfinite(n) for n in numbers) or any(b <= a for a, b in itertools.pairwise(knots)):
+        knots = (
+            [step for step, _ in self.knots()]
+            if len(numbers) in (1, 3) or (len(numbers) >= 4 and len(numbers) % 2 == 0)
+            else []
+        )
+        if (
+            not knots
+            or not all(math.isfinite(n) for n in numbers)
+            or any(b <= a for a, b in itertools.pairwise(knots))
+        ):
             raise ValueError(
-                f"Ramp: expected a number, [v0, v1, s1] or [s0, v0, v1, s1, v2, s2, ...] with rising steps s, got {self.spec}. Correct it."
+                "Ramp: expected a number, [v0, v1, s1] or [s0, v0, v1, s1, v2, s2, ...] with rising steps s,"
+                f" got {self.spec}. Correct it."
             )
 
     def knots(self) -> list[tuple[float, float]]:
@@ -135,11 +161,19 @@ class Ramp:
 
     def __call__(self, step: int) -> float:
         knots = self.knots()
-        (s0, v0), (s1, v1) = (knots[0], knots[0]) if len(knots) == 1 else next(
-            (pair for pair in itertools.pairwise(knots) if step < pair[1][0]), (knots[-2], knots[-1])
+        (s0, v0), (s1, v1) = (
+            (knots[0], knots[0])
+            if len(knots) == 1
+            else next(
+                (pair for pair in itertools.pairwise(knots) if step < pair[1][0]), (knots[-2], knots[-1])
+            )
         )
         share = 0.0 if s0 == s1 else max(min(1.0, (step - s0) / (s1 - s0)), 0.0)
-        return math.exp(math.log(v0) + (math.log(v1) - math.log(v0)) * share) if self.log else v0 + (v1 - v0) * share
+        return (
+            math.exp(math.log(v0) + (math.log(v1) - math.log(v0)) * share)
+            if self.log
+            else v0 + (v1 - v0) * share
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +182,8 @@ class TimeWindow:
 
     low: Ramp = Ramp(0.02)
     high: Ramp = Ramp(0.98)
-    sqrt_anneal: int | None = None  # steps of the run: then t falls from high to low with the root of the step, and nothing is drawn (HiFA)
+    # steps of the run: then t falls from high to low with the root of the step, and nothing is drawn (HiFA)
+    sqrt_anneal: int | None = None
 
     def __post_init__(self):
         ends = [ramp(int(step)) for ramp in (self.low, self.high) for step, _ in ramp.knots()]
@@ -156,16 +191,24 @@ class TimeWindow:
             raise ValueError(f"TimeWindow: expected shares from 0 to below 1, got {ends}. Correct them.")
 
     def at(self, step: int) -> tuple[int, int]:
-        low, high = self.low(step), self.high(step)
+        low = self.low(step)
+        high = self.high(step)
         if self.sqrt_anneal is not None:
             low = high = high - (high - low) * math.sqrt(min(step / self.sqrt_anneal, 1.0))
-        low, high = int(STEPS * low), int(STEPS * high)
+        low = int(STEPS * low)
+        high = int(STEPS * high)
         if low > high:
-            raise ValueError(f"TimeWindow: expected low <= high, got {low} and {high} at step {step}. Correct the ramps.")
+            raise ValueError(
+                f"TimeWindow: expected low <= high, got {low} and {high} at step {step}. Correct the ramps."
+            )
         return low, high
 
-    def draw(self, step: int, assets: int, views: int, generator: torch.Generator, *, shared: bool = True) -> torch.Tensor:
-        """Times [assets * views]: one per asset, the same for its views, or one per view (single-view priors only)."""
+    def draw(
+        self, step: int, assets: int, views: int, generator: torch.Generator, *, shared: bool = True
+    ) -> torch.Tensor:
+        """Times [assets * views]: one per asset, the same for its views, or one per view (single-view priors
+        only).
+        """
         low, high = self.at(step)
         t = torch.randint(low, high + 1, (assets,) if shared else (assets * views,), generator=generator)
         return t.repeat_interleave(views) if shared else t
@@ -173,9 +216,11 @@ class TimeWindow:
 
 @dataclass(frozen=True, kw_only=True)
 class Streams:
-    """The draws of one run by name: each stream has a generator of its own, derived from (seed, stream, step).
+    """The draws of one run by name: each stream has a generator of its own, derived from (seed, stream,
+    step).
 
-    A resumed run, another method's arm and another number of noises then see the same views, times and first noise.
+    A resumed run, another method's arm and another number of noises then see the same views, times and first
+    noise.
     """
 
     seed: int

@@ -1,5 +1,5 @@
-"""What a flow is told: one tensor of tokens, or several tensors by name, a row per sample; embeddings of conditions by name, and the files
-that keep them: ours, or those of other programs, one file per condition.
+"""What a flow is told: one tensor of tokens, or several tensors by name, a row per sample; embeddings of
+conditions by name, and the files that keep them: ours, or those of other programs, one file per condition.
 
 Shape letters: N samples, L tokens, E their size.
 """
@@ -26,9 +26,14 @@ def each(change: Callable[..., torch.Tensor], condition: Condition, *others: Con
     """The condition with each of its tensors changed, together with those of others of the same form."""
     if isinstance(condition, torch.Tensor):
         return change(condition, *others)
-    named = [other for other in others if not isinstance(other, torch.Tensor) and set(other) == set(condition)]
+    named = [
+        other for other in others if not isinstance(other, torch.Tensor) and set(other) == set(condition)
+    ]
     if len(named) < len(others):
-        raise ValueError(f"conditions: expected tensors {', '.join(condition)} of each, got others. The empty condition has the same.")
+        raise ValueError(
+            f"conditions: expected tensors {', '.join(condition)} of each, got others. The empty condition"
+            " has the same."
+        )
     return {name: change(tensor, *(other[name] for other in named)) for name, tensor in condition.items()}
 
 
@@ -47,7 +52,9 @@ def rows(condition: Condition) -> int:
         return len(condition)
     counts = {name: len(tensor) for name, tensor in condition.items()}
     if len(set(counts.values())) != 1:
-        raise ValueError(f"conditions: expected tensors of one row per sample, got {counts}. Collate them alike.")
+        raise ValueError(
+            f"conditions: expected tensors of one row per sample, got {counts}. Collate them alike."
+        )
     return next(iter(counts.values()))
 
 
@@ -58,7 +65,9 @@ def expanded(empty: Condition, condition: Condition) -> Condition:
 
 def where(mask: torch.Tensor, yes: Condition, no: Condition) -> Condition:
     """Row by row, `yes` where mask [N] is true."""
-    return each(lambda a, b: torch.where(mask.to(b.device).view(-1, *[1] * (b.ndim - 1)), a.to(b), b), yes, no)
+    return each(
+        lambda a, b: torch.where(mask.to(b.device).view(-1, *[1] * (b.ndim - 1)), a.to(b), b), yes, no
+    )
 
 
 def twice(condition: Condition) -> Condition:
@@ -74,7 +83,9 @@ SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """Tokens by name, or several tensors for each. Images have a null of zeros; a text's null is the embedding of '' and must be there."""
+    """Tokens by name, or several tensors for each. Images have a null of zeros; a text's null is the
+    embedding of '' and must be there.
+    """
 
     tokens: Mapping[str, Condition]  # [L, E] float32 each, or tensors by name; all alike
     encoder: str = ""  # what computed them and of what pictures; "" where it is unknown
@@ -85,13 +96,33 @@ class Conditions:
         object.__setattr__(self, "names", tuple(name for name in self.tokens if name != NULL))
         forms = {str(form_of(t)) for t in self.tokens.values()}
         first = next(iter(self.tokens.values()), None)
-        if not self.names or len(forms) != 1 or (isinstance(first, torch.Tensor) and first.ndim != 2) or not form_of(first):
-            raise ValueError(f"conditions: expected embeddings [L, E], all alike, got shapes {', '.join(sorted(forms))}. Use one encoder.")
-        bad = next((name for name, t in self.tokens.items() if not all(torch.isfinite(x).all() for x in tensors_of(t))), None)
+        if (
+            not self.names
+            or len(forms) != 1
+            or (isinstance(first, torch.Tensor) and first.ndim != 2)
+            or not form_of(first)
+        ):
+            raise ValueError(
+                f"conditions: expected embeddings [L, E], all alike, got shapes {', '.join(sorted(forms))}."
+                " Use one encoder."
+            )
+        bad = next(
+            (
+                name
+                for name, t in self.tokens.items()
+                if not all(torch.isfinite(x).all() for x in tensors_of(t))
+            ),
+            None,
+        )
         if bad is not None:
-            raise ValueError(f"conditions: expected finite embeddings, got others for {bad!r}. Embed it again.")
+            raise ValueError(
+                f"conditions: expected finite embeddings, got others for {bad!r}. Embed it again."
+            )
         if not self.zero_null and NULL not in self.tokens:
-            raise ValueError("conditions: expected the embedding of the empty text, named '', for guidance, got none. Embed '' as well.")
+            raise ValueError(
+                "conditions: expected the embedding of the empty text, named '', for guidance, got none."
+                " Embed '' as well."
+            )
 
     @property
     def form(self) -> Mapping[str, list[int]] | list[int]:
@@ -102,27 +133,38 @@ class Conditions:
         """Raise ValueError, in the name of `who`, unless each has this shape, or these shapes by name."""
         if self.form != expected:
             source = f" of {self.encoder}" if self.encoder else ""
-            raise ValueError(f"{who}: expected embeddings {expected}, got {self.form}{source}. Embed them with {encoder}.")
+            raise ValueError(
+                f"{who}: expected embeddings {expected}, got {self.form}{source}. Embed them with {encoder}."
+            )
 
     def check_source(self, who: str, source: str, encoder: str) -> None:
-        """Raise ValueError where another encoder or another preparation made them; those of an unknown source are taken.
+        """Raise ValueError where another encoder or another preparation made them; those of an unknown source
+        are taken.
 
         Args: source: what they must state; with * in front whatever ends so.
         """
         fits = self.encoder.endswith(source[1:]) if source.startswith("*") else self.encoder == source
         if self.encoder and not fits:
-            raise ValueError(f"{who}: expected embeddings of {source}, got those of {self.encoder}. Embed them with {encoder}.")
+            raise ValueError(
+                f"{who}: expected embeddings of {source}, got those of {self.encoder}. Embed them with"
+                f" {encoder}."
+            )
 
     def of(self, names: Sequence[str]) -> Condition:
         """[N, L, E], or by name [N, ...]. Raises: ValueError for names without an embedding."""
         missing = sorted({name for name in names if name not in self.tokens})
         if missing:
-            raise ValueError(f"conditions: expected embeddings of all names, got none for {_listed(missing)}. Embed them too.")
+            raise ValueError(
+                f"conditions: expected embeddings of all names, got none for {_listed(missing)}. Embed them"
+                " too."
+            )
         first, *others = [self.tokens[name] for name in names]
         return each(lambda *rows: torch.stack(rows), first, *others)
 
     def null(self, n: int) -> Condition:
-        empty = each(torch.zeros_like, next(iter(self.tokens.values()))) if self.zero_null else self.tokens[NULL]
+        empty = (
+            each(torch.zeros_like, next(iter(self.tokens.values()))) if self.zero_null else self.tokens[NULL]
+        )
         return each(lambda tensor: tensor.expand(n, *[-1] * tensor.ndim), empty)
 
 
@@ -141,17 +183,23 @@ def write_conditions(path: Path, conditions: Conditions) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for i, name in enumerate(names):
         embedding = conditions.tokens[name]
-        named = {"": embedding} if isinstance(embedding, torch.Tensor) else {f"/{key}": tensor for key, tensor in embedding.items()}
+        named = (
+            {"": embedding}
+            if isinstance(embedding, torch.Tensor)
+            else {f"/{key}": tensor for key, tensor in embedding.items()}
+        )
         tensors |= {f"tokens.{i}{key}": tensor for key, tensor in named.items()}
     meta = {"names": names, "encoder": conditions.encoder, "zero_null": conditions.zero_null}
     write_tensors(path, KIND, tensors, meta)
 
 
 def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
-    """A file of `write_conditions`, its folder, or one of <name>.pt, .npy, .npz or .safetensors with one tensor [L, E] or [1, L, E] each.
+    """A file of `write_conditions`, its folder, or one of <name>.pt, .npy, .npz or .safetensors with one
+    tensor [L, E] or [1, L, E] each.
 
     Args:
-        zero_null: for a folder: the empty condition is zeros, as for images, rather than the embedding of '' in a file named null.
+        zero_null: for a folder: the empty condition is zeros, as for images, rather than the embedding of ''
+            in a file named null.
     Raises: FileNotFoundError; ValueError for what is not an embedding.
     """
     path = Path(path)
@@ -162,12 +210,18 @@ def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
         for key, tensor in tensors.items():
             number, _, part = key.removeprefix("tokens.").partition("/")
             parts.setdefault(number, {})[part] = tensor
-        tokens = {name: part_of.get("", part_of) for name, part_of in ((name, parts[str(i)]) for i, name in enumerate(meta["names"]))}
+        tokens = {
+            name: part_of.get("", part_of)
+            for name, part_of in ((name, parts[str(i)]) for i, name in enumerate(meta["names"]))
+        }
         return Conditions(tokens=tokens, encoder=meta["encoder"], zero_null=meta["zero_null"])
     files = sorted(p for p in path.glob("*") if p.suffix in SUFFIXES)
     if not files:
         endings = ", ".join(SUFFIXES)
-        raise FileNotFoundError(f"conditions: expected a file or a folder of {endings}, got none at {path}. Embed the conditions first.")
+        raise FileNotFoundError(
+            f"conditions: expected a file or a folder of {endings}, got none at {path}. Embed the conditions"
+            " first."
+        )
     named = {p.stem: read_embedding(p) for p in files}
     if not zero_null and "null" in named:
         named[NULL] = named.pop("null")
@@ -180,14 +234,17 @@ def read_embedding(path: Path) -> torch.Tensor:
     if embedding.ndim == 3 and len(embedding) == 1:
         embedding = embedding[0]
     if embedding.ndim != 2:
-        raise ValueError(f"{path}: expected tokens [L, E], got {list(embedding.shape)}. Save one condition per file.")
+        raise ValueError(
+            f"{path}: expected tokens [L, E], got {list(embedding.shape)}. Save one condition per file."
+        )
     return embedding.float()
 
 
 def read_array(path: Path, key: str | None = None) -> torch.Tensor:
     """The one array of a .pt, .npy, .npz or .safetensors file, or the one called `key` in a file of several.
 
-    Raises: FileNotFoundError; ValueError for a damaged file, one that would run code, or one without that array.
+    Raises: FileNotFoundError; ValueError for a damaged file, one that would run code, or one without that
+        array.
     """
     if not path.is_file():
         raise FileNotFoundError(f"array: expected a file, got none at {path}. Check the path.")
@@ -197,12 +254,16 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
         raise ValueError(f"{path}: expected one of {', '.join(SUFFIXES)}. Convert it.") from None
     except (ValueError, EOFError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(f"{path}: expected an array, got a damaged or foreign file ({reason}). Restore it.") from None
+        raise ValueError(
+            f"{path}: expected an array, got a damaged or foreign file ({reason}). Restore it."
+        ) from None
     if isinstance(content, Mapping):
         names = list(content)
         chosen = key if key in names else names[0] if len(names) == 1 else None
         if chosen is None:
-            raise ValueError(f"{path}: expected an array {key or ''} alone, got {_listed(names)}. Save it under that name.")
+            raise ValueError(
+                f"{path}: expected an array {key or ''} alone, got {_listed(names)}. Save it under that name."
+            )
         content = content[chosen]
     if not isinstance(content, torch.Tensor):
         raise ValueError(f"{path}: expected an array, got {type(content).__name__}. Save the tensor alone.")
@@ -216,7 +277,10 @@ def _npz(path: Path) -> dict[str, torch.Tensor]:
 
 _tensors = partial(weights.content, who="array")
 _READERS: dict[str, Callable[[Path], Any]] = {
-    ".pt": _tensors, ".safetensors": _tensors, ".npz": _npz, ".npy": lambda path: torch.from_numpy(np.load(path)),
+    ".pt": _tensors,
+    ".safetensors": _tensors,
+    ".npz": _npz,
+    ".npy": lambda path: torch.from_numpy(np.load(path)),
 }
 
 

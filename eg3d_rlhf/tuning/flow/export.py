@@ -1,4 +1,5 @@
-"""The one way out of tuning: a generator's folder in its released layout, with tuned networks in place of its own.
+"""The one way out of tuning: a generator's folder in its released layout, with tuned networks in place of its
+own.
 
 A family says what its folder holds (`Release`); merging, rounding, linking and the report are here.
 """
@@ -23,15 +24,18 @@ class Stored:
     """A file of a folder that holds a stage's network."""
 
     file: str
-    load: Callable[[torch.dtype | None], nn.Module]  # the network that was tuned, in a type, or in those of its file (None)
-    write: Callable[[Path, State], None]  # (file to write, tensors): in the file's own types, with all else that it held
+    # the network that was tuned, in a type, or in those of its file (None)
+    load: Callable[[torch.dtype | None], nn.Module]
+    # (file to write, tensors): in the file's own types, with all else that it held
+    write: Callable[[Path, State], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
     """A folder with other networks of some stages; files are named relative to it."""
 
-    files: Mapping[str, Path | bytes]  # all that stays, linked, or copied where the file system cannot; or what is written
+    # all that stays, linked, or copied where the file system cannot; or what is written
+    files: Mapping[str, Path | bytes]
     networks: Mapping[str, Stored]  # by stage
     elsewhere: Sequence[str] = ()  # names of models that are not on this machine, and stay references
 
@@ -39,24 +43,33 @@ class Release:
 def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
     """Write a new folder with tuned weights merged, rounded to the types of the files that they replace.
 
-    Args: root: the generator that was tuned, or a bundled one's name; tuned: by stage, a folder or file of weights in any layout that
-        policies.tuned_model reads.
-    Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...], "elsewhere": [...]}; rounding: share of the update that merging loses.
+    Args: root: the generator that was tuned, or a bundled one's name; tuned: by stage, a folder or file of
+        weights in any layout that policies.tuned_model reads.
+    Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...], "elsewhere": [...]}; rounding: share of
+        the update that merging loses.
     Raises: FileNotFoundError or ValueError for files or a folder that do not fit.
     """
     family = family_of(root)
     check_stages("export", family, list(tuned))
     if family.release is None:
-        raise ValueError(f"export: expected a family that exports networks, got {family.name}. See --adapter.")
-    release, done = family.release(root, tuple(tuned)), dict[str, dict]()
+        raise ValueError(
+            f"export: expected a family that exports networks, got {family.name}. See --adapter."
+        )
+    release = family.release(root, tuple(tuned))
+    done = dict[str, dict]()
     for name, content in release.files.items():
         if isinstance(content, bytes):
             write_atomic(out / name, content)
         else:
             link(content, out / name)
-    for stage, stored in tqdm(release.networks.items(), desc="export", unit="stage", leave=False, disable=None):
+    for stage, stored in tqdm(
+        release.networks.items(), desc="export", unit="stage", leave=False, disable=None
+    ):
         state = merged_state(tuned_model(stored.load(torch.float32), tuned[stage]))
-        done[stage] = {"file": stored.file, "rounding": merge_rounding(tuned_model(stored.load(None), tuned[stage]))}
+        done[stage] = {
+            "file": stored.file,
+            "rounding": merge_rounding(tuned_model(stored.load(None), tuned[stage])),
+        }
         stored.write(out / stored.file, state)
     kept = sorted(name for name, content in release.files.items() if isinstance(content, Path))
     return {"tuned": done, "kept": kept, "elsewhere": list(release.elsewhere)}

@@ -1,7 +1,8 @@
 """Runs of networks without memory and without weights: what they would hold, and how much they would compute.
 
-Numbers are fake, integers are real. A network of sparse grids decides by its coordinates which rows meet, and a mixture by integers which
-expert a token goes to: those are computed, or, where they follow from numbers that nobody has, spread evenly.
+Numbers are fake, integers are real. A network of sparse grids decides by its coordinates which rows meet, and
+a mixture by integers which expert a token goes to: those are computed, or, where they follow from numbers
+that nobody has, spread evenly.
 """
 
 import weakref
@@ -15,14 +16,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
-ATTENTION, ATTENTION_BACK = aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_BACK = aten._scaled_dot_product_flash_attention_for_cpu_backward
 INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index)
 
 
 class Pretended(TorchDispatchMode):
-    """A with-statement inside which new numbers are fake; counts the bytes of all tensors that live, and multiplications and additions.
+    """A with-statement inside which new numbers are fake; counts the bytes of all tensors that live, and
+    multiplications and additions.
 
-    Results on a CPU and on CUDA differ in what the device's own kernels hold besides; fake tensors are those of a CPU.
+    Results on a CPU and on CUDA differ in what the device's own kernels hold besides; fake tensors are those
+    of a CPU.
 
     >>> with Pretended() as run: model = Denoiser(config); model(x, t, cond).sum().backward()
     >>> run.peak, run.flops
@@ -46,7 +50,8 @@ class Pretended(TorchDispatchMode):
 
     def mark(self) -> None:
         """Count from here."""
-        self.peak, self.flops = self.now, 0
+        self.peak = self.now
+        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -61,12 +66,20 @@ class Pretended(TorchDispatchMode):
             if func.overloadpacket in INDEXED:
                 args = (args[0], self._numbered(args[1]), *args[2:])
             result = func(*args, **kwargs)
-            whole = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not (x.is_floating_point() or x.is_complex())]
+            whole = [
+                x
+                for x in tree_leaves(result)
+                if isinstance(x, torch.Tensor) and not (x.is_floating_point() or x.is_complex())
+            ]
             if whole and not given:
                 result = self._really(func, args, kwargs)
             elif whole:
-                most = args[0].shape[args[2] if len(args) > 2 else -1] if func.overloadpacket is aten.topk else 1
-                result = tree_map(lambda x: self._spread(x, most) if any(x is y for y in whole) else x, result)
+                most = (
+                    args[0].shape[args[2] if len(args) > 2 else -1] if func.overloadpacket is aten.topk else 1
+                )
+                result = tree_map(
+                    lambda x: self._spread(x, most) if any(x is y for y in whole) else x, result
+                )
         self.flops += flops_of(func.overloadpacket, args, kwargs, result)
         for x in tree_leaves(result):
             if isinstance(x, torch.Tensor) and x.device.type != "meta":
@@ -88,9 +101,15 @@ class Pretended(TorchDispatchMode):
 
     @staticmethod
     def _spread(x: torch.Tensor, most: int) -> torch.Tensor:
-        """Integers below `most` in place of those that follow from fake numbers: they go round, and conditions hold."""
+        """Integers below `most` in place of those that follow from fake numbers: they go round, and
+        conditions hold.
+        """
         with unset_fake_temporarily():
-            return torch.ones(x.shape, dtype=x.dtype) if x.dtype == torch.bool else torch.arange(x.numel()).view(x.shape) % most
+            return (
+                torch.ones(x.shape, dtype=x.dtype)
+                if x.dtype == torch.bool
+                else torch.arange(x.numel()).view(x.shape) % most
+            )
 
     def _count(self, x: torch.Tensor) -> None:
         storage = x.untyped_storage()

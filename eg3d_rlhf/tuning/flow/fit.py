@@ -1,4 +1,6 @@
-"""What one update of a stage takes in memory and computing, found without either; and what of it fits a device."""
+"""What one update of a stage takes in memory and computing, found without either; and what of it fits a
+device.
+"""
 
 import copy
 import functools
@@ -19,7 +21,8 @@ from training.distributed import Ranks
 
 GIB = 1 << 30
 SHARE = 0.9  # of a device's free memory that is planned with: allocators and libraries keep some
-Start = Callable[[FlowStage, nn.Module, FrozenModel | None], Descent]  # of a stage, the network to train, its reference
+# of a stage, the network to train, its reference
+Start = Callable[[FlowStage, nn.Module, FrozenModel | None], Descent]
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,24 @@ class Cost:
 
 
 def pretended(run: Pretended, stage: FlowStage, dtype: torch.dtype | None = None) -> FlowStage:
-    """The stage with a network of the same shapes whose numbers are fake. Args: run: inside which it is; dtype: None: its own."""
-    memo: dict[int, object] = {id(p): nn.Parameter(p.detach().to("meta", dtype), requires_grad=False) for p in stage.model.parameters()}
+    """The stage with a network of the same shapes whose numbers are fake.
+
+    Args: run: inside which it is; dtype: None: its own.
+    """
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(p.detach().to("meta", dtype), requires_grad=False)
+        for p in stage.model.parameters()
+    }
     memo |= {id(b): b.detach().to("meta", dtype) for b in stage.model.buffers()}
     with run:
         return replace(stage, model=copy.deepcopy(stage.model, memo).to_empty(device="cpu"))
 
 
-def cost_of_update(stage: FlowStage, config: StageTraining, start: Start, recompute: bool, device: str = "cpu") -> Cost:
-    """Of one update once the optimiser has its state. The stage's network may be on any device, or on none ("meta").
+def cost_of_update(
+    stage: FlowStage, config: StageTraining, start: Start, recompute: bool, device: str = "cpu"
+) -> Cost:
+    """Of one update once the optimiser has its state. The stage's network may be on any device, or on none
+    ("meta").
 
     Args: start: makes the Descent, whose batch decides; device: "cuda" counts what AdamW holds there besides.
     """
@@ -71,21 +83,30 @@ LARGE = 10**8  # parameters below which memory is no concern, and the estimate w
 
 
 def fitted(
-    stage: FlowStage, config: StageTraining, batch: int, start: Callable[[int], Start], ranks: Ranks, say: Callable[[str], None]
+    stage: FlowStage,
+    config: StageTraining,
+    batch: int,
+    start: Callable[[int], Start],
+    ranks: Ranks,
+    say: Callable[[str], None],
 ) -> tuple[int | None, bool]:
-    """What a training leaves open: how many examples a pass has, on CUDA (None: all of a process), and whether blocks are computed again.
+    """What a training leaves open: how many examples a pass has, on CUDA (None: all of a process), and
+    whether blocks are computed again.
 
-    Args: config: says so where `recompute` is not auto; batch: examples of a process; start: of a number of examples, see `cost_of_update`.
+    Args: config: says so where `recompute` is not auto; batch: examples of a process; start: of a number of
+        examples, see `cost_of_update`.
     Raises: ValueError where not even one fits, with the figures.
     """
-    weights, device = [p for p in stage.model.parameters()], next(stage.model.parameters()).device
+    weights = [p for p in stage.model.parameters()]
+    device = next(stage.model.parameters()).device
     again = {"on": True, "off": False}.get(config.recompute)
     cuda = device.type == "cuda"
     if sum(p.numel() for p in weights) < LARGE or (again is not None and not cuda):
         return None, again is True
     known = functools.cache(lambda n, on: cost_of_update(stage, config, start(n), on, device.type))
     elsewhere = 0.0 if config.lora else 1 - 1 / ranks.world
-    others = int(16 * elsewhere * sum(p.numel() for p in weights))  # float32 weights, gradients and moments that other ranks hold
+    # float32 weights, gradients and moments that other ranks hold
+    others = int(16 * elsewhere * sum(p.numel() for p in weights))
 
     def costs(n: int, on: bool) -> Cost:
         cost = known(n if cuda else batch, on)
@@ -96,8 +117,9 @@ def fitted(
     if best is None:
         least = ranks.broadcast(costs(1, again is not False).bytes if ranks.main else None) / GIB
         raise ValueError(
-            f"train_stage({stage.name}): expected {least:.1f} GiB of memory for one update, got {space / GIB:.1f} free. Hold the flows in "
-            "bfloat16 (--set dtype=bfloat16), or take a larger device."
+            f"train_stage({stage.name}): expected {least:.1f} GiB of memory for one update, got"
+            f" {space / GIB:.1f} free. Hold the flows in bfloat16 (--set dtype=bfloat16), or take a larger"
+            " device."
         )
     size, on = best
     how = "computed again" if on else "kept"
@@ -105,10 +127,14 @@ def fitted(
     return size if cuda else None, on
 
 
-def cheapest(costs: Callable[[int, bool], Cost], batch: int, space: int, recompute: bool | None = None) -> tuple[int, bool] | None:
-    """(examples per pass, whether blocks are computed again) of the fastest update that fits; None: none does.
+def cheapest(
+    costs: Callable[[int, bool], Cost], batch: int, space: int, recompute: bool | None = None
+) -> tuple[int, bool] | None:
+    """(examples per pass, whether blocks are computed again) of the fastest update that fits; None: none
+    does.
 
-    Passes may be any divisor of a batch. Without recomputation costs a third less than with it, a smaller pass little: it goes first.
+    Passes may be any divisor of a batch. Without recomputation costs a third less than with it, a smaller
+    pass little: it goes first.
     Args: costs: of a pass, asked for 1 and 2 examples, between which memory is a line; space: bytes.
     """
     for again in (False, True) if recompute is None else (recompute,):

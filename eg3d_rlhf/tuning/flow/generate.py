@@ -1,12 +1,16 @@
-"""Finished assets from conditions and seeds, through all stages; and how often one generator's are preferred to another's.
+"""Finished assets from conditions and seeds, through all stages; and how often one generator's are preferred
+to another's.
 
-Each stage is sampled by Euler's method, from noise at t = 1 to data at t = 0, with guidance on an interval of times:
+Each stage is sampled by Euler's method, from noise at t = 1 to data at t = 0, with guidance on an interval of
+times:
 
     x <- x - (t - t') v,   v = (1 + w) v_cond - w v_null where lo <= t <= hi, v_cond elsewhere
 
-Times are 1 ... 0 in equal steps, mapped by t -> r t / (1 + (r - 1) t). Guidance widens x_0, which may be taken back in part.
-Sources: TRELLIS (Xiang et al. 2024) for the interval and the mapping; Kynkaanniemi et al. 2024 for guidance on an interval;
-Esser et al. 2024, equation 23, for the mapping; Lin et al. 2024, section 3.4, for taking guidance's width back.
+Times are 1 ... 0 in equal steps, mapped by t -> r t / (1 + (r - 1) t). Guidance widens x_0, which may be
+taken back in part.
+Sources: TRELLIS (Xiang et al. 2024) for the interval and the mapping; Kynkaanniemi et al. 2024 for guidance
+on an interval; Esser et al. 2024, equation 23, for the mapping; Lin et al. 2024, section 3.4, for taking
+guidance's width back.
 
 Shape letters as in sparse.py and stage.py; N assets.
 """
@@ -21,14 +25,24 @@ import torch
 
 from eg3d_rlhf.models.sparse import Batch, count, feats_of, mean_per_sample, spread, with_feats
 from eg3d_rlhf.tuning.flow.conditions import Condition, expanded, rows, tensor_of, to_device
-from eg3d_rlhf.tuning.flow.stage import Asset, AssetReward, FlowPath, FlowStage, Pipeline, Sampling, Voxels, stage_of
+from eg3d_rlhf.tuning.flow.stage import (
+    Asset,
+    AssetReward,
+    FlowPath,
+    FlowStage,
+    Pipeline,
+    Sampling,
+    Voxels,
+    stage_of,
+)
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
 
 
 def times(sampling: Sampling) -> list[float]:
-    """The steps + 1 times from 1 down to 0, both exact: r / (1 + (r - 1)) is 1 + 2^-52 for some r, which no interval up to 1 holds.
+    """The steps + 1 times from 1 down to 0, both exact: r / (1 + (r - 1)) is 1 + 2^-52 for some r, which no
+    interval up to 1 holds.
 
     >>> times(Sampling(steps=2, rescale_t=3.0))
     [1.0, 0.75, 0.0]
@@ -59,12 +73,17 @@ def guides(sampling: Sampling, t: float) -> bool:
 
 
 def sample(
-    stage: FlowStage, noise: Batch, cond: Condition, no_cond: Condition | None, sampling: Sampling | None = None
+    stage: FlowStage,
+    noise: Batch,
+    cond: Condition,
+    no_cond: Condition | None,
+    sampling: Sampling | None = None,
 ) -> Batch:
     """Latents x_0 from noise, without gradient; the model runs in eval mode and gets its modes back.
 
     Args:
-        noise: N samples, moved to the device of `cond`; cond: N rows; no_cond: N rows or 1, or None where guidance is off.
+        noise: N samples, moved to the device of `cond`; cond: N rows; no_cond: N rows or 1, or None where
+            guidance is off.
         sampling: None takes the stage's own.
     Raises: ValueError for latents that are not finite.
     """
@@ -72,21 +91,34 @@ def sample(
     for x, _ in trajectory(stage, noise, cond, no_cond, sampling):  # noqa: B007 (the last one is the result)
         pass
     if not torch.isfinite(feats_of(x)).all():
-        raise ValueError(f"sample: expected finite latents of stage {stage.name!r}, got others. Check its weights and the conditions.")
+        raise ValueError(
+            f"sample: expected finite latents of stage {stage.name!r}, got others. Check its weights and the"
+            " conditions."
+        )
     return x
 
 
 def trajectory(
-    stage: FlowStage, noise: Batch, cond: Condition, no_cond: Condition | None, sampling: Sampling | None = None
+    stage: FlowStage,
+    noise: Batch,
+    cond: Condition,
+    no_cond: Condition | None,
+    sampling: Sampling | None = None,
 ) -> Iterator[tuple[Batch, Batch]]:
     """After each step of `sample`: x at the step's end, and the x_0 that its velocity spoke of."""
     sampling = sampling or stage.sampling
-    n, device = rows(cond), tensor_of(cond).device
+    n = rows(cond)
+    device = tensor_of(cond).device
     assert n == count(noise)
-    if sampling.cfg_strength and (no_cond is None or rows(no_cond) not in (1, n)):  # a family may have no empty condition
+    # a family may have no empty condition
+    if sampling.cfg_strength and (no_cond is None or rows(no_cond) not in (1, n)):
         got = "None" if no_cond is None else rows(no_cond)
-        raise ValueError(f"sample(no_cond): expected the empty condition's tokens, once or {n} times, got {got}. Set cfg_strength to 0.")
-    x, points = noise.to(device), times(sampling)
+        raise ValueError(
+            f"sample(no_cond): expected the empty condition's tokens, once or {n} times, got {got}. Set"
+            " cfg_strength to 0."
+        )
+    x = noise.to(device)
+    points = times(sampling)
     no_cond = expanded(no_cond, cond) if no_cond is not None else None
     for t, until in zip(points[:-1], points[1:], strict=True):
         with torch.no_grad(), evaluating(stage.model):
@@ -98,11 +130,21 @@ def trajectory(
 
 
 def guided(
-    path: FlowPath, velocity: Callable[..., Batch], x: Batch, t: float, cond: Condition, no_cond: Condition | None, sampling: Sampling
+    path: FlowPath,
+    velocity: Callable[..., Batch],
+    x: Batch,
+    t: float,
+    cond: Condition,
+    no_cond: Condition | None,
+    sampling: Sampling,
 ) -> Batch:
-    """v of `velocity(x, times, cond, step=length)` at a time, as `sampling` guides it; no_cond: N rows, or None where nothing is guided."""
-    at, step = torch.full([count(x)], t, device=feats_of(x).device), 1 / sampling.steps if sampling.shortcut else None
-    v, w = velocity(x, at, cond, step=step), sampling.cfg_strength
+    """v of `velocity(x, times, cond, step=length)` at a time, as `sampling` guides it; no_cond: N rows, or
+    None where nothing is guided.
+    """
+    at = torch.full([count(x)], t, device=feats_of(x).device)
+    step = 1 / sampling.steps if sampling.shortcut else None
+    v = velocity(x, at, cond, step=step)
+    w = sampling.cfg_strength
     if not w or no_cond is None or not guides(sampling, t):
         return v
     wide = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(velocity(x, at, no_cond, step=step)))
@@ -110,7 +152,8 @@ def guided(
 
 
 def narrowed(path: FlowPath, x: Batch, t: torch.Tensor, v: Batch, plain: Batch, share: float) -> Batch:
-    """A guided velocity whose x_0 is mixed with itself at the standard deviation, per sample, of the x_0 of the plain one.
+    """A guided velocity whose x_0 is mixed with itself at the standard deviation, per sample, of the x_0 of
+    the plain one.
 
     Args: t: [N] above 0; share: of 1, the deviation is the plain one's.
     """
@@ -143,24 +186,33 @@ Models = Mapping[str, torch.nn.Module]  # by stage name; stages that are not nam
 
 
 def stage_noise(stage: FlowStage, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-    """The noise that an asset's seed means at a stage, on the CPU: stages of one asset do not share theirs."""
+    """The noise that an asset's seed means at a stage, on the CPU:
+    stages of one asset do not share theirs.
+    """
     return stage.noise([derive_seed("noise", stage.name, seed) for seed in seeds], given)
 
 
 def generate(
-    pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None, batch: int = 16,
+    pipeline: Pipeline,
+    conditions: Sequence[str],
+    seeds: Sequence[int],
+    models: Models | None = None,
+    batch: int = 16,
     stages_given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> list[Asset]:
     """One asset per condition and seed, all stages in turn.
 
-    A seed fixes the noise of every stage, so that two generators with the same seeds are compared on the same latents.
+    A seed fixes the noise of every stage, so that two generators with the same seeds are compared on the same
+    latents.
 
     Args:
         conditions, seeds: [N] each; models: networks in place of stages' own; batch: assets at once.
-        stages_given: by the name of a stage, what the stages before would leave to it, [N]; they are then not run.
+        stages_given: by the name of a stage, what the stages before would leave to it, [N]; they are then not
+            run.
     Raises: ValueError for lengths or stage names that do not fit, or a structure without a voxel.
     """
-    names, stages_given = [stage.name for stage in pipeline.stages], stages_given or {}
+    names = [stage.name for stage in pipeline.stages]
+    stages_given = stages_given or {}
     assert len(conditions) == len(seeds) and len(stages_given) <= 1
     for name in (*(models or {}), *stages_given):
         stage_of(pipeline, name)
@@ -176,20 +228,35 @@ def generate(
 
 
 def voxels_for(
-    pipeline: Pipeline, stage: str, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None, batch: int = 16
+    pipeline: Pipeline,
+    stage: str,
+    conditions: Sequence[str],
+    seeds: Sequence[int],
+    models: Models | None = None,
+    batch: int = 16,
 ) -> list[Voxels]:
-    """What the stages before leave to a stage, [N], for `stages_given`: many networks of that stage then need no more of the others."""
-    before = _stages(pipeline, models)[: [s.name for s in pipeline.stages].index(stage_of(pipeline, stage).name)]
+    """What the stages before leave to a stage, [N], for `stages_given`: many networks of that stage then need
+    no more of the others.
+    """
+    before = _stages(pipeline, models)[
+        : [s.name for s in pipeline.stages].index(stage_of(pipeline, stage).name)
+    ]
     parts = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
     given: list[Voxels] = [None] * len(seeds)
-    return [left for part in parts for left in _through(pipeline, before, conditions[part], seeds[part], given[part])]
+    return [
+        left
+        for part in parts
+        for left in _through(pipeline, before, conditions[part], seeds[part], given[part])
+    ]
 
 
 def _stages(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:
     return [replace(stage, model=(models or {}).get(stage.name, stage.model)) for stage in pipeline.stages]
 
 
-def _through(pipeline: Pipeline, stages: Sequence[FlowStage], conditions, seeds, given: Sequence[Voxels]) -> Sequence[Voxels]:
+def _through(
+    pipeline: Pipeline, stages: Sequence[FlowStage], conditions, seeds, given: Sequence[Voxels]
+) -> Sequence[Voxels]:
     """What these stages, in turn, leave to the next."""
     for stage in stages:
         given = pipeline.advance(stage.name, stage_latents(pipeline, stage, conditions, seeds, given))
@@ -204,10 +271,16 @@ def stage_latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given
 
 
 def scores(
-    pipeline: Pipeline, reward: AssetReward, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None, batch: int = 16,
+    pipeline: Pipeline,
+    reward: AssetReward,
+    conditions: Sequence[str],
+    seeds: Sequence[int],
+    models: Models | None = None,
+    batch: int = 16,
     stages_given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> torch.Tensor:
-    """[N] float32 on the CPU: the reward of each asset, batch by batch, so that the assets need not fit in memory.
+    """[N] float32 on the CPU: the reward of each asset, batch by batch, so that the assets need not fit in
+    memory.
 
     Raises: ValueError for a score that is not finite.
     """
@@ -215,9 +288,16 @@ def scores(
     for i in tqdm(range(0, len(seeds), batch), desc="scoring", unit="batch", leave=False, disable=None):
         part = slice(i, i + batch)
         given = {name: places[part] for name, places in (stages_given or {}).items()}
-        values = reward(generate(pipeline, conditions[part], seeds[part], models, batch, given), conditions[part]).detach().float().cpu()
+        values = (
+            reward(generate(pipeline, conditions[part], seeds[part], models, batch, given), conditions[part])
+            .detach()
+            .float()
+            .cpu()
+        )
         if not bool(values.isfinite().all()):
-            raise ValueError(f"{type(reward).__name__}: expected finite scores, got {values.tolist()}. Correct the reward.")
+            raise ValueError(
+                f"{type(reward).__name__}: expected finite scores, got {values.tolist()}. Correct the reward."
+            )
         parts.append(values)
     return torch.cat(parts)
 
@@ -234,14 +314,18 @@ def wins(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def crossed(conditions: Sequence[str], per_condition: int, seed: int) -> tuple[list[str], list[int]]:
     """Every condition `per_condition` times, with a noise seed each: what two generators are compared on."""
     names = [name for name in conditions for _ in range(per_condition)]
-    return names, [derive_seed("compare", seed, name, i % per_condition) % 2**31 for i, name in enumerate(names)]
+    return names, [
+        derive_seed("compare", seed, name, i % per_condition) % 2**31 for i, name in enumerate(names)
+    ]
 
 
 @dataclass(kw_only=True)
 class HeldOut:
-    """The win rate of a stage's network while it is trained, on assets that it is not trained on. Called with the network.
+    """The win rate of a stage's network while it is trained, on assets that it is not trained on. Called with
+    the network.
 
-    It is the share of assets that beat those of the other generator on the same conditions and seeds; ties count half.
+    It is the share of assets that beat those of the other generator on the same conditions and seeds; ties
+    count half.
     """
 
     pipeline: Pipeline
@@ -249,16 +333,20 @@ class HeldOut:
     reward: AssetReward  # the judge that chooses; neither the one of the pairs nor the one of the final table
     conditions: Sequence[str]  # [N]
     seeds: Sequence[int]  # [N]
-    others: Models = field(default_factory=dict)  # networks of the other stages; those that are not named are the pipeline's own
-    against: Models = field(default_factory=dict)  # the generator to beat, in the same way; nothing named: the pipeline as it is
+    # networks of the other stages; those that are not named are the pipeline's own
+    others: Models = field(default_factory=dict)
+    # the generator to beat, in the same way; nothing named: the pipeline as it is
+    against: Models = field(default_factory=dict)
     batch: int = 16
     ranks: Ranks = SINGLE  # that draw and score the assets together, each its share; all of them call it
     _scores: torch.Tensor | None = field(default=None, init=False, repr=False)  # of the generator to beat
-    _given: list[Voxels] = field(default_factory=list, init=False, repr=False)  # what the stages before leave to this one
+    # what the stages before leave to this one
+    _given: list[Voxels] = field(default_factory=list, init=False, repr=False)
 
     def __call__(self, model: torch.nn.Module) -> float:
         """In 0..1."""
-        conditions, seeds = self.ranks.share(self.conditions), self.ranks.share(self.seeds)
+        conditions = self.ranks.share(self.conditions)
+        seeds = self.ranks.share(self.seeds)
         what = (self.pipeline, self.reward, conditions, seeds)
         if self._scores is None:
             self._scores = scores(*what, self.against, self.batch)

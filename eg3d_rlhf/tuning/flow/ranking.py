@@ -1,8 +1,9 @@
 """Assets that people rank or compare, and pairs of every stage's latents.
 
-A folder of drawn assets (drawing.py) has, per condition and seed, a file to look at and one of the latents that it came from, as the flows
-see them; and ranking.jsonl, a line per asset, whose rank is left to fill in, 1 for the best, unless pairs are judged: then of several
-judgements of two assets the majority decides. Equal ranks are not paired.
+A folder of drawn assets (drawing.py) has, per condition and seed, a file to look at and one of the latents
+that it came from, as the flows see them; and ranking.jsonl, a line per asset, whose rank is left to fill in,
+1 for the best, unless pairs are judged: then of several judgements of two assets the majority decides. Equal
+ranks are not paired.
 """
 
 import json
@@ -34,7 +35,8 @@ class Candidate:
     file: Path | None = None  # what people look at
 
 
-Votes = Callable[[Candidate, Candidate], tuple[int, int]]  # what people said of two assets: for the first, and for the second
+# what people said of two assets: for the first, and for the second
+Votes = Callable[[Candidate, Candidate], tuple[int, int]]
 
 
 def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dict[str, list[PreferencePair]]:
@@ -50,13 +52,24 @@ def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dic
         chosen = _ranked(group) if judged is None else _voted(group, judged)
         for better, worse, why in chosen:
             for stage in stages:
-                pairs[stage].append(PreferencePair(
-                    id=f"{condition}/{better.name}>{worse.name}", condition=condition, stage=stage, preferred=better.latents[stage],
-                    rejected=worse.latents[stage], provenance=why,
-                ))
+                pairs[stage].append(
+                    PreferencePair(
+                        id=f"{condition}/{better.name}>{worse.name}",
+                        condition=condition,
+                        stage=stage,
+                        preferred=better.latents[stage],
+                        rejected=worse.latents[stage],
+                        provenance=why,
+                    )
+                )
     if not any(pairs.values()):
-        what, which = ("of unequal rank", "ranks") if judged is None else ("with a majority of votes", "judgements")
-        raise ValueError(f"pairs: expected assets {what} under one condition, got none among {len(candidates)}. Check the {which}.")
+        what, which = (
+            ("of unequal rank", "ranks") if judged is None else ("with a majority of votes", "judgements")
+        )
+        raise ValueError(
+            f"pairs: expected assets {what} under one condition, got none among {len(candidates)}. Check the"
+            f" {which}."
+        )
     return pairs
 
 
@@ -65,9 +78,13 @@ Chosen = list[tuple[Candidate, Candidate, dict]]  # the better one, the worse on
 
 def _ranked(group: Sequence[Candidate]) -> Chosen:
     return [
-        (a, b, {"ranks": [high, low]}) for high, low in combinations(sorted({c.rank for c in group}), 2)
-        for a in group if a.rank == high for b in group if b.rank == low
-    ]  # fmt: skip
+        (a, b, {"ranks": [high, low]})
+        for high, low in combinations(sorted({c.rank for c in group}), 2)
+        for a in group
+        if a.rank == high
+        for b in group
+        if b.rank == low
+    ]
 
 
 def _voted(group: Sequence[Candidate], judged: Votes) -> Chosen:
@@ -75,13 +92,19 @@ def _voted(group: Sequence[Candidate], judged: Votes) -> Chosen:
     for a, b in combinations(group, 2):
         first, second = judged(a, b)
         if first != second:
-            chosen.append((a, b, {"votes": [first, second]}) if first > second else (b, a, {"votes": [second, first]}))
+            chosen.append(
+                (a, b, {"votes": [first, second]}) if first > second else (b, a, {"votes": [second, first]})
+            )
     return chosen
 
 
 def write_latents(path: Path, latents: Mapping[str, Latent]) -> None:
     stages = list(latents)
-    tensors = {f"{i}.{part}": x for i, stage in enumerate(stages) for part, x in parts_of(to_cpu(latents[stage])).items()}
+    tensors = {
+        f"{i}.{part}": x
+        for i, stage in enumerate(stages)
+        for part, x in parts_of(to_cpu(latents[stage])).items()
+    }
     write_tensors(path, KIND, tensors, {"stages": stages})
 
 
@@ -108,29 +131,43 @@ def file_of(record: Mapping, folder: Path) -> Path | None:
     return folder / name if isinstance(name, str) else None
 
 
-Candidates = Callable[[dict, str, Path, Any, bool], Candidate]  # (line, name, the list's folder, pipeline, whether it must have a rank)
+# (line, name, the list's folder, pipeline, whether it must have a rank)
+Candidates = Callable[[dict, str, Path, Any, bool], Candidate]
 
 
 def _named(record: Any, *keys: str) -> list[str]:
     """Texts of a line. Raises: ValueError naming those that are missing."""
-    values = {key: value for key in keys if isinstance(record, dict) and isinstance(value := record.get(key), str) and value}
+    values = {
+        key: value
+        for key in keys
+        if isinstance(record, dict) and isinstance(value := record.get(key), str) and value
+    }
     missing = [key for key in keys if key not in values]
     if missing:
-        raise ValueError(f"expected {' and '.join(keys)}, got no {' and no '.join(missing)} in {record!r:.120}. Add it, or draw anew.")
+        raise ValueError(
+            f"expected {' and '.join(keys)}, got no {' and no '.join(missing)} in {record!r:.120}. Add it, or"
+            " draw anew."
+        )
     return [*values.values()]
 
 
 def drawn_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline, ranked: bool) -> Candidate:
-    """A line whose latents are a file of `write_latents`. Raises: ValueError, OSError for what does not fit."""
+    """A line whose latents are a file of `write_latents`.
+
+    Raises: ValueError, OSError for what does not fit.
+    """
     condition, file = _named(record, "condition", "latents")
-    rank, latents = rank_of(record, ranked), read_latents(folder / file)
+    rank = rank_of(record, ranked)
+    latents = read_latents(folder / file)
     for stage, latent in latents.items():
         stage_of(pipeline, stage).check(file, latent)
     return Candidate(name=name, condition=condition, rank=rank, latents=latents, file=file_of(record, folder))
 
 
 def asset_candidate(read: Callable[[Path], Any]) -> Candidates:
-    """For families whose pipelines encode assets: a line may name an `asset` of one's own, which `read` reads, in place of latents."""
+    """For families whose pipelines encode assets: a line may name an `asset` of one's own, which `read`
+    reads, in place of latents.
+    """
 
     def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
         if not isinstance(record, dict) or "latents" in record or not isinstance(record.get("asset"), str):
@@ -139,7 +176,13 @@ def asset_candidate(read: Callable[[Path], Any]) -> Candidates:
         (latents,) = pipeline.encode([read(folder / file)])
         for stage, latent in latents.items():
             stage_of(pipeline, stage).check(file, latent)
-        return Candidate(name=name, condition=condition, rank=rank_of(record, ranked), latents=latents, file=file_of(record, folder))
+        return Candidate(
+            name=name,
+            condition=condition,
+            rank=rank_of(record, ranked),
+            latents=latents,
+            file=file_of(record, folder),
+        )
 
     return candidate
 
@@ -152,7 +195,11 @@ class Imported:
 
 
 def read_candidates(
-    path: Path, pipeline: Any, ranked: bool, on_asset: Callable[[], None] | None = None, candidate: Candidates = drawn_candidate
+    path: Path,
+    pipeline: Any,
+    ranked: bool,
+    on_asset: Callable[[], None] | None = None,
+    candidate: Candidates = drawn_candidate,
 ) -> list[Candidate]:
     """The assets of a list, with the latents of the same stages.
 
@@ -160,7 +207,9 @@ def read_candidates(
     Raises: FileNotFoundError or ValueError with the line that is at fault.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"ranking: expected a list of ranked assets, got none at {path}. Check the path.")
+        raise FileNotFoundError(
+            f"ranking: expected a list of ranked assets, got none at {path}. Check the path."
+        )
     candidates: list[Candidate] = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.strip():
@@ -173,12 +222,17 @@ def read_candidates(
     stages = dict.fromkeys(stage for c in candidates for stage in c.latents)
     partial = [stage for stage in stages if not all(stage in c.latents for c in candidates)]
     if partial:
-        raise ValueError(f"{path}: expected latents of stage {partial[0]!r} for all assets or none, got some. Complete it.")
+        raise ValueError(
+            f"{path}: expected latents of stage {partial[0]!r} for all assets or none, got some. Complete it."
+        )
     return candidates
 
 
 def read_ranking(
-    path: Path, pipeline: Any, on_asset: Callable[[], None] | None = None, candidate: Candidates = drawn_candidate
+    path: Path,
+    pipeline: Any,
+    on_asset: Callable[[], None] | None = None,
+    candidate: Candidates = drawn_candidate,
 ) -> Imported:
     """Pairs of a ranked list.
 
@@ -192,12 +246,15 @@ def read_ranking(
 
 
 def write_import(folder: Path, imported: Imported, meta: Callable[[str], Mapping]) -> dict[str, str]:
-    """Write pairs by stage, and embeddings where there are any, as train.py reads them; returns the hash of each stage's pairs.
+    """Write pairs by stage, and embeddings where there are any, as train.py reads them; returns the hash of
+    each stage's pairs.
 
     Args: meta: of a stage, JSON that its pairs' description has besides the convention.
     """
     described = {stage: {"convention": CONVENTION, **meta(stage)} for stage in imported.pairs}
-    hashes = {stage: write_pairs(folder / stage, pairs, described[stage]) for stage, pairs in imported.pairs.items()}
+    hashes = {
+        stage: write_pairs(folder / stage, pairs, described[stage]) for stage, pairs in imported.pairs.items()
+    }
     if imported.conditions is not None:
         write_conditions(folder / CONDITIONS, imported.conditions)
     return hashes

@@ -21,26 +21,35 @@ class FrozenModel:
     """A network as it is. It shares no parameter that is trained with the policy."""
 
     def __init__(self, model: nn.Module, policy: nn.Module | None = None):
-        self._model, self._policy = model, policy
+        self._model = model
+        self._policy = policy
         self._check()
 
     def _check(self) -> None:
         _refuse_trainable(self._model.named_parameters())
         policy = [] if self._policy is None else self._policy.named_parameters()
         trained = {place: name for name, p in policy if p.requires_grad for place in _places(p)}
-        shared = [trained[place] for p in self._model.parameters() for place in _places(p) if place in trained]
+        shared = [
+            trained[place] for p in self._model.parameters() for place in _places(p) if place in trained
+        ]
         assert not shared, f"a reference that would train with the policy: {', '.join(shared[:3])}"
 
-    def velocity(self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None) -> Batch:
+    def velocity(
+        self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None
+    ) -> Batch:
         """v at times t [N] in 0..1, and for steps of that length where it is given; without gradient."""
         self._check()
         with torch.no_grad(), evaluating(self._model):
             return stage.velocity(x_t, t, cond, self._model, step)
 
     def errors(self, stage: FlowStage, draw: PairDraw) -> torch.Tensor:
-        """Flow-matching errors [2P] of a batch of pairs, float32, in the order of the draw; without gradient."""
+        """Flow-matching errors [2P] of a batch of pairs, float32, in the order of the draw;
+        without gradient.
+        """
         with torch.no_grad():
-            return stage.path.errors(single(self.velocity(stage, draw.x_t, draw.t, draw.cond)), draw.x_0, draw.eps).float()
+            return stage.path.errors(
+                single(self.velocity(stage, draw.x_t, draw.t, draw.cond)), draw.x_0, draw.eps
+            ).float()
 
 
 class AdapterOff(FrozenModel):
@@ -54,7 +63,9 @@ class AdapterOff(FrozenModel):
         adapters = {id(p) for p in lora_parameters(self._model)}
         _refuse_trainable((name, p) for name, p in self._model.named_parameters() if id(p) not in adapters)
 
-    def velocity(self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None) -> Batch:
+    def velocity(
+        self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None
+    ) -> Batch:
         """v of the base."""
         with adapters_off(self._model):
             return super().velocity(stage, x_t, t, cond, step)

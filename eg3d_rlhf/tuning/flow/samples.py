@@ -1,7 +1,7 @@
 """A strip of pictures of the same few assets at every evaluation of a training: what updates do to them.
 
-Conditions and noises are fixed. An asset is drawn as its family shows it, as points of its surface or as its Gaussians' centres, from the
-front and above.
+Conditions and noises are fixed. An asset is drawn as its family shows it, as points of its surface or as its
+Gaussians' centres, from the front and above.
 """
 
 import tempfile
@@ -20,7 +20,9 @@ from eg3d_rlhf.tuning.flow.families import FlowFamily
 from eg3d_rlhf.tuning.flow.stage import EmptyStructure, Pipeline, with_models
 from training.storage import write_atomic
 
-SIDE, POINTS = 128, 150_000  # pixels of a picture, points of a mesh
+# pixels of a picture, points of a mesh
+SIDE = 128
+POINTS = 150_000
 _SH = 0.28209479177387814  # of the constant spherical harmonic
 _LIGHT = np.array([0.3, 0.52, 0.8])  # the viewer's right, up, and towards the viewer
 
@@ -37,13 +39,22 @@ class Strip:
     def __call__(self, stage: str, model: torch.nn.Module, path: Path) -> Path:
         assert self.family.show is not None
         pictures = []
-        with with_models(self.pipeline, {stage: model}), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        with (
+            with_models(self.pipeline, {stage: model}),
+            torch.no_grad(),
+            tempfile.TemporaryDirectory() as folder,
+        ):
             for name in self.conditions:  # one by one: memory is training's
                 (shown,) = draw_or_empty(self.pipeline, [name], [0])
                 try:
-                    file = None if isinstance(shown, EmptyStructure) else self.family.show(shown[1], Path(folder) / "asset", *self.size)
+                    file = (
+                        None
+                        if isinstance(shown, EmptyStructure)
+                        else self.family.show(shown[1], Path(folder) / "asset", *self.size)
+                    )
                     pictures.append(picture(file, self.family.up))
-                except ValueError:  # numbers that are not finite: training goes on, and stops where its own are not
+                # numbers that are not finite: training goes on, and stops where its own are not
+                except ValueError:
                     pictures.append(picture(None))
         write_atomic(path, png(np.concatenate(pictures, 1)))
         return path
@@ -61,11 +72,17 @@ def picture(file: Path | None, up: str = "y", side: int = SIDE) -> np.ndarray:
     points[:, [0, 2]] = points[:, [0, 2]] @ across.T
     points[:, [1, 2]] = points[:, [1, 2]] @ tilt.T
     reach = 1.05 * max(float(np.abs(points[:, :2]).max(initial=0)), 1e-9)
-    x, y = (((sign * points[:, axis] / reach + 1) / 2 * side).astype(int).clip(0, side - 1) for sign, axis in ((1, 0), (-1, 1)))
+    x, y = (
+        ((sign * points[:, axis] / reach + 1) / 2 * side).astype(int).clip(0, side - 1)
+        for sign, axis in ((1, 0), (-1, 1))
+    )
     seen = np.full((side, side, 3), 255, np.uint8)
     order = np.argsort(points[:, 2], kind="stable")  # far ones first
-    for down, right in ((1, 0), (0, 1), (0, 0)):  # a point's neighbours first, so that no gap between points stays white
-        seen[(y[order] + down).clip(0, side - 1), (x[order] + right).clip(0, side - 1)] = (255 * colours[order].clip(0, 1)).astype(np.uint8)
+    # a point's neighbours first, so that no gap between points stays white
+    for down, right in ((1, 0), (0, 1), (0, 0)):
+        seen[(y[order] + down).clip(0, side - 1), (x[order] + right).clip(0, side - 1)] = (
+            255 * colours[order].clip(0, 1)
+        ).astype(np.uint8)
     return seen
 
 
@@ -80,5 +97,9 @@ def points_of(file: Path) -> tuple[np.ndarray, np.ndarray]:
     mesh: Any = trimesh.load(file, force="mesh", process=False)
     points, faces = trimesh.sample.sample_surface(mesh, POINTS, seed=0)
     light = 0.4 + 0.6 * np.abs(mesh.face_normals[faces] @ _LIGHT)[:, None]
-    colours = mesh.visual.face_colors[faces, :3] / 255 if mesh.visual.kind in ("vertex", "face") else np.array([[0.8, 0.6, 0.4]])
+    colours = (
+        mesh.visual.face_colors[faces, :3] / 255
+        if mesh.visual.kind in ("vertex", "face")
+        else np.array([[0.8, 0.6, 0.4]])
+    )
     return np.asarray(points), colours * light

@@ -1,7 +1,9 @@
-"""Full tuning over several processes: each holds its part of every parameter, of its gradient and of the optimiser's moments (PyTorch's
-FSDP2, `fully_shard`). Blocks are put together where they are computed, one at a time; gradients are summed over ranks as they are made.
+"""Full tuning over several processes: each holds its part of every parameter, of its gradient and of the
+optimiser's moments (PyTorch's FSDP2, `fully_shard`). Blocks are put together where they are computed, one at
+a time; gradients are summed over ranks as they are made.
 
-The frozen reference stays whole on every process. Files hold whole tensors, so that runs go on with any number of processes.
+The frozen reference stays whole on every process. Files hold whole tensors, so that runs go on with any
+number of processes.
 """
 
 import contextlib
@@ -17,15 +19,20 @@ from torch.utils import _pytree as pytree
 from eg3d_rlhf.models.sparse import NamedBatch, SparseBatch
 from training.distributed import Ranks
 
-_KINDS: Mapping[type, tuple[Any, Any]] = {  # in which hooks look for tensors with a gradient: to tensors and what is left, and back
+# in which hooks look for tensors with a gradient: to tensors and what is left, and back
+_KINDS: Mapping[type, tuple[Any, Any]] = {
     SparseBatch: (lambda batch: ([batch.feats], batch), lambda feats, batch: batch.with_feats(*feats)),
-    NamedBatch: (lambda batch: ([*batch.tensors.values()], [*batch.tensors]),
-                 lambda values, names: NamedBatch(dict(zip(names, values, strict=True)))),
-}  # fmt: skip
+    NamedBatch: (
+        lambda batch: ([*batch.tensors.values()], [*batch.tensors]),
+        lambda values, names: NamedBatch(dict(zip(names, values, strict=True))),
+    ),
+}
 
 
 def shard(model: torch.nn.Module, ranks: Ranks) -> None:
-    """Divide a network's parameters over ranks, in place: each element of its lists of blocks by itself, then what is left."""
+    """Divide a network's parameters over ranks, in place: each element of its lists of blocks by itself, then
+    what is left.
+    """
     for kind, (flatten, unflatten) in _KINDS.items():
         if kind not in pytree.SUPPORTED_NODES:
             pytree.register_pytree_node(kind, flatten, unflatten)
@@ -44,7 +51,9 @@ def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 @contextlib.contextmanager
 def gathered(model: torch.nn.Module) -> Iterator[None]:
-    """Within it a sharded network is whole on every rank, and is computed without a word between them: to measure, or to draw."""
+    """Within it a sharded network is whole on every rank, and is computed without a word between them: to
+    measure, or to draw.
+    """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -62,7 +71,9 @@ def sharded(tensor: torch.Tensor) -> bool:
 
 
 def whole(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Tensors by name, sharded ones put together on rank 0's CPU and empty elsewhere; all ranks ask, for the same names in one order."""
+    """Tensors by name, sharded ones put together on rank 0's CPU and empty elsewhere; all ranks ask, for the
+    same names in one order.
+    """
     found = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
@@ -77,4 +88,6 @@ def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A whole tensor as a parameter has its own: this rank's part of it where that one is sharded."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )

@@ -1,12 +1,13 @@
-"""What a generator in stages is to everything else here: stages, each a flow over latents of one kind, with gaps between them that no
-gradient passes.
+"""What a generator in stages is to everything else here: stages, each a flow over latents of one kind, with
+gaps between them that no gradient passes.
 
-A flow's path is straight, in the one convention of this package: x_0 is data, t = 1 is noise (TRELLIS, Flux, SD3).
+A flow's path is straight, in the one convention of this package: x_0 is data, t = 1 is noise (TRELLIS, Flux,
+SD3).
 
     x_t = (1 - t) x_0 + (s + (1 - s) t) eps        v = (1 - s) eps - x_0,   s = sigma_min
 
-Papers that put data at t = 1 (Circular-DPO, equations 1-4; Lipman et al. 2023) map by t' = 1 - t, v' = -v; the squared errors are the same.
-`opposite` maps; a stage whose model is theirs says so by `data_at_one`.
+Papers that put data at t = 1 (Circular-DPO, equations 1-4; Lipman et al. 2023) map by t' = 1 - t, v' = -v;
+the squared errors are the same. `opposite` maps; a stage whose model is theirs says so by `data_at_one`.
 
 Shape letters as in sparse.py; T tokens of a condition, E their size.
 """
@@ -52,7 +53,9 @@ _REFUSED = contextvars.ContextVar("refused", default=False)
 
 @contextlib.contextmanager
 def refusing_empty() -> Iterator[None]:
-    """Within it an empty structure is an error; elsewhere its likeliest voxel stands for it, so that tuning goes on."""
+    """Within it an empty structure is an error; elsewhere its likeliest voxel stands for it, so that tuning
+    goes on.
+    """
     token = _REFUSED.set(True)
     try:
         yield
@@ -68,7 +71,8 @@ def refuse_empty(who: str, remedy: str) -> None:
 
 # Kinds of latents: how noise is drawn for a stage, and which latents belong to it.
 
-Voxels = torch.Tensor | SparseSample | None  # what the stage before leaves to one sample of the next: voxel indices [v, 3] int32, or these
+# what the stage before leaves to one sample of the next: voxel indices [v, 3] int32, or these
+Voxels = torch.Tensor | SparseSample | None
 # with features for the flow to read as `given`; None at the first stage
 
 
@@ -76,7 +80,9 @@ class LatentKind(Protocol):
     """What is asked of a kind; `who` speaks in messages, `remedy` ends them."""
 
     def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-        """Standard normal noise on the CPU, a sample per seed that is named by it, wherever it stands in a batch."""
+        """Standard normal noise on the CPU, a sample per seed that is named by it, wherever it stands in a
+        batch.
+        """
 
     def check(self, who: str, latent: Latent, remedy: str) -> None:
         """Raise ValueError for a latent of another kind or shape."""
@@ -89,7 +95,13 @@ def _normal(shape: Sequence[int], seed: int) -> torch.Tensor:
 def _form(latent: object) -> str:
     if isinstance(latent, SparseSample):
         return "voxels"
-    return "tensors by name" if isinstance(latent, NamedSample) else "a dense grid" if getattr(latent, "ndim", 0) == 4 else "one tensor"
+    return (
+        "tensors by name"
+        if isinstance(latent, NamedSample)
+        else "a dense grid"
+        if getattr(latent, "ndim", 0) == 4
+        else "one tensor"
+    )
 
 
 def _check_form(who: str, latent: Latent, form: str, kind: type, remedy: str) -> None:
@@ -146,7 +158,8 @@ class TokenSet(_OneTensor):
 class SparseVoxels:
     """Features [v, C] on voxels that the stage before leaves.
 
-    A seed names one dense volume [C, R, R, R], which is read at the voxels: samples of one seed share noise wherever they share voxels.
+    A seed names one dense volume [C, R, R, R], which is read at the voxels: samples of one seed share noise
+    wherever they share voxels.
     """
 
     channels: int
@@ -158,11 +171,17 @@ class SparseVoxels:
         volumes = {seed: _normal([self.channels, *[self.resolution] * 3], seed) for seed in set(seeds)}
         samples: list[Latent] = []
         for seed, left in zip(seeds, given, strict=True):
-            places, more, cells = (left.coords, left.feats.cpu(), left.cells) if isinstance(left, SparseSample) else (left, None, None)
+            places, more, cells = (
+                (left.coords, left.feats.cpu(), left.cells)
+                if isinstance(left, SparseSample)
+                else (left, None, None)
+            )
             places = self._checked(who, places)
             x, y, z = places.cpu().long().unbind(1)
             more = more if self.given else None
-            samples.append(SparseSample(places.cpu().int(), volumes[seed][:, x, y, z].T.contiguous(), more, cells))
+            samples.append(
+                SparseSample(places.cpu().int(), volumes[seed][:, x, y, z].T.contiguous(), more, cells)
+            )
         return collate(samples)
 
     def check(self, who: str, latent: Latent, remedy: str) -> None:
@@ -178,9 +197,13 @@ class SparseVoxels:
         if places is None or len(places) == 0:
             remedy = "The stage before left an empty structure: drop the sample."
             raise ValueError(f"{who}: expected a voxel or more per sample, got none. {remedy}")
-        low, high = int(places.min()), int(places.max())
+        low = int(places.min())
+        high = int(places.max())
         if low < 0 or high >= self.resolution:
-            raise ValueError(f"{who}: expected voxel indices from 0 to {self.resolution - 1}, got {low} to {high}. Check the grid.")
+            raise ValueError(
+                f"{who}: expected voxel indices from 0 to {self.resolution - 1}, got {low} to {high}. Check"
+                " the grid."
+            )
         return places
 
 
@@ -192,16 +215,26 @@ class Dictionary:
 
     def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
         """A tensor's noise is named by the seed and its name."""
-        return collate([
-            NamedSample({name: _normal(shape, derive_seed("part", name, seed)) for name, shape in self.shapes.items()})
-            for seed, _ in zip(seeds, given, strict=True)
-        ])
+        return collate(
+            [
+                NamedSample(
+                    {
+                        name: _normal(shape, derive_seed("part", name, seed))
+                        for name, shape in self.shapes.items()
+                    }
+                )
+                for seed, _ in zip(seeds, given, strict=True)
+            ]
+        )
 
     def check(self, who: str, latent: Latent, remedy: str) -> None:
         _check_form(who, latent, "tensors by name", NamedSample, remedy)
         assert isinstance(latent, NamedSample)
         if set(latent.tensors) != set(self.shapes):
-            raise ValueError(f"{who}: expected tensors {', '.join(sorted(self.shapes))}, got {', '.join(latent.tensors)}. {remedy}")
+            raise ValueError(
+                f"{who}: expected tensors {', '.join(sorted(self.shapes))}, got {', '.join(latent.tensors)}."
+                f" {remedy}"
+            )
         for name, shape in self.shapes.items():
             check_shape(f"{who}, {name}", latent[name], list(shape), remedy)
 
@@ -220,14 +253,20 @@ class FlowPath:
     schedule: str = "logit-normal"  # of the times: sigmoid of a normal, or uniform on 0..1
     mean: float = 1.0  # of that normal
     std: float = 1.0
-    weights: Mapping[str, float] | None = None  # of the errors of several tensors, by name; None: they count alike, 1 in all
+    # of the errors of several tensors, by name; None: they count alike, 1 in all
+    weights: Mapping[str, float] | None = None
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES or not (math.isfinite(self.mean) and self.std > 0):
             got = f"{self.schedule!r}, {self.mean}, {self.std}"
-            raise ValueError(f"FlowPath: expected schedule {' or '.join(SCHEDULES)}, a finite mean and std > 0, got {got}. Set them.")
+            raise ValueError(
+                f"FlowPath: expected schedule {' or '.join(SCHEDULES)}, a finite mean and std > 0, got {got}."
+                " Set them."
+            )
         if not 0 <= self.sigma_min < 1:
-            raise ValueError(f"FlowPath.sigma_min: expected 0 <= sigma_min < 1, got {self.sigma_min}. Set it.")
+            raise ValueError(
+                f"FlowPath.sigma_min: expected 0 <= sigma_min < 1, got {self.sigma_min}. Set it."
+            )
 
     def sigma(self, t: Any) -> Any:
         """Noise in x_t, s + (1 - s) t, of one time or of a tensor of them."""
@@ -237,7 +276,9 @@ class FlowPath:
         """Times to train on, [n], drawn on the generator's device."""
         if self.schedule == "uniform":
             return torch.rand(n, generator=generator, device=generator.device)
-        return torch.sigmoid(self.mean + self.std * torch.randn(n, generator=generator, device=generator.device))
+        return torch.sigmoid(
+            self.mean + self.std * torch.randn(n, generator=generator, device=generator.device)
+        )
 
     def mix(self, x_0: Batch, t: torch.Tensor, eps: Batch) -> Batch:
         """x_t at times t [N] in 0..1.
@@ -245,7 +286,10 @@ class FlowPath:
         Raises: ValueError for other times, such as those of a schedule from 0 to 1000.
         """
         if not ((t >= 0) & (t <= 1)).all():
-            raise ValueError(f"FlowPath.mix(t): expected times from 0 (data) to 1 (noise), got {t.min():g} to {t.max():g}. Rescale them.")
+            raise ValueError(
+                f"FlowPath.mix(t): expected times from 0 (data) to 1 (noise), got {t.min():g} to {t.max():g}."
+                " Rescale them."
+            )
         time = spread(t, x_0)
         return with_feats(x_0, (1 - time) * feats_of(x_0) + self.sigma(time) * feats_of(eps))
 
@@ -268,7 +312,9 @@ class FlowPath:
         return with_feats(x_t, feats_of(x_t) + (1 - spread(t, x_t)) * feats_of(v))
 
     def errors(self, v: Batch, x_0: Batch, eps: Batch) -> torch.Tensor:
-        """Flow-matching error of predicted velocities, mean over everything of a sample -> [N]. Differentiable in: v."""
+        """Flow-matching error of predicted velocities, mean over everything of a sample -> [N].
+        Differentiable in: v.
+        """
         return self.apart(v, self.velocity(x_0, eps))
 
     def apart(self, a: Batch, b: Batch) -> torch.Tensor:
@@ -276,7 +322,9 @@ class FlowPath:
         return self.per_sample((feats_of(a) - feats_of(b)).square(), a)
 
     def per_sample(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Mean over everything of a sample [N] of `values` like `feats_of(batch)`, by the weights. Differentiable in: values."""
+        """Mean over everything of a sample [N] of `values` like `feats_of(batch)`, by the weights.
+        Differentiable in: values.
+        """
         if self.weights is None:
             return mean_per_sample(values, batch)
         assert isinstance(batch, NamedBatch)
@@ -285,7 +333,9 @@ class FlowPath:
 
 
 def opposite(t: torch.Tensor, v: Batch) -> tuple[torch.Tensor, Batch]:
-    """Times and velocities in the convention that has its data at t = 1, from ours, or the other way about."""
+    """Times and velocities in the convention that has its data at t = 1, from ours,
+    or the other way about.
+    """
     return 1 - t, with_feats(v, -feats_of(v))
 
 
@@ -302,21 +352,30 @@ class Sampling:
     cfg_strength: float = 5.0  # w of (1 + w) v_cond - w v_null
     cfg_interval: tuple[float, float] = (0.5, 1.0)  # times, both included, at which guidance acts
     rescale_t: float = 3.0  # r of t -> r t / (1 + (r - 1) t): larger spends more steps on noisy times
-    cfg_rescale: float = 0.0  # share of a guided x_0 that is brought to the standard deviation of the one without guidance
+    # share of a guided x_0 that is brought to the standard deviation of the one without guidance
+    cfg_rescale: float = 0.0
     shortcut: bool = False  # tell the network how long a step is: 1 / steps; it then need not take many
-    time_scale: float | None = None  # the interval's ends count as float32 of time_scale (1 - t), as its programs count; None: as they are
+    # the interval's ends count as float32 of time_scale (1 - t), as its programs count; None: as they are
+    time_scale: float | None = None
     single: bool = False  # times are made in float32 from 1 - t, as some of these programs make them
 
     def __post_init__(self):
         low, high = self.cfg_interval
         fits = self.steps >= 1 and self.rescale_t > 0 and 0 <= low <= high <= 1 and self.cfg_strength >= 0
-        if not (fits and math.isfinite(self.rescale_t) and math.isfinite(self.cfg_strength) and 0 <= self.cfg_rescale <= 1):
+        if not (
+            fits
+            and math.isfinite(self.rescale_t)
+            and math.isfinite(self.cfg_strength)
+            and 0 <= self.cfg_rescale <= 1
+        ):
             raise ValueError(
-                "Sampling: expected steps >= 1, finite rescale_t > 0 and cfg_strength >= 0, and an interval and cfg_rescale within 0..1, "
-                f"got {self}. Correct them."
+                "Sampling: expected steps >= 1, finite rescale_t > 0 and cfg_strength >= 0, and an interval"
+                f" and cfg_rescale within 0..1, got {self}. Correct them."
             )
         if self.time_scale is not None and not 0 < self.time_scale < math.inf:
-            raise ValueError(f"Sampling.time_scale: expected a finite number above 0, got {self.time_scale}. Correct it.")
+            raise ValueError(
+                f"Sampling.time_scale: expected a finite number above 0, got {self.time_scale}. Correct it."
+            )
 
 
 def as_is(module: torch.nn.Module, x_t: Batch, t: torch.Tensor, cond: Condition) -> Batch:
@@ -326,7 +385,9 @@ def as_is(module: torch.nn.Module, x_t: Batch, t: torch.Tensor, cond: Condition)
 
 @dataclass(kw_only=True)
 class FlowStage:
-    """One stage: a flow over latents of one kind, and how its module is called. The module keeps the names of its own parameters."""
+    """One stage: a flow over latents of one kind, and how its module is called. The module keeps the names of
+    its own parameters.
+    """
 
     name: str  # users call it by this
     model: torch.nn.Module
@@ -336,31 +397,45 @@ class FlowStage:
     data_at_one: bool = False  # the module has its data at t = 1 and its noise at t = 0
     path: FlowPath = field(default_factory=FlowPath)
     sampling: Sampling = field(default_factory=Sampling)
-    lora_targets: tuple[str, ...] = ("to_qkv", "to_q", "to_kv", "to_out")  # last parts of the names of linear layers that adapters sit on
+    # last parts of the names of linear layers that adapters sit on
+    lora_targets: tuple[str, ...] = ("to_qkv", "to_q", "to_kv", "to_out")
     precision: str = "float32"  # of passes, in training and sampling alike: float32 or bfloat16
 
     def velocity(
-        self, x_t: Batch, t: torch.Tensor, cond: Condition, model: torch.nn.Module | None = None, step: float | None = None
+        self,
+        x_t: Batch,
+        t: torch.Tensor,
+        cond: Condition,
+        model: torch.nn.Module | None = None,
+        step: float | None = None,
     ) -> Batch:
         """v in this package's convention, by the stage's module or another of its kind in its place.
 
-        Args: t: [N] in 0..1, 1 is noise; step: how long a step will be made of v, where the module can be told; None: v as trained.
-        Raises: ValueError for a step where the module cannot be told. Differentiable in: x_t, the module's parameters.
+        Args: t: [N] in 0..1, 1 is noise; step: how long a step will be made of v, where the module can be
+            told; None: v as trained.
+        Raises: ValueError for a step where the module cannot be told. Differentiable in: x_t, the module's
+            parameters.
         """
-        model, at = self.model if model is None else model, 1 - t if self.data_at_one else t
+        model = self.model if model is None else model
+        at = 1 - t if self.data_at_one else t
         half = self.precision == "bfloat16"
         with torch.autocast(feats_of(x_t).device.type, torch.bfloat16, enabled=half):
             if step is None:
                 v = self.call(model, x_t, at, cond)
             elif self.call_step is None:
-                raise ValueError(f"stage {self.name!r}: expected no shortcut, whose length of steps its network does not read. Set it off.")
+                raise ValueError(
+                    f"stage {self.name!r}: expected no shortcut, whose length of steps its network does not"
+                    " read. Set it off."
+                )
             else:
                 v = self.call_step(model, x_t, at, cond, torch.full_like(t, step))
         v = single(v) if half else v
         return opposite(at, v)[1] if self.data_at_one else v
 
     def noise(self, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-        """Standard normal noise, one sample per seed, on the CPU; see the kind of latents for what a seed names."""
+        """Standard normal noise, one sample per seed, on the CPU; see the kind of latents for what a seed
+        names.
+        """
         return self.latents.noise(f"FlowStage.noise of {self.name!r}", seeds, given)
 
     @property
@@ -370,11 +445,15 @@ class FlowStage:
 
     def check(self, who: str, latent: Latent) -> None:
         """Raise ValueError, in the name of `who`, for a latent that is none of this stage."""
-        self.latents.check(who, latent, f"It is no latent of stage {self.name!r}: name the stage that it came from.")
+        self.latents.check(
+            who, latent, f"It is no latent of stage {self.name!r}: name the stage that it came from."
+        )
 
 
 class Pipeline(Protocol):
-    """An ordered generator of one stage or more; `advance` and `encode` are asked for by the loop alone, which wants two."""
+    """An ordered generator of one stage or more; `advance` and `encode` are asked for by the loop alone,
+    which wants two.
+    """
 
     @property
     def stages(self) -> Sequence[FlowStage]:
@@ -387,7 +466,9 @@ class Pipeline(Protocol):
         """The empty condition, n times, of the same form."""
 
     def advance(self, stage: str, x_0: Any) -> list[Voxels]:
-        """The gap behind a stage: what its latents, a Batch of its kind, leave to the next, per sample. Not differentiable."""
+        """The gap behind a stage: what its latents, a Batch of its kind, leave to the next, per sample. Not
+        differentiable.
+        """
 
     def decode(self, x_0: Any) -> list[Asset]:
         """The finished assets of the last stage's latents, a Batch of its kind. Not differentiable."""
@@ -417,7 +498,10 @@ def stage_of(pipeline: Pipeline, name: str) -> FlowStage:
 
 @contextlib.contextmanager
 def with_models(pipeline: Pipeline, models: Mapping[str, torch.nn.Module]) -> Iterator[Pipeline]:
-    """Within it these stages have these networks; afterwards their own again. Raises: ValueError for a stage that is not there."""
+    """Within it these stages have these networks; afterwards their own again.
+
+    Raises: ValueError for a stage that is not there.
+    """
     stages = {name: stage_of(pipeline, name) for name in models}
     kept = {name: stage.model for name, stage in stages.items()}
     try:
@@ -431,7 +515,8 @@ def with_models(pipeline: Pipeline, models: Mapping[str, torch.nn.Module]) -> It
 
 @torch.no_grad()
 def check_convention(stage: FlowStage, x_0: Batch, cond: Condition) -> None:
-    """Refuse a model that was trained with its data at the other end: read that way, it explains data x_0 far better.
+    """Refuse a model that was trained with its data at the other end: read that way, it explains data x_0 far
+    better.
 
     Raises: ValueError where the flow-matching error of the other reading is below half of the stage's own.
     """
@@ -439,13 +524,15 @@ def check_convention(stage: FlowStage, x_0: Batch, cond: Condition) -> None:
     x_0 = x_0.to(device)
     latents = separate(x_0)
     eps = stage.noise(range(len(latents)), coords_of(latents))
-    eps, t = eps.to(device), torch.linspace(0.1, 0.9, count(x_0), device=device)
+    eps = eps.to(device)
+    t = torch.linspace(0.1, 0.9, count(x_0), device=device)
     x_t = stage.path.mix(x_0, t, eps)
     error = stage.path.errors(stage.velocity(x_t, t, cond), x_0, eps).mean()
     mapped = stage.path.errors(opposite(t, stage.velocity(x_t, 1 - t, cond))[1], x_0, eps).mean()
     if mapped < 0.5 * error:
         here, there = ("data", "noise") if stage.data_at_one else ("noise", "data")
         raise ValueError(
-            f"stage {stage.name!r}: expected velocities of the convention with {here} at t = 1, got a model of error {error:.3g} "
-            f"that has {mapped:.3g} when read with {there} at t = 1. Its stage wants data_at_one={not stage.data_at_one}."
+            f"stage {stage.name!r}: expected velocities of the convention with {here} at t = 1, got a model"
+            f" of error {error:.3g} that has {mapped:.3g} when read with {there} at t = 1. Its stage wants"
+            f" data_at_one={not stage.data_at_one}."
         )

@@ -1,8 +1,9 @@
 """Train a stage on preference pairs: DPO and its relatives, fine-tuning on the preferred ones.
 
-An update takes a batch of pairs in passes, in turn and side by side on ranks, equal to one pass over the whole batch. Known signs that a
-training goes wrong come from threads of users of Diffusion-DPO, flow_grpo (#47, #190), diffusers (#6565) and OPA-DPO (#10). A loss near log
-2 is none of them: it may look flat while the win rate rises.
+An update takes a batch of pairs in passes, in turn and side by side on ranks, equal to one pass over the
+whole batch. Known signs that a training goes wrong come from threads of users of Diffusion-DPO, flow_grpo
+(#47, #190), diffusers (#6565) and OPA-DPO (#10). A loss near log 2 is none of them: it may look flat while
+the win rate rises.
 
 Shape letters as in sparse.py; P pairs, B time bins.
 """
@@ -23,7 +24,16 @@ from eg3d_rlhf.models.policies import shared_copy
 from eg3d_rlhf.models.sparse import Latent, collate, parts_of, separate, single
 from eg3d_rlhf.tuning.flow.accuracy import PairAccuracy
 from eg3d_rlhf.tuning.flow.conditions import each, to_device
-from eg3d_rlhf.tuning.flow.dpo import BINNED, TIME_BINS, DpoConfig, PairDraw, PairErrors, draw_pairs, pair_loss, pair_stats
+from eg3d_rlhf.tuning.flow.dpo import (
+    BINNED,
+    TIME_BINS,
+    DpoConfig,
+    PairDraw,
+    PairErrors,
+    draw_pairs,
+    pair_loss,
+    pair_stats,
+)
 from eg3d_rlhf.tuning.flow.fit import Start, fitted
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, check_unique
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
@@ -68,7 +78,9 @@ class TrainConfig(PassConfig):
 
     dpo: DpoConfig = field(default_factory=DpoConfig)  # what is minimised
     batch: int = train_knob(4, "Per update, over all processes and passes.", metavar="PAIRS", low=1)
-    batch_gpu: int | None = train_knob(None, "Per pass and process: decides memory, not the result.", metavar="PAIRS", low=1, shown="batch")
+    batch_gpu: int | None = train_knob(
+        None, "Per pass and process: decides memory, not the result.", metavar="PAIRS", low=1, shown="batch"
+    )
 
     @property
     def needs_reference(self) -> bool:
@@ -80,22 +92,29 @@ Example = TypeVar("Example")
 
 
 class Order(Generic[Example]):
-    """Which examples an update meets: passes over all of them, each in an order of its own, one after the other.
+    """Which examples an update meets: passes over all of them, each in an order of its own, one after the
+    other.
 
     Args: batch: examples of an update.
     """
 
     def __init__(self, examples: Sequence[Example], batch: int, seed: int):
-        self.examples, self.batch, self.seed = examples, batch, seed
+        self.examples = examples
+        self.batch = batch
+        self.seed = seed
         self._orders: dict[int, np.ndarray] = {}
 
     def items(self, step: int) -> list[tuple[int, Example]]:
-        """(which pass, example) of the whole batch; it may run over the end of a pass, or hold several where there are few examples."""
+        """(which pass, example) of the whole batch; it may run over the end of a pass, or hold several where
+        there are few examples.
+        """
         items = []
         for number in range(step * self.batch, (step + 1) * self.batch):
             epoch, place = divmod(number, len(self.examples))
             if epoch not in self._orders:
-                self._orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))}
+                self._orders = {
+                    epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+                }
             items.append((epoch, self.examples[self._orders[epoch][place]]))
         return items
 
@@ -111,71 +130,94 @@ def pair_signs(lines: Sequence[Mapping], preference: bool = True) -> dict[str, s
     """Warnings by name, as of the last line; the caller says each once.
 
     Args:
-        lines: of stats.jsonl so far: step, pairs, loss, implicit_accuracy, margin, w_diff, l_diff, grad_norm, and win_rate where measured.
-        preference: False for plain fine-tuning on the preferred ones, where telling pairs apart means nothing.
+        lines: of stats.jsonl so far: step, pairs, loss, implicit_accuracy, margin, w_diff, l_diff, grad_norm,
+            and win_rate where measured.
+        preference: False for plain fine-tuning on the preferred ones, where telling pairs apart means
+            nothing.
     """
     updates = [line for line in lines if line.get("pairs")]
     rates = win_rates(lines)
     signs = win_rate_signs(rates)
-    last, before = updates[-1] if updates else {}, updates[:-1]
+    last = updates[-1] if updates else {}
+    before = updates[:-1]
     for name, times in (("loss", 4), ("grad_norm", 10)) if len(before) >= HISTORY else ():
         usual = median(line[name] for line in before)
         if last[name] > times * usual > 0 and "spikes" not in signs:
-            signs["spikes"] = f"step {last['step']}: {name} {last[name]:.3g} is over {times} times its median {usual:.3g}. {CALM}"
+            signs["spikes"] = (
+                f"step {last['step']}: {name} {last[name]:.3g} is over {times} times its median {usual:.3g}."
+                f" {CALM}"
+            )
     if updates and last.get("l_error", 0) > RUNAWAY * updates[0].get("l_error", math.inf):
         signs["runaway"] = (
-            f"step {last['step']}: the rejected ones' error is {last['l_error']:.3g} after {updates[0]['l_error']:.3g}, and that of the "
-            f"preferred {last['w_error']:.3g} after {updates[0]['w_error']:.3g}; this loss has no lower bound. Lower loser_weight or steps."
+            f"step {last['step']}: the rejected ones' error is {last['l_error']:.3g} after"
+            f" {updates[0]['l_error']:.3g}, and that of the preferred {last['w_error']:.3g} after"
+            f" {updates[0]['w_error']:.3g}; this loss has no lower bound. Lower loser_weight or steps."
         )
     return signs | (_margins(updates, rates) if preference and updates else {})
 
 
 def recent(lines: Sequence[Mapping], name: str) -> float | None:
     """Mean of a figure over the last lines that hold PAIRS pairs; None before there are as many."""
-    values, pairs = 0.0, 0
+    values = 0.0
+    pairs = 0
     for line in reversed(lines):
-        values, pairs = values + line[name] * line["pairs"], pairs + line["pairs"]
+        values = values + line[name] * line["pairs"]
+        pairs = pairs + line["pairs"]
         if pairs >= PAIRS:
             return values / pairs
     return None
 
 
 def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> dict[str, str]:
-    accuracy, margin, w_diff, l_diff = (recent(lines, name) for name in ("implicit_accuracy", "margin", "w_diff", "l_diff"))
+    accuracy, margin, w_diff, l_diff = (
+        recent(lines, name) for name in ("implicit_accuracy", "margin", "w_diff", "l_diff")
+    )
     if accuracy is None or margin is None or w_diff is None or l_diff is None:
         return {}
-    signs, step = {}, lines[-1]["step"]
+    signs = {}
+    step = lines[-1]["step"]
     if accuracy > SEPARATED:
         signs["separated"] = (
-            f"step {step}: implicit accuracy {accuracy:.3f} is above {SEPARATED}; the pairs are told apart; more of it over-optimises. "
-            + ANCHOR
+            f"step {step}: implicit accuracy {accuracy:.3f} is above {SEPARATED}; the pairs are told apart;"
+            " more of it over-optimises. " + ANCHOR
         )
         if len(rates) > 1 and max(abs(rate - rates[0][1]) for _, rate in rates) <= NOTHING:
             signs["no-effect"] = (
-                f"step {step}: implicit accuracy {accuracy:.3f}, but the held-out win rate is {rates[-1][1]:.3f} after {rates[0][1]:.3f} "
-                "at the start. The pairs are not what this generator makes (off-policy): sample pairs from it, or fine-tune on them first."
+                f"step {step}: implicit accuracy {accuracy:.3f}, but the held-out win rate is"
+                f" {rates[-1][1]:.3f} after {rates[0][1]:.3f} at the start. The pairs are not what this"
+                " generator makes (off-policy): sample pairs from it, or fine-tune on them first."
             )
     earlier = mean(line["margin"] for line in lines[: max(1, len(lines) // 2)])
-    if w_diff > 0.1 * l_diff and w_diff > 0 and margin > max(0.0, earlier) and all(x["w_diff"] > 0 for x in lines[-3:]):
+    if (
+        w_diff > 0.1 * l_diff
+        and w_diff > 0
+        and margin > max(0.0, earlier)
+        and all(x["w_diff"] > 0 for x in lines[-3:])
+    ):
         signs["preferred-worse"] = (
-            f"step {step}: the margin grows while the error of the preferred ones is {w_diff:.3g} above the reference's; it runs from "
-            f"the rejected ones instead of towards the preferred. {ANCHOR}"
+            f"step {step}: the margin grows while the error of the preferred ones is {w_diff:.3g} above the"
+            f" reference's; it runs from the rejected ones instead of towards the preferred. {ANCHOR}"
         )
     return signs
 
 
 MARGINS = (
-    ("implicit_accuracy", "accuracy", "<5.3f"), ("margin", "margin", "<+9.2e"), ("w_diff", "w_diff", "<+9.2e"),
+    ("implicit_accuracy", "accuracy", "<5.3f"),
+    ("margin", "margin", "<+9.2e"),
+    ("w_diff", "w_diff", "<+9.2e"),
     ("l_diff", "l_diff", "<+9.2e"),
-)  # fmt: skip
-ERRORS = (("w_error", "w_error", "<8.4f"), ("l_error", "l_error", "<8.4f"))  # where there is no reference to tell margins by
+)
+# where there is no reference to tell margins by
+ERRORS = (("w_error", "w_error", "<8.4f"), ("l_error", "l_error", "<8.4f"))
 
 
 class Passes(Descent, Generic[Example]):
     """Updates on examples, whose batch is taken in passes, in turn and side by side on ranks.
 
-    Losses of a batch are added up and divided once, by its number of examples: the gradients of parts add up to the whole batch's.
-    Args: as Descent; config has batch and batch_gpu; examples: all of them; reference: None where the loss needs none.
+    Losses of a batch are added up and divided once, by its number of examples: the gradients of parts add up
+    to the whole batch's.
+    Args: as Descent; config has batch and batch_gpu; examples: all of them; reference: None where the loss
+        needs none.
     Raises: ValueError where a batch cannot be divided over ranks and passes.
     """
 
@@ -183,46 +225,66 @@ class Passes(Descent, Generic[Example]):
     what = "examples"
 
     def __init__(
-        self, pipeline: Pipeline, stage: FlowStage, examples: Sequence[Example], config: Any, policy: torch.nn.Module,
-        reference: FrozenModel | None, ranks: Ranks,
+        self,
+        pipeline: Pipeline,
+        stage: FlowStage,
+        examples: Sequence[Example],
+        config: Any,
+        policy: torch.nn.Module,
+        reference: FrozenModel | None,
+        ranks: Ranks,
     ):
         super().__init__(stage, config, policy, ranks)
-        self.pipeline, self.config, self.reference = pipeline, config, reference
+        self.pipeline = pipeline
+        self.config = config
+        self.reference = reference
         size = config.batch_gpu or max(config.batch // ranks.world, 1)
         if config.batch % (ranks.world * size):
             raise ValueError(
-                f"train_stage: expected a batch of a multiple of {ranks.world} processes x {size} {self.what} per pass (batch_gpu), "
-                f"got {config.batch}. Change one."
+                f"train_stage: expected a batch of a multiple of {ranks.world} processes x {size} {self.what}"
+                f" per pass (batch_gpu), got {config.batch}. Change one."
             )
-        self.order, self.layout = Order(examples, config.batch, config.seed), Layout(config.batch, ranks, size)
+        self.order = Order(examples, config.batch, config.seed)
+        self.layout = Layout(config.batch, ranks, size)
 
     def run(self, step: int) -> dict:
         """See Descent."""
-        items, layout = self.order.items(step), self.layout
-        gradients, totals = GradientSum(self.parameters, layout.here), torch.zeros(self.sums, device=self.device)
+        items = self.order.items(step)
+        layout = self.layout
+        gradients = GradientSum(self.parameters, layout.here)
+        totals = torch.zeros(self.sums, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.train()
         for turn in range(layout.here):
             for epoch, examples in self._draws(items, turn):
-                seed = derive_seed(self.training.seed, "dropout", step, self.ranks.rank + turn * self.ranks.world, epoch)
+                seed = derive_seed(
+                    self.training.seed, "dropout", step, self.ranks.rank + turn * self.ranks.world, epoch
+                )
                 totals += self.backward(examples, epoch, seed)
             gradients.end_round()
         gradients.finish()
-        sum_over_ranks(self.ranks, [p for p in self.parameters if not sharded(p)], [totals])  # those that are, were summed
+        # those that are, were summed
+        sum_over_ranks(self.ranks, [p for p in self.parameters if not sharded(p)], [totals])
         return self.figures(step, totals, items)
 
     def _draws(self, items: Sequence[tuple[int, Example]], turn: int) -> list[tuple[int, list[Example]]]:
-        """This rank's part of a turn by the pass over the examples: two draws where a batch runs over the end of a pass.
+        """This rank's part of a turn by the pass over the examples: two draws where a batch runs over the end
+        of a pass.
 
         Sharded networks need as many on every rank: one that has fewer takes its largest in halves.
         """
-        world, first = self.ranks.world, turn * self.ranks.world
+        world = self.ranks.world
+        first = turn * self.ranks.world
         rows = [items[first + rank :: self.layout.total] for rank in range(world)]
         draws: dict[int, list[Example]] = {}
         for epoch, example in sorted(rows[self.ranks.rank], key=lambda item: item[0]):
             draws.setdefault(epoch, []).append(example)
         parts = [*draws.items()]
-        most = max(len({epoch for epoch, _ in of_rank}) for of_rank in rows) if sharded(self.parameters[0]) else 0
+        most = (
+            max(len({epoch for epoch, _ in of_rank}) for of_rank in rows)
+            if sharded(self.parameters[0])
+            else 0
+        )
         while len(parts) < most:
             epoch, largest = parts.pop(max(range(len(parts)), key=lambda place: len(parts[place][1])))
             parts += [(epoch, largest[: len(largest) // 2]), (epoch, largest[len(largest) // 2 :])]
@@ -230,7 +292,10 @@ class Passes(Descent, Generic[Example]):
 
     @abstractmethod
     def backward(self, examples: Sequence[Example], epoch: int, dropout: int) -> torch.Tensor:
-        """Add the gradients of a part of the batch; returns its [sums]. Args: dropout: seed of torch's generator in the pass."""
+        """Add the gradients of a part of the batch; returns its [sums].
+
+        Args: dropout: seed of torch's generator in the pass.
+        """
 
     @abstractmethod
     def figures(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
@@ -243,7 +308,9 @@ class Updates(Passes[PreferencePair]):
     Args: as Passes; unseen: pairs to evaluate on.
     """
 
-    sums, what = 4 + len(BINNED) * TIME_BINS, "pairs"  # also both errors, and what is binned
+    # also both errors, and what is binned
+    sums = 4 + len(BINNED) * TIME_BINS
+    what = "pairs"
 
     def __init__(self, *common: Any, unseen: PairAccuracy | None = None):
         super().__init__(*common)
@@ -256,7 +323,13 @@ class Updates(Passes[PreferencePair]):
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy and margin on pairs that are not trained on."""
-        return {} if self.unseen is None else self.unseen.figures(self.policy, self.reference or FrozenModel(shared_copy(self.stage.model)))
+        return (
+            {}
+            if self.unseen is None
+            else self.unseen.figures(
+                self.policy, self.reference or FrozenModel(shared_copy(self.stage.model))
+            )
+        )
 
     def backward(self, examples: Sequence[PreferencePair], epoch: int, dropout: int) -> torch.Tensor:
         draw = self._draw(examples, epoch)
@@ -264,7 +337,8 @@ class Updates(Passes[PreferencePair]):
         return self._pass(draw)
 
     def _draw(self, pairs: Sequence[PreferencePair], epoch: int) -> PairDraw:
-        name, config = self.stage.name, self.config
+        name = self.stage.name
+        config = self.config
         cond = self.pipeline.conditions([pair.condition for pair in pairs], name)
         no_cond = self.pipeline.no_condition(len(pairs), name) if config.dpo.condition_dropout else None
         draw = draw_pairs(self.stage, pairs, cond, no_cond, config.dpo, config.seed, epoch, self.device)
@@ -272,23 +346,33 @@ class Updates(Passes[PreferencePair]):
             return draw
         count = len(pairs)  # the preferred ones alone
         x_0, eps, x_t = (collate(separate(batch)[:count]) for batch in (draw.x_0, draw.eps, draw.x_t))
-        return replace(draw, x_0=x_0, eps=eps, x_t=x_t, t=draw.t[:count], cond=each(lambda c: c[:count], draw.cond))
+        return replace(
+            draw, x_0=x_0, eps=eps, x_t=x_t, t=draw.t[:count], cond=each(lambda c: c[:count], draw.cond)
+        )
 
     def _pass(self, draw: PairDraw) -> torch.Tensor:
         """Add the gradients of a part of the batch; see `sums`."""
-        config, stage, ref = self.config.dpo, self.stage, None
+        config = self.config.dpo
+        stage = self.stage
+        ref = None
         if self.reference is not None:
             ref = self.reference.errors(stage, draw)
         v = stage.velocity(draw.x_t, draw.t, draw.cond, self.policy)
         errors = stage.path.errors(single(v), draw.x_0, draw.eps)
         sft = config.kind == "sft"
-        pair_errors = PairErrors(preferred=errors, rejected=torch.zeros_like(errors)) if sft else PairErrors.split(errors, ref)
+        pair_errors = (
+            PairErrors(preferred=errors, rejected=torch.zeros_like(errors))
+            if sft
+            else PairErrors.split(errors, ref)
+        )
         losses = pair_loss(pair_errors, config, draw.weight)
         mass = losses.new_tensor(float(len(losses)))
         loss = mass * losses.mean()
         loss.backward()
         totals = torch.zeros(self.sums, device=self.device)
-        totals[:4] = torch.stack([mass, loss.detach(), pair_errors.preferred.detach().sum(), pair_errors.rejected.detach().sum()])
+        totals[:4] = torch.stack(
+            [mass, loss.detach(), pair_errors.preferred.detach().sum(), pair_errors.rejected.detach().sum()]
+        )
         if ref is not None:
             stats = pair_stats(pair_errors, pair_errors.delta(config.loser_weight), draw.t)
             totals[4:] = torch.cat([stats[name] for name in BINNED])
@@ -299,9 +383,15 @@ class Updates(Passes[PreferencePair]):
         dpo = self.config.dpo
         seen = "pairs " + ", ".join(pair.id for _, pair in items[:3])
         _, loss, norm, preferred, rejected, *sums = self.descend(step, totals, seen)
-        bins = dict(zip(BINNED, np.reshape(sums, (-1, TIME_BINS)).tolist(), strict=True)) if self.reference is not None else {}
+        bins = (
+            dict(zip(BINNED, np.reshape(sums, (-1, TIME_BINS)).tolist(), strict=True))
+            if self.reference is not None
+            else {}
+        )
         figures = {"loss": loss, "grad_norm": norm, "pairs": len(items), "bins": bins}
-        return figures | ({"w_error": preferred / len(items), "l_error": rejected / len(items)} if dpo.kind == "dro" else {})
+        return figures | (
+            {"w_error": preferred / len(items), "l_error": rejected / len(items)} if dpo.kind == "dro" else {}
+        )
 
 
 def pairs_checksum(pairs: Sequence[PreferencePair]) -> str:
@@ -312,33 +402,49 @@ def pairs_checksum(pairs: Sequence[PreferencePair]) -> str:
 
 def latents_checksum(latents: Mapping[str, Latent], columns: list[list]) -> str:
     """Hash of latents by name, and of what is known of them."""
-    return checksum({f"{name}/{key}": value for name, latent in latents.items() for key, value in parts_of(latent).items()}, columns)
+    return checksum(
+        {
+            f"{name}/{key}": value
+            for name, latent in latents.items()
+            for key, value in parts_of(latent).items()
+        },
+        columns,
+    )
 
 
 UNBOUNDED = (
-    "dro has no lower bound and no reference: the rejected ones' error may grow without end, and the network with it. Give "
-    "--loser-weight below 1, a held-out judge or few updates."
+    "dro has no lower bound and no reference: the rejected ones' error may grow without end, and the network"
+    " with it. Give --loser-weight below 1, a held-out judge or few updates."
 )
 
 
 def train_stage(
-    pipeline: Pipeline, stage_name: str, pairs: Sequence[PreferencePair], config: TrainConfig, out: Path, *, held_out: Judge | None = None,
-    unseen: Sequence[PreferencePair] = (), ranks: Ranks = SINGLE, resume: bool = False, say: Callable[[str], None] = print,
+    pipeline: Pipeline,
+    stage_name: str,
+    pairs: Sequence[PreferencePair],
+    config: TrainConfig,
+    out: Path,
+    *,
+    held_out: Judge | None = None,
+    unseen: Sequence[PreferencePair] = (),
+    ranks: Ranks = SINGLE,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
     samples: Draw | None = None,
 ) -> StageResult:
     """Train a copy of a stage's network on pairs; the stage's own is left as it is, and is the reference.
 
     Args:
-        pairs: of that stage. held_out: called with the network every `held_out_every` updates; the parameters with the best win
-            rate are kept, those before the first update among them.
-        unseen: pairs of conditions that are not trained on: accuracy and margin on them are logged as often, and without `held_out` the
-            parameters with the best accuracy are kept. Without either the last ones are.
+        pairs: of that stage. held_out: called with the network every `held_out_every` updates; the parameters
+            with the best win rate are kept, those before the first update among them.
+        unseen: pairs of conditions that are not trained on: accuracy and margin on them are logged as often,
+            and without `held_out` the parameters with the best accuracy are kept. Without either the last
+            ones are.
         out: folder for everything written, see the module; resume: go on with the run in it, if there is one.
         say: prints the status lines; samples: draws a picture at every evaluation.
-    Raises: ValueError, before anything is written, for no pairs, pairs of another stage, ids that occur twice, latents that the stage
-        cannot have, and a network whose data lie at the other end of time; for settings or folders that do not fit, and losses that are
-        not finite;
-        StoppedError after a signal.
+    Raises: ValueError, before anything is written, for no pairs, pairs of another stage, ids that occur
+        twice, latents that the stage cannot have, and a network whose data lie at the other end of time; for
+        settings or folders that do not fit, and losses that are not finite; StoppedError after a signal.
     """
     stage = stage_of(pipeline, stage_name)
     check_pairs(pipeline, stage, pairs)
@@ -353,16 +459,33 @@ def train_stage(
         return lambda of, policy, reference: Updates(pipeline, of, pairs, own, policy, reference, SINGLE)
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> Descent:
-        size, again = fitted(stage, config, config.batch_gpu or max(config.batch // ranks.world, 1), part, ranks, say)
+        size, again = fitted(
+            stage, config, config.batch_gpu or max(config.batch // ranks.world, 1), part, ranks, say
+        )
         recomputing(policy, again)
         own = replace(config, batch_gpu=config.batch_gpu or size)
         return Updates(pipeline, stage, pairs, own, policy, reference, run.ranks, unseen=accuracy)
 
     hashed = {"pairs": pairs, "unseen": unseen} if unseen else {"pairs": pairs}
-    origin = {"base": stage.hash, **{name: pairs_checksum(of) for name, of in hashed.items()}} if ranks.main else None
+    origin = (
+        {"base": stage.hash, **{name: pairs_checksum(of) for name, of in hashed.items()}}
+        if ranks.main
+        else None
+    )
     known = ranks.broadcast(origin)
-    return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say, shards=True,
-                 samples=samples)  # fmt: skip
+    return train(
+        stage,
+        config,
+        known,
+        start,
+        Path(out),
+        held_out=held_out,
+        ranks=ranks,
+        resume=resume,
+        say=say,
+        shards=True,
+        samples=samples,
+    )
 
 
 def check_pairs(pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair]) -> None:
@@ -373,9 +496,13 @@ def check_pairs(pipeline: Pipeline, stage: FlowStage, pairs: Sequence[Preference
     check_unique(who, pairs)
     for pair in pairs:
         if pair.stage != stage.name:
-            raise ValueError(f"{who}: expected pairs of this stage, got {pair.id!r} of {pair.stage!r}. Train that stage on it.")
+            raise ValueError(
+                f"{who}: expected pairs of this stage, got {pair.id!r} of {pair.stage!r}. Train that stage"
+                " on it."
+            )
         for side in ("preferred", "rejected"):
             stage.check(f"{who}, pair {pair.id!r}, {side}", getattr(pair, side))
-    device, some = next(stage.model.parameters()).device, pairs[:8]
+    device = next(stage.model.parameters()).device
+    some = pairs[:8]
     cond = to_device(pipeline.conditions([pair.condition for pair in some], stage.name), device)
     check_convention(stage, collate([pair.preferred for pair in some]).to(device), cond)

@@ -2,11 +2,13 @@
 
     STAGE/               weights, where they did; nothing where they did not: the base stays
     control/STAGE/       weights of the control, trained alike on shuffled labels
-    training/STAGE/      stats.jsonl and what else a training keeps (train.py); training/control/STAGE/ the control's
+    training/STAGE/      stats.jsonl and what else a training keeps (train.py); training/control/STAGE/ the
+                         control's
     loop/, loop/control/ the steps of the loop, where it was asked for
     report.json, report.md
 
-The rule, its intervals and the control are those of accuracy.py. Everything is found again by a second call with the same settings.
+The rule, its intervals and the control are those of accuracy.py. Everything is found again by a second call
+with the same settings.
 """
 
 import functools
@@ -41,14 +43,18 @@ from eg3d_rlhf.tuning.flow.train import StageResult
 from eg3d_rlhf.tuning.flow.train_pairs import train_stage
 from training.distributed import SINGLE, Ranks
 
-REPORT, CONTROL, TRAINING, LOOP = "report", "control", "training", "loop"
+REPORT = "report"
+CONTROL = "control"
+TRAINING = "training"
+LOOP = "loop"
 FINAL_DRAWS = 8  # times and noises of a pair behind a verdict
 MOST_JUDGED = 200  # pairs that a judge's own accuracy is taken on: each takes two decoded assets
-Samples = Callable[[str, torch.nn.Module, Path], Path]  # (stage, network, file): a picture of what it makes, see samples.py
+# (stage, network, file): a picture of what it makes, see samples.py
+Samples = Callable[[str, torch.nn.Module, Path], Path]
 NOTHING = "the labels teach nothing"
 AWAY = (
-    "it runs away: the error of the preferred ones rose by {}, so expect worse assets. Keep nearer: --set loser_weight below 1, a lower "
-    "--lr, a larger --set beta."
+    "it runs away: the error of the preferred ones rose by {}, so expect worse assets. Keep nearer: --set"
+    " loser_weight below 1, a lower --lr, a larger --set beta."
 )
 
 
@@ -58,37 +64,55 @@ class Tuning:
 
     circular: CircularSettings  # `human` is how stages learn from people's pairs; the rest is the loop's
     stages: tuple[str, ...] = ()  # none: all that have pairs
-    loop: bool = False  # stages before the last learn from what the one behind made better, in place of people's pairs
+    # stages before the last learn from what the one behind made better, in place of people's pairs
+    loop: bool = False
     control: bool = True
 
 
 def tune(
-    problem: Problem, settings: Tuning, folder: Path, *, labels: Mapping | None = None, ranks: Ranks = SINGLE,
-    say: Callable[[str], None] = print, samples: Samples | None = None,
+    problem: Problem,
+    settings: Tuning,
+    folder: Path,
+    *,
+    labels: Mapping | None = None,
+    ranks: Ranks = SINGLE,
+    say: Callable[[str], None] = print,
+    samples: Samples | None = None,
 ) -> dict:
     """Train, judge by held-out labels, and write the report; returns it.
 
-    Args: labels: facts of the labels that the report repeats, JSON; say: prints lines, on rank 0 alone; samples: draws a picture at every
-        evaluation.
-    Raises: ValueError, before anything is trained, for too few labels to hold any out, and for a loop that cannot be.
+    Args: labels: facts of the labels that the report repeats, JSON; say: prints lines, on rank 0 alone;
+        samples: draws a picture at every evaluation.
+    Raises: ValueError, before anything is trained, for too few labels to hold any out, and for a loop that
+        cannot be.
     """
-    stages = list(settings.stages) or [stage.name for stage in problem.pipeline.stages if pairs_of(problem, stage.name)]
+    stages = list(settings.stages) or [
+        stage.name for stage in problem.pipeline.stages if pairs_of(problem, stage.name)
+    ]
     told = {stage: check_pairs_to_tell(problem, stage) for stage in stages}
     if settings.loop:
         check(problem)
     say_main = say if ranks.main else lambda line: None
     judges = judge_accuracies(problem) if ranks.main and settings.loop else {}
     for name, found in judges.items():
-        say_main(f"Judge {name!r} orders {found} of pairs that it was not fitted to{'' if found.interval[0] > 0.5 else DEAF}.")
+        say_main(
+            f"Judge {name!r} orders {found} of pairs that it was not fitted"
+            f" to{'' if found.interval[0] > 0.5 else DEAF}."
+        )
     trained = _arm(problem, settings, stages, folder, ranks, say_main, samples=samples)
     control: Mapping[str, StageResult] = {}
     if settings.control:
         say_main("The control: the same, with half of each condition's answers turned over.")
-        control = _arm(shuffled(problem, settings.circular.seed), settings, stages, folder, ranks, say_main, control=True)
+        control = _arm(
+            shuffled(problem, settings.circular.seed), settings, stages, folder, ranks, say_main, control=True
+        )
     report: dict = {}
     if ranks.main:
         report = _report(problem, settings, told, trained, control, folder, say)
-        report |= {"judges": {name: found.shown() for name, found in judges.items()}, "labels": dict(labels or {})}
+        report |= {
+            "judges": {name: found.shown() for name, found in judges.items()},
+            "labels": dict(labels or {}),
+        }
         write(report, folder, REPORT, markdown)
     return ranks.broadcast(report)
 
@@ -105,23 +129,32 @@ def pairs_of(problem: Problem, stage: str) -> list[PreferencePair]:
 
 
 def check_pairs_to_tell(problem: Problem, stage: str) -> list[PreferencePair]:
-    """Pairs that tell whether a stage's labels were learnt. Raises: ValueError for too few to train, to choose and to tell."""
+    """Pairs that tell whether a stage's labels were learnt.
+
+    Raises: ValueError for too few to train, to choose and to tell.
+    """
     stage_of(problem.pipeline, stage)
-    parts = {"to train on": problem.human_pairs(stage), "to choose on": problem.pairs_to_choose(stage),
-             "to tell by": problem.pairs_to_tell(stage)}  # fmt: skip
+    parts = {
+        "to train on": problem.human_pairs(stage),
+        "to choose on": problem.pairs_to_choose(stage),
+        "to tell by": problem.pairs_to_tell(stage),
+    }
     counts = {what: len({pair.condition for pair in pairs}) for what, pairs in parts.items()}
     least = {"to train on": 1, "to choose on": 1, "to tell by": LEAST_CONDITIONS}
     if any(counts[what] < least[what] for what in parts):
         got = ", ".join(f"{count} {what}" for what, count in counts.items())
         raise ValueError(
-            f"tune({stage}): expected labels of 1 condition to train on, 1 to choose on and {LEAST_CONDITIONS} to tell by, got {got}. "
-            "Label assets of more pictures or texts, or hold more of them out."
+            f"tune({stage}): expected labels of 1 condition to train on, 1 to choose on and"
+            f" {LEAST_CONDITIONS} to tell by, got {got}. Label assets of more pictures or texts, or hold more"
+            " of them out."
         )
     return parts["to tell by"]
 
 
 def shuffled(problem: Problem, seed: int) -> Problem:
-    """The control's problem: nothing is left to learn of the pairs that are trained on; those that choose are people's own."""
+    """The control's problem: nothing is left to learn of the pairs that are trained on; those that choose are
+    people's own.
+    """
 
     def pairs(stage: str) -> list[PreferencePair]:
         return turned_by_coin(problem.human_pairs(stage), seed)
@@ -130,24 +163,43 @@ def shuffled(problem: Problem, seed: int) -> Problem:
 
 
 def _arm(
-    problem: Problem, settings: Tuning, stages: Sequence[str], folder: Path, ranks: Ranks, say: Callable[[str], None],
-    control: bool = False, samples: Samples | None = None,
+    problem: Problem,
+    settings: Tuning,
+    stages: Sequence[str],
+    folder: Path,
+    ranks: Ranks,
+    say: Callable[[str], None],
+    control: bool = False,
+    samples: Samples | None = None,
 ) -> dict[str, StageResult]:
     """Train all stages once. `problem` is the control's for the control."""
-    place, circular = Path(CONTROL) if control else Path(), replace(settings.circular, choosing=None)
+    place = Path(CONTROL) if control else Path()
+    circular = replace(settings.circular, choosing=None)
     if settings.loop:
         store = Store(folder / LOOP / place, ranks, say)
         use = SHUFFLED if control else PAIRS
-        loop = CircularLoop(problem=problem, settings=circular, store=store, ranks=ranks, use=use, say=say, bars=ranks.main)
+        loop = CircularLoop(
+            problem=problem, settings=circular, store=store, ranks=ranks, use=use, say=say, bars=ranks.main
+        )
         lineage, _ = run_loop(loop)
-        return {stage: _of_artefact(loop, stage, line, folder / TRAINING / place / stage) for stage, line in lineage.items()}
+        return {
+            stage: _of_artefact(loop, stage, line, folder / TRAINING / place / stage)
+            for stage, line in lineage.items()
+        }
     trained = {}
     for stage in stages:
         say(f"Stage {stage!r}{', control' if control else ''}:")
         config = circular.human.at(stage_of(problem.pipeline, stage), circular.seed)
         trained[stage] = train_stage(
-            problem.pipeline, stage, problem.human_pairs(stage), config, folder / TRAINING / place / stage,
-            unseen=problem.pairs_to_choose(stage), ranks=ranks, resume=True, say=say,
+            problem.pipeline,
+            stage,
+            problem.human_pairs(stage),
+            config,
+            folder / TRAINING / place / stage,
+            unseen=problem.pairs_to_choose(stage),
+            ranks=ranks,
+            resume=True,
+            say=say,
             samples=None if samples is None else functools.partial(samples, stage),
         )
     return trained
@@ -158,20 +210,32 @@ def _of_artefact(loop: CircularLoop, stage: str, line: Sequence[Artefact], place
     records = [one.record for one in line]
     weights = whole_weights(loop, stage, line, place)
     warnings = [text for record in records for text in record["warnings"]]
-    return StageResult(weights=weights, kept_step=sum(record["kept_step"] for record in records), stats=[], warnings=warnings)
+    return StageResult(
+        weights=weights, kept_step=sum(record["kept_step"] for record in records), stats=[], warnings=warnings
+    )
 
 
 def _report(
-    problem: Problem, settings: Tuning, told: Mapping[str, list[PreferencePair]], trained: Mapping[str, StageResult],
-    control: Mapping[str, StageResult], folder: Path, say: Callable[[str], None],
+    problem: Problem,
+    settings: Tuning,
+    told: Mapping[str, list[PreferencePair]],
+    trained: Mapping[str, StageResult],
+    control: Mapping[str, StageResult],
+    folder: Path,
+    say: Callable[[str], None],
 ) -> dict:
     """Verdicts of all stages, and the weights of those that learnt in their places."""
-    confidence, stages = confidence_of(len(trained)), {}
+    confidence = confidence_of(len(trained))
+    stages = {}
     for stage, arm in trained.items():
         pairs = told.get(stage) or check_pairs_to_tell(problem, stage)
         conditions = [pair.condition for pair in pairs]
-        measured = PairAccuracy(problem.pipeline, stage, pairs, draws=FINAL_DRAWS, seed=settings.circular.seed + 1)
-        own, other = (_measured(problem, stage, measured, found, confidence) for found in (arm, control.get(stage)))
+        measured = PairAccuracy(
+            problem.pipeline, stage, pairs, draws=FINAL_DRAWS, seed=settings.circular.seed + 1
+        )
+        own, other = (
+            _measured(problem, stage, measured, found, confidence) for found in (arm, control.get(stage))
+        )
         assert own is not None
         said = verdict(arm.kept_step, own, other, conditions, confidence)
         stages[stage] = _told(stage, arm, own, other, said, len(pairs_of(problem, stage)))
@@ -183,40 +247,68 @@ def _report(
         if stage in control:
             link_folder(control[stage].weights, folder / CONTROL / stage)
     kept = [stage for stage, found in stages.items() if found["learnt"]]
-    say(f"Weights in {', '.join(str(folder / stage) for stage in kept)}." if kept else f"{NOTHING.capitalize()}: the base stays as it is.")
+    say(
+        f"Weights in {', '.join(str(folder / stage) for stage in kept)}."
+        if kept
+        else f"{NOTHING.capitalize()}: the base stays as it is."
+    )
     return {
-        "stages": stages, "kept": kept, "confidence": confidence, "loop": settings.loop, "settings": asdict(settings),
-        "problem": dict(problem.identity), "versions": versions(),
+        "stages": stages,
+        "kept": kept,
+        "confidence": confidence,
+        "loop": settings.loop,
+        "settings": asdict(settings),
+        "problem": dict(problem.identity),
+        "versions": versions(),
     }
 
 
-def _measured(problem: Problem, stage: str, measured: PairAccuracy, arm: StageResult | None, confidence: float) -> Accuracy | None:
+def _measured(
+    problem: Problem, stage: str, measured: PairAccuracy, arm: StageResult | None, confidence: float
+) -> Accuracy | None:
     if arm is None:
         return None
     base = stage_of(problem.pipeline, stage).model
     found = measured.measure(tuned_model(base, arm.weights), FrozenModel(shared_copy(base)))
-    return accuracy_of(found.margins, [pair.condition for pair in measured.pairs], confidence, found.preferred)
+    return accuracy_of(
+        found.margins, [pair.condition for pair in measured.pairs], confidence, found.preferred
+    )
 
 
-def _told(stage: str, arm: StageResult, own: Accuracy, other: Accuracy | None, said: Verdict, pairs: int) -> dict:
+def _told(
+    stage: str, arm: StageResult, own: Accuracy, other: Accuracy | None, said: Verdict, pairs: int
+) -> dict:
     above = said.above_control
     return {
-        "learnt": said.learnt, "runs_away": said.runs_away, "why": said.why, "pairs": pairs, "kept_step": arm.kept_step,
+        "learnt": said.learnt,
+        "runs_away": said.runs_away,
+        "why": said.why,
+        "pairs": pairs,
+        "kept_step": arm.kept_step,
         "held_out": own.shown(),
-        "control": None if other is None else other.shown(), "above_control": None if above is None else list(above),
-        "warnings": list(arm.warnings), "weights": stage if said.learnt else None,
-    }  # fmt: skip
+        "control": None if other is None else other.shown(),
+        "above_control": None if above is None else list(above),
+        "warnings": list(arm.warnings),
+        "weights": stage if said.learnt else None,
+    }
 
 
 def judge_accuracies(problem: Problem) -> dict[str, Accuracy]:
-    """How well the problem's judges order people's pairs of the last stage that they were not fitted to, MOST_JUDGED at most each."""
-    last, found = problem.pipeline.stages[-1].name, {}
+    """How well the problem's judges order people's pairs of the last stage that they were not fitted to,
+    MOST_JUDGED at most each.
+    """
+    last = problem.pipeline.stages[-1].name
+    found = {}
     unseen = problem.unseen_pairs or (lambda stage, names: [])
     for name in JUDGES:
-        judge, fitted = getattr(problem, name), set(problem.fitted_to.get(name, ()))
+        judge = getattr(problem, name)
+        fitted = set(problem.fitted_to.get(name, ()))
         if judge is None:
             continue
-        pairs = [*pairs_of(problem, last), *unseen(last, [*problem.choosing_conditions, *problem.held_out_conditions])]
+        pairs = [
+            *pairs_of(problem, last),
+            *unseen(last, [*problem.choosing_conditions, *problem.held_out_conditions]),
+        ]
         pairs = [pair for pair in pairs if pair.condition not in fitted]
         pairs = sorted(pairs, key=lambda pair: pair.id)[:: max(1, -(-len(pairs) // MOST_JUDGED))]
         if len({pair.condition for pair in pairs}) < LEAST_CONDITIONS:
@@ -224,7 +316,12 @@ def judge_accuracies(problem: Problem) -> dict[str, Accuracy]:
         device = next(problem.pipeline.stages[-1].model.parameters()).device
         names = [pair.condition for pair in pairs]
         scores = [
-            judge([problem.pipeline.decode(collate([getattr(pair, side)]).to(device))[0] for pair in pairs], names).double().cpu()
+            judge(
+                [problem.pipeline.decode(collate([getattr(pair, side)]).to(device))[0] for pair in pairs],
+                names,
+            )
+            .double()
+            .cpu()
             for side in ("preferred", "rejected")
         ]
         found[name] = accuracy_of((scores[0] - scores[1]).numpy(), names)
@@ -236,28 +333,60 @@ def judge_accuracies(problem: Problem) -> dict[str, Accuracy]:
 
 def markdown(data: Mapping) -> str:
     """The report, from its JSON alone."""
-    head = ["stage", "labels", "accuracy on held-out pairs", "with shuffled labels", "difference", "error of the preferred", "kept update",
-            "pairs, conditions"]  # fmt: skip
+    head = [
+        "stage",
+        "labels",
+        "accuracy on held-out pairs",
+        "with shuffled labels",
+        "difference",
+        "error of the preferred",
+        "kept update",
+        "pairs, conditions",
+    ]
     rows = []
     for stage, found in data["stages"].items():
-        own, other, above = found["held_out"], found["control"], found["above_control"]
-        said = ("**learnt**, runs away" if found["runs_away"] else "**learnt**") if found["learnt"] else NOTHING
-        rows.append([
-            stage, said, _with_interval(own), "" if other is None else _with_interval(other),
-            "" if above is None else f"{above[0]:+.3f} [{above[1]:+.3f}, {above[2]:+.3f}]", _rise(own), found["kept_step"],
-            f"{own['pairs']}, {own['conditions']}",
-        ])  # fmt: skip
+        own = found["held_out"]
+        other = found["control"]
+        above = found["above_control"]
+        said = (
+            ("**learnt**, runs away" if found["runs_away"] else "**learnt**") if found["learnt"] else NOTHING
+        )
+        rows.append(
+            [
+                stage,
+                said,
+                _with_interval(own),
+                "" if other is None else _with_interval(other),
+                "" if above is None else f"{above[0]:+.3f} [{above[1]:+.3f}, {above[2]:+.3f}]",
+                _rise(own),
+                found["kept_step"],
+                f"{own['pairs']}, {own['conditions']}",
+            ]
+        )
     kept = ", ".join(data["kept"])
-    lines = ["# " + (f"Learnt: {kept}" if kept else f"{NOTHING.capitalize()}; the base stays"), "", *markdown_rows(head, rows), ""]
+    lines = [
+        "# " + (f"Learnt: {kept}" if kept else f"{NOTHING.capitalize()}; the base stays"),
+        "",
+        *markdown_rows(head, rows),
+        "",
+    ]
     lines += [
-        "Accuracy: share of pairs, of conditions that neither trained nor chose the network, that its implicit reward orders as people "
-        f"did. Brackets: {data['confidence']:.1%} intervals over conditions. Learnt: both intervals above what chance gives, so that "
-        "answers given at random pass in 5 % of tunings at most. Error of the preferred: what it rose by; where it rises, the network runs "
-        "from the rejected ones, and assets get worse.",
+        (
+            "Accuracy: share of pairs, of conditions that neither trained nor chose the network, that its"
+            f" implicit reward orders as people did. Brackets: {data['confidence']:.1%} intervals over"
+            " conditions. Learnt: both intervals above what chance gives, so that answers given at random"
+            " pass in 5 % of tunings at most. Error of the preferred: what it rose by; where it rises, the"
+            " network runs from the rejected ones, and assets get worse."
+        ),
     ]
     if data["judges"]:
         rows = [[name, _with_interval(found), found["pairs"]] for name, found in data["judges"].items()]
-        lines += ["", "Judges, on pairs that they were not fitted to:", "", *markdown_rows(["judge", "accuracy", "pairs"], rows)]
+        lines += [
+            "",
+            "Judges, on pairs that they were not fitted to:",
+            "",
+            *markdown_rows(["judge", "accuracy", "pairs"], rows),
+        ]
     if data["labels"]:
         lines += ["", *(f"- {name.replace('_', ' ')}: {value}" for name, value in data["labels"].items())]
     warnings = [f"- {stage}: {text}" for stage, found in data["stages"].items() for text in found["warnings"]]

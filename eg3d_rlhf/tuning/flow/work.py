@@ -1,15 +1,18 @@
-"""WORK: the folder in which a flow generator is drawn from, labelled, tuned, tested and exported, and which remembers all of it.
+"""WORK: the folder in which a flow generator is drawn from, labelled, tuned, tested and exported, and which
+remembers all of it.
 
-    work.json                   what `new` was told and chose: pipeline, conditions of each split, campaign, seeds
+    work.json                   what `new` was told and chose: pipeline, conditions of each split, campaign,
+                                seeds
     inputs/                     the pictures, or prompts.txt
     conditions.safetensors      embeddings of all conditions, by the generator's own encoder
-    drawn/base/                 assets of the generator as it is, their latents, ranking.jsonl and prompts.jsonl, for people to compare
+    drawn/base/                 assets of the generator as it is, their latents, ranking.jsonl and
+                                prompts.jsonl, for people to compare
     labels.db                   what people answered
     tune-00/                    STAGE/ and control/STAGE/ of a training
     drawn/tuned-00/ ...         assets of test conditions, for study-00/
 
-Conditions are divided by a hash of their names. Those to train on and to choose on are drawn and shown; those of the test are drawn for
-`study` alone, once everything is trained and chosen.
+Conditions are divided by a hash of their names. Those to train on and to choose on are drawn and shown; those
+of the test are drawn for `study` alone, once everything is trained and chosen.
 """
 
 import functools
@@ -88,13 +91,16 @@ class Labels:
 
     @property
     def repeats(self) -> tuple[int, int]:
-        """Of pairs that a person answered again: how often the answer was the first one, and how many there were."""
+        """Of pairs that a person answered again: how often the answer was the first one, and how many there
+        were.
+        """
         first: dict[tuple[str, frozenset[str]], str | None] = {}
         same = asked = 0
         for answer in sorted(self.answers, key=lambda answer: answer.time):
             key = (answer.annotator, answer.pair)
             if answer.repeat and key in first:
-                same, asked = same + (answer.preferred == first[key]), asked + 1
+                same = same + (answer.preferred == first[key])
+                asked = asked + 1
             first.setdefault(key, answer.preferred)
         return same, asked
 
@@ -123,7 +129,8 @@ class Work:
     precision: str = "float32"  # in which the flows compute
     batch: int = 1  # assets drawn at once, and pairs in one pass
     campaign: str = "labels"
-    inputs: Mapping[str, str] = field(default_factory=dict)  # of pictures: their files in inputs/, by condition
+    # of pictures: their files in inputs/, by condition
+    inputs: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     # ---- making, opening
@@ -133,11 +140,16 @@ class Work:
         """Raises: FileNotFoundError for no WORK; ValueError for a damaged one, or one of another version."""
         path = Path(folder) / FILE
         if not path.is_file():
-            raise FileNotFoundError(f"WORK: expected a folder that `eg3d-rlhf flow new` made, got no {FILE} in {folder}. Make it.")
+            raise FileNotFoundError(
+                f"WORK: expected a folder that `eg3d-rlhf flow new` made, got no {FILE} in {folder}. Make it."
+            )
         try:
             written = json.loads(path.read_text())
             if written["format"] != FORMAT:
-                raise ValueError(f"expected format {FORMAT}, got {written['format']!r}, of another version. Use that one, or a new WORK")
+                raise ValueError(
+                    f"expected format {FORMAT}, got {written['format']!r}, of another version. Use that one,"
+                    " or a new WORK"
+                )
             made = cls(folder=Path(folder), **{**written, "stages": tuple(written["stages"])})
             _check_splits(made.splits)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -149,13 +161,19 @@ class Work:
         _check_splits(self.splits)
         path = self.folder / FILE
         if path.exists():
-            raise ValueError(f"WORK: expected a new folder, got {self.folder} with a {FILE}. Go on with it, or name another.")
+            raise ValueError(
+                f"WORK: expected a new folder, got {self.folder} with a {FILE}. Go on with it, or name"
+                " another."
+            )
         told = {name: value for name, value in asdict(self).items() if name != "folder"}
         write_atomic(path, (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
         return self
 
     def check_pipeline(self) -> FlowFamily:
-        """The generator's family, once its files are those that `new` saw. Raises: ValueError, FileNotFoundError."""
+        """The generator's family, once its files are those that `new` saw.
+
+        Raises: ValueError, FileNotFoundError.
+        """
         family = family_of(Path(self.pipeline), say=_said)
         files = family.files(Path(self.pipeline))
         if family.name != self.family or set(files) != set(self.files):
@@ -168,7 +186,9 @@ class Work:
 
     def _changed(self, got: str) -> ValueError:
         when = f"as it was when {self.folder} was made"
-        return ValueError(f"WORK: expected {self.pipeline} {when}, got {got}. Restore it, or make a new WORK.")
+        return ValueError(
+            f"WORK: expected {self.pipeline} {when}, got {got}. Restore it, or make a new WORK."
+        )
 
     # ---- conditions
 
@@ -201,7 +221,11 @@ class Work:
 
     def numbered(self, what: str) -> list[Path]:
         """Folders such as tune-00, in order."""
-        there = [path for path in self.folder.glob(f"{what}-*") if re.fullmatch(rf"{what}-\d+", path.name) and path.is_dir()]
+        there = [
+            path
+            for path in self.folder.glob(f"{what}-*")
+            if re.fullmatch(rf"{what}-\d+", path.name) and path.is_dir()
+        ]
         return sorted(there, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def next(self, what: str) -> Path:
@@ -210,19 +234,29 @@ class Work:
         return self.folder / f"{what}-{int(there[-1].name.rpartition('-')[2]) + 1 if there else 0:02d}"
 
     def tuned(self, tune: Path, control: bool = False) -> dict[str, Path]:
-        """Tuned weights of a training such as tune-00, or of its control, by stage; empty where it kept nothing."""
+        """Tuned weights of a training such as tune-00, or of its control, by stage; empty where it kept
+        nothing.
+        """
         place = tune / "control" if control else tune
         return {stage: place / stage for stage in self.stages if (place / stage / META).is_file()}
 
     def training(self, name: str | None = None) -> Path:
-        """A training's folder, the latest by default, with tuned weights. Raises: FileNotFoundError, ValueError."""
+        """A training's folder, the latest by default, with tuned weights.
+
+        Raises: FileNotFoundError, ValueError.
+        """
         there = {path.name: path for path in self.numbered("tune")}
         if not there or (name is not None and name not in there):
             got = ", ".join(there) or "none"
-            raise FileNotFoundError(f"WORK: expected {name or 'a training'}, got {got}. Tune: eg3d-rlhf flow tune {self.folder}")
+            raise FileNotFoundError(
+                f"WORK: expected {name or 'a training'}, got {got}. Tune: eg3d-rlhf flow tune {self.folder}"
+            )
         path = there[name] if name else list(there.values())[-1]
         if not self.tuned(path):
-            raise ValueError(f"{path}: expected tuned weights, got none: it was stopped, or its labels taught nothing. Tune again.")
+            raise ValueError(
+                f"{path}: expected tuned weights, got none: it was stopped, or its labels taught nothing."
+                " Tune again."
+            )
         return path
 
     # ---- what was drawn and said
@@ -231,7 +265,9 @@ class Work:
         """The list of drawn assets. Raises: FileNotFoundError for none."""
         path = self.drawn(name) / RANKING
         if not path.is_file():
-            raise FileNotFoundError(f"WORK: expected drawn assets, got no {path}. Draw them: eg3d-rlhf flow draw {self.folder}")
+            raise FileNotFoundError(
+                f"WORK: expected drawn assets, got no {path}. Draw them: eg3d-rlhf flow draw {self.folder}"
+            )
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
     def labels(self) -> Labels:
@@ -240,18 +276,27 @@ class Work:
         Raises: FileNotFoundError or ValueError for none, or for those of other assets or of test conditions.
         """
         if not (self.folder / "labels.db").is_file():
-            raise FileNotFoundError(f"WORK: expected people's answers, got none yet. Label: eg3d-rlhf flow label {self.folder}")
+            raise FileNotFoundError(
+                f"WORK: expected people's answers, got none yet. Label: eg3d-rlhf flow label {self.folder}"
+            )
         drawn = {(line["condition"], line["seed"]): line["look_at"] for line in self.lines()}
         with open_store(self.database, create=False) as store:
             if store.campaign(self.campaign) is None:
-                raise ValueError(f"labels.db: expected campaign {self.campaign!r}, got none. Label: eg3d-rlhf flow label {self.folder}")
+                raise ValueError(
+                    f"labels.db: expected campaign {self.campaign!r}, got none. Label: eg3d-rlhf flow label"
+                    f" {self.folder}"
+                )
             rows = kept_judgements(store, LabelFilters(campaign=self.campaign), Mode.LABEL)
         answers = list(self._answers(rows, drawn))
         if not answers:
-            raise ValueError(f"WORK: expected people's answers, got none yet. Label: eg3d-rlhf flow label {self.folder}")
+            raise ValueError(
+                f"WORK: expected people's answers, got none yet. Label: eg3d-rlhf flow label {self.folder}"
+            )
         return Labels(answers, self.drawn())
 
-    def _answers(self, rows: Sequence[JudgementRow], drawn: Mapping[tuple[str, int], str]) -> Iterator[Answer]:
+    def _answers(
+        self, rows: Sequence[JudgementRow], drawn: Mapping[tuple[str, int], str]
+    ) -> Iterator[Answer]:
         shown = set(self.names(*SHOWN))
         known: dict[tuple[str, str], bool] = {}
         for row in rows:
@@ -262,11 +307,19 @@ class Work:
                     known[name, shape.file] = _is(self.drawn() / name, shape.file)
                 if name is None or not known[name, shape.file] or shape.condition not in shown:
                     got = f"one of {shape.condition!r}, seed {shape.seed}"
-                    raise ValueError(f"labels.db: expected answers on the assets of {self.drawn()}, got {got}. Restore it, or label again.")
+                    raise ValueError(
+                        f"labels.db: expected answers on the assets of {self.drawn()}, got {got}. Restore it,"
+                        " or label again."
+                    )
                 names.append(name)
             yield Answer(
-                condition=row.left.condition, left=names[0], right=names[1], choice="tie" if row.choice.equal else row.choice.value,
-                annotator=row.annotator, repeat=row.kind in (Kind.REPEAT, Kind.SWAP), time=row.received_at,
+                condition=row.left.condition,
+                left=names[0],
+                right=names[1],
+                choice="tie" if row.choice.equal else row.choice.value,
+                annotator=row.annotator,
+                repeat=row.kind in (Kind.REPEAT, Kind.SWAP),
+                time=row.received_at,
             )
 
 
@@ -288,7 +341,10 @@ def divide(names: Sequence[str], seed: int, shares: Sequence[float] = SHARES) ->
     """
     if len(shares) != len(SPLITS) or any(share < 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
         got = ", ".join(f"{share:g}" for share in shares)
-        raise ValueError(f"--split: expected shares of {', '.join(SPLITS)} that add up to 1, got {got}. Write 0.6,0.2,0.2 or so.")
+        raise ValueError(
+            f"--split: expected shares of {', '.join(SPLITS)} that add up to 1, got {got}. Write 0.6,0.2,0.2"
+            " or so."
+        )
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     choose, test = (max(round(share * len(order)), int(share > 0)) for share in shares[1:])
     splits = {TEST: order[:test], CHOOSE: order[test : test + choose], TRAIN: order[test + choose :]}
@@ -303,10 +359,19 @@ def _check_splits(splits: Mapping[str, Sequence[str]]) -> None:
     empty = [split for split, count in counts.items() if not count]
     if empty:
         got = ", ".join(f"{count} to {split}" for split, count in counts.items())
-        raise ValueError(f"--split: expected conditions to train, choose and test on, got {got}. Give more, or other shares.")
-    twice = [name for name, count in Counter(name for split in SPLITS for name in splits[split]).items() if count > 1]
+        raise ValueError(
+            f"--split: expected conditions to train, choose and test on, got {got}. Give more, or other"
+            " shares."
+        )
+    twice = [
+        name
+        for name, count in Counter(name for split in SPLITS for name in splits[split]).items()
+        if count > 1
+    ]
     if twice:
-        raise ValueError(f"splits: expected every condition in one, got {twice[0]!r} in two. Restore the file.")
+        raise ValueError(
+            f"splits: expected every condition in one, got {twice[0]!r} in two. Restore the file."
+        )
 
 
 def _said(notice: str) -> None:
@@ -326,4 +391,8 @@ def hashes(files: Mapping[str, Path]) -> dict[str, list]:
 
 def _reason(error: Exception) -> str:
     missing = isinstance(error, (TypeError, KeyError, AttributeError))
-    return f"expected what `flow new` writes, got a file that lacks or adds something ({error}). Restore it" if missing else str(error)
+    return (
+        f"expected what `flow new` writes, got a file that lacks or adds something ({error}). Restore it"
+        if missing
+        else str(error)
+    )

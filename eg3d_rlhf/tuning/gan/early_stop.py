@@ -1,8 +1,10 @@
-"""Early stop: a reward run keeps the snapshot that a second reward and the distance from the reference choose; no judge is asked.
+"""Early stop: a reward run keeps the snapshot that a second reward and the distance from the reference
+choose; no judge is asked.
 
-At each tick, on the watch's latents: the second reward's paired gain over the snapshot that is kept so far, in standard errors, and the
-density-consistency distance mean |sigma - sigma_ref|. The burden of proof is on what went further away: such a snapshot takes the place of
-the kept one where its gain is larger than `early_stop` standard errors, a nearer one where there is no loss. A snapshot further away than
+At each tick, on the watch's latents: the second reward's paired gain over the snapshot that is kept so far,
+in standard errors, and the density-consistency distance mean |sigma - sigma_ref|. The burden of proof is on
+what went further away: such a snapshot takes the place of the kept one where its gain is larger than
+`early_stop` standard errors, a nearer one where there is no loss. A snapshot further away than
 `early_stop_distance` never takes the place of one within it. Training itself goes on to its end, unchanged.
 
 Letters: N latents; D, H, W grid points along z, y, x.
@@ -30,12 +32,15 @@ from training.networks import RENDERED, Networks
 
 def gain_in_errors(gain: np.ndarray) -> float:
     """Mean of paired differences [N] in standard errors; infinite where they are all alike and not 0."""
-    mean, error = float(gain.mean()), float(gain.std(ddof=1) / math.sqrt(len(gain)))
+    mean = float(gain.mean())
+    error = float(gain.std(ddof=1) / math.sqrt(len(gain)))
     return mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
 
 
 def replaces(config: EarlyStopConfig, distance: float, kept: float, gain: np.ndarray) -> bool:
-    """Whether a snapshot at `distance` takes the place of one at `kept`, over which the second reward gains [N]; see the module."""
+    """Whether a snapshot at `distance` takes the place of one at `kept`, over which the second reward gains
+    [N]; see the module.
+    """
     limit = math.inf if config.early_stop_distance is None else config.early_stop_distance
     if distance > limit or kept > limit:
         return distance < kept
@@ -44,12 +49,17 @@ def replaces(config: EarlyStopConfig, distance: float, kept: float, gain: np.nda
 
 
 @torch.no_grad()
-def consistency(G: torch.nn.Module, G_ref: torch.nn.Module, resolution: int, seeds=WATCH.all, batch: int = 8) -> np.ndarray:
-    """Density-consistency distance [N] of seeds at the watch's truncation, on a grid of `resolution` points per edge of the whole cube."""
+def consistency(
+    G: torch.nn.Module, G_ref: torch.nn.Module, resolution: int, seeds=WATCH.all, batch: int = 8
+) -> np.ndarray:
+    """Density-consistency distance [N] of seeds at the watch's truncation, on a grid of `resolution` points
+    per edge of the whole cube.
+    """
     distances = []
     for part in (list(seeds)[i : i + batch] for i in range(0, len(seeds), batch)):
         here, there = (
-            g.field(ws_of_seeds(g, part, truncation_psi=PSI)).density_grid(SlabSpec.of(g.bounds, resolution)) for g in (of(G), of(G_ref))
+            g.field(ws_of_seeds(g, part, truncation_psi=PSI)).density_grid(SlabSpec.of(g.bounds, resolution))
+            for g in (of(G), of(G_ref))
         )
         distances.append(density_l1(here, there).double().cpu())
     return torch.cat(distances).numpy()
@@ -59,7 +69,8 @@ class EarlyStop(torch.nn.Module):
     """The kept networks and what chose them: all of it tensors, which the run's checkpoints carry.
 
     Args:
-        nets: that are trained; G_ref: the frozen reference; resolution: of the cubes whose distance is taken; latents: of the watch.
+        nets: that are trained; G_ref: the frozen reference; resolution: of the cubes whose distance is taken;
+            latents: of the watch.
     """
 
     second: torch.Tensor  # [N] changes of the second reward
@@ -68,12 +79,22 @@ class EarlyStop(torch.nn.Module):
     rendered: torch.Tensor  # resolution that the kept G renders
 
     def __init__(
-        self, nets: Networks, G_ref: torch.nn.Module, config: EarlyStopConfig, resolution: int, latents: int = WATCH.count
+        self,
+        nets: Networks,
+        G_ref: torch.nn.Module,
+        config: EarlyStopConfig,
+        resolution: int,
+        latents: int = WATCH.count,
     ):
         super().__init__()
-        self.config, self.resolution, self._reference = config, resolution, [G_ref]  # a list hides it: it has its place in the checkpoint
+        # a list hides it: it has its place in the checkpoint
+        self.config = config
+        self.resolution = resolution
+        self._reference = [G_ref]
         parts = {"G": nets.G, "D": nets.D, "G_ema": nets.G_ema}
-        self.kept = torch.nn.ModuleDict({name: copy.deepcopy(part) for name, part in parts.items() if part is not None})
+        self.kept = torch.nn.ModuleDict(
+            {name: copy.deepcopy(part) for name, part in parts.items() if part is not None}
+        )
         self.register_buffer("second", torch.zeros(latents, dtype=torch.float64))
         self.register_buffer("distance", torch.tensor(math.inf, dtype=torch.float64))
         self.register_buffer("at", torch.tensor(-1))
@@ -82,7 +103,8 @@ class EarlyStop(torch.nn.Module):
         self.ledger: list[dict] = []  # one entry per tick
 
     def tick(self, loop, stats: dict, second: np.ndarray) -> dict[str, str]:
-        """Choose between the kept snapshot and the present one; adds to the statistics, returns a field for the status line.
+        """Choose between the kept snapshot and the present one; adds to the statistics, returns a field for
+        the status line.
 
         Args: second [N]: the second reward's changes since the untuned generator, on the watch's latents.
         """
@@ -93,7 +115,11 @@ class EarlyStop(torch.nn.Module):
         if first or replaces(self.config, float(distances.mean()), float(self.distance), gain):
             self._keep(nets, loop.cur_nimg, second, float(distances.mean()))
             networks.save(loop.files.folder / KEPT, self.networks(nets))
-        stats["Watch/distance"] = {"num": len(distances), "mean": float(distances.mean()), "std": float(distances.std())}
+        stats["Watch/distance"] = {
+            "num": len(distances),
+            "mean": float(distances.mean()),
+            "std": float(distances.std()),
+        }
         stats["EarlyStop/images"] = {"num": 1, "mean": float(self.at), "std": 0.0}
         stats["EarlyStop/gain"] = {"num": len(gain), "mean": float(gain.mean()), "std": float(gain.std())}
         self._note(loop.cur_nimg, stats)
@@ -110,10 +136,16 @@ class EarlyStop(torch.nn.Module):
     def _note(self, cur_nimg: int, stats: dict) -> None:
         gain = stats["EarlyStop/gain"]
         error = gain["std"] / math.sqrt(max(gain["num"] - 1, 1))
-        self.ledger.append({
-            "images": cur_nimg, "second": stats["Watch/second"]["mean"], "distance": stats["Watch/distance"]["mean"],
-            "gain_over_kept": gain["mean"], "gain_error": error, "kept": int(stats["EarlyStop/images"]["mean"]),
-        })  # fmt: skip
+        self.ledger.append(
+            {
+                "images": cur_nimg,
+                "second": stats["Watch/second"]["mean"],
+                "distance": stats["Watch/distance"]["mean"],
+                "gain_over_kept": gain["mean"],
+                "gain_error": error,
+                "kept": int(stats["EarlyStop/images"]["mean"]),
+            }
+        )
 
     def restore(self, stats_file: Path) -> None:
         self.ledger = []
@@ -130,6 +162,10 @@ class EarlyStop(torch.nn.Module):
 
     def record(self) -> dict:
         return {
-            "images": int(self.at), "of": self.ledger[-1]["images"] if self.ledger else int(self.at), "distance": float(self.distance),
-            "second": float(self.second.mean()), "rule": dataclasses.asdict(self.config), "ticks": self.ledger,
-        }  # fmt: skip
+            "images": int(self.at),
+            "of": self.ledger[-1]["images"] if self.ledger else int(self.at),
+            "distance": float(self.distance),
+            "second": float(self.second.mean()),
+            "rule": dataclasses.asdict(self.config),
+            "ticks": self.ledger,
+        }

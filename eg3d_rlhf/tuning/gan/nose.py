@@ -1,6 +1,7 @@
 """The nose floor: a penalty on faces that come nearer to the frontal camera than any untuned one does.
 
-A depth reward sees one side of a head, and a nose that grows towards the camera is the nearest way to a higher score.
+A depth reward sees one side of a head, and a nose that grows towards the camera is the nearest way to a
+higher score.
 
 Letters: N samples, h, w = rows and columns of the window.
 """
@@ -10,15 +11,18 @@ import torch
 from eg3d_rlhf.core.field import Field, RenderOptions, fixed_draws
 from eg3d_rlhf.generators import Generator
 
-PIXELS, FIRST, SIDE = 128, 53, 20  # of the published frontal map: its edge; rows and columns 53..72 are read
+# of the published frontal map: its edge; rows and columns 53..72 are read
+PIXELS = 128
+FIRST = 53
+SIDE = 20
 PSI = 0.25  # truncation of the untuned samples
 
 
 def floor_loss(depth: torch.Tensor, floor: float | torch.Tensor, violators: bool = False) -> torch.Tensor:
     """Mean of (floor - depth)+ over a window, [N, h, w] -> [N], world units. Differentiable in depth.
 
-    Args: violators: the published mean, over those pixels alone that are nearer than the floor, so that one counts as much as a thousand;
-    0 where there are none.
+    Args: violators: the published mean, over those pixels alone that are nearer than the floor, so that one
+    counts as much as a thousand; 0 where there are none.
     Deviates: published code takes that mean over all samples of a batch at once.
     """
     missing = torch.relu(floor - depth).flatten(1)  # [N, h * w]
@@ -28,7 +32,8 @@ def floor_loss(depth: torch.Tensor, floor: float | torch.Tensor, violators: bool
 class NoseFloor(torch.nn.Module):
     """Least depth d* of untuned faces in the middle of the frontal map, and the loss below it.
 
-    Args: generator: the untuned one; ws: its samples at PSI, in batches [N, L, W]; kind: of NOSE_FLOORS, see `floor_loss`.
+    Args: generator: the untuned one; ws: its samples at PSI, in batches [N, L, W]; kind: of NOSE_FLOORS, see
+        `floor_loss`.
     """
 
     floor: torch.Tensor
@@ -36,8 +41,11 @@ class NoseFloor(torch.nn.Module):
     @torch.no_grad()
     def __init__(self, generator: Generator, ws: torch.Tensor, kind: str):
         super().__init__()
-        self.kind, self._camera = kind, window_camera(generator)
-        self.register_buffer("floor", torch.stack([self._depth(generator.field(part)).amin() for part in ws.split(16)]).amin())
+        self.kind = kind
+        self._camera = window_camera(generator)
+        self.register_buffer(
+            "floor", torch.stack([self._depth(generator.field(part)).amin() for part in ws.split(16)]).amin()
+        )
 
     def _depth(self, field: Field) -> torch.Tensor:
         with fixed_draws():
@@ -50,7 +58,8 @@ class NoseFloor(torch.nn.Module):
 def window_camera(generator: Generator) -> torch.Tensor:
     """Label [1, 25] of a frontal camera whose pixels are rows and columns 53..72 of a picture of 128."""
     with fixed_draws():  # the pose sampler draws, though to no effect
-        label, scale = generator.cameras.label(), PIXELS / SIDE
+        label = generator.cameras.label()
+        scale = PIXELS / SIDE
     intrinsics = label[0, 16:25].view(3, 3)
     intrinsics[:2, :2] *= scale
     intrinsics[:2, 2] = (intrinsics[:2, 2] - FIRST / PIXELS) * scale

@@ -1,8 +1,11 @@
-"""The reward phase (Grlhf): L = -lambda_r mean clip(shape(r(o(G(z))))) + lambda_sigma mean h |sigma_G - sigma_ref| (+ front growth).
+"""The reward phase (Grlhf): L = -lambda_r mean clip(shape(r(o(G(z))))) + lambda_sigma mean h
+|sigma_G - sigma_ref| (+ front growth).
 
-o is what the reward observes, shape one of `SHAPINGS`, and the clip acts as a trust region. h is 1, and with a gated anchor less for
-shapes that scored below the clip before tuning: what is good is held, what is not may move.
-Letters: N batch, M reference samples, E embedding; observed [N, ...] is what the reward reads; D, H, W grid points along z, y, x.
+o is what the reward observes, shape one of `SHAPINGS`, and the clip acts as a trust region. h is 1, and with
+a gated anchor less for shapes that scored below the clip before tuning: what is good is held, what is not may
+move.
+Letters: N batch, M reference samples, E embedding; observed [N, ...] is what the reward reads; D, H, W grid
+points along z, y, x.
 """
 
 import copy
@@ -28,10 +31,16 @@ MOSTLY = 0.5  # share of untuned scores outside the trust region from which the 
 
 
 class Shaping(torch.nn.Module):
-    """Turns what a reward reads into the quantity that the reward phase maximises. This one is the score itself."""
+    """Turns what a reward reads into the quantity that the reward phase maximises. This one is the score
+    itself.
+    """
 
-    def forward(self, network: Network, observed: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """observed [N, ...], places [N] of the samples in the whole run -> shaped [N], raw score [N]. Differentiable in observed."""
+    def forward(
+        self, network: Network, observed: torch.Tensor, places: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """observed [N, ...], places [N] of the samples in the whole run -> shaped [N], raw score [N].
+        Differentiable in observed.
+        """
         del places
         score = network.score(observed)
         return self.shaped(score), score
@@ -41,11 +50,13 @@ class Shaping(torch.nn.Module):
 
 
 class Standardised(Shaping):
-    """(r - mean) * scale over the initial samples, with scale = min(1 / max(std, 0.5 |mean|), 10) (sigma-reward.md, section 4).
+    """(r - mean) * scale over the initial samples, with scale = min(1 / max(std, 0.5 |mean|), 10)
+    (sigma-reward.md, section 4).
 
-    Where training fitted a temperature T, r / T is the log odds that a label falls so, and the scale is at most 1 / T: standardising may
-    shrink log odds and never magnifies them. A reward that does not order its validation pairs has scores that hardly vary, or a large T;
-    blown up to a deviation of 1 it would push every shape as hard as a reward that knows.
+    Where training fitted a temperature T, r / T is the log odds that a label falls so, and the scale is at
+    most 1 / T: standardising may shrink log odds and never magnifies them. A reward that does not order its
+    validation pairs has scores that hardly vary, or a large T; blown up to a deviation of 1 it would push
+    every shape as hard as a reward that knows.
     """
 
     mean: torch.Tensor
@@ -54,16 +65,20 @@ class Standardised(Shaping):
     def __init__(self, initial_scores: torch.Tensor, temperature: float | None = None):
         """
         Args:
-            initial_scores: [M] of the untuned generator; those beyond 1.5 interquartile ranges of the quartiles are left out.
+            initial_scores: [M] of the untuned generator; those beyond 1.5 interquartile ranges of the
+                quartiles are left out.
             temperature: T; None where none was fitted, as in published rewards.
         """
         super().__init__()
         most = 10.0 if temperature is None else min(10.0, 1 / temperature)
         low, high = widened_quartiles(initial_scores)
         initial_scores = initial_scores[(initial_scores >= low) & (initial_scores <= high)]
-        mean, std = initial_scores.mean(), initial_scores.std()
+        mean = initial_scores.mean()
+        std = initial_scores.std()
         self.register_buffer("mean", mean)
-        self.register_buffer("scale", (1 / torch.maximum(std, 0.5 * mean.abs()).clamp_min(1e-8)).clamp_max(most))
+        self.register_buffer(
+            "scale", (1 / torch.maximum(std, 0.5 * mean.abs()).clamp_min(1e-8)).clamp_max(most)
+        )
 
     def shaped(self, score: torch.Tensor) -> torch.Tensor:
         return (score - self.mean) * self.scale
@@ -77,10 +92,11 @@ class NegativeSoftplus(Shaping):
 
 
 class ReferenceWins(Shaping):
-    """Mean probability, by the pairs head, of winning against `comparisons` reference samples, in both orders.
+    """Mean probability, by the pairs head, of winning against `comparisons` reference samples, in both
+    orders.
 
-    The references are embeddings of samples of the untuned generator. The run's sample i meets references i * comparisons, and those after
-    it, cyclically: whichever rank or accumulation round it falls to.
+    The references are embeddings of samples of the untuned generator. The run's sample i meets references
+    i * comparisons, and those after it, cyclically: whichever rank or accumulation round it falls to.
     """
 
     references: torch.Tensor
@@ -89,19 +105,27 @@ class ReferenceWins(Shaping):
         super().__init__()
         self.comparisons = comparisons
         self.register_buffer("references", references)
-        self.register_buffer("offset", torch.zeros([], dtype=torch.int64))  # unused: checkpoints of earlier versions hold it
+        # unused: checkpoints of earlier versions hold it
+        self.register_buffer("offset", torch.zeros([], dtype=torch.int64))
 
-    def forward(self, network: Network, observed: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, network: Network, observed: torch.Tensor, places: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         embedding = network.embed(observed)  # [N, E]
         score = network.score_embedding(embedding)
         count = self.comparisons
-        index = (places[:, None] * count + torch.arange(count, device=places.device)).flatten() % len(self.references)  # [N * count]
-        margin = network.pair_margin(embedding.repeat_interleave(count, dim=0), self.references[index])  # [N * count]
+        # [N * count]
+        index = (places[:, None] * count + torch.arange(count, device=places.device)).flatten() % len(
+            self.references
+        )
+        # [N * count]
+        margin = network.pair_margin(embedding.repeat_interleave(count, dim=0), self.references[index])
         return torch.sigmoid(margin).unflatten(0, (len(embedding), count)).mean(dim=1), score
 
 
 SHAPINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, float | None], Shaping]] = {
-    # from the untuned generator's scores [M] and embeddings [M, E], and the reward's temperature, if one was fitted
+    # from the untuned generator's scores [M] and embeddings [M, E], and the reward's temperature, if one was
+    # fitted
     "none": lambda scores, embeddings, temperature: Shaping(),
     "standardised": lambda scores, embeddings, temperature: Standardised(scores, temperature),
     "softplus": lambda scores, embeddings, temperature: NegativeSoftplus(),
@@ -115,7 +139,8 @@ def widened_quartiles(values: torch.Tensor) -> tuple[float, float]:
 
 
 def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
-    """Bounds of the trust region from the untuned generator's shaped rewards [M]; iqr: their quartiles, widened by 1.5 times their range.
+    """Bounds of the trust region from the untuned generator's shaped rewards [M]; iqr: their quartiles,
+    widened by 1.5 times their range.
 
     Raises: ValueError naming --reward-clip where LOW is not below HIGH.
     """
@@ -125,12 +150,18 @@ def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
 
 
 class RewardPhaseState(torch.nn.Module):
-    """What the phase carries through a checkpoint: the frozen reference, the shaping's constants, the clip bounds, the nose floor."""
+    """What the phase carries through a checkpoint: the frozen reference, the shaping's constants, the clip
+    bounds, the nose floor.
+    """
 
     bounds: torch.Tensor
 
     def __init__(
-        self, G_ref: torch.nn.Module, shaping: torch.nn.Module, bounds: tuple[float, float], nose_floor: NoseFloor | None = None
+        self,
+        G_ref: torch.nn.Module,
+        shaping: torch.nn.Module,
+        bounds: tuple[float, float],
+        nose_floor: NoseFloor | None = None,
     ):
         super().__init__()
         self.G_ref = G_ref
@@ -144,12 +175,14 @@ class RewardTerms:
     """Losses of Grlhf.
 
     Args:
-        G: the generator being tuned; G_ema: the pretrained moving average, copied and frozen as the reference.
+        G: the generator being tuned; G_ema: the pretrained moving average, copied and frozen as the
+            reference.
         reward: frozen; it has been checked against the generator.
     """
 
     def __init__(self, G: torch.nn.Module, G_ema: torch.nn.Module, reward: Reward, config: RewardConfig):
-        self.generator, self.config = of(G), config
+        self.generator = of(G)
+        self.config = config
         self.reward = reward.eval().requires_grad_(False).arranged()
         G_ref = copy.deepcopy(G_ema).eval().requires_grad_(False)
         self.reference = of(G_ref)
@@ -163,7 +196,9 @@ class RewardTerms:
         self.state = RewardPhaseState(G_ref, shaping, bounds, floor)
 
     def _calibrate(self) -> tuple[Shaping, tuple[float, float]]:
-        reference, network, seen = self.reference, self.reward.network, []
+        reference = self.reference
+        network = self.reward.network
+        seen = []
         device = device_of(reference)
         seeds = STANDARDISATION.all if self.config.reward_shaping == "standardised" else CALIBRATION.all
         for part in latents(seeds, reference.z_dim).to(device).split(16):
@@ -172,28 +207,40 @@ class RewardTerms:
         embeddings = torch.cat([network.embed(s) for s in seen])
         self.initial_scores = torch.cat([network.score(s) for s in seen])
         temperature = self.reward.provenance.get("temperature")
-        shaping = SHAPINGS[self.config.reward_shaping](self.initial_scores, embeddings, temperature).to(device)
+        shaping = SHAPINGS[self.config.reward_shaping](self.initial_scores, embeddings, temperature).to(
+            device
+        )
         shaped = torch.cat([shaping(network, s, torch.arange(len(s), device=device))[0] for s in seen])
         low, high = clip_bounds(self.config.reward_clip, shaped)
         outside = ((shaped < low) | (shaped > high)).float().mean().item()
         if outside > MOSTLY:
             found = f"{outside:.0%} of untuned scores lie outside {low:g}..{high:g} and give no gradient"
-            warnings.warn(f"--reward-clip: {found}. Use --reward-shaping=standardised, or other bounds.", stacklevel=2)
+            warnings.warn(
+                f"--reward-clip: {found}. Use --reward-shaping=standardised, or other bounds.", stacklevel=2
+            )
         if self.config.anchor_gate < 1 and not (shaped > high).any():
             found = f"no untuned score lies above {high:g}, so that no shape is held with full weight"
             warnings.warn(f"--anchor-gate: {found}. Use e.g. --reward-clip=-10,q0.55.", stacklevel=2)
         return shaping, (low, high)
 
     def losses(self, batch: Batch) -> Iterator[Loss]:
-        """The reward on the batch's latents, then the anchors on fresh ones; each runs backward on its own."""
+        """The reward on the batch's latents, then the anchors on fresh ones;
+        each runs backward on its own.
+        """
         config = self.config
-        ws = self.generator.mapping(batch.gen_z, batch.gen_c, truncation_psi=config.truncation_psi, truncation_cutoff=CUTOFF)
+        ws = self.generator.mapping(
+            batch.gen_z, batch.gen_c, truncation_psi=config.truncation_psi, truncation_cutoff=CUTOFF
+        )
         field = self.generator.field(ws)  # one synthesis for all that looks at it
         observed = self.reward.observation.observe(field)
         shaped, score = self.state.shaping(self.reward.network, observed, batch.places)
         low, high = self.state.bounds.tolist()
         loss = -config.lambda_r * shaped.clamp(low, high)
-        stats = {"RLHF/reward": score, "RLHF/shaped": shaped, "RLHF/clipped": ((shaped < low) | (shaped > high)).float()}
+        stats = {
+            "RLHF/reward": score,
+            "RLHF/shaped": shaped,
+            "RLHF/clipped": ((shaped < low) | (shaped > high)).float(),
+        }
         if self.state.nose_floor is not None:
             stats["RLHF/nose"] = self.state.nose_floor(field)
             loss = loss + config.lambda_nose * stats["RLHF/nose"]
@@ -205,7 +252,9 @@ class RewardTerms:
         config = self.config
 
         def field(generator: Generator) -> Field:
-            return generator.field(generator.mapping(z, c, truncation_psi=config.anchor_psi, truncation_cutoff=CUTOFF))
+            return generator.field(
+                generator.mapping(z, c, truncation_psi=config.anchor_psi, truncation_cutoff=CUTOFF)
+            )
 
         sigma = field(self.generator).density_grid(self.cube)
         with torch.no_grad():
@@ -225,20 +274,25 @@ class RewardTerms:
 
     @torch.no_grad()
     def _gate(self, untuned: Field, places: torch.Tensor) -> torch.Tensor:
-        """Share [N] of the consistency weight: 1 for shapes that scored above the clip before tuning, which get no push either."""
+        """Share [N] of the consistency weight: 1 for shapes that scored above the clip before tuning, which
+        get no push either.
+        """
         shaped, _ = self.state.shaping(self.reward.network, self.reward.observation.observe(untuned), places)
         return torch.where(shaped > self.state.bounds[1], 1.0, self.config.anchor_gate)
 
 
 def density_l1(sigma: torch.Tensor, sigma_ref: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of raw densities (sigma-reward.md, section 4). sigma, sigma_ref [N, D, H, W] -> [N]."""
+    """Mean absolute difference of raw densities (sigma-reward.md, section 4). sigma, sigma_ref
+    [N, D, H, W] -> [N].
+    """
     return (sigma - sigma_ref).abs().mean(dim=[1, 2, 3])
 
 
 def front_growth(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float = 10.0) -> torch.Tensor:
     """Mean positive growth of density in front of the reference surface.
 
-    A voxel is in front where neither it nor any voxel between it and the camera side (+z) reaches `level` in the reference.
+    A voxel is in front where neither it nor any voxel between it and the camera side (+z) reaches `level` in
+    the reference.
 
     Args:
         sigma, sigma_ref: [N, D, H, W] raw; level: isosurface level.
@@ -253,5 +307,10 @@ def front_growth(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float = 10
 def reward_phase(terms: RewardTerms, optimizer: torch.optim.Optimizer) -> Phase:
     """Grlhf as one more phase of the loop, every iteration, with its own optimizer on G."""
     return Phase(
-        name="Grlhf", module=terms.generator.module, optimizer=optimizer, losses=terms.losses, state=terms.state, own_optimizer=True,
+        name="Grlhf",
+        module=terms.generator.module,
+        optimizer=optimizer,
+        losses=terms.losses,
+        state=terms.state,
+        own_optimizer=True,
     )

@@ -1,10 +1,13 @@
-"""Preference rounds: label shapes of the current generator, train the rewards anew on all labels so far, tune again; several times.
+"""Preference rounds: label shapes of the current generator, train the rewards anew on all labels so far, tune
+again; several times.
 
-A reward knows the shapes that it was trained on; the tuned generator makes others, and there the reward errs. Each round asks again where
-the generator is now. Rewards start from scratch on everything that was labelled, and tuning starts again from the pretrained network, held
-to it by the consistency term: gains of earlier rounds are in the labels, not in the weights (or `--round-start=last`: the weights go on,
-the reference stays the pretrained network). Labels of later rounds lose contrast, since better shapes differ less: the annotator keeps
-the noise of the first round, and the ledger says how many labels are wrong. Scales of the rounds' rewards differ: never compare raw ones.
+A reward knows the shapes that it was trained on; the tuned generator makes others, and there the reward errs.
+Each round asks again where the generator is now. Rewards start from scratch on everything that was labelled,
+and tuning starts again from the pretrained network, held to it by the consistency term: gains of earlier
+rounds are in the labels, not in the weights (or `--round-start=last`: the weights go on, the reference stays
+the pretrained network). Labels of later rounds lose contrast, since better shapes differ less: the annotator
+keeps the noise of the first round, and the ledger says how many labels are wrong. Scales of the rounds'
+rewards differ: never compare raw ones.
 
     round-1/labels.jsonl    the round's own labels
     round-1/pooled.jsonl    with those of all rounds before
@@ -43,7 +46,8 @@ from training.gan import check_fit
 from training.phases import derive_seed
 from training.progress import tqdm
 
-LEDGER, SUMMARY = "ledger.json", "summary.json"
+LEDGER = "ledger.json"
+SUMMARY = "summary.json"
 STEPS = ("labels", "reward", "tuned")  # of a round, in order
 PSI = 1.0  # truncation of the shapes that are labelled
 Done = tuple[dict, list[Path]]
@@ -55,27 +59,35 @@ def _digest(rounds: list[dict]) -> str:
 
 
 class Ledger:
-    """What the rounds of a run have done, in its folder: an entry per round, with the hash of every file that later steps read.
+    """What the rounds of a run have done, in its folder: an entry per round, with the hash of every file that
+    later steps read.
 
     Raises: ValueError, one line, where the ledger or a file that it names is not as the run wrote it.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / LEDGER
+        self.folder = folder
+        self.path = folder / LEDGER
         self.rounds: list[dict] = []
         if self.path.is_file():
             self._read()
 
     def _read(self) -> None:
-        edited = f"{self.path}: expected the ledger as the run wrote it, got another. Restore the file, or start a new run."
+        edited = (
+            f"{self.path}: expected the ledger as the run wrote it, got another. Restore the file, or start a"
+            " new run."
+        )
         try:
             values = json.loads(self.path.read_text())
-            rounds, digest = values["rounds"], values["sha256"]
+            rounds = values["rounds"]
+            digest = values["sha256"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(edited) from None
         if digest != _digest(rounds):
             raise ValueError(edited)
-        for number, name, expected in ((e["round"], *file) for e in rounds for step in STEPS for file in e.get(step, {}).get("files", [])):
+        for number, name, expected in (
+            (e["round"], *file) for e in rounds for step in STEPS for file in e.get(step, {}).get("files", [])
+        ):
             path = self.folder / name
             got = file_hash(path) if path.is_file() else "nothing"
             if got != expected:
@@ -84,18 +96,28 @@ class Ledger:
         self.rounds = rounds
 
     def note(self, entry: dict, step: str, figures: dict, files: list[Path]) -> None:
-        """Write down a step of the last round. Args: files: that it has written and later steps read, inside the run's folder."""
-        entry[step] = {**figures, "files": [[path.relative_to(self.folder).as_posix(), file_hash(path)] for path in files]}
+        """Write down a step of the last round.
+
+        Args: files: that it has written and later steps read, inside the run's folder.
+        """
+        entry[step] = {
+            **figures,
+            "files": [[path.relative_to(self.folder).as_posix(), file_hash(path)] for path in files],
+        }
         text = json.dumps({"rounds": self.rounds, "sha256": _digest(self.rounds)}, indent=2, sort_keys=True)
         storage.write_atomic(self.path, (text + "\n").encode())
 
     def files(self, step: str) -> list[Path]:
-        """The first file of a step in every round so far that has done it: labels, rewards, tuned networks."""
+        """The first file of a step in every round so far that has done it:
+        labels, rewards, tuned networks.
+        """
         return [self.folder / entry[step]["files"][0][0] for entry in self.rounds if step in entry]
 
 
 def run_rounds(count: int, ledger: Ledger, work: "Rounds") -> bool:
-    """Do what is left of `count` rounds, noting every step when it is done. Returns whether all is done; False: a step has to wait."""
+    """Do what is left of `count` rounds, noting every step when it is done. Returns whether all is done;
+    False: a step has to wait.
+    """
     for number in range(1, count + 1):
         if number > len(ledger.rounds):
             ledger.rounds.append({"round": number})
@@ -111,17 +133,23 @@ def run_rounds(count: int, ledger: Ledger, work: "Rounds") -> bool:
 
 
 def table(ledger: Ledger) -> list[str]:
-    """Lines that show the rounds side by side; the watch's figures are changes since the untuned generator, of one round's own reward."""
+    """Lines that show the rounds side by side; the watch's figures are changes since the untuned generator,
+    of one round's own reward.
+    """
     lines = ["round  labels  pooled  noise   test   distance  watch"]
     for entry in ledger.rounds:
         labels, reward, tuned = (entry.get(step, {}) for step in STEPS)
-        noise, test = labels.get("noise"), reward.get("test_accuracy")
+        noise = labels.get("noise")
+        test = reward.get("test_accuracy")
         watch = "  ".join(f"{name} {value:+.3f}" for name, value in tuned.get("watch", {}).items())
-        shown = ["-" if value is None else form.format(value) for value, form in ((noise, "{:.3f}"), (test, "{:.3f}"))]
+        shown = [
+            "-" if value is None else form.format(value)
+            for value, form in ((noise, "{:.3f}"), (test, "{:.3f}"))
+        ]
         distance = f"{tuned['distance']:.3f}" if "distance" in tuned else "-"
         lines.append(
-            f"{entry['round']:<5d}  {labels.get('count', 0):<6d}  {reward.get('pooled', 0):<6d}  {shown[0]:<6s}  {shown[1]:<5s}  "
-            f"{distance:<8s}  {watch}"
+            f"{entry['round']:<5d}  {labels.get('count', 0):<6d}  {reward.get('pooled', 0):<6d} "
+            f" {shown[0]:<6s}  {shown[1]:<5s}  {distance:<8s}  {watch}"
         )
     return lines
 
@@ -130,10 +158,13 @@ def table(ledger: Ledger) -> list[str]:
 
 
 def check(s: Settings, ranks: Ranks) -> None:
-    """Raise ValueError for what would stop a round later: data, networks, rewards and seeds that do not fit."""
+    """Raise ValueError for what would stop a round later:
+    data, networks, rewards and seeds that do not fit.
+    """
     if ranks.world > 1:
         raise ValueError(f"--rounds: expected one process, got {ranks.world}. Start without torchrun.")
-    config, kind = s.rounds, s.reward.reward
+    config = s.rounds
+    kind = s.reward.reward
     with naming("--round-pairs"):
         for number in range(1, config.rounds + 1):
             pairing(s, number, doubt=True)
@@ -160,12 +191,17 @@ def people():
     try:
         from eg3d_rlhf.people.label import launch
     except ImportError as error:
-        raise ValueError(f"--round-labels=people: expected the labelling tool, got: {error}. pip install eg3d-rlhf[label].") from None
+        raise ValueError(
+            f"--round-labels=people: expected the labelling tool, got: {error}. pip install eg3d-rlhf[label]."
+        ) from None
     return launch
 
 
 def pairing(s: Settings, number: int, doubt: bool, rewards: tuple[str, ...] = ()) -> PairingOptions:
-    """Which pairs a round draws; every round has seeds of its own. Args: doubt: whether rewards choose a share of them."""
+    """Which pairs a round draws; every round has seeds of its own.
+
+    Args: doubt: whether rewards choose a share of them.
+    """
     config = s.rounds
     known: dict[str, Any] = {} if config.round_labels == PEOPLE else {"gold": 0, "training": 0}
     share: dict[str, Any] = {}
@@ -178,13 +214,17 @@ def pairing(s: Settings, number: int, doubt: bool, rewards: tuple[str, ...] = ()
 
 
 class Rounds:
-    """The steps of a round, in the folder of a run. Each returns figures for the ledger and the files that it wrote, or None where it has
-    to wait. A step that was cut off is begun again, and then ends as it would have. Args: tune: tunes in a folder, or goes on there.
+    """The steps of a round, in the folder of a run. Each returns figures for the ledger and the files that it
+    wrote, or None where it has to wait. A step that was cut off is begun again, and then ends as it would
+    have. Args: tune: tunes in a folder, or goes on there.
     """
 
     def __init__(self, s: Settings, folder: Path, tune: Tune):
-        self.s, self.folder, self.tune = s, folder, tune
-        self.device, self.first = choose_device(s.run.device), pretrained(s)
+        self.s = s
+        self.folder = folder
+        self.tune = tune
+        self.device = choose_device(s.run.device)
+        self.first = pretrained(s)
 
     def of(self, number: int) -> Path:
         return self.folder / f"round-{number}"
@@ -204,30 +244,45 @@ class Rounds:
         return done and ({"by": self.s.rounds.round_labels, "generator": generator.hash, **done[0]}, done[1])
 
     def _doubters(self, number: int, ledger: Ledger) -> tuple[str, ...]:
-        """File of the rewards whose disagreement chooses pairs; none in the first round, and where there is but one reward."""
+        """File of the rewards whose disagreement chooses pairs; none in the first round, and where there is
+        but one reward.
+        """
         files = ledger.files("reward")[: number - 1]
         return (str(files[-1]),) if files and len(load_reward(files[-1]).members()) > 1 else ()
 
-    def _annotate(self, number: int, ledger: Ledger, generator: LoadedGenerator, options: PairingOptions) -> Done:
+    def _annotate(
+        self, number: int, ledger: Ledger, generator: LoadedGenerator, options: PairingOptions
+    ) -> Done:
         """Labels by the programmatic annotator, with the noise of the first round's."""
-        planned: Plan = plan(options, generator, ensemble=reward_ensemble(options, generator) if options.rewards else None)
+        planned: Plan = plan(
+            options, generator, ensemble=reward_ensemble(options, generator) if options.rewards else None
+        )
         pairs = [(pair.first.seed, pair.second.seed) for pair in planned.pairs]
         asked = AnnotationOptions(pairs=len(pairs), seed=options.seed)
         known = ledger.rounds[0].get("labels", {}).get("temperature")
         with tqdm(total=2 * len(pairs), unit="seed", desc=f"round {number}: judging") as bar:
-            annotation = annotate(generator.generator, asked, lambda _: bar.update() and None, pairs=pairs, temperature=known)
+            annotation = annotate(
+                generator.generator, asked, lambda _: bar.update() and None, pairs=pairs, temperature=known
+            )
         path = write_labels(self.of(number) / "labels.jsonl", annotation.preferences(generator.hash))
         figures = {
-            "count": len(pairs), "noise": sum(not label.clean for label in annotation.labels) / len(pairs),
+            "count": len(pairs),
+            "noise": sum(not label.clean for label in annotation.labels) / len(pairs),
             "temperature": annotation.temperature,
-            "utility": float(annotation.utilities.mean()), "chosen_by_doubt": len(planned.report.get("why", ())),
+            "utility": float(annotation.utilities.mean()),
+            "chosen_by_doubt": len(planned.report.get("why", ())),
             "disagreement": planned.report.get("disagreement_chosen"),
-        }  # fmt: skip
+        }
         return figures, [path]
 
-    def _ask(self, number: int, ledger: Ledger, generator: LoadedGenerator, options: PairingOptions) -> Done | None:
-        """Labels by people: the first call makes a campaign and says how to answer it; a later one reads what they have answered."""
-        campaigns, name = people(), f"round-{number}"
+    def _ask(
+        self, number: int, ledger: Ledger, generator: LoadedGenerator, options: PairingOptions
+    ) -> Done | None:
+        """Labels by people: the first call makes a campaign and says how to answer it; a later one reads what
+        they have answered.
+        """
+        campaigns = people()
+        name = f"round-{number}"
         url = f"sqlite:///{(self.folder / 'labels.db').resolve()}"
         if campaigns.make_round(url, name, generator.path, options):
             print(f"Round {number} waits for people. Label with: {campaigns.label_command(url, name)}")
@@ -235,7 +290,9 @@ class Rounds:
             return None
         with naming("--resume"):
             labels = campaigns.round_labels(url, name, generator, options.pairs)
-            split_by_seed([*(label for path in ledger.files("labels") for label in load_labels(path)), *labels])
+            split_by_seed(
+                [*(label for path in ledger.files("labels") for label in load_labels(path)), *labels]
+            )
         path = write_labels(self.of(number) / "labels.jsonl", labels)
         ties = sum(label.tie for label in labels)
         doubted = round(options.pairs * options.doubtful) if options.rewards else 0
@@ -245,11 +302,18 @@ class Rounds:
 
     def reward(self, number: int, ledger: Ledger) -> Done | None:
         labels = [label for path in ledger.files("labels") for label in load_labels(path)]
-        pooled, out = write_labels(self.of(number) / "pooled.jsonl", labels), self.of(number) / "reward"
-        config, kind, (network, *others) = self.s.rounds, self.s.reward.reward, self.networks(number, ledger)
+        pooled = write_labels(self.of(number) / "pooled.jsonl", labels)
+        out = self.of(number) / "reward"
+        config = self.s.rounds
+        kind = self.s.reward.reward
+        network, *others = self.networks(number, ledger)
         settings = RewardRun(
-            network=network, more_networks=tuple(others), labels=LabelSource.of_file(pooled), observation=kind,
-            members=config.round_members, aggregate=config.round_aggregate,
+            network=network,
+            more_networks=tuple(others),
+            labels=LabelSource.of_file(pooled),
+            observation=kind,
+            members=config.round_members,
+            aggregate=config.round_aggregate,
             train=with_changes(default_options(config.round_preset, kind), seed=self.s.loop.seed),
         )
         print(f"Round {number}: training {settings.members} rewards on {len(labels)} labels.", flush=True)
@@ -260,43 +324,68 @@ class Rounds:
             print(f"{str(stopped).capitalize()}. Continue with --resume={self.folder}", flush=True)
             return None
         report = json.loads((out / REPORT).read_text())
-        test, clean = report["test"]["labels"], report["test"].get("clean")
+        test = report["test"]["labels"]
+        clean = report["test"].get("clean")
         figures = {
-            "pooled": len(labels), "labels": report["labels_sha256"], "splits": report["splits"], "members": settings.members,
-            "test_accuracy": (clean or test)["accuracy"], "test_against": "noise-free order" if clean else "labels",
-        }  # fmt: skip
+            "pooled": len(labels),
+            "labels": report["labels_sha256"],
+            "splits": report["splits"],
+            "members": settings.members,
+            "test_accuracy": (clean or test)["accuracy"],
+            "test_against": "noise-free order" if clean else "labels",
+        }
         return figures, [out / "reward.safetensors", out / "reward.json", pooled]
 
     # Tuning.
 
     def tuned(self, number: int, ledger: Ledger) -> Done | None:
-        """Tune with the round's rewards, from the pretrained network or the last, held to the pretrained one in either case."""
-        folder, settings = self.of(number) / "tuning", self.settings(number, ledger)
+        """Tune with the round's rewards, from the pretrained network or the last, held to the pretrained one
+        in either case.
+        """
+        folder = self.of(number) / "tuning"
+        settings = self.settings(number, ledger)
         print(f"Round {number}: tuning.", flush=True)
         self.tune(settings, folder)
-        ticks = [json.loads(line) for line in (folder / STATS).read_text().splitlines()] if (folder / STATS).is_file() else []
+        ticks = (
+            [json.loads(line) for line in (folder / STATS).read_text().splitlines()]
+            if (folder / STATS).is_file()
+            else []
+        )
         if not ticks or ticks[-1]["nimg"] < round(settings.loop.kimg * 1000):
             print(f"Continue with --resume={self.folder}", flush=True)
             return None
         path = find_network(folder)
-        after, before = load_generator(path, self.device), load_generator(self.first, self.device)
+        after = load_generator(path, self.device)
+        before = load_generator(self.first, self.device)
         tick = next((tick for tick in ticks if tick["nimg"] == after.nets.cur_nimg), ticks[-1])
-        watched = {name.removeprefix("Watch/"): value["mean"] for name, value in tick.items() if name.startswith("Watch/")}
+        watched = {
+            name.removeprefix("Watch/"): value["mean"]
+            for name, value in tick.items()
+            if name.startswith("Watch/")
+        }
         watched.pop("distance", None)  # stated apart, whether an early stop took it or not
         distance = consistency(after.G, before.G, settings.reward.terms.anchor_resolution)
         figures = {
-            "generator": after.hash, "images": after.nets.cur_nimg, "distance": float(distance.mean()), "watch": watched,
+            "generator": after.hash,
+            "images": after.nets.cur_nimg,
+            "distance": float(distance.mean()),
+            "watch": watched,
             "start": self.s.rounds.round_start,
-        }  # fmt: skip
+        }
         return figures, [path]
 
     def settings(self, number: int, ledger: Ledger) -> Settings:
-        """Of a round's tuning: the run's own, with the round's rewards; the last round alone is summarised."""
-        s, more = self.s, {}
+        """Of a round's tuning: the run's own, with the round's rewards;
+        the last round alone is summarised.
+        """
+        s = self.s
+        more = {}
         if s.rounds.round_start == LAST and number > 1:
             more = {"init": str(ledger.files("tuned")[number - 2]), "reference": str(self.first)}
         no_summary = s.run.no_summary or number < s.rounds.rounds
-        changed = s.changed(reward_ckpt=str(ledger.files("reward")[number - 1]), no_summary=no_summary, **more)
+        changed = s.changed(
+            reward_ckpt=str(ledger.files("reward")[number - 1]), no_summary=no_summary, **more
+        )
         return dataclasses.replace(changed, rounds=RoundConfig())
 
 
@@ -308,4 +397,7 @@ def work(s: Settings, run: Run, tune: Tune) -> None:
         summary = json.loads((last / SUMMARY).read_text()) if (last / SUMMARY).is_file() else {}
         run.write(SUMMARY, {**summary, "rounds": ledger.rounds, "seconds": time.time() - run.began})
         print("\n" + "\n".join(table(ledger)))
-        print(f"\nWritten to {run.folder}: {LEDGER}, {SUMMARY}. The last round's run, for reports: {last}", flush=True)
+        print(
+            f"\nWritten to {run.folder}: {LEDGER}, {SUMMARY}. The last round's run, for reports: {last}",
+            flush=True,
+        )

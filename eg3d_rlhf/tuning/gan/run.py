@@ -29,7 +29,21 @@ from training.phases import derive_seed, lazy_adam
 from training.synthetic_heads import resolve_dataset
 
 ADA_AUGMENT = dict.fromkeys(
-    ("xflip", "rotate90", "xint", "scale", "rotate", "aniso", "xfrac", "brightness", "contrast", "lumaflip", "hue", "saturation"), 1
+    (
+        "xflip",
+        "rotate90",
+        "xint",
+        "scale",
+        "rotate",
+        "aniso",
+        "xfrac",
+        "brightness",
+        "contrast",
+        "lumaflip",
+        "hue",
+        "saturation",
+    ),
+    1,
 )
 
 
@@ -37,9 +51,13 @@ def open_dataset(s: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
     with ranks.first_per_machine(), naming("--data"):
         path = resolve_dataset(s.data.data)
     with naming("--data"):
-        dataset = ImageFolderDataset(path, use_labels=True, xflip=s.data.mirror, random_seed=s.loop.seed, c_dim=25)
+        dataset = ImageFolderDataset(
+            path, use_labels=True, xflip=s.data.mirror, random_seed=s.loop.seed, c_dim=25
+        )
         if dataset.num_channels != 3:
-            raise ValueError(f"{path}: expected RGB images, got {dataset.num_channels} channel. Convert them.")
+            raise ValueError(
+                f"{path}: expected RGB images, got {dataset.num_channels} channel. Convert them."
+            )
     return dataset
 
 
@@ -56,25 +74,36 @@ def open_networks(s: Settings, resolution: int) -> networks.Networks:
     with naming("--init"):
         path = find_network(None if s.net.init == "bundled" else s.net.init)
         nets = load_networks(path, freeze_layers=s.net.freezed)
-    averaged = s.net.start == "G_ema"  # with a short moving average the raw G would soon replace the pretrained average
+    # with a short moving average the raw G would soon replace the pretrained average
+    averaged = s.net.start == "G_ema"
     G = nets.G = copy.deepcopy(nets.G_ema) if averaged else nets.G
     if G is None or nets.D is None or nets.D_kwargs is None:
-        raise ValueError(f"--init: expected a network file with G, D and G_ema, got {path} with G_ema alone. Use a snapshot of a run.")
+        raise ValueError(
+            f"--init: expected a network file with G, D and G_ema, got {path} with G_ema alone. Use a"
+            " snapshot of a run."
+        )
     if G.img_resolution != resolution:
-        raise ValueError(f"--data: expected images of {G.img_resolution} pixels for --init={s.net.init}, got {resolution}. Resize them.")
+        raise ValueError(
+            f"--data: expected images of {G.img_resolution} pixels for --init={s.net.init}, got {resolution}."
+            " Resize them."
+        )
     networks.set_mbstd_group(nets, s.net.mbstd_group)  # D's groups are the run's
     return nets
 
 
 def check_kind(s: Settings) -> None:
     """Raises: ValueError where --reward has no gradient, and where its networks learn and none is named."""
-    kind, flag = s.reward.reward, "--reward-ckpt"
+    kind = s.reward.reward
+    flag = "--reward-ckpt"
     if not OBSERVATIONS[kind].differentiable:
-        raise ValueError(f"--reward={kind}: expected a reward with a gradient, got one that only chooses. Use e.g. --reward=solid.")
+        raise ValueError(
+            f"--reward={kind}: expected a reward with a gradient, got one that only chooses. Use e.g."
+            " --reward=solid."
+        )
     if s.reward.reward_ckpt is None and readers_of(kind).presets:
         raise ValueError(
-            f"{flag}: expected a reward for --cfg={s.net.cfg} --reward={kind}, got nothing: the bundled one knows heads alone. "
-            "Name one, such as tools/train_reward.py writes."
+            f"{flag}: expected a reward for --cfg={s.net.cfg} --reward={kind}, got nothing: the bundled one"
+            " knows heads alone. Name one, such as tools/train_reward.py writes."
         )
 
 
@@ -88,9 +117,17 @@ def open_reward(s: Settings, generator: Generator, device: torch.device | str) -
 
 def input_files(s: Settings) -> dict[str, Path]:
     """The files that a run starts from, by what they are; runs record and compare their hashes."""
-    files = {} if s.net.init == "scratch" else {"init": find_network(None if s.net.init == "bundled" else s.net.init)}
+    files = (
+        {}
+        if s.net.init == "scratch"
+        else {"init": find_network(None if s.net.init == "bundled" else s.net.init)}
+    )
     if s.reward.reward != "none":
-        named = {"reward": s.reward.reward_ckpt, "watch": s.reward.reward_watch, "reference": s.reward.reference}
+        named = {
+            "reward": s.reward.reward_ckpt,
+            "watch": s.reward.reward_watch,
+            "reference": s.reward.reference,
+        }
         files |= {name: Path(path) for name, path in named.items() if path is not None}
     return files
 
@@ -108,7 +145,9 @@ class Objects:
 
 
 def build(s: Settings, files: Run) -> Objects:
-    """Data, networks, phases, reward and loop of the settings; what rank 0 alone computes reaches the others when the loop starts."""
+    """Data, networks, phases, reward and loop of the settings; what rank 0 alone computes reaches the others
+    when the loop starts.
+    """
     ranks = files.ranks
     if s.reward.reward != "none":
         check_kind(s)
@@ -116,26 +155,39 @@ def build(s: Settings, files: Run) -> Objects:
     dataset = open_dataset(s, ranks)
     nets = open_networks(s, dataset.resolution).to(device)
     check_fit(nets, s.gan, s.loop, ranks.world)
-    G, D = nets.G, nets.D
+    G = nets.G
+    D = nets.D
     assert G is not None and D is not None
     augment: Any = None
     if s.gan.aug != "noaug":
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
-    phases, reward, before, watch, early = GanPhases(G, D, s.gan, augment).phases(), None, None, None, None
+    phases = GanPhases(G, D, s.gan, augment).phases()
+    reward = None
+    before = None
+    watch = None
+    early = None
     if s.reward.reward != "none":
         reward = open_reward(s, of(nets.G_ema), device)
         with naming("--reward-watch"):
             second = None if s.reward.reward_watch is None else load_reward(s.reward.reward_watch, device)
             if second is not None and second.is_member_of(reward):
-                raise ValueError("expected a reward that does not tune, got a member of --reward-ckpt. Train one on other labels.")
+                raise ValueError(
+                    "expected a reward that does not tune, got a member of --reward-ckpt. Train one on other"
+                    " labels."
+                )
         if reward.observation.kind != s.reward.reward:
             kind = reward.observation.kind
-            raise ValueError(f"--reward={s.reward.reward}: expected a reward that reads this, got one of {kind}. Pass --reward={kind}.")
+            raise ValueError(
+                f"--reward={s.reward.reward}: expected a reward that reads this, got one of {kind}. Pass"
+                f" --reward={kind}."
+            )
         for flag, scorer in (("--reward-ckpt", reward), ("--reward-watch", second)):
             if scorer is not None and ranks.main:
                 check_reward(scorer, of(nets.G_ema), flag)
-        reference = nets.G_ema if s.reward.reference is None else load_networks(s.reward.reference, device).G_ema
+        reference = (
+            nets.G_ema if s.reward.reference is None else load_networks(s.reward.reference, device).G_ema
+        )
         if ranks.main:
             print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
             before = copy.deepcopy(reference).eval().requires_grad_(False)
@@ -144,25 +196,39 @@ def build(s: Settings, files: Run) -> Objects:
             terms = RewardTerms(G, reference, reward, s.reward.terms)
             phases.append(reward_phase(terms, lazy_adam(G, s.reward.rlr)))
             if s.reward.keeping.early_stop is not None:
-                early = EarlyStop(nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.anchor_resolution).to(device)
+                early = EarlyStop(
+                    nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.anchor_resolution
+                ).to(device)
     workers = default_workers(dataset, ranks) if s.run.workers is None else s.run.workers
     gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks, workers=workers)
     carries = {} if early is None else {"early_stop": early}
     loop = TrainingLoop(
-        gan, phases, s.loop, files, options=s.to_dict(), on_tick=observers(watch, early), ranks=ranks, carries=carries
+        gan,
+        phases,
+        s.loop,
+        files,
+        options=s.to_dict(),
+        on_tick=observers(watch, early),
+        ranks=ranks,
+        carries=carries,
     )
     return Objects(loop, nets, before, reward, watch, early)
 
 
 def observers(watch: Watch | None, early: EarlyStop | None):
-    """What the loop calls at each tick: the watch, then the early stop, which reads what the watch has measured."""
+    """What the loop calls at each tick: the watch, then the early stop, which reads what the watch has
+    measured.
+    """
     if watch is None or early is None:
         return watch
     return lambda loop, stats: {**watch(loop, stats), **early.tick(loop, stats, watch.latest["second"])}
 
 
 def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
-    """As `build`, at a state of the run. Args: source: the run's folder or one of its states; previous: see training.checkpoint.read."""
+    """As `build`, at a state of the run.
+
+    Args: source: the run's folder or one of its states; previous: see training.checkpoint.read.
+    """
     objects = build(s, run)  # weights come from the state
     objects.loop.resume(source, previous)
     if objects.watch is not None:
@@ -173,7 +239,9 @@ def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
 
 
 def train(objects: Objects, run: Run) -> bool:
-    """Train to the end, and keep the snapshot that an early stop chose. Returns whether that was reached; False: a signal ended it."""
+    """Train to the end, and keep the snapshot that an early stop chose. Returns whether that was reached;
+    False: a signal ended it.
+    """
     objects.loop.run()
     if objects.loop.stopped is not None:
         return False

@@ -1,4 +1,5 @@
-"""Settings of a GAN run with or without a reward: a dataclass for each part, one tree, and what decides whether two runs compare.
+"""Settings of a GAN run with or without a reward: a dataclass for each part, one tree, and what decides
+whether two runs compare.
 
 Torch is not imported here. Which defaults hold for which networks and tasks: eg3d_rlhf/modes/gan.py.
 """
@@ -9,12 +10,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from eg3d_rlhf.core import bundled
-from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig, built, check_knobs, knob, values_of
+from training.config import (
+    DATA,
+    RUN,
+    GanConfig,
+    LoopConfig,
+    NetworkConfig,
+    built,
+    check_knobs,
+    knob,
+    values_of,
+)
 
-REWARD, ROUNDS = "Reward fine-tuning", "Preference rounds"  # titles under which --help lists flags
-SCRATCH, TUNING, REWARDED = "scratch", "tuning", "reward"  # tasks
-SYNTHETIC, PEOPLE = "synthetic", "people"  # who labels in rounds
-PRETRAINED, LAST = "pretrained", "last"  # what a round's tuning starts from
+# titles under which --help lists flags
+REWARD = "Reward fine-tuning"
+ROUNDS = "Preference rounds"
+# tasks
+SCRATCH = "scratch"
+TUNING = "tuning"
+REWARDED = "reward"
+# who labels in rounds
+SYNTHETIC = "synthetic"
+PEOPLE = "people"
+# what a round's tuning starts from
+PRETRAINED = "pretrained"
+LAST = "last"
 SHAPINGS = ("none", "standardised", "softplus", "reference")  # see eg3d_rlhf.tuning.gan.phase
 NOSE_FLOORS = ("window", "violators")  # see eg3d_rlhf.tuning.gan.nose
 DEMO_KIMG = 0.6  # thousand images of the bundled tuning run
@@ -27,10 +47,16 @@ class RunConfig:
     desc: str | None = knob(None, "Added to the run folder's name.", RUN, flag=False)
     device: str = knob("auto", "Where to run.", RUN, choices=("auto", "cpu", "cuda"), flag=False)
     workers: int | None = knob(
-        None, "Processes of one thread that read images ahead; 0: the training process. No result depends on it.", DATA, low=0, high=64,
+        None,
+        "Processes of one thread that read images ahead; 0: the training process. No result depends on it.",
+        DATA,
+        low=0,
+        high=64,
         shown="one for each further core, at most 3; 0 for sets under 512 MB, which are kept in memory",
     )
-    no_summary: bool = knob(False, "Skip the before/after evaluation that ends a reward run.", RUN, flag=False)
+    no_summary: bool = knob(
+        False, "Skip the before/after evaluation that ends a reward run.", RUN, flag=False
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +69,10 @@ class DataConfig:
 
     def __post_init__(self):
         if not self.cond:
-            raise ValueError("--cond: expected True, got False. Cameras come from the labels; a run without them is not possible.")
+            raise ValueError(
+                "--cond: expected True, got False. Cameras come from the labels; a run without them is not"
+                " possible."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,22 +83,46 @@ class RewardConfig:
     lambda_sigma: float = knob(0.01, "Density consistency weight.", REWARD, low=0)
     lambda_front: float = knob(0.0, "Front-growth penalty weight.", REWARD, low=0, rare=True)
     lambda_nose: float = knob(
-        0.0, "Weight of the nose floor: no face nearer to the frontal camera than any untuned one.", REWARD, low=0, rare=True
+        0.0,
+        "Weight of the nose floor: no face nearer to the frontal camera than any untuned one.",
+        REWARD,
+        low=0,
+        rare=True,
     )
     nose_floor: str = knob(
-        "window", "Its mean, over the window's pixels or the violators alone (published).", REWARD, choices=NOSE_FLOORS, rare=True
+        "window",
+        "Its mean, over the window's pixels or the violators alone (published).",
+        REWARD,
+        choices=NOSE_FLOORS,
+        rare=True,
     )
     anchor_gate: float = knob(
-        1.0, "Share of the consistency weight for shapes that scored below the clip's HIGH before tuning; 1: the same for all.", REWARD,
-        metavar="SHARE", low=0, high=1,
+        1.0,
+        "Share of the consistency weight for shapes that scored below the clip's HIGH before tuning; 1: the"
+        " same for all.",
+        REWARD,
+        metavar="SHARE",
+        low=0,
+        high=1,
     )
     reward_clip: str = knob(
-        "-10,10", "Trust region of the shaped reward; qSHARE is a quantile of untuned ones, as in -10,q0.55.", REWARD,
+        "-10,10",
+        "Trust region of the shaped reward; qSHARE is a quantile of untuned ones, as in -10,q0.55.",
+        REWARD,
         metavar="LOW,HIGH|iqr|none",
     )
     reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=SHAPINGS)
-    anchor_resolution: int = knob(64, "Grid points per edge of the whole cube that is held to the reference.", REWARD, low=2, flag=False)
-    anchor_psi: float = knob(0.7, "Truncation of the samples that are held to the reference.", REWARD, metavar="PSI", low=0, rare=True)
+    anchor_resolution: int = knob(
+        64, "Grid points per edge of the whole cube that is held to the reference.", REWARD, low=2, flag=False
+    )
+    anchor_psi: float = knob(
+        0.7,
+        "Truncation of the samples that are held to the reference.",
+        REWARD,
+        metavar="PSI",
+        low=0,
+        rare=True,
+    )
     truncation_psi: float = 1.0  # of the samples that are scored
 
     def __post_init__(self):
@@ -78,16 +131,23 @@ class RewardConfig:
         if self.anchor_gate == 1:
             return
         if self.lambda_sigma == 0:
-            raise ValueError(f"--anchor-gate={self.anchor_gate:g}: expected --lambda-sigma above 0, got 0. Give it, or leave this out.")
+            raise ValueError(
+                f"--anchor-gate={self.anchor_gate:g}: expected --lambda-sigma above 0, got 0. Give it, or"
+                " leave this out."
+            )
         if high == float("inf") and self.reward_clip != "iqr":
             clip = f"--reward-clip with a HIGH, got {self.reward_clip}"
-            raise ValueError(f"--anchor-gate={self.anchor_gate:g}: expected {clip}. Write e.g. --reward-clip=-10,q0.55.")
+            raise ValueError(
+                f"--anchor-gate={self.anchor_gate:g}: expected {clip}. Write e.g. --reward-clip=-10,q0.55."
+            )
 
 
 def clip_range(spec: str, quantile: Callable[[float], float] | None = None) -> tuple[float, float]:
-    """Bounds of the trust region as --reward-clip has them: LOW,HIGH, each a number, or qSHARE for a quantile of the untuned scores.
+    """Bounds of the trust region as --reward-clip has them: LOW,HIGH, each a number, or qSHARE for a quantile
+    of the untuned scores.
 
-    Args: quantile: of the untuned shaped rewards, by share in 0..1. None: they are not known yet, and shares stand for their quantiles.
+    Args: quantile: of the untuned shaped rewards, by share in 0..1. None: they are not known yet, and shares
+        stand for their quantiles.
     Returns: low, high; infinite for none, and for iqr, whose bounds are the phase's.
     Raises: ValueError for anything else, and for bounds that are not LOW < HIGH.
     """
@@ -97,10 +157,14 @@ def clip_range(spec: str, quantile: Callable[[float], float] | None = None) -> t
         low, high = (_bound(part, quantile or float) for part in spec.split(","))
     except ValueError:
         low = high = math.nan
-    comparable = quantile is not None or spec.count("q") != 1  # a number and a quantile are not, before the scores are known
+    # a number and a quantile are not, before the scores are known
+    comparable = quantile is not None or spec.count("q") != 1
     if math.isnan(low) or comparable and not low < high:
         got = f"{spec!r}" if quantile is None else f"{spec!r}, with these scores {low:g},{high:g}"
-        raise ValueError(f"--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {got}. Write e.g. --reward-clip=-10,10.")
+        raise ValueError(
+            f"--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {got}. Write e.g."
+            " --reward-clip=-10,10."
+        )
     return low, high
 
 
@@ -116,40 +180,80 @@ class EarlyStopConfig:
     """Whether a run keeps another snapshot than its last, and which."""
 
     early_stop: float | None = knob(
-        None, "Keep the snapshot that the second reward and the distance choose; a further one must gain more than this.", REWARD,
-        metavar="STANDARD-ERRORS", low=0, shown="off: the last",
+        None,
+        "Keep the snapshot that the second reward and the distance choose; a further one must gain more than"
+        " this.",
+        REWARD,
+        metavar="STANDARD-ERRORS",
+        low=0,
+        shown="off: the last",
     )
     early_stop_distance: float | None = knob(
-        None, "With --early-stop: largest mean |σ - σ_ref| of a snapshot that is kept, raw density.", REWARD, metavar="DISTANCE", above=0,
-        shown="any", rare=True,
+        None,
+        "With --early-stop: largest mean |σ - σ_ref| of a snapshot that is kept, raw density.",
+        REWARD,
+        metavar="DISTANCE",
+        above=0,
+        shown="any",
+        rare=True,
     )
 
     def __post_init__(self):
         check_knobs(self)
         if self.early_stop is None and self.early_stop_distance is not None:
-            raise ValueError(f"--early-stop-distance={self.early_stop_distance:g}: expected --early-stop with it, got none. Add it.")
+            raise ValueError(
+                f"--early-stop-distance={self.early_stop_distance:g}: expected --early-stop with it, got"
+                " none. Add it."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundConfig:
     """How many rounds there are, and what one consists of."""
 
-    rounds: int = knob(0, "Rounds of labels, rewards and tuning by --kimg each; 0: tune once, with --reward-ckpt.", ROUNDS, low=0)
+    rounds: int = knob(
+        0,
+        "Rounds of labels, rewards and tuning by --kimg each; 0: tune once, with --reward-ckpt.",
+        ROUNDS,
+        low=0,
+    )
     round_pairs: int = knob(400, "Pairs to label in each round.", ROUNDS, metavar="PAIRS", low=1, high=10**5)
-    round_labels: str = knob(SYNTHETIC, "Who labels: the programmatic annotator, or people, for whom the run waits.", ROUNDS, choices=(
-        SYNTHETIC, PEOPLE))  # fmt: skip
+    round_labels: str = knob(
+        SYNTHETIC,
+        "Who labels: the programmatic annotator, or people, for whom the run waits.",
+        ROUNDS,
+        choices=(SYNTHETIC, PEOPLE),
+    )
     round_doubtful: float = knob(
-        0.5, "Share of pairs over which the last round's rewards disagree; the others, and the first round's, are random.", ROUNDS,
-        metavar="0..1", low=0, high=1, rare=True,
+        0.5,
+        "Share of pairs over which the last round's rewards disagree; the others, and the first round's, are"
+        " random.",
+        ROUNDS,
+        metavar="0..1",
+        low=0,
+        high=1,
+        rare=True,
     )
     round_members: int = knob(5, "Rewards in an ensemble.", ROUNDS, low=1, high=100, rare=True)
     round_preset: str | None = knob(
-        None, "Rewards' architecture, see tools/train_reward.py.", ROUNDS, metavar="NAME", shown="its default", rare=True
+        None,
+        "Rewards' architecture, see tools/train_reward.py.",
+        ROUNDS,
+        metavar="NAME",
+        shown="its default",
+        rare=True,
     )
     round_aggregate: str | None = knob(
-        None, "What the ensemble's scores become.", ROUNDS, metavar="NAME", shown="the mean of raw scores; see tools/train_reward.py"
-    , rare=True)
-    round_start: str = knob(PRETRAINED, "Network that tuning starts from.", ROUNDS, choices=(PRETRAINED, LAST), rare=True)
+        None,
+        "What the ensemble's scores become.",
+        ROUNDS,
+        metavar="NAME",
+        shown="the mean of raw scores; see tools/train_reward.py",
+        rare=True,
+    )
+    round_start: str = knob(
+        PRETRAINED, "Network that tuning starts from.", ROUNDS, choices=(PRETRAINED, LAST), rare=True
+    )
 
     def __post_init__(self):
         check_knobs(self)
@@ -159,19 +263,38 @@ class RoundConfig:
 class RewardSettings:
     """Which reward tunes, what watches it, and how."""
 
-    reward: str = knob("none", "What scores the generator: a reward that reads sigma, or another observation.", REWARD, metavar="none|KIND")
+    reward: str = knob(
+        "none",
+        "What scores the generator: a reward that reads sigma, or another observation.",
+        REWARD,
+        metavar="none|KIND",
+    )
     reward_ckpt: str | None = knob(None, "Trained reward.", REWARD, metavar="FILE", shown="bundled")
     reward_watch: str | None = knob(
-        None, "Second reward, never trained on, that must not fall while the first rises.", REWARD, metavar="FILE", shown="bundled"
+        None,
+        "Second reward, never trained on, that must not fall while the first rises.",
+        REWARD,
+        metavar="FILE",
+        shown="bundled",
     )
     reference: str | None = knob(
-        None, "Network that the tuned one is held to and compared with.", REWARD, flag=False, shown="the initial one"
+        None,
+        "Network that the tuned one is held to and compared with.",
+        REWARD,
+        flag=False,
+        shown="the initial one",
     )
     terms: RewardConfig = RewardConfig()
     keeping: EarlyStopConfig = EarlyStopConfig()
-    rlr: float = knob(0.0025, "Reward optimiser's learning rate.", REWARD, above=0, shown="glr; heads64: 0.0008", rare=True)
+    rlr: float = knob(
+        0.0025, "Reward optimiser's learning rate.", REWARD, above=0, shown="glr; heads64: 0.0008", rare=True
+    )
     control: str | None = knob(
-        None, "Summary of the lambda_r = 0 run to quote.", REWARD, metavar="RUN|FILE", shown="recorded in assets, where it is one"
+        None,
+        "Summary of the lambda_r = 0 run to quote.",
+        REWARD,
+        metavar="RUN|FILE",
+        shown="recorded in assets, where it is one",
     )
 
     def __post_init__(self):
@@ -196,9 +319,13 @@ class Settings:
 
     @classmethod
     def of(cls, values: Mapping) -> "Settings":
-        """From values by name, such as a run's record; what is missing has its default, what is no setting is left out."""
+        """From values by name, such as a run's record; what is missing has its default, what is no setting is
+        left out.
+        """
         fresh = values["task"] == SCRATCH  # what the task decides and no flag
-        return built(cls, {"ema_rampup": 0.05 if fresh else None, "ada_kimg": 500.0 if fresh else 100.0, **values})
+        return built(
+            cls, {"ema_rampup": 0.05 if fresh else None, "ada_kimg": 500.0 if fresh else 100.0, **values}
+        )
 
     def changed(self, **values) -> "Settings":
         return Settings.of({**self.to_dict(), **values})
@@ -215,18 +342,46 @@ class Settings:
         return name
 
 
-# What the run with lambda_r = 0 does not depend on: the reward's own settings, names of files (their hashes count), and how a run is shown.
+# What the run with lambda_r = 0 does not depend on: the reward's own settings, names of files (their hashes
+# count), and how a run is shown.
 _NOT_THE_CONTROLS = {
-    "lambda_r", "lambda_sigma", "lambda_front", "lambda_nose", "nose_floor", "reward_clip", "reward_shaping", "reward_ckpt", "reward_watch",
-    "rlr", "anchor_resolution", "anchor_gate", "anchor_psi",
-    "early_stop", "early_stop_distance", "reference",
-    "control", "desc", "device", "launch", "no_summary", "processes", "versions", "init", "tick", "snap", "checkpoint_ticks", "batch_gpu",
-    "hashes", "task", "workers",
+    "lambda_r",
+    "lambda_sigma",
+    "lambda_front",
+    "lambda_nose",
+    "nose_floor",
+    "reward_clip",
+    "reward_shaping",
+    "reward_ckpt",
+    "reward_watch",
+    "rlr",
+    "anchor_resolution",
+    "anchor_gate",
+    "anchor_psi",
+    "early_stop",
+    "early_stop_distance",
+    "reference",
+    "control",
+    "desc",
+    "device",
+    "launch",
+    "no_summary",
+    "processes",
+    "versions",
+    "init",
+    "tick",
+    "snap",
+    "checkpoint_ticks",
+    "batch_gpu",
+    "hashes",
+    "task",
+    "workers",
 }
 
 
 def control_differs(settings: dict, record: dict) -> list[str]:
-    """What keeps a run with lambda_r = 0 from being the control of another: 'name got instead of expected', [] where nothing does.
+    """What keeps a run with lambda_r = 0 from being the control of another: 'name got instead of expected',
+    [] where nothing does.
 
     Args:
         settings: of the tuned run, as its folder records them, with the `hashes` of its inputs.
@@ -235,6 +390,13 @@ def control_differs(settings: dict, record: dict) -> list[str]:
     names = sorted((settings.keys() & record.keys()) - _NOT_THE_CONTROLS)
     pairs = {name: (record[name], settings[name]) for name in names}
     pairs["lambda_r"] = record.get("lambda_r", 0), 0
-    theirs, ours = record.get("hashes", {}), settings.get("hashes", {})
-    pairs |= {f"{name} (bytes)": (theirs[name][:8], ours[name][:8]) for name in ("init", "reward") if name in ours and name in theirs}
-    return [f"{name} {got} instead of {expected}" for name, (got, expected) in pairs.items() if got != expected]
+    theirs = record.get("hashes", {})
+    ours = settings.get("hashes", {})
+    pairs |= {
+        f"{name} (bytes)": (theirs[name][:8], ours[name][:8])
+        for name in ("init", "reward")
+        if name in ours and name in theirs
+    }
+    return [
+        f"{name} {got} instead of {expected}" for name, (got, expected) in pairs.items() if got != expected
+    ]

@@ -1,4 +1,5 @@
-"""Watch for over-optimisation: measures that the reward phase never sees, on fixed held-out latents, once per tick.
+"""Watch for over-optimisation: measures that the reward phase never sees, on fixed held-out latents, once per
+tick.
 
 What it measures on a generator: rewards, and the annotator's noise-free utility.
 
@@ -30,12 +31,16 @@ class Watch:
     """Deltas of several measures against the untuned generator.
 
     Args:
-        measures: name -> measure; the first is the reward that is optimised, the others are what it must not fall out with.
+        measures: name -> measure; the first is the reward that is optimised, the others are what it must not
+            fall out with.
         G_ref: the untuned generator.
     """
 
-    def __init__(self, measures: dict[str, Measure], G_ref: torch.nn.Module, seeds: Sequence[int] = WATCH.all):
-        self.measures, self.seeds = measures, seeds
+    def __init__(
+        self, measures: dict[str, Measure], G_ref: torch.nn.Module, seeds: Sequence[int] = WATCH.all
+    ):
+        self.measures = measures
+        self.seeds = seeds
         self.initial = self._values(G_ref)
         self.latest: dict[str, np.ndarray] = {}  # changes [N] at the last tick
         self.alarms: list[dict] = []
@@ -44,11 +49,17 @@ class Watch:
         return {name: measure(G, self.seeds) for name, measure in self.measures.items()}
 
     def __call__(self, loop, stats: dict) -> dict[str, str]:
-        """Tick callback of the loop: adds 'Watch/<name>' deltas to the statistics, returns fields for the status line."""
+        """Tick callback of the loop: adds 'Watch/<name>' deltas to the statistics, returns fields for the
+        status line.
+        """
         fields = {}
         for name, values in self._values(loop.subject.nets.G_ema).items():
             delta = self.latest[name] = values - self.initial[name]
-            stats[f"Watch/{name}"] = {"num": len(delta), "mean": float(delta.mean()), "std": float(delta.std())}
+            stats[f"Watch/{name}"] = {
+                "num": len(delta),
+                "mean": float(delta.mean()),
+                "std": float(delta.std()),
+            }
             fields[name] = f"{delta.mean():+.3f}"
         fallen = self._alarm(loop.cur_nimg, stats)
         if fallen:
@@ -56,10 +67,14 @@ class Watch:
         return fields
 
     def _alarm(self, nimg: int, stats: dict) -> list[str]:
-        """Note an alarm where measures fell by more than two standard errors while the first one rose; returns what has fallen."""
+        """Note an alarm where measures fell by more than two standard errors while the first one rose;
+        returns what has fallen.
+        """
         (_, reward), *others = ((name, stats[f"Watch/{name}"]) for name in self.measures)
         errors = {name: m["std"] / np.sqrt(max(m["num"] - 1, 1)) for name, m in others}
-        fallen = [name for name, m in others if reward["mean"] > 0 > m["mean"] and m["mean"] < -2 * errors[name]]
+        fallen = [
+            name for name, m in others if reward["mean"] > 0 > m["mean"] and m["mean"] < -2 * errors[name]
+        ]
         if fallen:
             self.alarms.append({"nimg": nimg, "fallen": fallen})
         return fallen
@@ -78,15 +93,23 @@ def rewards(G: torch.nn.Module, seeds: Sequence[int], reward: Reward, batch: int
     return torch.cat([reward.score(generator.field(part)) for part in ws.split(batch)]).cpu().numpy()
 
 
-def utilities(G: Any, seeds: Sequence[int], psi: float = 1.0, resolution: int = JUDGE_RESOLUTION) -> np.ndarray:
-    """The annotator's noise-free utility [N] of a generator's seeds, each by the whole head that its latent names."""
-    return np.array([found.total for found in judge_seeds(of(G), seeds, psi=psi, resolution=resolution, batch=8)])
+def utilities(
+    G: Any, seeds: Sequence[int], psi: float = 1.0, resolution: int = JUDGE_RESOLUTION
+) -> np.ndarray:
+    """The annotator's noise-free utility [N] of a generator's seeds, each by the whole head that its latent
+    names.
+    """
+    return np.array(
+        [found.total for found in judge_seeds(of(G), seeds, psi=psi, resolution=resolution, batch=8)]
+    )
 
 
 def make_watch(settings: dict, reward: Reward, G_ref: torch.nn.Module, second: Reward | None) -> Watch:
     """Watch of a run: the reward itself, the second reward if any, and the utility for synthetic heads."""
     named = {"reward": reward, "second": second}
-    measures: dict[str, Measure] = {name: partial(rewards, reward=scorer) for name, scorer in named.items() if scorer is not None}
+    measures: dict[str, Measure] = {
+        name: partial(rewards, reward=scorer) for name, scorer in named.items() if scorer is not None
+    }
     if settings["data"].startswith("synthetic:") and names_people(of(G_ref)):
         measures["utility"] = partial(utilities, resolution=WATCH_RESOLUTION)
     return Watch(measures, G_ref)

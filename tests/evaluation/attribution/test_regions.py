@@ -22,17 +22,31 @@ def region_at(partition, x, y, z):
 
 @pytest.mark.parametrize(
     ("point", "name"),
-    [((0.5, 0.79, 0.6), "brow"), ((0.26, 0.6, 0.7), "left eye orbit"), ((0.74, 0.6, 0.7), "right eye orbit"), ((0.5, 0.5, 0.8), "nose"),
-     ((0.2, 0.4, 0.6), "left cheek"), ((0.8, 0.4, 0.6), "right cheek"), ((0.5, 0.3, 0.7), "mouth"), ((0.5, 0.1, 0.6), "chin and jaw"),
-     ((0.5, 0.5, 0.1), regions.OTHER), ((0.3, 0.71, 0.6), "brow"), ((0.33, 0.56, 0.7), "left eye orbit")],
-)  # fmt: skip
+    [
+        ((0.5, 0.79, 0.6), "brow"),
+        ((0.26, 0.6, 0.7), "left eye orbit"),
+        ((0.74, 0.6, 0.7), "right eye orbit"),
+        ((0.5, 0.5, 0.8), "nose"),
+        ((0.2, 0.4, 0.6), "left cheek"),
+        ((0.8, 0.4, 0.6), "right cheek"),
+        ((0.5, 0.3, 0.7), "mouth"),
+        ((0.5, 0.1, 0.6), "chin and jaw"),
+        ((0.5, 0.5, 0.1), regions.OTHER),
+        ((0.3, 0.71, 0.6), "brow"),
+        ((0.33, 0.56, 0.7), "left eye orbit"),
+    ],
+)
 def test_face_boxes(point, name):
     assert region_at(regions.face_partition(SlabSpec(resolution=128)), *point) == name
 
 
 def test_first_match_wins_and_nothing_is_left_out():
     partition = regions.face_partition(SlabSpec())
-    assert sum(partition.counts()) == 128 * 141 * 129 and min(partition.counts()) > 0 and len(partition.names) == 9
+    assert (
+        sum(partition.counts()) == 128 * 141 * 129
+        and min(partition.counts()) > 0
+        and len(partition.names) == 9
+    )
     box = (0, 1, 0, 1, 0, 1)
     twice = regions.from_boxes([("first", box), ("second", box)], regions.unit_coordinates(SPEC))
     assert twice.counts() == [np.prod(SPEC.shape), 0, 0]
@@ -40,7 +54,10 @@ def test_first_match_wins_and_nothing_is_left_out():
 
 def test_left_and_right_mirror():
     partition = regions.face_partition(SPEC)
-    other = [partition.names.index(n.replace("left", "*").replace("right", "left").replace("*", "right")) for n in partition.names]
+    other = [
+        partition.names.index(n.replace("left", "*").replace("right", "left").replace("*", "right"))
+        for n in partition.names
+    ]
     assert torch.equal(torch.tensor(other)[partition.labels.flip(-1)], partition.labels)
     assert {name for name, _ in regions.FACE_BOXES} == set(partition.names) - {regions.OTHER}
 
@@ -56,8 +73,14 @@ def test_masks(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [("shape", r"\[D, H, W\]"), ("float", "integers"), ("name", "name for each label.*3"), ("json", "expected the regions' names"),
-     ("one", "two regions"), ("none", "got nothing")],
+    [
+        ("shape", r"\[D, H, W\]"),
+        ("float", "integers"),
+        ("name", "name for each label.*3"),
+        ("json", "expected the regions' names"),
+        ("one", "two regions"),
+        ("none", "got nothing"),
+    ],
 )
 def test_wrong_masks_are_named(tmp_path, change, text):
     volume = np.zeros(SPEC.shape, dtype=np.float32 if change == "float" else np.int64)
@@ -78,15 +101,31 @@ def test_pickled_masks_are_refused(tmp_path):
 
 
 def average():
-    """Landmarks of a plain face: a contour from ear to ear, and what lies inside it, about a sphere's front."""
+    """Landmarks of a plain face: a contour from ear to ear, and what lies inside it,
+    about a sphere's front.
+    """
     t = np.interp(range(33), [0, 8, 24, 32], np.radians([150, 180, 360, 390]))
     contour = np.stack([0.15 * np.cos(t), -0.02 + 0.16 * np.sin(t)], axis=1)
     brow = np.stack([np.linspace(-0.09, -0.02, 9), np.full(9, 0.06)], axis=1)
     bridge = np.stack([np.zeros(4), np.linspace(0.03, -0.02, 4)], axis=1)
     base = np.stack([np.linspace(-0.025, 0.025, 5), np.full(5, -0.045)], axis=1)
-    ring = lambda x, y, a, b, n: np.stack([x + a * np.cos(w := np.linspace(0, 2 * np.pi, n, endpoint=False)), y + b * np.sin(w)], axis=1)  # noqa: E731
-    parts = [contour, brow, brow * [-1, 1], bridge, base, ring(-0.055, 0.02, 0.025, 0.012, 8), ring(0.055, 0.02, 0.025, 0.012, 8),
-             ring(0, -0.09, 0.04, 0.02, 12), ring(0, -0.09, 0.03, 0.01, 8), np.array([[-0.055, 0.02], [0.055, 0.02]])]
+
+    def ring(x, y, a, b, n):
+        w = np.linspace(0, 2 * np.pi, n, endpoint=False)
+        return np.stack([x + a * np.cos(w), y + b * np.sin(w)], axis=1)
+
+    parts = [
+        contour,
+        brow,
+        brow * [-1, 1],
+        bridge,
+        base,
+        ring(-0.055, 0.02, 0.025, 0.012, 8),
+        ring(0.055, 0.02, 0.025, 0.012, 8),
+        ring(0, -0.09, 0.04, 0.02, 12),
+        ring(0, -0.09, 0.03, 0.01, 8),
+        np.array([[-0.055, 0.02], [0.055, 0.02]]),
+    ]
     flat = np.concatenate(parts)
     return np.concatenate([flat, 0.22 - 4 * (flat[:, :1] ** 2 + 0.3 * flat[:, 1:] ** 2)], axis=1)
 
@@ -98,15 +137,26 @@ def test_landmark_partition_has_twelve_regions():
 
 
 def test_the_whole_head_has_eight_parts_and_nothing_is_left_over():
-    points, spec = average(), SlabSpec(resolution=128)
+    points = average()
+    spec = SlabSpec(resolution=128)
     found = regions.head_partition(points, spec)
     assert found.names == (
-        "front of camera", "crown", "neck and chest", "shoulders", "left side", "right side", "face", "back of the head",
+        "front of camera",
+        "crown",
+        "neck and chest",
+        "shoulders",
+        "left side",
+        "right side",
+        "face",
+        "back of the head",
     )
     assert min(found.counts()[1:]) > 0 and sum(found.counts()) == found.labels.numel()
     at = spec.points().double().flatten(0, 2)  # [D H W, 3]
     part = {name: at[found.labels.flatten() == i] for i, name in enumerate(found.names)}
-    assert part["left side"][:, 0].max() < points[:, 0].min() and part["right side"][:, 0].min() > points[:, 0].max()
+    assert (
+        part["left side"][:, 0].max() < points[:, 0].min()
+        and part["right side"][:, 0].min() > points[:, 0].max()
+    )
     assert part["neck and chest"][:, 1].max() < points[16, 1] < part["face"][:, 1].min() + 0.02
     assert part["crown"][:, 1].min() > points[33:51, 1].max()
     face = regions.head_partition(points, SlabSpec.cube(256))
@@ -121,10 +171,15 @@ def head():
 
 
 def test_every_vertex_of_a_head_has_a_part():
-    parts, basis = regions.parts_of_vertices(), people.load_basis()
+    parts = regions.parts_of_vertices()
+    basis = people.load_basis()
     assert np.bincount(parts, minlength=len(regions.PARTS)).min() > 20
     place = {name: basis.mean[parts == i] for i, name in enumerate(regions.PARTS)}
-    assert place["back"][:, 2].max() < 0.03 and place["face"][:, 2].min() > 0 and place["torso"][:, 1].max() < place["lips"][:, 1].min()
+    assert (
+        place["back"][:, 2].max() < 0.03
+        and place["face"][:, 2].min() > 0
+        and place["torso"][:, 1].max() < place["lips"][:, 1].min()
+    )
     assert np.abs(place["ears"][:, 0]).min() > np.abs(place["lips"][:, 0]).max()
 
 
@@ -136,7 +191,8 @@ def test_voxels_belong_to_the_part_of_the_nearest_vertex(head):
     inside = (at[..., 1].abs() < 0.1) & (at[..., 0].abs() < 0.03)
     assert {regions.PARTS[i] for i in found.labels[rear & inside].unique().tolist()} <= {"back", "neck"}
     change = torch.randn(2, *SPEC.shape, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(found.sums(change).sum(dim=-1), change.double().sum(dim=(1, 2, 3)))  # what the parts add up to
+    # what the parts add up to
+    assert torch.allclose(found.sums(change).sum(dim=-1), change.double().sum(dim=(1, 2, 3)))
 
 
 def test_back_projection():
@@ -155,10 +211,13 @@ def test_back_projection():
 
 @pytest.mark.parametrize(
     ("values", "text"),
-    [({"points": []}, "image_size"), ({"image_size": 0, "points": []}, "image_size"),
-     ({"image_size": 64, "points": [[1, 2]]}, "98"),
-     ({"image_size": 64, "points": [[1, 200]] * 98}, r"inside 0..64"),
-     ({"image_size": 64, "seeds": {"x": [[1, 2]] * 98}}, "seeds as keys")],
+    [
+        ({"points": []}, "image_size"),
+        ({"image_size": 0, "points": []}, "image_size"),
+        ({"image_size": 64, "points": [[1, 2]]}, "98"),
+        ({"image_size": 64, "points": [[1, 200]] * 98}, r"inside 0..64"),
+        ({"image_size": 64, "seeds": {"x": [[1, 2]] * 98}}, "seeds as keys"),
+    ],
 )
 def test_wrong_landmarks_are_named(tmp_path, values, text):
     (tmp_path / "l.json").write_text(json.dumps(values))

@@ -1,4 +1,6 @@
-"""Shapley values and Integrated Gradients of rewards with known answers, errors as stated, and the refusal of what does not add up."""
+"""Shapley values and Integrated Gradients of rewards with known answers, errors as stated, and the refusal of
+what does not add up.
+"""
 
 import importlib.util
 import itertools
@@ -21,7 +23,8 @@ from eg3d_rlhf.evaluation.attribution.shapley import (
     shapley,
 )
 
-REGIONS, SHAPE = 6, (5, 6, 7)
+REGIONS = 6
+SHAPE = (5, 6, 7)
 
 
 class Game:
@@ -38,7 +41,9 @@ class Game:
     def sums(self, slabs):
         """[B, R] weighted sum of each region."""
         weighted = (slabs[:, 0] * self.weights).flatten(1).double()
-        return torch.zeros(len(slabs), self.regions, dtype=torch.float64).index_add_(1, self.labels.flatten(), weighted)
+        return torch.zeros(len(slabs), self.regions, dtype=torch.float64).index_add_(
+            1, self.labels.flatten(), weighted
+        )
 
     def values(self, score, batch=16):
         def counted(slabs):
@@ -76,7 +81,9 @@ def test_planted_defect_comes_first(method):
         game = Game(100 + trial)
         planted = trial % REGIONS
         inside = game.labels == planted
-        game.tuned = game.original + 0.05 * torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(trial))
+        game.tuned = game.original + 0.05 * torch.rand(
+            1, *SHAPE, generator=torch.Generator().manual_seed(trial)
+        )
         game.tuned = torch.where(inside, game.original + 0.5, game.tuned)  # a bump that the reward dislikes
 
         def score(slabs, inside=inside, game=game):
@@ -91,7 +98,8 @@ def test_planted_defect_comes_first(method):
 
 @pytest.mark.parametrize("method", ["permutation", "antithetic"])
 def test_sampled_values_lie_within_their_errors(method):
-    distances, bits = [], 1 << torch.arange(REGIONS)
+    distances = []
+    bits = 1 << torch.arange(REGIONS)
     for trial in range(40):
         table = np.random.default_rng(trial).standard_normal(1 << REGIONS)
         truth = exact_from_table(table)
@@ -102,7 +110,8 @@ def test_sampled_values_lie_within_their_errors(method):
         found = shapley(value, REGIONS, table[-1] - table[0], method, 64, trial)
         assert abs(found.gap) < 1e-12
         distances.append((found.values - truth) / found.errors)
-    inside = np.mean(np.abs(np.concatenate(distances)) < 2)  # about 95 % of a t distribution with 31 degrees or more
+    # about 95 % of a t distribution with 31 degrees or more
+    inside = np.mean(np.abs(np.concatenate(distances)) < 2)
     assert 0.92 < inside < 0.98
 
 
@@ -162,7 +171,11 @@ def test_a_leaking_score_shows_in_the_gap():
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [(("exact", 64, 17), "--method=exact.*16"), (("antithetic", 5, 4), "--permutations.*even"), (("permutation", 1, 4), "at least 2")],
+    [
+        (("exact", 64, 17), "--method=exact.*16"),
+        (("antithetic", 5, 4), "--permutations.*even"),
+        (("permutation", 1, 4), "at least 2"),
+    ],
 )
 def test_wrong_settings_are_named(arguments, text):
     method, samples, regions = arguments
@@ -171,7 +184,8 @@ def test_wrong_settings_are_named(arguments, text):
 
 
 captum = pytest.mark.skipif(
-    importlib.util.find_spec("captum") is None, reason="captum is not installed: pip install 'eg3d-rlhf[attribution]'"
+    importlib.util.find_spec("captum") is None,
+    reason="captum is not installed: pip install 'eg3d-rlhf[attribution]'",
 )
 SLAB = (1, 3, 4, 5)
 
@@ -189,22 +203,33 @@ def test_quadratic_reward_is_exact():
     original, tuned = slabs(2)
     score = lambda x: x.square().flatten(1).sum(dim=1)  # noqa: E731
     found = integrated_gradients(score, original, tuned, difference(score, original, tuned), steps=2)
-    torch.testing.assert_close(found.voxels.float(), (tuned.square() - original.square())[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        found.voxels.float(), (tuned.square() - original.square())[0], atol=1e-5, rtol=1e-4
+    )
 
 
 @captum
 def test_steps_rise_until_the_gap_is_small():
-    original, tuned = torch.zeros(SLAB), torch.ones(SLAB)
-    score = lambda x: torch.sigmoid(400 * (x.flatten(1).mean(dim=1) - 0.503))  # noqa: E731  # a step that few points see
+    original = torch.zeros(SLAB)
+    tuned = torch.ones(SLAB)
+
+    def score(x):  # a step that few points see
+        return torch.sigmoid(400 * (x.flatten(1).mean(dim=1) - 0.503))
+
     found = integrated_gradients(score, original, tuned, difference(score, original, tuned), steps=4)
     steps = [s for s, _ in found.tried]
-    assert steps[0] == 4 and len(steps) > 2 and all(b == 2 * a for a, b in zip(steps, steps[1:], strict=False))
+    assert (
+        steps[0] == 4 and len(steps) > 2 and all(b == 2 * a for a, b in zip(steps, steps[1:], strict=False))
+    )
     assert found.complete and found.tried[0][1] > BOUND >= found.tried[-1][1]
 
 
 @captum
 def test_what_stays_incomplete_says_so():
-    original, tuned = torch.zeros(SLAB), torch.ones(SLAB)
+    original = torch.zeros(SLAB)
+    tuned = torch.ones(SLAB)
     score = lambda x: torch.sigmoid(4000 * (x.flatten(1).mean(dim=1) - 0.503))  # noqa: E731
-    found = integrated_gradients(score, original, tuned, difference(score, original, tuned), steps=4, most_steps=8)
+    found = integrated_gradients(
+        score, original, tuned, difference(score, original, tuned), steps=4, most_steps=8
+    )
     assert not found.complete and [s for s, _ in found.tried] == [4, 8]

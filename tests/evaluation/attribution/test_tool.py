@@ -28,18 +28,26 @@ def call(*arguments):
 
 def test_dry_run_is_json(tmp_path):
     found = json.loads(call("--dry-run", "--n=3", f"--out={tmp_path}").stdout)
-    assert found["regions"] == "people" and found["psi"] == 1 and found["n"] == 3 and found["method"] == "exact"
+    assert (
+        found["regions"] == "people" and found["psi"] == 1 and found["n"] == 3 and found["method"] == "exact"
+    )
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [(["--method=antithetic", "--set=permutations=5"], "permutations"), (["--regions=none.npy"], "--regions"),
-     (["--set=steps=99999"], "steps"), (["--set=step=4"], "--set"), (["--settings=nowhere.json"], "nowhere.json"),
-     (["--regions=landmarks"], "--set landmarks"), (["--regions=people", "--set=psi=0.7"], "--set psi"),
-     (["--set=landmarks=none.json"], "--set landmarks="),
-     (["--set=landmarks=x.json", "--regions=boxes"], "--regions=landmarks")],
-)  # fmt: skip
+    [
+        (["--method=antithetic", "--set=permutations=5"], "permutations"),
+        (["--regions=none.npy"], "--regions"),
+        (["--set=steps=99999"], "steps"),
+        (["--set=step=4"], "--set"),
+        (["--settings=nowhere.json"], "nowhere.json"),
+        (["--regions=landmarks"], "--set landmarks"),
+        (["--regions=people", "--set=psi=0.7"], "--set psi"),
+        (["--set=landmarks=none.json"], "--set landmarks="),
+        (["--set=landmarks=x.json", "--regions=boxes"], "--regions=landmarks"),
+    ],
+)
 def test_wrong_settings(tmp_path, arguments, text):
     result = call(*arguments, "--n=2", f"--out={tmp_path / 'out'}")
     assert result.exit_code == 2 and text in result.output and "Traceback" not in result.output
@@ -53,7 +61,9 @@ def test_no_change_attributes_nothing(tmp_path):
     data = json.loads((tmp_path / "data" / "shapley.json").read_text())["data"]
     assert {v for latent in data["values"] for v in latent} == {0.0} and data["largest_relative_gap"] == 0
     page = (tmp_path / "index.html").read_text()
-    assert "no ranks to compare" in page and "srcdoc=" in page and (tmp_path / "data" / "regions.png").is_file()
+    assert (
+        "no ranks to compare" in page and "srcdoc=" in page and (tmp_path / "data" / "regions.png").is_file()
+    )
     before = (tmp_path / "data" / "shapley.json").stat().st_mtime_ns
     assert call(*arguments).exit_code == 0
     assert (tmp_path / "data" / "shapley.json").stat().st_mtime_ns == before  # nothing is computed again
@@ -76,12 +86,24 @@ def test_a_reward_that_reads_no_slab_is_divided_by_labels_of_its_own_shape(tmp_p
     monkeypatch.setenv(VARIABLE, str(Path(__file__).parents[2] / "rewards" / "frontal_depth.py"))
     torch.manual_seed(0)
     observation = OBSERVATIONS["frontal-depth"].of(load_generator().generator)
-    reward = Reward(observation, build_network("frontal-depth", {"resolution": 16})).save(tmp_path / "depth.safetensors")
-    flags = [f"--after={changed}", f"--reward-ckpt={reward}", "--device=cpu", "--n=2", "--set=draws=2", "--set=checked=1"]
+    reward = Reward(observation, build_network("frontal-depth", {"resolution": 16})).save(
+        tmp_path / "depth.safetensors"
+    )
+    flags = [
+        f"--after={changed}",
+        f"--reward-ckpt={reward}",
+        "--device=cpu",
+        "--n=2",
+        "--set=draws=2",
+        "--set=checked=1",
+    ]
     flags.append(f"--out={tmp_path / 'out'}")
     refused = CliRunner().invoke(main, [*flags, "--regions=boxes"])
     assert refused.exit_code == 2, refused.output
-    assert "--regions=boxes: expected a reward that reads slabs, got one that reads frontal-depth" in refused.output
+    assert (
+        "--regions=boxes: expected a reward that reads slabs, got one that reads frontal-depth"
+        in refused.output
+    )
     assert "labels of shape [16, 16] with --regions=FILE" in refused.output
     np.save(tmp_path / "halves.npy", np.repeat([[0, 1]], 8, axis=1).repeat(16, axis=0))
     (tmp_path / "halves.json").write_text('["left", "right"]')
@@ -91,15 +113,27 @@ def test_a_reward_that_reads_no_slab_is_divided_by_labels_of_its_own_shape(tmp_p
     data = json.loads((folder / "shapley.json").read_text())["data"]
     assert data["names"] == ["left", "right"] and data["largest_relative_gap"] < 0.01
     assert np.sum(data["values"]) == pytest.approx(2 * data["difference"]["mean"], rel=0.02) != 0
-    assert all(entry["complete"] for entry in json.loads((folder / "methods.json").read_text())["data"]["integrated"])
+    assert all(
+        entry["complete"] for entry in json.loads((folder / "methods.json").read_text())["data"]["integrated"]
+    )
     assert not (folder / "surface.json").exists()
 
 
 @pytest.mark.long
 def test_the_parts_of_heads_of_people_divide_the_difference(tmp_path, changed):
-    arguments = [f"--after={changed}", "--device=cpu", "--n=2", "--set=draws=2", "--set=checked=1", f"--out={tmp_path / 'out'}"]
+    arguments = [
+        f"--after={changed}",
+        "--device=cpu",
+        "--n=2",
+        "--set=draws=2",
+        "--set=checked=1",
+        f"--out={tmp_path / 'out'}",
+    ]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "out" / "data" / "shapley.json").read_text())["data"]
-    assert data["names"] == list(PARTS) and np.sum(data["values"]) == pytest.approx(2 * data["difference"]["mean"], rel=1e-4) != 0
+    assert (
+        data["names"] == list(PARTS)
+        and np.sum(data["values"]) == pytest.approx(2 * data["difference"]["mean"], rel=1e-4) != 0
+    )
     assert "the back " in result.output and (tmp_path / "out" / "data" / "regions.png").is_file()

@@ -28,10 +28,14 @@ def objective(cases, perceptual):
 def test_a_stage_goes_on_from_its_state_as_if_it_had_never_stopped(generator, objective, prior, guidance):
     makers = {
         "w": lambda: projector.LatentStage(generator, objective(guidance=guidance), prior),
-        "pivot": lambda: projector.PivotalStage(generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 0.3),
+        "pivot": lambda: projector.PivotalStage(
+            generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 0.3
+        ),
     }
     for make in makers.values():
-        straight, first, second = make(), make(), make()
+        straight = make()
+        first = make()
+        second = make()
         whole = walk(straight)
         part = walk(first, 0, 3)
         second.restore({name: value.clone() for name, value in first.state().items()})
@@ -42,7 +46,9 @@ def test_a_stage_goes_on_from_its_state_as_if_it_had_never_stopped(generator, ob
 def test_weight_0_is_the_plain_projector_bit_for_bit(generator, objective, prior, guidance):
     ws = prior.mean.repeat(1, generator.num_ws, 1)
     pairs = ((None, 0.0), (guidance, 0.0), (guidance, 0.3))
-    plain, zero, guided = (projector.PivotalStage(generator, objective(guidance=one), ws, weight) for one, weight in pairs)
+    plain, zero, guided = (
+        projector.PivotalStage(generator, objective(guidance=one), ws, weight) for one, weight in pairs
+    )
     assert walk(plain) == walk(zero)
     assert_same(plain.state(), zero.state())
     walk(guided)
@@ -53,36 +59,51 @@ def test_weight_0_is_the_plain_projector_bit_for_bit(generator, objective, prior
 def test_the_reward_gets_no_gradient_and_does_not_change(generator, objective, prior, tiny_reward):
     guidance = projector.Guidance(generator, load_reward(tiny_reward).requires_grad_(True))
     before = state(guidance.reward)
-    stage = projector.PivotalStage(generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 1.0)
+    stage = projector.PivotalStage(
+        generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 1.0
+    )
     walk(stage)
     assert [p.grad for p in guidance.reward.parameters() if p.grad is not None] == []
     assert_same(state(guidance.reward), before)
 
 
 def test_the_given_generator_stays_and_the_latent_is_held(generator, objective, prior):
-    before, ws = state(generator.module), prior.mean.repeat(1, generator.num_ws, 1)
+    before = state(generator.module)
+    ws = prior.mean.repeat(1, generator.num_ws, 1)
     stage = projector.PivotalStage(generator, objective(), ws)
     walk(stage)
     assert_same(state(generator.module), before)
-    assert torch.equal(stage.ws, ws) and any(not torch.equal(a, b) for a, b in zip(stage.state().values(), before.values(), strict=False))
+    assert torch.equal(stage.ws, ws) and any(
+        not torch.equal(a, b) for a, b in zip(stage.state().values(), before.values(), strict=False)
+    )
 
 
 def test_the_reward_enters_every_second_step_and_counts_twice(generator, objective, prior, guidance):
-    stage = projector.PivotalStage(generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 0.3)
+    stage = projector.PivotalStage(
+        generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 0.3
+    )
     found = walk(stage)
     assert ["reward" in one for one in found] == [True, False, True, False, True]
     one = found[0]
-    term = -float(guidance.standard.shaped(torch.tensor(one["reward"])).clamp(-projector.CLIP, projector.CLIP)) / projector.CLIP
+    term = (
+        -float(guidance.standard.shaped(torch.tensor(one["reward"])).clamp(-projector.CLIP, projector.CLIP))
+        / projector.CLIP
+    )
     image = CONFIG.lambda_mse * one["mse"] + one["perceptual"]
     assert one["moved"] == 0 and one["loss"] == pytest.approx(image + 2 * 0.3 * term, rel=1e-5)
     assert found[2]["moved"] > 0
 
 
 def test_consistency_holds_the_density(generator, objective, prior, guidance):
-    ws, moved = prior.mean.repeat(1, generator.num_ws, 1), []
+    ws = prior.mean.repeat(1, generator.num_ws, 1)
+    moved = []
     for held in (0.0, 100.0):
-        config = dataclasses.replace(CONFIG, pivot_steps=12, lambda_sigma=held or 1e-12, reward_every=1, pivot_lr=1e-3)
-        moved.append(walk(projector.PivotalStage(generator, objective(config, guidance), ws, 1.0))[-1]["moved"])
+        config = dataclasses.replace(
+            CONFIG, pivot_steps=12, lambda_sigma=held or 1e-12, reward_every=1, pivot_lr=1e-3
+        )
+        moved.append(
+            walk(projector.PivotalStage(generator, objective(config, guidance), ws, 1.0))[-1]["moved"]
+        )
     assert moved[1] < 0.7 * moved[0]
 
 
@@ -99,20 +120,30 @@ def test_outside_the_mask_nothing_counts(generator, objective, prior, cases):
     masked[0].image_loss(seen)[0].backward()
     slope = seen.grad.abs()
     assert float(slope[..., :8, :].max()) == 0 and float(slope[..., 8:24, 8:24].max()) > 0
-    whole, plain = objective(mask=torch.ones(1, 1, 32, 32)), objective()
-    assert float(whole.image_loss(seen.detach())[0]) == pytest.approx(float(plain.image_loss(seen.detach())[0]), rel=1e-5)
+    whole = objective(mask=torch.ones(1, 1, 32, 32))
+    plain = objective()
+    assert float(whole.image_loss(seen.detach())[0]) == pytest.approx(
+        float(plain.image_loss(seen.detach())[0]), rel=1e-5
+    )
 
 
 def test_the_mean_latent_and_the_deviation(generator, prior):
-    w = generator.mapping(torch.randn(4000, generator.z_dim, generator=torch.Generator().manual_seed(1)), camera(generator, n=4000))[:, 0]
-    assert prior.deviation == pytest.approx(float((w - w.mean(dim=0)).norm(dim=1).square().mean().sqrt()), rel=0.03)
+    w = generator.mapping(
+        torch.randn(4000, generator.z_dim, generator=torch.Generator().manual_seed(1)),
+        camera(generator, n=4000),
+    )[:, 0]
+    assert prior.deviation == pytest.approx(
+        float((w - w.mean(dim=0)).norm(dim=1).square().mean().sqrt()), rel=0.03
+    )
     assert float((prior.mean[0, 0] - w.mean(dim=0)).norm()) < 0.05 * prior.deviation
 
 
 class Lpips(torch.nn.Module):
     """Called as the projectors' VGG16."""
 
-    def forward(self, images: torch.Tensor, resize_images: bool = True, return_lpips: bool = False) -> torch.Tensor:
+    def forward(
+        self, images: torch.Tensor, resize_images: bool = True, return_lpips: bool = False
+    ) -> torch.Tensor:
         assert return_lpips and not resize_images and float(images.max()) <= 255
         return images.mean(dim=2).flatten(1) / 255
 
@@ -120,7 +151,8 @@ class Lpips(torch.nn.Module):
 def test_a_torchscript_file_gives_the_features(tmp_path):
     torch.jit.script(Lpips()).save(tmp_path / "vgg.pt")
     net = projector.load_perceptual(tmp_path / "vgg.pt", 32)
-    a, b = torch.full((1, 3, 32, 32), 1.0), torch.full((1, 3, 32, 32), -1.0)
+    a = torch.full((1, 3, 32, 32), 1.0)
+    b = torch.full((1, 3, 32, 32), -1.0)
     assert net.name == "torchscript-vgg" and float(net(a, b)) == pytest.approx(3 * 32)
     large = torch.full((1, 3, 512, 512), 1.0)
     assert net.features(large).shape == (1, 3 * 256)
@@ -143,7 +175,8 @@ def test_features_without_a_gradient_are_refused(tmp_path):
 @pytest.mark.long
 def test_from_the_true_latent_the_bundled_generator_reproduces_its_image(perceptual):
     own = load_generator().generator
-    case, config = of_seed(own, 3, camera(own)), projector.InversionConfig(w_steps=100)
+    case = of_seed(own, 3, camera(own))
+    config = projector.InversionConfig(w_steps=100)
     objective = projector.Objective(config, case.target, perceptual)
     first = projector.LatentStage(own, objective, projector.prior_of(own), case.truth.ws)
     walk(first)
@@ -152,5 +185,7 @@ def test_from_the_true_latent_the_bundled_generator_reproduces_its_image(percept
     errors = []
     with torch.no_grad():
         for generator in (own, second.generator):
-            errors.append(float(objective.image_loss(objective.render(generator.field(first.ws), 0))[1]["mse"]))
+            errors.append(
+                float(objective.image_loss(objective.render(generator.field(first.ws), 0))[1]["mse"])
+            )
     assert errors[1] < errors[0] <= 1e-4

@@ -32,8 +32,16 @@ class Killed(Exception):
 @pytest.fixture
 def setup(loaded, perceptual, prior, cases, reward, guidance):
     def make(**change):
-        return Setup(loaded=loaded, perceptual=perceptual, prior=prior, guidance=guidance, judges=Judges(reward=reward), cases=cases,
-                     weights=[0.0, 0.3], config=dataclasses.replace(CONFIG, **change))
+        return Setup(
+            loaded=loaded,
+            perceptual=perceptual,
+            prior=prior,
+            guidance=guidance,
+            judges=Judges(reward=reward),
+            cases=cases,
+            weights=[0.0, 0.3],
+            config=dataclasses.replace(CONFIG, **change),
+        )
 
     return make
 
@@ -49,7 +57,9 @@ def go(folder: Path, setup: Setup) -> Inversions:
 def contents(folder: Path) -> dict[str, bytes]:
     """Bytes of everything that a run comes to, by name."""
     kept = [folder / STATS, *(folder / "targets").rglob("*.*")]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in kept if not path.name.startswith(".")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in kept if not path.name.startswith(".")
+    }
 
 
 @pytest.mark.parametrize("in_w", [False, True])
@@ -59,7 +69,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(setup, cases, tmp_path, mo
     short = dataclasses.replace(short, cases=cases[:1], weights=[0.3]) if in_w else short
     whole = contents(go(tmp_path / "straight", short).run.folder)
     assert {"targets/seed5/0.3.json", "targets/seed5/0.3.safetensors"} <= set(whole)
-    count, kills, real = [0], [0], running.storage.write_atomic
+    count = [0]
+    kills = [0]
+    real = running.storage.write_atomic
 
     def write(path, data):  # every seventh time the process dies: before the file is written, or after
         count[0] += 1
@@ -87,36 +99,57 @@ def test_the_arms_share_the_latent_and_weight_0_is_the_run_without_a_reward(setu
     alone = dataclasses.replace(setup(), guidance=None, weights=[0.0])
     plain = go(tmp_path / "plain", alone)
     for name in ("w.safetensors", "w.json", "0.safetensors", "0.json"):
-        assert (plain.folder(plain.setup.cases[0]) / name).read_bytes() == (both.folder(both.setup.cases[0]) / name).read_bytes()
-    assert sum("w" == json.loads(line)["stage"] for line in (tmp_path / "both" / STATS).read_text().splitlines()) == 2 * CONFIG.w_steps
+        assert (plain.folder(plain.setup.cases[0]) / name).read_bytes() == (
+            both.folder(both.setup.cases[0]) / name
+        ).read_bytes()
+    assert (
+        sum("w" == json.loads(line)["stage"] for line in (tmp_path / "both" / STATS).read_text().splitlines())
+        == 2 * CONFIG.w_steps
+    )
 
 
 def test_what_is_measured(setup, tmp_path):
     inversions = go(tmp_path / "run", setup())
     records = inversions.records()
-    assert [(r["target"], r["arm"]) for r in records] == [(t, a) for t in ("seed5", "seed6") for a in ("truth", "w", "0", "0.3")]
+    assert [(r["target"], r["arm"]) for r in records] == [
+        (t, a) for t in ("seed5", "seed6") for a in ("truth", "w", "0", "0.3")
+    ]
     last = records[-1]
-    assert set(last) == {"target", "arm", *report.BY_NAME} - {"judge"} and set(records[0]) == {"target", "arm", "reward"}
+    assert set(last) == {"target", "arm", *report.BY_NAME} - {"judge"} and set(records[0]) == {
+        "target",
+        "arm",
+        "reward",
+    }
     assert last["moved"] > 0 and records[1]["moved"] == 0
     summary = report.summarise(records, [0.0, 0.3])
     change = summary["measures"]["psnr"]["paired"]["0.3"]["mean"]
-    assert change == pytest.approx(np.mean([records[3]["psnr"] - records[2]["psnr"], records[7]["psnr"] - records[6]["psnr"]]))
+    assert change == pytest.approx(
+        np.mean([records[3]["psnr"] - records[2]["psnr"], records[7]["psnr"] - records[6]["psnr"]])
+    )
     assert "moved" in summary["measures"] and "judge" not in summary["measures"]
 
 
 def test_the_truth_itself_has_no_error(loaded, perceptual, prior, cases, setup):
-    case, generator = cases[0], loaded.generator
+    case = cases[0]
+    generator = loaded.generator
     pivot = generator.field(case.truth.ws).density_grid(cube_of(generator))
-    exact = measure(generator, case, case.truth.ws, pivot, Objective(CONFIG, case.target, perceptual), Judges())
-    other = measure(generator, case, cases[1].truth.ws, pivot, Objective(CONFIG, case.target, perceptual), Judges())
+    exact = measure(
+        generator, case, case.truth.ws, pivot, Objective(CONFIG, case.target, perceptual), Judges()
+    )
+    other = measure(
+        generator, case, cases[1].truth.ws, pivot, Objective(CONFIG, case.target, perceptual), Judges()
+    )
     assert exact["moved"] == 0 < other["moved"]
     assert all(exact[name] > other[name] for name in ("psnr", "psnr_side"))
     assert all(exact[name] < other[name] for name in ("mse", "depth", "depth_side", "perceptual"))
 
 
 def rows(psnrs, rewards, judges):
-    return [{"target": f"t{i}", "arm": arm, "psnr": p + i, "reward": r + i, "judge": j + i}
-            for i in range(4) for arm, p, r, j in zip(("0", "0.1", "1"), psnrs, rewards, judges, strict=True)]
+    return [
+        {"target": f"t{i}", "arm": arm, "psnr": p + i, "reward": r + i, "judge": j + i}
+        for i in range(4)
+        for arm, p, r, j in zip(("0", "0.1", "1"), psnrs, rewards, judges, strict=True)
+    ]
 
 
 def test_knee_and_over_optimisation():
@@ -143,7 +176,10 @@ SHORT = ("--set=w_steps=3", "--set=pivot_steps=2", "--device=cpu", "--set=turns=
 @pytest.fixture
 def tool(tiny_networks, tiny_reward):
     def call(*flags):
-        return CliRunner().invoke(invert.main, [f"--network={tiny_networks}", f"--reward-ckpt={tiny_reward}", *SHORT, *map(str, flags)])
+        return CliRunner().invoke(
+            invert.main,
+            [f"--network={tiny_networks}", f"--reward-ckpt={tiny_reward}", *SHORT, *map(str, flags)],
+        )
 
     return call
 
@@ -160,21 +196,36 @@ def test_an_image_from_start_to_page(tool, picture, tmp_path, monkeypatch):
     for name, value in {"CELL": 32, "FILM": 16, "GRID": 32, "RAYS": 16, "SAMPLES": 6}.items():
         monkeypatch.setattr(report, name, value)
     Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
-    result = tool(f"--image={picture}", f"--mask={tmp_path / 'mask.png'}", "--camera=0.1,0", "--weights=0,0.5", f"--outdir={tmp_path}/runs")
+    result = tool(
+        f"--image={picture}",
+        f"--mask={tmp_path / 'mask.png'}",
+        "--camera=0.1,0",
+        "--weights=0,0.5",
+        f"--outdir={tmp_path}/runs",
+    )
     assert result.exit_code == 0, result.output
     out = tmp_path / "runs" / "00000-inversion"
     found = json.loads((out / "inversion.json").read_text())
-    assert found["perceptual"].startswith("head-factors-") and found["perceptual"] in result.stdout and found["judge"] == "none"
-    assert {record["arm"] for record in found["records"]} == {"truth", "w", "0", "0.5"} and "psnr" in found["measures"]
+    assert (
+        found["perceptual"].startswith("head-factors-")
+        and found["perceptual"] in result.stdout
+        and found["judge"] == "none"
+    )
+    assert {record["arm"] for record in found["records"]} == {"truth", "w", "0", "0.5"} and "psnr" in found[
+        "measures"
+    ]
     page = (out / "index.html").read_text()
     assert "Step by step" in page and "data:image/png" in page
     for name in ("strip.png", "orbit.mp4", "0.safetensors"):
         assert (out / "targets" / "head" / name).stat().st_size > 0
-    before, finished = contents(out), []
+    before = contents(out)
+    finished = []
     monkeypatch.setattr(invert, "finish", lambda *how: finished.append(how))
     again = CliRunner().invoke(invert.main, [f"--resume={out}"])
     assert again.exit_code == 0 and len(finished) == 1 and contents(out) == before
-    assert_one_line(CliRunner().invoke(invert.main, [f"--resume={out}", "--camera=0.2,0"]), "--camera", "Leave out")
+    assert_one_line(
+        CliRunner().invoke(invert.main, [f"--resume={out}", "--camera=0.2,0"]), "--camera", "Leave out"
+    )
     Image.new("RGB", (32, 32)).save(picture)
     assert_one_line(CliRunner().invoke(invert.main, [f"--resume={out}"]), "image", "Restore the file")
 
@@ -183,15 +234,33 @@ MISTAKES = {
     "no target": ([], "--image, --latents: expected one of them, got none"),
     "weights": (["--seeds=1", "--weights=0,-1"], "--weights: expected different numbers >= 0"),
     "latents": (["--latents=3-1"], "--latents: "),
-    "camera": (["--seeds=1", "--camera=1,2,3"], "--camera: camera: entry 'camera': expected a label of 25 numbers, got 3"),
-    "camera file": (["--seeds=1", "--camera={tmp}/none.json"], "--camera: expected YAW,PITCH, 25 numbers or a .json file"),
-    "large image": (["--image={tmp}/large.png"], "--image: expected 32 x 32 pixels, the generator's, got 40 x 32"),
+    "camera": (
+        ["--seeds=1", "--camera=1,2,3"],
+        "--camera: camera: entry 'camera': expected a label of 25 numbers, got 3",
+    ),
+    "camera file": (
+        ["--seeds=1", "--camera={tmp}/none.json"],
+        "--camera: expected YAW,PITCH, 25 numbers or a .json file",
+    ),
+    "large image": (
+        ["--image={tmp}/large.png"],
+        "--image: expected 32 x 32 pixels, the generator's, got 40 x 32",
+    ),
     "empty mask": (["--image={tmp}/fit.png", "--mask={tmp}/fit.png"], "--mask: expected some white"),
     "no image": (["--image={tmp}/text.png"], "--image: expected an image file"),
     "mask of a seed": (["--seeds=1", "--mask={tmp}/fit.png"], "--mask: expected none with --latents"),
-    "start": (["--image={tmp}/fit.png", "--set=start=truth"], "--set start=VALUE: expected mean with --image"),
-    "features": (["--seeds=1", "--set=perceptual={tmp}/text.png"], "--set perceptual=VALUE: expected a TorchScript file"),
-    "another box": (["--seeds=1", "--reward-ckpt={tmp}/wide.safetensors"], "--reward-ckpt: expected a generator with box_warp 2.0, got 1"),
+    "start": (
+        ["--image={tmp}/fit.png", "--set=start=truth"],
+        "--set start=VALUE: expected mean with --image",
+    ),
+    "features": (
+        ["--seeds=1", "--set=perceptual={tmp}/text.png"],
+        "--set perceptual=VALUE: expected a TorchScript file",
+    ),
+    "another box": (
+        ["--seeds=1", "--reward-ckpt={tmp}/wide.safetensors"],
+        "--reward-ckpt: expected a generator with box_warp 2.0, got 1",
+    ),
     "nothing to resume": (["--resume={tmp}"], "--resume: expected a run folder"),
 }
 
@@ -201,17 +270,25 @@ def test_mistakes_are_one_line_and_leave_nothing(case, tool, reward, tmp_path):
     Image.new("RGB", (40, 32)).save(tmp_path / "large.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "fit.png")
     (tmp_path / "text.png").write_text("none")
-    Reward(SigmaSlab(SlabSpec(resolution=24, box_warp=2.0)), reward.network).save(tmp_path / "wide.safetensors")
+    Reward(SigmaSlab(SlabSpec(resolution=24, box_warp=2.0)), reward.network).save(
+        tmp_path / "wide.safetensors"
+    )
     before = sorted(tmp_path.iterdir())
     flags, text = MISTAKES[case]
     more = [flag.format(tmp=tmp_path) for flag in flags]
-    found = CliRunner().invoke(invert.main, more) if case == "nothing to resume" else tool(f"--outdir={tmp_path / 'runs'}", *more)
+    found = (
+        CliRunner().invoke(invert.main, more)
+        if case == "nothing to resume"
+        else tool(f"--outdir={tmp_path / 'runs'}", *more)
+    )
     assert_one_line(found, text)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_dry_run_says_what_would_be_done(tool, tmp_path):
-    result = tool("--seeds=1-2", "--weights=1,0", "--preset=published", f"--outdir={tmp_path / 'runs'}", "--dry-run")
+    result = tool(
+        "--seeds=1-2", "--weights=1,0", "--preset=published", f"--outdir={tmp_path / 'runs'}", "--dry-run"
+    )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["weights"] == [0, 1] and found["config"]["w_steps"] == 3 and not (tmp_path / "runs").exists()

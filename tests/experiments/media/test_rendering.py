@@ -1,6 +1,5 @@
 """Pictures that depend on the seed alone, cameras as EG3D places them, and films with the promised frames."""
 
-
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -33,7 +32,8 @@ def test_the_cameras_of_a_generator_are_its_own(G, fov):
 @pytest.mark.parametrize("noise_mode", ["const", "random", "none"])
 def test_a_picture_depends_on_its_seed_and_camera_alone(G, noise_mode):
     cameras = rendering.cameras_of(G)
-    left, right = rendering.camera(cameras, 0.4), rendering.camera(cameras, -0.4)
+    left = rendering.camera(cameras, 0.4)
+    right = rendering.camera(cameras, -0.4)
     ws = rendering.conditioned_ws(G, [3], cameras, 0.7)
     state = torch.random.get_rng_state()
     first = rendering.render(G, ws, [left, right], 3, noise_mode)
@@ -50,10 +50,14 @@ def test_a_picture_depends_on_its_seed_and_camera_alone(G, noise_mode):
 
 
 def test_raw_pictures_and_distances(G):
-    ws, label = rendering.conditioned_ws(G, [0], rendering.cameras_of(G)), rendering.camera(rendering.cameras_of(G))
+    ws = rendering.conditioned_ws(G, [0], rendering.cameras_of(G))
+    label = rendering.camera(rendering.cameras_of(G))
     options = RenderOptions(sample_mult=1.5, resolution=12)
     kept = dict(G.module.rendering_kwargs)
-    raw, depth = (rendering.render(G, ws, [label], mode=mode, options=options)[0] for mode in ("image_raw", "image_depth"))
+    raw, depth = (
+        rendering.render(G, ws, [label], mode=mode, options=options)[0]
+        for mode in ("image_raw", "image_depth")
+    )
     assert G.module.rendering_kwargs == kept
     six = RenderOptions(samples=6, resolution=12)
     np.testing.assert_array_equal(raw, rendering.render(G, ws, [label], mode="image_raw", options=six)[0])
@@ -78,7 +82,8 @@ def test_a_walk_passes_its_keyframes_and_closes_smoothly():
         torch.testing.assert_close(walk.at(time)[0], ws[time])
     torch.testing.assert_close(walk.at(4.0)[0], ws[0])
     step = 1e-3
-    before, after = (walk.at(4.0) - walk.at(4.0 - step)) / step, (walk.at(step) - walk.at(0.0)) / step
+    before = (walk.at(4.0) - walk.at(4.0 - step)) / step
+    after = (walk.at(step) - walk.at(0.0)) / step
     torch.testing.assert_close(before, after, atol=0.05, rtol=0.05)
     torch.testing.assert_close(LatentWalk(ws[:1]).at(0.7), ws[:1])
 
@@ -87,7 +92,9 @@ def test_seeds_of_the_cells():
     assert FilmOptions(grid=(2, 1)).cells([5, 6, 7, 8]) == [[5, 6], [7, 8]]
     assert FilmOptions(grid=(2, 1), keyframes=3).cells([5, 6]) == [[5, 6, 5], [6, 5, 6]]
     shuffled = FilmOptions(grid=(2, 2), shuffle_seed=1).cells(list(range(8)))
-    assert sorted(sum(shuffled, [])) == list(range(8)) and shuffled != FilmOptions(grid=(2, 2)).cells(list(range(8)))
+    assert sorted(sum(shuffled, [])) == list(range(8)) and shuffled != FilmOptions(grid=(2, 2)).cells(
+        list(range(8))
+    )
     with pytest.raises(ValueError, match="expected a multiple of 4 seeds for a grid of 2x2, got 3"):
         FilmOptions(grid=(2, 2)).cells([1, 2, 3])
 

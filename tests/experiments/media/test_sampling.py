@@ -20,7 +20,9 @@ def test_any_list_of_ranges_reads_back(ranges):
     assert parse_seeds(text) == [s for start, extra in ranges for s in range(start, start + extra + 1)]
 
 
-@pytest.mark.parametrize("text", ["", "a", "1,,2", "-3", "1-", "1-2-3", "1.5", "5-2", "4294967296", f"0-{MOST_SEEDS}", "0,"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "1,,2", "-3", "1-", "1-2-3", "1.5", "5-2", "4294967296", f"0-{MOST_SEEDS}", "0,"]
+)
 def test_anything_else_is_one_line(text):
     with pytest.raises(ValueError, match="^seeds: expected .*got") as caught:
         parse_seeds(text)

@@ -16,14 +16,19 @@ class Reader:
         self.address = path.resolve().as_uri()
         self.errors: list[str] = []
         self.requests: list[str] = []  # for anything but the page itself
-        self.page.on("console", lambda message: message.type in ("error", "warning") and self.errors.append(message.text))
+        self.page.on(
+            "console",
+            lambda message: message.type in ("error", "warning") and self.errors.append(message.text),
+        )
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", self._watch)
         self.page.goto(self.address)
         self.settle()
 
     def _watch(self, request) -> None:
-        if request.url.split("#")[0] != self.address and not request.url.startswith(("data:", "blob:", "about:")):
+        if request.url.split("#")[0] != self.address and not request.url.startswith(
+            ("data:", "blob:", "about:")
+        ):
             self.requests.append(request.url)
 
     def settle(self) -> None:

@@ -26,7 +26,9 @@ SHOTS = {  # file -> report, anchor that is scrolled to, colour scheme, key that
 
 
 def keep(reader: Reader, path: Path) -> None:
-    """A screenshot taken at twice the size, so that edges are smooth; fewer colours where it would be too large."""
+    """A screenshot taken at twice the size, so that edges are smooth; fewer colours where it would be too
+    large.
+    """
     large = Image.open(io.BytesIO(reader.page.screenshot())).convert("RGB")
     picture = large.resize((large.width // 2, large.height // 2), Image.Resampling.LANCZOS)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,9 +56,18 @@ def take(browser, reports: Path, name: str, out: Path) -> None:
 
 
 @click.command()
-@click.option("--reports", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reports"), show_default=True)
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("docs/images"), show_default=True)
-@click.option("--only", default=",".join(SHOTS), show_default="all", help="Pictures, with commas between them.")
+@click.option(
+    "--reports",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("runs/reports"),
+    show_default=True,
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("docs/images"), show_default=True
+)
+@click.option(
+    "--only", default=",".join(SHOTS), show_default="all", help="Pictures, with commas between them."
+)
 def main(reports: Path, out: Path, only: str) -> None:
     """Take pictures of the reports' pages."""
     with chromium() as browser:

@@ -20,7 +20,9 @@ def ball() -> str:
     found = trimesh.creation.icosphere(subdivisions=2, radius=0.3)
     colours = np.full((len(found.vertices), 3), 200, dtype=np.uint8)
     layers = [Layer(name="shape alone", colours=colours, legend=())]
-    mesh = ColouredMesh(name="ball", vertices=np.asarray(found.vertices), faces=np.asarray(found.faces), layers=layers)
+    mesh = ColouredMesh(
+        name="ball", vertices=np.asarray(found.vertices), faces=np.asarray(found.faces), layers=layers
+    )
     return mesh_page([mesh], "Attribution on the surface")
 
 
@@ -33,5 +35,8 @@ def attribution_page(c: Comparison, out: Path) -> Path:
     surface = out / "data" / PAGE
     if not surface.stat().st_size:
         surface.write_text(ball())
-    words, introduction = reports.attribution_summary(findings), reports.attribution_introduction(study)
-    return write_page(out / "index.html", report.TITLE, introduction, parts, findings, words, reports.viewer(out))
+    words = reports.attribution_summary(findings)
+    introduction = reports.attribution_introduction(study)
+    return write_page(
+        out / "index.html", report.TITLE, introduction, parts, findings, words, reports.viewer(out)
+    )

@@ -1,4 +1,6 @@
-"""The frame of every report: findings are kept as JSON, drawn from JSON, and computed again only when what they depend on changes."""
+"""The frame of every report: findings are kept as JSON, drawn from JSON, and computed again only when what
+they depend on changes.
+"""
 
 import json
 import re
@@ -21,18 +23,28 @@ class Counting:
     """A computation that counts its calls."""
 
     def __init__(self, value=1.0):
-        self.calls, self.value = 0, value
+        self.calls = 0
+        self.value = value
 
     def __call__(self, folder):
         self.calls += 1
         rows = [{"seed": i, "delta": self.value * i} for i in range(3)]
         facts = Facts(n=3, seeds="0..2", psi=0.7, networks={"before": "ab" * 32}, interval="none")
-        return Finding(facts=facts, data={"x": [0, 1, 2], "y": [r["delta"] for r in rows]}, rows=rows, says=["a <b> & c"])
+        return Finding(
+            facts=facts, data={"x": [0, 1, 2], "y": [r["delta"] for r in rows]}, rows=rows, says=["a <b> & c"]
+        )
 
 
 def job(compute, inputs=None, version=1):
     inputs = inputs or {"seeds": [0, 2]}
-    return Job(key="shift", title="Reward shift", compute=compute, plots={"line": plot}, inputs=inputs, version=version)
+    return Job(
+        key="shift",
+        title="Reward shift",
+        compute=compute,
+        plots={"line": plot},
+        inputs=inputs,
+        version=version,
+    )
 
 
 def test_a_second_call_computes_nothing(tmp_path):
@@ -74,7 +86,9 @@ def test_figures_are_the_same_bytes_again(tmp_path):
     pages.run([job(Counting())], tmp_path / "a", quiet=True)
     pages.run([job(Counting())], tmp_path / "b", quiet=True)
     for name in ("shift-line.svg", "shift-line-dark.svg", "shift-line.png"):
-        assert (tmp_path / "a" / "figures" / name).read_bytes() == (tmp_path / "b" / "figures" / name).read_bytes()
+        assert (tmp_path / "a" / "figures" / name).read_bytes() == (
+            tmp_path / "b" / "figures" / name
+        ).read_bytes()
 
 
 class Structure(HTMLParser):
@@ -82,7 +96,8 @@ class Structure(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.ids, self.addresses = [], []
+        self.ids = []
+        self.addresses = []
 
     def handle_starttag(self, tag, attrs):
         for name, value in attrs:
@@ -95,11 +110,18 @@ class Structure(HTMLParser):
 def test_page_needs_nothing_from_elsewhere(tmp_path):
     one = job(Counting())
     findings = pages.run([one], tmp_path, quiet=True)
-    text = pages.write_page(tmp_path / "index.html", "Evidence <1>", "What changed.", [one], findings, ["first & foremost"]).read_text()
+    text = pages.write_page(
+        tmp_path / "index.html", "Evidence <1>", "What changed.", [one], findings, ["first & foremost"]
+    ).read_text()
     structure = Structure()
     structure.feed(text)
     assert all(address.startswith(("data:", "#")) for address in structure.addresses)
     assert len(structure.ids) == len(set(structure.ids))
     assert {address[1:] for address in structure.addresses if address.startswith("#")} <= set(structure.ids)
-    assert "<b>" not in text and "a &lt;b&gt; &amp; c" in text and "n = 3 latents" in text and "abababababab" in text
+    assert (
+        "<b>" not in text
+        and "a &lt;b&gt; &amp; c" in text
+        and "n = 3 latents" in text
+        and "abababababab" in text
+    )
     assert not re.search(r"url\((?!#)", text) and "<script" not in text

@@ -1,4 +1,6 @@
-"""Every report's page opens in a browser: no console message, no request, in dark and light; the map obeys mouse, keyboard and touch."""
+"""Every report's page opens in a browser: no console message, no request, in dark and light; the map obeys
+mouse, keyboard and touch.
+"""
 
 import contextlib
 import re
@@ -38,16 +40,28 @@ def no_png():
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, tiny_comparison, tiny_pair, no_png):  # noqa: F811
     """Folder with a page for each report, from tiny networks."""
-    root, c = tmp_path_factory.mktemp("reports"), tiny_comparison
+    root = tmp_path_factory.mktemp("reports")
+    c = tiny_comparison
     parts = report.select(c, PARTS)
     findings = pages.run(parts, root / "evaluate", quiet=True)
-    write_page(root / "evaluate/index.html", report.TITLE, report.introduction(c), parts, findings, report.summary(c, findings))
+    write_page(
+        root / "evaluate/index.html",
+        report.TITLE,
+        report.introduction(c),
+        parts,
+        findings,
+        report.summary(c, findings),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedding, "umap_layout", lambda points, seed: np.asarray(points)[:, :2].astype(float))
         patch.setattr(embedding, "umap_version", lambda: "stand-in")
         patch.setattr(embedding, "PIXELS", 32)
         embedding.write(c, root / "embed", quiet=True)
-    cells = [Cell(lambda_r=0, lambda_sigma=0, seed=0), Cell(lambda_r=10, lambda_sigma=0, seed=0), Cell(lambda_r=10, lambda_sigma=1, seed=0)]
+    cells = [
+        Cell(lambda_r=0, lambda_sigma=0, seed=0),
+        Cell(lambda_r=10, lambda_sigma=0, seed=0),
+        Cell(lambda_r=10, lambda_sigma=1, seed=0),
+    ]
     networks = dict(zip(cells, sorted(tiny_pair[0].glob("network-snapshot-*")), strict=True))
     sweep.write(c, networks, root / "sweep", quiet=True)
     attribution_page(c, root / "attribute")
@@ -73,21 +87,27 @@ def test_pages_open_without_errors_or_requests(browser, written, name, scheme):
         assert (sum(reader.background()) < 150) is (scheme == "dark")
         other = "light" if scheme == "dark" else "dark"
         assert page.locator(f"main .{scheme} svg").count() == page.locator(f"main .{other} svg").count() > 0
-        assert page.locator(f"main .{scheme} svg").first.is_visible() and not page.locator(f"main .{other} svg").first.is_visible()
+        assert (
+            page.locator(f"main .{scheme} svg").first.is_visible()
+            and not page.locator(f"main .{other} svg").first.is_visible()
+        )
         for link in page.locator("nav a").all():
             link.click()
             assert page.locator(link.get_attribute("href")).first.is_visible()
         for summary in page.locator("summary").all():
             summary.click()
         assert page.locator("details table").first.is_visible()
-        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")  # nothing sticks out
+        # nothing sticks out
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
 
 
 def test_pages_fit_a_phone_and_print(browser, written):
     for name in ("evaluate", "embed", "sweep"):
         with reading(browser, written / name / "index.html", **PHONE) as reader:
-            assert reader.page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth + 1"), name
+            assert reader.page.evaluate(
+                "document.documentElement.scrollWidth <= document.documentElement.clientWidth + 1"
+            ), name
         with reading(browser, written / name / "index.html", color_scheme="dark") as reader:
             assert len(reader.page.pdf()) > 10_000
             reader.page.emulate_media(media="print", color_scheme="dark")
@@ -96,10 +116,12 @@ def test_pages_fit_a_phone_and_print(browser, written):
 
 def test_the_map_obeys_the_keyboard(browser, written):
     with reading(browser, written / "embed/index.html") as reader:
-        page, plot = reader.page, reader.page.locator("#points svg")
+        page = reader.page
+        plot = reader.page.locator("#points svg")
         lowest = reader.chosen()
         plot.press("End")
-        highest, said = reader.chosen(), page.locator("#points-said").inner_text()
+        highest = reader.chosen()
+        said = page.locator("#points-said").inner_text()
         assert highest != lowest and "32 of 32 from the lowest" in said
         plot.press("Enter")
         assert reader.chosen().split()[1] == highest.split()[1] and reader.chosen() != highest
@@ -117,7 +139,9 @@ def test_the_map_obeys_the_keyboard(browser, written):
         assert len(seen) > 2
         before = plot.locator(".chosen").get_attribute("cx")
         page.locator("input[value=principal]").check()
-        assert plot.locator(".chosen").get_attribute("cx") != before or plot.locator(".chosen").get_attribute("cy")
+        assert plot.locator(".chosen").get_attribute("cx") != before or plot.locator(".chosen").get_attribute(
+            "cy"
+        )
 
 
 def test_the_map_obeys_mouse_and_touch(browser, written):
@@ -126,28 +150,39 @@ def test_the_map_obeys_mouse_and_touch(browser, written):
         dots.first.scroll_into_view_if_needed()
         for i in (3, 7):
             dots.nth(i).hover(force=True)
-            place = reader.page.evaluate("i => document.querySelectorAll('#points .dot')[i].getAttribute('transform')", i)
+            place = reader.page.evaluate(
+                "i => document.querySelectorAll('#points .dot')[i].getAttribute('transform')", i
+            )
             x, y = re.findall(r"[\d.]+", place)
             ring = reader.page.locator("#points .chosen")
-            assert (float(ring.get_attribute("cx")), float(ring.get_attribute("cy"))) == pytest.approx((float(x), float(y)), abs=8)
+            assert (float(ring.get_attribute("cx")), float(ring.get_attribute("cy"))) == pytest.approx(
+                (float(x), float(y)), abs=8
+            )
     with reading(browser, written / "embed/index.html", **PHONE) as reader:
-        crosses, seen = reader.page.locator("#points .cross"), {reader.chosen()}
+        crosses = reader.page.locator("#points .cross")
+        seen = {reader.chosen()}
         for i in (2, 9):
             crosses.nth(i).tap(force=True)
             seen.add(reader.chosen())
         reader.page.get_by_role("button", name="other network").tap()
         seen.add(reader.chosen())
         assert len(seen) >= 3
-        assert all(box["height"] >= 44 for box in (b.bounding_box() for b in reader.page.locator("#points button").all()))
+        assert all(
+            box["height"] >= 44
+            for box in (b.bounding_box() for b in reader.page.locator("#points button").all())
+        )
 
 
 def test_the_map_shows_each_shape_where_it_lies_on_the_sheet(browser, written):
     with reading(browser, written / "embed/index.html") as reader:
         place = reader.page.evaluate("""() => {
-            const shape = document.querySelector('#points [data-role="after"] .shape'), style = getComputedStyle(shape);
+            const shape = document.querySelector('#points [data-role="after"] .shape');
+            const style = getComputedStyle(shape);
             return [style.backgroundPosition, style.backgroundSize, shape.getAttribute("aria-label")];
         }""")
         seed = int(re.search(r"seed (\d+)", place[2]).group(1))
         x, y = (float(part.rstrip("%")) for part in place[0].split())
         number = 2 * (seed - 200_000) + 1
-        assert (x, y) == pytest.approx((100 * (number % 20) / 19, 100 * (number // 20)), abs=0.1) and place[1] == "2000% 200%"
+        assert (x, y) == pytest.approx((100 * (number % 20) / 19, 100 * (number // 20)), abs=0.1) and place[
+            1
+        ] == "2000% 200%"

@@ -1,4 +1,6 @@
-"""Assets under optimisation are fields: everything that reads a field reads them, and every number has a gradient."""
+"""Assets under optimisation are fields: everything that reads a field reads them, and every number has a
+gradient.
+"""
 
 import numpy as np
 import pytest
@@ -31,7 +33,8 @@ def balls(assets: int = 2, resolution: int = 24) -> Voxels:
 
 
 def random_voxels(assets: int = 2, resolution: int = 5, dtype=torch.float32) -> Voxels:
-    voxels, rng = Voxels(assets, resolution), torch.Generator().manual_seed(1)
+    voxels = Voxels(assets, resolution)
+    rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in voxels.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=rng))
@@ -44,8 +47,16 @@ def test_an_asset_is_a_field(asset):
     points = torch.rand(7, 3) - 0.5
     each = torch.stack([points, points])
     assert torch.equal(asset.density(points), asset.density(each)) and asset.density(points).shape == (2, 7)
-    assert asset.colour(points).shape == (2, 7, 3) and 0 <= asset.colour(points).min() and asset.colour(points).max() <= 1
-    for grid in (SlabSpec.of(asset.bounds, 9), SlabSpec(resolution=16), SlabSpec(resolution=8, lattice="skewed")):
+    assert (
+        asset.colour(points).shape == (2, 7, 3)
+        and 0 <= asset.colour(points).min()
+        and asset.colour(points).max() <= 1
+    )
+    for grid in (
+        SlabSpec.of(asset.bounds, 9),
+        SlabSpec(resolution=16),
+        SlabSpec(resolution=8, lattice="skewed"),
+    ):
         pointwise = asset.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
         assert torch.allclose(asset.density_grid(grid), pointwise, atol=1e-4)
     assert (asset.density(torch.tensor([[0.0, 0.0, 0.6]])) < -900).all()
@@ -64,7 +75,8 @@ def test_voxels_hold_their_own_values():
 
 def test_planes_decode_as_the_generators_do():
     asset = TriPlanes(2, 8, channels=4, hidden=6)
-    decoder, renderer = OSGDecoder(4, {"decoder_lr_mul": 1, "decoder_output_dim": 3, "decoder_hidden_dim": 6}), ImportanceRenderer("fixed")
+    decoder = OSGDecoder(4, {"decoder_lr_mul": 1, "decoder_output_dim": 3, "decoder_hidden_dim": 6})
+    renderer = ImportanceRenderer("fixed")
     points = torch.rand(1, 11, 3) - 0.5
     for k in range(2):
         with torch.no_grad():
@@ -83,7 +95,8 @@ def test_planes_decode_as_the_generators_do():
     [
         (SigmaSlab(SlabSpec(resolution=16)), (1, 9, 9, 8)),
         (Depth(resolution=12, samples=16, pivot=(0, 0, 0), near=2.2, far=3.2), (1, 2, 12, 12)),
-        (LevelSetPoints(spec=SlabSpec.cube(16), points=64), (6, 64)), (LiftedPoints(resolution=24, samples=24, points=64), (3, 64)),
+        (LevelSetPoints(spec=SlabSpec.cube(16), points=64), (6, 64)),
+        (LiftedPoints(resolution=24, samples=24, points=64), (3, 64)),
     ],
     ids=["sigma", "depth", "points", "lifted"],
 )
@@ -99,8 +112,15 @@ def test_depth_and_clouds_lie_on_the_ball():
     field = balls().requires_grad_(False)
     camera = CameraFamily().label()
     seen = field.render(camera, RenderOptions(resolution=33, samples=200))
-    assert float(seen.depth[0, 0, 16, 16]) == pytest.approx(2.7 - RADIUS + 0.04, abs=0.02) and float(seen.opacity[0, 0, 16, 16]) > 0.99
-    assert float(seen.opacity[0, 0, 0, 0]) == 0 and float(seen.raw[0].amax()) <= 1 and float(seen.raw[1, 0, 0, 0]) == -1
+    assert (
+        float(seen.depth[0, 0, 16, 16]) == pytest.approx(2.7 - RADIUS + 0.04, abs=0.02)
+        and float(seen.opacity[0, 0, 16, 16]) > 0.99
+    )
+    assert (
+        float(seen.opacity[0, 0, 0, 0]) == 0
+        and float(seen.raw[0].amax()) <= 1
+        and float(seen.raw[1, 0, 0, 0]) == -1
+    )
     assert seen.raw[0, :, 16, 16].tolist() == pytest.approx([1, -1, -1], abs=0.02)
     cloud = LevelSetPoints(spec=SlabSpec.cube(32), points=256).observe(field)
     assert torch.allclose(cloud[:, :3].norm(dim=1) / 2, torch.tensor(RADIUS), atol=0.01)
@@ -108,7 +128,8 @@ def test_depth_and_clouds_lie_on_the_ball():
 
 def test_rendering_in_parts_is_the_same(monkeypatch):
     field = balls()
-    cameras, options = CameraFamily().label(0.3, 0.1, 2), RenderOptions(resolution=16, samples=12)
+    cameras = CameraFamily().label(0.3, 0.1, 2)
+    options = RenderOptions(resolution=16, samples=12)
 
     def gradient():
         field.zero_grad()
@@ -122,7 +143,9 @@ def test_rendering_in_parts_is_the_same(monkeypatch):
     assert torch.allclose(whole[0], parts[0]) and torch.allclose(whole[1], parts[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("asset", [random_voxels(2, 3, torch.float64), TriPlanes(2, 4, 2, 3).double()], ids=["voxels", "planes"])
+@pytest.mark.parametrize(
+    "asset", [random_voxels(2, 3, torch.float64), TriPlanes(2, 4, 2, 3).double()], ids=["voxels", "planes"]
+)
 def test_gradients_are_finite_differences(asset):
     cameras = CameraFamily(radius=1.5, focal=1.0).label(0.4, 0.2, 2).double()
     names, leaves = zip(*asset.named_parameters(), strict=True)
@@ -138,7 +161,8 @@ def test_gradients_are_finite_differences(asset):
 class _Figure(torch.nn.Module):
     def __init__(self, asset, cameras):
         super().__init__()
-        self.asset, self.cameras = asset, cameras
+        self.asset = asset
+        self.cameras = cameras
 
     def forward(self):
         seen = self.asset.render(self.cameras, RenderOptions(resolution=3, samples=5))
@@ -148,13 +172,19 @@ class _Figure(torch.nn.Module):
 def test_penalties_in_closed_form():
     raw = torch.full((1, 4), 1.0)
     o = 1 - np.exp(-np.log(2) * 0.5)
-    penalties, entropy = sparsity(raw, 0.5), -o * np.log(o) - (1 - o) * np.log(1 - o)
-    assert float(penalties["sparsity"]) == pytest.approx(o) and float(penalties["opacity"]) == pytest.approx(entropy)
+    penalties = sparsity(raw, 0.5)
+    entropy = -o * np.log(o) - (1 - o) * np.log(1 - o)
+    assert float(penalties["sparsity"]) == pytest.approx(o) and float(penalties["opacity"]) == pytest.approx(
+        entropy
+    )
     empty, full = (float(sparsity(torch.full((1, 4), value), 0.5)["opacity"]) for value in (-60.0, 60.0))
     assert abs(empty) < 1e-6 and abs(full) < 1e-6
-    flat, rough = Voxels(1, 4).requires_grad_(False), Voxels(1, 4).requires_grad_(False)
+    flat = Voxels(1, 4).requires_grad_(False)
+    rough = Voxels(1, 4).requires_grad_(False)
     rough.shape[:, ::2] += 1
-    assert float(flat.regularisers()["roughness"]) == 0 and float(rough.regularisers()["roughness"]) == pytest.approx(1 / 3)
+    assert float(flat.regularisers()["roughness"]) == 0 and float(
+        rough.regularisers()["roughness"]
+    ) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("asset", [random_voxels(), TriPlanes(2, 8, seed=3)], ids=["voxels", "planes"])
@@ -183,5 +213,7 @@ def test_a_ball_in_perspective_from_the_public_cameras():
     drawn = views.draw(2, torch.Generator().manual_seed(0))
     seen = views.render(balls(), drawn, torch.tensor([0.0, 1.0, 0.0]))
     assert seen.images.shape == (8, 3, 24, 24) and seen.opacity.shape == (8, 1, 24, 24)
-    assert torch.allclose(seen.images[:, :, 0, 0], torch.tensor([0.0, 1.0, 0.0]), atol=1e-5)  # the background in the corner
-    assert torch.allclose(seen.images[:4, :, 12, 12], torch.tensor([1.0, 0.0, 0.0]), atol=0.02)  # the red ball in the middle
+    # the background in the corner
+    assert torch.allclose(seen.images[:, :, 0, 0], torch.tensor([0.0, 1.0, 0.0]), atol=1e-5)
+    # the red ball in the middle
+    assert torch.allclose(seen.images[:4, :, 12, 12], torch.tensor([1.0, 0.0, 0.0]), atol=0.02)

@@ -14,16 +14,26 @@ from eg3d_rlhf.generators import pickles
 from tests.generators.pickles import hostile
 from tests.generators.pickles.writer import SnapshotWriter, dumps, stock_networks
 
-SECONDS, MEBIBYTES = 10, 2048
+SECONDS = 10
+MEBIBYTES = 2048
 MARKER = Path("executed")
-NAMES = [name for source in hostile.SOURCES[:3] for name, _ in source(str(MARKER))]  # the cheap ones; all are judged below
+# the cheap ones; all are judged below
+NAMES = [name for source in hostile.SOURCES[:3] for name, _ in source(str(MARKER))]
 
 
-@pytest.fixture(scope="module", params=["0.1", pytest.param("1", marks=pytest.mark.long)], ids="{} of the opcodes".format)
+@pytest.fixture(
+    scope="module", params=["0.1", pytest.param("1", marks=pytest.mark.long)], ids="{} of the opcodes".format
+)
 def report(request, repo, tmp_path_factory) -> dict:
     """All hostile files, read by one process of their own, and whether any of them wrote the marker."""
     folder = tmp_path_factory.mktemp("hostile")
-    command = [sys.executable, "-m", "tests.generators.pickles.hostile", str(folder / "marker"), request.param]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.generators.pickles.hostile",
+        str(folder / "marker"),
+        request.param,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
     result = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=850)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -42,7 +52,11 @@ def problem(text: str, who: str) -> str | None:
 
 
 def test_every_hostile_file_is_refused_in_one_line(report):
-    wrong = {n: (why, text) for n, (text, _) in report["outcomes"].items() if (why := problem(text, "FILE")) is not None}
+    wrong = {
+        n: (why, text)
+        for n, (text, _) in report["outcomes"].items()
+        if (why := problem(text, "FILE")) is not None
+    }
     assert wrong == {}
     assert len(report["outcomes"]) > 150 and set(NAMES) <= set(report["outcomes"])
 
@@ -68,7 +82,10 @@ def test_the_attempts_are_real(tmp_path):
 
 def test_the_refused_name_is_told(report):
     assert "the global os.system, which no network needs" in report["outcomes"]["os.system, protocol 4"][0]
-    assert "the global os.system in a tensor stream" in report["outcomes"]["stream: a storage that is os.system"][0]
+    assert (
+        "the global os.system in a tensor stream"
+        in report["outcomes"]["stream: a storage that is os.system"][0]
+    )
     assert "Nothing in it was run" in report["outcomes"]["eval, protocol 2"][0]
 
 
@@ -76,7 +93,9 @@ def test_the_refused_name_is_told(report):
 def files() -> dict[str, bytes]:
     """Honest files to damage."""
     nets = stock_networks()
-    small = SnapshotWriter().snapshot(nets, ("G_ema",), training_set_kwargs={"path": "a.zip", "resolution": 128})
+    small = SnapshotWriter().snapshot(
+        nets, ("G_ema",), training_set_kwargs={"path": "a.zip", "resolution": 128}
+    )
     return {"protocol 4": small, "protocol 2": SnapshotWriter(2).snapshot(nets, ("D",))}
 
 
@@ -112,7 +131,8 @@ def structure(data: bytes) -> list[int]:
     """Positions outside long runs of payload: where a flipped bit changes what the file says."""
     import pickletools
 
-    found, steps = [], list(pickletools.genops(data))
+    found = []
+    steps = list(pickletools.genops(data))
     for (_, arg, start), (_, _, end) in zip(steps, [*steps[1:], (None, None, len(data))], strict=True):
         head = 300 if isinstance(arg, (bytes, str)) else 100
         found += range(start, min(end, start + head))
@@ -120,8 +140,11 @@ def structure(data: bytes) -> list[int]:
 
 
 def flip_bytes(data: bytes, seed: int, count: int) -> dict[str, int]:
-    """Flip bits of single bytes, half of them anywhere and half in the structure; how many loaded, how many were refused."""
-    rng, spots = random.Random(seed), structure(data)
+    """Flip bits of single bytes, half of them anywhere and half in the structure; how many loaded, how many
+    were refused.
+    """
+    rng = random.Random(seed)
+    spots = structure(data)
     outcomes = {"loaded": 0, "refused": 0}
     for i in range(count):
         damaged = bytearray(data)
@@ -133,7 +156,9 @@ def flip_bytes(data: bytes, seed: int, count: int) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def small_file() -> bytes:
-    """A discriminator-sized module tree under G_ema's name: small, so that many copies can be damaged; refused in the end for its class."""
+    """A discriminator-sized module tree under G_ema's name: small, so that many copies can be damaged;
+    refused in the end for its class.
+    """
     nets = stock_networks()
     return dumps({"G_ema": SnapshotWriter().discriminator(nets.D, nets.D_kwargs)})
 

@@ -1,4 +1,6 @@
-"""Official-format snapshots: values equal to those recorded with the original code, nothing lost on the way to our format and back."""
+"""Official-format snapshots: values equal to those recorded with the original code, nothing lost on the way
+to our format and back.
+"""
 
 import json
 import os
@@ -18,7 +20,15 @@ from eg3d_rlhf.generators.conversion import foreign_sizes, write
 from eg3d_rlhf.modes import network_files
 from tests.compat.reference import ROOT, Draws, relative_error
 from tests.generators.pickles.hostile import heads
-from tests.generators.pickles.writer import HEAD_CLASSES, SnapshotWriter, dumps, head_generator, ref, stock_networks, tensor
+from tests.generators.pickles.writer import (
+    HEAD_CLASSES,
+    SnapshotWriter,
+    dumps,
+    head_generator,
+    ref,
+    stock_networks,
+    tensor,
+)
 from training import networks
 
 FILES = sorted((ROOT / "eg3d_pickle").glob("snapshot_*.pkl"))
@@ -48,8 +58,13 @@ def outputs(G, ref) -> dict:
         sigma = G.sample_mixed(points, None, ws, noise_mode="const")["sigma"]
     stride = img["image"].shape[-1] // ref["image_sub"].shape[-1]
     return {
-        "ws": ws[:, 0], "sigma": sigma, "image_raw": img["image_raw"], "image_depth": img["image_depth"],
-        "image_sub": img["image"][:, :, ::stride, ::stride], "_img": img, "_c": c,
+        "ws": ws[:, 0],
+        "sigma": sigma,
+        "image_raw": img["image_raw"],
+        "image_depth": img["image_depth"],
+        "image_sub": img["image"][:, :, ::stride, ::stride],
+        "_img": img,
+        "_c": c,
     }
 
 
@@ -99,17 +114,26 @@ def test_to_our_format_and_back(loaded, tmp_path):
 
 def assert_same(a: networks.Networks, b: networks.Networks) -> None:
     for name in ("G", "D", "G_ema"):
-        one, two = getattr(a, name), getattr(b, name)
+        one = getattr(a, name)
+        two = getattr(b, name)
         assert (one is None) == (two is None)
         if one is not None:
             assert networks.state_hash(one) == networks.state_hash(two), name
     for name in ("G", "G_ema"):
-        one, two = getattr(a, name), getattr(b, name)
+        one = getattr(a, name)
+        two = getattr(b, name)
         if one is not None:
             assert one.neural_rendering_resolution == two.neural_rendering_resolution
             assert torch.equal(one.renderer.plane_axes, two.renderer.plane_axes)
-            assert json.dumps(one.rendering_kwargs, sort_keys=True) == json.dumps(two.rendering_kwargs, sort_keys=True)
-    assert (a.G_kwargs, a.D_kwargs, a.training_set, a.cur_nimg) == (b.G_kwargs, b.D_kwargs, b.training_set, b.cur_nimg)
+            assert json.dumps(one.rendering_kwargs, sort_keys=True) == json.dumps(
+                two.rendering_kwargs, sort_keys=True
+            )
+    assert (a.G_kwargs, a.D_kwargs, a.training_set, a.cur_nimg) == (
+        b.G_kwargs,
+        b.D_kwargs,
+        b.training_set,
+        b.cur_nimg,
+    )
 
 
 STD = torch.linspace(0, 1, 25)
@@ -127,31 +151,48 @@ def test_protocols_and_numpy_names(protocol, numpy, marker, tmp_path):
     nets = stock_networks("fixed" if protocol % 2 else "eg3d")
     writer = SnapshotWriter(protocol, numpy, source=f"open({str(marker)!r}, 'w').write('executed')")
     path = tmp_path / "x.pkl"
-    path.write_bytes(writer.snapshot(nets, ("D", "G_ema") if protocol < 4 else ("G_ema",), STD, training_set_kwargs={"path": "a/b.zip"}))
+    path.write_bytes(
+        writer.snapshot(
+            nets, ("D", "G_ema") if protocol < 4 else ("G_ema",), STD, training_set_kwargs={"path": "a/b.zip"}
+        )
+    )
     found = pickles.load(path)
     assert networks.state_hash(found.G_ema) == networks.state_hash(nets.G_ema)
     assert found.G is None and (found.D is None) == (protocol >= 4)
-    assert found.G_ema.plane_layout == nets.G_ema.plane_layout and found.G_ema.neural_rendering_resolution == 8
+    assert (
+        found.G_ema.plane_layout == nets.G_ema.plane_layout and found.G_ema.neural_rendering_resolution == 8
+    )
     assert not found.G_ema.training and not any(p.requires_grad for p in found.G_ema.parameters())
-    assert found.training_set["name"] == "b" and torch.equal(torch.tensor(found.training_set["label_std"]), STD)
+    assert found.training_set["name"] == "b" and torch.equal(
+        torch.tensor(found.training_set["label_std"]), STD
+    )
     assert not marker.exists()
-    assert pickles.read(path).protocol == protocol and f"{numpy}.multiarray.scalar" in pickles.read(path).asked
+    assert (
+        pickles.read(path).protocol == protocol and f"{numpy}.multiarray.scalar" in pickles.read(path).asked
+    )
 
 
 def test_a_generator_by_itself_and_the_augmentation(tmp_path):
-    nets, writer = stock_networks(), SnapshotWriter()
+    nets = stock_networks()
+    writer = SnapshotWriter()
     alone = pickles.parse(memoryview(dumps(writer.generator(nets.G_ema, nets.G_kwargs))), "alone")
     assert networks.state_hash(pickles.rebuild(alone).G_ema) == networks.state_hash(nets.G_ema)
     state = {"_buffers": {"p": tensor(torch.tensor(0.375))}, "_init_kwargs": {"xflip": 1}}
     augment = writer.persistent("AugmentPipe", state)
     snapshot = pickles.parse(memoryview(writer.snapshot(nets, ("G_ema",), augment_pipe=augment)), "augmented")
-    assert pickles.rebuild(snapshot).training_set["augment"] == {"class_name": "AugmentPipe", "options": {"xflip": 1}, "p": 0.375}
+    assert pickles.rebuild(snapshot).training_set["augment"] == {
+        "class_name": "AugmentPipe",
+        "options": {"xflip": 1},
+        "p": 0.375,
+    }
 
 
 def test_storages_of_another_device_or_precision():
     nets = stock_networks()
     data = SnapshotWriter(storage=ref("torch.cuda", "FloatStorage")).snapshot(nets, ("G_ema",))
-    assert networks.state_hash(pickles.rebuild(pickles.parse(memoryview(data), "cuda")).G_ema) == networks.state_hash(nets.G_ema)
+    assert networks.state_hash(
+        pickles.rebuild(pickles.parse(memoryview(data), "cuda")).G_ema
+    ) == networks.state_hash(nets.G_ema)
     for dtype, name in ((torch.float16, "HalfStorage"), (torch.float64, "DoubleStorage")):
         value = torch.randn(3, 4).to(dtype)
         state = {"_buffers": {"x": tensor(value, ref("torch", name))}}
@@ -161,7 +202,8 @@ def test_storages_of_another_device_or_precision():
 
 
 def test_missing_unexpected_and_misshapen_names_are_listed():
-    nets, writer = stock_networks(), SnapshotWriter()
+    nets = stock_networks()
+    writer = SnapshotWriter()
     G = writer.generator(nets.G_ema, nets.G_kwargs)
     modules = G.args[0]["state"]["_modules"]
     net = modules["decoder"].state["_modules"]["net"].state["_modules"]
@@ -177,10 +219,13 @@ def test_missing_unexpected_and_misshapen_names_are_listed():
 
 
 def test_frozen_layers_of_D_are_chosen_on_loading(tmp_path):
-    nets, path = stock_networks(), tmp_path / "x.pkl"
+    nets = stock_networks()
+    path = tmp_path / "x.pkl"
     path.write_bytes(SnapshotWriter().snapshot(nets))
     found = generators.load_networks(path, freeze_layers=2)
-    assert "fromrgb.weight" in dict(found.D.b128.named_buffers()) and networks.state_hash(found.D) == networks.state_hash(nets.D)
+    assert "fromrgb.weight" in dict(found.D.b128.named_buffers()) and networks.state_hash(
+        found.D
+    ) == networks.state_hash(nets.D)
     assert networks.state_hash(found.G) == networks.state_hash(nets.G) != networks.state_hash(found.G_ema)
 
 
@@ -202,16 +247,25 @@ def copy_params_and_buffers(src: torch.nn.Module, dst: torch.nn.Module, require_
 
 
 def test_the_recipe_in_the_docs(repo, tmp_path, monkeypatch):
-    """Its lines, with a stand-in for EG3D's own function, give the same generator; training's extra buffer is there too."""
+    """Its lines, with a stand-in for EG3D's own function, give the same generator; training's extra buffer is
+    there too.
+    """
     nets = stock_networks("fixed")
-    nets = networks.Networks(nets.G, nets.D, nets.G_ema, nets.G_kwargs, nets.D_kwargs, {"label_std": STD.tolist()})
+    nets = networks.Networks(
+        nets.G, nets.D, nets.G_ema, nets.G_kwargs, nets.D_kwargs, {"label_std": STD.tolist()}
+    )
     assert foreign_sizes(nets) == []
     counts = write(nets, tmp_path / "ffhq.pt")
     assert counts["G_ema"] == len(nets.G_ema.state_dict()) + 1
     text = (repo / "docs" / "reference" / "checkpoints.md").read_text()
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "copy_params_and_buffers" in c]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch_utils, "misc", types.SimpleNamespace(copy_params_and_buffers=copy_params_and_buffers), raising=False)
+    monkeypatch.setattr(
+        torch_utils,
+        "misc",
+        types.SimpleNamespace(copy_params_and_buffers=copy_params_and_buffers),
+        raising=False,
+    )
     scope: dict = {}
     exec(code, scope)
     assert networks.state_hash(scope["G"]) == networks.state_hash(nets.G_ema)
@@ -226,7 +280,8 @@ def test_the_fixtures_source_would_raise():
         assert b"raise RuntimeError" in path.read_bytes()
 
 
-# Pickles of full heads: read as the family that their tensors show, refused in one line where they state what it does not know.
+# Pickles of full heads: read as the family that their tensors show, refused in one line where they state what
+# it does not know.
 
 
 FAMILIES = sorted(HEAD_CLASSES)
@@ -244,12 +299,18 @@ def test_a_pickle_gives_its_family(family, protocol, touched, tmp_path, capsys):
     writer = SnapshotWriter(protocol, source=f"open({str(touched)!r}, 'w').write('executed')")
     masks = writer.persistent("MaskDualDiscriminatorV2", {"_init_kwargs": {"seg_resolution": 128}})
     path = tmp_path / "x.pkl"
-    path.write_bytes(dumps({"G_ema": writer.generator(G, kwargs, torch.linspace(0, 1, 25)), "D": masks}, protocol))
+    path.write_bytes(
+        dumps({"G_ema": writer.generator(G, kwargs, torch.linspace(0, 1, 25)), "D": masks}, protocol)
+    )
     loaded = load_generator(path)
     assert loaded.generator.architecture == loaded.nets.architecture == family and type(loaded.G) is type(G)
     assert loaded.hash == networks.state_hash(G) and loaded.G.neural_rendering_resolution == 8
     assert torch.equal(loaded.G.renderer.plane_axes, G.renderer.plane_axes)
-    assert "MaskDualDiscriminatorV2" in capsys.readouterr().err and loaded.nets.D is None and not touched.exists()
+    assert (
+        "MaskDualDiscriminatorV2" in capsys.readouterr().err
+        and loaded.nets.D is None
+        and not touched.exists()
+    )
     ws = ws_of_seeds(loaded.generator, [1])
     points = torch.rand(20, 3) - 0.5
     assert torch.equal(loaded.generator.field(ws).density(points), generators.of(G).field(ws).density(points))
@@ -292,9 +353,13 @@ def test_unknown_arguments_in_a_file_of_ours(family, tmp_path):
     fewer = {k: v for k, v in kwargs["rendering_kwargs"].items() if k != "triplane_size"}
     for change, word in (({"hook": 1}, "hook"), ({"rendering_kwargs": fewer}, "triplane_size")):
         path = tmp_path / "x.safetensors"
-        networks.save(path, networks.Networks(None, None, G, {**kwargs, **change}, None, {}, architecture=family))
+        networks.save(
+            path, networks.Networks(None, None, G, {**kwargs, **change}, None, {}, architecture=family)
+        )
         result = CliRunner().invoke(network_files.inspect_network, [str(path)])
-        assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and word in result.stderr, result.output
+        assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and word in result.stderr, (
+            result.output
+        )
 
 
 def test_eg3d_is_not_taken_for_another_family():

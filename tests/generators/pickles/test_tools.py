@@ -30,7 +30,9 @@ def pkl(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("tool", [network_files.convert, network_files.inspect_network], ids=lambda command: command.name)
+@pytest.mark.parametrize(
+    "tool", [network_files.convert, network_files.inspect_network], ids=lambda command: command.name
+)
 def test_the_example_in_the_help_runs(tool, repo, tmp_path):
     (tmp_path / "assets").symlink_to(repo / "assets")
     assert run_example(tool, tmp_path)
@@ -39,14 +41,24 @@ def test_the_example_in_the_help_runs(tool, repo, tmp_path):
 def test_inspect_a_pickle(pkl):
     result = run(network_files.inspect_network, pkl, "--json", "--n=16")
     assert result.exit_code == 0, result.output
-    found, nets = json.loads(result.stdout), stock_networks()
-    assert found["sha256"] == file_hash(pkl) and found["bytes"] == pkl.stat().st_size and found["protocol"] == 4
-    assert found["globals"]["torch.storage._load_from_bytes"] >= 1 and "torch.FloatStorage" in found["globals"]
-    assert found["networks"]["G_ema"]["hash"] == networks.state_hash(nets.G_ema) and set(found["networks"]) == {"G", "D", "G_ema"}
+    found = json.loads(result.stdout)
+    nets = stock_networks()
+    assert (
+        found["sha256"] == file_hash(pkl) and found["bytes"] == pkl.stat().st_size and found["protocol"] == 4
+    )
+    assert (
+        found["globals"]["torch.storage._load_from_bytes"] >= 1 and "torch.FloatStorage" in found["globals"]
+    )
+    assert found["networks"]["G_ema"]["hash"] == networks.state_hash(nets.G_ema) and set(
+        found["networks"]
+    ) == {"G", "D", "G_ema"}
     elements = sum(v.numel() for v in nets.G.state_dict().values())
     assert found["networks"]["G"]["parameters"] + found["networks"]["G"]["buffers"] == elements
     assert found["generator"]["planes"] == {"layout": "eg3d", "resolution": 256, "channels": 32}
-    assert found["generator"]["superresolution"] == "SuperresolutionHybrid2X" and found["generator"]["neural_rendering_resolution"] == 8
+    assert (
+        found["generator"]["superresolution"] == "SuperresolutionHybrid2X"
+        and found["generator"]["neural_rendering_resolution"] == 8
+    )
     w_avg = nets.G_ema.backbone.mapping.w_avg
     assert found["psi"]["w_avg_norm"] == pytest.approx(float(w_avg.norm()))
     ws = generators.ws_of_seeds(nets.G_ema, range(16))[:, 0]
@@ -73,17 +85,28 @@ def test_inspect_a_hostile_file_names_what_it_asks_for(tmp_path):
 def test_convert_a_pickle(pkl, tmp_path):
     for name, extra in (("a.safetensors", ["--only-ema"]), ("b.pt", [])):
         result = run(network_files.convert, pkl, f"--out={tmp_path / name}", *extra)
-        assert result.exit_code == 0 and "read back and equal" in result.stdout and result.stderr == "", result.output
-    nets, alone = stock_networks(), networks.load(tmp_path / "a.safetensors")
-    assert networks.state_hash(alone.G_ema) == networks.state_hash(nets.G_ema) and alone.G is None and alone.D is None
+        assert result.exit_code == 0 and "read back and equal" in result.stdout and result.stderr == "", (
+            result.output
+        )
+    nets = stock_networks()
+    alone = networks.load(tmp_path / "a.safetensors")
+    assert (
+        networks.state_hash(alone.G_ema) == networks.state_hash(nets.G_ema)
+        and alone.G is None
+        and alone.D is None
+    )
     saved = torch.load(tmp_path / "b.pt", weights_only=True)
-    assert set(saved["G"]) == {*nets.G.state_dict(), "dataset_label_std"} and "plane_layout" not in saved["G_kwargs"]
+    assert (
+        set(saved["G"]) == {*nets.G.state_dict(), "dataset_label_std"}
+        and "plane_layout" not in saved["G_kwargs"]
+    )
 
 
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (["{pkl}", "--out=x.bin"], "--out"), (["{pkl}", "--out={pkl}/../there.safetensors"], "--out"),
+        (["{pkl}", "--out=x.bin"], "--out"),
+        (["{pkl}", "--out={pkl}/../there.safetensors"], "--out"),
         (["missing.pkl", "--out=x.pt"], "missing.pkl"),
     ],
 )
@@ -91,7 +114,11 @@ def test_convert_mistakes(args, text, pkl, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (pkl.parent / "there.safetensors").touch()
     result = run(network_files.convert, *[a.format(pkl=pkl).replace(f"{pkl.name}/../", "") for a in args])
-    assert result.exit_code == 2 and result.stderr.startswith(f"Error: {text}") and len(result.stderr.splitlines()) == 1
+    assert (
+        result.exit_code == 2
+        and result.stderr.startswith(f"Error: {text}")
+        and len(result.stderr.splitlines()) == 1
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -105,6 +132,16 @@ def test_a_pickle_as_the_start_of_training(pkl, tmp_path):
     """--init=X.pkl gets as far as comparing the data with the networks."""
     data = tiny_runs.write_dataset(tmp_path / "tiny.zip")
     result = CliRunner().invoke(
-        train.main, [f"--init={pkl}", f"--data={data}", "--cfg=ffhq", "--gamma=1", "--batch=4", f"--outdir={tmp_path / 'runs'}"]
+        train.main,
+        [
+            f"--init={pkl}",
+            f"--data={data}",
+            "--cfg=ffhq",
+            "--gamma=1",
+            "--batch=4",
+            f"--outdir={tmp_path / 'runs'}",
+        ],
     )
-    assert result.exit_code == 2 and "expected images of 128 pixels for --init=" in result.stderr, result.output
+    assert result.exit_code == 2 and "expected images of 128 pixels for --init=" in result.stderr, (
+        result.output
+    )

@@ -13,29 +13,68 @@ from training.fullhead import FullHeadGenerator, HyPlaneHeadGenerator, PanoHeadG
 from training.rendering.renderer import ImportanceRenderer
 
 PLAIN = {
-    "OSGDecoder": "training.triplane", "ImportanceRenderer": "training.volumetric_rendering.renderer",
-    "MipRayMarcher2": "training.volumetric_rendering.ray_marcher", "RaySampler": "training.volumetric_rendering.ray_sampler",
-    "Softplus": "torch.nn.modules.activation", "Sequential": "torch.nn.modules.container",
+    "OSGDecoder": "training.triplane",
+    "ImportanceRenderer": "training.volumetric_rendering.renderer",
+    "MipRayMarcher2": "training.volumetric_rendering.ray_marcher",
+    "RaySampler": "training.volumetric_rendering.ray_sampler",
+    "Softplus": "torch.nn.modules.activation",
+    "Sequential": "torch.nn.modules.container",
 }
 HEADS = {  # our names of what full heads' pickles call otherwise, all of them with module text
-    "PanoHeadGenerator": "TriPlaneGenerator", "SphereHeadGenerator": "TriPlaneGenerator", "FeatureDecoder": "OSGDecoder",
-    "HyPlaneHeadGenerator": "TriPlaneSingSphGenerator_flatten", "HeadRenderer": "ImportanceRenderer",
+    "PanoHeadGenerator": "TriPlaneGenerator",
+    "SphereHeadGenerator": "TriPlaneGenerator",
+    "FeatureDecoder": "OSGDecoder",
+    "HyPlaneHeadGenerator": "TriPlaneSingSphGenerator_flatten",
+    "HeadRenderer": "ImportanceRenderer",
 }
 RENDERING = {
-    "image_resolution": 128, "disparity_space_sampling": False, "clamp_mode": "softplus", "c_gen_conditioning_zero": False,
-    "superresolution_module": "training.superresolution.SuperresolutionHybrid2X", "gpc_reg_prob": 0.5, "c_scale": 1.0, "sr_antialias": True,
-    "superresolution_noise_mode": "none", "density_reg": 0.25, "decoder_lr_mul": 1.0, "depth_resolution": 3, "ray_start": 2.25,
-    "depth_resolution_importance": 3, "ray_end": 3.3, "box_warp": 1, "avg_camera_radius": 2.7, "avg_camera_pivot": [0, 0, 0.2],
+    "image_resolution": 128,
+    "disparity_space_sampling": False,
+    "clamp_mode": "softplus",
+    "c_gen_conditioning_zero": False,
+    "superresolution_module": "training.superresolution.SuperresolutionHybrid2X",
+    "gpc_reg_prob": 0.5,
+    "c_scale": 1.0,
+    "sr_antialias": True,
+    "superresolution_noise_mode": "none",
+    "density_reg": 0.25,
+    "decoder_lr_mul": 1.0,
+    "depth_resolution": 3,
+    "ray_start": 2.25,
+    "depth_resolution_importance": 3,
+    "ray_end": 3.3,
+    "box_warp": 1,
+    "avg_camera_radius": 2.7,
+    "avg_camera_pivot": [0, 0, 0.2],
 }
 G_KWARGS = {
-    "z_dim": 16, "c_dim": 25, "w_dim": 512, "img_resolution": 128, "img_channels": 3, "channel_base": 256, "channel_max": 4,
-    "mapping_kwargs": {"num_layers": 2}, "num_fp16_res": 0, "sr_num_fp16_res": 4, "conv_clamp": None,
-    "fused_modconv_default": "inference_only", "rendering_kwargs": RENDERING,
+    "z_dim": 16,
+    "c_dim": 25,
+    "w_dim": 512,
+    "img_resolution": 128,
+    "img_channels": 3,
+    "channel_base": 256,
+    "channel_max": 4,
+    "mapping_kwargs": {"num_layers": 2},
+    "num_fp16_res": 0,
+    "sr_num_fp16_res": 4,
+    "conv_clamp": None,
+    "fused_modconv_default": "inference_only",
+    "rendering_kwargs": RENDERING,
     "sr_kwargs": {"channel_base": 256, "channel_max": 4, "fused_modconv_default": "inference_only"},
 }
 D_KWARGS = {
-    "c_dim": 25, "img_resolution": 128, "img_channels": 3, "channel_base": 256, "channel_max": 4, "disc_c_noise": 0.0, "num_fp16_res": 4,
-    "conv_clamp": 256, "block_kwargs": {"freeze_layers": 0}, "mapping_kwargs": {}, "epilogue_kwargs": {"mbstd_group_size": 4},
+    "c_dim": 25,
+    "img_resolution": 128,
+    "img_channels": 3,
+    "channel_base": 256,
+    "channel_max": 4,
+    "disc_c_noise": 0.0,
+    "num_fp16_res": 4,
+    "conv_clamp": 256,
+    "block_kwargs": {"freeze_layers": 0},
+    "mapping_kwargs": {},
+    "epilogue_kwargs": {"mbstd_group_size": 4},
 }
 
 
@@ -53,14 +92,29 @@ def stock_networks(layout: str = "eg3d") -> networks.Networks:
 
 
 HEAD_RENDERING = {
-    **RENDERING, "triplane_size": 8, "triplane_depth": 3, "decoder_activation": "none", "use_torgb_raw": True, "use_background": True,
-    "trans_reg": 10.0, "c_scale": 1,
+    **RENDERING,
+    "triplane_size": 8,
+    "triplane_depth": 3,
+    "decoder_activation": "none",
+    "use_torgb_raw": True,
+    "use_background": True,
+    "trans_reg": 10.0,
+    "c_scale": 1,
 }
-HEAD_CLASSES: dict[str, tuple[type[FullHeadGenerator], dict]] = {  # by family, with rendering options of their own
-    "panohead": (PanoHeadGenerator, {}), "spherehead": (SphereHeadGenerator, {"parsing_flag": False}),
-    "hyplanehead": (HyPlaneHeadGenerator, {
-        "triplane_depth": 1, "multiplane_num": 1, "render_mode": "TriPlane_SingSph_flatten", "sph2cir_flag": True, "cir2squ_flag": True,
-    }),
+# by family, with rendering options of their own
+HEAD_CLASSES: dict[str, tuple[type[FullHeadGenerator], dict]] = {
+    "panohead": (PanoHeadGenerator, {}),
+    "spherehead": (SphereHeadGenerator, {"parsing_flag": False}),
+    "hyplanehead": (
+        HyPlaneHeadGenerator,
+        {
+            "triplane_depth": 1,
+            "multiplane_num": 1,
+            "render_mode": "TriPlane_SingSph_flatten",
+            "sph2cir_flag": True,
+            "cir2squ_flag": True,
+        },
+    ),
 }
 
 
@@ -79,7 +133,8 @@ class Ref:
     """A global, by name."""
 
     def __init__(self, module: str, name: str):
-        self.module, self.name = module, name
+        self.module = module
+        self.name = name
 
 
 @cache
@@ -92,14 +147,19 @@ class Call:
     """REDUCE, and BUILD where there is a state."""
 
     def __init__(self, function: Any, args: tuple, state: Any = None):
-        self.function, self.args, self.state = function, args, state
+        self.function = function
+        self.args = args
+        self.state = state
 
 
 class New:
     """NEWOBJ, then SETITEMs, then BUILD."""
 
     def __init__(self, cls: Any, state: Any = None, items: dict | None = None, args: tuple = ()):
-        self.cls, self.state, self.items, self.args = cls, state, items or {}, args
+        self.cls = cls
+        self.state = state
+        self.items = items or {}
+        self.args = args
 
 
 class PersistentId:
@@ -113,7 +173,8 @@ class Built:
     """BUILD on anything."""
 
     def __init__(self, value: Any, state: Any):
-        self.value, self.state = value, state
+        self.value = value
+        self.state = state
 
 
 class Writer(pickle._Pickler):
@@ -161,7 +222,12 @@ class Writer(pickle._Pickler):
             self.write(pickle.BUILD)
 
     dispatch = {
-        **pickle._Pickler.dispatch, Ref: save_ref, Call: save_call, New: save_new, PersistentId: save_persistent, Built: save_built,
+        **pickle._Pickler.dispatch,
+        Ref: save_ref,
+        Call: save_call,
+        New: save_new,
+        PersistentId: save_persistent,
+        Built: save_built,
     }
 
 
@@ -173,19 +239,30 @@ def dumps(value: Any, protocol: int = 4) -> bytes:
 
 
 ORDERED = ref("collections", "OrderedDict")
-TENSOR, PARAMETER = ref("torch._utils", "_rebuild_tensor_v2"), ref("torch._utils", "_rebuild_parameter")
-FROM_BYTES, RECONSTRUCT = ref("torch.storage", "_load_from_bytes"), ref("torch_utils.persistence", "_reconstruct_persistent_obj")
+TENSOR = ref("torch._utils", "_rebuild_tensor_v2")
+PARAMETER = ref("torch._utils", "_rebuild_parameter")
+FROM_BYTES = ref("torch.storage", "_load_from_bytes")
+RECONSTRUCT = ref("torch_utils.persistence", "_reconstruct_persistent_obj")
 MAGIC = 0x1950A86A20F9469CFC6C
 SYSTEM = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
 
 
 def storage_bytes(
-    body: bytes, count: int, storage: Ref | None = None, pid: Any = None, magic: Any = MAGIC, system: Any = SYSTEM,
+    body: bytes,
+    count: int,
+    storage: Ref | None = None,
+    pid: Any = None,
+    magic: Any = MAGIC,
+    system: Any = SYSTEM,
     claimed: int | None = None,
 ) -> bytes:
     """A legacy torch stream around the bytes of `count` elements; every part may be replaced."""
     key = "94017442461968"
-    pid = PersistentId(("storage", storage or ref("torch", "FloatStorage"), key, "cpu", count, None)) if pid is None else pid
+    pid = (
+        PersistentId(("storage", storage or ref("torch", "FloatStorage"), key, "cpu", count, None))
+        if pid is None
+        else pid
+    )
     head = [dumps(v, 2) for v in (magic, 1001, system, pid, [key])]
     return b"".join(head) + struct.pack("<q", count if claimed is None else claimed) + body
 
@@ -198,18 +275,29 @@ def tensor_of(stream: bytes, shape: tuple, stride: tuple, offset: int = 0) -> Ca
 def tensor(value: torch.Tensor, storage: Ref | None = None) -> Call:
     """A tensor on a storage of its own."""
     value = value.detach().contiguous()
-    return tensor_of(storage_bytes(value.numpy().tobytes(), value.numel(), storage), tuple(value.shape), value.stride())
+    return tensor_of(
+        storage_bytes(value.numpy().tobytes(), value.numel(), storage), tuple(value.shape), value.stride()
+    )
 
 
 class SnapshotWriter:
     """One file's choices.
 
     Args:
-        protocol: 2 to 5; numpy: 'numpy.core' or 'numpy._core'; source: embedded as module_src; storage: class that tensors name.
+        protocol: 2 to 5; numpy: 'numpy.core' or 'numpy._core'; source: embedded as module_src; storage: class
+            that tensors name.
     """
 
-    def __init__(self, protocol: int = 4, numpy: str = "numpy._core", source: str = "raise RuntimeError", storage: Ref | None = None):
-        self.protocol, self.source, self.storage = protocol, source, storage
+    def __init__(
+        self,
+        protocol: int = 4,
+        numpy: str = "numpy._core",
+        source: str = "raise RuntimeError",
+        storage: Ref | None = None,
+    ):
+        self.protocol = protocol
+        self.source = source
+        self.storage = storage
         self.scalar = ref(f"{numpy}.multiarray", "scalar")
         self.dtype = Call(ref("numpy", "dtype"), ("f8", False, True), (3, "<", None, None, None, -1, -1, 0))
 
@@ -224,13 +312,16 @@ class SnapshotWriter:
         own = type(module).__name__
         name = HEADS.get(own, own)
         state = {
-            "training": module.training, "_buffers": {k: tensor(v, self.storage) for k, v in module._buffers.items()},
+            "training": module.training,
+            "_buffers": {k: tensor(v, self.storage) for k, v in module._buffers.items()},
             "_parameters": {
                 k: None if v is None else Call(PARAMETER, (tensor(v, self.storage), False, Call(ORDERED, ())))
                 for k, v in module._parameters.items()
             },
             "_modules": {k: None if v is None else self.module(v) for k, v in module._modules.items()},
-            "_non_persistent_buffers_set": set(), "_forward_hooks": Call(ORDERED, ()), **extra,
+            "_non_persistent_buffers_set": set(),
+            "_forward_hooks": Call(ORDERED, ()),
+            **extra,
         }
         if isinstance(module, ImportanceRenderer):
             state["plane_axes"] = tensor(module.plane_axes, self.storage)
@@ -245,12 +336,17 @@ class SnapshotWriter:
         meta = {"type": "class", "version": 6, "module_src": self.source, "class_name": name, "state": state}
         return Call(RECONSTRUCT, (meta,))
 
-    def generator(self, G: torch.nn.Module, kwargs: dict, label_std: torch.Tensor | None = None, **extra) -> Call:
+    def generator(
+        self, G: torch.nn.Module, kwargs: dict, label_std: torch.Tensor | None = None, **extra
+    ) -> Call:
         """G with its constructor arguments; `extra` replaces attributes."""
         stated = self.easy({k: v for k, v in kwargs.items() if k != "plane_layout"})
         attributes = {
-            "neural_rendering_resolution": G.neural_rendering_resolution, "rendering_kwargs": self.easy(G.rendering_kwargs),
-            "_init_args": (), "_init_kwargs": stated, **extra,
+            "neural_rendering_resolution": G.neural_rendering_resolution,
+            "rendering_kwargs": self.easy(G.rendering_kwargs),
+            "_init_args": (),
+            "_init_kwargs": stated,
+            **extra,
         }
         record = self.module(G, **attributes)
         if label_std is not None:
@@ -261,7 +357,9 @@ class SnapshotWriter:
         """D with its constructor arguments."""
         return self.module(D, _init_args=(), _init_kwargs=self.easy(kwargs))
 
-    def snapshot(self, nets: networks.Networks, names: tuple[str, ...] = ("G", "D", "G_ema"), label_std=None, **others) -> bytes:
+    def snapshot(
+        self, nets: networks.Networks, names: tuple[str, ...] = ("G", "D", "G_ema"), label_std=None, **others
+    ) -> bytes:
         """A whole file; `others` are further entries."""
         content: dict = dict(others)
         for name in names:

@@ -21,15 +21,39 @@ CUBE = "".join(f"v {x} {y} {z}\n" for x in (0, 1) for y in (0, 1) for z in (0, 1
 QUADS = [(1, 2, 4, 3), (5, 7, 8, 6), (1, 5, 6, 2), (3, 4, 8, 7), (1, 3, 7, 5), (2, 6, 8, 4)]  # outwards
 ARROW = [(0, 0), (2, 2), (0, 4), (1, 2)]  # a concave quad: area 2
 STAR = [(np.cos(t) * r, np.sin(t) * r) for t, r in zip(np.arange(10) * np.pi / 5, [3, 1] * 5, strict=True)]
-COMB = [(0, 0), (7, 0), (7, 3), (6, 3), (6, 1), (5, 1), (5, 3), (4, 3), (4, 1), (3, 1), (3, 3), (2, 3), (2, 1), (1, 1), (1, 3), (0, 3)]
+COMB = [
+    (0, 0),
+    (7, 0),
+    (7, 3),
+    (6, 3),
+    (6, 1),
+    (5, 1),
+    (5, 3),
+    (4, 3),
+    (4, 1),
+    (3, 1),
+    (3, 3),
+    (2, 3),
+    (2, 1),
+    (1, 1),
+    (1, 3),
+    (0, 3),
+]
 
 
 def prism(outline, form: str = "{}") -> str:
     """An OBJ of a prism over an outline: two faces of many corners and quads. Args: form: of a corner."""
     n = len(outline)
     lines = [f"v {x} {y} {z}" for z in (0, 1) for x, y in outline]
-    faces = [range(n, 0, -1), range(n + 1, 2 * n + 1), *((i + 1, (i + 1) % n + 1, (i + 1) % n + n + 1, i + n + 1) for i in range(n))]
-    return "\n".join([*lines, *("f " + " ".join(form.format(number) for number in face) for face in faces)]) + "\n"
+    faces = [
+        range(n, 0, -1),
+        range(n + 1, 2 * n + 1),
+        *((i + 1, (i + 1) % n + 1, (i + 1) % n + n + 1, i + n + 1) for i in range(n)),
+    ]
+    return (
+        "\n".join([*lines, *("f " + " ".join(form.format(number) for number in face) for face in faces)])
+        + "\n"
+    )
 
 
 def area(outline) -> float:
@@ -39,54 +63,106 @@ def area(outline) -> float:
 
 def ply_faces(vertices, faces, kind: str) -> bytes:
     """A PLY of faces of any number of corners. Args: kind: of its format."""
-    head = f"ply\nformat {kind} 1.0\nelement vertex {len(vertices)}\nproperty float x\nproperty float y\nproperty float z\n"
-    head += f"element face {len(faces)}\nproperty list uchar int vertex_indices\nproperty uchar red\nproperty uchar green\n"
+    head = (
+        f"ply\nformat {kind} 1.0\nelement vertex {len(vertices)}\nproperty float x\nproperty float"
+        " y\nproperty float z\n"
+    )
+    head += (
+        f"element face {len(faces)}\nproperty list uchar int vertex_indices\nproperty uchar red\nproperty"
+        " uchar green\n"
+    )
     head += "property uchar blue\nend_header\n"
     if kind == "ascii":
-        return (head + "".join(" ".join(map(str, row)) + "\n" for row in vertices)
-                + "".join(f"{len(f)} {' '.join(map(str, f))} 9 8 7\n" for f in faces)).encode()  # fmt: skip
+        return (
+            head
+            + "".join(" ".join(map(str, row)) + "\n" for row in vertices)
+            + "".join(f"{len(f)} {' '.join(map(str, f))} 9 8 7\n" for f in faces)
+        ).encode()
     order = "<" if "little" in kind else ">"
     rows = b"".join(struct.pack(f"{order}3f", *row) for row in vertices)
-    return head.encode() + rows + b"".join(struct.pack(f"{order}B{len(f)}i3B", len(f), *f, 9, 8, 7) for f in faces)
+    return (
+        head.encode()
+        + rows
+        + b"".join(struct.pack(f"{order}B{len(f)}i3B", len(f), *f, 9, 8, 7) for f in faces)
+    )
 
 
 CUBE_POINTS = [tuple(map(float, line.split()[1:])) for line in CUBE.splitlines()]
 FROM_ZERO = [tuple(i - 1 for i in face) for face in QUADS]
 MIXED = [*FROM_ZERO[:5], FROM_ZERO[5][:3], (FROM_ZERO[5][0], *FROM_ZERO[5][2:])]
 OBJ_FACES = "".join("f " + " ".join(map(str, face)) + "\n" for face in QUADS)
+# every face below its own corners, counted backwards
 INTERLEAVED = "".join(
     "".join("v {} {} {}\n".format(*CUBE_POINTS[i - 1]) for i in face) + "f -4 -3 -2 -1\n" for face in QUADS
-)  # every face below its own corners, counted backwards
+)
 WITH_ALL = (  # texture, normals, groups, smooth groups, a comment, a line that goes on
-    CUBE + "vt 0 0\nvt 1 0\nvt 1 1\nvt 0 1\nvn 0 0 1\ng part\ns 1\n"
-    + "".join("f " + " \\\n".join(f"{i}/{k}/1" for k, i in enumerate(face, 1)) + " # side\n" for face in QUADS)
-)  # fmt: skip
+    CUBE
+    + "vt 0 0\nvt 1 0\nvt 1 1\nvt 0 1\nvn 0 0 1\ng part\ns 1\n"
+    + "".join(
+        "f " + " \\\n".join(f"{i}/{k}/1" for k, i in enumerate(face, 1)) + " # side\n" for face in QUADS
+    )
+)
 WHOLE = {  # name -> bytes, volume
-    "quads.obj": (CUBE + OBJ_FACES, 1.0), "backwards.obj": (INTERLEAVED, 1.0), "all.obj": (WITH_ALL, 1.0),
-    "windows.obj": ((CUBE + OBJ_FACES).replace("\n", "\r\n"), 1.0), "smooth.obj": (CUBE + "s 1\n" + OBJ_FACES + "s off\n", 1.0),
-    "normals.obj": (CUBE + "vn 0 0 1\n" + OBJ_FACES.replace(" ", "//1 ").replace("f//1", "f").replace("\n", "//1\n"), 1.0),
-    "colours.obj": (CUBE.replace("\n", " .5 .5 .5\n") + OBJ_FACES, 1.0), "arrow.obj": (prism(ARROW), 2.0),
-    "star.obj": (prism(STAR), area(STAR)), "comb.obj": (prism(COMB), area(COMB)),
-    "utf8-mark.obj": ((CUBE + OBJ_FACES).encode("utf-8-sig"), 1.0), "utf16.obj": ((CUBE + OBJ_FACES).encode("utf-16"), 1.0),
+    "quads.obj": (CUBE + OBJ_FACES, 1.0),
+    "backwards.obj": (INTERLEAVED, 1.0),
+    "all.obj": (WITH_ALL, 1.0),
+    "windows.obj": ((CUBE + OBJ_FACES).replace("\n", "\r\n"), 1.0),
+    "smooth.obj": (CUBE + "s 1\n" + OBJ_FACES + "s off\n", 1.0),
+    "normals.obj": (
+        CUBE + "vn 0 0 1\n" + OBJ_FACES.replace(" ", "//1 ").replace("f//1", "f").replace("\n", "//1\n"),
+        1.0,
+    ),
+    "colours.obj": (CUBE.replace("\n", " .5 .5 .5\n") + OBJ_FACES, 1.0),
+    "arrow.obj": (prism(ARROW), 2.0),
+    "star.obj": (prism(STAR), area(STAR)),
+    "comb.obj": (prism(COMB), area(COMB)),
+    "utf8-mark.obj": ((CUBE + OBJ_FACES).encode("utf-8-sig"), 1.0),
+    "utf16.obj": ((CUBE + OBJ_FACES).encode("utf-16"), 1.0),
     "utf16-le.obj": ((CUBE + OBJ_FACES).encode("utf-16-le"), 1.0),
     "utf16-be.obj": (("# caf\u00e9\n" + CUBE + OBJ_FACES).encode("utf-16-be"), 1.0),
     "no-mtl.obj": ("mtllib gone.mtl\n" + CUBE + "usemtl red\n" + OBJ_FACES, 1.0),
-    **{f"{'mixed' if faces is MIXED else 'quads'}-{kind}.ply": (ply_faces(CUBE_POINTS, faces, kind), 1.0)
-       for faces in (FROM_ZERO, MIXED) for kind in ("ascii", "binary_little_endian", "binary_big_endian")},
-    "star.ply": (ply_faces([(x, y, z) for z in (0, 1) for x, y in STAR], [range(9, -1, -1), range(10, 20), *(
-        (i, (i + 1) % 10, (i + 1) % 10 + 10, i + 10) for i in range(10))], "binary_little_endian"), area(STAR)),
-}  # fmt: skip
+    **{
+        f"{'mixed' if faces is MIXED else 'quads'}-{kind}.ply": (ply_faces(CUBE_POINTS, faces, kind), 1.0)
+        for faces in (FROM_ZERO, MIXED)
+        for kind in ("ascii", "binary_little_endian", "binary_big_endian")
+    },
+    "star.ply": (
+        ply_faces(
+            [(x, y, z) for z in (0, 1) for x, y in STAR],
+            [
+                range(9, -1, -1),
+                range(10, 20),
+                *((i, (i + 1) % 10, (i + 1) % 10 + 10, i + 10) for i in range(10)),
+            ],
+            "binary_little_endian",
+        ),
+        area(STAR),
+    ),
+}
 REFUSED = {  # name -> bytes, what is said
-    "points.obj": (CUBE, "triangles"), "points.ply": (ply_faces(CUBE_POINTS, [], "ascii"), "points alone"), "empty.obj": ("", "1 byte"),
-    "beyond.obj": (CUBE + "f 1 2 9\n", "indices of 8"), "zero.obj": (CUBE + "f 0 1 2\n", "'0' in line|line 9"),
-    "before.obj": (CUBE + "f -9 -8 -7\n", "indices of 8"), "words.obj": (CUBE + "f a b c\n", "line 9"),
+    "points.obj": (CUBE, "triangles"),
+    "points.ply": (ply_faces(CUBE_POINTS, [], "ascii"), "points alone"),
+    "empty.obj": ("", "1 byte"),
+    "beyond.obj": (CUBE + "f 1 2 9\n", "indices of 8"),
+    "zero.obj": (CUBE + "f 0 1 2\n", "'0' in line|line 9"),
+    "before.obj": (CUBE + "f -9 -8 -7\n", "indices of 8"),
+    "words.obj": (CUBE + "f a b c\n", "line 9"),
     "beyond.ply": (ply_faces(CUBE_POINTS, [(0, 1, 8)], "binary_little_endian"), "indices of 8"),
     "short.ply": (ply_faces(CUBE_POINTS, FROM_ZERO, "binary_little_endian")[:-9], "holds|fewer"),
-    "unnamed.ply": (ply_faces(CUBE_POINTS, FROM_ZERO, "ascii").replace(b"vertex_indices", b"corners"), "vertex_indices"),
-    "nan.obj": (CUBE.replace("v 0 0 0", "v 0 nan 0") + OBJ_FACES, "finite"), "utf16.ply": (CUBE.encode("utf-16"), "UTF-16"),
-    "large.obj": ("".join(f"v {i} {i * i} 0\n" for i in range(MAX_CORNERS + 1)) + "f "
-                  + " ".join(map(str, range(1, MAX_CORNERS + 2))) + "\n", "corners"),
-}  # fmt: skip
+    "unnamed.ply": (
+        ply_faces(CUBE_POINTS, FROM_ZERO, "ascii").replace(b"vertex_indices", b"corners"),
+        "vertex_indices",
+    ),
+    "nan.obj": (CUBE.replace("v 0 0 0", "v 0 nan 0") + OBJ_FACES, "finite"),
+    "utf16.ply": (CUBE.encode("utf-16"), "UTF-16"),
+    "large.obj": (
+        "".join(f"v {i} {i * i} 0\n" for i in range(MAX_CORNERS + 1))
+        + "f "
+        + " ".join(map(str, range(1, MAX_CORNERS + 2)))
+        + "\n",
+        "corners",
+    ),
+}
 
 
 def write(folder, name: str, data):
@@ -96,7 +172,10 @@ def write(folder, name: str, data):
 
 
 def answer(request: dict) -> dict:
-    """What the process of labelling answers, here without a process. Raises: ValueError for what it refuses."""
+    """What the process of labelling answers, here without a process.
+
+    Raises: ValueError for what it refuses.
+    """
     answered = reading._answer(request)
     if "refused" in answered:
         raise ValueError(answered["refused"])
@@ -115,9 +194,20 @@ def test_what_examination_accepts_is_shown(tmp_path, name):
     vertices, faces = read_triangles(path)
     assert volume(vertices, faces) == pytest.approx(expected, rel=1e-5)
     examined = answer({"do": "examine", "path": str(path)})
-    answer({"do": "clean", "path": str(path), "hash": examined["hash"], "degradation": "", "seed": 0, "out": str(tmp_path / "out")})
+    answer(
+        {
+            "do": "clean",
+            "path": str(path),
+            "hash": examined["hash"],
+            "degradation": "",
+            "seed": 0,
+            "out": str(tmp_path / "out"),
+        }
+    )
     document, binary = files.unpack_glb(gzip.decompress((tmp_path / "out").read_bytes()))
-    indices = [document["accessors"][part["indices"]]["count"] for part in document["meshes"][0]["primitives"]]
+    indices = [
+        document["accessors"][part["indices"]]["count"] for part in document["meshes"][0]["primitives"]
+    ]
     assert sum(indices) == 3 * len(faces) and len(binary) > 12 * len(faces)
     assert volume(*(part.numpy() for part in load_mesh(path))) == pytest.approx(expected, rel=1e-5)
 
@@ -145,7 +235,9 @@ def test_a_missing_library_is_grey_and_named(tmp_path):
     assert "gone.mtl" in examined.note and "grey" in examined.note
     document, _ = files.unpack_glb(gzip.decompress(reading.clean(path, examined.hash)))
     colour = document["materials"][0]["pbrMetallicRoughness"]["baseColorFactor"]
-    assert colour[0] == colour[1] == colour[2] < 0.6 and document["meshes"][0]["primitives"][0]["material"] == 0
+    assert (
+        colour[0] == colour[1] == colour[2] < 0.6 and document["meshes"][0]["primitives"][0]["material"] == 0
+    )
     (tmp_path / "all" / "a").mkdir(parents=True)
     path.rename(tmp_path / "all" / "a" / "chair.obj")
     said: list[str] = []
@@ -155,7 +247,12 @@ def test_a_missing_library_is_grey_and_named(tmp_path):
     write(tmp_path, "chair.obj", WHOLE["no-mtl.obj"][0])
     (found,) = reading.examine([tmp_path / "chair.obj"])
     document, _ = files.unpack_glb(gzip.decompress(reading.clean(tmp_path / "chair.obj", found.hash)))
-    assert found.note == "" and document["materials"][0]["pbrMetallicRoughness"]["baseColorFactor"] == [1, 0, 0, 1]
+    assert found.note == "" and document["materials"][0]["pbrMetallicRoughness"]["baseColorFactor"] == [
+        1,
+        0,
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("outline", [ARROW, STAR, COMB, STAR[::-1], [(x, 0.5 * x) for x in range(5)]])
@@ -167,7 +264,11 @@ def test_polygons_keep_area_winding_and_number_of_triangles(outline):
         flat = np.roll(np.array(outline, float), roll, axis=0)
         points = np.concatenate([flat, np.zeros((len(flat), 1))], axis=1) @ turn.T
         cut, face = triangulated(points, np.arange(len(points)), np.array([len(points)]))
-        areas = np.cross(points[cut[:, 1]] - points[cut[:, 0]], points[cut[:, 2]] - points[cut[:, 0]]) @ turn[:, 2] / 2
+        areas = (
+            np.cross(points[cut[:, 1]] - points[cut[:, 0]], points[cut[:, 2]] - points[cut[:, 0]])
+            @ turn[:, 2]
+            / 2
+        )
         assert len(cut) == len(outline) - 2 and (face == 0).all()
         assert areas.sum() == pytest.approx(area(outline), abs=1e-9)
         assert (areas * np.sign(area(outline)) > -1e-9).all(), "none is wound the other way"
@@ -175,12 +276,16 @@ def test_polygons_keep_area_winding_and_number_of_triangles(outline):
 
 def test_faces_stay_in_order_and_small_ones_go():
     points = np.array([[*p, 0] for p in [(0, 0), (1, 0), (1, 1), (0, 1), (-1, 0.5)]], float)
-    cut, face = triangulated(points, np.array([0, 1, 2, 0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4]), np.array([3, 4, 2, 5]))
+    cut, face = triangulated(
+        points, np.array([0, 1, 2, 0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4]), np.array([3, 4, 2, 5])
+    )
     assert face.tolist() == [0, 1, 1, 3, 3, 3] and cut.max() == 13
 
 
 def test_places_of_nodes_strips_and_integers(tmp_path):
-    """A scene of two nodes, one mirrored, one turned and below another, against trimesh's reading of the same."""
+    """A scene of two nodes, one mirrored, one turned and below another, against trimesh's reading of the
+    same.
+    """
     box = trimesh.creation.box((1, 2, 3))
     scene = trimesh.Scene()
     turn = trimesh.transformations.rotation_matrix(0.7, [1, 2, 3], [0.1, 0, 0])
@@ -192,8 +297,14 @@ def test_places_of_nodes_strips_and_integers(tmp_path):
     assert np.allclose(np.sort(vertices, axis=0), np.sort(theirs.vertices, axis=0), atol=1e-5)
     assert volume(vertices, faces) == pytest.approx(6 + 12, rel=1e-5)
     part = triangles(np.eye(3), np.array([[0, 1, 2]]))
-    placed = Model([Node([1], None, {"translation": [1, 0, 0], "rotation": [0, 0, 2**-0.5, 2**-0.5]}), Node([], 0, {"scale": [2, 2, 2]})],
-                   [0], [[part]])  # fmt: skip
+    placed = Model(
+        [
+            Node([1], None, {"translation": [1, 0, 0], "rotation": [0, 0, 2**-0.5, 2**-0.5]}),
+            Node([], 0, {"scale": [2, 2, 2]}),
+        ],
+        [0],
+        [[part]],
+    )
     assert np.allclose(triangles_of(placed)[0], [[1, 2, 0], [-1, 0, 0], [1, 0, 2]])
     strip = scene_of([part])
     object.__setattr__(strip.meshes[0][0], "mode", 5)
@@ -208,9 +319,16 @@ def test_stl_and_what_is_none(tmp_path):
             read_triangles(write(tmp_path, name, data))
 
 
-@pytest.mark.parametrize("text, found", [
-    ("v 1 2 3".encode("utf-16"), "utf-16"), ("v 1 2 3\n".encode("utf-16-le"), "utf-16-le"), ("v 1 2 3\n".encode("utf-16-be"), "utf-16-be"),
-    (b"v 1 2 3\n", None), (bytes(40), None), (b"glTF\2\0\0\0aaaa", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("v 1 2 3".encode("utf-16"), "utf-16"),
+        ("v 1 2 3\n".encode("utf-16-le"), "utf-16-le"),
+        ("v 1 2 3\n".encode("utf-16-be"), "utf-16-be"),
+        (b"v 1 2 3\n", None),
+        (bytes(40), None),
+        (b"glTF\2\0\0\0aaaa", None),
+    ],
+)
 def test_utf16_is_told_by_its_first_bytes(text, found):
     assert utf16(text) == found

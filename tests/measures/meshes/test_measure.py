@@ -1,4 +1,6 @@
-"""Measures of meshes: what must not change them, what must, and what is refused; closed forms: tests/compat/test_solid_meshes.py."""
+"""Measures of meshes: what must not change them, what must, and what is refused; closed forms:
+tests/compat/test_solid_meshes.py.
+"""
 
 import sys
 
@@ -14,7 +16,18 @@ from eg3d_rlhf.measures.meshes.space import OFFSET, Space, directions, sample
 from eg3d_rlhf.measures.meshes.standing import inside_distance, verdict
 
 pytest.importorskip("igl", reason="extra solid")
-BLURRED = ("hidden", "buried", "sheet", "inverted", "thin", "thick_p05", "thick_median", "gap_median", "overhang")  # by the samples
+# by the samples
+BLURRED = (
+    "hidden",
+    "buried",
+    "sheet",
+    "inverted",
+    "thin",
+    "thick_p05",
+    "thick_median",
+    "gap_median",
+    "overhang",
+)
 
 
 def joined(*meshes: trimesh.Trimesh) -> tuple[np.ndarray, np.ndarray]:
@@ -31,8 +44,15 @@ def lamp() -> tuple[np.ndarray, np.ndarray]:
     shade = trimesh.creation.icosphere(subdivisions=2, radius=0.4)
     shade.update_faces(shade.triangles_center[:, 1] > -0.2)
     inner = trimesh.creation.icosphere(subdivisions=1, radius=0.2)
-    foot, pole = trimesh.creation.box((0.5, 0.06, 0.3)), trimesh.creation.box((0.05, 0.6, 0.05))
-    return joined(shade, inner, moved(foot, 0.05, -0.6, 0), moved(pole, 0, -0.35, 0), moved(inner.copy().apply_scale(0.2), 0.6, 0.4, 0.1))
+    foot = trimesh.creation.box((0.5, 0.06, 0.3))
+    pole = trimesh.creation.box((0.05, 0.6, 0.05))
+    return joined(
+        shade,
+        inner,
+        moved(foot, 0.05, -0.6, 0),
+        moved(pole, 0, -0.35, 0),
+        moved(inner.copy().apply_scale(0.2), 0.6, 0.4, 0.1),
+    )
 
 
 def same(one: dict, other: dict, *but: str) -> None:
@@ -51,7 +71,8 @@ def whole() -> dict:
 def test_neither_scale_nor_place_nor_order_matters(whole):
     vertices, faces = lamp()
     rng = np.random.default_rng(0)
-    order, number = rng.permutation(len(faces)), rng.permutation(len(vertices))
+    order = rng.permutation(len(faces))
+    number = rng.permutation(len(vertices))
     shuffled = np.empty_like(vertices)
     shuffled[number] = vertices
     other = clean_mesh(shuffled * 137.0 + [5, -3, 9], np.roll(number[faces[order]], 1, axis=1))
@@ -87,9 +108,13 @@ def test_two_crossing_spheres_cross_and_nested_ones_do_not():
     crossing = measure_mesh(clean_mesh(*joined(ball, moved(ball, 0.7, 0.1, 0))))
     nested = measure_mesh(clean_mesh(*joined(ball, ball.copy().apply_scale(0.5))))
     assert 0 < crossing["crossing"] < 0.5 and nested["crossing"] == 0
-    r, d = 1.0, float(np.hypot(0.7, 0.1))  # two balls share a lens
+    # two balls share a lens
+    r = 1.0
+    d = float(np.hypot(0.7, 0.1))
     lens = np.pi * (4 * r + d) * (2 * r - d) ** 2 / 12 / (8 * np.pi / 3)
-    assert crossing["overlap"] == pytest.approx(lens, abs=0.01) and nested["overlap"] == pytest.approx(1 / 9, abs=1e-3)
+    assert crossing["overlap"] == pytest.approx(lens, abs=0.01) and nested["overlap"] == pytest.approx(
+        1 / 9, abs=1e-3
+    )
 
 
 def test_cavities_are_no_inverted_bodies():
@@ -98,25 +123,44 @@ def test_cavities_are_no_inverted_bodies():
     hollow.invert()
     inside = measure_mesh(clean_mesh(*joined(ball, hollow)))
     beside = measure_mesh(clean_mesh(*joined(ball, moved(hollow, 3, 0, 0))))
-    assert (inside["cavities"], inside["inverted_bodies"], inside["overlap"]) == (1, 0, pytest.approx(0, abs=1e-9))
+    assert (inside["cavities"], inside["inverted_bodies"], inside["overlap"]) == (
+        1,
+        0,
+        pytest.approx(0, abs=1e-9),
+    )
     assert 0.15 < inside["inner"] < 0.25 and beside["inner"] < 0.02  # .6^3
-    assert (beside["cavities"], beside["inverted_bodies"], beside["overlap"]) == (1, 1, pytest.approx(0, abs=1e-9))
+    assert (beside["cavities"], beside["inverted_bodies"], beside["overlap"]) == (
+        1,
+        1,
+        pytest.approx(0, abs=1e-9),
+    )
 
 
 def test_hull_mass_is_another_answer():
     """A table with its top off its legs falls by its own mass and stands by its hull's."""
-    top = trimesh.creation.cylinder(0.4, 0.05, transform=trimesh.transformations.rotation_matrix(np.pi / 2, [1, 0, 0]))
-    legs = [moved(trimesh.creation.box((0.04, 0.51, 0.04)), 0.3 * np.cos(t), -0.255, 0.3 * np.sin(t)) for t in (0, 2.094, 4.189)]
+    top = trimesh.creation.cylinder(
+        0.4, 0.05, transform=trimesh.transformations.rotation_matrix(np.pi / 2, [1, 0, 0])
+    )
+    legs = [
+        moved(trimesh.creation.box((0.04, 0.51, 0.04)), 0.3 * np.cos(t), -0.255, 0.3 * np.sin(t))
+        for t in (0, 2.094, 4.189)
+    ]
     table = clean_mesh(*joined(moved(top, -0.25, 0.015, 0), *legs))
     assert measure_mesh(table)["stands"] == "tips"
     assert measure_mesh(table, MeasureOptions(hull_mass=True))["tip"] > 0
     assert [verdict(degrees) for degrees in (-1, 0, 1, 3)] == ["tips", "tips", "barely", "stands"]
 
 
-@pytest.mark.parametrize("foot, point, wanted", [
-    ([[0, 0], [1, 0], [1, 1], [0, 1], [0.5, 0.5]], [0.5, 0.4], 0.4), ([[0, 0], [1, 0], [1, 1], [0, 1]], [2, 2], -(2**0.5)),
-    ([[0, 0], [1, 0], [0.5, 0]], [0.5, 0.3], -0.3), ([[0, 0], [1, 0]], [2, 0], -1.0), ([[1, 1]], [1, 1], 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "foot, point, wanted",
+    [
+        ([[0, 0], [1, 0], [1, 1], [0, 1], [0.5, 0.5]], [0.5, 0.4], 0.4),
+        ([[0, 0], [1, 0], [1, 1], [0, 1]], [2, 2], -(2**0.5)),
+        ([[0, 0], [1, 0], [0.5, 0]], [0.5, 0.3], -0.3),
+        ([[0, 0], [1, 0]], [2, 0], -1.0),
+        ([[1, 1]], [1, 1], 0.0),
+    ],
+)
 def test_distance_to_the_border_of_the_foot(foot, point, wanted):
     assert inside_distance(np.array(foot, float), np.array(point, float)) == pytest.approx(wanted)
 
@@ -124,11 +168,14 @@ def test_distance_to_the_border_of_the_foot(foot, point, wanted):
 def test_rays_and_sides_do_not_depend_on_what_is_installed(monkeypatch):
     mesh = clean_mesh(*lamp())
     points, normals = sample(mesh, 500, seed=2)
-    fast, slow = Space(mesh), Space(mesh)
+    fast = Space(mesh)
+    slow = Space(mesh)
     monkeypatch.setitem(sys.modules, "embreex", None)
     assert slow._scene is None and (fast._scene is None or fast._scene is not None)
     for sign in (1, -1):
-        ours, theirs = (space.first_hits(points + sign * OFFSET * normals, sign * normals)[0] for space in (fast, slow))
+        ours, theirs = (
+            space.first_hits(points + sign * OFFSET * normals, sign * normals)[0] for space in (fast, slow)
+        )
         assert np.mean(np.isclose(ours, theirs, atol=1e-5)) > 0.99  # some hit an edge
     exact = fast.winding(points + 0.01)
     monkeypatch.setattr(space_module, "_FEW", 0)
@@ -138,7 +185,8 @@ def test_rays_and_sides_do_not_depend_on_what_is_installed(monkeypatch):
 def test_crossings_are_those_of_a_loop():
     """Against Moeller and Trumbore's test of every edge with every face, in float64."""
     edges = Edges(clean_mesh(*lamp()))
-    vertices, faces = edges.mesh.vertices, edges.mesh.faces
+    vertices = edges.mesh.vertices
+    faces = edges.mesh.faces
     a, side, other = vertices[faces[:, 0]], *(vertices[faces[:, i]] - vertices[faces[:, 0]] for i in (1, 2))
     wanted = np.zeros(len(faces), dtype=bool)
     for low, high in edges.ends:
@@ -148,8 +196,17 @@ def test_crossings_are_those_of_a_loop():
             inverse = 1 / (side * h).sum(axis=1)
             s = vertices[low] - a
             q = np.cross(s, side)
-            u, v, t = (s * h).sum(axis=1) * inverse, q @ along * inverse, (other * q).sum(axis=1) * inverse
-            through = (u >= 0) & (v >= 0) & (u + v <= 1) & (t > OFFSET) & (t < 1 - OFFSET) & ~np.isin(faces, [low, high]).any(axis=1)
+            u = (s * h).sum(axis=1) * inverse
+            v = q @ along * inverse
+            t = (other * q).sum(axis=1) * inverse
+            through = (
+                (u >= 0)
+                & (v >= 0)
+                & (u + v <= 1)
+                & (t > OFFSET)
+                & (t < 1 - OFFSET)
+                & ~np.isin(faces, [low, high]).any(axis=1)
+            )
         wanted |= through
         if through.any():
             wanted |= np.isin(faces, [low, high]).sum(axis=1) == 2
@@ -162,13 +219,19 @@ def test_directions_are_even():
     assert np.abs(rays.T @ rays / 64 - np.eye(3) / 3).max() < 0.02
 
 
-@pytest.mark.parametrize("vertices, faces, word", [
-    (np.zeros((0, 3)), np.zeros((0, 3), int), "0 faces"), (np.eye(3), np.array([[0, 1, 3]]), "indices"),
-    (np.full((3, 3), np.nan), np.array([[0, 1, 2]]), "finite"),
-    (np.array([[1, 0, 0], [0, np.inf, 0], [0, 0, 1]]), np.array([[0, 1, 2]]), "finite"),
-    (np.ones((3, 3)), np.array([[0, 1, 2]]), "size"), (np.eye(3)[:, :1] * [1, 2, 3], np.array([[0, 1, 2]]), "area"),
-    (np.eye(4)[:, :3], np.array([[0, 1, 2, 3]]), "triangles"), (np.eye(3) * 1e308 - 9e307, np.array([[0, 1, 2]]), ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "vertices, faces, word",
+    [
+        (np.zeros((0, 3)), np.zeros((0, 3), int), "0 faces"),
+        (np.eye(3), np.array([[0, 1, 3]]), "indices"),
+        (np.full((3, 3), np.nan), np.array([[0, 1, 2]]), "finite"),
+        (np.array([[1, 0, 0], [0, np.inf, 0], [0, 0, 1]]), np.array([[0, 1, 2]]), "finite"),
+        (np.ones((3, 3)), np.array([[0, 1, 2]]), "size"),
+        (np.eye(3)[:, :1] * [1, 2, 3], np.array([[0, 1, 2]]), "area"),
+        (np.eye(4)[:, :3], np.array([[0, 1, 2, 3]]), "triangles"),
+        (np.eye(3) * 1e308 - 9e307, np.array([[0, 1, 2]]), ""),
+    ],
+)
 def test_meshes_that_are_none(vertices, faces, word):
     if word:
         with pytest.raises(ValueError, match=word):

@@ -1,4 +1,6 @@
-"""The score `solid` of meshes: the specification's values of simple shapes, and that turning a mesh inside out changes nothing."""
+"""The score `solid` of meshes: the specification's values of simple shapes, and that turning a mesh inside
+out changes nothing.
+"""
 
 import numpy as np
 import pytest
@@ -40,9 +42,12 @@ def nested(turn: bool) -> tuple[np.ndarray, np.ndarray]:
 
 FLAT = (np.array([[0, 0, 0], [1, 0, 0], [1, 0, 1], [0, 0, 1.0]]), np.array([[0, 2, 1], [0, 3, 2]]))
 VALUES = {
-    "box": (box(), 1.0), "inside out": ((box()[0], box()[1][:, ::-1]), 1.0), "lidless": (lidless(), 0.36),
-    "one face turned": (one_turned(), 0.19), "flat": (FLAT, 0.0),
-}  # fmt: skip
+    "box": (box(), 1.0),
+    "inside out": ((box()[0], box()[1][:, ::-1]), 1.0),
+    "lidless": (lidless(), 0.36),
+    "one face turned": (one_turned(), 0.19),
+    "flat": (FLAT, 0.0),
+}
 
 
 @pytest.mark.parametrize("name", VALUES)

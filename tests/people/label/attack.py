@@ -1,7 +1,8 @@
-"""Slow and silent connections without a token, against one's own server: `python -m tests.people.label.attack PORT COUNT SECONDS`.
+"""Slow and silent connections without a token, against one's own server: `python -m tests.people.label.attack
+PORT COUNT SECONDS`.
 
-They go to 127.0.0.1 only, from there or each from an address of its own in 127.0.0.0/8, and end by themselves. Whoever is closed comes
-again after a while.
+They go to 127.0.0.1 only, from there or each from an address of its own in 127.0.0.0/8, and end by
+themselves. Whoever is closed comes again after a while.
 """
 
 import argparse
@@ -15,14 +16,17 @@ from collections import Counter
 KINDS = ("silent", "header", "body", "handshake")
 BEGUN = {
     "header": b"GET /login HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ",
-    "body": b"POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\nSec-Fetch-Site: same-origin\r\nContent-Length: 9000\r\n"
-    b"Content-Type: application/x-www-form-urlencoded\r\n\r\ntoken=",
+    "body": (
+        b"POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\nSec-Fetch-Site: same-origin\r\nContent-Length: 9000\r\n"
+        b"Content-Type: application/x-www-form-urlencoded\r\n\r\ntoken="
+    ),
 }
 BACK = 5.0  # seconds until one whose connection was closed comes again
 
 
 def client_hello() -> bytes:
-    context, out = any_server(), ssl.MemoryBIO()
+    context = any_server()
+    out = ssl.MemoryBIO()
     with contextlib.suppress(ssl.SSLWantReadError):
         context.wrap_bio(ssl.MemoryBIO(), out, server_hostname="localhost").do_handshake()
     return out.read()
@@ -31,7 +35,8 @@ def client_hello() -> bytes:
 def any_server() -> ssl.SSLContext:
     """Settings of a client that trusts everybody."""
     context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
     return context
 
 
@@ -39,19 +44,29 @@ class Attack:
     """So many clients, each of one kind; counts what becomes of them."""
 
     def __init__(self, port: int, tls: bool, many: bool):
-        self.port, self.many, self.counts = port, many, Counter()
+        self.port = port
+        self.many = many
+        self.counts = Counter()
         self.context, self.hello = (any_server(), client_hello()) if tls else (None, b"")
 
     async def client(self, number: int, kind: str) -> None:
         """Connect, be slow, come again."""
-        address = f"127.{1 + number // 62500}.{number // 250 % 250}.{1 + number % 250}" if self.many else "127.0.0.1"
+        address = (
+            f"127.{1 + number // 62500}.{number // 250 % 250}.{1 + number % 250}"
+            if self.many
+            else "127.0.0.1"
+        )
         context = self.context if kind in BEGUN else None
         while True:
             try:
-                reader, writer = await asyncio.open_connection("127.0.0.1", self.port, ssl=context, local_addr=(address, 0))
+                reader, writer = await asyncio.open_connection(
+                    "127.0.0.1", self.port, ssl=context, local_addr=(address, 0)
+                )
                 self.counts["connected"] += 1
                 try:
-                    writer.write(BEGUN.get(kind, self.hello[: len(self.hello) // 2] if kind == "handshake" else b""))
+                    writer.write(
+                        BEGUN.get(kind, self.hello[: len(self.hello) // 2] if kind == "handshake" else b"")
+                    )
                     while not await self.closed(reader):
                         writer.write(b"a" if kind in BEGUN else b"")
                 finally:

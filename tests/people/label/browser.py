@@ -22,9 +22,18 @@ from tests.people.label.serving import Served, running, shape
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None or importlib.util.find_spec("playwright") is None,
-    reason="the page is tested in Chromium, driven by Playwright: apt-get install chromium, pip install playwright",
+    reason=(
+        "the page is tested in Chromium, driven by Playwright: apt-get install chromium, pip install"
+        " playwright"
+    ),
 )
-ARGUMENTS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-dev-shm-usage"]
+ARGUMENTS = [
+    "--no-sandbox",
+    "--use-gl=angle",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--disable-dev-shm-usage",
+]
 
 
 @contextlib.contextmanager
@@ -32,7 +41,9 @@ def chromium() -> Iterator:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS, env={**os.environ, "NO_PROXY": "*"})
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=ARGUMENTS, env={**os.environ, "NO_PROXY": "*"}
+        )
         try:
             yield browser
         finally:
@@ -47,13 +58,30 @@ def bumpy_ball(seed: int, triangles: int) -> bytes:
     theta = np.pi * (np.arange(rows + 1) / rows)[:, None]
     phi = 2 * np.pi * (np.arange(columns) / columns)[None]
     rng = np.random.default_rng(seed)
-    waves = sum(a * np.sin(k * theta) * np.cos(m * phi + p) for a, k, m, p in zip(
-        rng.uniform(0.04, 0.12, 6), rng.integers(1, 6, 6), rng.integers(1, 7, 6), rng.uniform(0, 6, 6), strict=True))
+    waves = sum(
+        a * np.sin(k * theta) * np.cos(m * phi + p)
+        for a, k, m, p in zip(
+            rng.uniform(0.04, 0.12, 6),
+            rng.integers(1, 6, 6),
+            rng.integers(1, 7, 6),
+            rng.uniform(0, 6, 6),
+            strict=True,
+        )
+    )
     radius = 0.3 * (1 + waves * np.sin(theta) ** 2)
-    xyz = np.stack([radius * np.sin(theta) * np.sin(phi), radius * np.cos(theta) + 0 * phi, radius * np.sin(theta) * np.cos(phi)], -1)
+    xyz = np.stack(
+        [
+            radius * np.sin(theta) * np.sin(phi),
+            radius * np.cos(theta) + 0 * phi,
+            radius * np.sin(theta) * np.cos(phi),
+        ],
+        -1,
+    )
     at = np.arange((rows + 1) * columns).reshape(rows + 1, columns)
     a, b, c, d = (x.ravel() for x in (at[:-1], at[1:], np.roll(at, -1, 1)[1:], np.roll(at, -1, 1)[:-1]))
-    return compress(encode_mesh(xyz.reshape(-1, 3), np.concatenate([np.stack([a, b, c], 1), np.stack([a, c, d], 1)])))
+    return compress(
+        encode_mesh(xyz.reshape(-1, 3), np.concatenate([np.stack([a, b, c], 1), np.stack([a, c, d], 1)]))
+    )
 
 
 def plan(pairs: int, training: int = 0) -> list[PlannedPair]:
@@ -61,7 +89,11 @@ def plan(pairs: int, training: int = 0) -> list[PlannedPair]:
     for i in range(training + pairs):
         first = shape("a", 1000 + 2 * i)
         second = replace(first, seed=first.seed + 1)
-        lesson = {"kind": Kind.TRAINING, "expected": "first", "explanation": "The other one has spikes."} if i < training else {}
+        lesson = (
+            {"kind": Kind.TRAINING, "expected": "first", "explanation": "The other one has spikes."}
+            if i < training
+            else {}
+        )
         made.append(PlannedPair(first=first, second=second, **lesson))
     return made
 
@@ -77,7 +109,9 @@ def large(shape: Shape) -> bytes:
 
 
 @contextlib.contextmanager
-def serving_page(folder: Path, planned: list[PlannedPair], meshes: Callable[[Shape], bytes | None] = small, **values) -> Iterator[Served]:
+def serving_page(
+    folder: Path, planned: list[PlannedPair], meshes: Callable[[Shape], bytes | None] = small, **values
+) -> Iterator[Served]:
     """A server with the real page.
 
     Args: meshes: makes the shapes' files; None leaves a shape unprepared.
@@ -97,7 +131,8 @@ class Page:
     def __init__(self, browser, url: str, **context):
         self.context = browser.new_context(**{"viewport": {"width": 760, "height": 560}, **context})
         self.page = self.context.new_page()
-        self.url, self.offline = url, False
+        self.url = url
+        self.offline = False
         self.errors: list[str] = []
         self.strangers: list[str] = []  # addresses of other hosts
         self.page.on("console", self._note)
@@ -137,7 +172,9 @@ class Page:
 
     def wait(self, expression: str, value=None, timeout: float = 20_000) -> None:
         """Wait until an expression is true in the page, or a function of `value`."""
-        self.page.wait_for_function(expression if "=>" in expression else f"() => {expression}", arg=value, timeout=timeout)
+        self.page.wait_for_function(
+            expression if "=>" in expression else f"() => {expression}", arg=value, timeout=timeout
+        )
 
     def state(self, name: str):
         """A figure of window.labelState."""
@@ -146,14 +183,20 @@ class Page:
     def ready(self, state: str = "label", ahead: int = 0) -> None:
         """Wait until a pair can be judged and so many more are ready."""
         self.page.wait_for_function(
-            "([state, ahead]) => window.labelState?.state === state && window.labelState.ahead >= ahead", arg=[state, ahead], timeout=20_000
+            "([state, ahead]) => window.labelState?.state === state && window.labelState.ahead >= ahead",
+            arg=[state, ahead],
+            timeout=20_000,
         )
 
     def press(self, key: str) -> str | None:
-        """Look at the pair for a moment, press a key, wait for what comes next; returns the assignment that was answered."""
+        """Look at the pair for a moment, press a key, wait for what comes next; returns the assignment that
+        was answered.
+        """
         before = self.state("pair?.assignment")
         self.answer(key)
-        shown = "before => window.labelState.pair?.assignment !== before && window.labelState.state !== 'loading'"
+        shown = (
+            "before => window.labelState.pair?.assignment !== before && window.labelState.state !== 'loading'"
+        )
         self.page.wait_for_function(shown, arg=before)
         return before
 
@@ -161,14 +204,22 @@ class Page:
         self.page.wait_for_function("() => window.labelState.queued === 0", timeout=20_000)
 
     def picture(self, side: str) -> np.ndarray:
-        """A viewport's inner part as the screen shows it, [H, W, 3], 0..255; without its label and corners."""
+        """A viewport's inner part as the screen shows it, [H, W, 3], 0..255;
+        without its label and corners.
+        """
         box = self.page.locator(f"#{side}").bounding_box()
-        clip = {"x": round(box["x"]) + 12, "y": round(box["y"]) + 48, "width": int(box["width"]) - 24, "height": int(box["height"]) - 60}
+        clip = {
+            "x": round(box["x"]) + 12,
+            "y": round(box["y"]) + 48,
+            "width": int(box["width"]) - 24,
+            "height": int(box["height"]) - 60,
+        }
         return np.asarray(Image.open(io.BytesIO(self.page.screenshot(clip=clip))).convert("RGB")).astype(int)
 
     def drag(self, side: str, dx: int, dy: int) -> None:
         box = self.page.locator(f"#{side}").bounding_box()
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        x = box["x"] + box["width"] / 2
+        y = box["y"] + box["height"] / 2
         self.page.mouse.move(x, y)
         self.page.mouse.down()
         self.page.mouse.move(x + dx, y + dy, steps=4)
@@ -177,7 +228,10 @@ class Page:
 
     def drawn(self) -> None:
         """Wait until what has changed is on the screen."""
-        self.page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 10))))")
+        self.page.evaluate(
+            "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done,"
+            " 10))))"
+        )
 
     def answer(self, key: str) -> None:
         """Look at the pair for a moment and press a key."""

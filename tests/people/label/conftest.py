@@ -19,7 +19,11 @@ __all__ = ["browser", "page", "postgres_server", "postgres_url", "serve"]
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request, tmp_path) -> str:
     """URL of an empty database of either kind."""
-    return f"sqlite:///{tmp_path / 'labels.db'}" if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+    return (
+        f"sqlite:///{tmp_path / 'labels.db'}"
+        if request.param == "sqlite"
+        else request.getfixturevalue("postgres_url")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +32,18 @@ def certificate(tmp_path_factory) -> tuple[Path, Path]:
     if shutil.which("openssl") is None:
         pytest.skip("openssl not found; install Debian's package openssl")
     folder = tmp_path_factory.mktemp("tls")
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=localhost"]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-subj",
+        "/CN=localhost",
+    ]
     files = folder / "fullchain.pem", folder / "privkey.pem"
     subprocess.run([*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
     return files
@@ -56,7 +71,9 @@ def local(tmp_path_factory) -> Iterator[serving.Served]:
 def exposed(tmp_path_factory) -> Iterator[serving.Served]:
     """A module's exposed server, with tokens of an annotator, an admin and one whose access was revoked."""
     folder = tmp_path_factory.mktemp("exposed")
-    with serving.running(folder, exposed=True, access_log=folder / "access.jsonl", limits=serving.GENEROUS) as served:
+    with serving.running(
+        folder, exposed=True, access_log=folder / "access.jsonl", limits=serving.GENEROUS
+    ) as served:
         roles = {"ann": "annotator", "boss": "admin", "gone": "annotator"}
         served.tokens = {name: served.store.add_annotator(name, role) for name, role in roles.items()}
         served.store.revoke_annotator("gone")

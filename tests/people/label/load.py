@@ -1,7 +1,7 @@
 """Simulated annotators at work on a server in a process of its own, which is killed now and then.
 
-Run as a program it is that server: `python -m tests.people.label.load URL CAMPAIGN CACHE STATIC PORT [CERTIFICATE KEY]`, on loopback,
-exposed, so that tokens count.
+Run as a program it is that server: `python -m tests.people.label.load URL CAMPAIGN CACHE STATIC PORT
+[CERTIFICATE KEY]`, on loopback, exposed, so that tokens count.
 """
 
 import asyncio
@@ -21,18 +21,37 @@ from tests.people.label.serving import SAME
 
 REPO = Path(__file__).resolve().parents[3]
 PATIENCE = 60.0  # seconds for which a request is tried again while the server is away
-FIRST_PAUSE, SLOWEST = 0.5, 15.0  # seconds between two attempts: the first, doubled until the slowest, as outbox.js does
+# seconds between two attempts: the first, doubled until the slowest, as outbox.js does
+FIRST_PAUSE = 0.5
+SLOWEST = 15.0
 
 
 class ServerProcess:
     """The real server under uvicorn; `kill` ends it as a power cut would."""
 
     def __init__(
-        self, url: str, campaign: str, cache: Path, static: Path, port: int, tls: tuple[Path, Path] | None = None, files: int | None = None
+        self,
+        url: str,
+        campaign: str,
+        cache: Path,
+        static: Path,
+        port: int,
+        tls: tuple[Path, Path] | None = None,
+        files: int | None = None,
     ):
         """`tls`: certificate and key. `files`: descriptors that it may have, at most."""
         limit = ["prlimit", f"--nofile={files}:{files}"] if files else []
-        self.command = [*limit, sys.executable, "-m", "tests.people.label.load", url, campaign, str(cache), str(static), str(port)]
+        self.command = [
+            *limit,
+            sys.executable,
+            "-m",
+            "tests.people.label.load",
+            url,
+            campaign,
+            str(cache),
+            str(static),
+            str(port),
+        ]
         self.command += [str(path) for path in tls or ()]
         self.base = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
         self.log = cache.parent / "stderr.txt"
@@ -41,7 +60,9 @@ class ServerProcess:
     def start(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(self.command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+            self.process = subprocess.Popen(
+                self.command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL, stderr=log
+            )
         end = time.monotonic() + PATIENCE
         while True:
             try:
@@ -50,7 +71,9 @@ class ServerProcess:
             except httpx.TransportError:
                 pass
             if self.process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"the server did not start: {self.process.poll()}, {self.log.read_text()[-2000:]}")
+                raise RuntimeError(
+                    f"the server did not start: {self.process.poll()}, {self.log.read_text()[-2000:]}"
+                )
             time.sleep(0.05)
 
     def kill(self) -> None:
@@ -68,10 +91,16 @@ class Work:
 
 
 class Annotator:
-    """One browser's worth of work: log in, then ask, look, answer, and send again what was not acknowledged."""
+    """One browser's worth of work: log in, then ask, look, answer,
+    and send again what was not acknowledged.
+    """
 
     def __init__(self, name: str, token: str, base: str, work: Work, count: int, look: float):
-        self.name, self.token, self.work, self.count, self.look = name, token, work, count, look
+        self.name = name
+        self.token = token
+        self.work = work
+        self.count = count
+        self.look = look
         self.client = httpx.AsyncClient(base_url=base, headers=SAME, timeout=15, verify=False)
         self.rng = random.Random(name)
 
@@ -81,7 +110,8 @@ class Annotator:
             csrf = page.split('name="csrf" value="')[1].split('"')[0]
             await self._send("POST", "/login", data={"token": self.token, "csrf": csrf})
             self.client.headers["X-CSRF-Token"] = (await self._send("GET", "/api/session")).json()["csrf"]
-            pending, done = [], 0
+            pending = []
+            done = 0
             while done < self.count:
                 if not pending:
                     pending = (await self._send("GET", "/api/assignments?count=3")).json()["assignments"]
@@ -92,16 +122,28 @@ class Annotator:
 
     async def _judge(self, assignment: str, key: str) -> None:
         choice = self.rng.choice(["left", "right", "tie"])
-        body = {"key": key, "assignment": assignment, "choice": choice, "milliseconds": 900, "views": ["front"], "answered_at": time.time()}
-        response = await self._send("POST", "/api/judgements", count=(self.name, key), json={**body, "page_version": "load"})
+        body = {
+            "key": key,
+            "assignment": assignment,
+            "choice": choice,
+            "milliseconds": 900,
+            "views": ["front"],
+            "answered_at": time.time(),
+        }
+        response = await self._send(
+            "POST", "/api/judgements", count=(self.name, key), json={**body, "page_version": "load"}
+        )
         if response.status_code in (200, 201):
             self.work.acknowledged[self.name, key] = choice
             self.work.duplicates += response.json()["duplicate"]
         else:
             self.work.refused[response.status_code] += 1
 
-    async def _send(self, method: str, path: str, count: tuple[str, str] | None = None, **kwargs) -> httpx.Response:
-        end, pause = time.monotonic() + PATIENCE, FIRST_PAUSE
+    async def _send(
+        self, method: str, path: str, count: tuple[str, str] | None = None, **kwargs
+    ) -> httpx.Response:
+        end = time.monotonic() + PATIENCE
+        pause = FIRST_PAUSE
         while True:
             if count:
                 self.work.sent[count] += 1
@@ -130,7 +172,15 @@ async def labour(annotators: list[Annotator], server: ServerProcess, kills: int,
     await asyncio.gather(*tasks)
 
 
-def main(url: str, campaign: str, cache: str, static: str, port: str, certificate: str | None = None, key: str | None = None) -> None:
+def main(
+    url: str,
+    campaign: str,
+    cache: str,
+    static: str,
+    port: str,
+    certificate: str | None = None,
+    key: str | None = None,
+) -> None:
     from eg3d_rlhf.people.label.server.app import serve
     from eg3d_rlhf.people.label.server.options import AppOptions, Limits
     from eg3d_rlhf.people.label.shape_files import ShapeCache
@@ -138,9 +188,14 @@ def main(url: str, campaign: str, cache: str, static: str, port: str, certificat
 
     limits = Limits(strangers=(1e4, 1e5))  # all annotators share one address here
     options = AppOptions(
-        store=Store.open(url, create=False), campaign=campaign, cache=ShapeCache(cache), exposed=True, static=Path(static), limits=limits,
+        store=Store.open(url, create=False),
+        campaign=campaign,
+        cache=ShapeCache(cache),
+        exposed=True,
+        static=Path(static),
+        limits=limits,
         access_log=Path(cache) / "access.jsonl",
-    )  # fmt: skip
+    )
     pem = {"certificate": Path(certificate), "key": Path(key)} if certificate and key else {}
     serve(options, "127.0.0.1", int(port), **pem)
 

@@ -1,7 +1,8 @@
-"""A private PostgreSQL for tests: own data folder in /tmp, Unix socket only, as an unprivileged user, gone afterwards.
+"""A private PostgreSQL for tests: own data folder in /tmp, Unix socket only, as an unprivileged user, gone
+afterwards.
 
-Fixtures: `postgres_server` (session), `postgres_url` (an empty schema per test: a new database would take a second). They skip where
-PostgreSQL is not installed.
+Fixtures: `postgres_server` (session), `postgres_url` (an empty schema per test: a new database would take a
+second). They skip where PostgreSQL is not installed.
 """
 
 import contextlib
@@ -37,12 +38,17 @@ def unprivileged() -> pwd.struct_passwd | None:
     for name in ("postgres", "nobody"):
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)
-    raise OSError("tests/people/label/postgres.py: expected a user postgres or nobody, got neither. Run the tests as an ordinary user.")
+    raise OSError(
+        "tests/people/label/postgres.py: expected a user postgres or nobody, got neither. Run the tests as an"
+        " ordinary user."
+    )
 
 
 class PostgresServer:
     def __init__(self, folder: Path, command: list, who: dict):
-        self.folder, self.command, self.who = folder, command, who
+        self.folder = folder
+        self.command = command
+        self.who = who
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
@@ -59,26 +65,56 @@ class PostgresServer:
         import psycopg
 
         name = f"test{next(_numbers)}"
-        with psycopg.connect(f"host={self.folder} user=labels dbname=postgres", autocommit=True) as connection:
+        with psycopg.connect(
+            f"host={self.folder} user=labels dbname=postgres", autocommit=True
+        ) as connection:
             connection.execute(f"CREATE SCHEMA {name}")
         return f"postgresql+psycopg://labels@/postgres?host={self.folder}&options=-csearch_path%3D{name}"
 
 
 @contextlib.contextmanager
 def run_postgres() -> Iterator[PostgresServer]:
-    """Make a cluster, start a server on it, stop it at the end. Raises: RuntimeError with the server's log when it does not start."""
-    binaries, user = find_binaries(), unprivileged()
-    folder = Path(tempfile.mkdtemp(prefix="eg3d-pg-", dir="/tmp"))  # short: the path of a Unix socket has at most 107 characters
+    """Make a cluster, start a server on it, stop it at the end.
+
+    Raises: RuntimeError with the server's log when it does not start.
+    """
+    binaries = find_binaries()
+    user = unprivileged()
+    # short: the path of a Unix socket has at most 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="eg3d-pg-", dir="/tmp"))
     who = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
     if user:
         os.chown(folder, user.pw_uid, user.pw_gid)
     try:
         subprocess.run(
-            [binaries / "initdb", "-D", folder / "data", "-U", "labels", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"],
-            check=True, capture_output=True, cwd=folder, **who,
-        )  # fmt: skip
-        settings = ["listen_addresses=", f"unix_socket_directories={folder}", "max_connections=120", "deadlock_timeout=200ms"]
-        command = [binaries / "postgres", "-D", folder / "data", *(part for setting in settings for part in ("-c", setting))]
+            [
+                binaries / "initdb",
+                "-D",
+                folder / "data",
+                "-U",
+                "labels",
+                "--auth=trust",
+                "--encoding=UTF8",
+                "--locale=C",
+                "--no-sync",
+            ],
+            check=True,
+            capture_output=True,
+            cwd=folder,
+            **who,
+        )
+        settings = [
+            "listen_addresses=",
+            f"unix_socket_directories={folder}",
+            "max_connections=120",
+            "deadlock_timeout=200ms",
+        ]
+        command = [
+            binaries / "postgres",
+            "-D",
+            folder / "data",
+            *(part for setting in settings for part in ("-c", setting)),
+        ]
         server = PostgresServer(folder, command, who)
         try:
             server.start()

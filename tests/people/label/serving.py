@@ -1,4 +1,6 @@
-"""A labelling server for tests: a small campaign of made-up shapes, prepared at once, and clients of every kind."""
+"""A labelling server for tests: a small campaign of made-up shapes, prepared at once, and clients of every
+kind.
+"""
 
 import contextlib
 import hashlib
@@ -32,7 +34,9 @@ GENEROUS = Limits(strangers=(1e4, 1e5), guesses=(1e4, 1e5), requests=(1e4, 1e5))
 def shape(generator: str, seed: int) -> Shape:
     digest = hashlib.sha256(generator.encode()).hexdigest()
     source = f"/secret/{NAMES[generator]}.safetensors"
-    return Shape(generator=digest, source=source, seed=seed, psi=0.7125, level=10.25, resolution=128, triangles=30_000)
+    return Shape(
+        generator=digest, source=source, seed=seed, psi=0.7125, level=10.25, resolution=128, triangles=30_000
+    )
 
 
 def mesh(seed: int, vertices: int = 40) -> bytes:
@@ -50,14 +54,20 @@ def plan(pairs: int, training: int = 2, gold: int = 2) -> list[PlannedPair]:
         explanation = "The other one has a hole." if kind is Kind.TRAINING else ""
         first, second = (shape(g, FIRST_SEED + i) for g in "ab")
         if kind is not Kind.PAIR:
-            second = replace(second, generator=first.generator, source=first.source, seed=FIRST_SEED + 5000 + i)
-        made.append(PlannedPair(first=first, second=second, kind=kind, expected=expected, explanation=explanation))
+            second = replace(
+                second, generator=first.generator, source=first.source, seed=FIRST_SEED + 5000 + i
+            )
+        made.append(
+            PlannedPair(first=first, second=second, kind=kind, expected=expected, explanation=explanation)
+        )
     return made
 
 
 def settings(mode: Mode = Mode.LABEL, **values) -> CampaignSettings:
     extra = {"network": NAMES["b"]}
-    return CampaignSettings(**{"name": f"{NAMES['a']}-against-{NAMES['b']}", "mode": mode, "seed": 3, "extra": extra, **values})
+    return CampaignSettings(
+        **{"name": f"{NAMES['a']}-against-{NAMES['b']}", "mode": mode, "seed": 3, "extra": extra, **values}
+    )
 
 
 def fill(cache: ShapeCache, shapes: Iterable[Shape], vertices: Callable[[Shape], int] = lambda s: 40) -> None:
@@ -87,7 +97,8 @@ class Served:
         """A client without cookies; with a token, it sends it."""
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        return httpx.Client(base_url=self.url, headers=headers, timeout=30, verify=False)  # no TLS here: spares loading certificates
+        # no TLS here: spares loading certificates
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30, verify=False)
 
     def browser(self, token: str | None = None) -> httpx.Client:
         """A client as a page is: same-origin, with its CSRF token; logged in where a token is given."""
@@ -123,12 +134,16 @@ def running(folder: Path, config: dict | None = None, **values) -> Iterator[Serv
     """`build` what the values say and serve it from a thread, with uvicorn as `configure` sets it up."""
     served = build(folder, **values)
     socket = listen("127.0.0.1", 0)
-    server = Server(configure(served.app, **(config or {})), served.options.limits, (config or {}).get("proxy"))
+    server = Server(
+        configure(served.app, **(config or {})), served.options.limits, (config or {}).get("proxy")
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.005)
-    served.url = f"{'https' if config and 'certificate' in config else 'http'}://127.0.0.1:{socket.getsockname()[1]}"
+    served.url = (
+        f"{'https' if config and 'certificate' in config else 'http'}://127.0.0.1:{socket.getsockname()[1]}"
+    )
     try:
         yield served
     finally:
@@ -139,8 +154,16 @@ def running(folder: Path, config: dict | None = None, **values) -> Iterator[Serv
 
 
 def build(
-    folder: Path, pairs: int = 12, mode: Mode = Mode.LABEL, exposed: bool = False, prepared: bool = True, url: str | None = None,
-    planned: list[PlannedPair] | None = None, campaign: dict | None = None, clock: Callable[[], float] = time.time, **options,
+    folder: Path,
+    pairs: int = 12,
+    mode: Mode = Mode.LABEL,
+    exposed: bool = False,
+    prepared: bool = True,
+    url: str | None = None,
+    planned: list[PlannedPair] | None = None,
+    campaign: dict | None = None,
+    clock: Callable[[], float] = time.time,
+    **options,
 ) -> Served:
     """Make store, campaign, cache and application in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +174,14 @@ def build(
     cache = ShapeCache(folder / "cache")
     if prepared:
         fill(cache, (s for _, s in store.shapes(number)))
-    values = {"store": store, "campaign": made.name, "cache": cache, "exposed": exposed, "static": static(folder), **options}
+    values = {
+        "store": store,
+        "campaign": made.name,
+        "cache": cache,
+        "exposed": exposed,
+        "static": static(folder),
+        **options,
+    }
     options = AppOptions(**values)
     return Served(options, store, number, create_app(options))
 
@@ -167,7 +197,13 @@ def static(folder: Path) -> Path:
 
 
 def answer(client: httpx.Client, assignment: str, key: str, choice: str = "left", **values):
-    body = {"key": key, "assignment": assignment, "choice": choice, "milliseconds": 900, "views": ["front"], "answered_at": 1.7e9,
-            "page_version": "t"}
+    body = {
+        "key": key,
+        "assignment": assignment,
+        "choice": choice,
+        "milliseconds": 900,
+        "views": ["front"],
+        "answered_at": 1.7e9,
+        "page_version": "t",
+    }
     return client.post("/api/judgements", json={**body, **values})
-

@@ -1,4 +1,6 @@
-"""Who may ask what: nothing answers a stranger, and every malformed, foreign or oversized request is refused with a 4xx."""
+"""Who may ask what: nothing answers a stranger, and every malformed, foreign or oversized request is refused
+with a 4xx.
+"""
 
 import json
 import socket
@@ -25,7 +27,9 @@ def raw(served, head: str, body: bytes = b"") -> tuple[int, bytes]:
     """Status (0: the connection was cut) and everything that follows, of a request written byte by byte."""
     parts = urlsplit(served.url)
     with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
-        connection.sendall(head.format(host=parts.netloc).replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n")
+        connection.sendall(
+            head.format(host=parts.netloc).replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n"
+        )
         try:
             connection.sendall(body)
             connection.shutdown(socket.SHUT_WR)
@@ -41,7 +45,8 @@ def raw(served, head: str, body: bytes = b"") -> tuple[int, bytes]:
 
 
 def test_without_a_token_nothing_but_login_and_health_answers(exposed):
-    client, known = exposed.client(**SAME), routes(exposed)
+    client = exposed.client(**SAME)
+    known = routes(exposed)
     assert {("GET", "/api/session"), ("GET", "/api/admin/export"), *OPEN} <= set(known) and len(known) >= 18
     paths = {path for _, path in known} | {"/docs", "/openapi.json", "/redoc", "/nothing", "/static/app.js"}
     for path in sorted(paths):
@@ -52,35 +57,104 @@ def test_without_a_token_nothing_but_login_and_health_answers(exposed):
             page = method == "GET" and path in ("/", "/admin")
             assert response.status_code == (303 if page else 401), (method, path)
             assert len(response.content) < 200
-            assert response.headers["location"] == "/login" if page else "www-authenticate" in response.headers
+            assert (
+                response.headers["location"] == "/login" if page else "www-authenticate" in response.headers
+            )
     assert client.get("/health").json() == {"status": "ok"}
     assert client.get("/login").status_code == 200
 
 
-REFUSED = {  # name -> (method, path, arguments of the request, status); asked by a page on loopback, which may ask everything
+# name -> (method, path, arguments of the request, status); asked by a page on loopback, which may ask
+# everything
+REFUSED = {
     "another site": ("POST", "/api/judgements", {"json": BODY, "headers": FOREIGN}, 403),
-    "another port of this machine": ("POST", "/api/undo", {"json": {"key": "k"}, "headers": {"Sec-Fetch-Site": "same-site"}}, 403),
-    "another origin": ("POST", "/api/judgements", {"json": BODY, "headers": {"Origin": "http://evil.example"}}, 403),
-    "origin with another port": ("POST", "/api/judgements", {"json": BODY, "headers": {"Origin": "http://127.0.0.1:1"}}, 403),
-    "origin with https": ("POST", "/api/undo", {"json": {"key": "k"}, "headers": {"Origin": "https://127.0.0.1"}}, 403),
+    "another port of this machine": (
+        "POST",
+        "/api/undo",
+        {"json": {"key": "k"}, "headers": {"Sec-Fetch-Site": "same-site"}},
+        403,
+    ),
+    "another origin": (
+        "POST",
+        "/api/judgements",
+        {"json": BODY, "headers": {"Origin": "http://evil.example"}},
+        403,
+    ),
+    "origin with another port": (
+        "POST",
+        "/api/judgements",
+        {"json": BODY, "headers": {"Origin": "http://127.0.0.1:1"}},
+        403,
+    ),
+    "origin with https": (
+        "POST",
+        "/api/undo",
+        {"json": {"key": "k"}, "headers": {"Origin": "https://127.0.0.1"}},
+        403,
+    ),
     "another site reads pairs": ("GET", "/api/assignments", {"headers": FOREIGN}, 403),
-    "another site embeds the page": ("GET", "/", {"headers": {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate",
-                                                              "Sec-Fetch-Dest": "iframe"}}, 403),
+    "another site embeds the page": (
+        "GET",
+        "/",
+        {
+            "headers": {
+                "Sec-Fetch-Site": "cross-site",
+                "Sec-Fetch-Mode": "navigate",
+                "Sec-Fetch-Dest": "iframe",
+            }
+        },
+        403,
+    ),
     "another site loads a script": ("GET", "/static/app.js", {"headers": FOREIGN}, 403),
-    "another site logs in": ("POST", "/login", {"data": {"token": "x" * 32, "csrf": "y"}, "headers": FOREIGN}, 403),
+    "another site logs in": (
+        "POST",
+        "/login",
+        {"data": {"token": "x" * 32, "csrf": "y"}, "headers": FOREIGN},
+        403,
+    ),
     "no CSRF token": ("POST", "/api/judgements", {"json": BODY, "headers": {"X-CSRF-Token": ""}}, 403),
-    "wrong CSRF token": ("POST", "/api/judgements", {"json": BODY, "headers": {"X-CSRF-Token": "0" * 64}}, 403),
-    "CSRF token that is no ASCII": ("POST", "/api/undo", {"json": {"key": "k"}, "headers": {"X-CSRF-Token": "ä".encode()}}, 403),
+    "wrong CSRF token": (
+        "POST",
+        "/api/judgements",
+        {"json": BODY, "headers": {"X-CSRF-Token": "0" * 64}},
+        403,
+    ),
+    "CSRF token that is no ASCII": (
+        "POST",
+        "/api/undo",
+        {"json": {"key": "k"}, "headers": {"X-CSRF-Token": "ä".encode()}},
+        403,
+    ),
     "no CSRF token at log-out": ("POST", "/logout", {"headers": {"X-CSRF-Token": ""}}, 403),
-    "no CSRF token, admin": ("POST", "/api/admin/annotators", {"json": {"name": "x"}, "headers": {"X-CSRF-Token": ""}}, 403),
+    "no CSRF token, admin": (
+        "POST",
+        "/api/admin/annotators",
+        {"json": {"name": "x"}, "headers": {"X-CSRF-Token": ""}},
+        403,
+    ),
     "log-in without its cookie": ("POST", "/login", {"data": {"token": "x" * 32, "csrf": "0" * 64}}, 403),
     "log-in without fields": ("POST", "/login", {"content": b"", "headers": FORM}, 400),
-    "log-in with a field twice": ("POST", "/login", {"content": b"token=a&token=b&csrf=c", "headers": FORM}, 400),
+    "log-in with a field twice": (
+        "POST",
+        "/login",
+        {"content": b"token=a&token=b&csrf=c", "headers": FORM},
+        400,
+    ),
     "log-in with many fields": ("POST", "/login", {"content": b"a=1&" * 5000, "headers": FORM}, 400),
     "log-in as JSON": ("POST", "/login", {"json": {"token": "x", "csrf": "y"}}, 415),
-    "log-in in bytes that are no text": ("POST", "/login", {"content": b"\xff\xfe=\x00", "headers": FORM}, 400),
+    "log-in in bytes that are no text": (
+        "POST",
+        "/login",
+        {"content": b"\xff\xfe=\x00", "headers": FORM},
+        400,
+    ),
     "foreign host": ("GET", "/", {"headers": {"Host": "evil.example"}}, 421),
-    "foreign host that begins like ours": ("GET", "/api/session", {"headers": {"Host": "127.0.0.1.evil.example"}}, 421),
+    "foreign host that begins like ours": (
+        "GET",
+        "/api/session",
+        {"headers": {"Host": "127.0.0.1.evil.example"}},
+        421,
+    ),
     "host with a path": ("GET", "/", {"headers": {"Host": "127.0.0.1/x"}}, 400),
     "host with a user": ("GET", "/", {"headers": {"Host": "a@127.0.0.1"}}, 400),
     "empty host": ("GET", "/", {"headers": {"Host": ""}}, 400),
@@ -99,42 +173,130 @@ REFUSED = {  # name -> (method, path, arguments of the request, status); asked b
     "picture that is not shown": ("GET", "/api/renders/" + "A" * 22, {}, 404),
     "long address": ("GET", "/api/session?" + "a" * 4000, {}, 414),
     "large headers": ("GET", "/api/session", {"headers": {"X-A": "a" * 33_000}}, 431),
-    "large headers in small ones": ("GET", "/api/session", {"headers": {f"X-{i}": "a" * 1000 for i in range(40)}}, 431),
+    "large headers in small ones": (
+        "GET",
+        "/api/session",
+        {"headers": {f"X-{i}": "a" * 1000 for i in range(40)}},
+        431,
+    ),
     "oversized body": ("POST", "/api/judgements", {"content": LONG, "headers": JSON}, 413),
-    "oversized body in chunks": ("POST", "/api/judgements", {"content": [LONG[:40_000], LONG[40_000:]], "headers": JSON}, 413),
+    "oversized body in chunks": (
+        "POST",
+        "/api/judgements",
+        {"content": [LONG[:40_000], LONG[40_000:]], "headers": JSON},
+        413,
+    ),
     "oversized log-in": ("POST", "/login", {"content": b"token=" + b"x" * 70_000, "headers": FORM}, 413),
     "oversized body of a GET": ("GET", "/api/session", {"content": LONG}, 413),
     "deep JSON": ("POST", "/api/judgements", {"content": DEEP, "headers": JSON}, 400),
-    "deep JSON in a field": ("POST", "/api/judgements", {"content": b'{"views": ' + DEEP[:60_000] + b"}", "headers": JSON}, 400),
-    "bytes that are no UTF-8": ("POST", "/api/undo", {"content": b'{"key": "\xff\xfe"}', "headers": JSON}, (400, 422)),
-    "UTF-16": ("POST", "/api/undo", {"content": json.dumps({"key": "k"}).encode("utf-16-le"), "headers": JSON}, 400),
+    "deep JSON in a field": (
+        "POST",
+        "/api/judgements",
+        {"content": b'{"views": ' + DEEP[:60_000] + b"}", "headers": JSON},
+        400,
+    ),
+    "bytes that are no UTF-8": (
+        "POST",
+        "/api/undo",
+        {"content": b'{"key": "\xff\xfe"}', "headers": JSON},
+        (400, 422),
+    ),
+    "UTF-16": (
+        "POST",
+        "/api/undo",
+        {"content": json.dumps({"key": "k"}).encode("utf-16-le"), "headers": JSON},
+        400,
+    ),
     "a form where JSON belongs": ("POST", "/api/judgements", {"data": {"key": "k"}}, 415),
-    "text where JSON belongs": ("POST", "/api/undo", {"content": b'{"key": "k"}', "headers": {"Content-Type": "text/plain"}}, 415),
+    "text where JSON belongs": (
+        "POST",
+        "/api/undo",
+        {"content": b'{"key": "k"}', "headers": {"Content-Type": "text/plain"}},
+        415,
+    ),
     "no content type": ("POST", "/api/undo", {"content": b'{"key": "k"}'}, 415),
-    "compressed body": ("POST", "/api/undo", {"content": b"x", "headers": {**JSON, "Content-Encoding": "gzip"}}, 415),
+    "compressed body": (
+        "POST",
+        "/api/undo",
+        {"content": b"x", "headers": {**JSON, "Content-Encoding": "gzip"}},
+        415,
+    ),
     "unknown field": ("POST", "/api/judgements", {"json": {**BODY, "annotator": "ann"}}, 422),
-    "huge number": ("POST", "/api/judgements", {"content": json.dumps(BODY).replace('s": 1,', 's": ' + "9" * 5000 + ",").encode(),
-                                                 "headers": JSON}, (400, 422)),
+    "huge number": (
+        "POST",
+        "/api/judgements",
+        {"content": json.dumps(BODY).replace('s": 1,', 's": ' + "9" * 5000 + ",").encode(), "headers": JSON},
+        (400, 422),
+    ),
     "skip without a reason": ("POST", "/api/judgements", {"json": {**BODY, "choice": "skip"}}, 422),
     "reason without a skip": ("POST", "/api/judgements", {"json": {**BODY, "reason": "unsure"}}, 422),
     "negative time": ("POST", "/api/judgements", {"json": {**BODY, "milliseconds": -1}}, 422),
-    "infinity": ("POST", "/api/judgements", {"content": json.dumps({**BODY, "answered_at": float("inf")}).encode(), "headers": JSON}, 422),
-    "NaN": ("POST", "/api/judgements", {"content": json.dumps({**BODY, "answered_at": float("nan")}).encode(), "headers": JSON}, 422),
+    "infinity": (
+        "POST",
+        "/api/judgements",
+        {"content": json.dumps({**BODY, "answered_at": float("inf")}).encode(), "headers": JSON},
+        422,
+    ),
+    "NaN": (
+        "POST",
+        "/api/judgements",
+        {"content": json.dumps({**BODY, "answered_at": float("nan")}).encode(), "headers": JSON},
+        422,
+    ),
     "NUL in a key": ("POST", "/api/judgements", {"json": {**BODY, "key": "a\0b"}}, 422),
-    "half a surrogate pair": ("POST", "/api/judgements", {"content": json.dumps(BODY).replace("k-refused", "\\ud800").encode(),
-                                                           "headers": JSON}, 422),
-    "script as a key": ("POST", "/api/judgements", {"json": {**BODY, "key": "<script>alert(1)</script>"}}, 422),
+    "half a surrogate pair": (
+        "POST",
+        "/api/judgements",
+        {"content": json.dumps(BODY).replace("k-refused", "\\ud800").encode(), "headers": JSON},
+        422,
+    ),
+    "script as a key": (
+        "POST",
+        "/api/judgements",
+        {"json": {**BODY, "key": "<script>alert(1)</script>"}},
+        422,
+    ),
     "script as a view": ("POST", "/api/judgements", {"json": {**BODY, "views": ["<script>"]}}, 422),
     "too many views": ("POST", "/api/judgements", {"json": {**BODY, "views": ["front"] * 65}}, 422),
-    "script as a page version": ("POST", "/api/judgements", {"json": {**BODY, "page_version": "<img onerror=1>"}}, 422),
-    "SQL as an assignment": ("POST", "/api/judgements", {"json": {**BODY, "assignment": "x' OR '1'='1"}}, 422),
+    "script as a page version": (
+        "POST",
+        "/api/judgements",
+        {"json": {**BODY, "page_version": "<img onerror=1>"}},
+        422,
+    ),
+    "SQL as an assignment": (
+        "POST",
+        "/api/judgements",
+        {"json": {**BODY, "assignment": "x' OR '1'='1"}},
+        422,
+    ),
     "unknown assignment": ("POST", "/api/judgements", {"json": BODY}, 404),
-    "undo of an unknown assignment": ("POST", "/api/undo", {"json": {"key": "k-undo", "assignment": "nothing"}}, (404, 409)),
-    "script in a name": ("POST", "/api/admin/annotators", {"json": {"name": "<script>alert(1)</script>"}}, 422),
+    "undo of an unknown assignment": (
+        "POST",
+        "/api/undo",
+        {"json": {"key": "k-undo", "assignment": "nothing"}},
+        (404, 409),
+    ),
+    "script in a name": (
+        "POST",
+        "/api/admin/annotators",
+        {"json": {"name": "<script>alert(1)</script>"}},
+        422,
+    ),
     "line break in a name": ("POST", "/api/admin/annotators", {"json": {"name": "a\nb"}}, 422),
     "path as a name": ("POST", "/api/admin/annotators", {"json": {"name": "../x"}}, 422),
-    "spreadsheet formula as a name": ("POST", "/api/admin/annotators", {"json": {"name": "=cmd|' /C calc'!A0"}}, 422),
-    "right-to-left override in a name": ("POST", "/api/admin/annotators", {"json": {"name": "a\u202eb"}}, 422),
+    "spreadsheet formula as a name": (
+        "POST",
+        "/api/admin/annotators",
+        {"json": {"name": "=cmd|' /C calc'!A0"}},
+        422,
+    ),
+    "right-to-left override in a name": (
+        "POST",
+        "/api/admin/annotators",
+        {"json": {"name": "a\u202eb"}},
+        422,
+    ),
     "name that is reserved": ("POST", "/api/admin/annotators", {"json": {"name": "local"}}, 409),
     "revoking nobody": ("POST", "/api/admin/annotators/revoke", {"json": {"name": "nobody"}}, 404),
     "unknown export": ("GET", "/api/admin/export?format=../../x", {}, 422),
@@ -145,7 +307,12 @@ REFUSED = {  # name -> (method, path, arguments of the request, status); asked b
     "traversal, backslashes": ("GET", "/static/..%5c..%5cstore.py", {}, 404),
     "JSON that is no object": ("POST", "/api/judgements", {"json": [1, 2]}, 422),
     "JSON null": ("POST", "/api/undo", {"content": b"null", "headers": JSON}, 422),
-    "another charset": ("POST", "/api/undo", {"content": b"{}", "headers": {"Content-Type": "application/json; charset=utf-7"}}, 415),
+    "another charset": (
+        "POST",
+        "/api/undo",
+        {"content": b"{}", "headers": {"Content-Type": "application/json; charset=utf-7"}},
+        415,
+    ),
     "description of the API": ("GET", "/openapi.json", {}, 404),
 }
 
@@ -171,18 +338,51 @@ RAW = {  # requests that no well-behaved client sends
     "two hosts": ("GET /api/session HTTP/1.1\nHost: {host}\nHost: evil.example", b"", 400),
     "length that is no number": ("POST /api/undo HTTP/1.1\nHost: {host}\nContent-Length: many", b"", 400),
     "negative length": ("POST /api/undo HTTP/1.1\nHost: {host}\nContent-Length: -5", b"", 400),
-    "two lengths": ("POST /api/undo HTTP/1.1\nHost: {host}\nContent-Length: 5\nContent-Length: 6", b"hello", 400),
-    "length and chunks": ("POST /login HTTP/1.1\nHost: {host}\nContent-Length: 99999999\nTransfer-Encoding: chunked", b"0\r\n\r\n", 400),
-    "short length and chunks": ("POST /login HTTP/1.1\nHost: {host}\nContent-Length: 5\nTransfer-Encoding: chunked", b"0\r\n\r\n", 400),
-    "huge declared length": ("POST /login HTTP/1.1\nHost: {host}\nSec-Fetch-Site: same-origin\nContent-Length: " + "9" * 20, b"", 413),
-    "endless chunks": ("POST /login HTTP/1.1\nHost: {host}\nSec-Fetch-Site: same-origin\nContent-Type: application/x-www-form-urlencoded\n"
-                       "Transfer-Encoding: chunked", b"4000\r\n" + b"x" * 0x4000 + b"\r\n" + b"4000\r\n" + b"x" * 0x4000 + b"\r\n"
-                       + b"8001\r\n" + b"x" * 0x8001 + b"\r\n", 413),
+    "two lengths": (
+        "POST /api/undo HTTP/1.1\nHost: {host}\nContent-Length: 5\nContent-Length: 6",
+        b"hello",
+        400,
+    ),
+    "length and chunks": (
+        "POST /login HTTP/1.1\nHost: {host}\nContent-Length: 99999999\nTransfer-Encoding: chunked",
+        b"0\r\n\r\n",
+        400,
+    ),
+    "short length and chunks": (
+        "POST /login HTTP/1.1\nHost: {host}\nContent-Length: 5\nTransfer-Encoding: chunked",
+        b"0\r\n\r\n",
+        400,
+    ),
+    "huge declared length": (
+        "POST /login HTTP/1.1\nHost: {host}\nSec-Fetch-Site: same-origin\nContent-Length: " + "9" * 20,
+        b"",
+        413,
+    ),
+    "endless chunks": (
+        (
+            "POST /login HTTP/1.1\nHost: {host}\nSec-Fetch-Site: same-origin\nContent-Type:"
+            " application/x-www-form-urlencoded\nTransfer-Encoding: chunked"
+        ),
+        b"4000\r\n"
+        + b"x" * 0x4000
+        + b"\r\n"
+        + b"4000\r\n"
+        + b"x" * 0x4000
+        + b"\r\n"
+        + b"8001\r\n"
+        + b"x" * 0x8001
+        + b"\r\n",
+        413,
+    ),
     "huge header": ("GET / HTTP/1.1\nHost: {host}\nX-A: " + "a" * 100_000, b"", (0, 400, 431)),
     "NUL in a header": ("GET / HTTP/1.1\nHost: {host}\nX-A: a\0b", b"", 400),
     "no HTTP": ("HELLO", b"", 400),
     "a proxy's request": ("GET http://evil.example/ HTTP/1.1\nHost: evil.example", b"", 421),
-    "a tunnel": ("CONNECT evil.example:443 HTTP/1.1\nHost: {host}\nSec-Fetch-Site: same-origin", b"", (400, 403, 404, 405)),
+    "a tunnel": (
+        "CONNECT evil.example:443 HTTP/1.1\nHost: {host}\nSec-Fetch-Site: same-origin",
+        b"",
+        (400, 403, 404, 405),
+    ),
 }
 
 
@@ -199,7 +399,10 @@ def test_a_slow_body_is_given_up(tmp_path):
     with serving.running(tmp_path, limits=limits) as served:
         parts = urlsplit(served.url)
         with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
-            head = f"POST /login HTTP/1.1\r\nHost: {parts.netloc}\r\nSec-Fetch-Site: same-origin\r\nContent-Length: 9\r\n"
+            head = (
+                f"POST /login HTTP/1.1\r\nHost: {parts.netloc}\r\nSec-Fetch-Site:"
+                " same-origin\r\nContent-Length: 9\r\n"
+            )
             connection.sendall((head + "Content-Type: application/x-www-form-urlencoded\r\n\r\ntok").encode())
             assert connection.recv(4096).split()[1] == b"408"
 

@@ -1,4 +1,6 @@
-"""axe-core on every page in both themes, at a desk and on a phone; axe/ is Deque's file of that name (MPL-2.0), used in tests alone."""
+"""axe-core on every page in both themes, at a desk and on a phone; axe/ is Deque's file of that name
+(MPL-2.0), used in tests alone.
+"""
 
 from pathlib import Path
 
@@ -14,7 +16,11 @@ LONG = pytest.mark.long
 THEMES = ["light", pytest.param("dark", marks=LONG)]
 SCREENS = [
     pytest.param({"viewport": {"width": 1280, "height": 780}}, id="desk"),
-    pytest.param({"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}, id="phone", marks=LONG),
+    pytest.param(
+        {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True},
+        id="phone",
+        marks=LONG,
+    ),
 ]
 GRAVE = ("serious", "critical")
 
@@ -26,7 +32,14 @@ def faults(page: Page) -> list[tuple]:
         page.page.evaluate(AXE)
     violations = page.page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
     grave = [fault for fault in violations if fault["impact"] in GRAVE]
-    return [(fault["id"], fault["impact"], [(node["target"], node["failureSummary"]) for node in fault["nodes"][:3]]) for fault in grave]
+    return [
+        (
+            fault["id"],
+            fault["impact"],
+            [(node["target"], node["failureSummary"]) for node in fault["nodes"][:3]],
+        )
+        for fault in grave
+    ]
 
 
 def until(page: Page, state: str) -> None:
@@ -42,7 +55,9 @@ def until(page: Page, state: str) -> None:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("screen", SCREENS)
 def test_the_label_page_in_all_its_states(serve, page, theme, screen):
-    served = serve(plan(3, training=1), exposed=True, campaign={**QUIET, "both_bad": True, "questions": ("geometry",)})
+    served = serve(
+        plan(3, training=1), exposed=True, campaign={**QUIET, "both_bad": True, "questions": ("geometry",)}
+    )
     label = page(served.url, color_scheme=theme, reduced_motion="reduce", **screen)
     label.sign_in(served.store.add_annotator("ada"))
     label.page.wait_for_selector("#helpDialog[open]")

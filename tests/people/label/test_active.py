@@ -48,7 +48,8 @@ def judged(seeds: int = 40, members: int = 2, seed: int = 0) -> Judged:
 
 
 def test_disagreement_against_a_plain_loop():
-    scores, pairs = judged(members=3).scores, candidates(40, np.random.default_rng(1))
+    scores = judged(members=3).scores
+    pairs = candidates(40, np.random.default_rng(1))
 
     def by_hand(a: int, b: int) -> float:
         chances = [1 / (1 + math.exp(-(row[a] - row[b]))) for row in scores]
@@ -61,7 +62,8 @@ def test_disagreement_against_a_plain_loop():
 
 
 def test_without_diversity_each_step_takes_the_greatest_doubt_left():
-    data, pairs = judged(), candidates(40, np.random.default_rng(1))
+    data = judged()
+    pairs = candidates(40, np.random.default_rng(1))
     chosen = select(data, pairs, 8, diversity=0.0)
     doubt = dict(zip(map(tuple, pairs.tolist()), disagreement(data.scores, pairs), strict=True))
     used: set[int] = set()
@@ -77,7 +79,10 @@ def test_scores_are_those_of_the_rewards_over_their_temperature(generator, rewar
     scored = judge(ensemble, seeds)
     for row, path, temperature in zip(scored.scores, rewards, (1.0, 2.0), strict=True):
         reward = load_reward(path)
-        expected = reward.score_observed(observe_seeds(generator.G, reward.observation, psi=0.8)(list(seeds))) / temperature
+        expected = (
+            reward.score_observed(observe_seeds(generator.G, reward.observation, psi=0.8)(list(seeds)))
+            / temperature
+        )
         assert np.allclose(row, expected.numpy(), rtol=1e-4, atol=1e-5)
     assert scored.embeddings.shape == (20, 32) and [d["members"] for d in ensemble.described] == [1, 1]
 
@@ -86,18 +91,28 @@ def test_rewards_that_do_not_fit_are_refused_or_told(generator, rewards, tmp_pat
     with pytest.raises(ValueError, match="at least 2 rewards, got 1"):
         reward_ensemble(PairingOptions(rewards=rewards[:1]), generator)
     first = load_reward(rewards[0])
-    foreign = Reward(first.observation, first.network, {"generator": "f" * 64}).save(tmp_path / "foreign.safetensors")
+    foreign = Reward(first.observation, first.network, {"generator": "f" * 64}).save(
+        tmp_path / "foreign.safetensors"
+    )
     reward_ensemble(PairingOptions(rewards=(str(foreign), rewards[1])), generator)
-    assert "foreign.safetensors: it was trained on shapes of the eg3d generator ffffffffffff..., not of" in capsys.readouterr().err
+    assert (
+        "foreign.safetensors: it was trained on shapes of the eg3d generator ffffffffffff..., not of"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_plan_says_who_chose_what_and_why(generator, rewards):
     options = PairingOptions(pairs=6, strategy="active", rewards=rewards, first_seed=50, diversity=0.4)
     ensemble = reward_ensemble(options, generator)
     planned = plan(options, generator, ensemble=ensemble)
-    assert planned == plan(options, generator, ensemble=ensemble) and json.loads(json.dumps(planned.report)) == planned.report
+    assert (
+        planned == plan(options, generator, ensemble=ensemble)
+        and json.loads(json.dumps(planned.report)) == planned.report
+    )
     pairs = [pair for pair in planned.pairs if pair.kind is Kind.PAIR]
-    assert [[p.first.seed, p.second.seed] for p in pairs] == [entry["seeds"] for entry in planned.report["why"]]
+    assert [[p.first.seed, p.second.seed] for p in pairs] == [
+        entry["seeds"] for entry in planned.report["why"]
+    ]
     assert all(50 <= seed < 50 + 24 for entry in planned.report["why"] for seed in entry["seeds"])
     assert planned.report["disagreement_chosen"] > planned.report["disagreement_candidates"]
     assert [r["file"] for r in planned.report["rewards"]] == ["tiny.safetensors", "second.safetensors"]
@@ -105,12 +120,17 @@ def test_the_plan_says_who_chose_what_and_why(generator, rewards):
 
 
 def test_the_commands_wait_for_rewards_torch_and_the_server_only_where_they_are_needed():
-    code = "import sys, eg3d_rlhf.people.study.commands; assert not {'eg3d_rlhf.rewards', 'torch', 'fastapi'} & set(sys.modules)"
+    code = (
+        "import sys, eg3d_rlhf.people.study.commands; assert not {'eg3d_rlhf.rewards', 'torch', 'fastapi'} &"
+        " set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
 
 def test_a_share_of_an_active_plan_is_random(generator, rewards):
-    options = PairingOptions(pairs=8, strategy="active", rewards=rewards, gold=0, training=0, diversity=0.0, doubtful=0.5)
+    options = PairingOptions(
+        pairs=8, strategy="active", rewards=rewards, gold=0, training=0, diversity=0.0, doubtful=0.5
+    )
     ensemble = reward_ensemble(options, generator)
     planned = plan(options, generator, ensemble=ensemble)
     pairs = [(pair.first.seed, pair.second.seed) for pair in planned.pairs]
@@ -119,4 +139,6 @@ def test_a_share_of_an_active_plan_is_random(generator, rewards):
     ]
     why = {tuple(entry["seeds"]) for entry in planned.report["why"]}
     whole = plan(replace(options, doubtful=1.0), generator, ensemble=ensemble).report["why"]
-    assert len(why) == 4 and why < set(pairs) and why == {tuple(entry["seeds"]) for entry in whole[:4]}, "the greatest doubts come first"
+    assert len(why) == 4 and why < set(pairs) and why == {tuple(entry["seeds"]) for entry in whole[:4]}, (
+        "the greatest doubts come first"
+    )

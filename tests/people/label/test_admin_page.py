@@ -1,4 +1,6 @@
-"""The results page in a real browser: figures as they come in, tokens, exports; login links and withdrawn access."""
+"""The results page in a real browser: figures as they come in, tokens, exports; login links and withdrawn
+access.
+"""
 
 import contextlib
 import json
@@ -17,9 +19,18 @@ def judge(served, token: str, choices: str) -> None:
     with contextlib.closing(served.browser(token)) as client:
         for letter in choices:
             (pair,) = client.get("/api/assignments?count=1").json()["assignments"]
-            body = {"key": f"{pair['assignment']}-1", "assignment": pair["assignment"], "choice": words[letter], "milliseconds": 2500,
-                    "views": ["front"], "answered_at": 1.7e9, "page_version": "t"}
-            response = client.post("/api/judgements", json={**body, **({"reason": "unsure"} if letter == "s" else {})})
+            body = {
+                "key": f"{pair['assignment']}-1",
+                "assignment": pair["assignment"],
+                "choice": words[letter],
+                "milliseconds": 2500,
+                "views": ["front"],
+                "answered_at": 1.7e9,
+                "page_version": "t",
+            }
+            response = client.post(
+                "/api/judgements", json={**body, **({"reason": "unsure"} if letter == "s" else {})}
+            )
             assert response.status_code == 201, response.text
 
 
@@ -36,7 +47,9 @@ def test_results_tokens_and_exports(serve, page):
     results.page.wait_for_function("() => document.querySelector('#judgements').textContent === '16'")
     _check_figures(results)
     judge(served, ada, "ll")
-    results.page.wait_for_function("() => document.querySelector('#judgements').textContent === '18'", timeout=10_000)
+    results.page.wait_for_function(
+        "() => document.querySelector('#judgements').textContent === '18'", timeout=10_000
+    )
     _check_tokens(results, served)
     _check_exports(results)
 
@@ -44,7 +57,14 @@ def test_results_tokens_and_exports(serve, page):
 def _check_figures(results: Page) -> None:
     line = results.page.locator("#annotators tr", has_text="ada").locator("td")
     shown = [line.nth(i).inner_text().split("\n")[0] for i in range(10)]
-    assert (shown[0], shown[1], shown[3], shown[4], shown[8], shown[9]) == ("ada", "8", "2.5 s", "4 of 6", "1", "1")
+    assert (shown[0], shown[1], shown[3], shown[4], shown[8], shown[9]) == (
+        "ada",
+        "8",
+        "2.5 s",
+        "4 of 6",
+        "1",
+        "1",
+    )
     assert results.page.locator("#timeline svg rect.mark").count() >= 1
     assert results.page.locator("#sides svg").count() == 0  # seven answers are no share yet
     assert " more for a figure" in results.page.inner_text("#alphaNote")
@@ -59,9 +79,13 @@ def _check_tokens(results: Page, served) -> None:
     with served.client(token) as client:
         assert client.get("/api/session").json()["annotator"] == "carol"
     link = results.page.inner_text("#link")
-    assert link == f"{served.url}/login#token={token}" and results.page.evaluate("document.querySelector('#qr').naturalWidth > 50")
+    assert link == f"{served.url}/login#token={token}" and results.page.evaluate(
+        "document.querySelector('#qr').naturalWidth > 50"
+    )
     results.page.get_by_role("button", name="Done").click()
-    results.page.wait_for_function("() => !document.querySelector('#token').textContent && !document.querySelector('#qr').src")
+    results.page.wait_for_function(
+        "() => !document.querySelector('#token').textContent && !document.querySelector('#qr').src"
+    )
     assert results.page.get_by_role("button", name="Revoke: chief").count() == 0, "not oneself"
     replace = results.page.get_by_role("button", name="New token and link: carol")
     replace.focus()
@@ -77,8 +101,13 @@ def _check_tokens(results: Page, served) -> None:
     shown = results.page.locator("#people li", has_text="ada").inner_text()
     assert "annotator · 10 answers, last " in shown
     results.page.set_viewport_size({"width": 360, "height": 640})
-    boxes = [control.bounding_box() for control in results.page.locator("#people button, #add input, #add button").all()]
-    assert all(box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["height"] >= 40 for box in boxes), boxes
+    boxes = [
+        control.bounding_box()
+        for control in results.page.locator("#people button, #add input, #add button").all()
+    ]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["height"] >= 40 for box in boxes), (
+        boxes
+    )
 
 
 def _check_exports(results: Page) -> None:
@@ -91,14 +120,17 @@ def _check_exports(results: Page) -> None:
 @pytest.mark.long
 def test_a_link_logs_in_and_answers_survive_a_withdrawal(serve, page):
     served = serve(plan(8), campaign={"gold_every": 0}, exposed=True)
-    token, other = served.store.add_annotator("ann"), served.store.add_annotator("bea")
+    token = served.store.add_annotator("ann")
+    other = served.store.add_annotator("bea")
     label = page(served.url)
     asked = []
     label.page.on("request", lambda request: asked.append(f"{request.url} {request.headers}"))
     label.page.goto(login_link(served.url, token))
     label.page.wait_for_selector("#helpDialog[open]")
     assert label.page.url == served.url + "/" and label.page.inner_text("#who") == "ann"
-    assert not [line for line in asked if token in line.replace(f"/login#token={token}", "", 1)], "no address or Referer holds it"
+    assert not [line for line in asked if token in line.replace(f"/login#token={token}", "", 1)], (
+        "no address or Referer holds it"
+    )
     label.page.go_back()
     assert label.page.url == "about:blank", "nor does the history of the tab"
 
@@ -116,7 +148,9 @@ def test_a_link_logs_in_and_answers_survive_a_withdrawal(serve, page):
     served.store.revoke_annotator("ann")
     label.context.set_offline(False)
     label.page.wait_for_url(served.url + "/login", timeout=20_000)
-    assert "Your access was withdrawn. Ask the person who gave you the token." in label.page.inner_text("main")
+    assert "Your access was withdrawn. Ask the person who gave you the token." in label.page.inner_text(
+        "main"
+    )
     assert "still to be sent: 1." in label.page.inner_text("#waiting") and rows(served) == []
     label.page.goto(login_link(served.url, served.store.new_token("ann")))
     label.page.wait_for_url(served.url + "/")

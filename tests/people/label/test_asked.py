@@ -1,4 +1,6 @@
-"""What a campaign may ask and tell besides which is better: both bad, questions, comments, names after the answer, one's own answers."""
+"""What a campaign may ask and tell besides which is better: both bad, questions, comments, names after the
+answer, one's own answers.
+"""
 
 import itertools
 import json
@@ -30,18 +32,23 @@ def test_both_bad_is_a_tie_that_keeps_its_word_and_two_shapes_that_are_not_good(
         shown = store.assignments(campaign, ann, 1)[0]
         store.submit(campaign, ann, answer(shown, f"k{k}", choice))
     bad, tie, left = preferences_of(store)
-    assert (bad.tie, tie.tie, left.tie) == (True, True, False) and (bad.extra.get("both"), tie.extra.get("both")) == ("bad", None)
+    assert (bad.tie, tie.tie, left.tie) == (True, True, False) and (
+        bad.extra.get("both"),
+        tie.extra.get("both"),
+    ) == ("bad", None)
     assert [row.choice for row in store.judgements()][0] == "bad"
     export_unpaired(store, tmp_path / "bad.jsonl", from_pairs=True)
     labels = load_unpaired(tmp_path / "bad.jsonl")
-    assert {label.seed for label in labels} == {bad.winner, bad.loser} and [label.preferred for label in labels] == [False, False]
+    assert {label.seed for label in labels} == {bad.winner, bad.loser} and [
+        label.preferred for label in labels
+    ] == [False, False]
     figures = quality_report(store.judgements())["annotators"][0]
     assert (figures["ties"], figures["both_bad"], figures["left_right_n"]) == (1, 1, 1)
 
 
 def test_what_a_campaign_does_not_ask_or_tell_is_refused(store):
     campaign, ann = begin(store)
-    (shown, *_) = store.assignments(campaign, ann)
+    shown, *_ = store.assignments(campaign, ann)
     with pytest.raises(ValueError, match="expected one of left, right, tie or skip, got bad"):
         store.submit(campaign, ann, answer(shown, "k", Choice.BAD))
     with pytest.raises(ValueError, match="--both-bad: expected pairs"):
@@ -53,23 +60,38 @@ def test_what_a_campaign_does_not_ask_or_tell_is_refused(store):
 @pytest.mark.parametrize(
     ("choice", "votes", "words"),
     [
-        ("left", {}, "a vote of left, right, tie on each of ears, geometry"), ("left", {"geometry": "left"}, "each of ears, geometry"),
-        ("tie", {"geometry": "left", "ears": "tie", "hair": "tie"}, "on each of"), ("skip", {"geometry": "left"}, "expected no votes"),
+        ("left", {}, "a vote of left, right, tie on each of ears, geometry"),
+        ("left", {"geometry": "left"}, "each of ears, geometry"),
+        ("tie", {"geometry": "left", "ears": "tie", "hair": "tie"}, "on each of"),
+        ("skip", {"geometry": "left"}, "expected no votes"),
         ("left", {"geometry": "bad", "ears": "tie"}, "a vote of left"),
     ],
-)  # fmt: skip
+)
 def test_every_question_and_no_other_is_voted_on(store, choice, votes, words):
     campaign, ann = begin(store, questions=ASKED)
-    (shown, *_) = store.assignments(campaign, ann)
+    shown, *_ = store.assignments(campaign, ann)
     with pytest.raises(ValueError, match=words):
-        store.submit(campaign, ann, answer(shown, "k", Choice(choice), votes=votes, reason="unsure" if choice == "skip" else None))
+        store.submit(
+            campaign,
+            ann,
+            answer(shown, "k", Choice(choice), votes=votes, reason="unsure" if choice == "skip" else None),
+        )
     assert list(store.judgements()) == []
 
 
 @pytest.mark.parametrize(
-    "written", ["hair", "Hair=Which?", "ears=", "ears=\u202eWhich?", "ears=" + 121 * "x", "=Which?", "geometry,geometry",
-                "a=1,b=1,c=1,d=1,e=1,f=1,g=1"],
-)  # fmt: skip
+    "written",
+    [
+        "hair",
+        "Hair=Which?",
+        "ears=",
+        "ears=\u202eWhich?",
+        "ears=" + 121 * "x",
+        "=Which?",
+        "geometry,geometry",
+        "a=1,b=1,c=1,d=1,e=1,f=1,g=1",
+    ],
+)
 def test_questions_that_cannot_be_asked_are_refused(store, written):
     with pytest.raises(ValueError, match="--questions: expected"):
         begin(store, questions=tuple(written.split(",")))
@@ -81,32 +103,48 @@ def test_the_votes_on_a_question_become_labels(store, tmp_path):
     given = [("left", "right", "tie"), ("left", "left", "left"), ("right", "tie", "right")]
     for k, (choice, geometry, ears) in enumerate(given):
         shown = store.assignments(campaign, ann, 1)[0]
-        store.submit(campaign, ann, answer(shown, f"k{k}", Choice(choice), votes={"geometry": geometry, "ears": ears}))
-    store.submit(campaign, ann, answer(store.assignments(campaign, ann, 1)[0], "s", Choice.SKIP, reason="unsure"))
+        store.submit(
+            campaign, ann, answer(shown, f"k{k}", Choice(choice), votes={"geometry": geometry, "ears": ears})
+        )
+    store.submit(
+        campaign, ann, answer(store.assignments(campaign, ann, 1)[0], "s", Choice.SKIP, reason="unsure")
+    )
     rows = list(store.judgements())
     labels = preferences_of(store, LabelFilters(question="geometry"))
     seeds = [rows[0].right.seed, rows[1].left.seed, rows[2].left.seed]
-    assert [(label.winner, label.tie) for label in labels] == list(zip(seeds, (False, False, True), strict=True))
+    assert [(label.winner, label.tie) for label in labels] == list(
+        zip(seeds, (False, False, True), strict=True)
+    )
     export_labels(store, tmp_path / "ears.csv", question="ears")
     assert (tmp_path / "ears.csv").read_text().count("\n") == 4
     figures = {entry["name"]: entry for entry in quality_report(rows)["questions"]}
     assert {k: figures["geometry"][k] for k in ("n", "left", "right", "tie", "decided", "as_overall")} == {
-        "n": 3, "left": 1, "right": 1, "tie": 1, "decided": 2, "as_overall": 1,
-    }  # fmt: skip
+        "n": 3,
+        "left": 1,
+        "right": 1,
+        "tie": 1,
+        "decided": 2,
+        "as_overall": 1,
+    }
     with pytest.raises(ValueError, match=r"one that was asked \(ears, geometry\), got 'hair'"):
         preferences_of(store, LabelFilters(question="hair"))
 
 
 def two_generators() -> list[PlannedPair]:
     """Pairs, two checks and a lesson of two generators whose files have one name."""
-    first, second = (replace(shape(0), generator=c * 64, source=f"/secret/run-{c}/network.safetensors") for c in "ab")
+    first, second = (
+        replace(shape(0), generator=c * 64, source=f"/secret/run-{c}/network.safetensors") for c in "ab"
+    )
     kinds = [Kind.TRAINING, Kind.GOLD, Kind.GOLD] + 12 * [Kind.PAIR]
     return [
         PlannedPair(
-            first=replace(first, seed=i), second=replace(second, seed=i), kind=kind, expected=None if kind is Kind.PAIR else "first"
+            first=replace(first, seed=i),
+            second=replace(second, seed=i),
+            kind=kind,
+            expected=None if kind is Kind.PAIR else "first",
         )
         for i, kind in enumerate(kinds)
-    ]  # fmt: skip
+    ]
 
 
 def test_names_are_told_after_pairs_alone_and_the_answer_then_stays(store):
@@ -119,14 +157,22 @@ def test_names_are_told_after_pairs_alone_and_the_answer_then_stays(store):
         kept = store.submit(campaign, ann, sent)
         assert store.submit(campaign, ann, sent).reveal == kept.reveal
         row = list(store.judgements())[-1]
-        names = tuple({"a": "run-a/network", "b": "run-b/network"}[side.generator[0]] for side in (row.left, row.right))
+        names = tuple(
+            {"a": "run-a/network", "b": "run-b/network"}[side.generator[0]] for side in (row.left, row.right)
+        )
         assert kept.reveal in (None, names)
         told.setdefault(row.kind if k < 11 else "skip", set()).add(kept.reveal is not None)
         if k < 11 and row.kind is not Kind.TRAINING:
             with pytest.raises(ConflictError, match="It stays"):
                 store.undo(campaign, ann, f"u{k}")
     assert store.undo(campaign, ann, "last") == shown.token, "a skip tells nothing"
-    assert told == {Kind.TRAINING: {False}, Kind.GOLD: {False}, Kind.REPEAT: {False}, Kind.PAIR: {True}, "skip": {False}}
+    assert told == {
+        Kind.TRAINING: {False},
+        Kind.GOLD: {False},
+        Kind.REPEAT: {False},
+        Kind.PAIR: {True},
+        "skip": {False},
+    }
     assert {entry.changeable for entry in store.answers(campaign, ann)} == {False}
 
 
@@ -141,12 +187,17 @@ def test_own_answers_list_checks_and_repeats_like_pairs_and_a_change_stays_in_it
         given += [] if shown.training else [shown.token]
     kinds = {row.kind for row in store.judgements()}
     assert kinds == {Kind.TRAINING, Kind.GOLD, Kind.REPEAT, Kind.PAIR}
-    pages, before = [], None
+    pages = []
+    before = None
     while page := store.answers(campaign, ann, before, 5):
         pages.append(page)
         before = page[-1].sequence
-    assert [len(page) for page in pages] == [5, 5, 2] and [entry.assignment for page in pages for entry in page] == given[::-1]
-    assert [entry.sequence for page in pages for entry in page] == list(range(13, 1, -1)), "no gap tells of a check"
+    assert [len(page) for page in pages] == [5, 5, 2] and [
+        entry.assignment for page in pages for entry in page
+    ] == given[::-1]
+    assert [entry.sequence for page in pages for entry in page] == list(range(13, 1, -1)), (
+        "no gap tells of a check"
+    )
     assert {entry.changeable for page in pages for entry in page} == {True} and pages[1][3].comment == "hm"
     old = given[1]
     assert store.undo(campaign, ann, "u", old) == old
@@ -165,12 +216,19 @@ def test_changed_answers_say_nothing_about_consistency(store):
     answer_all(store, campaign, ann, lambda *sides: next(choices), 12, 1)
     rows = list(store.judgements(include_undone=True))
     before = quality_report(rows)["annotators"][0]
-    inconsistent = next(r for r in rows if r.kind is Kind.REPEAT and r.choice is not next(o.choice for o in rows if o.pair == r.pair))
+    inconsistent = next(
+        r
+        for r in rows
+        if r.kind is Kind.REPEAT and r.choice is not next(o.choice for o in rows if o.pair == r.pair)
+    )
     store.undo(campaign, ann, "u", inconsistent.assignment)  # and made to agree, after a look at the list
     other = Choice.LEFT if inconsistent.choice is Choice.RIGHT else Choice.RIGHT
     store.submit(campaign, ann, answer(inconsistent.assignment, "agrees", other))
     after = quality_report(store.judgements(include_undone=True))["annotators"][0]
-    assert after["self_consistency_n"] == before["self_consistency_n"] - 1 and after["judgements"] == before["judgements"]
+    assert (
+        after["self_consistency_n"] == before["self_consistency_n"] - 1
+        and after["judgements"] == before["judgements"]
+    )
     hits = [figures["self_consistency"] * figures["self_consistency_n"] for figures in (before, after)]
     assert hits[0] == pytest.approx(hits[1])
 
@@ -201,8 +259,11 @@ def test_answers_of_a_complete_study_stay(store):
 
 @pytest.fixture
 def served(tmp_path):
-    campaign, planned = {"questions": ASKED, "both_bad": True, **QUIET}, serving.plan(8, training=0, gold=0)
-    with serving.running(tmp_path / "s", exposed=True, limits=GENEROUS, campaign=campaign, planned=planned) as s:
+    campaign = {"questions": ASKED, "both_bad": True, **QUIET}
+    planned = serving.plan(8, training=0, gold=0)
+    with serving.running(
+        tmp_path / "s", exposed=True, limits=GENEROUS, campaign=campaign, planned=planned
+    ) as s:
         roles = {"ann": "annotator", "bob": "annotator", "eve": "admin"}
         s.tokens = {name: s.store.add_annotator(name, role) for name, role in roles.items()}
         yield s
@@ -215,12 +276,25 @@ def send(page, key: str, **values):
 
 
 @pytest.mark.parametrize(
-    "values", [{"votes": {}}, {"votes": {"geometry": "left", "ears": "up"}}, {"votes": {"__proto__": "left"}}, {"votes": None},
-               {"comment": ""}, {"comment": "x" * 501}, {"comment": "a\u0000b"}, {"comment": 5}],
-)  # fmt: skip
+    "values",
+    [
+        {"votes": {}},
+        {"votes": {"geometry": "left", "ears": "up"}},
+        {"votes": {"__proto__": "left"}},
+        {"votes": None},
+        {"comment": ""},
+        {"comment": "x" * 501},
+        {"comment": "a\u0000b"},
+        {"comment": 5},
+    ],
+)
 def test_bad_votes_and_comments_are_refused_and_nothing_is_kept(served, values):
     _, response = send(served.browser(served.tokens["ann"]), "k", **values)
-    assert response.status_code == 422 and set(response.json()) == {"error", "remedy"} and list(served.store.judgements()) == []
+    assert (
+        response.status_code == 422
+        and set(response.json()) == {"error", "remedy"}
+        and list(served.store.judgements()) == []
+    )
 
 
 # ---- the command line
@@ -239,10 +313,19 @@ def test_flags_of_what_is_asked(tmp_path):
     assert (usual["both_bad"], usual["questions"], usual["reveal"]) == (True, [], False)
     assert resolved(tmp_path, "--single=thumbs")["both_bad"] is False
     assert resolved(tmp_path, "--questions=geometry, ears=Which?")["questions"] == ["geometry", "ears=Which?"]
-    assert "--set both_bad=VALUE: expected pairs" in resolved(tmp_path, "--single=thumbs", "--set=both_bad=true")["error"]
+    assert (
+        "--set both_bad=VALUE: expected pairs"
+        in resolved(tmp_path, "--single=thumbs", "--set=both_bad=true")["error"]
+    )
     assert "expected no 'prompt' without --assets" in resolved(tmp_path, "--questions=prompt")["error"]
-    assert "--questions: expected geometry, texture, prompt or NAME=TEXT" in resolved(tmp_path, "--questions=hair")["error"]
+    assert (
+        "--questions: expected geometry, texture, prompt or NAME=TEXT"
+        in resolved(tmp_path, "--questions=hair")["error"]
+    )
     with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store:
         store.create_campaign(CampaignSettings(name="labels", extra={"flags": {"both_bad": False}}), plan(2))
-    assert resolved(tmp_path)["action"] == "resume" and resolved(tmp_path, "--set=both_bad=false")["action"] == "resume"
+    assert (
+        resolved(tmp_path)["action"] == "resume"
+        and resolved(tmp_path, "--set=both_bad=false")["action"] == "resume"
+    )
     assert "both_bad=VALUE: expected False" in resolved(tmp_path, "--set=both_bad=true")["error"]

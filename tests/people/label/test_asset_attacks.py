@@ -1,4 +1,6 @@
-"""Hostile assets are refused with the file's name and the reason: nothing is fetched, nothing is allocated by a claim, no traceback."""
+"""Hostile assets are refused with the file's name and the reason: nothing is fetched, nothing is allocated by
+a claim, no traceback.
+"""
 
 import gzip
 import json
@@ -37,6 +39,7 @@ def first(**fields):
 
 def png_of(width: int, height: int) -> bytes:
     """A PNG that states a size and holds few bytes."""
+
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -46,14 +49,18 @@ def png_of(width: int, height: int) -> bytes:
 
 def bomb_of_pixels() -> bytes:
     document, binary = files.glb_document()
-    document["bufferViews"].append({"buffer": 0, "byteOffset": len(binary), "byteLength": len(png_of(60_000, 60_000))})
+    document["bufferViews"].append(
+        {"buffer": 0, "byteOffset": len(binary), "byteLength": len(png_of(60_000, 60_000))}
+    )
     document["images"][0]["bufferView"] = 4
     return files.pack_glb(document, binary + png_of(60_000, 60_000))
 
 
 def many_textures() -> bytes:
     document, binary = files.glb_document()
-    document["bufferViews"].append({"buffer": 0, "byteOffset": len(binary), "byteLength": len(png_of(8192, 8192))})
+    document["bufferViews"].append(
+        {"buffer": 0, "byteOffset": len(binary), "byteLength": len(png_of(8192, 8192))}
+    )
     document["images"] = [{"bufferView": 4, "mimeType": "image/png"}] * 4
     document["textures"] = [{"source": i} for i in range(4)]
     names = ("normalTexture", "occlusionTexture", "emissiveTexture")
@@ -69,55 +76,104 @@ def deep() -> bytes:
 GLBS = {
     "points": (changed(accessors=first(count=10**12)), "in proportion to the file"),
     "many-arrays": (changed(accessors=first(count=2**40 - 1, bufferView=None)), "expected"),
-    "zeros": (changed(accessors=lambda a: [{"componentType": 5126, "count": 10**8, "type": "VEC3"}, *a[1:]]), "in proportion to the file"),
+    "zeros": (
+        changed(accessors=lambda a: [{"componentType": 5126, "count": 10**8, "type": "VEC3"}, *a[1:]]),
+        "in proportion to the file",
+    ),
     "beyond": (changed(accessors=first(byteOffset=10**6)), "numbers within"),
     "view": (changed(bufferViews=first(byteLength=10**9)), "data within the GLB's"),
     "stride": (changed(bufferViews=first(byteStride=4)), "numbers within"),
     "negative": (changed(accessors=first(byteOffset=-4)), "expected a count"),
     "fraction": (changed(accessors=first(count=1.5)), "expected a count"),
-    "buffer": (changed(buffers=[{"byteLength": 4, "uri": "http://127.0.0.1:9/x.bin"}]), "reference to another file"),
+    "buffer": (
+        changed(buffers=[{"byteLength": 4, "uri": "http://127.0.0.1:9/x.bin"}]),
+        "reference to another file",
+    ),
     "image": (changed(images=[{"uri": "http://127.0.0.1:9/x.png"}]), "reference to another file"),
     "passwd": (changed(images=[{"uri": "../../../etc/passwd"}]), "reference to another file"),
-    "svg": (changed(images=[{"uri": "data:image/svg+xml;base64,PHN2Zz48c2NyaXB0Lz48L3N2Zz4="}]), "another format"),
+    "svg": (
+        changed(images=[{"uri": "data:image/svg+xml;base64,PHN2Zz48c2NyaXB0Lz48L3N2Zz4="}]),
+        "another format",
+    ),
     "cycle": (changed(nodes=[{"children": [1]}, {"children": [0], "mesh": 0}]), "comes back to itself"),
     "self": (changed(nodes=[{"children": [0], "mesh": 0}]), "comes back to itself"),
-    "nodes": (changed(nodes=[{"children": list(range(1, 30_000))}, *[{"mesh": 0}] * 30_000]), "larger or comes back"),
-    "instances": (changed(nodes=[{"children": list(range(1, 19_990))}, *[{"mesh": 0}] * 20_000], meshes=lambda m: [
-        {"primitives": m[0]["primitives"] * 20}]), "triangles, got"),
+    "nodes": (
+        changed(nodes=[{"children": list(range(1, 30_000))}, *[{"mesh": 0}] * 30_000]),
+        "larger or comes back",
+    ),
+    "instances": (
+        changed(
+            nodes=[{"children": list(range(1, 19_990))}, *[{"mesh": 0}] * 20_000],
+            meshes=lambda m: [{"primitives": m[0]["primitives"] * 20}],
+        ),
+        "triangles, got",
+    ),
     "pixels": (bomb_of_pixels(), "megapixels, got 60000 x 60000"),
     "textures": (many_textures(), "megapixels together"),
     "deep": (deep(), "expected JSON"),
     "nan": (changed(nodes=lambda n: [n[0], {**n[1], "translation": [float("nan"), 0, 0]}]), "finite number"),
-    "index": (changed(accessors=lambda a: [{**a[0], "count": 10}, {**a[1], "count": 10}, a[2]]), "indices of 10 vertices"),
-    "chain": (changed(nodes=[*({"children": [i + 1]} for i in range(15_000)), {"mesh": 0}], scenes=[{"nodes": [0]}]), "500 deep"),
-    "draco": (changed(extensionsRequired=["KHR_draco_mesh_compression"]), "without KHR_draco_mesh_compression"),
+    "index": (
+        changed(accessors=lambda a: [{**a[0], "count": 10}, {**a[1], "count": 10}, a[2]]),
+        "indices of 10 vertices",
+    ),
+    "chain": (
+        changed(
+            nodes=[*({"children": [i + 1]} for i in range(15_000)), {"mesh": 0}], scenes=[{"nodes": [0]}]
+        ),
+        "500 deep",
+    ),
+    "draco": (
+        changed(extensionsRequired=["KHR_draco_mesh_compression"]),
+        "without KHR_draco_mesh_compression",
+    ),
     "skin": (changed(nodes=lambda n: [n[0], {**n[1], "skin": 0}]), "expected a static mesh"),
-    "lines": (changed(meshes=lambda m: [{"primitives": [{**m[0]["primitives"][0], "mode": 1}]}]), "points or lines"),
+    "lines": (
+        changed(meshes=lambda m: [{"primitives": [{**m[0]["primitives"][0], "mode": 1}]}]),
+        "points or lines",
+    ),
     "empty": (changed(scenes=[{"nodes": []}]), "expected triangles"),
     "list": (changed(nodes="x"), "expected"),
-    "null": (changed(accessors=None), "expected"), "words": (changed(meshes=[{"primitives": "abc"}]), "expected"),
-}  # fmt: skip
+    "null": (changed(accessors=None), "expected"),
+    "words": (changed(meshes=[{"primitives": "abc"}]), "expected"),
+}
 
 
-def ply_of(vertices: int | str, faces: int = 0, body: bytes = b"", order: str = "binary_little_endian") -> bytes:
-    head = f"ply\nformat {order} 1.0\nelement vertex {vertices}\nproperty float x\nproperty float y\nproperty float z\n"
+def ply_of(
+    vertices: int | str, faces: int = 0, body: bytes = b"", order: str = "binary_little_endian"
+) -> bytes:
+    head = (
+        f"ply\nformat {order} 1.0\nelement vertex {vertices}\nproperty float x\nproperty float y\nproperty"
+        " float z\n"
+    )
     return f"{head}element face {faces}\nproperty list uchar int vertex_indices\nend_header\n".encode() + body
 
 
 PLYS = {
-    "points": (ply_of(10**12, 10**12), "got 1000000000000 of 'vertex'"), "faces": (ply_of(1, 10**12, bytes(12)), "of 'face'"),
-    "text": (ply_of(10**12, 1, b"0 0 0\n", "ascii"), "of 'vertex'"), "negative": (ply_of(-5, 3), "expected a PLY"),
-    "huge": (ply_of("9" * 4000), "expected a PLY"), "word": (ply_of("many"), "damaged"),
+    "points": (ply_of(10**12, 10**12), "got 1000000000000 of 'vertex'"),
+    "faces": (ply_of(1, 10**12, bytes(12)), "of 'face'"),
+    "text": (ply_of(10**12, 1, b"0 0 0\n", "ascii"), "of 'vertex'"),
+    "negative": (ply_of(-5, 3), "expected a PLY"),
+    "huge": (ply_of("9" * 4000), "expected a PLY"),
+    "word": (ply_of("many"), "damaged"),
     "header": (b"ply\n" + b"comment x\n" * 10_000, "header"),
     "cloud": (ply_of(2, 0, bytes(24)), "points alone"),
-    "index": (ply_of(3, 1, bytes(36) + b"\3" + np.array([0, 1, 7], "<i4").tobytes()), "expected indices of 3 vertices"),
-    "nan": (ply_of(3, 1, np.full(9, np.nan, "<f4").tobytes() + b"\3" + np.array([0, 1, 2], "<i4").tobytes()), "expected finite"),
-    "splats": (files.splats(10)[:-4], "got 10 of 'vertex'"), "degree": (files.splats(10, 1).replace(b"f_rest_8", b"f_rest_9"), "harmonics"),
-}  # fmt: skip
+    "index": (
+        ply_of(3, 1, bytes(36) + b"\3" + np.array([0, 1, 7], "<i4").tobytes()),
+        "expected indices of 3 vertices",
+    ),
+    "nan": (
+        ply_of(3, 1, np.full(9, np.nan, "<f4").tobytes() + b"\3" + np.array([0, 1, 2], "<i4").tobytes()),
+        "expected finite",
+    ),
+    "splats": (files.splats(10)[:-4], "got 10 of 'vertex'"),
+    "degree": (files.splats(10, 1).replace(b"f_rest_8", b"f_rest_9"), "harmonics"),
+}
 
 
 def refused(read, data: bytes, said: str, megabytes: float = 4) -> None:
-    """`read` refuses the data with a ValueError that says so, in little memory beyond some forty times the data, as JSON takes."""
+    """`read` refuses the data with a ValueError that says so, in little memory beyond some forty times the
+    data, as JSON takes.
+    """
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="expected") as caught:
@@ -134,7 +190,11 @@ def test_a_hostile_glb_is_refused(name):
 
 
 def read_ply(data: memoryview) -> list:
-    return ply.splat_parts(ply.read_splats(data)) if ply.read_header(data).splats else glb_parts(ply.read_mesh(data))
+    return (
+        ply.splat_parts(ply.read_splats(data))
+        if ply.read_header(data).splats
+        else glb_parts(ply.read_mesh(data))
+    )
 
 
 @pytest.mark.parametrize("name", PLYS)
@@ -142,13 +202,21 @@ def test_a_hostile_ply_is_refused(name):
     refused(read_ply, *PLYS[name], megabytes=30)  # trimesh's import, where it is the first
 
 
-@pytest.mark.parametrize(("library", "said"), [
-    ("map_Kd /etc/passwd", "expected files beside a.mtl, got '/etc/passwd'"), ("map_Kd http://127.0.0.1:9/x.png", "expected files beside"),
-    ("map_Bump ../../secret.png", "expected files beside"), ("map_Kd C:\\x.png", "expected files beside"),
-    ("map_Kd gone.png", "no such file"),
-    ("map_Kd link.png", "which leads elsewhere"), ("map_Kd -s 2 2 2 a.png", "without options"), ("Kd red", "expected numbers"),
-    ("map_Kd a.mtl", "expected PNG, JPEG or WebP"), (None, "expected files beside a.obj, got '/etc/passwd'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("library", "said"),
+    [
+        ("map_Kd /etc/passwd", "expected files beside a.mtl, got '/etc/passwd'"),
+        ("map_Kd http://127.0.0.1:9/x.png", "expected files beside"),
+        ("map_Bump ../../secret.png", "expected files beside"),
+        ("map_Kd C:\\x.png", "expected files beside"),
+        ("map_Kd gone.png", "no such file"),
+        ("map_Kd link.png", "which leads elsewhere"),
+        ("map_Kd -s 2 2 2 a.png", "without options"),
+        ("Kd red", "expected numbers"),
+        ("map_Kd a.mtl", "expected PNG, JPEG or WebP"),
+        (None, "expected files beside a.obj, got '/etc/passwd'"),
+    ],
+)
 def test_a_material_that_leads_elsewhere_is_refused(tmp_path, library, said):
     (tmp_path / "inner").mkdir()
     path = files.write_obj(tmp_path / "inner" / "a.obj")
@@ -168,17 +236,27 @@ def test_files_that_are_none_are_refused_by_name(tmp_path):
     outside = tmp_path / "outside.glb"
     outside.write_bytes(files.glb())
     wrong = {
-        "film.mp4": b"\0\0\0\x20ftypisom" + os.urandom(2000), "zip.glb": b"PK\3\4" + bytes(100), "packed.ply": gzip.compress(bytes(10**7)),
-        "page.glb": b"<html><script>", "empty.obj": b"", "nothing.obj": b"# no triangle\nv 0 0 0\n", "list.mp4": b"#EXTM3U\nhttp://127.0.0.1:9/x",
-        "points.ply": ply_of(10**12), "cyclic.glb": GLBS["cycle"][0],
-    }  # fmt: skip
+        "film.mp4": b"\0\0\0\x20ftypisom" + os.urandom(2000),
+        "zip.glb": b"PK\3\4" + bytes(100),
+        "packed.ply": gzip.compress(bytes(10**7)),
+        "page.glb": b"<html><script>",
+        "empty.obj": b"",
+        "nothing.obj": b"# no triangle\nv 0 0 0\n",
+        "list.mp4": b"#EXTM3U\nhttp://127.0.0.1:9/x",
+        "points.ply": ply_of(10**12),
+        "cyclic.glb": GLBS["cycle"][0],
+    }
     for name, data in wrong.items():
         (folder / name).write_bytes(data)
-        with pytest.raises(ValueError, match=rf"^{re.escape(str(folder / name))}: expected .*Mend or remove it\.$"):
+        with pytest.raises(
+            ValueError, match=rf"^{re.escape(str(folder / name))}: expected .*Mend or remove it\.$"
+        ):
             read_collection(tmp_path / "assets")
         (folder / name).unlink()
     (folder / "link.glb").symlink_to(outside)
-    with pytest.raises(ValueError, match="link.glb: expected a file within assets, got link.glb, which leads elsewhere"):
+    with pytest.raises(
+        ValueError, match="link.glb: expected a file within assets, got link.glb, which leads elsewhere"
+    ):
         read_collection(tmp_path / "assets")
 
 
@@ -196,12 +274,16 @@ def test_what_is_no_file_at_all_is_refused(tmp_path, suffix):
 def test_a_file_that_takes_too_much_is_refused_and_the_others_are_still_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "MEMORY", 150 << 20)
     monkeypatch.setattr(reading, "PER_BYTE", 0)
-    fine, large = tmp_path / "fine.glb", tmp_path / "large.glb"
+    fine = tmp_path / "fine.glb"
+    large = tmp_path / "large.glb"
     fine.write_bytes(files.glb())
     large.write_bytes(b"glTF" + bytes(200 << 20))
     (found,) = reading.examine([fine])
     assert found.kind == "glb"
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(large))}: expected .*got one that takes more. Mend or remove it.$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{re.escape(str(large))}: expected .*got one that takes more. Mend or remove it.$",
+    ):
         reading.examine([large, fine])
     with pytest.raises(ValueError, match="fine.glb: expected an asset that can be read with bounded memory"):
         monkeypatch.setattr(reading, "MEMORY", 20 << 20)
@@ -213,9 +295,13 @@ def test_a_film_fetches_nothing_and_opens_no_other_file(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/x.mp4"
         other = files.write_film(tmp_path / "other.mp4")
-        scripts = [f"#EXTM3U\n#EXTINF:1,\n{address}\n#EXT-X-ENDLIST\n", f"ffconcat version 1.0\nfile '{address}'\nfile '{other}'\n"]
+        scripts = [
+            f"#EXTM3U\n#EXTINF:1,\n{address}\n#EXT-X-ENDLIST\n",
+            f"ffconcat version 1.0\nfile '{address}'\nfile '{other}'\n",
+        ]
         for text in (*scripts, *("\0\0\0\x10ftypisom\n\n\n\n" + script for script in scripts)):
-            path, out = tmp_path / "a.mp4", tmp_path / "out.mp4"
+            path = tmp_path / "a.mp4"
+            out = tmp_path / "out.mp4"
             path.write_text(text)
             with pytest.raises(ValueError, match="expected a video"):
                 reading.clean_film(path, out)
@@ -231,7 +317,7 @@ def test_a_prompt_that_no_answer_can_hold_is_refused(tmp_path, text):
         (tmp_path / name).mkdir()
         (tmp_path / name / "p.glb").write_bytes(files.glb(seed=ord(name)))
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "p", "text": text}) + "\n")
-    with pytest.raises(ValueError, match="prompts.jsonl, line 1: expected \"text\""):
+    with pytest.raises(ValueError, match='prompts.jsonl, line 1: expected "text"'):
         read_collection(tmp_path)
     fine = "two lines\n\tand a family: \U0001f468\u200d\U0001f469"
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "p", "text": fine}) + "\n")
@@ -256,9 +342,11 @@ def test_an_obj_with_a_long_line_is_looked_at_quickly(tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch):
-    path, out = tmp_path / "a.glb", tmp_path / "out"
+    path = tmp_path / "a.glb"
+    out = tmp_path / "out"
     path.write_bytes(files.glb(seed=1))
-    (known,), pack = reading.examine([path]), reading._pack
+    (known,) = reading.examine([path])
+    pack = reading._pack
 
     def slow(*arguments):
         path.write_bytes(files.glb(seed=2))
@@ -271,11 +359,22 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch)
 
 def test_a_film_that_is_encoded_anew_does_not_tell_so(tmp_path):
     reading.clean_film(files.write_film(tmp_path / "a.mp4"), tmp_path / "copied.mp4")
-    source = ["-f", "lavfi", "-i", "testsrc=size=64x64:rate=10:duration=1", "-c:v", "mpeg4", "-y", str(tmp_path / "b.mp4")]
+    source = [
+        "-f",
+        "lavfi",
+        "-i",
+        "testsrc=size=64x64:rate=10:duration=1",
+        "-c:v",
+        "mpeg4",
+        "-y",
+        str(tmp_path / "b.mp4"),
+    ]
     assert reading._ffmpeg(source, 30)[0] == 0
     reading.clean_film(tmp_path / "b.mp4", tmp_path / "encoded-anew.mp4")
     for name in ("copied.mp4", "encoded-anew.mp4"):
-        assert [word for word in (b"x264", b"Lavc", b"Lavf") if word in (tmp_path / name).read_bytes()] == [], name
+        assert [
+            word for word in (b"x264", b"Lavc", b"Lavf") if word in (tmp_path / name).read_bytes()
+        ] == [], name
 
 
 def second_frame(kind: str) -> bytes:
@@ -301,13 +400,17 @@ def test_a_picture_that_states_two_sizes_is_refused(kind):
 
 
 SEEDS = {
-    "glb": files.glb(60), "splats": files.splats(20, 1), "ply": files.ply(60),
+    "glb": files.glb(60),
+    "splats": files.splats(20, 1),
+    "ply": files.ply(60),
     **{kind: files.picture(16, kind) for kind in ("PNG", "JPEG", "WEBP")},
-}  # fmt: skip
+}
 READERS = {
-    "glb": lambda data: glb_parts(glb.read_glb(data)), "splats": read_ply, "ply": read_ply,
+    "glb": lambda data: glb_parts(glb.read_glb(data)),
+    "splats": read_ply,
+    "ply": read_ply,
     **dict.fromkeys(("PNG", "JPEG", "WEBP"), model.stripped),
-}  # fmt: skip
+}
 CHANGES = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8)
 
 

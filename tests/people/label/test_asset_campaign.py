@@ -1,4 +1,6 @@
-"""From a folder of assets to what the browser gets: planning, preparation, prompts, films in parts; and what is refused before."""
+"""From a folder of assets to what the browser gets: planning, preparation, prompts, films in parts; and what
+is refused before.
+"""
 
 import contextlib
 import io
@@ -13,7 +15,14 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from eg3d_rlhf.people.label.assets.collection import Asset, Collection, balanced, conditions, plan_assets, read_collection
+from eg3d_rlhf.people.label.assets.collection import (
+    Asset,
+    Collection,
+    balanced,
+    conditions,
+    plan_assets,
+    read_collection,
+)
 from eg3d_rlhf.people.label.commands import main
 from eg3d_rlhf.people.label.entities import Kind
 from eg3d_rlhf.people.label.pairing import PairingOptions
@@ -37,7 +46,10 @@ def folder_of(root: Path, generators=("alpha-net", "beta-net"), films: bool = Tr
             files.write_film(root / generator / "turn.mp4", frames=6 + 20 * number, seed=number)
     (root / "asked").mkdir()
     (root / "asked" / "chair.jpg").write_bytes(files.picture(1400, "JPEG"))
-    asked = [{"prompt": "chair", "text": "a red chair", "image": "asked/chair.jpg"}, {"prompt": "cat", "text": "a cat"}]
+    asked = [
+        {"prompt": "chair", "text": "a red chair", "image": "asked/chair.jpg"},
+        {"prompt": "cat", "text": "a cat"},
+    ]
     (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
     return root
 
@@ -48,34 +60,69 @@ def collection(tmp_path_factory) -> Collection:
 
 
 def test_a_folder_is_read_as_it_is_laid_out(collection):
-    assert collection.generators == ["alpha-net", "beta-net"] and len({asset.hash for asset in collection.assets}) == 10
+    assert (
+        collection.generators == ["alpha-net", "beta-net"]
+        and len({asset.hash for asset in collection.assets}) == 10
+    )
     kinds = {asset.prompt: asset.kind for asset in collection.assets}
     assert kinds == {"chair": "glb", "cat": "splats", "mug": "ply", "dog": "obj", "turn": "film"}
     asked = conditions(collection)
-    assert asked["chair"]["text"] == "a red chair" and asked["chair"]["image"].endswith("asked/chair.jpg") and asked["mug"]["text"] is None
+    assert (
+        asked["chair"]["text"] == "a red chair"
+        and asked["chair"]["image"].endswith("asked/chair.jpg")
+        and asked["mug"]["text"] is None
+    )
 
 
 def test_a_list_names_assets_seeds_and_prompts(tmp_path):
     root = folder_of(tmp_path, films=False)
     lines = [
-        {"asset": "alpha-net/chair.glb", "generator": "a", "prompt": "chair", "text": "a red chair", "image": "asked/chair.jpg", "seed": 7},
-        {"asset": "alpha-net/mug.ply", "generator": "a", "prompt": "chair"}, {"asset": "beta-net/chair.glb", "prompt": "a cup"},
-    ]  # fmt: skip
+        {
+            "asset": "alpha-net/chair.glb",
+            "generator": "a",
+            "prompt": "chair",
+            "text": "a red chair",
+            "image": "asked/chair.jpg",
+            "seed": 7,
+        },
+        {"asset": "alpha-net/mug.ply", "generator": "a", "prompt": "chair"},
+        {"asset": "beta-net/chair.glb", "prompt": "a cup"},
+    ]
     (root / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     collection = read_collection(root / "list.jsonl")
-    assert [(a.generator, a.prompt, a.seed) for a in collection.assets] == [("a", "chair", 7), ("a", "chair", 1), ("list", "a cup", 0)]
+    assert [(a.generator, a.prompt, a.seed) for a in collection.assets] == [
+        ("a", "chair", 7),
+        ("a", "chair", 1),
+        ("list", "a cup", 0),
+    ]
     assert collection.prompts["chair"].text == "a red chair" and collection.prompts["a cup"].text is None
-    (root / "list.jsonl").write_text("\n".join(map(json.dumps, [lines[0], {**lines[1], "text": "a blue chair"}])))
-    with pytest.raises(ValueError, match="list.jsonl, line 2: expected one text and one image of prompt 'chair', got others before"):
+    (root / "list.jsonl").write_text(
+        "\n".join(map(json.dumps, [lines[0], {**lines[1], "text": "a blue chair"}]))
+    )
+    with pytest.raises(
+        ValueError,
+        match="list.jsonl, line 2: expected one text and one image of prompt 'chair', got others before",
+    ):
         read_collection(root / "list.jsonl")
 
 
 def made_up(generators: int, prompts: int, seeds: int = 1) -> Collection:
     """Assets of which nothing is read."""
-    return Collection([
-        Asset(path=Path(f"/{g}/{p}-{s}.glb"), generator=f"g{g}", prompt=f"p{p:03d}", seed=s, kind="glb", hash=f"{g}-{p}-{s}")
-        for g in range(generators) for p in range(prompts) for s in range(seeds)
-    ])  # fmt: skip
+    return Collection(
+        [
+            Asset(
+                path=Path(f"/{g}/{p}-{s}.glb"),
+                generator=f"g{g}",
+                prompt=f"p{p:03d}",
+                seed=s,
+                kind="glb",
+                hash=f"{g}-{p}-{s}",
+            )
+            for g in range(generators)
+            for p in range(prompts)
+            for s in range(seeds)
+        ]
+    )
 
 
 def test_the_first_pairs_are_balanced_over_generators_and_prompts():
@@ -83,7 +130,14 @@ def test_the_first_pairs_are_balanced_over_generators_and_prompts():
     meetings = Counter(frozenset((pair.first.generator, pair.second.generator)) for pair in planned)
     assert len(meetings) == 6 and set(meetings.values()) == {10}
     for met in meetings:
-        assert max(Counter(p.first.condition for p in planned if {p.first.generator, p.second.generator} == met).values()) == 1
+        assert (
+            max(
+                Counter(
+                    p.first.condition for p in planned if {p.first.generator, p.second.generator} == met
+                ).values()
+            )
+            == 1
+        )
     sides = sum(pair.first.generator < pair.second.generator for pair in planned)
     assert 15 < sides < 45 and all(pair.first.condition == pair.second.condition for pair in planned)
     again = plan_assets(PairingOptions(pairs=60, gold=0, training=0), made_up(4, 30, 2)).pairs
@@ -95,28 +149,42 @@ def test_pairs_end_where_there_are_no_more_and_equal_files_do_not_meet():
     said = []
     collection = made_up(2, 5)
     same = replace(collection.assets[5], hash=collection.assets[0].hash)
-    planned = plan_assets(PairingOptions(pairs=50), Collection([*collection.assets[:5], same, *collection.assets[6:]]), said.append)
+    planned = plan_assets(
+        PairingOptions(pairs=50),
+        Collection([*collection.assets[:5], same, *collection.assets[6:]]),
+        said.append,
+    )
     kinds = Counter(pair.kind for pair in planned.pairs)
     assert kinds == {Kind.PAIR: 4, Kind.GOLD: 4, Kind.TRAINING: 3} and said == ["4 pairs: there are no more"]
     for pair in planned.pairs:
         broken = pair.second if pair.expected == "first" else pair.first
-        assert (pair.kind is Kind.PAIR) == (pair.expected is None) == (not broken.degradation) and pair.first.file
+        assert (pair.kind is Kind.PAIR) == (pair.expected is None) == (
+            not broken.degradation
+        ) and pair.first.file
         if pair.expected:
             assert pair.first.file == pair.second.file and pair.first.condition == pair.second.condition
     films = Collection([replace(asset, kind="film") for asset in collection.assets])
-    assert {pair.kind for pair in plan_assets(PairingOptions(pairs=50), films, said.append).pairs} == {Kind.PAIR}
+    assert {pair.kind for pair in plan_assets(PairingOptions(pairs=50), films, said.append).pairs} == {
+        Kind.PAIR
+    }
     assert said[-1] == "no attention checks and no practice: videos cannot be damaged on purpose"
     with pytest.raises(ValueError, match="expected at least two assets of one prompt that differ, got none"):
         plan_assets(PairingOptions(pairs=3), made_up(1, 5))
     assert list(balanced({}, np.random.default_rng(0))) == []
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--strategy=tournament"], "--strategy=tournament: expected random"), (["--network=x"], "--network: "),
-    (["--set=psi=0.7", "--set=level=3"], "--set level=VALUE, --set psi=VALUE: expected no such flag"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--strategy=tournament"], "--strategy=tournament: expected random"),
+        (["--network=x"], "--network: "),
+        (["--set=psi=0.7", "--set=level=3"], "--set level=VALUE, --set psi=VALUE: expected no such flag"),
+    ],
+)
 def test_flags_of_generators_are_refused(tmp_path, flags, said):
-    done = CliRunner().invoke(main, [f"--assets={tmp_path}", f"--db=sqlite:///{tmp_path}/x.db", *flags, "--dry-run"])
+    done = CliRunner().invoke(
+        main, [f"--assets={tmp_path}", f"--db=sqlite:///{tmp_path}/x.db", *flags, "--dry-run"]
+    )
     assert done.exit_code == 2 and said in done.output
 
 
@@ -127,11 +195,20 @@ def served(collection, tmp_path_factory):
     quick = [asset for asset in collection.assets if asset.kind in ("glb", "splats", "film")]
     some = Collection(quick, collection.prompts)
     planned = plan_assets(PairingOptions(pairs=50, gold=2, training=1), some).pairs
-    campaign, cache, said = {"extra": {"conditions": conditions(some)}}, ShapeCache(folder / "cache"), {}
+    campaign = {"extra": {"conditions": conditions(some)}}
+    cache = ShapeCache(folder / "cache")
+    said = {}
     prepare_prompts(conditions(some).values(), cache)
-    prepare([shape for pair in planned for shape in (pair.first, pair.second)], cache, AssetDrawer(), tell=said.update)
+    prepare(
+        [shape for pair in planned for shape in (pair.first, pair.second)],
+        cache,
+        AssetDrawer(),
+        tell=said.update,
+    )
     assert said["finished"] and said["failed"] == 0, said
-    with serving.running(folder, planned=planned, prepared=False, campaign=campaign, limits=serving.GENEROUS) as running:
+    with serving.running(
+        folder, planned=planned, prepared=False, campaign=campaign, limits=serving.GENEROUS
+    ) as running:
         yield running
 
 
@@ -150,7 +227,9 @@ def test_the_browser_gets_every_kind_with_its_prompt(served):
         marks = {"chair": b"glTF", "cat": b"GSP1"}
         for asset, shape in shapes.items():
             data = sent(client, asset)
-            assert SECRET not in data and (data[4:8] == b"ftyp" if shape.condition == "turn" else data[:4] == marks[shape.condition])
+            assert SECRET not in data and (
+                data[4:8] == b"ftyp" if shape.condition == "turn" else data[:4] == marks[shape.condition]
+            )
         assert len({sent(client, a) for a in shapes}) == len(shapes) > 7  # damaged ones differ
         for pair in pairs:
             condition = shapes[served.asset(pair["left"])].condition
@@ -159,12 +238,23 @@ def test_the_browser_gets_every_kind_with_its_prompt(served):
         pair = next(pair for pair in pairs if pair["prompt"] and not pair["training"])
         serving.answer(client, pair["assignment"], "seen-again")
         (again,) = client.get("/api/answers").json()["answers"]
-        assert {name: again[name] for name in ("left", "right", "prompt")} == {name: pair[name] for name in ("left", "right", "prompt")}
+        assert {name: again[name] for name in ("left", "right", "prompt")} == {
+            name: pair[name] for name in ("left", "right", "prompt")
+        }
         chair = next(asset for asset, shape in shapes.items() if shape.condition == "chair")
         picture = client.get(f"/api/prompts/{chair}")
         shown = Image.open(io.BytesIO(picture.content))
-        assert picture.headers["content-type"] == "image/webp" and max(shown.size) == 1024 and SECRET not in picture.content
-        assert client.get(f"/api/prompts/{next(a for a, s in shapes.items() if s.condition == 'cat')}").status_code == 404
+        assert (
+            picture.headers["content-type"] == "image/webp"
+            and max(shown.size) == 1024
+            and SECRET not in picture.content
+        )
+        assert (
+            client.get(
+                f"/api/prompts/{next(a for a, s in shapes.items() if s.condition == 'cat')}"
+            ).status_code
+            == 404
+        )
 
 
 def test_films_are_sent_in_parts(served):
@@ -172,23 +262,35 @@ def test_films_are_sent_in_parts(served):
     with contextlib.closing(served.browser()) as client:
         whole = client.get(f"/api/shapes/{asset}")
         assert whole.headers["content-type"] == "video/mp4" and whole.headers["accept-ranges"] == "bytes"
-        assert "content-encoding" not in whole.headers and int(whole.headers["content-length"]) == len(whole.content)
+        assert "content-encoding" not in whole.headers and int(whole.headers["content-length"]) == len(
+            whole.content
+        )
         size = len(whole.content)
-        for asked, first, stop in (("0-99", 0, 100), ("100-", 100, size), ("-50", size - 50, size), (f"10-{size + 99}", 10, size)):
+        for asked, first, stop in (
+            ("0-99", 0, 100),
+            ("100-", 100, size),
+            ("-50", size - 50, size),
+            (f"10-{size + 99}", 10, size),
+        ):
             part = client.get(f"/api/shapes/{asset}", headers={"Range": f"bytes={asked}"})
             assert part.status_code == 206 and part.content == whole.content[first:stop]
             assert part.headers["content-range"] == f"bytes {first}-{stop - 1}/{size}"
         assert client.get(f"/api/shapes/{asset}", headers={"Range": f"bytes={size}-"}).status_code == 416
         for ignored in ("bytes=5-2,8-9", "bytes=-", "lines=1-2", "bytes=9999999999999999999-"):
             assert client.get(f"/api/shapes/{asset}", headers={"Range": ignored}).status_code == 200
-        assert client.get(f"/api/shapes/{asset}", headers={"Range": "bytes=0-9", "If-Range": '"x"'}).status_code == 200
+        assert (
+            client.get(f"/api/shapes/{asset}", headers={"Range": "bytes=0-9", "If-Range": '"x"'}).status_code
+            == 200
+        )
 
 
 def test_a_file_that_changed_since_planning_is_not_shown_until_it_is_restored(tmp_path):
     root = folder_of(tmp_path / "assets", films=False)
     planned = plan_assets(PairingOptions(single="thumbs", gold=0, training=0), read_collection(root)).pairs
     shapes = [pair.first for pair in planned if pair.first.condition == "chair"]
-    path, cache, said = root / "alpha-net" / "chair.glb", ShapeCache(tmp_path / "cache"), {}
+    path = root / "alpha-net" / "chair.glb"
+    cache = ShapeCache(tmp_path / "cache")
+    said = {}
     before = path.read_bytes()
     for content, failed in ((files.glb(seed=9), 1), (None, 1), (before, 0)):
         path.unlink(missing_ok=True)
@@ -198,5 +300,9 @@ def test_a_file_that_changed_since_planning_is_not_shown_until_it_is_restored(tm
         prepare(shapes, cache, AssetDrawer(), tell=said.update)
         assert said["finished"] and said["failed"] == failed
         if content != before:
-            wrong = "the file that the campaign was planned with, got a changed one" if content else "a file, got: No such file"
+            wrong = (
+                "the file that the campaign was planned with, got a changed one"
+                if content
+                else "a file, got: No such file"
+            )
             assert f"chair.glb: expected {wrong}" in said["reason"]

@@ -1,4 +1,6 @@
-"""Assets come out as they went in, to the last bit of a vertex or a pixel, and with nothing else: whatever the format."""
+"""Assets come out as they went in, to the last bit of a vertex or a pixel, and with nothing else: whatever
+the format.
+"""
 
 import io
 import struct
@@ -22,7 +24,8 @@ def array(document: dict, binary: bytes, number: int) -> np.ndarray:
     """An accessor's numbers, read as the specification says."""
     accessor = document["accessors"][number]
     view = document["bufferViews"][accessor["bufferView"]]
-    dtype, width = np.dtype(model.COMPONENTS[accessor["componentType"]]), model.WIDTHS[accessor["type"]]
+    dtype = np.dtype(model.COMPONENTS[accessor["componentType"]])
+    width = model.WIDTHS[accessor["type"]]
     stride = view.get("byteStride", dtype.itemsize * width)
     return np.ndarray((accessor["count"], width), dtype, binary, view["byteOffset"], (stride, dtype.itemsize))
 
@@ -47,9 +50,23 @@ def test_a_glb_keeps_every_bit_that_is_seen_and_no_name():
         assert array(clean, kept, number).tobytes() == array(document, binary, number).tobytes()
     view = clean["bufferViews"][clean["images"][0]["bufferView"]]
     texture = kept[view["byteOffset"] : view["byteOffset"] + view["byteLength"]]
-    assert np.array_equal(*(np.asarray(Image.open(io.BytesIO(data))) for data in (files.picture(32), texture)))
-    assert set(clean) <= {"asset", "scene", "scenes", "nodes", "meshes", "materials", "textures", "samplers", "images", "accessors",
-                          "bufferViews", "buffers"} and clean["asset"] == {"version": "2.0"}  # fmt: skip
+    assert np.array_equal(
+        *(np.asarray(Image.open(io.BytesIO(data))) for data in (files.picture(32), texture))
+    )
+    assert set(clean) <= {
+        "asset",
+        "scene",
+        "scenes",
+        "nodes",
+        "meshes",
+        "materials",
+        "textures",
+        "samplers",
+        "images",
+        "accessors",
+        "bufferViews",
+        "buffers",
+    } and clean["asset"] == {"version": "2.0"}
     assert written(glb.read_glb(memoryview(after))) == after
 
 
@@ -57,24 +74,37 @@ def test_interleaved_quantised_and_sparse_arrays_are_read_as_meant():
     positions = np.arange(12, dtype="<i2").reshape(4, 3)
     mixed = np.zeros(4, [("p", "<i2", 3), ("", "<i2"), ("n", "i1", 3), ("", "i1")])
     mixed["p"], mixed["n"] = positions, np.arange(12).reshape(4, 3)
-    places, values = np.array([1, 3], "<u2").tobytes(), np.array([[7, 7, 7], [9, 9, 9]], "<i2").tobytes()
+    places = np.array([1, 3], "<u2").tobytes()
+    values = np.array([[7, 7, 7], [9, 9, 9]], "<i2").tobytes()
     binary = mixed.tobytes() + places + values
-    sparse = {"count": 2, "indices": {"bufferView": 1, "componentType": 5123},
-              "values": {"bufferView": 1, "byteOffset": 4}}  # fmt: skip
+    sparse = {
+        "count": 2,
+        "indices": {"bufferView": 1, "componentType": 5123},
+        "values": {"bufferView": 1, "byteOffset": 4},
+    }
     short = {"componentType": 5122, "count": 4, "type": "VEC3", "bufferView": 0}
     document = {
-        "asset": {"version": "2.0"}, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
+        "asset": {"version": "2.0"},
+        "scenes": [{"nodes": [0]}],
+        "nodes": [{"mesh": 0}],
         "meshes": [{"primitives": [{"attributes": {"POSITION": 0, "NORMAL": 1}, "mode": 5}]}],
-        "accessors": [{**short, "sparse": sparse}, {**short, "componentType": 5120, "byteOffset": 8, "normalized": True}],
-        "bufferViews": [
-            {"buffer": 0, "byteLength": 48, "byteStride": 12}, {"buffer": 0, "byteOffset": 48, "byteLength": 16},
+        "accessors": [
+            {**short, "sparse": sparse},
+            {**short, "componentType": 5120, "byteOffset": 8, "normalized": True},
         ],
-        "buffers": [{"byteLength": 64}], "extensionsRequired": ["KHR_mesh_quantization"],
-    }  # fmt: skip
+        "bufferViews": [
+            {"buffer": 0, "byteLength": 48, "byteStride": 12},
+            {"buffer": 0, "byteOffset": 48, "byteLength": 16},
+        ],
+        "buffers": [{"byteLength": 64}],
+        "extensionsRequired": ["KHR_mesh_quantization"],
+    }
     clean, kept = files.unpack_glb(written(glb.read_glb(memoryview(files.pack_glb(document, binary)))))
     expected = positions.copy()
     expected[[1, 3]] = [[7] * 3, [9] * 3]
-    assert np.array_equal(array(clean, kept, 0), expected) and np.array_equal(array(clean, kept, 1), mixed["n"])
+    assert np.array_equal(array(clean, kept, 0), expected) and np.array_equal(
+        array(clean, kept, 1), mixed["n"]
+    )
     assert clean["accessors"][0]["max"] == [9, 9, 9] and clean["accessors"][1]["normalized"]
     assert all(view["byteStride"] % 4 == 0 for view in clean["bufferViews"])
     assert clean["extensionsRequired"] == clean["extensionsUsed"] == ["KHR_mesh_quantization"]
@@ -83,17 +113,31 @@ def test_interleaved_quantised_and_sparse_arrays_are_read_as_meant():
 @pytest.mark.parametrize("degree", [0, 3])
 def test_splats_are_written_as_documented(degree):
     count = 101  # arrays of odd lengths
-    rows, data = files.splat_columns(count, degree), files.splats(count, degree)
+    rows = files.splat_columns(count, degree)
+    data = files.splats(count, degree)
     sent = b"".join(ply.splat_parts(ply.read_splats(memoryview(data))))
-    assert sent[:4] == b"GSP1" and struct.unpack_from("<II", sent, 4) == (count, degree) and SECRET not in sent
-    at, found = 36, {}
-    arrays = [("centres", "<f4", 3), ("scales", "<f2", 3), ("turns", "<i2", 4), ("opacity", "u1", 1), ("colours", "<f2", 3)]
+    assert (
+        sent[:4] == b"GSP1" and struct.unpack_from("<II", sent, 4) == (count, degree) and SECRET not in sent
+    )
+    at = 36
+    found = {}
+    arrays = [
+        ("centres", "<f4", 3),
+        ("scales", "<f2", 3),
+        ("turns", "<i2", 4),
+        ("opacity", "u1", 1),
+        ("colours", "<f2", 3),
+    ]
     for name, dtype, width in (*arrays, ("rest", "<f2", rows.shape[1] - 17)):
         found[name] = np.frombuffer(sent, dtype, count * width, at).reshape(count, width)
         at += -(-found[name].nbytes // 4) * 4
     assert at == len(sent)
-    assert found["centres"].tobytes() == rows[:, :3].tobytes() and np.array_equal(found["colours"], rows[:, 6:9].astype("<f2"))
-    assert np.array_equal(found["rest"], rows[:, 9:-8].astype("<f2")) and np.array_equal(found["scales"], rows[:, -7:-4].astype("<f2"))
+    assert found["centres"].tobytes() == rows[:, :3].tobytes() and np.array_equal(
+        found["colours"], rows[:, 6:9].astype("<f2")
+    )
+    assert np.array_equal(found["rest"], rows[:, 9:-8].astype("<f2")) and np.array_equal(
+        found["scales"], rows[:, -7:-4].astype("<f2")
+    )
     assert np.allclose(found["opacity"] / 255, 1 / (1 + np.exp(-rows[:, -8:-7])), atol=1 / 255)
     turns = rows[:, -4:] / np.linalg.norm(rows[:, -4:], axis=1, keepdims=True)
     assert np.abs(found["turns"] / 32767 - turns).max() < 1e-4
@@ -105,10 +149,16 @@ def test_a_ply_mesh_keeps_positions_and_colours():
     positions, faces, uv = files.sphere(200, 0)
     data = files.ply(200)
     clean, kept = files.unpack_glb(written(ply.read_mesh(memoryview(data))))
-    assert array(clean, kept, 0).tobytes() == positions.tobytes() and np.array_equal(array(clean, kept, 2).reshape(-1, 3), faces)
+    assert array(clean, kept, 0).tobytes() == positions.tobytes() and np.array_equal(
+        array(clean, kept, 2).reshape(-1, 3), faces
+    )
     shown = array(clean, kept, 1).astype(float)
-    shown = np.where(shown <= 0.0031308, 12.92 * shown, 1.055 * shown ** (1 / 2.4) - 0.055) * 255  # as a screen shows it
-    assert np.abs(shown - np.stack([uv[:, 0] * 255, uv[:, 1] * 255, 0 * uv[:, 0]], 1).astype(np.uint8)).max() < 0.01
+    # as a screen shows it
+    shown = np.where(shown <= 0.0031308, 12.92 * shown, 1.055 * shown ** (1 / 2.4) - 0.055) * 255
+    assert (
+        np.abs(shown - np.stack([uv[:, 0] * 255, uv[:, 1] * 255, 0 * uv[:, 0]], 1).astype(np.uint8)).max()
+        < 0.01
+    )
 
 
 def test_an_obj_brings_its_texture_along(tmp_path):
@@ -116,7 +166,10 @@ def test_an_obj_brings_its_texture_along(tmp_path):
     path = files.write_obj(tmp_path / "chair.obj")
     after = written(obj.read_obj(memoryview(path.read_bytes()), path))
     clean, kept = files.unpack_glb(after)
-    assert SECRET not in after and [p.name for p in obj.companions(path.read_bytes(), path)] == ["chair.mtl", "chair.png"]
+    assert SECRET not in after and [p.name for p in obj.companions(path.read_bytes(), path)] == [
+        "chair.mtl",
+        "chair.png",
+    ]
     at = array(clean, kept, 2)[:, 0]
     corners = array(clean, kept, 0)[at].reshape(-1, 3, 3), array(clean, kept, 1)[at].reshape(-1, 3, 2)
     assert np.array_equal(corners[0], positions[faces]) and np.allclose(corners[1], uv[faces], atol=1e-6)
@@ -128,10 +181,13 @@ def test_an_obj_brings_its_texture_along(tmp_path):
 def test_a_film_keeps_its_frames_and_loses_its_notes(tmp_path, suffix):
     import imageio_ffmpeg
 
-    before, after = files.write_film(tmp_path / f"a{suffix}"), tmp_path / "clean.mp4"
+    before = files.write_film(tmp_path / f"a{suffix}")
+    after = tmp_path / "clean.mp4"
     reading.clean_film(before, after)
     data = after.read_bytes()
-    assert SECRET in before.read_bytes() and not any(word in data for word in (SECRET, b"x264", b"Lavf", b"Lavc"))
+    assert SECRET in before.read_bytes() and not any(
+        word in data for word in (SECRET, b"x264", b"Lavf", b"Lavc")
+    )
     assert data[4:8] == b"ftyp" and data.index(b"moov") < data.index(b"mdat")
     frames = [list(imageio_ffmpeg.read_frames(str(path)))[1:] for path in (before, after)]
     assert len(frames[0]) == 12 and frames[0] == frames[1]

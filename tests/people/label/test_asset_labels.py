@@ -18,13 +18,22 @@ CONDITIONS = {"chair": {"text": "a chair of oak", "image": None}, "cup": {"text"
 def asset(folder, name: str, condition: str = "chair", generator: str = "one") -> Shape:
     """An asset of a file; nothing is read."""
     return Shape(
-        generator=generator, source=str(folder / f"{name}.glb"), seed=ord(name[0]), psi=math.nan, level=math.nan, resolution=0, triangles=0,
-        file=name * 64, condition=condition,
-    )  # fmt: skip
+        generator=generator,
+        source=str(folder / f"{name}.glb"),
+        seed=ord(name[0]),
+        psi=math.nan,
+        level=math.nan,
+        resolution=0,
+        triangles=0,
+        file=name * 64,
+        condition=condition,
+    )
 
 
 def judged(folder, pairs, mode=Mode.LABEL, **settings) -> Store:
-    """A store in which 'ann' has answered pairs (first, second, what she prefers: 'first', 'second' or a choice)."""
+    """A store in which 'ann' has answered pairs (first, second, what she prefers: 'first', 'second' or a
+    choice).
+    """
     store = Store.open(f"sqlite:///{folder / 'labels.db'}")
     ann = store.annotator_without_token("ann", "annotator").id
     made = CampaignSettings(name="assets", mode=mode, extra={"conditions": CONDITIONS}, **QUIET, **settings)
@@ -48,7 +57,15 @@ def five(tmp_path):
     folder.mkdir()
     a, b, c, d = (asset(folder, name) for name in "abcd")
     e, f = (asset(folder, name, "cup", generator) for name, generator in (("e", "one"), ("f", "two")))
-    pairs = [(a, b, "first"), (c, b, "second"), (a, c, "first"), (b, d, "tie"), (a, d, "first"), (d, c, "first"), (e, f, "second")]
+    pairs = [
+        (a, b, "first"),
+        (c, b, "second"),
+        (a, c, "first"),
+        (b, d, "tie"),
+        (a, d, "first"),
+        (d, c, "first"),
+        (e, f, "second"),
+    ]
     with judged(tmp_path, pairs) as store:
         yield store, folder
 
@@ -62,12 +79,20 @@ def test_pairs_of_files_are_what_the_flow_mode_reads(five, tmp_path):
     path = export_assets(store, tmp_path / "pairs.jsonl", "asset-pairs")
     written = lines(path)
     assert {(line["preferred"], line["rejected"]) for line in written if not line["tie"]} == {
-        ("drawn/a.glb", "drawn/b.glb"), ("drawn/b.glb", "drawn/c.glb"), ("drawn/a.glb", "drawn/c.glb"), ("drawn/a.glb", "drawn/d.glb"),
-        ("drawn/d.glb", "drawn/c.glb"), ("drawn/f.glb", "drawn/e.glb"),
-    }  # fmt: skip
-    assert {line["prompt"] for line in written} == {"a chair of oak", "cup"} and written[0]["annotator"] == "ann"
+        ("drawn/a.glb", "drawn/b.glb"),
+        ("drawn/b.glb", "drawn/c.glb"),
+        ("drawn/a.glb", "drawn/c.glb"),
+        ("drawn/a.glb", "drawn/d.glb"),
+        ("drawn/d.glb", "drawn/c.glb"),
+        ("drawn/f.glb", "drawn/e.glb"),
+    }
+    assert {line["prompt"] for line in written} == {"a chair of oak", "cup"} and written[0][
+        "annotator"
+    ] == "ann"
     assert [line["preferred_generator"] for line in written if line["condition"] == "cup"] == ["two"]
-    known = Known(conditions={line[side]: line["condition"] for line in written for side in ("preferred", "rejected")})
+    known = Known(
+        conditions={line[side]: line["condition"] for line in written for side in ("preferred", "rejected")}
+    )
     assert [(said.asset, said.other, said.tie) for said in read_said(path, known)] == [
         (line["preferred"], line["rejected"], line["tie"]) for line in written
     ]
@@ -75,16 +100,38 @@ def test_pairs_of_files_are_what_the_flow_mode_reads(five, tmp_path):
 
 def test_rankings_are_of_each_prompt_and_bring_the_latents_along(five, tmp_path):
     store, folder = five
-    drawn = [{"condition": "chair", "rank": None, "latents": f"{name}.safetensors", "seed": i, "look_at": f"{name}.glb"}
-             for i, name in enumerate("abc")]
+    drawn = [
+        {
+            "condition": "chair",
+            "rank": None,
+            "latents": f"{name}.safetensors",
+            "seed": i,
+            "look_at": f"{name}.glb",
+        }
+        for i, name in enumerate("abc")
+    ]
     (folder / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in drawn))
     elsewhere = tmp_path / "out"
     elsewhere.mkdir()
     written = lines(export_assets(store, elsewhere / "ranked.jsonl", "rankings"))
     chairs = [line for line in written if line["condition"] == "chair"]
-    assert [(line.get("look_at") or line["asset"]).split("/")[-1] for line in chairs] == ["a.glb", "b.glb", "d.glb", "c.glb"]
-    assert [line["rank"] for line in chairs] == [1, 2, 2, 4] and [line["judgements"] for line in chairs] == [3, 3, 3, 3]
-    assert chairs[0]["latents"] == str(folder / "a.safetensors") and chairs[1]["seed"] == 1 and "latents" not in chairs[2]
+    assert [(line.get("look_at") or line["asset"]).split("/")[-1] for line in chairs] == [
+        "a.glb",
+        "b.glb",
+        "d.glb",
+        "c.glb",
+    ]
+    assert [line["rank"] for line in chairs] == [1, 2, 2, 4] and [line["judgements"] for line in chairs] == [
+        3,
+        3,
+        3,
+        3,
+    ]
+    assert (
+        chairs[0]["latents"] == str(folder / "a.safetensors")
+        and chairs[1]["seed"] == 1
+        and "latents" not in chairs[2]
+    )
     assert [line["rank"] for line in written if line["condition"] == "cup"] == [1, 2]
 
 
@@ -95,7 +142,9 @@ def test_assets_that_nothing_links_are_not_ranked_together(tmp_path):
     assert [(line["asset"], line["rank"]) for line in written] == [("c.glb", 1), ("d.glb", 2), ("e.glb", 3)]
 
 
-@pytest.mark.parametrize(("scale", "said", "expected"), [("thumbs", "up", {"label": 1}), ("scores", "2", {"score": 2.0})])
+@pytest.mark.parametrize(
+    ("scale", "said", "expected"), [("thumbs", "up", {"label": 1}), ("scores", "2", {"score": 2.0})]
+)
 def test_scores_of_single_assets_are_what_the_mesh_reward_reads(tmp_path, scale, said, expected):
     a = asset(tmp_path, "a", "cup")
     with judged(tmp_path, [(a, a, said)], Mode.SINGLE, scale=scale) as store:
@@ -110,12 +159,17 @@ def test_assets_that_are_both_bad_are_scored_as_not_good(tmp_path):
         pairs = lines(export_assets(store, tmp_path / "pairs.jsonl", "asset-pairs"))
         assert [line["choice"] for line in pairs if line["tie"]] == ["bad"]
         written = lines(export_assets(store, tmp_path / "bad.jsonl", "asset-scores", from_pairs=True))
-    assert sorted((line["mesh"], line["label"], line["prompt"]) for line in written) == [(f"{n}.glb", 0, "a chair of oak") for n in "cd"]
+    assert sorted((line["mesh"], line["label"], line["prompt"]) for line in written) == [
+        (f"{n}.glb", 0, "a chair of oak") for n in "cd"
+    ]
 
 
 def test_files_are_never_taken_for_seeds(five, tmp_path):
     store, _ = five
-    with pytest.raises(ValueError, match="expected shapes of a generator's seeds, got files. Export it with --kind=asset-pairs"):
+    with pytest.raises(
+        ValueError,
+        match="expected shapes of a generator's seeds, got files. Export it with --kind=asset-pairs",
+    ):
         preferences_of(store)
     store.create_campaign(CampaignSettings(name="seeds"), plan_of_seeds(2))
     with pytest.raises(ValueError, match="--kind=rankings: expected judgements of assets, got none"):

@@ -1,4 +1,6 @@
-"""A blind study of assets tells annotators nothing of where they are from: not in bytes, headers, addresses or sizes."""
+"""A blind study of assets tells annotators nothing of where they are from: not in bytes, headers, addresses
+or sizes.
+"""
 
 import contextlib
 import gzip
@@ -28,10 +30,14 @@ def folders(root):
         (root / name).mkdir(parents=True)
         for prompt in range(PROMPTS):
             seed = 10 * prompt + number
-            (root / name / f"glb-{prompt}.glb").write_bytes(files.glb(200 + 9000 * number, 16 + 200 * number, "JPEG", seed, noise=True))
+            (root / name / f"glb-{prompt}.glb").write_bytes(
+                files.glb(200 + 9000 * number, 16 + 200 * number, "JPEG", seed, noise=True)
+            )
             (root / name / f"splat-{prompt}.ply").write_bytes(files.splats(100 + 2000 * number, seed=seed))
         files.write_film(root / name / "film-0.mp4", frames=5 + 30 * number, seed=number)
-        (root / name / "only-here.glb" if number else root / name / "other.glb").write_bytes(files.glb(seed=90 + number))
+        (root / name / "only-here.glb" if number else root / name / "other.glb").write_bytes(
+            files.glb(seed=90 + number)
+        )
     (root / "input.png").write_bytes(files.picture(64))
     asked = [{"prompt": f"glb-{i}", "text": f"thing {i}", "image": "input.png"} for i in range(PROMPTS)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
@@ -56,20 +62,40 @@ def made(tmp_path_factory):
 def study(made, tmp_path_factory):
     """An exposed study, prepared, with all that an annotator was sent while she answered everything."""
     designed, _, _ = made
-    folder, planned, said = tmp_path_factory.mktemp("study"), design.study_pairs(designed), {}
+    folder = tmp_path_factory.mktemp("study")
+    planned = design.study_pairs(designed)
+    said = {}
     chosen = design.campaign_settings(designed)
     names = ("mode", "extra", "gold_every", "repeat_share", "swap_share", "trials_per_annotator")
     campaign = {name: getattr(chosen, name) for name in names}
-    with serving.running(folder, planned=planned, prepared=False, exposed=True, limits=serving.GENEROUS, mode=campaign.pop("mode"),
-                         campaign=campaign) as served:  # fmt: skip
+    with serving.running(
+        folder,
+        planned=planned,
+        prepared=False,
+        exposed=True,
+        limits=serving.GENEROUS,
+        mode=campaign.pop("mode"),
+        campaign=campaign,
+    ) as served:
         prepare_prompts(designed.prompts.values(), served.options.cache)
-        prepare([shape for pair in planned for shape in (pair.first, pair.second)], served.options.cache, AssetDrawer(), tell=said.update)
+        prepare(
+            [shape for pair in planned for shape in (pair.first, pair.second)],
+            served.options.cache,
+            AssetDrawer(),
+            tell=said.update,
+        )
         assert said["finished"] and said["failed"] == 0, said
-        served.seen, served.pairs = [], []
+        served.seen = []
+        served.pairs = []
         with contextlib.closing(served.browser(served.store.add_annotator("ann"))) as page:
             while pairs := page.get("/api/assignments?count=1").json()["assignments"]:
                 served.pairs += pairs
-                for path in (f"shapes/{pairs[0]['left']}", f"shapes/{pairs[0]['right']}", f"prompts/{pairs[0]['left']}", "session"):
+                for path in (
+                    f"shapes/{pairs[0]['left']}",
+                    f"shapes/{pairs[0]['right']}",
+                    f"prompts/{pairs[0]['left']}",
+                    "session",
+                ):
                     served.seen.append(page.get(f"/api/{path}"))
                 served.seen.append(page.get("/api/assignments"))
                 served.seen.append(answer(page, pairs[0]["assignment"], f"key-{len(served.pairs)}"))
@@ -79,17 +105,25 @@ def study(made, tmp_path_factory):
 def test_no_response_names_a_generator_a_file_or_what_a_file_says_of_itself(study, made):
     shapes = dict(study.store.shapes(study.campaign))
     words = [files.SECRET, *NAMES, "input.png", "Lavf", "x264", "Exif", "glb-", "splat-", str(made[2])]
-    words += [word[:10] for shape in shapes.values() for word in (shape.file, shape.generator, shape_key(shape))]
+    words += [
+        word[:10] for shape in shapes.values() for word in (shape.file, shape.generator, shape_key(shape))
+    ]
     for response in study.seen:
-        for text in (str(response.url), str(response.headers.multi_items()), response.content.decode("latin-1")):
+        for text in (
+            str(response.url),
+            str(response.headers.multi_items()),
+            response.content.decode("latin-1"),
+        ):
             assert [word for word in words if word.lower() in text.lower()] == [], response.url
     raw = b"".join(path.read_bytes() for path in made[2].rglob("*") if path.is_file())
     assert raw.count(files.SECRET.encode()) > 50 and b"x264" in raw and b"Exif" in raw  # they were there
 
 
 def test_the_two_of_a_pair_have_one_length_and_the_same_headers(study):
-    client, sizes = study.client(study.store.add_annotator("ruler")), defaultdict(set)
-    shapes, on_disk = dict(study.store.shapes(study.campaign)), {}
+    client = study.client(study.store.add_annotator("ruler"))
+    sizes = defaultdict(set)
+    shapes = dict(study.store.shapes(study.campaign))
+    on_disk = {}
     for a, b in study.store.pairs(study.campaign):
         heads = []
         for asset in (a, b):
@@ -112,18 +146,26 @@ def test_the_two_of_a_pair_have_one_length_and_the_same_headers(study):
 
 def test_a_changed_file_is_refused_and_a_study_is_begun_and_gone_on_with(tmp_path):
     a, b = folders(tmp_path / "assets")
-    folder, flags = commands.Folder(tmp_path / "study"), flags_of(a, b)
+    folder = commands.Folder(tmp_path / "study")
+    flags = flags_of(a, b)
     folder.path.mkdir()
     designed = commands.prepare(folder, "s", flags, set(), lambda text: None)
     assert commands.prepare(folder, "s", flags, {"a", "b"}, lambda text: None).hash == designed.hash
     (a / "glb-0.glb").write_bytes(files.glb(seed=77))
-    with pytest.raises(ValueError, match="glb-0.glb: expected the file that the study was designed with, got a changed one"):
+    with pytest.raises(
+        ValueError, match="glb-0.glb: expected the file that the study was designed with, got a changed one"
+    ):
         commands.prepare(folder, "s", flags, set(), lambda text: None)
 
 
 def test_one_generator_and_one_folder_are_refused(tmp_path):
     a, b = folders(tmp_path / "assets")
     done = CliRunner().invoke(commands.main, [f"--a={a}", f"--outdir={tmp_path / 'x'}", "--n=3", "--dry-run"])
-    assert done.exit_code == 2 and "expected two generators or two folders of assets, got one of each" in done.output
-    done = CliRunner().invoke(commands.main, [f"--a={a}", f"--b={b}", f"--outdir={tmp_path / 'x'}", "--n=50", "--dry-run"])
+    assert (
+        done.exit_code == 2
+        and "expected two generators or two folders of assets, got one of each" in done.output
+    )
+    done = CliRunner().invoke(
+        commands.main, [f"--a={a}", f"--b={b}", f"--outdir={tmp_path / 'x'}", "--n=50", "--dry-run"]
+    )
     assert done.exit_code == 2 and "Use --n=7" in done.output

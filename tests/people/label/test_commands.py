@@ -1,4 +1,6 @@
-"""tools/label.py from the outside: its flags, planning and resuming, sub-commands, and one line for every mistake."""
+"""tools/label.py from the outside: its flags, planning and resuming, sub-commands, and one line for every
+mistake.
+"""
 
 import json
 import re
@@ -34,7 +36,10 @@ def db(tmp_path) -> str:
 def planned(db, monkeypatch):
     """Start the command without serving; returns the result and what would have been served."""
     served = []
-    monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", lambda options, *args, **kwargs: served.append((options, args, kwargs)))
+    monkeypatch.setattr(
+        "eg3d_rlhf.people.label.server.app.serve",
+        lambda options, *args, **kwargs: served.append((options, args, kwargs)),
+    )
 
     def go(*flags):
         served.clear()
@@ -45,21 +50,42 @@ def planned(db, monkeypatch):
 
 
 def test_dry_run_prints_everything_and_touches_nothing(db, tmp_path):
-    result = run("-n", f"--db={db}", "--pairs=7", "--strategy=active", "--seed=3", f"--set=cache={tmp_path / 'cache'}")
+    result = run(
+        "-n", f"--db={db}", "--pairs=7", "--strategy=active", "--seed=3", f"--set=cache={tmp_path / 'cache'}"
+    )
     settings = json.loads(result.stdout)
-    expected = {"action": "plan", "pairs": 7, "strategy": "active", "seed": 3, "network": None, "host": "127.0.0.1", "exposed": False}
+    expected = {
+        "action": "plan",
+        "pairs": 7,
+        "strategy": "active",
+        "seed": 3,
+        "network": None,
+        "host": "127.0.0.1",
+        "exposed": False,
+    }
     assert {k: settings[k] for k in expected} == expected and list(tmp_path.iterdir()) == []
     dashes = run("-n", "--first-seed=5", "--annotators-per-pair=2", "--set=repeat-share=0.2")
-    assert run("-n", "--first_seed=5", "--annotators_per_pair=2", "--set=repeat_share=0.2").stdout == dashes.stdout != run("-n").stdout
+    assert (
+        run("-n", "--first_seed=5", "--annotators_per_pair=2", "--set=repeat_share=0.2").stdout
+        == dashes.stdout
+        != run("-n").stdout
+    )
     assert "sesame" not in run("-n", "--db=postgresql://user:sesame@127.0.0.1:1/x").output
-    defaults = launch.filled({"pairs": None, "gold_every": None, "psi": 0.3, "db": None}, PairingOptions, CampaignSettings)
+    defaults = launch.filled(
+        {"pairs": None, "gold_every": None, "psi": 0.3, "db": None}, PairingOptions, CampaignSettings
+    )
     assert defaults == {"pairs": 1000, "gold_every": 25, "psi": 0.3, "db": None}
 
 
 def test_a_campaign_is_planned_once_and_taken_up_again(planned, db):
     first, (options, args, _) = planned("--pairs=5", "--seed=2", "--set=psi=0.8")
     assert first.exit_code == 0, first.stderr
-    assert "12 pairs planned" in first.stdout and args == ("127.0.0.1", 8000) and options.campaign == "labels" and not options.exposed
+    assert (
+        "12 pairs planned" in first.stdout
+        and args == ("127.0.0.1", 8000)
+        and options.campaign == "labels"
+        and not options.exposed
+    )
     assert options.preparation is not None and options.access_log.name == "access.jsonl"
     with Store.open(db, create=False) as store:
         shapes = store.shapes(1)
@@ -67,7 +93,9 @@ def test_a_campaign_is_planned_once_and_taken_up_again(planned, db):
     again, (options, _, _) = planned()
     assert "taken up again, 12 pairs, 1 judgements so far" in again.stdout
     with Store.open(db, create=False) as store:
-        assert store.shapes(1) == shapes and len(store.campaigns()) == 1 and {s.psi for _, s in shapes} == {0.8}
+        assert (
+            store.shapes(1) == shapes and len(store.campaigns()) == 1 and {s.psi for _, s in shapes} == {0.8}
+        )
     resumed = json.loads(run(f"--db={db}", "-n").stdout)
     assert (resumed["action"], resumed["pairs"], resumed["psi"]) == ("resume", 5, 0.8)
 
@@ -75,7 +103,9 @@ def test_a_campaign_is_planned_once_and_taken_up_again(planned, db):
 def test_a_resumed_campaign_keeps_its_flags(planned):
     planned("--pairs=5")
     result, served = planned("--pairs=6")
-    assert_one_line(result, "--pairs: expected 5, with which campaign 'labels' was planned, got 6", "--campaign=NAME")
+    assert_one_line(
+        result, "--pairs: expected 5, with which campaign 'labels' was planned, got 6", "--campaign=NAME"
+    )
     assert served is None and planned("--pairs=5")[0].exit_code == 0
     assert_one_line(planned("--strategy=tournament")[0], "--strategy: expected random, with which")
 
@@ -85,17 +115,28 @@ def test_a_tournament_goes_on_from_its_results(planned, db):
     with Store.open(db, create=False) as store:
         answer_all(store, 1, store.annotator_without_token("local", "admin").id)
         seeds = {s.seed for _, s in store.shapes(1)}
-    result, _ = planned("--strategy=tournament", "--pairs=4", "--set=rounds=2", "--campaign=second", "--after=first")
+    result, _ = planned(
+        "--strategy=tournament", "--pairs=4", "--set=rounds=2", "--campaign=second", "--after=first"
+    )
     assert result.exit_code == 0, result.stderr
     with Store.open(db, create=False) as store:
         assert len({s.seed for _, s in store.shapes(2)} & seeds) >= 8
-    assert_one_line(planned("--after=first", "--campaign=x")[0], "--after: expected --strategy=tournament, got random")
-    assert_one_line(planned("--strategy=tournament", "--after=none", "--campaign=x")[0], "--after: ", "'none'")
+    assert_one_line(
+        planned("--after=first", "--campaign=x")[0], "--after: expected --strategy=tournament, got random"
+    )
+    assert_one_line(
+        planned("--strategy=tournament", "--after=none", "--campaign=x")[0], "--after: ", "'none'"
+    )
 
 
 def test_exposing_needs_an_annotator_and_says_that_tokens_are_compulsory(planned, db, tmp_path):
     result, served = planned("--pairs=5", "--host=0.0.0.0")
-    assert_one_line(result, "--host=0.0.0.0: expected at least one annotator", "tokens are compulsory", "add-annotator NAME")
+    assert_one_line(
+        result,
+        "--host=0.0.0.0: expected at least one annotator",
+        "tokens are compulsory",
+        "add-annotator NAME",
+    )
     assert served is None and not (tmp_path / "new").exists()
     assert len(run("add-annotator", "ann", f"--db={db}").stdout.strip()) >= 32
     result, (options, _, kwargs) = planned("--pairs=5", "--host=0.0.0.0")
@@ -113,12 +154,17 @@ def test_export_and_import(planned, db, tmp_path):
             answer_all(store, 1, me, most=1, milliseconds=100 * number)
     assert run("export", tmp_path / "all.jsonl", f"--db={db}").exit_code == 0
     assert len((tmp_path / "all.jsonl").read_text().splitlines()) == 5
-    assert run("export", tmp_path / "mine.csv", "--annotator=local", f"--db={db}").stdout.endswith("5 lines written\n")
+    assert run("export", tmp_path / "mine.csv", "--annotator=local", f"--db={db}").stdout.endswith(
+        "5 lines written\n"
+    )
     (tmp_path / "table.csv").write_text(",rank1,rank2\n0,1,2\n1,3,4\n")
     assert run("export", tmp_path / "whole.jsonl", "--kind=judgements", f"--db={db}").exit_code == 0
     other = f"sqlite:///{tmp_path / 'other.db'}"
     assert "5 judgements imported" in run("import", tmp_path / "whole.jsonl", f"--db={other}").stdout
-    assert "2 judgements imported" in run("import", tmp_path / "table.csv", "--campaign=table", f"--db={other}").stdout
+    assert (
+        "2 judgements imported"
+        in run("import", tmp_path / "table.csv", "--campaign=table", f"--db={other}").stdout
+    )
     status = json.loads(run("status", "--json", f"--db={other}").stdout)
     assert [(c["name"], c["judgements"]) for c in status["campaigns"]] == [("labels", 5), ("table", 2)]
     assert "labels: label, 5 pairs, 5 judgements of 1 annotators" in run("status", f"--db={other}").stdout
@@ -133,20 +179,45 @@ def assert_one_line(result, *texts: str) -> None:
 
 
 MISTAKES = {  # flags -> what the line must say
-    "rare": (["--level=3"], "--set level=VALUE"), "rare before a command": (["--set=level=3", "status"], "--set level=VALUE"),
-    "missing network": (["--network={tmp}/none.pkl"], "--network: expected a network file or a run folder, got nothing at {tmp}/none.pkl"),
-    "shares": (["--set=repeat_share=0.3", "--set=swap_share=0.3"], "repeat_share and swap_share must add up to 0..0.5"),
+    "rare": (["--level=3"], "--set level=VALUE"),
+    "rare before a command": (["--set=level=3", "status"], "--set level=VALUE"),
+    "missing network": (
+        ["--network={tmp}/none.pkl"],
+        "--network: expected a network file or a run folder, got nothing at {tmp}/none.pkl",
+    ),
+    "shares": (
+        ["--set=repeat_share=0.3", "--set=swap_share=0.3"],
+        "repeat_share and swap_share must add up to 0..0.5",
+    ),
     "tournament too small": (["--strategy=tournament", "--pairs=3"], "pairs"),
     "certificate alone": (["--certificate={file}"], "--certificate, --key: expected both or neither"),
     "no URL": (["--db=labels"], "--db: store: expected a database URL, got 'labels'"),
     "another database": (["--db=mysql://x/y"], "--db: store: expected SQLite or PostgreSQL, got mysql"),
     "flags before a command": (["--pairs=3", "status"], "--pairs: expected only --db before status"),
-    "no database": (["status", "--db=sqlite:///{tmp}/none.db"], "--db: store: expected a database at {tmp}/none.db"),
-    "revoking nobody": (["revoke", "nobody", "--db=sqlite:///{tmp}/some.db"], "expected one with a token, got 'nobody'"),
-    "script in a name": (["add-annotator", "<script>", "--db=sqlite:///{tmp}/some.db"], "annotator: expected a name of"),
-    "export to another form": (["export", "{tmp}/x.txt", "--db=sqlite:///{tmp}/some.db"], "FILE: expected a name with .jsonl or .csv"),
-    "filter on a whole export": (["export", "{tmp}/x.jsonl", "--kind=judgements", "--drop-repeats"], "--drop-repeats: expected no filter"),
-    "import of another form": (["import", "{file}"], "FILE: expected .jsonl (judgements) or .csv (ranked seeds)"),
+    "no database": (
+        ["status", "--db=sqlite:///{tmp}/none.db"],
+        "--db: store: expected a database at {tmp}/none.db",
+    ),
+    "revoking nobody": (
+        ["revoke", "nobody", "--db=sqlite:///{tmp}/some.db"],
+        "expected one with a token, got 'nobody'",
+    ),
+    "script in a name": (
+        ["add-annotator", "<script>", "--db=sqlite:///{tmp}/some.db"],
+        "annotator: expected a name of",
+    ),
+    "export to another form": (
+        ["export", "{tmp}/x.txt", "--db=sqlite:///{tmp}/some.db"],
+        "FILE: expected a name with .jsonl or .csv",
+    ),
+    "filter on a whole export": (
+        ["export", "{tmp}/x.jsonl", "--kind=judgements", "--drop-repeats"],
+        "--drop-repeats: expected no filter",
+    ),
+    "import of another form": (
+        ["import", "{file}"],
+        "FILE: expected .jsonl (judgements) or .csv (ranked seeds)",
+    ),
 }
 
 
@@ -174,9 +245,18 @@ def test_a_taken_port_is_named(db, tmp_path):
 
 @pytest.mark.long
 def test_the_command_serves_prepares_and_stops(repo, db, tmp_path):
-    """The whole: the bundled generator, a worker that draws, pairs that can be fetched, Ctrl-C, and the same command again."""
+    """The whole: the bundled generator, a worker that draws, pairs that can be fetched, Ctrl-C, and the same
+    command again.
+    """
     settings = ("training=1", "gold=1", "resolution=32", "triangles=2000", f"cache={tmp_path / 'cache'}")
-    command = [sys.executable, "tools/label.py", f"--db={db}", "--pairs=4", "--port=0", *(f"--set={setting}" for setting in settings)]
+    command = [
+        sys.executable,
+        "tools/label.py",
+        f"--db={db}",
+        "--pairs=4",
+        "--port=0",
+        *(f"--set={setting}" for setting in settings),
+    ]
     process = subprocess.Popen(command, cwd=repo, stdout=subprocess.PIPE, text=True)
     try:
         lines = []

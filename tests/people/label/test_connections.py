@@ -16,7 +16,8 @@ from eg3d_rlhf.people.label.server.options import Limits
 from tests.people.label import serving
 
 HALF = b"GET /login HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "
-REFUSED = b"POST /api/undo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{"  # is answered before its body has come
+# is answered before its body has come
+REFUSED = b"POST /api/undo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{"
 
 
 def connect(served, data: bytes = b"") -> socket.socket:
@@ -43,8 +44,11 @@ def test_every_stage_has_its_time(tmp_path):
     limits = Limits(header_seconds=0.3, body_seconds=0.2, idle_seconds=0.3)
     with serving.running(tmp_path, exposed=True, limits=limits) as served:
         token = served.store.add_annotator("ann")
-        head = f"GET /api/session HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
-        known, again = connect(served, head), connect(served, head + HALF)
+        head = (
+            f"GET /api/session HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+        )
+        known = connect(served, head)
+        again = connect(served, head + HALF)
         slow = {"silent": connect(served), "header": connect(served, HALF), "body": connect(served, REFUSED)}
         slow |= {"idle": connect(served, HALF + b"\r\n\r\n"), "second header": again}
         end = time.monotonic() + 4
@@ -54,7 +58,11 @@ def test_every_stage_has_its_time(tmp_path):
                     with contextlib.suppress(ConnectionError):
                         slow[name].sendall(b"a")
             time.sleep(0.05)
-        assert [name for name, connection in slow.items() if is_open(connection, max(0.01, end - time.monotonic()))] == []
+        assert [
+            name
+            for name, connection in slow.items()
+            if is_open(connection, max(0.01, end - time.monotonic()))
+        ] == []
         assert is_open(known)
         known.sendall(head)
         known.settimeout(5)
@@ -62,9 +70,13 @@ def test_every_stage_has_its_time(tmp_path):
 
 
 def test_who_is_logged_in_keeps_her_place_and_newcomers_get_in(tmp_path):
-    with serving.running(tmp_path, exposed=True, limits=Limits(strangers_connections=8, annotator_connections=4)) as served:
+    with serving.running(
+        tmp_path, exposed=True, limits=Limits(strangers_connections=8, annotator_connections=4)
+    ) as served:
         token = served.store.add_annotator("ann")
-        head = f"GET /api/session HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+        head = (
+            f"GET /api/session HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+        )
         known = [connect(served, head) for _ in range(3)]
         for connection in known:
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
@@ -75,7 +87,8 @@ def test_who_is_logged_in_keeps_her_place_and_newcomers_get_in(tmp_path):
         more = [connect(served, head) for _ in range(6)]
         assert more[-1].recv(65536).startswith(b"HTTP/1.1 200")
         time.sleep(0.1)
-        assert sum(is_open(connection) for connection in [*known, *more]) == 4  # her own limit: those used last
+        # her own limit: those used last
+        assert sum(is_open(connection) for connection in [*known, *more]) == 4
 
 
 def test_a_named_proxy_may_have_all_connections(tmp_path):
@@ -93,9 +106,13 @@ def test_no_descriptors_are_no_news(tmp_path, caplog):
     SPARING._seen.clear()
     with serving.running(tmp_path) as served:
         assert served.client().get("/health").status_code == 200
-        late, taken, (soft, hard) = socket.socket(), [], resource.getrlimit(resource.RLIMIT_NOFILE)
+        late = socket.socket()
+        taken = []
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(int(name) for name in os.listdir("/proc/self/fd")) + 8, hard))
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (max(int(name) for name in os.listdir("/proc/self/fd")) + 8, hard)
+            )
             with pytest.raises(OSError, match="Too many open files"):
                 while True:
                     taken.append(os.dup(0))
@@ -150,4 +167,5 @@ def test_those_with_most_connections_are_pushed_out_first():
     pool.touch(greedy[4])
     pool.add(Member("e"))
     assert greedy[5].closed and not greedy[4].closed
-    assert [pool.next().key for _ in range(6)] == ["a", "b", "c", "d", "e", "a"] and pool.size == 0  # by turns
+    # by turns
+    assert [pool.next().key for _ in range(6)] == ["a", "b", "c", "d", "e", "a"] and pool.size == 0

@@ -49,7 +49,11 @@ def test_the_mesh_is_the_surface_within_the_quantisation(generator, shape):
     data = drawer.mesh(shape)
     found, found_faces = decode_mesh(gzip.decompress(data))
     assert np.array_equal(found_faces, faces) and np.abs(found - vertices).max() < 1 / 65535
-    assert 1800 <= len(faces) <= 2200 and count_edges(faces).open == 0 and face_volumes(vertices, faces).sum() > 0.01
+    assert (
+        1800 <= len(faces) <= 2200
+        and count_edges(faces).open == 0
+        and face_volumes(vertices, faces).sum() > 0.01
+    )
     assert data == drawer.mesh(shape)
 
 
@@ -67,14 +71,19 @@ def test_hollows_and_dust_are_left_out_and_loose_parts_kept():
     assert parts(faces, len(vertices))[0] == 4
     shown, shown_faces = visible_parts(vertices, faces)
     assert parts(shown_faces, len(shown))[0] == 2
-    assert face_volumes(shown, shown_faces).sum() == pytest.approx(4 / 3 * np.pi * (0.5**3 + 0.15**3), rel=0.02)
+    assert face_volumes(shown, shown_faces).sum() == pytest.approx(
+        4 / 3 * np.pi * (0.5**3 + 0.15**3), rel=0.02
+    )
     assert len(np.unique(shown_faces)) == len(shown)
 
 
 def test_the_number_of_triangles_is_kept_even_where_the_mesh_must_be_opened():
     rng = np.random.default_rng(0)
     axis = np.linspace(-1, 1, 40)
-    vertices, faces = extract_mesh(ndimage.gaussian_filter(rng.normal(size=(40, 40, 40)), 1.5), (axis, axis, axis), 0.0)  # a sponge
+    # a sponge
+    vertices, faces = extract_mesh(
+        ndimage.gaussian_filter(rng.normal(size=(40, 40, 40)), 1.5), (axis, axis, axis), 0.0
+    )
     with pytest.warns(UserWarning, match="not stay closed"):
         assert len(decimate(vertices, faces, 1500)[1]) > 2200
     _, fewer = within_budget(vertices, faces, 2000)
@@ -96,13 +105,17 @@ def test_the_picture_is_that_of_the_latent(generator, shape):
         assert image.format == "PNG" and image.size == (64, 64) and np.asarray(image).std() > 10
 
 
-# ---- damage for pairs with a known answer: always for the worse, always where it is meant to be, always the same
+# ---- damage for pairs with a known answer: always for the worse, always where it is meant to be, always the
+# same
 
-RADIUS, SIDE = 0.25, 64
+RADIUS = 0.25
+SIDE = 64
 
 
 def ball(level: float, scale: float) -> tuple[np.ndarray, tuple, np.ndarray]:
-    """Density of a ball about the origin [X, Y, Z], its axes and its surface; `scale` is the density's slope."""
+    """Density of a ball about the origin [X, Y, Z], its axes and its surface;
+    `scale` is the density's slope.
+    """
     axis = np.linspace(-0.5, 0.5, SIDE)
     x, y, z = np.ix_(axis, axis, axis)
     sigma = (level + scale * (RADIUS - np.sqrt(x**2 + y**2 + z**2))).astype(np.float32)
@@ -134,10 +147,15 @@ def test_floaters_are_loose_parts_and_holes_lie_on_the_side_that_looks_at_the_ca
 @pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", DAMAGES)
 def test_the_programmatic_annotator_always_prefers_the_undamaged_shape(generator, count, name):
-    n, seeds, level = 48, range(10_000, 10_000 + count), generator.generator.level
+    n = 48
+    seeds = range(10_000, 10_000 + count)
+    level = generator.generator.level
     spec = SlabSpec.cube(n, box_warp=(n - 1) / n)  # middles of voxels
     axes = tuple(axis.double().numpy() for axis in spec.axes())
-    cubes = generator.generator.field(ws_of_seeds(generator.generator, seeds)).density_grid(spec).detach().numpy()  # [N, D, H, W]
+    # [N, D, H, W]
+    cubes = (
+        generator.generator.field(ws_of_seeds(generator.generator, seeds)).density_grid(spec).detach().numpy()
+    )
     wholes = whole_grids(latents(seeds, generator.generator.z_dim), n)
     for seed, cube, whole in zip(seeds, cubes, wholes, strict=True):
         sigma = np.ascontiguousarray(cube.transpose(2, 1, 0))

@@ -14,7 +14,12 @@ from click.testing import CliRunner
 from eg3d_rlhf.core.seeds import HELD_OUT
 from eg3d_rlhf.modes.reward_training import train as train_reward
 from eg3d_rlhf.people.label import commands
-from eg3d_rlhf.people.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
+from eg3d_rlhf.people.label.archive import (
+    export_judgements,
+    export_ranked_seeds,
+    import_judgements,
+    import_ranked_seeds,
+)
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Kind, Mode, PlannedPair
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.store import Store
@@ -38,7 +43,10 @@ def table() -> Path:
     fixtures = os.environ.get("EG3D_RLHF_FIXTURES")
     path = (Path(fixtures).parent if fixtures else REPO.parent / "shared") / "data" / "ranked_seeds.csv"
     if not path.is_file():
-        pytest.skip(f"published labels not found at {path}; set EG3D_RLHF_FIXTURES to the folder beside their folder data")
+        pytest.skip(
+            f"published labels not found at {path}; set EG3D_RLHF_FIXTURES to the folder beside their folder"
+            " data"
+        )
     return path
 
 
@@ -52,7 +60,10 @@ def test_the_published_table_comes_in_within_two_seconds(store, table, tmp_path)
     assert min(seconds) < 2
     import_ranked_seeds(store, table)
     campaign = store.campaign("ranked_seeds")
-    assert campaign.pairs == 4346 and len({s.seed for _, s in store.shapes(campaign.id)}) == len(store.shapes(campaign.id)) == 8692
+    assert (
+        campaign.pairs == 4346
+        and len({s.seed for _, s in store.shapes(campaign.id)}) == len(store.shapes(campaign.id)) == 8692
+    )
     labels = preferences_of(store)
     assert [(p.winner, p.loser) for p in labels] == [(p.winner, p.loser) for p in load_labels(table)]
     assert {(p.generator, p.psi, p.annotator) for p in labels} == {(None, None, "imported")}
@@ -65,11 +76,13 @@ def test_the_published_table_comes_in_within_two_seconds(store, table, tmp_path)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (",rank1,rank2\n0,1,1\n", "two different seeds"), (",rank1,rank2\n0,1\n", "line 2: expected 3 cells"),
-        ("winner,loser\n1,2\n", "expected the columns row number, rank1, rank2"), (",rank1,rank2\n", "at least one label"),
+        (",rank1,rank2\n0,1,1\n", "two different seeds"),
+        (",rank1,rank2\n0,1\n", "line 2: expected 3 cells"),
+        ("winner,loser\n1,2\n", "expected the columns row number, rank1, rank2"),
+        (",rank1,rank2\n", "at least one label"),
         ("a,b\n", "expected a header"),
     ],
-)  # fmt: skip
+)
 def test_tables_that_do_not_fit_leave_nothing_behind(store, tmp_path, text, words):
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(ValueError, match=words):
@@ -82,10 +95,14 @@ VOTES = {"ears": "right", "geometry": "tie"}
 
 @pytest.fixture
 def judged(store):
-    """Two annotators, 4 pairs and 2 gold pairs each: ann is right on gold, bob is not and fast; a tie, a skip, an undo, an open pair."""
+    """Two annotators, 4 pairs and 2 gold pairs each: ann is right on gold, bob is not and fast; a tie, a
+    skip, an undo, an open pair.
+    """
     clock = store.clock
     asked = ("geometry", "ears=Ears?")
-    settings = CampaignSettings(name="heads", annotators_per_pair=2, gold_every=2, repeat_share=0, swap_share=0, questions=asked)
+    settings = CampaignSettings(
+        name="heads", annotators_per_pair=2, gold_every=2, repeat_share=0, swap_share=0, questions=asked
+    )
     campaign = store.create_campaign(settings, plan(5, gold=2))
     for name in ("ann", "bob"):
         store.add_annotator(name)
@@ -99,8 +116,19 @@ def judged(store):
             choice = {0: Choice.TIE, 1: Choice.SKIP}.get(k, better if who.name == "ann" else worse)
             if left.seed >= 10:  # gold
                 choice = better if who.name == "ann" else worse
-            sent = answer(shown, f"k{k}", choice, milliseconds=900 if who.name == "bob" else 3000, views=("front", "left"), answered_at=5.0)
-            sent = replace(sent, votes={} if choice is Choice.SKIP else VOTES, comment="Ärmel «zu» lang, o/k?" if k == 3 else None)
+            sent = answer(
+                shown,
+                f"k{k}",
+                choice,
+                milliseconds=900 if who.name == "bob" else 3000,
+                views=("front", "left"),
+                answered_at=5.0,
+            )
+            sent = replace(
+                sent,
+                votes={} if choice is Choice.SKIP else VOTES,
+                comment="Ärmel «zu» lang, o/k?" if k == 3 else None,
+            )
             store.submit(campaign, who.id, sent)
         store.undo(campaign, who.id, "u")
         store.submit(campaign, who.id, answer(shown, "k again", choice, milliseconds=5000, votes=VOTES))
@@ -112,8 +140,16 @@ def test_labels_say_what_was_judged(judged):
     labels = preferences_of(judged)
     assert len(labels) == len(rows) and {row.kind for row in judged.judgements()} == {Kind.PAIR, Kind.GOLD}
     for label, row in zip(labels, rows, strict=True):
-        assert (label.generator, label.psi, label.annotator, label.time) == (HASH, 0.7, row.annotator, row.received_at)
-        assert label.tie == (row.choice is Choice.TIE) and {label.winner, label.loser} == {row.left.seed, row.right.seed}
+        assert (label.generator, label.psi, label.annotator, label.time) == (
+            HASH,
+            0.7,
+            row.annotator,
+            row.received_at,
+        )
+        assert label.tie == (row.choice is Choice.TIE) and {label.winner, label.loser} == {
+            row.left.seed,
+            row.right.seed,
+        }
         assert label.tie or label.winner == (row.right if row.choice == Choice.RIGHT else row.left).seed
         assert label.extra["judgement"] == row.id and label.extra["milliseconds"] == row.milliseconds
 
@@ -126,7 +162,7 @@ FILTERS = {
     "since": ({"since": 1_750_000_000 + 7 * 60}, lambda r: r.received_at >= 1_750_000_000 + 7 * 60),
     "since text": ({"since": "2025-06-15T15:13:40+00:00"}, lambda r: r.received_at >= 1_750_000_420),
     "campaign": ({"campaign": "heads"}, lambda r: True),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FILTERS)
@@ -141,17 +177,24 @@ def test_filters(judged, case):
 def test_filters_that_make_no_sense_are_refused(judged, tmp_path):
     url = f"sqlite:///{tmp_path / 'labels.db'}"
     for chosen, words in [
-        ({"campaign": "x"}, r"one of the store's \(heads\)"), ({"annotators": ("eve",)}, r"\(ann, bob\), got eve"),
+        ({"campaign": "x"}, r"one of the store's \(heads\)"),
+        ({"annotators": ("eve",)}, r"\(ann, bob\), got eve"),
         ({"since": "soon"}, "since"),
-        ({"least_gold_accuracy": 2}, "0..1"), ({"min_milliseconds": -1}, ">= 0"), ({"min_milliseconds": 10**9}, "got none that passes"),
-    ]:  # fmt: skip
+        ({"least_gold_accuracy": 2}, "0..1"),
+        ({"min_milliseconds": -1}, ">= 0"),
+        ({"min_milliseconds": 10**9}, "got none that passes"),
+    ]:
         with pytest.raises(ValueError, match=words):
             read_preferences(url, LabelFilters(**chosen))
 
 
-@pytest.mark.parametrize(("mode", "second", "named", "words"), [
-    (Mode.STUDY, {"generator": "b" * 64}, "c", "got a study"), (Mode.LABEL, {"psi": 1.0}, None, "seeds alone do not tell apart"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "second", "named", "words"),
+    [
+        (Mode.STUDY, {"generator": "b" * 64}, "c", "got a study"),
+        (Mode.LABEL, {"psi": 1.0}, None, "seeds alone do not tell apart"),
+    ],
+)
 def test_a_study_and_pairs_that_seeds_cannot_name_are_no_source_of_labels(store, mode, second, named, words):
     pairs = [PlannedPair(first=shape(0), second=shape(1 if mode is Mode.LABEL else 0, **second))]
     campaign = store.create_campaign(CampaignSettings(name="c", mode=mode, gold_every=0), pairs)
@@ -164,7 +207,8 @@ def test_a_study_and_pairs_that_seeds_cannot_name_are_no_source_of_labels(store,
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_exported_labels_read_back(judged, tmp_path, ending):
     path = export_labels(judged, tmp_path / f"labels.{ending}", campaign="heads")
-    read, expected = load_labels(path), preferences_of(judged)
+    read = load_labels(path)
+    expected = preferences_of(judged)
     for field in ("winner", "loser", "generator", "psi", "annotator", "time", "tie"):
         assert [getattr(p, field) for p in read] == [getattr(p, field) for p in expected]
     assert read[0].extra["views"] == "front left" and str(read[0].extra["level"]) == "10.0"
@@ -183,16 +227,26 @@ def test_a_store_moves_to_another_database_whole(judged, tmp_path, database_url)
         moved = list(copy.judgements(include_undone=True))
         assert all((r.votes == VOTES) == (r.choice is not Choice.SKIP) for r in moved)
         assert [r.comment for r in moved if r.comment] == 2 * ["Ärmel «zu» lang, o/k?"]
-        assert [r.__dict__ | {"id": 0, "pair": 0} for r in moved] == [r.__dict__ | {"id": 0, "pair": 0} for r in rows]
+        assert [r.__dict__ | {"id": 0, "pair": 0} for r in moved] == [
+            r.__dict__ | {"id": 0, "pair": 0} for r in rows
+        ]
         assert copy.campaign("heads").settings == judged.campaign("heads").settings
-        assert copy.annotators()[0].name == "ann" and all(token not in path.read_text() for token in ("token_hash", "expires"))
-        campaign, ann = copy.campaign("heads").id, copy.annotators()[0].id
+        assert copy.annotators()[0].name == "ann" and all(
+            token not in path.read_text() for token in ("token_hash", "expires")
+        )
+        campaign = copy.campaign("heads").id
+        ann = copy.annotators()[0].id
         before = judged.progress(judged.campaign("heads").id, judged.annotators()[0].id)
-        assert (copy.progress(campaign, ann).done, copy.progress(campaign, ann).total) == (before.done, before.total)
+        assert (copy.progress(campaign, ann).done, copy.progress(campaign, ann).total) == (
+            before.done,
+            before.total,
+        )
         work = copy.assignments(campaign, ann)  # goes on where it was
         there = judged.assignments(1, 1)
-        assert [(a.left, a.right) for a in work] == [(a.left, a.right) for a in there]  # the same decision on the same past
-        assert [a.token for a in work[:2]] == [a.token for a in there[:2]]  # those that were open; the third is new
+        # the same decision on the same past
+        assert [(a.left, a.right) for a in work] == [(a.left, a.right) for a in there]
+        # those that were open; the third is new
+        assert [a.token for a in work[:2]] == [a.token for a in there[:2]]
         copy.submit(campaign, ann, answer(work[0], "later", votes=VOTES))
         assert import_judgements(copy, path) == 0
 
@@ -209,19 +263,27 @@ def test_new_judgements_of_a_known_campaign_are_added(judged, tmp_path):
 
 
 BAD_LINES = {
-    "no json": ("{", "expected an exported record"), "no record": ("{}", "expected an exported record"),
+    "no json": ("{", "expected an exported record"),
+    "no record": ("{}", "expected an exported record"),
     "unknown": ('{"record": "table"}', "expected a known record"),
     "orphan": ('{"record": "shape", "campaign": "x", "asset": "a"}', "named earlier"),
     "text seed": (
-        '{"record": "shape", "campaign": "heads", "asset": "z", "position": 9, "generator": "", "source": "", "seed": "1"}', "type int"
+        (
+            '{"record": "shape", "campaign": "heads", "asset": "z", "position": 9, "generator": "", "source":'
+            ' "", "seed": "1"}'
+        ),
+        "type int",
     ),
     "no name": ('{"record": "annotator", "role": "admin"}', "expected name"),
     "script": ('{"record": "annotator", "name": "<script>", "role": "admin"}', "expected a name and a role"),
-    "other campaign": ('{"record": "campaign", "name": "heads", "settings": {"name": "heads", "mode": "study"}}', "uses for another"),
+    "other campaign": (
+        '{"record": "campaign", "name": "heads", "settings": {"name": "heads", "mode": "study"}}',
+        "uses for another",
+    ),
     "settings": ('{"record": "campaign", "name": "new", "settings": {"colour": 1}}', "expected the settings"),
     "votes": ("", "expected votes as JSON"),
     "no key": ('{"record": "judgement", "campaign": "heads", "annotator": "ann", "type": "choice"}', "'key'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_LINES)
@@ -229,7 +291,9 @@ def test_damaged_exports_leave_nothing_behind(judged, tmp_path, case):
     line, words = BAD_LINES[case]
     path = export_judgements(judged, tmp_path / "all.jsonl")
     if case == "votes":
-        line = next(line for line in path.read_text().splitlines() if "geometry" in line and '"judgement"' in line)
+        line = next(
+            line for line in path.read_text().splitlines() if "geometry" in line and '"judgement"' in line
+        )
         line = json.dumps(json.loads(line) | {"key": "other", "votes": '{"geometry": "up"}'})
     with path.open("a") as file:
         file.write(line + "\n")
@@ -242,22 +306,34 @@ def test_damaged_exports_leave_nothing_behind(judged, tmp_path, case):
 def test_what_is_no_export_is_refused(store, tmp_path):
     (tmp_path / "old.jsonl").write_text('{"record": "format", "version": 99}\n')
     (tmp_path / "empty.jsonl").write_text("")
-    for name, error, words in (("old", ValueError, "format 1"), ("empty", ValueError, "empty"), ("none", FileNotFoundError, "none at")):
+    for name, error, words in (
+        ("old", ValueError, "format 1"),
+        ("empty", ValueError, "empty"),
+        ("none", FileNotFoundError, "none at"),
+    ):
         with pytest.raises(error, match=words):
             import_judgements(store, tmp_path / f"{name}.jsonl")
     with pytest.raises(ValueError, match="one of the store's, got 'x'"):
         export_judgements(store, tmp_path / "x.jsonl", "x")
 
 
-# --- nothing that may be learnt from shows held-out seeds: new campaigns, tables and archives that are imported; studies may
+# --- nothing that may be learnt from shows held-out seeds: new campaigns, tables and archives that are
+# imported; studies may
 
 
 @pytest.mark.parametrize("held", HELD_OUT, ids=lambda held: held.name)
 def test_a_plan_that_would_reach_held_out_seeds_is_refused(held, tmp_path):
     with pytest.raises(ValueError, match=rf"--first-seed={held.first}, .* got {held.first} \({held.name}"):
         PairingOptions(pairs=2, gold=0, training=0, first_seed=held.first)
-    result = CliRunner().invoke(commands.main, ["-n", f"--db=sqlite:///{tmp_path / 'l.db'}", "--pairs=5", f"--first-seed={held.first}"])
-    assert result.exit_code == 2 and f"--first-seed={held.first}" in result.output and len(result.output.splitlines()) == 1
+    result = CliRunner().invoke(
+        commands.main,
+        ["-n", f"--db=sqlite:///{tmp_path / 'l.db'}", "--pairs=5", f"--first-seed={held.first}"],
+    )
+    assert (
+        result.exit_code == 2
+        and f"--first-seed={held.first}" in result.output
+        and len(result.output.splitlines()) == 1
+    )
 
 
 def test_campaigns_tables_and_archives_are_refused_whole_and_a_study_is_not(store, tmp_path):
@@ -269,7 +345,10 @@ def test_campaigns_tables_and_archives_are_refused_whole_and_a_study_is_not(stor
     assert store.campaigns() == []
     store.create_campaign(CampaignSettings(name="s", mode=Mode.STUDY), plan(3, start=300_030))
     store.create_campaign(CampaignSettings(name="c"), plan(2))
-    records = [json.loads(line) for line in export_judgements(store, tmp_path / "all.jsonl", "c").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in export_judgements(store, tmp_path / "all.jsonl", "c").read_text().splitlines()
+    ]
     records[3]["seed"] = 220_001
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     with Store.open(f"sqlite:///{tmp_path / 'other.db'}") as other:
@@ -286,25 +365,61 @@ def run(*flags):
 
 
 def test_filters_reach_the_run_and_are_written_down(tmp_path):
-    rare = ("annotators=ann", "annotators=bob", "least_gold_accuracy=0.8", "drop_repeats=true", "min_milliseconds=500", "since=2025-01-01")
-    result = run("--dry-run", "--labels=sqlite:///labels.db", "--campaign=heads", *(f"--set={setting}" for setting in rare))
+    rare = (
+        "annotators=ann",
+        "annotators=bob",
+        "least_gold_accuracy=0.8",
+        "drop_repeats=true",
+        "min_milliseconds=500",
+        "since=2025-01-01",
+    )
+    result = run(
+        "--dry-run",
+        "--labels=sqlite:///labels.db",
+        "--campaign=heads",
+        *(f"--set={setting}" for setting in rare),
+    )
     settings = json.loads(result.stdout)
     assert settings["labels"] == "sqlite:///labels.db"
-    assert LabelFilters(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings["filters"].items()}) == LabelFilters(
-        campaign="heads", annotators=("ann", "bob"), least_gold_accuracy=0.8, drop_repeats=True, min_milliseconds=500, since="2025-01-01"
+    assert LabelFilters(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in settings["filters"].items()}
+    ) == LabelFilters(
+        campaign="heads",
+        annotators=("ann", "bob"),
+        least_gold_accuracy=0.8,
+        drop_repeats=True,
+        min_milliseconds=500,
+        since="2025-01-01",
     )
     assert "secret" not in run("--dry-run", "--labels=postgresql://ann:secret@host/labels").stdout
 
 
-@pytest.mark.parametrize("flag", ["--campaign=x", *(f"--set={setting}" for setting in (
-    "annotators=x", "drop_repeats=true", "since=2025-01-01", "min_milliseconds=5", "least_gold_accuracy=0",
-))])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--campaign=x",
+        *(
+            f"--set={setting}"
+            for setting in (
+                "annotators=x",
+                "drop_repeats=true",
+                "since=2025-01-01",
+                "min_milliseconds=5",
+                "least_gold_accuracy=0",
+            )
+        ),
+    ],
+)
 def test_filters_of_a_file_and_a_missing_store_are_refused(flag, tmp_path):
     result = run("--dry-run", "--labels=labels.jsonl", flag)
     name = flag.split("=")[-2].removeprefix("--")
     assert result.exit_code == 2 and f"{name}: " in result.stderr and "--labels=sqlite:///" in result.stderr
     result = run(f"--labels=sqlite:///{tmp_path / 'none.db'}", f"--out={tmp_path / 'run'}")
-    assert result.exit_code == 2 and "expected a database at" in result.stderr and len(result.stderr.splitlines()) <= 2
+    assert (
+        result.exit_code == 2
+        and "expected a database at" in result.stderr
+        and len(result.stderr.splitlines()) <= 2
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -313,10 +428,19 @@ def test_a_reward_is_trained_from_a_store(store, tiny_networks, tmp_path):
 
     drawn = {"generator": load_generator(tiny_networks).hash}
     pairs = [PlannedPair(first=shape(2 * i, **drawn), second=shape(2 * i + 1, **drawn)) for i in range(20)]
-    campaign, who = store.create_campaign(CampaignSettings(name="c", **QUIET), pairs), store.annotator_without_token("local", "admin").id
+    campaign = store.create_campaign(CampaignSettings(name="c", **QUIET), pairs)
+    who = store.annotator_without_token("local", "admin").id
     answer_all(store, campaign, who)
-    url, out = f"sqlite:///{tmp_path / 'labels.db'}", tmp_path / "run"
-    flags = ("--preset=tiny", "--epochs=1", "--resolution=24", "--anchors=0", f"--network={tiny_networks}", f"--out={out}")
+    url = f"sqlite:///{tmp_path / 'labels.db'}"
+    out = tmp_path / "run"
+    flags = (
+        "--preset=tiny",
+        "--epochs=1",
+        "--resolution=24",
+        "--anchors=0",
+        f"--network={tiny_networks}",
+        f"--out={out}",
+    )
     result = run(f"--labels={url}", "--campaign=c", *flags)
     assert result.exit_code == 0, result.output
     assert json.loads((out / "report.json").read_text())["labels_file"] == url

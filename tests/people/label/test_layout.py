@@ -1,4 +1,6 @@
-"""The pages on small screens, held either way, and zoomed in: every control can be reached and the shapes stay large."""
+"""The pages on small screens, held either way, and zoomed in: every control can be reached and the shapes
+stay large.
+"""
 
 import json
 
@@ -25,8 +27,11 @@ SHARE = 0.4  # of the height for the shapes
 UNREACHABLE = """() => {
   const around = document.querySelector('dialog[open]') ?? document;
   const controls = [...around.querySelectorAll('button, a[href], select, input:not([type=hidden])')];
-  const usual = controls.filter((one) => one.checkVisibility({ visibilityProperty: true }) && !one.matches('.jump'));
-  const { clientWidth: width, clientHeight: height } = document.documentElement; // innerWidth grows on a phone with what is too wide
+  const usual = controls.filter(
+    (one) => one.checkVisibility({ visibilityProperty: true }) && !one.matches('.jump'),
+  );
+  // innerWidth grows on a phone with what is too wide
+  const { clientWidth: width, clientHeight: height } = document.documentElement;
   const missed = (one) => {
     one.scrollIntoView({ block: 'nearest', inline: 'nearest' });
     const { left, right, top, bottom } = one.getBoundingClientRect();
@@ -36,16 +41,22 @@ UNREACHABLE = """() => {
   const cut = (one) => one.scrollWidth > one.clientWidth + 1 || one.scrollHeight > one.clientHeight + 1;
   const name = (one) => one.id || one.ariaLabel || one.textContent.trim();
   return {
-    missed: usual.filter(missed).map(name), cut: usual.filter((one) => one.matches('button, a') && cut(one)).map(name),
+    missed: usual.filter(missed).map(name),
+    cut: usual.filter((one) => one.matches('button, a') && cut(one)).map(name),
     wide: document.documentElement.scrollWidth - width, names: usual.map(name),
   };
 }"""
 
-SHOWS = "one => { const { x, y } = one.getBoundingClientRect(); return one.contains(document.elementFromPoint(x + 5, y + 5)); }"
+SHOWS = (
+    "one => { const { x, y } = one.getBoundingClientRect(); return one.contains(document.elementFromPoint(x +"
+    " 5, y + 5)); }"
+)
 
 
 def check(page: Page, where: str, wanted: set[str] = frozenset()) -> None:
-    """Every control that shows can be clicked, shows its whole text, and the page is no wider than the screen."""
+    """Every control that shows can be clicked, shows its whole text, and the page is no wider than the
+    screen.
+    """
     faults = page.page.evaluate(UNREACHABLE)
     assert faults["missed"] == [] and faults["cut"] == [] and faults["wide"] <= 0, (where, faults)
     assert wanted <= set(faults["names"]), (where, wanted - set(faults["names"]))
@@ -66,13 +77,19 @@ def crowded(page: Page) -> None:
 def all_controls(label: Page, language: str, where: str) -> None:
     """Look at the page, at both menus where they are, and at the dialogs."""
     texts = TABLES[language]
-    stage = label.page.evaluate("document.querySelector('.stage').getBoundingClientRect().height / document.documentElement.clientHeight")
+    stage = label.page.evaluate(
+        "document.querySelector('.stage').getBoundingClientRect().height /"
+        " document.documentElement.clientHeight"
+    )
     assert stage >= SHARE, (where, stage)
     check(label, where, {"openHelp", "undo", "skip"})
     more = label.page.get_by_role("button", name=texts["more"], exact=True)
     if more.is_visible():
         view = label.page.get_by_role("button", name=texts["view"], exact=True)
-        for button, inside in ((more, {"language", "theme", "signOut", "ownAnswers"}), (view, {"reset", "normals", "comment"})):
+        for button, inside in (
+            (more, {"language", "theme", "signOut", "ownAnswers"}),
+            (view, {"reset", "normals", "comment"}),
+        ):
             button.click()
             check(label, f"{where}, menu", inside)
             label.page.keyboard.press("Escape")
@@ -92,9 +109,16 @@ def served_for(serve, scale: str):
     if scale == "pairs":
         served = serve(plan(8, training=1), exposed=True)
     elif scale == "asked":
-        served = serve(plan(8), exposed=True, campaign={"both_bad": True, "questions": ("geometry", "texture", "prompt")})
+        served = serve(
+            plan(8), exposed=True, campaign={"both_bad": True, "questions": ("geometry", "texture", "prompt")}
+        )
     else:
-        served = serve(singles(8), exposed=True, mode=Mode.SINGLE, campaign={"scale": scale, "swap_share": 0, "gold_every": 0})
+        served = serve(
+            singles(8),
+            exposed=True,
+            mode=Mode.SINGLE,
+            campaign={"scale": scale, "swap_share": 0, "gold_every": 0},
+        )
     return served, served.store.add_annotator("Maximiliane Mustermann-Beispiel")
 
 

@@ -15,7 +15,8 @@ from eg3d_rlhf.people.label.shape_files import shape_key
 from tests.people.label import serving
 from tests.people.label.serving import FIRST_SEED, GENEROUS, NAMES, answer
 
-PAIRS, ANNOTATORS = 24, 3
+PAIRS = 24
+ANNOTATORS = 3
 CHANCE = 1e-4  # a rank test below it is a leak
 GENERATORS = {serving.shape(name, 0).generator: name for name in "ab"}
 
@@ -26,13 +27,29 @@ def vertices(shape) -> int:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """An exposed study, prepared, and all responses that its annotators got while they answered everything."""
+    """An exposed study, prepared, and all responses that its annotators got while they
+    answered everything.
+    """
     folder = tmp_path_factory.mktemp("study")
-    campaign = {"annotators_per_pair": ANNOTATORS, "repeat_share": 0.1, "swap_share": 0.1, "gold_every": 10, "repeat_gap": 3}
-    options = {"mode": Mode.STUDY, "exposed": True, "limits": GENEROUS, "campaign": campaign, "access_log": folder / "access.jsonl"}
+    campaign = {
+        "annotators_per_pair": ANNOTATORS,
+        "repeat_share": 0.1,
+        "swap_share": 0.1,
+        "gold_every": 10,
+        "repeat_gap": 3,
+    }
+    options = {
+        "mode": Mode.STUDY,
+        "exposed": True,
+        "limits": GENEROUS,
+        "campaign": campaign,
+        "access_log": folder / "access.jsonl",
+    }
     with serving.running(folder, pairs=PAIRS, prepared=False, **options) as served:
         serving.fill(served.options.cache, (s for _, s in served.store.shapes(served.campaign)), vertices)
-        served.seen, served.assigned, served.times = [], [], []
+        served.seen = []
+        served.assigned = []
+        served.times = []
         for number in range(ANNOTATORS):
             work(served, served.browser(served.store.add_annotator(f"ann{number}")), number)
         yield served
@@ -40,12 +57,14 @@ def study(tmp_path_factory):
 
 def work(served, page, number: int) -> None:
     """Answer everything, undoing now and then, and provoke errors; keeps all responses."""
-    rng, keep = random.Random(number), served.seen.append
+    rng = random.Random(number)
+    keep = served.seen.append
     for path in ("", "login", "static/app.js", "admin", "openapi.json", "nothing"):
         keep(page.get(f"/{path}"))
     for path in ("session", "admin/quality", "admin/export?format=csv", "renders/x", "shapes/unknown"):
         keep(page.get(f"/api/{path}"))
-    fetched, keys = set(), itertools.count()
+    fetched = set()
+    keys = itertools.count()
     while pairs := page.get("/api/assignments?count=2").json()["assignments"]:
         keep(page.get("/api/assignments?count=3"))
         pair = pairs[0]
@@ -75,23 +94,44 @@ def secrets(served) -> list[str]:
     for asset, shape in served.store.shapes(served.campaign):
         words += [shape.generator[:10], str(shape.seed), f"{shape.seed:x}", shape_key(shape)[:10]]
         assert asset not in words
-    return [*set(words), "gold", "repeat", "swap", "first_is_left", *(f'"{word}"' for word in ("first", "second", "expected", "kind"))]
+    return [
+        *set(words),
+        "gold",
+        "repeat",
+        "swap",
+        "first_is_left",
+        *(f'"{word}"' for word in ("first", "second", "expected", "kind")),
+    ]
 
 
 def test_no_response_holds_a_name_seed_kind_or_side(study):
     rows = list(study.store.judgements())
-    assert {"pair", "gold", "training", "repeat", "swap"} <= {row.kind.value for row in rows} and len(rows) >= ANNOTATORS * PAIRS
-    assert len({(r.request.method, str(r.request.url.path.split("/")[2:3]), r.status_code) for r in study.seen}) > 12
+    assert {"pair", "gold", "training", "repeat", "swap"} <= {row.kind.value for row in rows} and len(
+        rows
+    ) >= ANNOTATORS * PAIRS
+    assert (
+        len({(r.request.method, str(r.request.url.path.split("/")[2:3]), r.status_code) for r in study.seen})
+        > 12
+    )
     assert all(r.status_code < 500 for r in study.seen)
     words = [word.lower() for word in secrets(study)]
     row = next(study.store.judgements())
-    assert all(any(word in text for word in words) for text in (row.left.generator, str(FIRST_SEED + 7), NAMES["b"])), "would be found"
+    assert all(
+        any(word in text for word in words) for text in (row.left.generator, str(FIRST_SEED + 7), NAMES["b"])
+    ), "would be found"
     public = {"repeat"}  # a word of CSS and of the page's own texts
     for response in study.seen:
-        texts = [str(response.url), str(response.request.headers), str(response.headers.multi_items()), response.content.decode("latin-1")]
+        texts = [
+            str(response.url),
+            str(response.request.headers),
+            str(response.headers.multi_items()),
+            response.content.decode("latin-1"),
+        ]
         static = response.request.url.path.startswith(("/static", "/login"))
         for text in texts:
-            assert [w for w in words if w in text.lower() and not (static and w in public)] == [], response.url
+            assert [w for w in words if w in text.lower() and not (static and w in public)] == [], (
+                response.url
+            )
 
 
 def test_an_assignment_says_nothing_but_tokens_and_training(study):
@@ -100,7 +140,8 @@ def test_an_assignment_says_nothing_but_tokens_and_training(study):
     named = [p[k] for p in study.assigned for k in ("assignment", "left", "right")]
     assert all(len(token) >= 16 and token.isascii() for token in named)
     shown = {(p[side], p["assignment"]) for p in study.assigned for side in ("left", "right")}
-    assert len({address for address, _ in shown}) == len(shown)  # nothing comes again under its address, repeats included
+    # nothing comes again under its address, repeats included
+    assert len({address for address, _ in shown}) == len(shown)
 
 
 def test_only_admins_of_a_study_see_results_and_only_others_judge(study, tmp_path):
@@ -113,7 +154,10 @@ def test_only_admins_of_a_study_see_results_and_only_others_judge(study, tmp_pat
     with serving.running(tmp_path, pairs=1, mode=Mode.STUDY) as served:
         local = served.browser()
         assert local.get("/api/session").json()["role"] == "annotator"
-        assert local.get("/api/admin/quality").status_code == 403 and local.get("/api/assignments").json()["assignments"]
+        assert (
+            local.get("/api/admin/quality").status_code == 403
+            and local.get("/api/assignments").json()["assignments"]
+        )
 
 
 # ---- ranks: sizes, orders, sides, times
@@ -142,7 +186,11 @@ def test_tokens_have_no_order(study):
 
 def test_sides_are_even_and_the_order_is_not_the_plans(study):
     name = {t: g for g, tokens in of_generators(study).items() for t in tokens}
-    mixed = {p["assignment"]: p for p in study.assigned if name[study.asset(p["left"])] != name[study.asset(p["right"])]}.values()
+    mixed = {
+        p["assignment"]: p
+        for p in study.assigned
+        if name[study.asset(p["left"])] != name[study.asset(p["right"])]
+    }.values()
     lefts = sum(name[study.asset(p["left"])] == "a" for p in mixed)
     assert len(mixed) >= ANNOTATORS * PAIRS and stats.binomtest(lefts, len(mixed)).pvalue > CHANCE
     sides = [name[study.asset(p["left"])] for p in mixed]
@@ -154,23 +202,35 @@ def test_sides_are_even_and_the_order_is_not_the_plans(study):
 
 
 def test_all_bodies_have_one_length_and_the_same_headers(study):
-    client, by = study.client(study.store.add_annotator("ruler")), of_generators(study)
+    client = study.client(study.store.add_annotator("ruler"))
+    by = of_generators(study)
     bodies = {}
     for asset in by["a"] + by["b"]:
         with client.stream("GET", f"/api/shapes/{asset}") as response:
             data = b"".join(response.iter_raw())
         varying = {"etag", "x-request-id", "date"}
-        bodies[asset] = (len(data), tuple((k, v) for k, v in response.headers.multi_items() if k not in varying))
+        bodies[asset] = (
+            len(data),
+            tuple((k, v) for k, v in response.headers.multi_items() if k not in varying),
+        )
         shape = dict(study.store.shapes(study.campaign))[asset]
         assert gzip.decompress(data) == gzip.decompress(study.options.cache.mesh(shape).read_bytes())
         assert response.headers["etag"] == f'"{asset}"'
     assert len(set(bodies.values())) == 1
-    lengths = {g: [len(study.options.cache.mesh(dict(study.store.shapes(study.campaign))[t]).read_bytes()) for t in by[g]] for g in by}
+    lengths = {
+        g: [
+            len(study.options.cache.mesh(dict(study.store.shapes(study.campaign))[t]).read_bytes())
+            for t in by[g]
+        ]
+        for g in by
+    }
     assert separation(*lengths.values()) < 1e-6  # on the disk they do differ
 
 
 def test_times_do_not_separate_the_generators(study):
-    client, by, rng = study.client(study.store.add_annotator("clock")), of_generators(study), random.Random(0)
+    client = study.client(study.store.add_annotator("clock"))
+    by = of_generators(study)
+    rng = random.Random(0)
     taken = {"a": [], "b": []}
     for turn in range(4):
         for pair in zip(rng.sample(by["a"], PAIRS), rng.sample(by["b"], PAIRS), strict=True):
@@ -179,8 +239,11 @@ def test_times_do_not_separate_the_generators(study):
                 client.get(f"/api/shapes/{asset}")
                 taken[name].append((time.perf_counter() - began) if turn else None)
     assert separation((t for t in taken["a"] if t), (t for t in taken["b"] if t)) > CHANCE
-    name = {asset: generator for generator, assets in by.items() for asset in assets}  # nor does that of an answer tell which was chosen
-    assert separation(*([s for asset, s in study.times if name[study.asset(asset)] == g] for g in "ab")) > CHANCE
+    # nor does that of an answer tell which was chosen
+    name = {asset: generator for generator, assets in by.items() for asset in assets}
+    assert (
+        separation(*([s for asset, s in study.times if name[study.asset(asset)] == g] for g in "ab")) > CHANCE
+    )
 
 
 # ---- addresses: a shape has another one in each assignment, which only the server can read
@@ -191,8 +254,12 @@ ASSETS = [token_urlsafe(16) for _ in range(300)]
 
 def test_addresses_lead_back_and_tell_nothing():
     made = Addresses(b"k" * 32, ASSETS)
-    addresses = {(assignment, asset): made.of(assignment, asset) for assignment in ("one", "two") for asset in ASSETS}
-    assert len(set(addresses.values())) == 600 and all(len(address) == LETTERS for address in addresses.values())
+    addresses = {
+        (assignment, asset): made.of(assignment, asset) for assignment in ("one", "two") for asset in ASSETS
+    }
+    assert len(set(addresses.values())) == 600 and all(
+        len(address) == LETTERS for address in addresses.values()
+    )
     assert all(made.asset(address) == asset for (_, asset), address in addresses.items())
     assert Addresses(b"k" * 32, ASSETS).of("one", ASSETS[7]) == addresses["one", ASSETS[7]]  # after a restart
     numbers = [address[16:21] for address in addresses.values()]  # where the hidden number is
@@ -214,7 +281,8 @@ def test_addresses_cannot_be_made_up(place):
 
 def test_nothing_is_shown_before_everything_is_prepared(tmp_path):
     with serving.running(tmp_path, pairs=6, mode=Mode.STUDY, prepared=False) as served:
-        page, shapes = served.browser(), served.store.shapes(served.campaign)
+        page = served.browser()
+        shapes = served.store.shapes(served.campaign)
         serving.fill(served.options.cache, [s for _, s in shapes[:-1]])
         state = page.get("/api/assignments").json()
         assert state["waiting"] and state["assignments"] == []

@@ -1,4 +1,6 @@
-"""Many annotators at once and a server killed in the middle of it: what was acknowledged is kept, once, and answers come fast."""
+"""Many annotators at once and a server killed in the middle of it: what was acknowledged is kept, once, and
+answers come fast.
+"""
 
 import asyncio
 import json
@@ -22,8 +24,11 @@ def free_port() -> int:
 
 
 def run(folder, url: str, annotators: int, each: int, kills: int, look: float) -> Work:
-    """Annotators on a fresh campaign; checks that nothing acknowledged is lost or kept twice. Returns what they saw."""
-    total, settings = annotators * each, serving.settings()
+    """Annotators on a fresh campaign; checks that nothing acknowledged is lost or kept twice. Returns what
+    they saw.
+    """
+    total = annotators * each
+    settings = serving.settings()
     with Store.open(url) as store:
         campaign = store.create_campaign(settings, serving.plan(total, training=2, gold=4))
         tokens = {f"annotator{i:02d}": store.add_annotator(f"annotator{i:02d}") for i in range(annotators)}
@@ -67,12 +72,20 @@ def figures(work: Work, **more) -> dict:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("annotators", "each", "kills", "look"), [(5, 20, 1, 0.05), (50, 200, 5, 1.0)])  # people look for several seconds
-def test_annotators_at_work_while_the_server_is_killed(tmp_path, database_url, capsys, annotators, each, kills, look):
-    found = figures(run(tmp_path, database_url, annotators, each, kills, look), database=database_url.split(":")[0])
+# people look for several seconds
+@pytest.mark.parametrize(("annotators", "each", "kills", "look"), [(5, 20, 1, 0.05), (50, 200, 5, 1.0)])
+def test_annotators_at_work_while_the_server_is_killed(
+    tmp_path, database_url, capsys, annotators, each, kills, look
+):
+    found = figures(
+        run(tmp_path, database_url, annotators, each, kills, look), database=database_url.split(":")[0]
+    )
     with capsys.disabled():
         print(json.dumps(found))
     assert found["p95"] < 80 or annotators < 50
     lines = [json.loads(line) for line in (tmp_path / "cache" / "access.jsonl").read_text().splitlines()]
     assert sum(line["event"] == "start" for line in lines) == 1 + kills
-    assert sum(line.get("route") == "/api/judgements" and line["status"] == 201 for line in lines) >= 0.95 * annotators * each
+    assert (
+        sum(line.get("route") == "/api/judgements" and line["status"] == 201 for line in lines)
+        >= 0.95 * annotators * each
+    )

@@ -1,4 +1,6 @@
-"""The label page in a real browser: judging and undoing by keyboard and by touch, looking from all sides, what a screen reader hears."""
+"""The label page in a real browser: judging and undoing by keyboard and by touch, looking from all sides,
+what a screen reader hears.
+"""
 
 import statistics
 
@@ -11,12 +13,21 @@ from tests.people.label.plans import singles
 
 pytestmark = needs_chromium
 NEXT_PAIR = 300  # milliseconds
-PHONE = {"viewport": {"width": 390, "height": 700}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
+PHONE = {
+    "viewport": {"width": 390, "height": 700},
+    "has_touch": True,
+    "is_mobile": True,
+    "device_scale_factor": 2,
+}
 
 
 def alike(picture: np.ndarray, other: np.ndarray) -> bool:
     """Whether two pictures agree but for the rounding of edges."""
-    return picture.shape == other.shape and (np.abs(picture - other).max(-1) > 24).mean() < 0.002 and np.abs(picture - other).mean() < 0.5
+    return (
+        picture.shape == other.shape
+        and (np.abs(picture - other).max(-1) > 24).mean() < 0.002
+        and np.abs(picture - other).mean() < 0.5
+    )
 
 
 def blank(picture: np.ndarray) -> bool:
@@ -29,7 +40,8 @@ def test_thirty_pairs_by_keyboard_two_undone_and_a_reload(serve, page):
     served = serve(plan(40, training=1), large)
     label = page(served.url).open()
     _practise(label)
-    left, right = label.picture("left"), label.picture("right")
+    left = label.picture("left")
+    right = label.picture("right")
     assert not blank(left) and not blank(right)
     assert (np.abs(left - right).max(-1) > 24).mean() > 0.05
 
@@ -80,13 +92,18 @@ def test_both_sides_share_one_camera(serve, page):
     assert alike(start, label.picture("right")) and not blank(start)
     seen = {}
     for name, look in {
-        "drag": lambda: label.drag("left", 90, -40), "drag right": lambda: label.drag("right", 60, 50),
-        "zoom": lambda: label.page.mouse.wheel(0, -300), "turn": lambda: label.page.keyboard.press("Shift+ArrowRight"),
-        "pan": lambda: label.page.keyboard.press("j"), **{key: lambda key=key: label.page.keyboard.press(key) for key in "23456"},
-    }.items():  # fmt: skip
+        "drag": lambda: label.drag("left", 90, -40),
+        "drag right": lambda: label.drag("right", 60, 50),
+        "zoom": lambda: label.page.mouse.wheel(0, -300),
+        "turn": lambda: label.page.keyboard.press("Shift+ArrowRight"),
+        "pan": lambda: label.page.keyboard.press("j"),
+        **{key: lambda key=key: label.page.keyboard.press(key) for key in "23456"},
+    }.items():
         before = label.page.evaluate("JSON.stringify(window.labelState.orbit)")
         look()
-        label.page.wait_for_function("before => JSON.stringify(window.labelState.orbit) !== before", arg=before)
+        label.page.wait_for_function(
+            "before => JSON.stringify(window.labelState.orbit) !== before", arg=before
+        )
         label.drawn()
         cameras = label.state("cameras")
         assert cameras["left"] == cameras["right"]
@@ -143,14 +160,26 @@ def test_a_screen_reader_hears_what_happens(serve, page):
     served = serve(plan(8))
     label = page(served.url).open()
     for role, name in [
-        ("button", "Left is better"), ("button", "Equally good"), ("button", "Right is better"), ("button", "Skip"), ("button", "Undo"),
-        ("button", "Help"), ("button", "Front"), ("img", "Left shape, seen from the front"), ("img", "Right shape, seen from the front"),
-        ("progressbar", "Pairs judged"), ("toolbar", "View of both shapes"), ("group", "Your answer"),
-    ]:  # fmt: skip
+        ("button", "Left is better"),
+        ("button", "Equally good"),
+        ("button", "Right is better"),
+        ("button", "Skip"),
+        ("button", "Undo"),
+        ("button", "Help"),
+        ("button", "Front"),
+        ("img", "Left shape, seen from the front"),
+        ("img", "Right shape, seen from the front"),
+        ("progressbar", "Pairs judged"),
+        ("toolbar", "View of both shapes"),
+        ("group", "Your answer"),
+    ]:
         assert label.page.get_by_role(role, name=name, exact=True).count() == 1, (role, name)
     label.press("ArrowLeft")
     assert label.page.inner_text("[role=status][aria-live=polite]").startswith("Left chosen. Pair 2 of")
-    nameless = "[...document.querySelectorAll('button, a')].filter(e => !(e.ariaLabel || e.textContent.trim())).length"
+    nameless = (
+        "[...document.querySelectorAll('button, a')].filter(e => !(e.ariaLabel ||"
+        " e.textContent.trim())).length"
+    )
     assert label.page.evaluate(nameless) == 0
     label.page.keyboard.press("4")
     assert label.page.get_by_role("img", name="Left shape, seen from behind").count() == 1
@@ -162,7 +191,10 @@ def test_a_phone(serve, page):
     label = page(served.url, **PHONE).open()
     left, right = (label.page.locator(f"#{side}").bounding_box() for side in ("left", "right"))
     assert left["y"] + left["height"] <= right["y"] and left["width"] > 350 and left["height"] > 150
-    assert label.page.evaluate("document.documentElement.scrollHeight <= innerHeight && document.documentElement.scrollWidth <= innerWidth")
+    assert label.page.evaluate(
+        "document.documentElement.scrollHeight <= innerHeight && document.documentElement.scrollWidth <="
+        " innerWidth"
+    )
     middle = (left["x"] + left["width"] / 2, left["y"] + left["height"] / 2)
     before = label.state("orbit")
     _touch(label, [middle], [(middle[0] + 60, middle[1])])
@@ -184,9 +216,14 @@ def test_a_phone(serve, page):
 def _touch(label: Page, start: list[tuple], end: list[tuple], steps: int = 6) -> None:
     wire = label.context.new_cdp_session(label.page)
     for step in range(steps + 1):
-        points = [{"x": a + (c - a) * step / steps, "y": b + (d - b) * step / steps, "id": i}
-                  for i, ((a, b), (c, d)) in enumerate(zip(start, end, strict=True))]
-        wire.send("Input.dispatchTouchEvent", {"type": "touchStart" if step == 0 else "touchMove", "touchPoints": points})
+        points = [
+            {"x": a + (c - a) * step / steps, "y": b + (d - b) * step / steps, "id": i}
+            for i, ((a, b), (c, d)) in enumerate(zip(start, end, strict=True))
+        ]
+        wire.send(
+            "Input.dispatchTouchEvent",
+            {"type": "touchStart" if step == 0 else "touchMove", "touchPoints": points},
+        )
     wire.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
     label.drawn()
 
@@ -212,7 +249,9 @@ def test_thumbs_by_keyboard_with_practice_and_undo(single):
     assert width > 0.9 * label.page.locator(".stage").bounding_box()["width"]
     label.answer("ArrowDown")
     label.ready("explained")
-    assert "Yes, that is it" in label.page.inner_text("#explanation") and "It has a hole." in label.page.inner_text("#explanation")
+    assert "Yes, that is it" in label.page.inner_text(
+        "#explanation"
+    ) and "It has a hole." in label.page.inner_text("#explanation")
     label.answer("Enter")
     label.ready(ahead=2)
     label.page.keyboard.press("ArrowLeft")

@@ -1,4 +1,6 @@
-"""The label page where a campaign asks and tells more: both bad, questions, comments, names after the answer, one's own answers."""
+"""The label page where a campaign asks and tells more: both bad, questions, comments, names after the answer,
+one's own answers.
+"""
 
 import pytest
 
@@ -17,13 +19,20 @@ def counting(served) -> list:
 
 @pytest.mark.long
 def test_questions_both_bad_and_a_comment_by_keyboard(serve, page):
-    served = serve(plan(6), campaign={**QUIET, "both_bad": True, "questions": ("geometry", "ears=Which has the finer ears?")})
+    served = serve(
+        plan(6),
+        campaign={**QUIET, "both_bad": True, "questions": ("geometry", "ears=Which has the finer ears?")},
+    )
     label = page(served.url).open()
     assert label.page.inner_text("#askedText") == "Which has the better geometry?"
     label.answer("ArrowUp")
-    assert label.page.inner_text("#askedText") == "Which has the better geometry?", "both bad answers no question"
+    assert label.page.inner_text("#askedText") == "Which has the better geometry?", (
+        "both bad answers no question"
+    )
     label.answer("ArrowLeft")
-    label.page.wait_for_function("document.querySelector('#askedText').textContent === 'Which has the finer ears?'")
+    label.page.wait_for_function(
+        "document.querySelector('#askedText').textContent === 'Which has the finer ears?'"
+    )
     label.answer("Backspace")
     label.page.wait_for_timeout(400)
     label.answer("ArrowRight")
@@ -38,8 +47,14 @@ def test_questions_both_bad_and_a_comment_by_keyboard(serve, page):
     label.press("ArrowUp")
     label.sent()
     (row,) = rows(served)
-    assert (row.choice, row.votes, row.comment) == ("bad", {"geometry": "right", "ears": "tie"}, "<i>flat</i> ears")
-    assert label.page.get_by_role("button", name="Comment").get_attribute("aria-pressed") == "false", "a remark is for one pair"
+    assert (row.choice, row.votes, row.comment) == (
+        "bad",
+        {"geometry": "right", "ears": "tie"},
+        "<i>flat</i> ears",
+    )
+    assert label.page.get_by_role("button", name="Comment").get_attribute("aria-pressed") == "false", (
+        "a remark is for one pair"
+    )
     assert label.page.inner_text("#askedText") == "Which has the better geometry?"
 
 
@@ -66,7 +81,10 @@ def test_an_old_answer_is_looked_at_and_changed_by_a_further_record(serve, page)
     assert [line.get_attribute("data-assignment") for line in lines.all()] == given[::-1]
     lines.nth(2).click()
     label.ready()
-    assert label.state("pair.assignment") == given[0] and label.page.locator(".given").get_attribute("data-choice") == "left"
+    assert (
+        label.state("pair.assignment") == given[0]
+        and label.page.locator(".given").get_attribute("data-choice") == "left"
+    )
     assert label.page.locator("#backToWork").is_visible()
     label.page.keyboard.press("Escape")
     label.ready()
@@ -80,7 +98,11 @@ def test_an_old_answer_is_looked_at_and_changed_by_a_further_record(serve, page)
     label.press("ArrowDown")
     label.sent()
     assert label.state("pair.assignment") == waiting and label.state("done") == 3
-    assert [(row.assignment, row.choice) for row in counting(served)] == [(given[1], "right"), (given[2], "bad"), (given[0], "tie")]
+    assert [(row.assignment, row.choice) for row in counting(served)] == [
+        (given[1], "right"),
+        (given[2], "bad"),
+        (given[0], "tie"),
+    ]
     assert [(row.assignment, row.choice) for row in rows(served) if row.undone] == [(given[0], "left")]
     label.page.wait_for_timeout(500)
     label.press("u")
@@ -93,11 +115,18 @@ def test_results_show_questions_and_comments_as_text(serve, page):
     for k, (choice, geometry) in enumerate((("left", "left"), ("bad", "tie"), ("right", "left"))):
         shown = served.store.assignments(served.campaign, who, 1)[0]
         votes = {"geometry": geometry, "ears": "right"}
-        served.store.submit(served.campaign, who, answer(shown, f"k{k}", Choice(choice), votes=votes, comment=HOSTILE if k == 1 else None))
+        served.store.submit(
+            served.campaign,
+            who,
+            answer(shown, f"k{k}", Choice(choice), votes=votes, comment=HOSTILE if k == 1 else None),
+        )
     results = page(served.url)
     results.page.goto(served.url + "/admin")
     results.page.locator("#commentRows tr").wait_for()
     assert results.page.locator("#commentRows td").all_inner_texts()[1:] == ["local", "bad", HOSTILE]
     rows_shown = [line.split("\t") for line in results.page.locator("#questionRows tr").all_inner_texts()]
-    assert rows_shown == [["ears", "3", "0 %", "0 %", "100 %", "1 of 2", "–"], ["geometry", "3", "67 %", "33 %", "0 %", "1 of 2", "–"]]
+    assert rows_shown == [
+        ["ears", "3", "0 %", "0 %", "100 %", "1 of 2", "–"],
+        ["geometry", "3", "67 %", "33 %", "0 %", "1 of 2", "–"],
+    ]
     assert "and 1 both bad" in results.page.inner_text("#annotators")

@@ -47,7 +47,8 @@ def width(picture: np.ndarray) -> int:
 @pytest.mark.long
 def test_assets_whose_z_is_up_are_turned(serve, page):
     """What a file has along z stands up, what it has along y lies behind; sizes are as ever."""
-    planned, turned = plan(1), {"up": "z"}
+    planned = plan(1)
+    turned = {"up": "z"}
     served = serve(planned, mesh, campaign={"extra": turned})
     label = page(served.url).open()
     x, y, z = np.asarray(label.state("places.left")).reshape(4, 4)[:3, :3]  # where the file's axes go
@@ -64,7 +65,8 @@ def test_a_textured_pair(serve, page):
     far = packed(asset_files.pack_glb(document, binary))
     served = serve(plan(2), lambda shape: far if shape.seed % 2 else textured(1))
     label = page(served.url).open()
-    left, right = label.picture("left"), label.picture("right")
+    left = label.picture("left")
+    right = label.picture("right")
     assert np.ptp(left, axis=-1).max() > 80, "in colour"
     assert np.abs(left - right).mean() < 0.5, "one shape in two sizes and places looks the same"
     assert label.state("cameras.left") == label.state("cameras.right")
@@ -101,15 +103,23 @@ def test_videos_in_step(tmp_path, serve, page):
     films = [asset_files.write_film(tmp_path / f"{i}.mp4", frames=24, seed=i).read_bytes() for i in range(2)]
     served = serve(plan(2), lambda a: compress(films[a.seed % 2]))
     label = page(served.url, reduced_motion="reduce").open()
-    assert label.page.get_by_role("button", name="Play").is_visible() and not label.page.locator("#wireframe").is_visible()
+    assert (
+        label.page.get_by_role("button", name="Play").is_visible()
+        and not label.page.locator("#wireframe").is_visible()
+    )
     times = "[...document.querySelectorAll('video')].map(video => video.currentTime / video.duration)"
     label.drag("left", 120, 0)
-    moved = "() => [...document.querySelectorAll('video')].every(video => video.currentTime > 0 && !video.seeking && video.paused)"
+    moved = (
+        "() => [...document.querySelectorAll('video')].every(video => video.currentTime > 0 && !video.seeking"
+        " && video.paused)"
+    )
     label.page.wait_for_function(moved)
     a, b = label.page.evaluate(times)
     assert a == pytest.approx(b, abs=0.01) and 0.05 < a < 0.95
     label.page.keyboard.press("p")
-    label.page.wait_for_function("() => [...document.querySelectorAll('video')].every(v => !v.paused && v.muted && !v.controls)")
+    label.page.wait_for_function(
+        "() => [...document.querySelectorAll('video')].every(v => !v.paused && v.muted && !v.controls)"
+    )
     label.page.wait_for_timeout(400)
     a, b = label.page.evaluate(times)
     assert min(abs(a - b), 1 - abs(a - b)) < 0.06
@@ -121,16 +131,25 @@ def test_videos_in_step(tmp_path, serve, page):
 @pytest.mark.long
 @pytest.mark.parametrize("context", [{}, PHONE], ids=["desktop", "phone"])
 def test_the_prompt_is_beside_the_pair(tmp_path, serve, page, context):
-    text = "A teapot in the shape of an elephant, glazed in blue, with a trunk for a spout and two round ears for handles"
+    text = (
+        "A teapot in the shape of an elephant, glazed in blue, with a trunk for a spout and two round ears"
+        " for handles"
+    )
     png = io.BytesIO()
     Image.new("RGB", (320, 240), (30, 90, 200)).save(png, "WEBP")
     cache = ShapeCache(tmp_path / "cache")
     cache.put_prompt("a" * 64, png.getvalue())
-    planned = [replace(pair, first=replace(pair.first, condition="pot"), second=replace(pair.second, condition="pot")) for pair in plan(2)]
+    planned = [
+        replace(
+            pair, first=replace(pair.first, condition="pot"), second=replace(pair.second, condition="pot")
+        )
+        for pair in plan(2)
+    ]
     extra = {"conditions": {"pot": {"text": text, "image": "pot.png", "hash": "a" * 64}}}
     served = serve(planned, mesh, campaign={"extra": extra})
     label = page(served.url, **context).open()
-    shown, left = label.page.locator("#promptText"), label.page.locator("#left").bounding_box()
+    shown = label.page.locator("#promptText")
+    left = label.page.locator("#left").bounding_box()
     assert shown.inner_text() == text
     line = shown.bounding_box()
     if context:
@@ -147,10 +166,13 @@ def test_the_prompt_is_beside_the_pair(tmp_path, serve, page, context):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("made", [lambda shape: textured(shape.seed % 6, 512), lambda shape: heavy_mesh(shape.seed % 2)])
+@pytest.mark.parametrize(
+    "made", [lambda shape: textured(shape.seed % 6, 512), lambda shape: heavy_mesh(shape.seed % 2)]
+)
 def test_memory_is_steady_over_fifty_pairs(serve, page, made):
     """What the page holds, after each ten of fifty pairs."""
-    label, seen = page(serve(plan(56), made, campaign=QUIET).url).open(), []
+    label = page(serve(plan(56), made, campaign=QUIET).url).open()
+    seen = []
     for place in range(50):
         label.ready(ahead=1)
         label.drawn()  # an answer counts once the pair is on the screen
@@ -171,7 +193,8 @@ def _memory(label: Page) -> dict:
     return {**label.state("memory"), "heap": found["JSHeapUsedSize"] / 1e6, "nodes": found["Nodes"]}
 
 
-# ---- how long large ones take, from the disk cache over loopback: two textured meshes of 55 MB, and 500,000 Gaussians a side
+# ---- how long large ones take, from the disk cache over loopback: two textured meshes of 55 MB, and 500,000
+# Gaussians a side
 
 
 @functools.cache
@@ -183,13 +206,19 @@ def heavy_mesh(seed: int) -> bytes:
 @functools.cache
 def heavy_splats(seed: int) -> bytes:
     """Half a million of degree 0, as in the cache."""
-    return compress(b"".join(bytes(part) for part in splat_parts(read_splats(memoryview(asset_files.splats(500_000, 0, seed))))))
+    return compress(
+        b"".join(
+            bytes(part) for part in splat_parts(read_splats(memoryview(asset_files.splats(500_000, 0, seed))))
+        )
+    )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [heavy_mesh, heavy_splats])
 def test_the_first_pair_and_the_next(serve, page, kind):
-    """Time to the first pair that can be judged, and from an answer to the next pair, prefetched; bounds are loose, as machines differ."""
+    """Time to the first pair that can be judged, and from an answer to the next pair, prefetched; bounds are
+    loose, as machines differ.
+    """
     served = serve(plan(4), lambda shape: kind(shape.seed % 2), campaign=QUIET)
     label = page(served.url, viewport={"width": 1280, "height": 780})
     label.page.add_init_script("localStorage.setItem('eg3d-welcome:local', 'seen')")
@@ -198,11 +227,16 @@ def test_the_first_pair_and_the_next(serve, page, kind):
     label.page.wait_for_function("() => window.labelState?.state === 'label'", timeout=60_000)
     ready = time.perf_counter() - began
     for _ in range(3):
-        label.page.wait_for_function("() => window.labelState.state === 'label' && window.labelState.ahead >= 1", timeout=60_000)
+        label.page.wait_for_function(
+            "() => window.labelState.state === 'label' && window.labelState.ahead >= 1", timeout=60_000
+        )
         label.page.wait_for_timeout(3000)
         label.press("ArrowLeft")
     label.page.wait_for_timeout(500)
     waits = label.page.evaluate("performance.getEntriesByName('next-pair').map((mark) => mark.duration)")
     sizes = [round(len(kind(seed)) / 1e6, 1) for seed in (0, 1)]
-    print(f"\n{kind.__name__}, {sizes} MB packed: ready {ready:.2f} s; next pair {', '.join(f'{wait:.0f}' for wait in waits)} ms")
+    print(
+        f"\n{kind.__name__}, {sizes} MB packed: ready {ready:.2f} s; next pair"
+        f" {', '.join(f'{wait:.0f}' for wait in waits)} ms"
+    )
     assert ready < 20 and len(waits) == 3 and sorted(waits)[1] < 2000

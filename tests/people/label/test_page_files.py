@@ -1,4 +1,6 @@
-"""The files of the page as they are kept: made from their sources, small, licensed, packed, and fit for the strict policy."""
+"""The files of the page as they are kept: made from their sources, small, licensed, packed, and fit for the
+strict policy.
+"""
 
 import hashlib
 import re
@@ -36,15 +38,21 @@ class Tags(HTMLParser):
 @pytest.mark.parametrize("name", ["app.js", "admin.js", "gaussian_worker.js", "sw.js"])
 def test_bundles_are_made_from_the_sources_beside_them(name):
     sources = sorted(["build.mjs", "package-lock.json", *(f"src/{p.name}" for p in (WEB / "src").glob("*"))])
-    digest = hashlib.sha256("".join(f"{one}\0{(WEB / one).read_text()}\0" for one in sources).encode()).hexdigest()
+    digest = hashlib.sha256(
+        "".join(f"{one}\0{(WEB / one).read_text()}\0" for one in sources).encode()
+    ).hexdigest()
     found = re.match(r"/\* sources ([0-9a-f]{64});", (STATIC / name).read_text())
-    assert found and found[1] == digest, f"{name} is stale: cd eg3d_rlhf/people/label/web && npm ci && npm run build"
+    assert found and found[1] == digest, (
+        f"{name} is stale: cd eg3d_rlhf/people/label/web && npm ci && npm run build"
+    )
 
 
 def test_the_bundles_are_reproducible():
     if shutil.which("node") is None or not (WEB / "node_modules" / "esbuild").is_dir():
         pytest.skip("needs node and the pinned packages: cd eg3d_rlhf/people/label/web && npm ci")
-    result = subprocess.run(["node", "build.mjs", "--check"], cwd=WEB, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        ["node", "build.mjs", "--check"], cwd=WEB, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -72,7 +80,10 @@ def test_pages_fit_the_policy_and_load_nothing_from_elsewhere(name):
     assert ("html", "en") in [(tag, attributes.get("lang")) for tag, attributes in tags.found]
 
 
-BANNED = r"\beval\(|new Function|innerHTML|outerHTML|insertAdjacentHTML|document\.write|https?://(?!www\.w3\.org/2000/svg)"
+BANNED = (
+    r"\beval\(|new"
+    r" Function|innerHTML|outerHTML|insertAdjacentHTML|document\.write|https?://(?!www\.w3\.org/2000/svg)"
+)
 
 
 def test_scripts_neither_evaluate_text_nor_write_html():
@@ -85,5 +96,15 @@ def test_scripts_neither_evaluate_text_nor_write_html():
 def test_the_files_are_packed_with_the_project():
     declared = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     packed = {p.name for pattern in declared["eg3d_rlhf.people.label"] for p in STATIC.parent.glob(pattern)}
-    pages = {"index.html", "app.js", "gaussian_worker.js", "sw.js", "app.css", "admin.html", "admin.js", "admin.css", "asked.css"}
+    pages = {
+        "index.html",
+        "app.js",
+        "gaussian_worker.js",
+        "sw.js",
+        "app.css",
+        "admin.html",
+        "admin.js",
+        "admin.css",
+        "asked.css",
+    }
     assert pages | {"login.html", "login.js", "login.css", "login.json", "THREE-LICENSE"} == packed

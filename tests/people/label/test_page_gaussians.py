@@ -11,12 +11,16 @@ from tests.people.label import asset_files
 from tests.people.label.browser import Page, needs_chromium, plan
 
 pytestmark = needs_chromium
-MEAN, LARGEST = 0.5, 3.0  # of 255: differences between the page and the oracle; rounding to a picture alone is 0.25 and 0.5
+# of 255: differences between the page and the oracle; rounding to a picture alone is 0.25 and 0.5
+MEAN = 0.5
+LARGEST = 3.0
 
 # the page takes a renderer that hides its name for a graphics card
 NAMELESS = """
 const found = WebGL2RenderingContext.prototype.getExtension;
-WebGL2RenderingContext.prototype.getExtension = function (name) { return /debug_renderer/.test(name) ? null : found.call(this, name) };
+WebGL2RenderingContext.prototype.getExtension = function (name) {
+  return /debug_renderer/.test(name) ? null : found.call(this, name);
+};
 """
 WHOLE_PIXELS = """() => {
   document.querySelector('header').style.height = '60px';
@@ -24,19 +28,22 @@ WHOLE_PIXELS = """() => {
 }"""
 
 
-def draw(splats: Splats, view: np.ndarray, projection: np.ndarray, size: tuple[int, int], background: np.ndarray) -> np.ndarray:
-    """A picture [H, W, 3] in 0..255, slowly and obviously: numpy, float64, one after the other (Kerbl et al. 2023;
-    EWA, Zwicker et al. 2001).
+def draw(
+    splats: Splats, view: np.ndarray, projection: np.ndarray, size: tuple[int, int], background: np.ndarray
+) -> np.ndarray:
+    """A picture [H, W, 3] in 0..255, slowly and obviously: numpy, float64, one after the other
+    (Kerbl et al. 2023; EWA, Zwicker et al. 2001).
 
-    Args: view [4, 4] from the Gaussians' coordinates to the camera's, which looks along -z; projection [4, 4] as OpenGL's;
-        size (W, H) pixels; background [3] in 0..255.
+    Args: view [4, 4] from the Gaussians' coordinates to the camera's, which looks along -z; projection [4, 4]
+        as OpenGL's; size (W, H) pixels; background [3] in 0..255.
     """
     width, height = size
     focal = np.array([projection[0, 0] * width, projection[1, 1] * height]) / 2
     centres = splats.centres.astype(float) @ view[:3, :3].T + view[:3, 3]
     colours = _colours(splats, view)
     spreads = np.einsum("ij,njk,lk->nil", view[:3, :3], _covariances(splats), view[:3, :3])
-    x, y = np.meshgrid(np.arange(width) + 0.5 - width / 2, height / 2 - np.arange(height) - 0.5)  # pixels from the middle, y up
+    # pixels from the middle, y up
+    x, y = np.meshgrid(np.arange(width) + 0.5 - width / 2, height / 2 - np.arange(height) - 0.5)
     picture = np.broadcast_to(np.asarray(background, float) / 255, (height, width, 3)).copy()
     for i in np.argsort(centres[:, 2], kind="stable"):  # the furthest first
         depth = -centres[i, 2]
@@ -45,9 +52,15 @@ def draw(splats: Splats, view: np.ndarray, projection: np.ndarray, size: tuple[i
         slope = centres[i, :2] / depth
         edge = 1.3 / np.array([projection[0, 0], projection[1, 1]])
         bounded = slope.clip(-edge, edge)
-        jacobian = np.array([[focal[0] / depth, 0, focal[0] * bounded[0] / depth], [0, focal[1] / depth, focal[1] * bounded[1] / depth]])
+        jacobian = np.array(
+            [
+                [focal[0] / depth, 0, focal[0] * bounded[0] / depth],
+                [0, focal[1] / depth, focal[1] * bounded[1] / depth],
+            ]
+        )
         inverse = np.linalg.inv(jacobian @ spreads[i] @ jacobian.T + 0.3 * np.eye(2))
-        dx, dy = x - focal[0] * slope[0], y - focal[1] * slope[1]
+        dx = x - focal[0] * slope[0]
+        dy = y - focal[1] * slope[1]
         power = inverse[0, 0] * dx * dx + 2 * inverse[0, 1] * dx * dy + inverse[1, 1] * dy * dy
         alpha = np.minimum(0.99, splats.opacities[i] / 255 * np.exp(-power / 2))
         alpha = np.where(alpha < 1 / 255, 0, alpha)[..., None]
@@ -58,11 +71,13 @@ def draw(splats: Splats, view: np.ndarray, projection: np.ndarray, size: tuple[i
 def _covariances(splats: Splats) -> np.ndarray:
     """[N, 3, 3]"""
     w, x, y, z = (splats.rotations / np.linalg.norm(splats.rotations.astype(float), axis=1, keepdims=True)).T
-    turn = np.array([
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]).transpose(2, 0, 1)  # [N, 3, 3]  # fmt: skip
+    turn = np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    ).transpose(2, 0, 1)  # [N, 3, 3]
     scaled = turn * np.exp(splats.scales.astype(float))[:, None, :]
     return scaled @ scaled.transpose(0, 2, 1)
 
@@ -74,16 +89,26 @@ def _colours(splats: Splats, view: np.ndarray) -> np.ndarray:
     x, y, z = (away / np.linalg.norm(away, axis=1, keepdims=True)).T
     basis = [-y, z, -x]
     basis = [np.sqrt(3 / (4 * np.pi)) * b for b in basis]
-    basis += [np.sqrt(15 / (4 * np.pi)) * b for b in (x * y, -y * z, (3 * z * z - 1) / (2 * np.sqrt(3)), -x * z, (x * x - y * y) / 2)]
-    five, seven = np.sqrt(35 / (32 * np.pi)), np.sqrt(7 / (16 * np.pi))
     basis += [
-        -five * y * (3 * x * x - y * y), np.sqrt(105 / (4 * np.pi)) * x * y * z, -np.sqrt(21 / (32 * np.pi)) * y * (5 * z * z - 1),
-        seven * (5 * z**3 - 3 * z), -np.sqrt(21 / (32 * np.pi)) * x * (5 * z * z - 1), np.sqrt(105 / (16 * np.pi)) * z * (x * x - y * y),
+        np.sqrt(15 / (4 * np.pi)) * b
+        for b in (x * y, -y * z, (3 * z * z - 1) / (2 * np.sqrt(3)), -x * z, (x * x - y * y) / 2)
+    ]
+    five = np.sqrt(35 / (32 * np.pi))
+    seven = np.sqrt(7 / (16 * np.pi))
+    basis += [
+        -five * y * (3 * x * x - y * y),
+        np.sqrt(105 / (4 * np.pi)) * x * y * z,
+        -np.sqrt(21 / (32 * np.pi)) * y * (5 * z * z - 1),
+        seven * (5 * z**3 - 3 * z),
+        -np.sqrt(21 / (32 * np.pi)) * x * (5 * z * z - 1),
+        np.sqrt(105 / (16 * np.pi)) * z * (x * x - y * y),
         -five * x * (x * x - 3 * y * y),
-    ]  # fmt: skip
+    ]
     count = (splats.degree + 1) ** 2 - 1
     rest = splats.rest.astype(float).reshape(len(x), 3, count)
-    summed = 0.5 + splats.colours / np.sqrt(4 * np.pi) + np.einsum("nck,kn->nc", rest, np.array(basis)[:count])
+    summed = (
+        0.5 + splats.colours / np.sqrt(4 * np.pi) + np.einsum("nck,kn->nc", rest, np.array(basis)[:count])
+    )
     return np.maximum(summed, 0)
 
 
@@ -92,9 +117,11 @@ def cloud(count: int, degree: int, seed: int) -> Splats:
     rng = np.random.default_rng(seed)
     made = read_splats(memoryview(asset_files.splats(count, degree, seed)))
     return dataclasses.replace(
-        made, centres=rng.uniform(-0.5, 0.5, (count, 3)).astype("<f4"), scales=rng.uniform(-5, -2, (count, 3)).astype("<f2"),
+        made,
+        centres=rng.uniform(-0.5, 0.5, (count, 3)).astype("<f4"),
+        scales=rng.uniform(-5, -2, (count, 3)).astype("<f2"),
         opacities=rng.integers(0, 256, count).astype("u1"),
-    )  # fmt: skip
+    )
 
 
 def gsp1(splats: Splats) -> bytes:
@@ -107,7 +134,9 @@ def settled(label: Page) -> None:
     label.drawn()
 
 
-@pytest.mark.parametrize("card", [False, pytest.param(True, marks=pytest.mark.long)], ids=["workers", "webgl"])
+@pytest.mark.parametrize(
+    "card", [False, pytest.param(True, marks=pytest.mark.long)], ids=["workers", "webgl"]
+)
 @pytest.mark.parametrize("degree", [3, *(pytest.param(d, marks=pytest.mark.long) for d in range(3))])
 def test_as_a_slow_renderer_draws_them(serve, page, degree, card):
     planned = plan(1)
@@ -123,18 +152,24 @@ def test_as_a_slow_renderer_draws_them(serve, page, degree, card):
             label.page.keyboard.press(key)
         settled(label)
         mean, largest = _difference(served, label, clouds, side)
-        print(f"{'webgl' if card else 'workers'}, degree {degree}, {side}, {len(keys)} keys: mean {mean:.3f}, largest {largest:.2f} of 255")
+        print(
+            f"{'webgl' if card else 'workers'}, degree {degree}, {side}, {len(keys)} keys: mean {mean:.3f},"
+            f" largest {largest:.2f} of 255"
+        )
         assert mean < MEAN and largest < LARGEST
 
 
 def _difference(served, label: Page, clouds: dict, side: str) -> tuple[float, float]:
     box = label.page.locator(f"#{side}").bounding_box()
     size = (round(box["width"]), round(box["height"]))
-    camera, place = label.state("cameras")[side], label.state("places")[side]
+    camera = label.state("cameras")[side]
+    place = label.state("places")[side]
     view = np.reshape(camera["view"], (4, 4)).T @ np.reshape(place, (4, 4)).T
     seed = dict(served.store.shapes(served.campaign))[served.asset(label.state("pair")[side])].seed
     found = label.picture(side)
-    drawn = draw(clouds[seed], view, np.reshape(camera["projection"], (4, 4)).T, size, np.array([0xE9, 0xE6, 0xE0]))
+    drawn = draw(
+        clouds[seed], view, np.reshape(camera["projection"], (4, 4)).T, size, np.array([0xE9, 0xE6, 0xE0])
+    )
     inner = drawn[48 : 48 + found.shape[0], 12 : 12 + found.shape[1]]
     gap = np.abs(found - inner)
     return gap.mean(), gap.max()

@@ -1,4 +1,6 @@
-"""The page without a network: a reload keeps the pair at hand, its shapes and the answers that wait; nobody else's are ever shown."""
+"""The page without a network: a reload keeps the pair at hand, its shapes and the answers that wait; nobody
+else's are ever shown.
+"""
 
 import threading
 
@@ -9,7 +11,10 @@ from eg3d_rlhf.people.label.server.app import configure, create_app, listen
 from tests.people.label.browser import needs_chromium, plan, rows
 
 pytestmark = needs_chromium
-READY = "async () => { await navigator.serviceWorker.ready; return (await caches.keys()).some((name) => name.startsWith('eg3d-page-')); }"
+READY = (
+    "async () => { await navigator.serviceWorker.ready; return (await caches.keys()).some((name) =>"
+    " name.startsWith('eg3d-page-')); }"
+)
 KEPT = "async (count) => (await (await caches.open('eg3d-shapes')).keys()).length >= count"
 
 
@@ -17,7 +22,8 @@ class Switched:
     """A server that can be stopped and started again on its port."""
 
     def __init__(self, served):
-        self.served, self.port = served, 0
+        self.served = served
+        self.port = 0
         self.start()
 
     def start(self) -> None:
@@ -61,7 +67,9 @@ def test_a_reload_while_offline_keeps_the_pair_and_three_answers(serve, page):
     server.start()
     label.context.set_offline(False)
     label.sent()
-    assert [(row.assignment, row.choice) for row in rows(served)] == list(zip(given, ["left", "left", "right"], strict=True))
+    assert [(row.assignment, row.choice) for row in rows(served)] == list(
+        zip(given, ["left", "left", "right"], strict=True)
+    )
     assert given[0] == first and label.state("state") == "label"
     label.press("ArrowLeft")
     label.sent()
@@ -96,6 +104,9 @@ def test_signing_out_and_another_annotator_leave_nothing(serve, page):
     label.ready()
     label.page.click("#signOut")
     label.page.wait_for_url("**/login")
-    left = "async () => [localStorage.getItem('eg3d-offline'), (await caches.keys()).filter((name) => name === 'eg3d-shapes')]"
+    left = (
+        "async () => [localStorage.getItem('eg3d-offline'), (await caches.keys()).filter((name) => name ==="
+        " 'eg3d-shapes')]"
+    )
     assert label.page.evaluate(left) == [None, []]
     label.forgive("Failed to load resource")

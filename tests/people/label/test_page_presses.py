@@ -1,4 +1,6 @@
-"""Double clicks, double taps, bouncing and held keys: a burst of presses answers the pair on which it began, and no other."""
+"""Double clicks, double taps, bouncing and held keys: a burst of presses answers the pair on which it began,
+and no other.
+"""
 
 import random
 
@@ -12,7 +14,8 @@ pytestmark = needs_chromium
 
 
 CLOCK = """
-const stamp = Object.getOwnPropertyDescriptor(Event.prototype, 'timeStamp').get, now = performance.now.bind(performance);
+const stamp = Object.getOwnPropertyDescriptor(Event.prototype, 'timeStamp').get;
+const now = performance.now.bind(performance);
 window.at = null; // the time, once a test sets it
 performance.now = () => window.at ?? now();
 Object.defineProperty(Event.prototype, 'timeStamp', { get() { return window.at ?? stamp.call(this); } });
@@ -22,18 +25,39 @@ PASS = """async ([milliseconds, frames]) => {
   window.at += milliseconds;
 }"""
 SPOTS = {
-    "left": "[data-choice=left]", "tie": "[data-choice=tie]", "right": "[data-choice=right]", "skip": "#skip", "undo": "#undo",
-    "help": "#openHelp", "pane": "#left",
-}  # fmt: skip
+    "left": "[data-choice=left]",
+    "tie": "[data-choice=tie]",
+    "right": "[data-choice=right]",
+    "skip": "#skip",
+    "undo": "#undo",
+    "help": "#openHelp",
+    "pane": "#left",
+}
 CHOICES = ("left", "tie", "right")
-KEYS = (*3 * ("ArrowLeft", "ArrowRight", "ArrowDown"), " ", "Enter", "1", "2", "4", "s", "u", "c", "?", "Escape")
+KEYS = (
+    *3 * ("ArrowLeft", "ArrowRight", "ArrowDown"),
+    " ",
+    "Enter",
+    "1",
+    "2",
+    "4",
+    "s",
+    "u",
+    "c",
+    "?",
+    "Escape",
+)
 
 
 class Bursts:
-    """Presses of all kinds with 10 to 300 ms between them, in the browser's own events; their times are the script's."""
+    """Presses of all kinds with 10 to 300 ms between them, in the browser's own events; their times are the
+    script's.
+    """
 
     def __init__(self, label: Page, rng: random.Random):
-        self.label, self.page, self.rng = label, label.page, rng
+        self.label = label
+        self.page = label.page
+        self.rng = rng
         self.spots = {}
         for name, at in SPOTS.items():
             box = self.page.locator(at).bounding_box()
@@ -45,9 +69,13 @@ class Bursts:
         self.page.evaluate(PASS, [milliseconds, frames])
 
     def press(self) -> str:
-        kind = self.rng.choice(["click", "click", "tap", "tap", "key", "key", "held", "slow click", "both", "focused", "focused"])
-        spot, key = self.rng.choice([*self.spots, *CHOICES, *CHOICES]), self.rng.choice(KEYS)
-        mouse, keyboard = self.page.mouse, self.page.keyboard
+        kind = self.rng.choice(
+            ["click", "click", "tap", "tap", "key", "key", "held", "slow click", "both", "focused", "focused"]
+        )
+        spot = self.rng.choice([*self.spots, *CHOICES, *CHOICES])
+        key = self.rng.choice(KEYS)
+        mouse = self.page.mouse
+        keyboard = self.page.keyboard
         if kind == "click":
             mouse.click(*self.spots[spot])
         elif kind == "tap":
@@ -77,7 +105,9 @@ class Bursts:
         return f"{kind} {spot} {key!r}"
 
     def made(self) -> list[str]:
-        """A burst. Now and then the page has shown what comes next before the next press, as it does in earnest."""
+        """A burst. Now and then the page has shown what comes next before the next press, as it does in
+        earnest.
+        """
         done = [self.press()]
         for _ in range(self.rng.randint(1, 4)):
             gap = self.rng.randint(10, 300)
@@ -86,7 +116,9 @@ class Bursts:
         return done
 
     def settle(self) -> None:
-        """Half a second after the last press, the dialogs that it opened closed, a pair is there to be judged."""
+        """Half a second after the last press, the dialogs that it opened closed, a pair is there to be
+        judged.
+        """
         self.wait(500, 1)
         while self.page.evaluate("document.querySelector('dialog[open]') !== null"):
             self.page.keyboard.press("Escape")
@@ -117,10 +149,13 @@ class Bursts:
 @pytest.mark.long
 @pytest.mark.parametrize(("bursts", "seed"), [(30, 1), (1000, 2)])
 def test_a_burst_answers_one_pair_at_most_and_half_a_second_later_all_is_taken(serve, page, bursts, seed):
-    served = serve(plan(2 * bursts + 10), lambda one: bumpy_ball(one.seed % 6, 400), campaign=QUIET, limits=GENEROUS)
+    served = serve(
+        plan(2 * bursts + 10), lambda one: bumpy_ball(one.seed % 6, 400), campaign=QUIET, limits=GENEROUS
+    )
     label = page(served.url, has_touch=True)
     label.page.add_init_script(CLOCK)
-    burst, answers = Bursts(label.open(), random.Random(seed)), []
+    burst = Bursts(label.open(), random.Random(seed))
+    answers = []
     for _ in range(bursts):
         burst.settle()
         burst.wait(500)
@@ -134,4 +169,7 @@ def test_a_burst_answers_one_pair_at_most_and_half_a_second_later_all_is_taken(s
         assert label.state("done") == before + answers[-1] + 1, (made, how)
     label.sent()
     kept = [row.assignment for row in rows(served) if not row.undone]
-    assert len(set(kept)) == len(kept) == sum(answers) + bursts and sum(answer == 1 for answer in answers) > 0.5 * bursts
+    assert (
+        len(set(kept)) == len(kept) == sum(answers) + bursts
+        and sum(answer == 1 for answer in answers) > 0.5 * bursts
+    )

@@ -1,5 +1,6 @@
-"""The label page in a real browser where something goes wrong or has to wait: connection, session, another window, the server, shapes."""
-
+"""The label page in a real browser where something goes wrong or has to wait: connection, session, another
+window, the server, shapes.
+"""
 
 from tests.people.label.browser import needs_chromium, plan, rows
 
@@ -8,7 +9,8 @@ pytestmark = needs_chromium
 
 def test_a_pair_answered_in_another_window_is_passed_over(serve, page):
     served = serve(plan(8))
-    tab, other = page(served.url).open(), page(served.url).open()
+    tab = page(served.url).open()
+    other = page(served.url).open()
     assert tab.state("pair.assignment") == other.state("pair.assignment")
     first = tab.press("ArrowLeft")
     tab.sent()
@@ -26,7 +28,11 @@ def test_a_pair_answered_in_another_window_is_passed_over(serve, page):
 def test_trouble_at_the_server_loses_nothing(serve, page):
     served = serve(plan(8))
     label = page(served.url)
-    replies = [{"status": 503, "headers": {"Retry-After": "0"}}, {"status": 403}, {"status": 429, "headers": {"Retry-After": "1"}}]
+    replies = [
+        {"status": 503, "headers": {"Retry-After": "0"}},
+        {"status": 403},
+        {"status": 429, "headers": {"Retry-After": "1"}},
+    ]
     broken = []
 
     def first_refuse(route):
@@ -34,7 +40,11 @@ def test_trouble_at_the_server_loses_nothing(serve, page):
 
     def without_the_first(route):
         broken[:] = broken or [route.request.url]
-        route.fulfill(status=404, json={"error": "No such shape.", "remedy": ""}) if route.request.url in broken else route.continue_()
+        (
+            route.fulfill(status=404, json={"error": "No such shape.", "remedy": ""})
+            if route.request.url in broken
+            else route.continue_()
+        )
 
     label.page.route("**/api/judgements", first_refuse)
 
@@ -42,7 +52,10 @@ def test_trouble_at_the_server_loses_nothing(serve, page):
     label.page.goto(served.url)
     label.ready("failed")
     label.answer("Enter")
-    assert "No such shape." in label.page.inner_text("#notice") and label.page.get_by_role("button", name="Left is better").is_disabled()
+    assert (
+        "No such shape." in label.page.inner_text("#notice")
+        and label.page.get_by_role("button", name="Left is better").is_disabled()
+    )
     label.answer("s")
     label.page.keyboard.press("3")
     label.ready()

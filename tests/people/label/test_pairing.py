@@ -1,4 +1,6 @@
-"""Plans of pairs: decided by their options, disjoint where they promise it, with known answers spread between."""
+"""Plans of pairs: decided by their options, disjoint where they promise it, with known answers spread
+between.
+"""
 
 import itertools
 from collections import Counter
@@ -34,17 +36,27 @@ def test_random_pairs_use_every_seed_once():
 def test_equal_options_give_equal_plans_and_the_seed_decides(strategy):
     options = PairingOptions(pairs=40, strategy=strategy)
     assert plan(options, GENERATOR) == plan(options, GENERATOR)
-    assert seeds_of(plan_pairs(replace(options, seed=1), GENERATOR)) != seeds_of(plan_pairs(options, GENERATOR))
+    assert seeds_of(plan_pairs(replace(options, seed=1), GENERATOR)) != seeds_of(
+        plan_pairs(options, GENERATOR)
+    )
 
 
 def test_shapes_are_drawn_as_the_options_say(tmp_path):
     options = PairingOptions(pairs=5, psi=0.7, level=12.0, resolution=64, triangles=900)
     shapes = [shape for pair in plan_pairs(options, GENERATOR) for shape in (pair.first, pair.second)]
-    assert {(s.generator, s.source, s.psi, s.level, s.resolution, s.triangles) for s in shapes} == {("c" * 64, "", 0.7, 12.0, 64, 900)}
-    other = SimpleNamespace(hash="d" * 64, path=tmp_path / "x.safetensors", generator=SimpleNamespace(level=7.5))
+    assert {(s.generator, s.source, s.psi, s.level, s.resolution, s.triangles) for s in shapes} == {
+        ("c" * 64, "", 0.7, 12.0, 64, 900)
+    }
+    other = SimpleNamespace(
+        hash="d" * 64, path=tmp_path / "x.safetensors", generator=SimpleNamespace(level=7.5)
+    )
     made = plan(PairingOptions(pairs=1), other)
     assert made.pairs[0].first.source == str(tmp_path / "x.safetensors"), "another network's place is kept"
-    assert {side.level for pair in made.pairs for side in (pair.first, pair.second)} == {made.report["level"]} == {7.5}, "its own level"
+    assert (
+        {side.level for pair in made.pairs for side in (pair.first, pair.second)}
+        == {made.report["level"]}
+        == {7.5}
+    ), "its own level"
 
 
 @pytest.mark.parametrize("strategy", ["random", "tournament"])
@@ -56,15 +68,25 @@ def test_known_answers_are_about_seeds_of_their_own_and_right(strategy):
     assert len({p.first.seed for p in known}) == 16 and compared.isdisjoint(p.first.seed for p in known)
     for pair in known:
         right, wrong = (pair.first, pair.second) if pair.expected == "first" else (pair.second, pair.first)
-        assert right.degradation == "" and wrong.degradation in DAMAGES and replace(wrong, degradation="") == right
+        assert (
+            right.degradation == ""
+            and wrong.degradation in DAMAGES
+            and replace(wrong, degradation="") == right
+        )
     assert {p.expected for p in known} == {"first", "second"}
     assert {p.first.degradation + p.second.degradation for p in known if p.kind is Kind.GOLD} == set(DAMAGES)
-    assert all(p.expected is None and not p.first.degradation and not p.second.degradation for p in pairs if p.kind is Kind.PAIR)
+    assert all(
+        p.expected is None and not p.first.degradation and not p.second.degradation
+        for p in pairs
+        if p.kind is Kind.PAIR
+    )
 
 
 @pytest.mark.parametrize(("pairs", "rounds"), [(100, 4), (90, 4), (7, 3), (10, 1)])
 def test_a_tournament_has_so_many_pairs_and_so_many_of_each_shape(pairs, rounds):
-    planned = seeds_of(plan_pairs(PairingOptions(pairs=pairs, strategy="tournament", rounds=rounds), GENERATOR))
+    planned = seeds_of(
+        plan_pairs(PairingOptions(pairs=pairs, strategy="tournament", rounds=rounds), GENERATOR)
+    )
     games = Counter(seed for pair in planned for seed in pair)
     assert len(planned) == pairs == len({frozenset(p) for p in planned})
     assert max(games.values()) == rounds and min(games.values()) >= rounds - 1
@@ -72,7 +94,10 @@ def test_a_tournament_has_so_many_pairs_and_so_many_of_each_shape(pairs, rounds)
 
 def test_the_next_round_follows_from_the_results():
     options = PairingOptions(pairs=8, strategy="tournament", rounds=1, gold=2)
-    results = [Preference(winner=max(p), loser=min(p), generator="c" * 64, psi=1.0) for p in seeds_of(plan_pairs(options, GENERATOR))]
+    results = [
+        Preference(winner=max(p), loser=min(p), generator="c" * 64, psi=1.0)
+        for p in seeds_of(plan_pairs(options, GENERATOR))
+    ]
     pairs = plan_pairs(options, GENERATOR, results)
     winners = {r.winner for r in results}
     assert len(seeds_of(pairs)) == 8 and all((a in winners) == (b in winners) for a, b in seeds_of(pairs))
@@ -81,9 +106,13 @@ def test_the_next_round_follows_from_the_results():
     assert known.isdisjoint(seed for pair in seeds_of(pairs) for seed in pair)
 
 
-@pytest.mark.parametrize(("strategy", "result", "words"), [
-    ("tournament", {"generator": "e" * 64}, "next round with"), ("tournament", {"psi": 0.5}, "next round with"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("strategy", "result", "words"),
+    [
+        ("tournament", {"generator": "e" * 64}, "next round with"),
+        ("tournament", {"psi": 0.5}, "next round with"),
+    ],
+)
 def test_results_that_do_not_fit_are_refused(strategy, result, words):
     results = [Preference(**{"winner": 1, "loser": 2, "generator": "c" * 64, "psi": 1.0, **result})]
     with pytest.raises(ValueError, match=words):
@@ -93,11 +122,19 @@ def test_results_that_do_not_fit_are_refused(strategy, result, words):
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"pairs": 0}, "pairs must be >= 1"), ({"strategy": "best"}, "random, active, tournament"), ({"psi": -1}, "psi"),
-        ({"level": np.nan}, "level"), ({"resolution": 8}, "resolution must be >= 16"), ({"pool": 1.0}, "pool must be >= 2"),
+        ({"pairs": 0}, "pairs must be >= 1"),
+        ({"strategy": "best"}, "random, active, tournament"),
+        ({"psi": -1}, "psi"),
+        ({"level": np.nan}, "level"),
+        ({"resolution": 8}, "resolution must be >= 16"),
+        ({"pool": 1.0}, "pool must be >= 2"),
         ({"gold": -1}, "gold"),
-        ({"diversity": 1.5}, "diversity"), ({"first_seed": 2**32 - 10}, "smaller one"),
-        ({"triangles": 3}, "triangles"), ({"training": -1}, "training"), ({"rounds": 0}, "rounds"), ({"seed": -1}, "seed"),
+        ({"diversity": 1.5}, "diversity"),
+        ({"first_seed": 2**32 - 10}, "smaller one"),
+        ({"triangles": 3}, "triangles"),
+        ({"training": -1}, "training"),
+        ({"rounds": 0}, "rounds"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_impossible_options_are_refused(fields, text):
@@ -118,7 +155,8 @@ def won(*pairs: tuple[int, int]) -> list[Preference]:
 
 def test_standings_go_by_points_then_by_the_points_of_the_others():
     results = won((1, 2), (1, 3), (2, 3), (4, 1)) + [Preference(winner=5, loser=6, tie=True)]
-    # points: 1: 2, 2: 1, 4: 1, 5: .5, 6: .5, 3: 0.  Opponents of 2: 1 and 3 (2 points), of 4: 1 (2 points): a draw by lot
+    # points: 1: 2, 2: 1, 4: 1, 5: .5, 6: .5, 3: 0.  Opponents of 2: 1 and 3 (2 points), of 4: 1 (2 points): a
+    # draw by lot
     table = standings(results, rng())
     assert table[0] == 1 and set(table[1:3]) == {2, 4} and set(table[3:5]) == {5, 6} and table[5] == 3
     assert table == standings(results, rng())
@@ -133,14 +171,18 @@ def test_a_swiss_round_pairs_neighbours_that_have_not_met():
     assert len(pairs) == 4 and sorted(itertools.chain(*pairs)) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert {frozenset(p) for p in pairs}.isdisjoint(met)
     assert all((a <= 4) == (b <= 4) for a, b in pairs)  # winners meet winners
-    assert sorted(itertools.chain(*swiss_round(results, 2, rng()))) == [1, 2, 3, 4]  # with fewer pairs the upper part goes on
-    assert swiss_round(won((1, 2)), 1, rng()) in ([(1, 2)], [(2, 1)])  # they meet again where nobody else is left
+    # with fewer pairs the upper part goes on
+    assert sorted(itertools.chain(*swiss_round(results, 2, rng()))) == [1, 2, 3, 4]
+    # they meet again where nobody else is left
+    assert swiss_round(won((1, 2)), 1, rng()) in ([(1, 2)], [(2, 1)])
     odd = swiss_round(won((1, 2), (1, 3)), 9, rng())
     assert len(odd) == 1 and 1 in odd[0]  # an odd table leaves out its last
 
 
 def test_swiss_rounds_never_repeat_while_that_is_possible():
-    """Truth by seed number: a larger seed wins. Up to 5 rounds of 12 shapes there is always a pairing without repeats."""
+    """Truth by seed number: a larger seed wins. Up to 5 rounds of 12 shapes there is always a pairing without
+    repeats.
+    """
     for seed in range(20):
         results = won(*((max(p), min(p)) for p in (round_robin(12, 1, rng(seed))[0] + 1).tolist()))
         for _ in range(5):

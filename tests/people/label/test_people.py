@@ -41,11 +41,17 @@ def answered(client, count: int = 1) -> list[str]:
 
 def test_a_lost_token_is_replaced_and_the_work_stays(database_url):
     with Store.open(database_url) as store:
-        old, boss = store.add_annotator("ann"), store.add_annotator("boss", "admin")
+        old = store.add_annotator("ann")
+        boss = store.add_annotator("boss", "admin")
         ann = store.authenticate(old)
-        login, mine = store.open_session(ann.id, 60), store.open_session(store.authenticate(boss).id, 60)
+        login = store.open_session(ann.id, 60)
+        mine = store.open_session(store.authenticate(boss).id, 60)
         new = store.new_token("ann")
-        assert store.authenticate(old) is None and store.session(login) is None and store.authenticate(new) == ann
+        assert (
+            store.authenticate(old) is None
+            and store.session(login) is None
+            and store.authenticate(new) == ann
+        )
         assert not store.withdrawn(old) and store.session(mine).name == "boss"
         store.new_token("boss", keep_session=mine)
         assert store.session(mine).name == "boss" and store.authenticate(boss) is None
@@ -71,7 +77,8 @@ def test_who_was_revoked_is_told_and_nobody_else(exposed):
     assert "Ihr Zugang wurde entzogen" in page.get("/login", headers={"Accept-Language": "de"}).text
     stranger = exposed.client(**SAME)
     assert "withdrawn" not in stranger.get("/login").text
-    wrong, right = serving.login(stranger, "x" * 32), serving.login(stranger, token)
+    wrong = serving.login(stranger, "x" * 32)
+    right = serving.login(stranger, token)
     assert (wrong.status_code, right.status_code) == (401, 401)
     assert "withdrawn" not in wrong.text and "unknown" in wrong.text and "withdrawn" in right.text
 
@@ -79,7 +86,11 @@ def test_who_was_revoked_is_told_and_nobody_else(exposed):
 def test_the_last_admin_stays_where_one_is_to_be_kept(exposed, database_url):
     boss = exposed.browser(exposed.tokens["boss"])
     response = boss.post("/api/admin/annotators/revoke", json={"name": "boss"})
-    assert response.status_code == 409 and "yourself" in response.json()["error"] and boss.get("/api/session").status_code == 200
+    assert (
+        response.status_code == 409
+        and "yourself" in response.json()["error"]
+        and boss.get("/api/session").status_code == 200
+    )
     with Store.open(database_url) as store:
         store.annotator_without_token("imported", "admin")
         for name in ("ada", "bea"):
@@ -93,10 +104,17 @@ def test_the_last_admin_stays_where_one_is_to_be_kept(exposed, database_url):
 # ---- names
 
 ALIKE = {
-    "capitals": ("ann", "Ann"), "another script": ("scope", "ѕсоре"), "scripts mixed": ("zoe", "аnn"), "width": ("ann", "ａｎｎ"),
-    "sharp s": ("straße", "STRASSE"), "digit for a letter": ("ann0", "annO"), "two spaces": ("ann b", "ann  b"),
-    "composed otherwise": ("José", "JOSE\u0301"), "reserved": ("zoe", "Local"), "capitals of another script": ("top", "ТОР"),
-}  # fmt: skip
+    "capitals": ("ann", "Ann"),
+    "another script": ("scope", "ѕсоре"),
+    "scripts mixed": ("zoe", "аnn"),
+    "width": ("ann", "ａｎｎ"),
+    "sharp s": ("straße", "STRASSE"),
+    "digit for a letter": ("ann0", "annO"),
+    "two spaces": ("ann b", "ann  b"),
+    "composed otherwise": ("José", "JOSE\u0301"),
+    "reserved": ("zoe", "Local"),
+    "capitals of another script": ("top", "ТОР"),
+}
 
 
 @pytest.mark.parametrize("case", ALIKE)
@@ -119,7 +137,9 @@ def test_databases_that_hold_such_names_go_on(store):
     for name in ("ann", "Ann", "аnn"):
         store.annotator_without_token(name)
     tokens = {name: store.new_token(name) for name in ("ann", "Ann", "аnn")}
-    assert {name: store.authenticate(token).name for name, token in tokens.items()} == {name: name for name in tokens}
+    assert {name: store.authenticate(token).name for name, token in tokens.items()} == {
+        name: name for name in tokens
+    }
     store.revoke_annotator("Ann")
     assert [a.name for a in store.annotators() if a.revoked] == ["Ann"]
 
@@ -129,10 +149,15 @@ def test_databases_that_hold_such_names_go_on(store):
 
 def test_a_token_comes_with_its_link_and_qr_code(db, tmp_path):
     picture = tmp_path / "ann.svg"
-    result = run("add-annotator", "ann", f"--db={db}", "--address=https://lab.example:8000/", f"--qr={picture}")
+    result = run(
+        "add-annotator", "ann", f"--db={db}", "--address=https://lab.example:8000/", f"--qr={picture}"
+    )
     token = result.stdout.strip()
     assert f"https://lab.example:8000/login#token={token}" in result.stderr.splitlines()
-    assert ElementTree.parse(picture).getroot().tag.endswith("svg") and stat.S_IMODE(picture.stat().st_mode) == 0o600
+    assert (
+        ElementTree.parse(picture).getroot().tag.endswith("svg")
+        and stat.S_IMODE(picture.stat().st_mode) == 0o600
+    )
     result = run("new-token", "ann", f"--db={db}", f"--qr={tmp_path / 'b.png'}", "--address=http://lab")
     assert (tmp_path / "b.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with Store.open(db, create=False) as store:
@@ -141,12 +166,18 @@ def test_a_token_comes_with_its_link_and_qr_code(db, tmp_path):
     assert "no admin is left" in run("revoke", "ada", f"--db={db}").stderr
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--qr={tmp}/a.gif", "--address=http://x"], "--qr: expected a name with .svg or .png, got a.gif"),
-    (["--qr={tmp}/a.svg"], "--qr: expected --address as well"),
-    (["--qr={tmp}/labels.db.svg", "--address=lab:8000"], "--address: expected the server's address, got 'lab:8000'"),
-    (["--address=https://u:p@lab"], "--address: expected the server's address"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--qr={tmp}/a.gif", "--address=http://x"], "--qr: expected a name with .svg or .png, got a.gif"),
+        (["--qr={tmp}/a.svg"], "--qr: expected --address as well"),
+        (
+            ["--qr={tmp}/labels.db.svg", "--address=lab:8000"],
+            "--address: expected the server's address, got 'lab:8000'",
+        ),
+        (["--address=https://u:p@lab"], "--address: expected the server's address"),
+    ],
+)
 def test_nothing_is_made_where_the_link_cannot_be_handed_over(db, tmp_path, flags, said):
     result = run("add-annotator", "ann", f"--db={db}", *(flag.format(tmp=tmp_path) for flag in flags))
     assert result.exit_code == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
@@ -161,5 +192,11 @@ def test_status_counts_what_counts(tmp_path):
             done = answered(page, count)
         page.post("/api/undo", json={"key": "u", "assignment": done[-1]})
         rows = list(served.store.judgements())
-    shown = json.loads(run("status", "--json", f"--db=sqlite:///{tmp_path / 'labels.db'}").stdout)["campaigns"][0]
-    assert shown["judgements"] == len(rows) == 5 and shown["annotators"] == {"ann": 4, "bob": 1} and shown["last"]
+    shown = json.loads(run("status", "--json", f"--db=sqlite:///{tmp_path / 'labels.db'}").stdout)[
+        "campaigns"
+    ][0]
+    assert (
+        shown["judgements"] == len(rows) == 5
+        and shown["annotators"] == {"ann": 4, "bob": 1}
+        and shown["last"]
+    )

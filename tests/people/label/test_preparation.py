@@ -1,4 +1,6 @@
-"""The worker as a process: it draws a campaign of a real database, and ends with its parent however that ends."""
+"""The worker as a process: it draws a campaign of a real database, and ends with its parent however that
+ends.
+"""
 
 import gzip
 import os
@@ -33,13 +35,18 @@ def campaign(tmp_path, generator_hash):
     """Makes a campaign of so many pairs; returns the database's URL."""
 
     def make(pairs: int, show_render: bool = False, broken: int | None = None, **fields) -> str:
-        shapes = numbered(2 * pairs, generator=generator_hash, **{"resolution": 32, "triangles": 500, **fields})
+        shapes = numbered(
+            2 * pairs, generator=generator_hash, **{"resolution": 32, "triangles": 500, **fields}
+        )
         if broken is not None:
             shapes[broken] = replace(shapes[broken], level=1e6)
         url = f"sqlite:///{tmp_path}/labels.db"
         with Store.open(url) as store:
             settings = CampaignSettings(name="first", show_render=show_render)
-            store.create_campaign(settings, [PlannedPair(first=a, second=b) for a, b in zip(shapes[::2], shapes[1::2], strict=True)])
+            store.create_campaign(
+                settings,
+                [PlannedPair(first=a, second=b) for a, b in zip(shapes[::2], shapes[1::2], strict=True)],
+            )
         return url
 
     return make
@@ -68,7 +75,8 @@ def alive(pid: int) -> bool:
 
 def test_what_stops_the_worker_is_reported_and_it_is_not_restarted_for_ever(tmp_path, monkeypatch):
     work = Preparation("sqlite:///none.db", "first", tmp_path / "cache")
-    start, dies = subprocess.Popen, [sys.executable, "-c", "import sys; sys.exit('out of memory')"]
+    start = subprocess.Popen
+    dies = [sys.executable, "-c", "import sys; sys.exit('out of memory')"]
     monkeypatch.setattr(subprocess, "Popen", lambda command, **how: start(dies, **how))
     work.start()
     pids = set()
@@ -83,7 +91,8 @@ def test_what_stops_the_worker_is_reported_and_it_is_not_restarted_for_ever(tmp_
 @pytest.mark.long
 def test_killed_at_any_moment_it_goes_on_where_it_was(campaign, tmp_path):
     url = campaign(20, resolution=64)
-    cache, shapes = ShapeCache(tmp_path / "cache"), planned(url)
+    cache = ShapeCache(tmp_path / "cache")
+    shapes = planned(url)
 
     def count() -> int:
         return sum(cache.mesh(shape) is not None for shape in shapes)
@@ -93,11 +102,14 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(campaign, tmp_path):
     wait_until(lambda: count() >= 3, "three shapes")
     os.kill(work._process.pid, signal.SIGKILL)
     wait_until(lambda: not work.running, "the worker's death")
-    done, times = count(), {shape.seed: cache.mesh(shape).stat().st_mtime_ns for shape in shapes if cache.mesh(shape)}
+    done = count()
+    times = {shape.seed: cache.mesh(shape).stat().st_mtime_ns for shape in shapes if cache.mesh(shape)}
     assert done < 40 and "code -9" in work.progress()["error"]
     work.ensure()
     wait_until(lambda: work.progress()["finished"], "the rest")
-    assert count() == 40 and all(cache.mesh(shapes[seed]).stat().st_mtime_ns == at for seed, at in times.items())
+    assert count() == 40 and all(
+        cache.mesh(shapes[seed]).stat().st_mtime_ns == at for seed, at in times.items()
+    )
     for shape in shapes:
         decode_mesh(gzip.decompress(cache.mesh(shape).read_bytes()))
     work.stop()
@@ -118,7 +130,9 @@ time.sleep(600)
 def test_it_ends_with_a_parent_that_is_killed(campaign, tmp_path, repo):
     url = campaign(400, resolution=96)
     command = [sys.executable, "-c", PARENT, url, str(tmp_path / "cache")]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(repo)})
+    parent = subprocess.Popen(
+        command, stdout=subprocess.PIPE, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(repo)}
+    )
     try:
         worker = int(parent.stdout.readline())
         wait_until(lambda: list((tmp_path / "cache").glob("*/*.shp.gz")), "the first shape")

@@ -1,4 +1,6 @@
-"""Rounds whose labels come from people: the run makes a campaign and ends, refuses to go on without answers, and tunes with them."""
+"""Rounds whose labels come from people: the run makes a campaign and ends, refuses to go on without answers,
+and tunes with them.
+"""
 
 import shlex
 from collections.abc import Callable
@@ -29,12 +31,22 @@ def begun(shaped, tiny_data, tiny_reward, tmp_path, monkeypatch) -> Callable[[in
     tiny_rounds.coarse(monkeypatch.setattr)
 
     def start(pairs: int) -> tuple[Path, str]:
-        flags = tiny_rounds.flags(shaped, tiny_reward, tmp_path / "runs", f"--data={tiny_data}", "--round-labels=people", "--rounds=1")
+        flags = tiny_rounds.flags(
+            shaped,
+            tiny_reward,
+            tmp_path / "runs",
+            f"--data={tiny_data}",
+            "--round-labels=people",
+            "--rounds=1",
+        )
         result = tiny_runs.run(*flags, f"--round-pairs={pairs}")
         assert result.exit_code == 0, result.output
         folder = tiny_runs.only_run(tmp_path / "runs")
         url = f"sqlite:///{folder / 'labels.db'}"
-        assert f"Label with: {label_command(url, CAMPAIGN)}\n" in result.output and f"--resume={folder}" in result.output
+        assert (
+            f"Label with: {label_command(url, CAMPAIGN)}\n" in result.output
+            and f"--resume={folder}" in result.output
+        )
         assert not (folder / "round-1").exists()
         return folder, url
 
@@ -47,10 +59,12 @@ def answer(url: str, count: int, choice: Choice = Choice.LEFT) -> None:
         me = store.annotator_without_token("local", "admin").id
         campaign = store.campaign(CAMPAIGN).id
         for _ in range(count):
-            (pair, *_) = store.assignments(campaign, me) or (None,)
+            pair, *_ = store.assignments(campaign, me) or (None,)
             if pair is None:
                 return
-            store.submit(campaign, me, Answer(key=pair.token, assignment=pair.token, choice=choice, milliseconds=900))
+            store.submit(
+                campaign, me, Answer(key=pair.token, assignment=pair.token, choice=choice, milliseconds=900)
+            )
 
 
 def refused(folder: Path, *texts: str) -> None:
@@ -63,8 +77,16 @@ def test_it_waits_for_answers_and_goes_on_with_them(begun):
     folder, url = begun(14)
     printed = shlex.split(label_command(url, CAMPAIGN))
     known = CliRunner().invoke(label_main, [*printed[2:], "--dry-run"])
-    assert printed[:2] == ["python", "tools/label.py"] and known.exit_code == 0 and '"action": "resume"' in known.stdout
-    refused(folder, "round-1: expected answers to at least 13 of 14 pairs, got 0. Label on: python tools/label.py --db=sqlite:///")
+    assert (
+        printed[:2] == ["python", "tools/label.py"]
+        and known.exit_code == 0
+        and '"action": "resume"' in known.stdout
+    )
+    refused(
+        folder,
+        "round-1: expected answers to at least 13 of 14 pairs, got 0. Label on: python tools/label.py"
+        " --db=sqlite:///",
+    )
     answer(url, 9)
     refused(folder, "to at least 13 of 14 pairs, got ")
     answer(url, 99)
@@ -72,8 +94,14 @@ def test_it_waits_for_answers_and_goes_on_with_them(begun):
     assert result.exit_code == 0, result.output
     (entry,) = tiny_rounds.ledger_of(folder)
     labels = load_labels(folder / "round-1" / "labels.jsonl")
-    assert entry["labels"]["count"] == len(labels) >= 13 and entry["labels"]["noise"] is None and entry["labels"]["by"] == "people"
-    assert {(label.generator, label.annotator, label.psi) for label in labels} == {(entry["labels"]["generator"], "local", 1.0)}
+    assert (
+        entry["labels"]["count"] == len(labels) >= 13
+        and entry["labels"]["noise"] is None
+        and entry["labels"]["by"] == "people"
+    )
+    assert {(label.generator, label.annotator, label.psi) for label in labels} == {
+        (entry["labels"]["generator"], "local", 1.0)
+    }
     assert all(label.winner == label.extra["left_seed"] for label in labels)
     assert "round  labels" in result.output and entry["tuned"]["generator"] != entry["labels"]["generator"]
 
@@ -81,7 +109,10 @@ def test_it_waits_for_answers_and_goes_on_with_them(begun):
 def test_answers_without_a_preference_are_refused(begun):
     folder, url = begun(8)
     answer(url, 99, Choice.TIE)
-    refused(folder, "split_by_seed: expected labels in every split, got none in train, val, test from 0 usable labels")
+    refused(
+        folder,
+        "split_by_seed: expected labels in every split, got none in train, val, test from 0 usable labels",
+    )
 
 
 def test_labels_of_another_generator_are_refused(begun, tiny_networks):

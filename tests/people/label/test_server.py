@@ -34,9 +34,20 @@ def past_training(page) -> dict:
 
 def test_the_session_tells_the_page_what_it_needs(served):
     reply = served.browser().get("/api/session").json()
-    expected = {"annotator": "local", "role": "admin", "mode": "label", "title": "", "show_render": False,
-                "exposed": False, "skip_reasons": list(SKIP_REASONS)}  # fmt: skip
-    assert {k: reply[k] for k in expected} == expected and len(reply["csrf"]) == 64 and len(reply["page_version"]) == 12
+    expected = {
+        "annotator": "local",
+        "role": "admin",
+        "mode": "label",
+        "title": "",
+        "show_render": False,
+        "exposed": False,
+        "skip_reasons": list(SKIP_REASONS),
+    }
+    assert (
+        {k: reply[k] for k in expected} == expected
+        and len(reply["csrf"]) == 64
+        and len(reply["page_version"]) == 12
+    )
 
 
 def test_a_judgement_is_kept_as_it_was_sent(served):
@@ -46,9 +57,19 @@ def test_a_judgement_is_kept_as_it_was_sent(served):
     response = answer(page, pair["assignment"], "key-1", "right", **values)
     assert response.status_code == 201
     reply = response.json()
-    assert reply.pop("progress")["done"] == 1 and reply == {"accepted": True, "duplicate": False, "training": None, "reveal": None}
+    assert reply.pop("progress")["done"] == 1 and reply == {
+        "accepted": True,
+        "duplicate": False,
+        "training": None,
+        "reveal": None,
+    }
     row = list(served.store.judgements())[-1]
-    assert (row.assignment, row.choice, row.milliseconds, row.views) == (pair["assignment"], "right", 4321, ("front", "orbit"))
+    assert (row.assignment, row.choice, row.milliseconds, row.views) == (
+        pair["assignment"],
+        "right",
+        4321,
+        ("front", "orbit"),
+    )
     assert (row.answered_at, row.page_version, row.annotator) == (1.7e9, "abc", "local")
     tokens = dict(served.store.shapes(served.campaign))
     assert (row.left, row.right) == (tokens[served.asset(pair["left"])], tokens[served.asset(pair["right"])])
@@ -62,7 +83,10 @@ def test_shapes_are_sent_as_they_lie_in_the_cache_and_cached(served):
     path = served.options.cache.mesh(dict(served.store.shapes(served.campaign))[served.asset(asset)])
     with page.stream("GET", f"/api/shapes/{asset}") as response:
         assert b"".join(response.iter_raw()) == path.read_bytes()
-    assert response.headers["content-encoding"] == "gzip" and response.headers["content-type"] == "application/octet-stream"
+    assert (
+        response.headers["content-encoding"] == "gzip"
+        and response.headers["content-type"] == "application/octet-stream"
+    )
     assert response.headers["cache-control"] == "private, max-age=31536000, immutable"
     vertices, faces = decode_mesh(page.get(f"/api/shapes/{asset}").content)
     assert len(vertices) == 40 and np.asarray(faces).shape == (80, 3)
@@ -72,7 +96,8 @@ def test_shapes_are_sent_as_they_lie_in_the_cache_and_cached(served):
 
 def test_shapes_that_are_not_prepared_wait_alone(tmp_path):
     with serving.running(tmp_path, prepared=False, limits=GENEROUS) as served:
-        page, shapes = served.browser(), served.store.shapes(served.campaign)
+        page = served.browser()
+        shapes = served.store.shapes(served.campaign)
         assert page.get("/api/assignments").json()["waiting"]
         missing = page.get(f"/api/shapes/{shapes[0][0]}")
         assert missing.status_code == 503 and missing.headers["retry-after"] == "5"
@@ -80,14 +105,24 @@ def test_shapes_that_are_not_prepared_wait_alone(tmp_path):
         time.sleep(0.6)
         state = page.get("/api/assignments").json()
         assert [p["training"] for p in state["assignments"]] == [True, True] and not state["waiting"]
-        assert state["preparation"]["done"] == 4 and page.get(f"/api/shapes/{shapes[0][0]}").status_code == 200
+        assert (
+            state["preparation"]["done"] == 4 and page.get(f"/api/shapes/{shapes[0][0]}").status_code == 200
+        )
 
 
 def test_prepared_shapes_are_known_before_the_first_request(tmp_path, monkeypatch):
-    """After a restart everybody asks at once: nobody may wait until the server has looked for tens of thousands of files."""
+    """After a restart everybody asks at once: nobody may wait until the server has looked for tens of
+    thousands of files.
+    """
     with serving.running(tmp_path, limits=GENEROUS) as served:
-        monkeypatch.setattr(served.options.cache, "mesh", lambda shape: pytest.fail("looked into the cache for a request"))
-        assert served.browser().get("/api/assignments").json()["preparation"] == {"done": 32, "total": 32, "seconds_left": 0.0}
+        monkeypatch.setattr(
+            served.options.cache, "mesh", lambda shape: pytest.fail("looked into the cache for a request")
+        )
+        assert served.browser().get("/api/assignments").json()["preparation"] == {
+            "done": 32,
+            "total": 32,
+            "seconds_left": 0.0,
+        }
 
 
 def test_pictures_are_shown_where_the_campaign_allows(tmp_path):
@@ -95,28 +130,42 @@ def test_pictures_are_shown_where_the_campaign_allows(tmp_path):
         with serving.running(tmp_path / mode, mode=mode, pairs=2, campaign={"show_render": True}) as served:
             page = served.browser()
             asset = next_pair(page)["left"]
-            served.options.cache.put_render(dict(served.store.shapes(served.campaign))[served.asset(asset)], b"\x89PNG")
+            served.options.cache.put_render(
+                dict(served.store.shapes(served.campaign))[served.asset(asset)], b"\x89PNG"
+            )
             response = page.get(f"/api/renders/{asset}")
-            assert response.status_code == status and page.get("/api/session").json()["show_render"] == (status == 200)
-            assert status == 404 or (response.content, response.headers["content-type"]) == (b"\x89PNG", "image/png")
+            assert response.status_code == status and page.get("/api/session").json()["show_render"] == (
+                status == 200
+            )
+            assert status == 404 or (response.content, response.headers["content-type"]) == (
+                b"\x89PNG",
+                "image/png",
+            )
 
 
 def test_static_files_are_compressed_and_revalidated(served):
     client = served.client()
     with client.stream("GET", "/static/app.js") as response:
         packed = b"".join(response.iter_raw())
-    assert gzip.decompress(packed) == (served.options.static / "app.js").read_bytes() and response.headers["vary"] == "Accept-Encoding"
+    assert (
+        gzip.decompress(packed) == (served.options.static / "app.js").read_bytes()
+        and response.headers["vary"] == "Accept-Encoding"
+    )
     plain = client.get("/static/app.js", headers={"Accept-Encoding": "identity"})
-    assert "content-encoding" not in plain.headers and plain.headers["content-type"].startswith("text/javascript")
+    assert "content-encoding" not in plain.headers and plain.headers["content-type"].startswith(
+        "text/javascript"
+    )
     assert client.get("/static/app.js", headers={"If-None-Match": plain.headers["etag"]}).status_code == 304
 
 
 def test_an_open_page_survives_a_restart(tmp_path):
     with serving.running(tmp_path) as served:
-        page, options = served.browser(), served.options
+        page = served.browser()
+        options = served.options
         before = page.get("/api/session").json()["page_version"]
         (options.static / "app.js").write_text("'other'")
-        assert served.browser().get("/api/session").json()["page_version"] == before  # files are read when it starts
+        # files are read when it starts
+        assert served.browser().get("/api/session").json()["page_version"] == before
     assert (options.cache.folder / "server.key").stat().st_mode & 0o777 == 0o600
     (tmp_path / "labels.db").rename(tmp_path / "old.db")
     with serving.running(tmp_path) as served:
@@ -124,7 +173,9 @@ def test_an_open_page_survives_a_restart(tmp_path):
 
 
 def test_the_admin_sees_quality_and_exports(tmp_path, served):
-    planned = [PlannedPair(first=serving.shape("a", 2 * i), second=serving.shape("a", 2 * i + 1)) for i in range(3)]
+    planned = [
+        PlannedPair(first=serving.shape("a", 2 * i), second=serving.shape("a", 2 * i + 1)) for i in range(3)
+    ]
     with serving.running(tmp_path, planned=planned) as seeds:
         page = seeds.browser()
         answer(page, next_pair(page)["assignment"], "k")
@@ -135,7 +186,8 @@ def test_the_admin_sees_quality_and_exports(tmp_path, served):
             assert response.status_code == 200 and "attachment" in response.headers["content-disposition"]
             assert count is None or len(response.text.splitlines()) == count
         assert any(json.loads(line)["record"] == "judgement" for line in response.text.splitlines())
-    page = served.browser()  # the two shapes of its pairs are of two generators, which the label format cannot hold
+    # the two shapes of its pairs are of two generators, which the label format cannot hold
+    page = served.browser()
     answer(page, past_training(page)["assignment"], "k")
     response = page.get("/api/admin/export?format=csv")
     assert response.status_code == 409 and response.json()["remedy"] == "Ask for format=judgements."
@@ -146,7 +198,9 @@ def test_a_report_is_not_computed_for_every_look(served, monkeypatch):
 
     calls = []
     monkeypatch.setattr(routes, "quality_report", lambda rows: calls.append(1) or {"judgements": 0})
-    assert [served.browser().get("/api/admin/quality").status_code for _ in range(4)] == [200] * 4 and len(calls) == 1
+    assert [served.browser().get("/api/admin/quality").status_code for _ in range(4)] == [200] * 4 and len(
+        calls
+    ) == 1
 
 
 def test_errors_of_the_database_say_to_try_again(served, monkeypatch, caplog):
@@ -157,11 +211,17 @@ def test_errors_of_the_database_say_to_try_again(served, monkeypatch, caplog):
 
     monkeypatch.setattr(served.store, "progress", broken)
     response = served.browser().get("/api/assignments")
-    assert response.status_code == 503 and "secret" not in response.text and response.headers["retry-after"] == "2"
+    assert (
+        response.status_code == 503
+        and "secret" not in response.text
+        and response.headers["retry-after"] == "2"
+    )
     assert caplog.messages == ["database: disk"]  # a line, without the statement
     monkeypatch.setattr(served.store, "session", broken)
     response = served.client(Cookie="session=" + "a" * 40).get("/api/session")
-    assert response.status_code == 503 and response.headers["retry-after"] == "2" and len(caplog.messages) == 2
+    assert (
+        response.status_code == 503 and response.headers["retry-after"] == "2" and len(caplog.messages) == 2
+    )
     monkeypatch.setattr(served.store, "progress", lambda *_: 1 / 0)
     response = served.browser().get("/api/assignments")
     assert response.status_code == 500 and response.json()["error"] == "The server made a mistake."
@@ -176,19 +236,32 @@ def test_a_proxy_is_believed_only_where_it_is_named(tmp_path):
         log = tmp_path / f"{https}.jsonl"
         with serving.running(tmp_path / str(https), config=config, exposed=True, access_log=log) as served:
             response = served.client(**forwarded).get("/login")
-            assert ("strict-transport-security" in response.headers) is https is ("Secure" in response.headers["set-cookie"])
+            assert (
+                ("strict-transport-security" in response.headers)
+                is https
+                is ("Secure" in response.headers["set-cookie"])
+            )
             time.sleep(0.1)
-            assert json.loads(log.read_text().splitlines()[-1])["address"] == ("203.0.113.9" if https else "127.0.0.1")
+            assert json.loads(log.read_text().splitlines()[-1])["address"] == (
+                "203.0.113.9" if https else "127.0.0.1"
+            )
 
 
 def test_https(tmp_path, certificate):
-    with serving.running(tmp_path, config=dict(zip(("certificate", "key"), certificate, strict=True)), exposed=True) as served:
+    with serving.running(
+        tmp_path, config=dict(zip(("certificate", "key"), certificate, strict=True)), exposed=True
+    ) as served:
         token = served.store.add_annotator("ann")
         page = served.browser(token)
         assert page.get("/api/session").json()["annotator"] == "ann"
         origin = {"Origin": served.url}
         assert page.post("/api/undo", json={"key": "k"}, headers=origin).status_code == 200
-        assert page.post("/api/undo", json={"key": "k"}, headers={"Origin": served.url.replace("https", "http")}).status_code == 403
+        assert (
+            page.post(
+                "/api/undo", json={"key": "k"}, headers={"Origin": served.url.replace("https", "http")}
+            ).status_code
+            == 403
+        )
         page.close()  # the server would wait for it
 
 
@@ -197,4 +270,6 @@ def test_a_server_that_others_reach_must_be_exposed(tmp_path):
     with pytest.raises(ValueError, match=r"expected AppOptions\(exposed=True\) for host 0.0.0.0"):
         serve(served.options, "0.0.0.0")
     assert [is_loopback(h) for h in ("127.0.0.1", "127.3.2.1", "localhost", "::1", "[::1]")] == [True] * 5
-    assert [is_loopback(h) for h in ("0.0.0.0", "::", "192.168.1.2", "example.org", "127.evil.example")] == [False] * 5
+    assert [is_loopback(h) for h in ("0.0.0.0", "::", "192.168.1.2", "example.org", "127.evil.example")] == [
+        False
+    ] * 5

@@ -26,7 +26,8 @@ def test_a_token_a_session_and_their_ends(exposed):
     response = page.post("/logout")
     assert response.status_code == 303 and page.get("/api/session").status_code == 401
     assert exposed.client(Cookie=f"session={cookie}").get("/api/session").status_code == 401
-    page, boss = exposed.browser(exposed.store.add_annotator("short")), exposed.client(exposed.tokens["boss"])
+    page = exposed.browser(exposed.store.add_annotator("short"))
+    boss = exposed.client(exposed.tokens["boss"])
     assert page.get("/api/session").status_code == 200
     listed = boss.post("/api/admin/annotators/revoke", json={"name": "short"}).json()
     assert next(a for a in listed if a["name"] == "short")["revoked"] is not None
@@ -55,15 +56,24 @@ def test_an_annotator_is_no_admin(exposed):
 def test_an_admin_makes_an_annotator(exposed):
     boss = exposed.client(exposed.tokens["boss"])
     made = boss.post("/api/admin/annotators", json={"name": "Zoë Ångström"})
-    assert made.status_code == 201 and exposed.client(made.json()["token"]).get("/api/session").json()["annotator"] == "Zoë Ångström"
+    assert (
+        made.status_code == 201
+        and exposed.client(made.json()["token"]).get("/api/session").json()["annotator"] == "Zoë Ångström"
+    )
     assert boss.post("/api/admin/annotators", json={"name": "Zoë Ångström"}).status_code == 409
     assert made.json()["token"] not in boss.get("/api/admin/annotators").text
 
 
 def test_one_annotators_assignment_and_csrf_token_are_not_anothers(exposed):
-    first, second = exposed.browser(exposed.tokens["ann"]), exposed.browser(exposed.tokens["boss"])
+    first = exposed.browser(exposed.tokens["ann"])
+    second = exposed.browser(exposed.tokens["boss"])
     assert first.headers["X-CSRF-Token"] != second.headers["X-CSRF-Token"]
-    assert first.post("/api/undo", json={"key": "k1"}, headers={"X-CSRF-Token": second.headers["X-CSRF-Token"]}).status_code == 403
+    assert (
+        first.post(
+            "/api/undo", json={"key": "k1"}, headers={"X-CSRF-Token": second.headers["X-CSRF-Token"]}
+        ).status_code
+        == 403
+    )
     assert first.post("/api/undo", json={"key": "k1"}).status_code == 200
     ann, boss = (exposed.client(exposed.tokens[name]) for name in ("ann", "boss"))
     token = ann.get("/api/assignments?count=1").json()["assignments"][0]["assignment"]
@@ -71,10 +81,14 @@ def test_one_annotators_assignment_and_csrf_token_are_not_anothers(exposed):
     assert answer(ann, token, "mine").status_code == 201
 
 
-@pytest.mark.parametrize("headers", [
-    {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},  # a link from elsewhere
-    *({"Host": host} for host in ("localhost:9", "127.0.0.1", "[::1]:8000", "LOCALHOST")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "headers",
+    [
+        # a link from elsewhere
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
+        *({"Host": host} for host in ("localhost:9", "127.0.0.1", "[::1]:8000", "LOCALHOST")),
+    ],
+)
 def test_the_page_opens_by_a_link_and_by_every_name_of_this_machine(local, headers):
     assert local.client(**headers).get("/").status_code == 200
 
@@ -84,16 +98,20 @@ def test_the_page_opens_by_a_link_and_by_every_name_of_this_machine(local, heade
 
 def test_wrong_tokens_are_limited_and_right_ones_are_let_in_all_the_same(tmp_path):
     with serving.running(tmp_path, exposed=True, limits=Limits(guesses=(0.01, 5.0))) as served:
-        first, late = served.store.add_annotator("ann"), served.store.add_annotator("late")
+        first = served.store.add_annotator("ann")
+        late = served.store.add_annotator("late")
         responses = [served.client("guess" * 5 + str(i)).get("/api/session") for i in range(8)]
         assert [r.status_code for r in responses] == [401] * 5 + [429] * 3
         assert 60 < int(responses[-1].headers["Retry-After"]) <= 100
         assert served.client(first).get("/api/session").status_code == 200
         assert serving.login(served.client(**SAME), late).status_code == 303
-        assert served.client("guess" * 6).get("/api/session").status_code == 429  # a right token in between changes nothing
+        # a right token in between changes nothing
+        assert served.client("guess" * 6).get("/api/session").status_code == 429
     with serving.running(tmp_path / "page", exposed=True, limits=Limits(guesses=(0.01, 4.0))) as served:
         responses = [serving.login(served.client(**SAME), f"guess-number-{i:020d}") for i in range(6)]
-        assert [r.status_code for r in responses] == [401] * 4 + [429] * 2 and int(responses[-1].headers["Retry-After"]) > 60
+        assert [r.status_code for r in responses] == [401] * 4 + [429] * 2 and int(
+            responses[-1].headers["Retry-After"]
+        ) > 60
         assert "This token is unknown" in responses[0].text and "guess-number" not in responses[0].text
 
 
@@ -101,7 +119,10 @@ def test_wrong_tokens_from_everywhere_keep_nobody_from_the_first_log_in(tmp_path
     with serving.running(tmp_path, config={"proxy": "127.0.0.1"}, exposed=True) as served:
         with served.client() as client:
             for i in range(150):
-                headers = {"X-Forwarded-For": f"10.1.{i}.7", "Authorization": f"Bearer wrong-token-number-{i:06d}"}
+                headers = {
+                    "X-Forwarded-For": f"10.1.{i}.7",
+                    "Authorization": f"Bearer wrong-token-number-{i:06d}",
+                }
                 assert client.get("/api/session", headers=headers).status_code == 401
         new = served.client(**SAME, **{"X-Forwarded-For": "10.2.0.1"})
         assert serving.login(new, served.store.add_annotator("ann")).status_code == 303
@@ -110,12 +131,14 @@ def test_wrong_tokens_from_everywhere_keep_nobody_from_the_first_log_in(tmp_path
 @pytest.mark.parametrize(
     ("limits", "exposed", "path"),
     [({"strangers": (0.1, 5.0)}, True, "/health"), ({"requests": (0.1, 5.0)}, False, "/api/session")],
-)  # fmt: skip
+)
 def test_requests_are_limited(tmp_path, limits, exposed, path):
     with serving.running(tmp_path, exposed=exposed, limits=Limits(**limits)) as served:
         client = served.client()
         responses = [client.get(path) for _ in range(7)]
-        assert [r.status_code for r in responses] == [200] * 5 + [429] * 2 and "Retry-After" in responses[-1].headers
+        assert [r.status_code for r in responses] == [200] * 5 + [429] * 2 and "Retry-After" in responses[
+            -1
+        ].headers
 
 
 def test_the_rate_of_an_ipv6_subscriber_is_one():
@@ -133,7 +156,10 @@ def test_every_response_has_the_protective_headers(exposed):
     kept = ("/", "/admin", "/static/app.js", f"/api/shapes/{asset}")
     for path in (*kept, "/api/session", "/nothing", "/health", "/login", "/api/admin/quality"):
         headers = page.get(path).headers
-        assert headers["x-content-type-options"] == "nosniff" and headers["cross-origin-opener-policy"] == "same-origin"
+        assert (
+            headers["x-content-type-options"] == "nosniff"
+            and headers["cross-origin-opener-policy"] == "same-origin"
+        )
         assert headers["referrer-policy"] == ("same-origin" if path == "/login" else "no-referrer")
         policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
         assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
@@ -163,13 +189,36 @@ def test_the_access_log_tells_who_and_what_but_no_secret(exposed):
     exposed.client(**{"X-Injected": "a"}).get("/x\u2028%22,%20%22annotator%22:%20%22boss")
     time.sleep(0.1)
     text = exposed.options.access_log.read_text()
-    secrets = [token, page.cookies["session"], page.headers["X-CSRF-Token"], asset, "wrong" * 6, exposed.tokens["boss"]]
+    secrets = [
+        token,
+        page.cookies["session"],
+        page.headers["X-CSRF-Token"],
+        asset,
+        "wrong" * 6,
+        exposed.tokens["boss"],
+    ]
     assert [s for s in secrets if s in text] == []
     lines = [json.loads(line) for line in text.splitlines()]
     assert lines[0]["event"] == "start" and {line["event"] for line in lines[1:]} == {"request"}
     for line in lines[1:]:
-        assert {"time", "request", "address", "method", "route", "status", "milliseconds", "bytes", "annotator", "by"} <= set(line)
+        assert {
+            "time",
+            "request",
+            "address",
+            "method",
+            "route",
+            "status",
+            "milliseconds",
+            "bytes",
+            "annotator",
+            "by",
+        } <= set(line)
     responses = [(line["route"], line["status"], line["annotator"], line["by"]) for line in lines[1:]]
-    assert ("/api/shapes/{address}", 200, "ann", "session") in responses and ("/api/session", 200, "ann", "token") in responses
+    assert ("/api/shapes/{address}", 200, "ann", "session") in responses and (
+        "/api/session",
+        200,
+        "ann",
+        "token",
+    ) in responses
     assert ("/*", 404, "ann", "session") in responses and ("/api/session", 401, None, None) in responses
     assert any("token" in line.get("refused", "") for line in lines if line.get("status") == 401)

@@ -1,4 +1,6 @@
-"""Files of shapes: the browser's mesh format, a name for everything that a shape is drawn from, and working through a plan."""
+"""Files of shapes: the browser's mesh format, a name for everything that a shape is drawn from, and working
+through a plan.
+"""
 
 import os
 from dataclasses import fields, replace
@@ -11,7 +13,15 @@ from eg3d_rlhf.people.label.preparation import prepare
 from eg3d_rlhf.people.label.shape_files import ShapeCache, encode_mesh, shape_key
 from tests.people.label.plans import SHAPE, decode_mesh, numbered
 
-OTHER = {"generator": "b" * 64, "seed": 8, "psi": 0.7, "level": 9.5, "resolution": 33, "triangles": 501, "degradation": "holes"}
+OTHER = {
+    "generator": "b" * 64,
+    "seed": 8,
+    "psi": 0.7,
+    "level": 9.5,
+    "resolution": 33,
+    "triangles": 501,
+    "degradation": "holes",
+}
 
 
 @pytest.fixture
@@ -32,14 +42,21 @@ def test_positions_are_half_a_step_off_at_most_and_indices_exact(vertices, faces
     points, triangles = random_mesh(vertices, faces)
     triangles[-1] = vertices - 1  # the largest index
     found, found_faces = decode_mesh(encode_mesh(points, triangles))
-    assert np.all(np.abs(found - points) <= 0.51 * np.ptp(points, axis=0) / 65535 + 1e-6 * np.abs(points).max(axis=0))  # float32 header
+    # float32 header
+    assert np.all(
+        np.abs(found - points) <= 0.51 * np.ptp(points, axis=0) / 65535 + 1e-6 * np.abs(points).max(axis=0)
+    )
     assert np.array_equal(found_faces, triangles)
 
 
-@pytest.mark.parametrize(("points", "faces", "text"), [
-    (np.zeros((0, 3)), np.zeros((0, 3), int), "holds a surface"), (np.zeros((3, 3)), np.zeros((0, 3), int), "faces"),
-    ([[0, 0, np.nan]] * 3, [[0, 1, 2]], "finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("points", "faces", "text"),
+    [
+        (np.zeros((0, 3)), np.zeros((0, 3), int), "holds a surface"),
+        (np.zeros((3, 3)), np.zeros((0, 3), int), "faces"),
+        ([[0, 0, np.nan]] * 3, [[0, 1, 2]], "finite"),
+    ],
+)
 def test_meshes_that_cannot_be_shown_are_refused(points, faces, text):
     with pytest.raises(ValueError, match=text):
         encode_mesh(points, faces)
@@ -52,7 +69,8 @@ def test_meshes_that_cannot_be_shown_are_refused(points, faces, text):
 def test_the_key_knows_all_that_a_shape_is_drawn_from_and_nothing_else(name):
     changed = replace(SHAPE, **{name: OTHER.get(name, "/elsewhere/network.safetensors")})
     assert (shape_key(changed) == shape_key(SHAPE)) is (name in ("source", "condition"))
-    assert shape_key(replace(SHAPE, psi=1, level=10)) == shape_key(SHAPE) and len(shape_key(SHAPE)) == 64  # however a number is written
+    # however a number is written
+    assert shape_key(replace(SHAPE, psi=1, level=10)) == shape_key(SHAPE) and len(shape_key(SHAPE)) == 64
 
 
 def test_files_are_found_by_shape(tmp_path, monkeypatch):
@@ -62,7 +80,11 @@ def test_files_are_found_by_shape(tmp_path, monkeypatch):
     cache.put_render(SHAPE, b"png")
     cache.put_failure(SHAPE, "no surface")
     other = ShapeCache(tmp_path / "not there yet")
-    assert other.mesh(SHAPE).read_bytes() == b"mesh" and other.render(SHAPE).read_bytes() == b"png" and other.failure(SHAPE) == "no surface"
+    assert (
+        other.mesh(SHAPE).read_bytes() == b"mesh"
+        and other.render(SHAPE).read_bytes() == b"png"
+        and other.failure(SHAPE) == "no surface"
+    )
     assert other.mesh(replace(SHAPE, seed=8)) is None
     monkeypatch.setenv("HOME", str(tmp_path))
     assert ShapeCache().folder == tmp_path / ".cache" / "eg3d-rlhf" / "shapes"
@@ -91,7 +113,8 @@ class Recorder:
     def __init__(self, without_surface: tuple[int, ...] = (), lost: tuple[int, ...] = ()):
         self.drawn: list[int] = []
         self.pictures: list[int] = []
-        self._without, self._lost = without_surface, lost
+        self._without = without_surface
+        self._lost = lost
 
     def generator(self, shape):
         if shape.seed in self._lost:
@@ -109,34 +132,53 @@ class Recorder:
 
 
 def test_shapes_are_drawn_in_order_and_each_once(cache):
-    shapes, drawer = [*numbered(3, 5), *numbered(5, 4)], Recorder()
+    shapes = [*numbered(3, 5), *numbered(5, 4)]
+    drawer = Recorder()
     prepare(shapes[1:2], cache, Recorder())  # what is there is not drawn again
     prepare(shapes, cache, drawer)
     assert drawer.drawn == [5, 7, 4, 8] and drawer.pictures == []
     assert all(cache.mesh(shape).read_bytes() == shape_key(shape).encode() for shape in shapes)
     prepare(shapes, cache, drawer, renders=True)  # pictures are added to shapes that have none
-    assert len(drawer.drawn) == 4 and drawer.pictures == [5, 6, 7, 4, 8] and cache.render(shapes[1]).read_bytes() == b"png"
+    assert (
+        len(drawer.drawn) == 4
+        and drawer.pictures == [5, 6, 7, 4, 8]
+        and cache.render(shapes[1]).read_bytes() == b"png"
+    )
 
 
 def test_a_shape_counts_as_prepared_only_with_its_picture(cache):
     """The server looks for the mesh alone, so that comes last."""
-    seen, put, shape = [], cache.put_mesh, numbered(1)[0]
+    seen = []
+    put = cache.put_mesh
+    shape = numbered(1)[0]
     cache.put_mesh = lambda *args: (seen.append(cache.render(shape)), put(*args))
     prepare([shape], cache, Recorder(), renders=True)
     assert len(seen) == 1 and seen[0] is not None
 
 
 def test_a_shape_that_cannot_be_drawn_is_noted_once_and_passed_over(cache):
-    shapes, drawer = numbered(5), Recorder(without_surface=(1, 3))
+    shapes = numbered(5)
+    drawer = Recorder(without_surface=(1, 3))
     told: list[dict] = []
     for _ in range(2):
         prepare(shapes, cache, drawer, tell=told.append)
-    assert drawer.drawn == [0, 1, 2, 3, 4] and told[-1] == {**told[-1], "done": 3, "failed": 2, "total": 5, "finished": True}
-    assert cache.failure(shapes[3]) == "the level is not crossed" and cache.mesh(shapes[3]) is None and cache.mesh(shapes[4]) is not None
+    assert drawer.drawn == [0, 1, 2, 3, 4] and told[-1] == {
+        **told[-1],
+        "done": 3,
+        "failed": 2,
+        "total": 5,
+        "finished": True,
+    }
+    assert (
+        cache.failure(shapes[3]) == "the level is not crossed"
+        and cache.mesh(shapes[3]) is None
+        and cache.mesh(shapes[4]) is not None
+    )
 
 
 def test_a_lost_generator_stops_the_work_and_is_held_against_no_shape(cache):
-    shapes, drawer = numbered(3), Recorder()
+    shapes = numbered(3)
+    drawer = Recorder()
     with pytest.raises(FileNotFoundError):
         prepare(shapes, cache, Recorder(lost=(1,)))
     assert cache.failure(shapes[1]) is None

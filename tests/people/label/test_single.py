@@ -1,5 +1,6 @@
-"""Shapes judged one by one: planned, answered on their own scale, checked like pairs, exported as unpaired labels."""
-
+"""Shapes judged one by one: planned, answered on their own scale, checked like pairs, exported as unpaired
+labels.
+"""
 
 import pytest
 
@@ -16,7 +17,9 @@ from tests.people.label.plans import answer_all, shape, singles
 
 
 def settings(scale: str = "thumbs", **values) -> CampaignSettings:
-    return CampaignSettings(**{"name": "singles", "mode": Mode.SINGLE, "scale": scale, "swap_share": 0, "seed": 1, **values})
+    return CampaignSettings(
+        **{"name": "singles", "mode": Mode.SINGLE, "scale": scale, "swap_share": 0, "seed": 1, **values}
+    )
 
 
 def test_thumbs_are_kept_repeated_checked_and_exported(store, tmp_path):
@@ -25,20 +28,37 @@ def test_thumbs_are_kept_repeated_checked_and_exported(store, tmp_path):
     ann, ben = (store.annotator_without_token(name).id for name in ("ann", "ben"))
     gold = range(1, 5)
     answer_all(store, campaign, ann, lambda s, _: Choice.DOWN if s.seed in gold or s.seed % 2 else Choice.UP)
-    answer_all(store, campaign, ben, lambda s, _: Choice.DOWN if s.seed not in gold and (s.seed % 2 or s.seed == 20) else Choice.UP)
+    answer_all(
+        store,
+        campaign,
+        ben,
+        lambda s, _: Choice.DOWN if s.seed not in gold and (s.seed % 2 or s.seed == 20) else Choice.UP,
+    )
     report = quality_report(store.judgements())
     fine, careless = report["annotators"]
     assert (fine["gold_accuracy"], careless["gold_accuracy"]) == (1.0, 0.0) and fine["gold_n"] >= 3
     assert fine["self_consistency"] == careless["self_consistency"] == 1.0 and fine["self_consistency_n"] >= 4
     assert fine["swap_consistency"] is None and fine["left_share"] is None and 0.3 < fine["good_share"] < 0.6
     kappa = report["agreement"]["cohen_kappa"][0]
-    assert kappa["n"] == 30 and 0.85 < kappa["kappa"] < 1 and 0.85 < report["agreement"]["krippendorff_alpha"] < 1
+    assert (
+        kappa["n"] == 30
+        and 0.85 < kappa["kappa"] < 1
+        and 0.85 < report["agreement"]["krippendorff_alpha"] < 1
+    )
     assert report["bradley_terry"] == [] and report["cycles"]["triples"] == 0
     path = export_unpaired(store, tmp_path / "labels.jsonl", drop_repeats=True, least_gold_accuracy=0.8)
     labels = load_unpaired(path)
-    assert {label.seed: label.label for label in labels} == {seed: seed % 2 == 0 for seed in range(5, 35)} and len(labels) == 30
-    assert {label.annotator for label in labels} == {"ann"} and labels[0].psi == 0.7 and labels[0].extra["campaign"] == "singles"
-    assert len(load_unpaired(export_unpaired(store, path, campaign="singles"))) > 60, "both annotators, and repeats"
+    assert {label.seed: label.label for label in labels} == {
+        seed: seed % 2 == 0 for seed in range(5, 35)
+    } and len(labels) == 30
+    assert (
+        {label.annotator for label in labels} == {"ann"}
+        and labels[0].psi == 0.7
+        and labels[0].extra["campaign"] == "singles"
+    )
+    assert len(load_unpaired(export_unpaired(store, path, campaign="singles"))) > 60, (
+        "both annotators, and repeats"
+    )
 
 
 def test_scores_say_good_from_four_on(store, tmp_path):
@@ -46,7 +66,9 @@ def test_scores_say_good_from_four_on(store, tmp_path):
     who = store.annotator_without_token("ann").id
     answer_all(store, campaign, who, lambda shown, _: Choice(str(0 if shown.seed < 3 else shown.seed % 6)))
     labels = load_unpaired(export_unpaired(store, tmp_path / "labels.jsonl"))
-    assert {label.seed: (label.score, label.preferred) for label in labels} == {s: (s % 6, s % 6 >= 4) for s in range(3, 15)}
+    assert {label.seed: (label.score, label.preferred) for label in labels} == {
+        s: (s % 6, s % 6 >= 4) for s in range(3, 15)
+    }
     assert quality_report(store.judgements())["annotators"][0]["gold_accuracy"] == 1.0
     path = export_judgements(store, tmp_path / "all.jsonl")
     with Store.open(f"sqlite:///{tmp_path / 'other.db'}") as other:  # judgements move whole
@@ -56,31 +78,49 @@ def test_scores_say_good_from_four_on(store, tmp_path):
 
 def test_every_campaign_has_its_own_answers_and_labels(store, tmp_path):
     campaign = store.create_campaign(settings(), singles(4))
-    pairs = store.create_campaign(CampaignSettings(name="pairs"), [PlannedPair(first=shape(100), second=shape(101))])
+    pairs = store.create_campaign(
+        CampaignSettings(name="pairs"), [PlannedPair(first=shape(100), second=shape(101))]
+    )
     who = store.annotator_without_token("ann").id
     given = store.assignments(campaign, who, 1)[0]
     for choice in (Choice.LEFT, Choice.TIE, Choice.SCORE_3):
         with pytest.raises(ValueError, match="expected one of up, down or skip, got"):
             store.submit(campaign, who, Answer(key="k", assignment=given.token, choice=choice))
     with pytest.raises(ValueError, match="expected one of left, right, tie or skip, got up"):
-        store.submit(pairs, who, Answer(key="k", assignment=store.assignments(pairs, who, 1)[0].token, choice=Choice.UP))
+        store.submit(
+            pairs,
+            who,
+            Answer(key="k", assignment=store.assignments(pairs, who, 1)[0].token, choice=Choice.UP),
+        )
     answer_all(store, campaign, who, Choice.UP)
     assert preferences_of(store) == []
-    with pytest.raises(ValueError, match="campaign singles: expected one that collects preferences, got one of shapes judged one by one"):
+    with pytest.raises(
+        ValueError,
+        match="campaign singles: expected one that collects preferences, got one of shapes judged one by one",
+    ):
         export_labels(store, tmp_path / "x.jsonl", campaign="singles")
-    with pytest.raises(ValueError, match="campaign pairs: expected one of shapes judged one by one, got one that collects preferences"):
+    with pytest.raises(
+        ValueError,
+        match="campaign pairs: expected one of shapes judged one by one, got one that collects preferences",
+    ):
         export_unpaired(store, tmp_path / "x.jsonl", campaign="pairs")
     assert len(LabelFilters().keep(store.judgements(), Mode.SINGLE)) == 4
 
 
 def test_plans_that_do_not_fit_are_refused(store):
     for words, made in (
-        ("one shape by itself, got two", lambda: store.create_campaign(settings(), [PlannedPair(first=shape(1), second=shape(2))])),
+        (
+            "one shape by itself, got two",
+            lambda: store.create_campaign(settings(), [PlannedPair(first=shape(1), second=shape(2))]),
+        ),
         ("not held out, got 200000", lambda: store.create_campaign(settings(), singles(1, first=200_000))),
         ("--swap-share: expected 0", lambda: settings(swap_share=0.1)),
         ("scale: expected", lambda: CampaignSettings(name="x", scale="thumbs")),
-        ("--single: expected --strategy=random", lambda: PairingOptions(single="thumbs", strategy="tournament")),
-    ):  # fmt: skip
+        (
+            "--single: expected --strategy=random",
+            lambda: PairingOptions(single="thumbs", strategy="tournament"),
+        ),
+    ):
         with pytest.raises(ValueError, match=words):
             made()
 

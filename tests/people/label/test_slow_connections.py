@@ -1,4 +1,6 @@
-"""Thousands of slow and silent connections without a token: those who are logged in notice nothing, and newcomers still get in."""
+"""Thousands of slow and silent connections without a token: those who are logged in notice nothing, and
+newcomers still get in.
+"""
 
 import asyncio
 import json
@@ -26,9 +28,13 @@ from tests.people.label.test_load import free_port
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(shutil.which("prlimit") is None, reason="prlimit not found; install Debian's package util-linux"),
+    pytest.mark.skipif(
+        shutil.which("prlimit") is None, reason="prlimit not found; install Debian's package util-linux"
+    ),
 ]
-CROWD, COUNT, SECONDS = 10, 2000, 25.0
+CROWD = 10
+COUNT = 2000
+SECONDS = 25.0
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 CONFIGURATION = REPO / "docs" / "nginx.conf"
 
@@ -43,7 +49,9 @@ class Watch(threading.Thread):
     @property
     def processor(self) -> float:
         with open(f"/proc/{self.pid}/stat") as stat:
-            return sum(int(word) for word in stat.read().rpartition(")")[2].split()[11:13]) / os.sysconf("SC_CLK_TCK")
+            return sum(int(word) for word in stat.read().rpartition(")")[2].split()[11:13]) / os.sysconf(
+                "SC_CLK_TCK"
+            )
 
     @staticmethod
     def megabytes(pid: int) -> float:
@@ -66,25 +74,41 @@ async def newcomers(tokens: dict[str, str], base: str, work: Work, pause: float)
     return seconds
 
 
-async def siege(server: ServerProcess, crowd: list[Annotator], late: dict[str, str], flags: list[str]) -> dict:
-    """Annotators at work, then the attack, with newcomers in its midst; then one more newcomer when it is over. Returns the figures."""
-    work, new = crowd[0].work, Work()
+async def siege(
+    server: ServerProcess, crowd: list[Annotator], late: dict[str, str], flags: list[str]
+) -> dict:
+    """Annotators at work, then the attack, with newcomers in its midst; then one more newcomer when it is
+    over. Returns the figures.
+    """
+    work = crowd[0].work
+    new = Work()
     tasks = [asyncio.create_task(annotator.run()) for annotator in crowd]
     await asyncio.sleep(2)
     early = len(work.seconds)
     await asyncio.sleep(5)
-    calm, begun = work.seconds[early:], len(work.seconds)
+    calm = work.seconds[early:]
+    begun = len(work.seconds)
     watch = Watch(server.process.pid)
     watch.start()
     used = watch.processor
     port = server.base.rsplit(":", 1)[1]
-    command = ["nice", sys.executable, "-m", "tests.people.label.attack", port, str(COUNT), str(SECONDS), *flags]
+    command = [
+        "nice",
+        sys.executable,
+        "-m",
+        "tests.people.label.attack",
+        port,
+        str(COUNT),
+        str(SECONDS),
+        *flags,
+    ]
     attack = await asyncio.create_subprocess_exec(*command, cwd=REPO, stdout=subprocess.PIPE)
     await asyncio.sleep(6)
     during = {name: late[name] for name in list(late)[:-1]}
     came = await newcomers(during, server.base, new, 2.0)
     counts = json.loads((await attack.communicate())[0])
-    under, over = work.seconds[begun:], time.monotonic()
+    under = work.seconds[begun:]
+    over = time.monotonic()
     watch.over.set()
     used = watch.processor - used
     await newcomers({name: late[name] for name in late if name not in during}, server.base, new, 0)
@@ -94,16 +118,24 @@ async def siege(server: ServerProcess, crowd: list[Annotator], late: dict[str, s
     await asyncio.gather(*tasks)
     percentile = lambda seconds: round(1000 * float(np.percentile(seconds, 95)), 1)  # noqa: E731
     return {
-        "calm p95": percentile(calm), "p95": percentile(under), "slowest": round(1000 * max(under), 1), "submissions": len(under),
-        "processor": round(used / SECONDS, 2), "sent again": sum(n > 1 for n in work.sent.values()),
-        "newcomers": came, "recovery": round(recovery, 2),
-        "memory": round(watch.most - watch.first, 1), "lines": len(server.log.read_text().splitlines()), **counts,
-    }  # fmt: skip
+        "calm p95": percentile(calm),
+        "p95": percentile(under),
+        "slowest": round(1000 * max(under), 1),
+        "submissions": len(under),
+        "processor": round(used / SECONDS, 2),
+        "sent again": sum(n > 1 for n in work.sent.values()),
+        "newcomers": came,
+        "recovery": round(recovery, 2),
+        "memory": round(watch.most - watch.first, 1),
+        "lines": len(server.log.read_text().splitlines()),
+        **counts,
+    }
 
 
 def besieged(folder, memory, tls, many: bool, files: int | None = None) -> dict:
     """A server of its own under attack, its database in the folder `memory`; the figures."""
-    settings, url = serving.settings(), f"sqlite:///{memory / 'labels.db'}"
+    settings = serving.settings()
+    url = f"sqlite:///{memory / 'labels.db'}"
     with Store.open(url) as store:
         campaign = store.create_campaign(settings, serving.plan(2000, training=2, gold=4))
         tokens = {f"annotator{i}": store.add_annotator(f"annotator{i}") for i in range(CROWD + 4)}
@@ -114,10 +146,13 @@ def besieged(folder, memory, tls, many: bool, files: int | None = None) -> dict:
         link = cache._path(shape, ".shp.gz")
         link.parent.mkdir(exist_ok=True)
         link.hardlink_to(cache.mesh(shapes[0]))
-    server = ServerProcess(url, settings.name, folder / "cache", serving.static(folder), free_port(), tls, files)
+    server = ServerProcess(
+        url, settings.name, folder / "cache", serving.static(folder), free_port(), tls, files
+    )
     server.start()
     try:
-        work, names = Work(), list(tokens)
+        work = Work()
+        names = list(tokens)
         crowd = [Annotator(name, tokens[name], server.base, work, 10_000, 0.3) for name in names[:CROWD]]
         flags = [*(["--tls"] if tls else []), *(["--many"] if many else [])]
         return asyncio.run(siege(server, crowd, {name: tokens[name] for name in names[CROWD:]}, flags))
@@ -125,9 +160,17 @@ def besieged(folder, memory, tls, many: bool, files: int | None = None) -> dict:
         server.kill()
 
 
-@pytest.mark.parametrize(("tls", "many", "files"), [
-    (False, False, None), (False, True, None), (True, False, None), (True, True, None), (False, True, 1024), (True, False, 1024),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tls", "many", "files"),
+    [
+        (False, False, None),
+        (False, True, None),
+        (True, False, None),
+        (True, True, None),
+        (False, True, 1024),
+        (True, False, 1024),
+    ],
+)
 def test_slow_connections(tmp_path, certificate, capsys, tls, many, files):
     shm = Path("/dev/shm")  # commits that wait for a busy disk are another matter, see test_load.py
     with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as memory:
@@ -146,17 +189,25 @@ def test_slow_connections(tmp_path, certificate, capsys, tls, many, files):
 @pytest.fixture
 def proxied(tmp_path, certificate):
     """A server that believes nginx, nginx in front of it, and nginx's port."""
-    log, front = tmp_path / "access.jsonl", free_port()
-    with serving.running(tmp_path / "server", config={"proxy": "127.0.0.1"}, exposed=True, access_log=log) as served:
+    log = tmp_path / "access.jsonl"
+    front = free_port()
+    with serving.running(
+        tmp_path / "server", config={"proxy": "127.0.0.1"}, exposed=True, access_log=log
+    ) as served:
         text = CONFIGURATION.read_text()
-        for port, real in (("listen 8443 ", f"listen 127.0.0.1:{front} "), ("127.0.0.1:8000", urlsplit(served.url).netloc)):
+        for port, real in (
+            ("listen 8443 ", f"listen 127.0.0.1:{front} "),
+            ("127.0.0.1:8000", urlsplit(served.url).netloc),
+        ):
             assert text.count(port) == 1
             text = text.replace(port, real)
         (tmp_path / "nginx.conf").write_text(text)
         for file in certificate:
             shutil.copy(file, tmp_path)
         settings = f"daemon off; pid {tmp_path}/nginx.pid; error_log {tmp_path}/nginx.log;"
-        nginx = subprocess.Popen([NGINX, "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-g", settings], stderr=subprocess.DEVNULL)
+        nginx = subprocess.Popen(
+            [NGINX, "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-g", settings], stderr=subprocess.DEVNULL
+        )
         try:
             end = time.monotonic() + 10
             while socket.socket().connect_ex(("127.0.0.1", front)):
@@ -169,12 +220,17 @@ def proxied(tmp_path, certificate):
 
 
 @pytest.mark.skipif(NGINX is None, reason="nginx not found; install Debian's package nginx-light")
-@pytest.mark.skipif(os.geteuid() != 0, reason="Debian's nginx keeps temporary files where only root may write; run the test as root")
+@pytest.mark.skipif(
+    os.geteuid() != 0,
+    reason="Debian's nginx keeps temporary files where only root may write; run the test as root",
+)
 def test_the_example_configuration(proxied):
     served, port = proxied
     url = f"https://127.0.0.1:{port}"
     path = httpx.HTTPTransport(verify=any_server(), local_address="127.5.6.7")
-    with httpx.Client(base_url=url, transport=path, headers={"X-Forwarded-For": "6.6.6.6", "Origin": url}) as page:
+    with httpx.Client(
+        base_url=url, transport=path, headers={"X-Forwarded-For": "6.6.6.6", "Origin": url}
+    ) as page:
         response = serving.login(page, served.store.add_annotator("ann"))
         assert response.status_code == 303 and "Secure" in response.headers["set-cookie"]
         page.headers["X-CSRF-Token"] = page.get("/api/session").json()["csrf"]
@@ -186,7 +242,9 @@ def test_the_example_configuration(proxied):
             connection.sendall(b"GET /login HTTP/1.1\r\nHost: x\r\nX-Slow: ")
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(150)]
         began = time.monotonic()
-        assert serving.answer(page, pair["assignment"], "k").status_code == 201 and time.monotonic() - began < 2
+        assert (
+            serving.answer(page, pair["assignment"], "k").status_code == 201 and time.monotonic() - began < 2
+        )
         for connection in (slow[0], slow[-1], silent[0], silent[-1]):
             connection.settimeout(15 - (time.monotonic() - began))
             try:

@@ -1,4 +1,6 @@
-"""The store on SQLite and on PostgreSQL: what is written once stays, what is sent twice counts once, secrets are not kept."""
+"""The store on SQLite and on PostgreSQL: what is written once stays, what is sent twice counts once, secrets
+are not kept.
+"""
 
 import math
 import sqlite3
@@ -46,25 +48,41 @@ def answered(store, campaign, annotator, count, start=0):
 
 
 def test_a_campaign_comes_back_as_it_was_made(store, database_url):
-    settings = CampaignSettings(name="c", mode=Mode.STUDY, seed=5, annotators_per_pair=2, trials_per_annotator=9, extra={"why": [1, None]})
+    settings = CampaignSettings(
+        name="c",
+        mode=Mode.STUDY,
+        seed=5,
+        annotators_per_pair=2,
+        trials_per_annotator=9,
+        extra={"why": [1, None]},
+    )
     pairs = plan(3, gold=1, training=1)
     campaign = store.create_campaign(settings, pairs)
     with Store.open(database_url) as again:
         stored = again.campaign("c")
-        assert (stored.id, stored.settings, stored.pairs) == (campaign, settings, 5) and again.campaigns() == [stored]
+        assert (stored.id, stored.settings, stored.pairs) == (
+            campaign,
+            settings,
+            5,
+        ) and again.campaigns() == [stored]
         assert [s.seed for _, s in again.shapes(campaign)] == list(range(10))
         assert again.shapes(campaign) == store.shapes(campaign) and again.campaign("other") is None
         asset, drawn = again.shapes(campaign)[3]
-        assert dict(again.shapes(campaign))[asset] == drawn == shape(3) and "x" not in dict(again.shapes(campaign))
+        assert dict(again.shapes(campaign))[asset] == drawn == shape(3) and "x" not in dict(
+            again.shapes(campaign)
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "pairs", "words"),
     [
-        ("first", plan(1), "which is in use"), ("", plan(1), "printable name"), ("a\nb", plan(1), "printable name"), ("c", [], "got none"),
+        ("first", plan(1), "which is in use"),
+        ("", plan(1), "printable name"),
+        ("a\nb", plan(1), "printable name"),
+        ("c", [], "got none"),
         ("c", [PlannedPair(first=shape(1), second=shape(1))], "two different shapes, got seed 1 twice"),
     ],
-)  # fmt: skip
+)
 def test_plans_that_cannot_be_shown_are_refused_whole(lasting, name, pairs, words):
     store, *_ = lasting
     with pytest.raises(ValueError, match=words):
@@ -75,11 +93,21 @@ def test_plans_that_cannot_be_shown_are_refused_whole(lasting, name, pairs, word
 @pytest.mark.parametrize(
     "changes",
     [
-        {"key": ""}, {"key": "a\0b"}, {"key": "\ud800"}, {"key": "k" * 201}, {"page_version": "\n"}, {"views": ("x",) * 65},
-        {"views": ("",)}, {"milliseconds": -1}, {"milliseconds": 2**60}, {"answered_at": math.nan}, {"comment": "\n"},
-        {"reason": "broken"}, {"choice": Choice.SKIP, "reason": "dull"},
+        {"key": ""},
+        {"key": "a\0b"},
+        {"key": "\ud800"},
+        {"key": "k" * 201},
+        {"page_version": "\n"},
+        {"views": ("x",) * 65},
+        {"views": ("",)},
+        {"milliseconds": -1},
+        {"milliseconds": 2**60},
+        {"answered_at": math.nan},
+        {"comment": "\n"},
+        {"reason": "broken"},
+        {"choice": Choice.SKIP, "reason": "dull"},
     ],
-)  # fmt: skip
+)
 def test_answers_that_cannot_be_stored_are_refused(lasting, changes):
     store, campaign, ann = lasting
     shown = store.assignments(campaign, ann)[0]
@@ -94,7 +122,9 @@ def test_training_says_what_was_right(store, work):
     assert shown.training
     right = Choice.LEFT if dict(store.shapes(campaign))[shown.left].seed == 0 else Choice.RIGHT
     wrong = Choice.RIGHT if right is Choice.LEFT else Choice.LEFT
-    for n, (choice, correct) in enumerate([(right, True), (wrong, False), (Choice.TIE, False), (Choice.SKIP, None)]):
+    for n, (choice, correct) in enumerate(
+        [(right, True), (wrong, False), (Choice.TIE, False), (Choice.SKIP, None)]
+    ):
         result = store.submit(campaign, ann, answer(shown, f"k{n}", choice))
         assert (result.training, result.correct, result.explanation) == (True, correct, "because 0")
         again = store.submit(campaign, ann, answer(shown, f"k{n}", choice))
@@ -128,7 +158,12 @@ def test_foreign_and_unknown_assignments_are_not_found(store, work):
     bob = store.annotators()[-1].id
     shown = store.assignments(campaign, ann)[0]
     other = store.create_campaign(CampaignSettings(name="other"), plan(2))
-    for where, who, token in [(campaign, bob, shown.token), (other, ann, shown.token), (campaign, ann, "x"), (campaign, ann, "\0")]:
+    for where, who, token in [
+        (campaign, bob, shown.token),
+        (other, ann, shown.token),
+        (campaign, ann, "x"),
+        (campaign, ann, "\0"),
+    ]:
         with pytest.raises(LookupError, match="this annotator's"):
             store.submit(where, who, answer(token, "k"))
         with pytest.raises(LookupError, match="this annotator's"):
@@ -147,20 +182,38 @@ def test_undo_is_a_further_record_and_the_pair_comes_back_first(store, work):
     store.submit(campaign, ann, answer(tokens[1], "new", Choice.TIE))
     assert store.assignments(campaign, ann)[0].token == tokens[2]
     kept = [(row.assignment, row.choice, row.undone) for row in store.judgements(include_undone=True)]
-    assert kept == [(tokens[0], "left", False), (tokens[1], "left", True), (tokens[2], "left", True), (tokens[1], "tie", False)]
+    assert kept == [
+        (tokens[0], "left", False),
+        (tokens[1], "left", True),
+        (tokens[2], "left", True),
+        (tokens[1], "tie", False),
+    ]
     assert [row.choice for row in store.judgements()] == ["left", "tie"]
     with store.database.read() as c:
         assert c.execute(text("SELECT type, takes_back FROM judgements ORDER BY id")).all() == [
-            ("choice", None), ("choice", None), ("choice", None), ("undo", 3), ("undo", 2), ("choice", None),
-        ]  # fmt: skip
+            ("choice", None),
+            ("choice", None),
+            ("choice", None),
+            ("undo", 3),
+            ("undo", 2),
+            ("choice", None),
+        ]
 
 
 def test_the_database_refuses_to_change_judgements(store, work, database_url):
     campaign, ann = work
     answered(store, campaign, ann, 2)
-    statements = ["UPDATE judgements SET choice = 'right'", "UPDATE judgements SET milliseconds = 1 WHERE id = 1", "DELETE FROM judgements",
-                  "DELETE FROM judgements WHERE id = 1", "UPDATE judgements SET page_version = page_version"]  # fmt: skip
-    for statement in [*statements, *([] if database_url.startswith("sqlite") else ["TRUNCATE judgements CASCADE"])]:
+    statements = [
+        "UPDATE judgements SET choice = 'right'",
+        "UPDATE judgements SET milliseconds = 1 WHERE id = 1",
+        "DELETE FROM judgements",
+        "DELETE FROM judgements WHERE id = 1",
+        "UPDATE judgements SET page_version = page_version",
+    ]
+    for statement in [
+        *statements,
+        *([] if database_url.startswith("sqlite") else ["TRUNCATE judgements CASCADE"]),
+    ]:
         with pytest.raises(DBAPIError, match="append-only"), store.database.write() as c:
             c.execute(text(statement))
     assert [row.choice for row in store.judgements()] == ["left", "left"]
@@ -171,14 +224,19 @@ def test_sqlite_refuses_from_other_programs_too(tmp_path):
         campaign = store.create_campaign(CampaignSettings(name="c"), plan(3))
         answered(store, campaign, store.annotator_without_token("local", "admin").id, 1)
     with sqlite3.connect(tmp_path / "l.db") as other:
-        for statement in ("UPDATE judgements SET choice = 'tie'", "DELETE FROM judgements",
-                          "INSERT OR REPLACE INTO judgements SELECT * FROM judgements"):  # fmt: skip
+        for statement in (
+            "UPDATE judgements SET choice = 'tie'",
+            "DELETE FROM judgements",
+            "INSERT OR REPLACE INTO judgements SELECT * FROM judgements",
+        ):
             with pytest.raises(sqlite3.IntegrityError, match="append-only"):
                 other.execute(statement)
     other.close()
 
 
-@pytest.mark.parametrize("name", ["", " a", "a ", "<b>", "a\nb", "a/b", "=1", "x" * 81, "local", "a\0", "'; --"])
+@pytest.mark.parametrize(
+    "name", ["", " a", "a ", "<b>", "a\nb", "a/b", "=1", "x" * 81, "local", "a\0", "'; --"]
+)
 def test_names_that_could_do_harm_are_refused(lasting, name):
     store, *_ = lasting
     with pytest.raises(ValueError, match="annotator: expected a"):
@@ -191,7 +249,8 @@ def test_names_that_could_do_harm_are_refused(lasting, name):
 def test_sessions_end_and_survive_a_restart(store, database_url, clock):
     store.add_annotator("ann")
     ann = store.annotators()[0]
-    login, other = store.open_session(ann.id, 100), store.open_session(ann.id, 300)
+    login = store.open_session(ann.id, 100)
+    other = store.open_session(ann.id, 300)
     with Store.open(database_url, clock=clock) as again:
         assert again.session(login) == ann
         again.close_session(login)
@@ -200,7 +259,8 @@ def test_sessions_end_and_survive_a_restart(store, database_url, clock):
         assert again.session(other) is None
         store.open_session(ann.id, 1)
         with again.database.read() as c:
-            assert c.execute(text("SELECT count(*) FROM sessions")).scalar() == 1  # those that ended are cleared away
+            # those that ended are cleared away
+            assert c.execute(text("SELECT count(*) FROM sessions")).scalar() == 1
 
 
 def test_no_secret_is_in_the_database_and_sqlite_writes_through_to_the_disk(tmp_path):
@@ -209,7 +269,10 @@ def test_no_secret_is_in_the_database_and_sqlite_writes_through_to_the_disk(tmp_
         token = store.add_annotator("ann")
         login = store.open_session(store.annotators()[0].id, 1000)
         with store.database.read() as c:
-            settings = {name: c.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous", "foreign_keys")}
+            settings = {
+                name: c.execute(text(f"PRAGMA {name}")).scalar()
+                for name in ("journal_mode", "synchronous", "foreign_keys")
+            }
     content = b"".join(p.read_bytes() for p in tmp_path.iterdir())
     assert b"ann" in content and token.encode() not in content and login.encode() not in content
     assert settings == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}, "a commit is on the disk"

@@ -37,7 +37,10 @@ def assert_each_pair_so_often(store, places):
     assert set(Counter(row.pair for row in pairs).values()) == {places}
     assert max(Counter((row.annotator, row.pair) for row in pairs).values()) == 1
     with store.database.read() as c:
-        assert c.execute(text("SELECT count(*) FROM pairs WHERE kind = 'pair' AND taken <> places")).scalar() == 0
+        assert (
+            c.execute(text("SELECT count(*) FROM pairs WHERE kind = 'pair' AND taken <> places")).scalar()
+            == 0
+        )
     return rows
 
 
@@ -71,7 +74,10 @@ def test_one_annotator_in_many_tabs(database_url):
             shown = list(pool.map(lambda _: store.assignments(campaign, who), range(16)))
             assert all(each == shown[0] for each in shown) and len(shown[0]) == 3
             sent = list(pool.map(lambda _: store.submit(campaign, who, answer(shown[0][0], "k")), range(8)))
-            assert sorted(s.duplicate for s in sent) == [False] + [True] * 7 and len({s.judgement for s in sent}) == 1
+            assert (
+                sorted(s.duplicate for s in sent) == [False] + [True] * 7
+                and len({s.judgement for s in sent}) == 1
+            )
 
             def conflicting(k):
                 try:
@@ -105,11 +111,15 @@ def test_what_was_acknowledged_survives_a_kill(database_url):
     with Store.open(database_url) as store:
         store.create_campaign(CampaignSettings(name="c", **QUIET), plan(120))
         everybody(store, 4)
-    acknowledged, quiet = {}, {**os.environ, "OMP_NUM_THREADS": "1"}
+    acknowledged = {}
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(2):
         process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(REPO), database_url], stdout=subprocess.PIPE, text=True, env=quiet
-        )  # fmt: skip
+            [sys.executable, "-c", CHILD, str(REPO), database_url],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=quiet,
+        )
         lines = [process.stdout.readline() for _ in range(15)]
         process.send_signal(signal.SIGKILL)
         lines += process.stdout.read().splitlines(keepends=True)
@@ -119,7 +129,8 @@ def test_what_was_acknowledged_survives_a_kill(database_url):
     with Store.open(database_url) as store:
         found = {row.id: row.assignment for row in store.judgements()}
         assert len(acknowledged) >= 30 and acknowledged.items() <= found.items()
-        assert len(set(found.values())) == len(found) <= len(acknowledged) + 8  # at most those in flight were not acknowledged
+        # at most those in flight were not acknowledged
+        assert len(set(found.values())) == len(found) <= len(acknowledged) + 8
         for annotator in store.annotators():
             work(store, 1, annotator.id)
         assert len(assert_each_pair_so_often(store, 1)) == 120

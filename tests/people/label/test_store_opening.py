@@ -1,4 +1,6 @@
-"""Opening a database: made once, whatever comes at once; what is no store of this version is refused and left as it is."""
+"""Opening a database: made once, whatever comes at once; what is no store of this version is refused and left
+as it is.
+"""
 
 import os
 import sqlite3
@@ -27,8 +29,14 @@ def test_opening_twice_at_once_makes_one_schema(database_url):
         store.close()
 
 
-@pytest.mark.parametrize("statement", [f"INSERT INTO schema_versions VALUES ({VERSION + 1}, 0)", "UPDATE schema_versions SET version = 1",
-                                       "DELETE FROM schema_versions"])  # fmt: skip
+@pytest.mark.parametrize(
+    "statement",
+    [
+        f"INSERT INTO schema_versions VALUES ({VERSION + 1}, 0)",
+        "UPDATE schema_versions SET version = 1",
+        "DELETE FROM schema_versions",
+    ],
+)
 def test_another_version_is_refused(store, tmp_path, statement):
     with store.database.write() as c:
         c.execute(text(statement))
@@ -39,12 +47,15 @@ def test_another_version_is_refused(store, tmp_path, statement):
 @pytest.mark.parametrize(
     ("url", "error", "words"),
     [
-        ("labels.db", ValueError, "expected a database URL"), ("mysql://host/db", ValueError, "expected SQLite or PostgreSQL"),
-        ("sqlite://", ValueError, "expected a file"), ("sqlite:///:memory:", ValueError, "expected a file"),
-        ("sqlite:///{tmp}/none/l.db", FileNotFoundError, "expected a folder"), ("sqlite:///{tmp}/text.db", ValueError, "another kind"),
+        ("labels.db", ValueError, "expected a database URL"),
+        ("mysql://host/db", ValueError, "expected SQLite or PostgreSQL"),
+        ("sqlite://", ValueError, "expected a file"),
+        ("sqlite:///:memory:", ValueError, "expected a file"),
+        ("sqlite:///{tmp}/none/l.db", FileNotFoundError, "expected a folder"),
+        ("sqlite:///{tmp}/text.db", ValueError, "another kind"),
         ("sqlite:///{tmp}/foreign.db", ValueError, "tables pairs without a schema version"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_store_is_refused(tmp_path, url, error, words):
     (tmp_path / "text.db").write_text("seed,seed\n" * 500)
     with sqlite3.connect(tmp_path / "foreign.db") as other:
@@ -96,6 +107,13 @@ def test_what_is_written_is_its_owners_alone(tmp_path, ordinary_umask):
         kept_secret(folder / "server.key")
         write_atomic(folder / "design.json", b"{}", private=True)
         rights_of = {path.name: rights(path) for path in folder.iterdir()}
-    assert set(rights_of) == {"labels.db", "labels.db-wal", "labels.db-shm", "access.jsonl", "server.key", "design.json"}
+    assert set(rights_of) == {
+        "labels.db",
+        "labels.db-wal",
+        "labels.db-shm",
+        "access.jsonl",
+        "server.key",
+        "design.json",
+    }
     assert set(rights_of.values()) == {0o600}
     assert (rights(folder), rights(folder.parent)) == (0o700, 0o755)

@@ -1,4 +1,6 @@
-"""Who is shown what: decided by seed and name, in the shares asked for, each pair as often as it has places, nothing lost by absence."""
+"""Who is shown what: decided by seed and name, in the shares asked for, each pair as often as it has places,
+nothing lost by absence.
+"""
 
 import re
 from collections import Counter
@@ -38,23 +40,30 @@ def test_order_and_sides_follow_from_seed_and_name(tmp_path):
     for run, (seed, name) in enumerate([(1, "ann"), (1, "ann"), (2, "ann"), (1, "bob")]):
         with Store.open(f"sqlite:///{tmp_path / str(run)}.db") as store:
             campaign = campaign_of(store, plan(40), seed=seed)
-            issued[run] = seeds(store.assignments(campaign, annotator(store, name), count=40), store, campaign)
+            issued[run] = seeds(
+                store.assignments(campaign, annotator(store, name), count=40), store, campaign
+            )
     assert issued[0] == issued[1]
     assert [a != b for a, b in ((issued[0], issued[2]), (issued[0], issued[3]))] == [True, True]
     for shown in issued.values():
         assert sorted(min(pair) for pair in shown) == list(range(0, 80, 2))
-        assert 8 <= sum(left < right for left, right in shown) <= 32  # sides: 20 +- 12 is beyond 3.5 standard deviations
+        # sides: 20 +- 12 is beyond 3.5 standard deviations
+        assert 8 <= sum(left < right for left, right in shown) <= 32
 
 
 def test_asking_again_gives_the_same_and_each_annotator_each_pair_once(store):
     campaign = campaign_of(store, plan(12), annotators_per_pair=2)
     ann, bob, eve = (annotator(store, name) for name in ("ann", "bob", "eve"))
     shown = store.assignments(campaign, ann)
-    assert store.assignments(campaign, ann) == shown and store.assignments(campaign, ann, count=2) == shown[:2]
+    assert (
+        store.assignments(campaign, ann) == shown and store.assignments(campaign, ann, count=2) == shown[:2]
+    )
     assert store.assignments(campaign, ann, count=5)[:3] == shown
     for who in (ann, bob):
         rows = work_through(store, campaign, who)
-        assert len({row.pair for row in rows}) == len(rows) == 12 and [row.sequence for row in rows] == list(range(1, 13))
+        assert len({row.pair for row in rows}) == len(rows) == 12 and [row.sequence for row in rows] == list(
+            range(1, 13)
+        )
     assert store.assignments(campaign, eve) == []  # both places of every pair are taken
 
 
@@ -73,7 +82,8 @@ def test_shares_of_repeats_swaps_and_gold(long_run):
     assert kinds[Kind.PAIR] == 240
     assert abs(kinds[Kind.REPEAT] - 0.1 * trials) <= 2 and abs(kinds[Kind.SWAP] - 0.05 * trials) <= 2
     gold = [i for i, row in enumerate(long_run) if row.kind is Kind.GOLD]
-    assert [i // 15 for i in gold] == list(range(len(gold))) and len(gold) >= trials // 15  # one in each block of 15
+    # one in each block of 15
+    assert [i // 15 for i in gold] == list(range(len(gold))) and len(gold) >= trials // 15
     assert len({i % 15 for i in gold}) > 5  # at places that cannot be foreseen
     counts = Counter(long_run[i].pair for i in gold)
     assert max(counts.values()) - min(counts.values()) <= 1 and len(counts) == 10
@@ -86,19 +96,30 @@ def test_repeats_keep_the_sides_and_swaps_do_not(long_run):
     for row in again:
         before = first[row.pair]
         assert row.sequence - before.sequence > 20
-        assert (row.left == before.left) == (row.kind is Kind.REPEAT) == (row.first_is_left == before.first_is_left)
+        assert (
+            (row.left == before.left)
+            == (row.kind is Kind.REPEAT)
+            == (row.first_is_left == before.first_is_left)
+        )
 
 
-@pytest.mark.parametrize(("pairs", "settings", "choice", "kinds"), [
-    (plan(40), {"repeat_share": 0.25, "swap_share": 0.25, "repeat_gap": 1}, Choice.SKIP, {Kind.PAIR: 40}),  # what is skipped never returns
-    (plan(3, gold=4), {"gold_every": 1}, Choice.LEFT, {Kind.GOLD: 4, Kind.PAIR: 3}),  # every trial gold ends when each was shown
-    (plan(4, training=3), {}, Choice.LEFT, {Kind.TRAINING: 3, Kind.PAIR: 4}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pairs", "settings", "choice", "kinds"),
+    [
+        # what is skipped never returns
+        (plan(40), {"repeat_share": 0.25, "swap_share": 0.25, "repeat_gap": 1}, Choice.SKIP, {Kind.PAIR: 40}),
+        # every trial gold ends when each was shown
+        (plan(3, gold=4), {"gold_every": 1}, Choice.LEFT, {Kind.GOLD: 4, Kind.PAIR: 3}),
+        (plan(4, training=3), {}, Choice.LEFT, {Kind.TRAINING: 3, Kind.PAIR: 4}),
+    ],
+)
 def test_kinds_of_trials(store, pairs, settings, choice, kinds):
     rows = work_through(store, campaign_of(store, pairs, **settings), annotator(store), choice=choice)
     lessons = [min(row.left.seed, row.right.seed) for row in rows if row.kind is Kind.TRAINING]
     assert Counter(row.kind for row in rows) == kinds and lessons == [0, 2, 4][: len(lessons)]
-    assert [row.kind for row in rows[: len(lessons)]] == [Kind.TRAINING] * len(lessons), "training comes first, in the plan's order"
+    assert [row.kind for row in rows[: len(lessons)]] == [Kind.TRAINING] * len(lessons), (
+        "training comes first, in the plan's order"
+    )
 
 
 def test_an_annotator_is_done_after_so_many_trials(store):
@@ -126,7 +147,8 @@ def test_only_prepared_pairs_are_issued(store):
 
 def test_absent_annotators_lose_their_places_to_others(store, clock):
     campaign = campaign_of(store, plan(3))
-    ann, bob = annotator(store), annotator(store, "bob")
+    ann = annotator(store)
+    bob = annotator(store, "bob")
     mine = store.assignments(campaign, ann)
     clock.now += LEASE_SECONDS - 1
     assert store.assignments(campaign, bob) == []
@@ -141,7 +163,8 @@ def test_absent_annotators_lose_their_places_to_others(store, clock):
 
 def test_who_returns_in_time_gets_the_same_assignments_back(store, clock):
     campaign = campaign_of(store, plan(6))
-    ann, bob = annotator(store), annotator(store, "bob")
+    ann = annotator(store)
+    bob = annotator(store, "bob")
     mine = store.assignments(campaign, ann)
     assert len(store.assignments(campaign, bob)) == 3
     clock.now += LEASE_SECONDS + 1
@@ -156,9 +179,12 @@ def test_who_returns_in_time_gets_the_same_assignments_back(store, clock):
 
 
 def test_late_answers_are_kept(store, clock):
-    """A phone that was offline for hours sends what it has: nothing is thrown away, even if others have judged the pair since."""
+    """A phone that was offline for hours sends what it has: nothing is thrown away, even if others have
+    judged the pair since.
+    """
     campaign = campaign_of(store, plan(1))
-    ann, bob = annotator(store), annotator(store, "bob")
+    ann = annotator(store)
+    bob = annotator(store, "bob")
     (mine,) = store.assignments(campaign, ann)
     clock.now += 2 * LEASE_SECONDS
     (theirs,) = store.assignments(campaign, bob)
@@ -172,8 +198,10 @@ def test_late_answers_are_kept(store, clock):
 
 def test_practice_is_waited_for_unless_it_cannot_be_drawn(store):
     campaign = campaign_of(store, plan(4, training=3))
-    ann, assets = annotator(store), [asset for asset, _ in store.shapes(campaign)]
-    prepared, lost = set(assets[6:]), set()
+    ann = annotator(store)
+    assets = [asset for asset, _ in store.shapes(campaign)]
+    prepared = set(assets[6:])
+    lost = set()
 
     def shown():
         return store.assignments(campaign, ann, 5, prepared.__contains__, lost.__contains__)
@@ -193,7 +221,9 @@ def test_practice_is_waited_for_unless_it_cannot_be_drawn(store):
 @pytest.mark.parametrize("many", [100, pytest.param(1000, marks=pytest.mark.long)])
 def test_the_total_stays_and_is_reached_by_who_works_alone(store, clock, many):
     campaign = campaign_of(store, plan(many, gold=5), repeat_share=0.05, swap_share=0.05, gold_every=25)
-    ann, totals, shown = annotator(store), [], []
+    ann = annotator(store)
+    totals = []
+    shown = []
     while shown or (shown := store.assignments(campaign, ann, 10)):
         totals.append(store.progress(campaign, ann).total)
         store.submit(campaign, ann, answer(shown.pop(0), str(len(totals))))
@@ -206,8 +236,11 @@ def test_the_total_stays_and_is_reached_by_who_works_alone(store, clock, many):
 
 def test_pairs_that_cannot_be_drawn_are_not_counted(store, clock):
     campaign = campaign_of(store, plan(40), repeat_share=0.1)
-    ann, assets = annotator(store), [asset for asset, _ in store.shapes(campaign)]
-    before, lost = store.progress(campaign, ann).total, set(assets[:9])  # pairs 0 .. 4 of the plan
+    ann = annotator(store)
+    assets = [asset for asset, _ in store.shapes(campaign)]
+    # pairs 0 .. 4 of the plan
+    before = store.progress(campaign, ann).total
+    lost = set(assets[:9])
     clock.now += 1
     assert before - 7 <= store.progress(campaign, ann, lost.__contains__).total <= before - 5
     rows = work_through(store, campaign, ann, ready=lambda asset: asset not in lost)
@@ -216,9 +249,15 @@ def test_pairs_that_cannot_be_drawn_are_not_counted(store, clock):
 
 
 HOT = {
-    "answered": assignments.ANSWERED, "free": assignments.FREE, "had": assignments.FREE_BUT_HAD, "hers": assignments.FREE_TO_HER,
-    "open": assignments.OPEN_ONES, "past": assignments.PAST, "stamp": assignments.STAMP,
-    "window": assignments.PAGE, "expired": assignments.EXPIRED,
+    "answered": assignments.ANSWERED,
+    "free": assignments.FREE,
+    "had": assignments.FREE_BUT_HAD,
+    "hers": assignments.FREE_TO_HER,
+    "open": assignments.OPEN_ONES,
+    "past": assignments.PAST,
+    "stamp": assignments.STAMP,
+    "window": assignments.PAGE,
+    "expired": assignments.EXPIRED,
 }
 
 
@@ -228,6 +267,12 @@ def test_what_is_asked_at_every_judgement_reads_no_table_whole(store, name):
     text = str(HOT[name].compile(dialect=sqlite.dialect(paramstyle="named")))
     values = dict.fromkeys(re.findall(r":(\w+)", text), 1)
     with store.database.read() as c:
-        steps = [row[3] for row in c.connection.driver_connection.execute(f"EXPLAIN QUERY PLAN {text}", values)]
-    scans = [step for step in steps if re.match(r"SCAN (pairs|assignments|judgements|shapes|annotators|a|j)\b", step)]
+        steps = [
+            row[3] for row in c.connection.driver_connection.execute(f"EXPLAIN QUERY PLAN {text}", values)
+        ]
+    scans = [
+        step
+        for step in steps
+        if re.match(r"SCAN (pairs|assignments|judgements|shapes|annotators|a|j)\b", step)
+    ]
     assert steps and scans == []

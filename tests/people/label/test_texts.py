@@ -20,7 +20,10 @@ ENGLISH = TABLES["en"]
 
 def placeholders(entry) -> list[set[str]]:
     """The names in braces of a text, or of each plural form."""
-    return [set(re.findall(r"\{(\w+)\}", text)) for text in (entry.values() if isinstance(entry, dict) else [entry])]
+    return [
+        set(re.findall(r"\{(\w+)\}", text))
+        for text in (entry.values() if isinstance(entry, dict) else [entry])
+    ]
 
 
 @pytest.mark.parametrize("tables", [TABLES, TEXTS], ids=["page", "login"])
@@ -36,12 +39,24 @@ def test_every_language_has_the_same_texts_with_the_same_placeholders(tables):
 
 def test_pages_name_texts_that_exist_and_no_text_is_left_over():
     tags = Tags((STATIC / "index.html").read_text()).found
-    named = {attributes[key] for _, attributes in tags for key in ("data-text", "data-label", "data-alt") if key in attributes}
+    named = {
+        attributes[key]
+        for _, attributes in tags
+        for key in ("data-text", "data-label", "data-alt")
+        if key in attributes
+    }
     scripts = "".join(path.read_text() for path in sorted(SOURCES.glob("*.js")))
-    named |= set(re.findall(r"'([a-z]+(?:\.[a-zA-Z]+)+|[a-zA-Z]+)'", scripts)) & set(ENGLISH) | set(re.findall(r"\bt\('([^']+)'", scripts))
-    families = {family for family in re.findall(r"`([a-z.]+)\.\$\{", scripts)} | {"known"}  # as t(`skip.${reason}`)
+    named |= set(re.findall(r"'([a-z]+(?:\.[a-zA-Z]+)+|[a-zA-Z]+)'", scripts)) & set(ENGLISH) | set(
+        re.findall(r"\bt\('([^']+)'", scripts)
+    )
+    # as t(`skip.${reason}`)
+    families = {family for family in re.findall(r"`([a-z.]+)\.\$\{", scripts)} | {"known"}
     assert named <= set(ENGLISH), named - set(ENGLISH)
-    unused = [key for key in ENGLISH if key not in named and key.rpartition(".")[0] not in families and not key.startswith("known.")]
+    unused = [
+        key
+        for key in ENGLISH
+        if key not in named and key.rpartition(".")[0] not in families and not key.startswith("known.")
+    ]
     assert unused == []
 
 
@@ -52,17 +67,31 @@ def test_what_the_server_says_to_annotators_is_in_the_table():
     assert all(f"skip.{reason}" in ENGLISH for reason in SKIP_REASONS)
 
 
-@pytest.mark.parametrize(("accepted", "language"), [
-    ("", "en"), ("de", "de"), ("DE-AT,de;q=0.9,en;q=0.5", "de"), ("fr,es-MX;q=0.4,en;q=0.3", "es"), ("en;q=0.1, es;q=0.7", "es"),
-    ("*", "en"), ("fr", "en"), ("de;q=0", "en"), ("de;q=nan,es;q=0.2", "es"), ("de;q=" + "9" * 5000, "de"), (";,;q,=", "en"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("accepted", "language"),
+    [
+        ("", "en"),
+        ("de", "de"),
+        ("DE-AT,de;q=0.9,en;q=0.5", "de"),
+        ("fr,es-MX;q=0.4,en;q=0.3", "es"),
+        ("en;q=0.1, es;q=0.7", "es"),
+        ("*", "en"),
+        ("fr", "en"),
+        ("de;q=0", "en"),
+        ("de;q=nan,es;q=0.2", "es"),
+        ("de;q=" + "9" * 5000, "de"),
+        (";,;q,=", "en"),
+    ],
+)
 def test_the_login_page_speaks_the_browsers_language(accepted, language):
     assert language_of(accepted) == language
 
 
 @needs_chromium
 def test_a_chosen_language_is_kept(serve, page):
-    served = serve(singles(4), mode=Mode.SINGLE, campaign={"scale": "thumbs", "swap_share": 0, "gold_every": 0})
+    served = serve(
+        singles(4), mode=Mode.SINGLE, campaign={"scale": "thumbs", "swap_share": 0, "gold_every": 0}
+    )
     label = page(served.url, locale="fr").open()
     assert label.page.inner_text("h1") == ENGLISH["title.single"], "no table for French"
     with label.page.expect_navigation():

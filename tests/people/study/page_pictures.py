@@ -1,4 +1,5 @@
-"""Walks through a running blind study as an annotator does, answers "equal" throughout, and tiles what both sides of each trial showed:
+"""Walks through a running blind study as an annotator does, answers "equal" throughout, and tiles what both
+sides of each trial showed:
 
     python tools/study.py --b=RUN --n=40 --annotators-per-pair=1 --set view=back --set psi=1 &
     python -m tests.people.study.page_pictures
@@ -16,10 +17,14 @@ from PIL import Image, ImageDraw
 
 from tests.people.label.browser import Page, chromium
 
-COLUMNS, HEAD = 5, (104, 128)  # trials beside each other; pixels of one side
+# trials beside each other; pixels of one side
+COLUMNS = 5
+HEAD = (104, 128)
 CROP = (0.27, 0.07, 0.73, 0.83)  # of a side's picture: the head
-QUERY = """select a.token, a.first_is_left, f.generator, s.generator from assignments a join pairs p on a.pair_id = p.id
-           join shapes f on f.id = p.first_id join shapes s on s.id = p.second_id where f.generator != s.generator"""
+QUERY = """select a.token, a.first_is_left, f.generator, s.generator
+           from assignments a join pairs p on a.pair_id = p.id
+           join shapes f on f.id = p.first_id join shapes s on s.id = p.second_id
+           where f.generator != s.generator"""
 
 
 def trials(page: Page) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -31,7 +36,9 @@ def trials(page: Page) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         shown = page.state("pair.assignment")
         seen[shown] = (page.picture("left"), page.picture("right"))
         page.answer("ArrowDown")
-        while page.state("state") != "finished" and (page.state("state") != "label" or page.state("pair.assignment") == shown):
+        while page.state("state") != "finished" and (
+            page.state("state") != "label" or page.state("pair.assignment") == shown
+        ):
             if page.state("state") == "explained":
                 page.page.keyboard.press("Enter")
             page.page.wait_for_timeout(200)
@@ -43,18 +50,23 @@ def after_is_left(study: Path) -> dict[str, bool]:
     """Whether --b stood at the left, by assignment; trials between the two networks alone."""
     with contextlib.closing(sqlite3.connect(f"file:{study / 'study.db'}?mode=ro", uri=True)) as store:
         found = store.execute(QUERY).fetchall()
-        (before,) = store.execute("select generator from shapes where degradation != '' limit 1").fetchone()  # checks are of --a
-    return {token: (first if first_is_left else second) != before for token, first_is_left, first, second in found}
+        # checks are of --a
+        (before,) = store.execute("select generator from shapes where degradation != '' limit 1").fetchone()
+    return {
+        token: (first if first_is_left else second) != before for token, first_is_left, first, second in found
+    }
 
 
 def tiled(seen: dict[str, tuple[np.ndarray, np.ndarray]], key: dict[str, bool]) -> Image.Image:
     """All trials, numbered; a bar below the side that showed --b."""
     shown = [(sides, key[token]) for token, sides in seen.items() if token in key]
-    wide, high = 2 * HEAD[0] + 10, HEAD[1] + 26
+    wide = 2 * HEAD[0] + 10
+    high = HEAD[1] + 26
     sheet = Image.new("RGB", (COLUMNS * wide, -(-len(shown) // COLUMNS) * high), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (sides, left) in enumerate(shown):
-        x, y = i % COLUMNS * wide + 5, i // COLUMNS * high
+        x = i % COLUMNS * wide + 5
+        y = i // COLUMNS * high
         draw.text((x, y + 2), f"{i + 1}", (110, 110, 110))
         for side, picture in enumerate(sides):
             whole = Image.fromarray(picture.astype(np.uint8))
@@ -67,8 +79,12 @@ def tiled(seen: dict[str, tuple[np.ndarray, np.ndarray]], key: dict[str, bool]) 
 
 @click.command()
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True)
-@click.option("--study", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/study"), show_default=True)
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("docs/images"), show_default=True)
+@click.option(
+    "--study", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/study"), show_default=True
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("docs/images"), show_default=True
+)
 def main(url: str, study: Path, out: Path) -> None:
     """Write study-pairs.png."""
     with chromium() as browser:

@@ -18,24 +18,58 @@ B = Contender(label="after", source="after.safetensors", generator="b" * 64)
 def small_design(**changes) -> StudyDesign:
     """Forty trials of two annotators."""
     settings = {
-        "name": "small", "a": A, "b": B, "trials": 40, "annotators": 2, "annotators_per_pair": 2, "seed": 3, "resamples": 400,
-        "created": "2001-01-01T00:00:00+00:00", **changes,
-    }  # fmt: skip
+        "name": "small",
+        "a": A,
+        "b": B,
+        "trials": 40,
+        "annotators": 2,
+        "annotators_per_pair": 2,
+        "seed": 3,
+        "resamples": 400,
+        "created": "2001-01-01T00:00:00+00:00",
+        **changes,
+    }
     return StudyDesign(**settings)
 
 
-def row(design: StudyDesign, id: int, chosen: str, *, annotator="ann", b_left=True, kind="pair", pair=None, **changes) -> JudgementRow:
+def row(
+    design: StudyDesign,
+    id: int,
+    chosen: str,
+    *,
+    annotator="ann",
+    b_left=True,
+    kind="pair",
+    pair=None,
+    **changes,
+) -> JudgementRow:
     """A judgement; chosen is 'a', 'b', 'tie' or 'skip'."""
     pair = id if pair is None else pair
     seeds = design.seeds()[0]
     first, second = (shape_of(design, of, seeds[pair % len(seeds)]) for of in (design.a, design.b))
     choice = {"b": "left" if b_left else "right", "a": "right" if b_left else "left"}.get(chosen, chosen)
     made = JudgementRow(
-        id=id, campaign=design.name, mode="study", annotator=annotator, assignment=f"t{id}", sequence=id, pair=pair, kind=Kind(kind),
-        left=second if b_left else first, right=first if b_left else second, first_is_left=not b_left, choice=Choice(choice), reason=None,
-        expected="left" if kind == "gold" else None, milliseconds=3000, views=(), answered_at=None, received_at=1e9 + id, page_version="1",
+        id=id,
+        campaign=design.name,
+        mode="study",
+        annotator=annotator,
+        assignment=f"t{id}",
+        sequence=id,
+        pair=pair,
+        kind=Kind(kind),
+        left=second if b_left else first,
+        right=first if b_left else second,
+        first_is_left=not b_left,
+        choice=Choice(choice),
+        reason=None,
+        expected="left" if kind == "gold" else None,
+        milliseconds=3000,
+        views=(),
+        answered_at=None,
+        received_at=1e9 + id,
+        page_version="1",
         undone=False,
-    )  # fmt: skip
+    )
     return replace(made, **changes)
 
 
@@ -68,7 +102,9 @@ class Person:
             return best if rng.random() < self.gold else worst
         if rng.random() < self.ties:
             return Choice.TIE
-        chance = (self.preference if left.generator == design.b.generator else 1 - self.preference) + self.shift
+        chance = (
+            self.preference if left.generator == design.b.generator else 1 - self.preference
+        ) + self.shift
         return Choice.LEFT if rng.random() < chance else Choice.RIGHT
 
 

@@ -16,7 +16,10 @@ from tests.people.study.people import row, small_design
 def answers(design, chosen: str, **changes):
     """One row per letter: a, b, t(ie), s(kip); sides alternate."""
     words = {"t": "tie", "s": "skip"}
-    return [row(design, i + 1, words.get(c, c), pair=i, b_left=i % 2 == 0, **changes) for i, c in enumerate(chosen)]
+    return [
+        row(design, i + 1, words.get(c, c), pair=i, b_left=i % 2 == 0, **changes)
+        for i, c in enumerate(chosen)
+    ]
 
 
 def two_people(design, first: str, second: str):
@@ -32,7 +35,9 @@ def test_counts_rates_and_tests_by_hand():
     assert result["win_rate"] == pytest.approx(13 / 19) and result["p_exact"] == binomial_test(12, 17)
     assert result["wilson"] == pytest.approx(list(wilson_interval(13, 19)))
     assert analysis["sensitivity"]["ties excluded"]["win_rate"] == pytest.approx(12 / 17)
-    assert not analysis["interim"] and analysis["exclusions"] == [] and result["bootstrap"]["annotators"] is None
+    assert (
+        not analysis["interim"] and analysis["exclusions"] == [] and result["bootstrap"]["annotators"] is None
+    )
 
 
 def test_ties_may_be_left_out_by_design():
@@ -44,7 +49,10 @@ def test_ties_may_be_left_out_by_design():
 
 def test_a_side_bias_alone_is_no_preference():
     design = small_design(annotators=1, annotators_per_pair=1)
-    rows = [row(design, i + 1, "b" if left else "a", pair=i, b_left=left) for i, left in enumerate([True, False] * 20)]
+    rows = [
+        row(design, i + 1, "b" if left else "a", pair=i, b_left=left)
+        for i, left in enumerate([True, False] * 20)
+    ]
     analysis = analyse(design, rows)
     assert analysis["result"]["win_rate"] == 0.5 and analysis["sides"]["left_share"] == 1
     assert (analysis["sides"]["win_rate_b_left"], analysis["sides"]["win_rate_b_right"]) == (1, 0)
@@ -54,7 +62,9 @@ def test_a_side_bias_alone_is_no_preference():
 def test_unequal_sides_are_noticed_and_adjusted_for():
     design = small_design(annotators=1, annotators_per_pair=1)
     analysis = analyse(design, [row(design, i + 1, "b", pair=i, b_left=True) for i in range(40)])
-    assert analysis["sides"]["p_random"] < 0.001 and any("random sides hardly give" in s for s in conclusions(analysis))
+    assert analysis["sides"]["p_random"] < 0.001 and any(
+        "random sides hardly give" in s for s in conclusions(analysis)
+    )
     assert analysis["sensitivity"]["sides weighted equally"]["win_rate"] is None
 
 
@@ -66,7 +76,9 @@ def test_no_report_before_the_stopping_rule_is_met_unless_marked():
     analysis = analyse(design, rows, interim=True)
     assert analysis["interim"] and conclusions(analysis)[0].startswith("INTERIM: 30 of 40")
     over = small_design(until="2030-01-01T00:00:00+00:00")
-    assert not analyse(over, two_people(over, "b" * 15, "b" * 15), now=datetime(2030, 1, 2, tzinfo=UTC))["interim"]
+    assert not analyse(over, two_people(over, "b" * 15, "b" * 15), now=datetime(2030, 1, 2, tzinfo=UTC))[
+        "interim"
+    ]
     with pytest.raises(ValueError, match="or until 2030"):
         analyse(over, rows, now=datetime(2029, 1, 2, tzinfo=UTC))
 
@@ -74,42 +86,71 @@ def test_no_report_before_the_stopping_rule_is_met_unless_marked():
 def test_answers_after_the_end_do_not_count():
     design = small_design(annotators=1, annotators_per_pair=1, trials=10)
     analysis = analyse(design, answers(design, "b" * 10 + "a" * 5))
-    assert analysis["result"]["win_rate"] == 1 and analysis["late"] == 5 and analysis["exclusions"][-1]["trials"] == 5
-    timed = small_design(annotators=1, annotators_per_pair=1, trials=10, until=datetime.fromtimestamp(1e9 + 4.5, UTC).isoformat())
+    assert (
+        analysis["result"]["win_rate"] == 1
+        and analysis["late"] == 5
+        and analysis["exclusions"][-1]["trials"] == 5
+    )
+    timed = small_design(
+        annotators=1,
+        annotators_per_pair=1,
+        trials=10,
+        until=datetime.fromtimestamp(1e9 + 4.5, UTC).isoformat(),
+    )
     assert analyse(timed, answers(timed, "bbbbaaaaaa"))["result"]["win_rate"] == 1
 
 
 def test_taken_back_answers_gold_and_training_are_no_trials():
     design = small_design(annotators=1, annotators_per_pair=1, trials=10)
     rows = answers(design, "b" * 10)
-    rows += [replace(rows[0], id=50, undone=True), row(design, 51, "a", kind="gold", b_left=False), row(design, 52, "a", kind="training")]
+    rows += [
+        replace(rows[0], id=50, undone=True),
+        row(design, 51, "a", kind="gold", b_left=False),
+        row(design, 52, "a", kind="training"),
+    ]
     analysis = analyse(design, rows)
     assert analysis["answered"] == 10 and analysis["annotators"][0]["gold_n"] == 1
 
 
 def gold(design, name: str, right: int, wrong: int):
-    return [row(design, 5000 + i + 100 * len(name), "b" if i < right else "a", kind="gold", annotator=name) for i in range(right + wrong)]
+    return [
+        row(design, 5000 + i + 100 * len(name), "b" if i < right else "a", kind="gold", annotator=name)
+        for i in range(right + wrong)
+    ]
 
 
 def test_annotators_are_left_out_by_the_rules_with_the_reason():
     design = small_design(annotators=4, annotators_per_pair=1, trials=80)
-    rows, ids = [], iter(range(1, 1000))
-    for name, n, ms in (("careful", 27, 3000), ("careless", 26, 3000), ("hasty", 26, 200), ("short", 1, 3000)):
+    rows = []
+    ids = iter(range(1, 1000))
+    for name, n, ms in (
+        ("careful", 27, 3000),
+        ("careless", 26, 3000),
+        ("hasty", 26, 200),
+        ("short", 1, 3000),
+    ):
         chosen = "b" if name == "careful" else "a"
-        rows += [row(design, next(ids), chosen, annotator=name, b_left=i % 2 == 0, milliseconds=ms) for i in range(n)]
+        rows += [
+            row(design, next(ids), chosen, annotator=name, b_left=i % 2 == 0, milliseconds=ms)
+            for i in range(n)
+        ]
     rows += gold(design, "careful", 4, 0) + gold(design, "careless", 1, 3) + gold(design, "short", 2, 0)
     analysis = analyse(design, rows)
     reasons = {e["what"]: e["reason"] for e in analysis["exclusions"]}
     assert reasons == {
-        "annotator careless": "gold checks: 1 of 4 right, below 75%", "annotator hasty": "too fast: 26 of 26 trials under 600 ms",
+        "annotator careless": "gold checks: 1 of 4 right, below 75%",
+        "annotator hasty": "too fast: 26 of 26 trials under 600 ms",
         "annotator short": "incomplete: 1 of 20 trials",
-    }  # fmt: skip
+    }
     assert analysis["result"]["win_rate"] == 1 and analysis["result"]["n"] == 27
     assert analysis["sensitivity"]["without exclusions"]["n"] == 80
     assert any("the result rests on the exclusions" in s for s in conclusions(analysis))
     assert [(p["name"], p["excluded"] is None) for p in analysis["annotators"]] == [
-        ("careful", True), ("careless", False), ("hasty", False), ("short", False),
-    ]  # fmt: skip
+        ("careful", True),
+        ("careless", False),
+        ("hasty", False),
+        ("short", False),
+    ]
 
 
 def test_single_hasty_trials_are_left_out_and_quick_skips_are_not():
@@ -118,7 +159,9 @@ def test_single_hasty_trials_are_left_out_and_quick_skips_are_not():
     rows[0], rows[-1] = replace(rows[0], milliseconds=100), replace(rows[-1], milliseconds=100)
     analysis = analyse(design, rows)
     assert analysis["result"]["n"] == 18
-    assert analysis["exclusions"] == [{"what": "single trials of ann", "reason": "answered too fast", "trials": 1}]
+    assert analysis["exclusions"] == [
+        {"what": "single trials of ann", "reason": "answered too fast", "trials": 1}
+    ]
 
 
 def test_when_nobody_is_left_the_report_says_so():
@@ -143,7 +186,10 @@ def test_opposed_annotators_widen_the_interval_and_the_words_say_so():
     design = small_design(trials=80)
     analysis = analyse(design, two_people(design, "b" * 40, ("ab" * 20)))
     lo, hi = analysis["result"]["interval"]
-    assert hi - lo > 2 * (analysis["result"]["wilson"][1] - analysis["result"]["wilson"][0]) and analysis["result"]["design_effect"] > 5
+    assert (
+        hi - lo > 2 * (analysis["result"]["wilson"][1] - analysis["result"]["wilson"][0])
+        and analysis["result"]["design_effect"] > 5
+    )
     text = " ".join(conclusions(analysis))
     assert "design effect" in text and "With 2 annotators" in text and "first impression" in text
     assert analysis["result"]["p_exact"] < 1e-4 < analysis["result"]["p_clustered"]
@@ -155,4 +201,6 @@ def test_the_analysis_is_json_and_repeats_itself():
     rows = two_people(design, *("".join(rng.choice(list("aabbbts"), 20)) for _ in range(2)))
     now = datetime(2030, 1, 1, tzinfo=UTC)
     analysis = analyse(design, rows, now=now)
-    assert json.loads(json.dumps(analysis, allow_nan=False)) == analysis == analyse(design, rows[::-1], now=now)
+    assert (
+        json.loads(json.dumps(analysis, allow_nan=False)) == analysis == analyse(design, rows[::-1], now=now)
+    )

@@ -1,4 +1,6 @@
-"""The design is written once, cannot be altered unseen, and becomes a campaign in which nothing but the shapes differs."""
+"""The design is written once, cannot be altered unseen, and becomes a campaign in which nothing but the
+shapes differs.
+"""
 
 import json
 from collections import Counter
@@ -13,12 +15,28 @@ from tests.people.study.people import A, B, small_design
 
 
 def test_a_design_survives_the_disk_with_its_hash(tmp_path):
-    design = small_design(until="2030-01-31T18:00:00+02:00", exclusions=ExclusionRules(gold_least=5), power={"trials": 40})
+    design = small_design(
+        until="2030-01-31T18:00:00+02:00", exclusions=ExclusionRules(gold_least=5), power={"trials": 40}
+    )
     path = write_design(tmp_path / "deep" / "design.json", design)
-    assert path.stat().st_mode & 0o077 == path.parent.stat().st_mode & 0o077 == 0  # it says which side is which
+    # it says which side is which
+    assert path.stat().st_mode & 0o077 == path.parent.stat().st_mode & 0o077 == 0
     assert read_design(path) == design and read_design(path, design.hash).hash == design.hash
     content = json.loads(path.read_text())
-    needed = {"a", "b", "latent_seeds", "trials", "annotators", "gold_every", "exclusions", "until", "plan", "power", "hash", "created"}
+    needed = {
+        "a",
+        "b",
+        "latent_seeds",
+        "trials",
+        "annotators",
+        "gold_every",
+        "exclusions",
+        "until",
+        "plan",
+        "power",
+        "hash",
+        "created",
+    }
     assert needed <= set(content)
     assert len(set(content["latent_seeds"])) == design.latents == 20
     with pytest.raises(FileExistsError, match="name another folder"):
@@ -38,11 +56,16 @@ def test_what_is_no_design_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"b": A}, "two different generators"), ({"trials": 0}, "trials"), ({"annotators_per_pair": 3}, "annotators_per_pair"),
-        ({"ties": "coin"}, "ties"), ({"gold_every": 1}, "gold_every"), ({"confidence": 95}, "confidence"),
-        ({"until": "2030-01-31T18:00:00"}, "offset"), ({"until": "tomorrow"}, "ISO 8601"),
+        ({"b": A}, "two different generators"),
+        ({"trials": 0}, "trials"),
+        ({"annotators_per_pair": 3}, "annotators_per_pair"),
+        ({"ties": "coin"}, "ties"),
+        ({"gold_every": 1}, "gold_every"),
+        ({"confidence": 95}, "confidence"),
+        ({"until": "2030-01-31T18:00:00"}, "offset"),
+        ({"until": "tomorrow"}, "ISO 8601"),
     ],
-)  # fmt: skip
+)
 def test_impossible_designs_are_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
         small_design(**wrong)
@@ -53,7 +76,9 @@ def test_impossible_designs_are_refused(wrong, words):
 def test_the_study_stops_at_its_number_or_its_time():
     design = small_design(until="2030-01-31T18:00:00+00:00")
     before, after = (datetime(2030, 1, 31, 18, tzinfo=UTC) + timedelta(seconds=s) for s in (-1, 1))
-    assert [stopped(design, n, before) for n in (39, 40, 41)] == [False, True, True] and stopped(design, 0, after)
+    assert [stopped(design, n, before) for n in (39, 40, 41)] == [False, True, True] and stopped(
+        design, 0, after
+    )
     assert not stopped(small_design(), 39, after)
 
 
@@ -63,7 +88,9 @@ def test_both_generators_draw_the_same_latents_alike():
     assert [p.first.seed for p in pairs] == design.seeds()[0] and len(pairs) == 20
     for pair in pairs:
         assert (pair.first.generator, pair.second.generator) == (A.generator, B.generator)
-        differing = {f.name for f in fields(pair.first) if getattr(pair.first, f.name) != getattr(pair.second, f.name)}
+        differing = {
+            f.name for f in fields(pair.first) if getattr(pair.first, f.name) != getattr(pair.second, f.name)
+        }
         assert differing == {"generator", "source"}
         assert pair.expected is None and not pair.first.degradation
 
@@ -73,9 +100,13 @@ def test_gold_and_training_pairs_show_damage_and_do_not_tell_by_generator_or_ord
     known = [p for p in pairs if p.kind != Kind.PAIR]
     for pair in known:
         damaged = pair.second if pair.expected == "first" else pair.first
-        assert damaged.degradation and replace(damaged, degradation="") == (pair.first if damaged is pair.second else pair.second)
+        assert damaged.degradation and replace(damaged, degradation="") == (
+            pair.first if damaged is pair.second else pair.second
+        )
     gold = [p for p in known if p.kind == Kind.GOLD]
     assert set(Counter(p.first.generator for p in gold).values()) == {len(gold) // 2}
-    assert {p.expected for p in gold} == {"first", "second"} and all(p.explanation for p in known if p.kind == Kind.TRAINING)
+    assert {p.expected for p in gold} == {"first", "second"} and all(
+        p.explanation for p in known if p.kind == Kind.TRAINING
+    )
     seeds = [p.first.seed for p in pairs]
     assert len(set(seeds)) == len(seeds)

@@ -1,4 +1,6 @@
-"""A study from design to report: simulated people answer through the store, and the page shows what they did."""
+"""A study from design to report: simulated people answer through the store,
+and the page shows what they did.
+"""
 
 import json
 import re
@@ -36,7 +38,8 @@ def test_the_known_preference_comes_back_despite_a_strong_side_bias(store):
     analysis = run(store, design, people)
     lo, hi = analysis["result"]["interval"]
     assert lo <= 0.7 <= hi and analysis["result"]["n"] == 160
-    assert analysis["sides"]["win_rate_b_left"] > 0.85 and analysis["sides"]["win_rate_b_right"] < 0.6  # the bias is strong
+    # the bias is strong
+    assert analysis["sides"]["win_rate_b_left"] > 0.85 and analysis["sides"]["win_rate_b_right"] < 0.6
     assert analysis["sides"]["p_random"] > 0.001 and abs(analysis["sides"]["left_share"] - 0.75) < 0.08
     assert all(p["gold_n"] >= 4 and p["gold_right"] == p["gold_n"] for p in analysis["annotators"])
     counts = [p["n"] for p in analysis["pairs"]]
@@ -45,7 +48,12 @@ def test_the_known_preference_comes_back_despite_a_strong_side_bias(store):
 
 def test_a_careless_and_a_hasty_person_are_left_out(store):
     design = small_design(name="mixed", trials=120, annotators=4)
-    people = [Person("good", 0.9), Person("fine", 0.9, ties=0.2), Person("blind", 0.5, gold=0.0), Person("quick", 0.1, milliseconds=90)]
+    people = [
+        Person("good", 0.9),
+        Person("fine", 0.9, ties=0.2),
+        Person("blind", 0.5, gold=0.0),
+        Person("quick", 0.1, milliseconds=90),
+    ]
     result = run(store, design, people)
     assert {e["what"] for e in result["exclusions"]} == {"annotator blind", "annotator quick"}
     with_all = result["sensitivity"]["without exclusions"]["win_rate"]
@@ -59,7 +67,8 @@ def pictured(tmp_path_factory, tiny_networks):
     for parameter in nets.G_ema.parameters():
         parameter.data.mul_(1.2)
     networks.save(folder / "after.safetensors", nets)
-    a, b = contender("before", load_generator(tiny_networks)), contender("<after>", load_generator(folder / "after.safetensors"))
+    a = contender("before", load_generator(tiny_networks))
+    b = contender("<after>", load_generator(folder / "after.safetensors"))
     design = small_design(name="pictured", a=a, b=b, resolution=32, level=1.1)
     with Store.open(f"sqlite:///{folder / 'study.db'}") as store:
         campaign = create(store, design)
@@ -77,7 +86,9 @@ def report(pictured):
 def test_the_report_shows_the_pairs_at_both_ends(report):
     ends = report["pictures"]
     assert all(p["win_rate"] > 0.5 for p in ends["best"]) and all(p["win_rate"] < 0.5 for p in ends["worst"])
-    assert len(ends["best"]) == 1 and ends["best"][0]["win_rate"] == max(p["win_rate"] for p in report["pairs"])
+    assert len(ends["best"]) == 1 and ends["best"][0]["win_rate"] == max(
+        p["win_rate"] for p in report["pairs"]
+    )
     for pair in ends["best"]:
         assert pair["a"].startswith("data:image/png;base64,") and pair["a"] != pair["b"]
 
@@ -91,7 +102,13 @@ def test_the_page_needs_nothing_from_elsewhere_and_escapes_names(report, tmp_pat
         assert address.startswith("data:")
     assert not re.search(r"https?://|@import|url\(|<script", text)
     assert "<after>" not in text and "<b>Eve" not in text and "&lt;b&gt;Eve&lt;/b&gt;" in text
-    for needed in ("prefers-color-scheme: dark", "@media print", "<svg", report["design"]["hash"], "Left out"):
+    for needed in (
+        "prefers-color-scheme: dark",
+        "@media print",
+        "<svg",
+        report["design"]["hash"],
+        "Left out",
+    ):
         assert needed in text
     assert text.count("<img") == 2 * sum(len(pairs) for pairs in report["pictures"].values())
 
@@ -100,7 +117,11 @@ def test_interim_reports_are_named_so_and_one_on_nothing_that_counts_is_still_a_
     design, rows = pictured
     analysis = reports.compute(design, rows[: len(rows) // 2], interim=True, pictures=0)
     _, page = reports.write(analysis, tmp_path)
-    assert page.name == "interim-report.html" and "Interim look" in page.read_text() and analysis["pictures"] is None
+    assert (
+        page.name == "interim-report.html"
+        and "Interim look" in page.read_text()
+        and analysis["pictures"] is None
+    )
     analysis = reports.compute(design, [replace(r, milliseconds=1) for r in rows], pictures=2)
     _, page = reports.write(analysis, tmp_path)
     assert "nothing can be said" in page.read_text()

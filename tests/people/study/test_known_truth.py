@@ -1,4 +1,6 @@
-"""Studies whose truth is known: the interval covers it as often as it says, and random sides cancel the side bias."""
+"""Studies whose truth is known: the interval covers it as often as it says, and random sides cancel the side
+bias.
+"""
 
 import numpy as np
 import pytest
@@ -28,7 +30,10 @@ def test_the_interval_covers_the_truth_in_93_to_97_per_cent_of_1000_studies(kind
     options = SimulationOptions(**{"preference": 0.7, "left_bias": 0.65, "tie_share": 0.0, "seed": 1, **kind})
     result = coverage(options)
     ties = options.tie_share if options.ties == "half" else 0.0
-    assert result["truth"] == options.truth == pytest.approx(options.preference * (1 - ties) + 0.5 * ties) and options.studies == 1000
+    assert (
+        result["truth"] == options.truth == pytest.approx(options.preference * (1 - ties) + 0.5 * ties)
+        and options.studies == 1000
+    )
     assert 0.93 <= result["intervals"]["clustered"]["coverage"] <= 0.97, result["intervals"]
     assert result["mean_win_rate"] == pytest.approx(options.truth, abs=0.01)
 
@@ -45,13 +50,21 @@ def test_random_sides_cancel_the_side_bias_and_fixed_sides_do_not():
     assert fair["mean_win_rate"] == pytest.approx(0.7, abs=0.005) and fair["left_share"] > 0.6
     assert unfair["mean_win_rate"] > 0.82 and unfair["intervals"]["clustered"]["coverage"] < 0.2
     equals = {"preference": 0.5, "left_bias": 0.65, "tie_share": 0.0}
-    fair, unfair = (coverage(SimulationOptions(**equals, random_sides=random)) for random in (True, False))  # a difference out of nothing
+    # a difference out of nothing
+    fair, unfair = (coverage(SimulationOptions(**equals, random_sides=random)) for random in (True, False))
     assert 0.03 <= fair["intervals"]["clustered"]["rejects_half"] <= 0.07  # false alarms, as designed
-    assert fair["intervals"]["wilson"]["rejects_half"] > 0.1 and unfair["intervals"]["clustered"]["rejects_half"] > 0.7
+    assert (
+        fair["intervals"]["wilson"]["rejects_half"] > 0.1
+        and unfair["intervals"]["clustered"]["rejects_half"] > 0.7
+    )
 
 
 def test_the_bootstraps_cover_as_documented():
-    result = coverage(SimulationOptions(studies=60, annotator_sd=0.0, latent_sd=0.0, tie_share=0.0), bootstrap_studies=60, resamples=300)
+    result = coverage(
+        SimulationOptions(studies=60, annotator_sd=0.0, latent_sd=0.0, tie_share=0.0),
+        bootstrap_studies=60,
+        resamples=300,
+    )
     assert result["intervals"]["bootstrap_both"]["coverage"] > 0.96  # wider than needed without clusters
     assert result["intervals"]["bootstrap_latents"]["coverage"] > 0.88
 
@@ -74,10 +87,14 @@ def test_without_clusters_the_interval_is_wilsons_with_t():
 
 def test_copying_every_trial_of_an_annotator_gives_no_new_knowledge():
     rng = np.random.default_rng(0)
-    scores, annotator = rng.integers(0, 2, 40).astype(float), np.arange(40)
+    scores = rng.integers(0, 2, 40).astype(float)
+    annotator = np.arange(40)
     once = win_rate(scores, annotator, np.arange(40))
     twice = win_rate(np.repeat(scores, 5), np.repeat(annotator, 5), np.arange(200))
-    assert twice.clustered[0][0] == pytest.approx(once.clustered[0][0], abs=2e-3) and twice.wilson[0][0] > once.wilson[0][0] + 0.05
+    assert (
+        twice.clustered[0][0] == pytest.approx(once.clustered[0][0], abs=2e-3)
+        and twice.wilson[0][0] > once.wilson[0][0] + 0.05
+    )
 
 
 def test_exchanging_the_generators_mirrors_everything():
@@ -97,21 +114,31 @@ def test_a_clean_sweep_has_an_interval_too():
 
 def test_trials_that_do_not_count_change_nothing():
     trials = simulate(SimulationOptions(studies=1, tie_share=0.3, ties="excluded"))
-    scores, counts = trials.scores[0], ~np.isnan(trials.scores[0])
+    scores = trials.scores[0]
+    counts = ~np.isnan(trials.scores[0])
     with_gaps = win_rate(scores, trials.annotator, trials.latent)
-    without = win_rate(scores[counts], trials.annotator[counts], np.unique(trials.latent[counts], return_inverse=True)[1])
-    assert with_gaps.clustered[0][0] == pytest.approx(without.clustered[0][0], rel=1e-12) and with_gaps.n[0] == counts.sum()
+    without = win_rate(
+        scores[counts], trials.annotator[counts], np.unique(trials.latent[counts], return_inverse=True)[1]
+    )
+    assert (
+        with_gaps.clustered[0][0] == pytest.approx(without.clustered[0][0], rel=1e-12)
+        and with_gaps.n[0] == counts.sum()
+    )
 
 
 def test_the_bootstrap_over_clusters_has_the_clusters_spread():
     means = np.array([0.2, 0.5, 0.9, 0.6])
-    scores, annotator = np.repeat(means, 25), np.repeat(np.arange(4), 25)
+    scores = np.repeat(means, 25)
+    annotator = np.repeat(np.arange(4), 25)
     lo, hi = cluster_bootstrap(scores, annotator, np.arange(100), "annotators", resamples=20_000)
     draws = np.random.default_rng(1).choice(means, (20_000, 4)).mean(axis=1)
     assert (lo, hi) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.02)
 
 
-@pytest.mark.parametrize("wrong", [{"preference": 1.0}, {"left_bias": 0}, {"tie_share": 1}, {"annotators_per_pair": 9}, {"ties": "drop"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"preference": 1.0}, {"left_bias": 0}, {"tie_share": 1}, {"annotators_per_pair": 9}, {"ties": "drop"}],
+)
 def test_impossible_simulations_are_refused(wrong):
     with pytest.raises(ValueError):
         SimulationOptions(**wrong)

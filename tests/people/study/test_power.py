@@ -6,10 +6,15 @@ from scipy.stats import binom, binomtest
 from eg3d_rlhf.people.study.power import PowerOptions, decided_trials, exact_power, sample_size
 
 
-@pytest.mark.parametrize(("n", "rate", "alpha"), [(5, 0.9, 0.05), (6, 0.9, 0.05), (30, 0.8, 0.01), (49, 0.7, 0.05), (64, 0.35, 0.1)])
+@pytest.mark.parametrize(
+    ("n", "rate", "alpha"),
+    [(5, 0.9, 0.05), (6, 0.9, 0.05), (30, 0.8, 0.01), (49, 0.7, 0.05), (64, 0.35, 0.1)],
+)
 def test_power_is_the_chance_of_the_outcomes_that_the_test_rejects(n, rate, alpha):
     rejected = [k for k in range(n + 1) if binomtest(k, n, 0.5).pvalue <= alpha]
-    assert exact_power(n, rate, alpha) == pytest.approx(sum(binom.pmf(k, n, rate) for k in rejected), abs=1e-12)
+    assert exact_power(n, rate, alpha) == pytest.approx(
+        sum(binom.pmf(k, n, rate) for k in rejected), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("rate", [0.6, 0.7, 0.8, 0.3])
@@ -19,17 +24,31 @@ def test_the_power_never_falls_back_below_what_was_asked(rate):
 
 
 def test_textbook_figures():
-    assert exact_power(5, 0.99) == 0 and exact_power(6, 0.99) > 0.9, "five trials never reject at five per cent"
-    assert exact_power(49, 0.7) == pytest.approx(0.810, abs=1e-3)  # the first n of the saw with 80 % for good comes later
+    assert exact_power(5, 0.99) == 0 and exact_power(6, 0.99) > 0.9, (
+        "five trials never reject at five per cent"
+    )
+    # the first n of the saw with 80 % for good comes later
+    assert exact_power(49, 0.7) == pytest.approx(0.810, abs=1e-3)
     assert decided_trials(0.7) == 54 and decided_trials(0.7) == decided_trials(0.3)
 
 
 def test_ties_and_clusters_cost_trials():
     plain = sample_size(PowerOptions(true_rate=0.7, tie_share=0, annotators=8, annotator_icc=0, latent_icc=0))
     assert plain.trials == plain.decided == 54 and plain.design_effect == 1 and plain.attained >= 0.8
-    tied = sample_size(PowerOptions(true_rate=0.7, tie_share=0.5, annotators=8, annotator_icc=0, latent_icc=0))
+    tied = sample_size(
+        PowerOptions(true_rate=0.7, tie_share=0.5, annotators=8, annotator_icc=0, latent_icc=0)
+    )
     assert tied.trials == 108
-    crossed = sample_size(PowerOptions(true_rate=0.7, tie_share=0, annotators=8, annotators_per_pair=4, annotator_icc=0.02, latent_icc=0.2))
+    crossed = sample_size(
+        PowerOptions(
+            true_rate=0.7,
+            tie_share=0,
+            annotators=8,
+            annotators_per_pair=4,
+            annotator_icc=0.02,
+            latent_icc=0.2,
+        )
+    )
     m = crossed.design_effect * 54 / 8
     assert crossed.design_effect == pytest.approx(1 + (m - 1) * 0.02 + 3 * 0.2, rel=1e-12)
     assert crossed.trials % 4 == 0 and crossed.per_annotator == -(-crossed.trials // 8)
@@ -46,10 +65,15 @@ def test_one_annotator_speaks_for_herself_and_too_few_cannot_be_made_up_for_by_t
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"true_rate": 0.5}, "differ from 0.5"), ({"true_rate": 1.2}, "true_rate"), ({"alpha": 0}, "alpha"), ({"power": 1.0}, "power"),
-        ({"power": 0.04}, "exceed alpha"), ({"tie_share": 1.0}, "tie_share"), ({"annotators_per_pair": 2}, "Ask more annotators"),
+        ({"true_rate": 0.5}, "differ from 0.5"),
+        ({"true_rate": 1.2}, "true_rate"),
+        ({"alpha": 0}, "alpha"),
+        ({"power": 1.0}, "power"),
+        ({"power": 0.04}, "exceed alpha"),
+        ({"tie_share": 1.0}, "tie_share"),
+        ({"annotators_per_pair": 2}, "Ask more annotators"),
     ],
-)  # fmt: skip
+)
 def test_impossible_wishes_are_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
         PowerOptions(**wrong)

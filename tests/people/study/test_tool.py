@@ -1,4 +1,6 @@
-"""tools/study.py from the outside: its flags, a study designed, served, answered and reported, and mistakes."""
+"""tools/study.py from the outside: its flags, a study designed, served, answered and reported,
+and mistakes.
+"""
 
 import json
 from pathlib import Path
@@ -13,8 +15,15 @@ from tests.people.study.people import Person
 from tools import study
 from training import networks
 
-SMALL = ("--annotators=2", "--n=12", "--gold-every=4",
-         *(f"--set={setting}" for setting in ("resolution=16", "level=1.1", "triangles=400", "resamples=200", "psi=1")))  # fmt: skip
+SMALL = (
+    "--annotators=2",
+    "--n=12",
+    "--gold-every=4",
+    *(
+        f"--set={setting}"
+        for setting in ("resolution=16", "level=1.1", "triangles=400", "resamples=200", "psi=1")
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +74,16 @@ def test_a_study_from_design_to_report(pair, tmp_path, served):
     assert "--n=12: the power calculation finds no number that would do" in started.stderr
     assert "0 of 12 trials" in started.stderr
     assert served == [("mine", ("127.0.0.1", 8000))]
-    assert run(f"--outdir={folder}").exit_code == 0 and run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
+    assert (
+        run(f"--outdir={folder}").exit_code == 0 and run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
+    )
     refused(run("report", f"--outdir={folder}"), "expected 12 answered trials, got 0", "--interim")
     early = run(f"--outdir={folder}", "report", "--interim", "--pictures=0")
-    assert early.exit_code == 0 and "INTERIM: 0 of 12" in early.stdout and (folder / "interim-report.html").is_file()
+    assert (
+        early.exit_code == 0
+        and "INTERIM: 0 of 12" in early.stdout
+        and (folder / "interim-report.html").is_file()
+    )
     answer_all(folder, Person("ann", 0.9), Person("bob", 0.9))
     refused(run(f"--outdir={folder}"), "stopping rule is met", f"report --outdir={folder}")
     done = run("report", f"--outdir={folder}", "--pictures=1")
@@ -81,7 +96,8 @@ def test_a_design_that_was_altered_stops_everything(pair, tmp_path, served):
     folder = tmp_path / "altered"
     assert run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
     path = folder / "design.json"
-    whole, content = path.read_text(), json.loads(path.read_text())
+    whole = path.read_text()
+    content = json.loads(path.read_text())
     content["trials"] = 2
     path.write_text(json.dumps(content))
     for command in ((f"--outdir={folder}",), ("report", f"--outdir={folder}", "--interim")):
@@ -114,24 +130,30 @@ def test_flags_cannot_change_a_study(pair, tmp_path, served):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ((), ("--a, --b:", "Name another network")), (("--b=/nowhere.pt",), ("--b:", "/nowhere.pt")),
+        ((), ("--a, --b:", "Name another network")),
+        (("--b=/nowhere.pt",), ("--b:", "/nowhere.pt")),
         (("--true-rate=0.5",), ("--true-rate must",)),
         (("--annotators=2", "--annotators-per-pair=3"), ("--annotators-per-pair must", "Ask more")),
-        (("--n=5", "power"), ("--n:", "after it")), (("report", "--outdir=/nowhere"), ("create the study first",)),
+        (("--n=5", "power"), ("--n:", "after it")),
+        (("report", "--outdir=/nowhere"), ("create the study first",)),
         (("power", "--annotators=3", "--set=annotator_icc=0.3"), ("--annotators: expected more than",)),
         (("simulate", "--set=left_bias=1"), ("left_bias", "0<x<1")),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(run(*flags), *words)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (("--gold-every=1",), ("--gold-every must",)), (("--set=until=soon",), ("until=VALUE must", "ISO 8601")),
-    (("--host=0.0.0.0",), ("--host=0.0.0.0", "add-annotator")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--gold-every=1",), ("--gold-every must",)),
+        (("--set=until=soon",), ("until=VALUE must", "ISO 8601")),
+        (("--host=0.0.0.0",), ("--host=0.0.0.0", "add-annotator")),
+    ],
+)
 def test_mistakes_in_a_design_leave_nothing_behind(pair, tmp_path, flags, words):
     folder = tmp_path / "none"
     refused(run(*pair, *SMALL, f"--outdir={folder}", *flags), *words)
@@ -146,17 +168,26 @@ def test_a_dry_run_shows_the_design_and_writes_nothing(pair, tmp_path):
     assert "Warning: --n=12" in result.stderr  # nothing is enough with two annotators
     power = json.loads(run(*pair, "--n=30", f"--outdir={tmp_path / 'x'}", "-n").stdout)["design"]["power"]
     assert power["trials"] > 200 and power["options"]["true_rate"] == 0.6
-    shown = json.loads(run(*pair, f"--outdir={tmp_path / 'x'}", "--true-rate=0.7", "--set=tie_share=0", "-n").stdout)
-    assert shown["design"]["trials"] == 54 and shown["design"]["power"]["decided"] == 54, "without --n the calculation decides"
+    shown = json.loads(
+        run(*pair, f"--outdir={tmp_path / 'x'}", "--true-rate=0.7", "--set=tie_share=0", "-n").stdout
+    )
+    assert shown["design"]["trials"] == 54 and shown["design"]["power"]["decided"] == 54, (
+        "without --n the calculation decides"
+    )
     folder = tmp_path / "00000-x.v1.5"  # a run folder's name is not cut at a dot
     folder.mkdir()
-    (folder / "network-snapshot-000001.safetensors").write_bytes(Path(pair[1].removeprefix("--b=")).read_bytes())
+    (folder / "network-snapshot-000001.safetensors").write_bytes(
+        Path(pair[1].removeprefix("--b=")).read_bytes()
+    )
     shown = json.loads(run(pair[0], f"--b={folder}", *SMALL, f"--outdir={tmp_path / 'x'}", "-n").stdout)
     assert shown["design"]["b"]["label"] == "00000-x.v1.5"
 
 
 def test_what_is_printed_counts_who_has_a_token(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", lambda *args, on_listening, **kwargs: on_listening("http://127.0.0.1:1/"))
+    monkeypatch.setattr(
+        "eg3d_rlhf.people.label.server.app.serve",
+        lambda *args, on_listening, **kwargs: on_listening("http://127.0.0.1:1/"),
+    )
     folder = tmp_path / "x"
     assert "0 have a token, 2 need one" in run(*pair, *SMALL, f"--outdir={folder}").stdout
     for name in ("ann", "bob"):
@@ -169,6 +200,14 @@ def test_power_and_simulation_print_and_speak_json():
     assert "54 independent decided trials" in run("power", "--true-rate=0.7").stdout
     size = json.loads(run("power", "--true-rate=0.7", "--n=49", "--json").stdout)
     assert size["decided"] == 54 and size["power_of_n"]["power"] == pytest.approx(0.81, abs=1e-3)
-    result = json.loads(run("simulate", "--studies=50", "--set=latents=40", "--set=bootstrap_studies=5", "--json").stdout)
-    assert set(result["intervals"]) == {"clustered", "wilson", "bootstrap_annotators", "bootstrap_latents", "bootstrap_both"}
+    result = json.loads(
+        run("simulate", "--studies=50", "--set=latents=40", "--set=bootstrap_studies=5", "--json").stdout
+    )
+    assert set(result["intervals"]) == {
+        "clustered",
+        "wilson",
+        "bootstrap_annotators",
+        "bootstrap_latents",
+        "bootstrap_both",
+    }
     assert "clustered" in run("simulate", "--studies=50").stdout

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import MeshReward, Patches
-from eg3d_rlhf.rewards.meshes.model import EncoderOptions, MeshEncoder, PromptTokens, RewardCS, load_mesh_reward, load_meshmae
+from eg3d_rlhf.rewards.meshes.model import (
+    EncoderOptions,
+    MeshEncoder,
+    PromptTokens,
+    RewardCS,
+    load_mesh_reward,
+    load_meshmae,
+)
 from eg3d_rlhf.rewards.meshes.patches import PatchOptions
 
 PROMPTS = ("a red head", "a box")
@@ -16,13 +23,20 @@ PROMPTS = ("a red head", "a box")
 def reward():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = RewardCS(PatchOptions(patches=6, faces=4), EncoderOptions(faces=4, width=16, depth=2, heads=2), PROMPTS, 12, {"seed": 0})
+        made = RewardCS(
+            PatchOptions(patches=6, faces=4),
+            EncoderOptions(faces=4, width=16, depth=2, heads=2),
+            PROMPTS,
+            12,
+            {"seed": 0},
+        )
     return made.eval()
 
 
 def patches(meshes=3, count=6, seed=0):
     draw = torch.Generator().manual_seed(seed)
-    features, centres = torch.randn(meshes, count, 4, 10, generator=draw), torch.rand(meshes, count, 4, 3, generator=draw)
+    features = torch.randn(meshes, count, 4, 10, generator=draw)
+    centres = torch.rand(meshes, count, 4, 3, generator=draw)
     mask = torch.ones(meshes, count, dtype=torch.bool)
     mask[-1, 4:] = False
     return Patches(features, centres, mask)
@@ -30,7 +44,8 @@ def patches(meshes=3, count=6, seed=0):
 
 def test_it_is_a_mesh_reward_and_order_and_padding_do_not_matter(reward):
     assert isinstance(reward, MeshReward)
-    given, prompts = patches(), ["a red head", "a box", "a box"]
+    given = patches()
+    prompts = ["a red head", "a box", "a box"]
     known = reward.score(given, prompts)
     assert known.shape == (3,)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
@@ -56,10 +71,15 @@ def test_prompts_count(reward):
 
 def test_gradients_reach_features_and_centres_of_patches_that_are_there(reward):
     given = patches()
-    features, centres = given.features.clone().requires_grad_(True), given.centres.clone().requires_grad_(True)
+    features = given.features.clone().requires_grad_(True)
+    centres = given.centres.clone().requires_grad_(True)
     reward.score(Patches(features, centres, given.mask), ["a"] * 3).sum().backward()
     for grad in (features.grad, centres.grad):
-        assert float(grad[:2].abs().sum()) > 0 and float(grad[2, 4:].abs().sum()) == 0 and bool(grad.isfinite().all())
+        assert (
+            float(grad[:2].abs().sum()) > 0
+            and float(grad[2, 4:].abs().sum()) == 0
+            and bool(grad.isfinite().all())
+        )
 
 
 def test_files_keep_everything(reward, tmp_path):
@@ -68,7 +88,12 @@ def test_files_keep_everything(reward, tmp_path):
     reward.save(path)
     again = load_mesh_reward(path)
     torch.testing.assert_close(again.score(patches(), ["a box"] * 3), reward.score(patches(), ["a box"] * 3))
-    assert again.patches == reward.patches and again.resolution == 12 and again.provenance == {"seed": 0} and not again.training
+    assert (
+        again.patches == reward.patches
+        and again.resolution == 12
+        and again.provenance == {"seed": 0}
+        and not again.training
+    )
     assert not any(p.requires_grad for p in again.parameters())
     assert json.loads(path.with_suffix(".json").read_text())["prompts"] == list(PROMPTS)
     path.write_bytes(path.read_bytes()[:-40])

@@ -6,8 +6,25 @@ import torch
 from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions, patches_of
-from eg3d_rlhf.rewards.meshes.patchifiers import PLACES, base, face_features, grown, maps, nearest_on, neighbours, placed, regions
-from eg3d_rlhf.rewards.meshes.surfaces import closed_level, cube, cut, densities, marching_tetrahedra, net_mesh
+from eg3d_rlhf.rewards.meshes.patchifiers import (
+    PLACES,
+    base,
+    face_features,
+    grown,
+    maps,
+    nearest_on,
+    neighbours,
+    placed,
+    regions,
+)
+from eg3d_rlhf.rewards.meshes.surfaces import (
+    closed_level,
+    cube,
+    cut,
+    densities,
+    marching_tetrahedra,
+    net_mesh,
+)
 from tests.generators.assets.test_grids import random_voxels
 from tests.rewards.meshes.test_surfaces import Cloud, ball
 
@@ -16,7 +33,9 @@ def level_of(grid, floater=True):
     """A ball with a bump, and a floater that no part of it touches."""
     x = grid.vertices
     level = torch.minimum(x.norm(dim=1) - 0.27, (x - torch.tensor([0.0, 0.0, 0.31])).norm(dim=1) - 0.11)
-    return torch.minimum(level, (x - torch.tensor([0.35, 0.35, 0.35])).norm(dim=1) - 0.1) if floater else level
+    return (
+        torch.minimum(level, (x - torch.tensor([0.35, 0.35, 0.35])).norm(dim=1) - 0.1) if floater else level
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +56,8 @@ def test_regions_are_connected_and_all_there(mesh, patches):
     pairs = neighbours(faces)
     for region in range(patches):
         members = (label == region).nonzero()[0]
-        reached, inside = {members[0]}, [p for p in pairs.tolist() if label[p[0]] == region == label[p[1]]]
+        reached = {members[0]}
+        inside = [p for p in pairs.tolist() if label[p[0]] == region == label[p[1]]]
         while more := {b for p in inside for a, b in (p, p[::-1]) if a in reached} - reached:
             reached |= more
         assert len(reached) == len(members) or patches == 4  # so few that parts of the mesh had to share
@@ -61,8 +81,14 @@ def test_a_mesh_that_is_too_small_is_masked():
     plan = regions(Mesh(torch.cat([torch.zeros(1, 3), torch.eye(3)]), faces), 16, 8)
     assert plan.mask.tolist() == [True] * 4 + [False] * 12
     assert sorted(set(plan.select[:4].flatten().tolist())) == [0, 1, 2, 3]
-    empty = patches_of([Mesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64))] * 2, PatchOptions(patches=16, faces=4))
-    assert empty.features.shape == (2, 16, 4, 10) and not empty.mask.any() and float(empty.features.abs().sum()) == 0
+    empty = patches_of(
+        [Mesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64))] * 2, PatchOptions(patches=16, faces=4)
+    )
+    assert (
+        empty.features.shape == (2, 16, 4, 10)
+        and not empty.mask.any()
+        and float(empty.features.abs().sum()) == 0
+    )
 
 
 def test_maps_have_the_published_numbers_and_lie_on_the_surface(mesh):
@@ -75,7 +101,10 @@ def test_maps_have_the_published_numbers_and_lie_on_the_surface(mesh):
     face, weight = nearest_on(new.double().numpy(), arrays(mesh)[0])
     again = (arrays(mesh)[0][face] * weight[..., None]).sum(1)
     assert float((torch.from_numpy(again) - new).norm(dim=1).max()) < 1e-6
-    area = lambda v, f: float(torch.linalg.cross(v[f[:, 1]] - v[f[:, 0]], v[f[:, 2]] - v[f[:, 0]]).norm(dim=1).sum())  # noqa: E731
+
+    def area(v, f):
+        return float(torch.linalg.cross(v[f[:, 1]] - v[f[:, 0]], v[f[:, 2]] - v[f[:, 0]]).norm(dim=1).sum())
+
     assert area(new, plan.faces) == pytest.approx(area(*mesh), rel=0.1)
 
 
@@ -100,11 +129,15 @@ def test_nearest_places_are_nearest():
     assert bool((torch.from_numpy(squares).sum(1).sqrt() >= least - 0.05).all())
 
 
-@pytest.mark.parametrize("options", [PatchOptions(patches=16, faces=16), PatchOptions(kind="maps", patches=64, faces=16)])
+@pytest.mark.parametrize(
+    "options", [PatchOptions(patches=16, faces=16), PatchOptions(kind="maps", patches=64, faces=16)]
+)
 def test_gradients_through_meshing_and_patches_are_those_of_differences(options):
-    """C4: ten levels, away from where signs or patches change, within 5 %. Regions are chosen anew for every difference; where new vertices
-    lie on the faces of maps is decided once, as between two rebuilds of a run."""
-    grid, draw = cube(8), torch.Generator().manual_seed(5)
+    """C4: ten levels, away from where signs or patches change, within 5 %. Regions are chosen anew for every
+    difference; where new vertices lie on the faces of maps is decided once, as between two rebuilds of a run.
+    """
+    grid = cube(8)
+    draw = torch.Generator().manual_seed(5)
     level = level_of(grid, floater=False).double()
     weights: list[torch.Tensor] = []
     held = options.plan(marching_tetrahedra(level, grid)) if options.kind == "maps" else None
@@ -113,13 +146,16 @@ def test_gradients_through_meshing_and_patches_are_those_of_differences(options)
         mesh = marching_tetrahedra(level, grid)
         patches = options.features(mesh.vertices, held or options.plan(mesh))
         both = torch.cat([patches.features[..., 1:], patches.centres], dim=3)
-        weights.append(weights[0] if weights else torch.randn(both.shape, generator=draw, dtype=torch.float64))
+        weights.append(
+            weights[0] if weights else torch.randn(both.shape, generator=draw, dtype=torch.float64)
+        )
         return (both * weights[0]).sum()
 
     level.requires_grad_(True)
     value(level).backward()
     used = cut(level.detach(), grid)[0].unique()
-    agreed, step = 0, 1e-6
+    agreed = 0
+    step = 1e-6
     for vertex in used[torch.randperm(len(used), generator=draw)].tolist():
         if abs(float(level[vertex].detach())) < 10 * step or abs(float(level.grad[vertex])) < 1e-3:
             continue
@@ -137,12 +173,22 @@ def test_gradients_through_meshing_and_patches_are_those_of_differences(options)
     assert agreed == 10
 
 
-@pytest.mark.parametrize("options", [PatchOptions(patches=8, faces=4), PatchOptions(kind="maps", patches=16, faces=4, area="raw")])
+@pytest.mark.parametrize(
+    "options", [PatchOptions(patches=8, faces=4), PatchOptions(kind="maps", patches=16, faces=4, area="raw")]
+)
 def test_a_reader_reads_what_patches_of_meshes_are_and_holds_their_frames(options):
-    """At a rebuild all numbers are those of the whole mesh; gradients are those of differences with normals and scale held."""
-    grid, field = cube(8), random_voxels(2, 9)
+    """At a rebuild all numbers are those of the whole mesh; gradients are those of differences with normals
+    and scale held.
+    """
+    grid = cube(8)
+    field = random_voxels(2, 9)
     with torch.no_grad():
-        field.shape.copy_(-10 * torch.stack([level_of(grid, floater=False), ball(0.3)(grid.vertices)]).view(2, 9, 9, 9).transpose(1, 3))
+        field.shape.copy_(
+            -10
+            * torch.stack([level_of(grid, floater=False), ball(0.3)(grid.vertices)])
+            .view(2, 9, 9, 9)
+            .transpose(1, 3)
+        )
     field.double()
     read = MeshReader(grid, options)
     patches = read(field, 0)
@@ -168,13 +214,15 @@ def test_a_reader_reads_what_patches_of_meshes_are_and_holds_their_frames(option
 
 
 def test_a_reader_rebuilds_every_few_steps_and_goes_on_where_it_was():
-    grid, calls = cube(8), []
+    grid = cube(8)
+    calls = []
 
     class Growing(Cloud):
         def density(self, points):
             return torch.stack([ball(radius)(points) for radius in self.radii])
 
-    field, options = Growing(), PatchOptions(patches=8, faces=8, place="world")
+    field = Growing()
+    options = PatchOptions(patches=8, faces=8, place="world")
     read = MeshReader(grid, options, every=3)
     other = MeshReader(grid, options, every=3)
     for step in range(7):
@@ -182,7 +230,9 @@ def test_a_reader_rebuilds_every_few_steps_and_goes_on_where_it_was():
         before = [held.net.edges for held in read.held]
         patches = read(field, step)
         calls.append(patches.centres.norm(dim=3).mean((1, 2)))
-        assert step % 3 == 0 or all(held.net.edges is edges for held, edges in zip(read.held, before, strict=True))
+        assert step % 3 == 0 or all(
+            held.net.edges is edges for held, edges in zip(read.held, before, strict=True)
+        )
         if step == 4:
             other.load_state_dict(read.state_dict())
         if step >= 4:
@@ -194,7 +244,8 @@ def test_a_reader_rebuilds_every_few_steps_and_goes_on_where_it_was():
 
 
 def test_a_surface_that_leaves_its_edges_waits_without_gradient():
-    grid, level = cube(6, Bounds()), torch.full((343,), 0.5)
+    grid = cube(6, Bounds())
+    level = torch.full((343,), 0.5)
     read = MeshReader(grid, PatchOptions(patches=4, faces=4, place="world"), every=100)
 
     class Free:
@@ -227,6 +278,10 @@ def test_a_flat_sheet_and_a_face_without_area_have_finite_gradients():
 
 @pytest.mark.parametrize("place", PLACES)
 def test_gradients_of_features_are_those_of_differences(place):
-    vertices = torch.tensor([[0.0, 0, 0], [1.1, 0, 0.2], [0.1, 1.3, 0], [0.3, 0.2, 0.9]], dtype=torch.float64, requires_grad=True)
+    vertices = torch.tensor(
+        [[0.0, 0, 0], [1.1, 0, 0.2], [0.1, 1.3, 0], [0.3, 0.2, 0.9]], dtype=torch.float64, requires_grad=True
+    )
     faces = torch.tensor([[0, 2, 1], [0, 1, 3], [1, 2, 3], [0, 3, 2]])
-    assert torch.autograd.gradcheck(lambda v: face_features(placed(Mesh(v, faces), place), faces)[0], (vertices,))
+    assert torch.autograd.gradcheck(
+        lambda v: face_features(placed(Mesh(v, faces), place), faces)[0], (vertices,)
+    )

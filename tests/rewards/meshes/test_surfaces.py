@@ -1,5 +1,6 @@
-"""Meshes from fields: closed, outward, of the right volume; gradients that reach the field; where there is nothing to see."""
-
+"""Meshes from fields: closed, outward, of the right volume; gradients that reach the field; where there is
+nothing to see.
+"""
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from eg3d_rlhf.rewards.meshes.surfaces import (
 class Cloud:
     """Fields by a function of points; enough of one for meshing."""
 
-    bounds, level = Bounds(), 0.0
+    bounds = Bounds()
+    level = 0.0
 
     def __init__(self, *functions):
         self.functions = functions
@@ -40,7 +42,10 @@ def test_the_lattice_fills_the_cube():
         a, b, c, d = grid.vertices.double()[grid.tetrahedra].unbind(1)
         volume = ((b - a) * torch.linalg.cross(c - a, d - a)).sum(1) / 6
         assert float(volume.min()) > 0 and float(volume.sum()) == pytest.approx(8.0, rel=1e-6)
-        assert len(grid.tetrahedra) == 6 * resolution**3 and int(grid.border.sum()) == (resolution + 1) ** 3 - (resolution - 1) ** 3
+        assert (
+            len(grid.tetrahedra) == 6 * resolution**3
+            and int(grid.border.sum()) == (resolution + 1) ** 3 - (resolution - 1) ** 3
+        )
         assert torch.equal(grid.edges[grid.edges_of[:, 0]], grid.tetrahedra[:, :2].sort(dim=1).values)
 
 
@@ -92,7 +97,8 @@ def body(grid):
 def test_a_net_is_closed_outward_and_a_quarter_of_the_faces(resolution):
     grid = cube(resolution)
     level = body(grid)
-    coarse, fine = net_mesh(level, grid), marching_tetrahedra(level, grid)
+    coarse = net_mesh(level, grid)
+    fine = marching_tetrahedra(level, grid)
     assert count_edges(coarse.faces.numpy()).watertight
     assert float(signed_volume(coarse)) == pytest.approx(float(signed_volume(fine)), rel=0.1)
     assert len(coarse.faces) < 0.35 * len(fine.faces)
@@ -100,13 +106,16 @@ def test_a_net_is_closed_outward_and_a_quarter_of_the_faces(resolution):
 
 def test_vertices_are_means_of_the_crossings_around_their_cell():
     grid = cube(7)
-    level, known = body(grid), net(body(grid), grid)
+    level = body(grid)
+    known = net(body(grid), grid)
     points = known.vertices(torch.full((len(known.edges),), 0.25))
     for vertex in range(0, len(points), 9):
         around = (known.corners == vertex).any(dim=1)
         a, b = grid.vertices[known.edges[around]].unbind(1)
         torch.testing.assert_close(points[vertex], (a + 0.25 * (b - a)).mean(dim=0))
-        assert float((points[vertex] - grid.vertices[known.edges[around][:, 0]]).abs().max()) < 1.01 * grid.step
+        assert (
+            float((points[vertex] - grid.vertices[known.edges[around][:, 0]]).abs().max()) < 1.01 * grid.step
+        )
     inside = level < 0
     assert bool((inside[known.edges[:, 0]] != inside[known.edges[:, 1]]).all())
 
@@ -115,14 +124,19 @@ def test_gradients_of_nets_are_those_of_differences():
     grid = cube(6)
     level = body(grid).double()
     known = net(level, grid)
-    weight = torch.randn(len(known.base) // 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = torch.randn(
+        len(known.base) // 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
 
     def value(level):
         return (net_mesh(level, grid, known).vertices * weight).sum()
 
     level.requires_grad_(True)
     value(level).backward()
-    assert torch.equal(level.grad != 0, torch.zeros_like(level, dtype=torch.bool).index_fill(0, known.edges.flatten().unique(), True))
+    assert torch.equal(
+        level.grad != 0,
+        torch.zeros_like(level, dtype=torch.bool).index_fill(0, known.edges.flatten().unique(), True),
+    )
     for vertex in known.edges.flatten().unique()[::12].tolist():
         shift = torch.zeros(len(level), dtype=torch.float64).index_fill(0, torch.tensor(vertex), 1e-6)
         with torch.no_grad():
@@ -132,5 +146,7 @@ def test_gradients_of_nets_are_those_of_differences():
 
 def test_a_level_without_a_surface_and_an_open_one():
     grid = cube(4)
-    assert len(net_mesh(torch.ones(125), grid).faces) == 0 and net_mesh(torch.ones(125), grid).vertices.shape == (0, 3)
+    assert len(net_mesh(torch.ones(125), grid).faces) == 0 and net_mesh(
+        torch.ones(125), grid
+    ).vertices.shape == (0, 3)
     assert len(net_mesh(closed_level(-torch.ones(125), grid), grid).faces) == 2 * 6 * 9

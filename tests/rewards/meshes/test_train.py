@@ -1,4 +1,6 @@
-"""Data and training of RewardCS: the split rule exactly, controls, what a resumed training gives; C3 in the long lane."""
+"""Data and training of RewardCS: the split rule exactly, controls, what a resumed training gives; C3 in the
+long lane.
+"""
 
 import json
 
@@ -11,13 +13,33 @@ from eg3d_rlhf.geometry.mesh import count_edges, parts
 from eg3d_rlhf.modes.mesh_reward import main
 from eg3d_rlhf.rewards.meshes import dataset
 from eg3d_rlhf.rewards.meshes import train as run
-from eg3d_rlhf.rewards.meshes.dataset import KINDS, SOURCES, area_only, dealt, drawn, load_mesh, severity_of, shuffled, turned
+from eg3d_rlhf.rewards.meshes.dataset import (
+    KINDS,
+    SOURCES,
+    area_only,
+    dealt,
+    drawn,
+    load_mesh,
+    severity_of,
+    shuffled,
+    turned,
+)
 from eg3d_rlhf.rewards.meshes.model import load_mesh_reward
 from eg3d_rlhf.rewards.meshes.patches import PatchOptions, patches_of
 from eg3d_rlhf.rewards.meshes.surfaces import closed_level, cube, marching_tetrahedra, signed_volume
 from eg3d_rlhf.rewards.meshes.train import MeshRewardTraining, MeshTraining, run_table
 
-TINY = {"shapes": 80, "resolution": 8, "patches": 8, "faces": 8, "width": 16, "depth": 1, "heads": 2, "steps": 60, "batch": 8}
+TINY = {
+    "shapes": 80,
+    "resolution": 8,
+    "patches": 8,
+    "faces": 8,
+    "width": 16,
+    "depth": 1,
+    "heads": 2,
+    "steps": 60,
+    "batch": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +64,10 @@ def test_scores_follow_the_severity_and_the_split_rule_is_exact(meshes):
 def test_shapes_depend_on_their_number_and_the_seed_alone(meshes):
     options = PatchOptions(patches=8, faces=8)
     again, other = (drawn("heads", 3, options, 8, seed) for seed in (0, 1))
-    assert torch.equal(again.patches.features, meshes.patches.features[:3]) and again.prompts == meshes.prompts[:3]
+    assert (
+        torch.equal(again.patches.features, meshes.patches.features[:3])
+        and again.prompts == meshes.prompts[:3]
+    )
     assert not torch.equal(other.patches.features, again.patches.features)
 
 
@@ -58,23 +83,30 @@ def test_every_defect_is_there_and_every_mesh_is_closed(source):
             made.append(mesh)
         good, bad = made
         changes = {
-            "noise": len(bad.faces) > len(good.faces), "holes": signed_volume(bad) < 0.98 * signed_volume(good),
-            "floaters": parts(bad.faces.numpy(), len(bad.vertices))[0] > 1, "second-nose": signed_volume(bad) > signed_volume(good),
+            "noise": len(bad.faces) > len(good.faces),
+            "holes": signed_volume(bad) < 0.98 * signed_volume(good),
+            "floaters": parts(bad.faces.numpy(), len(bad.vertices))[0] > 1,
+            "second-nose": signed_volume(bad) > signed_volume(good),
             "no-nose": signed_volume(bad) < signed_volume(good),
-        }  # fmt: skip
+        }
         assert bool(changes[kind]), kind
         assert parts(good.faces.numpy(), len(good.vertices))[0] == 1
 
 
 def test_turned_meshes_are_those_of_turned_surfaces():
-    lattice, options = cube(8), PatchOptions(patches=6, faces=8)
+    lattice = cube(8)
+    options = PatchOptions(patches=6, faces=8)
     level = SOURCES["heads"](lattice, "noise", 0.5, torch.Generator().manual_seed(1))[0]
     mesh = marching_tetrahedra(level, lattice)
     plan = options.plan(mesh)
     known = options.features(mesh.vertices, plan)
     for quarters in range(4):
         angle = quarters * np.pi / 2
-        turn = torch.tensor([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]]).round().float()
+        turn = (
+            torch.tensor([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
+            .round()
+            .float()
+        )
         for mirrored in (False, True):
             vertices = mesh.vertices @ turn.T * torch.tensor([-1.0 if mirrored else 1.0, 1, 1])
             faces = plan._replace(faces=plan.faces.flip(1)) if mirrored else plan
@@ -92,7 +124,10 @@ def test_dealt_patches_keep_their_faces_and_controls_what_they_say(meshes):
     order = torch.cdist(mixed.features[0, 0], patches.features[0, 0]).argmin(1)
     assert torch.equal(mixed.centres[0, 0], patches.centres[0, 0][order])
     bare = area_only(patches)
-    assert torch.equal(bare.features[..., 0], patches.features[..., 0]) and float(bare.features[..., 1:].abs().max()) == 0
+    assert (
+        torch.equal(bare.features[..., 0], patches.features[..., 0])
+        and float(bare.features[..., 1:].abs().max()) == 0
+    )
     assert float(bare.centres.abs().max()) == 0
     dealt_labels = shuffled(meshes.labels, 0)
     assert [label.seed for label in dealt_labels] == [label.seed for label in meshes.labels]
@@ -116,7 +151,12 @@ def test_training_can_be_cut_off_anywhere_and_goes_on_to_the_same_reward(meshes)
         assert torch.equal(value, second.reward.state_dict()[name]), name
     repeated = MeshTraining(options, meshes)
     repeated.run(12)
-    assert all(torch.equal(a, b) for a, b in zip(straight.reward.state_dict().values(), repeated.reward.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            straight.reward.state_dict().values(), repeated.reward.state_dict().values(), strict=True
+        )
+    )
 
 
 def test_the_kernel_keeps_its_floor(meshes):
@@ -135,8 +175,10 @@ def command(*flags):
 def test_the_tool_writes_a_reward_and_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     done = command(f"--outdir={tmp_path}")
     assert done.exit_code == 0, done.output
-    out, cut = tmp_path / "00000-mesh-reward-heads", tmp_path / "00001-mesh-reward-heads"
-    reward, report = load_mesh_reward(out / run.REWARD), json.loads((out / run.REPORT).read_text())
+    out = tmp_path / "00000-mesh-reward-heads"
+    cut = tmp_path / "00001-mesh-reward-heads"
+    reward = load_mesh_reward(out / run.REWARD)
+    report = json.loads((out / run.REPORT).read_text())
     assert report["held_out"]["n"] == [10, 9] and reward.provenance["training"]["shapes"] == 80
     assert reward.resolution == 8 and "a round head" in reward.text.prompts
     whole = MeshTraining.run
@@ -158,14 +200,19 @@ def test_the_tool_writes_a_reward_and_goes_on_to_the_same_bytes(tmp_path, monkey
     assert (cut / "stats.jsonl").read_bytes() == (out / "stats.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--seeds=2", "--set", "shuffled=true"], "--seeds: expected neither"),
-    (["--set=batch=7"], "--set batch: expected an even number, got 7"),
-    (["--set=batch=400"], "batch: expected at most as many"), (["--set", "width=11"], "width that the heads divide"),
-    (["--set", "nothing=1"], "--settings: expected a setting"), (["--data=none.jsonl"], "--data: expected a .jsonl file, got nothing"),
-    (["--set", "place=box"], "Add --set turns=false"),
-    (["--set", "patchifier=maps", "--set", "faces=9"], "of 4, 16, 64, ... faces, got 8 of 9"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seeds=2", "--set", "shuffled=true"], "--seeds: expected neither"),
+        (["--set=batch=7"], "--set batch: expected an even number, got 7"),
+        (["--set=batch=400"], "batch: expected at most as many"),
+        (["--set", "width=11"], "width that the heads divide"),
+        (["--set", "nothing=1"], "--settings: expected a setting"),
+        (["--data=none.jsonl"], "--data: expected a .jsonl file, got nothing"),
+        (["--set", "place=box"], "Add --set turns=false"),
+        (["--set", "patchifier=maps", "--set", "faces=9"], "of 4, 16, 64, ... faces, got 8 of 9"),
+    ],
+)
 def test_bad_input_is_one_line(tmp_path, flags, words):
     result = command(f"--outdir={tmp_path / 'runs'}", *flags)
     assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.stderr
@@ -188,12 +235,21 @@ def test_meshes_of_files(tmp_path):
     assert float(signed_volume(load_mesh(tmp_path / "3.ply"))) == pytest.approx(4.0, rel=1e-4)
     options = PatchOptions(patches=8, faces=4)
     meshes = dataset.read(path, options)
-    assert [label.preferred for label in meshes.labels] == [i % 2 == 0 for i in range(12)] and set(meshes.prompts) == {"a ball"}
+    assert [label.preferred for label in meshes.labels] == [i % 2 == 0 for i in range(12)] and set(
+        meshes.prompts
+    ) == {"a ball"}
     alone = patches_of([load_mesh(tmp_path / "4.obj")], options)
     torch.testing.assert_close(meshes.patches.features[4:5], alone.features)
-    done = command(f"--outdir={tmp_path}", f"--data={path}", "--set", "held_out=0.4", "--set", "batch=4", "--steps=3")
+    done = command(
+        f"--outdir={tmp_path}", f"--data={path}", "--set", "held_out=0.4", "--set", "batch=4", "--steps=3"
+    )
     assert done.exit_code == 0 and "held-out AUC" in done.output, done.output
-    for bad in ({"mesh": "none.ply", "score": 4}, {"mesh": "0.ply", "score": 9}, {"mesh": "0.ply"}, {"mesh": "meshes.jsonl", "score": 1}):
+    for bad in (
+        {"mesh": "none.ply", "score": 4},
+        {"mesh": "0.ply", "score": 9},
+        {"mesh": "0.ply"},
+        {"mesh": "meshes.jsonl", "score": 1},
+    ):
         path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad) + "\n")
         with pytest.raises(ValueError, match="--data: .*line 2: expected"):
             dataset.read(path, options)
@@ -202,7 +258,9 @@ def test_meshes_of_files(tmp_path):
 def test_the_table_keeps_what_is_done(tmp_path):
     said: list[str] = []
     options = MeshRewardTraining(**{**TINY, "steps": 3})
-    assert set(run_table(options, tmp_path, 1, say=said.append)["summary"]) == set(run.ARMS) and len(said) == 4
+    assert (
+        set(run_table(options, tmp_path, 1, say=said.append)["summary"]) == set(run.ARMS) and len(said) == 4
+    )
     run_table(options, tmp_path, 1, say=said.append)
     assert len(said) == 4
     with pytest.raises(ValueError, match="--resume"):
@@ -217,8 +275,11 @@ def test_c3(tmp_path):
     torch.set_num_threads(1)
     table = run_table(options, tmp_path, 5)["summary"]
     torch.set_num_threads(before)
-    with_term, without = table["lambda 1"], table["lambda 0"]
+    with_term = table["lambda 1"]
+    without = table["lambda 0"]
     assert min(with_term["auc"], without["auc"]) >= 0.9
     assert with_term["divergence_fixed"] >= 2 * without["divergence_fixed"]  # the term drives the kinds apart
     assert abs(table["shuffled"]["auc"] - 0.5) <= 0.1
-    assert table["area only"]["auc_by_kind"]["second-nose"] < 0.65 < 0.9 <= without["auc_by_kind"]["second-nose"]
+    assert (
+        table["area only"]["auc_by_kind"]["second-nose"] < 0.65 < 0.9 <= without["auc_by_kind"]["second-nose"]
+    )

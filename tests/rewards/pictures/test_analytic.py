@@ -1,4 +1,6 @@
-"""Rewards in closed form: what they rank first, their gradients, and the controls that must not rank anything."""
+"""Rewards in closed form: what they rank first, their gradients, and the controls that must not rank
+anything.
+"""
 
 import pytest
 import torch
@@ -15,10 +17,11 @@ from eg3d_rlhf.rewards.pictures.analytic import (
     OneNose,
     Random,
     occupancy,
-)  # fmt: skip
+)
 from tests.rewards.test_boxes import BOX, FACES, HEAD, pictures
 
-TEXTS, VIEWS = [HEAD.text] * 5, [HEAD.text] * 20
+TEXTS = [HEAD.text] * 5
+VIEWS = [HEAD.text] * 20
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,10 @@ def test_mode_distance_likes_faces_everywhere_and_one_face_does_not(seen):
     assert torch.allclose(each, FACES * 2 - 1, atol=0.02) and each.mean(dim=1).argmax() == 4
     together = OneFace().score(seen, VIEWS).unflatten(0, (5, 4))
     assert torch.equal(together, together[:, :1].expand(-1, 4))
-    assert together[:, 0].argsort(descending=True)[:3].tolist() in ([1, 0, 2], [1, 2, 0]) and together[:, 0].argmin() == 4
+    assert (
+        together[:, 0].argsort(descending=True)[:3].tolist() in ([1, 0, 2], [1, 2, 0])
+        and together[:, 0].argmin() == 4
+    )
     assert torch.equal(Inverted(OneFace()).score(seen, VIEWS), -OneFace().score(seen, VIEWS))
     boxes = pictures(problem.build(BOX, FACES))
     preferred = OneFace().score(boxes, [BOX.text] * 20)[::4]
@@ -48,7 +54,9 @@ def test_random_is_a_function_of_the_picture_that_ranks_nothing():
     rng = torch.Generator().manual_seed(0)
     pixels = torch.rand(2000, 3, 4, 4, generator=rng)
     scores = Random(seed=1).score(pixels, [])
-    assert torch.equal(scores, Random(seed=1).score(pixels, [])) and not torch.equal(scores, Random(seed=2).score(pixels, []))
+    assert torch.equal(scores, Random(seed=1).score(pixels, [])) and not torch.equal(
+        scores, Random(seed=2).score(pixels, [])
+    )
     assert scores.min() >= 0 and scores.max() < 1 and float(scores.mean()) == pytest.approx(0.5, abs=0.03)
     assert abs(float(torch.corrcoef(torch.stack([scores, pixels.mean(dim=(1, 2, 3))]))[0, 1])) < 0.07
     assert torch.equal(Random(views=4).score(pixels, []).unflatten(0, (-1, 4)).std(dim=1), torch.zeros(500))
@@ -84,5 +92,7 @@ def test_gradients_are_finite_differences(reward):
         moved.shape += step * direction
         return float(reward(moved, [HEAD.text], 0))
 
-    assert float((gradient * direction).sum()) == pytest.approx((at(1e-5) - at(-1e-5)) / 2e-5, rel=1e-4, abs=1e-8)
+    assert float((gradient * direction).sum()) == pytest.approx(
+        (at(1e-5) - at(-1e-5)) / 2e-5, rel=1e-4, abs=1e-8
+    )
     assert float(gradient.abs().sum()) > 0

@@ -1,4 +1,6 @@
-"""ImageReward, Reward3D, HPSv2 and CLIP in their published layouts, tiny and random: the real loaders, oracles, and a step each."""
+"""ImageReward, Reward3D, HPSv2 and CLIP in their published layouts, tiny and random: the real loaders,
+oracles, and a step each.
+"""
 
 import os
 import sys
@@ -17,7 +19,16 @@ from tests.tuning.distill import layouts
 
 KINDS = ("ImageReward", "Scorer", "CrossViewFusion")
 LAYOUTS = (*KINDS, "HPSv2", "CLIP")
-TINY = BlipSizes(image=32, vision_width=64, vision_layers=1, text_width=192, text_layers=1, text_hidden=64, vocabulary=50, projection=8)
+TINY = BlipSizes(
+    image=32,
+    vision_width=64,
+    vision_layers=1,
+    text_width=192,
+    text_layers=1,
+    text_hidden=64,
+    vocabulary=50,
+    projection=8,
+)
 
 
 def pictures(n, side=40, seed=0):
@@ -46,9 +57,11 @@ def test_every_layout_loads_and_its_gradient_raises_the_score(made, name):
     reward = load_reward(made[name] if name != "Scorer" else made[name].parent)
     assert isinstance(reward, RewardModel) and reward.differentiable
     assert (reward.views, reward.modality) == ((4, "multiview") if name in KINDS[1:] else (1, "image"))
-    images, prompts = 0.2 + 0.6 * pictures(8), ["a fox, front view", "a fox, side view", "a cat", ""] * 2
+    images = 0.2 + 0.6 * pictures(8)
+    prompts = ["a fox, front view", "a fox, side view", "a cat", ""] * 2
     with torch.no_grad():
-        first, again = reward.score(images, prompts), reward.score(images, prompts)
+        first = reward.score(images, prompts)
+        again = reward.score(images, prompts)
         assert first.shape == (8,) and torch.equal(first, again)  # no dropout
         assert not torch.allclose(first, reward.score(images, [p + " z" for p in prompts]))
         second = reward.score(images[4:], prompts[4:])
@@ -65,64 +78,110 @@ def test_blip_equals_the_library_that_publishes_it(made):
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
     network = load_reward(made["ImageReward"]).reward.network.blip
-    vision = BlipVisionModel(BlipVisionConfig(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16,
-        layer_norm_eps=1e-6,
-    )).eval()
-    state = {n.removeprefix("visual_encoder."): t for n, t in network.state_dict().items() if n.startswith("visual_encoder.")}
-    renamed = {"embeddings.class_embedding": state.pop("cls_token"), "embeddings.position_embedding": state.pop("pos_embed")}
+    vision = BlipVisionModel(
+        BlipVisionConfig(
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+            layer_norm_eps=1e-6,
+        )
+    ).eval()
+    state = {
+        n.removeprefix("visual_encoder."): t
+        for n, t in network.state_dict().items()
+        if n.startswith("visual_encoder.")
+    }
+    renamed = {
+        "embeddings.class_embedding": state.pop("cls_token"),
+        "embeddings.position_embedding": state.pop("pos_embed"),
+    }
     for old, new in state.items():
-        for here, there in (("patch_embed.proj", "embeddings.patch_embedding"), ("blocks.", "encoder.layers."), ("norm1", "layer_norm1"),
-                            ("norm2", "layer_norm2"), ("attn.proj", "attn.projection"), ("attn.", "self_attn.")):
+        for here, there in (
+            ("patch_embed.proj", "embeddings.patch_embedding"),
+            ("blocks.", "encoder.layers."),
+            ("norm1", "layer_norm1"),
+            ("norm2", "layer_norm2"),
+            ("attn.proj", "attn.projection"),
+            ("attn.", "self_attn."),
+        ):
             old = old.replace(here, there)
         renamed["post_layernorm" + old.removeprefix("norm") if old.startswith("norm.") else old] = new
     vision.load_state_dict(renamed, strict=True)
     pixels = clip_preprocess(pictures(2), 32)
     words = network.text_encoder.vocabulary
-    text = BlipTextModel(BlipTextConfig(
-        vocab_size=words, hidden_size=192, encoder_hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3,
-        max_position_embeddings=128, hidden_act="gelu", layer_norm_eps=1e-12,
-    ), add_pooling_layer=False).eval()
-    encoder = {n.removeprefix("text_encoder."): t for n, t in network.state_dict().items() if n.startswith("text_encoder.")}
+    text = BlipTextModel(
+        BlipTextConfig(
+            vocab_size=words,
+            hidden_size=192,
+            encoder_hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=128,
+            hidden_act="gelu",
+            layer_norm_eps=1e-12,
+        ),
+        add_pooling_layer=False,
+    ).eval()
+    encoder = {
+        n.removeprefix("text_encoder."): t
+        for n, t in network.state_dict().items()
+        if n.startswith("text_encoder.")
+    }
     told = text.load_state_dict(encoder, strict=False)
     assert told.unexpected_keys == [] and all("position_ids" in n for n in told.missing_keys)
     tokens, mask = letters(["abc", "a longer one"])
     with torch.no_grad():
         seen = vision(pixel_values=pixels).last_hidden_state
         torch.testing.assert_close(network.visual_encoder(pixels), seen, rtol=1e-4, atol=1e-5)
-        expected = text(input_ids=tokens, attention_mask=mask.long(), encoder_hidden_states=seen).last_hidden_state[:, 0]
+        expected = text(
+            input_ids=tokens, attention_mask=mask.long(), encoder_hidden_states=seen
+        ).last_hidden_state[:, 0]
         torch.testing.assert_close(network(pixels, tokens, mask), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_hpsv2_and_clip_score_are_clip_models_cosines(made):
-    images, words = pictures(2), layouts.clip_words()
+    images = pictures(2)
+    words = layouts.clip_words()
     said = [[512, words.index("a"), words.index("b</w>"), 513], [512, words.index("c</w>"), 513]]
     tokens = torch.tensor([row + [513] * (77 - len(row)) for row in said])
     for name, act, prepare in (("HPSv2", "gelu", pad_preprocess), ("CLIP", "quick_gelu", clip_preprocess)):
         model = layouts.clip_model(act)
         with torch.no_grad():
-            a, b = model.get_image_features(prepare(images, 28)), model.get_text_features(tokens)
+            a = model.get_image_features(prepare(images, 28))
+            b = model.get_text_features(tokens)
             expected = torch.nn.functional.cosine_similarity(a, b)
-            torch.testing.assert_close(load_reward(made[name]).score(images, ["ab", "c"]), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                load_reward(made[name]).score(images, ["ab", "c"]), expected, rtol=1e-4, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_memory_is_told_from_shapes_alone(made, name):
-    costs, reward = reward_costs(made[name], 4), load_reward(made[name])
+    costs = reward_costs(made[name], 4)
+    reward = load_reward(made[name])
     ((numbers, size),) = costs.weights.values()
     held = torch.load(made[name], weights_only=True) if name != "CLIP" else layouts.clip_model().state_dict()
     held = held.get("state_dict", held)
-    assert numbers == sum(t.numel() for n, t in held.items() if "position_ids" not in n) and size == 4 * numbers
+    assert (
+        numbers == sum(t.numel() for n, t in held.items() if "position_ids" not in n) and size == 4 * numbers
+    )
     twice = costs + Costs(weights={"other": (5, 20)}, stages={"small": 1})
     assert twice.total == costs.total + 20 and "small" in str(twice)
-    assert max(reward_costs(made[name], 8).stages.values()) > 1.5 * max(costs.stages.values()) > 0 and reward.views in (1, 4)
+    assert max(reward_costs(made[name], 8).stages.values()) > 1.5 * max(
+        costs.stages.values()
+    ) > 0 and reward.views in (1, 4)
     assert reward.view_prompts == (reward.views == 4)
 
 
 def test_long_prompts_are_cut(made):
     with torch.no_grad():
         for name, kept in (("ImageReward", 33), ("Scorer", 98), ("HPSv2", 75)):
-            reward, images = load_reward(made[name]), pictures(4)
+            reward = load_reward(made[name])
+            images = pictures(4)
             spaced = " ".join("abc"[i % 3] for i in range(kept))
             scores = [reward.score(images, [text] * 4) for text in (spaced, spaced + " d d", spaced[:-2])]
             assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
@@ -133,7 +192,8 @@ def test_what_needs_no_library(kind):
     network = layouts.randomise(Reward3dNetwork(kind, TINY))
     reward = CheckedReward(BlipReward(network.train(), letters))
     assert not network.training and not any(p.requires_grad for p in network.parameters())
-    images, prompts = pictures(8), ["ab", "cd", "ef", "gh", "ab", "cd", "ef", "gh"]
+    images = pictures(8)
+    prompts = ["ab", "cd", "ef", "gh", "ab", "cd", "ef", "gh"]
     scores = reward.score(images, prompts)
     if kind == "ImageReward":
         assert len(scores.unique()) == 8
@@ -168,7 +228,10 @@ def tiny_state():
         (lambda s: s.update({"Scorer.fc3.bias": torch.zeros(3)}), "misshapen: Scorer"),
         (lambda s: s.pop("mlp.layers.4.weight"), "missing: mlp.layers.4"),
         (lambda s: s.update({"mlp.layers.0.bias": "text"}), "tensors by name"),
-        (lambda s: s.update({"blip.text_encoder.more": torch.zeros(1)}), "unexpected: blip.text_encoder.more"),
+        (
+            lambda s: s.update({"blip.text_encoder.more": torch.zeros(1)}),
+            "unexpected: blip.text_encoder.more",
+        ),
         (lambda s: s["mlp.layers.0.bias"].fill_(torch.inf), "finite numbers"),
         (lambda s: s.pop("blip.visual_encoder.pos_embed"), "pos_embed"),
         (lambda s: [s.pop(n) for n in list(s) if n.startswith("blip.")], "another network's file"),
@@ -183,7 +246,11 @@ def test_hostile_and_damaged_files_end_in_one_line(tmp_path, monkeypatch, change
         torch.save(state, tmp_path / "r.pt", _use_new_zipfile_serialization=not old)
         with pytest.raises(ValueError, match=message) as caught:
             load_reward(tmp_path / "r.pt")
-        assert str(caught.value).startswith("--reward") and "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
+        assert (
+            str(caught.value).startswith("--reward")
+            and "\n" not in str(caught.value)
+            and not (tmp_path / "ran").exists()
+        )
 
 
 def test_missing_things_are_named(tmp_path, monkeypatch):
@@ -207,15 +274,23 @@ def test_priors_without_the_libraries(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     for path in (tmp_path / "sd", tmp_path / "m.pt"):
         for read in (load_prior, lambda path: prior_costs(path, 4)):
-            with pytest.raises(ValueError, match=r"--prior: expected diffusers and transformers .* Run pip install 'eg3d-rlhf\[sd\]'"):
+            with pytest.raises(
+                ValueError,
+                match=r"--prior: expected diffusers and transformers .* Run pip install 'eg3d-rlhf\[sd\]'",
+            ):
                 read(path)
-    with pytest.raises(ValueError, match="--prior: expected unet/ .Stable Diffusion. or one MVDream file, got neither"):
+    with pytest.raises(
+        ValueError, match="--prior: expected unet/ .Stable Diffusion. or one MVDream file, got neither"
+    ):
         load_prior(tmp_path / "sd" / "unet")
 
 
 def test_a_reward_without_its_tokenizer(made, tmp_path):
     (tmp_path / "r.pt").write_bytes(made["ImageReward"].read_bytes())
-    with pytest.raises(ValueError, match="expected vocab.txt in .*tokenizer, got none. Put bert-base-uncased's tokenizer there"):
+    with pytest.raises(
+        ValueError,
+        match="expected vocab.txt in .*tokenizer, got none. Put bert-base-uncased's tokenizer there",
+    ):
         load_reward(tmp_path / "r.pt")
     words = layouts.write_bert_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "vocab.txt").write_text("\n".join(f"w{i}" for i in range(2 * words)))
@@ -231,15 +306,19 @@ class OfImscore(torch.nn.Module):
 
     def __init__(self, scores=None):
         super().__init__()
-        self.scores, self.drop = scores, torch.nn.Dropout(0.5)
+        self.scores = scores
+        self.drop = torch.nn.Dropout(0.5)
 
     def score(self, pixels, prompts):
         return self.drop(pixels).mean((1, 2, 3))[:, None] if self.scores is None else self.scores
 
 
 def test_objects_of_imscores_kind():
-    reward, images = ImscoreReward(OfImscore()), pictures(3)
-    assert isinstance(reward, RewardModel) and torch.equal(reward.score(images, ["a"] * 3), images.mean((1, 2, 3)))
+    reward = ImscoreReward(OfImscore())
+    images = pictures(3)
+    assert isinstance(reward, RewardModel) and torch.equal(
+        reward.score(images, ["a"] * 3), images.mean((1, 2, 3))
+    )
     with pytest.warns(UserWarning, match=r"expected pictures within 0..1, got 1\.*"):
         reward.score(images * 2 + 1, ["a"] * 3)
     for wrong, message in ((OfImscore(torch.zeros(2)), r"got \[2\]"), (object(), "got object. Use one")):
@@ -250,7 +329,9 @@ def test_objects_of_imscores_kind():
 class Prior:
     """Four views; what it predicts is set."""
 
-    alphas_cumprod, latent_shape, views = torch.ones(1000), (3, 2, 2), 4
+    alphas_cumprod = torch.ones(1000)
+    latent_shape = (3, 2, 2)
+    views = 4
 
     def __init__(self, out):
         self.out = out
@@ -268,15 +349,19 @@ class Prior:
 
 
 def test_a_checked_prior():
-    x, t, cond = torch.rand(4, 3, 2, 2), torch.zeros(4), torch.zeros(4, 1, 1)
+    x = torch.rand(4, 3, 2, 2)
+    t = torch.zeros(4)
+    cond = torch.zeros(4, 1, 1)
     prior = CheckedPrior(Prior(0.0))
     assert torch.equal(prior.predict_noise(x, t, cond), x) and torch.equal(prior.encode(x), x)
     for call, message in (
         (lambda: prior.predict_noise(x[:3], t[:3], cond[:3]), "^--.*views=4"),
         (lambda: prior.predict_noise(x, t, cond[:1]), "1 conditions"),
-        (lambda: prior.encode(x * 255), "within 0..1"), (lambda: prior.encode(x * torch.nan), "within 0..1, got nan"),
+        (lambda: prior.encode(x * 255), "within 0..1"),
+        (lambda: prior.encode(x * torch.nan), "within 0..1, got nan"),
         (lambda: CheckedPrior(Prior(torch.nan)).predict_noise(x, t, cond), "48 of 48"),
-        (lambda: check_pictures(x[:, :1], "--reward"), r"\[B, 3, h, w\]"), (lambda: check_views(0, 1), "got 0"),
+        (lambda: check_pictures(x[:, :1], "--reward"), r"\[B, 3, h, w\]"),
+        (lambda: check_views(0, 1), "got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -17,7 +17,7 @@ from eg3d_rlhf.rewards.pictures.judges import (
     VisionLanguageJudge,
     YesNoJudge,
     emblem_sides,
-)  # fmt: skip
+)
 from tests.rewards.test_boxes import BOX, FACES, HEAD, pictures
 
 
@@ -40,11 +40,14 @@ def test_judges_may_disagree_with_the_reward(seen):
     painted = seen[1].clone()
     painted[2:, :3] = seen[4][2:, :3]  # faces painted on two more sides: colour alone, no depth
     assert YesNoJudge().judge([HEAD.text], [(seen[1], painted)]) == [0]
-    assert float(OneFace().score(painted, [HEAD.text] * 4)[0]) < float(OneFace().score(seen[1], [HEAD.text] * 4)[0])
+    assert float(OneFace().score(painted, [HEAD.text] * 4)[0]) < float(
+        OneFace().score(seen[1], [HEAD.text] * 4)[0]
+    )
 
 
 def test_finished_assets_are_judged_by_their_surface():
-    judge, texts = AssetJudge(), [HEAD.text] * 5
+    judge = AssetJudge()
+    texts = [HEAD.text] * 5
     heads = problem.build(HEAD, FACES)
     assert judge.score(heads, texts).tolist() == [-1, 0, -1, -2, -3]
     painted = heads.pick([0, 1, 2, 3, 4])
@@ -63,13 +66,19 @@ def test_finished_assets_are_judged_by_their_surface():
 
 @pytest.fixture
 def server():
-    """A chat-completions server that prefers the brighter of two pictures, by their size as PNG, and remembers what it was sent."""
+    """A chat-completions server that prefers the brighter of two pictures, by their size as PNG, and
+    remembers what it was sent.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):  # noqa: N802
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self.server.seen.append((body, self.headers.get("Authorization")))
-            pictures = [len(part["image_url"]["url"]) for part in body["messages"][0]["content"] if part["type"] == "image_url"]
+            pictures = [
+                len(part["image_url"]["url"])
+                for part in body["messages"][0]["content"]
+                if part["type"] == "image_url"
+            ]
             answer = self.server.answer or ("1" if len(pictures) > 1 and pictures[0] > pictures[1] else "2")
             data = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
             self.send_response(self.server.status)
@@ -81,7 +90,9 @@ def server():
             del args
 
     made = HTTPServer(("127.0.0.1", 0), Handler)
-    made.seen, made.answer, made.status = [], None, 200
+    made.seen = []
+    made.answer = None
+    made.status = 200
     thread = threading.Thread(target=made.serve_forever, daemon=True)
     thread.start()
     yield made
@@ -90,35 +101,56 @@ def server():
 
 
 def judge_at(server) -> VisionLanguageJudge:
-    return VisionLanguageJudge(url=f"http://127.0.0.1:{server.server_port}/v1/chat/completions", model="tiny", timeout=10)
+    return VisionLanguageJudge(
+        url=f"http://127.0.0.1:{server.server_port}/v1/chat/completions", model="tiny", timeout=10
+    )
 
 
 def test_a_language_model_decides_whatever_the_order(server, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "secret-of-the-environment")
     rng = torch.Generator().manual_seed(0)
-    busy, flat = [torch.rand(4, 3, 16, 16, generator=rng) for _ in range(6)], [torch.full((4, 3, 16, 16), i / 6) for i in range(6)]
+    busy = [torch.rand(4, 3, 16, 16, generator=rng) for _ in range(6)]
+    flat = [torch.full((4, 3, 16, 16), i / 6) for i in range(6)]
     pairs = [*zip(busy, flat, strict=True), *zip(flat, busy, strict=True)]
     judge = judge_at(server)
     assert isinstance(judge, PairwiseJudge)
-    assert judge.judge(["a head"] * 12, pairs) == [0] * 6 + [1] * 6 == judge.judge(["a head"] * 12, pairs, shuffle_order=False)
-    first_shown = ["1" if a[0]["messages"][0]["content"][1] == b[0]["messages"][0]["content"][1] else "2"
-                   for a, b in zip(server.seen[:12], server.seen[12:], strict=True)]
+    assert (
+        judge.judge(["a head"] * 12, pairs)
+        == [0] * 6 + [1] * 6
+        == judge.judge(["a head"] * 12, pairs, shuffle_order=False)
+    )
+    first_shown = [
+        "1" if a[0]["messages"][0]["content"][1] == b[0]["messages"][0]["content"][1] else "2"
+        for a, b in zip(server.seen[:12], server.seen[12:], strict=True)
+    ]
     assert set(first_shown) == {"1", "2"}  # some were exchanged
     body, key = server.seen[0]
-    assert key == "Bearer secret-of-the-environment" and body["model"] == "tiny" and "a head" in body["messages"][0]["content"][0]["text"]
+    assert (
+        key == "Bearer secret-of-the-environment"
+        and body["model"] == "tiny"
+        and "a head" in body["messages"][0]["content"][0]["text"]
+    )
 
 
 def test_its_answers_to_questions(server, monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     server.answer = "1. Yes\n2. no\n3. YES"
-    judge = YesNoJudge(judge_at(server).answers, lambda prompt: ["Is it whole?", "Is it red?", "Is it a head?"])
+    judge = YesNoJudge(
+        judge_at(server).answers, lambda prompt: ["Is it whole?", "Is it red?", "Is it a head?"]
+    )
     assert judge.score(torch.zeros(4, 3, 8, 8), "a head") == 2
-    assert server.seen[0][1] is None and "2. Is it red?" in server.seen[0][0]["messages"][0]["content"][0]["text"]
+    assert (
+        server.seen[0][1] is None
+        and "2. Is it red?" in server.seen[0][0]["messages"][0]["content"][0]["text"]
+    )
 
 
-@pytest.mark.parametrize(("answer", "status", "reason"), [("neither", 200, None), ("1", 401, "HTTPError 401")])
+@pytest.mark.parametrize(
+    ("answer", "status", "reason"), [("neither", 200, None), ("1", 401, "HTTPError 401")]
+)
 def test_no_answer_is_none(server, answer, status, reason):
-    server.answer, server.status = answer, status
+    server.answer = answer
+    server.status = status
     pair = [(torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8))]
     if reason is None:
         assert judge_at(server).judge(["a head"], pair) == [-1]
@@ -130,14 +162,46 @@ def test_no_answer_is_none(server, answer, status, reason):
 def test_only_the_environment_holds_keys(repo):
     with pytest.raises(ValueError, match="--judge: expected the address of a server"):
         VisionLanguageJudge(url="sk-abc", model="tiny")
-    key = re.compile(r"\b(?:sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{20,}|AIza[A-Za-z0-9_-]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})")
+    key = re.compile(
+        r"\b(?:sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{20,}|AIza[A-Za-z0-9_-]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})"
+    )
     assert key.search("api_key='sk-" + "a1" * 12 + "'") and key.search("hf_" + "Ab3" * 10)
-    assigned = re.compile(r"""(?i)(?:api_?key|secret|token|bearer)['"]?\s*[:=]\s*['"][A-Za-z0-9_\-]{24,}['"]""")
+    assigned = re.compile(
+        r"""(?i)(?:api_?key|secret|token|bearer)['"]?\s*[:=]\s*['"][A-Za-z0-9_\-]{24,}['"]"""
+    )
     assert assigned.search('API_KEY = "' + "abcd1234" * 4 + '"')
-    kinds = ("*.py", "*.md", "*.toml", "*.json", "*.jsonl", "*.js", "*.html", "*.cfg", "*.yml", "*.yaml", "*.txt")
-    tops = ("dnnlib", "torch_utils", "training", "eg3d_rlhf", "tools", "benchmarks", "tests", "docs", "assets")
-    files = [p for top in tops for kind in kinds for p in (repo / top).rglob(kind)] + [p for kind in kinds for p in repo.glob(kind)]
+    kinds = (
+        "*.py",
+        "*.md",
+        "*.toml",
+        "*.json",
+        "*.jsonl",
+        "*.js",
+        "*.html",
+        "*.cfg",
+        "*.yml",
+        "*.yaml",
+        "*.txt",
+    )
+    tops = (
+        "dnnlib",
+        "torch_utils",
+        "training",
+        "eg3d_rlhf",
+        "tools",
+        "benchmarks",
+        "tests",
+        "docs",
+        "assets",
+    )
+    files = [p for top in tops for kind in kinds for p in (repo / top).rglob(kind)] + [
+        p for kind in kinds for p in repo.glob(kind)
+    ]
     assert len(files) > 300
-    leaks = [str(path.relative_to(repo)) for path in files for text in [path.read_text(errors="replace")]
-             if key.search(text) or assigned.search(text)]
+    leaks = [
+        str(path.relative_to(repo))
+        for path in files
+        for text in [path.read_text(errors="replace")]
+        if key.search(text) or assigned.search(text)
+    ]
     assert leaks == []

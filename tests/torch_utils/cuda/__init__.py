@@ -1,1 +1,3 @@
-"""Tests of the CUDA halves of the ops: by emulation, by compiling them, and on a device where there is one."""
+"""Tests of the CUDA halves of the ops: by emulation, by compiling them,
+and on a device where there is one.
+"""

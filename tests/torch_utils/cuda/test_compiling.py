@@ -1,4 +1,6 @@
-"""Every CUDA source compiles without a GPU, loads into whatever torch is here, and holds code for the devices that it is meant for."""
+"""Every CUDA source compiles without a GPU, loads into whatever torch is here, and holds code for the devices
+that it is meant for.
+"""
 
 import shutil
 import struct
@@ -18,19 +20,24 @@ KERNELS = {
     "upfirdn2d": ["upfirdn2d"],
     "ray_march": ["ray_march", "ray_march_backward", "importance_depths"],
 }
-FATBIN, PTX, ELF = 0xBA55ED50, 1, 2
+FATBIN = 0xBA55ED50
+PTX = 1
+ELF = 2
 
 
 def embedded(library: Path) -> set[tuple[int, int]]:
     """(kind, architecture) of the device code in a library, from the headers of its fat binaries.
 
-    A fat binary is a header (magic, version, header size as u32, u16, u16; size as u64) and entries (kind u16, version u16, header size
-    u32, payload size u64, ..., architecture u32 at 28).
+    A fat binary is a header (magic, version, header size as u32, u16, u16; size as u64) and entries
+    (kind u16, version u16, header size u32, payload size u64, ..., architecture u32 at 28).
     """
-    data, found, start = library.read_bytes(), set(), 0
+    data = library.read_bytes()
+    found = set()
+    start = 0
     while (start := data.find(struct.pack("<I", FATBIN), start)) >= 0:
         _, _, header, size = struct.unpack_from("<IHHQ", data, start)
-        at, end = start + header, start + header + size
+        at = start + header
+        end = start + header + size
         while at < end:
             kind, _, entry_header, payload = struct.unpack_from("<HHIQ", data, at)
             found.add((kind, struct.unpack_from("<I", data, at + 28)[0]))
@@ -48,7 +55,9 @@ def check_library(op: str) -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"eg3d_rlhf::{name}", "CUDA"), name
     assert embedded(library) >= {(ELF, 80), (ELF, 90), (PTX, 90)}
     if tool := shutil.which("cuobjdump"):
-        listed = subprocess.run([tool, "--list-elf", "--list-ptx", str(library)], capture_output=True, text=True).stdout
+        listed = subprocess.run(
+            [tool, "--list-elf", "--list-ptx", str(library)], capture_output=True, text=True
+        ).stdout
         assert "sm_80" in listed and "sm_90" in listed and "ptx" in listed
     assert "warning" not in (library.parent / "build.log").read_text()
 
@@ -70,7 +79,9 @@ def test_all_sources(op):
 
 
 @pytest.mark.parametrize("device_type", list(build.SUFFIX))
-def test_a_build_that_fails_is_no_reason_to_skip_and_a_missing_compiler_is(device_type, tmp_path, monkeypatch):
+def test_a_build_that_fails_is_no_reason_to_skip_and_a_missing_compiler_is(
+    device_type, tmp_path, monkeypatch
+):
     monkeypatch.setenv("EG3D_RLHF_CACHE", str(tmp_path))
     variable = build.COMPILERS[device_type][0]
     monkeypatch.setenv(variable, "no-such-compiler")

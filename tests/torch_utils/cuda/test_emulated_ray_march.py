@@ -15,7 +15,11 @@ def inputs(dtype, rays, samples, fine=37, ties=False):
     if ties:
         depths[:, ::3] = depths[:, :1]
     densities = 4 * torch.randn(rays, samples, dtype=dtype)
-    cotangents = torch.randn(rays, samples, dtype=dtype), torch.randn(rays, dtype=dtype), torch.randn(rays, dtype=dtype)
+    cotangents = (
+        torch.randn(rays, samples, dtype=dtype),
+        torch.randn(rays, dtype=dtype),
+        torch.randn(rays, dtype=dtype),
+    )
     return densities, depths, *cotangents, torch.rand(rays, fine, dtype=dtype)
 
 
@@ -23,12 +27,16 @@ def expected(densities, depths, grad_weights, grad_depth, grad_total):
     """Outputs, and the gradient of the densities, in float64 by autograd."""
     densities = densities.double().requires_grad_()
     outputs = ray_march_ref(densities, depths.double())
-    grad = torch.autograd.grad(outputs, densities, [g.double() for g in (grad_weights, grad_depth, grad_total)])
+    grad = torch.autograd.grad(
+        outputs, densities, [g.double() for g in (grad_weights, grad_depth, grad_total)]
+    )
     return [*(o.detach() for o in outputs), *grad]
 
 
 def emulated(folder, densities, depths, *rest, order=0):
-    (rays, samples), fine, dtype = densities.shape, rest[-1].shape[1], densities.dtype
+    rays, samples = densities.shape
+    fine = rest[-1].shape[1]
+    dtype = densities.dtype
     shapes = [(rays, samples), (rays,), (rays,), (rays, samples), (rays, fine)]
     arguments = [dtype.itemsize, rays, samples, fine, densities, depths, *rest]
     return emulate("ray_march", folder, arguments, shapes, dtype, order)
@@ -49,10 +57,14 @@ def test_equal_depths_keep_their_order(tmp_path):
 
 
 def test_opaque_intervals(tmp_path):
-    """Where an interval lets nothing through, gradients come from a recurrence, not from a division by zero."""
+    """Where an interval lets nothing through, gradients come from a recurrence,
+    not from a division by zero.
+    """
     densities, depths, *rest = inputs(torch.float32, 4, 40)
     densities[:, ::5] = 3000.0
-    for actual, wanted in zip(emulated(tmp_path, densities, depths, *rest), expected(densities, depths, *rest[:-1]), strict=False):
+    for actual, wanted in zip(
+        emulated(tmp_path, densities, depths, *rest), expected(densities, depths, *rest[:-1]), strict=False
+    ):
         assert_close(actual, wanted, 1e-5)
 
 
@@ -68,7 +80,9 @@ def test_importance_depths(tmp_path, samples, dtype, tolerance):
 
 def test_the_order_of_threads_does_not_change_a_bit(tmp_path):
     case = inputs(torch.float32, 6, 70)
-    for ascending, descending in zip(emulated(tmp_path, *case), emulated(tmp_path, *case, order=1), strict=True):
+    for ascending, descending in zip(
+        emulated(tmp_path, *case), emulated(tmp_path, *case, order=1), strict=True
+    ):
         assert torch.equal(ascending, descending)
 
 

@@ -11,8 +11,16 @@ pytestmark = needs_compiler
 def inputs(dtype, x, y, z, units, present=("xy", "xz", "yz"), scale=2.0):
     torch.manual_seed(0)
     shapes = {"xy": (x, units, y), "xz": (x, units, z), "yz": (units, y, z)}
-    maps = {name: (scale * torch.randn(shape, dtype=dtype) if name in present else None) for name, shape in shapes.items()}
-    return maps, torch.randn(units, dtype=dtype), torch.randn((), dtype=dtype), torch.randn(x, y, z, dtype=dtype)
+    maps = {
+        name: scale * torch.randn(shape, dtype=dtype) if name in present else None
+        for name, shape in shapes.items()
+    }
+    return (
+        maps,
+        torch.randn(units, dtype=dtype),
+        torch.randn((), dtype=dtype),
+        torch.randn(x, y, z, dtype=dtype),
+    )
 
 
 def expected(maps, w, b, grad):
@@ -22,12 +30,15 @@ def expected(maps, w, b, grad):
     view = {"xy": lambda m: m[:, :, :, None], "xz": lambda m: m[:, :, None], "yz": lambda m: m[None]}
     hidden = sum(view[name](m) for name, m in leaves.items())  # [X, J, Y, Z]
     hidden = hidden.expand(grad.shape[0], len(w), *grad.shape[1:])
-    sigma = torch.einsum("j,xjyz->xyz", w, torch.nn.functional.softplus(hidden, threshold=1000.0)) + b.double()
+    sigma = (
+        torch.einsum("j,xjyz->xyz", w, torch.nn.functional.softplus(hidden, threshold=1000.0)) + b.double()
+    )
     return [sigma.detach(), *torch.autograd.grad(sigma, [w, *leaves.values()], grad.double())]
 
 
 def emulated(folder, maps, w, b, grad, order=0):
-    (x, y, z), dtype = grad.shape, grad.dtype
+    x, y, z = grad.shape
+    dtype = grad.dtype
     arguments = [dtype.itemsize, x, y, z, len(w), maps["xy"], maps["xz"], maps["yz"], w, b, grad]
     shapes = [grad.shape, w.shape, *(m.shape for m in maps.values() if m is not None)]
     return emulate("slab_density", folder, arguments, shapes, dtype, order)
@@ -59,5 +70,7 @@ def test_values_whose_exponential_overflows(tmp_path, name):
 
 def test_the_order_of_threads_does_not_change_a_bit(tmp_path):
     case = inputs(torch.float32, 5, 9, 33, 6)
-    for ascending, descending in zip(emulated(tmp_path, *case), emulated(tmp_path, *case, order=1), strict=True):
+    for ascending, descending in zip(
+        emulated(tmp_path, *case), emulated(tmp_path, *case, order=1), strict=True
+    ):
         assert torch.equal(ascending, descending)

@@ -1,4 +1,6 @@
-"""triplane_decode's CUDA kernels, run on the CPU, against F.grid_sample and the decoder's formula in float64."""
+"""triplane_decode's CUDA kernels, run on the CPU, against F.grid_sample and the decoder's
+formula in float64.
+"""
 
 import pytest
 import torch
@@ -24,14 +26,22 @@ def expected(planes, points, w0, b0, w1, b1, grad_features, grad_sigma):
     features = 0
     for k in range(planes.shape[1]):
         grid = points.double()[:, None, :, AXES[2 * k : 2 * k + 2]]
-        features = features + F.grid_sample(planes[:, k].permute(0, 3, 1, 2), grid, align_corners=False)[:, :, 0].transpose(1, 2)
+        features = features + F.grid_sample(planes[:, k].permute(0, 3, 1, 2), grid, align_corners=False)[
+            :, :, 0
+        ].transpose(1, 2)
     out = F.linear(F.softplus(F.linear(features, w0, b0)), w1, b1)
     outputs = [torch.sigmoid(out[..., 1:]) * 1.002 - 0.001, out[..., :1]]
-    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, [grad_features.double(), grad_sigma.double()])]
+    return [
+        *(o.detach() for o in outputs),
+        *torch.autograd.grad(outputs, leaves, [grad_features.double(), grad_sigma.double()]),
+    ]
 
 
 def emulated(folder, planes, points, w0, b0, w1, b1, grad_features, grad_sigma, order=0):
-    (n, k, h, w, c), p, (rows, j), dtype = planes.shape, points.shape[1], w1.shape, planes.dtype
+    n, k, h, w, c = planes.shape
+    p = points.shape[1]
+    rows, j = w1.shape
+    dtype = planes.dtype
     tensors = [planes, points, w0, b0, w1, b1, grad_features, grad_sigma]
     arguments = [dtype.itemsize, n, k, h, w, c, p, j, rows - 1, torch.tensor(AXES[: 2 * k]), *tensors]
     shapes = [(n, p, rows - 1), (n, p, 1), *(t.shape for t in (planes, w0, b0, w1, b1))]
@@ -41,8 +51,13 @@ def emulated(folder, planes, points, w0, b0, w1, b1, grad_features, grad_sigma, 
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(), dict(d=0), dict(c=16, d=16, j=32, k=2, p=33), dict(c=16, d=0, j=5, n=1), dict(c=13, d=3, j=17, p=1),
-        dict(c=30, d=7, j=16, n=3, p=90), dict(n=1, p=700, j=3, h=1, w=2),
+        dict(),
+        dict(d=0),
+        dict(c=16, d=16, j=32, k=2, p=33),
+        dict(c=16, d=0, j=5, n=1),
+        dict(c=13, d=3, j=17, p=1),
+        dict(c=30, d=7, j=16, n=3, p=90),
+        dict(n=1, p=700, j=3, h=1, w=2),
     ],
     ids=str,
 )
@@ -61,7 +76,8 @@ def test_float64(tmp_path):
 
 def test_the_order_of_threads_changes_the_gradient_of_the_planes_by_rounding_only(tmp_path):
     case = inputs(torch.float32)
-    ascending, descending = emulated(tmp_path, *case), emulated(tmp_path, *case, order=1)
+    ascending = emulated(tmp_path, *case)
+    descending = emulated(tmp_path, *case, order=1)
     for i, (one, other) in enumerate(zip(ascending, descending, strict=True)):
         assert_close(one, other, 1e-6) if i == 2 else torch.testing.assert_close(one, other, rtol=0, atol=0)
 

@@ -1,7 +1,9 @@
-"""Tiny networks with random weights in the published layouts: folders and files as they are published, at reduced width.
+"""Tiny networks with random weights in the published layouts: folders and files as they are published, at
+reduced width.
 
-The state dicts come from the libraries that published files come from (diffusers, transformers) or from the published names; MVDream's
-and HPSv2's are written under their own names by the inverse of what the readers do, spelled out here a second time.
+The state dicts come from the libraries that published files come from (diffusers, transformers) or from the
+published names; MVDream's and HPSv2's are written under their own names by the inverse of what the readers
+do, spelled out here a second time.
 """
 
 import json
@@ -56,21 +58,41 @@ def latent_networks(form: str, cameras: bool = False):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    linear, width = form == "2.1", 64
-    camera = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16} if cameras else {}
+    linear = form == "2.1"
+    width = 64
+    camera = (
+        {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16} if cameras else {}
+    )
     unet = UNet2DConditionModel(
-        sample_size=32 if cameras else LATENT, block_out_channels=(64, 128), layers_per_block=1, cross_attention_dim=width,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=(1, 2) if linear else 8, use_linear_projection=linear, **camera,
+        sample_size=32 if cameras else LATENT,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        cross_attention_dim=width,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(1, 2) if linear else 8,
+        use_linear_projection=linear,
+        **camera,
     )
     vae = AutoencoderKL(
-        block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1, sample_size=16,
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        sample_size=16,
     )
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=514, hidden_size=width, intermediate_size=96, num_hidden_layers=2, num_attention_heads=1,
-        hidden_act="gelu" if linear else "quick_gelu", bos_token_id=512, eos_token_id=513,
-    ))
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=514,
+            hidden_size=width,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            hidden_act="gelu" if linear else "quick_gelu",
+            bos_token_id=512,
+            eos_token_id=513,
+        )
+    )
     return tuple(randomise(net, i).eval() for i, net in enumerate((unet, vae, text)))
 
 
@@ -81,7 +103,10 @@ def write_stable_diffusion(folder: Path, form: str) -> Path:
     for part, net in zip(("unet", "vae", "text_encoder"), latent_networks(form), strict=True):
         net.save_pretrained(folder / part, safe_serialization=True)
     DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction" if form == "2.1" else "epsilon",
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction" if form == "2.1" else "epsilon",
     ).save_pretrained(folder / "scheduler")
     write_clip_tokenizer(folder / "tokenizer", "!" if form == "2.1" else "<|endoftext|>")
     return folder
@@ -90,18 +115,34 @@ def write_stable_diffusion(folder: Path, form: str) -> Path:
 def ldm_unet(state: dict) -> dict:
     """diffusers' names of the U-Net above under LDM's: two levels of one block, attention in the first."""
     blocks = {
-        "conv_in": "input_blocks.0.0", "down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.attentions.0": "input_blocks.1.1",
-        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op", "down_blocks.1.resnets.0": "input_blocks.3.0",
-        "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
-        "up_blocks.0.resnets.0": "output_blocks.0.0", "up_blocks.0.resnets.1": "output_blocks.1.0",
-        "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv", "up_blocks.1.resnets.0": "output_blocks.2.0",
-        "up_blocks.1.attentions.0": "output_blocks.2.1", "up_blocks.1.resnets.1": "output_blocks.3.0",
-        "up_blocks.1.attentions.1": "output_blocks.3.1", "conv_norm_out": "out.0", "conv_out": "out.2",
-        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "class_embedding.linear_1": "camera_embed.0",
+        "conv_in": "input_blocks.0.0",
+        "down_blocks.0.resnets.0": "input_blocks.1.0",
+        "down_blocks.0.attentions.0": "input_blocks.1.1",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+        "down_blocks.1.resnets.0": "input_blocks.3.0",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "up_blocks.0.resnets.0": "output_blocks.0.0",
+        "up_blocks.0.resnets.1": "output_blocks.1.0",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
+        "up_blocks.1.resnets.0": "output_blocks.2.0",
+        "up_blocks.1.attentions.0": "output_blocks.2.1",
+        "up_blocks.1.resnets.1": "output_blocks.3.0",
+        "up_blocks.1.attentions.1": "output_blocks.3.1",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "class_embedding.linear_1": "camera_embed.0",
         "class_embedding.linear_2": "camera_embed.2",
     }
     inside = {
-        "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
         "conv_shortcut": "skip_connection",
     }
     new = {}
@@ -118,11 +159,20 @@ def ldm_unet(state: dict) -> dict:
 def ldm_vae(state: dict) -> dict:
     """diffusers' names of the autoencoder above under LDM's."""
     pairs = (
-        (r"down_blocks\.(\d)\.resnets\.", r"down.\1.block."), (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
-        (r"up_blocks\.0\.", "up.1."), (r"up_blocks\.1\.", "up.0."), (r"resnets\.(\d)\.", r"block.\1."),
-        (r"upsamplers\.0", "upsample"), (r"mid_block\.block\.0", "mid.block_1"), (r"mid_block\.block\.1", "mid.block_2"),
-        (r"mid_block\.attentions\.0", "mid.attn_1"), ("group_norm", "norm"), (r"to_([qkv])\.", r"\1."), (r"to_out\.0", "proj_out"),
-        ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut"),
+        (r"down_blocks\.(\d)\.resnets\.", r"down.\1.block."),
+        (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+        (r"up_blocks\.0\.", "up.1."),
+        (r"up_blocks\.1\.", "up.0."),
+        (r"resnets\.(\d)\.", r"block.\1."),
+        (r"upsamplers\.0", "upsample"),
+        (r"mid_block\.block\.0", "mid.block_1"),
+        (r"mid_block\.block\.1", "mid.block_2"),
+        (r"mid_block\.attentions\.0", "mid.attn_1"),
+        ("group_norm", "norm"),
+        (r"to_([qkv])\.", r"\1."),
+        (r"to_out\.0", "proj_out"),
+        ("conv_norm_out", "norm_out"),
+        ("conv_shortcut", "nin_shortcut"),
     )
     new = {}
     for name, tensor in state.items():
@@ -142,9 +192,17 @@ def open_clip_text(state: dict, layers: int) -> dict:
     for part in ("weight", "bias"):
         new[f"ln_final.{part}"] = state[f"text_model.final_layer_norm.{part}"]
         for i in range(layers):
-            old, now = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
-            new[f"{now}.attn.in_proj_{part}"] = torch.cat([state[f"{old}.self_attn.{x}_proj.{part}"] for x in "qkv"])
-            for theirs, ours in (("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")):
+            old = f"text_model.encoder.layers.{i}"
+            now = f"transformer.resblocks.{i}"
+            new[f"{now}.attn.in_proj_{part}"] = torch.cat(
+                [state[f"{old}.self_attn.{x}_proj.{part}"] for x in "qkv"]
+            )
+            for theirs, ours in (
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+            ):
                 new[f"{now}.{theirs}.{part}"] = state[f"{old}.{ours}.{part}"]
             new[f"{now}.attn.out_proj.{part}"] = state[f"{old}.self_attn.out_proj.{part}"]
     return new
@@ -156,8 +214,15 @@ def write_mvdream(folder: Path, form: str) -> Path:
     state = {**ldm_unet(unet), **ldm_vae(vae)}
     if form == "2.1":  # the encoder's last layer is in the file and not used
         encoder = open_clip_text(text, 2)
-        last = {n.replace("resblocks.1.", "resblocks.2."): torch.full_like(t, torch.nan) for n, t in encoder.items() if "resblocks.1." in n}
-        state |= {f"cond_stage_model.model.{n}": t for n, t in {**encoder, **last, "text_projection": torch.zeros(64, 64)}.items()}
+        last = {
+            n.replace("resblocks.1.", "resblocks.2."): torch.full_like(t, torch.nan)
+            for n, t in encoder.items()
+            if "resblocks.1." in n
+        }
+        state |= {
+            f"cond_stage_model.model.{n}": t
+            for n, t in {**encoder, **last, "text_projection": torch.zeros(64, 64)}.items()
+        }
     else:
         state |= {f"cond_stage_model.transformer.{n}": t for n, t in text.items()}
         state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
@@ -175,7 +240,14 @@ def write_blip_reward(folder: Path, kind: str) -> Path:
 
     words = write_bert_tokenizer(folder / "tokenizer") + 2
     sizes = BlipSizes(
-        image=32, vision_width=128, vision_layers=2, text_width=192, text_layers=2, text_hidden=256, vocabulary=words, positions=128,
+        image=32,
+        vision_width=128,
+        vision_layers=2,
+        text_width=192,
+        text_layers=2,
+        text_hidden=256,
+        vocabulary=words,
+        positions=128,
         projection=16,
     )
     state = dict(randomise(Reward3dNetwork(kind, sizes)).state_dict())
@@ -189,12 +261,23 @@ def clip_model(act: str = "quick_gelu", heads: int = 2):
     from transformers import CLIPConfig, CLIPModel
 
     text = {
-        "vocab_size": 514, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 1, "hidden_act": act,
-        "bos_token_id": 512, "eos_token_id": 513,
+        "vocab_size": 514,
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "hidden_act": act,
+        "bos_token_id": 512,
+        "eos_token_id": 513,
     }
     vision = {
-        "hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 2, "num_attention_heads": heads, "image_size": 28,
-        "patch_size": 14, "hidden_act": act,
+        "hidden_size": 160,
+        "intermediate_size": 640,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "image_size": 28,
+        "patch_size": 14,
+        "hidden_act": act,
     }
     return randomise(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=48))).eval()
 
@@ -210,17 +293,32 @@ def write_hpsv2(folder: Path) -> Path:
     """HPS_v2_compressed.pt with tokenizer/ beside it -> the file. Two heads of 80 numbers, as ViT-H's are."""
     state = clip_model("gelu").state_dict()
     text = {n: t for n, t in state.items() if n.startswith("text_model.")}
-    vision = {n.replace("vision_model.", "text_model."): t for n, t in state.items() if n.startswith("vision_model.")}
+    vision = {
+        n.replace("vision_model.", "text_model."): t
+        for n, t in state.items()
+        if n.startswith("vision_model.")
+    }
     place = vision["text_model.embeddings.position_embedding.weight"]
     tower = open_clip_text(
-        {**vision, "text_model.embeddings.token_embedding.weight": place, "text_model.final_layer_norm.weight": place,
-         "text_model.final_layer_norm.bias": place}, 2,
+        {
+            **vision,
+            "text_model.embeddings.token_embedding.weight": place,
+            "text_model.final_layer_norm.weight": place,
+            "text_model.final_layer_norm.bias": place,
+        },
+        2,
     )
-    new = {**open_clip_text(text, 2), "text_projection": state["text_projection.weight"].T, "logit_scale": state["logit_scale"]}
+    new = {
+        **open_clip_text(text, 2),
+        "text_projection": state["text_projection.weight"].T,
+        "logit_scale": state["logit_scale"],
+    }
     new |= {f"visual.{n}": t for n, t in tower.items() if n.startswith("transformer.")}
     new |= {
-        "visual.class_embedding": vision["text_model.embeddings.class_embedding"], "visual.positional_embedding": place,
-        "visual.conv1.weight": vision["text_model.embeddings.patch_embedding.weight"], "visual.proj": state["visual_projection.weight"].T,
+        "visual.class_embedding": vision["text_model.embeddings.class_embedding"],
+        "visual.positional_embedding": place,
+        "visual.conv1.weight": vision["text_model.embeddings.patch_embedding.weight"],
+        "visual.proj": state["visual_projection.weight"].T,
     }
     for part in ("weight", "bias"):
         new[f"visual.ln_pre.{part}"] = vision[f"text_model.pre_layrnorm.{part}"]

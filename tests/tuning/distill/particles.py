@@ -1,6 +1,8 @@
-"""The smallest problem with an exact answer: 256 pictures of 4 x 4 are optimised directly against a mixture of Gaussians.
+"""The smallest problem with an exact answer: 256 pictures of 4 x 4 are optimised directly against a mixture
+of Gaussians.
 
-Modes are permutations of one another and the null condition is symmetric in them: otherwise Adam or guidance alone prefers one.
+Modes are permutations of one another and the null condition is symmetric in them: otherwise Adam or guidance
+alone prefers one.
 Letters: B = 256 pictures, one view each.
 """
 
@@ -16,9 +18,11 @@ from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.tuning.distill.schedule import Streams, TimeWindow
 
-B, PROMPT = 256, "thing"
+B = 256
+PROMPT = "thing"
 ROWS = torch.tensor([1.0, 1.0, -1.0, -1.0]).view(1, 1, 4, 1).expand(1, 1, 4, 4)  # norm 4
-STD, BROAD = 0.2, 0.6
+STD = 0.2
+BROAD = 0.6
 
 
 def some(assets: int = 4, views: int = 1, step: int = 3):
@@ -29,11 +33,16 @@ def some(assets: int = 4, views: int = 1, step: int = 3):
 
 
 def prior(modes: int = 2, std: float = STD, broad: float = BROAD) -> GmmPrior:
-    """One or two narrow modes for the prompt; the null condition has them broad. Embeddings are logits of narrow and broad components."""
+    """One or two narrow modes for the prompt; the null condition has them broad. Embeddings are logits of
+    narrow and broad components.
+    """
     means = torch.cat([ROWS, ROWS.transpose(2, 3)][:modes]).contiguous()
-    on, off = torch.ones(modes), torch.full((modes,), -9.0)
+    on = torch.ones(modes)
+    off = torch.full((modes,), -9.0)
     stds = torch.tensor([std] * modes + [broad] * modes)
-    return GmmPrior(means.repeat(2, 1, 1, 1), stds, {PROMPT: torch.cat([on, off]), "": torch.cat([off, on])}, scale=2.0)
+    return GmmPrior(
+        means.repeat(2, 1, 1, 1), stds, {PROMPT: torch.cat([on, off]), "": torch.cat([off, on])}, scale=2.0
+    )
 
 
 @dataclass
@@ -47,16 +56,31 @@ class Outcome:
     x: torch.Tensor
 
     def __str__(self):
-        return f"share {self.share:.3f} rms {self.rms:.3f} log p {self.log_p:.2f} within 3 nats {self.near:.3f}"
+        return (
+            f"share {self.share:.3f} rms {self.rms:.3f} log p {self.log_p:.2f} within 3 nats {self.near:.3f}"
+        )
 
 
 def optimise(
-    guidance, made: DiffusionPrior, *, steps: int = 1200, lr: float = 0.02, seed: int = 0, window: TimeWindow | None = None,
-    prompts: Sequence[str] = (PROMPT,) * B, measure: Callable | None = None,
+    guidance,
+    made: DiffusionPrior,
+    *,
+    steps: int = 1200,
+    lr: float = 0.02,
+    seed: int = 0,
+    window: TimeWindow | None = None,
+    prompts: Sequence[str] = (PROMPT,) * B,
+    measure: Callable | None = None,
 ):
-    """Adam from small noise. Args: measure: makes the figures of pictures and prior; by default an `Outcome`."""
-    window, streams = window or TimeWindow(), Streams(seed=seed)
-    x = (0.1 * torch.randn(len(prompts), *made.latent_shape, generator=streams.generator("start", 0))).requires_grad_()
+    """Adam from small noise.
+
+    Args: measure: makes the figures of pictures and prior; by default an `Outcome`.
+    """
+    window = window or TimeWindow()
+    streams = Streams(seed=seed)
+    x = (
+        0.1 * torch.randn(len(prompts), *made.latent_shape, generator=streams.generator("start", 0))
+    ).requires_grad_()
     adam = torch.optim.Adam([x], lr=lr)
     rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - 0.9 * step / steps)
     for step in range(steps):
@@ -76,18 +100,27 @@ def judge(x: torch.Tensor, made: GmmPrior) -> Outcome:
     peak = made.log_prob(made.means[:1], cond[:1])
     log_p = made.log_prob(x, cond) - peak
     return Outcome(
-        float((index % modes == 0).float().mean()), float(rms.square().mean().sqrt()), float(log_p.median()),
-        float((log_p > -3).float().mean()), x
+        float((index % modes == 0).float().mean()),
+        float(rms.square().mean().sqrt()),
+        float(log_p.median()),
+        float((log_p > -3).float().mean()),
+        x,
     )
 
 
 class Towards:
-    """A reward of pictures: minus the squared distance to the first mode, or its inverse, or noise of its own."""
+    """A reward of pictures: minus the squared distance to the first mode, or its inverse, or noise of its
+    own.
+    """
 
-    modality, views, differentiable = "image", 1, True
+    modality = "image"
+    views = 1
+    differentiable = True
 
     def __init__(self, made: GmmPrior, kind: str = "good", seed: int = 0):
-        self.target, self.kind, self.scale = made.means[0], kind, made.scale
+        self.target = made.means[0]
+        self.kind = kind
+        self.scale = made.scale
         self.draws = torch.Generator().manual_seed(1000 + seed)
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -100,20 +133,26 @@ class Towards:
 class Along:
     """A linear reward: the mean entry of the latents, times a factor."""
 
-    modality, views, differentiable = "image", 1, True
+    modality = "image"
+    views = 1
+    differentiable = True
 
     def __init__(self, made: GmmPrior, factor: float = 1.0):
-        self.factor, self.scale = factor, made.scale
+        self.factor = factor
+        self.scale = made.scale
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return self.factor * (self.scale * (2 * pixels - 1)).mean((1, 2, 3))
 
 
 class Prefers:
-    """A judge that says which picture a reward scores higher, and nothing more; asked not to, it does not answer."""
+    """A judge that says which picture a reward scores higher, and nothing more; asked not to, it does not
+    answer.
+    """
 
     def __init__(self, reward, silent: bool = False):
-        self.reward, self.silent = reward, silent
+        self.reward = reward
+        self.silent = silent
 
     def judge(self, prompts, pairs, shuffle_order=True) -> list[int]:
         if self.silent:

@@ -1,4 +1,6 @@
-"""A short loop on the test problem, for tests of what is optimised: the mode's own loop adds files, resume and reports."""
+"""A short loop on the test problem, for tests of what is optimised: the mode's own loop adds files, resume
+and reports.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -44,7 +46,8 @@ def shares(counts: torch.Tensor) -> Shares:
 
 
 def exact_prior(std: float = 0.3) -> GmmPrior:
-    """Each prompt an even mixture of its two modes, of deviation `std` in latents of -1..1; the null one of all.
+    """Each prompt an even mixture of its two modes, of deviation `std` in latents of -1..1; the null one of
+    all.
 
     It is exact, so guide by 1: larger scales push away from what all prompts share, and so from plain sides.
     """
@@ -68,17 +71,28 @@ def sds(prior: DiffusionPrior, seed: int, scale: float = 1.0) -> Sds:
 
 
 def optimise(
-    prompts: Sequence[str], seed: int, guidance: Callable[[DiffusionPrior, int], Guidance] = sds, steps: int = 240, rate: float = 0.05,
-    geometry: GeometryReward | None = None, weight: float = 0.3, every: int = 5, p: float = problem.FACE_PROBABILITY,
+    prompts: Sequence[str],
+    seed: int,
+    guidance: Callable[[DiffusionPrior, int], Guidance] = sds,
+    steps: int = 240,
+    rate: float = 0.05,
+    geometry: GeometryReward | None = None,
+    weight: float = 0.3,
+    every: int = 5,
+    p: float = problem.FACE_PROBABILITY,
 ) -> End:
     """Adam on voxels, one time per asset; all draws from the seed."""
-    prior, streams, renderer = exact_prior(), Streams(seed=seed), FourViews()
+    prior = exact_prior()
+    streams = Streams(seed=seed)
+    renderer = FourViews()
     asset = problem.start(prompts, [streams.generator(f"start/{i}", 0) for i in range(len(prompts))], p)
-    before, views = noses(asset), renderer.draw(len(asset), torch.Generator())
+    before = noses(asset)
+    views = renderer.draw(len(asset), torch.Generator())
     method = guidance(prior, seed)
     pull = GeometrySettings(geometry_weight=weight, geometry_every=every)
     shape = None if geometry is None else ProgressiveGeometry(geometry, pull, steps)
-    texts, parameters = [text for text in prompts for _ in range(problem.SIDES)], list(asset.parameters())
+    texts = [text for text in prompts for _ in range(problem.SIDES)]
+    parameters = list(asset.parameters())
     optimiser = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99), eps=1e-15)
     for step in range(steps):
         x = prior.encode(renderer.render(asset, views, BLACK).images)

@@ -23,7 +23,9 @@ PAIRS = [("x", 0), ("y", 0), ("x", 1), ("y", 1)]
 
 def table(**arms):
     measured = {name: {"size": torch.tensor([float(v) for v in values])} for name, values in arms.items()}
-    data, judgements = compare({name: Assets(values) for name, values in arms.items()}, PAIRS, Larger(), measured)
+    data, judgements = compare(
+        {name: Assets(values) for name, values in arms.items()}, PAIRS, Larger(), measured
+    )
     return {**data, "judge": "size"}, judgements
 
 
@@ -34,18 +36,39 @@ def test_win_rates_count_ties_half_whatever_the_order_of_arms():
         other = data["arms"]["other"]
         assert other["win_rate"] == pytest.approx(2.5 / 4) and other["ties"] == 1 and other["n"] == 4
         assert other["ci95"] == list(wilson_interval(2.5, 4))
-        assert [(j.winner == "tie", j.prompt) for j in judgements] == [(False, "x #0"), (False, "y #0"), (False, "x #1"), (True, "y #1")]
-        assert data["arms"]["sds"]["win_rate"] == 0.5 and other["elo"]["mean"] > data["arms"]["sds"]["elo"]["mean"]
+        assert [(j.winner == "tie", j.prompt) for j in judgements] == [
+            (False, "x #0"),
+            (False, "y #0"),
+            (False, "x #1"),
+            (True, "y #1"),
+        ]
+        assert (
+            data["arms"]["sds"]["win_rate"] == 0.5
+            and other["elo"]["mean"] > data["arms"]["sds"]["elo"]["mean"]
+        )
     assert "| other | 0.625" in markdown(data)
 
 
 def test_measures_leave_out_what_does_not_apply():
     data, _ = compare(
-        {"sds": Assets([1, 1, 1, 1])} | {"b": Assets([2, 2, 2, 2])}, PAIRS, Larger(),
-        {name: {"share": torch.tensor([1.0, torch.nan, 0.0, torch.nan]), "of none": torch.full((4,), torch.nan)} for name in ("sds", "b")},
-    )  # fmt: skip
-    assert data["arms"]["b"]["measures"]["share"]["mean"] == 0.5 and data["arms"]["b"]["measures"]["share"]["n"] == 2
-    assert set(data["arms"]["b"]["measures"]) == {"share"} and "of none" not in markdown({**data, "judge": "size"})
+        {"sds": Assets([1, 1, 1, 1])} | {"b": Assets([2, 2, 2, 2])},
+        PAIRS,
+        Larger(),
+        {
+            name: {
+                "share": torch.tensor([1.0, torch.nan, 0.0, torch.nan]),
+                "of none": torch.full((4,), torch.nan),
+            }
+            for name in ("sds", "b")
+        },
+    )
+    assert (
+        data["arms"]["b"]["measures"]["share"]["mean"] == 0.5
+        and data["arms"]["b"]["measures"]["share"]["n"] == 2
+    )
+    assert set(data["arms"]["b"]["measures"]) == {"share"} and "of none" not in markdown(
+        {**data, "judge": "size"}
+    )
 
 
 def test_changes_are_paired():

@@ -20,8 +20,11 @@ def cameras() -> torch.Tensor:
     """Cameras [4, 16] at those angles, y up."""
     made = torch.eye(4).repeat(len(VIEWS), 1, 1)
     for camera, (up, round_) in zip(made, VIEWS, strict=True):
-        up, round_ = math.radians(up), math.radians(round_)
-        camera[:3, 3] = 2.7 * torch.tensor([math.cos(up) * math.sin(round_), math.sin(up), math.cos(up) * math.cos(round_)])
+        up = math.radians(up)
+        round_ = math.radians(round_)
+        camera[:3, 3] = 2.7 * torch.tensor(
+            [math.cos(up) * math.sin(round_), math.sin(up), math.cos(up) * math.cos(round_)]
+        )
     return made.flatten(1)
 
 
@@ -29,48 +32,73 @@ def cameras() -> torch.Tensor:
 def made() -> GmmPrior:
     draws = torch.Generator().manual_seed(0)
     names = ("cup", "cup, front", "cup, side", "cup, back", "cup, overhead", "")
-    return GmmPrior(torch.randn(3, 1, 2, 2, generator=draws), torch.ones(3), {n: torch.randn(3, generator=draws) for n in names})
+    return GmmPrior(
+        torch.randn(3, 1, 2, 2, generator=draws),
+        torch.ones(3),
+        {n: torch.randn(3, generator=draws) for n in names},
+    )
 
 
 def run(made, **settings):
     x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(1))
-    t, streams = torch.tensor([100, 300, 500, 700]), Streams(seed=0)
+    t = torch.tensor([100, 300, 500, 700])
+    streams = Streams(seed=0)
     guidance = Sds(made, SdsSettings(prior=DenoiserSettings(**settings)), views=1, streams=streams)
     noise = streams.noises(1, x, 3)[0]
-    return guidance(x, t, ["cup"] * 4, cameras(), 3).grad, guidance.denoiser.schedule.mix(x, noise, t), noise, t, guidance.denoiser.schedule
+    return (
+        guidance(x, t, ["cup"] * 4, cameras(), 3).grad,
+        guidance.denoiser.schedule.mix(x, noise, t),
+        noise,
+        t,
+        guidance.denoiser.schedule,
+    )
 
 
 def test_the_prompt_names_the_side(made):
     grad, x_t, noise, t, schedule = run(made, view_prompts=True, weighting="uniform")
     sides = [direction_of(*view) for view in VIEWS]
     assert sides == ["front", "side", "overhead", "back"]
-    text, null = (made.predict_noise(x_t, t, c) for c in (made.embed(["cup"] * 4, sides), made.embed([""] * 4)))
+    text, null = (
+        made.predict_noise(x_t, t, c) for c in (made.embed(["cup"] * 4, sides), made.embed([""] * 4))
+    )
     torch.testing.assert_close(grad, gradients.guided(text, null, 7.5) - noise)
     assert not torch.allclose(grad, run(made, weighting="uniform")[0])
-    grad, *_ = run(made, view_prompts=True, negative_prompt="cup", weighting="uniform")  # the negative prompt names no side
-    torch.testing.assert_close(grad, gradients.guided(text, made.predict_noise(x_t, t, made.embed(["cup"] * 4)), 7.5) - noise)
+    # the negative prompt names no side
+    grad, *_ = run(made, view_prompts=True, negative_prompt="cup", weighting="uniform")
+    torch.testing.assert_close(
+        grad, gradients.guided(text, made.predict_noise(x_t, t, made.embed(["cup"] * 4)), 7.5) - noise
+    )
 
 
 def test_perp_neg(made):
     grad, x_t, noise, t, schedule = run(made, view_prompts=True, perp_neg=True)
-    null, wanted = made.embed([""] * 4), []
+    null = made.embed([""] * 4)
+    wanted = []
     for b, view in enumerate(VIEWS):
         shares, negatives, weights = mixture(*view)
         row = slice(b, b + 1)
         text = sum(share * made.embed(["cup"], [side]) for side, share in shares.items())
         others = [null[row] if n is None else made.embed(["cup"], [n]) for n in negatives]
         seen = [made.predict_noise(x_t[row], t[row], c) for c in (text, null[row], *others)]
-        wanted.append(gradients.perp_neg(seen[0], seen[1], torch.stack(seen[2:]), torch.tensor([weights]), 7.5) - noise[row])
-    torch.testing.assert_close(grad, schedule.weight(t, "sds", grad) * torch.cat(wanted), rtol=1e-4, atol=1e-5)
+        wanted.append(
+            gradients.perp_neg(seen[0], seen[1], torch.stack(seen[2:]), torch.tensor([weights]), 7.5)
+            - noise[row]
+        )
+    torch.testing.assert_close(
+        grad, schedule.weight(t, "sds", grad) * torch.cat(wanted), rtol=1e-4, atol=1e-5
+    )
 
 
 class Listening:
     """A reward that keeps what it is told."""
 
-    views, modality, differentiable = 1, "image", True
+    views = 1
+    modality = "image"
+    differentiable = True
 
     def __init__(self, view_prompts: bool):
-        self.view_prompts, self.told = view_prompts, []
+        self.view_prompts = view_prompts
+        self.told = []
 
     def score(self, pixels, prompts):
         self.told += prompts
@@ -79,10 +107,15 @@ class Listening:
 
 @pytest.mark.parametrize("method", ["dreamreward", "dreamdpo", "rewardsds", "psd"])
 def test_a_reward_is_told_the_side_where_it_was_trained_so(made, method):
-    x, t = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(1)), torch.tensor([100, 300, 500, 700])
+    x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([100, 300, 500, 700])
     for view_prompts in (False, True):
         reward = Listening(view_prompts)
-        guidance = guidance_of(method, settings_of(method, {}), made, Inverted(reward), None, 1, Streams(seed=0))
+        guidance = guidance_of(
+            method, settings_of(method, {}), made, Inverted(reward), None, 1, Streams(seed=0)
+        )
         guidance(x, t, ["cup"] * 4, cameras(), 0)
         sides = ["cup, front view", "cup, side view", "cup, overhead view", "cup, back view"]
-        assert set(reward.told) == (set(sides) if view_prompts else {"cup"}) and reward.told[:4] == (sides if view_prompts else ["cup"] * 4)
+        assert set(reward.told) == (set(sides) if view_prompts else {"cup"}) and reward.told[:4] == (
+            sides if view_prompts else ["cup"] * 4
+        )

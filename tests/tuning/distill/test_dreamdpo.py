@@ -1,4 +1,6 @@
-"""DreamDPO on the analytic prior: T1, T2, T4, T5, and what its settings mean. T3 is tests/compat/test_distill_dreamdpo.py."""
+"""DreamDPO on the analytic prior: T1, T2, T4, T5, and what its settings mean. T3 is
+tests/compat/test_distill_dreamdpo.py.
+"""
 
 import itertools
 import math
@@ -9,17 +11,32 @@ import torch
 from eg3d_rlhf.tuning.distill.guidance.denoiser import RankingSettings
 from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo, DreamDpoSettings
 from eg3d_rlhf.tuning.distill.schedule import Streams
-from tests.tuning.distill.particles import BRIEF, PROMPT, Along, Prefers, Towards, gain, optimise, plain, prior, some
+from tests.tuning.distill.particles import (
+    BRIEF,
+    PROMPT,
+    Along,
+    Prefers,
+    Towards,
+    gain,
+    optimise,
+    plain,
+    prior,
+    some,
+)
 
 STREAMS = Streams(seed=1)
 RAW = RankingSettings(standardise=False)
 
 
 def dpo(made, reward=None, judge=None, views=1, **settings) -> DreamDpo:
-    return DreamDpo(made, DreamDpoSettings(**settings), views=views, streams=STREAMS, reward=reward, judge=judge)
+    return DreamDpo(
+        made, DreamDpoSettings(**settings), views=views, streams=STREAMS, reward=reward, judge=judge
+    )
 
 
-@pytest.mark.parametrize(("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)])
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)]
+)
 def test_t1_the_preferred_mode_is_reached(kind, low, high):
     made = prior()
     end = optimise(dpo(made, Towards(made, kind)), made, **BRIEF)
@@ -30,8 +47,13 @@ def test_t1_the_preferred_mode_is_reached(kind, low, high):
 @pytest.mark.long
 def test_t2_a_larger_tau_trades_reward_for_likelihood():
     made = prior(1)
-    ends = [optimise(dpo(made, Along(made), tau=tau, ranking=RAW), made, **BRIEF) for tau in (0.001, 0.1, 0.3, math.inf)]
-    print("T2", [(round(gain(end), 2), round(end.log_p, 2)) for end in ends], "| sds", gain(plain(1)), plain(1))
+    ends = [
+        optimise(dpo(made, Along(made), tau=tau, ranking=RAW), made, **BRIEF)
+        for tau in (0.001, 0.1, 0.3, math.inf)
+    ]
+    print(
+        "T2", [(round(gain(end), 2), round(end.log_p, 2)) for end in ends], "| sds", gain(plain(1)), plain(1)
+    )
     assert all(gain(a) > gain(b) and a.log_p < b.log_p for a, b in itertools.pairwise(ends))
     assert gain(ends[-1]) > gain(plain(1)) + 0.1
     inverted = optimise(dpo(made, Along(made, -1.0), ranking=RAW), made, **BRIEF)
@@ -41,7 +63,10 @@ def test_t2_a_larger_tau_trades_reward_for_likelihood():
 @pytest.mark.long
 def test_t4_a_judge_of_signs_does_what_the_reward_does():
     made = prior()
-    shares = [optimise(guidance, made, **BRIEF).share for guidance in (dpo(made, Towards(made)), dpo(made, judge=Prefers(Towards(made))))]
+    shares = [
+        optimise(guidance, made, **BRIEF).share
+        for guidance in (dpo(made, Towards(made)), dpo(made, judge=Prefers(Towards(made))))
+    ]
     print("T4", shares)
     assert abs(shares[0] - shares[1]) <= 0.05 and min(shares) >= 0.95
 
@@ -57,8 +82,10 @@ def test_t5_one_guidance_scale_for_both_diverges():
 
 
 def test_an_infinite_tau_pulls_alone():
-    made, args = prior(), some()
-    output, far = dpo(made, Towards(made), tau=math.inf)(*args), dpo(made, Towards(made), tau=0.0)(*args)
+    made = prior()
+    args = some()
+    output = dpo(made, Towards(made), tau=math.inf)(*args)
+    far = dpo(made, Towards(made), tau=0.0)(*args)
     assert output.one_sided.all() and not far.one_sided.any() and torch.equal(output.winner, far.winner)
     x, t = args[:2]
     d = dpo(made, Towards(made)).denoiser
@@ -73,7 +100,8 @@ def test_an_infinite_tau_pulls_alone():
 
 
 def test_views_of_an_asset_have_one_winner_unless_ranked_alone():
-    made, args = prior(), some(assets=3, views=4)
+    made = prior()
+    args = some(assets=3, views=4)
     together = dpo(made, Towards(made), views=4)(*args)
     alone = dpo(made, Towards(made), views=4, ranking=RankingSettings(pair_level="view"))(*args)
     assert together.winner.shape == (3,) and together.scores.shape == (2, 3) and alone.winner.shape == (12,)
@@ -83,13 +111,15 @@ def test_views_of_an_asset_have_one_winner_unless_ranked_alone():
 
 
 def test_a_quantile_as_tau_splits_the_gaps():
-    made, args = prior(), some(assets=64)
+    made = prior()
+    args = some(assets=64)
     sided = dpo(made, Towards(made), tau=0.75, tau_mode="quantile")(*args).one_sided
     assert 0.7 <= float(sided.float().mean()) <= 0.8
 
 
 def test_a_judge_replaces_or_promotes():
-    made, args = prior(), some(assets=16)
+    made = prior()
+    args = some(assets=16)
     by_reward = dpo(made, Towards(made))(*args)
     opposite = Prefers(Towards(made, "bad"))
     assert torch.equal(dpo(made, Towards(made), opposite)(*args).winner, 1 - by_reward.winner)
@@ -101,7 +131,8 @@ def test_a_judge_replaces_or_promotes():
 
 
 def test_a_reward_or_judge_that_answers_nonsense():
-    made, args = prior(), some()
+    made = prior()
+    args = some()
 
     class Bad(Towards):
         def score(self, pixels, prompts):

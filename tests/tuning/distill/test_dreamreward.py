@@ -1,6 +1,5 @@
 """DreamReward on the analytic prior, with inverted and random arms, and how two gradients are balanced."""
 
-
 import pytest
 import torch
 
@@ -21,10 +20,15 @@ class Slope(Along):
 
 
 def rewarded(made, reward, weight=0.3, **settings) -> DreamReward:
-    return DreamReward(made, DreamRewardSettings(weight=Ramp(weight), **settings), views=1, streams=STREAMS, reward=reward)
+    return DreamReward(
+        made, DreamRewardSettings(weight=Ramp(weight), **settings), views=1, streams=STREAMS, reward=reward
+    )
 
 
-@pytest.mark.parametrize(("reward", "low", "high"), [(Along, 0.8, 3.0), (lambda made: Along(made, -1.0), -3.0, -0.8), (Slope, -0.1, 0.1)])
+@pytest.mark.parametrize(
+    ("reward", "low", "high"),
+    [(Along, 0.8, 3.0), (lambda made: Along(made, -1.0), -3.0, -0.8), (Slope, -0.1, 0.1)],
+)
 def test_the_reward_moves_pictures_within_the_mode(reward, low, high):
     made = prior(1)
     end = optimise(rewarded(made, reward(made), 0.1), made, **BRIEF)
@@ -33,20 +37,26 @@ def test_the_reward_moves_pictures_within_the_mode(reward, low, high):
 
 
 def test_the_weight_is_a_share_of_the_norm():
-    made, args = prior(), some()
+    made = prior()
+    args = some()
     base = rewarded(made, Along(made), 0.0)(*args)
     for weight in (0.3, 2.0):
         added = rewarded(made, Along(made, 1e5), weight)(*args).grad - base.grad
-        torch.testing.assert_close(norm_per_asset(added, 1), weight * norm_per_asset(base.grad, 1), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            norm_per_asset(added, 1), weight * norm_per_asset(base.grad, 1), rtol=1e-3, atol=1e-3
+        )
         assert (added < 0).all()  # x - grad moves along the reward
 
 
 def test_the_gradient_of_the_loss_is_that_of_the_mean_reward():
     """balance none: weight times the derivative of the mean over assets of the loss."""
-    made, views = prior(), 2
+    made = prior()
+    views = 2
     x, t, prompts, *_ = some(3, views)
     settings = DreamRewardSettings(weight=Ramp(0.5), balance="none", x0_until=-1)
-    output = DreamReward(made, settings, views=views, streams=STREAMS, reward=Along(made, 3.0))(x, t, prompts, None, 0)
+    output = DreamReward(made, settings, views=views, streams=STREAMS, reward=Along(made, 3.0))(
+        x, t, prompts, None, 0
+    )
     still = DreamRewardSettings(weight=Ramp(0.0))
     alone = DreamReward(made, still, views=views, streams=STREAMS, reward=Along(made))(x, t, prompts, None, 0)
     leaf = x.clone().requires_grad_()
@@ -55,27 +65,33 @@ def test_the_gradient_of_the_loss_is_that_of_the_mean_reward():
 
 
 def test_a_ceiling_ends_the_reward():
-    made, args = prior(), some()
+    made = prior()
+    args = some()
     below, above = (rewarded(made, Along(made), ceiling=c)(*args) for c in (100.0, -100.0))
     assert (below.terms["preference_norm"] > 0).all() and (above.terms["preference_norm"] == 0).all()
 
 
 def test_the_first_and_the_last_steps():
-    made, args = prior(), some()
+    made = prior()
+    args = some()
     guidance = rewarded(made, Along(made), 0.3, reward_from=2, reward_only_from=5)
     outputs = [guidance(*args[:4], step) for step in range(6)]
     assert [o.scores is not None for o in outputs] == [False, False, True, True, True, True]
     spreads = [outputs[step].grad.flatten(1).std(1) for step in (4, 5)]
-    assert (spreads[1] < 1e-5).all() and (spreads[0] > 0.1).all()  # the linear reward's gradient alone is the same at each pixel
+    # the linear reward's gradient alone is the same at each pixel
+    assert (spreads[1] < 1e-5).all() and (spreads[0] > 0.1).all()
 
 
 def test_pictures_get_their_own_gradient():
-    made, args = prior(), some()
+    made = prior()
+    args = some()
     images = made.decode(args[0])
     latents = rewarded(made, Along(made), 0.3, balance="none")(*args)
     pixels = rewarded(made, Along(made), 0.3, balance="none", through="images")(*args, images)
     leaf = images.clone().requires_grad_()
-    torch.testing.assert_close(torch.autograd.grad(made.encode(leaf), leaf, latents.grad - pixels.grad)[0], pixels.image_grad)
+    torch.testing.assert_close(
+        torch.autograd.grad(made.encode(leaf), leaf, latents.grad - pixels.grad)[0], pixels.image_grad
+    )
 
 
 def test_balance_is_a_mean_of_the_last_steps():
@@ -95,7 +111,9 @@ def test_a_rewards_dropout_is_off():
     made = prior()
 
     class Network(torch.nn.Module):
-        modality, views, differentiable = "image", 1, True
+        modality = "image"
+        views = 1
+        differentiable = True
 
         def score(self, pixels, prompts):
             return torch.nn.functional.dropout(pixels, 0.5, self.training).mean((1, 2, 3))

@@ -1,4 +1,6 @@
-"""A run's finished assets as a generator: seeds name assets, and labelling, study, meshes and pictures take the file as any other."""
+"""A run's finished assets as a generator: seeds name assets, and labelling, study, meshes and pictures take
+the file as any other.
+"""
 
 import json
 import shlex
@@ -22,7 +24,8 @@ from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.boxes import noses
 
 REPO = Path(__file__).resolve().parents[3]
-COUNT, PSI = 12, 0.7
+COUNT = 12
+PSI = 0.7
 PAIRS = [(problem.PROMPTS[0].text, seed) for seed in range(COUNT)]
 
 
@@ -41,13 +44,17 @@ def said(command, *flags) -> str:
     """What a command says of a mistake, in one line."""
     result = CliRunner().invoke(command, [str(flag) for flag in flags])
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert result.exit_code == 2 and errors == result.stderr.splitlines()[-1:], (result.output, result.exception)
+    assert result.exit_code == 2 and errors == result.stderr.splitlines()[-1:], (
+        result.output,
+        result.exception,
+    )
     return errors[0]
 
 
 def test_a_seed_names_an_asset(run):
     loaded = load_generator(run / "assets-sds.safetensors")
-    generator, points = loaded.generator, torch.rand(50, 3) - 0.5
+    generator = loaded.generator
+    points = torch.rand(50, 3) - 0.5
     field = generator.field(ws_of_seeds(generator, [7, 0], PSI))
     assert torch.equal(field.density(points), generator.module.asset.pick([7, 0]).density(points))
     assert not torch.equal(*field.density(points))
@@ -62,7 +69,9 @@ def test_a_seed_names_an_asset(run):
 
 
 def test_it_cannot_be_tuned(run, tiny_data, tmp_path):
-    error = said(train.main, f"--init={run / 'assets-sds.safetensors'}", f"--data={tiny_data}", f"--outdir={tmp_path}")
+    error = said(
+        train.main, f"--init={run / 'assets-sds.safetensors'}", f"--data={tiny_data}", f"--outdir={tmp_path}"
+    )
     assert error.startswith("Error: --init: ") and "expected a network file with G, D and G_ema" in error
 
 
@@ -82,8 +91,12 @@ def test_it_is_labelled_whole(run, tmp_path):
 
 def test_two_arms_are_compared_blind(run, tmp_path, monkeypatch):
     served = []
-    monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", lambda *args, **kwargs: served.append(args))
-    a, b = (f"--{side}={run / f'assets-{arm}.safetensors'}" for side, arm in (("a", "sds"), ("b", "dreamdpo")))
+    monkeypatch.setattr(
+        "eg3d_rlhf.people.label.server.app.serve", lambda *args, **kwargs: served.append(args)
+    )
+    a, b = (
+        f"--{side}={run / f'assets-{arm}.safetensors'}" for side, arm in (("a", "sds"), ("b", "dreamdpo"))
+    )
     result = CliRunner().invoke(study.main, [a, b, "--n=12", f"--outdir={tmp_path / 'study'}"])
     assert result.exit_code == 0 and served, (result.output, result.exception)
     design = read_design(tmp_path / "study" / "design.json")
@@ -91,8 +104,12 @@ def test_two_arms_are_compared_blind(run, tmp_path, monkeypatch):
     planned = study_pairs(design)
     assert {shape.seed for pair in planned for shape in (pair.first, pair.second)} == set(range(12))
     assert sum(pair.kind is Kind.GOLD for pair in planned) == 24  # shapes come again where none are left
-    assert "--n: expected at most 12 trials" in said(study.main, a, b, "--n=13", f"--outdir={tmp_path / 'more'}")
-    assert "assets of the same prompts and seeds" in said(study.main, a, "--n=3", f"--outdir={tmp_path / 'other'}")
+    assert "--n: expected at most 12 trials" in said(
+        study.main, a, b, "--n=13", f"--outdir={tmp_path / 'more'}"
+    )
+    assert "assets of the same prompts and seeds" in said(
+        study.main, a, "--n=3", f"--outdir={tmp_path / 'other'}"
+    )
 
 
 def documented() -> list[list[str]]:
@@ -104,28 +121,51 @@ def documented() -> list[list[str]]:
 
 def label_export(folder, path) -> None:
     """What an annotator would say who wants one nose: labels of pairs of a file's assets."""
-    loaded, rng = load_generator(folder / "assets-dreamdpo.safetensors"), np.random.default_rng(0)
+    loaded = load_generator(folder / "assets-dreamdpo.safetensors")
+    rng = np.random.default_rng(0)
     away = (noses(loaded.generator.module.asset) - 1).abs().tolist()
-    pairs = [sorted(rng.choice(len(away), 2, replace=False).tolist(), key=lambda seed: away[seed]) for _ in range(400)]
-    told = [{"winner": better, "loser": worse, "generator": loaded.hash} for better, worse in pairs if away[better] < away[worse]]
+    pairs = [
+        sorted(rng.choice(len(away), 2, replace=False).tolist(), key=lambda seed: away[seed])
+        for _ in range(400)
+    ]
+    told = [
+        {"winner": better, "loser": worse, "generator": loaded.hash}
+        for better, worse in pairs
+        if away[better] < away[worse]
+    ]
     path.write_text("".join(json.dumps(label) + "\n" for label in told))
 
 
 @pytest.mark.long
 def test_the_documented_commands(tmp_path, monkeypatch):
-    """As written, but for RUN, whose assets are drawn, for the annotators, whom a rule replaces, and for the last run's length."""
+    """As written, but for RUN, whose assets are drawn, for the annotators, whom a rule replaces, and for the
+    last run's length.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", lambda *args, **kwargs: None)
     drawn = torch.Generator().manual_seed(0)
     for arm in ("sds", "dreamdpo"):
-        asset = problem.build(problem.PROMPTS[0], (torch.rand(100, 4, generator=drawn) < problem.FACE_PROBABILITY).float())
-        asset.save(tmp_path / f"assets-{arm}.safetensors", [(problem.PROMPTS[0].text, seed) for seed in range(100)])
-    tools = {"study.py": study.main, "label.py": label.main, "train_reward.py": reward_training.train, "gen_samples.py": samples.images,
-             "train.py": train.main, "eg3d-rlhf": door.main}
+        asset = problem.build(
+            problem.PROMPTS[0], (torch.rand(100, 4, generator=drawn) < problem.FACE_PROBABILITY).float()
+        )
+        asset.save(
+            tmp_path / f"assets-{arm}.safetensors", [(problem.PROMPTS[0].text, seed) for seed in range(100)]
+        )
+    tools = {
+        "study.py": study.main,
+        "label.py": label.main,
+        "train_reward.py": reward_training.train,
+        "gen_samples.py": samples.images,
+        "train.py": train.main,
+        "eg3d-rlhf": door.main,
+    }
     for words in documented():
         name, *flags = words[words[0] == "python" :]
         flags = [flag.replace("RUN/", f"{tmp_path}/") for flag in flags]
-        flags += {"--compare=dreamdpo": ["-n"], "--compare=sds+geometry": ["--steps=2", "--show=0", "--jobs=1"]}.get(flags[1], [])
+        flags += {
+            "--compare=dreamdpo": ["-n"],
+            "--compare=sds+geometry": ["--steps=2", "--show=0", "--jobs=1"],
+        }.get(flags[1], [])
         result = CliRunner().invoke(tools[name.removeprefix("tools/")], flags)
         if flags[0] == "export":
             assert "labels.jsonl: 0 lines" in result.output  # nobody has answered
@@ -133,5 +173,8 @@ def test_the_documented_commands(tmp_path, monkeypatch):
         assert result.exit_code == 0, (name, flags, result.output, result.exception)
     report = json.loads((tmp_path / "runs" / "head-reward" / "report.json").read_text())
     assert report["test"]["labels"]["accuracy"] >= 0.8  # about shapes that training has not seen
-    assert len(list((tmp_path / "out").glob("seed*.png"))) == 10 and (tmp_path / "out" / "head.glb").stat().st_size > 0
+    assert (
+        len(list((tmp_path / "out").glob("seed*.png"))) == 10
+        and (tmp_path / "out" / "head.glb").stat().st_size > 0
+    )
     assert json.loads((tmp_path / "runs" / "study-dreamdpo" / "design.json").read_text())["shapes"] == 100

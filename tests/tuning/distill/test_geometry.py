@@ -1,4 +1,6 @@
-"""The progressive geometry reward: ramp, balance, what it leaves alone, and rewards of every kind on an asset under optimisation."""
+"""The progressive geometry reward: ramp, balance, what it leaves alone, and rewards of every kind on an asset
+under optimisation.
+"""
 
 import pytest
 import torch
@@ -30,7 +32,8 @@ def curved(field, prompts, step):
 
 
 def with_gradients(seed: int = 0):
-    asset, rng = random_voxels(), torch.Generator().manual_seed(seed)
+    asset = random_voxels()
+    rng = torch.Generator().manual_seed(seed)
     for parameter in asset.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=rng)
     return asset, [parameter.grad.clone() for parameter in asset.parameters()]
@@ -38,7 +41,9 @@ def with_gradients(seed: int = 0):
 
 def test_its_norm_is_a_share_of_the_distillations_that_rises():
     asset, before = with_gradients()
-    geometry = ProgressiveGeometry(linear, GeometrySettings(geometry_weight=0.5, geometry_weight_from=0.1, geometry_start=0.2), 100)
+    geometry = ProgressiveGeometry(
+        linear, GeometrySettings(geometry_weight=0.5, geometry_weight_from=0.1, geometry_start=0.2), 100
+    )
     assert [geometry.alpha(step) for step in (20, 60, 100)] == pytest.approx([0.1, 0.3, 0.5])
     said = geometry.add(asset, list(asset.parameters()), ["", ""], 60)
     norm = sum(g.flatten(1).square().sum(dim=1) for g in before).sqrt()
@@ -46,24 +51,36 @@ def test_its_norm_is_a_share_of_the_distillations_that_rises():
     assert torch.allclose(moved.flatten(1).norm(dim=1), 0.3 * norm, rtol=1e-4)
     assert (moved > 0).all()  # descent on -r, whose gradient is one everywhere
     assert torch.equal(asset.paint.grad, before[1])
-    assert torch.allclose(said["geometry"], asset.shape.flatten(1).sum(dim=1)) and said["geometry_alpha"].item() == pytest.approx(0.3)
+    assert torch.allclose(said["geometry"], asset.shape.flatten(1).sum(dim=1)) and said[
+        "geometry_alpha"
+    ].item() == pytest.approx(0.3)
     expected = -before[0].flatten(1).sum(dim=1) / (norm * asset.shape[0].numel() ** 0.5)
     assert torch.allclose(said["geometry_cosine"], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("settings", "step"), [({"geometry_start": 0.5}, 49), ({"geometry_weight": 0.0}, 80), ({}, 10)])
+@pytest.mark.parametrize(
+    ("settings", "step"), [({"geometry_start": 0.5}, 49), ({"geometry_weight": 0.0}, 80), ({}, 10)]
+)
 def test_before_its_time_and_without_weight_nothing_changes(settings, step):
     asset, before = with_gradients()
 
     def never(*args):
         raise AssertionError("asked")
 
-    assert ProgressiveGeometry(never, GeometrySettings(**settings), 100).add(asset, list(asset.parameters()), ["", ""], step) == {}
+    assert (
+        ProgressiveGeometry(never, GeometrySettings(**settings), 100).add(
+            asset, list(asset.parameters()), ["", ""], step
+        )
+        == {}
+    )
     assert all(torch.equal(a.grad, b) for a, b in zip(asset.parameters(), before, strict=True))
 
 
 def test_between_looks_the_gradient_stays():
-    geometry, moved = ProgressiveGeometry(curved, GeometrySettings(geometry_start=0.0, geometry_weight_from=0.3, geometry_every=3), 20), []
+    geometry = ProgressiveGeometry(
+        curved, GeometrySettings(geometry_start=0.0, geometry_weight_from=0.3, geometry_every=3), 20
+    )
+    moved = []
     for step in range(6):
         asset, before = with_gradients()
         said = geometry.add(asset, list(asset.parameters()), ["", ""], step)
@@ -71,7 +88,10 @@ def test_between_looks_the_gradient_stays():
         moved.append((said["geometry"], pull / pull.norm(dim=1, keepdim=True)))
         assert torch.equal(asset.paint.grad, before[1])
     for a, b, alike in ((0, 1, True), (1, 2, True), (2, 3, False), (3, 5, True)):
-        assert torch.equal(moved[a][0], moved[b][0]) is alike and torch.allclose(moved[a][1], moved[b][1], atol=1e-5) is alike
+        assert (
+            torch.equal(moved[a][0], moved[b][0]) is alike
+            and torch.allclose(moved[a][1], moved[b][1], atol=1e-5) is alike
+        )
 
 
 def test_a_resumed_run_goes_on_alike():
@@ -96,7 +116,12 @@ def test_an_inverted_reward_is_climbed_down_and_a_ramp_has_a_length():
     for sign in (1, -1):
         asset, before = with_gradients()
         geometry = ProgressiveGeometry(curved, GeometrySettings(), 20, sign)
-        moved.append((geometry.add(asset, list(asset.parameters()), ["", ""], 10)["geometry"], asset.shape.grad - before[0]))
+        moved.append(
+            (
+                geometry.add(asset, list(asset.parameters()), ["", ""], 10)["geometry"],
+                asset.shape.grad - before[0],
+            )
+        )
     assert torch.equal(moved[0][0], -moved[1][0]) and torch.allclose(moved[0][1], -moved[1][1], atol=1e-6)
     with pytest.raises(ValueError, match="geometry_start"):
         ProgressiveGeometry(linear, GeometrySettings(geometry_start=1.0), 10)
@@ -122,7 +147,9 @@ def test_rewards_of_every_kind_reach_every_asset(kind, tiny_reward):
     field = balls(2, 16)
     made: dict[str, object] = {
         "sigma": lambda: ObservedGeometry(load_reward(tiny_reward)),
-        "depth": lambda: ObservedGeometry(Spread(Depth(resolution=8, samples=12, pivot=(0, 0, 0), near=2.2, far=3.2))),
+        "depth": lambda: ObservedGeometry(
+            Spread(Depth(resolution=8, samples=12, pivot=(0, 0, 0), near=2.2, far=3.2))
+        ),
         "points": lambda: ObservedGeometry(Spread(LevelSetPoints(spec=SlabSpec.cube(16), points=32))),
         "mesh": lambda: MeshGeometry(MeshReader(cube(10), PatchOptions(patches=8, faces=8)), Area()),
         "noses": OneNose,

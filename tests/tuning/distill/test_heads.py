@@ -1,5 +1,6 @@
-"""Text to 3D on heads of people: assets are the generator's own shapes, the prior is of the head that a prompt names, and a reward on
-the density mends what pictures do not show."""
+"""Text to 3D on heads of people: assets are the generator's own shapes, the prior is of the head that a
+prompt names, and a reward on the density mends what pictures do not show.
+"""
 
 import json
 
@@ -33,14 +34,21 @@ def run(*flags):
 
 
 def settings(*arms, steps=2):
-    return DistillSettings(prompts=PROMPTS, arms=arms, scene=SceneConfig(prior="heads", geometry_reward="sigma"),
-                           loop=LoopConfig(steps=steps, t_max="0.5", lr=0.1))
+    return DistillSettings(
+        prompts=PROMPTS,
+        arms=arms,
+        scene=SceneConfig(prior="heads", geometry_reward="sigma"),
+        loop=LoopConfig(steps=steps, t_max="0.5", lr=0.1),
+    )
 
 
 def test_assets_are_the_generators_shapes_and_a_reward_reads_them_as_those(tmp_path):
-    generator, seeds = load_generator().generator, [3, 4]
-    asset, field = Latents.of_seeds(seeds), generator.field(ws_of_seeds(generator, seeds))
-    spec, reward = SlabSpec.of(Bounds(), 24), load_reward(bundled.REWARD)
+    generator = load_generator().generator
+    seeds = [3, 4]
+    asset = Latents.of_seeds(seeds)
+    field = generator.field(ws_of_seeds(generator, seeds))
+    spec = SlabSpec.of(Bounds(), 24)
+    reward = load_reward(bundled.REWARD)
     with torch.no_grad():
         assert torch.equal(asset.density_grid(spec), field.density_grid(spec))
         points = spec.points().reshape(-1, 3)[::7]
@@ -54,14 +62,20 @@ def test_assets_are_the_generators_shapes_and_a_reward_reads_them_as_those(tmp_p
 
 
 def test_the_prior_knows_the_head_that_is_named_and_where_the_camera_stands():
-    prior, pictures = heads.mixture(PROMPTS), heads.modes((3, 4))  # [H, K, 3, R, R]
+    # [H, K, 3, R, R]
+    prior = heads.mixture(PROMPTS)
+    pictures = heads.modes((3, 4))
     x = prior.encode(pictures[0])
     named, other = (prior.log_prob(x, prior.embed([prompt] * len(x))) for prompt in PROMPTS)
     assert bool((named > other + 100).all())
-    t, noise = torch.full((len(x),), 100), torch.zeros_like(x)
+    t = torch.full((len(x),), 100)
+    noise = torch.zeros_like(x)
     cameras = heads.all_cameras().cameras[:, :16]
     mixed = NoiseSchedule(prior.alphas_cumprod).mix(x, noise, t)
-    seen, turned = (prior.predict_noise(mixed, t, prior.embed([PROMPTS[0]] * len(x)), c) for c in (cameras, cameras.flip(0)))
+    seen, turned = (
+        prior.predict_noise(mixed, t, prior.embed([PROMPTS[0]] * len(x)), c)
+        for c in (cameras, cameras.flip(0))
+    )
     assert float(seen.abs().max()) < 1e-3 and float(turned[0].abs().max()) > 0.1
     with pytest.raises(ValueError, match="expected 'head N'"):
         heads.check(("a cube",), None, comparison=False)
@@ -69,7 +83,9 @@ def test_the_prior_knows_the_head_that_is_named_and_where_the_camera_stands():
 
 def test_a_scene_moves_every_asset_from_the_same_start_in_all_arms():
     chosen = settings("sds", "sds+geometry", "sds+geometry-inverted")
-    scene, before, after = open_scene(chosen, CPU), {}, {}
+    scene = open_scene(chosen, CPU)
+    before = {}
+    after = {}
     for name in chosen.arms:
         work = scene.distillation(chosen, Arm.parse(name), 0)
         before[name] = work.asset.ws.detach().clone()
@@ -86,7 +102,8 @@ def test_the_distance_to_the_named_head_is_that_of_its_surface(monkeypatch):
     heads.whole.cache_clear()
     monkeypatch.setattr(heads, "JUDGED", 32)
     grids = [head_grid(heads.named(number), 32) for number in (0, 1)]
-    same, other = heads.distance(grids[0], grids[0]), heads.distance(grids[1], grids[0])
+    same = heads.distance(grids[0], grids[0])
+    other = heads.distance(grids[1], grids[0])
     assert same == 0 and 0.001 < other < 0.05 and heads.distance(np.ones_like(grids[0]), grids[0]) == 0.5
     monkeypatch.setattr(heads, "shape_grids", lambda asset, n: np.stack([grids[int(asset)]]))
     assert heads.ShapeJudge().compare(torch.tensor(0), torch.tensor(1), ("head 0",)) == [0]
@@ -110,7 +127,10 @@ def test_flags_of_the_heads():
     settings = json.loads(run("-n").stdout)
     assert settings["arms"] == ["sds", "sds+geometry", "sds+geometry-inverted", "sds+geometry-random"]
     scene = settings["scene"]
-    assert len(settings["prompts"]) * scene["assets"] == heads.HEADS * heads.SEEDS and scene["geometry_reward"] == "sigma"
+    assert (
+        len(settings["prompts"]) * scene["assets"] == heads.HEADS * heads.SEEDS
+        and scene["geometry_reward"] == "sigma"
+    )
     assert json.loads(run("-n", "--prompt=head 7").stdout)["arms"] == ["sds"]
     assert "--method=dreamdpo: expected sds with --prior=heads" in run("--method=dreamdpo").stderr
 
@@ -122,5 +142,7 @@ def test_reward_and_judges_follow_its_sign(tmp_path):
     arms = json.loads((tmp_path / "00000-distill-heads-compare" / "compare.json").read_text())["arms"]
     kept, turned, dealt = (arms[f"sds+geometry{twist}"]["changes"] for twist in ("", "-inverted", "-random"))
     for name in ("reward", "watching reward", "utility"):
-        assert kept[name]["ci95"][0] > 0 > turned[name]["ci95"][1] and kept[name]["mean"] > dealt[name]["mean"], name
+        assert (
+            kept[name]["ci95"][0] > 0 > turned[name]["ci95"][1] and kept[name]["mean"] > dealt[name]["mean"]
+        ), name
     assert kept["error behind"]["mean"] < 0 < turned["error behind"]["mean"]

@@ -1,7 +1,9 @@
-"""What is claimed of DreamDPO (T1, T5) and PSD (P2, P5) on the analytic prior, again on learned noise: the bundled U-Net.
+"""What is claimed of DreamDPO (T1, T5) and PSD (P2, P5) on the analytic prior, again on learned noise: the
+bundled U-Net.
 
-Pictures of boxes, four views of each, are optimised directly from grey noise. A prompt's two emblems are one another's permutations; the
-reward likes the first, and likes more of it than there is. What comes out is judged by the exact prior of the same pictures.
+Pictures of boxes, four views of each, are optimised directly from grey noise. A prompt's two emblems are one
+another's permutations; the reward likes the first, and likes more of it than there is. What comes out is
+judged by the exact prior of the same pictures.
 """
 
 import functools
@@ -27,7 +29,8 @@ pytestmark = pytest.mark.long
 BOXES = [prompt.text for prompt in problem.PROMPTS if prompt.kind == "mode"] * 3  # 33 assets
 VIEWS = [text for text in BOXES for _ in range(problem.SIDES)]  # 132 pictures
 SCALE = 1.5
-STEPS, RATE = 200, 0.05
+STEPS = 200
+RATE = 0.05
 FALLING = TimeWindow(high=Ramp((0, 0.98, 0.15, 0.6 * STEPS)))  # as the mode has it
 SEED = 0  # settings were chosen on seed 11
 REWARDS = {"good": ModeDistance, "bad": lambda: Inverted(cast(RewardModel, ModeDistance())), "random": Random}
@@ -54,27 +57,44 @@ def measure(x: torch.Tensor, made) -> End:
     """The figures of pictures [B, 4, 16, 16]."""
     del made
     exact = exact_prior()
-    both, cond = 2 * problem.modes_of(VIEWS) - 1, exact.embed(VIEWS)
+    both = 2 * problem.modes_of(VIEWS) - 1
+    cond = exact.embed(VIEWS)
     square = (x[:, None] - both).square().flatten(2).mean(2)  # [B, 2]
     log_p = exact.log_prob(x, cond) - exact.log_prob(both[:, 0], cond)
-    return End(float((square[:, 0] < square[:, 1]).float().mean()), float(square.amin(1).mean().sqrt()), float(log_p.median()))
+    return End(
+        float((square[:, 0] < square[:, 1]).float().mean()),
+        float(square.amin(1).mean().sqrt()),
+        float(log_p.median()),
+    )
 
 
 @functools.cache
 def end_of(method: str, kind: str = "", **settings) -> End:
     """Of one arm."""
-    prior, denoiser = load_view_prior(), DenoiserSettings(guidance_scale=SCALE)
+    prior = load_view_prior()
+    denoiser = DenoiserSettings(guidance_scale=SCALE)
     common = {"views": prior.views, "streams": Streams(seed=SEED + 1000)}
     if method == "sds":
         guidance = Sds(prior, SdsSettings(prior=denoiser, **settings), **common)
     elif method == "dreamdpo":
-        guidance = DreamDpo(prior, DreamDpoSettings(prior=denoiser, **settings), reward=REWARDS[kind](), **common)
+        guidance = DreamDpo(
+            prior, DreamDpoSettings(prior=denoiser, **settings), reward=REWARDS[kind](), **common
+        )
     else:
-        guidance = Psd(prior, PsdSettings(prior=denoiser, negative_update="none", **settings), reward=REWARDS[kind](), **common)
-    return optimise(guidance, prior, steps=STEPS, lr=RATE, seed=SEED, window=FALLING, prompts=VIEWS, measure=measure)
+        guidance = Psd(
+            prior,
+            PsdSettings(prior=denoiser, negative_update="none", **settings),
+            reward=REWARDS[kind](),
+            **common,
+        )
+    return optimise(
+        guidance, prior, steps=STEPS, lr=RATE, seed=SEED, window=FALLING, prompts=VIEWS, measure=measure
+    )
 
 
-@pytest.mark.parametrize(("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)])
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)]
+)
 def test_t1_dreamdpo_reaches_the_preferred_mode(kind, low, high):
     end = end_of("dreamdpo", kind, **MODE)
     print("T1", kind, end, "| sds", end_of("sds"))
@@ -88,15 +108,20 @@ def test_t5_one_guidance_scale_for_both_diverges():
     assert end.log_p < end_of("sds").log_p - 100
 
 
-@pytest.mark.parametrize(("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)])
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)]
+)
 def test_p2_psd_reaches_the_preferred_mode(kind, low, high):
     end = end_of("psd", kind, eta=1.0)
     print("P2", kind, end, "| sds", end_of("sds", samples=2))
     assert end.rms <= 1.5 * end_of("sds", samples=2).rms and low <= end.share <= high
 
 
-@pytest.mark.parametrize("eta", [0.5, 1.0, missed(2.0, why="log p drops 7.9"), missed(5.0, why="log p drops 35")])
+@pytest.mark.parametrize(
+    "eta", [0.5, 1.0, missed(2.0, why="log p drops 7.9"), missed(5.0, why="log p drops 35")]
+)
 def test_p5_more_eta_costs_little_likelihood(eta):
-    plain, end = end_of("sds", samples=2), end_of("psd", "good", eta=eta)
+    plain = end_of("sds", samples=2)
+    end = end_of("psd", "good", eta=eta)
     print("P5", eta, end, "| sds", plain)
     assert plain.log_p - end.log_p <= 5

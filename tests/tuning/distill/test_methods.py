@@ -1,4 +1,6 @@
-"""Every preset builds its guidance and makes one finite step; what does not fit is refused; without preference a method is the base."""
+"""Every preset builds its guidance and makes one finite step; what does not fit is refused; without
+preference a method is the base.
+"""
 
 import dataclasses
 import json
@@ -28,7 +30,8 @@ def guidance_for(settings):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_one_step(name):
-    made, settings = prior(), PRESETS[name]
+    made = prior()
+    settings = PRESETS[name]
     more = {} if isinstance(settings, SdsSettings) else {"reward": Along(made)}
     guidance = guidance_for(settings)(made, settings, views=2, streams=Streams(seed=0), **more)
     x = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -43,7 +46,8 @@ def test_one_step(name):
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if METHODS[method_of(name)].rewarded])
 def test_a_reward_of_other_views_is_refused(name):
-    made, settings = prior(), PRESETS[name]
+    made = prior()
+    settings = PRESETS[name]
     reward = Along(made)
     reward.views = 4
     with pytest.raises(ValueError, match="views|pair_level"):
@@ -65,29 +69,49 @@ def sided(made):
 RECON = {"prior": DenoiserSettings(form="recon")}
 
 
-@pytest.mark.parametrize(("kind", "settings", "name"), [
-    (DenoiserSettings, {"perp_neg": True}, "perp_neg"), (DenoiserSettings, {"form": "vsd"}, "form"),
-    (SdsSettings, {"image_loss": 1.0, **RECON}, "image_loss"), (DreamDpoSettings, {"tau": -1.0}, "tau"),
-    (DreamDpoSettings, {"tau": 2.0, "tau_mode": "quantile"}, "tau"), (DreamDpoSettings, RECON, "form"), (PsdSettings, RECON, "form"),
-    (DreamRewardSettings, {"through": "images"}, "through"), (DreamRewardSettings, {"weight": Ramp((0.0, -1.0, 5))}, "weight"),
-    (RewardSdsSettings, {"explore_end": "t0"}, "explore_end"), (NoiseWeighting, {"strategy": "mean"}, "strategy"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "settings", "name"),
+    [
+        (DenoiserSettings, {"perp_neg": True}, "perp_neg"),
+        (DenoiserSettings, {"form": "vsd"}, "form"),
+        (SdsSettings, {"image_loss": 1.0, **RECON}, "image_loss"),
+        (DreamDpoSettings, {"tau": -1.0}, "tau"),
+        (DreamDpoSettings, {"tau": 2.0, "tau_mode": "quantile"}, "tau"),
+        (DreamDpoSettings, RECON, "form"),
+        (PsdSettings, RECON, "form"),
+        (DreamRewardSettings, {"through": "images"}, "through"),
+        (DreamRewardSettings, {"weight": Ramp((0.0, -1.0, 5))}, "weight"),
+        (RewardSdsSettings, {"explore_end": "t0"}, "explore_end"),
+        (NoiseWeighting, {"strategy": "mean"}, "strategy"),
+    ],
+)
 def test_settings_that_do_not_fit(kind, settings, name):
     with pytest.raises(ValueError, match=f"--set(tings)? {name}|--{name}"):
         kind(**settings)
 
 
-@pytest.mark.parametrize(("settings", "reward", "judge", "text"), [
-    (DreamDpoSettings(), None, None, "--reward: expected a reward, or a judge"),
-    (DreamDpoSettings(ranking=RankingSettings(judge_mode="or")), None, Prefers(None), "--reward: expected a reward"),
-    (PsdSettings(negative_update="reward"), None, Prefers(None), "negative_update"), (DreamRewardSettings(), sided, None, "cameras"),
-    (DreamRewardSettings(), blind, None, "--reward: expected a differentiable one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "reward", "judge", "text"),
+    [
+        (DreamDpoSettings(), None, None, "--reward: expected a reward, or a judge"),
+        (
+            DreamDpoSettings(ranking=RankingSettings(judge_mode="or")),
+            None,
+            Prefers(None),
+            "--reward: expected a reward",
+        ),
+        (PsdSettings(negative_update="reward"), None, Prefers(None), "negative_update"),
+        (DreamRewardSettings(), sided, None, "cameras"),
+        (DreamRewardSettings(), blind, None, "--reward: expected a differentiable one"),
+    ],
+)
 def test_rewards_and_judges_that_do_not_fit(settings, reward, judge, text):
     made = prior()
     more = {"judge": judge} if judge else {}
     with pytest.raises(ValueError, match=text):
-        guidance_for(settings)(made, settings, views=1, streams=Streams(seed=0), reward=reward and reward(made), **more)(*some())
+        guidance_for(settings)(
+            made, settings, views=1, streams=Streams(seed=0), reward=reward and reward(made), **more
+        )(*some())
 
 
 def test_no_warning_by_default():
@@ -102,7 +126,8 @@ def test_no_warning_by_default():
 # A method whose preference is turned off is the base to the last bit, with the same draws (E3, P1).
 
 
-STREAMS, FEW = Streams(seed=1), {"steps": 25, "lr": 0.05}
+STREAMS = Streams(seed=1)
+FEW = {"steps": 25, "lr": 0.05}
 
 
 def run(kind, settings, reward=None):
@@ -115,22 +140,40 @@ def base(samples: int = 1):
     return run(Sds, SdsSettings(samples=samples))
 
 
-SOME_PSD, NOISES = {"negative_update": "none"}, {"noises": 4}
+SOME_PSD = {"negative_update": "none"}
+NOISES = {"noises": 4}
 
 
-@pytest.mark.parametrize(("kind", "settings", "reward", "samples"), [
-    (DreamReward, DreamRewardSettings(weight=Ramp(0.0)), Along, 1), (Psd, PsdSettings(eta=0.0, **SOME_PSD), Towards, 2),
-    (DreamReward, DreamRewardSettings(weight=Ramp((25, 0.0, 0.1, 50))), Along, 1),  # from the last step on
-    *((RewardSds, RewardSdsSettings(noises=1, weighting=NoiseWeighting(strategy=strategy)), Towards, 1) for strategy in STRATEGIES),
-    (RewardSds, RewardSdsSettings(until=0, **NOISES), Towards, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "settings", "reward", "samples"),
+    [
+        (DreamReward, DreamRewardSettings(weight=Ramp(0.0)), Along, 1),
+        (Psd, PsdSettings(eta=0.0, **SOME_PSD), Towards, 2),
+        (
+            DreamReward,
+            DreamRewardSettings(weight=Ramp((25, 0.0, 0.1, 50))),
+            Along,
+            1,
+        ),  # from the last step on
+        *(
+            (RewardSds, RewardSdsSettings(noises=1, weighting=NoiseWeighting(strategy=strategy)), Towards, 1)
+            for strategy in STRATEGIES
+        ),
+        (RewardSds, RewardSdsSettings(until=0, **NOISES), Towards, 1),
+    ],
+)
 def test_without_its_preference_a_method_is_the_base(kind, settings, reward, samples):
     assert torch.equal(run(kind, settings, reward), base(samples))
 
 
-@pytest.mark.parametrize(("kind", "settings", "reward", "samples"), [
-    (DreamReward, DreamRewardSettings(weight=Ramp((5, 0.0, 0.1, 20))), Along, 1), (Psd, PsdSettings(**SOME_PSD), Towards, 2),
-    (RewardSds, RewardSdsSettings(**NOISES), Towards, 1), (Sds, SdsSettings(samples=2), None, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "settings", "reward", "samples"),
+    [
+        (DreamReward, DreamRewardSettings(weight=Ramp((5, 0.0, 0.1, 20))), Along, 1),
+        (Psd, PsdSettings(**SOME_PSD), Towards, 2),
+        (RewardSds, RewardSdsSettings(**NOISES), Towards, 1),
+        (Sds, SdsSettings(samples=2), None, 1),
+    ],
+)
 def test_with_it_it_is_another(kind, settings, reward, samples):
     assert not torch.equal(run(kind, settings, reward), base(samples))

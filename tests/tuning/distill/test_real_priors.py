@@ -1,4 +1,6 @@
-"""Stable Diffusion and MVDream in their published layouts, tiny and random: through the real loaders, then one step each."""
+"""Stable Diffusion and MVDream in their published layouts, tiny and random: through the real loaders, then
+one step each.
+"""
 
 import json
 import os
@@ -14,7 +16,12 @@ from eg3d_rlhf.core.interfaces import DiffusionPrior  # noqa: E402
 from eg3d_rlhf.generators.assets.views import evenly_around, network_cameras  # noqa: E402
 from eg3d_rlhf.models.weights import tell_once  # noqa: E402
 from eg3d_rlhf.tuning.distill.gradients import guided, sds, target_loss  # noqa: E402
-from eg3d_rlhf.tuning.distill.priors.latent_diffusion import PriorOptions, join_views, load_prior, prior_costs  # noqa: E402
+from eg3d_rlhf.tuning.distill.priors.latent_diffusion import (  # noqa: E402
+    PriorOptions,
+    join_views,
+    load_prior,
+    prior_costs,
+)
 from tests.tuning.distill import layouts  # noqa: E402
 
 FORMS = ("1.5", "2.1")
@@ -40,7 +47,8 @@ def one_sds_step(prior, pictures):
     """The gradient on the pictures, and what it should be by the chain rule."""
     images = drawn(pictures, 3, 24, 24).sigmoid().requires_grad_()
     x = prior.encode(images)
-    t, noise = torch.full((pictures,), 500), drawn(*x.shape, seed=1)
+    t = torch.full((pictures,), 500)
+    noise = drawn(*x.shape, seed=1)
     alpha = prior.alphas_cumprod[t].view(-1, 1, 1, 1)
     x_t = (alpha.sqrt() * x + (1 - alpha).sqrt() * noise).detach()
     cameras = four_cameras() if prior.views == 4 else None
@@ -72,14 +80,23 @@ def test_every_layout_loads_and_drives_a_step(made, kind, form, capsys):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_stable_diffusion_is_what_its_parts_say(made, form):
-    prior, (unet, vae, text) = load_prior(made["sd", form]), layouts.latent_networks(form)
-    images, x, t = drawn(2, 3, 16, 16).sigmoid(), drawn(2, 4, 8, 8), torch.tensor([20, 980])
+    prior = load_prior(made["sd", form])
+    unet, vae, text = layouts.latent_networks(form)
+    images = drawn(2, 3, 16, 16).sigmoid()
+    x = drawn(2, 4, 8, 8)
+    t = torch.tensor([20, 980])
     with torch.no_grad():
-        torch.testing.assert_close(prior.encode(images), 0.18215 * vae.encode(2 * images - 1).latent_dist.mean)
+        torch.testing.assert_close(
+            prior.encode(images), 0.18215 * vae.encode(2 * images - 1).latent_dist.mean
+        )
         torch.testing.assert_close(prior.decode(x), (vae.decode(x / 0.18215).sample / 2 + 0.5).clamp(0, 1))
         cond = prior.embed(["ab", ""], directions=["front", "back"])
         letters = [layouts.clip_words().index(w) for w in ("a", "b</w>", ",</w>")]
-        view = [layouts.clip_words().index(w) for word in ("front", "view") for w in (*word[:-1], word[-1] + "</w>")]
+        view = [
+            layouts.clip_words().index(w)
+            for word in ("front", "view")
+            for w in (*word[:-1], word[-1] + "</w>")
+        ]
         pad = 0 if form == "2.1" else 513
         said = [512, *letters, *view, 513]
         tokens = torch.tensor([said + [pad] * (77 - len(said)), [512, 513] + [pad] * 75])
@@ -92,25 +109,37 @@ def test_stable_diffusion_is_what_its_parts_say(made, form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_mvdream_is_what_was_written(made, form):
-    prior, (unet, vae, text) = load_prior(made["mvdream", form].parent), layouts.latent_networks(form, cameras=True)
-    x, t, cameras = drawn(4, 4, 32, 32), torch.full((4,), 300), four_cameras()
+    prior = load_prior(made["mvdream", form].parent)
+    unet, vae, text = layouts.latent_networks(form, cameras=True)
+    x = drawn(4, 4, 32, 32)
+    t = torch.full((4,), 300)
+    cameras = four_cameras()
     with torch.no_grad():
         cond = prior.embed(["ab"] * 4, directions=["front"] * 4)
         said = [512, layouts.clip_words().index("a"), layouts.clip_words().index("b</w>"), 513]
         tokens = torch.tensor([said + [0 if form == "2.1" else 513] * (77 - len(said))])
         torch.testing.assert_close(cond, text(tokens).last_hidden_state.expand(4, -1, -1))
-        expected = join_views(unet)(x, t, encoder_hidden_states=cond, class_labels=network_cameras(cameras)).sample
+        expected = join_views(unet)(
+            x, t, encoder_hidden_states=cond, class_labels=network_cameras(cameras)
+        ).sample
         got = prior.predict_noise(x, t, cond, cameras)
         torch.testing.assert_close(got, expected)
         assert not torch.allclose(got, prior.predict_noise(x, t, cond, cameras.roll(1, 0)))  # cameras count
         other = torch.cat([x[:3], x[3:] + 1])
-        assert not torch.allclose(got[:3], prior.predict_noise(other, t, cond, cameras)[:3])  # and so do the other views
+        # and so do the other views
+        assert not torch.allclose(got[:3], prior.predict_noise(other, t, cond, cameras)[:3])
         images = drawn(1, 3, 64, 64).sigmoid()
-        torch.testing.assert_close(prior.encode(images.expand(4, -1, -1, -1))[:1], 0.18215 * vae.encode(2 * images - 1).latent_dist.mean)
+        torch.testing.assert_close(
+            prior.encode(images.expand(4, -1, -1, -1))[:1],
+            0.18215 * vae.encode(2 * images - 1).latent_dist.mean,
+        )
 
 
 def test_options_change_what_they_say(made):
-    path, images, x, t = made["sd", "1.5"], drawn(2, 3, 16, 16).sigmoid(), drawn(2, 4, 8, 8), torch.tensor([100, 700])
+    path = made["sd", "1.5"]
+    images = drawn(2, 3, 16, 16).sigmoid()
+    x = drawn(2, 4, 8, 8)
+    t = torch.tensor([100, 700])
     plain = load_prior(path, PriorOptions(checkpointing=False))
     results = []
     for prior in (plain, load_prior(path)):
@@ -128,8 +157,11 @@ def test_options_change_what_they_say(made):
 
 def test_conditions_can_be_learned(made):
     prior = load_prior(made["sd", "2.1"])
-    cond, x = prior.embed(["a"]).requires_grad_(), drawn(1, 4, 8, 8).requires_grad_()
-    for grad in torch.autograd.grad(prior.predict_noise(x, torch.tensor([400]), cond).square().sum(), [cond, x]):
+    cond = prior.embed(["a"]).requires_grad_()
+    x = drawn(1, 4, 8, 8).requires_grad_()
+    for grad in torch.autograd.grad(
+        prior.predict_noise(x, torch.tensor([400]), cond).square().sum(), [cond, x]
+    ):
         assert grad.isfinite().all() and grad.abs().sum() > 0
 
 
@@ -185,8 +217,14 @@ def test_damaged_folders_end_in_one_line(made, tmp_path, part, change, message):
     [
         (lambda s: s.pop("model.diffusion_model.out.2.bias"), "missing: conv_out.bias"),
         (lambda s: s.update({"model.diffusion_model.extra": torch.zeros(1)}), "unexpected: extra"),
-        (lambda s: s.update({"model.diffusion_model.out.2.bias": torch.zeros(5)}), "misshapen: conv_out.bias"),
-        (lambda s: s["first_stage_model.quant_conv.bias"].fill_(torch.nan), "finite numbers, got others in quant_conv.bias"),
+        (
+            lambda s: s.update({"model.diffusion_model.out.2.bias": torch.zeros(5)}),
+            "misshapen: conv_out.bias",
+        ),
+        (
+            lambda s: s["first_stage_model.quant_conv.bias"].fill_(torch.nan),
+            "finite numbers, got others in quant_conv.bias",
+        ),
         (lambda s: s.pop("alphas_cumprod"), "expected alphas_cumprod"),
         (lambda s: s.update(alphas_cumprod=torch.ones(10)), "expected alphas_cumprod of 1000 steps, got 10"),
         (lambda s: [s.pop(n) for n in list(s) if n.startswith("cond")], "expected its text encoder"),
@@ -212,6 +250,8 @@ def test_a_prior_that_wants_more_than_weights(tmp_path, monkeypatch):
 
     torch.save({"alphas_cumprod": torch.ones(1000), "more": Hostile()}, tmp_path / "m.pt")
     for read in (load_prior, lambda path: prior_costs(path, 4)):
-        with pytest.raises(ValueError, match="--prior: expected m.pt to hold weights alone, got a pickle that asks for more"):
+        with pytest.raises(
+            ValueError, match="--prior: expected m.pt to hold weights alone, got a pickle that asks for more"
+        ):
             read(tmp_path / "m.pt")
     assert not (tmp_path / "ran").exists()

@@ -16,7 +16,9 @@ def weighted(made, reward, **settings) -> RewardSds:
     return RewardSds(made, RewardSdsSettings(**settings), views=1, streams=STREAMS, reward=reward)
 
 
-@pytest.mark.parametrize(("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)])
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)]
+)
 def test_r1_the_preferred_mode_is_reached(kind, low, high):
     made = prior()
     end = optimise(weighted(made, Towards(made, kind)), made, **BRIEF)
@@ -29,7 +31,10 @@ def test_r1_a_linear_reward_rises_within_the_mode():
     made = prior(1)
     soft = NoiseWeighting(strategy="weighted")
     arms = [(1.0, NoiseWeighting()), (-1.0, NoiseWeighting()), (1.0, soft)]
-    ends = [optimise(weighted(made, Along(made, sign), weighting=weighting), made, **BRIEF) for sign, weighting in arms]
+    ends = [
+        optimise(weighted(made, Along(made, sign), weighting=weighting), made, **BRIEF)
+        for sign, weighting in arms
+    ]
     print("R1 linear", [(round(gain(end), 2), round(end.log_p, 2)) for end in ends], "| sds", plain(1))
     assert gain(ends[0]) > 0.75 and gain(ends[1]) < -0.75 and gain(ends[2]) > 0.75
     assert min(end.log_p for end in ends) > plain(1).log_p - 10
@@ -39,7 +44,8 @@ def test_r1_a_linear_reward_rises_within_the_mode():
 def test_weights_follow_the_order_of_scores(strategy):
     weighting = NoiseWeighting(strategy=strategy)
     scores = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    weights, mixed = weighting(scores), torch.randperm(6, generator=torch.Generator().manual_seed(1))
+    weights = weighting(scores)
+    mixed = torch.randperm(6, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(weighting(scores[mixed]), weights[mixed])
     total = {"min-max": 0.8, "push": 0.0}.get(strategy, 1.0)
     torch.testing.assert_close(weights.sum(0), torch.full((4,), total))
@@ -48,7 +54,8 @@ def test_weights_follow_the_order_of_scores(strategy):
 
 
 def test_the_push_of_two_and_large_rewards():
-    scores, far = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 2.0]]), torch.tensor([True, False, True])
+    scores = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 2.0]])
+    far = torch.tensor([True, False, True])
     got = NoiseWeighting(strategy="push")(scores, far)
     assert got.tolist() == [[1, 0, 1], [-1, 1, -1]]  # equal scores: the first wins
     weights = NoiseWeighting(strategy="weighted")(torch.tensor([[900.0], [1000.0]]))
@@ -57,26 +64,35 @@ def test_the_push_of_two_and_large_rewards():
 
 def test_exploration_ends_on_the_prior():
     """A chain of many steps reaches the mode that the one-step estimate only leans to."""
-    made, (x, t, prompts, *_) = prior(), some(64)
+    made = prior()
+    x, t, prompts, *_ = some(64)
     guidance = weighted(made, Towards(made), explore_steps=30, prior=DenoiserSettings(guidance_scale=1.0))
     d = guidance.denoiser
     x_t = d.noised(x, STREAMS.noises(2, x, 0), t.clamp_min(700))
     conditions = d.conditions(prompts, None)
     explored = guidance.explore(x_t, t.clamp_min(700), conditions, None, 1.0)
     one_step = d.x0(x_t, d.predict(x_t, t.clamp_min(700), conditions, None).text, t.clamp_min(700))
-    near, far = (made.log_prob(latents.flatten(0, 1), made.embed([PROMPT] * 128)).median() for latents in (explored, one_step))
+    near, far = (
+        made.log_prob(latents.flatten(0, 1), made.embed([PROMPT] * 128)).median()
+        for latents in (explored, one_step)
+    )
     assert near > far + 5
-    ends_early = weighted(made, Towards(made), explore_steps=30, explore_end="t0").explore(x_t, t.clamp_min(700), conditions, None, 1.0)
+    ends_early = weighted(made, Towards(made), explore_steps=30, explore_end="t0").explore(
+        x_t, t.clamp_min(700), conditions, None, 1.0
+    )
     assert 0 < (ends_early - explored).abs().max() < 0.2
 
 
 def test_each_picture_is_explored_from_its_own_time():
-    made, (x, _, prompts, *_) = prior(), some(3)
+    made = prior()
+    x, _, prompts, *_ = some(3)
     t = torch.tensor([60, 400, 900])
     guidance = weighted(made, Towards(made), explore_steps=15)
     x_t = guidance.denoiser.noised(x, STREAMS.noises(2, x, 0), t)
     whole = guidance.explore(x_t, t, guidance.denoiser.conditions(prompts, None), None, 7.5)
     for b in range(3):
         row = slice(b, b + 1)
-        alone = guidance.explore(x_t[:, row], t[row], guidance.denoiser.conditions(prompts[row], None), None, 7.5)
+        alone = guidance.explore(
+            x_t[:, row], t[row], guidance.denoiser.conditions(prompts[row], None), None, 7.5
+        )
         torch.testing.assert_close(whole[:, row], alone, rtol=1e-3, atol=1e-3)

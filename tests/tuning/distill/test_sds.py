@@ -21,7 +21,11 @@ def sds(made, **more) -> Sds:
 
 def some(n: int = 6, seed: int = 0):
     draws = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 1, 4, 4, generator=draws), torch.randint(20, 980, (n,), generator=draws), [PROMPT] * n
+    return (
+        torch.randn(n, 1, 4, 4, generator=draws),
+        torch.randint(20, 980, (n,), generator=draws),
+        [PROMPT] * n,
+    )
 
 
 @pytest.mark.parametrize("modes", [1, 2])
@@ -33,7 +37,8 @@ def test_particles_reach_the_modes_of_the_prior(modes):
 
 
 def test_samples_are_averaged():
-    made, (x, t, prompts) = prior(), some()
+    made = prior()
+    x, t, prompts = some()
 
     class Only(Streams):
         """Noise number `seed` of the common draws."""
@@ -41,53 +46,76 @@ def test_samples_are_averaged():
         def noises(self, count, like, step):
             return STREAMS.noises(3, like, step)[self.seed : self.seed + count]
 
-    singles = [Sds(made, SdsSettings(), views=1, streams=Only(seed=k))(x, t, prompts, None, 5).grad for k in range(3)]
-    torch.testing.assert_close(sds(made, samples=3)(x, t, prompts, None, 5).grad, torch.stack(singles).mean(0))
+    singles = [
+        Sds(made, SdsSettings(), views=1, streams=Only(seed=k))(x, t, prompts, None, 5).grad for k in range(3)
+    ]
+    torch.testing.assert_close(
+        sds(made, samples=3)(x, t, prompts, None, 5).grad, torch.stack(singles).mean(0)
+    )
 
 
 def test_the_chained_jacobian_is_sds_with_equal_weights():
-    made, (x, t, prompts) = prior(), some()
-    chained, equal = (sds(made, **more)(x, t, prompts, None, 0).grad for more in ({"form": "sjc"}, {"weighting": "uniform"}))
+    made = prior()
+    x, t, prompts = some()
+    chained, equal = (
+        sds(made, **more)(x, t, prompts, None, 0).grad for more in ({"form": "sjc"}, {"weighting": "uniform"})
+    )
     torch.testing.assert_close(chained, equal, rtol=1e-3, atol=1e-4)
     plain = sds(made, form="sjc-plain")(x, t, prompts, None, 0).grad
     torch.testing.assert_close(plain - equal, STREAMS.noises(1, x, 0)[0], rtol=1e-3, atol=1e-4)
 
 
 def test_the_reconstruction_form_is_sds_weighted_by_the_noise_ratio():
-    made, (x, t, prompts) = prior(), some()
+    made = prior()
+    x, t, prompts = some()
     guidance = sds(made, weighting="uniform")
     bar = guidance.denoiser.schedule.alpha(t, x)
     recon = sds(made, form="recon", rescale=0.0)(x, t, prompts, None, 0).grad
-    torch.testing.assert_close(recon, ((1 - bar) / bar).sqrt() * guidance(x, t, prompts, None, 0).grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        recon, ((1 - bar) / bar).sqrt() * guidance(x, t, prompts, None, 0).grad, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_the_loss_on_pictures():
-    made, (x, t, prompts) = prior(), some()
+    made = prior()
+    x, t, prompts = some()
     images = made.decode(x).requires_grad_()
     output = sds(made, image_loss=1.0)(x, t, prompts, None, 0, images.detach())
     plain = sds(made)(x, t, prompts, None, 0)
     assert torch.equal(output.grad, plain.grad)  # beside the other term
     # (a / s) w (image - decoded x0) = w (p - e) / (2 scale), as decoding halves and divides
     torch.testing.assert_close(output.image_grad, plain.grad / (2 * made.scale), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(torch.autograd.grad(distillation_loss(x, output, images=images), images)[0], output.image_grad / len(x))
+    torch.testing.assert_close(
+        torch.autograd.grad(distillation_loss(x, output, images=images), images)[0],
+        output.image_grad / len(x),
+    )
     assert not distillation_loss(x, plain, images=images).requires_grad
 
 
 def test_the_target_rule():
     x = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     grad = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(torch.autograd.grad(target_loss(x, grad), x)[0], grad / 4, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(target_loss(x, grad), x)[0], grad / 4, rtol=1e-5, atol=1e-6
+    )
     grad[0, 0, 0, 0], grad[1, 0, 0, 0] = math.nan, math.inf
     got = torch.autograd.grad(target_loss(x, grad, clamp=0.5), x)[0]
-    assert got[0, 0, 0, 0] == 0 and got[1, 0, 0, 0] == pytest.approx(0.125, abs=1e-6) and got.abs().max() <= 0.125 + 1e-6
+    assert (
+        got[0, 0, 0, 0] == 0
+        and got[1, 0, 0, 0] == pytest.approx(0.125, abs=1e-6)
+        and got.abs().max() <= 0.125 + 1e-6
+    )
 
 
 def test_draws_depend_on_seed_stream_and_step_alone():
     x = torch.zeros(2, 1, 4, 4)
     state = torch.random.get_rng_state()
-    two, three = STREAMS.noises(2, x, 7), STREAMS.noises(3, x, 7)
+    two = STREAMS.noises(2, x, 7)
+    three = STREAMS.noises(3, x, 7)
     assert torch.equal(two, three[:2]) and not torch.equal(three[0], three[1])
-    assert not torch.equal(two, STREAMS.noises(2, x, 8)) and not torch.equal(two, Streams(seed=1).noises(2, x, 7))
+    assert not torch.equal(two, STREAMS.noises(2, x, 8)) and not torch.equal(
+        two, Streams(seed=1).noises(2, x, 7)
+    )
     assert torch.equal(state, torch.random.get_rng_state())
 
 
@@ -95,7 +123,10 @@ def test_times():
     draws = torch.Generator().manual_seed(0)
     window = TimeWindow(low=Ramp(0.02), high=Ramp((0, 0.98, 0.04, 10)))
     late = torch.cat([window.draw(10, 50, 4, draws) for _ in range(20)])
-    assert (late.view(-1, 4) == late.view(-1, 4)[:, :1]).all() and late.unique().tolist() == list(range(20, 41))  # both ends count
+    # both ends count
+    assert (late.view(-1, 4) == late.view(-1, 4)[:, :1]).all() and late.unique().tolist() == list(
+        range(20, 41)
+    )
     assert len(window.draw(0, 2, 100, draws, shared=False).unique()) > 50
     with pytest.raises(ValueError, match="low <= high"):
         TimeWindow(low=Ramp(0.5), high=Ramp((0, 0.98, 0.02, 10))).at(10)
@@ -115,7 +146,8 @@ class Broken:
 
 
 def test_hostile_priors_and_settings():
-    made, (x, t, prompts) = prior(), some()
+    made = prior()
+    x, t, prompts = some()
     with pytest.raises(ValueError, match="--prior: expected finite predictions"):
         sds(Broken(made))(x, t, prompts, None, 0)
     four = Broken(made)

@@ -1,4 +1,6 @@
-"""The learned prior: its contract and gradients, its files, a training that learns, and the bundled file beside the exact prior."""
+"""The learned prior: its contract and gradients, its files, a training that learns, and the bundled file
+beside the exact prior.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,16 @@ from eg3d_rlhf.core.interfaces import DiffusionPrior
 from eg3d_rlhf.generators.assets.views import DISTANCE, evenly_around
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.tuning.distill.priors import tiny_unet
-from eg3d_rlhf.tuning.distill.priors.tiny_unet import PriorTraining, TinyPrior, TinySizes, TinyUNet, draw, load_view_prior, mirrored, train
+from eg3d_rlhf.tuning.distill.priors.tiny_unet import (
+    PriorTraining,
+    TinyPrior,
+    TinySizes,
+    TinyUNet,
+    draw,
+    load_view_prior,
+    mirrored,
+    train,
+)
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 
 TEXTS = [problem.PROMPTS[0].text] * 4 + [problem.PROMPTS[14].text] * 4
@@ -16,7 +27,9 @@ TEXTS = [problem.PROMPTS[0].text] * 4 + [problem.PROMPTS[14].text] * 4
 
 def small() -> TinyPrior:
     torch.manual_seed(0)
-    network = TinyUNet(TinySizes(fine=8, coarse=8, width=8, embedding=4), [prompt.text for prompt in problem.PROMPTS])
+    network = TinyUNet(
+        TinySizes(fine=8, coarse=8, width=8, embedding=4), [prompt.text for prompt in problem.PROMPTS]
+    )
     for block in (network.fine, network.coarse, network.late):  # blocks begin as nothing
         torch.nn.init.normal_(block.second.weight, std=0.1)
     torch.nn.init.normal_(network.views.out.weight, std=0.3)
@@ -28,7 +41,8 @@ def noised(t: int, seed: int = 0):
     rng = torch.Generator().manual_seed(seed)
     both = problem.modes_of(TEXTS) * 2 - 1
     x = both[torch.arange(8), torch.randint(2, (8,), generator=rng)]
-    noise, times = torch.randn(x.shape, generator=rng), torch.full((8,), t)
+    noise = torch.randn(x.shape, generator=rng)
+    times = torch.full((8,), t)
     return x, NoiseSchedule().mix(x, noise, times), noise, times
 
 
@@ -36,7 +50,8 @@ def test_it_is_a_prior_of_four_views():
     prior = small()
     assert isinstance(prior, DiffusionPrior) and prior.views == 4
     _, x_t, _, t = noised(300)
-    cond, cameras = prior.embed(TEXTS), evenly_around(2, 4, DISTANCE).cameras
+    cond = prior.embed(TEXTS)
+    cameras = evenly_around(2, 4, DISTANCE).cameras
     assert cond.shape == (8, 1, 4) and torch.equal(prior.embed([""] * 2)[0], prior.embed([""])[0])
     alone = prior.predict_noise(x_t, t, cond)
     for seen in (cameras, cameras[:, :16]):
@@ -49,7 +64,9 @@ def test_it_is_a_prior_of_four_views():
     assert not torch.allclose(alone, prior.predict_noise(x_t, t, prior.embed([""] * 8)))
     with pytest.raises(ValueError, match="--prior: expected a multiple of 4 pictures, got 3"):
         prior.predict_noise(x_t[:3], t[:3], cond[:3])
-    with pytest.raises(ValueError, match="--prompt: expected one that this prior was trained on, got 'a cat'"):
+    with pytest.raises(
+        ValueError, match="--prompt: expected one that this prior was trained on, got 'a cat'"
+    ):
         prior.embed(["a cat"])
 
 
@@ -57,8 +74,11 @@ def test_gradients_are_finite_differences():
     prior = small()
     prior.network.double()
     _, x_t, _, t = noised(400)
-    x_t, cond = x_t[:4].double().requires_grad_(), prior.embed(TEXTS[:4]).detach().clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, c: prior.predict_noise(x, t[:4], c), (x_t, cond), fast_mode=True)
+    x_t = x_t[:4].double().requires_grad_()
+    cond = prior.embed(TEXTS[:4]).detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, c: prior.predict_noise(x, t[:4], c), (x_t, cond), fast_mode=True
+    )
 
 
 def test_training_learns_and_files_keep_it(tmp_path):
@@ -66,7 +86,10 @@ def test_training_learns_and_files_keep_it(tmp_path):
     fresh = train(PriorTraining(steps=1, assets=6, seed=1))
     prior = train(PriorTraining(steps=25, assets=6, seed=1), lambda step, loss: steps.append(step))
     _, x_t, noise, t = noised(500)
-    before, after = (float((made.predict_noise(x_t, t, made.embed(TEXTS)) - noise).square().mean()) for made in (fresh, prior))
+    before, after = (
+        float((made.predict_noise(x_t, t, made.embed(TEXTS)) - noise).square().mean())
+        for made in (fresh, prior)
+    )
     assert steps == list(range(25)) and after < 0.7 * before
     prior.save(tmp_path / "p.safetensors", {})
     back = load_view_prior(tmp_path / "p.safetensors")
@@ -84,7 +107,9 @@ def test_an_object_and_its_reverse_are_reflections():
     assert torch.allclose(mirrored(mirrored(x, prompt), prompt), x, atol=1e-5)
     withheld, t, noise = tiny_unet.draw_noise(prompt, PriorTraining(), torch.Generator().manual_seed(0))
     assert torch.equal(withheld[1::2], withheld[:4:2]) and torch.equal(t[1::2], t[:4:2])
-    assert torch.allclose(noise[1::2].flatten(1).norm(dim=1), noise[:4:2].flatten(1).norm(dim=1)) and not torch.equal(noise[1], noise[0])
+    assert torch.allclose(
+        noise[1::2].flatten(1).norm(dim=1), noise[:4:2].flatten(1).norm(dim=1)
+    ) and not torch.equal(noise[1], noise[0])
 
 
 @pytest.fixture(scope="module")
@@ -104,5 +129,8 @@ def test_the_bundled_prior_removes_noise(bundled, t):
 def test_the_bundled_prior_heeds_the_prompt(bundled):
     x, x_t, _, times = noised(700)
     swapped = TEXTS[4:] + TEXTS[:4]
-    right, wrong = (NoiseSchedule().x0(x_t, bundled.predict_noise(x_t, times, bundled.embed(texts)), times) for texts in (TEXTS, swapped))
+    right, wrong = (
+        NoiseSchedule().x0(x_t, bundled.predict_noise(x_t, times, bundled.embed(texts)), times)
+        for texts in (TEXTS, swapped)
+    )
     assert float((right - x).square().mean()) < 0.7 * float((wrong - x).square().mean())

@@ -1,4 +1,6 @@
-"""The commands of a section of a page on flow generators, run as they stand, with folders in place of ROOT and RUN."""
+"""The commands of a section of a page on flow generators, run as they stand, with folders in place of ROOT
+and RUN.
+"""
 
 import json
 import re
@@ -16,8 +18,13 @@ from eg3d_rlhf.modes.flow_tune import tune_command
 
 PAGES = Path(__file__).resolve().parents[3] / "docs"
 FEW = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --device=cpu".split()
-COMMANDS = {"python train.py ": train.main, "eg3d-rlhf flow new ": new, "eg3d-rlhf flow draw ": draw, "eg3d-rlhf flow tune ": tune_command,
-            "eg3d-rlhf flow export ": export_command}  # fmt: skip
+COMMANDS = {
+    "python train.py ": train.main,
+    "eg3d-rlhf flow new ": new,
+    "eg3d-rlhf flow draw ": draw,
+    "eg3d-rlhf flow tune ": tune_command,
+    "eg3d-rlhf flow export ": export_command,
+}
 NAMES = {train.main: "train", new: "new", draw: "draw", tune_command: "pairs", export_command: "export"}
 
 
@@ -29,19 +36,29 @@ def section_of(page: str, section: str) -> list[str]:
 
 
 def run_section(
-    section: str, root: Path | str, folder: Path, few: Sequence[str] = FEW,
-    on_call: Callable[[str, Result], None] = lambda called, done: None, page: str = "reference/families.md", each: int = 2,
+    section: str,
+    root: Path | str,
+    folder: Path,
+    few: Sequence[str] = FEW,
+    on_call: Callable[[str, Result], None] = lambda called, done: None,
+    page: str = "reference/families.md",
+    each: int = 2,
 ) -> list[str]:
     """Run them in `folder`, the current one; assets are ranked by seed in between. Returns what was called.
 
-    Args: few: flags of the training besides; on_call: hears each command and its result; each: assets drawn per condition.
+    Args: few: flags of the training besides; on_call: hears each command and its result; each: assets drawn
+        per condition.
     """
-    places, called = {"ROOT": str(root)}, []
+    places = {"ROOT": str(root)}
+    called = []
     for line in section_of(page, section):
         start = next((start for start in COMMANDS if line.startswith(start)), None)
         if start is None:
             continue
-        filled = ["=".join(places.get(part, part) for part in word.split("=")) for word in shlex.split(line.removeprefix(start))]
+        filled = [
+            "=".join(places.get(part, part) for part in word.split("="))
+            for word in shlex.split(line.removeprefix(start))
+        ]
         command = COMMANDS[start]
         more = {train.main: few, new: [f"--each={each}"]}.get(command, [])
         done = CliRunner().invoke(command, [*filled, *more])

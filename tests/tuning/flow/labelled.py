@@ -1,4 +1,6 @@
-"""Problems whose labels can be learnt, and the same with answers given by the toss of a coin; a folder of such labels, for `flow tune`."""
+"""Problems whose labels can be learnt, and the same with answers given by the toss of a coin; a folder of
+such labels, for `flow tune`.
+"""
 
 import json
 from collections.abc import Mapping
@@ -27,8 +29,14 @@ from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import LATENTS, C, tokens
 from training.phases import derive_seed
 
 FAST = TrainConfig(
-    dpo=DpoConfig(beta=20.0, loser_weight=LOSER_WEIGHT), lora=LoraConfig(rank=16, alpha=32), steps=60, batch=16, lr=1e-3, warmup=5,
-    held_out_every=20, log_every=20,
+    dpo=DpoConfig(beta=20.0, loser_weight=LOSER_WEIGHT),
+    lora=LoraConfig(rank=16, alpha=32),
+    steps=60,
+    batch=16,
+    lr=1e-3,
+    warmup=5,
+    held_out_every=20,
+    log_every=20,
 )
 
 
@@ -38,14 +46,19 @@ def by_coin(problem: Problem, seed: int) -> Problem:
     def tossed(pairs: list[PreferencePair]) -> list[PreferencePair]:
         return [turned(pair) if derive_seed("answer", seed, pair.id) % 2 else pair for pair in pairs]
 
-    return replace(problem, human_pairs=lambda stage: tossed(problem.human_pairs(stage)),
-                   unseen_pairs=lambda stage, names: tossed(problem.unseen_pairs(stage, names)))  # fmt: skip
+    return replace(
+        problem,
+        human_pairs=lambda stage: tossed(problem.human_pairs(stage)),
+        unseen_pairs=lambda stage, names: tossed(problem.unseen_pairs(stage, names)),
+    )
 
 
 def toy(seed: int, unseen: int = 2) -> Problem:
     """The toy with few pairs to tell by."""
     problem = toy_problem(seed)
-    return replace(problem, unseen_pairs=lambda stage, names: _first(problem.unseen_pairs(stage, names), unseen))
+    return replace(
+        problem, unseen_pairs=lambda stage, names: _first(problem.unseen_pairs(stage, names), unseen)
+    )
 
 
 def _first(pairs: list[PreferencePair], count: int) -> list[PreferencePair]:
@@ -59,22 +72,36 @@ def shapes(root: Path, seed: int, conditions: int = 30, per_condition: int = 6) 
     """A tiny Hunyuan3D folder; people prefer latents whose mean is higher."""
     names = [f"c{i:02d}" for i in range(conditions)]
     pipeline = hunyuan3d.load(root, tokens(names))
-    g, pairs = torch.Generator().manual_seed(seed), []
+    g = torch.Generator().manual_seed(seed)
+    pairs = []
     for name in names:
         for k in range(per_condition):
-            a, b = (torch.randn(LATENTS, C, generator=g) + 0.4 * torch.randn([], generator=g) for _ in range(2))
+            a, b = (
+                torch.randn(LATENTS, C, generator=g) + 0.4 * torch.randn([], generator=g) for _ in range(2)
+            )
             if torch.rand([], generator=g) > torch.sigmoid(8 * (a.mean() - b.mean())):
                 a, b = b, a
-            pairs.append(PreferencePair(id=f"{name}-{k}", condition=name, stage="shape", preferred=a, rejected=b))
-    train, choose, tell = names[: conditions // 2], names[conditions // 2 : -conditions // 3], names[-conditions // 3 :]
+            pairs.append(
+                PreferencePair(id=f"{name}-{k}", condition=name, stage="shape", preferred=a, rejected=b)
+            )
+    train = names[: conditions // 2]
+    choose = names[conditions // 2 : -conditions // 3]
+    tell = names[-conditions // 3 :]
 
     def of(wanted):
         return [pair for pair in pairs if pair.condition in set(wanted)]
 
     return Problem(
-        pipeline=pipeline, human_pairs=lambda stage: of(train), unseen_pairs=lambda stage, wanted: of(wanted),
-        reward=None, chooser=None, final=None,
-        train_conditions=train, choosing_conditions=choose, held_out_conditions=tell, identity={"problem": "tiny", "seed": seed},
+        pipeline=pipeline,
+        human_pairs=lambda stage: of(train),
+        unseen_pairs=lambda stage, wanted: of(wanted),
+        reward=None,
+        chooser=None,
+        final=None,
+        train_conditions=train,
+        choosing_conditions=choose,
+        held_out_conditions=tell,
+        identity={"problem": "tiny", "seed": seed},
     )
 
 
@@ -85,18 +112,26 @@ def tuning(seed: int, **changes) -> Tuning:
 # Through `flow tune`, on a family's folder.
 
 LEARNING = "--steps=20 --batch=8 --lr=4e-3 --device=cpu".split()
-LEARNING += [f"--set={setting}" for setting in ("lora_rank=4", "beta=20", "warmup=5", "held_out_every=10", "samples=0")]
+LEARNING += [
+    f"--set={setting}" for setting in ("lora_rank=4", "beta=20", "warmup=5", "held_out_every=10", "samples=0")
+]
 
 
 def write_ranked(folder: Path, like: Mapping[str, Latent], conditions: Conditions) -> Path:
-    """Three assets of every condition, ranked by the mean of their latents. Args: like: latents of some asset, by stage."""
+    """Three assets of every condition, ranked by the mean of their latents.
+
+    Args: like: latents of some asset, by stage.
+    """
     folder.mkdir()
     write_conditions(folder / "conditions.safetensors", conditions)
-    g, lines = torch.Generator().manual_seed(0), []
+    g = torch.Generator().manual_seed(0)
+    lines = []
     for i, name in enumerate(conditions.names):
         for rank in (1, 2, 3):
             file = f"{i:02d}-{rank}.safetensors"
-            write_latents(folder / file, {stage: _around(latent, 0.7 * (2 - rank), g) for stage, latent in like.items()})
+            write_latents(
+                folder / file, {stage: _around(latent, 0.7 * (2 - rank), g) for stage, latent in like.items()}
+            )
             lines.append(json.dumps({"condition": name, "rank": rank, "latents": file}) + "\n")
     (folder / RANKING).write_text("".join(lines))
     return folder
@@ -112,14 +147,23 @@ def _around(latent: Latent, mean: float, g: torch.Generator) -> Latent:
 def check_labels_are_learnt(
     root: Path, like: Mapping[str, Latent], given: Conditions, ranked: Conditions, folder: Path, monkeypatch
 ) -> None:
-    """Every stage says how many held-out pairs it orders, and how many its control, which half of the pairs it learns from deceive.
+    """Every stage says how many held-out pairs it orders, and how many its control, which half of the pairs
+    it learns from deceive.
 
-    Args: like: latents of some asset, by stage; given: embeddings of WORK; ranked: of the assets that labels are of.
+    Args: like: latents of some asset, by stage; given: embeddings of WORK; ranked: of the assets that labels
+        are of.
     """
     write_conditions(folder / "conditions.safetensors", given)
     labels = write_ranked(folder / "RANKED", like, ranked)
-    flow_works.flow("new", folder / "WORK", f"--pipeline={root}", f"--conditions={folder / 'conditions.safetensors'}", "--device=cpu")
-    trained, train_stage = [], tuning_module.train_stage
+    flow_works.flow(
+        "new",
+        folder / "WORK",
+        f"--pipeline={root}",
+        f"--conditions={folder / 'conditions.safetensors'}",
+        "--device=cpu",
+    )
+    trained = []
+    train_stage = tuning_module.train_stage
 
     def seen(pipeline, stage, pairs, config, place, **options):
         trained.append((stage, pairs, options["unseen"]))
@@ -132,13 +176,25 @@ def check_labels_are_learnt(
     for stage, found in report["stages"].items():
         low, high = found["held_out"]["interval"]
         assert 0.5 < low <= found["held_out"]["accuracy"] <= high and found["above_control"][1] > 0
-        assert found["control"]["pairs"] == found["held_out"]["pairs"] and len(found["control"]["interval"]) == 2
+        assert (
+            found["control"]["pairs"] == found["held_out"]["pairs"] and len(found["control"]["interval"]) == 2
+        )
         assert f"Stage '{stage}': learnt: accuracy" in said and f"| {stage} | **learnt**" in said
         (_, pairs, choosing), (_, other, choosing_too) = (of for of in trained if of[0] == stage)
-        as_said = [_same(a.preferred, b.preferred) and _same(a.rejected, b.rejected) for a, b in zip(pairs, other, strict=True)]
-        turned = [_same(a.preferred, b.rejected) and _same(a.rejected, b.preferred) for a, b in zip(pairs, other, strict=True)]
-        assert abs(sum(turned) - len(pairs) / 2) <= 0.5 and all(a != b for a, b in zip(as_said, turned, strict=True))
-        assert choosing and all(_same(a.preferred, b.preferred) for a, b in zip(choosing, choosing_too, strict=True))
+        as_said = [
+            _same(a.preferred, b.preferred) and _same(a.rejected, b.rejected)
+            for a, b in zip(pairs, other, strict=True)
+        ]
+        turned = [
+            _same(a.preferred, b.rejected) and _same(a.rejected, b.preferred)
+            for a, b in zip(pairs, other, strict=True)
+        ]
+        assert abs(sum(turned) - len(pairs) / 2) <= 0.5 and all(
+            a != b for a, b in zip(as_said, turned, strict=True)
+        )
+        assert choosing and all(
+            _same(a.preferred, b.preferred) for a, b in zip(choosing, choosing_too, strict=True)
+        )
 
 
 def _same(a: Latent, b: Latent) -> bool:

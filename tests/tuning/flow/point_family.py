@@ -1,7 +1,8 @@
-"""A flow family from outside the package: clouds of six points, in one stage, by a network with its data at t = 1.
+"""A flow family from outside the package: clouds of six points, in one stage, by a network with its data at
+t = 1.
 
-Load it as a plugin: EG3D_RLHF_PLUGINS=tests/tuning/flow/point_family.py. Its folder holds points.json and points.safetensors; conditions
-are two tensors by name, a token of a class and a size.
+Load it as a plugin: EG3D_RLHF_PLUGINS=tests/tuning/flow/point_family.py. Its folder holds points.json and
+points.safetensors; conditions are two tensors by name, a token of a class and a size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,24 +19,33 @@ from eg3d_rlhf.tuning.flow.families.folder import read_network
 from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
 from training.storage import write_atomic
 
-POINTS, CLASSES = 6, 4
+POINTS = 6
+CLASSES = 4
 FILES = CONFIG, WEIGHTS = "points.json", "points.safetensors"
 
 
 class PointNetwork(nn.Module):
-    """Somebody else's module: it calls the time sigma, has data at sigma = 1, and wants the condition in two arguments."""
+    """Somebody else's module: it calls the time sigma, has data at sigma = 1, and wants the condition in two
+    arguments.
+    """
 
     def __init__(self, width: int = 8):
         super().__init__()
-        self.inner, self.outer = nn.Linear(3 + 1 + CLASSES + 1, width), nn.Linear(width, 3)
+        self.inner = nn.Linear(3 + 1 + CLASSES + 1, width)
+        self.outer = nn.Linear(width, 3)
 
-    def forward(self, points: torch.Tensor, sigma: torch.Tensor, kind: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, points: torch.Tensor, sigma: torch.Tensor, kind: torch.Tensor, size: torch.Tensor
+    ) -> torch.Tensor:
         """Points [N, T, 3], sigma [N], kind [N, 1, E], size [N, 1] -> d points / d sigma."""
-        said = torch.cat([sigma.view(-1, 1, 1), kind, size.unsqueeze(1)], 2).expand(-1, points.shape[1], -1)  # [N, T, 1 + E + 1]
+        # [N, T, 1 + E + 1]
+        said = torch.cat([sigma.view(-1, 1, 1), kind, size.unsqueeze(1)], 2).expand(-1, points.shape[1], -1)
         return self.outer(torch.tanh(self.inner(torch.cat([points, said], 2))))
 
 
-def call(module: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def call(
+    module: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
     """How a stage's arguments become the module's."""
     return module(x_t, t, cond["kind"], cond["size"])
 
@@ -47,11 +57,18 @@ class PointPipeline:
         self.tokens = conditions
         if conditions is not None:
             conditions.check("conditions", {"kind": [1, CLASSES], "size": [1]}, "the classes of points.json")
-        self.stages = [FlowStage(
-            name="points", model=module, latents=TokenSet(tokens=POINTS, channels=3), call=call, data_at_one=True,
-            path=FlowPath(sigma_min=0.0, schedule="uniform"), sampling=Sampling(steps=4, cfg_strength=1.0, cfg_interval=(0.0, 1.0)),
-            lora_targets=("inner", "outer"),
-        )]
+        self.stages = [
+            FlowStage(
+                name="points",
+                model=module,
+                latents=TokenSet(tokens=POINTS, channels=3),
+                call=call,
+                data_at_one=True,
+                path=FlowPath(sigma_min=0.0, schedule="uniform"),
+                sampling=Sampling(steps=4, cfg_strength=1.0, cfg_interval=(0.0, 1.0)),
+                lora_targets=("inner", "outer"),
+            )
+        ]
 
     def conditions(self, names: Sequence[str], stage: str):
         return self.tokens.of(names)
@@ -63,7 +80,9 @@ class PointPipeline:
         return [*x_0]
 
 
-def load(root: Path, conditions: Conditions | None, *, dtype: torch.dtype = torch.float32, device="cpu") -> PointPipeline:
+def load(
+    root: Path, conditions: Conditions | None, *, dtype: torch.dtype = torch.float32, device="cpu"
+) -> PointPipeline:
     """Strictly by name and shape."""
     return PointPipeline(read_network(root, FILES, PointNetwork).to(device, dtype), conditions)
 
@@ -81,7 +100,15 @@ def release(root: Path, stages: Sequence[str]) -> Release:
     return Release(files={CONFIG: root / CONFIG}, networks={"points": stored})
 
 
-register(FlowFamily(
-    name="points", layout=f"{CONFIG} and {WEIGHTS}", recognises=lambda root: (root / CONFIG).is_file(), stages=("points",), load=load,
-    files=lambda root: {name: root / name for name in FILES}, show=show, release=release,
-))
+register(
+    FlowFamily(
+        name="points",
+        layout=f"{CONFIG} and {WEIGHTS}",
+        recognises=lambda root: (root / CONFIG).is_file(),
+        stages=("points",),
+        load=load,
+        files=lambda root: {name: root / name for name in FILES},
+        show=show,
+        release=release,
+    )
+)

@@ -11,7 +11,9 @@ from eg3d_rlhf.tuning.flow.stage import CONVENTION
 def write_people(folder, stage, preferred, rejected, conditions: Conditions):
     """Two pairs of a stage, with embeddings; returns the folder."""
     names = conditions.names[:2]
-    pairs = [PreferencePair(id=n, condition=n, stage=stage, preferred=preferred, rejected=rejected) for n in names]
+    pairs = [
+        PreferencePair(id=n, condition=n, stage=stage, preferred=preferred, rejected=rejected) for n in names
+    ]
     write_pairs(folder / stage, pairs, {"convention": CONVENTION})
     write_conditions(folder / "conditions.safetensors", conditions)
     return folder
@@ -19,9 +21,18 @@ def write_people(folder, stage, preferred, rejected, conditions: Conditions):
 
 def refusal(root, pairs, stage, tmp_path) -> str:
     """What train.py says."""
-    flags = [f"--pipeline={root}", f"--pairs={pairs}", f"--outdir={tmp_path / 'runs'}", f"--stage={stage}", "--steps=1", "--device=cpu"]
+    flags = [
+        f"--pipeline={root}",
+        f"--pairs={pairs}",
+        f"--outdir={tmp_path / 'runs'}",
+        f"--stage={stage}",
+        "--steps=1",
+        "--device=cpu",
+    ]
     done = CliRunner().invoke(train.main, ["--mode=circular-dpo", *flags])
     said = done.output.strip().splitlines()
-    assert done.exit_code == 2 and said[-1].startswith("Error: ") and "Traceback" not in done.output, done.output
+    assert done.exit_code == 2 and said[-1].startswith("Error: ") and "Traceback" not in done.output, (
+        done.output
+    )
     assert not (tmp_path / "runs").exists()
     return said[-1]

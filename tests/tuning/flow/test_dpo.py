@@ -35,8 +35,13 @@ def some_errors(n: int = 6) -> PairErrors:
 def test_a_pair_shares_time_noise_and_condition(sparse):
     pairs = [pair_of(i, sparse) for i in range(4)]
     stage, draw = drawn(sparse, pairs)
-    assert torch.equal(draw.t[:4], draw.t[4:]) and len(set(draw.t.tolist())) == 4 and torch.equal(draw.cond[:4], draw.cond[4:])
-    eps, x_0 = separate(draw.eps), separate(draw.x_0)
+    assert (
+        torch.equal(draw.t[:4], draw.t[4:])
+        and len(set(draw.t.tolist())) == 4
+        and torch.equal(draw.cond[:4], draw.cond[4:])
+    )
+    eps = separate(draw.eps)
+    x_0 = separate(draw.x_0)
     for i, pair in enumerate(pairs):
         for j, latent in ((i, pair.preferred), (i + 4, pair.rejected)):
             assert torch.equal(feats(x_0[j]), feats(latent))
@@ -55,7 +60,11 @@ def feats(latent) -> torch.Tensor:
 def common(a, b) -> list[tuple]:
     """Features of two samples on the voxels of both."""
     known = dict(zip(map(tuple, a.coords.tolist()), a.feats.tolist(), strict=True))
-    return [(known[tuple(c)], f) for c, f in zip(b.coords.tolist(), b.feats.tolist(), strict=True) if tuple(c) in known]
+    return [
+        (known[tuple(c)], f)
+        for c, f in zip(b.coords.tolist(), b.feats.tolist(), strict=True)
+        if tuple(c) in known
+    ]
 
 
 @KINDS
@@ -63,7 +72,9 @@ def test_draws_derive_from_seed_id_and_epoch_alone(sparse):
     """In another batch, in another order, a second time: the same; with another seed, epoch or id: others."""
     pairs = [pair_of(i, sparse) for i in range(4)]
     stage = stage_of(PerChannel(), sparse)
-    config, cond, no_cond = replace(CONFIG, condition_dropout=0.5), tokens(4), torch.zeros(1, 2, 3)
+    config = replace(CONFIG, condition_dropout=0.5)
+    cond = tokens(4)
+    no_cond = torch.zeros(1, 2, 3)
     whole = draw_pairs(stage, pairs, cond, no_cond, config, 0, 3)
     torch.manual_seed(123)
     part = draw_pairs(stage, [pairs[2], pairs[0]], cond[[2, 0]], no_cond, config, 0, 3)
@@ -71,9 +82,10 @@ def test_draws_derive_from_seed_id_and_epoch_alone(sparse):
         assert part.t[i] == whole.t[j] and torch.equal(part.cond[i], whole.cond[j])
         assert torch.equal(feats(separate(part.x_t)[i]), feats(separate(whole.x_t)[j]))
     for other in (
-        draw_pairs(stage, pairs, cond, no_cond, config, 1, 3), draw_pairs(stage, pairs, cond, no_cond, config, 0, 4),
+        draw_pairs(stage, pairs, cond, no_cond, config, 1, 3),
+        draw_pairs(stage, pairs, cond, no_cond, config, 0, 4),
         draw_pairs(stage, [replace(p, id=p.id + "'") for p in pairs], cond, no_cond, config, 0, 3),
-    ):  # fmt: skip
+    ):
         assert not (other.t == whole.t).any() and not (feats_of(other.eps) == feats_of(whole.eps)).any()
 
 
@@ -86,7 +98,9 @@ def test_conditions_are_dropped_for_both_of_a_pair_in_their_share():
 
 @KINDS
 def test_identical_pairs_cost_log_two_and_teach_nothing(sparse):
-    """The velocities' gradients of a pair's two cancel to the bit, so what reaches the weights is the rounding of a sum of zeros."""
+    """The velocities' gradients of a pair's two cancel to the bit, so what reaches the weights is the
+    rounding of a sum of zeros.
+    """
     stage, draw = drawn(sparse, [pair_of(i, sparse, same=True) for i in range(4)])
     ref = errors_of(stage, draw, PerChannel(seed=1)).detach()
     v = stage.model(draw.x_t, draw.t, draw.cond)
@@ -106,13 +120,18 @@ def test_identical_pairs_cost_log_two_and_teach_nothing(sparse):
 def test_delta_is_positive_where_the_policy_gained_more_on_the_preferred():
     e = some_errors()
     torch.testing.assert_close(e.delta(), (e.ref_preferred - e.preferred) - (e.ref_rejected - e.rejected))
-    torch.testing.assert_close(e.delta(0.5), (e.ref_preferred - e.preferred) - 0.5 * (e.ref_rejected - e.rejected))
-    swapped = PairErrors(preferred=e.rejected, rejected=e.preferred, ref_preferred=e.ref_rejected, ref_rejected=e.ref_preferred)
+    torch.testing.assert_close(
+        e.delta(0.5), (e.ref_preferred - e.preferred) - 0.5 * (e.ref_rejected - e.rejected)
+    )
+    swapped = PairErrors(
+        preferred=e.rejected, rejected=e.preferred, ref_preferred=e.ref_rejected, ref_rejected=e.ref_preferred
+    )
     torch.testing.assert_close(swapped.delta(), -e.delta())
 
 
 def test_losses_against_their_formulas():
-    e, w = some_errors(), torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
+    e = some_errors()
+    w = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
     z = 20.0 * e.delta(0.5)
     log_sigmoid = torch.nn.functional.logsigmoid
     anchored = replace(CONFIG, loser_weight=0.5, sft_weight=0.3)
@@ -121,7 +140,9 @@ def test_losses_against_their_formulas():
     alone = PairErrors(preferred=e.preferred, rejected=e.rejected)
     torch.testing.assert_close(pair_loss(alone, DpoConfig(kind="sft")), e.preferred)
     torch.testing.assert_close(pair_loss(alone, DpoConfig(kind="sft"), w), w * e.preferred)
-    torch.testing.assert_close(pair_loss(alone, DpoConfig(kind="dro", loser_weight=0.5)), e.preferred - 0.5 * e.rejected)
+    torch.testing.assert_close(
+        pair_loss(alone, DpoConfig(kind="dro", loser_weight=0.5)), e.preferred - 0.5 * e.rejected
+    )
 
 
 def test_gradients_are_the_derivatives_and_the_reference_gets_none():
@@ -129,7 +150,10 @@ def test_gradients_are_the_derivatives_and_the_reference_gets_none():
     inputs = [getattr(e, name).requires_grad_() for name in ("preferred", "rejected")]
 
     def loss(preferred, rejected):
-        return pair_loss(replace(e, preferred=preferred, rejected=rejected), replace(CONFIG, loser_weight=0.5, sft_weight=0.2))
+        return pair_loss(
+            replace(e, preferred=preferred, rejected=rejected),
+            replace(CONFIG, loser_weight=0.5, sft_weight=0.2),
+        )
 
     assert torch.autograd.gradcheck(loss, inputs)
     ref = torch.rand(4, requires_grad=True)
@@ -141,28 +165,43 @@ def test_weights_come_with_the_pairs_all_or_none():
     pairs = [replace(pair_of(i), w2=w) for i, w in enumerate((0.5, 1.0, 1.5, 2.0))]
     assert drawn(False, pairs)[1].weight.tolist() == [0.5, 1.0, 1.5, 2.0]
     assert drawn(False)[1].weight is None
-    with pytest.raises(ValueError, match="draw_pairs: expected w2 on all pairs or on none, got none on pair-1"):
+    with pytest.raises(
+        ValueError, match="draw_pairs: expected w2 on all pairs or on none, got none on pair-1"
+    ):
         drawn(False, [pairs[0], replace(pairs[1], w2=None)])
 
 
 def test_statistics_of_a_batch():
     e = PairErrors(
-        preferred=torch.tensor([1.0, 2.0, 3.0]), rejected=torch.tensor([2.0, 2.0, 2.0]),
-        ref_preferred=torch.tensor([1.5, 2.0, 2.0]), ref_rejected=torch.tensor([1.0, 2.0, 2.0]),
-    )  # fmt: skip
+        preferred=torch.tensor([1.0, 2.0, 3.0]),
+        rejected=torch.tensor([2.0, 2.0, 2.0]),
+        ref_preferred=torch.tensor([1.5, 2.0, 2.0]),
+        ref_rejected=torch.tensor([1.0, 2.0, 2.0]),
+    )
     stats = pair_stats(e, e.delta(), torch.tensor([0.05, 0.95, 1.0, 0.05, 0.95, 1.0]))
     assert e.delta().tolist() == [1.5, 0, -1]
-    expected = {"pairs": [1, 2], "implicit_accuracy": [1, 0.5], "margin": [1.5, -1], "w_diff": [-0.5, 1], "l_diff": [1, 0]}
+    expected = {
+        "pairs": [1, 2],
+        "implicit_accuracy": [1, 0.5],
+        "margin": [1.5, -1],
+        "w_diff": [-0.5, 1],
+        "l_diff": [1, 0],
+    }
     for name, (first, last) in expected.items():
         sums = stats[name]
-        assert sums.shape == (TIME_BINS,) and sums[0] == first and sums[-1] == last and (sums[1:-1] == 0).all()
+        assert (
+            sums.shape == (TIME_BINS,) and sums[0] == first and sums[-1] == last and (sums[1:-1] == 0).all()
+        )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "ppo"}, "--loss: .*sft, dro"), ({"beta": -1.0}, "beta must be > 0"), ({"loser_weight": -1.0}, "must be >= 0"),
-        ({"condition_dropout": 1.5}, "condition_dropout must be <= 1"), ({"kind": "sft", "loser_weight": 0.5}, "loser_weight: .*unset"),
+        ({"kind": "ppo"}, "--loss: .*sft, dro"),
+        ({"beta": -1.0}, "beta must be > 0"),
+        ({"loser_weight": -1.0}, "must be >= 0"),
+        ({"condition_dropout": 1.5}, "condition_dropout must be <= 1"),
+        ({"kind": "sft", "loser_weight": 0.5}, "loser_weight: .*unset"),
     ],
 )
 def test_settings_are_checked(options, message):

@@ -1,4 +1,6 @@
-"""Drawing for people: files do not depend on interruptions or ranks; what cannot be shown stops nothing; a full disk loses nothing."""
+"""Drawing for people: files do not depend on interruptions or ranks; what cannot be shown stops nothing; a
+full disk loses nothing.
+"""
 
 import errno
 import json
@@ -28,9 +30,17 @@ def toy_work(folder: Path) -> Work:
     family = family_of(Path("toy"))
     write_conditions(folder / "conditions.safetensors", family.embed_texts(Path("toy"), NAMES, CPU))
     return Work(
-        folder=folder, pipeline="toy", family="toy", stages=family.stages, kind="prompts", up="z", splits=divide(NAMES, 0),
-        files=works.hashes(family.files(Path("toy"))), each=3, batch=5,
-    ).write()  # fmt: skip
+        folder=folder,
+        pipeline="toy",
+        family="toy",
+        stages=family.stages,
+        kind="prompts",
+        up="z",
+        splits=divide(NAMES, 0),
+        files=works.hashes(family.files(Path("toy"))),
+        each=3,
+        batch=5,
+    ).write()
 
 
 @pytest.fixture
@@ -43,7 +53,11 @@ def drawing(work, **changes):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_assets_are_those_of_the_generator_with_all_their_latents_and_prompts(work):
@@ -51,7 +65,9 @@ def test_assets_are_those_of_the_generator_with_all_their_latents_and_prompts(wo
     told = []
     assert made.run(told.append).count == 15 == sum(told)
     lines = work.lines()
-    assert {line["condition"] for line in lines} == set(work.names(*SHOWN)) and {line["seed"] for line in lines} == {0, 1, 2}
+    assert {line["condition"] for line in lines} == set(work.names(*SHOWN)) and {
+        line["seed"] for line in lines
+    } == {0, 1, 2}
     line = lines[4]
     latents = read_latents(work.drawn() / line["latents"])
     assert list(latents) == ["structure", "voxels"]
@@ -64,7 +80,9 @@ def test_assets_are_those_of_the_generator_with_all_their_latents_and_prompts(wo
 
 def test_test_conditions_are_not_even_known_to_the_pipeline_that_draws(work):
     with pytest.raises(ValueError, match="embeddings of all names"):
-        drawings.open_pipeline(replace(work, splits={**work.splits, "train": ["a red lamp"]}), work.check_pipeline(), CPU, *SHOWN)
+        drawings.open_pipeline(
+            replace(work, splits={**work.splits, "train": ["a red lamp"]}), work.check_pipeline(), CPU, *SHOWN
+        )
     assert set(work.conditions(*SHOWN).names) == set(work.names(*SHOWN)) < set(NAMES)
 
 
@@ -83,7 +101,9 @@ def test_a_drawing_that_was_stopped_goes_on_and_draws_nothing_twice(work, tmp_pa
     assert len(there) == 7 and not (work.drawn() / "ranking.jsonl").exists()
     sizes = []
     original = drawings.draw_or_empty
-    monkeypatch.setattr(drawings, "draw_or_empty", lambda *args: sizes.append(len(args[2])) or original(*args))
+    monkeypatch.setattr(
+        drawings, "draw_or_empty", lambda *args: sizes.append(len(args[2])) or original(*args)
+    )
     drawing(work).run()
     assert sizes == [5, 5]  # the batch that was cut, and the rest
     assert contents(work.drawn()) == contents(whole.folder)
@@ -95,7 +115,8 @@ def test_a_drawing_that_was_stopped_goes_on_and_draws_nothing_twice(work, tmp_pa
 
 
 def test_a_full_disk_keeps_what_is_drawn(work):
-    family, shown = work.check_pipeline(), []
+    family = work.check_pipeline()
+    shown = []
 
     def show(asset, path):
         if len(shown) == 4:

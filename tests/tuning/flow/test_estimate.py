@@ -1,4 +1,6 @@
-"""Estimates of memory and time: against what torch's profiler sees of real tensors, and against closed forms."""
+"""Estimates of memory and time: against what torch's profiler sees of real tensors,
+and against closed forms.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -29,28 +31,59 @@ from training.distributed import SINGLE
 
 def shape_set(make) -> Sized:
     config = hunyuan3d.DenoiserConfig(
-        input_size=256, in_channels=64, hidden_size=512, context_dim=256, depth=3, num_heads=4, text_len=100, qk_norm=True, qkv_bias=False,
-        num_moe_layers=1, num_experts=4, use_attention_pooling=False,
-    )  # fmt: skip
+        input_size=256,
+        in_channels=64,
+        hidden_size=512,
+        context_dim=256,
+        depth=3,
+        num_heads=4,
+        text_len=100,
+        qk_norm=True,
+        qkv_bias=False,
+        num_moe_layers=1,
+        num_experts=4,
+        use_attention_pooling=False,
+    )
     stage = FlowStage(
-        name="shape", model=make(partial(hunyuan3d.Denoiser, config)), latents=TokenSet(tokens=256, channels=64), call=call,
-        data_at_one=True, lora_targets=LORA_TARGETS, sampling=Sampling(steps=2),
-    )  # fmt: skip
+        name="shape",
+        model=make(partial(hunyuan3d.Denoiser, config)),
+        latents=TokenSet(tokens=256, channels=64),
+        call=call,
+        data_at_one=True,
+        lora_targets=LORA_TARGETS,
+        sampling=Sampling(steps=2),
+    )
     return Sized(stage=stage, told={MAIN: [100, 256]})
 
 
-COMMON = dict(in_channels=8, out_channels=8, model_channels=256, cond_channels=256, num_blocks=2, num_head_channels=64, qk_rms_norm=True)
+COMMON = dict(
+    in_channels=8,
+    out_channels=8,
+    model_channels=256,
+    cond_channels=256,
+    num_blocks=2,
+    num_head_channels=64,
+    qk_rms_norm=True,
+)
 
 
 def structure(make) -> Sized:
-    model = make(partial(flows.StructureFlow, flows.StructureFlowConfig(resolution=8, patch_size=1, **COMMON)))
-    return Sized(told=[100, 256], stage=FlowStage(name="structure", model=model, latents=DenseGrid(channels=8, resolution=8)))
+    model = make(
+        partial(flows.StructureFlow, flows.StructureFlowConfig(resolution=8, patch_size=1, **COMMON))
+    )
+    return Sized(
+        told=[100, 256],
+        stage=FlowStage(name="structure", model=model, latents=DenseGrid(channels=8, resolution=8)),
+    )
 
 
 def voxels(make) -> Sized:
     config = flows.LatentFlowConfig(resolution=16, patch_size=2, io_block_channels=(32,), **COMMON)
     model = make(partial(flows.LatentFlow, config))
-    return Sized(told=[100, 256], stage=FlowStage(name="latent", model=model, latents=SparseVoxels(channels=8, resolution=16)))
+    return Sized(
+        told=[100, 256],
+        stage=FlowStage(name="latent", model=model, latents=SparseVoxels(channels=8, resolution=16)),
+    )
 
 
 def really(make):
@@ -76,10 +109,17 @@ def allocated(run) -> int:
 CASES = {"shape": shape_set, "structure": structure, "latent": voxels}
 
 
-@pytest.mark.parametrize(("case", "recompute"), [
-    pytest.param("shape", False, marks=pytest.mark.long), pytest.param("shape", True, marks=pytest.mark.long), ("structure", False),
-    ("structure", True), pytest.param("latent", False, marks=pytest.mark.long), pytest.param("latent", True, marks=pytest.mark.long),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "recompute"),
+    [
+        pytest.param("shape", False, marks=pytest.mark.long),
+        pytest.param("shape", True, marks=pytest.mark.long),
+        ("structure", False),
+        ("structure", True),
+        pytest.param("latent", False, marks=pytest.mark.long),
+        pytest.param("latent", True, marks=pytest.mark.long),
+    ],
+)
 def test_an_update_takes_what_is_estimated_from_sizes_alone(case, recompute):
     found = estimate.update(CASES[case](empty), 1, recompute)
     sized = CASES[case](really)
@@ -103,7 +143,9 @@ def test_full_tuning_holds_a_copy_gradients_and_moments():
     assert 5 * weights < full < lora + 5 * weights  # its own, the copy, its gradients, two moments
 
 
-@pytest.mark.parametrize("case", ["structure", *(pytest.param(case, marks=pytest.mark.long) for case in ("shape", "latent"))])
+@pytest.mark.parametrize(
+    "case", ["structure", *(pytest.param(case, marks=pytest.mark.long) for case in ("shape", "latent"))]
+)
 def test_drawing_takes_what_is_estimated(case):
     found = estimate.drawing(CASES[case](empty), 2)
     sized = CASES[case](really)
@@ -111,12 +153,15 @@ def test_drawing_takes_what_is_estimated(case):
     weights = sum(p.nbytes for p in stage.model.state_dict().values())
     places = [getattr(x, "coords", None) for x in estimate.latents_of(stage, 2)]
     cond = Told(sized).no_condition(2, stage.name)
-    measured = weights + allocated(lambda: estimate.sample(stage, stage_noise(stage, [0, 0], places), cond, cond, Sampling(steps=1)))
+    measured = weights + allocated(
+        lambda: estimate.sample(stage, stage_noise(stage, [0, 0], places), cond, cond, Sampling(steps=1))
+    )
     assert found.bytes == pytest.approx(measured, rel=0.15)
 
 
 def test_multiplications_are_counted_as_by_hand():
-    tokens, width = 64, 32
+    tokens = 64
+    width = 32
     with Pretended() as run:
         layer = torch.nn.Linear(width, 3 * width)
         q, k, v = layer(torch.zeros(1, tokens, width)).view(1, tokens, 3, 1, width).permute(2, 0, 3, 1, 4)
@@ -128,11 +173,15 @@ def test_multiplications_are_counted_as_by_hand():
 @pytest.mark.parametrize("name", RELEASED)
 def test_published_generators_have_their_published_sizes(name):
     numbers = {
-        "TRELLIS-text-large": [547_154_952, 587_849_608], "TRELLIS-image-large": [559_737_864, 600_432_520],
-        "TRELLIS.2-4B": [1_292_179_976, 1_292_253_728, 1_292_253_728, 1_292_302_880], "Hunyuan3D-2.1": [3_050_758_720],
+        "TRELLIS-text-large": [547_154_952, 587_849_608],
+        "TRELLIS-image-large": [559_737_864, 600_432_520],
+        "TRELLIS.2-4B": [1_292_179_976, 1_292_253_728, 1_292_253_728, 1_292_302_880],
+        "Hunyuan3D-2.1": [3_050_758_720],
         "SAM 3D Objects": [959_962_133 + 4096 * 1024, 600_432_520],
-    }  # fmt: skip
-    assert [sum(t.numel() for t in s.stage.model.state_dict().values()) for s in RELEASED[name]()] == numbers[name]
+    }
+    assert [sum(t.numel() for t in s.stage.model.state_dict().values()) for s in RELEASED[name]()] == numbers[
+        name
+    ]
 
 
 def test_shells_are_thin_and_of_the_size_asked_for():
@@ -146,16 +195,29 @@ def test_the_fastest_update_that_fits_is_chosen():
         return Cost(bytes=10 + n * (2 if again else 10), flops=n)
 
     assert [cheapest(costs, 4, space) for space in (50, 49, 20, 19, 18, 14, 11)] == [
-        (4, False), (2, False), (1, False), (4, True), (4, True), (2, True), None,
-    ]  # fmt: skip
-    assert cheapest(costs, 4, 1000, recompute=True) == (4, True) and cheapest(costs, 1, 12, recompute=False) is None
+        (4, False),
+        (2, False),
+        (1, False),
+        (4, True),
+        (4, True),
+        (2, True),
+        None,
+    ]
+    assert (
+        cheapest(costs, 4, 1000, recompute=True) == (4, True)
+        and cheapest(costs, 1, 12, recompute=False) is None
+    )
 
 
 def test_what_fits_nowhere_is_told_with_figures():
     rows = estimate.estimate([structure(empty)])
     assert {(row.what, row.recompute) for row in rows} == {("draw", False), ("lora", False), ("lora", True)}
-    untimed, timed = (estimate.table([replace(row, seconds=seconds) for row in rows]) for seconds in (None, 2.0))
+    untimed, timed = (
+        estimate.table([replace(row, seconds=seconds) for row in rows]) for seconds in (None, 2.0)
+    )
     assert "time" not in untimed and "2 s" in timed
     estimate.check_fits(rows, 1 << 40, "flow new")
-    with pytest.raises(ValueError, match=r"expected 0\.\d GiB free for stage 'structure' .*got 0\.0.*--set dtype=bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"expected 0\.\d GiB free for stage 'structure' .*got 0\.0.*--set dtype=bfloat16"
+    ):
         estimate.check_fits(rows, 1 << 20, "flow new")

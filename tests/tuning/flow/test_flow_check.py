@@ -28,8 +28,14 @@ def looked(root):
 
 
 def changed(root, **sections):
-    held = {section: {n: x.clone() for n, x in of.items()} for section, of in family.read_sections(root / "model.fp16.ckpt").items()}
-    torch.save({**held, **{section: change(held[section]) for section, change in sections.items()}}, root / "model.fp16.ckpt")
+    held = {
+        section: {n: x.clone() for n, x in of.items()}
+        for section, of in family.read_sections(root / "model.fp16.ckpt").items()
+    }
+    torch.save(
+        {**held, **{section: change(held[section]) for section, change in sections.items()}},
+        root / "model.fp16.ckpt",
+    )
 
 
 def test_a_folder_that_fits_says_what_it_is_and_what_it_is_good_for(root):
@@ -37,23 +43,51 @@ def test_a_folder_that_fits_says_what_it_is_and_what_it_is_good_for(root):
     (root / "more.bin").write_bytes(b"")
     code, text = looked(root)
     assert code == 0 and len(text.splitlines()) < 24 and max(map(len, text.splitlines())) <= 118
-    for word in ("hunyuan3d", "config.yaml", "more.bin", "LICENSE", "European Union", "tune shape", "other sizes than released", "float16",
-                 "pairs of assets of your own", "export"):  # fmt: skip
+    for word in (
+        "hunyuan3d",
+        "config.yaml",
+        "more.bin",
+        "LICENSE",
+        "European Union",
+        "tune shape",
+        "other sizes than released",
+        "float16",
+        "pairs of assets of your own",
+        "export",
+    ):
         assert word in text, word
 
 
 def test_what_does_not_fit_is_named_and_what_may_be_missing_is_told(root):
-    changed(root, model=lambda state: {name.replace("x_embedder.", "embedder."): x for name, x in state.items()})
+    changed(
+        root, model=lambda state: {name.replace("x_embedder.", "embedder."): x for name, x in state.items()}
+    )
     code, text = looked(root)
-    assert code == 1 and "missing: x_embedder.bias, x_embedder.weight; unexpected: embedder.bias" in " ".join(text.split())
-    changed(root, model=lambda state: {name.replace("embedder.", "x_embedder.", name.startswith("e")): x for name, x in state.items()})
+    assert code == 1 and "missing: x_embedder.bias, x_embedder.weight; unexpected: embedder.bias" in " ".join(
+        text.split()
+    )
+    changed(
+        root,
+        model=lambda state: {
+            name.replace("embedder.", "x_embedder.", name.startswith("e")): x for name, x in state.items()
+        },
+    )
     assert looked(root)[0] == 0
-    changed(root, vae=lambda state: {name: x for name, x in state.items() if not name.startswith(family.ENCODER_HALF)})
+    changed(
+        root,
+        vae=lambda state: {name: x for name, x in state.items() if not name.startswith(family.ENCODER_HALF)},
+    )
     code, text = looked(root)
     assert code == 0 and "cannot" in text and "no pairs of meshes of your own" in text
-    changed(root, vae=lambda state: {name: x[None] if name == "post_kl.bias" else x for name, x in state.items()})
+    changed(
+        root, vae=lambda state: {name: x[None] if name == "post_kl.bias" else x for name, x in state.items()}
+    )
     code, text = looked(root)
-    assert code == 1 and "misshapen: post_kl.bias" in text and "Restore model.fp16.ckpt" in " ".join(text.split())
+    assert (
+        code == 1
+        and "misshapen: post_kl.bias" in text
+        and "Restore model.fp16.ckpt" in " ".join(text.split())
+    )
 
 
 def test_another_version_and_no_generator_are_refused_in_one_line(root, tmp_path):

@@ -1,5 +1,6 @@
-"""The gap between the stages is real: torch finds no way from the asset to the first stage; the loop crosses it, towards what is
-preferred."""
+"""The gap between the stages is real: torch finds no way from the asset to the first stage; the loop crosses
+it, towards what is preferred.
+"""
 
 from dataclasses import replace
 
@@ -23,7 +24,8 @@ NOISES = 12  # assets per condition
 
 def sampled_with_gradient(stage, noise, cond):
     """The Euler sampler without guidance, with gradients of the network."""
-    x, points = noise, times(replace(stage.sampling, steps=3))
+    x = noise
+    points = times(replace(stage.sampling, steps=3))
     for t, until in zip(points[:-1], points[1:], strict=True):
         v = stage.model(x, torch.full([len(cond)], t), cond)
         x = with_feats(x, feats_of(x) - (t - until) * feats_of(v))
@@ -36,7 +38,8 @@ def problem():
 
 
 def test_no_gradient_passes_from_the_asset_to_the_first_stage(problem):
-    pipeline, names = problem.pipeline, list(problem.held_out_conditions[:2])
+    pipeline = problem.pipeline
+    names = list(problem.held_out_conditions[:2])
     first, last = pipeline.stages
     for stage in (first, last):
         stage.model.requires_grad_(True)
@@ -48,7 +51,9 @@ def test_no_gradient_passes_from_the_asset_to_the_first_stage(problem):
         assert not any(places.requires_grad for places in given)
         y_0 = sampled_with_gradient(last, last.noise([3, 4], given), pipeline.conditions(names, last.name))
         value = feats_of(y_0).sum()  # all that the asset is made of
-        to_first = torch.autograd.grad(value, list(first.model.parameters()), allow_unused=True, retain_graph=True)
+        to_first = torch.autograd.grad(
+            value, list(first.model.parameters()), allow_unused=True, retain_graph=True
+        )
         to_last = torch.autograd.grad(value, list(last.model.parameters()), allow_unused=True)
         assert all(g is None for g in to_first)
         assert any(g is not None and bool((g != 0).any()) for g in to_last)
@@ -60,9 +65,10 @@ def test_no_gradient_passes_from_the_asset_to_the_first_stage(problem):
 
 @pytest.mark.long
 def test_the_loop_changes_structure_in_the_direction_of_the_preference(problem, tmp_path):
-    """With the last stage as it came out of the first step on both sides, the tuned structures are better in geometry, by a judge that
-    neither labelled nor chose. And it is the preference that decides: by the bare margin, without anchors, the pairs as they are beat
-    the same pairs turned over. (Anchored, even those would gain, since both sides stand on structures that people preferred.)
+    """With the last stage as it came out of the first step on both sides, the tuned structures are better in
+    geometry, by a judge that neither labelled nor chose. And it is the preference that decides: by the bare
+    margin, without anchors, the pairs as they are beat the same pairs turned over. (Anchored, even those
+    would gain, since both sides stand on structures that people preferred.)
     """
     loop = CircularLoop(problem=problem, settings=TOY_RUN, store=Store(tmp_path), say=lambda line: None)
     lines, _ = run_loop(loop)
@@ -84,13 +90,21 @@ def test_the_loop_changes_structure_in_the_direction_of_the_preference(problem, 
     pairs = loop.pairs("structure", {"voxels": lines["voxels"]})
     kept, _ = weighed(read_pairs(pairs.folder / "pairs", "structure")[0], TOY_RUN.weighing)
     turned = [replace(p, preferred=p.rejected, rejected=p.preferred) for p in kept]
-    straight = rate(*(judged(_by_the_bare_margin(problem, side, tmp_path / name)) for name, side in (("a", kept), ("b", turned))))
+    straight = rate(
+        *(
+            judged(_by_the_bare_margin(problem, side, tmp_path / name))
+            for name, side in (("a", kept), ("b", turned))
+        )
+    )
     assert straight.lo > 0.5, straight
 
 
 def _by_the_bare_margin(problem, pairs, out):
     """The first stage after a short training without anchors or early stop."""
-    stage, config = problem.pipeline.stages[0], TOY_RUN.loop
+    stage = problem.pipeline.stages[0]
+    config = TOY_RUN.loop
     config = replace(config, dpo=replace(config.dpo, loser_weight=1.0, sft_weight=0.0), steps=60)
-    result = train_stage(problem.pipeline, stage.name, pairs, config.at(stage, TOY_RUN.seed), out, say=lambda line: None)
+    result = train_stage(
+        problem.pipeline, stage.name, pairs, config.at(stage, TOY_RUN.seed), out, say=lambda line: None
+    )
     return {stage.name: tuned_model(stage.model, result.weights, merge=True)}

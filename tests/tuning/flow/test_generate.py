@@ -17,11 +17,14 @@ def shifted(channels: int, by: float) -> LinearFlow:
 
 def same(a, b, exact=False) -> bool:
     close = torch.equal if exact else lambda x, y: torch.allclose(x, y, atol=1e-5)
-    return len(a) == len(b) and all(torch.equal(x.coords, y.coords) and close(x.feats, y.feats) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        torch.equal(x.coords, y.coords) and close(x.feats, y.feats) for x, y in zip(a, b, strict=True)
+    )
 
 
 def test_a_seed_is_an_asset_whatever_the_batch():
-    pipeline, (names, seeds) = TinyPipeline(), crossed(NAMES, 3, 0)
+    pipeline = TinyPipeline()
+    names, seeds = crossed(NAMES, 3, 0)
     assets = generate(pipeline, names, seeds, batch=4)
     assert len(assets) == 9
     assert same(assets, generate(pipeline, names, seeds, batch=4), exact=True)
@@ -32,25 +35,31 @@ def test_a_seed_is_an_asset_whatever_the_batch():
 
 def test_noise_differs_between_stages_and_is_shared_on_shared_voxels():
     structure, voxels = TinyPipeline().stages
-    corner, both = torch.zeros(1, 3, dtype=torch.int32), torch.tensor([[0, 0, 0], [1, 0, 1]], dtype=torch.int32)
+    corner = torch.zeros(1, 3, dtype=torch.int32)
+    both = torch.tensor([[0, 0, 0], [1, 0, 1]], dtype=torch.int32)
     a, b = stage_noise(voxels, [7, 7], [corner, both]).samples()
     assert torch.equal(a.feats[0], b.feats[0])
     assert stage_noise(structure, [7], [None])[0, 0, 0, 0, 0] not in a.feats
 
 
 def test_networks_are_swapped_for_the_call_alone():
-    pipeline, (names, seeds) = TinyPipeline(), crossed(NAMES, 3, 0)
+    pipeline = TinyPipeline()
+    names, seeds = crossed(NAMES, 3, 0)
     own = [s.model for s in pipeline.stages]
     base = generate(pipeline, names, seeds)
     last = generate(pipeline, names, seeds, {"voxels": shifted(2, 1.0)})
     first = generate(pipeline, names, seeds, {"structure": shifted(1, 2.0)})
     assert [s.model for s in pipeline.stages] == own
-    assert all(torch.equal(x.coords, y.coords) and bool((y.feats > x.feats).all()) for x, y in zip(base, last, strict=True))
+    assert all(
+        torch.equal(x.coords, y.coords) and bool((y.feats > x.feats).all())
+        for x, y in zip(base, last, strict=True)
+    )
     assert sum(len(x.coords) for x in first) > sum(len(x.coords) for x in base)
 
 
 def test_a_later_stage_can_be_given_its_voxels():
-    pipeline, (names, seeds) = TinyPipeline(), crossed(NAMES, 3, 0)
+    pipeline = TinyPipeline()
+    names, seeds = crossed(NAMES, 3, 0)
     base = generate(pipeline, names, seeds)
     given = voxels_for(pipeline, "voxels", names, seeds, batch=4)
     assert all(torch.equal(places, asset.coords) for places, asset in zip(given, base, strict=True))
@@ -63,7 +72,10 @@ def test_what_does_not_fit_is_refused():
     pipeline = TinyPipeline()
     for arguments, text in [
         ((["a"], [1], {"colours": LinearFlow(1)}), "expected one of structure, voxels, got 'colours'"),
-        ((["a"], [1], None, 4, {"voxels": [torch.zeros(0, 3, dtype=torch.int32)]}), "expected a voxel or more per sample, got none"),
+        (
+            (["a"], [1], None, 4, {"voxels": [torch.zeros(0, 3, dtype=torch.int32)]}),
+            "expected a voxel or more per sample, got none",
+        ),
     ]:
         with pytest.raises(ValueError, match=text):
             generate(pipeline, *arguments)
@@ -76,7 +88,8 @@ def test_crossed_gives_every_condition_the_same_number_of_noises_of_its_own():
 
 
 def test_held_out_compares_asset_by_asset():
-    pipeline, (names, seeds) = TinyPipeline(), crossed(NAMES, 8, 0)
+    pipeline = TinyPipeline()
+    names, seeds = crossed(NAMES, 8, 0)
     held_out = HeldOut(pipeline=pipeline, stage="voxels", reward=likes_target, conditions=names, seeds=seeds)
     assert held_out(pipeline.stages[1].model) == 0.5
     better = shifted(2, 0.7)
@@ -86,7 +99,12 @@ def test_held_out_compares_asset_by_asset():
     won = wins(scores(pipeline, likes_target, names, seeds, {"voxels": better}, batch=5), base)
     assert rate == pytest.approx(float(won.double().mean()))
     ahead = HeldOut(
-        pipeline=pipeline, stage="structure", reward=likes_target, conditions=names, seeds=seeds, others={"voxels": better},
+        pipeline=pipeline,
+        stage="structure",
+        reward=likes_target,
+        conditions=names,
+        seeds=seeds,
+        others={"voxels": better},
         against={"voxels": better},
     )
     assert ahead(pipeline.stages[0].model) == 0.5
@@ -96,5 +114,7 @@ def test_scores_that_are_not_finite_are_refused():
     def broken(assets, conditions):
         return torch.full([len(assets)], float("nan"))
 
-    with pytest.raises(ValueError, match=r"function: expected finite scores, got \[nan\]. Correct the reward."):
+    with pytest.raises(
+        ValueError, match=r"function: expected finite scores, got \[nan\]. Correct the reward."
+    ):
         scores(TinyPipeline(), broken, ["a"], [0])

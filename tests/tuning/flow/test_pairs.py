@@ -19,7 +19,14 @@ META = {"seed": 3, "made by": {"network": "abc"}}
 
 
 def some(sparse: bool = False, n: int = 5) -> list[PreferencePair]:
-    extra = {"source": "loop", "reward_preferred": 0.1, "reward_rejected": -1.5, "w1": 0.25, "w2": 1.125, "provenance": {"seed": 7}}
+    extra = {
+        "source": "loop",
+        "reward_preferred": 0.1,
+        "reward_rejected": -1.5,
+        "w1": 0.25,
+        "w2": 1.125,
+        "provenance": {"seed": 7},
+    }
     return [pair_of(i, sparse, **(extra if i % 2 else {})) for i in range(n)]
 
 
@@ -29,9 +36,12 @@ def parts(latent) -> list[torch.Tensor]:
 
 def assert_same(a: PreferencePair, b: PreferencePair) -> None:
     for name in (f.name for f in fields(PreferencePair)):
-        x, y = getattr(a, name), getattr(b, name)
+        x = getattr(a, name)
+        y = getattr(b, name)
         if name in ("preferred", "rejected"):
-            assert all(torch.equal(s, t) and s.dtype == t.dtype for s, t in zip(parts(x), parts(y), strict=True))
+            assert all(
+                torch.equal(s, t) and s.dtype == t.dtype for s, t in zip(parts(x), parts(y), strict=True)
+            )
         else:
             assert x == y, name
 
@@ -56,7 +66,13 @@ def test_the_hash_tells_pairs_apart(tmp_path):
     pairs = some()
     changed = [replace(pairs[0], preferred=pairs[0].preferred + 1e-6), *pairs[1:]]
     weighed = [replace(pairs[0], w2=1.5), *pairs[1:]]
-    sets = [(pairs, META), (changed, META), (weighed, META), (pairs[::-1], META), (pairs, {**META, "seed": 4})]
+    sets = [
+        (pairs, META),
+        (changed, META),
+        (weighed, META),
+        (pairs[::-1], META),
+        (pairs, {**META, "seed": 4}),
+    ]
     assert len({write_pairs(tmp_path / str(i), p, m) for i, (p, m) in enumerate(sets)}) == len(sets)
 
 
@@ -78,38 +94,63 @@ def test_a_writing_that_was_interrupted_is_no_set(tmp_path, monkeypatch):
     monkeypatch.setattr("eg3d_rlhf.tuning.flow.pairs.write_atomic", stop)
     with pytest.raises(KeyboardInterrupt):
         write_pairs(tmp_path, some(n=2), META)
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: expected a folder of pairs, got no meta.json in it"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{tmp_path}: expected a folder of pairs, got no meta.json in it"
+    ):
         read_pairs(tmp_path)
 
 
 def test_pairs_of_another_stage_are_refused(tmp_path):
     write_pairs(tmp_path, some(), META)
     read_pairs(tmp_path, "structure")
-    with pytest.raises(ValueError, match=f"{tmp_path}: expected pairs of stage 'voxels', got pairs of 'structure'"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}: expected pairs of stage 'voxels', got pairs of 'structure'"
+    ):
         read_pairs(tmp_path, "voxels")
     larger = stage_of(PerChannel())
     larger.latents = DenseGrid(channels=2, resolution=8)
-    with pytest.raises(ValueError, match=r"pair 'pair-0', preferred: expected \[2, 8, 8, 8\], got \[2, 4, 4, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"pair 'pair-0', preferred: expected \[2, 8, 8, 8\], got \[2, 4, 4, 4\]"
+    ):
         read_pairs(tmp_path, larger)
     with pytest.raises(ValueError, match="write_pairs: expected pairs of one stage, got structure, voxels"):
         write_pairs(tmp_path, [pair_of(0), pair_of(1, True)], META)
     with pytest.raises(ValueError, match="write_pairs: expected pairs of one stage, got no pairs"):
         write_pairs(tmp_path, [], META)
-    with pytest.raises(ValueError, match="write_pairs: expected every id once, got 1 repeated, such as 'pair-0'"):
+    with pytest.raises(
+        ValueError, match="write_pairs: expected every id once, got 1 repeated, such as 'pair-0'"
+    ):
         write_pairs(tmp_path, [pair_of(0)] * 2, META)
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
     write_pairs(tmp_path, some(), META, 3000)
-    shard, rows, meta = tmp_path / "latents-001.safetensors", tmp_path / "pairs.jsonl", tmp_path / "meta.json"
+    shard = tmp_path / "latents-001.safetensors"
+    rows = tmp_path / "pairs.jsonl"
+    meta = tmp_path / "meta.json"
     kept = {path: path.read_bytes() for path in (shard, rows, meta)}
     for path, damage, error, message in (
         (shard, None, FileNotFoundError, "latents-001.safetensors: expected a shard of"),
-        (shard, lambda b: b[:-3], ValueError, "latents-001.safetensors: expected the bytes that meta.json speaks of, got others"),
+        (
+            shard,
+            lambda b: b[:-3],
+            ValueError,
+            "latents-001.safetensors: expected the bytes that meta.json speaks of, got others",
+        ),
         (shard, lambda b: b[:-8] + b"\0" * 8, ValueError, "latents-001.safetensors: expected the bytes"),
         (rows, None, FileNotFoundError, "pairs.jsonl: expected the list of 5 pairs, got nothing there"),
-        (rows, lambda b: b.replace(b"shape-1", b"shape-2"), ValueError, "pairs.jsonl: expected the list that meta.json speaks of"),
-        (meta, lambda b: b.replace(b'"seed": 3', b'"seed": 4'), ValueError, "meta.json: expected the description of pairs, format 1"),
+        (
+            rows,
+            lambda b: b.replace(b"shape-1", b"shape-2"),
+            ValueError,
+            "pairs.jsonl: expected the list that meta.json speaks of",
+        ),
+        (
+            meta,
+            lambda b: b.replace(b'"seed": 3', b'"seed": 4'),
+            ValueError,
+            "meta.json: expected the description of pairs, format 1",
+        ),
         (meta, lambda b: b[:40], ValueError, "meta.json: expected the description of pairs"),
         (meta, lambda b: b"[]", ValueError, "meta.json: expected the description of pairs"),
     ):
@@ -138,13 +179,25 @@ def forge(folder, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows[0].update(preferred="000099"), "pairs.jsonl: expected the columns .*, got what does not fit them: '000099'"),
+        (
+            lambda rows: rows[0].update(preferred="000099"),
+            "pairs.jsonl: expected the columns .*, got what does not fit them: '000099'",
+        ),
         (lambda rows: rows[0].update(winner=1), "unexpected keyword argument 'winner'"),
         (lambda rows: rows[0].pop("condition"), "missing 1 required keyword-only argument: 'condition'"),
-        (lambda rows: rows[1].update(id="pair-0"), "expected every id once, got 1 repeated, such as 'pair-0'"),
+        (
+            lambda rows: rows[1].update(id="pair-0"),
+            "expected every id once, got 1 repeated, such as 'pair-0'",
+        ),
         (lambda rows: rows[0].update(w2=-1.0), "pair 'pair-0', w2: expected a number >= 0 or None, got -1.0"),
-        (lambda rows: rows[0].update(stage="slat"), "expected pairs of stage 'structure' alone, got pair-0 of 'slat'"),
-        (lambda rows: rows[0].update(source="model"), "expected an id and source human or loop, got source 'model'"),
+        (
+            lambda rows: rows[0].update(stage="slat"),
+            "expected pairs of stage 'structure' alone, got pair-0 of 'slat'",
+        ),
+        (
+            lambda rows: rows[0].update(source="model"),
+            "expected an id and source human or loop, got source 'model'",
+        ),
     ],
 )
 def test_records_that_make_no_pairs_are_refused(tmp_path, change, message):
@@ -157,7 +210,10 @@ def test_records_that_make_no_pairs_are_refused(tmp_path, change, message):
 def test_latents_that_are_not_finite_make_no_pair():
     bad = dense(0)
     bad[0, 1, 2, 3] = math.inf
-    with pytest.raises(ValueError, match="pair 'pair-0', rejected: expected finite latents, got 1 of 128 numbers NaN or infinite"):
+    with pytest.raises(
+        ValueError,
+        match="pair 'pair-0', rejected: expected finite latents, got 1 of 128 numbers NaN or infinite",
+    ):
         pair_of(0, rejected=bad)
     sparse = voxels(0)
     with pytest.raises(ValueError, match="preferred: expected finite latents, got 18 of 18"):
@@ -165,7 +221,10 @@ def test_latents_that_are_not_finite_make_no_pair():
 
 
 def test_pairs_that_do_not_match_are_refused():
-    with pytest.raises(ValueError, match=r"expected two latents of one form, got a grid \[2, 4, 4, 4\] and voxels of 2 channels"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected two latents of one form, got a grid \[2, 4, 4, 4\] and voxels of 2 channels",
+    ):
         pair_of(0, rejected=voxels(0))
     with pytest.raises(ValueError, match=r"got a grid \[2, 4, 4, 4\] and a grid \[1, 4, 4, 4\]"):
         pair_of(0, rejected=dense(0)[:1])

@@ -31,7 +31,10 @@ def test_a_problem_has_one_precision_for_all_that_its_networks_do(stage):
     exact, half = (open_problem(ProblemSource(precision=precision)) for precision in ("auto", "bfloat16"))
     assert (exact.identity["precision"], half.identity["precision"]) == ("float32", "bfloat16")
     place = [torch.tensor([[2, 3, 4], [3, 3, 4]], dtype=torch.int32)] if stage == "voxels" else [None]
-    a, b = (feats_of(stage_latents(p.pipeline, stage_of(p.pipeline, stage), ["red ball"], [0], place)) for p in (exact, half))
+    a, b = (
+        feats_of(stage_latents(p.pipeline, stage_of(p.pipeline, stage), ["red ball"], [0], place))
+        for p in (exact, half)
+    )
     assert b.dtype == torch.float32 and not torch.equal(a, b) and float((a - b).abs().mean()) < 0.1
     assert {p.dtype for p in stage_of(half.pipeline, stage).model.parameters()} == {torch.float32}
 
@@ -43,7 +46,12 @@ def test_training_in_bfloat16_learns_what_float32_does_and_keeps_adapters_in_flo
         problem = labelled.toy(3)
         for stage in problem.pipeline.stages:
             stage.precision = precision
-        report = tune(problem, replace(labelled.tuning(3), stages=("voxels",), control=False), tmp_path / precision, say=lambda line: None)
+        report = tune(
+            problem,
+            replace(labelled.tuning(3), stages=("voxels",), control=False),
+            tmp_path / precision,
+            say=lambda line: None,
+        )
         found[precision] = report["stages"]["voxels"]["held_out"]
         print(f"{precision}: {found[precision]['accuracy']:.3f} {found[precision]['interval']}")
         adapters = read(tmp_path / precision / "training" / "voxels" / "policy" / ADAPTER, "adapters")

@@ -1,4 +1,6 @@
-"""The reference stays what it was, to the last bit, whatever the policy goes through; one that would train is refused."""
+"""The reference stays what it was, to the last bit, whatever the policy goes through; one that would train is
+refused.
+"""
 
 import copy
 import math
@@ -36,7 +38,9 @@ def train(policy, reference, of, parameters, steps=4):
     for step in range(steps):
         draw = drawn(of, epoch=step)
         errors = of.path.errors(policy(draw.x_t, draw.t, draw.cond), draw.x_0, draw.eps)
-        loss = pair_loss(PairErrors.split(errors, reference.errors(of, draw)), DpoConfig(beta=50), None).mean()
+        loss = pair_loss(
+            PairErrors.split(errors, reference.errors(of, draw)), DpoConfig(beta=50), None
+        ).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -48,7 +52,8 @@ def train(policy, reference, of, parameters, steps=4):
 def test_adapters_off_is_the_base_through_training(sparse):
     of = stage(sparse)
     policy = of.model
-    before, want = bits(policy), feats_of(AdaptableFlow()(*inputs(sparse))).detach()
+    before = bits(policy)
+    want = feats_of(AdaptableFlow()(*inputs(sparse))).detach()
     add_lora(policy, LoraConfig(rank=2), 0)
     reference = AdapterOff(policy)
     losses = train(policy, reference, of, lora_parameters(policy))
@@ -63,7 +68,8 @@ def test_adapters_off_is_the_base_through_training(sparse):
 @KINDS
 def test_a_frozen_copy_stays_through_training_of_every_parameter(sparse):
     of = stage(sparse)
-    policy, want = of.model, feats_of(AdaptableFlow()(*inputs(sparse))).detach()
+    policy = of.model
+    want = feats_of(AdaptableFlow()(*inputs(sparse))).detach()
     reference = frozen_copy(policy)
     losses = train(policy, reference, of, list(policy.parameters()))
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] != losses[0]
@@ -75,7 +81,8 @@ def test_a_frozen_copy_stays_through_training_of_every_parameter(sparse):
 def test_the_base_itself_serves_a_policy_that_shares_its_memory(sparse):
     of = stage(sparse)
     base = of.model.requires_grad_(False)
-    before, policy = bits(base), shared_copy(base)
+    before = bits(base)
+    policy = shared_copy(base)
     add_lora(policy, LoraConfig(rank=2), 0)
     train(policy, FrozenModel(base, policy), of, lora_parameters(policy))
     assert all(torch.equal(before[name], value) for name, value in bits(base).items())

@@ -23,7 +23,15 @@ from eg3d_rlhf.models.sparse import (
 )
 from eg3d_rlhf.models.weights import read
 from eg3d_rlhf.tuning.flow import stage as stages
-from eg3d_rlhf.tuning.flow.conditions import Conditions, each, expanded, read_conditions, rows, where, write_conditions
+from eg3d_rlhf.tuning.flow.conditions import (
+    Conditions,
+    each,
+    expanded,
+    read_conditions,
+    rows,
+    where,
+    write_conditions,
+)
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.generate import generate, sample, trajectory
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs, write_pairs
@@ -48,39 +56,59 @@ STILL = Field(lambda x, t, cond: 0 * x)
 
 
 def test_noise_of_a_seed_is_one_volume_read_at_the_voxels():
-    stage, flat = stage_of(STILL, sparse=True), stage_of(STILL)
-    a, b = voxels(0, 30), voxels(1, 40)
+    stage = stage_of(STILL, sparse=True)
+    flat = stage_of(STILL)
+    a = voxels(0, 30)
+    b = voxels(1, 40)
     (volume,) = separate(flat.noise([7], [None]))
     together = separate(stage.noise([7, 7, 8], [a.coords, b.coords, a.coords]))
     for voxel_sample, places in zip(together[:2], (a.coords, b.coords), strict=True):
         x, y, z = places.long().unbind(1)
-        assert torch.equal(voxel_sample.coords, places) and torch.equal(voxel_sample.feats, volume[:, x, y, z].T)
+        assert torch.equal(voxel_sample.coords, places) and torch.equal(
+            voxel_sample.feats, volume[:, x, y, z].T
+        )
     shared = {tuple(c): f for c, f in zip(a.coords.tolist(), together[0].feats.tolist(), strict=True)}
-    common = [(f, shared[tuple(c)]) for c, f in zip(b.coords.tolist(), together[1].feats.tolist(), strict=True) if tuple(c) in shared]
+    common = [
+        (f, shared[tuple(c)])
+        for c, f in zip(b.coords.tolist(), together[1].feats.tolist(), strict=True)
+        if tuple(c) in shared
+    ]
     assert len(common) > 5 and all(f == g for f, g in common)
     assert not torch.equal(together[0].feats, together[2].feats)
-    assert torch.equal(separate(stage.noise([8], [a.coords]))[0].feats, together[2].feats)  # whatever else is in the batch
+    # whatever else is in the batch
+    assert torch.equal(separate(stage.noise([8], [a.coords]))[0].feats, together[2].feats)
 
 
 def test_noise_wants_voxels_within_the_grid():
     stage = stage_of(STILL, sparse=True)
     for places in (None, torch.zeros(0, 3, dtype=torch.int32)):
-        with pytest.raises(ValueError, match="FlowStage.noise of 'voxels': expected a voxel or more per sample, got none"):
+        with pytest.raises(
+            ValueError, match="FlowStage.noise of 'voxels': expected a voxel or more per sample, got none"
+        ):
             stage.noise([0], [places])
     with pytest.raises(ValueError, match="expected voxel indices from 0 to 3, got 0 to 4"):
         stage.noise([0], [torch.tensor([[0, 0, 4]])])
 
 
 def test_latents_of_another_stage_are_refused():
-    flat, sparse = stage_of(STILL), stage_of(STILL, sparse=True)
+    flat = stage_of(STILL)
+    sparse = stage_of(STILL, sparse=True)
     flat.check("pair", dense(0))
     sparse.check("pair", voxels(0))
     for stage, latent, message in (
         (flat, voxels(0), "pair: expected a dense grid, got voxels. It is no latent of stage 'structure'"),
         (sparse, dense(0), "pair: expected voxels, got a dense grid"),
         (flat, torch.zeros(2, 4, 4, 8), r"expected \[2, 4, 4, 4\], got \[2, 4, 4, 8\]"),
-        (sparse, stages.SparseSample(voxels(0).coords, torch.zeros(9, 3)), r"features: expected \[v, 2\], got \[9, 3\]"),
-        (sparse, stages.SparseSample(torch.tensor([[0, -1, 0]]), torch.zeros(1, 2)), "expected voxel indices from 0 to 3, got -1 to 0"),
+        (
+            sparse,
+            stages.SparseSample(voxels(0).coords, torch.zeros(9, 3)),
+            r"features: expected \[v, 2\], got \[9, 3\]",
+        ),
+        (
+            sparse,
+            stages.SparseSample(torch.tensor([[0, -1, 0]]), torch.zeros(1, 2)),
+            "expected voxel indices from 0 to 3, got -1 to 0",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             stage.check("pair", latent)
@@ -92,14 +120,20 @@ def _knows(mu: torch.Tensor) -> Field:
 
 
 def test_a_model_of_the_other_convention_is_refused():
-    mu, cond = dense(3), tokens(4)
+    mu = dense(3)
+    cond = tokens(4)
     good = _knows(mu)
     other = Field(lambda x, t, cond: -(x - mu) / (1 - t).clamp_min(1e-3))  # v'(x, t') = -v(x, 1 - t')
     x_0 = mu.expand(4, -1, -1, -1, -1).clone()
     check_convention(stage_of(good), x_0, cond)
     check_convention(stage_of(other, data_at_one=True), x_0, cond)
     check_convention(stage_of(STILL), x_0, cond)  # an untrained model says nothing either way
-    with pytest.raises(ValueError, match="stage 'structure': expected velocities of the convention with noise at t = 1.*data_at_one=True"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "stage 'structure': expected velocities of the convention with noise at t = 1.*data_at_one=True"
+        ),
+    ):
         check_convention(stage_of(other), x_0, cond)
     with pytest.raises(ValueError, match="of the convention with data at t = 1.*data_at_one=False"):
         check_convention(stage_of(good, data_at_one=True), x_0, cond)
@@ -118,21 +152,38 @@ class Two:
 
 def test_a_stage_is_found_by_name_and_a_missing_one_refused():
     assert isinstance(stages.stage_of(Two(), "voxels").latents, SparseVoxels)
-    with pytest.raises(ValueError, match="stage: expected one of structure, voxels, got 'slat'. Name a stage of this pipeline."):
+    with pytest.raises(
+        ValueError,
+        match="stage: expected one of structure, voxels, got 'slat'. Name a stage of this pipeline.",
+    ):
         stages.stage_of(Two(), "slat")
 
 
 def problem(**changes) -> Problem:
     judges = {"reward": lambda a, c: None, "chooser": lambda a, c: None, "final": lambda a, c: None}
-    known = {"pipeline": Two(), "human_pairs": lambda name: [pair_of(0)], "train_conditions": ["a", "b"], "held_out_conditions": ["c"]}
+    known = {
+        "pipeline": Two(),
+        "human_pairs": lambda name: [pair_of(0)],
+        "train_conditions": ["a", "b"],
+        "held_out_conditions": ["c"],
+    }
     return Problem(**{**known, **judges, **changes})
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": 0}, {"rescale_t": 0.0}, {"cfg_strength": -1.0}, {"cfg_interval": (0.9, 0.5)}, {"cfg_strength": math.nan}]
+    "options",
+    [
+        {"steps": 0},
+        {"rescale_t": 0.0},
+        {"cfg_strength": -1.0},
+        {"cfg_interval": (0.9, 0.5)},
+        {"cfg_strength": math.nan},
+    ],
 )
 def test_sampling_settings_are_checked(options):
-    with pytest.raises(ValueError, match="Sampling: expected steps >= 1, finite rescale_t > 0 .* Correct them."):
+    with pytest.raises(
+        ValueError, match="Sampling: expected steps >= 1, finite rescale_t > 0 .* Correct them."
+    ):
         Sampling(**options)
     with pytest.raises(ValueError, match=r"Sampling.time_scale: .* Correct it."):
         Sampling(time_scale=0.0)
@@ -140,7 +191,11 @@ def test_sampling_settings_are_checked(options):
 
 def test_problems_that_would_fool_themselves_are_refused():
     made = problem()
-    for changes in ({"held_out_conditions": ["c", "a"]}, {"choosing_conditions": ["c"]}, {"final": made.chooser, "chooser": made.chooser}):
+    for changes in (
+        {"held_out_conditions": ["c", "a"]},
+        {"choosing_conditions": ["c"]},
+        {"final": made.chooser, "chooser": made.chooser},
+    ):
         with pytest.raises(ValueError, match="^Problem"):
             problem(**changes)
     with pytest.raises(ValueError, match="^FlowPath: .* Set them"):
@@ -148,7 +203,8 @@ def test_problems_that_would_fool_themselves_are_refused():
     assert list(made.choosing) == ["c"] and list(problem(choosing_conditions=["d"]).choosing) == ["d"]
 
 
-# The path between data and noise: its ends, its derivative, its times, and the other convention, which maps onto it exactly.
+# The path between data and noise: its ends, its derivative, its times, and the other convention, which maps
+# onto it exactly.
 
 
 def batches() -> list[tuple]:
@@ -156,16 +212,21 @@ def batches() -> list[tuple]:
     g = torch.Generator().manual_seed(0)
     dense = [torch.randn(3, 2, 4, 4, 4, generator=g, dtype=torch.float64) for _ in range(2)]
     sparse = SparseBatch.join([closed_forms.voxels(i, 4 + i) for i in range(3)]).to(torch.float64)
-    return [tuple(dense), (sparse, sparse.with_feats(torch.randn(sparse.feats.shape, generator=g, dtype=torch.float64)))]
+    return [
+        tuple(dense),
+        (sparse, sparse.with_feats(torch.randn(sparse.feats.shape, generator=g, dtype=torch.float64))),
+    ]
 
 
 @pytest.mark.parametrize("x_0, eps", batches())
 @pytest.mark.parametrize("sigma_min", [0.0, 1e-5, 0.1])
 def test_ends_derivative_and_data(x_0, eps, sigma_min):
-    path, n = FlowPath(sigma_min=sigma_min), torch.ones(3, dtype=torch.float64)
+    path = FlowPath(sigma_min=sigma_min)
+    n = torch.ones(3, dtype=torch.float64)
     torch.testing.assert_close(feats_of(path.mix(x_0, n, eps)), feats_of(eps))
     torch.testing.assert_close(feats_of(path.mix(x_0, 0 * n, eps)), feats_of(x_0) + sigma_min * feats_of(eps))
-    t, v = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64), path.velocity(x_0, eps)
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    v = path.velocity(x_0, eps)
     ahead, behind = (feats_of(path.mix(x_0, t + h, eps)) for h in (1e-3, -1e-3))
     torch.testing.assert_close((ahead - behind) / 2e-3, feats_of(v))  # exact: the path is straight
     torch.testing.assert_close(feats_of(path.data(path.mix(x_0, t, eps), t, v)), feats_of(x_0))
@@ -173,14 +234,20 @@ def test_ends_derivative_and_data(x_0, eps, sigma_min):
 
 @pytest.mark.parametrize("x_0, eps", batches())
 def test_the_papers_convention_maps_exactly(x_0, eps):
-    """Circular-DPO, equations 1-4: x(t') = (1 - t') x0' + t' x1' with x0' noise and x1' data, target x1' - x0'."""
-    path, t = FlowPath(sigma_min=0.0), torch.tensor([3, 512, 1001], dtype=torch.float64) / 1024  # 1 - t has no rounding
+    """Circular-DPO, equations 1-4: x(t') = (1 - t') x0' + t' x1' with x0' noise and x1' data, target
+    x1' - x0'.
+    """
+    # 1 - t has no rounding
+    path = FlowPath(sigma_min=0.0)
+    t = torch.tensor([3, 512, 1001], dtype=torch.float64) / 1024
     wide = spread(t, x_0)
     guess = with_feats(x_0, torch.sin(feats_of(x_0)))
     paper_t, paper_guess = opposite(t, guess)
     paper_wide = spread(paper_t, x_0)
-    noise, data = feats_of(eps), feats_of(x_0)
-    paper_x, paper_target = (1 - paper_wide) * noise + paper_wide * data, data - noise
+    noise = feats_of(eps)
+    data = feats_of(x_0)
+    paper_x = (1 - paper_wide) * noise + paper_wide * data
+    paper_target = data - noise
     assert torch.equal(paper_t, 1 - t) and torch.equal(1 - paper_wide, wide)
     assert torch.equal(feats_of(path.mix(x_0, t, eps)), paper_x)
     assert torch.equal(feats_of(path.velocity(x_0, eps)), -paper_target)
@@ -195,7 +262,8 @@ def test_a_model_of_the_other_convention_samples_the_same():
     """Their Euler runs from 0 up: x += (t'_next - t') v'(x, t')."""
     paper = closed_forms.Field(lambda x, t, cond: (1 + t) * x - t * t)
     stage = closed_forms.stage_of(paper, data_at_one=True)
-    noise, x = closed_forms.dense(1)[None], closed_forms.dense(1)[None]
+    noise = closed_forms.dense(1)[None]
+    x = closed_forms.dense(1)[None]
     for i in range(8):
         x = x + (1 / 8) * paper.function(x, torch.tensor(i / 8), None)
     *_, (got, _) = trajectory(stage, noise, closed_forms.tokens(1), None)
@@ -215,26 +283,40 @@ def test_times_follow_their_schedules():
 
 
 def test_errors_reach_the_velocity_alone():
-    path, (x_0, eps) = FlowPath(), batches()[0]
+    path = FlowPath()
+    x_0, eps = batches()[0]
     v = torch.zeros_like(x_0, requires_grad=True)
     path.errors(v, x_0, eps).sum().backward()
     torch.testing.assert_close(v.grad, -2 * path.velocity(x_0, eps) / x_0[0].numel())
 
 
-@pytest.mark.parametrize("t", [torch.tensor([0.5, 1000.0, 0.1]), torch.tensor([-0.1, 0.5, 0.5]), torch.tensor([float("nan"), 0.5, 0.5])])
+@pytest.mark.parametrize(
+    "t",
+    [
+        torch.tensor([0.5, 1000.0, 0.1]),
+        torch.tensor([-0.1, 0.5, 0.5]),
+        torch.tensor([float("nan"), 0.5, 0.5]),
+    ],
+)
 def test_times_of_another_range_are_refused(t):
-    with pytest.raises(ValueError, match=r"FlowPath.mix\(t\): expected times from 0 \(data\) to 1 \(noise\), got .* Rescale them"):
+    with pytest.raises(
+        ValueError,
+        match=r"FlowPath.mix\(t\): expected times from 0 \(data\) to 1 \(noise\), got .* Rescale them",
+    ):
         FlowPath().mix(torch.zeros(3, 1, 2, 2, 2), t, torch.zeros(3, 1, 2, 2, 2))
 
 
-# Kinds of latents: noise named by seeds, latents that belong, pairs on disk, a step of DPO and samples, for every kind alike.
+# Kinds of latents: noise named by seeds, latents that belong, pairs on disk, a step of DPO and samples, for
+# every kind alike.
 
 
 PLACES = torch.tensor([[0, 0, 0], [0, 1, 1], [2, 1, 0]], dtype=torch.int32)
 KINDS = {
-    "grid": DenseGrid(channels=2, resolution=3), "tokens": TokenSet(tokens=5, channels=3),
-    "voxels": SparseVoxels(channels=2, resolution=3, given=4), "named": Dictionary(shapes={"shape": (5, 2), "pose": (1, 3)}),
-}  # fmt: skip
+    "grid": DenseGrid(channels=2, resolution=3),
+    "tokens": TokenSet(tokens=5, channels=3),
+    "voxels": SparseVoxels(channels=2, resolution=3, given=4),
+    "named": Dictionary(shapes={"shape": (5, 2), "pose": (1, 3)}),
+}
 EVERY = pytest.mark.parametrize("name", list(KINDS))
 
 
@@ -257,7 +339,15 @@ class OneStage:
 
     def __init__(self, name: str):
         torch.manual_seed(0)
-        self.stages = [FlowStage(name="only", model=Scale(), latents=KINDS[name], sampling=Sampling(steps=2), lora_targets=("to_out",))]
+        self.stages = [
+            FlowStage(
+                name="only",
+                model=Scale(),
+                latents=KINDS[name],
+                sampling=Sampling(steps=2),
+                lora_targets=("to_out",),
+            )
+        ]
         tokens = {c: {"a": torch.full([2, 3], float(i)), "b": torch.ones(4)} for i, c in enumerate("xy")}
         self.tokens = Conditions(tokens=tokens, zero_null=True)
 
@@ -272,7 +362,9 @@ class OneStage:
 
 
 def given(name: str, n: int) -> list:
-    return [SparseSample(PLACES, torch.full([3, 4], float(i))) if name == "voxels" else None for i in range(n)]
+    return [
+        SparseSample(PLACES, torch.full([3, 4], float(i))) if name == "voxels" else None for i in range(n)
+    ]
 
 
 def latents(name: str, n: int, seed: int = 0) -> list:
@@ -287,21 +379,26 @@ def pairs(name: str, n: int = 4) -> list[PreferencePair]:
 
 
 def same(a, b) -> bool:
-    a, b = parts_of(a), parts_of(b)
+    a = parts_of(a)
+    b = parts_of(b)
     return set(a) == set(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @EVERY
 def test_a_seed_names_a_sample_wherever_it_stands(name):
-    together, alone = latents(name, 3, seed=5), latents(name, 1, seed=6)
-    assert torch.equal(feats_of(together[1]), feats_of(alone[0])) and not torch.equal(feats_of(together[0]), feats_of(together[1]))
+    together = latents(name, 3, seed=5)
+    alone = latents(name, 1, seed=6)
+    assert torch.equal(feats_of(together[1]), feats_of(alone[0])) and not torch.equal(
+        feats_of(together[0]), feats_of(together[1])
+    )
     many = torch.cat([feats_of(one).flatten() for one in latents(name, 200)])
     assert abs(many.mean()) < 0.1 and abs(many.std() - 1) < 0.1
 
 
 @EVERY
 def test_latents_of_another_kind_are_refused_and_pairs_come_back_from_disk(name, tmp_path):
-    made, stage = pairs(name), OneStage(name).stages[0]
+    made = pairs(name)
+    stage = OneStage(name).stages[0]
     write_pairs(tmp_path, made, {})
     for old, new in zip(made, read_pairs(tmp_path, stage)[0], strict=True):
         assert same(old.preferred, new.preferred) and same(old.rejected, new.rejected)
@@ -338,27 +435,38 @@ def test_one_stage_is_trained_its_adapter_kept_under_its_own_names_and_sampled(n
     lora = LoraConfig(rank=1, alpha=2, targets=("to_out",))
     config = tiny_config(steps=2, log_every=1, dpo=DpoConfig(beta=20.0, condition_dropout=0.5), lora=lora)
     result = train_stage(pipeline, "only", pairs(name), config, tmp_path / "run", say=lambda text: None)
-    assert result.stats[0]["loss"] == pytest.approx(math.log(2), abs=1e-3) and result.stats[-1]["grad_norm"] > 0
+    assert (
+        result.stats[0]["loss"] == pytest.approx(math.log(2), abs=1e-3) and result.stats[-1]["grad_norm"] > 0
+    )
     names = {key for key in read(result.weights / "adapter_model.safetensors", "test")}
     assert names == {f"base_model.model.to_out.lora_{part}.weight" for part in "AB"}
     tuned = tuned_model(pipeline.stages[0].model, result.weights, merge=True)
     assert set(tuned.state_dict()) == {"to_out.weight", "to_out.bias"}
     (asset,) = generate(pipeline, ["x"], [0], {"only": tuned}, stages_given={"only": given(name, 1)})
     assert feats_of(asset).isfinite().all()
-    assert not torch.equal(feats_of(asset), feats_of(generate(pipeline, ["x"], [0], stages_given={"only": given(name, 1)})[0]))
+    assert not torch.equal(
+        feats_of(asset), feats_of(generate(pipeline, ["x"], [0], stages_given={"only": given(name, 1)})[0])
+    )
 
 
 @EVERY
 def test_guidance_and_the_other_end_of_time_hold_for_every_kind(name):
     pipeline = OneStage(name)
-    stage, noise = pipeline.stages[0], KINDS[name].noise("test", [3], given(name, 1))
-    cond, null = pipeline.conditions(["y"], "only"), pipeline.no_condition(1, "only")
+    stage = pipeline.stages[0]
+    noise = KINDS[name].noise("test", [3], given(name, 1))
+    cond = pipeline.conditions(["y"], "only")
+    null = pipeline.no_condition(1, "only")
     with torch.no_grad():
         v, v_null = (feats_of(stage.velocity(noise, torch.ones(1), c)) for c in (cond, expanded(null, cond)))
     one = Sampling(steps=1, cfg_strength=2.0, cfg_interval=(0.0, 1.0))
-    torch.testing.assert_close(feats_of(sample(stage, noise, cond, null, one)), feats_of(noise) - (3 * v - 2 * v_null))
+    torch.testing.assert_close(
+        feats_of(sample(stage, noise, cond, null, one)), feats_of(noise) - (3 * v - 2 * v_null)
+    )
     turned = replace(stage, data_at_one=True)
-    assert torch.equal(feats_of(turned.velocity(noise, torch.ones(1), cond)), -feats_of(stage.velocity(noise, torch.zeros(1), cond)))
+    assert torch.equal(
+        feats_of(turned.velocity(noise, torch.ones(1), cond)),
+        -feats_of(stage.velocity(noise, torch.zeros(1), cond)),
+    )
     assert set(turned.model.state_dict()) == {"to_out.weight", "to_out.bias"}
 
 
@@ -375,5 +483,8 @@ def test_conditions_by_name(tmp_path):
         each(torch.add, cond, torch.ones(1))
     with pytest.raises(ValueError, match="one row per sample, got"):
         rows({"a": torch.ones(2), "b": torch.ones(3)})
-    with pytest.raises(ValueError, match=r"stage: expected embeddings \[2, 3\], got \{'a': \[2, 3\], 'b': \[4\]\}. Embed them with DINO"):
+    with pytest.raises(
+        ValueError,
+        match=r"stage: expected embeddings \[2, 3\], got \{'a': \[2, 3\], 'b': \[4\]\}. Embed them with DINO",
+    ):
         again.check("stage", [2, 3], "DINO")

@@ -50,7 +50,8 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_two_ranks_equal_one(tmp_path, two, case):
     one = case_of(tmp_path / "run", case, batch_gpu=4)  # as many passes, so the same dropout
     assert json.loads((two / case / "result.json").read_text())["kept_step"] == one.kept_step
-    expected, got = weights(one.weights), weights(two / case / "policy")
+    expected = weights(one.weights)
+    got = weights(two / case / "policy")
     for name, value in expected.items():
         assert torch.allclose(got[name], value, rtol=1e-4, atol=1e-6), name
     lines = [json.loads(line) for line in (two / case / "stats.jsonl").read_text().splitlines()]
@@ -94,10 +95,16 @@ def test_ten_updates_of_every_parameter_divided_over_two_ranks_equal_one_process
     for a, b in zip(one.stats, lines, strict=True):
         for name in a.keys() - {"time_bins"}:
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), (a["step"], name)
-    expected, got, base = (read(load_network(stage), folder) for read, folder in (
-        (tuned_state, one.weights), (tuned_state, tmp_path / "two" / "policy"), (lambda model, _: model.state_dict(), None)
-    ))  # fmt: skip
-    keys = ("to_qkv.bias", "to_kv.bias")  # a bias of keys adds the same to all scores: its gradient is rounding, which Adam magnifies
+    expected, got, base = (
+        read(load_network(stage), folder)
+        for read, folder in (
+            (tuned_state, one.weights),
+            (tuned_state, tmp_path / "two" / "policy"),
+            (lambda model, _: model.state_dict(), None),
+        )
+    )
+    # a bias of keys adds the same to all scores: its gradient is rounding, which Adam magnifies
+    keys = ("to_qkv.bias", "to_kv.bias")
     base = {name: value for name, value in base.items() if not name.endswith(keys)}
     moved = max(float((expected[name] - base[name]).abs().max()) for name in base)
     apart = max(float((expected[name] - got[name]).abs().max()) for name in base)

@@ -1,4 +1,6 @@
-"""Tuning on people's pairs and its verdict: labels that can be learnt are, answers given at random teach nothing."""
+"""Tuning on people's pairs and its verdict: labels that can be learnt are, answers given at random teach
+nothing.
+"""
 
 import functools
 import json
@@ -33,30 +35,50 @@ def run(problem, folder, seed=0, said=None, **changes):
 
 @pytest.mark.long
 def test_a_tiny_hunyuan3d_learns_labels_and_keeps_nothing_of_answers_by_coin(root, tmp_path):
-    """Held-out labels of one-stage families used to be thrown away, and the last update was kept whatever the labels were."""
-    problem, said, short = labelled.shapes(root, 0, per_condition=4), [], {**SHAPES, "steps": 30, "held_out_every": 15}
+    """Held-out labels of one-stage families used to be thrown away, and the last update was kept whatever the
+    labels were.
+    """
+    problem = labelled.shapes(root, 0, per_condition=4)
+    said = []
+    short = {**SHAPES, "steps": 30, "held_out_every": 15}
     report = run(problem, tmp_path / "tune-00", said=said, **short)
     found = report["stages"]["shape"]
-    assert found["learnt"] and report["kept"] == ["shape"] and found["held_out"]["interval"][0] > 0.5 and found["above_control"][1] > 0
-    assert found["held_out"]["accuracy"] > found["control"]["accuracy"] and any("Stage 'shape': learnt: accuracy" in line for line in said)
+    assert (
+        found["learnt"]
+        and report["kept"] == ["shape"]
+        and found["held_out"]["interval"][0] > 0.5
+        and found["above_control"][1] > 0
+    )
+    assert found["held_out"]["accuracy"] > found["control"]["accuracy"] and any(
+        "Stage 'shape': learnt: accuracy" in line for line in said
+    )
     base = problem.pipeline.stages[0].model
     for place in ("shape", "control/shape"):
         tuned_model(base, tmp_path / "tune-00" / place)
     text = (tmp_path / "tune-00" / "report.md").read_text()
     assert text.startswith("# Learnt: shape") and "**learnt**" in text and "with shuffled labels" in text
-    lines = [json.loads(line) for line in (tmp_path / "tune-00" / "training" / "shape" / "stats.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "tune-00" / "training" / "shape" / "stats.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines if "held_out_accuracy" in line] == [0, 15, 30]
 
     report = run(labelled.by_coin(problem, 0), tmp_path / "tune-01", said=said, **{**short, "steps": 10})
-    assert report["kept"] == [] and not (tmp_path / "tune-01" / "shape").exists() and (tmp_path / "tune-01" / "control" / "shape").exists()
+    assert (
+        report["kept"] == []
+        and not (tmp_path / "tune-01" / "shape").exists()
+        and (tmp_path / "tune-01" / "control" / "shape").exists()
+    )
     assert said[-1] == f"{NOTHING.capitalize()}: the base stays as it is."
     assert "the base stays" in (tmp_path / "tune-01" / "report.md").read_text().splitlines()[0]
 
 
 def test_the_same_call_goes_on_and_gives_the_same_report(root, tmp_path, monkeypatch):
-    problem, short = labelled.shapes(root, 1, conditions=12, per_condition=2), {**SHAPES, "steps": 2}
+    problem = labelled.shapes(root, 1, conditions=12, per_condition=2)
+    short = {**SHAPES, "steps": 2}
     whole = run(problem, tmp_path / "a", **short)
-    train_stage, calls = module.train_stage, []
+    train_stage = module.train_stage
+    calls = []
 
     def stopped(*args, **options):
         calls.append(1)
@@ -78,8 +100,13 @@ def enough(stage, names):
 
 
 def tiny(**changes):
-    return tiny_problem(unseen_pairs=enough, choosing_conditions=("white",), held_out_conditions=("grey", "pink", "black", "brown"),
-                        human_pairs=functools.cache(human_pairs), **changes)  # fmt: skip
+    return tiny_problem(
+        unseen_pairs=enough,
+        choosing_conditions=("white",),
+        held_out_conditions=("grey", "pink", "black", "brown"),
+        human_pairs=functools.cache(human_pairs),
+        **changes,
+    )
 
 
 def test_all_stages_with_pairs_are_tuned_by_default(tmp_path):
@@ -94,7 +121,9 @@ def test_all_stages_with_pairs_are_tuned_by_default(tmp_path):
 def test_the_loop_and_its_control(tmp_path):
     said: list[str] = []
     report = tune(tiny(), Tuning(circular=SETTINGS, loop=True), tmp_path, say=said.append)
-    assert set(report["stages"]) == {"structure", "voxels"} and all(found["control"] for found in report["stages"].values())
+    assert set(report["stages"]) == {"structure", "voxels"} and all(
+        found["control"] for found in report["stages"].values()
+    )
     assert set(report["judges"]) == {"reward", "chooser", "final"}
     assert (tmp_path / "control" / "structure" / "policy.json").exists()
     assert any("Judge 'reward' orders" in line for line in said)
@@ -102,8 +131,11 @@ def test_the_loop_and_its_control(tmp_path):
 
 def test_a_judge_that_knows_nothing_is_told(tmp_path):
     """Win rates of judges that order pairs like a coin used to be printed and believed."""
+
     def deaf(assets, conditions):
-        return torch.tensor([hash((round(a.value, 4), c)) % 997 / 997 for a, c in zip(assets, conditions, strict=True)])
+        return torch.tensor(
+            [hash((round(a.value, 4), c)) % 997 / 997 for a, c in zip(assets, conditions, strict=True)]
+        )
 
     problem = tiny(reward=deaf)
     found = judge_accuracies(problem)
@@ -115,7 +147,8 @@ def test_a_judge_that_knows_nothing_is_told(tmp_path):
 def test_the_control_learns_from_half_turned_pairs_and_is_chosen_by_true_ones():
     problem = tiny()
     control = shuffled(problem, 3)
-    own, other = problem.human_pairs("voxels"), control.human_pairs("voxels")
+    own = problem.human_pairs("voxels")
+    other = control.human_pairs("voxels")
     assert sum(a.preferred is not b.preferred for a, b in zip(own, other, strict=True)) == len(own) / 2
     both = (of.pairs_to_choose("voxels") for of in (problem, control))
     assert all(torch.equal(a.preferred.feats, b.preferred.feats) for a, b in zip(*both, strict=True))
@@ -124,7 +157,9 @@ def test_the_control_learns_from_half_turned_pairs_and_is_chosen_by_true_ones():
 
 def test_too_few_labels_are_refused_before_anything_is_trained(tmp_path):
     problem = replace(tiny(), held_out_conditions=("grey", "pink"))
-    with pytest.raises(ValueError, match="to choose on and 3 to tell by, got 3 to train on, 1 to choose on, 2 to tell by"):
+    with pytest.raises(
+        ValueError, match="to choose on and 3 to tell by, got 3 to train on, 1 to choose on, 2 to tell by"
+    ):
         tune(problem, Tuning(circular=SETTINGS), tmp_path, say=lambda line: None)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="expected one of structure, voxels, got 'mesh'"):
@@ -133,14 +168,17 @@ def test_too_few_labels_are_refused_before_anything_is_trained(tmp_path):
 
 # Minutes: what the page of results says.
 
-RANDOM, SEEDS = range(100, 120), (3, 4, 5)  # of sets of answers; no setting was chosen on any
+# of sets of answers; no setting was chosen on any
+RANDOM = range(100, 120)
+SEEDS = (3, 4, 5)
 
 
 def told(report) -> str:
     return "; ".join(
-        f"{stage} {found['held_out']['accuracy']:.3f} [{found['held_out']['interval'][0]:.3f}, {found['held_out']['interval'][1]:.3f}], "
-        f"control {found['control']['accuracy']:.3f}, difference {found['above_control'][0]:+.3f} [{found['above_control'][1]:+.3f}, "
-        f"{found['above_control'][2]:+.3f}]: {'learnt' if found['learnt'] else 'nothing'}"
+        f"{stage} {found['held_out']['accuracy']:.3f} [{found['held_out']['interval'][0]:.3f},"
+        f" {found['held_out']['interval'][1]:.3f}], control {found['control']['accuracy']:.3f}, difference"
+        f" {found['above_control'][0]:+.3f} [{found['above_control'][1]:+.3f},"
+        f" {found['above_control'][2]:+.3f}]: {'learnt' if found['learnt'] else 'nothing'}"
         for stage, found in report["stages"].items()
     )
 
@@ -149,11 +187,14 @@ def told(report) -> str:
 @pytest.mark.parametrize("what", ["toy", "shapes"])
 def test_learnable_labels_are_learnt_with_three_seeds(what, root, tmp_path):
     for seed in SEEDS:
-        problem, changes = (labelled.toy(seed), {}) if what == "toy" else (labelled.shapes(root, seed), SHAPES)
+        problem, changes = (
+            (labelled.toy(seed), {}) if what == "toy" else (labelled.shapes(root, seed), SHAPES)
+        )
         report = run(problem, tmp_path / str(seed), seed, **changes)
         print(f"\n{what}, seed {seed}: {told(report)}", flush=True)
         assert set(report["kept"]) == {stage for stage, found in report["stages"].items() if found["learnt"]}
-        assert report["kept"] if what == "toy" else len(report["kept"]) == len(report["stages"])  # of the toy's two stages one or both
+        # of the toy's two stages one or both
+        assert report["kept"] if what == "toy" else len(report["kept"]) == len(report["stages"])
 
 
 @pytest.mark.long
@@ -161,8 +202,11 @@ def test_learnable_labels_are_learnt_with_three_seeds(what, root, tmp_path):
 def test_of_twenty_sets_of_random_answers_nineteen_teach_nothing(what, root, tmp_path):
     kept = []
     for seed in RANDOM:
-        problem, changes = (labelled.toy(seed, 1), {"steps": 20, "held_out_every": 10, "batch": 8}) if what == "toy" else (
-            labelled.shapes(root, seed), {**SHAPES, "steps": 30, "held_out_every": 10})  # fmt: skip
+        problem, changes = (
+            (labelled.toy(seed, 1), {"steps": 20, "held_out_every": 10, "batch": 8})
+            if what == "toy"
+            else (labelled.shapes(root, seed), {**SHAPES, "steps": 30, "held_out_every": 10})
+        )
         report = run(labelled.by_coin(problem, seed), tmp_path / str(seed), seed, **changes)
         print(f"\n{what}, random {seed}: {told(report)}", flush=True)
         kept += [seed] if report["kept"] else []

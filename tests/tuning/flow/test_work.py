@@ -12,15 +12,23 @@ from eg3d_rlhf.tuning.flow import work as works
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.work import SPLITS, Work, divide
 
-NAMES = [f"{colour} {shape}" for colour in ("red", "green", "blue", "pink", "white") for shape in ("ball", "box")]
+NAMES = [
+    f"{colour} {shape}" for colour in ("red", "green", "blue", "pink", "white") for shape in ("ball", "box")
+]
 
 
 @pytest.fixture
 def work(tmp_path):
     return Work(
-        folder=tmp_path / "WORK", pipeline="toy", family="toy", stages=("structure", "voxels"), kind="prompts", up="z",
-        splits=divide(NAMES, 0), files=works.hashes(family_of("toy").files("toy")),
-    ).write()  # fmt: skip
+        folder=tmp_path / "WORK",
+        pipeline="toy",
+        family="toy",
+        stages=("structure", "voxels"),
+        kind="prompts",
+        up="z",
+        splits=divide(NAMES, 0),
+        files=works.hashes(family_of("toy").files("toy")),
+    ).write()
 
 
 def drawn(work):
@@ -37,28 +45,45 @@ def drawn(work):
 
 def shape(work, line, **changes):
     path = work.drawn() / line["look_at"]
-    return replace(Shape.of_asset(
-        generator="base", source=str(path), seed=line["seed"], file=file_hash(path), condition=line["condition"]
-    ), **changes)
+    return replace(
+        Shape.of_asset(
+            generator="base",
+            source=str(path),
+            seed=line["seed"],
+            file=file_hash(path),
+            condition=line["condition"],
+        ),
+        **changes,
+    )
 
 
 def answered(work, pairs, choose):
-    """A campaign whose pairs one person answers; choose: from the assets' names, left and right, to a choice."""
+    """A campaign whose pairs one person answers; choose:
+    from the assets' names, left and right, to a choice.
+    """
     with open_store(work.database, create=True) as store:
-        settings = CampaignSettings(name=work.campaign, repeat_share=0.5, swap_share=0, repeat_gap=1, gold_every=0, both_bad=True)
+        settings = CampaignSettings(
+            name=work.campaign, repeat_share=0.5, swap_share=0, repeat_gap=1, gold_every=0, both_bad=True
+        )
         campaign = store.create_campaign(settings, [PlannedPair(first=a, second=b) for a, b in pairs])
         ann = store.annotator_without_token("ann").id
         shapes = dict(store.shapes(campaign))
         while given := store.assignments(campaign, ann, 1):
             sides = [shapes[token] for token in (given[0].left, given[0].right)]
-            store.submit(campaign, ann, Answer(key=given[0].token, assignment=given[0].token, choice=choose(*sides)))
+            store.submit(
+                campaign, ann, Answer(key=given[0].token, assignment=given[0].token, choice=choose(*sides))
+            )
 
 
 def test_conditions_are_divided_by_their_names_alone():
     splits = divide(NAMES, 0)
     assert sorted(name for split in SPLITS for name in splits[split]) == sorted(NAMES)
     assert {split: len(splits[split]) for split in SPLITS} == {"train": 6, "choose": 2, "test": 2}
-    assert {k: set(v) for k, v in divide(NAMES[::-1], 0).items()} == {k: set(v) for k, v in splits.items()} != divide(NAMES, 1)
+    assert (
+        {k: set(v) for k, v in divide(NAMES[::-1], 0).items()}
+        == {k: set(v) for k, v in splits.items()}
+        != divide(NAMES, 1)
+    )
     with pytest.raises(ValueError, match="--split"):
         divide(NAMES, 0, (0.8, 0.2, 0.0))
     with pytest.raises(ValueError, match="--split"):
@@ -75,8 +100,12 @@ def test_a_folder_is_what_it_was_made_of(work, tmp_path):
         Work.open(tmp_path / "OTHER")
     path = work.folder / works.FILE
     written = json.loads(path.read_text())
-    for change, words in (({"format": 2}, "another version"), ({"stages": None}, "Restore"), ({"more": 1}, "Restore"),
-                          ({"splits": {**written["splits"], "test": []}}, "--split")):
+    for change, words in (
+        ({"format": 2}, "another version"),
+        ({"stages": None}, "Restore"),
+        ({"more": 1}, "Restore"),
+        ({"splits": {**written["splits"], "test": []}}, "--split"),
+    ):
         path.write_text(json.dumps({**written, **change}))
         with pytest.raises(ValueError, match=words):
             Work.open(work.folder)
@@ -100,7 +129,9 @@ def test_folders_are_numbered(work):
     assert work.numbered("tune") == [] and work.next("tune").name == "tune-00"
     for name in ("tune-00", "tune-02", "tune-old", "study-07"):
         (work.folder / name).mkdir()
-    assert [path.name for path in work.numbered("tune")] == ["tune-00", "tune-02"] and work.next("tune").name == "tune-03"
+    assert [path.name for path in work.numbered("tune")] == ["tune-00", "tune-02"] and work.next(
+        "tune"
+    ).name == "tune-03"
 
 
 def test_answers_are_mapped_to_what_was_drawn(work):

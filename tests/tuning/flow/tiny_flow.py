@@ -1,6 +1,8 @@
-"""A generator of two stages small enough for a test: exact flows of normal data, plus one linear layer that training moves.
+"""A generator of two stages small enough for a test: exact flows of normal data, plus one linear layer that
+training moves.
 
-Stage "structure" is dense, [1, 2, 2, 2]; voxels are where it is above 0. Stage "voxels" has two channels. An asset is a SparseSample.
+Stage "structure" is dense, [1, 2, 2, 2]; voxels are where it is above 0. Stage "voxels" has two channels. An
+asset is a SparseSample.
 """
 
 import torch
@@ -18,7 +20,9 @@ TARGET = 0.7  # mean of the features that judges like best
 
 
 class LinearFlow(torch.nn.Module):
-    """v of standard normal data, which is known, plus a linear function of x_t, t x_t, the condition, and both by time."""
+    """v of standard normal data, which is known, plus a linear function of x_t, t x_t, the condition, and
+    both by time.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -28,7 +32,8 @@ class LinearFlow(torch.nn.Module):
     def forward(self, x_t, t, cond):
         rows = feats_of(x_t) if isinstance(x_t, SparseBatch) else feats_of(x_t).movedim(1, -1)  # [..., C]
         time = spread(t, x_t).expand(*rows.shape[:-1], 1)
-        c = torch.cat([spread(one, x_t).expand(*rows.shape[:-1], 1) for one in cond.mean(1).T], -1)  # [..., 2]
+        # [..., 2]
+        c = torch.cat([spread(one, x_t).expand(*rows.shape[:-1], 1) for one in cond.mean(1).T], -1)
         exact = rows * (2 * time - 1) / ((1 - time) ** 2 + time**2)
         v = exact + self.to_out(torch.cat([rows, time * rows, c, time * c], -1))
         return with_feats(x_t, v if isinstance(x_t, SparseBatch) else v.movedim(-1, 1))
@@ -41,10 +46,18 @@ class TinyPipeline:
         common = {"path": FlowPath(schedule="uniform"), "sampling": Sampling(steps=4, cfg_strength=0.0)}
         self.stages = [
             FlowStage(
-                name="structure", model=LinearFlow(1), latents=DenseGrid(channels=1, resolution=R), lora_targets=("to_out",), **common
+                name="structure",
+                model=LinearFlow(1),
+                latents=DenseGrid(channels=1, resolution=R),
+                lora_targets=("to_out",),
+                **common,
             ),
             FlowStage(
-                name="voxels", model=LinearFlow(2), latents=SparseVoxels(channels=2, resolution=R), lora_targets=("to_out",), **common
+                name="voxels",
+                model=LinearFlow(2),
+                latents=SparseVoxels(channels=2, resolution=R),
+                lora_targets=("to_out",),
+                **common,
             ),
         ]
 
@@ -73,14 +86,22 @@ def voxel_pairs(n: int, gap: float = 0.5, seed: int = 0, w2: bool = False) -> li
     generator = torch.Generator().manual_seed(seed)
 
     def latent(mean):
-        places = torch.randperm(R**3, generator=generator)[: 1 + int(torch.randint(R**3, [], generator=generator))].sort().values
+        places = (
+            torch.randperm(R**3, generator=generator)[: 1 + int(torch.randint(R**3, [], generator=generator))]
+            .sort()
+            .values
+        )
         coords = torch.stack([places // 4, places // 2 % 2, places % 2], 1).int()
         return SparseSample(coords, mean + torch.randn(len(places), 2, generator=generator))
 
     weights = 0.5 + torch.rand(n, generator=generator)
     return [
         PreferencePair(
-            id=f"pair-{i}", condition=NAMES[i % 3], stage="voxels", preferred=latent(gap), rejected=latent(-gap),
+            id=f"pair-{i}",
+            condition=NAMES[i % 3],
+            stage="voxels",
+            preferred=latent(gap),
+            rejected=latent(-gap),
             w2=float(weights[i]) if w2 else None,
         )
         for i in range(n)
@@ -90,7 +111,13 @@ def voxel_pairs(n: int, gap: float = 0.5, seed: int = 0, w2: bool = False) -> li
 def structure_pairs(n: int, gap: float = 0.5, seed: int = 0) -> list[PreferencePair]:
     """The same of the first stage."""
     generator = torch.Generator().manual_seed(seed)
-    latents = [(torch.randn(1, R, R, R, generator=generator) + gap, torch.randn(1, R, R, R, generator=generator) - gap) for _ in range(n)]
+    latents = [
+        (
+            torch.randn(1, R, R, R, generator=generator) + gap,
+            torch.randn(1, R, R, R, generator=generator) - gap,
+        )
+        for _ in range(n)
+    ]
     return [
         PreferencePair(id=f"pair-{i}", condition=NAMES[i % 3], stage="structure", preferred=a, rejected=b)
         for i, (a, b) in enumerate(latents)
@@ -100,7 +127,15 @@ def structure_pairs(n: int, gap: float = 0.5, seed: int = 0) -> list[PreferenceP
 def tiny_config(**changes) -> TrainConfig:
     """Settings that learn in a second."""
     settings = {
-        "dpo": DpoConfig(beta=20.0), "lora": LoraConfig(rank=2, alpha=4.0, targets=("to_out",)), "steps": 40, "batch": 8, "lr": 0.01,
-        "warmup": 5, "held_out_every": 10, "checkpoint_every": 15, "log_every": 5, "seed": 3,
-    }  # fmt: skip
+        "dpo": DpoConfig(beta=20.0),
+        "lora": LoraConfig(rank=2, alpha=4.0, targets=("to_out",)),
+        "steps": 40,
+        "batch": 8,
+        "lr": 0.01,
+        "warmup": 5,
+        "held_out_every": 10,
+        "checkpoint_every": 15,
+        "log_every": 5,
+        "seed": 3,
+    }
     return TrainConfig(**{**settings, **changes})

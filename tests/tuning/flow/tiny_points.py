@@ -19,5 +19,8 @@ def write_folder(root: Path) -> Path:
 
 def conditions() -> Conditions:
     g = torch.Generator().manual_seed(0)
-    tokens = {name: {"kind": torch.randn(1, CLASSES, generator=g), "size": torch.randn(1, generator=g)} for name in "abcd"}
+    tokens = {
+        name: {"kind": torch.randn(1, CLASSES, generator=g), "size": torch.randn(1, generator=g)}
+        for name in "abcd"
+    }
     return Conditions(tokens=tokens, zero_null=True)

@@ -1,4 +1,6 @@
-"""A problem whose every part is tiny: untrained flows of a few hundred parameters on a grid of 4; rewards count what is filled."""
+"""A problem whose every part is tiny: untrained flows of a few hundred parameters on a grid of 4; rewards
+count what is filled.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +17,12 @@ from eg3d_rlhf.tuning.flow.problem import Choosing, Problem
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowStage, Sampling, SparseVoxels
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 
-R, CHANNELS, TOKENS, EMBEDDING = 4, 3, 2, 5
-TRAINED, HELD_OUT = ("red", "green", "blue"), ("grey", "pink")
+R = 4
+CHANNELS = 3
+TOKENS = 2
+EMBEDDING = 5
+TRAINED = ("red", "green", "blue")
+HELD_OUT = ("grey", "pink")
 
 
 @dataclass(frozen=True)
@@ -32,32 +38,47 @@ class PointFlow(torch.nn.Module):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.to_q, self.to_out = torch.nn.Linear(CHANNELS + 1 + EMBEDDING, width), torch.nn.Linear(width, CHANNELS)
+            self.to_q = torch.nn.Linear(CHANNELS + 1 + EMBEDDING, width)
+            self.to_out = torch.nn.Linear(width, CHANNELS)
 
     def forward(self, x_t, t, cond):
         rows = feats_of(x_t) if isinstance(x_t, SparseBatch) else feats_of(x_t).movedim(1, -1)  # [..., C]
-        given = [spread(one, x_t).expand(*rows.shape[:-1], 1) if isinstance(x_t, SparseBatch) else
-                 one.view(-1, 1, 1, 1, 1).expand(*rows.shape[:-1], 1) for one in (t, *cond.mean(1).T)]
+        given = [
+            (
+                spread(one, x_t).expand(*rows.shape[:-1], 1)
+                if isinstance(x_t, SparseBatch)
+                else one.view(-1, 1, 1, 1, 1).expand(*rows.shape[:-1], 1)
+            )
+            for one in (t, *cond.mean(1).T)
+        ]
         v = self.to_out(self.to_q(torch.cat([rows, *given], -1)).tanh())
         return with_feats(x_t, v if isinstance(x_t, SparseBatch) else v.movedim(-1, 1).contiguous())
 
 
 class TinyPipeline:
-    """Stages "structure", "voxels" and, of three, "detail": voxels below a size are carved away at each gap and at the end."""
+    """Stages "structure", "voxels" and, of three, "detail": voxels below a size are carved away at each gap
+    and at the end.
+    """
 
     def __init__(self, stages: int = 2, seed: int = 0):
         names = ("structure", "voxels", "detail")[:stages]
         sampling = Sampling(steps=2, cfg_strength=0.0)
         self.stages = [
             FlowStage(
-                name=name, model=PointFlow(seed + i).eval(), latents=(SparseVoxels if i else DenseGrid)(channels=CHANNELS, resolution=R),
-                sampling=sampling, lora_targets=("to_q", "to_out"),
+                name=name,
+                model=PointFlow(seed + i).eval(),
+                latents=(SparseVoxels if i else DenseGrid)(channels=CHANNELS, resolution=R),
+                sampling=sampling,
+                lora_targets=("to_q", "to_out"),
             )
             for i, name in enumerate(names)
         ]
 
     def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
-        rows = [torch.randn(TOKENS, EMBEDDING, generator=torch.Generator().manual_seed(len(name))) for name in names]
+        rows = [
+            torch.randn(TOKENS, EMBEDDING, generator=torch.Generator().manual_seed(len(name)))
+            for name in names
+        ]
         return torch.stack(rows)
 
     def no_condition(self, n: int, stage: str) -> torch.Tensor:
@@ -114,34 +135,65 @@ def by_part(assets: Sequence[TinyAsset], conditions: Sequence[str]) -> dict[str,
 
 
 def human_pairs(stage: str, per_condition: int = 4) -> list[PreferencePair]:
-    """Drafts in twos: the preferred one has a fuller structure, and larger voxels, of which fewer are carved away."""
-    pairs, g = [], torch.Generator().manual_seed(5)
+    """Drafts in twos: the preferred one has a fuller structure, and larger voxels, of which fewer are carved
+    away.
+    """
+    pairs = []
+    g = torch.Generator().manual_seed(5)
     for condition in TRAINED:
         for k in range(per_condition):
             drafts = []
             for fill, size in ((0.7, 1.0), (0.4, -0.6)):
                 filled = torch.rand(R, R, R, generator=g) < fill
-                feats = torch.randn(int(filled.sum()), CHANNELS, generator=g) * 0.3 + torch.tensor([size, 0.0, 0.0])
+                feats = torch.randn(int(filled.sum()), CHANNELS, generator=g) * 0.3 + torch.tensor(
+                    [size, 0.0, 0.0]
+                )
                 dense = (filled.float() * 2 - 1).expand(CHANNELS, R, R, R).clone()
                 drafts.append(dense if stage == "structure" else SparseSample(filled.nonzero().int(), feats))
             preferred, rejected = drafts
-            pairs.append(PreferencePair(id=f"{condition}-{k}", condition=condition, stage=stage, preferred=preferred, rejected=rejected))
+            pairs.append(
+                PreferencePair(
+                    id=f"{condition}-{k}",
+                    condition=condition,
+                    stage=stage,
+                    preferred=preferred,
+                    rejected=rejected,
+                )
+            )
     return pairs
 
 
 def tiny_problem(stages: int = 2, **changes) -> Problem:
     problem = Problem(
-        pipeline=TinyPipeline(stages), human_pairs=human_pairs, reward=full, chooser=fuller, final=fullest,
-        train_conditions=TRAINED, held_out_conditions=HELD_OUT, identity={"problem": "tiny", "stages": stages}, parts=by_part,
+        pipeline=TinyPipeline(stages),
+        human_pairs=human_pairs,
+        reward=full,
+        chooser=fuller,
+        final=fullest,
+        train_conditions=TRAINED,
+        held_out_conditions=HELD_OUT,
+        identity={"problem": "tiny", "stages": stages},
+        parts=by_part,
     )
     return replace(problem, **changes)
 
 
 HUMAN = TrainConfig(
-    dpo=DpoConfig(beta=20.0), lora=LoraConfig(rank=2, alpha=4), steps=6, batch=4, lr=0.05, warmup=1, held_out_every=2, log_every=2,
-    checkpoint_every=2, max_drop=1.0,
-)  # fmt: skip
+    dpo=DpoConfig(beta=20.0),
+    lora=LoraConfig(rank=2, alpha=4),
+    steps=6,
+    batch=4,
+    lr=0.05,
+    warmup=1,
+    held_out_every=2,
+    log_every=2,
+    checkpoint_every=2,
+    max_drop=1.0,
+)
 SETTINGS = CircularSettings(
-    human=HUMAN, loop=anchored(HUMAN), sft=supervised(HUMAN), loop_pairs=LoopPairsConfig(per_pair=2, batch=8, chunk=5),
+    human=HUMAN,
+    loop=anchored(HUMAN),
+    sft=supervised(HUMAN),
+    loop_pairs=LoopPairsConfig(per_pair=2, batch=8, chunk=5),
     choosing=Choosing(per_condition=2, batch=8),
 )

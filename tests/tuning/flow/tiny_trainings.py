@@ -12,18 +12,37 @@ from eg3d_rlhf.tuning.flow.train_pairs import train_stage
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, likes_target, tiny_config, voxel_pairs
 from training.distributed import SINGLE
 
-FINISHED = ("stats.jsonl", "warnings.json", "result.json", "policy/policy.json", "policy/adapter_model.safetensors")
+FINISHED = (
+    "stats.jsonl",
+    "warnings.json",
+    "result.json",
+    "policy/policy.json",
+    "policy/adapter_model.safetensors",
+)
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.3, targets=("to_out",))
 EVERYTHING = {  # that a resumed run must get right
-    "dpo": DpoConfig(beta=20.0, condition_dropout=0.2), "lora": LORA, "batch_gpu": 4, "held_out_every": 15,
-    "log_every": 4, "checkpoint_every": 10, "patience": 50, "max_drop": 1.0,
-}  # fmt: skip
+    "dpo": DpoConfig(beta=20.0, condition_dropout=0.2),
+    "lora": LORA,
+    "batch_gpu": 4,
+    "held_out_every": 15,
+    "log_every": 4,
+    "checkpoint_every": 10,
+    "patience": 50,
+    "max_drop": 1.0,
+}
 CASES = {  # for several ranks
     "dpo": {"dpo": DpoConfig(beta=20.0, condition_dropout=0.2), "lora": LORA},
     "sft": {"dpo": DpoConfig(kind="sft"), "lora": None},
     "full": {"dpo": DpoConfig(beta=20.0), "lora": None},
 }
-SHORT = {"steps": 12, "held_out_every": 4, "log_every": 2, "checkpoint_every": 5, "patience": 50, "max_drop": 1.0}
+SHORT = {
+    "steps": 12,
+    "held_out_every": 4,
+    "log_every": 2,
+    "checkpoint_every": 5,
+    "patience": 50,
+    "max_drop": 1.0,
+}
 
 
 def silent(line):
@@ -32,14 +51,23 @@ def silent(line):
 
 def run(out, pairs=None, config=None, pipeline=None, stage="voxels", **options):
     """One training; prints nothing."""
-    pairs, config = voxel_pairs(24) if pairs is None else pairs, config or tiny_config()
+    pairs = voxel_pairs(24) if pairs is None else pairs
+    config = config or tiny_config()
     return train_stage(pipeline or TinyPipeline(), stage, pairs, config, out, **{"say": silent, **options})
 
 
 def judge(pipeline, per_condition=8, **options) -> HeldOut:
     """Win rate of networks of the second stage."""
     conditions, seeds = crossed(NAMES, per_condition, 0)
-    return HeldOut(pipeline=pipeline, stage="voxels", reward=likes_target, conditions=conditions, seeds=seeds, batch=64, **options)
+    return HeldOut(
+        pipeline=pipeline,
+        stage="voxels",
+        reward=likes_target,
+        conditions=conditions,
+        seeds=seeds,
+        batch=64,
+        **options,
+    )
 
 
 def with_everything(out, **options):
@@ -49,7 +77,9 @@ def with_everything(out, **options):
 
 
 def case_of(out: Path, name: str, batch_gpu: int | None = None, stop: bool = False, **options):
-    """A short training of CASES; stop: a SIGTERM comes to the process that prints, after the second update."""
+    """A short training of CASES; stop: a SIGTERM comes to the process that prints,
+    after the second update.
+    """
     pipeline = TinyPipeline()
 
     def say(line):
@@ -76,7 +106,11 @@ def interrupt():
 
 
 def toy_case(out: Path, stage: str, **options):
-    """Ten updates of every parameter of a bundled network; of 30 pairs, so that a batch runs over the end of a pass."""
+    """Ten updates of every parameter of a bundled network; of 30 pairs, so that a batch runs over the end of
+    a pass.
+    """
     problem = toy_problem(0)
     config = tiny_config(lora=None, steps=10, batch=8, batch_gpu=4, lr=1e-4, warmup=0, log_every=1)
-    return train_stage(problem.pipeline, stage, problem.human_pairs(stage)[:30], config, out, say=silent, **options)
+    return train_stage(
+        problem.pipeline, stage, problem.human_pairs(stage)[:30], config, out, say=silent, **options
+    )

@@ -1,4 +1,6 @@
-"""Early stop: the second reward and the distance choose the snapshot, training stays as it was, and a resume keeps the same one."""
+"""Early stop: the second reward and the distance choose the snapshot, training stays as it was, and a resume
+keeps the same one.
+"""
 
 import dataclasses
 import json
@@ -17,18 +19,31 @@ from eg3d_rlhf.tuning.gan.watch import PSI
 from tests import tiny_runs
 from training import networks, storage
 
-GAINS = {"clear": np.array([1.0, 1.1, 0.9, 1.0]), "faint": np.array([1.0, -0.5, 0.6, -0.7]), "none": np.zeros(4), "loss": -np.ones(4)}
+GAINS = {
+    "clear": np.array([1.0, 1.1, 0.9, 1.0]),
+    "faint": np.array([1.0, -0.5, 0.6, -0.7]),
+    "none": np.zeros(4),
+    "loss": -np.ones(4),
+}
 
 
 @pytest.mark.parametrize(
     ("errors", "limit", "distance", "kept", "gain", "expected"),
     [
-        (0, None, 2.0, 1.0, "clear", True), (0, None, 2.0, 1.0, "faint", True), (0, None, 2.0, 1.0, "none", False),
-        (2, None, 2.0, 1.0, "clear", True), (2, None, 2.0, 1.0, "faint", False), (0, None, 2.0, 1.0, "loss", False),
-        (2, None, 1.0, 2.0, "none", True), (2, None, 1.0, 2.0, "faint", True), (2, None, 1.0, 2.0, "loss", False),
-        (0, 1.5, 2.0, 1.0, "clear", False), (0, 1.5, 1.0, 2.0, "loss", True), (0, 0.5, 1.0, 2.0, "loss", True),
+        (0, None, 2.0, 1.0, "clear", True),
+        (0, None, 2.0, 1.0, "faint", True),
+        (0, None, 2.0, 1.0, "none", False),
+        (2, None, 2.0, 1.0, "clear", True),
+        (2, None, 2.0, 1.0, "faint", False),
+        (0, None, 2.0, 1.0, "loss", False),
+        (2, None, 1.0, 2.0, "none", True),
+        (2, None, 1.0, 2.0, "faint", True),
+        (2, None, 1.0, 2.0, "loss", False),
+        (0, 1.5, 2.0, 1.0, "clear", False),
+        (0, 1.5, 1.0, 2.0, "loss", True),
+        (0, 0.5, 1.0, 2.0, "loss", True),
     ],
-)  # fmt: skip
+)
 def test_the_rule(errors, limit, distance, kept, gain, expected):
     config = EarlyStopConfig(early_stop=float(errors), early_stop_distance=limit)
     assert replaces(config, distance, kept, GAINS[gain]) is expected
@@ -40,32 +55,57 @@ def test_the_distance_is_the_mean_difference_of_densities():
     spec = SlabSpec.of(of(one).bounds, 6)
     for seed, found in zip(range(3), consistency(one, other, 6, seeds=range(3), batch=2), strict=True):
         with torch.no_grad():
-            a, b = (of(g).field(ws_of_seeds(g, [seed], truncation_psi=PSI)).density_grid(spec)[0].double() for g in (one, other))
+            a, b = (
+                of(g).field(ws_of_seeds(g, [seed], truncation_psi=PSI)).density_grid(spec)[0].double()
+                for g in (one, other)
+            )
         assert found == pytest.approx(float((a - b).abs().sum() / 6**3), rel=1e-4) and found > 0
 
 
 def scripted(nets, values, distances, monkeypatch, tmp_path, **config):
     """The images that are kept after each tick of a script: second rewards [N] and distances."""
-    early, kept = EarlyStop(nets, nets.G_ema, EarlyStopConfig(**config), 4, latents=4), []
+    early = EarlyStop(nets, nets.G_ema, EarlyStopConfig(**config), 4, latents=4)
+    kept = []
     for tick, (second, distance) in enumerate(zip(values, distances, strict=True), 1):
-        monkeypatch.setattr("eg3d_rlhf.tuning.gan.early_stop.consistency", lambda *_, d=distance: np.full(4, d))
-        subject, files = type("", (), {"nets": nets})(), type("", (), {"folder": tmp_path})()
+        monkeypatch.setattr(
+            "eg3d_rlhf.tuning.gan.early_stop.consistency", lambda *_, d=distance: np.full(4, d)
+        )
+        subject = type("", (), {"nets": nets})()
+        files = type("", (), {"folder": tmp_path})()
         stats = {"Watch/second": {"num": 4, "mean": float(np.mean(second)), "std": 0.0}}
-        early.tick(type("", (), {"subject": subject, "files": files, "cur_nimg": 10 * tick})(), stats, np.asarray(second, float))
+        early.tick(
+            type("", (), {"subject": subject, "files": files, "cur_nimg": 10 * tick})(),
+            stats,
+            np.asarray(second, float),
+        )
         kept.append(int(early.at))
     return kept, early
 
 
 def test_the_highest_is_kept_and_where_that_is_the_last_nothing_changes(tmp_path, monkeypatch):
-    nets, rises = tiny_runs.build_networks(), [[1, 2, 3, 4], [2, 3, 4, 5], [2.1, 3, 4, 5]]
+    nets = tiny_runs.build_networks()
+    rises = [[1, 2, 3, 4], [2, 3, 4, 5], [2.1, 3, 4, 5]]
     assert scripted(nets, rises, [1, 2, 3], monkeypatch, tmp_path, early_stop=0.0)[0] == [10, 20, 30]
-    assert scripted(nets, rises, [1, 2, 3], monkeypatch, tmp_path, early_stop=2.0)[0] == [10, 20, 20], "0.1 of one latent is no proof"
+    assert scripted(nets, rises, [1, 2, 3], monkeypatch, tmp_path, early_stop=2.0)[0] == [
+        10,
+        20,
+        20,
+    ], "0.1 of one latent is no proof"
     kept, early = scripted(nets, [*rises, [0, 0, 0, 0]], [1, 2, 3, 4], monkeypatch, tmp_path, early_stop=0.0)
     assert kept == [10, 20, 30, 30]
     record = json.loads(json.dumps(early.record()))
-    assert (record["images"], record["of"], record["distance"], record["rule"]["early_stop"]) == (30, 40, 3.0, 0.0)
-    assert [tick["kept"] for tick in record["ticks"]] == kept and record["ticks"][3]["gain_over_kept"] == pytest.approx(-3.525)
-    assert scripted(nets, rises, [1, 2, 3], monkeypatch, tmp_path, early_stop=0.0, early_stop_distance=2.5)[0] == [10, 20, 20]
+    assert (record["images"], record["of"], record["distance"], record["rule"]["early_stop"]) == (
+        30,
+        40,
+        3.0,
+        0.0,
+    )
+    assert [tick["kept"] for tick in record["ticks"]] == kept and record["ticks"][3][
+        "gain_over_kept"
+    ] == pytest.approx(-3.525)
+    assert scripted(nets, rises, [1, 2, 3], monkeypatch, tmp_path, early_stop=0.0, early_stop_distance=2.5)[
+        0
+    ] == [10, 20, 20]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +113,17 @@ def flags(tiny_reward, tmp_path_factory):
     """Of a reward run with a second reward."""
     first = load_reward(tiny_reward)
     torch.manual_seed(5)
-    second = Reward(first.observation, RewardModel(first.network.arch)).save(tmp_path_factory.mktemp("second") / "second.safetensors")
-    lengths = ("--kimg=0.024", "--tick=0.008", "--snap=1", "--set=rlr=0.02", "--lambda-sigma=0.01", "--anchor-gate=1")
+    second = Reward(first.observation, RewardModel(first.network.arch)).save(
+        tmp_path_factory.mktemp("second") / "second.safetensors"
+    )
+    lengths = (
+        "--kimg=0.024",
+        "--tick=0.008",
+        "--snap=1",
+        "--set=rlr=0.02",
+        "--lambda-sigma=0.01",
+        "--anchor-gate=1",
+    )
     return ("--reward=sigma", f"--reward-ckpt={tiny_reward}", f"--reward-watch={second}", *lengths)
 
 
@@ -93,15 +142,23 @@ def lines(folder):
 def test_a_run_keeps_a_snapshot_and_trains_as_without(stopped, tiny_data, tiny_networks, flags, tmp_path):
     plain = tiny_runs.whole_run(tiny_data, tiny_networks, tmp_path, *flags, "--no-summary")
     ours = ("Watch/distance", "EarlyStop/")
-    assert [{k: v for k, v in line.items() if not k.startswith(ours)} for line in lines(stopped)] == lines(plain)
+    assert [{k: v for k, v in line.items() if not k.startswith(ours)} for line in lines(stopped)] == lines(
+        plain
+    )
     distances = [line["Watch/distance"]["mean"] for line in lines(stopped)]
     assert 0.0001 < distances[0] < distances[-1], "all are beyond the limit, so the nearest is kept"
     assert [line["EarlyStop/images"]["mean"] for line in lines(stopped)] == [8, 8, 8]
-    kept, snapshots = networks.load(find_network(stopped)), sorted(stopped.glob("network-snapshot-*"))
+    kept = networks.load(find_network(stopped))
+    snapshots = sorted(stopped.glob("network-snapshot-*"))
     assert find_network(stopped).name == KEPT and kept.cur_nimg == 8 and len(snapshots) == 3
     for name in ("G", "D", "G_ema"):
-        tiny_runs.assert_same(getattr(kept, name).state_dict(), getattr(networks.load(snapshots[0]), name).state_dict())
-    last = [storage.read_tensors(f / "checkpoint-000000024.safetensors", "checkpoint")[0] for f in (stopped, plain)]
+        tiny_runs.assert_same(
+            getattr(kept, name).state_dict(), getattr(networks.load(snapshots[0]), name).state_dict()
+        )
+    last = [
+        storage.read_tensors(f / "checkpoint-000000024.safetensors", "checkpoint")[0]
+        for f in (stopped, plain)
+    ]
     tiny_runs.assert_same({k: v for k, v in last[0].items() if not k.startswith("early_stop.")}, last[1])
 
 
@@ -122,8 +179,14 @@ def test_the_summary_judges_what_was_kept(tiny_data, tiny_networks, flags, tmp_p
 
     def shift(c):
         seen.update(after=c.after.hash)
-        return {"reward_before": {"mean": 0.0, "std": 1.0}, "reward_after": {"mean": 0.0, "std": 1.0}, "reward_delta_positive": 1,
-                "reward_delta_n": 2, "tuned_delta_mean": 0.1, "reward_deltas": [0.0, 0.2]}
+        return {
+            "reward_before": {"mean": 0.0, "std": 1.0},
+            "reward_after": {"mean": 0.0, "std": 1.0},
+            "reward_delta_positive": 1,
+            "reward_delta_n": 2,
+            "tuned_delta_mean": 0.1,
+            "reward_deltas": [0.0, 0.2],
+        }
 
     monkeypatch.setattr(summary, "reward_shift", shift)
     monkeypatch.setattr(summary, "geometry", lambda c: {"geometry": []})
@@ -143,7 +206,10 @@ def test_rendered_resolution_stays_with_the_kept_network(tmp_path, monkeypatch):
     nets.G.neural_rendering_resolution = nets.G_ema.neural_rendering_resolution = 12
     _, early = scripted(nets, [[1, 2, 3, 4]], [1], monkeypatch, tmp_path, early_stop=0.0)
     nets.G.neural_rendering_resolution = nets.G_ema.neural_rendering_resolution = 16
-    assert early.networks(nets).G_ema.neural_rendering_resolution == 12 and networks.load(tmp_path / KEPT).cur_nimg == 10
+    assert (
+        early.networks(nets).G_ema.neural_rendering_resolution == 12
+        and networks.load(tmp_path / KEPT).cur_nimg == 10
+    )
     other = EarlyStop(tiny_runs.build_networks(), nets.G_ema, EarlyStopConfig(early_stop=0.0), 4, latents=4)
     other.load_state_dict(early.state_dict())
     assert dataclasses.replace(other.networks(nets)).G_ema.neural_rendering_resolution == 12
@@ -153,7 +219,10 @@ def test_rendered_resolution_stays_with_the_kept_network(tmp_path, monkeypatch):
     ("more", "text"),
     [
         (["--early-stop=1"], "--early-stop: expected --reward, whose scores choose the snapshot, got none"),
-        (["--set=early_stop_distance=1"], "--set early_stop_distance=1: expected --early-stop with it, got none. Add it."),
+        (
+            ["--set=early_stop_distance=1"],
+            "--set early_stop_distance=1: expected --early-stop with it, got none. Add it.",
+        ),
     ],
 )
 def test_bad_input_is_one_line(more, text, tmp_path):
@@ -165,7 +234,11 @@ def test_bad_input_is_one_line(more, text, tmp_path):
 def test_without_a_second_reward_it_is_refused(tiny_data, tiny_networks, tiny_reward, tmp_path):
     more = ("--reward=sigma", f"--reward-ckpt={tiny_reward}", "--early-stop=1")
     result = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path / "runs", *more))
-    assert result.exit_code == 2 and "--early-stop: expected --reward-watch" in result.stderr and not (tmp_path / "runs").exists()
+    assert (
+        result.exit_code == 2
+        and "--early-stop: expected --reward-watch" in result.stderr
+        and not (tmp_path / "runs").exists()
+    )
 
 
 def test_the_control_keeps_its_last_and_says_so():

@@ -32,8 +32,14 @@ def settings(tiny_data, tiny_networks, tiny_reward, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
 
     def resolve(*flags: str) -> gan_settings.Settings:
-        reward = [f"--reward-ckpt={tiny_reward}", f"--reward-watch={tiny_reward}", "--reward=sigma"] if "REWARD" in flags else []
-        arguments = train_flags(tiny_data, tiny_networks, folder, *RUN, *reward, *[f for f in flags if f != "REWARD"])
+        reward = (
+            [f"--reward-ckpt={tiny_reward}", f"--reward-watch={tiny_reward}", "--reward=sigma"]
+            if "REWARD" in flags
+            else []
+        )
+        arguments = train_flags(
+            tiny_data, tiny_networks, folder, *RUN, *reward, *[f for f in flags if f != "REWARD"]
+        )
         return gan_mode.resolve(GAN.command.make_context("train", arguments).params)
 
     return resolve
@@ -43,7 +49,11 @@ def settings(tiny_data, tiny_networks, tiny_reward, tmp_path_factory):
 def runs(settings, tmp_path_factory):
     """Finished runs by name: their objects and folders."""
     folder = tmp_path_factory.mktemp("finished")
-    flags = {"plain": (), "zero": ("REWARD", "--lambda-r=0"), "ten": ("REWARD", "--lambda-r=10", "--set=reward_shaping=reference")}
+    flags = {
+        "plain": (),
+        "zero": ("REWARD", "--lambda-r=0"),
+        "ten": ("REWARD", "--lambda-r=10", "--set=reward_shaping=reference"),
+    }
     found = {}
     for name, values in flags.items():
         s = settings(*values)
@@ -59,7 +69,9 @@ def test_lambda_zero_is_the_gan_run_bit_for_bit(runs):
     for name in ("G", "D", "G_ema"):
         assert_same(state(getattr(plain.nets, name)), state(getattr(zero.nets, name)))
         differing = state(getattr(ten.nets, name))
-        assert any(not torch.equal(v, differing[k]) for k, v in state(getattr(plain.nets, name)).items()), "the reward does something"
+        assert any(not torch.equal(v, differing[k]) for k, v in state(getattr(plain.nets, name)).items()), (
+            "the reward does something"
+        )
     tensors = [storage.read_tensors(checkpoint.available(runs[name][1])[-1])[0] for name in ("plain", "zero")]
     assert_same(*tensors)
 
@@ -76,8 +88,11 @@ def test_the_reference_never_changes(runs, tiny_networks):
 
 def test_the_reward_phase_moves_g_alone(settings, tmp_path):
     loop = build(settings("REWARD"), Run(tmp_path, {})).loop
-    nets, phase = loop.subject.nets, loop.phases[-1]
-    before_G, before_D, before_ema = state(nets.G), state(nets.D), state(nets.G_ema)
+    nets = loop.subject.nets
+    phase = loop.phases[-1]
+    before_G = state(nets.G)
+    before_D = state(nets.D)
+    before_ema = state(nets.G_ema)
     loop.subject.begin(0)
     loop.subject.fetch()
     loop._run_phase(phase)
@@ -85,9 +100,16 @@ def test_the_reward_phase_moves_g_alone(settings, tmp_path):
     assert_same(before_ema, state(nets.G_ema))
     assert all(p.grad is None for p in nets.D.parameters())
     moved = {k for k, v in state(nets.G).items() if not torch.equal(v, before_G[k])}
-    assert {"decoder.net.0.weight", "backbone.mapping.fc0.weight", "backbone.synthesis.b16.conv1.weight"} <= moved
+    assert {
+        "decoder.net.0.weight",
+        "backbone.mapping.fc0.weight",
+        "backbone.synthesis.b16.conv1.weight",
+    } <= moved
     assert not any(k.startswith("superresolution") or k.endswith("w_avg") for k in moved)
-    assert phase.optimizer is not loop.phases[0].optimizer and phase.optimizer.param_groups[0]["lr"] == loop.options["rlr"]
+    assert (
+        phase.optimizer is not loop.phases[0].optimizer
+        and phase.optimizer.param_groups[0]["lr"] == loop.options["rlr"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +135,9 @@ def test_the_loss_is_minus_lambda_times_the_clipped_reward(parts):
 
 
 def test_a_standardised_reward_is_not_blown_up_beyond_its_log_odds(parts):
-    """Fault: scores of a reward from coin tosses hardly varied, were multiplied by up to 10, and every shape drifted."""
+    """Fault: scores of a reward from coin tosses hardly varied, were multiplied by up to 10, and every shape
+    drifted.
+    """
     nets, reward, batch = parts
     losses = {}
     for temperature in (None, 1e3):
@@ -128,13 +152,16 @@ def test_a_standardised_reward_is_not_blown_up_beyond_its_log_odds(parts):
 
 def test_a_sample_meets_the_same_references_in_whichever_round_or_rank(parts):
     """Fault: the references of a round, and of a rank, began where the one before had ended."""
-    terms, batch = terms_of(parts, reward_shaping="reference", lambda_sigma=0.0), replace(parts[2], cur_nimg=8)
+    terms = terms_of(parts, reward_shaping="reference", lambda_sigma=0.0)
+    batch = replace(parts[2], cur_nimg=8)
     whole = next(terms.losses(batch)).stats["RLHF/shaped"]
     for rounds in (2, 4):
         for turn in reversed(range(rounds)):
             rows = range(4)[turn::rounds]
             part = replace(batch, gen_z=batch.gen_z[rows], gen_c=batch.gen_c[rows], rows=rows)
-            torch.testing.assert_close(next(terms.losses(part)).stats["RLHF/shaped"], whole[rows], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                next(terms.losses(part)).stats["RLHF/shaped"], whole[rows], rtol=1e-5, atol=1e-6
+            )
     later = next(terms.losses(replace(batch, cur_nimg=12))).stats["RLHF/shaped"]
     assert not torch.allclose(whole, later), "the next images meet the next references"
 
@@ -144,20 +171,36 @@ def test_a_reward_of_another_box_is_refused_and_one_of_another_generator_told(pa
     nets, reward, _ = parts
     generator = of(nets.G_ema)
     larger = Reward(SigmaSlab(replace(reward.observation.spec, box_warp=2.0)), reward.network)
-    with pytest.raises(ValueError, match=r"^--reward-ckpt: expected a generator with box_warp 2\.0, got 1\.0\. Name a reward of this"):
+    with pytest.raises(
+        ValueError,
+        match=r"^--reward-ckpt: expected a generator with box_warp 2\.0, got 1\.0\. Name a reward of this",
+    ):
         check_reward(larger, generator, "--reward-ckpt")
     check_reward(Reward(reward.observation, reward.network, {"generator": state_hash(nets.G_ema)}), generator)
     check_reward(reward, generator)  # a published one, which does not say
     assert capsys.readouterr().err == ""
-    check_reward(Reward(reward.observation, reward.network, {"generator": "f" * 64, "architecture": "eg3d"}), generator)
-    assert "Warning: reward: it was trained on shapes of the eg3d generator ffffffffffff..., not of eg3d" in capsys.readouterr().err
+    check_reward(
+        Reward(reward.observation, reward.network, {"generator": "f" * 64, "architecture": "eg3d"}), generator
+    )
+    assert (
+        "Warning: reward: it was trained on shapes of the eg3d generator ffffffffffff..., not of eg3d"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_bundled_heads_reward_is_no_default_for_other_generators(tiny_data, tiny_networks, tmp_path):
     """Fault: --cfg=ffhq --reward=sigma took the bundled reward of heads."""
-    flags = ["--cfg=ffhq", f"--data={tiny_data}", f"--init={tiny_networks}", "--reward=sigma", f"--outdir={tmp_path}"]
+    flags = [
+        "--cfg=ffhq",
+        f"--data={tiny_data}",
+        f"--init={tiny_networks}",
+        "--reward=sigma",
+        f"--outdir={tmp_path}",
+    ]
     result = tiny_runs.run(*flags)
-    assert result.exit_code == 2 and result.stderr.startswith("Error: --reward-ckpt: expected a reward for --cfg=ffhq --reward=sigma, got")
+    assert result.exit_code == 2 and result.stderr.startswith(
+        "Error: --reward-ckpt: expected a reward for --cfg=ffhq --reward=sigma, got"
+    )
     for more, expected in (((), None), (("--reward-ckpt=mine.safetensors",), "mine.safetensors")):
         settings = json.loads(tiny_runs.run(*flags, *more, "--dry-run").stdout)
         assert settings["reward_ckpt"] == expected and settings["reward_watch"] is None
@@ -176,7 +219,8 @@ def test_a_trust_region_that_leaves_out_the_untuned_scores_is_named(parts):
 def test_samples_outside_the_clip_have_no_gradient(parts):
     nets, _, batch = parts
     scores = next(terms_of(parts, reward_clip="none").losses(batch)).stats["RLHF/reward"].detach()
-    low, high = sorted(scores.tolist())[0], sorted(scores.tolist())[-1]
+    low = sorted(scores.tolist())[0]
+    high = sorted(scores.tolist())[-1]
     margin = (high - low) / 100
     assert margin > 0
     terms = terms_of(parts, reward_clip=f"{low + margin},{high - margin}")
@@ -198,14 +242,20 @@ def test_anchors_vanish_at_the_reference_and_grow_away_from_it(parts):
     nets, _, batch = parts
     terms = terms_of(parts, lambda_sigma=0.5, lambda_front=2.0)
     at_start = list(terms.losses(batch))[1]
-    assert at_start.value.max() <= 1e-6, "G starts as its own moving average; in training it only rounds differently"
+    assert at_start.value.max() <= 1e-6, (
+        "G starts as its own moving average; in training it only rounds differently"
+    )
     bias = nets.G.decoder.net[2].bias
     with torch.no_grad():
         bias[0] += 3.0
     try:
         moved = list(terms.losses(batch))[1]
-        torch.testing.assert_close(moved.stats["RLHF/consistency"], torch.full([4], 3.0), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(moved.stats["RLHF/front_growth"], torch.full([4], 3.0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            moved.stats["RLHF/consistency"], torch.full([4], 3.0), rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(
+            moved.stats["RLHF/front_growth"], torch.full([4], 3.0), rtol=1e-4, atol=1e-4
+        )
         torch.testing.assert_close(moved.value, torch.full([4], 0.5 * 3 + 2 * 3.0), rtol=1e-4, atol=1e-3)
     finally:
         with torch.no_grad():
@@ -214,7 +264,9 @@ def test_anchors_vanish_at_the_reference_and_grow_away_from_it(parts):
 
 
 def anchors(terms: RewardTerms, batch):
-    """The anchors' loss of a generator that has moved by 3 everywhere, on latents that do not depend on who asks."""
+    """The anchors' loss of a generator that has moved by 3 everywhere, on latents that do not depend on who
+    asks.
+    """
     bias = terms.generator.module.decoder.net[2].bias
     torch.manual_seed(3)
     with torch.no_grad():
@@ -230,7 +282,9 @@ def untuned_scores(parts) -> torch.Tensor:
     """Rewards of the anchors' latents under the untuned generator."""
     nets, reward, batch = parts
     torch.manual_seed(3)
-    ws = nets.G_ema.mapping(torch.randn_like(batch.gen_z), batch.gen_c, truncation_psi=RewardConfig.anchor_psi)
+    ws = nets.G_ema.mapping(
+        torch.randn_like(batch.gen_z), batch.gen_c, truncation_psi=RewardConfig.anchor_psi
+    )
     return reward.score(of(nets.G_ema).field(ws)).detach()
 
 
@@ -238,7 +292,9 @@ def test_a_gate_of_1_is_the_published_anchor_to_the_bit(parts):
     _, _, batch = parts
     plain = anchors(terms_of(parts, lambda_sigma=0.5), batch)
     gated = anchors(terms_of(parts, lambda_sigma=0.5, anchor_gate=1.0, reward_clip="-10,q0.55"), batch)
-    assert torch.equal(plain.value, gated.value) and torch.equal(plain.value, 0.5 * plain.stats["RLHF/consistency"])
+    assert torch.equal(plain.value, gated.value) and torch.equal(
+        plain.value, 0.5 * plain.stats["RLHF/consistency"]
+    )
     assert plain.stats.keys() == gated.stats.keys() and "RLHF/held" not in plain.stats
 
 
@@ -249,13 +305,19 @@ def test_the_gate_holds_with_full_weight_what_scored_above_the_clip_before_tunin
     middle = (low + high) / 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the calibration's samples need not lie on both sides
-        terms = terms_of(parts, lambda_sigma=0.5, lambda_front=2.0, anchor_gate=0.1, reward_clip=f"-1000,{middle}")
+        terms = terms_of(
+            parts, lambda_sigma=0.5, lambda_front=2.0, anchor_gate=0.1, reward_clip=f"-1000,{middle}"
+        )
     loss = anchors(terms, batch)
     expected = torch.where(scores > middle, 1.0, 0.1)
     assert sorted(expected.tolist()) == pytest.approx([0.1, 0.1, 1, 1])
-    assert torch.equal(loss.stats["RLHF/held"], expected), "by the untuned shape, though the tuned one has moved"
-    consistency, growth = loss.stats["RLHF/consistency"], loss.stats["RLHF/front_growth"]
-    torch.testing.assert_close(loss.value, 0.5 * expected * consistency + 2 * growth)  # front growth is not gated
+    assert torch.equal(loss.stats["RLHF/held"], expected), (
+        "by the untuned shape, though the tuned one has moved"
+    )
+    consistency = loss.stats["RLHF/consistency"]
+    growth = loss.stats["RLHF/front_growth"]
+    # front growth is not gated
+    torch.testing.assert_close(loss.value, 0.5 * expected * consistency + 2 * growth)
     nothing = anchors(terms_of(parts, lambda_sigma=0.5, anchor_gate=0.0, reward_clip="-1000,q0.55"), batch)
     assert torch.equal(nothing.value == 0, nothing.stats["RLHF/held"] == 0)
 
@@ -288,11 +350,17 @@ def test_calibration_uses_the_untuned_generator(parts):
     assert terms.initial_scores.shape == (STANDARDISATION.count,)
     assert terms_of(parts).initial_scores.shape == (CALIBRATION.count,)
     low, high = torch.quantile(terms.initial_scores, torch.tensor([0.25, 0.75])).tolist()
-    kept = [score for score in terms.initial_scores.tolist() if low - 1.5 * (high - low) <= score <= high + 1.5 * (high - low)]
+    kept = [
+        score
+        for score in terms.initial_scores.tolist()
+        if low - 1.5 * (high - low) <= score <= high + 1.5 * (high - low)
+    ]
     assert terms.state.shaping.mean.item() == pytest.approx(sum(kept) / len(kept), rel=1e-5)
     shaped = (terms.initial_scores - terms.state.shaping.mean) * terms.state.shaping.scale
     low, high = torch.quantile(shaped, torch.tensor([0.25, 0.75])).tolist()
-    assert terms.state.bounds.tolist() == pytest.approx([low - 1.5 * (high - low), high + 1.5 * (high - low)], rel=1e-5)
+    assert terms.state.bounds.tolist() == pytest.approx(
+        [low - 1.5 * (high - low), high + 1.5 * (high - low)], rel=1e-5
+    )
 
 
 def test_a_resumed_reward_run_equals_the_straight_one(runs, tmp_path):
@@ -303,7 +371,12 @@ def test_a_resumed_reward_run_equals_the_straight_one(runs, tmp_path):
     final.unlink()
     assert [p.name for p in checkpoint.available(folder)] == ["checkpoint-000000040.safetensors"]
     tensors, _, _ = checkpoint.read(folder)
-    names = {"phase_Grlhf.shaping.references", "phase_Grlhf.shaping.offset", "phase_Grlhf.bounds", "optim_Grlhf.0.exp_avg"}
+    names = {
+        "phase_Grlhf.shaping.references",
+        "phase_Grlhf.shaping.offset",
+        "phase_Grlhf.bounds",
+        "optim_Grlhf.0.exp_avg",
+    }
     assert names <= set(tensors) and any(k.startswith("phase_Grlhf.G_ref.") for k in tensors)
     GAN.go_on(GAN.read(folder), folder)
     assert (folder / "stats.jsonl").read_text() == (straight / "stats.jsonl").read_text()
@@ -311,7 +384,9 @@ def test_a_resumed_reward_run_equals_the_straight_one(runs, tmp_path):
 
 
 def test_resume_takes_the_reference_from_the_checkpoint(runs, tiny_networks, tmp_path):
-    """Even where the initial network file has changed meanwhile, the anchor is the one that the run started with."""
+    """Even where the initial network file has changed meanwhile, the anchor is the one that the run started
+    with.
+    """
     objects, straight = runs["ten"]
     s = gan_settings.Settings.of({**objects.loop.options, "init": str(tmp_path / "other.safetensors")})
     tiny_runs.networks.save(tmp_path / "other.safetensors", tiny_runs.build_networks(seed=9))

@@ -1,4 +1,6 @@
-"""Preference rounds: what they leave, that a run which was cut off anywhere ends as the straight one, and that nothing edited is read."""
+"""Preference rounds: what they leave, that a run which was cut off anywhere ends as the straight one, and
+that nothing edited is read.
+"""
 
 import json
 import sys
@@ -25,7 +27,9 @@ class Script:
     """Steps that write their names; 'wait' lists those that have to wait once."""
 
     def __init__(self, folder: Path, *wait: tuple[int, str]):
-        self.folder, self.wait, self.done = folder, list(wait), []
+        self.folder = folder
+        self.wait = list(wait)
+        self.done = []
 
     def __getattr__(self, step):
         def run(number, ledger):
@@ -46,22 +50,29 @@ def test_steps_run_in_order_wait_and_go_on(tmp_path):
     assert work.done == [(n, step) for n in (1, 2) for step in rounds.STEPS]
     again = Ledger(tmp_path)
     assert run_rounds(2, again, work) and len(work.done) == 6, "what is done is not done again"
-    assert [path.name for path in again.files("tuned")] == ["tuned-1", "tuned-2"] and again.rounds[1]["labels"]["figure"] == 2 / 3
+    assert [path.name for path in again.files("tuned")] == ["tuned-1", "tuned-2"] and again.rounds[1][
+        "labels"
+    ]["figure"] == 2 / 3
 
 
 @pytest.mark.parametrize(
     "edit",
     [
-        lambda text: text.replace('"figure": 0.333', '"figure": 0.334'), lambda text: text[:-40], lambda text: "[]",
+        lambda text: text.replace('"figure": 0.333', '"figure": 0.334'),
+        lambda text: text[:-40],
+        lambda text: "[]",
         lambda text: '{"rounds": []}',
     ],
     ids=["figure", "cut", "other", "bare"],
-)  # fmt: skip
+)
 def test_an_edited_ledger_is_refused(tmp_path, edit):
     run_rounds(1, Ledger(tmp_path), Script(tmp_path))
     path = tmp_path / rounds.LEDGER
     path.write_text(edit(path.read_text()))
-    with pytest.raises(ValueError, match="ledger.json: expected the ledger as the run wrote it, got another. Restore the file") as caught:
+    with pytest.raises(
+        ValueError,
+        match="ledger.json: expected the ledger as the run wrote it, got another. Restore the file",
+    ) as caught:
         Ledger(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -104,14 +115,20 @@ def test_what_two_rounds_leave(straight, shaped):
     labels = [load_labels(straight / f"round-{n}" / "labels.jsonl") for n in (1, 2)]
     before = load_generator(shaped)
     tuned = [load_generator(straight / entry["tuned"]["files"][0][0]) for entry in (first, second)]
-    assert {label.generator for label in labels[0]} == {before.hash} and {label.generator for label in labels[1]} == {tuned[0].hash}
+    assert {label.generator for label in labels[0]} == {before.hash} and {
+        label.generator for label in labels[1]
+    } == {tuned[0].hash}
     seeds = [{s for label in part for s in (label.winner, label.loser)} for part in labels]
     assert [len(part) for part in seeds] == [28, 28] and not seeds[0] & seeds[1] and min(seeds[0]) >= 10_000
     assert load_labels(straight / "round-2" / "pooled.jsonl") == labels[0] + labels[1]
     assert (first["labels"]["chosen_by_doubt"], second["labels"]["chosen_by_doubt"]) == (0, 7)
-    assert second["labels"]["temperature"] == first["labels"]["temperature"], "later labels have the noise of the first"
+    assert second["labels"]["temperature"] == first["labels"]["temperature"], (
+        "later labels have the noise of the first"
+    )
     for entry, part in zip((first, second), labels, strict=True):
-        assert entry["labels"]["count"] == 14 and entry["labels"]["noise"] == np.mean([x.clean != x.winner for x in part])
+        assert entry["labels"]["count"] == 14 and entry["labels"]["noise"] == np.mean(
+            [x.clean != x.winner for x in part]
+        )
     known = load_reward(straight / "round-2" / "reward" / "reward.safetensors")
     assert known.provenance["generators"] == [before.hash, tuned[0].hash] and len(known.members()) == 2
     assert second["reward"]["pooled"] == sum(second["reward"]["splits"].values()) == 28
@@ -126,9 +143,14 @@ def test_what_two_rounds_leave(straight, shaped):
 def test_a_round_is_an_ordinary_run_from_the_pretrained_network(straight, shaped, tiny_reward, tmp_path):
     reward = straight / "round-2" / "reward" / "reward.safetensors"
     plain = [flag for flag in tiny_rounds.FLAGS if "round" not in flag]
-    flags = tiny_runs.train_flags(tiny_rounds.DATA, shaped, tmp_path, f"--reward-watch={tiny_reward}", f"--reward-ckpt={reward}", *plain)
+    flags = tiny_runs.train_flags(
+        tiny_rounds.DATA, shaped, tmp_path, f"--reward-watch={tiny_reward}", f"--reward-ckpt={reward}", *plain
+    )
     assert tiny_runs.run(*flags).exit_code == 0
-    one, other = (load_generator(folder).hash for folder in (tiny_runs.only_run(tmp_path), straight / "round-2" / "tuning"))
+    one, other = (
+        load_generator(folder).hash
+        for folder in (tiny_runs.only_run(tmp_path), straight / "round-2" / "tuning")
+    )
     assert one == other
 
 
@@ -147,7 +169,8 @@ class CutError(BaseException):
 
 def cut(monkeypatch, where, name: str, after: bool, times: int = 1) -> None:
     """Let a function end the process the `times`-th time that it is called, before or after its work."""
-    original, left = getattr(where, name), [times]
+    original = getattr(where, name)
+    left = [times]
 
     def mortal(*args, **kwargs):
         left[0] -= 1
@@ -162,26 +185,36 @@ def cut(monkeypatch, where, name: str, after: bool, times: int = 1) -> None:
 
 
 CUTS = {  # where, function, after its work, at which call
-    "before labels are written": (rounds, "write_labels", False, 1), "before labels are noted": (Ledger, "note", False, 1),
-    "in the rewards": ("eg3d_rlhf.rewards.train", "_epoch", True, 14), "rewards are stored": (Ledger, "note", False, 2),
-    "before tuning": (gan_run, "build", False, 1), "in tuning": ("training.loop.TrainingLoop", "step", True, 2),
-    "after tuning": (Ledger, "note", False, 3), "tuning is noted": (Ledger, "note", True, 3),
+    "before labels are written": (rounds, "write_labels", False, 1),
+    "before labels are noted": (Ledger, "note", False, 1),
+    "in the rewards": ("eg3d_rlhf.rewards.train", "_epoch", True, 14),
+    "rewards are stored": (Ledger, "note", False, 2),
+    "before tuning": (gan_run, "build", False, 1),
+    "in tuning": ("training.loop.TrainingLoop", "step", True, 2),
+    "after tuning": (Ledger, "note", False, 3),
+    "tuning is noted": (Ledger, "note", True, 3),
     "second round's labels": (Ledger, "note", False, 4),
-    "second round's rewards": ("eg3d_rlhf.rewards.training_run", "assess", True, 2), "all but the summary": (rounds, "table", False, 1),
-}  # fmt: skip
+    "second round's rewards": ("eg3d_rlhf.rewards.training_run", "assess", True, 2),
+    "all but the summary": (rounds, "table", False, 1),
+}
 
 
 def assert_equal_rounds(first: Path, second: Path) -> None:
     """Equal ledgers, but for what names the machine's clock, and equal files that they name."""
-    one, other = ledger_of(first), ledger_of(second)
+    one = ledger_of(first)
+    other = ledger_of(second)
     assert one == other
     names = [name for entry in one for step in rounds.STEPS for name, _ in entry[step]["files"]]
-    assert len(names) == 2 * (1 + 3 + 1) and [file_hash(first / n) for n in names] == [file_hash(second / n) for n in names]
+    assert len(names) == 2 * (1 + 3 + 1) and [file_hash(first / n) for n in names] == [
+        file_hash(second / n) for n in names
+    ]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", CUTS)
-def test_cut_off_anywhere_a_run_ends_as_the_straight_one(case, straight, shaped, tiny_reward, tmp_path, monkeypatch):
+def test_cut_off_anywhere_a_run_ends_as_the_straight_one(
+    case, straight, shaped, tiny_reward, tmp_path, monkeypatch
+):
     where, name, after, times = CUTS[case]
     with monkeypatch.context() as patch:
         if isinstance(where, str):
@@ -197,38 +230,79 @@ def test_cut_off_anywhere_a_run_ends_as_the_straight_one(case, straight, shaped,
 
 
 @pytest.mark.long
-def test_going_on_from_the_last_network_keeps_the_first_as_the_reference(straight, shaped, tiny_reward, tmp_path):
+def test_going_on_from_the_last_network_keeps_the_first_as_the_reference(
+    straight, shaped, tiny_reward, tmp_path
+):
     result = tiny_runs.run(*tiny_rounds.flags(shaped, tiny_reward, tmp_path, "--set=round_start=last"))
     assert result.exit_code == 0, result.output
     folder = tiny_runs.only_run(tmp_path)
     first, second = ledger_of(folder)
-    assert first["tuned"]["generator"] == ledger_of(straight)[0]["tuned"]["generator"] != second["tuned"]["generator"]
+    assert (
+        first["tuned"]["generator"]
+        == ledger_of(straight)[0]["tuned"]["generator"]
+        != second["tuned"]["generator"]
+    )
     options = json.loads((folder / "round-2" / "tuning" / "training_options.json").read_text())
-    assert options["init"] == str(folder / first["tuned"]["files"][0][0]) and options["reference"] == str(shaped)
+    assert options["init"] == str(folder / first["tuned"]["files"][0][0]) and options["reference"] == str(
+        shaped
+    )
     assert set(options["hashes"]) == {"init", "reference", "reward", "watch"} and options["rounds"] == 0
     assert second["tuned"]["generator"] != ledger_of(straight)[1]["tuned"]["generator"]
     state = checkpoint.read(folder / "round-2" / "tuning")[0]
-    assert torch.equal(state["phase_Grlhf.G_ref.decoder.net.2.bias"], load_generator(shaped).G.decoder.net[2].bias)
+    assert torch.equal(
+        state["phase_Grlhf.G_ref.decoder.net.2.bias"], load_generator(shaped).G.decoder.net[2].bias
+    )
 
 
 MISTAKES = {
     "no reward": (["--rounds=2"], "--rounds: expected --reward, the kind of reward that is trained in each"),
-    "a reward": (["--reward=sigma", "--rounds=2", "--reward-ckpt=x.pt"], "--reward-ckpt=x.pt: expected none with --rounds"),
-    "no rounds": (["--reward=sigma", "--round-pairs=9"], "--round-pairs: expected --rounds with it, got none. Add it"),
-    "other data": (["--reward=sigma", "--rounds=1", "--data=x.zip"], "--round-labels: expected people for --data=x.zip, got synthetic"),
-    "too few": (["--reward=sigma", "--rounds=1", "--round-pairs=2"], "--round-pairs: split_by_seed: expected labels in every split"),
-    "held out": (["--reward=sigma", "--rounds=3", "--round-pairs=50000"], "--round-pairs: --first-seed=10000, 200000 seeds: expected"),
-    "preset": (["--reward=sigma", "--rounds=1", "--set=round_preset=huge"], "--set round_preset=VALUE: reward preset: expected one of"),
+    "a reward": (
+        ["--reward=sigma", "--rounds=2", "--reward-ckpt=x.pt"],
+        "--reward-ckpt=x.pt: expected none with --rounds",
+    ),
+    "no rounds": (
+        ["--reward=sigma", "--round-pairs=9"],
+        "--round-pairs: expected --rounds with it, got none. Add it",
+    ),
+    "other data": (
+        ["--reward=sigma", "--rounds=1", "--data=x.zip"],
+        "--round-labels: expected people for --data=x.zip, got synthetic",
+    ),
+    "too few": (
+        ["--reward=sigma", "--rounds=1", "--round-pairs=2"],
+        "--round-pairs: split_by_seed: expected labels in every split",
+    ),
+    "held out": (
+        ["--reward=sigma", "--rounds=3", "--round-pairs=50000"],
+        "--round-pairs: --first-seed=10000, 200000 seeds: expected",
+    ),
+    "preset": (
+        ["--reward=sigma", "--rounds=1", "--set=round_preset=huge"],
+        "--set round_preset=VALUE: reward preset: expected one of",
+    ),
     "aggregate": (["--reward=sigma", "--rounds=1", "--set=round_aggregate=median"], "--set round_aggregate="),
-    "watch": (["--reward=sigma", "--rounds=1", "--reward-watch=none.safetensors"], "--reward-watch: load_reward"),
-}  # fmt: skip
+    "watch": (
+        ["--reward=sigma", "--rounds=1", "--reward-watch=none.safetensors"],
+        "--reward-watch: load_reward",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_are_one_line_and_leave_nothing(case, shaped, tmp_path):
     more, text = MISTAKES[case]
     data = [] if any(flag.startswith("--data") for flag in more) else [f"--data={tiny_rounds.DATA}"]
-    flags = [f"--init={shaped}", f"--outdir={tmp_path / 'runs'}", "--batch=4", "--nrr-initial=8", "--device=cpu", *data, *more]
+    flags = [
+        f"--init={shaped}",
+        f"--outdir={tmp_path / 'runs'}",
+        "--batch=4",
+        "--nrr-initial=8",
+        "--device=cpu",
+        *data,
+        *more,
+    ]
     result = tiny_runs.run(*flags)
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and text in result.stderr, result.output
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and text in result.stderr, (
+        result.output
+    )
     assert not (tmp_path / "runs").exists()

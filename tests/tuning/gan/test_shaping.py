@@ -51,27 +51,34 @@ def shape(name: str, initial: list[float], *means: float, temperature: float | N
 )
 def test_standardised(initial, scale):
     mean = sum(initial) / 3
-    assert shape("standardised", initial, 4.0, -7.0) == pytest.approx([(4 - mean) * scale, (-7 - mean) * scale], rel=1e-5)
+    assert shape("standardised", initial, 4.0, -7.0) == pytest.approx(
+        [(4 - mean) * scale, (-7 - mean) * scale], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     ("initial", "temperature", "scale"),
     [
-        ([-0.1, 0.0, 0.1], 4.0, 1 / 4),  # a reward that orders nothing: deviation 0.1, and log odds of 0.1 / 4
+        # a reward that orders nothing: deviation 0.1, and log odds of 0.1 / 4
+        ([-0.1, 0.0, 0.1], 4.0, 1 / 4),
         ([-12.0, 0.0, 12.0], 24.0, 1 / 24),  # another, which has learnt its labels by heart
         ([-9.0, -10.0, -11.0], 1.5, 1 / 5),  # one that knows: as without
     ],
 )
 def test_standardising_never_magnifies_log_odds(initial, temperature, scale):
     mean = sum(initial) / 3
-    assert shape("standardised", initial, 3.0, temperature=temperature) == pytest.approx([(3 - mean) * scale], rel=1e-5)
+    assert shape("standardised", initial, 3.0, temperature=temperature) == pytest.approx(
+        [(3 - mean) * scale], rel=1e-5
+    )
 
 
 def test_softplus_saturates_above_and_is_linear_below():
     got = shape("softplus", [0.0, 1.0], -20.0, 0.0, 0.5, 20.0)
     assert got == pytest.approx([-40.0, -math.log(2), -math.log1p(math.exp(-1)), 0.0], abs=1e-6)
     x = slabs(-30.0, 30.0).requires_grad_()
-    SHAPINGS["softplus"](torch.zeros(2), torch.zeros(2, 2), None)(LinearReward(), x, torch.arange(2))[0].sum().backward()
+    SHAPINGS["softplus"](torch.zeros(2), torch.zeros(2, 2), None)(LinearReward(), x, torch.arange(2))[
+        0
+    ].sum().backward()
     assert x.grad.flatten(1).sum(dim=1).tolist() == pytest.approx([2.0, 0.0], abs=1e-6)
 
 
@@ -82,10 +89,14 @@ def test_reference_wins_is_the_mean_win_probability_over_cyclic_references():
     first, _ = shaping(LinearReward(), slabs(1.5, -1.0), torch.arange(2))
     expected = [(win(1.5, 0) + win(1.5, 1)) / 2, (win(-1, 2) + win(-1, 3)) / 2]
     assert first.tolist() == pytest.approx(expected, rel=1e-5)
-    second, _ = shaping(LinearReward(), slabs(1.5, -1.0), 2 + torch.arange(2))  # the run's next two: references 4, 0 and 1, 2
+    # the run's next two: references 4, 0 and 1, 2
+    second, _ = shaping(LinearReward(), slabs(1.5, -1.0), 2 + torch.arange(2))
     expected = [(win(1.5, 4) + win(1.5, 0)) / 2, (win(-1, 1) + win(-1, 2)) / 2]
     assert second.tolist() == pytest.approx(expected, rel=1e-5)
-    turns = [shaping(LinearReward(), slabs(value), torch.tensor([place]))[0] for value, place in ((-1.0, 3), (1.5, 2))]
+    turns = [
+        shaping(LinearReward(), slabs(value), torch.tensor([place]))[0]
+        for value, place in ((-1.0, 3), (1.5, 2))
+    ]
     assert torch.cat(turns[::-1]).tolist() == second.tolist(), "neither order nor rounds matter"
 
 
@@ -111,7 +122,23 @@ def test_a_bound_may_be_a_quantile_of_the_untuned_scores():
 
 
 @pytest.mark.parametrize(
-    "spec", ["5,1", "1,1", "1", "1,2,3", "a,b", "", "nan,1", "1,nan", "-10,q55", "-10,q", "-10,qq0.5", "q0.6,q0.5", "-10,qnan", "-10,q-0.1"]
+    "spec",
+    [
+        "5,1",
+        "1,1",
+        "1",
+        "1,2,3",
+        "a,b",
+        "",
+        "nan,1",
+        "1,nan",
+        "-10,q55",
+        "-10,q",
+        "-10,qq0.5",
+        "q0.6,q0.5",
+        "-10,qnan",
+        "-10,q-0.1",
+    ],
 )
 def test_clip_mistakes(spec):
     with pytest.raises(ValueError, match="--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none"):
@@ -138,14 +165,17 @@ def test_density_l1_is_the_mean_absolute_difference():
     random = np.random.RandomState(0)
     a, b = random.randn(2, 3, 4, 5, 6).astype(np.float32)
     expected = [np.mean([abs(p - q) for p, q in zip(a[i].flat, b[i].flat, strict=True)]) for i in range(3)]
-    np.testing.assert_allclose(density_l1(torch.from_numpy(a), torch.from_numpy(b)).numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        density_l1(torch.from_numpy(a), torch.from_numpy(b)).numpy(), expected, rtol=1e-5
+    )
     assert density_l1(torch.from_numpy(a), torch.from_numpy(a)).tolist() == [0, 0, 0]
 
 
 def front_growth_loop(sigma: np.ndarray, reference: np.ndarray, level: float) -> float:
     """Walk every ray from the camera (largest z) until the reference reaches the level."""
     depth, height, width = sigma.shape
-    growth, count = 0.0, 0
+    growth = 0.0
+    count = 0
     for y in range(height):
         for x in range(width):
             for z in reversed(range(depth)):

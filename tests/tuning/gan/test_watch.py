@@ -26,17 +26,27 @@ from tests import tiny_runs
     ],
 )
 def test_alarms_name_what_fell_while_the_reward_rose(deltas, fallen, tmp_path):
-    watch = Watch({name: lambda G, seeds: np.zeros(4) for name in deltas}, tiny_runs.build_networks().G_ema, seeds=range(4))
-    stats = {f"Watch/{name}": {"num": 2, "mean": mean, "std": error} for name, (mean, error) in deltas.items()}
+    watch = Watch(
+        {name: lambda G, seeds: np.zeros(4) for name in deltas},
+        tiny_runs.build_networks().G_ema,
+        seeds=range(4),
+    )
+    stats = {
+        f"Watch/{name}": {"num": 2, "mean": mean, "std": error} for name, (mean, error) in deltas.items()
+    }
     (tmp_path / "stats.jsonl").write_text(json.dumps({"nimg": 120, **stats}))
     watch.restore(tmp_path / "stats.jsonl")
     assert watch.alarms == ([{"nimg": 120, "fallen": fallen}] if fallen else [])
 
 
 def scripted_watch(values: list[tuple[list[float], list[float]]]) -> Watch:
-    """A watch whose two measures return the listed values, call after call; the first pair is the untuned generator's."""
+    """A watch whose two measures return the listed values, call after call; the first pair is the untuned
+    generator's.
+    """
     streams = [iter([np.array(pair[i]) for pair in values]) for i in (0, 1)]
-    measures = {name: (lambda G, seeds, s=s: next(s)) for name, s in zip(("reward", "second"), streams, strict=True)}
+    measures = {
+        name: lambda G, seeds, s=s: next(s) for name, s in zip(("reward", "second"), streams, strict=True)
+    }
     return Watch(measures, tiny_runs.build_networks().G_ema, seeds=range(4))
 
 
@@ -48,18 +58,24 @@ def tick(watch: Watch, nimg: int) -> tuple[dict, dict]:
 
 
 def test_deltas_alarms_and_resume(tmp_path):
-    watch = scripted_watch([
-        ([0, 0, 0, 0], [1, 2, 3, 4]),
-        ([1, 1, 2, 2], [1.1, 2.1, 2.9, 4.1]),
-        ([3, 3, 3, 3], [0, 0.5, 2.5, 2.5]),
-    ])
+    watch = scripted_watch(
+        [
+            ([0, 0, 0, 0], [1, 2, 3, 4]),
+            ([1, 1, 2, 2], [1.1, 2.1, 2.9, 4.1]),
+            ([3, 3, 3, 3], [0, 0.5, 2.5, 2.5]),
+        ]
+    )
     fields, first = tick(watch, 120)
     assert first["Watch/reward"] == {"num": 4, "mean": 1.5, "std": 0.5}
     assert fields == {"reward": "+1.500", "second": "+0.050"} and watch.alarms == []
     fields, second = tick(watch, 240)
     assert fields == {"reward": "+3.000", "second": "-1.125", "WARNING": "over-optimised(second)"}
     delta = np.array([-1, -1.5, -0.5, -1.5])
-    assert second["Watch/second"] == {"num": 4, "mean": pytest.approx(-1.125), "std": pytest.approx(delta.std())}
+    assert second["Watch/second"] == {
+        "num": 4,
+        "mean": pytest.approx(-1.125),
+        "std": pytest.approx(delta.std()),
+    }
     assert watch.alarms == [{"nimg": 240, "fallen": ["second"]}]
 
     lines = [{"tick": i, "nimg": n, **s} for i, (n, s) in enumerate([(120, first), (240, second)])]

@@ -1,1 +1,3 @@
-"""Finished 3D assets in the labelling application: told apart by content, read without trust, and given a clean form for the browser."""
+"""Finished 3D assets in the labelling application: told apart by content, read without trust, and given a
+clean form for the browser.
+"""

@@ -1,14 +1,18 @@
 """The assets of a folder or of a list, with their generators, prompts and seeds.
 
-Layouts, told apart by what is there; asset files end in .glb, .ply, .obj, .mp4 or .webm and are told apart by content:
+Layouts, told apart by what is there; asset files end in .glb, .ply, .obj, .mp4 or .webm and are told apart by
+content:
 
-    FOLDER/GENERATOR/PROMPT.glb    one generator a folder, one prompt a file's name; FOLDER/prompts.jsonl may say what is asked for:
-                                   {"prompt": "chair", "text": "a red chair", "image": "inputs/chair.png"}
-    FOLDER/ranking.jsonl           as eg3d-rlhf flow draw writes it: one generator, several seeds of each condition; or one such
-                                   folder for each generator, FOLDER/GENERATOR/ranking.jsonl
-    LIST.jsonl                     a line for each asset: {"asset": "a/chair.glb", "generator": "a", "prompt": "chair",
-                                   "text": "a red chair", "image": "inputs/chair.png", "seed": 3}; generator, text, image and seed may
-                                   be left out; text stays with the prompt once it is given
+    FOLDER/GENERATOR/PROMPT.glb    one generator a folder, one prompt a file's name; FOLDER/prompts.jsonl may
+                                   say what is asked for: {"prompt": "chair", "text": "a red chair", "image":
+                                   "inputs/chair.png"}
+    FOLDER/ranking.jsonl           as eg3d-rlhf flow draw writes it: one generator, several seeds of each
+                                   condition; or one such folder for each generator,
+                                   FOLDER/GENERATOR/ranking.jsonl
+    LIST.jsonl                     a line for each asset: {"asset": "a/chair.glb", "generator": "a", "prompt":
+                                   "chair", "text": "a red chair", "image": "inputs/chair.png", "seed": 3};
+                                   generator, text, image and seed may be left out; text stays with the prompt
+                                   once it is given
 
 Every file lies in the folder, or beside or below the list.
 """
@@ -29,10 +33,14 @@ from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS, DAMAGES
 from eg3d_rlhf.people.label.entities import Kind, PlannedPair, Shape
 from eg3d_rlhf.people.label.pairing import PairingOptions, Plan, broken_shapes, known_answers, spread
 
-RANKING, PROMPTS = "ranking.jsonl", "prompts.jsonl"  # the first as eg3d_rlhf.tuning.flow.ranking names it
+# the first as eg3d_rlhf.tuning.flow.ranking names it
+RANKING = "ranking.jsonl"
+PROMPTS = "prompts.jsonl"
 NOTED = 5  # files of which it is said what is shown otherwise
 MAX_ASSETS = 100_000
-MAX_LINE, MAX_LIST = 64 << 10, 256 << 20  # bytes
+# bytes
+MAX_LINE = 64 << 10
+MAX_LIST = 256 << 20
 MAX_TEXT = 2000  # characters of a prompt
 _SEEDS = 2**32
 
@@ -58,7 +66,11 @@ class Prompt:
     hash: str | None = None  # of the image's file
 
     def to_json(self) -> dict:
-        return {"text": self.text, "image": str(self.image) if self.image else None, **({"hash": self.hash} if self.hash else {})}
+        return {
+            "text": self.text,
+            "image": str(self.image) if self.image else None,
+            **({"hash": self.hash} if self.hash else {}),
+        }
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,9 @@ class Collection:
         return sorted({asset.generator for asset in self.assets})
 
 
-def read_collection(source: Path, tell: Callable[[str], None] = lambda text: None, lenient: bool = False) -> Collection:
+def read_collection(
+    source: Path, tell: Callable[[str], None] = lambda text: None, lenient: bool = False
+) -> Collection:
     """The assets of a folder or list, each examined; `tell` hears how far that is.
 
     Args: lenient: assets that cannot be shown are left out, and told; otherwise they are refused.
@@ -84,7 +98,9 @@ def read_collection(source: Path, tell: Callable[[str], None] = lambda text: Non
     elif source.is_file():
         collection = _of_list(source)
     else:
-        raise FileNotFoundError(f"expected a folder of assets or a list, got nothing at {source}. Check the path.")
+        raise FileNotFoundError(
+            f"expected a folder of assets or a list, got nothing at {source}. Check the path."
+        )
     return _checked(collection, source, tell, lenient)
 
 
@@ -92,25 +108,38 @@ def is_asset_folder(path: Path) -> bool:
     """Whether a folder holds one generator's assets: PROMPT.glb, or what a generator's tool drew."""
     if not path.is_dir() or any(path.glob("network-snapshot-*")):
         return False
-    return (path / RANKING).is_file() or any(file.suffix.lower() in reading.SUFFIXES for file in path.iterdir())
+    return (path / RANKING).is_file() or any(
+        file.suffix.lower() in reading.SUFFIXES for file in path.iterdir()
+    )
 
 
 def read_generator(folder: Path, tell: Callable[[str], None] = lambda text: None) -> Collection:
-    """The assets of one generator's folder, examined; prompts.jsonl lies in it or beside it. Raises: as `read_collection`."""
+    """The assets of one generator's folder, examined; prompts.jsonl lies in it or beside it.
+
+    Raises: as `read_collection`.
+    """
     folder = folder.resolve()
     _name(folder.name, "folder")
     if (folder / RANKING).is_file():
         return _checked(_of_rankings({folder.name: folder / RANKING}, folder), folder, tell)
     assets = [
-        Asset(path=path, generator=folder.name, prompt=_name(path.stem, path.name), seed=0) for path in asset_files(folder, folder)
-    ]  # fmt: skip
+        Asset(path=path, generator=folder.name, prompt=_name(path.stem, path.name), seed=0)
+        for path in asset_files(folder, folder)
+    ]
     root = folder if (folder / PROMPTS).is_file() else folder.parent
-    return _checked(Collection(_stems_once(assets), _prompts(root, {asset.prompt for asset in assets})), folder, tell)
+    return _checked(
+        Collection(_stems_once(assets), _prompts(root, {asset.prompt for asset in assets})), folder, tell
+    )
 
 
-def _checked(collection: Collection, source: Path, tell: Callable[[str], None], lenient: bool = False) -> Collection:
+def _checked(
+    collection: Collection, source: Path, tell: Callable[[str], None], lenient: bool = False
+) -> Collection:
     if not collection.assets:
-        raise ValueError(f"expected assets in {source.name}, got none. Lay them out as GENERATOR/PROMPT.glb, or give a list.")
+        raise ValueError(
+            f"expected assets in {source.name}, got none. Lay them out as GENERATOR/PROMPT.glb, or give a"
+            " list."
+        )
     if len(collection.assets) > MAX_ASSETS:
         raise ValueError(f"expected up to {MAX_ASSETS:,} assets, got {len(collection.assets):,}. Split them.")
     twice: dict[tuple, Asset] = {}
@@ -118,7 +147,10 @@ def _checked(collection: Collection, source: Path, tell: Callable[[str], None], 
         other = twice.setdefault((asset.generator, asset.prompt, asset.seed), asset)
         if other is not asset:
             names = f"{other.path.name} and {asset.path.name}"
-            raise ValueError(f"expected one asset of {asset.generator} for {asset.prompt} and seed {asset.seed}, got {names}. Give seeds.")
+            raise ValueError(
+                f"expected one asset of {asset.generator} for {asset.prompt} and seed {asset.seed}, got"
+                f" {names}. Give seeds."
+            )
     return _examined(collection, tell, lenient)
 
 
@@ -133,23 +165,37 @@ def _examined(collection: Collection, tell: Callable[[str], None], lenient: bool
     seen = dict(zip(paths, reading.looked_at(paths, count), strict=True))
     known = {path: kind for path, kind in seen.items() if isinstance(kind, reading.Examined)}
     unfit = [asset for asset in collection.assets if asset.path not in known]
-    if len(known) < len(paths) and not (lenient and len(unfit) == len(paths) - len(known) < len(collection.assets)):
+    if len(known) < len(paths) and not (
+        lenient and len(unfit) == len(paths) - len(known) < len(collection.assets)
+    ):
         reading.refuse({path: kind for path, kind in seen.items() if isinstance(kind, str)})
     if unfit:
-        tell(f"{len(unfit)} of {len(collection.assets)} assets are left out: {unfit[0].path.name}: {seen[unfit[0].path]}")
-        collection = Collection([asset for asset in collection.assets if asset.path in known], collection.prompts)
+        tell(
+            f"{len(unfit)} of {len(collection.assets)} assets are left out: {unfit[0].path.name}:"
+            f" {seen[unfit[0].path]}"
+        )
+        collection = Collection(
+            [asset for asset in collection.assets if asset.path in known], collection.prompts
+        )
     noted = [f"{path.name}: {known[path].note}" for path in paths if path in known and known[path].note]
     for line in [*noted[:NOTED], *([f"and {len(noted) - NOTED} more"] if len(noted) > NOTED else [])]:
         tell(line)
     wrong = [path.name for path in pictures if known[path].kind != "picture"]
     wrong += [asset.path.name for asset in collection.assets if known[asset.path].kind == "picture"]
     if wrong:
-        raise ValueError(f"{wrong[0]}: expected pictures as prompts and assets as assets, got the other. Correct the list.")
-    assets = [Asset(**{**vars(asset), "kind": known[asset.path].kind, "hash": known[asset.path].hash}) for asset in collection.assets]
+        raise ValueError(
+            f"{wrong[0]}: expected pictures as prompts and assets as assets, got the other. Correct the list."
+        )
+    assets = [
+        Asset(**{**vars(asset), "kind": known[asset.path].kind, "hash": known[asset.path].hash})
+        for asset in collection.assets
+    ]
     prompts = {
-        name: Prompt(text=prompt.text, image=prompt.image, hash=known[prompt.image].hash if prompt.image else None)
+        name: Prompt(
+            text=prompt.text, image=prompt.image, hash=known[prompt.image].hash if prompt.image else None
+        )
         for name, prompt in collection.prompts.items()
-    }  # fmt: skip
+    }
     return Collection(assets, prompts)
 
 
@@ -167,15 +213,27 @@ def _of_folder(folder: Path) -> Collection:
     for generator in inner:
         _name(generator.name, folder.name)
         for number, path in enumerate(asset_files(generator, folder)):
-            assets.append(Asset(path=path, generator=generator.name, prompt=_name(path.stem, path.name), seed=number))
+            assets.append(
+                Asset(path=path, generator=generator.name, prompt=_name(path.stem, path.name), seed=number)
+            )
     if not assets and asset_files(folder, folder):
-        raise ValueError(f"{folder.name}: expected a folder for each generator, GENERATOR/PROMPT.glb, got files alone. Put them in one.")
+        raise ValueError(
+            f"{folder.name}: expected a folder for each generator, GENERATOR/PROMPT.glb, got files alone. Put"
+            " them in one."
+        )
     return Collection(_stems_once(assets), _prompts(folder, {asset.prompt for asset in assets}))
 
 
 def asset_files(folder: Path, root: Path) -> list[Path]:
-    """The asset files of a folder, sorted and resolved. Raises: ValueError for one that leads out of `root`."""
-    named = sorted(path for path in folder.iterdir() if path.suffix.lower() in reading.SUFFIXES and not path.name.startswith("."))
+    """The asset files of a folder, sorted and resolved.
+
+    Raises: ValueError for one that leads out of `root`.
+    """
+    named = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in reading.SUFFIXES and not path.name.startswith(".")
+    )
     return [inside(path, root, path.name) for path in named]
 
 
@@ -185,7 +243,10 @@ def _stems_once(assets: list[Asset]) -> list[Asset]:
         other = seen.setdefault((asset.generator, asset.prompt), asset)
         if other is not asset:
             names = f"{other.path.name} and {asset.path.name}"
-            raise ValueError(f"{asset.generator}: expected one file for {asset.prompt}, got {names}. Remove one, or give a list.")
+            raise ValueError(
+                f"{asset.generator}: expected one file for {asset.prompt}, got {names}. Remove one, or give a"
+                " list."
+            )
     return assets
 
 
@@ -197,16 +258,21 @@ def _prompts(folder: Path, known: set[str]) -> dict[str, Prompt]:
             if name in known:
                 prompts[name] = _prompt(record, folder, where)
         if known and not any(prompt.text or prompt.image for prompt in prompts.values()):
-            raise ValueError(f"{PROMPTS}: expected prompts named as the files are, such as {min(known)!r}, got none of them. Correct them.")
+            raise ValueError(
+                f"{PROMPTS}: expected prompts named as the files are, such as {min(known)!r}, got none of"
+                " them. Correct them."
+            )
     return prompts
 
 
 def _of_rankings(lists: dict[str, Path], root: Path) -> Collection:
-    assets, prompts = [], {}
+    assets = []
+    prompts = {}
     for generator, path in lists.items():
         _name(generator, root.name)
         for record, where in _lines(path):
-            condition, look_at = _text(record, "condition", where), _text(record, "look_at", where)
+            condition = _text(record, "condition", where)
+            look_at = _text(record, "look_at", where)
             prompts[condition] = Prompt(text=condition)
             file = inside(path.parent / look_at, path.parent, where)
             assets.append(Asset(path=file, generator=generator, prompt=condition, seed=_seed(record, where)))
@@ -225,9 +291,16 @@ def _of_list(path: Path) -> Collection:
         file = inside(path.parent / _text(record, "asset", where), path.parent, where)
         seed = _seed(record, where) if record.get("seed") is not None else number
         assets.append(Asset(path=file, generator=generator, prompt=name, seed=seed))
-        prompt, before = _prompt(record, path.parent, where), prompts.get(name, Prompt())
-        if any(new and old and new != old for new, old in ((prompt.text, before.text), (prompt.image, before.image))):
-            raise ValueError(f"{where}: expected one text and one image of prompt {name!r}, got others before. Give prompts other names.")
+        prompt = _prompt(record, path.parent, where)
+        before = prompts.get(name, Prompt())
+        if any(
+            new and old and new != old
+            for new, old in ((prompt.text, before.text), (prompt.image, before.image))
+        ):
+            raise ValueError(
+                f"{where}: expected one text and one image of prompt {name!r}, got others before. Give"
+                " prompts other names."
+            )
         prompts[name] = Prompt(text=prompt.text or before.text, image=prompt.image or before.image)
     return Collection(assets, prompts)
 
@@ -237,7 +310,10 @@ def _of_list(path: Path) -> Collection:
 
 def _lines(path: Path) -> Iterable[tuple[dict, str]]:
     if path.stat().st_size > MAX_LIST:
-        raise ValueError(f"{path.name}: expected a list of up to {MAX_LIST >> 20} MB, got {path.stat().st_size >> 20} MB. Split it.")
+        raise ValueError(
+            f"{path.name}: expected a list of up to {MAX_LIST >> 20} MB, got {path.stat().st_size >> 20} MB."
+            " Split it."
+        )
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
             where = f"{path.name}, line {number}"
@@ -248,7 +324,10 @@ def _lines(path: Path) -> Iterable[tuple[dict, str]]:
             except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
-                raise ValueError(f"{where}: expected a JSON object of up to {MAX_LINE >> 10} kB, got {line[:40]!r}. Correct it.")
+                raise ValueError(
+                    f"{where}: expected a JSON object of up to {MAX_LINE >> 10} kB, got {line[:40]!r}."
+                    " Correct it."
+                )
             yield record, where
 
 
@@ -258,26 +337,39 @@ def _text(record: dict, key: str, where: str) -> str:
 
 def _name(value: object, where: str) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT or not value.isprintable():
-        raise ValueError(f"{where}: expected a printable text of up to {MAX_TEXT} characters, got {str(value)[:40]!r}. Correct it.")
+        raise ValueError(
+            f"{where}: expected a printable text of up to {MAX_TEXT} characters, got {str(value)[:40]!r}."
+            " Correct it."
+        )
     return value
 
 
 def _seed(record: dict, where: str) -> int:
     seed = record.get("seed")
     if type(seed) is not int or not 0 <= seed < _SEEDS:
-        raise ValueError(f'{where}: expected "seed" as a number from 0 on, got {str(seed)[:40]!r}. Correct it.')
+        raise ValueError(
+            f'{where}: expected "seed" as a number from 0 on, got {str(seed)[:40]!r}. Correct it.'
+        )
     return seed
 
 
 def _prompt(record: dict, root: Path, where: str) -> Prompt:
     text = record.get("text")
     if text is not None and (
-        not isinstance(text, str) or len(text) > MAX_TEXT
-        # lines and tabs may be in a text; other control characters, and halves of surrogate pairs, which no answer can hold, may not
-        or any(unicodedata.category(character) in ("Cc", "Cs") for character in text if character not in "\n\r\t")
-    ):  # fmt: skip
-        raise ValueError(f'{where}: expected "text" of up to {MAX_TEXT} characters, got {str(text)[:40]!r}. Correct it.')
-    image = inside(root / _text(record, "image", where), root, where) if record.get("image") is not None else None
+        not isinstance(text, str)
+        or len(text) > MAX_TEXT
+        # lines and tabs may be in a text; other control characters, and halves of surrogate pairs, which no
+        # answer can hold, may not
+        or any(
+            unicodedata.category(character) in ("Cc", "Cs") for character in text if character not in "\n\r\t"
+        )
+    ):
+        raise ValueError(
+            f'{where}: expected "text" of up to {MAX_TEXT} characters, got {str(text)[:40]!r}. Correct it.'
+        )
+    image = (
+        inside(root / _text(record, "image", where), root, where) if record.get("image") is not None else None
+    )
     return Prompt(text=text or None, image=image)
 
 
@@ -286,15 +378,23 @@ def inside(path: Path, root: Path, where: str) -> Path:
     try:
         resolved = path.resolve()
         if not resolved.is_relative_to(root.resolve()):
-            raise ValueError(f"{where}: expected a file within {root.name}, got {path.name}, which leads elsewhere. Copy it there.")
+            raise ValueError(
+                f"{where}: expected a file within {root.name}, got {path.name}, which leads elsewhere. Copy"
+                " it there."
+            )
         if not resolved.is_file():
-            raise ValueError(f"{where}: expected a file, got nothing of that kind at {path.name}. Correct the name.")
+            raise ValueError(
+                f"{where}: expected a file, got nothing of that kind at {path.name}. Correct the name."
+            )
     except (OSError, RuntimeError) as error:  # a name too long, a loop of links
-        raise ValueError(f"{where}: expected a file, got {path.name[:60]}: {error}. Correct the name.") from None
+        raise ValueError(
+            f"{where}: expected a file, got {path.name[:60]}: {error}. Correct the name."
+        ) from None
     return resolved
 
 
-# ---- which assets a campaign compares: those of one prompt, between generators, or between seeds where there is one generator
+# ---- which assets a campaign compares: those of one prompt, between generators, or between seeds where there
+# is one generator
 
 T = TypeVar("T")
 G = TypeVar("G", bound=Hashable)
@@ -303,30 +403,56 @@ Pair = tuple[Asset, Asset]
 
 def shape_of(asset: Asset) -> Shape:
     """An asset as a campaign keeps it."""
-    fields = {"generator": asset.generator, "source": str(asset.path), "seed": asset.seed, "file": asset.hash, "condition": asset.prompt}
+    fields = {
+        "generator": asset.generator,
+        "source": str(asset.path),
+        "seed": asset.seed,
+        "file": asset.hash,
+        "condition": asset.prompt,
+    }
     return Shape.of_asset(**fields)
 
 
-def plan_assets(options: PairingOptions, collection: Collection, tell: Callable[[str], None] = lambda text: None) -> Plan:
-    """The pairs of a campaign, or the assets one by one; `tell` hears what differs from what was asked for."""
+def plan_assets(
+    options: PairingOptions, collection: Collection, tell: Callable[[str], None] = lambda text: None
+) -> Plan:
+    """The pairs of a campaign, or the assets one by one;
+    `tell` hears what differs from what was asked for.
+    """
     if options.strategy != "random":
         raise ValueError(f"--strategy={options.strategy}: expected random pairs of assets. Leave it out.")
     rng = np.random.default_rng(options.seed)
     chosen: list[Pair]
     if options.single:
-        chosen = [(asset, asset) for asset in itertools.islice(balanced(_by_generator(collection), rng), options.pairs)]
+        chosen = [
+            (asset, asset)
+            for asset in itertools.islice(balanced(_by_generator(collection), rng), options.pairs)
+        ]
     else:
-        chosen = list(itertools.islice(balanced(_meetings(collection, rng, options.pairs), rng), options.pairs))
+        chosen = list(
+            itertools.islice(balanced(_meetings(collection, rng, options.pairs), rng), options.pairs)
+        )
         chosen = [pair if rng.integers(2) else pair[::-1] for pair in chosen]
     if not chosen:
-        raise ValueError("expected at least two assets of one prompt that differ, got none. Give each prompt a file of each generator.")
+        raise ValueError(
+            "expected at least two assets of one prompt that differ, got none. Give each prompt a file of"
+            " each generator."
+        )
     if len(chosen) < options.pairs:
         tell(f"{len(chosen)} {'assets' if options.single else 'pairs'}: there are no more")
     options = replace(options, pairs=len(chosen))
     shown = [PlannedPair(first=shape_of(a), second=shape_of(b)) for a, b in chosen]
     gold, training = _known(options, collection, rng, tell)
-    used = {key: value for key, value in asdict(options).items() if key in ("pairs", "seed", "single", "strategy")}
-    report = {**used, "generators": collection.generators, "assets": len(collection.assets), "gold": len(gold), "training": len(training)}
+    used = {
+        key: value for key, value in asdict(options).items() if key in ("pairs", "seed", "single", "strategy")
+    }
+    report = {
+        **used,
+        "generators": collection.generators,
+        "assets": len(collection.assets),
+        "gold": len(gold),
+        "training": len(training),
+    }
     return Plan(training + spread(shown, gold), report)
 
 
@@ -336,7 +462,9 @@ def conditions(collection: Collection) -> dict[str, dict]:
 
 
 def balanced(buckets: Mapping[tuple[G, str], Sequence[T]], rng: np.random.Generator) -> Iterator[T]:
-    """Items of buckets by (group, prompt): groups take turns, and each goes through its prompts in random order, again and again."""
+    """Items of buckets by (group, prompt): groups take turns, and each goes through its prompts in random
+    order, again and again.
+    """
     groups: dict[G, list[Sequence[T]]] = defaultdict(list)
     for (group, _), items in buckets.items():
         groups[group].append(items)
@@ -363,14 +491,26 @@ def _by_generator(collection: Collection) -> dict[tuple[str, str], list[Asset]]:
     return out
 
 
-def _meetings(collection: Collection, rng: np.random.Generator, most: int) -> dict[tuple[tuple[str, str], str], list[Pair]]:
-    """Pairs by who meets and on which prompt, in random order, at most so many of each; files that are equal do not meet."""
-    sides, out = _by_generator(collection), {}
+def _meetings(
+    collection: Collection, rng: np.random.Generator, most: int
+) -> dict[tuple[tuple[str, str], str], list[Pair]]:
+    """Pairs by who meets and on which prompt, in random order, at most so many of each; files that are equal
+    do not meet.
+    """
+    sides = _by_generator(collection)
+    out = {}
     several = len(collection.generators) > 1
     for prompt in sorted({asset.prompt for asset in collection.assets}):
-        for a, b in itertools.combinations(collection.generators, 2) if several else [(collection.generators[0],) * 2]:
-            first, second = sides.get((a, prompt), []), sides.get((b, prompt), [])
-            rows, columns = np.triu_indices(len(first), 1) if a == b else np.indices((len(first), len(second))).reshape(2, -1)
+        for a, b in (
+            itertools.combinations(collection.generators, 2) if several else [(collection.generators[0],) * 2]
+        ):
+            first = sides.get((a, prompt), [])
+            second = sides.get((b, prompt), [])
+            rows, columns = (
+                np.triu_indices(len(first), 1)
+                if a == b
+                else np.indices((len(first), len(second))).reshape(2, -1)
+            )
             chosen = rng.permutation(len(rows))[:most]
             pairs = [(first[rows[i]], second[columns[i]]) for i in chosen]
             pairs = [(a_file, b_file) for a_file, b_file in pairs if a_file.hash != b_file.hash]
@@ -388,5 +528,9 @@ def _known(
         return [], []
     order = itertools.cycle([whole[i] for i in rng.permutation(len(whole))])
     answers = broken_shapes if options.single else known_answers
-    gold = answers([shape_of(asset) for asset in itertools.islice(order, options.gold_pairs)], Kind.GOLD, rng, DAMAGES)
-    return gold, answers([shape_of(asset) for asset in itertools.islice(order, options.training)], Kind.TRAINING, rng, DAMAGES)
+    gold = answers(
+        [shape_of(asset) for asset in itertools.islice(order, options.gold_pairs)], Kind.GOLD, rng, DAMAGES
+    )
+    return gold, answers(
+        [shape_of(asset) for asset in itertools.islice(order, options.training)], Kind.TRAINING, rng, DAMAGES
+    )

@@ -1,4 +1,6 @@
-"""Damage that nobody can overlook, done to a copy of an asset on purpose: one side of every pair whose answer must be known."""
+"""Damage that nobody can overlook, done to a copy of an asset on purpose: one side of every pair whose answer
+must be known.
+"""
 
 import zlib
 from dataclasses import replace
@@ -8,16 +10,26 @@ import numpy as np
 from eg3d_rlhf.geometry.files.model import TRIANGLES, Array, Model, Primitive
 from eg3d_rlhf.geometry.files.ply import Splats
 
-DAMAGES = {"holes": "pieces are torn out of it", "rough": "its surface is all bumps"}  # with what a person sees
+# with what a person sees
+DAMAGES = {"holes": "pieces are torn out of it", "rough": "its surface is all bumps"}
 DAMAGED_KINDS = ("glb", "ply", "obj", "splats")  # of files; videos stay whole
-_PLACES, _HOLE = 12, 0.12  # holes, and their radius in sizes of the asset
-_WAVES, _GRAIN, _REACH = 24, 0.12, 0.025  # of the roughness: waves, their length, and the displacement's standard deviation, in sizes
+# holes, and their radius in sizes of the asset
+_PLACES = 12
+_HOLE = 0.12
+# of the roughness: waves, their length, and the displacement's standard deviation, in sizes
+_WAVES = 24
+_GRAIN = 0.12
+_REACH = 0.025
 _TRIED = 4000  # places looked at for holes
 
 
 def damage_mesh(model: Model, name: str, seed: int) -> Model:
-    """A model after damage `name`; equal arguments give equal models. Raises: ValueError for an unknown name, strips, or nothing left."""
-    rng, parts = _rng(name, seed), [part for mesh in model.meshes for part in mesh]
+    """A model after damage `name`; equal arguments give equal models.
+
+    Raises: ValueError for an unknown name, strips, or nothing left.
+    """
+    rng = _rng(name, seed)
+    parts = [part for mesh in model.meshes for part in mesh]
     if any(part.mode != TRIANGLES for part in parts):
         raise ValueError("expected a mesh of triangles to damage, got strips or fans")
     points = np.concatenate([part.attributes["POSITION"].values for part in parts]).astype(np.float64)
@@ -38,7 +50,8 @@ def damage_mesh(model: Model, name: str, seed: int) -> Model:
 
 def damage_splats(splats: Splats, name: str, seed: int) -> Splats:
     """Gaussians after damage `name`. Raises: as `damage_mesh`."""
-    rng, size = _rng(name, seed), _size(splats.centres.astype(np.float64))
+    rng = _rng(name, seed)
+    size = _size(splats.centres.astype(np.float64))
     if name == "rough":
         moved = splats.centres + rng.normal(scale=_REACH * size, size=splats.centres.shape)
         return replace(splats, centres=moved.astype("<f4"))
@@ -52,7 +65,10 @@ def damage_splats(splats: Splats, name: str, seed: int) -> Splats:
 
 def _rng(name: str, seed: int) -> np.random.Generator:
     if name not in DAMAGES:
-        raise ValueError(f"damage: expected one of {', '.join(DAMAGES)}, got {name!r}. Make the campaign with this version.")
+        raise ValueError(
+            f"damage: expected one of {', '.join(DAMAGES)}, got {name!r}. Make the campaign with this"
+            " version."
+        )
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
@@ -83,7 +99,9 @@ class _Bumps:
 
     def __init__(self, rng: np.random.Generator, size: float):
         directions = rng.normal(size=(_WAVES, 3))
-        self.waves = directions / np.linalg.norm(directions, axis=1, keepdims=True) * 2 * np.pi / (_GRAIN * size)
+        self.waves = (
+            directions / np.linalg.norm(directions, axis=1, keepdims=True) * 2 * np.pi / (_GRAIN * size)
+        )
         self.phases = rng.uniform(0, 2 * np.pi, _WAVES)
         self.ways = rng.normal(size=(_WAVES, 3)) * _REACH * size * np.sqrt(2 / _WAVES)
 
@@ -109,7 +127,11 @@ def _rough(part: Primitive, bumps: _Bumps, moved: dict[int, Array]) -> Primitive
 
 
 def _faces(part: Primitive) -> np.ndarray:
-    indices = np.arange(len(part.attributes["POSITION"].values), dtype="<u4") if part.indices is None else part.indices.values[:, 0]
+    indices = (
+        np.arange(len(part.attributes["POSITION"].values), dtype="<u4")
+        if part.indices is None
+        else part.indices.values[:, 0]
+    )
     return indices[: len(indices) // 3 * 3].reshape(-1, 3)
 
 

@@ -1,8 +1,9 @@
 """From an asset's file to what the browser gets, in a process of its own with limits on memory and time.
 
-The file is told apart by its content, whatever it is called. `examine` looks at files before a campaign is planned, and refuses the
-unfit; `clean` makes one's clean form when its turn comes, and refuses a file that is no longer the one that was planned. Both start this
-module as a process, so that whatever a hostile file makes of a parser, it ends there.
+The file is told apart by its content, whatever it is called. `examine` looks at files before a campaign is
+planned, and refuses the unfit; `clean` makes one's clean form when its turn comes, and refuses a file that is
+no longer the one that was planned. Both start this module as a process, so that whatever a hostile file makes
+of a parser, it ends there.
 
 Example:
     python -m eg3d_rlhf.people.label.assets.reading < requests.jsonl
@@ -31,7 +32,9 @@ from eg3d_rlhf.people.label.assets.damage import damage_mesh, damage_splats
 
 SUFFIXES = (".glb", ".ply", ".obj", ".mp4", ".m4v", ".mov", ".webm")
 MAX_BYTES = 512 << 20
-MEMORY, PER_BYTE = 1 << 30, 12  # address space of the process: so much, and so many times the file's size
+# address space of the process: so much, and so many times the file's size
+MEMORY = 1 << 30
+PER_BYTE = 12
 SECONDS = 600  # of processor time
 _GZIP = 1  # textures do not shrink, and higher levels take three times as long for a few percent of geometry
 _ROOT = Path(__file__).resolve().parents[4]
@@ -63,7 +66,10 @@ def looked_at(paths: Sequence[Path], tell: Callable[[int], None] = lambda done: 
 
 
 def examine(paths: Sequence[Path], tell: Callable[[int], None] = lambda done: None) -> list[Examined]:
-    """What the files are; `tell` hears how many were looked at. Raises: ValueError naming those that cannot be shown."""
+    """What the files are; `tell` hears how many were looked at.
+
+    Raises: ValueError naming those that cannot be shown.
+    """
     seen = looked_at(paths, tell)
     refuse({path: why for path, why in zip(paths, seen, strict=True) if isinstance(why, str)})
     return [known for known in seen if isinstance(known, Examined)]
@@ -74,14 +80,23 @@ def refuse(unfit: Mapping[Path, str]) -> None:
     wrong = [f"{path}: {why}" for path, why in unfit.items()]
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{'; '.join(wrong[:5])}{more}. Mend or remove {'it' if len(wrong) == 1 else 'them'}.")
+        raise ValueError(
+            f"{'; '.join(wrong[:5])}{more}. Mend or remove {'it' if len(wrong) == 1 else 'them'}."
+        )
 
 
 def clean(path: Path, expected: str, degradation: str = "", seed: int = 0) -> bytes:
     """The clean form of an asset, or of a prompt's picture: gzip of a GLB or of GSP1, an MP4, or WebP."""
     with tempfile.TemporaryDirectory(prefix="eg3d-label-asset-") as folder:
         out = Path(folder) / "out"
-        request = {"do": "clean", "path": str(path), "hash": expected, "degradation": degradation, "seed": seed, "out": str(out)}
+        request = {
+            "do": "clean",
+            "path": str(path),
+            "hash": expected,
+            "degradation": degradation,
+            "seed": seed,
+            "out": str(out),
+        }
         (answer,) = _run([request])
         if _REFUSED in answer:
             raise (ChangedError if answer.get("changed") else ValueError)(f"{path.name}: {answer[_REFUSED]}")
@@ -91,19 +106,36 @@ def clean(path: Path, expected: str, degradation: str = "", seed: int = 0) -> by
 def _run(requests: Sequence[dict], tell: Callable[[int], None] = lambda done: None) -> Iterable[dict]:
     """Answers to requests from one process; fewer where it died, the last one saying so."""
     largest = max((_size(Path(request["path"])) for request in requests), default=0)
-    environment = {**os.environ, "PYTHONPATH": str(_ROOT), **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
-    command = [sys.executable, "-m", "eg3d_rlhf.people.label.assets.reading", str(MEMORY + PER_BYTE * min(largest, MAX_BYTES))]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(_ROOT),
+        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "eg3d_rlhf.people.label.assets.reading",
+        str(MEMORY + PER_BYTE * min(largest, MAX_BYTES)),
+    ]
     answers: list[dict] = []
     with tempfile.TemporaryFile() as asked:
         asked.write("".join(json.dumps(request) + "\n" for request in requests).encode())
         asked.seek(0)
-        with subprocess.Popen(command, stdin=asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
+        with subprocess.Popen(
+            command, stdin=asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        ) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 answers.append(json.loads(line))
                 tell(len(answers))
     if len(answers) < len(requests):
-        answers.append({_REFUSED: "expected an asset that can be read with bounded memory and time, got one that takes more"})
+        answers.append(
+            {
+                _REFUSED: (
+                    "expected an asset that can be read with bounded memory and time, got one that takes more"
+                )
+            }
+        )
     return answers
 
 
@@ -129,12 +161,18 @@ def _opened(path: Path):
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("expected a file, got something else")
         if not 0 < status.st_size <= MAX_BYTES:
-            raise ValueError(f"expected a file of 1 byte to {MAX_BYTES >> 20} MB, got {status.st_size:,} bytes")
-        yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # arrays may outlive this; the process does not
+            raise ValueError(
+                f"expected a file of 1 byte to {MAX_BYTES >> 20} MB, got {status.st_size:,} bytes"
+            )
+        # arrays may outlive this; the process does not
+        yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def kind_of(head: bytes, name: str) -> str:
-    """What a file is by its first bytes; of an OBJ, which has no mark, also by its name. Raises: ValueError."""
+    """What a file is by its first bytes; of an OBJ, which has no mark, also by its name.
+
+    Raises: ValueError.
+    """
     if head[:4] == GLB_MAGIC:
         return "glb"
     if head[:3] == b"ply" and head[3:4] in b"\r\n":
@@ -160,9 +198,12 @@ def _hash(data: memoryview, path: Path, kind: str) -> str:
 
 
 def _examine(path: Path) -> dict:
-    """Kind and hash; all but videos is read as `_clean` will, so that what is accepted here is shown there."""
+    """Kind and hash; all but videos is read as `_clean` will,
+    so that what is accepted here is shown there.
+    """
     with _opened(path) as data:
-        kind, note = kind_of(bytes(data[:512]), path.name), ""
+        kind = kind_of(bytes(data[:512]), path.name)
+        note = ""
         if kind == "glb":
             glb.read_glb(data)
         elif kind == "ply":
@@ -192,14 +233,17 @@ def _clean(path: Path, expected: str, degradation: str, seed: int, out: Path) ->
             clean_film(path, out)
         else:
             _pack(data, path, kind, degradation, seed, out)
-    with _opened(path) as data:  # nor while it was read: arrays are views of the file, and ffmpeg opens it by itself
+    # nor while it was read: arrays are views of the file, and ffmpeg opens it by itself
+    with _opened(path) as data:
         _check_hash(data, path, kind, expected)
     return {}
 
 
 def _check_hash(data: memoryview, path: Path, kind: str, expected: str) -> None:
     if _hash(data, path, kind) != expected:
-        raise ChangedError("expected the file that the campaign was planned with, got a changed one; restore it")
+        raise ChangedError(
+            "expected the file that the campaign was planned with, got a changed one; restore it"
+        )
 
 
 def _pack(data: memoryview, path: Path, kind: str, degradation: str, seed: int, out: Path) -> None:
@@ -207,7 +251,13 @@ def _pack(data: memoryview, path: Path, kind: str, degradation: str, seed: int, 
         splats = ply.read_splats(data)
         parts = ply.splat_parts(damage_splats(splats, degradation, seed) if degradation else splats)
     else:
-        model = glb.read_glb(data) if kind == "glb" else ply.read_mesh(data) if kind == "ply" else obj.read_obj(data, path)
+        model = (
+            glb.read_glb(data)
+            if kind == "glb"
+            else ply.read_mesh(data)
+            if kind == "ply"
+            else obj.read_obj(data, path)
+        )
         parts = glb_parts(damage_mesh(model, degradation, seed) if degradation else model)
     with out.open("wb") as file, gzip.GzipFile("", "wb", _GZIP, file, mtime=0) as packed:
         for part in parts:
@@ -224,23 +274,70 @@ def _answer(request: dict) -> dict:
         return {_REFUSED: str(error), "changed": True}
     except (ValueError, OSError, MemoryError) as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
-            return {_REFUSED: "expected an asset that can be read with bounded memory, got one that takes more"}
+            return {
+                _REFUSED: "expected an asset that can be read with bounded memory, got one that takes more"
+            }
         return {_REFUSED: str(error) or type(error).__name__}
 
 
 # ---- turntable videos
 
-MAX_FILM, MAX_SECONDS, MAX_SIDE = 256 << 20, 120, 4096
+MAX_FILM = 256 << 20
+MAX_SECONDS = 120
+MAX_SIDE = 4096
 _PATIENCE = 300  # seconds of encoding
-_TRACK = re.compile(r"Stream #0:\d+.*?: Video: (\w+)[^,]*(?:\([^)]*\))?.*?, (\w+)(?:\([^)]*\))?.*?, (\d+)x(\d+)")
+_TRACK = re.compile(
+    r"Stream #0:\d+.*?: Video: (\w+)[^,]*(?:\([^)]*\))?.*?, (\w+)(?:\([^)]*\))?.*?, (\d+)x(\d+)"
+)
 _LENGTH = re.compile(r"Duration: (\d+):(\d\d):(\d\d)")
-_INPUT = ("-nostdin", "-hide_banner", "-protocol_whitelist", "file", "-format_whitelist", "mov,matroska", "-max_pixels", "33554432")
+_INPUT = (
+    "-nostdin",
+    "-hide_banner",
+    "-protocol_whitelist",
+    "file",
+    "-format_whitelist",
+    "mov,matroska",
+    "-max_pixels",
+    "33554432",
+)
 _OUTPUT = (
-    "-map", "0:v:0", "-an", "-sn", "-dn", "-map_metadata", "-1", "-map_chapters", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact",
-    "-write_tmcd", "0", "-movflags", "+faststart", "-threads", "1", "-fs", str(MAX_FILM), "-f", "mp4",
-)  # fmt: skip
+    "-map",
+    "0:v:0",
+    "-an",
+    "-sn",
+    "-dn",
+    "-map_metadata",
+    "-1",
+    "-map_chapters",
+    "-1",
+    "-fflags",
+    "+bitexact",
+    "-flags:v",
+    "+bitexact",
+    "-write_tmcd",
+    "0",
+    "-movflags",
+    "+faststart",
+    "-threads",
+    "1",
+    "-fs",
+    str(MAX_FILM),
+    "-f",
+    "mp4",
+)
 _H264_BARE = ("-bsf:v", "filter_units=remove_types=6")  # user data of encoders: names, versions, options
-_ENCODED = ("-c:v", "libx264", "-crf", "14", "-preset", "fast", "-pix_fmt", "yuv420p", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2")
+_ENCODED = (
+    "-c:v",
+    "libx264",
+    "-crf",
+    "14",
+    "-preset",
+    "fast",
+    "-pix_fmt",
+    "yuv420p",
+    "-vf",
+    "pad=ceil(iw/2)*2:ceil(ih/2)*2",
+)
 
 
 def is_film(head: bytes) -> bool:
@@ -253,13 +350,20 @@ def examine_film(path: Path) -> tuple[str, str]:
     if path.stat().st_size > MAX_FILM:
         raise ValueError(f"expected a video of up to {MAX_FILM >> 20} MB, got {path.stat().st_size >> 20} MB")
     text = _ffmpeg([*_INPUT, "-i", f"file:{path}"], 30)[1]
-    track, length = _TRACK.search(text), _LENGTH.search(text)
+    track = _TRACK.search(text)
+    length = _LENGTH.search(text)
     if track is None:
         raise ValueError("expected a video, got a file without a track that can be read")
-    codec, pixels, width, height = track.group(1), track.group(2), int(track.group(3)), int(track.group(4))
+    codec = track.group(1)
+    pixels = track.group(2)
+    width = int(track.group(3))
+    height = int(track.group(4))
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise ValueError(f"expected a video of up to {MAX_SIDE} pixels a side, got {width} x {height}")
-    if length and int(length.group(1)) * 3600 + int(length.group(2)) * 60 + int(length.group(3)) > MAX_SECONDS:
+    if (
+        length
+        and int(length.group(1)) * 3600 + int(length.group(2)) * 60 + int(length.group(3)) > MAX_SECONDS
+    ):
         raise ValueError(f"expected a video of up to {MAX_SECONDS} s, got {':'.join(length.groups())}")
     return codec, pixels
 
@@ -267,8 +371,8 @@ def examine_film(path: Path) -> tuple[str, str]:
 def clean_film(path: Path, out: Path) -> None:
     """Write a film's clean form: an MP4 of one H.264 or VP9 track and nothing else.
 
-    Tracks that browsers play are copied, without what encoders write into them about themselves; others are encoded anew. ffmpeg may open
-    this one file, in four containers, for a limited time. Raises: ValueError.
+    Tracks that browsers play are copied, without what encoders write into them about themselves; others are
+    encoded anew. ffmpeg may open this one file, in four containers, for a limited time. Raises: ValueError.
     """
     codec, pixels = examine_film(path)
     how: tuple[str, ...] = _ENCODED
@@ -276,13 +380,22 @@ def clean_film(path: Path, out: Path) -> None:
         how = ("-c:v", "copy", *_H264_BARE)
     elif codec == "vp9" and pixels == "yuv420p":
         how = ("-c:v", "copy")
-    code, text = _ffmpeg([*_INPUT, "-i", f"file:{path}", "-t", str(MAX_SECONDS), *how, *_OUTPUT, "-y", f"file:{out}"], _PATIENCE)
+    code, text = _ffmpeg(
+        [*_INPUT, "-i", f"file:{path}", "-t", str(MAX_SECONDS), *how, *_OUTPUT, "-y", f"file:{out}"],
+        _PATIENCE,
+    )
     if not code and how is _ENCODED and out.is_file():  # without our encoder's name, as those that are copied
         encoded = out.rename(out.with_name("encoded.mp4"))
-        code, text = _ffmpeg([*_INPUT, "-i", f"file:{encoded}", "-c:v", "copy", *_H264_BARE, *_OUTPUT, "-y", f"file:{out}"], _PATIENCE)
+        code, text = _ffmpeg(
+            [*_INPUT, "-i", f"file:{encoded}", "-c:v", "copy", *_H264_BARE, *_OUTPUT, "-y", f"file:{out}"],
+            _PATIENCE,
+        )
         encoded.unlink()
     if code or not out.is_file() or out.stat().st_size < 100 or out.stat().st_size >= MAX_FILM:
-        raise ValueError(f"expected a video that can be read, got: {text.strip().splitlines()[-1][:120] if text.strip() else 'nothing'}")
+        raise ValueError(
+            "expected a video that can be read, got:"
+            f" {text.strip().splitlines()[-1][:120] if text.strip() else 'nothing'}"
+        )
 
 
 def _ffmpeg(arguments: list[str], seconds: float) -> tuple[int, str]:
@@ -290,9 +403,17 @@ def _ffmpeg(arguments: list[str], seconds: float) -> tuple[int, str]:
 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=seconds)
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            timeout=seconds,
+        )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"expected a video that is ready within {seconds:g} s, got one that takes longer") from None
+        raise ValueError(
+            f"expected a video that is ready within {seconds:g} s, got one that takes longer"
+        ) from None
     return done.returncode, done.stderr[-20_000:].decode("utf-8", "replace")
 
 

@@ -1,11 +1,14 @@
-"""Connections: how many there may be, whose, and for how long, so that silent and slow ones leave room for those who are logged in.
+"""Connections: how many there may be, whose, and for how long, so that silent and slow ones leave room for
+those who are logged in.
 
-A connection is a stranger's until a request on it has come with a valid token or session; then it is its annotator's. Both have places of
-their own. Where there are too many, the oldest connection of the address (or annotator) that has most is closed: an attack from one address
-pushes out its own, and one from many can keep a newcomer waiting but nobody who is logged in.
+A connection is a stranger's until a request on it has come with a valid token or session; then it is its
+annotator's. Both have places of their own. Where there are too many, the oldest connection of the address
+(or annotator) that has most is closed: an attack from one address pushes out its own, and one from many can
+keep a newcomer waiting but nobody who is logged in.
 
-Accepting and TLS handshakes take processor time, so both have a pace. What is beyond the pace waits as a bare socket, by turns of
-addresses; an address at which somebody was logged in within the last hour is let in at once, at a pace of its own.
+Accepting and TLS handshakes take processor time, so both have a pace. What is beyond the pace waits as a bare
+socket, by turns of addresses; an address at which somebody was logged in within the last hour is let in at
+once, at a pace of its own.
 
 Every stage has its time: the handshake, a request's header, its body, and of a stranger also the answer.
 """
@@ -37,7 +40,8 @@ PAUSE = 0.5  # seconds without accepting where the system has no more descriptor
 REGULAR_SECONDS = 3600.0  # an address is known for so long after a request of somebody who was logged in
 FILES = 4096  # descriptors that are asked for
 OTHER_FILES = 256  # of them, for the database, shapes and logs
-TLS_BUFFER = 32 * 1024  # bytes; asyncio's own are 256 KiB for each connection, and outlive it until they are collected
+# bytes; asyncio's own are 256 KiB for each connection, and outlive it until they are collected
+TLS_BUFFER = 32 * 1024
 GRACE = 1.0  # seconds after the body's time in which the gate says 408 itself
 
 
@@ -58,7 +62,9 @@ class Pool(Generic[M]):
     """At most `limit` members, and `each` of one key but ''; whoever is one too many pushes another out."""
 
     def __init__(self, limit: int, each: float = math.inf):
-        self.limit, self.each, self.size = limit, each, 0
+        self.limit = limit
+        self.each = each
+        self.size = 0
         self._groups: OrderedDict[str, dict[M, None]] = OrderedDict()  # the oldest first
 
     def add(self, member: M) -> None:
@@ -72,7 +78,9 @@ class Pool(Generic[M]):
             self.push_out()
 
     def push_out(self, key: str | None = None) -> None:
-        group = self._groups.get(key) if key is not None else max(self._groups.values(), key=len, default=None)
+        group = (
+            self._groups.get(key) if key is not None else max(self._groups.values(), key=len, default=None)
+        )
         if group:
             oldest = next(iter(group))
             self.discard(oldest)
@@ -124,7 +132,9 @@ class Connection(H11Protocol):
         server = door.server
         state = {**server.lifespan.state, "connection": self}  # each request has a copy
         super().__init__(server.config, server.server_state, state, door.loop)
-        self.door, self.key, self.stage = door, key, (None, None)
+        self.door = door
+        self.key = key
+        self.stage = (None, None)
         self.known = False
         self.deadline = door.loop.time() + door.limits.handshake_seconds
         self.shaking: asyncio.Task | None = None
@@ -156,11 +166,14 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.door.forget(self)
-        self.app_state, self.cycle = {}, None  # type: ignore[assignment]  # they lead back here: nothing is left to the garbage collector
+        # they lead back here: nothing is left to the garbage collector
+        self.app_state = {}
+        self.cycle = None  # type: ignore[assignment]
 
     def _look(self, begun: bool) -> None:
         """Find the stage; `begun`: where a header is awaited, some of it is there."""
-        limits, theirs = self.door.limits, self.conn.their_state
+        limits = self.door.limits
+        theirs = self.conn.their_state
         if theirs is h11.IDLE and begun:
             self._enter(("header", None), limits.header_seconds)
         elif theirs is h11.IDLE:
@@ -172,22 +185,30 @@ class Connection(H11Protocol):
 
     def _enter(self, stage: tuple, seconds: float) -> None:
         if stage != self.stage:  # more of the same gives no more time
-            self.stage, self.deadline = stage, self.door.loop.time() + seconds
+            self.stage = stage
+            self.deadline = self.door.loop.time() + seconds
 
 
 class Door:
     """Accepts connections for a server, and ends those that are too slow or too many."""
 
     def __init__(self, server: "Server", sockets: list[socket.socket]):
-        self.server, self.limits, self.loop, self.sockets = server, server.limits, asyncio.get_running_loop(), sockets
-        limits, places = server.limits, descriptors()
+        self.server = server
+        self.limits = server.limits
+        self.loop = asyncio.get_running_loop()
+        self.sockets = sockets
+        limits = server.limits
+        places = descriptors()
         self.waiting: Pool[Waiting] = Pool(min(limits.strangers_connections, places // 4))
         self.strangers: Pool[Connection] = Pool(self.waiting.limit, max(1, self.waiting.limit // 2))
-        self.known: Pool[Connection] = Pool(min(limits.connections, places - 2 * self.waiting.limit), limits.annotator_connections)
+        self.known: Pool[Connection] = Pool(
+            min(limits.connections, places - 2 * self.waiting.limit), limits.annotator_connections
+        )
         self.accepts = Buckets(*limits.accepts)
         self.starts = Buckets(*limits.starts)
         self.regular_starts = Buckets(*limits.regular_starts)
-        self.regulars: OrderedDict[str, float] = OrderedDict()  # address -> last seen with somebody who was logged in
+        # address -> last seen with somebody who was logged in
+        self.regulars: OrderedDict[str, float] = OrderedDict()
         self._turn: asyncio.TimerHandle | None = None
         for sock in sockets:
             sock.setblocking(False)
@@ -217,7 +238,8 @@ class Door:
         if len(self.regulars) > KEYS:
             self.regulars.popitem(last=False)
         if self.strangers.discard(connection):  # else it was pushed out meanwhile
-            connection.known, connection.key = True, who
+            connection.known = True
+            connection.key = who
             self.known.add(connection)
 
     def touch(self, connection: Connection) -> None:
@@ -258,7 +280,13 @@ class Door:
         key = address_key(address)
         proxy = self.server.is_proxy(address)
         regular = self.regulars.get(key, -math.inf) > self.loop.time() - REGULAR_SECONDS
-        if proxy or regular and not self.regular_starts.take(key) or not self.waiting.size and not self.starts.take(""):
+        if (
+            proxy
+            or regular
+            and not self.regular_starts.take(key)
+            or not self.waiting.size
+            and not self.starts.take("")
+        ):
             return self._start(sock, key, proxy)
         self.waiting.add(Waiting(sock, key, self.loop.time() + self.limits.handshake_seconds))
         self._turn = self._turn or self.loop.call_later(1 / self.starts.rate, self._next)
@@ -277,7 +305,8 @@ class Door:
         connection.shaking = self.loop.create_task(self._shake(connection, sock))
         connection.shaking.add_done_callback(lambda _: self._shaken(connection, sock))
         if proxy:  # who sits behind it, only a request says; it may have all places
-            connection.known, connection.key = True, ""
+            connection.known = True
+            connection.key = ""
         (self.known if proxy else self.strangers).add(connection)
 
     async def _shake(self, connection: Connection, sock: socket.socket) -> None:
@@ -302,21 +331,31 @@ class Door:
 
 
 class Server(uvicorn.Server):
-    """uvicorn behind a `Door`. Arguments: limits; proxy: addresses or networks, comma-separated, whose connections count as many."""
+    """uvicorn behind a `Door`. Arguments: limits; proxy: addresses or networks, comma-separated, whose
+    connections count as many.
+    """
 
     def __init__(self, config: uvicorn.Config, limits: Limits, proxy: str | None = None):
         super().__init__(config)
-        self.limits, self._everybody = limits, proxy == "*"
+        self.limits = limits
+        self._everybody = proxy == "*"
         named = [part.strip() for part in proxy.split(",")] if proxy and not self._everybody else []
         try:
             self._proxies = [ipaddress.ip_network(name, strict=False) for name in named]
         except ValueError:
-            raise ValueError(f"--proxy: expected addresses or networks, got {proxy!r}. Give the proxy's address as 192.0.2.1.") from None
+            raise ValueError(
+                f"--proxy: expected addresses or networks, got {proxy!r}. Give the proxy's address as"
+                " 192.0.2.1."
+            ) from None
         for logger in ("uvicorn.error", "asyncio", LOGGER.name):
             logging.getLogger(logger).addFilter(SPARING)
 
     def is_proxy(self, address: str) -> bool:
-        return self._everybody or bool(self._proxies) and any(ipaddress.ip_address(address) in network for network in self._proxies)
+        return (
+            self._everybody
+            or bool(self._proxies)
+            and any(ipaddress.ip_address(address) in network for network in self._proxies)
+        )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         sslproto.SSLProtocol.max_size = TLS_BUFFER
@@ -326,7 +365,9 @@ class Server(uvicorn.Server):
 
 
 def descriptors() -> int:
-    """How many connections the system allows; the process's soft limit is raised to FILES where that is allowed."""
+    """How many connections the system allows; the process's soft limit is raised to FILES where that is
+    allowed.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -339,7 +380,9 @@ def descriptors() -> int:
 
 @dataclass(eq=False)
 class Sparing(logging.Filter):
-    """Lets `burst` records of one wording through in a period; the first of a later one says how many were left out."""
+    """Lets `burst` records of one wording through in a period; the first of a later one says how many were
+    left out.
+    """
 
     burst: int = 5
     period: float = 60.0  # seconds
@@ -348,7 +391,9 @@ class Sparing(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if len(self._seen) > KEYS:
             self._seen.clear()
-        seen = self._seen.setdefault((record.name, record.levelno, str(record.msg)[:80]), [time.monotonic(), 0])
+        seen = self._seen.setdefault(
+            (record.name, record.levelno, str(record.msg)[:80]), [time.monotonic(), 0]
+        )
         if time.monotonic() - seen[0] > self.period:
             if seen[1] > self.burst:
                 record.msg = f"{record.msg} (and {seen[1] - self.burst} more since the last such line)"

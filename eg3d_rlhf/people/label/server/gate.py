@@ -1,6 +1,8 @@
-"""The gate before the application: every request passes all checks here, so that no route can forget one, and gets its headers here.
+"""The gate before the application: every request passes all checks here, so that no route can forget one, and
+gets its headers here.
 
-Access log: one JSON object a line for each request; no token, session, CSRF value, body or query ever enters it.
+Access log: one JSON object a line for each request; no token, session, CSRF value, body or query ever enters
+it.
 
 Fields:
     time          ISO 8601, UTC, milliseconds
@@ -8,7 +10,8 @@ Fields:
     request       8 random hex digits, also sent as the header X-Request-Id
     address       of the client
     method        GET, POST, ...
-    route         template of the route, as '/api/shapes/{address}'; of an unknown address its path, long words replaced by '*'
+    route         template of the route, as '/api/shapes/{address}'; of an unknown address its path, long
+                  words replaced by '*'
     status        of the response; 0 where the client left before it began
     milliseconds  from the request's head to the response's last byte
     bytes         of the response's body
@@ -48,12 +51,15 @@ PAGES = ("/", "/login", "/admin")  # a link on another site may lead here
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 _LONG_WORD = re.compile(r"[^/]{16,}")  # of an unknown path: what might be a token
 _CLOSE = {"Connection": "close"}  # the rest of the body is not waited for
-OPEN = {("GET", "/health"), ("GET", "/login"), ("POST", "/login")}  # all that answers without a token when exposed
+# all that answers without a token when exposed
+OPEN = {("GET", "/health"), ("GET", "/login"), ("POST", "/login")}
 FORGET = f"{COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Strict"
 COMMON_POLICY = "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-POLICY = (  # blob: is what the page has loaded itself, textures of a GLB (connect-src, img-src) and videos; the worker reads Gaussians
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src blob:; worker-src 'self'; "
-    f"connect-src 'self' blob:; {COMMON_POLICY}"
+# blob: is what the page has loaded itself, textures of a GLB (connect-src, img-src) and videos; the worker
+# reads Gaussians
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src blob:;"
+    f" worker-src 'self'; connect-src 'self' blob:; {COMMON_POLICY}"
 )
 FIXED = {
     "X-Content-Type-Options": "nosniff",
@@ -61,20 +67,28 @@ FIXED = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "accelerometer=(), camera=(), geolocation=(), gyroscope=(), microphone=(), payment=(), usb=()",
+    "Permissions-Policy": (
+        "accelerometer=(), camera=(), geolocation=(), gyroscope=(), microphone=(), payment=(), usb=()"
+    ),
     "Content-Security-Policy": POLICY,
     "Cache-Control": "no-store",
 }
 
 
 def check_host(headers: Headers, exposed: bool) -> None:
-    """Exactly one well-formed Host; on loopback a name of this machine, so that no foreign name can be pointed at it (DNS rebinding)."""
+    """Exactly one well-formed Host; on loopback a name of this machine, so that no foreign name can be
+    pointed at it (DNS rebinding).
+    """
     hosts = headers.getlist("host")
     match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     if match is None:
         raise Refusal(400, "Expected one valid Host header.", "Use the address that the server printed.")
     if not exposed and match.group(1).strip("[]").lower() not in LOOPBACK:
-        raise Refusal(421, "This server answers only to this machine's own names.", "Open http://127.0.0.1 with the server's port.")
+        raise Refusal(
+            421,
+            "This server answers only to this machine's own names.",
+            "Open http://127.0.0.1 with the server's port.",
+        )
 
 
 def check_fetch(headers: Headers, method: str, path: str) -> None:
@@ -82,16 +96,26 @@ def check_fetch(headers: Headers, method: str, path: str) -> None:
     site = headers.get("sec-fetch-site", "same-origin")
     if site in ("same-origin", "none"):
         return
-    if method == "GET" and path in PAGES and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document":
+    if (
+        method == "GET"
+        and path in PAGES
+        and headers.get("sec-fetch-mode") == "navigate"
+        and headers.get("sec-fetch-dest") == "document"
+    ):
         return
     raise Refusal(403, "Another site asked for this.", "Open the application's own page.")
 
 
 def check_same_origin(headers: Headers, scheme: str) -> None:
     """An unsafe request that a browser authorises by itself must come from this server's own pages."""
-    origins, sites = headers.getlist("origin"), headers.getlist("sec-fetch-site")
+    origins = headers.getlist("origin")
+    sites = headers.getlist("sec-fetch-site")
     if not origins and not sites:
-        raise Refusal(403, "Expected an Origin or Sec-Fetch-Site header.", "Scripts send 'Authorization: Bearer TOKEN' instead.")
+        raise Refusal(
+            403,
+            "Expected an Origin or Sec-Fetch-Site header.",
+            "Scripts send 'Authorization: Bearer TOKEN' instead.",
+        )
     ours = [f"{scheme}://{headers.get('host', '')}".lower()]
     if origins and [o.lower() for o in origins] != ours or sites and sites != ["same-origin"]:
         raise Refusal(403, "Another site sent this.", "Send it from the application's own page.")
@@ -103,7 +127,8 @@ class Disconnected(Exception):
 
 async def read_body(receive: Receive, limits: Limits) -> bytes:
     """The whole body, chunked or not. Raises: Refusal 408, 413; Disconnected."""
-    parts, size = [], 0
+    parts = []
+    size = 0
     try:
         async with asyncio.timeout(limits.body_seconds):
             while True:
@@ -148,7 +173,12 @@ class PrivateFileHandler(RotatingFileHandler):
     """Its files can be read by their owner alone."""
 
     def _open(self):
-        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=lambda path, flags: os.open(path, flags, 0o600))
+        return open(
+            self.baseFilename,
+            self.mode,
+            encoding=self.encoding,
+            opener=lambda path, flags: os.open(path, flags, 0o600),
+        )
 
 
 class AccessLog:
@@ -159,7 +189,9 @@ class AccessLog:
         if path is not None:
             path.parent.mkdir(0o700, parents=True, exist_ok=True)
             self._logger = logging.Logger(f"access:{path}")  # not registered: nobody else's settings reach it
-            self._logger.addHandler(PrivateFileHandler(path, maxBytes=20_000_000, backupCount=5, encoding="utf-8", delay=True))
+            self._logger.addHandler(
+                PrivateFileHandler(path, maxBytes=20_000_000, backupCount=5, encoding="utf-8", delay=True)
+            )
 
     def write(self, event: str, fields: dict) -> None:
         if self._logger is None:
@@ -173,10 +205,15 @@ class AccessLog:
 
 
 class Gate:
-    """ASGI middleware: host, origin, size, identity, rate, CSRF and content type; adds headers and writes the access log."""
+    """ASGI middleware: host, origin, size, identity, rate, CSRF and content type; adds headers and writes the
+    access log.
+    """
 
     def __init__(self, app: ASGIApp, options: AppOptions, identities: Identities, log: AccessLog):
-        self.app, self.options, self.identities, self.log = app, options, identities, log
+        self.app = app
+        self.options = options
+        self.identities = identities
+        self.log = log
         self.annotators = Buckets(*options.limits.requests)
         self.strangers = Buckets(*options.limits.strangers)
 
@@ -197,7 +234,11 @@ class Gate:
                 body = [await self._admit(scope, receive, entry)]
 
                 async def replay() -> Message:
-                    return {"type": "http.request", "body": body.pop(), "more_body": False} if body else await receive()
+                    return (
+                        {"type": "http.request", "body": body.pop(), "more_body": False}
+                        if body
+                        else await receive()
+                    )
 
                 await self.app(scope, replay, send)
             except Refusal as refusal:
@@ -205,9 +246,14 @@ class Gate:
                 response: Response = refusal.response()
                 if refusal.status == 401:  # a person without a session is sent to the login page
                     headers = Headers(scope=scope)
-                    page = scope["method"] == "GET" and scope["path"] in ("/", "/admin") and "authorization" not in headers
+                    page = (
+                        scope["method"] == "GET"
+                        and scope["path"] in ("/", "/admin")
+                        and "authorization" not in headers
+                    )
                     response = RedirectResponse("/login", 303) if page else response
-                    if f"{COOKIE}=" in headers.get("cookie", "") and not isinstance(refusal, Withdrawn):  # by it the login page knows her
+                    # by it the login page knows her
+                    if f"{COOKIE}=" in headers.get("cookie", "") and not isinstance(refusal, Withdrawn):
                         response.headers.append("Set-Cookie", FORGET)
                 await response(scope, receive, send)
         except Disconnected:
@@ -219,7 +265,9 @@ class Gate:
         except Exception:
             LOGGER.exception("request %s failed", entry.request)
             if entry.status == 0:
-                await Refusal(500, "The server made a mistake.", REMEDIES[500]).response()(scope, receive, send)
+                await Refusal(500, "The server made a mistake.", REMEDIES[500]).response()(
+                    scope, receive, send
+                )
         finally:
             route = scope.get("route")
             entry.route = getattr(route, "path", entry.route)
@@ -227,29 +275,39 @@ class Gate:
             self.log.write("request", entry.fields())
 
     async def _admit(self, scope: Scope, receive: Receive, entry: Entry) -> bytes:
-        headers, method, path, limits = Headers(scope=scope), scope["method"], scope["path"], self.options.limits
+        headers = Headers(scope=scope)
+        method = scope["method"]
+        path = scope["path"]
+        limits = self.options.limits
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > limits.url:
             raise Refusal(414, f"Expected an address of at most {limits.url} bytes.", "Ask for less.")
         if not path.isprintable():
             raise Refusal(400, "Expected printable characters in the address.", "Correct the address.")
-        if sum(len(name) + len(value) for name, value in headers.raw) > limits.headers:  # the parser looks only where they come in parts
+        # the parser looks only where they come in parts
+        if sum(len(name) + len(value) for name, value in headers.raw) > limits.headers:
             raise Refusal(431, f"Expected headers of at most {limits.headers} bytes.", "Send less.", _CLOSE)
         check_host(headers, self.options.exposed)
         check_fetch(headers, method, path)
         lengths = headers.getlist("content-length")  # looked at before a byte of the body is read
         if lengths and "transfer-encoding" in headers:  # of the two, a proxy may believe the other
-            raise Refusal(400, "Expected Content-Length or Transfer-Encoding, got both.", "Send one of them.", _CLOSE)
+            raise Refusal(
+                400, "Expected Content-Length or Transfer-Encoding, got both.", "Send one of them.", _CLOSE
+            )
         if lengths and (len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit())):
             raise Refusal(400, "Expected one Content-Length of digits.", "Correct the header.", _CLOSE)
         if lengths and int(lengths[0][:20]) > limits.body:
             raise _too_large(limits)
         state = scope.setdefault("state", {})
-        identity = state["identity"] = await self._identify(headers, method, path, entry, state.get("connection"))
+        identity = state["identity"] = await self._identify(
+            headers, method, path, entry, state.get("connection")
+        )
         if method not in SAFE_METHODS:
             if identity is None or identity.by != "token":
                 check_same_origin(headers, scope["scheme"])
             if identity is not None and identity.by != "token" and path != "/login":
-                if not hmac.compare_digest(identity.csrf.encode(), headers.get("x-csrf-token", "").encode("utf-8", "replace")):
+                if not hmac.compare_digest(
+                    identity.csrf.encode(), headers.get("x-csrf-token", "").encode("utf-8", "replace")
+                ):
                     remedy = "Ask for /api/session and send its 'csrf' as X-CSRF-Token."
                     raise Refusal(403, "Expected the X-CSRF-Token of this session.", remedy)
             _check_type(headers, path)
@@ -263,13 +321,18 @@ class Gate:
     ) -> Identity | None:
         """Who asks, within her rate; None only for what is open to everybody. Raises: Refusal 401, 429."""
         public = (method, path) in OPEN
-        address, identity, refusal = address_key(entry.address), None, None
+        address = address_key(entry.address)
+        identity = None
+        refusal = None
         try:
-            identity = None if public else await run_in_threadpool(self.identities.find, headers, entry.address)
+            identity = (
+                None if public else await run_in_threadpool(self.identities.find, headers, entry.address)
+            )
         except Refusal as error:
             refusal = error
         if identity is not None:
-            entry.annotator, entry.by = identity.annotator.name, identity.by
+            entry.annotator = identity.annotator.name
+            entry.by = identity.by
             if connection is not None:
                 connection.known_as(f"annotator {identity.annotator.id}")
         wait = self.annotators.take(str(identity.annotator.id)) if identity else self.strangers.take(address)
@@ -278,14 +341,24 @@ class Gate:
         if refusal is not None:
             raise refusal
         if identity is None and not public:
-            raise Refusal(401, "Expected a token or a session.", "Log in at /login, or send 'Authorization: Bearer TOKEN'.",
-                          {"WWW-Authenticate": "Bearer"})
+            raise Refusal(
+                401,
+                "Expected a token or a session.",
+                "Log in at /login, or send 'Authorization: Bearer TOKEN'.",
+                {"WWW-Authenticate": "Bearer"},
+            )
         return identity
 
 
 def _check_type(headers: Headers, path: str) -> None:
     """Bodies are JSON under /api, a form at /login. Raises: Refusal 415."""
-    expected = "application/json" if path.startswith("/api/") else "application/x-www-form-urlencoded" if path == "/login" else None
+    expected = (
+        "application/json"
+        if path.startswith("/api/")
+        else "application/x-www-form-urlencoded"
+        if path == "/login"
+        else None
+    )
     kind, _, rest = headers.get("content-type", "").partition(";")
     charset = rest.strip().lower().removeprefix("charset=").strip('"')
     if expected is not None and (kind.strip().lower() != expected or charset not in ("", "utf-8")):
@@ -300,7 +373,9 @@ def _recorded(send: Send, entry: Entry, https: bool) -> Send:
             entry.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = entry.request
-            for name, value in (FIXED | ({"Strict-Transport-Security": "max-age=31536000"} if https else {})).items():
+            for name, value in (
+                FIXED | ({"Strict-Transport-Security": "max-age=31536000"} if https else {})
+            ).items():
                 headers.setdefault(name, value)  # where the response does not set it itself
         elif message["type"] == "http.response.body":
             entry.bytes += len(message.get("body", b""))

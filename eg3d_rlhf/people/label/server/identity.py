@@ -1,4 +1,6 @@
-"""Who asks: a bearer token, a session cookie, or on loopback whoever sits at this machine; and how often one may."""
+"""Who asks: a bearer token, a session cookie, or on loopback whoever sits at this machine; and how often one
+may.
+"""
 
 import contextlib
 import hashlib
@@ -28,12 +30,16 @@ class Buckets:
     """One bucket of `burst` tokens per key, refilled at `rate` a second. Thread-safe."""
 
     def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic):
-        self.rate, self.burst, self.clock = rate, burst, clock
+        self.rate = rate
+        self.burst = burst
+        self.clock = clock
         self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()  # key -> (tokens, when)
         self._lock = threading.Lock()
 
     def take(self, key: str, count: float = 1.0) -> float:
-        """Take tokens (put back where `count` < 0). Returns 0, or the seconds until there are enough; then nothing is taken."""
+        """Take tokens (put back where `count` < 0). Returns 0, or the seconds until there are enough; then
+        nothing is taken.
+        """
         with self._lock:
             now = self.clock()
             level, since = self._levels.pop(key, (self.burst, now))
@@ -46,7 +52,9 @@ class Buckets:
 
 
 def address_key(address: str) -> str:
-    """What counts as one address: an IPv4 address, or the /64 network of an IPv6 one, which belongs to one subscriber."""
+    """What counts as one address: an IPv4 address, or the /64 network of an IPv6 one, which belongs to one
+    subscriber.
+    """
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -72,7 +80,9 @@ class Identities:
     """Finds the identity behind a request. Its methods block."""
 
     def __init__(self, options: AppOptions, mode: Mode):
-        self.store, self.exposed, self.blind = options.store, options.exposed, mode is Mode.STUDY
+        self.store = options.store
+        self.exposed = options.exposed
+        self.blind = mode is Mode.STUDY
         self.guesses = Buckets(*options.limits.guesses)
         self.secret = options.secret or kept_secret(options.cache.folder / "server.key")
         self._local = None if options.exposed else self.store.annotator_without_token(LOCAL, "admin")
@@ -81,7 +91,11 @@ class Identities:
         """The identity, or None. A wrong bearer token is refused, never ignored. Raises: Refusal 401, 429."""
         if "authorization" in headers:
             scheme, _, token = headers["authorization"].partition(" ")
-            bearer = token.strip() if scheme.lower() == "bearer" and len(headers.getlist("authorization")) == 1 else ""
+            bearer = (
+                token.strip()
+                if scheme.lower() == "bearer" and len(headers.getlist("authorization")) == 1
+                else ""
+            )
             return self._identity(self.by_token(bearer, address), "token")
         session = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
         annotator = self.store.session(session) if _plausible(session) else None
@@ -96,12 +110,14 @@ class Identities:
     def by_token(self, token: str, address: str) -> StoredAnnotator:
         """The annotator whose token this is.
 
-        A token has 192 random bits and needs no limit to be safe: a right one is let in whatever others have sent. Many wrong ones of an
-        address are refused in another way, which whoever runs a script or reads the access log will notice.
+        A token has 192 random bits and needs no limit to be safe: a right one is let in whatever others have
+        sent. Many wrong ones of an address are refused in another way, which whoever runs a script or reads
+        the access log will notice.
         """
         annotator = self.store.authenticate(token) if _plausible(token) else None
         if annotator is None:
-            if _plausible(token) and self.store.withdrawn(token):  # told to who holds the token, and to nobody else
+            # told to who holds the token, and to nobody else
+            if _plausible(token) and self.store.withdrawn(token):
                 raise Withdrawn
             if wait := self.guesses.take(address_key(address)):
                 raise too_many(wait)
@@ -120,9 +136,14 @@ def _plausible(token: str) -> bool:
 
 
 def kept_secret(path: Path) -> bytes:
-    """32 random bytes, kept in a file that only its owner reads, so that open pages survive a restart of the server."""
+    """32 random bytes, kept in a file that only its owner reads, so that open pages survive a restart of the
+    server.
+    """
     path.parent.mkdir(0o700, parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with (
+        contextlib.suppress(FileExistsError),
+        os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file,
+    ):
         file.write(os.urandom(32))
     secret = path.read_bytes()
     if len(secret) != 32:
@@ -131,5 +152,9 @@ def kept_secret(path: Path) -> bytes:
 
 
 def csrf_token(key: str | bytes, purpose: str) -> str:
-    """HMAC-SHA256 of the purpose under a key that other sites cannot know: the session's id, or the server's secret."""
-    return hmac.new(key.encode() if isinstance(key, str) else key, purpose.encode(), hashlib.sha256).hexdigest()
+    """HMAC-SHA256 of the purpose under a key that other sites cannot know: the session's id, or the server's
+    secret.
+    """
+    return hmac.new(
+        key.encode() if isinstance(key, str) else key, purpose.encode(), hashlib.sha256
+    ).hexdigest()

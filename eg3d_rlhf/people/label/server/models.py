@@ -1,4 +1,6 @@
-"""Bodies of the API's requests, responses and errors, and what they may hold. An error says what is wrong and what to do."""
+"""Bodies of the API's requests, responses and errors, and what they may hold. An error says what is wrong and
+what to do.
+"""
 
 import logging
 import math
@@ -21,7 +23,8 @@ REMEDIES = {
     405: "Use another method.",
     500: "Tell the person who runs the server; the reason is in its output.",
 }
-NAME = r"^\w(?:[\w .@+-]{0,78}[\w.@+-])?$"  # of an annotator: letters and digits of any script, and a few signs between them
+# of an annotator: letters and digits of any script, and a few signs between them
+NAME = r"^\w(?:[\w .@+-]{0,78}[\w.@+-])?$"
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")]  # keys and tokens
 AssetPath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
 QuestionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
@@ -38,14 +41,17 @@ class Judgement(Sent):
 
     key: Word  # the page's own name for this answer: sent again, nothing changes
     assignment: Word
-    choice: Literal["left", "right", "tie", "bad", "up", "down", "0", "1", "2", "3", "4", "5", "skip"]  # which of them, the scale says
+    # which of them, the scale says
+    choice: Literal["left", "right", "tie", "bad", "up", "down", "0", "1", "2", "3", "4", "5", "skip"]
     reason: Literal["broken", "identical", "unsure", "other"] | None = None  # entities.SKIP_REASONS
     milliseconds: Annotated[int, Field(ge=0, le=86_400_000)]
     views: Annotated[list[Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]], Field(max_length=64)]
     answered_at: Annotated[float, Field(ge=0, le=1e11)]
     page_version: Annotated[str, Field(pattern=r"^[A-Za-z0-9._+-]{0,64}$")]
-    votes: Annotated[dict[QuestionName, Literal["left", "right", "tie"]], Field(max_length=8)] = {}  # on the campaign's questions
-    comment: Annotated[str, Field(min_length=1, max_length=500)] | None = None  # printable: see eg3d_rlhf.people.label.judgements
+    # on the campaign's questions
+    votes: Annotated[dict[QuestionName, Literal["left", "right", "tie"]], Field(max_length=8)] = {}
+    # printable: see eg3d_rlhf.people.label.judgements
+    comment: Annotated[str, Field(min_length=1, max_length=500)] | None = None
 
     @model_validator(mode="after")
     def _reason_of_skips(self):
@@ -87,17 +93,27 @@ class Refusal(Exception):
 
     def __init__(self, status: int, error: str, remedy: str, headers: Mapping[str, str] | None = None):
         super().__init__(error)
-        self.status, self.error, self.remedy, self.headers = status, error, remedy, dict(headers or {})
+        self.status = status
+        self.error = error
+        self.remedy = remedy
+        self.headers = dict(headers or {})
 
     def response(self) -> JSONResponse:
         return JSONResponse({"error": self.error, "remedy": self.remedy}, self.status, self.headers)
 
 
 class Withdrawn(Refusal):
-    """401 to somebody whose access was revoked: only who holds the token, or a session that it opened, is told so."""
+    """401 to somebody whose access was revoked: only who holds the token, or a session that it opened, is
+    told so.
+    """
 
     def __init__(self):
-        super().__init__(401, "Your access was withdrawn.", "Ask the person who gave you the token.", {"WWW-Authenticate": "Bearer"})
+        super().__init__(
+            401,
+            "Your access was withdrawn.",
+            "Ask the person who gave you the token.",
+            {"WWW-Authenticate": "Bearer"},
+        )
 
 
 def note(request: Request, refusal: Refusal) -> Refusal:
@@ -109,7 +125,9 @@ def note(request: Request, refusal: Refusal) -> Refusal:
 def too_many(seconds: float) -> Refusal:
     """429 with the seconds to wait."""
     wait = max(1, math.ceil(seconds))
-    return Refusal(429, "Too many requests.", f"Wait {wait} seconds and try again.", {"Retry-After": str(wait)})
+    return Refusal(
+        429, "Too many requests.", f"Wait {wait} seconds and try again.", {"Retry-After": str(wait)}
+    )
 
 
 def no_database(error: Exception) -> Refusal:
@@ -134,8 +152,13 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         # fields and reasons of at most five mistakes; never the values, which may be long or hostile
-        said = [f"{'.'.join(str(part) for part in item['loc'][:4])[:60]}: {item['msg'][:120]}" for item in error.errors()[:5]]
-        refusal = Refusal(422, f"Expected a valid request, got: {'; '.join(said)}.", "Correct the fields that are named.")
+        said = [
+            f"{'.'.join(str(part) for part in item['loc'][:4])[:60]}: {item['msg'][:120]}"
+            for item in error.errors()[:5]
+        ]
+        refusal = Refusal(
+            422, f"Expected a valid request, got: {'; '.join(said)}.", "Correct the fields that are named."
+        )
         return note(request, refusal).response()
 
     @app.exception_handler(DBAPIError)

@@ -24,17 +24,22 @@ class Limits:
     url: int = 2048  # bytes of path and query
     headers: int = 32 * 1024  # bytes of the names and values of a request's headers
     requests: tuple[float, float] = (40.0, 200.0)  # rate and burst of one annotator
-    strangers: tuple[float, float] = (20.0, 300.0)  # of one address, for requests without a valid token or session
+    # of one address, for requests without a valid token or session
+    strangers: tuple[float, float] = (20.0, 300.0)
     guesses: tuple[float, float] = (1 / 30, 10.0)  # of one address: wrong tokens
     session_seconds: float = 14 * 24 * 3600.0  # a login lasts so long
     connections: int = 1000  # on which somebody was logged in; fewer where the system allows less
     annotator_connections: int = 100  # of them, one annotator's
-    strangers_connections: int = 256  # others; as many again wait for their turn; half of them from one address
+    # others; as many again wait for their turn; half of them from one address
+    strangers_connections: int = 256
     accepts: tuple[float, float] = (1000.0, 500.0)  # connections taken from the system
-    starts: tuple[float, float] = (100.0, 200.0)  # of them, those that are begun with; handshakes take processor time
-    regular_starts: tuple[float, float] = (20.0, 100.0)  # of one address where somebody was logged in of late, beyond those
+    # of them, those that are begun with; handshakes take processor time
+    starts: tuple[float, float] = (100.0, 200.0)
+    # of one address where somebody was logged in of late, beyond those
+    regular_starts: tuple[float, float] = (20.0, 100.0)
     handshake_seconds: float = 10.0  # for the handshake, and for waiting until it begins
-    header_seconds: float = 10.0  # for a request's header, from its first byte; of a connection's first one, from the handshake
+    # for a request's header, from its first byte; of a connection's first one, from the handshake
+    header_seconds: float = 10.0
     idle_seconds: float = 15.0  # between two requests of a stranger's connection
     answer_seconds: float = 30.0  # until a stranger has read the answer
     keep_seconds: float = 120.0  # between two requests of a connection on which somebody was logged in
@@ -47,12 +52,14 @@ class AppOptions:
     store: "Store"
     campaign: str  # name
     cache: ShapeCache
-    preparation: Preparation | None = None  # None: all shapes are in the cache already, or are put there by somebody else
+    # None: all shapes are in the cache already, or are put there by somebody else
+    preparation: Preparation | None = None
     exposed: bool = False  # can be reached from other machines: tokens are compulsory
     title: str = ""  # heading of the page; annotators read it; empty: the question, in the language of each
     static: Path = STATIC  # the page's files
     access_log: Path | None = None  # see gate.py; None: not kept
-    secret: bytes | None = None  # signs the CSRF tokens of the local annotator; None: kept in the cache folder
+    # signs the CSRF tokens of the local annotator; None: kept in the cache folder
+    secret: bytes | None = None
     limits: Limits = field(default_factory=Limits)
 
 

@@ -15,7 +15,15 @@ from starlette.background import BackgroundTask
 
 from eg3d_rlhf.people.label.access import login_link, qr_data
 from eg3d_rlhf.people.label.archive import export_judgements
-from eg3d_rlhf.people.label.entities import SKIP_REASONS, Answer, Choice, ConflictError, Mode, StoredCampaign, parse_questions
+from eg3d_rlhf.people.label.entities import (
+    SKIP_REASONS,
+    Answer,
+    Choice,
+    ConflictError,
+    Mode,
+    StoredCampaign,
+    parse_questions,
+)
 from eg3d_rlhf.people.label.quality import quality_report
 from eg3d_rlhf.people.label.server import models
 from eg3d_rlhf.people.label.server.identity import Identities, Identity
@@ -51,7 +59,11 @@ async def identity_of(request: Request) -> Identity:  # async: nothing to wait f
 async def admin_of(identity: Annotated[Identity, Depends(identity_of)]) -> Identity:
     """The identity of an admin. Raises: Refusal 403."""
     if not identity.admin:
-        raise Refusal(403, "Only admins may see this.", "Log in with an admin's token: tools/label.py add-annotator NAME --admin.")
+        raise Refusal(
+            403,
+            "Only admins may see this.",
+            "Log in with an admin's token: tools/label.py add-annotator NAME --admin.",
+        )
     return identity
 
 
@@ -61,7 +73,12 @@ Admin = Annotated[Identity, Depends(admin_of)]
 
 def _shown(context: Context, assignment: str, left: str, right: str) -> dict:
     first, second = (context.addresses.of(assignment, asset) for asset in (left, right))
-    return {"assignment": assignment, "left": first, "right": second, "prompt": context.shapes.prompt(left, first)}
+    return {
+        "assignment": assignment,
+        "left": first,
+        "right": second,
+        "prompt": context.shapes.prompt(left, first),
+    }
 
 
 def _asset(context: Context, address: str) -> str:
@@ -77,13 +94,18 @@ def _progress(context: Context, who: Identity) -> dict:
 
 
 def _practice_lost(context: Context) -> int:
-    return sum(context.shapes.lost(pair.first) or context.shapes.lost(pair.second) for pair in context.store.training(context.campaign.id))
+    return sum(
+        context.shapes.lost(pair.first) or context.shapes.lost(pair.second)
+        for pair in context.store.training(context.campaign.id)
+    )
 
 
 def _judge(context: Context, who: Identity) -> None:
     """Refuse, in a study, answers of those who can see results."""
     if context.shapes.blind and who.admin:
-        raise Refusal(403, "Admins see results, so they cannot take part in a blind study.", "Use an annotator's token.")
+        raise Refusal(
+            403, "Admins see results, so they cannot take part in a blind study.", "Use an annotator's token."
+        )
 
 
 def _work(router: APIRouter, context: Context) -> None:
@@ -91,37 +113,67 @@ def _work(router: APIRouter, context: Context) -> None:
     def session(who: Who):
         """The page's session."""
         settings = context.campaign.settings
-        return JSONResponse({
-            "annotator": who.annotator.name, "role": "admin" if who.admin else "annotator", "csrf": who.csrf,
-            "mode": settings.mode.value, "scale": settings.scale,
-            "title": context.options.title, "show_render": settings.show_render and not context.shapes.blind,
-            "page_version": context.page_version, "skip_reasons": list(SKIP_REASONS), "exposed": context.options.exposed,
-            "both_bad": settings.both_bad, "questions": [asdict(question) for question in parse_questions(settings.questions)],
-            "reveal": settings.reveal, "up": settings.extra.get("up", "y"), "view": settings.view,
-        })  # fmt: skip
+        return JSONResponse(
+            {
+                "annotator": who.annotator.name,
+                "role": "admin" if who.admin else "annotator",
+                "csrf": who.csrf,
+                "mode": settings.mode.value,
+                "scale": settings.scale,
+                "title": context.options.title,
+                "show_render": settings.show_render and not context.shapes.blind,
+                "page_version": context.page_version,
+                "skip_reasons": list(SKIP_REASONS),
+                "exposed": context.options.exposed,
+                "both_bad": settings.both_bad,
+                "questions": [asdict(question) for question in parse_questions(settings.questions)],
+                "reveal": settings.reveal,
+                "up": settings.extra.get("up", "y"),
+                "view": settings.view,
+            }
+        )
 
     @router.get("/assignments")
     def assignments(who: Who, count: Annotated[int, Query(ge=1, le=10)] = 3):
         """The next pairs; those that are open come first. None and not waiting: finished."""
         _judge(context, who)
-        shapes, settled = context.shapes, context.shapes.settled()
-        pairs = context.store.assignments(context.campaign.id, who.annotator.id, count, shapes.ready, shapes.lost)
+        shapes = context.shapes
+        settled = context.shapes.settled()
+        pairs = context.store.assignments(
+            context.campaign.id, who.annotator.id, count, shapes.ready, shapes.lost
+        )
         progress = _progress(context, who)
-        waiting = not pairs and not settled and (progress["done"] < progress["total"] or progress["training_left"] > 0)
+        waiting = (
+            not pairs
+            and not settled
+            and (progress["done"] < progress["total"] or progress["training_left"] > 0)
+        )
         shown = [{**_shown(context, p.token, p.left, p.right), "training": p.training} for p in pairs]
-        return JSONResponse({
-            "assignments": shown, "progress": progress, "waiting": waiting, "practice_lost": _practice_lost(context),
-            "preparation": shapes.progress(),
-        })  # fmt: skip
+        return JSONResponse(
+            {
+                "assignments": shown,
+                "progress": progress,
+                "waiting": waiting,
+                "practice_lost": _practice_lost(context),
+                "preparation": shapes.progress(),
+            }
+        )
 
     @router.get("/answers")
     def answers(
-        who: Who, before: Annotated[int | None, Query(ge=0, le=2**31 - 1)] = None, count: Annotated[int, Query(ge=1, le=50)] = 20
+        who: Who,
+        before: Annotated[int | None, Query(ge=0, le=2**31 - 1)] = None,
+        count: Annotated[int, Query(ge=1, le=50)] = 20,
     ):
-        """One's own answers, practice aside: the pair that was handed out last first. /api/undo by assignment opens one again."""
+        """One's own answers, practice aside: the pair that was handed out last first. /api/undo by assignment
+        opens one again.
+        """
         _judge(context, who)
         rows = context.store.answers(context.campaign.id, who.annotator.id, before, count + 1)
-        shown = [{**asdict(answer), **_shown(context, answer.assignment, answer.left, answer.right)} for answer in rows[:count]]
+        shown = [
+            {**asdict(answer), **_shown(context, answer.assignment, answer.left, answer.right)}
+            for answer in rows[:count]
+        ]
         return {"answers": shown, "more": len(rows) > count}
 
 
@@ -132,31 +184,47 @@ def label_api(context: Context) -> APIRouter:
 
     @router.get("/shapes/{address}", response_class=Response)
     def shape(address: models.AssetPath, request: Request, who: Who) -> Response:
-        """A shape's surface ("SHP1"), or an asset: a GLB or Gaussians ("GSP1"), gzip-encoded all; or a video, of which parts may be had."""
-        shapes, asset = context.shapes, _asset(context, address)
+        """A shape's surface ("SHP1"), or an asset: a GLB or Gaussians ("GSP1"), gzip-encoded all; or a video,
+        of which parts may be had.
+        """
+        shapes = context.shapes
+        asset = _asset(context, address)
         if not shapes.ready(asset):
-            raise Refusal(503, "Shapes are being prepared.", "Try again in a few seconds.", {"Retry-After": "5"})
+            raise Refusal(
+                503, "Shapes are being prepared.", "Try again in a few seconds.", {"Retry-After": "5"}
+            )
         headers = {"ETag": f'"{address}"', "Cache-Control": IMMUTABLE}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(None, 304, headers)
         return respond(shapes.body(asset), request, headers, shapes.film(asset))
 
-    @router.get("/prompts/{address}", response_class=Response, responses={200: {"content": {"image/webp": {}}}})
+    @router.get(
+        "/prompts/{address}", response_class=Response, responses={200: {"content": {"image/webp": {}}}}
+    )
     def prompt(address: models.AssetPath, who: Who) -> Response:
         """The picture that an asset was made from."""
         path = context.shapes.prompt_picture(_asset(context, address))
         if path is None:
             raise Refusal(404, "No such picture.", "Ask for /api/assignments again.")
-        return Response(path.read_bytes(), media_type="image/webp", headers={"ETag": f'"{address}"', "Cache-Control": IMMUTABLE})
+        return Response(
+            path.read_bytes(),
+            media_type="image/webp",
+            headers={"ETag": f'"{address}"', "Cache-Control": IMMUTABLE},
+        )
 
-    @router.get("/renders/{address}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
+    @router.get(
+        "/renders/{address}", response_class=Response, responses={200: {"content": {"image/png": {}}}}
+    )
     def render(address: models.AssetPath, who: Who) -> Response:
         """The picture of a shape, where the campaign shows it; never in a study."""
-        shown, asset = context.campaign.settings.show_render and not context.shapes.blind, _asset(context, address)
+        shown = context.campaign.settings.show_render and not context.shapes.blind
+        asset = _asset(context, address)
         path = context.options.cache.render(context.shapes.shapes[asset]) if shown else None
         if path is None:
             raise Refusal(404, "No such picture.", "Pictures are shown where the campaign allows them.")
-        return FileResponse(path, media_type="image/png", headers={"ETag": f'"{address}"', "Cache-Control": IMMUTABLE})
+        return FileResponse(
+            path, media_type="image/png", headers={"ETag": f'"{address}"', "Cache-Control": IMMUTABLE}
+        )
 
     _judgements(router, context)
     return router
@@ -164,11 +232,15 @@ def label_api(context: Context) -> APIRouter:
 
 @contextmanager
 def _refusals(conflict: str, remedy: str, correct: str) -> Iterator[None]:
-    """What the store refuses, as responses: 404, 409 (`conflict` and its `remedy`) or 422 (`correct` says how)."""
+    """What the store refuses, as responses: 404, 409 (`conflict` and its `remedy`) or 422 (`correct` says
+    how).
+    """
     try:
         yield
     except LookupError:
-        raise Refusal(404, "No such assignment of this annotator.", "Ask for /api/assignments again.") from None
+        raise Refusal(
+            404, "No such assignment of this annotator.", "Ask for /api/assignments again."
+        ) from None
     except ConflictError:
         raise Refusal(409, conflict, remedy) from None
     except ValueError as error:
@@ -178,22 +250,38 @@ def _refusals(conflict: str, remedy: str, correct: str) -> Iterator[None]:
 def _judgements(router: APIRouter, context: Context) -> None:
     @router.post("/judgements", status_code=201)
     def judge(body: models.Judgement, who: Who):
-        """Keep an answer. It is kept for good once this responds; sent again with the same key, nothing changes."""
+        """Keep an answer. It is kept for good once this responds; sent again with the same key, nothing
+        changes.
+        """
         _judge(context, who)
         values = body.model_dump() | {"choice": Choice(body.choice), "views": tuple(body.views)}
         conflict = "This assignment is answered already, or the key was another answer's."
         with _refusals(conflict, "Undo that answer first, or go on.", "Correct the answer."):
             kept = context.store.submit(context.campaign.id, who.annotator.id, Answer(**values))
-        lesson = {"correct": kept.correct, "better": kept.better, "explanation": kept.explanation} if kept.training else None
+        lesson = (
+            {"correct": kept.correct, "better": kept.better, "explanation": kept.explanation}
+            if kept.training
+            else None
+        )
         names = {"left": kept.reveal[0], "right": kept.reveal[1]} if kept.reveal else None
-        reply = {"accepted": True, "duplicate": kept.duplicate, "training": lesson, "reveal": names, "progress": _progress(context, who)}
+        reply = {
+            "accepted": True,
+            "duplicate": kept.duplicate,
+            "training": lesson,
+            "reveal": names,
+            "progress": _progress(context, who),
+        }
         return JSONResponse(reply, 200 if kept.duplicate else 201)
 
     @router.post("/undo")
     def undo(body: models.Undo, who: Who):
         """Take an answer back by a further record; its assignment is open again."""
         _judge(context, who)
-        with _refusals("This cannot be undone, or the key was an answer's.", "Ask for /api/assignments again.", "Correct the key."):
+        with _refusals(
+            "This cannot be undone, or the key was an answer's.",
+            "Ask for /api/assignments again.",
+            "Correct the key.",
+        ):
             token = context.store.undo(context.campaign.id, who.annotator.id, body.key, body.assignment)
         return JSONResponse({"assignment": token, "progress": _progress(context, who)})
 
@@ -201,16 +289,21 @@ def _judgements(router: APIRouter, context: Context) -> None:
 def admin_api(context: Context) -> APIRouter:
     """The router; every route of it needs an admin."""
     router = APIRouter(prefix="/api/admin", dependencies=[Depends(admin_of)])
-    lock, until = threading.Lock(), 0.0
+    lock = threading.Lock()
+    until = 0.0
     kept: dict = {}
 
     @router.get("/quality")
     def quality() -> dict:
         """Quality of annotators and answers, and how far the shapes are."""
         nonlocal kept, until
-        with lock:  # one thread at a time computes it, and it is kept for a moment: it may take longer than a submission may wait
+        # one thread at a time computes it, and it is kept for a moment: it may take longer than a submission
+        # may wait
+        with lock:
             if (began := time.monotonic()) >= until:
-                kept = quality_report(context.store.judgements(context.campaign.settings.name, include_undone=True))
+                kept = quality_report(
+                    context.store.judgements(context.campaign.settings.name, include_undone=True)
+                )
                 until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - began))
         return {**kept, "preparation": {**context.shapes.progress(), "error": context.shapes.trouble()}}
 
@@ -222,11 +315,23 @@ def admin_api(context: Context) -> APIRouter:
     def comments(count: Annotated[int, Query(ge=1, le=1000)] = 200):
         """What annotators remarked, newest first; remarks of answers that were taken back are left out."""
         rows = context.store.comments(context.campaign.id, count)
-        return [{"annotator": row.annotator, "received": row.received_at, "choice": row.choice, "comment": row.comment} for row in rows]
+        return [
+            {
+                "annotator": row.annotator,
+                "received": row.received_at,
+                "choice": row.choice,
+                "comment": row.comment,
+            }
+            for row in rows
+        ]
 
     _annotators(router, context)
 
-    @router.get("/export", response_class=FileResponse, responses={200: {"content": {"text/csv": {}, "application/x-ndjson": {}}}})
+    @router.get(
+        "/export",
+        response_class=FileResponse,
+        responses={200: {"content": {"text/csv": {}, "application/x-ndjson": {}}}},
+    )
     def export(format: Annotated[Literal["csv", "jsonl", "judgements"], Query()] = "jsonl"):
         """Labels in the open form, as CSV or JSON lines, or all judgements without loss."""
         name = {"csv": "labels.csv", "jsonl": "labels.jsonl", "judgements": "judgements.jsonl"}[format]
@@ -234,11 +339,14 @@ def admin_api(context: Context) -> APIRouter:
         path = Path(folder.name) / name
         try:
             single = context.campaign.settings.mode is Mode.SINGLE
-            write = export_judgements if format == "judgements" else export_unpaired if single else export_labels
+            write = (
+                export_judgements if format == "judgements" else export_unpaired if single else export_labels
+            )
             write(context.store, path, campaign=context.campaign.settings.name)
         except BaseException as error:
             folder.cleanup()
-            if isinstance(error, ValueError):  # a study holds no labels, and those of single shapes are no table
+            # a study holds no labels, and those of single shapes are no table
+            if isinstance(error, ValueError):
                 raise Refusal(409, str(error), "Ask for format=judgements.") from None
             raise
         kind = "text/csv" if format == "csv" else "application/x-ndjson"
@@ -269,9 +377,13 @@ def _annotators(router: APIRouter, context: Context) -> None:
 
     @router.post("/annotators/token")
     def new_token(body: models.Named, request: Request, who: Who):
-        """Replace a token, or give one to somebody revoked: the old token and sessions end, but the one that asks; the work stays."""
+        """Replace a token, or give one to somebody revoked: the old token and sessions end, but the one that
+        asks; the work stays.
+        """
         try:
-            return _handed_over(request, body.name, context.store.new_token(body.name, keep_session=who.session))
+            return _handed_over(
+                request, body.name, context.store.new_token(body.name, keep_session=who.session)
+            )
         except ValueError as error:
             raise Refusal(404, str(error), "Ask for /api/admin/annotators.") from None
 
@@ -279,7 +391,9 @@ def _annotators(router: APIRouter, context: Context) -> None:
     def revoke(body: models.Named, who: Who):
         """Withdraw a token; the annotator's sessions end too. Returns all annotators."""
         if body.name == who.annotator.name:
-            raise Refusal(409, "You cannot revoke yourself.", "Another admin can, or tools/label.py revoke NAME.")
+            raise Refusal(
+                409, "You cannot revoke yourself.", "Another admin can, or tools/label.py revoke NAME."
+            )
         try:
             context.store.revoke_annotator(body.name, keep_an_admin=context.options.exposed)
         except ConflictError as error:

@@ -1,8 +1,8 @@
 """A campaign's shapes as they are served: which are prepared, under which addresses, and their bytes.
 
-Bodies are files that are streamed and never wholly in memory, made longer where sizes would tell something, and parts of films. A gzip
-member is made longer by a comment in its header (RFC 1952, 2.3), an MP4 by a box of kind 'free' at its end (ISO/IEC 14496-12, 8.1.2): what
-is read from them stays the same.
+Bodies are files that are streamed and never wholly in memory, made longer where sizes would tell something,
+and parts of films. A gzip member is made longer by a comment in its header (RFC 1952, 2.3), an MP4 by a box
+of kind 'free' at its end (ISO/IEC 14496-12, 8.1.2): what is read from them stays the same.
 """
 
 import base64
@@ -37,16 +37,20 @@ _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{1,15})?|bytes=-(\d{1,15})")
 
 
 class Addresses:
-    """Addresses under which annotators see shapes: others for each assignment, so that none is known again by its address.
+    """Addresses under which annotators see shapes: others for each assignment, so that none is known again by
+    its address.
 
-        address = base64url(r, asset's number xor K("number", r), K("check", r, number)),  r = K("pair", assignment, asset)
+        address = base64url(r, asset's number xor K("number", r), K("check", r, number)),
+        r = K("pair", assignment, asset)
 
-    K is HMAC-SHA256 under the server's secret, of which r takes 12 bytes, the number 4, the check 8. So an address tells nothing, cannot be
-    made up, needs no table, and is the same after a restart: what a browser has kept stays good.
+    K is HMAC-SHA256 under the server's secret, of which r takes 12 bytes, the number 4, the check 8. So an
+    address tells nothing, cannot be made up, needs no table, and is the same after a restart: what a browser
+    has kept stays good.
     """
 
     def __init__(self, secret: bytes, assets: Iterable[str]):
-        self._secret, self._assets = secret, list(assets)
+        self._secret = secret
+        self._assets = list(assets)
         self._numbers = {asset: number for number, asset in enumerate(self._assets)}
 
     def of(self, assignment: str, asset: str) -> str:
@@ -57,13 +61,17 @@ class Addresses:
         return base64.urlsafe_b64encode(salt + hidden + self._keyed("check", salt + number, 8)).decode()
 
     def asset(self, address: str) -> str | None:
-        """The store's token of the shape at an address; None for what is none. The token itself, which no annotator is told, is one too."""
+        """The store's token of the shape at an address; None for what is none. The token itself, which no
+        annotator is told, is one too.
+        """
         if address in self._numbers:
             return address
         if len(address) != LETTERS:
             return None
         raw = base64.urlsafe_b64decode(address)
-        salt, hidden, check = raw[:12], raw[12:16], raw[16:]
+        salt = raw[:12]
+        hidden = raw[12:16]
+        check = raw[16:]
         number = _xor(hidden, self._keyed("number", salt, 4))
         if not hmac.compare_digest(check, self._keyed("check", salt + number, 8)):
             return None
@@ -99,19 +107,35 @@ def body_of(path: Path, length: int | None = None) -> Body:
     if head[4:8] == b"ftyp":
         spare = length - size - BOX.size
         if spare < 0:
-            raise ValueError(f"padded: expected an MP4 of at most {length - BOX.size} bytes, got {size}. Prepare the shapes again.")
-        return [Section(path, size), Section(BOX.pack(BOX.size + spare, b"free"), BOX.size), Section(b"\0", spare)]
+            raise ValueError(
+                f"padded: expected an MP4 of at most {length - BOX.size} bytes, got {size}. Prepare the"
+                " shapes again."
+            )
+        return [
+            Section(path, size),
+            Section(BOX.pack(BOX.size + spare, b"free"), BOX.size),
+            Section(b"\0", spare),
+        ]
     if head[:3] != b"\x1f\x8b\x08" or head[3] != 0 or size >= length:
-        raise ValueError(f"padded: expected a bare gzip member of fewer than {length} bytes, got {size}. Prepare the shapes again.")
+        raise ValueError(
+            f"padded: expected a bare gzip member of fewer than {length} bytes, got {size}. Prepare the"
+            " shapes again."
+        )
     first = head[:3] + bytes([_COMMENT]) + head[4:]
-    return [Section(first, 10), Section(b" ", length - size - 1), Section(b"\0", 1), Section(path, size - 10, 10)]
+    return [
+        Section(first, 10),
+        Section(b" ", length - size - 1),
+        Section(b"\0", 1),
+        Section(path, size - 10, 10),
+    ]
 
 
 async def read(body: Body, first: int, stop: int) -> AsyncIterator[bytes]:
     """The bytes first..stop of a body in chunks; the event loop does not wait for the disk."""
     at = 0
     for section in body:
-        low, high = max(first - at, 0), min(stop - at, section.length)
+        low = max(first - at, 0)
+        high = min(stop - at, section.length)
         at += section.length
         if low >= high:
             continue
@@ -132,38 +156,56 @@ async def read(body: Body, first: int, stop: int) -> AsyncIterator[bytes]:
 def read_whole(body: Body) -> bytes:
     """All bytes at once; blocks."""
     return b"".join(
-        s.data.read_bytes()[s.start :] if isinstance(s.data, Path) else s.data * (s.length // len(s.data)) for s in body if s.length
+        s.data.read_bytes()[s.start :] if isinstance(s.data, Path) else s.data * (s.length // len(s.data))
+        for s in body
+        if s.length
     )
 
 
 def respond(body: Body, request: Request, headers: dict[str, str], film: bool) -> Response:
-    """The response; of a film also one part, where one is asked for (RFC 9110, 14.2). May block for a moment."""
+    """The response; of a film also one part, where one is asked for (RFC 9110, 14.2).
+    May block for a moment.
+    """
     length = sum(section.length for section in body)
     if not film:
-        kind, headers = "application/octet-stream", {**headers, "Content-Encoding": "gzip"}
+        kind = "application/octet-stream"
+        headers = {**headers, "Content-Encoding": "gzip"}
         if length <= WHOLE:
             return Response(read_whole(body), media_type=kind, headers=headers)
         return StreamingResponse(read(body, 0, length), 200, {**headers, "Content-Length": str(length)}, kind)
-    headers, first, stop, status = {**headers, "Accept-Ranges": "bytes"}, 0, length, 200
+    headers = {**headers, "Accept-Ranges": "bytes"}
+    first = 0
+    stop = length
+    status = 200
     wanted = _RANGE.fullmatch(request.headers.get("range", "").strip())
     if wanted and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
         begin, end, last = wanted.groups()
-        first, stop = (max(0, length - int(last)), length) if last else (int(begin), min(int(end) + 1, length) if end else length)
+        first, stop = (
+            (max(0, length - int(last)), length)
+            if last
+            else (int(begin), min(int(end) + 1, length) if end else length)
+        )
         if first >= stop:
             return Response(None, 416, {**headers, "Content-Range": f"bytes */{length}"})
-        status, headers["Content-Range"] = 206, f"bytes {first}-{stop - 1}/{length}"
-    return StreamingResponse(read(body, first, stop), status, {**headers, "Content-Length": str(stop - first)}, "video/mp4")
+        status = 206
+        headers["Content-Range"] = f"bytes {first}-{stop - 1}/{length}"
+    return StreamingResponse(
+        read(body, first, stop), status, {**headers, "Content-Length": str(stop - first)}, "video/mp4"
+    )
 
 
 class PreparedShapes:
     """Looks shapes up by the store's asset token. Thread-safe; its methods block.
 
-    In a blind study nothing is served before every shape is prepared, so that waiting tells nothing, and all bodies have one length, so
-    that neither size nor transfer time tells which generator a shape is from. Assets differ more in size: there, those that meet have one.
+    In a blind study nothing is served before every shape is prepared, so that waiting tells nothing, and all
+    bodies have one length, so that neither size nor transfer time tells which generator a shape is from.
+    Assets differ more in size: there, those that meet have one.
     """
 
     def __init__(self, options: AppOptions, campaign: StoredCampaign):
-        self.cache, self.worker, self.blind = options.cache, options.preparation, campaign.settings.mode is Mode.STUDY
+        self.cache = options.cache
+        self.worker = options.preparation
+        self.blind = campaign.settings.mode is Mode.STUDY
         self.shapes = dict(options.store.shapes(campaign.id))  # by asset token
         self._missing = dict(self.shapes)  # in order of the plan
         self._files: dict[str, Path] = {}
@@ -173,7 +215,8 @@ class PreparedShapes:
         self._conditions: Mapping[str, Mapping] = campaign.settings.extra.get("conditions", {})
         self._looked = -POLL
         self._lock = threading.Lock()
-        self._look()  # at tens of thousands of shapes it takes a second, for which the first to ask would all wait
+        # at tens of thousands of shapes it takes a second, for which the first to ask would all wait
+        self._look()
         self._looked = -POLL  # what is still missing may be there when the first one asks
 
     def known(self, asset: str) -> bool:
@@ -186,7 +229,9 @@ class PreparedShapes:
 
     def lost(self, asset: str) -> bool:
         self._look()
-        return asset in self._failed or (asset in self._missing and self.worker is not None and self.worker.gave_up)
+        return asset in self._failed or (
+            asset in self._missing and self.worker is not None and self.worker.gave_up
+        )
 
     def settled(self) -> bool:
         self._look()
@@ -204,7 +249,10 @@ class PreparedShapes:
 
     def prompt(self, asset: str, address: str) -> dict | None:
         condition = self._condition(asset)
-        shown = {"text": condition.get("text"), "image": f"/api/prompts/{address}" if self.prompt_picture(asset) else None}
+        shown = {
+            "text": condition.get("text"),
+            "image": f"/api/prompts/{address}" if self.prompt_picture(asset) else None,
+        }
         return shown if any(shown.values()) else None
 
     def prompt_picture(self, asset: str) -> Path | None:
@@ -235,16 +283,29 @@ class PreparedShapes:
 
     def progress(self) -> dict:
         self._look()
-        done, total = len(self.shapes) - len(self._missing), len(self.shapes)
-        pace = self.worker.progress()["seconds_per_shape"] if self.worker is not None and self._missing else None
-        return {"done": done, "total": total, "seconds_left": 0.0 if done == total else pace and pace * (total - done)}
+        done = len(self.shapes) - len(self._missing)
+        total = len(self.shapes)
+        pace = (
+            self.worker.progress()["seconds_per_shape"] if self.worker is not None and self._missing else None
+        )
+        return {
+            "done": done,
+            "total": total,
+            "seconds_left": 0.0 if done == total else pace and pace * (total - done),
+        }
 
     def trouble(self) -> str | None:
-        """Why the preparation is stuck, or why shapes are not shown, for administrators: it may name files."""
+        """Why the preparation is stuck, or why shapes are not shown, for administrators:
+        it may name files.
+        """
         if self.worker is None or not (self._missing or self._failed):
             return None
         progress = self.worker.progress()
-        left_out = f"{progress['failed']} not shown; {progress['reason']}" if progress["failed"] and progress["reason"] else None
+        left_out = (
+            f"{progress['failed']} not shown; {progress['reason']}"
+            if progress["failed"] and progress["reason"]
+            else None
+        )
         return progress["error"] if self._missing and progress["error"] else left_out
 
     def _look(self) -> None:

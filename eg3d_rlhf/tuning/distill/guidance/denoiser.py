@@ -1,6 +1,8 @@
-"""What all methods share: noising the views, asking the prior with and without the prompt, scoring and ranking what comes out.
+"""What all methods share: noising the views, asking the prior with and without the prompt, scoring and
+ranking what comes out.
 
-Letters: K noises, A assets, V views of an asset, B = A V pictures, Q = 2 negatives of Perp-Neg, T, D tokens and entries of a condition.
+Letters: K noises, A assets, V views of an asset, B = A V pictures, Q = 2 negatives of Perp-Neg, T, D tokens
+and entries of a condition.
 """
 
 import math
@@ -15,18 +17,21 @@ from eg3d_rlhf.tuning.distill.gradients import History, Window, norm_per_asset
 from eg3d_rlhf.tuning.distill.schedule import WEIGHTINGS, NoiseSchedule, Streams
 from training.config import check_knobs, knob
 
-# From which side a camera looks, in words for the prompt, and Perp-Neg's mixture of prompts (Armandpour et al. 2023). In degrees; azimuth 0
-# is the front, elevation up.
+# From which side a camera looks, in words for the prompt, and Perp-Neg's mixture of prompts (Armandpour et
+# al. 2023). In degrees; azimuth 0 is the front, elevation up.
 
 DIRECTIONS = ("side", "front", "back", "overhead")
 OVERHEAD = 60  # elevation above which a view is one
 # weight -(a exp(-b r) + c) of a negative prompt, r the share of the nearer view: (a, b, c)
 FRONT_OF_FRONT_SIDE = SIDE_OF_FRONT_SIDE = (4.0, 0.5, -2.426)
-SIDE_OF_SIDE_BACK, FRONT_OF_SIDE_BACK = (1.0, 0.5, -0.606), (1.0, 0.5, 0.967)
+SIDE_OF_SIDE_BACK = (1.0, 0.5, -0.606)
+FRONT_OF_SIDE_BACK = (1.0, 0.5, 0.967)
 
 
 def angles_of(cameras: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Elevation and azimuth [B] in degrees of cameras [B, 16], cam2world with y up that look at the origin; azimuth 0 is +z, 90 is +x."""
+    """Elevation and azimuth [B] in degrees of cameras [B, 16], cam2world with y up that look at the origin;
+    azimuth 0 is +z, 90 is +x.
+    """
     x, y, z = cameras.view(-1, 4, 4)[:, :3, 3].unbind(1)
     return torch.rad2deg(torch.atan2(y, torch.hypot(x, z))), torch.rad2deg(torch.atan2(x, z))
 
@@ -36,7 +41,9 @@ def _turned(azimuth: float) -> float:
 
 
 def direction_of(elevation: float, azimuth: float, within: float = 45) -> str:
-    """side, unless `within` of the front or the back, or more than OVERHEAD up; the later one wins. MVDream's family: within 30."""
+    """side, unless `within` of the front or the back, or more than OVERHEAD up; the later one wins. MVDream's
+    family: within 30.
+    """
     turned = abs(_turned(azimuth))
     if elevation > OVERHEAD:
         return "overhead"
@@ -46,20 +53,25 @@ def direction_of(elevation: float, azimuth: float, within: float = 45) -> str:
 
 
 def told(reward: RewardModel, prompts: list[str], cameras: torch.Tensor | None) -> list[str]:
-    """What a reward is told of pictures [B]: their prompts, and the side where it was trained so, as Reward3D was (MVDream's thresholds).
+    """What a reward is told of pictures [B]: their prompts, and the side where it was trained so, as Reward3D
+    was (MVDream's thresholds).
 
     Raises: ValueError where prompts should name the side and no cameras [B, 16] are given.
     """
     if not getattr(reward, "view_prompts", False):
         return prompts
     if cameras is None:
-        raise ValueError("--reward: expected cameras of the pictures, whose side it is told, got none. Give cameras.")
+        raise ValueError(
+            "--reward: expected cameras of the pictures, whose side it is told, got none. Give cameras."
+        )
     views = zip(prompts, *(angle.tolist() for angle in angles_of(cameras)), strict=True)
     return [f"{prompt}, {direction_of(elevation, azimuth, 30)} view" for prompt, elevation, azimuth in views]
 
 
 def mixture(elevation: float, azimuth: float) -> tuple[dict[str, float], list[str | None], list[float]]:
-    """Perp-Neg of one view: shares of directions in the prompt, those of two negatives (None: the null one), their weights <= 0."""
+    """Perp-Neg of one view: shares of directions in the prompt, those of two negatives (None: the null one),
+    their weights <= 0.
+    """
     if elevation > OVERHEAD:
         return {"overhead": 1.0}, [None, None], [0.0, 0.0]
     turned = abs(_turned(azimuth))
@@ -86,16 +98,35 @@ class DenoiserSettings:
 
     guidance_scale: float = knob(7.5, "Of the prompt; 1: the prompt alone.", PRIOR, low=0)
     negative_prompt: str = knob("", "What the pictures should not be.", PRIOR, metavar="TEXT", rare=True)
-    form: str = knob("sds", "Gradient: SDS, score Jacobian chaining, or MVDream's reconstruction.", PRIOR, choices=FORMS, rare=True)
+    form: str = knob(
+        "sds",
+        "Gradient: SDS, score Jacobian chaining, or MVDream's reconstruction.",
+        PRIOR,
+        choices=FORMS,
+        rare=True,
+    )
     weighting: str = knob("sds", "Weight of times, of the form sds.", PRIOR, choices=WEIGHTINGS, rare=True)
-    rescale: float = knob(0.5, "Share of x0 whose spread is the unguided one's, of the form recon.", PRIOR, low=0, high=1, rare=True)
-    view_prompts: bool = knob(False, "Say the side that the camera looks from in the prompt.", PRIOR, rare=True)
-    perp_neg: bool = knob(False, "Perp-Neg: mix the prompts of neighbouring sides, away from the others.", PRIOR, rare=True)
+    rescale: float = knob(
+        0.5,
+        "Share of x0 whose spread is the unguided one's, of the form recon.",
+        PRIOR,
+        low=0,
+        high=1,
+        rare=True,
+    )
+    view_prompts: bool = knob(
+        False, "Say the side that the camera looks from in the prompt.", PRIOR, rare=True
+    )
+    perp_neg: bool = knob(
+        False, "Perp-Neg: mix the prompts of neighbouring sides, away from the others.", PRIOR, rare=True
+    )
 
     def __post_init__(self):
         check_knobs(self)
         if self.perp_neg and not self.view_prompts:
-            raise ValueError("--set perp_neg=True: expected --set view_prompts=True with it, got none. Turn both on.")
+            raise ValueError(
+                "--set perp_neg=True: expected --set view_prompts=True with it, got none. Turn both on."
+            )
 
 
 class Conditions(NamedTuple):
@@ -108,15 +139,19 @@ class Conditions(NamedTuple):
 
 
 class Prediction(Conditions):
-    """Noises that the prior sees with each of them: [K, B, C, H, W], those of negatives [Q, K, B, C, H, W]."""
+    """Noises that the prior sees with each of them: [K, B, C, H, W],
+    those of negatives [Q, K, B, C, H, W].
+    """
 
     def guided(self, scale: float) -> torch.Tensor:
         if self.negatives is None or self.weights is None:
             return gradients.guided(self.text, self.null, scale)
-        return torch.stack([
-            gradients.perp_neg(text, null, others, self.weights, scale)
-            for text, null, others in zip(self.text, self.null, self.negatives.unbind(1), strict=True)
-        ])
+        return torch.stack(
+            [
+                gradients.perp_neg(text, null, others, self.weights, scale)
+                for text, null, others in zip(self.text, self.null, self.negatives.unbind(1), strict=True)
+            ]
+        )
 
 
 class Denoiser:
@@ -124,12 +159,22 @@ class Denoiser:
 
     def __init__(self, prior: DiffusionPrior, settings: DenoiserSettings, *, views: int, streams: Streams):
         if views < 1 or views % prior.views:
-            raise ValueError(f"--set views={views}: expected a multiple of the {prior.views} that this prior sees together. Change it.")
-        self.prior, self.settings, self.views, self.streams = prior, settings, views, streams
+            raise ValueError(
+                f"--set views={views}: expected a multiple of the {prior.views} that this prior sees"
+                " together. Change it."
+            )
+        self.prior = prior
+        self.settings = settings
+        self.views = views
+        self.streams = streams
         self.schedule = NoiseSchedule(prior.alphas_cumprod)
 
     def check(self, x: torch.Tensor, t: torch.Tensor, prompts: list[str]) -> None:
-        assert x.shape[1:] == tuple(self.prior.latent_shape) and len(x) % self.views == 0, (x.shape, self.prior.latent_shape, self.views)
+        assert x.shape[1:] == tuple(self.prior.latent_shape) and len(x) % self.views == 0, (
+            x.shape,
+            self.prior.latent_shape,
+            self.views,
+        )
         assert len(prompts) == len(t) == len(x), (len(prompts), t.shape, x.shape)
 
     def check_reward(self, reward: RewardModel) -> None:
@@ -142,33 +187,56 @@ class Denoiser:
 
         Raises: ValueError where prompts should name the side and no cameras [B, 16] are given.
         """
-        s, prior = self.settings, self.prior
+        s = self.settings
+        prior = self.prior
         negative = [s.negative_prompt] * len(prompts)
         if not s.view_prompts:
             return Conditions(prior.embed(prompts), prior.embed(negative))
         if cameras is None:
-            raise ValueError("--set view_prompts=True: expected cameras of the pictures, got none. Leave it out or give cameras.")
+            raise ValueError(
+                "--set view_prompts=True: expected cameras of the pictures, got none. Leave it out or give"
+                " cameras."
+            )
         views = list(zip(*(angle.tolist() for angle in angles_of(cameras)), strict=True))
         sides = [direction_of(*view) for view in views]
-        null = prior.embed(negative)  # named there, the side would be pushed away from: threestudio does not say it either
+        # named there, the side would be pushed away from: threestudio does not say it either
+        null = prior.embed(negative)
         if not s.perp_neg:
             return Conditions(prior.embed(prompts, sides), null)
         mixed = [mixture(*view) for view in views]
-        text = torch.stack([
-            torch.stack([share * prior.embed([prompt], [side])[0] for side, share in shares.items()]).sum(0)
-            for prompt, (shares, _, _) in zip(prompts, mixed, strict=True)
-        ])
-        others = torch.stack([
-            torch.stack([null[b] if (side := m[1][i]) is None else prior.embed([prompts[b]], [side])[0] for b, m in enumerate(mixed)])
-            for i in range(2)
-        ])
+        text = torch.stack(
+            [
+                torch.stack([share * prior.embed([prompt], [side])[0] for side, share in shares.items()]).sum(
+                    0
+                )
+                for prompt, (shares, _, _) in zip(prompts, mixed, strict=True)
+            ]
+        )
+        others = torch.stack(
+            [
+                torch.stack(
+                    [
+                        null[b] if (side := m[1][i]) is None else prior.embed([prompts[b]], [side])[0]
+                        for b, m in enumerate(mixed)
+                    ]
+                )
+                for i in range(2)
+            ]
+        )
         return Conditions(text, null, others, torch.tensor([weights for *_, weights in mixed]).to(text))
 
     def ask(
-        self, noises: int, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
+        self,
+        noises: int,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        prompts: list[str],
+        cameras: torch.Tensor | None,
+        step: int,
         conditions: Conditions | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, Conditions, Prediction]:
-        """So many noises of this step, x_t, both [K, B, C, H, W], what the prior is told, and what it predicts.
+        """So many noises of this step, x_t, both [K, B, C, H, W], what the prior is told, and what it
+        predicts.
 
         Args: conditions: what it is told, where that is not `prompts` alone.
         """
@@ -184,32 +252,49 @@ class Denoiser:
     def x0(self, x_t: torch.Tensor, predicted: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.stack([self.schedule.x0(x, p, t) for x, p in zip(x_t, predicted, strict=True)])
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, cameras: torch.Tensor | None) -> Prediction:
+    def predict(
+        self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, cameras: torch.Tensor | None
+    ) -> Prediction:
         """All predictions of x_t [K, B, C, H, W] in one call of the prior.
 
         Raises: ValueError where a whole picture's prediction is not finite.
         """
         k, b = x_t.shape[:2]
-        told = [conditions.text, conditions.null, *([] if conditions.negatives is None else conditions.negatives)]
+        told = [
+            conditions.text,
+            conditions.null,
+            *([] if conditions.negatives is None else conditions.negatives),
+        ]
         rows = len(told) * k
         out = self.prior.predict_noise(
-            x_t.flatten(0, 1).repeat(len(told), 1, 1, 1), t.to(x_t.device).repeat(rows), torch.cat([c.repeat(k, 1, 1) for c in told]),
+            x_t.flatten(0, 1).repeat(len(told), 1, 1, 1),
+            t.to(x_t.device).repeat(rows),
+            torch.cat([c.repeat(k, 1, 1) for c in told]),
             None if cameras is None else cameras.repeat(rows, 1),
         )
         if not torch.isfinite(out).flatten(1).any(1).all():
-            raise ValueError("--prior: expected finite predictions, got a picture of NaN alone. Check its files or its precision.")
+            raise ValueError(
+                "--prior: expected finite predictions, got a picture of NaN alone. Check its files or its"
+                " precision."
+            )
         text, null, *others = out.unflatten(0, (len(told), k, b)).unbind(0)
         return Prediction(text, null, torch.stack(others) if others else None, conditions.weights)
 
-    def residuals(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, x_t: torch.Tensor, prediction: Prediction) -> torch.Tensor:
-        s, sched = self.settings, self.schedule
+    def residuals(
+        self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, x_t: torch.Tensor, prediction: Prediction
+    ) -> torch.Tensor:
+        s = self.settings
+        sched = self.schedule
         predicted = prediction.guided(s.guidance_scale)
         if s.form == "sds":
             weight = sched.weight(t, s.weighting, x)
             return torch.stack([gradients.sds(p, e, weight) for p, e in zip(predicted, noise, strict=True)])
         if s.form == "recon":
             estimates = zip(self.x0(x_t, predicted, t), self.x0(x_t, prediction.text, t), strict=True)
-            targets = (gradients.reconstruction_target(x0, x0_text, s.rescale, self.views) for x0, x0_text in estimates)
+            targets = (
+                gradients.reconstruction_target(x0, x0_text, s.rescale, self.views)
+                for x0, x0_text in estimates
+            )
             return torch.stack([gradients.reconstruction(x, target) for target in targets])
         bar = sched.alpha(t, x)
         u = ((1 - bar) / bar).sqrt()
@@ -218,31 +303,45 @@ class Denoiser:
         return torch.stack([gradients.sjc(x, x + u * e, p, u, variance_reduced=reduced) for e, p in pairs])
 
     def score(self, reward: RewardModel, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Scores [K, B] of pictures [K, B, 3, h, w]. Raises: ValueError for scores that are not finite, or not one per picture."""
+        """Scores [K, B] of pictures [K, B, 3, h, w].
+
+        Raises: ValueError for scores that are not finite, or not one per picture.
+        """
         scores = reward.score(images.flatten(0, 1), prompts * len(images))
         if scores.shape != (images.shape[0] * images.shape[1],) or not torch.isfinite(scores).all():
             got = f"{list(scores.shape)}" + ("" if torch.isfinite(scores).all() else " with NaN")
-            raise ValueError(f"--reward: expected finite scores [{images.shape[0] * images.shape[1]}], got {got}. Check the reward.")
+            raise ValueError(
+                f"--reward: expected finite scores [{images.shape[0] * images.shape[1]}], got {got}. Check"
+                " the reward."
+            )
         return scores.unflatten(0, (images.shape[0], -1))
 
     def per_asset(self, numbers: torch.Tensor) -> torch.Tensor:
         return numbers.unflatten(1, (-1, self.views)).mean(2)
 
     def compare(self, residuals: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Figures [A] of a gradient beside plain distillation over the same noises [K, B, ...]: their norms, and the cosine between
-        distillation and what the preference adds to it."""
+        """Figures [A] of a gradient beside plain distillation over the same noises [K, B, ...]: their norms,
+        and the cosine between distillation and what the preference adds to it.
+        """
         base = residuals.mean(0)
         added = grad - base
         norms = norm_per_asset(base, self.views), norm_per_asset(added, self.views)
         inner = (base * added).reshape(-1, self.views * base[0].numel()).sum(1)
-        return {"sds_norm": norms[0], "preference_norm": norms[1], "cosine": inner / (norms[0] * norms[1]).clamp_min(1e-30)}
+        return {
+            "sds_norm": norms[0],
+            "preference_norm": norms[1],
+            "cosine": inner / (norms[0] * norms[1]).clamp_min(1e-30),
+        }
 
 
 class Guided:
-    """What all methods are: a prior that is asked, and numbers of the last steps, by the name under which a state has them."""
+    """What all methods are: a prior that is asked, and numbers of the last steps, by the name under which a
+    state has them.
+    """
 
     def __init__(self, prior: DiffusionPrior, settings: Any, *, views: int, streams: Streams):
-        self.settings, self.denoiser = settings, Denoiser(prior, settings.prior, views=views, streams=streams)
+        self.settings = settings
+        self.denoiser = Denoiser(prior, settings.prior, views=views, streams=streams)
         self.kept: dict[str, Window] = {}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -253,7 +352,8 @@ class Guided:
             window.rows = state[name].clone()
 
 
-# Which of K = 2 noises gave the better pictures: by a reward, by a judge, or by both. N assets, or pictures where views are ranked alone.
+# Which of K = 2 noises gave the better pictures: by a reward, by a judge, or by both. N assets, or pictures
+# where views are ranked alone.
 
 RANKING = "Ranking two noises"
 
@@ -262,11 +362,21 @@ RANKING = "Ranking two noises"
 class RankingSettings:
     """What makes one noise the winner."""
 
-    pair_level: str = knob("asset", "Rank assets, or each view alone as DreamDPO's code does.", RANKING, choices=("asset",
-                           "view"), rare=True)
+    pair_level: str = knob(
+        "asset",
+        "Rank assets, or each view alone as DreamDPO's code does.",
+        RANKING,
+        choices=("asset", "view"),
+        rare=True,
+    )
     standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", RANKING, rare=True)
-    judge_mode: str = knob("replace", "A judge's answer replaces the reward's, or is OR-ed as in DreamDPO's code.", RANKING,
-                           choices=("replace", "or"), rare=True)
+    judge_mode: str = knob(
+        "replace",
+        "A judge's answer replaces the reward's, or is OR-ed as in DreamDPO's code.",
+        RANKING,
+        choices=("replace", "or"),
+        rare=True,
+    )
 
     def __post_init__(self):
         check_knobs(self)
@@ -283,19 +393,32 @@ class Ranks(NamedTuple):
 class Ranking:
     """Scores and ranks the pictures of two noises. An answer of a judge alone is a gap of 1."""
 
-    def __init__(self, denoiser: Denoiser, reward: RewardModel | None, judge: PairwiseJudge | None, settings: RankingSettings):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        reward: RewardModel | None,
+        judge: PairwiseJudge | None,
+        settings: RankingSettings,
+    ):
         if reward is None and (judge is None or settings.judge_mode != "replace"):
             raise ValueError("--reward: expected a reward, or a judge that replaces it, got none. Name one.")
         if settings.pair_level == "view" and reward is not None and reward.views > 1:
-            raise ValueError(f"--set pair_level=view: expected asset for a reward of {reward.views} views together. Use asset.")
+            raise ValueError(
+                f"--set pair_level=view: expected asset for a reward of {reward.views} views together. Use"
+                " asset."
+            )
         if reward is not None:
             denoiser.check_reward(reward)
-        self.denoiser, self.reward, self.judge, self.settings = denoiser, reward, judge, settings
+        self.denoiser = denoiser
+        self.reward = reward
+        self.judge = judge
+        self.settings = settings
         self.history = History()
 
     def __call__(self, images: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None) -> Ranks:
         """Args: images [2, B, 3, h, w] in 0..1; prompts: one per picture; cameras [B, 16]."""
-        s, views = self.settings, self.denoiser.views if self.settings.pair_level == "asset" else 1
+        s = self.settings
+        views = self.denoiser.views if self.settings.pair_level == "asset" else 1
         scores = None if self.reward is None else self._score(images, told(self.reward, prompts, cameras))
         if self.judge is None:
             assert scores is not None
@@ -306,7 +429,9 @@ class Ranking:
         if scores is None or s.judge_mode == "replace":
             return Ranks(votes if scores is None else scores, answers, (answers >= 0).to(images.dtype))
         first = (scores[0] >= scores[1]) | (answers == 0)
-        return Ranks(scores, (~first).long(), torch.where(first, scores[0] - scores[1], scores[1] - scores[0]))
+        return Ranks(
+            scores, (~first).long(), torch.where(first, scores[0] - scores[1], scores[1] - scores[0])
+        )
 
     def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         scores = self.denoiser.score(self.reward, images, prompts)  # type: ignore[arg-type]
@@ -317,5 +442,7 @@ class Ranking:
         first, second = images.unflatten(1, (-1, views)).unbind(0)  # [N, V, 3, h, w] each
         answers = self.judge.judge(prompts[::views], list(zip(first, second, strict=True)))  # type: ignore[union-attr]
         if len(answers) != len(first) or not set(answers) <= {-1, 0, 1}:
-            raise ValueError(f"--judge: expected {len(first)} answers of 0, 1 or -1, got {answers[:8]}. Check the judge.")
+            raise ValueError(
+                f"--judge: expected {len(first)} answers of 0, 1 or -1, got {answers[:8]}. Check the judge."
+            )
         return answers

@@ -1,4 +1,6 @@
-"""DreamDPO (Zhou et al. 2025, arXiv 2502.04370): towards the better of two noises and, if it is clearly better, away from the other."""
+"""DreamDPO (Zhou et al. 2025, arXiv 2502.04370): towards the better of two noises and, if it is clearly
+better, away from the other.
+"""
 
 import warnings
 from dataclasses import dataclass, field
@@ -22,48 +24,83 @@ class DreamDpoSettings:
 
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     ranking: RankingSettings = field(default_factory=RankingSettings)
-    tau: float = 0.001  # gap from which the loser is pushed away: in scores, or a share of the gaps with tau_mode quantile; may be infinite
-    tau_mode: str = knob("gap", "tau is a gap of scores, or a quantile of the last 200 steps' gaps.", DREAMDPO, choices=("gap", "quantile"),
-                         rare=True)
-    lose_guidance_scale: float | None = knob(1.0, "Guidance scale of the loser.", DREAMDPO, low=0, shown="1; none: the winner's", rare=True)
+    # gap from which the loser is pushed away: in scores, or a share of the gaps with tau_mode quantile; may
+    # be infinite
+    tau: float = 0.001
+    tau_mode: str = knob(
+        "gap",
+        "tau is a gap of scores, or a quantile of the last 200 steps' gaps.",
+        DREAMDPO,
+        choices=("gap", "quantile"),
+        rare=True,
+    )
+    lose_guidance_scale: float | None = knob(
+        1.0, "Guidance scale of the loser.", DREAMDPO, low=0, shown="1; none: the winner's", rare=True
+    )
     subtract_noise: bool = knob(True, "Subtract the noise where only the winner counts.", DREAMDPO, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
         top = 1.0 if self.tau_mode == "quantile" else float("inf")
         if not 0 <= self.tau <= top:
-            raise ValueError(f"--set tau={self.tau}: expected 0 to {top:g} with tau_mode={self.tau_mode}. Correct it.")
+            raise ValueError(
+                f"--set tau={self.tau}: expected 0 to {top:g} with tau_mode={self.tau_mode}. Correct it."
+            )
         if self.prior.form != "sds":
-            raise ValueError(f"--set form={self.prior.form}: expected sds with dreamdpo, whose gradient is a difference of noises. Use it.")
+            raise ValueError(
+                f"--set form={self.prior.form}: expected sds with dreamdpo, whose gradient is a difference of"
+                " noises. Use it."
+            )
 
 
 class DreamDpo(Guided):
     """One pair of noises per step and asset."""
 
     def __init__(
-        self, prior: DiffusionPrior, settings: DreamDpoSettings, *, views: int, streams: Streams, reward: RewardModel | None = None,
+        self,
+        prior: DiffusionPrior,
+        settings: DreamDpoSettings,
+        *,
+        views: int,
+        streams: Streams,
+        reward: RewardModel | None = None,
         judge: PairwiseJudge | None = None,
     ):
-        """Warns where winner and loser have the same guidance scale: pictures leave the prior then (docs/understand/distillation.md)."""
+        """Warns where winner and loser have the same guidance scale: pictures leave the prior then
+        (docs/understand/distillation.md).
+        """
         super().__init__(prior, settings, views=views, streams=streams)
-        self.ranking, self.gaps = Ranking(self.denoiser, reward, judge, settings.ranking), History()
+        self.ranking = Ranking(self.denoiser, reward, judge, settings.ranking)
+        self.gaps = History()
         self.kept = {"scores": self.ranking.history, "gaps": self.gaps}
         scale = settings.prior.guidance_scale
         if scale != 1 and settings.lose_guidance_scale in (None, scale) and settings.tau != float("inf"):
-            warnings.warn(f"lose_guidance_scale: both noises at {scale:g} leave no anchor: pictures diverge. Use 1.", stacklevel=2)
+            warnings.warn(
+                f"lose_guidance_scale: both noises at {scale:g} leave no anchor: pictures diverge. Use 1.",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def __call__(
-        self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        prompts: list[str],
+        cameras: torch.Tensor | None,
+        step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
         """Ranked by views, winner and one_sided are of pictures."""
-        d, s = self.denoiser, self.settings
+        d = self.denoiser
+        s = self.settings
         noise, x_t, _, prediction = d.ask(2, x, t, prompts, cameras, step)
         guided = prediction.guided(s.prior.guidance_scale)
-        ranks = self.ranking(torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, guided, t)]), prompts, cameras)
+        ranks = self.ranking(
+            torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, guided, t)]), prompts, cameras
+        )
         two_sided = (ranks.gap >= self._tau(ranks.gap)) & (ranks.winner >= 0)
-        ordered = torch.stack([(ranks.winner < 1), (ranks.winner == 1)]).to(x)  # no answer: the first one, alone
+        # no answer: the first one, alone
+        ordered = torch.stack([(ranks.winner < 1), (ranks.winner == 1)]).to(x)
         weights = NoiseWeighting(strategy="push")(ordered, two_sided)
         weights = weights.repeat_interleave(len(x) // weights.shape[1], 1)  # [2, B]
         loser = (weights < 0).view(*weights.shape, 1, 1, 1)
@@ -71,7 +108,9 @@ class DreamDpo(Guided):
         predicted = torch.where(loser, self._lose(prediction), guided)
         grad = gradients.dreamdpo(predicted, noise, weights, weight, subtract_noise=s.subtract_noise)
         terms = {"gap": ranks.gap, **d.compare(d.residuals(x, noise, t, x_t, prediction), grad)}
-        return GuidanceOutput(grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=~two_sided)
+        return GuidanceOutput(
+            grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=~two_sided
+        )
 
     def _lose(self, prediction) -> torch.Tensor:
         scale = self.settings.lose_guidance_scale

@@ -1,4 +1,5 @@
-"""DreamReward (Ye et al. 2024, arXiv 2403.14613): the gradient of a reward on the one-step estimate, beside distillation.
+"""DreamReward (Ye et al. 2024, arXiv 2403.14613): the gradient of a reward on the one-step estimate, beside
+distillation.
 
 Letters: A assets, V views, B = A V pictures.
 """
@@ -24,22 +25,46 @@ class DreamRewardSettings:
     """How strong the reward's gradient is, where it is taken and where it goes."""
 
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
-    weight: Ramp = Ramp(0.3)  # k: share of the distillation gradient's norm (grad-norm), or factor of the reward's loss; 0: no reward
-    balance: str = knob("grad-norm", "What makes the weight comparable: the norms of both gradients over 50 steps, the digits of the "
-                        "printed losses as in DreamReward's code, or nothing.", DREAMREWARD, choices=("grad-norm", "digits",
-                        "none"), rare=True)
-    ceiling: float | None = knob(None, "Reward above which nothing is gained.", DREAMREWARD, shown="none", rare=True)
-    through: str = knob("latents", "Where the reward's gradient goes: to the latents, or to the rendered pictures.", DREAMREWARD,
-                        choices=("latents", "images"), rare=True)
-    x0_until: int = knob(999, "Largest time at which the estimate is scored; above, the render.", DREAMREWARD, low=-1, high=999, rare=True)
+    # k: share of the distillation gradient's norm (grad-norm), or factor of the reward's loss; 0: no reward
+    weight: Ramp = Ramp(0.3)
+    balance: str = knob(
+        "grad-norm",
+        "What makes the weight comparable: the norms of both gradients over 50 steps, the digits of the "
+        "printed losses as in DreamReward's code, or nothing.",
+        DREAMREWARD,
+        choices=("grad-norm", "digits", "none"),
+        rare=True,
+    )
+    ceiling: float | None = knob(
+        None, "Reward above which nothing is gained.", DREAMREWARD, shown="none", rare=True
+    )
+    through: str = knob(
+        "latents",
+        "Where the reward's gradient goes: to the latents, or to the rendered pictures.",
+        DREAMREWARD,
+        choices=("latents", "images"),
+        rare=True,
+    )
+    x0_until: int = knob(
+        999,
+        "Largest time at which the estimate is scored; above, the render.",
+        DREAMREWARD,
+        low=-1,
+        high=999,
+        rare=True,
+    )
     reward_from: int = knob(0, "First step with the reward.", DREAMREWARD, metavar="STEP", low=0, rare=True)
-    reward_only_from: int | None = knob(None, "First step without distillation.", DREAMREWARD, metavar="STEP", low=0,
-                                        shown="never", rare=True)
+    reward_only_from: int | None = knob(
+        None, "First step without distillation.", DREAMREWARD, metavar="STEP", low=0, shown="never", rare=True
+    )
 
     def __post_init__(self):
         check_knobs(self)
         if self.through == "images" and self.balance == "grad-norm":
-            raise ValueError("--set through=images: expected latents with balance=grad-norm. Their norms do not compare; use another.")
+            raise ValueError(
+                "--set through=images: expected latents with balance=grad-norm. Their norms do not compare;"
+                " use another."
+            )
         if min(value for _, value in self.weight.knots()) < 0:
             raise ValueError(f"--set weight={self.weight.spec}: expected weights >= 0. Correct it.")
 
@@ -48,22 +73,38 @@ class DreamReward(Guided):
     """Distillation, and minus the gradient of the mean reward of an asset."""
 
     def __init__(
-        self, prior: DiffusionPrior, settings: DreamRewardSettings, *, views: int, streams: Streams, reward: RewardModel
+        self,
+        prior: DiffusionPrior,
+        settings: DreamRewardSettings,
+        *,
+        views: int,
+        streams: Streams,
+        reward: RewardModel,
     ):
         if not reward.differentiable:
-            raise ValueError("--reward: expected a differentiable one with dreamreward, got one without. Use dreamdpo or rewardsds.")
+            raise ValueError(
+                "--reward: expected a differentiable one with dreamreward, got one without. Use dreamdpo or"
+                " rewardsds."
+            )
         super().__init__(prior, settings, views=views, streams=streams)
         self.denoiser.check_reward(reward)
-        self.reward, self.balance = reward, Balance()
+        self.reward = reward
+        self.balance = Balance()
         self.kept = {"norms": self.balance}
         if isinstance(reward, torch.nn.Module):
             reward.eval()  # dropout would make its gradients noisy
 
     def __call__(
-        self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        prompts: list[str],
+        cameras: torch.Tensor | None,
+        step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        d, s = self.denoiser, self.settings
+        d = self.denoiser
+        s = self.settings
         assert s.through == "latents" or images is not None, "the rendered pictures"
         x = x.detach()
         with torch.no_grad():
@@ -71,14 +112,21 @@ class DreamReward(Guided):
             residuals = d.residuals(x, noise, t, x_t, prediction)
             grad = residuals.mean(0)
             # the rescaled estimate that the reconstruction form moves to, or the plain one
-            x0 = x - grad if s.prior.form == "recon" else d.x0(x_t, prediction.guided(s.prior.guidance_scale), t)[0]
+            x0 = (
+                x - grad
+                if s.prior.form == "recon"
+                else d.x0(x_t, prediction.guided(s.prior.guidance_scale), t)[0]
+            )
         terms = {"sds_norm": norm_per_asset(grad, d.views)}
-        weight, alone = s.weight(step), s.reward_only_from is not None and step >= s.reward_only_from
+        weight = s.weight(step)
+        alone = s.reward_only_from is not None and step >= s.reward_only_from
         if step < s.reward_from or (weight == 0 and not alone):
             return GuidanceOutput(grad=grad, terms=terms)
         scores, loss, pixels = self._reward(x, x0, t, told(self.reward, prompts, cameras), images, alone)
         added = pixels if s.through == "images" else self._pull(x, pixels)
-        scale = self._scale(grad, added, float(loss), alone) * (1.0 if alone and s.balance == "digits" else weight)
+        scale = self._scale(grad, added, float(loss), alone) * (
+            1.0 if alone and s.balance == "digits" else weight
+        )
         added = scale.repeat_interleave(d.views).view(-1, 1, 1, 1) * added
         distilled = torch.zeros_like(grad) if alone else grad
         terms["preference_norm"] = norm_per_asset(added, d.views)
@@ -88,10 +136,19 @@ class DreamReward(Guided):
         return GuidanceOutput(grad=distilled + added, terms=terms, scores=scores[None])
 
     def _reward(
-        self, x: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, prompts: list[str], images: torch.Tensor | None, alone: bool
+        self,
+        x: torch.Tensor,
+        x0: torch.Tensor,
+        t: torch.Tensor,
+        prompts: list[str],
+        images: torch.Tensor | None,
+        alone: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scores [A], the mean over assets of their losses, and the gradient of each asset's loss on the scored pictures [B, 3, h, w]."""
-        d, s = self.denoiser, self.settings
+        """Scores [A], the mean over assets of their losses, and the gradient of each asset's loss on the
+        scored pictures [B, 3, h, w].
+        """
+        d = self.denoiser
+        s = self.settings
         with torch.no_grad():
             rendered = d.prior.decode(x) if images is None else images
             estimated = (t <= s.x0_until).view(-1, 1, 1, 1).to(x.device) & (not alone)
@@ -110,8 +167,11 @@ class DreamReward(Guided):
             return torch.autograd.grad(self.denoiser.prior.decode(latents), latents, pixels)[0]
 
     def _scale(self, grad: torch.Tensor, added: torch.Tensor, loss: float, alone: bool) -> torch.Tensor:
-        """Factor of each asset's reward gradient, [A]; the loss of pictures is a mean over B, that of assets over A: hence V."""
-        d, s = self.denoiser, self.settings
+        """Factor of each asset's reward gradient, [A]; the loss of pictures is a mean over B, that of assets
+        over A: hence V.
+        """
+        d = self.denoiser
+        s = self.settings
         ones = grad.new_ones(len(grad) // d.views)
         if s.balance == "grad-norm":
             return self.balance(norm_per_asset(grad, d.views), norm_per_asset(added, d.views))

@@ -1,9 +1,10 @@
-"""The progressive geometry reward of DreamCS (2506.09814; reconstructed, its constants are not published): beside the distillation of
-pictures, the shape itself climbs a reward,
+"""The progressive geometry reward of DreamCS (2506.09814; reconstructed, its constants are not published):
+beside the distillation of pictures, the shape itself climbs a reward,
 
     g <- g - alpha(step) (|g| / |g_r|) g_r,   g_r = gradient of r(shape | prompt),
 
-for each asset apart, alpha rising linearly from `geometry_start` of the run to its end. The norms are means over 50 steps.
+for each asset apart, alpha rising linearly from `geometry_start` of the run to its end. The norms are means
+over 50 steps.
 
 Letters: A assets.
 """
@@ -47,7 +48,9 @@ class GeometryReward(Protocol):
 
 @dataclass(frozen=True)
 class MeshGeometry:
-    """A mesh reward on a field: the surface is rebuilt every few steps, and its vertices carry the gradient to the field."""
+    """A mesh reward on a field: the surface is rebuilt every few steps, and its vertices carry the gradient
+    to the field.
+    """
 
     reader: MeshReader
     reward: MeshReward
@@ -64,7 +67,9 @@ class MeshGeometry:
 
 @dataclass(frozen=True)
 class ObservedGeometry:
-    """A reward of density, depth or points as `tools/train_reward.py` makes it, as it stands. It knows no prompts."""
+    """A reward of density, depth or points as `tools/train_reward.py` makes it, as it stands. It knows no
+    prompts.
+    """
 
     reward: Reward
 
@@ -74,7 +79,9 @@ class ObservedGeometry:
 
 
 class SolidGeometry:
-    """Minus `solid_loss` on the whole cube: floaters to go, leaks to close; 0 where there is nothing to mend. It knows no prompts."""
+    """Minus `solid_loss` on the whole cube: floaters to go, leaks to close; 0 where there is nothing to mend.
+    It knows no prompts.
+    """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
         del prompts, step
@@ -87,11 +94,19 @@ def dealt_anew(geometry: GeometryReward, seed: int) -> GeometryReward:
 
     Raises: ValueError where nothing was learned that could be dealt.
     """
-    if not isinstance(geometry, (MeshGeometry, ObservedGeometry)) or not isinstance(geometry.reward, torch.nn.Module):
-        raise ValueError("+geometry-random: expected a learned --geometry-reward, got one in closed form. Leave that arm out.")
-    dealt, rng = copy.deepcopy(geometry.reward), torch.Generator().manual_seed(seed)
+    if not isinstance(geometry, (MeshGeometry, ObservedGeometry)) or not isinstance(
+        geometry.reward, torch.nn.Module
+    ):
+        raise ValueError(
+            "+geometry-random: expected a learned --geometry-reward, got one in closed form. Leave that arm"
+            " out."
+        )
+    dealt = copy.deepcopy(geometry.reward)
+    rng = torch.Generator().manual_seed(seed)
     for weight in dealt.parameters():
-        weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=rng).to(weight.device)].view_as(weight))
+        weight.copy_(
+            weight.flatten()[torch.randperm(weight.numel(), generator=rng).to(weight.device)].view_as(weight)
+        )
     return dataclasses.replace(geometry, reward=dealt)
 
 
@@ -99,34 +114,55 @@ def dealt_anew(geometry: GeometryReward, seed: int) -> GeometryReward:
 class GeometrySettings:
     """How strongly, and from when on, a geometry reward pulls."""
 
-    geometry_weight: float = knob(0.3, "Its gradient's norm at the end, in norms of the distillation's.", GEOMETRY, low=0, rare=True)
+    geometry_weight: float = knob(
+        0.3, "Its gradient's norm at the end, in norms of the distillation's.", GEOMETRY, low=0, rare=True
+    )
     geometry_weight_from: float = knob(0.0, "The same where it sets in.", GEOMETRY, low=0, rare=True)
-    geometry_start: float = knob(0.1, "Share of the run after which it sets in.", GEOMETRY, low=0, high=1, rare=True)
-    geometry_every: int = knob(10, "Steps between two looks at the shapes; the gradient stays the same in between.", GEOMETRY,
-                               low=1, rare=True)
+    geometry_start: float = knob(
+        0.1, "Share of the run after which it sets in.", GEOMETRY, low=0, high=1, rare=True
+    )
+    geometry_every: int = knob(
+        10,
+        "Steps between two looks at the shapes; the gradient stays the same in between.",
+        GEOMETRY,
+        low=1,
+        rare=True,
+    )
 
     def __post_init__(self):
         check_knobs(self)
 
 
 class ProgressiveGeometry:
-    """A geometry reward with its ramp and balance, for a run of `steps`. Args: sign: -1 for the control whose reward is inverted."""
+    """A geometry reward with its ramp and balance, for a run of `steps`.
+
+    Args: sign: -1 for the control whose reward is inverted.
+    """
 
     def __init__(self, reward: GeometryReward, settings: GeometrySettings, steps: int, sign: int = 1):
-        self.reward, self.sign, self.balance, self.every = reward, sign, Balance(), settings.geometry_every
+        self.reward = reward
+        self.sign = sign
+        self.balance = Balance()
+        self.every = settings.geometry_every
         self.first = int(settings.geometry_start * steps)
         if self.first >= steps:
-            raise ValueError(f"--set geometry_start={settings.geometry_start:g}: expected less than the whole run. Lower it.")
+            raise ValueError(
+                f"--set geometry_start={settings.geometry_start:g}: expected less than the whole run."
+                " Lower it."
+            )
         self.alpha = Ramp((self.first, settings.geometry_weight_from, settings.geometry_weight, steps))
         self.scores: torch.Tensor | None = None  # [A] rewards of the last look, and
         self.slopes: dict[int, torch.Tensor] = {}  # their gradients [A, ...], by the number of the parameter
 
-    def add(self, field: Field, parameters: Sequence[torch.nn.Parameter], prompts: Sequence[str], step: int) -> dict[str, torch.Tensor]:
-        """Add its gradient to what the distillation left in `.grad` of parameters [A, ...], and say what it did.
+    def add(
+        self, field: Field, parameters: Sequence[torch.nn.Parameter], prompts: Sequence[str], step: int
+    ) -> dict[str, torch.Tensor]:
+        """Add its gradient to what the distillation left in `.grad` of parameters [A, ...], and say what it
+        did.
 
         Without weight or before its time nothing is computed and nothing changes.
-        Returns: 'geometry' rewards [A] of the last look, 'geometry_cosine' between both gradients [A], 'geometry_alpha' [1]; empty where
-        it rests.
+        Returns: 'geometry' rewards [A] of the last look, 'geometry_cosine' between both gradients [A],
+        'geometry_alpha' [1]; empty where it rests.
         """
         alpha = self.alpha(step) if step >= self.first else 0.0
         if alpha == 0:
@@ -134,23 +170,38 @@ class ProgressiveGeometry:
         if self.scores is None or step % self.every == 0:
             scores = self.sign * self.reward(field, prompts, step)
             gradients = torch.autograd.grad(scores.sum(), list(parameters), allow_unused=True)
-            self.scores, self.slopes = scores.detach(), {i: g.nan_to_num() for i, g in enumerate(gradients) if g is not None}
-        device, scores = parameters[0].device, self.scores
+            self.scores = scores.detach()
+            self.slopes = {i: g.nan_to_num() for i, g in enumerate(gradients) if g is not None}
+        device = parameters[0].device
+        scores = self.scores
         slopes = {i: slope.to(device) for i, slope in self.slopes.items()}
         distilled = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        first, second = _norm(distilled), _norm(list(slopes.values())) if slopes else torch.zeros(len(scores), device=device)
+        first = _norm(distilled)
+        second = _norm(list(slopes.values())) if slopes else torch.zeros(len(scores), device=device)
         scale = alpha * self.balance(first, second)  # [A]
         dot = torch.zeros_like(second)
         for i, slope in slopes.items():
             dot = dot + (distilled[i] * slope).flatten(1).sum(dim=1)
             parameters[i].grad = distilled[i] - scale.view(-1, *[1] * (slope.ndim - 1)).to(slope) * slope
         cosine = -dot / (first * second).clamp_min(1e-30)  # of both descents
-        return {"geometry": scores.to(device), "geometry_cosine": cosine, "geometry_alpha": torch.tensor([alpha])}
+        return {
+            "geometry": scores.to(device),
+            "geometry_cosine": cosine,
+            "geometry_alpha": torch.tensor([alpha]),
+        }
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         of_reward: dict[str, torch.Tensor] = getattr(self.reward, "state_dict", dict)()
-        seen = {} if self.scores is None else {"scores": self.scores, **{f"slope.{i}": slope for i, slope in self.slopes.items()}}
-        return {**self.balance.state_dict(), **seen, **{f"reward.{name}": value for name, value in of_reward.items()}}
+        seen = (
+            {}
+            if self.scores is None
+            else {"scores": self.scores, **{f"slope.{i}": slope for i, slope in self.slopes.items()}}
+        )
+        return {
+            **self.balance.state_dict(),
+            **seen,
+            **{f"reward.{name}": value for name, value in of_reward.items()},
+        }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.balance.load_state_dict(state)
@@ -164,7 +215,8 @@ def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients]).sum(dim=0).sqrt()
 
 
-# Geometry rewards from files: a mesh reward (RewardCS), or a reward on density, depth or points as tools/train_reward.py makes it.
+# Geometry rewards from files: a mesh reward (RewardCS), or a reward on density, depth or points as
+# tools/train_reward.py makes it.
 
 
 class NamedGeometry(NamedTuple):
@@ -174,16 +226,20 @@ class NamedGeometry(NamedTuple):
     priors: tuple[str, ...] = ()
 
 
-GEOMETRY_REWARDS: Registry[NamedGeometry] = Registry("--geometry-reward", {
-    "one-nose": "eg3d_rlhf.tuning.distill.scene_boxes",
-    "floaters": "eg3d_rlhf.tuning.distill.scene_boxes",
-})  # fmt: skip
+GEOMETRY_REWARDS: Registry[NamedGeometry] = Registry(
+    "--geometry-reward",
+    {
+        "one-nose": "eg3d_rlhf.tuning.distill.scene_boxes",
+        "floaters": "eg3d_rlhf.tuning.distill.scene_boxes",
+    },
+)
 
 GEOMETRY_REWARDS.add("solid", NamedGeometry(SolidGeometry))
 
 
 def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], GeometryReward] | None:
-    """A maker of the reward that --geometry-reward names: none, sigma (the bundled reward of densities), a known name, or a file.
+    """A maker of the reward that --geometry-reward names: none, sigma (the bundled reward of densities), a
+    known name, or a file.
 
     Raises: FileNotFoundError, ValueError: one line that names the flag.
     """
@@ -192,13 +248,18 @@ def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], G
     if name in GEOMETRY_REWARDS:
         known = GEOMETRY_REWARDS[name]
         if known.priors and prior not in known.priors:
-            raise ValueError(f"--geometry-reward: {name} belongs to --prior={' or '.join(known.priors)}, got {prior}. Name another one.")
+            raise ValueError(
+                f"--geometry-reward: {name} belongs to --prior={' or '.join(known.priors)}, got {prior}. Name"
+                " another one."
+            )
         return known.make
     path = bundled.REWARD if name == "sigma" else Path(name)
     with naming("--geometry-reward"):
         if not path.is_file():
             known_names = ", ".join(["none", "sigma", *GEOMETRY_REWARDS])
-            raise FileNotFoundError(f"expected {known_names} or the file of a reward, got nothing at {path}. Check the path.")
+            raise FileNotFoundError(
+                f"expected {known_names} or the file of a reward, got nothing at {path}. Check the path."
+            )
         if _is_mesh_reward(path):
             mesh = load_mesh_reward(path, device)
             return lambda: MeshGeometry(MeshReader(cube(mesh.resolution), mesh.patches), mesh)

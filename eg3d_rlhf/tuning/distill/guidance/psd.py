@@ -1,6 +1,8 @@
-"""Preference score distillation (arXiv 2603.01594), reconstructed: its body was not reachable; each assumption is a setting.
+"""Preference score distillation (arXiv 2603.01594), reconstructed: its body was not reachable; each
+assumption is a setting.
 
-Distillation of two noises, a push from loser to winner beside it, and a null embedding that learns what the loser has.
+Distillation of two noises, a push from loser to winner beside it, and a null embedding that learns what the
+loser has.
 Letters: K = 2 noises, A assets, V views, B = A V pictures; n the null embedding [A, T, D].
 """
 
@@ -27,7 +29,8 @@ from training.config import check_knobs, knob
 
 PSD = "Preference score distillation"
 NEGATIVE_BETA = 1000.0  # of the preference loss, per unit of squared error
-PREDICTORS, NEGATIVES = ("cond", "cfg"), ("auto", "reward", "preference", "none")
+PREDICTORS = ("cond", "cfg")
+NEGATIVES = ("auto", "reward", "preference", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,51 +40,88 @@ class PsdSettings:
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     ranking: RankingSettings = field(default_factory=RankingSettings)
     eta: float = knob(1.0, "Weight of the push.", PSD, low=0, rare=True)
-    predictor: str = knob("cond", "Whose estimate is ranked and pushed: the prompt's alone, or the guided one.", PSD,
-                          choices=PREDICTORS, rare=True)
-    negative_update: str = knob("auto", "Learning the null embedding: by the reward's gradient, by preference, by the one that the reward "
-                                "allows, or not.", PSD, choices=NEGATIVES, rare=True)
-    negative_rate: float = knob(1e-3, "Largest step of an entry, in root mean squares of the embedding.", PSD, low=0, rare=True)
-    negative_ball: float = knob(0.5, "Largest distance from where it began, in its norm.", PSD, above=0, rare=True)
+    predictor: str = knob(
+        "cond",
+        "Whose estimate is ranked and pushed: the prompt's alone, or the guided one.",
+        PSD,
+        choices=PREDICTORS,
+        rare=True,
+    )
+    negative_update: str = knob(
+        "auto",
+        "Learning the null embedding: by the reward's gradient, by preference, by the one that the reward "
+        "allows, or not.",
+        PSD,
+        choices=NEGATIVES,
+        rare=True,
+    )
+    negative_rate: float = knob(
+        1e-3, "Largest step of an entry, in root mean squares of the embedding.", PSD, low=0, rare=True
+    )
+    negative_ball: float = knob(
+        0.5, "Largest distance from where it began, in its norm.", PSD, above=0, rare=True
+    )
     negative_from: int = knob(0, "First step that changes it.", PSD, metavar="STEP", low=0, rare=True)
     negative_every: int = knob(4, "Steps between its changes.", PSD, low=1, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
         if self.prior.form != "sds":
-            raise ValueError(f"--set form={self.prior.form}: expected sds with psd, whose push is a difference of noises. Use it.")
+            raise ValueError(
+                f"--set form={self.prior.form}: expected sds with psd, whose push is a difference of noises."
+                " Use it."
+            )
 
 
 class Psd(Guided):
     """Distillation, push, and the null embedding of each asset, which is state."""
 
     def __init__(
-        self, prior: DiffusionPrior, settings: PsdSettings, *, views: int, streams: Streams, reward: RewardModel | None = None,
+        self,
+        prior: DiffusionPrior,
+        settings: PsdSettings,
+        *,
+        views: int,
+        streams: Streams,
+        reward: RewardModel | None = None,
         judge: PairwiseJudge | None = None,
     ):
         super().__init__(prior, settings, views=views, streams=streams)
-        self.ranking, self.reward = Ranking(self.denoiser, reward, judge, settings.ranking), reward
+        self.ranking = Ranking(self.denoiser, reward, judge, settings.ranking)
+        self.reward = reward
         self.kept = {"scores": self.ranking.history}
         differentiable = reward is not None and reward.differentiable and judge is None
         if settings.negative_update == "reward" and not differentiable:
-            raise ValueError("--set negative_update=reward: expected a differentiable reward and no judge. Use preference.")
+            raise ValueError(
+                "--set negative_update=reward: expected a differentiable reward and no judge. Use preference."
+            )
         self.update = settings.negative_update
         if self.update == "auto":
             self.update = "reward" if differentiable else "preference"
         self.moved: torch.Tensor | None = None  # n - n0, [A, T, D]
 
     def __call__(
-        self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        prompts: list[str],
+        cameras: torch.Tensor | None,
+        step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        d, s = self.denoiser, self.settings
+        d = self.denoiser
+        s = self.settings
         with torch.no_grad():
             start = d.conditions(prompts, cameras)
             moved = 0 if self.moved is None else self.moved.to(start.null).repeat_interleave(d.views, 0)
             conditions = start._replace(null=start.null + moved)
             noise, x_t, _, prediction = d.ask(2, x, t, prompts, cameras, step, conditions)
-            predicted = prediction.text if s.predictor == "cond" else prediction.guided(s.prior.guidance_scale)
-            ranks = self.ranking(torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, predicted, t)]), prompts, cameras)
+            predicted = (
+                prediction.text if s.predictor == "cond" else prediction.guided(s.prior.guidance_scale)
+            )
+            ranks = self.ranking(
+                torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, predicted, t)]), prompts, cameras
+            )
             anchors = d.residuals(x, noise, t, x_t, prediction)
             grad = self._gradient(x, t, noise, anchors, predicted, ranks)
         terms = {"gap": ranks.gap, **d.compare(anchors, grad)}
@@ -90,26 +130,44 @@ class Psd(Guided):
         if self.moved is not None:
             begun = start.null[:: d.views].flatten(1).norm(dim=1)
             terms["negative_drift"] = self.moved.flatten(1).norm(dim=1) / begun
-        return GuidanceOutput(grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=ranks.winner < 0)
+        return GuidanceOutput(
+            grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=ranks.winner < 0
+        )
 
     def _gradient(
-        self, x: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, anchors: torch.Tensor, q: torch.Tensor, ranks: Ranks
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor,
+        anchors: torch.Tensor,
+        q: torch.Tensor,
+        ranks: Ranks,
     ) -> torch.Tensor:
         s = self.settings
         strength = s.eta * ranks.gap.sigmoid() * (ranks.winner >= 0)
         first = (ranks.winner < 1).repeat_interleave(len(x) // len(ranks.winner)).view(-1, 1, 1, 1)
-        win, lose = torch.where(first, q[0], q[1]), torch.where(first, q[1], q[0])
-        noise_win, noise_lose = torch.where(first, noise[0], noise[1]), torch.where(first, noise[1], noise[0])
+        win = torch.where(first, q[0], q[1])
+        lose = torch.where(first, q[1], q[0])
+        noise_win = torch.where(first, noise[0], noise[1])
+        noise_lose = torch.where(first, noise[1], noise[0])
         weight = self.denoiser.schedule.weight(t, s.prior.weighting, x)
         spread = strength.repeat_interleave(len(x) // len(strength))
         return gradients.psd(anchors, win, lose, noise_win, noise_lose, strength=spread, weight=weight)
 
     def _learn(
-        self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, prompts: list[str], start: Conditions, now: Conditions,
-        cameras: torch.Tensor | None, ranks: Ranks,
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor,
+        prompts: list[str],
+        start: Conditions,
+        now: Conditions,
+        cameras: torch.Tensor | None,
+        ranks: Ranks,
     ) -> None:
         """One step of n: a gradient of at most 1 per entry (root mean square), the rate, the ball."""
-        d, s = self.denoiser, self.settings
+        d = self.denoiser
+        s = self.settings
         begun = start.null[:: d.views]  # [A, T, D]
         n = now.null[:: d.views].detach().clone().requires_grad_()
         with torch.enable_grad():
@@ -129,7 +187,9 @@ class Psd(Guided):
         length = moved.flatten(1).norm(dim=1).view(-1, 1, 1)
         self.moved = moved * (s.negative_ball * size / length.clamp_min(1e-30)).clamp_max(1.0)
 
-    def _reward(self, x_t: torch.Tensor, t: torch.Tensor, prediction: Prediction, prompts: list[str]) -> torch.Tensor:
+    def _reward(
+        self, x_t: torch.Tensor, t: torch.Tensor, prediction: Prediction, prompts: list[str]
+    ) -> torch.Tensor:
         """Mean reward of both guided estimates, [A], in deviations of the last ones."""
         d = self.denoiser
         x0 = d.x0(x_t, prediction.guided(self.settings.prior.guidance_scale), t)
@@ -137,11 +197,15 @@ class Psd(Guided):
         spread = self.ranking.history.deviation() if self.settings.ranking.standardise else 1.0
         return d.per_asset(scores).mean(0) / spread
 
-    def _preference(self, null: torch.Tensor, reference: torch.Tensor, noise: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-        """Preference loss of delta = (e_ref - e)_win - (e_ref - e)_lose, [A]; e: mean squared error of the noise that n predicts, e_ref:
-        that of n0. The winner's x_t already leans to what is wanted, so n explains its noise better by leaning the other way. No answer: 0.
+    def _preference(
+        self, null: torch.Tensor, reference: torch.Tensor, noise: torch.Tensor, ranks: Ranks
+    ) -> torch.Tensor:
+        """Preference loss of delta = (e_ref - e)_win - (e_ref - e)_lose, [A]; e: mean squared error of the
+        noise that n predicts, e_ref: that of n0. The winner's x_t already leans to what is wanted, so n
+        explains its noise better by leaning the other way. No answer: 0.
         """
-        better = (reference - noise).square().flatten(2).mean(2) - (null - noise).square().flatten(2).mean(2)  # [2, B]
+        # [2, B]
+        better = (reference - noise).square().flatten(2).mean(2) - (null - noise).square().flatten(2).mean(2)
         first, second = better.unflatten(1, (len(ranks.winner), -1)).mean(2)
         delta = torch.where(ranks.winner < 1, first - second, second - first)
         loss = preference_loss(delta, beta=NEGATIVE_BETA) * (ranks.winner >= 0)

@@ -1,4 +1,6 @@
-"""RewardSDS (Chachy et al. 2025, arXiv 2503.09601): several noises, each weighted by the reward of what the prior makes of it."""
+"""RewardSDS (Chachy et al. 2025, arXiv 2503.09601): several noises, each weighted by the reward of what the
+prior makes of it.
+"""
 
 from dataclasses import dataclass, field
 
@@ -20,35 +22,70 @@ class RewardSdsSettings:
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     weighting: NoiseWeighting = field(default_factory=NoiseWeighting)
     noises: int = knob(8, "Per step and asset.", NOISES, low=1, rare=True)
-    until: int | None = knob(None, "Step from which it is plain distillation with one noise.", NOISES, metavar="STEP", low=0,
-                             shown="never", rare=True)
-    explore_steps: int = knob(1, "DDIM steps over the whole range before a noise is scored; 1: the one-step estimate.", NOISES, high=1000,
-                              low=1, rare=True)
-    explore_end: str = knob("x0", "Score the estimate, or the latent at t = 0 as RewardSDS's code does.", NOISES,
-                            choices=("x0", "t0"), rare=True)
+    until: int | None = knob(
+        None,
+        "Step from which it is plain distillation with one noise.",
+        NOISES,
+        metavar="STEP",
+        low=0,
+        shown="never",
+        rare=True,
+    )
+    explore_steps: int = knob(
+        1,
+        "DDIM steps over the whole range before a noise is scored; 1: the one-step estimate.",
+        NOISES,
+        high=1000,
+        low=1,
+        rare=True,
+    )
+    explore_end: str = knob(
+        "x0",
+        "Score the estimate, or the latent at t = 0 as RewardSDS's code does.",
+        NOISES,
+        choices=("x0", "t0"),
+        rare=True,
+    )
     standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", NOISES, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
         if self.explore_end == "t0" and self.explore_steps == 1:
-            raise ValueError("--set explore_end=t0: expected x0 with one step of exploration. Raise explore_steps.")
+            raise ValueError(
+                "--set explore_end=t0: expected x0 with one step of exploration. Raise explore_steps."
+            )
 
 
 class RewardSds(Guided):
     """Sum over noises of weight times distillation gradient."""
 
-    def __init__(self, prior: DiffusionPrior, settings: RewardSdsSettings, *, views: int, streams: Streams, reward: RewardModel):
+    def __init__(
+        self,
+        prior: DiffusionPrior,
+        settings: RewardSdsSettings,
+        *,
+        views: int,
+        streams: Streams,
+        reward: RewardModel,
+    ):
         super().__init__(prior, settings, views=views, streams=streams)
         self.denoiser.check_reward(reward)
-        self.reward, self.history = reward, History()
+        self.reward = reward
+        self.history = History()
         self.kept = {"rows": self.history}
 
     @torch.no_grad()
     def __call__(
-        self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        prompts: list[str],
+        cameras: torch.Tensor | None,
+        step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        d, s = self.denoiser, self.settings
+        d = self.denoiser
+        s = self.settings
         count = s.noises if s.until is None or step < s.until else 1
         noise, x_t, conditions, prediction = d.ask(count, x, t, prompts, cameras, step)
         residuals = d.residuals(x, noise, t, x_t, prediction)
@@ -57,17 +94,31 @@ class RewardSds(Guided):
             scale = s.prior.guidance_scale
             one_step = d.x0(x_t, prediction.guided(scale), t)
             explored = one_step if s.explore_steps == 1 else self.explore(x_t, t, conditions, cameras, scale)
-            scores = self._score(torch.stack([d.prior.decode(latents) for latents in explored]), told(self.reward, prompts, cameras))
-        weights = x.new_ones(1, len(x)) if scores is None else s.weighting(scores).repeat_interleave(d.views, 1)  # [K, B]
+            scores = self._score(
+                torch.stack([d.prior.decode(latents) for latents in explored]),
+                told(self.reward, prompts, cameras),
+            )
+        # [K, B]
+        weights = (
+            x.new_ones(1, len(x)) if scores is None else s.weighting(scores).repeat_interleave(d.views, 1)
+        )
         grad = gradients.reward_weighted(residuals, weights)
         winner = None if scores is None else scores.argmax(0)
         return GuidanceOutput(grad=grad, terms=d.compare(residuals, grad), scores=scores, winner=winner)
 
     def explore(
-        self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, cameras: torch.Tensor | None, scale: float
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        conditions: Conditions,
+        cameras: torch.Tensor | None,
+        scale: float,
     ) -> torch.Tensor:
-        """Where DDIM leads from x_t [K, B, C, H, W]: over t and those of `explore_steps` even times 0..999 that are below it."""
-        d, k = self.denoiser, len(x_t)
+        """Where DDIM leads from x_t [K, B, C, H, W]: over t and those of `explore_steps` even times 0..999
+        that are below it.
+        """
+        d = self.denoiser
+        k = len(x_t)
 
         def predict(flat: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
             prediction = d.predict(flat.unflatten(0, (k, -1)), now[: len(t)], conditions, cameras)

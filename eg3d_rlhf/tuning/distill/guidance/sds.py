@@ -1,8 +1,8 @@
-"""Score distillation sampling, the base of every other method; and best of n: the same from several starts, of which the reward keeps the
-asset that it scores highest at the end.
+"""Score distillation sampling, the base of every other method; and best of n: the same from several starts,
+of which the reward keeps the asset that it scores highest at the end.
 
-No preference enters a gradient of best of n: it is what any tuning has to beat, at n times the work. Letters: A assets, S starts of each,
-V views.
+No preference enters a gradient of best of n: it is what any tuning has to beat, at n times the work. Letters:
+A assets, S starts of each, V views.
 """
 
 from dataclasses import dataclass, field
@@ -25,12 +25,17 @@ class SdsSettings:
 
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     samples: int = knob(1, "Noises per step, averaged.", SDS, low=1, rare=True)
-    image_loss: float = knob(0.0, "Weight of HiFA's loss on pictures, of the form sds.", SDS, low=0, rare=True)
+    image_loss: float = knob(
+        0.0, "Weight of HiFA's loss on pictures, of the form sds.", SDS, low=0, rare=True
+    )
 
     def __post_init__(self):
         check_knobs(self)
         if self.image_loss and self.prior.form != "sds":
-            raise ValueError(f"--set image_loss={self.image_loss:g}: expected the form sds, got {self.prior.form}. Choose one of them.")
+            raise ValueError(
+                f"--set image_loss={self.image_loss:g}: expected the form sds, got {self.prior.form}. Choose"
+                " one of them."
+            )
 
 
 class Sds(Guided):
@@ -38,10 +43,16 @@ class Sds(Guided):
 
     @torch.no_grad()
     def __call__(
-        self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        prompts: list[str],
+        cameras: torch.Tensor | None,
+        step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        d, s = self.denoiser, self.settings
+        d = self.denoiser
+        s = self.settings
         noise, x_t, _, prediction = d.ask(s.samples, x, t, prompts, cameras, step)
         residuals = d.residuals(x, noise, t, x_t, prediction)
         grad = residuals.mean(0)
@@ -49,9 +60,13 @@ class Sds(Guided):
         if s.image_loss:
             assert images is not None, "the rendered pictures"
             bar = d.schedule.alpha(t, images)
-            weight = s.image_loss * d.schedule.weight(t, s.prior.weighting, images) * bar.sqrt() / (1 - bar).sqrt()
+            weight = (
+                s.image_loss * d.schedule.weight(t, s.prior.weighting, images) * bar.sqrt() / (1 - bar).sqrt()
+            )
             decoded = [d.prior.decode(x0) for x0 in d.x0(x_t, prediction.guided(s.prior.guidance_scale), t)]
-            output.image_grad = torch.stack([gradients.image_loss(images, seen, weight) for seen in decoded]).mean(0)
+            output.image_grad = torch.stack(
+                [gradients.image_loss(images, seen, weight) for seen in decoded]
+            ).mean(0)
         return output
 
 
@@ -59,26 +74,43 @@ class Sds(Guided):
 class BestOfNSettings(SdsSettings):
     """How many there are to choose from."""
 
-    starts: int = knob(4, "Assets that are optimised for each one that is kept: as many times the work of sds.", "Best of n", low=1,
-                       rare=True)
+    starts: int = knob(
+        4,
+        "Assets that are optimised for each one that is kept: as many times the work of sds.",
+        "Best of n",
+        low=1,
+        rare=True,
+    )
 
 
 class BestOfN(Sds):
     """Distillation of S x A assets; those of start s stand at s A to (s + 1) A - 1."""
 
-    def __init__(self, prior: DiffusionPrior, settings: BestOfNSettings, *, views: int, streams: Streams, reward: RewardModel):
+    def __init__(
+        self,
+        prior: DiffusionPrior,
+        settings: BestOfNSettings,
+        *,
+        views: int,
+        streams: Streams,
+        reward: RewardModel,
+    ):
         super().__init__(prior, settings, views=views, streams=streams)
         self.denoiser.check_reward(reward)
-        self.starts, self.reward = settings.starts, reward
+        self.starts = settings.starts
+        self.reward = reward
 
     @torch.no_grad()
     def best(self, images: torch.Tensor, prompts: list[str], cameras: torch.Tensor) -> list[int]:
-        """Places of the A assets to keep: of each, the start with the largest mean reward over its views; equal ones, the first.
+        """Places of the A assets to keep: of each, the start with the largest mean reward over its views;
+        equal ones, the first.
 
-        Args: images [S A V, 3, h, w] in 0..1 of the finished assets; prompts: one per picture; cameras [S A V, 16].
+        Args: images [S A V, 3, h, w] in 0..1 of the finished assets; prompts: one per picture; cameras
+            [S A V, 16].
         """
         d = self.denoiser
-        scores = d.per_asset(d.score(self.reward, images[None], told(self.reward, prompts, cameras)))[0]  # [S A]
+        # [S A]
+        scores = d.per_asset(d.score(self.reward, images[None], told(self.reward, prompts, cameras)))[0]
         assets = len(scores) // self.starts
         chosen = scores.unflatten(0, (self.starts, assets)).argmax(0).cpu()  # [A]
         return (chosen * assets + torch.arange(assets)).tolist()

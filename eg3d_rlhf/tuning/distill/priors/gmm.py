@@ -11,25 +11,38 @@ from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 
 
 class GmmPrior:
-    """p(x | embedding) = sum_m softmax(to_logits embedding)_m N(x; mean_m, std_m^2); noised: means a mean_m, variances a^2 std_m^2 + s^2.
+    """p(x | embedding) = sum_m softmax(to_logits embedding)_m N(x; mean_m, std_m^2); noised: means a mean_m,
+    variances a^2 std_m^2 + s^2.
 
     Latents are scale (2 images - 1), of as many channels as the means have; decoding does not clip.
-    To be fair to all modes of an optimiser that works entry by entry (Adam), choose means that are permutations of one another.
+    To be fair to all modes of an optimiser that works entry by entry (Adam), choose means that are
+    permutations of one another.
     """
 
     views = 1
 
     def __init__(
-        self, means: torch.Tensor, stds: torch.Tensor, prompts: dict[str, torch.Tensor], to_logits: torch.Tensor | None = None, *,
-        scale: float = 1.0, alphas_cumprod: torch.Tensor | None = None,
+        self,
+        means: torch.Tensor,
+        stds: torch.Tensor,
+        prompts: dict[str, torch.Tensor],
+        to_logits: torch.Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        alphas_cumprod: torch.Tensor | None = None,
     ):
-        """Args: means [M, C, H, W]; stds [M] > 0; prompts: text -> embedding [E], "" the null one, "text, side" for a view of one;
-        to_logits [M, E]: the identity by default.
+        """Args: means [M, C, H, W]; stds [M] > 0; prompts: text -> embedding [E], "" the null one, "text,
+        side" for a view of one; to_logits [M, E]: the identity by default.
         """
         self.to_logits = torch.eye(len(means)).to(means) if to_logits is None else to_logits
         sizes = {len(embedding) for embedding in prompts.values()}
-        assert stds.shape == means.shape[:1] and self.to_logits.shape == (len(means), *sizes) and "" in prompts
-        self.means, self.stds, self.prompts, self.scale = means, stds, prompts, scale
+        assert (
+            stds.shape == means.shape[:1] and self.to_logits.shape == (len(means), *sizes) and "" in prompts
+        )
+        self.means = means
+        self.stds = stds
+        self.prompts = prompts
+        self.scale = scale
         self.alphas_cumprod = NoiseSchedule(alphas_cumprod).alphas_cumprod
         self.latent_shape = (means.shape[1], means.shape[2], means.shape[3])
 
@@ -50,18 +63,23 @@ class GmmPrior:
             key = f"{prompt}, {direction}" if f"{prompt}, {direction}" in self.prompts else prompt
             if key not in self.prompts:
                 known = ", ".join(repr(p) for p in self.prompts)
-                raise ValueError(f"GmmPrior.embed: expected one of {known}, got {prompt!r}. Choose one of them.")
+                raise ValueError(
+                    f"GmmPrior.embed: expected one of {known}, got {prompt!r}. Choose one of them."
+                )
             embedded.append(self.prompts[key])
         return torch.stack(embedded)[:, None]
 
     def predict_noise(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """-s times the score of the noised mixture, [B, C, H, W]; cameras are not read. Differentiable in: x_t, cond."""
+        """-s times the score of the noised mixture, [B, C, H, W]; cameras are not read. Differentiable in:
+        x_t, cond.
+        """
         bar = self.alphas_cumprod.to(x_t)[t.to(x_t.device)][:, None]  # [B, 1]
         log_joint, variance = self._log_joint(x_t, cond, bar)
         pull = log_joint.softmax(1) / variance  # [B, M]
-        x, means = x_t.flatten(1), self.means.flatten(1)
+        x = x_t.flatten(1)
+        means = self.means.flatten(1)
         from_means = pull.sum(1, keepdim=True) * x - bar.sqrt() * (pull @ means)  # [B, C*H*W]
         return ((1 - bar).sqrt() * from_means).view_as(x_t)
 
@@ -74,10 +92,18 @@ class GmmPrior:
         distance, index = torch.cdist(x.flatten(1), self.means.flatten(1)).min(1)
         return index, distance / math.sqrt(x[0].numel())
 
-    def _log_joint(self, x_t: torch.Tensor, cond: torch.Tensor, bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _log_joint(
+        self, x_t: torch.Tensor, cond: torch.Tensor, bar: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """log(share_m N_m(x_t)) and the variances, [B, M] both."""
         logits = cond.mean(1) @ self.to_logits.T
-        x, means = x_t.flatten(1), self.means.flatten(1)
-        square = x.square().sum(1, keepdim=True) - 2 * bar.sqrt() * (x @ means.T) + bar * means.square().sum(1)
+        x = x_t.flatten(1)
+        means = self.means.flatten(1)
+        square = (
+            x.square().sum(1, keepdim=True) - 2 * bar.sqrt() * (x @ means.T) + bar * means.square().sum(1)
+        )
         variance = bar * self.stds.square() + 1 - bar
-        return logits.log_softmax(1) - square / (2 * variance) - x.shape[1] / 2 * (2 * math.pi * variance).log(), variance
+        return (
+            logits.log_softmax(1) - square / (2 * variance) - x.shape[1] / 2 * (2 * math.pi * variance).log(),
+            variance,
+        )

@@ -1,7 +1,9 @@
-"""A small learned prior of four views: a U-Net of 90,000 parameters on the test problem's pictures, told the prompt and the cameras.
+"""A small learned prior of four views: a U-Net of 90,000 parameters on the test problem's pictures, told the
+prompt and the cameras.
 
-It is a `DiffusionPrior` as the real ones are, so what is claimed of methods on the analytic prior can be checked on learned noise. Trained
-by eg3d-rlhf assets view-prior in a minute on one core. Letters: B = A V pictures, V = 4 adjacent, C channels, E entries of a condition.
+It is a `DiffusionPrior` as the real ones are, so what is claimed of methods on the analytic prior can be
+checked on learned noise. Trained by eg3d-rlhf assets view-prior in a minute on one core. Letters: B = A V
+pictures, V = 4 adjacent, C channels, E entries of a condition.
 """
 
 import math
@@ -22,20 +24,26 @@ from training.storage import load_strict, read_tensors, write_tensors
 
 FILE_KIND = "view-prior"
 TRAINING = "Training"
-_COLOUR_JITTER, _PIXEL_NOISE = 0.05, 0.3  # of the training pictures, in latents of -1..1; the second as in the exact prior
+# of the training pictures, in latents of -1..1; the second as in the exact prior
+_COLOUR_JITTER = 0.05
+_PIXEL_NOISE = 0.3
 _PICTURES = (SIDES, 4, 16, 16)  # of an object
 _AVERAGE = 0.99  # decay of the weights' moving average
 _FLOOR = 0.1  # added to s^2 in the weight of the loss: keeps the last bit of noise from outweighing the rest
 
 
 class Block(nn.Module):
-    """A 3x3 convolution of each channel, then two layers across channels, beside a skip; the condition [B, E] scales and shifts between."""
+    """A 3x3 convolution of each channel, then two layers across channels, beside a skip; the condition [B, E]
+    scales and shifts between.
+    """
 
     def __init__(self, channels: int, width: int):
         super().__init__()
         self.near = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-        self.norm, self.film = nn.GroupNorm(1, channels), nn.Linear(width, 2 * channels)
-        self.first, self.second = nn.Conv2d(channels, 2 * channels, 1), nn.Conv2d(2 * channels, channels, 1)
+        self.norm = nn.GroupNorm(1, channels)
+        self.film = nn.Linear(width, 2 * channels)
+        self.first = nn.Conv2d(channels, 2 * channels, 1)
+        self.second = nn.Conv2d(2 * channels, channels, 1)
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -50,13 +58,21 @@ class ViewAttention(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = nn.GroupNorm(1, channels)
-        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = self.qkv(self.norm(x)).flatten(2).unflatten(0, (-1, SIDES)).permute(0, 1, 3, 2).flatten(1, 2)  # [A, V H W, 3 C]
+        # [A, V H W, 3 C]
+        tokens = self.qkv(self.norm(x)).flatten(2).unflatten(0, (-1, SIDES)).permute(0, 1, 3, 2).flatten(1, 2)
         q, k, v = tokens.unsqueeze(1).chunk(3, dim=3)
-        seen = F.scaled_dot_product_attention(q, k, v)[:, 0].unflatten(1, (SIDES, -1)).transpose(2, 3).flatten(0, 1)  # [B, C, H W]
+        # [B, C, H W]
+        seen = (
+            F.scaled_dot_product_attention(q, k, v)[:, 0]
+            .unflatten(1, (SIDES, -1))
+            .transpose(2, 3)
+            .flatten(0, 1)
+        )
         return x + self.out(seen.unflatten(2, x.shape[2:]))
 
 
@@ -71,47 +87,66 @@ class TinySizes:
 
 
 class TinyUNet(nn.Module):
-    """Clean pictures x0 [B, 4, 16, 16] behind x_t, of times t [B], conditions [B, T, E] and cameras [B, 16] (MVDream's kind).
+    """Clean pictures x0 [B, 4, 16, 16] behind x_t, of times t [B], conditions [B, T, E] and cameras [B, 16]
+    (MVDream's kind).
 
-    The network makes m of x_t, and x0 = m + k (x_t - a m), k = a n^2 / (a^2 n^2 + s^2): the mean of a Gaussian of deviation n about m,
-    n the noise of the training pictures (as the skip of Karras et al. 2022).
+    The network makes m of x_t, and x0 = m + k (x_t - a m), k = a n^2 / (a^2 n^2 + s^2): the mean of a
+    Gaussian of deviation n about m, n the noise of the training pictures (as the skip of Karras et al. 2022).
     """
 
     def __init__(self, sizes: TinySizes, prompts: Sequence[str]):
         super().__init__()
-        self.sizes, self.prompts, self.schedule, width = sizes, tuple(prompts), NoiseSchedule(), sizes.width
+        self.sizes = sizes
+        self.prompts = tuple(prompts)
+        self.schedule = NoiseSchedule()
+        width = sizes.width
         self.table = nn.Embedding(len(prompts) + 1, sizes.embedding)  # the last is the null condition
         self.told = nn.Linear(sizes.embedding, width)
-        self.camera, self.time = nn.Linear(16, width), nn.Sequential(nn.Linear(sizes.embedding, width), nn.SiLU(), nn.Linear(width, width))
+        self.camera = nn.Linear(16, width)
+        self.time = nn.Sequential(nn.Linear(sizes.embedding, width), nn.SiLU(), nn.Linear(width, width))
         self.enter = nn.Conv2d(4, sizes.fine, 4, stride=2, padding=1)
         self.place = nn.Parameter(0.1 * torch.randn(sizes.fine, 8, 8))
         self.fine, self.late = Block(sizes.fine, width), Block(sizes.fine, width)
         self.down = nn.Conv2d(sizes.fine, sizes.coarse, 2, stride=2)
         self.coarse, self.views = Block(sizes.coarse, width), ViewAttention(sizes.coarse)
-        self.up, self.seen = nn.Conv2d(sizes.coarse, sizes.fine, 1), nn.Linear(sizes.coarse, width)
-        self.leave, self.sketch = nn.Conv2d(sizes.fine, 16, 1), nn.Linear(width, 16 * 8 * 8)
+        self.up = nn.Conv2d(sizes.coarse, sizes.fine, 1)
+        self.seen = nn.Linear(sizes.coarse, width)
+        self.leave = nn.Conv2d(sizes.fine, 16, 1)
+        self.sketch = nn.Linear(width, 16 * 8 * 8)
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
-        rates = torch.exp(-math.log(STEPS) * torch.arange(self.sizes.embedding // 2).to(x_t) / (self.sizes.embedding // 2))
+    def forward(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor
+    ) -> torch.Tensor:
+        rates = torch.exp(
+            -math.log(STEPS) * torch.arange(self.sizes.embedding // 2).to(x_t) / (self.sizes.embedding // 2)
+        )
         angles = t[:, None].to(x_t) * rates
-        joint = self.time(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.told(cond.mean(dim=1)) + self.camera(cameras)
+        joint = (
+            self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
+            + self.told(cond.mean(dim=1))
+            + self.camera(cameras)
+        )
         told = F.silu(joint)
-        fine = self.fine(self.enter(x_t.contiguous(memory_format=torch.channels_last)) + self.place, told)  # half the time on a CPU
+        # half the time on a CPU
+        fine = self.fine(self.enter(x_t.contiguous(memory_format=torch.channels_last)) + self.place, told)
         coarse = self.views(self.coarse(self.down(fine), told))
         seen_together = F.silu(joint + self.seen(coarse.mean(dim=(2, 3))))
         fine = self.late(fine + F.interpolate(self.up(coarse), scale_factor=2.0), seen_together)
         drawn = self.leave(fine) + self.sketch(seen_together).unflatten(1, (16, 8, 8))
-        m, bar = F.pixel_shuffle(drawn, 2), self.schedule.alpha(t, x_t)
+        m = F.pixel_shuffle(drawn, 2)
+        bar = self.schedule.alpha(t, x_t)
         return m + bar.sqrt() * _PIXEL_NOISE**2 / (bar * _PIXEL_NOISE**2 + 1 - bar) * (x_t - bar.sqrt() * m)
 
 
 class TinyPrior:
     """`DiffusionPrior` around the network, four views at a time; latents are 2 images - 1."""
 
-    views, latent_shape = SIDES, (4, 16, 16)
+    views = SIDES
+    latent_shape = (4, 16, 16)
 
     def __init__(self, network: TinyUNet):
-        self.network, self.schedule = network.eval().requires_grad_(False), network.schedule
+        self.network = network.eval().requires_grad_(False)
+        self.schedule = network.schedule
         self.alphas_cumprod = self.schedule.alphas_cumprod
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -121,21 +156,33 @@ class TinyPrior:
         return (latents + 1) / 2
 
     def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
-        """[B, 1, E]; an empty prompt is the null condition. Directions are not read: cameras are. Raises: ValueError for another prompt."""
+        """[B, 1, E]; an empty prompt is the null condition. Directions are not read: cameras are.
+
+        Raises: ValueError for another prompt.
+        """
         del directions
         known = {**{text: i for i, text in enumerate(self.network.prompts)}, "": len(self.network.prompts)}
         other = [text for text in prompts if text not in known]
         if other:
             example = self.network.prompts[0]
-            raise ValueError(f"--prompt: expected one that this prior was trained on, got {other[0]!r}. They are as {example!r}.")
+            raise ValueError(
+                f"--prompt: expected one that this prior was trained on, got {other[0]!r}. They are as"
+                f" {example!r}."
+            )
         return self.network.table.weight[[known[text] for text in prompts]][:, None]
 
     def predict_noise(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """See `DiffusionPrior`; cameras [B, 16 or 25] are ours, the four sides where None. Raises: ValueError for one view."""
+        """See `DiffusionPrior`; cameras [B, 16 or 25] are ours, the four sides where None.
+
+        Raises: ValueError for one view.
+        """
         if len(x_t) % SIDES:
-            raise ValueError(f"--prior: expected a multiple of {SIDES} pictures, got {len(x_t)}. It sees {SIDES} views of an asset.")
+            raise ValueError(
+                f"--prior: expected a multiple of {SIDES} pictures, got {len(x_t)}. It sees {SIDES} views of"
+                " an asset."
+            )
         seen = evenly_around(len(x_t) // SIDES, SIDES, DISTANCE).cameras if cameras is None else cameras
         clean = self.network(x_t, t.to(x_t.device), cond, network_cameras(seen).to(x_t))
         return self.schedule.noise_of_x0(x_t, clean, t)
@@ -143,14 +190,21 @@ class TinyPrior:
     def save(self, path: str | Path, meta: dict) -> None:
         tensors = {name: value.half() for name, value in self.network.state_dict().items()}
         sizes = asdict(self.network.sizes)
-        write_tensors(path, FILE_KIND, tensors, {"sizes": sizes, "prompts": list(self.network.prompts), "training": meta})
+        write_tensors(
+            path,
+            FILE_KIND,
+            tensors,
+            {"sizes": sizes, "prompts": list(self.network.prompts), "training": meta},
+        )
 
 
 def load_view_prior(path: str | Path = VIEW_PRIOR) -> TinyPrior:
     """The prior of a file, by default the bundled one. Raises: ValueError for another kind of file."""
     tensors, meta = read_tensors(path, FILE_KIND)
     network = TinyUNet(TinySizes(**meta["sizes"]), meta["prompts"])
-    load_strict(network, {name: value.float() for name, value in tensors.items()}, f"view prior {Path(path).name}")
+    load_strict(
+        network, {name: value.float() for name, value in tensors.items()}, f"view prior {Path(path).name}"
+    )
     return TinyPrior(network)
 
 
@@ -160,8 +214,12 @@ class PriorTraining:
 
     steps: int = knob(1500, "Steps.", TRAINING, low=1)
     assets: int = knob(24, "Assets per step, four views each.", TRAINING, low=1, rare=True)
-    rate: float = knob(0.012, "Peak learning rate; falls to nothing along a cosine.", TRAINING, low=0, rare=True)
-    no_prompt: float = knob(0.15, "Share of assets whose prompt is withheld.", TRAINING, low=0, high=1, rare=True)
+    rate: float = knob(
+        0.012, "Peak learning rate; falls to nothing along a cosine.", TRAINING, low=0, rare=True
+    )
+    no_prompt: float = knob(
+        0.15, "Share of assets whose prompt is withheld.", TRAINING, low=0, high=1, rare=True
+    )
     seed: int = knob(0, "Of weights and data.", TRAINING, low=0)
 
     def __post_init__(self):
@@ -169,16 +227,19 @@ class PriorTraining:
 
 
 def mirrored(values: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """Values of pictures [A, 4, 4, 16, 16], reflected along what tells the two modes of their prompts [A] apart; normal noise stays so."""
+    """Values of pictures [A, 4, 4, 16, 16], reflected along what tells the two modes of their prompts [A]
+    apart; normal noise stays so.
+    """
     apart = (modes()[::2] - modes()[1::2])[prompt][:, None]  # [A, 1, 4, 16, 16]
     apart = apart / apart.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
     return values - 2 * (values * apart).sum((2, 3, 4), keepdim=True) * apart
 
 
 def draw(assets: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [A, 4, 4, 16, 16] of procedural objects seen from four sides, and the index of their prompt [A]: each side shows one of its
-    prompt's two modes, colours vary with the object, pixels on their own. Each second object is the reverse of the one before, sides and
-    variation, so that chance prefers no mode."""
+    """Latents [A, 4, 4, 16, 16] of procedural objects seen from four sides, and the index of their prompt
+    [A]: each side shows one of its prompt's two modes, colours vary with the object, pixels on their own.
+    Each second object is the reverse of the one before, sides and variation, so that chance prefers no mode.
+    """
     prompt = torch.randint(len(PROMPTS), ((assets + 1) // 2,), generator=rng).repeat_interleave(2)[:assets]
     side = torch.randint(2, (assets, SIDES), generator=rng)
     colour = _COLOUR_JITTER * torch.randn(assets, 1, 4, 1, 1, generator=rng)
@@ -188,20 +249,28 @@ def draw(assets: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]
     return modes()[2 * prompt[:, None] + side] + varied, prompt
 
 
-def draw_noise(prompt: torch.Tensor, settings: PriorTraining, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Whether each prompt [A] is withheld [A], times [A] and noises [A, 4, 4, 16, 16]: an object's reverse has the same, its noise
-    mirrored."""
+def draw_noise(
+    prompt: torch.Tensor, settings: PriorTraining, rng: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Whether each prompt [A] is withheld [A], times [A] and noises [A, 4, 4, 16, 16]: an object's reverse
+    has the same, its noise mirrored.
+    """
     assets = len(prompt)
     withheld = torch.rand(assets, generator=rng) < settings.no_prompt
     t = (torch.rand(assets, generator=rng) * STEPS).long()
     noise = torch.randn(assets, *_PICTURES, generator=rng)
-    withheld[1::2], t[1::2] = withheld[: assets - 1 : 2], t[: assets - 1 : 2]
+    withheld[1::2] = withheld[: assets - 1 : 2]
+    t[1::2] = t[: assets - 1 : 2]
     noise[1::2] = mirrored(noise[: assets - 1 : 2], prompt[1::2])
     return withheld, t, noise
 
 
-def train(settings: PriorTraining, on_step: Callable[[int, float], None] = lambda step, loss: None) -> TinyPrior:
-    """A trained prior: the squared error of x0 over s^2 + 0.1 at even times; the moving average of the weights."""
+def train(
+    settings: PriorTraining, on_step: Callable[[int, float], None] = lambda step, loss: None
+) -> TinyPrior:
+    """A trained prior: the squared error of x0 over s^2 + 0.1 at even times; the moving average of the
+    weights.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = TinyUNet(TinySizes(), [prompt.text for prompt in PROMPTS])
@@ -214,7 +283,9 @@ def train(settings: PriorTraining, on_step: Callable[[int, float], None] = lambd
         x, prompt = draw(settings.assets, rng)
         withheld, t, noise = draw_noise(prompt, settings, rng)
         told = torch.where(withheld, len(PROMPTS), prompt).repeat_interleave(SIDES)
-        x, noise, t = x.flatten(0, 1), noise.flatten(0, 1), t.repeat_interleave(SIDES)
+        x = x.flatten(0, 1)
+        noise = noise.flatten(0, 1)
+        t = t.repeat_interleave(SIDES)
         clean = network(network.schedule.mix(x, noise, t), t, network.table(told)[:, None], cameras)
         loss = ((clean - x).square() / (1 - network.schedule.alpha(t, x) + _FLOOR)).mean()
         optimiser.zero_grad()

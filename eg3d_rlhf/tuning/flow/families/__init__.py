@@ -1,7 +1,8 @@
 """The registry of families of flow generators: what tells a family's folder, and what is done with it.
 
-A family is a module of this package that FAMILIES names, or a plugin's file (docs/extending.md): it registers a `FlowFamily`, and
-`train.py --mode=circular-dpo --pipeline=ROOT` and `eg3d-rlhf flow` then know its folders by what lies in them.
+A family is a module of this package that FAMILIES names, or a plugin's file (docs/extending.md): it registers
+a `FlowFamily`, and `train.py --mode=circular-dpo --pipeline=ROOT` and `eg3d-rlhf flow` then know its folders
+by what lies in them.
 """
 
 import functools
@@ -31,9 +32,12 @@ from eg3d_rlhf.tuning.flow.problem import (
 from eg3d_rlhf.tuning.flow.ranking import Candidates, drawn_candidate
 from eg3d_rlhf.tuning.flow.stage import AssetReward
 
-Judge = Callable[[Any, Callable[[], Sequence[PreferencePair]], str], AssetReward]  # (pipeline, pairs of its last stage, title)
-Load = Callable[..., Any]  # (root, Conditions, *, dtype, device) -> Pipeline; without conditions nothing is sampled
-COMMON = ("pipeline", "pairs", "seed", "held_out", "splits", "conditions", "dtype", "precision")  # of ProblemSource, read by all families
+# (pipeline, pairs of its last stage, title)
+Judge = Callable[[Any, Callable[[], Sequence[PreferencePair]], str], AssetReward]
+# (root, Conditions, *, dtype, device) -> Pipeline; without conditions nothing is sampled
+Load = Callable[..., Any]
+# of ProblemSource, read by all families
+COMMON = ("pipeline", "pairs", "seed", "held_out", "splits", "conditions", "dtype", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,44 +61,61 @@ class FlowFamily:
     recognises: Callable[[Path], bool]  # whether a folder is one of its own, by names and headers alone
     stages: tuple[str, ...]  # names of its stages, in order
     load: Load  # strictly by name and shape; ValueError for what is missing, unexpected or misshapen
-    files: Callable[..., Mapping[str, Path]]  # (root): all that networks and settings come from, by name: their hashes identify a problem
-    judge: Judge | None = None  # a reward of people's pairs; None: stages are trained one by one, and nothing is judged
+    # (root): all that networks and settings come from, by name: their hashes identify a problem
+    files: Callable[..., Mapping[str, Path]]
+    # a reward of people's pairs; None: stages are trained one by one, and nothing is judged
+    judge: Judge | None = None
     zero_null: bool = True  # the empty condition is zeros
     bundled: bool = False  # it comes with this package, and is called by its name in place of a folder's
     common: tuple[str, ...] = COMMON  # fields of ProblemSource that it reads as every other family does
     options: tuple[str, ...] = ()  # of ProblemSource, that it reads besides the common ones
     open: Callable[[ProblemSource, str | torch.device], Problem] | None = None  # in place of `open_folder`
-    embed: Callable[[Path, Mapping[str, Path], torch.device], Conditions] | None = None  # (root, pictures by name, device)
-    embed_texts: Callable[[Path, Sequence[str], torch.device], Conditions] | None = None  # (root, texts, device)
+    # (root, pictures by name, device)
+    embed: Callable[[Path, Mapping[str, Path], torch.device], Conditions] | None = None
+    # (root, texts, device)
+    embed_texts: Callable[[Path, Sequence[str], torch.device], Conditions] | None = None
     show: Callable[..., Path] | None = None  # write (asset, path without ending) to look at; returns the file
-    facts: Callable[[Any, str, Mapping[str, Latent]], Mapping] | None = None  # (pipeline, condition, latents by stage): JSON that the list
+    # (pipeline, condition, latents by stage): JSON that the list
+    facts: Callable[[Any, str, Mapping[str, Latent]], Mapping] | None = None
     # of drawn assets says besides
-    remark: Callable[[Path, Sequence[Mapping], Any], str] | None = None  # (folder of drawn assets, its list, pipeline): said of them
+    # (folder of drawn assets, its list, pipeline): said of them
+    remark: Callable[[Path, Sequence[Mapping], Any], str] | None = None
     up: str = "y"  # axis of what `show` writes that points up
-    cells: int | None = None  # per axis of the grid that show reads an asset on, its third argument; None: nothing to choose
-    release: Callable[[Path, Sequence[str]], Any] | None = None  # (root, tuned stages): its folder with others of these, an export.Release
+    # per axis of the grid that show reads an asset on, its third argument; None: nothing to choose
+    cells: int | None = None
+    # (root, tuned stages): its folder with others of these, an export.Release
+    release: Callable[[Path, Sequence[str]], Any] | None = None
     loaded_by: str = ""  # how the original's own program opens an exported folder {out}
-    write_latent: Callable[[Path, Any, str, Latent], None] | None = None  # (file, pipeline, stage, latent): each in its own format
-    encoder: Callable[..., Any] | None = None  # (root, *, device): a pipeline that encodes assets which others made; with "views" among
+    # (file, pipeline, stage, latent): each in its own format
+    write_latent: Callable[[Path, Any, str, Latent], None] | None = None
+    # (root, *, device): a pipeline that encodes assets which others made; with "views" among
+    encoder: Callable[..., Any] | None = None
     # the options also share, views
     candidate: Candidates = drawn_candidate  # reads a line of a ranked list
-    pair_meta: Callable[[Any, str, Mapping], Mapping] | None = None  # (pipeline, stage, report): what imported pairs state besides
-    told: Callable[[Any, str], Any] | None = None  # (pipeline, stage) -> shape of a condition, [L, E], or by name; for estimates
-    networks: Callable[[Path], Sequence[Network]] | None = None  # of a folder; None: it is opened to see whether it fits
+    # (pipeline, stage, report): what imported pairs state besides
+    pair_meta: Callable[[Any, str, Mapping], Mapping] | None = None
+    # (pipeline, stage) -> shape of a condition, [L, E], or by name; for estimates
+    told: Callable[[Any, str], Any] | None = None
+    # of a folder; None: it is opened to see whether it fits
+    networks: Callable[[Path], Sequence[Network]] | None = None
     version: str = ""  # which release it is, in words
-    prompts: tuple[str, ...] = ()  # of a bundled generator: all that it knows, and what it is told where none are given
+    # of a bundled generator: all that it knows, and what it is told where none are given
+    prompts: tuple[str, ...] = ()
     batch: int = 1  # assets that are drawn at once, unless told otherwise
     address: str = ""  # where its folder is published
     notice: str = ""  # printed once when a folder is opened: licences that exclude somebody
 
 
-FAMILIES: Registry[FlowFamily] = Registry("flow family", {
-    "toy": "eg3d_rlhf.tuning.flow.toy.bundled",
-    "trellis": "eg3d_rlhf.tuning.flow.families.trellis.family",
-    "trellis2": "eg3d_rlhf.tuning.flow.families.trellis2.pipeline",
-    "hunyuan3d": "eg3d_rlhf.tuning.flow.families.hunyuan3d",
-    "sam3d": "eg3d_rlhf.tuning.flow.families.sam3d.pipeline",
-})  # fmt: skip
+FAMILIES: Registry[FlowFamily] = Registry(
+    "flow family",
+    {
+        "toy": "eg3d_rlhf.tuning.flow.toy.bundled",
+        "trellis": "eg3d_rlhf.tuning.flow.families.trellis.family",
+        "trellis2": "eg3d_rlhf.tuning.flow.families.trellis2.pipeline",
+        "hunyuan3d": "eg3d_rlhf.tuning.flow.families.hunyuan3d",
+        "sam3d": "eg3d_rlhf.tuning.flow.families.sam3d.pipeline",
+    },
+)
 _told: set[str] = set()
 
 
@@ -132,27 +153,45 @@ def family_of(root: Path, say: Callable[[str], None] = tell) -> FlowFamily:
         addresses = [family.address for family in FAMILIES.values() if family.address]
         same = [address for address in addresses if address.rpartition("/")[2].lower() == root.name.lower()]
         fetch = " or ".join(same or addresses)
-        raise FileNotFoundError(f"pipeline: expected a generator's folder, got {got}: {root}. Name it, or fetch one: {fetch}")
+        raise FileNotFoundError(
+            f"pipeline: expected a generator's folder, got {got}: {root}. Name it, or fetch one: {fetch}"
+        )
     layouts = "; ".join(f"{family.name}: {family.layout}" for family in FAMILIES.values())
-    raise FileNotFoundError(f"pipeline: expected the folder of a known generator ({layouts}), got {root}. Name such a folder.")
+    raise FileNotFoundError(
+        f"pipeline: expected the folder of a known generator ({layouts}), got {root}. Name such a folder."
+    )
 
 
 def check_source(source: ProblemSource) -> None:
-    """Refuse what has no effect on a problem, or lacks, as far as its names tell. Raises: ValueError naming it."""
+    """Refuse what has no effect on a problem, or lacks, as far as its names tell.
+
+    Raises: ValueError naming it.
+    """
     family = bundled_family(source.pipeline)
     if family is not None:
-        _refuse(source, (*family.common, *family.options), f"belongs to --pipeline=DIR, and would have no effect on the {family.name}")
+        _refuse(
+            source,
+            (*family.common, *family.options),
+            f"belongs to --pipeline=DIR, and would have no effect on the {family.name}",
+        )
         return
     alone = {name for family in FAMILIES.values() if family.bundled for name in family.options}
     read = [f.name for f in fields(source) if f.name not in alone]
     _refuse(source, read, "belongs to a bundled generator, and would have no effect on --pipeline=DIR")
     if source.pairs is None and source.needs_pairs:
-        raise ValueError("--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone brings its own.")
+        raise ValueError(
+            "--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone"
+            " brings its own."
+        )
 
 
 def _beyond(source: ProblemSource, read: Sequence[str]) -> str:
     """Options that are given though they are not read."""
-    return ", ".join(f"--{f.name.replace('_', '-')}" for f in fields(source) if f.name not in read and getattr(source, f.name) != f.default)
+    return ", ".join(
+        f"--{f.name.replace('_', '-')}"
+        for f in fields(source)
+        if f.name not in read and getattr(source, f.name) != f.default
+    )
 
 
 def _refuse(source: ProblemSource, read: Sequence[str], why: str) -> None:
@@ -164,11 +203,16 @@ def _refuse(source: ProblemSource, read: Sequence[str], why: str) -> None:
 def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
     """The problem of a bundled generator or a folder of any family; pairs of a stage are made or read once.
 
-    Raises: ValueError or OSError for what is missing or does not fit, and for options that its family does not read.
+    Raises: ValueError or OSError for what is missing or does not fit, and for options that its family does
+        not read.
     """
     check_source(source)
     family = family_of(Path(source.pipeline))
-    _refuse(source, (*family.common, *family.options), f"belongs to other generators, and would have no effect on {family.name}")
+    _refuse(
+        source,
+        (*family.common, *family.options),
+        f"belongs to other generators, and would have no effect on {family.name}",
+    )
     if source.pairs is None and not source.needs_pairs and not family.bundled:
         problem = open_conditions(family, source, device)
     else:
@@ -186,24 +230,32 @@ def pairs_in(family: FlowFamily, source: ProblemSource) -> dict[str, Path]:
 
 
 def open_folder(
-    family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu",
+    family: FlowFamily,
+    source: ProblemSource,
+    device: str | torch.device = "cpu",
     check: Callable[[Any, Path, str, Mapping], None] = lambda pipeline, folder, stage, meta: None,
 ) -> Problem:
     """The problem of a folder and pairs of its stages, by what its family says of it.
 
-    Conditions are divided by a hash of their names: a share is held out, half of it to choose checkpoints on where there are two or more.
-    Where the family makes a reward of people's pairs of the last stage, three are fitted to pairs of different conditions: one half of the
-    trained (w1 and w2), the other half (held-out win rate), the held-out (the final table). Where pairs of a stage are missing, there is
-    the first alone.
+    Conditions are divided by a hash of their names: a share is held out, half of it to choose checkpoints on
+    where there are two or more. Where the family makes a reward of people's pairs of the last stage, three
+    are fitted to pairs of different conditions: one half of the trained (w1 and w2), the other half
+    (held-out win rate), the held-out (the final table). Where pairs of a stage are missing, there is the
+    first alone.
 
-    Args: check: refuses pairs of another pipeline, from the pipeline, the folder, the stage and what the writer had to say.
+    Args: check: refuses pairs of another pipeline, from the pipeline, the folder, the stage and what the
+        writer had to say.
     Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
     """
-    folders, judge = pairs_in(family, source), family.judge
+    folders = pairs_in(family, source)
+    judge = family.judge
     place = conditions_beside(folders, None if source.conditions is None else Path(source.conditions))
     tokens = read_conditions(place, zero_null=family.zero_null)
-    pipeline: Any = family.load(Path(source.pipeline), tokens, dtype=getattr(torch, source.dtype), device=device)
-    files, read = _identity(family, source, place), read_stages(folders, pipeline, functools.partial(check, pipeline))
+    pipeline: Any = family.load(
+        Path(source.pipeline), tokens, dtype=getattr(torch, source.dtype), device=device
+    )
+    files = _identity(family, source, place)
+    read = read_stages(folders, pipeline, functools.partial(check, pipeline))
     named = sorted({pair.condition for stage in folders for pair in read(stage)})
     tokens.of(named)  # raises for those that are missing
     trained, choosing, held = map(list, source.splits or divided(named, source.seed, source.held_out))
@@ -220,36 +272,64 @@ def open_folder(
     judged = judge is not None and set(folders) == {stage.name for stage in pipeline.stages} and bool(held)
     halves = (trained[0::2], trained[1::2]) if len(trained) > 1 else (trained, [])
     return Problem(
-        pipeline=pipeline, human_pairs=human_pairs, reward=fitted("reward", halves[0]),
-        chooser=fitted("chooser", halves[1]) if judged and halves[1] else None, final=fitted("final judge", held) if judged else None,
-        train_conditions=trained, held_out_conditions=held, choosing_conditions=choosing, unseen_pairs=human_pairs,
-        teach=None if judge is None or last not in folders else lambda pairs, seed: judge(pipeline, lambda: pairs, "reward"),
+        pipeline=pipeline,
+        human_pairs=human_pairs,
+        reward=fitted("reward", halves[0]),
+        chooser=fitted("chooser", halves[1]) if judged and halves[1] else None,
+        final=fitted("final judge", held) if judged else None,
+        train_conditions=trained,
+        held_out_conditions=held,
+        choosing_conditions=choosing,
+        unseen_pairs=human_pairs,
+        teach=(
+            None
+            if judge is None or last not in folders
+            else lambda pairs, seed: judge(pipeline, lambda: pairs, "reward")
+        ),
         fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
         identity={
-            **files, "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()}, "seed": source.seed,
-            **({"held_out": source.held_out} if source.splits is None else {"splits": list(map(list, source.splits))}),
+            **files,
+            "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()},
+            "seed": source.seed,
+            **(
+                {"held_out": source.held_out}
+                if source.splits is None
+                else {"splits": list(map(list, source.splits))}
+            ),
         },
     )
 
 
 def open_conditions(family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
-    """The problem of a folder and of embeddings alone, for a reward from elsewhere; the empty condition is '' where the file has it.
+    """The problem of a folder and of embeddings alone, for a reward from elsewhere; the empty condition is ''
+    where the file has it.
 
     Raises: ValueError for no embeddings, or for options that are then not read.
     """
     extra = _beyond(source, COMMON)
     if source.conditions is None or extra:
         got = f"{extra} beside none" if extra else "none"
-        raise ValueError(f"--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got {got}. Name the file.")
-    root, place = Path(source.pipeline), Path(source.conditions)
+        raise ValueError(
+            f"--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got {got}. Name"
+            " the file."
+        )
+    root = Path(source.pipeline)
+    place = Path(source.conditions)
     tokens = read_conditions(place, zero_null=family.zero_null)
     tokens = replace(tokens, zero_null=tokens.zero_null and NULL not in tokens.tokens)
     pipeline = family.load(root, tokens, dtype=getattr(torch, source.dtype), device=device)
     identity = _identity(family, source, place)
     trained, choosing, held = divided(tokens.names, source.seed, source.held_out)
     return Problem(
-        pipeline=pipeline, human_pairs=lambda stage: [], reward=None, chooser=None, final=None, train_conditions=trained,
-        choosing_conditions=choosing, held_out_conditions=held, identity={**identity, "seed": source.seed, "held_out": source.held_out},
+        pipeline=pipeline,
+        human_pairs=lambda stage: [],
+        reward=None,
+        chooser=None,
+        final=None,
+        train_conditions=trained,
+        choosing_conditions=choosing,
+        held_out_conditions=held,
+        identity={**identity, "seed": source.seed, "held_out": source.held_out},
     )
 
 
@@ -262,4 +342,7 @@ def check_stages(who: str, family: FlowFamily, names: Sequence[str]) -> None:
     """Raise ValueError for names that are no stages of a family."""
     unknown = sorted(set(names) - set(family.stages))
     if unknown:
-        raise ValueError(f"{who}: expected stages among {', '.join(family.stages)}, got {', '.join(unknown)}. Name a stage.")
+        raise ValueError(
+            f"{who}: expected stages among {', '.join(family.stages)}, got {', '.join(unknown)}. Name a"
+            " stage."
+        )

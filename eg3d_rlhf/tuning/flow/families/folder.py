@@ -23,12 +23,16 @@ from training.storage import load_strict
 
 T = TypeVar("T")
 LARGEST = 1 << 16  # bytes of a file that is looked into
-ELSEWHERE = "Where this is usual, the decoder is not the one that the flow was trained with: check its folder, and the conditions."
+ELSEWHERE = (
+    "Where this is usual, the decoder is not the one that the flow was trained with: check its folder, and"
+    " the conditions."
+)
 LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once
 
 
 class OpenedFolder:
-    """Half of a `Pipeline` whose networks lie in a folder of a published layout: what it is told, latents' scales, decoders by name.
+    """Half of a `Pipeline` whose networks lie in a folder of a published layout: what it is told, latents'
+    scales, decoders by name.
 
     Args:
         conditions: None where nothing is sampled; parts: reads a network, such as a decoder, by its name.
@@ -36,11 +40,17 @@ class OpenedFolder:
     """
 
     def __init__(
-        self, conditions: Conditions | None, parts: Callable[[str], nn.Module], device: str | torch.device,
+        self,
+        conditions: Conditions | None,
+        parts: Callable[[str], nn.Module],
+        device: str | torch.device,
         scales: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     ):
-        self.tokens, self.device, self.scales = conditions, device, scales
-        self._parts, self._loaded = parts, dict[str, nn.Module]()
+        self.tokens = conditions
+        self.device = device
+        self.scales = scales
+        self._parts = parts
+        self._loaded = dict[str, nn.Module]()
 
     def part(self, name: str) -> Any:
         if name not in self._loaded:
@@ -55,7 +65,8 @@ class OpenedFolder:
         """Raise ValueError for conditions without tokens [L, channels] for a stage."""
         if self.tokens is None:
             return
-        form, name = self.tokens.form, self.told(stage)
+        form = self.tokens.form
+        name = self.told(stage)
         shape = form if name is None else form.get(name) if isinstance(form, Mapping) else None
         if not isinstance(shape, list) or len(shape) != 2 or shape[-1] != channels:
             expected = f"tokens [L, {channels}]{f' named {name!r}' if name else ''} for stage {stage!r}"
@@ -63,7 +74,10 @@ class OpenedFolder:
             raise ValueError(f"conditions: expected {expected}, got {form}{source}. {remedy}")
 
     def conditions(self, names: Sequence[str], stage: str) -> Any:
-        """[N, L, E] of what a stage is told, or tensors by name. Raises: ValueError for names without an embedding."""
+        """[N, L, E] of what a stage is told, or tensors by name.
+
+        Raises: ValueError for names without an embedding.
+        """
         assert self.tokens is not None
         return self._told(self.tokens.of(names), stage)
 
@@ -104,14 +118,18 @@ class EncodingFolder(OpenedFolder, ABC):
 
     @abstractmethod
     def encode_stage(self, asset: Any, stage: str) -> Latent:
-        """An asset's latent of one stage: the mean of the encoder's distribution, as the stage's flow sees it."""
+        """An asset's latent of one stage: the mean of the encoder's distribution, as the stage's flow sees
+        it.
+        """
 
 
 class AssetLatents(Mapping[str, Latent]):
     """The latents of an asset by stage, computed once, when asked for."""
 
     def __init__(self, pipeline: EncodingFolder, asset: Any):
-        self._pipeline, self._asset, self._stages = pipeline, asset, pipeline.encodes(asset)
+        self._pipeline = pipeline
+        self._asset = asset
+        self._stages = pipeline.encodes(asset)
         self._known: dict[str, Latent] = {}
 
     def __getitem__(self, stage: str) -> Latent:
@@ -150,8 +168,12 @@ def read_json(path: Path) -> dict:
 
 
 def read_network(root: Path, files: tuple[str, str], make: Callable[..., nn.Module]) -> nn.Module:
-    """The network of two files, its arguments as JSON and its tensors, strictly by name and shape. Raises: OSError, ValueError."""
-    module, path = make(**read_json(root / files[0])), root / files[1]
+    """The network of two files, its arguments as JSON and its tensors, strictly by name and shape.
+
+    Raises: OSError, ValueError.
+    """
+    module = make(**read_json(root / files[0]))
+    path = root / files[1]
     load_strict(module, read(path, str(path)), str(path))
     return module.eval()
 
@@ -163,20 +185,26 @@ def read_mesh(path: Path) -> Mesh:
     return load_mesh(path)
 
 
-def even_points(mesh: Mesh, side: float, count: int, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points of a mesh's surface [P, 3] in a cube about 0 with the longest side of its box, and the normals of their faces [P, 3]; float64.
+def even_points(
+    mesh: Mesh, side: float, count: int, draw: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points of a mesh's surface [P, 3] in a cube about 0 with the longest side of its box, and the normals
+    of their faces [P, 3]; float64.
 
     Raises: ValueError for a mesh without area.
     """
     vertices = mesh.vertices.double()
-    low, high = vertices.amin(0), vertices.amax(0)
+    low = vertices.amin(0)
+    high = vertices.amax(0)
     corners = ((vertices - (low + high) / 2) * (side / (high - low).max()))[mesh.faces]  # [F, 3, 3]
     cross = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     area = cross.norm(dim=1)
     if not (bool(area.isfinite().all()) and float(area.sum()) > 0):
         raise ValueError("expected a mesh with area, got one without. Export the surface as triangles.")
     ends = area.cumsum(0)
-    face = torch.searchsorted(ends, torch.rand(count, generator=draw, dtype=torch.float64) * ends[-1]).clamp(max=len(ends) - 1)
+    face = torch.searchsorted(ends, torch.rand(count, generator=draw, dtype=torch.float64) * ends[-1]).clamp(
+        max=len(ends) - 1
+    )
     u, v = torch.rand(2, count, 1, generator=draw, dtype=torch.float64)
     a, b, c = corners[face].unbind(1)
     return a + (1 - u.sqrt()) * (b - a) + u.sqrt() * v * (c - a), cross[face] / area[face, None]
@@ -187,11 +215,15 @@ def check_finite(who: str, x_0: Batch) -> None:
     values = feats_of(x_0)
     bad = int((~torch.isfinite(values)).sum())
     if bad:
-        raise ValueError(f"{who}: expected finite latents, got {bad} of {values.numel()} NaN or infinite. Use an earlier checkpoint.")
+        raise ValueError(
+            f"{who}: expected finite latents, got {bad} of {values.numel()} NaN or infinite. Use an earlier"
+            " checkpoint."
+        )
 
 
 def never_empty(logits: torch.Tensor, who: str) -> torch.Tensor:
-    """Occupancy of one structure with its likeliest voxel occupied at least; says so, the first time, where there would be none.
+    """Occupancy of one structure with its likeliest voxel occupied at least; says so, the first time, where
+    there would be none.
 
     Raises: EmptyStructure within `refusing_empty`.
     """
@@ -204,26 +236,30 @@ def never_empty(logits: torch.Tensor, who: str) -> torch.Tensor:
 @functools.cache
 def tell_empty(who: str) -> None:
     """Once in this process."""
-    tell(
-        f"{who}: the decoded structure is empty, and its likeliest voxel stands for it. {ELSEWHERE}"
-    )
+    tell(f"{who}: the decoded structure is empty, and its likeliest voxel stands for it. {ELSEWHERE}")
 
 
 def spare_memory(flows: Iterable[nn.Module], device: str | torch.device) -> None:
     """On a CPU have the memory that a large flow frees go back to the system at once."""
-    if torch.device(device).type == "cpu" and max(sum(p.numel() for p in flow.parameters()) for flow in flows) > LARGE:
+    if (
+        torch.device(device).type == "cpu"
+        and max(sum(p.numel() for p in flow.parameters()) for flow in flows) > LARGE
+    ):
         return_freed_memory()
 
 
 def return_freed_memory() -> bool:
-    """Have glibc return every freed tensor of 8 MiB or more to the system, from now on in this process. False where there is no glibc.
+    """Have glibc return every freed tensor of 8 MiB or more to the system, from now on in this process. False
+    where there is no glibc.
 
-    By itself glibc comes to keep freed blocks of up to 32 MiB for later, in a heap that the few tensors kept between a network's blocks
-    then break into pieces too small to use: a pass over TRELLIS's flows grew by 15 times what it keeps. Smaller ones, such as tiles of
-    attention, are made by the thousand, and up to 64 MiB of free memory stay at hand for them.
+    By itself glibc comes to keep freed blocks of up to 32 MiB for later, in a heap that the few tensors kept
+    between a network's blocks then break into pieces too small to use: a pass over TRELLIS's flows grew by 15
+    times what it keeps. Smaller ones, such as tiles of attention, are made by the thousand, and up to 64 MiB
+    of free memory stay at hand for them.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    return bool(mallopt(-3, 8 << 20) and mallopt(-1, 64 << 20))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of glibc's malloc.h; bytes
+    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of glibc's malloc.h; bytes
+    return bool(mallopt(-3, 8 << 20) and mallopt(-1, 64 << 20))

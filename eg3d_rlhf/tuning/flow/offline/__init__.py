@@ -1,1 +1,3 @@
-"""Tuning of a stage by stored latents and what people said of single assets, or by whole rankings of them: nothing is sampled."""
+"""Tuning of a stage by stored latents and what people said of single assets, or by whole rankings of them:
+nothing is sampled.
+"""

@@ -1,4 +1,5 @@
-"""A run of offline tuning: arms trained with one seed or several, and judged on the same noises of held-out conditions.
+"""A run of offline tuning: arms trained with one seed or several, and judged on the same noises of held-out
+conditions.
 
     labels                       the loss of single assets on what people said of them
     shuffled, inverted           controls: r shuffled within conditions must do nothing, 1 - r must do harm
@@ -28,11 +29,16 @@ from training.config import knob
 from training.distributed import Ranks
 from training.progress import tqdm
 
-LABELS, DPO = "labels", "dpo"
+LABELS = "labels"
+DPO = "dpo"
 ARMS = {
-    LABELS: "labels of single assets", "shuffled": "labels shuffled within conditions", "inverted": "labels inverted",
-    DPO: "DPO on pairs", "dpo-shuffled": "DPO, pairs turned over by a coin", "dpo-inverted": "DPO, pairs inverted",
-}  # fmt: skip
+    LABELS: "labels of single assets",
+    "shuffled": "labels shuffled within conditions",
+    "inverted": "labels inverted",
+    DPO: "DPO on pairs",
+    "dpo-shuffled": "DPO, pairs turned over by a coin",
+    "dpo-inverted": "DPO, pairs inverted",
+}
 TITLES = {"nft": "NFT", DGPO: "DGPO"}
 OWN_KINDS = ("thumbs", "ranks")  # what the toy's own people say of single assets
 
@@ -41,15 +47,24 @@ OWN_KINDS = ("thumbs", "ranks")  # what the toy's own people say of single asset
 class OfflineSource(ArmsSource):
     """Where the toy's people judge its own assets."""
 
-    labelled: str = knob("own", "Toy: who made the assets that people judged: the generator's own, or others', with twice the defects.",
-                         "What is trained", choices=("own", "others"), rare=True)
+    labelled: str = knob(
+        "own",
+        "Toy: who made the assets that people judged: the generator's own, or others', with twice the"
+        " defects.",
+        "What is trained",
+        choices=("own", "others"),
+        rare=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfflineRun(ArmsRun):
     NAME: ClassVar[str] = "offline"
     TITLE: ClassVar[str] = "Labels of single assets against the base"
-    BEFORE: ClassVar[Columns] = {"arm": lambda name, arm: arm["title"], "answers": lambda name, arm: arm["answers"]}
+    BEFORE: ClassVar[Columns] = {
+        "arm": lambda name, arm: arm["title"],
+        "answers": lambda name, arm: arm["answers"],
+    }
     ARMS: ClassVar[Collection[str]] = ARMS
     LISTED: ClassVar[str] = ", ".join(ARMS)
     MEETING: ClassVar[bool] = True
@@ -57,7 +72,8 @@ class OfflineRun(ArmsRun):
     singles: SinglesConfig
     source: OfflineSource = OfflineSource()
     assets: str | None = None  # list of drawn assets with their latents, or its folder; None: the toy's own
-    labels: str | None = None  # a file, or one of OWN_KINDS; None: the list's ranks, of the toy what the loss is for
+    # a file, or one of OWN_KINDS; None: the list's ranks, of the toy what the loss is for
+    labels: str | None = None
     arms: tuple[str, ...] = (LABELS,)
 
     @property
@@ -70,7 +86,9 @@ class OfflineRun(ArmsRun):
         source = self.source
         if self.assets is not None and source.pairs is None and source.conditions is None:
             folder = Path(self.assets)
-            source = replace(source, conditions=str((folder if folder.is_dir() else folder.parent) / CONDITIONS))
+            source = replace(
+                source, conditions=str((folder if folder.is_dir() else folder.parent) / CONDITIONS)
+            )
         problem = open_problem(source, device)
         return problem, labelled_of(self, problem)
 
@@ -83,7 +101,9 @@ class OfflineRun(ArmsRun):
     def has_table(self, problem: Problem) -> bool:
         return problem.final is not None
 
-    def row(self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping) -> dict:
+    def row(
+        self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping
+    ) -> dict:
         title = ARMS[arm] if arm.startswith(DPO) else f"{TITLES[self.singles.loss]}, {ARMS[arm]}"
         return {"title": title, "answers": trainings[0]["answers"]}
 
@@ -92,7 +112,10 @@ def labelled_of(settings: OfflineRun, problem: Problem) -> Labelled:
     """The assets and what was said of them."""
     if settings.assets is None:
         if problem.human_singles is None:
-            raise ValueError("--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none. Name it.")
+            raise ValueError(
+                "--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none."
+                " Name it."
+            )
         own = problem.human_singles(settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0])
         return own if settings.own_kind in OWN_KINDS else own.said_by(Path(settings.own_kind))
     family = family_of(Path(settings.source.pipeline))
@@ -124,11 +147,17 @@ class OfflineBench(Bench):
         pairs = self.problem.human_pairs(self.stage.name)
         if arm == DPO:
             return pairs
-        return used(pairs, SHUFFLED if arm.endswith("shuffled") else TURNED, self.dpo.seed, self.problem.human_pairs)
+        return used(
+            pairs, SHUFFLED if arm.endswith("shuffled") else TURNED, self.dpo.seed, self.problem.human_pairs
+        )
 
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
         what = (self.problem.pipeline, self.stage.name, self.answers(arm))
-        return train_stage(*what, self.dpo, out, **options) if arm.startswith(DPO) else train_singles(*what, self.singles, out, **options)
+        return (
+            train_stage(*what, self.dpo, out, **options)
+            if arm.startswith(DPO)
+            else train_singles(*what, self.singles, out, **options)
+        )
 
     def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
         return {"answers": len(self.answers(arm))}

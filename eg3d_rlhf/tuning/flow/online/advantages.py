@@ -20,8 +20,9 @@ OVER = ("group", "batch", "raw", "none")
 class Scale:
     """What centred rewards are divided by; the defaults are ours and Flow-GRPO's.
 
-    over: the standard deviation of each "group"; of the whole "batch" of centred rewards, so that a group that barely differs keeps small
-    advantages; of the "raw" batch, as published code has it, which counts what lies between conditions; or "none", 1.
+    over: the standard deviation of each "group"; of the whole "batch" of centred rewards, so that a group
+    that barely differs keeps small advantages; of the "raw" batch, as published code has it, which counts
+    what lies between conditions; or "none", 1.
     """
 
     over: str = "group"
@@ -43,7 +44,8 @@ class Scale:
 
 
 def advantages(rewards: torch.Tensor, scale: Scale | None = None, clip: float = math.inf) -> torch.Tensor:
-    """(r - mean of its group) / deviation within ±clip, [G, K] -> [G, K] float32; 0 in a group whose rewards are all alike.
+    """(r - mean of its group) / deviation within ±clip, [G, K] -> [G, K] float32; 0 in a group whose rewards
+    are all alike.
 
     >>> advantages(torch.tensor([[1.0, 3.0], [2.0, 2.0]])).round(decimals=2)
     tensor([[-1.,  1.],
@@ -59,24 +61,32 @@ def _scaled(rewards: torch.Tensor, scale: Scale) -> torch.Tensor:
 
 
 def several(
-    rewards: torch.Tensor, weights: Sequence[float], scale: Scale | None = None, clip: float = math.inf, whole: bool = True
+    rewards: torch.Tensor,
+    weights: Sequence[float],
+    scale: Scale | None = None,
+    clip: float = math.inf,
+    whole: bool = True,
 ) -> torch.Tensor:
-    """Each reward is normalised in its group, then they are added, and the sum is normalised over the batch (GDPO), [R, G, K] -> [G, K].
+    """Each reward is normalised in its group, then they are added, and the sum is normalised over the batch
+    (GDPO), [R, G, K] -> [G, K].
 
-    Without that, a reward of large numbers drowns the others, and groups in which two cancel count as no signal. A reward without spread
-    in a group adds 0 there.
+    Without that, a reward of large numbers drowns the others, and groups in which two cancel count as no
+    signal. A reward without spread in a group adds 0 there.
     Args: whole: with the last step.
     """
     scale = scale or Scale()
     summed = sum(weight * _scaled(one.double(), scale) for weight, one in zip(weights, rewards, strict=True))
     assert isinstance(summed, torch.Tensor)
     if whole:
-        summed = (summed - summed.mean()) / (summed.std(correction=scale.correction).clamp(min=scale.least) + scale.plus)
+        summed = (summed - summed.mean()) / (
+            summed.std(correction=scale.correction).clamp(min=scale.least) + scale.plus
+        )
     return summed.clamp(-clip, clip).float()
 
 
 def normal_scores(rewards: torch.Tensor) -> torch.Tensor:
-    """Advantages by rank alone: the normal quantile of (beaten + ties / 2 + 1/2) / K, centred, [G, K] -> [G, K] float32.
+    """Advantages by rank alone: the normal quantile of (beaten + ties / 2 + 1/2) / K, centred,
+    [G, K] -> [G, K] float32.
 
     >>> normal_scores(torch.tensor([[5.0, 1.0, 1.0]])).round(decimals=2)
     tensor([[ 0.91, -0.45, -0.45]])
@@ -89,7 +99,8 @@ def normal_scores(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def diverse(rewards: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """GARDO's: (r - mean), times, where it is above 0, the sample's nearest cosine distance in its group over their mean, [G, K] -> [G, K].
+    """GARDO's: (r - mean), times, where it is above 0, the sample's nearest cosine distance in its group over
+    their mean, [G, K] -> [G, K].
 
     Args: embeddings: [G, K, E] of the samples.
     """
@@ -101,29 +112,36 @@ def diverse(rewards: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def as_used(rewards: torch.Tensor, use: str, seeds: Sequence[int]) -> torch.Tensor:
-    """Rewards [..., G, K] for a run or for one of its controls: "shuffled" gives each sample those of another of its group, so that they
-    say nothing; "inverted" turns them over. Args: seeds: of every group."""
+    """Rewards [..., G, K] for a run or for one of its controls: "shuffled" gives each sample those of another
+    of its group, so that they say nothing; "inverted" turns them over. Args: seeds: of every group.
+    """
     if use == "inverted":
         return -rewards
     if use == "shuffled":
         generators = [torch.Generator().manual_seed(derive_seed("shuffled", seed)) for seed in seeds]
-        order = torch.stack([torch.randperm(rewards.shape[-1], generator=generator) for generator in generators])
+        order = torch.stack(
+            [torch.randperm(rewards.shape[-1], generator=generator) for generator in generators]
+        )
         return rewards.gather(-1, order.expand(rewards.shape))
     return rewards
 
 
-# GARDO's gate (Tsinghua and Kuaishou 2025): the divergence is paid where the trained reward alone praises a sample.
+# GARDO's gate (Tsinghua and Kuaishou 2025): the divergence is paid where the trained reward alone praises a
+# sample.
 
-LOW, HIGH, KEPT = 0.02, 0.2, 20
+LOW = 0.02
+HIGH = 0.2
+KEPT = 20
 
 
 @dataclass
 class Gate:
-    """Which samples pay the divergence: among those that the trained reward ranks above the others' mean rank, the share that it ranks
-    highest above it. The share follows how far the trained reward has gone from the others.
+    """Which samples pay the divergence: among those that the trained reward ranks above the others' mean
+    rank, the share that it ranks highest above it. The share follows how far the trained reward has gone from
+    the others.
 
-    Deviates: the shipped gate takes the samples that the trained reward ranks *below* the others, against its own purpose; the share of
-    a batch is otherwise as there.
+    Deviates: the shipped gate takes the samples that the trained reward ranks *below* the others, against its
+    own purpose; the share of a batch is otherwise as there.
     """
 
     share: float = 0.1

@@ -1,4 +1,5 @@
-"""A run of online tuning: arms trained with one seed or several, and judged on the same noises of held-out conditions.
+"""A run of online tuning: arms trained with one seed or several, and judged on the same noises of held-out
+conditions.
 
     nft, grpo, grpo-guard, dppo, dgpo      by that loss, as the run's settings have it
     grpo-plain      GRPO with noise at every step of the sampler, and deviations of groups
@@ -6,7 +7,8 @@
     <arm>-shuffled  with the rewards of every group shuffled: must do nothing
     <arm>-inverted  with every reward turned over: must do harm
 
-Each is trained from the same network and ends in a folder of weights. What a run writes, and which networks arms keep: see flow/arms.py.
+Each is trained from the same network and ends in a folder of weights. What a run writes, and which networks
+arms keep: see flow/arms.py.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -88,7 +90,10 @@ class OnlineBench(Bench):
         known = self.watched()
         for name in self.task.gate:
             if name not in known:
-                raise ValueError(f"--gate: expected some of {', '.join(known) or 'none here'}, got {name!r}. Name what is not trained on.")
+                raise ValueError(
+                    f"--gate: expected some of {', '.join(known) or 'none here'}, got {name!r}. Name what is"
+                    " not trained on."
+                )
 
     def watched(self) -> list[str]:
         """Names of the rewards that are watched: of one asset of the untuned network."""
@@ -102,69 +107,110 @@ class OnlineBench(Bench):
         return {"problem": self.known, "losses": asdict(self.losses), "gate": list(self.task.gate)}
 
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
-        task, config = self.task, self.config(arm)
+        task = self.task
+        config = self.config(arm)
         if divided(arm)[0] == DPO:
-            return train_stage(task.pipeline, task.stage.name, ranked_pairs(task, config, self.dpo.seed), self.dpo, out, **options)
+            return train_stage(
+                task.pipeline,
+                task.stage.name,
+                ranked_pairs(task, config, self.dpo.seed),
+                self.dpo,
+                out,
+                **options,
+            )
         return train_online(task, config, out, {"problem": dict(self.known)}, **options)
 
     def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
-        config, held = self.config(arm), list(self.problem.held_out_conditions)
+        config = self.config(arm)
+        held = list(self.problem.held_out_conditions)
         planned = config.steps * config.batch * config.group
         return {
-            "samples": planned if divided(arm)[0] == DPO else sum(line.get("samples", 0) for line in done.stats),
+            "samples": (
+                planned if divided(arm)[0] == DPO else sum(line.get("samples", 0) for line in done.stats)
+            ),
             "kl": drift(self.task, model, config, held, seed) if held and ranks.main else None,
         }
 
 
 def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -> list[PreferencePair]:
-    """As many samples as an online arm draws, in groups of the same sizes, from the untuned network by its own sampler; in each group the
-    best is paired with the worst, the second with the last but one, and so on. Pairs of equal rewards are left out.
+    """As many samples as an online arm draws, in groups of the same sizes, from the untuned network by its
+    own sampler; in each group the best is paired with the worst, the second with the last but one, and so on.
+    Pairs of equal rewards are left out.
 
     Args: batch: samples at once.
     """
-    order, K = Order(task.conditions, config.batch, seed), config.group
-    groups = [(condition, derive_seed("pairs", seed, step, number) % 2**31)
-              for step in range(config.steps) for number, (_, condition) in enumerate(order.items(step))]
-    several, pairs, weights = max(1, batch // K), [], torch.tensor(task.weights)[:, None]
-    for i in tqdm(range(0, len(groups), several), desc="samples for pairs", unit="batch", leave=False, disable=None):
+    order = Order(task.conditions, config.batch, seed)
+    K = config.group
+    groups = [
+        (condition, derive_seed("pairs", seed, step, number) % 2**31)
+        for step in range(config.steps)
+        for number, (_, condition) in enumerate(order.items(step))
+    ]
+    several = max(1, batch // K)
+    pairs = []
+    weights = torch.tensor(task.weights)[:, None]
+    for i in tqdm(
+        range(0, len(groups), several), desc="samples for pairs", unit="batch", leave=False, disable=None
+    ):
         names, seeds = map(list, zip(*groups[i : i + several], strict=True))
         given = [places for places in task.given(names, seeds, batch) for _ in range(K)]
         wide = ([name for name in names for _ in range(K)], [seed for seed in seeds for _ in range(K)])
         draws = [derive_seed("sample", seed, k) for seed in seeds for k in range(K)]
         latents = stage_latents(task.pipeline, task.stage, wide[0], draws, given)
         total = (weights * task.scores(latents, *wide)[0]).sum(0).view(-1, K)
-        rewards, kept = as_used(total, config.use, seeds), [to_cpu(latent) for latent in separate(latents)]
+        rewards = as_used(total, config.use, seeds)
+        kept = [to_cpu(latent) for latent in separate(latents)]
         for number, (name, scores) in enumerate(zip(names, rewards, strict=True)):
             best = scores.argsort(descending=True, stable=True).tolist()
             for k in range(K // 2):
-                high, low = best[k], best[-1 - k]
+                high = best[k]
+                low = best[-1 - k]
                 if scores[high] > scores[low]:
-                    pairs.append(PreferencePair(
-                        id=f"{i + number}-{k}", condition=name, stage=task.stage.name, preferred=kept[number * K + high],
-                        rejected=kept[number * K + low], source="loop", reward_preferred=float(scores[high]),
-                        reward_rejected=float(scores[low]),
-                    ))  # fmt: skip
+                    pairs.append(
+                        PreferencePair(
+                            id=f"{i + number}-{k}",
+                            condition=name,
+                            stage=task.stage.name,
+                            preferred=kept[number * K + high],
+                            rejected=kept[number * K + low],
+                            source="loop",
+                            reward_preferred=float(scores[high]),
+                            reward_rejected=float(scores[low]),
+                        )
+                    )
     return pairs
 
 
-def drift(task: Task, model: torch.nn.Module, config: OnlineConfig, conditions: Sequence[str], seed: int) -> float:
-    """Divergence of a tuned network's steps from the untuned one's on two new samples of every third condition: of one sampler for all
-    losses, whose steps all draw noise in closed form."""
+def drift(
+    task: Task, model: torch.nn.Module, config: OnlineConfig, conditions: Sequence[str], seed: int
+) -> float:
+    """Divergence of a tuned network's steps from the untuned one's on two new samples of every third
+    condition: of one sampler for all losses, whose steps all draw noise in closed form.
+    """
     same = replace(config, loss="grpo", group=2, window=None, trained_steps=None, sde_step="exact", noise=0.7)
-    explorer = Explorer(task=task, config=same, policy=model, reference=FrozenModel(shared_copy(task.stage.model)))
+    explorer = Explorer(
+        task=task, config=same, policy=model, reference=FrozenModel(shared_copy(task.stage.model))
+    )
     conditions = conditions[::3]
     seeds = [derive_seed("drift", seed, condition) % 2**31 for condition in conditions]
     every = range(len(explorer.steps) - 1)
-    return float(torch.cat([move.far for samples in explorer.draw(conditions, seeds, every, every) for move in samples.moves]).mean())
+    return float(
+        torch.cat(
+            [move.far for samples in explorer.draw(conditions, seeds, every, every) for move in samples.moves]
+        ).mean()
+    )
 
 
 # Rewards by name: what a stage can be tuned for. A plugin (docs/extending.md) adds its own to `REWARDS`.
 
-OWN, CHOOSER = "own", "chooser"
-REWARDS: dict[str, Callable[[Problem], AssetReward]] = {"solid": solid_reward}  # by name: makes it, once in a process
+OWN = "own"
+CHOOSER = "chooser"
+# by name: makes it, once in a process
+REWARDS: dict[str, Callable[[Problem], AssetReward]] = {"solid": solid_reward}
 
 
-LATENT = "latent"  # reads the stage's latents, and is taught by the problem's pairs of it; or the file of such a one
+# reads the stage's latents, and is taught by the problem's pairs of it; or the file of such a one
+LATENT = "latent"
 
 
 def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> AssetReward:
@@ -174,7 +220,10 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
     """
     if name == OWN:
         if problem.reward is None:
-            raise ValueError("--reward: expected the name of one, got none, and this generator brings none. Name the plugin's.")
+            raise ValueError(
+                "--reward: expected the name of one, got none, and this generator brings none. Name the"
+                " plugin's."
+            )
         return problem.reward
     if stage is not None and name == LATENT:
         return taught_by(problem, stage.name)
@@ -182,7 +231,9 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
         return load(Path(name), problem.pipeline, stage, problem.train_conditions[0])
     if name not in REWARDS:
         known = ", ".join((OWN, LATENT, *REWARDS))
-        raise ValueError(f"--reward: expected one of {known}, got {name!r}. Choose one, or name the plugin that brings it.")
+        raise ValueError(
+            f"--reward: expected one of {known}, got {name!r}. Choose one, or name the plugin that brings it."
+        )
     return REWARDS[name](problem)
 
 
@@ -200,11 +251,16 @@ def weighed(text: str) -> dict[str, float]:
         except ValueError:
             found[name] = 0.0
         if not name or not 0 < found[name] < float("inf"):
-            raise ValueError(f"--reward: expected names with commas, each with :WEIGHT above 0 or without, got {text!r}. Correct it.")
+            raise ValueError(
+                f"--reward: expected names with commas, each with :WEIGHT above 0 or without, got {text!r}."
+                " Correct it."
+            )
     return found
 
 
-def watch_of(problem: Problem, trained: Sequence[str]) -> Callable[[Sequence, Sequence[str]], dict[str, torch.Tensor]]:
+def watch_of(
+    problem: Problem, trained: Sequence[str]
+) -> Callable[[Sequence, Sequence[str]], dict[str, torch.Tensor]]:
     """Scores of a problem that nothing is trained on, by name; its final judge is kept for the table."""
 
     def watch(assets: Sequence, conditions: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -227,8 +283,8 @@ class OnlineRun(ArmsRun):
     NAME: ClassVar[str] = "online"
     TITLE: ClassVar[str] = "Online tuning against its base"
     MORE: ClassVar[str] = (
-        " In brackets behind a mean reward the untuned network's. Samples: drawn by a training. KL: of the steps of one sampler from the "
-        "untuned network's, mean over numbers, steps and samples."
+        " In brackets behind a mean reward the untuned network's. Samples: drawn by a training. KL: of the"
+        " steps of one sampler from the untuned network's, mean over numbers, steps and samples."
     )
     BEFORE: ClassVar[Columns] = {
         "arm": lambda name, arm: name,
@@ -253,34 +309,57 @@ class OnlineRun(ArmsRun):
         return open_problem(self.source, device), None
 
     def bench(self, opened: Opened, seed: int) -> OnlineBench:
-        problem, weights = opened[0], weighed(self.reward)
+        problem = opened[0]
+        weights = weighed(self.reward)
         stage = self.stage_in(problem)
         rewards = {name: reward_of(name, problem, stage) for name in weights}
-        latent = all(isinstance(reward, LatentReward) for reward in rewards.values()) and not self.gate  # nothing is decoded
+        # nothing is decoded
+        latent = all(isinstance(reward, LatentReward) for reward in rewards.values()) and not self.gate
         task = Task(
-            pipeline=problem.pipeline, stage=stage, rewards=rewards, weights=tuple(weights.values()), conditions=problem.train_conditions,
+            pipeline=problem.pipeline,
+            stage=stage,
+            rewards=rewards,
+            weights=tuple(weights.values()),
+            conditions=problem.train_conditions,
             watched=None if latent else watch_of(problem, list(weights)),
             gate=tuple(name.strip() for name in self.gate.split(",")) if self.gate else (),
-        )  # fmt: skip
+        )
 
         def total(assets: Sequence, conditions: Sequence[str]) -> torch.Tensor:
             scores = [weights[name] * reward(assets, conditions) for name, reward in rewards.items()]
             return torch.stack(scores).sum(0)
 
-        losses = replace(self.losses, **{field.name: getattr(self.losses, field.name).at(stage, seed) for field in fields(Losses)})
+        losses = replace(
+            self.losses,
+            **{field.name: getattr(self.losses, field.name).at(stage, seed) for field in fields(Losses)},
+        )
         of_total = replace(problem, reward=total, parts=problem.measures or problem.parts)
-        return OnlineBench(of_total, stage, self.dpo.at(stage, seed), task, losses, {**problem.identity, "reward": self.reward})
+        return OnlineBench(
+            of_total,
+            stage,
+            self.dpo.at(stage, seed),
+            task,
+            losses,
+            {**problem.identity, "reward": self.reward},
+        )
 
     def has_table(self, problem: Problem) -> bool:
         return bool(problem.held_out_conditions)
 
-    def row(self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping) -> dict:
-        own, untuned = scores["reward"], base["reward"]
+    def row(
+        self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping
+    ) -> dict:
+        own = scores["reward"]
+        untuned = base["reward"]
         up = (own.mean(2) > untuned.mean(2)).mean(1)  # [K], share of conditions
         return {
-            "samples": [training["samples"] for training in trainings], "kl": [training["kl"] for training in trainings],
+            "samples": [training["samples"] for training in trainings],
+            "kl": [training["kl"] for training in trainings],
             "reward": {
-                "up": float(up.mean()), "up_seeds": up.tolist(), "mean": float(own.mean()), "mean_seeds": own.mean((1, 2)).tolist(),
+                "up": float(up.mean()),
+                "up_seeds": up.tolist(),
+                "mean": float(own.mean()),
+                "mean_seeds": own.mean((1, 2)).tolist(),
                 "base": float(untuned.mean()),
             },
             "measures": {name: rate for name, rate in rates.items() if name not in JUDGES},

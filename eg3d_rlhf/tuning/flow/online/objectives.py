@@ -1,7 +1,7 @@
 """What is summed over the samples of an update: gradients by one of the losses, and figures.
 
-An objective draws the samples that its loss needs, and adds the gradients of some of them; `sums` are the names of what it returns, mass
-and loss first.
+An objective draws the samples that its loss needs, and adds the gradients of some of them; `sums` are the
+names of what it returns, mass and loss first.
 
 Shape letters as in sparse.py; G groups, K samples of a group, n samples of a pass.
 """
@@ -30,24 +30,30 @@ Totals = dict[str, torch.Tensor]  # sums over samples, and over their moves or d
 
 
 class OnSteps:
-    """GRPO, GRPO-Guard and Flow-DPPO: densities of the sampler's steps. The explorer's policy is the one in training."""
+    """GRPO, GRPO-Guard and Flow-DPPO: densities of the sampler's steps. The explorer's policy is the one in
+    training.
+    """
 
     sums: Sequence[str] = ("mass", "loss", "high", "low", "stopped", "ratio", "ratio_square")
 
     def __init__(self, config: OnlineConfig, explorer: Explorer):
-        self.config, self.explorer = config, explorer
+        self.config = config
+        self.explorer = explorer
         self.path = explorer.task.stage.path
 
     def steps_of(self, step: int) -> tuple[Sequence[int], Sequence[int]]:
         """Numbers of the sampler's steps that draw noise in an update, and of those that it trains on."""
-        config, most = self.config, len(self.explorer.steps) - 1
+        config = self.config
+        most = len(self.explorer.steps) - 1
         if config.window is not None:
             end = config.last_window(len(self.explorer.steps))
             if config.window_moves == "random":
                 draw = random.Random(derive_seed("window", config.seed, step)).randint
                 window = random_window(config.window, 0, end, draw)
             else:
-                window = progressive_window(step, config.window, 0, end, stride=1, rounds=config.window_updates, again=True)
+                window = progressive_window(
+                    step, config.window, 0, end, stride=1, rounds=config.window_updates, again=True
+                )
             return window, window
         if config.trained_steps is None:
             return range(most), range(most)
@@ -63,19 +69,28 @@ class OnSteps:
         for samples in drawn:
             for move in samples.moves:
                 at = feats_of(move.x).new_full([count(move.x)], move.step.t)
-                target = self.path.velocity_to(move.x, at, samples.x_0)  # leads from x to where the sample ended
-                away, left = self.path.apart(move.v, move.v_ref), self.path.apart(target, move.v_ref)
+                # leads from x to where the sample ended
+                target = self.path.velocity_to(move.x, at, samples.x_0)
+                away = self.path.apart(move.v, move.v_ref)
+                left = self.path.apart(target, move.v_ref)
                 rows.append(torch.stack([torch.ones_like(away), move.far, away, left]).sum(1))
         moves, kl, away, left = torch.stack(rows).sum(0)
         return {"moves": moves, "kl": kl, "away": away, "missing": left}
 
-    def add(self, drawn: Drawn, advantage: torch.Tensor, held: torch.Tensor, step: int, number: int) -> Totals:
-        """Add the gradients of some samples. Args: held: [n], times the weight of the distance; number: of the pass over the update."""
-        config, totals = self.config, torch.zeros(len(self.sums), device=advantage.device)
+    def add(
+        self, drawn: Drawn, advantage: torch.Tensor, held: torch.Tensor, step: int, number: int
+    ) -> Totals:
+        """Add the gradients of some samples.
+
+        Args: held: [n], times the weight of the distance; number: of the pass over the update.
+        """
+        config = self.config
+        totals = torch.zeros(len(self.sums), device=advantage.device)
         for move in drawn.moves:
             at = move.step
             mean = at.mean(move.x, self.explorer.velocity(move.x, at.t, drawn.cond, drawn.no_cond))
-            log_p, limit = log_density(move.to, mean, at.std), config.clip_of(feats_of(move.x).numel() / count(move.x), at.std)
+            log_p = log_density(move.to, mean, at.std)
+            limit = config.clip_of(feats_of(move.x).numel() / count(move.x), at.std)
             ratio = torch.exp(log_p - move.log_p)
             if config.loss == "grpo":
                 loss = clipped_ratio_loss(ratio, advantage, limit)
@@ -99,7 +114,8 @@ class OnSteps:
 
 
 class OnLatents:
-    """DiffusionNFT and DGPO: errors on finished samples at times of the stage's own schedule; methods as those of OnSteps.
+    """DiffusionNFT and DGPO: errors on finished samples at times of the stage's own schedule; methods as
+    those of OnSteps.
 
     Args: old: the network that draws, which follows the policy.
     """
@@ -107,7 +123,9 @@ class OnLatents:
     sums: Sequence[str] = ("mass", "loss", "kl", "moved", "lag", "old_missing", "missing", "stopped")
 
     def __init__(self, config: OnlineConfig, explorer: Explorer, old: Snapshot):
-        self.config, self.explorer, self.old = config, explorer, old
+        self.config = config
+        self.explorer = explorer
+        self.old = old
         self.stage = explorer.task.stage
 
     def draw(self, conditions: Sequence[str], seeds: Sequence[int], step: int) -> list[Drawn]:
@@ -117,7 +135,9 @@ class OnLatents:
     def told(self, drawn: Sequence[Drawn]) -> Totals:
         return {}
 
-    def add(self, drawn: Drawn, advantage: torch.Tensor, held: torch.Tensor, step: int, number: int) -> Totals:
+    def add(
+        self, drawn: Drawn, advantage: torch.Tensor, held: torch.Tensor, step: int, number: int
+    ) -> Totals:
         totals = torch.zeros(len(self.sums), device=advantage.device)
         for k in range(self.config.draws):
             totals += self._drawn_once(drawn, advantage, held, *self._noised(drawn, step, number, k))
@@ -129,21 +149,38 @@ class OnLatents:
             names = [("group", seed) for seed in drawn.seeds]
             clocks: list[tuple] = [("update", self.config.seed, step)] * len(names)
         else:
-            names = [("sample", seed, member) for seed, member in zip(drawn.seeds, drawn.members, strict=True)]  # type: ignore[misc]
+            members = zip(drawn.seeds, drawn.members, strict=True)
+            names = [("sample", seed, member) for seed, member in members]  # type: ignore[misc]
             clocks = list(names)
-        generators = [torch.Generator().manual_seed(derive_seed("time", *clock, number, k)) for clock in clocks]
-        t = torch.cat([self.stage.path.times(1, generator) for generator in generators]).clamp(min=EARLIEST).to(self.explorer.device)
-        eps = stage_noise(self.stage, [derive_seed("train", *name, number, k) % 2**31 for name in names], drawn.given)
+        generators = [
+            torch.Generator().manual_seed(derive_seed("time", *clock, number, k)) for clock in clocks
+        ]
+        t = (
+            torch.cat([self.stage.path.times(1, generator) for generator in generators])
+            .clamp(min=EARLIEST)
+            .to(self.explorer.device)
+        )
+        eps = stage_noise(
+            self.stage, [derive_seed("train", *name, number, k) % 2**31 for name in names], drawn.given
+        )
         return t, eps.to(self.explorer.device)
 
-    def _drawn_once(self, drawn: Drawn, advantage: torch.Tensor, held: torch.Tensor, t: torch.Tensor, eps: Batch) -> torch.Tensor:
-        config, stage, policy, path = self.config, self.stage, self.explorer.policy, self.stage.path
-        x_t, u = path.mix(drawn.x_0, t, eps), path.velocity(drawn.x_0, eps)
+    def _drawn_once(
+        self, drawn: Drawn, advantage: torch.Tensor, held: torch.Tensor, t: torch.Tensor, eps: Batch
+    ) -> torch.Tensor:
+        config = self.config
+        stage = self.stage
+        policy = self.explorer.policy
+        path = self.stage.path
+        x_t = path.mix(drawn.x_0, t, eps)
+        u = path.velocity(drawn.x_0, eps)
         old = single(self.old.velocity(stage, x_t, t, drawn.cond))
         ref = single(self.explorer.reference.velocity(stage, x_t, t, drawn.cond))
         with evaluating(policy):
             v = single(stage.velocity(x_t, t, drawn.cond, policy))
-        away, old_missing, missing = path.apart(v, ref), path.apart(u, old), path.apart(u, ref)
+        away = path.apart(v, ref)
+        old_missing = path.apart(u, old)
+        missing = path.apart(u, ref)
         stopped = torch.zeros_like(advantage, dtype=torch.bool)
         if config.loss == "nft":
             errors = nft_errors(v, old, u, path.sigma(t), config.curvature, not config.plain, path.per_sample)
@@ -152,11 +189,21 @@ class OnLatents:
             error = path.apart(v, u)
             stopped = left_alone(error, old_missing, advantage, config.clip_of(1))
             error, ref_error, of_group = (
-                values.view(-1, config.group) for values in (torch.where(stopped, error.detach(), error), missing, advantage)
+                values.view(-1, config.group)
+                for values in (torch.where(stopped, error.detach(), error), missing, advantage)
             )
             loss = dgpo_loss(error, ref_error, of_group, config.group_beta).repeat_interleave(config.group)
         if config.kl:
             loss = loss + config.kl * held * away
         loss.sum().backward()
-        parts = (torch.ones_like(away), loss, away, path.apart(v, old), path.apart(old, ref), old_missing, missing, stopped)
+        parts = (
+            torch.ones_like(away),
+            loss,
+            away,
+            path.apart(v, old),
+            path.apart(old, ref),
+            old_missing,
+            missing,
+            stopped,
+        )
         return torch.stack([part.detach().float().sum() for part in parts])

@@ -23,21 +23,28 @@ def online_signs(lines: Sequence[Mapping], on_steps: bool) -> dict[str, str]:
     if line := _lasting(lines, "alike", ALIKE):
         more = "--group or --sde-noise" if on_steps else "--group"
         signs["alike"] = (
-            f"step {line['step']}: within {line['alike']:.0%} of the groups all rewards are alike, and teach nothing. Raise {more}, or "
-            "take a finer reward."
+            f"step {line['step']}: within {line['alike']:.0%} of the groups all rewards are alike, and teach"
+            f" nothing. Raise {more}, or take a finer reward."
         )
     if line := _lasting(lines, "clipped", STOPPED):
-        signs["clip"] = f"step {line['step']}: the clip takes {line['clipped']:.0%} of the gradients. Raise clip_range, or take one pass."
+        signs["clip"] = (
+            f"step {line['step']}: the clip takes {line['clipped']:.0%} of the gradients. Raise clip_range,"
+            " or take one pass."
+        )
     if line := _lasting(lines, "r_ends", ENDS):
-        signs["ends"] = f"step {line['step']}: {line['r_ends']:.0%} of the samples are wholly good or bad. Raise adv_clip."
+        signs["ends"] = (
+            f"step {line['step']}: {line['r_ends']:.0%} of the samples are wholly good or bad. Raise"
+            " adv_clip."
+        )
     if fallen := unconfirmed(lines):
         signs["unconfirmed"] = fallen
     return signs
 
 
 def unconfirmed(lines: Sequence[Mapping]) -> str | None:
-    """Where the trained reward has risen, and every watched one has fallen by as much of its own rise and fall over the run: means of the
-    first lines and the last."""
+    """Where the trained reward has risen, and every watched one has fallen by as much of its own rise and
+    fall over the run: means of the first lines and the last.
+    """
     told = [line for line in lines if "reward" in line]
     names = [name for name in told[0] if name.startswith("watched/")] if told else []
     if len(told) < 2 * LINES or not names:
@@ -49,8 +56,13 @@ def unconfirmed(lines: Sequence[Mapping]) -> str | None:
         return (end - start) / max(max(values) - min(values), 1e-12)
 
     if risen("reward") > 0.5 and all(risen(name) < -0.5 for name in names):
-        shown = ", ".join(f"{name.removeprefix('watched/')} {told[-1][name]:.3g} from {told[0][name]:.3g}" for name in names)
-        return f"step {told[-1]['step']}: the trained reward rises and those that are not trained on fall: {shown}. {CALM}"
+        shown = ", ".join(
+            f"{name.removeprefix('watched/')} {told[-1][name]:.3g} from {told[0][name]:.3g}" for name in names
+        )
+        return (
+            f"step {told[-1]['step']}: the trained reward rises and those that are not trained on fall:"
+            f" {shown}. {CALM}"
+        )
     return None
 
 

@@ -1,4 +1,6 @@
-"""A network as it was, beside the one in training: a second set of the parameters that training moves, and the rest shared."""
+"""A network as it was, beside the one in training: a second set of the parameters that training moves, and
+the rest shared.
+"""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -19,7 +21,8 @@ class Snapshot:
     """
 
     def __init__(self, policy: nn.Module, named: Mapping[str, nn.Parameter]):
-        self._policy, self._named = policy, dict(named)
+        self._policy = policy
+        self._named = dict(named)
         self.values = {name: p.detach().clone() for name, p in self._named.items()}
 
     @torch.no_grad()
@@ -46,7 +49,9 @@ class Snapshot:
             for name, p in self._named.items():
                 p.data = own[name]
 
-    def velocity(self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None) -> Batch:
+    def velocity(
+        self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None
+    ) -> Batch:
         """v of the network as it was, as FrozenModel has it."""
         with self.active() as model:
             return stage.velocity(x_t, t, cond, model, step)

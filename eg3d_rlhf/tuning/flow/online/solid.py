@@ -1,7 +1,9 @@
-"""`--reward=solid` of a flow: is an asset a sound body that is still what the untuned generator makes of its condition? No labels.
+"""`--reward=solid` of a flow: is an asset a sound body that is still what the untuned generator makes of its
+condition? No labels.
 
-solid * clip((F - .75) / .2, 0, 1) on the voxels of a finished asset (eg3d_rlhf.geometry.solids). A sampler with noise at every step has no
-one untuned asset of a seed, so F is the best over REFERENCES untuned assets of the condition, which are drawn once and repaired.
+solid * clip((F - .75) / .2, 0, 1) on the voxels of a finished asset (eg3d_rlhf.geometry.solids). A sampler
+with noise at every step has no one untuned asset of a seed, so F is the best over REFERENCES untuned assets
+of the condition, which are drawn once and repaired.
 """
 
 from collections.abc import Sequence
@@ -22,7 +24,8 @@ SMALL = 16  # voxels per edge up to which nothing is thick, and a floor means li
 
 
 def grid_of(pipeline: Any, asset: Any) -> np.ndarray:
-    """Which voxels of an asset are solid, bool [X, Y, Z] with y up; at most EDGE per axis. Flows' own grids have z up.
+    """Which voxels of an asset are solid, bool [X, Y, Z] with y up; at most EDGE per axis. Flows' own grids
+    have z up.
 
     Raises: ValueError for assets without voxels.
     """
@@ -32,7 +35,10 @@ def grid_of(pipeline: Any, asset: Any) -> np.ndarray:
         grid = np.zeros((pipeline.resolution,) * 3, dtype=bool)
         grid[tuple(pipeline.voxels(asset).cpu().long().numpy().T)] = True
     else:
-        raise ValueError(f"--reward=solid: expected assets of voxels, got {type(asset).__name__}. Use another generator or reward.")
+        raise ValueError(
+            f"--reward=solid: expected assets of voxels, got {type(asset).__name__}. Use another generator or"
+            " reward."
+        )
     return solids.reduced(np.moveaxis(grid, 2, 1))
 
 
@@ -56,11 +62,16 @@ class SolidReward:
         """Every asset's terms."""
         self._draw(sorted(set(conditions) - set(self._known)))
         grids = [grid_of(self.pipeline, asset) for asset in assets]
-        return [solids.beside(grid, self._known[name], rules_for(grid)) for grid, name in zip(grids, conditions, strict=True)]
+        return [
+            solids.beside(grid, self._known[name], rules_for(grid))
+            for grid, name in zip(grids, conditions, strict=True)
+        ]
 
     def _draw(self, names: Sequence[str]) -> None:
         """References of conditions that have none yet, by the pipeline's own networks."""
-        crossed = [(name, derive_seed("solid", name, k) % 2**31) for name in names for k in range(self.references)]
+        crossed = [
+            (name, derive_seed("solid", name, k) % 2**31) for name in names for k in range(self.references)
+        ]
         if not crossed:
             return
         conditions, seeds = map(list, zip(*crossed, strict=True))
@@ -72,4 +83,3 @@ class SolidReward:
 
 def solid_reward(problem: Problem) -> SolidReward:
     return SolidReward(pipeline=problem.pipeline)
-

@@ -2,21 +2,26 @@
 
 The flow dx = v dt, run from t = 1 to 0, has at every t the marginals of
 
-    dx = (v + g^2 / (2 sigma) eps) dt + g dw          eps = x + (1 - t) v, the noise that x and v speak of; -eps / sigma is the score
+    dx = (v + g^2 / (2 sigma) eps) dt + g dw          eps = x + (1 - t) v, the noise that x and v speak of;
+                                                      -eps / sigma is the score
 
-for any g(t), since the added drift and the added diffusion cancel in the Fokker-Planck equation (Song et al. 2021, appendix D; for flows
-Flow-GRPO, and DanceGRPO, Xue et al. 2025). A step from t to u = t - D, with a the level of noise and sigma_t = s + (1 - s) t:
+for any g(t), since the added drift and the added diffusion cancel in the Fokker-Planck equation
+(Song et al. 2021, appendix D; for flows Flow-GRPO, and DanceGRPO, Xue et al. 2025). A step from t to
+u = t - D, with a the level of noise and sigma_t = s + (1 - s) t:
 
-    sde      Flow-GRPO's Euler step: mean x - D (v + g^2 / (2 sigma_t) eps), deviation g sqrt(D), g^2 = a^2 sigma_t / (1 - t)
+    sde      Flow-GRPO's Euler step: mean x - D (v + g^2 / (2 sigma_t) eps), deviation g sqrt(D),
+             g^2 = a^2 sigma_t / (1 - t)
     dance    DanceGRPO's: the same with g = a
     exact    Flow-GRPO's process in closed form, as it is linear for given x_0 and eps:
-             x_u = (1 - u) x_0 + sigma_u (k eps + sqrt(1 - k^2) z),  k^2 = (sigma_u (1 - t) / (sigma_t (1 - u)))^(a^2),  z standard normal
+             x_u = (1 - u) x_0 + sigma_u (k eps + sqrt(1 - k^2) z),
+             k^2 = (sigma_u (1 - t) / (sigma_t (1 - u)))^(a^2),  z standard normal
     cps      coefficients-preserving sampling: the same form with k = cos(a pi / 2) at every step
 
-`exact` and `cps` have exactly the noise sigma_u at u, none at 0, and are finite at t = 1; for a = 0 both are the flow's own Euler step.
-`sde` and `dance` leave noise in the last step, and hold too much in between; in the first, where g is infinite, published code puts u in
-the place of t. Deviates: of cps, whose program takes -m((x - mean)^2) for the density, which makes late steps' ratios vanish: here every
-kind has its true density, so that a clip means the same.
+`exact` and `cps` have exactly the noise sigma_u at u, none at 0, and are finite at t = 1; for a = 0 both are
+the flow's own Euler step. `sde` and `dance` leave noise in the last step, and hold too much in between; in
+the first, where g is infinite, published code puts u in the place of t. Deviates: of cps, whose program takes
+-m((x - mean)^2) for the density, which makes late steps' ratios vanish: here every kind has its true density,
+so that a clip means the same.
 
 Shape letters as in sparse.py.
 """
@@ -72,8 +77,11 @@ class ExactStep(Step):
 
     def mean(self, x: Batch, v: Batch) -> Batch:
         at = feats_of(x).new_full([count(x)], self.t)
-        data, noise = self.path.data(x, at, v), self.path.noise(x, at, v)
-        return with_feats(x, (1 - self.until) * feats_of(data) + self.kept * self.path.sigma(self.until) * feats_of(noise))
+        data = self.path.data(x, at, v)
+        noise = self.path.noise(x, at, v)
+        return with_feats(
+            x, (1 - self.until) * feats_of(data) + self.kept * self.path.sigma(self.until) * feats_of(noise)
+        )
 
 
 class CpsStep(ExactStep):
@@ -119,7 +127,9 @@ KINDS: dict[str, type[Step]] = {"exact": ExactStep, "cps": CpsStep, "sde": SdeSt
 
 
 def steps_of(path: FlowPath, sampling: Sampling, level: float, kind: str = "exact") -> list[Step]:
-    """All steps of a sampler. The last one, to t = 0, adds no noise worth the name and is taken by its mean: it has no density."""
+    """All steps of a sampler. The last one, to t = 0, adds no noise worth the name and is taken by its mean:
+    it has no density.
+    """
     points = times(sampling)
     return [KINDS[kind](path, t, until, level) for t, until in zip(points[:-1], points[1:], strict=True)]
 
@@ -130,18 +140,24 @@ def without_noise(step: Step) -> Step:
 
 
 def log_density(x: Batch, mean: Batch, std: float) -> torch.Tensor:
-    """Of a normal step at x, mean over everything of a sample -> [N]; times how much that is, it is the logarithm of the density.
+    """Of a normal step at x, mean over everything of a sample -> [N]; times how much that is, it is the
+    logarithm of the density.
 
-    The mean, as Flow-GRPO takes it: ratios of densities of thousands of numbers would be 0 or infinite. Differentiable in: mean.
+    The mean, as Flow-GRPO takes it: ratios of densities of thousands of numbers would be 0 or infinite.
+    Differentiable in: mean.
     """
-    values = -((feats_of(x) - feats_of(mean)) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
+    values = (
+        -((feats_of(x) - feats_of(mean)) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
+    )
     return mean_per_sample(values, x)
 
 
 def divergence(mean: Batch, other: Batch, std: float) -> torch.Tensor:
-    """KL divergence of two normal steps of one deviation, |mean - other|^2 / (2 std^2), mean over everything of a sample -> [N].
+    """KL divergence of two normal steps of one deviation, |mean - other|^2 / (2 std^2), mean over everything
+    of a sample -> [N].
 
-    Flow-GRPO's own leaves the step's length out of std^2, and is that much smaller: its weight .04 at ten steps is .004 here.
+    Flow-GRPO's own leaves the step's length out of std^2, and is that much smaller: its weight .04 at ten
+    steps is .004 here.
     Differentiable in: mean, other.
     """
     return mean_per_sample((feats_of(mean) - feats_of(other)).square() / (2 * std**2), mean)

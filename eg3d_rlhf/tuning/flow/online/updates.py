@@ -1,11 +1,15 @@
-"""One update of online tuning: groups of samples, their rewards, advantages, and steps of the optimiser by one of the losses.
+"""One update of online tuning: groups of samples, their rewards, advantages, and steps of the optimiser by
+one of the losses.
 
     reward, <name>      mean of the trained rewards, weighted; of each trained or watched one by its name
     spread, alike       its deviation within groups; share of groups whose rewards are all one
     kl                  distance from the reference: of steps the divergence, of velocities m((v - v_ref)^2)
-    away                m((v - v_ref)^2) / m((u - v_ref)^2): how much of the way to the samples themselves the velocity has gone
-    clip_high, clip_low, clipped, ratio, ratio_std      on steps: shares outside the clip, share whose gradient it takes, mean ratio - 1
-    moved, lag          on finished samples: m((v - v_old)^2) and m((v_old - v_ref)^2), both over m((u - v_old)^2)
+    away                m((v - v_ref)^2) / m((u - v_ref)^2): how much of the way to the samples themselves the
+                        velocity has gone
+    clip_high, clip_low, clipped, ratio, ratio_std      on steps: shares outside the clip, share whose
+                                                        gradient it takes, mean ratio - 1
+    moved, lag          on finished samples: m((v - v_old)^2) and m((v_old - v_ref)^2), both over
+                        m((u - v_old)^2)
     r, r_ends           nft: mean goodness, and share at 0 or 1
     gated               share of samples that pay the distance
 
@@ -32,7 +36,10 @@ from eg3d_rlhf.tuning.flow.train_pairs import Order
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed, sum_over_ranks
 
-OLD, REFERENCE, GATE = "old.", "reference.", "gate"  # names of states
+# names of states
+OLD = "old."
+REFERENCE = "reference."
+GATE = "gate"
 
 
 class OnlineUpdates(Descent):
@@ -42,22 +49,38 @@ class OnlineUpdates(Descent):
     Raises: ValueError where groups cannot be divided over ranks.
     """
 
-    def __init__(self, task: Task, config: OnlineConfig, policy: torch.nn.Module, reference: FrozenModel, ranks: Ranks):
+    def __init__(
+        self, task: Task, config: OnlineConfig, policy: torch.nn.Module, reference: FrozenModel, ranks: Ranks
+    ):
         super().__init__(task.stage, config, policy, ranks)
         if config.batch % ranks.world:
-            raise ValueError(f"--batch: expected a multiple of {ranks.world} processes, got {config.batch} groups. Change one.")
-        self.config, self.task, self.order = config, task, Order(task.conditions, config.batch, config.seed)
+            raise ValueError(
+                f"--batch: expected a multiple of {ranks.world} processes, got {config.batch} groups. Change"
+                " one."
+            )
+        self.config = config
+        self.task = task
+        self.order = Order(task.conditions, config.batch, config.seed)
         self.explorer = Explorer(task=task, config=config, policy=policy, reference=reference)
         self.old = None if config.on_steps else Snapshot(policy, self.named)
         self.objective: OnSteps | OnLatents
-        self.objective = OnSteps(config, self.explorer) if self.old is None else OnLatents(config, self.explorer, self.old)
+        self.objective = (
+            OnSteps(config, self.explorer) if self.old is None else OnLatents(config, self.explorer, self.old)
+        )
         self.gate = Gate() if task.gate else None
         last = ("clipped", "clipped", "<5.3f") if config.on_steps else ("lag", "lag", "<8.2e")
-        self.columns = (("reward", "reward", "<+8.4f"), ("spread", "spread", "<7.4f"), ("kl", "kl", "<8.2e"), last)
+        self.columns = (
+            ("reward", "reward", "<+8.4f"),
+            ("spread", "spread", "<7.4f"),
+            ("kl", "kl", "<8.2e"),
+            last,
+        )
 
     def run(self, step: int) -> dict:
         """See Descent, and the module for the figures."""
-        config, K, ranks = self.config, self.config.group, self.ranks
+        config = self.config
+        K = self.config.group
+        ranks = self.ranks
         items = self.order.items(step)
         seeds = [derive_seed("group", config.seed, step, number) % 2**31 for number in range(len(items))]
         mine = slice(ranks.rank, None, ranks.world)
@@ -72,7 +95,8 @@ class OnlineUpdates(Descent):
         for number in range(config.passes):
             self.optimizer.zero_grad(set_to_none=True)
             totals = torch.zeros(len(self.objective.sums), device=self.device)
-            size, parts = config.batch_gpu or len(own), zip(drawn, own.split(config.batch_gpu or len(own)), strict=True)
+            size = config.batch_gpu or len(own)
+            parts = zip(drawn, own.split(config.batch_gpu or len(own)), strict=True)
             for (samples, of_samples), of_held in zip(parts, held_own.split(size), strict=True):
                 found = self.objective.add(samples, of_samples, of_held, step, number)
                 totals += torch.stack([found[name] for name in self.objective.sums])
@@ -91,25 +115,35 @@ class OnlineUpdates(Descent):
         found = [self.task.scores(samples.x_0, samples.conditions, samples.seeds) for samples in drawn]
         rewards = torch.cat([values for values, _ in found], 1)
         watched = {name: torch.cat([others[name] for _, others in found]) for name in found[0][1]}
-        everyone = self.ranks.gather([rewards.tolist(), {name: values.tolist() for name, values in watched.items()}])
+        everyone = self.ranks.gather(
+            [rewards.tolist(), {name: values.tolist() for name, values in watched.items()}]
+        )
 
         def whole(parts: list) -> torch.Tensor:
             """[..., N of a rank] of every rank -> [..., B, K], groups in their order."""
-            grouped = torch.stack([torch.tensor(part).unflatten(-1, (-1, self.config.group)) for part in parts], -2)  # [..., G, ranks, K]
+            # [..., G, ranks, K]
+            grouped = torch.stack(
+                [torch.tensor(part).unflatten(-1, (-1, self.config.group)) for part in parts], -2
+            )
             return grouped.flatten(-3, -2)
 
-        return whole([part for part, _ in everyone]), {name: whole([others[name] for _, others in everyone]) for name in watched}
+        return whole([part for part, _ in everyone]), {
+            name: whole([others[name] for _, others in everyone]) for name in watched
+        }
 
     def _advantage(self, rewards: torch.Tensor) -> torch.Tensor:
         """[R, B, K] -> [B, K]."""
-        config, clip = self.config, self.config.adv_clip
+        config = self.config
+        clip = self.config.adv_clip
         if len(rewards) > 1:
             return several(rewards, self.task.weights, clip=clip)
         if config.advantage == "ranks":
             return normal_scores(rewards[0]).clamp(-clip, clip)
         return advantages(rewards[0], Scale(over=config.advantage), clip)
 
-    def _held(self, rewards: torch.Tensor, watched: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+    def _held(
+        self, rewards: torch.Tensor, watched: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """What multiplies each sample's distance, [B, K] of mean 1: without a gate 1."""
         if self.gate is None:
             return torch.ones_like(rewards[0]), {}
@@ -119,12 +153,18 @@ class OnlineUpdates(Descent):
         return (gated / gated.mean()).view(rewards[0].shape), {"gated": float(gated.mean())}
 
     def _told(
-        self, rewards: torch.Tensor, watched: Mapping[str, torch.Tensor], advantage: torch.Tensor, drawn: Sequence[Drawn]
+        self,
+        rewards: torch.Tensor,
+        watched: Mapping[str, torch.Tensor],
+        advantage: torch.Tensor,
+        drawn: Sequence[Drawn],
     ) -> dict[str, float]:
         total = (torch.tensor(self.task.weights).view(-1, 1, 1) * rewards).sum(0)
         alike = (rewards == rewards[..., :1]).all(-1).all(0).float()
         figures = {"reward": total.mean(), "spread": total.std(1, correction=0).mean(), "alike": alike.mean()}
-        figures |= {f"reward/{name}": values.mean() for name, values in zip(self.task.rewards, rewards, strict=True)}
+        figures |= {
+            f"reward/{name}": values.mean() for name, values in zip(self.task.rewards, rewards, strict=True)
+        }
         figures |= {f"watched/{name}": values.mean() for name, values in watched.items()}
         if self.config.loss == "nft":
             r = goodness(advantage, self.config.adv_clip)
@@ -133,7 +173,10 @@ class OnlineUpdates(Descent):
             sums = torch.stack(list(told.values())).to(self.device)
             sum_over_ranks(self.ranks, [], [sums])
             found = dict(zip(told, sums, strict=True))
-            figures |= {"kl": found["kl"] / found["moves"], "away": found["away"] / found["missing"].clamp(min=1e-12)}
+            figures |= {
+                "kl": found["kl"] / found["moves"],
+                "away": found["away"] / found["missing"].clamp(min=1e-12),
+            }
         return {name: float(value) for name, value in figures.items()}
 
     def _shares(self, means: dict[str, float]) -> dict[str, float]:
@@ -142,9 +185,16 @@ class OnlineUpdates(Descent):
             spread = max(means.pop("ratio_square") - means["ratio"] ** 2, 0.0) ** 0.5
             names = {"high": "clip_high", "low": "clip_low", "stopped": "clipped"}
             return {**{names.get(name, name): value for name, value in means.items()}, "ratio_std": spread}
-        old, missing = max(means.pop("old_missing"), 1e-12), max(means.pop("missing"), 1e-12)
+        old = max(means.pop("old_missing"), 1e-12)
+        missing = max(means.pop("missing"), 1e-12)
         stopped = means.pop("stopped")
-        return {**means, "clipped": stopped, "moved": means["moved"] / old, "lag": means["lag"] / old, "away": means["kl"] / missing}
+        return {
+            **means,
+            "clipped": stopped,
+            "moved": means["moved"] / old,
+            "lag": means["lag"] / old,
+            "away": means["kl"] / missing,
+        }
 
     # What follows the policy.
 
@@ -186,10 +236,18 @@ class OnlineUpdates(Descent):
 
 
 def train_online(
-    task: Task, config: OnlineConfig, out: Path, known: Mapping, *, held_out: Judge | None = None, ranks: Ranks = SINGLE,
-    resume: bool = False, say: Callable[[str], None] = print,
+    task: Task,
+    config: OnlineConfig,
+    out: Path,
+    known: Mapping,
+    *,
+    held_out: Judge | None = None,
+    ranks: Ranks = SINGLE,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
 ) -> StageResult:
-    """Train a copy of a stage's network on its own samples, as train_pairs.py trains on pairs: the same folder, lines, states and resume.
+    """Train a copy of a stage's network on its own samples, as train_pairs.py trains on pairs: the same
+    folder, lines, states and resume.
 
     Args: known: JSON that names the rewards and the networks of the other stages; others: see train_stage.
     Raises: ValueError for no conditions, or settings that do not fit; further as train_stage.
@@ -200,6 +258,14 @@ def train_online(
         assert reference is not None
         return OnlineUpdates(task, config, policy, reference, run.ranks)
 
-    options = {"base": task.stage.hash, "conditions": list(task.conditions), "rewards": list(task.rewards), "weights": list(task.weights),
-               "gate": list(task.gate), **known}  # fmt: skip
-    return train(task.stage, config, options, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say)
+    options = {
+        "base": task.stage.hash,
+        "conditions": list(task.conditions),
+        "rewards": list(task.rewards),
+        "weights": list(task.weights),
+        "gate": list(task.gate),
+        **known,
+    }
+    return train(
+        task.stage, config, options, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say
+    )

@@ -1,7 +1,8 @@
-"""The bundled toy: its two velocity networks, small transformers over patches of the grid and over voxels; how they are trained on drafts
-and stored; and the problem of Circular-DPO that they make.
+"""The bundled toy: its two velocity networks, small transformers over patches of the grid and over voxels;
+how they are trained on drafts and stored; and the problem of Circular-DPO that they make.
 
-Shape letters: L tokens of the longest sample, V voxels of all samples, C width, H heads, D entries per head; others as in the package.
+Shape letters: L tokens of the longest sample, V voxels of all samples, C width, H heads, D entries per head;
+others as in the package.
 """
 
 import math
@@ -63,7 +64,9 @@ class Width:
 
 @dataclass(frozen=True)
 class Packing:
-    """How rows [V, ...] of several samples stand as [N, L, ...]: each sample's in order, zeros behind the shorter ones."""
+    """How rows [V, ...] of several samples stand as [N, L, ...]: each sample's in order, zeros behind the
+    shorter ones.
+    """
 
     shape: tuple[int, int]  # N, L
     places: torch.Tensor  # [V] int64, rows of N * L
@@ -73,9 +76,13 @@ class Packing:
     def of(cls, batch: SparseBatch) -> "Packing":
         """Of a batch's voxels; kept in its cache."""
         if "packing" not in batch.cache:
-            lengths, n = batch.lengths, batch.size
+            lengths = batch.lengths
+            n = batch.size
             longest = int(lengths.max())
-            order = torch.arange(len(batch.sample), device=lengths.device) - (lengths.cumsum(0) - lengths)[batch.sample]
+            order = (
+                torch.arange(len(batch.sample), device=lengths.device)
+                - (lengths.cumsum(0) - lengths)[batch.sample]
+            )
             keep = torch.arange(longest, device=lengths.device) < lengths[:, None]  # [N, L]
             batch.cache["packing"] = cls((n, longest), batch.sample * longest + order, keep[:, None, None])
         return batch.cache["packing"]
@@ -90,7 +97,9 @@ class Packing:
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, both modulated by the sample's time and condition, with cross-attention between them."""
+    """Self-attention and feed-forward, both modulated by the sample's time and condition, with
+    cross-attention between them.
+    """
 
     def __init__(self, size: Width):
         super().__init__()
@@ -101,9 +110,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(approximate="tanh"), nn.Linear(2 * C, C))
         self.modulation = nn.Parameter(torch.randn(6 * C) * 0.02)  # added to what all blocks share
 
-    def forward(self, x: torch.Tensor, shared: torch.Tensor, cond: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, shared: torch.Tensor, cond: torch.Tensor, keep: torch.Tensor | None
+    ) -> torch.Tensor:
         """[N, L, C], [N, 6 C], [N, T, E] -> [N, L, C]."""
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (shared + self.modulation)[:, None].chunk(6, dim=2)  # each [N, 1, C]
+        # each [N, 1, C]
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (shared + self.modulation)[:, None].chunk(
+            6, dim=2
+        )
         x = x + gate_1 * self.self_attn(torch.addcmul(shift_1, _norm(x), 1 + scale_1), DenseLayout(keep))
         x = x + self.cross_attn(self.norm(x), cond, DenseLayout(keep))
         return x + gate_2 * self.mlp(torch.addcmul(shift_2, _norm(x), 1 + scale_2))
@@ -123,10 +137,18 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.blocks))
 
     def forward(
-        self, tokens: torch.Tensor, position: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, keep: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        position: torch.Tensor,
+        t: torch.Tensor,
+        cond: torch.Tensor,
+        keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[N, L, channels], embeddings that broadcast to [N, L, C], times [N], conditions [N, T, E] -> [N, L, C]."""
-        angles = t[:, None] * 100 ** torch.linspace(0, 1, FREQUENCIES, device=t.device)  # wavelengths from 2 pi to 2 pi / 100
+        """[N, L, channels], embeddings that broadcast to [N, L, C], times [N], conditions
+        [N, T, E] -> [N, L, C].
+        """
+        # wavelengths from 2 pi to 2 pi / 100
+        angles = t[:, None] * 100 ** torch.linspace(0, 1, FREQUENCIES, device=t.device)
         time = self.t_embedder(torch.cat([angles.cos(), angles.sin()], dim=1))
         shared = self.modulation(time + self.c_embedder(cond.sum(1)))
         x = self.input_layer(tokens) + position
@@ -146,15 +168,20 @@ class StructureFlow(nn.Module):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """See flow/stage.py: the velocity at x_t, times t [N] and conditions [N, T, E]."""
-        n, side = len(x_t), R // PATCH
-        cells = x_t.view(n, side, PATCH, side, PATCH, side, PATCH).permute(0, 1, 3, 5, 2, 4, 6)  # [N, 4, 4, 4, 2, 2, 2]
-        out = self.out_layer(self.trunk(cells.flatten(4).flatten(1, 3), self.trunk.position, t, cond))  # [N, 64, 8]
+        n = len(x_t)
+        side = R // PATCH
+        # [N, 4, 4, 4, 2, 2, 2]
+        cells = x_t.view(n, side, PATCH, side, PATCH, side, PATCH).permute(0, 1, 3, 5, 2, 4, 6)
+        # [N, 64, 8]
+        out = self.out_layer(self.trunk(cells.flatten(4).flatten(1, 3), self.trunk.position, t, cond))
         cells = out.view(n, side, side, side, PATCH, PATCH, PATCH).permute(0, 1, 4, 2, 5, 3, 6)
         return cells.reshape(x_t.shape)
 
 
 class VoxelFlow(nn.Module):
-    """Velocity over colour and size of voxels, [V, 4]; a voxel also sees which of the 26 places around it are filled."""
+    """Velocity over colour and size of voxels, [V, 4]; a voxel also sees which of the 26 places around it are
+    filled.
+    """
 
     def __init__(self, size: Width | None = None):
         super().__init__()
@@ -167,7 +194,8 @@ class VoxelFlow(nn.Module):
         around = surroundings(x_t)
         x, y, z = x_t.coords[:, 1:].long().unbind(1)
         tokens = torch.cat([x_t.feats, around.to(x_t.feats.dtype)], dim=1)
-        packing, position = Packing.of(x_t), self.trunk.position.index_select(0, (x * R + y) * R + z)
+        packing = Packing.of(x_t)
+        position = self.trunk.position.index_select(0, (x * R + y) * R + z)
         out = self.out_layer(self.trunk(packing.pad(tokens), packing.pad(position), t, cond, packing.keep))
         return x_t.with_feats(packing.flat(out))
 
@@ -179,7 +207,9 @@ def surroundings(batch: SparseBatch) -> torch.Tensor:
         filled = torch.zeros(batch.size, R + 2, R + 2, R + 2, device=batch.coords.device)
         filled[sample, x + 1, y + 1, z + 1] = 1
         steps = [(i, j, k) for i in range(3) for j in range(3) for k in range(3)]
-        batch.cache["surroundings"] = torch.stack([filled[sample, x + i, y + j, z + k] for i, j, k in steps], dim=1)
+        batch.cache["surroundings"] = torch.stack(
+            [filled[sample, x + i, y + j, z + k] for i, j, k in steps], dim=1
+        )
     return batch.cache["surroundings"]
 
 
@@ -194,7 +224,11 @@ def _zeros(layer: nn.Linear) -> nn.Linear:
 
 
 FOLDER = ASSETS / "toy-flow"
-NETWORKS: dict[str, Callable[[], nn.Module]] = {STRUCTURE: StructureFlow, VOXELS: VoxelFlow, "reward": LearnedReward}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    STRUCTURE: StructureFlow,
+    VOXELS: VoxelFlow,
+    "reward": LearnedReward,
+}
 KIND = "toy-flow"
 
 
@@ -211,10 +245,13 @@ class BaseTraining:
     seed: int = 0
 
 
-BASES = {STRUCTURE: BaseTraining(steps=7000, batch=64), VOXELS: BaseTraining(steps=4000)}  # of the bundled ones
+# of the bundled ones
+BASES = {STRUCTURE: BaseTraining(steps=7000, batch=64), VOXELS: BaseTraining(steps=4000)}
 
 
-def train_base(stage_name: str, training: BaseTraining, on_step: Callable[[int, int, float], None] | None = None) -> nn.Module:
+def train_base(
+    stage_name: str, training: BaseTraining, on_step: Callable[[int, int, float], None] | None = None
+) -> nn.Module:
     """Plain flow matching on fresh drafts of all conditions; returns the average of the weights.
 
     Args: on_step: called with (step, steps, mean loss of the batch).
@@ -224,22 +261,31 @@ def train_base(stage_name: str, training: BaseTraining, on_step: Callable[[int, 
         pipeline = ToyPipeline(StructureFlow(), VoxelFlow())
     stage = stage_of(pipeline, stage_name)
     generator = torch.Generator().manual_seed(training.seed + 1)
-    average = torch.optim.swa_utils.AveragedModel(stage.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(training.ema))
+    average = torch.optim.swa_utils.AveragedModel(
+        stage.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(training.ema)
+    )
     optimizer = torch.optim.AdamW(stage.model.parameters(), lr=training.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
-        [torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=training.warm_up),
-         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(training.steps - training.warm_up, 1))],
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=training.warm_up),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(training.steps - training.warm_up, 1)),
+        ],
         [training.warm_up],
-    )  # fmt: skip
+    )
     for step in range(1, training.steps + 1):
-        names = [CONDITIONS[i] for i in torch.randint(len(CONDITIONS), (training.batch,), generator=generator).tolist()]
+        names = [
+            CONDITIONS[i]
+            for i in torch.randint(len(CONDITIONS), (training.batch,), generator=generator).tolist()
+        ]
         x_0: Batch = draw_drafts(names, generator).latents(stage.name)
         eps = with_feats(x_0, torch.randn(feats_of(x_0).shape, generator=generator))
-        t, cond = stage.path.times(count(x_0), generator), pipeline.conditions(names, stage.name)
+        t = stage.path.times(count(x_0), generator)
+        cond = pipeline.conditions(names, stage.name)
         known = torch.rand(len(names), generator=generator) >= training.no_condition
         x_t = stage.path.mix(x_0, t, eps)
-        if isinstance(x_t, SparseBatch):  # a batch of its own: every step computes what depends on its voxels once and for itself
+        # a batch of its own: every step computes what depends on its voxels once and for itself
+        if isinstance(x_t, SparseBatch):
             x_t = SparseBatch(x_t.coords, x_t.feats, x_t.size)
         loss = stage.path.errors(stage.model(x_t, t, cond * known.view(-1, 1, 1)), x_0, eps).mean()
         optimizer.zero_grad()
@@ -277,29 +323,41 @@ def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
     path = path_of(name, folder)
     tensors, meta = read_tensors(path, KIND)
     if meta.get("name") != name:
-        raise ValueError(f"{path}: expected the network {name!r}, got {meta.get('name')!r}. Restore the file.")
+        raise ValueError(
+            f"{path}: expected the network {name!r}, got {meta.get('name')!r}. Restore the file."
+        )
     network = NETWORKS[name]()
     try:
-        network.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in tensors.items()})
+        network.load_state_dict(
+            {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+        )
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path}: expected the weights of this version's {name!r}, got others ({reason}). Train them again.") from None
+        raise ValueError(
+            f"{path}: expected the weights of this version's {name!r}, got others ({reason}). Train them"
+            " again."
+        ) from None
     return network.eval()
 
 
-PAIRS_PER_CONDITION, UNSEEN_PER_CONDITION = 20, 6  # that are trained on, and that are not
+# that are trained on, and that are not
+PAIRS_PER_CONDITION = 20
+UNSEEN_PER_CONDITION = 6
 
 
 def toy_problem(
-    seed: int = 0, device: str | torch.device = "cpu", pairs_per_condition: int = PAIRS_PER_CONDITION, labelled: str = "others"
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    pairs_per_condition: int = PAIRS_PER_CONDITION,
+    labelled: str = "others",
 ) -> Problem:
     """The bundled toy with the people's pairs of a seed.
 
-    Args: labelled: "own": people judged drafts as the generator learnt to make them; "others": those of another maker, with twice the
-    defects, as where labels exist for finished assets of older generators only.
+    Args: labelled: "own": people judged drafts as the generator learnt to make them; "others": those of
+    another maker, with twice the defects, as where labels exist for finished assets of older generators only.
 
-    Of 192 conditions 64 are for training, 32 for choosing checkpoints and settings, 96 for the table: colours that a shape has not been
-    tuned on.
+    Of 192 conditions 64 are for training, 32 for choosing checkpoints and settings, 96 for the table: colours
+    that a shape has not been tuned on.
     """
     return Problem(
         pipeline=ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
@@ -319,7 +377,10 @@ def toy_problem(
         held_out_conditions=HELD_OUT,
         choosing_conditions=CHOOSING,
         identity={
-            "problem": "toy", "seed": seed, "pairs_per_condition": pairs_per_condition, "labelled": labelled,
+            "problem": "toy",
+            "seed": seed,
+            "pairs_per_condition": pairs_per_condition,
+            "labelled": labelled,
             **{name: file_hash(path_of(name)) for name in NETWORKS},
         },
     )
@@ -329,9 +390,16 @@ def teach(pairs: Sequence[PreferencePair], seed: int) -> LearnedReward:
     """A reward of finished assets, from people's pairs of the last stage."""
     decoder = ToyPipeline(nn.Identity(), nn.Identity())
     better, worse = (
-        [asset for pair in pairs for asset in decoder.decode(SparseBatch.join([getattr(pair, side)]))] for side in ("preferred", "rejected")
+        [asset for pair in pairs for asset in decoder.decode(SparseBatch.join([getattr(pair, side)]))]
+        for side in ("preferred", "rejected")
     )
-    return fit(better, worse, [pair.condition for pair in pairs], RewardTraining(seed=seed), torch.Generator().manual_seed(seed))
+    return fit(
+        better,
+        worse,
+        [pair.condition for pair in pairs],
+        RewardTraining(seed=seed),
+        torch.Generator().manual_seed(seed),
+    )
 
 
 def embed_texts(root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
@@ -341,10 +409,14 @@ def embed_texts(root: Path, texts: Sequence[str], device: torch.device) -> Condi
 
 
 def show(asset: ToyAsset, path: Path) -> Path:
-    """Coloured cubes, .ply, the faces between two of them left out; z is up, and the grid is one unit wide."""
+    """Coloured cubes, .ply, the faces between two of them left out;
+    z is up, and the grid is one unit wide.
+    """
     filled = F.pad(asset.occupancy, (1, 1) * 3)
-    square = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])  # counter-clockwise in the two axes that follow a third
-    corners, colours = [], []
+    # counter-clockwise in the two axes that follow a third
+    square = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
+    corners = []
+    colours = []
     for axis in range(3):
         for side in (0, 1):
             places = (asset.occupancy & ~filled.roll(1 - 2 * side, axis)[1:-1, 1:-1, 1:-1]).nonzero()
@@ -355,7 +427,9 @@ def show(asset: ToyAsset, path: Path) -> Path:
     vertices = (torch.cat(corners).double() / R - 0.5).numpy()
     quads = torch.arange(len(vertices)).view(-1, 4)
     faces = torch.cat([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]]).numpy()
-    return save_mesh(path.with_name(path.name + ".ply"), vertices, faces, (255 * torch.cat(colours)).round().byte().numpy())
+    return save_mesh(
+        path.with_name(path.name + ".ply"), vertices, faces, (255 * torch.cat(colours)).round().byte().numpy()
+    )
 
 
 def release(root: Path, stages: Sequence[str]) -> Release:
@@ -366,16 +440,37 @@ def release(root: Path, stages: Sequence[str]) -> Release:
             return load_network(name).to(dtype or torch.float16)
 
         meta = read_tensors(path_of(name), KIND)[1]
-        return Stored(file=path_of(name).name, load=load, write=lambda path, state: write_network(path, name, state, meta))
+        return Stored(
+            file=path_of(name).name,
+            load=load,
+            write=lambda path, state: write_network(path, name, state, meta),
+        )
 
     kept = {path_of(name).name: path_of(name) for name in (STRUCTURE, VOXELS) if name not in stages}
     return Release(files=kept, networks={name: stored(name) for name in stages})
 
 
-register(FlowFamily(
-    name="toy", layout="the bundled toy, called by that name", bundled=True, recognises=lambda root: False, stages=(STRUCTURE, VOXELS),
-    load=lambda root, conditions, *, dtype, device: ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
-    files=lambda root: {name: path_of(name) for name in NETWORKS}, common=("pipeline", "seed", "precision"), options=("labelled",),
-    open=lambda source, device: toy_problem(source.seed, device, labelled=source.labelled), embed_texts=embed_texts, show=show, up="z",
-    version="the bundled toy", prompts=CONDITIONS, batch=32, release=release, loaded_by='toy.bundled.load_network(name, Path("{out}"))',
-))  # fmt: skip
+register(
+    FlowFamily(
+        name="toy",
+        layout="the bundled toy, called by that name",
+        bundled=True,
+        recognises=lambda root: False,
+        stages=(STRUCTURE, VOXELS),
+        load=lambda root, conditions, *, dtype, device: ToyPipeline(
+            load_network(STRUCTURE), load_network(VOXELS), device
+        ),
+        files=lambda root: {name: path_of(name) for name in NETWORKS},
+        common=("pipeline", "seed", "precision"),
+        options=("labelled",),
+        open=lambda source, device: toy_problem(source.seed, device, labelled=source.labelled),
+        embed_texts=embed_texts,
+        show=show,
+        up="z",
+        version="the bundled toy",
+        prompts=CONDITIONS,
+        batch=32,
+        release=release,
+        loaded_by='toy.bundled.load_network(name, Path("{out}"))',
+    )
+)

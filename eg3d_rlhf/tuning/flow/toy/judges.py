@@ -1,11 +1,15 @@
-"""Who judges the toy's assets: three oracles that know what was asked for, people, and a reward that has learned from people alone.
+"""Who judges the toy's assets: three oracles that know what was asked for, people, and a reward that has
+learned from people alone.
 
     LabelOracle    overlap over union, and root mean square of the colour's error: labels the people's pairs
-    ChooserOracle  distances to the shape and back, and the share of voxels in the right colour: held-out win rate and early stop
-    FinalOracle    Dice overlap, the number of connected parts, symmetry, and the colour's mean absolute error: the final table alone
+    ChooserOracle  distances to the shape and back, and the share of voxels in the right colour: held-out win
+                   rate and early stop
+    FinalOracle    Dice overlap, the number of connected parts, symmetry, and the colour's mean absolute
+                   error: the final table alone
 
-All are AssetRewards: geometry + colour, larger is better. Any variant of the shape will do; the one that an asset fits best counts.
-People see drafts in twos, made into assets; a noisy annotator calls the better one. The learned reward is wrong at times, as rewards are.
+All are AssetRewards: geometry + colour, larger is better. Any variant of the shape will do; the one that an
+asset fits best counts. People see drafts in twos, made into assets; a noisy annotator calls the better one.
+The learned reward is wrong at times, as rewards are.
 
 Letters as in the package; P pairs.
 """
@@ -86,7 +90,9 @@ class LabelOracle(_Oracle):
 
 
 class ChooserOracle(_Oracle):
-    """Geometry -2 mean distance in voxels, there and back; colour the share of voxels within RIGHT_COLOUR in every channel."""
+    """Geometry -2 mean distance in voxels, there and back; colour the share of voxels within RIGHT_COLOUR in
+    every channel.
+    """
 
     def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
         views = _Views.of(assets, conditions)
@@ -102,14 +108,19 @@ class FinalOracle(_Oracle):
     """Geometry Dice + symmetry - 0.03 for every part beyond the first; colour -3 mean absolute error."""
 
     def measures(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What it adds up, [N] each, larger is better: "overlap", "symmetry", "pieces" (beyond the first, negative) and "colour"."""
+        """What it adds up, [N] each, larger is better: "overlap", "symmetry", "pieces" (beyond the first,
+        negative) and "colour".
+        """
         views = _Views.of(assets, conditions)
         mirrored = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
-        more = torch.tensor([ndimage.label(asset.occupancy.numpy())[1] - 1 for asset in assets])  # parts that hang together by faces
+        # parts that hang together by faces
+        more = torch.tensor([ndimage.label(asset.occupancy.numpy())[1] - 1 for asset in assets])
         return {
-            "overlap": (2 * views.overlap / views.sizes).amax(1), "symmetry": views.mean(mirrored.float()), "pieces": -0.03 * more,
+            "overlap": (2 * views.overlap / views.sizes).amax(1),
+            "symmetry": views.mean(mirrored.float()),
+            "pieces": -0.03 * more,
             "colour": -3 * views.mean(views.colour_error.abs().mean(2)),
-        }  # fmt: skip
+        }
 
     def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
         found = self.measures(assets, conditions)
@@ -142,10 +153,13 @@ class Judged:
     agrees: torch.Tensor  # [P] bool: whether the annotator said what the oracle thinks
 
 
-def judge_drafts(conditions: Sequence[str], generator: torch.Generator, defects: toy.Defects | None = None) -> Judged:
+def judge_drafts(
+    conditions: Sequence[str], generator: torch.Generator, defects: toy.Defects | None = None
+) -> Judged:
     """One pair per condition.
 
-    P(first is called better) = sigmoid((s_first - s_second) / TEMPERATURE), s LabelOracle's (Bradley and Terry 1952).
+    P(first is called better) = sigmoid((s_first - s_second) / TEMPERATURE), s LabelOracle's
+    (Bradley and Terry 1952).
     """
     drafts = [toy.draw_drafts(conditions, generator, defects) for _ in range(2)]
     assets = [toy.make_assets(draft) for draft in drafts]
@@ -156,10 +170,16 @@ def judge_drafts(conditions: Sequence[str], generator: torch.Generator, defects:
     def chosen(take: torch.Tensor) -> tuple[toy.Drafts, list[toy.ToyAsset]]:
         grids = take.view(-1, 1, 1, 1)
         a, b = drafts
-        picked = toy.Drafts(torch.where(grids, a.structure, b.structure), torch.where(grids[..., None], a.features, b.features))
-        return picked, [x if first_taken else y for first_taken, x, y in zip(take.tolist(), *assets, strict=True)]
+        picked = toy.Drafts(
+            torch.where(grids, a.structure, b.structure),
+            torch.where(grids[..., None], a.features, b.features),
+        )
+        return picked, [
+            x if first_taken else y for first_taken, x, y in zip(take.tolist(), *assets, strict=True)
+        ]
 
-    (preferred, better), (rejected, worse) = chosen(first), chosen(~first)
+    preferred, better = chosen(first)
+    rejected, worse = chosen(~first)
     return Judged(tuple(conditions), preferred, rejected, (better, worse), (gap > 0) == first)
 
 
@@ -173,10 +193,16 @@ def human_pairs(
         judged = judge_drafts([condition] * per_condition, torch.Generator().manual_seed(draw_seed), defects)
         both = [separate(drafts.latents(stage)) for drafts in (judged.preferred, judged.rejected)]
         for i, (preferred, rejected) in enumerate(zip(*both, strict=True)):
-            pairs.append(PreferencePair(
-                id=f"{condition.replace(' ', '-')}-{seed}-{i:03d}", condition=condition, stage=stage, preferred=preferred,
-                rejected=rejected, provenance={"seed": seed, "number": i},
-            ))  # fmt: skip
+            pairs.append(
+                PreferencePair(
+                    id=f"{condition.replace(' ', '-')}-{seed}-{i:03d}",
+                    condition=condition,
+                    stage=stage,
+                    preferred=preferred,
+                    rejected=rejected,
+                    provenance={"seed": seed, "number": i},
+                )
+            )
     return pairs
 
 
@@ -188,15 +214,19 @@ def human_singles(
 ) -> Labelled:
     """Assets of every condition, and what people say of each by itself; the same assets whatever is said.
 
-    thumbs: P(up) = sigmoid((s - s_typical) / TEMPERATURE), s LabelOracle's and s_typical the median of the condition's, which people come
-    to know. ranks: by s + TEMPERATURE g with g of a Gumbel distribution (Luce 1959), of two the law of `judge_drafts`.
+    thumbs: P(up) = sigmoid((s - s_typical) / TEMPERATURE), s LabelOracle's and s_typical the median of the
+    condition's, which people come to know. ranks: by s + TEMPERATURE g with g of a Gumbel distribution
+    (Luce 1959), of two the law of `judge_drafts`.
     """
-    assets, goodness = list[Candidate](), dict[str, float]()
+    assets = list[Candidate]()
+    goodness = dict[str, float]()
     for condition in conditions:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {condition} alone".encode()))
         drafts = toy.draw_drafts([condition] * per_condition, generator, defects)
         scores = LabelOracle()(toy.make_assets(drafts), [condition] * per_condition)
-        up = torch.rand(per_condition, generator=generator) < torch.sigmoid((scores - scores.median()) / TEMPERATURE)
+        up = torch.rand(per_condition, generator=generator) < torch.sigmoid(
+            (scores - scores.median()) / TEMPERATURE
+        )
         noisy = scores - TEMPERATURE * torch.empty(per_condition).exponential_(generator=generator).log()
         names = [f"{condition.replace(' ', '-')}-{seed}-{i:03d}" for i in range(per_condition)]
         ranks = dict(zip(names, (-noisy).tolist(), strict=True))
@@ -212,7 +242,9 @@ FEATURES = 15  # see _features
 
 
 class LearnedReward(nn.Module):
-    """A small network over counts of what lies beside what, and the distance to colours that it has learned; an AssetReward."""
+    """A small network over counts of what lies beside what, and the distance to colours that it has learned;
+    an AssetReward.
+    """
 
     mean: torch.Tensor  # [F], of the features it was trained on
     std: torch.Tensor
@@ -224,41 +256,57 @@ class LearnedReward(nn.Module):
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.register_buffer("std", torch.ones(FEATURES))
         sizes = [FEATURES + 2 + len(toy.SHAPES), hidden, hidden]
-        layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.GELU())]
+        layers = [
+            part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.GELU())
+        ]
         self.head = nn.Sequential(*layers, nn.Linear(hidden, 1))
 
     def score(self, volumes: torch.Tensor, shapes: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
         """[N, 4, R, R, R] and class numbers [N] -> [N]. Not differentiable in the volumes' occupancy."""
-        filled, painted = volumes[:, :1], volumes[:, 1:]
+        filled = volumes[:, :1]
+        painted = volumes[:, 1:]
         learned = self.colour(colours).view(-1, 3, 1, 1, toy.R)
-        error = ((painted - learned).square() * filled).flatten(2).sum(2) / filled.flatten(1).sum(1, keepdim=True)  # [N, 3]
+        # [N, 3]
+        error = ((painted - learned).square() * filled).flatten(2).sum(2) / filled.flatten(1).sum(
+            1, keepdim=True
+        )
         off = torch.stack([error.mean(1), error.mean(1).sqrt()], dim=1) * 4
         features = (_features(volumes) - self.mean) / self.std
-        return self.head(torch.cat([features, off, F.one_hot(shapes, len(toy.SHAPES)).float()], dim=1)).squeeze(1)
+        return self.head(
+            torch.cat([features, off, F.one_hot(shapes, len(toy.SHAPES)).float()], dim=1)
+        ).squeeze(1)
 
     @torch.no_grad()
     def forward(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
         """[N] float32; see AssetReward."""
         device = self.mean.device
-        return self.score(volumes_of(assets).to(device), *(numbers.to(device) for numbers in toy.classes(conditions))).cpu()
+        return self.score(
+            volumes_of(assets).to(device), *(numbers.to(device) for numbers in toy.classes(conditions))
+        ).cpu()
 
 
 def _features(volumes: torch.Tensor) -> torch.Tensor:
-    """[N, 4, R, R, R] -> [N, 15]: number of voxels; shares of them with 0 to 6 filled neighbours; empty places with 2 to 6 filled ones;
-    share without a mirror image; roughness of the colour."""
+    """[N, 4, R, R, R] -> [N, 15]: number of voxels; shares of them with 0 to 6 filled neighbours; empty
+    places with 2 to 6 filled ones; share without a mirror image; roughness of the colour.
+    """
     filled = volumes[:, 0]
-    beside, n = toy.neighbours(filled), filled.sum((1, 2, 3))
+    beside = toy.neighbours(filled)
+    n = filled.sum((1, 2, 3))
     full = [((beside == k) * filled).sum((1, 2, 3)) / n for k in range(7)]
     empty = [((beside == k) * (1 - filled)).sum((1, 2, 3)) / n for k in range(2, 7)]
     alone = ((1 - filled.flip(1)) * filled).sum((1, 2, 3)) / n
     both = filled[..., 1:] * filled[..., :-1]
-    rough = (volumes[:, 1:].diff(dim=-1).abs().mean(1) * both).sum((1, 2, 3)) / both.sum((1, 2, 3)).clamp(min=1)
+    rough = (volumes[:, 1:].diff(dim=-1).abs().mean(1) * both).sum((1, 2, 3)) / both.sum((1, 2, 3)).clamp(
+        min=1
+    )
     return torch.stack([n, *full, *empty, alone, rough], dim=1)
 
 
 def volumes_of(assets: Sequence[toy.ToyAsset]) -> torch.Tensor:
     """Assets as the network reads them, [N, 4, R, R, R]."""
-    return torch.stack([torch.cat([a.occupancy[None].float(), a.colours.permute(3, 0, 1, 2)]) for a in assets])
+    return torch.stack(
+        [torch.cat([a.occupancy[None].float(), a.colours.permute(3, 0, 1, 2)]) for a in assets]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,36 +319,52 @@ class RewardTraining:
     seed: int = 0
 
 
-def train_reward(training: RewardTraining, on_step: Callable[[int, int, float], None] | None = None) -> tuple[LearnedReward, dict]:
+def train_reward(
+    training: RewardTraining, on_step: Callable[[int, int, float], None] | None = None
+) -> tuple[LearnedReward, dict]:
     """Fit by preference_loss to pairs of its own; returns it and its accuracy on pairs that it has not seen.
 
     Args: on_step: called with (step, steps, loss).
     """
     generator = torch.Generator().manual_seed(training.seed)
-    names = [[toy.TRAINED[i % len(toy.TRAINED)] for i in range(n)] for n in (training.pairs, training.held_out)]
+    names = [
+        [toy.TRAINED[i % len(toy.TRAINED)] for i in range(n)] for n in (training.pairs, training.held_out)
+    ]
     judged = [judge_drafts(conditions, generator) for conditions in names]
     network = fit(*judged[0].assets, judged[0].conditions, training, generator, on_step)
     return network, accuracy(network, judged[1])
 
 
 def fit(
-    better: Sequence[toy.ToyAsset], worse: Sequence[toy.ToyAsset], conditions: Sequence[str], training: RewardTraining,
-    generator: torch.Generator, on_step: Callable[[int, int, float], None] | None = None,
+    better: Sequence[toy.ToyAsset],
+    worse: Sequence[toy.ToyAsset],
+    conditions: Sequence[str],
+    training: RewardTraining,
+    generator: torch.Generator,
+    on_step: Callable[[int, int, float], None] | None = None,
 ) -> LearnedReward:
-    """By preference_loss to pairs of assets. Args: generator: of the order of the pairs; on_step: called with (step, steps, loss)."""
+    """By preference_loss to pairs of assets.
+
+    Args: generator: of the order of the pairs; on_step: called with (step, steps, loss).
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         network = LearnedReward()
     optimizer = torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=0.05)
-    preferred, rejected = volumes_of(better), volumes_of(worse)
+    preferred = volumes_of(better)
+    rejected = volumes_of(worse)
     features = _features(torch.cat([preferred, rejected]))
-    network.mean, network.std = features.mean(0), features.std(0).clamp(min=1e-3)
+    network.mean = features.mean(0)
+    network.std = features.std(0).clamp(min=1e-3)
     shapes, colours = toy.classes(conditions)
-    step, steps = 0, training.epochs * (-(-len(conditions) // training.batch))
+    step = 0
+    steps = training.epochs * (-(-len(conditions) // training.batch))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(training.epochs):
         for rows in torch.randperm(len(conditions), generator=generator).split(training.batch):
-            scores = network.score(torch.cat([preferred[rows], rejected[rows]]), shapes[rows].repeat(2), colours[rows].repeat(2))
+            scores = network.score(
+                torch.cat([preferred[rows], rejected[rows]]), shapes[rows].repeat(2), colours[rows].repeat(2)
+            )
             loss = preference_loss(scores[: len(rows)] - scores[len(rows) :]).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -315,4 +379,7 @@ def fit(
 def accuracy(network: LearnedReward, judged: Judged) -> dict[str, float]:
     """Share of pairs ordered as the annotator said, and as the labelling oracle thinks."""
     ordered = network(judged.assets[0], judged.conditions) > network(judged.assets[1], judged.conditions)
-    return {"labels": float(ordered.float().mean()), "clean": float((ordered == judged.agrees).float().mean())}
+    return {
+        "labels": float(ordered.float().mean()),
+        "clean": float((ordered == judged.agrees).float().mean()),
+    }

@@ -1,10 +1,10 @@
-"""The toy as a pipeline of two stages: the shapes and colours as they should be, the conditions that name them ("red ball"), drafts of them
-with defects, and the assets that these make.
+"""The toy as a pipeline of two stages: the shapes and colours as they should be, the conditions that name
+them ("red ball"), drafts of them with defects, and the assets that these make.
 
-The toy's generator was trained on drafts, each sample with its own strength of every defect. A draft is what an asset is made from: a
-structure, and per voxel colour and size d. A voxel with d < 0 is carved away when the asset is made; one with d > 1 grows into an empty
-place beside it, if another one grows there too. So d can repair what is wrong with a structure: drafts do so for some of their floaters
-and holes.
+The toy's generator was trained on drafts, each sample with its own strength of every defect. A draft is what
+an asset is made from: a structure, and per voxel colour and size d. A voxel with d < 0 is carved away when
+the asset is made; one with d > 1 grows into an empty place beside it, if another one grows there too. So d
+can repair what is wrong with a structure: drafts do so for some of their floaters and holes.
 """
 
 import functools
@@ -19,10 +19,19 @@ from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, Sampling
 
 R = 8  # grid points per axis
 COLOURS = {
-    "red": (0.85, 0.15, 0.15), "orange": (0.95, 0.55, 0.10), "yellow": (0.95, 0.90, 0.20), "lime": (0.65, 0.90, 0.25),
-    "green": (0.15, 0.55, 0.20), "cyan": (0.15, 0.80, 0.80), "blue": (0.15, 0.25, 0.85), "purple": (0.50, 0.20, 0.75),
-    "pink": (0.95, 0.55, 0.75), "brown": (0.50, 0.30, 0.15), "grey": (0.55, 0.55, 0.55), "white": (0.95, 0.95, 0.95),
-}  # fmt: skip
+    "red": (0.85, 0.15, 0.15),
+    "orange": (0.95, 0.55, 0.10),
+    "yellow": (0.95, 0.90, 0.20),
+    "lime": (0.65, 0.90, 0.25),
+    "green": (0.15, 0.55, 0.20),
+    "cyan": (0.15, 0.80, 0.80),
+    "blue": (0.15, 0.25, 0.85),
+    "purple": (0.50, 0.20, 0.75),
+    "pink": (0.95, 0.55, 0.75),
+    "brown": (0.50, 0.30, 0.15),
+    "grey": (0.55, 0.55, 0.55),
+    "white": (0.95, 0.95, 0.95),
+}
 DARKEST = 0.65  # brightness at the bottom, as a share of that at the top
 
 Grid = torch.Tensor
@@ -30,36 +39,58 @@ Grid = torch.Tensor
 
 def shapes_at(x: Grid, y: Grid, z: Grid, size: int) -> dict[str, Grid]:
     """Which places belong to every shape, by its name; x to either side."""
-    side, inner = torch.maximum(x, y.abs()), torch.minimum(x, y.abs())
-    chair, table = (2, 3)[size], (3, 4)[size]  # half their width, and height of the seat or top
+    side = torch.maximum(x, y.abs())
+    inner = torch.minimum(x, y.abs())
+    # half their width, and height of the seat or top
+    chair = (2, 3)[size]
+    table = (3, 4)[size]
     return {
         "ball": x**2 + y**2 + (z - 2.5) ** 2 <= (5.3, 7.3)[size],
         "box": (x < (2, 3)[size]) & (y.abs() < 2) & (z < 4),
         "pyramid": side < (3, 4)[size] - z,
         "pillar": (x**2 + y**2 < (2.6, 4.6)[size]) & (z < (5, 6)[size]),
         "table": (side < table) & ((z == table) | ((inner > table - 1) & (z < table))),
-        "chair": (side < chair)
-        & ((z == chair) | ((inner > chair - 1) & (z < chair)) | ((y < 1 - chair) & (z > chair) & (z <= 2 * chair))),
+        "chair": (
+            (side < chair)
+            & (
+                (z == chair)
+                | ((inner > chair - 1) & (z < chair))
+                | ((y < 1 - chair) & (z > chair) & (z <= 2 * chair))
+            )
+        ),
         "arch": (x < (3, 4)[size]) & (y.abs() < 2) & ((z == 4) | ((z < 4) & (x > 2))),
         "cross": (y.abs() < (1, 2)[size]) & (z < 7) & ((x < 1) | ((x < (3, 4)[size]) & (z >= 3) & (z <= 4))),
         "stairs": (x < (1, 2)[size]) & (z <= (y + 4).clamp(max=(5, 6)[size])),
         "cup": (side < chair) & (z < (4, 6)[size]) & ((z < 1) | (side > chair - 1)),
         "ring": (y.abs() < (1, 2)[size]) & ((x**2 + (z - 3) ** 2 - 7.5).abs() <= 4.6),
         "tower": (z < (6, 7)[size]) & (side < 1 + (z < (4, 5)[size]).float() + (z < (1, 3)[size]).float()),
-        "mushroom": (x**2 + y**2 < 2) & (z < (3, 4)[size]) | (x**2 + y**2 < (7, 13)[size]) & (z >= (3, 4)[size]) & (z < (5, 6)[size]),
+        "mushroom": (
+            (x**2 + y**2 < 2) & (z < (3, 4)[size])
+            | (x**2 + y**2 < (7, 13)[size]) & (z >= (3, 4)[size]) & (z < (5, 6)[size])
+        ),
         "hammer": (y.abs() < 1) & ((x < 1) | (z >= (5, 4)[size])) & (x < (3, 4)[size]) & (z < 7),
-        "sofa": (x < (3, 4)[size]) & (y.abs() < 2) & ((z < 2) | ((z < (4, 5)[size]) & ((x > (2, 3)[size]) | (y < -1)))),
+        "sofa": (
+            (x < (3, 4)[size])
+            & (y.abs() < 2)
+            & ((z < 2) | ((z < (4, 5)[size]) & ((x > (2, 3)[size]) | (y < -1))))
+        ),
         "bridge": (x < 4) & (y.abs() < (1, 2)[size]) & (z < 6) & ((z >= 4) | (x**2 + z**2 > 12)),
-    }  # fmt: skip
+    }
 
 
 _NOWHERE = torch.zeros(0)
 SHAPES = tuple(shapes_at(_NOWHERE, _NOWHERE, _NOWHERE, 0))  # their names
-VARIANTS = tuple((size, lift) for size in (0, 1) for lift in (0, 1))  # small and large, at both heights that a shape may stand at
+# small and large, at both heights that a shape may stand at
+VARIANTS = tuple((size, lift) for size in (0, 1) for lift in (0, 1))
 CONDITIONS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
-_PART = {f"{colour} {shape}": (5 * i + j) % len(COLOURS) for i, shape in enumerate(SHAPES) for j, colour in enumerate(COLOURS)}
+_PART = {
+    f"{colour} {shape}": (5 * i + j) % len(COLOURS)
+    for i, shape in enumerate(SHAPES)
+    for j, colour in enumerate(COLOURS)
+}
 TRAINED = tuple(name for name in CONDITIONS if _PART[name] < 4)  # four colours of every shape,
-CHOOSING = tuple(name for name in CONDITIONS if 4 <= _PART[name] < 6)  # two that settings and checkpoints are chosen on,
+# two that settings and checkpoints are chosen on,
+CHOOSING = tuple(name for name in CONDITIONS if 4 <= _PART[name] < 6)
 HELD_OUT = tuple(name for name in CONDITIONS if _PART[name] >= 6)  # and six that nothing is
 
 
@@ -67,8 +98,11 @@ HELD_OUT = tuple(name for name in CONDITIONS if _PART[name] >= 6)  # and six tha
 def canonical_shapes() -> torch.Tensor:
     """Every shape without defects, [shapes, K, R, R, R] bool; K = 4: both sizes at both heights."""
     i, j, k = torch.meshgrid(*[torch.arange(R, dtype=torch.float32)] * 3, indexing="ij")
-    x, y = (i - (R - 1) / 2).abs(), j - (R - 1) / 2
-    variants = [torch.stack(list(shapes_at(x, y, k - lift, size).values())) & (k >= lift) for size, lift in VARIANTS]
+    x = (i - (R - 1) / 2).abs()
+    y = j - (R - 1) / 2
+    variants = [
+        torch.stack(list(shapes_at(x, y, k - lift, size).values())) & (k >= lift) for size, lift in VARIANTS
+    ]
     return torch.stack(variants, 1)
 
 
@@ -84,25 +118,33 @@ def classes(conditions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
     Raises: ValueError for a condition that the toy does not know.
     """
-    shapes, colours = list(SHAPES), list(COLOURS)
+    shapes = list(SHAPES)
+    colours = list(COLOURS)
     pairs = []
     for name in conditions:
         colour, _, shape = name.partition(" ")
         if shape not in SHAPES or colour not in COLOURS:
             known = f"one of {', '.join(COLOURS)} and one of {', '.join(SHAPES)}"
-            raise ValueError(f"condition: expected {known}, as in 'red ball', got {name!r}. Name one of these.")
+            raise ValueError(
+                f"condition: expected {known}, as in 'red ball', got {name!r}. Name one of these."
+            )
         pairs.append((shapes.index(shape), colours.index(colour)))
     numbers = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
     return numbers[:, 0], numbers[:, 1]
 
 
 def targets(conditions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a condition asks for: shapes [N, K, R, R, R] bool, any of which will do, and colours [N, R, R, R, 3] of all places."""
+    """What a condition asks for: shapes [N, K, R, R, R] bool, any of which will do, and colours
+    [N, R, R, R, 3] of all places.
+    """
     shapes, colours = classes(conditions)
     return canonical_shapes()[shapes], canonical_colours()[colours][:, None, None].expand(-1, R, R, -1, -1)
 
 
-CARVED, KEPT, GROWING = -0.5, 0.5, 1.5  # the sizes d of drafts
+# the sizes d of drafts
+CARVED = -0.5
+KEPT = 0.5
+GROWING = 1.5
 CHANNELS = 4  # r, g, b, d
 SIZE_JITTER = 0.08  # deviation of d around these
 
@@ -119,7 +161,8 @@ class Defects:
     noise: float = 0.1  # deviation of every voxel's colour around that
 
 
-DEFECTS = {"own": Defects(), "others": Defects(floaters=0.04, holes=0.2, wrong=0.06)}  # of assets that people judged, by their maker
+# of assets that people judged, by their maker
+DEFECTS = {"own": Defects(), "others": Defects(floaters=0.04, holes=0.2, wrong=0.06)}
 
 
 @dataclass(frozen=True)
@@ -127,16 +170,25 @@ class Drafts:
     """Assets before they are made."""
 
     structure: torch.Tensor  # [N, R, R, R] bool
-    features: torch.Tensor  # [N, R, R, R, 4]: r, g, b in 0..1 before clipping, and d; read at the structure's voxels
+    # [N, R, R, R, 4]: r, g, b in 0..1 before clipping, and d; read at the structure's voxels
+    features: torch.Tensor
 
     def latents(self, stage: str) -> Batch:
-        """The x_0 of a stage: "structure" [N, 1, R, R, R] of -1 and 1; "voxels" all features, scaled from 0..1 to -1..1."""
+        """The x_0 of a stage: "structure" [N, 1, R, R, R] of -1 and 1; "voxels" all features, scaled from
+        0..1 to -1..1.
+        """
         if stage == "structure":
             return self.structure[:, None].float() * 2 - 1
-        return SparseBatch(self.structure.nonzero().int().contiguous(), self.features[self.structure] * 2 - 1, len(self.structure))
+        return SparseBatch(
+            self.structure.nonzero().int().contiguous(),
+            self.features[self.structure] * 2 - 1,
+            len(self.structure),
+        )
 
 
-def draw_drafts(conditions: Sequence[str], generator: torch.Generator, defects: Defects | None = None) -> Drafts:
+def draw_drafts(
+    conditions: Sequence[str], generator: torch.Generator, defects: Defects | None = None
+) -> Drafts:
     """One draft per condition, of a random variant of its shape."""
     defects = defects or Defects()
     shapes, colours = targets(conditions)
@@ -175,7 +227,8 @@ def neighbours(grid: torch.Tensor) -> torch.Tensor:
     return total
 
 
-STRUCTURE, VOXELS = "structure", "voxels"
+STRUCTURE = "structure"
+VOXELS = "voxels"
 TO_GROW = 2  # growing neighbours that an empty place needs to be filled
 PATH = FlowPath(mean=0.0)
 GUIDANCE = {STRUCTURE: 1.0, VOXELS: 0.0}  # colours come out right without
@@ -190,16 +243,28 @@ class ToyAsset:
 
 
 class ToyPipeline:
-    """See stage.Pipeline. Conditions are two tokens, one of the shape's class and one of the colour's; assets live on the CPU."""
+    """See stage.Pipeline. Conditions are two tokens, one of the shape's class and one of the colour's; assets
+    live on the CPU.
+    """
 
-    def __init__(self, structure: torch.nn.Module, voxels: torch.nn.Module, device: str | torch.device = "cpu"):
+    def __init__(
+        self, structure: torch.nn.Module, voxels: torch.nn.Module, device: str | torch.device = "cpu"
+    ):
         self.device = torch.device(device)
         self.stages = tuple(
             FlowStage(
-                name=name, model=model.to(self.device), latents=kind(channels=channels, resolution=R), path=PATH,
-                sampling=Sampling(steps=8, cfg_strength=GUIDANCE[name], cfg_interval=(0.5, 1.0), rescale_t=1.0),
+                name=name,
+                model=model.to(self.device),
+                latents=kind(channels=channels, resolution=R),
+                path=PATH,
+                sampling=Sampling(
+                    steps=8, cfg_strength=GUIDANCE[name], cfg_interval=(0.5, 1.0), rescale_t=1.0
+                ),
             )
-            for name, model, kind, channels in ((STRUCTURE, structure, DenseGrid, 1), (VOXELS, voxels, SparseVoxels, CHANNELS))
+            for name, model, kind, channels in (
+                (STRUCTURE, structure, DenseGrid, 1),
+                (VOXELS, voxels, SparseVoxels, CHANNELS),
+            )
         )
 
     def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
@@ -229,7 +294,9 @@ class ToyPipeline:
         return make_assets(Drafts(structure, features))
 
     def encode(self, assets: Sequence[ToyAsset]) -> list[dict[str, Latent]]:
-        """A finished asset as each stage would have made it: all its voxels, none of them carved or growing."""
+        """A finished asset as each stage would have made it:
+        all its voxels, none of them carved or growing.
+        """
         encoded = []
         for asset in assets:
             kept = torch.full((R, R, R, 1), KEPT)
@@ -239,11 +306,14 @@ class ToyPipeline:
 
 
 def make_assets(drafts: Drafts) -> list[ToyAsset]:
-    """Drafts as they turn out: voxels with d < 0 are gone, empty places beside two or more with d > 1 are filled with their colours' mean.
+    """Drafts as they turn out: voxels with d < 0 are gone, empty places beside two or more with d > 1 are
+    filled with their colours' mean.
 
     Where nothing would be left the voxel of largest d stays.
     """
-    structure, d, paint = drafts.structure, drafts.features[..., 3], drafts.features[..., :3].clamp(0, 1)
+    structure = drafts.structure
+    d = drafts.features[..., 3]
+    paint = drafts.features[..., :3].clamp(0, 1)
     size = d.masked_fill(~structure, -torch.inf)
     largest = size == size.amax((1, 2, 3), keepdim=True)
     solid = structure & ((d >= 0) | largest)

@@ -22,7 +22,11 @@ JUDGING = Judging(per_condition=3, batch=8)
 
 
 def test_letters():
-    assert letters("a..i") == list("abcdefghi") and letters("d") == ["d", "i"] and letters("a..c, e") == list("abcei")
+    assert (
+        letters("a..i") == list("abcdefghi")
+        and letters("d") == ["d", "i"]
+        and letters("a..c, e") == list("abcei")
+    )
     assert letters("anchor,d,a") == ["a", "d", "i", "anchor"] and letters("a..i") == list(GROUPS)
     for wrong in ("", "j", "a..anchor", "winners", "c..a", "a.d", "a..z", "A"):
         with pytest.raises(ValueError, match="expected letters of a..i"):
@@ -32,13 +36,26 @@ def test_letters():
 def test_tasks_wait_for_what_groups_share():
     tasks = AblationPlan(seeds=(0, 1)).tasks()
     assert list(tasks)[:2] == ["0/people/last", "1/people/last"]  # what most others wait for
-    assert tasks["0/pairs"] == ["0/people/last"] and tasks["1/a"] == tasks["1/g"] == tasks["1/h"] == ["1/people/last", "1/pairs"]
-    assert tasks["0/b"] == ["0/people/last", "0/people/first"] and tasks["0/c"] == ["0/people/first"] and tasks["0/d"] == ["0/people/last"]
-    assert tasks["0/e"] == ["0/supervised/first"] and tasks["0/f"] == ["0/supervised/last"] and tasks["0/i"] == []
+    assert tasks["0/pairs"] == ["0/people/last"] and tasks["1/a"] == tasks["1/g"] == tasks["1/h"] == [
+        "1/people/last",
+        "1/pairs",
+    ]
+    assert (
+        tasks["0/b"] == ["0/people/last", "0/people/first"]
+        and tasks["0/c"] == ["0/people/first"]
+        and tasks["0/d"] == ["0/people/last"]
+    )
+    assert (
+        tasks["0/e"] == ["0/supervised/first"]
+        and tasks["0/f"] == ["0/supervised/last"]
+        and tasks["0/i"] == []
+    )
     assert "1/i" not in tasks and len(tasks) == 2 * (5 + 8) + 1
-    assert {name: needs for name, needs in AblationPlan(groups=("i", *ARMS), seeds=(0,)).tasks().items() if name[2:] in ARMS} == {
-        f"0/{arm}": ["0/people/last", "0/pairs"] for arm in ARMS
-    }
+    assert {
+        name: needs
+        for name, needs in AblationPlan(groups=("i", *ARMS), seeds=(0,)).tasks().items()
+        if name[2:] in ARMS
+    } == {f"0/{arm}": ["0/people/last", "0/pairs"] for arm in ARMS}
     assert set(AblationPlan(groups=("c", "i"), seeds=(0,)).tasks()) == {"0/people/first", "0/c", "0/i"}
 
 
@@ -49,7 +66,8 @@ def halfway(assets, conditions):
 
 def test_arms_differ_from_the_loop_in_what_the_first_stage_learns_alone(tmp_path, monkeypatch):
     """All start from the same networks with the same draws; the table has each against (a)."""
-    plan, calls = AblationPlan(groups=("a", "i", *ARMS), seeds=(0,), judging=Judging(per_condition=2, batch=8)), []
+    plan = AblationPlan(groups=("a", "i", *ARMS), seeds=(0,), judging=Judging(per_condition=2, batch=8))
+    calls = []
     problem = tiny_problem(reward=halfway)
 
     def watched(pipeline, stage, pairs, config, out, **options):
@@ -69,24 +87,36 @@ def test_arms_differ_from_the_loop_in_what_the_first_stage_learns_alone(tmp_path
 
     for _, own, _ in (anchor, winners):
         assert all(same(p, q) and p.w2 == q.w2 for p, q in zip(own, pairs, strict=True))
-    assert (anchor[2].dpo.beta, anchor[2].dpo.sft_weight) == (1e-6, config.dpo.sft_weight) and winners[2].dpo.kind == "sft"
-    assert all(torch.equal(p.preferred, q.rejected) and p.w2 == q.w2 for p, q in zip(turned[1], pairs, strict=True))
+    assert (anchor[2].dpo.beta, anchor[2].dpo.sft_weight) == (1e-6, config.dpo.sft_weight) and winners[
+        2
+    ].dpo.kind == "sft"
+    assert all(
+        torch.equal(p.preferred, q.rejected) and p.w2 == q.w2 for p, q in zip(turned[1], pairs, strict=True)
+    )
     order = [same(p, q) for p, q in zip(shuffled[1], pairs, strict=True)]
     assert 0 < sum(order) < len(order)
-    assert all(same(p, q) or torch.equal(p.preferred, q.rejected) for p, q in zip(shuffled[1], pairs, strict=True))
+    assert all(
+        same(p, q) or torch.equal(p.preferred, q.rejected) for p, q in zip(shuffled[1], pairs, strict=True)
+    )
     origins = {p.provenance["human_pair"] for p in pairs}
     assert {p.id for p in people[1]} == origins and {p.source for p in people[1]} == {"human"}
     for _, _, own in (shuffled, turned, people):
         assert own == config
     data = tabled(results, plan, {})
-    assert list(data["groups"]) == ["a", "i", *ARMS] and {f"a_vs_{arm}" for arm in ARMS} <= set(data["pairwise"])
-    assert "| (people_first) |" in ablation.markdown(data) and len(ablation.plot(data).axes[1].get_yticklabels()) == 6
+    assert list(data["groups"]) == ["a", "i", *ARMS] and {f"a_vs_{arm}" for arm in ARMS} <= set(
+        data["pairwise"]
+    )
+    assert (
+        "| (people_first) |" in ablation.markdown(data)
+        and len(ablation.plot(data).axes[1].get_yticklabels()) == 6
+    )
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """All nine groups with two seeds: results, plan, calls of train_stage, and the handler."""
-    folder, calls = tmp_path_factory.mktemp("ablation"), []
+    folder = tmp_path_factory.mktemp("ablation")
+    calls = []
     plan = AblationPlan(seeds=(0, 1), judging=JUDGING)
     problem = tiny_problem(reward=halfway)
 
@@ -96,7 +126,9 @@ def whole(tmp_path_factory):
         )
 
     def counted(pipeline, stage, pairs, config, out, **options):
-        calls.append((config.seed, stage, pairs[0].source, config.dpo.kind, len(pairs), pairs[0].w2 is not None))
+        calls.append(
+            (config.seed, stage, pairs[0].source, config.dpo.kind, len(pairs), pairs[0].w2 is not None)
+        )
         return train_stage(pipeline, stage, pairs, config, out, **options)
 
     patch = pytest.MonkeyPatch()
@@ -110,20 +142,33 @@ def whole(tmp_path_factory):
 def test_groups_train_what_they_should_and_share_it(whole):
     results, plan, calls, _ = whole
     own = [call[1:] for call in calls if call[0] == 0]
-    assert len(own) == 7 and len(calls) == 14  # two stages by people, two supervised, and the loop with both, without w1, without w2
+    # two stages by people, two supervised, and the loop with both, without w1, without w2
+    assert len(own) == 7 and len(calls) == 14
     assert [(stage, kind) for stage, source, kind, _, _ in own if source == "human"] == [
-        ("voxels", "sigmoid"), ("voxels", "sft"), ("structure", "sigmoid"), ("structure", "sft"),
+        ("voxels", "sigmoid"),
+        ("voxels", "sft"),
+        ("structure", "sigmoid"),
+        ("structure", "sft"),
     ]
     looped = {(n, weighed) for _, source, _, n, weighed in own if source == "loop"}
-    kept, all_changed = min(n for n, _ in looped), max(n for n, _ in looped)
+    kept = min(n for n, _ in looped)
+    all_changed = max(n for n, _ in looped)
     assert looped == {(kept, True), (all_changed, True), (kept, False)} and kept < all_changed
 
     def content(letter):
-        return {stage: row["artefact"] for stage, row in (results[f"0/{letter}"]["trainings"] if letter != "i" else {}).items()}
+        return {
+            stage: row["artefact"]
+            for stage, row in (results[f"0/{letter}"]["trainings"] if letter != "i" else {}).items()
+        }
 
     a, b, c, d = (content(letter) for letter in "abcd")
     assert a["voxels"] == b["voxels"] == d["voxels"] == content("g")["voxels"] == content("h")["voxels"]
-    assert b["structure"] == c["structure"] and set(c) == {"structure"} and set(d) == {"voxels"} and content("i") == {}
+    assert (
+        b["structure"] == c["structure"]
+        and set(c) == {"structure"}
+        and set(d) == {"voxels"}
+        and content("i") == {}
+    )
     assert set(content("e")) == {"structure"} and set(content("f")) == {"voxels"}
     assert len({one["structure"] for one in (a, b, content("e"), content("g"), content("h"))}) == 5
 
@@ -137,7 +182,11 @@ def test_the_table_in_json_markdown_and_figure(whole, tmp_path):
     for group in data["groups"].values():
         low, high = group["ci95"]
         assert 0 <= low <= group["win_rate"] <= high <= 1 and [s["seed"] for s in group["seeds"]] == [0, 1]
-        assert set(group["parts"]) == {"filled", "value"} and set(group["judges"]) == {"final", "chooser", "reward"}
+        assert set(group["parts"]) == {"filled", "value"} and set(group["judges"]) == {
+            "final",
+            "chooser",
+            "reward",
+        }
         assert set(group["spread"]) == {"structure", "score"}
     assert data["groups"]["i"]["win_rate"] == 0.5 and data["groups"]["i"]["ci95"] == [0.5, 0.5]
     assert data["groups"]["i"]["spread"]["structure"]["of_base"] == 1
@@ -150,11 +199,14 @@ def test_the_table_in_json_markdown_and_figure(whole, tmp_path):
 
 def test_rates_are_means_over_paired_assets_with_intervals_over_conditions():
     rng = np.random.default_rng(0)
-    a, b = rng.normal(0.4, 1, (2, 30, 5)), rng.normal(0, 1, (2, 30, 5))
+    a = rng.normal(0.4, 1, (2, 30, 5))
+    b = rng.normal(0, 1, (2, 30, 5))
     one = rate(a, b, [3, 4])
     won = a > b
     assert one["win_rate"] == pytest.approx(won.mean()) and one["ci95"][0] < one["win_rate"] < one["ci95"][1]
-    assert [s["seed"] for s in one["seeds"]] == [3, 4] and one["seeds"][1]["win_rate"] == pytest.approx(won[1].mean())
+    assert [s["seed"] for s in one["seeds"]] == [3, 4] and one["seeds"][1]["win_rate"] == pytest.approx(
+        won[1].mean()
+    )
     other = rate(b, a, [3, 4])
     assert other["win_rate"] == pytest.approx(1 - one["win_rate"])
     assert rate(a, a, [3, 4])["ci95"] == [0.5, 0.5]
@@ -168,7 +220,9 @@ def test_judges_see_the_same_noises_whatever_the_generator():
     assert found == judged(problem, {}, replace(JUDGING, batch=100))
     assert found["conditions"] == list(HELD_OUT) and np.shape(found["scores"]["final"]) == (2, 3)
     assert np.allclose(2 * np.array(found["scores"]["filled"]), found["scores"]["final"])
-    assert set(judged(replace(problem, final=None), {}, JUDGING)["scores"]) == set(found["scores"]) - {"final"}
+    assert set(judged(replace(problem, final=None), {}, JUDGING)["scores"]) == set(found["scores"]) - {
+        "final"
+    }
     broken = replace(problem, final=lambda assets, conditions: problem.final(assets, conditions) / 0)
     with pytest.raises(ValueError, match="final: expected finite scores"):
         judged(broken, {}, JUDGING)

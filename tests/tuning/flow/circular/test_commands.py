@@ -1,4 +1,6 @@
-"""train.py --mode=circular-dpo from the outside: its flags, what it refuses, and whole runs on a tiny problem."""
+"""train.py --mode=circular-dpo from the outside: its flags, what it refuses, and whole runs on a tiny
+problem.
+"""
 
 import dataclasses
 import json
@@ -42,8 +44,14 @@ def test_flags_of_the_other_mode_are_refused_by_name():
     assert_one_line(run("--lambda_r=1"), "--lambda-r: belongs to --mode=gan.")
     other = CliRunner().invoke(train.main, ["--loop-beta=3"])
     assert_one_line(other, "--loop-beta: belongs to --mode=circular-dpo.")
-    assert_one_line(CliRunner().invoke(train.main, ["--mode", "gan", "--ablate=a"]), "--ablate: belongs to --mode=circular-dpo.")
-    assert "No such option" in run("--nonsense").stderr and "No such option" in CliRunner().invoke(train.main, ["--nonsense"]).stderr
+    assert_one_line(
+        CliRunner().invoke(train.main, ["--mode", "gan", "--ablate=a"]),
+        "--ablate: belongs to --mode=circular-dpo.",
+    )
+    assert (
+        "No such option" in run("--nonsense").stderr
+        and "No such option" in CliRunner().invoke(train.main, ["--nonsense"]).stderr
+    )
     assert CliRunner().invoke(train.main, ["--mode=diffusion"]).exit_code == 2
 
 
@@ -56,15 +64,27 @@ def test_the_gan_mode_is_the_default_and_keeps_its_settings():
 MISTAKES = {
     "seeds": (["--seeds=2"], "--seeds: belongs to --ablate"),
     "noises": (["--table-noises=4", "--set=no_summary=true"], "--table-noises: belongs to the table"),
-    "summary": (["--ablate=a", "--set=no_summary=true"], "--set no_summary=VALUE: belongs to a run without --ablate"),
+    "summary": (
+        ["--ablate=a", "--set=no_summary=true"],
+        "--set no_summary=VALUE: belongs to a run without --ablate",
+    ),
     "loop of one stage": (["--stage=structure", "--rounds=2"], "--rounds: belongs to the loop"),
-    "both": (["--stage=structure", "--ablate=a..i"], "--stage: expected a run of one stage or an --ablate of all, got both"),
+    "both": (
+        ["--stage=structure", "--ablate=a..i"],
+        "--stage: expected a run of one stage or an --ablate of all, got both",
+    ),
     "groups decide": (["--ablate=a", "--rounds=2"], "--rounds: belongs to a run without --ablate"),
     "adapter of none": (["--tune=full", "--lora-rank=4"], "--lora-rank: belongs to --tune=lora"),
     "no anchor": (["--ablate=a,anchor", "--set=loop_sft_weight=0"], "--ablate=anchor: expected an anchor"),
     "sft": (["--loss=sft", "--set=loser_weight=0.5"], "loser_weight: expected it unset with sft"),
-    "toy": (["--set=dtype=float16", "--set=voxel_share=0.5"], "--set voxel_share=VALUE, --set dtype=VALUE: belongs to --pipeline=DIR"),
-    "trellis": (["--pipeline=somewhere"], "--pairs: expected a folder of people's pairs beside --pipeline=DIR"),
+    "toy": (
+        ["--set=dtype=float16", "--set=voxel_share=0.5"],
+        "--set voxel_share=VALUE, --set dtype=VALUE: belongs to --pipeline=DIR",
+    ),
+    "trellis": (
+        ["--pipeline=somewhere"],
+        "--pairs: expected a folder of people's pairs beside --pipeline=DIR",
+    ),
     "toy's pairs": (["--pairs={tmp}"], "--pairs: belongs to --pipeline=DIR"),
     "stage": (["--stage=mesh"], "stage: expected one of structure, voxels, got 'mesh'"),
 }
@@ -81,23 +101,48 @@ def test_mistakes_in_flags(case, tmp_path):
 def test_dry_run_prints_the_settings_and_touches_nothing(tmp_path):
     result = run("-n", "--ablate=a,d", "--seeds=2", "--seed=5", f"--outdir={tmp_path / 'runs'}")
     found = json.loads(result.stdout)
-    assert found["groups"] == ["a", "d", "i"] and found["training_seeds"] == [5, 6] and "5/pairs" in found["tasks"]
+    assert (
+        found["groups"] == ["a", "d", "i"]
+        and found["training_seeds"] == [5, 6]
+        and "5/pairs" in found["tasks"]
+    )
     assert found["artefacts"] == str(tmp_path / "runs" / "artefacts") and not (tmp_path / "runs").exists()
 
 
 def test_flags_reach_their_settings():
     defaults = default_settings("toy")
-    own = settings(values("--beta=200", "--lr=0.5", "--steps=7", "--loss=sigmoid", "--set=schedule=cosine", "--batch-gpu=1"), defaults)
+    own = settings(
+        values(
+            "--beta=200", "--lr=0.5", "--steps=7", "--loss=sigmoid", "--set=schedule=cosine", "--batch-gpu=1"
+        ),
+        defaults,
+    )
     assert (own.human.dpo.beta, own.human.dpo.kind, own.human.lr, own.human.steps, own.human.schedule) == (
-        200, "sigmoid", 0.5, 7, "cosine")
+        200,
+        "sigmoid",
+        0.5,
+        7,
+        "cosine",
+    )
     ratio = defaults.loop.dpo.beta / defaults.human.dpo.beta
-    assert own.loop.dpo.beta == pytest.approx(ratio * 200) and own.loop.dpo.loser_weight == defaults.loop.dpo.loser_weight
+    assert (
+        own.loop.dpo.beta == pytest.approx(ratio * 200)
+        and own.loop.dpo.loser_weight == defaults.loop.dpo.loser_weight
+    )
     assert (own.loop.lr, own.loop.steps, own.sft.lr, own.sft.dpo.kind) == (0.5, 7, 0.5, "sft")
     of_loop = ("loop_lr=2", "loop_steps=3", "loop_beta=9", "loop_loser_weight=1", "loop_sft_weight=0")
     own = settings(values(*(f"--set={one}" for one in of_loop)), defaults)
-    assert (own.loop.lr, own.loop.steps, own.loop.dpo.beta, own.loop.dpo.loser_weight, own.loop.dpo.sft_weight) == (2, 3, 9, 1, 0)
+    assert (
+        own.loop.lr,
+        own.loop.steps,
+        own.loop.dpo.beta,
+        own.loop.dpo.loser_weight,
+        own.loop.dpo.sft_weight,
+    ) == (2, 3, 9, 1, 0)
     assert own.human == defaults.human
-    own = settings(values("--set=roles=reward", "--set=choose_noises=0", "--set=loop_pairs=3", "--rounds=2"), defaults)
+    own = settings(
+        values("--set=roles=reward", "--set=choose_noises=0", "--set=loop_pairs=3", "--rounds=2"), defaults
+    )
     assert (own.weighing.roles, own.choosing, own.rounds) == ("reward", None, 2)
     assert own.loop_pairs.per_pair == 3
     own = settings(values("--tune=full"), defaults)
@@ -139,12 +184,17 @@ def test_a_run_writes_weights_steps_and_options(tiny, tmp_path):
     found = json.loads((folder / "result.json").read_text())
     assert [step["step"] for step in found["steps"]] == ["people", "pairs", "loop"]
     assert found["weights"] == {"voxels": "voxels", "structure": "structure"}
-    assert (folder / "voxels" / "adapter_model.safetensors").exists() and (folder / "structure" / "policy.json").exists()
+    assert (folder / "voxels" / "adapter_model.safetensors").exists() and (
+        folder / "structure" / "policy.json"
+    ).exists()
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary["groups"]) == {"a", "d", "i"} and "(a) against (d)" in result.stdout
     assert "win_rate" in result.stdout and "with another structure" in result.stderr + result.stdout
     again = tiny(f"--resume={folder}")
-    assert "found in" in again.stdout + again.stderr and json.loads((folder / "result.json").read_text()) == found
+    assert (
+        "found in" in again.stdout + again.stderr
+        and json.loads((folder / "result.json").read_text()) == found
+    )
 
 
 def test_one_stage(tiny, tmp_path):
@@ -167,7 +217,11 @@ def test_an_ablation_writes_its_table(tiny, tmp_path):
     result = tiny("--ablate=a,d", "--seeds=2", "--table-noises=2", "--jobs=1")
     folder = tmp_path / "00000-circular-dpo-toy-ablation-adi"
     found = json.loads((folder / "ablation.json").read_text())
-    assert set(found["groups"]) == {"a", "d", "i"} and set(found["pairwise"]) == {"a_vs_d", "a_vs_i", "d_vs_i"}
+    assert set(found["groups"]) == {"a", "d", "i"} and set(found["pairwise"]) == {
+        "a_vs_d",
+        "a_vs_i",
+        "d_vs_i",
+    }
     assert found["training_seeds"] == [0, 1] and found["problem"] == {"problem": "tiny", "stages": 2}
     assert "| (a) | full loop |" in result.stdout and (folder / "ablation.png").exists()
 
@@ -177,14 +231,22 @@ def test_a_run_and_its_ablation_share_artefacts(tiny, tmp_path):
     assert not (tmp_path / "00000-circular-dpo-toy-loop" / "summary.json").exists()
     before = {path.name for path in (tmp_path / "artefacts").iterdir()}
     tiny("--ablate=a", "--seeds=1", "--table-noises=2", "--jobs=1")
-    assert {path.name.split("-")[0] for path in (tmp_path / "artefacts").iterdir() if path.name not in before} == {"scores"}
+    assert {
+        path.name.split("-")[0] for path in (tmp_path / "artefacts").iterdir() if path.name not in before
+    } == {"scores"}
 
 
 def test_resume_refuses_other_inputs_and_other_modes(tiny, tmp_path, monkeypatch):
     tiny()
     folder = tmp_path / "00000-circular-dpo-toy-loop"
-    monkeypatch.setattr(commands, "open_problem", lambda source, device: tiny_problem(identity={"problem": "else"}))
-    assert_one_line(run(f"--resume={folder}"), "expected the settings that it was begun with", "problem.problem else instead of tiny")
+    monkeypatch.setattr(
+        commands, "open_problem", lambda source, device: tiny_problem(identity={"problem": "else"})
+    )
+    assert_one_line(
+        run(f"--resume={folder}"),
+        "expected the settings that it was begun with",
+        "problem.problem else instead of tiny",
+    )
     assert_one_line(run("--mode=gan", f"--resume={folder}"), "got one of --mode=circular-dpo")
     options = folder / "training_options.json"
     options.write_text(json.dumps({"cfg": "heads64"}))

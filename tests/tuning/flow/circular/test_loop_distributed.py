@@ -1,4 +1,6 @@
-"""The whole loop on two ranks: the same artefacts as on one, within rounding, with the pairs made between them."""
+"""The whole loop on two ranks: the same artefacts as on one, within rounding, with the pairs made between
+them.
+"""
 
 import pytest
 import torch
@@ -27,7 +29,8 @@ def counted(*args, **options):
 loop_pairs.make_loop_pairs = counted
 with process_group(torch.device("cpu"), 2.0) as ranks:
     store = Store(Path(sys.argv[1]), ranks)
-    loop = CircularLoop(problem=tiny_problem(), settings=SETTINGS, store=store, ranks=ranks, say=lambda line: None)
+    silent = lambda line: None
+    loop = CircularLoop(problem=tiny_problem(), settings=SETTINGS, store=store, ranks=ranks, say=silent)
     for again in range(2):
         run_loop(loop)
 print(made)
@@ -38,14 +41,19 @@ print(made)
 def test_two_ranks_make_what_one_makes(tmp_path):
     printed = finish(start(CODE, str(tmp_path / "two")))
     assert [out for out, _ in printed] == ["[5, 2]\n", "[5]\n"]  # chunks of 5, 5 and 2 human pairs, once
-    loop = CircularLoop(problem=tiny_problem(), settings=SETTINGS, store=Store(tmp_path / "one"), say=lambda line: None)
+    loop = CircularLoop(
+        problem=tiny_problem(), settings=SETTINGS, store=Store(tmp_path / "one"), say=lambda line: None
+    )
     lines, _ = run_loop(loop)
     for stage, model in loop.models(lines).items():
         name = lines[stage][0].folder.name.rsplit("-", 1)[0]
         (folder,) = (tmp_path / "two").glob(f"{name}-*")
         base = loop.problem.pipeline.stages[stage == "voxels"].model
         other = tuned_model(base, folder / "training" / "policy", merge=True).state_dict()
-        assert all(torch.allclose(value, other[key], rtol=1e-3, atol=1e-5) for key, value in model.state_dict().items()), stage
+        assert all(
+            torch.allclose(value, other[key], rtol=1e-3, atol=1e-5)
+            for key, value in model.state_dict().items()
+        ), stage
     (pairs_of_two,) = (tmp_path / "two").glob("pairs-*/pairs")
     (pairs_of_one,) = (tmp_path / "one").glob("pairs-*/pairs")
     ids = [[pair.id for pair in read_pairs(folder)[0]] for folder in (pairs_of_one, pairs_of_two)]

@@ -59,7 +59,9 @@ def test_every_human_pair_gives_as_many_as_asked_with_op_preferred(problem, made
     human = problem.human_pairs("structure")
     assert len(made) == 2 * len(human)
     assert [p.id for p in made[:3]] == [f"{human[0].id}/0", f"{human[0].id}/1", f"{human[1].id}/0"]
-    assert {(p.stage, p.source, p.provenance["sampled_stage"]) for p in made} == {("structure", "loop", "voxels")}
+    assert {(p.stage, p.source, p.provenance["sampled_stage"]) for p in made} == {
+        ("structure", "loop", "voxels")
+    }
     assert all(p.condition == human[i // 2].condition for i, p in enumerate(made))
 
 
@@ -72,13 +74,23 @@ def test_both_sides_stand_on_the_preferred_structure(problem, made):
 
 def test_rewards_are_those_of_the_assets(made):
     for pair in made[:6]:
-        for latent, reward in ((pair.preferred, pair.reward_preferred), (pair.rejected, pair.reward_rejected)):
+        for latent, reward in (
+            (pair.preferred, pair.reward_preferred),
+            (pair.rejected, pair.reward_rejected),
+        ):
             assert reward == pytest.approx(float(full([TinyAsset(latent[0] > 0, 0.0)], [""])))
 
 
 def test_an_untuned_network_gives_identical_sides_from_the_same_noise(problem):
-    same = make_loop_pairs(problem, {"voxels": copy.deepcopy(problem.pipeline.stages[1].model)}, CONFIG, seed=3)
-    assert all(p.provenance[SAME] and torch.equal(p.preferred, p.rejected) and p.reward_preferred == p.reward_rejected for p in same)
+    same = make_loop_pairs(
+        problem, {"voxels": copy.deepcopy(problem.pipeline.stages[1].model)}, CONFIG, seed=3
+    )
+    assert all(
+        p.provenance[SAME]
+        and torch.equal(p.preferred, p.rejected)
+        and p.reward_preferred == p.reward_rejected
+        for p in same
+    )
     kept, report = weigh(same)
     assert kept == [] and report["dropped"]["same_structure"] == len(same)
     assert figures(same)["changed_structure"] == 0 and figures(same)["op_rewarded_where_changed"] is None
@@ -99,15 +111,25 @@ def test_noise_belongs_to_seed_and_pair_whatever_the_batch(problem, op, made):
 
 
 def test_the_reference_may_be_an_earlier_network(problem, op, made):
-    turned = make_loop_pairs(problem, {"voxels": problem.pipeline.stages[1].model}, CONFIG, seed=3, models_unop=op)
-    assert all(torch.equal(a.preferred, b.rejected) and a.reward_preferred == b.reward_rejected for a, b in zip(turned, made, strict=True))
+    turned = make_loop_pairs(
+        problem, {"voxels": problem.pipeline.stages[1].model}, CONFIG, seed=3, models_unop=op
+    )
+    assert all(
+        torch.equal(a.preferred, b.rejected) and a.reward_preferred == b.reward_rejected
+        for a, b in zip(turned, made, strict=True)
+    )
 
 
 def test_of_three_stages_only_the_one_behind_differs():
     problem = tiny_problem(stages=3)
-    models = {"voxels": tuned(problem.pipeline.stages[1].model), "detail": tuned(problem.pipeline.stages[2].model)}
+    models = {
+        "voxels": tuned(problem.pipeline.stages[1].model),
+        "detail": tuned(problem.pipeline.stages[2].model),
+    }
     middle = make_loop_pairs(problem, models, CONFIG, seed=1, stage="voxels")
-    assert isinstance(middle[0].preferred, SparseSample) and {p.provenance["sampled_stage"] for p in middle} == {"detail"}
+    assert isinstance(middle[0].preferred, SparseSample) and {
+        p.provenance["sampled_stage"] for p in middle
+    } == {"detail"}
     same_middle = {"voxels": problem.pipeline.stages[1].model, "detail": models["detail"]}
     first = make_loop_pairs(problem, same_middle, CONFIG, seed=1, stage="structure")
     assert all(p.provenance[SAME] for p in first)  # the last stage's tuning is on both sides
@@ -121,9 +143,13 @@ def test_rewards_that_are_not_finite_are_refused(problem, op):
 
 def test_roles(made):
     turned = with_roles(made, "reward")
-    assert all(p.reward_preferred >= p.reward_rejected for p in turned) and with_roles(made, "op") == list(made)
+    assert all(p.reward_preferred >= p.reward_rejected for p in turned) and with_roles(made, "op") == list(
+        made
+    )
     swapped = [(a, b) for a, b in zip(made, turned, strict=True) if b.provenance.get("turned")]
-    assert swapped and all(torch.equal(a.preferred, b.rejected) and torch.equal(a.rejected, b.preferred) for a, b in swapped)
+    assert swapped and all(
+        torch.equal(a.preferred, b.rejected) and torch.equal(a.rejected, b.preferred) for a, b in swapped
+    )
 
 
 def test_an_interrupted_making_keeps_its_chunks(problem, op, made, tmp_path, monkeypatch):
@@ -144,7 +170,10 @@ def test_an_interrupted_making_keeps_its_chunks(problem, op, made, tmp_path, mon
     assert calls == [5, 5, 5, 2]  # the first chunk was kept
     pairs, _ = read_pairs(place, problem.pipeline.stages[0])
     assert [p.id for p in pairs] == [p.id for p in made] and found["pairs"] == len(made)
-    assert all(torch.equal(a.preferred, b.preferred) and a.reward_rejected == b.reward_rejected for a, b in zip(pairs, made, strict=True))
+    assert all(
+        torch.equal(a.preferred, b.preferred) and a.reward_rejected == b.reward_rejected
+        for a, b in zip(pairs, made, strict=True)
+    )
     assert not (tmp_path / "chunks").exists()
 
 
@@ -153,12 +182,18 @@ def test_an_interrupted_making_keeps_its_chunks(problem, op, made, tmp_path, mon
 
 def scored(rewards, sparse=False, **columns):
     """A pair per (preferred, rejected) reward."""
-    return [pair_of(i, sparse, reward_preferred=float(a), reward_rejected=float(b), **columns) for i, (a, b) in enumerate(rewards)]
+    return [
+        pair_of(i, sparse, reward_preferred=float(a), reward_rejected=float(b), **columns)
+        for i, (a, b) in enumerate(rewards)
+    ]
 
 
 def test_win_shares_count_wins_and_sum_to_one():
     rewards = torch.tensor([0.3, -1.0, 2.0, 0.3, 0.0])
-    wins = [sum(1.0 if a > b else 0.5 for j, b in enumerate(rewards) if j != i and a >= b) for i, a in enumerate(rewards)]
+    wins = [
+        sum(1.0 if a > b else 0.5 for j, b in enumerate(rewards) if j != i and a >= b)
+        for i, a in enumerate(rewards)
+    ]
     torch.testing.assert_close(win_shares(rewards), 2 * torch.tensor(wins, dtype=torch.float64) / 20)
     assert win_shares(rewards).sum().item() == pytest.approx(1)
 
@@ -178,7 +213,11 @@ def test_weigh_keeps_exactly_the_positive_gaps():
     pairs = scored(rewards.tolist())
     kept, report = weigh(pairs)
     assert [p.id for p in kept] == [p.id for p in pairs if p.reward_preferred > p.reward_rejected]
-    assert report["pairs"] == 40 and report["kept"] == len(kept) and report["dropped"] == {"same_structure": 0, "w1": 40 - len(kept)}
+    assert (
+        report["pairs"] == 40
+        and report["kept"] == len(kept)
+        and report["dropped"] == {"same_structure": 0, "w1": 40 - len(kept)}
+    )
     assert all(p.w1 > 0 for p in kept) and report["w1"]["min"] < 0 and report["reward_gap"]["min"] > 0
 
 
@@ -187,7 +226,8 @@ def test_w2_has_mean_one_over_the_kept_and_orders_by_gap():
     gaps = torch.tensor([0.1, 2.0, 0.7], dtype=torch.float64)
     expected = torch.sigmoid(gaps) / torch.sigmoid(gaps).mean()
     torch.testing.assert_close(torch.tensor([p.w2 for p in kept], dtype=torch.float64), expected)
-    assert report["w2"]["mean"] == pytest.approx(1) and report["w2"]["max"] / report["w2"]["min"] < 2  # after the filter, sigmoid > 1/2
+    # after the filter, sigmoid > 1/2
+    assert report["w2"]["mean"] == pytest.approx(1) and report["w2"]["max"] / report["w2"]["min"] < 2
 
 
 def test_ablations_switch_one_column_each():
@@ -196,7 +236,9 @@ def test_ablations_switch_one_column_each():
     assert len(unfiltered) == 3 and unfiltered[1].w1 < 0 and report["dropped"]["w1"] == 0
     assert sum(p.w2 for p in unfiltered) / 3 == pytest.approx(1)
     unweighted, report = weigh(pairs, use_w2=False)
-    assert len(unweighted) == 2 and all(p.w2 is None and p.w1 > 0 for p in unweighted) and report["w2"] is None
+    assert (
+        len(unweighted) == 2 and all(p.w2 is None and p.w1 > 0 for p in unweighted) and report["w2"] is None
+    )
     neither, report = weigh([pair_of(0)], use_w1=False, use_w2=False)
     assert len(neither) == 1 and neither[0].w1 is None and report["w1"] is None
 
@@ -212,11 +254,14 @@ def test_w1_counts_all_candidates_of_a_condition():
 
 
 def test_pairs_of_one_structure_are_dropped_and_counted():
-    a, b = voxels(0), voxels(1)
+    a = voxels(0)
+    b = voxels(1)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     shuffled = SparseSample(a.coords[order], a.feats[order])
     one = pair_of(0, True)
-    assert same_structure(replace(one, preferred=a, rejected=shuffled)) and not same_structure(replace(one, preferred=a, rejected=b))
+    assert same_structure(replace(one, preferred=a, rejected=shuffled)) and not same_structure(
+        replace(one, preferred=a, rejected=b)
+    )
     assert not same_structure(replace(one, preferred=a, rejected=SparseSample(a.coords, a.feats + 0.1)))
     grid = dense(0)
     assert same_structure(replace(pair_of(0), preferred=grid, rejected=grid * (1 + 1e-6)))

@@ -21,7 +21,16 @@ from eg3d_rlhf.tuning.flow.generate import generate
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs, write_pairs
 from eg3d_rlhf.tuning.flow.stage import CONVENTION, check_convention
 from tests.modes.flow_works import flow
-from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import CONTENT, LATENTS, NAMES, C, E, L, tokens, write_hunyuan3d
+from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import (
+    CONTENT,
+    LATENTS,
+    NAMES,
+    C,
+    E,
+    L,
+    tokens,
+    write_hunyuan3d,
+)
 
 FEW = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --device=cpu".split()
 
@@ -34,7 +43,10 @@ def root(tmp_path, monkeypatch):
 
 def read(path):
     """The sections, apart from the file that they came from, which may then be written anew."""
-    return {section: {name: x.clone() for name, x in of.items()} for section, of in family.read_sections(path / "model.fp16.ckpt").items()}
+    return {
+        section: {name: x.clone() for name, x in of.items()}
+        for section, of in family.read_sections(path / "model.fp16.ckpt").items()
+    }
 
 
 def write(path, sections):
@@ -43,14 +55,26 @@ def write(path, sections):
 
 def make_pairs(tmp_path, shape=(LATENTS, C), conditions=None):
     g = torch.Generator().manual_seed(3)
-    pairs = [PreferencePair(id=str(i), condition=NAMES[i % 4], stage="shape", preferred=1 + torch.randn(shape, generator=g),
-                            rejected=torch.randn(shape, generator=g)) for i in range(8)]  # fmt: skip
+    pairs = [
+        PreferencePair(
+            id=str(i),
+            condition=NAMES[i % 4],
+            stage="shape",
+            preferred=1 + torch.randn(shape, generator=g),
+            rejected=torch.randn(shape, generator=g),
+        )
+        for i in range(8)
+    ]
     write_pairs(tmp_path / "PAIRS" / "shape", pairs, {"convention": CONVENTION})
     write_conditions(tmp_path / "PAIRS" / "conditions.safetensors", conditions or tokens())
 
 
 def run(tmp_path):
-    folders = [f"--pipeline={tmp_path / 'ROOT'}", f"--pairs={tmp_path / 'PAIRS'}", f"--outdir={tmp_path / 'runs'}"]
+    folders = [
+        f"--pipeline={tmp_path / 'ROOT'}",
+        f"--pairs={tmp_path / 'PAIRS'}",
+        f"--outdir={tmp_path / 'runs'}",
+    ]
     return CliRunner().invoke(train.main, ["--mode=circular-dpo", "--stage=shape", *folders, *FEW])
 
 
@@ -73,10 +97,15 @@ def test_one_stage_is_tuned_kept_merged_and_sampled(root, tmp_path):
     assert after.shape == (LATENTS, C) and not torch.equal(before, after)
     (root / "LICENSE").write_text("terms")
     report = export(root, tmp_path / "TUNED", {"shape": out / "shape"})
-    assert report["kept"] == ["LICENSE", f"{family.FOLDER}/{family.CONFIG}"] and (tmp_path / "TUNED" / "LICENSE").read_text() == "terms"
+    assert (
+        report["kept"] == ["LICENSE", f"{family.FOLDER}/{family.CONFIG}"]
+        and (tmp_path / "TUNED" / "LICENSE").read_text() == "terms"
+    )
     notice = (tmp_path / "TUNED" / "Notice").read_text()
     assert family.FOLDER in notice and "LICENSE" in notice and 0 < report["tuned"]["shape"]["rounding"] < 0.5
-    old, new = (family.read_sections(path / "model.fp16.ckpt") for path in (root, tmp_path / "TUNED" / family.FOLDER))
+    old, new = (
+        family.read_sections(path / "model.fp16.ckpt") for path in (root, tmp_path / "TUNED" / family.FOLDER)
+    )
     assert all(torch.equal(old[s][n], new[s][n]) for s in ("vae", "conditioner") for n in old[s])
     changed = {name for name in old["model"] if not torch.equal(old["model"][name], new["model"][name])}
     assert changed and {name.split(".")[-2] for name in changed} == {"to_q", "to_k", "to_v", "out_proj"}
@@ -88,10 +117,13 @@ def test_a_network_with_its_data_at_the_other_end_is_refused(root):
     pipeline = family.load(root, tokens())
     (stage,) = pipeline.stages
     x_0 = torch.full([4, LATENTS, C], 0.5)
-    stage.call = lambda module, x, t, cond: (0.5 - x) / (1 - t).clamp_min(1e-3).view(-1, 1, 1)  # towards data at 1, where all is 0.5
+    # towards data at 1, where all is 0.5
+    stage.call = lambda module, x, t, cond: (0.5 - x) / (1 - t).clamp_min(1e-3).view(-1, 1, 1)
     check_convention(stage, x_0, pipeline.conditions(NAMES, "shape"))
     stage.call = lambda module, x, t, cond: (x - 0.5) / t.clamp_min(1e-3).view(-1, 1, 1)
-    with pytest.raises(ValueError, match="stage 'shape': expected velocities of the convention with data at t = 1"):
+    with pytest.raises(
+        ValueError, match="stage 'shape': expected velocities of the convention with data at t = 1"
+    ):
         check_convention(stage, x_0, pipeline.conditions(NAMES, "shape"))
 
 
@@ -100,12 +132,26 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(root, tmp_path):
     sections = read(root)
     for section, name in (("model", "blocks.4.moe.gate.weight"), ("vae", "post_kl.bias")):
         lacking = {**sections, section: {n: x for n, x in sections[section].items() if n != name}}
-        renamed = {**sections, section: {n + ("x" if n == name else ""): x for n, x in sections[section].items()}}
-        misshapen = {**sections, section: {n: x[None] if n == name else x for n, x in sections[section].items()}}
-        for content, message in ((lacking, f"missing: {name}."), (renamed, f"unexpected: {name}x"), (misshapen, f"misshapen: {name} [1, ")):
+        renamed = {
+            **sections,
+            section: {n + ("x" if n == name else ""): x for n, x in sections[section].items()},
+        }
+        misshapen = {
+            **sections,
+            section: {n: x[None] if n == name else x for n, x in sections[section].items()},
+        }
+        for content, message in (
+            (lacking, f"missing: {name}."),
+            (renamed, f"unexpected: {name}x"),
+            (misshapen, f"misshapen: {name} [1, "),
+        ):
             write(root, content)
             done = run(tmp_path)
-            assert done.exit_code == 2 and f"model.fp16.ckpt, {section}" in done.output and message in done.output, done.output
+            assert (
+                done.exit_code == 2
+                and f"model.fp16.ckpt, {section}" in done.output
+                and message in done.output
+            ), done.output
             assert "Traceback" not in done.output
     write(root, {**sections, "model": {}})
     assert "expected sections model, vae, got none for model" in run(tmp_path).output
@@ -120,7 +166,9 @@ def test_latents_and_conditions_of_others_are_refused(root, tmp_path):
     make_pairs(tmp_path, shape=(C, 2, 2, 2))
     done = run(tmp_path)
     assert done.exit_code == 2 and f"expected [{LATENTS}, {C}], got [{C}, 2, 2, 2]" in done.output
-    other = Conditions(tokens={name: {"main": torch.zeros(L, E + 1)} for name in NAMES}, encoder="CLIP", zero_null=True)
+    other = Conditions(
+        tokens={name: {"main": torch.zeros(L, E + 1)} for name in NAMES}, encoder="CLIP", zero_null=True
+    )
     make_pairs(tmp_path, conditions=other)
     done = run(tmp_path)
     assert done.exit_code == 2 and "got those of CLIP. Embed them with" in done.output
@@ -150,8 +198,16 @@ def test_configs_of_other_networks_are_refused(root):
     refused("pipeline", "got Hunyuan3DPaintPipeline", target="hy3dgen.texgen.Hunyuan3DPaintPipeline")
     refused("vae", "one size in model, vae and conditioner", params={"embed_dim": 5})
     refused("vae", "geo_decoder_downsample_ratio 1", params={"geo_decoder_downsample_ratio": 2})
-    refused("conditioner", "expected one DinoImageEncoder with its config", params={"main_image_encoder": {"type": "Clip"}})
-    refused("conditioner", "expected one DinoImageEncoder with its config", params={"main_image_encoder": ["Dino"]})
+    refused(
+        "conditioner",
+        "expected one DinoImageEncoder with its config",
+        params={"main_image_encoder": {"type": "Clip"}},
+    )
+    refused(
+        "conditioner",
+        "expected one DinoImageEncoder with its config",
+        params={"main_image_encoder": ["Dino"]},
+    )
     (root / family.CONFIG).write_text("a: [")
     with pytest.raises(ValueError, match="expected YAML, got"):
         family.read_files(root)
@@ -173,7 +229,10 @@ def test_pictures_become_tokens_and_the_file_says_of_what(root, tmp_path):
     assert made.form == {"main": [L, E]} and made.zero_null and made.null(2)["main"].abs().max() == 0
     family.load(root, made)
     assert "512 pixels with a border of 0.15" in made.encoder
-    other = {**CONTENT, "image_processor": {"target": "a.ImageProcessorV2", "params": {"size": 64, "border_ratio": 0.3}}}
+    other = {
+        **CONTENT,
+        "image_processor": {"target": "a.ImageProcessorV2", "params": {"size": 64, "border_ratio": 0.3}},
+    }
     (root / family.CONFIG).write_text(yaml.safe_dump(other))
     assert family.read_files(root).picture == 64
     with pytest.raises(ValueError, match="pictures of 64 pixels .* Embed them with"):
@@ -190,19 +249,25 @@ def test_settings_that_change_nothing_are_accepted(root):
 
     params = {**CONTENT["model"]["params"], "mlp_ratio": 2.0, "windows": 3}
     assert written(model={**CONTENT["model"], "params": params}).model == written().model
-    shifted = {"target": "a.FlowMatchEulerDiscreteScheduler", "params": {"shift": 3.0, "num_train_timesteps": 7}}
+    shifted = {
+        "target": "a.FlowMatchEulerDiscreteScheduler",
+        "params": {"shift": 3.0, "num_train_timesteps": 7},
+    }
     assert written(scheduler=shifted).shift == 3.0
     null = {"target": "a.ImageProcessorV2", "params": {"size": 256, "border_ratio": None}}
     made = written(image_processor=null)
     assert (made.picture, made.border) == (256, 0.15)
     kwargs = {"config": CONTENT["conditioner"]["params"]["main_image_encoder"]["kwargs"]["config"]}
     encoder = {"main_image_encoder": {"type": "DinoImageEncoder", "kwargs": kwargs}}
-    assert written(conditioner={**CONTENT["conditioner"], "params": encoder}).tokens == [257, E]  # pictures of 224 pixels
+    # pictures of 224 pixels
+    assert written(conditioner={**CONTENT["conditioner"], "params": encoder}).tokens == [257, E]
 
 
 def test_sections_that_are_not_needed_may_be_missing(root):
     sections = read(root)
-    half = {name: tensor for name, tensor in sections["vae"].items() if not name.startswith(family.ENCODER_HALF)}
+    half = {
+        name: tensor for name, tensor in sections["vae"].items() if not name.startswith(family.ENCODER_HALF)
+    }
     write(root, {"model": sections["model"], "vae": {**half, "more": torch.zeros(1)}})
     pipeline = family.load(root, tokens())
     assert generate(pipeline, ["lamp"], [0])[0].latent.isfinite().all()
@@ -217,7 +282,9 @@ def test_meshes_of_ones_own_become_pairs(root, tmp_path):
     sections = read(root)
     (tmp_path / "REPO" / family.VAE_FOLDER).mkdir(parents=True)
     torch.save(dict(sections["vae"]), tmp_path / "REPO" / family.VAE_FOLDER / "model.fp16.ckpt")
-    half = {name: tensor for name, tensor in sections["vae"].items() if not name.startswith(family.ENCODER_HALF)}
+    half = {
+        name: tensor for name, tensor in sections["vae"].items() if not name.startswith(family.ENCODER_HALF)
+    }
     root = root.rename(tmp_path / "REPO" / family.FOLDER)
     write(root, {**sections, "vae": half})
     (tmp_path / "ASSETS").mkdir()
@@ -228,14 +295,19 @@ def test_meshes_of_ones_own_become_pairs(root, tmp_path):
     (tmp_path / "ASSETS" / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_conditions(tmp_path / "ASSETS" / "conditions.safetensors", tokens())
 
-    work, ranked = tmp_path / "WORK", f"--labels={tmp_path / 'ASSETS'}"
+    work = tmp_path / "WORK"
+    ranked = f"--labels={tmp_path / 'ASSETS'}"
     flow("new", work, f"--pipeline={tmp_path / 'REPO'}", f"--conditions={tmp_path / 'ASSETS'}")
     assert "pairs with a majority: 1 of stage shape" in flow("tune", work, ranked, "--pairs-only")
     (pair,), _ = read_pairs(work / "pairs" / "shape", family.load(tmp_path / "REPO", tokens()).stages[0])
     assert pair.preferred.shape == (LATENTS, C) and not torch.equal(pair.preferred, pair.rejected)
-    again = family.load(tmp_path / "REPO", None).encode([family.read_mesh(tmp_path / "ASSETS" / "1.obj")])[0]["shape"]
+    again = family.load(tmp_path / "REPO", None).encode([family.read_mesh(tmp_path / "ASSETS" / "1.obj")])[0][
+        "shape"
+    ]
     assert torch.equal(again, pair.preferred)
-    assert "belongs to generators that encode assets so, not to hunyuan3d" in flow("tune", work, ranked, "--set=views=3", code=2)
+    assert "belongs to generators that encode assets so, not to hunyuan3d" in flow(
+        "tune", work, ranked, "--set=views=3", code=2
+    )
     lines[1]["asset"] = "none.obj"
     (tmp_path / "ASSETS" / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "ASSETS/ranking.jsonl, line 2: " in flow("tune", work, ranked, code=2)
@@ -261,16 +333,25 @@ def test_a_shape_without_a_surface_leaves_a_text_and_one_of_no_numbers_an_error(
 
 
 def test_held_out_labels_of_one_stage_are_used_and_flags_that_do_nothing_refused(root, tmp_path):
-    """A fifth of the conditions used to be held out and never looked at; flags of a judge that is not there were taken."""
+    """A fifth of the conditions used to be held out and never looked at; flags of a judge that is not there
+    were taken.
+    """
     make_pairs(tmp_path)
     folders = [f"--pipeline={root}", f"--pairs={tmp_path / 'PAIRS'}", f"--outdir={tmp_path / 'runs'}"]
 
     def go(*flags):
-        return CliRunner().invoke(train.main, ["--mode=circular-dpo", "--stage=shape", *folders, *FEW[:4], "--device=cpu", *flags])
+        return CliRunner().invoke(
+            train.main, ["--mode=circular-dpo", "--stage=shape", *folders, *FEW[:4], "--device=cpu", *flags]
+        )
 
-    for flag, named in (("--table-noises=2", "--table-noises"), ("--set=choose_noises=2", "--set choose_noises")):
+    for flag, named in (
+        ("--table-noises=2", "--table-noises"),
+        ("--set=choose_noises=2", "--set choose_noises"),
+    ):
         refused = go(flag)
-        assert refused.exit_code == 2 and f"{named}" in refused.output and "have a judge" in refused.output, refused.output
+        assert refused.exit_code == 2 and f"{named}" in refused.output and "have a judge" in refused.output, (
+            refused.output
+        )
     done = go("--set=held_out_every=1", "--set=patience=1")
     assert done.exit_code == 0 and re.search(r"held_out +[01]\.\d{3}", done.output), done.output
     (stats,) = (tmp_path / "runs" / "artefacts").glob("shape-human-*/training/stats.jsonl")

@@ -1,4 +1,6 @@
-"""train.py --mode=offline from the outside: its flags, what it refuses, and whole runs on a tiny problem and on a folder of points."""
+"""train.py --mode=offline from the outside: its flags, what it refuses, and whole runs on a tiny problem and
+on a folder of points.
+"""
 
 import json
 from dataclasses import replace
@@ -31,9 +33,16 @@ from tests.tuning.flow.tiny_points import conditions, write_folder
 from tests.tuning.flow.tiny_problem import human_pairs, tiny_problem
 
 SHORT = {
-    "lora": LoraConfig(rank=2, alpha=4), "steps": 4, "batch": 4, "lr": 0.02, "warmup": 1, "log_every": 2, "checkpoint_every": 2,
-    "held_out_every": 2, "max_drop": 1.0,
-}  # fmt: skip
+    "lora": LoraConfig(rank=2, alpha=4),
+    "steps": 4,
+    "batch": 4,
+    "lr": 0.02,
+    "warmup": 1,
+    "log_every": 2,
+    "checkpoint_every": 2,
+    "held_out_every": 2,
+    "max_drop": 1.0,
+}
 
 
 def run(*flags: str):
@@ -41,15 +50,24 @@ def run(*flags: str):
 
 
 MISTAKES = {
-    "arms": (["--arms=labels,ppo"], "--arms: expected some of labels, shuffled, inverted, dpo, dpo-shuffled, dpo-inverted, each once"),
+    "arms": (
+        ["--arms=labels,ppo"],
+        "--arms: expected some of labels, shuffled, inverted, dpo, dpo-shuffled, dpo-inverted, each once",
+    ),
     "jobs": (["--jobs=2"], "--jobs: belongs to several trainings"),
     "no table": (["--set=no_summary=true", "--table-noises=4"], "--table-noises: belongs to the table"),
     "assets": (["--assets=x"], "--assets: belongs to --pipeline=DIR"),
     "no assets": (["--pipeline={tmp}"], "--assets: expected the folder that `flow draw` wrote"),
     "trust": (["--loss=dgpo", "--trust=1"], "--trust: belongs to --loss=nft"),
     "group": (["--group=4"], "--group: belongs to --loss=dgpo"),
-    "no labels": (["--labels={tmp}/none.jsonl"], "--labels: expected a .jsonl file of labels, got nothing at"),
-    "all good": (["--labels={tmp}/good.jsonl"], "good.jsonl, lines 1 to 2: expected some of both, got 2 that are all good"),
+    "no labels": (
+        ["--labels={tmp}/none.jsonl"],
+        "--labels: expected a .jsonl file of labels, got nothing at",
+    ),
+    "all good": (
+        ["--labels={tmp}/good.jsonl"],
+        "good.jsonl, lines 1 to 2: expected some of both, got 2 that are all good",
+    ),
     "stage": (["--stage=nose"], "expected one of structure, voxels, got 'nose'"),
 }
 
@@ -57,15 +75,27 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_in_flags(case, tmp_path):
     flags, text = MISTAKES[case]
-    lines = [{"asset": f"{TRAINED[0].replace(' ', '-')}-0-{i:03d}", "condition": TRAINED[0], "thumb": True} for i in range(2)]
+    lines = [
+        {"asset": f"{TRAINED[0].replace(' ', '-')}-0-{i:03d}", "condition": TRAINED[0], "thumb": True}
+        for i in range(2)
+    ]
     (tmp_path / "good.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert_one_line(run(*(f.format(tmp=tmp_path) for f in flags), f"--outdir={tmp_path / 'runs'}"), text.format(tmp=tmp_path))
+    assert_one_line(
+        run(*(f.format(tmp=tmp_path) for f in flags), f"--outdir={tmp_path / 'runs'}"),
+        text.format(tmp=tmp_path),
+    )
     assert not (tmp_path / "runs").exists()
 
 
 def test_flags_reach_their_settings(tmp_path):
-    found = json.loads(run("-n", "--trust=2", "--kl=0.5", "--arms=labels,dpo", "--seed=4", "--set=choose_noises=0").stdout)
-    assert found["singles"]["trust"] == 2 and found["singles"]["kl"] == 0.5 and found["training_seeds"] == [4, 5, 6]
+    found = json.loads(
+        run("-n", "--trust=2", "--kl=0.5", "--arms=labels,dpo", "--seed=4", "--set=choose_noises=0").stdout
+    )
+    assert (
+        found["singles"]["trust"] == 2
+        and found["singles"]["kl"] == 0.5
+        and found["training_seeds"] == [4, 5, 6]
+    )
     assert found["choosing"] is None and found["source"]["labelled"] == "own"
     assert found["singles"]["lr"] == default_run("toy", "nft").singles.lr
     both = json.loads(run("-n", "--arms=labels,dpo", "--lr=0.0003", "--steps=7").stdout)
@@ -76,12 +106,15 @@ def test_flags_reach_their_settings(tmp_path):
 
 def people(kind: str) -> Labelled:
     """The tiny problem's: both of a pair as assets by themselves."""
-    assets, votes = [], []
+    assets = []
+    votes = []
     for pair in human_pairs("structure"):
         voxels = {p.id: p for p in human_pairs("voxels")}[pair.id]
         for side in ("preferred", "rejected"):
             latents = {"structure": getattr(pair, side), "voxels": getattr(voxels, side)}
-            assets.append(Candidate(name=f"{pair.id}-{side}", condition=pair.condition, rank=1, latents=latents))
+            assets.append(
+                Candidate(name=f"{pair.id}-{side}", condition=pair.condition, rank=1, latents=latents)
+            )
             votes.append((assets[-1].name, side == "preferred"))
     return Labelled(assets=assets, goodness=of_votes(votes))
 
@@ -89,12 +122,22 @@ def people(kind: str) -> Labelled:
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
-    monkeypatch.setattr(arms, "open_problem", lambda source, device: replace(tiny_problem(), human_singles=people))
-    monkeypatch.setattr(commands, "default_run", lambda pipeline, loss: arms.OfflineRun(
-        singles=SinglesConfig(loss=loss, **SHORT), dpo=TrainConfig(dpo=DpoConfig(beta=20.0), **SHORT)))  # fmt: skip
+    monkeypatch.setattr(
+        arms, "open_problem", lambda source, device: replace(tiny_problem(), human_singles=people)
+    )
+    monkeypatch.setattr(
+        commands,
+        "default_run",
+        lambda pipeline, loss: arms.OfflineRun(
+            singles=SinglesConfig(loss=loss, **SHORT), dpo=TrainConfig(dpo=DpoConfig(beta=20.0), **SHORT)
+        ),
+    )
 
     def go(*flags: str):
-        result = run(*flags, *([] if any("--resume" in f for f in flags) else [f"--outdir={tmp_path}", "--table-noises=2"]))
+        result = run(
+            *flags,
+            *([] if any("--resume" in f for f in flags) else [f"--outdir={tmp_path}", "--table-noises=2"]),
+        )
         assert result.exit_code == 0, (result.stderr, result.exception)
         return result
 
@@ -108,7 +151,10 @@ def test_a_run_writes_weights_and_a_table(loss, tiny, tmp_path):
     tuned = tuned_model(tiny_problem().pipeline.stages[0].model, folder / "structure")
     assert not torch.equal(tuned.to_out.lora_B.weight, torch.zeros_like(tuned.to_out.lora_B.weight))
     found = json.loads((folder / "offline.json").read_text())
-    assert set(found["arms"]["labels"]["judges"]) == {"final", "chooser", "reward"} and found["arms"]["labels"]["answers"] == 24
+    assert (
+        set(found["arms"]["labels"]["judges"]) == {"final", "chooser", "reward"}
+        and found["arms"]["labels"]["answers"] == 24
+    )
     tiny(f"--resume={folder}")
     assert json.loads((folder / "offline.json").read_text()) == found
 
@@ -116,12 +162,17 @@ def test_a_run_writes_weights_and_a_table(loss, tiny, tmp_path):
 def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
     result = tiny("--arms=labels,shuffled,inverted,dpo,dpo-shuffled,dpo-inverted", "--seeds=2", "--jobs=1")
     found = json.loads((tmp_path / "00000-offline-nft-toy-voxels" / "offline.json").read_text())
-    assert list(found["arms"]) == list(arms.ARMS) and len(found["pairwise"]) == 15 and found["training_seeds"] == [0, 1]
+    assert (
+        list(found["arms"]) == list(arms.ARMS)
+        and len(found["pairwise"]) == 15
+        and found["training_seeds"] == [0, 1]
+    )
     assert found["arms"]["dpo"]["answers"] == 12 and "## Pair by pair, final judge" in result.stdout
 
 
 def test_a_folder_is_tuned_by_thumbs_on_what_it_drew(tmp_path):
-    root, known = write_folder(tmp_path / "ROOT"), tmp_path / "c.safetensors"
+    root = write_folder(tmp_path / "ROOT")
+    known = tmp_path / "c.safetensors"
     write_conditions(known, conditions())
     for command, flags in ((new, [f"--pipeline={root}", f"--conditions={known}", "--each=12"]), (draw, [])):
         done = CliRunner().invoke(command, [str(tmp_path / "WORK"), *flags])
@@ -132,15 +183,31 @@ def test_a_folder_is_tuned_by_thumbs_on_what_it_drew(tmp_path):
     def right(row):
         return float(read_latents(assets / row["latents"])["points"][:, 0].mean())
 
-    middle = {c: sorted(right(row) for row in rows if row["condition"] == c)[6] for c in {row["condition"] for row in rows}}
-    lines = [{"asset": row["look_at"], "condition": row["condition"], "thumb": right(row) >= middle[row["condition"]]} for row in rows]
+    middle = {
+        c: sorted(right(row) for row in rows if row["condition"] == c)[6]
+        for c in {row["condition"] for row in rows}
+    }
+    lines = [
+        {
+            "asset": row["look_at"],
+            "condition": row["condition"],
+            "thumb": right(row) >= middle[row["condition"]],
+        }
+        for row in rows
+    ]
     (assets / "thumbs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     few = "--steps=60 --batch=12 --lr=0.02 --set=warmup=0 --trust=0.1 --lora-rank=4 --device=cpu".split()
-    folders = [f"--pipeline={root}", f"--assets={assets}", f"--conditions={known}", f"--outdir={tmp_path / 'runs'}"]
+    folders = [
+        f"--pipeline={root}",
+        f"--assets={assets}",
+        f"--conditions={known}",
+        f"--outdir={tmp_path / 'runs'}",
+    ]
     done = run(*folders, f"--labels={assets / 'thumbs.jsonl'}", *few)
     assert done.exit_code == 0, (done.output, done.exception)
     (folder,) = (tmp_path / "runs").glob("*-offline-nft-ROOT-points")
-    pipeline, (names, seeds) = point_family.load(root, conditions()), crossed("abcd", 16, 5)
+    pipeline = point_family.load(root, conditions())
+    names, seeds = crossed("abcd", 16, 5)
     before, after = (
         torch.stack([asset[:, 0].mean() for asset in generate(pipeline, names, seeds, models)]).mean()
         for models in ({}, {"points": tuned_model(pipeline.stages[0].model, folder / "points")})

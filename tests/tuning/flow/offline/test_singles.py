@@ -20,7 +20,15 @@ def folder(tmp_path):
     rows = []
     for i, (one, other) in enumerate(zip(structure_pairs(6), voxel_pairs(6), strict=True)):
         write_latents(tmp_path / f"{i}.safetensors", {"structure": one.preferred, "voxels": other.preferred})
-        rows.append({"condition": "ab"[i % 2], "rank": None, "latents": f"{i}.safetensors", "seed": i, "look_at": f"{i}.ply"})
+        rows.append(
+            {
+                "condition": "ab"[i % 2],
+                "rank": None,
+                "latents": f"{i}.safetensors",
+                "seed": i,
+                "look_at": f"{i}.ply",
+            }
+        )
     (tmp_path / "ranking.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
@@ -28,9 +36,13 @@ def folder(tmp_path):
 def test_a_file_of_labels_names_what_people_looked_at(folder):
     said = {"0.ply": True, "2.ply": False, "4.ply": True, "1.ply": True, "3.ply": False}
     labels = folder / "thumbs.jsonl"
-    labels.write_text("".join(json.dumps({"asset": name, "thumb": good}) + "\n" for name, good in said.items()))
+    labels.write_text(
+        "".join(json.dumps({"asset": name, "thumb": good}) + "\n" for name, good in said.items())
+    )
     found = read_labelled(folder, labels, TinyPipeline())
-    expected = of_votes([("000001", True), ("000003", False), ("000005", True)]) | of_votes([("000002", True), ("000004", False)])
+    expected = of_votes([("000001", True), ("000003", False), ("000005", True)]) | of_votes(
+        [("000002", True), ("000004", False)]
+    )
     assert found.goodness == pytest.approx(expected) and len(found.assets) == 6
     singles = found.singles("voxels")
     assert [one.id for one in singles] == ["a/000001", "b/000002", "a/000003", "b/000004", "a/000005"]
@@ -45,23 +57,30 @@ def test_without_labels_the_lists_own_ranks_count(folder):
     path = folder / "ranking.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({**row, "rank": 1 + i // 2}) + "\n" for i, row in enumerate(rows)))
-    assert read_labelled(folder, None, TinyPipeline()).goodness == of_ranks({"000001": 1, "000003": 2, "000005": 3}) | of_ranks(
-        {"000002": 1, "000004": 2, "000006": 3}
-    )
+    assert read_labelled(folder, None, TinyPipeline()).goodness == of_ranks(
+        {"000001": 1, "000003": 2, "000005": 3}
+    ) | of_ranks({"000002": 1, "000004": 2, "000006": 3})
 
 
 def test_what_is_refused(folder):
-    labels, pipeline = folder / "labels.jsonl", TinyPipeline()
-    with pytest.raises(ValueError, match=r"ranking.jsonl, line 1: expected one of thumb, label, score, p, rank, got none"):
+    labels = folder / "labels.jsonl"
+    pipeline = TinyPipeline()
+    with pytest.raises(
+        ValueError, match=r"ranking.jsonl, line 1: expected one of thumb, label, score, p, rank, got none"
+    ):
         read_labelled(folder, None, pipeline)
     labels.write_text('{"asset": "7.ply", "thumb": true}\n')
     with pytest.raises(ValueError, match="labels.jsonl, line 1: expected one of 6 assets"):
         read_labelled(folder, labels, pipeline)
     labels.write_text('{"asset": "0.ply", "thumb": true}\n{"asset": "2.ply", "thumb": false}\n')
     found = read_labelled(folder, labels, pipeline)
-    with pytest.raises(ValueError, match="expected two judged assets or more under a condition to train on, got none of 2"):
+    with pytest.raises(
+        ValueError, match="expected two judged assets or more under a condition to train on, got none of 2"
+    ):
         found.singles("voxels", ["b"])
-    with pytest.raises(ValueError, match="expected latents of stage 'texture', got those of structure, voxels"):
+    with pytest.raises(
+        ValueError, match="expected latents of stage 'texture', got those of structure, voxels"
+    ):
         found.singles("texture")
     with pytest.raises(FileNotFoundError, match="expected a list of ranked assets, got none"):
         read_labelled(folder / "nowhere.jsonl", labels, pipeline)
@@ -75,7 +94,9 @@ def test_the_toys_people_prefer_what_the_oracle_does_and_see_the_same_assets():
         assert all(torch.equal(feats_of(a.latents[stage]), feats_of(b.latents[stage])) for a, b in both)
     decode = ToyPipeline(torch.nn.Identity(), torch.nn.Identity()).decode
     names = [asset.condition for asset in thumbs.assets]
-    scores = LabelOracle()(decode(collate([asset.latents["voxels"] for asset in thumbs.assets])), names).view(6, 40)
+    scores = LabelOracle()(decode(collate([asset.latents["voxels"] for asset in thumbs.assets])), names).view(
+        6, 40
+    )
     for labelled, least in ((thumbs, 0.45), (ranks, 0.7)):
         r = torch.tensor([labelled.goodness[asset.name] for asset in labelled.assets]).view(6, 40)
         found = [float(torch.corrcoef(torch.stack(both))[0, 1]) for both in zip(r, scores, strict=True)]

@@ -1,4 +1,6 @@
-"""Training on single assets: what it learns and leaves alone, equal runs however they are cut, and what is refused."""
+"""Training on single assets: what it learns and leaves alone, equal runs however they are cut, and what is
+refused.
+"""
 
 from dataclasses import replace
 
@@ -28,10 +30,22 @@ from training.distributed import SINGLE, Ranks
 from training.phases import LossNotFiniteError
 
 SETTINGS = {
-    "lora": LoraConfig(rank=2, alpha=4.0, dropout=0.2, targets=("to_out",)), "steps": 40, "batch": 12, "lr": 0.01, "warmup": 5,
-    "held_out_every": 10, "checkpoint_every": 10, "log_every": 5, "seed": 3, "patience": 50, "max_drop": 1.0,
-}  # fmt: skip
-LOSSES = {"nft": SinglesConfig(**SETTINGS), "dgpo": SinglesConfig(**{**SETTINGS, "loss": "dgpo", "beta": 20.0, "batch": 3, "group": 6})}
+    "lora": LoraConfig(rank=2, alpha=4.0, dropout=0.2, targets=("to_out",)),
+    "steps": 40,
+    "batch": 12,
+    "lr": 0.01,
+    "warmup": 5,
+    "held_out_every": 10,
+    "checkpoint_every": 10,
+    "log_every": 5,
+    "seed": 3,
+    "patience": 50,
+    "max_drop": 1.0,
+}
+LOSSES = {
+    "nft": SinglesConfig(**SETTINGS),
+    "dgpo": SinglesConfig(**{**SETTINGS, "loss": "dgpo", "beta": 20.0, "batch": 3, "group": 6}),
+}
 
 
 def singles(n: int = 12, stage: str = "voxels", use: str = "labels") -> list[Single]:
@@ -39,8 +53,9 @@ def singles(n: int = 12, stage: str = "voxels", use: str = "labels") -> list[Sin
     pairs = voxel_pairs(3 * n // 2) if stage == "voxels" else structure_pairs(3 * n // 2)
     made = [
         Single(id=f"{pair.id}-{side}", condition=pair.condition, stage=stage, latent=getattr(pair, side), r=r)
-        for pair in pairs for side, r in (("preferred", 0.8), ("rejected", 0.2))
-    ]  # fmt: skip
+        for pair in pairs
+        for side, r in (("preferred", 0.8), ("rejected", 0.2))
+    ]
     r = as_used({one.id: one.r for one in made}, {one.id: one.condition for one in made}, use, 0)
     return [replace(one, r=r[one.id]) for one in made]
 
@@ -55,14 +70,17 @@ def ranked(made: list[Single]) -> list[Single]:
 
 def run(out, loss="nft", data=None, pipeline=None, stage="voxels", config=None, **options):
     data = data or (singles(stage=stage) if loss == "nft" else ranked(singles(stage=stage)))
-    return train_singles(pipeline or TinyPipeline(), stage, data, config or LOSSES[loss], out, **{"say": silent, **options})
+    return train_singles(
+        pipeline or TinyPipeline(), stage, data, config or LOSSES[loss], out, **{"say": silent, **options}
+    )
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("stage", ["structure", "voxels"])
 def test_it_learns_which_are_good(loss, stage, tmp_path):
     result = run(tmp_path / "run", loss, stage=stage, config=replace(LOSSES[loss], log_every=1))
-    first, last = result.stats[0], result.stats[-1]
+    first = result.stats[0]
+    last = result.stats[-1]
     assert first["distance"] == first["left"] == 0 and first["agreement"] == 0.5
     assert last["agreement"] > 0.7 and last["distance"] > 0 and 0 < last["left"] < 2
     assert all(line["samples"] == (12 if loss == "nft" else 18) for line in result.stats)
@@ -74,7 +92,11 @@ def test_the_win_rate_rises_by_thumbs_and_falls_by_inverted_ones(tmp_path):
     for use in ("labels", "inverted"):
         result = run(tmp_path / use, data=singles(24, use=use), pipeline=pipeline, held_out=judge(pipeline))
         rates[use] = [line["win_rate"] for line in result.stats if "win_rate" in line]
-    assert rates["labels"][0] == rates["inverted"][0] == 0.5 and max(rates["labels"]) > 0.65 and rates["inverted"][-1] < 0.4
+    assert (
+        rates["labels"][0] == rates["inverted"][0] == 0.5
+        and max(rates["labels"]) > 0.65
+        and rates["inverted"][-1] < 0.4
+    )
 
 
 # Closed forms.
@@ -85,8 +107,16 @@ def parts(loss: str, config: SinglesConfig, data):
     stage = stage_of(pipeline, data[0].stage)
     config = replace(config, lora=None)
     policy, reference = policy_and_reference(stage, config)
-    kind, examples = (SingleUpdates, data) if loss == "nft" else (GroupUpdates, list(by_condition(data).values()))
-    return pipeline, stage, policy, reference, kind(pipeline, stage, examples, config, policy, reference, SINGLE)
+    kind, examples = (
+        (SingleUpdates, data) if loss == "nft" else (GroupUpdates, list(by_condition(data).values()))
+    )
+    return (
+        pipeline,
+        stage,
+        policy,
+        reference,
+        kind(pipeline, stage, examples, config, policy, reference, SINGLE),
+    )
 
 
 def gradient(policy) -> torch.Tensor:
@@ -118,16 +148,29 @@ def test_the_gradient_of_a_group_at_the_start_is_that_of_advantages_times_errors
 
 
 def test_a_group_shares_its_time_and_noise_and_assets_by_themselves_do_not():
-    pipeline, data = TinyPipeline(), singles(6, "structure")
+    pipeline = TinyPipeline()
+    data = singles(6, "structure")
     stage = stage_of(pipeline, "structure")
     drawn = {
-        names: draw_singles(pipeline, stage, data, [one.condition if names == "shared" else one.id for one in data], 0, 0, "cpu")
+        names: draw_singles(
+            pipeline,
+            stage,
+            data,
+            [one.condition if names == "shared" else one.id for one in data],
+            0,
+            0,
+            "cpu",
+        )
         for names in ("shared", "own")
     }
-    noise = {name: draw.target + torch.stack([one.latent for one in data]) for name, draw in drawn.items()}  # (1 - s) eps
+    # (1 - s) eps
+    noise = {name: draw.target + torch.stack([one.latent for one in data]) for name, draw in drawn.items()}
     same = torch.tensor([[a.condition == b.condition for b in data] for a in data])
     assert torch.equal(torch.cdist(noise["shared"].flatten(1), noise["shared"].flatten(1)) < 1e-3, same)
-    assert torch.equal(drawn["shared"].t[:, None] == drawn["shared"].t, same) and len(drawn["own"].t.unique()) > 12
+    assert (
+        torch.equal(drawn["shared"].t[:, None] == drawn["shared"].t, same)
+        and len(drawn["own"].t.unique()) > 12
+    )
     assert drawn["own"].t.min() >= 0.02  # where several may stand
 
 
@@ -135,7 +178,9 @@ def test_members_of_a_large_group_change_with_the_pass_alone():
     data = [replace(one, condition="a") for one in ranked(singles(12))]
     *_, updates = parts("dgpo", LOSSES["dgpo"], data)
     first, again, second = (updates.members(data, epoch) for epoch in (0, 0, 1))
-    assert [one.id for one in first] == [one.id for one in again] != [one.id for one in second] and len(first) == 6
+    assert [one.id for one in first] == [one.id for one in again] != [one.id for one in second] and len(
+        first
+    ) == 6
 
 
 # Equal runs.
@@ -146,7 +191,13 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(loss, tmp_path):
     pipeline = TinyPipeline()
     straight = run(tmp_path / "straight", loss, pipeline=pipeline, held_out=judge(pipeline))
     with pytest.raises(StoppedError):
-        run(tmp_path / "cut", loss, pipeline=pipeline, held_out=judge(pipeline), say=at("step     25/", interrupt_by_signal))
+        run(
+            tmp_path / "cut",
+            loss,
+            pipeline=pipeline,
+            held_out=judge(pipeline),
+            say=at("step     25/", interrupt_by_signal),
+        )
     resumed = run(tmp_path / "cut", loss, pipeline=pipeline, held_out=judge(pipeline), resume=True)
     assert resumed.stats == straight.stats and contents(tmp_path / "cut") == contents(tmp_path / "straight")
 
@@ -161,7 +212,10 @@ def interrupt_by_signal():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_passes_do_not_change_what_is_learned(loss, tmp_path):
     config = replace(LOSSES[loss], lora=replace(SETTINGS["lora"], dropout=0.0), steps=6)
-    whole, cut = (run(tmp_path / str(size), loss, config=replace(config, batch_gpu=size)) for size in (None, 3 if loss == "nft" else 1))
+    whole, cut = (
+        run(tmp_path / str(size), loss, config=replace(config, batch_gpu=size))
+        for size in (None, 3 if loss == "nft" else 1)
+    )
     for a, b in zip(whole.stats, cut.stats, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
@@ -177,7 +231,10 @@ def test_the_stage_itself_is_left_as_it_is(tmp_path):
 
 BROKEN = {
     "none": ([], "expected labelled assets"),
-    "even": ([replace(one, r=0.5) for one in singles(2)], "expected labels that tell assets apart, got 6 that are even"),
+    "even": (
+        [replace(one, r=0.5) for one in singles(2)],
+        "expected labels that tell assets apart, got 6 that are even",
+    ),
     "twice": (singles(2) * 2, "expected every id once, got 6 repeated"),
     "another stage": (singles(2, "structure"), "expected assets of this stage"),
     "r": ([replace(one, r=1.2) for one in singles(2)], "expected r from 0 to 1, got 1.2"),

@@ -23,16 +23,27 @@ from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from tests.tuning.flow.circular.test_commands import assert_one_line
 from tests.tuning.flow.tiny_problem import full, tiny_problem
 
-SHORT = {"steps": 4, "batch": 2, "lr": 0.02, "warmup": 1, "log_every": 2, "checkpoint_every": 2, "held_out_every": 2, "max_drop": 1.0}
+SHORT = {
+    "steps": 4,
+    "batch": 2,
+    "lr": 0.02,
+    "warmup": 1,
+    "log_every": 2,
+    "checkpoint_every": 2,
+    "held_out_every": 2,
+    "max_drop": 1.0,
+}
 LORA = LoraConfig(rank=2, alpha=4)
 ONE = OnlineConfig(lora=LORA, group=4, sampler_steps=3, max_away=None, **SHORT)
 TINY = OnlineRun(
-    losses=Losses(**{
-        name: replace(ONE, loss=name.removesuffix("_plain").replace("_", "-"))
-        for name in ("nft", "grpo", "grpo_plain", "grpo_guard", "dppo", "dgpo")
-    }),
+    losses=Losses(
+        **{
+            name: replace(ONE, loss=name.removesuffix("_plain").replace("_", "-"))
+            for name in ("nft", "grpo", "grpo_plain", "grpo_guard", "dppo", "dgpo")
+        }
+    ),
     dpo=TrainConfig(dpo=DpoConfig(beta=20.0), lora=LORA, **SHORT),
-)  # fmt: skip
+)
 
 
 def run(*flags: str, mode: str = "online"):
@@ -40,22 +51,36 @@ def run(*flags: str, mode: str = "online"):
 
 
 MISTAKES = {
-    "arms": (["--arms=grpo,ppo"], "--arms: expected some of nft, grpo, grpo-plain, grpo-guard, dppo, dgpo, dpo"),
+    "arms": (
+        ["--arms=grpo,ppo"],
+        "--arms: expected some of nft, grpo, grpo-plain, grpo-guard, dppo, dgpo, dpo",
+    ),
     "loss and arms": (["--arms=grpo,nft", "--loss=nft"], "--loss: belongs to a run without --arms"),
     "jobs": (["--jobs=2"], "--jobs: belongs to several trainings"),
     "dropout": (["--set=lora_dropout=0.1"], "expected adapters without dropout"),
     "no table": (["--set=no_summary=true", "--table-noises=4"], "--table-noises: belongs to the table"),
-    "steps": (["--loss=grpo", "--set=trained_steps=8"],
-              "--set trained_steps=VALUE: expected at most all steps of the sampler but the last, got 8 of"),
-    "window": (["--loss=grpo", "--window=9", "--set=window_end=9"], "window: expected 1 or more of the sampler's steps 0 to 3, got 9"),
+    "steps": (
+        ["--loss=grpo", "--set=trained_steps=8"],
+        "--set trained_steps=VALUE: expected at most all steps of the sampler but the last, got 8 of",
+    ),
+    "window": (
+        ["--loss=grpo", "--window=9", "--set=window_end=9"],
+        "window: expected 1 or more of the sampler's steps 0 to 3, got 9",
+    ),
     "window of nft": (["--window=2"], "--window: belongs to losses on the sampler's steps"),
     "nft's": (["--loss=dgpo", "--set=curvature=0.5"], "--set curvature=VALUE: belongs to --loss=nft"),
     "toy's reward": (["--pairs=x"], "--pairs: belongs to --pipeline=DIR"),
     "reward": (["--reward=nose"], "--reward: expected one of own"),
-    "weight": (["--reward=own:-1"], "--reward: expected names with commas, each with :WEIGHT above 0 or without, got 'own:-1'"),
+    "weight": (
+        ["--reward=own:-1"],
+        "--reward: expected names with commas, each with :WEIGHT above 0 or without, got 'own:-1'",
+    ),
     "several": (["--reward=own,nose", "--advantage=group"], "--advantage: belongs to one reward"),
-    "gate": (["--gate=nose"], "--gate: expected some of chooser, overlap, symmetry, pieces, colour, got 'nose'"),
-}  # fmt: skip
+    "gate": (
+        ["--gate=nose"],
+        "--gate: expected some of chooser, overlap, symmetry, pieces, colour, got 'nose'",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", MISTAKES)
@@ -74,18 +99,35 @@ def test_a_group_of_one_is_refused():
 def test_flags_reach_their_settings(tmp_path):
     flags = "--kl=2 --group=5 --lora-rank=3 --arms=grpo,dpo --seed=4 --window=1 --set=choose_noises=0".split()
     result = run("-n", *flags, f"--outdir={tmp_path}/x")
-    found, toy = json.loads(result.stdout), default_run("toy")
+    found = json.loads(result.stdout)
+    toy = default_run("toy")
     grpo = found["losses"]["grpo"]
-    assert grpo["kl"] == 2 and grpo["group"] == 5 and found["dpo"]["lora"]["rank"] == grpo["lora"]["rank"] == 3 and grpo["window"] == 1
-    assert found["training_seeds"] == [4, 5, 6] and found["choosing"] is None and grpo["lr"] == toy.losses.grpo.lr
-    assert not (tmp_path / "x").exists() and json.loads(run("-n", "--tune=full").stdout)["losses"]["nft"]["lora"] is None
+    assert (
+        grpo["kl"] == 2
+        and grpo["group"] == 5
+        and found["dpo"]["lora"]["rank"] == grpo["lora"]["rank"] == 3
+        and grpo["window"] == 1
+    )
+    assert (
+        found["training_seeds"] == [4, 5, 6]
+        and found["choosing"] is None
+        and grpo["lr"] == toy.losses.grpo.lr
+    )
+    assert (
+        not (tmp_path / "x").exists()
+        and json.loads(run("-n", "--tune=full").stdout)["losses"]["nft"]["lora"] is None
+    )
 
 
 def test_the_preset_is_grpo_at_every_step():
     found = json.loads(run("-n", mode="grpo").stdout)
     assert found["arms"] == ["grpo"] and found["losses"]["grpo"] == found["losses"]["grpo_plain"]
     assert found["losses"]["grpo"]["window"] is None and found["losses"]["grpo"]["clip_range"] == 1e-3
-    assert found["choosing"] and found["losses"]["grpo"]["steps"] == 50 and json.loads(run("-n").stdout)["arms"] == ["nft"]
+    assert (
+        found["choosing"]
+        and found["losses"]["grpo"]["steps"] == 50
+        and json.loads(run("-n").stdout)["arms"] == ["nft"]
+    )
     every = json.loads(run("-n", "--arms=all").stdout)["arms"]
     assert len(every) == 18 and {divided(arm)[1] for arm in every} == {"reward", "shuffled", "inverted"}
 
@@ -104,7 +146,10 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(commands, "default_run", lambda pipeline, preset: TINY)
 
     def go(*flags: str):
-        result = run(*flags, *([] if any("--resume" in f for f in flags) else [f"--outdir={tmp_path}", "--table-noises=2"]))
+        result = run(
+            *flags,
+            *([] if any("--resume" in f for f in flags) else [f"--outdir={tmp_path}", "--table-noises=2"]),
+        )
         assert result.exit_code == 0, (result.stderr, result.exception)
         return result
 
@@ -119,8 +164,17 @@ def test_a_run_of_the_first_stage_writes_weights_and_a_table(tiny, tmp_path):
     assert not torch.equal(tuned.to_out.lora_B.weight, torch.zeros_like(tuned.to_out.lora_B.weight))
     found = json.loads((folder / "online.json").read_text())
     arm = found["arms"]["grpo"]
-    assert 0 <= arm["reward"]["up"] <= 1 and set(arm["judges"]) == {"final", "chooser", "reward"} and arm["kl"][0] > 0
-    assert found["pairwise"] == {} and arm["samples"] == [4 * 2 * 4] and "reward up on" in result.stdout and "eta" in result.output
+    assert (
+        0 <= arm["reward"]["up"] <= 1
+        and set(arm["judges"]) == {"final", "chooser", "reward"}
+        and arm["kl"][0] > 0
+    )
+    assert (
+        found["pairwise"] == {}
+        and arm["samples"] == [4 * 2 * 4]
+        and "reward up on" in result.stdout
+        and "eta" in result.output
+    )
     lines = [json.loads(line) for line in (folder / "grpo-0" / "stats.jsonl").read_text().splitlines()]
     assert {"watched/chooser", "reward/own", "gated"} <= set(lines[-1])
     tiny(f"--resume={folder}")
@@ -132,8 +186,12 @@ def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
     result = tiny(f"--arms={names}", "--seeds=2", "--jobs=1")
     folder = tmp_path / "00000-online-arms-toy-voxels"
     found = json.loads((folder / "online.json").read_text())
-    assert list(found["arms"]) == names.split(",") and len(found["pairwise"]) == 3  # controls are compared with the base alone
-    assert all(arm["samples"] == [32, 32] for arm in found["arms"].values()) and found["training_seeds"] == [0, 1]
+    # controls are compared with the base alone
+    assert list(found["arms"]) == names.split(",") and len(found["pairwise"]) == 3
+    assert all(arm["samples"] == [32, 32] for arm in found["arms"].values()) and found["training_seeds"] == [
+        0,
+        1,
+    ]
     assert "## Pair by pair, final judge" in result.stdout and (folder / "voxels").is_dir()
 
 
@@ -141,13 +199,23 @@ def test_pairs_of_samples_are_ordered_by_the_reward_within_groups():
     problem = tiny_problem()
     bench = TINY.bench((problem, None), 3)
     pairs = ranked_pairs(bench.task, bench.config("dpo"), 3, batch=8)
-    assert pairs and all(pair.reward_preferred > pair.reward_rejected for pair in pairs) and len(pairs) <= 4 * 2 * 2
-    scored = full(problem.pipeline.decode(collate([pair.preferred for pair in pairs])), [pair.condition for pair in pairs])
+    assert (
+        pairs
+        and all(pair.reward_preferred > pair.reward_rejected for pair in pairs)
+        and len(pairs) <= 4 * 2 * 2
+    )
+    scored = full(
+        problem.pipeline.decode(collate([pair.preferred for pair in pairs])),
+        [pair.condition for pair in pairs],
+    )
     assert torch.equal(scored, torch.tensor([pair.reward_preferred for pair in pairs]))
     assert [p.id for p in ranked_pairs(bench.task, bench.config("dpo"), 3, batch=64)] == [p.id for p in pairs]
     turned = ranked_pairs(bench.task, bench.config("dpo-inverted"), 3, batch=8)
     assert all(pair.reward_preferred > pair.reward_rejected for pair in turned)
-    scored = full(problem.pipeline.decode(collate([pair.preferred for pair in turned])), [pair.condition for pair in turned])
+    scored = full(
+        problem.pipeline.decode(collate([pair.preferred for pair in turned])),
+        [pair.condition for pair in turned],
+    )
     assert torch.equal(scored, -torch.tensor([pair.reward_preferred for pair in turned]))
 
 
@@ -165,4 +233,7 @@ def test_the_reward_rises_on_held_out_conditions_and_the_controls_do_not_raise_i
     results = {task: worker(task) for task in (BASE, *(f"{arm}-3" for arm in ARMS))}
     rows = table(results, settings, {"stage": "voxels"})["arms"]
     assert rows["nft"]["reward"]["up"] >= 0.75 and rows["nft"]["kl"][0] > 0
-    assert rows["nft-shuffled"]["reward"]["up"] < rows["nft"]["reward"]["up"] and rows["nft-inverted"]["reward"]["up"] < 0.3
+    assert (
+        rows["nft-shuffled"]["reward"]["up"] < rows["nft"]["reward"]["up"]
+        and rows["nft-inverted"]["reward"]["up"] < 0.3
+    )

@@ -1,4 +1,6 @@
-"""Online tuning on a generator's own folder, without pairs: points by a network with its data at t = 1, and a plugin's reward."""
+"""Online tuning on a generator's own folder, without pairs: points by a network with its data at t = 1, and a
+plugin's reward.
+"""
 
 import json
 
@@ -13,8 +15,10 @@ from eg3d_rlhf.tuning.flow.online import arms
 from tests.tuning.flow import point_family
 from tests.tuning.flow.tiny_points import conditions, write_folder
 
-FEW = [*"--steps=15 --batch=3 --group=8 --lr=0.02 --kl=0 --lora-rank=4 --device=cpu".split(),
-       *"--set=warmup=0 --set=sampler_steps=4 --set=max_away=9".split()]  # fmt: skip
+FEW = [
+    *"--steps=15 --batch=3 --group=8 --lr=0.02 --kl=0 --lora-rank=4 --device=cpu".split(),
+    *"--set=warmup=0 --set=sampler_steps=4 --set=max_away=9".split(),
+]
 
 
 def to_the_right(assets, names):
@@ -23,7 +27,10 @@ def to_the_right(assets, names):
 
 
 def call(tmp_path, *flags):
-    return CliRunner().invoke(train.main, ["--mode=grpo", f"--pipeline={tmp_path / 'ROOT'}", f"--outdir={tmp_path / 'runs'}", *FEW, *flags])
+    return CliRunner().invoke(
+        train.main,
+        ["--mode=grpo", f"--pipeline={tmp_path / 'ROOT'}", f"--outdir={tmp_path / 'runs'}", *FEW, *flags],
+    )
 
 
 def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
@@ -32,7 +39,10 @@ def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
     known = f"--conditions={tmp_path / 'conditions.safetensors'}"
     monkeypatch.setitem(arms.REWARDS, "right", lambda problem: to_the_right)
     for flags, message in (
-        (["--reward=right"], "--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got none"),
+        (
+            ["--reward=right"],
+            "--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got none",
+        ),
         ([known, "--reward=right", "--set=views=3"], "--set views=VALUE: belongs to other generators"),
         ([known], "--reward: expected the name of one, got none, and this generator brings none"),
     ):

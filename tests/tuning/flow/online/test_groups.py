@@ -1,4 +1,6 @@
-"""Online tuning of the tiny generator: what it learns by each loss, and that it is the same however it is computed or interrupted."""
+"""Online tuning of the tiny generator: what it learns by each loss, and that it is the same however it is
+computed or interrupted.
+"""
 
 import json
 import math
@@ -22,10 +24,24 @@ from tests.tuning.flow.tiny_trainings import at, contents, interrupt, silent
 from training.distributed import SINGLE, Ranks
 
 SETTINGS = {
-    "lora": LoraConfig(rank=2, alpha=4.0, targets=("to_out",)), "steps": 10, "batch": 3, "group": 6, "lr": 0.02, "warmup": 2,
-    "log_every": 2, "checkpoint_every": 3, "held_out_every": 4, "kl": 0.0, "seed": 3, "max_drop": 1.0,
-    "loss": "grpo", "advantage": "group", "passes": 2, "clip_range": 1e-3, "max_away": None,
-}  # fmt: skip
+    "lora": LoraConfig(rank=2, alpha=4.0, targets=("to_out",)),
+    "steps": 10,
+    "batch": 3,
+    "group": 6,
+    "lr": 0.02,
+    "warmup": 2,
+    "log_every": 2,
+    "checkpoint_every": 3,
+    "held_out_every": 4,
+    "kl": 0.0,
+    "seed": 3,
+    "max_drop": 1.0,
+    "loss": "grpo",
+    "advantage": "group",
+    "passes": 2,
+    "clip_range": 1e-3,
+    "max_away": None,
+}
 
 
 def config_of(**changes) -> OnlineConfig:
@@ -34,7 +50,9 @@ def config_of(**changes) -> OnlineConfig:
 
 def task_of(pipeline=None, stage: str = "voxels", reward=likes_target) -> Task:
     pipeline = pipeline or TinyPipeline()
-    return Task(pipeline=pipeline, stage=stage_of(pipeline, stage), rewards={"target": reward}, conditions=NAMES)
+    return Task(
+        pipeline=pipeline, stage=stage_of(pipeline, stage), rewards={"target": reward}, conditions=NAMES
+    )
 
 
 def run(out, task=None, **changes):
@@ -43,7 +61,8 @@ def run(out, task=None, **changes):
 
 
 def updates_of(task=None, ranks=SINGLE, **changes) -> OnlineUpdates:
-    task, config = task or task_of(), config_of(**changes)
+    task = task or task_of()
+    config = config_of(**changes)
     policy, reference = policy_and_reference(task.stage, config)
     return OnlineUpdates(task, config, policy, reference, ranks)
 
@@ -58,26 +77,41 @@ def reward_of(task: Task, folder=None, per_condition=32) -> float:
 
 LOSS = pytest.mark.parametrize("loss", LOSSES)
 OF_LOSS = {  # settings under which a few updates of the tiny generator show what a loss does
-    "nft": {"draws": 4}, "dgpo": {"draws": 4, "group_beta": 10.0, "advantage": "ranks", "decay": "copy"}, "grpo": {},
-    "grpo-guard": {"clip_range": 1e-2}, "dppo": {"clip_range": 1e-3},
-}  # fmt: skip
+    "nft": {"draws": 4},
+    "dgpo": {"draws": 4, "group_beta": 10.0, "advantage": "ranks", "decay": "copy"},
+    "grpo": {},
+    "grpo-guard": {"clip_range": 1e-2},
+    "dppo": {"clip_range": 1e-3},
+}
 
 
 SLOW = pytest.mark.long
 LEARNT = [
-    ("nft", "voxels"), ("grpo", "structure"), ("dgpo", "voxels"),
-    *(pytest.param(*case, marks=SLOW) for case in (("nft", "structure"), ("grpo", "voxels"), ("grpo-guard", "voxels"), ("dppo", "voxels"))),
-]  # fmt: skip
+    ("nft", "voxels"),
+    ("grpo", "structure"),
+    ("dgpo", "voxels"),
+    *(
+        pytest.param(*case, marks=SLOW)
+        for case in (("nft", "structure"), ("grpo", "voxels"), ("grpo-guard", "voxels"), ("dppo", "voxels"))
+    ),
+]
 
 
 @pytest.mark.parametrize(("loss", "stage"), LEARNT)
 def test_the_reward_of_new_samples_rises_and_its_inverse_falls(tmp_path, loss, stage):
     def large(assets, conditions):
-        return torch.tensor([float(len(asset.coords)) for asset in assets]) if stage == "structure" else likes_target(assets, conditions)
+        return (
+            torch.tensor([float(len(asset.coords)) for asset in assets])
+            if stage == "structure"
+            else likes_target(assets, conditions)
+        )
 
     task = task_of(stage=stage, reward=large)
     before = reward_of(task)
-    up, down = (reward_of(task, run(tmp_path / use, task, use=use, loss=loss, **OF_LOSS[loss]).weights) for use in ("reward", "inverted"))
+    up, down = (
+        reward_of(task, run(tmp_path / use, task, use=use, loss=loss, **OF_LOSS[loss]).weights)
+        for use in ("reward", "inverted")
+    )
     assert up > before + 0.05 and down < before - 0.05
 
 
@@ -97,23 +131,36 @@ def test_shuffled_rewards_move_next_to_nothing_beside_the_rewards(loss):
 
 @pytest.mark.parametrize("loss", ["grpo", "nft"])
 def test_the_divergence_holds_the_policy_to_the_reference(tmp_path, loss):
-    free, held = (run(tmp_path / str(kl), kl=kl, loss=loss).stats[-1] for kl in (0.0, 30.0 if loss == "nft" else 3.0))
+    free, held = (
+        run(tmp_path / str(kl), kl=kl, loss=loss).stats[-1] for kl in (0.0, 30.0 if loss == "nft" else 3.0)
+    )
     assert held["kl"] < 0.2 * free["kl"]
 
 
 @pytest.mark.parametrize("loss", ["grpo", "grpo-guard", "dppo"])
 def test_a_first_pass_has_ratios_of_one_and_a_gradient_that_is_the_scores(loss):
-    """d loss = -A d log p where the policy is still the one that drew; the divergence is 0 at the reference."""
+    """d loss = -A d log p where the policy is still the one that drew;
+    the divergence is 0 at the reference.
+    """
     updates = updates_of(loss=loss, kl=1.0, passes=1, lr=1e-12, clip=1e9)
     figures = updates.run(0)
     assert figures["kl"] == 0 and figures["clipped"] == 0 and figures["loss"] == pytest.approx(0, abs=1e-4)
-    assert figures["samples"] == 18 and figures["spread"] > 0 and figures["alike"] == 0 and figures["grad_norm"] > 0
-    assert figures["ratio"] == pytest.approx(0, abs=1e-6) and figures["clip_high"] == figures["clip_low"] == figures["away"] == 0
+    assert (
+        figures["samples"] == 18
+        and figures["spread"] > 0
+        and figures["alike"] == 0
+        and figures["grad_norm"] > 0
+    )
+    assert (
+        figures["ratio"] == pytest.approx(0, abs=1e-6)
+        and figures["clip_high"] == figures["clip_low"] == figures["away"] == 0
+    )
 
 
 def test_figures_of_finished_samples():
     updates = updates_of(loss="nft", kl=1.0)
-    first, second = updates.run(0), updates.run(1)
+    first = updates.run(0)
+    second = updates.run(1)
     assert first["r"] == pytest.approx(0.5, abs=0.02) and first["r_ends"] == 0 and first["lag"] == 0
     assert first["moved"] > 0  # the second pass is off the network that drew
     assert second["lag"] > 0 and second["away"] > 0 and second["kl"] > 0 and set(second) == set(first)
@@ -121,7 +168,8 @@ def test_figures_of_finished_samples():
 
 def test_a_group_shares_what_other_stages_draw():
     task = task_of()
-    config, reference = config_of(group=4), updates_of(task).explorer.reference
+    config = config_of(group=4)
+    reference = updates_of(task).explorer.reference
     explorer = Explorer(task=task, config=config, policy=task.stage.model, reference=reference)
     every = range(len(explorer.steps) - 1)
     (drawn,) = explorer.draw(["a", "b"], [5, 6], every, [0, 2])
@@ -134,7 +182,12 @@ def test_a_group_shares_what_other_stages_draw():
 
 def chain(noisy, **changes) -> torch.Tensor:
     task = task_of()
-    explorer = Explorer(task=task, config=config_of(**changes), policy=task.stage.model, reference=updates_of(task).explorer.reference)
+    explorer = Explorer(
+        task=task,
+        config=config_of(**changes),
+        policy=task.stage.model,
+        reference=updates_of(task).explorer.reference,
+    )
     (drawn,) = explorer.draw(["a", "b"], [5, 6], noisy)
     return feats_of(drawn.x_0)
 
@@ -143,7 +196,9 @@ def test_a_full_window_is_the_whole_sampler_and_an_empty_one_the_flow_itself():
     steps = range(task_of().stage.sampling.steps)
     torch.testing.assert_close(chain(()), chain(None), rtol=1e-5, atol=1e-5)  # the stage's own sampler
     assert torch.equal(chain(steps[:-1]), chain(steps))  # the last draws nothing
-    assert not torch.allclose(chain(steps), chain(()), atol=1e-2) and not torch.allclose(chain([0]), chain([1]), atol=1e-2)
+    assert not torch.allclose(chain(steps), chain(()), atol=1e-2) and not torch.allclose(
+        chain([0]), chain([1]), atol=1e-2
+    )
     full, plain = (updates_of(loss="grpo", window=window) for window in (len(steps) - 1, None))
     assert full.run(0) == plain.run(0)
 
@@ -151,7 +206,9 @@ def test_a_full_window_is_the_whole_sampler_and_an_empty_one_the_flow_itself():
 def test_windows_move_by_the_seed_alone():
     updates = updates_of(window=2, window_end=3)
     found = [list(updates.objective.steps_of(step)[1]) for step in range(12)]
-    assert found == [list(updates_of(window=2, window_end=3).objective.steps_of(step)[0]) for step in range(12)]
+    assert found == [
+        list(updates_of(window=2, window_end=3).objective.steps_of(step)[0]) for step in range(12)
+    ]
     assert len({tuple(window) for window in found}) > 1 and all(len(window) == 2 for window in found)
     moving = updates_of(window=1, window_moves="progressive", window_updates=2, window_end=2)
     assert [moving.objective.steps_of(step)[0].start for step in range(6)] == [0, 0, 1, 1, 0, 0]
@@ -173,7 +230,10 @@ def test_several_rewards_are_normalised_before_they_are_added():
     """A reward of large numbers drowns no other: scaled by a thousand, the gradient stays."""
     found = []
     for factor in (1.0, 1000.0):
-        task = by_name(target=likes_target, bright=lambda assets, conditions, factor=factor: factor * brightness(assets, conditions))
+        task = by_name(
+            target=likes_target,
+            bright=lambda assets, conditions, factor=factor: factor * brightness(assets, conditions),
+        )
         updates = updates_of(task, passes=1, loss="nft")
         figures = updates.run(0)
         assert {"reward/target", "reward/bright"} <= set(figures)
@@ -183,7 +243,10 @@ def test_several_rewards_are_normalised_before_they_are_added():
 
 def gated_task() -> Task:
     def watch(assets, conditions):
-        return {"bright": brightness(assets, conditions), "size": torch.tensor([float(len(asset.coords)) for asset in assets])}
+        return {
+            "bright": brightness(assets, conditions),
+            "size": torch.tensor([float(len(asset.coords)) for asset in assets]),
+        }
 
     return replace(task_of(), watched=watch, gate=("bright",))
 
@@ -211,7 +274,8 @@ def test_a_reset_reference_is_the_network_of_that_moment():
 
 def test_a_snapshot_is_the_network_as_it_was_and_follows():
     updates = updates_of(loss="nft", lr=0.1)
-    old, before = updates.old, [p.detach().clone() for p in updates.parameters]
+    old = updates.old
+    before = [p.detach().clone() for p in updates.parameters]
     with torch.no_grad():
         for p in updates.parameters:
             p.add_(1.0)
@@ -254,7 +318,15 @@ def test_the_status_line_and_the_file_hold_the_figures(tmp_path):
     assert len(lines) == 2 and len({len(line.split("time")[0]) for line in lines}) == 1
     assert all(word in lines[-1] for word in ("reward", "kl", "eta"))
     assert [line["samples"] for line in result.stats] == [36, 36] and "pairs" not in result.stats[0]
-    assert {"reward/target", "watched/bright", "watched/size", "alike", "clip_high", "clip_low", "ratio_std"} <= set(result.stats[0])
+    assert {
+        "reward/target",
+        "watched/bright",
+        "watched/size",
+        "alike",
+        "clip_high",
+        "clip_low",
+        "ratio_std",
+    } <= set(result.stats[0])
 
 
 # Signs, stops and refusals.
@@ -283,16 +355,23 @@ def test_what_is_not_trained_on_and_falls_is_told():
 
 def test_wrong_settings_are_named(tmp_path):
     for changes, text in [
-        ({"group": 1}, "group must be >= 2"), ({"noise": 0.0}, "noise must be > 0"), ({"loss": "ppo"}, "--loss: expected one of nft, dgpo"),
+        ({"group": 1}, "group must be >= 2"),
+        ({"noise": 0.0}, "noise must be > 0"),
+        ({"loss": "ppo"}, "--loss: expected one of nft, dgpo"),
         ({"lora": LoraConfig(dropout=0.1)}, "expected adapters without dropout, got 0.1"),
         ({"loss": "dgpo", "batch_gpu": 4}, "expected whole groups of 6 with dgpo, got 4"),
         ({"window": 2, "trained_steps": 2}, "expected it or --window, got both"),
     ]:
         with pytest.raises(ValueError, match=text):
             config_of(**changes)
-    with pytest.raises(ValueError, match="--trained-steps: expected at most all steps of the sampler but the last, got 4 of 4"):
+    with pytest.raises(
+        ValueError,
+        match="--trained-steps: expected at most all steps of the sampler but the last, got 4 of 4",
+    ):
         run(tmp_path / "run", trained_steps=4)
-    with pytest.raises(ValueError, match="window: expected 1 or more of the sampler's steps 0 to 3, got 2 of steps 0 to 4"):
+    with pytest.raises(
+        ValueError, match="window: expected 1 or more of the sampler's steps 0 to 3, got 2 of steps 0 to 4"
+    ):
         run(tmp_path / "run", window=2, window_end=4)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="--batch: expected a multiple of 2 processes, got 3 groups"):

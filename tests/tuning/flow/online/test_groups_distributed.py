@@ -29,7 +29,10 @@ with process_group(torch.device("cpu"), 2.0) as ranks:
 def test_two_ranks_equal_one(tmp_path, loss):
     finish(start(CODE, str(tmp_path / "two"), loss))
     one = run(tmp_path / "one", batch=4, kl=0.1, steps=4, loss=loss, advantage="batch")
-    states = [tuned_model(TinyPipeline().stages[1].model, folder).state_dict() for folder in (one.weights, tmp_path / "two" / "policy")]
+    states = [
+        tuned_model(TinyPipeline().stages[1].model, folder).state_dict()
+        for folder in (one.weights, tmp_path / "two" / "policy")
+    ]
     for name, value in states[0].items():
         assert torch.allclose(states[1][name], value, rtol=1e-3, atol=1e-5), name
     lines = [json.loads(line) for line in (tmp_path / "two" / "stats.jsonl").read_text().splitlines()]

@@ -1,4 +1,6 @@
-"""`--reward=solid` of flows: what is sound and true to its condition is rewarded, what is only sound is not; voxels have y up."""
+"""`--reward=solid` of flows: what is sound and true to its condition is rewarded, what is only sound is not;
+voxels have y up.
+"""
 
 import numpy as np
 import pytest
@@ -32,7 +34,9 @@ def test_sound_assets_of_the_condition_are_rewarded_and_blobs_are_not(toy):
     untuned = generate(toy.pipeline, names, [0, 1, 2, 3])
     floating = untuned[0].occupancy.clone()
     floating[0, 0, R - 1] = floating[R - 1, R - 1, R - 1] = True
-    found = reward.judged([*untuned, asset(torch.ones(R, R, R, dtype=torch.bool)), asset(floating)], [*names, *names[:2]])
+    found = reward.judged(
+        [*untuned, asset(torch.ones(R, R, R, dtype=torch.bool)), asset(floating)], [*names, *names[:2]]
+    )
     assert found[4].score.solid == 1 and found[4].reward == 0, "a full cube is sound, and no table"
     assert found[5].score.main < 1 and found[5].reward < 1
     drawn = {name: len(grids) for name, grids in reward._known.items()}

@@ -1,4 +1,6 @@
-"""SAM 3D's folder: what is refused; both stages tuned, the shape alone; few steps. On the reference folder of the released form."""
+"""SAM 3D's folder: what is refused; both stages tuned, the shape alone; few steps. On the reference folder of
+the released form.
+"""
 
 import json
 import shutil
@@ -41,7 +43,10 @@ def released():
     cases = [param.values[0] for param in folders("flow_sam3d")]
     case = next((Case(folder) for folder in cases if folder.name.startswith("released")), None)
     if case is None:
-        pytest.skip("no reference folder of SAM 3D's released form; set EG3D_RLHF_FIXTURES to the folder of references")
+        pytest.skip(
+            "no reference folder of SAM 3D's released form; set EG3D_RLHF_FIXTURES to the folder of"
+            " references"
+        )
     return case.file(case.fact("root"))
 
 
@@ -59,7 +64,9 @@ def width(released):
 
 def tokens(width: int, names=NAMES, **more) -> Conditions:
     g = torch.Generator().manual_seed(5)
-    made = {name: {stage: torch.randn(7, width, generator=g) for stage in files.STAGES} | more for name in names}
+    made = {
+        name: {stage: torch.randn(7, width, generator=g) for stage in files.STAGES} | more for name in names
+    }
     return Conditions(tokens=made, zero_null=True)
 
 
@@ -95,32 +102,120 @@ def cut(content):
     ("file", "change", "message"),
     [
         ("ss_generator.yaml", lambda c: flow(c).update(reversed_timestamp=True), "reversed_timestamp on"),
-        ("ss_generator.yaml", lambda c: flow(c).update(_target_="sam3d_objects.Diffusion"), "ShortCut or FlowMatching .*Diffusion"),
-        ("ss_generator.yaml", lambda c: flow(c)["reverse_fn"].update(_target_="sam3d_objects.PointmapCFG"), "ClassifierFree.*PointmapCFG"),
+        (
+            "ss_generator.yaml",
+            lambda c: flow(c).update(_target_="sam3d_objects.Diffusion"),
+            "ShortCut or FlowMatching .*Diffusion",
+        ),
+        (
+            "ss_generator.yaml",
+            lambda c: flow(c)["reverse_fn"].update(_target_="sam3d_objects.PointmapCFG"),
+            "ClassifierFree.*PointmapCFG",
+        ),
         ("ss_generator.yaml", lambda c: network(c).update(colour=2), r"unknown \['colour'\]"),
-        ("ss_generator.yaml", lambda c: network(c).update(protect_modality_list=["scale"]), r"unknown \['protect_modality_list'\]"),
+        (
+            "ss_generator.yaml",
+            lambda c: network(c).update(protect_modality_list=["scale"]),
+            r"unknown \['protect_modality_list'\]",
+        ),
         ("ss_generator.yaml", lambda c: network(c).pop("num_blocks"), r"missing \['num_blocks'\]"),
-        ("ss_generator.yaml", lambda c: network(c).update(qk_rms_norm=False), "expected a latent 'shape' .* and qk_rms_norm"),
-        ("ss_generator.yaml", lambda c: network(c).update(force_zeros_cond=False), "force_zeros_cond: true .* with guidance"),
-        ("slat_generator.yaml", lambda c: network(c).pop("force_zeros_cond"), "slat: expected force_zeros_cond: true .* with guidance"),
-        ("ss_generator.yaml", lambda c: flow(c)["loss_weights"].pop("scale"), "expected loss_weights of .*scale"),
-        ("ss_generator.yaml", lambda c: flow(c)["training_time_sampler_fn"].update(_target_="x.uniform"), "lognorm_sampler, got uniform"),
-        ("ss_generator.yaml", lambda c: c.pop("module"), "expected module.generator.backbone with reverse_fn.backbone"),
-        ("slat_generator.yaml", lambda c: network(c).update(pe_mode="rope"), "expected pe_mode 'ape', got 'rope'"),
-        ("pipeline.yaml", lambda c: c.update(slat_std=[0.0] * 8), "expected slat_mean and slat_std per channel"),
-        ("pipeline.yaml", lambda c: c.update(use_stage1_distillation=True), "use_stage1_distillation.*draw --few-steps"),
-        ("pipeline.yaml", lambda c: c.update(ss_condition_input_mapping=["image"]), "ss_condition_input_mapping"),
-        ("ss_generator.yaml", lambda c: flow(c).update(time_scale=0), "ss_generator.yaml: expected a time_scale .* above 0"),
-        ("ss_generator.yaml", lambda c: flow(c).update(loss_weights=[1]), "ss_generator.yaml: expected sizes"),
-        ("pipeline.yaml", lambda c: c.update(pose_decoder_name="Other"), "expected pose_decoder_name ScaleShiftInvariant or .*got 'Other'"),
-        ("pipeline.yaml", lambda c: cut(c).append(cut(c)[0]), "ss_preprocessor: expected a cut about the mask"),
+        (
+            "ss_generator.yaml",
+            lambda c: network(c).update(qk_rms_norm=False),
+            "expected a latent 'shape' .* and qk_rms_norm",
+        ),
+        (
+            "ss_generator.yaml",
+            lambda c: network(c).update(force_zeros_cond=False),
+            "force_zeros_cond: true .* with guidance",
+        ),
+        (
+            "slat_generator.yaml",
+            lambda c: network(c).pop("force_zeros_cond"),
+            "slat: expected force_zeros_cond: true .* with guidance",
+        ),
+        (
+            "ss_generator.yaml",
+            lambda c: flow(c)["loss_weights"].pop("scale"),
+            "expected loss_weights of .*scale",
+        ),
+        (
+            "ss_generator.yaml",
+            lambda c: flow(c)["training_time_sampler_fn"].update(_target_="x.uniform"),
+            "lognorm_sampler, got uniform",
+        ),
+        (
+            "ss_generator.yaml",
+            lambda c: c.pop("module"),
+            "expected module.generator.backbone with reverse_fn.backbone",
+        ),
+        (
+            "slat_generator.yaml",
+            lambda c: network(c).update(pe_mode="rope"),
+            "expected pe_mode 'ape', got 'rope'",
+        ),
+        (
+            "pipeline.yaml",
+            lambda c: c.update(slat_std=[0.0] * 8),
+            "expected slat_mean and slat_std per channel",
+        ),
+        (
+            "pipeline.yaml",
+            lambda c: c.update(use_stage1_distillation=True),
+            "use_stage1_distillation.*draw --few-steps",
+        ),
+        (
+            "pipeline.yaml",
+            lambda c: c.update(ss_condition_input_mapping=["image"]),
+            "ss_condition_input_mapping",
+        ),
+        (
+            "ss_generator.yaml",
+            lambda c: flow(c).update(time_scale=0),
+            "ss_generator.yaml: expected a time_scale .* above 0",
+        ),
+        (
+            "ss_generator.yaml",
+            lambda c: flow(c).update(loss_weights=[1]),
+            "ss_generator.yaml: expected sizes",
+        ),
+        (
+            "pipeline.yaml",
+            lambda c: c.update(pose_decoder_name="Other"),
+            "expected pose_decoder_name ScaleShiftInvariant or .*got 'Other'",
+        ),
+        (
+            "pipeline.yaml",
+            lambda c: cut(c).append(cut(c)[0]),
+            "ss_preprocessor: expected a cut about the mask",
+        ),
         ("pipeline.yaml", lambda c: c.update(slat_rescale_t=0), "pipeline.yaml, slat: Sampling: expected"),
-        ("pipeline.yaml", lambda c: c.pop("slat_preprocessor"), "expected preprocessors of pictures, got none for 'slat_preprocessor'"),
-        ("pipeline.yaml", lambda c: cut(c).append({"_target_": "sam3d_objects.flip"}), "ss_preprocessor: expected a cut .*flip"),
+        (
+            "pipeline.yaml",
+            lambda c: c.pop("slat_preprocessor"),
+            "expected preprocessors of pictures, got none for 'slat_preprocessor'",
+        ),
+        (
+            "pipeline.yaml",
+            lambda c: cut(c).append({"_target_": "sam3d_objects.flip"}),
+            "ss_preprocessor: expected a cut .*flip",
+        ),
         ("pipeline.yaml", lambda c: cut(c).pop(), "ss_preprocessor: expected a cut about the mask"),
-        ("pipeline.yaml", lambda c: c["ss_preprocessor"]["mask_transform"]["transforms"][1].pop("interpolation"), "ss_preprocessor: .*cut"),
-        ("pipeline.yaml", lambda c: c["ss_preprocessor"]["mask_transform"]["transforms"][1].update(size=13), r"one size .*\[13, "),
-        ("pipeline.yaml", lambda c: c["ss_preprocessor"]["pointmap_normalizer"].update(_target_="x.Other"), "normaliser .*got Other"),
+        (
+            "pipeline.yaml",
+            lambda c: c["ss_preprocessor"]["mask_transform"]["transforms"][1].pop("interpolation"),
+            "ss_preprocessor: .*cut",
+        ),
+        (
+            "pipeline.yaml",
+            lambda c: c["ss_preprocessor"]["mask_transform"]["transforms"][1].update(size=13),
+            r"one size .*\[13, ",
+        ),
+        (
+            "pipeline.yaml",
+            lambda c: c["ss_preprocessor"]["pointmap_normalizer"].update(_target_="x.Other"),
+            "normaliser .*got Other",
+        ),
     ],
 )
 def test_settings_that_would_change_the_result_are_refused(root, file, change, message):
@@ -144,8 +239,14 @@ def test_embedders_that_are_refused_and_those_that_are_read(root):
     assert made.frames == ["full", "cropped"]
     for change, message in (
         (lambda c: embedder(c).update(use_pos_embedding="rope"), "use_pos_embedding learned or random"),
-        (lambda c: embedder(c).update(use_pos_embedding="random"), r"misshapen: idx_emb \[3, .*\] instead of \[3, 1, "),
-        (lambda c: embedder(c)["embedder_list"][0][0].update(_target_="x.Clip"), "Dino or PointPatchEmbed, got 'Clip'"),
+        (
+            lambda c: embedder(c).update(use_pos_embedding="random"),
+            r"misshapen: idx_emb \[3, .*\] instead of \[3, 1, ",
+        ),
+        (
+            lambda c: embedder(c)["embedder_list"][0][0].update(_target_="x.Clip"),
+            "Dino or PointPatchEmbed, got 'Clip'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             told(change)
@@ -155,17 +256,24 @@ def test_embedders_that_are_refused_and_those_that_are_read(root):
 def test_files_that_are_missing(root, tmp_path):
     with pytest.raises(FileNotFoundError, match="expected SAM 3D's pipeline.yaml, got none in"):
         files.read_pipeline(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"structure encoder: expected ss_encoder.yaml and ss_encoder.safetensors or"):
+    with pytest.raises(
+        FileNotFoundError, match=r"structure encoder: expected ss_encoder.yaml and ss_encoder.safetensors or"
+    ):
         files.load_part(files.read_pipeline(root), "structure encoder")
     (root / "ss_decoder.ckpt").unlink()
-    with pytest.raises(FileNotFoundError, match="expected ss_decoder_ckpt_path to name a file, got 'ss_decoder.ckpt'"):
+    with pytest.raises(
+        FileNotFoundError, match="expected ss_decoder_ckpt_path to name a file, got 'ss_decoder.ckpt'"
+    ):
         files.read_pipeline(root)
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/hf"])
 def test_the_whole_release_is_known_too(root, tmp_path, place):
     shutil.copytree(root, tmp_path / "REPO" / place)
-    assert family_of(tmp_path / "REPO").name == "sam3d" and files.read_pipeline(tmp_path / "REPO").root == tmp_path / "REPO" / place
+    assert (
+        family_of(tmp_path / "REPO").name == "sam3d"
+        and files.read_pipeline(tmp_path / "REPO").root == tmp_path / "REPO" / place
+    )
 
 
 def test_the_repositorys_licence_is_passed_on(root, pipeline, tmp_path):
@@ -182,37 +290,58 @@ def test_the_repositorys_licence_is_passed_on(root, pipeline, tmp_path):
 def test_one_dpo_step(pipeline, name):
     model = check_one_dpo_step(pipeline, name, NAMES[:2])
     if name == "structure":
-        blocks, groups = range(model.config.num_blocks), ("shape", "6drotation_normalized")
-        expected = {f"blocks.{b}.self_attn.{layer}.{g}" for b in blocks for layer in ("to_qkv", "to_out") for g in groups}
-        assert {n for n in adapted_layers(model) if "self_attn" in n} == expected and len(adapted_layers(model)) == 10 * len(blocks)
+        blocks = range(model.config.num_blocks)
+        groups = ("shape", "6drotation_normalized")
+        expected = {
+            f"blocks.{b}.self_attn.{layer}.{g}"
+            for b in blocks
+            for layer in ("to_qkv", "to_out")
+            for g in groups
+        }
+        assert {n for n in adapted_layers(model) if "self_attn" in n} == expected and len(
+            adapted_layers(model)
+        ) == 10 * len(blocks)
 
 
 @pytest.mark.long
-def test_both_stages_learn_labels_and_are_held_against_a_control(pipeline, released, width, tmp_path, monkeypatch):
-    like, ranked = draw(pipeline, NAMES[:1], [0])[0][0], tokens(width, [f"c{i:02d}" for i in range(60)])
+def test_both_stages_learn_labels_and_are_held_against_a_control(
+    pipeline, released, width, tmp_path, monkeypatch
+):
+    like = draw(pipeline, NAMES[:1], [0])[0][0]
+    ranked = tokens(width, [f"c{i:02d}" for i in range(60)])
     labelled.check_labels_are_learnt(released, like, tokens(width), ranked, tmp_path, monkeypatch)
 
 
 def test_what_of_the_first_stage_is_learnt(released, pipeline, width, tmp_path):
-    """The shape alone: its pairs without the pose, its adapters alone, the same shapes drawn. By the file's weights: as they are."""
+    """The shape alone: its pairs without the pose, its adapters alone, the same shapes drawn. By the file's
+    weights: as they are.
+    """
     both = pairs_of(pipeline, "structure", NAMES[:1])[0]
     people = write_people(tmp_path / "PAIRS", "structure", both.preferred, both.rejected, tokens(width))
 
     def opened(parts):
-        return family.open_problem(ProblemSource(pipeline=str(released), pairs=str(people), parts=parts), "cpu")
+        return family.open_problem(
+            ProblemSource(pipeline=str(released), pairs=str(people), parts=parts), "cpu"
+        )
 
     shape, file, whole = (opened(parts) for parts in ("shape", "file", "all"))
     assert set(shape.human_pairs("structure")[0].preferred.tensors) == {"shape"}
-    stage, as_trained = shape.pipeline.stages[0], whole.pipeline.stages[0]
+    stage = shape.pipeline.stages[0]
+    as_trained = whole.pipeline.stages[0]
     noise, given = (made.noise([3], [None]) for made in (stage, as_trained))
     assert torch.equal(noise["shape"], given["shape"])
     cond = pipeline.conditions(NAMES[:1], "structure")
     with torch.no_grad():
-        alone, together = (made.velocity(x, torch.tensor([0.3]), cond) for made, x in ((stage, noise), (as_trained, given)))
+        alone, together = (
+            made.velocity(x, torch.tensor([0.3]), cond) for made, x in ((stage, noise), (as_trained, given))
+        )
     assert torch.equal(alone["shape"], together["shape"])
     layers = adapted_layers(check_one_dpo_step(shape.pipeline, "structure", NAMES[:2]))
     assert layers and all("shape" in layer.split(".") for layer in layers)
-    assert file.pipeline.stages[0].path.weights["translation"] == 1 and whole.pipeline.stages[0].path.weights is None
+    assert (
+        file.pipeline.stages[0].path.weights["translation"] == 1
+        and whole.pipeline.stages[0].path.weights is None
+    )
     assert set(file.human_pairs("structure")[0].preferred.tensors) == set(both.preferred.tensors)
     assert len({json.dumps(problem.identity, sort_keys=True) for problem in (shape, file, whole)}) == 3
     with pytest.raises(ValueError, match="--parts: belongs to"):
@@ -221,7 +350,10 @@ def test_what_of_the_first_stage_is_learnt(released, pipeline, width, tmp_path):
 
 def test_errors_are_weighed_by_name():
     g = torch.Generator().manual_seed(0)
-    v, x_0, eps = (NamedBatch({"shape": torch.randn(3, 64, 2, generator=g), "scale": torch.randn(3, 1, 3, generator=g)}) for _ in range(3))
+    v, x_0, eps = (
+        NamedBatch({"shape": torch.randn(3, 64, 2, generator=g), "scale": torch.randn(3, 1, 3, generator=g)})
+        for _ in range(3)
+    )
     path = FlowPath(sigma_min=0.0, weights={"scale": 0.25, "shape": 0.0})
     want = ((v["scale"] - (eps["scale"] - x_0["scale"])).square().mean((1, 2))) / 4
     torch.testing.assert_close(path.errors(v, x_0, eps), want)
@@ -232,17 +364,33 @@ def test_errors_are_weighed_by_name():
 def test_drawing_in_few_steps_and_with_a_pose(released, width, tmp_path):
     told = tokens(width, **{family.SCALE: torch.full([3], 2.0), family.SHIFT: torch.tensor([0.0, 0.0, 5.0])})
     write_conditions(tmp_path / "conditions.safetensors", told)
-    flow_works.flow("new", tmp_path / "WORK", f"--pipeline={released}", f"--conditions={tmp_path / 'conditions.safetensors'}", "--each=2")
+    flow_works.flow(
+        "new",
+        tmp_path / "WORK",
+        f"--pipeline={released}",
+        f"--conditions={tmp_path / 'conditions.safetensors'}",
+        "--each=2",
+    )
     flow_works.flow("draw", tmp_path / "WORK", "--set=few_steps=2", "--device=cpu")
     few = Work.open(tmp_path / "WORK").lines()
-    assert {tuple(sorted(row["pose"])) for row in few} == {("rotation", "scale", "translation")} and len(few) == 2 * (len(NAMES) - 1)
+    assert {tuple(sorted(row["pose"])) for row in few} == {("rotation", "scale", "translation")} and len(
+        few
+    ) == 2 * (len(NAMES) - 1)
     assert few[0]["pose"]["translation"] != few[1]["pose"]["translation"]
-    assert json.loads((tmp_path / "WORK" / "drawn" / "base" / "drawn_from.json").read_text())["few_steps"] == 2
+    assert (
+        json.loads((tmp_path / "WORK" / "drawn" / "base" / "drawn_from.json").read_text())["few_steps"] == 2
+    )
 
 
 def write_encoder(root):
     """Of random weights, as the structure's decoder is sized."""
-    args = {"in_channels": 1, "latent_channels": 8, "num_res_blocks": 1, "num_res_blocks_middle": 1, "channels": [4, 8]}
+    args = {
+        "in_channels": 1,
+        "latent_channels": 8,
+        "num_res_blocks": 1,
+        "num_res_blocks_middle": 1,
+        "channels": [4, 8],
+    }
     target = "sam3d_objects.model.backbone.tdfy_dit.models.sparse_structure_vae.SparseStructureEncoder"
     (root / "ss_encoder.yaml").write_text(yaml.safe_dump({"_target_": target, **args, "use_fp16": False}))
     torch.manual_seed(0)
@@ -255,7 +403,9 @@ def test_the_shape_alone_is_tuned_on_meshes_of_ones_own(root, width, tmp_path, m
     (tmp_path / "MESHES").mkdir()
     write_conditions(tmp_path / "MESHES" / "conditions.safetensors", tokens(width))
     lines = []
-    for rank, mesh in enumerate((trimesh.creation.box((1, 1, 2)), trimesh.creation.icosphere(subdivisions=2)), 1):
+    for rank, mesh in enumerate(
+        (trimesh.creation.box((1, 1, 2)), trimesh.creation.icosphere(subdivisions=2)), 1
+    ):
         mesh.export(tmp_path / "MESHES" / f"{rank}.ply")
         lines += [json.dumps({"condition": name, "rank": rank, "asset": f"{rank}.ply"}) for name in NAMES]
     (tmp_path / "MESHES" / "ranking.jsonl").write_text("\n".join(lines))
@@ -271,7 +421,10 @@ def test_the_shape_alone_is_tuned_on_meshes_of_ones_own(root, width, tmp_path, m
     assert done.exit_code == 0, (done.output, done.exception)
     (run,) = (tmp_path / "runs").glob("0*")
     export(root, tmp_path / "TUNED", {"structure": run / "structure"})
-    old, new = (files.load_flow(files.read_pipeline(place).generators["structure"]).state_dict() for place in (root, tmp_path / "TUNED"))
+    old, new = (
+        files.load_flow(files.read_pipeline(place).generators["structure"]).state_dict()
+        for place in (root, tmp_path / "TUNED")
+    )
     names = [name for name in old if not torch.equal(old[name], new[name])]
     assert names and all("shape" in name.split(".") for name in names)
 
@@ -301,9 +454,14 @@ def write_picture(folder, opaque=False, z=4.0):
 
 def test_pictures_that_are_refused(released, tmp_path):
     what = files.read_pipeline(released).cuts["structure"]
-    with pytest.raises(ValueError, match=r"a.png: expected a transparent background, got an opaque picture .* Remove the background"):
+    with pytest.raises(
+        ValueError,
+        match=r"a.png: expected a transparent background, got an opaque picture .* Remove the background",
+    ):
         family.inputs_of(write_picture(tmp_path, opaque=True), what, True)
-    with pytest.raises(ValueError, match=r"a.npy: expected places in front of the camera \(z > 0\).* Turn the axes"):
+    with pytest.raises(
+        ValueError, match=r"a.npy: expected places in front of the camera \(z > 0\).* Turn the axes"
+    ):
         family.inputs_of(write_picture(tmp_path, z=-1.0), what, True)
     (tmp_path / "a.npy").unlink()
     with pytest.raises(FileNotFoundError, match="expected a point map at .*a.npy, got none"):
@@ -316,16 +474,32 @@ def test_what_train_refuses(root, pipeline, width, tmp_path):
     latents = both.preferred, both.rejected
     people = write_people(tmp_path / "a", "structure", *latents, tokens(width))
     narrow = write_people(tmp_path / "b", "structure", *latents, tokens(width - 1))
-    assert f"conditions: expected tokens [L, {width}] named 'structure'" in refusal(root, narrow, "structure", tmp_path)
-    grids = write_people(tmp_path / "c", "structure", torch.zeros(2, 4, 4, 4), torch.ones(2, 4, 4, 4), tokens(width))
-    assert "preferred: expected tensors by name, got a dense grid" in refusal(root, grids, "structure", tmp_path)
-    some = [NamedSample({name: x for name, x in latent.tensors.items() if name != "scale"}) for latent in latents]
+    assert f"conditions: expected tokens [L, {width}] named 'structure'" in refusal(
+        root, narrow, "structure", tmp_path
+    )
+    grids = write_people(
+        tmp_path / "c", "structure", torch.zeros(2, 4, 4, 4), torch.ones(2, 4, 4, 4), tokens(width)
+    )
+    assert "preferred: expected tensors by name, got a dense grid" in refusal(
+        root, grids, "structure", tmp_path
+    )
+    some = [
+        NamedSample({name: x for name, x in latent.tensors.items() if name != "scale"}) for latent in latents
+    ]
     less = write_people(tmp_path / "d", "structure", *some, tokens(width))
-    assert "preferred: expected tensors 6drotation_normalized, scale, shape" in refusal(root, less, "structure", tmp_path)
+    assert "preferred: expected tensors 6drotation_normalized, scale, shape" in refusal(
+        root, less, "structure", tmp_path
+    )
     other = Conditions(tokens=tokens(width).tokens, encoder="another", zero_null=True)
     told = write_people(tmp_path / "e", "structure", *latents, other)
     assert "expected embeddings of SAM 3D's embedders" in refusal(root, told, "structure", tmp_path)
     state = torch.load(root / "ss_generator.ckpt", weights_only=True)["state_dict"]
-    torch.save({"state_dict": {n.replace(".cross_attn.", ".attn2."): t for n, t in state.items()}}, root / "ss_generator.ckpt")
+    torch.save(
+        {"state_dict": {n.replace(".cross_attn.", ".attn2."): t for n, t in state.items()}},
+        root / "ss_generator.ckpt",
+    )
     said = refusal(root, people, "structure", tmp_path)
-    assert "missing: blocks.0.cross_attn.6drotation_normalized.to_kv.bias, " in said and " ...; unexpected: " in said
+    assert (
+        "missing: blocks.0.cross_attn.6drotation_normalized.to_kv.bias, " in said
+        and " ...; unexpected: " in said
+    )

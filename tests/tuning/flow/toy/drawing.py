@@ -2,7 +2,14 @@
 
 import torch
 
-from eg3d_rlhf.tuning.flow.toy.pipeline import CONDITIONS, Defects, ToyAsset, draw_drafts, make_assets, targets
+from eg3d_rlhf.tuning.flow.toy.pipeline import (
+    CONDITIONS,
+    Defects,
+    ToyAsset,
+    draw_drafts,
+    make_assets,
+    targets,
+)
 
 PERFECT = Defects(floaters=0, holes=0, unrepaired=0, wrong=0, tint=0, noise=0)
 
@@ -10,7 +17,10 @@ PERFECT = Defects(floaters=0, holes=0, unrepaired=0, wrong=0, tint=0, noise=0)
 def perfect(conditions, variant=0) -> list[ToyAsset]:
     """Just what was asked for."""
     shapes, colours = targets(conditions)
-    return [ToyAsset(shape, colour * shape[..., None]) for shape, colour in zip(shapes[:, variant], colours, strict=True)]
+    return [
+        ToyAsset(shape, colour * shape[..., None])
+        for shape, colour in zip(shapes[:, variant], colours, strict=True)
+    ]
 
 
 def drawn(n=64, seed=0, defects=None) -> tuple[list[ToyAsset], list[str]]:

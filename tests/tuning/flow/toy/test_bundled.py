@@ -36,7 +36,10 @@ def test_training_repeats_and_lowers_the_error(stage):
     first = train_base(stage, SHORT, lambda step, steps, loss: losses.append(loss))
     again = train_base(stage, SHORT)
     assert len(losses) == 16 and sum(losses[-4:]) < 0.95 * sum(losses[:4])
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
+    )
 
 
 def test_a_stored_network_comes_back_to_half_precision(tmp_path):
@@ -54,10 +57,14 @@ def test_bundled_files_are_small():
 
 @pytest.fixture(scope="module")
 def made():
-    """64 assets of the bundled generator: what the first stage left to each, the asset, what is encoded of it, its condition."""
-    toy, names = toy_problem().pipeline, list(CONDITIONS[::3])
+    """64 assets of the bundled generator: what the first stage left to each, the asset, what is encoded of
+    it, its condition.
+    """
+    toy = toy_problem().pipeline
+    names = list(CONDITIONS[::3])
     first, second = toy.stages
-    cond, none = toy.conditions(names, "structure"), toy.no_condition(64, "structure")
+    cond = toy.conditions(names, "structure")
+    none = toy.no_condition(64, "structure")
     given = toy.advance("structure", sample(first, first.noise(range(64), [None] * 64), cond, none))
     assets = toy.decode(sample(second, second.noise(range(64), given), cond, none))
     again = [toy.advance("structure", one["structure"][None])[0] for one in toy.encode(assets)]
@@ -110,7 +117,8 @@ T = torch.tensor([0.1, 0.5, 0.9])
 
 
 def test_voxels_of_a_sample_alone_and_in_a_batch(cond):
-    network, batch = awake(VoxelFlow(SMALL)), voxels(5, 90, 1)
+    network = awake(VoxelFlow(SMALL))
+    batch = voxels(5, 90, 1)
     together = network(batch, T, cond).samples()
     for i, latent in enumerate(batch.samples()):
         alone = network(SparseBatch.join([latent]), T[i : i + 1], cond[i : i + 1])
@@ -118,7 +126,8 @@ def test_voxels_of_a_sample_alone_and_in_a_batch(cond):
 
 
 def test_structures_alone_and_in_a_batch(cond):
-    network, x = awake(StructureFlow(SMALL)), torch.randn(3, 1, R, R, R)
+    network = awake(StructureFlow(SMALL))
+    x = torch.randn(3, 1, R, R, R)
     alone = torch.cat([network(x[i : i + 1], T[i : i + 1], cond[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(alone, network(x, T, cond), atol=1e-5, rtol=1e-5)
 
@@ -133,8 +142,10 @@ class Echo(nn.Module):
 
 
 def test_patches_go_back_to_where_they_came_from(cond):
-    network, x = StructureFlow(SMALL), torch.randn(3, 1, R, R, R)
-    network.trunk, network.out_layer = Echo(), nn.Identity()
+    network = StructureFlow(SMALL)
+    x = torch.randn(3, 1, R, R, R)
+    network.trunk = Echo()
+    network.out_layer = nn.Identity()
     assert torch.equal(network(x, T, cond), x)
 
 
@@ -142,7 +153,11 @@ def test_packing_goes_both_ways():
     batch = voxels(3, 1, 4)
     packing = Packing.of(batch)
     padded = packing.pad(batch.feats)
-    assert padded.shape == (3, 4, 4) and torch.equal(packing.flat(padded), batch.feats) and Packing.of(batch) is packing
+    assert (
+        padded.shape == (3, 4, 4)
+        and torch.equal(packing.flat(padded), batch.feats)
+        and Packing.of(batch) is packing
+    )
     assert packing.keep.squeeze().sum(1).tolist() == [3, 1, 4] and not padded[1, 1:].any()
 
 
@@ -161,7 +176,9 @@ def test_the_problem_is_whole():
 
 
 def test_the_identity_tells_problems_apart():
-    one, same, other = (toy_problem(seed, pairs_per_condition=n).identity for seed, n in ((0, 2), (0, 2), (1, 2)))
+    one, same, other = (
+        toy_problem(seed, pairs_per_condition=n).identity for seed, n in ((0, 2), (0, 2), (1, 2))
+    )
     assert one == same != other and json.loads(json.dumps(one)) == one
     assert {"structure", "voxels", "reward"} < set(toy_problem().identity)
     assert toy_problem(0, pairs_per_condition=3).identity != one

@@ -49,7 +49,8 @@ def test_the_wrong_shape_or_colour_is_worse(oracle):
     asset = perfect(["red ball"])
     right, shape, colour = (oracle(asset, [name]) for name in ("red ball", "red table", "blue ball"))
     assert right > shape and right > colour
-    a, b = oracle.parts(asset, ["red ball"]), oracle.parts(asset, ["blue ball"])
+    a = oracle.parts(asset, ["red ball"])
+    b = oracle.parts(asset, ["blue ball"])
     assert torch.equal(a["geometry"], b["geometry"]) and a["colour"] > b["colour"]
 
 
@@ -79,7 +80,9 @@ def test_iou_and_dice_by_hand():
     symmetry = (filled & filled[::-1]).sum() / filled.sum()
     assert np.isclose(LabelOracle().parts(assets, names)["geometry"].item(), 4 * iou)
     pieces = label(filled, connectivity=1, return_num=True)[1]
-    assert np.isclose(FinalOracle().parts(assets, names)["geometry"].item(), dice + symmetry - 0.03 * (pieces - 1))
+    assert np.isclose(
+        FinalOracle().parts(assets, names)["geometry"].item(), dice + symmetry - 0.03 * (pieces - 1)
+    )
 
 
 # The people's pairs: one set of assets seen from both stages, called by a noisy annotator.
@@ -87,15 +90,24 @@ def test_iou_and_dice_by_hand():
 
 def test_pairs_of_both_stages_are_of_the_same_assets():
     structure, voxels = (human_pairs(stage, TRAINED[:3], 4, seed=1) for stage in ("structure", "voxels"))
-    assert len(structure) == 12 and [p.id for p in structure] == [p.id for p in voxels] and len({p.id for p in structure}) == 12
+    assert (
+        len(structure) == 12
+        and [p.id for p in structure] == [p.id for p in voxels]
+        and len({p.id for p in structure}) == 12
+    )
     for a, b in zip(structure, voxels, strict=True):
-        assert a.condition == b.condition and a.source == b.source == "human" and (a.stage, b.stage) == ("structure", "voxels")
+        assert (
+            a.condition == b.condition
+            and a.source == b.source == "human"
+            and (a.stage, b.stage) == ("structure", "voxels")
+        )
         for side in ("preferred", "rejected"):
             assert torch.equal((getattr(a, side)[0] > 0).nonzero().int(), getattr(b, side).coords)
 
 
 def test_a_condition_has_its_own_draws():
-    both, alone = human_pairs("structure", TRAINED[:2], 3, seed=1), human_pairs("structure", TRAINED[1:2], 3, seed=1)
+    both = human_pairs("structure", TRAINED[:2], 3, seed=1)
+    alone = human_pairs("structure", TRAINED[1:2], 3, seed=1)
     assert [p.id for p in both[3:]] == [p.id for p in alone]
     assert all(torch.equal(p.preferred, q.preferred) for p, q in zip(both[3:], alone, strict=True))
     other = human_pairs("structure", TRAINED[1:2], 3, seed=2)
@@ -123,7 +135,10 @@ def test_training_repeats_and_lowers_the_loss():
     first, found = train_reward(SHORT, lambda step, steps, loss: losses.append(loss))
     again, _ = train_reward(SHORT)
     assert len(losses) == 12 and sum(losses[-4:]) < sum(losses[:4])
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     assert set(found) == {"labels", "clean"} and all(0 <= value <= 1 for value in found.values())
 
 
@@ -136,5 +151,7 @@ def test_the_bundled_one_orders_new_pairs():
 def test_a_score_is_of_its_own_asset_alone():
     assets, names = drawn(8)
     network = load_network("reward")
-    torch.testing.assert_close(network(assets[3:4], names[3:4]), network(assets, names)[3:4], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        network(assets[3:4], names[3:4]), network(assets, names)[3:4], atol=1e-4, rtol=1e-4
+    )
     assert network(assets, names).dtype == torch.float32 and not network(assets, names).requires_grad

@@ -1,4 +1,6 @@
-"""The toy as a pipeline: what the threshold leaves, what decoding carves and grows, what encoding finds again."""
+"""The toy as a pipeline: what the threshold leaves, what decoding carves and grows, what encoding finds
+again.
+"""
 
 from collections import Counter
 
@@ -88,8 +90,13 @@ def test_encoded_assets_decode_to_themselves(pipeline):
 
 def test_conditions_are_tokens_of_both_classes(pipeline):
     tokens = pipeline.conditions(["red ball", "orange box"], "voxels")
-    assert tokens.shape == (2, 2, 28) and tokens.argmax(-1).tolist() == [[0, 16], [1, 17]] and tokens.sum() == 4
-    assert pipeline.no_condition(3, "structure").shape == (3, 2, 28) and not pipeline.no_condition(3, "structure").any()
+    assert (
+        tokens.shape == (2, 2, 28) and tokens.argmax(-1).tolist() == [[0, 16], [1, 17]] and tokens.sum() == 4
+    )
+    assert (
+        pipeline.no_condition(3, "structure").shape == (3, 2, 28)
+        and not pipeline.no_condition(3, "structure").any()
+    )
 
 
 # Shapes, colours and conditions of the toy.
@@ -107,7 +114,11 @@ def test_conditions_are_divided_evenly():
     assert [len(TRAINED), len(CHOOSING), len(HELD_OUT)] == [64, 32, 96]
     for names, of_shape in ((TRAINED, 4), (CHOOSING, 2), (HELD_OUT, 6)):
         colours, shapes = (Counter(words) for words in zip(*[name.split() for name in names], strict=True))
-        assert set(shapes.values()) == {of_shape} and len(colours) == len(COLOURS) and max(colours.values()) - min(colours.values()) <= 2
+        assert (
+            set(shapes.values()) == {of_shape}
+            and len(colours) == len(COLOURS)
+            and max(colours.values()) - min(colours.values()) <= 2
+        )
 
 
 def test_classes_and_targets_name_the_same():
@@ -141,7 +152,10 @@ def test_drafts_without_defects_are_what_was_asked_for():
     shapes, colours = targets(NAMES)
     assert (drafts.structure[:, None] == shapes).flatten(2).all(2).any(1).all()
     assert torch.equal(drafts.features[..., :3], colours)
-    assert all(torch.equal(asset.occupancy, one) for asset, one in zip(make_assets(drafts), drafts.structure, strict=True))
+    assert all(
+        torch.equal(asset.occupancy, one)
+        for asset, one in zip(make_assets(drafts), drafts.structure, strict=True)
+    )
 
 
 def test_a_seed_repeats_and_another_does_not():
@@ -167,7 +181,8 @@ def test_sizes_repair_floaters_and_holes():
 
 def test_latents_of_both_stages_lie_on_the_same_voxels():
     drafts = draw_drafts(NAMES[:5], torch.Generator().manual_seed(0))
-    structure, voxels = drafts.latents("structure"), drafts.latents("voxels")
+    structure = drafts.latents("structure")
+    voxels = drafts.latents("voxels")
     assert structure.shape == (5, 1, R, R, R) and set(structure.unique().tolist()) == {-1.0, 1.0}
     assert torch.equal((structure[:, 0] > 0).nonzero().int(), voxels.coords)
     sample, x, y, z = voxels.coords.long().unbind(1)

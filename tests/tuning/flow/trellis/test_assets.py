@@ -16,7 +16,7 @@ from eg3d_rlhf.tuning.flow.families.trellis.assets import (
     voxel_features,
     voxels_filled,
     write_ply,
-)  # fmt: skip
+)
 
 
 def splats(means, colours=None, scales=0.02, opacities=0.5) -> SplatAsset:
@@ -24,8 +24,11 @@ def splats(means, colours=None, scales=0.02, opacities=0.5) -> SplatAsset:
     n = len(means)
     colours = torch.ones(n, 3) if colours is None else torch.tensor(colours).float()
     return SplatAsset(
-        means=means, features_dc=(colours - 0.5) / SH_C0, scales=torch.as_tensor(scales).float().expand(n, 3),
-        rotations=torch.tensor([1.0, 0, 0, 0]).expand(n, 4), opacities=torch.as_tensor(opacities).float().expand(n),
+        means=means,
+        features_dc=(colours - 0.5) / SH_C0,
+        scales=torch.as_tensor(scales).float().expand(n, 3),
+        rotations=torch.tensor([1.0, 0, 0, 0]).expand(n, 4),
+        opacities=torch.as_tensor(opacities).float().expand(n),
     )
 
 
@@ -37,8 +40,10 @@ def front(focal=1.0) -> View:
 def test_ply_round_trip(tmp_path):
     generator = torch.Generator().manual_seed(0)
     asset = SplatAsset(
-        means=torch.randn(7, 3, generator=generator), features_dc=torch.randn(7, 3, generator=generator),
-        scales=torch.rand(7, 3, generator=generator) + 0.01, opacities=torch.rand(7, generator=generator) * 0.9 + 0.05,
+        means=torch.randn(7, 3, generator=generator),
+        features_dc=torch.randn(7, 3, generator=generator),
+        scales=torch.rand(7, 3, generator=generator) + 0.01,
+        opacities=torch.rand(7, generator=generator) * 0.9 + 0.05,
         rotations=torch.nn.functional.normalize(torch.randn(7, 4, generator=generator), dim=1),
     )
     write_ply(tmp_path / "a.ply", asset)
@@ -52,15 +57,27 @@ def test_ply_files_that_are_refused(tmp_path):
         read_ply(tmp_path / "a.ply")
     write_ply(tmp_path / "a.ply", splats([[0, 0, 0]]))
     whole = (tmp_path / "a.ply").read_bytes()
-    for damaged in (whole[:-4], whole.replace(b"f_dc_0", b"red___"), b"solid", whole.replace(b"binary_little_endian", b"ascii")):
+    for damaged in (
+        whole[:-4],
+        whole.replace(b"f_dc_0", b"red___"),
+        b"solid",
+        whole.replace(b"binary_little_endian", b"ascii"),
+    ):
         (tmp_path / "a.ply").write_bytes(damaged)
-        with pytest.raises(ValueError, match="expected a binary .ply of Gaussian splats, got another or a truncated one"):
+        with pytest.raises(
+            ValueError, match="expected a binary .ply of Gaussian splats, got another or a truncated one"
+        ):
             read_ply(tmp_path / "a.ply")
 
 
 def test_voxels_that_are_filled():
-    at = lambda x, y, z: [(v + 0.5) / 8 - 0.5 for v in (x, y, z)]  # noqa: E731 (centres of voxels)
-    asset = splats([at(1, 2, 3), at(1, 2, 3), at(0, 7, 4), at(5, 5, 5), [0.6, 0, 0]], opacities=torch.tensor([0.6, 0.6, 0.9, 0.1, 1.0]))
+    def at(x, y, z):  # centres of voxels
+        return [(v + 0.5) / 8 - 0.5 for v in (x, y, z)]
+
+    asset = splats(
+        [at(1, 2, 3), at(1, 2, 3), at(0, 7, 4), at(5, 5, 5), [0.6, 0, 0]],
+        opacities=torch.tensor([0.6, 0.6, 0.9, 0.1, 1.0]),
+    )
     assert voxels_filled(asset, 8).tolist() == [[0, 7, 4], [1, 2, 3]]  # mean opacity 2.2 / 3
     assert voxels_filled(asset, 8, share=0.1).tolist() == [[0, 7, 4], [1, 2, 3], [5, 5, 5]]
     with pytest.raises(ValueError, match="expected an asset with something within the cube"):
@@ -68,7 +85,10 @@ def test_voxels_that_are_filled():
 
 
 def test_an_image_of_one_gaussian_is_its_closed_form():
-    size, focal, scale, opacity = 28, 2.0, 0.05, 0.7
+    size = 28
+    focal = 2.0
+    scale = 0.05
+    opacity = 0.7
     image = render(splats([[0.1, -0.05, 0.0]], [[1.0, 0.5, 0.25]], scale, opacity), front(focal), size)
     f = focal * size
     jacobian = torch.tensor([[f / 2, 0, -f * 0.1 / 4], [0, f / 2, f * 0.05 / 4]])
@@ -76,7 +96,11 @@ def test_an_image_of_one_gaussian_is_its_closed_form():
     covariance = sharp + 0.1 * torch.eye(2)
     y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
     d = torch.stack([x - (size / 2 + f * 0.05), y - (size / 2 - f * 0.025)], -1)
-    alpha = opacity * (sharp.det() / covariance.det()).sqrt() * torch.exp(-0.5 * torch.einsum("hwi,ij,hwj->hw", d, covariance.inverse(), d))
+    alpha = (
+        opacity
+        * (sharp.det() / covariance.det()).sqrt()
+        * torch.exp(-0.5 * torch.einsum("hwi,ij,hwj->hw", d, covariance.inverse(), d))
+    )
     near = d.norm(dim=-1) < 4  # pixels; further out the renderer cuts it off
     for channel, value in zip(image, (1.0, 0.5, 0.25), strict=True):
         assert torch.allclose(channel[near], value * alpha[near], atol=1e-4)
@@ -93,7 +117,10 @@ def test_what_is_in_front_hides_what_is_behind():
 def test_cameras_look_at_the_centre_from_all_sides_upright():
     views = views_around(50)
     positions = torch.stack([v.position for v in views])
-    assert torch.allclose(positions.norm(dim=1), torch.full((50,), 2.0)) and float(positions.mean(0).norm()) < 0.1
+    assert (
+        torch.allclose(positions.norm(dim=1), torch.full((50,), 2.0))
+        and float(positions.mean(0).norm()) < 0.1
+    )
     for view in views:
         assert torch.allclose(view.rotation @ view.rotation.T, torch.eye(3), atol=1e-5)
         assert math.isclose(float(view.rotation.det()), 1, abs_tol=1e-5)
@@ -121,7 +148,9 @@ def test_features_of_a_voxel_are_those_of_its_place_on_the_images():
 
 def test_the_share_is_that_at_which_assets_fill_the_voxels_they_were_made_on():
     """Whole voxels hold ten times what strays hold beside them."""
-    g, assets, voxels = torch.Generator().manual_seed(2), [], []
+    g = torch.Generator().manual_seed(2)
+    assets = []
+    voxels = []
     for _ in range(3):
         places = torch.randperm(8**3, generator=g)[:60]
         own, strays = (torch.stack([p // 64, p // 8 % 8, p % 8], 1) for p in (places[:40], places[40:]))

@@ -20,7 +20,9 @@ def test_one_file_of_all(tmp_path):
     write_conditions(tmp_path / "c.safetensors", given)
     got = read_conditions(tmp_path / "c.safetensors")
     assert got.names == ("a chair, red / blue",) and got.encoder == "clip"
-    assert torch.equal(got.of(["a chair, red / blue"]), TOKENS[None]) and torch.equal(got.null(2), (TOKENS + 1).expand(2, -1, -1))
+    assert torch.equal(got.of(["a chair, red / blue"]), TOKENS[None]) and torch.equal(
+        got.null(2), (TOKENS + 1).expand(2, -1, -1)
+    )
 
 
 def test_a_folder_of_files(tmp_path):
@@ -72,7 +74,10 @@ def test_encoders_without_their_package_or_weights(monkeypatch, tmp_path):
 
     for name in ("TORCH_HOME", "HF_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"expected its weights .*, got none at .*hub/checkpoints/dinov2_vitl14_reg4_pretrain.pth"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"expected its weights .*, got none at .*hub/checkpoints/dinov2_vitl14_reg4_pretrain.pth",
+    ):
         encoders.ImageEncoder()
 
 
@@ -86,9 +91,12 @@ def image_encoder(monkeypatch, tmp_path):
 
 def test_image_tokens_are_normalised_without_parameters_and_patches_are_not(image_encoder):
     images = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    tokens, before = image_encoder(images), image_encoder.tokens(images)
+    tokens = image_encoder(images)
+    before = image_encoder.tokens(images)
     assert tokens.shape == (1, 9, 64) and float(tokens.mean(2).abs().max()) < 1e-5  # 1 + 4 + 2 x 2
-    torch.testing.assert_close(tokens, (before - before.mean(2, True)) / (before.var(2, correction=0, keepdim=True) + 1e-5).sqrt())
+    torch.testing.assert_close(
+        tokens, (before - before.mean(2, True)) / (before.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+    )
     assert torch.equal(image_encoder.patches(images)[0, :, 1, 0], before[0, 7])
     model = image_encoder.model
     torch.testing.assert_close(model(images), model.norm(before))  # what is read is before the last norm
@@ -105,7 +113,12 @@ def test_pictures_by_name_are_cut_out_and_their_empty_condition_is_zeros(image_e
 def test_text_tokens_are_padded_and_include_the_empty_text(monkeypatch):
     class Tokenizer:
         def __call__(self, texts, **options):
-            assert options == {"max_length": 77, "padding": "max_length", "truncation": True, "return_tensors": "pt"}
+            assert options == {
+                "max_length": 77,
+                "padding": "max_length",
+                "truncation": True,
+                "return_tensors": "pt",
+            }
             return {"input_ids": torch.tensor([[len(t)] * 77 for t in texts])}
 
     class Clip(torch.nn.Module):
@@ -114,9 +127,15 @@ def test_text_tokens_are_padded_and_include_the_empty_text(monkeypatch):
         def forward(self, input_ids):
             return type("Out", (), {"last_hidden_state": input_ids[..., None].half().expand(-1, -1, 4)})
 
-    monkeypatch.setattr(encoders, "pretrained", lambda kind, name: Tokenizer() if kind == "AutoTokenizer" else Clip())
+    monkeypatch.setattr(
+        encoders, "pretrained", lambda kind, name: Tokenizer() if kind == "AutoTokenizer" else Clip()
+    )
     found = encoders.TextEncoder("clip").conditions(["chair", "boat", "chair"])
-    assert found.names == ("chair", "boat") and float(found.of(["chair"])[0, 0, 0]) == 5 and not found.null(1).any()
+    assert (
+        found.names == ("chair", "boat")
+        and float(found.of(["chair"])[0, 0, 0]) == 5
+        and not found.null(1).any()
+    )
 
 
 def test_dinov2s_files_that_do_not_fit(tmp_path):
@@ -133,5 +152,7 @@ def test_dinov2s_files_that_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected config.json beside model.safetensors"):
         encoders.ImageEncoder(str(tmp_path / "folder"))
     (tmp_path / "folder" / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ValueError, match="expected the settings of a DINOv2, got: its model_type is not dinov2"):
+    with pytest.raises(
+        ValueError, match="expected the settings of a DINOv2, got: its model_type is not dinov2"
+    ):
         encoders.ImageEncoder(str(tmp_path / "folder"))

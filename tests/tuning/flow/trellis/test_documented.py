@@ -1,6 +1,5 @@
 """The commands of docs/reference/families.md for a TRELLIS folder, run as they stand, on the tiny one."""
 
-
 import pytest
 import torch
 

@@ -38,16 +38,24 @@ def test_adapters_are_merged_and_the_rest_is_kept(pipeline, trellis_root, tmp_pa
     model = adapted(pipeline, tmp_path / "adapter")
     report = export(trellis_root, tmp_path / "out", {STRUCTURE: tmp_path / "adapter"})
     assert report["elsewhere"] == ["slat_decoder_mesh"]
-    encoders = {"ss_enc_conv3d_16l8_fp16", "slat_enc_swin8_B_64l8_fp16"}  # stock TRELLIS needs them not, the loop does
+    # stock TRELLIS needs them not, the loop does
+    encoders = {"ss_enc_conv3d_16l8_fp16", "slat_enc_swin8_B_64l8_fp16"}
     stems = {"slat_flow", "ss_dec", "slat_dec_gs", *encoders}
     files = {f"ckpts/{stem}{ending}" for stem in stems for ending in (".json", ".safetensors")}
     assert set(report["kept"]) == files | {"ckpts/ss_flow.json"}
-    assert report["tuned"][STRUCTURE]["file"] == "ckpts/ss_flow.safetensors" and 0 < report["tuned"][STRUCTURE]["rounding"] < 0.01
+    assert (
+        report["tuned"][STRUCTURE]["file"] == "ckpts/ss_flow.safetensors"
+        and 0 < report["tuned"][STRUCTURE]["rounding"] < 0.01
+    )
     assert json.loads((tmp_path / "out" / "pipeline.json").read_text()) == PIPELINE
-    old, new = (load_file(root / "ckpts" / "ss_flow.safetensors") for root in (trellis_root, tmp_path / "out"))
+    old, new = (
+        load_file(root / "ckpts" / "ss_flow.safetensors") for root in (trellis_root, tmp_path / "out")
+    )
     assert {k: (t.dtype, t.shape) for k, t in old.items()} == {k: (t.dtype, t.shape) for k, t in new.items()}
     changed = {k for k in old if not torch.equal(old[k], new[k])}
-    assert changed and all(k.endswith((".to_qkv.weight", ".to_q.weight", ".to_kv.weight", ".to_out.weight")) for k in changed)
+    assert changed and all(
+        k.endswith((".to_qkv.weight", ".to_q.weight", ".to_kv.weight", ".to_out.weight")) for k in changed
+    )
     cond = pipeline.tokens.of(["a lamp", "a tree"])
     merged = load_model(tmp_path / "out" / "ckpts" / "ss_flow", dtype=torch.float32)
     base = velocity(pipeline.stages[0].model, cond)
@@ -64,8 +72,13 @@ def test_a_whole_tuned_network(pipeline, trellis_root, tmp_path):
     assert report["tuned"][LATENT]["rounding"] == 0
     opened = load_pipeline(tmp_path / "out", tokens())  # whole: with its encoders
     assert torch.equal(opened.stages[1].model.out_layer.bias, model.out_layer.bias)
-    assert torch.equal(opened.advance(STRUCTURE, torch.ones(1, 2, 4, 4, 4))[0], pipeline.advance(STRUCTURE, torch.ones(1, 2, 4, 4, 4))[0])
-    assert torch.equal(opened.part("slat_encoder").out_layer.weight, pipeline.part("slat_encoder").out_layer.weight)
+    assert torch.equal(
+        opened.advance(STRUCTURE, torch.ones(1, 2, 4, 4, 4))[0],
+        pipeline.advance(STRUCTURE, torch.ones(1, 2, 4, 4, 4))[0],
+    )
+    assert torch.equal(
+        opened.part("slat_encoder").out_layer.weight, pipeline.part("slat_encoder").out_layer.weight
+    )
 
 
 def test_encoders_that_are_not_there_are_said_to_be_elsewhere(pipeline, trellis_root, tmp_path):

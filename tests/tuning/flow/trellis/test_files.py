@@ -1,4 +1,6 @@
-"""pipeline.json and the models it names: what is read, what may be missing, where files are looked for, what is refused."""
+"""pipeline.json and the models it names: what is read, what may be missing, where files are looked for, what
+is refused.
+"""
 
 import copy
 import json
@@ -29,15 +31,22 @@ def copied(trellis_root, tmp_path):
 def test_what_pipeline_json_says(trellis_root):
     file = files.read_pipeline(trellis_root)
     assert file.kind == "text" and file.encoder == "openai/clip-vit-large-patch14"
-    assert file.sampling["structure"] == Sampling(steps=3, cfg_strength=2.0, cfg_interval=(0.5, 0.95), rescale_t=3.0)
+    assert file.sampling["structure"] == Sampling(
+        steps=3, cfg_strength=2.0, cfg_interval=(0.5, 0.95), rescale_t=3.0
+    )
     assert file.sigma_min == {"structure": 1e-5, "latent": 1e-5}
     assert file.mean == (-2.0, 0.5, 0.0, 1.0) and file.std == (2.0, 1.5, 0.5, 1.0)
 
 
 def test_defaults_where_it_says_nothing(tmp_path):
     models = PIPELINE["args"]["models"]
-    for kind, expected in (("Text", Sampling(cfg_strength=7.5, cfg_interval=(0.5, 0.95))), ("Image", Sampling())):
-        (tmp_path / "pipeline.json").write_text(json.dumps({"name": f"Trellis{kind}To3DPipeline", "args": {"models": models}}))
+    for kind, expected in (
+        ("Text", Sampling(cfg_strength=7.5, cfg_interval=(0.5, 0.95))),
+        ("Image", Sampling()),
+    ):
+        (tmp_path / "pipeline.json").write_text(
+            json.dumps({"name": f"Trellis{kind}To3DPipeline", "args": {"models": models}})
+        )
         file = files.read_pipeline(tmp_path)
         assert file.sampling == {"structure": expected, "latent": expected}
         assert len(file.mean) == 8 and file.mean[0] == -2.16875
@@ -45,8 +54,11 @@ def test_defaults_where_it_says_nothing(tmp_path):
 
 
 def test_samplers_without_guidance_or_without_interval(tmp_path):
-    write(tmp_path, sparse_structure_sampler={"name": "FlowEulerSampler", "params": {"steps": 7}},
-          slat_sampler={"name": "FlowEulerCfgSampler", "params": {"cfg_strength": 3}})
+    write(
+        tmp_path,
+        sparse_structure_sampler={"name": "FlowEulerSampler", "params": {"steps": 7}},
+        slat_sampler={"name": "FlowEulerCfgSampler", "params": {"cfg_strength": 3}},
+    )
     sampling = files.read_pipeline(tmp_path).sampling
     assert sampling["structure"].cfg_strength == 0 and sampling["structure"].steps == 7
     assert sampling["latent"].cfg_strength == 3 and sampling["latent"].cfg_interval == (0.0, 1.0)
@@ -55,11 +67,23 @@ def test_samplers_without_guidance_or_without_interval(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"models": {"slat_flow_model": "ckpts/x"}}, r"expected both stages, got none for structure \(sparse_structure_flow_model\)"),
-        ({"slat_sampler": {"name": "DDIMSampler"}}, r"expected a FlowEuler sampler for slat_sampler \(t = 1 is noise\), got 'DDIMSampler'"),
-        ({"slat_sampler": {"name": "FlowEulerSampler", "params": {"steps": 0}}}, "slat_sampler: Sampling: expected steps >= 1"),
+        (
+            {"models": {"slat_flow_model": "ckpts/x"}},
+            r"expected both stages, got none for structure \(sparse_structure_flow_model\)",
+        ),
+        (
+            {"slat_sampler": {"name": "DDIMSampler"}},
+            r"expected a FlowEuler sampler for slat_sampler \(t = 1 is noise\), got 'DDIMSampler'",
+        ),
+        (
+            {"slat_sampler": {"name": "FlowEulerSampler", "params": {"steps": 0}}},
+            "slat_sampler: Sampling: expected steps >= 1",
+        ),
         ({"slat_normalization": {"mean": [0.0], "std": [0.0]}}, "a finite mean and a std > 0 per channel"),
-        ({"slat_normalization": {"mean": [0.0, 1.0], "std": [1.0]}}, "a finite mean and a std > 0 per channel"),
+        (
+            {"slat_normalization": {"mean": [0.0, 1.0], "std": [1.0]}},
+            "a finite mean and a std > 0 per channel",
+        ),
     ],
 )
 def test_pipelines_that_are_refused(tmp_path, args, message):
@@ -82,7 +106,9 @@ def test_where_models_are_looked_for(copied, tmp_path, monkeypatch):
     file = files.read_pipeline(copied)
     assert files.find_model(file, "slat_flow_model") == copied / "ckpts" / "slat_flow"
     assert files.find_model(file, "sparse_structure_encoder").name == "ss_enc_conv3d_16l8_fp16"
-    with pytest.raises(FileNotFoundError, match=r"slat_decoder_mesh: expected its .json and .safetensors or .pt, got none at"):
+    with pytest.raises(
+        FileNotFoundError, match=r"slat_decoder_mesh: expected its .json and .safetensors or .pt, got none at"
+    ):
         files.find_model(file, "slat_decoder_mesh")
     with pytest.raises(FileNotFoundError, match="no place: pipeline.json does not name it"):
         files.find_model(file, "slat_decoder_rf")
@@ -113,7 +139,9 @@ def test_models_are_loaded_with_their_own_types(trellis_root, stem):
     path = trellis_root / "ckpts" / stem
     stored = load_file(f"{path}.safetensors")
     state = load_model(path).state_dict()
-    assert list(stored) != [] and all(torch.equal(state[name], stored[name]) and state[name].dtype == stored[name].dtype for name in stored)
+    assert list(stored) != [] and all(
+        torch.equal(state[name], stored[name]) and state[name].dtype == stored[name].dtype for name in stored
+    )
     assert set(state) == set(stored)
 
 
@@ -122,7 +150,10 @@ def test_training_checkpoints(trellis_root, tmp_path):
     masters = {f"module.{name}": tensor.float() for name, tensor in load_file(f"{stem}.safetensors").items()}
     path = tmp_path / "denoiser_ema0.9999_step0000100.pt"
     torch.save(masters, path)
-    assert all(torch.equal(t, masters[f"module.{name}"]) for name, t in load_model(stem, weights=path).state_dict().items())
+    assert all(
+        torch.equal(t, masters[f"module.{name}"])
+        for name, t in load_model(stem, weights=path).state_dict().items()
+    )
     torch.save({"optimizer": {"lr": 1.0}, "step": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="denoiser_ema0.9999_step0000100.pt.*Export the weights alone"):
         load_model(stem, weights=path)
@@ -150,8 +181,10 @@ def test_models_that_are_refused(copied):
     ("content", "message"),
     [
         ({"name": "UNet", "args": {}}, "expected a name among SparseStructureFlowModel, .* got 'UNet'"),
-        ({"name": "SparseStructureFlowModel", "args": {"colour": 1, "resolution": 4}},
-         r"got unknown \['colour'\], missing \['cond_channels'"),
+        (
+            {"name": "SparseStructureFlowModel", "args": {"colour": 1, "resolution": 4}},
+            r"got unknown \['colour'\], missing \['cond_channels'",
+        ),
     ],
 )
 def test_architectures_that_are_refused(copied, content, message):

@@ -1,4 +1,6 @@
-"""TRELLIS of images in the layout of TRELLIS-image-large: from pictures to a tuned folder, as documented, and what is refused."""
+"""TRELLIS of images in the layout of TRELLIS-image-large: from pictures to a tuned folder, as documented, and
+what is refused.
+"""
 
 import json
 from pathlib import Path
@@ -18,7 +20,10 @@ from tests.modes.flow_works import flow
 from tests.tuning.flow.documented_commands import run_section
 from tests.tuning.flow.trellis.tiny_trellis import DINO, write_hub, write_image_trellis
 
-FEW = "--steps=6 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --table-noises=2 --set=loop_pairs=2 --set=roles=reward".split()
+FEW = (
+    "--steps=6 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --table-noises=2 --set=loop_pairs=2"
+    " --set=roles=reward".split()
+)
 FEW += ["--set=views=2", "--device=cpu"]
 NAMES = ("boat", "chair", "lamp", "tree", "house", "dog")
 

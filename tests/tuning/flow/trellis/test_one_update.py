@@ -1,4 +1,6 @@
-"""One update by the fast path and by the reference's: the same losses and gradients, whatever is trained and minimised."""
+"""One update by the fast path and by the reference's: the same losses and gradients, whatever is trained and
+minimised.
+"""
 
 import copy
 from dataclasses import replace
@@ -35,16 +37,21 @@ def updates(stage_name, lora, dpo):
     torch.manual_seed(1)
     stage = random_flows.build_stage(size)
     if lora is None:
-        reference, parameters = FrozenModel(copy.deepcopy(stage.model).requires_grad_(False)), list(stage.model.parameters())
+        reference = FrozenModel(copy.deepcopy(stage.model).requires_grad_(False))
+        parameters = list(stage.model.parameters())
     else:
         add_lora(stage.model, lora, 0)
-        reference, parameters = AdapterOff(stage.model), lora_parameters(stage.model)
+        reference = AdapterOff(stage.model)
+        parameters = lora_parameters(stage.model)
     with torch.no_grad():  # as in the midst of a training
         for parameter in parameters:
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            parameter += 0.02 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+            )
     config = TrainConfig(lora=lora, steps=1, batch=2, warmup=0, dpo=dpo)
     needed = reference if config.needs_reference else None
-    pairs, conditions = pairs_of(stage, 2, size.voxels), random_flows.RandomConditions()
+    pairs = pairs_of(stage, 2, size.voxels)
+    conditions = random_flows.RandomConditions()
     return Updates(conditions, stage, pairs, config, stage.model, needed, SINGLE), parameters
 
 
@@ -64,11 +71,14 @@ def outcome(work, parameters, impl):
 @pytest.mark.parametrize(
     ("lora", "dpo"),
     [
-        (LORA, DpoConfig(beta=2.0)), (None, DpoConfig(beta=2.0, sft_weight=0.5)), (LORA, DpoConfig(kind="sft")),
-        (LORA, DpoConfig(kind="dro", loser_weight=0.5)), (replace(LORA, targets=("to_out",)), DpoConfig(beta=2.0)),
+        (LORA, DpoConfig(beta=2.0)),
+        (None, DpoConfig(beta=2.0, sft_weight=0.5)),
+        (LORA, DpoConfig(kind="sft")),
+        (LORA, DpoConfig(kind="dro", loser_weight=0.5)),
+        (replace(LORA, targets=("to_out",)), DpoConfig(beta=2.0)),
     ],
     ids=["adapters", "all parameters", "sft", "dro", "outputs alone"],
-)  # fmt: skip
+)
 def test_fast_and_reference_agree(stage_name, lora, dpo):
     work, parameters = updates(stage_name, lora, dpo)
     (got, gradients), (want, wanted) = (outcome(work, parameters, impl) for impl in ("auto", "ref"))

@@ -25,17 +25,24 @@ read_ranking = partial(read_any_ranking, candidate=pair_import.candidate)
 
 def candidates(*ranks, condition="c"):
     latents = [{STRUCTURE: torch.full([2, 4, 4, 4], float(i))} for i in range(len(ranks))]
-    return [Candidate(name=str(i), condition=condition, rank=r, latents=latents[i]) for i, r in enumerate(ranks)]
+    return [
+        Candidate(name=str(i), condition=condition, rank=r, latents=latents[i]) for i, r in enumerate(ranks)
+    ]
 
 
 def test_unequal_ranks_alone_are_paired():
     pairs = pair_up(candidates(1, 2, 2, 5))[STRUCTURE]
     assert [p.id for p in pairs] == [f"c/{name}" for name in ("0>1", "0>2", "0>3", "1>3", "2>3")]
-    assert all(float(p.preferred.mean()) == int(p.id[2]) and p.provenance["ranks"][0] < p.provenance["ranks"][1] for p in pairs)
+    assert all(
+        float(p.preferred.mean()) == int(p.id[2]) and p.provenance["ranks"][0] < p.provenance["ranks"][1]
+        for p in pairs
+    )
 
 
 def test_rankings_without_a_preference_are_refused():
-    with pytest.raises(ValueError, match="expected assets of unequal rank under one condition, got none among 3"):
+    with pytest.raises(
+        ValueError, match="expected assets of unequal rank under one condition, got none among 3"
+    ):
         pair_up(candidates(2, 2) + candidates(1, condition="d"))
 
 
@@ -45,8 +52,14 @@ def ranked(tmp_path):
     rows = []
     for i in range(3):
         np.savez(tmp_path / f"s{i}.npz", mean=np.full([2, 4, 4, 4], i, np.float32))
-        np.savez(tmp_path / f"l{i}.npz", coords=voxels(i).numpy().astype(np.uint8), feats=np.full([40, 4], i, np.float32))
-        rows.append({"condition": "a red chair", "rank": 3 - i, "structure": f"s{i}.npz", "latent": f"l{i}.npz"})
+        np.savez(
+            tmp_path / f"l{i}.npz",
+            coords=voxels(i).numpy().astype(np.uint8),
+            feats=np.full([40, 4], i, np.float32),
+        )
+        rows.append(
+            {"condition": "a red chair", "rank": 3 - i, "structure": f"s{i}.npz", "latent": f"l{i}.npz"}
+        )
     return tmp_path, rows
 
 
@@ -61,12 +74,18 @@ def test_a_ranked_list(ranked, pipeline, tmp_path):
     imported = read_ranking(write_list(folder, rows), pipeline)
     assert imported.report == {"assets": 3, "pairs": {STRUCTURE: 3, LATENT: 3}}
     hashes = write_imported(tmp_path / "pairs", imported, pipeline.file)
-    assert hashes == write_imported(tmp_path / "again", read_ranking(folder / "ranking.jsonl", pipeline), pipeline.file)
+    assert hashes == write_imported(
+        tmp_path / "again", read_ranking(folder / "ranking.jsonl", pipeline), pipeline.file
+    )
     for stage in pipeline.stages:
         pairs, meta = read_pairs(tmp_path / "pairs" / stage.name, stage)
-        assert [p.id for p in pairs] == [f"a red chair/{name}" for name in ("000003>000002", "000003>000001", "000002>000001")]
+        assert [p.id for p in pairs] == [
+            f"a red chair/{name}" for name in ("000003>000002", "000003>000001", "000002>000001")
+        ]
         assert meta["convention"] == "x_0 is data, t = 1 is noise"
-    best, worst = pairs[1].preferred, pairs[1].rejected  # of the second stage
+    # of the second stage
+    best = pairs[1].preferred
+    worst = pairs[1].rejected
     assert torch.equal(best.coords, voxels(2)) and best.coords.dtype == torch.int32
     assert torch.allclose(pipeline.unnormalised(best.feats), torch.full([40, 4], 2.0), atol=1e-5)
     assert torch.allclose(pipeline.unnormalised(worst.feats), torch.zeros(40, 4), atol=1e-5)
@@ -82,7 +101,8 @@ def test_other_forms_of_the_same_latents(ranked, pipeline):
     for row, rank in zip(rows, (1, 1, 2), strict=True):
         row["rank"] = rank
     imported = read_ranking(write_list(folder, rows), pipeline)
-    one, two = imported.pairs[LATENT][0].preferred, imported.pairs[LATENT][1].preferred
+    one = imported.pairs[LATENT][0].preferred
+    two = imported.pairs[LATENT][1].preferred
     assert torch.equal(one.coords, two.coords) and torch.equal(one.feats, two.feats)
     assert torch.equal(imported.pairs[STRUCTURE][0].preferred, imported.pairs[STRUCTURE][1].preferred)
 
@@ -129,7 +149,9 @@ def test_lists_that_are_refused(ranked, pipeline, change, message):
 def test_lists_with_holes_and_no_lists(ranked, pipeline):
     folder, rows = ranked
     del rows[2]["latent"]
-    with pytest.raises(ValueError, match="expected latents of stage 'latent' for all assets or none, got some"):
+    with pytest.raises(
+        ValueError, match="expected latents of stage 'latent' for all assets or none, got some"
+    ):
         read_ranking(write_list(folder, rows), pipeline)
     with pytest.raises(FileNotFoundError, match="ranking: expected a list of ranked assets, got none"):
         read_ranking(folder / "none.jsonl", pipeline)
@@ -140,9 +162,14 @@ def samples(tmp_path):
     """Two images with three samples each, one failed simulation, and one image whose samples all stand."""
     table = {"image_ids": [], "glb_ids": [], "angles": []}
     for image in range(3):
-        torch.save(torch.full([1, 3, E], float(image), dtype=torch.bfloat16), tmp_path / f"{image:03d}_cond.pt")
+        torch.save(
+            torch.full([1, 3, E], float(image), dtype=torch.bfloat16), tmp_path / f"{image:03d}_cond.pt"
+        )
         for sample in range(3):
-            torch.save(torch.full([1, 2, 4, 4, 4], image + sample / 10), tmp_path / f"{image:03d}_sparse_sample_{sample:03d}.pt")
+            torch.save(
+                torch.full([1, 2, 4, 4, 4], image + sample / 10),
+                tmp_path / f"{image:03d}_sparse_sample_{sample:03d}.pt",
+            )
             table["image_ids"].append(image)
             table["glb_ids"].append(sample)
             table["angles"].append(3.0 if image == 2 else [5.0, 90.0, math.nan if image else 19.9][sample])
@@ -157,7 +184,9 @@ def test_samples_of_dso(samples, pipeline, tmp_path):
     assert imported.report == {"assets": 8, "without_angle": 1, "one_sided": 1, "pairs": 3}
     assert imported.conditions.names == ("000", "001") and not imported.conditions.null(1).any()
     write_imported(tmp_path / "out", imported, pipeline.file)
-    assert torch.equal(read_conditions(tmp_path / "out" / "conditions.safetensors").of(["001"]), torch.ones(1, 3, E))
+    assert torch.equal(
+        read_conditions(tmp_path / "out" / "conditions.safetensors").of(["001"]), torch.ones(1, 3, E)
+    )
     assert len(read_pairs(tmp_path / "out" / STRUCTURE, pipeline.stages[0])[0]) == 3
 
 
@@ -173,7 +202,9 @@ def test_of_two_columns_of_angles_the_larger_counts(samples, pipeline):
     for columns in ([angles, other], [other, angles]):
         np.savez(samples / "model_info.npz", angles=np.stack(columns, 1), **table)
         both = read_dso(samples, pipeline)
-        assert [p.id for p in both.pairs[STRUCTURE]] == ["000/000>001", "000/000>002"] and both.report["without_angle"] == 2
+        assert [p.id for p in both.pairs[STRUCTURE]] == ["000/000>001", "000/000>002"] and both.report[
+            "without_angle"
+        ] == 2
 
 
 def test_samples_in_folders_below_keep_their_names_apart(samples, pipeline, tmp_path):
@@ -182,7 +213,10 @@ def test_samples_in_folders_below_keep_their_names_apart(samples, pipeline, tmp_
         for path in samples.glob("*.[np][pt]*"):
             (tmp_path / "all" / name / path.name).write_bytes(path.read_bytes())
     imported = read_dso(tmp_path / "all", pipeline)
-    assert imported.conditions.names == ("a/000", "a/001", "b/000", "b/001") and len(imported.pairs[STRUCTURE]) == 6
+    assert (
+        imported.conditions.names == ("a/000", "a/001", "b/000", "b/001")
+        and len(imported.pairs[STRUCTURE]) == 6
+    )
 
 
 def test_samples_of_dso_that_are_refused(samples, pipeline, tmp_path):

@@ -20,7 +20,9 @@ from tests.tuning.flow.trellis.tiny_trellis import NAMES, E, R, tokens, voxels
 
 
 def latent(seed, count=20):
-    return SparseSample(voxels(seed, count), torch.randn(count, 4, generator=torch.Generator().manual_seed(seed)))
+    return SparseSample(
+        voxels(seed, count), torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+    )
 
 
 def test_stages_are_those_of_the_files(pipeline):
@@ -28,7 +30,9 @@ def test_stages_are_those_of_the_files(pipeline):
     assert (first.name, first.latents) == (STRUCTURE, DenseGrid(channels=2, resolution=4))
     assert (second.name, second.latents) == (LATENT, SparseVoxels(channels=4, resolution=R))
     assert first.path == second.path == FlowPath() and first.sampling.cfg_strength == 2.0
-    assert pipeline.conditions(NAMES[:2], LATENT).shape == (2, 3, E) and pipeline.no_condition(4, STRUCTURE).shape == (4, 3, E)
+    assert pipeline.conditions(NAMES[:2], LATENT).shape == (2, 3, E) and pipeline.no_condition(
+        4, STRUCTURE
+    ).shape == (4, 3, E)
 
 
 def test_from_noise_to_assets_and_back(pipeline):
@@ -52,7 +56,9 @@ def test_the_gap_is_the_sign_of_the_decoded_structure(pipeline):
         assert torch.equal(places.long(), (sample[0] > 0).nonzero()) and places.dtype == torch.int32
 
 
-def test_a_structure_that_decodes_to_nothing_keeps_its_likeliest_voxel_and_says_so_once(pipeline, monkeypatch, capsys):
+def test_a_structure_that_decodes_to_nothing_keeps_its_likeliest_voxel_and_says_so_once(
+    pipeline, monkeypatch, capsys
+):
     folder.tell_empty.cache_clear()
     logits = -torch.arange(1.0, 513).view(1, 1, 8, 8, 8)
     monkeypatch.setattr(pipeline, "part", lambda name: lambda x_0: logits)
@@ -73,8 +79,11 @@ def test_no_gradient_passes_the_gap_or_the_decoder(pipeline):
 def test_latents_are_normalised_for_the_flow_alone(pipeline):
     feats = latent(3).feats
     assert torch.allclose(pipeline.normalised(pipeline.unnormalised(feats)), feats, atol=1e-6)
-    assert torch.allclose(pipeline.normalised(torch.tensor([[-2.0, 2.0, 0.5, 1.0]])), torch.tensor([[0.0, 1.0, 1.0, 0.0]]))
-    decoder, seen = pipeline.part("slat_decoder_gs"), []
+    assert torch.allclose(
+        pipeline.normalised(torch.tensor([[-2.0, 2.0, 0.5, 1.0]])), torch.tensor([[0.0, 1.0, 1.0, 0.0]])
+    )
+    decoder = pipeline.part("slat_decoder_gs")
+    seen = []
     decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].feats))
     pipeline.decode(SparseBatch.join([latent(3)]))
     assert torch.equal(seen[0], pipeline.unnormalised(feats))
@@ -93,7 +102,9 @@ def test_structures_are_encoded_from_the_voxels_filled(pipeline):
 def test_latents_are_encoded_from_features_of_the_voxels(pipeline, monkeypatch):
     (asset,) = pipeline.decode(SparseBatch.join([latent(5, 60)]))
     monkeypatch.setattr(module, "ImageEncoder", lambda name, device: name)
-    monkeypatch.setattr(module, "voxel_features", lambda asset, places, *_: places.float().sum(1, keepdim=True).expand(-1, 5))
+    monkeypatch.setattr(
+        module, "voxel_features", lambda asset, places, *_: places.float().sum(1, keepdim=True).expand(-1, 5)
+    )
     encoded = pipeline.encode([asset])[0][LATENT]
     pipeline.stages[1].check("encoded", encoded)
     assert torch.equal(encoded.coords, pipeline.voxels(asset))
@@ -105,7 +116,9 @@ def test_latents_are_encoded_from_features_of_the_voxels(pipeline, monkeypatch):
 
 def test_encoding_the_second_stage_says_what_it_lacks(pipeline):
     (asset,) = pipeline.decode(SparseBatch.join([latent(4, 60)]))
-    with pytest.raises(FileNotFoundError, match="dinov2_vitl14_reg: expected its weights on this machine, got none"):
+    with pytest.raises(
+        FileNotFoundError, match="dinov2_vitl14_reg: expected its weights on this machine, got none"
+    ):
         pipeline.encode([asset])[0][LATENT]
     with pytest.raises(KeyError):
         pipeline.encode([asset])[0]["mesh"]
@@ -123,14 +136,19 @@ def test_latents_that_are_not_finite_are_refused(pipeline):
 
 def test_embeddings_of_another_encoder_are_refused(trellis_root):
     wide = Conditions(tokens={"a": torch.zeros(3, E + 1)}, encoder="dinov2", zero_null=True)
-    with pytest.raises(ValueError, match=r"for stage 'structure', got .* of dinov2. Embed them with openai/clip"):
+    with pytest.raises(
+        ValueError, match=r"for stage 'structure', got .* of dinov2. Embed them with openai/clip"
+    ):
         load_pipeline(trellis_root, wide)
 
 
 def test_a_missing_model_file_is_refused_at_once(trellis_root, tmp_path):
     root = shutil.copytree(trellis_root, tmp_path / "root")
     (root / "ckpts" / "slat_dec_gs.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="slat_decoder_gs: expected its .json and .safetensors or .pt, got none at .*slat_dec_gs"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="slat_decoder_gs: expected its .json and .safetensors or .pt, got none at .*slat_dec_gs",
+    ):
         load_pipeline(root, tokens())
     assert load_pipeline(root, tokens(), whole=False).stages
     (root / "ckpts" / "slat_flow.json").unlink()
@@ -153,7 +171,8 @@ import torch
 from eg3d_rlhf.tuning.flow.families.folder import return_freed_memory
 
 def resident():
-    return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS"))
 
 print(return_freed_memory())
 before, kept = resident(), []
@@ -168,6 +187,8 @@ print(resident() - before)
 @pytest.mark.long  # a fresh process
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and needs glibc")
 def test_what_is_kept_between_large_tensors_does_not_hold_them(repo):
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=repo, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=repo, capture_output=True, text=True, check=True
+    )
     worked, grown = done.stdout.split()
     assert worked == "True" and int(grown) < 60  # MiB; 148 without

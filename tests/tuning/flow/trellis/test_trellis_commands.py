@@ -17,14 +17,25 @@ from eg3d_rlhf.tuning.flow.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.work import SHOWN, Work
 from tests.modes.flow_works import flow
 from tests.tuning.flow.trellis.test_export import adapted
-from tests.tuning.flow.trellis.test_pair_import import ranked, read_ranking, samples, write_list  # noqa: F401 (fixtures)
+from tests.tuning.flow.trellis.test_pair_import import (  # noqa: F401 (fixtures)
+    ranked,
+    read_ranking,
+    samples,
+    write_list,
+)
 from tests.tuning.flow.trellis.tiny_trellis import tokens
 
 
 @pytest.fixture
 def work(trellis_root, tmp_path):
     write_conditions(tmp_path / "c.safetensors", tokens())
-    flow("new", tmp_path / "WORK", f"--pipeline={trellis_root}", f"--conditions={tmp_path / 'c.safetensors'}", "--each=2")
+    flow(
+        "new",
+        tmp_path / "WORK",
+        f"--pipeline={trellis_root}",
+        f"--conditions={tmp_path / 'c.safetensors'}",
+        "--each=2",
+    )
     return Work.open(tmp_path / "WORK")
 
 
@@ -37,18 +48,27 @@ def test_dso(work, samples):  # noqa: F811
 
 
 def test_what_was_tuned_is_found(pipeline, trellis_root, tmp_path):
-    """In the run of a stage, named for the stage, or in a run beside another's; what is named for a stage goes first."""
+    """In the run of a stage, named for the stage, or in a run beside another's; what is named for a stage
+    goes first.
+    """
     for run, stage in (("one", "structure"), ("two", "latent")):
         adapted(pipeline, tmp_path / run / stage, stage=["structure", "latent"].index(stage))
-        (tmp_path / run / OPTIONS).write_text(json.dumps({"run": {"source": {"pipeline": str(trellis_root)}}}))
-    weights, root = f"--weights=structure={tmp_path / 'one' / 'structure'}", f"--pipeline={trellis_root}"
+        (tmp_path / run / OPTIONS).write_text(
+            json.dumps({"run": {"source": {"pipeline": str(trellis_root)}}})
+        )
+    weights = f"--weights=structure={tmp_path / 'one' / 'structure'}"
+    root = f"--pipeline={trellis_root}"
     calls = {"a": [tmp_path / "one"], "b": [root, weights], "c": [tmp_path / "one", tmp_path / "two"]}
     for name, flags in calls.items():
         said = flow("export", *flags, f"--out={tmp_path / name}")
         tuned = json.loads(said[: said.rindex("}") + 1])["tuned"]
-        assert list(tuned) == ["structure", *(["latent"] if name == "c" else [])] and "from_pretrained" in said
+        assert (
+            list(tuned) == ["structure", *(["latent"] if name == "c" else [])] and "from_pretrained" in said
+        )
     merged = [(tmp_path / name / "ckpts" / "ss_flow.safetensors").read_bytes() for name in calls]
-    assert merged[0] == merged[1] == merged[2] != (trellis_root / "ckpts" / "ss_flow.safetensors").read_bytes()
+    assert (
+        merged[0] == merged[1] == merged[2] != (trellis_root / "ckpts" / "ss_flow.safetensors").read_bytes()
+    )
     flow("export", tmp_path / "one", tmp_path / "two", "--adapter", f"--out={tmp_path / 'adapters'}")
     assert (tmp_path / "adapters/latent/adapter_model.safetensors").read_bytes() == (
         tmp_path / "two/latent/adapter_model.safetensors"
@@ -64,23 +84,37 @@ def test_what_was_tuned_is_found(pipeline, trellis_root, tmp_path):
         ([], "export: expected WORK, runs of train.py or --weights, got none"),
         (["nowhere"], "export: expected WORK or a finished run of train.py, got no tuned stage in nowhere"),
         (["--weights=mesh=x"], "--weights: expected STAGE=PATH and --pipeline=ROOT, got no --pipeline"),
-        (["--pipeline=ROOT", "--weights=mesh"], "--weights: expected STAGE=PATH and --pipeline=ROOT, got mesh"),
+        (
+            ["--pipeline=ROOT", "--weights=mesh"],
+            "--weights: expected STAGE=PATH and --pipeline=ROOT, got mesh",
+        ),
         (["--pipeline=ROOT", "--weights=mesh=x"], "export: expected stages among structure, latent"),
     ],
 )
 def test_exports_of_nothing_are_refused(trellis_root, tmp_path, flags, message):
-    assert message in flow("export", *(f.replace("ROOT", str(trellis_root)) for f in flags), f"--out={tmp_path / 'out'}", code=2)
+    assert message in flow(
+        "export", *(f.replace("ROOT", str(trellis_root)) for f in flags), f"--out={tmp_path / 'out'}", code=2
+    )
 
 
 def test_labels_of_nothing_are_refused(work, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "DSO samples: expected model_info.npz" in flow("tune", work.folder, f"--labels={tmp_path / 'empty'}", "--pairs-only", code=2)
+    assert "DSO samples: expected model_info.npz" in flow(
+        "tune", work.folder, f"--labels={tmp_path / 'empty'}", "--pairs-only", code=2
+    )
 
 
 def test_draw_rank_import(pipeline, trellis_root, work, tmp_path):
     """Assets are drawn, people rank them, and their pairs are of the very latents that were drawn."""
     adapted(pipeline, tmp_path / "adapter")
-    drawing = drawing_of(work, work.check_pipeline(), "base", SHOWN, torch.device("cpu"), tuned={"structure": tmp_path / "adapter"})
+    drawing = drawing_of(
+        work,
+        work.check_pipeline(),
+        "base",
+        SHOWN,
+        torch.device("cpu"),
+        tuned={"structure": tmp_path / "adapter"},
+    )
     assert drawing.run().count == 10
     path = work.drawn() / "ranking.jsonl"
     with pytest.raises(ValueError, match="line 1: expected a rank, got None"):
@@ -89,7 +123,8 @@ def test_draw_rank_import(pipeline, trellis_root, work, tmp_path):
     write_list(path.parent, [{**row, "rank": 2 - row["seed"]} for row in rows])
     said = flow("tune", work.folder, f"--labels={work.drawn()}", "--pairs-only")
     assert "pairs with a majority: 5 of stage structure, 5 of stage latent" in said
-    problem = open_problem(ProblemSource(pipeline=str(trellis_root), pairs=str(work.folder / "pairs")))  # with WORK's conditions
+    # with WORK's conditions
+    problem = open_problem(ProblemSource(pipeline=str(trellis_root), pairs=str(work.folder / "pairs")))
     assert {*problem.train_conditions, *problem.held_out_conditions} <= set(work.names(*SHOWN))
     imported = read_ranking(path, pipeline)
     assert imported.report["pairs"] == {"structure": 5, "latent": 5}
@@ -97,7 +132,9 @@ def test_draw_rank_import(pipeline, trellis_root, work, tmp_path):
     pipeline.stages[0].model = tuned_model(pipeline.stages[0].model, tmp_path / "adapter")
     name = rows[3]["condition"]
     ((latents, asset),) = draw(pipeline, [name], [1])
-    assert rows[3]["seed"] == 1 and torch.equal(imported.pairs["structure"][1].preferred, latents["structure"])
+    assert rows[3]["seed"] == 1 and torch.equal(
+        imported.pairs["structure"][1].preferred, latents["structure"]
+    )
     assert torch.allclose(imported.pairs["latent"][1].preferred.feats, latents["latent"].feats, atol=1e-5)
     (same,) = generate(pipeline, [name], [1])
     assert torch.equal(same.means, asset.means)

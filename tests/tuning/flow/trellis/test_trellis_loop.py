@@ -32,7 +32,11 @@ def run(trellis_root, tmp_path_factory):
     pairs = write_people(folder / "pairs", read_pipeline(trellis_root))
     # the last stage must move far enough, in a few steps, that decoding fills other voxels
     circular_dpo(
-        f"--pipeline={trellis_root}", f"--pairs={pairs}", f"--outdir={folder / 'runs'}", "--lr=0.02", "--steps=12",
+        f"--pipeline={trellis_root}",
+        f"--pairs={pairs}",
+        f"--outdir={folder / 'runs'}",
+        "--lr=0.02",
+        "--steps=12",
         "--set=roles=reward",
     )
     (found,) = (folder / "runs").glob("00000-*")
@@ -50,7 +54,10 @@ def test_the_result_goes_back_into_the_stock_layout(run, trellis_root, tmp_path)
     assert set(json.loads(said[: said.rindex("}") + 1])["tuned"]) == {STRUCTURE, LATENT}
     tuned, base = (load_pipeline(root, tokens(), whole=False) for root in (tmp_path / "out", trellis_root))
     for stage, old in zip(tuned.stages, base.stages, strict=True):
-        moved = [not torch.equal(a, b) for a, b in zip(stage.model.parameters(), old.model.parameters(), strict=True)]
+        moved = [
+            not torch.equal(a, b)
+            for a, b in zip(stage.model.parameters(), old.model.parameters(), strict=True)
+        ]
         assert any(moved)
 
 

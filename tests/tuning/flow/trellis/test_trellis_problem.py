@@ -27,14 +27,21 @@ def write_people(folder, file, stages=(STRUCTURE, LATENT), per_condition=3):
         for rank in range(per_condition):
             generator = torch.Generator().manual_seed(10 * c + rank)
             feats = torch.randn(40, 4, generator=generator) - torch.tensor([0, 0, 0, 2.0 * rank])
-            both = {STRUCTURE: torch.randn(2, 4, 4, 4, generator=generator), LATENT: SparseSample(voxels(10 * c + rank), feats)}
-            found.append(Candidate(name=str(rank), condition=name, rank=rank, latents={s: both[s] for s in stages}))
+            both = {
+                STRUCTURE: torch.randn(2, 4, 4, 4, generator=generator),
+                LATENT: SparseSample(voxels(10 * c + rank), feats),
+            }
+            found.append(
+                Candidate(name=str(rank), condition=name, rank=rank, latents={s: both[s] for s in stages})
+            )
     write_imported(folder, Imported(pairs=pair_up(found), conditions=tokens()), file)
     return folder
 
 
 def trellis_problem(root, pairs=None, **more):
-    return family.open_problem(ProblemSource(pipeline=str(root), pairs=None if pairs is None else str(pairs), **more), "cpu")
+    return family.open_problem(
+        ProblemSource(pipeline=str(root), pairs=None if pairs is None else str(pairs), **more), "cpu"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -48,8 +55,14 @@ def problem(trellis_root, people):
 
 
 def test_conditions_are_divided_and_pairs_with_them(problem, trellis_root, people):
-    held, trained = set(problem.held_out_conditions), set(problem.train_conditions)
-    assert held | trained == set(NAMES) and not held & trained and len(held) == 1 and problem.choosing == problem.held_out_conditions
+    held = set(problem.held_out_conditions)
+    trained = set(problem.train_conditions)
+    assert (
+        held | trained == set(NAMES)
+        and not held & trained
+        and len(held) == 1
+        and problem.choosing == problem.held_out_conditions
+    )
     for stage in (STRUCTURE, LATENT):
         pairs = problem.human_pairs(stage)
         assert {p.condition for p in pairs} == trained and len(pairs) == 3 * len(trained)
@@ -59,13 +72,19 @@ def test_conditions_are_divided_and_pairs_with_them(problem, trellis_root, peopl
     assert again.identity == problem.identity and again.held_out_conditions == problem.held_out_conditions
     halves = trellis_problem(trellis_root, people, held_out=0.5)
     unseen = {*halves.held_out_conditions, *halves.choosing_conditions}
-    assert len(halves.held_out_conditions) == 2 and len(unseen) == 3 and unseen | set(halves.train_conditions) == set(NAMES)
+    assert (
+        len(halves.held_out_conditions) == 2
+        and len(unseen) == 3
+        and unseen | set(halves.train_conditions) == set(NAMES)
+    )
 
 
 def test_identity_names_all_that_it_came_from(problem, trellis_root, people, tmp_path):
     assert json.loads(json.dumps(problem.identity)) == problem.identity
     assert set(problem.identity["pairs"]) == {STRUCTURE, LATENT}
-    assert {"pipeline.json", STRUCTURE, LATENT, "slat_decoder_gs", "sparse_structure_encoder"} <= set(problem.identity["files"])
+    assert {"pipeline.json", STRUCTURE, LATENT, "slat_decoder_gs", "sparse_structure_encoder"} <= set(
+        problem.identity["files"]
+    )
     root = shutil.copytree(trellis_root, tmp_path / "root")
     with open(root / "pipeline.json", "a") as file:
         file.write(" ")
@@ -85,9 +104,14 @@ def test_the_reward_orders_assets_as_people_did(problem):
     pairs = problem.human_pairs(LATENT)
     for judge in (problem.reward, problem.chooser, problem.final):
         assert judge is not None
-        sides = [problem.pipeline.decode(SparseBatch.join([getattr(p, side) for p in pairs])) for side in ("preferred", "rejected")]
+        sides = [
+            problem.pipeline.decode(SparseBatch.join([getattr(p, side) for p in pairs]))
+            for side in ("preferred", "rejected")
+        ]
         scores = [judge(assets, [p.condition for p in pairs]) for assets in sides]
-        assert all(s.shape == (len(pairs),) and s.dtype == torch.float32 and s.isfinite().all() for s in scores)
+        assert all(
+            s.shape == (len(pairs),) and s.dtype == torch.float32 and s.isfinite().all() for s in scores
+        )
         if judge is problem.reward:
             assert float((scores[0] > scores[1]).float().mean()) > 0.6
 
@@ -108,11 +132,15 @@ def test_the_learned_reward_is_the_optimum_of_its_loss():
 
 def test_features_see_where_an_asset_is_and_its_colours():
     asset = SplatAsset(
-        means=torch.tensor([[-0.4, -0.4, -0.4], [0.4, 0.4, 0.4], [0.9, 0, 0]]), scales=torch.ones(3, 3), rotations=torch.ones(3, 4) / 2,
-        features_dc=torch.tensor([[1.0, 0, 0], [0, 0, -1.0], [0, 0, 0]]), opacities=torch.tensor([0.5, 1.0, 1.0]),
+        means=torch.tensor([[-0.4, -0.4, -0.4], [0.4, 0.4, 0.4], [0.9, 0, 0]]),
+        scales=torch.ones(3, 3),
+        rotations=torch.ones(3, 4) / 2,
+        features_dc=torch.tensor([[1.0, 0, 0], [0, 0, -1.0], [0, 0, 0]]),
+        opacities=torch.tensor([0.5, 1.0, 1.0]),
     )
     found = features(asset, 2)
-    mass, colour = found[:8], found[8:].view(8, 3)
+    mass = found[:8]
+    colour = found[8:].view(8, 3)
     assert torch.allclose(mass, torch.tensor([1.5, 1, 1, 1, 1, 1, 1, 2.0]).log())
     assert torch.allclose(colour[0], torch.tensor([0.28209, 0, 0]), atol=1e-4)
     assert torch.allclose(colour[7], torch.tensor([0, 0, -0.28209]), atol=1e-4)
@@ -125,11 +153,15 @@ def test_the_loop_makes_pairs_of_the_first_stage(problem):
         tuned.out_layer.bias += torch.tensor([1.0, -2.0, 0.5, 2.0])
     human = problem.human_pairs(STRUCTURE)[:2]
     pairs = make_loop_pairs(problem, {LATENT: tuned}, LoopPairsConfig(), seed=3, pairs=human)
-    assert [p.id for p in pairs] == [f"{p.id}/0" for p in human] and all(p.stage == STRUCTURE and p.source == "loop" for p in pairs)
+    assert [p.id for p in pairs] == [f"{p.id}/0" for p in human] and all(
+        p.stage == STRUCTURE and p.source == "loop" for p in pairs
+    )
     for pair in pairs:
         problem.pipeline.stages[0].check(pair.id, pair.preferred)
         assert pair.reward_preferred is not None and pair.reward_preferred != pair.reward_rejected
-    same = make_loop_pairs(problem, {LATENT: problem.pipeline.stages[1].model}, LoopPairsConfig(), seed=3, pairs=human)
+    same = make_loop_pairs(
+        problem, {LATENT: problem.pipeline.stages[1].model}, LoopPairsConfig(), seed=3, pairs=human
+    )
     assert all(p.provenance["same_structure"] for p in same)
 
 
@@ -137,7 +169,9 @@ def test_pairs_of_one_stage_train_that_stage_alone(trellis_root, pipeline, tmp_p
     folder = write_people(tmp_path / "pairs", pipeline.file, stages=(STRUCTURE,))
     problem = trellis_problem(trellis_root, folder)
     assert problem.human_pairs(STRUCTURE) and problem.chooser is None and problem.final is None
-    with pytest.raises(ValueError, match="pairs: expected pairs of stage 'latent', got those of structure alone"):
+    with pytest.raises(
+        ValueError, match="pairs: expected pairs of stage 'latent', got those of structure alone"
+    ):
         problem.human_pairs(LATENT)
     with pytest.raises(ValueError, match="expected pairs of stage 'latent', got those of structure alone"):
         problem.reward([], [])
@@ -157,16 +191,26 @@ def rewrite(folder, stage, change=lambda pairs: pairs, **meta):
 
 def test_mismatched_pair_files_are_refused(trellis_root, copied):
     rewrite(copied, LATENT, lambda pairs: pairs[:-1])
-    with pytest.raises(ValueError, match="expected the same pairs at stages 'structure' and 'latent', got 1 that one of them lacks"):
+    with pytest.raises(
+        ValueError,
+        match="expected the same pairs at stages 'structure' and 'latent', got 1 that one of them lacks",
+    ):
         trellis_problem(trellis_root, copied)
 
 
 def test_pairs_of_another_convention_or_model_are_refused(trellis_root, copied):
     rewrite(copied, LATENT, normalization={"mean": [0.0] * 4, "std": [1.0] * 4})
-    with pytest.raises(ValueError, match="expected latents normalised as TRELLIS-text-tiny/pipeline.json says, got those of another model"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "expected latents normalised as TRELLIS-text-tiny/pipeline.json says, got those of another model"
+        ),
+    ):
         trellis_problem(trellis_root, copied)
     rewrite(copied, STRUCTURE, convention="x_1 is data")
-    with pytest.raises(ValueError, match="expected the convention 'x_0 is data, t = 1 is noise', got 'x_1 is data'"):
+    with pytest.raises(
+        ValueError, match="expected the convention 'x_0 is data, t = 1 is noise', got 'x_1 is data'"
+    ):
         trellis_problem(trellis_root, copied)
 
 
@@ -176,7 +220,12 @@ def test_pairs_without_embeddings_and_folders_without_pairs_are_refused(trellis_
     with pytest.raises(ValueError, match="expected embeddings of all names, got none for 'a lamp'"):
         trellis_problem(trellis_root, copied)
     (copied / "conditions.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="conditions: expected embeddings of the pairs' conditions at"):
+    with pytest.raises(
+        FileNotFoundError, match="conditions: expected embeddings of the pairs' conditions at"
+    ):
         trellis_problem(trellis_root, copied)
-    with pytest.raises(FileNotFoundError, match="pairs: expected a folder of pairs, or structure or latent in it, got none at"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="pairs: expected a folder of pairs, or structure or latent in it, got none at",
+    ):
         trellis_problem(trellis_root, tmp_path / "none")

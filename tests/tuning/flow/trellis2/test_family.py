@@ -1,4 +1,6 @@
-"""TRELLIS.2 as a family: surfaces to look at, one DPO step, the folder with adapters merged, meshes of one's own, and the loop."""
+"""TRELLIS.2 as a family: surfaces to look at, one DPO step, the folder with adapters merged, meshes of one's
+own, and the loop.
+"""
 
 import copy
 import json
@@ -34,14 +36,25 @@ def test_a_face_about_every_crossed_edge_that_four_voxels_share():
     coords = torch.cartesian_prod(*[torch.arange(2)] * 3).int()
     crossed = torch.zeros(8, 3, dtype=torch.bool)
     crossed[0, 0] = crossed[0, 2] = crossed[7, 1] = True  # the last lacks its neighbours
-    asset = VoxelAsset(coords=coords, resolution=2, vertices=torch.full((8, 3), 0.5), crossed=crossed, split=torch.ones(8))
+    asset = VoxelAsset(
+        coords=coords, resolution=2, vertices=torch.full((8, 3), 0.5), crossed=crossed, split=torch.ones(8)
+    )
     vertices, faces = surface_of(asset)
-    assert torch.equal(vertices[0], torch.full([3], -0.25)) and torch.equal(vertices[7], torch.full([3], 0.25))
+    assert torch.equal(vertices[0], torch.full([3], -0.25)) and torch.equal(
+        vertices[7], torch.full([3], 0.25)
+    )
     assert len(faces) == 4 and set(faces.flatten().tolist()) == {0, 1, 2, 3, 4, 6}  # voxels x = 0, and z = 0
-    area = torch.linalg.cross(vertices[faces[:, 1]] - vertices[faces[:, 0]], vertices[faces[:, 2]] - vertices[faces[:, 0]]).norm(dim=1) / 2
+    area = (
+        torch.linalg.cross(
+            vertices[faces[:, 1]] - vertices[faces[:, 0]], vertices[faces[:, 2]] - vertices[faces[:, 0]]
+        ).norm(dim=1)
+        / 2
+    )
     torch.testing.assert_close(area, torch.full([4], 0.125))
     asset.split[[0, 3]] = 9.0  # the other diagonal of the face x = 0
-    assert any({1, 2} <= set(face) for face in faces.tolist()) and not any({1, 2} <= set(face) for face in surface_of(asset)[1].tolist())
+    assert any({1, 2} <= set(face) for face in faces.tolist()) and not any(
+        {1, 2} <= set(face) for face in surface_of(asset)[1].tolist()
+    )
 
 
 @pytest.mark.parametrize("name", ["structure", "shape_1024", "texture"])
@@ -50,8 +63,11 @@ def test_one_dpo_step(pipeline, name):
 
 
 @pytest.mark.long
-def test_every_stage_learns_labels_and_is_held_against_a_control(pipeline, trellis2_root, tmp_path, monkeypatch):
-    like, names = draw(pipeline, NAMES[:1], [0])[0][0], [f"c{i:02d}" for i in range(60)]
+def test_every_stage_learns_labels_and_is_held_against_a_control(
+    pipeline, trellis2_root, tmp_path, monkeypatch
+):
+    like = draw(pipeline, NAMES[:1], [0])[0][0]
+    names = [f"c{i:02d}" for i in range(60)]
     labelled.check_labels_are_learnt(trellis2_root, like, tokens(), tokens(names), tmp_path, monkeypatch)
 
 
@@ -64,14 +80,28 @@ def test_adapters_are_merged_into_the_files_own_types(pipeline, trellis2_root, t
             parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     save_policy(model, tmp_path / "adapter", {})
     report = export(trellis2_root, tmp_path / "out", {"texture": tmp_path / "adapter"})
-    assert report["tuned"]["texture"]["file"] == "ckpts/tex_1024.safetensors" and 0 < report["tuned"]["texture"]["rounding"] < 0.1
-    assert report["elsewhere"] == [] and 3 == sum("_enc" in name and name.endswith(".safetensors") for name in report["kept"])
-    old, new = (load_file(root / "ckpts" / "tex_1024.safetensors") for root in (trellis2_root, tmp_path / "out"))
+    assert (
+        report["tuned"]["texture"]["file"] == "ckpts/tex_1024.safetensors"
+        and 0 < report["tuned"]["texture"]["rounding"] < 0.1
+    )
+    assert report["elsewhere"] == [] and 3 == sum(
+        "_enc" in name and name.endswith(".safetensors") for name in report["kept"]
+    )
+    old, new = (
+        load_file(root / "ckpts" / "tex_1024.safetensors") for root in (trellis2_root, tmp_path / "out")
+    )
     assert {k: (t.dtype, t.shape) for k, t in old.items()} == {k: (t.dtype, t.shape) for k, t in new.items()}
     changed = {k for k in old if not torch.equal(old[k], new[k])}
-    assert changed == {f"blocks.0.{k}.weight" for k in (
-        "self_attn.to_qkv", "self_attn.to_out", "cross_attn.to_q", "cross_attn.to_kv", "cross_attn.to_out"
-    )}
+    assert changed == {
+        f"blocks.0.{k}.weight"
+        for k in (
+            "self_attn.to_qkv",
+            "self_attn.to_out",
+            "cross_attn.to_q",
+            "cross_attn.to_kv",
+            "cross_attn.to_out",
+        )
+    }
     opened = load_pipeline(tmp_path / "out", tokens())  # whole, by itself
     runs = (opened, {}), (pipeline, {"texture": model.eval()}), (pipeline, {})
     merged, adapted, base = (generate(p, NAMES[:1], [0], models)[0].materials for p, models in runs)
@@ -88,22 +118,41 @@ def test_what_train_refuses(trellis2_root, tmp_path):
     textures = [SparseSample(coords, torch.randn(2, 4, generator=g), torch.zeros(2, 4)) for _ in range(2)]
     people = write_people(tmp_path / "a", "texture", *textures, tokens())
     others = write_people(tmp_path / "b", "texture", *textures, tokens(size=7))
-    assert "expected tokens [L, 6] named '512' for stage 'structure', got {'1024': [5, 7], '512': [3, 7]}." in refusal(
-        root, others, "texture", tmp_path
+    assert (
+        "expected tokens [L, 6] named '512' for stage 'structure', got {'1024': [5, 7], '512': [3, 7]}."
+        in refusal(root, others, "texture", tmp_path)
     )
-    plain = write_people(tmp_path / "c", "texture", *(SparseSample(x.coords, x.feats) for x in textures), tokens())
-    assert "preferred: expected 4 given features per voxel, got 0. It is no latent of stage 'texture'" in refusal(
-        root, plain, "texture", tmp_path
+    plain = write_people(
+        tmp_path / "c", "texture", *(SparseSample(x.coords, x.feats) for x in textures), tokens()
+    )
+    assert (
+        "preferred: expected 4 given features per voxel, got 0. It is no latent of stage 'texture'"
+        in refusal(root, plain, "texture", tmp_path)
     )
     write_pipeline(root, shape_slat_sampler={"name": "FlowEulerSampler", "params": {"cfg_strength": 3}})
-    assert "expected guidance_strength, of which 1 is none, got cfg_strength" in refusal(root, people, "texture", tmp_path)
+    assert "expected guidance_strength, of which 1 is none, got cfg_strength" in refusal(
+        root, people, "texture", tmp_path
+    )
     write_pipeline(root)
     state = load_file(root / "ckpts" / "tex_1024.safetensors")
-    save_file({name.replace("cross_attn", "attn2"): tensor for name, tensor in state.items()}, root / "ckpts" / "tex_1024.safetensors")
+    save_file(
+        {name.replace("cross_attn", "attn2"): tensor for name, tensor in state.items()},
+        root / "ckpts" / "tex_1024.safetensors",
+    )
     said = refusal(root, people, "texture", tmp_path)
-    names = [f"blocks.0.cross_attn.{part}" for part in (
-        "k_rms_norm.gamma", "q_rms_norm.gamma", "to_kv.bias", "to_kv.weight", "to_out.bias", "to_out.weight", "to_q.bias", "to_q.weight"
-    )]
+    names = [
+        f"blocks.0.cross_attn.{part}"
+        for part in (
+            "k_rms_norm.gamma",
+            "q_rms_norm.gamma",
+            "to_kv.bias",
+            "to_kv.weight",
+            "to_out.bias",
+            "to_out.weight",
+            "to_q.bias",
+            "to_q.weight",
+        )
+    ]
     assert f"missing: {', '.join(names)}; unexpected: " in said
 
 
@@ -134,28 +183,44 @@ def test_the_loop_on_structure_and_shape_with_its_controls(trellis2_root, tmp_pa
 
 def test_without_encoders_there_is_no_loop_and_a_line_says_so(copied, tmp_path, capsys):
     write_meshes(tmp_path / "MESHES")
-    pairs = write_people(tmp_path / "PAIRS", "structure", torch.zeros(2, 4, 4, 4), torch.ones(2, 4, 4, 4), tokens())
+    pairs = write_people(
+        tmp_path / "PAIRS", "structure", torch.zeros(2, 4, 4, 4), torch.ones(2, 4, 4, 4), tokens()
+    )
     source = ProblemSource(pipeline=str(copied), pairs=str(pairs))
     problem = family.open_problem(source, "cpu")
-    assert problem.reward is not None and [stage.name for stage in problem.pipeline.stages] == ["structure", "shape_512", "shape_1024"]
+    assert problem.reward is not None and [stage.name for stage in problem.pipeline.stages] == [
+        "structure",
+        "shape_512",
+        "shape_1024",
+    ]
     for path in (copied.parent / "trellis" / "ckpts").glob("ss_enc*"):
         path.unlink()
-    assert family.open_problem(source, "cpu").reward is None and "sparse_structure_encoder not found" in capsys.readouterr().err
+    assert (
+        family.open_problem(source, "cpu").reward is None
+        and "sparse_structure_encoder not found" in capsys.readouterr().err
+    )
     with pytest.raises(ValueError, match="line 1: .*sparse_structure_encoder"):
-        read_ranking(tmp_path / "MESHES" / "ranking.jsonl", family.FAMILY.encoder(copied), candidate=family.FAMILY.candidate)
+        read_ranking(
+            tmp_path / "MESHES" / "ranking.jsonl",
+            family.FAMILY.encoder(copied),
+            candidate=family.FAMILY.candidate,
+        )
 
 
 def test_a_mesh_of_ones_own_becomes_latents_of_structure_and_shape(trellis2_root, tmp_path):
     write_meshes(tmp_path / "MESHES")
     pipeline = family.FAMILY.encoder(trellis2_root, device="cpu")
-    lying, upright_file = tmp_path / "y_up.glb", tmp_path / "MESHES" / "0-1.ply"
+    lying = tmp_path / "y_up.glb"
+    upright_file = tmp_path / "MESHES" / "0-1.ply"
     turn = trimesh.transformations.rotation_matrix(-np.pi / 2, [1, 0, 0])
     trimesh.load_mesh(upright_file).apply_transform(turn).export(lying)
     (upright,), (glb,) = (pipeline.encode([family.read_asset(path)]) for path in (upright_file, lying))
     assert list(upright) == list(glb) == ["structure", "shape_512", "shape_1024"]
     for stage in pipeline.stages[:-1]:
         stage.check(stage.name, upright[stage.name])
-        torch.testing.assert_close(feats_of(upright[stage.name]), feats_of(glb[stage.name]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            feats_of(upright[stage.name]), feats_of(glb[stage.name]), rtol=1e-3, atol=1e-4
+        )
 
 
 def test_drawn_assets_are_encoded_with_their_materials(pipeline):

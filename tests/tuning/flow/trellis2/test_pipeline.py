@@ -21,13 +21,34 @@ from tests.tuning.flow.trellis2.tiny_trellis2 import MODELS, NAMES, PIPELINE, E,
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"models": {"tex_slat_decoder": "x"}}, "expected all models of '1024_cascade', got none for sparse_structure_flow_model"),
-        ({"default_pipeline_type": "2048"}, "expected default_pipeline_type 512, 1024, 1024_cascade, 1536_cascade, got '2048'"),
-        ({"tex_slat_sampler": {"name": "DDIMSampler"}}, r"expected a FlowEuler sampler for tex_slat_sampler \(t = 1 is noise\), got 'DDIM"),
-        ({"shape_slat_sampler": {"params": {"cfg_strength": 7.5}}}, "expected guidance_strength, of which 1 is none, got cfg_strength"),
-        ({"shape_slat_sampler": {"params": {"guidance_strength": 0.5}}}, "expected guidance_strength >= 1, got 0.5"),
-        ({"shape_slat_sampler": {"params": {"steps": 0}}}, "shape_slat_sampler: Sampling: expected steps >= 1"),
-        ({"tex_slat_normalization": {"mean": [0.0], "std": [0.0]}}, "expected tex_slat_normalization with a finite mean and a std > 0"),
+        (
+            {"models": {"tex_slat_decoder": "x"}},
+            "expected all models of '1024_cascade', got none for sparse_structure_flow_model",
+        ),
+        (
+            {"default_pipeline_type": "2048"},
+            "expected default_pipeline_type 512, 1024, 1024_cascade, 1536_cascade, got '2048'",
+        ),
+        (
+            {"tex_slat_sampler": {"name": "DDIMSampler"}},
+            r"expected a FlowEuler sampler for tex_slat_sampler \(t = 1 is noise\), got 'DDIM",
+        ),
+        (
+            {"shape_slat_sampler": {"params": {"cfg_strength": 7.5}}},
+            "expected guidance_strength, of which 1 is none, got cfg_strength",
+        ),
+        (
+            {"shape_slat_sampler": {"params": {"guidance_strength": 0.5}}},
+            "expected guidance_strength >= 1, got 0.5",
+        ),
+        (
+            {"shape_slat_sampler": {"params": {"steps": 0}}},
+            "shape_slat_sampler: Sampling: expected steps >= 1",
+        ),
+        (
+            {"tex_slat_normalization": {"mean": [0.0], "std": [0.0]}},
+            "expected tex_slat_normalization with a finite mean and a std > 0",
+        ),
         ({"tex_slat_normalization": None}, "expected tex_slat_normalization with a finite mean"),
     ],
 )
@@ -40,7 +61,10 @@ def test_no_pipeline_and_trellis_own(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected TRELLIS.2's pipeline.json, got none in"):
         files.read_pipeline(tmp_path)
     (tmp_path / "pipeline.json").write_text(json.dumps({**PIPELINE, "name": "TrellisImageTo3DPipeline"}))
-    with pytest.raises(ValueError, match="expected the name Trellis2ImageTo3DPipeline and args.models, got 'TrellisImageTo3DPipeline'"):
+    with pytest.raises(
+        ValueError,
+        match="expected the name Trellis2ImageTo3DPipeline and args.models, got 'TrellisImageTo3DPipeline'",
+    ):
         files.read_pipeline(tmp_path)
 
 
@@ -49,9 +73,14 @@ def test_models_are_loaded_by_name_and_shape_with_their_own_types(trellis2_root,
     path = trellis2_root / "ckpts" / stem
     stored = load_file(f"{path}.safetensors")
     state = files.load_model(path).state_dict()
-    assert set(state) == set(stored) and all(torch.equal(state[n], stored[n]) and state[n].dtype == stored[n].dtype for n in stored)
+    assert set(state) == set(stored) and all(
+        torch.equal(state[n], stored[n]) and state[n].dtype == stored[n].dtype for n in stored
+    )
     half = {name for name, tensor in stored.items() if tensor.dtype in (torch.bfloat16, torch.float16)}
-    types = {name: tensor.dtype for name, tensor in files.load_model(path, dtype=torch.float64).state_dict().items()}
+    types = {
+        name: tensor.dtype
+        for name, tensor in files.load_model(path, dtype=torch.float64).state_dict().items()
+    }
     assert half and types == {name: torch.float64 if name in half else torch.float32 for name in stored}
 
 
@@ -60,12 +89,16 @@ def test_models_that_are_refused(copied):
     state = load_file(f"{stem}.safetensors")
     renamed = {name.replace("mlp.mlp", "mlp.net"): tensor for name, tensor in state.items()}
     save_file(renamed, f"{stem}.safetensors")
-    with pytest.raises(ValueError, match=r"missing: blocks.0.mlp.mlp.0.bias, .* unexpected: blocks.0.mlp.net.0.bias, "):
+    with pytest.raises(
+        ValueError, match=r"missing: blocks.0.mlp.mlp.0.bias, .* unexpected: blocks.0.mlp.net.0.bias, "
+    ):
         files.load_model(stem)
     shutil.copy(f"{copied}/ckpts/shape_1024.safetensors", f"{stem}.safetensors")
     with pytest.raises(ValueError, match=r"misshapen: input_layer.weight \[24, 4\] instead of \[24, 8\]"):
         files.load_model(stem)
-    stem.with_name("tex_1024.json").write_text(json.dumps({"name": "SLatFlowModel", "args": {**MODELS["tex_1024"]["args"], "colour": 1}}))
+    stem.with_name("tex_1024.json").write_text(
+        json.dumps({"name": "SLatFlowModel", "args": {**MODELS["tex_1024"]["args"], "colour": 1}})
+    )
     with pytest.raises(ValueError, match=r"got unknown \['colour'\], missing \[\]"):
         files.load_model(stem)
 
@@ -73,18 +106,25 @@ def test_models_that_are_refused(copied):
 def test_both_spellings_of_a_convolution(copied):
     stem = copied / "ckpts" / "shape_dec"
     state = load_file(f"{stem}.safetensors")
-    nested = {name.replace("conv1.", "conv1.conv.").replace("conv2.", "conv2.conv.").replace(".0.conv.", ".0.conv.conv."): tensor
-              for name, tensor in state.items()}
+    nested = {
+        name.replace("conv1.", "conv1.conv.")
+        .replace("conv2.", "conv2.conv.")
+        .replace(".0.conv.", ".0.conv.conv."): tensor
+        for name, tensor in state.items()
+    }
     assert len(set(nested) - set(state)) == 6
     save_file(nested, f"{stem}.safetensors")
-    assert all(torch.equal(tensor, state[name]) for name, tensor in files.load_model(stem).state_dict().items())
+    assert all(
+        torch.equal(tensor, state[name]) for name, tensor in files.load_model(stem).state_dict().items()
+    )
 
 
 def test_angles_that_a_file_has_must_be_its_own(copied):
     stem = copied / "ckpts" / "ss_flow"
     model = files.load_model(stem)
     angles = model.angles(model.places())
-    state, path = load_file(f"{stem}.safetensors"), copied / "ss_flow.pt"
+    state = load_file(f"{stem}.safetensors")
+    path = copied / "ss_flow.pt"
     torch.save(state | {"rope_phases": torch.polar(torch.ones_like(angles), angles)}, path)
     assert set(files.load_model(stem, weights=path).state_dict()) == set(state)
     for wrong in (torch.polar(torch.ones_like(angles), 2 * angles), torch.zeros(64, 6)):
@@ -103,28 +143,51 @@ def test_the_stages_and_what_they_leave(pipeline):
     drawn = low.noise([1, 2], voxels)
     fine = pipeline.advance("shape_512", drawn)
     for before, after in zip(voxels, fine, strict=True):
-        assert set(map(tuple, (after.coords // 2).tolist())) <= set(map(tuple, before.tolist())) and after.cells == 8
+        assert (
+            set(map(tuple, (after.coords // 2).tolist())) <= set(map(tuple, before.tolist()))
+            and after.cells == 8
+        )
         assert len(torch.unique(after.coords, dim=0)) == len(after.coords)
     latents = high.noise([1, 2], fine)
     left = pipeline.advance("shape_1024", latents)
-    assert all(isinstance(one, SparseSample) and torch.equal(one.coords, places.coords) for one, places in zip(left, fine, strict=True))
+    assert all(
+        isinstance(one, SparseSample) and torch.equal(one.coords, places.coords)
+        for one, places in zip(left, fine, strict=True)
+    )
     noise = texture.noise([3, 4], left)
     assert torch.equal(noise.given, latents.feats) and not torch.equal(noise.feats, latents.feats)
     one, _ = pipeline.decode(noise)
-    assert one.resolution == 16 and one.vertices.shape == one.crossed.shape == (len(one.coords), 3) and one.materials.shape[1] == 6
-    assert one.crossed.dtype == torch.bool and set(map(tuple, (one.coords // 2).tolist())) <= set(map(tuple, fine[0].coords.tolist()))
-    with pytest.raises(ValueError, match="advance: expected a stage among structure, shape_512, shape_1024, got 'texture'"):
+    assert (
+        one.resolution == 16
+        and one.vertices.shape == one.crossed.shape == (len(one.coords), 3)
+        and one.materials.shape[1] == 6
+    )
+    assert one.crossed.dtype == torch.bool and set(map(tuple, (one.coords // 2).tolist())) <= set(
+        map(tuple, fine[0].coords.tolist())
+    )
+    with pytest.raises(
+        ValueError, match="advance: expected a stage among structure, shape_512, shape_1024, got 'texture'"
+    ):
         pipeline.advance("texture", noise)
 
 
 def test_every_stage_is_told_of_its_own_picture(pipeline):
     lengths = {stage: pipeline.conditions(NAMES[:2], stage).shape for stage in files.STAGES}
-    assert lengths == {"structure": (2, 3, E), "shape_512": (2, 3, E), "shape_1024": (2, 5, E), "texture": (2, 5, E)}
-    assert pipeline.no_condition(3, "texture").shape == (3, 5, E) and not pipeline.no_condition(1, "structure").any()
+    assert lengths == {
+        "structure": (2, 3, E),
+        "shape_512": (2, 3, E),
+        "shape_1024": (2, 5, E),
+        "texture": (2, 5, E),
+    }
+    assert (
+        pipeline.no_condition(3, "texture").shape == (3, 5, E)
+        and not pipeline.no_condition(1, "structure").any()
+    )
 
 
 @pytest.mark.parametrize(
-    ("kind", "names"), [("512", ["structure", "shape_512", "texture"]), ("1024", ["structure", "shape_1024", "texture"])]
+    ("kind", "names"),
+    [("512", ["structure", "shape_512", "texture"]), ("1024", ["structure", "shape_1024", "texture"])],
 )
 def test_without_a_cascade(copied, kind, names):
     opened = load_pipeline(write_pipeline(copied, default_pipeline_type=kind), tokens())
@@ -142,33 +205,59 @@ def test_a_wider_cascade_is_made_narrower_where_voxels_are_many(copied, monkeypa
         finer = partial(finer_voxels, most=most)
         monkeypatch.setattr(family, "finer_voxels", finer)
         ((latents, asset),) = draw(opened, [NAMES[0]], [0])
-        assert latents["texture"].cells == cells and asset.resolution == 2 * cells and int(asset.coords.max()) < 2 * cells
+        assert (
+            latents["texture"].cells == cells
+            and asset.resolution == 2 * cells
+            and int(asset.coords.max()) < 2 * cells
+        )
         write_latents(copied / "x.safetensors", latents)
         again = read_latents(copied / "x.safetensors")
-        assert again["texture"].cells == cells and opened.decode(SparseBatch.join([again["texture"]]))[0].resolution == 2 * cells
+        assert (
+            again["texture"].cells == cells
+            and opened.decode(SparseBatch.join([again["texture"]]))[0].resolution == 2 * cells
+        )
 
 
 def test_conditions_that_are_refused(trellis2_root):
     flat = tokens()
-    for given in (tokens(size=7), type(flat)(tokens={n: t["512"] for n, t in flat.tokens.items()}, zero_null=True)):
-        with pytest.raises(ValueError, match=r"conditions: expected tokens \[L, 6\] named '512' for stage 'structure', got .*dinov3-"):
+    for given in (
+        tokens(size=7),
+        type(flat)(tokens={n: t["512"] for n, t in flat.tokens.items()}, zero_null=True),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"conditions: expected tokens \[L, 6\] named '512' for stage 'structure', got .*dinov3-",
+        ):
             load_pipeline(trellis2_root, given)
 
 
 def test_models_that_do_not_fit_each_other(copied):
     models = PIPELINE["args"]["models"]
     with pytest.raises(ValueError, match="expected a model of stage 'structure', got a VoxelFlow"):
-        load_pipeline(write_pipeline(copied, models={**models, "sparse_structure_flow_model": "ckpts/tex_512"}), tokens())
+        load_pipeline(
+            write_pipeline(copied, models={**models, "sparse_structure_flow_model": "ckpts/tex_512"}),
+            tokens(),
+        )
     with pytest.raises(FileNotFoundError, match="sparse_structure_decoder: expected its .json and"):
-        load_pipeline(write_pipeline(copied, models={**models, "sparse_structure_decoder": "someone/else/ckpts/ss_dec"}), tokens())
+        load_pipeline(
+            write_pipeline(
+                copied, models={**models, "sparse_structure_decoder": "someone/else/ckpts/ss_dec"}
+            ),
+            tokens(),
+        )
 
 
 def test_latents_of_another_kind(pipeline):
     texture = pipeline.stages[-1]
-    coords, feats = torch.tensor([[0, 0, 0]]), torch.zeros(1, 4)
-    with pytest.raises(ValueError, match="x: expected 4 given features per voxel, got 0. It is no latent of stage 'texture'"):
+    coords = torch.tensor([[0, 0, 0]])
+    feats = torch.zeros(1, 4)
+    with pytest.raises(
+        ValueError, match="x: expected 4 given features per voxel, got 0. It is no latent of stage 'texture'"
+    ):
         texture.check("x", SparseSample(coords, feats))
     with pytest.raises(ValueError, match="x: expected voxels, got a dense grid"):
         texture.check("x", torch.zeros(2, 4, 4, 4))
-    with pytest.raises(ValueError, match="decode: expected latents of the texture with those of the shape given"):
+    with pytest.raises(
+        ValueError, match="decode: expected latents of the texture with those of the shape given"
+    ):
         pipeline.decode(SparseBatch.join([SparseSample(coords, feats)]))

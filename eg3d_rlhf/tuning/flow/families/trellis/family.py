@@ -37,7 +37,9 @@ LOOKED_AT = 32  # assets that the share of opacity is found on
 
 
 def recognises(root: Path) -> bool:
-    """Whether pipeline.json is TRELLIS's; a file that is none is left to the reader, which says what is wrong."""
+    """Whether pipeline.json is TRELLIS's; a file that is none is left to the reader, which says what is
+    wrong.
+    """
     path = root / "pipeline.json"
     if not path.is_file():
         return False
@@ -50,15 +52,19 @@ def recognises(root: Path) -> bool:
 
 def open_problem(source: ProblemSource, device: str | torch.device) -> Problem:
     """As any folder's; where there are pairs of both stages, with all that the loop needs."""
-    root, encoding = Path(source.pipeline), Encoding(share=source.voxel_share, views=source.views)
+    root = Path(source.pipeline)
+    encoding = Encoding(share=source.voxel_share, views=source.views)
     both = len(pairs_in(FAMILY, source)) == len(FLOWS)
     family = replace(
-        FAMILY, load=partial(load_pipeline, encoding=encoding, whole=both), files=partial(model_files, whole=both),
+        FAMILY,
+        load=partial(load_pipeline, encoding=encoding, whole=both),
+        files=partial(model_files, whole=both),
         zero_null=read_pipeline(root).kind == "image",
     )
     problem = open_folder(family, source, device, check_origin)
     for stage in problem.pipeline.stages:
-        stage.model.recompute = True  # type: ignore[assignment]  # blocks again in the backward pass, for less memory
+        # blocks again in the backward pass, for less memory
+        stage.model.recompute = True  # type: ignore[assignment]
     return replace(problem, identity={**problem.identity, "encoding": vars(encoding)})
 
 
@@ -66,8 +72,8 @@ def check_origin(pipeline: TrellisPipeline, folder: Path, stage: str, meta: Mapp
     """Refuse latents that are normalised in another way. Raises: ValueError."""
     if meta.get("normalization") != normalization(pipeline.file, stage):
         raise ValueError(
-            f"{folder}: expected latents normalised as {pipeline.file.root.name}/pipeline.json says, got those of another model. Make "
-            "the pairs again for this one."
+            f"{folder}: expected latents normalised as {pipeline.file.root.name}/pipeline.json says, got"
+            " those of another model. Make the pairs again for this one."
         )
 
 
@@ -78,7 +84,9 @@ def load(root: Path, conditions: Conditions | None, **options: Any) -> TrellisPi
 
 def encoder(root: Path, share: float, views: int, **options: Any) -> TrellisPipeline:
     """To encode with: without the flows' weights, and with what is there of the others."""
-    return load_pipeline(root, None, encoding=Encoding(share=share, views=views), whole=False, sampled=False, **options)
+    return load_pipeline(
+        root, None, encoding=Encoding(share=share, views=views), whole=False, sampled=False, **options
+    )
 
 
 def model_files(root: Path, whole: bool = True) -> dict[str, Path]:
@@ -107,16 +115,28 @@ def _of_kind(root: Path, kind: str) -> PipelineFile:
     file = read_pipeline(root)
     if file.kind != kind:
         wanted, got = ({"image": "pictures", "text": "prompts"}[each] for each in (file.kind, kind))
-        raise ValueError(f"conditions: expected --{wanted} for a pipeline of {wanted}, got --{got}. Correct the call.")
+        raise ValueError(
+            f"conditions: expected --{wanted} for a pipeline of {wanted}, got --{got}. Correct the call."
+        )
     return file
 
 
 def remark(folder: Path, lines: Sequence[Mapping], pipeline: TrellisPipeline) -> str:
     """The share of opacity at which the first assets fill the voxels that they were made on."""
     assets = [read_ply(folder / line["look_at"]) for line in lines[:LOOKED_AT]]
-    found = calibrated(assets, [read_array(folder / line[LATENT], "coords") for line in lines[:LOOKED_AT]], pipeline.resolution)
-    how = f"a share of opacity of {found['share']:g} (intersection over union {found['iou']:.2f}, of {len(assets)})"
-    return f"assets fill the voxels that they were made on best at {how}: flow tune --loop --set voxel_share={found['share']:g}"
+    found = calibrated(
+        assets,
+        [read_array(folder / line[LATENT], "coords") for line in lines[:LOOKED_AT]],
+        pipeline.resolution,
+    )
+    how = (
+        f"a share of opacity of {found['share']:g} (intersection over union {found['iou']:.2f}, of"
+        f" {len(assets)})"
+    )
+    return (
+        f"assets fill the voxels that they were made on best at {how}: flow tune --loop --set"
+        f" voxel_share={found['share']:g}"
+    )
 
 
 def release(root: Path, stages: Sequence[str]) -> Release:
@@ -126,13 +146,34 @@ def release(root: Path, stages: Sequence[str]) -> Release:
     return release_of(file, stages, FLOWS, load_model, needed)
 
 
-FAMILY = register(FlowFamily(
-    name="trellis", layout="pipeline.json of TrellisTextTo3DPipeline or TrellisImageTo3DPipeline", recognises=recognises,
-    stages=tuple(FLOWS), load=load, files=model_files, judge=RewardOfPairs, open=open_problem, embed=embed, embed_texts=embed_texts,
-    show=show, release=release, loaded_by='TrellisImageTo3DPipeline or TrellisTextTo3DPipeline.from_pretrained("{out}")', encoder=encoder,
-    candidate=candidate, write_latent=write_latent,
-    pair_meta=lambda pipeline, stage, report: {"normalization": normalization(pipeline.file, stage), "report": report},
-    told=lambda pipeline, stage: [TOKENS[pipeline.file.kind], pipeline.width(stage)],
-    options=("voxel_share", "views"), networks=networks, address="https://huggingface.co/microsoft/TRELLIS-image-large", up="z",
-    remark=remark, version="TRELLIS, of texts or images",
-))
+FAMILY = register(
+    FlowFamily(
+        name="trellis",
+        layout="pipeline.json of TrellisTextTo3DPipeline or TrellisImageTo3DPipeline",
+        recognises=recognises,
+        stages=tuple(FLOWS),
+        load=load,
+        files=model_files,
+        judge=RewardOfPairs,
+        open=open_problem,
+        embed=embed,
+        embed_texts=embed_texts,
+        show=show,
+        release=release,
+        loaded_by='TrellisImageTo3DPipeline or TrellisTextTo3DPipeline.from_pretrained("{out}")',
+        encoder=encoder,
+        candidate=candidate,
+        write_latent=write_latent,
+        pair_meta=lambda pipeline, stage, report: {
+            "normalization": normalization(pipeline.file, stage),
+            "report": report,
+        },
+        told=lambda pipeline, stage: [TOKENS[pipeline.file.kind], pipeline.width(stage)],
+        options=("voxel_share", "views"),
+        networks=networks,
+        address="https://huggingface.co/microsoft/TRELLIS-image-large",
+        up="z",
+        remark=remark,
+        version="TRELLIS, of texts or images",
+    )
+)

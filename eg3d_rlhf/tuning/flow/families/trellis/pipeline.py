@@ -31,31 +31,48 @@ class Encoding:
 
 
 class TrellisPipeline(EncodingFolder):
-    """Implements `Pipeline`; assets are `SplatAsset`. Decoders and encoders are loaded when they are first needed.
+    """Implements `Pipeline`; assets are `SplatAsset`. Decoders and encoders are loaded when they are first
+    needed.
 
-    Structures have no latent normalisation; the second stage's latents are kept normalised, as its flow sees them.
+    Structures have no latent normalisation; the second stage's latents are kept normalised, as its flow sees
+    them.
     """
 
     def __init__(
-        self, file: files.PipelineFile, flows: Mapping[str, Any], conditions: Conditions | None, parts: Callable[[str], nn.Module],
-        device: str | torch.device = "cpu", encoding: Encoding | None = None,
+        self,
+        file: files.PipelineFile,
+        flows: Mapping[str, Any],
+        conditions: Conditions | None,
+        parts: Callable[[str], nn.Module],
+        device: str | torch.device = "cpu",
+        encoding: Encoding | None = None,
     ):
-        """Args: flows by stage name; conditions: None where nothing is sampled; parts: decoders and encoders by TRELLIS's names of them."""
+        """Args: flows by stage name; conditions: None where nothing is sampled; parts: decoders and encoders
+        by TRELLIS's names of them.
+        """
         super().__init__(conditions, parts, device, {files.LATENT: (file.mean, file.std)})
-        self.file, self.encoding = file, encoding or Encoding()
+        self.file = file
+        self.encoding = encoding or Encoding()
         self._image_encoder: ImageEncoder | None = None
         self.stages = [self._stage(name, flows[name]) for name in (files.STRUCTURE, files.LATENT)]
-        channels, self.resolution = flows[files.LATENT].config.in_channels, flows[files.LATENT].config.resolution
+        channels = flows[files.LATENT].config.in_channels
+        self.resolution = flows[files.LATENT].config.resolution
         if len(file.mean) != channels:
-            raise ValueError(f"pipeline.json: expected slat_normalization of {channels} channels, got {len(file.mean)}. Correct it.")
+            raise ValueError(
+                f"pipeline.json: expected slat_normalization of {channels} channels, got {len(file.mean)}."
+                " Correct it."
+            )
 
     def _stage(self, name: str, model: Any) -> FlowStage:
         config = model.config
         self.check_tokens(name, config.cond_channels, f"Embed them with {self.file.encoder}.")
         kind: Any = SparseVoxels if name == files.LATENT else DenseGrid
         return FlowStage(
-            name=name, model=model, latents=kind(channels=config.in_channels, resolution=config.resolution),
-            path=FlowPath(sigma_min=self.file.sigma_min[name]), sampling=self.file.sampling[name],
+            name=name,
+            model=model,
+            latents=kind(channels=config.in_channels, resolution=config.resolution),
+            path=FlowPath(sigma_min=self.file.sigma_min[name]),
+            sampling=self.file.sampling[name],
         )
 
     def width(self, stage: str) -> int:
@@ -64,7 +81,9 @@ class TrellisPipeline(EncodingFolder):
 
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
-        """Structures [N, C, R, R, R] -> the voxels of each, [v, 3] int32; of a structure without any, its likeliest."""
+        """Structures [N, C, R, R, R] -> the voxels of each, [v, 3] int32; of a structure without any, its
+        likeliest.
+        """
         assert stage == files.STRUCTURE
         check_finite("advance", x_0)
         assert isinstance(x_0, torch.Tensor)
@@ -88,13 +107,16 @@ class TrellisPipeline(EncodingFolder):
 
         Raises: FileNotFoundError or ValueError where the encoder or DINOv2 are not on this machine.
         """
-        voxels, size = self.voxels(asset), self.resolution
+        voxels = self.voxels(asset)
+        size = self.resolution
         if stage == files.STRUCTURE:
             return self.part(files.STRUCTURE_ENCODER)(grid_of([voxels], size).to(self.device))[0][0]
         encoder = self.part(files.LATENT_ENCODER)
         if self._image_encoder is None:
             self._image_encoder = ImageEncoder(self.encoding.image_model, self.device)
-        features = voxel_features(asset.to(self.device), voxels.to(self.device), self._image_encoder, size, self.encoding.views)
+        features = voxel_features(
+            asset.to(self.device), voxels.to(self.device), self._image_encoder, size, self.encoding.views
+        )
         latent, _ = encoder(SparseBatch.join([SparseSample(voxels.to(self.device), features)]))
         return SparseSample(voxels, self.normalised(latent.feats).to(voxels.device))
 
@@ -103,15 +125,22 @@ class TrellisPipeline(EncodingFolder):
 
 
 def load_pipeline(
-    root: Path, conditions: Conditions | None, *, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu",
-    encoding: Encoding | None = None, whole: bool = True, sampled: bool = True,
+    root: Path,
+    conditions: Conditions | None,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+    encoding: Encoding | None = None,
+    whole: bool = True,
+    sampled: bool = True,
 ) -> TrellisPipeline:
     """A pipeline from TRELLIS's files.
 
     Args:
         dtype: of the flows' weights; None keeps the file's. Decoders and encoders are float32.
         sampled: False leaves the flows without weights: to encode and decode alone.
-        whole: refuse at once if a decoder or the structure's encoder is missing, rather than when it is needed.
+        whole: refuse at once if a decoder or the structure's encoder is missing, rather than when it is
+            needed.
     Raises: FileNotFoundError or ValueError for files that are missing or do not fit; nothing is downloaded.
     """
     file = files.read_pipeline(root)
@@ -121,6 +150,10 @@ def load_pipeline(
     flows = files.flows_of(stems, dtype, device, sampled)
     spare_memory(flows.values(), device)
     return TrellisPipeline(
-        file, flows, conditions, lambda name: files.load_model(files.find_model(file, name), dtype=torch.float32, device=device),
-        device, encoding,
+        file,
+        flows,
+        conditions,
+        lambda name: files.load_model(files.find_model(file, name), dtype=torch.float32, device=device),
+        device,
+        encoding,
     )

@@ -1,7 +1,7 @@
 """Judges of finished assets that are learned from people's pairs.
 
-They see where an asset is filled and which colours it has there. They know nothing of conditions: they compare assets of one condition, as
-w1, w2 and win rates do.
+They see where an asset is filled and which colours it has there. They know nothing of conditions: they
+compare assets of one condition, as w1, w2 and win rates do.
 
 Shape letters: N assets, P pairs, F features, K cells per axis.
 """
@@ -27,9 +27,12 @@ def features(asset: SplatAsset, cells: int = CELLS) -> torch.Tensor:
     places = ((asset.means + 0.5) * cells).floor().long()
     inside = ((places >= 0) & (places < cells)).all(1)
     x, y, z = places[inside].unbind(1)
-    cell, opacity = (x * cells + y) * cells + z, asset.opacities[inside].float()
+    cell = (x * cells + y) * cells + z
+    opacity = asset.opacities[inside].float()
     mass = opacity.new_zeros(cells**3).index_add(0, cell, opacity)
-    colour = opacity.new_zeros(cells**3, 3).index_add(0, cell, opacity[:, None] * (asset.colours[inside].float() - 0.5))
+    colour = opacity.new_zeros(cells**3, 3).index_add(
+        0, cell, opacity[:, None] * (asset.colours[inside].float() - 0.5)
+    )
     return torch.cat([mass.log1p(), (colour / mass.clamp_min(1e-6)[:, None]).flatten()])
 
 
@@ -37,16 +40,21 @@ class LinearReward:
     """score = w . (features - mean) / std; an AssetReward."""
 
     def __init__(self, preferred: torch.Tensor, rejected: torch.Tensor, ridge: float = 1.0):
-        """Fit by Bradley-Terry to the features of pairs [P, F] each, with ridge / 2 |w|^2 / P added to the mean loss."""
+        """Fit by Bradley-Terry to the features of pairs [P, F] each, with ridge / 2 |w|^2 / P added to the
+        mean loss.
+        """
         both = torch.cat([preferred, rejected]).double()
-        self.mean, self.std = both.mean(0), both.std(0).clamp_min(1e-6) * both.shape[1] ** 0.5
+        self.mean = both.mean(0)
+        self.std = both.std(0).clamp_min(1e-6) * both.shape[1] ** 0.5
         gaps = (preferred - rejected).double() / self.std  # [P, F]
         self.weight = torch.zeros(gaps.shape[1], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([self.weight], max_iter=FITTING_STEPS, line_search_fn="strong_wolfe")
 
         def step() -> torch.Tensor:
             optimizer.zero_grad()
-            loss = preference_loss(gaps @ self.weight).mean() + ridge / 2 * self.weight.square().sum() / len(gaps)
+            loss = preference_loss(gaps @ self.weight).mean() + ridge / 2 * self.weight.square().sum() / len(
+                gaps
+            )
             loss.backward()
             return loss
 
@@ -62,9 +70,18 @@ class LinearReward:
 class RewardOfPairs:
     """A LinearReward that is fitted when it is first asked; an AssetReward."""
 
-    def __init__(self, pipeline: TrellisPipeline, pairs: Callable[[], Sequence[PreferencePair]], title: str, ridge: float = 1.0):
+    def __init__(
+        self,
+        pipeline: TrellisPipeline,
+        pairs: Callable[[], Sequence[PreferencePair]],
+        title: str,
+        ridge: float = 1.0,
+    ):
         """Args: pairs: of the last stage, whose latents are decoded; title: for the progress bar."""
-        self._pipeline, self._pairs, self._title, self._ridge = pipeline, pairs, title, ridge
+        self._pipeline = pipeline
+        self._pairs = pairs
+        self._title = title
+        self._ridge = ridge
         self._reward: LinearReward | None = None
 
     def __call__(self, assets: Sequence[SplatAsset], conditions: Sequence[str]) -> torch.Tensor:
@@ -76,8 +93,13 @@ class RewardOfPairs:
                 raise ValueError(f"{self._title}: {got}. Import pairs of the last stage.")
             known: dict[int, torch.Tensor] = {}
             latents = {id(latent): latent for p in pairs for latent in (p.preferred, p.rejected)}
-            for key, latent in tqdm(latents.items(), desc=self._title, unit="asset", leave=False, disable=None):
+            for key, latent in tqdm(
+                latents.items(), desc=self._title, unit="asset", leave=False, disable=None
+            ):
                 known[key] = features(self._pipeline.decode(SparseBatch.join([latent]))[0])
-            preferred, rejected = (torch.stack([known[id(getattr(p, side))] for p in pairs]) for side in ("preferred", "rejected"))
+            preferred, rejected = (
+                torch.stack([known[id(getattr(p, side))] for p in pairs])
+                for side in ("preferred", "rejected")
+            )
             self._reward = LinearReward(preferred, rejected, self._ridge)
         return self._reward(assets, conditions)

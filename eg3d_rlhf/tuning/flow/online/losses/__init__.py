@@ -1,1 +1,3 @@
-"""What an update minimises, one file a loss: pure functions of tensors that return one value a sample, unreduced."""
+"""What an update minimises, one file a loss: pure functions of tensors that return one value a sample,
+unreduced.
+"""

@@ -1,7 +1,9 @@
-"""AWM: GRPO's clip with a weighted flow-matching error in the place of a density's logarithm. It is DiffusionNFT's first order without
-its bound, so no run here trains by it; it stands beside the others for comparison.
+"""AWM: GRPO's clip with a weighted flow-matching error in the place of a density's logarithm. It is
+DiffusionNFT's first order without its bound, so no run here trains by it; it stands beside the others for
+comparison.
 
-With e = m((v - u)^2) at one time and noise, log p = -w(e); at v = v_old the gradient of the clipped loss is A grad w(e).
+With e = m((v - u)^2) at one time and noise, log p = -w(e); at v = v_old the gradient of the clipped loss is A
+grad w(e).
 """
 
 import torch

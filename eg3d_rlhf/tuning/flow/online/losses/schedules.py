@@ -1,4 +1,6 @@
-"""How fast the network that draws follows the policy: after a round, old <- d old + (1 - d) new, by the number n of optimiser steps."""
+"""How fast the network that draws follows the policy: after a round, old <- d old + (1 - d) new, by the
+number n of optimiser steps.
+"""
 
 DECAYS = {  # by name, as DiffusionNFT has them
     "copy": lambda n: 0.0,

@@ -18,7 +18,8 @@ from eg3d_rlhf.tuning.flow.online.steps import ExactStep, divergence, log_densit
 from eg3d_rlhf.tuning.flow.stage import FlowPath
 from tests.tuning.flow.closed_forms import voxels
 
-N, SHAPE = 6, (6, 2, 3, 3, 3)
+N = 6
+SHAPE = (6, 2, 3, 3, 3)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -34,12 +35,15 @@ def error(v, u):
 
 
 TIMES = torch.linspace(0.1, 0.9, N, dtype=torch.float64)
-U, OLD = normal(), normal(seed=1)
+U = normal()
+OLD = normal(seed=1)
 A = torch.tensor([-6.0, -2.0, 0.0, 0.5, 2.0, 7.0], dtype=torch.float64)
 
 
 def nft(v, r=None, clip=5.0, b=1.0, **options):
-    return nft_loss(nft_errors(v, OLD, U, TIMES, b, **options), goodness(A, clip) if r is None else r, clip, b)
+    return nft_loss(
+        nft_errors(v, OLD, U, TIMES, b, **options), goodness(A, clip) if r is None else r, clip, b
+    )
 
 
 def at_old() -> torch.Tensor:
@@ -48,7 +52,9 @@ def at_old() -> torch.Tensor:
 
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_nft_at_the_old_network_pulls_by_the_advantage(adaptive):
-    """1, 2: nothing for r = 1/2; else C (2r - 1) t^2 grad e, and over n = t m|u - v_old| it is A t grad e / m|u - v_old|."""
+    """1, 2: nothing for r = 1/2; else C (2r - 1) t^2 grad e, and over n = t m|u - v_old| it is A t grad
+    e / m|u - v_old|.
+    """
     v = at_old()
     assert not gradient(nft(v, torch.full([N], 0.5, dtype=torch.float64), adaptive=adaptive), v).any()
     r = goodness(A)
@@ -61,21 +67,32 @@ def test_nft_at_the_old_network_pulls_by_the_advantage(adaptive):
 
 def test_nft_without_its_weight_has_a_closed_form():
     """3: its value, its optimum, and that C and b act by their product alone."""
-    v, r, b, level = normal(seed=2).requires_grad_(True), goodness(A), 0.3, TIMES**2
+    v = normal(seed=2).requires_grad_(True)
+    r = goodness(A)
+    b = 0.3
+    level = TIMES**2
     d = v - OLD
     inner = mean_per_sample(d * (U - OLD), d)
     wanted = 5 * level * (b * mean_per_sample(d.square(), d) - 2 * (2 * r - 1) * inner + error(U, OLD) / b)
     torch.testing.assert_close(nft(v, b=b, adaptive=False), wanted, rtol=1e-12, atol=1e-12)
     best = (OLD + ((2 * r - 1) / b).view(-1, 1, 1, 1, 1) * (U - OLD)).requires_grad_(True)
     assert gradient(nft(best, b=b, adaptive=False), best).abs().max() < 1e-12
-    same = [gradient(nft_loss(nft_errors(v, OLD, U, TIMES, beta, adaptive=False), goodness(A.clamp(-1, 1), clip), clip, beta), v)
-            for clip, beta in ((5.0, 0.1), (1.0, 0.5))]  # fmt: skip
+    same = [
+        gradient(
+            nft_loss(
+                nft_errors(v, OLD, U, TIMES, beta, adaptive=False), goodness(A.clamp(-1, 1), clip), clip, beta
+            ),
+            v,
+        )
+        for clip, beta in ((5.0, 0.1), (1.0, 0.5))
+    ]
     torch.testing.assert_close(*same, rtol=1e-10, atol=1e-14)
 
 
 def test_nft_with_its_weight_pulls_a_single_sample_to_the_bound():
     """4: along v = v_old + k / b (u - v_old) the gradient is the same for all |k| < 1."""
-    r, found = torch.full([N], 0.6, dtype=torch.float64), []
+    r = torch.full([N], 0.6, dtype=torch.float64)
+    found = []
     for k in (-0.9, 0.0, 0.4, 0.99):
         v = (OLD + k / 0.5 * (U - OLD)).requires_grad_(True)
         found.append(gradient(nft(v, r, b=0.5), v))
@@ -90,11 +107,21 @@ def test_nft_is_finite_at_both_ends_and_on_voxels():
     v = at_old()
     ends = torch.tensor([0.0, 1.0] * 3, dtype=torch.float64)
     loss = nft_loss(nft_errors(v, OLD, U, ends), goodness(A))
-    assert loss.isfinite().all() and gradient(loss, v).isfinite().all() and not gradient(nft_errors(v, OLD, U, ends).positive, v)[0].any()
+    assert (
+        loss.isfinite().all()
+        and gradient(loss, v).isfinite().all()
+        and not gradient(nft_errors(v, OLD, U, ends).positive, v)[0].any()
+    )
     x = collate([voxels(1, 5), voxels(2, 9)])
-    old, u, other = (with_feats(x, torch.randn(feats_of(x).shape, generator=torch.Generator().manual_seed(n))) for n in (3, 4, 5))
+    old, u, other = (
+        with_feats(x, torch.randn(feats_of(x).shape, generator=torch.Generator().manual_seed(n)))
+        for n in (3, 4, 5)
+    )
     both = nft_errors(other, old, u, torch.tensor([0.3, 0.8]))
-    alone = [nft_errors(*(collate([batch.samples()[i]]) for batch in (other, old, u)), torch.tensor([t])) for i, t in enumerate((0.3, 0.8))]
+    alone = [
+        nft_errors(*(collate([batch.samples()[i]]) for batch in (other, old, u)), torch.tensor([t]))
+        for i, t in enumerate((0.3, 0.8))
+    ]
     torch.testing.assert_close(both.negative, torch.cat([one.negative for one in alone]))
 
 
@@ -115,17 +142,26 @@ TO = STEP.mean(X, OLD) + STEP.std * DRAWN
 
 
 def of_step(v):
-    mean, mean_old = STEP.mean(X, v), STEP.mean(X, OLD)
-    return log_density(TO, mean, STEP.std), log_density(TO, mean_old, STEP.std), divergence(mean, mean_old, STEP.std), mean, mean_old
+    mean = STEP.mean(X, v)
+    mean_old = STEP.mean(X, OLD)
+    return (
+        log_density(TO, mean, STEP.std),
+        log_density(TO, mean_old, STEP.std),
+        divergence(mean, mean_old, STEP.std),
+        mean,
+        mean_old,
+    )
 
 
 def losses(v, advantage=A, limit=1e-3):
     log_p, old, far, *_ = of_step(v)
-    guarded, ratio = guarded_ratio(log_p, old, far, STEP.std), torch.exp(log_p - old)
+    guarded = guarded_ratio(log_p, old, far, STEP.std)
+    ratio = torch.exp(log_p - old)
     return {
-        "grpo": clipped_loss(log_p, old, advantage, limit), "grpo-guard": guard_loss(guarded, advantage, limit, STEP.length),
+        "grpo": clipped_loss(log_p, old, advantage, limit),
+        "grpo-guard": guard_loss(guarded, advantage, limit, STEP.length),
         "dppo": dppo_loss(ratio, advantage, dropped(ratio, far, advantage, limit)),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", ["grpo", "grpo-guard", "dppo"])
@@ -139,13 +175,19 @@ def test_at_the_old_network_all_have_the_gradient_of_the_density(name):
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 @pytest.mark.parametrize("ratio", [0.5, 0.99, 1.0, 1.01, 2.0])
 def test_the_clip_takes_the_gradient_on_the_side_that_the_advantage_asks_for(advantage, ratio):
-    log_p, old, A1 = torch.tensor([math.log(ratio)], requires_grad=True), torch.zeros(1), torch.tensor([advantage])
+    log_p = torch.tensor([math.log(ratio)], requires_grad=True)
+    old = torch.zeros(1)
+    A1 = torch.tensor([advantage])
     loss = clipped_loss(log_p, old, A1, 0.1)
-    assert float(loss.detach()) == pytest.approx(-min(ratio * advantage, min(max(ratio, 0.9), 1.1) * advantage), rel=1e-6)
+    assert float(loss.detach()) == pytest.approx(
+        -min(ratio * advantage, min(max(ratio, 0.9), 1.1) * advantage), rel=1e-6
+    )
     loss.backward()
     cut = (ratio > 1.1 and advantage > 0) or (ratio < 0.9 and advantage < 0)
     found = outside(torch.tensor([ratio]), A1, 0.1)
-    assert bool(found.stopped) is cut and bool(found.high) is (ratio > 1.1) and bool(found.low) is (ratio < 0.9)
+    assert (
+        bool(found.stopped) is cut and bool(found.high) is (ratio > 1.1) and bool(found.low) is (ratio < 0.9)
+    )
     assert float(log_p.grad) == pytest.approx(0 if cut else -ratio * advantage, rel=1e-6)
 
 
@@ -154,16 +196,21 @@ def test_the_guards_exponent_is_linear_in_the_mean_and_so_fair_to_both_sides():
     v = OLD + 0.1 * normal(seed=7)
     log_p, old, far, mean, mean_old = of_step(v)
     exponent = guarded_ratio(log_p, old, far, STEP.std).log()
-    torch.testing.assert_close(exponent, mean_per_sample(DRAWN * (mean - mean_old), mean), rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(
+        exponent, mean_per_sample(DRAWN * (mean - mean_old), mean), rtol=1e-9, atol=1e-14
+    )
     torch.testing.assert_close(log_p - old + far, exponent / STEP.std, rtol=1e-9, atol=1e-14)
 
 
 def test_dppo_drops_what_moved_far_to_its_own_side_alone():
     """8: below the limit nobody, nor where A = 0, nor who moved against its advantage."""
     ratio = torch.tensor([1.2, 0.8, 1.2, 0.8, 1.2])
-    far, advantage = torch.tensor([0.1, 0.1, 0.1, 0.1, 1e-4]), torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0])
+    far = torch.tensor([0.1, 0.1, 0.1, 0.1, 1e-4])
+    advantage = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0])
     assert dropped(ratio, far, advantage, 1e-2).tolist() == [True, True, False, False, False]
-    assert not dropped(ratio, far, torch.zeros(5), 0.0).any() and not dropped(ratio, far, advantage, 1.0).any()
+    assert (
+        not dropped(ratio, far, torch.zeros(5), 0.0).any() and not dropped(ratio, far, advantage, 1.0).any()
+    )
 
 
 # Losses on groups.
@@ -175,28 +222,36 @@ def of_groups(v, K):
 
 def test_dgpo_is_a_softplus_whose_gradient_is_its_programs():
     """11: mean(sg(sigmoid(S)) A e); half of it at the reference; nothing where all A are 0."""
-    v, advantage = normal(seed=2).requires_grad_(True), (A - A.mean()).view(2, 3)
+    v = normal(seed=2).requires_grad_(True)
+    advantage = (A - A.mean()).view(2, 3)
     errors, ref = of_groups(v, 3)
     wanted = gradient((weights(errors, ref, advantage, 10.0) * errors).mean(), v)
     errors, ref = of_groups(v, 3)
-    torch.testing.assert_close(gradient(dgpo_loss(errors, ref, advantage, 10.0).mean(), v), wanted, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(
+        gradient(dgpo_loss(errors, ref, advantage, 10.0).mean(), v), wanted, rtol=1e-10, atol=1e-14
+    )
     start = at_old()
     errors, ref = of_groups(start, 3)
     wanted = gradient((advantage * of_groups(start, 3)[0]).mean() / 2, start)
-    torch.testing.assert_close(gradient(dgpo_loss(errors, ref, advantage).mean(), start), wanted, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(
+        gradient(dgpo_loss(errors, ref, advantage).mean(), start), wanted, rtol=1e-9, atol=1e-14
+    )
     errors, ref = of_groups(start, 3)
     assert not gradient(dgpo_loss(errors, ref, torch.zeros(2, 3, dtype=torch.float64)), start).any()
     assert not left_alone(errors, ref, advantage).any()  # nobody has moved
 
 
 def test_dgpo_of_two_is_dpo_over_beta():
-    v, B = normal(seed=2).requires_grad_(True), 20.0
+    v = normal(seed=2).requires_grad_(True)
+    B = 20.0
     errors, ref = of_groups(v, 2)
     signs = torch.tensor([[1.0, -1.0]], dtype=torch.float64).expand(3, 2)
     gained = ref - errors
     dpo = preference_loss(gained[:, 0] - gained[:, 1], B / 2) / B
     torch.testing.assert_close(dgpo_loss(errors, ref, signs, B), dpo, rtol=1e-10, atol=1e-14)
-    torch.testing.assert_close(gradient(dgpo_loss(*of_groups(v, 2), signs, B), v), gradient(dpo, v), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(
+        gradient(dgpo_loss(*of_groups(v, 2), signs, B), v), gradient(dpo, v), rtol=1e-10, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -221,13 +276,17 @@ def test_a_permuted_group_has_permuted_gradients(name):
         if name == "dgpo":
             errors, ref = (error(w[rows], U[rows]).view(1, -1) for w in (v, OLD))
             return dgpo_loss(errors, ref, A[rows].view(1, -1))
-        to, means = TO[rows], [STEP.mean(X[rows], w[rows]) for w in (v, OLD)]
+        to = TO[rows]
+        means = [STEP.mean(X[rows], w[rows]) for w in (v, OLD)]
         log_p, old = (log_density(to, mean, STEP.std) for mean in means)
         if name == "grpo":
             return clipped_loss(log_p, old, A[rows], 1e-3)
-        ratio, far = torch.exp(log_p - old), divergence(*means, STEP.std)
+        ratio = torch.exp(log_p - old)
+        far = divergence(*means, STEP.std)
         if name == "dppo":
             return dppo_loss(ratio, A[rows], dropped(ratio, far, A[rows], 1e-3))
         return guard_loss(guarded_ratio(log_p, old, far, STEP.std), A[rows], 1e-3, STEP.length)
 
-    torch.testing.assert_close(gradient(loss(order), v), gradient(loss(torch.arange(N)), v), rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(
+        gradient(loss(order), v), gradient(loss(torch.arange(N)), v), rtol=1e-9, atol=1e-14
+    )
