@@ -1,8 +1,5 @@
-"""Shared fixtures: where the reference values live, tiny runs,
-and one thread per worker so that runs repeat.
-"""
+"""Shared fixtures: reference values, tiny runs, and one thread per worker so that runs repeat."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,14 +10,11 @@ from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.rewards.slab_network import RewardArch, RewardModel
 from tests import tiny_runs
+from tests.compat.reference import ROOT
 from training import networks
 
 REPO = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
-
-
-def _fixtures_root() -> Path:
-    return Path(os.environ.get("EG3D_RLHF_FIXTURES", REPO.parent / "shared" / "fixtures"))
 
 
 @pytest.fixture(scope="session")
@@ -31,13 +25,22 @@ def repo() -> Path:
 
 @pytest.fixture(scope="session")
 def fixtures_dir() -> Path:
-    """Folder of reference values; the tests that need it are skipped, with the reason, where it does not
-    exist.
-    """
-    root = _fixtures_root()
-    if not root.is_dir():
-        pytest.skip(f"reference values not found at {root}; set EG3D_RLHF_FIXTURES to their folder")
-    return root
+    """Folder of the reference values: tests/references, or what EG3D_RLHF_FIXTURES names."""
+    if not ROOT.is_dir():
+        pytest.skip(f"EG3D_RLHF_FIXTURES: there is no folder {ROOT}")
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def published_labels() -> Path:
+    """File of the labels that were published with the method, 4,346 pairs."""
+    path = ROOT.parent / "data" / "ranked_seeds.csv"
+    if not path.is_file():
+        pytest.skip(
+            "the published ranked_seeds.csv may not be redistributed; put it into data/ beside the folder"
+            " that EG3D_RLHF_FIXTURES names"
+        )
+    return path
 
 
 @pytest.fixture(scope="session")

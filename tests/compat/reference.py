@@ -17,7 +17,7 @@ import torch
 from training.discriminator import DualDiscriminator
 from training.triplane import TriPlaneGenerator
 
-ROOT = Path(os.environ.get("EG3D_RLHF_FIXTURES", Path(__file__).resolve().parents[3] / "shared" / "fixtures"))
+ROOT = Path(os.environ.get("EG3D_RLHF_FIXTURES", Path(__file__).parents[1] / "references")).resolve()
 
 
 def discover(pattern: str) -> list[str]:

@@ -75,12 +75,7 @@ def test_two_column_table_is_recognised(tmp_path):
     assert [(p.winner, p.loser) for p in load_labels(path)] == [(35539, 23763), (36390, 34268)]
 
 
-def test_published_table_imports(fixtures_dir):
-    path = fixtures_dir.parent / "data" / "ranked_seeds.csv"
-    if not path.is_file():
-        pytest.skip(
-            f"published preferences not found at {path}; they are not redistributed with this repository"
-        )
-    labels = load_labels(path)
+def test_published_table_imports(published_labels):
+    labels = load_labels(published_labels)
     assert len(labels) == 4346
     assert (labels[0].winner, labels[0].loser) == (35539, 23763)

@@ -3,10 +3,8 @@
 import csv
 import json
 import math
-import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -34,41 +32,28 @@ from eg3d_rlhf.preferences.labels import load_labels
 from eg3d_rlhf.rewards.training_run import read_labels
 from tests.people.label.plans import HASH, QUIET, answer, answer_all, plan, shape
 
-REPO = Path(__file__).resolve().parents[3]
 
-
-@pytest.fixture(scope="module")
-def table() -> Path:
-    """The published table; not ours to keep in the repository."""
-    fixtures = os.environ.get("EG3D_RLHF_FIXTURES")
-    path = (Path(fixtures).parent if fixtures else REPO.parent / "shared") / "data" / "ranked_seeds.csv"
-    if not path.is_file():
-        pytest.skip(
-            f"published labels not found at {path}; set EG3D_RLHF_FIXTURES to the folder beside their folder"
-            " data"
-        )
-    return path
-
-
-def test_the_published_table_comes_in_within_two_seconds(store, table, tmp_path):
+def test_the_published_table_comes_in_within_two_seconds(store, published_labels, tmp_path):
     seconds = []
     for attempt in range(3):  # neighbours on the machine may take a turn
         with Store.open(f"sqlite:///{tmp_path / f'{attempt}.db'}") as other:
             began = time.perf_counter()
-            assert import_ranked_seeds(other, table) == 4346
+            assert import_ranked_seeds(other, published_labels) == 4346
             seconds.append(time.perf_counter() - began)
     assert min(seconds) < 2
-    import_ranked_seeds(store, table)
+    import_ranked_seeds(store, published_labels)
     campaign = store.campaign("ranked_seeds")
     assert (
         campaign.pairs == 4346
         and len({s.seed for _, s in store.shapes(campaign.id)}) == len(store.shapes(campaign.id)) == 8692
     )
     labels = preferences_of(store)
-    assert [(p.winner, p.loser) for p in labels] == [(p.winner, p.loser) for p in load_labels(table)]
+    assert [(p.winner, p.loser) for p in labels] == [
+        (p.winner, p.loser) for p in load_labels(published_labels)
+    ]
     assert {(p.generator, p.psi, p.annotator) for p in labels} == {(None, None, "imported")}
     export_ranked_seeds(store, tmp_path / "again.csv")
-    assert (tmp_path / "again.csv").read_bytes() == table.read_bytes()
+    assert (tmp_path / "again.csv").read_bytes() == published_labels.read_bytes()
     left = sum(p.extra["side"] == "left" for p in labels)
     assert abs(left - 2173) < 200  # sides are not in the table: drawn, not all on one
 
