@@ -1,0 +1,64 @@
+"""Checks of errors that a user sees: exit code, one line, the name of what is wrong, and a remedy; never the
+wording.
+
+rejected(CliRunner().invoke(command, ["--lambda-r=-1"]), "--lambda-r")
+with raising("--lambda-r"):
+    RewardConfig(lambda_r=-1)
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+# A message is of use if it says what is allowed or what to do. Any of these words
+# does; which one is up to the author of the message.
+REMEDY = re.compile(
+    r"\b(?:add|allowed|answer|at least|at most|belongs?|between|cannot|check|choose|close|convert|copy"
+    r"|correct|create|delete|do not|download|drop|enlarge|expected|export|fewer|finish|fix|free"
+    r"|give|have to|hold|increase|install|keep|leave|load|lower|make|move|must|name|needs?|omit"
+    r"|one of|only|pass|pick|put|raise|reduce|remove|rename|repeat|replace|restart|resume|retry"
+    r"|run|save|set|should|shrink|start|stop|supply|take|train|try|turn|unset|update|upgrade|use"
+    r"|wait|without|write)\b|[<>]=? ?\d|--\w",
+    re.I,
+)
+
+
+def check_message(message: str, names: tuple[str, ...]) -> str:
+    """Assert that `message` is one line that names all of `names` and says what is allowed or what to do;
+    return it.
+    """
+    assert message.strip() and len(message.strip().splitlines()) == 1, message
+    for name in names:
+        assert name in message, f"{name!r} is not named in: {message}"
+    rest = message
+    for name in names:
+        rest = rest.replace(name, " ")
+    assert REMEDY.search(rest), f"no remedy in: {message}"
+    return message
+
+
+def rejected(result: Any, *names: str, code: int = 2) -> str:
+    """Assert that a command was rejected: `code`, nothing but one line on standard error, which names all of
+    `names`.
+
+    Args: result: of click's CliRunner or of subprocess.run with text=True. Returns: the line.
+    """
+    status = result.exit_code if hasattr(result, "exit_code") else result.returncode
+    assert status == code, (status, result.stdout, result.stderr, getattr(result, "exception", None))
+    assert result.stderr.startswith("Error: "), result.stderr
+    return check_message(result.stderr, names)
+
+
+@contextlib.contextmanager
+def raising(
+    *names: str, kind: type[Exception] | tuple[type[Exception], ...] = ValueError
+) -> Iterator[pytest.ExceptionInfo]:
+    """Assert that the block raises `kind` with one line that names all of `names` and says what is allowed or
+    what to do.
+    """
+    with pytest.raises(kind) as caught:
+        yield caught
+    check_message(str(caught.value.args[0] if isinstance(caught.value, KeyError) else caught.value), names)
