@@ -41,13 +41,14 @@ from eg3d_rlhf.geometry.slab import SeparableDensity, SeparableField
 from torch_utils.ops.slab_density import slab_density
 from training.storage import write_atomic
 
-# The surface of a field on a cube of grid points, without the density away from it. In the separable form h_j
-# = A_j[x, y] + B_j[x, z] + C_j[y, z] the extremes of the maps over a brick's index ranges bound every h_j in
-# it, and softplus rises, so that over the brick sum_j max(w_j, 0) softplus(max h_j) + min(w_j, 0)
-# softplus(min h_j) + b  >=  sigma  >=  the same with max h_j and min h_j exchanged. A brick whose bound lies
-# on one side of the level holds no surface and is neither evaluated nor meshed. Both bounds are densities of
-# the same form on the grid of bricks, with 2 J hidden units. Nothing is guessed: the surface is that of the
-# whole volume.
+# The surface of a field on a cube of grid points, without the density away from it. In the separable form
+# h_j = A_j[x, y] + B_j[x, z] + C_j[y, z] the extremes of the maps over a brick's index ranges bound every h_j
+# in it, and softplus rises, so that over the brick
+#     sum_j max(w_j, 0) softplus(max h_j) + min(w_j, 0) softplus(min h_j) + b  >=  sigma
+#         >=  the same with max h_j and min h_j exchanged.
+# A brick whose bound lies on one side of the level holds no surface and is neither evaluated nor meshed. Both
+# bounds are densities of the same form on the grid of bricks, with 2 J hidden units. Nothing is guessed: the
+# surface is that of the whole volume.
 
 OUTSIDE = -1000.0  # raw density of a trimmed border, as EG3D's shape extraction sets it
 # of sum |w| softplus: 64 rounding errors of float32, for the difference between a bound and the density

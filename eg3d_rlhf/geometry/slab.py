@@ -333,8 +333,9 @@ def normalise_slab(sigma: torch.Tensor, value_max: float = 100.0) -> torch.Tenso
 
 
 # A tri-grid reads stack k at (u, v, t), linear in t between its D slices. Average and first layer are linear:
-# at grid point (x, y, z) h[j] = b0[j] + sum_d (T_z[z, d] A[j, d, x, y] + T_y[y, d] B[j, d, x, z] + T_x[x, d]
-# C[j, d, y, z]), sigma_raw = sum_j w[j] softplus(h[j]) + b,
+# at grid point (x, y, z)
+#     h[j] = b0[j] + sum_d (T_z[z, d] A[j, d, x, y] + T_y[y, d] B[j, d, x, z] + T_x[x, d] C[j, d, y, z]),
+#     sigma_raw = sum_j w[j] softplus(h[j]) + b,
 # with A, B, C the stacks whose slices lie along z, y and x, and at most two non-zeros in a row of T. This is
 # no sum of maps of two coordinates, so that neither `slab_density` nor bounds of bricks apply: every point is
 # evaluated, but by matrix products.

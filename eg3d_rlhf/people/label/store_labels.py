@@ -321,10 +321,12 @@ def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, 
 
 # ---- judgements of assets as files that trainings read, JSON lines:
 #
-#     asset-pairs    {"condition", "prompt", "preferred", "rejected", "tie", ...}     whoever trains a reward
-# of images rankings       {"condition", "rank", "asset", "strength", "judgements", ...}    eg3d-rlhf flow
-# tune --labels asset-scores   {"mesh", "prompt", "score" or "label", ...}                      eg3d-rlhf
-# reward mesh --data
+#     asset-pairs    {"condition", "prompt", "preferred", "rejected", "tie", ...}
+#                    whoever trains a reward of images
+#     rankings       {"condition", "rank", "asset", "strength", "judgements", ...}
+#                    eg3d-rlhf flow tune --labels
+#     asset-scores   {"mesh", "prompt", "score" or "label", ...}
+#                    eg3d-rlhf reward mesh --data
 #
 # Paths are relative to the file where an asset lies below its folder, else absolute. An asset that a
 # generator's tool drew (eg3d_rlhf.tuning.flow) brings along where its latents are, as its list says.
