@@ -45,7 +45,8 @@ class OSGDecoder(torch.nn.Module):
         """Effective weights of both layers, w0 [hidden, C], b0 [hidden], w1 [1 + D, hidden], b1 [1 + D];
         differentiable.
         """
-        first, last = typing.cast(list[typing.Any], [self.net[0], self.net[2]])
+        first: typing.Any = self.net[0]
+        last: typing.Any = self.net[2]
         return DecoderWeights(
             first.effective_weight(dtype),
             first.effective_bias(dtype),

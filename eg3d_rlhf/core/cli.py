@@ -4,7 +4,6 @@ start-up checks.
 
 import contextlib
 import difflib
-import functools
 import hashlib
 import importlib.util
 import json
@@ -12,9 +11,9 @@ import platform
 import re
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -25,11 +24,19 @@ from training.storage import ASSETS as ASSETS
 if TYPE_CHECKING:
     import torch  # a second and a half, which commands without tensors are spared
 
+Command = TypeVar("Command", bound="Callable[..., Any] | click.Command")
+
+
+class Decorator(Protocol):
+    """A decorator of a command or of the function that becomes one; it keeps the type."""
+
+    def __call__(self, command: Command, /) -> Command: ...
+
 
 class GroupedOption(click.Option):
     """An option that remembers under which title `--help` lists it."""
 
-    def __init__(self, *args, group: str = "General", **kwargs):
+    def __init__(self, *args: Any, group: str = "General", **kwargs: Any) -> None:
         self.group = group
         super().__init__(*args, **kwargs)
 
@@ -48,7 +55,7 @@ class GroupedCommand(click.Command):
     other flag that such a file names.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         common = {
             "token_normalize_func": _with_dashes,
             "help_option_names": ["-h", "--help"],
@@ -158,7 +165,7 @@ class GroupedCommand(click.Command):
             ctx.set_parameter_source(name, ParameterSource.COMMANDLINE)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list] = {}
+        groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
@@ -167,7 +174,7 @@ class GroupedCommand(click.Command):
             with formatter.section(title):
                 formatter.write_dl(records)
 
-    def invoke(self, ctx: click.Context):
+    def invoke(self, ctx: click.Context) -> Any:
         """Run the command; see the class."""
         with user_errors(self._as_typed):
             return super().invoke(ctx)
@@ -201,7 +208,7 @@ EXTRAS = {
 
 
 @contextlib.contextmanager
-def user_errors(words: Callable[[str], str] = str):
+def user_errors(words: Callable[[str], str] = str) -> Iterator[None]:
     """Translate ValueError, OSError and a missing extra into one line on stderr and exit code 2; bugs keep
     their traceback.
 
@@ -248,7 +255,7 @@ def _nobody_reads() -> bool:
 
 
 @contextlib.contextmanager
-def naming(flag: str):
+def naming(flag: str) -> Iterator[None]:
     """Put the flag that is at fault in front of a user's error."""
     try:
         yield
@@ -256,14 +263,15 @@ def naming(flag: str):
         raise ValueError(f"{flag}: {str(error).strip()}") from error
 
 
-def option(*names: str, group: str = "General", rare: bool = False, **kwargs):
+def option(*names: str, group: str = "General", rare: bool = False, **kwargs: Any) -> Decorator:
     """`click.option` in a group, with the default shown; a rare one is no flag, see `GroupedCommand`."""
     kwargs.setdefault("show_default", True)
     if not rare:
         return click.option(*names, cls=GroupedOption, group=group, **kwargs)
 
-    def decorate(command):
-        command.rare = [
+    def decorate(command: Command, /) -> Command:
+        made: Any = command  # functions and commands alike take attributes
+        made.rare = [
             *getattr(command, "rare", ()),
             GroupedOption(names, group=group, **{"default": None, **kwargs}),
         ]
@@ -272,22 +280,27 @@ def option(*names: str, group: str = "General", rare: bool = False, **kwargs):
     return decorate
 
 
-def together(*decorators):
+def together(*decorators: Decorator) -> Decorator:
     """One decorator of several; their flags are listed in this order."""
-    return lambda command: functools.reduce(
-        lambda made, decorator: decorator(made), reversed(decorators), command
-    )
+
+    def decorate(command: Command, /) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
 
 
-def rarely(names: Sequence[str], decorator):
+def rarely(names: Sequence[str], decorator: Decorator) -> Decorator:
     """The decorator, with those of its flags that a command lists rarely told to `GroupedCommand` as rare."""
 
-    def decorate(command):
+    def decorate(command: Command, /) -> Command:
         command = decorator(command)
-        params = command.__click_params__
-        command.__click_params__ = [parameter for parameter in params if parameter.name not in names]
-        command.rare = [
-            *getattr(command, "rare", ()),
+        made: Any = command
+        params = made.__click_params__
+        made.__click_params__ = [parameter for parameter in params if parameter.name not in names]
+        made.rare = [
+            *getattr(made, "rare", ()),
             *(parameter for parameter in params if parameter.name in names),
         ]
         return command
@@ -295,7 +308,7 @@ def rarely(names: Sequence[str], decorator):
     return decorate
 
 
-def options_of(*kinds: type, everywhere: str | None = None, **defaults):
+def options_of(*kinds: type, everywhere: str | None = None, **defaults: str) -> Decorator:
     """One option for every knob of settings dataclasses, one alone where several share it; None where it is
     not given, so that a preset may decide. Rare knobs are told to `GroupedCommand`.
 
@@ -316,7 +329,7 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults):
             if part is not None
         )
         text = f"{knob.help}  [default: {shown}]" if shown else knob.help
-        kind: click.ParamType | type = click.Path(path_type=Path) if hint is Path else hint
+        kind: click.ParamType[Any] | type = click.Path(path_type=Path) if hint is Path else hint
         low = knob.low if knob.above is None else knob.above
         high = knob.high if knob.below is None else knob.below
         if knob.choices is not None:

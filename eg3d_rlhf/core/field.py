@@ -137,7 +137,8 @@ class Field(Protocol):
 
     def density_grid(self, grid: "SlabSpec") -> torch.Tensor:
         """Raw density [N, D, H, W] at the points of a grid; z, y, x rise with the index."""
-        return self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
+        raw: torch.Tensor = self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
+        return raw
 
     def colour(self, points: torch.Tensor) -> torch.Tensor:
         """Colour [N, P, 3] in 0..1 at world points [P, 3], the same for all shapes, or [N, P, 3]."""

@@ -8,12 +8,13 @@ is counted as fused (no matrix of pixels x pixels).
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,13 +25,15 @@ class _Fused(torch.autograd.Function):
     """Attention's output without the matrix of weights; its graph keeps query, key, value and the output."""
 
     @staticmethod
-    def forward(ctx, query, key, value):
+    def forward(
+        ctx: FunctionCtx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
         ctx.save_for_backward(query, key, value, out)
         return out
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: BackwardCFunction, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
@@ -38,9 +41,8 @@ class _Fused(torch.autograd.Function):
 def _fused_attention() -> Iterator[None]:
     """torch's attention as _Fused, in backward passes as well."""
     real = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda query, key, value, *args, **kwargs: _Fused.apply(
-        query, key, value
-    )
+    fused: Callable[..., torch.Tensor] = _Fused.apply
+    F.scaled_dot_product_attention = lambda query, key, value, *args, **kwargs: fused(query, key, value)
     try:
         yield
     finally:
@@ -50,13 +52,19 @@ def _fused_attention() -> Iterator[None]:
 class _Live(TorchDispatchMode):
     """Bytes of the storages that were made inside and are still alive, and their peak."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)  # through super(), mypy does not see that it is torch's, untyped
         self.now = 0
         self.peak = 0
-        self.known = set()
+        self.known: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         given = {
             x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
         }
@@ -84,7 +92,8 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     """Most bytes alive at once of what `run` makes on the meta device, its result included; its modules and
     arguments are not.
     """
-    with _fused_attention(), _Live() as live:
+    live = _Live()
+    with _fused_attention(), live:
         held = run()
         del held
     return live.peak

@@ -3,11 +3,12 @@ is built.
 """
 
 from pathlib import Path
+from typing import Any
 
 DEEPEST = 64  # levels
 
 
-def read_yaml(path: Path, who: str = "", most_bytes: int = 1 << 16, aliases: int = 16) -> dict:
+def read_yaml(path: Path, who: str = "", most_bytes: int = 1 << 16, aliases: int = 16) -> dict[Any, Any]:
     """The mapping that a file holds.
 
     Args: who: speaks in messages, by default the path; aliases: most repetitions (*name) in it.

@@ -8,7 +8,7 @@ Letters: N items, T times.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -198,7 +198,9 @@ def two_way_interval(
     return Interval(float(lo), float(hi))
 
 
-def clustered_rate(outcomes: ArrayLike, clusters: Sequence, confidence: float = 0.95) -> MeanInterval:
+def clustered_rate(
+    outcomes: ArrayLike, clusters: Sequence[Hashable], confidence: float = 0.95
+) -> MeanInterval:
     """A rate of outcomes that come in clusters, such as pairs of one condition, with an interval that allows
     for it; stays inside [0, 1].
 
@@ -216,7 +218,7 @@ def clustered_rate(outcomes: ArrayLike, clusters: Sequence, confidence: float = 
     return MeanInterval(rate, float(lo), float(hi))
 
 
-def clustered_mean(values: ArrayLike, clusters: Sequence, confidence: float = 0.95) -> MeanInterval:
+def clustered_mean(values: ArrayLike, clusters: Sequence[Hashable], confidence: float = 0.95) -> MeanInterval:
     """A mean of values that come in clusters, such as differences of paired outcomes: Student's interval of
     C - 1 degrees.
 
@@ -231,7 +233,9 @@ def clustered_mean(values: ArrayLike, clusters: Sequence, confidence: float = 0.
     return MeanInterval(mean, mean - half, mean + half)
 
 
-def _clustered_sums(who: str, values: ArrayLike, clusters: Sequence) -> tuple[float, np.ndarray, int]:
+def _clustered_sums(
+    who: str, values: ArrayLike, clusters: Sequence[Hashable]
+) -> tuple[float, np.ndarray, int]:
     """Mean, sums of residuals by cluster [C], and C - 1."""
     sample = _finite_vector(who, values)
     _, place = np.unique(np.asarray(clusters), return_inverse=True)
@@ -360,7 +364,8 @@ def slopes(times: ArrayLike, values: ArrayLike) -> np.ndarray:
             " more snapshots."
         )
     centred = t - t.mean()
-    return y @ centred / (centred @ centred)
+    rates: np.ndarray = y @ centred / (centred @ centred)
+    return rates
 
 
 def spearman(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> MeanInterval:

@@ -42,7 +42,7 @@ def named(text: str) -> list[str]:
     return names
 
 
-def numbers(record: Mapping, before: str = "") -> Iterator[tuple[str, float]]:
+def numbers(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
     """A line's numbers by name; of nested ones and lists the names of their places.
 
     >>> dict(numbers({"loss": 0.5, "bins": {"n": [3, None]}}))
@@ -63,12 +63,12 @@ class Log:
     Args: names: see `named`, which it raises.
     """
 
-    def __init__(self, names: str, folder: Path, settings: Mapping):
+    def __init__(self, names: str, folder: Path, settings: Mapping[str, Any]):
         self.writers = [
             Board(folder) if name == TENSORBOARD else Tracker(name, folder, settings) for name in named(names)
         ]
 
-    def line(self, record: Mapping) -> None:
+    def line(self, record: Mapping[str, Any]) -> None:
         """A line of stats.jsonl, which has a step."""
         values = {name: value for name, value in numbers(record) if name != "step"}
         for writer in self.writers:
@@ -120,7 +120,7 @@ class Board:
 class Tracker:
     """A run of Weights & Biases or of Trackio, which are called alike; the same folder is the same run."""
 
-    def __init__(self, package: str, folder: Path, settings: Mapping):
+    def __init__(self, package: str, folder: Path, settings: Mapping[str, Any]):
         self.name = package
         self.folder = folder.resolve()
         self.settings = settings

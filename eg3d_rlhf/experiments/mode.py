@@ -30,15 +30,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import click
 from click.core import ParameterSource
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, together
+from eg3d_rlhf.core.cli import Decorator, GroupedCommand, choose_device, option, options_of, together
 from eg3d_rlhf.experiments.process import StoppedError, sigterm_interrupts
 from training.config import built, from_dict
 
 if TYPE_CHECKING:  # they bring torch, which --help is spared
+    from _typeshed import DataclassInstance
+
     from eg3d_rlhf.experiments.run import Run
     from training.distributed import Ranks
 
-S = TypeVar("S")
+S = TypeVar("S", bound="DataclassInstance")
 RUN = "Run"
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FREE = frozenset({"resume", "device", "timeout", "dry_run"})  # what may stand beside --resume
@@ -94,13 +96,13 @@ class Mode(Generic[S]):
     open: Callable[[S, "Run"], Any]
     work: Callable[[S, Any, "Run"], None]  # what is left to do of a run
     title: Callable[[S, Any], str] | None = None  # (settings, opened) -> name of the folder; None: the mode's
-    flags: Callable[[Any], Any] | None = None  # a decorator: flags of its own; None: one for each knob
+    flags: Decorator | None = None  # a decorator: flags of its own; None: one for each knob
     resolve: Callable[[Flags], S] | None = None  # settings of a command line; None: knobs by name
     # (settings, opened) -> what is recorded; None: the mode's name and the settings
-    record: Callable[[S, Any], Mapping] | None = None
+    record: Callable[[S, Any], Mapping[str, Any]] | None = None
     # settings of the run that --resume names; None: inverse of `record`
     recorded: Callable[[Path, Flags, "Ranks"], S] | None = None
-    shown: Callable[[S], Mapping] | None = None  # what --dry-run prints; None: the settings
+    shown: Callable[[S], Mapping[str, Any]] | None = None  # what --dry-run prints; None: the settings
     on_cpu: Callable[[S], bool] | None = None  # whether --device=auto means the CPU
     jobs: str = ""  # what --jobs shares among processes; "": nothing, and there is no such flag
     beside_resume: frozenset[str] = frozenset()  # flags of its own that may stand beside --resume
@@ -191,7 +193,7 @@ class Mode(Generic[S]):
     def _open(self, settings: S, run: "Run") -> Any:
         opened = self.open(settings, run)
         run.settings = dict(
-            {"mode": self.name, "settings": dataclasses.asdict(settings)}  # type: ignore[call-overload]
+            {"mode": self.name, "settings": dataclasses.asdict(settings)}
             if self.record is None
             else self.record(settings, opened)
         )
@@ -212,7 +214,7 @@ class Mode(Generic[S]):
         @run_flags(self)
         @self.flags or options_of(self.settings)
         @click.pass_context
-        def command(context: click.Context, **given) -> Path | None:
+        def command(context: click.Context, /, **given: Any) -> Path | None:
             written = {
                 n for n in context.params if context.get_parameter_source(n) == ParameterSource.COMMANDLINE
             }
@@ -274,7 +276,7 @@ def refuse_torchrun(several: bool, flags: str) -> None:
         )
 
 
-def run_flags(mode: Mode):
+def run_flags(mode: Mode[S]) -> Decorator:
     """A decorator: what every mode takes."""
     least = click.IntRange(min=0)
     flags = [

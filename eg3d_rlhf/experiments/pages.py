@@ -19,6 +19,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments import style
 from training.progress import tqdm
 from training.storage import write_atomic
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +63,14 @@ class Finding:
     """The result of one computation, in JSON types."""
 
     facts: Facts
-    data: dict  # what the plots read
-    rows: Sequence[Mapping] = ()  # the table behind the figures, one mapping a line: written as CSV
+    data: dict[str, Any]  # what the plots read
+    rows: Sequence[Mapping[str, Any]] = ()  # the table behind the figures, one mapping a line: written as CSV
     says: Sequence[str] = ()  # sentences: what the numbers show, and what they do not
     pictures: Mapping[str, str] = field(default_factory=dict)  # caption -> PNG file beside the JSON
 
-    def to_dict(self) -> dict:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +86,8 @@ class Job:
     title: str
     compute: Callable[[Path], Finding]
     # name -> function of Finding.data that returns a matplotlib figure
-    plots: Mapping[str, Callable] = field(default_factory=dict)
-    inputs: Mapping = field(default_factory=dict)
+    plots: Mapping[str, style.Plot] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     version: int = 1  # raised when the computation changes
 
     def identity(self) -> str:
@@ -93,12 +98,12 @@ class Job:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def columns(rows: Sequence[Mapping]) -> list[str]:
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """All columns of all lines of a table, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def csv_text(rows: Sequence[Mapping]) -> str:
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns(rows), lineterminator="\n")
     writer.writeheader()
@@ -196,7 +201,7 @@ def data_uri(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def fill(name: str, **values) -> str:
+def fill(name: str, **values: object) -> str:
     """The template static/<name>.html with its style sheet, its script and these values, escaped but for what
     `safe` has marked.
     """
@@ -210,7 +215,7 @@ def fill(name: str, **values) -> str:
     return environment.get_template(f"{name}.html").render(**own, **values)
 
 
-def safe(text: str):
+def safe(text: str) -> "Markup":
     """Text that is HTML, or CSS or JavaScript of ours, already."""
     import markupsafe
 
@@ -246,7 +251,7 @@ def write_page(
         )
         return "" if value is None else text
 
-    def svg(name: str):
+    def svg(name: str) -> "Markup":
         """A figure as an element of the page; its ids are made its own,
         since several figures share the page.
         """
@@ -316,12 +321,14 @@ def mesh_page(meshes: Sequence[ColouredMesh], title: str, reach: float = 0.5) ->
     return fill("mesh", title=title, meshes=_script_json(found))
 
 
-def _script_json(values, **how):
+def _script_json(values: object, **how: Any) -> "Markup":
     """JSON that may stand inside a script element."""
     return safe(json.dumps(values, **how).replace("<", "\\u003c"))
 
 
-def points_section(points: Sequence[dict], layouts: Sequence[tuple[str, str]], sprite: dict) -> str:
+def points_section(
+    points: Sequence[dict[str, Any]], layouts: Sequence[tuple[str, str]], sprite: dict[str, Any]
+) -> str:
     """The map as HTML for `write_page`'s `extra`.
 
     Args:
@@ -333,7 +340,7 @@ def points_section(points: Sequence[dict], layouts: Sequence[tuple[str, str]], s
     """
     low, high = (limit(p["reward"] for p in points if p["role"] == "before") for limit in (min, max))
     seeds = {seed: i for i, seed in enumerate(sprite["seeds"])}
-    shown: list[dict] = [
+    shown: list[dict[str, Any]] = [
         {
             "role": p["role"],
             "seed": p["seed"],

@@ -26,18 +26,21 @@ from concurrent.futures.process import BrokenProcessPool
 from graphlib import TopologicalSorter
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
 Handler = Callable[[str], Any]  # task's name -> result
 # (*arguments) -> a worker's handler; pickled by name, so it belongs at a module's top level
 Setup = Callable[..., Handler]
-_worker: dict = {}  # of this process: setup and arguments, then the handler
+_worker: dict[str, Any] = {}  # of this process: setup and arguments, then the handler
 
 
 def run_tasks(
     needs: Mapping[str, Sequence[str]],
     setup: Setup,
-    arguments: Sequence,
+    arguments: Sequence[object],
     workers: int,
     logs: Path,
     on_done: Callable[[str, Any], None] = lambda name, result: None,
@@ -96,10 +99,15 @@ class _Order:
 
 
 def _dispatch(
-    order: _Order, pool: ProcessPoolExecutor, workers: int, logs: Path, on_done, expected
+    order: _Order,
+    pool: ProcessPoolExecutor,
+    workers: int,
+    logs: Path,
+    on_done: Callable[[str, Any], None],
+    expected: tuple[type[Exception], ...],
 ) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    running: dict[Future, str] = {}
+    running: dict[Future[Any], str] = {}
     while True:
         for name in order if len(running) < workers else ():
             running[pool.submit(_work, name)] = name
@@ -124,7 +132,9 @@ def _dispatch(
             on_done(name, results[name])
 
 
-def _begin(setup: Setup, arguments: tuple, logs: Path, count, parent: Connection) -> None:
+def _begin(
+    setup: Setup, arguments: tuple[object, ...], logs: Path, count: "Synchronized[int]", parent: Connection
+) -> None:
     """A worker's start."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent decides
 

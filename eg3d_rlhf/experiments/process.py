@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -66,7 +67,7 @@ class StopRequest:
     no handlers, nothing changes.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: str | None = None  # name of the signal
         self._before: dict[int, Any] = {}
 
@@ -76,11 +77,11 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.received = signal.Signals(number).name
         if number == signal.SIGINT:

@@ -25,8 +25,9 @@ import json
 import re
 import resource
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,14 +59,14 @@ class Run:
     def __init__(
         self,
         folder: Path,
-        settings: Mapping,
+        settings: Mapping[str, Any],
         inputs: Mapping[str, str | Path] | None = None,
         *,
         ranks: Ranks = SINGLE,
-        say=None,
+        say: Callable[[str], object] | None = None,
         device: str = "cpu",
         jobs: int = 1,
-        flags: Mapping | None = None,
+        flags: Mapping[str, Any] | None = None,
         log: str = "",
     ):
         self.folder = folder
@@ -90,7 +91,7 @@ class Run:
         self._lock.enter_context(run_lock(self.folder, enabled=self.ranks.main and self.folder.is_dir()))
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._lock.close()
         self._log.close()
 
@@ -151,7 +152,7 @@ class Run:
 
     # What it tells.
 
-    def stats(self, record: Mapping) -> None:
+    def stats(self, record: Mapping[str, Any]) -> None:
         if self.ranks.main:
             self._append(STATS, record)
             self._log.line(record)
@@ -218,11 +219,11 @@ class Run:
                 self._log.go_on(kept)
             self.lines = lines
 
-    def _append(self, name: str, record: Mapping) -> None:
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
         with open(self.folder / name, "a") as file:
             file.write(json.dumps(record, sort_keys=True) + "\n")
 
-    def write(self, name: str, record: Mapping) -> None:
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
         """A JSON file of the run, such as its result: whole or not at all."""
         if self.ranks.main:
             storage.write_atomic(
@@ -235,7 +236,7 @@ class Run:
 
     # States.
 
-    def checkpoint(self, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping) -> Path:
+    def checkpoint(self, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Path:
         """Write the state after `step` steps (images, updates); the last two are kept."""
         path = checkpoint.path_of(self.folder, step)
         if self.ranks.main:
@@ -245,7 +246,7 @@ class Run:
 
     def read(
         self, source: Path | None = None, previous: bool = False
-    ) -> tuple[dict[str, torch.Tensor], dict]:
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The newest state, or that of a named checkpoint, on every rank.
 
         Args: previous: see training.checkpoint.read.
@@ -284,7 +285,7 @@ class Run:
         return self._request
 
 
-def recorded_by(folder: Path, mode: str) -> dict:
+def recorded_by(folder: Path, mode: str) -> dict[str, Any]:
     """training_options.json of a run of a mode.
 
     Raises: FileNotFoundError; ValueError for another mode's run, naming that.
@@ -302,7 +303,7 @@ def recorded_by(folder: Path, mode: str) -> dict:
     return record
 
 
-def recorded(folder: Path) -> dict:
+def recorded(folder: Path) -> dict[str, Any]:
     """training_options.json of a run folder; {} where there is none.
 
     Raises: ValueError where it is damaged.
@@ -369,7 +370,7 @@ def _launch_of(folder: Path) -> str | None:
         return None
 
 
-def _flat(values: Mapping, name: str = "") -> dict[str, object]:
+def _flat(values: Mapping[str, Any], name: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{name}{key}.") if isinstance(value, dict) else {f"{name}{key}": value}

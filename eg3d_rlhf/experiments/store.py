@@ -29,6 +29,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments.process import run_lock
@@ -46,16 +47,16 @@ class Artefact:
 
     folder: Path
     content: str  # SHA-256 over the names and bytes of the products: what artefacts made from it depend on
-    record: Mapping  # what its maker had to say, JSON
+    record: Mapping[str, Any]  # what its maker had to say, JSON
     reused: bool  # found, not made
 
 
 # Given the folder, in which it may find what an earlier, interrupted call left; returns files and folders
 # inside it, without times or places in them (equal inputs, equal bytes), and a record, JSON.
-Maker = Callable[[Path], tuple[Iterable[Path], Mapping]]
+Maker = Callable[[Path], tuple[Iterable[Path], Mapping[str, Any]]]
 
 
-def json_hash(values: Mapping) -> str:
+def json_hash(values: Mapping[str, Any]) -> str:
     """SHA-256 of JSON values, whatever their order.
 
     Raises: TypeError for what is no JSON, since its text would not be the same tomorrow.
@@ -83,13 +84,13 @@ class Store:
         self._hashed = hashed
         self._seen: dict[str, Artefact] = {}  # checked in this process, by name
 
-    def folder(self, kind: str, inputs: Mapping) -> Path:
+    def folder(self, kind: str, inputs: Mapping[str, Any]) -> Path:
         """Where the artefact of these inputs lies, once it is begun."""
         return self.root / (
             f"{kind}-{json_hash({'format': FORMAT, **inputs})[:16]}" if self._hashed else kind
         )
 
-    def make(self, kind: str, inputs: Mapping, maker: Maker, title: str = "") -> Artefact:
+    def make(self, kind: str, inputs: Mapping[str, Any], maker: Maker, title: str = "") -> Artefact:
         """The artefact of these inputs: found, or made, or gone on with where its making was interrupted.
 
         Args: kind: short word for the folder's name; inputs: JSON, all that the result depends on; title: for
@@ -135,12 +136,13 @@ class Store:
         )
         return self._seen[name]
 
-    def _finished(self, folder: Path, inputs: Mapping) -> dict | None:
+    def _finished(self, folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         """done.json of a finished artefact, after checking that it is what it says."""
         if not (folder / DONE).exists():
             return None
         try:
-            stated, done = (json.loads((folder / name).read_text()) for name in (INPUTS, DONE))
+            stated = json.loads((folder / INPUTS).read_text())
+            done: dict[str, Any] = json.loads((folder / DONE).read_text())
             files = dict(done["files"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(
@@ -162,7 +164,7 @@ class Store:
         return done
 
 
-def _text(values: Mapping, sort_keys: bool = False) -> bytes:
+def _text(values: Mapping[str, Any], sort_keys: bool = False) -> bytes:
     """A record keeps its order, so that what is made from one that was found equals what is made from a fresh
     one.
     """

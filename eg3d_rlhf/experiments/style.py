@@ -7,7 +7,13 @@ import functools
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # matplotlib is imported where something is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Plot = Callable[[dict[str, Any]], "Figure"]  # draws a finding's data
 
 ROLES = {  # Okabe and Ito's palette, by what is shown
     "before": "#0072B2",
@@ -58,7 +64,7 @@ def theme(name: str = "light") -> Iterator[None]:
         yield
 
 
-def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = None):
+def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = None) -> tuple["Figure", Any]:
     """(figure, axes) as `plt.subplots` gives them, without a display; axes is an array where there are
     several.
     """
@@ -70,7 +76,7 @@ def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = N
     return drawn, drawn.subplots(rows, columns)
 
 
-def grid(count: int, height: float):
+def grid(count: int, height: float) -> tuple["Figure", list["Axes"]]:
     """(figure, [axes]) of `count` plots, three in a row of this height in inches."""
     import numpy as np
 
@@ -82,15 +88,17 @@ def grid(count: int, height: float):
     return drawn, flat[:count]
 
 
-def plot(legend: float | str | None = "medium", size: tuple[float, float] | None = None, **labels):
+def plot(
+    legend: float | str | None = "medium", size: tuple[float, float] | None = None, **labels: Any
+) -> Callable[[Callable[[Any, dict[str, Any]], object]], Plot]:
     """Make `draw(axes, data)` a plot of a finding's data on one pair of axes.
 
     Args: legend: its font size, None for none; size: inches.
     """
 
-    def decorate(draw: Callable) -> Callable:
+    def decorate(draw: Callable[[Any, dict[str, Any]], object]) -> Plot:
         @functools.wraps(draw)
-        def plotted(data: dict):
+        def plotted(data: dict[str, Any]) -> "Figure":
             drawn, axes = figure(size=size)
             draw(axes, data)
             axes.set(**labels)
@@ -104,7 +112,7 @@ def plot(legend: float | str | None = "medium", size: tuple[float, float] | None
 
 
 @plot(None, size=(9.4, 0.8))
-def plot_absent(axes, data: dict):
+def plot_absent(axes: "Axes", data: dict[str, Any]) -> None:
     axes.set_axis_off()
     axes.text(0, 0.5, data["absent"], wrap=True, va="center")
 
@@ -114,19 +122,23 @@ def colour(role: str) -> str:
     return ROLES.get(role, "#777777")
 
 
-def errors(row: Mapping, value: str = "mean", lo: str = "lo", hi: str = "hi") -> list[list[float]]:
+def errors(row: Mapping[str, Any], value: str = "mean", lo: str = "lo", hi: str = "hi") -> list[list[float]]:
     """A row's interval as matplotlib's errorbar takes it."""
     return [[max(0.0, row[value] - row[lo])], [max(0.0, row[hi] - row[value])]]
 
 
-def interval(axis, x: float, row: Mapping, role: str, value: str = "mean", **look) -> None:
+def interval(
+    axis: "Axes", x: float, row: Mapping[str, Any], role: str, value: str = "mean", **look: Any
+) -> None:
     """One point of a row with its interval, in the colour of a role."""
     axis.errorbar(
         [x], [row[value]], yerr=errors(row, value), color=colour(role), **{"fmt": "o", "capsize": 4, **look}
     )
 
 
-def band(axes, x: Sequence[float], rows: Sequence[Mapping], ink: str, label: str, **look) -> None:
+def band(
+    axes: "Axes", x: Sequence[float], rows: Sequence[Mapping[str, Any]], ink: str, label: str, **look: Any
+) -> None:
     """The means of rows over x, joined by lines, with their intervals as a band."""
     axes.plot(x, [row["mean"] for row in rows], "o-", color=ink, label=label, **look)
     axes.fill_between(
@@ -134,7 +146,7 @@ def band(axes, x: Sequence[float], rows: Sequence[Mapping], ink: str, label: str
     )
 
 
-def save(drawn, path: Path) -> None:
+def save(drawn: "Figure", path: Path) -> None:
     """Write one figure; .svg without date, .png at 144 dots per inch on white."""
     from training.storage import write_atomic
 

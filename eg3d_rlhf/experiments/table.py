@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,12 +34,15 @@ from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.experiments import style
 from training.storage import write_atomic
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 INTERVAL = "95 % percentile bootstrap over conditions, each the mean over training seeds and noises"
 
 # Numbers.
 
 
-def rate(a: np.ndarray, b: np.ndarray, seeds: Sequence[int]) -> dict:
+def rate(a: np.ndarray, b: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
     """How often scores a [K, C, S] beat b [K, C, S] on the same noises: win rate, interval over conditions,
     every seed's own.
     """
@@ -70,7 +74,7 @@ class Table:
     base: Mapping[str, np.ndarray]  # by judge, [K, C, S], or [1, C, S] where it has no training seed
     seeds: Sequence[int]  # [K]
 
-    def against_base(self, arm: str) -> dict[str, dict]:
+    def against_base(self, arm: str) -> dict[str, dict[str, Any]]:
         """By judge, how often an arm beats the base; see `rate`."""
         K = len(self.seeds)
         return {
@@ -78,7 +82,7 @@ class Table:
             for judge, own in self.scores[arm].items()
         }
 
-    def pairwise(self, judge: str, arms: Iterable[str] | None = None) -> dict[str, dict]:
+    def pairwise(self, judge: str, arms: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
         """ "x_vs_y": how often x beats y, for every two arms."""
         names = self.scores if arms is None else arms
         return {
@@ -95,21 +99,21 @@ class Table:
 # For people.
 
 
-def with_interval(value: Mapping, form: str = ".3f", name: str = "win_rate") -> str:
+def with_interval(value: Mapping[str, Any], form: str = ".3f", name: str = "win_rate") -> str:
     """ "0.612 [0.580, 0.640]": a rate, or another value with "ci95" beside it."""
     low, high = value["ci95"]
     return f"{value[name]:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def of_seeds(rated: Mapping) -> list[str]:
+def of_seeds(rated: Mapping[str, Any]) -> list[str]:
     return [f"{one['win_rate']:.3f}" for one in rated["seeds"]]
 
 
-def markdown_rows(head: Sequence, rows: Iterable[Sequence]) -> list[str]:
+def markdown_rows(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
     return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping]]], note: str):
+def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], note: str) -> "Figure":
     """A figure of win rates with their intervals, and a tick for each training seed.
 
     Args: panels: a label of the axis, and rates by what stands beside them; note: what a reader of the figure
@@ -150,11 +154,11 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping]]], note: str):
 
 
 def write(
-    data: Mapping,
+    data: Mapping[str, Any],
     folder: Path,
     stem: str,
-    markdown: Callable[[Mapping], str],
-    plot: Callable[[Mapping], object] | None = None,
+    markdown: Callable[[dict[str, Any]], str],
+    plot: style.Plot | None = None,
 ) -> list[Path]:
     """<stem>.json, .md and, with `plot`, .png; the latter are made of the first."""
     paths = [folder / f"{stem}.{ending}" for ending in ("json", "md", "png")]

@@ -31,7 +31,7 @@ class Agreement:
     hi: float | None
     n: int  # units judged by at least two
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"value": self.value, "ci95": None if self.lo is None else [self.lo, self.hi], "n": self.n}
 
 
@@ -68,7 +68,8 @@ def _kappa(table: np.ndarray) -> np.ndarray:
     """Kappa [..] of tables [.., K, K] of weights."""
     p = table / table.sum((-1, -2), keepdims=True)
     expected = (p.sum(-1) * p.sum(-2)).sum(-1)
-    return (np.trace(p, axis1=-2, axis2=-1) - expected) / (1 - expected)
+    kappa: np.ndarray = (np.trace(p, axis1=-2, axis2=-1) - expected) / (1 - expected)
+    return kappa
 
 
 def krippendorff_alpha(

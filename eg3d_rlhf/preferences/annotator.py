@@ -68,11 +68,13 @@ def _offsets(values: np.ndarray) -> np.ndarray:
     for axis in range(3):  # central differences, one-sided at the faces
         slope = np.gradient(values, axis=axis)
         slopes += slope * slope
-    return np.clip(values / np.sqrt(slopes + 1e-12), -REACH, REACH)
+    offsets: np.ndarray = np.clip(values / np.sqrt(slopes + 1e-12), -REACH, REACH)
+    return offsets
 
 
 def _detail(offsets: np.ndarray) -> np.ndarray:
-    return offsets - ndimage.gaussian_filter(offsets, DETAIL * len(offsets), truncate=2)
+    detail: np.ndarray = offsets - ndimage.gaussian_filter(offsets, DETAIL * len(offsets), truncate=2)
+    return detail
 
 
 def _at_surface(inside: np.ndarray) -> np.ndarray:

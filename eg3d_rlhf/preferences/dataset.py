@@ -6,7 +6,7 @@ import itertools
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -164,7 +164,7 @@ def on_wrong_faces(labels: Sequence[Preference], seed: int = 0) -> list[Preferen
     ]
 
 
-def common_value(labels: "Iterable[Preference | UnpairedPreference]", name: str):
+def common_value(labels: "Iterable[Preference | UnpairedPreference]", name: str) -> Any:
     """The one value of field `name` ('generator' or 'psi') over labels that state it, or None.
 
     Raises: ValueError where they differ.

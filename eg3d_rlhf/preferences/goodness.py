@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -101,7 +102,7 @@ def of_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
         else:
             fit = bradley_terry(group)
             strength = dict(zip(fit.items, fit.strength.tolist(), strict=True))
-            met: dict[Hashable, set] = defaultdict(set)
+            met: dict[Hashable, set[Hashable]] = defaultdict(set)
             for c in group:
                 met[c.winner].add(c.loser)
                 met[c.loser].add(c.winner)
@@ -172,9 +173,10 @@ def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
     places = rankdata(r)
     if np.ptp(places) == 0:
         return np.zeros(len(places))
-    scores = ndtri((places - 0.5) / len(places))
+    scores: np.ndarray = ndtri((places - 0.5) / len(places))
     scores = scores - scores.mean()
-    return scores / scores.std()
+    scores = scores / scores.std()
+    return scores
 
 
 def as_used(goodness: Goodness, conditions: Mapping[str, str], use: str, seed: int) -> dict[str, float]:
@@ -283,7 +285,7 @@ def read_goodness(path: Path, known: Known) -> dict[str, float]:
     return goodness
 
 
-def _parse(number: int, record: Mapping, known: Known, folder: Path) -> Said:
+def _parse(number: int, record: Mapping[str, Any], known: Known, folder: Path) -> Said:
     """A line. Raises: ValueError without file and line."""
 
     def asset(*keys: str) -> str:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.storage import write_atomic
 
@@ -55,9 +55,9 @@ class Preference:
     time: str | float | None = None
     tie: bool = False
     clean: int | None = None
-    extra: Mapping = field(default_factory=dict, hash=False)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("winner", "loser"):
             check_seed(name, getattr(self, name))
         if self.winner == self.loser:
@@ -70,14 +70,14 @@ class Preference:
         check_psi(self.psi)
 
     @classmethod
-    def from_dict(cls, record: Mapping) -> "Preference":
+    def from_dict(cls, record: Mapping[str, Any]) -> "Preference":
         """Inverse of `to_dict`; unknown names become `extra`."""
         return cls(
             **{k: v for k, v in record.items() if k in FIELDS},
             extra={k: v for k, v in record.items() if k not in FIELDS},
         )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; fields that say nothing are left out."""
         known = {name: getattr(self, name) for name in FIELDS}
         return {
@@ -94,7 +94,7 @@ class LabelSource:
 
     name: str  # what to call them; without secrets
     read: Callable[[], list[Preference]]  # the labels of the moment; raises OSError, ValueError
-    settings: Mapping  # 'labels' and 'filters' of a run's settings, as JSON values
+    settings: Mapping[str, Any]  # 'labels' and 'filters' of a run's settings, as JSON values
     file: Path | None = None  # None: they may grow
 
     @classmethod
@@ -183,7 +183,9 @@ def labels_hash(labels: Iterable["Preference | UnpairedPreference"]) -> str:
     return digest.hexdigest()
 
 
-def jsonl_records(path: Path, example: str = "{'winner': ..., 'loser': ...}") -> Iterator[tuple[int, dict]]:
+def jsonl_records(
+    path: Path, example: str = "{'winner': ..., 'loser': ...}"
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and object of each line. Raises: ValueError with file and line for anything else."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
@@ -203,7 +205,7 @@ def jsonl_records(path: Path, example: str = "{'winner': ..., 'loser': ...}") ->
             yield number, record
 
 
-def _csv_records(path: Path) -> Iterator[tuple[int, dict]]:
+def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         rows = csv.reader(file)
         header = [name.strip() for name in next(rows, [])]
@@ -228,7 +230,7 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict]]:
             yield rows.line_num, {k: v for k, v in record.items() if v != ""}
 
 
-def _parse(record: Mapping) -> Preference:
+def _parse(record: Mapping[str, Any]) -> Preference:
     """A record of JSON or of text cells -> Preference. Raises ValueError without file and line."""
     missing = [name for name in ("winner", "loser") if record.get(name) is None]
     if missing:
@@ -278,7 +280,7 @@ def check_psi(psi: float | None) -> None:
         )
 
 
-def parse_number(record: Mapping, name: str) -> float | None:
+def parse_number(record: Mapping[str, Any], name: str) -> float | None:
     """A number from JSON or text, None where there is none."""
     value = record.get(name)
     try:
@@ -289,7 +291,7 @@ def parse_number(record: Mapping, name: str) -> float | None:
         ) from None
 
 
-def parse_seed(value, name: str) -> int:
+def parse_seed(value: Any, name: str) -> int:
     """A seed from JSON or text. Raises: ValueError without file and line."""
     try:
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
@@ -301,7 +303,7 @@ def parse_seed(value, name: str) -> int:
         ) from None
 
 
-def parse_time(value) -> str | float | None:
+def parse_time(value: Any) -> str | float | None:
     """A time from JSON or text. Raises: ValueError without file and line."""
     if value is None:
         return None

@@ -14,6 +14,7 @@ Shape letters: N samples, P pairs given as (better, worse), D, H, W = z, y, x.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -163,7 +164,7 @@ class LossWeights:
         3, "Epoch (0-based) from which one presentation order is drawn per pair.", TERMS, low=0, flag=False
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_knobs(self)
         if self.divergence and not (self.regression or self.on_pairs):
             raise ValueError(
@@ -189,6 +190,26 @@ class UnpairedOutput:
     bandwidth: float  # of the divergence's kernel, > 0
 
 
+class PairedOutput(Protocol):
+    """What the terms on pairs read of a reward network's output over N samples; `RewardOutput` has it."""
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """[N, M] the trunk's output."""
+
+    @property
+    def scalar(self) -> torch.Tensor:
+        """[N] rewards."""
+
+    @property
+    def log_strength(self) -> torch.Tensor:
+        """[N] logarithms of the Bradley-Terry strengths."""
+
+    @property
+    def reconstruction(self) -> torch.Tensor | None:
+        """The network's input, reconstructed; None if not asked for."""
+
+
 class PreferenceLoss:
     """The paper's weighted sum, from a reward network's output and index pairs; and the terms of unpaired
     labels.
@@ -203,7 +224,7 @@ class PreferenceLoss:
 
     def __call__(
         self,
-        output,
+        output: PairedOutput,
         better: torch.Tensor,
         worse: torch.Tensor,
         *,

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
@@ -117,16 +117,16 @@ def _newton(
     if ties:
         x[n] = math.log(2 * tie.sum() / max(1, decided.sum()))  # the estimate if all were equal
 
-    def parts(x):
+    def parts(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         d = x[i] - x[j]
         logits = np.stack([d / 2, -d / 2, np.full_like(d, x[n] if ties else -np.inf)])  # win, loss, tie
         top = logits.max(axis=0)
         return logits, top + np.log(np.exp(logits - top).sum(axis=0))
 
-    def objective(x):
+    def objective(x: np.ndarray) -> float:
         logits, total = parts(x)
         prior = ridge * ((x[:n] - centre) ** 2).sum() + _ETA_PRIOR * ties * x[n] ** 2
-        return (np.where(tie, logits[2], logits[0]) - total).sum() - 0.5 * prior
+        return float((np.where(tie, logits[2], logits[0]) - total).sum() - 0.5 * prior)
 
     value = objective(x)
     used = np.r_[free, [n] * ties].astype(int)
@@ -154,7 +154,17 @@ def _newton(
 _ETA_PRIOR = 1e-9  # finite when every comparison is a tie; without effect elsewhere
 
 
-def _derivatives(x, n, i, j, tie, ridge, centre, logits, total):
+def _derivatives(
+    x: np.ndarray,
+    n: int,
+    i: np.ndarray,
+    j: np.ndarray,
+    tie: np.ndarray,
+    ridge: float,
+    centre: float,
+    logits: np.ndarray,
+    total: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
     """Gradient [N + 1] and negative Hessian [N + 1, N + 1] of the log-likelihood with prior."""
     win, loss, draw = np.exp(logits - total)  # [M] each
     by_d = np.where(tie, 0.0, 0.5) - 0.5 * (win - loss)  # derivative by theta_i - theta_j
@@ -179,7 +189,7 @@ def _derivatives(x, n, i, j, tie, ridge, centre, logits, total):
     return gradient, hessian
 
 
-def cycles(comparisons: Iterable[Comparison]) -> dict:
+def cycles(comparisons: Iterable[Comparison]) -> dict[str, Any]:
     """Intransitive triples in the majority of each pair, as JSON values; pairs without a majority are left
     out.
 
@@ -187,7 +197,7 @@ def cycles(comparisons: Iterable[Comparison]) -> dict:
     their share (one in four where preferences are coin flips); largest_knot: items of the largest set in
     which each beats each other over some chain.
     """
-    lead: dict[tuple, int] = {}
+    lead: dict[tuple[int, int], int] = {}
     order: dict[Hashable, int] = {}
     for c in comparisons:
         a = order.setdefault(c.winner, len(order))
@@ -285,7 +295,8 @@ def fit(
         moved = moved + step
         if np.abs(step).max() < 1e-7:
             break
-    return start + moved @ free.T
+    strength: np.ndarray = start + moved @ free.T
+    return strength
 
 
 def strengths(
@@ -368,18 +379,16 @@ def _allowed(
         degrees = np.clip(total**2 / spread.clip(1e-300), min(annotators, prompts) - 1, prompts - 1)
     varied = alone > 1e-9 * information  # else nothing tells the spread
     total = np.where(varied, np.maximum(total, least * information), information)
-    return student.ppf(0.5 + confidence / 2, degrees) ** 2 * total / information
+    allowed: np.ndarray = student.ppf(0.5 + confidence / 2, degrees) ** 2 * total / information
+    return allowed
 
 
 def _clustered(each: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Variance [R] of the sum of M scores, from the sums over groups."""
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
-    return (
-        (np.add.reduceat(each[:, order], starts, axis=1) ** 2).sum(axis=1)
-        * len(starts)
-        / max(1, len(starts) - 1)
-    )
+    squares: np.ndarray = (np.add.reduceat(each[:, order], starts, axis=1) ** 2).sum(axis=1)
+    return squares * len(starts) / max(1, len(starts) - 1)
 
 
 def _end(
@@ -394,7 +403,8 @@ def _end(
         held = fit(score + drawn / 2, games + drawn, signs, (contrast, value))
         weights, information = _direction(held, games, signs, contrast)
         gained = (((score - games * expit(held @ signs.T)) @ signs) * weights).sum(axis=1)
-        return gained**2 <= allowed * information
+        inside: np.ndarray = gained**2 <= allowed * information
+        return inside
 
     outside = np.full(len(inside), side * REACH)
     endless = holds(outside)
@@ -449,7 +459,7 @@ class Tournament:
     regularised: bool  # no maximum: some methods never lost to the others, a prior holds the ratings
     prompts: int  # what was resampled; 0: single judgements
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         rows = {
             name: {"elo": r.elo, "ci95": [r.lo, r.hi], "judgements": r.judgements}
             for name, r in self.ratings.items()
@@ -635,7 +645,7 @@ class Standing:
         """Share of games won, ties half."""
         return (self.wins + self.ties / 2) / self.games
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "points": self.points,
@@ -689,7 +699,7 @@ class Leaderboard:
         sentences += [f"{s.name}: {needs(s.games, s.prompts)}." for s in self.few]
         return sentences
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "groups": [[s.to_dict() for s in group] for group in self.groups],
             "few": [s.to_dict() for s in self.few],

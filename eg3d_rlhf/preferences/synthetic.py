@@ -15,6 +15,7 @@ from eg3d_rlhf.core.field import Bounds, Field
 from eg3d_rlhf.core.seeds import refuse_held_out
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Generator, latents, ws_of_seeds
+from eg3d_rlhf.preferences import BAD, GOOD
 from eg3d_rlhf.preferences.annotator import (
     ANNOTATOR,
     DEFECTS,
@@ -29,7 +30,7 @@ from eg3d_rlhf.preferences.annotator import (
     utility,
 )
 from eg3d_rlhf.preferences.labels import Preference
-from eg3d_rlhf.preferences.unpaired import BAD, GOOD, SCALE, UnpairedPreference
+from eg3d_rlhf.preferences.unpaired import SCALE, UnpairedPreference
 from training.config import check_knobs, knob
 from training.heads import people_mesh
 from training.heads.people import LATENT
@@ -157,7 +158,7 @@ class Annotation:
             if label.preferred is not None
         ]
 
-    def summary(self) -> dict:
+    def summary(self) -> dict[str, Any]:
         """Settings and outcome as JSON values."""
         quantiles = np.quantile(self.utilities, [0, 0.25, 0.5, 0.75, 1])
         return {

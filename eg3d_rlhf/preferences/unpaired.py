@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,9 +57,9 @@ class UnpairedPreference:
     annotator: str | None = None
     time: str | float | None = None
     clean: bool | None = None
-    extra: Mapping = field(default_factory=dict, hash=False)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_seed("seed", self.seed)
         if (self.label is None) == (self.score is None):
             got = "neither" if self.label is None else "both"
@@ -81,7 +82,7 @@ class UnpairedPreference:
         """What the reward should say, 0..1."""
         return float(bool(self.label)) if self.score is None else self.score / SCALE
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; fields that say nothing are left out."""
         known = {name: getattr(self, name) for name in FIELDS}
         return {
@@ -131,7 +132,7 @@ def write_unpaired(path: str | Path, labels: Iterable[UnpairedPreference]) -> Pa
     return path
 
 
-def _parse(record: Mapping) -> UnpairedPreference:
+def _parse(record: Mapping[str, Any]) -> UnpairedPreference:
     if record.get("seed") is None:
         raise ValueError("expected seed, got none. Add it.")
     generator, annotator = (
@@ -150,7 +151,7 @@ def _parse(record: Mapping) -> UnpairedPreference:
     )
 
 
-def _truth(record: Mapping, name: str) -> bool | None:
+def _truth(record: Mapping[str, Any], name: str) -> bool | None:
     value = record.get(name)
     if value not in (None, 0, 1):
         raise ValueError(
@@ -166,8 +167,8 @@ def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
     preferred, the upper ones are, and the middle fifth is left out. One label a shape, by seed; shapes of
     several generators are told apart.
     """
-    roles: dict[tuple, set[bool]] = defaultdict(set)
-    first: dict[tuple, Preference] = {}
+    roles: dict[tuple[str, int], set[bool]] = defaultdict(set)
+    first: dict[tuple[str, int], Preference] = {}
     for label in labels:
         for seed, won in ((label.winner, True), (label.loser, False)):
             first.setdefault(key := (label.generator or "", seed), label)

@@ -29,7 +29,7 @@ _LARGEST = 2**32 - 1  # of numpy's RandomState
 _SCALED = 10_000  # totals from here on are shown with k and M
 
 
-def cameras_of(generator: Generator, fov: float = FFHQ_FOV, **place) -> CameraFamily:
+def cameras_of(generator: Generator, fov: float = FFHQ_FOV, **place: Any) -> CameraFamily:
     """A generator's own cameras, with a field of view over the image's diagonal in degrees; `place` overrides
     radius or pivot.
 
@@ -181,7 +181,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-class StageBar(contextlib.AbstractContextManager):
+class StageBar(contextlib.AbstractContextManager["StageBar", None]):
     """A bar per stage, with time left; called with (stage, units done, units in all)."""
 
     def __init__(self, prefix: str = ""):
@@ -202,5 +202,5 @@ class StageBar(contextlib.AbstractContextManager):
             self._bar.close()
             self._bar = None
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()

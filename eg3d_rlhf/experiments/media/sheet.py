@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,7 +41,7 @@ class Row:
     spans: int = 1  # rows beside which the name stands
 
 
-def font(size: int):
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font at so many pixels: it needs no installation."""
     return ImageFont.load_default(size)
 
@@ -82,12 +83,14 @@ def sheet(title: str, rows: Sequence[Row], *, names: int = 0, note: str = "") ->
 
 
 def _height(row: Row) -> int:
-    return (_PARTED if row.parted else 4) + row.cells[0].shape[0] + (20 if row.captions else 0)
+    height: int = row.cells[0].shape[0]
+    return (_PARTED if row.parted else 4) + height + (20 if row.captions else 0)
 
 
-def to_uint8(picture) -> np.ndarray:
+def to_uint8(picture: ArrayLike) -> np.ndarray:
     """A picture [H, B, 3] in 0..1, tensor or array, as uint8."""
-    return np.rint(np.clip(np.asarray(picture), 0, 1) * 255).astype(np.uint8)
+    shown: np.ndarray = np.rint(np.clip(np.asarray(picture), 0, 1) * 255).astype(np.uint8)
+    return shown
 
 
 # Shapes as clay: a level set seen from a camera, lit so that pits, bumps and holes show.
