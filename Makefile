@@ -1,11 +1,11 @@
-# Set-up, demo, tests, benchmark. Every target makes the virtual environment first where it is missing.
+# Set-up, demo, tests, benchmark. Every target that needs the virtual environment makes it first where it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PLAIN := $(VENV)/.plain
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-control seeds proof reports zoo test test-long docs gpu lint bench assets clean
+.PHONY: help demo demo-control seeds proof reports zoo test test-fast test-long docs gpu lint format wheel bench assets clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,11 +15,14 @@ help:
 	@echo "make proof         do labels repair heads, and does anything cheaper? eight arms with three training seeds (PROOF_ARGS='--rewards=1 --draws=1': the short form; goes on where it was stopped)"
 	@echo "make reports       what tuning changed, better or not, and why: four pages from a run and its control (a quarter of an hour on 2 cores)"
 	@echo "make zoo           train rewards of depth, points and thumbs, tune by each, one table beside the bundled one (about a quarter of an hour on 2 cores)"
-	@echo "make test          ruff, mypy and the fast tests (under 8 minutes on 2 cores)"
-	@echo "make test-long     the slow ones"
+	@echo "make test          make lint, then make test-fast (under 8 minutes on 2 cores)"
+	@echo "make test-fast     the fast tests alone, on 2 processes (PYTEST_ARGS='-n 4 -k words': other flags of pytest)"
+	@echo "make test-long     the slow tests, on 1 process"
 	@echo "make docs          the documentation as a site, build/docs/index.html; warnings are errors (a minute)"
 	@echo "make gpu           all that a machine with a GPU has to show, on one page: runs/gpu/gpu.md (DEVICE=cpu KIMG=0.032 BENCH_ARGS=--quick: a rehearsal)"
-	@echo "make lint          ruff and mypy (a minute; seconds the second time)"
+	@echo "make lint          formatting (ruff format), ruff check, one assignment a line (tests/style.py), types (mypy); a minute, seconds the second time"
+	@echo "make format        format every Python file with ruff format"
+	@echo "make wheel         source distribution and wheel into dist/, and a check that the wheel holds every file of assets/"
 	@echo "make bench         speed of every fast path against plain EG3D (about 35 minutes; BENCH_ARGS=--quick: half a minute)"
 	@echo "make assets        regenerate everything in assets/ (about three and a half hours on 2 cores, reckoned from its parts; the generators are made with one thread)"
 
@@ -61,7 +64,9 @@ zoo: $(STAMP)
 	@echo "== Every reward on the bundled heads: trained, tuned by, and compared, into runs/zoo"
 	$(BIN)/eg3d-rlhf report zoo $(ZOO_ARGS)
 
-test: lint
+test: lint test-fast
+
+test-fast: $(STAMP)
 	@echo "== Fast tests on 2 processes"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist=loadfile -m "not long and not gpu" $(PYTEST_ARGS)
 
@@ -89,9 +94,28 @@ gpu: $(STAMP)
 	@! grep -q "FAILED" runs/gpu/gpu.md
 
 lint: $(STAMP)
-	@echo "== ruff, then mypy (a minute the first time)"
+	@echo "== Formatting, ruff check, one assignment a line, types (a minute the first time)"
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python -m tests.style
 	$(BIN)/mypy
+
+format: $(STAMP)
+	@echo "== ruff format: lines of at most 110 columns"
+	$(BIN)/ruff format .
+
+# The wheel is built from the source distribution, which holds only what MANIFEST.in names: hence the check.
+wheel:
+	@echo "== Source distribution and wheel, into dist/"
+	rm -rf dist build/packaging
+	$(PYTHON) -m venv build/packaging
+	build/packaging/bin/python -m pip install -q --disable-pip-version-check build twine
+	build/packaging/bin/python -m build
+	build/packaging/bin/twine check --strict dist/*
+	@git ls-files assets | $(PYTHON) -c "import glob, sys, zipfile; held = zipfile.ZipFile(*glob.glob('dist/*.whl')).namelist(); \
+	  lost = [name for name in sys.stdin.read().split() if f'eg3d_rlhf/{name}' not in held]; \
+	  sys.exit(f'The wheel lacks {lost}. Check MANIFEST.in and setup.py.' if lost else 0)"
+	@ls -l dist
 
 bench: $(STAMP)
 	@echo "== Every fast path against the straightforward one, into benchmarks/results"
@@ -117,4 +141,4 @@ assets: $(STAMP)
 	$(BIN)/eg3d-rlhf assets view-prior
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
