@@ -1,6 +1,7 @@
 """A flow family from outside the package is trained by its folder: tests/tuning/flow/point_family.py."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from eg3d_rlhf.tuning.flow.ranking import read_latents
 from eg3d_rlhf.tuning.flow.stage import CONVENTION
 from eg3d_rlhf.tuning.flow.work import Work
 from tests.modes.flow_works import flow
+from tests.rejections import check_message, raising, rejected
 from tests.tuning.flow import point_family
 from tests.tuning.flow.documented_commands import run_section, section_of
 from tests.tuning.flow.point_family import POINTS
@@ -60,19 +62,18 @@ def call(tmp_path, *flags):
 def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
     write_conditions(tmp_path / "c.safetensors", conditions())
     model = f"--pipeline={root}"
-    assert "expected --conditions for points" in flow(
-        "new", tmp_path / "WORK", model, f"--pictures={tmp_path}", code=2
-    )
+    made = flow("new", tmp_path / "WORK", model, f"--pictures={tmp_path}", code=2)
+    check_message(made, ("--conditions", "points"))
     flow("new", tmp_path / "WORK", model, f"--conditions={tmp_path / 'c.safetensors'}", "--each=2")
     flow("draw", tmp_path / "WORK")
     work = Work.open(tmp_path / "WORK")
     ranked = ("tune", work.folder, f"--labels={work.drawn()}", "--pairs-only")
-    assert "ranking.jsonl, line 1: expected a rank, got None" in flow(*ranked, code=2)
+    check_message(flow(*ranked, code=2), ("ranking.jsonl, line 1", "rank", "None"))
     path = work.drawn() / "ranking.jsonl"
     rows = work.lines()
     assert len(rows) == 6 and (work.drawn() / rows[0]["look_at"]).suffix == ".xyz"
     path.write_text("".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows))
-    assert "pairs with a majority: 3 of stage points" in flow(*ranked)
+    assert re.search(r"\b3 .*\bpoints\b", flow(*ranked))
     assert call(tmp_path, "--stage=points", f"--pairs={work.folder / 'pairs'}").exit_code == 0
     (run,) = (tmp_path / "runs").glob("00000-*")
     later = drawing_of(
@@ -83,12 +84,11 @@ def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
     latents = read_latents(later.folder / "00000-0.safetensors")["points"]
     merged = generate(point_family.load(tmp_path / "TUNED", conditions()), work.names("test"), [0])[0]
     torch.testing.assert_close(merged, latents)
-    assert "expected WORK, runs of train.py or --weights, got none" in flow(
-        "export", model, f"--out={tmp_path / 'X'}", code=2
-    )
-    assert "expected stages among points, got dots" in flow(
-        "export", model, f"--out={tmp_path / 'X'}", "--weights=dots=x", code=2
-    )
+    nothing = flow("export", model, f"--out={tmp_path / 'X'}", code=2)
+    check_message(nothing, ("WORK", "--weights"))
+    unknown = flow("export", model, f"--out={tmp_path / 'X'}", "--weights=dots=x", code=2)
+    check_message(unknown, ("points", "dots"))
+    assert not (tmp_path / "X").exists()
 
 
 def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
@@ -104,22 +104,12 @@ def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
 
 
 def test_the_loop_and_foreign_options_are_refused(root, tmp_path):
-    for flags, message in (
-        (
-            [],
-            (
-                "circular: expected a pipeline of two stages or more, got points. One stage needs no loop:"
-                " --stage=points."
-            ),
-        ),
-        (
-            ["--stage=points", "--set=views=3"],
-            "--set views=VALUE: belongs to other generators, and would have no effect on points",
-        ),
-        (["--stage=voxels"], "stage: expected one of points, got 'voxels'"),
+    for flags, names in (
+        ([], ("circular", "--stage=points")),
+        (["--stage=points", "--set=views=3"], ("--set views", "points")),
+        (["--stage=voxels"], ("stage", "points", "'voxels'")),
     ):
-        done = call(tmp_path, *flags)
-        assert done.exit_code == 2 and message in done.output.replace("\n", " "), done.output
+        rejected(call(tmp_path, *flags), *names)
         assert not (tmp_path / "runs").exists()
 
 
@@ -131,14 +121,8 @@ def test_files_that_do_not_fit_are_refused_in_one_line(root, tmp_path):
         "outer.wight": state["outer.weight"],
     }
     save_file(odd, root / "points.safetensors")
-    done = call(tmp_path, "--stage=points")
-    assert done.exit_code == 2 and "Traceback" not in done.output
-    for part in (
-        "missing: outer.bias, outer.weight",
-        "unexpected: outer.wight",
-        "misshapen: inner.weight [9, 8] instead of [8, 9]",
-    ):
-        assert part in done.output, done.output
+    names = ("missing: outer.bias, outer.weight", "unexpected: outer.wight", "inner.weight [9, 8]", "[8, 9]")
+    rejected(call(tmp_path, "--stage=points"), *names)
 
 
 def test_conditions_and_latents_of_others_are_refused(root, tmp_path):
@@ -153,20 +137,14 @@ def test_conditions_and_latents_of_others_are_refused(root, tmp_path):
         for i in range(2)
     ]
     write_pairs(tmp_path / "PAIRS" / "points", grids, {"convention": CONVENTION})
-    done = call(tmp_path, "--stage=points")
-    assert done.exit_code == 2 and "pair '0', preferred: expected [6, 3], got [3, 2, 2, 2]" in done.output, (
-        done.output
-    )
+    rejected(call(tmp_path, "--stage=points"), "'0'", "preferred", "[6, 3]", "[3, 2, 2, 2]")
     other = {name: {"kind": torch.zeros(1, 9), "size": torch.zeros(1)} for name in "abcd"}
     write_conditions(
         tmp_path / "PAIRS" / "conditions.safetensors",
         type(conditions())(tokens=other, encoder="another", zero_null=True),
     )
-    done = call(tmp_path, "--stage=points")
-    expected = (
-        "expected embeddings {'kind': [1, 4], 'size': [1]}, got {'kind': [1, 9], 'size': [1]} of another"
-    )
-    assert done.exit_code == 2 and expected in done.output, done.output
+    names = ("{'kind': [1, 4], 'size': [1]}", "{'kind': [1, 9], 'size': [1]}", "another")
+    rejected(call(tmp_path, "--stage=points"), *names)
 
 
 def test_a_convention_that_contradicts_the_files_is_refused(root, tmp_path):
@@ -187,45 +165,34 @@ def test_a_convention_that_contradicts_the_files_is_refused(root, tmp_path):
         save_file({**state, "outer.bias": torch.full([3], bias)}, root / "points.safetensors")
         done = call(tmp_path, "--stage=points")
         assert done.exit_code == code, done.output
-    assert (
-        "stage 'points': expected velocities of the convention with data at t = 1, got a model of error"
-        in done.output
-    )
+    check_message(done.stderr.splitlines()[-1], ("'points'", "t = 1", "data_at_one=False"))
     assert "Traceback" not in done.output
-    write_pairs(tmp_path / "PAIRS" / "points", pairs, {"convention": "x_0 is noise"})
-    done = call(tmp_path, "--stage=points")
-    assert (
-        done.exit_code == 2
-        and "expected the convention 'x_0 is data, t = 1 is noise', got 'x_0 is noise'" in done.output
-    )
+    other = "x_0 is noise"
+    write_pairs(tmp_path / "PAIRS" / "points", pairs, {"convention": other})
+    rejected(call(tmp_path, "--stage=points"), repr(CONVENTION), repr(other))
 
 
 def test_flags_of_trellis_are_refused_elsewhere(root, tmp_path):
     write_conditions(tmp_path / "c.safetensors", conditions())
     flow("new", tmp_path / "WORK", f"--pipeline={root}", f"--conditions={tmp_path / 'c.safetensors'}")
     (tmp_path / "SAMPLES").mkdir()
-    for flags in (["--set=views=2"], []):
-        said = flow(
-            "tune", tmp_path / "WORK", f"--labels={tmp_path / 'SAMPLES'}", "--pairs-only", *flags, code=2
-        )
-        assert "points" in said or "expected a file of labels or a folder with ranking.jsonl" in said
+    for flags, names in ((["--set=views=2"], ("--set views", "points")), ([], ("ranking.jsonl",))):
+        labels = f"--labels={tmp_path / 'SAMPLES'}"
+        check_message(flow("tune", tmp_path / "WORK", labels, "--pairs-only", *flags, code=2), names)
 
 
 def test_a_folder_of_no_family_is_refused_and_a_notice_is_said_once(root, tmp_path):
     (tmp_path / "none").mkdir()
-    with pytest.raises(FileNotFoundError, match="an empty folder: .*https://huggingface.co/"):
+    with raising(str(tmp_path / "none"), "https://huggingface.co/", kind=FileNotFoundError):
         family_of(tmp_path / "none")
     (tmp_path / "none" / "other.txt").touch()
-    with pytest.raises(
-        FileNotFoundError,
-        match="expected the folder of a known generator .*points: points.json and points.safetensors",
-    ):
+    with raising(str(tmp_path / "none"), "points.json", "points.safetensors", kind=FileNotFoundError):
         family_of(tmp_path / "none")
     said = []
     family = FAMILIES["points"]
-    object.__setattr__(family, "notice", "Mind the licence.")
+    object.__setattr__(family, "notice", "NOTICE")
     try:
         assert family_of(root, said.append) is family_of(root, said.append) is family
     finally:
         object.__setattr__(family, "notice", "")
-    assert said == ["Mind the licence."]
+    assert said == ["NOTICE"]

@@ -90,18 +90,18 @@ def test_the_base_itself_serves_a_policy_that_shares_its_memory(sparse):
 
 def test_a_reference_that_would_train_is_refused():
     model = AdaptableFlow()
-    with pytest.raises(AssertionError, match="would train: input_layer.weight"):
+    with pytest.raises(AssertionError, match="input_layer.weight"):
         FrozenModel(model)
     add_lora(model, LoraConfig(), 0)
     reference = AdapterOff(model)
     model.out_layer.bias.requires_grad_(True)
-    with pytest.raises(AssertionError, match="would train: out_layer.bias"):  # also when it is thawed later
+    with pytest.raises(AssertionError, match="out_layer.bias"):  # also when it is thawed later
         reference.velocity(stage(), *inputs(False))
 
 
 def test_memory_shared_with_what_is_trained_is_refused():
     base = AdaptableFlow().requires_grad_(False)
     policy = shared_copy(base).requires_grad_(True)  # the same memory, other parameters
-    with pytest.raises(AssertionError, match="would train with the policy: input_layer.weight"):
+    with pytest.raises(AssertionError, match="input_layer.weight"):
         FrozenModel(base, policy)
     FrozenModel(base, copy.deepcopy(policy))

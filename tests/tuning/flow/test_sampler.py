@@ -9,6 +9,7 @@ import torch
 
 from eg3d_rlhf.tuning.flow.generate import guides, sample, times, trajectory
 from eg3d_rlhf.tuning.flow.stage import FlowPath, Sampling
+from tests.rejections import raising
 from tests.tuning.flow.closed_forms import PLAIN, Field, PerChannel, dense, stage_of, tokens, voxels
 
 
@@ -168,7 +169,7 @@ def test_trajectory_is_what_sample_does():
 
 def test_errors_name_the_values():
     stage = stage_of(Field(lambda x, t, cond: x / 0))
-    with pytest.raises(ValueError, match="sample: expected finite latents of stage 'structure'"):
+    with raising("sample", "'structure'"):
         sample(stage, noise(), tokens(2), None)
 
 
@@ -207,7 +208,7 @@ def test_a_network_that_reads_it_is_told_how_long_a_step_is():
         return x * (1 - math.exp(-a * float(step[0]))) / float(step[0])
 
     stage = stage_of(Field(lambda x, t, cond: a * x))
-    with pytest.raises(ValueError, match="stage 'structure': expected no shortcut"):
+    with raising("'structure'", "shortcut"):
         sample(stage, noise(), tokens(2), None, plain(4, shortcut=True))
     stage.call_step = mean
     for steps in (1, 4):

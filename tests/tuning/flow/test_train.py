@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import math
 import os
+import re
 import signal
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from eg3d_rlhf.tuning.flow.dpo import DpoConfig, draw_pairs
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.train import policy_and_reference
 from eg3d_rlhf.tuning.flow.train_pairs import Order, TrainConfig, Updates, pair_signs
+from tests.rejections import raising
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, structure_pairs, tiny_config, voxel_pairs
 from tests.tuning.flow.tiny_trainings import at, contents, interrupt, judge, run, with_everything
 from training.distributed import Ranks
@@ -125,10 +127,7 @@ def test_a_judge_that_sees_nothing_keeps_the_start_and_stops_early(tmp_path):
         tmp_path / "run", config=tiny_config(patience=2), held_out=lambda model: 0.5, say=lines.append
     )
     assert result.kept_step == 0 and [line["step"] for line in result.stats] == [0, 5, 10, 15, 20]
-    assert (
-        "Stopped early after update 20: the held-out win rate is 0.500; the best, 0.500 after update 0, is"
-        " kept." in lines
-    )
+    assert "20" in lines[-1] and "0.500" in lines[-1] and not lines[-1].startswith("step ")
     base = TinyPipeline().stages[1].model
     tuned = tuned_model(base, result.weights, merge=True)
     assert torch.equal(tuned.to_out.weight, base.to_out.weight)
@@ -191,7 +190,8 @@ def test_dro_says_that_nothing_holds_it_and_a_lighter_loser_does(tmp_path):
         config = tiny_config(dpo=DpoConfig(kind="dro", loser_weight=weight), lr=0.05, log_every=10)
         ends[weight] = run(tmp_path / str(weight), voxel_pairs(24), config, say=printed.append)
     free, held = (ends[weight].stats[-1] for weight in (1.0, 0.3))
-    assert any("Warning: dro has no lower bound" in line for line in printed) and "l_error" in printed[1]
+    assert any(line.startswith("Warning: ") and "dro" in line for line in printed)
+    assert "l_error" in printed[1]
     assert free["loss"] == pytest.approx(free["w_error"] - free["l_error"], rel=1e-4) and free["loss"] < -1
     assert free["l_error"] > 2 * held["l_error"] and held["w_error"] < free["w_error"]
     assert [w.split(":")[0] for w in ends[1.0].warnings] == ["runaway"] and ends[0.3].warnings == []
@@ -261,7 +261,7 @@ def test_a_cosine_falls_to_2_percent_and_constant_stays(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_8_bit_adamw_asks_for_its_package(tmp_path):
-    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+    with raising("bitsandbytes"):
         run(tmp_path / "run", config=tiny_config(optimizer="adamw8bit"))
 
 
@@ -312,9 +312,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, straight, moment, state
 
 def test_a_signal_ends_it_with_a_state_to_go_on_from(tmp_path, straight):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(
-        StoppedError, match="SIGTERM: training of stage 'voxels' stopped after update 8; resume it."
-    ):
+    with raising("SIGTERM", "'voxels'", "8", kind=StoppedError):
         with_everything(
             tmp_path / "run", say=at("step      8/", lambda: os.kill(os.getpid(), signal.SIGTERM))
         )
@@ -360,20 +358,15 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, straight):
 def test_a_folder_with_another_run_is_refused(tmp_path):
     out = tmp_path / "run"
     run(out, config=tiny_config(steps=2))
-    with pytest.raises(
-        ValueError, match="expected a new folder, got .* with a run in it. Resume it, or name another."
-    ):
+    with raising(str(out)):
         run(out, config=tiny_config(steps=2))
-    with pytest.raises(
-        ValueError,
-        match=r"settings that it was begun with, got config.dpo.beta 7.0 instead of 20.0; config.lr 0.5",
-    ):
+    with raising("config.dpo.beta", "7.0", "20.0", "config.lr", "0.5"):
         run(out, config=tiny_config(steps=2, dpo=DpoConfig(beta=7.0), lr=0.5), resume=True)
-    with pytest.raises(ValueError, match="begun with, got pairs .* instead of"):
+    with raising(str(out), " pairs "):
         run(out, voxel_pairs(24, seed=1), tiny_config(steps=2), resume=True)
     pipeline = TinyPipeline()
     pipeline.stages[1].model.to_out.weight.data += 1
-    with pytest.raises(ValueError, match="begun with, got base .* instead of"):
+    with raising(str(out), " base "):
         run(out, config=tiny_config(steps=2), pipeline=pipeline, resume=True)
     run(out, config=tiny_config(steps=2, batch_gpu=4), resume=True)  # memory may change
 
@@ -381,21 +374,15 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
 def test_pairs_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
     pairs = voxel_pairs(4)
     cases = [
-        ([], "expected pairs to learn from, got none"),
-        (
-            structure_pairs(4),
-            "expected pairs of this stage, got 'pair-0' of 'structure'. Train that stage on it.",
-        ),
-        ([pairs[0], pairs[0]], "expected every id once"),
-        (
-            [replace(p, stage="voxels") for p in structure_pairs(2)],
-            "preferred: expected voxels, got a dense grid",
-        ),
+        ([], ("pairs", "none")),
+        (structure_pairs(4), ("'pair-0'", "'structure'")),
+        ([pairs[0], pairs[0]], ("1", "'pair-0'")),
+        ([replace(p, stage="voxels") for p in structure_pairs(2)], ("'pair-0'", "preferred", "voxels")),
     ]
-    for wrong, text in cases:
-        with pytest.raises(ValueError, match=text):
+    for wrong, names in cases:
+        with raising(*names):
             run(tmp_path / "run", wrong)
-    with pytest.raises(ValueError, match="expected one of structure, voxels, got 'colours'"):
+    with raising("structure", "voxels", "'colours'"):
         run(tmp_path / "run", pairs, stage="colours")
     assert not (tmp_path / "run").exists()
 
@@ -408,28 +395,26 @@ def test_a_network_of_the_other_convention_is_refused(tmp_path):
         model.to_out.weight[:, 4] = -6.0  # the condition's constant: v points from data of mean 6
     run(tmp_path / "right", pairs, tiny_config(steps=1), pipeline)
     pipeline.stages[1].data_at_one = True
-    with pytest.raises(ValueError, match="expected velocities of the convention with data at t = 1"):
+    with raising("'voxels'", "data_at_one=False"):
         run(tmp_path / "wrong", pairs, tiny_config(steps=1), pipeline)
 
 
 def test_a_loss_that_is_not_finite_names_the_pairs_and_the_last_state(tmp_path):
-    with pytest.raises(
-        LossNotFiniteError,
-        match=r"finite loss and gradient in update \d+, got .* \(pairs pair-.*\). .* Last state: ",
-    ):
+    with raising("voxels", "pair-", kind=LossNotFiniteError) as caught:
         run(tmp_path / "run", config=tiny_config(dpo=DpoConfig(kind="dro"), lr=1e30, clip=1e30, warmup=0))
+    assert re.search(r"\b(inf|nan)\b", str(caught.value))
 
 
 def test_wrong_settings_are_named():
-    for changes, text in [
-        ({"steps": 0}, "steps must be >= 1, got 0"),
-        ({"batch": 6, "batch_gpu": 4}, "TrainConfig.batch_gpu: expected a divisor of batch=6, got 4"),
+    for changes, names in [
+        ({"steps": 0}, ("steps", "1", "0")),
+        ({"batch": 6, "batch_gpu": 4}, ("TrainConfig.batch_gpu", "batch=6", "4")),
     ]:
-        with pytest.raises(ValueError, match=text):
+        with raising(*names):
             TrainConfig(**changes)
     pipeline = TinyPipeline()
     policy, reference = policy_and_reference(pipeline.stages[1], tiny_config())
-    with pytest.raises(ValueError, match="expected a batch of a multiple of 3 processes x 2 pairs per pass"):
+    with raising("batch", "3", "2"):
         Updates(
             pipeline, pipeline.stages[1], voxel_pairs(4), tiny_config(), policy, reference, Ranks(world=3)
         )
@@ -474,11 +459,8 @@ def test_a_healthy_run_shows_none():
 
 def test_pairs_that_are_told_apart():
     found = pair_signs(lines(6, implicit_accuracy=0.97))
-    assert (
-        list(found) == ["separated"]
-        and "step 60: implicit accuracy 0.970 is above 0.95" in found["separated"]
-    )
-    assert "loser_weight=0.5" in found["separated"]
+    assert list(found) == ["separated"]
+    assert all(figure in found["separated"] for figure in ("60", "0.970", "0.95", "loser_weight=0.5"))
     assert pair_signs(lines(3, implicit_accuracy=1.0)) == {}  # too few pairs to say
     assert pair_signs(lines(6, implicit_accuracy=0.97), preference=False) == {}
 
@@ -501,7 +483,7 @@ def test_pairs_that_are_told_apart_without_effect_are_off_policy():
 def test_running_from_the_rejected():
     growing = {"margin": lambda i: 1e-3 * i, "w_diff": lambda i: 2e-3 * i, "l_diff": lambda i: 3e-3 * i}
     found = pair_signs(lines(20, **growing))
-    assert list(found) == ["preferred-worse"] and "runs from the rejected" in found["preferred-worse"]
+    assert list(found) == ["preferred-worse"] and found["preferred-worse"]
     # the margin shrinks
     assert pair_signs(lines(20, **{**growing, "margin": lambda i: 1e-3 * (20 - i)})) == {}
     # next to nothing beside the rejected
@@ -518,12 +500,10 @@ def test_a_win_rate_that_falls():
         and found(0.5, 0.72, 0.58, 0.66, 0.58) == {}
     )
     assert list(found(0.5, 0.72, 0.6, 0.58)) == ["past-best"] == list(found(0.5, 0.72, 0.51))
-    assert (
-        "step 300: the held-out win rate fell to 0.580 from 0.720 at step 100"
-        in found(0.5, 0.72, 0.6, 0.58)["past-best"]
-    )
+    past_best = found(0.5, 0.72, 0.6, 0.58)["past-best"]
+    assert all(figure in past_best for figure in ("300", "0.580", "0.720", "100"))
     assert set(found(0.5, 0.72, 0.31)) == {"past-best", "collapse"}
-    assert "step 200: the held-out win rate is 0.310, worse than" in found(0.5, 0.72, 0.31)["collapse"]
+    assert all(figure in found(0.5, 0.72, 0.31)["collapse"] for figure in ("200", "0.310"))
     assert list(found(0.5, 0.47, 0.46)) == ["collapse"] and found(0.5, 0.46) == {}  # once is within the noise
     assert found(0.3, 0.35, 0.34) == {}  # better than it began
 
@@ -531,7 +511,7 @@ def test_a_win_rate_that_falls():
 @pytest.mark.parametrize(("name", "factor"), [("loss", 5), ("grad_norm", 11)])
 def test_spikes(name, factor):
     found = pair_signs(lines(20, **{name: lambda i: factor if i == 19 else 1.0}))
-    assert list(found) == ["spikes"] and f"step 200: {name} {factor}" in found["spikes"]
+    assert list(found) == ["spikes"] and all(part in found["spikes"] for part in ("200", f"{name} {factor}"))
     assert pair_signs(lines(20, **{name: lambda i: factor / 2 if i == 19 else 1.0})) == {}
     assert pair_signs(lines(5, **{name: lambda i: factor if i == 4 else 1.0})) == {}
     assert "spikes" in pair_signs(lines(20, **{name: lambda i: factor if i == 19 else 1.0}), preference=False)
@@ -540,5 +520,5 @@ def test_spikes(name, factor):
 def test_a_loss_without_a_floor_that_runs_away():
     growing = {"w_error": lambda i: 1.0 + 0.1 * i, "l_error": lambda i: 1.0 + 0.2 * i}
     found = pair_signs(lines(20, **growing), preference=False)
-    assert list(found) == ["runaway"] and "rejected ones' error is 4.8 after 1" in found["runaway"]
+    assert list(found) == ["runaway"] and "4.8" in found["runaway"]
     assert pair_signs(lines(4, **growing), preference=False) == {}

@@ -15,6 +15,7 @@ from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow import tune as module
 from eg3d_rlhf.tuning.flow.families import hunyuan3d
 from eg3d_rlhf.tuning.flow.tune import NOTHING, Tuning, check_pairs_to_tell, judge_accuracies, shuffled, tune
+from tests.rejections import raising
 from tests.tuning.flow import labelled
 from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import write_hunyuan3d
 from tests.tuning.flow.tiny_problem import SETTINGS, human_pairs, tiny_problem
@@ -49,14 +50,14 @@ def test_a_tiny_hunyuan3d_learns_labels_and_keeps_nothing_of_answers_by_coin(roo
         and found["held_out"]["interval"][0] > 0.5
         and found["above_control"][1] > 0
     )
-    assert found["held_out"]["accuracy"] > found["control"]["accuracy"] and any(
-        "Stage 'shape': learnt: accuracy" in line for line in said
-    )
+    shares = [f"{found[name]['accuracy']:.3f}" for name in ("held_out", "control")]
+    assert found["held_out"]["accuracy"] > found["control"]["accuracy"]
+    assert any("'shape'" in line and shares[0] in line for line in said)
     base = problem.pipeline.stages[0].model
     for place in ("shape", "control/shape"):
         tuned_model(base, tmp_path / "tune-00" / place)
     text = (tmp_path / "tune-00" / "report.md").read_text()
-    assert text.startswith("# Learnt: shape") and "**learnt**" in text and "with shuffled labels" in text
+    assert "shape" in text.splitlines()[0] and all(share in text for share in shares)
     lines = [
         json.loads(line)
         for line in (tmp_path / "tune-00" / "training" / "shape" / "stats.jsonl").read_text().splitlines()
@@ -69,8 +70,9 @@ def test_a_tiny_hunyuan3d_learns_labels_and_keeps_nothing_of_answers_by_coin(roo
         and not (tmp_path / "tune-01" / "shape").exists()
         and (tmp_path / "tune-01" / "control" / "shape").exists()
     )
-    assert said[-1] == f"{NOTHING.capitalize()}: the base stays as it is."
-    assert "the base stays" in (tmp_path / "tune-01" / "report.md").read_text().splitlines()[0]
+    title = (tmp_path / "tune-01" / "report.md").read_text().splitlines()[0]
+    assert said[-1].startswith(NOTHING.capitalize())
+    assert NOTHING.capitalize() in title and "shape" not in title
 
 
 def test_the_same_call_goes_on_and_gives_the_same_report(root, tmp_path, monkeypatch):
@@ -126,7 +128,8 @@ def test_the_loop_and_its_control(tmp_path):
     )
     assert set(report["judges"]) == {"reward", "chooser", "final"}
     assert (tmp_path / "control" / "structure" / "policy.json").exists()
-    assert any("Judge 'reward' orders" in line for line in said)
+    share = f"{report['judges']['reward']['accuracy']:.3f}"
+    assert any("'reward'" in line and share in line for line in said)
 
 
 def test_a_judge_that_knows_nothing_is_told(tmp_path):
@@ -157,12 +160,10 @@ def test_the_control_learns_from_half_turned_pairs_and_is_chosen_by_true_ones():
 
 def test_too_few_labels_are_refused_before_anything_is_trained(tmp_path):
     problem = replace(tiny(), held_out_conditions=("grey", "pink"))
-    with pytest.raises(
-        ValueError, match="to choose on and 3 to tell by, got 3 to train on, 1 to choose on, 2 to tell by"
-    ):
+    with raising("tune", "structure", "3", "1", "2"):
         tune(problem, Tuning(circular=SETTINGS), tmp_path, say=lambda line: None)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="expected one of structure, voxels, got 'mesh'"):
+    with raising("structure", "voxels", "'mesh'"):
         check_pairs_to_tell(tiny(), "mesh")
 
 

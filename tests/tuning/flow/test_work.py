@@ -11,6 +11,7 @@ from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, Pl
 from eg3d_rlhf.tuning.flow import work as works
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.work import SPLITS, Work, divide
+from tests.rejections import raising
 
 NAMES = [
     f"{colour} {shape}" for colour in ("red", "green", "blue", "pink", "white") for shape in ("ball", "box")
@@ -84,33 +85,35 @@ def test_conditions_are_divided_by_their_names_alone():
         == {k: set(v) for k, v in splits.items()}
         != divide(NAMES, 1)
     )
-    with pytest.raises(ValueError, match="--split"):
+    with raising("--split", "8", "2", "0"):
         divide(NAMES, 0, (0.8, 0.2, 0.0))
-    with pytest.raises(ValueError, match="--split"):
+    with raising("--split", "0", "1"):
         divide(NAMES[:2], 0)
-    with pytest.raises(ValueError, match="--split"):
+    with raising("--split", "0.8, 0.8, 0.2"):
         divide(NAMES, 0, (0.8, 0.8, 0.2))
 
 
 def test_a_folder_is_what_it_was_made_of(work, tmp_path):
     assert Work.open(work.folder) == replace(work, splits={k: list(v) for k, v in work.splits.items()})
-    with pytest.raises(ValueError, match="new folder"):
-        work.write()
-    with pytest.raises(FileNotFoundError, match="flow new"):
-        Work.open(tmp_path / "OTHER")
     path = work.folder / works.FILE
-    written = json.loads(path.read_text())
-    for change, words in (
-        ({"format": 2}, "another version"),
-        ({"stages": None}, "Restore"),
-        ({"more": 1}, "Restore"),
+    before = path.read_bytes()
+    with raising(str(work.folder)):
+        work.write()
+    assert path.read_bytes() == before
+    with raising(str(tmp_path / "OTHER"), kind=FileNotFoundError):
+        Work.open(tmp_path / "OTHER")
+    written = json.loads(before)
+    for change, *names in (
+        ({"format": 2}, works.FILE, "1", "2"),
+        ({"stages": None}, works.FILE),
+        ({"more": 1}, works.FILE, "'more'"),
         ({"splits": {**written["splits"], "test": []}}, "--split"),
     ):
         path.write_text(json.dumps({**written, **change}))
-        with pytest.raises(ValueError, match=words):
+        with raising(*names):
             Work.open(work.folder)
     path.write_text("{")
-    with pytest.raises(ValueError, match=works.FILE):
+    with raising(works.FILE):
         Work.open(work.folder)
 
 
@@ -119,9 +122,9 @@ def test_another_pipeline_than_that_of_the_folder_is_refused(work):
     name = next(iter(work.files))
     digest, *_ = work.files[name]
     assert replace(work, files={**work.files, name: [digest, 0, 0]}).check_pipeline()  # touched, but the same
-    with pytest.raises(ValueError, match="new WORK"):
+    with raising("WORK", name):
         replace(work, files={**work.files, name: ["0" * 64, 0, 0]}).check_pipeline()
-    with pytest.raises(ValueError, match="new WORK"):
+    with raising("WORK", str(work.folder)):
         replace(work, files={"other": ["", 0, 0]}).check_pipeline()
 
 
@@ -135,7 +138,7 @@ def test_folders_are_numbered(work):
 
 
 def test_answers_are_mapped_to_what_was_drawn(work):
-    with pytest.raises(FileNotFoundError, match="flow label"):
+    with raising(str(work.folder), kind=FileNotFoundError):
         work.labels()
     lines = drawn(work)
     pairs = [(shape(work, a), shape(work, b)) for a, b in zip(lines[::2], lines[1::2], strict=True)]
@@ -152,7 +155,7 @@ def test_answers_are_mapped_to_what_was_drawn(work):
     assert for_first == 0 < for_second and labels.votes(second, first) == (for_second, 0)
     assert labels.votes(*(work.drawn() / line["look_at"] for line in lines[:2])) == (0, 0)
     (work.drawn() / lines[2]["look_at"]).write_text("another")
-    with pytest.raises(ValueError, match="label again"):
+    with raising("labels.db", repr(lines[2]["condition"])):
         work.labels()
 
 
@@ -161,5 +164,6 @@ def test_answers_on_other_assets_are_refused(work, change):
     lines = drawn(work)
     change = {name: work.names("test")[0] if value == "test" else value for name, value in change.items()}
     answered(work, [(shape(work, lines[0], **change), shape(work, lines[1]))], lambda *sides: Choice.LEFT)
-    with pytest.raises(ValueError, match="labels.db"):
+    other = {**lines[0], **change}
+    with raising("labels.db", repr(other["condition"]), str(other["seed"])):
         work.labels()

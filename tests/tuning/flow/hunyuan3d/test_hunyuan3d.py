@@ -21,6 +21,7 @@ from eg3d_rlhf.tuning.flow.generate import generate
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs, write_pairs
 from eg3d_rlhf.tuning.flow.stage import CONVENTION, check_convention
 from tests.modes.flow_works import flow
+from tests.rejections import check_message, raising, rejected
 from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import (
     CONTENT,
     LATENTS,
@@ -121,9 +122,7 @@ def test_a_network_with_its_data_at_the_other_end_is_refused(root):
     stage.call = lambda module, x, t, cond: (0.5 - x) / (1 - t).clamp_min(1e-3).view(-1, 1, 1)
     check_convention(stage, x_0, pipeline.conditions(NAMES, "shape"))
     stage.call = lambda module, x, t, cond: (x - 0.5) / t.clamp_min(1e-3).view(-1, 1, 1)
-    with pytest.raises(
-        ValueError, match="stage 'shape': expected velocities of the convention with data at t = 1"
-    ):
+    with raising("'shape'", "data_at_one=False"):
         check_convention(stage, x_0, pipeline.conditions(NAMES, "shape"))
 
 
@@ -140,79 +139,62 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(root, tmp_path):
             **sections,
             section: {n: x[None] if n == name else x for n, x in sections[section].items()},
         }
-        for content, message in (
+        for content, named in (
             (lacking, f"missing: {name}."),
             (renamed, f"unexpected: {name}x"),
             (misshapen, f"misshapen: {name} [1, "),
         ):
             write(root, content)
-            done = run(tmp_path)
-            assert (
-                done.exit_code == 2
-                and f"model.fp16.ckpt, {section}" in done.output
-                and message in done.output
-            ), done.output
-            assert "Traceback" not in done.output
+            rejected(run(tmp_path), f"model.fp16.ckpt, {section}", named)
     write(root, {**sections, "model": {}})
-    assert "expected sections model, vae, got none for model" in run(tmp_path).output
+    rejected(run(tmp_path), "model.fp16.ckpt", "model", "vae")
     write(root, {**sections, "model": {n: x / 0 for n, x in sections["model"].items()}})
-    assert "expected finite numbers, got others in " in run(tmp_path).output
+    rejected(run(tmp_path), "model.fp16.ckpt", next(iter(sections["model"])))
     (root / "model.fp16.ckpt").write_bytes(b"PK")
-    assert "checkpoint: expected weights in model.fp16.ckpt" in run(tmp_path).output
+    rejected(run(tmp_path), "model.fp16.ckpt")
     assert not (tmp_path / "runs").exists()
 
 
 def test_latents_and_conditions_of_others_are_refused(root, tmp_path):
     make_pairs(tmp_path, shape=(C, 2, 2, 2))
-    done = run(tmp_path)
-    assert done.exit_code == 2 and f"expected [{LATENTS}, {C}], got [{C}, 2, 2, 2]" in done.output
+    rejected(run(tmp_path), f"[{LATENTS}, {C}]", f"[{C}, 2, 2, 2]")
     other = Conditions(
         tokens={name: {"main": torch.zeros(L, E + 1)} for name in NAMES}, encoder="CLIP", zero_null=True
     )
     make_pairs(tmp_path, conditions=other)
-    done = run(tmp_path)
-    assert done.exit_code == 2 and "got those of CLIP. Embed them with" in done.output
+    rejected(run(tmp_path), "CLIP")
     make_pairs(tmp_path, conditions=Conditions(tokens=other.tokens, zero_null=True))
-    done = run(tmp_path)
-    assert done.exit_code == 2 and "expected embeddings {'main': [5, 8]}, got {'main': [5, 9]}" in done.output
+    rejected(run(tmp_path), "{'main': [5, 8]}", "{'main': [5, 9]}")
 
 
 def test_configs_of_other_networks_are_refused(root):
-    def refused(section, message, **changes):
+    def refused(section, *names, **changes):
         entry = {**CONTENT.get(section, {"target": "a.ImageProcessorV2", "params": {}}), **changes}
         if "params" in changes:
             entry["params"] = {**CONTENT.get(section, {"params": {}})["params"], **changes["params"]}
         (root / family.CONFIG).write_text(yaml.safe_dump({**CONTENT, section: entry}))
-        with pytest.raises(ValueError, match=message):
+        with raising(*names):
             family.read_files(root)
 
-    refused("model", "expected model of target HunYuanDiTPlain with params, got Other", target="a.Other")
-    refused("model", "expected Hunyuan3D-2.1's form, got use_pos_emb=True", params={"use_pos_emb": True})
-    refused("vae", "got unknown windows", params={"windows": 3})
+    refused("model", "HunYuanDiTPlain", "Other", target="a.Other")
+    refused("model", "Hunyuan3D-2.1", "use_pos_emb=True", params={"use_pos_emb": True})
+    refused("vae", "ShapeVAE", "windows", params={"windows": 3})
     consistency = "ConsistencyFlowMatchEulerDiscreteScheduler"
-    refused("scheduler", f"FlowMatchEulerDiscreteScheduler, got {consistency}", target=f"a.{consistency}")
-    refused("scheduler", "without use_dynamic_shifting", params={"use_dynamic_shifting": True})
-    refused("scheduler", "got pcm_timesteps", params={"pcm_timesteps": 100})
-    refused("image_processor", "ImageProcessorV2, got MVImageProcessorV2", target="a.MVImageProcessorV2")
-    refused("image_processor", "a border_ratio below 1", params={"border_ratio": 1.0})
-    refused("pipeline", "got Hunyuan3DPaintPipeline", target="hy3dgen.texgen.Hunyuan3DPaintPipeline")
-    refused("vae", "one size in model, vae and conditioner", params={"embed_dim": 5})
-    refused("vae", "geo_decoder_downsample_ratio 1", params={"geo_decoder_downsample_ratio": 2})
-    refused(
-        "conditioner",
-        "expected one DinoImageEncoder with its config",
-        params={"main_image_encoder": {"type": "Clip"}},
-    )
-    refused(
-        "conditioner",
-        "expected one DinoImageEncoder with its config",
-        params={"main_image_encoder": ["Dino"]},
-    )
+    refused("scheduler", " FlowMatchEulerDiscreteScheduler", consistency, target=f"a.{consistency}")
+    refused("scheduler", "use_dynamic_shifting", params={"use_dynamic_shifting": True})
+    refused("scheduler", "pcm_timesteps", params={"pcm_timesteps": 100})
+    refused("image_processor", " ImageProcessorV2", "MVImageProcessorV2", target="a.MVImageProcessorV2")
+    refused("image_processor", "border_ratio", "1", params={"border_ratio": 1.0})
+    refused("pipeline", "Hunyuan3DPaintPipeline", target="hy3dgen.texgen.Hunyuan3DPaintPipeline")
+    refused("vae", "conditioner", "(7, 4, 8)", "(7, 5, 8)", params={"embed_dim": 5})
+    refused("vae", "geo_decoder_downsample_ratio", params={"geo_decoder_downsample_ratio": 2})
+    refused("conditioner", "DinoImageEncoder", "'Clip'", params={"main_image_encoder": {"type": "Clip"}})
+    refused("conditioner", "DinoImageEncoder", "None", params={"main_image_encoder": ["Dino"]})
     (root / family.CONFIG).write_text("a: [")
-    with pytest.raises(ValueError, match="expected YAML, got"):
+    with raising(family.CONFIG, "YAML"):
         family.read_files(root)
     (root / family.CONFIG).unlink()
-    with pytest.raises(FileNotFoundError, match="expected config.yaml and model.fp16.ckpt or"):
+    with raising("config.yaml", "model.fp16.ckpt", kind=FileNotFoundError):
         family.read_files(root)
 
 
@@ -228,17 +210,17 @@ def test_pictures_become_tokens_and_the_file_says_of_what(root, tmp_path):
     made = family.embed(root, {"chair": tmp_path / "chair.png"}, torch.device("cpu"))
     assert made.form == {"main": [L, E]} and made.zero_null and made.null(2)["main"].abs().max() == 0
     family.load(root, made)
-    assert "512 pixels with a border of 0.15" in made.encoder
+    assert "512" in made.encoder and "0.15" in made.encoder  # pixels, and the border's share
     other = {
         **CONTENT,
         "image_processor": {"target": "a.ImageProcessorV2", "params": {"size": 64, "border_ratio": 0.3}},
     }
     (root / family.CONFIG).write_text(yaml.safe_dump(other))
     assert family.read_files(root).picture == 64
-    with pytest.raises(ValueError, match="pictures of 64 pixels .* Embed them with"):
+    with raising("64", "512"):
         family.load(root, made)
     Image.new("RGB", (9, 9)).save(tmp_path / "plain.png")
-    with pytest.raises(ValueError, match="plain.png: .*Remove the background"):
+    with raising("plain.png", "background"):
         family.embed(root, {"plain": tmp_path / "plain.png"}, torch.device("cpu"))
 
 
@@ -271,9 +253,9 @@ def test_sections_that_are_not_needed_may_be_missing(root):
     write(root, {"model": sections["model"], "vae": {**half, "more": torch.zeros(1)}})
     pipeline = family.load(root, tokens())
     assert generate(pipeline, ["lamp"], [0])[0].latent.isfinite().all()
-    with pytest.raises(ValueError, match="got none for conditioner"):
+    with raising("model.fp16.ckpt", "conditioner"):
         family.embed(root, {}, torch.device("cpu"))
-    with pytest.raises(FileNotFoundError, match=f"{family.VAE_FOLDER}.* Fetch"):
+    with raising(family.VAE_FOLDER, kind=FileNotFoundError):
         pipeline.encode([None])
 
 
@@ -298,19 +280,17 @@ def test_meshes_of_ones_own_become_pairs(root, tmp_path):
     work = tmp_path / "WORK"
     ranked = f"--labels={tmp_path / 'ASSETS'}"
     flow("new", work, f"--pipeline={tmp_path / 'REPO'}", f"--conditions={tmp_path / 'ASSETS'}")
-    assert "pairs with a majority: 1 of stage shape" in flow("tune", work, ranked, "--pairs-only")
+    assert re.search(r"\b1 .*\bshape\b", flow("tune", work, ranked, "--pairs-only"))
     (pair,), _ = read_pairs(work / "pairs" / "shape", family.load(tmp_path / "REPO", tokens()).stages[0])
     assert pair.preferred.shape == (LATENTS, C) and not torch.equal(pair.preferred, pair.rejected)
     again = family.load(tmp_path / "REPO", None).encode([family.read_mesh(tmp_path / "ASSETS" / "1.obj")])[0][
         "shape"
     ]
     assert torch.equal(again, pair.preferred)
-    assert "belongs to generators that encode assets so, not to hunyuan3d" in flow(
-        "tune", work, ranked, "--set=views=3", code=2
-    )
+    check_message(flow("tune", work, ranked, "--set=views=3", code=2), ("--set views", "hunyuan3d"))
     lines[1]["asset"] = "none.obj"
     (tmp_path / "ASSETS" / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "ASSETS/ranking.jsonl, line 2: " in flow("tune", work, ranked, code=2)
+    check_message(flow("tune", work, ranked, code=2), ("ASSETS/ranking.jsonl, line 2", "none.obj"))
 
 
 def test_a_drawn_mesh_is_as_fine_as_is_asked(root):
@@ -326,9 +306,10 @@ def test_a_shape_without_a_surface_leaves_a_text_and_one_of_no_numbers_an_error(
     last = asset.decoder.geo_decoder.output_proj
     last.weight.data.zero_()
     last.bias.data.fill_(-1.0)
-    assert "No surface" in family.show(asset, tmp_path / "a", 4).read_text()
+    shown = family.show(asset, tmp_path / "a", 4)
+    assert shown.suffix == ".txt" and shown.read_text().strip()
     last.bias.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match="finite"):
+    with raising("extract_mesh"):
         family.show(asset, tmp_path / "a", 4)
 
 
@@ -348,10 +329,7 @@ def test_held_out_labels_of_one_stage_are_used_and_flags_that_do_nothing_refused
         ("--table-noises=2", "--table-noises"),
         ("--set=choose_noises=2", "--set choose_noises"),
     ):
-        refused = go(flag)
-        assert refused.exit_code == 2 and f"{named}" in refused.output and "have a judge" in refused.output, (
-            refused.output
-        )
+        rejected(go(flag), named)
     done = go("--set=held_out_every=1", "--set=patience=1")
     assert done.exit_code == 0 and re.search(r"held_out +[01]\.\d{3}", done.output), done.output
     (stats,) = (tmp_path / "runs" / "artefacts").glob("shape-human-*/training/stats.jsonl")

@@ -11,6 +11,7 @@ from eg3d_rlhf.tuning.flow.offline.singles import read_labelled
 from eg3d_rlhf.tuning.flow.ranking import write_latents
 from eg3d_rlhf.tuning.flow.toy.judges import LabelOracle, human_singles
 from eg3d_rlhf.tuning.flow.toy.pipeline import TRAINED, ToyPipeline
+from tests.rejections import raising
 from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, voxel_pairs
 
 
@@ -65,24 +66,18 @@ def test_without_labels_the_lists_own_ranks_count(folder):
 def test_what_is_refused(folder):
     labels = folder / "labels.jsonl"
     pipeline = TinyPipeline()
-    with pytest.raises(
-        ValueError, match=r"ranking.jsonl, line 1: expected one of thumb, label, score, p, rank, got none"
-    ):
+    with raising("ranking.jsonl, line 1", "thumb", "label", "score", "rank"):
         read_labelled(folder, None, pipeline)
     labels.write_text('{"asset": "7.ply", "thumb": true}\n')
-    with pytest.raises(ValueError, match="labels.jsonl, line 1: expected one of 6 assets"):
+    with raising("labels.jsonl, line 1", "6", "7.ply"):
         read_labelled(folder, labels, pipeline)
     labels.write_text('{"asset": "0.ply", "thumb": true}\n{"asset": "2.ply", "thumb": false}\n')
     found = read_labelled(folder, labels, pipeline)
-    with pytest.raises(
-        ValueError, match="expected two judged assets or more under a condition to train on, got none of 2"
-    ):
+    with raising("labels", "2"):
         found.singles("voxels", ["b"])
-    with pytest.raises(
-        ValueError, match="expected latents of stage 'texture', got those of structure, voxels"
-    ):
+    with raising("'texture'", "structure", "voxels"):
         found.singles("texture")
-    with pytest.raises(FileNotFoundError, match="expected a list of ranked assets, got none"):
+    with raising(str(folder / "nowhere.jsonl"), kind=FileNotFoundError):
         read_labelled(folder / "nowhere.jsonl", labels, pipeline)
 
 

@@ -24,6 +24,7 @@ from eg3d_rlhf.tuning.flow.offline.train_singles import (
 from eg3d_rlhf.tuning.flow.pairs import by_condition
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.train import policy_and_reference
+from tests.rejections import raising
 from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, voxel_pairs
 from tests.tuning.flow.tiny_trainings import at, contents, judge, silent
 from training.distributed import SINGLE, Ranks
@@ -125,13 +126,13 @@ def gradient(policy) -> torch.Tensor:
 
 def test_r_of_one_half_has_no_gradient_at_the_start_and_one_less_r_the_opposite():
     found = {}
-    for name, change in (("as said", lambda r: r), ("turned", lambda r: 1 - r), ("even", lambda r: 0.5)):
+    for name, change in (("as_said", lambda r: r), ("turned", lambda r: 1 - r), ("even", lambda r: 0.5)):
         data = [replace(one, r=change(one.r)) for one in singles()]
         *_, policy, _, updates = parts("nft", LOSSES["nft"], data)
         updates.backward(data, 0, 0)
         found[name] = gradient(policy)
-    assert found["even"].abs().max() < 1e-6 < 0.1 < found["as said"].abs().max()
-    torch.testing.assert_close(found["turned"], -found["as said"])
+    assert found["even"].abs().max() < 1e-6 < 0.1 < found["as_said"].abs().max()
+    torch.testing.assert_close(found["turned"], -found["as_said"])
 
 
 def test_the_gradient_of_a_group_at_the_start_is_that_of_advantages_times_errors():
@@ -230,38 +231,35 @@ def test_the_stage_itself_is_left_as_it_is(tmp_path):
 # What is refused.
 
 BROKEN = {
-    "none": ([], "expected labelled assets"),
-    "even": (
-        [replace(one, r=0.5) for one in singles(2)],
-        "expected labels that tell assets apart, got 6 that are even",
-    ),
-    "twice": (singles(2) * 2, "expected every id once, got 6 repeated"),
-    "another stage": (singles(2, "structure"), "expected assets of this stage"),
-    "r": ([replace(one, r=1.2) for one in singles(2)], "expected r from 0 to 1, got 1.2"),
+    "none": ([], ("none",)),
+    "even": ([replace(one, r=0.5) for one in singles(2)], ("6",)),
+    "twice": (singles(2) * 2, ("6",)),
+    "another stage": (singles(2, "structure"), ("structure",)),
+    "r": ([replace(one, r=1.2) for one in singles(2)], (" r ", "1.2")),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_assets_that_cannot_be_trained_on(case, tmp_path):
-    data, text = BROKEN[case]
-    with pytest.raises(ValueError) as error:
+    data, names = BROKEN[case]
+    with raising("voxels", *names):
         train_singles(TinyPipeline(), "voxels", data, LOSSES["nft"], tmp_path / "run", say=silent)
-    assert text in str(error.value) and not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_ties_everywhere_and_a_batch_that_cannot_be_divided(tmp_path):
     tied = [replace(one, r=0.8 if one.condition == "a" else 0.4) for one in singles(4)]
-    with pytest.raises(ValueError, match="got ties everywhere"):
+    with raising("voxels", "ties"):
         run(tmp_path / "run", "dgpo", tied)
     pipeline, stage, policy, reference, _ = parts("nft", LOSSES["nft"], singles(2))
-    with pytest.raises(ValueError, match="a multiple of 5 processes x 2 assets"):
+    with raising("batch", "5", "2"):
         SingleUpdates(pipeline, stage, singles(2), LOSSES["nft"], policy, reference, Ranks(world=5))
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_and_says_where(tmp_path):
     pipeline = TinyPipeline()
     torch.nn.init.constant_(pipeline.stages[1].model.to_out.weight, float("inf"))
-    with pytest.raises((LossNotFiniteError, ValueError), match="expected a finite loss"):
+    with raising("loss", "voxels", kind=(LossNotFiniteError, ValueError)):
         run(tmp_path / "run", pipeline=pipeline)
 
 

@@ -20,7 +20,7 @@ from eg3d_rlhf.tuning.flow.online.arms import Losses, OnlineRun, divided, ranked
 from eg3d_rlhf.tuning.flow.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
-from tests.tuning.flow.circular.test_commands import assert_one_line
+from tests.rejections import raising, rejected
 from tests.tuning.flow.tiny_problem import full, tiny_problem
 
 SHORT = {
@@ -53,47 +53,34 @@ def run(*flags: str, mode: str = "online"):
 MISTAKES = {
     "arms": (
         ["--arms=grpo,ppo"],
-        "--arms: expected some of nft, grpo, grpo-plain, grpo-guard, dppo, dgpo, dpo",
+        ("--arms", "grpo-plain", "grpo-guard", "dppo", "dgpo", "dpo", "ppo"),
     ),
-    "loss and arms": (["--arms=grpo,nft", "--loss=nft"], "--loss: belongs to a run without --arms"),
-    "jobs": (["--jobs=2"], "--jobs: belongs to several trainings"),
-    "dropout": (["--set=lora_dropout=0.1"], "expected adapters without dropout"),
-    "no table": (["--set=no_summary=true", "--table-noises=4"], "--table-noises: belongs to the table"),
-    "steps": (
-        ["--loss=grpo", "--set=trained_steps=8"],
-        "--set trained_steps=VALUE: expected at most all steps of the sampler but the last, got 8 of",
-    ),
-    "window": (
-        ["--loss=grpo", "--window=9", "--set=window_end=9"],
-        "window: expected 1 or more of the sampler's steps 0 to 3, got 9",
-    ),
-    "window of nft": (["--window=2"], "--window: belongs to losses on the sampler's steps"),
-    "nft's": (["--loss=dgpo", "--set=curvature=0.5"], "--set curvature=VALUE: belongs to --loss=nft"),
-    "toy's reward": (["--pairs=x"], "--pairs: belongs to --pipeline=DIR"),
-    "reward": (["--reward=nose"], "--reward: expected one of own"),
-    "weight": (
-        ["--reward=own:-1"],
-        "--reward: expected names with commas, each with :WEIGHT above 0 or without, got 'own:-1'",
-    ),
-    "several": (["--reward=own,nose", "--advantage=group"], "--advantage: belongs to one reward"),
-    "gate": (
-        ["--gate=nose"],
-        "--gate: expected some of chooser, overlap, symmetry, pieces, colour, got 'nose'",
-    ),
+    "loss and arms": (["--arms=grpo,nft", "--loss=nft"], ("--loss", "--arms")),
+    "jobs": (["--jobs=2"], ("--jobs", "--arms")),
+    "dropout": (["--set=lora_dropout=0.1"], ("dropout", "0.1")),
+    "no table": (["--set=no_summary=true", "--table-noises=4"], ("--table-noises", "no_summary")),
+    "steps": (["--loss=grpo", "--set=trained_steps=8"], ("--set trained_steps", "8")),
+    "window": (["--loss=grpo", "--window=9", "--set=window_end=9"], ("window", "0 to 3", "9")),
+    "window of nft": (["--window=2"], ("--window",)),
+    "nft's": (["--loss=dgpo", "--set=curvature=0.5"], ("--set curvature", "--loss=nft")),
+    "toy's reward": (["--pairs=x"], ("--pairs", "--pipeline")),
+    "reward": (["--reward=nose"], ("--reward", "own", "nose")),
+    "weight": (["--reward=own:-1"], ("--reward", ":WEIGHT", "'own:-1'")),
+    "several": (["--reward=own,nose", "--advantage=group"], ("--advantage",)),
+    "gate": (["--gate=nose"], ("--gate", "chooser", "overlap", "symmetry", "pieces", "colour", "'nose'")),
 }
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_in_flags(case, tmp_path):
-    flags, text = MISTAKES[case]
-    resumed = [] if "resume" in flags[0] else [f"--outdir={tmp_path / 'runs'}"]
-    assert_one_line(run(*(f.format(tmp=tmp_path) for f in flags), *resumed), text.format(tmp=tmp_path))
+    flags, names = MISTAKES[case]
+    rejected(run(*flags, f"--outdir={tmp_path / 'runs'}"), *names)
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_group_of_one_is_refused():
     result = run("--group=1")
-    assert result.exit_code == 2 and "'--group': 1 is not in the range" in result.stderr
+    assert result.exit_code == 2 and "'--group'" in result.stderr  # of click, with its usage
 
 
 def test_flags_reach_their_settings(tmp_path):
@@ -133,9 +120,9 @@ def test_the_preset_is_grpo_at_every_step():
 
 
 def test_weights_of_rewards():
-    assert weighed("own, solid:0.5") == {"own": 1.0, "solid": 0.5}
+    assert weighed(", ".join(("own", "solid:0.5"))) == {"own": 1.0, "solid": 0.5}
     for text in ("own:x", "own,,b", "own:inf", ""):
-        with pytest.raises(ValueError, match="--reward: expected names with commas"):
+        with raising("--reward", repr(text)):
             weighed(text)
 
 
@@ -172,7 +159,7 @@ def test_a_run_of_the_first_stage_writes_weights_and_a_table(tiny, tmp_path):
     assert (
         found["pairwise"] == {}
         and arm["samples"] == [4 * 2 * 4]
-        and "reward up on" in result.stdout
+        and f"{arm['reward']['up']:.0%}" in result.stdout
         and "eta" in result.output
     )
     lines = [json.loads(line) for line in (folder / "grpo-0" / "stats.jsonl").read_text().splitlines()]
@@ -192,7 +179,7 @@ def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
         0,
         1,
     ]
-    assert "## Pair by pair, final judge" in result.stdout and (folder / "voxels").is_dir()
+    assert (folder / "voxels").is_dir() and all(name in result.stdout for name in names.split(","))
 
 
 def test_pairs_of_samples_are_ordered_by_the_reward_within_groups():

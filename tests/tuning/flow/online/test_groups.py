@@ -19,6 +19,7 @@ from eg3d_rlhf.tuning.flow.online.signs import online_signs
 from eg3d_rlhf.tuning.flow.online.updates import OnlineUpdates, train_online
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.train import policy_and_reference
+from tests.rejections import raising
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, likes_target
 from tests.tuning.flow.tiny_trainings import at, contents, interrupt, silent
 from training.distributed import SINGLE, Ranks
@@ -262,7 +263,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, loss):
         run(out, gated_task(), say=at("step      8/", interrupt), **options)
     run(out, gated_task(), resume=True, **options)
     assert contents(out) == straight
-    with pytest.raises(ValueError, match=r"begun with, got config.kl 0.5 instead of 0.1"):
+    with raising("config.kl", "0.5", "0.1"):
         run(out, gated_task(), resume=True, **{**options, "kl": 0.5})
 
 
@@ -342,7 +343,7 @@ def test_a_policy_that_runs_away_is_stopped(tmp_path):
     said = []
     result = run(tmp_path / "run", loss="nft", lr=0.2, max_away=0.05, say=said.append)
     assert result.stats[-1]["step"] < 10 and result.stats[-1]["away"] > 0.05
-    assert "Stopped after update" in said[-1] and "Raise --kl" in said[-1]
+    assert str(result.stats[-1]["step"]) in said[-1] and "--kl" in said[-1]
 
 
 def test_what_is_not_trained_on_and_falls_is_told():
@@ -354,27 +355,22 @@ def test_what_is_not_trained_on_and_falls_is_told():
 
 
 def test_wrong_settings_are_named(tmp_path):
-    for changes, text in [
-        ({"group": 1}, "group must be >= 2"),
-        ({"noise": 0.0}, "noise must be > 0"),
-        ({"loss": "ppo"}, "--loss: expected one of nft, dgpo"),
-        ({"lora": LoraConfig(dropout=0.1)}, "expected adapters without dropout, got 0.1"),
-        ({"loss": "dgpo", "batch_gpu": 4}, "expected whole groups of 6 with dgpo, got 4"),
-        ({"window": 2, "trained_steps": 2}, "expected it or --window, got both"),
+    for changes, names in [
+        ({"group": 1}, ("group", "2")),
+        ({"noise": 0.0}, ("noise", "0")),
+        ({"loss": "ppo"}, ("--loss", "nft", "dgpo", "ppo")),
+        ({"lora": LoraConfig(dropout=0.1)}, ("dropout", "0.1")),
+        ({"loss": "dgpo", "batch_gpu": 4}, ("dgpo", "6", "4")),
+        ({"window": 2, "trained_steps": 2}, ("trained_steps", "--window")),
     ]:
-        with pytest.raises(ValueError, match=text):
+        with raising(*names):
             config_of(**changes)
-    with pytest.raises(
-        ValueError,
-        match="--trained-steps: expected at most all steps of the sampler but the last, got 4 of 4",
-    ):
+    with raising("--trained-steps", "4 of 4"):
         run(tmp_path / "run", trained_steps=4)
-    with pytest.raises(
-        ValueError, match="window: expected 1 or more of the sampler's steps 0 to 3, got 2 of steps 0 to 4"
-    ):
+    with raising("window", "0 to 3", "2", "0 to 4"):
         run(tmp_path / "run", window=2, window_end=4)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="--batch: expected a multiple of 2 processes, got 3 groups"):
+    with raising("--batch", "2", "3"):
         updates_of(ranks=Ranks(world=2))
-    with pytest.raises(ValueError, match="reward target: expected finite rewards, got"):
+    with raising("target", "nan"):
         run(tmp_path / "run", task_of(reward=lambda assets, conditions: torch.full([len(assets)], math.nan)))

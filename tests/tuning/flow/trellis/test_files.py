@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from eg3d_rlhf.tuning.flow.families.trellis import files
 from eg3d_rlhf.tuning.flow.families.trellis.files import load_model
 from eg3d_rlhf.tuning.flow.stage import Sampling
+from tests.rejections import raising
 from tests.tuning.flow.trellis.tiny_trellis import MODELS, PIPELINE
 
 
@@ -65,40 +66,34 @@ def test_samplers_without_guidance_or_without_interval(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "names"),
     [
-        (
-            {"models": {"slat_flow_model": "ckpts/x"}},
-            r"expected both stages, got none for structure \(sparse_structure_flow_model\)",
-        ),
-        (
-            {"slat_sampler": {"name": "DDIMSampler"}},
-            r"expected a FlowEuler sampler for slat_sampler \(t = 1 is noise\), got 'DDIMSampler'",
-        ),
+        ({"models": {"slat_flow_model": "ckpts/x"}}, ("structure", "sparse_structure_flow_model")),
+        ({"slat_sampler": {"name": "DDIMSampler"}}, ("FlowEuler", "slat_sampler", "'DDIMSampler'")),
         (
             {"slat_sampler": {"name": "FlowEulerSampler", "params": {"steps": 0}}},
-            "slat_sampler: Sampling: expected steps >= 1",
+            ("slat_sampler", "steps"),
         ),
-        ({"slat_normalization": {"mean": [0.0], "std": [0.0]}}, "a finite mean and a std > 0 per channel"),
+        ({"slat_normalization": {"mean": [0.0], "std": [0.0]}}, ("slat_normalization", "[0.0]")),
         (
             {"slat_normalization": {"mean": [0.0, 1.0], "std": [1.0]}},
-            "a finite mean and a std > 0 per channel",
+            ("slat_normalization", "[0.0, 1.0]", "[1.0]"),
         ),
     ],
 )
-def test_pipelines_that_are_refused(tmp_path, args, message):
-    with pytest.raises(ValueError, match=message):
+def test_pipelines_that_are_refused(tmp_path, args, names):
+    with raising(*names):
         files.read_pipeline(write(tmp_path, **args))
 
 
 def test_no_pipeline_and_foreign_ones(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected TRELLIS's pipeline.json, got none in"):
+    with raising("TRELLIS", "pipeline.json", str(tmp_path), kind=FileNotFoundError):
         files.read_pipeline(tmp_path)
     (tmp_path / "pipeline.json").write_text("{")
-    with pytest.raises(ValueError, match="expected JSON, got"):
+    with raising("pipeline.json", "JSON"):
         files.read_pipeline(tmp_path)
     (tmp_path / "pipeline.json").write_text('{"name": "StableDiffusionPipeline", "args": {}}')
-    with pytest.raises(ValueError, match="got 'StableDiffusionPipeline'"):
+    with raising("pipeline.json", "'StableDiffusionPipeline'"):
         files.read_pipeline(tmp_path)
 
 
@@ -106,11 +101,9 @@ def test_where_models_are_looked_for(copied, tmp_path, monkeypatch):
     file = files.read_pipeline(copied)
     assert files.find_model(file, "slat_flow_model") == copied / "ckpts" / "slat_flow"
     assert files.find_model(file, "sparse_structure_encoder").name == "ss_enc_conv3d_16l8_fp16"
-    with pytest.raises(
-        FileNotFoundError, match=r"slat_decoder_mesh: expected its .json and .safetensors or .pt, got none at"
-    ):
+    with raising("slat_decoder_mesh", ".json", ".safetensors", ".pt", kind=FileNotFoundError):
         files.find_model(file, "slat_decoder_mesh")
-    with pytest.raises(FileNotFoundError, match="no place: pipeline.json does not name it"):
+    with raising("slat_decoder_rf", "pipeline.json", kind=FileNotFoundError):
         files.find_model(file, "slat_decoder_rf")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     for folder in (
@@ -155,7 +148,7 @@ def test_training_checkpoints(trellis_root, tmp_path):
         for name, t in load_model(stem, weights=path).state_dict().items()
     )
     torch.save({"optimizer": {"lr": 1.0}, "step": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="denoiser_ema0.9999_step0000100.pt.*Export the weights alone"):
+    with raising("denoiser_ema0.9999_step0000100.pt", "weights"):
         load_model(stem, weights=path)
 
 
@@ -163,31 +156,31 @@ def test_models_that_are_refused(copied):
     stem = copied / "ckpts" / "ss_flow"
     state = load_file(f"{stem}.safetensors")
     save_file({name: t for name, t in state.items() if "out_layer" not in name}, f"{stem}.safetensors")
-    with pytest.raises(ValueError, match="missing: out_layer.bias, out_layer.weight"):
+    with raising("missing: out_layer.bias, out_layer.weight"):
         load_model(stem)
     state["out_layer.bias"] = state["out_layer.bias"] * float("nan")
     save_file(state, f"{stem}.safetensors")
-    with pytest.raises(ValueError, match="expected finite numbers, got others in out_layer.bias"):
+    with raising("ss_flow", "out_layer.bias"):
         load_model(stem)
     stem.with_name("ss_flow.safetensors").write_bytes(b"truncated")
-    with pytest.raises(ValueError, match="expected weights in ss_flow.safetensors"):
+    with raising("ss_flow.safetensors"):
         load_model(stem)
     stem.with_name("ss_flow.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="ss_flow: expected .*ss_flow.json and weights beside it"):
+    with raising("ss_flow.json", kind=FileNotFoundError):
         load_model(stem)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "names"),
     [
-        ({"name": "UNet", "args": {}}, "expected a name among SparseStructureFlowModel, .* got 'UNet'"),
+        ({"name": "UNet", "args": {}}, ("SparseStructureFlowModel", "'UNet'")),
         (
             {"name": "SparseStructureFlowModel", "args": {"colour": 1, "resolution": 4}},
-            r"got unknown \['colour'\], missing \['cond_channels'",
+            ("['colour']", "['cond_channels'"),
         ),
     ],
 )
-def test_architectures_that_are_refused(copied, content, message):
+def test_architectures_that_are_refused(copied, content, names):
     (copied / "ckpts" / "ss_flow.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
+    with raising("ss_flow.json", *names):
         load_model(copied / "ckpts" / "ss_flow")
