@@ -35,7 +35,7 @@ def check_message(message: str, names: tuple[str, ...]) -> str:
         assert name in message, f"{name!r} is not named in: {message}"
     rest = message
     for name in names:
-        rest = rest.replace(name, " ")
+        rest = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", rest)
     assert REMEDY.search(rest), f"no remedy in: {message}"
     return message
 

@@ -1,5 +1,5 @@
-"""Slow and silent connections without a token, against one's own server: `python -m tests.people.label.attack
-PORT COUNT SECONDS`.
+"""Half-sent headers without a token, against one's own server:
+`python -m tests.people.label.attack PORT COUNT SECONDS`.
 
 They go to 127.0.0.1 only, from there or each from an address of its own in 127.0.0.0/8, and end by
 themselves. Whoever is closed comes again after a while.
@@ -7,29 +7,12 @@ themselves. Whoever is closed comes again after a while.
 
 import argparse
 import asyncio
-import contextlib
-import itertools
 import json
 import ssl
 from collections import Counter
 
-KINDS = ("silent", "header", "body", "handshake")
-BEGUN = {
-    "header": b"GET /login HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ",
-    "body": (
-        b"POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\nSec-Fetch-Site: same-origin\r\nContent-Length: 9000\r\n"
-        b"Content-Type: application/x-www-form-urlencoded\r\n\r\ntoken="
-    ),
-}
+BEGUN = b"GET /login HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "
 BACK = 5.0  # seconds until one whose connection was closed comes again
-
-
-def client_hello() -> bytes:
-    context = any_server()
-    out = ssl.MemoryBIO()
-    with contextlib.suppress(ssl.SSLWantReadError):
-        context.wrap_bio(ssl.MemoryBIO(), out, server_hostname="localhost").do_handshake()
-    return out.read()
 
 
 def any_server() -> ssl.SSLContext:
@@ -41,34 +24,31 @@ def any_server() -> ssl.SSLContext:
 
 
 class Attack:
-    """So many clients, each of one kind; counts what becomes of them."""
+    """So many clients; counts what becomes of them."""
 
     def __init__(self, port: int, tls: bool, many: bool):
         self.port = port
         self.many = many
         self.counts = Counter()
-        self.context, self.hello = (any_server(), client_hello()) if tls else (None, b"")
+        self.context = any_server() if tls else None
 
-    async def client(self, number: int, kind: str) -> None:
-        """Connect, be slow, come again."""
+    async def client(self, number: int) -> None:
+        """Connect, send a byte a second, come again."""
         address = (
             f"127.{1 + number // 62500}.{number // 250 % 250}.{1 + number % 250}"
             if self.many
             else "127.0.0.1"
         )
-        context = self.context if kind in BEGUN else None
         while True:
             try:
                 reader, writer = await asyncio.open_connection(
-                    "127.0.0.1", self.port, ssl=context, local_addr=(address, 0)
+                    "127.0.0.1", self.port, ssl=self.context, local_addr=(address, 0)
                 )
                 self.counts["connected"] += 1
                 try:
-                    writer.write(
-                        BEGUN.get(kind, self.hello[: len(self.hello) // 2] if kind == "handshake" else b"")
-                    )
+                    writer.write(BEGUN)
                     while not await self.closed(reader):
-                        writer.write(b"a" if kind in BEGUN else b"")
+                        writer.write(b"a")
                 finally:
                     writer.transport.abort()
                 self.counts["closed"] += 1
@@ -85,8 +65,7 @@ class Attack:
             return False
 
     async def run(self, count: int, seconds: float) -> None:
-        kinds = itertools.cycle(kind for kind in KINDS if kind != "handshake" or self.context)
-        clients = [asyncio.create_task(self.client(i, next(kinds))) for i in range(count)]
+        clients = [asyncio.create_task(self.client(number)) for number in range(count)]
         await asyncio.sleep(seconds)
         for client in clients:
             client.cancel()

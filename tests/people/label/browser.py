@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ needs_chromium = pytest.mark.skipif(
         " playwright"
     ),
 )
+ENGLISH = json.loads((STATIC.parent / "web" / "src" / "texts.en.json").read_text())  # of the page, by key
+LESSON = "The other one has spikes."
 ARGUMENTS = [
     "--no-sandbox",
     "--use-gl=angle",
@@ -89,11 +92,7 @@ def plan(pairs: int, training: int = 0) -> list[PlannedPair]:
     for i in range(training + pairs):
         first = shape("a", 1000 + 2 * i)
         second = replace(first, seed=first.seed + 1)
-        lesson = (
-            {"kind": Kind.TRAINING, "expected": "first", "explanation": "The other one has spikes."}
-            if i < training
-            else {}
-        )
+        lesson = {"kind": Kind.TRAINING, "expected": "first", "explanation": LESSON} if i < training else {}
         made.append(PlannedPair(first=first, second=second, **lesson))
     return made
 

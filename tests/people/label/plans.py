@@ -11,6 +11,7 @@ from eg3d_rlhf.people.label.entities import Answer, Choice, Kind, PlannedPair, S
 from eg3d_rlhf.people.label.store import Store
 
 HASH = "a1" * 32
+HOLE = "It has a hole."  # explanation of a practice shape
 # settings of a campaign without checks or repeats
 QUIET = {"gold_every": 0, "repeat_share": 0, "swap_share": 0}
 SHAPE = Shape(generator="a" * 64, source="", seed=7, psi=1.0, level=10.0, resolution=32, triangles=500)
@@ -55,7 +56,7 @@ def singles(count: int, gold: int = 0, training: int = 0, first: int = 0) -> lis
             second=shape(first + i),
             kind=kind,
             expected=None if kind is Kind.PAIR else "second",
-            explanation="It has a hole." if kind is Kind.TRAINING else "",
+            explanation=HOLE if kind is Kind.TRAINING else "",
         )
         for i, kind in enumerate(kinds)
     ]

@@ -5,7 +5,6 @@ a claim, no traceback.
 import gzip
 import json
 import os
-import re
 import socket
 import struct
 import time
@@ -22,6 +21,7 @@ from eg3d_rlhf.geometry.files.model import glb_parts
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.collection import read_collection
 from tests.people.label import asset_files as files
+from tests.rejections import check_message, raising
 
 
 def changed(**parts) -> bytes:
@@ -74,67 +74,67 @@ def deep() -> bytes:
 
 
 GLBS = {
-    "points": (changed(accessors=first(count=10**12)), "in proportion to the file"),
-    "many-arrays": (changed(accessors=first(count=2**40 - 1, bufferView=None)), "expected"),
+    "points": (changed(accessors=first(count=10**12)), ("1,000,000,000,000 x 3",)),
+    "many-arrays": (changed(accessors=first(count=2**40 - 1, bufferView=None)), ("1,099,511,627,775 x 3",)),
     "zeros": (
         changed(accessors=lambda a: [{"componentType": 5126, "count": 10**8, "type": "VEC3"}, *a[1:]]),
-        "in proportion to the file",
+        ("100,000,000 x 3",),
     ),
-    "beyond": (changed(accessors=first(byteOffset=10**6)), "numbers within"),
-    "view": (changed(bufferViews=first(byteLength=10**9)), "data within the GLB's"),
-    "stride": (changed(bufferViews=first(byteStride=4)), "numbers within"),
-    "negative": (changed(accessors=first(byteOffset=-4)), "expected a count"),
-    "fraction": (changed(accessors=first(count=1.5)), "expected a count"),
+    "beyond": (changed(accessors=first(byteOffset=10**6)), ("200 x 3", "2,400")),
+    "view": (changed(bufferViews=first(byteLength=10**9)), ("8424", "1000000000")),
+    "stride": (changed(bufferViews=first(byteStride=4)), ("200 x 3", "2,400")),
+    "negative": (changed(accessors=first(byteOffset=-4)), ("byteOffset", "-4")),
+    "fraction": (changed(accessors=first(count=1.5)), ("count", "1.5")),
     "buffer": (
         changed(buffers=[{"byteLength": 4, "uri": "http://127.0.0.1:9/x.bin"}]),
-        "reference to another file",
+        ("data", "GLB"),
     ),
-    "image": (changed(images=[{"uri": "http://127.0.0.1:9/x.png"}]), "reference to another file"),
-    "passwd": (changed(images=[{"uri": "../../../etc/passwd"}]), "reference to another file"),
+    "image": (changed(images=[{"uri": "http://127.0.0.1:9/x.png"}]), ("textures", "GLB")),
+    "passwd": (changed(images=[{"uri": "../../../etc/passwd"}]), ("textures", "GLB")),
     "svg": (
         changed(images=[{"uri": "data:image/svg+xml;base64,PHN2Zz48c2NyaXB0Lz48L3N2Zz4="}]),
-        "another format",
+        ("textures", "PNG", "JPEG", "WebP"),
     ),
-    "cycle": (changed(nodes=[{"children": [1]}, {"children": [0], "mesh": 0}]), "comes back to itself"),
-    "self": (changed(nodes=[{"children": [0], "mesh": 0}]), "comes back to itself"),
+    "cycle": (changed(nodes=[{"children": [1]}, {"children": [0], "mesh": 0}]), ("nodes", "20,000")),
+    "self": (changed(nodes=[{"children": [0], "mesh": 0}]), ("nodes", "20,000")),
     "nodes": (
         changed(nodes=[{"children": list(range(1, 30_000))}, *[{"mesh": 0}] * 30_000]),
-        "larger or comes back",
+        ("nodes", "20,000"),
     ),
     "instances": (
         changed(
             nodes=[{"children": list(range(1, 19_990))}, *[{"mesh": 0}] * 20_000],
             meshes=lambda m: [{"primitives": m[0]["primitives"] * 20}],
         ),
-        "triangles, got",
+        ("20,000,000", "136,724,760"),
     ),
-    "pixels": (bomb_of_pixels(), "megapixels, got 60000 x 60000"),
-    "textures": (many_textures(), "megapixels together"),
-    "deep": (deep(), "expected JSON"),
-    "nan": (changed(nodes=lambda n: [n[0], {**n[1], "translation": [float("nan"), 0, 0]}]), "finite number"),
+    "pixels": (bomb_of_pixels(), ("64", "60000 x 60000")),
+    "textures": (many_textures(), ("textures", "192")),
+    "deep": (deep(), ("JSON", "GLB")),
+    "nan": (changed(nodes=lambda n: [n[0], {**n[1], "translation": [float("nan"), 0, 0]}]), ("nan",)),
     "index": (
         changed(accessors=lambda a: [{**a[0], "count": 10}, {**a[1], "count": 10}, a[2]]),
-        "indices of 10 vertices",
+        ("indices", "10"),
     ),
     "chain": (
         changed(
             nodes=[*({"children": [i + 1]} for i in range(15_000)), {"mesh": 0}], scenes=[{"nodes": [0]}]
         ),
-        "500 deep",
+        ("nodes", "500"),
     ),
     "draco": (
         changed(extensionsRequired=["KHR_draco_mesh_compression"]),
-        "without KHR_draco_mesh_compression",
+        ("KHR_draco_mesh_compression",),
     ),
-    "skin": (changed(nodes=lambda n: [n[0], {**n[1], "skin": 0}]), "expected a static mesh"),
+    "skin": (changed(nodes=lambda n: [n[0], {**n[1], "skin": 0}]), ("skin",)),
     "lines": (
         changed(meshes=lambda m: [{"primitives": [{**m[0]["primitives"][0], "mode": 1}]}]),
-        "points or lines",
+        ("triangles", "lines"),
     ),
-    "empty": (changed(scenes=[{"nodes": []}]), "expected triangles"),
-    "list": (changed(nodes="x"), "expected"),
-    "null": (changed(accessors=None), "expected"),
-    "words": (changed(meshes=[{"primitives": "abc"}]), "expected"),
+    "empty": (changed(scenes=[{"nodes": []}]), ("triangles", "GLB")),
+    "list": (changed(nodes="x"), ("nodes",)),
+    "null": (changed(accessors=None), ("glTF 2.0", "TypeError")),
+    "words": (changed(meshes=[{"primitives": "abc"}]), ("glTF 2.0", "AttributeError")),
 }
 
 
@@ -149,36 +149,36 @@ def ply_of(
 
 
 PLYS = {
-    "points": (ply_of(10**12, 10**12), "got 1000000000000 of 'vertex'"),
-    "faces": (ply_of(1, 10**12, bytes(12)), "of 'face'"),
-    "text": (ply_of(10**12, 1, b"0 0 0\n", "ascii"), "of 'vertex'"),
-    "negative": (ply_of(-5, 3), "expected a PLY"),
-    "huge": (ply_of("9" * 4000), "expected a PLY"),
-    "word": (ply_of("many"), "damaged"),
-    "header": (b"ply\n" + b"comment x\n" * 10_000, "header"),
-    "cloud": (ply_of(2, 0, bytes(24)), "points alone"),
+    "points": (ply_of(10**12, 10**12), ("1000000000000", "'vertex'", "193")),
+    "faces": (ply_of(1, 10**12, bytes(12)), ("1000000000000", "'face'", "193")),
+    "text": (ply_of(10**12, 1, b"0 0 0\n", "ascii"), ("1000000000000", "'vertex'", "172")),
+    "negative": (ply_of(-5, 3), ("-5", "'vertex'", "170")),
+    "huge": (ply_of("9" * 4000), ("9" * 20, "'vertex'", "4,168")),
+    "word": (ply_of("many"), ("PLY", "header")),
+    "header": (b"ply\n" + b"comment x\n" * 10_000, ("PLY", "header")),
+    "cloud": (ply_of(2, 0, bytes(24)), ("mesh", "splats", "points")),
     "index": (
         ply_of(3, 1, bytes(36) + b"\3" + np.array([0, 1, 7], "<i4").tobytes()),
-        "expected indices of 3 vertices",
+        ("indices", "3", "0..7"),
     ),
     "nan": (
         ply_of(3, 1, np.full(9, np.nan, "<f4").tobytes() + b"\3" + np.array([0, 1, 2], "<i4").tobytes()),
-        "expected finite",
+        ("positions",),
     ),
-    "splats": (files.splats(10)[:-4], "got 10 of 'vertex'"),
-    "degree": (files.splats(10, 1).replace(b"f_rest_8", b"f_rest_9"), "harmonics"),
+    "splats": (files.splats(10)[:-4], ("10", "'vertex'", "1,112")),
+    "degree": (files.splats(10, 1).replace(b"f_rest_8", b"f_rest_9"), ("splats", "9 f_rest_")),
 }
 
 
-def refused(read, data: bytes, said: str, megabytes: float = 4) -> None:
-    """`read` refuses the data with a ValueError that says so, in little memory beyond some forty times the
-    data, as JSON takes.
+def fails_in_little_memory(read, data: bytes, names: tuple[str, ...], megabytes: float = 4) -> None:
+    """`read` rejects the data with a short line that holds all of `names`, in little memory beyond some forty
+    times the data, as JSON takes.
     """
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match="expected") as caught:
+        with raising(*names) as caught:
             read(memoryview(data))
-        assert said in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+        assert len(str(caught.value)) < 500
         assert tracemalloc.get_traced_memory()[1] < megabytes * 1e6 + 40 * len(data)
     finally:
         tracemalloc.stop()
@@ -186,7 +186,7 @@ def refused(read, data: bytes, said: str, megabytes: float = 4) -> None:
 
 @pytest.mark.parametrize("name", GLBS)
 def test_a_hostile_glb_is_refused(name):
-    refused(lambda data: glb_parts(glb.read_glb(data)), *GLBS[name])
+    fails_in_little_memory(lambda data: glb_parts(glb.read_glb(data)), *GLBS[name])
 
 
 def read_ply(data: memoryview) -> list:
@@ -199,25 +199,25 @@ def read_ply(data: memoryview) -> list:
 
 @pytest.mark.parametrize("name", PLYS)
 def test_a_hostile_ply_is_refused(name):
-    refused(read_ply, *PLYS[name], megabytes=30)  # trimesh's import, where it is the first
+    fails_in_little_memory(read_ply, *PLYS[name], megabytes=30)  # trimesh's import, where it is the first
 
 
 @pytest.mark.parametrize(
-    ("library", "said"),
+    ("library", "names"),
     [
-        ("map_Kd /etc/passwd", "expected files beside a.mtl, got '/etc/passwd'"),
-        ("map_Kd http://127.0.0.1:9/x.png", "expected files beside"),
-        ("map_Bump ../../secret.png", "expected files beside"),
-        ("map_Kd C:\\x.png", "expected files beside"),
-        ("map_Kd gone.png", "no such file"),
-        ("map_Kd link.png", "which leads elsewhere"),
-        ("map_Kd -s 2 2 2 a.png", "without options"),
-        ("Kd red", "expected numbers"),
-        ("map_Kd a.mtl", "expected PNG, JPEG or WebP"),
-        (None, "expected files beside a.obj, got '/etc/passwd'"),
+        ("map_Kd /etc/passwd", ("a.mtl", "'/etc/passwd'")),
+        ("map_Kd http://127.0.0.1:9/x.png", ("a.mtl", "'http://127.0.0.1:9/x.png'")),
+        ("map_Bump ../../secret.png", ("a.mtl", "'../../secret.png'")),
+        ("map_Kd C:\\x.png", ("a.mtl", r"'C:\\x.png'")),
+        ("map_Kd gone.png", ("a.mtl", "'gone.png'")),
+        ("map_Kd link.png", ("a.mtl", "'link.png'")),
+        ("map_Kd -s 2 2 2 a.png", ("a.mtl", "map_Kd", "'-s 2 2 2 a.png'")),
+        ("Kd red", ("a.mtl", "Kd", "'red'")),
+        ("map_Kd a.mtl", ("PNG", "JPEG", "WebP")),
+        (None, ("a.obj", "'/etc/passwd'")),
     ],
 )
-def test_a_material_that_leads_elsewhere_is_refused(tmp_path, library, said):
+def test_a_material_that_leads_elsewhere_is_refused(tmp_path, library, names):
     (tmp_path / "inner").mkdir()
     path = files.write_obj(tmp_path / "inner" / "a.obj")
     (tmp_path / "secret.png").write_bytes(files.picture())
@@ -226,7 +226,7 @@ def test_a_material_that_leads_elsewhere_is_refused(tmp_path, library, said):
         path.write_text(path.read_text().replace("mtllib a.mtl", "mtllib /etc/passwd"))
     else:
         path.with_suffix(".mtl").write_text(f"newmtl {files.SECRET}\n{library}\n")
-    refused(lambda data: glb_parts(obj.read_obj(data, path)), path.read_bytes(), said, 60)
+    fails_in_little_memory(lambda data: glb_parts(obj.read_obj(data, path)), path.read_bytes(), names, 60)
 
 
 @pytest.mark.long
@@ -248,15 +248,11 @@ def test_files_that_are_none_are_refused_by_name(tmp_path):
     }
     for name, data in wrong.items():
         (folder / name).write_bytes(data)
-        with pytest.raises(
-            ValueError, match=rf"^{re.escape(str(folder / name))}: expected .*Mend or remove it\.$"
-        ):
+        with raising(str(folder / name)):
             read_collection(tmp_path / "assets")
         (folder / name).unlink()
     (folder / "link.glb").symlink_to(outside)
-    with pytest.raises(
-        ValueError, match="link.glb: expected a file within assets, got link.glb, which leads elsewhere"
-    ):
+    with raising("link.glb", "assets"):
         read_collection(tmp_path / "assets")
 
 
@@ -267,7 +263,7 @@ def test_what_is_no_file_at_all_is_refused(tmp_path, suffix):
         os.mkfifo(path)
     else:
         path.symlink_to(path)
-    with pytest.raises(ValueError, match=f"a{suffix}.glb: expected a file, got"):
+    with raising(str(path)):
         reading.examine([path])
 
 
@@ -280,12 +276,10 @@ def test_a_file_that_takes_too_much_is_refused_and_the_others_are_still_looked_a
     large.write_bytes(b"glTF" + bytes(200 << 20))
     (found,) = reading.examine([fine])
     assert found.kind == "glb"
-    with pytest.raises(
-        ValueError,
-        match=rf"^{re.escape(str(large))}: expected .*got one that takes more. Mend or remove it.$",
-    ):
+    with raising(str(large), "memory") as caught:
         reading.examine([large, fine])
-    with pytest.raises(ValueError, match="fine.glb: expected an asset that can be read with bounded memory"):
+    assert str(fine) not in str(caught.value)
+    with raising("fine.glb", "memory"):
         monkeypatch.setattr(reading, "MEMORY", 20 << 20)
         reading.clean(fine, found.hash)
 
@@ -303,7 +297,7 @@ def test_a_film_fetches_nothing_and_opens_no_other_file(tmp_path):
             path = tmp_path / "a.mp4"
             out = tmp_path / "out.mp4"
             path.write_text(text)
-            with pytest.raises(ValueError, match="expected a video"):
+            with raising("video"):
                 reading.clean_film(path, out)
             assert not out.exists()
         listening.setblocking(False)
@@ -317,7 +311,7 @@ def test_a_prompt_that_no_answer_can_hold_is_refused(tmp_path, text):
         (tmp_path / name).mkdir()
         (tmp_path / name / "p.glb").write_bytes(files.glb(seed=ord(name)))
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "p", "text": text}) + "\n")
-    with pytest.raises(ValueError, match='prompts.jsonl, line 1: expected "text"'):
+    with raising("prompts.jsonl, line 1", '"text"', repr(text)):
         read_collection(tmp_path)
     fine = "two lines\n\tand a family: \U0001f468\u200d\U0001f469"
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "p", "text": fine}) + "\n")
@@ -330,7 +324,7 @@ def test_a_generators_folder_whose_name_cannot_be_shown_is_refused(tmp_path, nam
     os.mkdir(folder)
     with open(os.path.join(folder, b"p.glb"), "wb") as file:
         file.write(files.glb())
-    with pytest.raises(ValueError, match="expected a printable text"):
+    with raising(tmp_path.name, repr(os.fsdecode(name))):
         read_collection(tmp_path)
 
 
@@ -353,7 +347,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch)
         pack(*arguments)
 
     monkeypatch.setattr(reading, "_pack", slow)
-    with pytest.raises(reading.ChangedError, match="got a changed one"):
+    with raising(kind=reading.ChangedError):
         reading._clean(path, known.hash, "", 0, out)
 
 
@@ -395,7 +389,7 @@ def second_frame(kind: str) -> bytes:
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
 def test_a_picture_that_states_two_sizes_is_refused(kind):
     for read in (model.stripped, model.small):
-        with pytest.raises(ValueError, match="expected .* got .*several"):
+        with raising({"WEBP": "WebP"}.get(kind, kind)):
             read(second_frame(kind))
 
 
@@ -443,4 +437,4 @@ def test_damaged_pictures_of_prompts_are_shown_or_refused(kind, changes):
     try:
         assert model.kind_of_picture(model.small(bytes(data))) == "image/webp"
     except ValueError as error:
-        assert "expected" in str(error)
+        check_message(str(error), ())

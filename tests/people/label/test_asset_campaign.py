@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +31,10 @@ from eg3d_rlhf.people.label.preparation import AssetDrawer, prepare, prepare_pro
 from eg3d_rlhf.people.label.shape_files import ShapeCache
 from tests.people.label import asset_files as files
 from tests.people.label import serving
+from tests.rejections import raising, rejected
 
 SECRET = files.SECRET.encode()
+CHAIR = "a red chair"
 
 
 def folder_of(root: Path, generators=("alpha-net", "beta-net"), films: bool = True) -> Path:
@@ -47,7 +50,7 @@ def folder_of(root: Path, generators=("alpha-net", "beta-net"), films: bool = Tr
     (root / "asked").mkdir()
     (root / "asked" / "chair.jpg").write_bytes(files.picture(1400, "JPEG"))
     asked = [
-        {"prompt": "chair", "text": "a red chair", "image": "asked/chair.jpg"},
+        {"prompt": "chair", "text": CHAIR, "image": "asked/chair.jpg"},
         {"prompt": "cat", "text": "a cat"},
     ]
     (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
@@ -68,7 +71,7 @@ def test_a_folder_is_read_as_it_is_laid_out(collection):
     assert kinds == {"chair": "glb", "cat": "splats", "mug": "ply", "dog": "obj", "turn": "film"}
     asked = conditions(collection)
     assert (
-        asked["chair"]["text"] == "a red chair"
+        asked["chair"]["text"] == CHAIR
         and asked["chair"]["image"].endswith("asked/chair.jpg")
         and asked["mug"]["text"] is None
     )
@@ -95,14 +98,11 @@ def test_a_list_names_assets_seeds_and_prompts(tmp_path):
         ("a", "chair", 1),
         ("list", "a cup", 0),
     ]
-    assert collection.prompts["chair"].text == "a red chair" and collection.prompts["a cup"].text is None
+    assert collection.prompts["chair"].text == CHAIR and collection.prompts["a cup"].text is None
     (root / "list.jsonl").write_text(
         "\n".join(map(json.dumps, [lines[0], {**lines[1], "text": "a blue chair"}]))
     )
-    with pytest.raises(
-        ValueError,
-        match="list.jsonl, line 2: expected one text and one image of prompt 'chair', got others before",
-    ):
+    with raising("list.jsonl, line 2", "'chair'"):
         read_collection(root / "list.jsonl")
 
 
@@ -155,7 +155,7 @@ def test_pairs_end_where_there_are_no_more_and_equal_files_do_not_meet():
         said.append,
     )
     kinds = Counter(pair.kind for pair in planned.pairs)
-    assert kinds == {Kind.PAIR: 4, Kind.GOLD: 4, Kind.TRAINING: 3} and said == ["4 pairs: there are no more"]
+    assert kinds == {Kind.PAIR: 4, Kind.GOLD: 4, Kind.TRAINING: 3} and len(said) == 1 and "4" in said[0]
     for pair in planned.pairs:
         broken = pair.second if pair.expected == "first" else pair.first
         assert (pair.kind is Kind.PAIR) == (pair.expected is None) == (
@@ -167,25 +167,25 @@ def test_pairs_end_where_there_are_no_more_and_equal_files_do_not_meet():
     assert {pair.kind for pair in plan_assets(PairingOptions(pairs=50), films, said.append).pairs} == {
         Kind.PAIR
     }
-    assert said[-1] == "no attention checks and no practice: videos cannot be damaged on purpose"
-    with pytest.raises(ValueError, match="expected at least two assets of one prompt that differ, got none"):
+    assert len(said) == 3 and not re.search(r"\d", said[-1]), "no checks of films, besides the 4 pairs"
+    with raising("assets", "prompt", "generator"):
         plan_assets(PairingOptions(pairs=3), made_up(1, 5))
     assert list(balanced({}, np.random.default_rng(0))) == []
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "names"),
     [
-        (["--strategy=tournament"], "--strategy=tournament: expected random"),
-        (["--network=x"], "--network: "),
-        (["--set=psi=0.7", "--set=level=3"], "--set level=VALUE, --set psi=VALUE: expected no such flag"),
+        (["--strategy=tournament"], ("--strategy=tournament", "--assets")),
+        (["--network=x"], ("--network", "--assets")),
+        (["--set=psi=0.7", "--set=level=3"], ("--set level=VALUE", "--set psi=VALUE", "--assets")),
     ],
 )
-def test_flags_of_generators_are_refused(tmp_path, flags, said):
+def test_flags_of_generators_are_refused(tmp_path, flags, names):
     done = CliRunner().invoke(
         main, [f"--assets={tmp_path}", f"--db=sqlite:///{tmp_path}/x.db", *flags, "--dry-run"]
     )
-    assert done.exit_code == 2 and said in done.output
+    rejected(done, *names)
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,23 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from eg3d_rlhf.people.label import commands
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import export_assets, preferences_of
 from eg3d_rlhf.preferences.goodness import Known, read_said
+from eg3d_rlhf.tuning.flow.pairs import read_pairs
+from eg3d_rlhf.tuning.flow.ranking import read_latents
+from eg3d_rlhf.tuning.flow.work import SHOWN, Work
+from tests.modes.flow_works import NAMES, flow, write_prompts
 from tests.people.label.plans import QUIET, answer_all
 from tests.people.label.plans import plan as plan_of_seeds
+from tests.rejections import raising
 
 CONDITIONS = {"chair": {"text": "a chair of oak", "image": None}, "cup": {"text": None, "image": "cup.png"}}
 
@@ -86,7 +94,7 @@ def test_pairs_of_files_are_what_the_flow_mode_reads(five, tmp_path):
         ("drawn/d.glb", "drawn/c.glb"),
         ("drawn/f.glb", "drawn/e.glb"),
     }
-    assert {line["prompt"] for line in written} == {"a chair of oak", "cup"} and written[0][
+    assert {line["prompt"] for line in written} == {CONDITIONS["chair"]["text"], "cup"} and written[0][
         "annotator"
     ] == "ann"
     assert [line["preferred_generator"] for line in written if line["condition"] == "cup"] == ["two"]
@@ -96,6 +104,55 @@ def test_pairs_of_files_are_what_the_flow_mode_reads(five, tmp_path):
     assert [(said.asset, said.other, said.tie) for said in read_said(path, known)] == [
         (line["preferred"], line["rejected"], line["tie"]) for line in written
     ]
+
+
+def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path, monkeypatch):
+    """By the commands: assets are drawn, planned and exported by the labelling tool, and read as pairs."""
+    monkeypatch.chdir(tmp_path)
+    prompts = f"--prompts={write_prompts(tmp_path / 'prompts.txt', NAMES[:6])}"
+    flow("new", "WORK", "--pipeline=toy", prompts, "--each=3", "--set=split=0.3,0.2,0.5", "--device=cpu")
+    flow("draw", "WORK", "--device=cpu")
+    work = Work.open(tmp_path / "WORK")
+    choices = iter(("left", "right", "left", "tie", "right", "left"))
+    extras = []
+
+    def serve(options, *args, **kwargs):  # in place of the server: somebody answers all
+        store = options.store
+        campaign = store.campaign(options.campaign)
+        extras.append(campaign.settings.extra)
+        answer_all(
+            store, campaign.id, store.annotator_without_token("ann").id, lambda *_: Choice(next(choices))
+        )
+
+    monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", serve)
+    db = "--db=sqlite:///labels.db"
+    asked = ["--assets=WORK/drawn/base", "--up=z", "--campaign=chairs", "--pairs=6", "--set=cache=cache"]
+    quiet = [f"--set={name}=0" for name in ("training", "gold", "repeat_share", "swap_share")]
+    for flags in (
+        [*asked, db, *quiet],
+        ["export", "judged.jsonl", "--kind=asset-pairs", "--campaign=chairs", db],
+    ):
+        done = CliRunner().invoke(commands.main, flags)
+        assert done.exit_code == 0, done.output
+    assert len(extras) == 1 and extras[0]["up"] == "z"
+    answers = lines(tmp_path / "judged.jsonl")
+    assert len(answers) == 6 and sum(line["tie"] for line in answers) == 1
+    assert {line["condition"] for line in answers} == set(work.names(*SHOWN))
+
+    flow("tune", "WORK", "--labels=judged.jsonl", "--pairs-only", "--device=cpu")
+    pairs = {stage: read_pairs(work.folder / "pairs" / stage)[0] for stage in work.stages}
+    assert {stage: len(found) for stage, found in pairs.items()} == {"structure": 5, "voxels": 5}
+    latents = {
+        line["look_at"]: read_latents(work.drawn() / line["latents"])["structure"] for line in work.lines()
+    }
+    for line in (line for line in answers if not line["tie"]):
+        preferred, rejected = (latents[Path(line[side]).name] for side in ("preferred", "rejected"))
+        found = [
+            pair.condition
+            for pair in pairs["structure"]
+            if pair.preferred.equal(preferred) and pair.rejected.equal(rejected)
+        ]
+        assert found == [line["condition"]]
 
 
 def test_rankings_are_of_each_prompt_and_bring_the_latents_along(five, tmp_path):
@@ -160,17 +217,14 @@ def test_assets_that_are_both_bad_are_scored_as_not_good(tmp_path):
         assert [line["choice"] for line in pairs if line["tie"]] == ["bad"]
         written = lines(export_assets(store, tmp_path / "bad.jsonl", "asset-scores", from_pairs=True))
     assert sorted((line["mesh"], line["label"], line["prompt"]) for line in written) == [
-        (f"{n}.glb", 0, "a chair of oak") for n in "cd"
+        (f"{n}.glb", 0, CONDITIONS["chair"]["text"]) for n in "cd"
     ]
 
 
 def test_files_are_never_taken_for_seeds(five, tmp_path):
     store, _ = five
-    with pytest.raises(
-        ValueError,
-        match="expected shapes of a generator's seeds, got files. Export it with --kind=asset-pairs",
-    ):
+    with raising("campaign", "assets", "seeds", "--kind=asset-pairs"):
         preferences_of(store)
     store.create_campaign(CampaignSettings(name="seeds"), plan_of_seeds(2))
-    with pytest.raises(ValueError, match="--kind=rankings: expected judgements of assets, got none"):
+    with raising("--kind=rankings", "--assets"):
         export_assets(store, tmp_path / "x.jsonl", "rankings", campaign="seeds")

@@ -20,6 +20,7 @@ from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.store import Store
 from tests.people.label import serving
 from tests.people.label.plans import answer_all
+from tests.rejections import rejected
 
 
 def run(*flags) -> object:
@@ -81,7 +82,7 @@ def test_a_campaign_is_planned_once_and_taken_up_again(planned, db):
     first, (options, args, _) = planned("--pairs=5", "--seed=2", "--set=psi=0.8")
     assert first.exit_code == 0, first.stderr
     assert (
-        "12 pairs planned" in first.stdout
+        "12" in first.stdout.split()
         and args == ("127.0.0.1", 8000)
         and options.campaign == "labels"
         and not options.exposed
@@ -91,7 +92,7 @@ def test_a_campaign_is_planned_once_and_taken_up_again(planned, db):
         shapes = store.shapes(1)
         answer_all(store, 1, store.annotator_without_token("local", "admin").id, most=1)
     again, (options, _, _) = planned()
-    assert "taken up again, 12 pairs, 1 judgements so far" in again.stdout
+    assert {"12", "1"} <= set(again.stdout.split()), "pairs, and judgements so far"
     with Store.open(db, create=False) as store:
         assert (
             store.shapes(1) == shapes and len(store.campaigns()) == 1 and {s.psi for _, s in shapes} == {0.8}
@@ -103,11 +104,9 @@ def test_a_campaign_is_planned_once_and_taken_up_again(planned, db):
 def test_a_resumed_campaign_keeps_its_flags(planned):
     planned("--pairs=5")
     result, served = planned("--pairs=6")
-    assert_one_line(
-        result, "--pairs: expected 5, with which campaign 'labels' was planned, got 6", "--campaign=NAME"
-    )
+    rejected(result, "--pairs", "5", "'labels'", "6", "--campaign=NAME")
     assert served is None and planned("--pairs=5")[0].exit_code == 0
-    assert_one_line(planned("--strategy=tournament")[0], "--strategy: expected random, with which")
+    rejected(planned("--strategy=tournament")[0], "--strategy", "random", "'labels'", "tournament")
 
 
 def test_a_tournament_goes_on_from_its_results(planned, db):
@@ -121,29 +120,20 @@ def test_a_tournament_goes_on_from_its_results(planned, db):
     assert result.exit_code == 0, result.stderr
     with Store.open(db, create=False) as store:
         assert len({s.seed for _, s in store.shapes(2)} & seeds) >= 8
-    assert_one_line(
-        planned("--after=first", "--campaign=x")[0], "--after: expected --strategy=tournament, got random"
-    )
-    assert_one_line(
-        planned("--strategy=tournament", "--after=none", "--campaign=x")[0], "--after: ", "'none'"
-    )
+    rejected(planned("--after=first", "--campaign=x")[0], "--after", "--strategy=tournament", "random")
+    rejected(planned("--strategy=tournament", "--after=none", "--campaign=x")[0], "--after", "'none'")
 
 
 def test_exposing_needs_an_annotator_and_says_that_tokens_are_compulsory(planned, db, tmp_path):
     result, served = planned("--pairs=5", "--host=0.0.0.0")
-    assert_one_line(
-        result,
-        "--host=0.0.0.0: expected at least one annotator",
-        "tokens are compulsory",
-        "add-annotator NAME",
-    )
+    rejected(result, "--host=0.0.0.0", "tokens", "add-annotator NAME")
     assert served is None and not (tmp_path / "new").exists()
     assert len(run("add-annotator", "ann", f"--db={db}").stdout.strip()) >= 32
     result, (options, _, kwargs) = planned("--pairs=5", "--host=0.0.0.0")
     assert result.exit_code == 0 and options.exposed
     assert planned("--proxy=127.0.0.1")[1][0].exposed
     run("revoke", "ann", f"--db={db}")
-    assert planned("--host=0.0.0.0")[0].exit_code == 2
+    rejected(planned("--host=0.0.0.0")[0], "--host=0.0.0.0", "add-annotator NAME")
 
 
 def test_export_and_import(planned, db, tmp_path):
@@ -154,83 +144,66 @@ def test_export_and_import(planned, db, tmp_path):
             answer_all(store, 1, me, most=1, milliseconds=100 * number)
     assert run("export", tmp_path / "all.jsonl", f"--db={db}").exit_code == 0
     assert len((tmp_path / "all.jsonl").read_text().splitlines()) == 5
-    assert run("export", tmp_path / "mine.csv", "--annotator=local", f"--db={db}").stdout.endswith(
-        "5 lines written\n"
-    )
+    assert "5" in run("export", tmp_path / "mine.csv", "--annotator=local", f"--db={db}").stdout.split()
+    assert len((tmp_path / "mine.csv").read_text().splitlines()) == 1 + 5
     (tmp_path / "table.csv").write_text(",rank1,rank2\n0,1,2\n1,3,4\n")
     assert run("export", tmp_path / "whole.jsonl", "--kind=judgements", f"--db={db}").exit_code == 0
     other = f"sqlite:///{tmp_path / 'other.db'}"
-    assert "5 judgements imported" in run("import", tmp_path / "whole.jsonl", f"--db={other}").stdout
-    assert (
-        "2 judgements imported"
-        in run("import", tmp_path / "table.csv", "--campaign=table", f"--db={other}").stdout
-    )
+    assert "5" in run("import", tmp_path / "whole.jsonl", f"--db={other}").stdout.split()
+    table = run("import", tmp_path / "table.csv", "--campaign=table", f"--db={other}")
+    assert "2" in table.stdout.split()
     status = json.loads(run("status", "--json", f"--db={other}").stdout)
     assert [(c["name"], c["judgements"]) for c in status["campaigns"]] == [("labels", 5), ("table", 2)]
-    assert "labels: label, 5 pairs, 5 judgements of 1 annotators" in run("status", f"--db={other}").stdout
+    (line,) = [
+        line for line in run("status", f"--db={other}").stdout.splitlines() if line.startswith("labels")
+    ]
+    assert re.findall(r"\d+", line)[:3] == ["5", "5", "1"], "pairs, judgements, annotators"
 
 
-def assert_one_line(result, *texts: str) -> None:
-    """Exit code 2, nothing but one line on standard error, and the texts in it."""
-    assert result.exit_code == 2, (result.exit_code, result.exception, result.output)
-    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("Error: ")
-    for text in texts:
-        assert text in result.stderr
-
-
-MISTAKES = {  # flags -> what the line must say
-    "rare": (["--level=3"], "--set level=VALUE"),
-    "rare before a command": (["--set=level=3", "status"], "--set level=VALUE"),
-    "missing network": (
-        ["--network={tmp}/none.pkl"],
-        "--network: expected a network file or a run folder, got nothing at {tmp}/none.pkl",
-    ),
+MISTAKES = {  # flags -> what the line must name
+    "rare": (["--level=3"], ("--level", "--set level=VALUE")),
+    "rare before a command": (["--set=level=3", "status"], ("--set level=VALUE", "--db", "status")),
+    "missing network": (["--network={tmp}/none.pkl"], ("--network", "{tmp}/none.pkl")),
     "shares": (
         ["--set=repeat_share=0.3", "--set=swap_share=0.3"],
-        "repeat_share and swap_share must add up to 0..0.5",
+        ("repeat_share", "swap_share", "0.5", "0.3"),
     ),
-    "tournament too small": (["--strategy=tournament", "--pairs=3"], "pairs"),
-    "certificate alone": (["--certificate={file}"], "--certificate, --key: expected both or neither"),
-    "no URL": (["--db=labels"], "--db: store: expected a database URL, got 'labels'"),
-    "another database": (["--db=mysql://x/y"], "--db: store: expected SQLite or PostgreSQL, got mysql"),
-    "flags before a command": (["--pairs=3", "status"], "--pairs: expected only --db before status"),
-    "no database": (
-        ["status", "--db=sqlite:///{tmp}/none.db"],
-        "--db: store: expected a database at {tmp}/none.db",
-    ),
+    "tournament too small": (["--strategy=tournament", "--pairs=3"], ("pairs", "rounds", "9", "3")),
+    "certificate alone": (["--certificate={file}"], ("--certificate", "--key")),
+    "no URL": (["--db=labels"], ("--db", "'labels'", "sqlite:///")),
+    "another database": (["--db=mysql://x/y"], ("--db", "SQLite", "PostgreSQL", "mysql")),
+    "flags before a command": (["--pairs=3", "status"], ("--pairs", "--db", "status")),
+    "no database": (["status", "--db=sqlite:///{tmp}/none.db"], ("--db", "{tmp}/none.db")),
     "revoking nobody": (
         ["revoke", "nobody", "--db=sqlite:///{tmp}/some.db"],
-        "expected one with a token, got 'nobody'",
+        ("annotator", "'nobody'", "token"),
     ),
     "script in a name": (
         ["add-annotator", "<script>", "--db=sqlite:///{tmp}/some.db"],
-        "annotator: expected a name of",
+        ("annotator", "'<script>'", "80"),
     ),
     "export to another form": (
         ["export", "{tmp}/x.txt", "--db=sqlite:///{tmp}/some.db"],
-        "FILE: expected a name with .jsonl or .csv",
+        ("FILE", ".jsonl", ".csv", "x.txt"),
     ),
     "filter on a whole export": (
         ["export", "{tmp}/x.jsonl", "--kind=judgements", "--drop-repeats"],
-        "--drop-repeats: expected no filter",
+        ("--drop-repeats", "--kind=judgements"),
     ),
-    "import of another form": (
-        ["import", "{file}"],
-        "FILE: expected .jsonl (judgements) or .csv (ranked seeds)",
-    ),
+    "import of another form": (["import", "{file}"], ("FILE", ".jsonl", ".csv", "file.pem")),
 }
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes(case, tmp_path):
-    flags, text = MISTAKES[case]
+    flags, names = MISTAKES[case]
     file = tmp_path / "file.pem"
     file.write_text("x")
     Store.open(f"sqlite:///{tmp_path / 'some.db'}").close()
     flags = [flag.format(tmp=tmp_path, file=file) for flag in flags]
     if not any(flag.startswith("--db") for flag in flags) and not set(flags) & set(commands.main.commands):
         flags.append(f"--db=sqlite:///{tmp_path / 'new' / 'labels.db'}")
-    assert_one_line(run(*flags), text.format(tmp=tmp_path))
+    rejected(run(*flags), *(name.format(tmp=tmp_path) for name in names))
     assert not (tmp_path / "new").exists()
 
 
@@ -240,7 +213,7 @@ def test_a_taken_port_is_named(db, tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         result = run(f"--db={db}", "--pairs=4", f"--port={port}", f"--set=cache={tmp_path / 'cache'}")
-    assert_one_line(result, f"--host=127.0.0.1 --port={port}: expected a free port", "--port=0")
+    rejected(result, "--host=127.0.0.1", f"--port={port}", "--port=0")
 
 
 @pytest.mark.long
@@ -277,4 +250,6 @@ def test_the_command_serves_prepares_and_stops(repo, db, tmp_path):
     finally:
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=30)
-    assert process.returncode == 0 and "stopped; every judgement is kept" in out
+    assert process.returncode == 0 and out.splitlines(), "a last line says that it ended as it should"
+    with Store.open(db, create=False) as store:
+        assert len(list(store.judgements())) == 1

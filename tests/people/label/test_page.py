@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from eg3d_rlhf.people.label.entities import Mode
-from tests.people.label.browser import Page, bumpy_ball, large, needs_chromium, plan, rows
-from tests.people.label.plans import singles
+from tests.people.label.browser import ENGLISH, LESSON, Page, bumpy_ball, large, needs_chromium, plan, rows
+from tests.people.label.plans import HOLE, singles
 
 pytestmark = needs_chromium
 NEXT_PAIR = 300  # milliseconds
@@ -75,7 +75,7 @@ def _practise(label: Page) -> None:
     assert label.page.evaluate("document.documentElement.dataset.training") == "true"
     label.answer("ArrowLeft")
     label.ready("explained")
-    assert "The other one has spikes." in label.page.inner_text("#explanation")
+    assert LESSON in label.page.inner_text("#explanation")
     assert label.page.locator(".better").count() == 1
     label.answer("Enter")
     label.ready(ahead=2)
@@ -143,7 +143,7 @@ def test_skipping_takes_a_reason_and_needs_no_mouse(serve, page):
     label = page(served.url).open()
     first = label.state("pair.assignment")
     label.answer("s")
-    assert label.page.get_by_role("dialog", name="Why skip this one?").is_visible()
+    assert label.page.get_by_role("dialog", name=ENGLISH["skip.title"]).is_visible()
     label.page.keyboard.press("Escape")
     label.answer("s")
     assert label.press("2") == first
@@ -153,36 +153,36 @@ def test_skipping_takes_a_reason_and_needs_no_mouse(serve, page):
     label.sent()
     assert [(r.choice.value, r.reason) for r in rows(served)] == [("skip", "identical"), ("skip", "other")]
     label.page.keyboard.press("?")
-    assert label.page.get_by_role("dialog", name="How it works").is_visible()
+    assert label.page.get_by_role("dialog", name=ENGLISH["help.title"]).is_visible()
 
 
 def test_a_screen_reader_hears_what_happens(serve, page):
     served = serve(plan(8))
     label = page(served.url).open()
-    for role, name in [
-        ("button", "Left is better"),
-        ("button", "Equally good"),
-        ("button", "Right is better"),
-        ("button", "Skip"),
-        ("button", "Undo"),
-        ("button", "Help"),
-        ("button", "Front"),
-        ("img", "Left shape, seen from the front"),
-        ("img", "Right shape, seen from the front"),
-        ("progressbar", "Pairs judged"),
-        ("toolbar", "View of both shapes"),
-        ("group", "Your answer"),
+    for role, *keys in [
+        *(("button", f"answer.{choice}") for choice in ("left", "tie", "right")),
+        *(("button", key) for key in ("skip", "undo", "help", "view.front")),
+        ("img", "shape.left", "from.front"),
+        ("img", "shape.right", "from.front"),
+        ("progressbar", "progress"),
+        ("toolbar", "tools"),
+        ("group", "answer"),
     ]:
+        name = ", ".join(ENGLISH[key] for key in keys)
         assert label.page.get_by_role(role, name=name, exact=True).count() == 1, (role, name)
     label.press("ArrowLeft")
-    assert label.page.inner_text("[role=status][aria-live=polite]").startswith("Left chosen. Pair 2 of")
+    place = ENGLISH["place.pairs"].format(place=2, total="8")
+    assert label.page.inner_text("[role=status][aria-live=polite]").startswith(
+        f"{ENGLISH['said.left']} {place}"
+    )
     nameless = (
         "[...document.querySelectorAll('button, a')].filter(e => !(e.ariaLabel ||"
         " e.textContent.trim())).length"
     )
     assert label.page.evaluate(nameless) == 0
     label.page.keyboard.press("4")
-    assert label.page.get_by_role("img", name="Left shape, seen from behind").count() == 1
+    name = f"{ENGLISH['shape.left']}, {ENGLISH['from.back']}"
+    assert label.page.get_by_role("img", name=name, exact=True).count() == 1
 
 
 @pytest.mark.long
@@ -205,7 +205,7 @@ def test_a_phone(serve, page):
     assert label.state("orbit")["distance"] == pytest.approx(turned["distance"] / 3, rel=0.02)
     assert label.state("orbit")["yaw"] == pytest.approx(turned["yaw"])
     assert not blank(label.picture("left")) and not blank(label.picture("right"))
-    target = label.page.get_by_role("button", name="Bottom is better")
+    target = label.page.get_by_role("button", name=ENGLISH["answer.bottom"])
     assert target.bounding_box()["height"] >= 44
     target.tap()
     label.sent()
@@ -249,16 +249,17 @@ def test_thumbs_by_keyboard_with_practice_and_undo(single):
     assert width > 0.9 * label.page.locator(".stage").bounding_box()["width"]
     label.answer("ArrowDown")
     label.ready("explained")
-    assert "Yes, that is it" in label.page.inner_text(
-        "#explanation"
-    ) and "It has a hole." in label.page.inner_text("#explanation")
+    assert label.page.inner_text("#explanationTitle") == ENGLISH["lesson.yes"]
+    assert HOLE in label.page.inner_text("#explanation")
     label.answer("Enter")
     label.ready(ahead=2)
     label.page.keyboard.press("ArrowLeft")
     assert label.state("done") == 0, "sides mean nothing here"
     label.page.keyboard.press("2")
     label.press("ArrowUp")
-    assert label.page.inner_text("[role=status][aria-live=polite]").startswith("Good. Shape 2 of")
+    assert label.page.inner_text("[role=status][aria-live=polite]").startswith(
+        f"{ENGLISH['said.up']} {ENGLISH['place.single'].format(place=2, total='8')}"
+    )
     second = label.press("ArrowDown")
     label.press("u")
     assert label.state("pair.assignment") == second

@@ -16,7 +16,7 @@ from eg3d_rlhf.geometry.files.ply import read_splats, splat_parts
 from eg3d_rlhf.people.label.entities import Shape
 from eg3d_rlhf.people.label.shape_files import ShapeCache, compress
 from tests.people.label import asset_files
-from tests.people.label.browser import Page, needs_chromium, plan, rows
+from tests.people.label.browser import ENGLISH, Page, needs_chromium, plan, rows
 from tests.people.label.plans import QUIET
 
 pytestmark = needs_chromium
@@ -88,7 +88,7 @@ def test_a_damaged_texture_is_said(serve, page):
     label = page(served.url)
     label.page.goto(served.url)
     label.ready("failed")
-    assert "texture" in label.page.inner_text("#notice")
+    assert ENGLISH["error.texture"] in label.page.inner_text("#notice")
     label.forgive("load texture")
 
 
@@ -103,10 +103,7 @@ def test_videos_in_step(tmp_path, serve, page):
     films = [asset_files.write_film(tmp_path / f"{i}.mp4", frames=24, seed=i).read_bytes() for i in range(2)]
     served = serve(plan(2), lambda a: compress(films[a.seed % 2]))
     label = page(served.url, reduced_motion="reduce").open()
-    assert (
-        label.page.get_by_role("button", name="Play").is_visible()
-        and not label.page.locator("#wireframe").is_visible()
-    )
+    assert label.page.locator("#play").is_visible() and not label.page.locator("#wireframe").is_visible()
     times = "[...document.querySelectorAll('video')].map(video => video.currentTime / video.duration)"
     label.drag("left", 120, 0)
     moved = (

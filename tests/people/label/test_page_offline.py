@@ -8,7 +8,7 @@ import pytest
 import uvicorn
 
 from eg3d_rlhf.people.label.server.app import configure, create_app, listen
-from tests.people.label.browser import needs_chromium, plan, rows
+from tests.people.label.browser import ENGLISH, needs_chromium, plan, rows
 
 pytestmark = needs_chromium
 READY = (
@@ -97,7 +97,7 @@ def test_signing_out_and_another_annotator_leave_nothing(serve, page):
     kept = label.page.evaluate("localStorage.getItem('eg3d-offline')")
     assert "ada" not in kept and hers not in kept
     label.page.click("#signOut")
-    label.page.wait_for_function("() => document.body.innerText.includes('No connection to the server.')")
+    label.wait("text => document.body.innerText.includes(text)", ENGLISH["error.connection"])
     assert label.page.url.rstrip("/") == served.url.rstrip("/"), "who cannot be signed out is told so"
     label.context.set_offline(False)
     label.page.reload()

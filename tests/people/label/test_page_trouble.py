@@ -2,7 +2,7 @@
 window, the server, shapes.
 """
 
-from tests.people.label.browser import needs_chromium, plan, rows
+from tests.people.label.browser import ENGLISH, needs_chromium, plan, rows
 
 pytestmark = needs_chromium
 
@@ -16,7 +16,7 @@ def test_a_pair_answered_in_another_window_is_passed_over(serve, page):
     tab.sent()
     assert other.press("ArrowRight") == first
     other.page.wait_for_selector("#toast:not([hidden])")
-    assert "already answered" in other.page.inner_text("#toast")
+    assert other.page.inner_text("#toast") == ENGLISH["answeredElsewhere"]
     other.sent()
     assert [(r.assignment, r.choice.value) for r in rows(served)] == [(first, "left")]
     other.answer("u")  # only the server knows what came last
@@ -34,6 +34,7 @@ def test_trouble_at_the_server_loses_nothing(serve, page):
         {"status": 429, "headers": {"Retry-After": "1"}},
     ]
     broken = []
+    reason = "No such shape."
 
     def first_refuse(route):
         route.fulfill(json={"error": "No.", "remedy": ""}, **replies.pop(0)) if replies else route.continue_()
@@ -41,7 +42,7 @@ def test_trouble_at_the_server_loses_nothing(serve, page):
     def without_the_first(route):
         broken[:] = broken or [route.request.url]
         (
-            route.fulfill(status=404, json={"error": "No such shape.", "remedy": ""})
+            route.fulfill(status=404, json={"error": reason, "remedy": ""})
             if route.request.url in broken
             else route.continue_()
         )
@@ -53,8 +54,7 @@ def test_trouble_at_the_server_loses_nothing(serve, page):
     label.ready("failed")
     label.answer("Enter")
     assert (
-        "No such shape." in label.page.inner_text("#notice")
-        and label.page.get_by_role("button", name="Left is better").is_disabled()
+        reason in label.page.inner_text("#notice") and label.page.locator("[data-choice=left]").is_disabled()
     )
     label.answer("s")
     label.page.keyboard.press("3")

@@ -76,14 +76,16 @@ def alive(pid: int) -> bool:
 def test_what_stops_the_worker_is_reported_and_it_is_not_restarted_for_ever(tmp_path, monkeypatch):
     work = Preparation("sqlite:///none.db", "first", tmp_path / "cache")
     start = subprocess.Popen
-    dies = [sys.executable, "-c", "import sys; sys.exit('out of memory')"]
+    reason = "out of memory"
+    dies = [sys.executable, "-c", f"import sys; sys.exit('{reason}')"]
     monkeypatch.setattr(subprocess, "Popen", lambda command, **how: start(dies, **how))
     work.start()
     pids = set()
     for _ in range(6):
         pids.add(work._process.pid)
         wait_until(lambda: not work.running, "the worker's end")
-        assert "code 1; see" in work.progress()["error"] and work.log.read_text().strip() == "out of memory"
+        error = work.progress()["error"]
+        assert "code 1" in error and str(work.log) in error and work.log.read_text().strip() == reason
         work.ensure()
     assert len(pids) == 3 and not work.running
 

@@ -12,6 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, ConflictError, Mode, PlannedPair
 from eg3d_rlhf.people.label.store import Store
 from tests.people.label.plans import answer, plan, shape
+from tests.rejections import raising
 
 
 @pytest.fixture
@@ -74,18 +75,18 @@ def test_a_campaign_comes_back_as_it_was_made(store, database_url):
 
 
 @pytest.mark.parametrize(
-    ("name", "pairs", "words"),
+    ("name", "pairs", "names"),
     [
-        ("first", plan(1), "which is in use"),
-        ("", plan(1), "printable name"),
-        ("a\nb", plan(1), "printable name"),
-        ("c", [], "got none"),
-        ("c", [PlannedPair(first=shape(1), second=shape(1))], "two different shapes, got seed 1 twice"),
+        ("first", plan(1), ("'first'",)),
+        ("", plan(1), ("200", "''")),
+        ("a\nb", plan(1), ("200", r"'a\nb'")),
+        ("c", [], ("pairs",)),
+        ("c", [PlannedPair(first=shape(1), second=shape(1))], ("pair 0", "seed 1")),
     ],
 )
-def test_plans_that_cannot_be_shown_are_refused_whole(lasting, name, pairs, words):
+def test_plans_that_cannot_be_shown_are_refused_whole(lasting, name, pairs, names):
     store, *_ = lasting
-    with pytest.raises(ValueError, match=words):
+    with raising("campaign", *names):
         store.create_campaign(CampaignSettings(name=name), pairs)
     assert [c.settings.name for c in store.campaigns()] == ["first"]
 
@@ -111,7 +112,7 @@ def test_plans_that_cannot_be_shown_are_refused_whole(lasting, name, pairs, word
 def test_answers_that_cannot_be_stored_are_refused(lasting, changes):
     store, campaign, ann = lasting
     shown = store.assignments(campaign, ann)[0]
-    with pytest.raises(ValueError, match="answer: expected"):
+    with raising("answer", "view" if "views" in changes else list(changes)[-1]):
         store.submit(campaign, ann, answer(shown, **{"key": "k", **changes}))
     assert list(store.judgements()) == []
 
@@ -140,10 +141,10 @@ def test_the_same_key_counts_once(store, work):
     again = store.submit(campaign, ann, answer(shown, "k"))
     assert (again.judgement, again.duplicate, first.duplicate) == (first.judgement, True, False)
     assert [row.choice for row in store.judgements()] == [Choice.LEFT]
-    with pytest.raises(ConflictError, match="which is answered"):
+    with raising(shown.token, kind=ConflictError):
         store.submit(campaign, ann, answer(shown, "other"))
     for changed in (answer(shown, "k", Choice.TIE), answer(store.assignments(campaign, ann)[0], "k")):
-        with pytest.raises(ConflictError, match="which another answer has used"):
+        with raising("key", "'k'", kind=ConflictError):
             store.submit(campaign, ann, changed)
     store.add_annotator("bob")
     bob = store.annotators()[-1].id
@@ -164,11 +165,11 @@ def test_foreign_and_unknown_assignments_are_not_found(store, work):
         (campaign, ann, "x"),
         (campaign, ann, "\0"),
     ]:
-        with pytest.raises(LookupError, match="this annotator's"):
+        with pytest.raises(LookupError):
             store.submit(where, who, answer(token, "k"))
-        with pytest.raises(LookupError, match="this annotator's"):
+        with pytest.raises(LookupError):
             store.undo(where, who, "u", token)
-    with pytest.raises(LookupError, match="unknown id"):
+    with pytest.raises(LookupError):
         store.assignments(campaign, 999)
     assert list(store.judgements()) == []
 
@@ -214,7 +215,7 @@ def test_the_database_refuses_to_change_judgements(store, work, database_url):
         *statements,
         *([] if database_url.startswith("sqlite") else ["TRUNCATE judgements CASCADE"]),
     ]:
-        with pytest.raises(DBAPIError, match="append-only"), store.database.write() as c:
+        with pytest.raises(DBAPIError), store.database.write() as c:
             c.execute(text(statement))
     assert [row.choice for row in store.judgements()] == ["left", "left"]
 
@@ -229,8 +230,9 @@ def test_sqlite_refuses_from_other_programs_too(tmp_path):
             "DELETE FROM judgements",
             "INSERT OR REPLACE INTO judgements SELECT * FROM judgements",
         ):
-            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            with pytest.raises(sqlite3.IntegrityError):
                 other.execute(statement)
+        assert other.execute("SELECT choice FROM judgements").fetchall() == [("left",)]
     other.close()
 
 
@@ -239,9 +241,9 @@ def test_sqlite_refuses_from_other_programs_too(tmp_path):
 )
 def test_names_that_could_do_harm_are_refused(lasting, name):
     store, *_ = lasting
-    with pytest.raises(ValueError, match="annotator: expected a"):
+    with raising("annotator", repr(name)):
         store.add_annotator(name)
-    with pytest.raises(ValueError, match="expected a role"):
+    with raising("fine", "'root'"):
         store.add_annotator("fine", "root")
     assert [a.name for a in store.annotators()] == ["ann"]
 

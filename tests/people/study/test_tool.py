@@ -12,6 +12,7 @@ from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.study.design import content_hash
 from tests import tiny_runs
 from tests.people.study.people import Person
+from tests.rejections import check_message, rejected
 from tools import study
 from training import networks
 
@@ -49,12 +50,12 @@ def run(*flags):
     return CliRunner().invoke(study.main, [str(f) for f in flags])
 
 
-def refused(result, *words):
+def stopped(result, *names):
+    """An error behind lines of warning or progress."""
     assert result.exit_code == 2, result.output
-    message = result.stderr.strip().splitlines()[-1]
-    assert message.startswith("Error: "), result.stderr
-    for word in words:
-        assert word in message
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("Error: "), result.stderr
+    check_message(line, names)
 
 
 def answer_all(folder: Path, *people: Person) -> None:
@@ -71,23 +72,18 @@ def test_a_study_from_design_to_report(pair, tmp_path, served):
     folder = tmp_path / "mine"
     started = run(*pair, *SMALL, f"--outdir={folder}")
     assert started.exit_code == 0, started.output
-    assert "--n=12: the power calculation finds no number that would do" in started.stderr
-    assert "0 of 12 trials" in started.stderr
+    assert started.stderr.startswith("--n=12") and "0 of 12" in started.stderr
     assert served == [("mine", ("127.0.0.1", 8000))]
     assert (
         run(f"--outdir={folder}").exit_code == 0 and run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
     )
-    refused(run("report", f"--outdir={folder}"), "expected 12 answered trials, got 0", "--interim")
+    stopped(run("report", f"--outdir={folder}"), "mine", "12", "0", "--interim")
     early = run(f"--outdir={folder}", "report", "--interim", "--pictures=0")
-    assert (
-        early.exit_code == 0
-        and "INTERIM: 0 of 12" in early.stdout
-        and (folder / "interim-report.html").is_file()
-    )
+    assert early.exit_code == 0 and "0 of 12" in early.stdout and (folder / "interim-report.html").is_file()
     answer_all(folder, Person("ann", 0.9), Person("bob", 0.9))
-    refused(run(f"--outdir={folder}"), "stopping rule is met", f"report --outdir={folder}")
+    stopped(run(f"--outdir={folder}"), "mine", "12 of 12", f"report --outdir={folder}")
     done = run("report", f"--outdir={folder}", "--pictures=1")
-    assert done.exit_code == 0 and "of 12 trials" in done.stdout, done.output
+    assert done.exit_code == 0 and " 12 " in done.stdout, done.output
     report = json.loads((folder / "report.json").read_text())
     assert report["answered"] == 12 and not report["interim"] and (folder / "report.html").is_file()
 
@@ -97,17 +93,17 @@ def test_a_design_that_was_altered_stops_everything(pair, tmp_path, served):
     assert run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
     path = folder / "design.json"
     whole = path.read_text()
-    content = json.loads(path.read_text())
-    content["trials"] = 2
+    made = json.loads(whole)
+    content = {**made, "trials": 2}
     path.write_text(json.dumps(content))
     for command in ((f"--outdir={folder}",), ("report", f"--outdir={folder}", "--interim")):
-        refused(run(*command), "altered after the study was designed")
+        rejected(run(*command), str(path), made["hash"][:12])
     content["hash"] = content_hash(content)
     path.write_text(json.dumps(content))
     for command in ((f"--outdir={folder}",), ("report", f"--outdir={folder}", "--interim")):
-        refused(run(*command), "altered after the study was designed")
+        rejected(run(*command), str(path), made["hash"][:12])
     path.unlink()
-    refused(run(*pair, *SMALL, f"--outdir={folder}"), "Restore it")
+    rejected(run(*pair, *SMALL, f"--outdir={folder}"), str(path), "'altered'", "--set name=VALUE")
     path.write_text(whole)
     assert run(f"--outdir={folder}").exit_code == 0 and len(served) == 2
 
@@ -115,48 +111,49 @@ def test_a_design_that_was_altered_stops_everything(pair, tmp_path, served):
 def test_flags_cannot_change_a_study(pair, tmp_path, served):
     folder = tmp_path / "fixed"
     assert run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
-    refused(run(f"--outdir={folder}", "--n=13"), "--n: expected 12", "Leave the flag out")
-    refused(run(f"--outdir={folder}", "--ties=excluded"), "--ties: expected half")
-    refused(run(f"--outdir={folder}", "--set=gold_accuracy=0.1"), "--set gold_accuracy=VALUE: expected 0.75")
-    refused(run(f"--outdir={folder}", pair[1].replace("--b", "--a")), "--a:", "Restore the file")
-    refused(run(f"--outdir={folder}", "--set=name=other"), "--set name=VALUE: expected 'fixed'")
+    rejected(run(f"--outdir={folder}", "--n=13"), "--n", "12", "13", "--outdir")
+    rejected(run(f"--outdir={folder}", "--ties=excluded"), "--ties", "half", "excluded")
+    result = run(f"--outdir={folder}", "--set=gold_accuracy=0.1")
+    rejected(result, "--set gold_accuracy=VALUE", "0.75", "0.1")
+    rejected(run(f"--outdir={folder}", pair[1].replace("--b", "--a")), "--a", "after.safetensors")
+    rejected(run(f"--outdir={folder}", "--set=name=other"), "--set name=VALUE", "'fixed'", "'other'")
     copied = tmp_path / "b.safetensors"
     copied.write_bytes(Path(pair[1].removeprefix("--b=")).read_bytes())
     assert run(pair[0], f"--b={copied}", *SMALL, f"--outdir={tmp_path / 's'}").exit_code == 0
     copied.write_bytes(Path(pair[0].removeprefix("--a=")).read_bytes())
-    refused(run(f"--outdir={tmp_path / 's'}"), "--b:", "Restore the file")
+    rejected(run(f"--outdir={tmp_path / 's'}"), "--b", str(copied))
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "names"),
     [
-        ((), ("--a, --b:", "Name another network")),
-        (("--b=/nowhere.pt",), ("--b:", "/nowhere.pt")),
-        (("--true-rate=0.5",), ("--true-rate must",)),
-        (("--annotators=2", "--annotators-per-pair=3"), ("--annotators-per-pair must", "Ask more")),
-        (("--n=5", "power"), ("--n:", "after it")),
-        (("report", "--outdir=/nowhere"), ("create the study first",)),
-        (("power", "--annotators=3", "--set=annotator_icc=0.3"), ("--annotators: expected more than",)),
+        ((), ("--a", "--b", "network")),
+        (("--b=/nowhere.pt",), ("--b", "/nowhere.pt")),
+        (("--true-rate=0.5",), ("--true-rate", "0.5")),
+        (("--annotators=2", "--annotators-per-pair=3"), ("--annotators-per-pair", "2", "3")),
+        (("--n=5", "power"), ("--n", "--outdir", "--db", "power")),
+        (("report", "--outdir=/nowhere"), ("/nowhere/design.json",)),
+        (("power", "--annotators=3", "--set=annotator_icc=0.3"), ("--annotators", "65", "3", "0.3")),
         (("simulate", "--set=left_bias=1"), ("left_bias", "0<x<1")),
     ],
 )
-def test_mistakes_are_one_line(flags, words, tmp_path, monkeypatch):
+def test_mistakes_are_one_line(flags, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(run(*flags), *words)
+    rejected(run(*flags), *names)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "names"),
     [
-        (("--gold-every=1",), ("--gold-every must",)),
-        (("--set=until=soon",), ("until=VALUE must", "ISO 8601")),
+        (("--gold-every=1",), ("--gold-every", ">= 2", "1")),
+        (("--set=until=soon",), ("--set until=VALUE", "ISO 8601", "'soon'")),
         (("--host=0.0.0.0",), ("--host=0.0.0.0", "add-annotator")),
     ],
 )
-def test_mistakes_in_a_design_leave_nothing_behind(pair, tmp_path, flags, words):
+def test_mistakes_in_a_design_leave_nothing_behind(pair, tmp_path, flags, names):
     folder = tmp_path / "none"
-    refused(run(*pair, *SMALL, f"--outdir={folder}", *flags), *words)
+    stopped(run(*pair, *SMALL, f"--outdir={folder}", *flags), *names)
     assert not (folder / "design.json").exists()
 
 
@@ -189,15 +186,16 @@ def test_what_is_printed_counts_who_has_a_token(pair, tmp_path, monkeypatch):
         lambda *args, on_listening, **kwargs: on_listening("http://127.0.0.1:1/"),
     )
     folder = tmp_path / "x"
-    assert "0 have a token, 2 need one" in run(*pair, *SMALL, f"--outdir={folder}").stdout
+    line = run(*pair, *SMALL, f"--outdir={folder}").stdout.splitlines()[-1]
+    assert {"0", "2"} <= set(line.split()) and "add-annotator" in line
     for name in ("ann", "bob"):
         run(f"--outdir={folder}", "add-annotator", name)
-    said = run(f"--outdir={folder}").stdout
-    assert "2 annotators are planned: all have a token;" in said and "need" not in said
+    line = run(f"--outdir={folder}").stdout.splitlines()[-1]
+    assert "2" in line.split() and "add-annotator" not in line
 
 
 def test_power_and_simulation_print_and_speak_json():
-    assert "54 independent decided trials" in run("power", "--true-rate=0.7").stdout
+    assert "54" in run("power", "--true-rate=0.7").stdout.split()
     size = json.loads(run("power", "--true-rate=0.7", "--n=49", "--json").stdout)
     assert size["decided"] == 54 and size["power_of_n"]["power"] == pytest.approx(0.81, abs=1e-3)
     result = json.loads(
