@@ -380,18 +380,10 @@ Settings = TypeVar("Settings")
 def from_dict(kind: type[Settings], values: Mapping, who: str = "") -> Settings:
     """A dataclass from what `dataclasses.asdict` made of it, after a journey through JSON.
 
-    `kind.GONE` names settings that there were once, with the value at which they changed nothing: so
-    recorded, they are passed over.
     Raises: ValueError naming a field that is unknown or of the wrong sort.
     """
     who = who or kind.__name__
     hints = typing.get_type_hints(kind)
-    gone = getattr(kind, "GONE", {})
-    values = {
-        name: value
-        for name, value in values.items()
-        if name in hints or name not in gone or value != gone[name]
-    }
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(

@@ -391,13 +391,6 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """L; 0 without labels."""
         return 0 if self._labels is None else self._labels.shape[1]
 
-    @property
-    def label_std(self) -> np.ndarray:
-        """Standard deviation [L] of each number over the stored labels of the whole set (before subset and
-        mirroring).
-        """
-        return np.zeros(0, np.float32) if self._labels is None else self._labels.std(axis=0)
-
 
 class InfiniteSampler(torch.utils.data.Sampler[int]):
     """Endless sampler with EG3D's windowed shuffle.

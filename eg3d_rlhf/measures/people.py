@@ -79,16 +79,6 @@ def surface_points(values: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def fscore(values: np.ndarray, whole: np.ndarray, place=behind, tolerance: float = VOXEL) -> float:
-    """Harmonic mean of the shares of either surface at a place that lie within a tolerance (world units) of
-    the other one.
-
-    0 where the shape has no surface there. At a whole voxel a true head that was blurred by .75 voxel still
-    has 1; at a quarter of one it has less.
-    """
-    return _fscore(_ways(surface_points(values), surface_points(whole), place), tolerance)
-
-
 def surfaces(values: np.ndarray, whole: np.ndarray) -> dict[str, float]:
     """How near the surfaces of a shape and of the whole head are, behind and in front; what the measures
     below read.
@@ -169,16 +159,6 @@ def relief_correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Correlation of two reliefs [R, C] where both have a surface."""
     seen = np.isfinite(first) & np.isfinite(second)
     return float(np.corrcoef(first[seen], second[seen])[0, 1])
-
-
-def identified(reliefs: list[np.ndarray], known: list[np.ndarray]) -> np.ndarray:
-    """Whether each relief [R, C] correlates best with the known one of its own number: [N] bool."""
-    return np.array(
-        [
-            np.argmax([relief_correlation(relief, other) for other in known]) == i
-            for i, relief in enumerate(reliefs)
-        ]
-    )
 
 
 # The table. What stands here ranks true heads before their blurred selves and before their scans

@@ -309,7 +309,6 @@ SPLIT = "SparseResBlockC2S3d"
 MERGE = "SparseResBlockS2C3d"
 # of the shape's output: 3 place a vertex in its voxel, 3 say which edges are crossed, 1 how a face is split
 SHAPE_CHANNELS = 7
-MATERIAL_CHANNELS = 6  # base colour, metallic, roughness, alpha
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,6 @@ from scipy.stats import rankdata
 from eg3d_rlhf.preferences.labels import jsonl_records
 from eg3d_rlhf.preferences.strengths import Comparison, bradley_terry
 
-USES = ("labels", "shuffled", "inverted")  # of r: as it is, and two controls
 PRIOR = 2.0  # votes that an asset's share of good ones begins with, shared out as its condition's are
 Goodness = Mapping[str, float]  # r by asset, of those that were judged
 
@@ -180,8 +179,8 @@ def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def as_used(goodness: Goodness, conditions: Mapping[str, str], use: str, seed: int) -> dict[str, float]:
-    """r for a training or for one of its controls: "shuffled" gives each asset that of another of its
-    condition, so that it says nothing; "inverted" 1 - r. Args: conditions: of every asset.
+    """r for a training ("labels") or for one of its controls: "shuffled" gives each asset that of another of
+    its condition, so that it says nothing; "inverted" 1 - r. Args: conditions: of every asset.
     """
     if use == "inverted":
         return {name: 1 - r for name, r in goodness.items()}

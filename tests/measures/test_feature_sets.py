@@ -56,7 +56,7 @@ def test_collapse_shows():
 
 
 def test_equal_items_have_no_ratio():
-    with pytest.raises(ValueError, match="equal ones"):
+    with pytest.raises(ValueError, match="pairwise_ratio"):
         pairwise_ratio(np.zeros((4, 4)), np.ones((4, 4)) - np.eye(4))
 
 

@@ -49,6 +49,13 @@ def closed(values: np.ndarray, radius: float) -> np.ndarray:
     return np.where(kept[room:-room, room:-room, room:-room], -1.0, 1.0)
 
 
+@pytest.fixture
+def coarse(monkeypatch):
+    """Tolerances in the voxels of these grids."""
+    monkeypatch.setattr(measures, "VOXEL", VOXEL)
+    monkeypatch.setattr(measures, "FINE", VOXEL / 4)
+
+
 def test_volumes_of_known_shapes():
     points = people_mesh.grid_points(N)
     ball = np.linalg.norm(points - [0, 0, -0.1], axis=3) - 0.2
@@ -56,24 +63,28 @@ def test_volumes_of_known_shapes():
     error = measures.volume_error(half, ball)
     assert error.missing == pytest.approx(0.5, abs=0.02) and error.extra == 0
     assert measures.volume_error(ball, half).extra == pytest.approx(1.0, abs=0.05)
-    assert measures.fscore(ball, ball) == 1 and measures.fscore(np.ones_like(ball), ball) == 0
+    assert measures.surfaces(ball, ball)["fscore"] == 1
+    assert measures.surfaces(np.ones_like(ball), ball)["fscore"] == 0
     away = np.linalg.norm(measures.surface_points(ball) - [0, 0, -0.1], axis=1)
     np.testing.assert_allclose(away, 0.2, atol=0.002)
     depth = measures.face_depth(ball)
     assert np.nanmax(depth) == pytest.approx(0.1, abs=0.003)
 
 
+@pytest.mark.usefixtures("coarse")
 def test_the_true_head_is_best_a_blurred_one_worse_a_damaged_one_worse_still(heads, scans):
     for whole, scan in zip(heads[1], scans, strict=True):
         shapes = (whole, blurred(whole, 0.75), blurred(whole, 2.0), scan)
         errors = [measures.volume_error(shape, whole).total for shape in shapes]
         assert errors[0] == 0 < errors[1] < errors[2] < errors[3]
-        scores = [measures.fscore(shape, whole, tolerance=VOXEL / 4) for shape in shapes]
+        near = [measures.surfaces(shape, whole) for shape in shapes]
+        scores = [one["fine"] for one in near]
         assert scores[0] == 1 and scores[0] > scores[1] > scores[2] and scores[1] > scores[3]
-        coarse = [measures.fscore(shape, whole, tolerance=VOXEL) for shape in shapes]
-        assert coarse[0] == 1 and min(coarse[:3]) > coarse[3]
+        wide = [one["fscore"] for one in near]
+        assert wide[0] == 1 and min(wide[:3]) > wide[3]
 
 
+@pytest.mark.usefixtures("coarse")
 def test_a_filter_goes_at_most_half_way(heads, scans):
     for whole, scan in zip(heads[1], scans, strict=True):
         filters = [blurred(scan, 0.75), blurred(scan, 1.5), closed(scan, 3), closed(scan, 5)]
@@ -82,8 +93,7 @@ def test_a_filter_goes_at_most_half_way(heads, scans):
             > measures.volume_error(scan, whole).total / 2
         )
         best, before = (
-            max(measures.fscore(shape, whole, tolerance=VOXEL) for shape in shapes)
-            for shapes in (filters, [scan])
+            max(measures.surfaces(shape, whole)["fscore"] for shape in shapes) for shapes in (filters, [scan])
         )
         assert best - before < (1 - before) / 2
 
@@ -92,10 +102,11 @@ def test_what_is_done_behind_leaves_the_front_and_the_face(heads, scans):
     known = [measures.face_relief(whole) for whole in heads[1]]
     for whole, scan in zip(heads[1], scans, strict=True):
         assert measures.volume_error(scan, whole, measures.in_front).total < 0.01
-        assert measures.fscore(scan, whole, measures.in_front) > 0.98
+        assert measures.surfaces(scan, whole)["fscore_front"] > 0.98
         np.testing.assert_allclose(measures.face_depth(scan), measures.face_depth(whole), atol=0.2 * VOXEL)
-    assert measures.identified([measures.face_relief(scan) for scan in scans], known).all()
-    assert not measures.identified(known[::-1], known).any()
+    reliefs = [measures.face_relief(scan) for scan in scans]
+    alike = np.array([[measures.relief_correlation(one, other) for other in known] for one in reliefs])
+    assert (alike.argmax(axis=1) == np.arange(len(known))).all()
     assert measures.relief_correlation(known[0], measures.face_relief(blurred(heads[1][0], 1.5))) < 0.999
 
 

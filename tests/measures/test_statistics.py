@@ -71,24 +71,25 @@ def test_paired_summary_counts_and_negates():
 
 
 @pytest.mark.parametrize(
-    ("call", "text"),
+    ("call", "names"),
     [
-        (lambda: wilson_interval(5, 4), "0 <= successes <= n"),
-        (lambda: wilson_interval(1, 4, 95), "confidence"),
-        (lambda: binomial_test(1, 4, 1.5), "rate"),
-        (lambda: bootstrap_mean_interval([1.0, float("nan")]), "finite"),
-        (lambda: paired_summary([1.0], [1.0, 2.0]), "Pair by item"),
-        (lambda: t_mean_interval([1.0]), "two values or more"),
-        (lambda: fit_line([1, 1, 1], [1, 2, 3]), "one alone"),
-        (lambda: fit_line([1, 2], [1, 2]), "at least 3"),
-        (lambda: slopes([0, 0], [[1, 2]]), "not all equal"),
-        (lambda: spearman([1, 1, 1, 1], [1, 2, 3, 4]), "a constant"),
-        (lambda: spearman([1, 2, np.nan, 3], [1, 2, 3, 4]), "finite"),
+        (lambda: wilson_interval(5, 4), ("successes", "5", "4")),
+        (lambda: wilson_interval(1, 4, 95), ("confidence", "95")),
+        (lambda: binomial_test(1, 4, 1.5), ("rate", "1.5")),
+        (lambda: bootstrap_mean_interval([1.0, float("nan")]), ("finite", "2")),
+        (lambda: paired_summary([1.0], [1.0, 2.0]), ("1", "2")),
+        (lambda: t_mean_interval([1.0]), ("one",)),
+        (lambda: fit_line([1, 1, 1], [1, 2, 3]), ("x",)),
+        (lambda: fit_line([1, 2], [1, 2]), ("3", "2")),
+        (lambda: slopes([0, 0], [[1, 2]]), ("times", "(2,)", "(1, 2)")),
+        (lambda: spearman([1, 1, 1, 1], [1, 2, 3, 4]), ("constant",)),
+        (lambda: spearman([1, 2, np.nan, 3], [1, 2, 3, 4]), ("finite", "4")),
     ],
 )
-def test_mistakes_are_named(call, text):
-    with pytest.raises(ValueError, match=text):
+def test_mistakes_are_named(call, names):
+    with pytest.raises(ValueError) as caught:
         call()
+    assert all(name in str(caught.value) for name in names), caught.value
 
 
 RNG = np.random.default_rng(3)

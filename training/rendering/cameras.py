@@ -88,47 +88,6 @@ class LookAtPoseSampler:
         )
 
 
-class GaussianCameraPoseSampler:
-    """Normally distributed poses on a sphere, looking at the origin. EG3D's name and argument order; draws as
-    LookAtPoseSampler.
-    """
-
-    @staticmethod
-    def sample(
-        horizontal_mean,
-        vertical_mean,
-        horizontal_stddev=0,
-        vertical_stddev=0,
-        radius=1,
-        batch_size=1,
-        device="cpu",
-    ):
-        """cam2world [N, 4, 4]; angles and deviations in radians."""
-        spread = horizontal_stddev, vertical_stddev, radius, batch_size, device
-        return LookAtPoseSampler.sample(horizontal_mean, vertical_mean, (0, 0, 0), *spread)
-
-
-class UniformCameraPoseSampler:
-    """Poses uniform in [mean - stddev, mean + stddev] on a sphere, looking at the origin. The yaw is drawn
-    before the pitch.
-    """
-
-    @staticmethod
-    def sample(
-        horizontal_mean,
-        vertical_mean,
-        horizontal_stddev=0,
-        vertical_stddev=0,
-        radius=1,
-        batch_size=1,
-        device="cpu",
-    ):
-        """cam2world [N, 4, 4]; angles in radians, the "stddev" arguments are half-widths (EG3D's naming)."""
-        h = (torch.rand((batch_size, 1), device=device) * 2 - 1) * horizontal_stddev + horizontal_mean
-        v = (torch.rand((batch_size, 1), device=device) * 2 - 1) * vertical_stddev + vertical_mean
-        return look_at(camera_position(h, v, radius), torch.zeros(3, device=device))
-
-
 def intrinsics_matrix(focal: float, device="cpu") -> torch.Tensor:
     """[3, 3] intrinsics with both focal lengths `focal` (in image sizes) and the principal point at the
     image's centre (.5, .5).

@@ -7,7 +7,7 @@ assets and belongs beside every figure.
 Letters: V vertices, F faces.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,10 +28,6 @@ class CleanMesh:
     duplicate: int  # faces dropped that an earlier one has the corners of
     raw_open_share: float  # of edges with one face, before welding
     tolerance: float
-
-    def flipped(self) -> "CleanMesh":
-        """The same with its inside out."""
-        return replace(self, faces=np.ascontiguousarray(self.faces[:, ::-1]))
 
 
 def clean_mesh(

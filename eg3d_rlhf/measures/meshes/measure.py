@@ -8,7 +8,6 @@ docs/guides/check-assets.md says of each what it means and what fools it. libigl
 Letters: V vertices, F faces, P parts.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -47,11 +46,10 @@ class MeasureOptions:
 DEFAULT = MeasureOptions()
 
 
-def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT, without: Collection[str] = ()) -> dict:
+def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
     """Every measure by name: counts, truth values, shares, lengths in longest edges, angles in degrees; None
     where it has no meaning.
 
-    Args: without: 'crossing', 'overlap', 'symmetry' (with 'inner'): what costs most and may be left out.
     Raises: ValueError naming the extra `solid` where a library is missing.
     """
     edges = Edges(mesh)
@@ -69,7 +67,7 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT, without: Co
     body = measures["closed"] and measures["oriented"]
     negative = negative_parts(edges) if body else np.zeros(0, dtype=np.int64)
     inverted = negative[~contained(edges, space, negative)]
-    solid = space.voxels(VOXELS) if "symmetry" not in without or not body else None
+    solid = space.voxels(VOXELS)
     hull = hull_of(mesh)
     mass, centre = mass_centre(mesh, measures, solid, hull if options.hull_mass else None)
     degrees = standing.tip(mesh.vertices, centre)
@@ -87,15 +85,13 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT, without: Co
             "solidity": measures["volume"] / signed_volume(hull),
             "bend": bend(edges) / bend(Edges(hull)),
         }
-    if "crossing" not in without:
-        measures["crossing"] = float(space.crossing_faces(edges).mean())
-    if "overlap" not in without:
-        measures["overlap"] = overlap(edges, np.setdiff1d(negative, inverted)) if body else None
-    if "symmetry" not in without:
-        assert solid is not None
-        inner = 1 - solid.sum() / fill(solid, options.leak * VOXELS).sum() if solid.any() else None
-        measures |= {"symmetry": mirror_overlap(solid), "inner": None if inner is None else float(inner)}
-    return measures
+    inner = 1 - solid.sum() / fill(solid, options.leak * VOXELS).sum() if solid.any() else None
+    return measures | {
+        "crossing": float(space.crossing_faces(edges).mean()),
+        "overlap": overlap(edges, np.setdiff1d(negative, inverted)) if body else None,
+        "symmetry": mirror_overlap(solid),
+        "inner": None if inner is None else float(inner),
+    }
 
 
 def signed_volume(mesh: CleanMesh) -> float:
@@ -120,18 +116,16 @@ def hull_of(mesh: CleanMesh) -> CleanMesh | None:
 
 
 def mass_centre(
-    mesh: CleanMesh, measures: dict, solid: np.ndarray | None, hull: CleanMesh | None
+    mesh: CleanMesh, measures: dict, solid: np.ndarray, hull: CleanMesh | None
 ) -> tuple[str, np.ndarray]:
-    """What the mass is of, see `standing.MASSES`, and its centre [3]."""
+    """What the mass is of, and its centre [3]: the hull where one is given, the volume of a closed mesh, the
+    voxels inside of an open one, the area of a sheet.
+    """
     if hull is not None and (centre := standing.volume_centre(hull)) is not None:
         return "hull", centre
     if measures["closed"] and measures["oriented"] and (centre := standing.volume_centre(mesh)) is not None:
         return "volume", centre
-    if (
-        solid is not None
-        and measures["sheet"] <= 0.5
-        and (centre := standing.voxel_centre(solid)) is not None
-    ):
+    if measures["sheet"] <= 0.5 and (centre := standing.voxel_centre(solid)) is not None:
         return "voxels", centre
     return "area", standing.area_centre(mesh)
 

@@ -93,12 +93,9 @@ class Space:
             numbers[near] = self.igl.winding_number(self._vertices, self._faces, points[near])
         return numbers
 
-    def voxels(self, resolution: int, extent: float = 1.0) -> np.ndarray:
-        """Which voxels of the cube about the origin lie inside, [x, y, z] bool.
-
-        Args: extent: the cube's edge, in longest edges.
-        """
-        axis = ((np.arange(resolution) + 0.5) / resolution - 0.5) * extent
+    def voxels(self, resolution: int) -> np.ndarray:
+        """Which voxels of the cube about the origin lie inside, [x, y, z] bool."""
+        axis = (np.arange(resolution) + 0.5) / resolution - 0.5
         return (
             self.winding(np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)) > 0.5
         ).reshape(resolution, resolution, resolution)

@@ -19,12 +19,6 @@ STANDS = 3.0  # degrees, at least
 # overhang: downward part of the normal, and the share of the height that is floor
 STEEP = math.cos(math.radians(45))
 GROUND = 0.02
-MASSES = {
-    "volume": "its volume",
-    "voxels": "voxels inside, as it is open",
-    "area": "its area, as it is a sheet",
-    "hull": "its hull",
-}
 
 
 def tip(vertices: np.ndarray, centre: np.ndarray) -> float:

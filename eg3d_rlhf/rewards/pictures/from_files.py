@@ -1,17 +1,15 @@
-"""A reward of pictures from a path: which of the published files it is, with checks at its edge; and objects
-of the user's own with imscore's signature.
+"""A reward of pictures from a path: which of the published files it is, with checks at its edge.
 
 Shape letters: B pictures.
 """
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eg3d_rlhf.core.interfaces import SLACK, Modality, RewardModel, check_finite, check_pictures, check_views
+from eg3d_rlhf.core.interfaces import RewardModel, check_finite, check_pictures, check_views
 from eg3d_rlhf.core.memory import Costs, peak_bytes, weight_row
 from eg3d_rlhf.models.clip import FLAG, hpsv2_network, load_clip_score, load_hpsv2
 from eg3d_rlhf.models.weights import empty, existing, only_file, read, require_extra
@@ -42,41 +40,6 @@ class CheckedReward:
         scores = self.reward.score(pixels, prompts)
         check_finite(scores, FLAG, "Use another file, or look at the pictures.")
         return scores
-
-
-class ImscoreReward:
-    """An object with imscore's score(pixels, prompts) as a reward of single pictures, in eval mode.
-
-    Its scores [B, 1] become [B]; pictures outside 0..1, which imscore does not look for, are warned of.
-    """
-
-    modality: Modality = "image"
-    views = 1
-    differentiable = True
-
-    def __init__(self, model: Any):
-        if not callable(getattr(model, "score", None)):
-            raise ValueError(
-                f"{FLAG}: expected an object with score(pixels, prompts), got {type(model).__name__}. Use one"
-                " of imscore's."
-            )
-        self.model = model.eval() if hasattr(model, "eval") else model
-
-    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Scores [B] of pictures [B, 3, h, w] in 0..1. Raises: ValueError for another number of scores."""
-        low, high = (float(x) for x in pixels.detach().aminmax())
-        if not (low >= -SLACK and high <= 1 + SLACK):
-            warnings.warn(
-                f"{FLAG}: expected pictures within 0..1, got {low:.3g}..{high:.3g}. Its scores mean little.",
-                stacklevel=2,
-            )
-        scores = self.model.score(pixels, prompts)
-        if scores.numel() != len(pixels):
-            raise ValueError(
-                f"{FLAG}: expected {len(pixels)} scores, got {list(scores.shape)}. The model must score each"
-                " picture."
-            )
-        return scores.reshape(-1)
 
 
 def load_reward(path: str | Path, device: str | torch.device = "cpu") -> CheckedReward:

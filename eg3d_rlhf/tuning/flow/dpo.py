@@ -29,16 +29,6 @@ _loss = functools.partial(knob, group="Preference loss")
 class DpoConfig:
     """The loss of a batch of pairs; the path decides the times."""
 
-    GONE = {
-        "aggregation": "mean",
-        "clamp": None,
-        "drdpo_beta": 1.0,
-        "label_smoothing": 0.0,
-        "margin": 0.0,
-        "noise": "shared",
-        "weight_mode": "inside",
-    }
-
     kind: str = _loss(
         "sigmoid",
         "Of the margin; sft: flow matching on the preferred; dro: preferred minus --loser-weight x rejected "

@@ -133,8 +133,6 @@ class EncodingSource:
 class ProblemSource(EncodingSource):
     """What a problem is read from."""
 
-    GONE: ClassVar[dict[str, list]] = {"also": [], "flow_weights": []}
-
     pipeline: str = _what(
         "toy",
         "The bundled toy, or a folder of a generator's networks (docs/reference/families.md).",

@@ -59,8 +59,6 @@ train_knob = functools.partial(knob, group="Training")
 class StageTraining:
     """Settings of any training of a stage; the defaults suit TRELLIS."""
 
-    GONE = {"bf16": False, "cache_reference": False, "draws": None, "ema": None}
-
     # adapters to train; None trains every parameter
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     steps: int = train_knob(3000, "Length of a stage's training.", metavar="UPDATES", low=1)

@@ -105,8 +105,11 @@ class ReferenceWins(Shaping):
         super().__init__()
         self.comparisons = comparisons
         self.register_buffer("references", references)
-        # unused: checkpoints of earlier versions hold it
-        self.register_buffer("offset", torch.zeros([], dtype=torch.int64))
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        # Checkpoints of earlier versions hold a counter of comparisons, which nothing read.
+        state_dict.pop(f"{prefix}offset", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(
         self, network: Network, observed: torch.Tensor, places: torch.Tensor

@@ -40,7 +40,8 @@ from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 
 SAME = "same_structure"  # in a pair's provenance
-ROLES = OP, REWARD = ("op", "reward")
+REWARD = "reward"
+ROLES = ("op", REWARD)
 # What a stage learns of the loop's pairs: all; the anchor of their loss alone; the pairs with some or all
 # turned over; their preferred by fine-tuning; and in their place the people's pairs that they were made from.
 PAIRS, ANCHOR, SHUFFLED, TURNED, WINNERS, PEOPLES = USES = (
@@ -69,8 +70,6 @@ class LoopPairsConfig:
 @dataclass(frozen=True, kw_only=True)
 class Weighing:
     """Which of the loop's pairs are kept and how much each counts: views of one set of pairs."""
-
-    GONE = {"tau": 0.0, "w2_norm": "dataset"}
 
     use_w1: bool = True  # drop pairs whose op is not rewarded more
     use_w2: bool = True  # weigh the others by how much more

@@ -382,7 +382,6 @@ SCALE = 5.0
 LORA_TARGETS = ("to_q", "to_k", "to_v", "out_proj")
 # per axis of the grid that a mesh to look at is read from
 CELLS = 128
-PUBLISHED_CELLS = 384
 REACH = 2 * 0.9999  # longest side of a mesh that is encoded
 NOTICE = (
     "Hunyuan3D-2.1 is under Tencent's community licence, which grants nothing in the European Union, the"

@@ -11,7 +11,6 @@ import torch
 
 from training.phases import derive_seed
 
-USES = ("reward", "shuffled", "inverted")  # of rewards: as they are, and two controls
 TINY = 1e-4  # added to a deviation
 OVER = ("group", "batch", "raw", "none")
 

@@ -132,7 +132,7 @@ class OnlineConfig(StageTraining):
     guided: bool = _online(
         False, "nft, dgpo: samples by the stage's guidance; velocities are compared without it.", rare=True
     )
-    use: str = "reward"  # or a control's: see advantages.USES
+    use: str = "reward"  # as it is, or a control's: shuffled, inverted
 
     def __post_init__(self):
         super().__post_init__()

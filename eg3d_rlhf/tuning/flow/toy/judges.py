@@ -206,9 +206,6 @@ def human_pairs(
     return pairs
 
 
-SINGLE_KINDS = ("thumbs", "ranks")  # what people say of assets one by one
-
-
 def human_singles(
     kind: str, conditions: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
 ) -> Labelled:

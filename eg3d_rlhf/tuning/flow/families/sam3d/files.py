@@ -68,7 +68,8 @@ ENDINGS = (".safetensors", ".ckpt")
 STRENGTH = {STRUCTURE: 7.0, LATENT: 5.0}  # guidance where pipeline.yaml names none
 FLOW = "_base_models.generator.reverse_fn.backbone."
 EMBEDDERS = ("_base_models.condition_embedder.", f"{FLOW}condition_embedder.")
-SHORTCUT, PLAIN = GENERATORS = ("ShortCut", "FlowMatching")  # both have their data at t = 1
+PLAIN = "FlowMatching"
+GENERATORS = ("ShortCut", PLAIN)  # both have their data at t = 1
 GUIDED = ("ClassifierFreeGuidance", "ClassifierFreeGuidanceWithExternalUnconditionalProbability")
 # what is done to pictures, masks and maps together
 CROP, REMBG = CUTTING = ("crop_around_mask_with_padding", "rembg")

@@ -30,7 +30,8 @@ STD = (
     0.39817973931717104,
     0.6176286868761914,
 )
-SHIFTED, APPARENT = DECODERS = ("ScaleShiftInvariant", "ApparentSize")
+SHIFTED = "ScaleShiftInvariant"
+DECODERS = (SHIFTED, "ApparentSize")
 
 
 @dataclass(frozen=True)
