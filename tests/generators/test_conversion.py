@@ -3,6 +3,7 @@ path.
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from eg3d_rlhf.generators.conversion import EXACT, slice_shares, to_tri_grid
 from eg3d_rlhf.modes import network_files
 from tests import tiny_runs
 from tests.generators.pickles.writer import head_generator
+from tests.rejections import check_message
 from training import networks
 
 SEEDS = [1, 2]
@@ -30,9 +32,7 @@ def files(tmp_path_factory):
     """(bundled generator, the same as a tri-grid, its file)."""
     path = tmp_path_factory.mktemp("converted") / "tri-grid.safetensors"
     result = run(network_files.convert, bundled.GENERATOR, "--tri-grid=1.5", f"--out={path}")
-    assert result.exit_code == 0 and "Tri-grid of 3 slices along 1.5 sides of the box" in result.stdout, (
-        result.output
-    )
+    assert result.exit_code == 0 and re.search(r"\b3\b.*\b1\.5\b", result.stdout), result.output
     return load_generator(), load_generator(path), path
 
 
@@ -115,11 +115,10 @@ def test_what_cannot_be_converted(tmp_path):
     G, kwargs = head_generator("panohead")
     path = tmp_path / "x.safetensors"
     networks.save(path, networks.Networks(None, None, G, kwargs, None, {}, architecture="panohead"))
-    for flag, message in (
-        ("--tri-grid=1.5", "expected a generator of eg3d, got one of panohead"),
-        ("--tri-grid=0.5", "--tri-grid"),
+    for flag, names in (
+        ("--tri-grid=1.5", ("eg3d", "panohead")),
+        ("--tri-grid=0.5", ("--tri-grid", "0.5")),
     ):
         result = run(network_files.convert, path, flag, f"--out={tmp_path / 'y.safetensors'}")
-        assert (
-            result.exit_code == 2 and message in result.stderr and not (tmp_path / "y.safetensors").exists()
-        )
+        assert result.exit_code == 2 and not (tmp_path / "y.safetensors").exists()
+        check_message(result.stderr.splitlines()[-1], names)

@@ -24,6 +24,7 @@ from eg3d_rlhf.geometry.mesh import (
 )
 from eg3d_rlhf.geometry.mesh_export import OUTSIDE, FieldGrid, MeshOptions, export_mesh, save_mesh, write_mrc
 from tests.geometry.stand_in import StandIn, sigma_grid
+from tests.rejections import raising
 
 CENTRE = np.array([0.05, -0.1, 0.02])
 RADIUS = 0.3
@@ -189,7 +190,7 @@ def test_mrc_volume_reads_back_in_eg3ds_order(field, tmp_path):
         assert file.header.mode == 2 and file.data.shape == (21, 21, 21)
         np.testing.assert_allclose(file.data, grid(slice(0, 21)).numpy()[::-1], rtol=1e-6)
         assert float(file.header.dmax) == pytest.approx(float(file.data.max()))
-        assert any("step 0.06 world units" in label for label in file.get_labels())
+        assert any("0.06" in label for label in file.get_labels())
     assert told[-1] == ("density", 21, 21)
     assert [p.name for p in path.parent.iterdir()] == ["a.mrc"]  # no temporary left
 
@@ -231,14 +232,14 @@ def test_the_report_of_an_export(tiny_networks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "text"),
+    ("settings", "names"),
     [
-        ({"resolution": 8}, "16 to 1024, got 8"),
-        ({"level": np.nan}, "finite level"),
-        ({"component": "some"}, "'largest' or 'all'"),
-        ({"faces": 3}, "at least 4 faces, got 3"),
+        ({"resolution": 8}, ("16 to 1024", " 8")),
+        ({"level": np.nan}, ("level", "nan")),
+        ({"component": "some"}, ("'largest'", "'all'", "some")),
+        ({"faces": 3}, ("faces", "4", "3")),
     ],
 )
-def test_options_out_of_range(settings, text):
-    with pytest.raises(ValueError, match=text):
+def test_options_out_of_range(settings, names):
+    with raising(*names):
         MeshOptions(**settings)

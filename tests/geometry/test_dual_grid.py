@@ -2,11 +2,11 @@
 tests/compat/test_family_trellis2.py.
 """
 
-import pytest
 import torch
 import trimesh
 
 from eg3d_rlhf.geometry.dual_grid import dual_grid
+from tests.rejections import raising
 
 
 def grid_of(mesh, resolution):
@@ -35,5 +35,5 @@ def test_an_open_square_ends_where_it_ends():
 
 
 def test_a_mesh_between_the_lines_is_refused():
-    with pytest.raises(ValueError, match="expected a mesh that crosses lines of a grid of 4 voxels"):
+    with raising("4"):
         dual_grid(torch.full((3, 3), 0.1) + 0.01 * torch.eye(3), torch.tensor([[0, 1, 2]]), 4)

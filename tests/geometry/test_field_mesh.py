@@ -16,6 +16,7 @@ from eg3d_rlhf.geometry.mesh_export import FieldGrid, bounds_of_size, extract_fi
 from eg3d_rlhf.geometry.slab import SeparableDensity
 from tests.geometry.stand_in import StandIn, random_planes
 from tests.geometry.test_chunked_mesh import assert_same_surface
+from tests.rejections import raising
 
 
 def smooth_field(layout: str = "eg3d", texels: int = 6, seed: int = 5, scale: float = 1.0) -> Field:
@@ -118,7 +119,7 @@ def test_a_box_whose_corners_lie_on_corners_of_bricks(size):
 def test_errors_are_those_of_the_whole_volume():
     field = smooth_field()
     for level in (1e4, -1e4):
-        with pytest.raises(ValueError, match=r"both sides of level .*, got \[") as fast:
+        with raising(f"level {level:g}") as fast:
             extract_field_mesh(FieldGrid(field, 24), level)
         with pytest.raises(ValueError) as slow:
             whole_surface(FieldGrid(field, 24), level)
@@ -126,7 +127,7 @@ def test_errors_are_those_of_the_whole_volume():
     for plane in range(3):
         broken = smooth_field()
         broken.planes[0, plane, 0, 2, 2] = torch.nan
-        with pytest.raises(ValueError, match="expected finite sigma"):
+        with raising("finite"):
             extract_field_mesh(FieldGrid(broken, 24), 0.0)
 
 
@@ -169,9 +170,8 @@ def test_a_level_that_is_not_crossed_is_answered_with_one_that_is(form, border, 
     inside = volume_of(grid)[(grid.inside,) * 3]
     low = float(inside.min())
     high = float(inside.max())
-    with pytest.raises(ValueError, match="expected sigma on both sides of level") as error:
+    with raising(f"{low:g}", f"{high:g}") as error:
         extract_field_mesh(FieldGrid(field, 24, border), low - 1 if side < 0 else high + 1)
-    assert f"got [{low:g}, {high:g}]. Choose a level in between, such as " in str(error.value)
     example = float(str(error.value).rsplit(" ", 1)[1].rstrip("."))
     vertices, faces = extract_field_mesh(grid, example)
     assert len(vertices) and count_edges(faces).watertight

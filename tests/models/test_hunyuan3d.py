@@ -8,6 +8,7 @@ import torch
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.models.hunyuan3d import AutoencoderConfig, ShapeDecoder, ShapeEncoder, chosen, farthest
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import surface_points
+from tests.rejections import raising
 
 CONFIG = AutoencoderConfig(
     num_latents=6,
@@ -58,7 +59,7 @@ def test_points_are_even_on_a_mesh_that_fills_the_cube_with_outward_normals():
     shares = [(normals.abs()[:, axis] > 0.5).float().mean().item() for axis in range(3)]
     assert shares == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.06)  # areas 0.5, 1 and 2
     assert torch.equal(points, surface_points(box(), CONFIG, draw()))
-    with pytest.raises(ValueError, match="area.*triangles"):
+    with raising("area", "triangles"):
         surface_points(box(size=(1.0, 0.0, 0.0)), CONFIG, draw())
 
 

@@ -20,6 +20,7 @@ from eg3d_rlhf.models.lora import (
 )
 from eg3d_rlhf.models.sparse import feats_of
 from tests.models.adaptable_flow import AdaptableFlow, inputs, shake
+from tests.rejections import raising
 
 SMALL = LoraConfig(rank=2, alpha=8)
 KINDS = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "voxels"])
@@ -197,35 +198,34 @@ class VoxelLinear(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "names"),
     [
         (
             lambda m: add_lora(m, LoraConfig(targets=("to_q", "to_v")), 0),
-            r"add_lora\(AdaptableFlow\): expected layers named to_v, got "
-            "linear layers named input_layer, out_layer, to_kv, to_out, to_q, to_qkv. Name",
+            ("to_v", "input_layer, out_layer, to_kv, to_out, to_q, to_qkv"),
         ),
         (
             lambda m: add_lora(m, LoraConfig(targets=("blocks",)), 0),
-            r"linear layers on plain tensors, got blocks \(ModuleList\)",
+            ("blocks (ModuleList)",),
         ),
         (
             lambda m: (add_lora(m, SMALL, 0), add_lora(m, SMALL, 0)),
-            "expected a network without adapters, got one with 8. Merge",
+            ("8", "merged_state"),
         ),
-        (lambda m: adapters_off(m).__enter__(), "expected a network with adapters, got one without"),
-        (lambda m: LoraConfig(rank=0), "rank must be >= 1"),
-        (lambda m: LoraConfig(alpha=float("nan")), "alpha: expected a finite number"),
-        (lambda m: LoraConfig(dropout=1), "dropout must be < 1"),
-        (lambda m: LoraConfig(targets=()), "LoraConfig.targets: expected names"),
+        (lambda m: adapters_off(m).__enter__(), ("add_lora",)),
+        (lambda m: LoraConfig(rank=0), ("rank", ">= 1")),
+        (lambda m: LoraConfig(alpha=float("nan")), ("alpha", "nan")),
+        (lambda m: LoraConfig(dropout=1), ("dropout", "< 1")),
+        (lambda m: LoraConfig(targets=()), ("targets", "[]")),
     ],
 )
-def test_refusals(change, message):
-    with pytest.raises(ValueError, match=message):
+def test_refusals(change, names):
+    with raising(*names):
         change(AdaptableFlow())
 
 
 def test_layers_on_voxels_are_refused_before_anything_changes():
     net = nn.ModuleDict({"to_q": nn.Linear(2, 2), "mlp": VoxelLinear(2, 2)})
-    with pytest.raises(ValueError, match=r"got mlp \(VoxelLinear\). Choose other targets"):
+    with raising("mlp (VoxelLinear)"):
         add_lora(net, LoraConfig(targets=("to_q", "mlp")), 0)
     assert type(net["to_q"]) is nn.Linear and net["to_q"].weight.requires_grad

@@ -25,6 +25,7 @@ from eg3d_rlhf.models.policies import (
 )
 from eg3d_rlhf.models.sparse import feats_of
 from tests.models.adaptable_flow import AdaptableFlow, inputs, shake
+from tests.rejections import raising
 
 SMALL = LoraConfig(rank=2, alpha=8, dropout=0.25)
 
@@ -187,41 +188,41 @@ ONE = f"{PREFIX}blocks.0.to_q.lora_A.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "names"),
     [
         (
             lambda f, m: (f / CONFIG).unlink(),
-            r"expected adapter_config.json beside adapters or their alpha given, got neither. Give alpha",
+            ("alpha", CONFIG),
         ),
-        (lambda f, m: (f / CONFIG).write_text("{"), "adapter_config.json: expected PEFT's settings"),
-        (changed_config(r=0), "expected r >= 1 and lora_alpha > 0"),
-        (changed_config(use_dora=True), "expected use_dora False, got True. Merge it in PEFT"),
-        (changed_config(use_rslora=True), "expected use_rslora False"),
-        (changed_config(peft_type="IA3"), "expected peft_type 'LORA', got 'IA3'"),
-        (changed_config(rank_pattern={"to_q": 4}), "expected rank_pattern"),
-        (changed_config(init_lora_weights="pissa"), "expected init_lora_weights True, got 'pissa'"),
-        (changed_config(r=3), r"all of one rank, got ranks \[2, 3\]"),
+        (lambda f, m: (f / CONFIG).write_text("{"), (CONFIG, "JSONDecodeError")),
+        (changed_config(r=0), (CONFIG, "r >= 1", "lora_alpha")),
+        (changed_config(use_dora=True), (CONFIG, "use_dora", "True")),
+        (changed_config(use_rslora=True), (CONFIG, "use_rslora", "True")),
+        (changed_config(peft_type="IA3"), (CONFIG, "peft_type", "'IA3'")),
+        (changed_config(rank_pattern={"to_q": 4}), (CONFIG, "rank_pattern", "{'to_q': 4}")),
+        (changed_config(init_lora_weights="pissa"), (CONFIG, "init_lora_weights", "'pissa'")),
+        (changed_config(r=3), (ADAPTER, "[2, 3]")),
         (
             changed_tensors(lambda t: t.pop(ONE)),
-            "expected A and B of every layer, got one of them at blocks.0.to_q",
+            (ADAPTER, "A and B", "blocks.0.to_q"),
         ),
         (
             changed_tensors(lambda t: t.__setitem__(ONE, t[ONE] / 0)),
-            f"expected finite numbers, got others in {ONE}",
+            (ADAPTER, ONE),
         ),
         (
             changed_tensors(lambda t: t.__setitem__(ONE.replace("_A.", "_A.x."), t.pop(ONE))),
-            "expected one adapter, got those named , x",
+            (ADAPTER, "x"),
         ),
         (
             changed_tensors(
                 lambda t: t.__setitem__(ONE.replace("lora_A", "lora_magnitude_vector"), t[ONE].clone())
             ),
-            "lora_magnitude_vector.*plain LoRA",
+            (ADAPTER, "lora_magnitude_vector"),
         ),
         (
             changed_tensors(lambda t: t.__setitem__(ONE, t[ONE][:, :-1].clone())),
-            r"whose blocks.0.to_q is \[8, 8\], got \[8, 7\]",
+            ("blocks.0.to_q", "[8, 8]", "[8, 7]"),
         ),
         (
             changed_tensors(
@@ -229,38 +230,36 @@ ONE = f"{PREFIX}blocks.0.to_q.lora_A.weight"
                     t.__setitem__(k.replace("to_q.", "to_v."), t.pop(k)) for k in list(t) if "1.to_q." in k
                 ]
             ),
-            "whose blocks.1.to_v is no linear layer of that name",
+            ("blocks.1.to_v",),
         ),
-        (lambda f, m: (f / ADAPTER).write_bytes((f / ADAPTER).read_bytes()[:-9]), "Truncated or foreign"),
+        (lambda f, m: (f / ADAPTER).write_bytes((f / ADAPTER).read_bytes()[:-9]), (ADAPTER,)),
         (
             lambda f, m: write_merged(m, f / "model.safetensors"),
-            "expected one file of weights, got adapter_model.safetensors and model",
+            ("adapter_model.safetensors", "model.safetensors"),
         ),
     ],
 )
-def test_refusals(model, tmp_path, change, message):
+def test_refusals(model, tmp_path, change, names):
     write_adapter(model, tmp_path)
     change(tmp_path, model)
-    with pytest.raises(ValueError, match=message):
+    with raising(*names):
         load_weights(AdaptableFlow(), read_weights(tmp_path))
 
 
 def test_more_refusals(model, tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="expected weights or a folder with adapter_model.safetensors"
-    ):
+    with raising(str(tmp_path), ADAPTER, kind=FileNotFoundError):
         read_weights(tmp_path)
-    with pytest.raises(ValueError, match="write_adapter: expected adapters of one kind, got 0 kinds"):
+    with raising("add_lora"):
         write_adapter(AdaptableFlow(), tmp_path)
     write_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="expected alpha 8 as in adapter_config.json, got 4. Leave it out"):
+    with raising(CONFIG, "alpha", "8", "4"):
         read_weights(tmp_path, alpha=4)
-    with pytest.raises(ValueError, match="expected a network without adapters to load into"):
+    with raising(ADAPTER):
         load_weights(model, read_weights(tmp_path))
     state = AdaptableFlow().state_dict()
     state["extra"] = state.pop("pos_emb")
     save_file(state, tmp_path / "plain.safetensors")
-    with pytest.raises(ValueError, match="plain.safetensors: .* missing: pos_emb; unexpected: extra"):
+    with raising("plain.safetensors", "missing: pos_emb", "unexpected: extra"):
         load_weights(AdaptableFlow(), read_weights(tmp_path / "plain.safetensors"))
 
 
@@ -271,7 +270,7 @@ class Bomb:
 
 def test_nothing_in_a_file_is_run(tmp_path, capfd):
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"a": Bomb()}, 2))
-    with pytest.raises(ValueError, match="expected adapter_model.bin to hold weights alone"):
+    with raising("adapter_model.bin"):
         read_weights(tmp_path)
     assert "ran" not in capfd.readouterr().out
 

@@ -21,6 +21,7 @@ from eg3d_rlhf.models.trellis2 import (
     rotate,
     split,
 )
+from tests.rejections import raising
 
 FLOW = dict(
     resolution=4,
@@ -137,27 +138,27 @@ def test_features_beside_the_latent_widen_the_input_and_nothing_else():
         assert torch.equal(wide(more, t, cond).feats, plain(x, t, cond).feats)  # read by zeros
         wide.input_layer.weight[:, 3:] = 1
         assert not torch.equal(wide(more, t, cond).feats, plain(x, t, cond).feats)
-    with pytest.raises(ValueError, match="VoxelFlow.x_t: expected 4 given features beside the latent, got 0"):
+    with raising("4", "0"):
         wide(x, t, cond)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "names"),
     [
-        ({"pe_mode": "ape"}, "expected pe_mode 'rope'"),
-        ({"dtype": "f8"}, "and dtype float32, fp32, .* got 'rope' and 'f8'"),
-        ({"num_heads": 5}, "expected model_channels to divide by heads"),
-        ({"in_channels": 2}, "in_channels >= out_channels"),
-        ({"num_heads": 8}, "expected heads of an even number of channels, 6 or more"),
+        ({"pe_mode": "ape"}, ("pe_mode", "'rope'", "'ape'")),
+        ({"dtype": "f8"}, ("dtype", "float32, fp32", "'f8'")),
+        ({"num_heads": 5}, ("model_channels", "5")),
+        ({"in_channels": 2}, ("in_channels >= out_channels",)),
+        ({"num_heads": 8}, ("heads", "6", " 3 ")),
     ],
 )
-def test_flows_that_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_flows_that_are_refused(changes, names):
+    with raising(*names):
         FlowConfig(**{**FLOW, **changes})
 
 
 def test_a_flow_without_pe_mode_adds_its_positions_which_is_not_read():
-    with pytest.raises(ValueError, match="expected pe_mode 'rope' and dtype .*, got 'ape'"):
+    with raising("pe_mode", "'rope'", "'ape'"):
         FlowConfig(**{name: value for name, value in FLOW.items() if name != "pe_mode"})
 
 
@@ -178,7 +179,7 @@ def test_split_moves_channels_into_space_and_merge_back():
     assert (
         torch.equal(every.feats.flatten(), x.feats.flatten()) and len(torch.unique(every.coords, dim=0)) == 16
     )
-    with pytest.raises(ValueError, match="expected voxels with children"):
+    with raising(str(len(x.feats))):
         split(x, torch.zeros(2, 8, dtype=torch.bool))
 
 
@@ -200,21 +201,21 @@ def test_a_decoder_that_is_told_finds_the_voxels_of_the_one_that_says():
     )
     assert len(shape.coords) == int((children[0] > 0).sum()) and none == []
     assert torch.equal(coarse.coords, x.coords)
-    with pytest.raises(ValueError, match="expected the children of 1 splits, got None"):
+    with raising("1", "None"):
         told(x)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "names"),
     [
-        ({"num_blocks": (1,)}, "for every level"),
-        ({"block_type": (BLOCK, "SparseResBlock3d")}, "got SparseResBlock3d. Others are"),
-        ({"model_channels": (16, 7)}, "channels that eight children can share"),
+        ({"num_blocks": (1,)}, ("num_blocks",)),
+        ({"block_type": (BLOCK, "SparseResBlock3d")}, ("SparseResBlock3d", BLOCK)),
+        ({"model_channels": (16, 7)}, ("7",)),
     ],
 )
-def test_decoders_that_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_decoders_that_are_refused(changes, names):
+    with raising(*names):
         VoxelDecoderConfig(**{**DECODER, **changes})
     changes = {name: value[::-1] if isinstance(value, tuple) else value for name, value in changes.items()}
-    with pytest.raises(ValueError, match=message):
+    with raising(*names):
         VoxelEncoderConfig(**{**ENCODER, **changes})

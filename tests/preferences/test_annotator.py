@@ -19,6 +19,7 @@ from eg3d_rlhf.preferences.annotator import (
     solve_temperature,
     utility,
 )
+from tests.rejections import raising
 from training.heads.people import LATENT, named_people
 from training.heads.people_damage import damaged
 from training.heads.people_mesh import grid_points, head_grid
@@ -154,5 +155,5 @@ def test_blocks_hold_all_their_pairs_and_share_no_sample(count, block, samples):
 
 
 def test_ties_alone_are_named():
-    with pytest.raises(ValueError, match="only ties"):
+    with raising("ties"):
         solve_temperature([1.0, 1.0], [(0, 1)])

@@ -1,11 +1,11 @@
 """Splits share no seed, in any label graph; anchors; agreement of labels."""
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eg3d_rlhf.preferences.dataset import anchor_seeds, common_value, split_by_seed
 from eg3d_rlhf.preferences.labels import Preference
+from tests.rejections import raising
 
 
 def pairs(edges):
@@ -26,7 +26,7 @@ def test_no_seed_is_in_two_splits(edges, seed):
     try:
         s = split_by_seed(labels, seed=seed)
     except ValueError as error:
-        assert "got none in" in str(error)
+        assert any(name in str(error) for name in ("train", "val", "test"))
         return
     parts = [seeds_of(p) for p in (s.train, s.val, s.test)]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
@@ -55,9 +55,9 @@ def test_ties_are_left_out_and_counted():
 
 
 def test_too_few_labels_and_bad_shares_are_explained():
-    with pytest.raises(ValueError, match="got none in val, test from 1"):
+    with raising("val", "test", "1"):
         split_by_seed(pairs([(1, 2)]))
-    with pytest.raises(ValueError, match="three shares that sum to 1"):
+    with raising("0.5"):
         split_by_seed(pairs([(1, 2)]), (0.5, 0.5, 0.5))
 
 
@@ -77,5 +77,5 @@ def test_common_value_refuses_mixed_labels():
         Preference(winner=5, loser=6, psi=1.0),
     ]
     assert common_value(labels[:2], "psi") == 0.7 and common_value(labels[1:2], "psi") is None
-    with pytest.raises(ValueError, match="one psi throughout"):
+    with raising("psi", "0.7", "1.0"):
         common_value(labels, "psi")

@@ -5,6 +5,7 @@ cover a known truth.
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from eg3d_rlhf.preferences.strengths import (
     strengths,
 )
 from tests.preferences.coverage import Games, leaderboard_coverage, leaderboard_grid
+from tests.rejections import raising, rejected
 
 
 def games(first: str, second: str, wins: int, losses: int, ties: int = 0, start: int = 0) -> list[Game]:
@@ -70,9 +72,10 @@ def test_one_who_always_wins_has_finite_points_and_a_bound_on_one_side_alone():
         and rows["best"].hi is None
         and 1000 < rows["best"].lo < rows["best"].points
     )
-    assert rows["a"].hi is not None and "best has never lost: nothing tells how far ahead" in " ".join(
-        board.notes()
-    )
+    assert rows["a"].hi is not None
+    assert [name for name in rows if any(re.search(rf"\b{name}\b", note) for note in board.notes())] == [
+        "best"
+    ]
     json.dumps(board.to_dict(), allow_nan=False)
 
 
@@ -93,7 +96,7 @@ def test_ties_count_half_and_both_bad_is_one():
 def test_groups_that_never_met_are_not_compared():
     board = leaderboard([*games("a", "b", 20, 10), *games("x", "y", 5, 25, start=90)])
     assert [[s.name for s in group] for group in board.groups] == [["a", "b"], ["y", "x"]]
-    assert any("cannot be compared" in note for note in board.notes())
+    assert len(board.notes()) == 1 + len(leaderboard(games("a", "b", 20, 10)).notes())
 
 
 def test_too_few_games_or_prompts_have_no_points_and_the_sentence_what_is_missing():
@@ -101,13 +104,15 @@ def test_too_few_games_or_prompts_have_no_points_and_the_sentence_what_is_missin
     assert (
         board.groups == ()
         and board.few[0].points is None
-        and board.notes()[-1] == "b: 19 comparisons over 19; needs 1 more comparison."
+        and re.findall(r"\b(?:b|\d+)\b", board.notes()[-1]) == ["b", "19", "19", "1"]
     )
     same = [g._replace(prompt=i % 9, annotator=str(i)) for i, g in enumerate(games("a", "b", 30, 15))]
-    assert "needs 1 more prompt" in leaderboard(same).notes()[-1]
+    assert re.findall(r"\d+", leaderboard(same).notes()[-1]) == ["45", "9", "1"]
     board = leaderboard([*games("a", "b", 20, 10), *games("b", "late", 3, 2, start=90)])
     assert [s.name for s in board.groups[0]] == ["a", "b"] and [s.games for s in board.groups[0]] == [30, 30]
-    assert [s.name for s in board.few] == ["late"] and "late: 5 comparisons" in " ".join(board.notes())
+    assert [s.name for s in board.few] == ["late"] and any(
+        re.search(r"\blate\b.*\b5\b", note) for note in board.notes()
+    )
     assert leaderboard([]).to_dict()["groups"] == [] and leaderboard([]).notes() == []
 
 
@@ -170,7 +175,7 @@ def test_held_ratings_stay_and_the_new_one_is_measured_against_them():
     assert found.ratings["y"].elo == 1270.0 and found.ratings["y"].lo == found.ratings["y"].hi == 1270.0
     assert found.ratings["x"].elo == pytest.approx(1270 + 400 * math.log10(3))
     assert found.ratings["x"].lo < found.ratings["x"].elo < found.ratings["x"].hi
-    with pytest.raises(ValueError, match="Hold fewer"):
+    with raising("held"):
         elo(of(3, 1), held={"x": 1.0, "y": 2.0})
 
 
@@ -201,7 +206,7 @@ def test_the_tool_rates_each_criterion_and_goes_on_from_its_own_file(tmp_path):
     assert f"| x | {tables['overall']['ratings']['x']['elo']:.1f} |" in done.output
     new = write(tmp_path / "new.jsonl", [{"a": "new", "b": "x", "winner": w} for w in "ab"])
     again = call(source, new, f"--held={out}")
-    assert "texture: left out" in again.stderr
+    assert "texture" in again.stderr and "overall" not in again.stderr
     assert (
         again.exit_code == 0 and f"| new | {tables['overall']['ratings']['x']['elo']:.1f} |" in again.output
     )
@@ -214,14 +219,14 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, text):
     path = tmp_path / "j.jsonl"
     path.write_text(text + "\n")
     done = call(path, f"--out={tmp_path / 'o.json'}")
-    assert done.exit_code == 2 and done.stderr.startswith("Error: j.jsonl") and done.stderr.count("\n") == 1
+    rejected(done, "j.jsonl")
     assert not (tmp_path / "o.json").exists()
 
 
 def test_held_needs_a_file_of_the_tool(tmp_path):
     source = write(tmp_path / "j.jsonl", records(3, 1))
     done = call(source, f"--held={source}")
-    assert done.exit_code == 2 and "--held" in done.stderr and done.stderr.count("\n") == 1
+    rejected(done, "--held")
 
 
 # Strengths against closed forms and a published table; cycles against counting by hand.

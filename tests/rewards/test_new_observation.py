@@ -3,6 +3,7 @@ watches and is resumed.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from eg3d_rlhf.modes.labels import synthetic
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from tests import tiny_runs
+from tests.rejections import raising, rejected
 from training import checkpoint, storage
 
 PLUGIN = Path(__file__).parent / "frontal_depth.py"
@@ -49,7 +51,7 @@ def reward(tmp_path_factory) -> Path:
         "--epochs=2",
         "--set=fractions=0.6 0.2 0.2",
     )
-    assert "test pairs ordered as labelled" in said
+    assert re.search(r"\b\d+/\d+ = [01]\.\d{3}\b", said)  # of the test pairs
     return folder / "run" / "reward.safetensors"
 
 
@@ -72,7 +74,7 @@ def test_the_file_says_what_it_reads_and_a_field_is_scored(reward):
     )
     check_reward(loaded, generator)
     elsewhere = Reward(type(loaded.observation)(radius=1.0), loaded.network)
-    with pytest.raises(ValueError, match=r"expected a generator with radius 1.0, got 2.7"):
+    with raising("radius", "1.0", "2.7"):
         check_reward(elsewhere, generator)
 
 
@@ -109,29 +111,29 @@ def test_it_tunes_is_watched_and_resumed(reward, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "text"),
-    [(["--observation=smell"], f"one of {KNOWN}, got"), (["--preset=heads"], "one of depth")],
+    ("flags", "names"),
+    [(["--observation=smell"], (KNOWN, "'smell'")), (["--preset=heads"], ("depth", "'heads'"))],
 )
-def test_what_is_unknown_is_refused_by_name(flags, text, tmp_path):
+def test_what_is_unknown_is_refused_by_name(flags, names, tmp_path):
     result = CliRunner().invoke(
         reward_training.train, ["--observation=frontal-depth", *flags, f"--out={tmp_path / 'run'}"]
     )
-    assert result.exit_code == 2 and text in result.stderr and "Traceback" not in result.stderr
+    rejected(result, *names)
 
 
 def test_train_refuses_another_kind_than_the_file_reads(reward, tmp_path):
-    for flags, text in (
-        (["--reward=smell"], f"--reward: observation: expected one of {KNOWN}, got 'smell'"),
+    for flags, names in (
+        (["--reward=smell"], ("--reward", KNOWN, "'smell'")),
         (
             ["--reward=frontal-depth"],
-            "--reward-ckpt: expected a reward for --cfg=heads64 --reward=frontal-depth, got nothing",
+            ("--reward-ckpt", "--cfg=heads64", "--reward=frontal-depth"),
         ),
         (
             ["--reward=sigma", f"--reward-ckpt={reward}"],
-            "--reward=sigma: expected a reward that reads this, got one of frontal-depth",
+            ("--reward=sigma", "frontal-depth"),
         ),
     ):
         result = tiny_runs.run(
             *flags, f"--outdir={tmp_path}", "--data=synthetic:people64@n=8", "--device=cpu"
         )
-        assert result.exit_code == 2 and text in result.stderr, result.stderr
+        rejected(result, *names)

@@ -4,6 +4,7 @@ around it.
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from eg3d_rlhf.rewards.evaluation import (
 )
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.rewards.train import TrainData, TrainOptions, default_options, train_reward, with_changes
+from tests.rejections import raising, rejected
 
 SHAPE = (12, 14, 12)
 
@@ -120,10 +122,10 @@ def test_resume_and_repetition_equal_the_straight_run(tmp_path, anchors):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     other = train_reward(data, with_changes(options, seed=1))
     assert not torch.equal(other.model.MLP.input_layer.weight, straight.model.MLP.input_layer.weight)
-    with pytest.raises(ValueError, match="other lr"):
+    with raising("lr"):
         train_reward(data, with_changes(options, lr=1e-4), state_file=path)
     path.write_bytes(b"cut")
-    with pytest.raises(ValueError, match="expected a training state"):
+    with raising("state.pt"):
         train_reward(data, options, state_file=path)
 
 
@@ -148,7 +150,7 @@ def test_paper_preset_has_the_papers_settings():
         1e-2,
         3,
     )
-    with pytest.raises(ValueError, match="expected one of heads, paper, small"):
+    with raising("heads", "paper", "small", "'huge'"):
         default_options("huge")
 
 
@@ -179,7 +181,7 @@ def test_store_draws_each_seed_once_and_survives_in_a_file(tmp_path):
     assert again.fill([4, 3, 2, 1]) == 0 and drawn == [1, 2, 3, 4]
     torch.testing.assert_close(again.take([4, 1]), blobs([4, 1]), rtol=1e-3, atol=1e-3)
     path.write_bytes(b"cut")
-    with pytest.raises(ValueError, match="Delete the file"):
+    with raising("slabs.safetensors"):
         ObservationCache(source, path)
 
 
@@ -232,9 +234,8 @@ def test_command_trains_and_writes_everything(network, tmp_path):
     ]
     result = invoke(*run, "--anchors", 10, "--cache", tmp_path / "cache")
     assert result.exit_code == 0, result.output
-    assert "test pairs ordered as labelled" in result.output and "95 % interval" in result.output
-    assert "Warning: too few labels: " in result.stderr and "some 360 labels are wanted" in result.stderr
-    assert "too few labels" in result.stdout.splitlines()[-2] and "figures above" in result.stdout
+    assert any("360" in line for line in result.stderr.splitlines() if line.startswith("Warning: "))
+    assert "360" in result.stdout.splitlines()[-2]
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {
         "reward.safetensors",
@@ -253,10 +254,13 @@ def test_command_trains_and_writes_everything(network, tmp_path):
     assert reward.score_observed(torch.rand(1, *reward.observation.shape) * 100).shape == (1,)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert sum(report["splits"].values()) == 24 and report["splits"]["train"] in (16, 17)
-    assert report["test"]["labels"]["n"] == report["splits"]["test"]
+    tested = report["test"]["labels"]
+    assert tested["n"] == report["splits"]["test"]
+    assert f"{tested['correct']}/{tested['n']}" in result.stdout
+    assert all(f"{end:.3f}" in result.stdout for end in tested["interval_95"])
     assert len((tmp_path / "run" / "stats.jsonl").read_text().splitlines()) == 2
     again = invoke(*run, "--anchors", 10)
-    assert again.exit_code == 2 and "--resume" in again.output
+    rejected(again, "--resume")
     before = (tmp_path / "run" / "reward.safetensors").read_bytes()
     assert invoke("--resume", tmp_path / "run").exit_code == 0
     assert (tmp_path / "run" / "reward.safetensors").read_bytes() == before
@@ -275,24 +279,20 @@ def test_command_trains_and_writes_everything(network, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("label", "extra", "words"),
+    ("label", "extra", "names"),
     [
-        (Preference(winner=1, loser=2, generator="f" * 64), [], "any_generator"),
-        (Preference(winner=1, loser=2, psi=0.7), ["--set", "psi=1"], "Leave it out"),
-        (Preference(winner=1, loser=2), ["--set", "fractions=0.5 0.5"], "fractions: expected 3 values"),
+        (Preference(winner=1, loser=2, generator="f" * 64), [], ("any_generator",)),
+        (Preference(winner=1, loser=2, psi=0.7), ["--set", "psi=1"], ("--set psi",)),
+        (Preference(winner=1, loser=2), ["--set", "fractions=0.5 0.5"], ("fractions", "3")),
     ],
 )
-def test_user_errors_are_one_line_and_exit_code_two(network, tmp_path, label, extra, words):
+def test_user_errors_are_one_line_and_exit_code_two(network, tmp_path, label, extra, names):
     common = {"generator": label.generator, "psi": label.psi}
     labels = write_labels(
         tmp_path / "labels.csv", [Preference(winner=2 * i, loser=2 * i + 1, **common) for i in range(20)]
     )
     result = invoke("--network", network[0], "--labels", labels, "--out", tmp_path / "run", *extra)
-    assert result.exit_code == 2 and words in result.output
-    assert (
-        len([line for line in result.output.splitlines() if line.startswith("Error")]) == 1
-        and "Traceback" not in result.output
-    )
+    rejected(result, *names)
 
 
 def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
@@ -316,14 +316,10 @@ FRACTIONS = (0.7, 0.15, 0.15)
 
 def test_too_few_pairs_are_told_with_how_many_are_wanted():
     said = too_few({"train": 17, "val": 4, "test": 3}, FRACTIONS)
-    assert said.startswith(
-        "too few labels: 17 pairs to train, 4 to choose the epoch by and 3 to test; some 360 labels are"
-        " wanted"
-    )
+    assert all(re.search(rf"\b{count}\b", said) for count in (17, 4, 3, 360))
     assert too_few({"train": 252, "val": 54, "test": 54}, FRACTIONS) == ""
-    assert "too few" in too_few(
-        {"train": 252, "val": 54, "test": 53}, FRACTIONS
-    ) and "too few" in too_few_shapes(26, 60)
+    assert "53" in too_few({"train": 252, "val": 54, "test": 53}, FRACTIONS)
+    assert "26" in too_few_shapes(26, 60)
     assert too_few_shapes(27, 27) == ""
 
 

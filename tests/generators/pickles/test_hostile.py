@@ -13,6 +13,7 @@ import pytest
 from eg3d_rlhf.generators import pickles
 from tests.generators.pickles import hostile
 from tests.generators.pickles.writer import SnapshotWriter, dumps, stock_networks
+from tests.rejections import check_message, raising
 
 SECONDS = 10
 MEBIBYTES = 2048
@@ -81,12 +82,12 @@ def test_the_attempts_are_real(tmp_path):
 
 
 def test_the_refused_name_is_told(report):
-    assert "the global os.system, which no network needs" in report["outcomes"]["os.system, protocol 4"][0]
-    assert (
-        "the global os.system in a tensor stream"
-        in report["outcomes"]["stream: a storage that is os.system"][0]
-    )
-    assert "Nothing in it was run" in report["outcomes"]["eval, protocol 2"][0]
+    for case, name in (
+        ("os.system, protocol 4", "os.system"),
+        ("stream: a storage that is os.system", "os.system"),
+        ("eval, protocol 2", "eval"),
+    ):
+        check_message(report["outcomes"][case][0], (name,))
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +122,9 @@ def test_truncation_at_every_percent(files, name):
 
 def test_an_empty_and_a_missing_file(tmp_path):
     (tmp_path / "empty.pkl").write_bytes(b"")
-    with pytest.raises(ValueError, match="got an empty file"):
+    with raising("empty.pkl", "empty"):
         pickles.read(tmp_path / "empty.pkl")
-    with pytest.raises(FileNotFoundError, match="got nothing there"):
+    with raising("none.pkl", kind=FileNotFoundError):
         pickles.read(tmp_path / "none.pkl")
 
 
@@ -178,7 +179,10 @@ def test_ten_thousand_flipped_bytes(files, seed):
 
 @pytest.mark.long
 def test_the_official_file_truncated_at_every_percent(fixtures_dir):
-    for path in sorted((fixtures_dir / "eg3d_pickle").glob("snapshot_*.pkl")):
+    snapshots = sorted((fixtures_dir / "eg3d_pickle").glob("snapshot_*.pkl"))
+    if not snapshots:
+        pytest.skip("this set has no eg3d_pickle/snapshot_*.pkl, an official EG3D snapshot")
+    for path in snapshots:
         data = path.read_bytes()
         for percent in range(100):
             assert survives(data[: len(data) * percent // 100]) != "loaded"

@@ -14,6 +14,7 @@ from eg3d_rlhf.modes import network_files
 from tests import tiny_runs
 from tests.generators.pickles.hostile import calls
 from tests.generators.pickles.writer import SnapshotWriter, stock_networks
+from tests.rejections import rejected
 from tests.tools.examples import run_example
 from training import networks
 
@@ -78,16 +79,14 @@ def test_inspect_a_hostile_file_names_what_it_asks_for(tmp_path):
     path = tmp_path / "x.pkl"
     path.write_bytes(dict(calls(str(tmp_path / "marker")))["os.system, protocol 4"])
     result = run(network_files.inspect_network, path)
-    assert result.exit_code == 2 and "os.system" in result.stderr and len(result.stderr.splitlines()) == 1
+    rejected(result, str(path), "os.system")
     assert not (tmp_path / "marker").exists()
 
 
 def test_convert_a_pickle(pkl, tmp_path):
     for name, extra in (("a.safetensors", ["--only-ema"]), ("b.pt", [])):
         result = run(network_files.convert, pkl, f"--out={tmp_path / name}", *extra)
-        assert result.exit_code == 0 and "read back and equal" in result.stdout and result.stderr == "", (
-            result.output
-        )
+        assert result.exit_code == 0 and name in result.stdout and result.stderr == "", result.output
     nets = stock_networks()
     alone = networks.load(tmp_path / "a.safetensors")
     assert (
@@ -103,29 +102,24 @@ def test_convert_a_pickle(pkl, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "text"),
+    ("args", "names"),
     [
-        (["{pkl}", "--out=x.bin"], "--out"),
-        (["{pkl}", "--out={pkl}/../there.safetensors"], "--out"),
-        (["missing.pkl", "--out=x.pt"], "missing.pkl"),
+        (["{pkl}", "--out=x.bin"], ("--out", "x.bin")),
+        (["{pkl}", "--out={pkl}/../there.safetensors"], ("--out", "there.safetensors")),
+        (["missing.pkl", "--out=x.pt"], ("missing.pkl",)),
     ],
 )
-def test_convert_mistakes(args, text, pkl, monkeypatch, tmp_path):
+def test_convert_mistakes(args, names, pkl, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (pkl.parent / "there.safetensors").touch()
     result = run(network_files.convert, *[a.format(pkl=pkl).replace(f"{pkl.name}/../", "") for a in args])
-    assert (
-        result.exit_code == 2
-        and result.stderr.startswith(f"Error: {text}")
-        and len(result.stderr.splitlines()) == 1
-    )
+    rejected(result, *names)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_convert_warns_where_a_checkout_cannot_follow(tmp_path):
     result = run(network_files.convert, bundled.GENERATOR, f"--out={tmp_path / 'x.pt'}")
-    assert result.exit_code == 0 and "Warning: a checkout of EG3D cannot build" in result.stderr
-    assert "plane_resolution = 128" in result.stderr
+    assert result.exit_code == 0 and "plane_resolution = 128" in result.stderr
 
 
 def test_a_pickle_as_the_start_of_training(pkl, tmp_path):
@@ -142,6 +136,4 @@ def test_a_pickle_as_the_start_of_training(pkl, tmp_path):
             f"--outdir={tmp_path / 'runs'}",
         ],
     )
-    assert result.exit_code == 2 and "expected images of 128 pixels for --init=" in result.stderr, (
-        result.output
-    )
+    rejected(result, "--data", "--init", "128", "32")

@@ -15,6 +15,7 @@ from eg3d_rlhf.rewards.meshes.model import (
     load_meshmae,
 )
 from eg3d_rlhf.rewards.meshes.patches import PatchOptions
+from tests.rejections import raising
 
 PROMPTS = ("a red head", "a box")
 
@@ -65,7 +66,7 @@ def test_prompts_count(reward):
     forgotten = reward.text(["a box", ""], torch.tensor([True, False]))[0]
     assert torch.equal(forgotten[0, 0], tokens[1, 0]) and torch.equal(forgotten[0, 1:], tokens[0, 1:])
     assert torch.equal(PromptTokens((), 4)([""])[1], torch.ones(1, 1, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"expected \[A, P, 4, 10\], got \[1, 6, 3, 10\]"):
+    with raising("[A, P, 4, 10]", "[1, 6, 3, 10]"):
         reward.score(mesh._replace(features=mesh.features[:, :, :3]), ["a"])
 
 
@@ -97,12 +98,12 @@ def test_files_keep_everything(reward, tmp_path):
     assert not any(p.requires_grad for p in again.parameters())
     assert json.loads(path.with_suffix(".json").read_text())["prompts"] == list(PROMPTS)
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=r"reward\.safetensors: expected a mesh-reward file"):
+    with raising("reward.safetensors"):
         load_mesh_reward(path)
 
 
 def test_bad_sizes_are_named():
-    with pytest.raises(ValueError, match="width that the heads divide"):
+    with raising("width", "10", "4", "heads"):
         EncoderOptions(width=10, heads=4)
-    with pytest.raises(ValueError, match="MeshMAE's trunk of .*Missing key"):
+    with raising("MeshMAE", "Missing key"):
         load_meshmae(MeshEncoder(EncoderOptions(width=8, heads=2, depth=1)), {"cls_token": torch.zeros(1)})

@@ -3,6 +3,7 @@ long lane.
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from eg3d_rlhf.rewards.meshes.model import load_mesh_reward
 from eg3d_rlhf.rewards.meshes.patches import PatchOptions, patches_of
 from eg3d_rlhf.rewards.meshes.surfaces import closed_level, cube, marching_tetrahedra, signed_volume
 from eg3d_rlhf.rewards.meshes.train import MeshRewardTraining, MeshTraining, run_table
+from tests.rejections import check_message, raising, rejected
 
 TINY = {
     "shapes": 80,
@@ -193,7 +195,7 @@ def test_the_tool_writes_a_reward_and_goes_on_to_the_same_bytes(tmp_path, monkey
     monkeypatch.setattr(MeshTraining, "run", whole)
     assert not (cut / run.REWARD).exists() and list(cut.glob("checkpoint-*.safetensors"))
     other = CliRunner().invoke(main, [f"--resume={cut}", "--lr=0.1"])
-    assert other.exit_code == 2 and "--lr: expected the run's own with --resume" in other.stderr
+    rejected(other, "--lr", "--resume")
     resumed = CliRunner().invoke(main, [f"--resume={cut}"])
     assert resumed.exit_code == 0, resumed.output
     assert (cut / run.REWARD).read_bytes() == (out / run.REWARD).read_bytes()
@@ -201,21 +203,23 @@ def test_the_tool_writes_a_reward_and_goes_on_to_the_same_bytes(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "names"),
     [
-        (["--seeds=2", "--set", "shuffled=true"], "--seeds: expected neither"),
-        (["--set=batch=7"], "--set batch: expected an even number, got 7"),
-        (["--set=batch=400"], "batch: expected at most as many"),
-        (["--set", "width=11"], "width that the heads divide"),
-        (["--set", "nothing=1"], "--settings: expected a setting"),
-        (["--data=none.jsonl"], "--data: expected a .jsonl file, got nothing"),
-        (["--set", "place=box"], "Add --set turns=false"),
-        (["--set", "patchifier=maps", "--set", "faces=9"], "of 4, 16, 64, ... faces, got 8 of 9"),
+        (["--seeds=2", "--set", "shuffled=true"], ("--seeds", "shuffled")),
+        (["--set=batch=7"], ("--set", "batch", "7")),
+        (["--set=batch=400"], ("batch", "400")),
+        (["--set", "width=11"], ("width", "11", "heads")),
+        (["--set", "nothing=1"], ("--settings", "nothing")),
+        (["--data=none.jsonl"], ("--data", "none.jsonl")),
+        (["--set", "place=box"], ("--set turns=false",)),
+        (["--set", "patchifier=maps", "--set", "faces=9"], ("4, 16, 64", "9")),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, flags, words):
+def test_bad_input_is_one_line(tmp_path, flags, names):
     result = command(f"--outdir={tmp_path / 'runs'}", *flags)
-    assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.stderr
+    assert result.exit_code == 2
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    check_message(error, names)
     assert not (tmp_path / "runs").exists()
 
 
@@ -243,7 +247,7 @@ def test_meshes_of_files(tmp_path):
     done = command(
         f"--outdir={tmp_path}", f"--data={path}", "--set", "held_out=0.4", "--set", "batch=4", "--steps=3"
     )
-    assert done.exit_code == 0 and "held-out AUC" in done.output, done.output
+    assert done.exit_code == 0 and re.search(r"\bAUC [01]\.\d{3}\b", done.output), done.output
     for bad in (
         {"mesh": "none.ply", "score": 4},
         {"mesh": "0.ply", "score": 9},
@@ -251,7 +255,7 @@ def test_meshes_of_files(tmp_path):
         {"mesh": "meshes.jsonl", "score": 1},
     ):
         path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad) + "\n")
-        with pytest.raises(ValueError, match="--data: .*line 2: expected"):
+        with raising("--data", "meshes.jsonl", "line 2"):
             dataset.read(path, options)
 
 
@@ -263,7 +267,7 @@ def test_the_table_keeps_what_is_done(tmp_path):
     )
     run_table(options, tmp_path, 1, say=said.append)
     assert len(said) == 4
-    with pytest.raises(ValueError, match="--resume"):
+    with raising("--resume"):
         run_table(MeshRewardTraining(**{**TINY, "steps": 4}), tmp_path, 1)
 
 

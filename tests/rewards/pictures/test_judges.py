@@ -18,6 +18,7 @@ from eg3d_rlhf.rewards.pictures.judges import (
     YesNoJudge,
     emblem_sides,
 )
+from tests.rejections import raising
 from tests.rewards.test_boxes import BOX, FACES, HEAD, pictures
 
 
@@ -135,14 +136,9 @@ def test_a_language_model_decides_whatever_the_order(server, monkeypatch):
 def test_its_answers_to_questions(server, monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     server.answer = "1. Yes\n2. no\n3. YES"
-    judge = YesNoJudge(
-        judge_at(server).answers, lambda prompt: ["Is it whole?", "Is it red?", "Is it a head?"]
-    )
+    judge = YesNoJudge(judge_at(server).answers, lambda prompt: ["Whole?", "Red?", "Head?"])
     assert judge.score(torch.zeros(4, 3, 8, 8), "a head") == 2
-    assert (
-        server.seen[0][1] is None
-        and "2. Is it red?" in server.seen[0][0]["messages"][0]["content"][0]["text"]
-    )
+    assert server.seen[0][1] is None and "2. Red?" in server.seen[0][0]["messages"][0]["content"][0]["text"]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +156,7 @@ def test_no_answer_is_none(server, answer, status, reason):
 
 
 def test_only_the_environment_holds_keys(repo):
-    with pytest.raises(ValueError, match="--judge: expected the address of a server"):
+    with raising("--judge", "http"):
         VisionLanguageJudge(url="sk-abc", model="tiny")
     key = re.compile(
         r"\b(?:sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{20,}|AIza[A-Za-z0-9_-]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})"

@@ -57,7 +57,7 @@ def test_measures_leave_out_what_does_not_apply():
         {
             name: {
                 "share": torch.tensor([1.0, torch.nan, 0.0, torch.nan]),
-                "of none": torch.full((4,), torch.nan),
+                "unmeasured": torch.full((4,), torch.nan),
             }
             for name in ("sds", "b")
         },
@@ -66,7 +66,7 @@ def test_measures_leave_out_what_does_not_apply():
         data["arms"]["b"]["measures"]["share"]["mean"] == 0.5
         and data["arms"]["b"]["measures"]["share"]["n"] == 2
     )
-    assert set(data["arms"]["b"]["measures"]) == {"share"} and "of none" not in markdown(
+    assert set(data["arms"]["b"]["measures"]) == {"share"} and "unmeasured" not in markdown(
         {**data, "judge": "size"}
     )
 

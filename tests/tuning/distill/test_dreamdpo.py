@@ -11,6 +11,7 @@ import torch
 from eg3d_rlhf.tuning.distill.guidance.denoiser import RankingSettings
 from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo, DreamDpoSettings
 from eg3d_rlhf.tuning.distill.schedule import Streams
+from tests.rejections import raising
 from tests.tuning.distill.particles import (
     BRIEF,
     PROMPT,
@@ -74,7 +75,7 @@ def test_t4_a_judge_of_signs_does_what_the_reward_does():
 @pytest.mark.long
 def test_t5_one_guidance_scale_for_both_diverges():
     made = prior()
-    with pytest.warns(UserWarning, match="lose_guidance_scale: both noises at 7.5 leave no anchor"):
+    with pytest.warns(UserWarning, match=r"lose_guidance_scale.*\b7\.5\b"):
         guidance = dpo(made, Towards(made), lose_guidance_scale=None)
     end = optimise(guidance, made, steps=800, lr=0.05)
     print("T5", end)
@@ -138,9 +139,9 @@ def test_a_reward_or_judge_that_answers_nonsense():
         def score(self, pixels, prompts):
             return torch.full((len(pixels),), math.nan)
 
-    with pytest.raises(ValueError, match=r"--reward: expected finite scores \[8\], got \[8\] with NaN"):
+    with raising("--reward", "[8]", "NaN"):
         dpo(made, Bad(made))(*args)
     judge = Prefers(Towards(made))
     judge.judge = lambda prompts, pairs: [2] * len(pairs)
-    with pytest.raises(ValueError, match="--judge: expected 4 answers of 0, 1 or -1"):
+    with raising("--judge", "4", "0, 1 or -1"):
         dpo(made, judge=judge)(*args)

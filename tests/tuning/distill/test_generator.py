@@ -3,6 +3,7 @@ the file as any other.
 """
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from eg3d_rlhf.people.study import commands as study
 from eg3d_rlhf.people.study.design import read_design, study_pairs
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.boxes import noses
+from tests.rejections import check_message, raising
 
 REPO = Path(__file__).resolve().parents[3]
 COUNT = 12
@@ -60,11 +62,11 @@ def test_a_seed_names_an_asset(run):
     assert not torch.equal(*field.density(points))
     assert loaded.nets.training_set["pairs"] == [list(pair) for pair in PAIRS]
     assert loaded.hash != load_generator(run / "assets-dreamdpo.safetensors").hash
-    with pytest.raises(ValueError, match="seeds 0 to 11.* got 12"):
+    with raising("0 to 11", "12"):
         ws_of_seeds(generator, [3, 12])
-    with pytest.raises(ValueError, match="expected latents of seeds 0 to 11, got others"):
+    with raising("0 to 11"):
         generator.mapping(torch.zeros(1, generator.z_dim), torch.zeros(1, 25))
-    with pytest.raises(ValueError, match="whole numbers below 12"):
+    with raising("12"):
         generator.field(torch.tensor([[[0.5]]]))
 
 
@@ -72,7 +74,7 @@ def test_it_cannot_be_tuned(run, tiny_data, tmp_path):
     error = said(
         train.main, f"--init={run / 'assets-sds.safetensors'}", f"--data={tiny_data}", f"--outdir={tmp_path}"
     )
-    assert error.startswith("Error: --init: ") and "expected a network file with G, D and G_ema" in error
+    check_message(error, ("--init", "assets-sds.safetensors", "G_ema"))
 
 
 def test_it_is_labelled_whole(run, tmp_path):
@@ -83,9 +85,10 @@ def test_it_is_labelled_whole(run, tmp_path):
     vertices, _ = surface(loaded.generator, next(shape for shape in shapes if not shape.degradation))
     assert (abs(vertices).max(axis=0) > 0.45).all()  # nothing of the cube is cleared
     network = f"--network={run / 'assets-dreamdpo.safetensors'}"
-    assert "--first-seed=0, 17 seeds with gold and training: expected seeds 0 to 11" in said(
+    error = said(
         label.main, network, f"--db=sqlite:///{tmp_path / 'labels.db'}", "--first-seed=0", "--pairs=5"
     )
+    check_message(error, ("--first-seed=0", "17", "0 to 11"))
     assert not (tmp_path / "labels.db").exists()
 
 
@@ -104,12 +107,8 @@ def test_two_arms_are_compared_blind(run, tmp_path, monkeypatch):
     planned = study_pairs(design)
     assert {shape.seed for pair in planned for shape in (pair.first, pair.second)} == set(range(12))
     assert sum(pair.kind is Kind.GOLD for pair in planned) == 24  # shapes come again where none are left
-    assert "--n: expected at most 12 trials" in said(
-        study.main, a, b, "--n=13", f"--outdir={tmp_path / 'more'}"
-    )
-    assert "assets of the same prompts and seeds" in said(
-        study.main, a, "--n=3", f"--outdir={tmp_path / 'other'}"
-    )
+    check_message(said(study.main, a, b, "--n=13", f"--outdir={tmp_path / 'more'}"), ("--n", "12", "13"))
+    check_message(said(study.main, a, "--n=3", f"--outdir={tmp_path / 'other'}"), ("--a", "--b"))
 
 
 def documented() -> list[list[str]]:
@@ -168,7 +167,7 @@ def test_the_documented_commands(tmp_path, monkeypatch):
         }.get(flags[1], [])
         result = CliRunner().invoke(tools[name.removeprefix("tools/")], flags)
         if flags[0] == "export":
-            assert "labels.jsonl: 0 lines" in result.output  # nobody has answered
+            assert re.search(r"labels\.jsonl\b.*\b0\b", result.output)  # nobody has answered
             label_export(tmp_path, tmp_path / "labels.jsonl")
         assert result.exit_code == 0, (name, flags, result.output, result.exception)
     report = json.loads((tmp_path / "runs" / "head-reward" / "report.json").read_text())

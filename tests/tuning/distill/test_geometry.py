@@ -21,6 +21,7 @@ from eg3d_rlhf.tuning.distill.guidance.geometry import (
     ProgressiveGeometry,
 )
 from tests.generators.assets.test_grids import balls, random_voxels
+from tests.rejections import raising
 
 
 def linear(field, prompts, step):
@@ -123,7 +124,7 @@ def test_an_inverted_reward_is_climbed_down_and_a_ramp_has_a_length():
             )
         )
     assert torch.equal(moved[0][0], -moved[1][0]) and torch.allclose(moved[0][1], -moved[1][1], atol=1e-6)
-    with pytest.raises(ValueError, match="geometry_start"):
+    with raising("geometry_start"):
         ProgressiveGeometry(linear, GeometrySettings(geometry_start=1.0), 10)
 
 

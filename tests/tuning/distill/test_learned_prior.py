@@ -102,7 +102,7 @@ def test_t1_dreamdpo_reaches_the_preferred_mode(kind, low, high):
 
 
 def test_t5_one_guidance_scale_for_both_diverges():
-    with pytest.warns(UserWarning, match="lose_guidance_scale: both noises at 1.5 leave no anchor"):
+    with pytest.warns(UserWarning, match=r"lose_guidance_scale.*\b1\.5\b"):
         end = end_of("dreamdpo", "good", lose_guidance_scale=None)
     print("T5", end, "| the loser at 1", end_of("dreamdpo", "good"), "| sds", end_of("sds"))
     assert end.log_p < end_of("sds").log_p - 100

@@ -21,6 +21,7 @@ from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds, RewardSdsSett
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
 from eg3d_rlhf.tuning.distill.methods import PRESETS
 from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
+from tests.rejections import raising
 from tests.tuning.distill.particles import PROMPT, Along, Prefers, Towards, optimise, prior, some
 
 
@@ -91,24 +92,24 @@ def test_settings_that_do_not_fit(kind, settings, name):
 
 
 @pytest.mark.parametrize(
-    ("settings", "reward", "judge", "text"),
+    ("settings", "reward", "judge", "names"),
     [
-        (DreamDpoSettings(), None, None, "--reward: expected a reward, or a judge"),
+        (DreamDpoSettings(), None, None, ("--reward", "judge")),
         (
             DreamDpoSettings(ranking=RankingSettings(judge_mode="or")),
             None,
             Prefers(None),
-            "--reward: expected a reward",
+            ("--reward", "or"),
         ),
-        (PsdSettings(negative_update="reward"), None, Prefers(None), "negative_update"),
-        (DreamRewardSettings(), sided, None, "cameras"),
-        (DreamRewardSettings(), blind, None, "--reward: expected a differentiable one"),
+        (PsdSettings(negative_update="reward"), None, Prefers(None), ("negative_update",)),
+        (DreamRewardSettings(), sided, None, ("cameras",)),
+        (DreamRewardSettings(), blind, None, ("--reward", "differentiable")),
     ],
 )
-def test_rewards_and_judges_that_do_not_fit(settings, reward, judge, text):
+def test_rewards_and_judges_that_do_not_fit(settings, reward, judge, names):
     made = prior()
     more = {"judge": judge} if judge else {}
-    with pytest.raises(ValueError, match=text):
+    with raising(*names):
         guidance_for(settings)(
             made, settings, views=1, streams=Streams(seed=0), reward=reward and reward(made), **more
         )(*some())

@@ -21,6 +21,7 @@ from eg3d_rlhf.tuning.distill.priors.tiny_unet import (
     train,
 )
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
+from tests.rejections import raising
 
 TEXTS = [problem.PROMPTS[0].text] * 4 + [problem.PROMPTS[14].text] * 4
 
@@ -62,11 +63,9 @@ def test_it_is_a_prior_of_four_views():
     assert (other[0] - alone[0]).abs().max() > 1e-5 and torch.allclose(other[4:], alone[4:], atol=1e-6)
     assert not torch.allclose(alone, prior.predict_noise(x_t, t, cond, cameras.roll(1, 0)))
     assert not torch.allclose(alone, prior.predict_noise(x_t, t, prior.embed([""] * 8)))
-    with pytest.raises(ValueError, match="--prior: expected a multiple of 4 pictures, got 3"):
+    with raising("--prior", "4", "3"):
         prior.predict_noise(x_t[:3], t[:3], cond[:3])
-    with pytest.raises(
-        ValueError, match="--prompt: expected one that this prior was trained on, got 'a cat'"
-    ):
+    with raising("--prompt", "'a cat'"):
         prior.embed(["a cat"])
 
 

@@ -4,6 +4,7 @@ keeps the same one.
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from eg3d_rlhf.rewards.slab_network import RewardModel
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop, EarlyStopConfig, consistency, replaces
 from eg3d_rlhf.tuning.gan.watch import PSI
 from tests import tiny_runs
+from tests.rejections import rejected
 from training import networks, storage
 
 GAINS = {
@@ -197,7 +199,7 @@ def test_the_summary_judges_what_was_kept(tiny_data, tiny_networks, flags, tmp_p
     folder = tiny_runs.only_run(tmp_path)
     record = json.loads((folder / "summary.json").read_text())
     assert record["early_stop"]["images"] == 8 and record["early_stop"]["of"] == record["images"] == 24
-    assert len(record["early_stop"]["ticks"]) == 3 and "after 8 of 24 images" in result.output
+    assert len(record["early_stop"]["ticks"]) == 3 and re.search(r"\b8\b.*\b24\b", result.output)
     assert seen["after"] == networks.state_hash(networks.load(folder / KEPT).G_ema)
 
 
@@ -216,31 +218,28 @@ def test_rendered_resolution_stays_with_the_kept_network(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("more", "text"),
+    ("more", "names"),
     [
-        (["--early-stop=1"], "--early-stop: expected --reward, whose scores choose the snapshot, got none"),
+        (["--early-stop=1"], ("--early-stop", "--reward")),
         (
             ["--set=early_stop_distance=1"],
-            "--set early_stop_distance=1: expected --early-stop with it, got none. Add it.",
+            ("--set early_stop_distance=1", "--early-stop"),
         ),
     ],
 )
-def test_bad_input_is_one_line(more, text, tmp_path):
+def test_bad_input_is_one_line(more, names, tmp_path):
     result = tiny_runs.run(*more, f"--outdir={tmp_path / 'runs'}")
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and text in result.stderr
+    rejected(result, *names)
     assert not (tmp_path / "runs").exists()
 
 
 def test_without_a_second_reward_it_is_refused(tiny_data, tiny_networks, tiny_reward, tmp_path):
     more = ("--reward=sigma", f"--reward-ckpt={tiny_reward}", "--early-stop=1")
     result = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path / "runs", *more))
-    assert (
-        result.exit_code == 2
-        and "--early-stop: expected --reward-watch" in result.stderr
-        and not (tmp_path / "runs").exists()
-    )
+    rejected(result, "--early-stop", "--reward-watch")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_control_keeps_its_last_and_says_so():
     result = tiny_runs.run("-n", "--reward=sigma", "--lambda-r=0", "--early-stop=1")
-    assert result.exit_code == 0 and "--early-stop ignored" in result.stderr
+    assert result.exit_code == 0 and "--early-stop" in result.stderr

@@ -19,6 +19,7 @@ from eg3d_rlhf.tuning.gan import settings as gan_settings
 from eg3d_rlhf.tuning.gan.phase import RewardConfig, RewardTerms
 from eg3d_rlhf.tuning.gan.run import build
 from tests import tiny_runs
+from tests.rejections import raising, rejected
 from tests.tiny_runs import assert_same, state, train_flags
 from training import checkpoint, storage
 from training.networks import state_hash
@@ -171,10 +172,7 @@ def test_a_reward_of_another_box_is_refused_and_one_of_another_generator_told(pa
     nets, reward, _ = parts
     generator = of(nets.G_ema)
     larger = Reward(SigmaSlab(replace(reward.observation.spec, box_warp=2.0)), reward.network)
-    with pytest.raises(
-        ValueError,
-        match=r"^--reward-ckpt: expected a generator with box_warp 2\.0, got 1\.0\. Name a reward of this",
-    ):
+    with raising("--reward-ckpt", "box_warp", "2.0", "1.0"):
         check_reward(larger, generator, "--reward-ckpt")
     check_reward(Reward(reward.observation, reward.network, {"generator": state_hash(nets.G_ema)}), generator)
     check_reward(reward, generator)  # a published one, which does not say
@@ -182,10 +180,8 @@ def test_a_reward_of_another_box_is_refused_and_one_of_another_generator_told(pa
     check_reward(
         Reward(reward.observation, reward.network, {"generator": "f" * 64, "architecture": "eg3d"}), generator
     )
-    assert (
-        "Warning: reward: it was trained on shapes of the eg3d generator ffffffffffff..., not of eg3d"
-        in capsys.readouterr().err
-    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Warning: ") and "f" * 12 in line and state_hash(nets.G_ema)[:12] in line
 
 
 def test_the_bundled_heads_reward_is_no_default_for_other_generators(tiny_data, tiny_networks, tmp_path):
@@ -198,9 +194,7 @@ def test_the_bundled_heads_reward_is_no_default_for_other_generators(tiny_data, 
         f"--outdir={tmp_path}",
     ]
     result = tiny_runs.run(*flags)
-    assert result.exit_code == 2 and result.stderr.startswith(
-        "Error: --reward-ckpt: expected a reward for --cfg=ffhq --reward=sigma, got"
-    )
+    rejected(result, "--reward-ckpt", "--cfg=ffhq", "--reward=sigma")
     for more, expected in (((), None), (("--reward-ckpt=mine.safetensors",), "mine.safetensors")):
         settings = json.loads(tiny_runs.run(*flags, *more, "--dry-run").stdout)
         assert settings["reward_ckpt"] == expected and settings["reward_watch"] is None
@@ -209,7 +203,7 @@ def test_the_bundled_heads_reward_is_no_default_for_other_generators(tiny_data, 
 def test_a_trust_region_that_leaves_out_the_untuned_scores_is_named(parts):
     _, _, batch = parts
     highest = next(terms_of(parts, reward_clip="none").losses(batch)).stats["RLHF/reward"].max().item()
-    with pytest.warns(UserWarning, match="--reward-clip: 100% of untuned scores lie outside"):
+    with pytest.warns(UserWarning, match=r"--reward-clip.*\b100\s*%"):
         terms_of(parts, reward_clip=f"{highest + 1e3},{highest + 1e4}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -340,7 +334,7 @@ def test_above_a_quantile_of_the_untuned_scores_the_reward_pushes_nothing(parts)
 
 def test_a_gate_that_no_untuned_shape_passes_is_named(parts):
     _, _, batch = parts
-    with pytest.warns(UserWarning, match="--anchor-gate: no untuned score lies above 1000.*--reward-clip"):
+    with pytest.warns(UserWarning, match=r"--anchor-gate.*\b1000\b.*--reward-clip"):
         terms_of(parts, anchor_gate=0.1, reward_clip="-1000,1000")
 
 
@@ -373,7 +367,6 @@ def test_a_resumed_reward_run_equals_the_straight_one(runs, tmp_path):
     tensors, _, _ = checkpoint.read(folder)
     names = {
         "phase_Grlhf.shaping.references",
-        "phase_Grlhf.shaping.offset",
         "phase_Grlhf.bounds",
         "optim_Grlhf.0.exp_avg",
     }
@@ -393,6 +386,11 @@ def test_resume_takes_the_reference_from_the_checkpoint(runs, tiny_networks, tmp
     resumed = build(s, Run(tmp_path / "run", {})).loop
     before = state_hash(resumed.phases[-1].state.G_ref)
     shutil.copytree(straight, tmp_path / "run")
+    # Checkpoints of earlier versions hold one number more.
+    newest = checkpoint.available(tmp_path / "run")[-1]
+    tensors, meta = storage.read_tensors(newest, "checkpoint")
+    older = {**tensors, "phase_Grlhf.shaping.offset": torch.tensor(12)}
+    storage.write_tensors(newest, "checkpoint", older, meta)
     resumed.resume(tmp_path / "run")
     original = state_hash(tiny_runs.networks.load(tiny_networks).G_ema)
     assert before != original and state_hash(resumed.phases[-1].state.G_ref) == original

@@ -19,6 +19,7 @@ from eg3d_rlhf.tuning.gan import run as gan_run
 from eg3d_rlhf.tuning.gan.early_stop import consistency
 from eg3d_rlhf.tuning.gan.rounds import Ledger, run_rounds, table
 from tests import tiny_rounds, tiny_runs
+from tests.rejections import raising, rejected
 from tests.tiny_rounds import ledger_of
 from training import checkpoint
 
@@ -69,21 +70,17 @@ def test_an_edited_ledger_is_refused(tmp_path, edit):
     run_rounds(1, Ledger(tmp_path), Script(tmp_path))
     path = tmp_path / rounds.LEDGER
     path.write_text(edit(path.read_text()))
-    with pytest.raises(
-        ValueError,
-        match="ledger.json: expected the ledger as the run wrote it, got another. Restore the file",
-    ) as caught:
+    with raising("ledger.json"):
         Ledger(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_the_ledger_names_must_be_as_it_was(tmp_path):
     run_rounds(1, Ledger(tmp_path), Script(tmp_path))
     (tmp_path / "labels-1").write_text("other")
-    with pytest.raises(ValueError, match="labels-1: expected the file of round 1 that the ledger names"):
+    with raising("labels-1"):
         Ledger(tmp_path)
     (tmp_path / "labels-1").unlink()
-    with pytest.raises(ValueError, match="got nothing. Restore it"):
+    with raising("labels-1"):
         Ledger(tmp_path)
 
 
@@ -157,10 +154,11 @@ def test_a_round_is_an_ordinary_run_from_the_pretrained_network(straight, shaped
 def test_a_finished_run_is_not_done_again(straight):
     before = {path: file_hash(path) for path in straight.rglob("*.safetensors")}
     result = tiny_runs.run(f"--resume={straight}")
-    assert result.exit_code == 0 and "training" not in result.output and "round  labels" in result.output
+    assert result.exit_code == 0 and "training" not in result.output
+    assert all(line in result.output for line in table(Ledger(straight)))
     assert {path: file_hash(path) for path in straight.rglob("*.safetensors")} == before
     result = tiny_runs.run(f"--resume={straight}", "--kimg=1")
-    assert result.exit_code == 2 and "--kimg: expected none with --resume of rounds, got 1." in result.stderr
+    rejected(result, "--kimg", "--resume", "1")
 
 
 class CutError(BaseException):
@@ -255,42 +253,45 @@ def test_going_on_from_the_last_network_keeps_the_first_as_the_reference(
 
 
 MISTAKES = {
-    "no reward": (["--rounds=2"], "--rounds: expected --reward, the kind of reward that is trained in each"),
+    "no reward": (["--rounds=2"], ("--rounds", "--reward")),
     "a reward": (
         ["--reward=sigma", "--rounds=2", "--reward-ckpt=x.pt"],
-        "--reward-ckpt=x.pt: expected none with --rounds",
+        ("--reward-ckpt=x.pt", "--rounds"),
     ),
     "no rounds": (
         ["--reward=sigma", "--round-pairs=9"],
-        "--round-pairs: expected --rounds with it, got none. Add it",
+        ("--round-pairs", "--rounds"),
     ),
     "other data": (
         ["--reward=sigma", "--rounds=1", "--data=x.zip"],
-        "--round-labels: expected people for --data=x.zip, got synthetic",
+        ("--round-labels", "people", "--data=x.zip", "synthetic"),
     ),
     "too few": (
         ["--reward=sigma", "--rounds=1", "--round-pairs=2"],
-        "--round-pairs: split_by_seed: expected labels in every split",
+        ("--round-pairs", "val", "test"),
     ),
     "held out": (
         ["--reward=sigma", "--rounds=3", "--round-pairs=50000"],
-        "--round-pairs: --first-seed=10000, 200000 seeds: expected",
+        ("--round-pairs", "200000", "10000"),
     ),
     "preset": (
         ["--reward=sigma", "--rounds=1", "--set=round_preset=huge"],
-        "--set round_preset=VALUE: reward preset: expected one of",
+        ("--set round_preset", "tiny"),
     ),
-    "aggregate": (["--reward=sigma", "--rounds=1", "--set=round_aggregate=median"], "--set round_aggregate="),
+    "aggregate": (
+        ["--reward=sigma", "--rounds=1", "--set=round_aggregate=median"],
+        ("--set round_aggregate=", "'median'"),
+    ),
     "watch": (
         ["--reward=sigma", "--rounds=1", "--reward-watch=none.safetensors"],
-        "--reward-watch: load_reward",
+        ("--reward-watch", "none.json"),
     ),
 }
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_are_one_line_and_leave_nothing(case, shaped, tmp_path):
-    more, text = MISTAKES[case]
+    more, names = MISTAKES[case]
     data = [] if any(flag.startswith("--data") for flag in more) else [f"--data={tiny_rounds.DATA}"]
     flags = [
         f"--init={shaped}",
@@ -302,7 +303,5 @@ def test_mistakes_are_one_line_and_leave_nothing(case, shaped, tmp_path):
         *more,
     ]
     result = tiny_runs.run(*flags)
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and text in result.stderr, (
-        result.output
-    )
+    rejected(result, *names)
     assert not (tmp_path / "runs").exists()
