@@ -283,7 +283,7 @@ def test_a_reward_without_its_tokenizer(made, tmp_path):
         load_reward(tmp_path / "r.pt")
     words = layouts.write_bert_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "vocab.txt").write_text("\n".join(f"w{i}" for i in range(2 * words)))
-    with raising("--reward", str(words + 2), str(2 * words)):
+    with raising("--reward", str(words + 2)):
         load_reward(tmp_path / "r.pt")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with raising("--reward", "model_type", "'bert'"):

@@ -202,7 +202,7 @@ def cut_short(file):
         (
             "scheduler",
             changed("scheduler_config.json", prediction_type="sample"),
-            ("prediction_type", "sample"),
+            ("epsilon", "v_prediction", "sample"),
         ),
         ("tokenizer", lambda folder: (folder / "merges.txt").unlink(), ("tokenizer", "merges.txt")),
         ("vae/config.json", lambda file: file.write_text("{"), ("vae",)),
