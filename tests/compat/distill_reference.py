@@ -12,10 +12,25 @@ import pytest
 import torch
 
 from tests.compat import reference
-from tests.compat.reference import of_set
+from tests.compat.absent import some
 
 ROOT = reference.ROOT / "distill"
-present = of_set
+
+
+class Given(dict):
+    """Arrays or settings by name; what a set has left out skips the test."""
+
+    def __init__(self, content, place: str):
+        super().__init__(content)
+        self.place = place
+
+    def __missing__(self, name: str):
+        pytest.skip(f"this set has no {name} in {self.place}")
+
+
+def present(given: Given, *names: str) -> list[torch.Tensor]:
+    """Several arrays; skips the test where a set has left one out."""
+    return [given[name] for name in names]
 
 
 @functools.cache
@@ -23,34 +38,41 @@ def values(name: str) -> dict[str, torch.Tensor]:
     """Arrays of a set; empty where the file is not there."""
     path = ROOT / f"{name}.npz"
     if not path.is_file():
-        return {}
+        return Given({}, path.name)
     with np.load(path) as data:
-        return {key: torch.as_tensor(data[key]) for key in data.files}
+        return Given({key: torch.as_tensor(data[key]) for key in data.files}, path.name)
 
 
 @functools.cache
 def recipe(name: str) -> dict:
     """Settings of a set's cases."""
-    return reference.read_json(ROOT / f"{name}.json") or {"cases": {}}
+    return {"cases": {}} | reference.read_json(ROOT / f"{name}.json")
+
+
+def entry_of(name: str, case: str) -> dict:
+    """Settings of one case."""
+    return Given(recipe(name)["cases"][case], f"{name}.json, {case}")
 
 
 def under(name: str, prefix: str) -> dict[str, torch.Tensor]:
     """The arrays below a prefix, without it."""
-    return {
+    found = {
         key.removeprefix(prefix + "/"): value
         for key, value in values(name).items()
         if key.startswith(prefix + "/")
     }
+    return Given(found, f"{name}.npz, {prefix}")
 
 
-def cases(name: str, prefix: str) -> list[str]:
-    """Cases of the JSON whose name starts so."""
-    return sorted(case for case in recipe(name)["cases"] if case.startswith(prefix))
+def each(name: str, prefix: str = ""):
+    """A decorator: once for every case of the JSON whose name starts so."""
+    found = sorted(case for case in recipe(name)["cases"] if case.startswith(prefix))
+    return pytest.mark.parametrize("case", some(found, f"this set has no case {prefix}... in {name}.json"))
 
 
 def members(name: str, group: str) -> list[str]:
-    """Names right below a group of arrays: "ddim_step" -> "epsilon_15", ... ."""
-    return sorted({key.split("/")[0] for key in under(name, group)})
+    """Names right below a group of arrays: "ddim_step" -> "epsilon_15", ...; "": the groups themselves."""
+    return sorted({key.split("/")[0] for key in (under(name, group) if group else values(name))})
 
 
 def filled(entry: dict) -> dict[str, torch.Tensor]:
@@ -72,9 +94,7 @@ def filled(entry: dict) -> dict[str, torch.Tensor]:
 
 def needs(name: str):
     """Mark for tests of a set."""
-    return pytest.mark.skipif(
-        not values(name), reason=f"no {ROOT / name}.npz; set EG3D_RLHF_FIXTURES to the folder of references"
-    )
+    return pytest.mark.skipif(not values(name), reason=f"this set has no distill/{name}.npz")
 
 
 def close(got, want, tolerance: float) -> None:
@@ -166,11 +186,19 @@ class Pictures:
 
 
 def latent_scale(name: str) -> float:
-    """Of the set's autoencoder, as its JSON says it."""
-    return float(re.search(r"latents = .*?(\d\.\d{3,})", recipe(name)["fake_network"])[1])
+    """Of the set's autoencoder, as its JSON says it: by a number of its own, or in words."""
+    if "latent_scale" in recipe(name):
+        return recipe(name)["latent_scale"]
+    said = re.search(r"latents = .*?(\d\.\d{3,})", recipe(name).get("fake_network", ""))
+    return float(said[1]) if said else pytest.skip(f"{name}.json does not say the scale of latents")
 
 
-def multiview(name: str, views: int = 4) -> StandIn:
+def views_of(name: str, case: str) -> int:
+    """Of an asset: what the JSON says, else the 4 of the published programs."""
+    return recipe(name)["cases"][case].get("n_view", recipe(name).get("n_view", 4))
+
+
+def multiview(name: str, views: int) -> StandIn:
     """The stand-in of the multi-view sets, which knows "text" and the empty prompt."""
     from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 

@@ -3,14 +3,22 @@ skipped with the reason.
 """
 
 import ast
+import contextlib
+import functools
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.compat.family_tolerances import GRADIENT
+from eg3d_rlhf.models.trellis import blocks
+from tests.compat.absent import some
+from tests.compat.family_tolerances import ADAPTED, GRADIENT, HALF
 from tests.compat.reference import ROOT
 
 
@@ -69,12 +77,32 @@ def folders(family: str) -> list:
 
 def cases(family: str):
     """A fixture: each of a family's cases in turn."""
-    return pytest.fixture(scope="module", params=folders(family))(lambda request: Case(request.param))
+    params = some(folders(family), f"this set has no {family}/CASE/case.json")
+    return pytest.fixture(scope="module", params=params)(lambda request: Case(request.param))
+
+
+def having(family: str, *names: str):
+    """A decorator in place of the fixture's cases: those that have these values."""
+    found = [param for param in folders(family) if all(name in Case(*param.values) for name in names)]
+    reason = f"this set has no case of {family} with {', '.join(names)}"
+    return pytest.mark.parametrize("case", some(found, reason), indirect=True)
+
+
+def each(family: str, argument: str, of_case: Callable[[Case], Iterable[str]]):
+    """A decorator in place of the fixture's cases: those with each of the names that a case has."""
+    found = [
+        pytest.param(*param.values, name, id=f"{param.id}-{name}")
+        for param in folders(family)
+        for name in of_case(Case(*param.values))
+    ]
+    reason = f"this set has no case of {family} with a {argument}"
+    return pytest.mark.parametrize(("case", argument), some(found, reason, width=2), indirect=True)
 
 
 def released(family: str, pattern: str = "*.json") -> list:
     """JSON files of the settings whose names and shapes are listed, as pytest's parameters."""
-    return [pytest.param(path, id=path.stem) for path in sorted((ROOT / family / "params").glob(pattern))]
+    found = [pytest.param(path, id=path.stem) for path in sorted((ROOT / family / "params").glob(pattern))]
+    return some(found, f"this set has no {family}/params/{pattern}")
 
 
 def table(path: Path) -> dict[str, list[int]]:
@@ -83,6 +111,75 @@ def table(path: Path) -> dict[str, list[int]]:
         pytest.skip(f"this set has no {path.name}")
     rows = (line.split("\t") for line in path.read_text().splitlines())
     return {name: list(ast.literal_eval(shape)) for name, shape, *_ in rows}
+
+
+def rounding_of(tensors: Iterable[torch.Tensor]) -> float:
+    """How far outputs may be from those of weights that had been merged: by the types of a file's weights."""
+    return ADAPTED if all(tensor.dtype in (torch.float32, torch.int64) for tensor in tensors) else HALF
+
+
+def at_least(count: int, names: list) -> dict[str, tuple]:
+    """New name -> name and by how many pixels it is rolled: pictures of a case, again until there are some
+    for every split of conditions.
+    """
+    again = range(-(-count // len(names)))
+    return {f"{name}-{shift}" if shift else str(name): (name, shift) for shift in again for name in names}
+
+
+@contextlib.contextmanager
+def surfaces(case: Case) -> Iterator[Callable[[Sequence[dict]], None]]:
+    """Skips the test where the case's random network makes no surface, or one in all of a condition: then
+    there is nothing to be ranked. Gives what hears the rows that were drawn.
+    """
+    reason = f"{case.folder.name}: its random network makes too few surfaces to look at"
+
+    def heard(rows: Sequence[dict]) -> None:
+        drawn = [row["condition"] for row in rows]
+        if any(drawn.count(name) < 2 for name in drawn):
+            pytest.skip(reason)
+
+    try:
+        yield heard
+    except AssertionError as failure:  # of the command that draws
+        if "flow draw" not in str(failure) or "surface" not in str(failure):
+            raise
+        pytest.skip(reason)
+
+
+def pictures_of(case: Case) -> range:
+    """Numbers of a case's pictures; skips the test where it has none."""
+    count = len(case.fact("pictures"))
+    return range(count) if count else pytest.skip(f"{case.folder.name} has no pictures")
+
+
+def recorded(states: list, asked: dict) -> list:
+    """Of a trajectory's states those that are recorded: every one, where the settings do not say `every`."""
+    every = asked.get("every", 1)
+    return states[every - 1 :: every]
+
+
+PLAIN = (
+    "from eg3d_rlhf.models.trellis import blocks as b; print(b.time_rates(b.TIME_FREQUENCIES // 2).tolist())"
+)
+
+
+@functools.cache
+def plain_rates() -> torch.Tensor:
+    """Rates of time as MKL's plain code has them, which the references' machine ran.
+
+    MKL chooses its exp by the processor: 3 of 128 rates differ by a unit in the last place on an Intel with
+    AVX-512, and the cosines of times near 1000 by 3e-5.
+    """
+    plain = subprocess.run(
+        [sys.executable, "-c", PLAIN],
+        env={**os.environ, "MKL_CBWR": "COMPATIBLE"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    rates = torch.tensor([float(word) for word in plain.stdout.strip().strip("[]").split(",")])
+    torch.testing.assert_close(rates, blocks.time_rates(len(rates)), rtol=2e-7, atol=0)
+    return rates
 
 
 def error(got, want, scale: float | None = None) -> float:

@@ -3,7 +3,9 @@
 """
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Mapping
@@ -51,16 +53,53 @@ def relative_error(value, reference) -> float:
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
 
 
+def of_root(path: Path) -> str:
+    """How a reason for a skip names a file: from the folder of the set."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def existing(path: Path) -> Path:
     """The file; skips the test where a set has left it out."""
     if not path.is_file():
-        pytest.skip(f"this set has no {path}")
+        pytest.skip(f"this set has no {of_root(path)}")
     return path
 
 
 def arrays(path: Path):
     """Arrays of a file; skips the test where a set has left it out."""
     return np.load(existing(path))
+
+
+def strides(have: int, want: int) -> list[int]:
+    """The steps that keep `want` of `have` entries."""
+    if want == have:
+        return [1]
+    if want < 2:
+        return [have] if want == 1 else []
+    return [step for step in range(-(-have // want), have) if -(-have // step) == want]
+
+
+def thinned(value, kept, first: bool = False) -> np.ndarray:
+    """Every so many entries of each axis, as a set has kept them.
+
+    A set does not state the steps. The lengths often leave one choice; where they leave several, the set
+    means the one whose entries are nearest to its own. With `first`, it may also have kept the first entries.
+    """
+    value = np.asarray(value.detach() if isinstance(value, torch.Tensor) else value)
+    kept = np.asarray(kept)
+    assert value.ndim == kept.ndim, f"expected {kept.ndim} axes, got {value.ndim}"
+    slices = [
+        [slice(None, None, step) for step in strides(have, want)]
+        + [slice(want)] * (first and 0 < want < have)
+        for have, want in zip(value.shape, kept.shape, strict=True)
+    ]
+    assert all(slices), f"no steps through {list(value.shape)} keep {list(kept.shape)}"
+    count = math.prod(map(len, slices))
+    assert count <= 10_000, f"too many ways to keep {list(kept.shape)} of {list(value.shape)}"
+    ways = (value[way] for way in itertools.product(*slices))
+    if count == 1:
+        return next(ways)
+    return min(ways, key=lambda way: float(np.linalg.norm(np.float64(way) - np.float64(kept))))
 
 
 def hold(reference: Mapping[str, np.ndarray], computed: Mapping[str, Callable[[np.ndarray], None]]) -> None:
@@ -161,26 +200,42 @@ def build(config: dict) -> tuple[TriPlaneGenerator, DualDiscriminator]:
     return G, D
 
 
+# the full-size recipe's factors, which a case may state as "fill"
+FILL = {
+    "mapping_weight": 100,
+    "mapping_bias": 10,
+    "affine_bias": 0.1,
+    "bias": 0.1,
+    "w_avg": 0.3,
+    "density_row": 40,
+}
+
+
 def load_case(name: str):
-    """(case, inference arrays, G, D) of one network with its weights set."""
-    folder = ROOT / "eg3d"
-    case = json.loads((folder / f"{name}.json").read_text())
+    """(case, G, D) of one network with its weights set."""
+    case = json.loads((ROOT / "eg3d" / f"{name}.json").read_text())
     G, D = build(case["config"])
-    state = folder / f"{name}_state.npz"
+    set_weights(case, ROOT / "eg3d" / f"{name}_state.npz", G, D)
+    return case, G, D
+
+
+def set_weights(case: dict, stored: Path, G: torch.nn.Module, D: torch.nn.Module) -> None:
+    """Weights from a file where there is one, else from their names."""
     for prefix, module in (("G/", G), ("D/", D)):
-        if state.exists():
-            arrays = np.load(state)
+        if stored.exists():
+            arrays = np.load(stored)
             tensors = {
                 k.removeprefix(prefix): torch.as_tensor(arrays[k]) for k in arrays if k.startswith(prefix)
             }
             module.load_state_dict(tensors, strict=True)
         else:
-            deterministic_fill(module, prefix.replace("/", "."))
-    return case, np.load(folder / f"{name}_infer.npz"), G, D
+            salt = case.get("salt", "")
+            deterministic_fill(module, salt + prefix.replace("/", "."), case.get("fill", {}))
 
 
-def deterministic_fill(module: torch.nn.Module, prefix: str) -> None:
+def deterministic_fill(module: torch.nn.Module, prefix: str, factors: Mapping[str, float] = FILL) -> None:
     """The full-size recipe: every entry but resample filters from its name's checksum, scaled by kind."""
+    by = {**FILL, **factors}
     state = module.state_dict()
     for name, tensor in state.items():
         leaf = name.rsplit(".", 1)[-1]
@@ -190,15 +245,15 @@ def deterministic_fill(module: torch.nn.Module, prefix: str) -> None:
         r = np.asarray(r, dtype=np.float32)
         in_mapping = "mapping.fc" in name
         if in_mapping and leaf == "weight":
-            r = r * 100
+            r = r * by["mapping_weight"]
         elif in_mapping and leaf == "bias":
-            r = r * 10
+            r = r * by["mapping_bias"]
         elif name.endswith("affine.bias"):
-            r = 1 + 0.1 * r
+            r = 1 + by["affine_bias"] * r
         elif leaf == "bias" or leaf == "noise_strength":
-            r = r * 0.1
+            r = r * by["bias"]
         elif leaf == "w_avg":
-            r = r * 0.3
+            r = r * by["w_avg"]
         if name == "decoder.net.2.weight":
-            r[0] *= 40
+            r[0] *= by["density_row"]
         tensor.copy_(torch.as_tensor(np.asarray(r, dtype=np.float32)))

@@ -8,8 +8,9 @@ from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
 from eg3d_rlhf.tuning.distill.methods import PRESETS
 from tests.compat.distill_reference import (
     Recorded,
-    cases,
     close,
+    each,
+    entry_of,
     multiview,
     needs,
     present,
@@ -17,6 +18,7 @@ from tests.compat.distill_reference import (
     seen_by,
     under,
     values,
+    views_of,
 )
 
 pytestmark = needs("dreamreward")
@@ -30,33 +32,36 @@ def test_the_weight_of_printed_numbers():
         assert 10.0 ** (digits(loss) - digits(reward_loss)) == pytest.approx(weight, rel=1e-12)
 
 
-class FourViews:
-    """The stand-in reward: linear in the pictures, and a tenth of the prompts' numbers."""
+class Views:
+    """The stand-in reward of an asset: linear in the pictures, and a share of the prompts' numbers."""
 
-    views = 4
     modality = "multiview"
     differentiable = True
     view_prompts = True
 
-    def __init__(self, w: torch.Tensor, ids: torch.Tensor):
+    def __init__(self, w: torch.Tensor, ids: torch.Tensor, views: int, share: float):
         self.w = w
         self.ids = ids
+        self.views = views
+        self.share = share
         self.seen = None
 
     def score(self, pixels, prompts):
         self.seen = pixels.detach()
-        linear = (pixels * self.w).sum((1, 2, 3)).unflatten(0, (-1, 4)).mean(1) / self.w.numel()
-        return (linear + 0.1 * self.ids.sum()).repeat_interleave(4)
+        linear = (pixels * self.w).sum((1, 2, 3)).unflatten(0, (-1, self.views)).mean(1) / self.w.numel()
+        return (linear + self.share * self.ids.sum()).repeat_interleave(self.views)
 
 
-@pytest.mark.parametrize("case", cases(NAME, "guidance"))
+@each(NAME, "guidance")
 def test_guidance(case):
     v = under(NAME, case)
-    entry = recipe(NAME)["cases"][case]
-    prior = multiview(NAME)
-    reward = FourViews(values(NAME)["reward/w"], v.get("prompt_ids", torch.zeros(1)).float())
+    entry = entry_of(NAME, case)
+    views = views_of(NAME, case)
+    prior = multiview(NAME, views)
+    ids = v.get("prompt_ids", torch.zeros(1)).float()
+    reward = Views(values(NAME)["reward/w"], ids, views, recipe(NAME).get("prompt_share", 0.1))
     settings = PRESETS[f"dreamreward-released-{entry['variant']}"]
-    guidance = DreamReward(prior, settings, views=4, streams=Recorded(v["noise"]), reward=reward)
+    guidance = DreamReward(prior, settings, views=views, streams=Recorded(v["noise"]), reward=reward)
     shown = v["input"].clone().requires_grad_()
     images = shown.permute(0, 3, 1, 2)
     x = prior.encode(images)

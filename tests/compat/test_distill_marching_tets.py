@@ -10,6 +10,7 @@ import torch
 
 from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.rewards.meshes.surfaces import Lattice, cube, marching_tetrahedra, signed_volume
+from tests.compat.absent import some
 from tests.compat.distill_reference import close, members, needs, present, recipe, under, values
 
 NAME = "marching_tets"
@@ -36,7 +37,7 @@ def gradient(value, of):
     return torch.autograd.grad(value, of, retain_graph=True)[0]
 
 
-@pytest.mark.parametrize("case", SIGNS)
+@pytest.mark.parametrize("case", some(SIGNS, f"this set has no tet/CASE/sdf in {NAME}.npz"))
 def test_every_case_of_signs(case):
     v = under(NAME, f"tet/{case}")
     lattice = Lattice.of(*present(values(NAME), "tet/vertices", "tet/tets"), 1.0)
@@ -47,7 +48,9 @@ def test_every_case_of_signs(case):
     close(gradient((mesh.vertices * v["weight"]).sum(), sdf), v["dsum_dsdf"], 1e-5)
 
 
-@pytest.mark.parametrize("resolution", sorted(set(RESOLUTIONS.values())))
+@pytest.mark.parametrize(
+    "resolution", some(sorted(set(RESOLUTIONS.values())), f"this set has no resolution in {NAME}.json")
+)
 def test_our_lattice_is_the_references(resolution):
     vertices, tetrahedra = present(values(NAME), "grid/vertices", "grid/tets")
     ours = cube(resolution, Bounds(centre=(0.5, 0.5, 0.5)))
@@ -55,7 +58,9 @@ def test_our_lattice_is_the_references(resolution):
     assert torch.equal(ours.tetrahedra, tetrahedra)
 
 
-@pytest.mark.parametrize(("field", "kind"), FIELDS)
+@pytest.mark.parametrize(
+    ("field", "kind"), some(FIELDS, f"this set has no FIELD/KIND/verts in {NAME}.npz", width=2)
+)
 def test_fields_and_their_gradients(field, kind):
     v = under(NAME, f"{field}/{kind}")
     sdf = values(NAME)[f"{field}/sdf"].clone().requires_grad_(True)

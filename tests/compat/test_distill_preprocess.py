@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.clip_inputs import CLIP_MEAN, CLIP_STD, clip_preprocess, pad_preprocess
-from tests.compat.distill_reference import cases, needs, recipe, under
+from tests.compat.distill_reference import each, entry_of, needs, under
 
 NAME = "preprocess"
 
 
 @needs(NAME)
-@pytest.mark.parametrize("case", cases(NAME, ""))
+@each(NAME)
 def test_equals_the_reference_bit_for_bit_and_leaves_its_argument(case):
     v = under(NAME, case)
     image = v["image"].clone().requires_grad_()
-    out = clip_preprocess(image, recipe(NAME)["cases"][case]["size"])
+    out = clip_preprocess(image, entry_of(NAME, case)["size"])
     assert torch.equal(out, v["out"])
     (out * v["weight"]).sum().backward()
     torch.testing.assert_close(image.grad, v["dsum_dimage"], rtol=1e-5, atol=1e-6)

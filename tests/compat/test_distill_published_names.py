@@ -14,15 +14,13 @@ from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork
 from tests.compat.reference import ROOT
 
 FOLDER = ROOT / "distill" / "params"
-pytestmark = pytest.mark.skipif(
-    not FOLDER.exists(), reason=f"no reference values at {FOLDER}; set EG3D_RLHF_FIXTURES to their folder"
-)
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="this set has no distill/params")
 
 
 def published(name: str) -> dict[str, list[int]]:
     """Names and shapes of a table."""
     if not (FOLDER / f"{name}.tsv").is_file():
-        pytest.skip(f"this set has no {name}")
+        pytest.skip(f"this set has no distill/params/{name}.tsv")
     rows = (line.split("\t") for line in (FOLDER / f"{name}.tsv").read_text().splitlines())
     return {name: [int(n) for n in shape.split("x")] if shape else [] for name, shape in rows}
 

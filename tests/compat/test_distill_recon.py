@@ -1,12 +1,11 @@
 """MVDream's reconstruction form against its own code (F3)."""
 
-import pytest
 import torch
 
 from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.gradients import target_loss
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
-from tests.compat.distill_reference import StandIn, cases, close, latent_scale, needs, recipe, under
+from tests.compat.distill_reference import StandIn, close, each, entry_of, latent_scale, needs, under
 
 pytestmark = needs("mvdream_recon")
 NAME = "mvdream_recon"
@@ -14,10 +13,10 @@ F3 = 1e-5
 SCHEDULE = NoiseSchedule()
 
 
-@pytest.mark.parametrize("case", cases(NAME, "case/"))
+@each(NAME, "case/")
 def test_case(case):
     v = under(NAME, case)
-    entry = recipe(NAME)["cases"][case]
+    entry = entry_of(NAME, case)
     net = under(NAME, "net")
     config = entry["config"]
     views = config["n_view"] if "camera_input" in v else 1  # without cameras its network sees each view alone

@@ -9,19 +9,21 @@ from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.gradients import NoiseWeighting, distillation_loss, target_loss
 from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds
 from eg3d_rlhf.tuning.distill.methods import PRESETS
-from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, ddim_times
+from eg3d_rlhf.tuning.distill.schedule import STEPS, NoiseSchedule, ddim_times
+from tests.compat.absent import some
 from tests.compat.distill_reference import (
     Pictures,
     Recorded,
-    cases,
     close,
+    each,
+    entry_of,
     members,
     multiview,
     needs,
-    recipe,
     seen_by,
     under,
     values,
+    views_of,
 )
 
 pytestmark = needs("rewardsds")
@@ -50,7 +52,9 @@ def weighting_of(name: str) -> NoiseWeighting:
     )
 
 
-@pytest.mark.parametrize(("count", "name"), STRATEGIES)
+@pytest.mark.parametrize(
+    ("count", "name"), some(STRATEGIES, f"this set has no strategy3d/COUNT/NAME/weights in {NAME}.npz", 2)
+)
 def test_strategies(count, name):
     v = under(NAME, f"strategy3d/{count}")
     weights = weighting_of(name)(v["rewards"][:, None])[:, 0]
@@ -59,25 +63,27 @@ def test_strategies(count, name):
     close((weights * v["grad_norms"]).sum(), v[f"{name}/logged_norm"], F5)
 
 
-@pytest.mark.parametrize("case", cases(NAME, "full3d/"))
+@each(NAME, "full3d/")
 def test_the_guidance_in_3d(case):
     v = under(NAME, case)
-    entry = recipe(NAME)["cases"][case]
-    prior = multiview(NAME)
+    entry = entry_of(NAME, case)
+    views = views_of(NAME, case)
+    prior = multiview(NAME, views)
     released = PRESETS["rewardsds-released"]
     reward = Pictures(values(NAME)["reward/w"])
     form = {} if entry["recon_loss"] else {"form": "sds"}
     settings = dataclasses.replace(
         released,
-        noises=int(case.split("_")[1]),
+        noises=entry.get("noises") or int(case.split("_")[1]),
+        explore_steps=entry.get("exploration_steps", released.explore_steps),
         until=entry["reward_until"],
-        weighting=weighting_of(case.split("/")[1].split("_")[0]),
+        weighting=strategy_of(case),
         prior=dataclasses.replace(released.prior, guidance_scale=entry["guidance_scale"], **form),
     )
     shown = v["input"].clone().requires_grad_()
     x = shown
     t = v["t"].expand(len(shown))
-    guidance = RewardSds(prior, settings, views=4, streams=Recorded(*v["noise"]), reward=reward)
+    guidance = RewardSds(prior, settings, views=views, streams=Recorded(*v["noise"]), reward=reward)
     decode = prior.decode
     explored = []
     prior.decode = lambda latents: decode(explored.append(latents) or latents)
@@ -93,13 +99,18 @@ def test_the_guidance_in_3d(case):
         assert torch.equal(output.winner, v["rewards"].argmax()[None])
 
 
-@pytest.mark.parametrize("case", cases(NAME, "full2d/"))
+def strategy_of(case: str) -> NoiseWeighting:
+    """What the case's JSON says, else the first word of its name."""
+    return weighting_of(entry_of(NAME, case).get("strategy", case.split("/")[1].split("_")[0]))
+
+
+@each(NAME, "full2d/")
 def test_the_parts_in_2d(case):
     """Its chain starts at the schedule's first step <= t though the latent is at t, and each loss is divided
     by the number kept.
     """
     v = under(NAME, case)
-    entry = recipe(NAME)["cases"][case]
+    entry = entry_of(NAME, case)
     prior = multiview(NAME, views=1)
     x = v["input"]
     t = v["t"]
@@ -117,7 +128,7 @@ def test_the_parts_in_2d(case):
     if count > 1:
         steps = entry["exploration_steps"]
         times = [time for time in ddim_times(steps) if time <= int(t)]
-        falling = [torch.full((count,), time) for time in [*times, times[-1] - 1000 // steps]]
+        falling = [torch.full((count,), time) for time in [*times, times[-1] - STEPS // steps]]
         end = SCHEDULE.ddim_chain(
             x_t, falling, lambda latents, now: predict(latents, now, entry["exploration_cfg"])
         )
@@ -125,7 +136,7 @@ def test_the_parts_in_2d(case):
         close(images, v["images"], F5)
         rewards = (images * values(NAME)["reward/w"]).mean((1, 2, 3))
         close(rewards, v["rewards"], F5)
-        weights = weighting_of(case.split("/")[1].split("_")[0])(rewards[:, None])[:, 0]
+        weights = strategy_of(case)(rewards[:, None])[:, 0]
     grads = SCHEDULE.weight(t, "sds", x) * (predict(x_t, t.expand(count), entry["cfg_scale"]) - noise)
     kept = weights.nonzero()[:, 0]
     grad = (weights[:, None, None, None] * grads).sum(0, keepdim=True) / len(kept)

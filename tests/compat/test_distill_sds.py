@@ -2,7 +2,6 @@
 prior interface.
 """
 
-import pytest
 import torch
 
 from eg3d_rlhf.tuning.distill import gradients
@@ -11,12 +10,12 @@ from eg3d_rlhf.tuning.distill.guidance.denoiser import DIRECTIONS, direction_of,
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 from tests.compat.distill_reference import (
     StandIn,
-    cases,
     close,
+    each,
+    entry_of,
     latent_scale,
     needs,
     present,
-    recipe,
     under,
     values,
 )
@@ -59,10 +58,10 @@ def prior_of() -> StandIn:
     )
 
 
-@pytest.mark.parametrize("case", cases(NAME, "case/"))
+@each(NAME, "case/")
 def test_case(case):
     v = under(NAME, case)
-    entry = recipe(NAME)["cases"][case]
+    entry = entry_of(NAME, case)
     prior = prior_of()
     config = entry["config"]
     perp = "neg_weights" in v

@@ -36,7 +36,20 @@ from eg3d_rlhf.tuning.flow.export import export
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
 from eg3d_rlhf.tuning.flow.generate import generate, times, trajectory
 from eg3d_rlhf.tuning.flow.work import Work
-from tests.compat.family_reference import cases, check_gradients, error, grad_norm, gradients, released, table
+from tests.compat.family_reference import (
+    at_least,
+    cases,
+    check_gradients,
+    error,
+    grad_norm,
+    gradients,
+    pictures_of,
+    recorded,
+    released,
+    rounding_of,
+    surfaces,
+    table,
+)
 from tests.compat.family_tolerances import (
     ADAPTED,
     DECODED,
@@ -59,7 +72,7 @@ case = cases("flow_hunyuan3d")
 def root(case):
     """The folder as it is released: case.json names the one with config.yaml in it."""
     case.file(f"{case.fact('root')}/{case.fact('checkpoint')}")
-    return case.folder
+    return case.folder if case.fact("root") == family.FOLDER else case.folder / case.fact("root")
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +163,14 @@ def test_velocity_blocks_and_the_token_of_the_time(case, model):
     with torch.no_grad():
         y = model(x, t, {"main": cond})
         assert error(y, case["y"]) < VELOCITY
-        if "t_token" in case:
-            assert (
-                error(token[0], case["t_sincos"]) < VELOCITY and error(token[1], case["t_token"]) < VELOCITY
-            )
+        for name, value in zip(("t_sincos", "t_token"), token, strict=True):
+            if name in case:
+                assert error(value, case[name]) < VELOCITY, name
         made.clear()
-        model(x[:1], t[1:2], {"main": cond[:1]})
+        # blocks_out is of one sample, at the time of another
+        of = {"sample": 0, "time": 1} | case.facts.get("blocks_of", {})
+        sample = slice(of["sample"], of["sample"] + 1)
+        model(x[sample], t[of["time"]].reshape(1), {"main": cond[sample]})
     for hook in hooks:
         hook.remove()
     assert error(torch.stack(made), case["blocks_out"]) < VELOCITY
@@ -177,10 +192,10 @@ def test_gradients(case, model, recompute):
     assert grad_norm(model) == pytest.approx(float(case["grad_norm"]), rel=GRADIENT)
 
 
-def test_the_path_and_its_loss(case, model):
+def test_the_path_and_its_loss(case, root, model):
     data, noise, t, cond = case.of("fm_x0", "fm_noise", "fm_t", "cond")
     (stage,) = family.ShapePipeline(
-        family.read_files(case.folder), model.requires_grad_(True).train(), None, lambda name: None
+        family.read_files(root), model.requires_grad_(True).train(), None, lambda name: None
     ).stages
     ours = 1 - t
     x_t = stage.path.mix(data, ours, noise)
@@ -207,13 +222,16 @@ def test_the_original_balances_its_experts_by_a_term_that_is_left_out_here(case,
     """0.01 sum_e mean(p_e) f_e, f_e the share of choices that fell on e, times X: from what the gates are
     given.
     """
+    if not any(block.mixture for block in model.blocks):
+        pytest.skip(f"{case.folder.name} has no experts")
     terms = []
+    factor = case.facts.get("balance", 0.01)
 
     def balance(gate, given, out):
         p = torch.nn.functional.linear(given[0], gate.weight).softmax(-1)
         experts = len(gate.weight)
         share = torch.nn.functional.one_hot(out[1], experts).double().mean((0, 1)) * experts
-        terms.append(0.01 * (p.mean(0) * share.to(p)).sum())
+        terms.append(factor * (p.mean(0) * share.to(p)).sum())
 
     for block in model.requires_grad_(True).train().blocks:
         if block.mixture:
@@ -229,11 +247,11 @@ def test_the_original_balances_its_experts_by_a_term_that_is_left_out_here(case,
 def test_samplers(case, opened, model):
     files, _ = opened
     (stage,) = family.ShapePipeline(files, model, None, lambda name: None).stages
-    if "smp_times_50" in case:
-        assert (
-            error(1 - torch.tensor([*times(stage.sampling), 0.0], dtype=torch.float64), case["smp_times_50"])
-            < VELOCITY
-        )
+    for name in case.names:
+        if name.startswith("smp_times_"):
+            points = replace(stage.sampling, steps=int(name.removeprefix("smp_times_")) - 1)
+            made = 1 - torch.tensor([*times(points), 0.0], dtype=torch.float64)
+            assert error(made, case[name]) < VELOCITY, name
     noise, cond = case.of("smp_noise", "smp_cond")
     tried = 0
     for name, asked in case.fact("samplings").items():
@@ -248,16 +266,25 @@ def test_samplers(case, opened, model):
         )
         null = {"main": torch.zeros_like(cond)}
         states = [x for x, _ in trajectory(stage, noise, {"main": cond}, null, sampling)]
-        assert error(torch.stack([*states, states[-1]]), case[f"smp_{name}_x_t"]) < TRAJECTORY, name
+        made = torch.stack(recorded([*states, states[-1]], asked))
+        assert error(made, case[f"smp_{name}_x_t"]) < TRAJECTORY, name
         assert error(states[-1], case[f"smp_{name}_out"]) < TRAJECTORY
-    assert tried
+    if not tried:
+        pytest.skip(f"{case.folder.name} has no trajectory of a guidance that is sampled here")
+
+
+def picture_encoder(case, opened):
+    """Skips the test where the checkpoint has none."""
+    if family.CONDITIONER not in opened[1]:
+        pytest.skip(f"{case.folder.name} has no encoder of pictures in its checkpoint")
+    return family.image_encoder(*opened)
 
 
 def test_pictures(case, opened):
     """Opaque ones, too: refused as files, not by the way they are cut out."""
     files, sections = opened
-    network = family.image_encoder(files, sections)
-    for k, _ in enumerate(case.fact("pictures")):
+    network = picture_encoder(case, opened)
+    for k in pictures_of(case):
         square = framed(case[f"pre{k}_rgba"].numpy(), files.border)
         picture, mask = on_white(Image.fromarray(case[f"pre{k}_rgba"].numpy()), files.picture, files.border)
         made = {"square": over_white(square), "square_mask": square[..., 3], "image": picture, "mask": mask}
@@ -270,19 +297,24 @@ def test_pictures(case, opened):
 
 
 def test_tokens_and_the_empty_condition(case, opened):
-    files, sections = opened
+    files, _ = opened
     with torch.no_grad():
-        tokens = family.picture_tokens(
-            files, family.image_encoder(files, sections), case["enc_image"] / 2 + 0.5
-        )
+        tokens = family.picture_tokens(files, picture_encoder(case, opened), case["enc_image"] / 2 + 0.5)
     assert error(tokens, case["enc_tokens"]) < TOKENS and list(tokens.shape[1:]) == files.tokens
     null = Conditions(tokens={"a": {"main": tokens[0]}}, zero_null=True).null(len(tokens))["main"]
     assert torch.equal(null, case["enc_null"])
 
 
-def test_a_picture_becomes_the_tokens_that_files_of_conditions_hold(case, root, tmp_path):
-    """By the command's own way, from a file; pictures are within two counts, so tokens differ a little."""
+def cut_out(case):
+    """Numbers of pictures that are not opaque."""
     kinds = [k for k, kind in enumerate(case.fact("pictures")) if kind != "opaque"]
+    return kinds or pytest.skip(f"{case.folder.name} has no picture that is cut out")
+
+
+def test_a_picture_becomes_the_tokens_that_files_of_conditions_hold(case, root, opened, tmp_path):
+    """By the command's own way, from a file; pictures are within two counts, so tokens differ a little."""
+    picture_encoder(case, opened)
+    kinds = cut_out(case)
     paths = {}
     for k in kinds:
         paths[str(k)] = tmp_path / f"{k}.png"
@@ -291,7 +323,7 @@ def test_a_picture_becomes_the_tokens_that_files_of_conditions_hold(case, root, 
     for k in kinds:
         assert error(made.tokens[str(k)]["main"], case[f"pre{k}_tokens"][0]) < HALF
     family.load(root, made)
-    with pytest.raises(ValueError, match="conditions: .* Embed them with"):
+    with pytest.raises(ValueError, match="^conditions:"):
         family.load(
             root,
             Conditions(tokens=made.tokens, encoder=made.encoder.replace("border", "margin"), zero_null=True),
@@ -313,7 +345,9 @@ def test_the_surface_is_the_originals_on_a_straight_grid(case, decoder):
     """Published vertices are index / n * 2 b - b, not index / (n - 1); ours are closed at the border of the
     box.
     """
-    (latents,) = case["dec_latents"]
+    latents = case["dec_latents"][0]
+    if "dec_level" in case and float(case["dec_level"]):
+        pytest.skip(f"{case.folder.name}: its surface is not at 0, the pipeline's own level")
     cells = case.fact("octree_resolution")
     bound = case.fact("bounds")
     n = cells + 1
@@ -322,7 +356,7 @@ def test_the_surface_is_the_originals_on_a_straight_grid(case, decoder):
     with torch.no_grad():
         axis = torch.linspace(-bound, bound, n)
         grid = decoder.slab(decoder(latents[None]), axis, slice(0, n))
-    assert error(grid[None], case["dec_grid"]) < DECODED
+    assert error(grid, case["dec_grid"][0]) < DECODED
     vertices, faces = family.ShapeAsset(latents, decoder).surface(cells)
     published = case["dec_vertices"].double().numpy()
     theirs = case["dec_faces"].numpy()
@@ -350,8 +384,8 @@ def test_the_surface_is_the_originals_on_a_straight_grid(case, decoder):
 
 def test_encoder_from_chosen_points_on(case, opened, monkeypatch):
     """And latents as the flow sees them, which the decoder divides by scale_factor."""
-    network = family.encoder(*opened)
     queries, points, mean = case.of("vae_query", "vae_data", "vae_mean")
+    network = family.encoder(*opened)
     monkeypatch.setattr(hunyuan3d, "chosen", lambda surface, config, draw: (queries[0], points[0]))
     assert error(network.latents(points[0], None) / network.config.scale_factor, mean[0]) < ENCODER
     with torch.no_grad():
@@ -362,7 +396,7 @@ def test_encoder_from_chosen_points_on(case, opened, monkeypatch):
 
 def test_points_are_chosen_as_many_as_the_original_chooses(case, opened):
     files, _ = opened
-    (surface,), (points,), (queries,) = case.of("vae_surface", "vae_data", "vae_query")
+    surface, points, queries = (value[0] for value in case.of("vae_surface", "vae_data", "vae_query"))
     made = chosen(surface, files.vae, torch.Generator().manual_seed(1))
     assert [len(part) for part in made] == [len(queries), len(points)]
     rows = {tuple(row) for row in surface.tolist()}
@@ -405,11 +439,13 @@ def test_adapters_are_pefts(case, model, adapter, tmp_path):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_an_exported_folder_is_the_originals_with_merged_weights(case, opened, adapter, tmp_path, whole):
+def test_an_exported_folder_is_the_originals_with_merged_weights(
+    case, root, opened, adapter, tmp_path, whole
+):
     """Two files in the released subfolder, so that the original's loader finds them by the path alone."""
     files, sections = opened
-    report = export(case.folder if whole else files.root, tmp_path / "TUNED", {"shape": adapter})
-    folder = tmp_path / "TUNED" / case.fact("root")
+    report = export(root if whole else files.root, tmp_path / "TUNED", {"shape": adapter})
+    folder = tmp_path / "TUNED" / family.FOLDER
     assert {path.name for path in folder.iterdir()} == {family.CONFIG, case.fact("checkpoint")}
     assert (tmp_path / "TUNED" / "Notice").is_file() and 0 <= report["tuned"]["shape"]["rounding"] < 1
     assert (folder / family.CONFIG).read_bytes() == (files.root / family.CONFIG).read_bytes()
@@ -423,13 +459,14 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(case, opened, a
     assert {name.rpartition(".")[0] for name in changed} == set(read_weights(adapter).adapters)
     assert all(
         torch.equal(tensor, made[section][name])
-        for section in ("vae", "conditioner")
+        for section in sections.keys() - {"model"}
         for name, tensor in sections[section].items()
     )
     x, t, cond = case.of("x", "t", "cond")
     with torch.no_grad():
         again = family.denoiser(family.read_files(tmp_path / "TUNED"), made)
-        assert error(again(x, t, {"main": cond}), case["lora_y"]) < ADAPTED
+        limit = rounding_of(sections["model"].values())
+        assert error(again(x, t, {"main": cond}), case["lora_y"]) < limit
 
 
 def test_the_folder_is_found_fit(root):
@@ -438,22 +475,25 @@ def test_the_folder_is_found_fit(root):
 
 
 @pytest.mark.long
-def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, monkeypatch):
+def test_from_pictures_to_a_tuned_folder_as_documented(case, root, opened, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(family, "CELLS", 12)  # of meshes that nobody looks at
-    shown = [k for k, kind in enumerate(case.fact("pictures")) if kind != "opaque"]
+    picture_encoder(case, opened)
+    shown = at_least(3, cut_out(case))
     Path("PICTURES").mkdir()
-    for k in shown:
-        Image.fromarray(case[f"pre{k}_rgba"].numpy()).save(f"PICTURES/{k}.png")
+    for name, (k, shift) in shown.items():
+        Image.fromarray(np.roll(case[f"pre{k}_rgba"].numpy(), shift, 1)).save(f"PICTURES/{name}.png")
 
     def look(called, done):
         if called == "draw":
             rows = Work.open(Path("WORK")).lines()
-            assert {row["condition"] for row in rows} < set(map(str, shown))
+            heard(rows)
+            assert {row["condition"] for row in rows} < set(shown)
             assert all(row["look_at"].endswith(".obj") for row in rows)
 
     few = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --device=cpu".split()
-    called = run_section("Hunyuan3D-2.1", root, Path(), few, look)
+    with surfaces(case) as heard:
+        called = run_section("Hunyuan3D-2.1", root, Path(), few, look)
     assert called == ["new", "draw", "pairs", "train", "export"]
     read = read_conditions(Path("WORK"))
     tuned = family.load(Path("TUNED"), read)

@@ -29,7 +29,20 @@ from eg3d_rlhf.tuning.flow.families.sam3d import files, pose
 from eg3d_rlhf.tuning.flow.families.sam3d import pipeline as family
 from eg3d_rlhf.tuning.flow.generate import generate, guides, times, trajectory
 from eg3d_rlhf.tuning.flow.work import Work
-from tests.compat.family_reference import cases, check_gradients, error, grad_norm, gradients, released, table
+from tests.compat.family_reference import (
+    at_least,
+    cases,
+    check_gradients,
+    error,
+    grad_norm,
+    gradients,
+    having,
+    pictures_of,
+    recorded,
+    released,
+    rounding_of,
+    table,
+)
 from tests.compat.family_tolerances import ADAPTED, DECODED, GRADIENT, TOKENS, TRAJECTORY, VELOCITY
 from tests.tuning.flow.documented_commands import FEW, run_section
 
@@ -112,6 +125,10 @@ def test_velocities(case, short, flows):
     asked = {"y": (cond, *step), "y_null": (torch.zeros_like(cond), *step)}
     if step:
         asked |= {"y_d0": (cond,)}
+    there = {name.removeprefix(f"{short}_").partition("/")[0] for name in case.names}
+    asked = {name: given for name, given in asked.items() if name in there}
+    if not asked:
+        pytest.skip(f"{case.folder.name} has no velocities of {short}")
     with torch.no_grad():
         for name, given in asked.items():
             made = called(model, x, t, *given)
@@ -137,8 +154,9 @@ def test_times_positions_and_blocks(case, flows):
         assert error(token[0], case["ss_t_token"]) < VELOCITY
     for name, places in case.below("ss_pos/").items():
         assert error(model.latent_mapping[name].pos_emb, places) < VELOCITY
+    sample = case.facts.get("blocks_of", {}).get("sample", 1)
     for group, wanted in case.below("ss_blocks_out/").items():
-        assert error(torch.stack([out[group][1] for out in made]), wanted) < VELOCITY
+        assert error(torch.stack([out[group][sample] for out in made]), wanted) < VELOCITY
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -199,11 +217,9 @@ def test_the_path_and_its_loss(case, short, stages, flows):
     assert error(-feats_of(stage.path.velocity(data, noise)), feats_of(target)) < VELOCITY
     made = stage.velocity(x_t, t.float(), cond)
     assert error(-feats_of(made), feats_of(v)) < VELOCITY
-    losses = (
-        {"loss": stage.path}
-        if short == "slat"
-        else {"loss_plain": stage.path, "loss_published": weighted(stage, case)}
-    )
+    losses = {"loss": stage.path} if short == "slat" else {"loss_plain": stage.path}
+    if f"{short}_fm_loss_published" in case:
+        losses |= {"loss_published": weighted(stage, case)}
     for name, path in losses.items():
         model.zero_grad()
         loss = path.errors(stage.velocity(wanted, t.float(), cond), data, noise).mean()
@@ -221,6 +237,7 @@ def weighted(stage, case):
     return replace(stage.path, weights=generator.weights)
 
 
+@having("flow_sam3d", "ss_sc_t", "ss_sc_d", "ss_sc_cond")
 def test_what_a_network_of_steps_is_compared_with(case, flows):
     """The original's second loss, which is not trained here: its target by our network."""
     x = batch(case, "ss", "sc_x_t")
@@ -254,17 +271,24 @@ def test_samplers(case, short, stages):
     stage = stages[STAGE_OF[short]]
     noise = batch(case, short, "smp_noise")
     cond = case[f"{short}_smp_cond"]
+    tried = 0
     for name, asked in case.fact(f"{short}_samplings").items():
+        if f"{short}_smp_{name}_t" not in case:
+            continue
+        tried += 1
         sampling = sampling_of(stage, asked)
         assert (
             error(1 - torch.tensor(times(sampling)[:-1]).double(), case[f"{short}_smp_{name}_t"]) < VELOCITY
         )
         states = [x for x, _ in trajectory(stage, noise, cond, torch.zeros_like(cond), sampling)]
+        states = recorded(states, asked)
         for latent, wanted in (
             {"": case[f"slat_smp_{name}_x"]} if short == "slat" else case.below(f"ss_smp_{name}_x/")
         ).items():
             made = torch.stack([feats_of(x) if not latent else x[latent] for x in states])
             assert error(made, wanted) < TRAJECTORY, (name, latent)
+    if not tried:
+        pytest.skip(f"{case.folder.name} has no trajectory of {short}")
 
 
 def test_what_is_not_named_is_what_the_originals_code_says(case, file):
@@ -293,7 +317,7 @@ def test_what_is_not_named_is_what_the_originals_code_says(case, file):
             -drawn["mean"],
             drawn["std"],
         )
-    assert file.prune == said.get("downsample_ss_dist", 0) and file.pose == said.get(
+    assert file.prune == (said.get("downsample_ss_dist") or 0) and file.pose == said.get(
         "pose_decoder_name", pose.SHIFTED
     )
     want = case["ss_times_pipeline_t"]
@@ -310,14 +334,17 @@ def test_what_is_not_named_is_what_the_originals_code_says(case, file):
 def test_the_released_settings(path, stage, strength, tmp_path):
     """25 steps, of which 19 are guided, in both stages."""
     quoted = json.loads(path.read_text())
+    if f"{files.SHORT[stage]}_generator" not in quoted:
+        pytest.skip(f"this set has no {files.SHORT[stage]}_generator in {path.name}")
     generator = generator_of(quoted, files.SHORT[stage], stage, tmp_path)
     made = files._sampling(tmp_path, {}, stage, generator)
     assert (made.steps, made.rescale_t, made.cfg_strength) == (25, 3.0, strength)
     assert made.cfg_interval == (0.5, 1.0) and sum(guides(made, t) for t in times(made)[:-1]) == 19
-    assert (generator.path.sigma_min, generator.path.mean, generator.path.std) == (0, 1, 1)
-    said = quoted[f"{files.SHORT[stage]}_generator"]["module"]["generator"]["backbone"].get(
-        "loss_weights", {}
-    )
+    backbone = quoted[f"{files.SHORT[stage]}_generator"]["module"]["generator"]["backbone"]
+    drawn = backbone.get("training_time_sampler_fn", {"mean": -1, "std": 1})
+    wanted = (backbone.get("sigma_min", 0), -drawn["mean"], drawn["std"])
+    assert (generator.path.sigma_min, generator.path.mean, generator.path.std) == wanted
+    said = backbone.get("loss_weights", {})
     assert (generator.weights or {}) == {name: value for name, value in said.items() if name != "_target_"}
 
 
@@ -335,7 +362,7 @@ def generator_of(quoted, short, stage, folder):
 def test_names_and_shapes_of_generators(path, short, tmp_path):
     listed = {
         name: torch.empty(shape, device="meta")
-        for name, shape in table(path.with_name(f"released__{short}_generator.tsv")).items()
+        for name, shape in table(path.with_name(f"{path.stem}__{short}_generator.tsv")).items()
     }
     generator = generator_of(json.loads(path.read_text()), short, STAGE_OF[short], tmp_path)
     flow = files.flow_state(generator, listed)
@@ -358,7 +385,11 @@ def test_names_and_shapes_of_autoencoders(path, name, file, tmp_path):
         "num_res_blocks_middle": 2,
         "channels": [32, 128, 512],
     }
-    (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(json.loads(path.read_text()).get(name, guess)))
+    want = table(path.with_name(f"{'guess' if name == files.ENCODER else path.stem}__{name}.tsv"))
+    quoted = json.loads(path.read_text()).get(name, guess if name == files.ENCODER else None)
+    if quoted is None:
+        pytest.skip(f"this set has no {name} in {path.name}")
+    (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(quoted))
     parts = {known: part for part, (known, *_) in files.AUTOENCODERS.items()}
     part = parts[name.removesuffix("_4")]
     places = {
@@ -366,19 +397,18 @@ def test_names_and_shapes_of_autoencoders(path, name, file, tmp_path):
         f"{name.removesuffix('_4')}.ckpt": tmp_path / "no.ckpt",
     }
     make, config, _ = files.part_of(replace(file, files=places), part)
-    kind = "guess" if name == "ss_encoder" else "released"
-    assert shapes(empty(lambda: make(config)).state_dict()) == table(path.with_name(f"{kind}__{name}.tsv"))
+    assert shapes(empty(lambda: make(config)).state_dict()) == want
 
 
 # Pictures and tokens.
 
 
-def written(case, folder, k):
-    """A picture and its point map as files."""
+def written(case, folder, k, name, shift=0):
+    """A picture and its point map as files. Args: shift: pixels that they are rolled by."""
     folder.mkdir(exist_ok=True)
-    Image.fromarray(case[f"pre{k}_rgba"].numpy()).save(folder / f"{k}.png")
-    np.save(folder / f"{k}.npy", case[f"pre{k}_points"].numpy())
-    return folder / f"{k}.png"
+    Image.fromarray(np.roll(case[f"pre{k}_rgba"].numpy(), shift, 1)).save(folder / f"{name}.png")
+    np.save(folder / f"{name}.npy", np.roll(case[f"pre{k}_points"].numpy(), shift, 1))
+    return folder / f"{name}.png"
 
 
 def told(case, file, short, k):
@@ -391,20 +421,24 @@ def told(case, file, short, k):
 
 
 def test_what_the_embedders_are_told(case, short, file):
-    for k in range(len(case.fact("pictures"))):
+    compared = 0
+    for k in pictures_of(case):
         made = told(case, file, short, k)
         wanted = {
             name.partition("/")[2]: case[name] for name in case.names if name.startswith(f"pre{k}_{short}/")
         }
+        compared += len(wanted)
         for name, want in wanted.items():
             got = made[name.replace("rgb_pointmap_s", "pointmap_s")]  # scale and shift are stored twice
             assert torch.equal(got.isfinite(), want.isfinite())
             assert error(got.nan_to_num(0, 0, 0), want.nan_to_num(0, 0, 0)) < INPUTS, (k, name)
+    if not compared:
+        pytest.skip(f"{case.folder.name} has no pre<k>_{short}/...")
 
 
 def test_tokens(case, short, file):
     embedder = files.load_embedder(file.generators[STAGE_OF[short]])
-    for k in range(len(case.fact("pictures"))):
+    for k in pictures_of(case):
         given = told(case, file, short, k)
         given |= {
             name: case[f"pre{k}_{short}/{name}"]
@@ -418,13 +452,14 @@ def test_tokens(case, short, file):
 
 def cut_out(case):
     """Numbers of pictures that are not opaque."""
-    return [k for k in range(len(case.fact("pictures"))) if bool((case[f"pre{k}_rgba"][..., 3] < 255).any())]
+    kept = [k for k in pictures_of(case) if bool((case[f"pre{k}_rgba"][..., 3] < 255).any())]
+    return kept or pytest.skip(f"{case.folder.name} has no picture that is cut out")
 
 
 @pytest.fixture
 def conditions(case, root, tmp_path):
     """Of the case's pictures, by the command's own way."""
-    paths = {str(k): written(case, tmp_path / "PICTURES", k) for k in cut_out(case)}
+    paths = {str(k): written(case, tmp_path / "PICTURES", k, str(k)) for k in cut_out(case)}
     return family.embed(root, paths, torch.device("cpu"))
 
 
@@ -436,7 +471,7 @@ def test_pictures_become_conditions(case, root, conditions):
         assert error(told[family.SCALE], case[f"pre{name}_ss/pointmap_scale"]) < INPUTS
         assert error(told[family.SHIFT], case[f"pre{name}_ss/pointmap_shift"]) < INPUTS
     family.load(root, conditions)
-    with pytest.raises(ValueError, match="conditions: expected embeddings of .* Embed them with"):
+    with pytest.raises(ValueError, match="^conditions:"):
         family.load(
             root,
             Conditions(
@@ -483,9 +518,11 @@ def test_the_pipeline_decodes_shapes_and_latents_as_the_flows_see_them(case, pip
 def test_a_shape_of_too_many_voxels_is_made_small(case):
     most = int(case["down_max"])
     voxels, factor = family.thinned(case["prune_in"][:, 1:], most)
-    assert factor == 2 and voxels.tolist() == rows(case["down_out"])
-    fewer, _ = family.thinned(case["prune_in"][:, 1:], 7)
-    assert len(fewer) == 7 and {*map(tuple, fewer.tolist())} <= {*map(tuple, voxels.tolist())}
+    assert factor == (2 if len(case["prune_in"]) > most else 1)
+    assert voxels.tolist() == rows(case["down_out"])
+    few = min(7, len(voxels) - 1)
+    fewer, _ = family.thinned(case["prune_in"][:, 1:], few)
+    assert len(fewer) == few and {*map(tuple, fewer.tolist())} <= {*map(tuple, voxels.tolist())}
 
 
 def test_pose(case):
@@ -607,7 +644,8 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, fil
     t, cond = case.of("ss_t", "ss_cond")
     with torch.no_grad():
         y = called(again, x, t, cond, *steps_of(case, "ss", again))
-    assert max(distances(y, case.below("lora_ss_y/")).values()) < ADAPTED
+    limit = rounding_of(files.flow_state(generator, old["state_dict"]).values())
+    assert max(distances(y, case.below("lora_ss_y/")).values()) < limit
 
 
 def test_the_folder_is_found_fit(case):
@@ -618,16 +656,14 @@ def test_the_folder_is_found_fit(case):
 @pytest.mark.long
 def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shown = cut_out(case)
-    if len(shown) < 3:
-        pytest.skip("fewer than three pictures in the case: none would be left for the test")
-    for k in shown:
-        written(case, Path("PICTURES"), k)
+    shown = at_least(3, cut_out(case))
+    for name, (k, shift) in shown.items():
+        written(case, Path("PICTURES"), k, name, shift)
 
     def look(called, done):
         if called == "draw":
             drawn = Work.open(Path("WORK")).lines()
-            assert {row["condition"] for row in drawn} < set(map(str, shown))
+            assert {row["condition"] for row in drawn} < set(shown)
             assert all(set(row["pose"]) == {"rotation", "translation", "scale"} for row in drawn)
 
     called = run_section("SAM 3D Objects", root, Path(), FEW, look)

@@ -31,7 +31,21 @@ from eg3d_rlhf.tuning.flow.families.trellis.files import build_model, find_model
 from eg3d_rlhf.tuning.flow.families.trellis2 import files
 from eg3d_rlhf.tuning.flow.families.trellis2 import pipeline as family
 from eg3d_rlhf.tuning.flow.generate import generate, sample, times, trajectory
-from tests.compat.family_reference import cases, check_gradients, error, grad_norm, gradients, released, table
+from eg3d_rlhf.tuning.flow.work import Work
+from tests.compat.family_reference import (
+    cases,
+    check_gradients,
+    each,
+    error,
+    grad_norm,
+    gradients,
+    having,
+    pictures_of,
+    recorded,
+    released,
+    surfaces,
+    table,
+)
 from tests.compat.family_tolerances import (
     ADAPTED,
     DECODED,
@@ -63,11 +77,12 @@ def pipeline(root):
     return family.load_pipeline(root, None)
 
 
-@pytest.fixture(params=files.STAGES)
+EACH_STAGE = each("flow_trellis2", "stage", lambda case: case.facts.get("stages", {}))
+
+
+@pytest.fixture
 def stage(request, case, pipeline):
     """A stage of the case with a network of its own to change."""
-    if request.param not in case.fact("stages"):
-        pytest.skip(f"{case.folder.name} has no stage {request.param}")
     (known,) = (stage for stage in pipeline.stages if stage.name == request.param)
     path = find_model(pipeline.file, case.fact("stages")[request.param])
     return replace(known, model=files.load_model(path, torch.float32).requires_grad_(False))
@@ -100,7 +115,7 @@ def test_pipeline_json_is_resolved_as_the_original_does(case, pipeline):
     assert list(pipeline.file.flows.items()) == list(case.fact("stages").items())
     assert pipeline.file.kind == case.fact("pipeline_type")
     for stage in pipeline.stages:
-        asked = case_params(pipeline.file, case.fact("sampler_of", stage.name))
+        asked = UNNAMED | case_params(pipeline.file, case.fact("sampler_of", stage.name))
         made = stage.sampling
         assert (made.steps, made.rescale_t, made.cfg_rescale) == (
             asked["steps"],
@@ -117,8 +132,17 @@ def test_pipeline_json_is_resolved_as_the_original_does(case, pipeline):
     assert (pipeline.stages[0].path.mean, pipeline.stages[0].path.std) == (1, 1)
 
 
+UNNAMED = {  # what the original takes where `params` says nothing
+    "steps": 50,
+    "guidance_strength": 3.0,
+    "guidance_rescale": 0.0,
+    "guidance_interval": [0.0, 1.0],
+    "rescale_t": 1.0,
+}
+
+
 def case_params(file, sampler):
-    return json.loads((file.root / "pipeline.json").read_text())["args"][sampler]["params"]
+    return json.loads((file.root / "pipeline.json").read_text())["args"][sampler].get("params", {})
 
 
 def test_the_published_settings(tmp_path):
@@ -170,6 +194,7 @@ def test_the_published_settings(tmp_path):
 # The flows.
 
 
+@EACH_STAGE
 def test_velocity_blocks_and_the_token_of_the_time(case, stage):
     x = at(case, stage, "x")
     t, cond = case.of(f"{stage.name}/t", f"{stage.name}/cond")
@@ -185,15 +210,19 @@ def test_velocity_blocks_and_the_token_of_the_time(case, stage):
     with torch.no_grad():
         assert error(feats_of(model(x, t, cond)), case[f"{stage.name}/y"]) < VELOCITY
     for name, value in made.items():
-        assert error(value, case[f"{stage.name}/{name}"]) < VELOCITY
+        if f"{stage.name}/{name}" in case:
+            assert error(value, case[f"{stage.name}/{name}"]) < VELOCITY
     made.clear()
     blocks = []
     hooks += [
         block.register_forward_hook(lambda module, given, out: blocks.append(out)) for block in model.blocks
     ]
-    first = x[:1] if isinstance(x, torch.Tensor) else SparseBatch.join(x.samples()[:1])
+    shown = case.facts.get("blocks_of", {}).get("sample", 0)
+    one = slice(shown, shown + 1)
     with torch.no_grad():
-        model(first, t[:1], cond[:1])
+        model(
+            x[one] if isinstance(x, torch.Tensor) else SparseBatch.join(x.samples()[one]), t[one], cond[one]
+        )
     for hook in hooks:
         hook.remove()
     assert (
@@ -209,6 +238,7 @@ def test_angles_are_the_stored_ones(case, pipeline):
     assert error(angles.sin(), case["structure/rope_phases_imag"]) < VELOCITY
 
 
+@EACH_STAGE
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients(case, stage, recompute):
     model = stage.model.requires_grad_(True).train()
@@ -237,6 +267,7 @@ def test_gradients(case, stage, recompute):
     assert grad_norm(model) == pytest.approx(float(case[f"{stage.name}/grad_norm"]), rel=GRADIENT)
 
 
+@EACH_STAGE
 def test_the_path_and_its_loss(case, stage):
     """The original's loss is a mean over all voxels of a batch; here samples count alike, as pairs must."""
     places = {"coords": "fm_coords", "given": "fm_given"}
@@ -260,6 +291,7 @@ def test_the_path_and_its_loss(case, stage):
     assert grad_norm(model) == pytest.approx(float(case[f"{stage.name}/fm_grad_norm"]), rel=GRADIENT)
 
 
+@EACH_STAGE
 def test_samplers(case, stage):
     """Without `past_one` and the like, r < 1, whose first time is 1 + 2^-52 there and exactly 1 here; and
     without guidance below 1.
@@ -275,12 +307,10 @@ def test_samplers(case, stage):
     }
     tried = 0
     for name, params in asked.items():
-        if (
-            params is None
-            or f"{stage.name}/smp_{name}_x_t" not in case
-            or params["rescale_t"] < 1
-            or params["guidance_strength"] < 1
-        ):
+        if params is None or f"{stage.name}/smp_{name}_x_t" not in case:
+            continue
+        params = UNNAMED | params
+        if params["rescale_t"] < 1 or params["guidance_strength"] < 1:
             continue
         tried += 1
         sampling = replace(
@@ -294,11 +324,12 @@ def test_samplers(case, stage):
         assert torch.equal(
             torch.tensor(times(sampling), dtype=torch.float64), case[f"{stage.name}/smp_{name}_times"]
         )
-        steps = list(trajectory(stage, noise, cond, torch.zeros_like(cond), sampling))
+        steps = recorded(list(trajectory(stage, noise, cond, torch.zeros_like(cond), sampling)), params)
         for kind, which in (("x_t", 0), ("x_0", 1)):
             made = torch.stack([feats_of(step[which]) for step in steps])
             assert error(made, case[f"{stage.name}/smp_{name}_{kind}"]) < TRAJECTORY, (name, kind)
-    assert tried
+    if not tried:
+        pytest.skip(f"{case.folder.name} has no trajectory of {stage.name} that is sampled here")
 
 
 # The whole way, and the decoders.
@@ -414,6 +445,7 @@ def test_what_the_recorded_latents_decode_to(case, pipeline):
     )
 
 
+@having("flow_trellis2", "run/shape_512/slat", "run/upsampled")
 def test_the_cascade_and_its_limit_of_tokens(case, pipeline):
     low = case["run/shape_512/slat"]
     finer = pipeline._decoder().config.finer
@@ -532,6 +564,7 @@ def test_a_mesh_becomes_latents(case, pipeline):
     check_voxels(mean, case["enc/shape_coords"], case["enc/shape_mean"], 0.1)
 
 
+@having("flow_trellis2", "enc/tex_decoded", "enc/tex_mean")
 def test_materials_decode_on_the_voxels_that_they_were_encoded_from(case, pipeline):
     fine = case["enc/tex_decoded"]
     latent = batch(case["enc/shape_coords"], case["enc/tex_mean"])
@@ -561,10 +594,11 @@ def test_materials_decode_on_the_voxels_that_they_were_encoded_from(case, pipeli
 
 def test_pictures_are_equal_to_the_bit(case):
     sizes = tuple(case.fact("picture_sizes"))
-    for k, _ in enumerate(case.fact("pictures")):
+    for k in pictures_of(case):
         image = Image.fromarray(case[f"pre{k}/rgba"].numpy())
-        assert np.array_equal(over_black(squared(at_most(image, 1024), 1.0)), case[f"pre{k}/cut"].numpy())
-        for size, made in zip(sizes, on_black_first(image, sizes), strict=True):
+        most = case.facts.get("picture_most", 1024)
+        assert np.array_equal(over_black(squared(at_most(image, most), 1.0)), case[f"pre{k}/cut"].numpy())
+        for size, made in zip(sizes, on_black_first(image, sizes, most), strict=True):
             assert np.array_equal(
                 (made.permute(1, 2, 0) * 255).round().byte().numpy(), case[f"pre{k}/image_{size}"].numpy()
             )
@@ -577,7 +611,7 @@ def test_tokens_are_those_before_the_last_norm(case):
     with torch.no_grad():
         assert error(network.norm(network(image)), case["enc_last_hidden_state"]) < TOKENS
     sizes = tuple(case.fact("picture_sizes"))
-    for k, _ in enumerate(case.fact("pictures")):
+    for k in pictures_of(case):
         seen = on_black_first(Image.fromarray(case[f"pre{k}/rgba"].numpy()), sizes)
         for size, picture in zip(sizes, seen, strict=True):
             assert (
@@ -593,6 +627,7 @@ def adapter(case, stage):
     return case.file(f"adapters/{stage.name}")
 
 
+@EACH_STAGE
 def test_adapters_are_pefts(case, stage, adapter, tmp_path):
     x = at(case, stage, "x")
     t, cond = case.of(f"{stage.name}/t", f"{stage.name}/cond")
@@ -609,6 +644,7 @@ def test_adapters_are_pefts(case, stage, adapter, tmp_path):
     assert written.keys() == given.keys() and all(torch.equal(written[name], given[name]) for name in given)
 
 
+@EACH_STAGE
 def test_preferences(case, stage, adapter):
     tuned = tuned_model(stage.model, adapter)
     name = stage.name
@@ -640,7 +676,9 @@ def test_preferences(case, stage, adapter):
 
 
 def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, pipeline, tmp_path):
-    tuned = {name: case.file(f"adapters/{name}") for name in case.fact("stages")}
+    tuned = {name: path for name in case.fact("stages") if (path := case.folder / "adapters" / name).is_dir()}
+    if not tuned:
+        pytest.skip(f"{case.folder.name} has no adapters")
     report = export(root, tmp_path / "TUNED", tuned)
     assert set(report["tuned"]) == set(tuned) and all(
         0 <= done["rounding"] < 0.1 for done in report["tuned"].values()
@@ -662,6 +700,8 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, pip
         )
         assert changed == (set(read_weights(tuned[stage]).adapters) if path.name in changed_files else set())
     for name in ("pipeline.json", files.TEXTURING):
+        if not (root / name).is_file():
+            continue
         old, new = (json.loads((folder / name).read_text()) for folder in (root, tmp_path / "TUNED"))
         for value, place in ((new["args"]["models"][n], n) for n in new["args"]["models"]):
             if (root / f"{old['args']['models'][place]}.json").is_file():
@@ -672,8 +712,9 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, pip
     for stage in again.stages:
         x = at(case, stage, "x")
         t, cond = case.of(f"{stage.name}/t", f"{stage.name}/cond")
+        want = case[f"{stage.name}/{'lora_y' if stage.name in tuned else 'y'}"]
         with torch.no_grad():
-            assert error(feats_of(stage.model(x, t, cond)), case[f"{stage.name}/lora_y"]) < limit
+            assert error(feats_of(stage.model(x, t, cond)), want) < limit
 
 
 def test_conditions_of_another_encoder_or_preparation_are_refused(case, root, pipeline):
@@ -682,7 +723,7 @@ def test_conditions_of_another_encoder_or_preparation_are_refused(case, root, pi
     family.load_pipeline(
         root, Conditions(tokens=tokens, encoder=family.source_of(pipeline.file), zero_null=True)
     )
-    with pytest.raises(ValueError, match="conditions: .* Embed them with"):
+    with pytest.raises(ValueError, match="^conditions:"):
         family.load_pipeline(root, Conditions(tokens=tokens, encoder=pipeline.file.encoder, zero_null=True))
 
 
@@ -718,10 +759,21 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
     (snapshots / "0").symlink_to(case.file(case.fact("encoder")))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     Path("PICTURES").mkdir()
+    pictures = [case[f"pre{k}/rgba"].numpy() for k in pictures_of(case)]
+    shown = next((rgba for rgba in pictures if (rgba[..., 3] < 255).any()), None)
+    if shown is None:
+        pytest.skip(f"{case.folder.name} has no picture that is cut out")
     for i, name in enumerate("abc"):
-        Image.fromarray(np.roll(case["pre0/rgba"].numpy(), i, 1)).save(f"PICTURES/{name}.png")
+        Image.fromarray(np.roll(shown, i, 1)).save(f"PICTURES/{name}.png")
     few = "--steps=1 --batch=2 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --device=cpu".split()
-    assert run_section("TRELLIS.2", root, Path(), few) == ["new", "draw", "pairs", "train", "export"]
+
+    def look(command, done):
+        if command == "draw":
+            heard(Work.open(Path("WORK")).lines())
+
+    with surfaces(case) as heard:
+        commands = run_section("TRELLIS.2", root, Path(), few, look)
+    assert commands == ["new", "draw", "pairs", "train", "export"]
     tuned = []
     for stage in case.fact("stages"):
         whole = (

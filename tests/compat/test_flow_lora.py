@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,39 +19,40 @@ from eg3d_rlhf.models.policies import (
     write_adapter,
 )
 from eg3d_rlhf.models.trellis.flows import StructureFlow, StructureFlowConfig
+from tests.compat.trellis_reference import config_of, holding, read
 
 TOLERANCE = 1e-5
-MERGED_TOLERANCE = 2e-6  # of outputs, adapter on against merged; up to 9.5e-7 were seen, by the processor
+# of the largest output, adapter on against merged; up to 5.8e-7 were seen, by the processor
+MERGED_TOLERANCE = 1.2e-6
 
 
 @pytest.fixture(scope="module")
-def peft(fixtures_dir):
-    """The fixture's parts: full and adapter state dicts, settings, outputs."""
-    with np.load(fixtures_dir / "trellis" / "ss_flow_lora_peft.npz") as d:
-        state = {k: torch.from_numpy(d[k]) for k in d.files if k != "lora_json"}
-        parts = {
-            kind: {k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{kind}/")}
-            for kind in ("full", "adapter")
-        }
-        return {
-            **parts,
-            "config": json.loads(d["lora_json"].tobytes()),
-            "on": state["y_on"],
-            "off": state["y_off"],
-        }
+def peft():
+    """The parts of the file with PEFT's adapters: full and adapter state dicts, settings, outputs."""
+    found = holding("lora_json", "y_on", "y_off")
+    if not found:
+        pytest.skip("this set has no file of trellis with lora_json, y_on and y_off")
+    state = read(found[0])
+    parts = {
+        kind: {k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{kind}/")}
+        for kind in ("full", "adapter")
+    }
+    config = config_of(state, "lora_json")
+    return {**parts, "config": config, "on": state["y_on"], "off": state["y_off"]}
 
 
 @pytest.fixture(scope="module")
-def flow(fixtures_dir):
-    """Architecture, weights and inputs of the network under the adapters."""
-    with np.load(fixtures_dir / "trellis" / "ss_flow_p1.npz") as d:
-        state = {k.removeprefix("sd/"): torch.from_numpy(d[k]) for k in d.files if k.startswith("sd/")}
-        x, t, cond = (torch.from_numpy(d[k]) for k in ("x", "t", "cond"))
-        return {
-            "config": StructureFlowConfig(**json.loads(d["config_json"].tobytes())),
-            "state": state,
-            "inputs": (x, t / 1000, cond),
-        }
+def flow(peft):
+    """Architecture, weights and inputs of the network under the adapters: the flow of the same shapes."""
+    wanted = {name: tensor.shape for name, tensor in split_state(peft["full"], "full")[0].items()}
+    for path in holding("config_json", "x", "t", "cond"):
+        values = read(path)
+        state = {name.removeprefix("sd/"): v for name, v in values.items() if name.startswith("sd/")}
+        if {name: tensor.shape for name, tensor in state.items()} == wanted:
+            inputs = values["x"], values["t"] / 1000, values["cond"]
+            config = StructureFlowConfig(**config_of(values))
+            return {"config": config, "state": state, "inputs": inputs}
+    pytest.skip("this set has no flow of the shapes that PEFT's adapters sit on")
 
 
 @pytest.fixture
@@ -77,11 +77,16 @@ def run(model, flow):
         return model(*flow["inputs"])
 
 
+def same_output(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=MERGED_TOLERANCE * float(want.abs().max()))
+
+
 def test_both_layouts_hold_the_same(peft, flow):
     plain, adapters = split_state(peft["full"], "full")
     none, same = split_state(peft["adapter"], "adapter")
     assert none == {} and set(plain) == set(flow["state"])
-    assert len(adapters) == 10 and list(adapters) == list(same)
+    assert len(adapters) == sum(name.endswith("lora_A.weight") for name in peft["adapter"]) > 0
+    assert list(adapters) == list(same)
     assert all(
         torch.equal(a, b) for layer in adapters for a, b in zip(adapters[layer], same[layer], strict=True)
     )
@@ -103,7 +108,7 @@ def test_merged_equals_adapter_on(peft, flow, files):
     model = tuned_model(base, files / "adapter")
     merged = tuned_model(base, files / "adapter", merge=True)
     assert list(merged.state_dict()) == list(base.state_dict()) == list(merged_state(model))
-    torch.testing.assert_close(run(merged, flow), run(model, flow), rtol=0, atol=MERGED_TOLERANCE)
+    same_output(run(merged, flow), run(model, flow))
 
 
 def test_the_full_layout_brings_its_own_base(peft, flow, files):
@@ -115,10 +120,11 @@ def test_the_full_layout_brings_its_own_base(peft, flow, files):
         StructureFlow(flow["config"]), read_weights(files / "full.safetensors", alpha=alpha)
     ).eval()
     with adapters_off(model):
-        torch.testing.assert_close(run(model, flow), peft["on"], rtol=0, atol=MERGED_TOLERANCE)
+        same_output(run(model, flow), peft["on"])
     merged = merged_state(tuned_model(network(flow, flow["state"]), files / "adapter"))
     for name, value in split_state(peft["full"], "full")[0].items():
-        torch.testing.assert_close(merged[name], value, rtol=0, atol=5e-8, msg=name)
+        limit = 5e-8 * max(1.0, float(value.abs().max()))
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=limit, msg=name)
 
 
 def test_a_full_state_of_the_base_gives_the_same_network(peft, flow, files):
@@ -129,7 +135,8 @@ def test_a_full_state_of_the_base_gives_the_same_network(peft, flow, files):
         {name: state[name.replace(".default.", ".")].clone() for name in peft["full"]},
         files / "full.safetensors",
     )
-    full = tuned_model(network(flow, flow["state"]), files / "full.safetensors", alpha=8)
+    alpha = peft["config"]["lora_alpha"]
+    full = tuned_model(network(flow, flow["state"]), files / "full.safetensors", alpha=alpha)
     kept = tuned_model(network(flow, flow["state"]), save_policy(on, files / "kept", {}))
     assert torch.equal(run(full, flow), run(on, flow)) and torch.equal(run(kept, flow), run(on, flow))
 

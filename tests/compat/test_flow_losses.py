@@ -12,51 +12,61 @@ from eg3d_rlhf.models.sparse import SparseBatch, feats_of, spread, with_feats
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, pair_loss
 from eg3d_rlhf.tuning.flow.generate import sample, trajectory
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels
+from tests.compat.absent import some
+from tests.compat.reference import array_names
+from tests.compat.trellis_reference import (
+    FOLDER,
+    each,
+    prefix,
+    read,
+    sampling_of,
+    trajectories,
+)
 
-STRUCTURE = pytest.mark.parametrize("name", ["ss_flow_p1", "ss_flow_p2"])
 PATH = FlowPath(sigma_min=1e-5)
-SAMPLERS = {  # as they were recorded
-    "euler": {"cfg_strength": 0.0, "rescale_t": 1.0},
-    "cfg": {"cfg_strength": 5.0, "cfg_interval": (0.0, 1.0), "rescale_t": 3.0},
-    "interval": {"cfg_strength": 7.5, "cfg_interval": (0.5, 0.95), "rescale_t": 3.0},
-}
 
 
 @pytest.fixture
-def recorded(fixtures_dir):
-    def load(name: str) -> dict[str, torch.Tensor]:
-        with np.load(fixtures_dir / "trellis" / f"{name}.npz") as data:
-            keys = [k for k in data.files if not k.startswith(("sd/", "ref/")) and k != "config_json"]
-            return {k: torch.as_tensor(data[k]) for k in keys}
-
-    return load
+def path(request):
+    return request.param
 
 
-@STRUCTURE
-def test_path_and_target(recorded, name):
-    r = recorded(name)
+@pytest.fixture
+def r(path) -> dict[str, torch.Tensor]:
+    return read(path)
+
+
+@each("fm_x0", "fm_t", "fm_noise", "fm_x_t", "fm_target", without="coords")
+def test_path_and_target(r):
     torch.testing.assert_close(
         PATH.mix(r["fm_x0"], r["fm_t"], r["fm_noise"]), r["fm_x_t"], rtol=1e-5, atol=1e-6
     )
     torch.testing.assert_close(PATH.velocity(r["fm_x0"], r["fm_noise"]), r["fm_target"], rtol=1e-5, atol=1e-6)
 
 
-@STRUCTURE
-@pytest.mark.parametrize("beta", [1, 500])
-def test_dso_preference_loss(recorded, name, beta):
+PREFERRED = [
+    pytest.param(path, key, id=f"{path.stem}-{key}")
+    for path in sorted(FOLDER.glob("*.npz"))
+    for key in array_names(path)
+    if key.startswith("dso_dpo_beta")
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    some(PREFERRED, "this set has no dso_dpo_beta... in trellis", width=2),
+    indirect=["path"],
+)
+def test_dso_preference_loss(r, key):
     """DSO halves its beta inside the loss; ours multiplies the margin as it is."""
-    r = recorded(name)
     errors = PairErrors.split(r["dpo_mse_theta"], r["dpo_mse_ref"])
-    config = DpoConfig(beta=0.5 * beta)
-    torch.testing.assert_close(
-        pair_loss(errors, config).mean(), r[f"dso_dpo_beta{beta}"].reshape([]), rtol=1e-5, atol=1e-6
-    )
+    config = DpoConfig(beta=0.5 * float(key.removeprefix("dso_dpo_beta")))
+    torch.testing.assert_close(pair_loss(errors, config).mean(), r[key].reshape([]), rtol=1e-5, atol=1e-6)
 
 
-@STRUCTURE
+@each("dpo_mse_theta", "dso_sft", "dso_dro")
 @pytest.mark.parametrize("kind", ["sft", "dro"])
-def test_dso_losses_without_a_reference(recorded, name, kind):
-    r = recorded(name)
+def test_dso_losses_without_a_reference(r, kind):
     config = DpoConfig(kind=kind)
     loss = pair_loss(PairErrors.split(r["dpo_mse_theta"]), config).mean()
     torch.testing.assert_close(loss, r[f"dso_{kind}"].reshape([]), rtol=1e-5, atol=1e-6)
@@ -105,7 +115,8 @@ def replay(noise, x_t: torch.Tensor, x_0: torch.Tensor, sampling: Sampling, empt
     model = Replay(points, velocities, sampling, empty)
     sparse = isinstance(noise, SparseBatch)
     channels = feats_of(noise).shape[1]
-    kind = (SparseVoxels if sparse else DenseGrid)(channels=channels, resolution=64)
+    side = int(noise.coords[:, 1:].max()) + 1 if sparse else feats_of(noise).shape[-1]
+    kind = (SparseVoxels if sparse else DenseGrid)(channels=channels, resolution=side)
     return FlowStage(name="recorded", model=model, latents=kind, path=PATH, sampling=sampling)
 
 
@@ -116,30 +127,26 @@ def follow(stage: FlowStage, noise, cond, empty, x_t, x_0) -> None:
         torch.testing.assert_close(feats_of(estimate), expected_0, rtol=1e-5, atol=1e-5)
 
 
-@STRUCTURE
-@pytest.mark.parametrize("kind", SAMPLERS)
-def test_trajectories_of_the_first_stage(recorded, name, kind):
-    r = recorded(name)
-    x_t = r[f"smp_{kind}_x_t"]
-    x_0 = r[f"smp_{kind}_x_0"]
-    sampling = Sampling(steps=len(x_t), **SAMPLERS[kind])
-    stage = replay(r["smp_noise"], x_t, x_0, sampling, r["smp_neg"])
-    follow(stage, r["smp_noise"], r["smp_cond"], r["smp_neg"], x_t, x_0)
-    end = sample(stage, r["smp_noise"], r["smp_cond"], r["smp_neg"])
-    torch.testing.assert_close(end, r[f"smp_{kind}_out"], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(("path", "name"), trajectories(), indirect=["path"])
+def test_trajectories(r, name):
+    """Of both stages."""
+    at = prefix(name)
+    x_t = r[f"{at}x_t"]
+    x_0 = r[f"{at}x_0"]
+    noise = r["smp_noise"]
+    if "coords" in r:
+        coords = r["coords"].int().contiguous()
+        noise = SparseBatch(coords, noise, int(coords[:, 0].max()) + 1)
+    stage = replay(noise, x_t, x_0, sampling_of(r, name), r["smp_neg"])
+    cond = r.get("smp_cond", r["cond"])
+    follow(stage, noise, cond, r["smp_neg"], x_t, x_0)
+    if f"{at}out" in r:
+        end = sample(stage, noise, cond, r["smp_neg"])
+        torch.testing.assert_close(end, r[f"{at}out"], rtol=1e-5, atol=1e-5)
 
 
-def test_trajectory_of_the_second_stage(recorded):
-    r = recorded("slat_flow")
-    coords = r["coords"].int().contiguous()
-    noise = SparseBatch(coords, r["smp_noise"], int(coords[:, 0].max()) + 1)
-    sampling = Sampling(steps=len(r["smp_x_t"]), cfg_strength=3.0, cfg_interval=(0.5, 0.95), rescale_t=3.0)
-    stage = replay(noise, r["smp_x_t"], r["smp_x_0"], sampling, r["smp_neg"])
-    follow(stage, noise, r["cond"], r["smp_neg"], r["smp_x_t"], r["smp_x_0"])
-
-
-def test_times_spread_over_voxels(recorded):
-    r = recorded("slat_flow")
+@each("coords", "fm_x0", "fm_t", "fm_noise")
+def test_times_spread_over_voxels(r):
     coords = r["coords"].int().contiguous()
     x_0 = SparseBatch(coords, r["fm_x0"], int(coords[:, 0].max()) + 1)
     x_t = PATH.mix(x_0, r["fm_t"], x_0.with_feats(r["fm_noise"]))

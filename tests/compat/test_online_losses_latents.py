@@ -119,7 +119,8 @@ def test_awm_and_flow_dpo(case):
     known.holds("log_p", log_p, LOSS)
     known.holds("log_p_old", old, LOSS)
     known.holds("grad_sum", gradient(log_p.sum(), v), GRADIENT, single=True)
-    advantage = given.tensor("advantages").clamp(-5, 5)
+    cut = options("awm_dpo").get("adv_clip", 5)
+    advantage = given.tensor("advantages").clamp(-cut, cut)
     per_sample = clipped_loss(
         awm_log_p(error(v, u), times, weight), old, advantage, options("awm_dpo")["clip"]
     )

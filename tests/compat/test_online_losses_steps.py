@@ -33,7 +33,7 @@ def log_p_of(kind: str, step: Step, to: torch.Tensor, mean: torch.Tensor) -> tor
 @each("sde_steps")
 def test_steps(case):
     if not case:
-        return  # the times
+        return  # the times alone
     given = Values("sde_steps", case.split("/")[0])
     if "/" not in case:
         return

@@ -6,7 +6,9 @@ import re
 import numpy as np
 import pytest
 
+from tests.compat.absent import some
 from tests.compat.reference import ROOT, array_names, read_json
+from tests.rejections import raising
 from training.dataset import InfiniteSampler
 
 
@@ -14,9 +16,10 @@ def _first(count, n=17, **options):
     return list(itertools.islice(InfiniteSampler(range(n), **options), count))
 
 
-@pytest.mark.parametrize(
-    "key", [name for name in array_names(ROOT / "eg3d" / "misc.npz") if name.startswith("sampler/")]
-)
+ORDERS = [name for name in array_names(ROOT / "eg3d" / "misc.npz") if name.startswith("sampler/")]
+
+
+@pytest.mark.parametrize("key", some(ORDERS, "this set has no sampler/... in eg3d/misc.npz"))
 def test_order_matches_reference(key):
     replicas, rank = map(int, re.fullmatch(r"sampler/replicas(\d+)_rank(\d+)", key).groups())
     recipe = read_json(ROOT / "eg3d" / "misc.json").get("sampler", {})
@@ -48,5 +51,5 @@ def test_unshuffled_and_single_image():
 
 
 def test_an_empty_dataset_is_named():
-    with pytest.raises(ValueError, match="got an empty dataset"):
+    with raising("empty"):
         InfiniteSampler([])

@@ -168,9 +168,8 @@ def orient(m):
 
 def seams(m):
     V, F = m
-    return V[F.reshape(-1)], np.arange(3 * len(F)).reshape(
-        -1, 3
-    )  # every face with corners of its own, as OBJ/GLB with seams
+    # every face with corners of its own, as OBJ/GLB with seams
+    return V[F.reshape(-1)], np.arange(3 * len(F)).reshape(-1, 3)
 
 
 def bumpy(s=5, k=9, a=0.02):
