@@ -1,11 +1,11 @@
-"""What the documentation promises: links that lead somewhere, files that exist, pages of a length that a
-person reads, a site.
+"""What the documentation promises: links and anchors that lead somewhere, files that exist, notebooks that
+run, a site.
 """
 
+import functools
 import os
 import pkgutil
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,84 +14,56 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
-MANUALS = [page for page in PAGES[1:] if "lab-book" not in page.parts]  # the lab book is dated notes
-# words of all that teach, of a page, of a paragraph; of a table
-ALL = 20_000
-PAGE = 1500
-PARAGRAPH = 80
-ROWS = 8
-COLUMNS = 6
-LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?")  # file, anchor
 PATH = re.compile(
     r"(?<![\w/.<*-])((?:tools|tests|docs|benchmarks|assets|training|torch_utils|eg3d_rlhf)/[\w/.-]*\w"
     r"\.(?:py|md|json|jsonl|png|cu|cpp|h|safetensors))\b"
 )
 
 
+def slugs(text: str) -> list[str]:
+    """Anchors that GitHub gives to a page's headings: the words in lower case, with hyphens for spaces, and a
+    number where a heading comes again.
+    """
+    text = re.sub(r"^ *(```|~~~).*?^ *\1", "", text, flags=re.M | re.S)
+    found: list[str] = []
+    seen: dict[str, int] = {}
+    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", text, re.M):
+        words = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)  # a link's own words
+        slug = re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")
+        found.append(f"{slug}-{seen[slug]}" if slug in seen else slug)
+        seen[slug] = seen.get(slug, 0) + 1
+    return found
+
+
+@functools.cache
+def anchors_of(page: Path) -> set[str]:
+    """Anchors of a page: of its headings, and those that its HTML names."""
+    text = page.read_text()
+    return {*slugs(text), *re.findall(r"<\w+ [^>]*\b(?:id|name)=\"([^\"]+)\"", text)}
+
+
+def test_slugs_are_githubs():
+    text = (
+        "# One, *two* & `three_x`\n\n```bash\n# a comment\n```\n\n## [A link](b.md#c)\n## Again\n### Again\n"
+    )
+    assert slugs(text) == ["one-two--three_x", "a-link", "again", "again-1"]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 def test_what_a_page_names_is_there(page):
     text = page.read_text()
-    assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
+    links = [(page.parent / link if link else page, anchor) for link, anchor in LINK.findall(text)]
+    assert [path for path, _ in links if not path.exists()] == []
+    anchored = [(path, anchor) for path, anchor in links if anchor and path.suffix == ".md"]
+    assert [f"{path}#{anchor}" for path, anchor in anchored if anchor not in anchors_of(path)] == []
     assert [path for path in PATH.findall(text) if not (REPO / path).exists()] == []
 
 
 def test_every_picture_is_shown_somewhere():
-    shown = {(page.parent / link).resolve() for page in PAGES for link in LINK.findall(page.read_text())}
+    shown = {(page.parent / link).resolve() for page in PAGES for link, _ in LINK.findall(page.read_text())}
     kept = [path for path in (REPO / "docs" / "images").iterdir() if path.suffix in (".png", ".webp")]
     assert [path.name for path in kept if path.resolve() not in shown] == []
-
-
-def blocks_of(text: str) -> list[str]:
-    """Paragraphs, items of lists and tables of a page, without its code."""
-    text = re.sub(r"^ *(```|~~~).*?^ *\1$", "", text, flags=re.M | re.S)
-    return [
-        block
-        for block in re.split(r"\n\s*\n|\n(?= *(?:[-*]|\d+\.) )", text)
-        if block.strip() and not block.startswith("    ")
-    ]
-
-
-def limits_broken(text: str, room: str) -> list[str]:
-    broken = []
-    if (words := len(text.split())) > PAGE and room != "reference":
-        broken.append(f"page of {words} words")
-    for block in blocks_of(text):
-        rows = [line for line in block.splitlines() if line.startswith("|")]
-        if rows and room not in ("results", "reference"):
-            sizes = (len(rows) - 2, rows[0].replace("\\|", "").count("|") - 1)
-            if sizes[0] > ROWS or sizes[1] > COLUMNS:
-                broken.append(f"table of {sizes[0]} rows and {sizes[1]} columns: {rows[0][:40]}")
-        elif not rows and (words := len(block.split())) > PARAGRAPH:
-            broken.append(f"paragraph of {words} words: {block.strip()[:40]}")
-    return broken
-
-
-@pytest.mark.parametrize("page", MANUALS, ids=lambda page: str(page.relative_to(REPO)))
-def test_a_page_is_of_a_length_that_a_person_reads(page):
-    place = page.relative_to(REPO / "docs")
-    broken = limits_broken(page.read_text(), place.parts[0])
-    assert broken == []
-
-
-def test_the_limits_see_what_is_too_long():
-    table = "| a | b |\n| - | - |\n" + "| 1 | 2 |\n" * 9
-    page = "word " * 81 + "\n\n- " + "word " * 80 + "\n\n" + table + "```\n" + "word " * 100 + "\n```\n"
-    assert [broken.split(":")[0] for broken in limits_broken(page, "guides")] == [
-        "paragraph of 81 words",
-        "paragraph of 81 words",
-        "table of 9 rows and 2 columns",
-    ]
-    assert (
-        len(limits_broken(page, "results")) == 2
-        and limits_broken("word " * 1501, "guides")[0] == "page of 1501 words"
-    )
-
-
-def test_the_manuals_are_read_in_an_afternoon():
-    taught = [
-        page for page in MANUALS if page.relative_to(REPO / "docs").parts[0] not in ("results", "reference")
-    ]
-    assert sum(len(page.read_text().split()) for page in taught) <= ALL
 
 
 # asked of the network by a page
@@ -122,10 +94,8 @@ def test_the_site_builds_without_a_warning_and_asks_nothing_of_the_network(tmp_p
 
 
 @pytest.mark.long
-def test_the_site_with_its_notebooks_run_takes_two_minutes_of_one_core(tmp_path):
-    began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+def test_the_site_builds_with_its_notebooks_run(tmp_path):
     build_site(tmp_path)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 120
 
 
 def test_functions_of_the_papers_exist():

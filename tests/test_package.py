@@ -112,7 +112,8 @@ def test_a_wheel_works_in_an_empty_folder(tmp_path, repo):
         assert run.returncode == 0, run.stderr
         return run.stdout
 
-    assert "Run folder" in job("train", "--reward=sigma", "--lambda-r=10", "--kimg=0.016", "--no-summary")
+    job("train", "--reward=sigma", "--lambda-r=10", "--kimg=0.016", "--no-summary")
+    assert list(empty.glob("runs/*/network-snapshot-*.safetensors"))
     assert "label" in job("label", "--help")
     assert str(site) in job(
         "generator", "inspect", str(site / "eg3d_rlhf" / "assets" / "generator.safetensors")

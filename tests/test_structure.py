@@ -130,9 +130,8 @@ def test_nobody_imports_upwards():
     assert level == [], "two rooms on one floor may import each other in one direction"
 
 
-def test_there_are_thirteen_rooms_and_few_arrows_between_them():
-    rooms = {room_of(module) for module in modules() if module.startswith("eg3d_rlhf.")} - {"__main__"}
-    assert rooms <= RANK.keys() and len(rooms) <= 13 and len(arrows()) <= 120
+def test_every_room_has_its_floor():
+    assert {room_of(module) for module in modules() if module.startswith("eg3d_rlhf.")} <= RANK.keys()
 
 
 def test_no_file_imports_itself_in_a_circle():

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.rows import DisagreementError, Outcome, compare
+from tests.rejections import raising
 
 
 def record(ratio: float, name: str = "slab", size: str = "full", device: str = "cpu") -> dict:
@@ -16,7 +17,8 @@ def test_a_ratio_over_ten_per_cent_worse_is_a_regression(now, flagged):
     lines = report.regressions({"rows": [record(10)]}, {"rows": [record(now)]})
     assert bool(lines) is flagged
     if flagged:
-        assert lines == ["slab (full, cpu): 10.00x before, 8.90x now"]
+        (line,) = lines
+        assert all(word in line for word in ("slab", "full", "cpu", "10.00x", "8.90x"))
 
 
 def test_only_rows_of_the_same_name_size_and_device_are_compared():
@@ -28,7 +30,7 @@ def test_other_files_are_refused(tmp_path):
     for text in ("[]", "{}", "no json", '{"rows": [{"name": 1}]}'):
         path = tmp_path / "x.json"
         path.write_text(text)
-        with pytest.raises(ValueError, match="expected results of"):
+        with raising("x.json", "python -m benchmarks"):
             report.read(path)
 
 

@@ -12,6 +12,7 @@ from benchmarks import report, session
 from benchmarks.rows import Case, DisagreementError, Outcome, Row
 from benchmarks.session import Options, run, run_row, select
 from tests.benchmarks import fake
+from tests.rejections import raising
 from torch_utils.ops import implementations
 
 REQUIRED = {
@@ -107,9 +108,9 @@ def test_rows_are_saved_one_by_one(options):
 
     def broken(device, tiny):
         assert [r["name"] for r in saved(settings)["rows"]] == ["first"]
-        raise RuntimeError("out of memory")
+        raise MemoryError
 
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(MemoryError):
         run([fake.row("first"), Row(name="second", size="full", make=broken, seconds=1)], settings)
     assert [r["name"] for r in saved(settings)["rows"]] == ["first"]
 
@@ -148,7 +149,7 @@ def test_every_call_starts_from_the_prepared_state_outside_the_clock(options):
 
 def test_further_columns_are_timed_and_their_failures_named(options):
     def fails() -> Outcome:
-        raise RuntimeError("no compiler\nat all")
+        raise RuntimeError("compiler\nmissing")
 
     base = fake.case(0.001, 0.002)
     wrong = fake.case(0.001, 0.002, error=1.0).fast
@@ -156,19 +157,18 @@ def test_further_columns_are_timed_and_their_failures_named(options):
     row = row_of(Case(fast=base.fast, reference=base.reference, others=others))
     assert "others" not in run_row(row, options())
     record = run_row(row, options(torch_compile=True))
-    assert (
-        record["others"]["torch"] >= 0.002
-        and record["others"]["compiled_torch"] == "RuntimeError: no compiler"
-    )
-    assert record["others"]["compiled_reference"].startswith("disagrees: expected outputs within")
+    assert record["others"]["torch"] >= 0.002
+    failed, disagrees = (record["others"][name] for name in ("compiled_torch", "compiled_reference"))
+    assert failed == "RuntimeError: compiler"  # the first line alone
+    assert "outputs" in disagrees and "\n" not in disagrees
     assert record["others_processor"].keys() == {"torch"}
 
 
 def test_rows_are_chosen_by_part_pattern_and_size():
-    rows = [fake.row("slab forward"), fake.row("G forward"), fake.row("slab forward", size="bundled")]
-    assert [r.name for r in select(rows, ["slab"], "both")] == ["slab forward"] * 2
+    rows = [fake.row("slab: forward"), fake.row("G forward"), fake.row("slab: forward", size="bundled")]
+    assert [r.name for r in select(rows, ["slab"], "both")] == ["slab: forward"] * 2
     assert [r.name for r in select(rows, ["g for*"], "full")] == ["G forward"]
     assert len(select(rows, [], "full")) == 2
     assert [r.name for r in select([fake.row("slab"), *rows], ["slab"], "both")] == ["slab"]
-    with pytest.raises(ValueError, match="fits none of size bundled"):
+    with raising("--rows", "'G forward'", "bundled", "--list"):
         select(rows, ["G forward"], "bundled")

@@ -16,16 +16,12 @@ def test_every_case_is_shown():
     result = CliRunner().invoke(waiting.main, flags)
     assert result.exit_code == 0, result.output
     head, *lines = result.stdout.splitlines()
-    assert head.startswith("4 images of 16 pixels") and "an iteration of 0.02 s" in head
-    assert [line.split("  waits")[0].split() for line in lines] == [
-        [name, count, "workers"] for name in ("elsewhere", "here") for count in ("0", "2")
+    assert {"4", "16", "0.02"} <= set(re.findall(r"[\d.]*\d", head))
+    assert [line.split()[:2] for line in lines] == [
+        [name, count] for name in ("elsewhere", "here") for count in ("0", "2")
     ]
-    assert all(
-        re.search(
-            r"waits +\d+\.\d\d ms of +\d\.\d{3} s: +\d+\.\d{3}%; floats \d+ ms; first batch after", line
-        )
-        for line in lines
-    )
+    # what is waited for, of an iteration, its share, and what the floats take
+    assert all(re.search(r"\d\.\d\d ms\b.*\d\.\d{3} s\b.*\d\.\d{3}%.*\d ms", line) for line in lines)
     assert multiprocessing.active_children() == []
 
 

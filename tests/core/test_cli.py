@@ -16,6 +16,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.modes.gan import GAN, resolve
 from eg3d_rlhf.tuning.gan.run import open_networks
 from tests import tiny_runs
+from tests.rejections import rejected
 
 REPO = Path(__file__).parents[2]
 
@@ -33,7 +34,7 @@ def test_help_loads_no_tensors():
     for flags in (["--help"], ["--batch=0"]):
         done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, cwd=REPO)
         assert done.stdout.splitlines()[-1] == "set()", done.stderr
-    assert "--lambda-r" in run("--help").stdout and "Reward fine-tuning:" in run("--help").stdout
+    assert "--lambda-r" in run("--help").stdout
 
 
 def test_eg3d_spellings_with_underscores_mean_the_same():
@@ -51,13 +52,11 @@ def test_eg3d_spellings_with_underscores_mean_the_same():
 
 def test_flags_without_effect_are_named_and_those_that_differ_refused(tmp_path):
     result = run("-n", "--workers=3", "--metrics=fid50k_full", "--nobench=True")
-    assert result.exit_code == 0 and "--metrics, --nobench ignored" in result.stderr
+    (warning,) = result.stderr.splitlines()
+    assert result.exit_code == 0 and "--metrics" in warning and "--nobench" in warning
     assert json.loads(result.stdout)["workers"] == 3
-    assert_one_line(
-        run("-n", "--gpus=8"),
-        "--gpus: expected 1, the number of processes, got 8. Start with torchrun --nproc-per-node=8",
-    )
-    assert_one_line(run("--resume=ffhq.pkl"), "Use --init=ffhq.pkl to start from its weights.")
+    rejected(run("-n", "--gpus=8"), "--gpus", "1", "8", "torchrun --nproc-per-node=8")
+    rejected(run("--resume=ffhq.pkl"), "--resume", "--init=ffhq.pkl")
 
 
 def test_dry_run_prints_the_settings_as_json_and_touches_nothing(tmp_path):
@@ -100,58 +99,35 @@ def test_published_presets_keep_eg3ds_defaults():
     assert {k: settings[k] for k in expected} == expected
 
 
-MISTAKES = {  # flags -> what the line must say
-    "clip": (["--reward=sigma", "--reward-clip=5,1"], "--reward-clip: expected LOW,HIGH"),
+MISTAKES = {  # flags -> what the line names
+    "clip": (["--reward=sigma", "--reward-clip=5,1"], ["--reward-clip", "'5,1'"]),
     "gate without a clip": (
         ["--reward=sigma", "--anchor-gate=0.1", "--reward-clip=none"],
-        "--anchor-gate=0.1: expected --reward-clip",
+        ["--anchor-gate=0.1", "--reward-clip", "none"],
     ),
-    "clip words": (["--reward=sigma", "--reward-clip=wide"], "--reward-clip: expected LOW,HIGH"),
-    "batch split": (["--batch=8", "--batch-gpu=3"], "--batch-gpu: expected a divisor of --batch=8, got 3"),
-    "no data": (["--cfg=ffhq", "--gamma=1", "--batch=8"], "--data: expected a dataset for --cfg=ffhq"),
-    "no gamma": (["--cfg=ffhq", "--data=x.zip", "--batch=8"], "--gamma: expected a value"),
-    "no batch": (["--cfg=ffhq", "--data=x.zip", "--gamma=1"], "--batch: expected a value"),
-    "reward from scratch": (
-        ["--reward=sigma", "--init=scratch"],
-        "--reward=sigma: expected pretrained networks, got --init=scratch",
-    ),
-    "unconditional": (["--cond=False"], "--cond: expected True"),
-    "missing data": (
-        ["--data={tmp}/missing.zip"],
-        "--data: dataset {tmp}/missing.zip: expected a folder or a .zip file",
-    ),
-    "bad synthetic name": (["--data=synthetic:cats"], "--data: parse_name: expected 'synthetic:people<R>"),
-    "missing control": (
-        ["--reward=sigma", "--control={tmp}/none"],
-        "--control: expected a run folder or its summary.json",
-    ),
-    "missing resume": (
-        ["--resume={tmp}/none"],
-        "--resume: expected a run folder or checkpoint file, got nothing at {tmp}/none",
-    ),
-    "empty resume": (
-        ["--resume={tmp}"],
-        "--resume: expected a run folder with checkpoint-*.safetensors, got {tmp}",
-    ),
+    "clip words": (["--reward=sigma", "--reward-clip=wide"], ["--reward-clip", "'wide'"]),
+    "batch split": (["--batch=8", "--batch-gpu=3"], ["--batch-gpu", "--batch=8", "3"]),
+    "no data": (["--cfg=ffhq", "--gamma=1", "--batch=8"], ["Error: --data: ", "--cfg=ffhq"]),
+    "no gamma": (["--cfg=ffhq", "--data=x.zip", "--batch=8"], ["Error: --gamma: ", "--cfg=ffhq"]),
+    "no batch": (["--cfg=ffhq", "--data=x.zip", "--gamma=1"], ["Error: --batch: ", "--cfg=ffhq"]),
+    "reward from scratch": (["--reward=sigma", "--init=scratch"], ["--reward=sigma", "--init=scratch"]),
+    "unconditional": (["--cond=False"], ["--cond", "True", "False"]),
+    "missing data": (["--data={tmp}/missing.zip"], ["--data", "{tmp}/missing.zip", ".zip"]),
+    "bad synthetic name": (["--data=synthetic:cats"], ["--data", "'synthetic:cats'", "synthetic:people"]),
+    "missing control": (["--reward=sigma", "--control={tmp}/none"], ["--control", "{tmp}/none"]),
+    "missing resume": (["--resume={tmp}/none"], ["--resume", "{tmp}/none"]),
+    "empty resume": (["--resume={tmp}"], ["--resume", "{tmp}", "checkpoint-"]),
 }
-
-
-def assert_one_line(result, *texts: str) -> None:
-    """Exit code 2, nothing but one line on standard error, and the texts in it."""
-    assert result.exit_code == 2, (result.exit_code, result.exception)
-    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("Error: ")
-    for text in texts:
-        assert text in result.stderr
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_in_flags(case, tmp_path):
-    flags, text = MISTAKES[case]
+    flags, names = MISTAKES[case]
     resumed = "--resume" in flags[0]
     result = run(
         *(f.format(tmp=tmp_path) for f in flags), *([] if resumed else [f"--outdir={tmp_path / 'runs'}"])
     )
-    assert_one_line(result, text.format(tmp=tmp_path))
+    rejected(result, *(name.format(tmp=tmp_path) for name in names))
     assert not (tmp_path / "runs").exists()
 
 
@@ -171,11 +147,11 @@ def attempt(tiny_data, tiny_networks, tmp_path):
     return go
 
 
-BAD_FILES = {  # what is changed of the tiny set-up -> what the line must say
+BAD_FILES = {  # what is changed of the tiny set-up -> what the line names
     "missing network": (
         lambda where, **_: {"init": where / "missing"},
         "--init: ",
-        "expected a network file",
+        "/missing",
     ),
     "folder without networks": (
         lambda where, **_: {"init": where},
@@ -187,12 +163,13 @@ BAD_FILES = {  # what is changed of the tiny set-up -> what the line must say
             "init": written(where / "cut.safetensors", networks.read_bytes()[:-1000])
         },
         "--init: ",
-        "truncated",
+        "cut.safetensors",
     ),
     "a reward for a network": (
         lambda reward, **_: {"init": reward},
         "--init: ",
-        "Name a file that train.py or a tool wrote",
+        "tiny.safetensors",
+        "header",
     ),
     "no discriminator": (
         lambda where, **_: {"init": without_discriminator(where)},
@@ -202,33 +179,48 @@ BAD_FILES = {  # what is changed of the tiny set-up -> what the line must say
     "another resolution": (
         lambda where, **_: {"data": tiny_runs.write_dataset(where / "large.zip", resolution=64)},
         "--data: ",
-        "got 64",
+        "32",
+        "64",
     ),
     "grey data": (
         lambda where, **_: {"data": tiny_runs.write_dataset(where / "grey.zip", mode="L")},
         "--data: ",
-        "expected RGB images",
+        "grey.zip",
+        "RGB",
     ),
     "minibatch-std groups": (
         lambda **_: {"flags": ["--batch=6"]},
         "--batch: ",
-        "minibatch-std group of 4, got 6",
+        "minibatch-std",
+        "4",
+        "6",
+        "--mbstd-group",
     ),
     "groups of a part": (
         lambda **_: {"flags": ["--batch=12", "--batch-gpu=6"]},
         "--batch-gpu: ",
-        "minibatch-std group of 4, got 6",
+        "minibatch-std",
+        "4",
+        "6",
+        "--mbstd-group",
     ),
-    "conditioning": (lambda **_: {"flags": ["--gen-pose-cond=False"]}, "--gen-pose-cond: expected True"),
+    "conditioning": (
+        lambda **_: {"flags": ["--gen-pose-cond=False"]},
+        "--gen-pose-cond: ",
+        "True",
+        "False",
+    ),
     "missing reward": (
         lambda where, **_: {"flags": ["--reward=sigma", f"--reward-ckpt={where}/none.safetensors"]},
         "--reward-ckpt: ",
+        "/none.json",
     ),
     "missing watch": (
         lambda where, reward, **_: {
             "flags": ["--reward=sigma", f"--reward-ckpt={reward}", f"--reward-watch={where}/none"]
         },
         "--reward-watch: ",
+        "/none",
     ),
 }
 
@@ -245,24 +237,24 @@ def without_discriminator(where):
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_what_cannot_be_tuned_is_named(case, attempt, tiny_networks, tiny_reward, tmp_path):
-    change, *words = BAD_FILES[case]
+    change, *names = BAD_FILES[case]
     (tmp_path / "inputs").mkdir()
     changed = change(where=tmp_path / "inputs", networks=tiny_networks, reward=tiny_reward)
-    assert_one_line(attempt(*changed.pop("flags", ()), **changed), *words)
+    rejected(attempt(*changed.pop("flags", ()), **changed), *names)
 
 
 def test_data_of_sizes_that_networks_do_not_have(tmp_path):
     odd, large = (tiny_runs.write_dataset(tmp_path / f"{size}.zip", resolution=size) for size in (40, 256))
     published = ("--cfg=ffhq", "--gamma=1", "--batch=4")
-    for flags, words in (
-        (("--init=scratch", f"--data={odd}"), ("power of two", "got 40")),
-        ((*published, f"--data={odd}"), ("--data: ", "512, 256, 128", "got 40")),
+    for flags, names in (
+        (("--init=scratch", f"--data={odd}"), ("resolution", "two", "40")),
+        ((*published, f"--data={odd}"), ("--data: ", "512, 256, 128", "40")),
         (
             (*published, f"--data={large}", "--cbase=512", "--cmax=8", "--nrr-final=160"),
-            ("--nrr-initial, --nrr-final: ", "128", "got 160"),
+            ("--nrr-initial", "--nrr-final", "128", "160"),
         ),
     ):
-        assert_one_line(run(*flags, f"--outdir={tmp_path / 'runs'}"), *words)
+        rejected(run(*flags, f"--outdir={tmp_path / 'runs'}"), *names)
         assert not (tmp_path / "runs").exists()
 
 
@@ -274,20 +266,17 @@ def test_freezing_applies_to_loaded_networks(tiny_data, tiny_networks, tmp_path)
 
 def test_cuda_where_there_is_none(attempt, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert_one_line(attempt("--device=cuda"), "--device: expected a CUDA device, got a machine without one")
+    rejected(attempt("--device=cuda"), "--device: ", "CUDA", "--device=cpu")
 
 
 def test_an_unknown_mode_names_those_that_are_known():
-    assert_one_line(
-        run("--mode=gann", "--kimg=1"),
-        "--mode: expected one of gan, circular-dpo, online, grpo, offline, distill",
-        "gann",
-    )
+    known = ("gan", "circular-dpo", "online", "grpo", "offline", "distill")
+    rejected(run("--mode=gann", "--kimg=1"), "--mode", *(f" {name}," for name in known), "'gann'")
 
 
 def test_flags_of_another_mode_are_refused_by_name():
-    assert_one_line(run("--ablate=a..i"), "--ablate: belongs to --mode=circular-dpo.")
-    assert_one_line(run("--mode=circular-dpo", "--gamma=1"), "--gamma: belongs to --mode=gan.")
+    rejected(run("--ablate=a..i"), "--ablate", "--mode=circular-dpo")
+    rejected(run("--mode=circular-dpo", "--gamma=1"), "--gamma", "--mode=gan")
 
 
 def test_clicks_own_errors_exit_with_2():
@@ -298,4 +287,5 @@ def test_clicks_own_errors_exit_with_2():
 
 def test_flags_that_existing_networks_cannot_follow_are_named():
     assert run("-n").stderr == "" and run("-n", "--init=scratch", "--map-depth=8").stderr == ""
-    assert "--cmax, --map-depth ignored" in run("-n", "--map-depth=8", "--cmax=64").stderr
+    (warning,) = run("-n", "--map-depth=8", "--cmax=64").stderr.splitlines()
+    assert "--cmax" in warning and "--map-depth" in warning

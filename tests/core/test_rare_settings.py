@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.core.cli import GroupedCommand, option, options_of
+from tests.rejections import rejected
 from training.config import knob
 
 
@@ -87,19 +89,14 @@ def test_a_file_holds_rare_ones_and_flags_and_both_go_before_it(tmp_path):
 def test_a_mistake_is_one_line(flags, words, tmp_path):
     for name, text in {"list": "[]", "torn": "{", "half": '{"seams": 2.5}'}.items():
         (tmp_path / f"{name}.json").write_text(text)
-    result = CliRunner().invoke(throw, [flag.format(tmp=tmp_path) for flag in flags])
-    assert (
-        result.exit_code == 2
-        and len(result.stderr.splitlines()) == 1
-        and all(word in result.stderr for word in words)
-    ), result.stderr
+    rejected(CliRunner().invoke(throw, [flag.format(tmp=tmp_path) for flag in flags]), *words)
 
 
 def test_an_error_names_them_as_they_are_typed():
-    line = CliRunner().invoke(throw, ["--set=seams=5"]).stderr
-    assert "--set seams=5: expected" in line and "Change --set seams=VALUE, or leave --radius out" in line
+    rejected(CliRunner().invoke(throw, ["--set=seams=5"]), "--set seams=5", "--set seams=VALUE", "--radius")
 
 
 def test_help_names_them():
     text = CliRunner().invoke(throw, ["--help"]).stdout
-    assert "--set NAME=VALUE" in text and "also, seams, soft" in text and "--seams" not in text
+    assert "--set NAME=VALUE" in text and "--seams" not in text
+    assert re.search(r"\bseams,\s+soft\b", text)

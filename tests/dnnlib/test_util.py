@@ -3,6 +3,7 @@
 import pytest
 
 import dnnlib
+from tests.rejections import raising
 
 
 def test_easydict_is_dict_and_attributes():
@@ -24,7 +25,7 @@ def test_classes_are_constructed_by_name():
 
 @pytest.mark.parametrize("name", ["os.system", "subprocess.run", "builtins.eval", "nodots"])
 def test_other_packages_are_out_of_reach(name):
-    with pytest.raises(ValueError, match="expected a dotted name"):
+    with raising("torch_utils", repr(name)):
         dnnlib.get_obj_by_name(name)
 
 
@@ -32,5 +33,5 @@ def test_open_url_reads_local_files_only(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"x")
     assert dnnlib.open_url(str(path)).read() == b"x" and dnnlib.open_url(path.as_uri()).read() == b"x"
-    with pytest.raises(ValueError, match="local file"):
+    with raising("'https://example.org/network.pkl'"):
         dnnlib.open_url("https://example.org/network.pkl")

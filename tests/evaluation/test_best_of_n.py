@@ -5,6 +5,7 @@ pessimism helps where it must.
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from eg3d_rlhf.experiments.pages import Finding
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble, Standard
 from eg3d_rlhf.rewards.reward import Reward, load_reward
+from tests.rejections import rejected
 from tests.rewards.test_join import moved
 
 
@@ -124,7 +126,9 @@ def test_mistakes_of_single_members_are_seen_and_pessimism_avoids_them(trial, tm
     )
     assert all(row["lo"] > 0 for row in found.data["against"] if row["arm"] in ("min", "softmin 0.5"))
     at, low, high = arms["member 1"]["peak"]
-    assert 0 < low <= at <= high < np.sqrt(found.data["kl"][-1]) and "peak of the fit" in " ".join(found.says)
+    assert 0 < low <= at <= high < np.sqrt(found.data["kl"][-1])
+    (line,) = (line for line in found.says if line.startswith("member 1"))
+    assert f"{at:.2f} [{low:.2f}, {high:.2f}]" in line
     assert (
         arms["member 1"]["reward"][-1]
         > arms["member 1"]["reward"][3]
@@ -137,7 +141,9 @@ def test_mistakes_of_single_members_are_seen_and_pessimism_avoids_them(trial, tm
 
 def test_without_mistakes_nothing_peaks(trial, tmp_path):
     found = best_of_n.curves(trial, planted(errors=0.0), tmp_path)
-    assert "no peak up to n = 128" in found.says[0] and "peak of the fit" not in " ".join(found.says)
+    reach = np.sqrt(found.data["kl"][-1])
+    peaks = [arm["peak"][0] for arm in found.data["arms"].values()]
+    assert all(at is None or at > reach for at in peaks) and "n = 128" in found.says[0]
     assert found.rows[0]["n"] == 1 and len(found.rows) == 8 * len(trial.numbers) and trial.numbers[-1] == 128
 
 
@@ -193,12 +199,10 @@ def test_the_page_with_a_reward_as_judge(command):
     flags = ("--reward-ckpt={joined}", "--reward-watch={m2}")
     done, out = command(*flags)
     assert done.exit_code == 0, done.output
-    assert (
-        "warm: the best of 8" in done.stdout
-        and "softmin 0.5: the best of 8" in done.stdout
-        and "another reward" in done.stdout
-    )
-    assert "How far can a reward be trusted?" in (out / "index.html").read_text()
+    lines = done.stdout.splitlines()
+    for arm in ("warm", "softmin 0.5"):
+        assert any(line.startswith(arm) and re.search(r"\b8\b", line) for line in lines), arm
+    assert 'id="best-of-n"' in (out / "index.html").read_text()
     assert {"best-of-n-judge.svg", "best-of-n-peaks.png"} <= {
         path.name for path in (out / "figures").iterdir()
     }
@@ -207,25 +211,24 @@ def test_the_page_with_a_reward_as_judge(command):
     assert (
         again.exit_code == 0
         and (out / "data" / "scores.json").stat().st_mtime_ns == before
-        and "best of 4" in again.stdout
+        and any(re.match(r"warm\b.*\b4\b", line) for line in again.stdout.splitlines())
     )
 
 
 @pytest.mark.parametrize(
-    ("flags", "text"),
+    ("flags", "names"),
     [
-        (["--reward-ckpt={m0}"], "--reward-watch: expected a reward as the judge, got none"),
-        (["--reward-ckpt={m0}", "--reward-watch={m0}"], "not on trial"),
-        (["--reward-ckpt={joined}", "--reward-watch={m1}"], "not on trial"),
-        (["--reward-ckpt={m0}", "--reward-watch={m1}", "--most=64"], "--most: expected at most --n=32"),
-        (["--reward-ckpt={tmp}/none.safetensors", "--reward-watch={m1}"], "--reward-ckpt: "),
+        (["--reward-ckpt={m0}"], ["--reward-watch", "none"]),
+        (["--reward-ckpt={m0}", "--reward-watch={m0}"], ["--reward-watch", "labels"]),
+        (["--reward-ckpt={joined}", "--reward-watch={m1}"], ["--reward-watch", "labels"]),
+        (["--reward-ckpt={m0}", "--reward-watch={m1}", "--most=64"], ["--most", "--n=32", "64"]),
+        (
+            ["--reward-ckpt={tmp}/none.safetensors", "--reward-watch={m1}"],
+            ["--reward-ckpt: ", "none.json"],
+        ),
     ],
 )
-def test_mistakes_are_one_line(command, flags, text):
+def test_mistakes_are_one_line(command, flags, names):
     done, out = command(*flags)
-    assert (
-        done.exit_code == 2
-        and text in done.stderr
-        and len(done.stderr.splitlines()) == 1
-        and not out.exists()
-    )
+    rejected(done, *names)
+    assert not out.exists()

@@ -63,9 +63,9 @@ def test_refused_files_and_missing_values_count_for_nothing():
 
 def test_pairs_are_files_of_one_name():
     (found,) = [row for row in paired([*rows("a", 10, 9), *rows("b", 10, 2)]) if row["demand"] == "closed"]
-    assert (found["pairs"], found["only the first"], found["only the second"]) == (10, 7, 0) and found[
-        "p"
-    ] == pytest.approx(2 / 2**7)
+    first, second = (key for key in found if key.startswith("only"))
+    assert (found["pairs"], found[first], found[second]) == (10, 7, 0)
+    assert found["p"] == pytest.approx(2 / 2**7)
     assert badness(rows("a", 1, 0)[0]) > badness(rows("a", 1, 1)[0])
 
 
@@ -109,7 +109,8 @@ def test_the_command_writes_rows_page_and_tables(tmp_path):
         main, ["check-assets", str(folder), f"--out={out}", "--samples=500", "--jobs=1"]
     )
     assert done.exit_code == 0, done.output
-    assert "2 measured, 1 not" in done.output and "broken.glb: expected GLB" in done.output
+    assert "2 measured, 1 not" in done.output
+    assert any("broken.glb" in line and "GLB" in line for line in done.output.splitlines())
     with (out / "data" / "files.csv").open() as file:
         found = {row["file"]: row for row in csv.DictReader(file)}
     assert found["good/chair.glb"]["closed"] == "True" and found["open/chair.glb"]["closed"] == "False"

@@ -52,21 +52,18 @@ def test_the_bundled_control_is_that_of_the_demo():
 
 
 @pytest.mark.parametrize(
-    ("flags", "text"),
+    ("flags", "names"),
     [
-        (["--kimg=1"], "kimg 0.6 instead of 1.0"),
-        (["--data=x.zip"], f"data {bundled.DATA} instead of x.zip"),
-        (["--seed=3"], "seed 0 instead of 3"),
-        (["--batch=16", "--glr=0.001"], "batch 4 instead of 16"),
+        (["--kimg=1"], ["kimg 0.6 ", " 1.0"]),
+        (["--data=x.zip"], [f"data {bundled.DATA} ", " x.zip"]),
+        (["--seed=3"], ["seed 0 ", " 3"]),
+        (["--batch=16", "--glr=0.001"], ["batch 4 ", " 16"]),
     ],
 )
-def test_the_recorded_control_of_other_settings_is_not_quoted(recorded, flags, text):
+def test_the_recorded_control_of_other_settings_is_not_quoted(recorded, flags, names):
     found = control_figures(settings(*flags), 1.5)
-    assert (
-        found["control_delta_mean"] is None
-        and text in found["control_source"]
-        and "--lambda-r=0" in found["control_source"]
-    )
+    assert found["control_delta_mean"] is None
+    assert all(name in found["control_source"] for name in [*names, "--lambda-r=0"])
 
 
 def test_the_recorded_control_of_another_network_is_not_quoted(recorded, tiny_networks, tiny_reward):
@@ -85,10 +82,8 @@ def test_a_named_control_is_checked_like_the_recorded_one(tmp_path):
     own = settings("--gamma=0.5", f"--control={tmp_path}")
     assert control_figures(own, 1.5) == {"control_delta_mean": 0.25, "control_source": "summary.json"}
     other = control_figures({**own, "gamma": 0.3}, 1.5)
-    assert (
-        other["control_delta_mean"] is None
-        and "summary.json is of another run: gamma 0.5 instead of 0.3" in other["control_source"]
-    )
+    assert other["control_delta_mean"] is None
+    assert all(name in other["control_source"] for name in ("summary.json", "gamma 0.5 ", " 0.3"))
     (tmp_path / "training_options.json").write_text(json.dumps({**own, "lambda_r": 10.0, "kimg": 0.08}))
     told = control_figures(own, 1.5)["control_source"]
-    assert "kimg 0.08 instead of 0.6" in told and "lambda_r 10.0 instead of 0" in told
+    assert all(name in told for name in ("kimg 0.08 ", " 0.6", "lambda_r 10.0 ", " 0"))

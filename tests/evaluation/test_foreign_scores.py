@@ -20,6 +20,7 @@ from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_densit
 from eg3d_rlhf.rewards.observations import observation_of
 from eg3d_rlhf.rewards.reward import load_reward
 from tests.generators.foreign import Foreign
+from tests.rejections import raising, rejected
 
 COPIES = {
     "scaled": {"scale": 1.3, "shift": (0.0, 0.05, -0.1)},
@@ -29,6 +30,12 @@ COPIES = {
     "all": {"scale": 0.8, "shift": (-0.1, 0.02, 0.06), "mirrored": True, "gain": 0.5},
 }
 OPTIONS = fs.ScoreOptions(n=32, fit=12, known=32, resolution=40)
+
+
+# Keys of moves.
+SIDEWAYS = "half a voxel sideways"
+UP = "half a voxel up"
+FORWARD = "half a voxel forward"
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +79,7 @@ def test_the_finding_of_a_copy_says_what_it_is_worth(trial, tmp_path):
     found = fs.score(small, "rescaled", tmp_path)
     data = json.loads(json.dumps(found.data))
     assert data["reference"]["calibrated"]["mean"] > 0.95 and len(data["scores"]["raw"]) == 16
-    assert set(data["agreement"]) == {
-        "mirrored",
-        "half a voxel sideways",
-        "half a voxel up",
-        "half a voxel forward",
-        "ψ 0.5",
-    }
+    assert set(data["agreement"]) == {"mirrored", SIDEWAYS, UP, FORWARD, "ψ 0.5"}
     assert data["agreement"]["ψ 0.5"]["mean"] < 1
     assert (tmp_path / next(iter(found.pictures.values()))).stat().st_size > 1000
     fs.plot_scores({"networks": {"a": data["summary"]}, "own": fs.summary(small.own.scores)})
@@ -91,15 +92,17 @@ def test_strange_shapes_lie_outside_and_unsteady_ranks_are_said(trial):
         "summary": dict.fromkeys(fs.STAGES, fs.summary(np.arange(5.0))),
         "agreement": {
             "mirrored": {"mean": 0.5},
-            "half a voxel up": {"mean": 0.9},
-            "half a voxel sideways": None,
+            UP: {"mean": 0.9},
+            SIDEWAYS: None,
             "ψ 0.5": {"mean": 0.1},
         },
     }
     lines = fs.says(data)
-    assert lines[0].startswith("Ranks not meaningful") and lines[-1].startswith(
-        "Unsteady: mirrored and half a voxel sideways, ranks"
-    )
+    inside = fs.says({**data, "outside": dict.fromkeys(fs.STAGES, 0.1)})
+    assert len(lines) == len(inside) + 1 and lines[0] not in inside  # a warning stands first
+    assert "mirrored" in lines[-1] and SIDEWAYS in lines[-1] and UP not in lines[-1] and "ψ" not in lines[-1]
+    steady = fs.says({**data, "agreement": {"mirrored": {"mean": 0.99}, "ψ 0.5": {"mean": 0.1}}})
+    assert len(steady) == len(lines) - 1
     known = trial.own.embedding
     assert trial.outside(known + 100) == 1.0 and trial.outside(known) < 0.5
 
@@ -177,7 +180,7 @@ def test_densities_get_the_references_quantiles_and_the_level_its_level():
         assert np.quantile(made[theirs < 12], q) == pytest.approx(np.quantile(ours[ours < 10], q), abs=0.3)
     rising = mapping(torch.linspace(-50, 800, 2000))
     assert (rising.diff() > 0).all()
-    with pytest.raises(ValueError, match="64 densities above the level where the reward looks, got 0"):
+    with raising("64", "got 0"):
         calibrate_density(theirs, ours, 1e9, 10.0)
 
 
@@ -192,14 +195,14 @@ def small(tiny_networks, tiny_reward, tmp_path):
 
 
 def test_mistakes_are_one_line(small, tmp_path):
-    for flags, text in (
-        ([f"--reward={tmp_path / 'none.safetensors'}"], "--reward: load_reward: expected the description"),
-        ([f"--network={tmp_path / 'none'}"], "--network: "),
-        ([f"--reference={tmp_path / 'none'}"], "--reference: "),
-        (["--set=fit=4"], "fit"),
+    for flags, names in (
+        ([f"--reward={tmp_path / 'none.safetensors'}"], ("--reward: ", "none.json")),
+        ([f"--network={tmp_path / 'none'}"], ("--network: ", str(tmp_path / "none"))),
+        ([f"--reference={tmp_path / 'none'}"], ("--reference: ", str(tmp_path / "none"))),
+        (["--set=fit=4"], ("fit", "4")),
     ):
-        done = run(*small, *flags)
-        assert done.exit_code == 2 and text in done.stderr and not (tmp_path / "page").exists(), done.output
+        rejected(run(*small, *flags), *names)
+        assert not (tmp_path / "page").exists()
 
 
 def test_outside_its_cube_a_generator_is_empty(reference):

@@ -12,6 +12,9 @@ from eg3d_rlhf.experiments import pages
 from eg3d_rlhf.measures.image_similarity import PSNR_CAP
 from tests.evaluation.comparisons import StandIn, replaced
 from tests.measures.test_image_similarity import Embed, Pair
+from tests.rejections import raising
+
+OTHER = "other latent"  # a key of `against`
 
 
 class Means:
@@ -36,7 +39,8 @@ def test_a_generator_against_itself(unchanged, few_features, tmp_path):
     assert by["Fréchet", "before"]["measured"] == by["Fréchet", "after"]["measured"] > 0
     for change in found.data["changes"]:
         assert change["measured"] == 0 and change["lo"] <= 0 <= change["hi"]
-    assert "neither shown nearer" in " ".join(found.says)
+    # the intervals hold 0, and are shown
+    assert sum(f"{change['lo']:+.4g}" in line for change in found.data["changes"] for line in found.says) >= 2
 
 
 def test_images_moved_away_are_told(unchanged, few_features, tmp_path):
@@ -46,9 +50,8 @@ def test_images_moved_away_are_told(unchanged, few_features, tmp_path):
 
     c = Comparison(**{**vars(unchanged), "after": replaced(unchanged.after, field=brighter)})
     found = images.distances(c, tmp_path)
-    assert all(change["lo"] > 0 for change in found.data["changes"]) and "farther from" in " ".join(
-        found.says
-    )
+    for change in found.data["changes"]:
+        assert change["lo"] > 0 and any(f"{change['lo']:+.4g}" in line for line in found.says)
     shown = {(row["measure"], row["role"]): row["value"] for row in found.data["precision_recall"]}
     assert shown["precision", "after"] == shown["recall", "after"] == 0
 
@@ -73,7 +76,7 @@ def test_without_data_the_part_says_so(unchanged, tmp_path):
 
 def test_other_resolution_is_refused(unchanged, tmp_path):
     c = Comparison(**{**vars(unchanged), "before": replaced(unchanged.before, img_resolution=64)})
-    with pytest.raises(ValueError, match="--data: expected images of 64"):
+    with raising("--data", "64", "32"):
         images.real_features(c, Means())
 
 
@@ -85,11 +88,10 @@ def test_collapse_shows(unchanged, tmp_path):
     found = images.spread(c, tmp_path)
     # ray jitter, which differs within a batch, keeps equal shapes' images apart
     ratios = {row["of"]: row["ratio"] for row in found.rows if row["role"] == "after"}
-    assert (
-        ratios["σ slabs"] < 0.01
-        and ratios["image features"] < 0.5
-        and " less diverse" in " ".join(found.says)
-    )
+    slabs = ratios.pop("σ slabs")
+    (features,) = ratios.values()
+    says = " ".join(found.says)
+    assert slabs < 0.01 and features < 0.5 and f"{slabs:.3f} [" in says and f"{features:.3f} [" in says
     same = [row for row in images.spread(unchanged, tmp_path).rows if row["role"] == "after"]
     np.testing.assert_allclose(
         [[row["ratio"], row["ratio_lo"], row["ratio_hi"]] for row in same], 1.0, rtol=1e-6
@@ -109,7 +111,7 @@ def test_no_drift_against_itself(unchanged, tmp_path):
     found = images.appearance_drift(unchanged, tmp_path)
     mean = {(row["measure"], row["against"]): row["mean"] for row in found.rows}
     assert mean["PSNR, dB", "after"] == PSNR_CAP and mean["SSIM", "after"] == 1
-    assert mean["PSNR, dB", "other latent"] < 60 and mean["SSIM", "other latent"] < 1
+    assert mean["PSNR, dB", OTHER] < 60 and mean["SSIM", OTHER] < 1
     assert images.NO_LPIPS in found.says and any("--control" in text for text in found.says)
 
 

@@ -103,11 +103,8 @@ def test_commands(tmp_path):
     assert (
         "--lambda-r=0" in plan["no-reward-s4-d0-r0"] and "--reward=smoothness" in plan["smoothness-s0-d0-r0"]
     )
-    assert list(planned("--only=coin", "--seeds=0", "--rewards=1", "--draws=1")) == [
-        "reward: coin, draw 0, seed 0",
-        "labels-s0-d0-r0",
-        "coin-s0-d0-r0",
-    ]
+    reward, *tuned = planned("--only=coin", "--seeds=0", "--rewards=1", "--draws=1")
+    assert reward.startswith("reward: coin") and tuned == ["labels-s0-d0-r0", "coin-s0-d0-r0"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,7 +181,7 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
         for figures in data["arms"].values()
     )
     assert set(data["verdict"]["against"]) == set(arms) - {LABELS} and set(data["psi"]) == {"0", "1"}
-    assert "volume error behind (primary)" in (tmp_path / "proof" / "proof.md").read_text()
+    assert (tmp_path / "proof" / "proof.md").read_text().count("(primary)") == len(data["primaries"])
     done = len(in_this_process)
     assert (
         CliRunner().invoke(proof.main, [*flags, *tune, "--kimg=0.008"]).exit_code == 0

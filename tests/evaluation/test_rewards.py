@@ -41,7 +41,10 @@ def test_planted_shift_is_found(tiny_comparison):
     assert p["mean_lo"] < p["mean"] < p["mean_hi"] and found.data["paired"]["control"]["mean_hi"] < 0.01
     np.testing.assert_allclose([row["delta_after"] for row in found.rows], after - before)
     assert [row["seed"] for row in found.rows] == list(range(200_000, 200_016))
-    assert "not that the shapes are better" in " ".join(found.says) and "tenth" not in " ".join(found.says)
+    says = " ".join(found.says)
+    assert f"{p['positive']} of 16" in says and f"{p['mean']:+.3f} [{p['mean_lo']:+.3f}" in says
+    share = abs(found.data["paired"]["control"]["mean"] / p["mean"])
+    assert share < 0.1 and f"{share:.1%}" in found.says[-1]
 
 
 def test_line_of_final_against_initial(tiny_comparison):
@@ -137,10 +140,13 @@ def _roles(control):
 
 
 def test_a_drifting_control_is_called_so():
-    says = " ".join(rewards._trajectory_says(_roles(planted_values(-0.17, 0.2))))
-    assert "contains zero" in says and "the control does drift" in says and "No drift" not in says
-    says = " ".join(rewards._trajectory_says(_roles(planted_values(0, 0.2))))
-    assert "No drift of the control is shown" in says and "does drift" not in says
+    drifting = _roles(planted_values(-0.17, 0.2))
+    *of_roles, verdict = rewards._trajectory_says(drifting)
+    for (role, found), line in zip(drifting.items(), of_roles, strict=True):
+        assert f"[{found['spread_lo']:+.2f}, {found['spread_hi']:+.2f}]" in line, role
+    assert f"{abs(drifting['control']['mean'] / drifting['after']['mean']):.1%}" in verdict
+    verdict = rewards._trajectory_says(_roles(planted_values(0, 0.2)))[-1]
+    assert "control" in verdict and "%" not in verdict
 
 
 def test_run_with_snapshots(tiny_comparison, tmp_path):
@@ -194,7 +200,7 @@ def test_curves_of_a_run_with_snapshots(tiny_comparison, tmp_path):
     assert data["distance"][0] == 0 and np.all(np.diff(data["distance"]) > 0)  # the noise grows along the run
     assert data["curves"][rewards.PROXY]["steps"][0] == {"mean": 0, "lo": 0, "hi": 0}
     says = " ".join(found.says)
-    assert "--reward-watch" in says and "no KL divergence" in says and "No programmatic judge" in says
+    assert "--reward-watch" in says and "KL" in says
     assert (tmp_path / "figures" / "over-optimisation-curves.svg").is_file()
 
 
@@ -208,26 +214,27 @@ def test_without_snapshots_before_and_after_are_shown(unchanged, tmp_path):
     rewards.plot_curves(found.data)
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "text"),
-    [
-        ({"labels": "a", "seed": 0}, {"labels": "a", "seed": 1}, "from the same labels with another seed"),
-        ({"labels": "a", "seed": 0}, {"labels": "b", "seed": 1}, "from other labels with another seed"),
-        ({"labels": "a", "seed": 0}, {}, "is not recorded"),
-    ],
-)
-def test_independence_of_the_second_reward(tiny_comparison, first, second, text):
+def test_independence_of_the_second_reward(tiny_comparison):
+    """Labels and seed each make another statement; of the same labels it asks for another reward."""
     reward = tiny_comparison.reward
-    pair = {
-        "reward": Reward(reward.observation, reward.network, first),
-        "held_out": Reward(reward.observation, reward.network, second),
-    }
-    c = Comparison(**{**vars(tiny_comparison), **pair, "held_out_hash": "hash"})
-    assert text in rewards.independence(c)
+
+    def stated(**second):
+        pair = {
+            "reward": Reward(reward.observation, reward.network, {"labels": "a", "seed": 0}),
+            "held_out": Reward(reward.observation, reward.network, second),
+        }
+        return rewards.independence(Comparison(**{**vars(tiny_comparison), **pair, "held_out_hash": "hash"}))
+
+    same = [stated(labels="a", seed=seed) for seed in (0, 1)]
+    others = [stated(labels="b", seed=seed) for seed in (0, 1)]
+    unknown = stated()
+    assert len({*same, *others, unknown}) == 5
+    assert all("--reward-watch" in text for text in same)
+    assert not any("--reward-watch" in text for text in (*others, unknown))
 
 
 def test_bundled_networks_have_all_three_measures(tmp_path):
     c = load_comparison(Sources(after=bundled.GENERATOR, n=2, images=16))
     found = rewards.overoptimisation(c, tmp_path)
     assert list(found.data["curves"]) == [rewards.PROXY, rewards.SECOND, rewards.JUDGE]
-    assert "No programmatic judge" not in " ".join(found.says)
+    assert all(any(name in line for line in found.says) for name in found.data["curves"])

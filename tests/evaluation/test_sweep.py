@@ -12,6 +12,7 @@ from eg3d_rlhf.evaluation import reports, sweep
 from eg3d_rlhf.evaluation.sweep import Cell, grid
 from eg3d_rlhf.experiments.pages import Facts, Finding
 from eg3d_rlhf.modes.door import command_of
+from tests.rejections import raising, rejected
 
 CELL = Cell(lambda_r=10, lambda_sigma=0.01, seed=0)
 
@@ -33,7 +34,7 @@ def test_grid_has_every_combination_and_one_control_for_each_seed():
     [(([], [0], [0]), "--lambda-r"), (([1], [-1], [0]), "--lambda-sigma"), (([1], [1], []), "--seeds")],
 )
 def test_grids_that_are_none(lists, flag):
-    with pytest.raises(ValueError, match=flag):
+    with raising(flag):
         grid(*lists)
 
 
@@ -68,12 +69,9 @@ def test_front_of_known_settings(tiny_comparison, tmp_path):
         "λ_r = 1, λ_σ = 0",
         "λ_r = 10, λ_σ = 0.1",
     ]
-    assert "3 of 5 settings" in result.says[0] and "λ_r = 10, λ_σ = 0.1" in result.says[0]
-    assert any(
-        "λ_σ = 0.1 takes 50.0% off the distance" in text and "80.0% of its reward" in text
-        for text in result.says
-    )
-    assert any("One training seed" in text for text in result.says)
+    assert "3 of 5" in result.says[0] and "λ_r = 10, λ_σ = 0.1" in result.says[0]
+    assert any(all(part in text for part in ("λ_σ = 0.1", "50.0%", "80.0%")) for text in result.says)
+    assert any("--seeds" in text for text in result.says)
     for plot in (sweep.plot_front, sweep.plot_others):
         assert plot(json.loads(json.dumps(result.data))) is not None
 
@@ -114,7 +112,7 @@ def flags_of(tmp_path, data, networks, reward):
 def test_mistakes_are_named_and_nothing_is_trained(tmp_path, tiny_data, tiny_networks, tiny_reward):
     flags = flags_of(tmp_path, tiny_data, tiny_networks, tiny_reward)
     wrong = CliRunner().invoke(sweep.main, [*flags, "--lambda-r=1,x"])
-    assert wrong.exit_code == 2 and "--lambda-r: expected numbers" in wrong.output
+    rejected(wrong, "--lambda-r", "1,x")
     planned = CliRunner().invoke(sweep.main, [*flags, "--lambda-r=0,1", "--seeds=0,1", "--dry-run"])
     assert json.loads(planned.output)["cells"] == {
         f"{n}-s{s}": "new" for s, n in itertools.product((0, 1), ("r0-sigma0", "r1-sigma0"))
@@ -127,11 +125,7 @@ def test_a_real_sweep_of_one_cell(tmp_path, tiny_data, tiny_networks, tiny_rewar
     flags = flags_of(tmp_path, tiny_data, tiny_networks, tiny_reward)
     done = CliRunner().invoke(sweep.main, flags)
     assert done.exit_code == 0, done.output
-    assert (
-        "λ_r = 10, λ_σ = 0" in done.output
-        and "on the front" in done.output
-        and (tmp_path / "sweep/index.html").is_file()
-    )
+    assert "λ_r = 10, λ_σ = 0" in done.output and (tmp_path / "sweep/index.html").is_file()
     logs = list(tmp_path.glob("sweep/cells/*/log.txt"))
     stamps = [log.stat().st_mtime_ns for log in logs]
     assert CliRunner().invoke(sweep.main, flags).exit_code == 0
@@ -140,7 +134,8 @@ def test_a_real_sweep_of_one_cell(tmp_path, tiny_data, tiny_networks, tiny_rewar
 
 def test_make_reports_plans_what_is_missing(tmp_path):
     planned = json.loads(CliRunner().invoke(reports.main, [f"--out={tmp_path}", "--dry-run"]).output)
-    assert "--snap=1" in planned["tuned run"] and "--lambda-r=0" in planned["control run"]
+    tuned, control, *_ = planned.values()
+    assert "--snap=1" in tuned and "--lambda-r=0" in control and "--lambda-r=0" not in tuned
     assert list(planned)[2:] == ["evaluate", "attribute", "embed", "sweep"] and planned["embed"][:3] == [
         "eg3d_rlhf",
         "report",
@@ -150,7 +145,7 @@ def test_make_reports_plans_what_is_missing(tmp_path):
         json.loads(CliRunner().invoke(reports.main, [f"--out={tmp_path}", "--only=embed", "-n"]).output)
     )[2:] == ["embed"]
     wrong = CliRunner().invoke(reports.main, ["--only=nothing"])
-    assert wrong.exit_code == 2 and "--only" in wrong.output
+    rejected(wrong, "--only", "nothing")
 
 
 def test_the_commands_of_make_reports_are_understood(repo):

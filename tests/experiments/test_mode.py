@@ -14,6 +14,7 @@ import train
 from eg3d_rlhf.core import registry
 from eg3d_rlhf.experiments.mode import Mode
 from eg3d_rlhf.modes import MODES
+from tests.rejections import raising, rejected
 from training.config import knob
 
 REPO = Path(__file__).parents[2]
@@ -38,22 +39,13 @@ def count(tmp_path, monkeypatch):
     sys.modules.pop("count_mode", None)
 
 
-def refused(result, *words: str) -> bool:
-    """Whether a command ended with one line that holds these words, and exit code 2."""
-    return (
-        result.exit_code == 2
-        and len(result.stderr.splitlines()) == 1
-        and all(word in result.stderr for word in words)
-    )
-
-
 def test_the_page_is_a_whole_mode(count, tmp_path):
     result = count("--steps=3", "--set=desc=far", f"--outdir={tmp_path / 'runs'}")
     assert result.exit_code == 0, result.output
     folder = tmp_path / "runs" / "00000-count-far"
     assert json.loads((folder / "training_options.json").read_text())["settings"] == {"steps": 3}
     assert len((folder / "stats.jsonl").read_text().splitlines()) == 3
-    assert f"Run folder {folder}" in result.stdout and "Done in" in result.stdout
+    assert str(folder) in result.stdout
     assert (
         count("--steps=3", f"--outdir={tmp_path / 'runs'}").exit_code == 0
         and (tmp_path / "runs" / "00001-count").is_dir()
@@ -70,12 +62,12 @@ def test_what_is_shown_and_what_is_refused(count, tmp_path):
         and "count" in CliRunner().invoke(train.main, ["--mode=other"]).stderr
     )
     assert count("--steps=0").exit_code == 2
-    assert refused(count("--gamma=1"), "--gamma", "--mode=gan")
-    assert refused(CliRunner().invoke(train.main, ["--steps=2"]), "--steps")
-    assert refused(count(f"--resume={tmp_path}"), "--resume", "training_options.json")
+    rejected(count("--gamma=1"), "--gamma", "--mode=gan")
+    rejected(CliRunner().invoke(train.main, ["--steps=2"]), "--steps")
+    rejected(count(f"--resume={tmp_path}"), "--resume", "training_options.json")
     count("--steps=1", f"--outdir={tmp_path / 'runs'}")
-    assert refused(count(f"--resume={tmp_path / 'runs' / '00000-count'}", "--steps=5"), "--steps", "--resume")
-    assert refused(
+    rejected(count(f"--resume={tmp_path / 'runs' / '00000-count'}", "--steps=5"), "--steps", "--resume")
+    rejected(
         CliRunner().invoke(train.main, ["--mode=grpo", f"--resume={tmp_path / 'runs' / '00000-count'}"]),
         "--mode=count",
     )
@@ -106,7 +98,7 @@ def test_nested_settings_are_read_as_they_were_written(tmp_path):
         and mode.go_on(mode.read(folder), folder) == folder
         and seen == [settings, settings]
     )
-    with pytest.raises(ValueError, match="inner.size"):
+    with raising("inner.size"):
         mode.go_on(Outer(), folder)
 
 
@@ -122,7 +114,7 @@ def test_a_signal_ends_it_with_what_goes_on(how, count, tmp_path, monkeypatch):
 
     monkeypatch.setitem(MODES._things, "count", dataclasses.replace(MODES["count"], work=stopped))
     result = count(f"--outdir={tmp_path / 'runs'}")
-    assert result.exit_code == 130 and "Stopped" in result.stderr and "--resume=RUN" in result.stderr
+    assert result.exit_code == 130 and "--resume=RUN" in result.stderr
     assert not (tmp_path / "runs" / "00000-count" / "run.lock").exists()
 
 
@@ -130,10 +122,8 @@ def test_a_mistake_leaves_no_folder(count, tmp_path, monkeypatch):
     count("-n")
 
     def mistaken(settings, run):
-        raise ValueError("--steps: expected an even number, got 3. Add one.")
+        raise ValueError("--steps must be even, got 3")
 
     monkeypatch.setitem(MODES._things, "count", dataclasses.replace(MODES["count"], open=mistaken))
-    assert (
-        refused(count("--steps=3", f"--outdir={tmp_path / 'runs'}"), "--steps", "Add one")
-        and not (tmp_path / "runs").exists()
-    )
+    rejected(count("--steps=3", f"--outdir={tmp_path / 'runs'}"), "--steps", "got 3")
+    assert not (tmp_path / "runs").exists()

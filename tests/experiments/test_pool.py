@@ -9,6 +9,7 @@ import time
 import pytest
 
 from eg3d_rlhf.experiments.pool import run_tasks
+from tests.rejections import raising
 
 NEEDS = {"c": ["a", "b"], "a": [], "b": ["a"], "d": []}
 
@@ -19,7 +20,7 @@ def recording(folder):
     def handle(name):
         (folder / f"{name}.begun").write_text(str(time.monotonic()))
         if name == "wrong":
-            raise ValueError("expected a right task, got wrong. Correct it.")
+            raise ValueError("--task: must be right, got 'wrong'")
         if name == "death":
             os.kill(os.getpid(), signal.SIGKILL)
         if name == "bug":
@@ -45,7 +46,7 @@ def test_every_task_runs_after_its_needs(tmp_path, workers):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_users_mistake_comes_back_as_one(tmp_path, workers):
-    with pytest.raises(ValueError, match="expected a right task, got wrong"):
+    with raising("--task", "'wrong'"):
         run_tasks(
             {"a": [], "wrong": ["a"], "later": ["wrong"]}, recording, [tmp_path], workers, tmp_path / "logs"
         )
@@ -53,14 +54,13 @@ def test_a_users_mistake_comes_back_as_one(tmp_path, workers):
 
 
 def test_a_bug_brings_its_traceback(tmp_path):
-    with pytest.raises(RuntimeError, match=r"bug: Traceback(.|\n)*KeyError"):
+    with pytest.raises(RuntimeError) as caught:
         run_tasks({"bug": [], "a": []}, recording, [tmp_path], 2, tmp_path / "logs")
+    assert all(text in str(caught.value) for text in ("bug", "Traceback", "KeyError"))
 
 
 def test_a_worker_that_dies_is_no_bug(tmp_path):
-    with pytest.raises(
-        ValueError, match="death: expected a result, got the end of its process .* Run the same again"
-    ):
+    with raising("death", str(tmp_path / "logs")):
         run_tasks({"death": []}, recording, [tmp_path], 2, tmp_path / "logs")
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from eg3d_rlhf.experiments.store import DONE, Store
+from tests.rejections import raising
 
 
 class Maker:
@@ -20,7 +21,7 @@ class Maker:
         seen = sorted(path.name for path in folder.iterdir())
         (folder / "begun").write_text("half")
         if self.calls <= self.fails:
-            raise OSError("interrupted")
+            raise InterruptedError
         (folder / "out").mkdir(exist_ok=True)
         (folder / "out" / "a.txt").write_text(self.text)
         return [folder / "out"], {"seen": seen}
@@ -37,7 +38,7 @@ def test_made_once_and_found_by_another_process(tmp_path):
 
 def test_folders_named_by_their_kind_refuse_other_inputs(tmp_path):
     assert Store(tmp_path, hashed=False).make("kind", {"x": 1}, Maker()).folder == tmp_path / "kind"
-    with pytest.raises(ValueError, match="Delete the folder"):
+    with raising(str(tmp_path / "kind")):
         Store(tmp_path, hashed=False).make("kind", {"x": 2}, Maker())
 
 
@@ -51,27 +52,28 @@ def test_other_inputs_are_another_artefact_and_equal_products_have_equal_content
 
 def test_an_interrupted_making_goes_on_in_its_folder(tmp_path):
     maker = Maker(fails=1)
-    with pytest.raises(OSError, match="interrupted"):
+    with pytest.raises(InterruptedError):
         Store(tmp_path).make("kind", {"x": 1}, maker)
     lines = []
-    found = Store(tmp_path, tell=lines.append).make("kind", {"x": 1}, maker, "the thing")
+    found = Store(tmp_path, tell=lines.append).make("kind", {"x": 1}, maker, "thing")
     assert "begun" in found.record["seen"] and maker.calls == 2
-    assert lines == [f"the thing: going on in {found.folder}"]
+    (line,) = lines
+    assert line.startswith("thing") and str(found.folder) in line
 
 
 def test_changed_products_and_inputs_are_refused(tmp_path):
     made = Store(tmp_path).make("kind", {"x": 1}, Maker())
     product = made.folder / "out" / "a.txt"
     product.write_text("tampered")
-    with pytest.raises(ValueError, match=r"expected out/a.txt as it was finished .* Delete the folder"):
+    with raising(str(made.folder), "out/a.txt"):
         Store(tmp_path).make("kind", {"x": 1}, Maker())
     product.unlink()
-    with pytest.raises(ValueError, match="got nothing"):
+    with raising(str(made.folder), "out/a.txt", "nothing"):
         Store(tmp_path).make("kind", {"x": 1}, Maker())
     product.write_text("product")
     (made.folder / "inputs.json").write_text(json.dumps({"x": 7}))
-    with pytest.raises(ValueError, match="expected the inputs that its name stands for"):
+    with raising(str(made.folder), "inputs"):
         Store(tmp_path).make("kind", {"x": 1}, Maker())
     (made.folder / DONE).write_text("{")
-    with pytest.raises(ValueError, match="expected inputs.json and done.json whole"):
+    with raising(str(made.folder), "inputs.json", DONE):
         Store(tmp_path).make("kind", {"x": 1}, Maker())

@@ -1,6 +1,7 @@
-"""`flow label` and `flow study` in the browser, by the commands alone."""
+"""`flow label` in the browser, and `flow study` with answers through the store, by the commands alone."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,14 +12,17 @@ from eg3d_rlhf.experiments.media.sheet import MARGIN
 from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
 from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.modes.flow_study import SIDE
+from eg3d_rlhf.people.label.entities import Choice
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
 from eg3d_rlhf.tuning.flow.work import SHOWN, TEST, Work
 from tests.modes.flow_works import answer_all, flow, serving, with_encoder, write_pictures, write_prompts
 from tests.people.label.browser import browser, needs_chromium
+from tests.people.label.plans import answer_all as answer_stored
+from tests.rejections import check_message
 from tests.tuning.flow.trellis.tiny_trellis import write_image_trellis
 
 __all__ = ["browser"]
-pytestmark = [pytest.mark.long, needs_chromium]
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture
@@ -28,6 +32,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@needs_chromium
 def test_the_picture_is_beside_the_pair_and_one_broken_asset_stops_nothing(here, browser):
     root = write_image_trellis(here / "ROOT")
     flow("new", "WORK", f"--pipeline={root}", f"--pictures={write_pictures(here / 'PICTURES')}", "--each=2")
@@ -70,56 +75,72 @@ def write_tuned(folder, stage, scale):
     save_policy(model, folder / stage, {"step": 1})
 
 
-def test_a_study_shows_test_conditions_alone_first_against_the_base_then_against_the_control(here, browser):
-    flow(
-        "new",
-        "WORK",
-        "--pipeline=toy",
-        f"--prompts={write_prompts(here / 'p.txt')}",
-        "--each=2",
-        "--set=split=0.5,0.25,0.25",
-    )
+@pytest.fixture
+def answered(monkeypatch):
+    """In place of a server: whoever would meet the page prefers the side that `better` gives, and answers
+    everything at once. Returns the names of the campaigns that were served, and the conditions shown.
+    """
+    served = []
+    seen = set()
+
+    def better(left, right):
+        seen.update((left.condition, right.condition))
+        if ("tuned" in left.source) == ("tuned" in right.source):
+            return Choice.TIE
+        return Choice.LEFT if "tuned" in left.source else Choice.RIGHT
+
+    def serve(options, *args, **kwargs):
+        campaign = options.store.campaign(options.campaign)
+        answer_stored(
+            options.store, campaign.id, options.store.annotator_without_token("local", "admin").id, better
+        )
+        served.append(campaign.settings.name)
+
+    monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", serve)
+    return served, seen
+
+
+def reported(*flags) -> list[tuple[str, str]]:
+    """Contests that `flow study --report` tells of: what the training is compared with, and pairs."""
+    said = flow("study", "WORK", "--report", *flags)
+    return re.findall(r"^(tune-\d+) .*?\b(base|control)\b.*?(\d+ of \d+)", said, re.M)
+
+
+def test_a_study_shows_test_conditions_alone_first_against_the_base_then_against_the_control(here, answered):
+    served, seen = answered
+    prompts = f"--prompts={write_prompts(here / 'p.txt')}"
+    flow("new", "WORK", "--pipeline=toy", prompts, "--each=2", "--set=split=0.5,0.25,0.25")
     work = Work.open(here / "WORK")
     flow("draw", "WORK")
     write_tuned(here / "WORK" / "tune-00", "voxels", 0.2)
     write_tuned(here / "WORK" / "tune-00" / "control", "voxels", 0.1)
-    assert "expected answers, got none" in flow("study", "WORK", "--report", code=2)
+    ask = " ".join(("eg3d-rlhf", "flow", "study", "WORK"))
+    check_message(flow("study", "WORK", "--report", code=2), ("study-00", ask))
     for against in ("base", "control"):
-        seen = set()
-        with serving(browser, "WORK", "--n=4", job="study", cwd=here) as page:
-            database = f"sqlite:///{here}/WORK/study-00/{against}/study.db"
-
-            def tuned(left, right, seen=seen):
-                seen.update((left.condition, right.condition))
-                return (
-                    "tuned" in left.source if ("tuned" in left.source) != ("tuned" in right.source) else None
-                )
-
-            assert "tuned" not in page.page.evaluate("document.body.innerText").lower()  # blind
-            answer_all(page, database, tuned)
-        assert seen <= set(work.names(TEST))
+        flow("study", "WORK", "--n=4")
         design = json.loads((here / "WORK" / "study-00" / against / "design.json").read_text())
+        assert served[-1] == design["name"] == f"study-00-{against}"
         assert design["up"] == "z" and {row["prompt"] for row in design["assets"]} <= set(work.names(TEST))
         sources = {design[side]["source"].rpartition("/")[2] for side in ("a", "b")}
         assert sources == {"tuned-00", "test-base" if against == "base" else "control-00"}
+    assert seen and seen <= set(work.names(TEST))
     lines = {
         name: {(line["condition"], line["seed"]) for line in work.lines(name)}
         for name in ("test-base", "tuned-00", "control-00")
     }
     assert lines["test-base"] == lines["tuned-00"] == lines["control-00"]
-    said = flow("study", "WORK", "--report")
-    assert "tune-00 against base: 4 of 4 pairs" in said and "tune-00 against control: 4 of 4 pairs" in said
-    assert "WORK/study-00/pictures.png" in said
+    assert reported() == [("tune-00", "base", "4 of 4"), ("tune-00", "control", "4 of 4")]
     with Image.open("WORK/study-00/pictures.png") as picture:
         shown = np.asarray(picture)[:, 110 + MARGIN :]  # rows: before, tuned, control
     rows = [shown[top : top + SIDE] for top in range(MARGIN + 4, len(shown) - SIDE, SIDE + 4)]
     assert len(rows) == 3 and all((row < 255).mean() > 0.05 for row in rows)
     assert not (rows[0] == rows[1]).all() and not (rows[1] == rows[2]).all()
-    assert "over" in flow("study", "WORK", code=2)
+    check_message(flow("study", "WORK", code=2), ("study-00", "--report"))
     write_tuned(here / "WORK" / "tune-01", "voxels", 0.3)
-    assert "no control" not in flow("study", "WORK", "--report", code=2)  # of the new training: nothing yet
-    assert "expected a control" in flow("study", "WORK", "--against=control", code=2)
-    with serving(browser, "WORK", "--n=2", job="study", cwd=here) as page:
-        answer_all(page, f"sqlite:///{here}/WORK/study-01/base/study.db", lambda left, right: None)
-    assert "tune-01 against base: 2 of 2" in flow("study", "WORK", "--report")
-    assert "tune-00 against base: 4 of 4" in flow("study", "WORK", "--report", "--set=tune=tune-00")
+    # of the new training: nothing yet
+    check_message(flow("study", "WORK", "--report", code=2), ("study-01", ask))
+    check_message(flow("study", "WORK", "--against=control", code=2), ("--against=control", "tune-01"))
+    flow("study", "WORK", "--n=2")
+    assert served[2:] == ["study-01-base"]
+    assert reported() == [("tune-01", "base", "2 of 2")]
+    assert ("tune-00", "base", "4 of 4") in reported("--set=tune=tune-00")

@@ -3,6 +3,7 @@ what is refused.
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from eg3d_rlhf.tuning.flow.toy.judges import FinalOracle, LabelOracle
 from eg3d_rlhf.tuning.flow.toy.pipeline import COLOURS, ToyAsset, ToyPipeline
 from eg3d_rlhf.tuning.flow.work import Work
 from tests.modes.flow_works import flow, write_prompts
+from tests.rejections import check_message
 from training.distributed import SINGLE
 
 NAMES = [f"{colour} {shape}" for shape in ("ball", "box") for colour in COLOURS]
@@ -85,24 +87,24 @@ def answer(work: Work, pairs: int | None = None) -> None:
 
 
 def test_no_answers_yet_and_foreign_ones_are_refused(made, tmp_path):
-    assert "expected people's answers, got none yet" in flow("tune", made.folder, *FEW, code=2)
-    assert "--set rounds=VALUE: belongs to --loop" in flow("tune", made.folder, "--set=rounds=2", code=2)
-    assert "expected stages among structure, voxels, got mesh" in flow(
-        "tune", made.folder, "--stage=mesh", code=2
-    )
+    label = " ".join(("eg3d-rlhf", "flow", "label", str(made.folder)))
+    check_message(flow("tune", made.folder, *FEW, code=2), ("WORK", label))
+    check_message(flow("tune", made.folder, "--set=rounds=2", code=2), ("--set rounds=", "--loop"))
+    stage = flow("tune", made.folder, "--stage=mesh", code=2)
+    check_message(stage, ("--stage", "structure", "voxels", "mesh"))
     other = tmp_path / "labels.jsonl"
     other.write_text(json.dumps({"preferred": "x.ply", "rejected": "y.ply"}) + "\n")
-    assert "x.ply" in flow("tune", made.folder, *FEW, f"--labels={other}", code=2)
-    assert "expected a training, got none" in flow("export", made.folder, f"--out={tmp_path / 'X'}", code=2)
+    foreign = flow("tune", made.folder, *FEW, f"--labels={other}", code=2)
+    check_message(foreign, ("labels.jsonl", "line 1", "38", "'x.ply'"))
+    tune = " ".join(("eg3d-rlhf", "flow", "tune", str(made.folder)))
+    check_message(flow("export", made.folder, f"--out={tmp_path / 'X'}", code=2), ("WORK", tune))
     assert not made.numbered("tune")
 
 
 def test_answers_are_tuned_on_told_of_and_exported(made, tmp_path):
     answer(made)
     said = flow("tune", made.folder, *FEW, "--stage=structure")
-    assert (
-        "answers: 19; pairs: 19; ties: 0" in said and "pairs with a majority: 19 of stage structure" in said
-    )
+    assert len(re.findall(r"\b19\b", said)) >= 3
     (tune,) = made.numbered("tune")
     report = json.loads((tune / "report.json").read_text())
     found = report["stages"]["structure"]
@@ -117,15 +119,15 @@ def test_answers_are_tuned_on_told_of_and_exported(made, tmp_path):
     assert {picture.shape for picture in pictures} == {(SIDE, shown * SIDE, 3)} and all(
         0.02 < (p < 255).mean() < 0.98 for p in pictures
     )
-    assert report["labels"]["ties"] == 0 and (tune / "control" / "structure").is_dir()
+    labels = report["labels"]
+    assert (labels["answers"], labels["pairs"], labels["ties"]) == (19, 19, 0)
+    assert (tune / "control" / "structure").is_dir()
     # answers by the files' hashes
     assert found["learnt"] == (tune / "structure").is_dir() and not found["learnt"]
-    assert "the base stays" in said
-    again = flow("tune", made.folder, *FEW, "--stage=structure")  # goes on, with nothing left to do
-    assert len(made.numbered("tune")) == 1 and "The labels teach nothing" in again
-    assert "expected tuned weights, got none" in flow(
-        "export", made.folder, f"--out={tmp_path / 'X'}", code=2
-    )
+    flow("tune", made.folder, *FEW, "--stage=structure")  # goes on, with nothing left to do
+    assert made.numbered("tune") == [tune] and json.loads((tune / "report.json").read_text()) == report
+    check_message(flow("export", made.folder, f"--out={tmp_path / 'X'}", code=2), (str(tune),))
+    assert not (tmp_path / "X").exists()
 
     weights = tune / "control" / "structure"
     weights.rename(tune / "structure")  # as if it had learnt
@@ -133,7 +135,8 @@ def test_answers_are_tuned_on_told_of_and_exported(made, tmp_path):
     tuned = tuned_model(load_network("structure"), tune / "structure", merge=True)
     merged = load_network("structure", tmp_path / "TUNED")
     torch.testing.assert_close(merged.state_dict(), tuned.state_dict(), atol=2e-3, rtol=2e-3)
-    assert "with files in it" in flow("export", made.folder, f"--out={tmp_path / 'TUNED'}", code=2)
+    full = flow("export", made.folder, f"--out={tmp_path / 'TUNED'}", code=2)
+    check_message(full, ("--out", str(tmp_path / "TUNED")))
     flow("export", made.folder, f"--out={tmp_path / 'ADAPTER'}", "--adapter")
     assert {path.name for path in (tmp_path / "ADAPTER" / "structure").iterdir()} == {
         "adapter_config.json",
@@ -158,7 +161,8 @@ def test_too_few_answers_and_other_labels(made, tmp_path):
             json.dumps({"asset": str(made.drawn() / x["look_at"]), "score": x["seed"]}) + "\n" for x in lines
         )
     )
-    assert "0 to choose on, 0 to tell by" in flow("tune", made.folder, *FEW, f"--labels={ranks}", code=2)
+    few = flow("tune", made.folder, *FEW, f"--labels={ranks}", code=2)
+    check_message(few, ("structure", "9 to", "0 to"))
     lines = made.lines()
     ranks.write_text(
         "".join(

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.modes import latent_reward
@@ -11,6 +10,7 @@ from eg3d_rlhf.tuning.flow import latent_reward as networks
 from eg3d_rlhf.tuning.flow.latent_reward import LatentReward
 from eg3d_rlhf.tuning.flow.online.arms import reward_of
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
+from tests.rejections import raising, rejected
 from training.storage import read_tensors
 
 
@@ -22,19 +22,15 @@ def test_a_reward_is_written_beside_the_decoded_one(tmp_path, monkeypatch):
     path = tmp_path / "latent.safetensors"
     result = CliRunner().invoke(main, ["reward", "latent", f"--out={path}", "--seeds=2"])
     assert result.exit_code == 0, result.output
-    assert (
-        "| latent |" in result.stdout
-        and "| decoded |" in result.stdout
-        and "8 pairs of 8 held-out conditions" in result.stdout
-    )
+    assert "| latent |" in result.stdout and "| decoded |" in result.stdout and "8 pairs" in result.stdout
     told = read_tensors(path, "latent-reward")[1]["taught"]["told"]
     assert told["latent"]["samples_per_second"] > 0 and len(told["decoded"]["by_seed"]) == 2
     structure, voxels = problem.pipeline.stages
     assert isinstance(reward_of(str(path), problem, voxels), LatentReward)
-    with pytest.raises(ValueError, match="expected a reward of stage 'structure'"):
+    with raising(str(path), "'structure'", "'voxels'"):
         reward_of(str(path), problem, structure)
 
 
 def test_a_name_that_is_no_reward():
     result = CliRunner().invoke(main, ["reward", "latent", "--out=x.pt"])
-    assert result.exit_code == 2 and "--out" in result.stderr
+    rejected(result, "--out", ".safetensors", "x.pt")

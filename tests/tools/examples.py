@@ -1,14 +1,15 @@
 """The runnable example that a command's --help shows."""
 
-import os
+import contextlib
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import click
 from click.testing import CliRunner
+
+from eg3d_rlhf.modes.door import JOBS, command_of
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -19,7 +20,7 @@ def example_of(command: click.Command) -> str:
     blocks = re.findall(r"Example:\n((?:[ ]+.*\S.*\n)+)", text)
     assert len(blocks) == 1, text
     lines = [line.strip() for line in blocks[0].splitlines()]
-    assert len(lines) == 1 and lines[0].startswith(("python tools/", "python train.py ", "eg3d-rlhf ")), lines
+    assert len(lines) == 1 and re.match(r"python (tools/|train\.py )|eg3d-rlhf ", lines[0]), lines
     return lines[0]
 
 
@@ -31,16 +32,22 @@ def arguments_of(words: list[str]) -> list[str]:
     return [sys.executable, *start]
 
 
-def own_cache(folder: Path) -> dict[str, str]:
-    """Environment in which synthetic sets are rendered below `folder`, not in the user's cache."""
-    return {**os.environ, "EG3D_RLHF_CACHE": str(folder / "cache")}
+def flags_of(command: click.Command) -> list[str]:
+    """What the example of a command's help passes to the command, which is the one that it names."""
+    words = shlex.split(example_of(command))
+    if words[0] == "python":
+        return words[2:]
+    count = 2 if " ".join(words[1:3]) in JOBS else 1
+    assert command_of(" ".join(words[1 : 1 + count])) is command
+    return words[1 + count :]
 
 
 def run_example(command: click.Command, folder: Path, *more: str) -> str:
-    """Run the example of a command's help in `folder`; returns what it printed."""
-    line = [*arguments_of(shlex.split(example_of(command))), *more]
-    done = subprocess.run(
-        line, cwd=folder, env=own_cache(folder), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    """Run the example of a command's help in `folder`, with a cache there instead of the user's; returns what
+    it printed.
+    """
+    runner = CliRunner(env={"EG3D_RLHF_CACHE": str(folder / "cache")})
+    with contextlib.chdir(folder):
+        done = runner.invoke(command, [*flags_of(command), *more])
+    assert done.exit_code == 0, (done.stderr, done.exception)
     return done.stdout

@@ -2,7 +2,9 @@
 error.
 """
 
+import errno
 import json
+import os
 import re
 import stat
 import zipfile
@@ -15,6 +17,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.modes import image_sets
 from tests.pictures import camera, pixels, png, write_zip
+from tests.rejections import check_message
 from training.dataset import ImageFolderDataset
 from training.dataset_convert import ConvertOptions, transform_camera, transform_image
 from training.rendering.cameras import mirror_label
@@ -44,7 +47,8 @@ def test_pixels_names_and_labels_are_kept(tmp_path):
     src = source(tmp_path)
     dest = tmp_path / "out.zip"
     result = converted(src, dest)
-    assert "11 images of 16x16, RGB, with labels of 25 numbers" in result.stdout
+    (line,) = result.stdout.splitlines()
+    assert all(word in line for word in ("11 images", "16x16", "RGB", "25"))
     with zipfile.ZipFile(dest) as archive:
         infos = archive.infolist()
         assert {info.compress_type for info in infos} == {zipfile.ZIP_STORED}
@@ -104,8 +108,7 @@ def test_class_labels_and_sets_without_labels(tmp_path):
         ("b", source(tmp_path, labels=None, name="bare.zip"), ()),
         ("c", source(tmp_path), ("--labels=drop",)),
     ):
-        result = converted(src, tmp_path / f"{name}.zip", *flags)
-        assert "without labels" in result.stdout
+        converted(src, tmp_path / f"{name}.zip", *flags)
         with zipfile.ZipFile(tmp_path / f"{name}.zip") as archive:
             assert json.loads(archive.read("dataset.json")) == {"labels": None}
 
@@ -156,8 +159,9 @@ def test_cameras_follow_the_crop(transform, size):
 def test_cropped_set_says_so_and_mirrors_after_the_crop(tmp_path):
     src = source(tmp_path, width=24, height=16)
     result = converted(src, tmp_path / "out.zip", "--transform=center-crop", "--resolution=32x32", "--mirror")
-    assert "Intrinsics of 11 camera labels follow the crop." in result.stdout
-    assert "11 images were smaller than 32x32 and have been enlarged." in result.stdout
+    # a line for what was enlarged, and one for the labels that follow the crop
+    _, enlarged, cropped = result.stdout.splitlines()
+    assert "11 " in enlarged and "32x32" in enlarged and "11 " in cropped
     labels = ImageFolderDataset(tmp_path / "out.zip", c_dim=25).get_labels()
     assert labels[0, 16] == pytest.approx(4.2647 * 1.5, rel=1e-5) and labels[0, 20] == pytest.approx(
         4.2647, rel=1e-5
@@ -244,14 +248,14 @@ def test_targets_that_exist_are_safe(tmp_path):
 
 def test_a_disk_that_refuses_ends_in_one_line(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     src = source(tmp_path)
     monkeypatch.setattr(zipfile.ZipFile, "writestr", refuse)
     result = run(src, tmp_path / "out.zip")
-    assert (
-        result.exit_code == 2 and "--dest: cannot write" in result.stderr and "No space left" in result.stderr
-    )
+    *progress, error = result.stderr.splitlines()
+    assert result.exit_code == 2 and len(progress) <= 1 and error.startswith("Error: ")
+    check_message(error, ("--dest", str(tmp_path / "out.zip"), os.strerror(errno.ENOSPC)))
     assert [p.name for p in tmp_path.iterdir()] == ["source.zip"]
 
 

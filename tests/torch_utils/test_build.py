@@ -1,5 +1,6 @@
 """Building and loading the compiled ops: what happens when it works, fails, or is asked for twice at once."""
 
+import errno
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.rejections import check_message
 from tests.torch_utils.compilers import needs_cpp
 from torch_utils import build
 
@@ -114,20 +116,20 @@ def test_the_ops_are_right_on_processors_with_shorter_vectors(level, tmp_path):
 def test_a_failing_compiler_costs_one_warning_that_names_the_log_and_no_result(tmp_path):
     wrong = tmp_path / "broken-compiler"
     wrong.write_text(
-        "#!/bin/sh\ncase $1 in --version) echo broken 1.0;; *) echo 'it cannot be done' >&2; exit 1;; esac\n"
+        "#!/bin/sh\ncase $1 in --version) echo broken 1.0;; *) echo 'broken: refused' >&2; exit 1;; esac\n"
     )
     wrong.chmod(0o755)
     out = python(USE, tmp_path / "a cache", CXX=str(wrong)).communicate()[0]
     assert out.startswith("1 False 51.05"), out
     (log,) = (tmp_path / "a cache" / "ops").glob("*/build.log")
-    assert str(log) in out and "it cannot be done" in log.read_text()
-    assert "plain torch is used" in out
+    assert out.count(str(log)) == 1 and "broken: refused" in log.read_text()
+    assert "slab_density" in out
 
 
 @pytest.mark.long
 def test_a_missing_compiler_is_named_and_an_unwritable_cache_too(tmp_path):
     out = python(USE, tmp_path, CXX="no-such-compiler").communicate()[0]
-    assert out.startswith("1 False 51.05") and "CXX=no-such-compiler was not found" in out
+    assert out.startswith("1 False 51.05") and "CXX=no-such-compiler" in out
     blocked = tmp_path / "file"
     blocked.write_text("")
     out = python(USE, blocked).communicate()[0]
@@ -141,7 +143,7 @@ def test_a_full_disk_costs_one_warning_for_all_ops_together(tmp_path, monkeypatc
     monkeypatch.setenv("EG3D_RLHF_AHEAD", str(tmp_path / "none"))
     if who == "the compiler":
         full = tmp_path / "full-compiler"
-        text = "ld: final link failed: No space left on device"
+        text = f"ld: final link failed: {os.strerror(errno.ENOSPC)}"
         full.write_text(
             f"#!/bin/sh\ncase $1 in --version) echo full 1.0;; *) echo '{text}' >&2; exit 1;; esac\n"
         )
@@ -158,8 +160,8 @@ def test_a_full_disk_costs_one_warning_for_all_ops_together(tmp_path, monkeypatc
         warnings.simplefilter("always")
         assert not any(build.available(op, "cpu") for op in build.ops("cpu"))
     assert len(caught) == 1
-    reason = f"{tmp_path / 'ops'}: No space left on device. Make room, or set EG3D_RLHF_CACHE"
-    assert f"plain torch is used, which is slower. {reason}" in str(caught[0].message)
+    names = (str(tmp_path / "ops"), os.strerror(errno.ENOSPC), "EG3D_RLHF_CACHE")
+    check_message(str(caught[0].message), names)
     assert not list(tmp_path.rglob("*.so"))
 
 

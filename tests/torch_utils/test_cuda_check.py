@@ -53,9 +53,7 @@ def test_an_op_that_agrees_is_used_and_asked_once(made_up):
 def test_an_op_that_disagrees_is_switched_off_with_one_warning(made_up, actual):
     right = torch.tensor([1.0, 2.0])
     calls = made_up("wrong", [(right, right), (actual, right)])
-    with pytest.warns(
-        UserWarning, match="op wrong on cpu: switched off, plain torch is used, .* differ"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"\bwrong\b.*\bcpu\b") as caught:
         assert not passes("wrong", CPU)
         assert not passes("wrong", CPU)
     assert len(calls) == len(caught) == 1
@@ -63,13 +61,12 @@ def test_an_op_that_disagrees_is_switched_off_with_one_warning(made_up, actual):
 
 def test_an_op_that_fails_is_switched_off(made_up):
     def fail():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        raise RuntimeError("CUDA error: 700\nmore")
 
     made_up("failing", fail)
-    with pytest.warns(
-        UserWarning, match=r"RuntimeError: CUDA error: an illegal memory access was encountered\."
-    ):
+    with pytest.warns(UserWarning, match=r"\bfailing\b.*RuntimeError: CUDA error: 700") as caught:
         assert not passes("failing", CPU)
+    assert "\n" not in str(caught[0].message)
 
 
 def test_autograd_and_the_generator_are_left_alone(made_up):
@@ -112,5 +109,5 @@ def test_a_check_notices_a_wrong_kernel(monkeypatch):
                 yield actual, expected
 
         monkeypatch.setitem(CHECKS, "ray_march", spoiled)
-        with pytest.warns(UserWarning, match="switched off"):
+        with pytest.warns(UserWarning, match="ray_march"):
             assert not passes("ray_march", CPU)

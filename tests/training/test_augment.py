@@ -121,5 +121,5 @@ def test_transform_rate_follows_p():
 
 
 def test_mistakes_are_explained():
-    with pytest.raises(ValueError, match="above 21 pixels"):
+    with pytest.raises(ValueError, match="21 pixels"):
         pipe(imgfilter=1)(torch.zeros(1, 3, 16, 16))

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 import train
 from tests import tiny_runs
+from tests.rejections import check_message, raising
 from tests.tiny_runs import build_networks, train_flags
 from training import checkpoint, storage
 from training.distributed import SINGLE, Ranks
@@ -121,7 +122,7 @@ def test_dropout_and_drawn_orders_come_in_blocks():
     with RowDraws(rows, 4, blocks=True):
         part = draw(x[blocks])
     assert all(torch.equal(a[blocks], b) for a, b in zip(whole, part, strict=True))
-    with RowDraws(rows, 4), pytest.raises(AssertionError, match="draw with rand or randn"):
+    with RowDraws(rows, 4), pytest.raises(AssertionError):
         torch.empty(2).normal_()
 
 
@@ -136,7 +137,7 @@ def test_rounds_cover_the_batch_once_and_keep_minibatch_std_groups():
         mine = list(range(24))[r::3]
         assert [mine[turn :: one.here] for turn in range(2)] == rows[2 * r : 2 * r + 2]
     for batch, ranks, size in ((6, Ranks(world=4), None), (8, Ranks(world=2), 3), (2, Ranks(world=3), None)):
-        with pytest.raises(ValueError, match="--batch: expected a multiple of"):
+        with raising("--batch", str(batch)):
             Layout(batch, ranks, size)
 
 
@@ -305,12 +306,12 @@ def test_the_reward_tool_on_two_ranks_draws_the_same_slabs_stops_and_resumes(tin
         return [*flags, f"--out={tmp_path / folder}", f"--cache={tmp_path / folder}-cache"]
 
     assert CliRunner().invoke(main, cached("one")).exit_code == 0
-    (first, _), (second, quiet) = finish(start(REWARD_TOOL, *cached("two")))
-    assert "test pairs ordered as labelled" in first and second == "" and "epoch" not in quiet
+    (first, noted), (second, quiet) = finish(start(REWARD_TOOL, *cached("two")))
+    assert "epoch" in first + noted and second == "" and "epoch" not in quiet
     slabs = [next((tmp_path / f"{name}-cache").iterdir()).read_bytes() for name in ("one", "two")]
     assert slabs[0] == slabs[1]
     (_, said), _ = finish(start(REWARD_STOPPED, *cached("stopped")), (130, 130))
-    assert "--resume=RUN goes on from there" in said
+    assert "--resume=RUN" in said
     finish(start(REWARD_TOOL, f"--resume={tmp_path / 'stopped'}"))
     assert (tmp_path / "stopped" / "reward.safetensors").read_bytes() == (
         tmp_path / "two" / "reward.safetensors"
@@ -339,7 +340,8 @@ def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_is_the_straight_one(
     flags, straight, _ = two_ranks
     (said, _), _ = finish(start(PAUSING.format(rank=1, signal="SIGTERM"), *flags(tmp_path)))
     folder = only_run(tmp_path)
-    assert f"SIGTERM: stopped at 28 images. Continue with --resume={folder}" in said
+    last = said.splitlines()[-1]
+    assert all(text in last for text in ("SIGTERM", "28 images", f"--resume={folder}")), said
     assert checkpoint.available(folder)[-1].name == "checkpoint-000000028.safetensors"
     finish(start(RUN, f"--resume={folder}"))
     assert_equal(straight, tmp_path)
@@ -361,7 +363,8 @@ def test_a_killed_rank_ends_the_others_with_one_line(two_ranks, tmp_path):
     )
     output = finish(started, (2, -signal.SIGKILL))
     errors = [line for line in output[0][1].splitlines() if line.startswith("Error:")]
-    assert len(errors) == 1 and "rank 0 of 2: expected every rank to" in errors[0] and "--resume" in errors[0]
+    assert len(errors) == 1
+    check_message(errors[0], ("rank 0 of 2", "--resume"))
     finish(start(RUN, f"--resume={only_run(tmp_path)}"))
     assert_equal(straight, tmp_path)
 
@@ -371,7 +374,8 @@ def test_an_error_of_one_rank_is_said_once(tiny_data, pairs_of_two, tmp_path):
     flags = train_flags(tiny_data, pairs_of_two, tmp_path, *TEN)
     output = finish(start(RUN, *flags, "--batch=5"), (2, 2))
     lines = [line for _, err in output for line in err.splitlines() if line.startswith("Error:")]
-    assert len(lines) == 1 and "--batch: expected a multiple of 2 processes" in lines[0]
+    assert len(lines) == 1
+    check_message(lines[0], ("--batch", "2 processes", "5"))
     assert not list(tmp_path.iterdir())
 
 
@@ -408,7 +412,7 @@ def test_torchrun_restarts_and_the_run_continues(two_ranks, tmp_path, rank):
     with torchrun(*flags(tmp_path / "runs"), code=code, folder=tmp_path) as process:
         _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert "Resumed from" in errors
+    assert f"{only_run(tmp_path / 'runs')}" in errors and "checkpoint-" in errors
     assert_equal(straight, tmp_path / "runs")
 
 
@@ -422,6 +426,6 @@ def test_terminating_torchrun_leaves_a_checkpoint(two_ranks, tmp_path):
                 process.terminate()
                 break
         said, errors = process.communicate(timeout=300)
-    assert "SIGTERM: stopped at" in said, errors
+    assert "SIGTERM" in said and f"--resume={only_run(tmp_path / 'runs')}" in said, errors
     finish(start(RUN, f"--resume={only_run(tmp_path / 'runs')}"))
     assert_equal(straight, tmp_path / "runs")

@@ -50,7 +50,7 @@ def unpaired_training(ranks: Ranks) -> dict[str, torch.Tensor]:
             "auc": record["val_auc"],
             "bandwidth": trained.bandwidth,
         }
-        found |= {f"{name} {key}": torch.tensor(value) for key, value in figures.items()}
+        found |= {f"{name}:{key}": torch.tensor(value) for key, value in figures.items()}
     return found
 
 
@@ -59,10 +59,10 @@ def test_unpaired_labels_on_two_ranks_equal_one(tmp_path):
     finish(start(UNPAIRED, str(tmp_path / "two.pt")))
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     one = unpaired_training(SINGLE)
-    assert one.keys() == two.keys() and float(one["alone divergence"]) < -0.01
-    figures = [name for name in one if " " in name]
+    assert one.keys() == two.keys() and float(one["alone:divergence"]) < -0.01
+    figures = [name for name in one if ":" in name]
     differences = {name: float((one[name] - two[name]).abs()) for name in figures}
-    assert max(differences["mixed divergence"], differences["alone divergence"]) <= 1e-6, differences
+    assert max(differences["mixed:divergence"], differences["alone:divergence"]) <= 1e-6, differences
     assert max(differences.values()) <= 5e-6, differences
     decided = [
         {k: v for k, v in states.items() if "." in k and not k.endswith(UNDECIDED)} for states in (one, two)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.rejections import raising
 from training import networks, storage
 from training.heads import people, people_basis, people_mesh
 from training.heads.people_damage import HOLLOW_FRONT, damaged, kinds, severity
@@ -194,12 +195,12 @@ def test_a_missing_or_damaged_basis_and_another_version_are_refused(tmp_path):
     with open(damaged_file, "r+b") as file:
         file.seek(-1000, 2)
         file.write(b"\x55" * 8)
-    for path, got in ((damaged_file, "damaged"), (tmp_path / "none.safetensors", "nothing there")):
-        with pytest.raises(ValueError, match=f"{got}.*assets build people"):
+    for path in (damaged_file, tmp_path / "none.safetensors"):
+        with raising(str(path), "people"):
             people.load_basis(path)
     tensors, meta = storage.read_tensors(people.ASSET, people.KIND)
     storage.write_tensors(other, people.KIND, tensors, {**meta, "version": 0})
-    with pytest.raises(ValueError, match="assets build people"):
+    with raising(str(other), "people", "0"):
         people.load_basis(other)
 
 
@@ -207,10 +208,10 @@ def test_without_its_package_the_basis_cannot_be_made(monkeypatch):
     monkeypatch.setattr(
         importlib.metadata, "version", Mock(side_effect=importlib.metadata.PackageNotFoundError)
     )
-    with pytest.raises(ValueError, match="pip install anny=="):
+    with raising("anny=="):
         people_basis.build()
     monkeypatch.setattr(importlib.metadata, "version", Mock(return_value="0.1"))
-    with pytest.raises(ValueError, match="0.1"):
+    with raising("anny", "0.1"):
         people_basis.build()
 
 

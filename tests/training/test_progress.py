@@ -15,22 +15,23 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("options", "words"),
     [
-        ({"desc": "surfaces", "unit": "head"}, "surfaces: 300 heads in 00:00\n"),
-        ({"total": 400}, "done: 300 of 400 in 00:00\n"),
-        ({"leave": False}, ""),
-        ({"disable": True}, ""),
-        ({"disable": None}, ""),
+        ({"desc": "surfaces", "unit": "head"}, ["surfaces", "300", "head", "00:00"]),
+        ({"total": 400}, ["300", "400", "00:00"]),
+        ({"leave": False}, []),
+        ({"disable": True}, []),
+        ({"disable": None}, []),
     ],
 )
-def test_one_line_in_a_log(options, text):
+def test_one_line_in_a_log(options, words):
     file = io.StringIO()
     with tqdm(file=file, mininterval=0, **{"unit": "it", **options}) as bar:
         for _ in range(300):
             bar.update()
         bar.close()  # twice is once
-    assert file.getvalue() == text
+    assert len(file.getvalue().splitlines()) == bool(words) and "\r" not in file.getvalue()
+    assert all(word in file.getvalue() for word in words)
 
 
 def test_a_terminal_shows_every_step():

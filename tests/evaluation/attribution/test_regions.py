@@ -9,6 +9,7 @@ import torch
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.attribution import regions
 from eg3d_rlhf.generators import latents
+from tests.rejections import raising
 from training.heads import people
 
 SPEC = SlabSpec(resolution=48)
@@ -21,23 +22,24 @@ def region_at(partition, x, y, z):
 
 
 @pytest.mark.parametrize(
-    ("point", "name"),
+    ("point", "words"),
     [
-        ((0.5, 0.79, 0.6), "brow"),
-        ((0.26, 0.6, 0.7), "left eye orbit"),
-        ((0.74, 0.6, 0.7), "right eye orbit"),
-        ((0.5, 0.5, 0.8), "nose"),
-        ((0.2, 0.4, 0.6), "left cheek"),
-        ((0.8, 0.4, 0.6), "right cheek"),
-        ((0.5, 0.3, 0.7), "mouth"),
-        ((0.5, 0.1, 0.6), "chin and jaw"),
-        ((0.5, 0.5, 0.1), regions.OTHER),
-        ((0.3, 0.71, 0.6), "brow"),
-        ((0.33, 0.56, 0.7), "left eye orbit"),
+        ((0.5, 0.79, 0.6), ["brow"]),
+        ((0.26, 0.6, 0.7), ["left", "eye"]),
+        ((0.74, 0.6, 0.7), ["right", "eye"]),
+        ((0.5, 0.5, 0.8), ["nose"]),
+        ((0.2, 0.4, 0.6), ["left", "cheek"]),
+        ((0.8, 0.4, 0.6), ["right", "cheek"]),
+        ((0.5, 0.3, 0.7), ["mouth"]),
+        ((0.5, 0.1, 0.6), ["chin"]),
+        ((0.5, 0.5, 0.1), [regions.OTHER]),
+        ((0.3, 0.71, 0.6), ["brow"]),
+        ((0.33, 0.56, 0.7), ["left", "eye"]),
     ],
 )
-def test_face_boxes(point, name):
-    assert region_at(regions.face_partition(SlabSpec(resolution=128)), *point) == name
+def test_face_boxes(point, words):
+    name = region_at(regions.face_partition(SlabSpec(resolution=128)), *point)
+    assert all(word in name for word in words)
 
 
 def test_first_match_wins_and_nothing_is_left_out():
@@ -72,17 +74,17 @@ def test_masks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("change", "names"),
     [
-        ("shape", r"\[D, H, W\]"),
-        ("float", "integers"),
-        ("name", "name for each label.*3"),
-        ("json", "expected the regions' names"),
-        ("one", "two regions"),
-        ("none", "got nothing"),
+        ("shape", ["m.npy", str(list(SPEC.shape))]),
+        ("float", ["m.npy", str(list(SPEC.shape))]),
+        ("name", ["m.json", "[3]"]),
+        ("json", ["m.json"]),
+        ("one", ["m.npy", "[0]"]),
+        ("none", ["m.npy"]),
     ],
 )
-def test_wrong_masks_are_named(tmp_path, change, text):
+def test_wrong_masks_are_named(tmp_path, change, names):
     volume = np.zeros(SPEC.shape, dtype=np.float32 if change == "float" else np.int64)
     if change != "one":
         volume[:, :5] = 3
@@ -90,13 +92,13 @@ def test_wrong_masks_are_named(tmp_path, change, text):
         np.save(tmp_path / "m.npy", volume[1:] if change == "shape" else volume)
     if change != "json":
         (tmp_path / "m.json").write_text(json.dumps({"0": "a"} if change == "name" else {"0": "a", "3": "b"}))
-    with pytest.raises((ValueError, FileNotFoundError), match=text):
+    with raising(*names, kind=FileNotFoundError if change in ("none", "json") else ValueError):
         regions.read_masks(tmp_path / "m.npy", SPEC.shape)
 
 
 def test_pickled_masks_are_refused(tmp_path):
     np.save(tmp_path / "m.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="npy"):
+    with raising("m.npy"):
         regions.read_masks(tmp_path / "m.npy", SPEC.shape)
 
 
@@ -140,29 +142,19 @@ def test_the_whole_head_has_eight_parts_and_nothing_is_left_over():
     points = average()
     spec = SlabSpec(resolution=128)
     found = regions.head_partition(points, spec)
-    assert found.names == (
-        "front of camera",
-        "crown",
-        "neck and chest",
-        "shoulders",
-        "left side",
-        "right side",
-        "face",
-        "back of the head",
-    )
+    assert len(set(found.names)) == 8
+    _, crown, neck, _, left, right, face, _ = found.names
     assert min(found.counts()[1:]) > 0 and sum(found.counts()) == found.labels.numel()
     at = spec.points().double().flatten(0, 2)  # [D H W, 3]
     part = {name: at[found.labels.flatten() == i] for i, name in enumerate(found.names)}
-    assert (
-        part["left side"][:, 0].max() < points[:, 0].min()
-        and part["right side"][:, 0].min() > points[:, 0].max()
-    )
-    assert part["neck and chest"][:, 1].max() < points[16, 1] < part["face"][:, 1].min() + 0.02
-    assert part["crown"][:, 1].min() > points[33:51, 1].max()
-    face = regions.head_partition(points, SlabSpec.cube(256))
+    assert "left" in left and part[left][:, 0].max() < points[:, 0].min()
+    assert "right" in right and part[right][:, 0].min() > points[:, 0].max()
+    assert "neck" in neck and part[neck][:, 1].max() < points[16, 1] < part[face][:, 1].min() + 0.02
+    assert part[crown][:, 1].min() > points[33:51, 1].max()
+    fine = regions.head_partition(points, SlabSpec.cube(256))
     nearest = ((torch.from_numpy(points) + 0.5) * 255).round().long()
-    held = {face.names[face.labels[z, y, x]] for x, y, z in nearest[33:].tolist()}  # brows, nose, eyes, lips
-    assert held == {"face"}
+    held = {fine.names[fine.labels[z, y, x]] for x, y, z in nearest[33:].tolist()}  # brows, nose, eyes, lips
+    assert held == {face}
 
 
 @pytest.fixture(scope="module")
@@ -205,23 +197,23 @@ def test_back_projection():
     found = regions.back_project(pixels, 16, points, valid)
     np.testing.assert_allclose(found[1], points[0, 6])
     assert np.abs(found[0][:2]).max() < 0.2 and found[0][2] == 0.3
-    with pytest.raises(ValueError, match="surface in 0.0%"):
+    with raising("0.0%", "--regions=boxes"):
         regions.back_project(pixels, 16, points, np.zeros((8, 8), dtype=bool))
 
 
 @pytest.mark.parametrize(
-    ("values", "text"),
+    ("values", "names"),
     [
-        ({"points": []}, "image_size"),
-        ({"image_size": 0, "points": []}, "image_size"),
-        ({"image_size": 64, "points": [[1, 2]]}, "98"),
-        ({"image_size": 64, "points": [[1, 200]] * 98}, r"inside 0..64"),
-        ({"image_size": 64, "seeds": {"x": [[1, 2]] * 98}}, "seeds as keys"),
+        ({"points": []}, ["image_size"]),
+        ({"image_size": 0, "points": []}, ["image_size"]),
+        ({"image_size": 64, "points": [[1, 2]]}, ["98"]),
+        ({"image_size": 64, "points": [[1, 200]] * 98}, ["0..64"]),
+        ({"image_size": 64, "seeds": {"x": [[1, 2]] * 98}}, ["seeds", "'x'"]),
     ],
 )
-def test_wrong_landmarks_are_named(tmp_path, values, text):
+def test_wrong_landmarks_are_named(tmp_path, values, names):
     (tmp_path / "l.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=text):
+    with raising("l.json", *names):
         regions.read_landmarks(tmp_path / "l.json")
 
 
@@ -229,5 +221,5 @@ def test_landmarks_by_seed(tmp_path):
     (tmp_path / "l.json").write_text(json.dumps({"image_size": 64, "seeds": {"5": [[1, 2]] * 98}}))
     found = regions.read_landmarks(tmp_path / "l.json")
     assert found.of(5).shape == (98, 2)
-    with pytest.raises(ValueError, match="--landmarks.*seed 6"):
+    with raising("--landmarks", "6"):
         found.of(6)

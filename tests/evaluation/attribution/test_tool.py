@@ -26,6 +26,13 @@ def call(*arguments):
     return CliRunner().invoke(main, [*SAME, *arguments])
 
 
+def check_error(result, *names):
+    """Assert exit code 2, and one error that names these; a line of progress may stand before it."""
+    *progress, line = result.stderr.splitlines()
+    assert result.exit_code == 2 and line.startswith("Error: ") and len(progress) <= 1, result.stderr
+    assert all(name in line for name in names), line
+
+
 def test_dry_run_is_json(tmp_path):
     found = json.loads(call("--dry-run", "--n=3", f"--out={tmp_path}").stdout)
     assert (
@@ -35,7 +42,7 @@ def test_dry_run_is_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("arguments", "name"),
     [
         (["--method=antithetic", "--set=permutations=5"], "permutations"),
         (["--regions=none.npy"], "--regions"),
@@ -48,9 +55,8 @@ def test_dry_run_is_json(tmp_path):
         (["--set=landmarks=x.json", "--regions=boxes"], "--regions=landmarks"),
     ],
 )
-def test_wrong_settings(tmp_path, arguments, text):
-    result = call(*arguments, "--n=2", f"--out={tmp_path / 'out'}")
-    assert result.exit_code == 2 and text in result.output and "Traceback" not in result.output
+def test_wrong_settings(tmp_path, arguments, name):
+    check_error(call(*arguments, "--n=2", f"--out={tmp_path / 'out'}"), name)
 
 
 @pytest.mark.long
@@ -61,9 +67,7 @@ def test_no_change_attributes_nothing(tmp_path):
     data = json.loads((tmp_path / "data" / "shapley.json").read_text())["data"]
     assert {v for latent in data["values"] for v in latent} == {0.0} and data["largest_relative_gap"] == 0
     page = (tmp_path / "index.html").read_text()
-    assert (
-        "no ranks to compare" in page and "srcdoc=" in page and (tmp_path / "data" / "regions.png").is_file()
-    )
+    assert "srcdoc=" in page and (tmp_path / "data" / "regions.png").is_file()
     before = (tmp_path / "data" / "shapley.json").stat().st_mtime_ns
     assert call(*arguments).exit_code == 0
     assert (tmp_path / "data" / "shapley.json").stat().st_mtime_ns == before  # nothing is computed again
@@ -98,13 +102,8 @@ def test_a_reward_that_reads_no_slab_is_divided_by_labels_of_its_own_shape(tmp_p
         "--set=checked=1",
     ]
     flags.append(f"--out={tmp_path / 'out'}")
-    refused = CliRunner().invoke(main, [*flags, "--regions=boxes"])
-    assert refused.exit_code == 2, refused.output
-    assert (
-        "--regions=boxes: expected a reward that reads slabs, got one that reads frontal-depth"
-        in refused.output
-    )
-    assert "labels of shape [16, 16] with --regions=FILE" in refused.output
+    boxes = CliRunner().invoke(main, [*flags, "--regions=boxes"])
+    check_error(boxes, "--regions=boxes", "frontal-depth", "[16, 16]", "--regions=FILE")
     np.save(tmp_path / "halves.npy", np.repeat([[0, 1]], 8, axis=1).repeat(16, axis=0))
     (tmp_path / "halves.json").write_text('["left", "right"]')
     result = CliRunner().invoke(main, [*flags, f"--regions={tmp_path / 'halves.npy'}"])
@@ -136,4 +135,4 @@ def test_the_parts_of_heads_of_people_divide_the_difference(tmp_path, changed):
         data["names"] == list(PARTS)
         and np.sum(data["values"]) == pytest.approx(2 * data["difference"]["mean"], rel=1e-4) != 0
     )
-    assert "the back " in result.output and (tmp_path / "out" / "data" / "regions.png").is_file()
+    assert "back" in result.output and (tmp_path / "out" / "data" / "regions.png").is_file()

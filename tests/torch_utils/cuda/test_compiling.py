@@ -85,11 +85,11 @@ def test_a_build_that_fails_is_no_reason_to_skip_and_a_missing_compiler_is(
     monkeypatch.setenv("EG3D_RLHF_CACHE", str(tmp_path))
     variable = build.COMPILERS[device_type][0]
     monkeypatch.setenv(variable, "no-such-compiler")
-    with pytest.raises(pytest.skip.Exception, match=f"{variable}=no-such-compiler was not found"):
+    with pytest.raises(pytest.skip.Exception, match=f"{variable}=no-such-compiler"):
         require(device_type)
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv(variable, str(broken))
-    with pytest.raises(pytest.fail.Exception, match="The build failed; see"):
+    with pytest.raises(pytest.fail.Exception, match=f"{tmp_path}.*build.log"):
         require(device_type)

@@ -21,7 +21,7 @@ def test_a_right_kernel(tmp_path, order):
 @pytest.mark.parametrize("mistake", [1, 5], ids=["barrier", "shuffle"])
 def test_threads_that_never_come(tmp_path, mistake):
     done = reversed_by(tmp_path, mistake)
-    assert done.returncode == 3 and "some threads never reach a barrier or shuffle" in done.stderr
+    assert done.returncode == 3 and "barrier" in done.stderr
 
 
 @pytest.mark.parametrize("mistake", [3, 4], ids=["global memory", "shared memory"])
