@@ -8,8 +8,9 @@ import torch
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
-from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison, newest_control
+from eg3d_rlhf.evaluation.comparison import Comparison, Sources, _reward_path, load_comparison, newest_control
 from eg3d_rlhf.experiments.run import OPTIONS
+from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from tests.evaluation import comparisons
@@ -127,3 +128,18 @@ def test_a_damaged_record_is_named(tiny_networks, tiny_reward, tmp_path):
 def test_the_tuned_reward_is_no_held_out_one(tiny_networks, tiny_reward):
     with raising("--reward-watch", str(tiny_reward)):
         comparisons.load(tiny_networks, tiny_reward, after=tiny_networks, reward_watch=tiny_reward)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["gone", "replaced"])
+def test_a_run_is_compared_by_the_reward_that_it_used_alone(kept, tiny_networks, tiny_reward, tmp_path):
+    used = tmp_path / "reward.safetensors"
+    digest = file_hash(tiny_reward)
+    record = {"mode": "gan", "reward_ckpt": str(used), "hashes": {"reward": digest}}
+    (tmp_path / OPTIONS).write_text(json.dumps(record))
+    if kept:
+        used.write_bytes(tiny_networks.read_bytes())
+    sources = Sources(before=tiny_networks, after=tmp_path)
+    with raising("--reward-ckpt", digest[:12], str(used)):
+        _reward_path(sources, tmp_path, load_generator(tiny_networks))
+    used.write_bytes(tiny_reward.read_bytes())
+    assert _reward_path(sources, tmp_path, load_generator(tiny_networks)) == used
