@@ -11,6 +11,8 @@ import importlib
 from pathlib import Path
 
 import click
+import numpy as np
+import torch
 
 FAMILIES = sorted(
     path.stem.removeprefix("make_")
@@ -26,6 +28,8 @@ FAMILIES = sorted(
 def main(folder: Path, families: tuple[str, ...], seed: int) -> None:
     """Write the set into FOLDER, all families or those named."""
     for family in families or FAMILIES:
+        torch.manual_seed(seed)  # a family's values do not depend on which others are written
+        np.random.seed(seed)
         importlib.import_module(f"tests.compat.make_{family}").make(folder, seed)
         click.echo(f"{family}: written below {folder}")
 

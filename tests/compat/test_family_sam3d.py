@@ -93,13 +93,13 @@ def batch(case, short, name):
     return SparseBatch(coords, case[f"slat_{name}"], int(coords[:, 0].max()) + 1)
 
 
-def distances(made, want) -> dict[str, float]:
-    """Errors by latent."""
+def distances(made, want, least: float = 0.0) -> dict[str, float]:
+    """Return errors by latent, in units of its largest number, or of `least` where that is larger."""
     made, want = (
         {"": x.feats} if isinstance(x, SparseBatch) else dict(getattr(x, "tensors", x)) for x in (made, want)
     )
     assert made.keys() == want.keys()
-    return {name: error(made[name], want[name]) for name in want}
+    return {name: error(made[name], want[name], max(float(want[name].abs().max()), least)) for name in want}
 
 
 def called(model, x, t, cond, *step):
@@ -582,9 +582,10 @@ def test_adapters_are_pefts(case, flows, adapter, tmp_path):
     tuned = tuned_model(model, adapter)
     want = case.below("lora_ss_y/")
     with torch.no_grad():
-        assert max(distances(called(tuned, x, t, cond, *step), want).values()) < ADAPTED
+        # Adapters and merged weights round hidden states of size 1 differently, however small the output is.
+        assert max(distances(called(tuned, x, t, cond, *step), want, 1.0).values()) < ADAPTED
         model.load_state_dict(merged_state(tuned))
-        assert max(distances(called(model, x, t, cond, *step), want).values()) < ADAPTED
+        assert max(distances(called(model, x, t, cond, *step), want, 1.0).values()) < ADAPTED
     made, given = (
         content(path / ADAPTER, "test") for path in (write_adapter(tuned, tmp_path / "ours"), adapter)
     )
@@ -645,7 +646,7 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, fil
     with torch.no_grad():
         y = called(again, x, t, cond, *steps_of(case, "ss", again))
     limit = rounding_of(files.flow_state(generator, old["state_dict"]).values())
-    assert max(distances(y, case.below("lora_ss_y/")).values()) < limit
+    assert max(distances(y, case.below("lora_ss_y/"), 1.0).values()) < limit
 
 
 def test_the_folder_is_found_fit(case):
