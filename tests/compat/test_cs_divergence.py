@@ -13,12 +13,16 @@ import torch
 from eg3d_rlhf.preferences.losses import cs_divergence, median_distance
 from tests.compat.absent import some
 from tests.compat.distill_reference import members, under
-from tests.compat.reference import ROOT, of_set
+from tests.compat.reference import ROOT, array_names, of_set
 
-MISC = ROOT / "reward_zoo" / "misc.npz"
 NAMES = {"divergence": "v", "d_dx": "dv_dx", "d_dy": "dv_dy"}  # of the first set -> of the second
-ZOO = sorted(name[:-2] for name in np.load(MISC) if re.fullmatch(r"cs\d+_x", name)) if MISC.is_file() else []
-CASES = [("distill", name) for name in members("cs_divergence", "cs")] + [("zoo", name) for name in ZOO]
+ZOO = [
+    (path.name, name.removesuffix("_x"))
+    for path in sorted((ROOT / "reward_zoo").glob("misc*.npz"))
+    for name in array_names(path)
+    if re.fullmatch(r"cs\d+_x", name)
+]
+CASES = [("distill", name) for name in members("cs_divergence", "cs")] + ZOO
 
 
 @functools.cache
@@ -26,7 +30,7 @@ def values_of(kind: str, name: str) -> dict[str, np.ndarray]:
     if kind == "distill":
         values = {key: value.numpy() for key, value in under("cs_divergence", f"cs/{name}").items()}
         return values | {theirs: values[ours] for ours, theirs in NAMES.items() if ours in values}
-    with np.load(MISC) as reference:
+    with np.load(ROOT / "reward_zoo" / kind) as reference:
         return {
             key.removeprefix(f"{name}_"): reference[key] for key in reference if key.startswith(f"{name}_")
         }
