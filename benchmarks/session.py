@@ -247,7 +247,8 @@ def _timed(case: Case, name: str, times: dict, outcomes: dict[str, Outcome], err
         case.prepare()
         torch.manual_seed(0)
         wall, processor = clock(lambda: outcomes.update({name: case.call(name)}))
-    except Exception as error:  # noqa: BLE001 (whatever torch.compile raises; the two paths themselves must not fail)
+    # Whatever torch.compile raises is caught; the two paths themselves must not fail.
+    except Exception as error:  # noqa: BLE001
         if name in PATHS:
             raise
         errors[name] = (

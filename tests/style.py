@@ -1,5 +1,7 @@
 """Check habits of this code that ruff does not know: python -m tests.style [FILE ...], or all files of git.
 
+A line has at most 110 characters; ruff passes over lines that end in a pragma such as `# noqa`.
+
 One assignment a line: `a, b = x, y` of values that do not depend on the targets before them is written as two
 assignments. A swap, a step of a recursion and the unpacking of one value stay. The last line of the output
 counts the tuples that are left, per 1,000 lines of eg3d_rlhf.
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
+COLUMNS = 110
 
 
 def is_pair(node: ast.AST) -> bool:
@@ -88,6 +91,10 @@ def main(names: list[str]) -> int:
         found, others = pairs(text)
         for line in found:
             print(f"{path.relative_to(REPO)}:{line}: two assignments in one line; write one a line")
+        for line, content in enumerate(text.splitlines(), 1):
+            if len(content) > COLUMNS:
+                print(f"{path.relative_to(REPO)}:{line}: {len(content)} characters; write at most {COLUMNS}")
+                wrong += 1
         wrong += len(found)
         if path.is_relative_to(REPO / "eg3d_rlhf"):
             kept += len(found) + others

@@ -92,7 +92,8 @@ def _given(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
     for field in dataclasses.fields(kind):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if dataclasses.is_dataclass(default) and not isinstance(values.get(field.name), type(default)):
-            given[field.name] = dataclasses.replace(default, **_given(default, values))  # type: ignore[type-var]
+            changed = dataclasses.replace(default, **_given(default, values))  # type: ignore[type-var]
+            given[field.name] = changed
         elif field.name in values:
             given[field.name] = values[field.name]
     return given

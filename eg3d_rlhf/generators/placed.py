@@ -35,7 +35,8 @@ class Similarity:
     def of_boxes(cls, theirs: Bounds, ours: Bounds) -> "Similarity":
         """That which lays our cube on theirs."""
         scale = theirs.side / ours.side
-        return cls(scale, tuple(a - scale * b for a, b in zip(theirs.centre, ours.centre, strict=True)))  # type: ignore[arg-type]
+        centres = zip(theirs.centre, ours.centre, strict=True)
+        return cls(scale, tuple(a - scale * b for a, b in centres))  # type: ignore[arg-type]
 
 
 def scaled_density(sigma: torch.Tensor, factor: float) -> torch.Tensor:

@@ -129,7 +129,8 @@ def new(
         click.echo(line)
     if given is None:
         told: Any = list(names) if pictures is None else names
-        given = (family.embed_texts if pictures is None else family.embed)(Path(pipeline), told, where)  # type: ignore[misc]
+        embed = family.embed_texts if pictures is None else family.embed
+        given = embed(Path(pipeline), told, where)  # type: ignore[misc]
     if pictures is None:
         write_atomic(folder / "inputs" / PROMPTS, "".join(f"{name}\n" for name in names).encode())
     else:

@@ -355,7 +355,8 @@ MODES.add(
         flags=flags_of_rewards,
         resolve=resolve,
         title=lambda settings, _: (
-            f"reward-{source_stem(settings.labels.settings['labels'])}-{settings.train.preset}-s{settings.train.seed}"
+            f"reward-{source_stem(settings.labels.settings['labels'])}"
+            f"-{settings.train.preset}-s{settings.train.seed}"
         ),
         record=TRAINING.record,
         recorded=settings_of,

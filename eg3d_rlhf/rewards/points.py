@@ -263,7 +263,9 @@ class LiftedPoints(Observation):
             )
 
     @classmethod
-    def of(cls, generator: "Generator", *, resolution: int = 64, points: int = 512) -> Self:  # type: ignore[override]
+    def of(  # type: ignore[override]
+        cls, generator: "Generator", *, resolution: int = 64, points: int = 512
+    ) -> Self:
         """Args: resolution: pixels per edge of the depth map; points: drawn of its pixels."""
         cameras = generator.cameras
         box = generator.bounds
@@ -336,7 +338,9 @@ class PublishedPoints(LiftedPoints):
     points: int = 2048
 
     @classmethod
-    def of(cls, generator: "Generator", *, resolution: int = 128, points: int = 2048) -> Self:  # type: ignore[override]
+    def of(  # type: ignore[override]
+        cls, generator: "Generator", *, resolution: int = 128, points: int = 2048
+    ) -> Self:
         """See `LiftedPoints.of`."""
         return super().of(generator, resolution=resolution, points=points)
 

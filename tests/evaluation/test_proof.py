@@ -147,7 +147,10 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
     few = dict(list(filters.FILTERS.items())[:2])
     for room in (filters, proof):
         monkeypatch.setattr(room, "FILTERS", few)
-    occupied = lambda _, shapes: (shapes < 0).reshape(len(shapes), 8, -1).mean(axis=2).astype(float)  # noqa: E731
+
+    def occupied(_, shapes):
+        return (shapes < 0).reshape(len(shapes), 8, -1).mean(axis=2).astype(float)
+
     monkeypatch.setattr(proof.ShapeFeatures, "of_grids", occupied)
     monkeypatch.setattr(proof, "DEFAULT_ASSET", tmp_path / "tiny.safetensors")
     networks.save(tmp_path / "tiny.safetensors", tiny_runs.build_networks(z_dim=64))

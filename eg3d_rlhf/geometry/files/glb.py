@@ -406,7 +406,8 @@ def _count(record: dict, name: str, default: int | None = None) -> int:
 
 
 def _number(value: object) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > _REACH:  # type: ignore[arg-type]
+    is_number = type(value) in (int, float)
+    if not is_number or not math.isfinite(value) or abs(value) > _REACH:  # type: ignore[arg-type]
         raise ValueError(f"expected a finite number, got {str(value)[:40]}")
     return value  # type: ignore[return-value]
 

@@ -217,7 +217,10 @@ class MeshReader:
         self.held = []
         self._batch = None
         while (first := f"{len(self.held)}.") + "inside" in state:
-            parts = [part(*(state.get(first + name) for name in part._fields)) for part in (Net, Plan)]  # type: ignore[arg-type]
+            parts = [
+                part(*(state.get(first + name) for name in part._fields))  # type: ignore[arg-type]
+                for part in (Net, Plan)
+            ]
             inside = state[first + "inside"]
             around = state[first + "around"]
             self.held.append(Held(inside, around, *parts))  # type: ignore[arg-type]

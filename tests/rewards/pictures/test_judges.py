@@ -159,7 +159,8 @@ def test_only_the_environment_holds_keys(repo):
     with raising("--judge", "http"):
         VisionLanguageJudge(url="sk-abc", model="tiny")
     key = re.compile(
-        r"\b(?:sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{20,}|AIza[A-Za-z0-9_-]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})"
+        r"\b(?:sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{20,}|AIza[A-Za-z0-9_-]{30,}"
+        r"|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})"
     )
     assert key.search("api_key='sk-" + "a1" * 12 + "'") and key.search("hf_" + "Ab3" * 10)
     assigned = re.compile(

@@ -42,7 +42,10 @@ def damage_mesh(model: Model, name: str, seed: int) -> Model:
     places = _spread(rng, np.concatenate(centres))
     kept = iter([_far(middle, places, _HOLE * size) for middle in centres])
     meshes = [[_cut(part, next(kept)) for part in mesh] for mesh in model.meshes]
-    meshes = [[part for part in mesh if len(part.indices.values)] for mesh in meshes]  # type: ignore[union-attr]
+    meshes = [
+        [part for part in mesh if len(part.indices.values)]  # type: ignore[union-attr]
+        for mesh in meshes
+    ]
     if not all(meshes):
         raise ValueError("expected a mesh that stays where holes are cut, got one that is gone")
     return replace(model, meshes=meshes)

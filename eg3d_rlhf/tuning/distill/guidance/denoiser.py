@@ -440,7 +440,8 @@ class Ranking:
 
     def _answers(self, images: torch.Tensor, prompts: list[str], views: int) -> list[int]:
         first, second = images.unflatten(1, (-1, views)).unbind(0)  # [N, V, 3, h, w] each
-        answers = self.judge.judge(prompts[::views], list(zip(first, second, strict=True)))  # type: ignore[union-attr]
+        pairs = list(zip(first, second, strict=True))
+        answers = self.judge.judge(prompts[::views], pairs)  # type: ignore[union-attr]
         if len(answers) != len(first) or not set(answers) <= {-1, 0, 1}:
             raise ValueError(
                 f"--judge: expected {len(first)} answers of 0, 1 or -1, got {answers[:8]}. Check the judge."

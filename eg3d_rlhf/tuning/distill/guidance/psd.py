@@ -174,7 +174,8 @@ class Psd(Guided):
             asked = now._replace(null=n.repeat_interleave(d.views, 0))
             prediction = d.predict(x_t, t, asked, cameras)
             if self.update == "reward":
-                gain = self._reward(x_t, t, prediction, told(self.reward, prompts, cameras))  # type: ignore[arg-type]
+                asked_for = told(self.reward, prompts, cameras)  # type: ignore[arg-type]
+                gain = self._reward(x_t, t, prediction, asked_for)
             else:
                 with torch.no_grad():
                     reference = d.predict(x_t, t, start, cameras).null
@@ -193,7 +194,8 @@ class Psd(Guided):
         """Mean reward of both guided estimates, [A], in deviations of the last ones."""
         d = self.denoiser
         x0 = d.x0(x_t, prediction.guided(self.settings.prior.guidance_scale), t)
-        scores = d.score(self.reward, torch.stack([d.prior.decode(latents) for latents in x0]), prompts)  # type: ignore[arg-type]
+        images = torch.stack([d.prior.decode(latents) for latents in x0])
+        scores = d.score(self.reward, images, prompts)  # type: ignore[arg-type]
         spread = self.ranking.history.deviation() if self.settings.ranking.standardise else 1.0
         return d.per_asset(scores).mean(0) / spread
 

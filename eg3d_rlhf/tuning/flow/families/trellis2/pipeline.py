@@ -235,7 +235,10 @@ class Trellis2Pipeline(EncodingFolder):
         network = self._encoder()
         of_asset = stage in (self.shape, files.TEXTURE) and isinstance(asset, VoxelAsset)
         name = self.shape if stage == files.TEXTURE else stage
-        resolution = asset.resolution if of_asset else self.configs[name].resolution * network.config.coarser  # type: ignore[union-attr]
+        if of_asset:
+            resolution = asset.resolution  # type: ignore[union-attr]
+        else:
+            resolution = self.configs[name].resolution * network.config.coarser
         grid, materials = self._grid(asset, resolution)
         given = encoded_shape(grid.coords, grid.vertices, grid.crossed).to(self.device)
         mean, _ = network(given)
