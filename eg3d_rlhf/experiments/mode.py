@@ -257,9 +257,17 @@ def running(device: str | None, timeout: float, again: str) -> "Iterator[Ranks]"
     """
     from training.distributed import process_group
 
+    group = process_group(choose_device(device or "auto"), timeout)
+    # Inside the group once more: it ends the process with the status that it sees leaving.
+    with _ends_with_130(again), sigterm_interrupts(), group as ranks, _ends_with_130(again):
+        yield ranks
+
+
+@contextlib.contextmanager
+def _ends_with_130(again: str) -> Iterator[None]:
+    """Exit with status 130, as shells do for SIGINT, where a run was stopped."""
     try:
-        with sigterm_interrupts(), process_group(choose_device(device or "auto"), timeout) as ranks:
-            yield ranks
+        yield
     except (StoppedError, KeyboardInterrupt) as stopped:
         click.echo(f"Stopped{f': {stopped}' if str(stopped) else '.'} {again} goes on from there.", err=True)
         sys.exit(130)
