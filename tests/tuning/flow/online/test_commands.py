@@ -120,7 +120,7 @@ def test_the_preset_is_grpo_at_every_step():
 
 
 def test_weights_of_rewards():
-    assert weighed(", ".join(("own", "solid:0.5"))) == {"own": 1.0, "solid": 0.5}
+    assert weighed("own, solid:0.5") == {"own": 1.0, "solid": 0.5}
     for text in ("own:x", "own,,b", "own:inf", ""):
         with raising("--reward", repr(text)):
             weighed(text)
