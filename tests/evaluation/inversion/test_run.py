@@ -253,7 +253,7 @@ MISTAKES = {  # flags -> what the line names
         ["--seeds=1", "--reward-ckpt={tmp}/wide.safetensors"],
         ["--reward-ckpt", "box_warp", "2.0", "1"],
     ),
-    "nothing to resume": (["--resume={tmp}"], ["--resume", "{tmp}"]),
+    "nothing to resume": (["--resume={tmp}"], ["--resume", "{tmp}", "training_options.json"]),
 }
 
 
