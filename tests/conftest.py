@@ -25,7 +25,7 @@ def repo() -> Path:
 
 @pytest.fixture(scope="session")
 def fixtures_dir() -> Path:
-    """Folder of the reference values: tests/references, or what EG3D_RLHF_FIXTURES names."""
+    """Return the folder of the reference values: tests/references, or what EG3D_RLHF_FIXTURES names."""
     if not ROOT.is_dir():
         pytest.skip(f"EG3D_RLHF_FIXTURES: there is no folder {ROOT}")
     return ROOT
@@ -33,7 +33,7 @@ def fixtures_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def published_labels() -> Path:
-    """File of the labels that were published with the method, 4,346 pairs."""
+    """Return the file of the 4,346 pairs that were published with the method."""
     path = ROOT.parent / "data" / "ranked_seeds.csv"
     if not path.is_file():
         pytest.skip(

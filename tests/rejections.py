@@ -1,9 +1,17 @@
-"""Checks of errors that a user sees: exit code, one line, the name of what is wrong, and a remedy; never the
-wording.
+"""Checks of the errors that a user sees.
 
-rejected(CliRunner().invoke(command, ["--lambda-r=-1"]), "--lambda-r")
-with raising("--lambda-r"):
-    RewardConfig(lambda_r=-1)
+Each error ends with exit code 2 and one line that names what is wrong and says what to do. Its wording is not
+compared, so that messages can be rewritten.
+
+    rejected(CliRunner().invoke(command, ["--lambda-r=-1"]), "--lambda-r", "-1")
+
+checks the result of a command, and
+
+    with raising("--lambda-r", "-1"):
+        RewardConfig(lambda_r=-1)
+
+checks an exception. Choose names that no other error would contain: the value that was given, a value that is
+allowed, a number that was computed.
 """
 
 import contextlib

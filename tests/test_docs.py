@@ -22,8 +22,8 @@ PATH = re.compile(
 
 
 def slugs(text: str) -> list[str]:
-    """Anchors that GitHub gives to a page's headings: the words in lower case, with hyphens for spaces, and a
-    number where a heading comes again.
+    """Return the anchors that GitHub gives to a page's headings: the words in lower case with hyphens for
+    spaces, and a number from the second heading of the same words on.
     """
     text = re.sub(r"^ *(```|~~~).*?^ *\1", "", text, flags=re.M | re.S)
     found: list[str] = []
@@ -38,7 +38,7 @@ def slugs(text: str) -> list[str]:
 
 @functools.cache
 def anchors_of(page: Path) -> set[str]:
-    """Anchors of a page: of its headings, and those that its HTML names."""
+    """Return the anchors of a page: those of its headings, and those that its HTML names."""
     text = page.read_text()
     return {*slugs(text), *re.findall(r"<\w+ [^>]*\b(?:id|name)=\"([^\"]+)\"", text)}
 

@@ -1,4 +1,4 @@
-"""The checks of style and of wording see what they are for."""
+"""Tests of tests/style.py and tests/wording.py on small examples and on the whole tree."""
 
 import pytest
 

@@ -29,7 +29,7 @@ METHODS = {"startswith", "endswith", "count", "index", "find"}
 
 
 def text_of(node: ast.AST) -> str:
-    """Constant text of a string, an f-string or a sum of them; '' for anything else."""
+    """Return the constant text of a string, an f-string or a sum of them, and '' for anything else."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -46,17 +46,17 @@ def text_of(node: ast.AST) -> str:
 
 
 def is_sentence(node: ast.AST) -> bool:
-    """Tell whether a literal holds two neighbouring words."""
+    """Return whether a literal holds two neighbouring words."""
     return bool(SENTENCE.search(text_of(node).replace("\\", " ").replace(".*", " . ")))
 
 
 def name_of(function: ast.AST) -> str:
-    """Last part of a called function's name."""
+    """Return the last part of a called function's name."""
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def literals(node: ast.AST) -> Iterator[ast.AST]:
-    """Strings of an expression, each once: parts of an f-string are not strings of their own."""
+    """Yield the strings of an expression. The parts of an f-string are not strings of their own."""
     if text_of(node):
         yield node
         return
@@ -65,7 +65,7 @@ def literals(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def compared(function: ast.AST) -> Iterator[ast.AST]:
-    """Expressions of a function or module that are compared with what the code under test wrote."""
+    """Yield the expressions of a function that are compared with output of the code under test."""
     for node in ast.walk(function):
         if isinstance(node, ast.Call):
             name = name_of(node.func)
@@ -88,12 +88,12 @@ def compared(function: ast.AST) -> Iterator[ast.AST]:
 
 
 def names_in(nodes: list[ast.AST]) -> set[str]:
-    """Names that are compared, alone, starred or formatted."""
+    """Return the names of variables in expressions."""
     return {name.id for node in nodes for name in ast.walk(node) if isinstance(name, ast.Name)}
 
 
 def columns(rows: ast.AST) -> Iterator[list[ast.AST]]:
-    """Rows of a table: a dict's values, or a list's elements, each as its entries."""
+    """Yield the rows of a table: the values of a dict or the elements of a list, each as its entries."""
     values = (
         rows.values
         if isinstance(rows, ast.Dict)
@@ -109,9 +109,7 @@ def columns(rows: ast.AST) -> Iterator[list[ast.AST]]:
 
 
 def tabled(tree: ast.Module, function: ast.FunctionDef, names: set[str]) -> Iterator[ast.AST]:
-    """Entries of parametrizations, loops and tables in capitals that reach a comparison of the function
-    through `names`.
-    """
+    """Yield the entries of parametrizations, loops and tables that a function compares through `names`."""
     tables = {
         target.id: node.value
         for node in ast.walk(tree)
@@ -166,7 +164,7 @@ def tabled(tree: ast.Module, function: ast.FunctionDef, names: set[str]) -> Iter
 
 
 def sentences(text: str) -> list[tuple[int, str]]:
-    """Places of a test module that compare a sentence: (line, literal)."""
+    """Return the places of a test module that compare a sentence, as (line, literal)."""
     tree = ast.parse(text)
     places: dict[tuple[int, int], str] = {}
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
@@ -179,7 +177,7 @@ def sentences(text: str) -> list[tuple[int, str]]:
 
 
 def count() -> dict[str, list[tuple[int, str]]]:
-    """Places of every test module that has any, by its path below tests/."""
+    """Return the places of every test module that has any, by its path below tests/."""
     modules = {path.relative_to(TESTS).as_posix(): path for path in sorted(TESTS.rglob("*.py"))}
     listed = {name: sentences(path.read_text()) for name, path in modules.items()}
     return {name: places for name, places in listed.items() if places}

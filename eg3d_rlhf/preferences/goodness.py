@@ -179,8 +179,8 @@ def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def as_used(goodness: Goodness, conditions: Mapping[str, str], use: str, seed: int) -> dict[str, float]:
-    """r for a training ("labels") or for one of its controls: "shuffled" gives each asset that of another of
-    its condition, so that it says nothing; "inverted" 1 - r. Args: conditions: of every asset.
+    """Return r for a training ("labels") or for one of its controls: "shuffled" gives each asset the r of
+    another asset of its condition, "inverted" gives 1 - r. Args: conditions: of every asset.
     """
     if use == "inverted":
         return {name: 1 - r for name, r in goodness.items()}

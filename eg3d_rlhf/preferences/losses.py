@@ -191,7 +191,7 @@ class UnpairedOutput:
 
 
 class PairedOutput(Protocol):
-    """What the terms on pairs read of a reward network's output over N samples; `RewardOutput` has it."""
+    """Interface of a reward network's output over N samples; `RewardOutput` implements it."""
 
     @property
     def embedding(self) -> torch.Tensor:

@@ -118,8 +118,8 @@ def hull_of(mesh: CleanMesh) -> CleanMesh | None:
 def mass_centre(
     mesh: CleanMesh, measures: dict, solid: np.ndarray, hull: CleanMesh | None
 ) -> tuple[str, np.ndarray]:
-    """What the mass is of, and its centre [3]: the hull where one is given, the volume of a closed mesh, the
-    voxels inside of an open one, the area of a sheet.
+    """Return what carries the mass, and its centre [3]: the hull if one is given, the volume of a closed mesh,
+    the voxels inside an open mesh, or the area of a sheet.
     """
     if hull is not None and (centre := standing.volume_centre(hull)) is not None:
         return "hull", centre

@@ -94,7 +94,7 @@ class Space:
         return numbers
 
     def voxels(self, resolution: int) -> np.ndarray:
-        """Which voxels of the cube about the origin lie inside, [x, y, z] bool."""
+        """Return whether each voxel of the unit cube about the origin is inside, [x, y, z] bool."""
         axis = (np.arange(resolution) + 0.5) / resolution - 0.5
         return (
             self.winding(np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)) > 0.5
