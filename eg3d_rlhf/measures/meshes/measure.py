@@ -118,7 +118,7 @@ def hull_of(mesh: CleanMesh) -> CleanMesh | None:
 def mass_centre(
     mesh: CleanMesh, measures: dict, solid: np.ndarray, hull: CleanMesh | None
 ) -> tuple[str, np.ndarray]:
-    """Return what carries the mass, and its centre [3]: the hull if one is given, the volume of a closed mesh,
+    """Return what carries the mass, and its centre [3]: the hull if given, the volume of a closed mesh,
     the voxels inside an open mesh, or the area of a sheet.
     """
     if hull is not None and (centre := standing.volume_centre(hull)) is not None:
