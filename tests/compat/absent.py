@@ -1,4 +1,4 @@
-"""Parametrizations over what a set of reference values holds: where it holds nothing, one skip says so."""
+"""Parametrize tests over what a set of reference values holds; skip with the reason where it is nothing."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def some(values: Iterable, reason: str, width: int = 1) -> list:
-    """The values of a parametrization, or one that is skipped with the reason.
+    """Return the values of a parametrization, or one value that is skipped with the reason.
 
     Args: width: number of arguments of each.
     """

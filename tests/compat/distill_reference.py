@@ -18,7 +18,7 @@ ROOT = reference.ROOT / "distill"
 
 
 class Given(dict):
-    """Arrays or settings by name; what a set has left out skips the test."""
+    """Arrays or settings by name. Looking up a name that a set has left out skips the test."""
 
     def __init__(self, content, place: str):
         super().__init__(content)
@@ -29,7 +29,7 @@ class Given(dict):
 
 
 def present(given: Given, *names: str) -> list[torch.Tensor]:
-    """Several arrays; skips the test where a set has left one out."""
+    """Return several arrays; skip the test where a set has left one out."""
     return [given[name] for name in names]
 
 
@@ -50,7 +50,7 @@ def recipe(name: str) -> dict:
 
 
 def entry_of(name: str, case: str) -> dict:
-    """Settings of one case."""
+    """Return the settings of one case."""
     return Given(recipe(name)["cases"][case], f"{name}.json, {case}")
 
 
@@ -65,13 +65,15 @@ def under(name: str, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def each(name: str, prefix: str = ""):
-    """A decorator: once for every case of the JSON whose name starts so."""
+    """Parametrize a test over the cases of the JSON whose names start with `prefix`."""
     found = sorted(case for case in recipe(name)["cases"] if case.startswith(prefix))
     return pytest.mark.parametrize("case", some(found, f"this set has no case {prefix}... in {name}.json"))
 
 
 def members(name: str, group: str) -> list[str]:
-    """Names right below a group of arrays: "ddim_step" -> "epsilon_15", ...; "": the groups themselves."""
+    """List the names right below a group of arrays: "ddim_step" -> "epsilon_15", ...; "": the groups
+    themselves.
+    """
     return sorted({key.split("/")[0] for key in (under(name, group) if group else values(name))})
 
 
@@ -186,7 +188,7 @@ class Pictures:
 
 
 def latent_scale(name: str) -> float:
-    """Of the set's autoencoder, as its JSON says it: by a number of its own, or in words."""
+    """Read the scale of the set's latents from its JSON, by a number of its own or in words."""
     if "latent_scale" in recipe(name):
         return recipe(name)["latent_scale"]
     said = re.search(r"latents = .*?(\d\.\d{3,})", recipe(name).get("fake_network", ""))
@@ -194,7 +196,7 @@ def latent_scale(name: str) -> float:
 
 
 def views_of(name: str, case: str) -> int:
-    """Of an asset: what the JSON says, else the 4 of the published programs."""
+    """Return the number of views of an asset: as the JSON states it, else the 4 of the published programs."""
     return recipe(name)["cases"][case].get("n_view", recipe(name).get("n_view", 4))
 
 

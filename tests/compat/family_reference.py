@@ -82,14 +82,16 @@ def cases(family: str):
 
 
 def having(family: str, *names: str):
-    """A decorator in place of the fixture's cases: those that have these values."""
+    """Parametrize a test over the cases that have these values, in place of the fixture's cases."""
     found = [param for param in folders(family) if all(name in Case(*param.values) for name in names)]
     reason = f"this set has no case of {family} with {', '.join(names)}"
     return pytest.mark.parametrize("case", some(found, reason), indirect=True)
 
 
 def each(family: str, argument: str, of_case: Callable[[Case], Iterable[str]]):
-    """A decorator in place of the fixture's cases: those with each of the names that a case has."""
+    """Parametrize a test over the cases and the names that `of_case` lists for each, in place of the
+    fixture's cases.
+    """
     found = [
         pytest.param(*param.values, name, id=f"{param.id}-{name}")
         for param in folders(family)
@@ -114,13 +116,14 @@ def table(path: Path) -> dict[str, list[int]]:
 
 
 def rounding_of(tensors: Iterable[torch.Tensor]) -> float:
-    """How far outputs may be from those of weights that had been merged: by the types of a file's weights."""
+    """Return how far outputs of merged weights may be from the reference, by the types of weights."""
     return ADAPTED if all(tensor.dtype in (torch.float32, torch.int64) for tensor in tensors) else HALF
 
 
 def at_least(count: int, names: list) -> dict[str, tuple]:
-    """New name -> name and by how many pixels it is rolled: pictures of a case, again until there are some
-    for every split of conditions.
+    """Return at least `count` pictures: new name -> name, and by how many pixels it is rolled.
+
+    Pictures of a case are repeated until every split of the conditions has some.
     """
     again = range(-(-count // len(names)))
     return {f"{name}-{shift}" if shift else str(name): (name, shift) for shift in again for name in names}
@@ -128,8 +131,9 @@ def at_least(count: int, names: list) -> dict[str, tuple]:
 
 @contextlib.contextmanager
 def surfaces(case: Case) -> Iterator[Callable[[Sequence[dict]], None]]:
-    """Skips the test where the case's random network makes no surface, or one in all of a condition: then
-    there is nothing to be ranked. Gives what hears the rows that were drawn.
+    """Skip the test where the case's random network makes no surface, or fewer than two for a condition.
+
+    There is nothing to rank then. Yields a function that takes the rows that were sampled.
     """
     reason = f"{case.folder.name}: its random network makes too few surfaces to look at"
 
@@ -147,13 +151,13 @@ def surfaces(case: Case) -> Iterator[Callable[[Sequence[dict]], None]]:
 
 
 def pictures_of(case: Case) -> range:
-    """Numbers of a case's pictures; skips the test where it has none."""
+    """Return the numbers of a case's pictures; skip the test where it has none."""
     count = len(case.fact("pictures"))
     return range(count) if count else pytest.skip(f"{case.folder.name} has no pictures")
 
 
 def recorded(states: list, asked: dict) -> list:
-    """Of a trajectory's states those that are recorded: every one, where the settings do not say `every`."""
+    """Select the states of a trajectory that are recorded: all where the settings do not state `every`."""
     every = asked.get("every", 1)
     return states[every - 1 :: every]
 
@@ -165,7 +169,7 @@ PLAIN = (
 
 @functools.cache
 def plain_rates() -> torch.Tensor:
-    """Rates of time as MKL's plain code has them, which the references' machine ran.
+    """Compute the rates of time by MKL's plain code, which the machine of the references ran.
 
     MKL chooses its exp by the processor: 3 of 128 rates differ by a unit in the last place on an Intel with
     AVX-512, and the cosines of times near 1000 by 3e-5.

@@ -1,4 +1,4 @@
-"""Values of score distillation by this project's own code, with other sizes and options; see make_set."""
+"""Write values of score distillation by this project's own code, with other sizes; see make_set."""
 
 import dataclasses
 import itertools
@@ -42,7 +42,7 @@ SCHEDULE = NoiseSchedule()
 
 
 def make(root: Path, seed: int) -> None:
-    """All files but mvdream_unet, whose network is of another library; one table."""
+    """Write all files but mvdream_unet, whose network belongs to another library, and one table."""
     for number, (name, of) in enumerate(WRITTEN.items()):
         m = Maker(seed + 110 + number)
         recipe = of(m)
@@ -76,7 +76,7 @@ def divergences(m: Maker) -> dict:
 
 
 def stand_in(m: Maker, prefix: str = "net/", views: int = VIEWS) -> StandIn:
-    """Its arrays are stored; it knows "text" and the empty prompt."""
+    """Store the arrays of a stand-in prior that knows "text" and the empty prompt, and return the prior."""
     width = 4
     arrays = {name: m.normal(CHANNELS, SIDE, SIDE, scale=0.5) for name in ("net_P", "net_Q")}
     arrays |= {name: m.normal(width, scale=0.3) for name in ("net_u", "net_v")}
@@ -96,7 +96,7 @@ def cameras(m: Maker, count: int) -> torch.Tensor:
 
 
 def latents_or_pictures(m: Maker, pictures: bool, count: int = VIEWS) -> tuple[torch.Tensor, str]:
-    """Input of a case, channels last, and what the JSON calls it."""
+    """Return the input of a case, channels last, and the JSON's name for it."""
     if pictures:
         return torch.rand(count, SIDE, SIDE, 3, generator=m.generator), "image NHWC in [0,1]"
     return m.normal(count, SIDE, SIDE, CHANNELS), "latents NHWC"
@@ -168,7 +168,7 @@ def dreamdpo(m: Maker) -> dict:
 
 
 class AssetReward:
-    """Linear in the pictures of an asset, and a share of its prompts' numbers."""
+    """Reward that is linear in the pictures of an asset and adds a share of its prompts' numbers."""
 
     modality = "multiview"
     differentiable = True
@@ -220,7 +220,7 @@ def dreamreward(m: Maker) -> dict:
 
 
 def heads(m: Maker) -> dict:
-    """Of Reward3D: the scorer's; the fusion of views is left out."""
+    """Write the scorer of Reward3D; leave out its fusion of views."""
     sizes = BlipSizes(
         image=32,
         vision_width=64,

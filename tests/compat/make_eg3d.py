@@ -1,4 +1,4 @@
-"""EG3D's values by this project's own code, with other networks, seeds and settings; see make_set.
+"""Write EG3D's values by this project's own code, with other networks, seeds and settings; see make_set.
 
 Left out: the full-size network, its tables, one phase and one statistic of the losses, the filters of the
 augmentation, and cameras of the pose samplers.
@@ -100,7 +100,7 @@ def ops(folder: Path, random: np.random.RandomState) -> None:
 
 
 def misc(folder: Path, random: np.random.RandomState, seed: int) -> None:
-    """Cameras, augmentation, the order of images and a subset of them."""
+    """Write cameras, augmentation, the order of images and a subset of them."""
     arrays: dict[str, np.ndarray] = {}
     for name in ("front", "side", "above"):
         h, v, radius = random.uniform([0.5, 1, 1.5], [2.5, 2, 3])
@@ -137,7 +137,7 @@ def misc(folder: Path, random: np.random.RandomState, seed: int) -> None:
 
 
 def subset(count: int, most: int, seed: int) -> np.ndarray:
-    """Which images of a set are chosen, and that none is mirrored."""
+    """Record which images of a set are chosen, and that none is mirrored."""
     entries = {f"{i:03d}.png": png(np.full((4, 4, 3), i, np.uint8)) for i in range(count)}
     with tempfile.TemporaryDirectory() as work:
         path = write_zip(Path(work) / "set.zip", entries)
@@ -147,7 +147,7 @@ def subset(count: int, most: int, seed: int) -> np.ndarray:
 
 
 def settings(z_dim: int, channels: int, conditioned: bool = True) -> dict:
-    """Constructor arguments of a small generator and discriminator."""
+    """Return the constructor arguments of a small generator and discriminator."""
     sizes = {"channel_base": 64 * channels, "channel_max": channels}
     rendering = {
         "image_resolution": 128,
@@ -204,7 +204,7 @@ def settings(z_dim: int, channels: int, conditioned: bool = True) -> dict:
 
 
 def labels(random: np.random.RandomState, count: int) -> torch.Tensor:
-    """Cameras [N, 25] about the front."""
+    """Sample cameras [N, 25] around the front."""
     poses = [
         cameras.LookAtPoseSampler.sample(
             *(np.pi / 2 + random.uniform(-0.4, 0.4, 2)), torch.tensor([0, 0.1, 0.1]), radius=2.6
@@ -217,8 +217,9 @@ def labels(random: np.random.RandomState, count: int) -> torch.Tensor:
 def network(
     folder: Path, name: str, config: dict, random: np.random.RandomState, seed: int, stored: bool
 ) -> None:
-    """A small network: its weights are stored, or made from their names with a salt and other factors; the
-    stored one has losses.
+    """Write a small network, whose weights are stored or made from their names with a salt and other factors.
+
+    The stored one has losses.
     """
     case: dict = {"config": config, "inference": {"real_seed": seed + 33}}
     torch.manual_seed(seed)
@@ -273,7 +274,7 @@ def network(
 def losses(
     folder: Path, name: str, about: dict, state: Path, random: np.random.RandomState, seed: int
 ) -> dict:
-    """One case of three phases, with the weights restored before each."""
+    """Record one case of three phases, with the weights restored before each."""
     case: dict = {
         "loss_kwargs": {
             "class_name": "training.loss.StyleGAN2Loss",

@@ -1,4 +1,4 @@
-"""Hunyuan3D-2.1's values by this project's own code, with other sizes and options; see make_set."""
+"""Write Hunyuan3D-2.1's values by this project's own code, with other sizes and options; see make_set."""
 
 import copy
 import json
@@ -44,7 +44,9 @@ CASES = {  # what differs from CONTENT, and from the settings above
 
 
 def make(root: Path, seed: int) -> None:
-    """Both cases, the second without experts, times of 50 points, a surface and adapters; no tables."""
+    """Write both cases: the second has no experts, no times of 50 points, no surface and no adapters. Tables
+    are left out.
+    """
     for number, (name, said) in enumerate(CASES.items()):
         write_case(Maker(seed + 50 + number), root / "flow_hunyuan3d" / name, said)
 
@@ -136,7 +138,7 @@ def flow(m: Maker, model: Denoiser) -> None:
 
 
 def losses(m: Maker, files: family.ShapeFiles, model: Denoiser) -> None:
-    """Data is at t = 1; with the term that balances experts, and without it."""
+    """Record the loss, with data at t = 1, with the term that balances experts and without it."""
     cond = torch.from_numpy(m.values["cond"])
     data = m.normal(2, model.config.input_size, model.config.in_channels)
     noise = m.normal(*data.shape)
@@ -172,7 +174,7 @@ def losses(m: Maker, files: family.ShapeFiles, model: Denoiser) -> None:
 
 
 def moved(files: family.ShapeFiles, points: int) -> torch.Tensor:
-    """The sampler's times, 0 at the noise."""
+    """Return the sampler's times, which are 0 at the noise."""
     sampling = replace(family.sampling(files.shift), steps=points - 1)
     return 1 - torch.tensor([*times(sampling), 0.0], dtype=torch.float64)
 
@@ -209,7 +211,7 @@ def pictures(m: Maker, files: family.ShapeFiles, dino: Dino, kinds: list) -> Non
 
 @torch.no_grad()
 def surface(m: Maker, files: family.ShapeFiles, decoder: ShapeDecoder) -> None:
-    """Vertices as published: index / n of n points."""
+    """Record a surface whose vertices are placed as published: index / n of n points."""
     cells = 12
     latents = m.normal(1, files.vae.num_latents, files.vae.embed_dim, scale=2)
     asked = 2 * torch.rand(1, 20, 3, generator=m.generator) - 1

@@ -1,4 +1,4 @@
-"""Values of the online losses by this project's own code; see make_set."""
+"""Write values of the online losses by this project's own code; see make_set."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ PATH = FlowPath(sigma_min=0.0)
 
 
 def make(root: Path, seed: int) -> None:
-    """All files but the second kinds of some: no cps steps, no r_modes, no trap."""
+    """Write all files; some lack their second kinds: steps of cps, r_modes and the trap are left out."""
     folder = root / "flow_losses"
     folder.mkdir(parents=True, exist_ok=True)
     for name, of in WRITTEN.items():
@@ -55,7 +55,7 @@ def below(prefix: str, values: dict) -> dict[str, np.ndarray]:
 
 
 def latents(draw, shape: list[int]) -> dict[str, torch.Tensor]:
-    """A set of clean latents, noise, and velocities of three networks near the target's."""
+    """Sample clean latents, noise, and velocities of three networks near the target's."""
     made = {name: torch.from_numpy(draw.standard_normal(shape)) for name in ("x0", "eps")}
     made["t"] = torch.from_numpy(draw.uniform(0.1, 0.95, shape[0]))
     u = made["eps"] - made["x0"]

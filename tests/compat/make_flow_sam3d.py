@@ -1,4 +1,4 @@
-"""SAM 3D Objects' values by this project's own code, with other sizes and options; see make_set."""
+"""Write SAM 3D Objects' values by this project's own code, with other sizes and options; see make_set."""
 
 import json
 from dataclasses import replace
@@ -54,8 +54,10 @@ CASES = {
 
 
 def make(root: Path, seed: int) -> None:
-    """A network of steps with all, and one without steps, adapters, pictures and a loss with weights;
-    no tables.
+    """Write a network of steps with all values, and one without steps, adapters, pictures and a weighted
+    loss.
+
+    Tables are left out.
     """
     with as_the_references():
         for number, (name, said) in enumerate(CASES.items()):
@@ -105,7 +107,7 @@ def write_case(m: Maker, folder: Path, said: dict) -> None:
 
 
 def configs(said: dict) -> dict:
-    """Contents of the YAML files by part."""
+    """Return the contents of the YAML files by part."""
     latents = {said["rotation"] if name == "rotation" else name: size for name, size in SIZES.items()}
     mapping = {
         name: {"in_channels": channels, "pos_embedder": {"token_len": tokens}}
@@ -206,7 +208,7 @@ def gaussians_yaml() -> dict:
 
 
 def embedder_of(content: dict) -> Embedder:
-    """What a generator's file says, around a tiny DINOv2."""
+    """Build the embedder that a generator's file describes, with a tiny DINOv2."""
     encoders = []
     for entry, inputs in content["module"]["condition_embedder"]["backbone"]["embedder_list"]:
         named = [tuple(one) for one in inputs]
@@ -235,6 +237,10 @@ def write_files(m: Maker, root: Path, quoted: dict) -> None:
     for stage, generator in files.read_pipeline(root).generators.items():
         part = files.PARTS[stage]
         flow = m.fill(files.network_of(generator.config)(generator.config))
+        if stage == files.STRUCTURE:
+            for layers in flow.latent_mapping.values():
+                # Errors are measured in units of the largest output: it must not be small by chance.
+                layers.out_layer.bias.detach().add_(3)
         state = {files.FLOW + name: tensor for name, tensor in flow.state_dict().items()}
         embedder = m.fill(embedder_of(quoted[part]))
         state |= {files.EMBEDDERS[0] + name: tensor for name, tensor in embedder.state_dict().items()}
@@ -252,7 +258,7 @@ def write_files(m: Maker, root: Path, quoted: dict) -> None:
 
 
 def latents(m: Maker, stage, count: int):
-    """Of the first stage by name; of the second on voxels of `count` samples."""
+    """Sample latents: by name for the first stage; on the voxels of `count` samples for the second."""
     if stage.name == files.STRUCTURE:
         shapes = stage.latents.shapes
         return NamedBatch({name: m.normal(count, *shape) for name, shape in shapes.items()})
@@ -265,7 +271,7 @@ def like(m: Maker, x):
 
 
 def named(x) -> dict[str, torch.Tensor]:
-    """Behind the name of a value: its latents, or the features alone."""
+    """Return latents by the ends of their values' names, or the features alone."""
     if isinstance(x, NamedBatch):
         return {f"/{name}": tensor for name, tensor in x.tensors.items()}
     return {"": x.feats}
@@ -317,7 +323,7 @@ def velocities(m: Maker, short: str, stage) -> None:
 
 @torch.no_grad()
 def inner_values(m: Maker, model: nn.Module, x, t: torch.Tensor, cond: torch.Tensor, step: tuple) -> None:
-    """Of the first sample: what blocks make; tokens of times, positions."""
+    """Record the blocks' outputs for the first sample, the tokens of times, and positions."""
     made = []
     hooks = [b.register_forward_hook(lambda _, told, out: made.append(out)) for b in model.blocks]
     first = model.blocks[0].register_forward_pre_hook(lambda _, told: m.put(ss_t_token=told[1]))
@@ -330,7 +336,7 @@ def inner_values(m: Maker, model: nn.Module, x, t: torch.Tensor, cond: torch.Ten
 
 
 def path_values(m: Maker, short: str, stage, weights: dict | None) -> None:
-    """Data is at t = 1 there."""
+    """Record the path and its losses, with data at t = 1."""
     model = stage.model.requires_grad_(True)
     cond = torch.from_numpy(m.values[f"{short}_cond"])
     data = latents(m, stage, 2)
@@ -380,7 +386,7 @@ def trajectories(m: Maker, short: str, stage, settings: dict) -> None:
 
 @torch.no_grad()
 def two_steps(m: Maker, stage) -> None:
-    """What a network of steps is compared with: the mean of two of half the length."""
+    """Record the target of a network of steps: the mean of two steps of half the length."""
     x = latents(m, stage, 3)
     t = m.times(3) / 2
     d = m.times(3) / 4
@@ -453,7 +459,7 @@ def pictures(m: Maker, file: files.PipelineFile, kinds: list) -> None:
 
 
 def adapted(m: Maker, stage, folder: Path) -> None:
-    """Adapters beside the weights, and a step of DPO with them."""
+    """Record outputs with adapters beside the weights, and a step of DPO with them."""
     tuned = m.adapters(stage.model, folder, 3, 2.0, ("self_attn.to_qkv.shape", "cross_attn.pose.to_q"))
     known = {name: torch.from_numpy(value) for name, value in m.values.items()}
     x = NamedBatch({name.removeprefix("ss_x/"): known[name] for name in known if name.startswith("ss_x/")})

@@ -1,4 +1,4 @@
-"""TRELLIS.2's values by this project's own code, with other sizes and options; see make_set."""
+"""Write TRELLIS.2's values by this project's own code, with other sizes and options; see make_set."""
 
 import copy
 import json
@@ -25,6 +25,7 @@ from eg3d_rlhf.tuning.flow.families.trellis2 import files
 from eg3d_rlhf.tuning.flow.families.trellis2 import pipeline as family
 from eg3d_rlhf.tuning.flow.generate import sample, times, trajectory
 from tests.compat.making import Maker, as_the_references, norm_of, on
+from tests.compat.test_family_trellis2 import sampling_of
 from tests.tuning.flow.trellis2.tiny_trellis2 import MODELS, PIPELINE, STRUCTURE
 
 FLOW = {"cond_channels": 12, "mlp_ratio": 3}
@@ -72,7 +73,9 @@ USUAL = "shape_enc_next_dc_f16c32_fp16"
 
 
 def make(root: Path, seed: int) -> None:
-    """A cascade with all, and a chain without encoders, adapters and DINOv3; no tables."""
+    """Write a cascade with all values, and a chain without encoders, adapters and DINOv3; tables are left
+    out.
+    """
     with as_the_references():
         for number, (name, said) in enumerate(CASES.items()):
             write_case(Maker(seed + 70 + number), root / "flow_trellis2" / name, said)
@@ -153,7 +156,7 @@ def write_networks(m: Maker, folder: Path, root: Path, said: dict) -> None:
 
 
 def latents(m: Maker, stage, counts: tuple[int, ...], *, of=None):
-    """Noise or data of a stage; on the voxels of another, where one is given."""
+    """Sample noise or data of a stage, on the voxels of another batch where one is given."""
     channels = stage.latents.channels
     side = stage.latents.resolution
     if stage.name == files.STRUCTURE:
@@ -170,7 +173,7 @@ def put(m: Maker, stage, values: dict) -> None:
 
 
 def placed(x, prefix: str = "") -> dict:
-    """Voxels of a batch, and what it is given."""
+    """Return the voxels of a batch, and its conditioning features."""
     if isinstance(x, torch.Tensor):
         return {}
     return {f"{prefix}coords": x.coords} | ({} if x.given is None else {f"{prefix}given": x.given})
@@ -238,14 +241,7 @@ def trajectories(m: Maker, stage, file) -> None:
     put(m, stage, {"smp_noise": feats_of(noise), "smp_cond": cond} | placed(noise, "smp_"))
     own = json.loads((file.root / "pipeline.json").read_text())["args"][files.SAMPLERS[stage.name]]["params"]
     for name, params in (("short", SAMPLINGS["short"]), ("own", own)):
-        sampling = replace(
-            stage.sampling,
-            steps=params["steps"],
-            cfg_strength=params["guidance_strength"] - 1,
-            rescale_t=params["rescale_t"],
-            cfg_interval=tuple(params["guidance_interval"]),
-            cfg_rescale=params["guidance_rescale"],
-        )
+        sampling = sampling_of(stage, params)
         steps = list(trajectory(stage, noise, cond, torch.zeros_like(cond), sampling))
         put(m, stage, {f"smp_{name}_times": torch.tensor(times(sampling), dtype=torch.float64)})
         for kind, which in (("x_t", 0), ("x_0", 1)):
@@ -253,7 +249,7 @@ def trajectories(m: Maker, stage, file) -> None:
 
 
 def adapted(m: Maker, stage, folder: Path, beta: float) -> None:
-    """Adapters beside the weights, and a step of DPO with them."""
+    """Record outputs with adapters beside the weights, and a step of DPO with them."""
     tuned = m.adapters(stage.model, folder / "adapters" / stage.name, 3, 4.5, ("to_qkv", "to_kv"))
     place = f"{stage.name}/"
     x = torch.from_numpy(m.values[place + "x"])
@@ -289,7 +285,7 @@ def adapted(m: Maker, stage, folder: Path, beta: float) -> None:
 
 
 def run(m: Maker, pipeline, facts: dict) -> None:
-    """One asset, all of whose noise is recorded."""
+    """Record how one asset is sampled, with all of its noise."""
     width = facts_width(pipeline)
     for name in (family.SMALL, family.LARGER):
         m.add({f"run/cond_{name}": m.normal(1, 4, width)})
@@ -369,7 +365,7 @@ def decoders(m: Maker, pipeline, resolution: int) -> None:
 
 
 def encoders(m: Maker, pipeline) -> None:
-    """Of a mesh by its dual grid; materials are random."""
+    """Record the encodings of a mesh by its dual grid; materials are random."""
     cells = 12
     ball = trimesh.creation.icosphere(subdivisions=2, radius=0.37)
     vertices = torch.from_numpy(ball.vertices * [1.0, 0.8, 1.1])

@@ -1,5 +1,5 @@
-"""Values of the reward on σ slabs by this project's own code, with another small network, other slabs and
-other settings; see make_set.
+"""Write values of the reward on σ slabs by this project's own code, with another small network, other slabs
+and other settings; see make_set.
 
 Left out: the double precision of the full-size network, its table of names, and half of what one small file
 could hold.
@@ -62,7 +62,7 @@ def make(root: Path, seed: int) -> None:
 
 
 def geometry(folder: Path, recipe: dict, random: np.random.RandomState) -> None:
-    """The skewed lattice at a few points, normalisation with ties, and nearest resampling."""
+    """Write the skewed lattice at a few points, normalisation with ties, and nearest resampling."""
     spec = SlabSpec(**recipe["slab"], lattice="skewed")
     shape = np.array(spec.shape[::-1])
     index = np.stack([random.randint(0, size, 9) for size in shape], axis=1)
@@ -103,14 +103,14 @@ def layers(folder: Path, random: np.random.RandomState) -> None:
 
 
 def numbers(value) -> np.ndarray:
-    """A tensor, or a list of them, as it is stored."""
+    """Convert a tensor, or a list of tensors, to the array that is stored."""
     if isinstance(value, list):
         return np.array([float(number) for number in value])
     return np.asarray(value.detach())
 
 
 def gradients(d: dict, key: str, of: dict) -> None:
-    """Names, norms and projections."""
+    """Return names, norms and projections of gradients."""
     rows = []
     for name, gradient in of.items():
         if gradient is None:
@@ -185,7 +185,7 @@ def reduced(path: Path, recipe: dict, shape: tuple, seed: int, dtypes, variants)
 
 
 def full(folder: Path, recipe: dict) -> None:
-    """The published network on small slabs."""
+    """Write the values of the published network on small slabs."""
     model = RewardModel(PAPER)
     model.load_state_dict(tests.recipe_state(model, recipe))
     slabs = {

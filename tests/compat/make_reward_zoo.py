@@ -1,4 +1,4 @@
-"""Values of the other rewards and generators by this project's own code, with other clouds, depth maps,
+"""Write values of the other rewards and generators by this project's own code, with other clouds, depth maps,
 cameras and networks; see make_set.
 
 Left out: SphereHead, the table of names of one point network, the double precision of another, views of depth
@@ -40,7 +40,7 @@ def make(root: Path, seed: int) -> None:
 
 
 def table(path: Path, state: dict) -> None:
-    """Names and shapes of a state dict."""
+    """Write names and shapes of a state dict."""
     rows = ["index\tname\tshape\tdtype\tnumel"]
     for i, (name, value) in enumerate(state.items()):
         shape = "x".join(map(str, value.shape)) or "scalar"
@@ -58,7 +58,7 @@ def write(folder: Path, name: str, recipe: dict, arrays: dict) -> None:
 
 
 def points(folder: Path, seed: int) -> None:
-    """A PointNet of three clouds, a small PointNet++, and a CurveNet, under other names."""
+    """Write a PointNet of three clouds, a small PointNet++, and a CurveNet, under other names."""
     salt = f"zoo {seed}:"
     small = {"trunk": [40, 40], "embedding": 24, "heads": [12, 8]}
     nets = {
@@ -131,7 +131,7 @@ def points(folder: Path, seed: int) -> None:
 
 
 def depth(folder: Path, seed: int) -> None:
-    """Two views of three samples, without double precision."""
+    """Write two views of three samples, without double precision."""
     about = {
         "salt": f"maps {seed}:",
         "seeds": [seed, 31, 77],
@@ -245,7 +245,7 @@ HEADS = {  # file: class here, class there, shape of the planes, case, latent le
 
 
 def generators(folder: Path, seed: int) -> None:
-    """One PanoHead with two slices, and one HyPlaneHead, at points of their own."""
+    """Write one PanoHead with two slices, and one HyPlaneHead, at points of their own."""
     random = np.random.RandomState(seed + 300)
     for file, (cls, name, planes, (case, z_dim, rendering)) in HEADS.items():
         kwargs = kwargs_of(z_dim, rendering)
@@ -299,7 +299,7 @@ def generators(folder: Path, seed: int) -> None:
 
 
 def misc(folder: Path, seed: int) -> None:
-    """Other cameras, clouds, floors, divergences and fewer aggregates."""
+    """Write other cameras, clouds, floors and divergences, and fewer aggregates."""
     random = np.random.RandomState(seed + 400)
     recipe = {
         "seed": 60 + seed,

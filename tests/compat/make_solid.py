@@ -1,4 +1,4 @@
-"""Values of `solid` by this project's own code, with other shapes, sizes and settings; see make_set.
+"""Write values of `solid` by this project's own code, with other shapes, sizes and settings; see make_set.
 
 Left out: grids of a score's second shape, most measures of one mesh, the libraries' verdicts of the other.
 """
@@ -28,13 +28,13 @@ def make(root: Path, seed: int) -> None:
 
 
 def write(path: Path, recipe: dict, arrays: dict) -> None:
-    """JSON and .npz of one name."""
+    """Write the JSON and the .npz of one name."""
     path.with_suffix(".json").write_text(json.dumps(recipe, indent=1))
     np.savez_compressed(path.with_suffix(".npz"), **arrays)
 
 
 def meshes(folder: Path, random: np.random.RandomState) -> None:
-    """Turned about the vertical, and larger than their longest edge; one set in its own units, one not."""
+    """Write one set of meshes in its own units, and one that is turned about the vertical and larger."""
     edge = random.uniform(0.6, 0.9)
     shapes = {
         "ball": (recipes.sphere(0.4 * edge, 3), {"closed": True, "parts": 1, "euler": 2}),
@@ -74,7 +74,7 @@ def meshes(folder: Path, random: np.random.RandomState) -> None:
 
 
 def places(edge: int) -> np.ndarray:
-    """Middles of voxels [edge, edge, edge, 3] in a cube from -1/2 to 1/2."""
+    """Return the centres of voxels [edge, edge, edge, 3] in a cube from -1/2 to 1/2."""
     axis = (np.arange(edge) + 0.5) / edge - 0.5
     return np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)
 
@@ -112,7 +112,7 @@ def grids(folder: Path, random: np.random.RandomState) -> None:
 
 
 def scores(folder: Path, random: np.random.RandomState) -> None:
-    """Beside what stood there before under another name; one changed grid is left out."""
+    """Write scores beside an untuned grid of another name; leave out one changed grid."""
     edge = 36
     recipe: dict = {"R": edge, "r_thin": None, "r_leak": 2.2, "weights": [1, 2, 0, 1], "before": "untuned"}
     recipe["values"] = {}
@@ -138,7 +138,7 @@ def scores(folder: Path, random: np.random.RandomState) -> None:
 
 
 def surrogate(folder: Path, random: np.random.RandomState) -> None:
-    """A hollow ball with a square hole, and a crumb beside it."""
+    """Write a hollow ball with a square hole, and a fragment beside it."""
     edge = 40
     at = places(edge) * edge
     far = np.linalg.norm(at, axis=-1)

@@ -1,4 +1,4 @@
-"""TRELLIS's values by this project's own code, with other sizes and settings; see make_set."""
+"""Write TRELLIS's values by this project's own code, with other sizes and settings; see make_set."""
 
 import tempfile
 from pathlib import Path
@@ -36,7 +36,7 @@ FLOW = {"in_channels": 3, "out_channels": 3, "cond_channels": 10, "mlp_ratio": 2
 
 
 def make(root: Path, seed: int) -> None:
-    """One dense flow with adapters, one sparse, both autoencoders; one of the tables."""
+    """Write a dense flow with adapters, a sparse one, both autoencoders, and one of the tables."""
     folder = root / "trellis"
     with as_the_references():
         dense_flow(Maker(seed + 10), folder)
@@ -54,7 +54,7 @@ def make(root: Path, seed: int) -> None:
 
 
 def values_of_path(m: Maker, model: nn.Module, x_0, noise, cond: torch.Tensor) -> None:
-    """Flow matching: one mean over the whole batch."""
+    """Record flow matching, whose loss is one mean over the whole batch."""
     t = m.times(len(cond))
     x_t = PATH.mix(x_0, t, noise)
     target = feats_of(PATH.velocity(x_0, noise))
@@ -124,7 +124,7 @@ def dense_flow(m: Maker, folder: Path) -> None:
 
 @torch.no_grad()
 def adapters(m: Maker, model: nn.Module, inputs: tuple, folder: Path) -> None:
-    """As PEFT writes them, and in a full state of merged weights."""
+    """Write adapters in PEFT's form, and in a full state of merged weights."""
     lora = {"r": 3, "lora_alpha": 6, "target_modules": ["to_q", "to_qkv"]}
     with tempfile.TemporaryDirectory() as place:
         tuned = m.adapters(model, Path(place), lora["r"], lora["lora_alpha"], lora["target_modules"])

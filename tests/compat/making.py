@@ -1,4 +1,4 @@
-"""Networks, inputs and pictures for the modules make_<family>.py, which write sets of reference values."""
+"""Make networks, inputs and pictures for make_<family>.py, which write sets of reference values."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ from tests.compat.family_reference import plain_rates
 
 
 class Maker:
-    """Draws of one generator; values by name, which `write` stores."""
+    """Random draws of one generator, and values by name, which `write` stores."""
 
     def __init__(self, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
@@ -26,7 +26,7 @@ class Maker:
         self.values: dict[str, np.ndarray] = {}
 
     def put(self, **values) -> None:
-        """Values by name; "__" stands for a slash."""
+        """Add values by name; "__" stands for a slash."""
         self.add({name.replace("__", "/"): value for name, value in values.items()})
 
     def add(self, values: Mapping[str, object], prefix: str = "") -> None:
@@ -46,7 +46,7 @@ class Maker:
         return 0.02 + 0.96 * torch.rand(count, generator=self.generator)
 
     def fill(self, model: nn.Module, gain: float = 1.0) -> nn.Module:
-        """Random weights: matrices of gain over the root of what they add, others near what they are."""
+        """Set random weights: matrices scaled by gain / sqrt(fan-in), other parameters near their values."""
         for tensor in model.parameters():
             own = tensor.detach()
             drawn = self.normal(*own.shape)
@@ -55,7 +55,7 @@ class Maker:
         return model.eval()
 
     def voxels(self, counts: Iterable[int], side: int) -> torch.Tensor:
-        """Coords [V, 4] int32 of samples with so many voxels."""
+        """Sample coords [V, 4] int32 of samples with so many voxels."""
         return torch.cat(
             [
                 torch.nn.functional.pad(self._places(count, side), (1, 0), value=sample)
@@ -68,7 +68,7 @@ class Maker:
         return torch.stack([chosen // side**2, chosen // side % side, chosen % side], 1)
 
     def picture(self, height: int, width: int, kind: str = "soft") -> np.ndarray:
-        """[h, w, 4]: an ellipse of noise; its edge is soft or hard, or the picture opaque."""
+        """Draw an ellipse of noise [h, w, 4], whose edge is soft or hard, or which is opaque."""
         y, x = (torch.linspace(-1, 1, size) for size in (height, width))
         far = (1.6 * y[:, None] ** 2 + 1.9 * x[None] ** 2).sqrt()
         opacity = (8 * (1 - far)).clamp(0, 1)
@@ -77,7 +77,7 @@ class Maker:
         return (255 * torch.cat([colours, opacity[..., None]], 2)).round().byte().numpy()
 
     def adapters(self, model: nn.Module, folder: Path, rank: int, alpha: float, targets) -> nn.Module:
-        """A copy of the network with random adapters, which are written as PEFT does."""
+        """Return a copy of the network with random adapters, which are written in PEFT's form."""
         tuned = shared_copy(model)
         add_lora(tuned, LoraConfig(rank=rank, alpha=alpha, targets=tuple(targets)), seed=self.seed)
         for tensor in lora_parameters(tuned):
@@ -95,14 +95,14 @@ def json_bytes(content: object) -> np.ndarray:
 
 
 def norm_of(model: nn.Module) -> torch.Tensor:
-    """Of all parameters' gradients."""
+    """Compute the norm of all parameters' gradients."""
     grads = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
     return torch.stack(grads).sum().sqrt().float()
 
 
 @contextmanager
 def as_the_references() -> Iterator[None]:
-    """Rates of time as the tests have them."""
+    """Use the rates of time that the tests use."""
     rates = plain_rates()
     own = blocks.time_rates
     with mock.patch.object(blocks, "time_rates", lambda count: rates if count == len(rates) else own(count)):

@@ -19,7 +19,8 @@ import torch
 from training.discriminator import DualDiscriminator
 from training.triplane import TriPlaneGenerator
 
-ROOT = Path(os.environ.get("EG3D_RLHF_FIXTURES", Path(__file__).parents[1] / "references")).resolve()
+OURS = Path(__file__).resolve().parents[1] / "references"
+ROOT = Path(os.environ.get("EG3D_RLHF_FIXTURES", OURS)).resolve()
 
 
 def discover(pattern: str) -> list[str]:
@@ -54,7 +55,7 @@ def relative_error(value, reference) -> float:
 
 
 def of_root(path: Path) -> str:
-    """How a reason for a skip names a file: from the folder of the set."""
+    """Return a file's path from the folder of the set, as reasons of skips name it."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
@@ -71,7 +72,7 @@ def arrays(path: Path):
 
 
 def strides(have: int, want: int) -> list[int]:
-    """The steps that keep `want` of `have` entries."""
+    """Return the steps that keep `want` of `have` entries."""
     if want == have:
         return [1]
     if want < 2:
@@ -80,7 +81,7 @@ def strides(have: int, want: int) -> list[int]:
 
 
 def thinned(value, kept, first: bool = False) -> np.ndarray:
-    """Every so many entries of each axis, as a set has kept them.
+    """Keep every so many entries of each axis, as a set has kept them.
 
     A set does not state the steps. The lengths often leave one choice; where they leave several, the set
     means the one whose entries are nearest to its own. With `first`, it may also have kept the first entries.
@@ -212,7 +213,7 @@ FILL = {
 
 
 def load_case(name: str):
-    """(case, G, D) of one network with its weights set."""
+    """Return (case, G, D) of one network with its weights set."""
     case = json.loads((ROOT / "eg3d" / f"{name}.json").read_text())
     G, D = build(case["config"])
     set_weights(case, ROOT / "eg3d" / f"{name}_state.npz", G, D)
@@ -220,7 +221,7 @@ def load_case(name: str):
 
 
 def set_weights(case: dict, stored: Path, G: torch.nn.Module, D: torch.nn.Module) -> None:
-    """Weights from a file where there is one, else from their names."""
+    """Load weights from a file where there is one, else make them from their names."""
     for prefix, module in (("G/", G), ("D/", D)):
         if stored.exists():
             arrays = np.load(stored)

@@ -37,7 +37,7 @@ def values_of(kind: str, name: str) -> dict[str, np.ndarray]:
 
 
 def having(*keys: str):
-    """A decorator: once for every case that has these values."""
+    """Parametrize a test over the cases that have these values."""
     found = [case for case in CASES if set(keys) <= set(values_of(*case))]
     params = [pytest.param(values_of(*case), id="-".join(case)) for case in found]
     return pytest.mark.parametrize("case", some(params, f"this set has no divergence with {', '.join(keys)}"))

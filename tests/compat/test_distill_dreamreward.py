@@ -33,7 +33,7 @@ def test_the_weight_of_printed_numbers():
 
 
 class Views:
-    """The stand-in reward of an asset: linear in the pictures, and a share of the prompts' numbers."""
+    """Stand-in reward of an asset, linear in the pictures, with a share of the prompts' numbers."""
 
     modality = "multiview"
     differentiable = True

@@ -100,7 +100,7 @@ def test_the_guidance_in_3d(case):
 
 
 def strategy_of(case: str) -> NoiseWeighting:
-    """What the case's JSON says, else the first word of its name."""
+    """Return the strategy that the case's JSON states, else the first word of the case's name."""
     return weighting_of(entry_of(NAME, case).get("strategy", case.split("/")[1].split("_")[0]))
 
 

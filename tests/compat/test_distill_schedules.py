@@ -27,7 +27,7 @@ OTHER_TABLES = {
 
 
 def betas(table: str = "sd") -> torch.Tensor:
-    """As the set configures a table, Stable Diffusion's where none is named."""
+    """Compute the betas of a table as the set configures it, Stable Diffusion's where none is named."""
     config = recipe(NAME)["cases"].get(table, {}).get("config")
     if config is None:
         return betas_of(**OTHER_TABLES.get(table, {}))
@@ -62,7 +62,7 @@ def test_other_tables(name):
 
 
 def each_member(group: str):
-    """A decorator: once for every name right below a group of arrays."""
+    """Parametrize a test over the names right below a group of arrays."""
     found = some(members(NAME, group), f"this set has no {group}/... in {NAME}.npz")
     return pytest.mark.parametrize("case", found)
 
@@ -152,7 +152,7 @@ def specs(kind: str) -> dict:
 
 
 def each_spec(kind: str):
-    """A decorator: once for every window or ramp of the JSON."""
+    """Parametrize a test over the windows or ramps of the JSON."""
     return pytest.mark.parametrize(
         "case", some(specs(kind), f"this set has no specs of {kind} in {SDS}.json")
     )

@@ -28,7 +28,7 @@ MERGED_TOLERANCE = 1.2e-6
 
 @pytest.fixture(scope="module")
 def peft():
-    """The parts of the file with PEFT's adapters: full and adapter state dicts, settings, outputs."""
+    """Read the file with PEFT's adapters: full and adapter state dicts, settings, outputs."""
     found = holding("lora_json", "y_on", "y_off")
     if not found:
         pytest.skip("this set has no file of trellis with lora_json, y_on and y_off")
@@ -43,7 +43,7 @@ def peft():
 
 @pytest.fixture(scope="module")
 def flow(peft):
-    """Architecture, weights and inputs of the network under the adapters: the flow of the same shapes."""
+    """Read architecture, weights and inputs of the network under the adapters, the flow of its shapes."""
     wanted = {name: tensor.shape for name, tensor in split_state(peft["full"], "full")[0].items()}
     for path in holding("config_json", "x", "t", "cond"):
         values = read(path)
@@ -122,8 +122,11 @@ def test_the_full_layout_brings_its_own_base(peft, flow, files):
     with adapters_off(model):
         same_output(run(model, flow), peft["on"])
     merged = merged_state(tuned_model(network(flow, flow["state"]), files / "adapter"))
-    for name, value in split_state(peft["full"], "full")[0].items():
-        limit = 5e-8 * max(1.0, float(value.abs().max()))
+    plain, adapters = split_state(peft["full"], "full")
+    for name, value in plain.items():
+        tuned = name.removesuffix(".weight") in adapters
+        # the rounding of a merged number grows with it; the others are equal
+        limit = 5e-8 * max(1.0, float(value.abs().max())) if tuned else 0
         torch.testing.assert_close(merged[name], value, rtol=0, atol=limit, msg=name)
 
 

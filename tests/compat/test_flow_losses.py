@@ -4,6 +4,8 @@ TRELLIS and DSO.
 The networks are elsewhere: here their recorded velocities and errors go in.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -129,7 +131,7 @@ def follow(stage: FlowStage, noise, cond, empty, x_t, x_0) -> None:
 
 @pytest.mark.parametrize(("path", "name"), trajectories(), indirect=["path"])
 def test_trajectories(r, name):
-    """Of both stages."""
+    """Follow the recorded trajectories of both stages."""
     at = prefix(name)
     x_t = r[f"{at}x_t"]
     x_0 = r[f"{at}x_0"]
@@ -137,9 +139,12 @@ def test_trajectories(r, name):
     if "coords" in r:
         coords = r["coords"].int().contiguous()
         noise = SparseBatch(coords, noise, int(coords[:, 0].max()) + 1)
-    stage = replay(noise, x_t, x_0, sampling_of(r, name), r["smp_neg"])
+    sampling = sampling_of(r, name)
     cond = r.get("smp_cond", r["cond"])
-    follow(stage, noise, cond, r["smp_neg"], x_t, x_0)
+    # the replay holds for any guidance; that of the second kind begins after the first step
+    for guided in (sampling, replace(sampling, cfg_strength=3.0, cfg_interval=(0.5, 0.95))):
+        stage = replay(noise, x_t, x_0, guided, r["smp_neg"])
+        follow(stage, noise, cond, r["smp_neg"], x_t, x_0)
     if f"{at}out" in r:
         end = sample(stage, noise, cond, r["smp_neg"])
         torch.testing.assert_close(end, r[f"{at}out"], rtol=1e-5, atol=1e-5)

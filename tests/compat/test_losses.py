@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("fixtures_dir")
 
 
 def loss_phases() -> list[tuple[str, str, str]]:
-    """(network, case, phase) of every phase that a set has."""
+    """List (network, case, phase) of every phase that a set has."""
     found = []
     for name in discover("*"):
         about = json.loads((ROOT / "eg3d" / f"{name}.json").read_text())
@@ -29,7 +29,7 @@ def loss_phases() -> list[tuple[str, str, str]]:
 
 
 def gan_config(case: dict, rendering_kwargs: dict) -> GanConfig:
-    """EG3D's names to ours; skips the test where a case has settings that our phases do not have."""
+    """Translate EG3D's settings to ours; skip the test where a case has settings that our phases lack."""
     kwargs = {NAMES.get(key, key): value for key, value in case["loss_kwargs"].items() if key != "class_name"}
     kwargs |= {key: rendering_kwargs[key] for key in ("density_reg", "density_reg_p_dist", "reg_type")}
     if kwargs.get("gpc_reg_prob", 0.5) is None:
@@ -48,7 +48,7 @@ def batch_of(case: dict, inputs, resolution: int) -> Batch:
 
 
 def run_phase(G, D, case: dict, phase: str, batch: Batch) -> tuple[dict[str, np.ndarray], list]:
-    """Accumulates a phase's gradients; returns its statistics and what it drew."""
+    """Accumulate a phase's gradients; return its statistics and the log of its random draws."""
     G.train().requires_grad_(phase[0] == "G")
     D.train().requires_grad_(phase[0] == "D")
     spec = case["phases"][phase]
@@ -89,13 +89,13 @@ def test_phase(name, loss_case, phase):
 
 
 def gradient_row(name: str, gradient: np.ndarray) -> tuple[float, float, float]:
-    """L2 norm, a random projection and the peak of a parameter's gradient."""
+    """Compute the L2 norm, a random projection and the peak of a parameter's gradient."""
     direction = crc_random(f"proj:{name}", gradient.shape).astype(np.float32)
     return float(np.linalg.norm(gradient)), float((gradient * direction).sum()), float(np.abs(gradient).max())
 
 
 def compare_gradients(module: torch.nn.Module, ref, prefix: str) -> None:
-    """The three numbers of every parameter's gradient, relative to the norm (and 2e-6 of the largest norm).
+    """Compare each gradient by three numbers, relative to its norm (and 2e-6 of the largest norm).
 
     A noise strength is one number whose gradient sums a whole feature map times random noise; most of the sum
     cancels, in the float32 reference as here. Its error is therefore taken relative to the gradient of the

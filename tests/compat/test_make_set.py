@@ -1,4 +1,4 @@
-"""The reference tests run on another set of values: nothing of tests/references is fixed in them."""
+"""Run the reference tests on another set of values: nothing of tests/references is fixed in them."""
 
 import os
 import re

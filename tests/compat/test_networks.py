@@ -44,19 +44,19 @@ pytestmark = pytest.mark.usefixtures("fixtures_dir")
 
 
 def tolerance(key: str) -> float | None:
-    """Relative, of a recorded array; None for an array that no test computes."""
+    """Return the relative tolerance of a recorded array; None for an array that no test computes."""
     if key in EXACT or TRUNCATED.fullmatch(key) or SAMPLED.fullmatch(key):
         return 1e-5
     return 1e-4 if key in RENDERED or DRAWN.fullmatch(key) else None
 
 
 def psi(digits: str) -> float:
-    """07 -> 0.7."""
+    """Convert the digits of a name to a number: 07 -> 0.7."""
     return int(digits) / 10 ** (len(digits) - 1)
 
 
 def inputs_of(reference) -> dict[str, torch.Tensor]:
-    """Latents, cameras and points of a case; skips the test where a set has left them out."""
+    """Return latents, cameras and points of a case; skip the test where a set has left them out."""
     return {
         name.removeprefix("in_"): torch.as_tensor(value)
         for name, value in zip(INPUTS, of_set(reference, *INPUTS), strict=True)
@@ -64,9 +64,9 @@ def inputs_of(reference) -> dict[str, torch.Tensor]:
 
 
 def compute(G, D, recipe: dict, inputs: dict[str, torch.Tensor], keys) -> dict:
-    """What the arrays of `keys` show, whole, by their names without _sub.
+    """Compute the arrays of `keys`, whole, by their names without _sub.
 
-    Args: recipe: what the case's JSON says of inference.
+    Args: recipe: the JSON's settings of inference.
     """
     G.eval(), D.eval()
     z, c, cond, points = (inputs[name.removeprefix("in_")] for name in INPUTS)
@@ -91,7 +91,7 @@ def compute(G, D, recipe: dict, inputs: dict[str, torch.Tensor], keys) -> dict:
 
 
 def render(G, D, ws, c, keys, recipe: dict) -> dict:
-    """Rays, rendered features, images and logits."""
+    """Compute rays, rendered features, images and logits."""
     res = G.neural_rendering_resolution
     out: dict = {}
     origins, directions = G.ray_sampler(c[:, :16].view(-1, 4, 4), c[:, 16:].view(-1, 3, 3), res)
@@ -123,7 +123,7 @@ def render(G, D, ws, c, keys, recipe: dict) -> dict:
 
 @functools.cache
 def run(name: str) -> tuple[dict, dict, dict]:
-    """What a case's JSON says of inference, its arrays, and what is computed here."""
+    """Return the JSON's settings of inference, a case's arrays, and the same arrays computed here."""
     reference = dict(arrays(FOLDER / f"{name}_infer.npz"))
     inputs = inputs_of(reference)
     case, G, D = load_case(name)

@@ -59,7 +59,7 @@ def run(attributes: dict, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def derivatives(attributes: dict, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    """Result, and its derivatives as far as the inputs go: see the top of this file."""
+    """Compute the result, and its derivatives as far as the inputs go: see the top of this file."""
     inputs = {
         key.removeprefix("in_"): value.double().requires_grad_()
         for key, value in given.items()

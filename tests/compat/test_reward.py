@@ -38,6 +38,8 @@ PRESENT = {
 }
 RECIPE = {**PRESENT, **read_json(FOLDER / "recipe.json")}
 WEIGHTS = losses.LossWeights(**RECIPE["loss_weights"])
+# of a pair's two orders one is drawn from this epoch on
+DRAWN_FROM_EPOCH = RECIPE["loss_weights"].get("drawn_from_epoch", 3)
 REDUCED_FILES = [path.stem for path in sorted(FOLDER.glob("red_*.npz")) if path.stem != "red_state"]
 MLPS = [path.stem for path in sorted(FOLDER.glob("mlp*.npz"))]
 TABLES = [path.stem.removeprefix("state_dict_") for path in sorted(FOLDER.glob("state_dict_*.tsv"))]
@@ -85,12 +87,12 @@ def recipe_slab(depth, height, width, seed, value_max=RECIPE["value_max"]):
 
 
 def arch_of(state, recipe=RECIPE) -> RewardArch:
-    """The architecture with entries of these shapes."""
+    """Return the architecture whose state dict has these shapes."""
     return arch_from_state(state, ReleaseConfig(groups=recipe["groups"]))
 
 
 def rows(file: str) -> list[tuple[str, str]]:
-    """(name, shape) of a table, in state-dict order; skips the test where a set has left it out."""
+    """Read (name, shape) of a table, in state-dict order; skip the test where a set has left it out."""
     lines = existing(FOLDER / f"state_dict_{file}.tsv").read_text().splitlines()[1:]
     return [tuple(line.split("\t")[1:3]) for line in lines]
 
@@ -128,7 +130,7 @@ def reduced(dtype=torch.float32):
 
 
 def prefix_of(dtype) -> str:
-    """Of the keys of values in a precision."""
+    """Return the prefix of the values' keys in a precision."""
     return "" if dtype is torch.float32 else "f64_"
 
 
@@ -166,17 +168,17 @@ def test_nearest_resampling_picks_the_reference_indices(folder):
 
 
 def totals(value) -> list:
-    """Sum, and sum of magnitudes."""
+    """Compute the sum, and the sum of magnitudes."""
     return [value.double().sum(), value.double().abs().sum()]
 
 
 def reconstructed(recon) -> list:
-    """Smallest, largest, sum, and sum of magnitudes."""
+    """Compute the smallest and the largest value, the sum, and the sum of magnitudes."""
     return [recon.min().double(), recon.max().double(), *totals(recon)]
 
 
 def stages_of(model, slab) -> dict:
-    """Outputs of the U-Net's stages. The network itself may run fused ops, which have no stages."""
+    """Compute the outputs of the U-Net's stages; the network itself may run fused ops, without stages."""
     stages = {}
     unet = model.Conv3DModule
     modules = {
@@ -196,7 +198,7 @@ def stages_of(model, slab) -> dict:
 
 
 def item_values(model, slab) -> dict:
-    """What a slab [1, 1, D, H, W] gives, by the names of the values; stages are whole."""
+    """Compute the values of a slab [1, 1, D, H, W] by their names; stages are whole."""
     stages = stages_of(model, slab)
     out = model(slab, reconstruct=True)
     values = {key: value[0] for key, value in stages.items()}
@@ -216,13 +218,13 @@ def item_values(model, slab) -> dict:
 
 
 def slabs_of(d, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """Slabs [1, 1, D, H, W] of a file, by their letters."""
+    """Return the slabs [1, 1, D, H, W] of a file, by their letters."""
     names = [key for key in d.files if re.fullmatch(r"slab_\w+", key)]
     return {key.removeprefix("slab_"): torch.from_numpy(d[key]).to(dtype)[None, None] for key in names}
 
 
 def stacked(d, dtype=torch.float32) -> torch.Tensor:
-    """The pair [2, 1, D, H, W]; skips the test where a set has left it out."""
+    """Return the pair [2, 1, D, H, W]; skip the test where a set has left it out."""
     return torch.from_numpy(np.stack(of_set(d, "slab_a", "slab_b"))).to(dtype)[:, None]
 
 
@@ -285,7 +287,7 @@ def test_reduced_scalar_gradients_match(folder, file, dtype, source):
 
 
 def scalar_with_gradients(model, start, dtype, raw: bool, value_max=RECIPE["value_max"]):
-    """A slab with its gradient, and its reward. Args: raw: self-normalise it first."""
+    """Return a slab with its gradient, and its reward. Args: raw: self-normalise it first."""
     slab = torch.from_numpy(start).to(dtype)[None, None].requires_grad_()
     fed = (slab - slab.min()) / (slab.max() - slab.min()) * value_max if raw else slab
     score = model.score(fed)
@@ -346,7 +348,7 @@ def test_from_some_epoch_one_order_is_drawn(folder, file):
     with arrays(folder / f"{file}.npz") as d, torch.no_grad():
         first, second = of_set(d, "ce_ab_t0", "ce_ba_t1")
         slabs = stacked(d)
-        epoch = WEIGHTS.drawn_from_epoch
+        epoch = DRAWN_FROM_EPOCH
         seen = {
             round(float(combined(model, slabs, False, epoch=epoch, seed=s)["pairs"]), 4) for s in range(12)
         }
@@ -356,7 +358,7 @@ def test_from_some_epoch_one_order_is_drawn(folder, file):
 
 
 def full_slabs(dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """Slabs of the full-size network, by their letters."""
+    """Make the slabs of the full-size network, by their letters."""
     forward = FOLDER / "full_fwd.npz"
     shape = RECIPE["full_shape"]
     if "enc0_shape" in array_names(forward):
@@ -371,7 +373,7 @@ def full_size(dtype=torch.float32):
 
 
 def full_values(model, item: str, slab, reconstruct: bool = False) -> dict:
-    """What a slab gives, by the names in full_fwd.npz; the reconstruction is whole."""
+    """Compute the values of a slab by the names in full_fwd.npz; the reconstruction is whole."""
     features = []
     hook = model.MLP.register_forward_pre_hook(lambda _m, inputs: features.append(inputs[0]))
     out = model(slab, reconstruct=reconstruct)
@@ -385,7 +387,7 @@ def full_values(model, item: str, slab, reconstruct: bool = False) -> dict:
 
 
 def full_stages(model, slab) -> dict:
-    """Shapes and sums of the stages, by their names in full_fwd.npz."""
+    """Compute shapes and sums of the stages, by their names in full_fwd.npz."""
     stages = stages_of(model, slab)
     shapes = {f"{key}_shape": list(value.shape) for key, value in stages.items()}
     return shapes | {f"{key}_sum": totals(value) for key, value in stages.items()}

@@ -107,12 +107,15 @@ def value(measures: dict, key: str, unit: float):
 
 
 def samples_of(reference: dict) -> int:
-    """Points on the surface that the reference has drawn for shares."""
+    """Return how many points on the surface the reference has sampled for shares."""
     return reference.get("samples", SAMPLES)
 
 
 def check(key: str, got, wanted, scale: float = 1.0, samples: int = SAMPLES) -> None:
-    """Args: samples: of the reference; with fewer than the usual 4000, shares lie further apart."""
+    """Compare a measure with its wanted value.
+
+    Args: samples: of the reference; with fewer than the usual 4000, shares lie further apart.
+    """
     if isinstance(wanted, bool) or key in COUNTS or wanted is None:
         assert got == wanted, key
     else:
@@ -156,7 +159,7 @@ def test_reference_values(path, name):
 
 @functools.cache
 def distances(path, name: str, kind: str) -> np.ndarray:
-    """Ways through the body (thick) or the air (gap) that are not infinite, from a draw of its own."""
+    """Measure finite ways through the body (thick) or the air (gap), from a sample of its own."""
     mesh = mesh_of(path, name)
     space = Space(mesh)
     points, normals = sample(mesh, SAMPLES, seed=1)
@@ -166,9 +169,7 @@ def distances(path, name: str, kind: str) -> np.ndarray:
 
 
 def quantile_range(path, name: str, key: str, samples: int) -> tuple[float, float]:
-    """Where a quantile of another draw lies: four standard errors of a difference of two draws to either
-    side.
-    """
+    """Return where a quantile of another sample lies: four standard errors of a difference to either side."""
     kind = key.partition("_")[0]
     found = distances(path, name, kind)
     p = QUANTILES[key]

@@ -287,7 +287,7 @@ def test_patches_are_taken_apart_and_put_together(p):
 
 @each("config_json", "x", "t", "cond", "y", without="coords")
 def test_half_precision_and_autocast_stay_near_float32_and_give_gradients(flow, values):
-    """Of the dense flow; the sparse one: tests/models/test_trellis_flows.py."""
+    """Check the dense flow; tests/models/test_trellis_flows.py checks the sparse one."""
     half = loaded(StructureFlow(StructureFlowConfig(**{**config_of(values), "use_fp16": True})), values)
     assert (
         half.out_layer.weight.dtype == torch.float32

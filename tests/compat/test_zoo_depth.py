@@ -54,7 +54,7 @@ KINKS = 0.03
 
 
 def rows(file) -> dict[str, list[int]]:
-    """Names and shapes of a tsv; skips the test where a set has left it out."""
+    """Read names and shapes of a tsv; skip the test where a set has left it out."""
     lines = [line.split("\t") for line in existing(file).read_text().splitlines()[1:]]
     return {
         name: [] if shape == "scalar" else [int(n) for n in shape.split("x")] for _, name, shape, *_ in lines
@@ -62,8 +62,9 @@ def rows(file) -> dict[str, list[int]]:
 
 
 def preparation(about: dict) -> tuple[int, float, float]:
-    """Pixels that ResNet-50 reads, depth that becomes 1, and how far behind it becomes 0; the published ones
-    where a JSON does not say.
+    """Read the pixels of ResNet-50's input, the depth that becomes 1 and the one that becomes 0.
+
+    The published ones count where a JSON does not state them.
     """
     words = about.get("common", "")
     pixels = re.search(r"resize (\d+)", words)
@@ -94,7 +95,7 @@ def depth_maps(about: dict, views: int) -> torch.Tensor:
 
 
 def write_backbone(about: dict, file) -> None:
-    """The recipe's backbone, with the classifier, as torchvision writes it."""
+    """Write the recipe's backbone, with the classifier, in torchvision's form."""
     prefix, gain = re.search(rf"prefix '(.*?)'.*?gain {NUMBER}", about["common"]).groups()
     shapes = {name: tuple(value.shape) for name, value in ResNet50().state_dict().items()} | CLASSIFIER
     state = {
@@ -106,7 +107,7 @@ def write_backbone(about: dict, file) -> None:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """Name of a case -> its JSON and arrays, and a file of its backbone's weights."""
+    """Load, by a case's name, its JSON and arrays, and a file of its backbone's weights."""
 
     @functools.cache
     def load(name: str):

@@ -89,7 +89,7 @@ class Recipe:
 
     @property
     def channels(self) -> int:
-        """Of the features that the sampler reads."""
+        """Return the number of channels of the features that the sampler reads."""
         stated = re.search(r"features \[N, planes, M, (\d+)\]", self.told["sampler"])
         return int(stated[1]) if stated else 32
 
@@ -130,7 +130,7 @@ def recipe(file: str) -> Recipe:
 
 
 def shapes_of(file: str, case: str) -> dict[str, tuple[int, ...]]:
-    """The entries of a case's state dict; skips the test where a set has left them out."""
+    """Read the entries of a case's state dict; skip the test where a set has left them out."""
     stem = re.sub("_generator", "", file)
     with existing(FOLDER / f"{stem}_{case}_state_dict.tsv").open() as table:
         rows = list(csv.DictReader(table, delimiter="\t"))
@@ -158,7 +158,7 @@ def scaled(salt: str, name: str, shape: tuple[int, ...], factors: dict[str, floa
 
 
 def set_weights(G, about: dict, told: Recipe) -> None:
-    """Those of the recipe."""
+    """Set the weights of the recipe."""
     for name, tensor in G.state_dict().items():
         if not name.endswith("resample_filter"):
             value = scaled(told.told["salt"], name, tuple(tensor.shape), told.factors)
@@ -191,7 +191,7 @@ def outputs(file: str, case: str, impl: str) -> dict:
 
 @torch.no_grad()
 def compute(G, told: Recipe, points: torch.Tensor) -> dict:
-    """Latents, cameras, images and densities, whole. Args: points: [1, P, 3]."""
+    """Compute latents, cameras, images and densities, whole. Args: points: [1, P, 3]."""
     seeds = told.told["seeds"]
     z = torch.from_numpy(
         np.stack([np.random.RandomState(seed).randn(G.z_dim) for seed in seeds]).astype(np.float32)
@@ -229,7 +229,7 @@ def even_points(G, points: np.ndarray) -> np.ndarray:
 
 
 def planes_of(G, told: Recipe) -> torch.Tensor:
-    """The planes of the sampler's test, as the reference has them."""
+    """Return the planes of the sampler's test in the reference's layout."""
     planes = told.drawn("planes")
     if isinstance(G, PanoHeadGenerator):  # stated for one number of slices
         slices = G.rendering_kwargs["triplane_depth"]
@@ -238,7 +238,7 @@ def planes_of(G, told: Recipe) -> torch.Tensor:
 
 
 def sampled(G, told: Recipe, points: np.ndarray):
-    """Features that are read at points [1, P, 3], and both gradients of their product with a cotangent."""
+    """Read features at points [1, P, 3]; return them and both gradients of their product with a cotangent."""
     planes = planes_of(G, told).requires_grad_()
     points = torch.from_numpy(points).repeat(len(planes), 1, 1).requires_grad_()
     # channel c, slice d is their channel c D + d
@@ -249,7 +249,7 @@ def sampled(G, told: Recipe, points: np.ndarray):
 
 
 def projected(gradient: torch.Tensor, told: Recipe) -> tuple[float, float]:
-    """Norm of the planes' gradient, and its product with a random direction."""
+    """Compute the norm of the planes' gradient, and its product with a random direction."""
     direction = told.drawn("d_planes_proj", gradient.shape)
     return float(gradient.double().norm()), float((gradient.double() * direction).sum())
 

@@ -42,13 +42,13 @@ def values(request):
 
 
 def stated(recipe: dict, word: str, default: list[float]) -> list[float]:
-    """The numbers behind a word of the JSON's note."""
+    """Return the numbers behind a word of the JSON's note."""
     found = re.search(rf"{word} ?\(?({NUMBER}(?:, ?{NUMBER})*)", recipe.get("note", ""))
     return [float(number) for number in found[1].split(",")] if found else default
 
 
 def cameras_of(recipe: dict) -> Depth:
-    """The published cameras, or those that the note states."""
+    """Return the published cameras, or those that the note states."""
     default = Depth()
     (fov,) = stated(recipe, "fov", [PUBLISHED_FOV])
     focal = 1 / (math.tan(math.radians(fov) / 2) * math.sqrt(2))
@@ -115,7 +115,7 @@ def test_nose_floor(values):
 
 
 def normalised(depth: torch.Tensor, camera: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    """Points [1, P, 3] of a map [1, 1, R, R], `count` of them, and those to their own scale."""
+    """Lift a map [1, 1, R, R] to points [1, P, 3]; return them, `count` of them, and those at unit scale."""
     points = lift(depth, camera)
     chosen = points[:, evenly(points.shape[1], count)]
     return points, chosen, self_scaled(chosen)

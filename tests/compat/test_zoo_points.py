@@ -35,13 +35,13 @@ MOVED = (1e-4, 0.2)
 
 
 def listed(name: str) -> list[tuple[str, str]]:
-    """(name, shape) of every entry, in state-dict order; skips the test where a set has left them out."""
+    """Read (name, shape) of every entry, in state-dict order; skip the test where a set has left them out."""
     lines = existing(FOLDER / f"{name}_state_dict.tsv").read_text().splitlines()[1:]
     return [tuple(line.split("\t")[1:3]) for line in lines]
 
 
 def entries_of(path: Path) -> set[str]:
-    """Names of the parameters that a set speaks of."""
+    """Return the names of the parameters that a set names."""
     table = path.with_name(f"{path.stem}_state_dict.tsv")
     entries = {entry for entry, _ in listed(path.stem)} if table.is_file() else set()
     if "grad_names" in array_names(path):
@@ -73,12 +73,12 @@ def reference(name: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def clouds(name: str) -> torch.Tensor:
-    """The clouds of a set, [B, 3, N] float32."""
+    """Make the clouds of a set, [B, 3, N] float32."""
     return clouds_of(reference(name)[0])
 
 
 def clouds_of(case: dict) -> torch.Tensor:
-    """The recipe's clouds, [B, 3, N] float32."""
+    """Make the recipe's clouds, [B, 3, N] float32."""
     made = []
     for seed in case["seeds"]:
         r = np.random.RandomState(seed)
@@ -97,7 +97,7 @@ def clouds_of(case: dict) -> torch.Tensor:
 
 
 def network(name: str, dtype: torch.dtype = torch.float32, **changes) -> torch.nn.Module:
-    """The network of a set with the recipe's weights, in eval mode."""
+    """Build the network of a set with the recipe's weights, in eval mode."""
     return network_of(SETS[name], reference(name)[0], dtype, **changes)
 
 
@@ -125,7 +125,7 @@ def ran(name: str, precision: str, mode: str) -> dict:
 
 
 def run_on(model, cloud: torch.Tensor, mode: str) -> dict:
-    """Values, gradients of sum(scalar), and the state dict afterwards."""
+    """Run a network; return values, gradients of sum(scalar), and the state dict afterwards."""
     cloud = cloud.to(next(model.parameters()).dtype, copy=True).requires_grad_()
     model.train(mode == "train")
     features = model.features(cloud)
@@ -196,7 +196,7 @@ WITH_GRADIENTS = [
 
 
 def gradient_row(entry: str, gradient: torch.Tensor | None) -> list[float]:
-    """Norm, a random projection and the largest magnitude; NaN where there is no gradient."""
+    """Compute the norm, a random projection and the largest magnitude; NaN where there is no gradient."""
     if gradient is None:
         return [np.nan] * 3
     values = gradient.double().numpy()
@@ -243,7 +243,7 @@ def test_the_largest_points(name):
 
 
 def largest_points(model, cloud: torch.Tensor) -> torch.Tensor:
-    """Which point gives each entry of the vector before the trunk, [B, C]."""
+    """Return which point gives each entry of the vector before the trunk, [B, C]."""
     seen = []
     model.bn3.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
     model.features(cloud)
@@ -252,7 +252,7 @@ def largest_points(model, cloud: torch.Tensor) -> torch.Tensor:
 
 
 def grouping(model, cloud: torch.Tensor) -> dict:
-    """Chosen points, sizes of balls and outputs of the stages of PointNet++, whole, by the arrays' names."""
+    """Compute chosen points, sizes of balls and stages of PointNet++, whole, by the arrays' names."""
     assert isinstance(model, PointNet2)
     arch = model.arch
     total = cloud.shape[2]
@@ -292,7 +292,7 @@ def test_farthest_points_balls_and_stages(name):
 
 
 def curve_stages(model, cloud: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Outputs of CurveNet's stages, by name; lpfa is the one before the blocks."""
+    """Compute the outputs of CurveNet's stages, by name; lpfa is the one before the blocks."""
     seen = {}
     assert isinstance(model, CurveNet)
     for stage in ("lpfa", *model.CurveNetModule.names):

@@ -1,4 +1,4 @@
-"""Reading TRELLIS's reference values: files are found by what they hold, whatever they are called.
+"""Read TRELLIS's reference values: files are found by what they hold, whatever they are called.
 
 Settings of trajectories are those that a file has under smp_json (by name: steps, cfg_strength, cfg_interval,
 rescale_t), else those that the present set was made with.
@@ -35,12 +35,12 @@ def config_of(values: dict[str, torch.Tensor], name: str = "config_json") -> dic
 
 
 def holding(*names: str) -> list[Path]:
-    """Files with these arrays."""
+    """Return the files that have these arrays."""
     return [path for path in sorted(FOLDER.glob("*.npz")) if set(names) <= set(array_names(path))]
 
 
 def each(*names: str, without: str = ""):
-    """A decorator: once for every file with these arrays, and without another."""
+    """Parametrize a test over the files that have these arrays and lack another."""
     found = [path for path in holding(*names) if without not in array_names(path)]
     params = [pytest.param(path, id=path.stem) for path in found]
     reason = f"this set has no file of trellis with {', '.join(names)}"
@@ -48,7 +48,7 @@ def each(*names: str, without: str = ""):
 
 
 def sampling_of(values: dict[str, torch.Tensor], name: str) -> Sampling:
-    """Of the trajectory smp_<name>_x_t, or smp_x_t where it has no name."""
+    """Return the settings of the trajectory smp_<name>_x_t, or smp_x_t where it has no name."""
     told = config_of(values, "smp_json") if "smp_json" in values else {}
     if name not in told and name not in SAMPLINGS:
         pytest.skip(f"this set does not say the settings of smp_{name}_x_t")
@@ -61,7 +61,7 @@ def prefix(name: str) -> str:
 
 
 def trajectories() -> list:
-    """File and name of every trajectory, as pytest's parameters."""
+    """List file and name of every trajectory, as pytest's parameters."""
     found = [
         pytest.param(path, match[1] or "", id=f"{path.stem}-{match[1] or 'only'}")
         for path in sorted(FOLDER.glob("*.npz"))
