@@ -40,7 +40,8 @@ def test_a_generator_against_itself(unchanged, few_features, tmp_path):
     for change in found.data["changes"]:
         assert change["measured"] == 0 and change["lo"] <= 0 <= change["hi"]
     # the intervals hold 0, and are shown
-    assert sum(f"{change['lo']:+.4g}" in line for change in found.data["changes"] for line in found.says) >= 2
+    told = [line for change in found.data["changes"] for line in found.says if f"{change['lo']:+.4g}" in line]
+    assert len(told) >= 2 and all("nearer" in line and "farther" in line for line in told)  # neither
 
 
 def test_images_moved_away_are_told(unchanged, few_features, tmp_path):
@@ -51,7 +52,9 @@ def test_images_moved_away_are_told(unchanged, few_features, tmp_path):
     c = Comparison(**{**vars(unchanged), "after": replaced(unchanged.after, field=brighter)})
     found = images.distances(c, tmp_path)
     for change in found.data["changes"]:
-        assert change["lo"] > 0 and any(f"{change['lo']:+.4g}" in line for line in found.says)
+        assert change["lo"] > 0
+        told = [line for line in found.says if f"{change['lo']:+.4g}" in line]
+        assert told and all("farther" in line and "nearer" not in line for line in told)
     shown = {(row["measure"], row["role"]): row["value"] for row in found.data["precision_recall"]}
     assert shown["precision", "after"] == shown["recall", "after"] == 0
 
@@ -90,8 +93,10 @@ def test_collapse_shows(unchanged, tmp_path):
     ratios = {row["of"]: row["ratio"] for row in found.rows if row["role"] == "after"}
     slabs = ratios.pop("σ slabs")
     (features,) = ratios.values()
-    says = " ".join(found.says)
-    assert slabs < 0.01 and features < 0.5 and f"{slabs:.3f} [" in says and f"{features:.3f} [" in says
+    assert slabs < 0.01 and features < 0.5
+    for ratio in (slabs, features):
+        told = [line for line in found.says if f"{ratio:.3f} [" in line]
+        assert told and all("less" in line and "more" not in line for line in told)
     same = [row for row in images.spread(unchanged, tmp_path).rows if row["role"] == "after"]
     np.testing.assert_allclose(
         [[row["ratio"], row["ratio_lo"], row["ratio_hi"]] for row in same], 1.0, rtol=1e-6

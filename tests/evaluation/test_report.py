@@ -112,6 +112,8 @@ def test_what_a_shift_allows(tiny_comparison):
     # the cause is named where the control stood still
     assert "control" in alone and "control" not in beside
     assert not re.search(r"\d", none)
+    assert {line.partition(":")[0] for line in (alone, beside, none)} == {alone.partition(":")[0]}
+    assert none not in report.summary(tiny_comparison, {"reward-shift": shift(5.0, 0.1)})
 
 
 def test_what_is_not_allowed(tiny_comparison, unchanged, monkeypatch):

@@ -144,6 +144,8 @@ def test_a_drifting_control_is_called_so():
     *of_roles, verdict = rewards._trajectory_says(drifting)
     for (role, found), line in zip(drifting.items(), of_roles, strict=True):
         assert f"[{found['spread_lo']:+.2f}, {found['spread_hi']:+.2f}]" in line, role
+        # whether the interval holds zero
+        assert ("not" in line.split()) == (role == "after"), line
     assert f"{abs(drifting['control']['mean'] / drifting['after']['mean']):.1%}" in verdict
     verdict = rewards._trajectory_says(_roles(planted_values(0, 0.2)))[-1]
     assert "control" in verdict and "%" not in verdict

@@ -38,7 +38,7 @@ def test_made_once_and_found_by_another_process(tmp_path):
 
 def test_folders_named_by_their_kind_refuse_other_inputs(tmp_path):
     assert Store(tmp_path, hashed=False).make("kind", {"x": 1}, Maker()).folder == tmp_path / "kind"
-    with raising(str(tmp_path / "kind")):
+    with raising(str(tmp_path / "kind"), "inputs"):
         Store(tmp_path, hashed=False).make("kind", {"x": 2}, Maker())
 
 

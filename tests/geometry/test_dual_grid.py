@@ -35,5 +35,5 @@ def test_an_open_square_ends_where_it_ends():
 
 
 def test_a_mesh_between_the_lines_is_refused():
-    with raising("4"):
+    with raising("grid", " 4 ", "none"):
         dual_grid(torch.full((3, 3), 0.1) + 0.01 * torch.eye(3), torch.tensor([[0, 1, 2]]), 4)

@@ -85,7 +85,7 @@ def test_refuses_bad_values(values, names):
 
 def test_from_dict_refuses_missing_and_unknown_fields():
     values = SlabSpec().to_dict()
-    with raising("colour"):
+    with raising("'colour'", str(sorted({*values, "colour"}))):
         SlabSpec.from_dict({**values, "colour": 1})
     del values["crop"]
     with raising("'crop'", str(sorted(values))):
@@ -154,7 +154,7 @@ def test_what_needs_axes_refuses_it():
     ws = torch.zeros(1, 2, 3)
     with raising("'skewed'", "points()"):
         spec.axes()
-    with raising("separable"):
+    with raising("impl='separable'", "'skewed'"):
         sigma_grid(StandIn(), ws, spec, impl="separable")
     with raising("axes", "'skewed'"):
         extract_mesh(torch.zeros(spec.shape), spec)

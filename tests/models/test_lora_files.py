@@ -254,7 +254,7 @@ def test_more_refusals(model, tmp_path):
     write_adapter(model, tmp_path)
     with raising(CONFIG, "alpha", "8", "4"):
         read_weights(tmp_path, alpha=4)
-    with raising(ADAPTER):
+    with raising(ADAPTER, "adapters"):
         load_weights(model, read_weights(tmp_path))
     state = AdaptableFlow().state_dict()
     state["extra"] = state.pop("pos_emb")

@@ -159,5 +159,5 @@ def test_an_object_is_cut_out_by_its_mask_with_its_places():
     seen = told["pointmap"].flatten(1) * unit[:, None] + shift[:, None]
     assert seen[:, seen.isfinite().all(0)][2].median() == pytest.approx(2.5, abs=0.2)
     assert "pointmap" not in object_inputs(pixels, None, cut)
-    with raising("picture"):
+    with raising("mask"):
         object_inputs(pixels * 0, points, cut)

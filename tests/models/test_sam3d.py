@@ -59,13 +59,13 @@ def test_a_sample_is_the_same_in_any_batch():
 def test_latents_and_steps_that_are_refused():
     model = flow()
     x, t, cond = drawn()
-    with raising("6drotation_normalized", "shape", "scale", "shape"):
+    with raising("MixtureFlow.x_t", "6drotation_normalized", "scale, shape."):
         model({name: x[name] for name in ("shape", "scale")}, t, cond)
     with raising("[0.5, 0.5]"):
         flow(is_shortcut_model=False)(x, t, cond, torch.full([2], 0.5))
     with raising("[0.0, 0.0]"):
         VoxelFlow(VoxelFlowConfig(**SMALL))(*inputs(), torch.zeros(2))
-    with raising("shape", "qk_rms_norm"):
+    with raising("MixtureConfig", "12 / 2", "qk_rms_norm"):
         flow(latent_share_transformer={"all": tuple(LATENTS)})
 
 

@@ -94,7 +94,7 @@ def test_shapes_that_do_not_fit_are_refused():
         SparseBatch(torch.zeros(4, 4, dtype=torch.int32), torch.zeros(3, 1), 1)
     with raising("coords", "contiguous"):
         SparseBatch(torch.zeros(4, 4, dtype=torch.int32).T, torch.zeros(4, 1), 1)
-    with raising("none"):
+    with raising("collate", "none"):
         collate([])
     with raising("'SparseSample'", "'Tensor'"):
         collate([SAMPLES[0], dense(0)])

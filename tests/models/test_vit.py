@@ -61,7 +61,7 @@ def test_names_are_those_of_torch_hub_and_sizes_those_of_the_tensors():
     assert SMALL.tokens == 7
     with raising("'cls_token'"):
         DinoConfig.of_state({}, "x")
-    for changes, name in (({"hidden_act": "relu"}, "relu"), ({"image_size": 9}, "9")):
+    for changes, name in (({"hidden_act": "relu"}, "'relu'"), ({"image_size": 9}, "image_size=9")):
         with raising(name):
             DinoConfig.of({**vars(SMALL), **changes})
 

@@ -22,6 +22,7 @@ from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
 from eg3d_rlhf.tuning.flow.toy.pipeline import COLOURS, SHAPES
+from eg3d_rlhf.tuning.flow.tune import NOTHING
 from eg3d_rlhf.tuning.flow.work import CHOOSE, SHOWN, TEST, TRAIN, Work
 from tests.modes.flow_works import (
     answer_all,
@@ -150,7 +151,7 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
     said = flow("new", "WORK", *told(kind, here), "--device=cpu", "--set=split=0.4,0.4,0.2")
     work = Work.open(here / "WORK")
     assets = 4 * len(work.names(*SHOWN))
-    assert f"{assets} assets" in said and said.splitlines()[-1].endswith("WORK")
+    assert f"{assets} assets" in said and said.rstrip().endswith(" ".join(("flow", "draw", "WORK")))
     assert f"{assets} assets" in flow("draw", "WORK", "--device=cpu", *CELLS.get(kind, ()))
     liked = goodness(work, kind)
 
@@ -170,7 +171,10 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
     said = flow("tune", "WORK", *SMALL, *(["--lr=2e-3"] if kind == "toy" else []))
     report = json.loads((here / "WORK" / "tune-00" / "report.json").read_text())
     assert report["kept"] and report["labels"]["answers"] >= assets
-    assert all(stage in said for stage in report["kept"]), said
+    for stage, found in report["stages"].items():
+        figures = [f"{found[arm]['accuracy']:.3f}" for arm in ("held_out", "control")]
+        row = next(line for line in said.splitlines() if line.startswith(f"| {stage} |"))
+        assert all(figure in row for figure in figures) and (NOTHING in row) == (stage not in report["kept"])
 
     for against in ("base", "control"):
         with serving(

@@ -35,7 +35,9 @@ def here(tmp_path, monkeypatch):
 
 def test_the_toy_brings_its_prompts_or_takes_some_of_them(here):
     said = flow("new", "WORK", "--pipeline=toy")
-    assert {"192", "116", "38"} <= set(re.findall(r"\d+", said)) and said.splitlines()[-1].endswith("WORK")
+    assert {"192", "116", "38"} <= set(re.findall(r"\d+", said)) and said.rstrip().endswith(
+        command("draw", "WORK")
+    )
     work = Work.open(here / "WORK")
     assert [len(work.splits[split]) for split in SPLITS] == [116, 38, 38]
     assert work.up == "z" and work.precision == "float32"

@@ -57,7 +57,7 @@ def test_ties_are_left_out_and_counted():
 def test_too_few_labels_and_bad_shares_are_explained():
     with raising("val", "test", "1"):
         split_by_seed(pairs([(1, 2)]))
-    with raising("0.5"):
+    with raising("(0.5, 0.5, 0.5)"):
         split_by_seed(pairs([(1, 2)]), (0.5, 0.5, 0.5))
 
 

@@ -221,20 +221,20 @@ def test_the_labelling_tools_fields_are_read_and_files_stand_for_assets(tmp_path
 MISTAKES = {
     "all good": (
         [thumb("a", True), thumb("b", True)],
-        ("2", "good"),
+        ("lines 1 to 2", "good"),
     ),
     "ties": (
         [{"asset": n, "rank": 3} for n in "abc"],
-        ("3", "ties"),
+        ("lines 1 to 3", "ties"),
     ),
-    "scores alike": ([{"asset": n, "score": 3} for n in "abc"], ("scores", "3")),
+    "scores alike": ([{"asset": n, "score": 3} for n in "abc"], ("scores", "lines 1 to 3")),
     "alone": (
         [thumb("a", True), {"asset": "d", "thumb": False}],
-        ("2", "condition"),
+        ("lines 1 to 2", "condition"),
     ),
     "unknown": (
         [thumb("a", True), thumb("nose", True)],
-        ("line 2", "4", "(a, b, c, ...)", "'nose'"),
+        ("line 2", "4 ", "(a, b, c, ...)", "'nose'"),
     ),
     "condition": (
         [thumb("d", True)],

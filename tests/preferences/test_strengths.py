@@ -226,7 +226,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, text):
 def test_held_needs_a_file_of_the_tool(tmp_path):
     source = write(tmp_path / "j.jsonl", records(3, 1))
     done = call(source, f"--held={source}")
-    rejected(done, "--held")
+    rejected(done, "--held", str(source), "--out")
 
 
 # Strengths against closed forms and a published table; cycles against counting by hand.

@@ -121,7 +121,7 @@ def test_pairs_for_validation_are_disjoint_and_of_both_kinds():
     pairs = to_pairs(labels)
     assert len(pairs) == 14 and len({s for p in pairs for s in (p.winner, p.loser)}) == 28
     assert all(p.winner % 2 == 0 and p.loser % 2 == 1 and p.winner for p in pairs)
-    with raising("1", "0"):
+    with raising("unpaired", " 1 ", " 0 "):
         to_pairs(thumbs(1))
 
 

@@ -180,7 +180,7 @@ def test_the_backbone_stays_out_of_files_and_in_eval_mode(backbone, tmp_path, mo
     assert build(network.describe()).describe() == network.describe()
     other = ResNet50().state_dict()
     torch.save({**other, "bn1.bias": other["bn1.bias"] + 1}, moved)
-    with raising("--backbone", str(moved)):
+    with raising("--backbone", str(moved), network.describe()["backbone_sha256"][:12]):
         build(network.describe())
 
 
@@ -188,12 +188,12 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(labels, tiny_networks, t
     weights = tmp_path / "other.pth"
     torch.save({"conv1.weight": torch.zeros(64, 3, 3, 3)}, weights)
     for flags, names in (
-        (["--preset=resnet50"], ("--backbone",)),
+        (["--preset=resnet50"], ("--backbone", "ResNet-50", "none")),
         (["--preset=resnet50", f"--backbone={tmp_path / 'none.pth'}"], ("--backbone", "none.pth")),
-        (["--preset=resnet50", f"--backbone={weights}"], ("other.pth",)),
-        ([f"--backbone={weights}"], ("--backbone",)),
+        (["--preset=resnet50", f"--backbone={weights}"], ("other.pth", "missing: bn1.bias")),
+        ([f"--backbone={weights}"], ("--backbone", "small", "other.pth")),
         (["--resolution=32"], ("[1, 2, 64, 64]",)),
-        (["--crop", *[0.1] * 6], ("--crop",)),
+        (["--crop", *[0.1] * 6], ("--crop", "depth", "(0.1, 0.1, ")),
         (["--preset=heads"], ("'heads'",)),
     ):
         result = run(*flags, f"--network={tiny_networks}", f"--labels={labels}", f"--out={tmp_path / 'run'}")
@@ -323,13 +323,13 @@ def test_a_generators_own_rays_and_cameras():
 def test_what_a_generator_cannot_give_is_refused_in_one_line():
     for names, cameras, views in (
         (("--observation=depth", "0.5"), {"radius": 0.5}, 1),
-        (("views", "2"), {}, 2),
+        (("views", "1 or 3", " 2."), {}, 2),
     ):
         with raising(*names):
             Depth.of(stand_in(**cameras), views=views)
     observation = Depth.of(stand_in(), resolution=PIXELS)
     assert observation.misfits(stand_in()) == [] and len(observation.misfits(stand_in(radius=3.0))) == 2
-    with raising("--reward-ckpt", "rays"):
+    with raising("--reward-ckpt", "rays", "(2.2, 3.2)", "(1, 5)"):
         check_reward(Reward(observation, small()), stand_in(span=(1, 5)), "--reward-ckpt")
 
 

@@ -124,7 +124,7 @@ def test_standard_of_known_scores(members):
     )
     with raising("[0.0, 0.0, 0.0]"):
         Standard.of(members, [slabs(1)])
-    with raising("3", "2"):
+    with raising("ensemble", " 3 ", " 2."):
         RewardEnsemble(members, standard=found)
 
 
@@ -169,7 +169,7 @@ def test_members_may_differ_in_architecture(members, tmp_path):
     ("change", "names"),
     [
         ({"scales": [1.0]}, ("[1.0]",)),
-        ({"kind": "most"}, ("--aggregate",)),
+        ({"kind": "most"}, ("--aggregate", "'most'")),
         ({"offsets": None}, ("offsets", "scales")),
     ],
 )
@@ -309,8 +309,8 @@ def test_bootstrap_draws_as_many_pairs_by_the_seed():
     ("flags", "names"),
     [
         (["--aggregate=min"], ("--members", "--aggregate=min", "1")),
-        (["--shared-start"], ("--shared-start",)),
-        (["--members=2", "--strength=1"], ("--strength",)),
+        (["--shared-start"], ("--members", "--shared-start", "1")),
+        (["--members=2", "--strength=1"], ("--strength", "--aggregate=lcb", "none")),
         (["--members=2", "--aggregate=min", "--strength=1"], ("--strength", "--aggregate=min")),
     ],
 )

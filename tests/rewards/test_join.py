@@ -118,14 +118,14 @@ def test_an_ensemble_gives_its_members(join, files, generator, tmp_path):
 @pytest.mark.parametrize(
     ("members", "aggregate", "flags", "names"),
     [
-        (["a"], "min", [], ("1",)),
-        (["a", "b", "a"], "min", [], ("a.safetensors",)),
-        (["a", "finer"], "min", [], ("finer",)),
-        (["a", "elsewhere"], "min", [], ("elsewhere",)),
-        (["a", "other psi"], "min", [], ("psi",)),
-        (["a", "startless"], "warm", [], ("--shared-start",)),
-        (["a", "b"], "min", ["--strength=1"], ("--strength",)),
-        (["a", "b"], "warm", ["--strength=1"], ("--strength",)),
+        (["a"], "min", [], ("rewards", " 1.")),
+        (["a", "b", "a"], "min", [], ("REWARD", "a.safetensors")),
+        (["a", "finer"], "min", [], ("'resolution': 24", "'resolution': 32", "finer.safetensors")),
+        (["a", "elsewhere"], "min", [], ("f" * 12, "elsewhere.safetensors")),
+        (["a", "other psi"], "min", [], ("psi", "0.7", "1.0", "other-psi.safetensors")),
+        (["a", "startless"], "warm", [], ("--aggregate=warm", "--shared-start")),
+        (["a", "b"], "min", ["--strength=1"], ("--strength", "--aggregate=min", "1.0")),
+        (["a", "b"], "warm", ["--strength=1"], ("--strength", "--aggregate=lcb", "warm")),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(join, members, aggregate, flags, names):

@@ -121,9 +121,9 @@ def test_wrong_slabs_are_explained(bad):
 def test_bad_architectures_are_explained():
     with raising("pooling", "slice_max", "grid", "'mean'"):
         RewardArch(feature_maps=(8, 16), pooling="mean")
-    with raising("colour"):
+    with raising("RewardArch", "'colour'"):
         RewardArch.from_dict({"feature_maps": [8, 16], "colour": 1})
-    with raising("12", "8"):
+    with raising("NormConv", " 12.", " 8 "):
         RewardModel(RewardArch(feature_maps=(12, 16), pool_size=16))
 
 
@@ -149,7 +149,7 @@ def test_truncated_and_foreign_files_are_explained(saved, tmp_path):
         saved.write_bytes(damaged)
         with raising("r.safetensors"):
             load_reward(saved)
-    for text, name in (('{"format": "other"}', "other"), ('{"form', "JSON")):
+    for text, name in (('{"format": "other"}', "format"), ('{"form', "JSON")):
         described.write_text(text)
         with raising(described.name, name):
             load_reward(saved)

@@ -214,9 +214,9 @@ def test_references_inside_text_and_unfinished_ones():
             ("best_model.pt", "missing: "),
         ),
         (lambda s: {**s, "more": torch.zeros(1)}, {}, ("unexpected: more",)),
-        (dict, {"[4, 8, 16]": "[8, 16]"}, ("f_maps",)),
-        (dict, {"256": "128"}, ("input_size", "128")),
-        (dict, {"field_32": "field_5"}, ("4", "[3, 3, 3]", "release_config.yaml")),
+        (dict, {"[4, 8, 16]": "[8, 16]"}, ("f_maps = (8, 16)", "(4, 8, 16)")),
+        (dict, {"256": "128"}, ("input_size = 128", "256")),
+        (dict, {"field_32": "field_5"}, (" 4 ", "[3, 3, 3]", "release_config.yaml")),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path, change, text, names):

@@ -66,8 +66,8 @@ def toy_labels(count, start=0, noise=0.0):
     return labels
 
 
-def filled(*parts):
-    store = ObservationCache(blobs)
+def filled(*parts, cache=ObservationCache):
+    store = cache(blobs)
     store.fill(s for labels in parts for label in labels for s in (label.winner, label.loser))
     return store
 
@@ -122,7 +122,7 @@ def test_resume_and_repetition_equal_the_straight_run(tmp_path, anchors):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     other = train_reward(data, with_changes(options, seed=1))
     assert not torch.equal(other.model.MLP.input_layer.weight, straight.model.MLP.input_layer.weight)
-    with raising("lr"):
+    with raising("state.pt", " lr."):
         train_reward(data, with_changes(options, lr=1e-4), state_file=path)
     path.write_bytes(b"cut")
     with raising("state.pt"):

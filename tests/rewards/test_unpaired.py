@@ -123,17 +123,18 @@ def test_resume_equals_the_straight_run(data, tmp_path):
 
 
 def test_weights_and_labels_that_do_not_go_together_are_refused(data):
-    with raising("divergence"):
+    with raising("--divergence", "--regression"):
         LossWeights(pairs=0, scalar=0, bradley_terry=0, divergence=1)
     with raising("--anchors", "4"):
         with_changes(OPTIONS, **ALONE, anchors=4)
-    with raising("none"):
+    with raising("--regression", "--divergence", "--unpaired", "none") as one_kind:
         train_reward(
             replace(data, unpaired=[label for label in data.unpaired if label.label]),
             with_changes(OPTIONS, **ALONE),
         )
-    with raising("none"):
+    with raising("--regression", "--divergence", "--unpaired", "none") as none:
         train_reward(replace(data, unpaired=()), with_changes(OPTIONS, regression=1.0))
+    assert str(one_kind.value) != str(none.value)
 
 
 def test_auc_and_silhouette_of_known_scores():

@@ -221,5 +221,5 @@ def test_landmarks_by_seed(tmp_path):
     (tmp_path / "l.json").write_text(json.dumps({"image_size": 64, "seeds": {"5": [[1, 2]] * 98}}))
     found = regions.read_landmarks(tmp_path / "l.json")
     assert found.of(5).shape == (98, 2)
-    with raising("--landmarks", "6"):
+    with raising("--landmarks", "seed 6", "5"):
         found.of(6)

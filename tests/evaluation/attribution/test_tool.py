@@ -42,21 +42,21 @@ def test_dry_run_is_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"),
+    ("arguments", "names"),
     [
-        (["--method=antithetic", "--set=permutations=5"], "permutations"),
-        (["--regions=none.npy"], "--regions"),
-        (["--set=steps=99999"], "steps"),
-        (["--set=step=4"], "--set"),
-        (["--settings=nowhere.json"], "nowhere.json"),
-        (["--regions=landmarks"], "--set landmarks"),
-        (["--regions=people", "--set=psi=0.7"], "--set psi"),
-        (["--set=landmarks=none.json"], "--set landmarks="),
-        (["--set=landmarks=x.json", "--regions=boxes"], "--regions=landmarks"),
+        (["--method=antithetic", "--set=permutations=5"], ["--set permutations=", "even", "5"]),
+        (["--regions=none.npy"], ["--regions", "none.npy"]),
+        (["--set=steps=99999"], ["steps", "99999"]),
+        (["--set=step=4"], ["--set", "'step'"]),
+        (["--settings=nowhere.json"], ["--settings", "nowhere.json"]),
+        (["--regions=landmarks"], ["--set landmarks", "--regions=landmarks"]),
+        (["--regions=people", "--set=psi=0.7"], ["--set psi", "0.7"]),
+        (["--set=landmarks=none.json"], ["--set landmarks=", "none.json"]),
+        (["--set=landmarks=x.json", "--regions=boxes"], ["--set landmarks", "--regions=landmarks"]),
     ],
 )
-def test_wrong_settings(tmp_path, arguments, name):
-    check_error(call(*arguments, "--n=2", f"--out={tmp_path / 'out'}"), name)
+def test_wrong_settings(tmp_path, arguments, names):
+    check_error(call(*arguments, "--n=2", f"--out={tmp_path / 'out'}"), *names)
 
 
 @pytest.mark.long

@@ -155,7 +155,7 @@ PLYS = {
     "negative": (ply_of(-5, 3), ("-5", "'vertex'", "170")),
     "huge": (ply_of("9" * 4000), ("9" * 20, "'vertex'", "4,168")),
     "word": (ply_of("many"), ("PLY", "header")),
-    "header": (b"ply\n" + b"comment x\n" * 10_000, ("PLY", "header")),
+    "header": (b"ply\nformat ascii 1.0\n" + b"comment x\n" * 10_000, ("PLY", "header")),
     "cloud": (ply_of(2, 0, bytes(24)), ("mesh", "splats", "points")),
     "index": (
         ply_of(3, 1, bytes(36) + b"\3" + np.array([0, 1, 7], "<i4").tobytes()),
@@ -222,6 +222,9 @@ def test_a_material_that_leads_elsewhere_is_refused(tmp_path, library, names):
     path = files.write_obj(tmp_path / "inner" / "a.obj")
     (tmp_path / "secret.png").write_bytes(files.picture())
     (tmp_path / "inner" / "link.png").symlink_to(tmp_path / "secret.png")
+    for folder in ("http:/127.0.0.1:9", "C:"):  # as names of files, they would be there
+        (tmp_path / "inner" / folder).mkdir(parents=True)
+        (tmp_path / "inner" / folder / "x.png").write_bytes(files.picture())
     if library is None:
         path.write_text(path.read_text().replace("mtllib a.mtl", "mtllib /etc/passwd"))
     else:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
+import train
 from eg3d_rlhf.people.label import commands
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import export_assets, preferences_of
 from eg3d_rlhf.preferences.goodness import Known, read_said
+from eg3d_rlhf.tuning.flow.conditions import write_conditions
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.ranking import read_latents
 from eg3d_rlhf.tuning.flow.work import SHOWN, Work
@@ -19,6 +22,7 @@ from tests.modes.flow_works import NAMES, flow, write_prompts
 from tests.people.label.plans import QUIET, answer_all
 from tests.people.label.plans import plan as plan_of_seeds
 from tests.rejections import raising
+from tests.tuning.flow.trellis.tiny_trellis import tokens, write_trellis
 
 CONDITIONS = {"chair": {"text": "a chair of oak", "image": None}, "cup": {"text": None, "image": "cup.png"}}
 
@@ -106,13 +110,27 @@ def test_pairs_of_files_are_what_the_flow_mode_reads(five, tmp_path):
     ]
 
 
-def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path, monkeypatch):
-    """By the commands: assets are drawn, planned and exported by the labelling tool, and read as pairs."""
+FIRST_STAGE = (
+    "--mode=circular-dpo --stage=structure --pairs=WORK/pairs --steps=2 --batch=2 --lr=0.02"
+    " --set=choose_noises=0 --set=warmup=0 --set=no_summary=true --device=cpu"
+)
+
+
+@pytest.mark.parametrize("kind", ["toy", "trellis"])
+def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path, monkeypatch, kind):
+    """By the commands: assets are drawn, planned and exported by the labelling tool, and read as pairs;
+    TRELLIS, whose conditions come as a file, is trained on them.
+    """
     monkeypatch.chdir(tmp_path)
-    prompts = f"--prompts={write_prompts(tmp_path / 'prompts.txt', NAMES[:6])}"
-    flow("new", "WORK", "--pipeline=toy", prompts, "--each=3", "--set=split=0.3,0.2,0.5", "--device=cpu")
+    if kind == "toy":
+        given = ["--pipeline=toy", f"--prompts={write_prompts(tmp_path / 'prompts.txt', NAMES[:6])}"]
+    else:
+        write_conditions(tmp_path / "given.safetensors", tokens(NAMES[:6]))
+        given = [f"--pipeline={write_trellis(tmp_path / 'ROOT')}", "--conditions=given.safetensors"]
+    flow("new", "WORK", *given, "--each=3", "--set=split=0.3,0.2,0.5", "--device=cpu")
     flow("draw", "WORK", "--device=cpu")
     work = Work.open(tmp_path / "WORK")
+    assert {name for names in work.splits.values() for name in names} == set(NAMES[:6])
     choices = iter(("left", "right", "left", "tie", "right", "left"))
     extras = []
 
@@ -141,10 +159,9 @@ def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path,
 
     flow("tune", "WORK", "--labels=judged.jsonl", "--pairs-only", "--device=cpu")
     pairs = {stage: read_pairs(work.folder / "pairs" / stage)[0] for stage in work.stages}
-    assert {stage: len(found) for stage, found in pairs.items()} == {"structure": 5, "voxels": 5}
-    latents = {
-        line["look_at"]: read_latents(work.drawn() / line["latents"])["structure"] for line in work.lines()
-    }
+    second = {"toy": "voxels", "trellis": "latent"}[kind]
+    assert {stage: len(found) for stage, found in pairs.items()} == {"structure": 5, second: 5}
+    latents = {line["look_at"]: first_latent(work, line) for line in work.lines()}
     for line in (line for line in answers if not line["tie"]):
         preferred, rejected = (latents[Path(line[side]).name] for side in ("preferred", "rejected"))
         found = [
@@ -153,6 +170,20 @@ def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path,
             if pair.preferred.equal(preferred) and pair.rejected.equal(rejected)
         ]
         assert found == [line["condition"]]
+
+    if kind == "trellis":
+        done = CliRunner().invoke(train.main, [given[0], *FIRST_STAGE.split()])
+        assert done.exit_code == 0, done.output
+        (stats,) = (tmp_path / "runs" / "artefacts").glob("structure-*/training/stats.jsonl")
+        assert [line["step"] for line in lines(stats)] == [0, 2] and lines(stats)[-1]["grad_norm"] > 0
+        assert list((tmp_path / "runs").glob("00000-*/structure/adapter_model.safetensors"))
+
+
+def first_latent(work: Work, line: dict):
+    """Latent of the first stage of a drawn asset, as the family keeps it."""
+    if "structure" in line:
+        return load_file(work.drawn() / line["structure"])["mean"]
+    return read_latents(work.drawn() / line["latents"])["structure"]
 
 
 def test_rankings_are_of_each_prompt_and_bring_the_latents_along(five, tmp_path):

@@ -163,7 +163,7 @@ def test_export_and_import(planned, db, tmp_path):
 MISTAKES = {  # flags -> what the line must name
     "rare": (["--level=3"], ("--level", "--set level=VALUE")),
     "rare before a command": (["--set=level=3", "status"], ("--set level=VALUE", "--db", "status")),
-    "missing network": (["--network={tmp}/none.pkl"], ("--network", "{tmp}/none.pkl")),
+    "missing network": (["--network={tmp}/none.pkl", "-n"], ("--network", "{tmp}/none.pkl")),
     "shares": (
         ["--set=repeat_share=0.3", "--set=swap_share=0.3"],
         ("repeat_share", "swap_share", "0.5", "0.3"),
@@ -204,7 +204,7 @@ def test_mistakes(case, tmp_path):
     if not any(flag.startswith("--db") for flag in flags) and not set(flags) & set(commands.main.commands):
         flags.append(f"--db=sqlite:///{tmp_path / 'new' / 'labels.db'}")
     rejected(run(*flags), *(name.format(tmp=tmp_path) for name in names))
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists() and not (tmp_path / "none.db").exists()
 
 
 def test_a_taken_port_is_named(db, tmp_path):

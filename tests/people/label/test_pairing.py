@@ -127,6 +127,7 @@ def test_results_that_do_not_fit_are_refused(strategy, result, names):
         ({"strategy": "best"}, ("--strategy", "random", "active", "tournament", "'best'")),
         ({"psi": -1}, ("psi", "-1")),
         ({"level": np.nan}, ("level", "nan")),
+        ({"level": np.inf}, ("level", "inf")),
         ({"resolution": 8}, ("resolution", "16", "8")),
         ({"pool": 1.0}, ("pool", "2", "1.0")),
         ({"gold": -1}, ("gold", "-1")),

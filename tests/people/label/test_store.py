@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+from eg3d_rlhf.people.label.database import REFUSAL
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, ConflictError, Mode, PlannedPair
 from eg3d_rlhf.people.label.store import Store
 from tests.people.label.plans import answer, plan, shape
@@ -165,12 +166,13 @@ def test_foreign_and_unknown_assignments_are_not_found(store, work):
         (campaign, ann, "x"),
         (campaign, ann, "\0"),
     ]:
-        with pytest.raises(LookupError):
+        with raising("assignment", repr(token), kind=LookupError):
             store.submit(where, who, answer(token, "k"))
-        with pytest.raises(LookupError):
+        with raising("assignment", repr(token), kind=LookupError):
             store.undo(where, who, "u", token)
-    with pytest.raises(LookupError):
+    with pytest.raises(LookupError) as caught:
         store.assignments(campaign, 999)
+    assert "annotator" in str(caught.value) and "999" in str(caught.value)
     assert list(store.judgements()) == []
 
 
@@ -215,8 +217,9 @@ def test_the_database_refuses_to_change_judgements(store, work, database_url):
         *statements,
         *([] if database_url.startswith("sqlite") else ["TRUNCATE judgements CASCADE"]),
     ]:
-        with pytest.raises(DBAPIError), store.database.write() as c:
+        with pytest.raises(DBAPIError) as caught, store.database.write() as c:
             c.execute(text(statement))
+        assert REFUSAL in str(caught.value), statement
     assert [row.choice for row in store.judgements()] == ["left", "left"]
 
 
@@ -230,8 +233,9 @@ def test_sqlite_refuses_from_other_programs_too(tmp_path):
             "DELETE FROM judgements",
             "INSERT OR REPLACE INTO judgements SELECT * FROM judgements",
         ):
-            with pytest.raises(sqlite3.IntegrityError):
+            with pytest.raises(sqlite3.IntegrityError) as caught:
                 other.execute(statement)
+            assert REFUSAL in str(caught.value), statement
         assert other.execute("SELECT choice FROM judgements").fetchall() == [("left",)]
     other.close()
 

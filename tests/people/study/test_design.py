@@ -45,11 +45,19 @@ def test_a_design_survives_the_disk_with_its_hash(tmp_path):
     assert read_design(path) == design
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"hash": "x", "format": 99}'])
-def test_what_is_no_design_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", ("JSON",)),
+        ("{}", ("JSON", "'hash'")),
+        ("[]", ("JSON",)),
+        ('{"hash": "x", "format": 9001}', ("9001",)),
+    ],
+)
+def test_what_is_no_design_is_refused(tmp_path, text, names):
     path = tmp_path / "design.json"
     path.write_text(text)
-    with raising(str(path)):
+    with raising(str(path), *names):
         read_design(path)
     with raising(str(tmp_path / "none.json"), kind=FileNotFoundError):
         read_design(tmp_path / "none.json")

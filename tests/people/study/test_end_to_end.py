@@ -2,6 +2,7 @@
 and the page shows what they did.
 """
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -122,6 +123,9 @@ def test_interim_reports_are_named_so_and_one_on_nothing_that_counts_is_still_a_
     analysis = reports.compute(design, [replace(r, milliseconds=1) for r in rows], pictures=2)
     _, page = reports.write(analysis, tmp_path)
     assert analysis["result"]["win_rate"] is None and _conclusions(page) == 1
+    text = page.read_text()
+    assert len(analysis["exclusions"]) == 2
+    assert all(html.escape(left_out["reason"]) in text for left_out in analysis["exclusions"])
     empty = reports.compute(design, [], interim=True, pictures=2)
     assert _conclusions(reports.write(empty, tmp_path)[1]) == 2, "that it is an interim look as well"
 

@@ -139,8 +139,9 @@ def test_a_reward_or_judge_that_answers_nonsense():
         def score(self, pixels, prompts):
             return torch.full((len(pixels),), math.nan)
 
-    with raising("--reward", "[8]", "NaN"):
+    with raising("--reward", "[8]", "NaN") as caught:
         dpo(made, Bad(made))(*args)
+    assert str(caught.value).count("[8]") == 2  # asked for and given
     judge = Prefers(Towards(made))
     judge.judge = lambda prompts, pairs: [2] * len(pairs)
     with raising("--judge", "4", "0, 1 or -1"):

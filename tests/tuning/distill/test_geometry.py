@@ -124,7 +124,7 @@ def test_an_inverted_reward_is_climbed_down_and_a_ramp_has_a_length():
             )
         )
     assert torch.equal(moved[0][0], -moved[1][0]) and torch.allclose(moved[0][1], -moved[1][1], atol=1e-6)
-    with raising("geometry_start"):
+    with raising("--set geometry_start=1"):
         ProgressiveGeometry(linear, GeometrySettings(geometry_start=1.0), 10)
 
 

@@ -78,7 +78,7 @@ def test_the_prior_knows_the_head_that_is_named_and_where_the_camera_stands():
         for c in (cameras, cameras.flip(0))
     )
     assert float(seen.abs().max()) < 1e-3 and float(turned[0].abs().max()) > 0.1
-    with raising("'a cube'"):
+    with raising("--prompt", "'a cube'"):
         heads.check(("a cube",), None, comparison=False)
 
 
@@ -120,7 +120,7 @@ def test_controls_of_a_geometry_reward():
     assert not torch.allclose(other, kept)
     for old, new in zip(learned.reward.parameters(), dealt.reward.parameters(), strict=True):
         assert torch.equal(old.flatten().sort().values, new.flatten().sort().values)
-    with raising("+geometry-random"):
+    with raising("+geometry-random", "--geometry-reward"):
         dealt_anew(OneNose(), 0)
 
 

@@ -99,10 +99,15 @@ def test_settings_that_do_not_fit(kind, settings, name):
             DreamDpoSettings(ranking=RankingSettings(judge_mode="or")),
             None,
             Prefers(None),
-            ("--reward", "or"),
+            ("--reward", "judge"),
         ),
-        (PsdSettings(negative_update="reward"), None, Prefers(None), ("negative_update",)),
-        (DreamRewardSettings(), sided, None, ("cameras",)),
+        (
+            PsdSettings(negative_update="reward"),
+            None,
+            Prefers(None),
+            ("--set negative_update=reward", "judge"),
+        ),
+        (DreamRewardSettings(), sided, None, ("--reward", "cameras")),
         (DreamRewardSettings(), blind, None, ("--reward", "differentiable")),
     ],
 )

@@ -129,7 +129,7 @@ def test_times():
         range(20, 41)
     )
     assert len(window.draw(0, 2, 100, draws, shared=False).unique()) > 50
-    with raising("low", "high"):
+    with raising("TimeWindow", "low", "high", "500", "20", "10"):
         TimeWindow(low=Ramp(0.5), high=Ramp((0, 0.98, 0.02, 10))).at(10)
 
 
@@ -149,15 +149,15 @@ class Broken:
 def test_hostile_priors_and_settings():
     made = prior()
     x, t, prompts = some()
-    with raising("--prior"):
+    with raising("--prior", "NaN"):
         sds(Broken(made))(x, t, prompts, None, 0)
     four = Broken(made)
     four.views = 4
-    with raising("views", "6", "4"):
+    with raising("--set views=6", "4"):
         Sds(four, SdsSettings(), views=6, streams=STREAMS)
-    with raising("view_prompts", "cameras"):
+    with raising("--set view_prompts=True", "cameras"):
         sds(made, view_prompts=True)(x, t, prompts, None, 0)
-    with raising("(0, 1.0, 2.0, 3, 4.0)"):
+    with raising("Ramp", "(0, 1.0, 2.0, 3, 4.0)"):
         Ramp((0, 1.0, 2.0, 3, 4.0))
-    with raising("1.0"):
+    with raising("TimeWindow", "[0.02, 1.0]"):
         TimeWindow(high=Ramp(1.0))

@@ -210,7 +210,8 @@ def test_the_rule():
     assert verdict(5, good, None, names).learnt and verdict(5, good, coin, names).learnt
     assert not verdict(0, good, coin, names).learnt and not verdict(5, coin, None, names).learnt
     said = verdict(5, good, good, names)
-    assert not said.learnt and said.above_control[1] <= 0 and said.why
+    assert not said.learnt and said.above_control[1] <= 0
+    assert all(f"{figure:+.3f}" in said.why for figure in said.above_control)  # the control is the reason
     assert confidence_of(1) == confidence_of(2) == 0.95 and confidence_of(5) == pytest.approx(0.98)
     assert isinstance(good, Accuracy) and good.shown()["pairs"] == 120
     # of the preferred ones' error: pairs in order, assets worse

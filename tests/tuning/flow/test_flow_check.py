@@ -1,5 +1,6 @@
 """`eg3d-rlhf flow check`: what a folder holds, on one screen, and exit code 0 only where all of it fits."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -56,10 +57,29 @@ def test_a_folder_that_fits_says_what_it_is_and_what_it_is_good_for(root):
     for word in ("hunyuan3d", "config.yaml", "more.bin", "LICENSE", "float16", "released"):
         assert word in text, word
     assert family_of(root).notice in " ".join(text.split())
-    assert "shape" in row(text, "can ") and "export" in row(text, "can ") and not row(text, "cannot")
+    assert all(word in row(text, "can ") for word in ("shape", "pairs", "export")) and not row(text, "cannot")
     network = family.read_sections(root / "model.fp16.ckpt")["model"]
     size = sum(tensor.numel() for tensor in network.values())
     assert f" {len(network)} " in text and f" {size:,} " in " ".join(text.split())
+
+
+def test_sizes_are_held_against_the_released_ones(root, monkeypatch):
+    unlike = re.compile(r"\b(other|not|no|differ\w*|unlike)\b")
+    known = family_of(root)
+    network = next(iter(known.networks(root)))
+    size = sum(math.prod(tensor.shape) for tensor in network.found.values())
+    count = len(network.found)
+    for released, marked, odd in (
+        (None, False, False),
+        ((count, size), True, False),
+        ((count, size + 1), True, True),
+        ((count + 1, size), True, True),
+    ):
+        networks = [replace(network, released=released)]
+        made = replace(known, networks=lambda root, networks=networks: networks)
+        monkeypatch.setattr(flow_check, "family_of", lambda root, say, made=made: made)
+        said = row(looked(root)[1], "network")
+        assert ("released" in said) == marked and bool(unlike.search(said)) == odd, (released, said)
 
 
 def test_what_does_not_fit_is_named_and_what_may_be_missing_is_told(root):
@@ -81,7 +101,9 @@ def test_what_does_not_fit_is_named_and_what_may_be_missing_is_told(root):
         vae=lambda state: {name: x for name, x in state.items() if not name.startswith(family.ENCODER_HALF)},
     )
     code, text = looked(root)
-    assert code == 0 and row(text, "cannot") and not row(text, "FAULT")
+    (lost,) = [network for network in family_of(root).networks(root) if not network.found]
+    assert code == 0 and lost.name in row(text, "cannot") and lost.without in row(text, "cannot")
+    assert not row(text, "FAULT") and "pairs" not in row(text, "can ")
     changed(
         root, vae=lambda state: {name: x[None] if name == "post_kl.bias" else x for name, x in state.items()}
     )

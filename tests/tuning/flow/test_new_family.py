@@ -176,7 +176,10 @@ def test_flags_of_trellis_are_refused_elsewhere(root, tmp_path):
     write_conditions(tmp_path / "c.safetensors", conditions())
     flow("new", tmp_path / "WORK", f"--pipeline={root}", f"--conditions={tmp_path / 'c.safetensors'}")
     (tmp_path / "SAMPLES").mkdir()
-    for flags, names in ((["--set=views=2"], ("--set views", "points")), ([], ("ranking.jsonl",))):
+    for flags, names in (
+        (["--set=views=2"], ("--set views", "points")),
+        ([], ("--labels", "ranking.jsonl", "SAMPLES")),
+    ):
         labels = f"--labels={tmp_path / 'SAMPLES'}"
         check_message(flow("tune", tmp_path / "WORK", labels, "--pairs-only", *flags, code=2), names)
 

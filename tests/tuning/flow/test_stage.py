@@ -400,7 +400,7 @@ def test_what_else_is_refused():
         KINDS["named"].check("pair", NamedSample({"size": torch.ones(5, 2), "pose": torch.ones(1, 3)}), "")
     with raising("pair", "pose", "[1, 3]", "[1, 4]"):
         KINDS["named"].check("pair", NamedSample({"shape": torch.ones(5, 2), "pose": torch.ones(1, 4)}), "")
-    with raising("pair", "voxel", "4", "0"):
+    with raising("pair", "voxel", "4 given", "0"):
         KINDS["voxels"].check("pair", SparseSample(PLACES, torch.ones(3, 2)), "")
     with raising("collate", "1 of 2"):
         collate([SparseSample(PLACES, torch.ones(3, 2)), latents("voxels", 1)[0]])

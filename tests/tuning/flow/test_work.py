@@ -122,9 +122,9 @@ def test_another_pipeline_than_that_of_the_folder_is_refused(work):
     name = next(iter(work.files))
     digest, *_ = work.files[name]
     assert replace(work, files={**work.files, name: [digest, 0, 0]}).check_pipeline()  # touched, but the same
-    with raising("WORK", name):
+    with raising("WORK", f"{name}.safetensors"):
         replace(work, files={**work.files, name: ["0" * 64, 0, 0]}).check_pipeline()
-    with raising("WORK", str(work.folder)):
+    with raising("WORK", str(work.folder), "structure, voxels"):
         replace(work, files={"other": ["", 0, 0]}).check_pipeline()
 
 

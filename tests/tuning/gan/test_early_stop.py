@@ -242,4 +242,6 @@ def test_without_a_second_reward_it_is_refused(tiny_data, tiny_networks, tiny_re
 
 def test_the_control_keeps_its_last_and_says_so():
     result = tiny_runs.run("-n", "--reward=sigma", "--lambda-r=0", "--early-stop=1")
-    assert result.exit_code == 0 and "--early-stop" in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 0 and line.startswith("Warning: ")
+    assert "--early-stop" in line and "--lambda-r=0" in line

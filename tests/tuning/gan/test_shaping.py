@@ -147,17 +147,17 @@ def test_clip_mistakes(spec):
 
 
 @pytest.mark.parametrize(
-    ("config", "name"),
+    ("config", "names"),
     [
-        ({"anchor_gate": -0.1}, "anchor_gate"),
-        ({"anchor_gate": 1.1}, "anchor_gate"),
-        ({"anchor_gate": math.nan}, "anchor_gate"),
-        ({"anchor_gate": 0.1, "lambda_sigma": 0.0}, "--lambda-sigma"),  # nothing to gate
-        ({"anchor_gate": 0.1, "reward_clip": "none"}, "--reward-clip"),  # nothing above
+        ({"anchor_gate": -0.1}, (">= 0", "-0.1")),
+        ({"anchor_gate": 1.1}, ("<= 1", "1.1")),
+        ({"anchor_gate": math.nan}, ("anchor_gate", "nan")),
+        ({"anchor_gate": 0.1, "lambda_sigma": 0.0}, ("--lambda-sigma",)),  # nothing to gate
+        ({"anchor_gate": 0.1, "reward_clip": "none"}, ("--reward-clip",)),  # nothing above
     ],
 )
-def test_gate_mistakes(config, name):
-    with raising("gate", name):
+def test_gate_mistakes(config, names):
+    with raising("gate", *names):
         RewardConfig(**config)
 
 

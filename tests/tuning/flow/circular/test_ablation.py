@@ -9,7 +9,7 @@ import torch
 
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.experiments.table import rate, write
+from eg3d_rlhf.experiments.table import rate, with_interval, write
 from eg3d_rlhf.tuning.flow.circular import ablation
 from eg3d_rlhf.tuning.flow.circular import loop as circular_loop
 from eg3d_rlhf.tuning.flow.circular.ablation import ARMS, GROUPS, Ablation, AblationPlan, letters, tabled
@@ -196,7 +196,8 @@ def test_the_table_in_json_markdown_and_figure(whole, tmp_path):
     text = paths[1].read_text()
     rows = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("|")]
     assert all(f"({letter})" in rows for letter in GROUPS if len(letter) == 1)
-    assert f"{data['pairwise']['a_vs_d']['win_rate']:.3f}" in text
+    rated = with_interval(data["pairwise"]["a_vs_d"])
+    assert any("(a)" in line and "(d)" in line and rated in line for line in text.splitlines())
     assert paths[2].read_bytes()[:4] == b"\x89PNG"
 
 

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import train
+from eg3d_rlhf.experiments.table import with_interval
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes import offline as commands
@@ -159,7 +160,10 @@ def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
         and len(found["pairwise"]) == 15
         and found["training_seeds"] == [0, 1]
     )
-    assert found["arms"]["dpo"]["answers"] == 12 and all(name in result.stdout for name in arms.ARMS)
+    assert found["arms"]["dpo"]["answers"] == 12
+    for name, rated in found["pairwise"].items():
+        cells = " | ".join([*name.split("_vs_"), with_interval(rated)])
+        assert f"| {cells} |" in result.stdout, name
 
 
 def test_a_folder_is_tuned_by_thumbs_on_what_it_drew(tmp_path):

@@ -233,26 +233,26 @@ def test_the_stage_itself_is_left_as_it_is(tmp_path):
 BROKEN = {
     "none": ([], ("none",)),
     "even": ([replace(one, r=0.5) for one in singles(2)], ("6",)),
-    "twice": (singles(2) * 2, ("6",)),
-    "another stage": (singles(2, "structure"), ("structure",)),
-    "r": ([replace(one, r=1.2) for one in singles(2)], (" r ", "1.2")),
+    "twice": (singles(2) * 2, ("6", "'pair-0-preferred'")),
+    "another stage": (singles(2, "structure"), ("'pair-0-preferred'", "'structure'")),
+    "r": ([replace(one, r=1.2) for one in singles(2)], (" r ", "1.2", "'pair-0-preferred'")),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_assets_that_cannot_be_trained_on(case, tmp_path):
     data, names = BROKEN[case]
-    with raising("voxels", *names):
+    with raising("(voxels)", *names):
         train_singles(TinyPipeline(), "voxels", data, LOSSES["nft"], tmp_path / "run", say=silent)
     assert not (tmp_path / "run").exists()
 
 
 def test_ties_everywhere_and_a_batch_that_cannot_be_divided(tmp_path):
     tied = [replace(one, r=0.8 if one.condition == "a" else 0.4) for one in singles(4)]
-    with raising("voxels", "ties"):
+    with raising("(voxels)", "ties"):
         run(tmp_path / "run", "dgpo", tied)
     pipeline, stage, policy, reference, _ = parts("nft", LOSSES["nft"], singles(2))
-    with raising("batch", "5", "2"):
+    with raising("batch_gpu", "5", "2", "12"):
         SingleUpdates(pipeline, stage, singles(2), LOSSES["nft"], policy, reference, Ranks(world=5))
 
 

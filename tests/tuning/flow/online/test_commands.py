@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 
 import train
+from eg3d_rlhf.experiments.table import with_interval
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import collate
@@ -179,7 +180,10 @@ def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
         0,
         1,
     ]
-    assert (folder / "voxels").is_dir() and all(name in result.stdout for name in names.split(","))
+    assert (folder / "voxels").is_dir()
+    for name, rated in found["pairwise"].items():
+        cells = " | ".join([*name.split("_vs_"), with_interval(rated)])
+        assert f"| {cells} |" in result.stdout, name
 
 
 def test_pairs_of_samples_are_ordered_by_the_reward_within_groups():

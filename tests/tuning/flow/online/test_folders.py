@@ -42,7 +42,7 @@ def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
     for flags, names in (
         (["--reward=right"], ("--conditions", "--pipeline", "--pairs")),
         ([known, "--reward=right", "--set=views=3"], ("--set views", "points")),
-        ([known], ("--reward",)),
+        ([known], ("--reward", "none")),
     ):
         rejected(call(tmp_path, *flags), *names)
     done = call(tmp_path, known, "--reward=right", "--set=desc=x")

@@ -356,8 +356,8 @@ def test_what_is_not_trained_on_and_falls_is_told():
 
 def test_wrong_settings_are_named(tmp_path):
     for changes, names in [
-        ({"group": 1}, ("group", "2")),
-        ({"noise": 0.0}, ("noise", "0")),
+        ({"group": 1}, ("group", ">= 2", "1")),
+        ({"noise": 0.0}, ("noise", "> 0", "0.0")),
         ({"loss": "ppo"}, ("--loss", "nft", "dgpo", "ppo")),
         ({"lora": LoraConfig(dropout=0.1)}, ("dropout", "0.1")),
         ({"loss": "dgpo", "batch_gpu": 4}, ("dgpo", "6", "4")),

@@ -182,11 +182,11 @@ def cut(content):
             lambda c: cut(c).append({"_target_": "sam3d_objects.flip"}),
             ("ss_preprocessor", "flip"),
         ),
-        ("pipeline.yaml", lambda c: cut(c).pop(), ("ss_preprocessor",)),
+        ("pipeline.yaml", lambda c: cut(c).pop(), ("ss_preprocessor", "resize_all_to_same_size")),
         (
             "pipeline.yaml",
             lambda c: c["ss_preprocessor"]["mask_transform"]["transforms"][1].pop("interpolation"),
-            ("ss_preprocessor",),
+            ("ss_preprocessor", "resize_all_to_same_size", "crop_around_mask_with_padding"),
         ),
         (
             "pipeline.yaml",
@@ -196,7 +196,7 @@ def cut(content):
         (
             "pipeline.yaml",
             lambda c: c["ss_preprocessor"]["pointmap_normalizer"].update(_target_="x.Other"),
-            ("Other",),
+            ("ss_preprocessor", "ObjectCentricSSI", "Other"),
         ),
     ],
 )

@@ -191,7 +191,7 @@ def rewrite(folder, stage, change=lambda pairs: pairs, **meta):
 
 def test_mismatched_pair_files_are_refused(trellis_root, copied):
     rewrite(copied, LATENT, lambda pairs: pairs[:-1])
-    with raising("'structure'", "'latent'", "1"):
+    with raising("'structure'", "'latent'", "1", "'a boat/1>2'"):
         trellis_problem(trellis_root, copied)
 
 

@@ -124,7 +124,7 @@ def test_what_train_refuses(trellis2_root, tmp_path):
     plain = write_people(
         tmp_path / "c", "texture", *(SparseSample(x.coords, x.feats) for x in textures), tokens()
     )
-    train_rejected(root, plain, "texture", tmp_path, "preferred", "4", "0", "'texture'")
+    train_rejected(root, plain, "texture", tmp_path, "preferred", "4 given", "0", "'texture'")
     write_pipeline(root, shape_slat_sampler={"name": "FlowEulerSampler", "params": {"cfg_strength": 3}})
     train_rejected(root, people, "texture", tmp_path, "guidance_strength", "cfg_strength")
     write_pipeline(root)

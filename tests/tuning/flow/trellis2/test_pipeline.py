@@ -227,7 +227,7 @@ def test_latents_of_another_kind(pipeline):
     texture = pipeline.stages[-1]
     coords = torch.tensor([[0, 0, 0]])
     feats = torch.zeros(1, 4)
-    with raising("x: ", "4", "0", "'texture'"):
+    with raising("x: ", "4 given", "0", "'texture'"):
         texture.check("x", SparseSample(coords, feats))
     with raising("x: ", "voxels", "grid", "'texture'"):
         texture.check("x", torch.zeros(2, 4, 4, 4))
